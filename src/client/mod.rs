@@ -1,0 +1,4 @@
+//! The typed client, and the seam that the whole HTTP side stands on: [`store::Store`].
+
+pub mod protocol;
+pub mod store;

@@ -1,0 +1,129 @@
+//! What goes over the wire between a client, a gateway or a node and the node that leads a shard, apart from the native dialect.
+//!
+//! [`ShardRequest`] and [`ShardReply`] travel as postcard behind the format byte of `sm::codec`, in the body of `POST /peer/shard`.
+//! [`ClusterStatus`] is the JSON of `GET /v1/cluster`: for people, for scripts, and the shard map of the typed client.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::store::{Consistency, Failure, Found, Item, ScanRange};
+use crate::sm::kv::{Write, WriteOutcome};
+use crate::sm::view::{Asked, SlotTable};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, PlanEpoch, ReplicaId, Slot};
+
+/// Asks the node that leads `shard` (or, for stale reads, one that has a replica).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardRequest {
+    pub cluster: ClusterId,
+    pub shard: GroupId,
+    /// How long the answer is waited for, in milliseconds from receipt.
+    pub timeout_ms: u64,
+    pub body: ShardBody,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ShardBody {
+    Get {
+        key: Bytes,
+        consistency: Consistency,
+    },
+    Write(Write),
+    Scan {
+        range: ScanRange,
+        reverse: bool,
+        limit: usize,
+        bytes_max: usize,
+        keys_only: bool,
+        consistency: Consistency,
+    },
+    /// The number of keys in the slots that the shard owns.
+    Count,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ShardReply {
+    Got(Found),
+    /// The slot of the key is not this shard's: look at a newer map.
+    NotOwned {
+        slot: Slot,
+    },
+    Written(WriteOutcome),
+    Page(ShardPage),
+    Counted {
+        keys: u64,
+        slots: Vec<Slot>,
+    },
+    Failed(Failure),
+}
+
+/// A page of one shard, taken at one applied index.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardPage {
+    pub items: Vec<Item>,
+    /// There may be more in the range after the last item.
+    pub more: bool,
+    /// The slots that the shard owned: keys of others are not in it.
+    pub slots: Vec<Slot>,
+}
+
+/// What `GET /v1/cluster` answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClusterStatus {
+    pub cluster: ClusterId,
+    pub epoch: PlanEpoch,
+    pub version: MapVersion,
+    pub asked: Asked,
+    /// The node that answered.
+    pub answered_by: NodeId,
+    /// The leader of the meta group, as the answering node knows it.
+    pub meta_leader: Option<NodeId>,
+    pub nodes: Vec<NodeStatus>,
+    pub shards: Vec<ShardStatus>,
+    /// Runs of slots in slot order: how many, and the shard that owns them.
+    pub slots: SlotTable,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    pub id: NodeId,
+    pub address: Address,
+    pub public_address: Address,
+    pub directory: DirectoryId,
+    /// Whether the answering node reached it within the last seconds.
+    pub reachable: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ShardStatus {
+    pub id: GroupId,
+    pub home: NodeId,
+    pub leader: Option<NodeId>,
+    pub term: Option<u64>,
+    /// Keys in the shard, as its leader (or the replica at hand) has applied.
+    pub keys: Option<u64>,
+    pub bytes: Option<u64>,
+    pub slots: u64,
+    pub replicas: Vec<ReplicaStatus>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReplicaStatus {
+    pub id: ReplicaId,
+    pub node: NodeId,
+    pub health: ReplicaHealth,
+    pub applied: Option<LogId>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReplicaHealth {
+    Leading,
+    /// Applies what its leader commits.
+    Following,
+    /// Behind its leader by more than a moment.
+    Lagging,
+    /// Stopped, and says why in its node's log.
+    Failed,
+    /// Its node does not answer.
+    Unreachable,
+}

@@ -1,0 +1,150 @@
+//! The one seam of the HTTP side: [`Store`], with two implementations, the local node (router, then group) and the remote cluster (client).
+//!
+//! Dialects are written once against it. A store answers a write in one of three ways: applied, rejected (certainly nothing happened) or
+//! unknown. Every [`Failure`] says which.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+
+use super::protocol::ClusterStatus;
+use crate::sm::kv::{Operation, OperationOutcome, Record, Rejection};
+use crate::sm::ports::KeyRange;
+use crate::types::{Address, GroupId};
+
+/// A linearizable key-value store, spread over shards.
+pub trait Store: Send + Sync + 'static {
+    /// The value of `key`. Missing is `Found { record: None, .. }`.
+    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>>;
+
+    /// Does `operations`, all or none of those that fall to one shard. One answer each, in order.
+    fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>>;
+
+    /// The keys of `request.range` in key order over all shards, a page of them.
+    fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>>;
+
+    /// The number of keys of every shard.
+    fn count(&self, options: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>>;
+
+    /// The view, and how its groups are.
+    fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>>;
+
+    /// Hands the leadership of a shard to its replica on the node with this address (none: its home).
+    fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> BoxFuture<'_, Result<Address, Failure>>;
+}
+
+/// What became of one operation of a write.
+pub type Written = Result<OperationOutcome, WriteFailure>;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum WriteFailure {
+    /// Certainly nothing was changed by the operations of this shard. Positions in it are those of the caller's list.
+    #[error("rejected: {0:?}")]
+    Rejected(Rejection),
+    #[error(transparent)]
+    Failed(Failure),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    pub consistency: Consistency,
+    pub routing: Routing,
+    /// How long the caller waits, from now.
+    pub timeout: Duration,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Consistency {
+    #[default]
+    Linearizable,
+    /// What the replica at hand has applied, however old.
+    Stale,
+}
+
+/// What a node does with a request for a shard that it does not lead.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Routing {
+    /// Fails with [`Failure::Elsewhere`], naming the leader.
+    #[default]
+    Redirect,
+    /// Fetches the answer.
+    Proxy,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    pub record: Option<Record>,
+    /// Only of a stale read.
+    pub staleness: Option<Staleness>,
+}
+
+/// How old a replica's state may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Staleness {
+    /// Its leader has not been heard of since the start.
+    Unknown,
+    /// It was up to date this long ago.
+    AtMost { age_ms: u64 },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScanRequest {
+    pub range: ScanRange,
+    pub reverse: bool,
+    /// At most this many items, at least one.
+    pub limit: usize,
+    /// Leave the values out.
+    pub keys_only: bool,
+}
+
+/// A half-open range of keys, start included.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScanRange {
+    pub start: Bytes,
+    pub end: Option<Bytes>,
+}
+
+impl From<ScanRange> for KeyRange {
+    fn from(range: ScanRange) -> KeyRange {
+        KeyRange { start: range.start, end: range.end }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Page {
+    pub items: Vec<Item>,
+    /// There may be more in the range, after (or, in reverse, before) the last item.
+    pub more: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Item {
+    pub key: Bytes,
+    /// With an empty value where only keys were asked for.
+    pub record: Record,
+}
+
+/// Why there is no answer. Only [`Failure::Unknown`] leaves open whether a write happened; after every other it certainly did not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Failure {
+    /// Ask there: the leader, or a node that knows it. `address` is what a client is sent to.
+    #[error("shard {shard} is led by {address}")]
+    Elsewhere { shard: GroupId, address: Address },
+    /// A limit is reached; try again after a while.
+    #[error("overloaded: {limit}")]
+    Overloaded { limit: String, retry_after_ms: u64 },
+    /// Nothing was done, and nobody could do it in time: no quorum, no leader, a move under way.
+    #[error("unavailable: {reason}")]
+    Unavailable { reason: String, retry_after_ms: u64 },
+    /// The answer is not known: it may have happened, or may yet happen.
+    #[error("unknown outcome: {reason}")]
+    Unknown { reason: String },
+    /// The request can't be done as it is, whoever is asked.
+    #[error("invalid request: {reason}")]
+    Invalid { reason: String },
+    /// The request is larger than a limit allows.
+    #[error("too large: {limit}")]
+    TooLarge { limit: String },
+}

@@ -1,0 +1,13 @@
+//! The pure core: what a shard and the meta group do with a command, decided without a clock, a disk, a network or a random number.
+//!
+//! Everything here is a function of its arguments, so that every replica that applies the same log holds the same map.
+//! Effects (proposing, storing, sending) live in the layers above; `tests/architecture.rs` holds that.
+
+pub mod codec;
+pub mod kv;
+pub mod meta;
+pub mod placement;
+pub mod ports;
+pub mod requests;
+pub mod slots;
+pub mod view;

@@ -1,0 +1,283 @@
+//! What the core asks of the world: reading a map ([`Read`]) and handing back what to change in it ([`WriteBatch`]).
+//!
+//! A map is an ordered set of byte keys with byte values. The storage layer implements [`Read`] over its tables; [`Overlay`] shows a
+//! map with a batch over it, so that an entry sees the effects of the earlier ones of its batch.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+use bytes::Bytes;
+
+/// Why a map could not be read or an entry not be applied. Never a rejection: this stops the group.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("{context}: {source}")]
+    Io {
+        context: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("damaged data: {0}")]
+    Damaged(String),
+    /// An entry or value written by a newer version of the program, or not by this program.
+    #[error("cannot decode {what}: {reason}")]
+    Undecodable { what: &'static str, reason: String },
+}
+
+/// A half-open range of keys: `start` is in it, `end` (none: no upper bound) is not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyRange {
+    pub start: Bytes,
+    pub end: Option<Bytes>,
+}
+
+impl KeyRange {
+    pub fn all() -> Self {
+        Self { start: Bytes::new(), end: None }
+    }
+
+    /// Every key that begins with `prefix`.
+    pub fn prefix(prefix: &[u8]) -> Self {
+        Self { start: Bytes::copy_from_slice(prefix), end: after_prefix(prefix) }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.end.as_ref().is_some_and(|end| *end <= self.start)
+    }
+
+    pub fn bounds(&self) -> (Bound<&[u8]>, Bound<&[u8]>) {
+        let end = self.end.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
+        (Bound::Included(&self.start), end)
+    }
+}
+
+/// The least key that is greater than every key with this prefix; none if there is no such key.
+pub fn after_prefix(prefix: &[u8]) -> Option<Bytes> {
+    let last = prefix.iter().rposition(|byte| *byte != u8::MAX)?;
+    let mut end = prefix[..=last].to_vec();
+    end[last] += 1;
+    Some(Bytes::from(end))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    Forward,
+    Reverse,
+}
+
+/// Pairs of a map in key order (or its reverse).
+pub type Pairs<'a> = Box<dyn Iterator<Item = Result<(Bytes, Bytes), StoreError>> + 'a>;
+
+/// An ordered map of bytes at one point in time.
+pub trait Read {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
+
+    /// The pairs of `range`, lazily: the caller stops when it has enough.
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a>;
+}
+
+/// Changes to a map, applied all at once. At most one change per key: the last wins.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WriteBatch {
+    changes: BTreeMap<Bytes, Option<Bytes>>,
+    bytes: usize,
+}
+
+impl WriteBatch {
+    pub fn put(&mut self, key: impl Into<Bytes>, value: impl Into<Bytes>) {
+        self.set(key.into(), Some(value.into()));
+    }
+
+    pub fn delete(&mut self, key: impl Into<Bytes>) {
+        self.set(key.into(), None);
+    }
+
+    fn set(&mut self, key: Bytes, value: Option<Bytes>) {
+        let key_bytes = key.len();
+        let value_bytes = value.as_ref().map_or(0, Bytes::len);
+        match self.changes.insert(key, value) {
+            None => self.bytes += key_bytes + value_bytes,
+            Some(old) => self.bytes = self.bytes + value_bytes - old.map_or(0, |v| v.len()),
+        }
+    }
+
+    /// What this batch says of `key`: nothing (`None`), deleted (`Some(None)`) or a value.
+    pub fn get(&self, key: &[u8]) -> Option<&Option<Bytes>> {
+        self.changes.get(key)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    pub fn len(&self) -> usize {
+        self.changes.len()
+    }
+
+    /// Bytes of all keys and values in it.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Puts every change of `later` over this one.
+    pub fn merge(&mut self, later: WriteBatch) {
+        for (key, value) in later.changes {
+            self.set(key, value);
+        }
+    }
+
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (&Bytes, &Option<Bytes>)> {
+        self.changes.iter()
+    }
+
+    pub fn range(&self, range: &KeyRange) -> std::collections::btree_map::Range<'_, Bytes, Option<Bytes>> {
+        self.changes.range::<[u8], _>(range.bounds())
+    }
+}
+
+impl IntoIterator for WriteBatch {
+    type Item = (Bytes, Option<Bytes>);
+    type IntoIter = std::collections::btree_map::IntoIter<Bytes, Option<Bytes>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.changes.into_iter()
+    }
+}
+
+/// A map as it will be once `batch` is applied.
+pub struct Overlay<'a, R> {
+    pub base: &'a R,
+    pub batch: &'a WriteBatch,
+}
+
+impl<R: Read> Read for Overlay<'_, R> {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        match self.batch.get(key) {
+            Some(change) => Ok(change.clone()),
+            None => self.base.get(key),
+        }
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        if range.is_empty() {
+            return Box::new(std::iter::empty());
+        }
+        let changes = self.batch.range(range).map(|(key, value)| (key.clone(), value.clone()));
+        let changes: Box<dyn Iterator<Item = (Bytes, Option<Bytes>)>> = match direction {
+            Direction::Forward => Box::new(changes),
+            Direction::Reverse => Box::new(changes.rev()),
+        };
+        Box::new(Layered { above: changes.peekable(), below: self.base.scan(range, direction).peekable(), direction })
+    }
+}
+
+/// Changes.
+pub type Changes<'a> = Box<dyn Iterator<Item = (Bytes, Option<Bytes>)> + 'a>;
+
+/// Merges changes over the pairs below them; both in the same order. A deletion hides the pair below.
+pub struct Layered<'a> {
+    above: std::iter::Peekable<Changes<'a>>,
+    below: std::iter::Peekable<Pairs<'a>>,
+    direction: Direction,
+}
+
+impl<'a> Layered<'a> {
+    pub fn new(above: Changes<'a>, below: Pairs<'a>, direction: Direction) -> Self {
+        Self { above: above.peekable(), below: below.peekable(), direction }
+    }
+}
+
+impl Iterator for Layered<'_> {
+    type Item = Result<(Bytes, Bytes), StoreError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let order = match (self.above.peek(), self.below.peek()) {
+                (None, _) | (Some(_), Some(Err(_))) => return self.below.next(),
+                (Some(_), None) => std::cmp::Ordering::Less,
+                (Some((above, _)), Some(Ok((below, _)))) => match self.direction {
+                    Direction::Forward => above.cmp(below),
+                    Direction::Reverse => below.cmp(above),
+                },
+            };
+            if order == std::cmp::Ordering::Greater {
+                return self.below.next();
+            }
+            if order == std::cmp::Ordering::Equal {
+                self.below.next();
+            }
+            if let Some((key, Some(value))) = self.above.next() {
+                return Some(Ok((key, value)));
+            }
+        }
+    }
+}
+
+/// A map in memory: for tests of the core and as the base of in-memory stores.
+impl Read for BTreeMap<Bytes, Bytes> {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        Ok(BTreeMap::get(self, key).cloned())
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        if range.is_empty() {
+            return Box::new(std::iter::empty());
+        }
+        let pairs = self.range::<[u8], _>(range.bounds()).map(|(key, value)| Ok((key.clone(), value.clone())));
+        match direction {
+            Direction::Forward => Box::new(pairs),
+            Direction::Reverse => Box::new(pairs.rev()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(pairs: &[(&'static str, &'static str)]) -> BTreeMap<Bytes, Bytes> {
+        pairs.iter().map(|(k, v)| (Bytes::from_static(k.as_bytes()), Bytes::from_static(v.as_bytes()))).collect()
+    }
+
+    fn keys(read: &impl Read, range: &KeyRange, direction: Direction) -> Vec<String> {
+        let pairs = read.scan(range, direction).map(|pair| pair.expect("a readable pair"));
+        pairs.map(|(key, value)| format!("{}={}", key.escape_ascii(), value.escape_ascii())).collect()
+    }
+
+    #[test]
+    fn an_overlay_shows_the_batch_over_the_map() {
+        let base = map(&[("a", "1"), ("b", "1"), ("c", "1")]);
+        let mut batch = WriteBatch::default();
+        batch.put("b", "2");
+        batch.delete("c");
+        batch.put("d", "2");
+        batch.delete("x");
+        let overlay = Overlay { base: &base, batch: &batch };
+        assert_eq!(keys(&overlay, &KeyRange::all(), Direction::Forward), ["a=1", "b=2", "d=2"]);
+        assert_eq!(keys(&overlay, &KeyRange::all(), Direction::Reverse), ["d=2", "b=2", "a=1"]);
+        assert_eq!(overlay.get(b"c").expect("readable"), None);
+        let range = KeyRange { start: "b".into(), end: Some("d".into()) };
+        assert_eq!(keys(&overlay, &range, Direction::Forward), ["b=2"]);
+        let nothing = KeyRange { start: "d".into(), end: Some("b".into()) };
+        assert!(keys(&overlay, &nothing, Direction::Forward).is_empty());
+    }
+
+    #[test]
+    fn a_batch_counts_its_bytes_and_keeps_the_last_change() {
+        let mut batch = WriteBatch::default();
+        batch.put("key", "value");
+        batch.put("key", "v");
+        assert_eq!((batch.len(), batch.bytes()), (1, 4));
+        batch.delete("key");
+        assert_eq!((batch.len(), batch.bytes()), (1, 3));
+        assert_eq!(batch.get(b"key"), Some(&None));
+    }
+
+    #[test]
+    fn the_end_of_a_prefix_skips_trailing_0xff() {
+        assert_eq!(after_prefix(b"a").as_deref(), Some(&b"b"[..]));
+        assert_eq!(after_prefix(b"a\xff").as_deref(), Some(&b"b"[..]));
+        assert_eq!(after_prefix(b"\xff"), None);
+        assert_eq!(after_prefix(b""), None);
+    }
+}

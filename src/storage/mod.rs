@@ -1,0 +1,22 @@
+//! What is durable: the shared log and the snapshot files; and the map of each replica, a memtable over sled, which is rebuilt from them.
+
+pub mod disk;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{GroupId, ReplicaId};
+
+/// What every record, tree and snapshot file is keyed by: a group that comes back to a node never meets what an earlier replica left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ReplicaKey {
+    pub group: GroupId,
+    pub replica: ReplicaId,
+}
+
+impl fmt::Display for ReplicaKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.group, self.replica)
+    }
+}
