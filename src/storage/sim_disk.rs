@@ -1,0 +1,611 @@
+//! A disk in memory that fails like a real one, from a seed: the simulated implementation of [`Disk`].
+//!
+//! It keeps apart what was written and what was synced, for contents and for names. [`SimDisk::crash`] is a power cut: of what was
+//! not synced each 512-byte sector is found as it was at some moment since the last sync, lengths and names likewise, and every
+//! file that was open gives errors from then on. A killed process is simulated by dropping its files: nothing is lost then.
+//! A sync that fails loses writes as the Linux page cache does: they can still be read, and no later sync makes them durable.
+//!
+//! Caveat: directories themselves are durable at once, only the names in them are not.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::disk::{Disk, DiskFile, Open};
+
+/// What a disk writes in one piece.
+const SECTOR_BYTES: u64 = 512;
+
+/// A simulated disk. Clones are the same disk.
+#[derive(Clone)]
+pub struct SimDisk {
+    state: Arc<Mutex<State>>,
+}
+
+/// How often the disk was asked for something since it was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SimCounts {
+    pub writes: u64,
+    pub syncs: u64,
+}
+
+#[derive(Clone)]
+struct State {
+    random: StdRng,
+    inodes: BTreeMap<u64, Inode>,
+    inode_next: u64,
+    names: BTreeMap<PathBuf, u64>,
+    names_synced: BTreeMap<PathBuf, u64>,
+    names_pending: Vec<NameChange>,
+    directories: BTreeSet<PathBuf>,
+    power_cuts: u64,
+    counts: SimCounts,
+    faults: Faults,
+}
+
+#[derive(Clone, Default)]
+struct Faults {
+    /// Syncs, of files and directories, that still succeed before one fails.
+    syncs_left: Option<u64>,
+    writes_left: Option<u64>,
+    unreadable: BTreeSet<PathBuf>,
+    capacity_bytes: Option<u64>,
+}
+
+#[derive(Clone, Default)]
+struct Inode {
+    current: Vec<u8>,
+    synced: Vec<u8>,
+    pending: Vec<Change>,
+    handles: u64,
+}
+
+#[derive(Clone)]
+enum Change {
+    Write { offset: u64, bytes: Vec<u8> },
+    Length(u64),
+}
+
+#[derive(Clone)]
+enum NameChange {
+    Link { path: PathBuf, inode: u64 },
+    Unlink { path: PathBuf },
+    Rename { from: PathBuf, to: PathBuf, inode: u64 },
+}
+
+impl SimDisk {
+    /// An empty disk. All that it does by chance follows from `seed` and the calls.
+    pub fn new(seed: u64) -> Self {
+        let state = State {
+            random: StdRng::seed_from_u64(seed),
+            inodes: BTreeMap::new(),
+            inode_next: 0,
+            names: BTreeMap::new(),
+            names_synced: BTreeMap::new(),
+            names_pending: Vec::new(),
+            directories: BTreeSet::new(),
+            power_cuts: 0,
+            counts: SimCounts::default(),
+            faults: Faults::default(),
+        };
+        Self { state: Arc::new(Mutex::new(state)) }
+    }
+
+    /// A copy of this disk as it is now, what is not synced included, that goes its own way from here. No file of it is open and no
+    /// fault is set.
+    pub fn fork(&self) -> Self {
+        let mut state = self.lock().clone();
+        state.faults = Faults::default();
+        state.inodes.values_mut().for_each(|inode| inode.handles = 0);
+        Self { state: Arc::new(Mutex::new(state)) }
+    }
+
+    /// A power cut: drops or tears what was not synced, closes every file, and clears the faults.
+    pub fn crash(&self) {
+        let state = &mut *self.lock();
+        state.power_cuts += 1;
+        state.faults = Faults::default();
+        for inode in state.inodes.values_mut() {
+            inode.tear(&mut state.random);
+            inode.current = inode.synced.clone();
+            inode.handles = 0;
+        }
+        let pending = std::mem::take(&mut state.names_pending);
+        // A journal keeps a first part of the changes; a file system without one, any of them.
+        let kept_first = state.random.random_range(0..=pending.len());
+        let journal = state.random.random_bool(0.5);
+        for (i, change) in pending.into_iter().enumerate() {
+            if if journal { i < kept_first } else { state.random.random_bool(0.5) } {
+                change.apply(&mut state.names_synced);
+            }
+        }
+        state.names = state.names_synced.clone();
+        state.drop_unnamed();
+    }
+
+    /// After `successes` more syncs (of files or directories) one fails.
+    pub fn fail_sync_after(&self, successes: u64) {
+        self.lock().faults.syncs_left = Some(successes);
+    }
+
+    /// After `successes` more writes one fails, having written a part.
+    pub fn fail_write_after(&self, successes: u64) {
+        self.lock().faults.writes_left = Some(successes);
+    }
+
+    /// Reads of the file fail, until [`SimDisk::heal`] or a crash.
+    pub fn fail_reads(&self, path: &Path) {
+        self.lock().faults.unreadable.insert(path.to_owned());
+    }
+
+    /// Writes that would make all files together longer than this fail as on a full disk, having written what fits.
+    pub fn set_capacity(&self, bytes: Option<u64>) {
+        self.lock().faults.capacity_bytes = bytes;
+    }
+
+    /// Takes back every fault that was asked for.
+    pub fn heal(&self) {
+        self.lock().faults = Faults::default();
+    }
+
+    /// Rots one bit, of what is read now and what is found after a crash. False if the file has no such byte.
+    pub fn flip_bit(&self, path: &Path, offset: u64, bit: u8) -> bool {
+        let mut state = self.lock();
+        let Some(inode) = state.inode_of(path) else { return false };
+        let at = offset as usize;
+        let mask = 1u8 << (bit % 8);
+        let found = inode.current.get_mut(at).map(|byte| *byte ^= mask).is_some();
+        if let Some(byte) = inode.synced.get_mut(at) {
+            *byte ^= mask;
+        }
+        found
+    }
+
+    /// Cuts a file to `len` bytes, durably, as damage would.
+    pub fn cut(&self, path: &Path, len: u64) {
+        if let Some(inode) = self.lock().inode_of(path) {
+            inode.current.truncate(len as usize);
+            inode.synced.truncate(len as usize);
+        }
+    }
+
+    /// The contents of a file as they are read now.
+    pub fn contents(&self, path: &Path) -> Option<Vec<u8>> {
+        self.lock().inode_of(path).map(|inode| inode.current.clone())
+    }
+
+    /// Every file and its length, in path order.
+    pub fn files(&self) -> Vec<(PathBuf, u64)> {
+        let state = self.lock();
+        let len = |inode: &u64| state.inodes.get(inode).map_or(0, |inode| inode.current.len() as u64);
+        state.names.iter().map(|(path, inode)| (path.clone(), len(inode))).collect()
+    }
+
+    pub fn counts(&self) -> SimCounts {
+        self.lock().counts
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no code panics while it holds the simulated disk")
+    }
+}
+
+impl Disk for SimDisk {
+    fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
+        let mut state = self.lock();
+        state.need_directory(path)?;
+        let found = state.names.get(path).copied();
+        let inode = match (found, how) {
+            (Some(inode), Open::Existing) => inode,
+            (Some(inode), Open::Truncated) => {
+                state.change(inode, Change::Length(0));
+                inode
+            }
+            (Some(_), Open::New) => return Err(io::Error::from(io::ErrorKind::AlreadyExists)),
+            (None, Open::Existing) => return Err(io::Error::from(io::ErrorKind::NotFound)),
+            (None, Open::New | Open::Truncated) => {
+                let inode = state.inode_next;
+                state.inode_next += 1;
+                state.inodes.insert(inode, Inode::default());
+                state.change_name(NameChange::Link { path: path.to_owned(), inode });
+                inode
+            }
+        };
+        if let Some(inode) = state.inodes.get_mut(&inode) {
+            inode.handles += 1;
+        }
+        let power_cuts = state.power_cuts;
+        Ok(Box::new(SimFile { disk: self.clone(), path: path.to_owned(), inode, power_cuts }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if from.parent() != to.parent() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "the simulated disk renames within a directory only"));
+        }
+        let inode = *state.names.get(from).ok_or(io::ErrorKind::NotFound)?;
+        state.change_name(NameChange::Rename { from: from.to_owned(), to: to.to_owned(), inode });
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if !state.names.contains_key(path) {
+            return Err(io::Error::from(io::ErrorKind::NotFound));
+        }
+        state.change_name(NameChange::Unlink { path: path.to_owned() });
+        Ok(())
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        state.directories.extend(path.ancestors().map(Path::to_owned));
+        Ok(())
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if !state.directories.contains(path) {
+            return Err(io::Error::from(io::ErrorKind::NotFound));
+        }
+        state.count_sync()?;
+        let pending = std::mem::take(&mut state.names_pending);
+        for change in pending {
+            if change.path().parent() == Some(path) {
+                change.apply(&mut state.names_synced);
+            } else {
+                state.names_pending.push(change);
+            }
+        }
+        state.drop_unnamed();
+        Ok(())
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let state = self.lock();
+        if !state.directories.contains(path) {
+            return Err(io::Error::from(io::ErrorKind::NotFound));
+        }
+        let here = state.names.keys().filter(|file| file.parent() == Some(path));
+        Ok(here.filter_map(|file| file.file_name()?.to_str().map(str::to_owned)).collect())
+    }
+}
+
+struct SimFile {
+    disk: SimDisk,
+    path: PathBuf,
+    inode: u64,
+    power_cuts: u64,
+}
+
+impl SimFile {
+    fn lock(&self) -> io::Result<MutexGuard<'_, State>> {
+        let state = self.disk.lock();
+        if state.power_cuts == self.power_cuts {
+            Ok(state)
+        } else {
+            Err(io::Error::other("the power was cut since this file was opened"))
+        }
+    }
+}
+
+impl Drop for SimFile {
+    fn drop(&mut self) {
+        if let Ok(mut state) = self.disk.state.lock()
+            && state.power_cuts == self.power_cuts
+            && let Some(inode) = state.inodes.get_mut(&self.inode)
+        {
+            inode.handles -= 1;
+            if inode.handles == 0 {
+                state.drop_unnamed();
+            }
+        }
+    }
+}
+
+impl DiskFile for SimFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut state = self.lock()?;
+        if state.faults.unreadable.contains(&self.path) {
+            return Err(error_io());
+        }
+        let current = &state.inode(self.inode)?.current;
+        let rest = current.get(offset as usize..).unwrap_or_default();
+        let n = rest.len().min(buffer.len());
+        buffer[..n].copy_from_slice(&rest[..n]);
+        Ok(n)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut state = self.lock()?;
+        state.counts.writes += 1;
+        let (fits, result) = if count_down(&mut state.faults.writes_left) {
+            (state.random.random_range(0..=bytes.len()), Err(error_io()))
+        } else {
+            state.room_for(self.inode, offset, bytes.len())?
+        };
+        state.change(self.inode, Change::Write { offset, bytes: bytes[..fits].to_vec() });
+        result
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut state = self.lock()?;
+        state.change(self.inode, Change::Length(len));
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.lock()?.inode(self.inode)?.current.len() as u64)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.lock()?;
+        let result = state.count_sync();
+        let State { random, inodes, .. } = &mut *state;
+        let inode = inodes.get_mut(&self.inode).ok_or(io::ErrorKind::NotFound)?;
+        match &result {
+            Ok(()) => std::mem::take(&mut inode.pending).iter().for_each(|change| change.apply(&mut inode.synced)),
+            Err(_) => inode.tear(random),
+        }
+        result
+    }
+}
+
+impl State {
+    fn inode(&mut self, inode: u64) -> io::Result<&mut Inode> {
+        Ok(self.inodes.get_mut(&inode).ok_or(io::ErrorKind::NotFound)?)
+    }
+
+    fn inode_of(&mut self, path: &Path) -> Option<&mut Inode> {
+        let inode = self.names.get(path)?;
+        self.inodes.get_mut(inode)
+    }
+
+    fn need_directory(&self, path: &Path) -> io::Result<()> {
+        let found = path.parent().is_some_and(|parent| self.directories.contains(parent));
+        if found { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) }
+    }
+
+    fn change(&mut self, inode: u64, change: Change) {
+        if let Some(inode) = self.inodes.get_mut(&inode) {
+            change.apply(&mut inode.current);
+            inode.pending.push(change);
+        }
+    }
+
+    fn change_name(&mut self, change: NameChange) {
+        change.apply(&mut self.names);
+        self.names_pending.push(change);
+    }
+
+    fn count_sync(&mut self) -> io::Result<()> {
+        self.counts.syncs += 1;
+        if count_down(&mut self.faults.syncs_left) { Err(error_io()) } else { Ok(()) }
+    }
+
+    /// How many of `len` bytes fit on the disk at `offset` of a file, and what to answer.
+    fn room_for(&mut self, inode: u64, offset: u64, len: usize) -> io::Result<(usize, io::Result<()>)> {
+        let Some(capacity) = self.faults.capacity_bytes else { return Ok((len, Ok(()))) };
+        let used: u64 = self.inodes.values().map(|inode| inode.current.len() as u64).sum();
+        let file_len = self.inode(inode)?.current.len() as u64;
+        let file_len_max = file_len + capacity.saturating_sub(used);
+        let fits = file_len_max.saturating_sub(offset).min(len as u64) as usize;
+        let result = if fits < len { Err(io::Error::from(io::ErrorKind::StorageFull)) } else { Ok(()) };
+        Ok((fits, result))
+    }
+
+    /// Forgets the contents of files that are neither open nor found under a name, now or after a crash.
+    fn drop_unnamed(&mut self) {
+        let mut named: BTreeSet<u64> = self.names.values().chain(self.names_synced.values()).copied().collect();
+        named.extend(self.names_pending.iter().filter_map(NameChange::inode));
+        self.inodes.retain(|number, inode| inode.handles > 0 || named.contains(number));
+    }
+}
+
+impl Inode {
+    /// Makes a part of what is pending durable, and forgets the rest: each sector is as it was at some moment since the last sync,
+    /// and so is the length.
+    fn tear(&mut self, random: &mut StdRng) {
+        let pending = std::mem::take(&mut self.pending);
+        if pending.is_empty() {
+            return;
+        }
+        let moments = pending.len();
+        match random.random_range(0..4) {
+            0 => return,
+            1 => return pending.iter().for_each(|change| change.apply(&mut self.synced)),
+            _ => {}
+        }
+        let len_kept = random.random_range(0..=moments);
+        let mut kept: BTreeMap<u64, usize> = BTreeMap::new();
+        let mut len = self.synced.len() as u64;
+        for (i, change) in pending.iter().enumerate() {
+            change.apply_by_sector(&mut self.synced, |sector| {
+                i < *kept.entry(sector).or_insert_with(|| random.random_range(0..=moments))
+            });
+            if i < len_kept {
+                len = change.len_after(len);
+            }
+        }
+        self.synced.resize(len as usize, 0);
+    }
+}
+
+impl Change {
+    fn apply(&self, contents: &mut Vec<u8>) {
+        self.apply_by_sector(contents, |_| true);
+        contents.resize(self.len_after(contents.len() as u64) as usize, 0);
+    }
+
+    /// Applies the change to the sectors that `keep` names, and leaves the length too long rather than too short.
+    fn apply_by_sector(&self, contents: &mut Vec<u8>, mut keep: impl FnMut(u64) -> bool) {
+        match self {
+            Change::Write { offset, bytes } => {
+                let end = *offset + bytes.len() as u64;
+                if contents.len() < end as usize {
+                    contents.resize(end as usize, 0);
+                }
+                let mut at = *offset;
+                while at < end {
+                    let next = ((at / SECTOR_BYTES + 1) * SECTOR_BYTES).min(end);
+                    if keep(at / SECTOR_BYTES) {
+                        let piece = &bytes[(at - offset) as usize..(next - offset) as usize];
+                        contents[at as usize..next as usize].copy_from_slice(piece);
+                    }
+                    at = next;
+                }
+            }
+            Change::Length(len) => {
+                for at in *len..contents.len() as u64 {
+                    if keep(at / SECTOR_BYTES) {
+                        contents[at as usize] = 0;
+                    }
+                }
+            }
+        }
+    }
+
+    fn len_after(&self, len: u64) -> u64 {
+        match self {
+            Change::Write { offset, bytes } => len.max(offset + bytes.len() as u64),
+            Change::Length(len) => *len,
+        }
+    }
+}
+
+impl NameChange {
+    fn path(&self) -> &Path {
+        match self {
+            NameChange::Link { path, .. } | NameChange::Unlink { path } | NameChange::Rename { to: path, .. } => path,
+        }
+    }
+
+    fn inode(&self) -> Option<u64> {
+        match self {
+            NameChange::Link { inode, .. } | NameChange::Rename { inode, .. } => Some(*inode),
+            NameChange::Unlink { .. } => None,
+        }
+    }
+
+    fn apply(&self, names: &mut BTreeMap<PathBuf, u64>) {
+        match self {
+            NameChange::Link { path, inode } => {
+                names.insert(path.clone(), *inode);
+            }
+            NameChange::Unlink { path } => {
+                names.remove(path);
+            }
+            NameChange::Rename { from, to, inode } => {
+                if names.get(from) == Some(inode) {
+                    names.remove(from);
+                }
+                names.insert(to.clone(), *inode);
+            }
+        }
+    }
+}
+
+/// Counts a fault down. True when it is due; it then is over.
+fn count_down(left: &mut Option<u64>) -> bool {
+    match left {
+        None => false,
+        Some(0) => {
+            *left = None;
+            true
+        }
+        Some(n) => {
+            *n -= 1;
+            false
+        }
+    }
+}
+
+fn error_io() -> io::Error {
+    io::Error::other("input/output error (simulated)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(seed: u64) -> SimDisk {
+        let disk = SimDisk::new(seed);
+        disk.create_dir(Path::new("/d")).expect("a directory");
+        disk
+    }
+
+    #[test]
+    fn what_was_synced_survives_a_crash_and_the_rest_is_dropped_or_torn() {
+        let path = Path::new("/d/file");
+        let mut tails = BTreeSet::new();
+        for seed in 0..64 {
+            let disk = disk(seed);
+            let file = disk.open(path, Open::New).expect("a new file");
+            file.write_at(&[1; 1024], 0).expect("a write");
+            file.sync().expect("a sync");
+            disk.sync_dir(Path::new("/d")).expect("a sync");
+            file.write_at(&[2; 1024], 1024).expect("a write");
+            disk.crash();
+            let found = disk.contents(path).expect("the name was synced");
+            assert_eq!(found[..1024], [1; 1024], "seed {seed}");
+            tails.insert(found[1024..].iter().step_by(512).copied().collect::<Vec<u8>>());
+            assert!(file.read_at(&mut [0], 0).is_err(), "a file open before the crash still serves");
+        }
+        assert!(tails.len() >= 4, "tails: {tails:?}");
+    }
+
+    #[test]
+    fn a_name_is_durable_once_its_directory_is_synced() {
+        let (old, new) = (Path::new("/d/old"), Path::new("/d/new"));
+        let mut found = BTreeSet::new();
+        for seed in 0..64 {
+            let disk = disk(seed);
+            disk.open(old, Open::New).expect("a new file").sync().expect("a sync");
+            disk.sync_dir(Path::new("/d")).expect("a sync");
+            disk.rename(old, new).expect("a rename");
+            disk.crash();
+            found.insert(disk.list(Path::new("/d")).expect("a list"));
+        }
+        assert_eq!(found.len(), 2, "{found:?}");
+        let disk = disk(0);
+        disk.open(old, Open::New).expect("a new file");
+        disk.rename(old, new).expect("a rename");
+        disk.sync_dir(Path::new("/d")).expect("a sync");
+        disk.crash();
+        assert_eq!(disk.list(Path::new("/d")).expect("a list"), ["new"]);
+    }
+
+    #[test]
+    fn writes_under_a_failed_sync_are_read_but_never_durable() {
+        let path = Path::new("/d/file");
+        let mut lost = 0;
+        for seed in 0..32 {
+            let disk = disk(seed);
+            let file = disk.open(path, Open::New).expect("a new file");
+            disk.sync_dir(Path::new("/d")).expect("a sync");
+            disk.fail_sync_after(0);
+            file.write_at(&[7; 600], 0).expect("a write");
+            assert!(file.sync().is_err());
+            file.sync().expect("the next sync");
+            assert_eq!(disk.contents(path), Some(vec![7; 600]));
+            disk.crash();
+            lost += u64::from(disk.contents(path) != Some(vec![7; 600]));
+        }
+        assert!(lost > 0);
+    }
+
+    #[test]
+    fn a_full_disk_takes_what_fits() {
+        let disk = disk(0);
+        let file = disk.open(Path::new("/d/file"), Open::New).expect("a new file");
+        disk.set_capacity(Some(10));
+        let error = file.write_at(&[1; 16], 0).expect_err("a full disk");
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(file.len().expect("a length"), 10);
+        file.write_at(&[2; 10], 0).expect("what is there can be written over");
+    }
+}
