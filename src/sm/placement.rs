@@ -1,1 +1,335 @@
-//! placement
+//! Which shards there are, which node has a replica of what, where each shard is at home, and which slots it owns.
+//!
+//! Pure and deterministic: the same asking and the same nodes give the same view, whatever the order in which the nodes are listed.
+//! What is even is even to ±1: replicas per node, homes per node, slots per shard. No node has two replicas of one group.
+//! Here is [`first_view`], with which a cluster is founded; planning the change from a view to another belongs here too.
+//! Called by the founder at bootstrap.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::view::{Asked, Group, Layout, Node, SlotTable, View};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot};
+
+/// Most replicas of a shard that can be asked for: seven voters survive the loss of three, and each costs every write a copy.
+pub const REPLICATION_FACTOR_MAX: u8 = 7;
+
+/// Replicas of a shard where no number is asked for and there are nodes enough.
+const REPLICATION_FACTOR_DEFAULT: usize = 3;
+
+/// Most voters of the meta group: five survive the loss of two, and more would only make its writes slower.
+const META_VOTERS_MAX: usize = 5;
+
+/// Why there is no placement for what is asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlacementError {
+    #[error("there are no nodes")]
+    NoNodes,
+    #[error("the address {0} is there twice")]
+    DuplicateAddress(Address),
+    #[error("the data directory {0} is there twice")]
+    DuplicateDirectory(DirectoryId),
+    #[error("the replication factor {0} is not from 1 to {REPLICATION_FACTOR_MAX}")]
+    ReplicationFactorOutOfRange(u8),
+    #[error("the number of shards {0} is not from 1 to {SLOTS}")]
+    ShardsOutOfRange(u16),
+    #[error("{needed} nodes are needed, there are {nodes}")]
+    TooFewNodes { needed: usize, nodes: usize },
+}
+
+/// The view with which a cluster begins: nodes are numbered from 1 in the order of their addresses, shards and replicas from 1.
+///
+/// The meta group has a replica on every node; a shard's creation record names the replicas that are voters from the start, which
+/// is all of them but where exclusive leaves an even number over.
+pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Result<View, PlacementError> {
+    nodes.sort_by(|a, b| a.address.cmp(&b.address));
+    check_nodes(&nodes)?;
+    let shards = match asked.layout {
+        Layout::Spread => spread(nodes.len(), asked)?,
+        Layout::Exclusive => exclusive(nodes.len(), asked)?,
+    };
+    let meta = Members { nodes: (0..nodes.len()).collect(), home: 0, voters: meta_voters(nodes.len()) };
+    let slots = even_slots(shards.len());
+
+    let mut next_replica = ReplicaId(1);
+    let mut groups = BTreeMap::new();
+    for (id, members) in (0..).map(GroupId).zip(std::iter::once(meta).chain(shards)) {
+        groups.insert(id, members.into_group(&mut next_replica));
+    }
+    let next_group = GroupId(groups.len() as u64);
+    let next_node = node_id(nodes.len());
+    let nodes = nodes.into_iter().enumerate().map(|(index, node)| (node_id(index), node)).collect();
+    let (epoch, version) = (PlanEpoch(1), MapVersion(1));
+    Ok(View { cluster, epoch, version, asked, nodes, groups, slots, next_node, next_group, next_replica })
+}
+
+/// The members of a group; nodes as positions in the sorted list.
+struct Members {
+    nodes: Vec<usize>,
+    home: usize,
+    /// How many of the nodes, from the first, vote from the start.
+    voters: usize,
+}
+
+impl Members {
+    fn into_group(self, next_replica: &mut ReplicaId) -> Group {
+        let ids = next_replica.0..;
+        let replicas: BTreeMap<ReplicaId, NodeId> =
+            ids.map(ReplicaId).zip(self.nodes.iter().map(|index| node_id(*index))).collect();
+        next_replica.0 += replicas.len() as u64;
+        let creation = replicas.iter().take(self.voters).map(|(replica, node)| (*replica, *node)).collect();
+        Group { home: node_id(self.home), replicas, creation }
+    }
+}
+
+fn node_id(index: usize) -> NodeId {
+    NodeId(index as u64 + 1)
+}
+
+fn check_nodes(sorted: &[Node]) -> Result<(), PlacementError> {
+    if sorted.is_empty() {
+        return Err(PlacementError::NoNodes);
+    }
+    if let Some(pair) = sorted.windows(2).find(|pair| pair[0].address == pair[1].address) {
+        return Err(PlacementError::DuplicateAddress(pair[0].address.clone()));
+    }
+    let mut directories = BTreeSet::new();
+    let twice = sorted.iter().find(|node| !directories.insert(node.directory));
+    twice.map_or(Ok(()), |node| Err(PlacementError::DuplicateDirectory(node.directory)))
+}
+
+/// How many of `nodes` vote in the meta group: an odd number, since one more adds a copy to wait for and no loss to survive. Two nodes
+/// both vote all the same: a lone voter's lost disk would take acknowledged entries with it.
+fn meta_voters(nodes: usize) -> usize {
+    match nodes.min(META_VOTERS_MAX) {
+        2 => 2,
+        even if even % 2 == 0 => even - 1,
+        odd => odd,
+    }
+}
+
+/// The number of replicas asked for, or the default for this many nodes.
+fn replication_factor(nodes: usize, asked: Asked) -> Result<usize, PlacementError> {
+    let Some(factor) = asked.replication_factor else { return Ok(nodes.min(REPLICATION_FACTOR_DEFAULT)) };
+    if !(1..=REPLICATION_FACTOR_MAX).contains(&factor) {
+        return Err(PlacementError::ReplicationFactorOutOfRange(factor));
+    }
+    let factor = usize::from(factor);
+    if factor > nodes { Err(PlacementError::TooFewNodes { needed: factor, nodes }) } else { Ok(factor) }
+}
+
+/// The number of shards asked for, or `default`.
+fn shard_count(asked: Asked, default: usize) -> Result<usize, PlacementError> {
+    match asked.shards {
+        None => Ok(default.clamp(1, usize::from(SLOTS))),
+        Some(count) if (1..=SLOTS).contains(&count) => Ok(usize::from(count)),
+        Some(count) => Err(PlacementError::ShardsOutOfRange(count)),
+    }
+}
+
+/// One shard per node at home on it, or as many as asked; replicas dealt out round and round like cards, which is even to ±1.
+///
+/// The hand of shard k begins at node k·R mod N. That is a multiple of g = gcd(R, N), and the same one again N/g shards later, so the
+/// home is the card whose place in the hand is the number of such rounds, modulo g: any N shards in a row have N different homes.
+fn spread(nodes: usize, asked: Asked) -> Result<Vec<Members>, PlacementError> {
+    let factor = replication_factor(nodes, asked)?;
+    let count = shard_count(asked, nodes)?;
+    let step = gcd(factor, nodes);
+    let mut shards: Vec<Members> = (0..count)
+        .map(|shard| {
+            let hand: Vec<usize> = (0..factor).map(|card| (shard * factor + card) % nodes).collect();
+            let home = hand[shard / (nodes / step) % step];
+            Members { nodes: hand, home, voters: factor }
+        })
+        .collect();
+    // Shard k is at home on node k, and again after each N shards.
+    for round in shards.chunks_mut(nodes) {
+        round.sort_by_key(|members| members.home);
+    }
+    Ok(shards)
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Each node in exactly one shard, in runs of the sorted list; those left over make some shards larger.
+fn exclusive(nodes: usize, asked: Asked) -> Result<Vec<Members>, PlacementError> {
+    let factor = replication_factor(nodes, asked)?;
+    let count = shard_count(asked, nodes / factor)?;
+    let needed = count * factor;
+    if needed > nodes {
+        return Err(PlacementError::TooFewNodes { needed, nodes });
+    }
+    let shards = (0..count).map(|shard| {
+        let run = shard * nodes / count..(shard + 1) * nodes / count;
+        let voters = exclusive_voters(run.len(), factor);
+        Members { home: run.start, nodes: run.collect(), voters }
+    });
+    Ok(shards.collect())
+}
+
+/// Voters of a shard with `size` replicas of which `factor` were asked for: all, but never more than [`REPLICATION_FACTOR_MAX`], and of
+/// an even number with one left over the odd one below, which survives as many losses.
+fn exclusive_voters(size: usize, factor: usize) -> usize {
+    let odd = if size > factor && size.is_multiple_of(2) { size - 1 } else { size };
+    odd.min(usize::from(REPLICATION_FACTOR_MAX))
+}
+
+/// Shards from 1, each with one run of slots.
+fn even_slots(shards: usize) -> SlotTable {
+    let slots = usize::from(SLOTS);
+    // Shard i begins at ⌊i·slots/shards⌋; the last shard that begins at or before a slot is ⌊((slot+1)·shards − 1) / slots⌋.
+    SlotTable::new(|slot: Slot| GroupId((((slot.index() + 1) * shards - 1) / slots) as u64 + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(number: usize) -> Node {
+        let address = format!("node-{number:02}:13800").parse().expect("an address");
+        Node { address, public_address: None, directory: DirectoryId(number as u128) }
+    }
+
+    fn nodes(count: usize) -> Vec<Node> {
+        (1..=count).map(node).collect()
+    }
+
+    fn plan(count: usize, asked: Asked) -> Result<View, PlacementError> {
+        first_view(ClusterId(9), asked, nodes(count))
+    }
+
+    fn asked(replication_factor: Option<u8>, shards: Option<u16>) -> Asked {
+        Asked::from_flags(replication_factor, shards)
+    }
+
+    /// Whether no count is more than one above another; every one of `of` is counted, also those that never come.
+    fn even<T: Ord>(of: impl IntoIterator<Item = T>, seen: impl IntoIterator<Item = T>) -> bool {
+        let mut counts: BTreeMap<T, usize> = of.into_iter().map(|item| (item, 0)).collect();
+        for item in seen {
+            *counts.entry(item).or_default() += 1;
+        }
+        let (min, max) = (counts.values().min().expect("some"), counts.values().max().expect("some"));
+        max - min <= 1
+    }
+
+    fn assert_sound(view: &View, count: usize) {
+        view.check().expect("a consistent view");
+        assert_eq!(view.nodes.keys().copied().collect::<Vec<_>>(), (0..count).map(node_id).collect::<Vec<_>>());
+        let replicas = || view.shards().flat_map(|(_, group)| group.replicas.values().copied());
+        let nodes = || view.nodes.keys().copied();
+        assert!(even(nodes(), replicas()), "replicas: {view:?}");
+        assert!(even(nodes(), view.shards().map(|(_, group)| group.home)), "homes: {view:?}");
+        let shards = view.shards().map(|(id, _)| id);
+        assert!(even(shards, Slot::all().map(|slot| view.slots.owner(slot))), "slots: {view:?}");
+        for group in view.groups.values() {
+            assert!(group.creation.iter().all(|(replica, node)| group.replicas.get(replica) == Some(node)));
+            assert!(group.creation.values().any(|node| *node == group.home), "the home votes");
+        }
+        let ids: BTreeSet<ReplicaId> = view.groups.values().flat_map(|group| group.replicas.keys().copied()).collect();
+        assert_eq!(ids.first(), Some(&ReplicaId(1)));
+        assert_eq!(ids.last().map(|id| id.0 + 1), Some(view.next_replica.0));
+    }
+
+    #[test]
+    fn spread_is_even_for_every_size() {
+        for count in 1..=30 {
+            for factor in [None].into_iter().chain((1..=7).map(Some)) {
+                for shards in [1, 2, 3, 5, 7, 8, 12, 16, 29, 30, 31, 60, 64, 100].map(Some).into_iter().chain([None]) {
+                    let asked = Asked { layout: Layout::Spread, replication_factor: factor, shards };
+                    let Ok(view) = plan(count, asked) else {
+                        assert!(usize::from(factor.unwrap_or(1)) > count);
+                        continue;
+                    };
+                    assert_sound(&view, count);
+                    assert_eq!(view.shards().count(), shards.map_or(count, usize::from));
+                    let expected = factor.map_or(count.min(3), usize::from);
+                    assert!(view.shards().all(|(_, group)| group.replicas.len() == expected));
+                    assert!(view.shards().all(|(_, group)| group.creation == group.replicas));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_shard_per_node_is_at_home_on_it() {
+        for count in 1..=30 {
+            for factor in 1..=7u8.min(count as u8) {
+                let asked = Asked { layout: Layout::Spread, replication_factor: Some(factor), shards: None };
+                let view = plan(count, asked).expect("a view");
+                assert!(view.shards().all(|(id, group)| group.home.0 == id.0), "{count} nodes, {factor} replicas");
+            }
+        }
+    }
+
+    #[test]
+    fn exclusive_puts_each_node_into_one_shard() {
+        for count in 1..=30 {
+            for factor in 1..=7 {
+                let Ok(view) = plan(count, asked(Some(factor), None)) else {
+                    assert!(usize::from(factor) > count);
+                    continue;
+                };
+                assert_sound(&view, count);
+                let factor = usize::from(factor);
+                assert_eq!(view.shards().count(), (count / factor).max(1));
+                let members: Vec<NodeId> = view.shards().flat_map(|(_, group)| group.replicas.values().copied()).collect();
+                let distinct: BTreeSet<NodeId> = members.iter().copied().collect();
+                assert_eq!((members.len(), distinct.len()), (count, count), "each node once");
+                assert!(view.shards().all(|(_, group)| group.replicas.len() >= factor));
+                assert!(view.shards().all(|(_, group)| group.creation.len() >= factor));
+            }
+        }
+    }
+
+    #[test]
+    fn voters_are_odd_where_that_costs_no_survivor() {
+        let meta: Vec<usize> =
+            (1..=7).map(|count| plan(count, Asked::default()).expect("a view").groups[&GroupId::META].creation.len()).collect();
+        assert_eq!(meta, [1, 2, 3, 3, 5, 5, 5]);
+        let shard = |count, factor| plan(count, asked(Some(factor), None)).expect("a view").groups[&GroupId(1)].creation.len();
+        assert_eq!([shard(2, 2), shard(3, 2), shard(4, 3), shard(5, 3), shard(4, 4), shard(13, 7)], [2, 3, 3, 5, 4, 7]);
+    }
+
+    #[test]
+    fn the_meta_group_has_a_replica_on_every_node() {
+        let view = plan(9, Asked::default()).expect("a view");
+        let meta = &view.groups[&GroupId::META];
+        assert_eq!(meta.replicas.values().copied().collect::<Vec<_>>(), (1..=9).map(NodeId).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_order_of_the_nodes_does_not_matter() {
+        let mut turned = nodes(7);
+        turned.reverse();
+        turned.swap(1, 4);
+        assert_eq!(first_view(ClusterId(9), Asked::default(), turned), plan(7, Asked::default()));
+    }
+
+    #[test]
+    fn what_cannot_be_placed_says_why() {
+        assert_eq!(plan(0, Asked::default()), Err(PlacementError::NoNodes));
+        assert_eq!(plan(2, asked(Some(3), None)), Err(PlacementError::TooFewNodes { needed: 3, nodes: 2 }));
+        assert_eq!(plan(9, asked(Some(0), None)), Err(PlacementError::ReplicationFactorOutOfRange(0)));
+        assert_eq!(plan(9, asked(Some(8), Some(1))), Err(PlacementError::ReplicationFactorOutOfRange(8)));
+        assert_eq!(plan(9, asked(None, Some(0))), Err(PlacementError::ShardsOutOfRange(0)));
+        assert_eq!(plan(9, asked(None, Some(4097))), Err(PlacementError::ShardsOutOfRange(4097)));
+        assert!(plan(3, asked(None, Some(4096))).is_ok());
+        let crowded = Asked { layout: Layout::Exclusive, replication_factor: Some(2), shards: Some(3) };
+        assert_eq!(plan(5, crowded), Err(PlacementError::TooFewNodes { needed: 6, nodes: 5 }));
+        let twice = vec![node(1), node(2), node(1)];
+        let error = first_view(ClusterId(9), Asked::default(), twice).expect_err("a node twice");
+        assert_eq!(error, PlacementError::DuplicateAddress(node(1).address));
+        let moved = Node { directory: DirectoryId(1), ..node(2) };
+        let error = first_view(ClusterId(9), Asked::default(), vec![node(1), moved]).expect_err("a directory twice");
+        assert_eq!(error, PlacementError::DuplicateDirectory(DirectoryId(1)));
+    }
+
+    #[test]
+    fn an_explicit_replication_factor_alone_means_exclusive() {
+        assert_eq!(asked(None, None).layout, Layout::Spread);
+        assert_eq!(asked(None, Some(5)).layout, Layout::Spread);
+        assert_eq!(asked(Some(2), Some(5)).layout, Layout::Spread);
+        assert_eq!(asked(Some(2), None).layout, Layout::Exclusive);
+    }
+}

@@ -1,1 +1,286 @@
-//! slots
+//! Which slot a key is in, how the map of a shard is laid out, and what a shard knows of each slot.
+//!
+//! Every key of a shard's map begins with a one-byte tag, most go on with the slot (two bytes, big-endian), so that all of a slot
+//! lies together and a move can copy and clear it range by range:
+//!
+//! | tag | key | value |
+//! | --- | --- | --- |
+//! | 0x00 | reserved for the storage layer's own bookkeeping: the core never writes here | |
+//! | 0x01 | the shard's clock: group time, and where the sweep of expired requests is | `requests::Clock` |
+//! | 0x02 | slot | [`SlotState`] |
+//! | 0x03 | slot, idempotency key | `requests::RequestRecord` |
+//! | 0x04 | slot, group time in ms (eight bytes, big-endian), idempotency key | what the record costs in bytes |
+//! | 0x10 | slot, user key | `kv::Record` |
+//!
+//! Kept out: what is done with any of it (`kv`, `requests`). The hash, the layout and [`SlotState`] are part of the disk format.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::codec;
+use super::ports::{Direction, KeyRange, Read, StoreError, after_prefix};
+use crate::types::{GroupId, MoveId, Revision, SLOTS, Slot};
+
+/// Keys with this first byte are the storage layer's own.
+pub const TAG_RESERVED: u8 = 0x00;
+const TAG_CLOCK: u8 = 0x01;
+const TAG_STATE: u8 = 0x02;
+const TAG_REQUEST: u8 = 0x03;
+const TAG_EXPIRY: u8 = 0x04;
+const TAG_DATA: u8 = 0x10;
+
+/// Where the shard keeps its clock.
+pub const CLOCK_KEY: &[u8] = &[TAG_CLOCK];
+
+/// Length of a tag and a slot.
+const HEAD: usize = 3;
+
+/// The slot of a key: `xxh3_64` of the key, or of its hash tag where it has one, modulo the number of slots.
+pub fn slot_of(key: &[u8]) -> Slot {
+    let hash = xxh3_64(hash_tag(key).unwrap_or(key)) % u64::from(SLOTS);
+    let number = u16::try_from(hash).ok().and_then(Slot::new);
+    number.expect("a remainder is below its divisor")
+}
+
+/// What stands between the first `{` and the first `}` after it, if anything: the rule of Redis Cluster. Keys with the same tag are in
+/// the same slot, and so can be written together in one entry.
+fn hash_tag(key: &[u8]) -> Option<&[u8]> {
+    let open = key.iter().position(|byte| *byte == b'{')?;
+    let rest = &key[open + 1..];
+    let close = rest.iter().position(|byte| *byte == b'}')?;
+    (close > 0).then(|| &rest[..close])
+}
+
+/// What a shard knows of a slot. Part of the disk format. Absent in the map is the default: not owned, never held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotState {
+    pub ownership: Ownership,
+    /// The highest move id that the shard ever held for the slot; it outlives the drop of the slot. 0: no move ever touched it.
+    pub generation: MoveId,
+    /// Who got it by the last move seen here: a hint for whoever asks.
+    pub moved_to: Option<(MoveId, GroupId)>,
+    pub contents: Contents,
+    pub requests: RequestsUsed,
+}
+
+/// A shard's hold on a slot. Reads are served by [`Ownership::Owned`] and [`Ownership::Frozen`], writes by [`Ownership::Owned`] alone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ownership {
+    #[default]
+    NotOwned,
+    Owned,
+    /// A move holds writes back.
+    Frozen,
+}
+
+/// What is in a slot, counted exactly.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contents {
+    /// The revision of the last change, deletions included: the next change gets the next one, so none is ever used twice.
+    pub revision: Revision,
+    pub keys: u64,
+    /// Bytes of all user keys and stored records.
+    pub bytes: u64,
+}
+
+/// What the remembered requests of a slot cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequestsUsed {
+    pub bytes: u64,
+    /// No record of the slot is older than this group time.
+    pub since_ms: u64,
+}
+
+impl SlotState {
+    /// Whether the shard answers reads of the slot.
+    pub fn serves_reads(&self) -> bool {
+        self.ownership != Ownership::NotOwned
+    }
+
+    pub fn encode(&self) -> Bytes {
+        codec::encode(self)
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
+        codec::decode(bytes, "a slot state")
+    }
+
+    /// The state of `slot` in a shard's map.
+    pub fn read(read: &impl Read, slot: Slot) -> Result<Self, StoreError> {
+        read.get(&state_key(slot))?.map_or(Ok(Self::default()), |bytes| Self::decode(&bytes))
+    }
+
+    /// Every state in a shard's map, in slot order, by one scan. Slots that the shard never held are left out.
+    pub fn read_all(read: &impl Read) -> Result<Vec<(Slot, SlotState)>, StoreError> {
+        let pairs = read.scan(&KeyRange::prefix(&[TAG_STATE]), Direction::Forward);
+        let states = pairs.map(|pair| {
+            let (key, value) = pair?;
+            let slot = parse_state_key(&key).ok_or_else(|| misplaced(&key))?;
+            Ok((slot, Self::decode(&value)?))
+        });
+        states.collect()
+    }
+}
+
+/// The error for a key that is not laid out as its tag says.
+pub(super) fn misplaced(key: &[u8]) -> StoreError {
+    StoreError::Damaged(format!("the map holds a key of unknown form: {}", key.escape_ascii()))
+}
+
+fn head(tag: u8, slot: Slot) -> [u8; HEAD] {
+    let [high, low] = slot.number().to_be_bytes();
+    [tag, high, low]
+}
+
+fn joined(tag: u8, slot: Slot, tail: &[u8]) -> Bytes {
+    let mut key = BytesMut::with_capacity(HEAD + tail.len());
+    key.put_slice(&head(tag, slot));
+    key.put_slice(tail);
+    key.freeze()
+}
+
+/// The slot of a key with this tag, if it has one.
+fn parse_head(tag: u8, key: &[u8]) -> Option<Slot> {
+    match key {
+        [first, high, low, ..] if *first == tag => Slot::new(u16::from_be_bytes([*high, *low])),
+        _ => None,
+    }
+}
+
+/// Where a shard keeps the record of a user key.
+pub fn data_key(slot: Slot, user_key: &[u8]) -> Bytes {
+    joined(TAG_DATA, slot, user_key)
+}
+
+/// The slot and user key of a [`data_key`]; shares its bytes.
+pub fn parse_data_key(key: &Bytes) -> Option<(Slot, Bytes)> {
+    parse_head(TAG_DATA, key).map(|slot| (slot, key.slice(HEAD..)))
+}
+
+/// Every data key of a shard's map.
+pub fn all_data() -> KeyRange {
+    KeyRange::prefix(&[TAG_DATA])
+}
+
+/// The data keys of `slot` whose user keys are in `range`.
+pub fn data_range(slot: Slot, range: &KeyRange) -> KeyRange {
+    let end = range.end.as_ref().map(|end| data_key(slot, end)).or_else(|| after_prefix(&head(TAG_DATA, slot)));
+    KeyRange { start: data_key(slot, &range.start), end }
+}
+
+/// Where a shard keeps the [`SlotState`] of a slot.
+pub fn state_key(slot: Slot) -> [u8; HEAD] {
+    head(TAG_STATE, slot)
+}
+
+pub fn parse_state_key(key: &[u8]) -> Option<Slot> {
+    parse_head(TAG_STATE, key).filter(|_| key.len() == HEAD)
+}
+
+/// Where a shard keeps the record of an answered request.
+pub fn request_key(slot: Slot, idempotency_key: &[u8]) -> Bytes {
+    joined(TAG_REQUEST, slot, idempotency_key)
+}
+
+/// The slot and idempotency key of a [`request_key`]; shares its bytes.
+pub fn parse_request_key(key: &Bytes) -> Option<(Slot, Bytes)> {
+    parse_head(TAG_REQUEST, key).map(|slot| (slot, key.slice(HEAD..)))
+}
+
+/// The records of every request answered in `slot`.
+pub fn request_range(slot: Slot) -> KeyRange {
+    KeyRange::prefix(&head(TAG_REQUEST, slot))
+}
+
+/// The entry of a request's record in the index by age.
+pub fn expiry_key(slot: Slot, time_ms: u64, idempotency_key: &[u8]) -> Bytes {
+    let mut key = BytesMut::with_capacity(HEAD + 8 + idempotency_key.len());
+    key.put_slice(&head(TAG_EXPIRY, slot));
+    key.put_u64(time_ms);
+    key.put_slice(idempotency_key);
+    key.freeze()
+}
+
+/// The slot, group time and idempotency key of an [`expiry_key`]; shares its bytes.
+pub fn parse_expiry_key(key: &Bytes) -> Option<(Slot, u64, Bytes)> {
+    let slot = parse_head(TAG_EXPIRY, key)?;
+    let (time, _) = key[HEAD..].split_first_chunk::<8>()?;
+    Some((slot, u64::from_be_bytes(*time), key.slice(HEAD + 8..)))
+}
+
+/// The index by age of the requests answered in `slot`, oldest first.
+pub fn expiry_range(slot: Slot) -> KeyRange {
+    KeyRange::prefix(&head(TAG_EXPIRY, slot))
+}
+
+/// The index by age of the requests answered in `slot` and those after it.
+pub fn expiry_range_from(slot: Slot) -> KeyRange {
+    KeyRange { start: Bytes::copy_from_slice(&head(TAG_EXPIRY, slot)), end: after_prefix(&[TAG_EXPIRY]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slot(number: u16) -> Slot {
+        Slot::new(number).expect("a slot number")
+    }
+
+    #[test]
+    fn the_hash_is_part_of_the_disk_format() {
+        let table: [(&[u8], u16); 5] = [(b"", 1218), (b"a", 3615), (b"k1", 1733), (b"hello", 3325), ("ключ".as_bytes(), 3806)];
+        let found = table.map(|(key, _)| (key, slot_of(key).number()));
+        assert_eq!(found, table);
+    }
+
+    #[test]
+    fn keys_with_one_hash_tag_share_a_slot() {
+        let same = |a: &str, b: &str| slot_of(a.as_bytes()) == slot_of(b.as_bytes());
+        assert!(same("{user1}.name", "{user1}.mail"));
+        assert!(same("x{user1}y", "user1"));
+        assert!(same("{a}{b}", "a"));
+        assert!(same("{{a}", "{a"), "the tag runs from the first brace");
+        assert!(same("}{a}", "a"), "a closing brace before the opening one is not its end");
+        for whole in ["{}a", "{a", "a}", "}a{"] {
+            assert_eq!(hash_tag(whole.as_bytes()), None, "{whole} has no tag");
+        }
+    }
+
+    #[test]
+    fn keys_parse_as_they_are_built_and_keep_to_their_range() {
+        for number in [0, 1, 255, 256, SLOTS - 1] {
+            let s = slot(number);
+            for user in [&b""[..], b"k", b"\xff\xff", b"\x00"] {
+                let data = data_key(s, user);
+                assert_eq!(parse_data_key(&data), Some((s, Bytes::copy_from_slice(user))));
+                let range = data_range(s, &KeyRange::all());
+                assert!(range.start <= data && range.end.is_some_and(|end| data < end));
+                let request = request_key(s, user);
+                assert_eq!(parse_request_key(&request), Some((s, Bytes::copy_from_slice(user))));
+                let expiry = expiry_key(s, 7, user);
+                assert_eq!(parse_expiry_key(&expiry), Some((s, 7, Bytes::copy_from_slice(user))));
+                assert!(parse_data_key(&request).is_none() && parse_request_key(&expiry).is_none());
+            }
+            assert_eq!(parse_state_key(&state_key(s)), Some(s));
+        }
+        assert_eq!(parse_state_key(&[TAG_STATE, 0x10, 0x00]), None, "past the last slot");
+        assert_eq!(parse_expiry_key(&Bytes::from_static(&[TAG_EXPIRY, 0, 0, 1])), None, "cut short");
+        assert!(expiry_key(slot(1), 255, b"z") < expiry_key(slot(1), 256, b"a"), "older ones come first");
+    }
+
+    #[test]
+    fn the_encoding_of_a_slot_state_stands() {
+        let state = SlotState {
+            ownership: Ownership::Frozen,
+            generation: MoveId(5),
+            moved_to: Some((MoveId(6), GroupId(7))),
+            contents: Contents { revision: Revision(300), keys: 2, bytes: 3 },
+            requests: RequestsUsed { bytes: 4, since_ms: 1 },
+        };
+        assert_eq!(&state.encode()[..], b"\x01\x02\x05\x01\x06\x07\xac\x02\x02\x03\x04\x01");
+        assert_eq!(SlotState::decode(&state.encode()).expect("own encoding"), state);
+        assert_eq!(&SlotState::default().encode()[..], b"\x01\x00\x00\x00\x00\x00\x00\x00\x00");
+        assert!(SlotState::decode(b"\x02").is_err());
+    }
+}

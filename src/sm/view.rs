@@ -1,11 +1,15 @@
 //! The view: what the operator asked for, the nodes, the groups with their replicas, and which shard owns which slot.
 //!
 //! The meta group holds it; each node reads it from its own replica. A plain value: planning is in `placement`, changing it in `meta`.
+//! [`View::check`] says what must hold of every view; the meta group accepts no other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::codec;
+use super::ports::StoreError;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Slot};
 
 /// What was agreed. Part of the disk format (inside the meta group's map).
@@ -43,6 +47,16 @@ pub enum Layout {
     Spread,
     /// Each node is a replica of exactly one shard.
     Exclusive,
+}
+
+impl Asked {
+    /// What an operator asks for by a replication factor, a number of shards, both or neither: a replication factor without a number
+    /// of shards means that each node is a replica of exactly one shard.
+    pub fn from_flags(replication_factor: Option<u8>, shards: Option<u16>) -> Self {
+        let exclusive = replication_factor.is_some() && shards.is_none();
+        let layout = if exclusive { Layout::Exclusive } else { Layout::Spread };
+        Self { layout, replication_factor, shards }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +126,14 @@ impl From<Vec<(u16, GroupId)>> for SlotTable {
 }
 
 impl View {
+    pub fn encode(&self) -> Bytes {
+        codec::encode(self)
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
+        codec::decode(bytes, "a view")
+    }
+
     pub fn shards(&self) -> impl Iterator<Item = (GroupId, &Group)> {
         self.groups.iter().filter(|(id, _)| !id.is_meta()).map(|(id, group)| (*id, group))
     }
@@ -129,4 +151,97 @@ impl View {
     pub fn node_at(&self, address: &Address) -> Option<NodeId> {
         self.nodes.iter().find(|(_, node)| node.address == *address).map(|(id, _)| *id)
     }
+
+    /// Whether the parts of the view fit together; if not, the first that does not.
+    pub fn check(&self) -> Result<(), Inconsistency> {
+        self.check_nodes()?;
+        if !self.groups.contains_key(&GroupId::META) {
+            return Err(Inconsistency::NoMetaGroup);
+        }
+        let mut replicas = BTreeSet::new();
+        for (id, group) in &self.groups {
+            if *id >= self.next_group {
+                return Err(Inconsistency::GroupIdNotGivenOut(*id));
+            }
+            self.check_group(*id, group)?;
+            if let Some(replica) = group.replicas.keys().find(|replica| !replicas.insert(**replica)) {
+                return Err(Inconsistency::ReplicaTwice(*replica));
+            }
+        }
+        let astray = Slot::all().find(|slot| {
+            let owner = self.slots.owner(*slot);
+            owner.is_meta() || !self.groups.contains_key(&owner)
+        });
+        astray.map_or(Ok(()), |slot| Err(Inconsistency::SlotWithoutShard { slot, owner: self.slots.owner(slot) }))
+    }
+
+    fn check_nodes(&self) -> Result<(), Inconsistency> {
+        let mut addresses = BTreeSet::new();
+        let mut directories = BTreeSet::new();
+        for (id, node) in &self.nodes {
+            if *id >= self.next_node {
+                return Err(Inconsistency::NodeIdNotGivenOut(*id));
+            }
+            if !addresses.insert(&node.address) {
+                return Err(Inconsistency::AddressTwice(node.address.clone()));
+            }
+            if !directories.insert(node.directory) {
+                return Err(Inconsistency::DirectoryTwice(node.directory));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_group(&self, id: GroupId, group: &Group) -> Result<(), Inconsistency> {
+        let mut nodes = BTreeSet::new();
+        for (replica, node) in &group.replicas {
+            if !self.nodes.contains_key(node) {
+                return Err(Inconsistency::ReplicaOnUnknownNode { group: id, replica: *replica, node: *node });
+            }
+            if !nodes.insert(*node) {
+                return Err(Inconsistency::NodeTwiceInGroup { group: id, node: *node });
+            }
+        }
+        // The node that a group was created on may have left since: of the creation record only the ids are looked at.
+        let not_given_out = |replica: &&ReplicaId| **replica >= self.next_replica;
+        if let Some(replica) = group.replicas.keys().chain(group.creation.keys()).find(not_given_out) {
+            return Err(Inconsistency::ReplicaIdNotGivenOut(*replica));
+        }
+        if group.creation.is_empty() {
+            return Err(Inconsistency::GroupWithoutVoters(id));
+        }
+        if !nodes.contains(&group.home) {
+            return Err(Inconsistency::HomeWithoutReplica { group: id, home: group.home });
+        }
+        Ok(())
+    }
+}
+
+/// What does not fit together in a view.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Inconsistency {
+    #[error("there is no meta group")]
+    NoMetaGroup,
+    #[error("node {0} has an id that was not given out")]
+    NodeIdNotGivenOut(NodeId),
+    #[error("group {0} has an id that was not given out")]
+    GroupIdNotGivenOut(GroupId),
+    #[error("replica {0} has an id that was not given out")]
+    ReplicaIdNotGivenOut(ReplicaId),
+    #[error("two nodes have the address {0}")]
+    AddressTwice(Address),
+    #[error("two nodes have the data directory {0}")]
+    DirectoryTwice(DirectoryId),
+    #[error("replica {0} is in two groups")]
+    ReplicaTwice(ReplicaId),
+    #[error("replica {replica} of group {group} is on node {node}, which is not in the view")]
+    ReplicaOnUnknownNode { group: GroupId, replica: ReplicaId, node: NodeId },
+    #[error("group {group} has two replicas on node {node}")]
+    NodeTwiceInGroup { group: GroupId, node: NodeId },
+    #[error("group {0} was created without voters")]
+    GroupWithoutVoters(GroupId),
+    #[error("the home of group {group}, node {home}, has no replica of it")]
+    HomeWithoutReplica { group: GroupId, home: NodeId },
+    #[error("slot {slot} is owned by {owner}, which is not a shard of the view")]
+    SlotWithoutShard { slot: Slot, owner: GroupId },
 }

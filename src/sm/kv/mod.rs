@@ -88,7 +88,11 @@ pub enum Outcome {
 pub enum WriteOutcome {
     /// One per operation, in order.
     Applied(Vec<OperationOutcome>),
+    /// This write changed nothing.
     Rejected(Rejection),
+    /// Only of a retry: operations of some slots are answered from the memory of requests, the others were decided now, and not all of
+    /// them alike. It comes about when slots that were in different shards at the first try are in one shard now. One per operation.
+    Mixed(Vec<Result<OperationOutcome, Rejection>>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
