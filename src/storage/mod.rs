@@ -1,5 +1,6 @@
 //! What is durable: the shared log and the snapshot files; and the map of each replica, a memtable over sled, which is rebuilt from them.
 
+pub mod directory;
 pub mod disk;
 pub mod sim_disk;
 

@@ -1,0 +1,339 @@
+//! [`DataDirectory`]: who a node is, and that it is alone with its data: the lock, the random identity and the stamp.
+//!
+//! Both small files are JSON with a format version and a checksum, replaced in one step (written beside, synced, renamed, directory
+//! synced). The stamp is written before the identity, so a directory with an identity always has a stamp: one that is missing or
+//! damaged is an error and never taken for a fresh start, because a node that forgot its cluster could found a second one.
+//! Files that are not ours are left alone.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::disk::{Disk, Open, RealDisk};
+use crate::sm::view::View;
+use crate::types::{Address, ClusterId, DirectoryId, NodeId, ReplicaId};
+
+const LOCK: &str = "LOCK";
+const IDENTITY: &str = "identity";
+const STAMP: &str = "stamp";
+const FORMAT: u64 = 1;
+
+/// What a data directory knows of the cluster that it is in. Part of the disk format.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stamp {
+    /// It never belonged to a cluster, nor promised itself to one.
+    #[default]
+    Fresh,
+    /// It answered a founder: it helps to found with no other.
+    Promised { view: Vec<Address>, founder: DirectoryId },
+    /// The founder, before the meta group has the view.
+    Founding { view: Box<View> },
+    Member {
+        cluster: ClusterId,
+        node: NodeId,
+        meta_replica: ReplicaId,
+        /// As it was last known.
+        view: Box<View>,
+    },
+    /// It left its cluster, and still says where that is.
+    Retired { cluster: ClusterId, node: NodeId, members: Vec<Address> },
+}
+
+/// Why a data directory can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DirectoryError {
+    #[error("{path}: {source}")]
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the data directory {path} is in use by {}", pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}")))]
+    Locked { path: PathBuf, pid: Option<u32> },
+    #[error("{path} is damaged: {reason}. Restore it, or give this node an empty data directory; it then joins as a new node")]
+    Damaged { path: PathBuf, reason: String },
+    #[error("{path} has format {format}, which this version does not know: it was written by a newer one")]
+    UnknownFormat { path: PathBuf, format: u64 },
+}
+
+/// An open data directory. The lock is held while it lives.
+pub struct DataDirectory {
+    disk: Arc<dyn Disk>,
+    path: PathBuf,
+    id: DirectoryId,
+    stamp: Mutex<Stamp>,
+    /// None in a simulation, where no other process is.
+    _lock: Option<File>,
+}
+
+impl DataDirectory {
+    /// Opens the directory, creating it with a new identity where there is none, and locks it.
+    pub fn open(path: &Path) -> Result<Self, DirectoryError> {
+        std::fs::create_dir_all(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
+        // As an absolute path, so that messages can be acted on.
+        let path = std::fs::canonicalize(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
+        let lock = lock(&path)?;
+        Self::open_on(Arc::new(RealDisk), &path, DirectoryId(rand::random()), Some(lock))
+    }
+
+    /// Opens the directory on any disk, without a lock. `id_if_new` is its identity if it has none yet.
+    pub fn open_unlocked(disk: Arc<dyn Disk>, path: &Path, id_if_new: DirectoryId) -> Result<Self, DirectoryError> {
+        Self::open_on(disk, path, id_if_new, None)
+    }
+
+    fn open_on(disk: Arc<dyn Disk>, path: &Path, id_if_new: DirectoryId, lock: Option<File>) -> Result<Self, DirectoryError> {
+        disk.create_dir(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
+        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            disk.sync_dir(parent).map_err(|source| DirectoryError::Io { path: parent.to_owned(), source })?;
+        }
+        let identity: Option<DirectoryId> = read_sealed(&*disk, &path.join(IDENTITY))?;
+        let stamp: Option<Stamp> = read_sealed(&*disk, &path.join(STAMP))?;
+        let missing = |name: &str| DirectoryError::Damaged { path: path.join(name), reason: "it is missing".into() };
+        let (id, stamp) = match (identity, stamp) {
+            (Some(id), Some(stamp)) => (id, stamp),
+            (Some(_), None) => return Err(missing(STAMP)),
+            // New, or its creation was interrupted: nobody has heard of it.
+            (None, None | Some(Stamp::Fresh)) => {
+                write_sealed(&*disk, path, STAMP, &Stamp::Fresh)?;
+                write_sealed(&*disk, path, IDENTITY, &id_if_new)?;
+                (id_if_new, Stamp::Fresh)
+            }
+            (None, Some(_)) => return Err(missing(IDENTITY)),
+        };
+        Ok(Self { disk, path: path.to_owned(), id, stamp: Mutex::new(stamp), _lock: lock })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn id(&self) -> DirectoryId {
+        self.id
+    }
+
+    pub fn stamp(&self) -> Stamp {
+        self.stamp.lock().expect("no holder panics").clone()
+    }
+
+    /// Replaces the stamp; durable when it returns. Blocking.
+    pub fn set_stamp(&self, stamp: Stamp) -> Result<(), DirectoryError> {
+        self.update_stamp(|_| Some(stamp)).map(|_| ())
+    }
+
+    /// Replaces the stamp by what `change` makes of it, if anything, with nobody between; durable when it returns. Returns the stamp
+    /// as it is then. Blocking.
+    pub fn update_stamp(&self, change: impl FnOnce(&Stamp) -> Option<Stamp>) -> Result<Stamp, DirectoryError> {
+        let mut current = self.stamp.lock().expect("no holder panics");
+        if let Some(stamp) = change(&current).filter(|stamp| *stamp != *current) {
+            write_sealed(&*self.disk, &self.path, STAMP, &stamp)?;
+            *current = stamp;
+        }
+        Ok(current.clone())
+    }
+}
+
+/// Takes the lock file, and writes the process id into it for whoever meets it.
+fn lock(path: &Path) -> Result<File, DirectoryError> {
+    let lock_path = path.join(LOCK);
+    let io_error = |source| DirectoryError::Io { path: lock_path.clone(), source };
+    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock_path);
+    let mut file = opened.map_err(io_error)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(std::fs::TryLockError::WouldBlock) => {
+            let mut text = String::new();
+            // Only for the message: what can't be read is left out of it.
+            let pid = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+            return Err(DirectoryError::Locked { path: path.to_owned(), pid });
+        }
+        Err(std::fs::TryLockError::Error(source)) => return Err(io_error(source)),
+    }
+    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(io_error)?;
+    Ok(file)
+}
+
+/// What is around a value in a file.
+#[derive(Serialize, Deserialize)]
+struct Sealed<T> {
+    format: u64,
+    /// Of the value as compact JSON, in hexadecimal.
+    checksum: String,
+    value: T,
+}
+
+/// Reads what [`write_sealed`] wrote. None: there is no such file.
+fn read_sealed<T: Serialize + DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option<T>, DirectoryError> {
+    let io_error = |source| DirectoryError::Io { path: path.to_owned(), source };
+    let damaged = |reason: String| DirectoryError::Damaged { path: path.to_owned(), reason };
+    let file = match disk.open(path, Open::Existing) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(io_error)?,
+    };
+    let bytes_len = usize::try_from(file.len().map_err(io_error)?).map_err(|error| damaged(error.to_string()))?;
+    let mut bytes = vec![0; bytes_len];
+    let read = file.read_at(&mut bytes, 0).map_err(io_error)?;
+    bytes.truncate(read);
+    let json: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    match json.get("format").and_then(serde_json::Value::as_u64) {
+        Some(FORMAT) => {}
+        Some(format) => return Err(DirectoryError::UnknownFormat { path: path.to_owned(), format }),
+        None => return Err(damaged("it does not say its format".into())),
+    }
+    let sealed: Sealed<T> = serde_json::from_value(json).map_err(|error| damaged(error.to_string()))?;
+    if checksum(&sealed.value) != sealed.checksum {
+        return Err(damaged("it does not match its checksum".into()));
+    }
+    Ok(Some(sealed.value))
+}
+
+/// Replaces a file in one step; durable when it returns.
+fn write_sealed<T: Serialize>(disk: &dyn Disk, directory: &Path, name: &str, value: &T) -> Result<(), DirectoryError> {
+    let path = directory.join(name);
+    let beside = directory.join(format!("{name}.part"));
+    let sealed = Sealed { format: FORMAT, checksum: checksum(value), value };
+    let mut bytes = serde_json::to_vec_pretty(&sealed).expect("JSON of our own types, in memory");
+    bytes.push(b'\n');
+    let written = (|| {
+        let file = disk.open(&beside, Open::Truncated)?;
+        file.write_at(&bytes, 0)?;
+        file.sync()?;
+        disk.rename(&beside, &path)?;
+        disk.sync_dir(directory)
+    })();
+    written.map_err(|source| DirectoryError::Io { path, source })
+}
+
+fn checksum<T: Serialize>(value: &T) -> String {
+    let json = serde_json::to_vec(value).expect("JSON of our own types, in memory");
+    format!("{:032x}", xxh3_128(&json))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sm::view::{Asked, Group, Node, SlotTable};
+    use crate::types::{GroupId, MapVersion, PlanEpoch};
+
+    fn member() -> Stamp {
+        let address: Address = "127.0.0.1:1".parse().expect("an address");
+        let (node, replica) = (NodeId(1), ReplicaId(u64::MAX));
+        let of = Node { address, public_address: None, directory: DirectoryId(7) };
+        let group = Group { home: node, replicas: [(replica, node)].into(), creation: [(replica, node)].into() };
+        let view = View {
+            cluster: ClusterId(u128::MAX),
+            epoch: PlanEpoch(1),
+            version: MapVersion(1),
+            asked: Asked::default(),
+            nodes: [(node, of)].into(),
+            groups: [(GroupId::META, group)].into(),
+            slots: SlotTable::new(|_| GroupId(1)),
+            next_node: NodeId(2),
+            next_group: GroupId(2),
+            next_replica: ReplicaId(2),
+        };
+        Stamp::Member { cluster: view.cluster, node, meta_replica: replica, view: Box::new(view) }
+    }
+
+    fn stamps() -> Vec<Stamp> {
+        let address: Address = "127.0.0.1:1".parse().expect("an address");
+        let Stamp::Member { view, cluster, node, .. } = member() else { unreachable!("it is one") };
+        vec![
+            Stamp::Promised { view: vec![address.clone()], founder: DirectoryId(3) },
+            Stamp::Founding { view },
+            member(),
+            Stamp::Retired { cluster, node, members: vec![address] },
+            Stamp::Fresh,
+        ]
+    }
+
+    #[test]
+    fn a_directory_keeps_its_identity_and_its_stamp() {
+        let temporary = tempfile::tempdir().expect("a directory");
+        let path = temporary.path().join("a/b");
+        let first = DataDirectory::open(&path).expect("created");
+        let id = first.id();
+        assert_eq!(first.stamp(), Stamp::Fresh);
+        drop(first);
+        for stamp in stamps() {
+            let directory = DataDirectory::open(&path).expect("opened");
+            directory.set_stamp(stamp.clone()).expect("stamped");
+            assert_eq!(directory.stamp(), stamp);
+            drop(directory);
+            let again = DataDirectory::open(&path).expect("opened again");
+            assert_eq!((again.id(), again.stamp()), (id, stamp));
+        }
+        let other = DataDirectory::open(&temporary.path().join("c")).expect("another");
+        assert_ne!(other.id(), id);
+    }
+
+    #[test]
+    fn an_update_sees_the_stamp_and_may_leave_it() {
+        let temporary = tempfile::tempdir().expect("a directory");
+        let directory = DataDirectory::open(temporary.path()).expect("created");
+        let promised = |founder| Stamp::Promised { view: Vec::new(), founder: DirectoryId(founder) };
+        let promise = |founder| directory.update_stamp(|now| (*now == Stamp::Fresh).then(|| promised(founder)));
+        assert_eq!(promise(1).expect("stamped"), promised(1));
+        assert_eq!(promise(2).expect("left"), promised(1));
+    }
+
+    #[test]
+    fn a_directory_in_use_is_refused_by_name_and_process() {
+        let temporary = tempfile::tempdir().expect("a directory");
+        let directory = DataDirectory::open(temporary.path()).expect("created");
+        let error = DataDirectory::open(temporary.path()).err().expect("it is locked").to_string();
+        assert!(error.contains(&directory.path().display().to_string()), "{error}");
+        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        drop(directory);
+        DataDirectory::open(temporary.path()).expect("the lock went with its holder");
+    }
+
+    #[test]
+    fn foreign_files_are_left_alone() {
+        let temporary = tempfile::tempdir().expect("a directory");
+        let foreign = temporary.path().join("lost+found.txt");
+        std::fs::write(&foreign, "mine").expect("written");
+        DataDirectory::open(temporary.path()).expect("created beside it");
+        assert_eq!(std::fs::read(&foreign).expect("still there"), b"mine");
+    }
+
+    /// A bit that changes nothing of what is read (in white space, say) is no damage; any other is an error.
+    #[test]
+    fn damage_is_an_error_and_never_a_fresh_start() {
+        let temporary = tempfile::tempdir().expect("a directory");
+        let path = temporary.path();
+        let open = || DataDirectory::open(path).map(|directory| (directory.id(), directory.stamp()));
+        let directory = DataDirectory::open(path).expect("created");
+        directory.set_stamp(member()).expect("stamped");
+        drop(directory);
+        let whole = open().expect("opened");
+        for name in [STAMP, IDENTITY] {
+            let file = path.join(name);
+            let good = std::fs::read(&file).expect("there");
+            for bit in 0..good.len() * 8 {
+                let mut bytes = good.clone();
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                std::fs::write(&file, &bytes).expect("written");
+                if let Ok(read) = open() {
+                    assert_eq!(read, whole, "bit {bit} of {name} changed what is read");
+                }
+            }
+            for len in 0..good.len() - 1 {
+                std::fs::write(&file, &good[..len]).expect("written");
+                assert!(open().is_err(), "{name} cut to {len} bytes was believed");
+            }
+            std::fs::remove_file(&file).expect("removed");
+            assert!(open().is_err(), "a directory without its {name} was believed");
+            let newer = String::from_utf8(good.clone()).expect("text").replacen("\"format\": 1", "\"format\": 2", 1);
+            std::fs::write(&file, newer).expect("written");
+            assert!(matches!(open(), Err(DirectoryError::UnknownFormat { format: 2, .. })));
+            std::fs::write(&file, &good).expect("written");
+        }
+        assert_eq!(open().expect("whole again"), whole);
+    }
+}
