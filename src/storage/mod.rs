@@ -2,7 +2,12 @@
 
 pub mod directory;
 pub mod disk;
+pub mod mem_trees;
 pub mod sim_disk;
+pub mod sled_tree;
+pub mod snapshot;
+pub mod state;
+pub mod tree;
 
 use std::fmt;
 

@@ -1,0 +1,329 @@
+//! [`MemTrees`]: trees in memory that forget like sled does, for tests and simulation.
+//!
+//! A crash takes back the last batches, a seeded number of them, over all trees in the order in which they were written: never more
+//! than [`Trees::sync`] made durable, and after the mere end of the process never more than a flush did. [`Crash::Torn`] also takes
+//! single pairs, as a power cut does to sled's unsynced files; only the digest tells. A handle from before a crash is dead: it can
+//! neither read nor write what came after.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::tree::{Tree, Trees, Walk};
+use crate::sm::ports::{Direction, KeyRange, Pairs, Read, StoreError, WriteBatch};
+
+/// Batches that can be taken back. Older ones count as synced, so that a long simulation does not keep every value it ever wrote.
+const UNDO_BATCHES_MAX: usize = 1024;
+
+/// How a crash treats what was not synced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Crash {
+    /// The process ends: what was flushed stays.
+    Kill,
+    /// The power fails: anything since the last sync may be gone, from the end.
+    Power,
+    /// The power fails and leaves holes.
+    Torn,
+}
+
+/// Something that counts the steps of a store and says when they fail: the knife of crash tests.
+pub type Fault = Arc<dyn Fn(&str) -> io::Result<()> + Send + Sync>;
+
+/// Trees in memory. Clones share them.
+#[derive(Clone)]
+pub struct MemTrees {
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    trees: BTreeMap<String, BTreeMap<Bytes, Bytes>>,
+    /// What to put back to undo each step, oldest first.
+    undo: Vec<Undo>,
+    /// Steps at the beginning of `undo` that the end of the process leaves.
+    flushed: usize,
+    condemned: bool,
+    epoch: u64,
+    fault: Option<Fault>,
+}
+
+enum Undo {
+    Batch { tree: String, old: Vec<(Bytes, Option<Bytes>)> },
+    Created { tree: String },
+    Dropped { tree: String, pairs: BTreeMap<Bytes, Bytes> },
+}
+
+impl Default for MemTrees {
+    fn default() -> Self {
+        Self { inner: Arc::new(Mutex::new(Inner::default())) }
+    }
+}
+
+impl MemTrees {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Has `fault` asked before each changing step. Taken away by a crash.
+    pub fn set_fault(&self, fault: Fault) {
+        self.lock().fault = Some(fault);
+    }
+
+    /// Forgets a seeded part of what was not made durable, and kills every handle.
+    pub fn crash(&self, crash: Crash, seed: u64) {
+        let mut inner = self.lock();
+        let mut random = StdRng::seed_from_u64(seed);
+        let least = if crash == Crash::Kill { inner.flushed } else { 0 };
+        let kept = random.random_range(least..=inner.undo.len());
+        while inner.undo.len() > kept {
+            let undo = inner.undo.pop().expect("the loop holds while there is one");
+            inner.take_back(undo);
+        }
+        if crash == Crash::Torn {
+            inner.tear(&mut random);
+        }
+        if std::mem::take(&mut inner.condemned) {
+            inner.trees.clear();
+        }
+        inner.undo.clear();
+        inner.flushed = 0;
+        inner.epoch += 1;
+        inner.fault = None;
+    }
+
+    /// Flips a bit of one value, as a disk might. `at` picks pair and bit. False if there is nothing to flip.
+    pub fn flip(&self, tree: &str, at: usize) -> bool {
+        let mut inner = self.lock();
+        let Some(pairs) = inner.trees.get_mut(tree).filter(|pairs| !pairs.is_empty()) else { return false };
+        let nth = at % pairs.len();
+        let Some(value) = pairs.values_mut().nth(nth).filter(|value| !value.is_empty()) else { return false };
+        let mut bytes = value.to_vec();
+        let byte = (at / 8) % bytes.len();
+        bytes[byte] ^= 1 << (at % 8);
+        *value = Bytes::from(bytes);
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no holder panics")
+    }
+}
+
+impl Inner {
+    fn take_back(&mut self, undo: Undo) {
+        match undo {
+            Undo::Created { tree } => {
+                self.trees.remove(&tree);
+            }
+            Undo::Dropped { tree, pairs } => {
+                self.trees.insert(tree, pairs);
+            }
+            Undo::Batch { tree, old } => {
+                let pairs = self.trees.entry(tree).or_default();
+                for (key, value) in old {
+                    match value {
+                        Some(value) => pairs.insert(key, value),
+                        None => pairs.remove(&key),
+                    };
+                }
+            }
+        }
+    }
+
+    /// Loses some pairs of some trees.
+    fn tear(&mut self, random: &mut StdRng) {
+        for pairs in self.trees.values_mut() {
+            if random.random_bool(0.5) {
+                let one_in = random.random_range(1..20);
+                pairs.retain(|_, _| random.random_range(0..one_in) != 0);
+            }
+        }
+    }
+
+    fn step(&mut self, undo: Undo) {
+        self.undo.push(undo);
+        if self.undo.len() > UNDO_BATCHES_MAX {
+            self.undo.remove(0);
+            self.flushed = self.flushed.saturating_sub(1);
+        }
+    }
+
+    fn fault(&self, step: &str) -> Result<(), StoreError> {
+        let Some(fault) = &self.fault else { return Ok(()) };
+        fault(step).map_err(|source| StoreError::Io { context: format!("{step} of a tree"), source })
+    }
+}
+
+impl Trees for MemTrees {
+    fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
+        let mut inner = self.lock();
+        if !inner.trees.contains_key(name) {
+            inner.fault("create")?;
+            inner.trees.insert(name.to_owned(), BTreeMap::new());
+            inner.step(Undo::Created { tree: name.to_owned() });
+        }
+        Ok(Arc::new(MemTree { trees: self.clone(), name: name.to_owned(), epoch: inner.epoch }))
+    }
+
+    fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
+        let mut inner = self.lock();
+        inner.fault("drop")?;
+        if let Some(pairs) = inner.trees.remove(name) {
+            inner.step(Undo::Dropped { tree: name.to_owned(), pairs });
+        }
+        Ok(())
+    }
+
+    fn names(&self) -> Result<Vec<String>, StoreError> {
+        Ok(self.lock().trees.keys().cloned().collect())
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        let mut inner = self.lock();
+        inner.fault("sync")?;
+        inner.undo.clear();
+        inner.flushed = 0;
+        Ok(())
+    }
+
+    fn condemn(&self, _reason: &str) {
+        self.lock().condemned = true;
+    }
+}
+
+struct MemTree {
+    trees: MemTrees,
+    name: String,
+    epoch: u64,
+}
+
+impl MemTree {
+    fn lock(&self) -> Result<MutexGuard<'_, Inner>, StoreError> {
+        let inner = self.trees.lock();
+        if inner.epoch == self.epoch && inner.trees.contains_key(&self.name) {
+            return Ok(inner);
+        }
+        let source = io::Error::other("the tree was dropped, or its process is dead");
+        Err(StoreError::Io { context: format!("tree {}", self.name), source })
+    }
+}
+
+/// Pairs copied at once by a scan: it is lazy, but must not hold the lock between two items.
+const SCAN_PAGE_PAIRS: usize = 64;
+
+impl Tree for MemTree {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        Ok(self.lock()?.trees[&self.name].get(key).cloned())
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        let mut rest = Some(range.clone());
+        let pages = std::iter::from_fn(move || {
+            let range = rest.take()?;
+            let page = self.lock().and_then(|inner| {
+                let pairs = Read::scan(&inner.trees[&self.name], &range, direction);
+                pairs.take(SCAN_PAGE_PAIRS).collect::<Result<Vec<_>, _>>()
+            });
+            if let Ok(pairs) = &page
+                && pairs.len() == SCAN_PAGE_PAIRS
+                && let Some((last, _)) = pairs.last()
+            {
+                rest = Some(match direction {
+                    Direction::Forward => KeyRange { start: [last, &[0][..]].concat().into(), end: range.end },
+                    Direction::Reverse => KeyRange { start: range.start, end: Some(last.clone()) },
+                });
+            }
+            Some(page)
+        });
+        Box::new(pages.flat_map(|page| match page {
+            Ok(pairs) => pairs.into_iter().map(Ok).collect::<Vec<_>>(),
+            Err(error) => vec![Err(error)],
+        }))
+    }
+
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        let mut inner = self.lock()?;
+        inner.fault("write")?;
+        let pairs = inner.trees.get_mut(&self.name).expect("looked up by lock");
+        let mut old = Vec::with_capacity(batch.len());
+        for (key, change) in batch {
+            let before = match change {
+                Some(value) => pairs.insert(key.clone(), value),
+                None => pairs.remove(&key),
+            };
+            old.push((key, before));
+        }
+        inner.step(Undo::Batch { tree: self.name.clone(), old });
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), StoreError> {
+        let mut inner = self.lock()?;
+        inner.fault("flush")?;
+        inner.flushed = inner.undo.len();
+        Ok(())
+    }
+
+    fn walk(&self, visit: &mut dyn FnMut(&[u8], &[u8]) -> Walk) -> Result<(), StoreError> {
+        for pair in self.scan(&KeyRange::all(), Direction::Forward) {
+            let (key, value) = pair?;
+            if visit(&key, &value) == Walk::Stop {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(tree: &Arc<dyn Tree>, key: &'static str, value: &'static str) {
+        let mut batch = WriteBatch::default();
+        batch.put(key, value);
+        tree.write(batch).expect("written");
+    }
+
+    #[test]
+    fn a_crash_goes_back_to_a_batch_boundary_and_no_further_than_was_made_durable() {
+        for seed in 0..50 {
+            let trees = MemTrees::new();
+            let tree = trees.open("t").expect("opened");
+            put(&tree, "a", "1");
+            trees.sync().expect("synced");
+            put(&tree, "b", "1");
+            tree.flush().expect("flushed");
+            put(&tree, "c", "1");
+            let crash = if seed % 2 == 0 { Crash::Kill } else { Crash::Power };
+            trees.crash(crash, seed);
+            assert!(tree.get(b"a").is_err(), "a handle outlived its process");
+            let tree = trees.open("t").expect("opened again");
+            let has = |key: &str| tree.get(key.as_bytes()).expect("readable").is_some();
+            assert!(has("a"), "seed {seed}");
+            assert!(has("b") || (crash == Crash::Power && !has("c")), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn scans_page_through_in_both_directions() {
+        let trees = MemTrees::new();
+        let tree = trees.open("t").expect("opened");
+        let mut batch = WriteBatch::default();
+        for n in 0..1000u32 {
+            batch.put(n.to_be_bytes().to_vec(), "v");
+        }
+        tree.write(batch).expect("written");
+        let keys = |direction| {
+            let range = KeyRange { start: 5u32.to_be_bytes().to_vec().into(), end: Some(900u32.to_be_bytes().to_vec().into()) };
+            let keys = tree.scan(&range, direction).map(|pair| pair.expect("readable").0);
+            keys.map(|key| u32::from_be_bytes(key[..].try_into().expect("four bytes"))).collect::<Vec<_>>()
+        };
+        assert_eq!(keys(Direction::Forward), (5..900).collect::<Vec<_>>());
+        assert_eq!(keys(Direction::Reverse), (5..900).rev().collect::<Vec<_>>());
+    }
+}

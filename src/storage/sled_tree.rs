@@ -1,0 +1,319 @@
+//! [`SledTrees`]: the trees of a node in one sled database. The only file that names sled.
+//!
+//! What is known about sled 0.34.7, and how it is kept from hurting:
+//! - it may fail, panic or hang when it opens or reads damaged files: opening and walking go on in threads of their own under a limit
+//!   of time, panics become errors, and what will not open is moved aside for a fresh database (its trees can all be rebuilt);
+//! - `flush` does not reach the disk through a power cut: [`Trees::sync`] syncs file by file, and the digest of the state module
+//!   tells a torn tree;
+//! - batches that are not flushed pile up in memory, and a batch holds back all readers: both are kept small by the callers;
+//! - a dead thread of sled would be met as an error of a later call, which stops the replica.
+
+use std::any::Any;
+use std::fs::File;
+use std::io;
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::tree::{Tree, Trees, Walk};
+use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError, WriteBatch};
+
+/// The file in the database's directory that has the next start move it aside.
+const CONDEMNED: &str = "CONDEMNED";
+
+/// sled's own tree, which it always has.
+const DEFAULT_TREE: &str = "__sled__default";
+
+/// How sled is run.
+#[derive(Debug, Clone)]
+pub struct SledOptions {
+    pub cache_bytes: u64,
+    /// How long opening, or one step of a walk, may take; opening has a second more for every 16 MiB of files.
+    pub patience: Duration,
+}
+
+impl Default for SledOptions {
+    fn default() -> Self {
+        Self { cache_bytes: 64 << 20, patience: Duration::from_secs(60) }
+    }
+}
+
+/// Why there is no database.
+#[derive(Debug, thiserror::Error)]
+pub enum SledError {
+    #[error("the map database {path} cannot be used: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    /// A thread of this process still hangs in the damaged files, which are out of the way now: start the process again.
+    #[error("the map database did not open in time and was moved to {moved_to}; the process must be started again")]
+    Hangs { moved_to: PathBuf },
+    #[error("a fresh map database {path} does not open: {reason}")]
+    Fresh { path: PathBuf, reason: String },
+}
+
+/// The trees of a node.
+pub struct SledTrees {
+    db: sled::Db,
+    path: PathBuf,
+    patience: Duration,
+}
+
+impl SledTrees {
+    /// Opens the database at `path`. One that does not open is moved to `<path>.damaged` (in the place of an earlier one) and a fresh
+    /// one is begun. Blocking.
+    pub fn open(path: &Path, options: &SledOptions) -> Result<Self, SledError> {
+        let condemned = std::fs::read_to_string(path.join(CONDEMNED)).ok();
+        let failure = match condemned {
+            Some(reason) => Attempt::Failed(format!("it was condemned: {reason}")),
+            None => attempt(path, options),
+        };
+        let (reason, hangs) = match failure {
+            Attempt::Opened(db) => return Ok(Self { db, path: path.to_owned(), patience: options.patience }),
+            Attempt::Failed(reason) => (reason, false),
+            Attempt::Hangs => ("it did not open in time".to_owned(), true),
+        };
+        let moved_to = move_aside(path).map_err(|source| SledError::Io { path: path.to_owned(), source })?;
+        tracing::warn!(path = %path.display(), moved_to = %moved_to.display(), %reason, "the map database was moved aside: all trees are rebuilt");
+        if hangs {
+            return Err(SledError::Hangs { moved_to });
+        }
+        match attempt(path, options) {
+            Attempt::Opened(db) => Ok(Self { db, path: path.to_owned(), patience: options.patience }),
+            Attempt::Failed(reason) => Err(SledError::Fresh { path: path.to_owned(), reason }),
+            Attempt::Hangs => Err(SledError::Fresh { path: path.to_owned(), reason: "it hangs".into() }),
+        }
+    }
+}
+
+enum Attempt {
+    Opened(sled::Db),
+    Failed(String),
+    Hangs,
+}
+
+/// Tries to open the database, in a thread that may never come back.
+fn attempt(path: &Path, options: &SledOptions) -> Attempt {
+    let config = sled::Config::new()
+        .path(path)
+        .cache_capacity(options.cache_bytes)
+        .mode(sled::Mode::HighThroughput)
+        .flush_every_ms(None)
+        .print_profile_on_drop(false);
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let open = move || {
+        let opened = std::panic::catch_unwind(AssertUnwindSafe(|| config.open()));
+        // Nobody listens any more if it took too long.
+        let _ = sender.send(opened);
+    };
+    let limit = options.patience + Duration::from_secs(bytes_below(path) >> 24);
+    if let Err(error) = std::thread::Builder::new().name("open-trees".into()).spawn(open) {
+        return Attempt::Failed(format!("no thread to open it in: {error}"));
+    }
+    match receiver.recv_timeout(limit) {
+        Ok(Ok(Ok(db))) => Attempt::Opened(db),
+        Ok(Ok(Err(error))) => Attempt::Failed(error.to_string()),
+        Ok(Err(panic)) => Attempt::Failed(format!("it panicked: {}", panic_text(&*panic))),
+        Err(RecvTimeoutError::Disconnected) => Attempt::Failed("its thread died".into()),
+        Err(RecvTimeoutError::Timeout) => Attempt::Hangs,
+    }
+}
+
+/// Moves the directory out of the way, in the place of an earlier one.
+fn move_aside(path: &Path) -> io::Result<PathBuf> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".damaged");
+    let aside = path.with_file_name(name);
+    match std::fs::remove_dir_all(&aside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    std::fs::rename(path, &aside)?;
+    if let Some(parent) = path.parent() {
+        File::open(parent)?.sync_all()?;
+    }
+    Ok(aside)
+}
+
+/// Bytes of the files in and below a directory, as far as they can be seen.
+fn bytes_below(path: &Path) -> u64 {
+    files_below(path).iter().filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+}
+
+/// The files in and below a directory.
+fn files_below(path: &Path) -> Vec<PathBuf> {
+    let (mut files, mut directories) = (Vec::new(), vec![path.to_owned()]);
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => directories.push(entry.path()),
+                Ok(_) => files.push(entry.path()),
+                Err(_) => {}
+            }
+        }
+    }
+    files
+}
+
+impl Trees for SledTrees {
+    fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
+        let tree = guarded("opening a tree", || self.db.open_tree(name))?;
+        Ok(Arc::new(SledTree { tree, patience: self.patience }))
+    }
+
+    fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
+        guarded("dropping a tree", || self.db.drop_tree(name)).map(|_| ())
+    }
+
+    fn names(&self) -> Result<Vec<String>, StoreError> {
+        let names = guarded("listing the trees", || Ok(self.db.tree_names()))?;
+        let mut names: Vec<String> = names.iter().filter_map(|name| String::from_utf8(name.to_vec()).ok()).collect();
+        names.retain(|name| name != DEFAULT_TREE);
+        names.sort();
+        Ok(names)
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        guarded("flushing the trees", || self.db.flush())?;
+        let io_error = |source| StoreError::Io { context: format!("syncing {}", self.path.display()), source };
+        for file in files_below(&self.path) {
+            match File::open(&file).and_then(|file| file.sync_all()) {
+                // sled removes files of its own meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => result.map_err(io_error)?,
+            }
+        }
+        File::open(&self.path).and_then(|directory| directory.sync_all()).map_err(io_error)
+    }
+
+    fn condemn(&self, reason: &str) {
+        let path = self.path.join(CONDEMNED);
+        tracing::error!(path = %self.path.display(), %reason, "the map database is given up: the next start begins a fresh one");
+        let written = File::create(&path).and_then(|mut file| {
+            io::Write::write_all(&mut file, reason.as_bytes())?;
+            file.sync_all()
+        });
+        if let Err(error) = written {
+            tracing::error!(path = %path.display(), %error, "cannot mark the map database: remove its directory by hand");
+        }
+    }
+}
+
+struct SledTree {
+    tree: sled::Tree,
+    patience: Duration,
+}
+
+impl Tree for SledTree {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        let value = guarded("reading a tree", || self.tree.get(key))?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        if range.is_empty() {
+            return Box::new(std::iter::empty());
+        }
+        let mut iter = self.tree.range::<&[u8], _>(range.bounds());
+        let mut ended = false;
+        Box::new(std::iter::from_fn(move || {
+            if ended {
+                return None;
+            }
+            let step = || match direction {
+                Direction::Forward => iter.next().transpose(),
+                Direction::Reverse => iter.next_back().transpose(),
+            };
+            let pair = guarded("scanning a tree", step).transpose();
+            ended = !matches!(pair, Some(Ok(_)));
+            let owned = |(key, value): (sled::IVec, sled::IVec)| (Bytes::copy_from_slice(&key), Bytes::copy_from_slice(&value));
+            pair.map(|pair| pair.map(owned))
+        }))
+    }
+
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        let mut sled_batch = sled::Batch::default();
+        for (key, change) in batch {
+            match change {
+                Some(value) => sled_batch.insert(&key[..], &value[..]),
+                None => sled_batch.remove(&key[..]),
+            }
+        }
+        guarded("writing a tree", || self.tree.apply_batch(sled_batch))
+    }
+
+    fn flush(&self) -> Result<(), StoreError> {
+        guarded("flushing a tree", || self.tree.flush()).map(|_| ())
+    }
+
+    fn walk(&self, visit: &mut dyn FnMut(&[u8], &[u8]) -> Walk) -> Result<(), StoreError> {
+        let (sender, receiver) = mpsc::sync_channel(WALK_PAGES_AHEAD);
+        let tree = self.tree.clone();
+        let spawned = std::thread::Builder::new().name("walk-tree".into()).spawn(move || send_pages(&tree, &sender));
+        spawned.map_err(|source| StoreError::Io { context: "walking a tree".into(), source })?;
+        loop {
+            match receiver.recv_timeout(self.patience) {
+                Ok(Ok(page)) if page.is_empty() => return Ok(()),
+                Ok(Ok(page)) => {
+                    if page.iter().any(|(key, value)| visit(key, value) == Walk::Stop) {
+                        return Ok(());
+                    }
+                }
+                Ok(Err(error)) => return Err(error),
+                Err(kind) => {
+                    let (kind, text) = match kind {
+                        RecvTimeoutError::Timeout => (io::ErrorKind::TimedOut, "sled hangs in it: start the process again"),
+                        RecvTimeoutError::Disconnected => (io::ErrorKind::Other, "its thread died"),
+                    };
+                    return Err(StoreError::Io { context: "walking a tree".into(), source: io::Error::new(kind, text) });
+                }
+            }
+        }
+    }
+}
+
+type Page = Vec<(sled::IVec, sled::IVec)>;
+
+/// Pages that a walking thread may be ahead of its reader, and how large they are.
+const WALK_PAGES_AHEAD: usize = 4;
+const WALK_PAGE_PAIRS: usize = 512;
+const WALK_PAGE_BYTES: usize = 1 << 20;
+
+/// Sends all pairs of a tree, and an empty page at the end. Ends early when nobody listens.
+fn send_pages(tree: &sled::Tree, sender: &mpsc::SyncSender<Result<Page, StoreError>>) {
+    let mut pairs = tree.iter();
+    loop {
+        let page = guarded("walking a tree", || {
+            let (mut page, mut bytes) = (Page::new(), 0);
+            while page.len() < WALK_PAGE_PAIRS && bytes < WALK_PAGE_BYTES {
+                let Some(pair) = pairs.next().transpose()? else { break };
+                bytes += pair.0.len() + pair.1.len();
+                page.push(pair);
+            }
+            Ok(page)
+        });
+        let last = page.as_ref().map_or(true, Vec::is_empty);
+        if sender.send(page).is_err() || last {
+            return;
+        }
+    }
+}
+
+/// Calls sled; its errors and its panics become ours. The database may be left in any state by a panic: the callers stop using what
+/// failed, and what is on disk is checked at the next start.
+fn guarded<T>(doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
+    let source = match std::panic::catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(value)) => return Ok(value),
+        Ok(Err(sled::Error::Io(error))) => error,
+        Ok(Err(error)) => io::Error::new(io::ErrorKind::InvalidData, error),
+        Err(panic) => io::Error::other(format!("sled panicked: {}", panic_text(&*panic))),
+    };
+    Err(StoreError::Io { context: doing.to_owned(), source })
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "for a reason that is no text".into())
+}

@@ -1,0 +1,142 @@
+//! [`SnapshotFiles`]: the directory of the snapshot files of a node.
+//!
+//! A published file is `<group>-<replica>-<term>-<index>.snap`; one that is being written ends in `.part`, and such leftovers of a
+//! crash are removed when the directory is opened. Publishing is: the file synced (by whoever wrote it), renamed, the directory synced.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::sm::ports::StoreError;
+use crate::storage::ReplicaKey;
+use crate::storage::disk::{Disk, DiskFile, Open};
+use crate::storage::state::Applied;
+use crate::types::LogId;
+
+const PUBLISHED: &str = ".snap";
+const TEMPORARY: &str = ".part";
+
+/// Names and moves snapshot files. Clones share the directory.
+#[derive(Clone)]
+pub struct SnapshotFiles {
+    disk: Arc<dyn Disk>,
+    directory: PathBuf,
+    next_temporary: Arc<AtomicU64>,
+}
+
+/// A published file as its name tells of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    pub path: PathBuf,
+    pub log_id: Option<LogId>,
+}
+
+impl SnapshotFiles {
+    /// Opens the directory, creating it where needed, and removes what a crash left half written.
+    pub fn open(disk: Arc<dyn Disk>, directory: &Path) -> Result<Self, StoreError> {
+        disk.create_dir(directory).map_err(|source| io_error("creating", directory, source))?;
+        let files = Self { disk, directory: directory.to_owned(), next_temporary: Arc::default() };
+        for name in files.names()?.iter().filter(|name| name.ends_with(TEMPORARY)) {
+            let path = directory.join(name);
+            files.disk.remove(&path).map_err(|source| io_error("removing the leftover", &path, source))?;
+        }
+        Ok(files)
+    }
+
+    pub(super) fn open_file(&self, path: &Path) -> Result<Box<dyn DiskFile>, StoreError> {
+        self.disk.open(path, Open::Existing).map_err(|source| io_error("opening", path, source))
+    }
+
+    /// An empty file under a temporary name of its own.
+    pub(crate) fn create_temporary(&self, key: ReplicaKey) -> Result<(PathBuf, Box<dyn DiskFile>), StoreError> {
+        let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
+        let path = self.directory.join(format!("{key}.{number}{TEMPORARY}"));
+        let file = self.disk.open(&path, Open::Truncated).map_err(|source| io_error("creating", &path, source))?;
+        Ok((path, file))
+    }
+
+    /// Gives a synced file its final name, durably.
+    pub(super) fn publish(&self, temporary: &Path, key: ReplicaKey, applied: &Applied) -> Result<PathBuf, StoreError> {
+        let path = self.directory.join(file_name(key, applied.log_id));
+        self.disk.rename(temporary, &path).map_err(|source| io_error("publishing", &path, source))?;
+        self.disk.sync_dir(&self.directory).map_err(|source| io_error("syncing", &self.directory, source))?;
+        Ok(path)
+    }
+
+    /// Removes a temporary file. What can't be removed now is removed at the next start.
+    pub(crate) fn discard(&self, temporary: &Path) {
+        if let Err(error) = self.disk.remove(temporary)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::debug!(path = %temporary.display(), %error, "a temporary snapshot file stays until the next start");
+        }
+    }
+
+    /// The published files of a replica, the newest first.
+    pub fn of(&self, key: ReplicaKey) -> Result<Vec<Published>, StoreError> {
+        let mut published: Vec<Published> = self
+            .names()?
+            .iter()
+            .filter_map(|name| Some(Published { log_id: log_id_of(key, name)?, path: self.directory.join(name) }))
+            .collect();
+        published.sort_by_key(|published| std::cmp::Reverse(published.log_id));
+        Ok(published)
+    }
+
+    /// Removes the published files of a replica but `keep`.
+    pub fn remove_others(&self, key: ReplicaKey, keep: Option<&Path>) -> Result<(), StoreError> {
+        let mut removed = false;
+        for published in self.of(key)?.iter().filter(|published| Some(&*published.path) != keep) {
+            self.disk.remove(&published.path).map_err(|source| io_error("removing", &published.path, source))?;
+            removed = true;
+        }
+        if removed {
+            self.disk.sync_dir(&self.directory).map_err(|source| io_error("syncing", &self.directory, source))?;
+        }
+        Ok(())
+    }
+
+    fn names(&self) -> Result<Vec<String>, StoreError> {
+        self.disk.list(&self.directory).map_err(|source| io_error("listing", &self.directory, source))
+    }
+}
+
+/// An error of the disk with what was being done to which file.
+pub(super) fn io_error(doing: &str, path: &Path, source: io::Error) -> StoreError {
+    StoreError::Io { context: format!("{doing} {}", path.display()), source }
+}
+
+fn file_name(key: ReplicaKey, log_id: Option<LogId>) -> String {
+    match log_id {
+        Some(LogId { term, index }) => format!("{key}-{term}-{index}{PUBLISHED}"),
+        None => format!("{key}-none{PUBLISHED}"),
+    }
+}
+
+/// What [`file_name`] made of it, if it is a file of this replica.
+fn log_id_of(key: ReplicaKey, name: &str) -> Option<Option<LogId>> {
+    let id = name.strip_prefix(&key.to_string())?.strip_prefix('-')?.strip_suffix(PUBLISHED)?;
+    let log_id = match id.split_once('-') {
+        Some((term, index)) => Some(LogId { term: term.parse().ok()?, index: index.parse().ok()? }),
+        None => None,
+    };
+    (file_name(key, log_id) == name).then_some(log_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{GroupId, ReplicaId};
+
+    #[test]
+    fn file_names_name_one_replica_and_log_id() {
+        let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(5) };
+        for log_id in [None, Some(LogId { term: 2, index: 900 })] {
+            assert_eq!(log_id_of(key, &file_name(key, log_id)), Some(log_id));
+        }
+        for other in ["g1-r51-2-900.snap", "g1-r5-2.snap", "g1-r5-02-1.snap", "g1-r5-2-900.snap.part", "g1-r5.0.part", "LOCK"] {
+            assert_eq!(log_id_of(key, other), None, "{other}");
+        }
+    }
+}

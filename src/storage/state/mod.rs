@@ -1,0 +1,80 @@
+//! The map of each replica: tables in memory over a tree, written down by checkpoints, and rebuilt from a snapshot file when the tree
+//! is not what it should be.
+//!
+//! One change, step by step:
+//! 1. [`ReplicaState::apply`] puts a batch into the active table (`tables`) and moves `applied` on. Reads go through the tables to the tree.
+//! 2. A full table is frozen, and waits until the log is durable through what was applied ([`Synced`]): a tree must never be ahead of
+//!    the log, which may yet lose its unsynced end.
+//! 3. The [`Checkpointer`] writes it to the tree as **one** batch, together with the tree's record (`record`): applied log id, membership,
+//!    and the digest (`digest`) of all pairs, kept up by taking the hashes of old pairs out and putting those of new ones in.
+//! 4. [`ReplicaState::build_snapshot`] holds the replica's pen, so that the tree stands still, and copies it to a snapshot file. Past a
+//!    limit of tables waiting meanwhile it gives up, lets them be written, and begins anew; the third time the writers wait instead.
+//! 5. [`ReplicaState::install`] publishes a received file, fills a new generation of the tree from it, and switches in one step: the
+//!    record comes with the generation's last batch, and the highest generation with a true record is the tree.
+//!
+//! # Why a tree is believed
+//! Durable are the log and the snapshot file. The tree is believed at a start only if all its pairs add up to the digest in its record
+//! and it is no older than the snapshot file; else it is rebuilt. That covers a crash of the process (the tree comes back at an earlier
+//! batch boundary: a true older state, and the log still holds what follows, because it is purged only up to the snapshot file), and
+//! also a power cut, which may tear the tree's unsynced files in any way: either it comes back at a batch boundary all the same, or
+//! the digest does not hold (by accident: one in 2^128). So no mark of the machine's boot is needed to tell the two crashes apart.
+//!
+//! Kept out: the log, and when a snapshot is due (both the caller's); what the pairs mean (the core's).
+
+pub mod digest;
+mod open;
+mod record;
+mod replica;
+mod scan;
+mod store;
+mod tables;
+
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+pub use self::open::{Opened, Origin};
+pub use self::replica::{ReplicaState, TableBytes};
+pub use self::store::{Checkpointer, StateMetrics, StateStore};
+pub use self::tables::ReadGuard;
+use crate::types::LogId;
+
+/// Through where the log was applied, and what the last membership in that part was.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Applied {
+    pub log_id: Option<LogId>,
+    /// Opaque here.
+    pub membership: Bytes,
+}
+
+/// What is called once the log is durable through an id, or never will be.
+pub type OnSynced = Box<dyn FnOnce(io::Result<()>) + Send>;
+
+/// The log's side of a checkpoint.
+pub trait Synced: Send + Sync {
+    /// Calls `done` once the log is durable through `log_id`: at once if it is. An error says that the log has failed.
+    fn on_synced(&self, log_id: LogId, done: OnSynced);
+}
+
+/// How much is kept in memory. All limits are in bytes of keys, values and their overhead.
+#[derive(Debug, Clone)]
+pub struct StateOptions {
+    /// A table this large is frozen: the size of a checkpoint's batch. Reads of the tree wait while a batch is written.
+    pub table_bytes_max: usize,
+    /// Frozen tables of one replica past which [`ReplicaState::wait_room`] waits; past half of it a snapshot scan gives up.
+    pub frozen_bytes_max: usize,
+    /// Tables of all replicas. Past half of it in active tables, the largest are frozen before they are full.
+    pub node_bytes_max: usize,
+}
+
+impl Default for StateOptions {
+    fn default() -> Self {
+        Self { table_bytes_max: 1 << 20, frozen_bytes_max: 32 << 20, node_bytes_max: 256 << 20 }
+    }
+}

@@ -1,0 +1,271 @@
+//! Opening a replica's map: which tree is believed, or what it is rebuilt from.
+
+use std::sync::Arc;
+
+use super::Applied;
+use super::digest::{Digest, PairHasher};
+use super::record::{RECORD_KEY, RESERVED, TreeRecord, generation_of, tree_name};
+use crate::sm::ports::{StoreError, WriteBatch};
+use crate::storage::ReplicaKey;
+use crate::storage::snapshot::Snapshot;
+use crate::storage::snapshot::files::SnapshotFiles;
+use crate::storage::tree::{Tree, Trees, Walk};
+
+/// Bytes of unflushed batches while a generation is filled: sled keeps them in memory.
+const FILL_FLUSH_BYTES: usize = 8 << 20;
+
+/// How a replica's map was found. Whether the replica is lost is for the caller to say, who knows where the log begins: it is, when
+/// the log was purged past what is applied now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opened {
+    pub origin: Origin,
+    /// Why the newest snapshot file is not believed, if it is there and is not. It stays until the next snapshot is durable.
+    pub damaged_snapshot: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// There was nothing.
+    New,
+    /// The tree passed its check.
+    Tree,
+    /// The tree was missing, damaged or older than the snapshot file, and was filled anew.
+    Rebuilt { reason: String, from_snapshot: bool },
+}
+
+/// A map that is ready to serve.
+pub(super) struct Found {
+    pub tree: Arc<dyn Tree>,
+    pub record: TreeRecord,
+    pub snapshot: Option<Snapshot>,
+    pub opened: Opened,
+}
+
+/// A tree and what it says of itself.
+type Believed = (Arc<dyn Tree>, TreeRecord);
+
+/// What looking at a tree said.
+enum Verdict {
+    Good(TreeRecord),
+    /// No pairs, no record.
+    Empty,
+    Bad(String),
+}
+
+/// Opens the map of `key`: the tree if it is believed, else one rebuilt. `batch_bytes` is the size of a batch when filling.
+pub(super) fn open_map(
+    trees: &dyn Trees,
+    files: &SnapshotFiles,
+    key: ReplicaKey,
+    batch_bytes: usize,
+) -> Result<Found, StoreError> {
+    let (mut snapshots, mut damaged_snapshot) = open_snapshots(files, key)?;
+    let mut generations = generations(trees, key)?;
+    let (good, reason) = newest_good(trees, key, &generations)?;
+    let snapshot_log_id = snapshots.first().and_then(|snapshot| snapshot.applied().log_id);
+
+    let reason = match (good, reason) {
+        (Some((tree, record)), _) if record.applied.log_id >= snapshot_log_id => {
+            drop_others(trees, key, &generations, record.generation);
+            let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
+            let opened = Opened { origin: Origin::Tree, damaged_snapshot };
+            return Ok(Found { tree, record, snapshot, opened });
+        }
+        (Some((_, record)), _) => format!("it is at {} and older than the snapshot file", shown(&record.applied)),
+        (None, Some(reason)) => reason,
+        (None, None) if snapshots.is_empty() => {
+            let generation = generations.first().copied().unwrap_or(1);
+            let (tree, record) = empty_generation(trees, key, generation)?;
+            return Ok(Found { tree, record, snapshot: None, opened: Opened { origin: Origin::New, damaged_snapshot } });
+        }
+        (None, None) => "it is missing".to_owned(),
+    };
+
+    let generation = generations.first().map_or(1, |newest| newest + 1);
+    generations.insert(0, generation);
+    let rebuilt = rebuild(trees, key, generation, &mut snapshots, &mut damaged_snapshot, batch_bytes);
+    let rebuilt = rebuilt.and_then(|rebuilt| match rebuilt {
+        Some(rebuilt) => Ok((rebuilt, true)),
+        // With no snapshot left to believe, a true older tree is worth more than nothing: the log may reach back to it.
+        None => match newest_good(trees, key, &generations[1..])?.0 {
+            Some(older) => Ok((older, false)),
+            None => Ok((empty_generation(trees, key, generation)?, false)),
+        },
+    });
+    let ((tree, record), from_snapshot) = rebuilt.inspect_err(|error| trees.condemn(&error.to_string()))?;
+    tracing::warn!(replica = %key, %reason, from_snapshot, applied = %shown(&record.applied), "the tree of a replica was rebuilt");
+    drop_others(trees, key, &generations, record.generation);
+    let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
+    let opened = Opened { origin: Origin::Rebuilt { reason, from_snapshot }, damaged_snapshot };
+    Ok(Found { tree, record, snapshot, opened })
+}
+
+/// Fills `generation` from a snapshot. The record comes with the last batch: until then the generation is not believed.
+pub(super) fn fill_generation(
+    trees: &dyn Trees,
+    key: ReplicaKey,
+    generation: u64,
+    snapshot: &Snapshot,
+    batch_bytes: usize,
+) -> Result<Believed, StoreError> {
+    let name = tree_name(key, generation);
+    trees.drop_tree(&name)?;
+    let tree = trees.open(&name)?;
+    let (mut batch, mut unflushed) = (WriteBatch::default(), 0);
+    snapshot.for_each(&mut |pair_key, value| {
+        if pair_key.first().is_none_or(|byte| *byte == RESERVED) {
+            return Err(StoreError::Damaged("a snapshot file holds a key that is no map's".into()));
+        }
+        batch.put(pair_key.to_vec(), value.to_vec());
+        if batch.bytes() >= batch_bytes {
+            unflushed += batch.bytes();
+            tree.write(std::mem::take(&mut batch))?;
+        }
+        if unflushed >= FILL_FLUSH_BYTES {
+            unflushed = 0;
+            tree.flush()?;
+        }
+        Ok(())
+    })?;
+    let record = TreeRecord { key, generation, applied: snapshot.applied().clone(), digest: snapshot.trailer().digest };
+    batch.put(RECORD_KEY, record.encode());
+    tree.write(batch)?;
+    tree.flush()?;
+    Ok((tree, record))
+}
+
+/// The generations that there are trees of, the newest first.
+pub(super) fn generations(trees: &dyn Trees, key: ReplicaKey) -> Result<Vec<u64>, StoreError> {
+    let mut generations: Vec<u64> = trees.names()?.iter().filter_map(|name| generation_of(key, name)).collect();
+    generations.sort_unstable_by_key(|generation| std::cmp::Reverse(*generation));
+    Ok(generations)
+}
+
+/// Drops the trees of all generations but `keep`. One that can't be dropped is only in the way: it is tried again at the next start.
+pub(super) fn drop_others(trees: &dyn Trees, key: ReplicaKey, generations: &[u64], keep: u64) {
+    for generation in generations.iter().filter(|generation| **generation != keep) {
+        if let Err(error) = trees.drop_tree(&tree_name(key, *generation)) {
+            tracing::warn!(replica = %key, generation, %error, "an old tree could not be dropped");
+        }
+    }
+}
+
+/// Fills `generation` from the newest snapshot that can be read through, dropping from the list those that can't. None: none can.
+fn rebuild(
+    trees: &dyn Trees,
+    key: ReplicaKey,
+    generation: u64,
+    snapshots: &mut Vec<Snapshot>,
+    damaged: &mut Option<String>,
+    batch_bytes: usize,
+) -> Result<Option<Believed>, StoreError> {
+    while let Some(snapshot) = snapshots.first() {
+        match fill_generation(trees, key, generation, snapshot, batch_bytes) {
+            Ok(filled) => return Ok(Some(filled)),
+            Err(error @ StoreError::Io { .. }) => return Err(error),
+            Err(error @ (StoreError::Damaged(_) | StoreError::Undecodable { .. })) => {
+                damaged.get_or_insert(error.to_string());
+                tracing::error!(replica = %key, %error, "a snapshot file is damaged");
+                snapshots.remove(0);
+                trees.drop_tree(&tree_name(key, generation))?;
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn empty_generation(trees: &dyn Trees, key: ReplicaKey, generation: u64) -> Result<Believed, StoreError> {
+    let tree = trees.open(&tree_name(key, generation))?;
+    Ok((tree, TreeRecord { key, generation, applied: Applied::default(), digest: Digest::default() }))
+}
+
+/// The snapshots whose head and trailer hold, the newest first, and why the newest file is not among them.
+fn open_snapshots(files: &SnapshotFiles, key: ReplicaKey) -> Result<(Vec<Snapshot>, Option<String>), StoreError> {
+    let (mut snapshots, mut damaged) = (Vec::new(), None);
+    for published in files.of(key)? {
+        match Snapshot::open(files, &published.path) {
+            Ok(snapshot) if snapshot.written_by().group == key.group && snapshot.applied().log_id == published.log_id => {
+                snapshots.push(snapshot);
+            }
+            Ok(_) => note_damaged(key, &snapshots, &mut damaged, format!("{} is another's file", published.path.display())),
+            Err(StoreError::Damaged(reason)) => note_damaged(key, &snapshots, &mut damaged, reason),
+            // Unreachable, or of a newer version of the program: not ours to pass over.
+            Err(error @ (StoreError::Io { .. } | StoreError::Undecodable { .. })) => return Err(error),
+        }
+    }
+    Ok((snapshots, damaged))
+}
+
+fn note_damaged(key: ReplicaKey, newer: &[Snapshot], damaged: &mut Option<String>, reason: String) {
+    tracing::error!(replica = %key, %reason, "a snapshot file is damaged");
+    if newer.is_empty() {
+        damaged.get_or_insert(reason);
+    }
+}
+
+/// The newest generation whose check holds, or why the newest that had anything in it does not.
+fn newest_good(
+    trees: &dyn Trees,
+    key: ReplicaKey,
+    generations: &[u64],
+) -> Result<(Option<Believed>, Option<String>), StoreError> {
+    let mut reason = None;
+    for generation in generations {
+        let verdict = match trees.open(&tree_name(key, *generation)) {
+            Ok(tree) => check(&*tree, key, *generation).map(|verdict| (tree, verdict)),
+            Err(error) => Err(error),
+        };
+        match verdict {
+            Ok((tree, Verdict::Good(record))) => return Ok((Some((tree, record)), reason)),
+            Ok((_, Verdict::Empty)) => {}
+            Ok((_, Verdict::Bad(bad))) => {
+                reason.get_or_insert(bad);
+            }
+            // Its thread still turns: only a restart, without these files, helps.
+            Err(error @ StoreError::Io { .. }) if is_hang(&error) => {
+                trees.condemn(&error.to_string());
+                return Err(error);
+            }
+            Err(error) => {
+                reason.get_or_insert(error.to_string());
+            }
+        }
+    }
+    Ok((None, reason))
+}
+
+fn is_hang(error: &StoreError) -> bool {
+    matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::TimedOut)
+}
+
+/// Reads the whole tree and compares it with its record.
+fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<Verdict, StoreError> {
+    let (mut digest, mut hasher, mut unknown) = (Digest::default(), PairHasher::default(), false);
+    let mut record = None;
+    tree.walk(&mut |pair_key, value| {
+        if pair_key == RECORD_KEY {
+            record = Some(TreeRecord::decode(value));
+        } else if pair_key.first().is_none_or(|byte| *byte == RESERVED) {
+            unknown = true;
+        } else {
+            digest.add(hasher.hash(pair_key, value));
+        }
+        Walk::On
+    })?;
+    Ok(match record {
+        None if digest.pairs == 0 && !unknown => Verdict::Empty,
+        None => Verdict::Bad("it was never finished".into()),
+        Some(Err(error)) => Verdict::Bad(error.to_string()),
+        Some(Ok(record)) if (record.key, record.generation) != (key, generation) => {
+            Verdict::Bad(format!("it says that it is {}", tree_name(record.key, record.generation)))
+        }
+        Some(Ok(record)) if record.digest != digest || unknown => {
+            Verdict::Bad(format!("its {} pairs do not match the digest of {}", digest.pairs, record.digest.pairs))
+        }
+        Some(Ok(record)) => Verdict::Good(record),
+    })
+}
+
+fn shown(applied: &Applied) -> String {
+    applied.log_id.map_or_else(|| "the beginning".to_owned(), |log_id| log_id.to_string())
+}

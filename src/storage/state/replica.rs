@@ -1,0 +1,410 @@
+//! [`ReplicaState`]: the map of one replica while it runs.
+//!
+//! Two locks, always taken in this order: the *pen* (whoever holds it writes the tree, or keeps others from writing it), then the
+//! tables. The shelf (the current snapshot) is taken last and never held while another is waited for.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Instant;
+
+use super::digest::PairHasher;
+use super::open::{self, Found, Opened};
+use super::record::{RECORD_KEY, RESERVED, TreeRecord};
+use super::store::{Claim, Job, Shared};
+use super::tables::{Frozen, ReadGuard, Tables};
+use super::{Applied, Synced};
+use crate::sm::ports::{StoreError, WriteBatch};
+use crate::storage::ReplicaKey;
+use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
+use crate::storage::tree::Tree;
+
+/// The map of one replica. Clones share it.
+#[derive(Clone)]
+pub struct ReplicaState {
+    pub(super) replica: Arc<Replica>,
+}
+
+/// Bytes that a replica holds in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TableBytes {
+    pub active: usize,
+    pub frozen: usize,
+}
+
+pub(super) struct Replica {
+    pub key: ReplicaKey,
+    pub shared: Arc<Shared>,
+    synced: Arc<dyn Synced>,
+    tables: RwLock<Tables>,
+    pen: Mutex<Pen>,
+    pub shelf: Mutex<Option<Snapshot>>,
+    /// How many want the pen more than a snapshot scan does.
+    waiting: Mutex<usize>,
+    none_waiting: Condvar,
+    /// A checkpoint of it is queued.
+    queued: AtomicBool,
+    /// Why nothing more is applied. Final.
+    failure: OnceLock<String>,
+    opened: Opened,
+    /// Given back when the last handle goes.
+    _claim: Claim,
+}
+
+/// What the holder of the pen knows of the tree.
+pub(super) struct Pen {
+    pub record: TreeRecord,
+}
+
+impl ReplicaState {
+    pub(super) fn new(shared: Arc<Shared>, claim: Claim, synced: Arc<dyn Synced>, key: ReplicaKey, found: Found) -> Self {
+        let Found { tree, record, snapshot, opened } = found;
+        let replica = Replica {
+            key,
+            shared,
+            synced,
+            tables: RwLock::new(Tables::new(tree, record.applied.clone())),
+            pen: Mutex::new(Pen { record }),
+            shelf: Mutex::new(snapshot),
+            waiting: Mutex::new(0),
+            none_waiting: Condvar::new(),
+            queued: AtomicBool::new(false),
+            failure: OnceLock::new(),
+            opened,
+            _claim: claim,
+        };
+        Self { replica: Arc::new(replica) }
+    }
+
+    pub fn key(&self) -> ReplicaKey {
+        self.replica.key
+    }
+
+    /// How the map was found when it was opened.
+    pub fn opened(&self) -> &Opened {
+        &self.replica.opened
+    }
+
+    pub fn applied(&self) -> Applied {
+        self.replica.read_tables().applied.clone()
+    }
+
+    /// The map at this point in time, for several reads. Nothing is applied while the guard lives, so long scans go in pages.
+    pub fn read(&self) -> ReadGuard<'_> {
+        ReadGuard { tables: self.replica.read_tables() }
+    }
+
+    /// Puts a batch into the map, as of `applied`. In memory: the log is what makes it durable. Never waits for the disk; the caller
+    /// awaits [`ReplicaState::wait_room`] first, so that memory is bounded. An error is final: this replica has stopped.
+    ///
+    /// # Panics
+    /// If a key begins with a zero byte or is empty, or `applied` goes backwards: going on would make replicas differ.
+    pub fn apply(&self, batch: WriteBatch, applied: Applied) -> Result<(), StoreError> {
+        let replica = &self.replica;
+        replica.check()?;
+        let reserved = batch.iter().next().is_some_and(|(key, _)| key.first().is_none_or(|byte| *byte == RESERVED));
+        assert!(!reserved, "{}: a change of a reserved key", replica.key);
+        let frozen = {
+            let mut tables = replica.write_tables();
+            assert!(applied.log_id >= tables.applied.log_id, "{}: applied goes backwards", replica.key);
+            let before = tables.active.bytes();
+            tables.active.apply(batch);
+            tables.applied = applied;
+            replica.shared.active_bytes.replace(before, tables.active.bytes());
+            let full = tables.active.bytes() >= replica.shared.options.table_bytes_max;
+            full.then(|| replica.freeze(&mut tables))
+        };
+        match frozen {
+            Some(frozen) => replica.queue_when_synced(frozen),
+            None => replica.shared.relieve_if_needed(),
+        }
+        Ok(())
+    }
+
+    /// Waits while too many tables wait for the disk. Returns also when the replica has failed: [`ReplicaState::apply`] then says so.
+    pub async fn wait_room(&self) {
+        self.wait_until(|replica| replica.has_room()).await;
+    }
+
+    /// Freezes what is applied now, and waits until the log is durable through it. A snapshot built then holds at least that.
+    pub async fn settle(&self) {
+        let last = self.replica.freeze_rest();
+        let last = last.or_else(|| self.replica.read_tables().frozen.back().cloned());
+        let Some(last) = last else { return };
+        // Another map may be installed meanwhile: then the table waits for nothing more.
+        let gone = |replica: &Replica| !replica.read_tables().frozen.iter().any(|frozen| Arc::ptr_eq(frozen, &last));
+        self.wait_until(|replica| last.is_synced() || gone(replica)).await;
+    }
+
+    async fn wait_until(&self, done: impl Fn(&Replica) -> bool) {
+        loop {
+            let changed = self.replica.shared.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if done(&self.replica) || self.replica.failure.get().is_some() || self.replica.shared.queue.is_stopped() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Writes a snapshot file of what is applied and durable in the log (await [`ReplicaState::settle`] first for all of it), durable
+    /// when it returns; older files are removed. The current one is returned if it is as new. Blocking: call it in a worker.
+    pub fn build_snapshot(&self) -> Result<Snapshot, StoreError> {
+        super::scan::build_snapshot(&self.replica)
+    }
+
+    /// The newest durable snapshot file.
+    pub fn current_snapshot(&self) -> Option<Snapshot> {
+        self.replica.lock_shelf().clone()
+    }
+
+    /// A file for a snapshot that arrives from another replica.
+    pub fn begin_receive(&self) -> Result<SnapshotReceiver, StoreError> {
+        self.replica.check()?;
+        SnapshotReceiver::begin(&self.replica.shared.files, self.replica.key)
+    }
+
+    /// Makes a received snapshot the map: its file durable under its name, a new generation filled from it, and one switch.
+    /// Nothing of the old map is left. Blocking. After an error the old map serves on, unless the replica has failed.
+    pub fn install(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
+        let replica = &self.replica;
+        let mut pen = replica.lock_pen_first();
+        replica.check()?;
+        if snapshot.applied().log_id < replica.read_tables().applied.log_id {
+            return Err(StoreError::Damaged(format!(
+                "{}: a snapshot older than what is applied was to be installed",
+                replica.key
+            )));
+        }
+        snapshot.publish(replica.key)?;
+        *replica.lock_shelf() = Some(snapshot.clone());
+        let trees = &*replica.shared.trees;
+        let generations = open::generations(trees, replica.key)?;
+        let generation = generations.first().copied().unwrap_or(0).max(pen.record.generation) + 1;
+        let batch_bytes = replica.shared.options.table_bytes_max;
+        let filled = open::fill_generation(trees, replica.key, generation, snapshot, batch_bytes);
+        let (tree, record) = filled.inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
+        pen.record = record.clone();
+        let old = replica.switch(Tables::new(tree, record.applied));
+        drop(old);
+        open::drop_others(trees, replica.key, &generations, generation);
+        replica.shared.files.remove_others(replica.key, Some(&snapshot.path()))?;
+        replica.shared.counters.snapshots_installed.fetch_add(1, Ordering::Relaxed);
+        replica.shared.changed.notify_waiters();
+        Ok(())
+    }
+
+    pub fn bytes(&self) -> TableBytes {
+        let tables = self.replica.read_tables();
+        TableBytes { active: tables.active.bytes(), frozen: tables.frozen_bytes }
+    }
+}
+
+impl Replica {
+    pub fn read_tables(&self) -> RwLockReadGuard<'_, Tables> {
+        self.tables.read().expect("no holder panics while it changes the tables")
+    }
+
+    pub fn write_tables(&self) -> RwLockWriteGuard<'_, Tables> {
+        self.tables.write().expect("no holder panics while it changes the tables")
+    }
+
+    pub fn lock_shelf(&self) -> MutexGuard<'_, Option<Snapshot>> {
+        self.shelf.lock().expect("no holder panics")
+    }
+
+    /// The pen, after those who want it more.
+    pub fn lock_pen_last(&self) -> MutexGuard<'_, Pen> {
+        let waiting = self.waiting.lock().expect("no holder panics");
+        let none = self.none_waiting.wait_while(waiting, |waiting| *waiting > 0).expect("no holder panics");
+        drop(none);
+        self.lock_pen()
+    }
+
+    /// The pen, before a snapshot scan that holds it: the scan gives up.
+    pub fn lock_pen_first(&self) -> MutexGuard<'_, Pen> {
+        *self.waiting.lock().expect("no holder panics") += 1;
+        let pen = self.lock_pen();
+        *self.waiting.lock().expect("no holder panics") -= 1;
+        self.none_waiting.notify_all();
+        pen
+    }
+
+    pub fn is_pen_wanted(&self) -> bool {
+        *self.waiting.lock().expect("no holder panics") > 0
+    }
+
+    fn lock_pen(&self) -> MutexGuard<'_, Pen> {
+        self.pen.lock().expect("no holder of the pen panics")
+    }
+
+    /// An error if the replica has stopped.
+    pub fn check(&self) -> Result<(), StoreError> {
+        match self.failure.get() {
+            None => Ok(()),
+            Some(why) => {
+                let source = std::io::Error::other(why.clone());
+                Err(StoreError::Io { context: format!("the map of {} has stopped", self.key), source })
+            }
+        }
+    }
+
+    /// Stops the replica. The first reason stays.
+    pub fn fail(&self, why: &str) {
+        if self.failure.set(why.to_owned()).is_ok() {
+            tracing::error!(replica = %self.key, %why, "the map of a replica has stopped");
+        }
+        self.shared.changed.notify_waiters();
+    }
+
+    /// Stops the replica without complaint, as its data is wanted no more.
+    pub fn retire(&self) {
+        let _ = self.failure.set("it was wiped".into());
+        self.shared.changed.notify_waiters();
+    }
+
+    fn has_room(&self) -> bool {
+        let options = &self.shared.options;
+        self.read_tables().frozen_bytes <= options.frozen_bytes_max
+            && self.shared.frozen_bytes.get() <= options.node_bytes_max / 2
+    }
+
+    /// Whether the tables that wait for a snapshot scan have become too many.
+    pub fn is_crowded(&self) -> bool {
+        let options = &self.shared.options;
+        self.read_tables().frozen_bytes > options.frozen_bytes_max / 2
+            || self.shared.frozen_bytes.get() > options.node_bytes_max / 4
+    }
+
+    fn freeze(&self, tables: &mut Tables) -> Arc<Frozen> {
+        let bytes = tables.active.bytes();
+        let frozen = tables.freeze();
+        self.shared.active_bytes.replace(bytes, 0);
+        self.shared.frozen_bytes.replace(0, bytes);
+        frozen
+    }
+
+    /// Freezes the active table if it says anything that the tree and the frozen tables do not. The frozen one is queued.
+    pub fn freeze_rest(self: &Arc<Self>) -> Option<Arc<Frozen>> {
+        let frozen = {
+            let mut tables = self.write_tables();
+            let said = tables.frozen.back().map_or(&tables.tree_applied, |frozen| &frozen.applied);
+            (*said != tables.applied).then(|| self.freeze(&mut tables))
+        };
+        if let Some(frozen) = &frozen {
+            self.queue_when_synced(frozen.clone());
+        }
+        frozen
+    }
+
+    fn queue_when_synced(self: &Arc<Self>, frozen: Arc<Frozen>) {
+        let Some(log_id) = frozen.applied.log_id else {
+            frozen.synced.store(true, Ordering::Release);
+            return self.queue();
+        };
+        let replica = Arc::downgrade(self);
+        let done = move |result: std::io::Result<()>| {
+            let replica = replica.upgrade();
+            match result {
+                Ok(()) => {
+                    frozen.synced.store(true, Ordering::Release);
+                    if let Some(replica) = replica {
+                        replica.queue();
+                        replica.shared.changed.notify_waiters();
+                    }
+                }
+                Err(error) => {
+                    if let Some(replica) = replica {
+                        replica.fail(&format!("the log failed: {error}"));
+                    }
+                }
+            }
+        };
+        self.synced.on_synced(log_id, Box::new(done));
+    }
+
+    fn queue(self: &Arc<Self>) {
+        if !self.queued.swap(true, Ordering::AcqRel) {
+            self.shared.queue.push(Job::Checkpoint(Arc::downgrade(self)));
+        }
+    }
+
+    /// Does the queued checkpoint.
+    pub fn checkpoint(&self) {
+        self.queued.store(false, Ordering::Release);
+        let mut pen = self.lock_pen();
+        // Its caller can do nothing about an error; the next apply meets it.
+        let _ = self.checkpoint_ready(&mut pen);
+    }
+
+    /// Writes the frozen tables that may be written to the tree, the oldest first.
+    pub fn checkpoint_ready(&self, pen: &mut Pen) -> Result<(), StoreError> {
+        loop {
+            self.check()?;
+            let (frozen, tree) = {
+                let tables = self.read_tables();
+                match tables.frozen.front() {
+                    Some(frozen) if frozen.is_synced() => (frozen.clone(), tables.tree.clone()),
+                    Some(_) | None => return Ok(()),
+                }
+            };
+            let started = Instant::now();
+            let written = write_table(&*tree, &frozen, &pen.record).and_then(|record| {
+                pen.record = record;
+                self.retire_oldest();
+                tree.flush()
+            });
+            written.inspect_err(|error| self.fail(&format!("a checkpoint failed: {error}")))?;
+            self.shared.counters.count_checkpoint(started.elapsed());
+            self.shared.changed.notify_waiters();
+        }
+    }
+
+    fn retire_oldest(&self) {
+        let retired = self.write_tables().retire_oldest();
+        if let Some(retired) = retired {
+            self.shared.frozen_bytes.replace(retired.table.bytes(), 0);
+        }
+    }
+
+    /// Puts other tables in the place of these, and gives the old ones back.
+    fn switch(&self, tables: Tables) -> Tables {
+        let old = std::mem::replace(&mut *self.write_tables(), tables);
+        self.shared.active_bytes.replace(old.active.bytes(), 0);
+        self.shared.frozen_bytes.replace(old.frozen_bytes, 0);
+        old
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        let tables = self.tables.get_mut().expect("no holder panics while it changes the tables");
+        self.shared.active_bytes.replace(tables.active.bytes(), 0);
+        self.shared.frozen_bytes.replace(tables.frozen_bytes, 0);
+    }
+}
+
+/// Writes a table and the record that goes with it, as one batch. Returns the record.
+fn write_table(tree: &dyn Tree, frozen: &Frozen, record: &TreeRecord) -> Result<TreeRecord, StoreError> {
+    let mut record = TreeRecord { applied: frozen.applied.clone(), ..record.clone() };
+    let (mut batch, mut hasher) = (WriteBatch::default(), PairHasher::default());
+    for (key, change) in frozen.table.iter() {
+        let old = tree.get(key)?;
+        if old == *change {
+            continue;
+        }
+        if let Some(old) = old {
+            record.digest.subtract(hasher.hash(key, &old));
+        }
+        match change {
+            Some(value) => {
+                record.digest.add(hasher.hash(key, value));
+                batch.put(key.clone(), value.clone());
+            }
+            None => batch.delete(key.clone()),
+        }
+    }
+    batch.put(RECORD_KEY, record.encode());
+    tree.write(batch)?;
+    Ok(record)
+}

@@ -1,0 +1,113 @@
+//! Building a snapshot file: a scan of the standing tree, with the pen held.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::record::RESERVED;
+use super::replica::{Pen, Replica};
+use crate::sm::ports::StoreError;
+use crate::storage::snapshot::Snapshot;
+use crate::storage::snapshot::format::{SnapshotHead, SnapshotWriter};
+use crate::storage::tree::Walk;
+
+/// Scans given up because tables piled up meanwhile. After that many the scan goes through and the writers wait, so that a map that
+/// takes longer to scan than its tables take to fill gets a snapshot at all.
+const SCANS_GIVEN_UP_MAX: u32 = 2;
+
+/// Pairs between two looks at whether to give up.
+const PAIRS_BETWEEN_LOOKS: u64 = 256;
+
+enum Scan {
+    Done(SnapshotWriter),
+    /// The tables crowd, or another wants the pen.
+    GivenUp {
+        crowded: bool,
+    },
+}
+
+/// See [`super::ReplicaState::build_snapshot`].
+pub(super) fn build_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreError> {
+    let mut crowded_scans = 0;
+    loop {
+        let mut pen = replica.lock_pen_last();
+        replica.freeze_rest();
+        replica.checkpoint_ready(&mut pen)?;
+        replica.check()?;
+        if let Some(current) = replica.lock_shelf().as_ref().filter(|current| *current.applied() == pen.record.applied) {
+            return Ok(current.clone());
+        }
+        let head = SnapshotHead { key: replica.key, applied: pen.record.applied.clone() };
+        let files = &replica.shared.files;
+        let (path, file) = files.create_temporary(replica.key)?;
+        let scanned = scan_tree(replica, &pen, SnapshotWriter::begin(file, &head), crowded_scans < SCANS_GIVEN_UP_MAX);
+        drop(pen);
+        let written = match scanned {
+            Ok(Scan::Done(writer)) => writer.finish(),
+            Ok(Scan::GivenUp { crowded }) => {
+                files.discard(&path);
+                crowded_scans += u32::from(crowded);
+                replica.shared.counters.scans_given_up.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            Err(error) => Err(error),
+        };
+        let (file, trailer) = written.inspect_err(|_| files.discard(&path))?;
+        return publish(replica, Snapshot::unpublished(files, file, head, trailer, path));
+    }
+}
+
+/// Copies the tree's pairs, and holds them against the tree's own digest: a snapshot must not make durable what rotted in the tree.
+fn scan_tree(
+    replica: &Replica,
+    pen: &Pen,
+    writer: Result<SnapshotWriter, StoreError>,
+    may_give_up: bool,
+) -> Result<Scan, StoreError> {
+    let mut writer = writer?;
+    let tree = replica.read_tables().tree.clone();
+    let (mut failed, mut given_up, mut pairs) = (None, None, 0u64);
+    tree.walk(&mut |key, value| {
+        if key.first().is_none_or(|byte| *byte == RESERVED) {
+            return Walk::On;
+        }
+        pairs += 1;
+        if pairs.is_multiple_of(PAIRS_BETWEEN_LOOKS) {
+            let crowded = may_give_up && replica.is_crowded();
+            if crowded || replica.is_pen_wanted() {
+                given_up = Some(Scan::GivenUp { crowded });
+                return Walk::Stop;
+            }
+        }
+        match writer.add(key, value) {
+            Ok(()) => Walk::On,
+            Err(error) => {
+                failed = Some(error);
+                Walk::Stop
+            }
+        }
+    })?;
+    match (failed, given_up) {
+        (Some(error), _) => Err(error),
+        (None, Some(given_up)) => Ok(given_up),
+        (None, None) if writer.digest() != pen.record.digest => {
+            let error = StoreError::Damaged(format!("the tree of {} no longer matches its digest", replica.key));
+            replica.fail(&error.to_string());
+            Err(error)
+        }
+        (None, None) => Ok(Scan::Done(writer)),
+    }
+}
+
+/// Makes it the current snapshot, unless a newer one was installed meanwhile.
+fn publish(replica: &Replica, snapshot: Snapshot) -> Result<Snapshot, StoreError> {
+    let mut shelf = replica.lock_shelf();
+    replica.check()?;
+    if let Some(newer) = shelf.as_ref().filter(|current| current.applied().log_id > snapshot.applied().log_id) {
+        return Ok(newer.clone());
+    }
+    snapshot.publish(replica.key)?;
+    *shelf = Some(snapshot.clone());
+    replica.shared.files.remove_others(replica.key, Some(&snapshot.path()))?;
+    replica.shared.counters.snapshots_built.fetch_add(1, Ordering::Relaxed);
+    Ok(snapshot)
+}

@@ -1,0 +1,324 @@
+//! [`StateStore`]: the maps of a node, and [`Checkpointer`], which writes their frozen tables down.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::open;
+use super::record::tree_name;
+use super::replica::{Replica, ReplicaState};
+use super::{StateOptions, Synced};
+use crate::sm::ports::StoreError;
+use crate::storage::ReplicaKey;
+use crate::storage::disk::Disk;
+use crate::storage::snapshot::files::SnapshotFiles;
+use crate::storage::tree::Trees;
+
+/// The maps of all replicas of a node. When it is dropped, its checkpointer ends.
+pub struct StateStore {
+    shared: Arc<Shared>,
+}
+
+/// What is shared by the replicas of a node.
+pub(super) struct Shared {
+    pub options: StateOptions,
+    pub trees: Arc<dyn Trees>,
+    pub files: SnapshotFiles,
+    pub queue: Queue,
+    /// Told when a table was synced, written or dropped, and when a replica failed.
+    pub changed: Notify,
+    pub active_bytes: Gauge,
+    pub frozen_bytes: Gauge,
+    pub counters: Counters,
+    /// A relief is queued.
+    relieving: AtomicBool,
+    replicas: Mutex<BTreeMap<ReplicaKey, Weak<Replica>>>,
+}
+
+/// What the maps of a node hold and did since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StateMetrics {
+    pub replicas: usize,
+    pub active_bytes: usize,
+    pub frozen_bytes: usize,
+    pub checkpoints: u64,
+    pub checkpoint_us_total: u64,
+    pub checkpoint_us_max: u64,
+    pub snapshots_built: u64,
+    pub snapshots_installed: u64,
+    pub scans_given_up: u64,
+}
+
+impl StateStore {
+    /// Opens the maps of a node over `trees`; snapshot files are in `dir/snapshots`. The [`Checkpointer`] must be run, or pumped.
+    pub fn open(
+        trees: Arc<dyn Trees>,
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        options: StateOptions,
+    ) -> Result<(Self, Checkpointer), StoreError> {
+        let files = SnapshotFiles::open(disk, &dir.join("snapshots"))?;
+        let shared = Arc::new(Shared {
+            options,
+            trees,
+            files,
+            queue: Queue::default(),
+            changed: Notify::new(),
+            active_bytes: Gauge::default(),
+            frozen_bytes: Gauge::default(),
+            counters: Counters::default(),
+            relieving: AtomicBool::new(false),
+            replicas: Mutex::default(),
+        });
+        Ok((Self { shared: shared.clone() }, Checkpointer { shared }))
+    }
+
+    /// Opens or creates the map of a replica, reading through its tree to check it; [`ReplicaState::opened`] says what was found.
+    /// `synced` is the log of the same replica. An error if it is open already. Blocking.
+    pub fn replica(&self, key: ReplicaKey, synced: Arc<dyn Synced>) -> Result<ReplicaState, StoreError> {
+        let claim = Claim::new(&self.shared, key)?;
+        let found = open::open_map(&*self.shared.trees, &self.shared.files, key, self.shared.options.table_bytes_max)?;
+        let state = ReplicaState::new(self.shared.clone(), claim, synced, key, found);
+        self.shared.lock_replicas().insert(key, Arc::downgrade(&state.replica));
+        Ok(state)
+    }
+
+    /// Forgets the map of a replica, tree and snapshot file, also one that is open: its handles then only fail. Blocking.
+    pub fn wipe(&self, key: ReplicaKey) -> Result<(), StoreError> {
+        let open = self.shared.lock_replicas().get(&key).and_then(Weak::upgrade);
+        let _pen = open.as_ref().map(|replica| {
+            replica.retire();
+            replica.lock_pen_first()
+        });
+        let mut shelf = open.as_ref().map(|replica| replica.lock_shelf());
+        if let Some(shelf) = &mut shelf {
+            **shelf = None;
+        }
+        for generation in open::generations(&*self.shared.trees, key)? {
+            self.shared.trees.drop_tree(&tree_name(key, generation))?;
+        }
+        self.shared.files.remove_others(key, None)
+    }
+
+    /// The clean stop: writes down all that the log holds durably, ends the checkpointer and makes the trees survive a power cut.
+    /// Not needed for anything to be kept, only for a quick start. Blocking.
+    pub fn close(&self) -> Result<(), StoreError> {
+        for replica in self.shared.open_replicas() {
+            let mut pen = replica.lock_pen_first();
+            replica.freeze_rest();
+            if let Err(error) = replica.checkpoint_ready(&mut pen) {
+                tracing::debug!(replica = %replica.key, %error, "a map was not written down at the stop");
+            }
+        }
+        self.stop();
+        self.shared.trees.sync()
+    }
+
+    pub fn metrics(&self) -> StateMetrics {
+        let counters = &self.shared.counters;
+        StateMetrics {
+            replicas: self.shared.lock_replicas().len(),
+            active_bytes: self.shared.active_bytes.get(),
+            frozen_bytes: self.shared.frozen_bytes.get(),
+            checkpoints: counters.checkpoints.load(Ordering::Relaxed),
+            checkpoint_us_total: counters.checkpoint_us_total.load(Ordering::Relaxed),
+            checkpoint_us_max: counters.checkpoint_us_max.load(Ordering::Relaxed),
+            snapshots_built: counters.snapshots_built.load(Ordering::Relaxed),
+            snapshots_installed: counters.snapshots_installed.load(Ordering::Relaxed),
+            scans_given_up: counters.scans_given_up.load(Ordering::Relaxed),
+        }
+    }
+
+    fn stop(&self) {
+        self.shared.queue.stop();
+        self.shared.changed.notify_waiters();
+    }
+}
+
+impl Drop for StateStore {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Writes frozen tables to their trees, one at a time, for all replicas of a node.
+pub struct Checkpointer {
+    shared: Arc<Shared>,
+}
+
+impl Checkpointer {
+    /// Works until the store is closed or dropped. For a thread of its own.
+    pub fn run(self) {
+        while let Some(job) = self.shared.queue.wait() {
+            self.work(job);
+        }
+    }
+
+    /// Does one job, if there is one: for a simulation in one thread.
+    pub fn pump(&mut self) -> bool {
+        let Some(job) = self.shared.queue.try_pop() else { return false };
+        self.work(job);
+        true
+    }
+
+    fn work(&self, job: Job) {
+        match job {
+            Job::Checkpoint(replica) => {
+                if let Some(replica) = replica.upgrade() {
+                    replica.checkpoint();
+                }
+            }
+            Job::Relieve => self.shared.relieve(),
+        }
+    }
+}
+
+impl Shared {
+    fn lock_replicas(&self) -> std::sync::MutexGuard<'_, BTreeMap<ReplicaKey, Weak<Replica>>> {
+        self.replicas.lock().expect("no holder panics")
+    }
+
+    fn open_replicas(&self) -> Vec<Arc<Replica>> {
+        self.lock_replicas().values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Many small active tables are as large as a few great ones: past a limit the largest are written down before they are full.
+    pub fn relieve_if_needed(&self) {
+        if self.active_bytes.get() > self.options.node_bytes_max / 2 && !self.relieving.swap(true, Ordering::AcqRel) {
+            self.queue.push(Job::Relieve);
+        }
+    }
+
+    fn relieve(&self) {
+        self.relieving.store(false, Ordering::Release);
+        let active_bytes = |replica: &Arc<Replica>| replica.read_tables().active.bytes();
+        let mut by_bytes: Vec<_> = self.open_replicas().into_iter().map(|replica| (active_bytes(&replica), replica)).collect();
+        by_bytes.sort_by_key(|(bytes, replica)| (std::cmp::Reverse(*bytes), replica.key));
+        for (_, replica) in by_bytes {
+            if self.active_bytes.get() <= self.options.node_bytes_max / 4 {
+                break;
+            }
+            replica.freeze_rest();
+        }
+    }
+}
+
+/// The right to be the one open map of a replica.
+pub(super) struct Claim {
+    shared: Arc<Shared>,
+    key: ReplicaKey,
+}
+
+impl Claim {
+    fn new(shared: &Arc<Shared>, key: ReplicaKey) -> Result<Self, StoreError> {
+        let mut replicas = shared.lock_replicas();
+        if replicas.contains_key(&key) {
+            let source = std::io::Error::new(std::io::ErrorKind::ResourceBusy, "it is open already");
+            return Err(StoreError::Io { context: format!("opening the map of {key}"), source });
+        }
+        replicas.insert(key, Weak::new());
+        Ok(Self { shared: shared.clone(), key })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.shared.lock_replicas().remove(&self.key);
+    }
+}
+
+/// What the checkpointer does.
+pub(super) enum Job {
+    Checkpoint(Weak<Replica>),
+    /// Freeze what is large.
+    Relieve,
+}
+
+/// The jobs of the checkpointer. Bounded: each replica has at most one in it, and there is at most one relief.
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<QueueState>,
+    pushed: Condvar,
+}
+
+#[derive(Default)]
+struct QueueState {
+    jobs: VecDeque<Job>,
+    stopped: bool,
+}
+
+impl Queue {
+    pub fn push(&self, job: Job) {
+        self.lock().jobs.push_back(job);
+        self.pushed.notify_one();
+    }
+
+    /// The next job, or none when stopped.
+    fn wait(&self) -> Option<Job> {
+        let waiting = self.lock();
+        let mut state =
+            self.pushed.wait_while(waiting, |state| state.jobs.is_empty() && !state.stopped).expect("no holder panics");
+        if state.stopped { None } else { state.jobs.pop_front() }
+    }
+
+    fn try_pop(&self) -> Option<Job> {
+        let mut state = self.lock();
+        if state.stopped { None } else { state.jobs.pop_front() }
+    }
+
+    fn stop(&self) {
+        self.lock().stopped = true;
+        self.pushed.notify_all();
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        self.lock().stopped
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, QueueState> {
+        self.state.lock().expect("no holder panics")
+    }
+}
+
+/// A sum that many replicas add their part to.
+#[derive(Default)]
+pub(super) struct Gauge(AtomicUsize);
+
+impl Gauge {
+    /// A part of it was `before` and is now `after`.
+    pub fn replace(&self, before: usize, after: usize) {
+        if after >= before {
+            self.0.fetch_add(after - before, Ordering::Relaxed);
+        } else {
+            self.0.fetch_sub(before - after, Ordering::Relaxed);
+        }
+    }
+
+    pub fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What happened since the start.
+#[derive(Default)]
+pub(super) struct Counters {
+    checkpoints: AtomicU64,
+    checkpoint_us_total: AtomicU64,
+    checkpoint_us_max: AtomicU64,
+    pub snapshots_built: AtomicU64,
+    pub snapshots_installed: AtomicU64,
+    pub scans_given_up: AtomicU64,
+}
+
+impl Counters {
+    pub fn count_checkpoint(&self, took: Duration) {
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.checkpoints.fetch_add(1, Ordering::Relaxed);
+        self.checkpoint_us_total.fetch_add(us, Ordering::Relaxed);
+        self.checkpoint_us_max.fetch_max(us, Ordering::Relaxed);
+    }
+}

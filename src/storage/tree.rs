@@ -1,0 +1,53 @@
+//! The seam behind which the durable half of each map stands: [`Trees`] and [`Tree`].
+//!
+//! The real one is sled (`sled_tree`), the double that forgets like sled does is in `mem_trees`. A tree is *not* trusted: it may come
+//! back from a crash at any earlier batch boundary, or damaged. What makes it believable is the digest that the `state` module keeps
+//! in it. Kept out: what the pairs mean, and every promise of durability beyond [`Trees::sync`].
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError, WriteBatch};
+
+/// A set of named trees.
+pub trait Trees: Send + Sync + 'static {
+    /// Opens the tree, or creates an empty one.
+    fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError>;
+
+    /// Forgets the tree and its pairs. Fine if there is none of that name.
+    fn drop_tree(&self, name: &str) -> Result<(), StoreError>;
+
+    /// Names of all trees, sorted.
+    fn names(&self) -> Result<Vec<String>, StoreError>;
+
+    /// Makes everything written so far survive a power cut. For a clean stop: slow.
+    fn sync(&self) -> Result<(), StoreError>;
+
+    /// Has the next start throw all trees away unread: even emptying a damaged one failed.
+    fn condemn(&self, reason: &str);
+}
+
+/// An ordered map of bytes that changes by atomic batches.
+pub trait Tree: Send + Sync {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
+
+    /// The pairs of `range`, lazily. Not a point in time: batches written meanwhile may show in parts.
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a>;
+
+    /// Does the whole batch or, after a crash, nothing of it. Batches of one set of trees are lost from the end only.
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError>;
+
+    /// Makes what was written survive the end of the process (not a power cut).
+    fn flush(&self) -> Result<(), StoreError>;
+
+    /// Visits every pair in key order, until `visit` says no more. A store that hangs on damaged files fails here instead.
+    fn walk(&self, visit: &mut dyn FnMut(&[u8], &[u8]) -> Walk) -> Result<(), StoreError>;
+}
+
+/// Whether a walk goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Walk {
+    On,
+    Stop,
+}
