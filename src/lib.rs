@@ -1,7 +1,10 @@
 //! Quorate: a sharded, linearizable key-value store.
 
 pub mod client;
+pub mod config;
+pub mod node;
 pub mod raft;
 pub mod sm;
 pub mod storage;
+pub mod telemetry;
 pub mod types;

@@ -1,0 +1,122 @@
+//! What nodes ask each other before they have a group in common: who are you, and do you promise to be founded by me.
+//!
+//! JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`.
+
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::sm::view::View;
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
+
+/// What a node says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub directory: DirectoryId,
+    pub address: Address,
+    pub public_address: Option<Address>,
+    pub standing: Standing,
+}
+
+/// How a node stands to clusters.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "standing", rename_all = "kebab-case")]
+pub enum Standing {
+    /// It belongs to none and has promised nothing. `view`: its own `VIEW` as a set.
+    Fresh { view: Vec<Address> },
+    /// It will be founded by the node with that directory, with that `VIEW`, or not at all.
+    Promised { view: Vec<Address>, founder: DirectoryId },
+    /// It belongs to a cluster. `view`: the newest that it knows.
+    Member { view: Box<View> },
+    /// It belonged to one.
+    Retired { cluster: ClusterId, members: Vec<Address> },
+}
+
+/// Asks a node for its durable, exclusive promise to be founded by the asker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromiseRequest {
+    pub view: Vec<Address>,
+    pub founder: DirectoryId,
+    pub founder_address: Address,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum PromiseReply {
+    /// Durable when this is sent.
+    Promised {
+        identity: Identity,
+    },
+    Refused {
+        reason: String,
+    },
+}
+
+/// What one node says of each replica that it hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostedReplica {
+    pub group: GroupId,
+    pub replica: ReplicaId,
+    pub leader: Option<NodeId>,
+    pub term: u64,
+    pub applied: Option<LogId>,
+    pub keys: u64,
+    pub bytes: u64,
+    pub failed: Option<String>,
+}
+
+/// Why a node gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    #[error("no answer from {address}: {source}")]
+    NoAnswer {
+        address: Address,
+        #[source]
+        source: reqwest::Error,
+    },
+    #[error("{address} answered {status}: is it a quorate node?")]
+    Status { address: Address, status: u16 },
+}
+
+/// Calls other nodes by their address.
+#[derive(Debug, Clone)]
+pub struct PeerCaller {
+    http: reqwest::Client,
+}
+
+impl PeerCaller {
+    /// # Errors
+    ///
+    /// When the HTTP client can't be set up.
+    pub fn new() -> Result<Self, reqwest::Error> {
+        let http = reqwest::Client::builder().tcp_nodelay(true).pool_idle_timeout(Duration::from_secs(10)).build()?;
+        Ok(Self { http })
+    }
+
+    pub async fn identity(&self, address: &Address, timeout: Duration) -> Result<Identity, PeerError> {
+        self.answer(address, self.http.get(format!("http://{address}/peer/identity")).timeout(timeout)).await
+    }
+
+    pub async fn promise(
+        &self,
+        address: &Address,
+        request: &PromiseRequest,
+        timeout: Duration,
+    ) -> Result<PromiseReply, PeerError> {
+        self.answer(address, self.http.post(format!("http://{address}/peer/promise")).json(request).timeout(timeout)).await
+    }
+
+    pub async fn replicas(&self, address: &Address, timeout: Duration) -> Result<Vec<HostedReplica>, PeerError> {
+        self.answer(address, self.http.get(format!("http://{address}/peer/replicas")).timeout(timeout)).await
+    }
+
+    async fn answer<T: DeserializeOwned>(&self, address: &Address, request: reqwest::RequestBuilder) -> Result<T, PeerError> {
+        let no_answer = |source| PeerError::NoAnswer { address: address.clone(), source };
+        let response = request.send().await.map_err(no_answer)?;
+        if !response.status().is_success() {
+            return Err(PeerError::Status { address: address.clone(), status: response.status().as_u16() });
+        }
+        response.json().await.map_err(no_answer)
+    }
+}

@@ -1,0 +1,127 @@
+//! What a node is told when it starts: by flags, which beat the environment.
+//!
+//! A plain value, checked once ([`NodeConfig::check`]); reading flags is in `cli::serve`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::sm::view::Asked;
+use crate::types::Address;
+
+/// The port of a node that was given none.
+pub const PORT_DEFAULT: u16 = 13800;
+
+/// The data directory of a node that was given none; with a port or an address given, a directory named by the port in it.
+pub const DATA_DIR_DEFAULT: &str = "quorate-data";
+
+/// How a node is to run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeConfig {
+    /// What others call this node, and what it is called in a `VIEW`.
+    pub address: Address,
+    /// What clients are redirected to; the address where none is given.
+    pub public_address: Option<Address>,
+    /// Where it listens.
+    pub listen: Vec<Address>,
+    /// The nodes of the cluster to found or to join; none: a cluster of one.
+    pub view: Option<Vec<Address>>,
+    pub asked: Asked,
+    pub data_dir: PathBuf,
+    /// Bytes of map held in memory by sled's cache.
+    pub cache_bytes: u64,
+    /// How long a stop may take to hand leadership over and to answer what is in flight.
+    pub stop_timeout: Duration,
+    /// Serve reads by the leader's lease, without a quorum round.
+    pub lease_reads: bool,
+    pub election_timeout_ms_min: Option<u64>,
+}
+
+/// Why a configuration makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    #[error("VIEW names {0} twice")]
+    DuplicateInView(Address),
+    #[error("VIEW is empty: name at least one address, or leave it out for a cluster of one")]
+    EmptyView,
+    #[error("{0} can be listened on but is no address that others can call: give --address or --public-address")]
+    Unspecified(Address),
+}
+
+impl NodeConfig {
+    /// # Errors
+    ///
+    /// What of it can't work, whatever the state of the disk and of other nodes.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        for address in std::iter::once(&self.address).chain(&self.public_address).chain(self.view.iter().flatten()) {
+            if is_unspecified(address) {
+                return Err(ConfigError::Unspecified(address.clone()));
+            }
+        }
+        let Some(view) = &self.view else { return Ok(()) };
+        if view.is_empty() {
+            return Err(ConfigError::EmptyView);
+        }
+        let mut sorted = view.clone();
+        sorted.sort();
+        match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(ConfigError::DuplicateInView(pair[0].clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// The `VIEW` as a set: sorted, without duplicates. Of a node without one: itself.
+    pub fn view_set(&self) -> Vec<Address> {
+        let mut view = self.view.clone().unwrap_or_else(|| vec![self.address.clone()]);
+        view.sort();
+        view.dedup();
+        view
+    }
+
+    /// A node that founds or joins, rather than wait as a spare.
+    pub fn names_itself(&self) -> bool {
+        self.view_set().contains(&self.address)
+    }
+}
+
+/// 0.0.0.0 and its like: fine to listen on, never advertised.
+fn is_unspecified(address: &Address) -> bool {
+    let host = address.host().trim_start_matches('[').trim_end_matches(']');
+    host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_unspecified())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(view: Option<&[&str]>) -> NodeConfig {
+        let address = |text: &str| text.parse::<Address>().expect("an address");
+        NodeConfig {
+            address: address("127.0.0.1:1"),
+            public_address: None,
+            listen: vec![address("127.0.0.1:1")],
+            view: view.map(|view| view.iter().map(|text| address(text)).collect()),
+            asked: Asked::default(),
+            data_dir: PathBuf::from("data"),
+            cache_bytes: 1 << 20,
+            stop_timeout: Duration::from_secs(1),
+            lease_reads: false,
+            election_timeout_ms_min: None,
+        }
+    }
+
+    #[test]
+    fn a_view_is_a_set() {
+        assert_eq!(config(Some(&["b:2", "127.0.0.1:1", "b:2"])).view_set().len(), 2);
+        assert_eq!(config(None).view_set(), vec!["127.0.0.1:1".parse().expect("an address")]);
+        assert!(config(Some(&["b:2", "127.0.0.1:1"])).names_itself());
+        assert!(!config(Some(&["b:2"])).names_itself());
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused() {
+        assert_eq!(config(Some(&[])).check(), Err(ConfigError::EmptyView));
+        assert!(matches!(config(Some(&["b:2", "b:2"])).check(), Err(ConfigError::DuplicateInView(_))));
+        assert!(matches!(config(Some(&["0.0.0.0:2", "127.0.0.1:1"])).check(), Err(ConfigError::Unspecified(_))));
+        assert_eq!(config(Some(&["b:2", "127.0.0.1:1"])).check(), Ok(()));
+    }
+}

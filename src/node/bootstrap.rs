@@ -1,0 +1,412 @@
+//! How a node with a data directory comes to belong to a cluster: it goes on from its data, founds, adopts, or waits as a spare.
+//!
+//! Decisions only: [`next_step`] says what to do after the nodes of the `VIEW` were asked who they are, and [`answer_promise`] what to say
+//! to a node that wants to found. `node::join` performs them. The invariant: **a cluster is founded only by the first node of the sorted
+//! `VIEW`, and only with a durable, exclusive promise from the data directory of every node in it.** So two nodes never found two clusters
+//! out of one `VIEW`, and a node that lost its disk never founds a second one: its peers promised another directory, or belong already.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::client::peer::{Identity, PromiseRequest, Standing};
+use crate::sm::view::View;
+use crate::storage::directory::Stamp;
+use crate::types::{Address, ClusterId, DirectoryId, NodeId};
+
+/// What a node knows of itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Own<'a> {
+    pub address: &'a Address,
+    pub directory: DirectoryId,
+    /// Its `VIEW` as a set: sorted, without duplicates.
+    pub view: &'a [Address],
+    pub stamp: &'a Stamp,
+}
+
+/// What came of asking a node who it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    Silent { reason: String },
+    Identity(Identity),
+}
+
+/// What to do next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// This directory belongs to a cluster, or is about to found one: start from it.
+    Start,
+    /// Every node of the `VIEW` answers and may promise: ask each for its promise, then found.
+    AskPromises,
+    /// A cluster names this directory as this node.
+    Adopt { view: Box<View>, node: NodeId },
+    /// Ask again in a while.
+    Wait(Waiting),
+    /// Asking again will not help.
+    Refuse(Refusal),
+}
+
+/// What a node waits for. Its `Display` is what the log and `/readyz` say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Waiting {
+    /// To found, every node of the `VIEW` must answer.
+    ForNodes(Vec<(Address, String)>),
+    /// The first of the sorted `VIEW` founds.
+    ForFounder { founder: Address },
+    /// A cluster exists that does not name this node: a view change may.
+    Spare { cluster: Option<ClusterId>, members: Vec<Address> },
+    /// The cluster names this address, with the data directory that was lost.
+    LostDirectory { cluster: ClusterId, node: NodeId, members: Vec<Address> },
+}
+
+/// What no waiting mends.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("the VIEWs differ: mine is {}, that of {other} is {}; start both with the same set of addresses", list(.mine), list(.theirs))]
+    ViewsDiffer { mine: Vec<Address>, other: Address, theirs: Vec<Address> },
+    #[error(
+        "{other} has promised to be founded by another data directory ({founder}); if that cluster was never founded, stop {other} and \
+         empty its data directory"
+    )]
+    PromisedElsewhere { other: Address, founder: DirectoryId },
+}
+
+impl fmt::Display for Waiting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Waiting::ForNodes(nodes) => {
+                let nodes: Vec<String> = nodes.iter().map(|(address, reason)| format!("{address} ({reason})")).collect();
+                write!(f, "waiting to found the cluster: no answer yet from {}", nodes.join(", "))
+            }
+            Waiting::ForFounder { founder } => write!(f, "waiting for {founder}, the first of the VIEW, to found the cluster"),
+            Waiting::Spare { cluster, members } => {
+                let cluster = cluster.map_or("the cluster".to_owned(), |id| format!("cluster {id}"));
+                write!(f, "spare: waiting for a view change of {cluster} to name this node; members: {}", list(members))
+            }
+            Waiting::LostDirectory { cluster, node, members } => write!(
+                f,
+                "cluster {cluster} knows this address as node {node} with another data directory, which counts as lost; \
+                 this one waits as a spare; members: {}",
+                list(members)
+            ),
+        }
+    }
+}
+
+impl Waiting {
+    /// The members of the cluster that exists, as far as they are known.
+    pub fn members(&self) -> &[Address] {
+        match self {
+            Waiting::Spare { members, .. } | Waiting::LostDirectory { members, .. } => members,
+            Waiting::ForNodes(_) | Waiting::ForFounder { .. } => &[],
+        }
+    }
+
+    pub fn is_spare(&self) -> bool {
+        match self {
+            Waiting::Spare { .. } | Waiting::LostDirectory { .. } => true,
+            Waiting::ForNodes(_) | Waiting::ForFounder { .. } => false,
+        }
+    }
+}
+
+/// What the node with `own` should do, having heard this from the other nodes of its `VIEW`.
+pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
+    match own.stamp {
+        Stamp::Member { .. } | Stamp::Founding { .. } => return Step::Start,
+        Stamp::Retired { cluster, members, .. } => {
+            let spare = Waiting::Spare { cluster: Some(*cluster), members: members.clone() };
+            return known_cluster(own, heard).unwrap_or(Step::Wait(spare));
+        }
+        Stamp::Fresh | Stamp::Promised { .. } => {}
+    }
+    if let Some(step) = known_cluster(own, heard) {
+        return step;
+    }
+    if !own.view.contains(own.address) {
+        return Step::Wait(Waiting::Spare { cluster: None, members: own.view.to_vec() });
+    }
+    if let Some(refusal) = first_refusal(own, heard) {
+        return Step::Refuse(refusal);
+    }
+    let others = own.view.iter().filter(|address| *address != own.address);
+    let silent: Vec<(Address, String)> = others.filter_map(|address| silence(address, heard)).collect();
+    match own.view.first() {
+        Some(founder) if founder != own.address => Step::Wait(Waiting::ForFounder { founder: founder.clone() }),
+        _ if silent.is_empty() => Step::AskPromises,
+        _ => Step::Wait(Waiting::ForNodes(silent)),
+    }
+}
+
+fn silence(address: &Address, heard: &BTreeMap<Address, Heard>) -> Option<(Address, String)> {
+    match heard.get(address) {
+        Some(Heard::Identity(_)) => None,
+        Some(Heard::Silent { reason }) => Some((address.clone(), reason.clone())),
+        None => Some((address.clone(), "not asked yet".to_owned())),
+    }
+}
+
+/// What follows from a cluster that a node of the `VIEW` belongs, or belonged, to. The newest view that anyone knows counts.
+fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step> {
+    let standings = || {
+        heard.values().filter_map(|heard| match heard {
+            Heard::Identity(identity) => Some(&identity.standing),
+            Heard::Silent { .. } => None,
+        })
+    };
+    let views = standings().filter_map(|standing| match standing {
+        Standing::Member { view } => Some(view),
+        Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Retired { .. } => None,
+    });
+    let Some(view) = views.max_by_key(|view| view.version) else {
+        return standings().find_map(|standing| match standing {
+            Standing::Retired { cluster, members } => {
+                Some(Step::Wait(Waiting::Spare { cluster: Some(*cluster), members: members.clone() }))
+            }
+            Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Member { .. } => None,
+        });
+    };
+    if let Some((node, _)) = view.nodes.iter().find(|(_, node)| node.directory == own.directory) {
+        return Some(Step::Adopt { view: view.clone(), node: *node });
+    }
+    let members = view.nodes.values().map(|node| node.address.clone()).collect();
+    let waiting = match view.node_at(own.address) {
+        Some(node) => Waiting::LostDirectory { cluster: view.cluster, node, members },
+        None => Waiting::Spare { cluster: Some(view.cluster), members },
+    };
+    Some(Step::Wait(waiting))
+}
+
+fn first_refusal(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Refusal> {
+    let i_found = own.view.first() == Some(own.address);
+    heard.iter().find_map(|(address, heard)| {
+        let Heard::Identity(identity) = heard else { return None };
+        match &identity.standing {
+            Standing::Fresh { view } | Standing::Promised { view, .. } if view != own.view && view.contains(own.address) => {
+                Some(Refusal::ViewsDiffer { mine: own.view.to_vec(), other: address.clone(), theirs: view.clone() })
+            }
+            Standing::Promised { founder, .. } if i_found && *founder != own.directory => {
+                Some(Refusal::PromisedElsewhere { other: address.clone(), founder: *founder })
+            }
+            Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Member { .. } | Standing::Retired { .. } => None,
+        }
+    })
+}
+
+/// Whether to promise, and the stamp that must be durable before the promise is sent (none: it already is).
+///
+/// A promise holds for one founding directory for ever. The same directory may ask again with another `VIEW`: had it founded with the
+/// first, it would not ask.
+///
+/// # Errors
+///
+/// Why not, for the operator of the asking node.
+pub fn answer_promise(own: Own<'_>, request: &PromiseRequest) -> Result<Option<Stamp>, String> {
+    if request.view != own.view {
+        return Err(format!("the VIEWs differ: mine is {}, yours is {}", list(own.view), list(&request.view)));
+    }
+    let promise = Stamp::Promised { view: request.view.clone(), founder: request.founder };
+    match own.stamp {
+        Stamp::Fresh => Ok(Some(promise)),
+        Stamp::Promised { founder, .. } if *founder != request.founder => Err(format!(
+            "{} has promised to be founded by the data directory {founder}, not by {}; if that cluster was never founded, empty the data \
+             directory of {}",
+            own.address, request.founder, own.address
+        )),
+        Stamp::Promised { view, .. } => Ok((*view != request.view).then_some(promise)),
+        Stamp::Founding { view } | Stamp::Member { view, .. } => {
+            Err(format!("{} belongs to cluster {}", own.address, view.cluster))
+        }
+        Stamp::Retired { cluster, .. } => Err(format!("{} belonged to cluster {cluster}", own.address)),
+    }
+}
+
+/// What a node says of itself to others.
+pub fn standing(own: Own<'_>) -> Standing {
+    match own.stamp {
+        Stamp::Fresh => Standing::Fresh { view: own.view.to_vec() },
+        Stamp::Promised { view, founder } => Standing::Promised { view: view.clone(), founder: *founder },
+        Stamp::Founding { view } | Stamp::Member { view, .. } => Standing::Member { view: view.clone() },
+        Stamp::Retired { cluster, members, .. } => Standing::Retired { cluster: *cluster, members: members.clone() },
+    }
+}
+
+/// Addresses as a list for people.
+pub fn list(addresses: &[Address]) -> String {
+    addresses.iter().map(Address::as_str).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sm::placement::first_view;
+    use crate::sm::view::{Asked, Node};
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    fn address(n: usize) -> Address {
+        format!("10.0.0.{n}:1").parse().expect("an address")
+    }
+
+    /// A node as the protocol sees it: a directory with a stamp.
+    #[derive(Debug, Clone)]
+    struct Actor {
+        address: Address,
+        directory: DirectoryId,
+        view: Vec<Address>,
+        stamp: Stamp,
+    }
+
+    impl Actor {
+        fn own(&self) -> Own<'_> {
+            Own { address: &self.address, directory: self.directory, view: &self.view, stamp: &self.stamp }
+        }
+
+        fn identity(&self) -> Identity {
+            Identity {
+                directory: self.directory,
+                address: self.address.clone(),
+                public_address: None,
+                standing: standing(self.own()),
+            }
+        }
+    }
+
+    fn actors(n: usize) -> Vec<Actor> {
+        let view: Vec<Address> = (0..n).map(address).collect();
+        let actor = |i: usize| Actor {
+            address: address(i),
+            directory: DirectoryId(i as u128 + 1),
+            view: view.clone(),
+            stamp: Stamp::Fresh,
+        };
+        (0..n).map(actor).collect()
+    }
+
+    fn heard(actors: &[Actor], by: usize, reachable: impl Fn(usize) -> bool) -> BTreeMap<Address, Heard> {
+        let others = actors.iter().enumerate().filter(|(i, _)| *i != by);
+        let hear = |(i, actor): (usize, &Actor)| {
+            let silent = Heard::Silent { reason: "connection refused".into() };
+            (actor.address.clone(), if reachable(i) { Heard::Identity(actor.identity()) } else { silent })
+        };
+        others.map(hear).collect()
+    }
+
+    fn found(actors: &[Actor]) -> View {
+        let node = |actor: &Actor| Node { address: actor.address.clone(), public_address: None, directory: actor.directory };
+        first_view(ClusterId(7), Asked::default(), actors.iter().map(node).collect()).expect("a view")
+    }
+
+    #[test]
+    fn the_first_of_the_view_founds_once_everyone_answers() {
+        let actors = actors(3);
+        let step = next_step(actors[0].own(), &heard(&actors, 0, |i| i != 2));
+        assert_eq!(step, Step::Wait(Waiting::ForNodes(vec![(address(2), "connection refused".into())])));
+        assert_eq!(next_step(actors[0].own(), &heard(&actors, 0, |_| true)), Step::AskPromises);
+        let waits = Step::Wait(Waiting::ForFounder { founder: address(0) });
+        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), waits);
+    }
+
+    #[test]
+    fn a_node_adopts_the_cluster_that_names_its_directory() {
+        let mut actors = actors(3);
+        let view = Box::new(found(&actors));
+        actors[0].stamp = Stamp::Founding { view: view.clone() };
+        let node = view.node_at(&address(1)).expect("a member");
+        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), Step::Adopt { view, node });
+    }
+
+    #[test]
+    fn a_lost_disk_waits_and_a_stranger_is_a_spare() {
+        let mut actors = actors(3);
+        let view = Box::new(found(&actors));
+        actors[1].stamp = Stamp::Founding { view };
+        actors[0].directory = DirectoryId(99);
+        let step = next_step(actors[0].own(), &heard(&actors, 0, |_| true));
+        assert!(matches!(step, Step::Wait(Waiting::LostDirectory { .. })), "{step:?}");
+        actors[0].address = address(9);
+        let step = next_step(actors[0].own(), &heard(&actors, 0, |_| true));
+        assert!(matches!(step, Step::Wait(Waiting::Spare { .. })), "{step:?}");
+    }
+
+    #[test]
+    fn views_that_differ_are_refused_naming_both() {
+        let mut actors = actors(3);
+        actors[1].view = vec![address(0), address(1)];
+        let Step::Refuse(refusal) = next_step(actors[0].own(), &heard(&actors, 0, |_| true)) else { panic!("not refused") };
+        let text = refusal.to_string();
+        assert!(text.contains("10.0.0.0:1,10.0.0.1:1,10.0.0.2:1") && text.contains("is 10.0.0.0:1,10.0.0.1:1;"), "{text}");
+        let request = PromiseRequest { view: actors[0].view.clone(), founder: DirectoryId(1), founder_address: address(0) };
+        let reason = answer_promise(actors[1].own(), &request).expect_err("refused");
+        assert!(reason.contains("10.0.0.0:1,10.0.0.1:1,10.0.0.2:1"), "{reason}");
+    }
+
+    #[test]
+    fn a_promise_is_exclusive() {
+        let mut actors = actors(2);
+        let request =
+            |founder| PromiseRequest { view: actors[0].view.clone(), founder: DirectoryId(founder), founder_address: address(0) };
+        let (first, second) = (request(1), request(2));
+        let stamp = answer_promise(actors[1].own(), &first).expect("promised").expect("a stamp");
+        actors[1].stamp = stamp;
+        assert_eq!(answer_promise(actors[1].own(), &first), Ok(None));
+        assert!(answer_promise(actors[1].own(), &second).is_err());
+    }
+
+    /// One step of the founder: it asks everyone, some answers get lost. True if it founded.
+    fn ask_promises(actors: &mut [Actor], founder: usize, random: &mut StdRng) -> bool {
+        let request = PromiseRequest {
+            view: actors[founder].view.clone(),
+            founder: actors[founder].directory,
+            founder_address: address(founder),
+        };
+        for actor in actors.iter_mut() {
+            match answer_promise(actor.own(), &request) {
+                Ok(stamp) => actor.stamp = stamp.unwrap_or(actor.stamp.clone()),
+                Err(_) => return false,
+            }
+            if random.random_bool(0.2) {
+                return false;
+            }
+        }
+        let mut view = found(actors);
+        view.cluster = ClusterId(u128::from(random.random::<u64>()));
+        actors[founder].stamp = Stamp::Founding { view: Box::new(view) };
+        true
+    }
+
+    /// Random schedules with wiped disks, lost answers and silent nodes: no directory ever belongs to two clusters.
+    #[test]
+    fn a_lost_disk_never_founds_a_second_cluster() {
+        let mut clusters = 0;
+        for seed in 0..400u64 {
+            let mut random = StdRng::seed_from_u64(seed);
+            let mut actors = actors(3);
+            let mut founded: Vec<Vec<DirectoryId>> = Vec::new();
+            let mut next_directory = 100;
+            for _ in 0..60 {
+                let i = random.random_range(0..3usize);
+                if random.random_bool(0.05) {
+                    actors[i].directory = DirectoryId(next_directory);
+                    actors[i].stamp = Stamp::Fresh;
+                    next_directory += 1;
+                    continue;
+                }
+                let up: Vec<bool> = (0..3).map(|_| random.random_bool(0.8)).collect();
+                match next_step(actors[i].own(), &heard(&actors, i, |n| up[n])) {
+                    Step::AskPromises if ask_promises(&mut actors, i, &mut random) => {
+                        founded.push(actors.iter().map(|actor| actor.directory).collect());
+                    }
+                    Step::Adopt { view, .. } => actors[i].stamp = Stamp::Founding { view },
+                    Step::AskPromises | Step::Start | Step::Wait(_) | Step::Refuse(_) => {}
+                }
+            }
+            clusters += founded.len();
+            let mut directories: Vec<DirectoryId> = founded.concat();
+            directories.sort();
+            let all = directories.len();
+            directories.dedup();
+            assert_eq!(directories.len(), all, "seed {seed}: a directory in two clusters: {founded:?}");
+        }
+        assert!(clusters > 100, "the schedules found too few clusters to show anything: {clusters}");
+    }
+}

@@ -1,0 +1,257 @@
+//! Performs what [`bootstrap`](super::bootstrap) decides: asks the nodes of the `VIEW`, promises, founds, adopts, or waits as a spare.
+//!
+//! [`Joining`] also answers the questions of others while this node itself still waits. The stamp is durable before anything is said or
+//! done that rests on it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::bootstrap::{self, Heard, Own, Refusal, Step, Waiting};
+use crate::client::peer::{Identity, PeerCaller, PromiseReply, PromiseRequest};
+use crate::config::NodeConfig;
+use crate::sm::placement::{PlacementError, first_view};
+use crate::sm::view::{self, View};
+use crate::storage::directory::{DataDirectory, DirectoryError, Stamp};
+use crate::types::{Address, ClusterId, DirectoryId, NodeId};
+
+/// How long one node is waited for when it is asked who it is.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two rounds of asking, while something may change soon.
+const ASK_INTERVAL: Duration = Duration::from_millis(200);
+/// Between two rounds of asking, for a spare: it may wait for days.
+const SPARE_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the log repeats what this node waits for.
+const TELL_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Why a node can't become part of a cluster, whatever it waits for.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("the cluster can't be founded as asked: {0}")]
+    Placement(#[from] PlacementError),
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+}
+
+/// What a node belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Joined {
+    pub node: NodeId,
+    /// The newest view that this node's own disk, or the node it adopted from, knows.
+    pub view: Box<View>,
+}
+
+/// A node's standing, before and after it joined.
+pub struct Joining {
+    config: NodeConfig,
+    view_set: Vec<Address>,
+    directory_id: DirectoryId,
+    directory: DataDirectory,
+    caller: PeerCaller,
+    waiting: watch::Sender<Option<Waiting>>,
+}
+
+impl Joining {
+    pub fn new(config: NodeConfig, directory: DataDirectory, caller: PeerCaller) -> Self {
+        let view_set = config.view_set();
+        let directory_id = directory.id();
+        Self { config, view_set, directory_id, directory, caller, waiting: watch::Sender::new(None) }
+    }
+
+    pub fn directory_id(&self) -> DirectoryId {
+        self.directory_id
+    }
+
+    pub fn config(&self) -> &NodeConfig {
+        &self.config
+    }
+
+    /// What this node waits for; none before it asked, and once it joined.
+    pub fn waiting(&self) -> Option<Waiting> {
+        self.waiting.borrow().clone()
+    }
+
+    /// Says who this node is.
+    pub fn identity(&self) -> Identity {
+        self.identity_of(&self.directory.stamp())
+    }
+
+    fn identity_of(&self, stamp: &Stamp) -> Identity {
+        Identity {
+            directory: self.directory_id,
+            address: self.config.address.clone(),
+            public_address: self.config.public_address.clone(),
+            standing: bootstrap::standing(self.own(stamp)),
+        }
+    }
+
+    /// Answers a node that wants to found. Blocks on the disk: the promise is durable when it is given.
+    pub fn promise(&self, request: &PromiseRequest) -> PromiseReply {
+        let mut refusal = None;
+        let stamped = self.directory.update_stamp(|stamp| {
+            bootstrap::answer_promise(self.own(stamp), request).unwrap_or_else(|reason| {
+                refusal = Some(reason);
+                None
+            })
+        });
+        match (refusal, stamped) {
+            (None, Ok(stamp)) => PromiseReply::Promised { identity: self.identity_of(&stamp) },
+            (None, Err(error)) => {
+                PromiseReply::Refused { reason: format!("{} can't write its promise: {error}", self.config.address) }
+            }
+            (Some(reason), _) => {
+                tracing::warn!("refused to promise {}: {reason}", request.founder_address);
+                PromiseReply::Refused { reason }
+            }
+        }
+    }
+
+    /// Records on disk that this node is `node` of the cluster with this view. Call it whenever the view has changed.
+    ///
+    /// # Errors
+    ///
+    /// When the stamp can't be written: the node may not go on as a member.
+    pub fn stamp_member(&self, node: NodeId, view: &View) -> Result<(), DirectoryError> {
+        let meta_replica = view.replica_on(crate::types::GroupId::META, node).unwrap_or_default();
+        let stamp = Stamp::Member { cluster: view.cluster, node, meta_replica, view: Box::new(view.clone()) };
+        self.directory.set_stamp(stamp)
+    }
+
+    /// Whether this directory was a member when it was opened, or has become one: its log must hold its meta replica.
+    pub fn is_stamped_member(&self) -> bool {
+        matches!(self.directory.stamp(), Stamp::Member { .. })
+    }
+
+    /// Waits until this node belongs to a cluster. None: `shutdown` came first.
+    ///
+    /// # Errors
+    ///
+    /// What no waiting mends.
+    pub async fn join(self: &Arc<Self>, shutdown: &CancellationToken) -> Result<Option<Joined>, JoinError> {
+        let mut told: Option<(Waiting, Instant)> = None;
+        loop {
+            let belongs = matches!(self.directory.stamp(), Stamp::Member { .. } | Stamp::Founding { .. });
+            let heard = if belongs { BTreeMap::new() } else { self.ask_everyone().await };
+            let step = bootstrap::next_step(self.own(&self.directory.stamp()), &heard);
+            let waiting = match step {
+                Step::Start => return Ok(Some(self.as_stamped())),
+                Step::Adopt { view, node } => {
+                    tracing::info!("this is node {node} of cluster {}", view.cluster);
+                    self.waiting.send_replace(None);
+                    return Ok(Some(Joined { node, view }));
+                }
+                Step::AskPromises => match self.found().await? {
+                    Ok(joined) => {
+                        self.waiting.send_replace(None);
+                        return Ok(Some(joined));
+                    }
+                    Err(refused) => Waiting::ForNodes(refused),
+                },
+                Step::Refuse(refusal) => return Err(refusal.into()),
+                Step::Wait(waiting) => waiting,
+            };
+            if told.as_ref().is_none_or(|(last, at)| *last != waiting || at.elapsed() >= TELL_INTERVAL) {
+                tracing::info!("{waiting}");
+                told = Some((waiting.clone(), Instant::now()));
+            }
+            let interval = if waiting.is_spare() { SPARE_INTERVAL } else { ASK_INTERVAL };
+            self.waiting.send_replace(Some(waiting));
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(None),
+                () = tokio::time::sleep(interval) => {}
+            }
+        }
+    }
+
+    fn as_stamped(&self) -> Joined {
+        match self.directory.stamp() {
+            Stamp::Member { node, view, .. } => Joined { node, view },
+            Stamp::Founding { view } => {
+                let node = view.nodes.iter().find(|(_, node)| node.directory == self.directory_id).map(|(id, _)| *id);
+                Joined { node: node.unwrap_or_default(), view }
+            }
+            Stamp::Fresh | Stamp::Promised { .. } | Stamp::Retired { .. } => unreachable!("only a member starts from its stamp"),
+        }
+    }
+
+    async fn ask_everyone(&self) -> BTreeMap<Address, Heard> {
+        let members = self.waiting().map(|waiting| waiting.members().to_vec()).unwrap_or_default();
+        let mut asked: Vec<Address> = self.view_set.iter().chain(&members).cloned().collect();
+        asked.sort();
+        asked.dedup();
+        asked.retain(|address| *address != self.config.address);
+        let answers = asked.into_iter().map(|address| async move {
+            let heard = match self.caller.identity(&address, ASK_TIMEOUT).await {
+                Ok(identity) => Heard::Identity(identity),
+                Err(error) => Heard::Silent { reason: short_reason(&error) },
+            };
+            (address, heard)
+        });
+        join_all(answers).await.into_iter().collect()
+    }
+
+    /// Asks every node for its promise; with all of them, stamps the first view. The inner error: who refused, and why.
+    async fn found(self: &Arc<Self>) -> Result<Result<Joined, Vec<(Address, String)>>, JoinError> {
+        let request = PromiseRequest {
+            view: self.view_set.clone(),
+            founder: self.directory_id,
+            founder_address: self.config.address.clone(),
+        };
+        let promises = self.view_set.iter().map(|address| self.ask_promise(address, &request));
+        let mut nodes = Vec::new();
+        let mut refused = Vec::new();
+        for (address, reply) in self.view_set.iter().zip(join_all(promises).await) {
+            match reply {
+                Ok(identity) => nodes.push(view::Node {
+                    address: address.clone(),
+                    public_address: identity.public_address,
+                    directory: identity.directory,
+                }),
+                Err(reason) => refused.push((address.clone(), reason)),
+            }
+        }
+        if !refused.is_empty() {
+            return Ok(Err(refused));
+        }
+        let cluster = ClusterId(rand::random());
+        let view = Box::new(first_view(cluster, self.config.asked, nodes)?);
+        let node = view.node_at(&self.config.address).unwrap_or_default();
+        self.directory.set_stamp(Stamp::Founding { view: view.clone() })?;
+        tracing::info!("founded cluster {cluster}: {} nodes, {} shards", view.nodes.len(), view.shards().count());
+        Ok(Ok(Joined { node, view }))
+    }
+
+    async fn ask_promise(self: &Arc<Self>, address: &Address, request: &PromiseRequest) -> Result<Identity, String> {
+        let reply = if *address == self.config.address {
+            let (own, request) = (Arc::clone(self), request.clone());
+            tokio::task::spawn_blocking(move || own.promise(&request)).await.map_err(|error| error.to_string())?
+        } else {
+            self.caller.promise(address, request, ASK_TIMEOUT).await.map_err(|error| short_reason(&error))?
+        };
+        match reply {
+            PromiseReply::Promised { identity } => Ok(identity),
+            PromiseReply::Refused { reason } => Err(reason),
+        }
+    }
+
+    fn own<'a>(&'a self, stamp: &'a Stamp) -> Own<'a> {
+        Own { address: &self.config.address, directory: self.directory_id, view: &self.view_set, stamp }
+    }
+}
+
+/// The innermost cause: "connection refused" says more than the chain that leads to it.
+fn short_reason(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
