@@ -4,30 +4,43 @@
 //! tests beside each type hold its encoding.
 
 use bytes::Bytes;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use super::ports::StoreError;
 
 /// The format written today, by every encoding in the core.
 pub const FORMAT: u8 = 1;
 
+/// Room that most small values fit in, so that their encoding is allocated once.
+const SMALL_BYTES: usize = 64;
+
 /// `value` behind its format byte.
 pub fn encode<T: Serialize>(value: &T) -> Bytes {
-    let buffer = vec![FORMAT];
+    encode_sized(value, SMALL_BYTES)
+}
+
+/// As [`encode`], for a value whose encoding takes about `capacity` bytes.
+pub fn encode_sized<T: Serialize>(value: &T, capacity: usize) -> Bytes {
+    let mut buffer = Vec::with_capacity(capacity);
+    buffer.push(FORMAT);
     let bytes = postcard::to_extend(value, buffer).expect("encoding into memory fails for no type of the core");
     Bytes::from(bytes)
 }
 
 /// Reads what [`encode`] wrote. `what` names it in the error.
-pub fn decode<T: DeserializeOwned>(bytes: &[u8], what: &'static str) -> Result<T, StoreError> {
+pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<T, StoreError> {
+    let (value, rest) = decode_first(bytes, what)?;
+    if rest.is_empty() {
+        return Ok(value);
+    }
+    Err(StoreError::Undecodable { what, reason: format!("{} bytes too many", rest.len()) })
+}
+
+/// Reads the first fields of what [`encode`] wrote, as many as `T` has, and returns the bytes after them.
+pub fn decode_first<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<(T, &'a [u8]), StoreError> {
     let undecodable = |reason: String| StoreError::Undecodable { what, reason };
     match bytes.split_first() {
-        Some((&FORMAT, body)) => match postcard::take_from_bytes(body) {
-            Ok((value, [])) => Ok(value),
-            Ok((_, rest)) => Err(undecodable(format!("{} bytes too many", rest.len()))),
-            Err(error) => Err(undecodable(error.to_string())),
-        },
+        Some((&FORMAT, body)) => postcard::take_from_bytes(body).map_err(|error| undecodable(error.to_string())),
         Some((version, _)) => Err(undecodable(format!("format {version} is unknown to this version"))),
         None => Err(undecodable("it is empty".into())),
     }

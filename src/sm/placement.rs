@@ -235,7 +235,7 @@ mod tests {
     fn spread_is_even_for_every_size() {
         for count in 1..=30 {
             for factor in [None].into_iter().chain((1..=7).map(Some)) {
-                for shards in [1, 2, 3, 5, 7, 8, 12, 16, 29, 30, 31, 60, 64, 100].map(Some).into_iter().chain([None]) {
+                for shards in [1, 2, 3, 7, 16, 31, 64].map(Some).into_iter().chain([None]) {
                     let asked = Asked { layout: Layout::Spread, replication_factor: factor, shards };
                     let Ok(view) = plan(count, asked) else {
                         assert!(usize::from(factor.unwrap_or(1)) > count);

@@ -121,6 +121,10 @@ impl WriteBatch {
 
     /// Puts every change of `later` over this one.
     pub fn merge(&mut self, later: WriteBatch) {
+        if self.is_empty() {
+            *self = later;
+            return;
+        }
         for (key, value) in later.changes {
             self.set(key, value);
         }

@@ -1,8 +1,26 @@
 //! What a shard understands: its commands, what it answers, and [`apply`], which turns an entry into an answer and a batch.
+//!
+//! `record` is how a value is stored, `entry` the map as an entry sees it while it is applied, `apply` what an entry does, `read` what
+//! is read outside of the log. Where things are in the map is in `slots`, the memory of answered requests in `requests`.
+
+mod apply;
+mod entry;
+#[cfg(test)]
+mod model_tests;
+mod read;
+mod record;
+#[cfg(test)]
+mod tests;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::apply::apply;
+pub(super) use self::entry::Entry;
+pub use self::read::{Counts, PageRequest, ReadOutcome, ScanPage, count, read, scan_page};
+pub use self::record::{decode_record, encode_record};
+use super::codec;
+use super::ports::StoreError;
 use crate::types::{GroupId, MoveId, Revision, Slot};
 
 /// One entry of a shard's log. Part of the disk format: variants are only ever added, at the end.
@@ -122,4 +140,64 @@ pub enum Rejection {
     KeyReused { slot: Slot },
     /// The memory of answered requests is full: try again when some have expired.
     RequestsFull { slot: Slot },
+}
+
+impl Command {
+    pub fn encode(&self) -> Bytes {
+        codec::encode_sized(self, self.size_hint())
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
+        codec::decode(bytes, "a command of a shard")
+    }
+
+    /// About as many bytes as the encoding takes.
+    pub fn size_hint(&self) -> usize {
+        match self {
+            Command::Write { writes, .. } => 16 + writes.iter().map(Write::size_hint).sum::<usize>(),
+            Command::Claim { slots } => 8 + 2 * slots.len(),
+        }
+    }
+}
+
+impl Write {
+    /// About as many bytes as the encoding takes.
+    pub fn size_hint(&self) -> usize {
+        let key = self.idempotency_key.as_ref().map_or(0, Bytes::len);
+        8 + key + self.operations.iter().map(Operation::size_hint).sum::<usize>()
+    }
+}
+
+impl Operation {
+    /// About as many bytes as the encoding takes.
+    pub fn size_hint(&self) -> usize {
+        let condition = match &self.condition {
+            Condition::None | Condition::Absent | Condition::Present => 0,
+            Condition::RevisionIn(revisions) | Condition::RevisionNotIn(revisions) => 1 + 4 * revisions.len(),
+        };
+        let action = match &self.action {
+            Action::Get | Action::Delete => 0,
+            Action::Put { media, value } => media.size_hint() + value.len(),
+        };
+        16 + self.key.len() + condition + action
+    }
+}
+
+impl Media {
+    fn size_hint(&self) -> usize {
+        match self {
+            Media::Text | Media::Octets | Media::Json => 1,
+            Media::Other(name) => 2 + name.len(),
+        }
+    }
+}
+
+impl Outcome {
+    pub fn encode(&self) -> Bytes {
+        codec::encode(self)
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
+        codec::decode(bytes, "an outcome of a shard")
+    }
 }
