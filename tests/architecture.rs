@@ -1,0 +1,393 @@
+//! The house rules: who may import whom, which crate is named where, and that the pure core reads no clock, disk, network or random source.
+//!
+//! It reads the sources as text, cut into words, with comments, literals and test code taken out. Test code may import what it wants.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Each module of the crate's root, and those that it may name. `lib.rs` and `main.rs` may name all.
+const LAYERS: &[(&str, &[&str])] = &[
+    ("types", &[]),
+    ("error", &["types"]),
+    ("telemetry", &["types"]),
+    ("config", &["types", "sm"]),
+    ("sm", &["types"]),
+    ("storage", &["types", "error", "telemetry", "config", "sm"]),
+    ("raft", &["types", "error", "telemetry", "config", "sm", "storage"]),
+    ("client", &["types", "error", "telemetry", "config", "sm"]),
+    ("node", &["types", "error", "telemetry", "config", "sm", "storage", "raft", "client"]),
+    ("http", &["types", "error", "telemetry", "config", "sm", "storage", "raft", "client", "node"]),
+    ("cli", &["types", "error", "telemetry", "config", "sm", "storage", "raft", "client", "node", "http"]),
+];
+
+/// Crates that only the files under these paths may name.
+const CRATES: &[(&str, &[&str])] =
+    &[("openraft", &["raft/"]), ("sled", &["storage/"]), ("axum", &["http/"]), ("reqwest", &["client/", "raft/lanes"])];
+
+/// What no file of `sm/` may name: it would make two replicas differ, or wait.
+const IMPURE: &[&[&str]] = &[
+    &["std", "time"],
+    &["std", "fs"],
+    &["std", "net"],
+    &["std", "env"],
+    &["std", "thread"],
+    &["std", "process"],
+    &["tokio"],
+    &["rand"],
+    &["futures"],
+    &["HashMap"],
+    &["HashSet"],
+    &["Instant"],
+    &["SystemTime"],
+    &["RandomState"],
+    &["async"],
+];
+
+/// A file past this wants to be two.
+const LINES_MAX: usize = 1000;
+
+#[test]
+fn layers_import_only_those_below() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let Some(layer) = source.module.first() else { continue };
+        let Some((_, allowed)) = LAYERS.iter().find(|(name, _)| name == layer) else {
+            wrong.push(format!("{}: the layer '{layer}' is not in LAYERS of tests/architecture.rs", source.path));
+            continue;
+        };
+        for named in root_modules(&source.words, &source.module) {
+            let known = LAYERS.iter().any(|(name, _)| *name == named);
+            if known && named != *layer && !allowed.contains(&named.as_str()) {
+                wrong.push(format!("{} ({layer}) names crate::{named}", source.path));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "imports against the layers:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn crates_are_named_only_where_they_belong() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        for (name, places) in CRATES {
+            if names_crate(&source.words, name) && !places.iter().any(|place| source.path.starts_with(place)) {
+                wrong.push(format!("{} names {name}, which belongs in {}", source.path, places.join(" and ")));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "crates out of their place:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_core_is_pure() {
+    let mut wrong = Vec::new();
+    for source in sources().iter().filter(|source| source.path.starts_with("sm/")) {
+        for path in IMPURE.iter().filter(|path| names_path(&source.words, path)) {
+            wrong.push(format!("{} names {}", source.path, path.join("::")));
+        }
+    }
+    assert!(wrong.is_empty(), "the pure core reaches out:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_file_says_what_lives_in_it_and_is_of_a_size() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        if !source.text.starts_with("//!") && source.text.lines().count() > 1 {
+            wrong.push(format!("{} does not open with //!", source.path));
+        }
+        let lines = source.text.lines().count();
+        if lines > LINES_MAX {
+            wrong.push(format!("{} has {lines} lines, more than {LINES_MAX}", source.path));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A source file, without its test code.
+struct Source {
+    /// Below `src/`.
+    path: String,
+    text: String,
+    /// The path of its module from the crate's root; empty for `lib.rs` and `main.rs`.
+    module: Vec<String>,
+    words: Vec<String>,
+}
+
+/// Every file of `src/`, without those that are compiled for tests alone.
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    walk(&root, &mut files);
+    let mut sources = Vec::new();
+    let mut test_modules = BTreeSet::new();
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let path = file.strip_prefix(&root).expect("below src").to_str().expect("a readable name").to_owned();
+        let module = module_of(&path);
+        let (words, tests) = without_tests(words(&text));
+        test_modules.extend(tests.into_iter().map(|name| [&module[..], &[name]].concat()));
+        sources.push(Source { path, text, module, words });
+    }
+    sources.retain(|source| !test_modules.iter().any(|test: &Vec<String>| source.module.starts_with(test)));
+    assert!(!sources.is_empty(), "no sources found");
+    sources
+}
+
+fn walk(directory: &Path, files: &mut Vec<PathBuf>) {
+    let entries = fs::read_dir(directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
+    for entry in entries {
+        let path = entry.expect("a directory entry").path();
+        if path.is_dir() {
+            walk(&path, files);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    files.sort();
+}
+
+fn module_of(path: &str) -> Vec<String> {
+    let mut module: Vec<String> = path.trim_end_matches(".rs").split('/').map(str::to_owned).collect();
+    if matches!(module.last().map(String::as_str), Some("mod" | "lib" | "main")) {
+        module.pop();
+    }
+    module
+}
+
+/// The words of a source: identifiers, `::`, and single characters. Comments and literals are left out.
+fn words(text: &str) -> Vec<String> {
+    let chars: Vec<char> = text.chars().collect();
+    let mut words = Vec::new();
+    let mut at = 0;
+    while at < chars.len() {
+        let next = chars.get(at + 1).copied();
+        match chars[at] {
+            c if c.is_whitespace() => at += 1,
+            '/' if next == Some('/') => at = position(&chars, at, |c| c == '\n'),
+            '/' if next == Some('*') => at = block_comment_end(&chars, at),
+            '"' => at = string_end(&chars, at),
+            'r' | 'b' if raw_string(&chars, at).is_some() => at = raw_string(&chars, at).expect("looked"),
+            'b' if next == Some('"') => at = string_end(&chars, at + 1),
+            '\'' => at = quote_end(&chars, at),
+            c if c.is_alphanumeric() || c == '_' => {
+                let end = position(&chars, at, |c| !(c.is_alphanumeric() || c == '_'));
+                words.push(chars[at..end].iter().collect());
+                at = end;
+            }
+            ':' if next == Some(':') => {
+                words.push("::".to_owned());
+                at += 2;
+            }
+            c => {
+                words.push(c.to_string());
+                at += 1;
+            }
+        }
+    }
+    words
+}
+
+fn position(chars: &[char], from: usize, stop: impl Fn(char) -> bool) -> usize {
+    chars[from..].iter().position(|c| stop(*c)).map_or(chars.len(), |offset| from + offset)
+}
+
+fn block_comment_end(chars: &[char], from: usize) -> usize {
+    let mut depth = 0;
+    let mut at = from;
+    while at < chars.len() {
+        match (chars[at], chars.get(at + 1)) {
+            ('/', Some('*')) => (depth, at) = (depth + 1, at + 2),
+            ('*', Some('/')) => (depth, at) = (depth - 1, at + 2),
+            _ => at += 1,
+        }
+        if depth == 0 {
+            return at;
+        }
+    }
+    at
+}
+
+fn string_end(chars: &[char], from: usize) -> usize {
+    let mut at = from + 1;
+    while at < chars.len() && chars[at] != '"' {
+        at += if chars[at] == '\\' { 2 } else { 1 };
+    }
+    at + 1
+}
+
+/// The end of `r"..."`, `r#"..."#`, `br"..."`, if one begins here.
+fn raw_string(chars: &[char], from: usize) -> Option<usize> {
+    let at = if chars[from] == 'b' { from + 1 } else { from };
+    if chars.get(at) != Some(&'r') {
+        return None;
+    }
+    let hashes = chars[at + 1..].iter().take_while(|c| **c == '#').count();
+    let open = at + 1 + hashes;
+    if chars.get(open) != Some(&'"') {
+        return None;
+    }
+    let closes =
+        |end: &usize| chars[*end] == '"' && chars[*end + 1..].iter().take(hashes).filter(|c| **c == '#').count() == hashes;
+    let end = (open + 1..chars.len()).find(closes).unwrap_or(chars.len() - 1);
+    Some(end + 1 + hashes)
+}
+
+/// Past a character literal or a lifetime's quote.
+fn quote_end(chars: &[char], from: usize) -> usize {
+    match (chars.get(from + 1), chars.get(from + 2)) {
+        (Some('\\'), _) => position(chars, from + 3, |c| c == '\'') + 1,
+        (Some(_), Some('\'')) => from + 3,
+        _ => from + 1,
+    }
+}
+
+/// Leaves out every item under `#[cfg(test)]`. Returns also the names of the modules in other files that were so marked.
+fn without_tests(words: Vec<String>) -> (Vec<String>, Vec<String>) {
+    const MARK: [&str; 7] = ["#", "[", "cfg", "(", "test", ")", "]"];
+    let mut kept = Vec::new();
+    let mut modules = Vec::new();
+    let mut at = 0;
+    while at < words.len() {
+        if !words[at..].iter().map(String::as_str).take(MARK.len()).eq(MARK) {
+            kept.push(words[at].clone());
+            at += 1;
+            continue;
+        }
+        at += MARK.len();
+        let end = item_end(&words, at);
+        let item = &words[at..end];
+        if let Some(position) = item.iter().position(|word| word == "mod")
+            && item.get(position + 2).is_some_and(|word| word == ";")
+        {
+            modules.push(item[position + 1].clone());
+        }
+        at = end;
+    }
+    (kept, modules)
+}
+
+/// Past the item that begins here: its `;`, or its block.
+fn item_end(words: &[String], from: usize) -> usize {
+    let mut depth = 0_usize;
+    for (offset, word) in words[from..].iter().enumerate() {
+        match word.as_str() {
+            "{" | "(" | "[" => depth += 1,
+            "}" | ")" | "]" => {
+                depth = depth.saturating_sub(1);
+                if depth == 0 && word == "}" {
+                    return from + offset + 1;
+                }
+            }
+            ";" | "," if depth == 0 => return from + offset + 1,
+            _ => {}
+        }
+    }
+    words.len()
+}
+
+/// The modules of the crate's root that are named by a path from `crate` or up through `super`.
+fn root_modules(words: &[String], module: &[String]) -> BTreeSet<String> {
+    let mut named = BTreeSet::new();
+    for at in 0..words.len() {
+        let inside_path = at > 0 && words[at - 1] == "::";
+        let after = match words[at].as_str() {
+            "crate" if !inside_path => at + 1,
+            "super" if !inside_path => {
+                let ups = words[at..]
+                    .chunks(2)
+                    .take_while(|pair| pair[0] == "super" && pair.get(1).is_some_and(|word| word == "::"))
+                    .count();
+                if ups != module.len() {
+                    continue;
+                }
+                at + 2 * ups - 1
+            }
+            _ => continue,
+        };
+        if words.get(after).is_none_or(|word| word != "::") {
+            continue;
+        }
+        match words.get(after + 1).map(String::as_str) {
+            Some("{") => named.extend(group_heads(words, after + 1)),
+            Some(name) => named.extend([name.to_owned()]),
+            None => {}
+        }
+    }
+    named
+}
+
+/// The first words of the paths in `{a::b, c::{d}, e}`.
+fn group_heads(words: &[String], open: usize) -> Vec<String> {
+    let mut heads = Vec::new();
+    let mut depth = 0_usize;
+    for at in open..words.len() {
+        match words[at].as_str() {
+            "{" => depth += 1,
+            "}" => depth -= 1,
+            word if depth == 1 && matches!(words[at - 1].as_str(), "{" | ",") => heads.push(word.to_owned()),
+            _ => {}
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    heads
+}
+
+fn names_crate(words: &[String], name: &str) -> bool {
+    (0..words.len()).any(|at| {
+        let starts_path = at == 0 || words[at - 1] != "::" || at < 2 || !is_name(&words[at - 2]);
+        let used = at > 0 && words[at - 1] == "use";
+        let path = words.get(at + 1).is_some_and(|word| word == "::");
+        words[at] == name && starts_path && (used || path)
+    })
+}
+
+fn is_name(word: &str) -> bool {
+    word.starts_with(|c: char| c.is_alphanumeric() || c == '_')
+}
+
+/// Whether a path is named, at once (`a::b`) or in a group (`a::{b, ..}`).
+fn names_path(words: &[String], path: &[&str]) -> bool {
+    let [first, rest @ ..] = path else { return true };
+    (0..words.len()).filter(|at| words[*at] == *first).any(|at| match rest {
+        [] => true,
+        [second, ..] => {
+            let joined = words.get(at + 1).is_some_and(|word| word == "::");
+            match words.get(at + 2).map(String::as_str) {
+                Some("{") => joined && group_heads(words, at + 2).iter().any(|head| head == second),
+                Some(word) => joined && word == *second,
+                None => false,
+            }
+        }
+    })
+}
+
+#[test]
+fn the_scanner_sees_what_it_should() {
+    let scan = |text: &str| without_tests(words(text)).0;
+    let roots = |text: &str, module: &[&str]| -> Vec<String> {
+        let module: Vec<String> = module.iter().map(|name| (*name).to_owned()).collect();
+        root_modules(&scan(text), &module).into_iter().collect()
+    };
+    assert_eq!(roots("use crate::node::Node;", &["sm"]), ["node"]);
+    assert_eq!(roots("use crate::{http::x, sm::{kv, view}, types};", &["sm"]), ["http", "sm", "types"]);
+    assert_eq!(roots("fn f() { crate::raft::go() }", &["sm"]), ["raft"]);
+    assert_eq!(roots("use super::super::cli::x; use super::other;", &["sm", "kv"]), ["cli"]);
+    assert_eq!(roots("// crate::raft\n/* crate::a /* crate::b */ */ let s = \"crate::c\"; r#\"crate::d\"#;", &["sm"]), [""; 0]);
+    assert_eq!(roots("fn f<'a>(c: char) -> &'a str { if c == '\"' { crate::raft::x } else { '\\'' } }", &["sm"]), ["raft"]);
+    assert_eq!(roots("#[cfg(test)] mod tests { use crate::raft::x; } use crate::sm;", &["sm"]), ["sm"]);
+    assert_eq!(roots("#[cfg(test)]\n#[allow(x)]\nuse crate::raft::{x, y};\nuse crate::sm;", &["sm"]), ["sm"]);
+    assert_eq!(without_tests(words("#[cfg(test)] mod doubles; mod real;")).1, ["doubles"]);
+
+    assert!(names_crate(&scan("use sled::Db;"), "sled") && names_crate(&scan("let x: ::sled::Db;"), "sled"));
+    assert!(names_crate(&scan("use sled as s;"), "sled") && !names_crate(&scan("use crate::storage::sled::Tree;"), "sled"));
+    assert!(!names_crate(&scan("let sled = 1; sledge::x()"), "sled"));
+
+    assert!(names_path(&scan("use std::time::Duration;"), &["std", "time"]));
+    assert!(names_path(&scan("use std::{fmt, time::Instant};"), &["std", "time"]));
+    assert!(!names_path(&scan("use std::{fmt, collections::BTreeMap};"), &["std", "time"]));
+    assert!(names_path(&scan("use std::collections::HashMap;"), &["HashMap"]));
+}
