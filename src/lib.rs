@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod config;
+pub mod http;
 pub mod node;
 pub mod raft;
 pub mod sm;

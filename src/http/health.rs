@@ -1,0 +1,62 @@
+//! `/healthz`, `/readyz`, `/metrics`, and the page at `/`.
+
+use std::fmt;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::{StatusCode, header};
+
+use super::Shared;
+use super::problem::Problem;
+
+/// Whether the process should be given requests.
+pub trait Readiness: Send + Sync + 'static {
+    fn ready(&self) -> Result<(), NotReady>;
+}
+
+/// Why not: a stable `code` for scripts (`spare`, `starting`, ...) and a reason for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotReady {
+    pub code: &'static str,
+    pub reason: String,
+}
+
+impl fmt::Display for NotReady {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.reason)
+    }
+}
+
+/// 200 as long as the process answers at all.
+pub(super) async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+pub(super) async fn readyz(State(app): State<Shared>) -> Response {
+    match app.readiness.ready() {
+        Ok(()) => "ready\n".into_response(),
+        Err(NotReady { code, reason }) => {
+            Problem::with_code(code, StatusCode::SERVICE_UNAVAILABLE, "Not ready", reason).retry_after_ms(1000).into_response()
+        }
+    }
+}
+
+pub(super) async fn metrics(State(app): State<Shared>) -> Response {
+    let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    (content_type, app.metrics.render(&app.bodies)).into_response()
+}
+
+pub(super) async fn front_page() -> &'static str {
+    concat!(
+        "Quorate ",
+        env!("CARGO_PKG_VERSION"),
+        ", a sharded, linearizable key-value store\n\n",
+        "GET PUT DELETE /v1/kv/<key>             a value, as raw bytes; ETag, If-Match, If-None-Match, Idempotency-Key\n",
+        "GET  /v1/kv?prefix=&start=&end=&limit=  pages of keys and values, in key order\n",
+        "POST /v1/batch                          several operations, atomic per shard\n",
+        "GET  /v1/cluster                        the view, its shards and how they are\n",
+        "POST /v1/cluster/shards/<id>/leader     hand a shard's leadership over\n",
+        "GET  /healthz /readyz /metrics\n\n",
+        "A request for a key that another node leads is answered 307: use curl -L, or ?proxy=true.\n",
+    )
+}

@@ -1,0 +1,61 @@
+//! Every limit of the serving side, in one value. All are configurable; the defaults are what the documentation promises.
+
+use std::time::Duration;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections served at once. One more is answered 503 and closed.
+    pub connections_max: usize,
+    /// A connection that has not sent a whole request head in this time, idle or slow, is closed. Longer than the idle time of common
+    /// client pools (reqwest: 90 s), so that it is the client who closes, and no request meets a connection that is just going away.
+    pub head_timeout: Duration,
+    /// Request line and headers together, and what one HTTP/1.1 connection buffers.
+    pub head_bytes_max: usize,
+    /// Requests in flight on one HTTP/2 connection.
+    pub streams_max: u32,
+    /// The body of any request.
+    pub body_bytes_max: usize,
+    /// The bodies of all requests in flight together.
+    pub bodies_bytes_max: usize,
+    /// The longest wait for the next piece of a body.
+    pub body_chunk_timeout: Duration,
+    /// The longest time that a whole body may take.
+    pub body_timeout: Duration,
+    /// One value.
+    pub value_bytes_max: usize,
+    /// The operations of one batch.
+    pub batch_operations_max: usize,
+    /// Items of a page of a listing where the client asks for no number.
+    pub page_items_default: usize,
+    pub page_items_max: usize,
+    /// How long an answer is waited for where the client says nothing.
+    pub request_timeout_default: Duration,
+    pub request_timeout_max: Duration,
+    /// Requests that take longer are logged.
+    pub slow_request: Duration,
+    /// How long a stopping server waits for requests in flight.
+    pub drain_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 20_000,
+            head_timeout: Duration::from_secs(100),
+            head_bytes_max: 64 << 10,
+            streams_max: 1024,
+            body_bytes_max: 64 << 20,
+            bodies_bytes_max: 512 << 20,
+            body_chunk_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(300),
+            value_bytes_max: 8 << 20,
+            batch_operations_max: 10_000,
+            page_items_default: 100,
+            page_items_max: 1000,
+            request_timeout_default: Duration::from_secs(5),
+            request_timeout_max: Duration::from_secs(60),
+            slow_request: Duration::from_secs(1),
+            drain_timeout: Duration::from_secs(10),
+        }
+    }
+}

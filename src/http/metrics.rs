@@ -1,0 +1,292 @@
+//! Counts and times requests, and writes `/metrics` in Prometheus' text format 0.0.4.
+//!
+//! A request costs a few relaxed atomic additions; nothing is allocated and nothing locked. What other parts count comes in through
+//! [`MetricSource`]. Series that never moved are left out.
+
+use std::fmt::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::response::Response;
+use http::Method;
+use tokio::time::Instant;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::body::BodyBudget;
+
+/// Upper bounds of the latency buckets, in microseconds. From a cached read to the longest timeout.
+const BUCKETS_US: [u64; 15] =
+    [100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 5_000_000, 60_000_000];
+
+/// Whose contract a request follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    Native,
+    EncodedBatch,
+    LoadBalancer,
+    Kvs,
+    PlainBatch,
+    Peer,
+    /// Of no dialect: unknown paths.
+    Other,
+}
+
+impl Dialect {
+    const ALL: [Dialect; 7] = [
+        Dialect::Native,
+        Dialect::EncodedBatch,
+        Dialect::LoadBalancer,
+        Dialect::Kvs,
+        Dialect::PlainBatch,
+        Dialect::Peer,
+        Dialect::Other,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Dialect::Native => "native",
+            Dialect::EncodedBatch => "encoded-batch",
+            Dialect::LoadBalancer => "load-balancer",
+            Dialect::Kvs => "kvs",
+            Dialect::PlainBatch => "plain-batch",
+            Dialect::Peer => "peer",
+            Dialect::Other => "other",
+        }
+    }
+}
+
+/// Clients can send any method: those past the usual ones share a label.
+const METHODS: [&str; 6] = ["GET", "HEAD", "PUT", "POST", "DELETE", "other"];
+
+fn method_index(method: &Method) -> usize {
+    METHODS.iter().position(|name| *name == method.as_str()).unwrap_or(METHODS.len() - 1)
+}
+
+/// Status classes; the first is a request whose client went away before the answer.
+const CLASSES: [&str; 6] = ["cancelled", "1xx", "2xx", "3xx", "4xx", "5xx"];
+
+#[derive(Debug, Default)]
+struct Series {
+    classes: [AtomicU64; CLASSES.len()],
+    /// Not cumulative; the last holds what is past every bound.
+    buckets: [AtomicU64; BUCKETS_US.len() + 1],
+    total_us: AtomicU64,
+}
+
+impl Series {
+    fn record(&self, class: usize, elapsed: Duration) {
+        let elapsed_us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
+        let bucket = BUCKETS_US.partition_point(|bound| *bound < elapsed_us);
+        self.classes[class].fetch_add(1, Ordering::Relaxed);
+        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        self.total_us.fetch_add(elapsed_us, Ordering::Relaxed);
+    }
+}
+
+/// Adds families of its own to `/metrics`. Called at each scrape: it must not wait.
+pub trait MetricSource: Send + Sync + 'static {
+    fn collect(&self, text: &mut Exposition);
+}
+
+/// What the serving side counts, and everybody who counts too.
+pub struct Metrics {
+    series: [[Series; METHODS.len()]; Dialect::ALL.len()],
+    in_flight: AtomicI64,
+    sources: Vec<Arc<dyn MetricSource>>,
+}
+
+impl Metrics {
+    pub fn new(sources: Vec<Arc<dyn MetricSource>>) -> Self {
+        Self { series: Default::default(), in_flight: AtomicI64::new(0), sources }
+    }
+
+    /// Begins to time a request. It counts as cancelled unless its [`Watch`] is finished.
+    pub fn watch(&self, dialect: Dialect, method: &Method, slow: Duration) -> Watch<'_> {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let method = method_index(method);
+        Watch { metrics: self, dialect, method, slow, started: Instant::now(), key_hash: None, class: 0 }
+    }
+
+    /// The text of `/metrics`.
+    pub fn render(&self, bodies: &BodyBudget) -> String {
+        let mut text = Exposition::default();
+        text.family("quorate_http_requests_total", Kind::Counter, "Requests answered, by dialect, method and class of status.");
+        self.each(|dialect, method, series| {
+            for (class, count) in CLASSES.iter().zip(&series.classes) {
+                let count = count.load(Ordering::Relaxed);
+                if count > 0 {
+                    text.sample(&[("dialect", dialect), ("method", method), ("status", class)], count);
+                }
+            }
+        });
+        text.family("quorate_http_request_seconds", Kind::Histogram, "Time from a request's head to its answer.");
+        self.each(|dialect, method, series| histogram(&mut text, dialect, method, series));
+        text.family("quorate_http_requests_in_flight", Kind::Gauge, "Requests being worked on.");
+        text.sample(&[], self.in_flight.load(Ordering::Relaxed));
+        text.family("quorate_http_body_bytes_in_flight", Kind::Gauge, "Bytes of request bodies being worked on.");
+        text.sample(&[], bodies.used());
+        for source in &self.sources {
+            source.collect(&mut text);
+        }
+        text.text
+    }
+
+    fn each(&self, mut visit: impl FnMut(&'static str, &'static str, &Series)) {
+        for (dialect, methods) in Dialect::ALL.iter().zip(&self.series) {
+            for (method, series) in METHODS.iter().zip(methods) {
+                visit(dialect.label(), method, series);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").field("sources", &self.sources.len()).finish_non_exhaustive()
+    }
+}
+
+fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &Series) {
+    let counts: Vec<u64> = series.buckets.iter().map(|count| count.load(Ordering::Relaxed)).collect();
+    let total: u64 = counts.iter().sum();
+    if total == 0 {
+        return;
+    }
+    let mut below = 0;
+    for (bound, count) in BUCKETS_US.iter().zip(&counts) {
+        below += count;
+        let bound = (*bound as f64 / 1e6).to_string();
+        text.part("_bucket", &[("dialect", dialect), ("method", method), ("le", &bound)], below);
+    }
+    text.part("_bucket", &[("dialect", dialect), ("method", method), ("le", "+Inf")], total);
+    let sum = series.total_us.load(Ordering::Relaxed) as f64 / 1e6;
+    text.part("_sum", &[("dialect", dialect), ("method", method)], sum);
+    text.part("_count", &[("dialect", dialect), ("method", method)], total);
+}
+
+/// One request being timed.
+pub struct Watch<'a> {
+    metrics: &'a Metrics,
+    dialect: Dialect,
+    method: usize,
+    slow: Duration,
+    started: Instant,
+    key_hash: Option<u64>,
+    class: usize,
+}
+
+impl Watch<'_> {
+    /// Names the key in the log by its hash: keys may be secrets.
+    pub fn key(&mut self, key: &[u8]) {
+        self.key_hash = Some(xxh3_64(key));
+    }
+
+    pub fn finish(mut self, response: Response) -> Response {
+        self.class = usize::from(response.status().as_u16() / 100).min(CLASSES.len() - 1);
+        response
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        let elapsed = self.started.elapsed();
+        self.metrics.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.metrics.series[self.dialect as usize][self.method].record(self.class, elapsed);
+        let (dialect, method, status) = (self.dialect.label(), METHODS[self.method], CLASSES[self.class]);
+        let key_hash = self.key_hash.map(tracing::field::display);
+        if elapsed > self.slow {
+            tracing::warn!(dialect, method, status, key_hash, ?elapsed, "slow request");
+        } else {
+            tracing::debug!(dialect, method, status, key_hash, ?elapsed, "request");
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+
+/// Text in Prometheus' format, family by family.
+#[derive(Debug, Default)]
+pub struct Exposition {
+    text: String,
+    family: String,
+}
+
+impl Exposition {
+    /// Begins a family: the samples that follow are its.
+    pub fn family(&mut self, name: &str, kind: Kind, help: &str) {
+        let kind = match kind {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        };
+        self.family = name.to_owned();
+        let help = help.replace('\\', "\\\\").replace('\n', "\\n");
+        self.push(format_args!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
+    }
+
+    pub fn sample(&mut self, labels: &[(&str, &str)], value: impl fmt::Display) {
+        self.part("", labels, value);
+    }
+
+    /// A sample of a histogram: `suffix` is `_bucket`, `_sum` or `_count`.
+    pub fn part(&mut self, suffix: &str, labels: &[(&str, &str)], value: impl fmt::Display) {
+        let escape = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+        let labels: Vec<String> = labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escape(value))).collect();
+        let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+        let family = std::mem::take(&mut self.family);
+        self.push(format_args!("{family}{suffix}{labels} {value}\n"));
+        self.family = family;
+    }
+
+    fn push(&mut self, text: fmt::Arguments<'_>) {
+        self.text.write_fmt(text).expect("writing to a string does not fail");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Odd;
+
+    impl MetricSource for Odd {
+        fn collect(&self, text: &mut Exposition) {
+            text.family("odd", Kind::Gauge, "Line one\nline two");
+            text.sample(&[("name", "a \"b\"\\\n")], 1.5);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_are_counted_and_timed() {
+        let metrics = Metrics::new(vec![Arc::new(Odd)]);
+        let slow = Duration::from_secs(1);
+        let watch = metrics.watch(Dialect::Native, &Method::PUT, slow);
+        tokio::time::advance(Duration::from_millis(3)).await;
+        let mut response = Response::default();
+        *response.status_mut() = http::StatusCode::CREATED;
+        watch.finish(response);
+        drop(metrics.watch(Dialect::Native, &Method::PATCH, slow));
+        let text = metrics.render(&BodyBudget::new(1));
+        for line in [
+            "# TYPE quorate_http_requests_total counter",
+            r#"quorate_http_requests_total{dialect="native",method="PUT",status="2xx"} 1"#,
+            r#"quorate_http_requests_total{dialect="native",method="other",status="cancelled"} 1"#,
+            r#"quorate_http_request_seconds_bucket{dialect="native",method="PUT",le="0.0025"} 0"#,
+            r#"quorate_http_request_seconds_bucket{dialect="native",method="PUT",le="0.005"} 1"#,
+            r#"quorate_http_request_seconds_bucket{dialect="native",method="PUT",le="+Inf"} 1"#,
+            r#"quorate_http_request_seconds_sum{dialect="native",method="PUT"} 0.003"#,
+            r#"quorate_http_request_seconds_count{dialect="native",method="PUT"} 1"#,
+            "quorate_http_requests_in_flight 0",
+            r"# HELP odd Line one\nline two",
+            r#"odd{name="a \"b\"\\\n"} 1.5"#,
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\nis not in\n{text}");
+        }
+    }
+}

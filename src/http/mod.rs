@@ -1,0 +1,120 @@
+//! The serving side: the route table, and what every dialect shares.
+//!
+//! [`router`] makes an `axum::Router` of an [`App`]; [`server::Server`] serves it. A request goes: `server` (connection, head) → the
+//! route table here → a dialect (`native`) → [`Store`] → an answer, or [`problem`], the one map from an error to a response. Node-to-node
+//! routes are in [`peer`]. axum is named here alone.
+//!
+//! Keys stand in paths as any bytes. axum decodes path parameters lossily, so a key route is told by its prefix in the fallback, and its key
+//! taken from the raw path. That is the hot path too: it goes through no middleware and no parameter extraction.
+
+pub mod body;
+pub mod health;
+mod holder;
+pub mod limits;
+pub mod media;
+pub mod metrics;
+mod native;
+pub mod peer;
+pub mod problem;
+pub mod server;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+
+use http::Method;
+
+pub use health::{NotReady, Readiness};
+pub use limits::Limits;
+pub use metrics::{Exposition, MetricSource, Metrics};
+pub use peer::PeerService;
+pub use server::{BindError, Server};
+
+use crate::client::store::Store;
+use body::BodyBudget;
+use metrics::Dialect;
+use problem::{Code, Problem};
+
+/// What the routes work on.
+pub struct App {
+    pub store: Arc<dyn Store>,
+    pub readiness: Arc<dyn Readiness>,
+    pub metrics: Arc<Metrics>,
+    /// None: this is a gateway, which nobody takes for a peer.
+    pub peers: Option<Arc<dyn PeerService>>,
+    pub limits: Limits,
+    bodies: Arc<BodyBudget>,
+}
+
+type Shared = Arc<App>;
+
+impl App {
+    pub fn new(
+        store: Arc<dyn Store>,
+        readiness: Arc<dyn Readiness>,
+        metrics: Arc<Metrics>,
+        peers: Option<Arc<dyn PeerService>>,
+        limits: Limits,
+    ) -> Self {
+        let bodies = BodyBudget::new(limits.bodies_bytes_max);
+        Self { store, readiness, metrics, peers, limits, bodies }
+    }
+
+    fn watch(&self, dialect: Dialect, request: &Request) -> metrics::Watch<'_> {
+        self.metrics.watch(dialect, request.method(), self.limits.slow_request)
+    }
+}
+
+/// The route table.
+pub fn router(app: App) -> Router {
+    let mut router = Router::new()
+        .route("/", get(health::front_page))
+        .route("/healthz", get(health::healthz))
+        .route("/readyz", get(health::readyz))
+        .route("/metrics", get(health::metrics))
+        .route("/v1/kv", get(native::list))
+        .route("/v1/batch", post(native::batch))
+        .route("/v1/cluster", get(native::cluster))
+        .route("/v1/cluster/shards/{id}/leader", post(native::transfer_leader));
+    if let Some(peers) = &app.peers {
+        router = router.merge(peer::routes(Arc::clone(peers)));
+    }
+    router.method_not_allowed_fallback(method_not_allowed).fallback(by_prefix).with_state(Arc::new(app))
+}
+
+/// Routes whose rest is a key, and everything unknown.
+async fn by_prefix(State(app): State<Shared>, request: Request) -> Response {
+    if request.uri().path().starts_with(native::KEY_PREFIX) {
+        return native::kv(&app, request).await;
+    }
+    let watch = app.watch(Dialect::Other, &request);
+    let (parts, body) = request.into_parts();
+    body::discard(&parts, body);
+    let detail = format!("there is nothing at {}", shortened(parts.uri.path()));
+    watch.finish(Problem::new(Code::UnknownRoute, detail).into_response())
+}
+
+/// The router itself adds `Allow`.
+async fn method_not_allowed(State(app): State<Shared>, request: Request) -> Response {
+    let watch = app.watch(Dialect::Other, &request);
+    let (parts, body) = request.into_parts();
+    body::discard(&parts, body);
+    watch.finish(refuse_method(&parts.method))
+}
+
+fn refuse_method(method: &Method) -> Response {
+    let detail = format!("{} is not a method of this path", shortened(method.as_str()));
+    Problem::new(Code::MethodNotAllowed, detail).into_response()
+}
+
+/// What a client sent, for an answer: long enough to be recognized.
+fn shortened(text: &str) -> &str {
+    text.char_indices().nth(200).map_or(text, |(end, _)| &text[..end])
+}

@@ -1,0 +1,295 @@
+//! `POST /v1/batch`: several operations, all or none of those that fall to one shard.
+//!
+//! ```json
+//! {"operations": [
+//!   {"op": "put", "key": "a", "value": "1", "if_absent": true},
+//!   {"op": "put", "key": "/w==", "key_encoding": "base64", "value": "AAE=", "encoding": "base64", "media_type": "image/png"},
+//!   {"op": "delete", "key": "b", "if_revision": 7},
+//!   {"op": "get", "key": "c"}
+//! ]}
+//! ```
+//!
+//! An operation has at most one condition: `if_absent` or `if_present` (`true`), `if_revision` or `if_none_match` (a revision or a list of
+//! them). The answer has a result per operation, in order, each with a `status` of its own: 200 or 201 done; 404 nothing to get or delete;
+//! 412 its condition failed; 424 that of another operation of its shard did; 429 and 503 certainly not done; 504 unknown.
+//!
+//! The answer's own status is that of the worst case a client must act on:
+//! - 200: every operation has an answer, be it applied or refused by a condition;
+//! - 504: the outcome of one or more is unknown;
+//! - 207: some have an answer, and others were certainly not done;
+//! - 429, 503, 413, ...: certainly nothing was done, for the same reason everywhere (503 where the reasons differ).
+//!
+//! Anything but 200 and 207 is a problem (`application/problem+json`) that has `results` too.
+
+use std::fmt;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http::StatusCode;
+use http::request::Parts;
+use serde::de::{IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value, json as object};
+
+use super::query::Query;
+use super::{ItemJson, idempotency_key, json, key};
+use crate::client::store::{Failure, Item, Options, Routing, WriteFailure, Written};
+use crate::http::body::{self, Ceiling};
+use crate::http::media::{self, Encoding};
+use crate::http::metrics::Dialect;
+use crate::http::problem::{Code, Problem};
+use crate::http::{App, Limits, Shared};
+use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Rejection};
+use crate::types::Revision;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BatchJson {
+    operations: Operations,
+}
+
+/// The operations, no more of them kept than [`PARSED_MAX`]: a body of empty objects would grow a hundredfold in memory.
+struct Operations {
+    list: Vec<OperationJson>,
+    /// How many there were.
+    count: usize,
+}
+
+/// More than any configured limit makes sense for.
+const PARSED_MAX: usize = 100_000;
+
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Op {
+    Get,
+    Put,
+    Delete,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OperationJson {
+    op: Op,
+    key: String,
+    #[serde(default)]
+    key_encoding: Encoding,
+    value: Option<String>,
+    encoding: Option<Encoding>,
+    media_type: Option<String>,
+    if_absent: Option<bool>,
+    if_present: Option<bool>,
+    if_revision: Option<Revisions>,
+    if_none_match: Option<Revisions>,
+}
+
+/// One revision or a list of them.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Revisions {
+    One(u64),
+    Several(Vec<u64>),
+}
+
+impl From<Revisions> for Vec<Revision> {
+    fn from(revisions: Revisions) -> Self {
+        match revisions {
+            Revisions::One(number) => vec![Revision(number)],
+            Revisions::Several(numbers) => numbers.into_iter().map(Revision).collect(),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Operations {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Bounded;
+        impl<'de> Visitor<'de> for Bounded {
+            type Value = Operations;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of operations")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Operations, A::Error> {
+                let mut list = Vec::new();
+                while list.len() < PARSED_MAX {
+                    match items.next_element()? {
+                        Some(item) => list.push(item),
+                        None => return Ok(Operations { count: list.len(), list }),
+                    }
+                }
+                let mut count = list.len();
+                while items.next_element::<IgnoredAny>()?.is_some() {
+                    count += 1;
+                }
+                Ok(Operations { list, count })
+            }
+        }
+        deserializer.deserialize_seq(Bounded)
+    }
+}
+
+pub async fn batch(State(app): State<Shared>, request: Request) -> Response {
+    let watch = app.watch(Dialect::Native, &request);
+    let (parts, body) = request.into_parts();
+    watch.finish(run(&app, &parts, body).await.unwrap_or_else(Problem::into_response))
+}
+
+async fn run(app: &App, parts: &Parts, body: Body) -> Result<Response, Problem> {
+    let ceiling = Ceiling { bytes_max: app.limits.body_bytes_max, what: "a body" };
+    let body = body::read(parts, body, ceiling, &app.limits, &app.bodies).await?;
+    let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
+    let idempotency_key = idempotency_key(&parts.headers)?;
+    let operations = parse(&body, &app.limits)?;
+    let keys: Vec<Bytes> = operations.iter().map(|operation| operation.key.clone()).collect();
+    // A batch may span shards, and no single node leads them all: this one gathers the answers, whatever `proxy` says.
+    let options = Options { routing: Routing::Proxy, ..query.options };
+    let mut written =
+        if operations.is_empty() { Vec::new() } else { app.store.write(operations, idempotency_key, options).await };
+    // A store that leaves operations without an answer has broken its promise, and nobody knows what happened to them.
+    let broken = || Err(WriteFailure::Failed(Failure::Unknown { reason: "the store gave no answer".into() }));
+    written.resize_with(keys.len(), broken);
+    Ok(answer(&keys, &written))
+}
+
+fn parse(body: &[u8], limits: &Limits) -> Result<Vec<Operation>, Problem> {
+    let batch: BatchJson = serde_json::from_slice(body).map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))?;
+    let Operations { list, count } = batch.operations;
+    let count_max = limits.batch_operations_max.min(PARSED_MAX);
+    if count > count_max {
+        let detail = format!("a batch is at most {count_max} operations, and this one has {count}");
+        return Err(Problem::new(Code::TooLarge, detail).extension("limit_operations", count_max));
+    }
+    let operations = list.into_iter().enumerate();
+    operations.map(|(position, item)| operation(item, limits).map_err(|problem| at(problem, position))).collect()
+}
+
+fn at(mut problem: Problem, position: usize) -> Problem {
+    problem.detail = format!("operation {position}: {}", problem.detail);
+    problem.extension("operation", position)
+}
+
+fn operation(mut item: OperationJson, limits: &Limits) -> Result<Operation, Problem> {
+    let invalid = |detail: String| Problem::new(Code::InvalidBody, detail);
+    let condition = condition(&mut item)?;
+    let key = item.key_encoding.decode(item.key).map_err(|reason| invalid(format!("key {reason}")))?;
+    key::check(&key)?;
+    let action = match (item.op, item.value) {
+        (Op::Put, Some(value)) => put(value, item.encoding, item.media_type, limits)?,
+        (Op::Put, None) => return Err(invalid("put without a value".into())),
+        (Op::Get | Op::Delete, None) if item.encoding.is_none() && item.media_type.is_none() => match item.op {
+            Op::Get => Action::Get,
+            Op::Put | Op::Delete => Action::Delete,
+        },
+        (Op::Get | Op::Delete, _) => return Err(invalid("value, encoding and media_type are for put alone".into())),
+    };
+    Ok(Operation { key, condition, action })
+}
+
+fn put(value: String, encoding: Option<Encoding>, media_type: Option<String>, limits: &Limits) -> Result<Action, Problem> {
+    let invalid = |detail: String| Problem::new(Code::InvalidBody, detail);
+    let encoding = encoding.unwrap_or_default();
+    let value = encoding.decode(value).map_err(|reason| invalid(format!("value {reason}")))?;
+    if value.len() > limits.value_bytes_max {
+        let detail = format!("a value is at most {} bytes", limits.value_bytes_max);
+        return Err(Problem::new(Code::TooLarge, detail).extension("limit_bytes", limits.value_bytes_max));
+    }
+    let media = match media_type {
+        Some(name) => media::named(&name, &value).map_err(|reason| invalid(format!("media_type {reason}")))?,
+        None => media::guess(&value),
+    };
+    Ok(Action::Put { media, value })
+}
+
+fn condition(item: &mut OperationJson) -> Result<Condition, Problem> {
+    let flag = |name: &str, given: Option<bool>, condition: Condition| match given {
+        Some(false) => Err(Problem::new(Code::InvalidBody, format!("{name} is true or left out"))),
+        Some(true) => Ok(Some(condition)),
+        None => Ok(None),
+    };
+    let given = [
+        flag("if_absent", item.if_absent, Condition::Absent)?,
+        flag("if_present", item.if_present, Condition::Present)?,
+        item.if_revision.take().map(|revisions| Condition::RevisionIn(revisions.into())),
+        item.if_none_match.take().map(|revisions| Condition::RevisionNotIn(revisions.into())),
+    ];
+    let mut given = given.into_iter().flatten();
+    match (given.next(), given.next()) {
+        (None, _) => Ok(Condition::None),
+        (Some(condition), None) => Ok(condition),
+        (Some(_), Some(_)) => Err(Problem::new(Code::InvalidBody, "an operation has at most one condition")),
+    }
+}
+
+/// The whole answer: a result each, and the status that says what a client must do.
+fn answer(keys: &[Bytes], written: &[Written]) -> Response {
+    let results: Vec<Value> = keys.iter().zip(written).enumerate().map(|(i, (key, written))| result(i, key, written)).collect();
+    let undone: Vec<Problem> = written.iter().filter_map(undone).collect();
+    let unknown = undone.iter().find(|problem| problem.code() == Code::UnknownOutcome.as_str());
+    let body = object!({ "atomic": "per shard", "results": results });
+    let mut problem = match (unknown, undone.first()) {
+        (_, None) => return json(StatusCode::OK, &body),
+        (Some(unknown), _) => unknown.clone(),
+        (None, Some(_)) if undone.len() < written.len() => return json(StatusCode::MULTI_STATUS, &body),
+        (None, Some(first)) if undone.iter().all(|problem| problem.code() == first.code()) => first.clone(),
+        (None, Some(_)) => {
+            Problem::new(Code::Unavailable, "no operation was done: see the results for the reasons").retry_after_ms(1000)
+        }
+    };
+    if let Some(longest_s) = undone.iter().filter_map(Problem::wait_s).max() {
+        problem = problem.retry_after_ms(longest_s * 1000);
+    }
+    problem.extension("atomic", "per shard").extension("results", results).into_response()
+}
+
+/// The problem of an operation that has no answer, as opposed to one that was applied, or refused by a condition.
+fn undone(written: &Written) -> Option<Problem> {
+    match written {
+        Ok(_) | Err(WriteFailure::Rejected(Rejection::ConditionFailed { .. })) => None,
+        Err(WriteFailure::Rejected(rejection)) => Some(rejection.clone().into()),
+        Err(WriteFailure::Failed(failure)) => Some(failure.clone().into()),
+    }
+}
+
+fn result(position: usize, key: &Bytes, written: &Written) -> Value {
+    match written {
+        Ok(OperationOutcome::Got(Some(record))) => {
+            let item = ItemJson::new(&Item { key: key.clone(), record: record.clone() }, false);
+            merged(200, serde_json::to_value(item).unwrap_or_default())
+        }
+        Ok(OperationOutcome::Got(None) | OperationOutcome::Deleted { revision: None }) => failed(Code::KeyNotFound, Value::Null),
+        Ok(OperationOutcome::Put { revision, created }) => {
+            merged(if *created { 201 } else { 200 }, object!({ "revision": revision, "created": created }))
+        }
+        Ok(OperationOutcome::Deleted { revision: Some(revision) }) => merged(200, object!({ "revision": revision })),
+        Err(WriteFailure::Rejected(Rejection::ConditionFailed { operation, .. })) if *operation != position => {
+            failed(Code::NotApplied, object!({ "failed_operation": operation }))
+        }
+        Err(WriteFailure::Rejected(Rejection::ConditionFailed { current, .. })) => {
+            failed(Code::ConditionFailed, object!({ "current_revision": current }))
+        }
+        Err(WriteFailure::Rejected(rejection)) => item_problem(rejection.clone().into()),
+        Err(WriteFailure::Failed(failure)) => item_problem(failure.clone().into()),
+    }
+}
+
+fn failed(code: Code, members: Value) -> Value {
+    let mut result = merged(code.status().as_u16(), members);
+    result["code"] = code.as_str().into();
+    result
+}
+
+fn item_problem(problem: Problem) -> Value {
+    let members = object!({ "code": problem.code(), "detail": problem.detail });
+    merged(problem.status().as_u16(), members)
+}
+
+fn merged(status: u16, members: Value) -> Value {
+    let mut result = match members {
+        Value::Object(members) => members,
+        _ => Map::new(),
+    };
+    result.insert("status".into(), status.into());
+    Value::Object(result)
+}

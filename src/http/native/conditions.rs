@@ -1,0 +1,213 @@
+//! `If-Match` and `If-None-Match` (RFC 9110, sections 13.1.1 and 13.1.2): parsed, evaluated for reads, and turned into a condition for
+//! writes.
+//!
+//! An entity tag of ours is a revision's digits between quotes. Another tag is legal and matches nothing.
+
+use http::{HeaderMap, HeaderName, header};
+
+use crate::http::problem::{Code, Problem};
+use crate::sm::kv::Condition;
+use crate::types::Revision;
+
+/// Tags of one header. Each is kept in a log entry, so there is a bound.
+const TAGS_MAX: usize = 1000;
+
+/// What one of the two headers names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Tags {
+    /// `*`
+    Any,
+    These(Vec<Revision>),
+}
+
+/// The conditions of a request.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Conditions {
+    matches: Option<Tags>,
+    none_matches: Option<Tags>,
+}
+
+/// What conditions make of a read of a key that exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Answer,
+    NotModified,
+    Failed,
+}
+
+impl Conditions {
+    pub fn of_request(headers: &HeaderMap) -> Result<Self, Problem> {
+        // `If-Match` compares strongly: a weak tag matches nothing. `If-None-Match` compares weakly.
+        let matches = tags(headers, header::IF_MATCH, Weak::MatchNothing)?;
+        let none_matches = tags(headers, header::IF_NONE_MATCH, Weak::AreTheSame)?;
+        Ok(Self { matches, none_matches })
+    }
+
+    /// Of a read of a key at `revision`. Of a missing key nothing is asked: the answer would be 404 anyway (RFC 9110, section 13.2.1).
+    pub fn verdict(&self, revision: Revision) -> Verdict {
+        let named = |tags: &Tags| match tags {
+            Tags::Any => true,
+            Tags::These(revisions) => revisions.contains(&revision),
+        };
+        if self.matches.as_ref().is_some_and(|tags| !named(tags)) {
+            Verdict::Failed
+        } else if self.none_matches.as_ref().is_some_and(named) {
+            Verdict::NotModified
+        } else {
+            Verdict::Answer
+        }
+    }
+
+    /// As a write's condition.
+    pub fn condition(self) -> Result<Condition, Problem> {
+        Ok(match (self.matches, self.none_matches) {
+            (None, None) => Condition::None,
+            (Some(Tags::Any), None) => Condition::Present,
+            (Some(Tags::These(revisions)), None) => Condition::RevisionIn(revisions),
+            (None, Some(Tags::Any)) => Condition::Absent,
+            (None, Some(Tags::These(revisions))) => Condition::RevisionNotIn(revisions),
+            // Present and absent at once: at none of no revisions, which never holds.
+            (Some(_), Some(Tags::Any)) => Condition::RevisionIn(Vec::new()),
+            (Some(Tags::These(mut revisions)), Some(Tags::These(not))) => {
+                revisions.retain(|revision| !not.contains(revision));
+                Condition::RevisionIn(revisions)
+            }
+            (Some(Tags::Any), Some(Tags::These(_))) => {
+                let detail = "If-Match: * and a list in If-None-Match can't be combined in a write";
+                return Err(Problem::new(Code::InvalidHeader, detail));
+            }
+        })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Weak {
+    MatchNothing,
+    AreTheSame,
+}
+
+/// The tags of every line of the header `name`, which together are one list.
+fn tags(headers: &HeaderMap, name: HeaderName, weak: Weak) -> Result<Option<Tags>, Problem> {
+    let mut lines = headers.get_all(&name).iter().peekable();
+    if lines.peek().is_none() {
+        return Ok(None);
+    }
+    let bad = |reason: &str| Problem::new(Code::InvalidHeader, format!("{name} {reason}"));
+    let (mut any, mut count, mut revisions) = (false, 0, Vec::new());
+    for line in lines {
+        let mut rest = line.as_bytes().trim_ascii();
+        while !rest.is_empty() {
+            // Empty elements of a list are ignored (RFC 9110, section 5.6.1).
+            if let Some(after) = rest.strip_prefix(b",") {
+                rest = after.trim_ascii_start();
+                continue;
+            }
+            let tag;
+            (tag, rest) = tag_at(rest).ok_or_else(|| bad("is neither * nor a list of quoted entity tags"))?;
+            match tag {
+                Tag::Any => any = true,
+                Tag::Entity { opaque, is_weak } if !is_weak || weak == Weak::AreTheSame => revisions.extend(revision(opaque)),
+                Tag::Entity { .. } => {}
+            }
+            count += 1;
+            rest = rest.trim_ascii_start();
+            if !rest.is_empty() && !rest.starts_with(b",") {
+                return Err(bad("has no comma between its entity tags"));
+            }
+        }
+    }
+    match (any, count) {
+        (_, 0) => Err(bad("is empty")),
+        (true, 1) => Ok(Some(Tags::Any)),
+        (true, _) => Err(bad("has * beside entity tags")),
+        (false, 1..=TAGS_MAX) => Ok(Some(Tags::These(revisions))),
+        (false, _) => Err(bad("has more than 1000 entity tags")),
+    }
+}
+
+enum Tag<'a> {
+    Any,
+    Entity { opaque: &'a [u8], is_weak: bool },
+}
+
+/// The tag that `text` begins with, and what is after it.
+fn tag_at(text: &[u8]) -> Option<(Tag<'_>, &[u8])> {
+    if let Some(after) = text.strip_prefix(b"*") {
+        return Some((Tag::Any, after));
+    }
+    let strong = text.strip_prefix(b"W/");
+    let (is_weak, quoted) = (strong.is_some(), strong.unwrap_or(text).strip_prefix(b"\"")?);
+    let end = quoted.iter().position(|byte| *byte == b'"')?;
+    let (opaque, after) = (&quoted[..end], &quoted[end + 1..]);
+    // etagc = %x21 / %x23-7E / obs-text
+    let legal = opaque.iter().all(|byte| *byte > b' ' && *byte != 0x7f);
+    legal.then_some((Tag::Entity { opaque, is_weak }, after))
+}
+
+/// The revision that a tag stands for, if we could have given it.
+fn revision(opaque: &[u8]) -> Option<Revision> {
+    let text = std::str::from_utf8(opaque).ok()?;
+    let number: u64 = text.parse().ok()?;
+    (number.to_string() == text).then_some(Revision(number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+
+    fn parse(lines: &[(&'static str, &'static str)]) -> Result<Conditions, String> {
+        let mut headers = HeaderMap::new();
+        for (name, value) in lines {
+            headers.append(*name, HeaderValue::from_static(value));
+        }
+        Conditions::of_request(&headers).map_err(|problem| problem.detail)
+    }
+
+    fn write(lines: &[(&'static str, &'static str)]) -> Condition {
+        parse(lines).expect("good headers").condition().expect("expressible")
+    }
+
+    fn revisions(numbers: &[u64]) -> Vec<Revision> {
+        numbers.iter().map(|number| Revision(*number)).collect()
+    }
+
+    #[test]
+    fn writes_get_the_condition_that_the_headers_mean() {
+        assert_eq!(write(&[]), Condition::None);
+        assert_eq!(write(&[("if-match", "*")]), Condition::Present);
+        assert_eq!(write(&[("if-none-match", " * ")]), Condition::Absent);
+        assert_eq!(write(&[("if-match", "\"3\", \"5\"")]), Condition::RevisionIn(revisions(&[3, 5])));
+        assert_eq!(write(&[("if-match", "\"3\""), ("if-match", ",,\"5\",")]), Condition::RevisionIn(revisions(&[3, 5])));
+        assert_eq!(write(&[("if-none-match", "W/\"3\"")]), Condition::RevisionNotIn(revisions(&[3])));
+        // Weak tags never match strongly, and foreign ones match nothing; a condition that can't hold is still a condition.
+        for never in ["W/\"3\"", "\"abc\"", "\"03\"", "\"+3\"", "\"\"", "\"99999999999999999999999\"", "\"a,b\""] {
+            assert_eq!(write(&[("if-match", never)]), Condition::RevisionIn(vec![]), "{never}");
+        }
+        let both = [("if-match", "\"3\",\"4\""), ("if-none-match", "\"4\"")];
+        assert_eq!(write(&both), Condition::RevisionIn(revisions(&[3])));
+        assert_eq!(write(&[("if-match", "*"), ("if-none-match", "*")]), Condition::RevisionIn(vec![]));
+        let inexpressible = parse(&[("if-match", "*"), ("if-none-match", "\"4\"")]).expect("good headers");
+        assert!(inexpressible.condition().is_err());
+    }
+
+    #[test]
+    fn reads_are_judged() {
+        let verdict = |lines| parse(lines).expect("good headers").verdict(Revision(3));
+        assert_eq!(verdict(&[]), Verdict::Answer);
+        assert_eq!(verdict(&[("if-match", "*")]), Verdict::Answer);
+        assert_eq!(verdict(&[("if-match", "\"4\"")]), Verdict::Failed);
+        assert_eq!(verdict(&[("if-match", "W/\"3\"")]), Verdict::Failed);
+        assert_eq!(verdict(&[("if-none-match", "*")]), Verdict::NotModified);
+        assert_eq!(verdict(&[("if-none-match", "\"1\", W/\"3\"")]), Verdict::NotModified);
+        assert_eq!(verdict(&[("if-none-match", "\"4\"")]), Verdict::Answer);
+        assert_eq!(verdict(&[("if-match", "\"4\""), ("if-none-match", "\"3\"")]), Verdict::Failed);
+    }
+
+    #[test]
+    fn bad_syntax_is_refused() {
+        for bad in ["", ",", "3", "\"3", "3\"", "\"3\" \"4\"", "\"3\"x", "*, \"3\"", "**", "w/\"3\"", "W/3", "\"a b\""] {
+            assert!(parse(&[("if-match", bad)]).is_err(), "{bad} was taken");
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`, `GET /peer/identity`, `POST /peer/promise`.
+//!
+//! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing of HTTP. A lane is one request whose
+//! body and answer both stream for as long as it lives, frame by frame; it ends when either side ends its stream, so a service that
+//! stops must end its own. Bodies of lanes have no limit and no time limit here.
+
+use std::io;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path, Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use bytes::Bytes;
+use futures::future::{BoxFuture, ready};
+use futures::stream::{BoxStream, StreamExt, TryStreamExt};
+use http::{HeaderValue, StatusCode, header};
+use serde_json::Value;
+
+use super::body::{self, Ceiling, Held};
+use super::metrics::Dialect;
+use super::problem::{Code, Problem};
+use super::{App, Shared};
+use crate::client::protocol::{ShardReply, ShardRequest};
+use crate::client::store::Failure;
+use crate::sm::codec;
+
+const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
+
+/// Identities and promises are small.
+const JSON_BODY: Ceiling = Ceiling { bytes_max: 1 << 20, what: "the body of this request" };
+
+/// What other nodes ask of this one.
+pub trait PeerService: Send + Sync + 'static {
+    /// Serves a lane until the stream it returns ends. `incoming` ends, or fails, when the other side goes away.
+    fn lane(&self, lane: &str, incoming: BoxStream<'static, io::Result<Bytes>>) -> BoxStream<'static, Bytes>;
+
+    /// Answers for a shard of which this node has a replica.
+    fn shard(&self, request: ShardRequest) -> BoxFuture<'_, ShardReply>;
+
+    /// Who this node is, as JSON.
+    fn identity(&self) -> BoxFuture<'_, Result<Value, Failure>>;
+
+    /// Asks for a promise to a founder. Both are JSON.
+    fn promise(&self, request: Value) -> BoxFuture<'_, Result<Value, Failure>>;
+}
+
+/// The peer routes, for an app that has peers.
+pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
+    let (to_lane, to_shard, to_identity, to_promise) = (Arc::clone(&peers), Arc::clone(&peers), Arc::clone(&peers), peers);
+    Router::new()
+        .route("/peer/lane/{lane}", post(move |Path(name), request| lane(to_lane, name, request)))
+        .route("/peer/shard", post(move |State(app), request| shard(app, to_shard, request)))
+        .route("/peer/identity", get(move || identity(to_identity)))
+        .route("/peer/promise", post(move |State(app), request| promise(app, to_promise, request)))
+}
+
+async fn lane(peers: Arc<dyn PeerService>, lane: String, request: Request) -> Response {
+    // HTTP/2 ends a body with an empty frame, which is none of the lane's.
+    let incoming = request.into_body().into_data_stream().map_err(io::Error::other);
+    let incoming = incoming.try_filter(|data| ready(!data.is_empty())).boxed();
+    let outgoing = peers.lane(&lane, incoming).map(Ok::<_, std::convert::Infallible>);
+    ([(header::CONTENT_TYPE, OCTETS)], Body::from_stream(outgoing)).into_response()
+}
+
+async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+    let watch = app.watch(Dialect::Peer, &request);
+    let ceiling = Ceiling { bytes_max: app.limits.body_bytes_max, what: "a body" };
+    let answer = match read(&app, request, ceiling).await {
+        Ok(body) => match codec::decode::<ShardRequest>(&body, "a shard request") {
+            Ok(request) => {
+                let reply = codec::encode(&peers.shard(request).await);
+                ([(header::CONTENT_TYPE, OCTETS)], Body::from(reply)).into_response()
+            }
+            Err(error) => Problem::new(Code::InvalidBody, error.to_string()).into_response(),
+        },
+        Err(problem) => problem.into_response(),
+    };
+    watch.finish(answer)
+}
+
+async fn identity(peers: Arc<dyn PeerService>) -> Response {
+    in_json(peers.identity().await)
+}
+
+async fn promise(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+    match read(&app, request, JSON_BODY).await {
+        Ok(body) => match serde_json::from_slice(&body) {
+            Ok(asked) => in_json(peers.promise(asked).await),
+            Err(error) => Problem::new(Code::InvalidBody, error.to_string()).into_response(),
+        },
+        Err(problem) => problem.into_response(),
+    }
+}
+
+async fn read(app: &App, request: Request, ceiling: Ceiling) -> Result<Held, Problem> {
+    let (parts, body) = request.into_parts();
+    body::read(&parts, body, ceiling, &app.limits, &app.bodies).await
+}
+
+fn in_json(answer: Result<Value, Failure>) -> Response {
+    match answer {
+        Ok(value) => {
+            let json = HeaderValue::from_static("application/json");
+            (StatusCode::OK, [(header::CONTENT_TYPE, json)], value.to_string()).into_response()
+        }
+        Err(failure) => Problem::from(failure).into_response(),
+    }
+}

@@ -1,0 +1,398 @@
+//! What the tests of the serving side stand on: a store in memory, a server over it on a port of its own, and a client that sends raw bytes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::{BoxFuture, ready};
+use futures::stream::{BoxStream, StreamExt};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, router};
+use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
+use crate::client::store::*;
+use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, Rejection};
+use crate::sm::view::{Asked, SlotTable};
+use crate::types::{Address, ClusterId, GroupId, MapVersion, NodeId, PlanEpoch, Revision};
+
+/// Longest wait of a test for something that should come at once.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A store of two shards in memory: keys whose first byte is below `n` are in shard 1, the others in shard 2.
+#[derive(Default)]
+pub struct FakeStore {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    records: BTreeMap<Bytes, Record>,
+    revision: u64,
+    answered: HashMap<Bytes, (Vec<Operation>, Vec<Written>)>,
+    failing: HashMap<GroupId, Failure>,
+    asked: Vec<Options>,
+}
+
+fn shard(key: &[u8]) -> GroupId {
+    GroupId(if key.first().is_none_or(|first| *first < b'n') { 1 } else { 2 })
+}
+
+impl FakeStore {
+    /// Everything that shard is asked fails so from now on.
+    pub fn fail(&self, shard: u64, failure: Failure) {
+        self.state.lock().expect("no panic").failing.insert(GroupId(shard), failure);
+    }
+
+    /// The options of the last request.
+    pub fn last_options(&self) -> Options {
+        *self.state.lock().expect("no panic").asked.last().expect("a request came")
+    }
+
+    /// How many requests came.
+    pub fn requests(&self) -> usize {
+        self.state.lock().expect("no panic").asked.len()
+    }
+
+    pub fn record(&self, key: &[u8]) -> Option<Record> {
+        self.state.lock().expect("no panic").records.get(key).cloned()
+    }
+}
+
+impl State {
+    fn ask(&mut self, shard: GroupId, options: Options) -> Result<(), Failure> {
+        self.asked.push(options);
+        self.failing.get(&shard).map_or(Ok(()), |failure| Err(failure.clone()))
+    }
+
+    fn holds(&self, operation: &Operation) -> Result<(), Option<Revision>> {
+        let current = self.records.get(&operation.key).map(|record| record.revision);
+        let holds = match &operation.condition {
+            Condition::None => true,
+            Condition::Absent => current.is_none(),
+            Condition::Present => current.is_some(),
+            Condition::RevisionIn(these) => current.is_some_and(|current| these.contains(&current)),
+            Condition::RevisionNotIn(these) => current.is_none_or(|current| !these.contains(&current)),
+        };
+        if holds { Ok(()) } else { Err(current) }
+    }
+
+    fn apply(&mut self, operation: &Operation) -> OperationOutcome {
+        let exists = self.records.contains_key(&operation.key);
+        match &operation.action {
+            Action::Get => OperationOutcome::Got(self.records.get(&operation.key).cloned()),
+            Action::Put { media, value } => {
+                self.revision += 1;
+                let revision = Revision(self.revision);
+                let record = Record { revision, media: media.clone(), value: value.clone() };
+                self.records.insert(operation.key.clone(), record);
+                OperationOutcome::Put { revision, created: !exists }
+            }
+            Action::Delete if exists => {
+                self.revision += 1;
+                self.records.remove(&operation.key);
+                OperationOutcome::Deleted { revision: Some(Revision(self.revision)) }
+            }
+            Action::Delete => OperationOutcome::Deleted { revision: None },
+        }
+    }
+
+    fn write(&mut self, operations: &[Operation], options: Options) -> Vec<Written> {
+        let mut verdicts: HashMap<GroupId, WriteFailure> = HashMap::new();
+        for (position, operation) in operations.iter().enumerate() {
+            let shard = shard(&operation.key);
+            let failure = match (self.ask(shard, options), self.holds(operation)) {
+                (Err(failure), _) => WriteFailure::Failed(failure),
+                (Ok(()), Err(current)) => WriteFailure::Rejected(Rejection::ConditionFailed { operation: position, current }),
+                (Ok(()), Ok(())) => continue,
+            };
+            verdicts.entry(shard).or_insert(failure);
+        }
+        let written = operations.iter().map(|operation| match verdicts.get(&shard(&operation.key)) {
+            Some(failure) => Err(failure.clone()),
+            None => Ok(self.apply(operation)),
+        });
+        written.collect()
+    }
+}
+
+impl Store for FakeStore {
+    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
+        let mut state = self.state.lock().expect("no panic");
+        let staleness = (options.consistency == Consistency::Stale).then_some(Staleness::AtMost { age_ms: 12 });
+        let found = state.ask(shard(&key), options).map(|()| Found { record: state.records.get(&key).cloned(), staleness });
+        Box::pin(ready(found))
+    }
+
+    fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {
+        let mut state = self.state.lock().expect("no panic");
+        let Some(key) = idempotency_key else { return Box::pin(ready(state.write(&operations, options))) };
+        let written = match state.answered.get(&key) {
+            Some((before, written)) if *before == operations => written.clone(),
+            Some(_) => {
+                let slot = crate::types::Slot::all().next().expect("there are slots");
+                vec![Err(WriteFailure::Rejected(Rejection::KeyReused { slot })); operations.len()]
+            }
+            None => {
+                let written = state.write(&operations, options);
+                state.answered.insert(key, (operations, written.clone()));
+                written
+            }
+        };
+        Box::pin(ready(written))
+    }
+
+    fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {
+        let mut state = self.state.lock().expect("no panic");
+        let asked = state.ask(GroupId(1), options);
+        let range = request.range;
+        let inside = |key: &Bytes| *key >= range.start && range.end.as_ref().is_none_or(|end| key < end);
+        let items = state.records.iter().filter(|(key, _)| inside(key)).map(|(key, record)| {
+            let value = if request.keys_only { Bytes::new() } else { record.value.clone() };
+            Item { key: key.clone(), record: Record { value, ..record.clone() } }
+        });
+        let mut items: Vec<Item> = items.collect();
+        if request.reverse {
+            items.reverse();
+        }
+        let more = items.len() > request.limit;
+        items.truncate(request.limit);
+        Box::pin(ready(asked.map(|()| Page { items, more })))
+    }
+
+    fn count(&self, _: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>> {
+        let keys = self.state.lock().expect("no panic").records.len() as u64;
+        Box::pin(ready(Ok(vec![(GroupId(1), keys)])))
+    }
+
+    fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {
+        Box::pin(ready(Ok(ClusterStatus {
+            cluster: ClusterId(7),
+            epoch: PlanEpoch(1),
+            version: MapVersion(2),
+            asked: Asked::default(),
+            answered_by: NodeId(1),
+            meta_leader: None,
+            nodes: vec![],
+            shards: vec![],
+            slots: SlotTable::new(|_| GroupId(1)),
+        })))
+    }
+
+    fn transfer_leader(&self, shard: GroupId, to: Option<Address>, _: Options) -> BoxFuture<'_, Result<Address, Failure>> {
+        let home = || "home:1".parse().expect("an address");
+        Box::pin(ready(match shard {
+            GroupId(1) => Ok(to.unwrap_or_else(home)),
+            other => Err(Failure::Invalid { reason: format!("there is no shard {other}") }),
+        }))
+    }
+}
+
+/// Ready until told otherwise.
+#[derive(Default)]
+pub struct Switch(pub Mutex<Option<NotReady>>);
+
+impl Readiness for Switch {
+    fn ready(&self) -> Result<(), NotReady> {
+        self.0.lock().expect("no panic").clone().map_or(Ok(()), Err)
+    }
+}
+
+/// Echoes: lanes in capitals, everything else as it is.
+struct Echo;
+
+impl PeerService for Echo {
+    fn lane(&self, lane: &str, incoming: BoxStream<'static, std::io::Result<Bytes>>) -> BoxStream<'static, Bytes> {
+        let hello = Bytes::from(format!("lane {lane}\n"));
+        let echoed = incoming.filter_map(|data| ready(data.ok())).map(|data| Bytes::from(data.to_ascii_uppercase()));
+        futures::stream::iter([hello]).chain(echoed).boxed()
+    }
+
+    fn shard(&self, request: ShardRequest) -> BoxFuture<'_, ShardReply> {
+        Box::pin(ready(ShardReply::Counted { keys: request.timeout_ms, slots: vec![] }))
+    }
+
+    fn identity(&self) -> BoxFuture<'_, Result<Value, Failure>> {
+        Box::pin(ready(Ok(json!({ "directory": "d" }))))
+    }
+
+    fn promise(&self, request: Value) -> BoxFuture<'_, Result<Value, Failure>> {
+        Box::pin(ready(match request {
+            Value::Object(_) => Ok(request),
+            _ => Err(Failure::Invalid { reason: "not a promise".into() }),
+        }))
+    }
+}
+
+/// A server over a [`FakeStore`].
+pub struct Site {
+    pub address: SocketAddr,
+    pub store: Arc<FakeStore>,
+    pub readiness: Arc<Switch>,
+    shutdown: CancellationToken,
+    serving: JoinHandle<()>,
+}
+
+impl Site {
+    pub async fn start() -> Site {
+        Self::with(Limits::default()).await
+    }
+
+    pub async fn with(limits: Limits) -> Site {
+        let server = Server::bind(&["127.0.0.1:0"]).await.expect("a free port");
+        let (store, readiness) = (Arc::new(FakeStore::default()), Arc::new(Switch::default()));
+        let metrics = Arc::new(Metrics::new(vec![server.stats()]));
+        let app = App::new(store.clone(), readiness.clone(), metrics, Some(Arc::new(Echo)), limits.clone());
+        let (address, shutdown) = (server.addresses()[0], CancellationToken::new());
+        let stopped = shutdown.clone();
+        let serving = tokio::spawn(async move { server.serve(router(app), stopped, &limits).await });
+        Site { address, store, readiness, shutdown, serving }
+    }
+
+    pub async fn stop(self) {
+        self.shutdown.cancel();
+        timeout(PATIENCE, self.serving).await.expect("it stops in time").expect("it does not panic");
+    }
+
+    pub fn begin_stop(&self) {
+        self.shutdown.cancel();
+    }
+
+    pub async fn connect(&self) -> Wire {
+        Wire { stream: TcpStream::connect(self.address).await.expect("it listens"), read: Vec::new() }
+    }
+
+    /// Sends one request on a connection of its own. `head` is the request line and header lines, parted by newlines.
+    pub async fn ask(&self, head: &str, body: impl AsRef<[u8]>) -> Reply {
+        let mut wire = self.connect().await;
+        wire.send(&request(head, body.as_ref())).await;
+        wire.reply_to(head.split(' ').next().unwrap_or_default()).await
+    }
+
+    pub async fn get(&self, path: &str) -> Reply {
+        self.ask(&format!("GET {path}"), "").await
+    }
+
+    pub async fn put(&self, path: &str, value: impl AsRef<[u8]>) -> Reply {
+        self.ask(&format!("PUT {path}"), value).await
+    }
+
+    pub async fn post_json(&self, path: &str, body: Value) -> Reply {
+        self.ask(&format!("POST {path}"), body.to_string()).await
+    }
+}
+
+/// The bytes of a request with a declared length.
+pub fn request(head: &str, body: &[u8]) -> Vec<u8> {
+    let (line, headers) = head.split_once('\n').map_or((head, None), |(line, headers)| (line, Some(headers)));
+    let mut text = format!("{line} HTTP/1.1\r\nhost: test\r\n");
+    for header in headers.into_iter().flat_map(str::lines) {
+        text.push_str(&format!("{header}\r\n"));
+    }
+    if !body.is_empty() {
+        text.push_str(&format!("content-length: {}\r\n", body.len()));
+    }
+    [format!("{text}\r\n").as_bytes(), body].concat()
+}
+
+/// A connection spoken to in raw bytes.
+pub struct Wire {
+    stream: TcpStream,
+    read: Vec<u8>,
+}
+
+impl Wire {
+    /// What can't be sent because the other side has closed is not sent: the answer is what counts.
+    pub async fn send(&mut self, bytes: &[u8]) {
+        let _ = self.stream.write_all(bytes).await;
+    }
+
+    pub async fn close_sending(&mut self) {
+        self.stream.shutdown().await.expect("the connection is open");
+    }
+
+    async fn more(&mut self) -> bool {
+        let read = timeout(PATIENCE, self.stream.read_buf(&mut self.read)).await.expect("something comes in time");
+        read.is_ok_and(|bytes| bytes > 0)
+    }
+
+    /// Everything until the other side closes.
+    pub async fn rest(mut self) -> String {
+        while self.more().await {}
+        String::from_utf8_lossy(&self.read).into_owned()
+    }
+
+    /// Reads until `text` has come.
+    pub async fn expect(&mut self, text: &str) {
+        while !self.read.windows(text.len()).any(|window| window == text.as_bytes()) {
+            assert!(self.more().await, "closed before '{text}', after {:?}", String::from_utf8_lossy(&self.read));
+        }
+    }
+
+    /// The status of `/healthz`, or none if the connection breaks.
+    pub async fn try_healthz(&mut self) -> Option<u16> {
+        self.send(&request("GET /healthz", b"")).await;
+        while !self.read.ends_with(b"\n") && self.more().await {}
+        String::from_utf8_lossy(&self.read).split(' ').nth(1)?.parse().ok()
+    }
+
+    pub async fn reply(&mut self) -> Reply {
+        self.reply_to("GET").await
+    }
+
+    pub async fn reply_to(&mut self, method: &str) -> Reply {
+        self.expect("\r\n\r\n").await;
+        let end = self.read.windows(4).position(|window| window == b"\r\n\r\n").expect("it was found") + 4;
+        let head = String::from_utf8(self.read.drain(..end).collect()).expect("a head is text");
+        let mut lines = head.lines();
+        let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|code| code.parse().ok()).expect("a status");
+        let headers: HashMap<String, String> = lines
+            .filter_map(|line| line.split_once(": "))
+            .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
+            .collect();
+        let length = headers.get("content-length").map_or(0, |length| length.parse().expect("a number"));
+        let length = if method == "HEAD" || status == 304 || status == 100 { 0 } else { length };
+        while self.read.len() < length {
+            assert!(self.more().await, "closed within a body");
+        }
+        Reply { status, headers, body: self.read.drain(..length).collect() }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Reply {
+    pub status: u16,
+    pub headers: HashMap<String, String>,
+    pub body: Vec<u8>,
+}
+
+impl Reply {
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", String::as_str)
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {self:?}"))
+    }
+
+    /// The status and, of a problem, the code.
+    pub fn verdict(&self) -> (u16, String) {
+        if self.header("content-type") != "application/problem+json" {
+            return (self.status, String::new());
+        }
+        let body = self.json();
+        assert_eq!(body["status"], self.status);
+        assert!(body["title"].is_string() && body["type"].is_string() && body["detail"].is_string(), "{body}");
+        (self.status, body["code"].as_str().expect("a code").to_owned())
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+}

@@ -1,0 +1,257 @@
+//! The server and what all dialects share, over real connections: hostile heads and bodies, limits, shutdown, health, peers.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use serde_json::json;
+use tokio::net::TcpStream;
+
+use super::testing::{Site, request};
+use super::{Limits, NotReady};
+use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
+use crate::sm::codec;
+use crate::types::{ClusterId, GroupId};
+
+/// Small, and quick to run out.
+fn tight() -> Limits {
+    Limits { value_bytes_max: 1000, body_bytes_max: 2000, body_chunk_timeout: Duration::from_millis(50), ..Limits::default() }
+}
+
+#[tokio::test]
+async fn health_is_told() {
+    let site = Site::start().await;
+    assert_eq!(site.get("/healthz").await.text(), "ok\n");
+    assert_eq!(site.get("/readyz").await.status, 200);
+    *site.readiness.0.lock().expect("no panic") = Some(NotReady { code: "spare", reason: "waits for a view".into() });
+    let not_ready = site.get("/readyz").await;
+    assert_eq!((not_ready.verdict(), not_ready.json()["detail"].as_str()), ((503, "spare".into()), Some("waits for a view")));
+    assert!(site.get("/").await.text().starts_with("Quorate "));
+    site.put("/v1/kv/a", "1").await;
+    let metrics = site.get("/metrics").await;
+    assert!(metrics.header("content-type").starts_with("text/plain"), "{metrics:?}");
+    let metrics = metrics.text();
+    for line in [r#"quorate_http_requests_total{dialect="native",method="PUT",status="2xx"} 1"#, "quorate_http_connections 1"] {
+        assert!(metrics.contains(line), "{line}\nis not in\n{metrics}");
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_body_too_large_is_refused_before_it_is_read() {
+    let site = Site::with(tight()).await;
+    let mut wire = site.connect().await;
+    wire.send(b"PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\ncontent-length: 1001\r\n\r\n").await;
+    let refused = wire.reply().await;
+    assert_eq!((refused.verdict(), refused.json()["limit_bytes"].as_u64()), ((413, "too_large".into()), Some(1000)));
+    // What comes now is thrown away, and the connection goes on.
+    wire.send(&[b'x'; 1001]).await;
+    wire.send(&request("PUT /v1/kv/a", &[b'x'; 1000])).await;
+    assert_eq!(wire.reply().await.status, 201);
+    wire.send(b"POST /v1/batch HTTP/1.1\r\nhost: test\r\ncontent-length: 99999999999999\r\n\r\n").await;
+    assert_eq!(wire.reply().await.verdict(), (413, "too_large".into()));
+    drop(wire);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_body_too_large_without_a_length_is_refused_on_the_way() {
+    let site = Site::with(tight()).await;
+    let mut wire = site.connect().await;
+    wire.send(b"PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n").await;
+    for _ in 0..3 {
+        wire.send(format!("190\r\n{}\r\n", "x".repeat(400)).as_bytes()).await;
+    }
+    assert_eq!(wire.reply().await.verdict(), (413, "too_large".into()));
+    wire.send(b"0\r\n\r\n").await;
+    wire.send(&request("GET /v1/kv/a", b"")).await;
+    assert_eq!(wire.reply().await.status, 404);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_that_asks_before_it_sends_is_answered() {
+    let site = Site::with(tight()).await;
+    let head = |length: usize| {
+        format!("PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\nexpect: 100-continue\r\ncontent-length: {length}\r\n\r\n")
+    };
+    let mut wire = site.connect().await;
+    wire.send(head(3).as_bytes()).await;
+    assert_eq!(wire.reply().await.status, 100);
+    wire.send(b"abc").await;
+    assert_eq!(wire.reply().await.status, 201);
+    wire.send(head(1001).as_bytes()).await;
+    assert_eq!(wire.reply().await.verdict(), (413, "too_large".into()));
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_body_that_stops_coming_is_given_up() {
+    let site = Site::with(tight()).await;
+    for head in ["content-length: 5\r\n\r\nab", "transfer-encoding: chunked\r\n\r\n2\r\nab\r\n"] {
+        let mut wire = site.connect().await;
+        wire.send(format!("PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\n{head}").as_bytes()).await;
+        assert_eq!(wire.reply().await.verdict(), (408, "body_timeout".into()));
+    }
+    assert_eq!(site.store.requests(), 0);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_body_cut_short_changes_nothing() {
+    let site = Site::start().await;
+    for head in [
+        "content-length: 5\r\n\r\nab",
+        "transfer-encoding: chunked\r\n\r\n2\r\nab\r\n",
+        "transfer-encoding: chunked\r\n\r\nzz\r\n",
+    ] {
+        let mut wire = site.connect().await;
+        wire.send(format!("PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\n{head}").as_bytes()).await;
+        wire.close_sending().await;
+        let answer = wire.rest().await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 400"), "{answer}");
+    }
+    assert_eq!(site.store.requests(), 0);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn bodies_in_flight_are_bounded_together() {
+    let site = Site::with(Limits { bodies_bytes_max: 1000, body_bytes_max: 2000, ..Limits::default() }).await;
+    let mut holder = site.connect().await;
+    holder.send(b"PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\ncontent-length: 1000\r\n\r\n").await;
+    holder.send(&[b'x'; 900]).await;
+    while !site.get("/metrics").await.text().contains("quorate_http_body_bytes_in_flight 900") {
+        tokio::task::yield_now().await;
+    }
+    let refused = site.put("/v1/kv/b", [b'x'; 101]).await;
+    assert_eq!((refused.verdict(), refused.header("retry-after")), ((429, "overloaded".into()), "1"));
+    holder.send(&[b'x'; 100]).await;
+    assert_eq!(holder.reply().await.status, 201);
+    assert_eq!(site.put("/v1/kv/b", [b'x'; 101]).await.status, 201);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn hostile_heads_are_refused() {
+    let site = Site::with(Limits { head_bytes_max: 8 << 10, ..Limits::default() }).await;
+    let many = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(150));
+    let huge = format!("GET / HTTP/1.1\r\na: {}\r\n\r\n", "b".repeat(9000));
+    let long = format!("GET /v1/kv/{} HTTP/1.1\r\n\r\n", "k".repeat(9000));
+    for (head, statuses) in [
+        (huge.as_str(), "431"),
+        (many.as_str(), "431"),
+        (long.as_str(), "414 431"),
+        ("GET / HTTP/1.1\r\na b: c\r\n\r\n", "400"),
+        ("GET /v1/kv/a b HTTP/1.1\r\n\r\n", "400"),
+        ("\u{16}\u{3}\u{1}\u{2}\u{0}\u{1}nonsense\r\n\r\n", "400"),
+        ("GET / HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", "400"),
+        ("PUT /v1/kv/a HTTP/1.1\r\ncontent-length: -1\r\n\r\n", "400"),
+    ] {
+        let mut wire = site.connect().await;
+        wire.send(head.as_bytes()).await;
+        let answer = wire.rest().await;
+        let status = answer.split(' ').nth(1).unwrap_or_default();
+        assert!(statuses.split(' ').any(|expected| expected == status), "{statuses} expected: {answer:.200}");
+    }
+    assert_eq!(site.get("/healthz").await.status, 200);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn slow_heads_and_silent_connections_are_closed() {
+    let site = Site::with(Limits { head_timeout: Duration::from_millis(50), ..Limits::default() }).await;
+    for beginning in ["", "P", "PRI", "GET / HTTP/1.1\r\na:", "GET /healthz HTTP/1.1\r\n\r\n"] {
+        let mut wire = site.connect().await;
+        wire.send(beginning.as_bytes()).await;
+        let answer = wire.rest().await;
+        assert!(!answer.contains("HTTP/1.1 200") || beginning.ends_with("\r\n\r\n"), "{answer}");
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn connections_past_the_limit_are_told() {
+    let site = Site::with(Limits { connections_max: 1, ..Limits::default() }).await;
+    let mut first = site.connect().await;
+    first.send(&request("GET /healthz", b"")).await;
+    assert_eq!(first.reply().await.status, 200);
+    let refused = site.connect().await.reply().await;
+    assert_eq!((refused.verdict(), refused.header("retry-after")), ((503, "unavailable".into()), "1"));
+    drop(first);
+    while site.connect().await.try_healthz().await != Some(200) {
+        tokio::task::yield_now().await;
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_stopping_server_finishes_what_it_began() {
+    let site = Site::start().await;
+    let idle = site.connect().await;
+    let mut busy = site.connect().await;
+    busy.send(b"PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n").await;
+    assert_eq!(busy.reply().await.status, 100);
+    site.begin_stop();
+    assert_eq!(idle.rest().await, "");
+    busy.send(b"abc").await;
+    assert_eq!(busy.reply().await.status, 201);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_stopping_server_cuts_what_does_not_end() {
+    let site = Site::with(Limits { drain_timeout: Duration::from_millis(20), ..Limits::default() }).await;
+    let mut stuck = site.connect().await;
+    stuck.send(b"PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n").await;
+    assert_eq!(stuck.reply().await.status, 100);
+    site.stop().await;
+    assert_eq!(stuck.rest().await, "");
+}
+
+#[tokio::test]
+async fn peers_ask_in_json_and_frames() {
+    let site = Site::start().await;
+    assert_eq!(site.get("/peer/identity").await.json(), json!({ "directory": "d" }));
+    assert_eq!(site.post_json("/peer/promise", json!({ "view": 1 })).await.json(), json!({ "view": 1 }));
+    assert_eq!(site.post_json("/peer/promise", json!(1)).await.verdict(), (400, "invalid_request".into()));
+    assert_eq!(site.ask("POST /peer/promise", "{").await.verdict(), (400, "invalid_body".into()));
+    let asked = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 42, body: ShardBody::Count };
+    let reply = site.ask("POST /peer/shard", codec::encode(&asked)).await;
+    let reply: ShardReply = codec::decode(&reply.body, "a reply").expect("our own encoding");
+    assert_eq!(reply, ShardReply::Counted { keys: 42, slots: vec![] });
+    for bad in [&b""[..], b"\x02", b"\x01\xff\xff", b"GET"] {
+        assert_eq!(site.ask("POST /peer/shard", bad).await.verdict(), (400, "invalid_body".into()));
+    }
+    assert_eq!(site.get("/peer/shard").await.header("allow"), "POST");
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_lane_streams_both_ways_over_http_2() {
+    let site = Site::start().await;
+    let stream = TcpStream::connect(site.address).await.expect("it listens");
+    let (mut client, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("it speaks HTTP/2");
+    let driver = tokio::spawn(connection);
+    let (frames, received) = futures::channel::mpsc::unbounded::<Bytes>();
+    let body = StreamBody::new(received.map(|data| Ok::<_, std::io::Error>(Frame::data(data))));
+    let request = http::Request::post(format!("http://{}/peer/lane/raft-1", site.address)).body(body).expect("a request");
+    let response = client.send_request(request).await.expect("an answer before the body ends");
+    assert_eq!(response.status(), 200);
+    let mut answers = response.into_body().into_data_stream();
+    assert_eq!(answers.next().await.expect("a frame").expect("no error"), "lane raft-1\n");
+    for frame in ["one", "two"] {
+        frames.unbounded_send(Bytes::from(frame)).expect("the lane is open");
+        assert_eq!(answers.next().await.expect("a frame").expect("no error"), frame.to_uppercase());
+    }
+    drop(frames);
+    let rest: Vec<Bytes> = answers.map(|data| data.expect("no error")).collect().await;
+    assert_eq!(rest.concat(), b"", "the lane ends when its client does");
+    drop(client);
+    driver.abort();
+    site.stop().await;
+}
