@@ -5,13 +5,14 @@
 //! deleted, `-` nothing to delete, `V@3` got, `none` got nothing. `claim TAG..`, `freeze TAG`, `thaw TAG` and `lose TAG` change the
 //! slot of a hash tag, `all` claims every slot. The counters of all slots are checked after each line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::sm::ports::{Direction, KeyRange, Read};
 use crate::sm::requests::{REMEMBERED_MS, REQUESTS_BYTES_MAX, RequestRecord, group_time_ms};
 use crate::sm::slots::{
-    Contents, Ownership, SlotState, all_data, data_key, parse_data_key, parse_request_key, request_range, slot_of, state_key,
+    Contents, Ownership, SlotState, all_data, data_key, expiry_range, parse_data_key, parse_expiry_key, parse_request_key,
+    request_range, slot_of, state_key,
 };
 
 /// A shard's map, by itself.
@@ -58,6 +59,13 @@ impl Shard {
         pairs.map(|pair| pair.expect("readable")).collect()
     }
 
+    /// The index by age of `slot`.
+    fn indexed(&self, slot: Slot) -> BTreeSet<(u64, Bytes)> {
+        let pairs = self.map.scan(&expiry_range(slot), Direction::Forward);
+        let entries = pairs.map(|pair| parse_expiry_key(&pair.expect("readable").0).expect("an index key"));
+        entries.map(|(_, time_ms, key)| (time_ms, key)).collect()
+    }
+
     /// Asserts that the counters of every slot are what is there.
     pub fn assert_counted(&self) {
         let mut contents: BTreeMap<Slot, Contents> = BTreeMap::new();
@@ -75,9 +83,13 @@ impl Shard {
             let requests = self.requests(slot);
             let cost = requests.iter().map(|(key, value)| 2 * key.len() + 8 + value.len()).sum::<usize>();
             assert_eq!(state.requests.bytes, cost as u64, "requests of slot {slot}");
-            for (_, value) in requests {
-                assert!(RequestRecord::decode(&value).expect("own encoding").time_ms >= state.requests.since_ms);
-            }
+            let times = requests.iter().map(|(key, value)| {
+                let (_, key) = parse_request_key(key).expect("a request key");
+                (RequestRecord::decode(value).expect("own encoding").time_ms, key)
+            });
+            let times: BTreeSet<(u64, Bytes)> = times.collect();
+            assert!(times.first().is_none_or(|(oldest_ms, _)| *oldest_ms >= state.requests.since_ms));
+            assert_eq!(self.indexed(slot), times, "an index entry for each record, and no other");
         }
         assert!(contents.is_empty(), "keys in slots without a state: {contents:?}");
         assert!(self.map.keys().all(|key| key[0] != crate::sm::slots::TAG_RESERVED));
