@@ -1,0 +1,191 @@
+//! The one queue between all replicas and the writer.
+//!
+//! Bounded by its users: an append is never refused for room, since Raft could not bear that, but [`Queue::bytes`] is published so
+//! that proposers wait. The invariant: once a refusal is set, nothing enters, and its reason is what everyone gets.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::record::entry_len;
+use super::replica::Replica;
+use super::{Done, Entry, LogFailure, Vote};
+use crate::storage::ReplicaKey;
+use crate::types::LogId;
+
+/// An operation that waits for the writer.
+pub(super) struct Op {
+    pub replica: Arc<Replica>,
+    /// Counts the operations of the replica.
+    pub seq: u64,
+    pub change: Change,
+    pub done: Done,
+}
+
+pub(super) enum Change {
+    Create,
+    Wipe,
+    Append(Vec<Entry>),
+    Vote(Vote),
+    Truncate(Option<LogId>),
+    Purge(LogId),
+    /// Changes nothing: done once all before it is.
+    Nothing,
+}
+
+impl Change {
+    /// Bytes that the operation takes in the log, or a little more.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Change::Append(entries) => entries.iter().map(entry_len).sum(),
+            Change::Create | Change::Wipe | Change::Vote(_) | Change::Truncate(_) | Change::Purge(_) | Change::Nothing => {
+                super::record::SMALL_RECORD_BYTES_MAX
+            }
+        }
+    }
+}
+
+/// What the writer takes at once.
+#[derive(Default)]
+pub(super) struct Taken {
+    pub ops: Vec<Op>,
+    /// Committed ids that wait for any write to go along with.
+    pub committed: BTreeMap<ReplicaKey, Option<LogId>>,
+}
+
+#[derive(Default)]
+struct State {
+    ops: VecDeque<Op>,
+    bytes: usize,
+    committed: BTreeMap<ReplicaKey, Option<LogId>>,
+    closing: bool,
+    refusal: Option<LogFailure>,
+}
+
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<State>,
+    wake_thread: Condvar,
+    wake_task: Notify,
+}
+
+impl Queue {
+    /// Queues an operation, or gives it back with the reason. The caller holds the replica, so that its operations keep their order.
+    pub fn push(&self, op: Op) -> Result<(), (Op, LogFailure)> {
+        let mut state = self.lock();
+        if let Some(refusal) = &state.refusal {
+            return Err((op, refusal.clone()));
+        }
+        state.bytes += op.change.bytes();
+        state.ops.push_back(op);
+        drop(state);
+        self.wake();
+        Ok(())
+    }
+
+    /// Keeps the id until something else is written.
+    pub fn set_committed(&self, key: ReplicaKey, id: Option<LogId>) {
+        let mut state = self.lock();
+        if state.refusal.is_none() {
+            state.committed.insert(key, id);
+        }
+    }
+
+    /// Bytes that wait for the writer.
+    pub fn bytes(&self) -> usize {
+        self.lock().bytes
+    }
+
+    pub fn refusal(&self) -> Option<LogFailure> {
+        self.lock().refusal.clone()
+    }
+
+    /// Refuses what comes from now on. What waits is still written.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        state.closing = true;
+        state.refusal.get_or_insert_with(LogFailure::closed);
+        drop(state);
+        self.wake();
+    }
+
+    /// Refuses everything for `reason`, and hands back what waited.
+    pub fn fail(&self, reason: LogFailure) -> Vec<Op> {
+        let mut state = self.lock();
+        state.refusal = Some(reason);
+        state.closing = true;
+        state.bytes = 0;
+        state.committed.clear();
+        let ops = std::mem::take(&mut state.ops).into();
+        drop(state);
+        self.wake();
+        ops
+    }
+
+    pub fn is_closing(&self) -> bool {
+        self.lock().closing
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.lock().ops.is_empty()
+    }
+
+    /// Takes operations of at most `bytes_max` together, but at least one if there is one.
+    pub fn take(&self, bytes_max: usize) -> Taken {
+        let mut state = self.lock();
+        let committed = std::mem::take(&mut state.committed);
+        let mut bytes = 0;
+        let fits = |op: &Op| {
+            bytes += op.change.bytes();
+            bytes <= bytes_max
+        };
+        let count = state.ops.iter().map(fits).take_while(|fits| *fits).count().max(1).min(state.ops.len());
+        let ops: Vec<Op> = state.ops.drain(..count).collect();
+        state.bytes -= ops.iter().map(|op| op.change.bytes()).sum::<usize>();
+        Taken { ops, committed }
+    }
+
+    /// Blocks until an operation waits or the log is closing, at most for `timeout` if there is one.
+    pub fn wait(&self, timeout: Option<Duration>) {
+        let state = self.lock();
+        let idle = |state: &mut State| state.ops.is_empty() && !state.closing;
+        let poisoned = "no code panics while it holds the queue";
+        match timeout {
+            Some(timeout) => drop(self.wake_thread.wait_timeout_while(state, timeout, idle).expect(poisoned)),
+            None => drop(self.wake_thread.wait_while(state, idle).expect(poisoned)),
+        }
+    }
+
+    /// The same for a task. May return early.
+    pub async fn wait_in_task(&self) {
+        let waits = {
+            let state = self.lock();
+            state.ops.is_empty() && !state.closing
+        };
+        if waits {
+            self.wake_task.notified().await;
+        }
+    }
+
+    fn wake(&self) {
+        self.wake_thread.notify_one();
+        self.wake_task.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no code panics while it holds the queue")
+    }
+}
+
+/// Calls back with success or the failure.
+pub(super) fn call(done: Done, failure: Option<&LogFailure>) {
+    done(failure.map_or(Ok(()), |failure| Err(failure.to_io())));
+}
+
+/// What an operation that asks for the impossible gets.
+pub(super) fn invalid(reason: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, reason)
+}

@@ -1,0 +1,148 @@
+//! Segment files: their names, how one is prepared, begun, pre-written and used again.
+//!
+//! The invariants that replay builds on: a file has a segment's name only once its head is synced; and every byte of a segment, and
+//! room for one more header behind its last record, is written and synced before a record goes there. So syncing a batch changes
+//! no metadata of the file, which makes it cheaper, and a file that ends within a record was cut by damage, never by a crash.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::record::HEADER_BYTES;
+use super::with_context;
+use crate::storage::disk::{Disk, DiskFile, Open};
+
+const SUFFIX: &str = ".segment";
+/// What is not a segment yet or any more. Removed on opening.
+const SUFFIX_SPARE: &str = ".spare";
+const NAME_NEXT: &str = "next.spare";
+/// Pre-writing never stops the batches for longer than this takes.
+const GROW_BYTES_MAX: u64 = 8 << 20;
+const ZEROS_BYTES: u64 = 256 << 10;
+
+/// The directory of the segments.
+pub(super) struct SegmentFiles {
+    pub disk: Arc<dyn Disk>,
+    pub dir: PathBuf,
+    pub grow_bytes: u64,
+    pub segment_bytes: u64,
+}
+
+/// A file that can become the next segment.
+pub(super) struct Prepared {
+    path: PathBuf,
+    file: Arc<dyn DiskFile>,
+    allocated: u64,
+}
+
+/// The segment that is written.
+pub(super) struct Active {
+    pub number: u64,
+    pub file: Arc<dyn DiskFile>,
+    pub path: PathBuf,
+    pub offset: u64,
+    /// Up to here the file is written and synced, with records or with anything else.
+    pub allocated: u64,
+    /// Where its first batch begins.
+    pub first_batch: u64,
+}
+
+/// What is in the directory.
+#[derive(Debug, Default)]
+pub(super) struct Listing {
+    pub segments: Vec<u64>,
+    pub spares: Vec<PathBuf>,
+}
+
+impl SegmentFiles {
+    pub fn path(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("{number:020}{SUFFIX}"))
+    }
+
+    pub fn list(&self) -> io::Result<Listing> {
+        let mut listing = Listing::default();
+        for name in self.disk.list(&self.dir)? {
+            if let Some(number) = name.strip_suffix(SUFFIX).and_then(|number| number.parse().ok()) {
+                listing.segments.push(number);
+            } else if name.ends_with(SUFFIX_SPARE) {
+                listing.spares.push(self.dir.join(name));
+            }
+        }
+        listing.segments.sort_unstable();
+        Ok(listing)
+    }
+
+    /// A new file, pre-written.
+    pub fn prepare(&self) -> io::Result<Prepared> {
+        let path = self.dir.join(NAME_NEXT);
+        let file = self
+            .disk
+            .open(&path, Open::Truncated)
+            .map_err(|error| with_context(error, format_args!("create {}", path.display())))?;
+        let mut prepared = Prepared { path, file: file.into(), allocated: 0 };
+        let grow = self.grow_bytes.min(self.segment_bytes);
+        prepared.allocated = pre_write(&*prepared.file, &prepared.path, 0, grow)?;
+        Ok(prepared)
+    }
+
+    /// Makes `prepared` the segment `number` that begins with `head`. Both are durable when this returns.
+    pub fn begin(&self, prepared: Prepared, number: u64, head: &[u8]) -> io::Result<Active> {
+        let Prepared { path, file, allocated } = prepared;
+        let target = self.path(number);
+        let mut active = Active { number, file, path, offset: 0, allocated, first_batch: head.len() as u64 };
+        self.reserve(&mut active, head.len() as u64)?;
+        let writing = |error| with_context(error, format_args!("write the head of {}", target.display()));
+        active.file.write_at(head, 0).and_then(|()| active.file.sync()).map_err(writing)?;
+        let renamed = self.disk.rename(&active.path, &target).and_then(|()| self.disk.sync_dir(&self.dir));
+        renamed.map_err(|error| with_context(error, format_args!("name {}", target.display())))?;
+        active.path = target;
+        active.offset = head.len() as u64;
+        Ok(active)
+    }
+
+    /// Makes room in the file for `bytes` more.
+    pub fn reserve(&self, active: &mut Active, bytes: u64) -> io::Result<()> {
+        let need = active.offset + bytes + HEADER_BYTES as u64;
+        if need <= active.allocated {
+            return Ok(());
+        }
+        let step = self.grow_bytes.max(active.allocated / 2).min(GROW_BYTES_MAX);
+        let target = (active.allocated + step).min(self.segment_bytes).max(need);
+        active.allocated = pre_write(&*active.file, &active.path, active.allocated, target)?;
+        Ok(())
+    }
+
+    /// Takes a segment that is no longer needed out of the log, durably, and keeps its file for another use.
+    pub fn retire(&self, number: u64, file: Arc<dyn DiskFile>, allocated: u64) -> io::Result<Prepared> {
+        let from = self.path(number);
+        let path = self.dir.join(format!("{number:020}{SUFFIX_SPARE}"));
+        let renamed = self.disk.rename(&from, &path).and_then(|()| self.disk.sync_dir(&self.dir));
+        renamed.map_err(|error| with_context(error, format_args!("take {} out of the log", from.display())))?;
+        Ok(Prepared { path, file, allocated })
+    }
+
+    /// Removes a segment that is no longer needed, durably.
+    pub fn remove(&self, number: u64) -> io::Result<()> {
+        let path = self.path(number);
+        let removed = self.disk.remove(&path).and_then(|()| self.disk.sync_dir(&self.dir));
+        removed.map_err(|error| with_context(error, format_args!("remove {}", path.display())))
+    }
+}
+
+/// Writes zeros from `from` to `to` and syncs them. Returns `to`.
+fn pre_write(file: &dyn DiskFile, path: &Path, from: u64, to: u64) -> io::Result<u64> {
+    let zeros = vec![0; ZEROS_BYTES.min(to.saturating_sub(from)) as usize];
+    let mut at = from;
+    let result = loop {
+        if at >= to {
+            break file.sync();
+        }
+        let n = (to - at).min(ZEROS_BYTES);
+        if let Err(error) = file.write_at(&zeros[..n as usize], at) {
+            break Err(error);
+        }
+        at += n;
+    };
+    result.map_err(|error| with_context(error, format_args!("pre-write {} to {to} bytes", path.display())))?;
+    Ok(to)
+}

@@ -1,0 +1,1 @@
+//! Every byte cut, every byte flipped.

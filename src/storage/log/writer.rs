@@ -1,0 +1,499 @@
+//! The one writer: takes what waits, writes it as one batch, syncs, calls back; and keeps the segments in order.
+//!
+//! Everything here happens on one thread: [`LogWriter::run`] in production, [`LogWriter::run_in_task`] or [`LogWriter::pump`] in a
+//! simulation. The ledger (with each replica's [`super::written::Written`]) is what a replay of the segments up to the active
+//! offset would give.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::handle::{Roster, SegmentView, Shared};
+use super::queue::{Change, Op, Taken, call};
+use super::record::{self, HEADER_BYTES, Head, NOBODY, Place, Record, ReplicaHead, SMALL_RECORD_BYTES_MAX};
+use super::replay::{Replayed, replay};
+use super::replica::Replica;
+use super::segment::{Active, Prepared, SegmentFiles};
+use super::written::{Live, Spot};
+use super::{Done, Entry, Expect, LogFailure, LogOptions, OpenLogError, with_context};
+use crate::storage::ReplicaKey;
+use crate::storage::disk::Disk;
+use crate::types::{GroupId, LogId, ReplicaId};
+
+/// Larger segments would not be addressed by 32 bits together with the largest append.
+const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+/// Files kept to become segments again.
+const PREPARED_MAX: usize = 2;
+/// More segments than this, left by earlier openings and mostly empty, are cleaned: many restarts leave many small ones.
+const FRAGMENTS_MAX: usize = 8;
+/// At least what a rebase writes beside the entries: a mark and what it restates.
+const REBASE_OVERHEAD_BYTES: u64 = 256;
+/// What one cached operation costs in memory beside its bytes.
+const CACHED_OP_BYTES: usize = 64;
+
+/// The writing end of a log. Dropping it without [`LogWriter::run`] having ended is what a crash of the process is: nothing more is
+/// written, and all that waits gets an error.
+pub struct LogWriter {
+    shared: Arc<Shared>,
+    files: SegmentFiles,
+    options: LogOptions,
+    ledger: Ledger,
+    active: Active,
+    sealed: BTreeMap<u64, Sealed>,
+    prepared: Vec<Prepared>,
+    /// Whether anything was written since the last closing mark.
+    unmarked: bool,
+    /// What was appended to the caches, oldest first, and its bytes.
+    cached: VecDeque<CachedOp>,
+    cached_bytes: usize,
+    buffer: Vec<u8>,
+    stopped: bool,
+}
+
+/// A segment that is full.
+struct Sealed {
+    /// Bytes of its records without the head, which restates what is elsewhere.
+    bytes: u64,
+    /// How much of the file is known to be written and synced; none if it was not written since this log was opened.
+    allocated: Option<u64>,
+}
+
+struct CachedOp {
+    replica: Arc<Replica>,
+    seq: u64,
+    bytes: usize,
+}
+
+/// What the segments amount to up to the active offset.
+struct Ledger {
+    replicas: BTreeMap<ReplicaKey, Arc<Replica>>,
+    highest: BTreeMap<GroupId, ReplicaId>,
+    live: Live,
+}
+
+/// A batch as it is encoded.
+struct Batch<'a> {
+    buffer: &'a mut Vec<u8>,
+    start: Place,
+    records: u64,
+}
+
+impl Batch<'_> {
+    fn put(&mut self, key: ReplicaKey, record: &Record) -> io::Result<Spot> {
+        let at = self.buffer.len();
+        record::encode(self.buffer, self.start, key, record);
+        self.records += 1;
+        let too_far = |_| io::Error::from(io::ErrorKind::FileTooLarge);
+        Ok(Spot {
+            segment: self.start.segment,
+            offset: u32::try_from(self.start.offset + at as u64).map_err(too_far)?,
+            len: u32::try_from(self.buffer.len() - at).map_err(too_far)?,
+        })
+    }
+}
+
+/// Opens a log: see [`super::Log::open`].
+pub(super) fn open(disk: Arc<dyn Disk>, dir: &Path, options: LogOptions) -> Result<(Arc<Shared>, LogWriter), OpenLogError> {
+    let failed = |context: String| move |source| OpenLogError::Io { context, source };
+    disk.create_dir(dir).map_err(failed(format!("create {}", dir.display())))?;
+    if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        disk.sync_dir(parent).map_err(failed(format!("sync {}", parent.display())))?;
+    }
+    let segment_bytes = options.segment_bytes.min(SEGMENT_BYTES_MAX);
+    let files = SegmentFiles { disk, dir: dir.to_owned(), grow_bytes: options.grow_bytes, segment_bytes };
+    let replayed = replay(&files, options.binding)?;
+    if replayed.segments.is_empty() && options.expect == Expect::Existing {
+        return Err(OpenLogError::Missing { dir: dir.to_owned() });
+    }
+    begin(files, options, replayed).map_err(failed(format!("begin a segment in {}", dir.display())))
+}
+
+fn begin(files: SegmentFiles, options: LogOptions, replayed: Replayed) -> io::Result<(Arc<Shared>, LogWriter)> {
+    let Replayed { replicas, highest, live, segments, leftover, spares } = replayed;
+    let replicas: BTreeMap<_, _> =
+        replicas.into_iter().map(|(key, written)| (key, Arc::new(Replica::new(key, written)))).collect();
+    let roster = Roster { replicas: replicas.clone(), highest: highest.clone() };
+    let ledger = Ledger { replicas, highest, live };
+    let last = segments.last().map(|last| (last.number, last.end));
+    let number = last.map_or(1, |(number, _)| number + 1);
+    for path in spares {
+        files.disk.remove(&path)?;
+    }
+    let head = ledger.head(number, last.map(|(_, end)| end), options.binding);
+    let active = files.begin(files.prepare()?, number, &head)?;
+    if let Some(last) = segments.last() {
+        // What is behind the end is never read again. That it is given back matters to small nodes only: failing to is no error.
+        let _ = last.file.set_len(last.end);
+    }
+    for number in leftover {
+        files.remove(number)?;
+    }
+    let mut views = BTreeMap::new();
+    let mut sealed = BTreeMap::new();
+    for segment in segments {
+        sealed.insert(segment.number, Sealed { bytes: segment.end - segment.head_bytes, allocated: None });
+        views.insert(segment.number, SegmentView { file: segment.file, path: segment.path, end: segment.end });
+    }
+    views.insert(number, SegmentView { file: active.file.clone(), path: active.path.clone(), end: active.offset });
+    let shared = Arc::new(Shared::new(roster, views, &options));
+    let mut writer = LogWriter {
+        shared: shared.clone(),
+        files,
+        options,
+        ledger,
+        active,
+        sealed,
+        prepared: Vec::new(),
+        unmarked: false,
+        cached: VecDeque::new(),
+        cached_bytes: 0,
+        buffer: Vec::new(),
+        stopped: false,
+    };
+    writer.reclaim()?;
+    writer.unmarked = writer.has_fragments();
+    Ok((shared, writer))
+}
+
+impl LogWriter {
+    /// Writes what is issued until the log is closed or all its handles are dropped, then the closing mark. Blocks: it wants a thread
+    /// of its own. Returns early if the log fails.
+    pub fn run(mut self) {
+        let idle = Duration::from_millis(self.options.idle_ms);
+        while !self.stopped {
+            self.shared.queue.wait(self.unmarked.then_some(idle));
+            self.step();
+        }
+    }
+
+    /// The same as a task, on a runtime with a clock. Its writes and syncs block the thread: for simulation.
+    pub async fn run_in_task(mut self) {
+        let idle = Duration::from_millis(self.options.idle_ms);
+        while !self.stopped {
+            let queue = &self.shared.queue;
+            let elapsed = if self.unmarked {
+                tokio::time::timeout(idle, queue.wait_in_task()).await.is_err()
+            } else {
+                queue.wait_in_task().await;
+                false
+            };
+            if elapsed || !queue.is_empty() || queue.is_closing() {
+                self.step();
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        if !self.pump() && self.shared.queue.is_closing() {
+            self.stopped = true;
+            let closed = LogFailure::closed();
+            self.take_waiters().into_iter().for_each(|waiter| call(waiter, Some(&closed)));
+        }
+    }
+
+    /// Writes and syncs what waits, and calls back. With nothing waiting, does what an idle log does: writes the closing mark, then
+    /// cleans. False if there was nothing to do.
+    pub fn pump(&mut self) -> bool {
+        if self.stopped {
+            return false;
+        }
+        let idle = self.shared.queue.is_empty();
+        if idle && !self.unmarked {
+            return false;
+        }
+        let taken = self.shared.queue.take(self.options.batch_bytes_max);
+        self.unmarked = !idle;
+        let segment = self.active.number;
+        self.write_taken(taken);
+        if self.stopped {
+            return true;
+        }
+        let kept_up = self.reclaim().and_then(|()| if idle || segment != self.active.number { self.clean() } else { Ok(()) });
+        if let Err(error) = kept_up.and_then(|()| self.prepare_next()) {
+            self.fail(&error, Vec::new());
+        }
+        true
+    }
+
+    /// Writes one batch and calls back, also where that fails.
+    fn write_taken(&mut self, taken: Taken) {
+        let Taken { mut ops, committed } = taken;
+        let need = ops.iter().map(|op| op.change.bytes()).sum::<usize>() + committed.len() * SMALL_RECORD_BYTES_MAX;
+        let written = self.write_batch(need, |ledger, batch| {
+            ops.iter_mut().try_for_each(|op| ledger.write_op(op, batch))?;
+            committed.into_iter().try_for_each(|(key, id)| ledger.write_committed(key, id, batch))
+        });
+        if let Err(error) = written {
+            return self.fail(&error, ops);
+        }
+        let mut last_seqs: BTreeMap<ReplicaKey, (Arc<Replica>, u64)> = BTreeMap::new();
+        let mut dones = Vec::with_capacity(ops.len());
+        for op in ops {
+            if let Change::Append(entries) = &op.change {
+                let bytes = op.change.bytes() + CACHED_OP_BYTES * entries.len();
+                self.cached_bytes += bytes;
+                self.cached.push_back(CachedOp { replica: op.replica.clone(), seq: op.seq, bytes });
+            }
+            last_seqs.insert(op.replica.key, (op.replica, op.seq));
+            dones.push(op.done);
+        }
+        for (replica, seq) in last_seqs.into_values() {
+            dones.extend(replica.lock().set_synced(seq));
+        }
+        self.evict();
+        dones.into_iter().for_each(|done| call(done, None));
+    }
+
+    /// Encodes what `fill` puts into a batch, writes it behind a mark, and syncs. `need` is at least what it takes.
+    fn write_batch(&mut self, need: usize, fill: impl FnOnce(&mut Ledger, &mut Batch) -> io::Result<()>) -> io::Result<()> {
+        self.make_room((HEADER_BYTES + need) as u64)?;
+        let start = Place { binding: self.options.binding, segment: self.active.number, offset: self.active.offset };
+        self.buffer.clear();
+        self.buffer.shrink_to(2 * self.options.batch_bytes_max);
+        let mut batch = Batch { buffer: &mut self.buffer, start, records: 0 };
+        batch.put(NOBODY, &Record::Mark)?;
+        fill(&mut self.ledger, &mut batch)?;
+        let records = batch.records;
+        let end = start.offset + self.buffer.len() as u64;
+        assert!(end + HEADER_BYTES as u64 <= self.active.allocated, "a batch is larger than the room that was made for it");
+        let context = |error| with_context(error, format_args!("write {}", self.active.path.display()));
+        self.active.file.write_at(&self.buffer, start.offset).map_err(context)?;
+        let began = Instant::now();
+        self.active.file.sync().map_err(|error| with_context(error, format_args!("sync {}", self.active.path.display())))?;
+        self.shared.count_batch(records, self.buffer.len() as u64, began.elapsed());
+        self.active.offset = end;
+        let mut segments = self.shared.segments.write().expect("no code panics while it holds the segments");
+        if let Some(view) = segments.get_mut(&self.active.number) {
+            view.end = end;
+        }
+        Ok(())
+    }
+
+    /// Makes room for `bytes` in the active segment, or in a new one.
+    fn make_room(&mut self, bytes: u64) -> io::Result<()> {
+        let fits = self.active.offset + bytes + HEADER_BYTES as u64 <= self.files.segment_bytes;
+        if !fits && self.active.offset > self.active.first_batch {
+            self.next_segment()?;
+        }
+        self.files.reserve(&mut self.active, bytes)
+    }
+
+    fn next_segment(&mut self) -> io::Result<()> {
+        let prepared = match self.prepared.pop() {
+            Some(prepared) => prepared,
+            None => self.files.prepare()?,
+        };
+        let number = self.active.number + 1;
+        let head = self.ledger.head(number, Some(self.active.offset), self.options.binding);
+        let next = self.files.begin(prepared, number, &head)?;
+        let sealed = std::mem::replace(&mut self.active, next);
+        self.sealed
+            .insert(sealed.number, Sealed { bytes: sealed.offset - sealed.first_batch, allocated: Some(sealed.allocated) });
+        let view = SegmentView { file: self.active.file.clone(), path: self.active.path.clone(), end: self.active.offset };
+        self.shared.segments.write().expect("no code panics while it holds the segments").insert(number, view);
+        Ok(())
+    }
+
+    /// Prepares the next segment when this one is three quarters full.
+    fn prepare_next(&mut self) -> io::Result<()> {
+        if self.prepared.is_empty() && self.active.offset > self.files.segment_bytes / 4 * 3 {
+            self.prepared.push(self.files.prepare()?);
+        }
+        Ok(())
+    }
+
+    /// Takes the oldest segments out of the log while no live entry is in them. All that is encoded is synced here.
+    fn reclaim(&mut self) -> io::Result<()> {
+        let oldest_live = self.ledger.live.oldest().unwrap_or(self.active.number);
+        while let Some(entry) = self.sealed.first_entry()
+            && *entry.key() < oldest_live
+        {
+            let (number, sealed) = entry.remove_entry();
+            let view = self.shared.segments.write().expect("no code panics while it holds the segments").remove(&number);
+            let reusable = sealed.allocated.filter(|allocated| *allocated <= 2 * self.files.segment_bytes);
+            match (view, reusable) {
+                (Some(view), Some(allocated)) if self.prepared.len() < PREPARED_MAX => {
+                    self.prepared.push(self.files.retire(number, view.file, allocated)?);
+                }
+                _ => self.files.remove(number)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Rebases small replicas that pin the oldest segment, while most of the log is dead.
+    fn clean(&mut self) -> io::Result<()> {
+        let mut budget = self.files.segment_bytes / 4;
+        while self.wants_cleaning() {
+            let oldest = self.sealed.keys().next().copied();
+            let Some(pinning) = oldest.and_then(|oldest| self.ledger.small_replicas_in(oldest, self.options.rebase_bytes_max))
+            else {
+                break;
+            };
+            for (replica, live_bytes) in pinning {
+                if !self.rebase(&replica)? {
+                    return Ok(());
+                }
+                self.unmarked = true;
+                match budget.checked_sub(live_bytes) {
+                    Some(rest) => budget = rest,
+                    None => return self.reclaim(),
+                }
+            }
+            self.reclaim()?;
+            if self.sealed.keys().next().copied() == oldest {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Dead bytes are allowed to be as many as live ones, and two segments. What a rebase writes is within that, so cleaning ends.
+    fn wants_cleaning(&self) -> bool {
+        let sealed_bytes: u64 = self.sealed.values().map(|sealed| sealed.bytes).sum();
+        let live_bytes = self.ledger.live.bytes + REBASE_OVERHEAD_BYTES * self.ledger.replicas.len() as u64;
+        sealed_bytes > 2 * live_bytes + 2 * self.files.segment_bytes || self.has_fragments()
+    }
+
+    /// Whether earlier openings left many small segments.
+    fn has_fragments(&self) -> bool {
+        let replayed = || self.sealed.values().filter(|sealed| sealed.allocated.is_none());
+        let count = replayed().count();
+        count > FRAGMENTS_MAX && replayed().map(|sealed| sealed.bytes).sum::<u64>() < count as u64 * self.files.segment_bytes / 4
+    }
+
+    /// Writes the replica's whole live state at the end of the log, in one synced batch. False if an entry can't be read: it then
+    /// stays where it is, and who needs it meets the error.
+    fn rebase(&mut self, replica: &Arc<Replica>) -> io::Result<bool> {
+        let (head, located) = {
+            let state = replica.lock();
+            let ids = state.written.entries().map(|(index, entry)| (LogId { term: entry.term, index }, entry.spot));
+            (state.written.head(), ids.collect::<Vec<_>>())
+        };
+        let read = located.into_iter().map(|(id, spot)| self.shared.read_entry(replica.key, id, spot));
+        let Ok(entries) = read.collect::<io::Result<Vec<Entry>>>() else { return Ok(false) };
+        let need = SMALL_RECORD_BYTES_MAX + entries.iter().map(record::entry_len).sum::<usize>();
+        self.write_batch(need, |ledger, batch| ledger.write_rebase(replica, head, entries, batch))?;
+        self.shared.counters().rebases += 1;
+        Ok(true)
+    }
+
+    /// Keeps of what is synced only the latest in memory.
+    fn evict(&mut self) {
+        while self.cached_bytes > self.options.cache_bytes
+            && let Some(oldest) = self.cached.pop_front()
+        {
+            self.cached_bytes -= oldest.bytes;
+            oldest.replica.lock().evict(oldest.seq);
+        }
+    }
+
+    /// The log is dead from here on: everyone who waits or comes gets the reason.
+    fn fail(&mut self, error: &io::Error, ops: Vec<Op>) {
+        self.stopped = true;
+        let failure = LogFailure::new(error);
+        let waiting = self.shared.queue.fail(failure.clone());
+        self.shared.failed.send_replace(Some(failure.clone()));
+        let waiters = self.take_waiters();
+        let dones = ops.into_iter().chain(waiting).map(|op| op.done).chain(waiters);
+        dones.for_each(|done| call(done, Some(&failure)));
+    }
+
+    fn take_waiters(&self) -> Vec<Done> {
+        let mut replicas: Vec<Arc<Replica>> = self.shared.roster().replicas.values().cloned().collect();
+        replicas.extend(self.ledger.replicas.values().cloned());
+        replicas.iter().flat_map(|replica| replica.lock().take_waiters()).collect()
+    }
+}
+
+impl Drop for LogWriter {
+    fn drop(&mut self) {
+        if !self.stopped {
+            self.fail(&io::Error::new(io::ErrorKind::BrokenPipe, "its writer is gone"), Vec::new());
+        }
+    }
+}
+
+impl Ledger {
+    /// The encoded head of a segment.
+    fn head(&self, segment: u64, previous_end: Option<u64>, binding: u128) -> Vec<u8> {
+        let replicas = self.replicas.iter().map(|(key, replica)| (*key, replica.lock().written.head())).collect();
+        let highest = self.highest.iter().map(|(group, replica)| (*group, *replica)).collect();
+        let mut bytes = Vec::new();
+        let record = Record::Head(Head { segment, previous_end, replicas, highest });
+        record::encode(&mut bytes, Place { binding, segment, offset: 0 }, NOBODY, &record);
+        bytes
+    }
+
+    fn write_op(&mut self, op: &mut Op, batch: &mut Batch) -> io::Result<()> {
+        let key = op.replica.key;
+        match &op.change {
+            Change::Nothing => {}
+            Change::Create => {
+                batch.put(key, &Record::Create)?;
+                self.highest.insert(key.group, key.replica);
+                self.replicas.insert(key, op.replica.clone());
+            }
+            Change::Wipe => {
+                batch.put(key, &Record::Wipe)?;
+                self.replicas.remove(&key);
+                op.replica.lock().written.wipe(&mut self.live);
+            }
+            Change::Append(entries) => {
+                for entry in entries {
+                    self.write_change(&op.replica, &Record::Entry(entry.clone()), batch)?;
+                }
+            }
+            Change::Vote(vote) => self.write_change(&op.replica, &Record::Vote(*vote), batch)?,
+            Change::Truncate(to) => self.write_change(&op.replica, &Record::Truncate(*to), batch)?,
+            Change::Purge(upto) => self.write_change(&op.replica, &Record::Purge(*upto), batch)?,
+        }
+        Ok(())
+    }
+
+    fn write_committed(&mut self, key: ReplicaKey, id: Option<LogId>, batch: &mut Batch) -> io::Result<()> {
+        match self.replicas.get(&key).cloned() {
+            Some(replica) => self.write_change(&replica, &Record::Committed(id), batch),
+            // Wiped in this batch or before.
+            None => Ok(()),
+        }
+    }
+
+    fn write_rebase(
+        &mut self,
+        replica: &Arc<Replica>,
+        head: ReplicaHead,
+        entries: Vec<Entry>,
+        batch: &mut Batch,
+    ) -> io::Result<()> {
+        self.write_change(replica, &Record::Restate(head), batch)?;
+        entries.into_iter().try_for_each(|entry| self.write_change(replica, &Record::Restated(entry), batch))
+    }
+
+    /// Encodes a record and follows it, as replay would.
+    fn write_change(&mut self, replica: &Replica, record: &Record, batch: &mut Batch) -> io::Result<()> {
+        let spot = batch.put(replica.key, record)?;
+        let followed = replica.lock().written.apply(record, spot, &mut self.live);
+        followed.map_err(|error| io::Error::other(format!("replica {}: {error}", replica.key)))
+    }
+
+    /// Those whose first live entry is in the segment, with their live bytes. None if one of them is larger than `bytes_max`.
+    fn small_replicas_in(&self, segment: u64, bytes_max: u64) -> Option<Vec<(Arc<Replica>, u64)>> {
+        let mut pinning = Vec::new();
+        for replica in self.replicas.values() {
+            let state = replica.lock();
+            let first = state.written.entries().next().map(|(_, entry)| entry.spot.segment);
+            let live_bytes = state.written.live_bytes();
+            drop(state);
+            if first == Some(segment) {
+                if live_bytes > bytes_max {
+                    return None;
+                }
+                pinning.push((replica.clone(), live_bytes));
+            }
+        }
+        Some(pinning)
+    }
+}

@@ -1,0 +1,238 @@
+//! What the records of the log amount to for one replica, and where its live entries are.
+//!
+//! The writer and the replay both go through [`Written::apply`], record by record, so what is in memory is what a replay would find.
+//! The invariant: entries are contiguous from the purge point to the last id; only a truncate record shortens them at the end.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::record::{Record, ReplicaHead};
+use crate::types::LogId;
+
+/// Where one record is in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Spot {
+    pub segment: u64,
+    /// Segments stay below 4 GiB: see the sizes that `append` refuses.
+    pub offset: u32,
+    pub len: u32,
+}
+
+/// An entry on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Located {
+    pub term: u64,
+    pub spot: Spot,
+    /// Bytes of the replica's entries up to the end of this one, from an arbitrary start: only differences mean something.
+    pub end_bytes: u64,
+}
+
+/// How many live entries each segment holds.
+#[derive(Debug, Default)]
+pub(super) struct Live {
+    entries: BTreeMap<u64, u64>,
+    pub bytes: u64,
+}
+
+impl Live {
+    fn add(&mut self, entry: &Located) {
+        *self.entries.entry(entry.spot.segment).or_default() += 1;
+        self.bytes += u64::from(entry.spot.len);
+    }
+
+    fn remove(&mut self, entries: impl Iterator<Item = Located>) {
+        for entry in entries {
+            if let Some(count) = self.entries.get_mut(&entry.spot.segment) {
+                *count -= 1;
+                if *count == 0 {
+                    self.entries.remove(&entry.spot.segment);
+                }
+            }
+            self.bytes -= u64::from(entry.spot.len);
+        }
+    }
+
+    /// The oldest segment that holds a live entry.
+    pub fn oldest(&self) -> Option<u64> {
+        self.entries.keys().next().copied()
+    }
+}
+
+/// Why a record cannot follow those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Contradiction {
+    #[error("entry {id} does not follow {last:?}")]
+    Entry { id: LogId, last: Option<LogId> },
+    #[error("a truncation to {to:?} of a log that is purged to {purged:?} and ends at {last:?}")]
+    Truncate { to: Option<LogId>, purged: Option<LogId>, last: Option<LogId> },
+    #[error("a purge to {upto} of a log that is purged to {purged:?} and ends at {last:?}")]
+    Purge { upto: LogId, purged: Option<LogId>, last: Option<LogId> },
+    #[error("a rebase that does not restate the replica as it was")]
+    Restate,
+    #[error("a record of another kind within a rebase, or of a rebase outside of one")]
+    Interrupted,
+}
+
+/// One replica as the log has it.
+#[derive(Debug, Default)]
+pub(super) struct Written {
+    head: ReplicaHead,
+    /// The last of the live entries: all from `missing_until` on.
+    entries: VecDeque<Located>,
+    end_bytes: u64,
+    purged_bytes: u64,
+    /// Entries below this index are in segments that are gone. Only while a replay has not yet come to what purged or restated them.
+    missing_until: u64,
+    restating: Option<VecDeque<Located>>,
+}
+
+pub(super) fn index_after(id: Option<LogId>) -> u64 {
+    id.map_or(0, |id| id.index.saturating_add(1))
+}
+
+impl Written {
+    /// A replica at the begin of the first segment: its entries, if any, are not known.
+    pub fn restated(head: ReplicaHead) -> Self {
+        Self { head, missing_until: index_after(head.last), ..Self::default() }
+    }
+
+    pub fn head(&self) -> ReplicaHead {
+        self.head
+    }
+
+    /// How many entries are known to be live but were not found.
+    pub fn missing(&self) -> u64 {
+        self.missing_until.saturating_sub(index_after(self.head.purged))
+    }
+
+    pub fn located(&self, index: u64) -> Option<&Located> {
+        let at = index.checked_sub(self.first())?;
+        self.entries.get(usize::try_from(at).ok()?)
+    }
+
+    /// The live entries with their indexes.
+    pub fn entries(&self) -> impl Iterator<Item = (u64, &Located)> {
+        (self.first()..).zip(&self.entries)
+    }
+
+    pub fn live_bytes(&self) -> u64 {
+        self.end_bytes - self.purged_bytes
+    }
+
+    /// Where the byte counts of a replica stand at its purge point and at its end.
+    pub fn byte_counts(&self) -> (u64, u64) {
+        (self.purged_bytes, self.end_bytes)
+    }
+
+    fn first(&self) -> u64 {
+        index_after(self.head.last) - self.entries.len() as u64
+    }
+
+    /// Follows one record of this replica, other than its creation and wiping.
+    pub fn apply(&mut self, record: &Record, spot: Spot, live: &mut Live) -> Result<(), Contradiction> {
+        match record {
+            Record::Restated(entry) => return self.restate_entry(entry.id, spot, live),
+            _ if self.restating.is_some() => return Err(Contradiction::Interrupted),
+            _ => {}
+        }
+        match record {
+            Record::Vote(vote) => self.head.vote = Some(*vote),
+            Record::Committed(id) => self.head.committed = *id,
+            Record::Entry(entry) => self.append(entry.id, spot, live)?,
+            Record::Truncate(to) => self.truncate(*to, live)?,
+            Record::Purge(upto) => self.purge(*upto, live)?,
+            Record::Restate(head) => {
+                if *head != self.head {
+                    return Err(Contradiction::Restate);
+                }
+                self.restating = Some(VecDeque::new());
+                self.finish_restating(live);
+            }
+            Record::Head(_) | Record::Mark | Record::Create | Record::Wipe | Record::Restated(_) => {
+                return Err(Contradiction::Interrupted);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives up a rebase whose last entries were never written: what it would have replaced still stands.
+    pub fn abandon_restating(&mut self) {
+        self.restating = None;
+    }
+
+    /// Takes all its entries out of `live`.
+    pub fn wipe(&mut self, live: &mut Live) {
+        live.remove(self.entries.drain(..));
+    }
+
+    fn append(&mut self, id: LogId, spot: Spot, live: &mut Live) -> Result<(), Contradiction> {
+        let last = self.head.last;
+        if id.index != index_after(last) || last.is_some_and(|last| id.term < last.term) {
+            return Err(Contradiction::Entry { id, last });
+        }
+        self.end_bytes += u64::from(spot.len);
+        let located = Located { term: id.term, spot, end_bytes: self.end_bytes };
+        live.add(&located);
+        self.entries.push_back(located);
+        self.head.last = Some(id);
+        Ok(())
+    }
+
+    fn truncate(&mut self, to: Option<LogId>, live: &mut Live) -> Result<(), Contradiction> {
+        let ReplicaHead { purged, last, .. } = self.head;
+        let known = to.and_then(|to| self.located(to.index)).map(|entry| entry.term);
+        let agrees = known.is_none_or(|term| to.is_some_and(|to| to.term == term));
+        if index_after(to) < index_after(purged) || index_after(to) > index_after(last) || !agrees {
+            return Err(Contradiction::Truncate { to, purged, last });
+        }
+        let first = self.first();
+        let kept = index_after(to).saturating_sub(first).min(self.entries.len() as u64) as usize;
+        live.remove(self.entries.drain(kept..));
+        self.missing_until = self.missing_until.min(index_after(to));
+        self.end_bytes = self.entries.back().map_or(self.purged_bytes, |entry| entry.end_bytes);
+        self.head.last = to;
+        Ok(())
+    }
+
+    fn purge(&mut self, upto: LogId, live: &mut Live) -> Result<(), Contradiction> {
+        let ReplicaHead { purged, last, .. } = self.head;
+        let known = self.located(upto.index).map(|entry| entry.term);
+        if upto.index < index_after(purged) || known.is_some_and(|term| term != upto.term) {
+            return Err(Contradiction::Purge { upto, purged, last });
+        }
+        let first = self.first();
+        let gone = (upto.index.saturating_add(1)).saturating_sub(first).min(self.entries.len() as u64) as usize;
+        if let Some(entry) = gone.checked_sub(1).and_then(|at| self.entries.get(at)) {
+            self.purged_bytes = entry.end_bytes;
+        }
+        live.remove(self.entries.drain(..gone));
+        self.head.purged = Some(upto);
+        if index_after(last) <= upto.index.saturating_add(1) {
+            self.head.last = Some(upto);
+        }
+        Ok(())
+    }
+
+    fn restate_entry(&mut self, id: LogId, spot: Spot, live: &mut Live) -> Result<(), Contradiction> {
+        let start = index_after(self.head.purged);
+        let known = self.located(id.index).map(|entry| entry.term);
+        let Some(restating) = &mut self.restating else { return Err(Contradiction::Interrupted) };
+        if id.index != start + restating.len() as u64 || known.is_some_and(|term| term != id.term) {
+            return Err(Contradiction::Restate);
+        }
+        let end_bytes = restating.back().map_or(self.purged_bytes, |entry| entry.end_bytes) + u64::from(spot.len);
+        restating.push_back(Located { term: id.term, spot, end_bytes });
+        self.finish_restating(live);
+        Ok(())
+    }
+
+    fn finish_restating(&mut self, live: &mut Live) {
+        let count = index_after(self.head.last).saturating_sub(index_after(self.head.purged));
+        if let Some(restated) = self.restating.take_if(|restated| restated.len() as u64 == count) {
+            live.remove(self.entries.drain(..));
+            restated.iter().for_each(|entry| live.add(entry));
+            self.end_bytes = restated.back().map_or(self.purged_bytes, |entry| entry.end_bytes);
+            self.entries = restated;
+            self.missing_until = 0;
+        }
+    }
+}
