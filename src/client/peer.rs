@@ -19,9 +19,9 @@ pub struct Identity {
     pub standing: Standing,
 }
 
-/// How a node stands to clusters.
+/// How a node stands to clusters. Not internally tagged: serde would buffer the view, and lose that its keys are numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "standing", rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub enum Standing {
     /// It belongs to none and has promised nothing. `view`: its own `VIEW` as a set.
     Fresh { view: Vec<Address> },
@@ -42,7 +42,7 @@ pub struct PromiseRequest {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "answer", rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub enum PromiseReply {
     /// Durable when this is sent.
     Promised {

@@ -151,7 +151,7 @@ async fn collect(body: &mut Body, ceiling: Ceiling, limits: &Limits, share: &mut
 /// Reads on while the answer goes out: closing a connection with unread data resets it, and the client may lose the answer.
 ///
 /// Not for HTTP/2, where a stream can be reset alone, nor for a client that waits for `100 Continue`, which it will not get. The task
-/// owns nothing but the body, and ends with the connection, or after [`DISCARD_TIMEOUT`].
+/// owns nothing but the body, and ends with the connection, or after a few seconds.
 pub fn discard(parts: &Parts, mut body: Body) {
     if parts.version >= Version::HTTP_2 || parts.headers.contains_key(header::EXPECT) || body.is_end_stream() {
         return;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::{BoxFuture, ready};
 use futures::stream::{BoxStream, StreamExt};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -16,11 +16,13 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, router};
+use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::store::*;
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, Rejection};
-use crate::sm::view::{Asked, SlotTable};
-use crate::types::{Address, ClusterId, GroupId, MapVersion, NodeId, PlanEpoch, Revision};
+use crate::sm::meta;
+use crate::sm::view::{Asked, Group, Node, SlotTable, View};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Revision};
 
 /// Longest wait of a test for something that should come at once.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -218,16 +220,46 @@ impl PeerService for Echo {
         Box::pin(ready(ShardReply::Counted { keys: request.timeout_ms, slots: vec![] }))
     }
 
-    fn identity(&self) -> BoxFuture<'_, Result<Value, Failure>> {
-        Box::pin(ready(Ok(json!({ "directory": "d" }))))
+    fn identity(&self) -> Identity {
+        identity()
     }
 
-    fn promise(&self, request: Value) -> BoxFuture<'_, Result<Value, Failure>> {
-        Box::pin(ready(match request {
-            Value::Object(_) => Ok(request),
-            _ => Err(Failure::Invalid { reason: "not a promise".into() }),
+    fn promise(&self, request: PromiseRequest) -> BoxFuture<'_, PromiseReply> {
+        Box::pin(ready(PromiseReply::Refused { reason: format!("not to {}", request.founder_address) }))
+    }
+
+    fn replicas(&self) -> Vec<HostedReplica> {
+        vec![]
+    }
+
+    fn announce(&self, command: meta::Command) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
+        Box::pin(ready(match command {
+            meta::Command::Announce { .. } => Ok(meta::Outcome::Done),
+            _ => Err(Failure::Unavailable { reason: "not the meta leader".into(), retry_after_ms: 1 }),
         }))
     }
+}
+
+/// A member's, whose view has maps with numbers for keys.
+pub fn identity() -> Identity {
+    let address: Address = "a:1".parse().expect("an address");
+    let node = Node { address: address.clone(), public_address: None, directory: DirectoryId(5) };
+    let replicas = BTreeMap::from([(ReplicaId(1), NodeId(1))]);
+    let group = Group { home: NodeId(1), replicas: replicas.clone(), creation: replicas };
+    let view = View {
+        cluster: ClusterId(7),
+        epoch: PlanEpoch(1),
+        version: MapVersion(2),
+        asked: Asked::default(),
+        nodes: BTreeMap::from([(NodeId(1), node)]),
+        groups: BTreeMap::from([(GroupId(1), group)]),
+        slots: SlotTable::new(|_| GroupId(1)),
+        next_node: NodeId(2),
+        next_group: GroupId(2),
+        next_replica: ReplicaId(2),
+    };
+    let standing = Standing::Member { view: Box::new(view) };
+    Identity { directory: DirectoryId(5), address, public_address: None, standing }
 }
 
 /// A server over a [`FakeStore`].

@@ -7,14 +7,14 @@ use futures::StreamExt;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use serde_json::json;
 use tokio::net::TcpStream;
 
-use super::testing::{Site, request};
+use super::testing::{Site, identity, request};
 use super::{Limits, NotReady};
+use crate::client::peer::{PeerCaller, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
-use crate::sm::codec;
-use crate::types::{ClusterId, GroupId};
+use crate::sm::{codec, meta};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId};
 
 /// Small, and quick to run out.
 fn tight() -> Limits {
@@ -215,10 +215,23 @@ async fn a_stopping_server_cuts_what_does_not_end() {
 #[tokio::test]
 async fn peers_ask_in_json_and_frames() {
     let site = Site::start().await;
-    assert_eq!(site.get("/peer/identity").await.json(), json!({ "directory": "d" }));
-    assert_eq!(site.post_json("/peer/promise", json!({ "view": 1 })).await.json(), json!({ "view": 1 }));
-    assert_eq!(site.post_json("/peer/promise", json!(1)).await.verdict(), (400, "invalid_request".into()));
-    assert_eq!(site.ask("POST /peer/promise", "{").await.verdict(), (400, "invalid_body".into()));
+    let address: Address = site.address.to_string().parse().expect("an address");
+    let (caller, wait) = (PeerCaller::new().expect("a client"), Duration::from_secs(20));
+    assert_eq!(caller.identity(&address, wait).await.expect("an answer"), identity());
+    let request = PromiseRequest { view: vec![], founder: DirectoryId(1), founder_address: address.clone() };
+    let refused = PromiseReply::Refused { reason: format!("not to {address}") };
+    assert_eq!(caller.promise(&address, &request, wait).await.expect("an answer"), refused);
+    assert_eq!(caller.replicas(&address, wait).await.expect("an answer"), []);
+    let announce = meta::Command::Announce { node: NodeId(1), directory: DirectoryId(5), address, public_address: None };
+    let announced = site.post_json("/peer/announce", serde_json::to_value(&announce).expect("JSON")).await;
+    assert_eq!((announced.status, announced.text().as_str()), (200, "\"Done\""));
+    let Standing::Member { view } = identity().standing else { unreachable!("it is a member's") };
+    let found = serde_json::to_value(meta::Command::Found { view }).expect("JSON");
+    assert_eq!(site.post_json("/peer/announce", found).await.verdict(), (503, "unavailable".into()));
+    for bad in ["", "{", "1", "{}"] {
+        assert_eq!(site.ask("POST /peer/promise", bad).await.verdict(), (400, "invalid_body".into()), "{bad}");
+        assert_eq!(site.ask("POST /peer/announce", bad).await.verdict(), (400, "invalid_body".into()), "{bad}");
+    }
     let asked = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 42, body: ShardBody::Count };
     let reply = site.ask("POST /peer/shard", codec::encode(&asked)).await;
     let reply: ShardReply = codec::decode(&reply.body, "a reply").expect("our own encoding");

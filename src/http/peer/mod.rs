@@ -1,4 +1,5 @@
-//! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`, `GET /peer/identity`, `POST /peer/promise`.
+//! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`, `GET /peer/identity`, `POST /peer/promise`,
+//! `GET /peer/replicas`, `POST /peer/announce`. The messages are those of `client::peer` and `client::protocol`.
 //!
 //! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing of HTTP. A lane is one request whose
 //! body and answer both stream for as long as it lives, frame by frame; it ends when either side ends its stream, so a service that
@@ -15,20 +16,22 @@ use axum::routing::{get, post};
 use bytes::Bytes;
 use futures::future::{BoxFuture, ready};
 use futures::stream::{BoxStream, StreamExt, TryStreamExt};
-use http::{HeaderValue, StatusCode, header};
-use serde_json::Value;
+use http::{HeaderValue, header};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::body::{self, Ceiling, Held};
 use super::metrics::Dialect;
 use super::problem::{Code, Problem};
 use super::{App, Shared};
+use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
-use crate::sm::codec;
+use crate::sm::{codec, meta};
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 
-/// Identities and promises are small.
+/// The largest is a view.
 const JSON_BODY: Ceiling = Ceiling { bytes_max: 1 << 20, what: "the body of this request" };
 
 /// What other nodes ask of this one.
@@ -39,21 +42,29 @@ pub trait PeerService: Send + Sync + 'static {
     /// Answers for a shard of which this node has a replica.
     fn shard(&self, request: ShardRequest) -> BoxFuture<'_, ShardReply>;
 
-    /// Who this node is, as JSON.
-    fn identity(&self) -> BoxFuture<'_, Result<Value, Failure>>;
+    /// Who this node is.
+    fn identity(&self) -> Identity;
 
-    /// Asks for a promise to a founder. Both are JSON.
-    fn promise(&self, request: Value) -> BoxFuture<'_, Result<Value, Failure>>;
+    /// Asks for a durable promise to a founder.
+    fn promise(&self, request: PromiseRequest) -> BoxFuture<'_, PromiseReply>;
+
+    /// The replicas that this node hosts, and how they are.
+    fn replicas(&self) -> Vec<HostedReplica>;
+
+    /// Has the meta group, if this node leads it, apply the announcement of another node.
+    fn announce(&self, command: meta::Command) -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
 }
 
 /// The peer routes, for an app that has peers.
 pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
-    let (to_lane, to_shard, to_identity, to_promise) = (Arc::clone(&peers), Arc::clone(&peers), Arc::clone(&peers), peers);
+    let [to_lane, to_shard, to_identity, to_promise, to_replicas, to_announce] = std::array::from_fn(|_| Arc::clone(&peers));
     Router::new()
         .route("/peer/lane/{lane}", post(move |Path(name), request| lane(to_lane, name, request)))
         .route("/peer/shard", post(move |State(app), request| shard(app, to_shard, request)))
-        .route("/peer/identity", get(move || identity(to_identity)))
+        .route("/peer/identity", get(move || async move { in_json(&to_identity.identity()) }))
         .route("/peer/promise", post(move |State(app), request| promise(app, to_promise, request)))
+        .route("/peer/replicas", get(move || async move { in_json(&to_replicas.replicas()) }))
+        .route("/peer/announce", post(move |State(app), request| announce(app, to_announce, request)))
 }
 
 async fn lane(peers: Arc<dyn PeerService>, lane: String, request: Request) -> Response {
@@ -80,18 +91,26 @@ async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Re
     watch.finish(answer)
 }
 
-async fn identity(peers: Arc<dyn PeerService>) -> Response {
-    in_json(peers.identity().await)
+async fn promise(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+    match read_json(&app, request).await {
+        Ok(asked) => in_json(&peers.promise(asked).await),
+        Err(problem) => problem.into_response(),
+    }
 }
 
-async fn promise(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
-    match read(&app, request, JSON_BODY).await {
-        Ok(body) => match serde_json::from_slice(&body) {
-            Ok(asked) => in_json(peers.promise(asked).await),
-            Err(error) => Problem::new(Code::InvalidBody, error.to_string()).into_response(),
+async fn announce(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+    match read_json(&app, request).await {
+        Ok(command) => match peers.announce(command).await {
+            Ok(outcome) => in_json(&outcome),
+            Err(failure) => Problem::from(failure).into_response(),
         },
         Err(problem) => problem.into_response(),
     }
+}
+
+async fn read_json<T: DeserializeOwned>(app: &App, request: Request) -> Result<T, Problem> {
+    let body = read(app, request, JSON_BODY).await?;
+    serde_json::from_slice(&body).map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))
 }
 
 async fn read(app: &App, request: Request, ceiling: Ceiling) -> Result<Held, Problem> {
@@ -99,12 +118,8 @@ async fn read(app: &App, request: Request, ceiling: Ceiling) -> Result<Held, Pro
     body::read(&parts, body, ceiling, &app.limits, &app.bodies).await
 }
 
-fn in_json(answer: Result<Value, Failure>) -> Response {
-    match answer {
-        Ok(value) => {
-            let json = HeaderValue::from_static("application/json");
-            (StatusCode::OK, [(header::CONTENT_TYPE, json)], value.to_string()).into_response()
-        }
-        Err(failure) => Problem::from(failure).into_response(),
-    }
+fn in_json(answer: &impl Serialize) -> Response {
+    let json = HeaderValue::from_static("application/json");
+    let text = serde_json::to_vec(answer).expect("peer messages have keys that are text or numbers");
+    ([(header::CONTENT_TYPE, json)], text).into_response()
 }
