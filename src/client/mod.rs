@@ -2,4 +2,6 @@
 
 pub mod peer;
 pub mod protocol;
+pub mod router;
+pub mod shard_map;
 pub mod store;

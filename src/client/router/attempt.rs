@@ -1,0 +1,201 @@
+//! What an attempt calls for: to give its failure to the caller, or to try again. Decided here, done in the router.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{PAUSE_MAX, PAUSE_MIN};
+use crate::client::store::{Failure, Options, Routing};
+use crate::types::{GroupId, Slot};
+
+/// How far the attempts at one request (or at one shard's part of it) have come.
+#[derive(Debug, Clone)]
+pub(super) struct Course {
+    options: Options,
+    deadline: Instant,
+    /// Doing it twice does no harm: a read, or a write with an idempotency key.
+    repeatable: bool,
+    single_key: bool,
+    attempts: u32,
+    /// An earlier attempt ended unknown.
+    maybe_done: bool,
+}
+
+/// An attempt that may be followed by another.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Retry {
+    /// What to tell the caller if there is no time for another.
+    pub failure: Failure,
+    /// Look for a newer map first.
+    pub refresh: bool,
+    /// The map was wrong: with a newer one there is nothing to wait for.
+    pub map_is_old: bool,
+    pub maybe_done: bool,
+    /// Who the shard said it gave the slot to.
+    pub hint: Option<(Slot, GroupId)>,
+}
+
+impl Retry {
+    fn certainly_not_done(failure: Failure) -> Self {
+        Self { failure, refresh: true, map_is_old: false, maybe_done: false, hint: None }
+    }
+
+    pub fn no_map() -> Self {
+        Self::certainly_not_done(unavailable("the shards of the cluster are not known yet".into()))
+    }
+
+    pub fn unowned() -> Self {
+        Self::certainly_not_done(unavailable("no shard owns the slot of this key".into()))
+    }
+
+    pub fn not_owned(slot: Slot) -> Self {
+        Self { map_is_old: true, ..Self::certainly_not_done(unavailable(format!("slot {slot} is moving to another shard"))) }
+    }
+
+    pub fn moved(slot: Slot, to: Option<GroupId>) -> Self {
+        Self { hint: to.map(|to| (slot, to)), ..Self::not_owned(slot) }
+    }
+
+    pub fn frozen(slot: Slot) -> Self {
+        let failure = unavailable(format!("slot {slot} is moving to another shard, which holds writes back"));
+        Self { refresh: false, ..Self::certainly_not_done(failure) }
+    }
+}
+
+impl Course {
+    /// The deadline counts from now.
+    pub fn new(options: Options) -> Self {
+        let deadline = Instant::now() + options.timeout;
+        Self { options, deadline, repeatable: false, single_key: false, attempts: 0, maybe_done: false }
+    }
+
+    pub fn repeatable(self) -> Self {
+        Self { repeatable: true, ..self }
+    }
+
+    pub fn single_key(self) -> Self {
+        Self { single_key: true, ..self }
+    }
+
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// The options of the next attempt: with the time that is left. A client is sent elsewhere only with a single key, and only while
+    /// nothing can have happened: what it hears there need not be true of an attempt made here.
+    pub fn options(&self) -> Options {
+        let routing = if self.single_key && !self.maybe_done { self.options.routing } else { Routing::Proxy };
+        Options { timeout: self.deadline.saturating_duration_since(Instant::now()), routing, ..self.options }
+    }
+
+    /// # Errors
+    ///
+    /// What to tell the caller, when another attempt would not help or not be safe.
+    pub fn judge(&self, failure: Failure) -> Result<Retry, Failure> {
+        match failure {
+            Failure::Elsewhere { shard, address } => {
+                if self.options().routing == Routing::Redirect {
+                    return Err(Failure::Elsewhere { shard, address });
+                }
+                Ok(Retry::certainly_not_done(unavailable(format!("shard {shard} is changing its leader, perhaps to {address}"))))
+            }
+            Failure::Unavailable { .. } => Ok(Retry::certainly_not_done(failure)),
+            Failure::Unknown { .. } if self.repeatable => Ok(Retry { maybe_done: true, ..Retry::certainly_not_done(failure) }),
+            Failure::Unknown { .. } => Err(failure),
+            Failure::Overloaded { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => Err(self.settle(failure)),
+        }
+    }
+
+    /// What to tell the caller in the end: no attempt's failure unsays that an earlier one may have happened.
+    pub fn settle(&self, failure: Failure) -> Failure {
+        match failure {
+            Failure::Unknown { .. } => failure,
+            _ if !self.maybe_done => failure,
+            other => Failure::Unknown { reason: format!("an attempt got no answer; the last one: {other}") },
+        }
+    }
+
+    pub fn maybe_done(&self) -> bool {
+        self.maybe_done
+    }
+
+    /// How long to wait before the next attempt: doubling, with half of it random, so that those who failed together don't come back
+    /// together.
+    pub fn next_pause(&mut self, maybe_done: bool, random: u64) -> Duration {
+        self.maybe_done |= maybe_done;
+        let whole = PAUSE_MIN.saturating_mul(1 << self.attempts.min(16)).min(PAUSE_MAX);
+        self.attempts = self.attempts.saturating_add(1);
+        let half = whole / 2;
+        let half_us = u64::try_from(half.as_micros()).unwrap_or(u64::MAX).max(1);
+        half + Duration::from_micros(random % half_us)
+    }
+}
+
+fn unavailable(reason: String) -> Failure {
+    Failure::Unavailable { reason, retry_after_ms: 1000 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::store::Consistency;
+
+    fn options(routing: Routing) -> Options {
+        Options { consistency: Consistency::Linearizable, routing, timeout: Duration::from_secs(5) }
+    }
+
+    fn elsewhere() -> Failure {
+        Failure::Elsewhere { shard: GroupId(1), address: "a:1".parse().expect("an address") }
+    }
+
+    fn unknown() -> Failure {
+        Failure::Unknown { reason: "no answer".into() }
+    }
+
+    #[tokio::test]
+    async fn only_what_is_safe_is_tried_again() {
+        let proxy = Course::new(options(Routing::Proxy));
+        let redirect = Course::new(options(Routing::Redirect));
+        let again = [
+            (proxy.clone(), elsewhere()),
+            (proxy.clone().single_key(), elsewhere()),
+            (redirect.clone(), elsewhere()),
+            (proxy.clone(), unavailable(String::new())),
+            (redirect.clone().single_key(), unavailable(String::new())),
+            (proxy.clone().repeatable(), unknown()),
+        ];
+        for (course, failure) in again {
+            assert!(course.judge(failure.clone()).is_ok(), "{failure:?} of {course:?}");
+        }
+        let given_up = [
+            (redirect.clone().single_key(), elsewhere()),
+            (proxy.clone(), unknown()),
+            (proxy.clone().repeatable(), Failure::Overloaded { limit: String::new(), retry_after_ms: 1 }),
+            (proxy.clone().repeatable(), Failure::Invalid { reason: String::new() }),
+            (proxy.clone().repeatable(), Failure::TooLarge { limit: String::new() }),
+        ];
+        for (course, failure) in given_up {
+            assert_eq!(course.judge(failure.clone()), Err(failure), "{course:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn once_unknown_a_write_stays_unknown_until_it_is_answered() {
+        let mut course = Course::new(options(Routing::Redirect)).repeatable().single_key();
+        let retry = course.judge(unknown()).expect("it is repeatable");
+        assert!(retry.maybe_done);
+        course.next_pause(retry.maybe_done, 0);
+        assert!(matches!(course.settle(unavailable(String::new())), Failure::Unknown { .. }));
+        assert!(matches!(course.judge(Failure::TooLarge { limit: String::new() }), Err(Failure::Unknown { .. })));
+        assert!(course.judge(elsewhere()).is_ok(), "the client is not sent away with what may have happened here");
+        assert_eq!(course.options().routing, Routing::Proxy);
+    }
+
+    #[tokio::test]
+    async fn pauses_grow_to_a_bound() {
+        let mut course = Course::new(options(Routing::Proxy));
+        let pauses: Vec<_> = (0..40).map(|n| course.next_pause(false, u64::MAX / 41 * n)).collect();
+        assert!(pauses[0] >= PAUSE_MIN / 2 && pauses[0] <= PAUSE_MIN);
+        assert!(pauses[10..].iter().all(|pause| *pause >= PAUSE_MAX / 2 && *pause <= PAUSE_MAX));
+    }
+}

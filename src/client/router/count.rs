@@ -1,0 +1,58 @@
+//! Counts of all shards, such that each slot is counted exactly once.
+
+use futures::future::join_all;
+
+use super::attempt::{Course, Retry};
+use super::coverage::Coverage;
+use super::{Router, ShardAccess, misfit, version};
+use crate::client::protocol::{ShardBody, ShardReply};
+use crate::client::shard_map::ShardMap;
+use crate::client::store::{Failure, Options};
+use crate::types::GroupId;
+
+impl<A: ShardAccess> Router<A> {
+    /// Counts anew when a slot was counted twice or not at all, because it moved in between.
+    pub(super) async fn count_shards(&self, options: Options) -> Result<Vec<(GroupId, u64)>, Failure> {
+        let mut course = Course::new(options).repeatable();
+        loop {
+            let map = self.access.map();
+            let retry = match map.as_deref() {
+                None => Retry::no_map(),
+                Some(map) => match self.count_once(map, &course).await? {
+                    Ok(counts) => return Ok(counts),
+                    Err(retry) => retry,
+                },
+            };
+            self.pause(&mut course, retry, version(map.as_deref())).await?;
+        }
+    }
+
+    async fn count_once(&self, map: &ShardMap, course: &Course) -> Result<Result<Vec<(GroupId, u64)>, Retry>, Failure> {
+        let calls = map.owners().iter().map(|shard| self.access.call(*shard, ShardBody::Count, course.options()));
+        let replies = join_all(calls).await;
+        let mut coverage = Coverage::none();
+        // A shard without slots has no keys, and need not be asked.
+        let mut counts: Vec<(GroupId, u64)> = map.shards().map(|(shard, _)| (shard, 0)).collect();
+        for (shard, reply) in map.owners().iter().copied().zip(replies) {
+            match reply {
+                ShardReply::Counted { keys, slots } => {
+                    if let Some(twice) = slots.into_iter().find(|slot| !coverage.insert(*slot)) {
+                        return Ok(Err(Retry::not_owned(twice)));
+                    }
+                    match counts.binary_search_by_key(&shard, |(id, _)| *id) {
+                        Ok(at) => counts[at].1 = keys,
+                        Err(at) => counts.insert(at, (shard, keys)),
+                    }
+                }
+                ShardReply::NotOwned { slot } => return Ok(Err(Retry::not_owned(slot))),
+                ShardReply::Failed(failure) => return course.judge(failure).map(Err),
+                ShardReply::Got(_) | ShardReply::Written(_) | ShardReply::Page(_) => return Err(misfit(shard)),
+            }
+        }
+        let missing = coverage.missing().next();
+        Ok(match missing {
+            None => Ok(counts),
+            Some(slot) => Err(Retry::not_owned(slot)),
+        })
+    }
+}

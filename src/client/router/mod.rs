@@ -1,0 +1,196 @@
+//! Routes requests to shards: key → slot → shard by the map, a write split over shards, the pages of a scan merged, counts summed.
+//!
+//! Generic over [`ShardAccess`], which knows how to reach a shard: a node answers for the shards that it leads and forwards the rest,
+//! a remote client calls the leader. What is certainly not done is tried again until the deadline; an unknown write never is, unless it
+//! has an idempotency key. What an attempt calls for is decided in `attempt`, apart from doing it.
+//!
+//! Invariant: an answer that says "certainly nothing happened" is only given when no attempt of that write ended unknown.
+
+mod attempt;
+mod count;
+mod coverage;
+mod scan;
+#[cfg(test)]
+mod tests;
+mod write;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use self::attempt::{Course, Retry};
+use super::protocol::{ClusterStatus, ShardBody, ShardReply};
+use super::shard_map::ShardMap;
+use super::store::{Failure, Found, Options, Page, ScanRequest, Store, Written};
+use crate::sm::kv::Operation;
+use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion};
+
+/// Requests that wait for another attempt at once. Past it they fail: a cluster without a quorum must not collect requests for ever.
+const WAITING_MAX: usize = 10_000;
+
+/// The first and the longest pause between attempts. A leader is elected within a second, so there is no point in longer ones.
+const PAUSE_MIN: Duration = Duration::from_millis(4);
+const PAUSE_MAX: Duration = Duration::from_millis(100);
+
+/// How a router reaches shards. Write the futures as `async fn`.
+pub trait ShardAccess: Send + Sync + 'static {
+    /// The newest map that is known.
+    fn map(&self) -> Option<Arc<ShardMap>>;
+
+    /// Tries to get a map newer than this one. Returns soon, whether or not there is one.
+    fn refresh(&self, older_than: MapVersion) -> impl Future<Output = ()> + Send;
+
+    /// One attempt (or a few, of what is certainly not done) at the shard's leader, or for stale reads at any of its replicas. Answers
+    /// within `options.timeout`; a future that is dropped before leaves the outcome unknown.
+    fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> impl Future<Output = ShardReply> + Send;
+
+    fn status(&self) -> impl Future<Output = Result<ClusterStatus, Failure>> + Send;
+
+    /// As [`Store::transfer_leader`].
+    fn transfer_leader(
+        &self,
+        shard: GroupId,
+        to: Option<Address>,
+        options: Options,
+    ) -> impl Future<Output = Result<Address, Failure>> + Send;
+}
+
+/// A [`Store`] over shards.
+#[derive(Debug)]
+pub struct Router<A> {
+    access: A,
+    waiting: AtomicUsize,
+    jitter: AtomicU64,
+}
+
+impl<A: ShardAccess> Router<A> {
+    /// `seed` is that of the jitter in the pauses between attempts.
+    pub fn new(access: A, seed: u64) -> Self {
+        Self { access, waiting: AtomicUsize::new(0), jitter: AtomicU64::new(seed) }
+    }
+
+    pub fn access(&self) -> &A {
+        &self.access
+    }
+
+    async fn get_from_shard(&self, key: Bytes, options: Options) -> Result<Found, Failure> {
+        check_key(&key)?;
+        let mut course = Course::new(options).repeatable().single_key();
+        loop {
+            let map = self.access.map();
+            let retry = match map.as_deref().map(|map| map.owner_of(&key)) {
+                None => Retry::no_map(),
+                Some(GroupId::META) => Retry::unowned(),
+                Some(shard) => {
+                    let body = ShardBody::Get { key: key.clone(), consistency: options.consistency };
+                    match self.access.call(shard, body, course.options()).await {
+                        ShardReply::Got(found) => return Ok(found),
+                        ShardReply::NotOwned { slot } => Retry::not_owned(slot),
+                        ShardReply::Failed(failure) => course.judge(failure)?,
+                        ShardReply::Written(_) | ShardReply::Page(_) | ShardReply::Counted { .. } => return Err(misfit(shard)),
+                    }
+                }
+            };
+            self.pause(&mut course, retry, version(map.as_deref())).await?;
+        }
+    }
+
+    /// Waits before the next attempt, and asks for a map newer than `known` where the last one may be to blame.
+    ///
+    /// # Errors
+    ///
+    /// What to tell the caller when there is no time left, or too many wait already.
+    async fn pause(&self, course: &mut Course, retry: Retry, known: MapVersion) -> Result<(), Failure> {
+        let step = course.next_pause(retry.maybe_done, self.next_jitter());
+        let Some(_waiting) = Waiting::enter(&self.waiting) else {
+            return Err(
+                course.settle(Failure::Overloaded { limit: "requests waiting for another attempt".into(), retry_after_ms: 1000 })
+            );
+        };
+        if retry.refresh && timeout_at(course.deadline(), self.access.refresh(known)).await.is_err() {
+            return Err(course.settle(retry.failure));
+        }
+        let map_is_newer = self.access.map().is_some_and(|map| map.version > known);
+        if retry.map_is_old && map_is_newer {
+            return Ok(());
+        }
+        let until = Instant::now() + step;
+        if until >= course.deadline() {
+            return Err(course.settle(retry.failure));
+        }
+        sleep_until(until).await;
+        Ok(())
+    }
+
+    /// SplitMix64: cheap, and the same from the same seed.
+    fn next_jitter(&self) -> u64 {
+        let mut z = self.jitter.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed);
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+}
+
+impl<A: ShardAccess> Store for Router<A> {
+    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
+        Box::pin(self.get_from_shard(key, options))
+    }
+
+    fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {
+        Box::pin(self.write_to_shards(operations, idempotency_key, options))
+    }
+
+    fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {
+        Box::pin(self.scan_shards(request, options))
+    }
+
+    fn count(&self, options: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>> {
+        Box::pin(self.count_shards(options))
+    }
+
+    fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {
+        Box::pin(self.access.status())
+    }
+
+    fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> BoxFuture<'_, Result<Address, Failure>> {
+        Box::pin(self.access.transfer_leader(shard, to, options))
+    }
+}
+
+/// One of the [`WAITING_MAX`] requests that wait.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn enter(count: &'a AtomicUsize) -> Option<Self> {
+        let entered = Self(count);
+        (count.fetch_add(1, Ordering::Relaxed) < WAITING_MAX).then_some(entered)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn check_key(key: &[u8]) -> Result<(), Failure> {
+    if key.is_empty() || key.len() > KEY_BYTES_MAX {
+        let reason = format!("a key is 1 to {KEY_BYTES_MAX} bytes long, this one {}", key.len());
+        return Err(Failure::Invalid { reason });
+    }
+    Ok(())
+}
+
+fn version(map: Option<&ShardMap>) -> MapVersion {
+    map.map_or(MapVersion(0), |map| map.version)
+}
+
+/// A reply of another kind than the request's: a bug, or another program. Nothing is known of what it did.
+fn misfit(shard: GroupId) -> Failure {
+    Failure::Unknown { reason: format!("shard {shard} sent a reply that does not fit the request") }
+}

@@ -1,0 +1,197 @@
+//! Scans: pages of all shards, merged in key order.
+//!
+//! A scan goes by rounds. In each, every shard is asked for a page from the same key on; what lies before the end of the shortest page is
+//! complete, and the next round begins there. A slot's keys are taken from one page alone: a slot that moves while it is scanned may be
+//! in two of them, or in none, and then its owner is asked again.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+
+use super::attempt::{Course, Retry};
+use super::coverage::Coverage;
+use super::{Router, ShardAccess, misfit, version};
+use crate::client::protocol::{ShardBody, ShardPage, ShardReply};
+use crate::client::shard_map::ShardMap;
+use crate::client::store::{Failure, Item, Options, Page, ScanRange, ScanRequest};
+use crate::sm::slots::slot_of;
+use crate::types::GroupId;
+
+/// Keys and values of a page together; a page has at least one item, however large. It bounds what a scan holds in memory.
+const PAGE_BYTES_MAX: usize = 8 << 20;
+/// The least that a shard is asked for, so that many shards make no tiny pages.
+const SHARD_PAGE_BYTES_MIN: usize = 16 << 10;
+/// Shards asked at once: with more, memory and connections would grow with the number of shards.
+const PARALLEL_MAX: usize = 32;
+
+impl<A: ShardAccess> Router<A> {
+    pub(super) async fn scan_shards(&self, request: ScanRequest, options: Options) -> Result<Page, Failure> {
+        let mut course = Course::new(options).repeatable();
+        let limit = request.limit.max(1);
+        let mut range = Some(request.range);
+        let mut items: Vec<Item> = Vec::new();
+        let mut bytes = 0;
+        while let Some(asked) = range.take().filter(|range| !is_empty(range)) {
+            let plan =
+                RoundPlan { range: asked, reverse: request.reverse, limit: limit - items.len(), keys_only: request.keys_only };
+            let round = self.scan_round(&plan, &mut course).await?;
+            let complete = round.take(request.reverse);
+            range = complete.rest(&plan);
+            bytes += complete.items.iter().map(|item| item.key.len() + item.record.value.len()).sum::<usize>();
+            items.extend(complete.items);
+            if items.len() > limit {
+                items.truncate(limit);
+                return Ok(Page { items, more: true });
+            }
+            if items.len() == limit || (bytes >= PAGE_BYTES_MAX && !items.is_empty()) {
+                return Ok(Page { items, more: range.is_some() });
+            }
+        }
+        Ok(Page { items, more: false })
+    }
+
+    /// Asks until every slot is covered.
+    async fn scan_round(&self, plan: &RoundPlan, course: &mut Course) -> Result<Round, Failure> {
+        let mut round = Round::default();
+        loop {
+            let map = self.access.map();
+            let retry = match map.as_deref() {
+                None => Retry::no_map(),
+                Some(map) => match self.ask_uncovered(map, plan, course, &mut round).await? {
+                    None => return Ok(round),
+                    Some(retry) => retry,
+                },
+            };
+            self.pause(course, retry, version(map.as_deref())).await?;
+        }
+    }
+
+    /// Asks the owners of the slots that no page covers yet. None: now all are covered.
+    async fn ask_uncovered(
+        &self,
+        map: &ShardMap,
+        plan: &RoundPlan,
+        course: &Course,
+        round: &mut Round,
+    ) -> Result<Option<Retry>, Failure> {
+        let mut shards: Vec<GroupId> = round.coverage.missing().map(|slot| map.owner(slot)).filter(|id| !id.is_meta()).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        let count = map.owners().len();
+        let ask = |shard: GroupId| {
+            let call = self.access.call(shard, plan.body(count, course.options().consistency), course.options());
+            async move { (shard, call.await) }
+        };
+        let mut retry = None;
+        let mut rest = shards.into_iter();
+        let mut running: FuturesUnordered<_> = rest.by_ref().take(PARALLEL_MAX).map(ask).collect();
+        while let Some((shard, reply)) = running.next().await {
+            running.extend(rest.by_ref().take(1).map(ask));
+            match reply {
+                ShardReply::Page(page) if page.items.is_empty() && page.more => return Err(misfit(shard)),
+                ShardReply::Page(page) => round.add(page, plan.reverse),
+                ShardReply::NotOwned { slot } => retry = Some(Retry::not_owned(slot)),
+                ShardReply::Failed(failure) => retry = Some(course.judge(failure)?),
+                ShardReply::Got(_) | ShardReply::Written(_) | ShardReply::Counted { .. } => return Err(misfit(shard)),
+            }
+        }
+        let missing = round.coverage.missing().next();
+        Ok(missing.map(|slot| retry.unwrap_or_else(|| Retry::not_owned(slot))))
+    }
+}
+
+/// What is asked of every shard in one round.
+struct RoundPlan {
+    range: ScanRange,
+    reverse: bool,
+    limit: usize,
+    keys_only: bool,
+}
+
+impl RoundPlan {
+    /// Keys are spread evenly by their hash, so a shard is asked for its share, and enough above it that one round nearly always does.
+    fn body(&self, shards: usize, consistency: crate::client::store::Consistency) -> ShardBody {
+        let share = self.limit.div_ceil(shards.max(1));
+        let limit = if shards <= 1 { self.limit } else { self.limit.min(share + 4 * share.isqrt() + 8) };
+        let bytes_max = (PAGE_BYTES_MAX / shards.max(1)).max(SHARD_PAGE_BYTES_MIN);
+        let (range, reverse, keys_only) = (self.range.clone(), self.reverse, self.keys_only);
+        ShardBody::Scan { range, reverse, limit, bytes_max, keys_only, consistency }
+    }
+}
+
+struct Round {
+    coverage: Coverage,
+    items: Vec<Item>,
+    /// The last key up to which every page that has more to come is complete.
+    bound: Option<Bytes>,
+}
+
+impl Default for Round {
+    fn default() -> Self {
+        Self { coverage: Coverage::none(), items: Vec::new(), bound: None }
+    }
+}
+
+impl Round {
+    fn add(&mut self, page: ShardPage, reverse: bool) {
+        if page.more {
+            let end = page.items.last().map(|item| item.key.clone());
+            self.bound = match (self.bound.take(), end) {
+                (Some(a), Some(b)) => Some(if reverse { a.max(b) } else { a.min(b) }),
+                (a, b) => a.or(b),
+            };
+        }
+        let asked = page.slots.len();
+        let mut fresh = page.slots;
+        fresh.retain(|slot| self.coverage.insert(*slot));
+        if fresh.len() == asked {
+            self.items.extend(page.items);
+            return;
+        }
+        let mut taken = Coverage::none();
+        fresh.into_iter().for_each(|slot| {
+            taken.insert(slot);
+        });
+        self.items.extend(page.items.into_iter().filter(|item| taken.contains(slot_of(&item.key))));
+    }
+
+    /// What is complete, in order.
+    fn take(mut self, reverse: bool) -> Complete {
+        // Stable: the pages are sorted runs, which it merges.
+        self.items.sort_by(|a, b| if reverse { b.key.cmp(&a.key) } else { a.key.cmp(&b.key) });
+        if let Some(bound) = &self.bound {
+            let complete = self.items.partition_point(|item| if reverse { item.key >= *bound } else { item.key <= *bound });
+            self.items.truncate(complete);
+        }
+        Complete { items: self.items, bound: self.bound }
+    }
+}
+
+struct Complete {
+    items: Vec<Item>,
+    bound: Option<Bytes>,
+}
+
+impl Complete {
+    /// What is left of the range after it.
+    fn rest(&self, plan: &RoundPlan) -> Option<ScanRange> {
+        let bound = self.bound.as_ref()?;
+        let rest = match plan.reverse {
+            true => ScanRange { start: plan.range.start.clone(), end: Some(bound.clone()) },
+            false => ScanRange { start: after(bound), end: plan.range.end.clone() },
+        };
+        Some(rest).filter(|rest| !is_empty(rest))
+    }
+}
+
+/// The least key after this one.
+fn after(key: &Bytes) -> Bytes {
+    let mut next = BytesMut::with_capacity(key.len() + 1);
+    next.extend_from_slice(key);
+    next.put_u8(0);
+    next.freeze()
+}
+
+fn is_empty(range: &ScanRange) -> bool {
+    range.end.as_ref().is_some_and(|end| *end <= range.start)
+}

@@ -1,0 +1,270 @@
+//! Writes: one part per shard, in parallel, each tried again on its own; answers at the positions of the caller's list.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+
+use super::attempt::{Course, Retry};
+use super::{Router, ShardAccess, check_key, misfit, version};
+use crate::client::protocol::{ShardBody, ShardReply};
+use crate::client::shard_map::ShardMap;
+use crate::client::store::{Failure, Options, WriteFailure, Written};
+use crate::sm::kv::{Action, Operation, Rejection, Write, WriteOutcome};
+use crate::sm::slots::slot_of;
+use crate::types::{GroupId, KEY_BYTES_MAX, Slot};
+
+/// What one shard is given in one write: it becomes one entry of its log.
+pub const SHARD_OPERATIONS_MAX: usize = 10_000;
+/// The largest value, under the longest key.
+pub const SHARD_BYTES_MAX: usize = (8 << 20) + KEY_BYTES_MAX;
+
+/// The operations of a write that fall to one shard.
+#[derive(Debug)]
+struct Part {
+    operations: Vec<Operation>,
+    /// Where each is in the caller's list.
+    positions: Vec<usize>,
+    course: Course,
+    /// Who the last shard asked said it gave a slot to. Believed where the map says nothing newer; the shard named checks it itself.
+    hint: Option<Hint>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Hint {
+    slot: Slot,
+    owner: GroupId,
+    /// The shard that the map named, and that said so.
+    instead_of: GroupId,
+}
+
+/// How far an attempt brought a part.
+struct Progress {
+    /// With positions in the caller's list.
+    answered: Vec<(usize, Written)>,
+    /// What is to be routed anew; the pause is over.
+    left: Option<Part>,
+}
+
+impl<A: ShardAccess> Router<A> {
+    pub(super) async fn write_to_shards(&self, operations: Vec<Operation>, key: Option<Bytes>, options: Options) -> Vec<Written> {
+        let count = operations.len();
+        self.write_checked(operations, key, options).await.unwrap_or_else(|failure| vec![Err(failure); count])
+    }
+
+    /// # Errors
+    ///
+    /// When nothing at all was sent, or for a write of one operation.
+    async fn write_checked(
+        &self,
+        operations: Vec<Operation>,
+        key: Option<Bytes>,
+        options: Options,
+    ) -> Result<Vec<Written>, WriteFailure> {
+        operations.iter().try_for_each(|operation| check_key(&operation.key)).map_err(WriteFailure::Failed)?;
+        let mut course = Course::new(options);
+        if key.is_some() || operations.iter().all(|operation| operation.action == Action::Get) {
+            course = course.repeatable();
+        }
+        if operations.len() == 1 {
+            course = course.single_key();
+        }
+        let map = self.map_in_time(&mut course).await.map_err(WriteFailure::Failed)?;
+        let whole = Part { positions: (0..operations.len()).collect(), operations, course, hint: None };
+        let parts = split(whole, Some(&map));
+        parts.iter().try_for_each(|(_, part)| check_size(part)).map_err(WriteFailure::Failed)?;
+        Ok(self.write_parts(parts, key).await)
+    }
+
+    async fn map_in_time(&self, course: &mut Course) -> Result<Arc<ShardMap>, Failure> {
+        loop {
+            match self.access.map() {
+                Some(map) => return Ok(map),
+                None => self.pause(course, Retry::no_map(), version(None)).await?,
+            }
+        }
+    }
+
+    async fn write_parts(&self, mut parts: Vec<(GroupId, Part)>, key: Option<Bytes>) -> Vec<Written> {
+        let count = parts.iter().map(|(_, part)| part.positions.len()).sum();
+        let mut answers: Vec<Written> = vec![Err(WriteFailure::Failed(misfit(GroupId::META))); count];
+        let mut fill = |progress: Progress| -> Vec<(GroupId, Part)> {
+            progress.answered.into_iter().for_each(|(at, written)| answers[at] = written);
+            progress.left.map(|part| split(part, self.access.map().as_deref())).unwrap_or_default()
+        };
+        // The hot path: one shard, in place.
+        while parts.len() == 1 {
+            let (shard, part) = parts.remove(0);
+            parts = fill(self.write_part(shard, part, key.clone()).await);
+        }
+        let attempt = |(shard, part): (GroupId, Part)| self.write_part(shard, part, key.clone());
+        let mut running: FuturesUnordered<_> = parts.into_iter().map(attempt).collect();
+        while let Some(progress) = running.next().await {
+            running.extend(fill(progress).into_iter().map(attempt));
+        }
+        answers
+    }
+
+    /// One attempt at one shard, and the pause after it where another may follow.
+    async fn write_part(&self, shard: GroupId, part: Part, idempotency_key: Option<Bytes>) -> Progress {
+        let known = version(self.access.map().as_deref());
+        let verdict = if shard.is_meta() {
+            Verdict::retry(Retry::unowned(), &part)
+        } else {
+            // The operations are kept for another attempt; their keys and values are shared, not copied.
+            let write = Write { operations: part.operations.clone(), idempotency_key };
+            let reply = self.access.call(shard, ShardBody::Write(write), part.course.options()).await;
+            read_reply(reply, shard, &part)
+        };
+        let (mut answered, mut left) = part.divide(verdict.answers);
+        let Some(retry) = verdict.retry else { return Progress { answered, left: None } };
+        left.hint = retry.hint.map(|(slot, owner)| Hint { slot, owner, instead_of: shard });
+        match self.pause(&mut left.course, retry, known).await {
+            Ok(()) => Progress { answered, left: Some(left) },
+            Err(failure) => {
+                let failed = Err(WriteFailure::Failed(failure));
+                answered.extend(left.positions.into_iter().map(|at| (at, failed.clone())));
+                Progress { answered, left: None }
+            }
+        }
+    }
+}
+
+impl Part {
+    fn owner(&self, key: &[u8], map: Option<&ShardMap>) -> GroupId {
+        let slot = slot_of(key);
+        let owner = map.map_or(GroupId::META, |map| map.owner(slot));
+        match self.hint {
+            Some(hint) if hint.slot == slot && hint.instead_of == owner => hint.owner,
+            Some(_) | None => owner,
+        }
+    }
+
+    /// What is answered, and the part of what is not.
+    fn divide(self, answers: Vec<Option<Written>>) -> (Vec<(usize, Written)>, Part) {
+        let mut left = Part { operations: Vec::new(), positions: Vec::new(), ..self };
+        let mut answered = Vec::with_capacity(answers.len());
+        for ((operation, at), answer) in self.operations.into_iter().zip(self.positions).zip(answers) {
+            match answer {
+                Some(written) => answered.push((at, written)),
+                None => {
+                    left.operations.push(operation);
+                    left.positions.push(at);
+                }
+            }
+        }
+        (answered, left)
+    }
+}
+
+/// What a reply says of each operation of a part, and whether those without an answer may be tried again.
+struct Verdict {
+    answers: Vec<Option<Written>>,
+    /// Present if and only if an answer is missing.
+    retry: Option<Retry>,
+}
+
+impl Verdict {
+    fn retry(retry: Retry, part: &Part) -> Self {
+        Self { answers: vec![None; part.operations.len()], retry: Some(retry) }
+    }
+
+    /// The same for all operations of the part.
+    fn of_all(judged: Result<Retry, WriteFailure>, part: &Part) -> Self {
+        match judged {
+            Ok(retry) => Self::retry(retry, part),
+            Err(failure) => Self { answers: vec![Some(Err(failure)); part.operations.len()], retry: None },
+        }
+    }
+}
+
+fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
+    match reply {
+        ShardReply::Written(WriteOutcome::Applied(outcomes)) if outcomes.len() == part.operations.len() => {
+            Verdict { answers: outcomes.into_iter().map(|outcome| Some(Ok(outcome))).collect(), retry: None }
+        }
+        ShardReply::Written(WriteOutcome::Rejected(rejection)) => Verdict::of_all(judge_rejection(rejection, shard, part), part),
+        ShardReply::Written(WriteOutcome::Mixed(results)) if results.len() == part.operations.len() => {
+            let mut verdict = Verdict { answers: Vec::with_capacity(results.len()), retry: None };
+            for result in results {
+                let judged = result.map_err(|rejection| judge_rejection(rejection, shard, part));
+                verdict.answers.push(match judged {
+                    Ok(outcome) => Some(Ok(outcome)),
+                    Err(Err(failure)) => Some(Err(failure)),
+                    Err(Ok(retry)) => {
+                        verdict.retry = Some(retry);
+                        None
+                    }
+                });
+            }
+            verdict
+        }
+        ShardReply::NotOwned { slot } => Verdict::retry(Retry::not_owned(slot), part),
+        ShardReply::Failed(failure) => Verdict::of_all(part.course.judge(failure).map_err(WriteFailure::Failed), part),
+        ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_))
+        | ShardReply::Got(_)
+        | ShardReply::Page(_)
+        | ShardReply::Counted { .. } => Verdict::of_all(Err(WriteFailure::Failed(misfit(shard))), part),
+    }
+}
+
+fn judge_rejection(rejection: Rejection, shard: GroupId, part: &Part) -> Result<Retry, WriteFailure> {
+    match rejection {
+        Rejection::WrongOwner { slot, moved_to } => Ok(Retry::moved(slot, moved_to.map(|(_, to)| to))),
+        Rejection::Frozen { slot } => Ok(Retry::frozen(slot)),
+        Rejection::ConditionFailed { operation, current } => Err(match part.positions.get(operation) {
+            Some(at) => WriteFailure::Rejected(Rejection::ConditionFailed { operation: *at, current }),
+            None => WriteFailure::Failed(misfit(shard)),
+        }),
+        Rejection::RequestsFull { .. } if part.course.maybe_done() => {
+            let full = Failure::Overloaded { limit: "remembered requests".into(), retry_after_ms: 1000 };
+            Err(WriteFailure::Failed(part.course.settle(full)))
+        }
+        Rejection::KeyReused { .. } | Rejection::RequestsFull { .. } => Err(WriteFailure::Rejected(rejection)),
+    }
+}
+
+/// By owner, each in the order of the caller's list.
+fn split(whole: Part, map: Option<&ShardMap>) -> Vec<(GroupId, Part)> {
+    let mut parts: BTreeMap<GroupId, Part> = BTreeMap::new();
+    let owners: Vec<GroupId> = whole.operations.iter().map(|operation| whole.owner(&operation.key, map)).collect();
+    if owners.windows(2).all(|pair| pair[0] == pair[1]) {
+        return owners.first().map(|owner| (*owner, whole)).into_iter().collect();
+    }
+    for ((operation, position), owner) in whole.operations.into_iter().zip(whole.positions).zip(owners) {
+        let part = parts.entry(owner).or_insert_with(|| Part {
+            operations: Vec::new(),
+            positions: Vec::new(),
+            course: whole.course.clone(),
+            hint: whole.hint,
+        });
+        part.operations.push(operation);
+        part.positions.push(position);
+    }
+    parts.into_iter().collect()
+}
+
+fn check_size(part: &Part) -> Result<(), Failure> {
+    let too_large = |limit: String| Err(Failure::TooLarge { limit });
+    if part.operations.len() > SHARD_OPERATIONS_MAX {
+        return too_large(format!(
+            "a write has at most {SHARD_OPERATIONS_MAX} operations per shard, this one {}",
+            part.operations.len()
+        ));
+    }
+    let bytes: usize = part.operations.iter().map(bytes_of).sum();
+    if bytes > SHARD_BYTES_MAX {
+        return too_large(format!("a write has at most {SHARD_BYTES_MAX} bytes of keys and values per shard, this one {bytes}"));
+    }
+    Ok(())
+}
+
+fn bytes_of(operation: &Operation) -> usize {
+    let value = match &operation.action {
+        Action::Put { value, .. } => value.len(),
+        Action::Get | Action::Delete => 0,
+    };
+    operation.key.len() + value
+}

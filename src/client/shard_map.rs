@@ -1,0 +1,189 @@
+//! What a router knows of the cluster: which shard owns each slot, and where the replicas of each shard are.
+//!
+//! An immutable value, made from the view (on a node) or from `GET /v1/cluster` (elsewhere), and replaced as a whole. Newer is what has
+//! the higher version; leaders are hints, which come and go within one version.
+
+use std::collections::BTreeMap;
+
+use super::protocol::ClusterStatus;
+use crate::sm::slots::slot_of;
+use crate::sm::view::{SlotTable, View};
+use crate::types::{Address, ClusterId, GroupId, MapVersion, NodeId, Slot};
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ShardMap {
+    pub cluster: ClusterId,
+    pub version: MapVersion,
+    slots: SlotTable,
+    /// Shards that own at least one slot, in order.
+    owners: Vec<GroupId>,
+    shards: BTreeMap<GroupId, ShardPlace>,
+    nodes: BTreeMap<NodeId, NodePlace>,
+}
+
+/// Where a shard is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardPlace {
+    pub home: NodeId,
+    /// The nodes that have a replica.
+    pub replicas: Vec<NodeId>,
+    /// Who led it when the map was made, if that was known.
+    pub leader: Option<NodeId>,
+}
+
+/// Where a node is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodePlace {
+    /// What peers call it.
+    pub address: Address,
+    /// What clients are sent to.
+    pub public: Address,
+}
+
+impl ShardMap {
+    /// The map of a node: `leader` says who leads a shard as far as the node knows.
+    pub fn from_view(view: &View, leader: impl Fn(GroupId) -> Option<NodeId>) -> Self {
+        let shards = view.shards().map(|(id, group)| {
+            let replicas = group.replicas.values().copied().collect();
+            (id, ShardPlace { home: group.home, replicas, leader: leader(id) })
+        });
+        let place = |node: &crate::sm::view::Node| NodePlace { address: node.address.clone(), public: node.public().clone() };
+        Self {
+            cluster: view.cluster,
+            version: view.version,
+            slots: view.slots.clone(),
+            owners: owners(&view.slots),
+            shards: shards.collect(),
+            nodes: view.nodes.iter().map(|(id, node)| (*id, place(node))).collect(),
+        }
+    }
+
+    /// The map of a client, as some node told it.
+    pub fn from_status(status: &ClusterStatus) -> Self {
+        let shards = status.shards.iter().filter(|shard| !shard.id.is_meta()).map(|shard| {
+            let replicas = shard.replicas.iter().map(|replica| replica.node).collect();
+            (shard.id, ShardPlace { home: shard.home, replicas, leader: shard.leader })
+        });
+        let nodes = status.nodes.iter().map(|node| {
+            let place = NodePlace { address: node.address.clone(), public: node.public_address.clone() };
+            (node.id, place)
+        });
+        Self {
+            cluster: status.cluster,
+            version: status.version,
+            slots: status.slots.clone(),
+            owners: owners(&status.slots),
+            shards: shards.collect(),
+            nodes: nodes.collect(),
+        }
+    }
+
+    /// The shard that owns `slot`; [`GroupId::META`] where none does.
+    pub fn owner(&self, slot: Slot) -> GroupId {
+        self.slots.owner(slot)
+    }
+
+    pub fn owner_of(&self, key: &[u8]) -> GroupId {
+        self.owner(slot_of(key))
+    }
+
+    /// The shards that own slots, in order.
+    pub fn owners(&self) -> &[GroupId] {
+        &self.owners
+    }
+
+    pub fn shards(&self) -> impl Iterator<Item = (GroupId, &ShardPlace)> {
+        self.shards.iter().map(|(id, place)| (*id, place))
+    }
+
+    pub fn shard(&self, id: GroupId) -> Option<&ShardPlace> {
+        self.shards.get(&id)
+    }
+
+    pub fn nodes(&self) -> impl Iterator<Item = (NodeId, &NodePlace)> {
+        self.nodes.iter().map(|(id, place)| (*id, place))
+    }
+
+    pub fn node(&self, id: NodeId) -> Option<&NodePlace> {
+        self.nodes.get(&id)
+    }
+
+    /// The nodes to ask about a shard, the likeliest leader first, each once.
+    pub fn candidates(&self, shard: GroupId) -> Vec<&NodePlace> {
+        let Some(place) = self.shard(shard) else { return Vec::new() };
+        let mut ids: Vec<NodeId> = Vec::with_capacity(place.replicas.len() + 1);
+        for id in place.leader.into_iter().chain([place.home]).chain(place.replicas.iter().copied()) {
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
+        ids.into_iter().filter_map(|id| self.node(id)).collect()
+    }
+}
+
+fn owners(slots: &SlotTable) -> Vec<GroupId> {
+    let mut owners: Vec<GroupId> = Slot::all().map(|slot| slots.owner(slot)).filter(|owner| !owner.is_meta()).collect();
+    owners.sort_unstable();
+    owners.dedup();
+    owners
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+    use crate::sm::view::Asked;
+    use crate::types::{DirectoryId, PlanEpoch, ReplicaId};
+
+    fn status() -> ClusterStatus {
+        let node = |id: u64| NodeStatus {
+            id: NodeId(id),
+            address: format!("10.0.0.{id}:1").parse().expect("an address"),
+            public_address: format!("node-{id}:1").parse().expect("an address"),
+            directory: DirectoryId(0),
+            reachable: true,
+        };
+        let replica =
+            |id, node| ReplicaStatus { id: ReplicaId(id), node: NodeId(node), health: ReplicaHealth::Following, applied: None };
+        let shard = |id, home, leader: Option<u64>| ShardStatus {
+            id: GroupId(id),
+            home: NodeId(home),
+            leader: leader.map(NodeId),
+            term: None,
+            keys: None,
+            bytes: None,
+            slots: 0,
+            replicas: vec![replica(1, 1), replica(2, 2), replica(3, 3)],
+        };
+        ClusterStatus {
+            cluster: ClusterId(7),
+            epoch: PlanEpoch(1),
+            version: MapVersion(4),
+            asked: Asked::default(),
+            answered_by: NodeId(1),
+            meta_leader: None,
+            nodes: vec![node(1), node(2), node(3)],
+            shards: vec![shard(0, 1, None), shard(1, 1, Some(3)), shard(2, 2, None), shard(3, 3, None)],
+            slots: SlotTable::new(|slot| GroupId(1 + u64::from(slot.number() % 2))),
+        }
+    }
+
+    #[test]
+    fn a_status_makes_a_map() {
+        let map = ShardMap::from_status(&status());
+        assert_eq!((map.cluster, map.version), (ClusterId(7), MapVersion(4)));
+        assert_eq!(map.owners(), [GroupId(1), GroupId(2)], "shard 3 owns nothing, the meta group is no shard");
+        assert_eq!(map.shards().count(), 3);
+        let key = b"some key";
+        assert_eq!(map.owner_of(key), GroupId(1 + u64::from(slot_of(key).number() % 2)));
+    }
+
+    #[test]
+    fn the_leader_is_asked_first_then_the_home_and_nobody_twice() {
+        let map = ShardMap::from_status(&status());
+        let asked = |shard| map.candidates(GroupId(shard)).iter().map(|node| node.public.to_string()).collect::<Vec<_>>();
+        assert_eq!(asked(1), ["node-3:1", "node-1:1", "node-2:1"]);
+        assert_eq!(asked(2), ["node-2:1", "node-1:1", "node-3:1"]);
+        assert!(asked(9).is_empty());
+    }
+}
