@@ -52,7 +52,7 @@ struct Faults {
     /// Syncs, of files and directories, that still succeed before one fails.
     syncs_left: Option<u64>,
     writes_left: Option<u64>,
-    unreadable: BTreeSet<PathBuf>,
+    unreadable: BTreeSet<u64>,
     capacity_bytes: Option<u64>,
 }
 
@@ -137,9 +137,10 @@ impl SimDisk {
         self.lock().faults.writes_left = Some(successes);
     }
 
-    /// Reads of the file fail, until [`SimDisk::heal`] or a crash.
+    /// Reads of the file that now has this name fail, until [`SimDisk::heal`] or a crash.
     pub fn fail_reads(&self, path: &Path) {
-        self.lock().faults.unreadable.insert(path.to_owned());
+        let state = &mut *self.lock();
+        state.faults.unreadable.extend(state.names.get(path));
     }
 
     /// Writes that would make all files together longer than this fail as on a full disk, having written what fits.
@@ -219,7 +220,7 @@ impl Disk for SimDisk {
             inode.handles += 1;
         }
         let power_cuts = state.power_cuts;
-        Ok(Box::new(SimFile { disk: self.clone(), path: path.to_owned(), inode, power_cuts }))
+        Ok(Box::new(SimFile { disk: self.clone(), inode, power_cuts }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -277,7 +278,6 @@ impl Disk for SimDisk {
 
 struct SimFile {
     disk: SimDisk,
-    path: PathBuf,
     inode: u64,
     power_cuts: u64,
 }
@@ -310,7 +310,7 @@ impl Drop for SimFile {
 impl DiskFile for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut state = self.lock()?;
-        if state.faults.unreadable.contains(&self.path) {
+        if state.faults.unreadable.contains(&self.inode) {
             return Err(error_io());
         }
         let current = &state.inode(self.inode)?.current;

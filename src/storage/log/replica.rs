@@ -387,6 +387,9 @@ impl State {
 
     /// Notes that all that is written is synced, up to the operation `seq` of this replica. Returns who waited for that.
     pub fn set_synced(&mut self, seq: u64) -> Vec<Done> {
+        if self.wiped {
+            return Vec::new();
+        }
         let mut synced = self.written.head().last;
         match self.truncated {
             Some((at, limit)) if at > seq => synced = least(synced, limit),
@@ -415,6 +418,7 @@ impl State {
         self.wiped = true;
         self.cached.clear();
         self.issued = ReplicaHead::default();
+        self.synced = None;
         self.purged_bytes = self.end_bytes;
         self.seq += 1;
         (self.seq, self.take_waiters())

@@ -54,3 +54,304 @@ fn after_a_failed_sync_nothing_ever_succeeds() {
     assert!(!writer.pump());
     assert_eq!(outcomes.bad().len(), 4);
 }
+
+#[test]
+fn a_full_disk_fails_the_log_and_loses_nothing_acknowledged() {
+    let options = small();
+    let (disk, log, mut writer, replica, outcomes) = one(&options);
+    disk.set_capacity(Some(20_000));
+    let mut acked = 0;
+    for index in 0.. {
+        if replica.append(vec![entry(1, index, 100)], outcomes.done()).is_err() {
+            break;
+        }
+        pump(&mut writer);
+        acked += outcomes.take().iter().filter(|outcome| outcome.is_ok()).count();
+    }
+    let failure = log.failed().borrow().clone().expect("the log failed");
+    assert_eq!(failure.kind, io::ErrorKind::StorageFull, "{failure}");
+    drop((log, writer));
+    disk.crash();
+    let (log, _writer) = open(&disk, &options).expect("there is room again");
+    let found = observe(&log, key(1, 1)).expect("it was created").entries.len();
+    assert!(found >= acked && acked > 50, "{found} of {acked}");
+}
+
+#[test]
+fn a_replica_id_is_never_created_twice() {
+    let options = small();
+    let (disk, log, mut writer, replica, outcomes) = one(&options);
+    log.create(key(1, 1), outcomes.done());
+    log.create(key(1, 0), outcomes.done());
+    assert_eq!(outcomes.bad(), [io::ErrorKind::AlreadyExists; 2]);
+    log.create(key(1, 5), outcomes.done());
+    log.wipe(key(1, 5), outcomes.done());
+    log.wipe(key(1, 5), outcomes.done());
+    log.create(key(1, 5), outcomes.done());
+    pump(&mut writer);
+    assert_eq!(outcomes.take().iter().filter(|outcome| outcome.is_err()).count(), 1);
+    log.create(key(1, 4), outcomes.done());
+    assert_eq!(outcomes.bad(), [io::ErrorKind::AlreadyExists]);
+    // So much that the segments in which it was created are gone.
+    for index in 0..200 {
+        replica.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+        replica.purge(id(1, index), outcomes.done());
+        pump(&mut writer);
+    }
+    assert_eq!(outcomes.good(), 400);
+    assert!(disk.contents(&dir().join(format!("{:020}.segment", 1))).is_none());
+    drop((log, replica, writer));
+    let (log, mut writer) = open(&disk, &options).expect("a log");
+    assert_eq!(log.replicas(), [key(1, 1)]);
+    log.create(key(1, 5), outcomes.done());
+    assert_eq!(outcomes.bad(), [io::ErrorKind::AlreadyExists]);
+    log.create(key(1, 6), outcomes.done());
+    pump(&mut writer);
+    assert_eq!(outcomes.good(), 1);
+}
+
+#[test]
+fn a_wiped_replica_refuses_and_tells_who_waited() {
+    let (_disk, log, mut writer, replica, outcomes) = one(&LogOptions::default());
+    replica.append(run_of(1, 0..2, 10), outcomes.done()).expect("an append");
+    pump(&mut writer);
+    assert_eq!(outcomes.good(), 1);
+    replica.on_synced(id(1, 9), outcomes.done());
+    let wiped = Outcomes::default();
+    log.wipe(key(1, 1), wiped.done());
+    assert_eq!(outcomes.bad(), [io::ErrorKind::NotFound]);
+    assert!(log.replica(key(1, 1)).is_none());
+    replica.append(run_of(1, 2..3, 10), outcomes.done()).expect_err("a wiped replica");
+    replica.save_vote(Vote { term: 1, voted_for: None, committed: false }, outcomes.done());
+    replica.on_synced(id(1, 1), outcomes.done());
+    assert_eq!(outcomes.bad(), [io::ErrorKind::NotFound; 2]);
+    pump(&mut writer);
+    assert_eq!(wiped.good(), 1);
+    assert_eq!(replica.read(0..9, usize::MAX).expect("a read"), []);
+}
+
+#[test]
+fn what_does_not_follow_is_refused_and_changes_nothing() {
+    let (_disk, log, mut writer, replica, outcomes) = one(&LogOptions::default());
+    replica.append(run_of(3, 0..4, 10), outcomes.done()).expect("an append");
+    replica.purge(id(3, 1), outcomes.done());
+    pump(&mut writer);
+    assert_eq!(outcomes.good(), 2);
+    let before = observe(&log, key(1, 1));
+    for bad in [entry(3, 5, 1), entry(3, 3, 1), entry(2, 4, 1)] {
+        let error = replica.append(vec![bad], outcomes.done()).expect_err("it does not follow");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+    replica.truncate_after(Some(0), outcomes.done());
+    replica.truncate_after(None, outcomes.done());
+    replica.purge(id(2, 2), outcomes.done());
+    assert_eq!(outcomes.bad(), [io::ErrorKind::InvalidInput; 3]);
+    replica.truncate_after(Some(9), outcomes.done());
+    replica.purge(id(3, 0), outcomes.done());
+    pump(&mut writer);
+    assert_eq!(outcomes.good(), 2, "what changes nothing is done");
+    assert_eq!(observe(&log, key(1, 1)), before);
+}
+
+#[test]
+fn entries_past_the_cache_are_read_from_the_disk_and_checked() {
+    let options = LogOptions { cache_bytes: 2000, ..LogOptions::default() };
+    let (disk, _log, mut writer, replica, outcomes) = one(&options);
+    let entries = run_of(2, 0..100, 50);
+    for entry in &entries {
+        replica.append(vec![entry.clone()], outcomes.done()).expect("an append");
+        pump(&mut writer);
+    }
+    assert_eq!(outcomes.good(), 100);
+    assert_eq!(replica.read(0..100, usize::MAX).expect("a read"), entries);
+    let path = dir().join(format!("{:020}.segment", 1));
+    disk.fail_reads(&path);
+    replica.read(0..1, usize::MAX).expect_err("the disk does not read");
+    assert_eq!(replica.read(90..100, usize::MAX).expect("from the cache"), entries[90..]);
+    disk.heal();
+    let at = disk.contents(&path).expect("a segment").windows(50).position(|window| window == entries[1].payload.bytes());
+    assert!(disk.flip_bit(&path, at.expect("the payload") as u64, 3));
+    assert_eq!(replica.read(0..1, 1).expect("a whole entry"), entries[..1]);
+    let error = replica.read(0..9, usize::MAX).expect_err("a damaged entry");
+    assert!(error.kind() == io::ErrorKind::InvalidData && error.to_string().contains("entry 2.1 of replica g1-r1"), "{error}");
+}
+
+#[test]
+fn an_idle_replica_does_not_pin_the_log() {
+    let options = small();
+    let (disk, log, mut writer, idle, outcomes) = one(&options);
+    log.create(key(2, 1), outcomes.done());
+    let busy = log.replica(key(2, 1)).expect("it was created");
+    let vote = Vote { term: 3, voted_for: Some(ReplicaId(1)), committed: true };
+    idle.save_vote(vote, outcomes.done());
+    let entries = run_of(3, 0..4, 30);
+    idle.append(entries.clone(), outcomes.done()).expect("an append");
+    for index in 0..1000 {
+        busy.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+        busy.purge(id(1, index), outcomes.done());
+        pump(&mut writer);
+    }
+    assert_eq!(outcomes.good(), 2003);
+    let metrics = log.metrics();
+    assert!(metrics.segments <= 6 && metrics.rebases > 3, "{metrics:?}");
+    assert!(disk.files().len() <= 8, "{:?}", disk.files());
+    drop((log, idle, busy, writer));
+    disk.crash();
+    let (log, _writer) = open(&disk, &options).expect("a log");
+    assert_eq!(observe(&log, key(1, 1)), Some(Model { purged: None, vote: Some(vote), entries }));
+}
+
+#[test]
+fn a_large_replica_that_pins_the_log_is_named() {
+    let options = small();
+    let (_disk, log, mut writer, large, outcomes) = one(&options);
+    log.create(key(2, 1), outcomes.done());
+    let busy = log.replica(key(2, 1)).expect("it was created");
+    large.append(run_of(3, 0..10, 100), outcomes.done()).expect("an append");
+    for index in 0..200 {
+        busy.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+        busy.purge(id(1, index), outcomes.done());
+        pump(&mut writer);
+    }
+    let pins = log.pinning();
+    assert_eq!(pins.iter().map(|pin| pin.key).collect::<Vec<_>>(), [key(1, 1)]);
+    assert!(pins[0].live_bytes > 1000 && pins[0].held_bytes > 20_000, "{pins:?}");
+    large.purge(id(3, 9), outcomes.done());
+    pump(&mut writer);
+    assert_eq!(log.pinning(), []);
+    assert!(log.metrics().segments <= 3, "{:?}", log.metrics());
+}
+
+#[test]
+fn many_restarts_leave_few_segments() {
+    let options = LogOptions::default();
+    let (disk, log, mut writer, replica, outcomes) = one(&options);
+    replica.append(run_of(1, 0..3, 10), outcomes.done()).expect("an append");
+    pump(&mut writer);
+    drop((log, writer, replica));
+    for _ in 0..40 {
+        let (log, mut writer) = open(&disk, &options).expect("a log");
+        pump(&mut writer);
+        assert_eq!(observe(&log, key(1, 1)).expect("it was created").entries.len(), 3);
+    }
+    assert!(disk.files().len() < 14, "{:?}", disk.files());
+    assert!(disk.files().iter().map(|(_, len)| len).sum::<u64>() < 3 << 20, "{:?}", disk.files());
+}
+
+#[test]
+fn a_log_of_another_directory_or_of_none_is_refused() {
+    let options = LogOptions { binding: 1, ..LogOptions::default() };
+    let (disk, log, writer, replica, _) = one(&options);
+    drop((log, writer, replica));
+    let refused = |disk: &SimDisk, options: &LogOptions| match open(disk, options) {
+        Ok(_) => panic!("it was opened"),
+        Err(error) => error,
+    };
+    let other = refused(&disk, &LogOptions { binding: 2, ..options.clone() });
+    assert!(matches!(other, OpenLogError::Damaged { offset: 0, .. }), "{other}");
+    assert!(other.to_string().contains("move this node's data directory away"), "{other}");
+    open(&disk, &LogOptions { expect: Expect::Existing, ..options.clone() }).map(drop).expect("its own log");
+    let empty = SimDisk::new(0);
+    empty.create_dir(Path::new("/node")).expect("a directory");
+    let missing = refused(&empty, &LogOptions { expect: Expect::Existing, ..options });
+    assert!(matches!(missing, OpenLogError::Missing { .. }), "{missing}");
+}
+
+#[test]
+fn proposers_are_told_when_too_much_waits() {
+    let options = LogOptions { queue_bytes_max: 500, ..LogOptions::default() };
+    let (_disk, log, mut writer, replica, outcomes) = one(&options);
+    assert!(!log.overloaded());
+    replica.append(run_of(1, 0..10, 100), outcomes.done()).expect("appends are taken all the same");
+    assert!(log.overloaded() && log.queue_bytes() > 500);
+    pump(&mut writer);
+    assert!(!log.overloaded() && log.queue_bytes() == 0);
+}
+
+#[test]
+fn a_writer_that_is_gone_leaves_nobody_waiting() {
+    let (_disk, log, writer, replica, outcomes) = one(&LogOptions::default());
+    replica.append(run_of(1, 0..1, 10), outcomes.done()).expect("an append");
+    replica.on_synced(id(1, 0), outcomes.done());
+    drop(writer);
+    assert_eq!(outcomes.bad().len(), 2);
+    assert!(log.failed().borrow().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn as_a_task_the_writer_marks_when_idle_and_ends_when_closed() {
+    let (disk, log, writer, replica, _) = one(&LogOptions::default());
+    let task = tokio::spawn(writer.run_in_task());
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let done: Done = Box::new(move |outcome| sender.send(outcome).expect("the test waits"));
+    replica.append(run_of(1, 0..3, 10), done).expect("an append");
+    receiver.await.expect("a callback").expect("a success");
+    let syncs = disk.counts().syncs;
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    assert_eq!(disk.counts().syncs, syncs + 1, "an idle log syncs its closing mark and nothing else");
+    log.close();
+    task.await.expect("the writer ends");
+    replica.append(run_of(1, 3..4, 10), Box::new(|_| ())).expect_err("a closed log");
+    assert!(log.failed().borrow().is_none(), "closed is not failed");
+}
+
+/// Many groups append, read back and purge at once, over segments that are used again and again.
+#[test]
+fn groups_run_beside_each_other_on_a_real_disk() {
+    let root = tempfile::tempdir().expect("a directory");
+    let options = LogOptions {
+        segment_bytes: 16 << 10,
+        grow_bytes: 4096,
+        cache_bytes: 4096,
+        rebase_bytes_max: 2048,
+        ..LogOptions::default()
+    };
+    let disk = Arc::new(crate::storage::disk::RealDisk);
+    let path = root.path().join("log");
+    let (log, writer) = Log::open(disk.clone(), &path, options.clone()).expect("a new log");
+    let writing = std::thread::spawn(move || writer.run());
+    let groups: Vec<_> =
+        (0..8).map(|group| (group, log.clone())).map(|(group, log)| std::thread::spawn(move || live(&log, group))).collect();
+    let expected: Vec<Model> = groups.into_iter().map(|group| group.join().expect("a group")).collect();
+    assert!(log.failed().borrow().is_none());
+    drop(log);
+    writing.join().expect("the writer ends once every handle is dropped");
+    let (log, writer) = Log::open(disk, &path, options).expect("a log");
+    for (group, expected) in expected.into_iter().enumerate() {
+        assert_eq!(observe(&log, key(group as u64, 1)), Some(expected));
+    }
+    drop(writer);
+}
+
+fn live(log: &Log, group: u64) -> Model {
+    let key = key(group, 1);
+    let wait = |issue: &dyn Fn(Done)| {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        issue(Box::new(move |outcome| sender.send(outcome).expect("the test waits")));
+        receiver.recv().expect("a callback").expect("a success");
+    };
+    wait(&|done| log.create(key, done));
+    let replica = log.replica(key).expect("it was created");
+    let mut model = Model::default();
+    // One group stays small and idle, so that it is rebased while it is read.
+    let count = if group == 0 { 5 } else { 150 };
+    for index in 0..count {
+        let entry = entry(1, index, 40 + (index as usize * 13) % 60);
+        wait(&|done| replica.append(vec![entry.clone()], done).expect("an append"));
+        model.entries.push(entry);
+        let first = model.entries[0].id.index;
+        assert_eq!(replica.read(first..index + 1, usize::MAX).expect("a read"), model.entries);
+        if index % 20 == 19 {
+            let upto = model.entries[15].id;
+            wait(&|done| replica.purge(upto, done));
+            model.entries.drain(..16);
+            model.purged = Some(upto);
+        }
+    }
+    if group == 0 {
+        for _ in 0..500 {
+            assert_eq!(replica.read(0..count, usize::MAX).expect("a read"), model.entries);
+        }
+    }
+    model
+}
