@@ -1,7 +1,13 @@
 //! The typed client, and the seam that the whole HTTP side stands on: [`store::Store`].
 
+pub mod call;
+pub mod native;
 pub mod peer;
 pub mod protocol;
+pub mod remote;
 pub mod router;
 pub mod shard_map;
 pub mod store;
+#[cfg(test)]
+mod testing;
+pub mod wire;

@@ -1,0 +1,458 @@
+//! A small client of the native dialect: what `curl -L` does, for any key and for more than one server.
+//!
+//! It follows redirects to the leader, asks the next server when one can't be reached or can't help, and goes on until the timeout. A
+//! write that was sent and not answered is unknown; it is sent again only with an idempotency key.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, ETAG, HOST, IF_MATCH, IF_NONE_MATCH, LOCATION, RETRY_AFTER};
+use http::{HeaderMap, HeaderName, Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use serde::Deserialize;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::protocol::ClusterStatus;
+use super::store::Failure;
+use super::wire::Connection;
+use crate::types::{Address, Revision};
+
+/// What stands in a path as itself: unreserved characters (RFC 3986, section 2.3) and the slash.
+pub const KEY_ESCAPES: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~').remove(b'/');
+/// In a query, slashes too are escaped.
+const QUERY_ESCAPES: &AsciiSet = &KEY_ESCAPES.add(b'/');
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between two rounds over all servers.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Redirects followed in a row: leaders change, but not that often.
+const REDIRECTS_MAX: usize = 5;
+/// The longest that a server lets itself be told to wait.
+const SERVER_TIMEOUT_MAX: Duration = Duration::from_secs(60);
+
+/// A client of some servers of one cluster.
+#[derive(Debug)]
+pub struct NativeClient {
+    servers: Vec<Address>,
+    timeout: Duration,
+    /// The last connection, for the next request to the same node.
+    connection: Option<(Address, Connection)>,
+}
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum NativeError {
+    /// Nothing was changed.
+    #[error("{detail}")]
+    ConditionFailed { detail: String },
+    #[error(transparent)]
+    Failed(#[from] Failure),
+}
+
+/// What a write is sent with.
+#[derive(Debug, Clone, Default)]
+pub struct WriteHeaders {
+    pub content_type: Option<String>,
+    pub if_match: Option<String>,
+    pub if_none_match: Option<String>,
+    pub idempotency_key: Option<String>,
+}
+
+/// A value as it was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Value {
+    pub bytes: Bytes,
+    pub content_type: String,
+    pub revision: Revision,
+    /// Of a stale read: what the server says of its age.
+    pub staleness: Option<String>,
+}
+
+/// What a write did. `created` is only told of a put.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct WriteAnswer {
+    pub revision: Revision,
+    pub created: Option<bool>,
+}
+
+/// Which page of a listing.
+#[derive(Debug, Clone, Default)]
+pub struct ListQuery {
+    pub prefix: Bytes,
+    pub reverse: bool,
+    pub keys_only: bool,
+    pub stale: bool,
+    pub limit: usize,
+    pub cursor: Option<String>,
+}
+
+/// A page of a listing, its items as the server wrote them.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct ListPage {
+    pub items: Vec<serde_json::Value>,
+    pub next_cursor: Option<String>,
+}
+
+struct Exchange {
+    method: Method,
+    path_and_query: String,
+    headers: HeaderMap,
+    body: Bytes,
+    /// Doing it twice does no harm.
+    repeatable: bool,
+}
+
+/// What became of one attempt.
+enum Attempt {
+    Answer(Response<Bytes>),
+    /// Certainly not done here: ask there, or the next server.
+    Redirect(Address),
+    NotDone(Failure),
+    Unknown(Failure),
+}
+
+impl NativeClient {
+    pub fn new(servers: Vec<Address>, timeout: Duration) -> Self {
+        Self { servers, timeout, connection: None }
+    }
+
+    /// The value of a key, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// When nobody could tell in time.
+    pub async fn get(&mut self, key: &[u8], stale: bool) -> Result<Option<Value>, NativeError> {
+        let consistency = if stale { "&consistency=stale" } else { "" };
+        let path = self.key_path(key, consistency);
+        let response = self.exchange(Exchange::read(path)).await?;
+        if response.status() == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        let response = checked(response)?;
+        let header = |name: HeaderName| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let revision = header(ETAG).and_then(|tag| tag.trim_matches('"').parse().ok());
+        Ok(Some(Value {
+            content_type: header(CONTENT_TYPE).unwrap_or_default(),
+            revision: Revision(revision.ok_or_else(|| strange("an answer without a revision in its ETag"))?),
+            staleness: header(HeaderName::from_static("quorate-staleness")),
+            bytes: response.into_body(),
+        }))
+    }
+
+    /// # Errors
+    ///
+    /// When a condition does not hold, or the write failed; [`Failure::Unknown`] leaves open whether it happened.
+    pub async fn put(&mut self, key: &[u8], value: Bytes, headers: &WriteHeaders) -> Result<WriteAnswer, NativeError> {
+        let exchange = Exchange::write(Method::PUT, self.key_path(key, ""), headers, value)?;
+        read_json(&checked(self.exchange(exchange).await?)?)
+    }
+
+    /// None: there was no such key.
+    ///
+    /// # Errors
+    ///
+    /// As of [`NativeClient::put`].
+    pub async fn delete(&mut self, key: &[u8], headers: &WriteHeaders) -> Result<Option<WriteAnswer>, NativeError> {
+        let exchange = Exchange::write(Method::DELETE, self.key_path(key, ""), headers, Bytes::new())?;
+        let response = self.exchange(exchange).await?;
+        if response.status() == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        read_json(&checked(response)?).map(Some)
+    }
+
+    /// # Errors
+    ///
+    /// When nobody could tell in time.
+    pub async fn list(&mut self, query: &ListQuery) -> Result<ListPage, NativeError> {
+        let prefix = percent_encode(&query.prefix, QUERY_ESCAPES);
+        let mut path = format!("/v1/kv?{}&prefix={prefix}&limit={}", self.wait(), query.limit);
+        let flags = [(query.reverse, "&reverse=true"), (query.keys_only, "&keys_only=true"), (query.stale, "&consistency=stale")];
+        flags.into_iter().filter(|(set, _)| *set).for_each(|(_, flag)| path.push_str(flag));
+        if let Some(cursor) = &query.cursor {
+            path.push_str(&format!("&cursor={}", percent_encode(cursor.as_bytes(), QUERY_ESCAPES)));
+        }
+        read_json(&checked(self.exchange(Exchange::read(path)).await?)?)
+    }
+
+    /// What `GET /v1/cluster` says.
+    ///
+    /// # Errors
+    ///
+    /// When no server answers in time.
+    pub async fn cluster(&mut self) -> Result<ClusterStatus, NativeError> {
+        read_json(&checked(self.exchange(Exchange::read("/v1/cluster".into())).await?)?)
+    }
+
+    /// Hands a shard's leadership to the replica on that node, or to its home; the address of the new leader.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such shard or replica, or it did not happen in time.
+    pub async fn transfer_leader(&mut self, shard: u64, to: Option<&Address>) -> Result<Address, NativeError> {
+        #[derive(Deserialize)]
+        struct Transferred {
+            leader: Address,
+        }
+        let body = to.map(|to| serde_json::json!({ "to": to }).to_string()).unwrap_or_default();
+        let path = format!("/v1/cluster/shards/{shard}/leader?{}", self.wait());
+        let exchange = Exchange::write(Method::POST, path, &WriteHeaders::default(), body.into())?;
+        let transferred: Transferred = read_json(&checked(self.exchange(exchange).await?)?)?;
+        Ok(transferred.leader)
+    }
+
+    fn key_path(&self, key: &[u8], more: &str) -> String {
+        format!("/v1/kv/{}?{}{more}", percent_encode(key, KEY_ESCAPES), self.wait())
+    }
+
+    fn wait(&self) -> String {
+        format!("timeout={}ms", self.timeout.min(SERVER_TIMEOUT_MAX).as_millis().max(1))
+    }
+
+    /// Asks server after server until one settles it, or the time is up.
+    async fn exchange(&mut self, exchange: Exchange) -> Result<Response<Bytes>, Failure> {
+        let deadline = Instant::now() + self.timeout;
+        let mut maybe_done = None;
+        loop {
+            let mut last = Failure::Unavailable { reason: "no server is given".into(), retry_after_ms: 0 };
+            for server in self.servers.clone() {
+                match self.follow(server, &exchange, deadline).await {
+                    Attempt::Answer(response) => return Ok(response),
+                    Attempt::Redirect(address) => {
+                        last = Failure::Unavailable {
+                            reason: format!("the leader is changing, perhaps to {address}"),
+                            retry_after_ms: 0,
+                        }
+                    }
+                    Attempt::NotDone(failure) => last = failure,
+                    Attempt::Unknown(failure) if exchange.repeatable => {
+                        maybe_done = maybe_done.or(Some(failure.clone()));
+                        last = failure;
+                    }
+                    Attempt::Unknown(failure) => return Err(failure),
+                }
+            }
+            if self.servers.is_empty() || Instant::now() + PAUSE >= deadline {
+                return Err(maybe_done.unwrap_or(last));
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
+    async fn follow(&mut self, server: Address, exchange: &Exchange, deadline: Instant) -> Attempt {
+        let mut address = server;
+        for _ in 0..REDIRECTS_MAX {
+            match self.attempt(&address, exchange, deadline).await {
+                Attempt::Redirect(to) => address = to,
+                settled => return settled,
+            }
+        }
+        Attempt::Redirect(address)
+    }
+
+    async fn attempt(&mut self, address: &Address, exchange: &Exchange, deadline: Instant) -> Attempt {
+        let reusable = self.connection.take().filter(|(to, connection)| to == address && connection.is_open());
+        let mut connection = match reusable {
+            Some((_, connection)) => connection,
+            None => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                match Connection::open(address, left.min(CONNECT_TIMEOUT)).await {
+                    Ok(connection) => connection,
+                    Err(error) => return Attempt::NotDone(unavailable(format!("{address}: {error}"))),
+                }
+            }
+        };
+        let request = match exchange.request(address) {
+            Ok(request) => request,
+            Err(failure) => return Attempt::NotDone(failure),
+        };
+        match timeout_at(deadline, connection.exchange(request)).await {
+            Ok(Ok(response)) => {
+                self.connection = Some((address.clone(), connection));
+                judge(response)
+            }
+            // The kept connection was closed meanwhile: nothing was sent.
+            Ok(Err(error)) if error.is_canceled() || error.is_closed() => {
+                Attempt::NotDone(unavailable(format!("{address}: {error}")))
+            }
+            Ok(Err(error)) => Attempt::Unknown(Failure::Unknown { reason: format!("{address}: {error}") }),
+            Err(_) => Attempt::Unknown(Failure::Unknown { reason: format!("{address} did not answer in time") }),
+        }
+    }
+}
+
+impl Exchange {
+    fn read(path_and_query: String) -> Self {
+        Self { method: Method::GET, path_and_query, headers: HeaderMap::new(), body: Bytes::new(), repeatable: true }
+    }
+
+    fn write(method: Method, path_and_query: String, write: &WriteHeaders, body: Bytes) -> Result<Self, Failure> {
+        let mut headers = HeaderMap::new();
+        let given = [
+            (CONTENT_TYPE, &write.content_type),
+            (IF_MATCH, &write.if_match),
+            (IF_NONE_MATCH, &write.if_none_match),
+            (HeaderName::from_static("idempotency-key"), &write.idempotency_key),
+        ];
+        for (name, value) in given {
+            let Some(value) = value else { continue };
+            let bad = |_| Failure::Invalid { reason: format!("'{value}' can't stand in the header {name}") };
+            headers.insert(name.clone(), value.parse().map_err(bad)?);
+        }
+        Ok(Self { method, path_and_query, headers, body, repeatable: write.idempotency_key.is_some() })
+    }
+
+    fn request(&self, address: &Address) -> Result<Request<Full<Bytes>>, Failure> {
+        let mut request = Request::builder().method(&self.method).uri(&self.path_and_query).header(HOST, address.as_str());
+        if let Some(headers) = request.headers_mut() {
+            headers.extend(self.headers.clone());
+        }
+        let invalid = |error: http::Error| Failure::Invalid { reason: error.to_string() };
+        request.body(Full::new(self.body.clone())).map_err(invalid)
+    }
+}
+
+fn judge(response: Response<Bytes>) -> Attempt {
+    match response.status() {
+        StatusCode::TEMPORARY_REDIRECT => match location(response.headers()) {
+            Some(address) => Attempt::Redirect(address),
+            None => Attempt::NotDone(strange("a redirect without an address")),
+        },
+        StatusCode::SERVICE_UNAVAILABLE => Attempt::NotDone(failure_of(&response)),
+        StatusCode::GATEWAY_TIMEOUT => Attempt::Unknown(failure_of(&response)),
+        _ => Attempt::Answer(response),
+    }
+}
+
+/// The node that a `Location` names.
+pub fn location(headers: &HeaderMap) -> Option<Address> {
+    let location = headers.get(LOCATION)?.to_str().ok()?.strip_prefix("http://")?;
+    location.split(['/', '?']).next()?.parse().ok()
+}
+
+fn checked(response: Response<Bytes>) -> Result<Response<Bytes>, NativeError> {
+    match response.status() {
+        status if status.is_success() => Ok(response),
+        StatusCode::PRECONDITION_FAILED => Err(NativeError::ConditionFailed { detail: detail(&response) }),
+        _ => Err(NativeError::Failed(failure_of(&response))),
+    }
+}
+
+fn failure_of(response: &Response<Bytes>) -> Failure {
+    let reason = detail(response);
+    let wait_s = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let retry_after_ms = wait_s.unwrap_or(1).saturating_mul(1000);
+    match response.status() {
+        StatusCode::TOO_MANY_REQUESTS => Failure::Overloaded { limit: reason, retry_after_ms },
+        StatusCode::SERVICE_UNAVAILABLE | StatusCode::REQUEST_TIMEOUT => Failure::Unavailable { reason, retry_after_ms },
+        StatusCode::PAYLOAD_TOO_LARGE => Failure::TooLarge { limit: reason },
+        status if status.is_client_error() => Failure::Invalid { reason },
+        _ => Failure::Unknown { reason },
+    }
+}
+
+/// The `detail` of a problem (RFC 9457), or whatever the answer says.
+fn detail(response: &Response<Bytes>) -> String {
+    let problem: Option<serde_json::Value> = serde_json::from_slice(response.body()).ok();
+    let detail = problem.as_ref().and_then(|problem| problem.get("detail")?.as_str());
+    let text = detail.map_or_else(|| String::from_utf8_lossy(response.body()).trim().to_owned(), str::to_owned);
+    if text.is_empty() { response.status().to_string() } else { text.chars().take(2000).collect() }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(response: &Response<Bytes>) -> Result<T, NativeError> {
+    serde_json::from_slice(response.body()).map_err(|error| strange(&format!("an answer that can't be read: {error}")).into())
+}
+
+/// An answer that no node gives: perhaps none was asked.
+fn strange(what: &str) -> Failure {
+    Failure::Unknown { reason: format!("the server gave {what}; is it a quorate node?") }
+}
+
+fn unavailable(reason: String) -> Failure {
+    Failure::Unavailable { reason, retry_after_ms: 1000 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::client::testing::{answer, bind, nobody, serve};
+
+    fn client(servers: &[&Address]) -> NativeClient {
+        NativeClient::new(servers.iter().copied().cloned().collect(), Duration::from_secs(20))
+    }
+
+    #[tokio::test]
+    async fn a_put_goes_past_a_dead_server_and_on_to_the_leader() {
+        let (leader, leading) = bind().await;
+        let (follower, following) = bind().await;
+        serve(leading, |request| async move {
+            assert_eq!(request.method(), Method::PUT);
+            assert!(request.uri().path_and_query().is_some_and(|path| path.as_str().starts_with("/v1/kv/a%20b/../%FF?timeout=")));
+            assert_eq!((request.headers()[IF_MATCH].as_bytes(), &request.body()[..]), (&b"\"3\""[..], &b"value"[..]));
+            Some(answer(200, r#"{"key":"x","revision":4,"created":false}"#))
+        });
+        serve(following, move |request| {
+            let leader = leader.clone();
+            async move {
+                let mut response = answer(307, "");
+                let location = format!("http://{leader}{}", request.uri());
+                response.headers_mut().insert(LOCATION, location.parse().expect("a header"));
+                Some(response)
+            }
+        });
+        let headers = WriteHeaders { if_match: Some("\"3\"".into()), ..WriteHeaders::default() };
+        let mut client = client(&[&nobody().await, &follower]);
+        let written = client.put(b"a b/../\xff", Bytes::from_static(b"value"), &headers).await.expect("written");
+        assert_eq!(written, WriteAnswer { revision: Revision(4), created: Some(false) });
+    }
+
+    #[tokio::test]
+    async fn an_unanswered_write_is_sent_again_only_with_an_idempotency_key() {
+        let (server, listener) = bind().await;
+        let requests = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&requests);
+        serve(listener, move |_| {
+            let first = count.fetch_add(1, Ordering::Relaxed) < 2;
+            async move { (!first).then(|| answer(201, r#"{"revision":1,"created":true}"#)) }
+        });
+        let mut client = client(&[&server]);
+        let lost = client.put(b"k", Bytes::new(), &WriteHeaders::default()).await;
+        assert!(matches!(lost, Err(NativeError::Failed(Failure::Unknown { .. }))), "{lost:?}");
+        assert_eq!(requests.load(Ordering::Relaxed), 1);
+        let headers = WriteHeaders { idempotency_key: Some("once".into()), ..WriteHeaders::default() };
+        client.put(b"k", Bytes::new(), &headers).await.expect("written in the end");
+        assert_eq!(requests.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test]
+    async fn answers_are_told_apart() {
+        let (server, listener) = bind().await;
+        serve(listener, |request| async move {
+            let problem = |status, detail: &str| answer(status, format!(r#"{{"code":"x","detail":"{detail}"}}"#));
+            Some(match request.uri().path() {
+                "/v1/kv/missing" => problem(404, "there is no such key"),
+                "/v1/kv/guarded" => problem(412, "the key is at revision 9"),
+                "/v1/kv/long" => problem(400, "too long"),
+                "/v1/kv/busy" => problem(429, "queue"),
+                _ => answer(200, "not what was asked for"),
+            })
+        });
+        let mut client = client(&[&server]);
+        assert_eq!(client.get(b"missing", false).await.expect("an answer"), None);
+        let headers = WriteHeaders::default();
+        assert_eq!(client.delete(b"missing", &headers).await.expect("an answer"), None);
+        let error = client.put(b"guarded", Bytes::new(), &headers).await.expect_err("412");
+        assert!(matches!(&error, NativeError::ConditionFailed { detail } if detail == "the key is at revision 9"));
+        let failure = |error| match error {
+            Err(NativeError::Failed(failure)) => failure,
+            other => panic!("{other:?}"),
+        };
+        assert!(matches!(failure(client.put(b"long", Bytes::new(), &headers).await), Failure::Invalid { .. }));
+        assert!(matches!(failure(client.put(b"busy", Bytes::new(), &headers).await), Failure::Overloaded { .. }));
+        assert!(matches!(failure(client.put(b"x", Bytes::new(), &headers).await), Failure::Unknown { .. }));
+    }
+}

@@ -1,0 +1,409 @@
+//! The remote cluster as a [`Store`](super::store::Store): a router over HTTP calls to the shards' leaders.
+//!
+//! [`HttpAccess`] learns the shard map from `GET /v1/cluster` of any node that it knows, and leaders from the map and from nodes that say
+//! "elsewhere". Nothing here retries what may have been done: that is the router's decision.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use super::call::{CallError, ShardCaller, describe, failure_of};
+use super::protocol::{ClusterStatus, ShardBody, ShardReply, ShardRequest};
+use super::router::{Router, ShardAccess};
+use super::shard_map::ShardMap;
+use super::store::{Consistency, Failure, Options};
+use crate::sm::kv::{Action, Write};
+use crate::types::{Address, GroupId, MapVersion};
+
+/// How long one node is waited for where another could be asked, or half of the time that is left if that is more.
+const ATTEMPT_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+/// How long one node is waited for when it is asked for the map.
+const STATUS_TIMEOUT: Duration = Duration::from_millis(1500);
+/// The map is asked for at most this often: a lost leader makes every waiting request ask.
+const REFRESH_INTERVAL_MIN: Duration = Duration::from_millis(50);
+/// Nodes asked in one call: each replica once, and where they point to.
+const HOPS_MAX: usize = 12;
+/// Kept back from the time that a node is given, so that its own "not in time" still arrives.
+const REPLY_MARGIN_MAX: Duration = Duration::from_millis(100);
+
+/// A cluster, by way of the network.
+pub type RemoteStore = Router<HttpAccess>;
+
+impl RemoteStore {
+    /// A store that knows these nodes at first. Nothing is asked before the first request.
+    ///
+    /// # Errors
+    ///
+    /// When the HTTP client can't be set up.
+    pub fn connect(seeds: Vec<Address>) -> Result<Self, reqwest::Error> {
+        let access = HttpAccess::new(seeds, ShardCaller::new()?);
+        Ok(Router::new(access, rand::random()))
+    }
+}
+
+/// Reaches shards over HTTP.
+#[derive(Debug)]
+pub struct HttpAccess {
+    caller: ShardCaller,
+    seeds: Vec<Address>,
+    map: RwLock<Option<Arc<ShardMap>>>,
+    leaders: Mutex<HashMap<GroupId, Hint>>,
+    /// Held while the map is asked for; when that was last.
+    refreshing: tokio::sync::Mutex<Option<Instant>>,
+}
+
+/// What the last call says of who leads a shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Hint {
+    /// It answered.
+    Leads(Address),
+    /// It did not answer: the others first.
+    Silent(Address),
+}
+
+#[derive(Serialize)]
+struct Transfer {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to: Option<Address>,
+}
+
+#[derive(Deserialize)]
+struct Transferred {
+    leader: Address,
+}
+
+impl HttpAccess {
+    pub fn new(seeds: Vec<Address>, caller: ShardCaller) -> Self {
+        let (map, leaders) = (RwLock::default(), Mutex::default());
+        Self { caller, seeds, map, leaders, refreshing: tokio::sync::Mutex::default() }
+    }
+
+    /// Every node that may answer for the cluster: those of the map, then the seeds.
+    fn members(&self) -> Vec<Address> {
+        let mut members: Vec<Address> = Vec::new();
+        let map = self.map();
+        let mapped = map.iter().flat_map(|map| map.nodes()).map(|(_, node)| &node.public);
+        for address in mapped.chain(&self.seeds) {
+            if !members.contains(address) {
+                members.push(address.clone());
+            }
+        }
+        members
+    }
+
+    /// The nodes to ask about a shard, in order.
+    fn candidates(&self, shard: GroupId, map: &ShardMap) -> VecDeque<Address> {
+        let hint = self.leaders.lock().expect("no panic with the lock held").get(&shard).cloned();
+        let mut addresses: VecDeque<Address> = map.candidates(shard).into_iter().map(|node| node.public.clone()).collect();
+        match hint {
+            Some(Hint::Leads(leader)) => addresses.push_front(leader),
+            Some(Hint::Silent(silent)) => {
+                addresses.retain(|address| *address != silent);
+                addresses.push_back(silent);
+            }
+            None => {}
+        }
+        addresses
+    }
+
+    fn remember(&self, shard: GroupId, hint: Option<Hint>) {
+        let mut leaders = self.leaders.lock().expect("no panic with the lock held");
+        match hint {
+            Some(hint) => drop(leaders.insert(shard, hint)),
+            None => drop(leaders.remove(&shard)),
+        }
+    }
+
+    /// Asks node after node, as long as nothing can have been done.
+    async fn ask(&self, map: &ShardMap, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
+        let deadline = Instant::now() + options.timeout;
+        let kind = Kind::of(&body);
+        let mut request = ShardRequest { cluster: map.cluster, shard, timeout_ms: 0, body };
+        let mut next = self.candidates(shard, map);
+        let mut asked: Vec<Address> = Vec::new();
+        let mut last = unavailable(format!("no node of shard {shard} is known"));
+        while let Some(address) = next.pop_front() {
+            if asked.contains(&address) {
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || asked.len() >= HOPS_MAX {
+                break;
+            }
+            let timeout = kind.attempt_timeout(left);
+            request.timeout_ms = wire_timeout_ms(timeout);
+            asked.push(address.clone());
+            last = match self.caller.call(&address, &request, timeout).await {
+                Ok(ShardReply::Failed(Failure::Elsewhere { shard: at, address: leader })) => {
+                    next.push_front(leader.clone());
+                    Failure::Elsewhere { shard: at, address: leader }
+                }
+                Ok(ShardReply::Failed(failure @ Failure::Unavailable { .. })) => failure,
+                Ok(reply) => {
+                    self.remember(shard, Some(Hint::Leads(address)).filter(|_| options.consistency == Consistency::Linearizable));
+                    return reply;
+                }
+                Err(error @ CallError::NoAnswer { .. }) => {
+                    self.remember(shard, Some(Hint::Silent(address)));
+                    match kind {
+                        Kind::Read => error.into(),
+                        // Whether it may be done again is for the router to know.
+                        Kind::Write | Kind::RepeatableWrite => return ShardReply::Failed(error.into()),
+                    }
+                }
+                Err(CallError::Refused { failure: failure @ Failure::Unavailable { .. }, .. }) => failure,
+                Err(CallError::Refused { failure, .. }) => return ShardReply::Failed(failure),
+                Err(error @ CallError::NotConnected { .. }) => {
+                    self.remember(shard, Some(Hint::Silent(address)));
+                    error.into()
+                }
+            };
+        }
+        ShardReply::Failed(last)
+    }
+
+    async fn fetch_status(&self, address: &Address) -> Result<ClusterStatus, Failure> {
+        let get = self.caller.http().get(format!("http://{address}/v1/cluster")).timeout(STATUS_TIMEOUT);
+        let response = get.send().await.map_err(|error| unavailable(describe(&error)))?;
+        if !response.status().is_success() {
+            return Err(failure_of(response).await);
+        }
+        response.json().await.map_err(|error| unavailable(format!("{address}: {}", describe(&error))))
+    }
+
+    /// The status as the first node tells it that answers, and at once the newest map.
+    async fn fetch_from_any(&self) -> Result<ClusterStatus, Failure> {
+        let mut last = unavailable("no node is known".into());
+        for address in self.members() {
+            match self.fetch_status(&address).await {
+                Ok(status) => {
+                    self.learn(&status);
+                    return Ok(status);
+                }
+                Err(failure) => last = failure,
+            }
+        }
+        Err(last)
+    }
+
+    /// Believes a map that is no older than the known one: it knows the leaders better.
+    fn learn(&self, status: &ClusterStatus) {
+        let mut known = self.map.write().expect("no panic with the lock held");
+        if known.as_ref().is_none_or(|known| known.cluster == status.cluster && known.version <= status.version) {
+            *known = Some(Arc::new(ShardMap::from_status(status)));
+        }
+    }
+
+    async fn post_transfer(
+        &self,
+        address: &Address,
+        shard: GroupId,
+        to: Option<Address>,
+        timeout: Duration,
+    ) -> Result<Address, Failure> {
+        let url = format!("http://{address}/v1/cluster/shards/{}/leader", shard.0);
+        let response = match self.caller.http().post(url).json(&Transfer { to }).timeout(timeout).send().await {
+            Ok(response) => response,
+            Err(error) if error.is_connect() => return Err(unavailable(describe(&error))),
+            Err(error) => return Err(Failure::Unknown { reason: describe(&error) }),
+        };
+        if !response.status().is_success() {
+            return Err(failure_of(response).await);
+        }
+        let transferred: Transferred = response.json().await.map_err(|error| Failure::Unknown { reason: describe(&error) })?;
+        Ok(transferred.leader)
+    }
+}
+
+impl ShardAccess for HttpAccess {
+    fn map(&self) -> Option<Arc<ShardMap>> {
+        self.map.read().expect("no panic with the lock held").clone()
+    }
+
+    async fn refresh(&self, older_than: MapVersion) {
+        let mut last = self.refreshing.lock().await;
+        let is_newer = |map: Arc<ShardMap>| map.version > older_than;
+        let recently = last.is_some_and(|last| last.elapsed() < REFRESH_INTERVAL_MIN);
+        if recently || self.map().is_some_and(is_newer) {
+            return;
+        }
+        // A failure shows in what is asked next, with the same cause.
+        let _ = self.fetch_from_any().await;
+        *last = Some(Instant::now());
+    }
+
+    async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
+        match self.map() {
+            Some(map) => self.ask(&map, shard, body, options).await,
+            None => ShardReply::Failed(unavailable("the shards of the cluster are not known yet".into())),
+        }
+    }
+
+    async fn status(&self) -> Result<ClusterStatus, Failure> {
+        self.fetch_from_any().await
+    }
+
+    async fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> Result<Address, Failure> {
+        if self.map().is_none() {
+            self.fetch_from_any().await?;
+        }
+        let Some(map) = self.map() else { return Err(unavailable("the cluster is not known".into())) };
+        if map.shard(shard).is_none() {
+            return Err(Failure::Invalid { reason: format!("there is no shard {}", shard.0) });
+        }
+        let mut last = unavailable(format!("no node of shard {shard} is known"));
+        for address in self.candidates(shard, &map) {
+            match self.post_transfer(&address, shard, to.clone(), options.timeout).await {
+                Err(failure @ Failure::Unavailable { .. }) => last = failure,
+                settled => return settled,
+            }
+        }
+        Err(last)
+    }
+}
+
+/// What it does to be done twice.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Read,
+    Write,
+    /// With an idempotency key, or of reads alone.
+    RepeatableWrite,
+}
+
+impl Kind {
+    fn of(body: &ShardBody) -> Self {
+        match body {
+            ShardBody::Get { .. } | ShardBody::Scan { .. } | ShardBody::Count => Kind::Read,
+            ShardBody::Write(Write { operations, idempotency_key }) => {
+                let repeatable = idempotency_key.is_some() || operations.iter().all(|operation| operation.action == Action::Get);
+                if repeatable { Kind::RepeatableWrite } else { Kind::Write }
+            }
+        }
+    }
+
+    /// One node gets all the time only if no other will be asked.
+    fn attempt_timeout(self, left: Duration) -> Duration {
+        match self {
+            Kind::Write => left,
+            Kind::Read | Kind::RepeatableWrite => left.min((left / 2).max(ATTEMPT_TIMEOUT_MIN)),
+        }
+    }
+}
+
+fn wire_timeout_ms(timeout: Duration) -> u64 {
+    let left = timeout.saturating_sub((timeout / 10).min(REPLY_MARGIN_MAX));
+    u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
+}
+
+fn unavailable(reason: String) -> Failure {
+    Failure::Unavailable { reason, retry_after_ms: 1000 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use bytes::Bytes;
+    use http::Response;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::client::store::{Found, Routing, Store, WriteFailure};
+    use crate::client::testing::{answer, bind, json, nobody, serve, status};
+    use crate::sm::codec;
+    use crate::sm::kv::{Condition, Media, Operation, OperationOutcome, WriteOutcome};
+    use crate::types::Revision;
+
+    fn options() -> Options {
+        Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: Duration::from_secs(20) }
+    }
+
+    fn put() -> Vec<Operation> {
+        let action = Action::Put { media: Media::Text, value: Bytes::from_static(b"v") };
+        vec![Operation { key: Bytes::from_static(b"k"), condition: Condition::None, action }]
+    }
+
+    /// A node that tells this status, and answers the shard's requests so; none: drops the connection.
+    fn node(
+        listener: TcpListener,
+        status: ClusterStatus,
+        reply: impl Fn(ShardRequest) -> Option<ShardReply> + Send + Sync + 'static,
+    ) {
+        let reply = Arc::new(reply);
+        serve(listener, move |request| {
+            let (status, reply) = (status.clone(), Arc::clone(&reply));
+            async move {
+                if request.uri().path() == "/v1/cluster" {
+                    return Some(json(&status));
+                }
+                assert_eq!(request.uri().path(), "/peer/shard");
+                let asked: ShardRequest = codec::decode(request.body(), "a shard request").expect("a request");
+                assert_eq!((asked.cluster, asked.shard), (status.cluster, GroupId(1)));
+                assert!(asked.timeout_ms > 0 && asked.timeout_ms < 20_000);
+                reply(asked).map(|reply| Response::new(codec::encode(&reply)))
+            }
+        });
+    }
+
+    fn written() -> ShardReply {
+        let outcome = OperationOutcome::Put { revision: Revision(1), created: true };
+        ShardReply::Written(WriteOutcome::Applied(vec![outcome]))
+    }
+
+    #[tokio::test]
+    async fn a_request_finds_the_leader_past_dead_nodes_and_old_hints() {
+        let (follower, following) = bind().await;
+        let (leader, leading) = bind().await;
+        let nodes = [nobody().await, follower.clone(), leader.clone()];
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        // The map says that the dead one leads.
+        node(following, status(1, Some(0), &nodes), move |_| {
+            count.fetch_add(1, Ordering::Relaxed);
+            Some(ShardReply::Failed(Failure::Elsewhere { shard: GroupId(1), address: leader.clone() }))
+        });
+        node(leading, status(1, Some(0), &nodes), |request| match request.body {
+            ShardBody::Write(_) => Some(written()),
+            _ => Some(ShardReply::Got(Found { record: None, staleness: None })),
+        });
+        let store = RemoteStore::connect(vec![nobody().await, follower]).expect("a client");
+        assert!(store.write(put(), None, options()).await[0].is_ok());
+        assert_eq!(store.get(Bytes::from_static(b"k"), options()).await.expect("served").record, None);
+        assert_eq!(asked.load(Ordering::Relaxed), 1, "the leader is remembered");
+    }
+
+    #[tokio::test]
+    async fn an_unanswered_write_is_unknown_and_repeated_only_with_a_key() {
+        let (address, listener) = bind().await;
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        let nodes = [address.clone()];
+        node(listener, status(1, Some(0), &nodes), move |_| (count.fetch_add(1, Ordering::Relaxed) > 1).then(written));
+        let store = RemoteStore::connect(vec![address]).expect("a client");
+        let lost = store.write(put(), None, options()).await;
+        assert!(matches!(&lost[0], Err(WriteFailure::Failed(Failure::Unknown { .. }))), "{lost:?}");
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+        let kept = store.write(put(), Some(Bytes::from_static(b"once")), options()).await;
+        assert!(kept[0].is_ok(), "{kept:?}");
+        assert_eq!(asked.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test]
+    async fn calls_say_whether_they_can_have_done_anything() {
+        let caller = ShardCaller::new().expect("a client");
+        let body = ShardBody::Count;
+        let request = ShardRequest { cluster: crate::types::ClusterId(1), shard: GroupId(1), timeout_ms: 1000, body };
+        let dead = caller.call(&nobody().await, &request, Duration::from_secs(20)).await.expect_err("nobody is there");
+        assert!(dead.certainly_not_done(), "{dead}");
+        for (code, certain) in [(429, true), (503, true), (404, true), (413, true), (500, false), (504, false), (200, false)] {
+            let (address, listener) = bind().await;
+            serve(listener, move |_| async move { Some(answer(code, "not a reply")) });
+            let error = caller.call(&address, &request, Duration::from_secs(20)).await.expect_err("no reply");
+            assert_eq!(error.certainly_not_done(), certain, "{code}: {error}");
+        }
+    }
+}

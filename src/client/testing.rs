@@ -1,0 +1,97 @@
+//! A server for the tests of the clients: answers whatever it is told to.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+
+use super::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::sm::view::{Asked, SlotTable};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId};
+
+/// A listener on a port of its own, not yet served.
+pub async fn bind() -> (Address, TcpListener) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("a bound address").to_string().parse().expect("an address");
+    (address, listener)
+}
+
+/// An address where nobody listens.
+pub async fn nobody() -> Address {
+    bind().await.0
+}
+
+/// Serves until the test's runtime ends. A handler that returns none drops the connection.
+pub fn serve<H, F>(listener: TcpListener, handler: H)
+where
+    H: Fn(Request<Bytes>) -> F + Send + Sync + 'static,
+    F: Future<Output = Option<Response<Bytes>>> + Send + 'static,
+{
+    let handler = Arc::new(handler);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let handler = Arc::clone(&handler);
+            let service = service_fn(move |request: Request<hyper::body::Incoming>| {
+                let handler = Arc::clone(&handler);
+                async move {
+                    let (parts, body) = request.into_parts();
+                    let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+                    match handler(Request::from_parts(parts, body)).await {
+                        Some(response) => Ok(response.map(Full::new)),
+                        None => Err("dropped"),
+                    }
+                }
+            });
+            tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+        }
+    });
+}
+
+pub fn answer(status: u16, body: impl Into<Bytes>) -> Response<Bytes> {
+    Response::builder().status(status).body(body.into()).expect("a response")
+}
+
+/// A cluster of these nodes, with one shard that owns every slot and has a replica on each.
+pub fn status(version: u64, leader: Option<usize>, nodes: &[Address]) -> ClusterStatus {
+    let id = |at: usize| NodeId(at as u64 + 1);
+    let node = |(at, address): (usize, &Address)| NodeStatus {
+        id: id(at),
+        address: address.clone(),
+        public_address: address.clone(),
+        directory: DirectoryId(0),
+        reachable: true,
+    };
+    let replica =
+        |at: usize| ReplicaStatus { id: ReplicaId(at as u64), node: id(at), health: ReplicaHealth::Following, applied: None };
+    let shard = ShardStatus {
+        id: GroupId(1),
+        home: NodeId(1),
+        leader: leader.map(id),
+        term: Some(2),
+        keys: Some(3),
+        bytes: Some(40),
+        slots: 4096,
+        replicas: (0..nodes.len()).map(replica).collect(),
+    };
+    ClusterStatus {
+        cluster: ClusterId(1),
+        epoch: PlanEpoch(1),
+        version: MapVersion(version),
+        asked: Asked::default(),
+        answered_by: NodeId(1),
+        meta_leader: Some(NodeId(1)),
+        nodes: nodes.iter().enumerate().map(node).collect(),
+        shards: vec![shard],
+        slots: SlotTable::new(|_| GroupId(1)),
+    }
+}
+
+pub fn json(value: &impl serde::Serialize) -> Response<Bytes> {
+    answer(200, serde_json::to_vec(value).expect("it serializes"))
+}
