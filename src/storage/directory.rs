@@ -89,9 +89,6 @@ impl DataDirectory {
 
     fn open_on(disk: Arc<dyn Disk>, path: &Path, id_if_new: DirectoryId, lock: Option<File>) -> Result<Self, DirectoryError> {
         disk.create_dir(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
-        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            disk.sync_dir(parent).map_err(|source| DirectoryError::Io { path: parent.to_owned(), source })?;
-        }
         let identity: Option<DirectoryId> = read_sealed(&*disk, &path.join(IDENTITY))?;
         let stamp: Option<Stamp> = read_sealed(&*disk, &path.join(STAMP))?;
         let missing = |name: &str| DirectoryError::Damaged { path: path.join(name), reason: "it is missing".into() };
@@ -100,6 +97,9 @@ impl DataDirectory {
             (Some(_), None) => return Err(missing(STAMP)),
             // New, or its creation was interrupted: nobody has heard of it.
             (None, None | Some(Stamp::Fresh)) => {
+                if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+                    disk.sync_dir(parent).map_err(|source| DirectoryError::Io { path: parent.to_owned(), source })?;
+                }
                 write_sealed(&*disk, path, STAMP, &Stamp::Fresh)?;
                 write_sealed(&*disk, path, IDENTITY, &id_if_new)?;
                 (id_if_new, Stamp::Fresh)
@@ -121,7 +121,7 @@ impl DataDirectory {
         self.stamp.lock().expect("no holder panics").clone()
     }
 
-    /// Replaces the stamp; durable when it returns. Blocking.
+    /// Replaces the stamp; durable when it returns. After an error the next start may find the old one or the new. Blocking.
     pub fn set_stamp(&self, stamp: Stamp) -> Result<(), DirectoryError> {
         self.update_stamp(|_| Some(stamp)).map(|_| ())
     }
@@ -218,6 +218,7 @@ fn checksum<T: Serialize>(value: &T) -> String {
 mod tests {
     use super::*;
     use crate::sm::view::{Asked, Group, Node, SlotTable};
+    use crate::storage::sim_disk::SimDisk;
     use crate::types::{GroupId, MapVersion, PlanEpoch};
 
     fn member() -> Stamp {
@@ -305,35 +306,67 @@ mod tests {
     /// A bit that changes nothing of what is read (in white space, say) is no damage; any other is an error.
     #[test]
     fn damage_is_an_error_and_never_a_fresh_start() {
-        let temporary = tempfile::tempdir().expect("a directory");
-        let path = temporary.path();
-        let open = || DataDirectory::open(path).map(|directory| (directory.id(), directory.stamp()));
-        let directory = DataDirectory::open(path).expect("created");
+        let disk = SimDisk::new(1);
+        let path = Path::new("/data");
+        let open = || {
+            let directory = DataDirectory::open_unlocked(Arc::new(disk.clone()), path, DirectoryId(7))?;
+            Ok::<_, DirectoryError>((directory.id(), directory.stamp(), directory))
+        };
+        let (_, _, directory) = open().expect("created");
         directory.set_stamp(member()).expect("stamped");
-        drop(directory);
-        let whole = open().expect("opened");
+        let whole = (directory.id(), directory.stamp());
+        let rewrite = |file: &Path, bytes: &[u8]| {
+            let written = disk.open(file, Open::Truncated).and_then(|file| file.write_at(bytes, 0));
+            written.expect("written");
+        };
         for name in [STAMP, IDENTITY] {
             let file = path.join(name);
-            let good = std::fs::read(&file).expect("there");
+            let good = disk.contents(&file).expect("there");
             for bit in 0..good.len() * 8 {
                 let mut bytes = good.clone();
                 bytes[bit / 8] ^= 1 << (bit % 8);
-                std::fs::write(&file, &bytes).expect("written");
-                if let Ok(read) = open() {
-                    assert_eq!(read, whole, "bit {bit} of {name} changed what is read");
+                rewrite(&file, &bytes);
+                if let Ok((id, stamp, _)) = open() {
+                    assert_eq!((id, stamp), whole, "bit {bit} of {name} changed what is read");
                 }
             }
             for len in 0..good.len() - 1 {
-                std::fs::write(&file, &good[..len]).expect("written");
+                rewrite(&file, &good[..len]);
                 assert!(open().is_err(), "{name} cut to {len} bytes was believed");
             }
-            std::fs::remove_file(&file).expect("removed");
+            disk.remove(&file).expect("removed");
             assert!(open().is_err(), "a directory without its {name} was believed");
             let newer = String::from_utf8(good.clone()).expect("text").replacen("\"format\": 1", "\"format\": 2", 1);
-            std::fs::write(&file, newer).expect("written");
+            rewrite(&file, newer.as_bytes());
             assert!(matches!(open(), Err(DirectoryError::UnknownFormat { format: 2, .. })));
-            std::fs::write(&file, &good).expect("written");
+            rewrite(&file, &good);
         }
-        assert_eq!(open().expect("whole again"), whole);
+        let (id, stamp, _) = open().expect("whole again");
+        assert_eq!((id, stamp), whole);
+    }
+
+    /// Every crash leaves the old stamp or the new one, and one identity.
+    #[test]
+    fn a_power_cut_while_stamping_leaves_the_old_stamp_or_the_new_one() {
+        for seed in 0..100 {
+            let disk = SimDisk::new(seed);
+            let path = Path::new("/data");
+            let open = |id| DataDirectory::open_unlocked(Arc::new(disk.clone()), path, DirectoryId(id));
+            disk.fail_sync_after(seed % 7);
+            let created = open(1).is_ok();
+            disk.crash();
+            let directory = open(2).expect("opened, or created anew");
+            assert!(directory.id() == DirectoryId(1) || !created, "seed {seed}");
+            disk.fail_sync_after(seed % 3);
+            let stamped = directory.set_stamp(member()).is_ok();
+            let id = directory.id();
+            disk.crash();
+            let directory = open(3).expect("opened");
+            assert_eq!(directory.id(), id, "seed {seed}");
+            match directory.stamp() {
+                Stamp::Fresh => assert!(!stamped, "seed {seed}: a stamp was lost"),
+                stamp => assert_eq!(stamp, member(), "seed {seed}"),
+            }
+        }
     }
 }

@@ -28,6 +28,8 @@ pub enum Crash {
     Power,
     /// The power fails and leaves holes.
     Torn,
+    /// The power fails, and everything since the last sync is gone.
+    Worst,
 }
 
 /// Something that counts the steps of a store and says when they fail: the knife of crash tests.
@@ -78,7 +80,8 @@ impl MemTrees {
         let mut inner = self.lock();
         let mut random = StdRng::seed_from_u64(seed);
         let least = if crash == Crash::Kill { inner.flushed } else { 0 };
-        let kept = random.random_range(least..=inner.undo.len());
+        let most = if crash == Crash::Worst { 0 } else { inner.undo.len() };
+        let kept = random.random_range(least..=most);
         while inner.undo.len() > kept {
             let undo = inner.undo.pop().expect("the loop holds while there is one");
             inner.take_back(undo);

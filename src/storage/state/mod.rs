@@ -30,7 +30,11 @@ mod store;
 mod tables;
 
 #[cfg(test)]
+mod concurrency_tests;
+#[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod sled_tests;
 #[cfg(test)]
 mod tests;
 

@@ -1,0 +1,277 @@
+//! The map while several things go on at once: readers beside checkpoints, writers beside a snapshot scan, a full node.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use futures::FutureExt;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use super::crash_tests::{ModelLog, donated};
+use super::tests::{KEY, Model, TestLog, applied, apply_to_model, assert_is, open, pairs, send, small_options, snapshot_pairs};
+use super::*;
+use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError, WriteBatch};
+use crate::storage::ReplicaKey;
+use crate::storage::disk::{Disk, RealDisk};
+use crate::storage::mem_trees::MemTrees;
+use crate::storage::sim_disk::SimDisk;
+use crate::storage::sled_tree::{SledOptions, SledTrees};
+use crate::storage::tree::{Tree, Trees, Walk};
+use crate::types::{GroupId, ReplicaId};
+
+/// Every key gets the same value in each batch, so any tear shows.
+#[test]
+fn readers_and_snapshots_see_one_point_in_time_while_checkpoints_go_on() {
+    let home = tempfile::tempdir().expect("a directory");
+    let trees = SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
+    let (store, checkpointer) =
+        StateStore::open(Arc::new(trees), Arc::new(RealDisk), home.path(), small_options()).expect("opened");
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    let checkpoints = std::thread::spawn(|| checkpointer.run());
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+            for index in 1..=400u64 {
+                let mut batch = WriteBatch::default();
+                for key in 0..60u8 {
+                    // Some keys go and come back, so that nodes of the tree split and merge.
+                    match key % 3 == 0 && index % 2 == 0 {
+                        true => batch.delete(vec![b'k', key]),
+                        false => batch.put(vec![b'k', key], index.to_string()),
+                    }
+                }
+                runtime.block_on(state.wait_room());
+                state.apply(batch, applied(index)).expect("applied");
+            }
+            done.store(true, Ordering::Release);
+        });
+        scope.spawn(|| {
+            for direction in [Direction::Forward, Direction::Reverse].into_iter().cycle() {
+                if done.load(Ordering::Acquire) {
+                    break;
+                }
+                let guard = state.read();
+                let index = guard.applied().log_id.map_or(0, |id| id.index);
+                assert_one_point(pairs(&guard, &KeyRange::all(), direction), index);
+            }
+        });
+        scope.spawn(|| {
+            while !done.load(Ordering::Acquire) {
+                let snapshot = state.build_snapshot().expect("built");
+                let index = snapshot.applied().log_id.map_or(0, |id| id.index);
+                assert_one_point(snapshot_pairs(&snapshot), index);
+            }
+        });
+    });
+    assert!(store.metrics().checkpoints > 50);
+    store.close().expect("closed");
+    checkpoints.join().expect("the checkpointer ends when the store closes");
+}
+
+fn assert_one_point(pairs: impl IntoIterator<Item = (Bytes, Bytes)>, index: u64) {
+    let pairs: Vec<_> = pairs.into_iter().collect();
+    let keys = if index == 0 { 0 } else { 60 - if index.is_multiple_of(2) { 20 } else { 0 } };
+    assert_eq!(pairs.len(), keys, "at {index}");
+    assert!(pairs.iter().all(|(_, value)| *value == index.to_string()), "torn at {index}: {pairs:?}");
+}
+
+type Hook = Box<dyn Fn(u32) + Send + Sync>;
+
+/// Trees that call back at the first pair of each walk, with the number of the walk.
+struct HookedTrees {
+    trees: MemTrees,
+    hook: Arc<Mutex<Option<Hook>>>,
+    walks: Arc<Mutex<u32>>,
+    walking: Arc<AtomicBool>,
+}
+
+struct HookedTree {
+    tree: Arc<dyn Tree>,
+    hook: Arc<Mutex<Option<Hook>>>,
+    walks: Arc<Mutex<u32>>,
+    walking: Arc<AtomicBool>,
+}
+
+impl Trees for HookedTrees {
+    fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
+        let tree = self.trees.open(name)?;
+        let (hook, walks, walking) = (self.hook.clone(), self.walks.clone(), self.walking.clone());
+        Ok(Arc::new(HookedTree { tree, hook, walks, walking }))
+    }
+    fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
+        self.trees.drop_tree(name)
+    }
+    fn names(&self) -> Result<Vec<String>, StoreError> {
+        self.trees.names()
+    }
+    fn sync(&self) -> Result<(), StoreError> {
+        self.trees.sync()
+    }
+    fn condemn(&self, reason: &str) {
+        self.trees.condemn(reason);
+    }
+}
+
+impl Tree for HookedTree {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        self.tree.get(key)
+    }
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        self.tree.scan(range, direction)
+    }
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        assert!(!self.walking.load(Ordering::Acquire), "the tree does not stand still");
+        self.tree.write(batch)
+    }
+    fn flush(&self) -> Result<(), StoreError> {
+        self.tree.flush()
+    }
+    fn walk(&self, visit: &mut dyn FnMut(&[u8], &[u8]) -> Walk) -> Result<(), StoreError> {
+        let walk = {
+            let mut walks = self.walks.lock().expect("no holder panics");
+            *walks += 1;
+            *walks
+        };
+        self.walking.store(true, Ordering::Release);
+        if let Some(hook) = &*self.hook.lock().expect("no holder panics") {
+            hook(walk);
+        }
+        let walked = self.tree.walk(visit);
+        self.walking.store(false, Ordering::Release);
+        walked
+    }
+}
+
+/// The checkpointer has work throughout the scan, and does it before or after.
+#[test]
+fn the_tree_stands_still_while_it_is_scanned() {
+    let (store, checkpointer, state, _) = hooked(|state| {
+        Box::new(move |_walk| {
+            let mut batch = WriteBatch::default();
+            batch.put("n", vec![7; 4000]);
+            state.apply(batch, applied(state.applied().log_id.map_or(0, |id| id.index) + 1)).expect("applied");
+            (0..50).for_each(|_| std::thread::yield_now());
+        })
+    });
+    let checkpoints = std::thread::spawn(|| checkpointer.run());
+    for _ in 0..4 {
+        let snapshot = state.build_snapshot().expect("built");
+        assert!(snapshot.applied().log_id < state.applied().log_id, "what came during the scan is not in it");
+    }
+    store.close().expect("closed");
+    checkpoints.join().expect("the checkpointer never met a scan");
+}
+
+/// A map of 2000 pairs at index 1, whose next walks call `hook`.
+fn hooked(hook: impl FnOnce(ReplicaState) -> Hook) -> (StateStore, Checkpointer, ReplicaState, Model) {
+    let (slot, walks) = (Arc::new(Mutex::new(None)), Arc::default());
+    let trees = HookedTrees { trees: MemTrees::new(), hook: slot.clone(), walks, walking: Arc::default() };
+    let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
+    let opened = StateStore::open(Arc::new(trees), disk, Path::new("/data"), small_options());
+    let (store, mut checkpointer) = opened.expect("opened");
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    let mut batch = WriteBatch::default();
+    (0..2000).for_each(|n| batch.put(format!("k{n:04}"), "v"));
+    let mut model = Model::new();
+    apply_to_model(&mut model, &batch);
+    state.apply(batch, applied(1)).expect("applied");
+    while checkpointer.pump() {}
+    *slot.lock().expect("no holder panics") = Some(hook(state.clone()));
+    (store, checkpointer, state, model)
+}
+
+#[test]
+fn a_scan_that_writers_crowd_gives_up_twice_and_then_goes_through() {
+    let (store, mut checkpointer, state, model) = hooked(|state| {
+        Box::new(move |_walk| {
+            for n in 0..5u64 {
+                let mut batch = WriteBatch::default();
+                batch.put(format!("n{n}"), vec![7; 4000]);
+                state.apply(batch, applied(state.applied().log_id.map_or(0, |id| id.index) + 1)).expect("applied");
+            }
+        })
+    });
+    let snapshot = state.build_snapshot().expect("built in the end");
+    assert_eq!(store.metrics().scans_given_up, 2);
+    assert_eq!(*snapshot.applied(), applied(11), "what the third scan began with");
+    assert_eq!(snapshot_pairs(&snapshot).len(), model.len() + 5);
+    assert_eq!(state.applied(), applied(16), "writers were held back");
+    assert!(state.wait_room().now_or_never().is_none(), "there is room for more than the limit");
+    while checkpointer.pump() {}
+    assert!(state.wait_room().now_or_never().is_some());
+}
+
+#[test]
+fn a_scan_gives_way_to_an_install() {
+    let log = ModelLog::random(&mut StdRng::seed_from_u64(1), 100);
+    let (donated, _donor) = donated(&log, 100);
+    let (store, _checkpointer, state, _) = hooked(|state| {
+        let installing = Mutex::new(None);
+        Box::new(move |_walk| {
+            let mut installing = installing.lock().expect("no holder panics");
+            if installing.is_none() {
+                let (installer, donated) = (state.clone(), donated.clone());
+                *installing = Some(std::thread::spawn(move || {
+                    let received = send(&donated, &installer);
+                    installer.install(&received).expect("installed");
+                }));
+                while !state.replica.is_pen_wanted() {
+                    std::thread::yield_now();
+                }
+            }
+        })
+    });
+    let snapshot = state.build_snapshot().expect("built");
+    assert_eq!(*snapshot.applied(), applied(100));
+    assert_eq!(store.metrics().scans_given_up, 1);
+    assert_is(&state, &log.map_at(100), &mut StdRng::seed_from_u64(2), "installed");
+}
+
+#[test]
+fn writers_wait_for_room_until_the_log_is_synced_and_tables_are_written() {
+    let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
+    let (store, mut checkpointer) = open(&MemTrees::new(), &disk);
+    let log = Arc::new(TestLog::default());
+    let state = store.replica(KEY, log.clone()).expect("opened");
+    let mut index = 0;
+    while state.wait_room().now_or_never().is_some() {
+        index += 1;
+        let mut batch = WriteBatch::default();
+        batch.put(format!("k{index}"), vec![0; 1000]);
+        state.apply(batch, applied(index)).expect("applied");
+        checkpointer.pump();
+        assert!(index < 1000, "nothing bounds the tables");
+    }
+    assert!(state.bytes().frozen < 2 * small_options().frozen_bytes_max);
+    assert!(state.settle().now_or_never().is_none(), "settled before the log was");
+    log.sync_through(index);
+    assert!(state.settle().now_or_never().is_some());
+    assert!(state.wait_room().now_or_never().is_none(), "nothing was written yet");
+    while checkpointer.pump() {}
+    assert!(state.wait_room().now_or_never().is_some());
+    assert_eq!(state.bytes(), TableBytes::default());
+}
+
+#[test]
+fn many_small_tables_are_written_down_before_they_fill_the_node() {
+    let options = StateOptions { table_bytes_max: 1 << 20, frozen_bytes_max: 1 << 20, node_bytes_max: 400_000 };
+    let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
+    let opened = StateStore::open(Arc::new(MemTrees::new()), disk, Path::new("/data"), options);
+    let (store, mut checkpointer) = opened.expect("opened");
+    let keys = (1..=100).map(|n| ReplicaKey { group: GroupId(n), replica: ReplicaId(n) });
+    let states: Vec<_> = keys.map(|key| store.replica(key, TestLog::durable()).expect("opened")).collect();
+    for index in 1..=20 {
+        for state in &states {
+            let mut batch = WriteBatch::default();
+            batch.put(format!("k{index}"), vec![0; 1000]);
+            state.apply(batch, applied(index)).expect("applied");
+            while checkpointer.pump() {}
+            let metrics = store.metrics();
+            assert!(metrics.active_bytes + metrics.frozen_bytes <= 210_000, "{metrics:?}");
+        }
+    }
+    assert!(store.metrics().checkpoints > 0);
+}
