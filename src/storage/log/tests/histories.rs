@@ -2,20 +2,17 @@
 
 use super::*;
 
-/// How a log's life ends.
+/// How a log's life ends; with a power cut after that or not.
 #[derive(Debug, Clone, Copy)]
 enum End {
-    PowerCut,
     Kill,
-    KillThenPowerCut,
     Close,
     FailedSync,
     FailedWrite,
     DiskFull,
 }
 
-const ENDS: [End; 7] =
-    [End::PowerCut, End::Kill, End::KillThenPowerCut, End::Close, End::FailedSync, End::FailedWrite, End::DiskFull];
+const ENDS: [End; 5] = [End::Kill, End::Close, End::FailedSync, End::FailedWrite, End::DiskFull];
 
 fn live(attack: &mut Attack, ops: usize) {
     for _ in 0..ops {
@@ -36,7 +33,7 @@ fn end(attack: &mut Attack, end: End) {
             attack.log.close();
             pump(&mut attack.writer);
         }
-        End::PowerCut | End::Kill | End::KillThenPowerCut => {}
+        End::Kill => {}
         End::FailedSync => attack.disk.fail_sync_after(attack.random.random_range(0..6)),
         End::FailedWrite => attack.disk.fail_write_after(attack.random.random_range(0..6)),
         End::DiskFull => {
@@ -48,9 +45,6 @@ fn end(attack: &mut Attack, end: End) {
         live_failing(attack);
     }
     attack.disk.heal();
-    if matches!(end, End::PowerCut) {
-        attack.disk.crash();
-    }
 }
 
 /// Goes on until the log has failed, and holds that nothing succeeds after that.
@@ -72,11 +66,11 @@ fn live_failing(attack: &mut Attack) {
     assert!(!failed || acked(attack) == before, "a failed log acknowledges");
 }
 
-fn reopen(attack: &mut Attack, what: &str, power_cut_before: bool) {
+fn reopen(attack: &mut Attack, what: &str, power_cut: bool) {
     // The handle that is dropped here must not write.
     let (log, writer) = open(&SimDisk::new(0).with_root(), &attack.options).expect("an empty log");
     let _ = (std::mem::replace(&mut attack.log, log), std::mem::replace(&mut attack.writer, writer));
-    if power_cut_before {
+    if power_cut {
         attack.disk.crash();
     }
     let (log, writer) = open(&attack.disk, &attack.options).unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -104,12 +98,13 @@ fn attack(seed: u64, lives: usize) -> Attack {
     let mut attack = Attack::new(seed, small());
     for life in 0..lives {
         let ending = ENDS[attack.random.random_range(0..ENDS.len())];
-        let what = format!("seed {seed}, life {life}, {ending:?}");
+        let power_cut = attack.random.random_bool(0.5);
+        let what = format!("seed {seed}, life {life}, {ending:?}, power cut: {power_cut}");
         let ops = attack.random.random_range(0..120);
         live(&mut attack, ops);
         attack.check_issued(&what);
         end(&mut attack, ending);
-        reopen(&mut attack, &what, matches!(ending, End::KillThenPowerCut));
+        reopen(&mut attack, &what, power_cut);
     }
     attack
 }
