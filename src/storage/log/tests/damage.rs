@@ -113,18 +113,14 @@ impl Image {
 
 #[test]
 fn a_flipped_bit_below_the_last_mark_is_damage_or_harmless() {
-    for seed in 0..2 {
-        let image = image(seed, true);
-        let (damaged, opened) = image.flip_all(seed);
-        assert!(damaged > 1000 && opened > 300, "seed {seed}: {damaged} of {} were damage", damaged + opened);
-    }
+    let image = image(0, true);
+    let (damaged, opened) = image.flip_all(0);
+    assert!(damaged > 1000 && opened > 300, "{damaged} of {} were damage", damaged + opened);
 }
 
 #[test]
 fn a_flipped_bit_behind_the_last_mark_cuts_the_last_batch_at_most() {
-    for seed in 10..12 {
-        image(seed, false).flip_all(seed);
-    }
+    image(10, false).flip_all(10);
 }
 
 #[test]
