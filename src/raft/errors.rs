@@ -1,0 +1,100 @@
+//! Why a group did not do what was asked. Each error says whether it certainly did nothing.
+
+use std::time::Duration;
+
+use crate::types::{NodeId, ReplicaId};
+
+/// Why a proposal was not answered. Only [`ProposeError::Unknown`] leaves open whether it was, or will yet be, applied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// Another replica leads, if any.
+    #[error("this replica does not lead")]
+    NotLeader { leader: Option<NodeId> },
+    #[error("overloaded: {limit}")]
+    Overloaded { limit: String },
+    /// The deadline passed before it was proposed.
+    #[error("its time ran out before it was proposed")]
+    Expired,
+    /// The replica stopped before it was proposed.
+    #[error("this replica has stopped: {reason}")]
+    Stopped { reason: String },
+    #[error("its outcome is unknown: {reason}")]
+    Unknown { reason: String },
+}
+
+impl ProposeError {
+    pub(super) fn unknown(reason: impl Into<String>) -> Self {
+        Self::Unknown { reason: reason.into() }
+    }
+}
+
+/// Why a read could not be confirmed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    #[error("this replica does not lead")]
+    NotLeader { leader: Option<NodeId> },
+    #[error("overloaded: {limit}")]
+    Overloaded { limit: String },
+    /// No quorum confirmed in time that this replica still leads, or what is committed could not be applied in time.
+    #[error("no quorum confirmed it in time")]
+    Expired,
+    #[error("this replica has stopped: {reason}")]
+    Stopped { reason: String },
+}
+
+/// What a replica that was asked to stop says to those who still wait.
+pub(super) const SHUT_DOWN: &str = "it was shut down";
+
+/// Why leadership was not handed over.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    #[error("this replica does not lead")]
+    NotLeader { leader: Option<NodeId> },
+    #[error("{0} is no voter of the group")]
+    NoVoter(ReplicaId),
+    #[error("{replica} is {entries} entries behind")]
+    Behind { replica: ReplicaId, entries: u64 },
+    /// The group may be without a leader for a moment.
+    #[error("{to} did not take over within {timeout:?}")]
+    Late { to: ReplicaId, timeout: Duration },
+    #[error("this replica has stopped")]
+    Stopped,
+}
+
+/// Why a membership was not changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MembershipError {
+    #[error("this replica does not lead")]
+    NotLeader { leader: Option<NodeId> },
+    /// An earlier change is under way, or the membership is not the expected one any more.
+    #[error("another change is under way or was made: {0}")]
+    Conflict(String),
+    #[error("it can't be done: {0}")]
+    Invalid(String),
+    /// It may have been done in part: look at the committed membership.
+    #[error("its outcome is unknown: {0}")]
+    Unknown(String),
+    #[error("this replica has stopped")]
+    Stopped,
+}
+
+/// Why a replica does not open, or a group does not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("{0} is open already")]
+    AlreadyOpen(crate::storage::ReplicaKey),
+    #[error("the node is shutting down")]
+    ShuttingDown,
+    #[error("invalid timings: {0}")]
+    Timings(String),
+    #[error("the log: {0}")]
+    Log(#[source] std::io::Error),
+    #[error("the map: {0}")]
+    State(#[from] crate::sm::ports::StoreError),
+    /// The log does not know it, and it was not to be created.
+    #[error("{0} is not on this node")]
+    Missing(crate::storage::ReplicaKey),
+    /// What the log and the map hold does not fit together, or the replica has stopped.
+    #[error("raft: {0}")]
+    Raft(String),
+}

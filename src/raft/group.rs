@@ -1,0 +1,475 @@
+//! [`Group`]: one replica of one group, alive: its log, its map, openraft between them, and what callers may ask.
+//!
+//! Around openraft's own tasks a group has three: the proposer, the reads, and a monitor that publishes changes and says once why a replica
+//! stopped. They end with the group. Who leads is always as this replica knows it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::error::{ClientWriteError, Fatal, InitializeError, RaftError};
+use openraft::errors::{ForwardReason, ForwardToLeader};
+use openraft::raft::ClientWriteResult;
+use openraft::{ChangeMembers, Instant as _, ServerState};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::errors::{MembershipError, OpenError, ProposeError, ReadError, SHUT_DOWN, TransferError};
+use super::log_store::LogStore;
+use super::network::Network;
+use super::proposer::{Proposer, propose_error};
+use super::reads::Reads;
+use super::registry::Shared;
+use super::snapshots::Inbox;
+use super::state_machine::{self, Machine, StateMachine};
+use super::status::{Freshness, GroupMembership, GroupStatus, GroupWatch, Leader, Role};
+use super::timings::RaftTimings;
+use super::types::{Answer, Member, Outcome, Proposal, Types, from_raft};
+use crate::sm::ports::StoreError;
+use crate::sm::{kv, meta};
+use crate::storage::ReplicaKey;
+use crate::storage::log::ReplicaLog;
+use crate::storage::state::ReplicaState;
+use crate::types::{NodeId, ReplicaId};
+
+pub(super) type RaftHandle = openraft::Raft<Types, StateMachine>;
+
+/// A target this close to the end of the log may be handed the leadership: openraft lets it catch up while nothing is written.
+const TRANSFER_LAG_MAX: u64 = 256;
+/// How long a transfer is waited for by default.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between attempts of a proposal while the leader's lease has run out.
+const LEASE_PAUSE: Duration = Duration::from_millis(5);
+
+/// One replica of one group.
+pub struct Group {
+    key: ReplicaKey,
+    pub(super) raft: RaftHandle,
+    pub(super) machine: Arc<Machine>,
+    log: ReplicaLog,
+    proposer: Arc<Proposer>,
+    reads: Arc<Reads>,
+    pub(super) inbox: Inbox,
+    pub(super) freshness: Freshness,
+    /// Frames of the group that are being worked on.
+    pub(super) frames: Arc<AtomicUsize>,
+    opened: Instant,
+    timings: RaftTimings,
+    shared: Arc<Shared>,
+    watch: watch::Receiver<GroupWatch>,
+    tasks: Mutex<Option<JoinSet<()>>>,
+    is_stopping: Arc<AtomicBool>,
+}
+
+impl Group {
+    /// Brings a replica to life from its log and map. It takes part at once.
+    pub(super) async fn open(shared: Arc<Shared>, log: ReplicaLog, state: ReplicaState) -> Result<Arc<Self>, OpenError> {
+        let key = log.key();
+        let timings = shared.timings.clone();
+        let config = timings.config(key).map_err(|error| OpenError::Timings(error.to_string()))?;
+        let network = Network {
+            key,
+            lanes: shared.lanes.clone(),
+            append_timeout: timings.append_timeout(),
+            snapshot_step_timeout: timings.snapshot_step_timeout(),
+        };
+        let machine = Arc::new(Machine::new(state)?);
+        let (store, state_machine) = (LogStore(log.clone()), StateMachine::new(machine.clone()));
+        let raft = RaftHandle::build(key.replica, config, network, store, state_machine).await;
+        let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
+        let (proposer, reads) = (Proposer::new(), Reads::new(timings.lease_age_max()));
+        let is_stopping = Arc::new(AtomicBool::new(false));
+        let (publish, watch) = watch::channel(look(&raft, None));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(proposer.clone().run(raft.clone(), machine.clone()));
+        tasks.spawn(reads.clone().run(raft.clone(), machine.clone()));
+        tasks.spawn(monitor(key, raft.clone(), machine.clone(), publish, proposer.clone(), reads.clone(), is_stopping.clone()));
+        if !timings.forgotten_lease().is_zero() {
+            raft.runtime_config().elect(false);
+            tasks.spawn(elect_after(raft.clone(), timings.forgotten_lease()));
+        }
+        let group = Self {
+            key,
+            raft,
+            machine,
+            log,
+            proposer,
+            reads,
+            inbox: Inbox::default(),
+            freshness: Freshness::default(),
+            frames: Arc::default(),
+            opened: Instant::now(),
+            timings,
+            shared,
+            watch,
+            tasks: Mutex::new(Some(tasks)),
+            is_stopping,
+        };
+        group.raft.run();
+        Ok(Arc::new(group))
+    }
+
+    pub fn key(&self) -> ReplicaKey {
+        self.key
+    }
+
+    /// The map. For a linearizable read await [`Group::read_barrier`] first.
+    pub fn state(&self) -> &ReplicaState {
+        &self.machine.state
+    }
+
+    /// Group time: what entries that are proposed now carry.
+    pub fn time_ms(&self) -> u64 {
+        self.machine.clock.now_ms()
+    }
+
+    /// Begins a new group with these voters, of which this replica must be one. Fine if it has begun: each may do it, with the same ones.
+    pub async fn initialize(&self, voters: &BTreeMap<ReplicaId, NodeId>) -> Result<(), OpenError> {
+        let members: BTreeMap<ReplicaId, Member> = voters.iter().map(|(id, node)| (*id, Member { node: *node })).collect();
+        match self.raft.initialize(members).await {
+            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
+            Err(error) => Err(OpenError::Raft(error.to_string())),
+        }
+    }
+
+    /// Writes, as part of an entry with what else waits. `Unknown` is the only error after which it may have happened.
+    pub async fn propose(&self, write: kv::Write, deadline: Instant) -> Result<kv::WriteOutcome, ProposeError> {
+        if self.shared.log.overloaded() {
+            return Err(ProposeError::Overloaded { limit: "the log's disk does not keep up".into() });
+        }
+        self.proposer.propose(write, deadline).await
+    }
+
+    /// Proposes a command of a shard as an entry of its own.
+    pub async fn propose_command(&self, command: kv::Command, deadline: Instant) -> Result<kv::Outcome, ProposeError> {
+        match self.propose_entry(command.encode(), deadline).await? {
+            Outcome::Shard(outcome) => Ok(outcome),
+            other => Err(ProposeError::unknown(format!("a command of a shard was answered by {other:?}"))),
+        }
+    }
+
+    /// Proposes a command of the meta group.
+    pub async fn propose_meta(&self, command: meta::Command, deadline: Instant) -> Result<meta::Outcome, ProposeError> {
+        match self.propose_entry(command.encode(), deadline).await? {
+            Outcome::Meta(outcome) => Ok(outcome),
+            other => Err(ProposeError::unknown(format!("a command of the meta group was answered by {other:?}"))),
+        }
+    }
+
+    async fn propose_entry(&self, entry: bytes::Bytes, deadline: Instant) -> Result<Outcome, ProposeError> {
+        loop {
+            if Instant::now() >= deadline {
+                return Err(ProposeError::Expired);
+            }
+            let (sender, answered) = oneshot::channel::<ClientWriteResult<Types>>();
+            let answer = Answer(Box::new(move |result| drop(sender.send(result))));
+            if self.raft.client_write_ff(Proposal(entry.clone()), Some(answer)).await.is_err() {
+                return Err(ProposeError::Stopped { reason: self.stop_reason() });
+            }
+            match tokio::time::timeout_at(deadline, answered).await {
+                Ok(Ok(Ok(response))) => return Ok(response.data),
+                Ok(Ok(Err(ClientWriteError::ForwardToLeader(ForwardToLeader {
+                    reason: ForwardReason::LeaseExpired, ..
+                })))) => {
+                    tokio::time::sleep(LEASE_PAUSE).await;
+                }
+                Ok(Ok(Err(error))) => return Err(propose_error(error)),
+                Ok(Err(_)) => return Err(ProposeError::unknown("the replica stopped")),
+                Err(_) => return Err(ProposeError::unknown("it was not applied in time")),
+            }
+        }
+    }
+
+    /// Returns when whatever was acknowledged before the call can be read from [`Group::state`].
+    pub async fn read_barrier(&self, deadline: Instant) -> Result<(), ReadError> {
+        self.reads.confirm(deadline).await
+    }
+
+    /// How long ago the map was last known to hold all that its leader had committed. None: not since the start.
+    pub fn staleness(&self) -> Option<Duration> {
+        let acked = self.raft.data_metrics().borrow_watched().last_quorum_acked.map(|at| at.elapsed());
+        let fresh = self.freshness.fresh_at(*self.machine.applied.borrow()).map(|at| at.elapsed());
+        match self.watch.borrow().role {
+            Role::Leader => acked.or(fresh),
+            Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => fresh,
+        }
+    }
+
+    pub fn status(&self) -> GroupStatus {
+        let data = self.raft.data_metrics();
+        let data = data.borrow_watched();
+        let watch = self.watch.borrow();
+        let matched = data.replication.as_ref().map(|replication| {
+            replication.iter().map(|(replica, matched)| (*replica, matched.as_ref().map(from_raft))).collect()
+        });
+        let leader_heard = match watch.role {
+            Role::Leader => Some(Duration::ZERO),
+            Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => {
+                self.freshness.last_heard().map(|at| at.elapsed())
+            }
+        };
+        GroupStatus {
+            key: self.key,
+            role: watch.role,
+            leader: watch.leader.and_then(|leader| leader.node),
+            leader_replica: watch.leader.map(|leader| leader.replica),
+            term: watch.term,
+            last_log: data.last_log.as_ref().map(from_raft),
+            committed: data.local_committed.as_ref().map(from_raft),
+            applied: self.machine.state.applied().log_id,
+            snapshot: data.snapshot.as_ref().map(from_raft),
+            purged: data.purged.as_ref().map(from_raft),
+            membership: watch.membership.clone(),
+            failed: watch.failure.clone(),
+            quorum_acked: data.last_quorum_acked.map(|at| at.elapsed()),
+            leader_heard,
+            matched: matched.unwrap_or_default(),
+        }
+    }
+
+    /// What changes seldom: the leader, the membership, a failure.
+    pub fn watch(&self) -> watch::Receiver<GroupWatch> {
+        self.watch.clone()
+    }
+
+    /// As far as this replica knows.
+    pub fn leads(&self) -> bool {
+        self.watch.borrow().role == Role::Leader
+    }
+
+    pub fn leader(&self) -> Option<Leader> {
+        self.watch.borrow().leader
+    }
+
+    /// Index of the last applied entry, as it grows.
+    pub fn watch_applied(&self) -> watch::Receiver<u64> {
+        self.machine.applied.subscribe()
+    }
+
+    /// Whether the group has begun, as this replica knows.
+    pub fn is_initialized(&self) -> bool {
+        self.watch.borrow().membership.log_id.is_some()
+    }
+
+    /// Whether this replica leads and knows of the other that it has, but for a few entries, the same log.
+    pub fn is_caught_up(&self, replica: ReplicaId) -> bool {
+        let status = self.status();
+        let is_known = replica == self.key.replica || status.matched.get(&replica).is_some_and(Option::is_some);
+        status.role == Role::Leader && is_known && lag(&status, replica) <= TRANSFER_LAG_MAX
+    }
+
+    /// Hands the leadership to a voter that has, but for a few entries, what this replica has, and waits until it leads. From the first
+    /// moment on nothing is written here.
+    pub async fn transfer_leader(&self, to: ReplicaId) -> Result<(), TransferError> {
+        self.transfer_leader_within(to, TRANSFER_TIMEOUT).await
+    }
+
+    pub async fn transfer_leader_within(&self, to: ReplicaId, timeout: Duration) -> Result<(), TransferError> {
+        let status = self.status();
+        if status.role != Role::Leader {
+            return Err(TransferError::NotLeader { leader: status.leader });
+        }
+        if to == self.key.replica {
+            return Ok(());
+        }
+        if !status.membership.voters.contains_key(&to) {
+            return Err(TransferError::NoVoter(to));
+        }
+        let entries = lag(&status, to);
+        if entries > TRANSFER_LAG_MAX {
+            return Err(TransferError::Behind { replica: to, entries });
+        }
+        let mut watch = self.watch();
+        self.raft.trigger().transfer_leader(to).await.map_err(|_| TransferError::Stopped)?;
+        let taken = watch.wait_for(|now| now.failure.is_some() || now.leader.is_some_and(|leader| leader.replica == to));
+        match tokio::time::timeout(timeout, taken).await {
+            Ok(Ok(now)) if now.failure.is_none() => Ok(()),
+            Ok(_) => Err(TransferError::Stopped),
+            Err(_) => Err(TransferError::Late { to, timeout }),
+        }
+    }
+
+    /// The voter that has most of the log and was heard of most lately: whom to hand over to when it does not matter to whom.
+    pub fn best_successor(&self) -> Option<ReplicaId> {
+        let status = self.status();
+        let others = status.membership.voters.iter().filter(|(replica, _)| **replica != self.key.replica);
+        let candidates = others.filter(|(replica, _)| lag(&status, **replica) <= TRANSFER_LAG_MAX);
+        let best = candidates
+            .max_by_key(|(replica, node)| (self.shared.lanes.last_heard(**node), std::cmp::Reverse(lag(&status, **replica))));
+        best.map(|(replica, _)| *replica)
+    }
+
+    /// Adds a replica that applies and has no vote. Returns when that is committed. Fine if it is a member already.
+    pub async fn add_learner(&self, replica: ReplicaId, node: NodeId) -> Result<(), MembershipError> {
+        if self.watch.borrow().committed_membership.is_member(replica) {
+            return Ok(());
+        }
+        let changed = self.raft.add_learner(replica, Member { node }, false).await;
+        changed.map(|_| ()).map_err(membership_error)
+    }
+
+    /// Makes these the voters, all of which must be members. Voters that are none of them leave the group. Returns when that is committed.
+    /// Does not look at whether learners among them have caught up.
+    pub async fn change_voters(&self, voters: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
+        self.raft.change_membership(voters, false).await.map(|_| ()).map_err(membership_error)
+    }
+
+    /// Takes learners out of the group.
+    pub async fn remove_learners(&self, learners: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
+        let changed = self.raft.change_membership(ChangeMembers::RemoveNodes(learners), false).await;
+        changed.map(|_| ()).map_err(membership_error)
+    }
+
+    /// Writes a snapshot file of what is applied, and lets openraft purge what it covers but for a tail. At most one replica of a node
+    /// does this at a time; an error leaves everything as it was.
+    pub async fn build_snapshot(&self) -> Result<(), StoreError> {
+        let _turn = self.shared.snapshot_turns.acquire().await;
+        state_machine::build(&self.machine.state).await?;
+        // It takes the file that was just written.
+        let _ = self.raft.trigger().snapshot().await;
+        Ok(())
+    }
+
+    /// Purges the log through `index`, but not past the last snapshot.
+    pub async fn purge_log(&self, index: u64) {
+        let _ = self.raft.trigger().purge_log(index).await;
+    }
+
+    /// Bytes in the log that no snapshot covers.
+    pub fn log_bytes_since_snapshot(&self) -> u64 {
+        let snapshot = self.machine.state.current_snapshot();
+        self.log.bytes_since(snapshot.and_then(|snapshot| snapshot.applied().log_id).map_or(0, |id| id.index))
+    }
+
+    /// Bytes of the last snapshot file; zero if there is none.
+    pub fn snapshot_bytes(&self) -> u64 {
+        self.machine.state.current_snapshot().map_or(0, |snapshot| snapshot.bytes_len())
+    }
+
+    fn stop_reason(&self) -> String {
+        self.machine.failure().unwrap_or_else(|| SHUT_DOWN.to_owned())
+    }
+
+    /// It may have promised a leader, before it was started, not to vote for another yet.
+    pub(super) fn may_be_leased(&self) -> bool {
+        self.opened.elapsed() < self.timings.forgotten_lease()
+    }
+
+    /// Runs something that belongs to the group, until the group ends.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        if let Some(tasks) = &mut *self.tasks.lock().expect("no holder panics") {
+            tasks.spawn(task);
+        }
+    }
+
+    /// Stops the replica. What waits is told so; entries under way are unknown.
+    pub async fn shutdown(&self) {
+        self.is_stopping.store(true, Ordering::Relaxed);
+        self.proposer.close(SHUT_DOWN);
+        self.reads.close(SHUT_DOWN);
+        let _ = self.raft.shutdown().await;
+        let tasks = self.tasks.lock().expect("no holder panics").take();
+        if let Some(mut tasks) = tasks {
+            tasks.shutdown().await;
+        }
+    }
+}
+
+fn lag(status: &GroupStatus, replica: ReplicaId) -> u64 {
+    let last = status.last_log.map_or(0, |id| id.index);
+    let matched = status.matched.get(&replica).copied().flatten();
+    last.saturating_sub(matched.map_or(0, |id| id.index))
+}
+
+fn membership_error(error: RaftError<Types, ClientWriteError<Types>>) -> MembershipError {
+    use openraft::errors::ChangeMembershipError as Refused;
+    match error {
+        RaftError::Fatal(_) => MembershipError::Stopped,
+        RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
+            MembershipError::NotLeader { leader: forward.leader_node.map(|member| member.node) }
+        }
+        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => MembershipError::Unknown("the leader changed".into()),
+        RaftError::APIError(ClientWriteError::ChangeMembershipError(
+            error @ (Refused::InProgress(_) | Refused::UncommittedLeaderLog(_)),
+        )) => MembershipError::Conflict(error.to_string()),
+        RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => MembershipError::Invalid(error.to_string()),
+        RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => MembershipError::Conflict(error.to_string()),
+    }
+}
+
+/// What the watchers of a group see now.
+fn look(raft: &RaftHandle, failure: Option<String>) -> GroupWatch {
+    let metrics = raft.server_metrics();
+    let metrics = metrics.borrow_watched();
+    let membership = GroupMembership::from(&*metrics.membership_config);
+    let role = match metrics.state {
+        _ if failure.is_some() => Role::Stopped,
+        ServerState::Leader => Role::Leader,
+        ServerState::Follower => Role::Follower,
+        ServerState::Candidate => Role::Candidate,
+        ServerState::Learner => Role::Learner,
+        ServerState::Shutdown => Role::Stopped,
+    };
+    let leader = metrics.current_leader.map(|replica| {
+        let node = membership.voters.get(&replica).or_else(|| membership.learners.get(&replica)).copied();
+        Leader { replica, node }
+    });
+    GroupWatch {
+        role,
+        leader,
+        term: metrics.vote.leader_id.term,
+        membership,
+        committed_membership: GroupMembership::from(&*metrics.committed_membership_config),
+        failure,
+    }
+}
+
+/// Publishes changes until openraft ends, and then why it did.
+async fn monitor(
+    key: ReplicaKey,
+    raft: RaftHandle,
+    machine: Arc<Machine>,
+    publish: watch::Sender<GroupWatch>,
+    proposer: Arc<Proposer>,
+    reads: Arc<Reads>,
+    is_stopping: Arc<AtomicBool>,
+) {
+    let mut changes = raft.server_metrics();
+    loop {
+        let now = look(&raft, None);
+        publish.send_if_modified(|before| {
+            let changed = *before != now;
+            *before = now;
+            changed
+        });
+        // The senders end with openraft's core; `raft` holds only receivers.
+        if changes.changed().await.is_err() {
+            break;
+        }
+    }
+    let stopped = match &raft.metrics().borrow_watched().running_state {
+        Ok(()) | Err(Fatal::Stopped) => None,
+        Err(error @ (Fatal::StorageError(_) | Fatal::Panicked)) => Some(error.to_string()),
+    };
+    if !is_stopping.load(Ordering::Relaxed) || stopped.is_some() {
+        let reason = machine.failure().or(stopped).unwrap_or_else(|| "its core ended".into());
+        tracing::error!(group = %key.group, replica = %key.replica, %reason, "a replica has stopped");
+        machine.fail(reason.clone());
+        publish.send_modify(|now| {
+            now.role = Role::Stopped;
+            now.failure = Some(reason);
+        });
+    }
+    let reason = machine.failure().unwrap_or_else(|| SHUT_DOWN.to_owned());
+    proposer.close(&reason);
+    reads.close(&reason);
+}
+
+/// Lets a replica campaign again once no lease that it may have given can still hold.
+async fn elect_after(raft: RaftHandle, forgotten_lease: Duration) {
+    tokio::time::sleep(forgotten_lease).await;
+    raft.runtime_config().elect(true);
+}

@@ -1,0 +1,337 @@
+//! [`Lanes`], the sending side of all lanes of this node.
+
+use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures::{Stream, StreamExt};
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::Heard;
+use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
+use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Reply};
+use crate::types::NodeId;
+
+/// Bytes that may wait in one lane's queue: several windows of appends of a few groups. What comes on top is refused, and Raft tries again.
+const QUEUE_BYTES_MAX: usize = 64 << 20;
+/// Calls without a reply on one lane. Each group has at most a window of them.
+const CALLS_MAX: usize = 32 << 10;
+/// Frames that wait together go out in chunks of about this size.
+const CHUNK_BYTES: usize = 256 << 10;
+/// A frame of at least this size is its own chunk: not worth copying.
+const ALONE_BYTES: usize = 16 << 10;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between attempts to reach a peer; doubled from the first to the last. Calls in between fail at once.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// A lane that is silent for this long while a call waits is cut: the peer or the way to it is gone, and TCP would not say so for minutes.
+const SILENCE_MAX: Duration = Duration::from_secs(3);
+/// How often silence and abandoned calls are looked for.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+
+/// What a call waits for.
+pub type Call = oneshot::Receiver<Result<Arrived, LaneError>>;
+
+/// The lanes to all peers. They are dialled when first used.
+pub struct Lanes {
+    shared: Arc<Shared>,
+    lanes: Mutex<HashMap<(NodeId, Lane), Arc<PeerLane>>>,
+    tasks: Mutex<Option<JoinSet<()>>>,
+}
+
+struct Shared {
+    identity: Arc<Identity>,
+    resolver: Arc<dyn Resolver>,
+    dial: Arc<dyn Dial>,
+    heard: Arc<Heard>,
+}
+
+impl Lanes {
+    pub fn new(identity: Arc<Identity>, resolver: Arc<dyn Resolver>, dial: Arc<dyn Dial>, heard: Arc<Heard>) -> Self {
+        let shared = Arc::new(Shared { identity, resolver, dial, heard });
+        Self { shared, lanes: Mutex::default(), tasks: Mutex::new(Some(JoinSet::new())) }
+    }
+
+    /// Sends a frame. Frames of one lane leave in the order of the calls. The reply is [`read_reply`]'s to read; how long to wait for it
+    /// is the caller's business.
+    pub fn call(&self, to: NodeId, lane: Lane, frame: Frame) -> Result<Call, LaneError> {
+        let peer = self.shared.resolver.resolve(to).ok_or(LaneError::Unresolved(to))?;
+        self.lane(to, lane)?.call(&peer, frame)
+    }
+
+    /// When this peer was last heard of.
+    pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
+        self.shared.heard.last(node)
+    }
+
+    /// Cuts all lanes. Calls under way and later ones fail.
+    pub async fn close(&self) {
+        let tasks = self.tasks.lock().expect("no holder panics").take();
+        if let Some(mut tasks) = tasks {
+            tasks.shutdown().await;
+        }
+        let lanes = std::mem::take(&mut *self.lanes.lock().expect("no holder panics"));
+        for lane in lanes.into_values() {
+            lane.lock().end(&LaneError::Closed, Link::Closed);
+        }
+    }
+
+    fn lane(&self, to: NodeId, lane: Lane) -> Result<Arc<PeerLane>, LaneError> {
+        let mut lanes = self.lanes.lock().expect("no holder panics");
+        if let Some(found) = lanes.get(&(to, lane)) {
+            return Ok(found.clone());
+        }
+        let mut tasks = self.tasks.lock().expect("no holder panics");
+        let tasks = tasks.as_mut().ok_or(LaneError::Closed)?;
+        let new = Arc::new(PeerLane { to, lane, state: Mutex::default(), called: Notify::new() });
+        tasks.spawn(keep_up(self.shared.clone(), new.clone()));
+        lanes.insert((to, lane), new.clone());
+        Ok(new)
+    }
+}
+
+/// What the peer answered, a refusal being an error.
+pub fn read_reply(arrived: &Arrived) -> Result<Reply, LaneError> {
+    match arrived.reply()? {
+        Reply::Refused(refusal) => Err(LaneError::Refused(refusal)),
+        reply => Ok(reply),
+    }
+}
+
+struct PeerLane {
+    to: NodeId,
+    lane: Lane,
+    state: Mutex<LaneState>,
+    /// Told when there is something to dial for, and when the peer has moved.
+    called: Notify,
+}
+
+#[derive(Default)]
+struct LaneState {
+    link: Link,
+    /// Which connection the queue belongs to: the stream of an earlier one takes nothing from it.
+    generation: u64,
+    queue: VecDeque<Bytes>,
+    queue_bytes: usize,
+    calls: HashMap<u64, oneshot::Sender<Result<Arrived, LaneError>>>,
+    next_sequence: u64,
+    /// Since when a call has been waiting without anything being heard.
+    waiting_since: Option<Instant>,
+    waker: Option<Waker>,
+}
+
+#[derive(Debug, Default)]
+enum Link {
+    /// Nothing was sent yet, or the last pause is over.
+    #[default]
+    Idle,
+    /// Dialled or up, to this peer.
+    Up(Peer),
+    /// Failed a moment ago.
+    Down(LaneError),
+    Closed,
+}
+
+impl LaneState {
+    /// Fails every call and empties the queue.
+    fn end(&mut self, error: &LaneError, link: Link) {
+        self.generation += 1;
+        self.queue.clear();
+        self.queue_bytes = 0;
+        for (_, call) in self.calls.drain() {
+            let _ = call.send(Err(error.clone()));
+        }
+        self.waiting_since = None;
+        self.link = link;
+        // The stream of the old connection must see that it has ended.
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+}
+
+impl PeerLane {
+    fn lock(&self) -> MutexGuard<'_, LaneState> {
+        self.state.lock().expect("no holder panics")
+    }
+
+    fn call(&self, peer: &Peer, frame: Frame) -> Result<Call, LaneError> {
+        let mut state = self.lock();
+        match &state.link {
+            Link::Up(current) if current != peer => {
+                state.end(&LaneError::Broken("the peer has moved".into()), Link::Idle);
+                self.called.notify_one();
+            }
+            Link::Down(error) => return Err(LaneError::Down(error.to_string())),
+            Link::Closed => return Err(LaneError::Closed),
+            Link::Idle | Link::Up(_) => {}
+        }
+        if state.queue_bytes + frame.bytes_len() > QUEUE_BYTES_MAX && !state.queue.is_empty() || state.calls.len() >= CALLS_MAX {
+            return Err(LaneError::Full(state.queue_bytes));
+        }
+        let sequence = state.next_sequence;
+        state.next_sequence += 1;
+        let (sender, receiver) = oneshot::channel();
+        state.calls.insert(sequence, sender);
+        state.waiting_since.get_or_insert_with(Instant::now);
+        state.queue_bytes += frame.bytes_len();
+        state.queue.push_back(frame.seal(sequence));
+        let waker = state.waker.take();
+        let idle = matches!(state.link, Link::Idle);
+        drop(state);
+        match waker {
+            Some(waker) => waker.wake(),
+            None if idle => self.called.notify_one(),
+            None => {}
+        }
+        Ok(receiver)
+    }
+}
+
+/// The bytes that go out over one connection of a lane.
+struct Outbox {
+    lane: Arc<PeerLane>,
+    generation: u64,
+    hello: Option<Bytes>,
+}
+
+impl Stream for Outbox {
+    type Item = Bytes;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        if let Some(hello) = self.hello.take() {
+            return Poll::Ready(Some(hello));
+        }
+        let mut state = self.lane.lock();
+        if state.generation != self.generation {
+            return Poll::Ready(None);
+        }
+        let Some(first) = state.queue.pop_front() else {
+            state.waker = Some(context.waker().clone());
+            return Poll::Pending;
+        };
+        state.queue_bytes -= first.len();
+        let small = |frame: &Bytes| frame.len() < ALONE_BYTES;
+        if !small(&first) || !state.queue.front().is_some_and(small) {
+            return Poll::Ready(Some(first));
+        }
+        let mut chunk = BytesMut::with_capacity(CHUNK_BYTES.min(first.len() + state.queue_bytes));
+        chunk.extend_from_slice(&first);
+        while chunk.len() < CHUNK_BYTES
+            && state.queue.front().is_some_and(small)
+            && let Some(next) = state.queue.pop_front()
+        {
+            state.queue_bytes -= next.len();
+            chunk.extend_from_slice(&next);
+        }
+        Poll::Ready(Some(chunk.freeze()))
+    }
+}
+
+/// Keeps a lane up for as long as it is used.
+async fn keep_up(shared: Arc<Shared>, lane: Arc<PeerLane>) {
+    let mut pause = PAUSE_MIN;
+    loop {
+        while !matches!(lane.lock().link, Link::Idle) || lane.lock().calls.is_empty() {
+            lane.called.notified().await;
+        }
+        let started = Instant::now();
+        let error = connect_and_run(&shared, &lane).await;
+        let moved = matches!(lane.lock().link, Link::Idle);
+        if moved {
+            continue;
+        }
+        tracing::debug!(peer = %lane.to, lane = lane.lane.name(), %error, "a lane broke");
+        lane.lock().end(&error, Link::Down(error.clone()));
+        // A lane that worked for a while starts over with the shortest pause.
+        if started.elapsed() > PAUSE_MAX {
+            pause = PAUSE_MIN;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE_MAX);
+        lane.lock().link = Link::Idle;
+    }
+}
+
+/// Dials the peer and delivers replies until the connection ends; returns why it did.
+async fn connect_and_run(shared: &Shared, lane: &Arc<PeerLane>) -> LaneError {
+    let Some((cluster, from)) = shared.identity.get() else {
+        return LaneError::Down("this node belongs to no cluster yet".into());
+    };
+    let Some(peer) = shared.resolver.resolve(lane.to) else {
+        return LaneError::Unresolved(lane.to);
+    };
+    let hello = Hello { cluster, from, from_directory: shared.identity.directory, to: lane.to, to_directory: peer.directory };
+    let generation = {
+        let mut state = lane.lock();
+        state.link = Link::Up(peer.clone());
+        state.generation
+    };
+    let outbox = Outbox { lane: lane.clone(), generation, hello: Some(wire::encode_hello(&hello)) };
+    let outgoing: Outgoing = Box::pin(outbox);
+    let dialled = tokio::time::timeout(CONNECT_TIMEOUT, shared.dial.dial(lane.to, peer, lane.lane, outgoing)).await;
+    match dialled {
+        Ok(Ok(incoming)) => deliver(shared, lane, generation, incoming).await,
+        Ok(Err(error)) => error,
+        Err(_) => LaneError::Down(format!("no connection within {CONNECT_TIMEOUT:?}")),
+    }
+}
+
+async fn deliver(shared: &Shared, lane: &PeerLane, generation: u64, mut incoming: Incoming) -> LaneError {
+    let mut reader = FrameReader::default();
+    let mut check = tokio::time::interval(CHECK_EVERY);
+    check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let chunk = tokio::select! {
+            biased;
+            chunk = incoming.next() => chunk,
+            _ = check.tick() => {
+                let mut state = lane.lock();
+                if state.generation != generation {
+                    return LaneError::Broken("the peer has moved".into());
+                }
+                state.calls.retain(|_, call| !call.is_closed());
+                if state.waiting_since.is_some_and(|since| since.elapsed() > SILENCE_MAX) {
+                    return LaneError::Late(SILENCE_MAX);
+                }
+                continue;
+            }
+        };
+        match chunk {
+            None => return LaneError::Broken("the peer ended it".into()),
+            Some(Err(error)) => return error,
+            Some(Ok(chunk)) => reader.push(chunk),
+        }
+        shared.heard.note(lane.to);
+        if let Err(error) = hand_out(lane, generation, &mut reader) {
+            return error;
+        }
+    }
+}
+
+/// Gives each reply that has arrived to its caller. A reply to the hello is a refusal of the whole lane.
+fn hand_out(lane: &PeerLane, generation: u64, reader: &mut FrameReader) -> Result<(), LaneError> {
+    let mut state = lane.lock();
+    if state.generation != generation {
+        return Err(LaneError::Broken("the peer has moved".into()));
+    }
+    while let Some(arrived) = reader.next()? {
+        if arrived.sequence == HELLO_SEQUENCE {
+            read_reply(&arrived)?;
+            continue;
+        }
+        if let Some(call) = state.calls.remove(&arrived.sequence) {
+            let _ = call.send(Ok(arrived));
+        }
+    }
+    state.waiting_since = (!state.calls.is_empty()).then(Instant::now);
+    Ok(())
+}
+
+/// The sequence under which a whole lane is refused.
+pub(super) const HELLO_SEQUENCE: u64 = u64::MAX;

@@ -1,0 +1,159 @@
+//! [`LogStore`]: the shared log as openraft sees it, one replica's part of it.
+//!
+//! The log keeps the order of a replica's operations, in memory at once and on the disk later. So only the vote is waited for; an append
+//! tells openraft by its callback, and truncations and purges need no word: nothing that follows them can become durable before them,
+//! and a failed sync fails everything after it.
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, Range, RangeBounds};
+
+use futures::{Stream, TryStreamExt, stream};
+use openraft::storage::{IOFlushed, RaftLogStorage};
+use openraft::{LogState, OptionalSend, RaftLogReader};
+use tokio::sync::oneshot;
+
+use super::types::{
+    RaftEntry, RaftLogId, RaftVoteOf, Types, entry_from_raft, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft,
+};
+use crate::storage::log::{Done, ReplicaLog};
+use crate::storage::state::{OnSynced, Synced};
+use crate::types::LogId;
+
+/// Bytes of entries in one append to a follower, and in one step of reading for apply. One entry at least is always read.
+const READ_BYTES_MAX: usize = 1 << 20;
+
+/// The log of one replica. Clones are the same log.
+#[derive(Clone)]
+pub struct LogStore(pub ReplicaLog);
+
+impl LogStore {
+    /// Every entry of the range that is in the log.
+    fn read_all(&self, range: Range<u64>) -> io::Result<Vec<RaftEntry>> {
+        let mut entries = Vec::new();
+        let mut next = range.start;
+        while next < range.end {
+            let part = self.0.read(next..range.end, READ_BYTES_MAX)?;
+            let Some(last) = part.last() else { break };
+            next = last.id.index + 1;
+            entries.extend(part.into_iter().map(readable).collect::<io::Result<Vec<_>>>()?);
+        }
+        Ok(entries)
+    }
+
+    /// What of `range` the log holds.
+    fn clamp(&self, range: &impl RangeBounds<u64>) -> Range<u64> {
+        let state = self.0.state();
+        let start = match range.start_bound() {
+            Bound::Included(start) => *start,
+            Bound::Excluded(start) => start.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match range.end_bound() {
+            Bound::Included(end) => end.saturating_add(1),
+            Bound::Excluded(end) => *end,
+            Bound::Unbounded => u64::MAX,
+        };
+        let after = |id: Option<LogId>| id.map_or(0, |id| id.index + 1);
+        start.max(after(state.purged))..end.min(after(state.last))
+    }
+}
+
+/// Issues an operation whose end need not be waited for. An error that is there at once is a refusal.
+fn issued(operation: impl FnOnce(Done)) -> io::Result<()> {
+    let (done, mut ended) = oneshot::channel();
+    operation(Box::new(move |result| drop(done.send(result))));
+    ended.try_recv().unwrap_or(Ok(()))
+}
+
+fn readable(entry: crate::storage::log::Entry) -> io::Result<RaftEntry> {
+    entry_to_raft(entry).map_err(io::Error::other)
+}
+
+impl RaftLogReader<Types> for LogStore {
+    async fn try_get_log_entries<R>(&mut self, range: R) -> io::Result<Vec<RaftEntry>>
+    where
+        R: RangeBounds<u64> + Clone + Debug + OptionalSend,
+    {
+        self.read_all(self.clamp(&range))
+    }
+
+    async fn read_vote(&mut self) -> io::Result<Option<RaftVoteOf>> {
+        Ok(self.0.state().vote.as_ref().and_then(vote_to_raft))
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<RaftEntry>> {
+        self.0.read(start..end, READ_BYTES_MAX)?.into_iter().map(readable).collect()
+    }
+
+    /// Reads as it goes, so that a long way to catch up is never in memory at once.
+    async fn entries_stream<R>(&mut self, range: R) -> impl Stream<Item = io::Result<RaftEntry>> + OptionalSend
+    where
+        R: RangeBounds<u64> + Clone + Debug + OptionalSend,
+    {
+        let parts = stream::try_unfold((self.clone(), self.clamp(&range)), |(store, rest)| async move {
+            if rest.is_empty() {
+                return Ok(None);
+            }
+            let part = store.0.read(rest.clone(), READ_BYTES_MAX)?;
+            let Some(next) = part.last().map(|last| last.id.index + 1) else { return Ok(None) };
+            Ok::<_, io::Error>(Some((stream::iter(part.into_iter().map(readable)), (store, next..rest.end))))
+        });
+        Box::pin(parts.try_flatten())
+    }
+}
+
+impl RaftLogStorage<Types> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> io::Result<LogState<Types>> {
+        let state = self.0.state();
+        Ok(LogState { last_purged_log_id: state.purged.map(to_raft), last_log_id: state.last.or(state.purged).map(to_raft) })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &RaftVoteOf) -> io::Result<()> {
+        let (done, saved) = oneshot::channel();
+        let done = move |result| {
+            let _ = done.send(result);
+        };
+        self.0.save_vote(vote_from_raft(vote), Box::new(done));
+        saved.await.map_err(|_| io::Error::other("the log was closed before the vote was saved"))?
+    }
+
+    async fn save_committed(&mut self, committed: Option<RaftLogId>) -> io::Result<()> {
+        self.0.save_committed(committed.as_ref().map(from_raft));
+        Ok(())
+    }
+
+    async fn read_committed(&mut self) -> io::Result<Option<RaftLogId>> {
+        Ok(self.0.committed().map(to_raft))
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<Types>) -> io::Result<()>
+    where
+        I: IntoIterator<Item = RaftEntry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let entries = entries.into_iter().map(entry_from_raft).collect();
+        self.0.append(entries, Box::new(move |result| callback.io_completed(result)))
+    }
+
+    async fn truncate_after(&mut self, last: Option<RaftLogId>) -> io::Result<()> {
+        issued(|done| self.0.truncate_after(last.map(|id| id.index()), done))
+    }
+
+    async fn purge(&mut self, log_id: RaftLogId) -> io::Result<()> {
+        issued(|done| self.0.purge(from_raft(&log_id), done))
+    }
+}
+
+/// The log's side of a checkpoint.
+impl Synced for ReplicaLog {
+    fn on_synced(&self, log_id: LogId, done: OnSynced) {
+        ReplicaLog::on_synced(self, log_id, done);
+    }
+}

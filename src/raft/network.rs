@@ -1,0 +1,359 @@
+//! What openraft calls its network: one [`PeerClient`] per group, target and lane, which turns openraft's calls into frames.
+//!
+//! Every wait has a deadline here, because openraft sets none on streams. A failure to reach the peer is `Unreachable`, which makes
+//! openraft pause; a lost or late reply is `Network` or `Timeout`, after which it tries again soon.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::{FutureExt, Stream, StreamExt};
+use openraft::base::{BoxFuture, BoxStream};
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use openraft::type_config::alias::SnapshotOf;
+use openraft::{AnyError, OptionalSend};
+use tokio::time::{Instant, Sleep};
+
+use super::lanes::{Lanes, read_reply};
+use super::snapshots;
+use super::transport::{Lane, LaneError};
+use super::types::{Member, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
+use super::wire::{self, AppendReply, Frame, Head, Refusal, Reply, Request, TransferReply};
+use crate::storage::ReplicaKey;
+use crate::storage::snapshot::Snapshot;
+use crate::types::{NodeId, ReplicaId};
+
+/// Appends of one group to one peer that may be without a reply: enough to fill the way to the peer while its disk syncs.
+const WINDOW: usize = 16;
+/// Bytes of them. One larger append may always go alone.
+const WINDOW_BYTES: usize = 4 << 20;
+
+type Answered<T> = Result<T, RPCError<Types>>;
+
+/// Makes the clients of one group.
+#[derive(Clone)]
+pub struct Network {
+    pub key: ReplicaKey,
+    pub lanes: Arc<Lanes>,
+    /// How long an append may be without a reply. A follower that syncs slowly is not a follower that is gone.
+    pub append_timeout: Duration,
+    /// How long one step of a snapshot transfer may take.
+    pub snapshot_step_timeout: Duration,
+}
+
+impl RaftNetworkFactory<Types> for Network {
+    type Network = PeerClient;
+
+    async fn new_client(&mut self, target: ReplicaId, member: &Member) -> PeerClient {
+        self.client(target, member, Lane::Log)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: ReplicaId, member: &Member) -> PeerClient {
+        self.client(target, member, Lane::Heartbeat)
+    }
+
+    async fn new_snapshot_client(&mut self, target: ReplicaId, member: &Member) -> PeerClient {
+        self.client(target, member, Lane::Snapshot)
+    }
+}
+
+impl Network {
+    fn client(&self, target: ReplicaId, member: &Member, lane: Lane) -> PeerClient {
+        let head = Head { group: self.key.group, sender: self.key.replica, target };
+        PeerClient { lanes: self.lanes.clone(), to: member.node, lane, head, network: self.clone() }
+    }
+}
+
+/// The way of one group to one other replica, over one lane.
+pub struct PeerClient {
+    lanes: Arc<Lanes>,
+    to: NodeId,
+    lane: Lane,
+    head: Head,
+    network: Network,
+}
+
+impl PeerClient {
+    /// Sends a request and waits for its reply until `deadline`.
+    pub async fn ask(&self, request: &Request, tail: &[u8], deadline: Instant) -> Result<Reply, LaneError> {
+        self.wait(wire::encode_request(self.head, request, tail), deadline).await
+    }
+
+    async fn wait(&self, frame: Frame, deadline: Instant) -> Result<Reply, LaneError> {
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        let call = self.lanes.call(self.to, self.lane, frame)?;
+        match tokio::time::timeout_at(deadline, call).await {
+            Ok(Ok(arrived)) => read_reply(&arrived?),
+            Ok(Err(_)) => Err(LaneError::Closed),
+            Err(_) => Err(LaneError::Late(timeout)),
+        }
+    }
+
+    async fn ask_raft(&self, request: Request, option: &RPCOption) -> Answered<Reply> {
+        self.ask(&request, &[], Instant::now() + option.soft_ttl()).await.map_err(rpc_error)
+    }
+
+    fn append_frame(&self, request: &mut AppendEntriesRequest<Types>) -> Frame {
+        let entries: Vec<_> = std::mem::take(&mut request.entries).into_iter().map(entry_from_raft).collect();
+        let previous = request.prev_log_id.as_ref().map(from_raft);
+        let commit = request.leader_commit.as_ref().map(from_raft);
+        wire::encode_append(self.head, vote_from_raft(&request.vote), previous, commit, &entries)
+    }
+
+    async fn ask_vote(&self, request: Request, option: &RPCOption) -> Answered<VoteResponse<Types>> {
+        match self.ask_raft(request, option).await? {
+            Reply::Vote { vote, last, granted } => Ok(VoteResponse::new(read_vote(&vote)?, last.map(to_raft), granted)),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+impl RaftNetworkV2<Types> for PeerClient {
+    type SnapshotData = Snapshot;
+
+    async fn append_entries(
+        &mut self,
+        mut request: AppendEntriesRequest<Types>,
+        option: RPCOption,
+    ) -> Answered<AppendEntriesResponse<Types>> {
+        let frame = self.append_frame(&mut request);
+        let reply = self.wait(frame, Instant::now() + option.soft_ttl()).await.map_err(rpc_error)?;
+        read_append_reply(&reply)
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<'s, Answered<BoxStream<'s, Answered<StreamAppendResult<Types>>>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
+    {
+        // Heartbeats come this way too, and openraft gives those up after its own time.
+        let timeout = if self.lane == Lane::Log { self.network.append_timeout } else { option.soft_ttl() };
+        let stream = Appends {
+            client: self,
+            input: Some(input),
+            window: VecDeque::with_capacity(WINDOW),
+            window_bytes: 0,
+            timeout,
+            timer: Box::pin(tokio::time::sleep(timeout)),
+            failed: None,
+        };
+        Box::pin(async move { Ok(Box::pin(stream) as BoxStream<'s, _>) })
+    }
+
+    async fn vote(&mut self, request: VoteRequest<Types>, option: RPCOption) -> Answered<VoteResponse<Types>> {
+        let last = request.last_log_id.as_ref().map(from_raft);
+        let vote = vote_from_raft(&request.vote);
+        self.ask_vote(Request::Vote { vote, last, leadership_transfer: request.leadership_transfer }, &option).await
+    }
+
+    async fn pre_vote(&mut self, request: VoteRequest<Types>, option: RPCOption) -> Answered<VoteResponse<Types>> {
+        let last = request.last_log_id.as_ref().map(from_raft);
+        self.ask_vote(Request::PreVote { vote: vote_from_raft(&request.vote), last }, &option).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: RaftVoteOf,
+        snapshot: SnapshotOf<Types, Snapshot>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
+        let step_timeout = self.network.snapshot_step_timeout;
+        let send = snapshots::send(self, vote_from_raft(&vote), &snapshot.snapshot, step_timeout);
+        tokio::select! {
+            biased;
+            closed = cancel => Err(StreamingError::Closed(closed)),
+            sent = send => {
+                let vote = sent.map_err(|error| StreamingError::from(rpc_error(error)))?;
+                Ok(SnapshotResponse::new(read_vote(&vote).map_err(StreamingError::from)?))
+            }
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        request: TransferLeaderRequest<Types>,
+        option: RPCOption,
+    ) -> Answered<TransferLeaderResponse<Types>> {
+        use openraft::raft::TransferLeaderError::{LogNotFlushed, VoteChanged};
+        let last = request.last_log_id().map(from_raft);
+        let from = vote_from_raft(request.from_leader());
+        let request = Request::TransferLeader { from, to: *request.to_node_id(), last };
+        match self.ask_raft(request, &option).await? {
+            Reply::TransferLeader(TransferReply::Accepted) => Ok(Ok(())),
+            Reply::TransferLeader(TransferReply::VoteChanged { expected, actual }) => {
+                Ok(Err(VoteChanged { expected: read_vote(&expected)?, actual: read_vote(&actual)? }))
+            }
+            Reply::TransferLeader(TransferReply::LogNotFlushed { expected, actual }) => {
+                Ok(Err(LogNotFlushed { expected: expected.map(to_raft), actual: actual.map(to_raft) }))
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+/// Pipelined appends: requests leave as they come, up to a window; results are handed back in the order of the requests.
+struct Appends<'s, S> {
+    client: &'s PeerClient,
+    input: Option<S>,
+    window: VecDeque<InFlight>,
+    window_bytes: usize,
+    timeout: Duration,
+    /// Of the oldest request.
+    timer: Pin<Box<Sleep>>,
+    /// A request could not be sent; said once the earlier ones are answered.
+    failed: Option<LaneError>,
+}
+
+struct InFlight {
+    call: super::lanes::Call,
+    bytes: usize,
+    sent: Instant,
+    previous: Option<RaftLogId>,
+    last: Option<RaftLogId>,
+}
+
+impl<S> Appends<'_, S>
+where
+    S: Stream<Item = AppendEntriesRequest<Types>> + Unpin,
+{
+    fn send(&mut self, mut request: AppendEntriesRequest<Types>) {
+        let previous = request.prev_log_id;
+        let last = request.entries.last().map(|entry| entry.log_id).or(previous);
+        let frame = self.client.append_frame(&mut request);
+        let bytes = frame.bytes_len();
+        match self.client.lanes.call(self.client.to, self.client.lane, frame) {
+            Ok(call) => {
+                let sent = Instant::now();
+                if self.window.is_empty() {
+                    self.timer.as_mut().reset(sent + self.timeout);
+                }
+                self.window_bytes += bytes;
+                self.window.push_back(InFlight { call, bytes, sent, previous, last });
+            }
+            Err(error) => {
+                self.failed = Some(error);
+                self.input = None;
+            }
+        }
+    }
+
+    fn fill_window(&mut self, context: &mut Context<'_>) {
+        while self.window.len() < WINDOW && self.window_bytes < WINDOW_BYTES {
+            let Some(input) = &mut self.input else { return };
+            match input.poll_next_unpin(context) {
+                Poll::Ready(Some(request)) => self.send(request),
+                Poll::Ready(None) => self.input = None,
+                Poll::Pending => return,
+            }
+        }
+    }
+
+    /// The oldest request is done with; the timer is now the next one's.
+    fn pop(&mut self) -> Option<InFlight> {
+        let done = self.window.pop_front()?;
+        self.window_bytes -= done.bytes;
+        if let Some(next) = self.window.front() {
+            self.timer.as_mut().reset(next.sent + self.timeout);
+        }
+        Some(done)
+    }
+}
+
+impl<S> Stream for Appends<'_, S>
+where
+    S: Stream<Item = AppendEntriesRequest<Types>> + Unpin,
+{
+    type Item = Answered<StreamAppendResult<Types>>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        this.fill_window(context);
+        let Some(oldest) = this.window.front_mut() else {
+            return match (this.failed.take(), &this.input) {
+                (Some(error), _) => Poll::Ready(Some(Err(rpc_error(error)))),
+                (None, None) => Poll::Ready(None),
+                (None, Some(_)) => Poll::Pending,
+            };
+        };
+        let reply = match oldest.call.poll_unpin(context) {
+            Poll::Ready(Ok(arrived)) => arrived.and_then(|arrived| read_reply(&arrived)),
+            Poll::Ready(Err(_)) => Err(LaneError::Closed),
+            Poll::Pending => match this.timer.poll_unpin(context) {
+                Poll::Ready(()) => Err(LaneError::Late(this.timeout)),
+                Poll::Pending => return Poll::Pending,
+            },
+        };
+        let done = this.pop().expect("the window was not empty");
+        let result = reply.map_err(rpc_error).and_then(|reply| read_append_reply(&reply));
+        if result.is_err() {
+            // openraft ends the stream at an error; what is still under way is given up.
+            this.input = None;
+            this.window.clear();
+        }
+        // A conflict of an append that follows nothing can't be: every log begins alike.
+        match result {
+            Ok(AppendEntriesResponse::Conflict) if done.previous.is_none() => {
+                Poll::Ready(Some(Err(network_error("a conflict at the very beginning of the log"))))
+            }
+            result => Poll::Ready(Some(result.map(|response| response.into_stream_result(done.previous, done.last)))),
+        }
+    }
+}
+
+fn read_append_reply(reply: &Reply) -> Answered<AppendEntriesResponse<Types>> {
+    match reply {
+        Reply::Append(AppendReply::Success) => Ok(AppendEntriesResponse::Success),
+        Reply::Append(AppendReply::Partial(last)) => Ok(AppendEntriesResponse::PartialSuccess(last.map(to_raft))),
+        Reply::Append(AppendReply::Conflict) => Ok(AppendEntriesResponse::Conflict),
+        Reply::Append(AppendReply::HigherVote(vote)) => Ok(AppendEntriesResponse::HigherVote(read_vote(vote)?)),
+        other => Err(unexpected(other)),
+    }
+}
+
+fn read_vote(vote: &crate::storage::log::Vote) -> Answered<RaftVoteOf> {
+    vote_to_raft(vote).ok_or_else(|| network_error("a vote for nobody"))
+}
+
+fn unexpected(reply: &Reply) -> RPCError<Types> {
+    network_error(&format!("a reply of another kind: {reply:?}"))
+}
+
+fn network_error(reason: &str) -> RPCError<Types> {
+    RPCError::Network(NetworkError::new(&AnyError::error(reason)))
+}
+
+fn rpc_error(error: LaneError) -> RPCError<Types> {
+    match error {
+        LaneError::Broken(_) | LaneError::Late(_) => RPCError::Network(NetworkError::new(&error)),
+        LaneError::Unresolved(_)
+        | LaneError::Down(_)
+        | LaneError::Full(_)
+        | LaneError::Unreadable(_)
+        | LaneError::Closed
+        | LaneError::Refused(
+            Refusal::OtherCluster
+            | Refusal::OtherNode(_)
+            | Refusal::OtherDirectory(_)
+            | Refusal::NoCluster
+            | Refusal::NoReplica(_)
+            | Refusal::OtherReplica(_)
+            | Refusal::Stopped
+            | Refusal::Busy
+            | Refusal::Leased
+            | Refusal::Failed(_)
+            | Refusal::Unreadable,
+        ) => RPCError::Unreachable(Unreachable::new(&error)),
+    }
+}

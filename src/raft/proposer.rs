@@ -1,0 +1,318 @@
+//! [`Proposer`]: merges concurrent writes into entries.
+//!
+//! An entry costs about the same whether it carries one write or two hundred: a record and its share of a sync on every replica, two
+//! frames and their replies, and openraft's bookkeeping. So a write that finds [`ENTRIES_EAGER`] entries under way waits, and goes with
+//! all others that came meanwhile in the next one. An idle group therefore answers at the latency of one entry; a busy one makes its
+//! entries as large as its load, without a timer. Full entries gain nothing by waiting: of these [`ENTRIES_MAX`] may be under way.
+//!
+//! Every write ends in exactly one of three ways: an outcome, a certain no, or unknown. A write is unknown from the moment its entry is
+//! handed to openraft until openraft says what became of it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bytes::Bytes;
+use openraft::errors::{ClientWriteError, ForwardReason, ForwardToLeader};
+use openraft::raft::ClientWriteResult;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+
+use super::errors::ProposeError;
+use super::group::RaftHandle;
+use super::state_machine::Machine;
+use super::types::{Answer, Outcome, Proposal, Types};
+use crate::sm::kv;
+
+/// Writes in one entry. More would make a slow entry hold up the next for a noticeable time.
+const WRITES_PER_ENTRY: usize = 256;
+/// Bytes of keys and values in one entry; a larger write goes alone.
+const ENTRY_BYTES: usize = 1 << 20;
+/// Entries that may be under way before writes begin to wait for one another: one being synced, one behind it.
+const ENTRIES_EAGER: usize = 2;
+/// Full entries that may be under way: enough for a long way to the followers.
+const ENTRIES_MAX: usize = 8;
+/// Writes that may wait. At the rate of a small machine that is a tenth of a second.
+const QUEUE_WRITES_MAX: usize = 8192;
+const QUEUE_BYTES_MAX: usize = 32 << 20;
+/// What a write counts for besides its own bytes.
+const WRITE_OVERHEAD_BYTES: usize = 64;
+/// Between attempts while the leader's lease has run out, as it has right after an election.
+const LEASE_PAUSE: Duration = Duration::from_millis(5);
+/// A caller waits this much longer than its deadline, so that a write that was never proposed gets a certain answer.
+const GRACE: Duration = Duration::from_millis(50);
+
+type WriteAnswer = Result<kv::WriteOutcome, ProposeError>;
+
+struct Waiting {
+    write: kv::Write,
+    bytes: usize,
+    deadline: Instant,
+    answer: oneshot::Sender<WriteAnswer>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Waiting>,
+    bytes: usize,
+    /// Entries handed to openraft that it has not answered.
+    under_way: usize,
+    /// No entry before this: the lease had run out.
+    not_before: Option<Instant>,
+    /// Why nothing more is taken.
+    closed: Option<String>,
+}
+
+impl Queue {
+    fn is_entry_full(&self) -> bool {
+        self.waiting.len() >= WRITES_PER_ENTRY || self.bytes >= ENTRY_BYTES
+    }
+
+    fn may_propose(&self) -> bool {
+        let limit = if self.is_entry_full() { ENTRIES_MAX } else { ENTRIES_EAGER };
+        !self.waiting.is_empty() && self.under_way < limit
+    }
+}
+
+/// The queue of writes of one group, and what takes from it.
+pub struct Proposer {
+    queue: Mutex<Queue>,
+    changed: Notify,
+}
+
+impl Proposer {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { queue: Mutex::default(), changed: Notify::new() })
+    }
+
+    pub async fn propose(&self, write: kv::Write, deadline: Instant) -> WriteAnswer {
+        let (answer, answered) = oneshot::channel();
+        self.push(Waiting { bytes: write.size_hint() + WRITE_OVERHEAD_BYTES, write, deadline, answer })?;
+        match tokio::time::timeout_at(deadline + GRACE, answered).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(ProposeError::unknown("the replica stopped")),
+            Err(_) => Err(ProposeError::unknown("it was not applied in time")),
+        }
+    }
+
+    /// Refuses what waits and what comes.
+    pub fn close(&self, reason: &str) {
+        let waiting = {
+            let mut queue = self.lock();
+            queue.closed.get_or_insert_with(|| reason.to_owned());
+            queue.bytes = 0;
+            std::mem::take(&mut queue.waiting)
+        };
+        for write in waiting {
+            let _ = write.answer.send(Err(ProposeError::Stopped { reason: reason.to_owned() }));
+        }
+        self.changed.notify_one();
+    }
+
+    fn push(&self, write: Waiting) -> Result<(), ProposeError> {
+        let mut queue = self.lock();
+        if let Some(reason) = queue.closed.clone() {
+            return Err(ProposeError::Stopped { reason });
+        }
+        if queue.waiting.len() >= QUEUE_WRITES_MAX {
+            return Err(ProposeError::Overloaded { limit: format!("{QUEUE_WRITES_MAX} writes wait") });
+        }
+        if queue.bytes + write.bytes > QUEUE_BYTES_MAX && !queue.waiting.is_empty() {
+            return Err(ProposeError::Overloaded { limit: format!("{QUEUE_BYTES_MAX} bytes of writes wait") });
+        }
+        queue.bytes += write.bytes;
+        queue.waiting.push_back(write);
+        let ready = queue.may_propose();
+        drop(queue);
+        if ready {
+            self.changed.notify_one();
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().expect("no holder panics")
+    }
+
+    /// Proposes what waits until the queue is closed.
+    pub async fn run(self: Arc<Self>, raft: RaftHandle, machine: Arc<Machine>) {
+        loop {
+            match self.next_step() {
+                Step::End => return,
+                Step::Propose(writes) => self.propose_entry(&raft, &machine, writes).await,
+                Step::Wait { until: None } => self.changed.notified().await,
+                Step::Wait { until: Some(until) } => {
+                    let _ = tokio::time::timeout_at(until, self.changed.notified()).await;
+                }
+            }
+        }
+    }
+
+    fn next_step(&self) -> Step {
+        let now = Instant::now();
+        let mut queue = self.lock();
+        if queue.closed.is_some() {
+            return Step::End;
+        }
+        let paused = queue.not_before.filter(|until| *until > now);
+        if queue.may_propose() && paused.is_none() {
+            queue.not_before = None;
+            let writes = take_entry(&mut queue, now);
+            if writes.is_empty() {
+                return Step::Wait { until: Some(now) };
+            }
+            queue.under_way += 1;
+            return Step::Propose(writes);
+        }
+        expire(&mut queue, now);
+        let first_deadline = queue.waiting.front().map(|write| write.deadline);
+        // An entry that ends, or a write that makes the next one full, tells us. Only time does not.
+        let until = match (paused, first_deadline) {
+            (Some(pause), Some(deadline)) => Some(pause.min(deadline)),
+            (pause, deadline) => pause.or(deadline),
+        };
+        Step::Wait { until }
+    }
+
+    async fn propose_entry(self: &Arc<Self>, raft: &RaftHandle, machine: &Machine, writes: Vec<Waiting>) {
+        let mut answers = Vec::with_capacity(writes.len());
+        let writes = writes.into_iter().map(|waiting| {
+            answers.push((waiting.deadline, waiting.answer));
+            waiting.write
+        });
+        let command = kv::Command::Write { time_ms: machine.clock.now_ms(), writes: writes.collect() };
+        let entry = command.encode();
+        let under_way = UnderWay { proposer: self.clone(), entry: entry.clone(), answers };
+        let answer = Answer(Box::new(move |result| under_way.end(result)));
+        // If it fails the answer is dropped, which tells the callers.
+        let _ = raft.client_write_ff(Proposal(entry), Some(answer)).await;
+    }
+
+    fn entry_ended(&self) {
+        let mut queue = self.lock();
+        queue.under_way -= 1;
+        let ready = queue.may_propose();
+        drop(queue);
+        if ready {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Puts writes that were certainly not proposed back to the front.
+    fn put_back(&self, entry: &Bytes, answers: Vec<(Instant, oneshot::Sender<WriteAnswer>)>) {
+        let writes = match kv::Command::decode(entry) {
+            Ok(kv::Command::Write { writes, .. }) => writes,
+            Ok(_) | Err(_) => Vec::new(),
+        };
+        let mut queue = self.lock();
+        if let Some(reason) = queue.closed.clone() {
+            drop(queue);
+            for (_, answer) in answers {
+                let _ = answer.send(Err(ProposeError::Stopped { reason: reason.clone() }));
+            }
+            return;
+        }
+        for (write, (deadline, answer)) in writes.into_iter().zip(answers).rev() {
+            let bytes = write.size_hint() + WRITE_OVERHEAD_BYTES;
+            queue.bytes += bytes;
+            queue.waiting.push_front(Waiting { write, bytes, deadline, answer });
+        }
+        queue.not_before = Some(Instant::now() + LEASE_PAUSE);
+        drop(queue);
+        self.changed.notify_one();
+    }
+}
+
+enum Step {
+    Propose(Vec<Waiting>),
+    Wait { until: Option<Instant> },
+    End,
+}
+
+/// Takes the writes of the next entry. Those whose time has run out, or whose caller has gone, are not in it.
+fn take_entry(queue: &mut Queue, now: Instant) -> Vec<Waiting> {
+    let mut writes = Vec::with_capacity(queue.waiting.len().min(WRITES_PER_ENTRY));
+    let mut bytes = 0;
+    while writes.len() < WRITES_PER_ENTRY
+        && let Some(next) = queue.waiting.front()
+        && (bytes + next.bytes <= ENTRY_BYTES || writes.is_empty())
+    {
+        let next = queue.waiting.pop_front().expect("it has a front");
+        queue.bytes -= next.bytes;
+        if next.deadline <= now {
+            let _ = next.answer.send(Err(ProposeError::Expired));
+        } else if !next.answer.is_closed() {
+            bytes += next.bytes;
+            writes.push(next);
+        }
+    }
+    writes
+}
+
+/// Answers those at the front whose time has run out. Deadlines come about in order; one that is hidden behind a later one is found when
+/// its entry is made.
+fn expire(queue: &mut Queue, now: Instant) {
+    while queue.waiting.front().is_some_and(|write| write.deadline <= now)
+        && let Some(write) = queue.waiting.pop_front()
+    {
+        queue.bytes -= write.bytes;
+        let _ = write.answer.send(Err(ProposeError::Expired));
+    }
+}
+
+/// An entry that openraft has. Dropped without an end, its callers learn that its outcome is unknown.
+struct UnderWay {
+    proposer: Arc<Proposer>,
+    entry: Bytes,
+    answers: Vec<(Instant, oneshot::Sender<WriteAnswer>)>,
+}
+
+impl UnderWay {
+    fn end(mut self, result: ClientWriteResult<Types>) {
+        let answers = std::mem::take(&mut self.answers);
+        let outcomes = match result {
+            Ok(response) => outcomes(response.data, answers.len()),
+            Err(ClientWriteError::ForwardToLeader(ForwardToLeader { reason: ForwardReason::LeaseExpired, .. })) => {
+                return self.proposer.put_back(&self.entry, answers);
+            }
+            Err(error) => Err(propose_error(error)),
+        };
+        match outcomes {
+            Ok(outcomes) => {
+                for ((_, answer), outcome) in answers.into_iter().zip(outcomes) {
+                    let _ = answer.send(Ok(outcome));
+                }
+            }
+            Err(error) => {
+                for (_, answer) in answers {
+                    let _ = answer.send(Err(error.clone()));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.proposer.entry_ended();
+    }
+}
+
+fn outcomes(outcome: Outcome, expected: usize) -> Result<Vec<kv::WriteOutcome>, ProposeError> {
+    match outcome {
+        Outcome::Shard(kv::Outcome::Written(outcomes)) if outcomes.len() == expected => Ok(outcomes),
+        other => Err(ProposeError::unknown(format!("writes were answered by {other:?}"))),
+    }
+}
+
+/// What openraft's refusal means for a proposal.
+pub fn propose_error(error: ClientWriteError<Types>) -> ProposeError {
+    match error {
+        ClientWriteError::ForwardToLeader(forward) => {
+            ProposeError::NotLeader { leader: forward.leader_node.map(|member| member.node) }
+        }
+        ClientWriteError::LogEntryDiscarded(_) => ProposeError::unknown("the leader changed"),
+        ClientWriteError::ChangeMembershipError(error) => ProposeError::unknown(error.to_string()),
+        ClientWriteError::PreconditionFailed(error) => ProposeError::unknown(error.to_string()),
+    }
+}

@@ -1,0 +1,144 @@
+//! [`Reads`]: confirms linearizable reads, many by one round.
+//!
+//! A round asks a quorum whether this replica still leads, and then waits until all that was committed when it began is applied here
+//! (ReadIndex: Ongaro's thesis, section 6.4). Reads that come while a round is under way share the next one. A read never joins a round
+//! that was begun before it: what was acknowledged in between might be missing from it.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use openraft::LinearizerOption;
+use openraft::errors::LinearizableReadError;
+use openraft::errors::RaftError;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+
+use super::errors::{ReadError, SHUT_DOWN};
+use super::group::RaftHandle;
+use super::state_machine::Machine;
+
+/// Reads that may wait for a round.
+const WAITING_MAX: usize = 16 << 10;
+/// A round that takes longer than this has failed: what is committed is not being applied.
+const APPLY_TIMEOUT: Duration = Duration::from_secs(5);
+
+type Confirmed = Result<(), RoundError>;
+
+/// Why a round failed.
+#[derive(Debug, Clone)]
+enum RoundError {
+    /// No quorum, or nothing is applied: the next round may do better.
+    Again,
+    Final(ReadError),
+}
+
+#[derive(Default)]
+struct State {
+    waiting: Vec<oneshot::Sender<Confirmed>>,
+    /// Why nothing more is read.
+    closed: Option<String>,
+}
+
+/// The reads of one group that wait to be confirmed.
+pub struct Reads {
+    state: Mutex<State>,
+    came: Notify,
+    /// A round is not needed if a quorum has answered this recently.
+    lease_age_max: Option<Duration>,
+}
+
+impl Reads {
+    pub fn new(lease_age_max: Option<Duration>) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), came: Notify::new(), lease_age_max })
+    }
+
+    /// Returns when whatever was acknowledged before the call can be read here.
+    pub async fn confirm(&self, deadline: Instant) -> Result<(), ReadError> {
+        loop {
+            let confirmed = self.join()?;
+            match tokio::time::timeout_at(deadline, confirmed).await {
+                Ok(Ok(Ok(()))) => return Ok(()),
+                Ok(Ok(Err(RoundError::Final(error)))) => return Err(error),
+                Ok(Ok(Err(RoundError::Again))) => {}
+                Ok(Err(_)) => return Err(self.stopped()),
+                Err(_) => return Err(ReadError::Expired),
+            }
+        }
+    }
+
+    /// Waits for the next round.
+    fn join(&self) -> Result<oneshot::Receiver<Confirmed>, ReadError> {
+        let mut state = self.lock();
+        if let Some(reason) = state.closed.clone() {
+            return Err(ReadError::Stopped { reason });
+        }
+        if state.waiting.len() >= WAITING_MAX {
+            return Err(ReadError::Overloaded { limit: format!("{WAITING_MAX} reads wait") });
+        }
+        let (sender, receiver) = oneshot::channel();
+        let first = state.waiting.is_empty();
+        state.waiting.push(sender);
+        drop(state);
+        if first {
+            self.came.notify_one();
+        }
+        Ok(receiver)
+    }
+
+    pub fn close(&self, reason: &str) {
+        let mut state = self.lock();
+        state.closed.get_or_insert_with(|| reason.to_owned());
+        state.waiting.clear();
+        drop(state);
+        self.came.notify_one();
+    }
+
+    fn stopped(&self) -> ReadError {
+        ReadError::Stopped { reason: self.lock().closed.clone().unwrap_or_else(|| SHUT_DOWN.to_owned()) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder panics")
+    }
+
+    /// Does a round after another for as long as reads wait.
+    pub async fn run(self: Arc<Self>, raft: RaftHandle, machine: Arc<Machine>) {
+        loop {
+            let waiting = {
+                let mut state = self.lock();
+                if state.closed.is_some() {
+                    return;
+                }
+                std::mem::take(&mut state.waiting)
+            };
+            if waiting.is_empty() {
+                self.came.notified().await;
+                continue;
+            }
+            let confirmed = self.round(&raft, &machine).await;
+            for read in waiting {
+                let _ = read.send(confirmed.clone());
+            }
+        }
+    }
+
+    async fn round(&self, raft: &RaftHandle, machine: &Machine) -> Confirmed {
+        let option = LinearizerOption::new(Some(self.lease_age_max.unwrap_or(Duration::ZERO)), true);
+        let index = match raft.get_read_linearizer(option).await {
+            Ok(linearizer) => linearizer.read_log_id().index(),
+            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
+                let leader = forward.leader_node.map(|member| member.node);
+                return Err(RoundError::Final(ReadError::NotLeader { leader }));
+            }
+            Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => return Err(RoundError::Again),
+            Err(RaftError::Fatal(_)) => return Err(RoundError::Final(self.stopped())),
+        };
+        let mut applied = machine.applied.subscribe();
+        let reached = tokio::time::timeout(APPLY_TIMEOUT, applied.wait_for(|applied| *applied >= index)).await;
+        match reached {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(RoundError::Final(self.stopped())),
+            Err(_) => Err(RoundError::Again),
+        }
+    }
+}

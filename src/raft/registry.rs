@@ -1,0 +1,177 @@
+//! [`Registry`]: the replicas of this node that are alive, by group; and what they share: the log, the maps, the lanes.
+//!
+//! At most one replica of a group lives here at a time. Frames find their replica here; they never create one.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::{BoxFuture, join_all};
+use tokio::sync::{Mutex, Semaphore, oneshot};
+use tokio::time::Instant;
+
+use super::errors::OpenError;
+use super::group::Group;
+use super::lanes::{Heard, Lanes};
+use super::timings::RaftTimings;
+use super::transport::{Dial, Identity, Resolver};
+use super::wire::{Head, Refusal, Reply, Request};
+use crate::storage::ReplicaKey;
+use crate::storage::log::Log;
+use crate::storage::state::{ReplicaState, StateStore};
+use crate::types::{GroupId, NodeId};
+
+/// Snapshots that are written at a time: each reads a whole map and syncs a large file.
+const SNAPSHOT_TURNS: usize = 1;
+
+/// What a registry is made of.
+pub struct RegistryParts {
+    pub identity: Arc<Identity>,
+    pub resolver: Arc<dyn Resolver>,
+    pub dial: Arc<dyn Dial>,
+    pub timings: RaftTimings,
+    pub log: Log,
+    pub states: Arc<StateStore>,
+}
+
+/// What the groups of a node share.
+pub(super) struct Shared {
+    pub log: Log,
+    pub lanes: Arc<Lanes>,
+    pub timings: RaftTimings,
+    pub snapshot_turns: Semaphore,
+}
+
+/// The groups of this node.
+pub struct Registry {
+    identity: Arc<Identity>,
+    heard: Arc<Heard>,
+    shared: Arc<Shared>,
+    states: Arc<StateStore>,
+    groups: RwLock<BTreeMap<GroupId, Arc<Group>>>,
+    /// Held while a replica is opened or closed: they take their time, and two of a group must not meet. True: no more are opened.
+    opening: Mutex<bool>,
+}
+
+impl Registry {
+    pub fn new(parts: RegistryParts) -> Arc<Self> {
+        let heard = Arc::new(Heard::default());
+        let lanes = Arc::new(Lanes::new(parts.identity.clone(), parts.resolver, parts.dial, heard.clone()));
+        let shared =
+            Arc::new(Shared { log: parts.log, lanes, timings: parts.timings, snapshot_turns: Semaphore::new(SNAPSHOT_TURNS) });
+        Arc::new(Self {
+            identity: parts.identity,
+            heard,
+            shared,
+            states: parts.states,
+            groups: RwLock::default(),
+            opening: Mutex::new(false),
+        })
+    }
+
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// When each peer was last heard of.
+    pub fn heard(&self) -> &Heard {
+        &self.heard
+    }
+
+    pub fn get(&self, group: GroupId) -> Option<Arc<Group>> {
+        self.groups.read().expect("no holder panics").get(&group).cloned()
+    }
+
+    /// Every live replica, by group.
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        self.groups.read().expect("no holder panics").values().cloned().collect()
+    }
+
+    /// Opens every replica that the log knows. One that does not open is left out, and said.
+    pub async fn open_all(&self) -> Vec<(ReplicaKey, OpenError)> {
+        let mut failed = Vec::new();
+        for key in self.shared.log.replicas() {
+            if let Err(error) = self.open_replica(key, false).await {
+                failed.push((key, error));
+            }
+        }
+        failed
+    }
+
+    /// When this peer was last heard of, on any lane.
+    pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
+        self.heard.last(node)
+    }
+
+    /// Opens a replica. Where the log does not know it, it is created if it may be: the mark of that is synced before its first answer.
+    pub async fn open_replica(&self, key: ReplicaKey, may_create: bool) -> Result<Arc<Group>, OpenError> {
+        let is_closed = self.opening.lock().await;
+        if *is_closed {
+            return Err(OpenError::ShuttingDown);
+        }
+        if let Some(open) = self.get(key.group) {
+            return Err(OpenError::AlreadyOpen(open.key()));
+        }
+        let log = match self.shared.log.replica(key) {
+            Some(log) => log,
+            None if !may_create => return Err(OpenError::Missing(key)),
+            None => {
+                let (done, created) = oneshot::channel();
+                self.shared.log.create(key, Box::new(move |result| drop(done.send(result))));
+                let closed = || OpenError::Log(std::io::Error::other("it was closed"));
+                created.await.map_err(|_| closed())?.map_err(OpenError::Log)?;
+                self.shared.log.replica(key).ok_or_else(closed)?
+            }
+        };
+        let state = self.open_state(key, log.clone()).await?;
+        let group = Group::open(self.shared.clone(), log, state).await?;
+        self.groups.write().expect("no holder panics").insert(key.group, group.clone());
+        Ok(group)
+    }
+
+    async fn open_state(&self, key: ReplicaKey, log: crate::storage::log::ReplicaLog) -> Result<ReplicaState, OpenError> {
+        let states = self.states.clone();
+        let opened = tokio::task::spawn_blocking(move || states.replica(key, Arc::new(log))).await;
+        let opened = opened.map_err(|error| OpenError::Raft(format!("opening the map panicked: {error}")))?;
+        Ok(opened?)
+    }
+
+    /// Stops a replica; its data stays.
+    pub async fn close_replica(&self, key: ReplicaKey) {
+        let _opening = self.opening.lock().await;
+        let group = self.get(key.group).filter(|group| group.key() == key);
+        if let Some(group) = group {
+            group.shutdown().await;
+            self.groups.write().expect("no holder panics").remove(&key.group);
+        }
+    }
+
+    /// Hands over every leadership that somebody can take, all at a time.
+    pub async fn hand_over(&self, timeout: Duration) {
+        let led = self.groups().into_iter().filter(|group| group.leads());
+        let handed = led.filter_map(|group| group.best_successor().map(|to| (group, to))).map(|(group, to)| async move {
+            if let Err(error) = group.transfer_leader_within(to, timeout).await {
+                tracing::info!(group = %group.key().group, %error, "the leadership was not handed over");
+            }
+        });
+        join_all(handed).await;
+    }
+
+    /// Stops every replica and cuts the lanes. Hand over first where others are to go on without a pause.
+    pub async fn shutdown(&self) {
+        *self.opening.lock().await = true;
+        let groups = std::mem::take(&mut *self.groups.write().expect("no holder panics"));
+        join_all(groups.values().map(|group| group.shutdown())).await;
+        self.shared.lanes.close().await;
+    }
+
+    /// Begins to work on a request of another replica, if it is for one that lives here.
+    pub(super) fn handle(&self, head: Head, request: Request, tail: Bytes) -> Result<BoxFuture<'static, Reply>, Refusal> {
+        let group = self.get(head.group).ok_or(Refusal::NoReplica(head.group))?;
+        if group.key().replica != head.target {
+            return Err(Refusal::OtherReplica(group.key().replica));
+        }
+        group.handle(request, tail)
+    }
+}

@@ -1,0 +1,215 @@
+//! Snapshots on their way between replicas: [`send`], and [`Inbox`], where one arrives.
+//!
+//! The file travels in chunks, each answered with how much has arrived, so a broken transfer goes on where it broke, also under a new
+//! leader that has the same file. Installing takes as long as it takes; the sender asks again until it is done. A sender of another term
+//! than the one that began an installation is not told of its result: it must never take another's installation for its own.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::network::PeerClient;
+use super::transport::LaneError;
+use super::types::{vote_from_raft, vote_to_raft};
+use super::wire::{Refusal, Reply, Request, SnapshotName, WireError};
+use crate::raft::group::RaftHandle;
+use crate::raft::state_machine::with_meta;
+use crate::storage::log::Vote;
+use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
+use crate::storage::state::ReplicaState;
+
+/// Bytes of the file in one frame.
+const CHUNK_BYTES: usize = 512 << 10;
+/// How long a request to install waits for the end before it says "not yet". Below every deadline for a step.
+const INSTALL_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Sends a snapshot, and waits until it is installed. Returns the receiver's vote. Each step must succeed within `step_timeout`.
+pub async fn send(client: &PeerClient, vote: Vote, snapshot: &Snapshot, step_timeout: Duration) -> Result<Vote, LaneError> {
+    let name = name_of(snapshot);
+    let mut has = bytes_had(client.ask(&Request::SnapshotOpen { vote, snapshot: name }, &[], deadline(step_timeout)).await?)?;
+    while has < name.bytes_len {
+        let chunk = read_chunk(snapshot, has).await?;
+        let request = Request::SnapshotChunk { snapshot: name, offset: has };
+        let now_has = bytes_had(client.ask(&request, &chunk, deadline(step_timeout)).await?)?;
+        if now_has <= has {
+            return Err(LaneError::Refused(Refusal::Failed(format!("the snapshot does not grow past {has} bytes there"))));
+        }
+        has = now_has;
+    }
+    loop {
+        match client.ask(&Request::SnapshotInstall { vote, snapshot: name }, &[], deadline(step_timeout)).await? {
+            Reply::SnapshotInstalled { vote } => return Ok(vote),
+            Reply::SnapshotHas { .. } => {}
+            other => return Err(unexpected(&other)),
+        }
+    }
+}
+
+fn deadline(timeout: Duration) -> Instant {
+    Instant::now() + timeout
+}
+
+fn name_of(snapshot: &Snapshot) -> SnapshotName {
+    let applied = snapshot.applied().log_id;
+    SnapshotName { written_by: snapshot.written_by().replica, applied, bytes_len: snapshot.bytes_len() }
+}
+
+async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneError> {
+    let snapshot = snapshot.clone();
+    let read = tokio::task::spawn_blocking(move || {
+        let mut chunk = vec![0; CHUNK_BYTES];
+        let read = snapshot.read_at(offset, &mut chunk)?;
+        chunk.truncate(read);
+        Ok::<_, crate::sm::ports::StoreError>(chunk)
+    });
+    let failed = |reason: String| LaneError::Down(format!("the snapshot can't be read here: {reason}"));
+    read.await.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
+}
+
+fn bytes_had(reply: Reply) -> Result<u64, LaneError> {
+    match reply {
+        Reply::SnapshotHas { bytes_len } => Ok(bytes_len),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn unexpected(reply: &Reply) -> LaneError {
+    LaneError::Unreadable(WireError::Malformed(format!("a reply of another kind: {reply:?}")))
+}
+
+/// Where a snapshot for one replica arrives. At most one at a time.
+#[derive(Default)]
+pub struct Inbox(Mutex<Arriving>);
+
+#[derive(Default)]
+enum Arriving {
+    #[default]
+    Nothing,
+    Some {
+        name: SnapshotName,
+        receiver: SnapshotReceiver,
+    },
+    Installing {
+        name: SnapshotName,
+        vote: Vote,
+        /// None until it is done.
+        result: InstallResult,
+    },
+}
+
+impl Inbox {
+    /// Begins or goes on with a snapshot; another one that was arriving is given up.
+    pub fn open(&self, state: &ReplicaState, name: SnapshotName) -> Result<Reply, Refusal> {
+        let mut arriving = self.lock();
+        match &*arriving {
+            Arriving::Some { name: known, receiver } if *known == name => {
+                return Ok(Reply::SnapshotHas { bytes_len: receiver.bytes_len() });
+            }
+            Arriving::Installing { name: known, result, .. } if *known == name && !has_failed(result) => {
+                return Ok(Reply::SnapshotHas { bytes_len: name.bytes_len });
+            }
+            Arriving::Installing { result, .. } if is_running(result) => return Err(Refusal::Busy),
+            Arriving::Nothing | Arriving::Some { .. } | Arriving::Installing { .. } => {}
+        }
+        // The file of the one before goes first: two might not fit on the disk.
+        *arriving = Arriving::Nothing;
+        let receiver = state.begin_receive().map_err(|error| Refusal::Failed(error.to_string()))?;
+        *arriving = Arriving::Some { name, receiver };
+        Ok(Reply::SnapshotHas { bytes_len: 0 })
+    }
+
+    pub fn write(&self, name: SnapshotName, offset: u64, chunk: &Bytes) -> Result<Reply, Refusal> {
+        let mut arriving = self.lock();
+        let Arriving::Some { name: known, receiver } = &mut *arriving else { return Err(not_arriving()) };
+        if *known != name {
+            return Err(not_arriving());
+        }
+        match receiver.write_at(offset, chunk) {
+            Ok(()) => Ok(Reply::SnapshotHas { bytes_len: receiver.bytes_len() }),
+            Err(error) => {
+                *arriving = Arriving::Nothing;
+                Err(Refusal::Failed(error.to_string()))
+            }
+        }
+    }
+
+    /// Begins to install what has arrived, or waits a while for that to end. `spawn` runs the installation.
+    pub async fn install(
+        &self,
+        name: SnapshotName,
+        vote: Vote,
+        spawn: impl FnOnce(SnapshotReceiver, InstallSender),
+    ) -> Result<Reply, Refusal> {
+        let mut result = self.begin_install(name, vote, spawn)?;
+        let done = match tokio::time::timeout(INSTALL_PATIENCE, result.wait_for(Option::is_some)).await {
+            Err(_) => return Ok(Reply::SnapshotHas { bytes_len: name.bytes_len }),
+            Ok(done) => done.ok().and_then(|done| done.clone()),
+        };
+        match done {
+            Some(Ok(vote)) => Ok(Reply::SnapshotInstalled { vote }),
+            Some(Err(reason)) => Err(Refusal::Failed(reason)),
+            None => Err(Refusal::Stopped),
+        }
+    }
+
+    fn begin_install(
+        &self,
+        name: SnapshotName,
+        vote: Vote,
+        spawn: impl FnOnce(SnapshotReceiver, InstallSender),
+    ) -> Result<InstallResult, Refusal> {
+        let mut arriving = self.lock();
+        match std::mem::take(&mut *arriving) {
+            Arriving::Some { name: known, receiver } if known == name && receiver.bytes_len() == name.bytes_len => {
+                let (sender, result) = watch::channel(None);
+                *arriving = Arriving::Installing { name, vote, result: result.clone() };
+                spawn(receiver, sender);
+                Ok(result)
+            }
+            Arriving::Installing { name: known, vote: by, result } => {
+                let same = (known, by) == (name, vote);
+                if same || is_running(&result) {
+                    *arriving = Arriving::Installing { name: known, vote: by, result: result.clone() };
+                }
+                if same { Ok(result) } else { Err(not_arriving()) }
+            }
+            other => {
+                *arriving = other;
+                Err(not_arriving())
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Arriving> {
+        self.0.lock().expect("no holder panics")
+    }
+}
+
+pub type InstallSender = watch::Sender<Option<Result<Vote, String>>>;
+type InstallResult = watch::Receiver<Option<Result<Vote, String>>>;
+
+fn is_running(result: &InstallResult) -> bool {
+    result.borrow().is_none() && result.has_changed().is_ok()
+}
+
+/// Also if whoever installed it went away without a word.
+fn has_failed(result: &InstallResult) -> bool {
+    !is_running(result) && !matches!(*result.borrow(), Some(Ok(_)))
+}
+
+fn not_arriving() -> Refusal {
+    Refusal::Failed("another snapshot, or none, is arriving: begin anew".into())
+}
+
+/// Verifies what arrived and hands it to openraft, which decides whether it is wanted.
+pub async fn install(raft: RaftHandle, receiver: SnapshotReceiver, vote: Vote) -> Result<Vote, String> {
+    let vote = vote_to_raft(&vote).ok_or("a vote for nobody")?;
+    let received = tokio::task::spawn_blocking(move || receiver.finish()).await.map_err(|error| error.to_string())?;
+    let snapshot = received.map_err(|error| error.to_string())?;
+    let snapshot = with_meta(snapshot).map_err(|error| error.to_string())?;
+    let response = raft.install_full_snapshot(vote, snapshot).await.map_err(|error| error.to_string())?;
+    Ok(vote_from_raft(&response.vote))
+}

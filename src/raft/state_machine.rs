@@ -1,0 +1,231 @@
+//! [`StateMachine`]: the map of a replica as openraft sees it. Decodes entries, applies them by the core, and answers.
+//!
+//! Each entry is applied on its own: its changes, its log id and the membership go into the map in one step, and the next entry sees
+//! them. Openraft holds the answers until the whole stream is read; here each goes out as soon as its entry is applied.
+//! An error is final: the replica has met a broken disk or an entry that it can't decode, and going on would make replicas differ.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use futures::{Stream, TryStreamExt};
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use openraft::type_config::alias::SnapshotOf;
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::types::{
+    Outcome, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership, encode_stored_membership, from_raft,
+    to_raft,
+};
+use crate::sm::ports::StoreError;
+use crate::sm::{kv, meta, requests};
+use crate::storage::snapshot::Snapshot;
+use crate::storage::state::{Applied, ReplicaState};
+
+/// After this many entries others get a turn on the thread: an entry holds up to a few hundred writes.
+const ENTRIES_PER_TURN: usize = 8;
+
+/// What the rest of a group sees of its state machine.
+pub struct Machine {
+    pub state: ReplicaState,
+    /// Index of the last applied entry.
+    pub applied: watch::Sender<u64>,
+    pub clock: GroupClock,
+    failure: Mutex<Option<String>>,
+}
+
+impl Machine {
+    pub fn new(state: ReplicaState) -> Result<Self, StoreError> {
+        let applied = state.applied().log_id.map_or(0, |id| id.index);
+        let machine = Self { state, applied: watch::Sender::new(applied), clock: GroupClock::new(), failure: Mutex::new(None) };
+        machine.read_clock()?;
+        Ok(machine)
+    }
+
+    /// The map knows the time of the last entry.
+    fn read_clock(&self) -> Result<(), StoreError> {
+        if !self.state.key().group.is_meta() {
+            self.clock.observe(requests::group_time_ms(&self.state.read())?);
+        }
+        Ok(())
+    }
+
+    /// Why nothing more is applied.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().expect("no holder panics").clone()
+    }
+
+    /// Keeps the first reason.
+    pub fn fail(&self, reason: String) {
+        self.failure.lock().expect("no holder panics").get_or_insert(reason);
+    }
+
+    fn fatal(&self, error: StoreError) -> io::Error {
+        self.fail(error.to_string());
+        io::Error::other(error)
+    }
+}
+
+/// Group time in milliseconds: that of the last applied entry plus what has passed here since. No wall clock is read; while every
+/// replica is down it stands still.
+pub struct GroupClock(Mutex<(u64, Instant)>);
+
+impl GroupClock {
+    fn new() -> Self {
+        Self(Mutex::new((0, Instant::now())))
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        let (time_ms, at) = *self.0.lock().expect("no holder panics");
+        time_ms + u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX - time_ms)
+    }
+
+    fn observe(&self, time_ms: u64) {
+        let mut last = self.0.lock().expect("no holder panics");
+        if time_ms > last.0 {
+            *last = (time_ms, Instant::now());
+        }
+    }
+}
+
+/// Owned by openraft's worker; clones share the machine.
+#[derive(Clone)]
+pub struct StateMachine {
+    machine: Arc<Machine>,
+    is_meta: bool,
+    /// Kept encoded as it is written with every entry.
+    membership: bytes::Bytes,
+}
+
+impl StateMachine {
+    pub fn new(machine: Arc<Machine>) -> Self {
+        let membership = machine.state.applied().membership;
+        Self { is_meta: machine.state.key().group.is_meta(), machine, membership }
+    }
+
+    fn apply_entry(
+        &mut self,
+        id: RaftLogId,
+        payload: EntryPayload<super::types::Proposal, crate::types::ReplicaId, super::types::Member>,
+    ) -> Result<Outcome, StoreError> {
+        let index = id.index();
+        let (outcome, batch) = match payload {
+            EntryPayload::Blank => (Outcome::Nothing, Default::default()),
+            EntryPayload::Membership(membership) => {
+                self.membership = encode_stored_membership(&StoredMembership::new(Some(id), membership));
+                (Outcome::Nothing, Default::default())
+            }
+            EntryPayload::Normal(proposal) if self.is_meta => {
+                let command = meta::Command::decode(&proposal.0)?;
+                let (outcome, batch) = meta::apply(&self.machine.state.read(), index, command)?;
+                (Outcome::Meta(outcome), batch)
+            }
+            EntryPayload::Normal(proposal) => {
+                let command = kv::Command::decode(&proposal.0)?;
+                if let kv::Command::Write { time_ms, .. } = &command {
+                    self.machine.clock.observe(*time_ms);
+                }
+                let (outcome, batch) = kv::apply(&self.machine.state.read(), index, command)?;
+                (Outcome::Shard(outcome), batch)
+            }
+        };
+        let applied = Applied { log_id: Some(from_raft(&id)), membership: self.membership.clone() };
+        self.machine.state.apply(batch, applied)?;
+        Ok(outcome)
+    }
+}
+
+impl RaftStateMachine<Types> for StateMachine {
+    type SnapshotData = Snapshot;
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<RaftLogId>, StoredMembership)> {
+        let applied = self.machine.state.applied();
+        let membership = decode_stored_membership(&applied.membership).map_err(io::Error::other)?;
+        Ok((applied.log_id.map(to_raft), membership))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> io::Result<()>
+    where
+        S: Stream<Item = io::Result<EntryResponder<Types>>> + Unpin + OptionalSend,
+    {
+        let mut in_turn = 0;
+        while let Some((entry, responder)) = entries.try_next().await? {
+            if in_turn == 0 {
+                self.machine.state.wait_room().await;
+            }
+            let index = entry.log_id.index();
+            let outcome = self.apply_entry(entry.log_id, entry.payload).map_err(|error| self.machine.fatal(error))?;
+            self.machine.applied.send_replace(index);
+            if let Some(responder) = responder {
+                responder.send(outcome);
+            }
+            in_turn += 1;
+            if in_turn == ENTRIES_PER_TURN {
+                in_turn = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Openraft is given the snapshot that `Group::build_snapshot` has made: building is ours to decide, and an error of it must not
+    /// stop the group.
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
+        let made = if force { None } else { self.machine.state.current_snapshot() };
+        (force || made.is_some()).then(|| SnapshotBuilder { machine: self.machine.clone(), made })
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        SnapshotBuilder { machine: self.machine.clone(), made: None }
+    }
+
+    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: Snapshot) -> io::Result<()> {
+        let state = self.machine.state.clone();
+        let installed = tokio::task::spawn_blocking(move || state.install(&snapshot)).await;
+        installed.map_err(io::Error::other)?.map_err(|error| self.machine.fatal(error))?;
+        let applied = self.machine.state.applied();
+        self.membership = applied.membership;
+        self.machine.read_clock().map_err(|error| self.machine.fatal(error))?;
+        self.machine.applied.send_replace(applied.log_id.map_or(0, |id| id.index));
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, Snapshot>>> {
+        self.machine.state.current_snapshot().map(with_meta).transpose()
+    }
+}
+
+/// Hands openraft a snapshot.
+pub struct SnapshotBuilder {
+    machine: Arc<Machine>,
+    made: Option<Snapshot>,
+}
+
+impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
+    type SnapshotData = Snapshot;
+
+    async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, Snapshot>> {
+        match self.made.take() {
+            Some(made) => with_meta(made),
+            None => with_meta(build(&self.machine.state).await.map_err(io::Error::other)?),
+        }
+    }
+}
+
+/// Writes a snapshot file of all that is applied.
+pub async fn build(state: &ReplicaState) -> Result<Snapshot, StoreError> {
+    state.settle().await;
+    let state = state.clone();
+    let built = tokio::task::spawn_blocking(move || state.build_snapshot()).await;
+    built.map_err(|error| StoreError::Io { context: "building a snapshot".into(), source: io::Error::other(error) })?
+}
+
+/// A snapshot with what openraft wants to know of it.
+pub fn with_meta(snapshot: Snapshot) -> io::Result<SnapshotOf<Types, Snapshot>> {
+    let applied = snapshot.applied();
+    let last_membership = decode_stored_membership(&applied.membership).map_err(io::Error::other)?;
+    let meta = SnapshotMeta { last_log_id: applied.log_id.map(to_raft), last_membership };
+    Ok(SnapshotOf::<Types, Snapshot> { meta, snapshot })
+}

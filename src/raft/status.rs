@@ -1,0 +1,168 @@
+//! What a group says of itself: [`GroupStatus`] at a moment, [`GroupWatch`] as it changes, [`Freshness`] of its map.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::types::{StoredMembership, from_raft};
+use crate::storage::ReplicaKey;
+use crate::types::{LogId, NodeId, ReplicaId};
+
+/// What a replica is in its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Leader,
+    Follower,
+    /// Asks for votes.
+    Candidate,
+    /// Applies, and has no vote.
+    Learner,
+    Stopped,
+}
+
+/// The leader, as a replica knows it. It may have been deposed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leader {
+    pub replica: ReplicaId,
+    /// None if the membership that is known here does not name it.
+    pub node: Option<NodeId>,
+}
+
+/// A replica at a moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupStatus {
+    pub key: ReplicaKey,
+    pub role: Role,
+    pub leader: Option<NodeId>,
+    pub leader_replica: Option<ReplicaId>,
+    pub term: u64,
+    pub last_log: Option<LogId>,
+    pub committed: Option<LogId>,
+    pub applied: Option<LogId>,
+    pub snapshot: Option<LogId>,
+    pub purged: Option<LogId>,
+    /// The membership in effect, perhaps not committed.
+    pub membership: GroupMembership,
+    /// Why the replica has stopped, if it was not asked to.
+    pub failed: Option<String>,
+    /// Of a leader: how long ago a quorum answered what was sent to it then.
+    pub quorum_acked: Option<Duration>,
+    /// How long ago the leader was heard of; zero for the leader itself, none since the start.
+    pub leader_heard: Option<Duration>,
+    /// Of a leader: through where each replica's log is known to match its own.
+    pub matched: BTreeMap<ReplicaId, Option<LogId>>,
+}
+
+/// Who belongs to a group.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GroupMembership {
+    /// Of the entry that says so; none before the group has begun.
+    pub log_id: Option<LogId>,
+    pub voters: BTreeMap<ReplicaId, NodeId>,
+    pub learners: BTreeMap<ReplicaId, NodeId>,
+    /// Not in the middle of a change of voters. While it is not, `voters` are those of both sides.
+    pub is_uniform: bool,
+}
+
+impl GroupMembership {
+    /// Voters and learners.
+    pub fn members(&self) -> BTreeSet<ReplicaId> {
+        self.voters.keys().chain(self.learners.keys()).copied().collect()
+    }
+
+    pub fn is_member(&self, replica: ReplicaId) -> bool {
+        self.voters.contains_key(&replica) || self.learners.contains_key(&replica)
+    }
+}
+
+impl From<&StoredMembership> for GroupMembership {
+    fn from(stored: &StoredMembership) -> Self {
+        let voter_ids: BTreeSet<ReplicaId> = stored.voter_ids().collect();
+        let members = stored.nodes().map(|(replica, member)| (*replica, member.node));
+        let (voters, learners) = members.partition(|(replica, _)| voter_ids.contains(replica));
+        let is_uniform = stored.get_joint_config().len() <= 1;
+        Self { log_id: stored.log_id().as_ref().map(from_raft), voters, learners, is_uniform }
+    }
+}
+
+/// What changes seldom, and is worth waking for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupWatch {
+    pub role: Role,
+    pub leader: Option<Leader>,
+    pub term: u64,
+    pub membership: GroupMembership,
+    /// The last membership that is committed here.
+    pub committed_membership: GroupMembership,
+    /// Why the replica has stopped, if it was not asked to.
+    pub failure: Option<String>,
+}
+
+/// How old a follower's map may be: when it was last known to hold all that its leader had committed.
+#[derive(Debug, Default)]
+pub struct Freshness(Mutex<Heard>);
+
+#[derive(Debug, Default)]
+struct Heard {
+    /// When an append of a leader was last taken.
+    last: Option<Instant>,
+    /// A commit that was heard of, and when. Kept until it is applied, or it would never be while commits go on.
+    awaited: Option<(Instant, u64)>,
+    /// The map held all that was committed at this time.
+    fresh: Option<Instant>,
+}
+
+impl Freshness {
+    /// An append of the leader was taken, which had committed through this index.
+    pub fn heard(&self, commit: u64, applied: u64) {
+        let now = Instant::now();
+        let mut heard = self.0.lock().expect("no holder panics");
+        heard.last = Some(now);
+        heard.settle(applied);
+        heard.awaited.get_or_insert((now, commit));
+        heard.settle(applied);
+    }
+
+    /// When the leader was last heard of.
+    pub fn last_heard(&self) -> Option<Instant> {
+        self.0.lock().expect("no holder panics").last
+    }
+
+    /// When the map was last known to hold all that its leader had committed; none since the start.
+    pub fn fresh_at(&self, applied: u64) -> Option<Instant> {
+        let mut heard = self.0.lock().expect("no holder panics");
+        heard.settle(applied);
+        heard.fresh
+    }
+}
+
+impl Heard {
+    fn settle(&mut self, applied: u64) {
+        if let Some((at, _)) = self.awaited.take_if(|(_, commit)| *commit <= applied) {
+            self.fresh = Some(at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_map_is_as_fresh_as_the_last_commit_that_it_caught_up_with() {
+        let freshness = Freshness::default();
+        assert_eq!(freshness.fresh_at(0), None);
+        let start = Instant::now();
+        freshness.heard(5, 3);
+        assert_eq!(freshness.fresh_at(3), None);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        freshness.heard(9, 4);
+        assert_eq!(freshness.fresh_at(5), Some(start), "what was committed a second ago is applied now");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        freshness.heard(9, 9);
+        assert_eq!(freshness.fresh_at(9), Some(Instant::now()));
+        assert_eq!(freshness.last_heard(), Some(Instant::now()));
+    }
+}

@@ -1,0 +1,239 @@
+//! The harness: [`TestNode`]s that can be killed and started again from their disks, and what tests say to their groups.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use crate::raft::lanes::memory::MemoryHub;
+use crate::raft::transport::{Dial, Identity, Resolver};
+use crate::raft::{Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts};
+use crate::sm::kv::{self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome};
+use crate::storage::ReplicaKey;
+use crate::storage::log::{Log, LogOptions};
+use crate::storage::mem_trees::MemTrees;
+use crate::storage::sim_disk::SimDisk;
+use crate::storage::state::{StateOptions, StateStore};
+use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
+
+pub const CLUSTER: ClusterId = ClusterId(7);
+
+pub fn key(group: u64, replica: u64) -> ReplicaKey {
+    ReplicaKey { group: GroupId(group), replica: ReplicaId(replica) }
+}
+
+pub fn directory(node: NodeId) -> DirectoryId {
+    DirectoryId(u128::from(node.0) + 1000)
+}
+
+/// Long enough for a loaded machine; only a failing test waits for it.
+pub fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+/// What survives a node's process.
+#[derive(Clone)]
+pub struct Disks {
+    pub disk: SimDisk,
+    pub trees: MemTrees,
+}
+
+impl Disks {
+    pub fn new(seed: u64) -> Self {
+        Self { disk: SimDisk::new(seed), trees: MemTrees::new() }
+    }
+}
+
+pub struct TestNode {
+    pub registry: Arc<Registry>,
+    log: Log,
+    states: Arc<StateStore>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl TestNode {
+    pub fn start(node: NodeId, disks: &Disks, resolver: Arc<dyn Resolver>, dial: Arc<dyn Dial>, timings: RaftTimings) -> Self {
+        let disk = Arc::new(disks.disk.clone());
+        let options = LogOptions { segment_bytes: 1 << 20, grow_bytes: 64 << 10, ..LogOptions::default() };
+        let (log, writer) = Log::open(disk.clone(), Path::new("/log"), options).expect("a log");
+        let trees = Arc::new(disks.trees.clone());
+        let (states, checkpointer) = StateStore::open(trees, disk, Path::new("/"), StateOptions::default()).expect("maps");
+        let threads = vec![std::thread::spawn(move || writer.run()), std::thread::spawn(move || checkpointer.run())];
+        let identity = Arc::new(Identity::member(directory(node), CLUSTER, node));
+        let states = Arc::new(states);
+        let parts = RegistryParts { identity, resolver, dial, timings, log: log.clone(), states: states.clone() };
+        Self { registry: Registry::new(parts), log, states, threads }
+    }
+
+    /// Stops it as a kill would as far as others can see; what was written stays written. No handle of its registry may be left.
+    pub async fn stop(self) {
+        self.registry.shutdown().await;
+        self.log.close();
+        drop((self.registry, self.log, self.states));
+        let threads = self.threads;
+        tokio::task::spawn_blocking(move || threads.into_iter().for_each(|thread| thread.join().expect("it ended well")))
+            .await
+            .expect("joined");
+    }
+}
+
+impl TestNode {
+    /// The clean stop, whoever still holds its registry.
+    pub async fn close(self) {
+        self.registry.shutdown().await;
+        let (states, log, threads) = (self.states, self.log, self.threads);
+        let close = move || {
+            states.close().expect("a clean stop");
+            log.close();
+            threads.into_iter().for_each(|thread| thread.join().expect("it ended well"));
+        };
+        tokio::task::spawn_blocking(close).await.expect("closed");
+    }
+}
+
+/// Nodes 1 to n over lanes in memory; replica r of each group is on node r.
+pub struct TestCluster {
+    pub hub: Arc<MemoryHub>,
+    pub nodes: BTreeMap<NodeId, TestNode>,
+    pub disks: BTreeMap<NodeId, Disks>,
+    pub timings: RaftTimings,
+}
+
+impl TestCluster {
+    pub fn new(nodes: u64) -> Self {
+        Self::with_timings(nodes, RaftTimings::default())
+    }
+
+    pub fn with_timings(nodes: u64, timings: RaftTimings) -> Self {
+        let mut cluster = Self { hub: MemoryHub::new(), nodes: BTreeMap::new(), disks: BTreeMap::new(), timings };
+        for id in (1..=nodes).map(NodeId) {
+            cluster.disks.insert(id, Disks::new(id.0));
+            cluster.start(id);
+        }
+        cluster
+    }
+
+    /// Starts a node on its disks. Its replicas are not open yet.
+    pub fn start(&mut self, id: NodeId) {
+        let node = TestNode::start(id, &self.disks[&id], self.hub.clone(), self.hub.dial_from(id), self.timings.clone());
+        self.hub.add(id, node.registry.clone());
+        self.nodes.insert(id, node);
+    }
+
+    pub async fn restart(&mut self, id: NodeId) {
+        self.start(id);
+        let failed = self.nodes[&id].registry.open_all().await;
+        assert!(failed.is_empty(), "{failed:?}");
+    }
+
+    pub async fn stop(&mut self, id: NodeId) {
+        self.hub.remove(id);
+        self.nodes.remove(&id).expect("it runs").stop().await;
+    }
+
+    pub async fn stop_all(mut self) {
+        for id in self.nodes.keys().copied().collect::<Vec<_>>() {
+            self.stop(id).await;
+        }
+    }
+
+    /// Opens replica r of `group` on every node r, and begins the group.
+    pub async fn found(&self, group: u64) {
+        for (id, node) in &self.nodes {
+            node.registry.open_replica(key(group, id.0), true).await.expect("a replica");
+        }
+        let voters: BTreeMap<ReplicaId, NodeId> = self.nodes.keys().map(|id| (ReplicaId(id.0), *id)).collect();
+        // Spread over the nodes: whoever begins usually leads.
+        let first = 1 + group % self.nodes.len() as u64;
+        self.group(first, group).initialize(&voters).await.expect("a new group");
+        let claim = kv::Command::Claim { slots: Slot::all().collect() };
+        let leader = self.leader(group).await;
+        match self.nodes[&leader].registry.get(GroupId(group)).expect("open").propose_command(claim, soon()).await {
+            Ok(kv::Outcome::Claimed) => {}
+            other => panic!("the slots were not claimed: {other:?}"),
+        }
+    }
+
+    pub fn group(&self, node: u64, group: u64) -> Arc<Group> {
+        self.nodes[&NodeId(node)].registry.get(GroupId(group)).expect("an open replica")
+    }
+
+    /// Waits until a running node leads, confirmed by a quorum.
+    pub async fn leader(&self, group: u64) -> NodeId {
+        let deadline = soon();
+        loop {
+            for (id, node) in &self.nodes {
+                let group = node.registry.get(GroupId(group)).filter(|group| group.leads());
+                if let Some(group) = group
+                    && group.read_barrier(Instant::now() + Duration::from_secs(1)).await.is_ok()
+                {
+                    return *id;
+                }
+            }
+            assert!(Instant::now() < deadline, "group {group} has no leader");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Writes by way of whoever leads, trying again after each certain no.
+    pub async fn put(&self, group: u64, key: &str, value: &str) {
+        let deadline = soon();
+        loop {
+            let leader = self.leader(group).await;
+            match self.group(leader.0, group).propose(put(key, value), deadline).await {
+                Ok(outcome) => return assert_put(&outcome),
+                Err(ProposeError::NotLeader { .. }) => {}
+                Err(error) => panic!("the put of {key} failed: {error}"),
+            }
+        }
+    }
+
+    /// Reads linearizably from whoever leads.
+    pub async fn get(&self, group: u64, key: &str) -> Option<String> {
+        let deadline = soon();
+        loop {
+            let leader = self.leader(group).await;
+            let group = self.group(leader.0, group);
+            match group.read_barrier(deadline).await {
+                Ok(()) => return read(&group, key),
+                Err(ReadError::NotLeader { .. }) => {}
+                Err(error) => panic!("the read of {key} failed: {error}"),
+            }
+        }
+    }
+}
+
+pub fn put(key: &str, value: &str) -> Write {
+    let action = Action::Put { media: Media::Text, value: Bytes::copy_from_slice(value.as_bytes()) };
+    let operation = Operation { key: Bytes::copy_from_slice(key.as_bytes()), condition: Condition::None, action };
+    Write { operations: vec![operation], idempotency_key: None }
+}
+
+pub fn assert_put(outcome: &WriteOutcome) {
+    match outcome {
+        WriteOutcome::Applied(outcomes) if matches!(outcomes[..], [OperationOutcome::Put { .. }]) => {}
+        other => panic!("not a put: {other:?}"),
+    }
+}
+
+/// What a replica's map holds now.
+pub fn read(group: &Group, key: &str) -> Option<String> {
+    match kv::read(&group.state().read(), key.as_bytes()).expect("a readable map") {
+        kv::ReadOutcome::Owned(record) => record.map(|record| String::from_utf8(record.value.to_vec()).expect("text")),
+        // A follower may not have applied the claim yet.
+        kv::ReadOutcome::NotOwned { .. } => None,
+    }
+}
+
+/// Waits until `holds` does, failing after a while.
+pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = soon();
+    while !holds() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}

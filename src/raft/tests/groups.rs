@@ -1,0 +1,292 @@
+//! What groups promise, on nodes in one process.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::time::Instant;
+
+use super::cluster::*;
+use crate::raft::{ProposeError, ReadError, Role};
+use crate::types::{NodeId, ReplicaId};
+
+#[tokio::test]
+async fn a_group_of_one_serves() {
+    let cluster = TestCluster::new(1);
+    cluster.found(1).await;
+    cluster.put(1, "k", "v").await;
+    assert_eq!(cluster.get(1, "k").await.as_deref(), Some("v"));
+    let status = cluster.group(1, 1).status();
+    assert_eq!((status.role, status.leader), (Role::Leader, Some(NodeId(1))));
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn three_groups_serve_through_the_loss_of_a_leader_and_all_come_back_from_their_disks() {
+    let mut cluster = TestCluster::new(3);
+    for group in 1..=3 {
+        cluster.found(group).await;
+        cluster.put(group, "before", &group.to_string()).await;
+    }
+    let lost = cluster.leader(1).await;
+    cluster.stop(lost).await;
+    for group in 1..=3 {
+        cluster.put(group, "during", &group.to_string()).await;
+        assert_eq!(cluster.get(group, "before").await, Some(group.to_string()));
+    }
+    cluster.restart(lost).await;
+    for group in 1..=3 {
+        let replica = cluster.group(lost.0, group);
+        until("the one that was away catches up", || read(&replica, "during") == Some(group.to_string())).await;
+    }
+    for id in 1..=3 {
+        cluster.stop(NodeId(id)).await;
+    }
+    for id in 1..=3 {
+        cluster.restart(NodeId(id)).await;
+    }
+    for group in 1..=3 {
+        assert_eq!(cluster.get(group, "before").await, Some(group.to_string()));
+        assert_eq!(cluster.get(group, "during").await, Some(group.to_string()));
+        cluster.put(group, "after", "x").await;
+    }
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn acknowledged_writes_survive_a_power_cut_of_all_nodes() {
+    let mut cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    for round in 0..3 {
+        for n in 0..20 {
+            cluster.put(1, &format!("{round}-{n}"), "v").await;
+        }
+        for id in (1..=3).map(NodeId) {
+            cluster.stop(id).await;
+            cluster.disks[&id].disk.crash();
+            cluster.disks[&id].trees.crash(crate::storage::mem_trees::Crash::Power, round);
+        }
+        for id in (1..=3).map(NodeId) {
+            cluster.restart(id).await;
+        }
+        for n in 0..20 {
+            assert_eq!(cluster.get(1, &format!("{round}-{n}")).await.as_deref(), Some("v"), "round {round}, key {n}");
+        }
+    }
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_follower_that_was_away_is_brought_back_by_a_snapshot() {
+    let mut cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    cluster.put(1, "old", "1").await;
+    let leader = cluster.leader(1).await;
+    let away = NodeId(1 + leader.0 % 3);
+    cluster.stop(away).await;
+    // More than a chunk of a snapshot.
+    let large = "x".repeat(100 << 10);
+    for n in 0..12 {
+        cluster.put(1, &format!("large-{n}"), &large).await;
+    }
+    for id in cluster.nodes.keys() {
+        let group = cluster.group(id.0, 1);
+        group.build_snapshot().await.expect("a snapshot");
+        until("openraft knows of the snapshot", || group.status().snapshot.is_some()).await;
+        let snapshot = group.status().snapshot.expect("it is there");
+        group.purge_log(snapshot.index).await;
+        until("the log is purged", || group.status().purged == Some(snapshot)).await;
+        assert_eq!(group.log_bytes_since_snapshot(), 0);
+        assert!(group.snapshot_bytes() > 1 << 20);
+    }
+    cluster.restart(away).await;
+    let replica = cluster.group(away.0, 1);
+    until("the snapshot is installed", || read(&replica, "large-11").as_deref() == Some(&large)).await;
+    cluster.put(1, "new", "2").await;
+    until("and the log goes on after it", || read(&replica, "new").as_deref() == Some("2")).await;
+    cluster.stop(away).await;
+    cluster.restart(away).await;
+    let replica = cluster.group(away.0, 1);
+    assert_eq!(read(&replica, "large-0").as_deref(), Some(&large[..]), "it came back from its own disk");
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn concurrent_writes_are_merged_into_few_entries() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    let before = group.status().last_log.expect("a log").index;
+    let writes: Vec<String> = (0..2000).map(|n| format!("k{n}")).collect();
+    let outcomes = join_all(writes.iter().map(|name| group.propose(put(name, "v"), soon()))).await;
+    outcomes.iter().for_each(|outcome| assert_put(outcome.as_ref().expect("written")));
+    let entries = group.status().last_log.expect("a log").index - before;
+    assert!(entries <= 20, "2000 writes made {entries} entries");
+    for name in ["k0", "k999", "k1999"] {
+        assert_eq!(cluster.get(1, name).await.as_deref(), Some("v"));
+    }
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn without_a_quorum_nothing_is_acknowledged_and_what_was_never_proposed_says_so() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    cluster.put(1, "k", "1").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    cluster.hub.isolate(leader);
+    let brief = || Instant::now() + Duration::from_millis(1500);
+    assert_eq!(group.propose(put("k", "late"), Instant::now()).await, Err(ProposeError::Expired));
+    let read = group.read_barrier(brief()).await;
+    assert!(matches!(read, Err(ReadError::Expired | ReadError::NotLeader { .. })), "{read:?}");
+    // The lease has run out by now: openraft takes nothing any more, and this is a certain no.
+    let written = group.propose(put("k", "2"), brief()).await;
+    assert!(matches!(written, Err(ProposeError::Expired | ProposeError::NotLeader { .. })), "{written:?}");
+    // The others elect one of them.
+    let others: Vec<_> = (1..=3).filter(|id| *id != leader.0).map(|id| cluster.group(id, 1)).collect();
+    until("the others have a leader", || others.iter().any(|group| group.leads())).await;
+    let new = others.iter().find(|group| group.leads()).expect("it leads").clone();
+    new.read_barrier(soon()).await.expect("a quorum");
+    assert_eq!(super::cluster::read(&new, "k").as_deref(), Some("1"));
+    assert_put(&new.propose(put("k", "3"), soon()).await.expect("written"));
+    cluster.hub.heal();
+    until("the old leader follows", || super::cluster::read(&group, "k").as_deref() == Some("3")).await;
+    assert!(!group.leads());
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_deposed_leader_confirms_no_read() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    cluster.put(1, "k", "old").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    // Reads begin all the time, before, while and after the leader is cut off.
+    let reader = tokio::spawn({
+        let group = group.clone();
+        async move {
+            let mut confirmed = Vec::new();
+            loop {
+                let begun = Instant::now();
+                match group.read_barrier(begun + Duration::from_secs(5)).await {
+                    Ok(()) => confirmed.push((begun, read(&group, "k"))),
+                    Err(_) => return confirmed,
+                }
+            }
+        }
+    });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    cluster.hub.isolate(leader);
+    let others: Vec<_> = (1..=3).filter(|id| *id != leader.0).map(|id| cluster.group(id, 1)).collect();
+    until("the others have a leader", || others.iter().any(|group| group.leads())).await;
+    let new = others.iter().find(|group| group.leads()).expect("it leads").clone();
+    assert_put(&new.propose(put("k", "new"), soon()).await.expect("written"));
+    let acknowledged = Instant::now();
+    for (begun, value) in reader.await.expect("the reader ends") {
+        assert!(begun < acknowledged || value.as_deref() == Some("new"), "a stale read was confirmed");
+    }
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn leadership_is_handed_over_and_writes_go_on() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    for n in 0..4 {
+        let leader = cluster.leader(1).await;
+        let group = cluster.group(leader.0, 1);
+        cluster.put(1, &n.to_string(), "v").await;
+        let to = ReplicaId(1 + leader.0 % 3);
+        until("the target has caught up", || group.is_caught_up(to)).await;
+        group.transfer_leader(to).await.expect("handed over");
+        assert_eq!(group.status().leader_replica, Some(to));
+        cluster.put(1, &format!("after-{n}"), "v").await;
+    }
+    let leader = cluster.leader(1).await;
+    cluster.nodes[&leader].registry.hand_over(Duration::from_secs(10)).await;
+    assert!(!cluster.group(leader.0, 1).leads());
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn members_come_and_go() {
+    let cluster = TestCluster::new(4);
+    // Replicas on nodes 1 to 3; the fourth joins later.
+    for id in 1..=4 {
+        cluster.nodes[&NodeId(id)].registry.open_replica(key(1, id), true).await.expect("a replica");
+    }
+    let voters = (1..=3).map(|id| (ReplicaId(id), NodeId(id))).collect();
+    assert!(!cluster.group(1, 1).is_initialized());
+    for id in 1..=3 {
+        cluster.group(id, 1).initialize(&voters).await.expect("each may begin it");
+    }
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    assert!(group.is_initialized());
+    group.add_learner(ReplicaId(4), NodeId(4)).await.expect("added");
+    group.add_learner(ReplicaId(4), NodeId(4)).await.expect("it is a member already");
+    until("the learner has caught up", || group.is_caught_up(ReplicaId(4))).await;
+    assert_eq!(cluster.group(4, 1).status().role, Role::Learner);
+    let leaving = ReplicaId(1 + leader.0 % 3);
+    let voters: BTreeSet<ReplicaId> = (1..=4).map(ReplicaId).filter(|id| *id != leaving).collect();
+    group.change_voters(voters.clone()).await.expect("changed");
+    let committed = group.watch().borrow().committed_membership.clone();
+    assert!(committed.is_uniform);
+    assert_eq!(committed.members(), voters);
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_replica_whose_disk_fails_stops_and_says_why_and_the_others_go_on() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    cluster.put(1, "k", "1").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    cluster.disks[&leader].disk.fail_sync_after(0);
+    let written = group.propose(put("k", "2"), soon()).await;
+    assert!(matches!(written, Err(ProposeError::Unknown { .. }) | Ok(_)), "{written:?}");
+    until("the failure is known", || group.status().failed.is_some()).await;
+    assert_eq!(group.status().role, Role::Stopped);
+    let refused = group.propose(put("k", "3"), soon()).await;
+    assert!(matches!(refused, Err(ProposeError::Stopped { .. })), "{refused:?}");
+    assert!(matches!(group.read_barrier(soon()).await, Err(ReadError::Stopped { .. })));
+    let others: Vec<_> = (1..=3).filter(|id| *id != leader.0).map(|id| cluster.group(id, 1)).collect();
+    until("the others have a leader", || others.iter().any(|group| group.leads())).await;
+    let new = others.iter().find(|group| group.leads()).expect("it leads").clone();
+    assert_put(&new.propose(put("k", "4"), soon()).await.expect("written"));
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_follower_knows_how_old_its_map_is() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    cluster.put(1, "k", "v").await;
+    let leader = cluster.leader(1).await;
+    let follower = cluster.group(1 + leader.0 % 3, 1);
+    until("it is fresh", || follower.staleness().is_some_and(|age| age < Duration::from_secs(1))).await;
+    assert_eq!(cluster.group(leader.0, 1).status().leader_heard, Some(Duration::ZERO));
+    assert!(cluster.nodes[&leader].registry.last_heard(NodeId(1 + leader.0 % 3)).is_some());
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn proposals_past_a_bound_are_refused() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    cluster.hub.isolate(leader);
+    let value: Arc<str> = "x".repeat(1 << 20).into();
+    let deadline = Instant::now() + Duration::from_secs(3);
+    let outcomes = join_all((0..60).map(|_| group.propose(put("k", &value), deadline))).await;
+    let refused = outcomes.iter().filter(|outcome| matches!(outcome, Err(ProposeError::Overloaded { .. }))).count();
+    assert!(refused >= 10, "{refused} of 60 MiB were refused");
+    assert!(outcomes.iter().all(Result::is_err));
+    cluster.stop_all().await;
+}

@@ -1,0 +1,154 @@
+//! Lanes: what they refuse, and that they carry groups over real HTTP/2.
+
+use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt, stream};
+use http_body_util::{BodyExt, BodyStream, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::TcpListener;
+
+use super::cluster::*;
+use crate::raft::lanes::http::HttpDial;
+use crate::raft::lanes::serve_lane;
+use crate::raft::transport::{Lane, Peer, Resolver};
+use crate::raft::wire::{self, FrameReader, Head, Hello, Refusal, Reply, Request};
+use crate::raft::{RaftTimings, Registry};
+use crate::storage::log::Vote;
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, ReplicaId};
+
+fn hello() -> Hello {
+    let (from, to) = (NodeId(9), NodeId(1));
+    Hello { cluster: CLUSTER, from, from_directory: directory(from), to, to_directory: directory(to) }
+}
+
+/// Replies to what is sent, in the order in which they come.
+async fn replies(registry: &Arc<Registry>, sent: Vec<Bytes>) -> Vec<Reply> {
+    let incoming = stream::iter(sent).map(Ok::<_, Infallible>).chain(stream::pending());
+    let count = 1;
+    let mut outgoing = Box::pin(serve_lane(registry.clone(), Lane::Log, incoming));
+    let mut reader = FrameReader::default();
+    let mut found = Vec::new();
+    while found.len() < count {
+        let Some(chunk) = outgoing.next().await else { break };
+        reader.push(chunk);
+        while let Some(arrived) = reader.next().expect("frames") {
+            found.push(arrived.reply().expect("a reply"));
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn frames_for_another_cluster_node_directory_group_or_replica_are_refused() {
+    let cluster = TestCluster::new(1);
+    cluster.found(1).await;
+    let registry = cluster.nodes[&NodeId(1)].registry.clone();
+    let refused_hello = [
+        (Hello { cluster: ClusterId(8), ..hello() }, Refusal::OtherCluster),
+        (Hello { to: NodeId(2), ..hello() }, Refusal::OtherNode(NodeId(1))),
+        (Hello { to_directory: DirectoryId(5), ..hello() }, Refusal::OtherDirectory(directory(NodeId(1)))),
+    ];
+    for (hello, refusal) in refused_hello {
+        let found = replies(&registry, vec![wire::encode_hello(&hello)]).await;
+        assert_eq!(found, [Reply::Refused(refusal)]);
+    }
+    let head = Head { group: GroupId(1), sender: ReplicaId(2), target: ReplicaId(1) };
+    let refused_frames = [
+        (Head { group: GroupId(2), ..head }, Refusal::NoReplica(GroupId(2))),
+        (Head { target: ReplicaId(3), ..head }, Refusal::OtherReplica(ReplicaId(1))),
+    ];
+    let vote = Vote { term: 0, voted_for: Some(ReplicaId(2)), committed: false };
+    let request = Request::PreVote { vote, last: None };
+    for (head, refusal) in refused_frames {
+        let frame = wire::encode_request(head, &request, &[]).seal(1);
+        let found = replies(&registry, vec![wire::encode_hello(&hello()), frame]).await;
+        assert_eq!(found, [Reply::Refused(refusal)]);
+    }
+    assert!(registry.get(GroupId(2)).is_none(), "no frame creates a replica");
+    let frame = wire::encode_request(head, &request, &[]).seal(1);
+    let found = replies(&registry, vec![wire::encode_hello(&hello()), frame]).await;
+    assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
+    assert!(registry.last_heard(NodeId(9)).is_some());
+    drop(registry);
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_lane_ends_at_what_is_no_frame() {
+    let cluster = TestCluster::new(1);
+    let registry = cluster.nodes[&NodeId(1)].registry.clone();
+    let mut garbage = BytesMut::from(&wire::encode_hello(&hello())[..]);
+    garbage.extend_from_slice(&[0xff; 64]);
+    assert!(replies(&registry, vec![garbage.freeze()]).await.is_empty());
+    drop(registry);
+    cluster.stop_all().await;
+}
+
+/// Addresses of nodes by id.
+#[derive(Default)]
+struct Addresses(Mutex<HashMap<NodeId, Address>>);
+
+impl Resolver for Addresses {
+    fn resolve(&self, node: NodeId) -> Option<Peer> {
+        let address = self.0.lock().expect("no holder panics").get(&node).cloned()?;
+        Some(Peer { address, directory: directory(node) })
+    }
+}
+
+/// Serves the lanes of a node as its HTTP side does.
+async fn serve_http(listener: TcpListener, registry: Arc<Registry>) {
+    loop {
+        let (socket, _) = listener.accept().await.expect("a connection");
+        socket.set_nodelay(true).expect("nodelay");
+        let registry = registry.clone();
+        let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+            let lane = request.uri().path().strip_prefix("/peer/lane/").and_then(Lane::from_name).expect("a lane");
+            let incoming = BodyStream::new(request.into_body().map_frame(|frame| frame)).filter_map(|frame| async move {
+                match frame {
+                    Ok(frame) => frame.into_data().ok().map(Ok),
+                    Err(error) => Some(Err(error)),
+                }
+            });
+            let outgoing = serve_lane(registry.clone(), lane, incoming).map(|chunk| Ok::<_, Infallible>(Frame::data(chunk)));
+            async move { Ok::<_, Infallible>(http::Response::new(StreamBody::new(outgoing))) }
+        });
+        tokio::spawn(
+            hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), service),
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn groups_work_over_http_2() {
+    let addresses = Arc::new(Addresses::default());
+    let mut nodes = BTreeMap::new();
+    let mut servers = Vec::new();
+    for id in (1..=3).map(NodeId) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound").to_string().parse().expect("an address");
+        addresses.0.lock().expect("no holder panics").insert(id, address);
+        let node = TestNode::start(id, &Disks::new(id.0), addresses.clone(), Arc::new(HttpDial), RaftTimings::default());
+        servers.push(tokio::spawn(serve_http(listener, node.registry.clone())));
+        nodes.insert(id, node);
+    }
+    let mut cluster = TestCluster::new(0);
+    cluster.nodes = nodes;
+    for group in 1..=4 {
+        cluster.found(group).await;
+        cluster.put(group, "k", "v").await;
+        cluster.put(group, "large", &"x".repeat(3 << 20)).await;
+        assert_eq!(cluster.get(group, "k").await.as_deref(), Some("v"));
+    }
+    for id in 1..=3 {
+        let replica = cluster.group(id, 2);
+        until("every replica has it", || read(&replica, "large").is_some_and(|value| value.len() == 3 << 20)).await;
+    }
+    servers.iter().for_each(|server| server.abort());
+    for (_, node) in std::mem::take(&mut cluster.nodes) {
+        node.close().await;
+    }
+}

@@ -1,0 +1,6 @@
+//! Groups in one process: nodes with a simulated disk and maps in memory, lanes in memory or over loopback.
+
+mod cluster;
+mod groups;
+mod lanes;
+mod storage_suite;

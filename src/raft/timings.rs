@@ -1,0 +1,142 @@
+//! [`RaftTimings`]: how fast a group notices that its leader is gone, and what that costs when it is not.
+//!
+//! A leader that is killed is replaced after the lease that its followers gave it (`election_ms_max`, counted from its last heartbeat)
+//! plus the shorter of the survivors' random timeouts (`election_ms_min` to `election_ms_max`), a pre-vote and a vote. With the
+//! defaults: 450 + about 300 − 60 + 30, so about 0.7 s. A leader must be silent for at least 670 ms to be replaced, which a loaded
+//! machine that syncs its disk does not reach: heartbeats wait for no disk of the leader.
+//!
+//! Each group has its own timers in openraft: it wakes about every `heartbeat_ms / 5`. With thousands of groups on a small machine
+//! take longer times.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::{Config, SnapshotPolicy};
+
+use crate::storage::ReplicaKey;
+
+/// Timing of the groups of a node. All nodes of a cluster should have the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RaftTimings {
+    pub heartbeat_ms: u64,
+    /// Acknowledged appends stand for heartbeats for this long.
+    pub heartbeat_skip_ms: u64,
+    pub election_ms_min: u64,
+    /// Also how long a leader's lease is.
+    pub election_ms_max: u64,
+    /// How long an append may be without a reply.
+    pub append_timeout_ms: u64,
+    /// How long one step of sending a snapshot may take.
+    pub snapshot_step_ms: u64,
+    pub lease: LeaseReads,
+}
+
+/// Whether reads may rest on the leader's lease instead of a round to a quorum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseReads {
+    /// Every read is confirmed by a quorum.
+    Off,
+    /// A read needs no round while a quorum has answered within the lease less this margin, for clocks that drift apart. A replica that
+    /// starts neither votes nor campaigns for a lease and this margin: it may have given a lease before.
+    On { drift_ms: u64 },
+}
+
+impl Default for RaftTimings {
+    fn default() -> Self {
+        Self {
+            heartbeat_ms: 120,
+            heartbeat_skip_ms: 60,
+            election_ms_min: 220,
+            election_ms_max: 450,
+            append_timeout_ms: 2000,
+            snapshot_step_ms: 5000,
+            lease: LeaseReads::Off,
+        }
+    }
+}
+
+impl RaftTimings {
+    /// Every time `factor` times as long, but for those that are deadlines for the way to a peer.
+    pub fn slower(&self, factor: u64) -> Self {
+        Self {
+            heartbeat_ms: self.heartbeat_ms * factor,
+            heartbeat_skip_ms: self.heartbeat_skip_ms * factor,
+            election_ms_min: self.election_ms_min * factor,
+            election_ms_max: self.election_ms_max * factor,
+            ..self.clone()
+        }
+    }
+
+    pub fn append_timeout(&self) -> Duration {
+        Duration::from_millis(self.append_timeout_ms)
+    }
+
+    pub fn snapshot_step_timeout(&self) -> Duration {
+        Duration::from_millis(self.snapshot_step_ms)
+    }
+
+    /// A read may rest on answers of a quorum this recent. None: it needs a round.
+    pub fn lease_age_max(&self) -> Option<Duration> {
+        match self.lease {
+            LeaseReads::Off => None,
+            LeaseReads::On { drift_ms } => Some(Duration::from_millis(self.election_ms_max.saturating_sub(drift_ms))),
+        }
+    }
+
+    /// How long after its start a replica may be bound by a lease that it has forgotten.
+    pub fn forgotten_lease(&self) -> Duration {
+        match self.lease {
+            LeaseReads::Off => Duration::ZERO,
+            LeaseReads::On { drift_ms } => Duration::from_millis(self.election_ms_max + drift_ms),
+        }
+    }
+
+    /// What openraft is told for one replica.
+    pub(super) fn config(&self, key: ReplicaKey) -> Result<Arc<Config>, openraft::ConfigError> {
+        let config = Config {
+            cluster_name: key.to_string(),
+            heartbeat_interval: self.heartbeat_ms,
+            heartbeat_min_interval: Some(self.heartbeat_skip_ms),
+            election_timeout_min: self.election_ms_min,
+            election_timeout_max: self.election_ms_max,
+            enable_pre_vote: Some(true),
+            // A restarted leader must be elected: it can't know what was committed since.
+            enable_leader_restore: Some(false),
+            // Without it a leader that reaches its followers but is not reached by them would lead for ever (openraft #2080).
+            quorum_loss_probe_interval: Some(self.election_ms_max * 3),
+            install_snapshot_timeout: self.snapshot_step_ms,
+            // How many entries an append holds is bounded in bytes by the log store.
+            max_payload_entries: 1024,
+            // When a snapshot is due is the node's to decide: it weighs bytes.
+            snapshot_policy: SnapshotPolicy::Never,
+            // Purging takes no notice of snapshots under way to a follower: what follows them must still be there when they are installed.
+            max_in_snapshot_log_to_keep: 4096,
+            purge_batch_size: 256,
+            // "Caught up" for a learner that is added.
+            replication_lag_threshold: 1024,
+            // Sized for one group per process by default; the proposer keeps few entries under way.
+            api_channel_size: Some(1024),
+            notification_channel_size: Some(1024),
+            state_machine_channel_size: Some(64),
+            backoff: "50ms 100ms 200ms ...500ms".into(),
+            ..Config::default()
+        };
+        Ok(Arc::new(config.validate()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{GroupId, ReplicaId};
+
+    #[test]
+    fn the_defaults_are_valid_and_stay_so_when_slowed_down() {
+        let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(1) };
+        for factor in [1, 2, 5, 10] {
+            RaftTimings::default().slower(factor).config(key).expect("valid timings");
+        }
+        let bad = RaftTimings { election_ms_min: 100, ..RaftTimings::default() };
+        assert!(bad.config(key).is_err());
+    }
+}

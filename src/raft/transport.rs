@@ -1,0 +1,121 @@
+//! The seam between replicas and the way to their peers.
+//!
+//! [`Dial`] opens a stream of bytes each way to a peer: over HTTP/2 (`lanes::http`) or within the process (`lanes::memory`, for tests and
+//! simulation). [`Resolver`] says where a node is, by the newest view. [`Identity`] is who we are. What flows over the streams is the
+//! business of `lanes`.
+
+use std::sync::RwLock;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+
+use crate::raft::wire::{Refusal, WireError};
+use crate::types::{Address, ClusterId, DirectoryId, NodeId};
+
+/// What must not queue behind one another: each lane is a connection of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Lane {
+    /// Entries, votes, and leadership transfers.
+    Log,
+    /// Heartbeats of all groups, which also confirm reads.
+    Heartbeat,
+    /// Snapshots, which are large.
+    Snapshot,
+}
+
+impl Lane {
+    pub const ALL: [Lane; 3] = [Lane::Log, Lane::Heartbeat, Lane::Snapshot];
+
+    /// Its name in the path `POST /peer/lane/{lane}`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Lane::Log => "log",
+            Lane::Heartbeat => "heartbeat",
+            Lane::Snapshot => "snapshot",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Lane> {
+        Lane::ALL.into_iter().find(|lane| lane.name() == name)
+    }
+}
+
+/// Where a peer is, and which directory must be found there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    pub address: Address,
+    pub directory: DirectoryId,
+}
+
+/// Knows where nodes are. Asked for every frame: it must be quick.
+pub trait Resolver: Send + Sync + 'static {
+    /// None: no such node in the newest view that is known here.
+    fn resolve(&self, node: NodeId) -> Option<Peer>;
+}
+
+/// Bytes that come in over a lane. An error ends it.
+pub type Incoming = BoxStream<'static, Result<Bytes, LaneError>>;
+/// Bytes that go out over a lane.
+pub type Outgoing = BoxStream<'static, Bytes>;
+
+/// Opens lanes.
+pub trait Dial: Send + Sync + 'static {
+    /// Sends `outgoing` to the peer's serving side, and returns what that sends back. Bounded in time by the caller.
+    fn dial(&self, to: NodeId, peer: Peer, lane: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<Incoming, LaneError>>;
+}
+
+/// Why a frame got no reply. Whether it arrived is not known, except after `Refused`, `Unresolved` and `Down`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LaneError {
+    #[error("no address is known of {0}")]
+    Unresolved(NodeId),
+    /// The peer was out of reach a moment ago.
+    #[error("out of reach: {0}")]
+    Down(String),
+    #[error("refused: {0}")]
+    Refused(Refusal),
+    #[error("more than {0} bytes wait for the peer already")]
+    Full(usize),
+    #[error("the connection broke: {0}")]
+    Broken(String),
+    #[error("no reply within {0:?}")]
+    Late(Duration),
+    #[error(transparent)]
+    Unreadable(#[from] WireError),
+    #[error("it is shutting down")]
+    Closed,
+}
+
+/// Who this node is. The cluster and the node's id are learnt once, when it founds or joins.
+#[derive(Debug)]
+pub struct Identity {
+    pub directory: DirectoryId,
+    member: RwLock<Option<(ClusterId, NodeId)>>,
+}
+
+impl Identity {
+    /// A node that belongs to no cluster yet.
+    pub fn new(directory: DirectoryId) -> Self {
+        Self { directory, member: RwLock::new(None) }
+    }
+
+    pub fn member(directory: DirectoryId, cluster: ClusterId, node: NodeId) -> Self {
+        Self { directory, member: RwLock::new(Some((cluster, node))) }
+    }
+
+    /// It belongs to this cluster from now on.
+    ///
+    /// # Panics
+    /// If it belonged to another, or as another node: a directory is bound to both for ever.
+    pub fn join(&self, cluster: ClusterId, node: NodeId) {
+        let mut member = self.member.write().expect("no holder panics");
+        assert!(member.is_none_or(|known| known == (cluster, node)), "a directory never changes its cluster or its node");
+        *member = Some((cluster, node));
+    }
+
+    pub fn get(&self) -> Option<(ClusterId, NodeId)> {
+        *self.member.read().expect("no holder panics")
+    }
+}

@@ -1,0 +1,200 @@
+//! openraft's type config, [`Types`], and the conversions between its values and ours.
+//!
+//! A proposal travels as the bytes of its encoded command: the log and the peers carry them as they are, and only apply decodes them.
+//! Members name a node by its id, never by its address: addresses change, memberships are a disk format.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use bytes::Bytes;
+use openraft::raft::responder::Responder;
+use openraft::vote::{RaftLeaderId, RaftVote};
+use openraft::{EntryPayload, OptionalSend, RaftTypeConfig};
+use serde::{Deserialize, Serialize};
+
+use super::runtime::Runtime;
+use crate::sm::ports::StoreError;
+use crate::sm::{codec, kv, meta};
+use crate::storage::log::{self, Payload};
+use crate::types::{LogId, NodeId, ReplicaId};
+
+/// What openraft is told about us.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Types;
+
+impl RaftTypeConfig for Types {
+    type D = Proposal;
+    type R = Outcome;
+    type NodeId = ReplicaId;
+    type Node = Member;
+    type Term = u64;
+    type LeaderId = openraft::impls::leader_id_std::LeaderId<u64, ReplicaId>;
+    type Vote = openraft::impls::Vote<Self::LeaderId>;
+    type Payload = EntryPayload<Proposal, ReplicaId, Member>;
+    type Entry = openraft::Entry<<Self::LeaderId as RaftLeaderId>::Committed, Self::Payload>;
+    type AsyncRuntime = Runtime;
+    type Responder<T>
+        = Answer<T>
+    where
+        T: OptionalSend + 'static;
+    type Batch<T>
+        = openraft::impls::InlineBatch<T>
+    where
+        T: OptionalSend + 'static;
+    type ErrorSource = openraft::impls::BoxedErrorSource;
+}
+
+pub type RaftLogId = openraft::type_config::alias::LogIdOf<Types>;
+pub type RaftVoteOf = openraft::type_config::alias::VoteOf<Types>;
+pub type RaftEntry = openraft::type_config::alias::EntryOf<Types>;
+pub type RaftMembership = openraft::Membership<ReplicaId, Member>;
+pub type StoredMembership = openraft::type_config::alias::StoredMembershipOf<Types>;
+pub type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<Types>;
+
+/// An encoded command of the group.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proposal(pub Bytes);
+
+impl fmt::Debug for Proposal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0.len())
+    }
+}
+
+impl fmt::Display for Proposal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// What applying an entry answered. Stays in memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// The entry was Raft's own.
+    Nothing,
+    Shard(kv::Outcome),
+    Meta(meta::Outcome),
+}
+
+/// Where a replica is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    pub node: NodeId,
+}
+
+/// Hands a result on in place: an answer wakes whoever waits for it without a task or a channel of its own between.
+pub struct Answer<T>(pub Box<dyn FnOnce(T) + Send>);
+
+impl<T: OptionalSend + 'static> Responder<Types, T> for Answer<T> {
+    fn on_complete(self, result: T) {
+        (self.0)(result);
+    }
+}
+
+pub fn from_raft(id: &RaftLogId) -> LogId {
+    LogId { term: id.committed_leader_id().term, index: id.index() }
+}
+
+pub fn to_raft(id: LogId) -> RaftLogId {
+    RaftLogId::new_term_index(id.term, id.index)
+}
+
+pub fn vote_from_raft(vote: &RaftVoteOf) -> log::Vote {
+    let leader = vote.leader_id();
+    log::Vote { term: leader.term, voted_for: Some(leader.voted_for), committed: RaftVote::is_committed(vote) }
+}
+
+/// None of a vote for nobody, which is never written here.
+pub fn vote_to_raft(vote: &log::Vote) -> Option<RaftVoteOf> {
+    let candidate = vote.voted_for?;
+    Some(match vote.committed {
+        true => RaftVoteOf::new_committed(vote.term, candidate),
+        false => RaftVoteOf::new(vote.term, candidate),
+    })
+}
+
+/// A membership as it is written to logs, snapshots and frames: a format of ours, so that it stays when openraft's changes.
+#[derive(Serialize, Deserialize)]
+struct MembershipRecord {
+    /// One set of voters; two while a change is under way (joint consensus).
+    voters: Vec<BTreeSet<ReplicaId>>,
+    /// Every member, the learners too.
+    members: BTreeMap<ReplicaId, NodeId>,
+}
+
+pub fn encode_membership(membership: &RaftMembership) -> Bytes {
+    codec::encode(&record(membership))
+}
+
+pub fn decode_membership(bytes: &[u8]) -> Result<RaftMembership, StoreError> {
+    membership(codec::decode(bytes, "a membership")?)
+}
+
+/// With the log id that it was written under. Empty bytes stand for the membership of a group that has none yet.
+pub fn encode_stored_membership(stored: &StoredMembership) -> Bytes {
+    match stored.log_id() {
+        None => Bytes::new(),
+        Some(id) => codec::encode(&(from_raft(id), record(stored.membership()))),
+    }
+}
+
+pub fn decode_stored_membership(bytes: &[u8]) -> Result<StoredMembership, StoreError> {
+    if bytes.is_empty() {
+        return Ok(StoredMembership::default());
+    }
+    let (id, record): (LogId, MembershipRecord) = codec::decode(bytes, "a stored membership")?;
+    Ok(StoredMembership::new(Some(to_raft(id)), membership(record)?))
+}
+
+fn record(membership: &RaftMembership) -> MembershipRecord {
+    MembershipRecord {
+        voters: membership.get_joint_config().clone(),
+        members: membership.nodes().map(|(replica, member)| (*replica, member.node)).collect(),
+    }
+}
+
+fn membership(record: MembershipRecord) -> Result<RaftMembership, StoreError> {
+    let members: BTreeMap<ReplicaId, Member> = record.members.into_iter().map(|(id, node)| (id, Member { node })).collect();
+    let undecodable = |reason: String| StoreError::Undecodable { what: "a membership", reason };
+    RaftMembership::new(record.voters, members).map_err(|error| undecodable(error.to_string()))
+}
+
+pub fn entry_from_raft(entry: RaftEntry) -> log::Entry {
+    let payload = match entry.payload {
+        EntryPayload::Blank => Payload::Blank,
+        EntryPayload::Normal(proposal) => Payload::Normal(proposal.0),
+        EntryPayload::Membership(membership) => Payload::Membership(encode_membership(&membership)),
+    };
+    log::Entry { id: from_raft(&entry.log_id), payload }
+}
+
+pub fn entry_to_raft(entry: log::Entry) -> Result<RaftEntry, StoreError> {
+    let payload = match entry.payload {
+        Payload::Blank => EntryPayload::Blank,
+        Payload::Normal(bytes) => EntryPayload::Normal(Proposal(bytes)),
+        Payload::Membership(bytes) => EntryPayload::Membership(decode_membership(&bytes)?),
+    };
+    Ok(RaftEntry { log_id: to_raft(entry.id), payload })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memberships_keep_their_encoding() {
+        let members = [(1, 10), (2, 20), (3, 30)].map(|(replica, node)| (ReplicaId(replica), Member { node: NodeId(node) }));
+        let voters = vec![BTreeSet::from([ReplicaId(1), ReplicaId(2)]), BTreeSet::from([ReplicaId(2)])];
+        let membership = RaftMembership::new(voters, BTreeMap::from(members)).expect("a valid membership");
+        let bytes = encode_membership(&membership);
+        assert_eq!(&bytes[..], [1, 2, 2, 1, 2, 1, 2, 3, 1, 10, 2, 20, 3, 30]);
+        assert_eq!(decode_membership(&bytes).expect("own encoding"), membership);
+
+        let stored = StoredMembership::new(Some(to_raft(LogId { term: 3, index: 4 })), membership);
+        let bytes = encode_stored_membership(&stored);
+        assert_eq!(&bytes[..5], [1, 3, 4, 2, 2]);
+        assert_eq!(decode_stored_membership(&bytes).expect("own encoding"), stored);
+        assert_eq!(decode_stored_membership(b"").expect("no membership"), StoredMembership::default());
+        assert!(decode_stored_membership(b"\x01").is_err());
+    }
+}

@@ -1,0 +1,439 @@
+//! The frames between peers, as bytes. What they mean is in `network`, `snapshots` and `group`; how they travel, in `lanes`.
+//!
+//! ```text
+//! length u32 LE (of all that follows) | format u8 | sequence u64 LE | envelope (postcard) | tail
+//! ```
+//! The tail carries the payloads of log entries, or a chunk of a snapshot, as raw bytes: they are encoded once, by whoever made them, and
+//! never again. Everything here comes from the network: reading it yields an error or a valid value, and allocates no more than arrived.
+
+use bytes::{Buf, Bytes, BytesMut};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::storage::log::{Entry, Payload, Vote};
+use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
+
+/// The format written today.
+const FORMAT: u8 = 1;
+const LENGTH_BYTES: usize = 4;
+/// Format and sequence.
+const PREFIX_BYTES: usize = 9;
+
+const NO_TAIL: &[Bytes] = &[];
+
+/// Longest frame in bytes. An append carries about 1 MiB of entries, and at least one; an entry is as large as a command may be, which
+/// the largest HTTP body bounds.
+pub const FRAME_BYTES_MAX: usize = 80 << 20;
+
+/// Why bytes are not a frame.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    #[error("a frame of {0} bytes is longer than any")]
+    TooLong(usize),
+    #[error("format {0} is unknown to this version")]
+    Format(u8),
+    #[error("a frame can't be read: {0}")]
+    Malformed(String),
+}
+
+/// The first frame of a lane, which names both ends. Everything after it is between these two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    pub cluster: ClusterId,
+    pub from: NodeId,
+    pub from_directory: DirectoryId,
+    pub to: NodeId,
+    pub to_directory: DirectoryId,
+}
+
+/// What a frame is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    pub group: GroupId,
+    pub sender: ReplicaId,
+    pub target: ReplicaId,
+}
+
+/// What one replica asks of another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// The payloads of the entries follow one another in the tail.
+    Append {
+        vote: Vote,
+        previous: Option<LogId>,
+        commit: Option<LogId>,
+        entries: Vec<EntryHead>,
+    },
+    Vote {
+        vote: Vote,
+        last: Option<LogId>,
+        leadership_transfer: bool,
+    },
+    PreVote {
+        vote: Vote,
+        last: Option<LogId>,
+    },
+    TransferLeader {
+        from: Vote,
+        to: ReplicaId,
+        last: Option<LogId>,
+    },
+    /// Begins to send a snapshot, or goes on with it.
+    SnapshotOpen {
+        vote: Vote,
+        snapshot: SnapshotName,
+    },
+    /// A part of it is the tail.
+    SnapshotChunk {
+        snapshot: SnapshotName,
+        offset: u64,
+    },
+    /// All of it was sent: install it.
+    SnapshotInstall {
+        vote: Vote,
+        snapshot: SnapshotName,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntryHead {
+    pub id: LogId,
+    pub kind: PayloadKind,
+    /// Length of its payload in the tail.
+    pub bytes_len: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PayloadKind {
+    Blank,
+    Normal,
+    Membership,
+}
+
+/// Which snapshot file: by whom, of when, how long. Two files of one name hold the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotName {
+    pub written_by: ReplicaId,
+    pub applied: Option<LogId>,
+    pub bytes_len: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    Append(AppendReply),
+    Vote {
+        vote: Vote,
+        last: Option<LogId>,
+        granted: bool,
+    },
+    /// The target heard the request to take over, and what it made of it.
+    TransferLeader(TransferReply),
+    /// How much of the snapshot has arrived.
+    SnapshotHas {
+        bytes_len: u64,
+    },
+    /// The snapshot arrived whole, and was installed or was not needed.
+    SnapshotInstalled {
+        vote: Vote,
+    },
+    Refused(Refusal),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AppendReply {
+    Success,
+    Partial(Option<LogId>),
+    Conflict,
+    HigherVote(Vote),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TransferReply {
+    Accepted,
+    VoteChanged { expected: Vote, actual: Vote },
+    LogNotFlushed { expected: Option<LogId>, actual: Option<LogId> },
+}
+
+/// Why a frame was not even looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    #[error("it belongs to another cluster")]
+    OtherCluster,
+    #[error("it is {0}")]
+    OtherNode(NodeId),
+    #[error("its data directory is {0}")]
+    OtherDirectory(DirectoryId),
+    #[error("it belongs to no cluster yet")]
+    NoCluster,
+    #[error("it has no replica of {0}")]
+    NoReplica(GroupId),
+    #[error("its replica of the group is {0}")]
+    OtherReplica(ReplicaId),
+    #[error("its replica has stopped")]
+    Stopped,
+    #[error("too much of this group waits there already")]
+    Busy,
+    #[error("its lease to a leader may not have run out")]
+    Leased,
+    #[error("it failed: {0}")]
+    Failed(String),
+    #[error("it could not read the frame")]
+    Unreadable,
+}
+
+/// An encoded frame whose sequence is still to be given.
+#[derive(Debug, Clone)]
+pub struct Frame(BytesMut);
+
+impl Frame {
+    pub fn bytes_len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Gives it its sequence.
+    pub fn seal(mut self, sequence: u64) -> Bytes {
+        self.0[LENGTH_BYTES + 1..LENGTH_BYTES + PREFIX_BYTES].copy_from_slice(&sequence.to_le_bytes());
+        self.0.freeze()
+    }
+}
+
+pub fn encode_hello(hello: &Hello) -> Bytes {
+    let mut buffer = BytesMut::with_capacity(128);
+    write(&mut buffer, 0, hello, NO_TAIL);
+    buffer.freeze()
+}
+
+/// A request without a tail, or one whose tail is `tail`.
+pub fn encode_request(head: Head, request: &Request, tail: &[u8]) -> Frame {
+    let mut buffer = BytesMut::with_capacity(128 + tail.len());
+    write(&mut buffer, 0, &(head, request), &[tail]);
+    Frame(buffer)
+}
+
+/// An append of these entries.
+pub fn encode_append(head: Head, vote: Vote, previous: Option<LogId>, commit: Option<LogId>, entries: &[Entry]) -> Frame {
+    let payload = |entry: &Entry| match &entry.payload {
+        Payload::Blank => (PayloadKind::Blank, Bytes::new()),
+        Payload::Normal(bytes) => (PayloadKind::Normal, bytes.clone()),
+        Payload::Membership(bytes) => (PayloadKind::Membership, bytes.clone()),
+    };
+    let mut heads = Vec::with_capacity(entries.len());
+    let mut payloads = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let (kind, bytes) = payload(entry);
+        let bytes_len = u32::try_from(bytes.len()).expect("a log record is far below 4 GiB");
+        heads.push(EntryHead { id: entry.id, kind, bytes_len });
+        payloads.push(bytes);
+    }
+    let tail_bytes: usize = payloads.iter().map(Bytes::len).sum();
+    let mut buffer = BytesMut::with_capacity(128 + 24 * heads.len() + tail_bytes);
+    write(&mut buffer, 0, &(head, Request::Append { vote, previous, commit, entries: heads }), &payloads);
+    Frame(buffer)
+}
+
+/// Writes a reply behind what is in `buffer` already.
+pub fn encode_reply(buffer: &mut BytesMut, sequence: u64, reply: &Reply) {
+    write(buffer, sequence, reply, NO_TAIL);
+}
+
+fn write(buffer: &mut BytesMut, sequence: u64, envelope: &impl Serialize, tail: &[impl AsRef<[u8]>]) {
+    let start = buffer.len();
+    buffer.extend_from_slice(&[0; LENGTH_BYTES]);
+    buffer.extend_from_slice(&[FORMAT]);
+    buffer.extend_from_slice(&sequence.to_le_bytes());
+    postcard::to_io(envelope, Writer(buffer)).expect("writing into memory fails for no type of this module");
+    for part in tail {
+        buffer.extend_from_slice(part.as_ref());
+    }
+    let length = u32::try_from(buffer.len() - start - LENGTH_BYTES).expect("a frame is far below 4 GiB");
+    buffer[start..start + LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
+}
+
+struct Writer<'a>(&'a mut BytesMut);
+
+impl std::io::Write for Writer<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A frame as it arrived: its sequence, and the bytes of its envelope and tail.
+#[derive(Debug, Clone)]
+pub struct Arrived {
+    pub sequence: u64,
+    body: Bytes,
+}
+
+impl Arrived {
+    pub fn hello(&self) -> Result<Hello, WireError> {
+        Ok(self.envelope()?.0)
+    }
+
+    /// The request and its tail.
+    pub fn request(&self) -> Result<(Head, Request, Bytes), WireError> {
+        let ((head, request), tail) = self.envelope()?;
+        Ok((head, request, tail))
+    }
+
+    pub fn reply(&self) -> Result<Reply, WireError> {
+        Ok(self.envelope()?.0)
+    }
+
+    fn envelope<T: DeserializeOwned>(&self) -> Result<(T, Bytes), WireError> {
+        match postcard::take_from_bytes(&self.body) {
+            Ok((envelope, tail)) => Ok((envelope, self.body.slice(self.body.len() - tail.len()..))),
+            Err(error) => Err(WireError::Malformed(error.to_string())),
+        }
+    }
+}
+
+/// Joins the heads of entries with their payloads in the tail.
+pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<Entry>, WireError> {
+    let mut entries = Vec::with_capacity(heads.len());
+    for head in heads {
+        let bytes_len = head.bytes_len as usize;
+        if tail.len() < bytes_len {
+            return Err(WireError::Malformed(format!("the payload of entry {} is cut off", head.id)));
+        }
+        let bytes = tail.split_to(bytes_len);
+        let payload = match head.kind {
+            PayloadKind::Blank => Payload::Blank,
+            PayloadKind::Normal => Payload::Normal(bytes),
+            PayloadKind::Membership => Payload::Membership(bytes),
+        };
+        entries.push(Entry { id: head.id, payload });
+    }
+    if tail.has_remaining() {
+        return Err(WireError::Malformed(format!("{} bytes too many", tail.len())));
+    }
+    Ok(entries)
+}
+
+/// Cuts what arrives into frames.
+#[derive(Debug, Default)]
+pub struct FrameReader {
+    /// The beginning of a frame whose rest has not come.
+    partial: BytesMut,
+    /// Arrived and not yet looked at. Whole frames in it are handed out without copying.
+    rest: Bytes,
+}
+
+impl FrameReader {
+    pub fn push(&mut self, chunk: Bytes) {
+        if self.partial.is_empty() && self.rest.is_empty() {
+            self.rest = chunk;
+        } else {
+            self.partial.extend_from_slice(&std::mem::take(&mut self.rest));
+            self.partial.extend_from_slice(&chunk);
+        }
+    }
+
+    /// The next whole frame, if it is there. After an error the stream can't be read any further.
+    pub fn next(&mut self) -> Result<Option<Arrived>, WireError> {
+        if self.partial.is_empty() {
+            let Some(total) = frame_bytes(&self.rest)? else {
+                self.partial.extend_from_slice(&std::mem::take(&mut self.rest));
+                return Ok(None);
+            };
+            return parse(self.rest.split_to(total)).map(Some);
+        }
+        match frame_bytes(&self.partial)? {
+            Some(total) => parse(self.partial.split_to(total).freeze()).map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
+/// Length of the frame that `bytes` begin with, if all of it is there.
+fn frame_bytes(bytes: &[u8]) -> Result<Option<usize>, WireError> {
+    let Some(length) = bytes.first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
+    let length = u32::from_le_bytes(*length) as usize;
+    if length > FRAME_BYTES_MAX {
+        return Err(WireError::TooLong(length));
+    }
+    let total = LENGTH_BYTES + length;
+    Ok((bytes.len() >= total).then_some(total))
+}
+
+fn parse(mut frame: Bytes) -> Result<Arrived, WireError> {
+    frame.advance(LENGTH_BYTES);
+    if frame.len() < PREFIX_BYTES {
+        return Err(WireError::Malformed(format!("{} bytes are too few", frame.len())));
+    }
+    match frame.get_u8() {
+        FORMAT => Ok(Arrived { sequence: frame.get_u64_le(), body: frame }),
+        version => Err(WireError::Format(version)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: Head = Head { group: GroupId(3), sender: ReplicaId(1), target: ReplicaId(2) };
+
+    fn append() -> (Vec<Entry>, Bytes) {
+        let entry = |index, payload| Entry { id: LogId { term: 2, index }, payload };
+        let entries = vec![
+            entry(5, Payload::Blank),
+            entry(6, Payload::Normal(Bytes::from_static(b"six"))),
+            entry(7, Payload::Membership(Bytes::from_static(b"seven"))),
+        ];
+        let vote = Vote { term: 2, voted_for: Some(ReplicaId(1)), committed: true };
+        let previous = Some(LogId { term: 1, index: 4 });
+        let frame = encode_append(HEAD, vote, previous, None, &entries).seal(77);
+        (entries, frame)
+    }
+
+    fn check(arrived: &Arrived, expected: &[Entry]) {
+        assert_eq!(arrived.sequence, 77);
+        let (head, request, tail) = arrived.request().expect("a request");
+        assert_eq!(head, HEAD);
+        let Request::Append { entries: heads, .. } = request else { panic!("not an append: {request:?}") };
+        assert_eq!(entries(&heads, tail).expect("whole payloads"), expected);
+    }
+
+    #[test]
+    fn frames_are_found_however_the_bytes_are_cut() {
+        let (expected, frame) = append();
+        let twice = [&frame[..], &frame[..]].concat();
+        for cut in 0..twice.len() {
+            let mut reader = FrameReader::default();
+            let mut found = 0;
+            for chunk in [&twice[..cut], &twice[cut..]] {
+                reader.push(Bytes::copy_from_slice(chunk));
+                while let Some(arrived) = reader.next().expect("valid frames") {
+                    check(&arrived, &expected);
+                    found += 1;
+                }
+            }
+            assert_eq!(found, 2, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_frame_is_an_error_and_never_a_panic() {
+        let (_, frame) = append();
+        for position in 0..frame.len() {
+            for flip in [0x01, 0x80, 0xff] {
+                let mut bytes = frame.to_vec();
+                bytes[position] ^= flip;
+                let mut reader = FrameReader::default();
+                reader.push(Bytes::from(bytes));
+                if let Ok(Some(arrived)) = reader.next()
+                    && let Ok((_, Request::Append { entries: heads, .. }, tail)) = arrived.request()
+                {
+                    let _ = entries(&heads, tail);
+                }
+            }
+        }
+        let mut reader = FrameReader::default();
+        reader.push(Bytes::from_static(b"\xff\xff\xff\xff"));
+        assert!(matches!(reader.next(), Err(WireError::TooLong(_))));
+    }
+}
