@@ -1,5 +1,6 @@
 //! Quorate: a sharded, linearizable key-value store.
 
+pub mod cli;
 pub mod client;
 pub mod config;
 pub mod http;

@@ -9,5 +9,5 @@ pub mod router;
 pub mod shard_map;
 pub mod store;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod wire;

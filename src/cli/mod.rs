@@ -1,0 +1,145 @@
+//! The command line: what each subcommand is told, and what it does with the layers below.
+//!
+//! A command returns an [`Exit`] or a [`CliError`]; [`run`] turns both into an exit code and one line on standard error. Output goes through
+//! `io::Write`, never `println!`, which panics when a pipe is closed.
+
+pub mod bench;
+pub mod cluster;
+pub mod completions;
+pub mod kv;
+mod servers;
+
+use std::future::Future;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::client::native::NativeError;
+use crate::client::store::Failure;
+
+/// A sharded, linearizable key-value store.
+#[derive(Debug, Parser)]
+#[command(name = "quorate", version, about, max_term_width = 110, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Read and write keys.
+    Kv(kv::Arguments),
+    /// Look at a cluster, and hand leaderships over.
+    Cluster(cluster::Arguments),
+    /// Load a cluster (or another HTTP key-value server) and measure.
+    Bench(Box<bench::Arguments>),
+    /// Print a completion script for a shell.
+    Completions(completions::Arguments),
+}
+
+/// What the exit codes mean. In the help of every command.
+pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 no such key or a condition that does not hold, 2 usage, \
+3 unavailable or of unknown outcome.";
+
+/// How a command that did what it should ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    Done,
+    /// What was asked for is not there: said by the exit code, not by a message.
+    Missing,
+}
+
+/// Why a command did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    Native(#[from] NativeError),
+    /// A file of the user's, or standard input or output.
+    #[error("{what}: {source}")]
+    Io {
+        what: String,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl CliError {
+    /// Standard output could not be written.
+    pub fn output(source: io::Error) -> Self {
+        CliError::Io { what: "standard output".into(), source }
+    }
+
+    fn code(&self) -> u8 {
+        match self {
+            CliError::Usage(_) => 2,
+            CliError::Native(NativeError::ConditionFailed { .. }) => 1,
+            CliError::Native(NativeError::Failed(failure)) => match failure {
+                Failure::Invalid { .. } | Failure::TooLarge { .. } => 2,
+                Failure::Elsewhere { .. }
+                | Failure::Overloaded { .. }
+                | Failure::Unavailable { .. }
+                | Failure::Unknown { .. } => 3,
+            },
+            CliError::Io { .. } => 3,
+        }
+    }
+
+    /// The reader of our output went away: no error of ours.
+    fn is_closed_pipe(&self) -> bool {
+        matches!(self, CliError::Io { source, .. } if source.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+/// Runs one command to its end.
+pub fn run(cli: Cli) -> ExitCode {
+    let ended = match cli.command {
+        Command::Kv(arguments) => on_one_thread(kv::run(arguments)),
+        Command::Cluster(arguments) => on_one_thread(cluster::run(arguments)),
+        Command::Bench(arguments) => bench::run(*arguments),
+        Command::Completions(arguments) => completions::run(&arguments),
+    };
+    match ended {
+        Ok(Exit::Done) => ExitCode::SUCCESS,
+        Ok(Exit::Missing) => ExitCode::from(1),
+        Err(error) if error.is_closed_pipe() => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(error.code())
+        }
+    }
+}
+
+/// One line on standard error. If that is closed too, nobody wants to know.
+pub fn complain(error: &dyn std::fmt::Display) {
+    drop(writeln!(io::stderr(), "quorate: {error}"));
+}
+
+/// For commands that wait for one answer after the other.
+fn on_one_thread(command: impl Future<Output = Result<Exit, CliError>>) -> Result<Exit, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|source| CliError::Io { what: "the runtime".into(), source })?.block_on(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn exit_codes_tell_refused_from_unknown() {
+        let failed = |failure| CliError::Native(NativeError::Failed(failure)).code();
+        assert_eq!(CliError::Native(NativeError::ConditionFailed { detail: String::new() }).code(), 1);
+        assert_eq!(failed(Failure::Invalid { reason: String::new() }), 2);
+        assert_eq!(failed(Failure::Unavailable { reason: String::new(), retry_after_ms: 0 }), 3);
+        assert_eq!(failed(Failure::Unknown { reason: String::new() }), 3);
+        assert!(CliError::output(io::ErrorKind::BrokenPipe.into()).is_closed_pipe());
+    }
+}
