@@ -31,9 +31,10 @@ pub struct NodeConfig {
     pub cache_bytes: u64,
     /// How long a stop may take to hand leadership over and to answer what is in flight.
     pub stop_timeout: Duration,
-    /// Serve reads by the leader's lease, without a quorum round.
-    pub lease_reads: bool,
-    pub election_timeout_ms_min: Option<u64>,
+    /// How many times longer than usual a silent leader is waited for, and heartbeats are apart: for thousands of groups on few cores.
+    pub timing_factor: u64,
+    /// Reads rest on the leader's lease, without a round to a quorum. Clocks may drift apart by this within a lease.
+    pub lease_drift_ms: Option<u64>,
 }
 
 /// Why a configuration makes no sense.
@@ -104,8 +105,8 @@ mod tests {
             data_dir: PathBuf::from("data"),
             cache_bytes: 1 << 20,
             stop_timeout: Duration::from_secs(1),
-            lease_reads: false,
-            election_timeout_ms_min: None,
+            timing_factor: 1,
+            lease_drift_ms: None,
         }
     }
 

@@ -7,6 +7,7 @@ pub mod bench;
 pub mod cluster;
 pub mod completions;
 pub mod kv;
+pub mod serve;
 mod servers;
 
 use std::future::Future;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::cli::serve::ServeError;
 use crate::client::native::NativeError;
 use crate::client::store::Failure;
 
@@ -28,6 +30,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run a node.
+    Serve(Box<serve::Arguments>),
     /// Read and write keys.
     Kv(kv::Arguments),
     /// Look at a cluster, and hand leaderships over.
@@ -57,6 +61,9 @@ pub enum CliError {
     Usage(String),
     #[error(transparent)]
     Native(#[from] NativeError),
+    /// A node could not start, or had to stop.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// A file of the user's, or standard input or output.
     #[error("{what}: {source}")]
     Io {
@@ -83,7 +90,7 @@ impl CliError {
                 | Failure::Unavailable { .. }
                 | Failure::Unknown { .. } => 3,
             },
-            CliError::Io { .. } => 3,
+            CliError::Serve(_) | CliError::Io { .. } => 3,
         }
     }
 
@@ -96,6 +103,7 @@ impl CliError {
 /// Runs one command to its end.
 pub fn run(cli: Cli) -> ExitCode {
     let ended = match cli.command {
+        Command::Serve(arguments) => on_all_threads(serve::run(*arguments)),
         Command::Kv(arguments) => on_one_thread(kv::run(arguments)),
         Command::Cluster(arguments) => on_one_thread(cluster::run(arguments)),
         Command::Bench(arguments) => bench::run(*arguments),
@@ -121,6 +129,14 @@ pub fn complain(error: &dyn std::fmt::Display) {
 fn on_one_thread(command: impl Future<Output = Result<Exit, CliError>>) -> Result<Exit, CliError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|source| CliError::Io { what: "the runtime".into(), source })?.block_on(command)
+}
+
+/// For a node, which answers many at once.
+fn on_all_threads(node: impl Future<Output = Result<(), ServeError>>) -> Result<Exit, CliError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|source| CliError::Io { what: "the runtime".into(), source })?;
+    runtime.block_on(node)?;
+    Ok(Exit::Done)
 }
 
 #[cfg(test)]

@@ -1,12 +1,13 @@
 //! What nodes ask each other before they have a group in common: who are you, and do you promise to be founded by me.
 //!
-//! JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`.
+//! JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `POST /peer/announce`.
 
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::sm::meta;
 use crate::sm::view::View;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
@@ -79,6 +80,11 @@ pub enum PeerError {
     Status { address: Address, status: u16 },
 }
 
+/// Why the HTTP client can't be set up.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct SetUpError(#[from] reqwest::Error);
+
 /// Calls other nodes by their address.
 #[derive(Debug, Clone)]
 pub struct PeerCaller {
@@ -89,7 +95,7 @@ impl PeerCaller {
     /// # Errors
     ///
     /// When the HTTP client can't be set up.
-    pub fn new() -> Result<Self, reqwest::Error> {
+    pub fn new() -> Result<Self, SetUpError> {
         let http = reqwest::Client::builder().tcp_nodelay(true).pool_idle_timeout(Duration::from_secs(10)).build()?;
         Ok(Self { http })
     }
@@ -109,6 +115,16 @@ impl PeerCaller {
 
     pub async fn replicas(&self, address: &Address, timeout: Duration) -> Result<Vec<HostedReplica>, PeerError> {
         self.answer(address, self.http.get(format!("http://{address}/peer/replicas")).timeout(timeout)).await
+    }
+
+    /// Asks the node that leads the meta group to apply an announcement.
+    pub async fn announce(
+        &self,
+        address: &Address,
+        command: &meta::Command,
+        timeout: Duration,
+    ) -> Result<meta::Outcome, PeerError> {
+        self.answer(address, self.http.post(format!("http://{address}/peer/announce")).json(command).timeout(timeout)).await
     }
 
     async fn answer<T: DeserializeOwned>(&self, address: &Address, request: reqwest::RequestBuilder) -> Result<T, PeerError> {

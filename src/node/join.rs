@@ -69,6 +69,11 @@ impl Joining {
         self.directory_id
     }
 
+    /// The data directory, as an absolute path.
+    pub fn directory_path(&self) -> &std::path::Path {
+        self.directory.path()
+    }
+
     pub fn config(&self) -> &NodeConfig {
         &self.config
     }
@@ -143,7 +148,6 @@ impl Joining {
             let waiting = match step {
                 Step::Start => return Ok(Some(self.as_stamped())),
                 Step::Adopt { view, node } => {
-                    tracing::info!("this is node {node} of cluster {}", view.cluster);
                     self.waiting.send_replace(None);
                     return Ok(Some(Joined { node, view }));
                 }

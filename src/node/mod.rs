@@ -1,3 +1,254 @@
 //! What runs: how a node comes to belong to a cluster, makes its groups match the view, and answers for the shards that it leads.
+//!
+//! [`Node::open`] locks the data directory, so that the node can say who it is; [`Node::run`] then joins (`join`, decided by `bootstrap`),
+//! opens log, maps and replicas, and keeps what runs equal to the view (`reconciler`), until it is told to stop. The other rooms:
+//! `member` is what the rest shares, `access` reaches shards, `balancer` brings leaders home, `janitor` has snapshots written.
+//!
+//! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was done, and why.
+
+pub mod access;
+mod balancer;
 pub mod bootstrap;
-pub mod join;
+mod janitor;
+mod join;
+mod member;
+mod metrics;
+mod reconciler;
+mod running;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use tokio_util::sync::CancellationToken;
+
+use crate::client::peer::{HostedReplica, Identity, PeerCaller, PromiseReply, PromiseRequest};
+use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
+use crate::client::store::{Failure, Found, Options, Page, ScanRequest, Store, WriteFailure, Written};
+use crate::config::{ConfigError, NodeConfig};
+use crate::sm::kv::Operation;
+use crate::sm::meta;
+use crate::storage::directory::{DataDirectory, DirectoryError};
+use crate::storage::sled_tree::SledError;
+use crate::types::{Address, GroupId};
+
+pub use join::JoinError;
+use join::Joining;
+pub use metrics::{Family, FamilyKind};
+use running::Running;
+pub use running::StartError;
+
+/// How soon a client should ask a node again that is not part of a cluster yet.
+const RETRY_AFTER_MS: u64 = 1000;
+
+/// A node, from its start to its stop.
+pub struct Node {
+    joining: Arc<Joining>,
+    running: OnceLock<Running>,
+    is_stopping: AtomicBool,
+}
+
+/// Why a node does not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    #[error("the HTTP client for peers can't be set up: {0}")]
+    Client(#[source] crate::client::peer::SetUpError),
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// Every group of the node has stopped: nothing is acknowledged any more.
+    #[error(
+        "the log has failed, so this node stops: {0}; what it acknowledged is kept. Free or mend the disk, then start it again"
+    )]
+    LogFailed(String),
+    /// The process must be started again: the damaged database is out of the way by then.
+    #[error("the map database is damaged; it is set aside and rebuilt by a start of the process")]
+    MapsDamaged,
+}
+
+impl NodeError {
+    /// Whether starting the process again, and nothing else, mends it.
+    pub fn wants_restart(&self) -> bool {
+        matches!(self, NodeError::MapsDamaged | NodeError::Start(StartError::Maps(SledError::Hangs { .. })))
+    }
+}
+
+/// Why a node should not be given requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unready {
+    /// Stable, for scripts: `starting`, `spare`, `catching-up` or `stopping`.
+    pub code: &'static str,
+    pub reason: String,
+}
+
+impl Node {
+    /// Opens and locks the data directory.
+    ///
+    /// # Errors
+    ///
+    /// When the configuration makes no sense, or the directory can't be used.
+    pub fn open(config: NodeConfig) -> Result<Arc<Self>, NodeError> {
+        config.check()?;
+        let directory = DataDirectory::open(&config.data_dir)?;
+        let caller = PeerCaller::new().map_err(NodeError::Client)?;
+        let joining = Arc::new(Joining::new(config, directory, caller));
+        Ok(Arc::new(Self { joining, running: OnceLock::new(), is_stopping: AtomicBool::new(false) }))
+    }
+
+    /// Joins, serves, and returns after `shutdown`, with everything closed.
+    ///
+    /// # Errors
+    ///
+    /// Why the node can't go on: it must stop, and says so.
+    pub async fn run(&self, shutdown: &CancellationToken) -> Result<(), NodeError> {
+        let Some(joined) = self.joining.join(shutdown).await? else { return Ok(()) };
+        let running = match Running::start(&self.joining, joined).await {
+            Ok(running) => running,
+            Err(_) if running::are_maps_condemned(self.joining.directory_path()) => return Err(NodeError::MapsDamaged),
+            Err(error) => return Err(error.into()),
+        };
+        let failed = running.log_failure();
+        let condemned = running.condemned();
+        let running = self.running.get_or_init(|| running);
+        let result = tokio::select! {
+            biased;
+            () = shutdown.cancelled() => Ok(()),
+            reason = failed => Err(NodeError::LogFailed(reason)),
+            () = condemned.cancelled() => Err(NodeError::MapsDamaged),
+        };
+        running.stop(result.is_ok()).await;
+        result
+    }
+
+    /// Hands every leadership over to another replica, as far as there is one within the time: the first step of a clean stop, while
+    /// requests are still answered.
+    pub async fn hand_over(&self, timeout: Duration) {
+        self.is_stopping.store(true, Ordering::Relaxed);
+        if let Some(running) = self.running.get() {
+            running.registry().hand_over(timeout).await;
+        }
+    }
+
+    /// # Errors
+    ///
+    /// Why this node should not be given requests.
+    pub fn ready(&self) -> Result<(), Unready> {
+        let unready = |code, reason| Err(Unready { code, reason });
+        if self.is_stopping.load(Ordering::Relaxed) {
+            return unready("stopping", "this node is stopping".to_owned());
+        }
+        match self.running.get() {
+            None => unready(self.waiting_code(), self.waiting_reason()),
+            Some(running) => match running.unready() {
+                None => Ok(()),
+                Some(reason) => unready("catching-up", reason),
+            },
+        }
+    }
+
+    fn waiting_code(&self) -> &'static str {
+        if self.joining.waiting().is_some_and(|waiting| waiting.is_spare()) { "spare" } else { "starting" }
+    }
+
+    fn waiting_reason(&self) -> String {
+        self.joining.waiting().map_or_else(|| "this node is starting".to_owned(), |waiting| waiting.to_string())
+    }
+
+    /// Who this node is.
+    pub fn identity(&self) -> Identity {
+        self.joining.identity()
+    }
+
+    /// Answers a founder.
+    pub async fn promise(&self, request: PromiseRequest) -> PromiseReply {
+        let joining = Arc::clone(&self.joining);
+        let promised = tokio::task::spawn_blocking(move || joining.promise(&request)).await;
+        promised.unwrap_or_else(|error| PromiseReply::Refused { reason: error.to_string() })
+    }
+
+    /// What this node says of its own replicas.
+    pub fn hosted(&self) -> Vec<HostedReplica> {
+        self.running.get().map(|running| running.member().hosted()).unwrap_or_default()
+    }
+
+    /// Has the meta group, if this node leads it, apply the announcement of another node.
+    pub async fn announce(&self, command: meta::Command) -> Result<meta::Outcome, Failure> {
+        match self.running.get() {
+            Some(running) => running.announce(command).await,
+            None => Err(self.unavailable()),
+        }
+    }
+
+    /// Answers for a shard that this node should lead.
+    pub async fn answer(&self, request: ShardRequest) -> ShardReply {
+        match self.running.get() {
+            Some(running) => running.router().access().answer(request).await,
+            None => ShardReply::Failed(self.unavailable()),
+        }
+    }
+
+    /// Its replicas, for the lanes of peers. None: it has none yet.
+    pub fn registry(&self) -> Option<Arc<crate::raft::Registry>> {
+        self.running.get().map(|running| Arc::clone(running.registry()))
+    }
+
+    /// What this node counts, for the metrics page.
+    pub fn families(&self) -> Vec<Family> {
+        self.running.get().map(|running| running.families()).unwrap_or_default()
+    }
+
+    fn unavailable(&self) -> Failure {
+        Failure::Unavailable { reason: self.waiting_reason(), retry_after_ms: RETRY_AFTER_MS }
+    }
+}
+
+impl Store for Node {
+    fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().get(key, options),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
+    fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {
+        match self.running.get() {
+            Some(running) => running.router().write(operations, idempotency_key, options),
+            None => Box::pin(async move { vec![Err(WriteFailure::Failed(self.unavailable())); operations.len()] }),
+        }
+    }
+
+    fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().scan(request, options),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
+    fn count(&self, options: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().count(options),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
+    fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().status(),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
+    fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> BoxFuture<'_, Result<Address, Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().transfer_leader(shard, to, options),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+}

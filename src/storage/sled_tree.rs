@@ -54,6 +54,11 @@ pub enum SledError {
     Fresh { path: PathBuf, reason: String },
 }
 
+/// Whether the next [`SledTrees::open`] will set the database at `path` aside.
+pub fn is_condemned(path: &Path) -> bool {
+    path.join(CONDEMNED).exists()
+}
+
 /// The trees of a node.
 pub struct SledTrees {
     db: sled::Db,

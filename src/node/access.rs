@@ -1,0 +1,274 @@
+//! How a node reaches shards: it answers for those that it leads (or, for stale reads, has a replica of), and forwards the rest.
+//!
+//! [`Access`] is the [`ShardAccess`] under a node's router; [`Access::execute`] also answers `POST /peer/shard`. The invariant: a
+//! linearizable read looks at the map only after a quorum round that began after the request came, and looks at the slot's ownership and
+//! at the data under one guard.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::member::Member;
+use crate::client::call::CallError;
+use crate::client::protocol::{ClusterStatus, ShardBody, ShardPage, ShardReply, ShardRequest};
+use crate::client::router::ShardAccess;
+use crate::client::shard_map::ShardMap;
+use crate::client::store::{Consistency, Failure, Found, Item, Options, Routing, Staleness};
+use crate::raft::Group;
+use crate::raft::{ProposeError, ReadError};
+use crate::sm::kv::{self, PageRequest, ReadOutcome};
+use crate::sm::ports::{Direction, StoreError};
+use crate::types::{Address, GroupId, MapVersion, NodeId};
+
+/// How soon to try again when a shard has no leader: an election takes about this long.
+const RETRY_AFTER_MS: u64 = 500;
+
+/// How a node reaches shards.
+pub struct Access {
+    member: Arc<Member>,
+}
+
+impl Access {
+    pub fn new(member: Arc<Member>) -> Self {
+        Self { member }
+    }
+
+    /// Answers a request of a peer or client for a shard that this node should lead.
+    pub async fn answer(&self, request: ShardRequest) -> ShardReply {
+        if request.cluster != self.member.cluster {
+            let reason = format!("this node belongs to cluster {}, not to {}", self.member.cluster, request.cluster);
+            return ShardReply::Failed(Failure::Invalid { reason });
+        }
+        let deadline = Instant::now() + Duration::from_millis(request.timeout_ms);
+        match self.member.registry.get(request.shard) {
+            Some(group) if !request.shard.is_meta() => self.execute(&group, request.body, deadline).await,
+            _ => ShardReply::Failed(self.elsewhere(request.shard)),
+        }
+    }
+
+    /// Does what is asked on the replica of this node.
+    async fn execute(&self, group: &Group, body: ShardBody, deadline: Instant) -> ShardReply {
+        let shard = group.key().group;
+        match body {
+            ShardBody::Write(write) => match group.propose(write, deadline).await {
+                Ok(outcome) => ShardReply::Written(outcome),
+                Err(error) => ShardReply::Failed(self.propose_failure(shard, error)),
+            },
+            ShardBody::Get { key, consistency } => match self.before_read(group, consistency, deadline).await {
+                Ok(staleness) => read_key(group, &key, staleness),
+                Err(failure) => ShardReply::Failed(failure),
+            },
+            ShardBody::Scan { range, reverse, limit, bytes_max, keys_only, consistency } => {
+                let direction = if reverse { Direction::Reverse } else { Direction::Forward };
+                let request = PageRequest { range: range.into(), direction, limit, bytes_max, keys_only };
+                match self.before_read(group, consistency, deadline).await {
+                    Ok(_) => read_page(group, &request),
+                    Err(failure) => ShardReply::Failed(failure),
+                }
+            }
+            ShardBody::Count => match self.before_read(group, Consistency::Linearizable, deadline).await {
+                Ok(_) => read_count(group),
+                Err(failure) => ShardReply::Failed(failure),
+            },
+        }
+    }
+
+    /// Makes sure that what the replica has applied is as new as asked. For a stale read: how old it may be.
+    async fn before_read(
+        &self,
+        group: &Group,
+        consistency: Consistency,
+        deadline: Instant,
+    ) -> Result<Option<Staleness>, Failure> {
+        match consistency {
+            Consistency::Stale => Ok(Some(match group.staleness() {
+                None => Staleness::Unknown,
+                Some(age) => Staleness::AtMost { age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX) },
+            })),
+            Consistency::Linearizable => {
+                let read = group.read_barrier(deadline).await;
+                read.map(|()| None).map_err(|error| self.read_failure(group.key().group, error))
+            }
+        }
+    }
+
+    /// Sends the request to the node that leads the shard, as far as it is known.
+    async fn forward(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
+        let Some(peer) = self.member.peer_for(shard) else {
+            return ShardReply::Failed(Failure::Unavailable {
+                reason: format!("no other node is known to have a replica of shard {shard}"),
+                retry_after_ms: RETRY_AFTER_MS,
+            });
+        };
+        let timeout_ms = u64::try_from(options.timeout.as_millis()).unwrap_or(u64::MAX);
+        let writes = matches!(body, ShardBody::Write(_));
+        let request = ShardRequest { cluster: self.member.cluster, shard, timeout_ms, body };
+        match self.member.caller.call(&peer.address, &request, options.timeout).await {
+            Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
+                self.member.learn_leader(shard, &address);
+                ShardReply::Failed(Failure::Elsewhere { shard, address })
+            }
+            Ok(reply) => {
+                self.member.learn_leader(shard, &peer.address);
+                reply
+            }
+            Err(error) => {
+                self.member.forget_leader(shard, peer.node);
+                ShardReply::Failed(call_failure(error, writes))
+            }
+        }
+    }
+
+    fn propose_failure(&self, shard: GroupId, error: ProposeError) -> Failure {
+        match error {
+            ProposeError::NotLeader { leader } => self.not_leader(shard, leader),
+            ProposeError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard}")),
+            ProposeError::Expired => unavailable(format!("shard {shard} had no time left to begin it")),
+            ProposeError::Stopped { reason } => {
+                unavailable(format!("the replica of shard {shard} on this node has stopped: {reason}"))
+            }
+            ProposeError::Unknown { reason } => Failure::Unknown { reason },
+        }
+    }
+
+    fn read_failure(&self, shard: GroupId, error: ReadError) -> Failure {
+        match error {
+            ReadError::NotLeader { leader } => self.not_leader(shard, leader),
+            ReadError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard}")),
+            ReadError::Expired => unavailable(format!("no quorum of shard {shard} is in reach")),
+            ReadError::Stopped { reason } => {
+                unavailable(format!("the replica of shard {shard} on this node has stopped: {reason}"))
+            }
+        }
+    }
+
+    fn not_leader(&self, shard: GroupId, leader: Option<NodeId>) -> Failure {
+        let map = self.member.map();
+        match leader.and_then(|leader| map.node(leader)).map(|place| place.public.clone()) {
+            Some(address) => Failure::Elsewhere { shard, address },
+            None => unavailable(format!("shard {shard} has no leader now")),
+        }
+    }
+
+    /// For a shard without a replica here: who leads it, or at least has a replica.
+    fn elsewhere(&self, shard: GroupId) -> Failure {
+        match self.member.peer_for(shard) {
+            Some(peer) => Failure::Elsewhere { shard, address: peer.public },
+            None => unavailable(format!("shard {shard} is unknown here")),
+        }
+    }
+}
+
+impl ShardAccess for Access {
+    fn map(&self) -> Option<Arc<ShardMap>> {
+        Some(self.member.map())
+    }
+
+    async fn refresh(&self, older_than: MapVersion) {
+        self.member.wait_for_map(older_than).await;
+    }
+
+    async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
+        let stale = options.consistency == Consistency::Stale;
+        let local = self.member.registry.get(shard).filter(|group| stale || group.leads());
+        match (local, options.routing) {
+            (Some(group), _) => {
+                let deadline = Instant::now() + options.timeout;
+                self.execute(&group, body, deadline).await
+            }
+            (None, Routing::Proxy) => self.forward(shard, body, options).await,
+            (None, Routing::Redirect) => match self.member.registry.get(shard) {
+                Some(group) => ShardReply::Failed(self.not_leader(shard, group.status().leader)),
+                None => ShardReply::Failed(self.elsewhere(shard)),
+            },
+        }
+    }
+
+    async fn status(&self) -> Result<ClusterStatus, Failure> {
+        Ok(self.member.status().await)
+    }
+
+    async fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> Result<Address, Failure> {
+        let view = self.member.view();
+        let group = view.groups.get(&shard).ok_or_else(|| Failure::Invalid { reason: format!("there is no shard {shard}") })?;
+        let node = match &to {
+            None => group.home,
+            Some(address) => {
+                view.nodes.iter().find(|(_, node)| node.address == *address || node.public() == address).map_or_else(
+                    || Err(Failure::Invalid { reason: format!("{address} is no node of the view") }),
+                    |(id, _)| Ok(*id),
+                )?
+            }
+        };
+        let replica = view.replica_on(shard, node);
+        let replica =
+            replica.ok_or_else(|| Failure::Invalid { reason: format!("node {node} has no replica of shard {shard}") })?;
+        let Some(local) = self.member.registry.get(shard) else { return Err(self.elsewhere(shard)) };
+        let status = local.status();
+        if status.leader != Some(self.member.node) {
+            return Err(self.not_leader(shard, status.leader));
+        }
+        if node != self.member.node {
+            let transferred = tokio::time::timeout(options.timeout, local.transfer_leader(replica)).await;
+            let reason = match transferred {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(_) => Some("it took too long".to_owned()),
+            };
+            if let Some(reason) = reason {
+                return Err(unavailable(format!("the leadership of shard {shard} was not handed over: {reason}")));
+            }
+        }
+        Ok(view.nodes.get(&node).map_or_else(|| self.member.address.clone(), |node| node.public().clone()))
+    }
+}
+
+fn read_key(group: &Group, key: &Bytes, staleness: Option<Staleness>) -> ShardReply {
+    match kv::read(&group.state().read(), key) {
+        Ok(ReadOutcome::Owned(record)) => ShardReply::Got(Found { record, staleness }),
+        Ok(ReadOutcome::NotOwned { slot, .. }) => ShardReply::NotOwned { slot },
+        Err(error) => ShardReply::Failed(broken(group, &error)),
+    }
+}
+
+fn read_page(group: &Group, request: &PageRequest) -> ShardReply {
+    match kv::scan_page(&group.state().read(), request) {
+        Ok(page) => {
+            let items = page.items.into_iter().map(|(key, record)| Item { key, record }).collect();
+            ShardReply::Page(ShardPage { items, more: page.more, slots: page.slots })
+        }
+        Err(error) => ShardReply::Failed(broken(group, &error)),
+    }
+}
+
+fn read_count(group: &Group) -> ShardReply {
+    match kv::count(&group.state().read()) {
+        Ok(count) => ShardReply::Counted { keys: count.keys, slots: count.slots },
+        Err(error) => ShardReply::Failed(broken(group, &error)),
+    }
+}
+
+/// A map that can't be read: the replica stops serving, and says why.
+fn broken(group: &Group, error: &StoreError) -> Failure {
+    let reason = format!("the map of {} cannot be read: {error}", group.key());
+    tracing::error!("{reason}");
+    unavailable(reason)
+}
+
+fn unavailable(reason: String) -> Failure {
+    Failure::Unavailable { reason, retry_after_ms: RETRY_AFTER_MS }
+}
+
+fn overloaded(limit: String) -> Failure {
+    Failure::Overloaded { limit, retry_after_ms: RETRY_AFTER_MS }
+}
+
+/// A read that got no answer can be asked again; a write that got none may have been done.
+fn call_failure(error: CallError, writes: bool) -> Failure {
+    match Failure::from(error) {
+        Failure::Unknown { reason } if !writes => unavailable(reason),
+        failure => failure,
+    }
+}

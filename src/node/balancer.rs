@@ -1,0 +1,91 @@
+//! Leaders drift home: a node that leads a shard whose home is another node hands it over, once the home replica has caught up.
+//!
+//! Only the leader acts, one shard at a time, and only for a home that was heard of lately: a transfer to a replica that is not there
+//! stops the shard until an election.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::member::Member;
+use crate::raft::Group;
+use crate::types::{GroupId, ReplicaId};
+
+const TICK: Duration = Duration::from_secs(1);
+/// How long the home must have been in reach before it is given the lead: a node that comes and goes should not lead.
+const STEADY_FOR: Duration = Duration::from_secs(3);
+/// After a transfer that failed, this shard is left alone for so long.
+const RETRY_AFTER: Duration = Duration::from_secs(30);
+/// A home that was last heard of longer ago than this is not in reach.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Hands leaderships over to their homes.
+pub struct Balancer {
+    member: Arc<Member>,
+    /// Since when the home of a shard that this node leads has been in reach without a break.
+    steady: HashMap<GroupId, Instant>,
+    not_before: HashMap<GroupId, Instant>,
+}
+
+impl Balancer {
+    pub fn new(member: Arc<Member>) -> Self {
+        Self { member, steady: HashMap::new(), not_before: HashMap::new() }
+    }
+
+    pub async fn run(mut self, shutdown: &CancellationToken) {
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(TICK) => {}
+            }
+            self.tick().await;
+        }
+    }
+
+    async fn tick(&mut self) {
+        let view = self.member.view();
+        let mut due = None;
+        for group in self.member.registry.groups() {
+            let id = group.key().group;
+            let home = view.groups.get(&id).map(|of| of.home).filter(|home| *home != self.member.node && !id.is_meta());
+            let target = home.and_then(|home| Some((home, view.replica_on(id, home)?)));
+            let Some((home, replica)) = target.filter(|_| group.leads()) else {
+                self.steady.remove(&id);
+                continue;
+            };
+            let heard = self.member.registry.last_heard(home).is_some_and(|at| at.elapsed() < HEARD_WITHIN);
+            if !heard || !group.is_caught_up(replica) {
+                self.steady.remove(&id);
+                continue;
+            }
+            let since = *self.steady.entry(id).or_insert_with(Instant::now);
+            let held_back = self.not_before.get(&id).is_some_and(|at| Instant::now() < *at);
+            if since.elapsed() >= STEADY_FOR && !held_back && due.is_none() {
+                due = Some((group, replica));
+            }
+        }
+        if let Some((group, replica)) = due {
+            self.transfer(&group, replica).await;
+        }
+    }
+
+    async fn transfer(&mut self, group: &Group, replica: ReplicaId) {
+        let id = group.key().group;
+        self.steady.remove(&id);
+        let reason = match tokio::time::timeout(TRANSFER_TIMEOUT, group.transfer_leader(replica)).await {
+            Ok(Ok(())) => {
+                tracing::info!("shard {id} is led by its home again");
+                return;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "it took too long".to_owned(),
+        };
+        tracing::info!("shard {id} was not handed over to its home: {reason}");
+        self.not_before.insert(id, Instant::now() + RETRY_AFTER);
+    }
+}

@@ -1,0 +1,310 @@
+//! A node that belongs to a cluster: the view as it knows it, its replicas, and whom to ask about the others.
+//!
+//! [`Member`] is what the other parts of `node` share. It decides nothing: the view comes from the node's own meta replica (set by
+//! `reconciler`), leaders from its own replicas, or from what others answered (hints, which may be wrong and are only tried first).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::client::call::ShardCaller;
+use crate::client::peer::{HostedReplica, PeerCaller};
+use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::client::shard_map::ShardMap;
+use crate::raft::Group;
+use crate::raft::Registry;
+use crate::raft::transport::{Peer, Resolver};
+use crate::sm::kv;
+use crate::sm::view::View;
+use crate::types::{Address, ClusterId, GroupId, LogId, MapVersion, NodeId, ReplicaId};
+
+/// How long a router waits for a newer map before it tries the one it has once more.
+const MAP_WAIT: Duration = Duration::from_millis(200);
+/// How long a node that did not answer is asked last.
+const SUSPECT_FOR: Duration = Duration::from_secs(1);
+/// How long the other nodes are given to tell of their replicas.
+const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
+/// An answer about all nodes is shared by who asks within this time: watching a cluster must not load it.
+const STATUS_FRESH_FOR: Duration = Duration::from_millis(200);
+/// A replica that has applied less than its leader by more than this many entries is lagging.
+const LAGGING_ENTRIES: u64 = 1000;
+
+/// A node of a cluster.
+pub struct Member {
+    pub cluster: ClusterId,
+    pub node: NodeId,
+    /// What clients are sent to for this node.
+    pub address: Address,
+    pub registry: Arc<Registry>,
+    pub caller: ShardCaller,
+    pub peers: PeerCaller,
+    views: Arc<Views>,
+    hints: Mutex<HashMap<GroupId, Hint>>,
+    status: tokio::sync::Mutex<Option<(Instant, ClusterStatus)>>,
+}
+
+/// The newest view that this node knows, and the map made of it.
+pub struct Views {
+    view: watch::Sender<Arc<View>>,
+    map: RwLock<Arc<ShardMap>>,
+}
+
+/// What was heard about a shard that this node has no replica of, or does not lead.
+#[derive(Debug, Default)]
+struct Hint {
+    leader: Option<NodeId>,
+    suspects: Vec<(NodeId, Instant)>,
+}
+
+/// A node to ask.
+#[derive(Debug, Clone)]
+pub struct PeerPlace {
+    pub node: NodeId,
+    pub address: Address,
+    pub public: Address,
+}
+
+impl Views {
+    pub fn new(view: View) -> Self {
+        let map = RwLock::new(Arc::new(ShardMap::from_view(&view, |_| None)));
+        Self { view: watch::Sender::new(Arc::new(view)), map }
+    }
+
+    pub fn view(&self) -> Arc<View> {
+        self.view.borrow().clone()
+    }
+
+    pub fn map(&self) -> Arc<ShardMap> {
+        self.map.read().expect("no holder panics").clone()
+    }
+
+    pub fn subscribe(&self) -> watch::Receiver<Arc<View>> {
+        self.view.subscribe()
+    }
+
+    /// Takes a view that is newer than the one known. True: it was.
+    pub fn advance(&self, view: View) -> bool {
+        let view = Arc::new(view);
+        self.view.send_if_modified(|known| {
+            if view.version <= known.version {
+                return false;
+            }
+            *self.map.write().expect("no holder panics") = Arc::new(ShardMap::from_view(&view, |_| None));
+            *known = view.clone();
+            true
+        })
+    }
+}
+
+impl Resolver for Views {
+    fn resolve(&self, node: NodeId) -> Option<Peer> {
+        let view = self.view.borrow();
+        let node = view.nodes.get(&node)?;
+        Some(Peer { address: node.address.clone(), directory: node.directory })
+    }
+}
+
+impl Member {
+    pub fn new(node: NodeId, views: Arc<Views>, registry: Arc<Registry>, caller: ShardCaller, peers: PeerCaller) -> Option<Self> {
+        let view = views.view();
+        let address = view.nodes.get(&node)?.public().clone();
+        Some(Self {
+            cluster: view.cluster,
+            node,
+            address,
+            registry,
+            caller,
+            peers,
+            views,
+            hints: Mutex::default(),
+            status: tokio::sync::Mutex::default(),
+        })
+    }
+
+    pub fn view(&self) -> Arc<View> {
+        self.views.view()
+    }
+
+    pub fn views(&self) -> &Arc<Views> {
+        &self.views
+    }
+
+    pub fn map(&self) -> Arc<ShardMap> {
+        self.views.map()
+    }
+
+    /// Waits a moment for a map newer than this one.
+    pub async fn wait_for_map(&self, older_than: MapVersion) {
+        let mut views = self.views.subscribe();
+        // Neither a moment without news nor a node that is stopping is an error: the router goes on with the map it has.
+        drop(tokio::time::timeout(MAP_WAIT, views.wait_for(|view| view.version > older_than)).await);
+    }
+
+    /// The node to ask about a shard that this one does not lead: its leader where that is known, else its home, else any with a replica;
+    /// one that did not answer a moment ago only if there is no other.
+    pub fn peer_for(&self, shard: GroupId) -> Option<PeerPlace> {
+        let map = self.map();
+        let place = map.shard(shard)?;
+        let local_leader = self.registry.get(shard).and_then(|group| group.status().leader);
+        let hints = self.hints.lock().expect("no holder panics");
+        let hint = hints.get(&shard);
+        let hinted = hint.and_then(|hint| hint.leader);
+        let suspect = |node: &NodeId| {
+            let suspects = hint.map(|hint| hint.suspects.as_slice()).unwrap_or_default();
+            suspects.iter().any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR)
+        };
+        let replicas = place.replicas.iter().copied();
+        let candidates: Vec<NodeId> = local_leader
+            .into_iter()
+            .chain(hinted)
+            .chain([place.home])
+            .chain(replicas)
+            .filter(|node| *node != self.node && map.node(*node).is_some())
+            .collect();
+        let chosen = candidates.iter().find(|node| !suspect(node)).or(candidates.first()).copied()?;
+        let place = map.node(chosen)?;
+        Some(PeerPlace { node: chosen, address: place.address.clone(), public: place.public.clone() })
+    }
+
+    /// Somebody said, or showed, that the node at this address leads the shard.
+    pub fn learn_leader(&self, shard: GroupId, address: &Address) {
+        let map = self.map();
+        let leader = map.nodes().find(|(_, place)| place.address == *address || place.public == *address).map(|(node, _)| node);
+        let mut hints = self.hints.lock().expect("no holder panics");
+        let hint = hints.entry(shard).or_default();
+        hint.leader = leader;
+        hint.suspects.retain(|(node, since)| Some(*node) != leader && since.elapsed() < SUSPECT_FOR);
+    }
+
+    /// A node did not answer for the shard.
+    pub fn forget_leader(&self, shard: GroupId, node: NodeId) {
+        let mut hints = self.hints.lock().expect("no holder panics");
+        let hint = hints.entry(shard).or_default();
+        if hint.leader == Some(node) {
+            hint.leader = None;
+        }
+        hint.suspects.retain(|(suspect, since)| *suspect != node && since.elapsed() < SUSPECT_FOR);
+        hint.suspects.push((node, Instant::now()));
+    }
+
+    /// What this node says of its own replicas.
+    pub fn hosted(&self) -> Vec<HostedReplica> {
+        self.registry.groups().iter().map(|group| hosted(group)).collect()
+    }
+
+    /// The view and how its groups are: asks every node about its replicas.
+    pub async fn status(&self) -> ClusterStatus {
+        let mut cached = self.status.lock().await;
+        if let Some((at, status)) = cached.as_ref()
+            && at.elapsed() < STATUS_FRESH_FOR
+        {
+            return status.clone();
+        }
+        let view = self.view();
+        let asked = view.nodes.iter().map(|(id, node)| async move {
+            if *id == self.node {
+                return (*id, Some(self.hosted()));
+            }
+            (*id, self.peers.replicas(&node.address, STATUS_TIMEOUT).await.ok())
+        });
+        let answers: HashMap<NodeId, Option<Vec<HostedReplica>>> = join_all(asked).await.into_iter().collect();
+        let status = self.describe(&view, &answers);
+        *cached = Some((Instant::now(), status.clone()));
+        status
+    }
+
+    fn describe(&self, view: &View, answers: &HashMap<NodeId, Option<Vec<HostedReplica>>>) -> ClusterStatus {
+        let nodes = view.nodes.iter().map(|(id, node)| NodeStatus {
+            id: *id,
+            address: node.address.clone(),
+            public_address: node.public().clone(),
+            directory: node.directory,
+            reachable: answers.get(id).is_some_and(Option::is_some),
+        });
+        let shards = view.shards().map(|(id, group)| describe_shard(view, id, group, answers));
+        ClusterStatus {
+            cluster: view.cluster,
+            epoch: view.epoch,
+            version: view.version,
+            asked: view.asked,
+            answered_by: self.node,
+            meta_leader: self.registry.get(GroupId::META).and_then(|meta| meta.status().leader),
+            nodes: nodes.collect(),
+            shards: shards.collect(),
+            slots: view.slots.clone(),
+        }
+    }
+}
+
+fn hosted(group: &Group) -> HostedReplica {
+    let status = group.status();
+    let key = group.key();
+    // A map that can't be read is told by `failed`, and has no counts.
+    let (count, damage) = match kv::count(&group.state().read()) {
+        Ok(count) => (Some(count), None),
+        Err(error) => (None, Some(error.to_string())),
+    };
+    HostedReplica {
+        group: key.group,
+        replica: key.replica,
+        leader: status.leader,
+        term: status.term,
+        applied: status.applied,
+        keys: count.as_ref().map_or(0, |count| count.keys),
+        bytes: count.as_ref().map_or(0, |count| count.bytes),
+        failed: status.failed.or(damage),
+    }
+}
+
+fn describe_shard(
+    view: &View,
+    id: GroupId,
+    group: &crate::sm::view::Group,
+    answers: &HashMap<NodeId, Option<Vec<HostedReplica>>>,
+) -> ShardStatus {
+    let told = |replica: ReplicaId, node: NodeId| -> Option<&HostedReplica> {
+        answers.get(&node)?.as_ref()?.iter().find(|hosted| hosted.group == id && hosted.replica == replica)
+    };
+    let all: Vec<(ReplicaId, NodeId, Option<&HostedReplica>)> =
+        group.replicas.iter().map(|(replica, node)| (*replica, *node, told(*replica, *node))).collect();
+    // The leader is who says so itself, in the highest term: what others say may be out of date.
+    let leading = all
+        .iter()
+        .filter_map(|(_, node, hosted)| hosted.filter(|hosted| hosted.leader == Some(*node)).map(|hosted| (*node, hosted)))
+        .max_by_key(|(_, hosted)| hosted.term);
+    let newest =
+        leading.map(|(_, hosted)| hosted).or_else(|| all.iter().filter_map(|(_, _, hosted)| *hosted).max_by_key(|h| h.applied));
+    let leader = leading.map(|(node, _)| node);
+    let applied_index = newest.and_then(|hosted| hosted.applied).map_or(0, |applied| applied.index);
+    let replicas = all.iter().map(|(replica, node, hosted)| ReplicaStatus {
+        id: *replica,
+        node: *node,
+        health: health(*hosted, leader == Some(*node), applied_index),
+        applied: hosted.and_then(|hosted| hosted.applied),
+    });
+    ShardStatus {
+        id,
+        home: group.home,
+        leader,
+        term: leading.map(|(_, hosted)| hosted.term),
+        keys: newest.map(|hosted| hosted.keys),
+        bytes: newest.map(|hosted| hosted.bytes),
+        slots: view.slots.of(id).count() as u64,
+        replicas: replicas.collect(),
+    }
+}
+
+fn health(hosted: Option<&HostedReplica>, leads: bool, applied_index: u64) -> ReplicaHealth {
+    let index = |applied: Option<LogId>| applied.map_or(0, |applied| applied.index);
+    match hosted {
+        None => ReplicaHealth::Unreachable,
+        Some(hosted) if hosted.failed.is_some() => ReplicaHealth::Failed,
+        Some(_) if leads => ReplicaHealth::Leading,
+        Some(hosted) if index(hosted.applied) + LAGGING_ENTRIES < applied_index => ReplicaHealth::Lagging,
+        Some(_) => ReplicaHealth::Following,
+    }
+}

@@ -1,0 +1,129 @@
+//! What a node counts, as families of samples; how they look on a page is the business of `http`.
+
+use super::member::Member;
+use crate::raft::Role;
+use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
+use crate::storage::state::StateStore;
+
+/// Samples of one name.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Family {
+    pub name: &'static str,
+    pub kind: FamilyKind,
+    pub help: &'static str,
+    pub samples: Vec<Sample>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FamilyKind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+
+/// One value. `suffix` is that of a histogram's part, else empty.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    pub suffix: &'static str,
+    pub labels: Vec<(&'static str, String)>,
+    pub value: f64,
+}
+
+/// Everything that the node counts.
+pub fn families(member: &Member, log: &Log, states: &StateStore) -> Vec<Family> {
+    let mut all = of_log(&log.metrics());
+    all.extend(of_states(states));
+    all.extend(of_groups(member));
+    all
+}
+
+fn family(name: &'static str, kind: FamilyKind, help: &'static str, samples: Vec<Sample>) -> Family {
+    Family { name, kind, help, samples }
+}
+
+fn one(name: &'static str, kind: FamilyKind, help: &'static str, value: f64) -> Family {
+    family(name, kind, help, vec![Sample { suffix: "", labels: Vec::new(), value }])
+}
+
+const SECONDS_PER_US: f64 = 1e-6;
+
+fn of_log(log: &LogMetrics) -> Vec<Family> {
+    use FamilyKind::{Counter, Gauge};
+    vec![
+        syncs(log),
+        one("quorate_log_batches_total", Counter, "Batches written to the log: one sync each.", log.batches as f64),
+        one(
+            "quorate_log_records_total",
+            Counter,
+            "Records written to the log; entries of all groups are among them.",
+            log.records as f64,
+        ),
+        one("quorate_log_written_bytes_total", Counter, "Bytes written to the log.", log.bytes_written as f64),
+        one(
+            "quorate_log_rebases_total",
+            Counter,
+            "Idle replicas rewritten so that old segments could be reused.",
+            log.rebases as f64,
+        ),
+        one("quorate_log_segments", Gauge, "Segment files of the log.", log.segments as f64),
+        one("quorate_log_live_bytes", Gauge, "Bytes of entries that are not purged.", log.live_bytes as f64),
+        one("quorate_log_queue_bytes", Gauge, "Bytes that wait to be written to the log.", log.queue_bytes as f64),
+    ]
+}
+
+fn syncs(log: &LogMetrics) -> Family {
+    let mut samples = Vec::new();
+    let mut sum = 0;
+    for (index, count) in log.sync_buckets.iter().enumerate() {
+        sum += count;
+        let bound = SYNC_BUCKETS_US.get(index).map_or("+Inf".to_owned(), |us| (*us as f64 * SECONDS_PER_US).to_string());
+        samples.push(Sample { suffix: "_bucket", labels: vec![("le", bound)], value: sum as f64 });
+    }
+    samples.push(Sample { suffix: "_sum", labels: Vec::new(), value: log.sync_us_total as f64 * SECONDS_PER_US });
+    samples.push(Sample { suffix: "_count", labels: Vec::new(), value: sum as f64 });
+    family("quorate_log_sync_seconds", FamilyKind::Histogram, "How long the syncs of the log took.", samples)
+}
+
+fn of_states(states: &StateStore) -> Vec<Family> {
+    use FamilyKind::{Counter, Gauge};
+    let state = states.metrics();
+    let seconds = |us: u64| us as f64 * SECONDS_PER_US;
+    vec![
+        one("quorate_map_active_bytes", Gauge, "Bytes in tables that take writes.", state.active_bytes as f64),
+        one("quorate_map_frozen_bytes", Gauge, "Bytes in tables that wait for a checkpoint.", state.frozen_bytes as f64),
+        one("quorate_checkpoints_total", Counter, "Tables written to their trees.", state.checkpoints as f64),
+        one("quorate_checkpoint_seconds_total", Counter, "Time spent on checkpoints.", seconds(state.checkpoint_us_total)),
+        one("quorate_checkpoint_seconds_max", Gauge, "The longest checkpoint since the start.", seconds(state.checkpoint_us_max)),
+        one("quorate_snapshots_built_total", Counter, "Snapshot files written.", state.snapshots_built as f64),
+        one("quorate_snapshots_installed_total", Counter, "Snapshots received and installed.", state.snapshots_installed as f64),
+        one(
+            "quorate_snapshot_scans_given_up_total",
+            Counter,
+            "Scans for a snapshot that were begun anew.",
+            state.scans_given_up as f64,
+        ),
+    ]
+}
+
+fn of_groups(member: &Member) -> Vec<Family> {
+    let mut leads = Vec::new();
+    let mut terms = Vec::new();
+    let mut applied = Vec::new();
+    let mut failed = Vec::new();
+    for group in member.registry.groups() {
+        let status = group.status();
+        let labels = vec![("group", group.key().group.0.to_string())];
+        let sample = |value: f64| Sample { suffix: "", labels: labels.clone(), value };
+        leads.push(sample(if status.role == Role::Leader { 1.0 } else { 0.0 }));
+        terms.push(sample(status.term as f64));
+        applied.push(sample(status.applied.map_or(0, |id| id.index) as f64));
+        failed.push(sample(if status.failed.is_some() { 1.0 } else { 0.0 }));
+    }
+    use FamilyKind::Gauge;
+    vec![
+        family("quorate_group_leads", Gauge, "1 where this node leads the group.", leads),
+        family("quorate_group_term", Gauge, "The group's term.", terms),
+        family("quorate_group_applied_index", Gauge, "Index of the last entry applied here.", applied),
+        family("quorate_group_failed", Gauge, "1 where the replica on this node has stopped by itself.", failed),
+    ]
+}

@@ -1,0 +1,317 @@
+//! Makes what runs on this node match the view: opens the replicas that the view gives it, and does for each group that it leads what
+//! the group still needs.
+//!
+//! It makes no choices: every step says "ensure", reads what is there, and may be repeated. What it ensures, each tick:
+//! - the view of this node is that of its meta replica, and its stamp says so;
+//! - every replica of the view that is this node's is open; a new one is created only from the group's creation record, and only if this
+//!   node's log has never held it (▸ no frame ever creates a replica);
+//! - a group that was never initialized is, from its creation record: the same on every member, so it doesn't matter who does it;
+//! - a meta group without a view gets the first one; meta replicas that are no members yet become learners;
+//! - a shard that owns nothing claims the slots that the view gives it and that were never moved;
+//! - this node's address in the view is the one under which it runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::join::Joining;
+use super::member::Member;
+use crate::raft::Group;
+use crate::raft::ProposeError;
+use crate::sm::view::View;
+use crate::sm::{kv, meta};
+use crate::storage::ReplicaKey;
+use crate::types::{GroupId, NodeId, ReplicaId, Slot};
+
+/// Between two ticks while something is still to be done.
+const TICK_BUSY: Duration = Duration::from_millis(50);
+/// Between two ticks of a node that has nothing to do: groups cost nothing much when idle.
+const TICK_IDLE: Duration = Duration::from_millis(500);
+/// How long a proposal of ours is waited for; it is made again by a later tick.
+const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long members other than the first leave initializing a group to it.
+const INITIALIZE_AFTER: Duration = Duration::from_secs(3);
+/// A replica that knows how its leader stood within this time is caught up.
+const FRESH: Duration = Duration::from_secs(5);
+
+/// Makes what runs match the view.
+pub struct Reconciler {
+    member: Arc<Member>,
+    joining: Arc<Joining>,
+    /// The view that the founder drew up, for a meta group that has none yet.
+    first_view: Box<View>,
+    started: Instant,
+    /// What is known to be done: looked at again only after a change.
+    done: Mutex<Done>,
+    condemned: CancellationToken,
+}
+
+#[derive(Default)]
+struct Done {
+    meta_applied: Option<crate::types::LogId>,
+    initialized: BTreeSet<GroupId>,
+    claimed: BTreeSet<GroupId>,
+    /// Replicas that can't be opened, with the reason: told once.
+    failed: BTreeMap<ReplicaKey, String>,
+}
+
+impl Reconciler {
+    pub fn new(member: Arc<Member>, joining: Arc<Joining>, first_view: Box<View>) -> Self {
+        Self { member, joining, first_view, started: Instant::now(), done: Mutex::default(), condemned: CancellationToken::new() }
+    }
+
+    /// Cancelled when a replica could not be opened, and only a start of the process can mend that.
+    pub fn condemned(&self) -> &CancellationToken {
+        &self.condemned
+    }
+
+    pub async fn run(&self, shutdown: &CancellationToken) {
+        loop {
+            let idle = self.tick().await;
+            let interval = if idle { TICK_IDLE } else { TICK_BUSY };
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(interval) => {}
+            }
+        }
+    }
+
+    /// Why this node should not be given requests yet; none: it is ready.
+    pub fn unready(&self) -> Option<String> {
+        let view = self.member.view();
+        let done = self.done.lock().expect("no holder panics");
+        replicas_of(&view, self.member.node).find_map(|key| {
+            if let Some(reason) = done.failed.get(&key) {
+                return Some(format!("replica {key} has failed: {reason}"));
+            }
+            let Some(group) = self.member.registry.get(key.group) else { return Some(format!("replica {key} is not open yet")) };
+            unready_group(&group).or_else(|| {
+                let unclaimed = !key.group.is_meta() && !done.claimed.contains(&key.group);
+                unclaimed.then(|| format!("shard {} does not own its slots yet", key.group))
+            })
+        })
+    }
+
+    /// One round over everything. True: there was nothing to do.
+    async fn tick(&self) -> bool {
+        self.follow_view().await;
+        let view = self.member.view();
+        let mut idle = self.open_replicas(&view).await;
+        for group in self.member.registry.groups() {
+            idle &= self.ensure_initialized(&view, &group).await;
+            if group.key().group.is_meta() {
+                idle &= self.ensure_meta(&view, &group).await;
+            } else {
+                idle &= self.ensure_claimed(&view, &group).await;
+            }
+        }
+        idle && self.unready().is_none()
+    }
+
+    /// Takes the view that the meta replica of this node has applied.
+    async fn follow_view(&self) {
+        let Some(meta) = self.member.registry.get(GroupId::META) else { return };
+        let applied = meta.status().applied;
+        if self.done.lock().expect("no holder panics").meta_applied == applied {
+            return;
+        }
+        let read = meta::read_view(&meta.state().read());
+        let view = match read {
+            Ok(Some(view)) => view,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::error!("the view cannot be read: {error}");
+                return;
+            }
+        };
+        self.member.views().advance(view);
+        let (joining, view, node) = (Arc::clone(&self.joining), self.member.view(), self.member.node);
+        match tokio::task::spawn_blocking(move || joining.stamp_member(node, &view)).await {
+            Ok(Ok(())) => self.done.lock().expect("no holder panics").meta_applied = applied,
+            Ok(Err(error)) => tracing::error!("the stamp cannot be written: {error}"),
+            Err(error) => tracing::error!("writing the stamp was broken off: {error}"),
+        }
+    }
+
+    async fn open_replicas(&self, view: &View) -> bool {
+        let mut idle = true;
+        for key in replicas_of(view, self.member.node) {
+            let failed = self.done.lock().expect("no holder panics").failed.contains_key(&key);
+            if failed || self.member.registry.get(key.group).is_some() {
+                continue;
+            }
+            idle = false;
+            let created = view.groups.get(&key.group).is_some_and(|group| may_create(group, key.replica, key.group));
+            if let Err(error) = self.member.registry.open_replica(key, created).await {
+                let reason = error.to_string();
+                tracing::error!("replica {key} cannot be opened: {reason}");
+                if super::running::are_maps_condemned(self.joining.directory_path()) {
+                    self.condemned.cancel();
+                }
+                self.done.lock().expect("no holder panics").failed.insert(key, reason);
+            }
+        }
+        idle
+    }
+
+    async fn ensure_initialized(&self, view: &View, group: &Group) -> bool {
+        let key = group.key();
+        if self.done.lock().expect("no holder panics").initialized.contains(&key.group) {
+            return true;
+        }
+        if group.is_initialized() {
+            self.done.lock().expect("no holder panics").initialized.insert(key.group);
+            return true;
+        }
+        let Some(creation) = view.groups.get(&key.group).map(|group| &group.creation) else { return true };
+        let home = view.groups.get(&key.group).map(|group| group.home);
+        let mine = creation.contains_key(&key.replica);
+        let first = home == Some(self.member.node) || home.is_none_or(|home| !creation.values().any(|node| *node == home));
+        if mine
+            && (first || self.started.elapsed() > INITIALIZE_AFTER)
+            && let Err(error) = group.initialize(creation).await
+        {
+            tracing::warn!("group {} was not initialized: {error}", key.group);
+        }
+        false
+    }
+
+    async fn ensure_meta(&self, view: &View, meta: &Group) -> bool {
+        if !meta.leads() {
+            let leader = meta.status().leader;
+            if let (false, Some(leader)) = (self.announced(view), leader) {
+                self.announce(view, leader).await;
+                return false;
+            }
+            return true;
+        }
+        let read = meta::read_view(&meta.state().read());
+        match read {
+            Ok(None) => {
+                let command = meta::Command::Found { view: self.first_view.clone() };
+                self.propose_meta(meta, command).await;
+                return false;
+            }
+            Ok(Some(_)) => {}
+            Err(error) => {
+                tracing::error!("the view cannot be read: {error}");
+                return true;
+            }
+        }
+        let members = meta.status().membership.members();
+        let replicas = view.groups.get(&GroupId::META).map(|group| &group.replicas);
+        let missing = replicas.into_iter().flatten().find(|(replica, _)| !members.contains(replica));
+        if let Some((replica, node)) = missing {
+            if let Err(error) = meta.add_learner(*replica, *node).await {
+                tracing::warn!("replica {replica} of the meta group on node {node} did not become a learner: {error}");
+            }
+            return false;
+        }
+        if !self.announced(view) {
+            self.propose_meta(meta, self.announcement()).await;
+            return false;
+        }
+        true
+    }
+
+    /// The view names this node as it runs.
+    fn announced(&self, view: &View) -> bool {
+        let config = self.joining.config();
+        let named = view.nodes.get(&self.member.node);
+        named.is_some_and(|node| node.address == config.address && node.public_address == config.public_address)
+    }
+
+    /// Has the meta leader put this node's new address into the view.
+    async fn announce(&self, view: &View, leader: NodeId) {
+        let Some(address) = view.nodes.get(&leader).map(|node| &node.address) else { return };
+        match self.member.peers.announce(address, &self.announcement(), PROPOSE_TIMEOUT).await {
+            Ok(meta::Outcome::Done) => tracing::info!("announced the address {} of this node", self.joining.config().address),
+            Ok(meta::Outcome::Rejected(rejection)) => tracing::warn!("the address of this node was rejected: {rejection:?}"),
+            Err(error) => tracing::debug!("the address of this node could not be announced yet: {error}"),
+        }
+    }
+
+    fn announcement(&self) -> meta::Command {
+        let config = self.joining.config();
+        meta::Command::Announce {
+            node: self.member.node,
+            directory: self.joining.directory_id(),
+            address: config.address.clone(),
+            public_address: config.public_address.clone(),
+        }
+    }
+
+    async fn propose_meta(&self, meta: &Group, command: meta::Command) {
+        match meta.propose_meta(command, Instant::now() + PROPOSE_TIMEOUT).await {
+            Ok(meta::Outcome::Done) => {}
+            Ok(meta::Outcome::Rejected(meta::Rejection::AlreadyFounded)) | Err(ProposeError::NotLeader { .. }) => {}
+            Ok(meta::Outcome::Rejected(rejection)) => tracing::warn!("the meta group rejected a command: {rejection:?}"),
+            Err(error) => tracing::warn!("a command to the meta group got no answer: {error}"),
+        }
+    }
+
+    /// Every slot that the view gives the shard, and that no move ever touched, is owned by it.
+    async fn ensure_claimed(&self, view: &View, group: &Group) -> bool {
+        let shard = group.key().group;
+        if self.done.lock().expect("no holder panics").claimed.contains(&shard) {
+            return true;
+        }
+        let counted = kv::count(&group.state().read());
+        let owned: BTreeSet<Slot> = match counted {
+            Ok(count) => count.slots.into_iter().collect(),
+            Err(error) => {
+                tracing::error!("the map of {} cannot be read: {error}", group.key());
+                return true;
+            }
+        };
+        let missing: Vec<Slot> = view.slots.of(shard).filter(|slot| !owned.contains(slot)).collect();
+        if missing.is_empty() {
+            self.done.lock().expect("no holder panics").claimed.insert(shard);
+            return true;
+        }
+        if group.leads() {
+            let command = kv::Command::Claim { slots: missing };
+            match group.propose_command(command, Instant::now() + PROPOSE_TIMEOUT).await {
+                Ok(kv::Outcome::ClaimRejected { slot, generation }) => {
+                    tracing::warn!("shard {shard} cannot claim slot {slot}: it was moved by {generation}");
+                }
+                Ok(_) | Err(ProposeError::NotLeader { .. }) => {}
+                Err(error) => tracing::warn!("the claim of shard {shard} got no answer: {error}"),
+            }
+        }
+        false
+    }
+}
+
+/// The replicas that the view gives `node`, the meta group's first.
+fn replicas_of(view: &View, node: NodeId) -> impl Iterator<Item = ReplicaKey> {
+    view.groups.iter().filter_map(move |(group, of)| {
+        let (replica, _) = of.replicas.iter().find(|(_, at)| **at == node)?;
+        Some(ReplicaKey { group: *group, replica: *replica })
+    })
+}
+
+/// Whether a replica that this node's log has never held may be created with nothing in it: from the creation record, or as a learner
+/// of the meta group.
+fn may_create(group: &crate::sm::view::Group, replica: ReplicaId, id: GroupId) -> bool {
+    id.is_meta() || group.creation.contains_key(&replica)
+}
+
+fn unready_group(group: &Group) -> Option<String> {
+    let status = group.status();
+    let key = group.key();
+    if let Some(reason) = status.failed {
+        return Some(format!("replica {key} has failed: {reason}"));
+    }
+    if status.leader.is_none() {
+        return Some(format!("group {} has no leader", key.group));
+    }
+    match group.staleness() {
+        Some(age) if age <= FRESH => None,
+        Some(_) | None => Some(format!("replica {key} is catching up")),
+    }
+}

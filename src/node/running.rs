@@ -1,0 +1,252 @@
+//! [`Running`]: everything of a node that belongs to a cluster, brought up in order and closed in the reverse one.
+//!
+//! The order matters. The log opens first, and must not be new where the stamp says that this node was a member: a replica whose log was
+//! lost has forgotten its votes. The meta replica is marked in the log before the stamp calls the node a member.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::access::Access;
+use super::balancer::Balancer;
+use super::janitor::Janitor;
+use super::join::{Joined, Joining};
+use super::member::{Member, Views};
+use super::metrics::{self, Family};
+use super::reconciler::Reconciler;
+use crate::client::call::ShardCaller;
+use crate::client::peer::PeerCaller;
+use crate::client::router::Router;
+use crate::client::store::Failure;
+use crate::config::NodeConfig;
+use crate::raft::lanes::http::HttpDial;
+use crate::raft::transport::Identity;
+use crate::raft::{LeaseReads, RaftTimings};
+use crate::raft::{OpenError, ProposeError};
+use crate::raft::{Registry, RegistryParts};
+use crate::sm::meta;
+use crate::sm::ports::StoreError;
+use crate::storage::ReplicaKey;
+use crate::storage::directory::DirectoryError;
+use crate::storage::disk::{Disk, RealDisk};
+use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
+use crate::storage::sled_tree::{SledError, SledOptions, SledTrees, is_condemned};
+use crate::storage::state::{StateOptions, StateStore};
+use crate::types::GroupId;
+
+/// How long the meta group is given to apply the announcement of a node.
+const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How soon to try a meta leader again that was none.
+const RETRY_AFTER_MS: u64 = 500;
+
+/// The map database, in the data directory.
+const MAPS_DIR: &str = "state";
+
+/// Why a node that knows where it belongs does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Log(#[from] OpenLogError),
+    #[error(transparent)]
+    Maps(#[from] SledError),
+    #[error("the maps cannot be opened: {0}")]
+    State(#[from] StoreError),
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    #[error("the view names no replica of the meta group for this node: its stamp is damaged")]
+    NoMetaReplica,
+    #[error("the replica of the meta group cannot be opened: {0}")]
+    Meta(#[source] OpenError),
+    #[error("the HTTP client can't be set up: {0}")]
+    Client(String),
+    #[error("a thread can't be started: {0}")]
+    Thread(#[source] std::io::Error),
+    #[error("opening the data directory was broken off: {0}")]
+    BrokenOff(String),
+}
+
+/// A node of a cluster, with its groups.
+pub struct Running {
+    router: Router<Access>,
+    member: Arc<Member>,
+    reconciler: Arc<Reconciler>,
+    storage: Storage,
+    stop: CancellationToken,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+/// Log and maps, with the threads that write them.
+struct Storage {
+    log: Log,
+    states: Arc<StateStore>,
+    threads: std::sync::Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Running {
+    pub async fn start(joining: &Arc<Joining>, joined: Joined) -> Result<Self, StartError> {
+        let opening = Arc::clone(joining);
+        let opened = tokio::task::spawn_blocking(move || Storage::open(&opening)).await;
+        let storage = opened.map_err(|error| StartError::BrokenOff(error.to_string()))??;
+        let config = joining.config();
+        let identity = Arc::new(Identity::member(joining.directory_id(), joined.view.cluster, joined.node));
+        let views = Arc::new(Views::new((*joined.view).clone()));
+        let registry = Registry::new(RegistryParts {
+            identity,
+            resolver: views.clone(),
+            dial: Arc::new(HttpDial),
+            timings: timings(config),
+            log: storage.log.clone(),
+            states: storage.states.clone(),
+        });
+        let caller = ShardCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
+        let peers = PeerCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
+        let member = Member::new(joined.node, views, registry, caller, peers).ok_or(StartError::NoMetaReplica)?;
+        let member = Arc::new(member);
+        Self::join_meta(joining, &member).await?;
+        tracing::info!("this is node {} of cluster {}", member.node, member.cluster);
+        let reconciler = Arc::new(Reconciler::new(member.clone(), joining.clone(), joined.view));
+        let stop = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        let (reconciling, balancer, janitor) =
+            (reconciler.clone(), Balancer::new(member.clone()), Janitor::new(member.clone(), storage.log.clone()));
+        let stops = [stop.clone(), stop.clone(), stop.clone()];
+        let [stop_1, stop_2, stop_3] = stops;
+        tasks.spawn(async move { reconciling.run(&stop_1).await });
+        tasks.spawn(async move { balancer.run(&stop_2).await });
+        tasks.spawn(async move { janitor.run(&stop_3).await });
+        let router = Router::new(Access::new(member.clone()), rand::random());
+        Ok(Self { router, member, reconciler, storage, stop, tasks: Mutex::new(tasks) })
+    }
+
+    /// Opens the replica of the meta group, and only then calls this directory a member.
+    async fn join_meta(joining: &Arc<Joining>, member: &Member) -> Result<(), StartError> {
+        let view = member.view();
+        let replica = view.replica_on(GroupId::META, member.node).ok_or(StartError::NoMetaReplica)?;
+        let key = ReplicaKey { group: GroupId::META, replica };
+        // Once stamped a member, the directory has had its meta replica: it is never begun anew.
+        let may_create = !joining.is_stamped_member();
+        member.registry.open_replica(key, may_create).await.map_err(StartError::Meta)?;
+        joining.stamp_member(member.node, &view)?;
+        Ok(())
+    }
+
+    pub fn router(&self) -> &Router<Access> {
+        &self.router
+    }
+
+    pub fn member(&self) -> &Arc<Member> {
+        &self.member
+    }
+
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.member.registry
+    }
+
+    pub fn unready(&self) -> Option<String> {
+        self.reconciler.unready()
+    }
+
+    pub fn families(&self) -> Vec<Family> {
+        metrics::families(&self.member, &self.storage.log, &self.storage.states)
+    }
+
+    /// Cancelled when a replica could not be opened because the map database is beyond mending in this process.
+    pub fn condemned(&self) -> CancellationToken {
+        self.reconciler.condemned().clone()
+    }
+
+    /// Resolves, with the reason, when the log has failed.
+    pub fn log_failure(&self) -> impl Future<Output = String> + use<> {
+        let mut failed = self.storage.log.failed();
+        async move {
+            let failure =
+                failed.wait_for(Option::is_some).await.ok().and_then(|failure| failure.as_ref().map(ToString::to_string));
+            match failure {
+                Some(reason) => reason,
+                // The log is closed: that is no failure.
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    pub async fn announce(&self, command: meta::Command) -> Result<meta::Outcome, Failure> {
+        let unavailable = |reason: &str| Failure::Unavailable { reason: reason.to_owned(), retry_after_ms: RETRY_AFTER_MS };
+        let meta = self.registry().get(GroupId::META).ok_or_else(|| unavailable("the meta group is not open here"))?;
+        if !matches!(command, meta::Command::Announce { .. }) {
+            return Err(Failure::Invalid { reason: "only a node's own announcement is taken from a peer".to_owned() });
+        }
+        match meta.propose_meta(command, Instant::now() + ANNOUNCE_TIMEOUT).await {
+            Ok(outcome) => Ok(outcome),
+            Err(ProposeError::Unknown { reason }) => Err(Failure::Unknown { reason }),
+            Err(error) => Err(unavailable(&error.to_string())),
+        }
+    }
+
+    /// Stops every group and closes log and maps. `is_clean`: with everything written down, for a quick start.
+    pub async fn stop(&self, is_clean: bool) {
+        self.stop.cancel();
+        let mut tasks = std::mem::take(&mut *self.tasks.lock().await);
+        while tasks.join_next().await.is_some() {}
+        self.registry().shutdown().await;
+        let states = self.storage.states.clone();
+        let log = self.storage.log.clone();
+        let threads = std::mem::take(&mut *self.storage.threads.lock().expect("no holder panics"));
+        let closed = tokio::task::spawn_blocking(move || {
+            if is_clean && let Err(error) = states.close() {
+                tracing::warn!("the maps were not written down at the stop: {error}; the next start takes longer");
+            }
+            log.close();
+            if is_clean {
+                for thread in threads {
+                    if thread.join().is_err() {
+                        tracing::error!("a storage thread has panicked");
+                    }
+                }
+            }
+        });
+        if let Err(error) = closed.await {
+            tracing::error!("closing log and maps was broken off: {error}");
+        }
+    }
+}
+
+/// Whether the next start will set the map database aside, and rebuild every map.
+pub fn are_maps_condemned(data_dir: &Path) -> bool {
+    is_condemned(&data_dir.join(MAPS_DIR))
+}
+
+fn timings(config: &NodeConfig) -> RaftTimings {
+    let lease = config.lease_drift_ms.map_or(LeaseReads::Off, |drift_ms| LeaseReads::On { drift_ms });
+    RaftTimings { lease, ..RaftTimings::default().slower(config.timing_factor) }
+}
+
+impl Storage {
+    /// Blocking: reads the log back.
+    fn open(joining: &Joining) -> Result<Self, StartError> {
+        let config = joining.config();
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+        let path = joining.directory_path();
+        let expect = if joining.is_stamped_member() { Expect::Existing } else { Expect::NewOrExisting };
+        let options = LogOptions { expect, binding: joining.directory_id().0, ..LogOptions::default() };
+        let (log, writer) = Log::open(disk.clone(), &path.join("log"), options)?;
+        let sled = SledOptions { cache_bytes: config.cache_bytes, ..SledOptions::default() };
+        if !log.replicas().is_empty() && !path.join(MAPS_DIR).exists() {
+            tracing::warn!(
+                "the map database {} is missing: every map is rebuilt from its snapshot and the log",
+                path.join(MAPS_DIR).display()
+            );
+        }
+        let trees = Arc::new(SledTrees::open(&path.join(MAPS_DIR), &sled)?);
+        let (states, checkpointer) = StateStore::open(trees, disk, path, StateOptions::default())?;
+        let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
+        let writer = thread("log-writer").spawn(move || writer.run()).map_err(StartError::Thread)?;
+        let checkpointer = thread("checkpointer").spawn(move || checkpointer.run()).map_err(StartError::Thread)?;
+        Ok(Self { log, states: Arc::new(states), threads: std::sync::Mutex::new(vec![writer, checkpointer]) })
+    }
+}
