@@ -41,11 +41,13 @@ impl Retry {
     }
 
     pub fn no_map() -> Self {
-        Self::certainly_not_done(unavailable("the shards of the cluster are not known yet".into()))
+        let failure = unavailable("the shards of the cluster are not known yet".into());
+        Self { map_is_old: true, ..Self::certainly_not_done(failure) }
     }
 
     pub fn unowned() -> Self {
-        Self::certainly_not_done(unavailable("no shard owns the slot of this key".into()))
+        let failure = unavailable("no shard owns the slot of this key".into());
+        Self { map_is_old: true, ..Self::certainly_not_done(failure) }
     }
 
     pub fn not_owned(slot: Slot) -> Self {
@@ -113,6 +115,11 @@ impl Course {
             _ if !self.maybe_done => failure,
             other => Failure::Unknown { reason: format!("an attempt got no answer; the last one: {other}") },
         }
+    }
+
+    /// How many attempts failed so far.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
     }
 
     pub fn maybe_done(&self) -> bool {

@@ -37,12 +37,15 @@ const WAITING_MAX: usize = 10_000;
 const PAUSE_MIN: Duration = Duration::from_millis(4);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
+/// Every so many attempts a newer map is waited for in earnest.
+const PATIENT_EVERY: u32 = 8;
+
 /// How a router reaches shards. Write the futures as `async fn`.
 pub trait ShardAccess: Send + Sync + 'static {
     /// The newest map that is known.
     fn map(&self) -> Option<Arc<ShardMap>>;
 
-    /// Tries to get a map newer than this one. Returns soon, whether or not there is one.
+    /// Tries to get a map newer than this one. Returns soon, whether or not there is one; may be dropped before.
     fn refresh(&self, older_than: MapVersion) -> impl Future<Output = ()> + Send;
 
     /// One attempt (or a few, of what is certainly not done) at the shard's leader, or for stale reads at any of its replicas. Answers
@@ -112,18 +115,21 @@ impl<A: ShardAccess> Router<A> {
                 course.settle(Failure::Overloaded { limit: "requests waiting for another attempt".into(), retry_after_ms: 1000 })
             );
         };
-        if retry.refresh && timeout_at(course.deadline(), self.access.refresh(known)).await.is_err() {
+        let until = Instant::now() + step;
+        // Where the map is to blame there is nothing better to do than to wait for a newer one. Else it is looked for on the side; but
+        // now and then for as long as it takes, because the network may be slower than the pauses are long.
+        let patient = (retry.map_is_old && retry.hint.is_none()) || course.attempts().is_multiple_of(PATIENT_EVERY);
+        if retry.refresh {
+            let look_until = if patient { course.deadline() } else { until.min(course.deadline()) };
+            drop(timeout_at(look_until, self.access.refresh(known)).await);
+        }
+        if Instant::now().max(until) >= course.deadline() {
             return Err(course.settle(retry.failure));
         }
         let map_is_newer = self.access.map().is_some_and(|map| map.version > known);
-        if retry.map_is_old && map_is_newer {
-            return Ok(());
+        if !(retry.map_is_old && map_is_newer) {
+            sleep_until(until).await;
         }
-        let until = Instant::now() + step;
-        if until >= course.deadline() {
-            return Err(course.settle(retry.failure));
-        }
-        sleep_until(until).await;
         Ok(())
     }
 

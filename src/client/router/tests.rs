@@ -31,6 +31,8 @@ struct State {
     /// What a refresh finds.
     next_map: Option<Arc<ShardMap>>,
     calls: Vec<(GroupId, Options)>,
+    /// How long a refresh waits for news.
+    refresh_takes: Duration,
     /// Moves a slot once, after this many calls.
     move_after: Option<(usize, Slot, GroupId)>,
 }
@@ -133,6 +135,8 @@ impl ShardAccess for Fake {
     }
 
     async fn refresh(&self, older_than: MapVersion) {
+        let takes = self.state().refresh_takes;
+        tokio::time::sleep(takes).await;
         let mut state = self.state();
         if let Some(next) = state.next_map.clone().filter(|next| next.version > older_than) {
             state.map = Some(next);
@@ -513,6 +517,16 @@ async fn every_key_is_counted_once_when_a_slot_moves_meanwhile() {
             assert_eq!(counts.iter().map(|(_, keys)| keys).sum::<u64>(), 50, "moved to {to} after {after} calls: {counts:?}");
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_look_for_a_newer_map_does_not_hold_up_a_failover() {
+    let router = filled(1, 1).await;
+    router.access().state().refresh_takes = Duration::from_secs(3600);
+    script(&router, 1, &vec![failed(unavailable()); 7]);
+    let start = Instant::now();
+    assert!(router.get(key(0), options()).await.is_ok());
+    assert!(start.elapsed() < Duration::from_millis(400), "{:?}", start.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
