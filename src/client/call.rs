@@ -6,8 +6,9 @@
 use std::time::Duration;
 
 use reqwest::StatusCode;
-use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use reqwest::header::CONTENT_TYPE;
 
+use super::problem;
 use super::protocol::{ShardReply, ShardRequest};
 use super::store::Failure;
 use crate::sm::codec;
@@ -19,8 +20,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(800);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Idle connections kept per node. More are made when they are needed, and closed afterwards.
 const IDLE_CONNECTIONS_MAX: usize = 256;
-/// The longest text of an error answer that is read.
-const DETAIL_BYTES_MAX: usize = 2000;
 
 /// Calls shards at addresses. Clones share their connections.
 #[derive(Debug, Clone)]
@@ -126,27 +125,11 @@ async fn refusal(address: &Address, response: reqwest::Response) -> CallError {
     }
 }
 
-/// What an error answer of the native dialect means.
+/// What an error answer means.
 pub(super) async fn failure_of(response: reqwest::Response) -> Failure {
-    let status = response.status();
-    let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    let retry_after_ms = retry_after.unwrap_or(1).saturating_mul(1000);
-    let text = response.text().await.unwrap_or_default();
-    let reason = detail(&text).unwrap_or_else(|| status.to_string());
-    match status {
-        StatusCode::TOO_MANY_REQUESTS => Failure::Overloaded { limit: reason, retry_after_ms },
-        StatusCode::SERVICE_UNAVAILABLE | StatusCode::REQUEST_TIMEOUT => Failure::Unavailable { reason, retry_after_ms },
-        StatusCode::PAYLOAD_TOO_LARGE => Failure::TooLarge { limit: reason },
-        status if status.is_client_error() => Failure::Invalid { reason },
-        _ => Failure::Unknown { reason },
-    }
-}
-
-/// The `detail` of a problem (RFC 9457), or the text itself.
-fn detail(text: &str) -> Option<String> {
-    let problem: Option<serde_json::Value> = serde_json::from_str(text).ok();
-    let detail = problem.as_ref().and_then(|problem| problem.get("detail")?.as_str()).unwrap_or(text).trim();
-    (!detail.is_empty()).then(|| detail.chars().take(DETAIL_BYTES_MAX).collect())
+    let (status, headers) = (response.status(), response.headers().clone());
+    let body = response.bytes().await.unwrap_or_default();
+    problem::failure(status, &headers, &body)
 }
 
 /// An error with its causes: reqwest's own text leaves out why a connection failed.

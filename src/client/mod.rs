@@ -3,6 +3,7 @@
 pub mod call;
 pub mod native;
 pub mod peer;
+mod problem;
 pub mod protocol;
 pub mod remote;
 pub mod router;

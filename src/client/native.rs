@@ -6,13 +6,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, ETAG, HOST, IF_MATCH, IF_NONE_MATCH, LOCATION, RETRY_AFTER};
+use http::header::{CONTENT_TYPE, ETAG, HOST, IF_MATCH, IF_NONE_MATCH, LOCATION};
 use http::{HeaderMap, HeaderName, Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep, timeout_at};
 
+use super::problem;
 use super::protocol::ClusterStatus;
 use super::store::Failure;
 use super::wire::Connection;
@@ -334,30 +335,15 @@ pub fn location(headers: &HeaderMap) -> Option<Address> {
 fn checked(response: Response<Bytes>) -> Result<Response<Bytes>, NativeError> {
     match response.status() {
         status if status.is_success() => Ok(response),
-        StatusCode::PRECONDITION_FAILED => Err(NativeError::ConditionFailed { detail: detail(&response) }),
+        StatusCode::PRECONDITION_FAILED => {
+            Err(NativeError::ConditionFailed { detail: problem::detail(response.status(), response.body()) })
+        }
         _ => Err(NativeError::Failed(failure_of(&response))),
     }
 }
 
 fn failure_of(response: &Response<Bytes>) -> Failure {
-    let reason = detail(response);
-    let wait_s = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    let retry_after_ms = wait_s.unwrap_or(1).saturating_mul(1000);
-    match response.status() {
-        StatusCode::TOO_MANY_REQUESTS => Failure::Overloaded { limit: reason, retry_after_ms },
-        StatusCode::SERVICE_UNAVAILABLE | StatusCode::REQUEST_TIMEOUT => Failure::Unavailable { reason, retry_after_ms },
-        StatusCode::PAYLOAD_TOO_LARGE => Failure::TooLarge { limit: reason },
-        status if status.is_client_error() => Failure::Invalid { reason },
-        _ => Failure::Unknown { reason },
-    }
-}
-
-/// The `detail` of a problem (RFC 9457), or whatever the answer says.
-fn detail(response: &Response<Bytes>) -> String {
-    let problem: Option<serde_json::Value> = serde_json::from_slice(response.body()).ok();
-    let detail = problem.as_ref().and_then(|problem| problem.get("detail")?.as_str());
-    let text = detail.map_or_else(|| String::from_utf8_lossy(response.body()).trim().to_owned(), str::to_owned);
-    if text.is_empty() { response.status().to_string() } else { text.chars().take(2000).collect() }
+    problem::failure(response.status(), response.headers(), response.body())
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(response: &Response<Bytes>) -> Result<T, NativeError> {

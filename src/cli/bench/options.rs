@@ -1,5 +1,6 @@
 //! What `quorate bench` is told.
 
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -101,6 +102,17 @@ impl FromStr for Workload {
     }
 }
 
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Workload::Put => f.write_str("put"),
+            Workload::Get => f.write_str("get"),
+            Workload::StaleGet => f.write_str("stale-get"),
+            Workload::Mixed(reads) => write!(f, "mixed={reads}%"),
+        }
+    }
+}
+
 /// Whom the load goes to.
 #[derive(Debug)]
 pub enum Kind {
@@ -145,7 +157,7 @@ impl Plan {
         }
         let servers = arguments.servers.addresses();
         let (kind, name) = match &arguments.url_template {
-            None => (Kind::Native(arguments.workload), format!("{:?}", arguments.workload).to_lowercase()),
+            None => (Kind::Native(arguments.workload), arguments.workload.to_string()),
             Some(url) => {
                 let body = arguments.body_template.as_deref();
                 let template = Template::new(url, arguments.method.clone(), body, &arguments.content_type, &servers);
@@ -185,6 +197,7 @@ mod tests {
         assert_eq!("mixed=95%".parse(), Ok(Workload::Mixed(95)));
         assert_eq!("mixed".parse(), Ok(Workload::Mixed(50)));
         assert_eq!("stale-get".parse(), Ok(Workload::StaleGet));
+        assert_eq!(Workload::Mixed(95).to_string().parse(), Ok(Workload::Mixed(95)));
         for bad in ["mixed=101", "get=5", "delete", ""] {
             assert!(bad.parse::<Workload>().is_err(), "{bad}");
         }

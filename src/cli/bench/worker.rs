@@ -27,7 +27,7 @@ use crate::sm::slots::slot_of;
 use crate::types::Address;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Redirects followed within one request.
+/// Redirects followed in a row, without a pause.
 const REDIRECTS_MAX: u32 = 3;
 /// After a request that could not be sent, so that a dead server does not make a busy loop of errors.
 const ERROR_PAUSE: Duration = Duration::from_millis(10);
@@ -173,9 +173,7 @@ impl Worker {
 
     /// What is wrong may be the map; and errors must not come faster than answers.
     async fn recover(&mut self, trouble: Trouble) {
-        if let (Some(atlas), Some((generation, _))) = (&self.shared.atlas, &self.routes) {
-            atlas.refresh(*generation).await;
-        }
+        self.refresh().await;
         match trouble {
             Trouble::Timeout => {}
             Trouble::Connect | Trouble::Broken | Trouble::Redirects | Trouble::Status(_) | Trouble::Unsent => {
@@ -201,37 +199,70 @@ impl Worker {
         let uri = Bytes::from(format!("/v1/kv/{}{query}", percent_encode(key.as_bytes(), KEY_ESCAPES)));
         let uri = Uri::from_maybe_shared(uri).map_err(|_| Trouble::Status(0))?;
         let value = if ask == Ask::Put { self.shared.value(&mut self.dice) } else { Bytes::new() };
-        for _ in 0..=REDIRECTS_MAX {
-            let response = self.exchange(&address, deadline, |host| native_request(&uri, ask, &value, host)).await?;
-            match response.status() {
-                StatusCode::TEMPORARY_REDIRECT => {
-                    self.tally.redirects += 1;
-                    address = location(response.headers()).ok_or(Trouble::Redirects)?;
-                    if let (Some(atlas), Some((generation, _))) = (&self.shared.atlas, &self.routes) {
-                        atlas.refresh(*generation).await;
+        let mut hops = 0;
+        loop {
+            // What was not sent, or was sent elsewhere, is certainly not done: a client goes on, and what it waits for shows as latency.
+            let trouble = match self.exchange(&address, deadline, |host| native_request(&uri, ask, &value, host)).await {
+                Err(Trouble::Connect) => Trouble::Connect,
+                Err(trouble) => return Err(trouble),
+                Ok(response) => match response.status() {
+                    StatusCode::TEMPORARY_REDIRECT => {
+                        self.tally.redirects += 1;
+                        hops += 1;
+                        address = location(response.headers()).ok_or(Trouble::Redirects)?;
+                        self.refresh().await;
+                        Trouble::Redirects
                     }
-                }
-                StatusCode::NOT_FOUND if ask != Ask::Put => return Ok(Answered::Missing),
-                status if status.is_success() => return Ok(Answered::Done),
-                status => return Err(Trouble::Status(status.as_u16())),
+                    StatusCode::NOT_FOUND if ask != Ask::Put => return Ok(Answered::Missing),
+                    status if status.is_success() => return Ok(Answered::Done),
+                    status => return Err(Trouble::Status(status.as_u16())),
+                },
+            };
+            if trouble == Trouble::Connect {
+                self.refresh().await;
+                address = self.route_past(key.as_bytes(), &address).ok_or(Trouble::Connect)?;
+            }
+            if trouble == Trouble::Connect || hops > REDIRECTS_MAX {
+                hops = 0;
+                sleep(ERROR_PAUSE).await;
+            }
+            if Instant::now() >= deadline {
+                return Err(trouble);
             }
         }
-        Err(Trouble::Redirects)
+    }
+
+    async fn refresh(&self) {
+        if let (Some(atlas), Some((generation, _))) = (&self.shared.atlas, &self.routes) {
+            atlas.refresh(*generation).await;
+        }
+    }
+
+    /// Another node of the key's shard than one that can't be reached.
+    fn route_past(&mut self, key: &[u8], unreachable: &Address) -> Option<Address> {
+        let nodes = self.routes()?.nodes(slot_of(key));
+        let at = nodes.iter().position(|node| node == unreachable).map_or(0, |at| at + 1);
+        nodes.get(at % nodes.len().max(1)).cloned()
     }
 
     /// The leader of the key's shard; for stale reads any of its nodes, each worker another.
     fn route(&mut self, key: &[u8], ask: Ask) -> Option<Address> {
-        let atlas = self.shared.atlas.as_ref()?;
-        let generation = atlas.generation();
-        let (_, routes) = match &mut self.routes {
-            Some(known) if known.0 == generation => known,
-            outdated => outdated.insert((generation, atlas.routes())),
-        };
-        let nodes = routes.nodes(slot_of(key));
+        let worker = self.number;
+        let nodes = self.routes()?.nodes(slot_of(key));
         match ask {
             Ask::Put | Ask::Get => nodes.first().cloned(),
-            Ask::StaleGet => nodes.get(self.number % nodes.len().max(1)).cloned(),
+            Ask::StaleGet => nodes.get(worker % nodes.len().max(1)).cloned(),
         }
+    }
+
+    /// The newest that are known.
+    fn routes(&mut self) -> Option<&Routes> {
+        let atlas = self.shared.atlas.as_ref()?;
+        let generation = atlas.generation();
+        if self.routes.as_ref().is_none_or(|(known, _)| *known != generation) {
+            self.routes = Some((generation, atlas.routes()));
+        }
+        self.routes.as_ref().map(|(_, routes)| routes.as_ref())
     }
 
     /// One request and its whole answer. The connection is kept only if it is good for another.
