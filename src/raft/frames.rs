@@ -54,6 +54,10 @@ impl Group {
     }
 
     async fn append(&self, vote: Vote, previous: Option<LogId>, commit: Option<LogId>, entries: Vec<Entry>) -> Handled {
+        // Before it is appended, which takes a sync: a slow disk is no reason to campaign.
+        if self.is_current(&vote) {
+            self.timer.heard_leader();
+        }
         let entries = entries.into_iter().map(entry_to_raft).collect::<Result<Vec<_>, _>>();
         let request = AppendEntriesRequest::<Types> {
             vote: read(&vote)?,
@@ -80,6 +84,9 @@ impl Group {
         }
         let request = VoteRequest::<Types> { vote: read(&vote)?, last_log_id: last.map(to_raft), leadership_transfer };
         let response = self.raft.vote(request).await.map_err(|_| Refusal::Stopped)?;
+        if response.vote_granted {
+            self.timer.granted_vote();
+        }
         let last = response.last_log_id.as_ref().map(from_raft);
         Ok(Reply::Vote { vote: vote_from_raft(&response.vote), last, granted: response.vote_granted })
     }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::FutureExt;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::error::{ClientWriteError, Fatal, InitializeError, RaftError};
 use openraft::errors::{ForwardReason, ForwardToLeader};
@@ -21,6 +22,7 @@ use super::errors::{MembershipError, OpenError, ProposeError, ReadError, SHUT_DO
 use super::log_store::LogStore;
 use super::network::Network;
 use super::proposer::{Proposer, propose_error};
+use super::pulse::{Due, Standing, Timer};
 use super::reads::Reads;
 use super::registry::Shared;
 use super::snapshots::Inbox;
@@ -31,7 +33,7 @@ use super::types::{Answer, Member, Outcome, Proposal, Types, from_raft};
 use crate::sm::ports::StoreError;
 use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
-use crate::storage::log::ReplicaLog;
+use crate::storage::log::{ReplicaLog, Vote};
 use crate::storage::state::ReplicaState;
 use crate::types::{NodeId, ReplicaId};
 
@@ -54,6 +56,7 @@ pub struct Group {
     reads: Arc<Reads>,
     pub(super) inbox: Inbox,
     pub(super) freshness: Freshness,
+    pub(super) timer: Timer,
     /// Frames of the group that are being worked on.
     pub(super) frames: Arc<AtomicUsize>,
     opened: Instant,
@@ -87,10 +90,6 @@ impl Group {
         tasks.spawn(proposer.clone().run(raft.clone(), machine.clone()));
         tasks.spawn(reads.clone().run(raft.clone(), machine.clone()));
         tasks.spawn(monitor(key, raft.clone(), machine.clone(), publish, proposer.clone(), reads.clone(), is_stopping.clone()));
-        if !timings.forgotten_lease().is_zero() {
-            raft.runtime_config().elect(false);
-            tasks.spawn(elect_after(raft.clone(), timings.forgotten_lease()));
-        }
         let group = Self {
             key,
             raft,
@@ -100,6 +99,7 @@ impl Group {
             reads,
             inbox: Inbox::default(),
             freshness: Freshness::default(),
+            timer: Timer::new(&timings),
             frames: Arc::default(),
             opened: Instant::now(),
             timings,
@@ -358,6 +358,26 @@ impl Group {
         self.opened.elapsed() < self.timings.forgotten_lease()
     }
 
+    /// Does what is due. If openraft is too busy to be told, it is not needed or will be due again.
+    pub(super) fn pulse(&self) {
+        let due = {
+            let watch = self.watch.borrow();
+            let is_voter = |membership: &GroupMembership| membership.voters.contains_key(&self.key.replica);
+            let is_voter = is_voter(&watch.membership) || is_voter(&watch.committed_membership);
+            self.timer.take_due(Standing::of(watch.role, is_voter, watch.membership.voters.len()))
+        };
+        match due {
+            Due::Nothing => {}
+            Due::Heartbeat => drop(self.raft.trigger().heartbeat().now_or_never()),
+            Due::Campaign => drop(self.raft.trigger().elect(true).now_or_never()),
+        }
+    }
+
+    /// Whether a vote of this term may be the leader's, as far as is known here.
+    pub(super) fn is_current(&self, vote: &Vote) -> bool {
+        vote.committed && vote.term >= self.watch.borrow().term
+    }
+
     /// Runs something that belongs to the group, until the group ends.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         if let Some(tasks) = &mut *self.tasks.lock().expect("no holder panics") {
@@ -466,10 +486,4 @@ async fn monitor(
     let reason = machine.failure().unwrap_or_else(|| SHUT_DOWN.to_owned());
     proposer.close(&reason);
     reads.close(&reason);
-}
-
-/// Lets a replica campaign again once no lease that it may have given can still hold.
-async fn elect_after(raft: RaftHandle, forgotten_lease: Duration) {
-    tokio::time::sleep(forgotten_lease).await;
-    raft.runtime_config().elect(true);
 }

@@ -21,6 +21,7 @@ pub mod lanes;
 mod log_store;
 mod network;
 mod proposer;
+mod pulse;
 mod reads;
 mod registry;
 mod runtime;

@@ -3,17 +3,19 @@
 //! At most one replica of a group lives here at a time. Frames find their replica here; they never create one.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, join_all};
 use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::errors::OpenError;
 use super::group::Group;
 use super::lanes::{Heard, Lanes};
+use super::pulse;
 use super::timings::RaftTimings;
 use super::transport::{Dial, Identity, Resolver};
 use super::wire::{Head, Refusal, Reply, Request};
@@ -52,6 +54,7 @@ pub struct Registry {
     groups: RwLock<BTreeMap<GroupId, Arc<Group>>>,
     /// Held while a replica is opened or closed: they take their time, and two of a group must not meet. True: no more are opened.
     opening: Mutex<bool>,
+    pulse: OnceLock<AbortOnDropHandle<()>>,
 }
 
 impl Registry {
@@ -67,6 +70,7 @@ impl Registry {
             states: parts.states,
             groups: RwLock::default(),
             opening: Mutex::new(false),
+            pulse: OnceLock::new(),
         })
     }
 
@@ -88,8 +92,13 @@ impl Registry {
         self.groups.read().expect("no holder panics").values().cloned().collect()
     }
 
+    /// Shows each live replica to `visit`, which must be quick.
+    pub(super) fn with_groups(&self, visit: impl FnMut(&Arc<Group>)) {
+        self.groups.read().expect("no holder panics").values().for_each(visit);
+    }
+
     /// Opens every replica that the log knows. One that does not open is left out, and said.
-    pub async fn open_all(&self) -> Vec<(ReplicaKey, OpenError)> {
+    pub async fn open_all(self: &Arc<Self>) -> Vec<(ReplicaKey, OpenError)> {
         let mut failed = Vec::new();
         for key in self.shared.log.replicas() {
             if let Err(error) = self.open_replica(key, false).await {
@@ -105,7 +114,7 @@ impl Registry {
     }
 
     /// Opens a replica. Where the log does not know it, it is created if it may be: the mark of that is synced before its first answer.
-    pub async fn open_replica(&self, key: ReplicaKey, may_create: bool) -> Result<Arc<Group>, OpenError> {
+    pub async fn open_replica(self: &Arc<Self>, key: ReplicaKey, may_create: bool) -> Result<Arc<Group>, OpenError> {
         let is_closed = self.opening.lock().await;
         if *is_closed {
             return Err(OpenError::ShuttingDown);
@@ -127,6 +136,10 @@ impl Registry {
         let state = self.open_state(key, log.clone()).await?;
         let group = Group::open(self.shared.clone(), log, state).await?;
         self.groups.write().expect("no holder panics").insert(key.group, group.clone());
+        self.pulse.get_or_init(|| {
+            let beat = pulse::beat(Arc::downgrade(self), self.shared.timings.pulse());
+            AbortOnDropHandle::new(tokio::spawn(beat))
+        });
         Ok(group)
     }
 

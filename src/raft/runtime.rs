@@ -90,6 +90,11 @@ pub fn seed_this_thread(seed: Option<u64>) {
 pub struct Random;
 
 impl Random {
+    /// Below `bound`, about evenly; zero for zero.
+    pub fn below(self, bound: u64) -> u64 {
+        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+    }
+
     fn next(self) -> u64 {
         SEED.with(|cell| match cell.get() {
             Some(state) => {

@@ -7,7 +7,7 @@
 //! - `http`: lanes as one long-lived `POST /peer/lane/{lane}` over HTTP/2, a connection per lane.
 //! - `memory`: lanes within the process, with partitions, for tests and simulation.
 //!
-//! The first frame of a lane is a hello: it names checked once. Each further frame names its group and both replicas. What does not
+//! The first frame of a lane is a hello, which names both ends and is checked once. Each further frame names its group and both replicas. What does not
 //! match is refused with a reason; no frame ever creates a replica. What no reply comes for within its caller's patience is given up;
 //! a lane that says nothing while calls wait is cut and dialled again.
 
