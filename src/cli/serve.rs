@@ -32,7 +32,7 @@ use crate::telemetry::{self, LogFormat};
 use crate::types::{Address, ParseError};
 
 /// How long leaderships may take to be handed over at a stop.
-const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(3);
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What `quorate serve` is told. Flags beat the environment.
 #[derive(Debug, Args)]
