@@ -58,7 +58,7 @@ pub struct TestNode {
 impl TestNode {
     pub fn start(node: NodeId, disks: &Disks, resolver: Arc<dyn Resolver>, dial: Arc<dyn Dial>, timings: RaftTimings) -> Self {
         let disk = Arc::new(disks.disk.clone());
-        let options = LogOptions { segment_bytes: 1 << 20, grow_bytes: 64 << 10, ..LogOptions::default() };
+        let options = LogOptions { segment_bytes: 64 << 10, grow_bytes: 16 << 10, ..LogOptions::default() };
         let (log, writer) = Log::open(disk.clone(), Path::new("/log"), options).expect("a log");
         let trees = Arc::new(disks.trees.clone());
         let (states, checkpointer) = StateStore::open(trees, disk, Path::new("/"), StateOptions::default()).expect("maps");

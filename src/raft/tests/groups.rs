@@ -8,7 +8,7 @@ use futures::future::join_all;
 use tokio::time::Instant;
 
 use super::cluster::*;
-use crate::raft::{ProposeError, ReadError, Role};
+use crate::raft::{LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Role};
 use crate::types::{NodeId, ReplicaId};
 
 #[tokio::test]
@@ -138,7 +138,7 @@ async fn without_a_quorum_nothing_is_acknowledged_and_what_was_never_proposed_sa
     let leader = cluster.leader(1).await;
     let group = cluster.group(leader.0, 1);
     cluster.hub.isolate(leader);
-    let brief = || Instant::now() + Duration::from_millis(1500);
+    let brief = || Instant::now() + Duration::from_millis(900);
     assert_eq!(group.propose(put("k", "late"), Instant::now()).await, Err(ProposeError::Expired));
     let read = group.read_barrier(brief()).await;
     assert!(matches!(read, Err(ReadError::Expired | ReadError::NotLeader { .. })), "{read:?}");
@@ -172,7 +172,7 @@ async fn a_deposed_leader_confirms_no_read() {
             let mut confirmed = Vec::new();
             loop {
                 let begun = Instant::now();
-                match group.read_barrier(begun + Duration::from_secs(5)).await {
+                match group.read_barrier(begun + Duration::from_millis(1500)).await {
                     Ok(()) => confirmed.push((begun, read(&group, "k"))),
                     Err(_) => return confirmed,
                 }
@@ -283,10 +283,50 @@ async fn proposals_past_a_bound_are_refused() {
     let group = cluster.group(leader.0, 1);
     cluster.hub.isolate(leader);
     let value: Arc<str> = "x".repeat(1 << 20).into();
-    let deadline = Instant::now() + Duration::from_secs(3);
+    let deadline = Instant::now() + Duration::from_secs(1);
     let outcomes = join_all((0..60).map(|_| group.propose(put("k", &value), deadline))).await;
     let refused = outcomes.iter().filter(|outcome| matches!(outcome, Err(ProposeError::Overloaded { .. }))).count();
     assert!(refused >= 10, "{refused} of 60 MiB were refused");
     assert!(outcomes.iter().all(Result::is_err));
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn with_lease_reads_a_restarted_replica_waits_before_it_votes() {
+    let timings = RaftTimings { lease: LeaseReads::On { drift_ms: 100 }, ..RaftTimings::default() };
+    let mut cluster = TestCluster::with_timings(3, timings);
+    cluster.found(1).await;
+    cluster.put(1, "k", "v").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    for _ in 0..50 {
+        group.read_barrier(soon()).await.expect("confirmed");
+        assert_eq!(read(&group, "k").as_deref(), Some("v"));
+    }
+    let other = NodeId(1 + leader.0 % 3);
+    cluster.stop(other).await;
+    cluster.restart(other).await;
+    assert!(cluster.group(other.0, 1).may_be_leased());
+    let replica = cluster.group(other.0, 1);
+    until("the wait is over", || !replica.may_be_leased()).await;
+    // Without the leader it is one of the two that must elect.
+    cluster.stop(leader).await;
+    cluster.put(1, "k", "w").await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_replica_is_created_only_when_it_may_be_and_only_once() {
+    let mut cluster = TestCluster::new(1);
+    let registry = &cluster.nodes[&NodeId(1)].registry;
+    assert!(matches!(registry.open_replica(key(1, 5), false).await, Err(OpenError::Missing(_))));
+    registry.open_replica(key(1, 5), true).await.expect("created");
+    assert!(matches!(registry.open_replica(key(1, 5), true).await, Err(OpenError::AlreadyOpen(_))));
+    assert!(matches!(registry.open_replica(key(1, 6), true).await, Err(OpenError::AlreadyOpen(_))));
+    registry.close_replica(key(1, 5)).await;
+    assert!(matches!(registry.open_replica(key(1, 4), true).await, Err(OpenError::Log(_))), "an id is never used again");
+    cluster.stop(NodeId(1)).await;
+    cluster.restart(NodeId(1)).await;
+    assert_eq!(cluster.group(1, 1).key(), key(1, 5));
     cluster.stop_all().await;
 }

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
+use futures::future::BoxFuture;
 use futures::{StreamExt, stream};
 use http_body_util::{BodyExt, BodyStream, StreamBody};
 use hyper::body::{Frame, Incoming};
@@ -13,8 +14,8 @@ use tokio::net::TcpListener;
 
 use super::cluster::*;
 use crate::raft::lanes::http::HttpDial;
-use crate::raft::lanes::serve_lane;
-use crate::raft::transport::{Lane, Peer, Resolver};
+use crate::raft::lanes::{Lanes, serve_lane};
+use crate::raft::transport::{Dial, Identity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::wire::{self, FrameReader, Head, Hello, Refusal, Reply, Request};
 use crate::raft::{RaftTimings, Registry};
 use crate::storage::log::Vote;
@@ -151,4 +152,67 @@ async fn groups_work_over_http_2() {
     for (_, node) in std::mem::take(&mut cluster.nodes) {
         node.close().await;
     }
+}
+
+/// Frames as the serving side gets them, one after another, while others are worked on.
+#[tokio::test]
+async fn a_group_that_stalls_holds_up_no_other_and_can_not_fill_the_lane() {
+    let cluster = TestCluster::new(1);
+    cluster.found(1).await;
+    cluster.found(2).await;
+    let registry = cluster.nodes[&NodeId(1)].registry.clone();
+    let vote = Vote { term: 0, voted_for: Some(ReplicaId(2)), committed: false };
+    let request = |group| {
+        let head = Head { group: GroupId(group), sender: ReplicaId(2), target: ReplicaId(1) };
+        wire::encode_request(head, &Request::PreVote { vote, last: None }, &[])
+    };
+    // Group 1 looks as if so many of its frames were being worked on that it takes no more.
+    let stalled = registry.get(GroupId(1)).expect("open");
+    stalled.frames.fetch_add(1000, std::sync::atomic::Ordering::Relaxed);
+    let found = replies(&registry, vec![wire::encode_hello(&hello()), request(1).seal(1)]).await;
+    assert_eq!(found, [Reply::Refused(Refusal::Busy)]);
+    let found = replies(&registry, vec![wire::encode_hello(&hello()), request(2).seal(1)]).await;
+    assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
+    stalled.frames.fetch_sub(1000, std::sync::atomic::Ordering::Relaxed);
+    let found = replies(&registry, vec![wire::encode_hello(&hello()), request(1).seal(1)]).await;
+    assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
+    drop((registry, stalled));
+    cluster.stop_all().await;
+}
+
+/// A peer that takes everything and says nothing.
+struct Silent;
+
+impl Dial for Silent {
+    fn dial(&self, _: NodeId, _: Peer, _: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<FromPeer, LaneError>> {
+        let silence = outgoing.filter_map(|_| async { None::<Result<Bytes, LaneError>> });
+        Box::pin(async move { Ok(Box::pin(silence) as FromPeer) })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
+    let addresses = Arc::new(Addresses::default());
+    addresses.0.lock().expect("no holder panics").insert(NodeId(2), "b:1".parse().expect("an address"));
+    let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
+    let lanes = Lanes::new(identity, addresses.clone(), Arc::new(Silent), Arc::default());
+    let vote = Vote { term: 0, voted_for: Some(ReplicaId(2)), committed: false };
+    let head = Head { group: GroupId(1), sender: ReplicaId(1), target: ReplicaId(2) };
+    let frame = || wire::encode_request(head, &Request::PreVote { vote, last: None }, &[]);
+    let call = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
+    let answer = call.await.expect("it is told");
+    assert!(matches!(answer, Err(LaneError::Late(_))), "{answer:?}");
+    // For a while calls fail at once, and then the lane is tried again.
+    assert!(matches!(lanes.call(NodeId(2), Lane::Log, frame()), Err(LaneError::Down(_))));
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    let call = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
+    tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    // The peer moves: what was sent to its old place is given up.
+    addresses.0.lock().expect("no holder panics").insert(NodeId(2), "c:1".parse().expect("an address"));
+    let second = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
+    assert!(matches!(call.await.expect("it is told"), Err(LaneError::Broken(_))));
+    lanes.close().await;
+    assert_eq!(second.await.expect("it is told").expect_err("closed"), LaneError::Closed);
+    assert!(matches!(lanes.call(NodeId(2), Lane::Log, frame()), Err(LaneError::Closed)));
+    assert!(matches!(lanes.call(NodeId(3), Lane::Log, frame()), Err(LaneError::Unresolved(_))));
 }

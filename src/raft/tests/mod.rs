@@ -3,4 +3,5 @@
 mod cluster;
 mod groups;
 mod lanes;
+mod snapshots;
 mod storage_suite;

@@ -56,7 +56,7 @@ fn store(
     directory: &Path,
     keep: Option<tempfile::TempDir>,
 ) -> (Guard, Hiding, StateMachine) {
-    let options = LogOptions { segment_bytes: 1 << 20, grow_bytes: 64 << 10, ..LogOptions::default() };
+    let options = LogOptions { segment_bytes: 64 << 10, grow_bytes: 16 << 10, ..LogOptions::default() };
     let (log, writer) = Log::open(disk.clone(), &directory.join("log"), options).expect("a log");
     let (states, checkpointer) = StateStore::open(trees, disk, directory, StateOptions::default()).expect("maps");
     let threads = vec![std::thread::spawn(move || writer.run()), std::thread::spawn(move || checkpointer.run())];
@@ -205,12 +205,14 @@ impl StoreBuilder<Types, Hiding, StateMachine, Guard> for OnDisk {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+// Paused, as the suite sleeps for seconds.
+#[tokio::test(start_paused = true)]
 async fn openrafts_suite_holds_in_memory() {
     Suite::test_all(InMemory).await.expect("the suite holds");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+// Paused, as the suite sleeps for seconds.
+#[tokio::test(start_paused = true)]
 async fn openrafts_suite_holds_on_a_disk() {
     Suite::test_all(OnDisk).await.expect("the suite holds");
 }
