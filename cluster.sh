@@ -20,13 +20,13 @@ usage: cluster.sh VERB [ARGUMENTS] [--dir DIR]
   logs ADDR [-f]   the end of a node's log; -f follows it
   clean            stop, and remove what this script created
 
-  --dir DIR        where nodes keep their data and logs (default: .cluster beside this script)
+  --dir DIR        where nodes keep their data and logs (default: $QUORATE_CLUSTER_DIR, else .cluster beside this script)
   $QUORATE_BIN     the program to run, instead of building it;  $CARGO_TARGET_DIR  where cargo builds
 TEXT
 }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-dir=$here/.cluster
+dir=${QUORATE_CLUSTER_DIR:-$here/.cluster}
 base_port=13801
 repl_factor=
 shards=

@@ -1,6 +1,6 @@
 //! How a node reaches shards: it answers for those that it leads (or, for stale reads, has a replica of), and forwards the rest.
 //!
-//! [`Access`] is the [`ShardAccess`] under a node's router; [`Access::execute`] also answers `POST /peer/shard`. The invariant: a
+//! [`Access`] is the [`ShardAccess`] under a node's router; [`Access::answer`] also answers `POST /peer/shard`. The invariant: a
 //! linearizable read looks at the map only after a quorum round that began after the request came, and looks at the slot's ownership and
 //! at the data under one guard.
 
