@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, Either, select};
+use openraft::errors::RaftError;
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderError, TransferLeaderRequest, VoteRequest};
 
 use super::group::Group;
 use super::snapshots;
+use super::transport::Lane;
 use super::types::{Types, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
 use super::wire::{self, AppendReply, Refusal, Reply, Request, TransferReply};
 use crate::storage::log::{Entry, Vote};
@@ -21,19 +23,24 @@ type Handled = Result<Reply, Refusal>;
 
 impl Group {
     /// Begins to work on a request for this replica. An append is in openraft's queue when the future was polled once.
-    pub(super) fn handle(self: Arc<Self>, request: Request, tail: Bytes) -> Result<BoxFuture<'static, Reply>, Refusal> {
+    pub(super) fn handle(
+        self: Arc<Self>,
+        lane: Lane,
+        request: Request,
+        tail: Bytes,
+    ) -> Result<BoxFuture<'static, Reply>, Refusal> {
         let turn = Turn::take(&self.frames)?;
         Ok(Box::pin(async move {
             let _turn = turn;
-            self.answer(request, tail).await.unwrap_or_else(Reply::Refused)
+            self.answer(lane, request, tail).await.unwrap_or_else(Reply::Refused)
         }))
     }
 
-    async fn answer(&self, request: Request, tail: Bytes) -> Handled {
+    async fn answer(&self, lane: Lane, request: Request, tail: Bytes) -> Handled {
         match request {
             Request::Append { vote, previous, commit, entries } => {
                 let entries = wire::entries(&entries, tail).map_err(|_| Refusal::Unreadable)?;
-                self.append(vote, previous, commit, entries).await
+                self.append(lane, vote, previous, commit, entries).await
             }
             Request::Vote { vote, last, leadership_transfer } => self.vote(vote, last, leadership_transfer).await,
             Request::PreVote { vote, last } => self.pre_vote(vote, last).await,
@@ -53,7 +60,14 @@ impl Group {
         }
     }
 
-    async fn append(&self, vote: Vote, previous: Option<LogId>, commit: Option<LogId>, entries: Vec<Entry>) -> Handled {
+    async fn append(
+        &self,
+        lane: Lane,
+        vote: Vote,
+        previous: Option<LogId>,
+        commit: Option<LogId>,
+        entries: Vec<Entry>,
+    ) -> Handled {
         // Before it is appended, which takes a sync: a slow disk is no reason to campaign.
         if self.is_current(&vote) {
             self.timer.heard_leader();
@@ -65,17 +79,34 @@ impl Group {
             entries: entries.map_err(|_| Refusal::Unreadable)?,
             leader_commit: commit.map(to_raft),
         };
-        let response = self.raft.append_entries(request).await.map_err(|_| Refusal::Stopped)?;
-        let reply = match response {
-            AppendEntriesResponse::Success => AppendReply::Success,
-            AppendEntriesResponse::PartialSuccess(last) => AppendReply::Partial(last.as_ref().map(from_raft)),
-            AppendEntriesResponse::Conflict => AppendReply::Conflict,
-            AppendEntriesResponse::HigherVote(vote) => AppendReply::HigherVote(vote_from_raft(&vote)),
+        let is_heartbeat = lane == Lane::Heartbeat && request.entries.is_empty();
+        let reply = match is_heartbeat && self.has_unsynced() {
+            true => self.heartbeat(request).await?,
+            false => append_reply(self.raft.append_entries(request).await)?,
         };
         if matches!(reply, AppendReply::Success) {
             self.freshness.heard(commit.map_or(0, |id| id.index), *self.machine.applied.borrow());
         }
         Ok(Reply::Append(reply))
+    }
+
+    /// Answers a heartbeat without waiting for what is being synced, as openraft would. To the leader it says no more than that this
+    /// replica follows it: so it is enough that openraft has taken the heartbeat and that its vote for this leader is durable. Else reads
+    /// would wait for the disks of followers, and a disk that stalls for a while would cost a leader its lease.
+    async fn heartbeat(&self, request: AppendEntriesRequest<Types>) -> Result<AppendReply, Refusal> {
+        let (vote, log) = (request.vote, self.log.clone());
+        let append = std::pin::pin!(self.raft.append_entries(request));
+        // Openraft takes it after the heartbeat. It saves a vote before it does anything else: what the log has of it is durable then.
+        let follows = self.raft.with_raft_state(move |state| {
+            let saved = log.state().vote.as_ref().and_then(vote_to_raft);
+            *state.vote_ref() == vote && saved == Some(vote)
+        });
+        match select(append, std::pin::pin!(follows)).await {
+            Either::Left((response, _)) => append_reply(response),
+            Either::Right((Ok(true), _)) => Ok(AppendReply::Success),
+            Either::Right((Ok(false), append)) => append_reply(append.await),
+            Either::Right((Err(_), _)) => Err(Refusal::Stopped),
+        }
     }
 
     async fn vote(&self, vote: Vote, last: Option<LogId>, leadership_transfer: bool) -> Handled {
@@ -118,6 +149,15 @@ impl Group {
             },
         }))
     }
+}
+
+fn append_reply(response: Result<AppendEntriesResponse<Types>, RaftError<Types>>) -> Result<AppendReply, Refusal> {
+    Ok(match response.map_err(|_| Refusal::Stopped)? {
+        AppendEntriesResponse::Success => AppendReply::Success,
+        AppendEntriesResponse::PartialSuccess(last) => AppendReply::Partial(last.as_ref().map(from_raft)),
+        AppendEntriesResponse::Conflict => AppendReply::Conflict,
+        AppendEntriesResponse::HigherVote(vote) => AppendReply::HigherVote(vote_from_raft(&vote)),
+    })
 }
 
 fn read(vote: &Vote) -> Result<super::types::RaftVoteOf, Refusal> {

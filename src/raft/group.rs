@@ -51,7 +51,7 @@ pub struct Group {
     key: ReplicaKey,
     pub(super) raft: RaftHandle,
     pub(super) machine: Arc<Machine>,
-    log: ReplicaLog,
+    pub(super) log: ReplicaLog,
     proposer: Arc<Proposer>,
     reads: Arc<Reads>,
     pub(super) inbox: Inbox,
@@ -376,6 +376,11 @@ impl Group {
     /// Whether a vote of this term may be the leader's, as far as is known here.
     pub(super) fn is_current(&self, vote: &Vote) -> bool {
         vote.committed && vote.term >= self.watch.borrow().term
+    }
+
+    /// Whether entries wait for the disk.
+    pub(super) fn has_unsynced(&self) -> bool {
+        self.log.state().last > self.log.synced()
     }
 
     /// Runs something that belongs to the group, until the group ends.

@@ -17,7 +17,7 @@ use super::group::Group;
 use super::lanes::{Heard, Lanes};
 use super::pulse;
 use super::timings::RaftTimings;
-use super::transport::{Dial, Identity, Resolver};
+use super::transport::{Dial, Identity, Lane, Resolver};
 use super::wire::{Head, Refusal, Reply, Request};
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
@@ -180,11 +180,17 @@ impl Registry {
     }
 
     /// Begins to work on a request of another replica, if it is for one that lives here.
-    pub(super) fn handle(&self, head: Head, request: Request, tail: Bytes) -> Result<BoxFuture<'static, Reply>, Refusal> {
+    pub(super) fn handle(
+        &self,
+        lane: Lane,
+        head: Head,
+        request: Request,
+        tail: Bytes,
+    ) -> Result<BoxFuture<'static, Reply>, Refusal> {
         let group = self.get(head.group).ok_or(Refusal::NoReplica(head.group))?;
         if group.key().replica != head.target {
             return Err(Refusal::OtherReplica(group.key().replica));
         }
-        group.handle(request, tail)
+        group.handle(lane, request, tail)
     }
 }

@@ -130,7 +130,7 @@ impl<I> Serving<I> {
         }
         let sequence = arrived.sequence;
         let begun = match arrived.request() {
-            Ok((head, request, tail)) => self.registry.handle(head, request, tail),
+            Ok((head, request, tail)) => self.registry.handle(self.lane, head, request, tail),
             Err(error) => {
                 tracing::warn!(lane = self.lane.name(), peer = ?self.peer, %error, "a peer sent a request that can't be read");
                 Err(Refusal::Unreadable)

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use super::stalling_disk::StallingDisk;
 use crate::raft::lanes::memory::MemoryHub;
 use crate::raft::transport::{Dial, Identity, Resolver};
 use crate::raft::{Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts};
@@ -16,7 +17,6 @@ use crate::sm::kv::{self, Action, Condition, Media, Operation, OperationOutcome,
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, LogOptions};
 use crate::storage::mem_trees::MemTrees;
-use crate::storage::sim_disk::SimDisk;
 use crate::storage::state::{StateOptions, StateStore};
 use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 
@@ -38,13 +38,13 @@ pub fn soon() -> Instant {
 /// What survives a node's process.
 #[derive(Clone)]
 pub struct Disks {
-    pub disk: SimDisk,
+    pub disk: StallingDisk,
     pub trees: MemTrees,
 }
 
 impl Disks {
     pub fn new(seed: u64) -> Self {
-        Self { disk: SimDisk::new(seed), trees: MemTrees::new() }
+        Self { disk: StallingDisk::new(seed), trees: MemTrees::new() }
     }
 }
 

@@ -64,7 +64,7 @@ async fn acknowledged_writes_survive_a_power_cut_of_all_nodes() {
         }
         for id in (1..=3).map(NodeId) {
             cluster.stop(id).await;
-            cluster.disks[&id].disk.crash();
+            cluster.disks[&id].disk.disk.crash();
             cluster.disks[&id].trees.crash(crate::storage::mem_trees::Crash::Power, round);
         }
         for id in (1..=3).map(NodeId) {
@@ -247,7 +247,7 @@ async fn a_replica_whose_disk_fails_stops_and_says_why_and_the_others_go_on() {
     cluster.put(1, "k", "1").await;
     let leader = cluster.leader(1).await;
     let group = cluster.group(leader.0, 1);
-    cluster.disks[&leader].disk.fail_sync_after(0);
+    cluster.disks[&leader].disk.disk.fail_sync_after(0);
     let written = group.propose(put("k", "2"), soon()).await;
     assert!(matches!(written, Err(ProposeError::Unknown { .. }) | Ok(_)), "{written:?}");
     until("the failure is known", || group.status().failed.is_some()).await;
@@ -328,5 +328,36 @@ async fn a_replica_is_created_only_when_it_may_be_and_only_once() {
     cluster.stop(NodeId(1)).await;
     cluster.restart(NodeId(1)).await;
     assert_eq!(cluster.group(1, 1).key(), key(1, 5));
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn reads_and_the_lead_do_not_wait_for_the_disks_of_followers() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    cluster.put(1, "k", "1").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    let term = group.status().term;
+    let followers: Vec<NodeId> = cluster.nodes.keys().copied().filter(|id| *id != leader).collect();
+    followers.iter().for_each(|id| cluster.disks[id].disk.stall(true));
+    let write = tokio::spawn({
+        let group = group.clone();
+        async move { group.propose(put("k", "2"), soon()).await }
+    });
+    for id in &followers {
+        let follower = cluster.group(id.0, 1);
+        until("the write waits for the follower's disk", || follower.has_unsynced()).await;
+    }
+    let stalled = Instant::now();
+    while stalled.elapsed() < Duration::from_millis(1200) {
+        group.read_barrier(Instant::now() + Duration::from_millis(400)).await.expect("it does not wait for a disk");
+        assert_eq!(read(&group, "k").as_deref(), Some("1"), "and shows nothing that is not committed");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(!write.is_finished(), "one disk is no quorum");
+    followers.iter().for_each(|id| cluster.disks[id].disk.stall(false));
+    assert_put(&write.await.expect("it ends").expect("written"));
+    assert_eq!((group.leads(), group.status().term), (true, term), "nobody campaigned");
     cluster.stop_all().await;
 }

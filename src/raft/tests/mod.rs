@@ -4,4 +4,5 @@ mod cluster;
 mod groups;
 mod lanes;
 mod snapshots;
+mod stalling_disk;
 mod storage_suite;

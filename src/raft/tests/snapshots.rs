@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use super::cluster::*;
+use crate::raft::transport::Lane;
 use crate::raft::wire::{Head, Refusal, Reply, Request, SnapshotName};
 use crate::storage::log::Vote;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
@@ -11,7 +12,7 @@ use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 async fn ask(cluster: &TestCluster, request: Request, tail: &[u8]) -> Reply {
     let head = Head { group: GroupId(1), sender: ReplicaId(2), target: ReplicaId(1) };
     let registry = &cluster.nodes[&NodeId(1)].registry;
-    match registry.handle(head, request, Bytes::copy_from_slice(tail)) {
+    match registry.handle(Lane::Snapshot, head, request, Bytes::copy_from_slice(tail)) {
         Ok(reply) => reply.await,
         Err(refusal) => Reply::Refused(refusal),
     }

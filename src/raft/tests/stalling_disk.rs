@@ -1,0 +1,94 @@
+//! [`StallingDisk`]: a simulated disk whose syncs can be made to take as long as the test wants.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+
+use crate::storage::disk::{Disk, DiskFile, Open};
+use crate::storage::sim_disk::SimDisk;
+
+#[derive(Clone)]
+pub struct StallingDisk {
+    pub disk: SimDisk,
+    gate: Arc<Gate>,
+}
+
+#[derive(Default)]
+struct Gate {
+    is_closed: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let is_closed = self.is_closed.lock().expect("no holder panics");
+        drop(self.opened.wait_while(is_closed, |is_closed| *is_closed).expect("no holder panics"));
+    }
+}
+
+impl StallingDisk {
+    pub fn new(seed: u64) -> Self {
+        Self { disk: SimDisk::new(seed), gate: Arc::default() }
+    }
+
+    /// Syncs wait from now on, or no longer.
+    pub fn stall(&self, is_stalled: bool) {
+        *self.gate.is_closed.lock().expect("no holder panics") = is_stalled;
+        self.gate.opened.notify_all();
+    }
+}
+
+impl Disk for StallingDisk {
+    fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(StallingFile { file: self.disk.open(path, how)?, gate: self.gate.clone() }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.disk.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove(path)
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.disk.create_dir(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.gate.pass();
+        self.disk.sync_dir(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        self.disk.list(path)
+    }
+}
+
+struct StallingFile {
+    file: Box<dyn DiskFile>,
+    gate: Arc<Gate>,
+}
+
+impl DiskFile for StallingFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_at(bytes, offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.gate.pass();
+        self.file.sync()
+    }
+}
