@@ -1,415 +1,671 @@
 #!/usr/bin/env bash
-# A Quorate cluster on this machine, in the background. Needs bash and curl only; touches only processes that it started.
+# Runs a Quorate cluster on this machine: see `./cluster.sh help`.
+#
+# Everything it keeps is in DIR/nodes/<port>/: address, flags (of `quorate serve`, one a line), pid (with the start time of the process), log, data.
+# It signals a process only while its pid, its start time and its command line are all those of the node: a reused pid is never touched.
+# Written for bash 3.2 and BSD tools as well; needs curl, and cargo where there is no binary yet.
 set -u
+umask 022
+LC_ALL=C # Bytes are characters, and ps prints dates in one way.
+export LC_ALL
+export CDPATH=
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P) || exit 1
+ME=$0
+HOST=127.0.0.1
+COUNT_DEFAULT=3
+PORT_DEFAULT=13801
+# How long a node may take to stop before it is killed, and a cluster to become ready before the wait is given up.
+STOP_SECONDS=20
+READY_SECONDS=300
 
 usage() {
-    cat <<'TEXT'
-usage: cluster.sh VERB [ARGUMENTS] [--dir DIR]
+    cat <<USAGE
+usage: cluster.sh [--dir DIR] COMMAND [ARGUMENTS]
 
   bootstrap [N] [--repl-factor R] [--shards S] [--base-port P]
-                   build if needed, start N (3) nodes on 127.0.0.1:P.. (13801) and wait until every shard has a leader
-  start            bring a stopped cluster back from its data
-  stop             stop every node, cleanly
-  restart ADDR     stop the node if it runs, and start it from its data; does not wait for a quorum
-  add              start one spare node; the last line is its address
-  members          ADDR PID of each live process
-  leader [KEY]     the address of the node that leads KEY's shard; without KEY, the meta group
-  kill ADDR        kill -9 a node
-  pause ADDR       stop a node's process (SIGSTOP); resume ADDR lets it go on
-  status           a table of nodes and shards
-  logs ADDR [-f]   the end of a node's log; -f follows it
-  clean            stop, and remove what this script created
+                 build, start N (3) nodes on $HOST:P... ($PORT_DEFAULT), wait until every shard has a leader
+  members        ADDR and PID of each live process
+  leader [KEY]   ADDR of the leader of KEY's shard; without KEY, of the group that holds the view
+  kill ADDR      kill -9: returns when the process is gone
+  pause ADDR     stop the process in its tracks (SIGSTOP); resume ADDR lets it go on
+  restart ADDR   start it again from its data, stopping it first where it runs; does not wait for a quorum
+  add            start one more node, as a spare; the last line is its ADDR
+  status         the view, the shards, their leaders and replicas
+  logs ADDR [-f] the end of a node's log; with -f, go on
+  stop           stop every node, keeping the data; start brings them back
+  clean          stop every node and remove what this script has made
+  help           this text
 
-  --dir DIR        where nodes keep their data and logs (default: $QUORATE_CLUSTER_DIR, else .cluster beside this script)
-  $QUORATE_BIN     the program to run, instead of building it;  $CARGO_TARGET_DIR  where cargo builds
-TEXT
+  --dir DIR      where the cluster lives (else QUORATE_CLUSTER_DIR, else .cluster beside this script); DIR may hold other files
+  QUORATE_BIN    the binary to run, instead of building one; CARGO_TARGET_DIR is honoured too
+
+ADDR is host:port, or the port alone. Options may follow arguments; after -- nothing is an option.
+USAGE
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-dir=${QUORATE_CLUSTER_DIR:-$here/.cluster}
-base_port=13801
-repl_factor=
-shards=
-follow=
-words=()
+say() { printf '%s\n' "$*" >&2; }
+die() { say "cluster.sh: $*"; exit 1; }
+misuse() { say "cluster.sh: $*"; say "Try: $ME help"; exit 2; }
 
-die() { echo "cluster.sh: $*" >&2; exit 1; }
-misuse() { echo "cluster.sh: $*" >&2; echo "try: cluster.sh help" >&2; exit 2; }
-is_number() { case "$1" in '' | *[!0-9]*) return 1 ;; esac; }
+# --- Processes ---------------------------------------------------------------------------------------------------------------------------
 
-while [ $# -gt 0 ]; do
-    case "$1" in
-        --dir | --base-port | --repl-factor | --shards)
-            [ $# -ge 2 ] || misuse "$1 wants a value"
-            case "$1" in
-                --dir) dir=$2 ;;
-                --base-port) base_port=$2 ;;
-                --repl-factor) repl_factor=$2 ;;
-                --shards) shards=$2 ;;
-            esac
-            shift ;;
-        --dir=*) dir=${1#*=} ;;
-        --base-port=*) base_port=${1#*=} ;;
-        --repl-factor=*) repl_factor=${1#*=} ;;
-        --shards=*) shards=${1#*=} ;;
-        -f) follow=1 ;;
-        -h | --help) words=(help) ; break ;;
-        --) shift; words+=("$@"); break ;;
-        -*) misuse "unknown option $1" ;;
-        *) words+=("$1") ;;
-    esac
-    shift
-done
-for number in "$base_port" "${repl_factor:-0}" "${shards:-0}"; do
-    is_number "$number" || misuse "'$number' is not a number"
-done
-case "$dir" in /*) ;; *) dir=$PWD/$dir ;; esac
-nodes=$dir/nodes
-
-# --- the program
-
-program() {
-    if [ -n "${QUORATE_BIN:-}" ]; then
-        [ -x "$QUORATE_BIN" ] || die "\$QUORATE_BIN is $QUORATE_BIN, which is no program"
-        case "$QUORATE_BIN" in /*) echo "$QUORATE_BIN" ;; *) echo "$PWD/$QUORATE_BIN" ;; esac
-    else
-        echo "${CARGO_TARGET_DIR:-$here/target}/release/quorate"
-    fi
-}
-
-ensure_program() {
-    [ -n "${QUORATE_BIN:-}" ] && { program > /dev/null || exit 1; return; }
-    command -v cargo > /dev/null || die "cargo is not installed: see https://rustup.rs, or set \$QUORATE_BIN"
-    (cd "$here" && cargo build --release --locked --bin quorate) >&2 || die "the build failed"
-}
-
-# --- processes: known by pid and by when they started, so that a pid that was given to another process is never touched
-
-started_at() { LC_ALL=C ps -o lstart= -p "$1" 2> /dev/null; }
-
-# Prints the pid of the node in $1 if its process lives.
-live_pid() {
-    local pid started
-    [ -f "$1/pid" ] || return 1
-    { read -r pid; read -r started; } < "$1/pid"
-    is_number "$pid" && [ -n "$started" ] || return 1
-    kill -0 "$pid" 2> /dev/null || return 1
-    # Without the blanks that ps pads with. A zombie is gone for us.
-    [ "$(started_at "$pid" | tr -s ' ')" = "$started" ] || return 1
-    case "$(ps -o stat= -p "$pid" 2> /dev/null)" in Z*) return 1 ;; esac
-    echo "$pid"
-}
-
-all_nodes() {
-    local node
-    for node in "$nodes"/*/; do
-        [ -f "${node}address" ] && echo "${node%/}"
-    done
-}
-
-address_of() { cat "$1/address"; }
-
-node_of() {
-    [ -n "${1:-}" ] || misuse "which node? give its address"
-    local node
-    while read -r node; do
-        [ "$(address_of "$node")" = "$1" ] && { echo "$node"; return; }
-    done < <(all_nodes)
-    die "$1 is no node of the cluster in $dir"
-}
-
-# An array element a line: flags hold no blanks or newlines but for the data directory, which is last.
-launch() {
-    local node=$1 flags=() line pid
-    while IFS= read -r line; do flags+=("$line"); done < "$node/flags"
-    if command -v setsid > /dev/null; then
-        setsid nohup "$(program)" serve "${flags[@]}" >> "$node/log" 2>&1 < /dev/null &
-    else
-        nohup "$(program)" serve "${flags[@]}" >> "$node/log" 2>&1 < /dev/null &
-    fi
-    pid=$!
-    disown "$pid" 2> /dev/null
-    { echo "$pid"; started_at "$pid" | tr -s ' '; } > "$node/pid"
-}
-
-prepare() { # ADDRESS VIEW
-    local node=$nodes/${1##*:}
-    mkdir -p "$node" || die "cannot create $node"
-    echo "$1" > "$node/address"
-    {
-        printf '%s\n' --address "$1" --view "$2"
-        [ -n "$repl_factor" ] && printf '%s\n' --repl-factor "$repl_factor"
-        [ -n "$shards" ] && printf '%s\n' --shards "$shards"
-        printf '%s\n' --data-dir "$node/data"
-    } > "$node/flags"
-    : >> "$node/log"
-}
-
-# A port that something listens on refuses no connection.
-is_port_taken() { (exec 3<> "/dev/tcp/127.0.0.1/$1") 2> /dev/null; }
-
-holder_of() {
-    command -v lsof > /dev/null && lsof -nP -iTCP:"$1" -sTCP:LISTEN 2> /dev/null | awk 'NR == 2 { print " by " $1 " (pid " $2 ")" }'
-}
-
-get() { curl -sS -m "${2:-3}" "http://$1" 2> /dev/null; }
-status_code() { curl -s -o /dev/null -m 3 -w '%{http_code}' "http://$1" 2> /dev/null; }
-
-show_end() { echo "--- the end of $1/log:" >&2; tail -n 15 "$1/log" >&2; }
-
-# Waits until every node is ready; says for whom, and why, when that changes.
-wait_ready() {
-    local node address told='' waits reason
-    while :; do
-        waits=
-        while read -r node; do
-            address=$(address_of "$node")
-            if ! live_pid "$node" > /dev/null; then
-                show_end "$node"
-                die "$address has stopped"
-            fi
-            [ "$(status_code "$address/readyz")" = 200 ] && continue
-            reason=$(get "$address/readyz")
-            # A spare is not ready until a view change names it.
-            case "$reason" in *'"code":"spare"'*) continue ;; esac
-            reason=$(printf '%s' "$reason" | sed -n 's/.*"detail":"\([^"]*\)".*/\1/p')
-            waits="$waits$address: ${reason:-no answer yet}"$'\n'
-        done < <(all_nodes)
-        [ -z "$waits" ] && return
-        if [ "$waits" != "$told" ]; then
-            printf '%s' "$waits" | sed 's/^/waiting for /' >&2
-            told=$waits
+# Sets STATE, STARTED and COMMAND of process $1, or returns 1. A zombie counts as gone, once the last of its threads is.
+inspect() {
+    local line threads
+    if [ -d /proc/self ]; then
+        { IFS= read -r line <"/proc/$1/stat"; } 2>/dev/null || return 1
+        # After the name in brackets: the state is field 3 of proc(5), the start time field 22.
+        # shellcheck disable=SC2086
+        set -- "$1" ${line##*) }
+        STATE=${2:-} STARTED=${21:-}
+        if [ "$STATE" = Z ]; then
+            threads=("/proc/$1/task"/*)
+            [ "${#threads[@]}" -gt 1 ] && return 0
         fi
-        sleep 0.2
+        COMMAND=$({ tr '\0' ' ' <"/proc/$1/cmdline"; } 2>/dev/null)
+    else
+        line=$(ps -o stat= -p "$1" 2>/dev/null) || return 1
+        STATE=${line%"${line#?}"}
+        STARTED=$(TZ=UTC ps -o lstart= -p "$1" 2>/dev/null) || return 1
+        COMMAND=$(ps -ww -o command= -p "$1" 2>/dev/null) || return 1
+    fi
+    case $STATE in Z | X | '') return 1 ;; esac
+}
+
+# Whether the node in directory $1 runs; sets PID.
+live() {
+    local started
+    PID=
+    { IFS= read -r PID && IFS= read -r started; } 2>/dev/null <"$1/pid" || return 1
+    case $PID in '' | *[!0-9]*) return 1 ;; esac
+    inspect "$PID" && [ "$STARTED" = "$started" ] || return 1
+    # On its way out it has no command line any more.
+    [ "$STATE" != Z ] || return 0
+    case "$COMMAND " in *" serve --address $(address_of "$1") "*) return 0 ;; *) return 1 ;; esac
+}
+
+# Waits until the node in $1 is gone, for at most $2 seconds.
+wait_gone() {
+    local tenths=$(($2 * 10))
+    while live "$1"; do
+        [ "$tenths" -gt 0 ] || return 1
+        tenths=$((tenths - 1))
+        sleep 0.1
     done
 }
 
-live_addresses() {
-    local node
-    while read -r node; do
-        live_pid "$node" > /dev/null && address_of "$node"
-    done < <(all_nodes)
+# Stops the nodes in the directories given, all at once.
+stop_nodes() {
+    local node stopping=()
+    for node in "$@"; do
+        live "$node" || continue
+        stopping+=("$node")
+        # A paused process takes its SIGTERM when it goes on.
+        kill -TERM "$PID" 2>/dev/null
+        kill -CONT "$PID" 2>/dev/null
+    done
+    local deadline=$((SECONDS + STOP_SECONDS)) left
+    for node in ${stopping[@]+"${stopping[@]}"}; do
+        left=$((deadline - SECONDS))
+        [ "$left" -gt 0 ] || left=0
+        if ! wait_gone "$node" "$left"; then
+            say "$(address_of "$node") has not stopped within $STOP_SECONDS s: killing it"
+            kill_node "$node"
+        fi
+        say "stopped $(address_of "$node")"
+    done
 }
 
-any_live() { live_addresses | head -n 1; }
+kill_node() {
+    live "$1" || return 0
+    kill -KILL "$PID" 2>/dev/null
+    wait_gone "$1" 60 || die "process $PID does not go away, even after kill -9"
+}
 
-joined() { paste -sd, -; }
+# Of the process that listens on port $1, as far as it can be known: the end of a sentence.
+holder_of() {
+    local holder=''
+    ! command -v lsof >/dev/null || holder=$(lsof -nP -iTCP:"$1" -sTCP:LISTEN 2>/dev/null | awk 'NR == 2 { print $1 " (pid " $2 ")" }')
+    printf '%s' "${holder:-another process}"
+}
 
-need_cluster() { [ -n "$(all_nodes)" ] || die "there is no cluster in $dir: cluster.sh bootstrap makes one"; }
+port_taken() { (exec 3<>"/dev/tcp/$HOST/$1") 2>/dev/null; }
 
-# --- verbs
+# Starts the node in directory $1 in a process group of its own, deaf to the terminal's hang-up. Returns when it runs as `quorate serve`.
+start_node() {
+    local address flags=() flag pid looks
+    address=$(address_of "$1")
+    # A process that has just ended may hold it for a moment.
+    for ((looks = 100; looks > 0; looks--)); do
+        port_taken "${address##*:}" || break
+        sleep 0.02
+    done
+    if [ "$looks" -eq 0 ]; then
+        say "cluster.sh: port ${address##*:} is in use by $(holder_of "${address##*:}"): $address was not started"
+        return 1
+    fi
+    while IFS= read -r flag; do flags+=("$flag"); done <"$1/flags"
+    looks=500
+    set -m
+    (
+        trap '' HUP
+        unset ADDRESS VIEW REPL_FACTOR
+        cd "$1" || exit 1
+        exec "$BINARY" serve --address "$address" ${flags[@]+"${flags[@]}"} --data-dir "$1/data" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
+    ) </dev/null >>"$1/log" 2>&1 &
+    pid=$!
+    set +m
+    if inspect "$pid"; then
+        printf '%s\n%s\n' "$pid" "$STARTED" >"$1/pid.new" && mv "$1/pid.new" "$1/pid" || return 1
+    fi
+    # Until it has become the binary, its command line is that of this script.
+    while ! live "$1"; do
+        if ! inspect "$pid" || [ "$looks" -eq 0 ]; then
+            say "cluster.sh: $address ended at once; the end of its log:"
+            log_tail "$1"
+            return 1
+        fi
+        looks=$((looks - 1))
+        sleep 0.02
+    done
+}
 
-how_to_use() {
-    local first
-    first=$(any_live)
-    cat <<TEXT
-The cluster is up: $(live_addresses | paste -sd' ' -)
+log_tail() {
+    if [ -s "$1/log" ]; then tail -n 20 "$1/log" | sed 's/^/    /' >&2; else say "    (it has written nothing)"; fi
+}
 
-  curl -L -X PUT -d 'hello world' http://$first/v1/kv/greeting
-  curl -L http://$first/v1/kv/greeting
-  $0 status
+# --- Nodes -------------------------------------------------------------------------------------------------------------------------------
 
-Any member answers: for a key that another node leads it redirects (curl -L follows) or, with ?proxy=true, asks for you.
-TEXT
+address_of() {
+    local address
+    IFS= read -r address <"$1/address" && printf '%s' "$address"
+}
+
+# The directories of all nodes, by port, one a line.
+node_dirs() {
+    local entry
+    for entry in "$DIR"/nodes/*/address; do
+        entry=${entry%/address}
+        case ${entry##*/} in *[!0-9]*) continue ;; esac
+        [ -f "$entry/address" ] && printf '%s\n' "${entry##*/}"
+    done | sort -n | while IFS= read -r entry; do printf '%s\n' "$DIR/nodes/$entry"; done
+}
+
+load_nodes() {
+    local node
+    NODES=()
+    while IFS= read -r node; do [ -n "$node" ] && NODES+=("$node"); done <<<"$(node_dirs)"
+}
+
+need_cluster() {
+    load_nodes
+    [ "${#NODES[@]}" -gt 0 ] || die "there is no cluster in $DIR: make one with $ME bootstrap"
+}
+
+# The directory of the node that is called $1.
+node_at() {
+    need_cluster
+    for NODE in "${NODES[@]}"; do
+        [ "$(address_of "$NODE")" = "$1" ] && return
+        [ "${NODE##*/}" = "$1" ] && return
+        [ "localhost:${NODE##*/}" = "$1" ] && return
+    done
+    die "there is no node $1 in $DIR; there are:$(for NODE in "${NODES[@]}"; do printf ' %s' "$(address_of "$NODE")"; done)"
+}
+
+need_live() { live "$1" || die "$(address_of "$1") is not running"; }
+
+# Writes what a node at address $2 with directory $1 is started with.
+make_node() {
+    local node=$1 address=$2
+    shift 2
+    if ! { printf '%s\n' "$address" >"$node/address" && printf '%s\n' "$@" >"$node/flags" && : >>"$node/log"; }; then
+        die "cannot write to $node"
+    fi
+}
+
+# Sets BINARY. With `build`, cargo looks whether it is up to date; else it is asked only where there is none.
+find_binary() {
+    if [ -n "${QUORATE_BIN:-}" ]; then
+        BINARY=$(absolute "$QUORATE_BIN")
+        if [ ! -x "$BINARY" ] || [ -d "$BINARY" ]; then die "QUORATE_BIN=$QUORATE_BIN is no program"; fi
+        return
+    fi
+    local target
+    target=$(absolute "${CARGO_TARGET_DIR:-$HERE/target}")
+    BINARY=$target/release/quorate
+    [ "${1:-}" = build ] || [ ! -x "$BINARY" ] || return 0
+    if ! command -v cargo >/dev/null; then
+        [ -x "$BINARY" ] && return
+        die "cargo is not installed and there is no $BINARY: install Rust (https://rustup.rs), or set QUORATE_BIN"
+    fi
+    (cd "$HERE" && CARGO_TARGET_DIR=$target cargo build --release --locked --bin quorate) >&2 || die "the build failed"
+}
+
+absolute() {
+    case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac
+}
+
+# --- HTTP --------------------------------------------------------------------------------------------------------------------------------
+
+# No ~/.curlrc and no proxy come between this script and its nodes.
+ask() {
+    local seconds=$1
+    shift
+    curl -q -s --noproxy '*' --path-as-is --connect-timeout 2 --max-time "$seconds" "$@" 2>/dev/null
+}
+
+# The text of member $1 in the JSON object on the standard input, unescaped as far as it matters to people.
+json_text() {
+    sed -nE 's/.*"'"$1"'":"(([^"\\]|\\.)*)".*/\1/p' | sed -e 's/\\n/ /g' -e 's/\\\(.\)/\1/g'
+}
+
+# Sets WHY to what /readyz of address $1 says; returns 0 if it is ready, or a spare and $2 is `spare`.
+ready() {
+    local answer code
+    answer=$(ask 5 -w '\n%{http_code}' "http://$1/readyz")
+    code=${answer##*$'\n'}
+    answer=${answer%$'\n'*}
+    case $code in
+        200) return 0 ;;
+        000 | '') WHY="no answer yet" ;;
+        *)
+            WHY=$(printf '%s' "$answer" | json_text detail)
+            WHY=${WHY:-"/readyz answers $code"}
+            [ "${2:-}" = spare ] && [ "$(printf '%s' "$answer" | json_text code)" = spare ] && return 0
+            ;;
+    esac
+    return 1
+}
+
+# Waits until the nodes in the directories given are ready, and says for whom, and why, whenever that changes.
+wait_ready() {
+    local node address said='' told deadline=$((SECONDS + READY_SECONDS))
+    for node in "$@"; do
+        address=$(address_of "$node")
+        until ready "$address" spare; do
+            if ! live "$node"; then
+                say "cluster.sh: $address has ended; the end of its log ($node/log):"
+                log_tail "$node"
+                return 1
+            fi
+            told="waiting for $address: $WHY"
+            [ "$told" = "$said" ] || say "$told"
+            said=$told
+            if [ "$SECONDS" -ge "$deadline" ]; then
+                say "cluster.sh: not ready after $READY_SECONDS s; the nodes go on running"
+                return 1
+            fi
+            sleep 0.2
+        done
+    done
+}
+
+# $1 with every byte escaped that might mean something in a URL.
+percent_encode() {
+    local text=$1 i byte out=''
+    for ((i = 0; i < ${#text}; i++)); do
+        byte=${text:i:1}
+        case $byte in
+            [a-zA-Z0-9_~-]) out=$out$byte ;;
+            *) out=$out$(printf '%%%02X' "$(($(printf '%d' "'$byte") & 255))") ;;
+        esac
+    done
+    printf '%s' "$out"
+}
+
+# --- Commands ----------------------------------------------------------------------------------------------------------------------------
+
+# What there is, for someone who asked for a new cluster: 0 if it is what was asked for, and all of it runs.
+existing() {
+    local node running=0 differs=''
+    for node in "${NODES[@]}"; do live "$node" && running=$((running + 1)); done
+    say "There is a cluster in $DIR already (${#NODES[@]} nodes, $running running): nothing was changed."
+    [ -z "$COUNT" ] || [ "$COUNT" -eq "${#NODES[@]}" ] || differs=yes
+    [ -z "$BASE_PORT" ] || [ -d "$DIR/nodes/$BASE_PORT" ] || differs=yes
+    [ -z "$REPL_FACTOR_ASKED" ] || has_flag "${NODES[0]}" --repl-factor "$REPL_FACTOR_ASKED" || differs=yes
+    [ -z "$SHARDS" ] || has_flag "${NODES[0]}" --shards "$SHARDS" || differs=yes
+    if [ -n "$differs" ]; then
+        say "It is not the one asked for: $ME clean removes it, --dir DIR makes another (with --base-port)."
+        return 1
+    elif [ "$running" -lt "${#NODES[@]}" ]; then
+        say "Start what is stopped with: $ME start"
+        return 1
+    fi
+}
+
+has_flag() {
+    local flag value=''
+    while IFS= read -r flag; do
+        [ "$value" = "$2" ] && [ "$flag" = "$3" ] && return 0
+        value=$flag
+    done <"$1/flags"
+    return 1
 }
 
 bootstrap() {
-    local n=${1:-3} i port view='' addresses=()
-    case "$n" in "" | 0* | *[!0-9]*) misuse "'$n' is no number of nodes" ;; esac
-    if [ -n "$(all_nodes)" ]; then
-        echo "There is a cluster in $dir already: nothing was changed." >&2
-        if [ -n "$(any_live)" ]; then how_to_use; else echo "It is stopped: cluster.sh start brings it back." >&2; fi
-        return 0
+    load_nodes
+    if [ "${#NODES[@]}" -gt 0 ]; then
+        existing
+        return
     fi
-    if [ -n "$repl_factor" ] && [ "$repl_factor" -gt "$n" ]; then
-        die "--repl-factor $repl_factor needs at least as many nodes, and these are $n"
+    local count=${COUNT:-$COUNT_DEFAULT} base=${BASE_PORT:-$PORT_DEFAULT} port view='' flags node
+    [ "$count" -ge 1 ] || misuse "a cluster has at least one node"
+    if [ "$base" -lt 1 ] || [ $((base + count - 1)) -gt 65535 ]; then
+        misuse "ports $base to $((base + count - 1)) are not all between 1 and 65535"
     fi
-    for ((i = 0; i < n; i++)); do
-        port=$((base_port + i))
-        is_port_taken "$port" && die "port $port is taken$(holder_of "$port"): choose others by --base-port"
-        addresses+=("127.0.0.1:$port")
-        view=$view${view:+,}127.0.0.1:$port
+    if [ -n "$REPL_FACTOR_ASKED" ] && { [ "$REPL_FACTOR_ASKED" -lt 1 ] || [ "$REPL_FACTOR_ASKED" -gt "$count" ]; }; then
+        misuse "a replication factor of $REPL_FACTOR_ASKED does not go with $count nodes"
+    fi
+    [ -z "$SHARDS" ] || [ "$SHARDS" -ge 1 ] || misuse "a cluster has at least one shard"
+    for ((port = base; port < base + count; port++)); do
+        port_taken "$port" && die "port $port is in use by $(holder_of "$port"): choose others with --base-port"
+        view=$view${view:+,}$HOST:$port
     done
-    ensure_program
-    for i in "${addresses[@]}"; do prepare "$i" "$view"; done
-    for i in "${addresses[@]}"; do launch "$nodes/${i##*:}"; done
-    wait_ready
-    how_to_use
+    find_binary build
+    make_root
+    flags=(--view "$view")
+    [ -z "$REPL_FACTOR_ASKED" ] || flags+=(--repl-factor "$REPL_FACTOR_ASKED")
+    [ -z "$SHARDS" ] || flags+=(--shards "$SHARDS")
+    for ((port = base; port < base + count; port++)); do
+        mkdir "$DIR/nodes/$port" || die "cannot create $DIR/nodes/$port"
+        make_node "$DIR/nodes/$port" "$HOST:$port" "${flags[@]}"
+    done
+    load_nodes
+    for node in "${NODES[@]}"; do
+        start_node "$node" || give_up
+        say "started $(address_of "$node")"
+    done
+    wait_ready "${NODES[@]}" || give_up
+    explain
 }
 
-start_all() {
-    local node
+# DIR/nodes, which only one bootstrap can make. A file in it remembers whether DIR is ours as well.
+make_root() {
+    local ours=''
+    [ -d "$DIR" ] || { mkdir -p "$DIR" && ours=yes; } || die "cannot create $DIR"
+    rmdir "$DIR/nodes" 2>/dev/null
+    mkdir "$DIR/nodes" 2>/dev/null || die "$DIR/nodes exists, or cannot be created: choose another directory with --dir, or try $ME clean"
+    [ -z "$ours" ] || : >"$DIR/nodes/.dir-is-ours"
+}
+
+give_up() {
+    say "The cluster is not up. Its files, with the logs, are in $DIR; $ME clean stops what runs and removes them."
+    exit 1
+}
+
+explain() {
+    local first nodes="${#NODES[@]} nodes"
+    first=$(address_of "${NODES[0]}")
+    [ "${#NODES[@]}" -gt 1 ] || nodes="one node"
+    cat <<TEXT
+The cluster is up: $nodes, and every shard has a leader.
+
+  curl -L -X PUT -d 'hello' http://$first/v1/kv/greeting
+  curl -L http://$first/v1/kv/greeting
+  curl http://$first/v1/kv
+
+$ME status shows the shards and where they are, http://$first/ the routes.
+$ME help tells the rest: kill a leader and go on, stop, start, clean.
+TEXT
+}
+
+start() {
     need_cluster
-    ensure_program
-    while read -r node; do
-        live_pid "$node" > /dev/null || launch "$node"
-    done < <(all_nodes)
-    wait_ready
-    how_to_use
-}
-
-wait_gone() { # NODE SECONDS
-    local tries=$(($2 * 20))
-    while live_pid "$1" > /dev/null; do
-        [ "$tries" -le 0 ] && return 1
-        tries=$((tries - 1))
-        sleep 0.05
+    find_binary
+    local node started=()
+    for node in "${NODES[@]}"; do
+        live "$node" && continue
+        start_node "$node" || exit 1
+        say "started $(address_of "$node")"
+        started+=("$node")
     done
-}
-
-terminate() { # a stopped process can't take a SIGTERM: it is woken
-    local pid
-    pid=$(live_pid "$1") || return 0
-    kill -TERM "$pid" 2> /dev/null
-    kill -CONT "$pid" 2> /dev/null
-}
-
-finish() {
-    local pid
-    wait_gone "$1" 20 && return
-    pid=$(live_pid "$1") || return
-    echo "$(address_of "$1") did not stop within 20 s: it is killed" >&2
-    kill -9 "$pid" 2> /dev/null
-    wait_gone "$1" 10 || die "$(address_of "$1") (pid $pid) cannot be killed"
-}
-
-stop_all() {
-    local node
-    while read -r node; do terminate "$node"; done < <(all_nodes)
-    while read -r node; do finish "$node"; done < <(all_nodes)
-}
-
-kill_one() {
-    local node pid
-    node=$(node_of "${1:-}") || exit
-    pid=$(live_pid "$node") || die "$1 does not run"
-    kill -9 "$pid"
-    wait_gone "$node" 10 || die "$1 (pid $pid) cannot be killed"
-}
-
-signal_one() { # SIGNAL ADDRESS
-    local node pid
-    node=$(node_of "${2:-}") || exit
-    pid=$(live_pid "$node") || die "$2 does not run"
-    kill "-$1" "$pid"
-}
-
-restart_one() {
-    local node
-    node=$(node_of "${1:-}") || exit
-    ensure_program
-    terminate "$node"
-    finish "$node"
-    launch "$node"
-    sleep 0.2
-    live_pid "$node" > /dev/null || { show_end "$node"; die "$1 did not start"; }
-}
-
-add() {
-    local view port=$base_port node address
-    need_cluster
-    ensure_program
-    view=$(while read -r node; do address_of "$node"; done < <(all_nodes) | joined)
-    while [ -e "$nodes/$port" ] || is_port_taken "$port"; do port=$((port + 1)); done
-    address=127.0.0.1:$port
-    repl_factor='' shards=''
-    prepare "$address" "$view"
-    node=$nodes/$port
-    launch "$node"
-    echo "starting a spare, which waits until a view change names it" >&2
-    until [ "$(status_code "$address/healthz")" = 200 ]; do
-        live_pid "$node" > /dev/null || { show_end "$node"; die "$address has stopped"; }
-        sleep 0.1
-    done
-    echo "$address"
+    [ "${#started[@]}" -gt 0 ] || say "every node runs already"
+    wait_ready "${NODES[@]}" || exit 1
+    say "The cluster is up."
 }
 
 members() {
-    local node pid
-    while read -r node; do
-        pid=$(live_pid "$node") && echo "$(address_of "$node") $pid"
-    done < <(all_nodes)
+    need_cluster
+    for NODE in "${NODES[@]}"; do
+        live "$NODE" && printf '%s %s\n' "$(address_of "$NODE")" "$PID"
+    done
     return 0
 }
 
-encoded() { # percent-encodes any bytes
-    local LC_ALL=C text=$1 i byte
-    for ((i = 0; i < ${#text}; i++)); do
-        byte=${text:i:1}
-        case "$byte" in
-            [a-zA-Z0-9._~-]) printf '%s' "$byte" ;;
-            *) printf '%%%02X' "$(($(printf '%d' "'$byte") & 255))" ;;
-        esac
+# Whether address $1 is that of a node of ours that does not run.
+known_dead() {
+    for NODE in "${NODES[@]}"; do
+        if [ "$(address_of "$NODE")" = "$1" ]; then
+            live "$NODE" && return 1
+            return 0
+        fi
     done
+    return 1
 }
 
-leader() {
-    local address answer id code
+# The leader of the meta group, as most of those say who answer: one that was cut off for a while may still name the last one.
+meta_leader() {
     need_cluster
-    while read -r address; do
-        if [ $# -ge 1 ]; then
-            answer=$(curl -sI -m 3 -w '\ncode %{http_code} %{redirect_url}\n' "http://$address/v1/kv/$(encoded "$1")" | sed -n 's/^code //p')
-            code=${answer%% *}
-            case "$code" in
-                200 | 404) answer=$address ;;
-                307) answer=${answer#* http://}; answer=${answer%%/*} ;;
-                *) continue ;;
+    local node body id named='' winner
+    for node in "${NODES[@]}"; do
+        if ! live "$node" || [ "$STATE" = T ]; then continue; fi
+        body=$(ask 3 "http://$(address_of "$node")/v1/cluster") || continue
+        id=$(printf '%s' "$body" | sed -nE 's/.*"meta_leader":([0-9]+).*/\1/p')
+        [ -n "$id" ] || continue
+        named=$named$(printf '%s' "$body" | sed -nE 's/.*\{"id":'"$id"',"address":"([^"]*)".*/\1/p')$'\n'
+    done
+    while IFS= read -r winner; do
+        [ -n "$winner" ] || continue
+        known_dead "$winner" && continue
+        printf '%s\n' "$winner"
+        return
+    done <<<"$(printf '%s' "$named" | sort | uniq -c | sort -rn | sed -E 's/^ *[0-9]+ //')"
+    die "no leader is known to any node that answers"
+}
+
+# The leader of the shard of key $1: the node that answers for it. One that only redirects names the next to ask.
+key_leader() {
+    [ -n "$1" ] || misuse "a key is not empty"
+    need_cluster
+    local path node address hops answer
+    path=/v1/kv/$(percent_encode "$1")
+    for node in "${NODES[@]}"; do
+        if ! live "$node" || [ "$STATE" = T ]; then continue; fi
+        address=$(address_of "$node")
+        for ((hops = 0; hops < 4; hops++)); do
+            answer=$(ask 4 -I -o /dev/null -w '%{http_code} %{redirect_url}' "http://$address$path?timeout=3s")
+            case $answer in
+                200\ * | 404\ *)
+                    printf '%s\n' "$address"
+                    return
+                    ;;
+                307\ *)
+                    address=${answer#*://}
+                    address=${address%%/*}
+                    known_dead "$address" && break
+                    ;;
+                *) break ;;
             esac
-            # A leader that died may still be named: only one that answers counts.
-            [ "$(status_code "$answer/healthz")" = 200 ] && { echo "$answer"; return 0; }
-        else
-            answer=$(get "$address/v1/cluster") || continue
-            id=$(printf '%s' "$answer" | sed -n 's/.*"meta_leader":\([0-9][0-9]*\).*/\1/p')
-            [ -n "$id" ] || continue
-            answer=$(printf '%s' "$answer" | sed -n "s/.*{\"id\":$id,\"address\":\"\([^\"]*\)\".*/\1/p")
-            [ -n "$answer" ] && [ "$(status_code "$answer/healthz")" = 200 ] && { echo "$answer"; return 0; }
+        done
+    done
+    die "no node that answers knows a leader for this key"
+}
+
+# Sends signal $1 to the node at address $2, which must run, and says $3.
+signal_node() {
+    node_at "$2"
+    need_live "$NODE"
+    kill "-$1" "$PID" 2>/dev/null || die "cannot signal $2"
+    local tenths=50
+    # The kernel stops a process in its own time.
+    while [ "$1" = STOP ] && live "$NODE" && [ "$STATE" != T ] && [ "$tenths" -gt 0 ]; do
+        tenths=$((tenths - 1))
+        sleep 0.1
+    done
+    say "$3 $(address_of "$NODE")"
+}
+
+kill_address() {
+    node_at "$1"
+    need_live "$NODE"
+    kill_node "$NODE"
+    say "killed $(address_of "$NODE")"
+}
+
+restart() {
+    node_at "$1"
+    find_binary
+    stop_nodes "$NODE"
+    start_node "$NODE" || exit 1
+    say "started $(address_of "$NODE")"
+}
+
+add() {
+    need_cluster
+    find_binary
+    local port=${NODES[${#NODES[@]} - 1]##*/} view='' node address
+    for node in "${NODES[@]}"; do view=$view${view:+,}$(address_of "$node"); done
+    port=$((port + 1))
+    while port_taken "$port" || ! mkdir "$DIR/nodes/$port" 2>/dev/null; do
+        port=$((port + 1))
+        [ "$port" -le 65535 ] || die "there is no free port left"
+    done
+    node=$DIR/nodes/$port address=$HOST:$port
+    make_node "$node" "$address" --view "$view"
+    start_node "$node" || exit 1
+    until [ "$(ask 5 -o /dev/null -w '%{http_code}' "http://$address/healthz")" = 200 ]; do
+        if ! live "$node"; then
+            say "cluster.sh: $address has ended; the end of its log ($node/log):"
+            log_tail "$node"
+            exit 1
         fi
-    done < <(live_addresses)
-    return 1
+        sleep 0.1
+    done
+    say "started $address as a spare: it holds nothing until a view change names it"
+    printf '%s\n' "$address"
 }
 
 status() {
     need_cluster
-    [ -n "$(any_live)" ] || die "no node of the cluster in $dir runs"
-    "$(program)" cluster status --server "$(live_addresses | joined)"
+    find_binary
+    local servers=''
+    for NODE in "${NODES[@]}"; do
+        live "$NODE" && servers=$servers${servers:+,}$(address_of "$NODE")
+    done
+    [ -n "$servers" ] || die "no node of the cluster in $DIR runs: $ME start"
+    exec "$BINARY" cluster status --server "$servers"
 }
 
 logs() {
-    local node
-    node=$(node_of "${1:-}") || exit
-    if [ -n "$follow" ]; then tail -n 50 -f "$node/log"; else tail -n 50 "$node/log"; fi
+    node_at "$1"
+    if [ -n "$FOLLOW" ]; then exec tail -n 50 -f "$NODE/log"; else exec tail -n 50 "$NODE/log"; fi
+}
+
+stop() {
+    need_cluster
+    stop_nodes "${NODES[@]}"
+    say "No node of the cluster runs; its data is in $DIR."
 }
 
 clean() {
-    local node
-    stop_all
-    while read -r node; do
-        rm -rf "$node/data"
-        rm -f "$node/address" "$node/pid" "$node/flags" "$node/log"
-        rmdir "$node" 2> /dev/null
-    done < <(all_nodes)
-    rmdir "$nodes" 2> /dev/null
-    rmdir "$dir" 2> /dev/null
-    return 0
+    load_nodes
+    if [ "${#NODES[@]}" -gt 0 ]; then
+        stop_nodes "${NODES[@]}"
+        for NODE in "${NODES[@]}"; do
+            rm -rf "$NODE/data" "$NODE/log" "$NODE/flags" "$NODE/pid" "$NODE/pid.new" || die "cannot remove all of $NODE"
+            rm -f "$NODE/address"
+            rmdir "$NODE" 2>/dev/null || say "$NODE holds files that are not mine: they stay"
+        done
+    fi
+    # What an interrupted bootstrap has left.
+    rmdir "$DIR"/nodes/[0-9]* 2>/dev/null
+    [ -d "$DIR/nodes" ] || { say "there is nothing to remove in $DIR"; return; }
+    local ours=''
+    [ -f "$DIR/nodes/.dir-is-ours" ] && ours=yes
+    rm -f "$DIR/nodes/.dir-is-ours"
+    rmdir "$DIR/nodes" 2>/dev/null && [ -n "$ours" ] && rmdir "$DIR" 2>/dev/null
+    say "removed the cluster in $DIR"
 }
 
-set -- ${words[@]+"${words[@]}"}
-verb=${1:-help}
-[ $# -gt 0 ] && shift
-case "$verb" in
-    bootstrap) bootstrap "$@" ;;
-    start) start_all ;;
-    stop) stop_all ;;
-    restart) restart_one "$@" ;;
-    add) add ;;
-    members) members ;;
-    leader) leader "$@" ;;
-    kill) kill_one "$@" ;;
-    pause) signal_one STOP "$@" ;;
-    resume) signal_one CONT "$@" ;;
-    status) status ;;
-    logs) logs "$@" ;;
-    clean) clean ;;
+# --- The command line --------------------------------------------------------------------------------------------------------------------
+
+number() {
+    case $2 in '' | *[!0-9]* | ??????*) misuse "$1 takes a number, not '$2'" ;; esac
+    printf '%s' "$((10#$2))"
+}
+
+DIR=${QUORATE_CLUSTER_DIR:-$HERE/.cluster} COUNT='' BASE_PORT='' REPL_FACTOR_ASKED='' SHARDS='' FOLLOW='' VERB='' NODES=() ARGUMENTS=() USED=()
+# Takes one word that is no option.
+word() {
+    if [ -n "$VERB" ]; then ARGUMENTS+=("$1"); else VERB=$1; fi
+}
+while [ $# -gt 0 ]; do
+    case $1 in
+        --*=*)
+            option=${1%%=*} value=${1#*=}
+            shift
+            set -- "$option" "$value" ${1+"$@"}
+            ;;
+    esac
+    case $1 in
+        --dir | --base-port | --repl-factor | --shards)
+            [ $# -ge 2 ] || misuse "$1 takes a value"
+            case $1 in
+                --dir) DIR=$2 ;;
+                --base-port) BASE_PORT=$(number "$1" "$2") || exit 2 ;;
+                --repl-factor) REPL_FACTOR_ASKED=$(number "$1" "$2") || exit 2 ;;
+                --shards) SHARDS=$(number "$1" "$2") || exit 2 ;;
+            esac
+            [ "$1" = --dir ] || USED+=("$1")
+            shift 2
+            ;;
+        -f | --follow) FOLLOW=yes USED+=(-f) && shift ;;
+        -h | --help) VERB=help && break ;;
+        --)
+            shift
+            for value in ${1+"$@"}; do word "$value"; done
+            break
+            ;;
+        -?*) misuse "unknown option $1" ;;
+        *) word "$1" && shift ;;
+    esac
+done
+[ -n "$VERB" ] || { usage >&2; exit 2; }
+
+[ -n "$DIR" ] || misuse "--dir takes a directory"
+DIR=$(absolute "$DIR")
+[ ! -d "$DIR" ] || DIR=$(cd "$DIR" && pwd -P) || exit 1
+
+# At least $1 and at most $2 arguments, called $3, and no options but those that follow.
+takes() {
+    local least=$1 most=$2 what=$3 used
+    shift 3
+    [ "${#ARGUMENTS[@]}" -ge "$least" ] || misuse "$VERB needs $what"
+    [ "${#ARGUMENTS[@]}" -le "$most" ] || misuse "$VERB takes ${what:-no argument}, and got ${ARGUMENTS[*]}"
+    for used in ${USED[@]+"${USED[@]}"}; do
+        case " $* " in *" $used "*) ;; *) misuse "$VERB does not take $used" ;; esac
+    done
+    command -v curl >/dev/null || die "curl is not installed"
+}
+
+case $VERB in
+    bootstrap)
+        takes 0 1 "a number of nodes" --base-port --repl-factor --shards
+        [ "${#ARGUMENTS[@]}" -eq 0 ] || COUNT=$(number bootstrap "${ARGUMENTS[0]}") || exit 2
+        bootstrap
+        ;;
+    leader)
+        takes 0 1 "a key"
+        if [ "${#ARGUMENTS[@]}" -eq 0 ]; then meta_leader; else key_leader "${ARGUMENTS[0]}"; fi
+        ;;
+    kill) takes 1 1 "an address" && kill_address "${ARGUMENTS[0]}" ;;
+    pause) takes 1 1 "an address" && signal_node STOP "${ARGUMENTS[0]}" paused ;;
+    resume) takes 1 1 "an address" && signal_node CONT "${ARGUMENTS[0]}" resumed ;;
+    restart) takes 1 1 "an address" && restart "${ARGUMENTS[0]}" ;;
+    logs) takes 1 1 "an address" -f && logs "${ARGUMENTS[0]}" ;;
+    start | members | add | status | stop | clean) takes 0 0 '' && "$VERB" ;;
     help) usage ;;
-    *) misuse "unknown verb $verb" ;;
+    *) misuse "unknown command $VERB" ;;
 esac
