@@ -81,6 +81,12 @@ pub enum MembershipError {
 /// Why a replica does not open, or a group does not begin.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// Its map can't be rebuilt here. The other replicas of the group have all of it.
+    #[error(
+        "replica {key} is lost: its map cannot be rebuilt, because the log begins behind {purged} and the snapshot before that is not \
+         usable ({reason}); the other replicas of the group serve on"
+    )]
+    Lost { key: crate::storage::ReplicaKey, purged: crate::types::LogId, reason: String },
     #[error("{0} is open already")]
     AlreadyOpen(crate::storage::ReplicaKey),
     #[error("the node is shutting down")]

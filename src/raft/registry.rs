@@ -20,7 +20,7 @@ use super::timings::RaftTimings;
 use super::transport::{Dial, Identity, Lane, Resolver};
 use super::wire::{Head, Refusal, Reply, Request};
 use crate::storage::ReplicaKey;
-use crate::storage::log::Log;
+use crate::storage::log::{Log, ReplicaLog};
 use crate::storage::state::{ReplicaState, StateStore};
 use crate::types::{GroupId, NodeId};
 
@@ -55,6 +55,16 @@ pub struct Registry {
     /// Held while a replica is opened or closed: they take their time, and two of a group must not meet. True: no more are opened.
     opening: Mutex<bool>,
     pulse: OnceLock<AbortOnDropHandle<()>>,
+}
+
+/// A map that ends before its log begins is lost: what is between is nowhere on this node.
+fn ensure_reachable(key: ReplicaKey, log: &ReplicaLog, state: &ReplicaState) -> Result<(), OpenError> {
+    let Some(purged) = log.state().purged else { return Ok(()) };
+    if state.applied().log_id.is_some_and(|applied| applied.index >= purged.index) {
+        return Ok(());
+    }
+    let reason = state.opened().damaged_snapshot.clone().unwrap_or_else(|| "its snapshot file is missing".to_owned());
+    Err(OpenError::Lost { key, purged, reason })
 }
 
 impl Registry {
@@ -134,6 +144,7 @@ impl Registry {
             }
         };
         let state = self.open_state(key, log.clone()).await?;
+        ensure_reachable(key, &log, &state)?;
         let group = Group::open(self.shared.clone(), log, state).await?;
         self.groups.write().expect("no holder panics").insert(key.group, group.clone());
         self.pulse.get_or_init(|| {
@@ -143,7 +154,7 @@ impl Registry {
         Ok(group)
     }
 
-    async fn open_state(&self, key: ReplicaKey, log: crate::storage::log::ReplicaLog) -> Result<ReplicaState, OpenError> {
+    async fn open_state(&self, key: ReplicaKey, log: ReplicaLog) -> Result<ReplicaState, OpenError> {
         let states = self.states.clone();
         let opened = tokio::task::spawn_blocking(move || states.replica(key, Arc::new(log))).await;
         let opened = opened.map_err(|error| OpenError::Raft(format!("opening the map panicked: {error}")))?;

@@ -361,3 +361,35 @@ async fn reads_and_the_lead_do_not_wait_for_the_disks_of_followers() {
     assert_eq!((group.leads(), group.status().term), (true, term), "nobody campaigned");
     cluster.stop_all().await;
 }
+
+#[tokio::test]
+async fn a_replica_without_its_map_and_without_the_log_that_leads_to_it_is_lost_and_says_so() {
+    let mut cluster = TestCluster::new(1);
+    cluster.found(1).await;
+    cluster.put(1, "k", "v").await;
+    let group = cluster.group(1, 1);
+    group.build_snapshot().await.expect("a snapshot");
+    until("openraft knows of the snapshot", || group.status().snapshot.is_some()).await;
+    let snapshot = group.status().snapshot.expect("it is there");
+    group.purge_log(snapshot.index).await;
+    until("the log is purged", || group.status().purged == Some(snapshot)).await;
+    drop(group);
+    let node = NodeId(1);
+    cluster.stop(node).await;
+    cluster.disks.get_mut(&node).expect("its disks").trees = crate::storage::mem_trees::MemTrees::new();
+    cluster.restart(node).await;
+    assert_eq!(cluster.get(1, "k").await.as_deref(), Some("v"), "the snapshot alone brings the map back");
+    cluster.stop(node).await;
+    let disks = cluster.disks.get_mut(&node).expect("its disks");
+    disks.trees = crate::storage::mem_trees::MemTrees::new();
+    let files: Vec<_> = disks.disk.disk.files().into_iter().filter(|(path, _)| path.starts_with("/snapshots")).collect();
+    assert!(!files.is_empty());
+    for (file, _) in files {
+        assert!(disks.disk.disk.flip_bit(&file, 60, 3));
+    }
+    cluster.start(node);
+    let failed = cluster.nodes[&node].registry.open_all().await;
+    assert!(matches!(&failed[..], [(_, OpenError::Lost { .. })]), "{failed:?}");
+    assert!(cluster.nodes[&node].registry.groups().is_empty(), "it takes no part");
+    cluster.stop_all().await;
+}
