@@ -304,6 +304,11 @@ where
         }
         // A conflict of an append that follows nothing can't be: every log begins alike.
         match result {
+            // A heartbeat may overtake, on its own lane, the entries that it follows. The conflict it then meets is out of date when it
+            // is told, and would have the leader search for what it knows to match. The log lane finds the real ones.
+            Ok(AppendEntriesResponse::Conflict) if this.client.lane == Lane::Heartbeat => {
+                Poll::Ready(Some(Err(network_error("a heartbeat came before the entries that it follows"))))
+            }
             Ok(AppendEntriesResponse::Conflict) if done.previous.is_none() => {
                 Poll::Ready(Some(Err(network_error("a conflict at the very beginning of the log"))))
             }
