@@ -6,15 +6,17 @@
 //! - `flush` does not reach the disk through a power cut: [`Trees::sync`] syncs file by file, and the digest of the state module
 //!   tells a torn tree;
 //! - batches that are not flushed pile up in memory, and a batch holds back all readers: both are kept small by the callers;
-//! - a dead thread of sled would be met as an error of a later call, which stops the replica.
+//! - a dead thread of sled would be met as an error of a later call, which stops the replica;
+//! - after an error of the disk, as a full one, which a read may meet as well, the next flush may wait for ever, and closing flushes: from then
+//!   on whatever is there to write fails at once, and the database is not closed before the process ends.
 
 use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -64,6 +66,38 @@ pub struct SledTrees {
     db: sled::Db,
     path: PathBuf,
     patience: Duration,
+    trust: Trust,
+}
+
+/// Whether sled is still trusted to write: until its first error that is not about damaged files.
+#[derive(Clone)]
+struct Trust {
+    db: sled::Db,
+    lost: Arc<OnceLock<String>>,
+}
+
+impl Trust {
+    fn read<T>(&self, doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
+        let noting = || call().inspect_err(|error| self.note(error));
+        guarded(doing, noting)
+    }
+
+    fn note(&self, error: &sled::Error) {
+        if is_of_the_disk(error) && self.lost.set(error.to_string()).is_ok() {
+            // One handle that is never dropped keeps the database from being closed.
+            std::mem::forget(self.db.clone());
+        }
+    }
+
+    fn write<T>(&self, doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
+        match self.lost.get() {
+            Some(error) => {
+                let source = io::Error::other(format!("the database is not written to any more, since {error}"));
+                Err(StoreError::Io { context: doing.to_owned(), source })
+            }
+            None => self.read(doing, call),
+        }
+    }
 }
 
 impl SledTrees {
@@ -73,6 +107,11 @@ impl SledTrees {
         Self::open_by(path, options, open_database)
     }
 
+    fn new(db: sled::Db, path: &Path, options: &SledOptions) -> Self {
+        let trust = Trust { db: db.clone(), lost: Arc::default() };
+        Self { db, path: path.to_owned(), patience: options.patience, trust }
+    }
+
     fn open_by(path: &Path, options: &SledOptions, open: Opener) -> Result<Self, SledError> {
         let condemned = std::fs::read_to_string(path.join(CONDEMNED)).ok();
         let failure = match condemned {
@@ -80,7 +119,7 @@ impl SledTrees {
             None => attempt(path, options, open),
         };
         let (reason, hangs) = match failure {
-            Attempt::Opened(db) => return Ok(Self { db, path: path.to_owned(), patience: options.patience }),
+            Attempt::Opened(db) => return Ok(Self::new(db, path, options)),
             Attempt::Failed(reason) => (reason, false),
             Attempt::Refused(source) => return Err(SledError::Io { path: path.to_owned(), source }),
             Attempt::Hangs => ("it did not open in time".to_owned(), true),
@@ -91,7 +130,7 @@ impl SledTrees {
             return Err(SledError::Hangs { moved_to });
         }
         match attempt(path, options, open) {
-            Attempt::Opened(db) => Ok(Self { db, path: path.to_owned(), patience: options.patience }),
+            Attempt::Opened(db) => Ok(Self::new(db, path, options)),
             Attempt::Failed(reason) => Err(SledError::Fresh { path: path.to_owned(), reason }),
             Attempt::Refused(source) => Err(SledError::Io { path: path.to_owned(), source }),
             Attempt::Hangs => Err(SledError::Fresh { path: path.to_owned(), reason: "it hangs".into() }),
@@ -149,6 +188,12 @@ fn is_of_the_files(error: &io::Error) -> bool {
     !around && !error.to_string().contains("acquire lock")
 }
 
+/// Whether the disk failed, rather than that what is on it makes no sense.
+fn is_of_the_disk(error: &sled::Error) -> bool {
+    use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
+    matches!(error, sled::Error::Io(error) if !matches!(error.kind(), InvalidData | NotFound | UnexpectedEof))
+}
+
 /// Moves the directory out of the way, in the place of an earlier one.
 fn move_aside(path: &Path) -> io::Result<PathBuf> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
@@ -187,16 +232,16 @@ fn files_below(path: &Path) -> Vec<PathBuf> {
 
 impl Trees for SledTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
-        let tree = guarded("opening a tree", || self.db.open_tree(name))?;
-        Ok(Arc::new(SledTree { tree, patience: self.patience }))
+        let tree = self.trust.write("opening a tree", || self.db.open_tree(name))?;
+        Ok(Arc::new(SledTree { tree, patience: self.patience, trust: self.trust.clone() }))
     }
 
     fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
-        guarded("dropping a tree", || self.db.drop_tree(name)).map(|_| ())
+        self.trust.write("dropping a tree", || self.db.drop_tree(name)).map(|_| ())
     }
 
     fn names(&self) -> Result<Vec<String>, StoreError> {
-        let names = guarded("listing the trees", || Ok(self.db.tree_names()))?;
+        let names = self.trust.read("listing the trees", || Ok(self.db.tree_names()))?;
         let mut names: Vec<String> = names.iter().filter_map(|name| String::from_utf8(name.to_vec()).ok()).collect();
         names.retain(|name| name != DEFAULT_TREE);
         names.sort();
@@ -204,7 +249,7 @@ impl Trees for SledTrees {
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        guarded("flushing the trees", || self.db.flush())?;
+        self.trust.write("flushing the trees", || self.db.flush())?;
         let io_error = |source| StoreError::Io { context: format!("syncing {}", self.path.display()), source };
         for file in files_below(&self.path) {
             match File::open(&file).and_then(|file| file.sync_all()) {
@@ -232,11 +277,12 @@ impl Trees for SledTrees {
 struct SledTree {
     tree: sled::Tree,
     patience: Duration,
+    trust: Trust,
 }
 
 impl Tree for SledTree {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        let value = guarded("reading a tree", || self.tree.get(key))?;
+        let value = self.trust.read("reading a tree", || self.tree.get(key))?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
@@ -254,7 +300,7 @@ impl Tree for SledTree {
                 Direction::Forward => iter.next().transpose(),
                 Direction::Reverse => iter.next_back().transpose(),
             };
-            let pair = guarded("scanning a tree", step).transpose();
+            let pair = self.trust.read("scanning a tree", step).transpose();
             ended = !matches!(pair, Some(Ok(_)));
             let owned = |(key, value): (sled::IVec, sled::IVec)| (Bytes::copy_from_slice(&key), Bytes::copy_from_slice(&value));
             pair.map(|pair| pair.map(owned))
@@ -269,23 +315,23 @@ impl Tree for SledTree {
                 None => sled_batch.remove(&key[..]),
             }
         }
-        guarded("writing a tree", || self.tree.apply_batch(sled_batch))?;
+        self.trust.write("writing a tree", || self.tree.apply_batch(sled_batch))?;
         // sled frees the old versions of its nodes a few at a time, whenever a thread begins to use it; a batch is one use that leaves
         // thousands. Without as many uses after it, filling a tree of 256 MiB held 1.8 GiB in memory.
         for (key, _) in batch.iter() {
-            guarded("reading a tree", || self.tree.contains_key(key))?;
+            self.trust.read("reading a tree", || self.tree.contains_key(key))?;
         }
         Ok(())
     }
 
     fn flush(&self) -> Result<(), StoreError> {
-        guarded("flushing a tree", || self.tree.flush()).map(|_| ())
+        self.trust.write("flushing a tree", || self.tree.flush()).map(|_| ())
     }
 
     fn walk(&self, visit: &mut dyn FnMut(&[u8], &[u8]) -> Walk) -> Result<(), StoreError> {
         let (sender, receiver) = mpsc::sync_channel(WALK_PAGES_AHEAD);
-        let tree = self.tree.clone();
-        let spawned = std::thread::Builder::new().name("walk-tree".into()).spawn(move || send_pages(&tree, &sender));
+        let (tree, trust) = (self.tree.clone(), self.trust.clone());
+        let spawned = std::thread::Builder::new().name("walk-tree".into()).spawn(move || send_pages(&tree, &trust, &sender));
         spawned.map_err(|source| StoreError::Io { context: "walking a tree".into(), source })?;
         loop {
             match receiver.recv_timeout(self.patience) {
@@ -316,10 +362,10 @@ const WALK_PAGE_PAIRS: usize = 512;
 const WALK_PAGE_BYTES: usize = 1 << 20;
 
 /// Sends all pairs of a tree, and an empty page at the end. Ends early when nobody listens.
-fn send_pages(tree: &sled::Tree, sender: &mpsc::SyncSender<Result<Page, StoreError>>) {
+fn send_pages(tree: &sled::Tree, trust: &Trust, sender: &mpsc::SyncSender<Result<Page, StoreError>>) {
     let mut pairs = tree.iter();
     loop {
-        let page = guarded("walking a tree", || {
+        let page = trust.read("walking a tree", || {
             let (mut page, mut bytes) = (Page::new(), 0);
             while page.len() < WALK_PAGE_PAIRS && bytes < WALK_PAGE_BYTES {
                 let Some(pair) = pairs.next().transpose()? else { break };
@@ -417,5 +463,26 @@ mod tests {
         let trees = SledTrees::open(&path, &SledOptions::default()).expect("opened");
         assert!(trees.names().expect("listed").is_empty());
         assert!(!home.path().join("trees.damaged/earlier").exists(), "the older of two stays");
+    }
+
+    #[test]
+    fn a_failed_disk_ends_the_writes_and_damage_does_not() {
+        let home = tempfile::tempdir().expect("a directory");
+        let trees = SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
+        let tree = trees.open("t").expect("created");
+        let batch = || {
+            let mut batch = WriteBatch::default();
+            batch.put(&b"k"[..], &b"v"[..]);
+            batch
+        };
+        let fail = |error: sled::Error| trees.trust.read("trying", || Err::<(), _>(error)).expect_err("it failed");
+        fail(sled::Error::Corruption { at: None, bt: () });
+        fail(sled::Error::Io(io::ErrorKind::UnexpectedEof.into()));
+        tree.write(batch()).expect("damage is for the checks of the trees");
+        fail(sled::Error::Io(io::ErrorKind::StorageFull.into()));
+        let error = tree.write(batch()).expect_err("refused").to_string();
+        assert!(error.contains("not written to any more"), "{error}");
+        trees.sync().expect_err("refused, where sled might hang");
+        assert_eq!(tree.get(b"k").expect("read").as_deref(), Some(&b"v"[..]));
     }
 }
