@@ -298,7 +298,8 @@ impl Search<'_> {
         match (operation.action, operation.outcome) {
             (Action::Get, Outcome::Got(got)) => got.map(|(got, _)| got) == value,
             (Action::Put { condition, .. } | Action::Delete { condition }, Outcome::ConditionFailed) => !condition.holds(value),
-            (Action::Delete { condition }, Outcome::Deleted { existed: false }) => value.is_none() && condition.holds(value),
+            // A deletion under a condition may be told of an absent key that it is absent, or that the condition failed.
+            (Action::Delete { .. }, Outcome::Deleted { existed: false }) => value.is_none(),
             _ => false,
         }
     }
@@ -626,6 +627,7 @@ mod tests {
                     (Action::Put { condition, .. } | Action::Delete { condition }, Outcome::ConditionFailed) => {
                         (!condition.holds(value)).then_some((value, revision))
                     }
+                    (Action::Delete { .. }, Outcome::Deleted { existed: false }) => value.is_none().then_some((None, revision)),
                     (Action::Put { condition, .. } | Action::Delete { condition }, _) if !condition.holds(value) => None,
                     (Action::Put { value: new, .. }, outcome) => {
                         let created = !matches!(outcome, Outcome::Put { created, .. } if created != value.is_none());

@@ -1,0 +1,1 @@
+//! `cluster.sh` does what its help says, with the real binary.

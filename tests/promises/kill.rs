@@ -1,0 +1,30 @@
+//! A leader that is killed costs the cluster a moment and nothing else: no acknowledged write, no order of operations.
+
+use std::time::Duration;
+
+use crate::common::cluster::{Cluster, Setup};
+use crate::common::load::Load;
+use crate::common::{from_environment, say};
+
+/// Far beyond what a failover takes on any machine: a bound for a cluster that is stuck. What it does take is printed.
+const FAILOVER_LIMIT: Duration = Duration::from_secs(30);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killing_leaders_under_load_loses_nothing() {
+    let mut cluster = Cluster::start(Setup::nodes(3).arguments(&["--shards", "1"])).await;
+    let load = Load::new("kill").start(&cluster);
+    let mut gaps = Vec::new();
+    for _ in 0..from_environment("QUORATE_TEST_ROUNDS").unwrap_or(10) {
+        load.writes(50).await;
+        let leader = cluster.leader(0).await;
+        cluster.nodes[leader].kill();
+        gaps.push(load.next_write(FAILOVER_LIMIT).await);
+        cluster.nodes[leader].start();
+        cluster.wait_ready().await;
+    }
+    load.writes(50).await;
+    load.stop().await.judge(&cluster).await;
+    gaps.sort_unstable();
+    let (median, longest) = (gaps[gaps.len() / 2], gaps[gaps.len() - 1]);
+    say(&format!("kill: to the next acknowledged write: median {median:?}, longest {longest:?} of {}", gaps.len()));
+}
