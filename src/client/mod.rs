@@ -11,4 +11,5 @@ pub mod shard_map;
 pub mod store;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod view_change;
 pub mod wire;

@@ -15,8 +15,9 @@ use super::protocol::{ClusterStatus, ShardBody, ShardReply, ShardRequest};
 use super::router::{Router, ShardAccess};
 use super::shard_map::ShardMap;
 use super::store::{Consistency, Failure, Options};
+use super::view_change::{self, ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Action, Write};
-use crate::types::{Address, GroupId, MapVersion};
+use crate::types::{Address, GroupId, MapVersion, PlanEpoch};
 
 /// How long one node is waited for where another could be asked, or half of the time that is left if that is more.
 const ATTEMPT_TIMEOUT_MIN: Duration = Duration::from_secs(1);
@@ -258,6 +259,48 @@ impl ShardAccess for HttpAccess {
         for address in self.candidates(shard, &map) {
             match self.post_transfer(&address, shard, to.clone(), options.timeout).await {
                 Err(failure @ Failure::Unavailable { .. }) => last = failure,
+                settled => return settled,
+            }
+        }
+        Err(last)
+    }
+
+    async fn change_view(
+        &self,
+        change: ViewChange,
+        only_if: Option<PlanEpoch>,
+        options: Options,
+    ) -> Result<ChangeInProgress, ViewChangeFailure> {
+        let sent = self.first_to_answer(|address| view_change::change(self.caller.http(), address, &change, only_if, options));
+        sent.await
+    }
+
+    async fn plan_view(&self, change: ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
+        self.first_to_answer(|address| view_change::plan(self.caller.http(), address, &change, options)).await
+    }
+
+    async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
+        let asked = self.first_to_answer(|address| view_change::operation(self.caller.http(), address, id, options));
+        asked.await.map_err(|failure| match failure {
+            ViewChangeFailure::Failed(failure) => failure,
+            other => Failure::Unavailable { reason: other.to_string(), retry_after_ms: 1000 },
+        })
+    }
+}
+
+impl HttpAccess {
+    /// Asks member after member until one answers.
+    async fn first_to_answer<'a, T, F>(&self, ask: impl Fn(Address) -> F) -> Result<T, ViewChangeFailure>
+    where
+        F: Future<Output = Result<T, ViewChangeFailure>> + 'a,
+    {
+        if self.map().is_none() {
+            self.fetch_from_any().await.map_err(ViewChangeFailure::Failed)?;
+        }
+        let mut last = ViewChangeFailure::Failed(unavailable("no node is known".into()));
+        for address in self.members() {
+            match ask(address).await {
+                Err(failure @ ViewChangeFailure::Failed(Failure::Unavailable { .. })) => last = failure,
                 settled => return settled,
             }
         }

@@ -10,9 +10,10 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use super::protocol::ClusterStatus;
+use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Operation, OperationOutcome, Record, Rejection};
 use crate::sm::ports::KeyRange;
-use crate::types::{Address, GroupId};
+use crate::types::{Address, GroupId, PlanEpoch};
 
 /// A linearizable key-value store, spread over shards.
 pub trait Store: Send + Sync + 'static {
@@ -33,6 +34,21 @@ pub trait Store: Send + Sync + 'static {
 
     /// Hands the leadership of a shard to its replica on the node with this address (none: its home).
     fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> BoxFuture<'_, Result<Address, Failure>>;
+
+    /// Has the cluster change its view, if it is still that of `only_if`. Returns when the plan is accepted; [`Store::operation`] tells
+    /// how it gets on.
+    fn change_view(
+        &self,
+        change: ViewChange,
+        only_if: Option<PlanEpoch>,
+        options: Options,
+    ) -> BoxFuture<'_, Result<ChangeInProgress, ViewChangeFailure>>;
+
+    /// What such a change would take.
+    fn plan_view(&self, change: ViewChange, options: Options) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>>;
+
+    /// How the change that was accepted as this plan gets on; none: there was no such plan.
+    fn operation(&self, id: PlanEpoch, options: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>>;
 }
 
 /// What became of one operation of a write.

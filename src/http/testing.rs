@@ -19,6 +19,7 @@ use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, rout
 use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::store::*;
+use crate::client::view_change::{ChangeInProgress, Phase, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, Rejection};
 use crate::sm::meta;
 use crate::sm::view::{Asked, Group, Node, SlotTable, View};
@@ -193,6 +194,58 @@ impl Store for FakeStore {
             GroupId(1) => Ok(to.unwrap_or_else(home)),
             other => Err(Failure::Invalid { reason: format!("there is no shard {other}") }),
         }))
+    }
+
+    fn change_view(
+        &self,
+        change: ViewChange,
+        only_if: Option<PlanEpoch>,
+        _: Options,
+    ) -> BoxFuture<'_, Result<ChangeInProgress, ViewChangeFailure>> {
+        let current = PlanEpoch(1);
+        let answer = match (change.nodes.as_deref(), only_if) {
+            (_, Some(epoch)) if epoch != current => Err(ViewChangeFailure::EpochChanged { current }),
+            (Some([]), _) => Err(ViewChangeFailure::Refused { reason: "there are no nodes".into() }),
+            (Some([node, ..]), _) if node.host() == "silent" => {
+                Err(ViewChangeFailure::NotReady { reason: format!("{node} does not answer") })
+            }
+            _ => Ok(in_progress(PlanEpoch(2))),
+        };
+        Box::pin(ready(answer))
+    }
+
+    fn plan_view(&self, _: ViewChange, _: Options) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>> {
+        Box::pin(ready(Ok(PlannedChange {
+            base: PlanEpoch(1),
+            is_same: true,
+            nodes_added: vec![],
+            nodes_removed: vec![],
+            replicas_added: 0,
+            replicas_removed: 0,
+            shards_added: 0,
+            shards_removed: 0,
+            slots_moved: 0,
+            slots_kept: 4096,
+            bytes_moved: 0,
+        })))
+    }
+
+    fn operation(&self, id: PlanEpoch, _: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
+        Box::pin(ready(Ok((id.0 <= 2).then(|| in_progress(id)))))
+    }
+}
+
+/// A change that was done at once.
+fn in_progress(id: PlanEpoch) -> ChangeInProgress {
+    ChangeInProgress {
+        id,
+        phase: Phase::Done,
+        replicas_left: 0,
+        slots_left: 0,
+        bytes_left: 0,
+        bytes_per_s: None,
+        left_s: None,
+        waiting_for: vec![],
     }
 }
 

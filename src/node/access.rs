@@ -16,14 +16,18 @@ use crate::client::protocol::{ClusterStatus, ShardBody, ShardPage, ShardReply, S
 use crate::client::router::ShardAccess;
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Consistency, Failure, Found, Item, Options, Routing, Staleness};
+use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::raft::Group;
 use crate::raft::{ProposeError, ReadError};
 use crate::sm::kv::{self, PageRequest, ReadOutcome};
 use crate::sm::ports::{Direction, StoreError};
-use crate::types::{Address, GroupId, MapVersion, NodeId};
+use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
 /// How soon to try again when a shard has no leader: an election takes about this long.
 const RETRY_AFTER_MS: u64 = 500;
+
+/// Of this version.
+const UNCHANGEABLE: &str = "this version cannot change the view";
 
 /// How a node reaches shards.
 pub struct Access {
@@ -222,6 +226,18 @@ impl ShardAccess for Access {
             }
         }
         Ok(view.nodes.get(&node).map_or_else(|| self.member.address.clone(), |node| node.public().clone()))
+    }
+
+    async fn change_view(&self, _: ViewChange, _: Option<PlanEpoch>, _: Options) -> Result<ChangeInProgress, ViewChangeFailure> {
+        Err(ViewChangeFailure::Refused { reason: UNCHANGEABLE.into() })
+    }
+
+    async fn plan_view(&self, _: ViewChange, _: Options) -> Result<PlannedChange, ViewChangeFailure> {
+        Err(ViewChangeFailure::Refused { reason: UNCHANGEABLE.into() })
+    }
+
+    async fn operation(&self, _: PlanEpoch, _: Options) -> Result<Option<ChangeInProgress>, Failure> {
+        Ok(None)
     }
 }
 

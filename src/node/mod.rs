@@ -27,12 +27,13 @@ use tokio_util::sync::CancellationToken;
 use crate::client::peer::{HostedReplica, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::store::{Failure, Found, Options, Page, ScanRequest, Store, WriteFailure, Written};
+use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
 use crate::sm::kv::Operation;
 use crate::sm::meta;
 use crate::storage::directory::{DataDirectory, DirectoryError};
 use crate::storage::sled_tree::SledError;
-use crate::types::{Address, GroupId};
+use crate::types::{Address, GroupId, PlanEpoch};
 
 pub use join::JoinError;
 use join::Joining;
@@ -248,6 +249,32 @@ impl Store for Node {
     fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> BoxFuture<'_, Result<Address, Failure>> {
         match self.running.get() {
             Some(running) => running.router().transfer_leader(shard, to, options),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
+    fn change_view(
+        &self,
+        change: ViewChange,
+        only_if: Option<PlanEpoch>,
+        options: Options,
+    ) -> BoxFuture<'_, Result<ChangeInProgress, ViewChangeFailure>> {
+        match self.running.get() {
+            Some(running) => running.router().change_view(change, only_if, options),
+            None => Box::pin(async { Err(ViewChangeFailure::Failed(self.unavailable())) }),
+        }
+    }
+
+    fn plan_view(&self, change: ViewChange, options: Options) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>> {
+        match self.running.get() {
+            Some(running) => running.router().plan_view(change, options),
+            None => Box::pin(async { Err(ViewChangeFailure::Failed(self.unavailable())) }),
+        }
+    }
+
+    fn operation(&self, id: PlanEpoch, options: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().operation(id, options),
             None => Box::pin(async { Err(self.unavailable()) }),
         }
     }

@@ -27,8 +27,9 @@ use self::attempt::{Course, Retry};
 use super::protocol::{ClusterStatus, ShardBody, ShardReply};
 use super::shard_map::ShardMap;
 use super::store::{Failure, Found, Options, Page, ScanRequest, Store, Written};
+use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::Operation;
-use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion};
+use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion, PlanEpoch};
 
 /// Requests that wait for another attempt at once. Past it they fail: a cluster without a quorum must not collect requests for ever.
 const WAITING_MAX: usize = 10_000;
@@ -61,6 +62,28 @@ pub trait ShardAccess: Send + Sync + 'static {
         to: Option<Address>,
         options: Options,
     ) -> impl Future<Output = Result<Address, Failure>> + Send;
+
+    /// As [`Store::change_view`].
+    fn change_view(
+        &self,
+        change: ViewChange,
+        only_if: Option<PlanEpoch>,
+        options: Options,
+    ) -> impl Future<Output = Result<ChangeInProgress, ViewChangeFailure>> + Send;
+
+    /// As [`Store::plan_view`].
+    fn plan_view(
+        &self,
+        change: ViewChange,
+        options: Options,
+    ) -> impl Future<Output = Result<PlannedChange, ViewChangeFailure>> + Send;
+
+    /// As [`Store::operation`].
+    fn operation(
+        &self,
+        id: PlanEpoch,
+        options: Options,
+    ) -> impl Future<Output = Result<Option<ChangeInProgress>, Failure>> + Send;
 }
 
 /// A [`Store`] over shards.
@@ -165,6 +188,23 @@ impl<A: ShardAccess> Store for Router<A> {
 
     fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> BoxFuture<'_, Result<Address, Failure>> {
         Box::pin(self.access.transfer_leader(shard, to, options))
+    }
+
+    fn change_view(
+        &self,
+        change: ViewChange,
+        only_if: Option<PlanEpoch>,
+        options: Options,
+    ) -> BoxFuture<'_, Result<ChangeInProgress, ViewChangeFailure>> {
+        Box::pin(self.access.change_view(change, only_if, options))
+    }
+
+    fn plan_view(&self, change: ViewChange, options: Options) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>> {
+        Box::pin(self.access.plan_view(change, options))
+    }
+
+    fn operation(&self, id: PlanEpoch, options: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
+        Box::pin(self.access.operation(id, options))
     }
 }
 

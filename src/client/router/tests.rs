@@ -7,6 +7,7 @@ use super::write::{SHARD_BYTES_MAX, SHARD_OPERATIONS_MAX};
 use super::*;
 use crate::client::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardPage, ShardStatus};
 use crate::client::store::{Consistency, Item, Routing, ScanRange, WriteFailure};
+use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Action, Condition, Media, OperationOutcome, Record, Rejection, Write, WriteOutcome};
 use crate::sm::slots::slot_of;
 use crate::sm::view::{Asked, SlotTable};
@@ -165,6 +166,18 @@ impl ShardAccess for Fake {
     }
 
     async fn transfer_leader(&self, _: GroupId, _: Option<Address>, _: Options) -> Result<Address, Failure> {
+        Err(unavailable())
+    }
+
+    async fn change_view(&self, _: ViewChange, _: Option<PlanEpoch>, _: Options) -> Result<ChangeInProgress, ViewChangeFailure> {
+        Err(ViewChangeFailure::Failed(unavailable()))
+    }
+
+    async fn plan_view(&self, _: ViewChange, _: Options) -> Result<PlannedChange, ViewChangeFailure> {
+        Err(ViewChangeFailure::Failed(unavailable()))
+    }
+
+    async fn operation(&self, _: PlanEpoch, _: Options) -> Result<Option<ChangeInProgress>, Failure> {
         Err(unavailable())
     }
 }

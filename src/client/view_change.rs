@@ -1,0 +1,244 @@
+//! What an operator asks to be changed about the view, what it would take, and how it gets on: the JSON of `PUT /v1/cluster/view` and
+//! `GET /v1/cluster/operations/<id>`.
+
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use reqwest::header::{HeaderMap, IF_MATCH};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::call::describe;
+use super::problem;
+use super::store::{Failure, Options};
+use crate::sm::view::Layout;
+use crate::types::{Address, PlanEpoch};
+
+/// The codes of the problems that tell of a refused change.
+pub const VIEW_REFUSED: &str = "view_refused";
+pub const NODE_NOT_READY: &str = "node_not_ready";
+pub const EPOCH_CHANGED: &str = "epoch_changed";
+
+/// A node's own "not in time" is waited for this much longer.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// A change of the view. A field left out stays as it was asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ViewChange {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nodes: Option<Vec<Address>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replication_factor: Option<ReplicationFactor>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shards: Option<Shards>,
+}
+
+/// A number, or `"auto"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ReplicationFactor {
+    Fixed(u8),
+    Default(Auto),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Auto {
+    Auto,
+}
+
+/// A number, or `"per-node"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Shards {
+    Fixed(u16),
+    Default(PerNode),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PerNode {
+    PerNode,
+}
+
+/// What a change would take. Nothing has been done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedChange {
+    /// The plan that it would follow.
+    pub base: PlanEpoch,
+    /// Nothing would change.
+    pub is_same: bool,
+    pub nodes_added: Vec<Address>,
+    pub nodes_removed: Vec<Address>,
+    /// Replicas that are to be filled, of all groups.
+    pub replicas_added: u64,
+    pub replicas_removed: u64,
+    pub shards_added: u64,
+    pub shards_removed: u64,
+    pub slots_moved: u64,
+    pub slots_kept: u64,
+    /// Keys and values in the slots that move.
+    pub bytes_moved: u64,
+}
+
+/// A change of the view that was accepted. Its id is the epoch of its plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeInProgress {
+    pub id: PlanEpoch,
+    pub phase: Phase,
+    /// Replicas of the plan that are not members yet, and replicas out of it that still are.
+    pub replicas_left: u64,
+    pub slots_left: u64,
+    /// Keys and values in them, as far as it is known.
+    pub bytes_left: u64,
+    /// Since the answering node has watched: what was moved per second, and how long the rest takes at that rate.
+    pub bytes_per_s: Option<u64>,
+    pub left_s: Option<u64>,
+    /// What it waits for, in words.
+    pub waiting_for: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Replicas are filled, slots move.
+    Running,
+    /// A later plan has taken over before this one was done.
+    Superseded,
+    Done,
+}
+
+impl ChangeInProgress {
+    pub fn is_over(&self) -> bool {
+        self.phase != Phase::Running
+    }
+}
+
+/// Why a change was not accepted. Nothing has changed, but after [`ViewChangeFailure::Failed`] with an unknown outcome.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum ViewChangeFailure {
+    /// It can't be done as it was asked.
+    #[error("{reason}")]
+    Refused { reason: String },
+    /// A newcomer does not answer, or belongs to another cluster.
+    #[error("{reason}")]
+    NotReady { reason: String },
+    /// Another plan was accepted meanwhile.
+    #[error("the view is that of plan {current} by now")]
+    EpochChanged { current: PlanEpoch },
+    #[error(transparent)]
+    Failed(Failure),
+}
+
+/// Asks the node at `address` for the change.
+///
+/// # Errors
+///
+/// See [`ViewChangeFailure`].
+pub async fn change(
+    http: &reqwest::Client,
+    address: Address,
+    change: &ViewChange,
+    only_if: Option<PlanEpoch>,
+    options: Options,
+) -> Result<ChangeInProgress, ViewChangeFailure> {
+    let mut put = http.put(format!("http://{address}/v1/cluster/view?timeout={}ms", options.timeout.as_millis())).json(change);
+    if let Some(epoch) = only_if {
+        put = put.header(IF_MATCH, format!("\"{epoch}\""));
+    }
+    read(put.timeout(options.timeout + PATIENCE).send().await).await
+}
+
+/// Asks the node at `address` what the change would take.
+///
+/// # Errors
+///
+/// See [`ViewChangeFailure`].
+pub async fn plan(
+    http: &reqwest::Client,
+    address: Address,
+    change: &ViewChange,
+    options: Options,
+) -> Result<PlannedChange, ViewChangeFailure> {
+    let url = format!("http://{address}/v1/cluster/view?dry_run=true&timeout={}ms", options.timeout.as_millis());
+    read(http.put(url).json(change).timeout(options.timeout + PATIENCE).send().await).await
+}
+
+/// Asks the node at `address` how a change gets on.
+///
+/// # Errors
+///
+/// Only [`ViewChangeFailure::Failed`].
+pub async fn operation(
+    http: &reqwest::Client,
+    address: Address,
+    id: PlanEpoch,
+    options: Options,
+) -> Result<Option<ChangeInProgress>, ViewChangeFailure> {
+    let url = format!("http://{address}/v1/cluster/operations/{id}?timeout={}ms", options.timeout.as_millis());
+    match http.get(url).timeout(options.timeout + PATIENCE).send().await {
+        Ok(response) if response.status() == StatusCode::NOT_FOUND => Ok(None),
+        sent => read(sent).await.map(Some),
+    }
+}
+
+async fn read<T: DeserializeOwned>(sent: reqwest::Result<reqwest::Response>) -> Result<T, ViewChangeFailure> {
+    let unknown = |error: reqwest::Error| ViewChangeFailure::Failed(Failure::Unknown { reason: describe(&error) });
+    let response = match sent {
+        Ok(response) => response,
+        Err(error) if error.is_connect() => {
+            return Err(ViewChangeFailure::Failed(Failure::Unavailable { reason: describe(&error), retry_after_ms: 1000 }));
+        }
+        Err(error) => return Err(unknown(error)),
+    };
+    let status = response.status();
+    if status.is_success() {
+        return response.json().await.map_err(unknown);
+    }
+    let headers = response.headers().clone();
+    let body = response.bytes().await.unwrap_or_default();
+    Err(refusal(status, &headers, &body))
+}
+
+fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ViewChangeFailure {
+    let told: Refusal = serde_json::from_slice(body).unwrap_or_default();
+    match (told.code.as_str(), told.epoch) {
+        (VIEW_REFUSED, _) => ViewChangeFailure::Refused { reason: told.detail },
+        (NODE_NOT_READY, _) => ViewChangeFailure::NotReady { reason: told.detail },
+        (EPOCH_CHANGED, Some(current)) => ViewChangeFailure::EpochChanged { current },
+        _ => ViewChangeFailure::Failed(problem::failure(status, headers, body)),
+    }
+}
+
+/// What a problem says of a refused change.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Refusal {
+    code: String,
+    detail: String,
+    epoch: Option<PlanEpoch>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_stays_and_words_stand_for_the_defaults() {
+        let read = |text: &str| serde_json::from_str::<ViewChange>(text);
+        assert_eq!(read("{}").expect("a change"), ViewChange::default());
+        let change =
+            read(r#"{"nodes":["a:1"],"layout":"exclusive","replication_factor":"auto","shards":"per-node"}"#).expect("a change");
+        assert_eq!(change.replication_factor, Some(ReplicationFactor::Default(Auto::Auto)));
+        assert_eq!(change.shards, Some(Shards::Default(PerNode::PerNode)));
+        assert_eq!(read(&serde_json::to_string(&change).expect("JSON")).expect("a change"), change);
+        let change = read(r#"{"replication_factor":3,"shards":7}"#).expect("a change");
+        assert_eq!((change.replication_factor, change.shards), (Some(ReplicationFactor::Fixed(3)), Some(Shards::Fixed(7))));
+        for bad in [r#"{"replication_factor":"many"}"#, r#"{"shards":-1}"#, r#"{"node":[]}"#, r#"{"nodes":["a"]}"#] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+    }
+}
