@@ -22,8 +22,9 @@ use crate::client::store::*;
 use crate::client::view_change::{ChangeInProgress, Phase, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, Rejection};
 use crate::sm::meta;
-use crate::sm::view::{Asked, Group, Node, SlotTable, View};
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Revision};
+use crate::sm::placement::first_view;
+use crate::sm::view::{Asked, Node, SlotTable};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, Revision};
 
 /// Longest wait of a test for something that should come at once.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -297,20 +298,7 @@ impl PeerService for Echo {
 pub fn identity() -> Identity {
     let address: Address = "a:1".parse().expect("an address");
     let node = Node { address: address.clone(), public_address: None, directory: DirectoryId(5) };
-    let replicas = BTreeMap::from([(ReplicaId(1), NodeId(1))]);
-    let group = Group { home: NodeId(1), replicas: replicas.clone(), creation: replicas };
-    let view = View {
-        cluster: ClusterId(7),
-        epoch: PlanEpoch(1),
-        version: MapVersion(2),
-        asked: Asked::default(),
-        nodes: BTreeMap::from([(NodeId(1), node)]),
-        groups: BTreeMap::from([(GroupId(1), group)]),
-        slots: SlotTable::new(|_| GroupId(1)),
-        next_node: NodeId(2),
-        next_group: GroupId(2),
-        next_replica: ReplicaId(2),
-    };
+    let view = first_view(ClusterId(7), Asked::default(), vec![node]).expect("a view of one node");
     let standing = Standing::Member { view: Box::new(view) };
     Identity { directory: DirectoryId(5), address, public_address: None, standing }
 }

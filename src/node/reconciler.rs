@@ -229,7 +229,9 @@ impl Reconciler {
     async fn announce(&self, view: &View, leader: NodeId) {
         let Some(address) = view.nodes.get(&leader).map(|node| &node.address) else { return };
         match self.member.peers.announce(address, &self.announcement(), PROPOSE_TIMEOUT).await {
-            Ok(meta::Outcome::Done) => tracing::info!("announced the address {} of this node", self.joining.config().address),
+            Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
+                tracing::info!("announced the address {} of this node", self.joining.config().address)
+            }
             Ok(meta::Outcome::Rejected(rejection)) => tracing::warn!("the address of this node was rejected: {rejection:?}"),
             Err(error) => tracing::debug!("the address of this node could not be announced yet: {error}"),
         }
@@ -247,7 +249,7 @@ impl Reconciler {
 
     async fn propose_meta(&self, meta: &Group, command: meta::Command) {
         match meta.propose_meta(command, Instant::now() + PROPOSE_TIMEOUT).await {
-            Ok(meta::Outcome::Done) => {}
+            Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {}
             Ok(meta::Outcome::Rejected(meta::Rejection::AlreadyFounded)) | Err(ProposeError::NotLeader { .. }) => {}
             Ok(meta::Outcome::Rejected(rejection)) => tracing::warn!("the meta group rejected a command: {rejection:?}"),
             Err(error) => tracing::warn!("a command to the meta group got no answer: {error}"),

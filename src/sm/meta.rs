@@ -3,13 +3,15 @@
 //! Its map holds the [`View`] under one key. Kept out: planning (`placement`). Called by the state machine of group 0, and by whoever
 //! reads the view from a replica of it.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::codec;
 use super::ports::{Read, StoreError, WriteBatch};
-use super::view::{Inconsistency, Node, View};
-use crate::types::{Address, DirectoryId, NodeId};
+use super::view::{Inconsistency, Node, Reported, SlotMove, View};
+use crate::types::{Address, DirectoryId, GroupId, MapVersion, MoveId, NodeId, ReplicaId, Slot};
 
 /// One entry of the meta group's log. Part of the disk format: variants are only ever added, at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +20,17 @@ pub enum Command {
     Found { view: Box<View> },
     /// A node says under which address it now runs. Accepted only from the directory that the view names.
     Announce { node: NodeId, directory: DirectoryId, address: Address, public_address: Option<Address> },
+    /// Another plan: the view `next`, drawn up from the view of version `base`. Accepted only while that is still the view, and only if
+    /// nothing that is there is taken away by it: owners of slots, open moves and replicas end otherwise.
+    InstallPlan { base: MapVersion, next: Box<View> },
+    /// The leader of `from` begins to move slots to where they should be.
+    OpenMove { slots: BTreeSet<Slot>, from: GroupId, to: GroupId },
+    /// `to` serves the slots of the move.
+    CommitMove { id: MoveId },
+    /// `from` goes on serving the slots of the move.
+    AbortMove { id: MoveId },
+    /// The leader of a group tells of a membership that is committed and uniform. Replicas on their way out that are not in it are retired.
+    Report { group: GroupId, reported: Reported },
 }
 
 /// What became of a [`Command`].
@@ -25,6 +38,7 @@ pub enum Command {
 pub enum Outcome {
     Done,
     Rejected(Rejection),
+    MoveOpened { id: MoveId },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,8 +55,36 @@ pub enum Rejection {
         address: Address,
         by: NodeId,
     },
-    /// The parts of the first view don't fit together.
+    /// The parts of the view don't fit together.
     Inconsistent(Inconsistency),
+    /// The view has changed since the plan was drawn up.
+    Outdated {
+        version: MapVersion,
+    },
+    /// The plan takes away what it must not.
+    NotASuccessor(Misstep),
+    /// Not where it should be moved from, or not to be moved there, or being moved.
+    NotToBeMoved(Slot),
+    /// The move is not open: it has ended.
+    NoSuchMove(MoveId),
+    UnknownGroup(GroupId),
+}
+
+/// What a plan may not do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Misstep {
+    #[error("it is not the next version and plan of the same cluster")]
+    Numbers,
+    #[error("it gives ids out again")]
+    Ids,
+    #[error("it changes who serves which slot, or the moves under way")]
+    Slots,
+    #[error("it leaves out or changes group {0}")]
+    Group(GroupId),
+    #[error("it leaves out or moves replica {0}")]
+    Replica(ReplicaId),
+    #[error("it leaves out or changes node {0}")]
+    Node(NodeId),
 }
 
 /// Where the meta group keeps the view. Its first byte is none that `slots` reserves for the storage layer.
@@ -58,17 +100,30 @@ pub fn apply(read: &impl Read, _index: u64, command: Command) -> Result<(Outcome
         Command::Announce { node, directory, address, public_address } => {
             announce(view, node, Node { address, public_address, directory })
         }
-    };
-    let mut batch = WriteBatch::default();
-    Ok(match decided {
-        Err(rejection) => (Outcome::Rejected(rejection), batch),
-        Ok(changed) => {
-            if let Some(view) = changed {
-                batch.put(VIEW_KEY, view.encode());
-            }
-            (Outcome::Done, batch)
+        Command::InstallPlan { base, next } => install(view, base, *next).map(Some),
+        Command::OpenMove { slots, from, to } => {
+            let opened = open_move(view, SlotMove { slots, from, to });
+            return Ok(match opened {
+                Ok((id, view)) => (Outcome::MoveOpened { id }, written(Some(view))),
+                Err(rejection) => (Outcome::Rejected(rejection), WriteBatch::default()),
+            });
         }
+        Command::CommitMove { id } => end_move(view, id, true).map(Some),
+        Command::AbortMove { id } => end_move(view, id, false).map(Some),
+        Command::Report { group, reported } => report(view, group, reported),
+    };
+    Ok(match decided {
+        Err(rejection) => (Outcome::Rejected(rejection), WriteBatch::default()),
+        Ok(changed) => (Outcome::Done, written(changed)),
     })
+}
+
+fn written(view: Option<View>) -> WriteBatch {
+    let mut batch = WriteBatch::default();
+    if let Some(view) = view {
+        batch.put(VIEW_KEY, view.encode());
+    }
+    batch
 }
 
 /// The view in the meta group's map; none before the cluster is founded.
@@ -87,7 +142,7 @@ fn found(view: Option<View>, first: View) -> Result<View, Rejection> {
 /// The view with `node` as it says it is; none if it is so already.
 fn announce(view: Option<View>, node: NodeId, now: Node) -> Result<Option<View>, Rejection> {
     let mut view = view.ok_or(Rejection::NotFounded)?;
-    let taken = view.nodes.iter().find(|(id, other)| **id != node && other.address == now.address).map(|(id, _)| *id);
+    let taken = view.staying().find(|(id, other)| *id != node && other.address == now.address).map(|(id, _)| id);
     let known = view.nodes.get_mut(&node).ok_or(Rejection::UnknownNode(node))?;
     if known.directory != now.directory {
         return Err(Rejection::OtherDirectory { node, directory: known.directory });
@@ -99,6 +154,118 @@ fn announce(view: Option<View>, node: NodeId, now: Node) -> Result<Option<View>,
         return Ok(None);
     }
     *known = now;
+    view.version.0 += 1;
+    Ok(Some(view))
+}
+
+fn install(view: Option<View>, base: MapVersion, next: View) -> Result<View, Rejection> {
+    let view = view.ok_or(Rejection::NotFounded)?;
+    if view.version != base {
+        return Err(Rejection::Outdated { version: view.version });
+    }
+    next.check().map_err(Rejection::Inconsistent)?;
+    check_successor(&view, &next).map_err(Rejection::NotASuccessor)?;
+    let mut next = next;
+    next.clear_away();
+    Ok(next)
+}
+
+/// Whether `next` takes nothing away from `view` that must end otherwise.
+fn check_successor(view: &View, next: &View) -> Result<(), Misstep> {
+    let follows = next.cluster == view.cluster && next.epoch.0 == view.epoch.0 + 1 && next.version.0 == view.version.0 + 1;
+    if !follows {
+        return Err(Misstep::Numbers);
+    }
+    let grows = next.next_node >= view.next_node
+        && next.next_group >= view.next_group
+        && next.next_replica >= view.next_replica
+        && next.next_move == view.next_move;
+    if !grows {
+        return Err(Misstep::Ids);
+    }
+    if next.slots != view.slots || next.moves != view.moves {
+        return Err(Misstep::Slots);
+    }
+    for (id, node) in &view.nodes {
+        if next.nodes.get(id) != Some(node) {
+            return Err(Misstep::Node(*id));
+        }
+    }
+    for (id, group) in &view.groups {
+        let Some(of) = next.groups.get(id) else { return Err(Misstep::Group(*id)) };
+        if of.creation != group.creation || of.reported != group.reported {
+            return Err(Misstep::Group(*id));
+        }
+        if let Some((replica, _)) = group.hosted().find(|(replica, node)| next.node_of(*id, *replica) != Some(*node)) {
+            return Err(Misstep::Replica(replica));
+        }
+    }
+    check_new_ids(view, next)
+}
+
+/// Everything new has an id that was never given out.
+fn check_new_ids(view: &View, next: &View) -> Result<(), Misstep> {
+    let old_node = |id: &NodeId| *id < view.next_node && !view.nodes.contains_key(id);
+    if let Some(id) = next.nodes.keys().find(|id| old_node(id)) {
+        return Err(Misstep::Node(*id));
+    }
+    for (id, group) in &next.groups {
+        if *id < view.next_group && !view.groups.contains_key(id) {
+            return Err(Misstep::Group(*id));
+        }
+        let old = |replica: ReplicaId| replica < view.next_replica && view.node_of(*id, replica).is_none();
+        if let Some((replica, _)) = group.hosted().find(|(replica, _)| old(*replica)) {
+            return Err(Misstep::Replica(replica));
+        }
+        // A replica that is on its way out does not come back: it may have been told already.
+        let back = |replica: &&ReplicaId| view.groups.get(id).is_some_and(|group| group.leaving.contains_key(replica));
+        if let Some(replica) = group.replicas.keys().find(back) {
+            return Err(Misstep::Replica(*replica));
+        }
+    }
+    Ok(())
+}
+
+fn open_move(view: Option<View>, open: SlotMove) -> Result<(MoveId, View), Rejection> {
+    let mut view = view.ok_or(Rejection::NotFounded)?;
+    let moving: BTreeSet<Slot> = view.moves.values().flat_map(|open| open.slots.iter().copied()).collect();
+    let is_due = |slot: Slot| view.slots.owner(slot) == open.from && view.targets.owner(slot) == open.to;
+    if let Some(slot) = open.slots.iter().find(|slot| !is_due(**slot) || moving.contains(slot)) {
+        return Err(Rejection::NotToBeMoved(*slot));
+    }
+    if open.from == open.to || open.slots.is_empty() {
+        return Err(Rejection::UnknownGroup(open.to));
+    }
+    let id = view.next_move;
+    view.next_move.0 += 1;
+    view.moves.insert(id, open);
+    view.version.0 += 1;
+    Ok((id, view))
+}
+
+fn end_move(view: Option<View>, id: MoveId, committed: bool) -> Result<View, Rejection> {
+    let mut view = view.ok_or(Rejection::NotFounded)?;
+    let ended = view.moves.remove(&id).ok_or(Rejection::NoSuchMove(id))?;
+    if committed {
+        for slot in ended.slots {
+            view.slots.set_owner(slot, ended.to);
+        }
+    }
+    view.clear_away();
+    view.version.0 += 1;
+    Ok(view)
+}
+
+/// The view with what a leader tells of its group; none if that is nothing new.
+fn report(view: Option<View>, group: GroupId, reported: Reported) -> Result<Option<View>, Rejection> {
+    let mut view = view.ok_or(Rejection::NotFounded)?;
+    let known = view.groups.get_mut(&group).ok_or(Rejection::UnknownGroup(group))?;
+    if known.reported.as_ref().is_some_and(|known| known.log_id >= reported.log_id) {
+        return Ok(None);
+    }
+    known.leaving.retain(|replica, _| reported.is_member(*replica));
+    known.reported = Some(reported);
+    view.clear_away();
     view.version.0 += 1;
     Ok(Some(view))
 }
@@ -235,8 +402,9 @@ mod tests {
         let alone = first_view(ClusterId(1), Asked { shards: Some(2), ..Asked::default() }, vec![node(1)]).expect("a view");
         let golden: &[u8] = b"\x01\x2000000000000000000000000000000001\x01\x01\x00\x00\x01\x02\
             \x01\x01\x04n1:1\x00\x2000000000000000000000000000000001\
-            \x03\x00\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x02\x01\x01\x02\x01\x02\x01\x01\x03\x01\x01\x03\x01\
-            \x02\x80\x10\x01\x80\x10\x02\x02\x03\x04";
+            \x00\x00\x03\x00\x01\x01\x01\x01\x00\x00\x01\x01\x01\x00\x00\
+            \x01\x01\x01\x02\x01\x00\x00\x01\x02\x01\x00\x00\x02\x01\x01\x03\x01\x00\x00\x01\x03\x01\x00\x00\
+            \x02\x80\x10\x01\x80\x10\x02\x02\x80\x10\x01\x80\x10\x02\x00\x02\x03\x04\x01";
         assert_eq!(&alone.encode()[..], golden);
         assert_eq!(View::decode(&alone.encode()).expect("own encoding"), alone);
         let bytes = announce(1, 2, "a:1").encode();

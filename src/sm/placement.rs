@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::view::{Asked, Group, Layout, Node, SlotTable, View};
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot};
 
 /// Most replicas of a shard that can be asked for: seven voters survive the loss of three, and each costs every write a copy.
 pub const REPLICATION_FACTOR_MAX: u8 = 7;
@@ -59,7 +59,25 @@ pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Res
     let next_node = node_id(nodes.len());
     let nodes = nodes.into_iter().enumerate().map(|(index, node)| (node_id(index), node)).collect();
     let (epoch, version) = (PlanEpoch(1), MapVersion(1));
-    Ok(View { cluster, epoch, version, asked, nodes, groups, slots, next_node, next_group, next_replica })
+    let (leaving, out, moves) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+    let (targets, next_move) = (slots.clone(), MoveId(1));
+    Ok(View {
+        cluster,
+        epoch,
+        version,
+        asked,
+        nodes,
+        leaving,
+        out,
+        groups,
+        slots,
+        targets,
+        moves,
+        next_node,
+        next_group,
+        next_replica,
+        next_move,
+    })
 }
 
 /// The members of a group; nodes as positions in the sorted list.
@@ -76,8 +94,8 @@ impl Members {
         let replicas: BTreeMap<ReplicaId, NodeId> =
             ids.map(ReplicaId).zip(self.nodes.iter().map(|index| node_id(*index))).collect();
         next_replica.0 += replicas.len() as u64;
-        let creation = replicas.iter().take(self.voters).map(|(replica, node)| (*replica, *node)).collect();
-        Group { home: node_id(self.home), replicas, creation }
+        let voters = replicas.keys().take(self.voters).copied().collect();
+        Group::new(node_id(self.home), replicas, &voters)
     }
 }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::codec;
 use super::ports::StoreError;
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Slot};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
 /// What was agreed. Part of the disk format (inside the meta group's map).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,13 +20,31 @@ pub struct View {
     pub version: MapVersion,
     pub asked: Asked,
     pub nodes: BTreeMap<NodeId, Node>,
+    /// Nodes on their way out: each stays in `nodes` until the last of its replicas is retired.
+    pub leaving: BTreeSet<NodeId>,
+    /// Nodes that stay, but whose replicas were given to others because they were out of reach. A plan that finds one again gives it work.
+    pub out: BTreeSet<NodeId>,
     /// Every group, the meta group among them.
     pub groups: BTreeMap<GroupId, Group>,
+    /// Which shard serves each slot.
     pub slots: SlotTable,
+    /// Which shard should.
+    pub targets: SlotTable,
+    /// Moves under way.
+    pub moves: BTreeMap<MoveId, SlotMove>,
     /// The next ids to give out. Ids only grow.
     pub next_node: NodeId,
     pub next_group: GroupId,
     pub next_replica: ReplicaId,
+    pub next_move: MoveId,
+}
+
+/// A move under way: it ends by a commit or an abort, whatever is planned meanwhile.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotMove {
+    pub slots: BTreeSet<Slot>,
+    pub from: GroupId,
+    pub to: GroupId,
 }
 
 /// What the operator asked for. A field left out of a change keeps the asking, not its result.
@@ -78,10 +96,65 @@ impl Node {
 pub struct Group {
     /// The node that should lead it.
     pub home: NodeId,
-    /// Where each replica is.
+    /// Where each replica is, or should come to be.
     pub replicas: BTreeMap<ReplicaId, NodeId>,
+    /// Those of `replicas` that should have no vote.
+    pub learners: BTreeSet<ReplicaId>,
+    /// Replicas that are planned out, until they are retired: until the group is known to have committed a membership without them.
+    pub leaving: BTreeMap<ReplicaId, NodeId>,
     /// The voters it was created with. Never changed: a group is only ever initialized from this.
     pub creation: BTreeMap<ReplicaId, NodeId>,
+    /// The newest committed membership that its leader told of.
+    pub reported: Option<Reported>,
+    /// It goes when its last slot has moved away.
+    pub ends: bool,
+}
+
+/// A committed, uniform membership of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reported {
+    /// Of the entry that says so: an older one tells nothing new.
+    pub log_id: LogId,
+    pub voters: BTreeSet<ReplicaId>,
+    pub learners: BTreeSet<ReplicaId>,
+}
+
+impl Reported {
+    pub fn is_member(&self, replica: ReplicaId) -> bool {
+        self.voters.contains(&replica) || self.learners.contains(&replica)
+    }
+}
+
+impl Group {
+    /// A group that begins with these replicas, of which those of `voters` vote.
+    pub fn new(home: NodeId, replicas: BTreeMap<ReplicaId, NodeId>, voters: &BTreeSet<ReplicaId>) -> Self {
+        let creation = replicas.iter().filter(|(id, _)| voters.contains(id)).map(|(id, node)| (*id, *node)).collect();
+        let learners = replicas.keys().filter(|id| !voters.contains(id)).copied().collect();
+        Self { home, replicas, learners, leaving: BTreeMap::new(), creation, reported: None, ends: false }
+    }
+
+    /// Every replica that is not retired, with its node.
+    pub fn hosted(&self) -> impl Iterator<Item = (ReplicaId, NodeId)> {
+        self.replicas.iter().chain(&self.leaving).map(|(replica, node)| (*replica, *node))
+    }
+
+    /// The replicas that should vote.
+    pub fn voters(&self) -> BTreeSet<ReplicaId> {
+        self.replicas.keys().filter(|id| !self.learners.contains(id)).copied().collect()
+    }
+
+    /// Whether the group is known to have the members that it should have.
+    pub fn is_settled(&self) -> bool {
+        let told = match &self.reported {
+            None => {
+                self.replicas.len() == self.creation.len()
+                    && self.learners.is_empty()
+                    && self.voters().iter().eq(self.creation.keys())
+            }
+            Some(reported) => reported.voters == self.voters() && reported.learners == self.learners,
+        };
+        told && self.leaving.is_empty() && !self.ends
+    }
 }
 
 /// Which shard owns each slot.
@@ -139,17 +212,63 @@ impl View {
     }
 
     pub fn node_of(&self, group: GroupId, replica: ReplicaId) -> Option<NodeId> {
-        self.groups.get(&group)?.replicas.get(&replica).copied()
+        let group = self.groups.get(&group)?;
+        group.replicas.get(&replica).or_else(|| group.leaving.get(&replica)).copied()
     }
 
-    /// The replica that `node` has of `group`.
+    /// The replica that `node` has of `group`, or should come to have.
     pub fn replica_on(&self, group: GroupId, node: NodeId) -> Option<ReplicaId> {
         let group = self.groups.get(&group)?;
         group.replicas.iter().find(|(_, at)| **at == node).map(|(replica, _)| *replica)
     }
 
+    /// The replica of `group` that `node` is to run now: one on its way out as long as it is not retired, else what `replica_on` says.
+    pub fn runs_on(&self, group: GroupId, node: NodeId) -> Option<ReplicaId> {
+        let leaving = self.groups.get(&group)?.leaving.iter().find(|(_, at)| **at == node).map(|(replica, _)| *replica);
+        leaving.or_else(|| self.replica_on(group, node))
+    }
+
+    /// The node that is called so, and stays; else one that leaves.
     pub fn node_at(&self, address: &Address) -> Option<NodeId> {
-        self.nodes.iter().find(|(_, node)| node.address == *address).map(|(id, _)| *id)
+        let mut called = self.nodes.iter().filter(|(_, node)| node.address == *address).map(|(id, _)| *id).collect::<Vec<_>>();
+        called.sort_by_key(|id| self.leaving.contains(id));
+        called.first().copied()
+    }
+
+    /// The nodes that the view is to have.
+    pub fn staying(&self) -> impl Iterator<Item = (NodeId, &Node)> {
+        self.nodes.iter().filter(|(id, _)| !self.leaving.contains(id)).map(|(id, node)| (*id, node))
+    }
+
+    /// Slots that are not where they should be.
+    pub fn astray(&self) -> impl Iterator<Item = Slot> {
+        Slot::all().filter(|slot| self.slots.owner(*slot) != self.targets.owner(*slot))
+    }
+
+    /// Whether everything is as the plan says.
+    pub fn is_settled(&self) -> bool {
+        let groups_are = self.groups.values().all(Group::is_settled);
+        groups_are && self.leaving.is_empty() && self.moves.is_empty() && self.slots == self.targets
+    }
+
+    /// Takes away what nothing holds any more: groups that end and own nothing, and nodes that leave and have no replica but the meta
+    /// group's, then that one, then the node.
+    pub(super) fn clear_away(&mut self) {
+        let moving: BTreeSet<GroupId> = self.moves.values().flat_map(|held| [held.from, held.to]).collect();
+        let owning: BTreeSet<GroupId> = Slot::all().flat_map(|slot| [self.slots.owner(slot), self.targets.owner(slot)]).collect();
+        self.groups.retain(|id, group| !group.ends || moving.contains(id) || owning.contains(id));
+        let busy: BTreeSet<NodeId> = self.shards().flat_map(|(_, group)| group.hosted().map(|(_, node)| node)).collect();
+        let free: BTreeSet<NodeId> = self.leaving.iter().filter(|node| !busy.contains(node)).copied().collect();
+        let Some(meta) = self.groups.get_mut(&GroupId::META) else { return };
+        let out: Vec<ReplicaId> = meta.replicas.iter().filter(|(_, node)| free.contains(node)).map(|(id, _)| *id).collect();
+        for replica in out {
+            meta.learners.remove(&replica);
+            let node = meta.replicas.remove(&replica);
+            meta.leaving.extend(node.map(|node| (replica, node)));
+        }
+        let held: BTreeSet<NodeId> = meta.hosted().map(|(_, node)| node).collect();
+        self.leaving.retain(|node| !free.contains(node) || held.contains(node));
+        self.nodes.retain(|node, _| !free.contains(node) || held.contains(node));
     }
 
     /// Whether the parts of the view fit together; if not, the first that does not.
@@ -164,25 +283,50 @@ impl View {
                 return Err(Inconsistency::GroupIdNotGivenOut(*id));
             }
             self.check_group(*id, group)?;
-            if let Some(replica) = group.replicas.keys().find(|replica| !replicas.insert(**replica)) {
-                return Err(Inconsistency::ReplicaTwice(*replica));
+            if let Some((replica, _)) = group.hosted().find(|(replica, _)| !replicas.insert(*replica)) {
+                return Err(Inconsistency::ReplicaTwice(replica));
             }
         }
-        let astray = Slot::all().find(|slot| {
-            let owner = self.slots.owner(*slot);
-            owner.is_meta() || !self.groups.contains_key(&owner)
-        });
-        astray.map_or(Ok(()), |slot| Err(Inconsistency::SlotWithoutShard { slot, owner: self.slots.owner(slot) }))
+        self.check_moves()?;
+        let is_shard = |owner: GroupId| !owner.is_meta() && self.groups.contains_key(&owner);
+        let owners = |slot| [self.slots.owner(slot), self.targets.owner(slot)];
+        for slot in Slot::all() {
+            if let Some(owner) = owners(slot).into_iter().find(|owner| !is_shard(*owner)) {
+                return Err(Inconsistency::SlotWithoutShard { slot, owner });
+            }
+            let target = self.targets.owner(slot);
+            if self.groups.get(&target).is_some_and(|group| group.ends) {
+                return Err(Inconsistency::SlotWithoutShard { slot, owner: target });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_moves(&self) -> Result<(), Inconsistency> {
+        let mut moving = BTreeSet::new();
+        for (id, held) in &self.moves {
+            let sound =
+                *id < self.next_move && self.groups.contains_key(&held.to) && held.from != held.to && !held.slots.is_empty();
+            let owned = held.slots.iter().all(|slot| self.slots.owner(*slot) == held.from && moving.insert(*slot));
+            if !sound || !owned {
+                return Err(Inconsistency::UnsoundMove(*id));
+            }
+        }
+        Ok(())
     }
 
     fn check_nodes(&self) -> Result<(), Inconsistency> {
+        if let Some(id) = self.leaving.iter().chain(&self.out).find(|id| !self.nodes.contains_key(id)) {
+            return Err(Inconsistency::UnknownNode(*id));
+        }
         let mut addresses = BTreeSet::new();
         let mut directories = BTreeSet::new();
         for (id, node) in &self.nodes {
             if *id >= self.next_node {
                 return Err(Inconsistency::NodeIdNotGivenOut(*id));
             }
-            if !addresses.insert(&node.address) {
+            // A node that lost its disk leaves, and comes back under the same address.
+            if !self.leaving.contains(id) && !addresses.insert(&node.address) {
                 return Err(Inconsistency::AddressTwice(node.address.clone()));
             }
             if !directories.insert(node.directory) {
@@ -194,17 +338,23 @@ impl View {
 
     fn check_group(&self, id: GroupId, group: &Group) -> Result<(), Inconsistency> {
         let mut nodes = BTreeSet::new();
-        for (replica, node) in &group.replicas {
-            if !self.nodes.contains_key(node) {
-                return Err(Inconsistency::ReplicaOnUnknownNode { group: id, replica: *replica, node: *node });
+        for (replica, node) in group.hosted() {
+            if !self.nodes.contains_key(&node) {
+                return Err(Inconsistency::ReplicaOnUnknownNode { group: id, replica, node });
             }
+        }
+        for node in group.replicas.values() {
             if !nodes.insert(*node) {
                 return Err(Inconsistency::NodeTwiceInGroup { group: id, node: *node });
             }
         }
+        if group.voters().is_empty() || !group.learners.iter().all(|replica| group.replicas.contains_key(replica)) {
+            return Err(Inconsistency::GroupWithoutVoters(id));
+        }
         // The node that a group was created on may have left since: of the creation record only the ids are looked at.
         let not_given_out = |replica: &&ReplicaId| **replica >= self.next_replica;
-        if let Some(replica) = group.replicas.keys().chain(group.creation.keys()).find(not_given_out) {
+        let known = group.replicas.keys().chain(group.leaving.keys()).chain(group.creation.keys());
+        if let Some(replica) = known.into_iter().find(not_given_out) {
             return Err(Inconsistency::ReplicaIdNotGivenOut(*replica));
         }
         if group.creation.is_empty() {
@@ -222,6 +372,10 @@ impl View {
 pub enum Inconsistency {
     #[error("there is no meta group")]
     NoMetaGroup,
+    #[error("node {0} is not in the view")]
+    UnknownNode(NodeId),
+    #[error("move {0} does not fit the slots and shards")]
+    UnsoundMove(MoveId),
     #[error("node {0} has an id that was not given out")]
     NodeIdNotGivenOut(NodeId),
     #[error("group {0} has an id that was not given out")]

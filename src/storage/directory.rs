@@ -217,27 +217,15 @@ fn checksum<T: Serialize>(value: &T) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::view::{Asked, Group, Node, SlotTable};
+    use crate::sm::placement::first_view;
+    use crate::sm::view::{Asked, Node};
     use crate::storage::sim_disk::SimDisk;
-    use crate::types::{GroupId, MapVersion, PlanEpoch};
 
     fn member() -> Stamp {
         let address: Address = "127.0.0.1:1".parse().expect("an address");
         let (node, replica) = (NodeId(1), ReplicaId(u64::MAX));
         let of = Node { address, public_address: None, directory: DirectoryId(7) };
-        let group = Group { home: node, replicas: [(replica, node)].into(), creation: [(replica, node)].into() };
-        let view = View {
-            cluster: ClusterId(u128::MAX),
-            epoch: PlanEpoch(1),
-            version: MapVersion(1),
-            asked: Asked::default(),
-            nodes: [(node, of)].into(),
-            groups: [(GroupId::META, group)].into(),
-            slots: SlotTable::new(|_| GroupId(1)),
-            next_node: NodeId(2),
-            next_group: GroupId(2),
-            next_replica: ReplicaId(2),
-        };
+        let view = first_view(ClusterId(u128::MAX), Asked::default(), vec![of]).expect("a view of one node");
         Stamp::Member { cluster: view.cluster, node, meta_replica: replica, view: Box::new(view) }
     }
 
