@@ -55,6 +55,8 @@ pub(super) async fn front_page() -> &'static str {
         "GET  /v1/kv?prefix=&start=&end=&limit=  pages of keys and values, in key order\n",
         "POST /v1/batch                          several operations, atomic per shard\n",
         "GET  /v1/cluster                        the view, its shards and how they are\n",
+        "GET PUT /v1/cluster/view                what was asked of the view; ask for another: ?dry_run=true, ?wait=60s\n",
+        "GET  /v1/cluster/operations/<id>        how a change of the view gets on\n",
         "POST /v1/cluster/shards/<id>/leader     hand a shard's leadership over\n",
         "GET  /healthz /readyz /metrics\n\n",
         "A request for a key that another node leads is answered 307: use curl -L, or ?proxy=true.\n",

@@ -31,6 +31,8 @@ pub struct Limits {
     /// How long an answer is waited for where the client says nothing.
     pub request_timeout_default: Duration,
     pub request_timeout_max: Duration,
+    /// How long a client can have itself kept waiting for the end of a change of the view.
+    pub change_wait_max: Duration,
     /// Requests that take longer are logged.
     pub slow_request: Duration,
     /// How long a stopping server waits for requests in flight.
@@ -54,6 +56,7 @@ impl Default for Limits {
             page_items_max: 1000,
             request_timeout_default: Duration::from_secs(5),
             request_timeout_max: Duration::from_secs(60),
+            change_wait_max: Duration::from_secs(3600),
             slow_request: Duration::from_secs(1),
             drain_timeout: Duration::from_secs(10),
         }

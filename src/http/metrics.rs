@@ -182,6 +182,11 @@ impl Watch<'_> {
         self.key_hash = Some(xxh3_64(key));
     }
 
+    /// The client asks to be kept waiting, so that long is not slow.
+    pub fn allow(&mut self, wait: Duration) {
+        self.slow += wait;
+    }
+
     pub fn finish(mut self, response: Response) -> Response {
         self.class = usize::from(response.status().as_u16() / 100).min(CLASSES.len() - 1);
         response

@@ -82,6 +82,8 @@ pub fn router(app: App) -> Router {
         .route("/v1/kv", get(native::list))
         .route("/v1/batch", post(native::batch))
         .route("/v1/cluster", get(native::cluster))
+        .route("/v1/cluster/view", get(native::view).put(native::change))
+        .route("/v1/cluster/operations/{id}", get(native::operation))
         .route("/v1/cluster/shards/{id}/leader", post(native::transfer_leader));
     if let Some(peers) = &app.peers {
         router = router.merge(peer::routes(Arc::clone(peers)));

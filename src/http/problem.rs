@@ -11,14 +11,18 @@
 //! | `invalid_body` | 400 | a body that is cut short, or not what the route expects |
 //! | `key_not_found` | 404 | there is no such key |
 //! | `unknown_route` | 404 | there is no such path |
+//! | `unknown_operation` | 404 | no change of the view was accepted under this id |
 //! | `method_not_allowed` | 405 | the path has other methods: see `Allow` |
 //! | `body_timeout` | 408 | the body came too slowly |
+//! | `view_refused` | 409 | the view can't be changed so as it is now; nothing was changed |
 //! | `condition_failed` | 412 | `If-Match` or `If-None-Match` did not hold; nothing was changed; `ETag` is the current one, if the key exists |
+//! | `epoch_changed` | 412 | another change of the view was accepted meanwhile: `epoch` is its plan; nothing was changed |
 //! | `too_large` | 413 | past a limit, which `detail` names; nothing was changed |
 //! | `idempotency_key_reused` | 422 | the `Idempotency-Key` was used for another request; nothing was changed |
 //! | `not_applied` | 424 | only of an item of a batch: another item of its shard was refused, so nothing of that shard was changed |
 //! | `overloaded` | 429 | a limit is reached; nothing was changed; see `Retry-After` |
 //! | `unavailable` | 503 | nothing was changed, and nobody could do it in time; see `Retry-After` |
+//! | `node_not_ready` | 503 | a node that is to join does not answer, or belongs to another cluster; nothing was changed |
 //! | `unknown_outcome` | 504 | it may have happened, or may yet happen |
 //!
 //! A request for a shard that another node leads is not an error: it is answered 307 with a `Location` (see [`redirect`]). `/readyz` has
@@ -30,8 +34,9 @@ use http::{HeaderName, HeaderValue, StatusCode, Uri, header};
 use serde_json::{Map, Value};
 
 use crate::client::store::Failure;
+use crate::client::view_change::{EPOCH_CHANGED, NODE_NOT_READY, VIEW_REFUSED, ViewChangeFailure};
 use crate::sm::kv::Rejection;
-use crate::types::{Address, Revision};
+use crate::types::{Address, PlanEpoch, Revision};
 
 /// What a client can rely on to tell errors apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,14 +48,18 @@ pub enum Code {
     InvalidBody,
     KeyNotFound,
     UnknownRoute,
+    UnknownOperation,
     MethodNotAllowed,
     BodyTimeout,
+    ViewRefused,
     ConditionFailed,
+    EpochChanged,
     TooLarge,
     IdempotencyKeyReused,
     NotApplied,
     Overloaded,
     Unavailable,
+    NodeNotReady,
     UnknownOutcome,
 }
 
@@ -60,15 +69,16 @@ impl Code {
             Code::InvalidRequest | Code::InvalidKey | Code::InvalidQuery | Code::InvalidHeader | Code::InvalidBody => {
                 StatusCode::BAD_REQUEST
             }
-            Code::KeyNotFound | Code::UnknownRoute => StatusCode::NOT_FOUND,
+            Code::KeyNotFound | Code::UnknownRoute | Code::UnknownOperation => StatusCode::NOT_FOUND,
             Code::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Code::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
-            Code::ConditionFailed => StatusCode::PRECONDITION_FAILED,
+            Code::ViewRefused => StatusCode::CONFLICT,
+            Code::ConditionFailed | Code::EpochChanged => StatusCode::PRECONDITION_FAILED,
             Code::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Code::IdempotencyKeyReused => StatusCode::UNPROCESSABLE_ENTITY,
             Code::NotApplied => StatusCode::FAILED_DEPENDENCY,
             Code::Overloaded => StatusCode::TOO_MANY_REQUESTS,
-            Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            Code::Unavailable | Code::NodeNotReady => StatusCode::SERVICE_UNAVAILABLE,
             Code::UnknownOutcome => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -82,14 +92,18 @@ impl Code {
             Code::InvalidBody => "invalid_body",
             Code::KeyNotFound => "key_not_found",
             Code::UnknownRoute => "unknown_route",
+            Code::UnknownOperation => "unknown_operation",
             Code::MethodNotAllowed => "method_not_allowed",
             Code::BodyTimeout => "body_timeout",
+            Code::ViewRefused => VIEW_REFUSED,
             Code::ConditionFailed => "condition_failed",
+            Code::EpochChanged => EPOCH_CHANGED,
             Code::TooLarge => "too_large",
             Code::IdempotencyKeyReused => "idempotency_key_reused",
             Code::NotApplied => "not_applied",
             Code::Overloaded => "overloaded",
             Code::Unavailable => "unavailable",
+            Code::NodeNotReady => NODE_NOT_READY,
             Code::UnknownOutcome => "unknown_outcome",
         }
     }
@@ -103,14 +117,18 @@ impl Code {
             Code::InvalidBody => "The body is not valid",
             Code::KeyNotFound => "The key does not exist",
             Code::UnknownRoute => "The path does not exist",
+            Code::UnknownOperation => "There was no such change of the view",
             Code::MethodNotAllowed => "The path does not take this method",
             Code::BodyTimeout => "The body came too slowly",
+            Code::ViewRefused => "The view cannot be changed so",
             Code::ConditionFailed => "The condition does not hold",
+            Code::EpochChanged => "The view was changed meanwhile",
             Code::TooLarge => "The request is too large",
             Code::IdempotencyKeyReused => "The idempotency key belongs to another request",
             Code::NotApplied => "Another operation of the shard was refused",
             Code::Overloaded => "A limit is reached",
             Code::Unavailable => "Nobody can do it now",
+            Code::NodeNotReady => "A node that is to join is not ready",
             Code::UnknownOutcome => "The outcome is not known",
         }
     }
@@ -205,6 +223,20 @@ impl From<Failure> for Problem {
     }
 }
 
+impl From<ViewChangeFailure> for Problem {
+    fn from(failure: ViewChangeFailure) -> Self {
+        let text = failure.to_string();
+        match failure {
+            ViewChangeFailure::Refused { .. } => Problem::new(Code::ViewRefused, text),
+            ViewChangeFailure::NotReady { .. } => Problem::new(Code::NodeNotReady, text).retry_after_ms(1000),
+            ViewChangeFailure::EpochChanged { current } => {
+                Problem::new(Code::EpochChanged, text).extension("epoch", current.0).header(header::ETAG, epoch_etag(current))
+            }
+            ViewChangeFailure::Failed(failure) => failure.into(),
+        }
+    }
+}
+
 impl From<Rejection> for Problem {
     fn from(rejection: Rejection) -> Self {
         // A store tries again elsewhere, or waits, on the first two. One that has given up has changed nothing.
@@ -265,7 +297,16 @@ pub fn redirect(address: &Address, uri: &Uri) -> Response {
 
 /// The entity tag of a revision: strong, and nothing but its number.
 pub fn etag(revision: Revision) -> HeaderValue {
-    HeaderValue::try_from(format!("\"{revision}\"")).expect("digits between quotes are a header value")
+    quoted(revision.0)
+}
+
+/// The entity tag of the view: the epoch of its plan.
+pub fn epoch_etag(epoch: PlanEpoch) -> HeaderValue {
+    quoted(epoch.0)
+}
+
+fn quoted(number: u64) -> HeaderValue {
+    HeaderValue::try_from(format!("\"{number}\"")).expect("digits between quotes are a header value")
 }
 
 /// `Retry-After` counts whole seconds, and 0 would invite a client to spin.

@@ -41,6 +41,7 @@ struct State {
     revision: u64,
     answered: HashMap<Bytes, (Vec<Operation>, Vec<Written>)>,
     failing: HashMap<GroupId, Failure>,
+    running: u64,
     asked: Vec<Options>,
 }
 
@@ -54,6 +55,11 @@ impl FakeStore {
         self.state.lock().expect("no panic").failing.insert(GroupId(shard), failure);
     }
 
+    /// The next so many who ask how a change gets on are told that it runs.
+    pub fn take_time(&self, questions: u64) {
+        self.state.lock().expect("no panic").running = questions;
+    }
+
     /// The options of the last request.
     pub fn last_options(&self) -> Options {
         *self.state.lock().expect("no panic").asked.last().expect("a request came")
@@ -62,6 +68,22 @@ impl FakeStore {
     /// How many requests came.
     pub fn requests(&self) -> usize {
         self.state.lock().expect("no panic").asked.len()
+    }
+
+    fn in_progress(&self, id: PlanEpoch) -> ChangeInProgress {
+        let mut state = self.state.lock().expect("no panic");
+        let left = state.running;
+        state.running = left.saturating_sub(1);
+        ChangeInProgress {
+            id,
+            phase: if left == 0 { Phase::Done } else { Phase::Running },
+            replicas_left: left,
+            slots_left: 0,
+            bytes_left: 0,
+            bytes_per_s: None,
+            left_s: None,
+            waiting_for: vec![],
+        }
     }
 
     pub fn record(&self, key: &[u8]) -> Option<Record> {
@@ -210,7 +232,7 @@ impl Store for FakeStore {
             (Some([node, ..]), _) if node.host() == "silent" => {
                 Err(ViewChangeFailure::NotReady { reason: format!("{node} does not answer") })
             }
-            _ => Ok(in_progress(PlanEpoch(2))),
+            _ => Ok(self.in_progress(PlanEpoch(2))),
         };
         Box::pin(ready(answer))
     }
@@ -232,21 +254,7 @@ impl Store for FakeStore {
     }
 
     fn operation(&self, id: PlanEpoch, _: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
-        Box::pin(ready(Ok((id.0 <= 2).then(|| in_progress(id)))))
-    }
-}
-
-/// A change that was done at once.
-fn in_progress(id: PlanEpoch) -> ChangeInProgress {
-    ChangeInProgress {
-        id,
-        phase: Phase::Done,
-        replicas_left: 0,
-        slots_left: 0,
-        bytes_left: 0,
-        bytes_per_s: None,
-        left_s: None,
-        waiting_for: vec![],
+        Box::pin(ready(Ok((id.0 <= 2).then(|| self.in_progress(id)))))
     }
 }
 

@@ -2,8 +2,8 @@
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use http::StatusCode;
 use http::request::Parts;
+use http::{StatusCode, header};
 use serde::Deserialize;
 use serde_json::json as object;
 
@@ -33,7 +33,11 @@ pub async fn cluster(State(app): State<Shared>, request: Request) -> Response {
     let watch = app.watch(Dialect::Native, &request);
     let answer = match Query::parse(request.uri().query(), &[], &app.limits) {
         Ok(_) => match app.store.status().await {
-            Ok(status) => json(StatusCode::OK, &status),
+            Ok(status) => {
+                let mut response = json(StatusCode::OK, &status);
+                response.headers_mut().insert(header::ETAG, problem::epoch_etag(status.epoch));
+                response
+            }
             Err(failure) => problem::respond(failure, request.uri()),
         },
         Err(problem) => problem.into_response(),

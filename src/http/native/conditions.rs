@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, header};
 
 use crate::http::problem::{Code, Problem};
 use crate::sm::kv::Condition;
-use crate::types::Revision;
+use crate::types::{PlanEpoch, Revision};
 
 /// Tags of one header. Each is kept in a log entry, so there is a bound.
 const TAGS_MAX: usize = 1000;
@@ -55,6 +55,18 @@ impl Conditions {
             Verdict::NotModified
         } else {
             Verdict::Answer
+        }
+    }
+
+    /// The plan that the view must still follow for a change of it. None: whichever it follows.
+    pub fn epoch(&self) -> Result<Option<PlanEpoch>, Problem> {
+        match (&self.matches, &self.none_matches) {
+            (None | Some(Tags::Any), None) => Ok(None),
+            (Some(Tags::These(tags)), None) if tags.len() == 1 => Ok(Some(PlanEpoch(tags[0].0))),
+            _ => Err(Problem::new(
+                Code::InvalidHeader,
+                "the condition of a change of the view is If-Match with one epoch in quotes, as in the ETag of /v1/cluster",
+            )),
         }
     }
 
@@ -202,6 +214,20 @@ mod tests {
         assert_eq!(verdict(&[("if-none-match", "\"1\", W/\"3\"")]), Verdict::NotModified);
         assert_eq!(verdict(&[("if-none-match", "\"4\"")]), Verdict::Answer);
         assert_eq!(verdict(&[("if-match", "\"4\""), ("if-none-match", "\"3\"")]), Verdict::Failed);
+    }
+
+    #[test]
+    fn a_change_of_the_view_is_guarded_by_one_epoch() {
+        let epoch = |lines: &[(&'static str, &'static str)]| {
+            parse(lines).expect("good headers").epoch().map_err(|problem| problem.code())
+        };
+        assert_eq!(epoch(&[]), Ok(None));
+        assert_eq!(epoch(&[("if-match", "*")]), Ok(None));
+        assert_eq!(epoch(&[("if-match", "\"3\"")]), Ok(Some(PlanEpoch(3))));
+        for vague in ["\"3\", \"4\"", "W/\"3\"", "\"abc\""] {
+            assert_eq!(epoch(&[("if-match", vague)]), Err("invalid_header"), "{vague}");
+        }
+        assert_eq!(epoch(&[("if-none-match", "*")]), Err("invalid_header"));
     }
 
     #[test]

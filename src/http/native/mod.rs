@@ -17,12 +17,14 @@ mod list;
 mod query;
 #[cfg(test)]
 mod tests;
+mod view;
 
 pub(super) use batch::batch;
 pub(super) use cluster::{cluster, transfer_leader};
 pub(super) use key::PREFIX as KEY_PREFIX;
 pub(super) use kv::kv;
 pub(super) use list::list;
+pub(super) use view::{change, operation, view};
 
 use axum::body::Body;
 use axum::response::Response;

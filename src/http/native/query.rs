@@ -23,6 +23,9 @@ pub struct Query {
     pub cursor: Option<Bytes>,
     pub keys_only: bool,
     pub reverse: bool,
+    /// How long a change of the view is waited for.
+    pub wait: Option<Duration>,
+    pub dry_run: bool,
 }
 
 impl Query {
@@ -39,6 +42,8 @@ impl Query {
             cursor: None,
             keys_only: false,
             reverse: false,
+            wait: None,
+            dry_run: false,
         };
         let mut seen: Vec<&str> = Vec::new();
         for pair in query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
@@ -62,7 +67,7 @@ impl Query {
         match name {
             "proxy" => self.options.routing = if flag(&value)? { Routing::Proxy } else { Routing::Redirect },
             "consistency" => self.options.consistency = consistency(&value)?,
-            "timeout" => self.options.timeout = timeout(&value, limits)?,
+            "timeout" => self.options.timeout = duration(&value, limits.request_timeout_max)?,
             "prefix" => self.prefix = value,
             "start" => self.start = value,
             "end" => self.end = Some(value),
@@ -70,6 +75,8 @@ impl Query {
             "cursor" => self.cursor = Some(value),
             "keys_only" => self.keys_only = flag(&value)?,
             "reverse" => self.reverse = flag(&value)?,
+            "wait" => self.wait = Some(duration(&value, limits.change_wait_max)?),
+            "dry_run" => self.dry_run = flag(&value)?,
             other => unreachable!("no route knows a parameter '{other}'"),
         }
         Ok(())
@@ -105,8 +112,7 @@ fn number(value: &[u8], max: usize) -> Result<usize, String> {
     parsed.filter(|number| (1..=max).contains(number)).ok_or_else(|| format!("expected a number from 1 to {max}"))
 }
 
-fn timeout(value: &[u8], limits: &Limits) -> Result<Duration, String> {
-    let max = limits.request_timeout_max;
+fn duration(value: &[u8], max: Duration) -> Result<Duration, String> {
     let parsed = match value {
         [number @ .., b'm', b's'] => digits(number).map(Duration::from_millis),
         [number @ .., b's'] => digits(number).map(Duration::from_secs),
@@ -117,7 +123,7 @@ fn timeout(value: &[u8], limits: &Limits) -> Result<Duration, String> {
 }
 
 /// A number of digits alone: Rust's own parser takes a plus sign too.
-fn digits(text: &[u8]) -> Option<u64> {
+pub fn digits(text: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(text).ok()?;
     if text.bytes().all(|byte| byte.is_ascii_digit()) { text.parse().ok() } else { None }
 }
