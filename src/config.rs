@@ -85,7 +85,7 @@ impl NodeConfig {
 }
 
 /// 0.0.0.0 and its like: fine to listen on, never advertised.
-fn is_unspecified(address: &Address) -> bool {
+pub fn is_unspecified(address: &Address) -> bool {
     let host = address.host().trim_start_matches('[').trim_end_matches(']');
     host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_unspecified())
 }

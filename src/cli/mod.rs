@@ -7,8 +7,10 @@ pub mod bench;
 pub mod cluster;
 pub mod completions;
 pub mod kv;
+pub mod node_flags;
 pub mod serve;
 mod servers;
+mod signals;
 
 use std::future::Future;
 use std::io::{self, Write};
@@ -31,7 +33,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a node.
-    Serve(Box<serve::Arguments>),
+    Serve(Box<node_flags::Arguments>),
     /// Read and write keys.
     Kv(kv::Arguments),
     /// Look at a cluster, and hand leaderships over.

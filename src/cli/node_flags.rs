@@ -1,0 +1,280 @@
+//! What `quorate serve` is told, and the [`NodeConfig`] that it makes of it.
+//!
+//! Flags beat the environment; a variable that is set and empty, as compose files pass them on, counts as not set. The node is called by its
+//! address, and listens on it unless it is told otherwise. A wildcard such as 0.0.0.0 is listened on and never advertised.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::config::{DATA_DIR_DEFAULT, NodeConfig, PORT_DEFAULT, is_unspecified};
+use crate::sm::view::Asked;
+use crate::telemetry::LogFormat;
+use crate::types::{Address, ParseError};
+
+/// Replicas of a shard. More would only slow its writes down.
+const REPL_FACTOR_MAX: u8 = 7;
+
+/// Where a node listens that nobody told where.
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// What `quorate serve` is told.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// What others call this node (host:port); it listens there unless told otherwise [default: 127.0.0.1:13800]
+    #[arg(long, env = "ADDRESS", value_name = "HOST:PORT")]
+    pub address: Option<Given<Address>>,
+    /// The nodes of the cluster to found or to join, this one among them, separated by commas [default: this node alone]
+    #[arg(short, long, env = "VIEW", value_name = "HOST:PORT,...")]
+    pub view: Option<Given<Addresses>>,
+    /// Nodes per shard. Without --shards each node then belongs to exactly one shard; else each has one shard with up to 3 replicas
+    #[arg(long, env = "REPL_FACTOR", value_name = "R", value_parser = repl_factor)]
+    pub repl_factor: Option<Given<u8>>,
+    /// Number of shards [default: one per node]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub shards: Option<u16>,
+    /// Where the data is [default: ./quorate-data, or ./quorate-data/PORT where a port or address is given]
+    #[arg(short, long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Listen here instead of on the address; may be given several times
+    #[arg(long, value_name = "HOST:PORT")]
+    pub listen: Vec<Address>,
+    /// What clients are redirected to, if that is another address
+    #[arg(long, value_name = "HOST:PORT")]
+    pub public_address: Option<Address>,
+    /// Listen on this IP address (0.0.0.0: on all)
+    #[arg(short, long, value_name = "IP")]
+    pub ip: Option<IpAddr>,
+    /// The port to listen on, and of the address where none is given
+    #[arg(short, long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: Option<u16>,
+    /// Memory for the cache of the map database, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    pub cache_mib: u64,
+    /// Multiplies heartbeat and election times: for very many groups on few cores
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
+    pub timing_factor: u64,
+    /// Read by the leader's lease, without a round to a quorum; clocks may drift by MS within an election timeout. The clock must not
+    /// stop (a suspended virtual machine breaks linearizability)
+    #[arg(long, value_name = "MS")]
+    pub lease_reads: Option<u64>,
+    /// How long a stop may take to answer what is in flight, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub stop_timeout: u64,
+    /// What is logged, in the syntax of the `tracing` filters, such as `info` or `quorate=debug`
+    #[arg(long, env = "QUORATE_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+    /// How log lines look
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+}
+
+impl Arguments {
+    /// # Errors
+    ///
+    /// When the parts of an address given apart do not make one.
+    pub fn config(&self) -> Result<NodeConfig, ParseError> {
+        let view = given(self.view.as_ref()).map(|view| view.0.clone());
+        let address = match given(self.address.as_ref()) {
+            Some(address) => address.clone(),
+            None => self.unnamed(view.as_deref())?,
+        };
+        Ok(NodeConfig {
+            listen: self.listening_on(&address)?,
+            data_dir: self.data_dir.clone().unwrap_or_else(|| self.default_data_dir(&address)),
+            address,
+            public_address: self.public_address.clone(),
+            view,
+            asked: Asked::from_flags(given(self.repl_factor.as_ref()).copied(), self.shards),
+            cache_bytes: self.cache_mib.saturating_mul(1 << 20),
+            stop_timeout: Duration::from_secs(self.stop_timeout),
+            timing_factor: self.timing_factor,
+            lease_drift_ms: self.lease_reads,
+        })
+    }
+
+    /// What others call a node that nobody gave an address: where it listens, or a wildcard's loopback.
+    fn unnamed(&self, view: Option<&[Address]>) -> Result<Address, ParseError> {
+        let listened = match (self.ip, self.port, self.listen.first()) {
+            (None, None, Some(listen)) => listen.clone(),
+            (ip, port, _) => host_port(ip.unwrap_or(LOOPBACK), port.unwrap_or(PORT_DEFAULT))?,
+        };
+        let called = if is_unspecified(&listened) { host_port(LOOPBACK, listened.port())? } else { listened };
+        // People write both, and addresses are compared as text.
+        let localhost: Address = format!("localhost:{}", called.port()).parse()?;
+        let is_localhost = view.is_some_and(|view| !view.contains(&called) && view.contains(&localhost));
+        Ok(if is_localhost && called == host_port(LOOPBACK, called.port())? { localhost } else { called })
+    }
+
+    fn listening_on(&self, address: &Address) -> Result<Vec<Address>, ParseError> {
+        let port = self.port.unwrap_or(address.port());
+        let asked = match self.ip {
+            Some(ip) => Some(host_port(ip, port)?),
+            None if self.port.is_some() => Some(format!("{}:{port}", address.host()).parse()?),
+            None => None,
+        };
+        let mut listen: Vec<Address> = asked.into_iter().chain(self.listen.iter().cloned()).collect();
+        if listen.is_empty() {
+            listen.push(address.clone());
+        }
+        listen.sort();
+        listen.dedup();
+        Ok(listen)
+    }
+
+    /// Several nodes may be started in one directory, each with a port.
+    fn default_data_dir(&self, address: &Address) -> PathBuf {
+        let is_told = self.port.is_some() || !self.listen.is_empty() || given(self.address.as_ref()).is_some();
+        let dir = PathBuf::from(DATA_DIR_DEFAULT);
+        if is_told { dir.join(self.port.unwrap_or(address.port()).to_string()) } else { dir }
+    }
+}
+
+fn host_port(ip: IpAddr, port: u16) -> Result<Address, ParseError> {
+    SocketAddr::new(ip, port).to_string().parse()
+}
+
+/// A value that may be empty, which counts as not given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Given<T>(Option<T>);
+
+impl<T: FromStr> FromStr for Given<T> {
+    type Err = T::Err;
+
+    fn from_str(text: &str) -> Result<Self, T::Err> {
+        let text = text.trim();
+        if text.is_empty() { Ok(Given(None)) } else { text.parse().map(|value| Given(Some(value))) }
+    }
+}
+
+fn given<T>(value: Option<&Given<T>>) -> Option<&T> {
+    value.and_then(|given| given.0.as_ref())
+}
+
+/// Addresses separated by commas.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses(Vec<Address>);
+
+impl FromStr for Addresses {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        text.split(',').map(|address| address.trim().parse()).collect::<Result<_, _>>().map(Addresses)
+    }
+}
+
+fn repl_factor(text: &str) -> Result<Given<u8>, String> {
+    let expected = || format!("expected a number from 1 to {REPL_FACTOR_MAX}");
+    let factor: Given<u8> = text.parse().map_err(|_| expected())?;
+    if factor.0.is_none_or(|factor| (1..=REPL_FACTOR_MAX).contains(&factor)) { Ok(factor) } else { Err(expected()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sm::view::Layout;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    /// The environment of the tests must not configure what they look at: an empty flag is as good as none.
+    fn config(line: &[&str]) -> NodeConfig {
+        let mut words = vec!["serve"];
+        for flag in ["--address", "-v", "--repl-factor"] {
+            if !line.contains(&flag) {
+                words.extend([flag, ""]);
+            }
+        }
+        words.extend(line);
+        Line::try_parse_from(words).unwrap_or_else(|error| panic!("{line:?}: {error}")).arguments.config().expect("addresses")
+    }
+
+    fn texts(addresses: &[Address]) -> Vec<&str> {
+        addresses.iter().map(Address::as_str).collect()
+    }
+
+    #[test]
+    fn where_a_node_listens_what_it_is_called_and_where_its_data_is() {
+        type Case<'a> = (&'a [&'a str], &'a str, &'a [&'a str], &'a str);
+        let cases: &[Case] = &[
+            (&[], "127.0.0.1:13800", &["127.0.0.1:13800"], "quorate-data"),
+            (&["-p", "13801"], "127.0.0.1:13801", &["127.0.0.1:13801"], "quorate-data/13801"),
+            (&["-i", "0.0.0.0"], "127.0.0.1:13800", &["0.0.0.0:13800"], "quorate-data"),
+            (&["-i", "0.0.0.0", "-p", "13801"], "127.0.0.1:13801", &["0.0.0.0:13801"], "quorate-data/13801"),
+            (&["-i", "::", "-p", "13801"], "127.0.0.1:13801", &["[::]:13801"], "quorate-data/13801"),
+            (&["-i", "10.0.0.1"], "10.0.0.1:13800", &["10.0.0.1:13800"], "quorate-data"),
+            (&["-i", "::1", "-p", "81"], "[::1]:81", &["[::1]:81"], "quorate-data/81"),
+            (&["--address", "10.0.0.1:80"], "10.0.0.1:80", &["10.0.0.1:80"], "quorate-data/80"),
+            (&["--address", "kvs-1:80", "-i", "0.0.0.0"], "kvs-1:80", &["0.0.0.0:80"], "quorate-data/80"),
+            (&["--address", "10.0.0.1:80", "-p", "90"], "10.0.0.1:80", &["10.0.0.1:90"], "quorate-data/90"),
+            (&["--listen", "10.0.0.1:90"], "10.0.0.1:90", &["10.0.0.1:90"], "quorate-data/90"),
+            (&["--listen", "localhost:90"], "localhost:90", &["localhost:90"], "quorate-data/90"),
+            (&["--listen", "0.0.0.0:90"], "127.0.0.1:90", &["0.0.0.0:90"], "quorate-data/90"),
+            (
+                &["--address", "a:80", "--listen", "0.0.0.0:8080", "--listen", "[::1]:8081"],
+                "a:80",
+                &["0.0.0.0:8080", "[::1]:8081"],
+                "quorate-data/80",
+            ),
+            (
+                &["-p", "80", "--listen", "0.0.0.0:90", "--listen", "127.0.0.1:80"],
+                "127.0.0.1:80",
+                &["0.0.0.0:90", "127.0.0.1:80"],
+                "quorate-data/80",
+            ),
+            (&["-d", "/data", "-p", "80"], "127.0.0.1:80", &["127.0.0.1:80"], "/data"),
+        ];
+        for (line, address, listen, data_dir) in cases {
+            let config = config(line);
+            assert_eq!(config.address.as_str(), *address, "{line:?}");
+            assert_eq!(texts(&config.listen), *listen, "{line:?}");
+            assert_eq!(config.data_dir, PathBuf::from(data_dir), "{line:?}");
+            assert_eq!(config.check(), Ok(()), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_view_is_read_however_it_is_spaced_and_names_localhost() {
+        let config = config(&["-p", "13801", "-v", " localhost:13800, localhost:13801 "]);
+        assert_eq!(texts(&config.view.clone().expect("a view")), ["localhost:13800", "localhost:13801"]);
+        assert!(config.names_itself());
+        assert_eq!(config.address.as_str(), "localhost:13801");
+    }
+
+    #[test]
+    fn a_replication_factor_alone_puts_each_node_into_one_shard() {
+        let asked = config(&["--repl-factor", "2"]).asked;
+        assert_eq!((asked.layout, asked.replication_factor), (Layout::Exclusive, Some(2)));
+        assert_eq!(config(&["--repl-factor", "2", "--shards", "4"]).asked.layout, Layout::Spread);
+    }
+
+    #[test]
+    fn what_is_set_and_empty_is_not_given() {
+        let config = config(&["--address", "", "-v", " ", "--repl-factor", ""]);
+        assert_eq!((config.address.as_str(), config.view, config.asked), ("127.0.0.1:13800", None, Asked::default()));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_before_anything_starts() {
+        for line in [
+            &["-v", "a:1,,b:2"][..],
+            &["-v", "a:1,b"],
+            &["--address", "10.0.0.1"],
+            &["--repl-factor", "0"],
+            &["--repl-factor", "8"],
+            &["--repl-factor", "two"],
+            &["-p", "0"],
+            &["-i", "localhost"],
+        ] {
+            assert!(Line::try_parse_from(std::iter::once(&"serve").chain(line)).is_err(), "{line:?}");
+        }
+        assert!(config(&["--address", "0.0.0.0:13800"]).check().is_err());
+    }
+}
