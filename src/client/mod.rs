@@ -1,6 +1,7 @@
 //! The typed client, and the seam that the whole HTTP side stands on: [`store::Store`].
 
 pub mod call;
+pub mod contact;
 pub mod native;
 pub mod peer;
 mod problem;

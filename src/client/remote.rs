@@ -11,13 +11,14 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::call::{CallError, ShardCaller, describe, failure_of};
+use super::contact::Contacts;
 use super::protocol::{ClusterStatus, ShardBody, ShardReply, ShardRequest};
 use super::router::{Router, ShardAccess};
 use super::shard_map::ShardMap;
 use super::store::{Consistency, Failure, Options};
 use super::view_change::{self, ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Action, Write};
-use crate::types::{Address, GroupId, MapVersion, PlanEpoch};
+use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
 /// How long one node is waited for where another could be asked, or half of the time that is left if that is more.
 const ATTEMPT_TIMEOUT_MIN: Duration = Duration::from_secs(1);
@@ -52,6 +53,7 @@ pub struct HttpAccess {
     seeds: Vec<Address>,
     map: RwLock<Option<Arc<ShardMap>>>,
     leaders: Mutex<HashMap<GroupId, Hint>>,
+    contacts: Contacts,
     /// Held while the map is asked for; when that was last.
     refreshing: tokio::sync::Mutex<Option<Instant>>,
 }
@@ -78,8 +80,8 @@ struct Transferred {
 
 impl HttpAccess {
     pub fn new(seeds: Vec<Address>, caller: ShardCaller) -> Self {
-        let (map, leaders) = (RwLock::default(), Mutex::default());
-        Self { caller, seeds, map, leaders, refreshing: tokio::sync::Mutex::default() }
+        let (map, leaders, contacts) = (RwLock::default(), Mutex::default(), Contacts::new(caller.clone()));
+        Self { caller, seeds, map, leaders, contacts, refreshing: tokio::sync::Mutex::default() }
     }
 
     /// Every node that may answer for the cluster: those of the map, then the seeds.
@@ -108,6 +110,14 @@ impl HttpAccess {
             None => {}
         }
         addresses
+    }
+
+    /// Who answered last for the shard.
+    fn leader(&self, shard: GroupId, map: &ShardMap) -> Option<NodeId> {
+        match self.leaders.lock().expect("no panic with the lock held").get(&shard) {
+            Some(Hint::Leads(address)) => map.nodes().find(|(_, place)| place.public == *address).map(|(node, _)| node),
+            Some(Hint::Silent(_)) | None => map.shard(shard)?.leader,
+        }
     }
 
     fn remember(&self, shard: GroupId, hint: Option<Hint>) {
@@ -241,6 +251,11 @@ impl ShardAccess for HttpAccess {
             Some(map) => self.ask(&map, shard, body, options).await,
             None => ShardReply::Failed(unavailable("the shards of the cluster are not known yet".into())),
         }
+    }
+
+    async fn contact(&self, shard: GroupId) -> Option<Address> {
+        let map = self.map()?;
+        self.contacts.of(&map, shard, self.leader(shard, &map)).await
     }
 
     async fn status(&self) -> Result<ClusterStatus, Failure> {

@@ -7,13 +7,14 @@ use std::collections::BTreeMap;
 
 use super::protocol::ClusterStatus;
 use crate::sm::slots::slot_of;
-use crate::sm::view::{SlotTable, View};
+use crate::sm::view::{Layout, SlotTable, View};
 use crate::types::{Address, ClusterId, GroupId, MapVersion, NodeId, Slot};
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct ShardMap {
     pub cluster: ClusterId,
     pub version: MapVersion,
+    pub layout: Layout,
     slots: SlotTable,
     /// Shards that own at least one slot, in order.
     owners: Vec<GroupId>,
@@ -51,6 +52,7 @@ impl ShardMap {
         Self {
             cluster: view.cluster,
             version: view.version,
+            layout: view.asked.layout,
             slots: view.slots.clone(),
             owners: owners(&view.slots),
             shards: shards.collect(),
@@ -71,6 +73,7 @@ impl ShardMap {
         Self {
             cluster: status.cluster,
             version: status.version,
+            layout: status.asked.layout,
             slots: status.slots.clone(),
             owners: owners(&status.slots),
             shards: shards.collect(),

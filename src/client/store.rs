@@ -3,6 +3,7 @@
 //! Dialects are written once against it. A store answers a write in one of three ways: applied, rejected (certainly nothing happened) or
 //! unknown. Every [`Failure`] says which.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use super::protocol::ClusterStatus;
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Operation, OperationOutcome, Record, Rejection};
 use crate::sm::ports::KeyRange;
-use crate::types::{Address, GroupId, PlanEpoch};
+use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 /// A linearizable key-value store, spread over shards.
 pub trait Store: Send + Sync + 'static {
@@ -28,6 +29,18 @@ pub trait Store: Send + Sync + 'static {
 
     /// The number of keys of every shard.
     fn count(&self, options: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>>;
+
+    /// The number of keys of one shard, also while others can't be counted.
+    fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>>;
+
+    /// The node that answers here; none: a client's store, or a node that belongs to no cluster.
+    fn this_node(&self) -> Option<NodeId>;
+
+    /// What the node to ask about a shard is called in the view: its home, or, while that does not answer, its leader.
+    fn contact(&self, shard: GroupId) -> BoxFuture<'_, Option<Address>>;
+
+    /// Of a spare: the cluster that it waits for, by way of the network. It knows some members, and asks `candidates` too.
+    fn cluster_waited_for(&self, candidates: &[Address]) -> Option<Arc<dyn Store>>;
 
     /// The view, and how its groups are.
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>>;

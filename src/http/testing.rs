@@ -197,6 +197,24 @@ impl Store for FakeStore {
         Box::pin(ready(Ok(vec![(GroupId(1), keys)])))
     }
 
+    fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>> {
+        let mut state = self.state.lock().expect("no panic");
+        let keys = state.records.keys().filter(|key| self::shard(key) == shard).count() as u64;
+        Box::pin(ready(state.ask(shard, options).map(|()| keys)))
+    }
+
+    fn this_node(&self) -> Option<NodeId> {
+        None
+    }
+
+    fn contact(&self, _: GroupId) -> BoxFuture<'_, Option<Address>> {
+        Box::pin(ready(None))
+    }
+
+    fn cluster_waited_for(&self, _: &[Address]) -> Option<Arc<dyn Store>> {
+        None
+    }
+
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {
         Box::pin(ready(Ok(ClusterStatus {
             cluster: ClusterId(7),

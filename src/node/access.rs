@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::member::Member;
 use crate::client::call::CallError;
+use crate::client::contact::Contacts;
 use crate::client::protocol::{ClusterStatus, ShardBody, ShardPage, ShardReply, ShardRequest};
 use crate::client::router::ShardAccess;
 use crate::client::shard_map::ShardMap;
@@ -32,11 +33,13 @@ const UNCHANGEABLE: &str = "this version cannot change the view";
 /// How a node reaches shards.
 pub struct Access {
     member: Arc<Member>,
+    contacts: Contacts,
 }
 
 impl Access {
     pub fn new(member: Arc<Member>) -> Self {
-        Self { member }
+        let contacts = Contacts::new(member.caller.clone());
+        Self { member, contacts }
     }
 
     /// Answers a request of a peer or client for a shard that this node should lead.
@@ -188,6 +191,14 @@ impl ShardAccess for Access {
                 None => ShardReply::Failed(self.elsewhere(shard)),
             },
         }
+    }
+
+    fn this_node(&self) -> Option<NodeId> {
+        Some(self.member.node)
+    }
+
+    async fn contact(&self, shard: GroupId) -> Option<Address> {
+        self.contacts.of(&self.member.map(), shard, self.member.known_leader(shard)).await
     }
 
     async fn status(&self) -> Result<ClusterStatus, Failure> {

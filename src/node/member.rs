@@ -170,6 +170,16 @@ impl Member {
         Some(PeerPlace { node: chosen, address: place.address.clone(), public: place.public.clone() })
     }
 
+    /// Who leads the shard: this node, or who answered for it last, or whom its replica here follows.
+    pub fn known_leader(&self, shard: GroupId) -> Option<NodeId> {
+        let local = self.registry.get(shard);
+        if local.as_ref().is_some_and(|group| group.leads()) {
+            return Some(self.node);
+        }
+        let hinted = self.hints.lock().expect("no holder panics").get(&shard).and_then(|hint| hint.leader);
+        hinted.or_else(|| local.and_then(|group| group.status().leader))
+    }
+
     /// Somebody said, or showed, that the node at this address leads the shard.
     pub fn learn_leader(&self, shard: GroupId, address: &Address) {
         let map = self.map();

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::peer::{HostedReplica, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
+use crate::client::remote::RemoteStore;
 use crate::client::store::{Failure, Found, Options, Page, ScanRequest, Store, WriteFailure, Written};
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
@@ -33,8 +34,9 @@ use crate::sm::kv::Operation;
 use crate::sm::meta;
 use crate::storage::directory::{DataDirectory, DirectoryError};
 use crate::storage::sled_tree::SledError;
-use crate::types::{Address, GroupId, PlanEpoch};
+use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
+use bootstrap::Waiting;
 pub use join::JoinError;
 use join::Joining;
 pub use metrics::{Family, FamilyKind};
@@ -236,6 +238,40 @@ impl Store for Node {
         match self.running.get() {
             Some(running) => running.router().count(options),
             None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
+    fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().count_shard(shard, options),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
+    fn this_node(&self) -> Option<NodeId> {
+        self.running.get().and_then(|running| running.router().this_node())
+    }
+
+    fn contact(&self, shard: GroupId) -> BoxFuture<'_, Option<Address>> {
+        match self.running.get() {
+            Some(running) => running.router().contact(shard),
+            None => Box::pin(async { None }),
+        }
+    }
+
+    fn cluster_waited_for(&self, candidates: &[Address]) -> Option<Arc<dyn Store>> {
+        if self.running.get().is_some() {
+            return None;
+        }
+        let waiting = self.joining.waiting().filter(Waiting::is_spare)?;
+        let own = &self.joining.config().address;
+        let seeds = waiting.members().iter().chain(candidates).filter(|address| *address != own).cloned().collect();
+        match RemoteStore::connect(seeds) {
+            Ok(cluster) => Some(Arc::new(cluster)),
+            Err(error) => {
+                tracing::warn!("the cluster that this spare waits for can't be asked: {error}");
+                None
+            }
         }
     }
 

@@ -1,4 +1,4 @@
-//! Counts of all shards, such that each slot is counted exactly once.
+//! Counts of all shards, such that each slot is counted exactly once; and of one.
 
 use futures::future::join_all;
 
@@ -21,6 +21,25 @@ impl<A: ShardAccess> Router<A> {
                 Some(map) => match self.count_once(map, &course).await? {
                     Ok(counts) => return Ok(counts),
                     Err(retry) => retry,
+                },
+            };
+            self.pause(&mut course, retry, version(map.as_deref())).await?;
+        }
+    }
+
+    /// What is on its way to or from the shard may be left out, for as long as it moves.
+    pub(super) async fn count_one(&self, shard: GroupId, options: Options) -> Result<u64, Failure> {
+        let mut course = Course::new(options).repeatable();
+        loop {
+            let map = self.access.map();
+            let retry = match map.as_deref().map(|map| map.shard(shard)) {
+                None => Retry::no_map(),
+                Some(None) => return Err(Failure::Invalid { reason: format!("there is no shard {shard}") }),
+                Some(Some(_)) => match self.access.call(shard, ShardBody::Count, course.options()).await {
+                    ShardReply::Counted { keys, .. } => return Ok(keys),
+                    ShardReply::NotOwned { slot } => Retry::not_owned(slot),
+                    ShardReply::Failed(failure) => course.judge(failure)?,
+                    ShardReply::Got(_) | ShardReply::Written(_) | ShardReply::Page(_) => return Err(misfit(shard)),
                 },
             };
             self.pause(&mut course, retry, version(map.as_deref())).await?;

@@ -29,7 +29,7 @@ use super::shard_map::ShardMap;
 use super::store::{Failure, Found, Options, Page, ScanRequest, Store, Written};
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::Operation;
-use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion, PlanEpoch};
+use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion, NodeId, PlanEpoch};
 
 /// Requests that wait for another attempt at once. Past it they fail: a cluster without a quorum must not collect requests for ever.
 const WAITING_MAX: usize = 10_000;
@@ -52,6 +52,14 @@ pub trait ShardAccess: Send + Sync + 'static {
     /// One attempt (or a few, of what is certainly not done) at the shard's leader, or for stale reads at any of its replicas. Answers
     /// within `options.timeout`; a future that is dropped before leaves the outcome unknown.
     fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> impl Future<Output = ShardReply> + Send;
+
+    /// As [`Store::this_node`].
+    fn this_node(&self) -> Option<NodeId> {
+        None
+    }
+
+    /// As [`Store::contact`].
+    fn contact(&self, shard: GroupId) -> impl Future<Output = Option<Address>> + Send;
 
     fn status(&self) -> impl Future<Output = Result<ClusterStatus, Failure>> + Send;
 
@@ -180,6 +188,22 @@ impl<A: ShardAccess> Store for Router<A> {
 
     fn count(&self, options: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>> {
         Box::pin(self.count_shards(options))
+    }
+
+    fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>> {
+        Box::pin(self.count_one(shard, options))
+    }
+
+    fn this_node(&self) -> Option<NodeId> {
+        self.access.this_node()
+    }
+
+    fn contact(&self, shard: GroupId) -> BoxFuture<'_, Option<Address>> {
+        Box::pin(self.access.contact(shard))
+    }
+
+    fn cluster_waited_for(&self, _: &[Address]) -> Option<Arc<dyn Store>> {
+        None
     }
 
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {

@@ -161,6 +161,10 @@ impl ShardAccess for Fake {
         }
     }
 
+    async fn contact(&self, _: GroupId) -> Option<Address> {
+        None
+    }
+
     async fn status(&self) -> Result<ClusterStatus, Failure> {
         Ok(status_of(&self.state(), 1))
     }
@@ -518,6 +522,18 @@ async fn scans_and_counts_outlast_an_election_and_say_when_there_is_no_quorum() 
     script(&router, 2, &vec![failed(unavailable()); 10_000]);
     let request = ScanRequest { range: ScanRange { start: Bytes::new(), end: None }, reverse: false, limit: 10, keys_only: true };
     assert_eq!(router.scan(request, options()).await, Err(unavailable()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_shard_is_counted_while_another_has_no_quorum() {
+    let router = filled(2, 50).await;
+    script(&router, 1, &[failed(unavailable()), failed(elsewhere())]);
+    script(&router, 2, &vec![failed(unavailable()); 1000]);
+    let own = (0..50).filter(|n| slot_of(&key(*n)).number().is_multiple_of(2)).count();
+    assert_eq!(router.count_shard(GroupId(1), options()).await, Ok(own as u64));
+    assert_eq!(router.count_shard(GroupId(2), options()).await, Err(unavailable()));
+    assert_eq!(router.count_shard(GroupId(3), options()).await, Ok(0), "it owns nothing");
+    assert!(matches!(router.count_shard(GroupId(9), options()).await, Err(Failure::Invalid { .. })));
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,0 +1,146 @@
+//! Whom a client is told to ask about a shard: its home, or, while that does not answer, the node that leads instead.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use super::call::ShardCaller;
+use super::peer::{Identity, Standing};
+use super::shard_map::ShardMap;
+use crate::types::{Address, GroupId, NodeId};
+
+/// How long a home is waited for that does not lead. Whoever asks waits too.
+const ASK_TIMEOUT: Duration = Duration::from_millis(300);
+/// How long an answer counts, and silence too.
+const FRESH_FOR: Duration = Duration::from_secs(1);
+
+/// Tells whom to ask, and remembers for a moment which homes answered.
+#[derive(Debug)]
+pub struct Contacts {
+    caller: ShardCaller,
+    /// Held while a home is asked: those who ask about it meanwhile share the answer.
+    heard: Mutex<HashMap<Address, Heard>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Heard {
+    at: Instant,
+    is_member: bool,
+}
+
+impl Contacts {
+    pub fn new(caller: ShardCaller) -> Self {
+        Self { caller, heard: Mutex::default() }
+    }
+
+    /// What the node to ask about `shard` is called in the view. None: there is no such shard. `leader` is who answered for it last, if
+    /// that is known; only where it is not the home, the home is asked whether it is there.
+    pub async fn of(&self, map: &ShardMap, shard: GroupId, leader: Option<NodeId>) -> Option<Address> {
+        let home = map.shard(shard)?.home;
+        let at_home = map.node(home);
+        let instead = leader.filter(|leader| *leader != home).and_then(|leader| map.node(leader));
+        let named = match (at_home, instead) {
+            (Some(at_home), Some(instead)) if !self.is_member(&at_home.public).await => instead,
+            (at_home, instead) => at_home.or(instead)?,
+        };
+        Some(named.address.clone())
+    }
+
+    async fn is_member(&self, address: &Address) -> bool {
+        let mut heard = self.heard.lock().await;
+        heard.retain(|_, heard| heard.at.elapsed() < FRESH_FOR);
+        if let Some(heard) = heard.get(address) {
+            return heard.is_member;
+        }
+        let is_member = self.ask(address).await;
+        heard.insert(address.clone(), Heard { at: Instant::now(), is_member });
+        is_member
+    }
+
+    /// A process at the address that belongs to no cluster is not the home.
+    async fn ask(&self, address: &Address) -> bool {
+        let get = self.caller.http().get(format!("http://{address}/peer/identity")).timeout(ASK_TIMEOUT);
+        let Ok(response) = get.send().await else { return false };
+        let identity: Result<Identity, _> = response.json().await;
+        identity.is_ok_and(|identity| matches!(identity.standing, Standing::Member { .. }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::client::testing::{bind, json, nobody, serve, status};
+    use crate::types::{ClusterId, DirectoryId};
+
+    /// Who says that it was in a cluster once, or is in one; and how often it was asked.
+    fn node(address: &Address, listener: TcpListener, standing: fn() -> Standing) -> Arc<AtomicUsize> {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (count, address) = (Arc::clone(&asked), address.clone());
+        serve(listener, move |request| {
+            assert_eq!(request.uri().path(), "/peer/identity");
+            count.fetch_add(1, Ordering::Relaxed);
+            let identity =
+                Identity { directory: DirectoryId(1), address: address.clone(), public_address: None, standing: standing() };
+            async move { Some(json(&identity)) }
+        });
+        asked
+    }
+
+    fn member() -> Standing {
+        let node = |at: u64| crate::sm::view::Node {
+            address: format!("a:{at}").parse().expect("an address"),
+            public_address: None,
+            directory: DirectoryId(u128::from(at)),
+        };
+        let view = crate::sm::placement::first_view(ClusterId(1), Default::default(), vec![node(1)]).expect("a view");
+        Standing::Member { view: Box::new(view) }
+    }
+
+    fn retired() -> Standing {
+        Standing::Retired { cluster: ClusterId(1), members: Vec::new() }
+    }
+
+    async fn named(home: &Address, leader: Option<u64>) -> (Option<Address>, Address) {
+        let other = nobody().await;
+        let map = ShardMap::from_status(&status(1, None, &[home.clone(), other.clone()]));
+        let contacts = Contacts::new(ShardCaller::new().expect("a client"));
+        let first = contacts.of(&map, GroupId(1), leader.map(NodeId)).await;
+        assert_eq!(contacts.of(&map, GroupId(1), leader.map(NodeId)).await, first);
+        (first, other)
+    }
+
+    #[tokio::test]
+    async fn a_home_is_named_while_it_is_there_whoever_leads() {
+        let (home, listener) = bind().await;
+        let asked = node(&home, listener, member);
+        for (leader, times) in [(None, 0), (Some(1), 0), (Some(9), 0), (Some(2), 1)] {
+            assert_eq!(named(&home, leader).await.0.as_ref(), Some(&home));
+            assert_eq!(asked.load(Ordering::Relaxed), times, "{leader:?} leads");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_leader_is_named_while_the_home_is_away() {
+        let (left, listener) = bind().await;
+        node(&left, listener, retired);
+        for home in [left, nobody().await] {
+            let (leader, other) = named(&home, Some(2)).await;
+            assert_eq!(leader, Some(other));
+            assert_eq!(named(&home, None).await.0, Some(home), "nobody else is known");
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_is_named_for_a_shard_that_is_not_there() {
+        let map = ShardMap::from_status(&status(1, None, &[nobody().await]));
+        let contacts = Contacts::new(ShardCaller::new().expect("a client"));
+        assert_eq!(contacts.of(&map, GroupId(9), Some(NodeId(1))).await, None);
+    }
+}
