@@ -123,8 +123,8 @@ impl StateMachine {
             }
             EntryPayload::Normal(proposal) => {
                 let command = kv::Command::decode(&proposal.0)?;
-                if let kv::Command::Write { time_ms, .. } = &command {
-                    self.machine.clock.observe(*time_ms);
+                if let Some(time_ms) = command.time_ms() {
+                    self.machine.clock.observe(time_ms);
                 }
                 let (outcome, batch) = kv::apply(&self.machine.state.read(), index, command)?;
                 (Outcome::Shard(outcome), batch)

@@ -6,6 +6,7 @@
 pub mod codec;
 pub mod kv;
 pub mod meta;
+pub mod moves;
 pub mod placement;
 pub mod ports;
 pub mod requests;

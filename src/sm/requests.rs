@@ -116,6 +116,17 @@ fn cost(idempotency_key: &[u8], value_bytes: usize) -> u64 {
     (2 * (3 + idempotency_key.len()) + 8 + value_bytes) as u64
 }
 
+/// Deletes the record of a request, if there is one.
+pub(super) fn forget<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<(), StoreError> {
+    let Some(bytes) = entry.get(&request_key(slot, key))? else { return Ok(()) };
+    let record = RequestRecord::decode(&bytes)?;
+    entry.delete(request_key(slot, key));
+    entry.delete(expiry_key(slot, record.time_ms, key));
+    let used = &mut entry.state_mut(slot)?.requests;
+    used.bytes = used.bytes.saturating_sub(cost(key, bytes.len()));
+    Ok(())
+}
+
 /// The memory of a shard's requests while an entry is applied.
 pub(super) struct Memory {
     clock: Clock,
@@ -153,11 +164,27 @@ impl Memory {
         if !record.expired(self.now_ms()) {
             return Ok(Some(record));
         }
-        entry.delete(request_key(slot, key));
-        entry.delete(expiry_key(slot, record.time_ms, key));
-        let used = &mut entry.state_mut(slot)?.requests;
-        used.bytes = used.bytes.saturating_sub(cost(key, bytes.len()));
+        forget(entry, slot, key)?;
         Ok(None)
+    }
+
+    /// Takes what a move brings of a request: its record at the source, where it was `source_ms`, or that there is none any more. The
+    /// record keeps its age, as far as this shard's time goes back: it may live longer here, and never shorter.
+    pub fn adopt<R: Read>(
+        &mut self,
+        entry: &mut Entry<'_, R>,
+        slot: Slot,
+        key: &[u8],
+        brought: Option<RequestRecord>,
+        source_ms: u64,
+    ) -> Result<(), StoreError> {
+        forget(entry, slot, key)?;
+        let Some(mut record) = brought else { return Ok(()) };
+        if record.expired(source_ms) {
+            return Ok(());
+        }
+        record.time_ms = self.now_ms().saturating_sub(source_ms.saturating_sub(record.time_ms));
+        self.store(entry, slot, key, record.time_ms, record.encode())
     }
 
     /// Whether `slot` has room for a record of `value_bytes`; deletes expired ones where it has not.
@@ -184,15 +211,23 @@ impl Memory {
         key: &[u8],
         record: Bytes,
     ) -> Result<(), StoreError> {
-        let now_ms = self.now_ms();
+        self.store(entry, slot, key, self.now_ms(), record)
+    }
+
+    fn store<R: Read>(
+        &mut self,
+        entry: &mut Entry<'_, R>,
+        slot: Slot,
+        key: &[u8],
+        time_ms: u64,
+        record: Bytes,
+    ) -> Result<(), StoreError> {
         let cost = cost(key, record.len());
         let used = &mut entry.state_mut(slot)?.requests;
-        if used.bytes == 0 {
-            used.since_ms = now_ms;
-        }
+        used.since_ms = if used.bytes == 0 { time_ms } else { used.since_ms.min(time_ms) };
         used.bytes += cost;
         entry.put(request_key(slot, key), record);
-        entry.put(expiry_key(slot, now_ms, key), codec::encode(&cost));
+        entry.put(expiry_key(slot, time_ms, key), codec::encode(&cost));
         self.changed = true;
         Ok(())
     }

@@ -10,6 +10,8 @@
 //! | 0x02 | slot | [`SlotState`] |
 //! | 0x03 | slot, idempotency key | `requests::RequestRecord` |
 //! | 0x04 | slot, group time in ms (eight bytes, big-endian), idempotency key | what the record costs in bytes |
+//! | 0x05 | move id, log index (eight bytes each, big-endian), a key of this map: it was changed by that entry, under that move | |
+//! | 0x06 | move id (eight bytes, big-endian) | `kv::OpenMove` |
 //! | 0x10 | slot, user key | `kv::Record` |
 //!
 //! Kept out: what is done with any of it (`kv`, `requests`). The hash, the layout and [`SlotState`] are part of the disk format.
@@ -28,6 +30,8 @@ const TAG_CLOCK: u8 = 0x01;
 const TAG_STATE: u8 = 0x02;
 const TAG_REQUEST: u8 = 0x03;
 const TAG_EXPIRY: u8 = 0x04;
+const TAG_CHANGE: u8 = 0x05;
+const TAG_MOVE: u8 = 0x06;
 const TAG_DATA: u8 = 0x10;
 
 /// Where the shard keeps its clock.
@@ -64,7 +68,9 @@ pub struct SlotState {
     pub requests: RequestsUsed,
 }
 
-/// A shard's hold on a slot. Reads are served by [`Ownership::Owned`] and [`Ownership::Frozen`], writes by [`Ownership::Owned`] alone.
+/// A shard's hold on a slot. Owned and leaving slots are read and written, frozen ones are read, the others neither.
+///
+/// A leaving, frozen or arriving slot is in a move that is open in this shard: its id is the slot's generation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ownership {
     #[default]
@@ -72,6 +78,10 @@ pub enum Ownership {
     Owned,
     /// A move holds writes back.
     Frozen,
+    /// As owned, but a move copies it, and its changes are marked.
+    Leaving,
+    /// A move installs it here.
+    Arriving,
 }
 
 /// What is in a slot, counted exactly.
@@ -92,10 +102,36 @@ pub struct RequestsUsed {
     pub since_ms: u64,
 }
 
+impl Contents {
+    /// Counts a key that was stored as `before` and will be as `after`. None where less was counted than there was.
+    pub fn recount(&mut self, key_bytes: usize, before: Option<&Bytes>, after: Option<&Bytes>) -> Option<()> {
+        if let Some(before) = before {
+            self.keys = self.keys.checked_sub(1)?;
+            self.bytes = self.bytes.checked_sub((key_bytes + before.len()) as u64)?;
+        }
+        if let Some(after) = after {
+            self.keys += 1;
+            self.bytes += (key_bytes + after.len()) as u64;
+        }
+        Some(())
+    }
+}
+
 impl SlotState {
     /// Whether the shard answers reads of the slot.
     pub fn serves_reads(&self) -> bool {
-        self.ownership != Ownership::NotOwned
+        match self.ownership {
+            Ownership::Owned | Ownership::Leaving | Ownership::Frozen => true,
+            Ownership::NotOwned | Ownership::Arriving => false,
+        }
+    }
+
+    /// The move for which changes of the slot are marked.
+    pub fn marked_for(&self) -> Option<MoveId> {
+        match self.ownership {
+            Ownership::Leaving | Ownership::Frozen => Some(self.generation),
+            Ownership::NotOwned | Ownership::Owned | Ownership::Arriving => None,
+        }
     }
 
     pub fn encode(&self) -> Bytes {
@@ -217,6 +253,57 @@ pub fn expiry_range(slot: Slot) -> KeyRange {
 /// The index by age of the requests answered in `slot` and those after it.
 pub fn expiry_range_from(slot: Slot) -> KeyRange {
     KeyRange { start: Bytes::copy_from_slice(&head(TAG_EXPIRY, slot)), end: after_prefix(&[TAG_EXPIRY]) }
+}
+
+/// The mark that `map_key` was changed by the entry at `index`, for a move. The marks of a move are in the order of its log.
+pub fn change_key(id: MoveId, index: u64, map_key: &[u8]) -> Bytes {
+    let mut key = BytesMut::with_capacity(17 + map_key.len());
+    key.put_u8(TAG_CHANGE);
+    key.put_u64(id.0);
+    key.put_u64(index);
+    key.put_slice(map_key);
+    key.freeze()
+}
+
+/// The move and the changed key of a [`change_key`]; shares its bytes.
+pub fn parse_change_key(key: &Bytes) -> Option<(MoveId, Bytes)> {
+    let (id, rest) = key.strip_prefix(&[TAG_CHANGE])?.split_first_chunk::<8>()?;
+    (rest.len() > 8).then(|| (MoveId(u64::from_be_bytes(*id)), key.slice(17..)))
+}
+
+/// The marks of a move.
+pub fn change_range(id: MoveId) -> KeyRange {
+    let mut prefix = [TAG_CHANGE; 9];
+    prefix[1..].copy_from_slice(&id.0.to_be_bytes());
+    KeyRange::prefix(&prefix)
+}
+
+/// The marks of this move and of those with higher ids.
+pub fn change_range_from(id: MoveId) -> KeyRange {
+    KeyRange { start: change_range(id).start, end: after_prefix(&[TAG_CHANGE]) }
+}
+
+/// Where a shard keeps an open move.
+pub fn move_key(id: MoveId) -> Bytes {
+    let mut key = BytesMut::with_capacity(9);
+    key.put_u8(TAG_MOVE);
+    key.put_u64(id.0);
+    key.freeze()
+}
+
+pub fn parse_move_key(key: &[u8]) -> Option<MoveId> {
+    let id = key.strip_prefix(&[TAG_MOVE])?;
+    id.try_into().ok().map(|id| MoveId(u64::from_be_bytes(id)))
+}
+
+/// Every open move of a shard's map.
+pub fn all_moves() -> KeyRange {
+    KeyRange::prefix(&[TAG_MOVE])
+}
+
+/// The slot of a key that holds data or the record of a request: what a move copies.
+pub fn slot_of_copied(map_key: &[u8]) -> Option<Slot> {
+    parse_head(TAG_DATA, map_key).or_else(|| parse_head(TAG_REQUEST, map_key))
 }
 
 #[cfg(test)]

@@ -10,22 +10,26 @@
 //! Then the operations are done in order, each seeing the earlier ones of its write. What was decided by (4) or done is remembered for a
 //! write with a key; rejections by (1), (3) and (5) are not, since the same write may well be accepted later.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
 use super::entry::Entry;
 use super::record::{decode_record, encode_record, stored_revision};
-use super::{Action, Command, Operation, OperationOutcome, Outcome, Record, Rejection, Write, WriteOutcome};
+use super::{
+    Action, Command, MoveOutcome, MoveStep, Operation, OperationOutcome, Outcome, Record, Rejection, Write, WriteOutcome,
+};
+use super::{clear, destination, source};
 use crate::sm::ports::{Read, StoreError, WriteBatch};
 use crate::sm::requests::{Answer, Fingerprint, Memory, RequestRecord, fingerprint};
 use crate::sm::slots::{Contents, Ownership, data_key, slot_of};
-use crate::types::{Revision, Slot};
+use crate::types::{MoveId, Revision, Slot};
 
-/// What `command` does to the map of a shard, and what it answers. The index has no part in it.
+/// What `command` at `index` of the log does to the map of a shard, and what it answers. The index has a part only in the marks of
+/// changes in slots that a move copies.
 ///
 /// A rejection is an answer, the same on every replica; an error is a broken disk or an undecodable map and stops the group.
-pub fn apply(read: &impl Read, _index: u64, command: Command) -> Result<(Outcome, WriteBatch), StoreError> {
+pub fn apply(read: &impl Read, index: u64, command: Command) -> Result<(Outcome, WriteBatch), StoreError> {
     let mut entry = Entry::new(read);
     let outcome = match command {
         Command::Write { time_ms, writes } => {
@@ -35,15 +39,36 @@ pub fn apply(read: &impl Read, _index: u64, command: Command) -> Result<(Outcome
             Outcome::Written(outcomes)
         }
         Command::Claim { slots } => claim(&mut entry, &slots)?,
+        Command::Move { id, slots, step } => Outcome::Moved(apply_step(&mut entry, id, slots, step)?),
+        Command::Install(install) => Outcome::Moved(destination::install(&mut entry, install)?),
     };
-    Ok((outcome, entry.into_batch()))
+    Ok((outcome, entry.into_batch(index)?))
+}
+
+fn apply_step<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: BTreeSet<Slot>,
+    step: MoveStep,
+) -> Result<MoveOutcome, StoreError> {
+    match step {
+        MoveStep::Begin { to } => source::begin(entry, id, slots, to),
+        MoveStep::Freeze => source::freeze(entry, id, &slots),
+        MoveStep::Release => source::release(entry, id, &slots),
+        MoveStep::Abort => source::abort(entry, id, &slots),
+        MoveStep::Prepare { from } => destination::prepare(entry, id, slots, from),
+        MoveStep::Complete { chunk, contents } => destination::complete(entry, id, &slots, chunk, &contents),
+        MoveStep::Activate => destination::activate(entry, id, &slots),
+        MoveStep::Cancel => destination::cancel(entry, id, &slots),
+        MoveStep::Clear { limit } => clear::clear(entry, id, &slots, limit),
+    }
 }
 
 /// First ownership of `slots`: all of them, or none if a move has ever touched one that is not owned. What is owned already stays so.
 fn claim<R: Read>(entry: &mut Entry<'_, R>, slots: &[Slot]) -> Result<Outcome, StoreError> {
     for slot in slots {
         let state = entry.state(*slot)?;
-        if state.ownership == Ownership::NotOwned && state.generation.0 > 0 {
+        if !state.serves_reads() && state.generation.0 > 0 {
             return Ok(Outcome::ClaimRejected { slot: *slot, generation: state.generation });
         }
     }
@@ -72,7 +97,7 @@ fn apply_write<R: Read>(entry: &mut Entry<'_, R>, memory: &mut Memory, write: &W
         .collect();
     for Placed { slot, .. } in &placed {
         let state = entry.state(*slot)?;
-        if state.ownership == Ownership::NotOwned {
+        if !state.serves_reads() {
             return Ok(WriteOutcome::Rejected(Rejection::WrongOwner { slot: *slot, moved_to: state.moved_to }));
         }
     }
@@ -295,7 +320,8 @@ impl Draft {
             }
         };
         let contents = self.contents_mut(entry, item.slot)?;
-        recount(contents, user_key.len(), stored.as_ref(), after.as_ref())
+        contents
+            .recount(user_key.len(), stored.as_ref(), after.as_ref())
             .ok_or_else(|| StoreError::Damaged(format!("slot {} holds more than was counted in it", item.slot)))?;
         match after {
             Some(bytes) => self.changes.put(data_key, bytes),
@@ -317,17 +343,4 @@ impl Draft {
         contents.revision.0 += 1;
         Ok(contents.revision)
     }
-}
-
-/// Counts a key that was stored as `before` and will be as `after`. None where less was counted than there was.
-fn recount(contents: &mut Contents, key_bytes: usize, before: Option<&Bytes>, after: Option<&Bytes>) -> Option<()> {
-    if let Some(before) = before {
-        contents.keys = contents.keys.checked_sub(1)?;
-        contents.bytes = contents.bytes.checked_sub((key_bytes + before.len()) as u64)?;
-    }
-    if let Some(after) = after {
-        contents.keys += 1;
-        contents.bytes += (key_bytes + after.len()) as u64;
-    }
-    Some(())
 }

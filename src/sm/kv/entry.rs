@@ -1,15 +1,17 @@
 //! The map as an entry sees it while it is applied: what was there, and over it what the entry has done so far.
 //!
-//! The state of each slot that the entry touches is read once, changed here, and written once, by [`Entry::into_batch`].
+//! The state of each slot that the entry touches is read once, changed here, and written once, by [`Entry::into_batch`]. There too every
+//! change in a slot that a move copies is marked, whoever made it.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map;
 
 use bytes::Bytes;
 
+use super::OpenMove;
 use crate::sm::ports::{Direction, KeyRange, Overlay, Read, StoreError, WriteBatch};
-use crate::sm::slots::{SlotState, state_key};
-use crate::types::Slot;
+use crate::sm::slots::{SlotState, change_key, move_key, parse_request_key, slot_of_copied, state_key};
+use crate::types::{MoveId, Slot};
 
 pub(in crate::sm) struct Entry<'a, R> {
     read: &'a R,
@@ -26,6 +28,11 @@ struct Touched {
 impl<'a, R: Read> Entry<'a, R> {
     pub fn new(read: &'a R) -> Self {
         Self { read, batch: WriteBatch::default(), states: BTreeMap::new() }
+    }
+
+    /// The map as it was before the entry.
+    pub fn map(&self) -> &'a R {
+        self.read
     }
 
     pub fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
@@ -82,14 +89,43 @@ impl<'a, R: Read> Entry<'a, R> {
         }
     }
 
-    /// All that the entry did.
-    pub fn into_batch(self) -> WriteBatch {
+    /// The move with this id, if it is open here.
+    pub fn open_move(&self, id: MoveId) -> Result<Option<OpenMove>, StoreError> {
+        OpenMove::read(&Overlay { base: self.read, batch: &self.batch }, id)
+    }
+
+    pub fn put_move(&mut self, id: MoveId, open: &OpenMove) {
+        self.put(move_key(id), open.encode());
+    }
+
+    pub fn close_move(&mut self, id: MoveId) {
+        self.delete(move_key(id));
+    }
+
+    /// Marks what the entry changes in slots that a move copies.
+    ///
+    /// The mark holds the index of the entry: marks are in the order of the log, and one that was read is never behind a new one. That a
+    /// request's record was deleted is not marked: only expired ones are, and the destination forgets them by the ages it was given.
+    fn mark_changes(&mut self, index: u64) -> Result<(), StoreError> {
+        let changed = self.batch.iter().filter(|(key, value)| value.is_some() || parse_request_key(key).is_none());
+        let copied: Vec<(Slot, Bytes)> = changed.filter_map(|(key, _)| Some((slot_of_copied(key)?, key.clone()))).collect();
+        for (slot, key) in copied {
+            if let Some(id) = self.state(slot)?.marked_for() {
+                self.put(change_key(id, index, &key), Bytes::new());
+            }
+        }
+        Ok(())
+    }
+
+    /// All that the entry at `index` did.
+    pub fn into_batch(mut self, index: u64) -> Result<WriteBatch, StoreError> {
+        self.mark_changes(index)?;
         let mut batch = self.batch;
         for (slot, touched) in self.states {
             if touched.changed {
                 batch.put(Bytes::copy_from_slice(&state_key(slot)), touched.state.encode());
             }
         }
-        batch
+        Ok(batch)
     }
 }

@@ -2,21 +2,37 @@
 //!
 //! `record` is how a value is stored, `entry` the map as an entry sees it while it is applied, `apply` what an entry does, `read` what
 //! is read outside of the log. Where things are in the map is in `slots`, the memory of answered requests in `requests`.
+//!
+//! Slot moves: `moves` has their words, `source`, `destination` and `clear` what their steps do, `chunk` what the source reads for the
+//! destination, `observed` how far a shard is with a move.
 
 mod apply;
+mod chunk;
+mod clear;
+mod destination;
 mod entry;
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod move_tests;
+mod moves;
+mod observed;
 mod read;
 mod record;
+mod source;
 #[cfg(test)]
 mod tests;
+
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 pub use self::apply::apply;
+pub use self::chunk::{Chunk, final_contents, move_chunk};
 pub(super) use self::entry::Entry;
+pub use self::moves::{Install, MoveOutcome, MovePhase, MoveRejection, MoveStep, OpenMove, Progress};
+pub use self::observed::{DestinationState, Remaining, SourceState, destination_state, leftovers, source_state};
 pub use self::read::{Counts, PageRequest, ReadOutcome, ScanPage, count, read, scan_page};
 pub use self::record::{decode_record, encode_record};
 use super::codec;
@@ -30,6 +46,10 @@ pub enum Command {
     Write { time_ms: u64, writes: Vec<Write> },
     /// First ownership of slots that no move has ever touched (generation 0), from the group's creation record.
     Claim { slots: Vec<Slot> },
+    /// A step of a move of slots between two shards.
+    Move { id: MoveId, slots: BTreeSet<Slot>, step: MoveStep },
+    /// A chunk of a move, for its destination.
+    Install(Install),
 }
 
 /// Operations that happen all in one entry or not at all.
@@ -99,6 +119,8 @@ pub enum Outcome {
         slot: Slot,
         generation: MoveId,
     },
+    /// Of a step or a chunk of a move.
+    Moved(MoveOutcome),
 }
 
 /// What became of a [`Write`].
@@ -156,6 +178,16 @@ impl Command {
         match self {
             Command::Write { writes, .. } => 16 + writes.iter().map(Write::size_hint).sum::<usize>(),
             Command::Claim { slots } => 8 + 2 * slots.len(),
+            Command::Move { slots, step, .. } => 16 + 2 * slots.len() + step.size_hint(),
+            Command::Install(install) => install.size_hint(),
+        }
+    }
+
+    /// The group time that it carries, if it does.
+    pub fn time_ms(&self) -> Option<u64> {
+        match self {
+            Command::Write { time_ms, .. } | Command::Install(Install { time_ms, .. }) => Some(*time_ms),
+            Command::Claim { .. } | Command::Move { .. } => None,
         }
     }
 }

@@ -1,0 +1,91 @@
+//! Deletes, a bounded number of keys per entry, what moves leave behind: at a source the slots it released, at a destination those whose
+//! install was given up, and marks of changes.
+//!
+//! It touches no slot that this shard serves, that a newer move installs, or that the move itself has open.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+
+use super::destination::{give_up, miscounted};
+use super::entry::Entry;
+use super::{MoveOutcome, MoveRejection};
+use crate::sm::ports::{KeyRange, Read, StoreError};
+use crate::sm::requests::forget;
+use crate::sm::slots::{Ownership, change_range, data_range, misplaced, parse_data_key, parse_request_key, request_range};
+use crate::types::{MoveId, Slot};
+
+pub(super) fn clear<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+    limit: u32,
+) -> Result<MoveOutcome, StoreError> {
+    if entry.open_move(id)?.is_some() {
+        return Ok(MoveRejection::Open { id }.into());
+    }
+    let mut overtaken = BTreeSet::new();
+    for slot in slots {
+        let state = entry.state(*slot)?;
+        if state.generation > id {
+            return Ok(MoveRejection::Overtaken { slot: *slot, generation: state.generation }.into());
+        }
+        if state.serves_reads() {
+            return Ok(MoveRejection::Owned { slot: *slot }.into());
+        }
+        if state.ownership == Ownership::Arriving {
+            overtaken.insert(state.generation);
+        }
+    }
+    // A move is only opened when the ones before it of its slots have ended: what an older one installs here will never be served.
+    for older in overtaken {
+        if let Some(open) = entry.open_move(older)? {
+            give_up(entry, older, &open.slots)?;
+        }
+    }
+    let mut left = limit as usize;
+    clear_changes(entry, id, &mut left)?;
+    for slot in slots {
+        clear_requests(entry, *slot, &mut left)?;
+        clear_data(entry, *slot, &mut left)?;
+    }
+    Ok(MoveOutcome::Cleared { more: left == 0 })
+}
+
+/// Up to `left` keys of `range`; `left` goes down by as many.
+fn take<R: Read>(entry: &Entry<'_, R>, range: &KeyRange, left: &mut usize) -> Result<Vec<(Bytes, Bytes)>, StoreError> {
+    let mut found = Vec::new();
+    if *left > 0 {
+        entry.scan(range, |key, value| {
+            found.push((key, value));
+            Ok(found.len() < *left)
+        })?;
+        *left -= found.len();
+    }
+    Ok(found)
+}
+
+fn clear_changes<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, left: &mut usize) -> Result<(), StoreError> {
+    for (key, _) in take(entry, &change_range(id), left)? {
+        entry.delete(key);
+    }
+    Ok(())
+}
+
+fn clear_requests<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut usize) -> Result<(), StoreError> {
+    for (key, _) in take(entry, &request_range(slot), left)? {
+        let (_, key) = parse_request_key(&key).ok_or_else(|| misplaced(&key))?;
+        forget(entry, slot, &key)?;
+    }
+    Ok(())
+}
+
+fn clear_data<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut usize) -> Result<(), StoreError> {
+    for (key, value) in take(entry, &data_range(slot, &KeyRange::all()), left)? {
+        let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
+        let contents = &mut entry.state_mut(slot)?.contents;
+        contents.recount(user_key.len(), Some(&value), None).ok_or_else(|| miscounted(slot))?;
+        entry.delete(key);
+    }
+    Ok(())
+}

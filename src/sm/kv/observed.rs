@@ -1,0 +1,151 @@
+//! How far a shard is with a move, read from its map: what the driver of a move decides by. And what moves have left to be cleared.
+//!
+//! A map may be behind its log, so what is observed was so, and may have gone on since. The steps are fenced, so a decision on it does no
+//! harm. States follow one another in one direction only, as they are ordered here.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use super::chunk::{Cursor, changes_left};
+use super::source::is_released;
+use super::{MovePhase, OpenMove, Progress};
+use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
+use crate::sm::slots::{
+    Ownership, SlotState, change_range_from, data_range, expiry_range, misplaced, parse_change_key, request_range,
+};
+use crate::types::{MoveId, Slot};
+
+/// What a source has of a move.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SourceState {
+    /// It owns the slots, and the move has not begun.
+    Ready,
+    /// It does not own the slots: not yet, or an older move has them.
+    NotReady,
+    Copying(Remaining),
+    Frozen(Remaining),
+    Aborted,
+    Released,
+    /// A later move has had some of the slots: this one is long over.
+    Overtaken,
+}
+
+/// What is left to be read after the destination's cursor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Remaining {
+    /// Some or all of what the slots hold, and the changes since.
+    Pairs,
+    /// So many changes, or more than were counted.
+    Changes(usize),
+}
+
+/// What a destination has of a move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DestinationState {
+    /// Its slots are empty, and ready to be prepared.
+    Free,
+    /// Something is left in its slots, to be cleared first.
+    Leftovers,
+    /// An older move has not been taken from it yet, as far as its map has come.
+    StillOwned,
+    Installing(Progress),
+    /// It serves the slots.
+    Active,
+    /// The install was given up.
+    Cancelled,
+    /// A later move has had some of the slots: this one is long over.
+    Overtaken,
+}
+
+/// Most changes that are counted: enough to see that they are few.
+const COUNTED_MAX: usize = 10_000;
+
+/// What the map of a source has of a move of `slots`. `cursor` is that of the destination's progress; empty where there is none.
+pub fn source_state(read: &impl Read, id: MoveId, slots: &BTreeSet<Slot>, cursor: &[u8]) -> Result<SourceState, StoreError> {
+    if let Some(open) = OpenMove::read(read, id)? {
+        let left = changes_left(read, id, &Cursor::decode(cursor)?, COUNTED_MAX)?;
+        let remaining = left.map_or(Remaining::Pairs, Remaining::Changes);
+        return Ok(match open.phase {
+            MovePhase::Copying { .. } => SourceState::Copying(remaining),
+            MovePhase::Frozen { .. } => SourceState::Frozen(remaining),
+            MovePhase::Installing { .. } => SourceState::NotReady,
+        });
+    }
+    let mut furthest = SourceState::Ready;
+    for slot in slots {
+        let state = SlotState::read(read, *slot)?;
+        let now = match state.generation.cmp(&id) {
+            std::cmp::Ordering::Greater => SourceState::Overtaken,
+            std::cmp::Ordering::Less if state.ownership == Ownership::Owned => SourceState::Ready,
+            std::cmp::Ordering::Less => SourceState::NotReady,
+            std::cmp::Ordering::Equal if is_released(&state, id) => SourceState::Released,
+            std::cmp::Ordering::Equal => SourceState::Aborted,
+        };
+        furthest = furthest.max(now);
+    }
+    Ok(furthest)
+}
+
+/// What the map of a destination has of a move of `slots`.
+pub fn destination_state(read: &impl Read, id: MoveId, slots: &BTreeSet<Slot>) -> Result<DestinationState, StoreError> {
+    if let Some(OpenMove { phase: MovePhase::Installing { progress, .. }, .. }) = OpenMove::read(read, id)? {
+        return Ok(DestinationState::Installing(progress));
+    }
+    let mut leftovers = false;
+    for slot in slots {
+        let state = SlotState::read(read, *slot)?;
+        match state.generation.cmp(&id) {
+            std::cmp::Ordering::Greater => return Ok(DestinationState::Overtaken),
+            std::cmp::Ordering::Equal if state.serves_reads() => return Ok(DestinationState::Active),
+            std::cmp::Ordering::Equal => return Ok(DestinationState::Cancelled),
+            std::cmp::Ordering::Less if state.serves_reads() => return Ok(DestinationState::StillOwned),
+            std::cmp::Ordering::Less => {
+                leftovers = leftovers || state.ownership == Ownership::Arriving || holds_anything(read, *slot)?;
+            }
+        }
+    }
+    Ok(if leftovers { DestinationState::Leftovers } else { DestinationState::Free })
+}
+
+/// Whether the map holds anything in `slot`, looked up in the map itself and not in its counters.
+pub(super) fn holds_anything(read: &impl Read, slot: Slot) -> Result<bool, StoreError> {
+    for range in [data_range(slot, &KeyRange::all()), request_range(slot), expiry_range(slot)] {
+        if read.scan(&range, Direction::Forward).next().transpose()?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Most slots named by [`leftovers`] at once.
+const LEFTOVER_SLOTS_MAX: usize = 64;
+
+/// Something that ended moves have left in the map, as the move and slots of a [`super::MoveStep::Clear`] that deletes some of it: the
+/// marks of a move, or what is in slots that the shard does not hold. To be asked again after each such step, by the shard's leader.
+pub fn leftovers(read: &impl Read) -> Result<Option<(MoveId, BTreeSet<Slot>)>, StoreError> {
+    if let Some(id) = ended_with_marks(read)? {
+        return Ok(Some((id, BTreeSet::new())));
+    }
+    let mut states = SlotState::read_all(read)?;
+    states.retain(|(_, state)| state.ownership == Ownership::NotOwned && (state.contents.keys > 0 || state.requests.bytes > 0));
+    let Some((_, first)) = states.first().copied() else { return Ok(None) };
+    let alike = states.into_iter().filter(|(_, state)| state.generation == first.generation);
+    let slots = alike.map(|(slot, _)| slot).take(LEFTOVER_SLOTS_MAX).collect();
+    Ok(Some((first.generation, slots)))
+}
+
+/// A move that is not open any more, and of which marks are left.
+fn ended_with_marks(read: &impl Read) -> Result<Option<MoveId>, StoreError> {
+    let mut from = MoveId(0);
+    loop {
+        let Some((mark, _)) = read.scan(&change_range_from(from), Direction::Forward).next().transpose()? else {
+            return Ok(None);
+        };
+        let (id, _) = parse_change_key(&mark).ok_or_else(|| misplaced(&mark))?;
+        if OpenMove::read(read, id)?.is_none() {
+            return Ok(Some(id));
+        }
+        from = MoveId(id.0 + 1);
+    }
+}
