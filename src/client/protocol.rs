@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::store::{Consistency, Failure, Found, Item, ScanRange};
 use crate::sm::kv::{Write, WriteOutcome};
 use crate::sm::view::{Asked, SlotTable};
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, PlanEpoch, ReplicaId, Slot};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
 /// Asks the node that leads `shard` (or, for stale reads, one that has a replica).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +79,12 @@ pub struct ClusterStatus {
     pub meta_leader: Option<NodeId>,
     pub nodes: Vec<NodeStatus>,
     pub shards: Vec<ShardStatus>,
+    /// Moves under way.
+    pub moves: Vec<MoveStatus>,
+    /// Slots that are not yet where the plan wants them.
+    pub slots_astray: u64,
+    /// Everything is as the plan says.
+    pub settled: bool,
     /// Runs of slots in slot order: how many, and the shard that owns them.
     pub slots: SlotTable,
 }
@@ -91,6 +97,8 @@ pub struct NodeStatus {
     pub directory: DirectoryId,
     /// Whether the answering node reached it within the last seconds.
     pub reachable: bool,
+    /// On its way out: it goes when the last of its replicas is retired.
+    pub leaving: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -112,6 +120,17 @@ pub struct ReplicaStatus {
     pub node: NodeId,
     pub health: ReplicaHealth,
     pub applied: Option<LogId>,
+    /// On its way out: it goes when its shard has committed a membership without it.
+    pub leaving: bool,
+}
+
+/// Slots going from a shard to another.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MoveStatus {
+    pub id: MoveId,
+    pub from: GroupId,
+    pub to: GroupId,
+    pub slots: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

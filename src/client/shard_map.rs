@@ -145,9 +145,15 @@ mod tests {
             public_address: format!("node-{id}:1").parse().expect("an address"),
             directory: DirectoryId(0),
             reachable: true,
+            leaving: false,
         };
-        let replica =
-            |id, node| ReplicaStatus { id: ReplicaId(id), node: NodeId(node), health: ReplicaHealth::Following, applied: None };
+        let replica = |id, node| ReplicaStatus {
+            id: ReplicaId(id),
+            node: NodeId(node),
+            health: ReplicaHealth::Following,
+            applied: None,
+            leaving: false,
+        };
         let shard = |id, home, leader: Option<u64>| ShardStatus {
             id: GroupId(id),
             home: NodeId(home),
@@ -167,6 +173,9 @@ mod tests {
             meta_leader: None,
             nodes: vec![node(1), node(2), node(3)],
             shards: vec![shard(0, 1, None), shard(1, 1, Some(3)), shard(2, 2, None), shard(3, 3, None)],
+            moves: vec![],
+            slots_astray: 0,
+            settled: true,
             slots: SlotTable::new(|slot| GroupId(1 + u64::from(slot.number() % 2))),
         }
     }

@@ -66,9 +66,15 @@ pub fn status(version: u64, leader: Option<usize>, nodes: &[Address]) -> Cluster
         public_address: address.clone(),
         directory: DirectoryId(0),
         reachable: true,
+        leaving: false,
     };
-    let replica =
-        |at: usize| ReplicaStatus { id: ReplicaId(at as u64), node: id(at), health: ReplicaHealth::Following, applied: None };
+    let replica = |at: usize| ReplicaStatus {
+        id: ReplicaId(at as u64),
+        node: id(at),
+        health: ReplicaHealth::Following,
+        applied: None,
+        leaving: false,
+    };
     let shard = ShardStatus {
         id: GroupId(1),
         home: NodeId(1),
@@ -88,6 +94,9 @@ pub fn status(version: u64, leader: Option<usize>, nodes: &[Address]) -> Cluster
         meta_leader: Some(NodeId(1)),
         nodes: nodes.iter().enumerate().map(node).collect(),
         shards: vec![shard],
+        moves: vec![],
+        slots_astray: 0,
+        settled: true,
         slots: SlotTable::new(|_| GroupId(1)),
     }
 }

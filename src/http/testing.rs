@@ -225,6 +225,9 @@ impl Store for FakeStore {
             meta_leader: None,
             nodes: vec![],
             shards: vec![],
+            moves: vec![],
+            slots_astray: 0,
+            settled: true,
             slots: SlotTable::new(|_| GroupId(1)),
         })))
     }

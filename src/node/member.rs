@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::client::call::ShardCaller;
 use crate::client::peer::{HostedReplica, PeerCaller};
-use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::client::protocol::{ClusterStatus, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::raft::Group;
 use crate::raft::Registry;
@@ -234,6 +234,13 @@ impl Member {
             public_address: node.public().clone(),
             directory: node.directory,
             reachable: answers.get(id).is_some_and(Option::is_some),
+            leaving: view.leaving.contains(id),
+        });
+        let moves = view.moves.iter().map(|(id, held)| MoveStatus {
+            id: *id,
+            from: held.from,
+            to: held.to,
+            slots: held.slots.len() as u64,
         });
         let shards = view.shards().map(|(id, group)| describe_shard(view, id, group, answers));
         ClusterStatus {
@@ -245,6 +252,9 @@ impl Member {
             meta_leader: self.registry.get(GroupId::META).and_then(|meta| meta.status().leader),
             nodes: nodes.collect(),
             shards: shards.collect(),
+            moves: moves.collect(),
+            slots_astray: view.astray().count() as u64,
+            settled: view.is_settled(),
             slots: view.slots.clone(),
         }
     }
@@ -280,7 +290,7 @@ fn describe_shard(
         answers.get(&node)?.as_ref()?.iter().find(|hosted| hosted.group == id && hosted.replica == replica)
     };
     let all: Vec<(ReplicaId, NodeId, Option<&HostedReplica>)> =
-        group.replicas.iter().map(|(replica, node)| (*replica, *node, told(*replica, *node))).collect();
+        group.hosted().map(|(replica, node)| (replica, node, told(replica, node))).collect();
     // The leader is who says so itself, in the highest term: what others say may be out of date.
     let leading = all
         .iter()
@@ -295,6 +305,7 @@ fn describe_shard(
         node: *node,
         health: health(*hosted, leader == Some(*node), applied_index),
         applied: hosted.and_then(|hosted| hosted.applied),
+        leaving: group.leaving.contains_key(replica),
     });
     ShardStatus {
         id,

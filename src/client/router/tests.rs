@@ -188,7 +188,8 @@ impl ShardAccess for Fake {
 
 fn status_of(state: &State, version: u64) -> ClusterStatus {
     let address: Address = "a:1".parse().expect("an address");
-    let replica = ReplicaStatus { id: ReplicaId(1), node: NodeId(1), health: ReplicaHealth::Leading, applied: None };
+    let replica =
+        ReplicaStatus { id: ReplicaId(1), node: NodeId(1), health: ReplicaHealth::Leading, applied: None, leaving: false };
     let shard = |id: &GroupId| ShardStatus {
         id: *id,
         home: NodeId(1),
@@ -212,8 +213,12 @@ fn status_of(state: &State, version: u64) -> ClusterStatus {
             public_address: address,
             directory: DirectoryId(1),
             reachable: true,
+            leaving: false,
         }],
         shards: state.shards.keys().map(shard).collect(),
+        moves: vec![],
+        slots_astray: 0,
+        settled: true,
         slots: SlotTable::new(|slot| state.owner[&slot]),
     }
 }

@@ -54,7 +54,7 @@ async fn asked(app: &App, uri: &Uri) -> Result<Response, Problem> {
     };
     let replication_factor = status.asked.replication_factor;
     let asked = ViewChange {
-        nodes: Some(status.nodes.into_iter().map(|node| node.address).collect()),
+        nodes: Some(status.nodes.into_iter().filter(|node| !node.leaving).map(|node| node.address).collect()),
         layout: Some(status.asked.layout),
         replication_factor: Some(replication_factor.map_or(ReplicationFactor::Default(Auto::Auto), ReplicationFactor::Fixed)),
         shards: Some(status.asked.shards.map_or(Shards::Default(PerNode::PerNode), Shards::Fixed)),
