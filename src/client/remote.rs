@@ -295,11 +295,22 @@ impl ShardAccess for HttpAccess {
     }
 
     async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
-        let asked = self.first_to_answer(|address| view_change::operation(self.caller.http(), address, id, options));
-        asked.await.map_err(|failure| match failure {
-            ViewChangeFailure::Failed(failure) => failure,
-            other => Failure::Unavailable { reason: other.to_string(), retry_after_ms: 1000 },
-        })
+        let deadline = Instant::now() + options.timeout;
+        let mut last = Ok(None);
+        for address in self.answering_first().await? {
+            let timeout = Kind::Read.attempt_timeout(deadline.saturating_duration_since(Instant::now()));
+            if timeout.is_zero() {
+                break;
+            }
+            match view_change::operation(self.caller.http(), address, id, Options { timeout, ..options }).await {
+                Ok(Some(change)) => return Ok(Some(change)),
+                // A node that has left does not know it: the next one may.
+                Ok(None) => {}
+                Err(ViewChangeFailure::Failed(failure)) => last = Err(failure),
+                Err(other) => last = Err(unavailable(other.to_string())),
+            }
+        }
+        last
     }
 }
 
@@ -309,17 +320,23 @@ impl HttpAccess {
     where
         F: Future<Output = Result<T, ViewChangeFailure>> + 'a,
     {
-        if self.map().is_none() {
-            self.fetch_from_any().await.map_err(ViewChangeFailure::Failed)?;
-        }
         let mut last = ViewChangeFailure::Failed(unavailable("no node is known".into()));
-        for address in self.members() {
+        for address in self.answering_first().await.map_err(ViewChangeFailure::Failed)? {
             match ask(address).await {
                 Err(failure @ ViewChangeFailure::Failed(Failure::Unavailable { .. })) => last = failure,
                 settled => return settled,
             }
         }
         Err(last)
+    }
+
+    /// The members as of now, the one first that has just said so: a change of the view may be asked of any, and changes who they are.
+    async fn answering_first(&self) -> Result<Vec<Address>, Failure> {
+        let status = self.fetch_from_any().await?;
+        let answered = status.nodes.iter().find(|node| node.id == status.answered_by).map(|node| &node.public_address);
+        let mut members = self.members();
+        members.sort_by_key(|address| Some(address) != answered);
+        Ok(members)
     }
 }
 
@@ -449,6 +466,33 @@ mod tests {
         assert!(kept[0].is_ok(), "{kept:?}");
         assert_eq!(asked.load(Ordering::Relaxed), 3);
     }
+
+    #[tokio::test]
+    async fn a_change_is_followed_past_nodes_that_have_left() {
+        let (left, leaving) = bind().await;
+        let (member, staying) = bind().await;
+        for (listener, status, knows) in [
+            (leaving, status(1, None, std::slice::from_ref(&left)), false),
+            (staying, status(2, None, &[nobody().await, member.clone()]), true),
+        ] {
+            serve(listener, move |request| {
+                let status = status.clone();
+                async move {
+                    Some(match request.uri().path() {
+                        "/v1/cluster" => json(&status),
+                        "/v1/cluster/operations/4" if knows => answer(200, DONE),
+                        _ => answer(404, "{}"),
+                    })
+                }
+            });
+        }
+        let store = RemoteStore::connect(vec![left, member]).expect("a client");
+        let found = store.operation(PlanEpoch(4), options()).await.expect("an answer").expect("it is known");
+        assert!(found.is_over());
+        assert_eq!(store.operation(PlanEpoch(5), options()).await, Ok(None));
+    }
+
+    const DONE: &str = r#"{"id":4,"phase":"done","replicas_left":0,"slots_left":0,"bytes_left":0,"waiting_for":[]}"#;
 
     #[tokio::test]
     async fn calls_say_whether_they_can_have_done_anything() {
