@@ -167,6 +167,10 @@ impl PeerService for Face {
         self.node.hosted()
     }
 
+    fn invite(&self, members: Vec<Address>) {
+        self.node.invited(members);
+    }
+
     fn announce(&self, command: meta::Command) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
         Box::pin(self.node.announce(command))
     }

@@ -1,6 +1,7 @@
 //! What nodes ask each other before they have a group in common: who are you, and do you promise to be founded by me.
 //!
-//! JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `POST /peer/announce`.
+//! JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `POST /peer/announce`,
+//! `POST /peer/invite`.
 
 use std::time::Duration;
 
@@ -125,6 +126,11 @@ impl PeerCaller {
         timeout: Duration,
     ) -> Result<meta::Outcome, PeerError> {
         self.answer(address, self.http.post(format!("http://{address}/peer/announce")).json(command).timeout(timeout)).await
+    }
+
+    /// Tells a node that waits whom to ask: a view names it.
+    pub async fn invite(&self, address: &Address, members: &[Address], timeout: Duration) -> Result<(), PeerError> {
+        self.answer(address, self.http.post(format!("http://{address}/peer/invite")).json(members).timeout(timeout)).await
     }
 
     async fn answer<T: DeserializeOwned>(&self, address: &Address, request: reqwest::RequestBuilder) -> Result<T, PeerError> {

@@ -307,6 +307,8 @@ impl PeerService for Echo {
         identity()
     }
 
+    fn invite(&self, _: Vec<Address>) {}
+
     fn promise(&self, request: PromiseRequest) -> BoxFuture<'_, PromiseReply> {
         Box::pin(ready(PromiseReply::Refused { reason: format!("not to {}", request.founder_address) }))
     }

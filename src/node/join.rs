@@ -4,11 +4,11 @@
 //! done that rests on it.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::join_all;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +26,8 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
 /// Between two rounds of asking, for a spare: it may wait for days.
 const SPARE_INTERVAL: Duration = Duration::from_secs(1);
+/// Members that a node which waits is told of at once.
+const INVITERS_MAX: usize = 16;
 /// How often the log repeats what this node waits for.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -56,13 +58,25 @@ pub struct Joining {
     directory: DataDirectory,
     caller: PeerCaller,
     waiting: watch::Sender<Option<Waiting>>,
+    /// Who called a node that waits.
+    invited: Mutex<Vec<Address>>,
+    called: Notify,
 }
 
 impl Joining {
     pub fn new(config: NodeConfig, directory: DataDirectory, caller: PeerCaller) -> Self {
         let view_set = config.view_set();
         let directory_id = directory.id();
-        Self { config, view_set, directory_id, directory, caller, waiting: watch::Sender::new(None) }
+        Self {
+            config,
+            view_set,
+            directory_id,
+            directory,
+            caller,
+            waiting: watch::Sender::new(None),
+            invited: Mutex::default(),
+            called: Notify::new(),
+        }
     }
 
     pub fn directory_id(&self) -> DirectoryId {
@@ -124,9 +138,28 @@ impl Joining {
     ///
     /// When the stamp can't be written: the node may not go on as a member.
     pub fn stamp_member(&self, node: NodeId, view: &View) -> Result<(), DirectoryError> {
-        let meta_replica = view.replica_on(crate::types::GroupId::META, node).unwrap_or_default();
+        let meta_replica = view.runs_on(crate::types::GroupId::META, node).unwrap_or_default();
         let stamp = Stamp::Member { cluster: view.cluster, node, meta_replica, view: Box::new(view.clone()) };
         self.directory.set_stamp(stamp)
+    }
+
+    /// Records on disk that this node is none of its cluster's any more, and where that is.
+    ///
+    /// # Errors
+    ///
+    /// When the stamp can't be written: the node is still a member then.
+    pub fn stamp_retired(&self, node: NodeId, view: &View) -> Result<(), DirectoryError> {
+        let members = view.staying().map(|(_, node)| node.address.clone()).collect();
+        self.directory.set_stamp(Stamp::Retired { cluster: view.cluster, node, members })
+    }
+
+    /// Members of a cluster have called: they are asked too from now on. What they say counts, not who calls.
+    pub fn invited(&self, members: Vec<Address>) {
+        let mut invited = self.invited.lock().expect("no holder panics");
+        invited.clear();
+        invited.extend(members.into_iter().take(INVITERS_MAX));
+        drop(invited);
+        self.called.notify_one();
     }
 
     /// Whether this directory was a member when it was opened, or has become one: its log must hold its meta replica.
@@ -170,6 +203,7 @@ impl Joining {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Ok(None),
+                () = self.called.notified() => {}
                 () = tokio::time::sleep(interval) => {}
             }
         }
@@ -189,6 +223,7 @@ impl Joining {
     async fn ask_everyone(&self) -> BTreeMap<Address, Heard> {
         let members = self.waiting().map(|waiting| waiting.members().to_vec()).unwrap_or_default();
         let mut asked: Vec<Address> = self.view_set.iter().chain(&members).cloned().collect();
+        asked.extend(self.invited.lock().expect("no holder panics").iter().cloned());
         asked.sort();
         asked.dedup();
         asked.retain(|address| *address != self.config.address);

@@ -12,16 +12,20 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::client::call::ShardCaller;
-use crate::client::peer::{HostedReplica, PeerCaller};
+use crate::client::peer::{HostedReplica, PeerCaller, PeerError};
 use crate::client::protocol::{ClusterStatus, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
 use crate::client::shard_map::ShardMap;
+use crate::client::store::Failure;
 use crate::raft::Group;
+use crate::raft::ProposeError;
 use crate::raft::Registry;
 use crate::raft::transport::{Peer, Resolver};
-use crate::sm::kv;
 use crate::sm::view::View;
+use crate::sm::{kv, meta};
 use crate::types::{Address, ClusterId, GroupId, LogId, MapVersion, NodeId, ReplicaId};
 
+/// How soon to try a meta leader again that was none.
+const META_RETRY_AFTER_MS: u64 = 500;
 /// How long a router waits for a newer map before it tries the one it has once more.
 const MAP_WAIT: Duration = Duration::from_millis(200);
 /// How long a node that did not answer is asked last.
@@ -199,6 +203,30 @@ impl Member {
         }
         hint.suspects.retain(|(suspect, since)| *suspect != node && since.elapsed() < SUSPECT_FOR);
         hint.suspects.push((node, Instant::now()));
+    }
+
+    /// Has the meta group apply a command, wherever it is led.
+    ///
+    /// # Errors
+    ///
+    /// Why there is no answer. After [`Failure::Unknown`] it may have been applied.
+    pub async fn tell_meta(&self, command: meta::Command, timeout: Duration) -> Result<meta::Outcome, Failure> {
+        let unavailable = |reason: String| Failure::Unavailable { reason, retry_after_ms: META_RETRY_AFTER_MS };
+        let meta = self.registry.get(GroupId::META).ok_or_else(|| unavailable("the meta group is not open here".into()))?;
+        if meta.leads() {
+            return match meta.propose_meta(command, Instant::now() + timeout).await {
+                Ok(outcome) => Ok(outcome),
+                Err(ProposeError::Unknown { reason }) => Err(Failure::Unknown { reason }),
+                Err(error) => Err(unavailable(error.to_string())),
+            };
+        }
+        let view = self.view();
+        let leader = meta.status().leader.and_then(|leader| view.nodes.get(&leader));
+        let address = leader.map(|leader| &leader.address).ok_or_else(|| unavailable("the meta group has no leader".into()))?;
+        self.peers.announce(address, &command, timeout).await.map_err(|error| match error {
+            PeerError::NoAnswer { source, .. } if source.is_connect() => unavailable(source.to_string()),
+            error => Failure::Unknown { reason: error.to_string() },
+        })
     }
 
     /// What this node says of its own replicas.

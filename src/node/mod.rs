@@ -2,7 +2,7 @@
 //!
 //! [`Node::open`] locks the data directory, so that the node can say who it is; [`Node::run`] then joins (`join`, decided by `bootstrap`),
 //! opens log, maps and replicas, and keeps what runs equal to the view (`reconciler`), until it is told to stop. The other rooms:
-//! `member` is what the rest shares, `access` reaches shards, `balancer` brings leaders home, `janitor` has snapshots written.
+//! `news` asks around when the meta group is silent, `member` is what the rest shares, `access` reaches shards, `balancer` brings leaders home, `janitor` has snapshots written.
 //!
 //! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was done, and why.
 
@@ -13,6 +13,7 @@ mod janitor;
 mod join;
 mod member;
 mod metrics;
+mod news;
 mod reconciler;
 mod running;
 
@@ -74,12 +75,15 @@ pub enum NodeError {
     /// The process must be started again: the damaged database is out of the way by then.
     #[error("the map database is damaged; it is set aside and rebuilt by a start of the process")]
     MapsDamaged,
+    /// The process must be started again: it waits as a spare then.
+    #[error("this node is not in the view any more: it becomes a spare")]
+    Retired,
 }
 
 impl NodeError {
     /// Whether starting the process again, and nothing else, mends it.
     pub fn wants_restart(&self) -> bool {
-        matches!(self, NodeError::MapsDamaged | NodeError::Start(StartError::Maps(SledError::Hangs { .. })))
+        matches!(self, NodeError::MapsDamaged | NodeError::Retired | NodeError::Start(StartError::Maps(SledError::Hangs { .. })))
     }
 }
 
@@ -119,13 +123,18 @@ impl Node {
         };
         let failed = running.log_failure();
         let condemned = running.condemned();
+        let retired = running.retired();
         let running = self.running.get_or_init(|| running);
         let result = tokio::select! {
             biased;
             () = shutdown.cancelled() => Ok(()),
             reason = failed => Err(NodeError::LogFailed(reason)),
             () = condemned.cancelled() => Err(NodeError::MapsDamaged),
+            () = retired.cancelled() => Err(NodeError::Retired),
         };
+        if let Err(NodeError::Retired) = result {
+            running.retire(&self.joining).await?;
+        }
         running.stop(result.is_ok()).await;
         result
     }
@@ -174,6 +183,11 @@ impl Node {
         let joining = Arc::clone(&self.joining);
         let promised = tokio::task::spawn_blocking(move || joining.promise(&request)).await;
         promised.unwrap_or_else(|error| PromiseReply::Refused { reason: error.to_string() })
+    }
+
+    /// A node that waits is told whom to ask.
+    pub fn invited(&self, members: Vec<Address>) {
+        self.joining.invited(members);
     }
 
     /// What this node says of its own replicas.

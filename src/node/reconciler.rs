@@ -6,7 +6,8 @@
 //! - every replica of the view that is this node's is open; a new one is created only from the group's creation record, and only if this
 //!   node's log has never held it (▸ no frame ever creates a replica);
 //! - a group that was never initialized is, from its creation record: the same on every member, so it doesn't matter who does it;
-//! - a meta group without a view gets the first one; meta replicas that are no members yet become learners;
+//! - a replica that the view has retired is forgotten;
+//! - a meta group without a view gets the first one;
 //! - a shard that owns nothing claims the slots that the view gives it and that were never moved;
 //! - this node's address in the view is the one under which it runs.
 
@@ -21,7 +22,8 @@ use super::join::Joining;
 use super::member::Member;
 use crate::raft::Group;
 use crate::raft::ProposeError;
-use crate::sm::view::View;
+use crate::sm::slots::SlotState;
+use crate::sm::view::{self, View};
 use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
 use crate::types::{GroupId, NodeId, ReplicaId, Slot};
@@ -100,7 +102,8 @@ impl Reconciler {
     async fn tick(&self) -> bool {
         self.follow_view().await;
         let view = self.member.view();
-        let mut idle = self.open_replicas(&view).await;
+        let mut idle = self.wipe_retired(&view).await;
+        idle &= self.open_replicas(&view).await;
         for group in self.member.registry.groups() {
             idle &= self.ensure_initialized(&view, &group).await;
             if group.key().group.is_meta() {
@@ -137,6 +140,30 @@ impl Reconciler {
         }
     }
 
+    /// Forgets the replicas that the view has retired. One that it does not know yet stays: this view may be an old one.
+    async fn wipe_retired(&self, view: &View) -> bool {
+        let hosted: BTreeSet<ReplicaKey> = replicas_of(view, self.member.node).collect();
+        let mut idle = true;
+        for key in self.member.registry.stored() {
+            let is_retired = key.replica < view.next_replica && view.node_of(key.group, key.replica).is_none();
+            // The last replica of the meta group goes with the node, not before.
+            let is_last_of_meta = key.group.is_meta() && !hosted.iter().any(|other| other.group.is_meta());
+            if hosted.contains(&key) || !is_retired || is_last_of_meta {
+                continue;
+            }
+            idle = false;
+            match self.member.registry.wipe_replica(key).await {
+                Ok(()) => tracing::info!("replica {key} is retired: its data is gone from this node"),
+                Err(error) => tracing::warn!("retired replica {key} could not be wiped: {error}"),
+            }
+            let mut done = self.done.lock().expect("no holder panics");
+            done.failed.remove(&key);
+            done.claimed.remove(&key.group);
+            done.initialized.remove(&key.group);
+        }
+        idle
+    }
+
     async fn open_replicas(&self, view: &View) -> bool {
         let mut idle = true;
         for key in replicas_of(view, self.member.node) {
@@ -145,7 +172,7 @@ impl Reconciler {
                 continue;
             }
             idle = false;
-            let created = view.groups.get(&key.group).is_some_and(|group| may_create(group, key.replica, key.group));
+            let created = view.groups.get(&key.group).is_some_and(|group| may_create(group, key.replica));
             if let Err(error) = self.member.registry.open_replica(key, created).await {
                 let reason = error.to_string();
                 tracing::error!("replica {key} cannot be opened: {reason}");
@@ -202,15 +229,6 @@ impl Reconciler {
                 return true;
             }
         }
-        let members = meta.status().membership.members();
-        let replicas = view.groups.get(&GroupId::META).map(|group| &group.replicas);
-        let missing = replicas.into_iter().flatten().find(|(replica, _)| !members.contains(replica));
-        if let Some((replica, node)) = missing {
-            if let Err(error) = meta.add_learner(*replica, *node).await {
-                tracing::warn!("replica {replica} of the meta group on node {node} did not become a learner: {error}");
-            }
-            return false;
-        }
         if !self.announced(view) {
             self.propose_meta(meta, self.announcement()).await;
             return false;
@@ -262,15 +280,16 @@ impl Reconciler {
         if self.done.lock().expect("no holder panics").claimed.contains(&shard) {
             return true;
         }
-        let counted = kv::count(&group.state().read());
-        let owned: BTreeSet<Slot> = match counted {
-            Ok(count) => count.slots.into_iter().collect(),
+        let held: BTreeSet<Slot> = match SlotState::read_all(&group.state().read()) {
+            Ok(states) => states.into_iter().filter(|(_, state)| state.serves_reads() || state.generation.0 > 0),
             Err(error) => {
                 tracing::error!("the map of {} cannot be read: {error}", group.key());
                 return true;
             }
-        };
-        let missing: Vec<Slot> = view.slots.of(shard).filter(|slot| !owned.contains(slot)).collect();
+        }
+        .map(|(slot, _)| slot)
+        .collect();
+        let missing: Vec<Slot> = view.slots.of(shard).filter(|slot| !held.contains(slot)).collect();
         if missing.is_empty() {
             self.done.lock().expect("no holder panics").claimed.insert(shard);
             return true;
@@ -289,18 +308,19 @@ impl Reconciler {
     }
 }
 
-/// The replicas that the view gives `node`, the meta group's first.
+/// The replicas that `node` is to run, the meta group's first.
 fn replicas_of(view: &View, node: NodeId) -> impl Iterator<Item = ReplicaKey> {
-    view.groups.iter().filter_map(move |(group, of)| {
-        let (replica, _) = of.replicas.iter().find(|(_, at)| **at == node)?;
-        Some(ReplicaKey { group: *group, replica: *replica })
+    view.groups.keys().filter_map(move |group| {
+        let replica = view.runs_on(*group, node)?;
+        Some(ReplicaKey { group: *group, replica })
     })
 }
 
-/// Whether a replica that this node's log has never held may be created with nothing in it: from the creation record, or as a learner
-/// of the meta group.
-fn may_create(group: &crate::sm::view::Group, replica: ReplicaId, id: GroupId) -> bool {
-    id.is_meta() || group.creation.contains_key(&replica)
+/// Whether a replica that this node's log does not hold may be created with nothing in it: only while its group has never counted it as a
+/// member. The creation record counts its voters from the first moment, and is what they are made from.
+fn may_create(group: &view::Group, replica: ReplicaId) -> bool {
+    let was_counted = group.reported.as_ref().is_some_and(|reported| reported.is_member(replica));
+    group.replicas.contains_key(&replica) && (group.creation.contains_key(&replica) || !was_counted)
 }
 
 fn unready_group(group: &Group) -> Option<String> {

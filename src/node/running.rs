@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::access::Access;
@@ -19,16 +18,17 @@ use super::janitor::Janitor;
 use super::join::{Joined, Joining};
 use super::member::{Member, Views};
 use super::metrics::{self, Family};
+use super::news::News;
 use super::reconciler::Reconciler;
 use crate::client::call::ShardCaller;
 use crate::client::peer::PeerCaller;
 use crate::client::router::Router;
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
+use crate::raft::OpenError;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::transport::Identity;
 use crate::raft::{LeaseReads, RaftTimings};
-use crate::raft::{OpenError, ProposeError};
 use crate::raft::{Registry, RegistryParts};
 use crate::sm::meta;
 use crate::sm::ports::StoreError;
@@ -76,6 +76,7 @@ pub struct Running {
     router: Router<Access>,
     member: Arc<Member>,
     reconciler: Arc<Reconciler>,
+    news: Arc<News>,
     storage: Storage,
     stop: CancellationToken,
     tasks: Mutex<JoinSet<()>>,
@@ -117,17 +118,20 @@ impl Running {
             (reconciler.clone(), Balancer::new(member.clone()), Janitor::new(member.clone(), storage.log.clone()));
         let stops = [stop.clone(), stop.clone(), stop.clone()];
         let [stop_1, stop_2, stop_3] = stops;
+        let (news, stop_4) = (Arc::new(News::new(member.clone())), stop.clone());
         tasks.spawn(async move { reconciling.run(&stop_1).await });
         tasks.spawn(async move { balancer.run(&stop_2).await });
         tasks.spawn(async move { janitor.run(&stop_3).await });
+        let asks = news.clone();
+        tasks.spawn(async move { asks.run(&stop_4).await });
         let router = Router::new(Access::new(member.clone()), rand::random());
-        Ok(Self { router, member, reconciler, storage, stop, tasks: Mutex::new(tasks) })
+        Ok(Self { router, member, reconciler, news, storage, stop, tasks: Mutex::new(tasks) })
     }
 
     /// Opens the replica of the meta group, and only then calls this directory a member.
     async fn join_meta(joining: &Arc<Joining>, member: &Member) -> Result<(), StartError> {
         let view = member.view();
-        let replica = view.replica_on(GroupId::META, member.node).ok_or(StartError::NoMetaReplica)?;
+        let replica = view.runs_on(GroupId::META, member.node).ok_or(StartError::NoMetaReplica)?;
         let key = ReplicaKey { group: GroupId::META, replica };
         // Once stamped a member, the directory has had its meta replica: it is never begun anew.
         let may_create = !joining.is_stamped_member();
@@ -161,6 +165,37 @@ impl Running {
         self.reconciler.condemned().clone()
     }
 
+    /// Cancelled when this node turns out not to be in the view any more.
+    pub fn retired(&self) -> CancellationToken {
+        self.news.retired().clone()
+    }
+
+    /// Says on disk that this node is retired, and then forgets its replicas: the view has none of them.
+    ///
+    /// # Errors
+    ///
+    /// When that can't be said on disk: then nothing is forgotten.
+    pub async fn retire(&self, joining: &Arc<Joining>) -> Result<(), DirectoryError> {
+        let Some(view) = self.news.view_without_us() else { return Ok(()) };
+        // Nothing may stamp or open anything as a member from here on.
+        self.end_tasks().await;
+        let (stamping, node) = (Arc::clone(joining), self.member.node);
+        let stamped = tokio::task::spawn_blocking(move || stamping.stamp_retired(node, &view)).await;
+        match stamped {
+            Ok(stamped) => stamped?,
+            Err(error) => {
+                tracing::error!("the stamp was not written: {error}");
+                return Ok(());
+            }
+        }
+        for key in self.registry().stored() {
+            if let Err(error) = self.registry().wipe_replica(key).await {
+                tracing::warn!("retired replica {key} could not be wiped: {error}");
+            }
+        }
+        Ok(())
+    }
+
     /// Resolves, with the reason, when the log has failed.
     pub fn log_failure(&self) -> impl Future<Output = String> + use<> {
         let mut failed = self.storage.log.failed();
@@ -175,24 +210,35 @@ impl Running {
         }
     }
 
+    /// Has the meta group, if this node leads it, apply what another node has to tell.
     pub async fn announce(&self, command: meta::Command) -> Result<meta::Outcome, Failure> {
-        let unavailable = |reason: &str| Failure::Unavailable { reason: reason.to_owned(), retry_after_ms: RETRY_AFTER_MS };
-        let meta = self.registry().get(GroupId::META).ok_or_else(|| unavailable("the meta group is not open here"))?;
-        if !matches!(command, meta::Command::Announce { .. }) {
-            return Err(Failure::Invalid { reason: "only a node's own announcement is taken from a peer".to_owned() });
+        match command {
+            meta::Command::Announce { .. }
+            | meta::Command::OpenMove { .. }
+            | meta::Command::CommitMove { .. }
+            | meta::Command::AbortMove { .. }
+            | meta::Command::Report { .. } => {}
+            meta::Command::Found { .. } | meta::Command::InstallPlan { .. } => {
+                return Err(Failure::Invalid { reason: "views are not taken from a peer".to_owned() });
+            }
         }
-        match meta.propose_meta(command, Instant::now() + ANNOUNCE_TIMEOUT).await {
-            Ok(outcome) => Ok(outcome),
-            Err(ProposeError::Unknown { reason }) => Err(Failure::Unknown { reason }),
-            Err(error) => Err(unavailable(&error.to_string())),
+        let leads = self.registry().get(GroupId::META).is_some_and(|meta| meta.leads());
+        if !leads {
+            let reason = "this node does not lead the meta group".to_owned();
+            return Err(Failure::Unavailable { reason, retry_after_ms: RETRY_AFTER_MS });
         }
+        self.member.tell_meta(command, ANNOUNCE_TIMEOUT).await
+    }
+
+    async fn end_tasks(&self) {
+        self.stop.cancel();
+        let mut tasks = std::mem::take(&mut *self.tasks.lock().await);
+        while tasks.join_next().await.is_some() {}
     }
 
     /// Stops every group and closes log and maps. `is_clean`: with everything written down, for a quick start.
     pub async fn stop(&self, is_clean: bool) {
-        self.stop.cancel();
-        let mut tasks = std::mem::take(&mut *self.tasks.lock().await);
-        while tasks.join_next().await.is_some() {}
+        self.end_tasks().await;
         self.registry().shutdown().await;
         let states = self.storage.states.clone();
         let log = self.storage.log.clone();

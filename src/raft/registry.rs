@@ -171,6 +171,24 @@ impl Registry {
         }
     }
 
+    /// The replicas that this node's log has, open or not.
+    pub fn stored(&self) -> Vec<ReplicaKey> {
+        self.shared.log.replicas()
+    }
+
+    /// Stops a replica and forgets what it had, but not that its id was used. Only for one that is retired: it takes its vote with it.
+    pub async fn wipe_replica(&self, key: ReplicaKey) -> Result<(), OpenError> {
+        self.close_replica(key).await;
+        let _opening = self.opening.lock().await;
+        let states = self.states.clone();
+        let wiped = tokio::task::spawn_blocking(move || states.wipe(key)).await;
+        wiped.map_err(|error| OpenError::Raft(format!("wiping the map panicked: {error}")))??;
+        let (done, forgotten) = oneshot::channel();
+        self.shared.log.wipe(key, Box::new(move |result| drop(done.send(result))));
+        let closed = || OpenError::Log(std::io::Error::other("it was closed"));
+        forgotten.await.map_err(|_| closed())?.map_err(OpenError::Log)
+    }
+
     /// Hands over every leadership that somebody can take, all at a time.
     pub async fn hand_over(&self, timeout: Duration) {
         let led = self.groups().into_iter().filter(|group| group.leads());

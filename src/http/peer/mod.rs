@@ -1,5 +1,5 @@
 //! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`, `GET /peer/identity`, `POST /peer/promise`,
-//! `GET /peer/replicas`, `POST /peer/announce`. The messages are those of `client::peer` and `client::protocol`.
+//! `GET /peer/replicas`, `POST /peer/announce`, `POST /peer/invite`. The messages are those of `client::peer` and `client::protocol`.
 //!
 //! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing of HTTP. A lane is one request whose
 //! body and answer both stream for as long as it lives, frame by frame; it ends when either side ends its stream, so a service that
@@ -28,6 +28,7 @@ use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest}
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::sm::{codec, meta};
+use crate::types::Address;
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 
@@ -51,13 +52,17 @@ pub trait PeerService: Send + Sync + 'static {
     /// The replicas that this node hosts, and how they are.
     fn replicas(&self) -> Vec<HostedReplica>;
 
-    /// Has the meta group, if this node leads it, apply the announcement of another node.
+    /// A node that waits is told whom to ask: a view names it.
+    fn invite(&self, members: Vec<Address>);
+
+    /// Has the meta group, if this node leads it, apply what another node has to tell.
     fn announce(&self, command: meta::Command) -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
 }
 
 /// The peer routes, for an app that has peers.
 pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
-    let [to_lane, to_shard, to_identity, to_promise, to_replicas, to_announce] = std::array::from_fn(|_| Arc::clone(&peers));
+    let [to_lane, to_shard, to_identity, to_promise, to_replicas, to_announce, to_invite] =
+        std::array::from_fn(|_| Arc::clone(&peers));
     Router::new()
         .route("/peer/lane/{lane}", post(move |Path(name), request| lane(to_lane, name, request)))
         .route("/peer/shard", post(move |State(app), request| shard(app, to_shard, request)))
@@ -65,6 +70,7 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
         .route("/peer/promise", post(move |State(app), request| promise(app, to_promise, request)))
         .route("/peer/replicas", get(move || async move { in_json(&to_replicas.replicas()) }))
         .route("/peer/announce", post(move |State(app), request| announce(app, to_announce, request)))
+        .route("/peer/invite", post(move |State(app), request| invite(app, to_invite, request)))
 }
 
 async fn lane(peers: Arc<dyn PeerService>, lane: String, request: Request) -> Response {
@@ -104,6 +110,16 @@ async fn announce(app: Shared, peers: Arc<dyn PeerService>, request: Request) ->
             Ok(outcome) => in_json(&outcome),
             Err(failure) => Problem::from(failure).into_response(),
         },
+        Err(problem) => problem.into_response(),
+    }
+}
+
+async fn invite(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+    match read_json(&app, request).await {
+        Ok(members) => {
+            peers.invite(members);
+            in_json(&())
+        }
         Err(problem) => problem.into_response(),
     }
 }
