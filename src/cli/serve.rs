@@ -25,7 +25,7 @@ use crate::raft::lanes::serve_lane;
 use crate::raft::transport::Lane;
 use crate::sm::meta;
 use crate::telemetry;
-use crate::types::ParseError;
+use crate::types::{Address, ParseError};
 
 /// How long leaderships may take to be handed over at a stop.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
