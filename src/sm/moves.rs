@@ -29,8 +29,8 @@ pub struct Move {
 /// How long the driver has been patient, by its own clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
-    /// With this many changes left, or fewer, the slots are frozen.
-    pub freeze_changes_max: usize,
+    /// With changes of so many bytes left, or fewer, the slots are frozen. Below [`super::kv::CHANGES_BYTES_MAX`]; a chunk's worth.
+    pub freeze_bytes_max: u64,
     /// Freeze as soon as the pairs are read, however many changes are left: they come as fast as they are copied.
     pub freeze_now: bool,
     /// The slots have been frozen for too long.
@@ -132,12 +132,12 @@ fn while_copying(left: Remaining, destination: Option<&DestinationState>, budget
     match (destination, left) {
         (Some(DestinationState::Installing(progress)), _) if progress.complete => Step::Wait(Waiting::Behind),
         (Some(DestinationState::Installing(progress)), Remaining::Pairs) => Step::Copy(progress.clone()),
-        (Some(DestinationState::Installing(_)), Remaining::Changes(count))
-            if budget.freeze_now || count <= budget.freeze_changes_max =>
+        (Some(DestinationState::Installing(_)), Remaining::Changes { bytes })
+            if budget.freeze_now || bytes <= budget.freeze_bytes_max =>
         {
             Step::Freeze
         }
-        (Some(DestinationState::Installing(progress)), Remaining::Changes(_)) => Step::Copy(progress.clone()),
+        (Some(DestinationState::Installing(progress)), Remaining::Changes { .. }) => Step::Copy(progress.clone()),
         (other, _) => prepared(other).unwrap_or(Step::Wait(Waiting::Behind)),
     }
 }
@@ -149,7 +149,9 @@ fn while_frozen(left: Remaining, destination: Option<&DestinationState>, budget:
         (Some(DestinationState::Active), _) => Step::Wait(Waiting::Behind),
         _ if budget.give_up => Step::Abort(AbortReason::GivenUp),
         _ if budget.freeze_overdue => Step::Abort(AbortReason::FrozenTooLong),
-        (Some(DestinationState::Installing(progress)), Remaining::Changes(0)) => Step::Complete { chunk: progress.chunk },
+        (Some(DestinationState::Installing(progress)), Remaining::Changes { bytes: 0 }) => {
+            Step::Complete { chunk: progress.chunk }
+        }
         (Some(DestinationState::Installing(progress)), _) => Step::Copy(progress.clone()),
         (other, _) => prepared(other).unwrap_or(Step::Wait(Waiting::Behind)),
     }

@@ -10,7 +10,7 @@
 //! | 0x02 | slot | [`SlotState`] |
 //! | 0x03 | slot, idempotency key | `requests::RequestRecord` |
 //! | 0x04 | slot, group time in ms (eight bytes, big-endian), idempotency key | what the record costs in bytes |
-//! | 0x05 | move id, log index (eight bytes each, big-endian), a key of this map: it was changed by that entry, under that move | |
+//! | 0x05 | move id, log index (eight bytes each, big-endian), a key that this entry changed under this move | the change's bytes |
 //! | 0x06 | move id (eight bytes, big-endian) | `kv::OpenMove` |
 //! | 0x10 | slot, user key | `kv::Record` |
 //!
@@ -269,6 +269,19 @@ pub fn change_key(id: MoveId, index: u64, map_key: &[u8]) -> Bytes {
 pub fn parse_change_key(key: &Bytes) -> Option<(MoveId, Bytes)> {
     let (id, rest) = key.strip_prefix(&[TAG_CHANGE])?.split_first_chunk::<8>()?;
     (rest.len() > 8).then(|| (MoveId(u64::from_be_bytes(*id)), key.slice(17..)))
+}
+
+/// What a mark holds: how many bytes the changed key and its value have.
+pub fn change_value(bytes: usize) -> Bytes {
+    codec::encode(&(bytes as u64))
+}
+
+/// What a mark costs besides the change itself, about.
+const CHANGE_OVERHEAD_BYTES: u64 = 64;
+
+/// What it weighs to carry over the change of a mark: its bytes and something for the mark, so that many small changes weigh too.
+pub fn change_weight(value: &[u8]) -> Result<u64, StoreError> {
+    codec::decode(value, "the mark of a change").map(|bytes: u64| bytes.saturating_add(CHANGE_OVERHEAD_BYTES))
 }
 
 /// The marks of a move.

@@ -40,7 +40,7 @@ pub fn apply(read: &impl Read, index: u64, command: Command) -> Result<(Outcome,
         }
         Command::Claim { slots } => claim(&mut entry, &slots)?,
         Command::Move { id, slots, step } => Outcome::Moved(apply_step(&mut entry, id, slots, step)?),
-        Command::Install(install) => Outcome::Moved(destination::install(&mut entry, install)?),
+        Command::Install { time_ms, install } => Outcome::Moved(destination::install(&mut entry, time_ms, install)?),
     };
     Ok((outcome, entry.into_batch(index)?))
 }

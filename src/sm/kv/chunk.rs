@@ -21,7 +21,9 @@ use super::{Install, MovePhase, OpenMove};
 use crate::sm::codec;
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::requests::group_time_ms;
-use crate::sm::slots::{Contents, SlotState, change_range, data_range, misplaced, parse_change_key, request_range};
+use crate::sm::slots::{
+    Contents, SlotState, change_range, change_weight, data_range, misplaced, parse_change_key, request_range,
+};
 use crate::types::{MoveId, Slot};
 
 /// Where the reading goes on. It travels in chunks, and is kept by the destination: the driver needs no memory. Part of the disk format.
@@ -60,9 +62,9 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// The entry that installs it as number `chunk`. Its time is the destination's to fill in.
+    /// As what the destination is to install as number `chunk`.
     pub fn install(self, id: MoveId, chunk: u64) -> Install {
-        Install { id, chunk, cursor: self.cursor, source_ms: self.source_ms, time_ms: 0, pairs: self.pairs }
+        Install { id, chunk, cursor: self.cursor, source_ms: self.source_ms, pairs: self.pairs }
     }
 }
 
@@ -156,12 +158,17 @@ fn rest_of(range: KeyRange, after: &[u8]) -> KeyRange {
     KeyRange { start: start.freeze(), end: range.end }
 }
 
-/// How many marks, at most `limit`, are left after a cursor; none while the pairs are not all read.
-pub(super) fn changes_left(read: &impl Read, id: MoveId, cursor: &Cursor, limit: usize) -> Result<Option<usize>, StoreError> {
+/// What the changes after a cursor weigh; counted until it is `bytes_max` or more. None while the pairs are not all read.
+pub(super) fn changes_left(read: &impl Read, id: MoveId, cursor: &Cursor, bytes_max: u64) -> Result<Option<u64>, StoreError> {
     let Cursor::Changes { after } = cursor else { return Ok(None) };
-    let range = rest_of(change_range(id), after);
-    let marks = read.scan(&range, Direction::Forward).take(limit);
-    marks.map(|mark| mark.map(|_| 1)).sum::<Result<usize, _>>().map(Some)
+    let mut bytes = 0;
+    for mark in read.scan(&rest_of(change_range(id), after), Direction::Forward) {
+        bytes += change_weight(&mark?.1)?;
+        if bytes >= bytes_max {
+            break;
+        }
+    }
+    Ok(Some(bytes))
 }
 
 /// What the source has in each slot of the move, where the map has it frozen: nothing of it changes any more.

@@ -56,7 +56,7 @@ pub(super) fn prepare<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: BTre
     Ok(MoveOutcome::Installing(progress))
 }
 
-pub(super) fn install<R: Read>(entry: &mut Entry<'_, R>, install: Install) -> Decided {
+pub(super) fn install<R: Read>(entry: &mut Entry<'_, R>, time_ms: u64, install: Install) -> Decided {
     let Some(open) = entry.open_move(install.id)? else { return Ok(MoveRejection::NotOpen.into()) };
     let MovePhase::Installing { from, mut progress } = open.phase else { return Ok(unfit(NOT_THE_DESTINATION)) };
     if progress.complete || install.chunk != progress.chunk {
@@ -67,7 +67,7 @@ pub(super) fn install<R: Read>(entry: &mut Entry<'_, R>, install: Install) -> De
         Ok(pairs) => pairs,
         Err(why) => return Ok(MoveRejection::Unfit { why }.into()),
     };
-    let mut memory = Memory::open(entry, install.time_ms)?;
+    let mut memory = Memory::open(entry, time_ms)?;
     for pair in pairs {
         match pair {
             Brought::Data { slot, user_key, map_key, value } => put_data(entry, slot, &user_key, map_key, value)?,

@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::OpenMove;
 use crate::sm::ports::{Direction, KeyRange, Overlay, Read, StoreError, WriteBatch};
-use crate::sm::slots::{SlotState, change_key, move_key, parse_request_key, slot_of_copied, state_key};
+use crate::sm::slots::{SlotState, change_key, change_value, move_key, parse_request_key, slot_of_copied, state_key};
 use crate::types::{MoveId, Slot};
 
 pub(in crate::sm) struct Entry<'a, R> {
@@ -108,10 +108,13 @@ impl<'a, R: Read> Entry<'a, R> {
     /// request's record was deleted is not marked: only expired ones are, and the destination forgets them by the ages it was given.
     fn mark_changes(&mut self, index: u64) -> Result<(), StoreError> {
         let changed = self.batch.iter().filter(|(key, value)| value.is_some() || parse_request_key(key).is_none());
-        let copied: Vec<(Slot, Bytes)> = changed.filter_map(|(key, _)| Some((slot_of_copied(key)?, key.clone()))).collect();
-        for (slot, key) in copied {
+        let copied = changed.filter_map(|(key, value)| {
+            let bytes = key.len() + value.as_ref().map_or(0, Bytes::len);
+            Some((slot_of_copied(key)?, key.clone(), bytes))
+        });
+        for (slot, key, bytes) in copied.collect::<Vec<_>>() {
             if let Some(id) = self.state(slot)?.marked_for() {
-                self.put(change_key(id, index, &key), Bytes::new());
+                self.put(change_key(id, index, &key), change_value(bytes));
             }
         }
         Ok(())

@@ -32,7 +32,9 @@ pub use self::apply::apply;
 pub use self::chunk::{Chunk, final_contents, move_chunk};
 pub(super) use self::entry::Entry;
 pub use self::moves::{Install, MoveOutcome, MovePhase, MoveRejection, MoveStep, OpenMove, Progress};
-pub use self::observed::{DestinationState, Remaining, SourceState, destination_state, leftovers, source_state};
+pub use self::observed::{
+    CHANGES_BYTES_MAX, DestinationState, Remaining, SourceState, destination_state, leftovers, source_state,
+};
 pub use self::read::{Counts, PageRequest, ReadOutcome, ScanPage, count, read, scan_page};
 pub use self::record::{decode_record, encode_record};
 use super::codec;
@@ -48,8 +50,8 @@ pub enum Command {
     Claim { slots: Vec<Slot> },
     /// A step of a move of slots between two shards.
     Move { id: MoveId, slots: BTreeSet<Slot>, step: MoveStep },
-    /// A chunk of a move, for its destination.
-    Install(Install),
+    /// A chunk of a move, for its destination. `time_ms` is the destination's own group time, from the leader that proposes it.
+    Install { time_ms: u64, install: Install },
 }
 
 /// Operations that happen all in one entry or not at all.
@@ -179,14 +181,14 @@ impl Command {
             Command::Write { writes, .. } => 16 + writes.iter().map(Write::size_hint).sum::<usize>(),
             Command::Claim { slots } => 8 + 2 * slots.len(),
             Command::Move { slots, step, .. } => 16 + 2 * slots.len() + step.size_hint(),
-            Command::Install(install) => install.size_hint(),
+            Command::Install { install, .. } => 8 + install.size_hint(),
         }
     }
 
     /// The group time that it carries, if it does.
     pub fn time_ms(&self) -> Option<u64> {
         match self {
-            Command::Write { time_ms, .. } | Command::Install(Install { time_ms, .. }) => Some(*time_ms),
+            Command::Write { time_ms, .. } | Command::Install { time_ms, .. } => Some(*time_ms),
             Command::Claim { .. } | Command::Move { .. } => None,
         }
     }

@@ -42,12 +42,12 @@ fn the_encodings_of_move_steps_stand() {
         chunk: 7,
         cursor: Bytes::from_static(b"c"),
         source_ms: 300,
-        time_ms: 8,
         pairs: vec![("k".into(), Some("v".into())), ("l".into(), None)],
     };
-    let bytes = Command::Install(install.clone()).encode();
-    assert_eq!(&bytes[..], b"\x01\x03\x05\x07\x01c\xac\x02\x08\x02\x01k\x01\x01v\x01l\x00");
-    assert_eq!(Command::decode(&bytes).expect("own encoding"), Command::Install(install));
+    let command = Command::Install { time_ms: 8, install };
+    let bytes = command.encode();
+    assert_eq!(&bytes[..], b"\x01\x03\x08\x05\x07\x01c\xac\x02\x02\x01k\x01\x01v\x01l\x00");
+    assert_eq!(Command::decode(&bytes).expect("own encoding"), command);
 }
 
 #[test]

@@ -56,8 +56,6 @@ pub struct Install {
     pub cursor: Bytes,
     /// The source's group time when the chunk was read: the ages of requests are carried over.
     pub source_ms: u64,
-    /// The destination's own group time, from the leader that proposes the chunk.
-    pub time_ms: u64,
     /// Keys of the source's map, each with its value, or none where it was deleted.
     pub pairs: Vec<(Bytes, Option<Bytes>)>,
 }

@@ -36,8 +36,8 @@ pub enum SourceState {
 pub enum Remaining {
     /// Some or all of what the slots hold, and the changes since.
     Pairs,
-    /// So many changes, or more than were counted.
-    Changes(usize),
+    /// Changes alone, of about so many bytes; counted up to [`CHANGES_BYTES_MAX`]. 0: nothing at all.
+    Changes { bytes: u64 },
 }
 
 /// What a destination has of a move.
@@ -58,14 +58,14 @@ pub enum DestinationState {
     Overtaken,
 }
 
-/// Most changes that are counted: enough to see that they are few.
-const COUNTED_MAX: usize = 10_000;
+/// Up to where the bytes of changes are counted: enough to see that they are few, and some thousand marks at most.
+pub const CHANGES_BYTES_MAX: u64 = 1 << 19;
 
 /// What the map of a source has of a move of `slots`. `cursor` is that of the destination's progress; empty where there is none.
 pub fn source_state(read: &impl Read, id: MoveId, slots: &BTreeSet<Slot>, cursor: &[u8]) -> Result<SourceState, StoreError> {
     if let Some(open) = OpenMove::read(read, id)? {
-        let left = changes_left(read, id, &Cursor::decode(cursor)?, COUNTED_MAX)?;
-        let remaining = left.map_or(Remaining::Pairs, Remaining::Changes);
+        let left = changes_left(read, id, &Cursor::decode(cursor)?, CHANGES_BYTES_MAX)?;
+        let remaining = left.map_or(Remaining::Pairs, |bytes| Remaining::Changes { bytes });
         return Ok(match open.phase {
             MovePhase::Copying { .. } => SourceState::Copying(remaining),
             MovePhase::Frozen { .. } => SourceState::Frozen(remaining),
