@@ -11,6 +11,7 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use super::protocol::ClusterStatus;
+use super::shard_map::ShardMap;
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Operation, OperationOutcome, Record, Rejection};
 use crate::sm::ports::KeyRange;
@@ -41,6 +42,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// Of a spare: the cluster that it waits for, by way of the network. It knows some members, and asks `candidates` too.
     fn cluster_waited_for(&self, candidates: &[Address]) -> Option<Arc<dyn Store>>;
+
+    /// Which shard owns each slot and where its replicas are, as this store knows it now: a look at a value at hand, except that one who
+    /// knows no map yet waits for it. It may be a moment old; the shards know better.
+    fn map(&self, options: Options) -> BoxFuture<'_, Result<Arc<ShardMap>, Failure>>;
 
     /// The view, and how its groups are.
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>>;

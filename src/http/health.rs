@@ -46,19 +46,19 @@ pub(super) async fn metrics(State(app): State<Shared>) -> Response {
     (content_type, app.metrics.render(&app.bodies)).into_response()
 }
 
-pub(super) async fn front_page() -> &'static str {
-    concat!(
-        "Quorate ",
-        env!("CARGO_PKG_VERSION"),
-        ", a sharded, linearizable key-value store\n\n",
-        "GET PUT DELETE /v1/kv/<key>             a value, as raw bytes; ETag, If-Match, If-None-Match, Idempotency-Key\n",
-        "GET  /v1/kv?prefix=&start=&end=&limit=  pages of keys and values, in key order\n",
-        "POST /v1/batch                          several operations, atomic per shard\n",
-        "GET  /v1/cluster                        the view, its shards and how they are\n",
-        "GET PUT /v1/cluster/view                what was asked of the view; ask for another: ?dry_run=true, ?wait=60s\n",
-        "GET  /v1/cluster/operations/<id>        how a change of the view gets on\n",
-        "POST /v1/cluster/shards/<id>/leader     hand a shard's leadership over\n",
-        "GET  /healthz /readyz /metrics\n\n",
-        "A request for a key that another node leads is answered 307: use curl -L, or ?proxy=true.\n",
-    )
-}
+/// What a browser is shown.
+pub(super) const FRONT_PAGE: &str = concat!(
+    "Quorate ",
+    env!("CARGO_PKG_VERSION"),
+    ", a sharded, linearizable key-value store\n\n",
+    "GET PUT DELETE /v1/kv/<key>             a value, as raw bytes; ETag, If-Match, If-None-Match, Idempotency-Key\n",
+    "GET  /v1/kv?prefix=&start=&end=&limit=  pages of keys and values, in key order\n",
+    "POST /v1/batch                          several operations, atomic per shard\n",
+    "GET  /v1/cluster                        the view, its shards and how they are\n",
+    "POST /v1/batch                          several operations, atomic per shard\n",
+    "GET PUT /v1/cluster/view                what was asked of the view; ask for another: ?dry_run=true, ?wait=60s\n",
+    "GET  /v1/cluster/operations/<id>        how a change of the view gets on\n",
+    "POST /v1/cluster/shards/<id>/leader     hand a shard's leadership over\n",
+    "GET  /healthz /readyz /metrics\n\n",
+    "A request for a key that another node leads is answered 307: use curl -L, or ?proxy=true.\n",
+);

@@ -8,6 +8,7 @@
 //! taken from the raw path. That is the hot path too: it goes through no middleware and no parameter extraction.
 
 pub mod body;
+mod dialects;
 pub mod health;
 mod holder;
 pub mod limits;
@@ -75,7 +76,6 @@ impl App {
 /// The route table.
 pub fn router(app: App) -> Router {
     let mut router = Router::new()
-        .route("/", get(health::front_page))
         .route("/healthz", get(health::healthz))
         .route("/readyz", get(health::readyz))
         .route("/metrics", get(health::metrics))
@@ -88,6 +88,7 @@ pub fn router(app: App) -> Router {
     if let Some(peers) = &app.peers {
         router = router.merge(peer::routes(Arc::clone(peers)));
     }
+    router = router.merge(dialects::routes());
     router.method_not_allowed_fallback(method_not_allowed).fallback(by_prefix).with_state(Arc::new(app))
 }
 
@@ -95,6 +96,9 @@ pub fn router(app: App) -> Router {
 async fn by_prefix(State(app): State<Shared>, request: Request) -> Response {
     if request.uri().path().starts_with(native::KEY_PREFIX) {
         return native::kv(&app, request).await;
+    }
+    if let Some(route) = dialects::key_route(request.uri().path()) {
+        return dialects::by_key(route, &app, request).await;
     }
     let watch = app.watch(Dialect::Other, &request);
     let (parts, body) = request.into_parts();

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, router};
 use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
+use crate::client::shard_map::ShardMap;
 use crate::client::store::*;
 use crate::client::view_change::{ChangeInProgress, Phase, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, Rejection};
@@ -30,9 +31,16 @@ use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId,
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A store of two shards in memory: keys whose first byte is below `n` are in shard 1, the others in shard 2.
-#[derive(Default)]
 pub struct FakeStore {
     state: Mutex<State>,
+}
+
+impl Default for FakeStore {
+    fn default() -> Self {
+        let store = FakeStore { state: Mutex::default() };
+        store.set_nodes(&["a:1", "b:2", "c:3"]);
+        store
+    }
 }
 
 #[derive(Default)]
@@ -42,7 +50,9 @@ struct State {
     answered: HashMap<Bytes, (Vec<Operation>, Vec<Written>)>,
     failing: HashMap<GroupId, Failure>,
     running: u64,
+    serves_stale: bool,
     asked: Vec<Options>,
+    nodes: Vec<Address>,
 }
 
 fn shard(key: &[u8]) -> GroupId {
@@ -58,6 +68,11 @@ impl FakeStore {
     /// The next so many who ask how a change gets on are told that it runs.
     pub fn take_time(&self, questions: u64) {
         self.state.lock().expect("no panic").running = questions;
+    }
+
+    /// Stale reads succeed from now on, whatever fails.
+    pub fn serve_stale(&self) {
+        self.state.lock().expect("no panic").serves_stale = true;
     }
 
     /// The options of the last request.
@@ -86,6 +101,12 @@ impl FakeStore {
         }
     }
 
+    /// The nodes of [`Store::map`]: with up to three, each shard has a replica on every one.
+    pub fn set_nodes(&self, addresses: &[&str]) {
+        let nodes = addresses.iter().map(|address| address.parse().expect("an address")).collect();
+        self.state.lock().expect("no panic").nodes = nodes;
+    }
+
     pub fn record(&self, key: &[u8]) -> Option<Record> {
         self.state.lock().expect("no panic").records.get(key).cloned()
     }
@@ -94,6 +115,9 @@ impl FakeStore {
 impl State {
     fn ask(&mut self, shard: GroupId, options: Options) -> Result<(), Failure> {
         self.asked.push(options);
+        if self.serves_stale && options.consistency == Consistency::Stale {
+            return Ok(());
+        }
         self.failing.get(&shard).map_or(Ok(()), |failure| Err(failure.clone()))
     }
 
@@ -213,6 +237,15 @@ impl Store for FakeStore {
 
     fn cluster_waited_for(&self, _: &[Address]) -> Option<Arc<dyn Store>> {
         None
+    }
+
+    /// Two shards, whose slots have nothing to do with where this store keeps its keys.
+    fn map(&self, _: Options) -> BoxFuture<'_, Result<Arc<ShardMap>, Failure>> {
+        let nodes = self.state.lock().expect("no panic").nodes.clone();
+        let node = |(address, id): (Address, u128)| Node { address, public_address: None, directory: DirectoryId(id) };
+        let asked = Asked { shards: Some(2), ..Asked::default() };
+        let view = first_view(ClusterId(7), asked, nodes.into_iter().zip(1..).map(node).collect()).expect("a view");
+        Box::pin(ready(Ok(Arc::new(ShardMap::from_view(&view, |_| None)))))
     }
 
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {

@@ -29,7 +29,7 @@ async fn health_is_told() {
     *site.readiness.0.lock().expect("no panic") = Some(NotReady { code: "spare", reason: "waits for a view".into() });
     let not_ready = site.get("/readyz").await;
     assert_eq!((not_ready.verdict(), not_ready.json()["detail"].as_str()), ((503, "spare".into()), Some("waits for a view")));
-    assert!(site.get("/").await.text().starts_with("Quorate "));
+    assert!(site.ask("GET /\naccept: text/html", "").await.text().starts_with("Quorate "));
     site.put("/v1/kv/a", "1").await;
     let metrics = site.get("/metrics").await;
     assert!(metrics.header("content-type").starts_with("text/plain"), "{metrics:?}");

@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use crate::client::peer::{HostedReplica, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
+use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Found, Options, Page, ScanRequest, Store, WriteFailure, Written};
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
@@ -258,6 +259,13 @@ impl Store for Node {
     fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>> {
         match self.running.get() {
             Some(running) => running.router().count_shard(shard, options),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
+    fn map(&self, options: Options) -> BoxFuture<'_, Result<Arc<ShardMap>, Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().map(options),
             None => Box::pin(async { Err(self.unavailable()) }),
         }
     }

@@ -206,6 +206,10 @@ impl<A: ShardAccess> Store for Router<A> {
         None
     }
 
+    fn map(&self, options: Options) -> BoxFuture<'_, Result<Arc<ShardMap>, Failure>> {
+        Box::pin(async move { self.map_in_time(&mut Course::new(options)).await })
+    }
+
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {
         Box::pin(self.access.status())
     }

@@ -78,7 +78,7 @@ impl<A: ShardAccess> Router<A> {
         Ok(self.write_parts(parts, key).await)
     }
 
-    async fn map_in_time(&self, course: &mut Course) -> Result<Arc<ShardMap>, Failure> {
+    pub(super) async fn map_in_time(&self, course: &mut Course) -> Result<Arc<ShardMap>, Failure> {
         loop {
             match self.access.map() {
                 Some(map) => return Ok(map),

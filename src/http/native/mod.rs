@@ -21,7 +21,7 @@ mod view;
 
 pub(super) use batch::batch;
 pub(super) use cluster::{cluster, transfer_leader};
-pub(super) use key::PREFIX as KEY_PREFIX;
+pub(super) use key::{PREFIX as KEY_PREFIX, unescape};
 pub(super) use kv::kv;
 pub(super) use list::list;
 pub(super) use view::{change, operation, view};
@@ -38,7 +38,7 @@ use crate::http::media;
 use bytes::Bytes;
 
 /// What `Quorate-Staleness` is set to.
-const STALENESS: &str = "quorate-staleness";
+pub(super) const STALENESS: &str = "quorate-staleness";
 
 /// Longest `Idempotency-Key`, in bytes: it is kept in the map, once per slot.
 const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
@@ -114,7 +114,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<Bytes>, Problem> {
 }
 
 /// `unknown`, or milliseconds. A stale answer whose age nobody told is of unknown age.
-fn staleness(age: Option<Staleness>) -> HeaderValue {
+pub(super) fn staleness(age: Option<Staleness>) -> HeaderValue {
     match age {
         Some(Staleness::AtMost { age_ms }) => HeaderValue::from(age_ms),
         Some(Staleness::Unknown) | None => HeaderValue::from_static("unknown"),

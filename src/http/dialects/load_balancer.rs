@@ -1,0 +1,336 @@
+//! Dialect B, "load balancer": `POST /set/<key>`, `GET /get/<key>`, and the servers at `GET /`.
+//!
+//! | request | answer |
+//! | --- | --- |
+//! | `POST /set/<key>` with any JSON value | 200 `response from server:"stored key:value is {'hello': 'world'}"` |
+//! | `GET /get/<key>` | 200 `response from server:"retrived key value is {'hello': 'world'}"` (spelt so) |
+//! | the same, missing | 200 `response from server:"No such key on any server"` |
+//! | a key of other than letters and digits, of any script; a value `""`, `[]` or `{}` | 422 |
+//! | no body, or no JSON | 400 |
+//! | `GET /set/<key>` | 403 |
+//! | nobody can do it | 503 `No server is available` |
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::Response;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use http::request::Parts;
+use http::{Method, StatusCode, header};
+use serde_json::value::RawValue;
+
+use super::{Refusal, Shown, TEXT, Text, answer, method_not_allowed, options, python, read_body};
+use crate::client::store::{Consistency, Failure, Found, Options, WriteFailure};
+use crate::http::metrics::Dialect;
+use crate::http::native::{STALENESS, staleness, unescape};
+use crate::http::{App, Shared, body, health};
+use crate::sm::kv::{Action, Condition, Media, Operation};
+use crate::types::KEY_BYTES_MAX;
+
+const SET: &str = "/set/";
+const GET: &str = "/get/";
+
+/// Flask's: without the charset, clients take text for Latin-1.
+const HTML: &str = "text/html; charset=utf-8";
+
+/// How long a linearizable answer is waited for where a copy may answer instead, and how long that copy is given: together less than
+/// the 2 s that are promised.
+const QUORUM_PATIENCE: Duration = Duration::from_millis(1500);
+const COPY_PATIENCE: Duration = Duration::from_millis(400);
+
+/// Whether `path` is one of this dialect's with a key: that is one segment, and not empty.
+pub fn owns(path: &str) -> bool {
+    let key = path.strip_prefix(SET).or_else(|| path.strip_prefix(GET));
+    key.is_some_and(|key| !key.is_empty() && !key.contains('/'))
+}
+
+pub async fn by_key(app: &App, request: Request) -> Response {
+    let mut watch = app.watch(Dialect::LoadBalancer, &request);
+    let (parts, body) = request.into_parts();
+    watch.key(parts.uri.path().as_bytes());
+    let sets = parts.uri.path().starts_with(SET);
+    let answer = match (parts.method.clone(), sets) {
+        (Method::POST, true) => set(app, &parts, body).await,
+        (Method::GET | Method::HEAD, false) => get(app, &parts, body).await,
+        (method, _) => {
+            body::discard(&parts, body);
+            match (method, sets) {
+                (Method::GET | Method::HEAD, true) => Err(Refusal::new(StatusCode::FORBIDDEN, "Use POST to set a key")),
+                (_, true) => Ok(method_not_allowed(&parts, "POST")),
+                (_, false) => Ok(method_not_allowed(&parts, "GET,HEAD")),
+            }
+        }
+    };
+    watch.finish(answer.unwrap_or_else(|refusal| respond(&refusal, &parts.method)))
+}
+
+async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> {
+    let key = match key(parts.uri.path()) {
+        Ok(key) => key,
+        Err(refusal) => {
+            body::discard(parts, body);
+            return Err(refusal);
+        }
+    };
+    let body = read_body(app, parts, body).await?;
+    let (media, value) = parse(&body.bytes)?;
+    if value.len() > app.limits.value_bytes_max {
+        let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
+        return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));
+    }
+    let printed = printed(&media, &value);
+    let operation = Operation { key, condition: Condition::None, action: Action::Put { media, value } };
+    match app.store.write(vec![operation], None, options()).await.pop() {
+        Some(Ok(_)) => Ok(from_server(&format!("stored key:value is {printed}"))),
+        Some(Err(WriteFailure::Failed(failure))) => Err(failure.into()),
+        Some(Err(WriteFailure::Rejected(_))) | None => Err(Refusal::unanswered()),
+    }
+}
+
+/// The value that a body gives, as it is stored.
+fn parse(body: &Bytes) -> Result<(Media, Bytes), Refusal> {
+    let bad = |error: serde_json::Error| Refusal::bad_request(format!("Bad json format: {error}"));
+    let json = serde_json::from_slice::<&RawValue>(body).map_err(bad)?.get();
+    let value = match json.as_bytes() {
+        [b'"', ..] => {
+            let text: Text<'_> = serde_json::from_str(json).map_err(bad)?;
+            (Media::Text, text.into_bytes(body))
+        }
+        _ => (Media::Json, body.slice_ref(json.as_bytes())),
+    };
+    let is_empty = match json.as_bytes() {
+        [b'[' | b'{', inner @ .., b']' | b'}'] => inner.trim_ascii().is_empty(),
+        _ => value.1.is_empty(),
+    };
+    if is_empty {
+        return Err(Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, "The value is empty"));
+    }
+    Ok(value)
+}
+
+async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> {
+    body::discard(parts, body);
+    let found = find(app, key(parts.uri.path())?).await?;
+    let mut response = match &found.record {
+        Some(record) => from_server(&format!("retrived key value is {}", printed(&record.media, &record.value))),
+        None => from_server("No such key on any server"),
+    };
+    if found.staleness.is_some() {
+        response.headers_mut().insert(STALENESS, staleness(found.staleness));
+    }
+    Ok(response)
+}
+
+/// The value of a key. Two nodes are no quorum when one of them is down; then the other answers from what it has, and says how old
+/// that is.
+async fn find(app: &App, key: Bytes) -> Result<Found, Failure> {
+    let map = app.store.map(options()).await?;
+    let copies = map.shard(map.owner_of(&key)).map_or(0, |shard| shard.replicas.len());
+    if map.nodes().count() != 2 && copies != 2 {
+        return app.store.get(key, options()).await;
+    }
+    let failure = match app.store.get(key.clone(), Options { timeout: QUORUM_PATIENCE, ..options() }).await {
+        Err(failure @ (Failure::Unavailable { .. } | Failure::Unknown { .. } | Failure::Elsewhere { .. })) => failure,
+        settled => return settled,
+    };
+    let stale = Options { consistency: Consistency::Stale, timeout: COPY_PATIENCE, ..options() };
+    app.store.get(key, stale).await.map_err(|_| failure)
+}
+
+/// The key that a path ends in.
+fn key(path: &str) -> Result<Bytes, Refusal> {
+    let escaped = path.strip_prefix(SET).or_else(|| path.strip_prefix(GET)).unwrap_or_default();
+    let key = unescape(escaped.as_bytes(), false).ok().and_then(|key| String::from_utf8(key).ok());
+    match key {
+        Some(key) if python::is_alphanumeric(&key) && key.len() <= KEY_BYTES_MAX => Ok(Bytes::from(key)),
+        Some(_) | None => {
+            let error = format!("A key is letters and digits, at most {KEY_BYTES_MAX} bytes of them");
+            Err(Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error))
+        }
+    }
+}
+
+/// A stored value as Python would print it.
+fn printed(media: &Media, value: &[u8]) -> String {
+    match Shown::new(media, value) {
+        Shown::Text(text) => text.to_owned(),
+        Shown::Json(json) => python::print(json).unwrap_or_else(|| json.to_owned()),
+        Shown::Bytes(bytes) => STANDARD.encode(bytes),
+    }
+}
+
+fn from_server(text: &str) -> Response {
+    answer(StatusCode::OK, HTML, format!("response from server:\"{text}\""))
+}
+
+fn respond(refusal: &Refusal, method: &Method) -> Response {
+    if refusal.status != StatusCode::SERVICE_UNAVAILABLE {
+        return refusal.respond(method);
+    }
+    let mut response = answer(refusal.status, HTML, "No server is available");
+    refusal.add_retry_after(&mut response);
+    response
+}
+
+/// `GET /`: the servers, or what a browser is shown.
+pub async fn front_page(State(app): State<Shared>, request: Request) -> Response {
+    let watch = app.watch(Dialect::LoadBalancer, &request);
+    let accepted = request.headers().get_all(header::ACCEPT);
+    let is_browser = accepted.iter().any(|accept| accept.to_str().is_ok_and(|accept| accept.contains("text/html")));
+    if is_browser {
+        return watch.finish(answer(StatusCode::OK, TEXT, health::FRONT_PAGE));
+    }
+    let page = match app.store.map(options()).await {
+        Ok(map) => {
+            let servers = python::print_list(map.nodes().map(|(_, node)| node.public.as_str()));
+            answer(StatusCode::OK, TEXT, format!("servers are {servers}"))
+        }
+        Err(failure) => respond(&failure.into(), request.method()),
+    };
+    watch.finish(page)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::store::Routing;
+    use crate::http::Limits;
+    use crate::http::testing::Site;
+
+    fn refused(error: &str, method: &str) -> String {
+        format!(r#"{{"error":"{error}","message":"Error in {method}"}}"#)
+    }
+
+    #[tokio::test]
+    async fn the_contract_is_kept_to_the_letter() {
+        let site = Site::start().await;
+        let stored = |value: &str| format!(r#"response from server:"stored key:value is {value}""#);
+        let retrieved = |value: &str| format!(r#"response from server:"retrived key value is {value}""#);
+        for (value, printed) in [
+            (r#"{"hello": "world"}"#, "{'hello': 'world'}"),
+            (r#" {"a":[1,2.50,null,true],"b":{"a":1,"a":2}} "#, "{'a': [1, 2.5, None, True], 'b': {'a': 2}}"),
+            (r#""plain""#, "plain"),
+            (r#"" ""#, " "),
+            (r#""it's \u00fc""#, "it's ü"),
+            ("0", "0"),
+            ("null", "None"),
+            ("false", "False"),
+            ("[[]]", "[[]]"),
+            ("1e999", "inf"),
+            ("123456789012345678901234567890", "123456789012345678901234567890"),
+        ] {
+            let set = site.ask("POST /set/key1", value).await;
+            assert_eq!((set.status, set.text()), (200, stored(printed)), "{value}");
+            assert_eq!(set.header("content-type"), "text/html; charset=utf-8");
+            let got = site.get("/get/key1").await;
+            assert_eq!((got.status, got.text()), (200, retrieved(printed)), "{value}");
+        }
+        let missing = site.get("/get/key2").await;
+        assert_eq!((missing.status, missing.text().as_str()), (200, r#"response from server:"No such key on any server""#));
+        for (head, body, status, answer) in [
+            ("POST /set/key1", r#""""#, 422, refused("The value is empty", "POST")),
+            ("POST /set/key1", "[ ]", 422, refused("The value is empty", "POST")),
+            ("POST /set/key1", " {}\n", 422, refused("The value is empty", "POST")),
+            ("GET /set/key1", "", 403, refused("Use POST to set a key", "GET")),
+            ("PUT /set/key1", "1", 405, refused("Method not allowed", "PUT")),
+            ("DELETE /get/key1", "", 405, refused("Method not allowed", "DELETE")),
+            ("POST /get/key1", "1", 405, refused("Method not allowed", "POST")),
+            ("POST /set/a-b", "1", 422, refused("A key is letters and digits, at most 4096 bytes of them", "POST")),
+            ("GET /get/a%20b", "", 422, refused("A key is letters and digits, at most 4096 bytes of them", "GET")),
+        ] {
+            let reply = site.ask(head, body).await;
+            assert_eq!((reply.status, reply.text()), (status, answer), "{head} {body}");
+        }
+        assert_eq!(site.get("/get/key1").await.text(), retrieved("123456789012345678901234567890"), "refusals change nothing");
+        site.stop().await;
+    }
+
+    #[tokio::test]
+    async fn hostile_input_is_refused() {
+        let site = Site::with(Limits { value_bytes_max: 100, body_bytes_max: 200, ..Limits::default() }).await;
+        for body in ["", " ", "{", "nope", "NaN", "1 2", "'a'", r#""\ud800""#, "[1,]", "\u{feff}1"] {
+            assert_eq!(site.ask("POST /set/a", body).await.status, 400, "{body}");
+        }
+        assert_eq!(site.ask("POST /set/a", b"\"\xff\"").await.status, 400);
+        assert_eq!(site.ask("POST /set/a", format!("[{}]", "1".repeat(100))).await.status, 413);
+        assert_eq!(site.ask("POST /set/a", "1".repeat(201)).await.status, 413);
+        let long = "k".repeat(5000);
+        for key in ["%", "%zz", "%ff", "%00", "..", "a%2Fb", "a+b", long.as_str()] {
+            assert_eq!(site.ask(&format!("POST /set/{key}"), "1").await.status, 422, "{key}");
+            assert_eq!(site.get(&format!("/get/{key}")).await.status, 422, "{key}");
+        }
+        for path in ["/set/", "/get/", "/set/a/b", "/get/a/"] {
+            assert_eq!(site.get(path).await.verdict(), (404, "unknown_route".into()), "{path}");
+        }
+        assert_eq!(site.store.requests(), 0);
+        assert_eq!(site.ask("POST /set/gr%C3%BC%C3%9Fe", "1").await.status, 200);
+        assert!(site.store.record("grüße".as_bytes()).is_some());
+        site.stop().await;
+    }
+
+    #[tokio::test]
+    async fn what_others_stored_is_printed_too() {
+        let site = Site::start().await;
+        let put = async |kind: &str, value: &[u8]| site.ask(&format!("PUT /v1/kv/a\ncontent-type: {kind}"), value).await;
+        for (kind, value, printed) in [
+            ("text/plain", &b"it's"[..], "it's"),
+            ("application/json", br#"{"a": null}"#, "{'a': None}"),
+            ("application/json", br#""a""#, "a"),
+            ("application/octet-stream", b"\xff\x00", "/wA="),
+            ("image/png", b"text", "text"),
+        ] {
+            put(kind, value).await;
+            let expected = format!(r#"response from server:"retrived key value is {printed}""#);
+            assert_eq!(site.get("/get/a").await.text(), expected, "{kind} {value:?}");
+        }
+        site.ask("POST /set/a", r#""a\"b""#).await;
+        assert_eq!(site.store.record(b"a").map(|record| (record.media, record.value)), Some((Media::Text, "a\"b".into())));
+        site.ask("POST /set/a", " [1, 2] ").await;
+        assert_eq!(site.store.record(b"a").map(|record| (record.media, record.value)), Some((Media::Json, "[1, 2]".into())));
+        site.stop().await;
+    }
+
+    #[tokio::test]
+    async fn without_a_quorum_it_says_so_and_one_of_two_nodes_answers_from_its_copy() {
+        let site = Site::start().await;
+        site.store.set_nodes(&["a:1", "b:2", "c:3"]);
+        site.ask("POST /set/key1", "1").await;
+        for failure in [
+            Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 },
+            Failure::Unknown { reason: "lost".into() },
+            Failure::Overloaded { limit: "all".into(), retry_after_ms: 1000 },
+        ] {
+            site.store.fail(1, failure);
+            for reply in [site.ask("POST /set/key1", "2").await, site.get("/get/key1").await] {
+                assert_eq!((reply.status, reply.text().as_str()), (503, "No server is available"));
+            }
+        }
+        assert!(site.store.last_options().timeout < Duration::from_secs(5));
+        site.store.set_nodes(&["a:1", "b:2"]);
+        site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
+        site.store.serve_stale();
+        let stale = site.get("/get/key1").await;
+        assert_eq!((stale.status, stale.header("quorate-staleness")), (200, "12"));
+        assert_eq!(stale.text(), r#"response from server:"retrived key value is 1""#);
+        assert_eq!(site.store.last_options().routing, Routing::Proxy);
+        assert_eq!(site.ask("POST /set/key1", "2").await.status, 503);
+        site.stop().await;
+    }
+
+    #[tokio::test]
+    async fn the_front_page_lists_the_servers_except_for_browsers() {
+        let site = Site::start().await;
+        site.store.set_nodes(&["a:1", "b:2"]);
+        for accept in ["", "\naccept: */*"] {
+            let page = site.ask(&format!("GET /{accept}"), "").await;
+            assert_eq!((page.status, page.text().as_str()), (200, "servers are ['a:1', 'b:2']"));
+        }
+        let page = site.ask("GET /\naccept: text/html,application/xhtml+xml;q=0.9", "").await;
+        assert!(page.text().starts_with("Quorate "));
+        assert_eq!(site.ask("POST /", "").await.verdict(), (405, "method_not_allowed".into()));
+        site.stop().await;
+    }
+}
