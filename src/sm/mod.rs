@@ -11,4 +11,6 @@ pub mod placement;
 pub mod ports;
 pub mod requests;
 pub mod slots;
+#[cfg(test)]
+mod testing;
 pub mod view;

@@ -1,40 +1,11 @@
-//! Which shards there are, which node has a replica of what, where each shard is at home, and which slots it owns.
-//!
-//! Pure and deterministic: the same asking and the same nodes give the same view, whatever the order in which the nodes are listed.
-//! What is even is even to ±1: replicas per node, homes per node, slots per shard. No node has two replicas of one group.
-//! Here is [`first_view`], with which a cluster is founded; planning the change from a view to another belongs here too.
-//! Called by the founder at bootstrap.
+//! [`first_view`], with which a cluster is founded.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::view::{Asked, Group, Layout, Node, SlotTable, View};
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot};
-
-/// Most replicas of a shard that can be asked for: seven voters survive the loss of three, and each costs every write a copy.
-pub const REPLICATION_FACTOR_MAX: u8 = 7;
-
-/// Replicas of a shard where no number is asked for and there are nodes enough.
-const REPLICATION_FACTOR_DEFAULT: usize = 3;
-
-/// Most voters of the meta group: five survive the loss of two, and more would only make its writes slower.
-const META_VOTERS_MAX: usize = 5;
-
-/// Why there is no placement for what is asked.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PlacementError {
-    #[error("there are no nodes")]
-    NoNodes,
-    #[error("the address {0} is there twice")]
-    DuplicateAddress(Address),
-    #[error("the data directory {0} is there twice")]
-    DuplicateDirectory(DirectoryId),
-    #[error("the replication factor {0} is not from 1 to {REPLICATION_FACTOR_MAX}")]
-    ReplicationFactorOutOfRange(u8),
-    #[error("the number of shards {0} is not from 1 to {SLOTS}")]
-    ShardsOutOfRange(u16),
-    #[error("{needed} nodes are needed, there are {nodes}")]
-    TooFewNodes { needed: usize, nodes: usize },
-}
+use super::PlacementError;
+use super::sizes::{Sizes, check_nodes, exclusive_voters, meta_voters};
+use crate::sm::view::{Asked, Group, Layout, Node, SlotTable, View};
+use crate::types::{ClusterId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot};
 
 /// The view with which a cluster begins: nodes are numbered from 1 in the order of their addresses, shards and replicas from 1.
 ///
@@ -43,9 +14,10 @@ pub enum PlacementError {
 pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Result<View, PlacementError> {
     nodes.sort_by(|a, b| a.address.cmp(&b.address));
     check_nodes(&nodes)?;
+    let sizes = Sizes::of(nodes.len(), asked)?;
     let shards = match asked.layout {
-        Layout::Spread => spread(nodes.len(), asked)?,
-        Layout::Exclusive => exclusive(nodes.len(), asked)?,
+        Layout::Spread => spread(nodes.len(), sizes),
+        Layout::Exclusive => exclusive(nodes.len(), sizes),
     };
     let meta = Members { nodes: (0..nodes.len()).collect(), home: 0, voters: meta_voters(nodes.len()) };
     let slots = even_slots(shards.len());
@@ -103,54 +75,11 @@ fn node_id(index: usize) -> NodeId {
     NodeId(index as u64 + 1)
 }
 
-fn check_nodes(sorted: &[Node]) -> Result<(), PlacementError> {
-    if sorted.is_empty() {
-        return Err(PlacementError::NoNodes);
-    }
-    if let Some(pair) = sorted.windows(2).find(|pair| pair[0].address == pair[1].address) {
-        return Err(PlacementError::DuplicateAddress(pair[0].address.clone()));
-    }
-    let mut directories = BTreeSet::new();
-    let twice = sorted.iter().find(|node| !directories.insert(node.directory));
-    twice.map_or(Ok(()), |node| Err(PlacementError::DuplicateDirectory(node.directory)))
-}
-
-/// How many of `nodes` vote in the meta group: an odd number, since one more adds a copy to wait for and no loss to survive. Two nodes
-/// both vote all the same: a lone voter's lost disk would take acknowledged entries with it.
-fn meta_voters(nodes: usize) -> usize {
-    match nodes.min(META_VOTERS_MAX) {
-        2 => 2,
-        even if even % 2 == 0 => even - 1,
-        odd => odd,
-    }
-}
-
-/// The number of replicas asked for, or the default for this many nodes.
-fn replication_factor(nodes: usize, asked: Asked) -> Result<usize, PlacementError> {
-    let Some(factor) = asked.replication_factor else { return Ok(nodes.min(REPLICATION_FACTOR_DEFAULT)) };
-    if !(1..=REPLICATION_FACTOR_MAX).contains(&factor) {
-        return Err(PlacementError::ReplicationFactorOutOfRange(factor));
-    }
-    let factor = usize::from(factor);
-    if factor > nodes { Err(PlacementError::TooFewNodes { needed: factor, nodes }) } else { Ok(factor) }
-}
-
-/// The number of shards asked for, or `default`.
-fn shard_count(asked: Asked, default: usize) -> Result<usize, PlacementError> {
-    match asked.shards {
-        None => Ok(default.clamp(1, usize::from(SLOTS))),
-        Some(count) if (1..=SLOTS).contains(&count) => Ok(usize::from(count)),
-        Some(count) => Err(PlacementError::ShardsOutOfRange(count)),
-    }
-}
-
 /// One shard per node at home on it, or as many as asked; replicas dealt out round and round like cards, which is even to ±1.
 ///
 /// The hand of shard k begins at node k·R mod N. That is a multiple of g = gcd(R, N), and the same one again N/g shards later, so the
 /// home is the card whose place in the hand is the number of such rounds, modulo g: any N shards in a row have N different homes.
-fn spread(nodes: usize, asked: Asked) -> Result<Vec<Members>, PlacementError> {
-    let factor = replication_factor(nodes, asked)?;
-    let count = shard_count(asked, nodes)?;
+fn spread(nodes: usize, Sizes { factor, shards: count, .. }: Sizes) -> Vec<Members> {
     let step = gcd(factor, nodes);
     let mut shards: Vec<Members> = (0..count)
         .map(|shard| {
@@ -163,7 +92,7 @@ fn spread(nodes: usize, asked: Asked) -> Result<Vec<Members>, PlacementError> {
     for round in shards.chunks_mut(nodes) {
         round.sort_by_key(|members| members.home);
     }
-    Ok(shards)
+    shards
 }
 
 fn gcd(a: usize, b: usize) -> usize {
@@ -171,26 +100,13 @@ fn gcd(a: usize, b: usize) -> usize {
 }
 
 /// Each node in exactly one shard, in runs of the sorted list; those left over make some shards larger.
-fn exclusive(nodes: usize, asked: Asked) -> Result<Vec<Members>, PlacementError> {
-    let factor = replication_factor(nodes, asked)?;
-    let count = shard_count(asked, nodes / factor)?;
-    let needed = count * factor;
-    if needed > nodes {
-        return Err(PlacementError::TooFewNodes { needed, nodes });
-    }
+fn exclusive(nodes: usize, Sizes { factor, shards: count, .. }: Sizes) -> Vec<Members> {
     let shards = (0..count).map(|shard| {
         let run = shard * nodes / count..(shard + 1) * nodes / count;
         let voters = exclusive_voters(run.len(), factor);
         Members { home: run.start, nodes: run.collect(), voters }
     });
-    Ok(shards.collect())
-}
-
-/// Voters of a shard with `size` replicas of which `factor` were asked for: all, but never more than [`REPLICATION_FACTOR_MAX`], and of
-/// an even number with one left over the odd one below, which survives as many losses.
-fn exclusive_voters(size: usize, factor: usize) -> usize {
-    let odd = if size > factor && size.is_multiple_of(2) { size - 1 } else { size };
-    odd.min(usize::from(REPLICATION_FACTOR_MAX))
+    shards.collect()
 }
 
 /// Shards from 1, each with one run of slots.
@@ -203,6 +119,7 @@ fn even_slots(shards: usize) -> SlotTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::DirectoryId;
 
     fn node(number: usize) -> Node {
         let address = format!("node-{number:02}:13800").parse().expect("an address");

@@ -1,0 +1,177 @@
+//! Who takes what: items that each take a number of bins, so that all bins are taken about equally often, and as cheaply as that allows.
+//!
+//! Replicas are dealt out so (a shard takes nodes), and homes (a shard takes one of its voters). It is a flow of least cost: a change of the
+//! assignment that makes it better is a cycle among the bins, on which each bin hands an item on to the next. Cancelling cycles until
+//! there is none that gains (Klein 1967) ends with the most even assignment, and the cheapest among those. What is there already is
+//! cheapest and is where the search begins, so few cycles are left to find.
+
+/// One that takes bins.
+#[derive(Debug, Clone)]
+pub struct Item {
+    /// How many bins it takes. There are as many that it may take.
+    pub takes: usize,
+    /// What each bin costs it: above 0 where it is not yet, none where it may not be.
+    pub costs: Vec<Option<i64>>,
+}
+
+/// What one unit of unevenness weighs against costs: more than all costs of an assignment together.
+const EVEN: i64 = 1 << 36;
+
+/// For each item the bins that it takes, in order.
+pub fn assign(items: &[Item], bins: usize) -> Vec<Vec<usize>> {
+    let mut taken = Taken::first(items, bins);
+    taken.level();
+    while let Some(cycle) = taken.gaining_cycle() {
+        for (from, to, step) in cycle {
+            if let Step::Hand(item) = step {
+                taken.hand_on(item, from, to);
+            }
+        }
+    }
+    taken.by_item.iter().map(|is_taken| (0..bins).filter(|bin| is_taken[*bin]).collect()).collect()
+}
+
+struct Taken<'a> {
+    items: &'a [Item],
+    /// By item and bin.
+    by_item: Vec<Vec<bool>>,
+    /// How often each bin is taken.
+    loads: Vec<i64>,
+}
+
+/// How a unit gets from one bin to another.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    /// This item takes the other bin for the first.
+    Hand(usize),
+    /// The first may be taken once more, the other once less: the end of a cycle that changes the loads.
+    Weigh,
+}
+
+type Edge = Option<(i64, Step)>;
+
+impl<'a> Taken<'a> {
+    /// Every item takes what it has already, then gives up the dearest and fullest bins or takes the emptiest until it has its number.
+    fn first(items: &'a [Item], bins: usize) -> Self {
+        let by_item: Vec<Vec<bool>> =
+            items.iter().map(|item| item.costs.iter().map(|cost| cost.is_some_and(|cost| cost <= 0)).collect()).collect();
+        let loads = (0..bins).map(|bin| by_item.iter().filter(|taken| taken[bin]).count() as i64).collect();
+        let mut taken = Self { items, by_item, loads };
+        for (index, item) in items.iter().enumerate() {
+            let mut count = taken.by_item[index].iter().filter(|is_taken| **is_taken).count();
+            while count > item.takes {
+                let has = (0..bins).filter(|bin| taken.by_item[index][*bin]);
+                let fullest = has.max_by_key(|bin| (item.costs[*bin], taken.loads[*bin]));
+                taken.set(index, fullest.expect("it takes more than it should"), false);
+                count -= 1;
+            }
+        }
+        for (index, item) in items.iter().enumerate() {
+            let count = taken.by_item[index].iter().filter(|is_taken| **is_taken).count();
+            for _ in count..item.takes {
+                let free = (0..bins).filter(|bin| !taken.by_item[index][*bin]);
+                let allowed = free.filter_map(|bin| item.costs[bin].map(|cost| (taken.loads[bin], cost, bin)));
+                let Some((_, _, emptiest)) = allowed.min() else { break };
+                taken.set(index, emptiest, true);
+            }
+        }
+        taken
+    }
+
+    fn set(&mut self, item: usize, bin: usize, is_taken: bool) {
+        self.by_item[item][bin] = is_taken;
+        self.loads[bin] += if is_taken { 1 } else { -1 };
+    }
+
+    fn hand_on(&mut self, item: usize, from: usize, to: usize) {
+        self.set(item, from, false);
+        self.set(item, to, true);
+    }
+
+    /// What it costs that `item` takes `to` for `from`, if it may.
+    fn price(&self, item: usize, from: usize, to: usize) -> Option<i64> {
+        let (taken, costs) = (&self.by_item[item], &self.items[item].costs);
+        let may = taken[from] && !taken[to];
+        Some(costs[to].filter(|_| may)? - costs[from]?)
+    }
+
+    /// From the fullest bin to the emptiest while an item can change between them: the short way through most of the work.
+    fn level(&mut self) {
+        let bins = self.loads.len();
+        loop {
+            let fullest = (0..bins).max_by_key(|bin| self.loads[*bin]);
+            let emptiest = (0..bins).min_by_key(|bin| self.loads[*bin]);
+            let (Some(from), Some(to)) = (fullest, emptiest) else { return };
+            if self.loads[from] - self.loads[to] <= 1 {
+                return;
+            }
+            let prices = (0..self.items.len()).filter_map(|item| Some((self.price(item, from, to)?, item)));
+            let Some((_, item)) = prices.min() else { return };
+            self.hand_on(item, from, to);
+        }
+    }
+
+    /// The cheapest step from each bin (row) to each other.
+    fn edges(&self) -> Vec<Vec<Edge>> {
+        let bins = self.loads.len();
+        // One more in the first and one less in the other changes the sum of the squares of their loads by this.
+        let weigh = |from: usize, to: usize| 2 * EVEN * (self.loads[from] - self.loads[to] + 1);
+        let may_weigh = |from: usize, to: usize| self.loads[from] < self.loads[to];
+        let row = |from: usize| (0..bins).map(|to| may_weigh(from, to).then(|| (weigh(from, to), Step::Weigh))).collect();
+        let mut edges: Vec<Vec<Edge>> = (0..bins).map(row).collect();
+        for (item, taken) in self.by_item.iter().enumerate() {
+            for from in (0..bins).filter(|bin| taken[*bin]) {
+                for (to, edge) in edges[from].iter_mut().enumerate() {
+                    let Some(price) = self.price(item, from, to) else { continue };
+                    if edge.is_none_or(|(cost, _)| price < cost) {
+                        *edge = Some((price, Step::Hand(item)));
+                    }
+                }
+            }
+        }
+        edges
+    }
+
+    /// A cycle of steps that makes the assignment better (Bellman and Ford's search); none when it is the best.
+    fn gaining_cycle(&self) -> Option<Vec<(usize, usize, Step)>> {
+        let bins = self.loads.len();
+        let edges = self.edges();
+        let mut reached = vec![0_i64; bins];
+        let mut before: Vec<Option<(usize, Step)>> = vec![None; bins];
+        loop {
+            let mut is_changed = false;
+            for (from, row) in edges.iter().enumerate() {
+                for (to, edge) in row.iter().enumerate() {
+                    let Some((cost, step)) = edge else { continue };
+                    if reached[from] + cost < reached[to] {
+                        reached[to] = reached[from] + cost;
+                        before[to] = Some((from, *step));
+                        is_changed = true;
+                    }
+                }
+            }
+            if !is_changed {
+                return None;
+            }
+            // The ways back form a cycle exactly when there is one that gains.
+            if let Some(cycle) = (0..bins).find_map(|bin| cycle_through(&before, bin)) {
+                return Some(cycle);
+            }
+        }
+    }
+}
+
+/// The cycle that one gets back to `bin` by, if the ways back from it lead there again.
+fn cycle_through(before: &[Option<(usize, Step)>], bin: usize) -> Option<Vec<(usize, usize, Step)>> {
+    let mut cycle = Vec::new();
+    let mut at = bin;
+    while cycle.len() < before.len() {
+        let (from, step) = before[at]?;
+        cycle.push((from, at, step));
+        at = from;
+        if at == bin {
+            return Some(cycle);
+        }
+    }
+    None
+}

@@ -1,0 +1,179 @@
+//! Which shards there are to be, which nodes have their replicas, and where they are at home.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::even::{Item, assign};
+use super::sizes::{Sizes, exclusive_voters};
+use crate::sm::view::{Group, Layout, View};
+use crate::types::{GroupId, NodeId, ReplicaId, SLOTS, Slot};
+
+/// What it costs to put something where it is not: more than all that the finer points below can add up to.
+const CHANGE: i64 = 1 << 16;
+/// A new replica beside one of its group that is still on its way out; a home whose replica is new.
+const AWKWARD: i64 = CHANGE + 1;
+/// What is there already, and a replica at home, which would rather stay than others.
+const STAY: i64 = 0;
+const STAY_HOME: i64 = -1;
+
+/// Has as many shards stay as are wanted: those too many are to end, those that are missing get ids. Returns which stay or begin.
+///
+/// Those end whose slots, times the replicas of them that could have stayed, are fewest; then those that are at home nowhere any more,
+/// then the youngest.
+pub fn choose(next: &mut View, count: usize, working: &BTreeSet<NodeId>) -> BTreeSet<GroupId> {
+    let mut slots: BTreeMap<GroupId, usize> = BTreeMap::new();
+    for slot in Slot::all() {
+        *slots.entry(next.slots.owner(slot)).or_default() += 1;
+    }
+    let share = usize::from(SLOTS) / next.shards().count().max(1);
+    let worth = |(id, group): (GroupId, &Group)| {
+        let kept = group.replicas.values().filter(|node| working.contains(node)).count();
+        // What some own above an even share is chance, and not worth a home.
+        let owned = slots.get(&id).copied().unwrap_or(0).min(share);
+        (Reverse(owned * kept), Reverse(working.contains(&group.home)), Reverse(kept), id)
+    };
+    let mut present: Vec<_> = next.shards().filter(|(_, group)| !group.ends).map(worth).collect();
+    present.sort();
+    let mut chosen: BTreeSet<GroupId> = present.iter().take(count).map(|(.., id)| *id).collect();
+    for (.., id) in present.iter().skip(count) {
+        if let Some(group) = next.groups.get_mut(id) {
+            group.ends = true;
+        }
+    }
+    while chosen.len() < count {
+        chosen.insert(next.next_group);
+        next.next_group.0 += 1;
+    }
+    chosen
+}
+
+/// Gives each of the shards its replicas and voters. Homes are left where they were, if they can be.
+pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: &BTreeSet<NodeId>) {
+    let nodes: Vec<NodeId> = working.iter().copied().collect();
+    let ids: Vec<GroupId> = shards.iter().copied().collect();
+    let cost = |id: &GroupId, node: &NodeId| match next.groups.get(id) {
+        Some(group) if group.replicas.values().any(|at| at == node) => {
+            if group.home == *node {
+                STAY_HOME
+            } else {
+                STAY
+            }
+        }
+        Some(group) if group.leaving.values().any(|at| at == node) => AWKWARD,
+        Some(_) | None => CHANGE,
+    };
+    let mut members: BTreeMap<GroupId, BTreeSet<NodeId>> = BTreeMap::new();
+    match next.asked.layout {
+        Layout::Spread => {
+            let costs = |id| nodes.iter().map(|node| Some(cost(id, node))).collect();
+            let items: Vec<Item> = ids.iter().map(|id| Item { takes: sizes.factor, costs: costs(id) }).collect();
+            for (id, taken) in ids.iter().zip(assign(&items, nodes.len())) {
+                members.insert(*id, taken.into_iter().map(|index| nodes[index]).collect());
+            }
+        }
+        Layout::Exclusive => {
+            let costs = |node| ids.iter().map(|id| Some(cost(id, node))).collect();
+            let items: Vec<Item> = nodes.iter().map(|node| Item { takes: 1, costs: costs(node) }).collect();
+            for (node, taken) in nodes.iter().zip(assign(&items, ids.len())) {
+                members.entry(ids[taken[0]]).or_default().insert(*node);
+            }
+        }
+    }
+    for (id, nodes) in members {
+        let voters = match next.asked.layout {
+            Layout::Spread => nodes.len(),
+            Layout::Exclusive => exclusive_voters(nodes.len(), sizes.factor),
+        };
+        seat(next, id, &nodes, voters);
+    }
+}
+
+/// Has the group `id` consist of one replica on each of these nodes, of which so many vote: rather those that did, the home's first.
+fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
+    let Some(group) = next.groups.get_mut(&id) else {
+        let replicas: BTreeMap<ReplicaId, NodeId> = (next.next_replica.0..).map(ReplicaId).zip(nodes.iter().copied()).collect();
+        next.next_replica.0 += replicas.len() as u64;
+        let voters = replicas.keys().take(voters).copied().collect();
+        let home = nodes.first().copied().unwrap_or_default();
+        next.groups.insert(id, Group::new(home, replicas, &voters));
+        return;
+    };
+    let voted = group.voters();
+    let (kept, leaving) = std::mem::take(&mut group.replicas).into_iter().partition(|(_, node)| nodes.contains(node));
+    group.replicas = kept;
+    let leaving: BTreeMap<ReplicaId, NodeId> = leaving;
+    group.leaving.extend(leaving);
+    let held: BTreeSet<NodeId> = group.replicas.values().copied().collect();
+    for node in nodes.difference(&held) {
+        group.replicas.insert(next.next_replica, *node);
+        next.next_replica.0 += 1;
+    }
+    let mut ranked: Vec<ReplicaId> = group.replicas.keys().copied().collect();
+    ranked.sort_by_key(|replica| {
+        let votes = voted.contains(replica);
+        (!(votes && group.replicas.get(replica) == Some(&group.home)), !votes, *replica)
+    });
+    group.learners = ranked.into_iter().skip(voters).collect();
+    rehome(group);
+}
+
+/// Has the home be a node of a voter.
+fn rehome(group: &mut Group) {
+    let voters = group.voters();
+    let mut at = group.replicas.iter().filter(|(replica, _)| voters.contains(replica)).map(|(_, node)| *node);
+    if !at.clone().any(|node| node == group.home) {
+        group.home = at.next().unwrap_or(group.home);
+    }
+}
+
+/// Spreads the homes of the shards over the nodes. `before` is the view that is planned from.
+pub fn settle_homes(before: &View, next: &mut View, shards: &BTreeSet<GroupId>, working: &BTreeSet<NodeId>) {
+    let nodes: Vec<NodeId> = working.iter().copied().collect();
+    let costs = |id: &GroupId| {
+        let (now, was) = (next.groups.get(id), before.groups.get(id));
+        let cost = |node: &NodeId| {
+            let group = now?;
+            let (replica, _) = group.replicas.iter().find(|(replica, at)| *at == node && !group.learners.contains(replica))?;
+            let is_old = was.is_some_and(|was| was.replicas.contains_key(replica));
+            Some(match was {
+                Some(was) if was.home == *node => STAY,
+                Some(_) if !is_old => AWKWARD,
+                Some(_) | None => CHANGE,
+            })
+        };
+        nodes.iter().map(cost).collect()
+    };
+    let items: Vec<Item> = shards.iter().map(|id| Item { takes: 1, costs: costs(id) }).collect();
+    for (id, taken) in shards.iter().zip(assign(&items, nodes.len())) {
+        if let (Some(group), Some(index)) = (next.groups.get_mut(id), taken.first()) {
+            group.home = nodes[*index];
+        }
+    }
+}
+
+/// Gives others the replicas that `dead` nodes have of shards that end: they serve until their last slot has moved away. What is on a node
+/// that only leaves stays there so long.
+pub fn relieve(next: &mut View, dead: &BTreeSet<NodeId>, working: &BTreeSet<NodeId>) {
+    let mut loads: BTreeMap<NodeId, usize> = working.iter().map(|node| (*node, 0)).collect();
+    for (_, node) in next.shards().flat_map(|(_, group)| group.hosted()) {
+        loads.entry(node).and_modify(|load| *load += 1);
+    }
+    for group in next.groups.values_mut().filter(|group| group.ends) {
+        let lost: Vec<(ReplicaId, NodeId)> =
+            group.replicas.iter().filter(|(_, node)| dead.contains(node)).map(|(replica, node)| (*replica, *node)).collect();
+        for (replica, node) in lost {
+            let hosts: BTreeSet<NodeId> = group.hosted().map(|(_, node)| node).collect();
+            let free = loads.iter_mut().filter(|(node, _)| !hosts.contains(node)).min_by_key(|(node, load)| (**load, **node));
+            let Some((by, load)) = free else { break };
+            *load += 1;
+            group.replicas.remove(&replica);
+            group.leaving.insert(replica, node);
+            group.replicas.insert(next.next_replica, *by);
+            if group.learners.remove(&replica) {
+                group.learners.insert(next.next_replica);
+            }
+            next.next_replica.0 += 1;
+        }
+        rehome(group);
+    }
+}

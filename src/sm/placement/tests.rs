@@ -1,0 +1,334 @@
+//! Changes of views, planned and driven through the meta group's own commands.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rand::rngs::StdRng;
+use rand::seq::IteratorRandom;
+use rand::{Rng, SeedableRng};
+
+use super::sizes::{Sizes, meta_voters};
+use super::{PlacementError, Planned, REPLICATION_FACTOR_MAX, first_view, plan};
+use crate::sm::testing::Meta;
+use crate::sm::view::{Asked, Group, Layout, Node, View};
+use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, Slot};
+
+fn node(address: usize, directory: u128) -> Node {
+    let address = format!("node-{address:03}:13800").parse().expect("an address");
+    Node { address, public_address: None, directory: DirectoryId(directory) }
+}
+
+fn nodes(numbers: std::ops::RangeInclusive<usize>) -> Vec<Node> {
+    numbers.map(|number| node(number, number as u128)).collect()
+}
+
+fn spread(factor: u8, shards: Option<u16>) -> Asked {
+    Asked { layout: Layout::Spread, replication_factor: Some(factor), shards }
+}
+
+fn exclusive(factor: u8) -> Asked {
+    Asked::from_flags(Some(factor), None)
+}
+
+fn found(asked: Asked, wanted: Vec<Node>) -> Meta {
+    Meta::founded(first_view(ClusterId(9), asked, wanted).expect("a first view"))
+}
+
+fn planned(view: &View, asked: Asked, wanted: &[Node]) -> Planned {
+    plan(view, asked, wanted, &BTreeSet::new()).expect("a plan")
+}
+
+/// The difference between the highest and the lowest count; every one of `of` is counted, also those that never come.
+fn unevenness<T: Ord>(of: impl IntoIterator<Item = T>, seen: impl IntoIterator<Item = T>) -> usize {
+    let mut counts: BTreeMap<T, usize> = of.into_iter().map(|item| (item, 0)).collect();
+    seen.into_iter().for_each(|item| *counts.entry(item).or_default() += 1);
+    counts.values().max().expect("some") - counts.values().min().expect("some")
+}
+
+fn shards_that_stay(view: &View) -> impl Iterator<Item = (GroupId, &Group)> {
+    view.shards().filter(|(_, group)| !group.ends)
+}
+
+/// What every plan keeps to.
+fn assert_plan(view: &View, out: &BTreeSet<NodeId>) {
+    view.check().expect("the parts fit together");
+    let staying: BTreeSet<NodeId> = view.staying().map(|(id, _)| id).collect();
+    let working: BTreeSet<NodeId> = staying.difference(&view.out).copied().collect();
+    let sizes = Sizes::of(staying.len(), view.asked).expect("sizes");
+    let live = || shards_that_stay(view);
+    assert_eq!(live().count(), sizes.shards, "shards");
+
+    let placed = || live().flat_map(|(_, group)| group.replicas.values().copied());
+    assert!(placed().all(|node| working.contains(&node)), "a replica on a node that leaves or is out");
+    match view.asked.layout {
+        Layout::Spread => {
+            assert!(live().all(|(_, group)| group.replicas.len() == sizes.factor && group.learners.is_empty()));
+            assert!(unevenness(working.clone(), placed()) <= 1, "replicas: {view:?}");
+        }
+        Layout::Exclusive => {
+            assert_eq!(placed().count(), working.len(), "each node once");
+            assert_eq!(placed().collect::<BTreeSet<_>>(), working, "each node once");
+            assert!(live().all(|(_, group)| group.replicas.len() >= sizes.factor && group.voters().len() >= sizes.factor));
+            let sizes: BTreeSet<usize> = live().map(|(_, group)| group.replicas.len()).collect();
+            assert!(sizes.last().expect("some") - sizes.first().expect("some") <= 1);
+        }
+    }
+    assert!(unevenness(working.clone(), live().map(|(_, group)| group.home)) <= 1, "homes: {view:?}");
+    assert!(unevenness(live().map(|(id, _)| id), Slot::all().map(|slot| view.targets.owner(slot))) <= 1, "slots");
+    for (id, group) in &view.groups {
+        assert!(group.voters().iter().any(|voter| group.replicas[voter] == group.home), "the home of {id} votes");
+    }
+
+    let enough = staying.iter().filter(|id| !out.contains(id)).count() >= sizes.needed;
+    let resting: BTreeSet<NodeId> = staying.intersection(out).copied().collect();
+    assert!(view.out.is_subset(&resting));
+    assert!(view.out == resting || !enough, "who is out has no work: {:?} of {out:?}", view.out);
+
+    let meta = &view.groups[&GroupId::META];
+    assert!(staying.iter().all(|node| meta.replicas.values().any(|at| at == node)), "the meta group is everywhere");
+    assert_eq!(meta.voters().len(), meta_voters(working.len()));
+    assert!(meta.voters().iter().all(|voter| working.contains(&meta.replicas[voter])));
+}
+
+#[test]
+fn planning_a_first_view_again_changes_nothing() {
+    for count in 1..=30 {
+        for factor in 1..=REPLICATION_FACTOR_MAX.min(count as u8) {
+            for asked in [spread(factor, None), spread(factor, Some(16)), exclusive(factor), Asked::default()] {
+                let view = first_view(ClusterId(9), asked, nodes(1..=count)).expect("a view");
+                let again = planned(&view, asked, &nodes(1..=count));
+                assert!(again.is_same, "{count} nodes, {asked:?}");
+                assert_eq!(View { epoch: view.epoch, version: view.version, ..again.view }, view);
+            }
+        }
+    }
+}
+
+/// Replicas of `after` that `before` has not; the meta group's aside.
+fn new_replicas(before: &View, after: &View) -> usize {
+    let replicas = after.shards().flat_map(|(_, group)| group.replicas.keys());
+    replicas.filter(|replica| **replica >= before.next_replica).count()
+}
+
+fn changed_homes(before: &View, after: &View) -> usize {
+    let changed = |(id, group): &(GroupId, &Group)| before.groups.get(id).is_some_and(|was| was.home != group.home);
+    shards_that_stay(after).filter(changed).count()
+}
+
+#[test]
+fn a_node_more_takes_its_share_and_no_more() {
+    for count in 3..=20_usize {
+        for factor in 1..=3 {
+            let shards = 60;
+            let mut meta = found(spread(factor, Some(shards)), nodes(1..=count));
+            let before = meta.view();
+            let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
+            assert_plan(&after, &BTreeSet::new());
+            let share = (usize::from(shards) * usize::from(factor)).div_ceil(count + 1);
+            assert!(new_replicas(&before, &after) <= share, "{count} nodes, {factor} replicas");
+            assert!(changed_homes(&before, &after) <= usize::from(shards).div_ceil(count + 1));
+            assert_eq!(after.slots, after.targets, "as many shards as before");
+            meta.install(after);
+            meta.settle();
+            assert!(planned(&meta.view(), before.asked, &nodes(1..=count + 1)).is_same);
+
+            // A shard more per node: the node and the shard get their replicas, nobody else gets any.
+            let before = first_view(ClusterId(9), spread(factor, None), nodes(1..=count)).expect("a view");
+            let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
+            assert_plan(&after, &BTreeSet::new());
+            assert_eq!(new_replicas(&before, &after), 2 * usize::from(factor) - 1);
+            assert_eq!(changed_homes(&before, &after), 0);
+            assert!(after.astray().count() <= 4096_usize.div_ceil(count + 1));
+        }
+    }
+}
+
+#[test]
+fn a_change_that_is_taken_back_moves_back_only_what_had_moved() {
+    let mut meta = found(spread(3, None), nodes(1..=5));
+    let first = meta.view();
+    meta.install(planned(&first, first.asked, &nodes(1..=6)).view);
+    let astray = meta.view().astray().count();
+    assert!(astray > 600);
+    meta.move_slots(100);
+    let moved = Slot::all().filter(|slot| meta.view().slots.owner(*slot) != first.slots.owner(*slot)).count();
+    assert_eq!(moved, 100);
+    let back = planned(&meta.view(), first.asked, &nodes(1..=5)).view;
+    assert_plan(&back, &BTreeSet::new());
+    assert_eq!(back.astray().count(), 100);
+    meta.install(back);
+    meta.settle();
+    assert_eq!(meta.view().slots, first.slots);
+    assert_eq!(meta.view().nodes, first.nodes);
+}
+
+#[test]
+fn a_view_that_shares_no_node_with_the_one_before() {
+    for asked in [Asked::default(), spread(5, Some(11)), exclusive(3)] {
+        let mut meta = found(asked, nodes(1..=7));
+        meta.install(planned(&meta.view(), asked, &nodes(8..=15)).view);
+        assert_plan(&meta.view(), &BTreeSet::new());
+        assert_eq!(meta.view().leaving.len(), 7);
+        meta.settle();
+        let ids: Vec<NodeId> = meta.view().nodes.keys().copied().collect();
+        assert_eq!(ids, (8..=15).map(NodeId).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn another_directory_under_an_address_is_another_node() {
+    let asked = Asked::default();
+    let mut meta = found(asked, nodes(1..=4));
+    let mut wanted = nodes(1..=4);
+    wanted[1].directory = DirectoryId(77);
+    let next = planned(&meta.view(), asked, &wanted).view;
+    assert_plan(&next, &BTreeSet::new());
+    assert_eq!(next.leaving, BTreeSet::from([NodeId(2)]));
+    assert_eq!(next.node_at(&wanted[1].address), Some(NodeId(5)));
+    assert!(next.shards().all(|(_, group)| !group.replicas.values().any(|node| *node == NodeId(2))), "it is lost");
+    meta.install(next);
+    meta.settle();
+    assert!(!meta.view().nodes.contains_key(&NodeId(2)));
+}
+
+#[test]
+fn a_node_out_of_reach_rests_while_there_are_others_enough() {
+    let out = BTreeSet::from([NodeId(2)]);
+    let settled = |asked, count| found(asked, nodes(1..=count)).view();
+    let view = settled(Asked::default(), 4);
+    let next = plan(&view, view.asked, &nodes(1..=4), &out).expect("a plan").view;
+    assert_plan(&next, &out);
+    assert_eq!((next.out.clone(), next.leaving.len()), (out.clone(), 0));
+    assert!(shards_that_stay(&next).all(|(_, group)| group.home != NodeId(2)));
+    let back = planned(&next, view.asked, &nodes(1..=4)).view;
+    assert_plan(&back, &BTreeSet::new());
+    assert!(back.out.is_empty() && back.shards().any(|(_, group)| group.replicas.values().any(|node| *node == NodeId(2))));
+
+    let view = settled(Asked::default(), 3);
+    assert!(plan(&view, view.asked, &nodes(1..=3), &out).expect("a plan").is_same, "three replicas need three nodes");
+    let view = settled(exclusive(3), 6);
+    assert!(plan(&view, view.asked, &nodes(1..=6), &out).expect("a plan").is_same, "two shards of three need six");
+    let view = settled(exclusive(3), 7);
+    let next = plan(&view, view.asked, &nodes(1..=7), &out).expect("a plan").view;
+    assert_plan(&next, &out);
+    assert_eq!((new_replicas(&view, &next), next.out.len()), (1, 1), "the seventh stands in");
+}
+
+#[test]
+fn a_shard_that_ends_stays_where_it_is_but_for_dead_nodes() {
+    let view = found(Asked::default(), nodes(1..=6)).view();
+    let next = planned(&view, view.asked, &nodes(1..=5)).view;
+    let ending: Vec<&Group> = next.shards().map(|(_, group)| group).filter(|group| group.ends).collect();
+    let [group] = ending[..] else { panic!("one shard ends: {ending:?}") };
+    assert_eq!(group.home, NodeId(6), "the one at home on the node that leaves");
+    assert!(group.leaving.is_empty() && group.replicas.values().any(|node| *node == NodeId(6)));
+    let dead = BTreeSet::from([NodeId(6)]);
+    let next = plan(&next, view.asked, &nodes(1..=5), &dead).expect("a plan").view;
+    assert_plan(&next, &dead);
+    let group = next.shards().map(|(_, group)| group).find(|group| group.ends).expect("it still ends");
+    assert!(group.replicas.len() == 3 && group.leaving.values().eq([&NodeId(6)]) && group.home != NodeId(6));
+}
+
+#[test]
+fn what_cannot_be_planned_says_why() {
+    let view = found(Asked::default(), nodes(1..=5)).view();
+    let refused = |asked, wanted: &[Node]| plan(&view, asked, wanted, &BTreeSet::new()).expect_err("refused");
+    assert_eq!(refused(Asked::default(), &[]), PlacementError::NoNodes);
+    assert_eq!(refused(exclusive(3), &nodes(4..=5)), PlacementError::TooFewNodes { needed: 3, nodes: 2 });
+    assert_eq!(refused(exclusive(0), &nodes(1..=5)), PlacementError::ReplicationFactorOutOfRange(0));
+    assert_eq!(refused(spread(8, Some(2)), &nodes(1..=9)), PlacementError::ReplicationFactorOutOfRange(8));
+    assert_eq!(refused(spread(3, Some(4097)), &nodes(1..=9)), PlacementError::ShardsOutOfRange(4097));
+    assert_eq!(refused(spread(3, Some(0)), &nodes(1..=9)), PlacementError::ShardsOutOfRange(0));
+    let crowded = Asked { layout: Layout::Exclusive, replication_factor: Some(2), shards: Some(3) };
+    assert_eq!(refused(crowded, &nodes(1..=5)), PlacementError::TooFewNodes { needed: 6, nodes: 5 });
+    let address = refused(Asked::default(), &[node(1, 1), node(1, 2)]);
+    assert_eq!(address, PlacementError::DuplicateAddress(node(1, 1).address));
+    let directory = refused(Asked::default(), &[node(1, 1), node(2, 1)]);
+    assert_eq!(directory, PlacementError::DuplicateDirectory(DirectoryId(1)));
+    // Node 1 is still called by its old address, which another has taken.
+    let taken = refused(Asked::default(), &[node(9, 1), node(1, 9)]);
+    assert_eq!(taken, PlacementError::DuplicateAddress(node(1, 1).address));
+}
+
+/// An asking at random that these many nodes can meet.
+fn random_asked(rng: &mut StdRng, nodes: usize) -> Asked {
+    let factor = rng.random_bool(0.7).then(|| rng.random_range(1..=REPLICATION_FACTOR_MAX.min(nodes as u8)));
+    let shards = rng.random_bool(0.5).then(|| rng.random_range(1..=40));
+    let layout = if rng.random_bool(0.4) { Layout::Exclusive } else { Layout::Spread };
+    let asked = Asked { layout, replication_factor: factor, shards };
+    if Sizes::of(nodes, asked).is_ok() { asked } else { Asked { shards: None, ..asked } }
+}
+
+#[test]
+fn any_sequence_of_changes_can_be_planned_and_carried_out() {
+    for seed in 0..12 {
+        println!("seed {seed}");
+        let mut rng = StdRng::seed_from_u64(seed);
+        let count = rng.random_range(1..=12);
+        let mut wanted = nodes(1..=count);
+        let mut asked = random_asked(&mut rng, count);
+        let mut meta = found(asked, wanted.clone());
+        let mut directory = 1000;
+        for _ in 0..12 {
+            for _ in 0..rng.random_range(0..3) {
+                directory += 1;
+                match rng.random_range(0..4) {
+                    0 => wanted.push(node(directory as usize, directory)),
+                    1 if wanted.len() > 1 => drop(wanted.remove(rng.random_range(0..wanted.len()))),
+                    2 => wanted.iter_mut().choose(&mut rng).expect("a node").directory = DirectoryId(directory),
+                    _ => {}
+                }
+            }
+            if rng.random_bool(0.3) || Sizes::of(wanted.len(), asked).is_err() {
+                asked = random_asked(&mut rng, wanted.len());
+            }
+            let view = meta.view();
+            let out: BTreeSet<NodeId> = view.nodes.keys().filter(|_| rng.random_bool(0.1)).copied().collect();
+            let next = plan(&view, asked, &wanted, &out).expect("a plan").view;
+            assert_plan(&next, &out);
+            meta.install(next);
+            match rng.random_range(0..3) {
+                0 => meta.settle(),
+                1 => meta.move_slots(rng.random_range(0..600)),
+                _ => drop(meta.open_moves(rng.random_range(0..600))),
+            }
+            let again = plan(&meta.view(), asked, &wanted, &meta.view().out).expect("a plan");
+            assert!(again.is_same, "planned in the middle of a change: {:?}\n{:?}", meta.view(), again.view);
+        }
+        let last = planned(&meta.view(), asked, &wanted).view;
+        meta.install(last);
+        meta.settle();
+        assert_plan(&meta.view(), &BTreeSet::new());
+        assert_eq!(meta.view().nodes.len(), wanted.len());
+    }
+}
+
+#[test]
+fn large_views_are_planned_at_once() {
+    let timed = |view: &View, asked, wanted: &[Node]| {
+        let started = std::time::Instant::now();
+        let next = planned(view, asked, wanted).view;
+        assert_plan(&next, &BTreeSet::new());
+        println!("{} nodes, {:?}: {:?}", wanted.len(), asked, started.elapsed());
+        next
+    };
+    let view = first_view(ClusterId(9), Asked::default(), nodes(1..=100)).expect("a view");
+    let view = carried_out(timed(&view, spread(5, None), &nodes(1..=100)));
+    timed(&view, spread(5, None), &nodes(3..=120));
+    timed(&view, exclusive(3), &nodes(1..=100));
+    let view = first_view(ClusterId(9), spread(1, Some(4096)), nodes(1..=30)).expect("a view");
+    let asked = spread(3, Some(4096));
+    let view = carried_out(timed(&view, asked, &nodes(1..=30)));
+    timed(&view, asked, &nodes(1..=31));
+    timed(&view, asked, &nodes(2..=30));
+    timed(&view, spread(2, Some(4096)), &nodes(1..=30));
+    timed(&view, spread(3, Some(30)), &nodes(5..=35));
+    timed(&view, spread(7, Some(4096)), &nodes(10..=40));
+}
+
+/// As the view is when all of it is done: what the meta group's commands would take long for with thousands of groups.
+fn carried_out(mut view: View) -> View {
+    view.slots = view.targets.clone();
+    view.groups.retain(|_, group| !group.ends);
+    view.groups.values_mut().for_each(|group| group.leaving.clear());
+    view
+}

@@ -1,0 +1,101 @@
+//! For the tests of the core: a meta group that is one map, and whose groups do what the view says when they are told to.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+
+use super::meta::{self, Command, Outcome};
+use super::view::{Reported, View};
+use crate::types::{GroupId, LogId, MoveId, Slot};
+
+/// The meta group's map, changed by its commands alone.
+pub struct Meta {
+    pub map: BTreeMap<Bytes, Bytes>,
+    index: u64,
+}
+
+impl Meta {
+    pub fn empty() -> Self {
+        Self { map: BTreeMap::new(), index: 0 }
+    }
+
+    pub fn founded(view: View) -> Self {
+        let mut meta = Self::empty();
+        assert_eq!(meta.run(Command::Found { view: Box::new(view) }), Outcome::Done);
+        meta
+    }
+
+    /// Applies `command` and returns what it answered.
+    pub fn run(&mut self, command: Command) -> Outcome {
+        self.index += 1;
+        let decoded = Command::decode(&command.encode()).expect("own encoding");
+        let (outcome, batch) = meta::apply(&self.map, self.index, decoded).expect("applied");
+        for (key, value) in batch {
+            match value {
+                Some(value) => self.map.insert(key, value),
+                None => self.map.remove(&key),
+            };
+        }
+        Outcome::decode(&outcome.encode()).expect("own encoding")
+    }
+
+    pub fn view(&self) -> View {
+        meta::read_view(&self.map).expect("readable").expect("founded")
+    }
+
+    pub fn install(&mut self, next: View) {
+        let base = self.view().version;
+        assert_eq!(self.run(Command::InstallPlan { base, next: Box::new(next) }), Outcome::Done);
+    }
+
+    /// Every group of which the view knows less tells that its members are those of the view.
+    pub fn report_all(&mut self) {
+        let mut view = self.view();
+        for group in self.view().groups.into_keys() {
+            // What an earlier one told may have changed it, or taken it away.
+            let Some(now) = view.groups.remove(&group).filter(|now| !now.is_settled()) else { continue };
+            let log_id = LogId { term: 1, index: now.reported.as_ref().map_or(1, |known| known.log_id.index + 1) };
+            let reported = Reported { log_id, voters: now.voters(), learners: now.learners };
+            assert_eq!(self.run(Command::Report { group, reported }), Outcome::Done);
+            view = self.view();
+        }
+    }
+
+    /// Opens moves of up to so many slots that are astray, and not on the move.
+    pub fn open_moves(&mut self, count: usize) -> Vec<MoveId> {
+        let view = self.view();
+        let moving: BTreeSet<Slot> = view.moves.values().flat_map(|open| open.slots.clone()).collect();
+        let mut runs: BTreeMap<(GroupId, GroupId), BTreeSet<Slot>> = BTreeMap::new();
+        for slot in view.astray().filter(|slot| !moving.contains(slot)).take(count) {
+            runs.entry((view.slots.owner(slot), view.targets.owner(slot))).or_default().insert(slot);
+        }
+        let open = |((from, to), slots)| match self.run(Command::OpenMove { slots, from, to }) {
+            Outcome::MoveOpened { id } => id,
+            outcome => panic!("a move was not opened: {outcome:?}"),
+        };
+        runs.into_iter().map(open).collect()
+    }
+
+    /// Moves up to so many slots that are astray to where they should be.
+    pub fn move_slots(&mut self, count: usize) {
+        for id in self.open_moves(count) {
+            assert_eq!(self.run(Command::CommitMove { id }), Outcome::Done);
+        }
+    }
+
+    /// Carries out all that is planned.
+    pub fn settle(&mut self) {
+        // Moves that were open, those to where the slots should be, members, then the nodes that only the last of these set free.
+        for _ in 0..4 {
+            if self.view().is_settled() {
+                return;
+            }
+            for id in self.view().moves.into_keys() {
+                assert_eq!(self.run(Command::CommitMove { id }), Outcome::Done);
+            }
+            self.move_slots(usize::MAX);
+            self.report_all();
+        }
+        assert!(self.view().is_settled(), "not settled: {:?}", self.view());
+    }
+}
