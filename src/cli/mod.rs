@@ -6,6 +6,8 @@
 pub mod bench;
 pub mod cluster;
 pub mod completions;
+pub mod gateway;
+pub mod health;
 pub mod kv;
 pub mod node_flags;
 pub mod serve;
@@ -34,10 +36,14 @@ pub struct Cli {
 pub enum Command {
     /// Run a node.
     Serve(Box<node_flags::Arguments>),
+    /// Serve a cluster to clients of any dialect, keeping no data.
+    Gateway(gateway::Arguments),
     /// Read and write keys.
     Kv(kv::Arguments),
     /// Look at a cluster, and hand leaderships over.
     Cluster(cluster::Arguments),
+    /// Ask one node or gateway whether it lives.
+    Health(health::Arguments),
     /// Load a cluster (or another HTTP key-value server) and measure.
     Bench(Box<bench::Arguments>),
     /// Print a completion script for a shell.
@@ -106,8 +112,10 @@ impl CliError {
 pub fn run(cli: Cli) -> ExitCode {
     let ended = match cli.command {
         Command::Serve(arguments) => on_all_threads(serve::run(*arguments)),
+        Command::Gateway(arguments) => on_all_threads(gateway::run(arguments)),
         Command::Kv(arguments) => on_one_thread(kv::run(arguments)),
         Command::Cluster(arguments) => on_one_thread(cluster::run(arguments)),
+        Command::Health(arguments) => on_one_thread(health::run(arguments)),
         Command::Bench(arguments) => bench::run(*arguments),
         Command::Completions(arguments) => completions::run(&arguments),
     };

@@ -150,7 +150,8 @@ impl<T: FromStr> FromStr for Given<T> {
     }
 }
 
-fn given<T>(value: Option<&Given<T>>) -> Option<&T> {
+/// What was given and is not empty.
+pub fn given<T>(value: Option<&Given<T>>) -> Option<&T> {
     value.and_then(|given| given.0.as_ref())
 }
 

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::node_flags::Arguments;
 use super::signals;
-use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest};
+use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest, SetUpError};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::http::metrics::Kind;
@@ -41,6 +41,10 @@ pub enum ServeError {
     Node(#[from] NodeError),
     #[error("the process can't be started again: {0}; start it by hand")]
     Restart(#[source] io::Error),
+    #[error("the HTTP client can't be set up: {0}")]
+    Client(#[from] SetUpError),
+    #[error("{0} is where this gateway itself listens: name members of the cluster")]
+    OwnMember(Address),
     #[error("signals can't be listened for: {0}")]
     Signals(#[source] io::Error),
 }

@@ -9,8 +9,9 @@ use crate::client::native::NativeClient;
 use crate::config::PORT_DEFAULT;
 use crate::types::Address;
 
-/// Where `cluster.sh` keeps its nodes, in the current directory.
-const LOCAL_CLUSTER: &str = ".cluster/nodes";
+/// Where `cluster.sh` keeps its cluster, in the current directory, unless this variable names another.
+const CLUSTER_DIR: &str = ".cluster";
+const CLUSTER_DIR_VARIABLE: &str = "QUORATE_CLUSTER_DIR";
 
 #[derive(Debug, Args)]
 pub struct Servers {
@@ -27,7 +28,7 @@ impl Servers {
         if !self.server.is_empty() {
             return self.server.clone();
         }
-        let local = local_cluster(Path::new(LOCAL_CLUSTER));
+        let local = local_cluster();
         if local.is_empty() { default_server().into_iter().collect() } else { local }
     }
 
@@ -47,13 +48,18 @@ pub fn seconds(text: &str) -> Result<Duration, String> {
     duration.ok_or_else(|| "expected a number of seconds above 0".to_owned())
 }
 
-fn default_server() -> Option<Address> {
+pub fn default_server() -> Option<Address> {
     format!("127.0.0.1:{PORT_DEFAULT}").parse().ok()
 }
 
 /// The addresses of the nodes that `cluster.sh` started here, in order of their ports.
-fn local_cluster(nodes: &Path) -> Vec<Address> {
-    let entries = std::fs::read_dir(nodes).into_iter().flatten().flatten();
+pub fn local_cluster() -> Vec<Address> {
+    let dir = std::env::var_os(CLUSTER_DIR_VARIABLE).filter(|dir| !dir.is_empty());
+    nodes_of(Path::new(&dir.unwrap_or_else(|| CLUSTER_DIR.into())))
+}
+
+fn nodes_of(cluster: &Path) -> Vec<Address> {
+    let entries = std::fs::read_dir(cluster.join("nodes")).into_iter().flatten().flatten();
     let address = |entry: std::fs::DirEntry| std::fs::read_to_string(entry.path().join("address")).ok()?.trim().parse().ok();
     let mut addresses: Vec<Address> = entries.filter_map(address).collect();
     addresses.sort_by_key(Address::port);
@@ -67,12 +73,13 @@ mod tests {
     #[test]
     fn the_nodes_of_a_local_cluster_are_found() {
         let dir = tempfile::tempdir().expect("a directory");
-        assert!(local_cluster(&dir.path().join("none")).is_empty());
+        assert!(nodes_of(&dir.path().join("none")).is_empty());
         for (name, text) in [("13802", "127.0.0.1:13802\n"), ("13801", "127.0.0.1:13801"), ("odd", "nonsense")] {
-            std::fs::create_dir(dir.path().join(name)).expect("created");
-            std::fs::write(dir.path().join(name).join("address"), text).expect("written");
+            let node = dir.path().join("nodes").join(name);
+            std::fs::create_dir_all(&node).expect("created");
+            std::fs::write(node.join("address"), text).expect("written");
         }
-        let found: Vec<String> = local_cluster(dir.path()).iter().map(ToString::to_string).collect();
+        let found: Vec<String> = nodes_of(dir.path()).iter().map(ToString::to_string).collect();
         assert_eq!(found, ["127.0.0.1:13801", "127.0.0.1:13802"]);
     }
 

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::call::ShardCaller;
 use super::peer::{Identity, Standing};
-use super::shard_map::ShardMap;
+use super::shard_map::{NodePlace, ShardMap};
 use crate::types::{Address, GroupId, NodeId};
 
 /// How long a home is waited for that does not lead. Whoever asks waits too.
@@ -36,13 +36,19 @@ impl Contacts {
     }
 
     /// What the node to ask about `shard` is called in the view. None: there is no such shard. `leader` is who answered for it last, if
-    /// that is known; only where it is not the home, the home is asked whether it is there.
-    pub async fn of(&self, map: &ShardMap, shard: GroupId, leader: Option<NodeId>) -> Option<Address> {
+    /// that is known; only where it is not the home, the home is asked, by the address to reach it by, whether it is there.
+    pub async fn of(
+        &self,
+        map: &ShardMap,
+        shard: GroupId,
+        leader: Option<NodeId>,
+        reach: impl Fn(&NodePlace) -> &Address,
+    ) -> Option<Address> {
         let home = map.shard(shard)?.home;
         let at_home = map.node(home);
         let instead = leader.filter(|leader| *leader != home).and_then(|leader| map.node(leader));
         let named = match (at_home, instead) {
-            (Some(at_home), Some(instead)) if !self.is_member(&at_home.public).await => instead,
+            (Some(at_home), Some(instead)) if !self.is_member(reach(at_home)).await => instead,
             (at_home, instead) => at_home.or(instead)?,
         };
         Some(named.address.clone())
@@ -111,8 +117,8 @@ mod tests {
         let other = nobody().await;
         let map = ShardMap::from_status(&status(1, None, &[home.clone(), other.clone()]));
         let contacts = Contacts::new(ShardCaller::new().expect("a client"));
-        let first = contacts.of(&map, GroupId(1), leader.map(NodeId)).await;
-        assert_eq!(contacts.of(&map, GroupId(1), leader.map(NodeId)).await, first);
+        let first = contacts.of(&map, GroupId(1), leader.map(NodeId), |node| &node.public).await;
+        assert_eq!(contacts.of(&map, GroupId(1), leader.map(NodeId), |node| &node.public).await, first);
         (first, other)
     }
 
@@ -141,6 +147,6 @@ mod tests {
     async fn nobody_is_named_for_a_shard_that_is_not_there() {
         let map = ShardMap::from_status(&status(1, None, &[nobody().await]));
         let contacts = Contacts::new(ShardCaller::new().expect("a client"));
-        assert_eq!(contacts.of(&map, GroupId(9), Some(NodeId(1))).await, None);
+        assert_eq!(contacts.of(&map, GroupId(9), Some(NodeId(1)), |node| &node.public).await, None);
     }
 }

@@ -1,7 +1,10 @@
 //! The typed client, and the seam that the whole HTTP side stands on: [`store::Store`].
 
+mod address_book;
 pub mod call;
 pub mod contact;
+pub mod health;
+pub mod lookout;
 pub mod native;
 pub mod peer;
 mod problem;

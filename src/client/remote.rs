@@ -1,7 +1,8 @@
 //! The remote cluster as a [`Store`](super::store::Store): a router over HTTP calls to the shards' leaders.
 //!
 //! [`HttpAccess`] learns the shard map from `GET /v1/cluster` of any node that it knows, and leaders from the map and from nodes that say
-//! "elsewhere". Nothing here retries what may have been done: that is the router's decision.
+//! "elsewhere", and follows them: it sends nobody elsewhere itself. Nothing here retries what may have been done: that is the router's
+//! decision.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, RwLock};
@@ -10,8 +11,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use super::address_book::AddressBook;
 use super::call::{CallError, ShardCaller, describe, failure_of};
 use super::contact::Contacts;
+use super::peer::SetUpError;
 use super::protocol::{ClusterStatus, ShardBody, ShardReply, ShardRequest};
 use super::router::{Router, ShardAccess};
 use super::shard_map::ShardMap;
@@ -40,7 +43,7 @@ impl RemoteStore {
     /// # Errors
     ///
     /// When the HTTP client can't be set up.
-    pub fn connect(seeds: Vec<Address>) -> Result<Self, reqwest::Error> {
+    pub fn connect(seeds: Vec<Address>) -> Result<Self, SetUpError> {
         let access = HttpAccess::new(seeds, ShardCaller::new()?);
         Ok(Router::new(access, rand::random()))
     }
@@ -50,7 +53,7 @@ impl RemoteStore {
 #[derive(Debug)]
 pub struct HttpAccess {
     caller: ShardCaller,
-    seeds: Vec<Address>,
+    book: AddressBook,
     map: RwLock<Option<Arc<ShardMap>>>,
     leaders: Mutex<HashMap<GroupId, Hint>>,
     contacts: Contacts,
@@ -81,26 +84,19 @@ struct Transferred {
 impl HttpAccess {
     pub fn new(seeds: Vec<Address>, caller: ShardCaller) -> Self {
         let (map, leaders, contacts) = (RwLock::default(), Mutex::default(), Contacts::new(caller.clone()));
-        Self { caller, seeds, map, leaders, contacts, refreshing: tokio::sync::Mutex::default() }
+        let book = AddressBook::new(seeds);
+        Self { caller, book, map, leaders, contacts, refreshing: tokio::sync::Mutex::default() }
     }
 
-    /// Every node that may answer for the cluster: those of the map, then the seeds.
     fn members(&self) -> Vec<Address> {
-        let mut members: Vec<Address> = Vec::new();
-        let map = self.map();
-        let mapped = map.iter().flat_map(|map| map.nodes()).map(|(_, node)| &node.public);
-        for address in mapped.chain(&self.seeds) {
-            if !members.contains(address) {
-                members.push(address.clone());
-            }
-        }
-        members
+        self.book.members(self.map().as_deref())
     }
 
     /// The nodes to ask about a shard, in order.
     fn candidates(&self, shard: GroupId, map: &ShardMap) -> VecDeque<Address> {
         let hint = self.leaders.lock().expect("no panic with the lock held").get(&shard).cloned();
-        let mut addresses: VecDeque<Address> = map.candidates(shard).into_iter().map(|node| node.public.clone()).collect();
+        let mut addresses: VecDeque<Address> =
+            map.candidates(shard).into_iter().map(|node| self.book.address(node).clone()).collect();
         match hint {
             Some(Hint::Leads(leader)) => addresses.push_front(leader),
             Some(Hint::Silent(silent)) => {
@@ -115,7 +111,9 @@ impl HttpAccess {
     /// Who answered last for the shard.
     fn leader(&self, shard: GroupId, map: &ShardMap) -> Option<NodeId> {
         match self.leaders.lock().expect("no panic with the lock held").get(&shard) {
-            Some(Hint::Leads(address)) => map.nodes().find(|(_, place)| place.public == *address).map(|(node, _)| node),
+            Some(Hint::Leads(address)) => {
+                map.nodes().find(|(_, place)| self.book.address(place) == address).map(|(node, _)| node)
+            }
             Some(Hint::Silent(_)) | None => map.shard(shard)?.leader,
         }
     }
@@ -149,7 +147,7 @@ impl HttpAccess {
             asked.push(address.clone());
             last = match self.caller.call(&address, &request, timeout).await {
                 Ok(ShardReply::Failed(Failure::Elsewhere { shard: at, address: leader })) => {
-                    next.push_front(leader.clone());
+                    next.push_front(self.book.of_public(map, leader.clone()));
                     Failure::Elsewhere { shard: at, address: leader }
                 }
                 Ok(ShardReply::Failed(failure @ Failure::Unavailable { .. })) => failure,
@@ -173,7 +171,12 @@ impl HttpAccess {
                 }
             };
         }
-        ShardReply::Failed(last)
+        ShardReply::Failed(match last {
+            Failure::Elsewhere { shard, address } => {
+                unavailable(format!("shard {shard} is changing its leader, perhaps to {address}"))
+            }
+            last => last,
+        })
     }
 
     async fn fetch_status(&self, address: &Address) -> Result<ClusterStatus, Failure> {
@@ -189,23 +192,45 @@ impl HttpAccess {
     async fn fetch_from_any(&self) -> Result<ClusterStatus, Failure> {
         let mut last = unavailable("no node is known".into());
         for address in self.members() {
-            match self.fetch_status(&address).await {
+            last = match self.fetch_status(&address).await.and_then(|status| self.learn(status)) {
                 Ok(status) => {
-                    self.learn(&status);
+                    self.book.has_answered(&address);
                     return Ok(status);
                 }
-                Err(failure) => last = failure,
-            }
+                Err(failure) => failure,
+            };
+            self.book.was_silent(&address);
         }
         Err(last)
     }
 
     /// Believes a map that is no older than the known one: it knows the leaders better.
-    fn learn(&self, status: &ClusterStatus) {
+    ///
+    /// # Errors
+    ///
+    /// When it is that of another cluster. It may be empty, or hold other values under the same keys: it is never changed over to.
+    fn learn(&self, status: ClusterStatus) -> Result<ClusterStatus, Failure> {
         let mut known = self.map.write().expect("no panic with the lock held");
-        if known.as_ref().is_none_or(|known| known.cluster == status.cluster && known.version <= status.version) {
-            *known = Some(Arc::new(ShardMap::from_status(status)));
+        if let Some(known) = known.as_ref().filter(|known| known.cluster != status.cluster) {
+            return Err(unavailable(format!("a node answers for cluster {}, not for {}", status.cluster, known.cluster)));
         }
+        if known.as_ref().is_none_or(|known| known.version <= status.version) {
+            let map = ShardMap::from_status(&status);
+            self.book.learn(&map);
+            *known = Some(Arc::new(map));
+        }
+        Ok(status)
+    }
+
+    /// Whether the node answers at all, within `timeout`.
+    pub async fn answers(&self, node: NodeId, timeout: Duration) -> bool {
+        let Some(address) = self.map().and_then(|map| Some(self.book.address(map.node(node)?).clone())) else { return false };
+        let asked = self.caller.http().get(format!("http://{address}/healthz")).timeout(timeout).send().await;
+        let answers = asked.is_ok_and(|answer| answer.status().is_success());
+        if !answers {
+            self.book.was_silent(&address);
+        }
+        answers
     }
 
     async fn post_transfer(
@@ -255,7 +280,7 @@ impl ShardAccess for HttpAccess {
 
     async fn contact(&self, shard: GroupId) -> Option<Address> {
         let map = self.map()?;
-        self.contacts.of(&map, shard, self.leader(shard, &map)).await
+        self.contacts.of(&map, shard, self.leader(shard, &map), |node| self.book.address(node)).await
     }
 
     async fn status(&self) -> Result<ClusterStatus, Failure> {

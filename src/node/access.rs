@@ -198,7 +198,7 @@ impl ShardAccess for Access {
     }
 
     async fn contact(&self, shard: GroupId) -> Option<Address> {
-        self.contacts.of(&self.member.map(), shard, self.member.known_leader(shard)).await
+        self.contacts.of(&self.member.map(), shard, self.member.known_leader(shard), |node| &node.address).await
     }
 
     async fn status(&self) -> Result<ClusterStatus, Failure> {

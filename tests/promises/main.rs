@@ -15,6 +15,7 @@ mod cluster_sh;
 mod common;
 mod crash;
 mod disk_full;
+mod gateway;
 mod harness;
 mod kill;
 mod lagging;

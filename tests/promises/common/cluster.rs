@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::net::TcpListener;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, LazyLock};
@@ -23,7 +24,7 @@ use super::{eventually, say};
 pub const READY_LIMIT: Duration = Duration::from_secs(90);
 
 /// Ports come in blocks below the range from which the kernel gives out ports to those who connect.
-const PORTS: std::ops::Range<u16> = 10_000..32_000;
+const PORTS: Range<u16> = 10_000..32_000;
 const PORTS_PER_CLUSTER: u16 = 20;
 
 static TURN: LazyLock<Arc<Mutex<()>>> = LazyLock::new(Arc::default);
@@ -64,6 +65,8 @@ impl Setup {
 pub struct Cluster {
     pub nodes: Vec<Node>,
     pub client: Client,
+    /// The last of the ports is for what else a test listens with.
+    ports: Range<u16>,
     dir: TempDir,
     /// Locked for as long as the ports are ours, among all test processes of this machine.
     _ports: File,
@@ -74,6 +77,8 @@ pub struct Node {
     pub address: String,
     pub data: PathBuf,
     pub log: PathBuf,
+    /// `serve`, or `gateway`.
+    command: &'static str,
     arguments: Vec<String>,
     /// Put before the binary: a program that runs it in another environment.
     pub wrapper: Vec<String>,
@@ -96,7 +101,7 @@ impl Cluster {
         let turn = take_turn().await;
         let dir = TempDir::with_prefix_in("cluster-", env!("CARGO_TARGET_TMPDIR")).expect("a directory for the cluster");
         let (ports, lock) = take_ports();
-        let addresses: Vec<String> = ports.take(setup.nodes).map(|port| format!("127.0.0.1:{port}")).collect();
+        let addresses: Vec<String> = ports.clone().take(setup.nodes).map(|port| format!("127.0.0.1:{port}")).collect();
         assert_eq!(addresses.len(), setup.nodes, "a cluster of at most {PORTS_PER_CLUSTER} nodes");
         let view = addresses.join(",");
         let node = |(id, address): (usize, &String)| {
@@ -109,10 +114,18 @@ impl Cluster {
             }
             arguments.extend(setup.arguments.iter().cloned());
             let log = dir.path().join(format!("node-{id}.log"));
-            Node { address: address.clone(), data, log, arguments, wrapper: Vec::new(), child: None }
+            Node { address: address.clone(), data, log, command: "serve", arguments, wrapper: Vec::new(), child: None }
         };
         let nodes = addresses.iter().enumerate().map(node).collect();
-        Self { nodes, client: Client::default(), dir, _ports: lock, _turn: turn }
+        Self { nodes, client: Client::default(), ports, dir, _ports: lock, _turn: turn }
+    }
+
+    /// A gateway to these members, not started yet: the `number`th of the cluster, for a port of its own.
+    pub fn gateway(&self, number: u16, members: &[&str]) -> Node {
+        let address = format!("127.0.0.1:{}", self.ports.end - 1 - number);
+        let arguments = ["--listen", &address].iter().chain(members).map(|word| (*word).to_owned()).collect();
+        let log = self.dir.path().join(format!("gateway-{number}.log"));
+        Node { address, data: PathBuf::new(), log, command: "gateway", arguments, wrapper: Vec::new(), child: None }
     }
 
     pub fn addresses(&self) -> Vec<String> {
@@ -202,10 +215,11 @@ impl Node {
     pub fn start(&mut self) {
         assert!(self.child.is_none(), "{} runs already", self.address);
         let log = OpenOptions::new().create(true).append(true).open(&self.log).expect("the log of a node");
-        let mut words = self.wrapper.iter().cloned().chain([binary(), "serve".to_owned()]).chain(self.arguments.iter().cloned());
+        let mut words =
+            self.wrapper.iter().cloned().chain([binary(), self.command.to_owned()]).chain(self.arguments.iter().cloned());
         let mut command = Command::new(words.next().expect("the binary at least"));
         // What the tests were started with must not configure the nodes.
-        for name in ["ADDRESS", "VIEW", "REPL_FACTOR"] {
+        for name in ["ADDRESS", "VIEW", "REPL_FACTOR", "QUORATE_SERVERS", "QUORATE_CLUSTER_DIR"] {
             command.env_remove(name);
         }
         command.args(words).stdin(Stdio::null()).stdout(log.try_clone().expect("a handle")).stderr(log);
@@ -277,8 +291,14 @@ impl Node {
     }
 }
 
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
 /// A block of ports that nobody listens on and no other test process takes while the file is locked.
-fn take_ports() -> (std::ops::Range<u16>, File) {
+fn take_ports() -> (Range<u16>, File) {
     let locks = std::env::temp_dir().join("quorate-test-ports");
     fs::create_dir_all(&locks).expect("a directory for port locks");
     let blocks = (PORTS.end - PORTS.start) / PORTS_PER_CLUSTER;

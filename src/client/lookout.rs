@@ -1,0 +1,202 @@
+//! What a gateway knows of how its cluster is.
+//!
+//! [`Lookout::run`] looks at the cluster every so often: it asks a member for the status (each time another, which keeps the map and the list
+//! of members fresh, so that a gateway outlives every node that it was started with) and sees whether the leaders can be reached from here.
+//! Asking for the verdict costs nothing; it is as old as the last look.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::protocol::{ClusterStatus, ShardStatus};
+use super::remote::RemoteStore;
+use super::store::Store;
+use crate::types::NodeId;
+
+/// Between two looks. Every request that fails has the map asked for besides.
+const PAUSE: Duration = Duration::from_secs(2);
+/// Between two looks while something is wrong: an election takes about as long.
+const PAUSE_IN_TROUBLE: Duration = Duration::from_millis(300);
+/// How long a leader may take to answer.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+/// A verdict older than this is worth nothing: the looks take too long.
+const VERDICT_AGE_MAX: Duration = Duration::from_secs(10);
+
+/// Why requests had better go elsewhere for now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// Stable, for scripts: `starting`, `no-leader`, `unreachable`.
+    pub code: &'static str,
+    pub reason: String,
+}
+
+/// What a look found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Look {
+    pub at: Instant,
+    pub trouble: Option<Trouble>,
+    pub nodes: usize,
+    pub shards: usize,
+    pub map_version: u64,
+}
+
+#[derive(Debug)]
+pub struct Lookout {
+    store: Arc<RemoteStore>,
+    last: RwLock<Option<Look>>,
+}
+
+impl Lookout {
+    pub fn new(store: Arc<RemoteStore>) -> Self {
+        Self { store, last: RwLock::default() }
+    }
+
+    /// What the last look found; none: the first is not over.
+    pub fn last(&self) -> Option<Look> {
+        self.last.read().expect("no panic with the lock held").clone()
+    }
+
+    /// # Errors
+    ///
+    /// Why not every request can be expected to be answered.
+    pub fn ready(&self) -> Result<(), Trouble> {
+        match self.last() {
+            None => Err(Trouble { code: "starting", reason: "no member has answered yet".into() }),
+            Some(Look { trouble: Some(trouble), .. }) => Err(trouble),
+            Some(look) if look.at.elapsed() > VERDICT_AGE_MAX => {
+                Err(Trouble { code: "unreachable", reason: "the members of the cluster answer too slowly".into() })
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Looks, again and again, until it is told to stop.
+    pub async fn run(&self, shutdown: &CancellationToken) {
+        let looks = async {
+            loop {
+                let look = self.look().await;
+                let pause = if look.trouble.is_none() { PAUSE } else { PAUSE_IN_TROUBLE };
+                self.note(look);
+                sleep(pause).await;
+            }
+        };
+        shutdown.run_until_cancelled(looks).await;
+    }
+
+    async fn look(&self) -> Look {
+        let status = match self.store.status().await {
+            Ok(status) => status,
+            Err(failure) => {
+                let trouble = Trouble { code: "unreachable", reason: format!("no member of the cluster can tell: {failure}") };
+                let before = self.last();
+                let (nodes, shards, map_version) = before.map_or((0, 0, 0), |look| (look.nodes, look.shards, look.map_version));
+                return Look { at: Instant::now(), trouble: Some(trouble), nodes, shards, map_version };
+            }
+        };
+        let leaders: BTreeSet<NodeId> = owners(&status).filter_map(|shard| shard.leader).collect();
+        let probed = leaders.into_iter().map(|leader| async move {
+            let answers = self.store.access().answers(leader, PROBE_TIMEOUT).await;
+            (leader, answers)
+        });
+        let silent = join_all(probed).await.into_iter().filter(|(_, answers)| !answers).map(|(leader, _)| leader).collect();
+        Look {
+            at: Instant::now(),
+            trouble: judge(&status, &silent),
+            nodes: status.nodes.len(),
+            shards: owners(&status).count(),
+            map_version: status.version.0,
+        }
+    }
+
+    /// Keeps it, and says what has changed.
+    fn note(&self, look: Look) {
+        let before = self.last().map(|look| look.trouble);
+        match (&look.trouble, before) {
+            (Some(trouble), before) if before.as_ref() != Some(&look.trouble) => tracing::warn!("not ready: {}", trouble.reason),
+            (None, None | Some(Some(_))) => tracing::info!(nodes = look.nodes, shards = look.shards, "ready"),
+            (Some(_) | None, _) => {}
+        }
+        *self.last.write().expect("no panic with the lock held") = Some(look);
+    }
+}
+
+/// The shards that own keys.
+fn owners(status: &ClusterStatus) -> impl Iterator<Item = &ShardStatus> {
+    status.shards.iter().filter(|shard| !shard.id.is_meta() && shard.slots > 0)
+}
+
+/// What is wrong with a cluster of which these nodes do not answer from here.
+fn judge(status: &ClusterStatus, silent: &BTreeSet<NodeId>) -> Option<Trouble> {
+    owners(status).find_map(|shard| match shard.leader {
+        None => Some(Trouble { code: "no-leader", reason: format!("shard {} has no leader", shard.id) }),
+        Some(leader) if silent.contains(&leader) => {
+            let node = status.nodes.iter().find(|node| node.id == leader).map(|node| format!(" ({})", node.public_address));
+            let reason = format!("shard {} is led by {leader}{}, which does not answer here", shard.id, node.unwrap_or_default());
+            Some(Trouble { code: "unreachable", reason })
+        }
+        Some(_) => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::testing::{answer, bind, json, nobody, serve, status};
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    #[tokio::test]
+    async fn a_cluster_is_ready_when_every_leader_can_be_reached() {
+        let (address, listener) = bind().await;
+        let nodes = [address.clone(), nobody().await];
+        // Who leads, by the map's version: nobody, the dead node, the live one.
+        let leader = Arc::new(AtomicU64::new(0));
+        let told = Arc::clone(&leader);
+        serve(listener, move |request| {
+            let led = told.load(Ordering::Relaxed);
+            let status = status(led, [None, Some(1), Some(0)][led as usize], &nodes);
+            async move { Some(if request.uri().path() == "/healthz" { answer(200, "ok") } else { json(&status) }) }
+        });
+        let store = Arc::new(RemoteStore::connect(vec![address]).expect("a client"));
+        let lookout = Lookout::new(store);
+        assert_eq!(lookout.ready().expect_err("it has not looked").code, "starting");
+        for (led, code) in [(0, Some("no-leader")), (1, Some("unreachable")), (2, None)] {
+            leader.store(led, Ordering::Relaxed);
+            lookout.note(lookout.look().await);
+            assert_eq!(lookout.ready().err().map(|trouble| trouble.code), code);
+            assert_eq!(lookout.last().map(|look| (look.nodes, look.shards, look.map_version)), Some((2, 1, led)));
+        }
+    }
+
+    #[tokio::test]
+    async fn nodes_of_another_cluster_are_not_believed() {
+        let (address, listener) = bind().await;
+        let asked = Arc::new(AtomicU64::new(0));
+        let nodes = [address.clone()];
+        serve(listener, move |request| {
+            let mut status = status(1, Some(0), &nodes);
+            if request.uri().path() == "/v1/cluster" && asked.fetch_add(1, Ordering::Relaxed) > 0 {
+                status.cluster = crate::types::ClusterId(2);
+            }
+            async move { Some(json(&status)) }
+        });
+        let lookout = Lookout::new(Arc::new(RemoteStore::connect(vec![address]).expect("a client")));
+        lookout.note(lookout.look().await);
+        assert_eq!(lookout.ready(), Ok(()));
+        lookout.note(lookout.look().await);
+        let trouble = lookout.ready().expect_err("it is another cluster");
+        assert!(trouble.reason.contains("00000002"), "{trouble:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_old_verdict_is_worth_nothing() {
+        let lookout = Lookout::new(Arc::new(RemoteStore::connect(Vec::new()).expect("a client")));
+        lookout.note(Look { at: Instant::now(), trouble: None, nodes: 1, shards: 1, map_version: 1 });
+        assert_eq!(lookout.ready(), Ok(()));
+        tokio::time::advance(VERDICT_AGE_MAX + Duration::from_millis(1)).await;
+        assert!(lookout.ready().is_err());
+    }
+}
