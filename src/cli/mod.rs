@@ -23,6 +23,7 @@ use clap::{Parser, Subcommand};
 use crate::cli::serve::ServeError;
 use crate::client::native::NativeError;
 use crate::client::store::Failure;
+use crate::client::view_change::ViewChangeFailure;
 
 /// A sharded, linearizable key-value store.
 #[derive(Debug, Parser)]
@@ -40,7 +41,7 @@ pub enum Command {
     Gateway(gateway::Arguments),
     /// Read and write keys.
     Kv(kv::Arguments),
-    /// Look at a cluster, and hand leaderships over.
+    /// Look at a cluster, change its nodes, replicas and shards, and hand leaderships over.
     Cluster(cluster::Arguments),
     /// Ask one node or gateway whether it lives.
     Health(health::Arguments),
@@ -60,6 +61,8 @@ pub enum Exit {
     Done,
     /// What was asked for is not there: said by the exit code, not by a message.
     Missing,
+    /// The user did not wait for the end. What goes on was said.
+    Interrupted,
 }
 
 /// Why a command did not do what it should.
@@ -69,6 +72,11 @@ pub enum CliError {
     Usage(String),
     #[error(transparent)]
     Native(#[from] NativeError),
+    #[error(transparent)]
+    ViewChange(#[from] ViewChangeFailure),
+    /// It was not done, as the cluster or the user's answer is.
+    #[error("{0}")]
+    Refused(String),
     /// A node could not start, or had to stop.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -81,6 +89,12 @@ pub enum CliError {
     },
 }
 
+impl From<Failure> for CliError {
+    fn from(failure: Failure) -> Self {
+        CliError::Native(failure.into())
+    }
+}
+
 impl CliError {
     /// Standard output could not be written.
     pub fn output(source: io::Error) -> Self {
@@ -91,13 +105,19 @@ impl CliError {
         match self {
             CliError::Usage(_) => 2,
             CliError::Native(NativeError::ConditionFailed { .. }) => 1,
-            CliError::Native(NativeError::Failed(failure)) => match failure {
-                Failure::Invalid { .. } | Failure::TooLarge { .. } => 2,
-                Failure::Elsewhere { .. }
-                | Failure::Overloaded { .. }
-                | Failure::Unavailable { .. }
-                | Failure::Unknown { .. } => 3,
-            },
+            CliError::Native(NativeError::Failed(failure)) | CliError::ViewChange(ViewChangeFailure::Failed(failure)) => {
+                match failure {
+                    Failure::Invalid { .. } | Failure::TooLarge { .. } => 2,
+                    Failure::Elsewhere { .. }
+                    | Failure::Overloaded { .. }
+                    | Failure::Unavailable { .. }
+                    | Failure::Unknown { .. } => 3,
+                }
+            }
+            CliError::ViewChange(
+                ViewChangeFailure::Refused { .. } | ViewChangeFailure::NotReady { .. } | ViewChangeFailure::EpochChanged { .. },
+            )
+            | CliError::Refused(_) => 1,
             CliError::Serve(_) | CliError::Io { .. } => 3,
         }
     }
@@ -122,6 +142,8 @@ pub fn run(cli: Cli) -> ExitCode {
     match ended {
         Ok(Exit::Done) => ExitCode::SUCCESS,
         Ok(Exit::Missing) => ExitCode::from(1),
+        // As a shell reports SIGINT.
+        Ok(Exit::Interrupted) => ExitCode::from(130),
         Err(error) if error.is_closed_pipe() => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
@@ -166,6 +188,9 @@ mod tests {
         assert_eq!(failed(Failure::Invalid { reason: String::new() }), 2);
         assert_eq!(failed(Failure::Unavailable { reason: String::new(), retry_after_ms: 0 }), 3);
         assert_eq!(failed(Failure::Unknown { reason: String::new() }), 3);
+        assert_eq!(CliError::from(ViewChangeFailure::Refused { reason: String::new() }).code(), 1);
+        let unknown = Failure::Unknown { reason: String::new() };
+        assert_eq!(CliError::from(ViewChangeFailure::Failed(unknown)).code(), 3);
         assert!(CliError::output(io::ErrorKind::BrokenPipe.into()).is_closed_pipe());
     }
 }

@@ -1,0 +1,149 @@
+//! How a cluster is, for people.
+
+use std::collections::BTreeMap;
+
+use super::progress::what_is_left;
+use super::{bytes, count};
+use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::client::view_change::ChangeInProgress;
+use crate::sm::view::Layout;
+use crate::types::{Address, NodeId};
+
+/// The tables of nodes and shards, and what is under way. `running`: how the change of the last plan gets on, as far as that is known.
+pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> String {
+    let addresses: BTreeMap<NodeId, &Address> = status.nodes.iter().map(|node| (node.id, &node.public_address)).collect();
+    let name = |id: NodeId| addresses.get(&id).map_or_else(|| id.to_string(), |address| address.to_string());
+    let led = |id: NodeId| status.shards.iter().filter(|shard| !shard.id.is_meta() && shard.leader == Some(id)).count();
+    let held = |id: NodeId| {
+        let replicas = status.shards.iter().filter(|shard| !shard.id.is_meta()).flat_map(|shard| &shard.replicas);
+        replicas.filter(|replica| replica.node == id).count()
+    };
+    let nodes = status.nodes.iter().map(|node| {
+        let reachable = if node.reachable { "yes" } else { "NO" };
+        let cells = [node.public_address.to_string(), node.id.to_string(), reachable.into(), led(node.id).to_string()];
+        cells.into_iter().chain([held(node.id).to_string(), remarks(status, node)]).collect()
+    });
+    let shards = status.shards.iter().filter(|shard| !shard.id.is_meta()).map(|shard| {
+        let number = |number: Option<u64>| number.map_or_else(|| "?".to_owned(), |number| number.to_string());
+        let leader = shard.leader.map_or_else(|| "NONE".to_owned(), name);
+        let cells = [shard.id.0.to_string(), name(shard.home), leader, number(shard.term), number(shard.keys)];
+        let replicas = replicas(shard, &name);
+        cells.into_iter().chain([shard.bytes.map_or_else(|| "?".into(), bytes), shard.slots.to_string(), replicas]).collect()
+    });
+    let layout = match status.asked.layout {
+        Layout::Spread => "spread",
+        Layout::Exclusive => "exclusive",
+    };
+    let tables = format!(
+        "cluster {}  plan {}  map {}  layout {layout}  told by {}\n\n{}\n{}",
+        status.cluster,
+        status.epoch,
+        status.version,
+        name(status.answered_by),
+        table(&["NODE", "ID", "REACHED", "LEADS", "REPLICAS", ""], nodes.collect()),
+        table(&["SHARD", "HOME", "LEADER", "TERM", "KEYS", "BYTES", "SLOTS", "REPLICAS"], shards.collect()),
+    );
+    tables + &under_way(status, running)
+}
+
+fn remarks(status: &ClusterStatus, node: &NodeStatus) -> String {
+    let leads = (status.meta_leader == Some(node.id)).then_some("meta leader");
+    let leaves = node.leaving.then_some("leaving");
+    leads.into_iter().chain(leaves).collect::<Vec<_>>().join(", ")
+}
+
+/// Nothing, where everything is as the plan says.
+fn under_way(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> String {
+    if status.settled {
+        return String::new();
+    }
+    let mut text = match running {
+        Some(change) => format!("\nplan {} is carried out: {}\n", change.id, what_is_left(change)),
+        None => format!("\nplan {} is carried out\n", status.epoch),
+    };
+    for held in &status.moves {
+        text.push_str(&format!(
+            "  move {}: {} from shard {} to {}\n",
+            held.id,
+            count(held.slots, "slot"),
+            held.from.0,
+            held.to.0
+        ));
+    }
+    for reason in running.into_iter().flat_map(|change| &change.waiting_for) {
+        text.push_str(&format!("  waits for {reason}\n"));
+    }
+    text
+}
+
+fn replicas(shard: &ShardStatus, name: &dyn Fn(NodeId) -> String) -> String {
+    let remark = |replica: &ReplicaStatus| match replica.health {
+        ReplicaHealth::Leading | ReplicaHealth::Following if replica.leaving => " (leaves)",
+        ReplicaHealth::Leading | ReplicaHealth::Following => "",
+        ReplicaHealth::Lagging => " (lags)",
+        ReplicaHealth::Failed => " (FAILED)",
+        ReplicaHealth::Unreachable => " (UNREACHABLE)",
+    };
+    let replicas = shard.replicas.iter().map(|replica| format!("{}{}", name(replica.node), remark(replica)));
+    replicas.collect::<Vec<_>>().join(" ")
+}
+
+/// Columns as wide as their widest cell; the last is not padded.
+fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
+    let head: Vec<String> = head.iter().map(|cell| (*cell).to_owned()).collect();
+    let width = |column: usize| {
+        let cells = rows.iter().chain([&head]).filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
+    };
+    std::iter::once(&head).chain(&rows).map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::protocol::MoveStatus;
+    use crate::client::testing;
+    use crate::client::view_change::Phase;
+    use crate::types::{GroupId, MoveId, PlanEpoch};
+
+    #[test]
+    fn columns_line_up() {
+        let rows = vec![vec!["a".into(), "long one".into()], vec!["wider".into(), String::new()]];
+        assert_eq!(table(&["X", "Y"], rows), "X      Y\na      long one\nwider\n");
+    }
+    #[test]
+    fn what_is_under_way_is_shown_until_it_is_done() {
+        let nodes = ["a:1", "b:2"].map(|node| node.parse().expect("an address"));
+        let mut status = testing::status(1, Some(0), &nodes);
+        let settled = render(&status, None);
+        assert!(settled.ends_with("4096   a:1 b:2\n") && settled.contains("  meta leader\n"), "{settled}");
+        status.settled = false;
+        status.nodes[0].leaving = true;
+        status.shards[0].replicas[0].leaving = true;
+        status.moves = vec![MoveStatus { id: MoveId(7), from: GroupId(1), to: GroupId(2), slots: 1 }];
+        let change = ChangeInProgress {
+            id: PlanEpoch(4),
+            phase: Phase::Running,
+            replicas_left: 1,
+            slots_left: 2,
+            bytes_left: 2048,
+            bytes_per_s: None,
+            left_s: None,
+            waiting_for: vec!["b:2 to answer".into()],
+        };
+        let shown = render(&status, Some(&change));
+        for part in [
+            "  meta leader, leaving\n",
+            "  a:1 (leaves) b:2\n",
+            "\nplan 4 is carried out: 1 replica and 2 slots (2.0 KiB) left\n  move m7: 1 slot from shard 1 to 2\n  waits for b:2 to answer\n",
+        ] {
+            assert!(shown.contains(part), "{part}\nis not in\n{shown}");
+        }
+        assert!(render(&status, None).contains("\nplan 1 is carried out\n"));
+    }
+}
