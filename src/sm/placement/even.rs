@@ -175,3 +175,63 @@ fn cycle_through(before: &[Option<(usize, Step)>], bin: usize) -> Option<Vec<(us
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    /// Every way to choose `takes` of `bins`.
+    fn choices(takes: usize, bins: &[usize]) -> Vec<Vec<usize>> {
+        match (takes, bins) {
+            (0, _) => vec![Vec::new()],
+            (_, []) => Vec::new(),
+            (_, [bin, rest @ ..]) => {
+                let with = choices(takes - 1, rest).into_iter().map(|more| [vec![*bin], more].concat());
+                with.chain(choices(takes, rest)).collect()
+            }
+        }
+    }
+
+    /// How uneven an assignment is (the squares of the loads), and what it costs.
+    fn score(items: &[Item], bins: usize, taken: &[Vec<usize>]) -> (usize, i64) {
+        let load = |bin| taken.iter().flatten().filter(|one| **one == bin).count();
+        let costs = items.iter().zip(taken).flat_map(|(item, taken)| taken.iter().map(|bin| item.costs[*bin].expect("allowed")));
+        ((0..bins).map(|bin| load(bin) * load(bin)).sum(), costs.sum())
+    }
+
+    /// The best score of all assignments, one by one.
+    fn best(items: &[Item], bins: usize, taken: &mut Vec<Vec<usize>>) -> (usize, i64) {
+        let Some(item) = items.get(taken.len()) else { return score(items, bins, taken) };
+        let allowed: Vec<usize> = (0..bins).filter(|bin| item.costs[*bin].is_some()).collect();
+        let scores = choices(item.takes, &allowed).into_iter().map(|choice| {
+            taken.push(choice);
+            let score = best(items, bins, taken);
+            taken.pop();
+            score
+        });
+        scores.min().expect("a choice")
+    }
+
+    #[test]
+    fn no_other_assignment_is_more_even_or_as_even_and_cheaper() {
+        for seed in 0..400 {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let bins = rng.random_range(1..=4);
+            let items: Vec<Item> = (0..rng.random_range(1..=4))
+                .map(|_| {
+                    let cost = |rng: &mut StdRng| rng.random_bool(0.8).then(|| rng.random_range(-1..=3));
+                    let mut costs: Vec<Option<i64>> = (0..bins).map(|_| cost(&mut rng)).collect();
+                    costs[rng.random_range(0..bins)] = Some(2);
+                    let allowed = costs.iter().flatten().count();
+                    Item { takes: rng.random_range(1..=allowed), costs }
+                })
+                .collect();
+            let taken = assign(&items, bins);
+            assert!(items.iter().zip(&taken).all(|(item, taken)| item.takes == taken.len()), "seed {seed}");
+            assert_eq!(score(&items, bins, &taken), best(&items, bins, &mut Vec::new()), "seed {seed}: {items:?}");
+        }
+    }
+}

@@ -51,29 +51,21 @@ pub fn choose(next: &mut View, count: usize, working: &BTreeSet<NodeId>) -> BTre
 pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: &BTreeSet<NodeId>) {
     let nodes: Vec<NodeId> = working.iter().copied().collect();
     let ids: Vec<GroupId> = shards.iter().copied().collect();
-    let cost = |id: &GroupId, node: &NodeId| match next.groups.get(id) {
-        Some(group) if group.replicas.values().any(|at| at == node) => {
-            if group.home == *node {
-                STAY_HOME
-            } else {
-                STAY
-            }
-        }
-        Some(group) if group.leaving.values().any(|at| at == node) => AWKWARD,
-        Some(_) | None => CHANGE,
-    };
+    let standing: Vec<BTreeMap<NodeId, i64>> =
+        ids.iter().map(|id| next.groups.get(id).map(standing).unwrap_or_default()).collect();
+    let cost = |shard: usize, node: usize| Some(standing[shard].get(&nodes[node]).copied().unwrap_or(CHANGE));
     let mut members: BTreeMap<GroupId, BTreeSet<NodeId>> = BTreeMap::new();
     match next.asked.layout {
         Layout::Spread => {
-            let costs = |id| nodes.iter().map(|node| Some(cost(id, node))).collect();
-            let items: Vec<Item> = ids.iter().map(|id| Item { takes: sizes.factor, costs: costs(id) }).collect();
+            let costs = |shard| (0..nodes.len()).map(|node| cost(shard, node)).collect();
+            let items: Vec<Item> = (0..ids.len()).map(|shard| Item { takes: sizes.factor, costs: costs(shard) }).collect();
             for (id, taken) in ids.iter().zip(assign(&items, nodes.len())) {
                 members.insert(*id, taken.into_iter().map(|index| nodes[index]).collect());
             }
         }
         Layout::Exclusive => {
-            let costs = |node| ids.iter().map(|id| Some(cost(id, node))).collect();
-            let items: Vec<Item> = nodes.iter().map(|node| Item { takes: 1, costs: costs(node) }).collect();
+            let costs = |node| (0..ids.len()).map(|shard| cost(shard, node)).collect();
+            let items: Vec<Item> = (0..nodes.len()).map(|node| Item { takes: 1, costs: costs(node) }).collect();
             for (node, taken) in nodes.iter().zip(assign(&items, ids.len())) {
                 members.entry(ids[taken[0]]).or_default().insert(*node);
             }
@@ -86,6 +78,13 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: 
         };
         seat(next, id, &nodes, voters);
     }
+}
+
+/// What a replica of the group costs on nodes where it has, or had, one; elsewhere it costs a [`CHANGE`].
+fn standing(group: &Group) -> BTreeMap<NodeId, i64> {
+    let stay = |node: &NodeId| if group.home == *node { STAY_HOME } else { STAY };
+    let leaving = group.leaving.values().map(|node| (*node, AWKWARD));
+    leaving.chain(group.replicas.values().map(|node| (*node, stay(node)))).collect()
 }
 
 /// Has the group `id` consist of one replica on each of these nodes, of which so many vote: rather those that did, the home's first.
@@ -131,17 +130,14 @@ pub fn settle_homes(before: &View, next: &mut View, shards: &BTreeSet<GroupId>, 
     let nodes: Vec<NodeId> = working.iter().copied().collect();
     let costs = |id: &GroupId| {
         let (now, was) = (next.groups.get(id), before.groups.get(id));
-        let cost = |node: &NodeId| {
-            let group = now?;
-            let (replica, _) = group.replicas.iter().find(|(replica, at)| *at == node && !group.learners.contains(replica))?;
-            let is_old = was.is_some_and(|was| was.replicas.contains_key(replica));
-            Some(match was {
-                Some(was) if was.home == *node => STAY,
-                Some(_) if !is_old => AWKWARD,
-                Some(_) | None => CHANGE,
-            })
+        let voters = now.iter().flat_map(|group| group.replicas.iter().filter(|(replica, _)| !group.learners.contains(replica)));
+        let cost = |replica: &ReplicaId, node: &NodeId| match was {
+            Some(was) if was.home == *node => STAY,
+            Some(was) if !was.replicas.contains_key(replica) => AWKWARD,
+            Some(_) | None => CHANGE,
         };
-        nodes.iter().map(cost).collect()
+        let by_node: BTreeMap<NodeId, i64> = voters.map(|(replica, node)| (*node, cost(replica, node))).collect();
+        nodes.iter().map(|node| by_node.get(node).copied()).collect()
     };
     let items: Vec<Item> = shards.iter().map(|id| Item { takes: 1, costs: costs(id) }).collect();
     for (id, taken) in shards.iter().zip(assign(&items, nodes.len())) {
