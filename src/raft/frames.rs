@@ -22,7 +22,8 @@ const FRAMES_MAX: usize = 64;
 type Handled = Result<Reply, Refusal>;
 
 impl Group {
-    /// Begins to work on a request for this replica. An append is in openraft's queue when the future was polled once.
+    /// Begins to work on a request for this replica. An append has its place in openraft's queue when the future was polled once, if that
+    /// poll was not subject to tokio's budget.
     pub(super) fn handle(
         self: Arc<Self>,
         lane: Lane,

@@ -12,6 +12,7 @@ use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt};
+use tokio::task::coop::unconstrained;
 
 use super::client::HELLO_SEQUENCE;
 use crate::raft::registry::Registry;
@@ -137,7 +138,9 @@ impl<I> Serving<I> {
             }
         };
         match begun {
-            Ok(reply) => self.working.push(Box::pin(async move { (sequence, reply.await) })),
+            // Tokio makes a task that has done much wait, and wakes what waited last first: appends would overtake one another on their way
+            // to the group, and a follower would refuse what it is about to have.
+            Ok(reply) => self.working.push(Box::pin(unconstrained(async move { (sequence, reply.await) }))),
             Err(refusal) => wire::encode_reply(&mut self.out, sequence, &Reply::Refused(refusal)),
         }
     }

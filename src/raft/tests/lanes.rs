@@ -16,20 +16,24 @@ use super::cluster::*;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::lanes::{Lanes, serve_lane};
 use crate::raft::transport::{Dial, Identity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver};
-use crate::raft::wire::{self, FrameReader, Head, Hello, Refusal, Reply, Request};
+use crate::raft::wire::{self, AppendReply, FrameReader, Head, Hello, Refusal, Reply, Request};
 use crate::raft::{RaftTimings, Registry};
-use crate::storage::log::Vote;
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, ReplicaId};
+use crate::storage::log::{Entry, Payload, Vote};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 fn hello() -> Hello {
     let (from, to) = (NodeId(9), NodeId(1));
     Hello { cluster: CLUSTER, from, from_directory: directory(from), to, to_directory: directory(to) }
 }
 
-/// Replies to what is sent, in the order in which they come.
+/// The first reply to what is sent, if there is one before the lane ends.
 async fn replies(registry: &Arc<Registry>, sent: Vec<Bytes>) -> Vec<Reply> {
+    first_replies(registry, sent, 1).await
+}
+
+/// So many replies to what is sent, in the order in which they come; fewer if the lane ends before.
+async fn first_replies(registry: &Arc<Registry>, sent: Vec<Bytes>, count: usize) -> Vec<Reply> {
     let incoming = stream::iter(sent).map(Ok::<_, Infallible>).chain(stream::pending());
-    let count = 1;
     let mut outgoing = Box::pin(serve_lane(registry.clone(), Lane::Log, incoming));
     let mut reader = FrameReader::default();
     let mut found = Vec::new();
@@ -177,6 +181,34 @@ async fn a_group_that_stalls_holds_up_no_other_and_can_not_fill_the_lane() {
     let found = replies(&registry, vec![wire::encode_hello(&hello()), request(1).seal(1)]).await;
     assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
     drop((registry, stalled));
+    cluster.stop_all().await;
+}
+
+/// More than tokio lets a task do in one go: what is then put off must not overtake what came before it.
+#[tokio::test]
+async fn appends_that_arrive_together_are_taken_in_their_order() {
+    const GROUPS: u64 = 8;
+    const APPENDS: u64 = 50;
+    let cluster = TestCluster::new(1);
+    let registry = cluster.nodes[&NodeId(1)].registry.clone();
+    for group in 1..=GROUPS {
+        registry.open_replica(key(group, 1), true).await.expect("a replica");
+    }
+    let vote = Vote { term: 1, voted_for: Some(ReplicaId(2)), committed: true };
+    let append = |group, index| {
+        let head = Head { group: GroupId(group), sender: ReplicaId(2), target: ReplicaId(1) };
+        let id = |index| LogId { term: 1, index };
+        let entry = Entry { id: id(index), payload: Payload::Blank };
+        wire::encode_append(head, vote, index.checked_sub(1).map(id), None, &[entry]).seal(group * APPENDS + index)
+    };
+    let mut sent = BytesMut::from(&wire::encode_hello(&hello())[..]);
+    for (index, group) in (0..APPENDS).flat_map(|index| (1..=GROUPS).map(move |group| (index, group))) {
+        sent.extend_from_slice(&append(group, index));
+    }
+    let count = (GROUPS * APPENDS) as usize;
+    let found = first_replies(&registry, vec![sent.freeze()], count).await;
+    assert_eq!(found, vec![Reply::Append(AppendReply::Success); count]);
+    drop(registry);
     cluster.stop_all().await;
 }
 
