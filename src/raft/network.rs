@@ -147,6 +147,7 @@ impl RaftNetworkV2<Types> for PeerClient {
             timeout,
             timer: Box::pin(tokio::time::sleep(timeout)),
             failed: None,
+            acknowledged: None,
         };
         Box::pin(async move { Ok(Box::pin(stream) as BoxStream<'s, _>) })
     }
@@ -214,6 +215,8 @@ struct Appends<'s, S> {
     timer: Pin<Box<Sleep>>,
     /// A request could not be sent; said once the earlier ones are answered.
     failed: Option<LaneError>,
+    /// The last that the follower is known to have.
+    acknowledged: Option<RaftLogId>,
 }
 
 struct InFlight {
@@ -269,6 +272,24 @@ where
         }
         Some(done)
     }
+
+    /// The result of an append that was answered. A conflict where the follower is known to match can't be: nothing that was acknowledged
+    /// is lost, and a lane keeps the order of its frames. openraft does not look: it would search below what matches, and where the log
+    /// is purged up to there, send snapshots without end. So it is an error, and tried again.
+    fn read(&mut self, done: &InFlight, reply: &Reply) -> Answered<StreamAppendResult<Types>> {
+        let response = read_append_reply(reply)?;
+        // Heartbeats follow what was acknowledged.
+        let is_known = self.client.lane == Lane::Heartbeat || done.previous <= self.acknowledged;
+        if matches!(response, AppendEntriesResponse::Conflict) && is_known {
+            tracing::warn!(to = %self.client.to, group = %self.client.head.group, previous = ?done.previous, "a conflict that can't be");
+            return Err(network_error("a conflict where the logs are known to match"));
+        }
+        let result = response.into_stream_result(done.previous, done.last);
+        if let Ok(matching) = &result {
+            self.acknowledged = self.acknowledged.max(*matching);
+        }
+        Ok(result)
+    }
 }
 
 impl<S> Stream for Appends<'_, S>
@@ -296,24 +317,13 @@ where
             },
         };
         let done = this.pop().expect("the window was not empty");
-        let result = reply.map_err(rpc_error).and_then(|reply| read_append_reply(&reply));
+        let result = reply.map_err(rpc_error).and_then(|reply| this.read(&done, &reply));
         if result.is_err() {
             // openraft ends the stream at an error; what is still under way is given up.
             this.input = None;
             this.window.clear();
         }
-        // A conflict of an append that follows nothing can't be: every log begins alike.
-        match result {
-            // A heartbeat may overtake, on its own lane, the entries that it follows. The conflict it then meets is out of date when it
-            // is told, and would have the leader search for what it knows to match. The log lane finds the real ones.
-            Ok(AppendEntriesResponse::Conflict) if this.client.lane == Lane::Heartbeat => {
-                Poll::Ready(Some(Err(network_error("a heartbeat came before the entries that it follows"))))
-            }
-            Ok(AppendEntriesResponse::Conflict) if done.previous.is_none() => {
-                Poll::Ready(Some(Err(network_error("a conflict at the very beginning of the log"))))
-            }
-            result => Poll::Ready(Some(result.map(|response| response.into_stream_result(done.previous, done.last)))),
-        }
+        Poll::Ready(Some(result))
     }
 }
 

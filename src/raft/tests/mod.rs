@@ -3,6 +3,7 @@
 mod cluster;
 mod groups;
 mod lanes;
+mod network;
 mod snapshots;
 mod stalling_disk;
 mod storage_suite;
