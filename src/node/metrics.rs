@@ -109,6 +109,7 @@ fn of_groups(member: &Member) -> Vec<Family> {
     let mut leads = Vec::new();
     let mut terms = Vec::new();
     let mut applied = Vec::new();
+    let mut purged = Vec::new();
     let mut failed = Vec::new();
     for group in member.registry.groups() {
         let status = group.status();
@@ -117,6 +118,7 @@ fn of_groups(member: &Member) -> Vec<Family> {
         leads.push(sample(if status.role == Role::Leader { 1.0 } else { 0.0 }));
         terms.push(sample(status.term as f64));
         applied.push(sample(status.applied.map_or(0, |id| id.index) as f64));
+        purged.push(sample(status.purged.map_or(0, |id| id.index) as f64));
         failed.push(sample(if status.failed.is_some() { 1.0 } else { 0.0 }));
     }
     use FamilyKind::Gauge;
@@ -124,6 +126,7 @@ fn of_groups(member: &Member) -> Vec<Family> {
         family("quorate_group_leads", Gauge, "1 where this node leads the group.", leads),
         family("quorate_group_term", Gauge, "The group's term.", terms),
         family("quorate_group_applied_index", Gauge, "Index of the last entry applied here.", applied),
+        family("quorate_group_purged_index", Gauge, "Index of the last entry that is no longer in the log here.", purged),
         family("quorate_group_failed", Gauge, "1 where the replica on this node has stopped by itself.", failed),
     ]
 }

@@ -16,6 +16,16 @@ async fn a_follower_that_missed_much_comes_back_by_the_log() {
     come_back(cluster, follower, &[missed]).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_that_missed_more_than_the_log_holds_comes_back_by_a_snapshot() {
+    let (cluster, leader, follower) = without_a_follower().await;
+    let missed = Fill::write_past_a_purge(&cluster, leader).await;
+    cluster.wait_for_purge(leader).await;
+    let cluster = come_back(cluster, follower, &missed).await;
+    let installed = cluster.metric(follower, "quorate_snapshots_installed_total").await;
+    assert!(installed >= 1.0, "the follower has caught up without a snapshot: the log still had all of it");
+}
+
 async fn without_a_follower() -> (Cluster, usize, usize) {
     let mut cluster = Cluster::start(Setup::nodes(3).arguments(&["--shards", "1"])).await;
     let leader = cluster.leader(0).await;

@@ -183,6 +183,21 @@ impl Cluster {
         found.unwrap_or_else(|| panic!("node {id} has written no snapshot"));
     }
 
+    /// Waits until a node has purged the beginning of a log. A leader does so only between attempts to reach a follower that needs it.
+    pub async fn wait_for_purge(&self, id: usize) {
+        let purged = async || (self.metric(id, "quorate_group_purged_index").await > 0.0).then_some(());
+        eventually(READY_LIMIT, purged).await.unwrap_or_else(|| panic!("node {id} has purged nothing"));
+    }
+
+    /// A metric without labels, or the sum over its labels.
+    pub async fn metric(&self, id: usize, name: &str) -> f64 {
+        let answer = self.client.ask_only(&self.nodes[id].address, &Request::get("/metrics")).await.expect("the metrics");
+        let text = answer.text();
+        let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
+        let values = text.lines().filter(of_name).filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+        values.sum()
+    }
+
     /// The position in `nodes` of the leader of the shard at this position of the status, once all that run agree that it leads.
     pub async fn leader(&self, shard: usize) -> usize {
         let found = eventually(READY_LIMIT, async || {
