@@ -2,6 +2,7 @@
 # Runs a Quorate cluster on this machine: see `./cluster.sh help`.
 #
 # Everything it keeps is in DIR/nodes/<port>/: address, flags (of `quorate serve`, one a line), pid (with the start time of the process), log, data.
+# A gateway keeps its address, pid and log in DIR/gateway.
 # It signals a process only while its pid, its start time and its command line are all those of the node: a reused pid is never touched.
 # Written for bash 3.2 and BSD tools as well; needs curl, and cargo where there is no binary yet.
 set -u
@@ -15,6 +16,7 @@ ME=$0
 HOST=127.0.0.1
 COUNT_DEFAULT=3
 PORT_DEFAULT=13801
+GATEWAY_PORTS_DEFAULT=(8080 8081)
 # How long a node may take to stop before it is killed, and a cluster to become ready before the wait is given up.
 STOP_SECONDS=20
 READY_SECONDS=300
@@ -31,10 +33,12 @@ usage: cluster.sh [--dir DIR] COMMAND [ARGUMENTS]
   pause ADDR     stop the process in its tracks (SIGSTOP); resume ADDR lets it go on
   restart ADDR   start it again from its data, stopping it first where it runs; does not wait for a quorum
   add            start one more node, as a spare; the last line is its ADDR
+  gateway [PORT...]
+                 start a gateway on these ports of $HOST (${GATEWAY_PORTS_DEFAULT[*]}): it serves the whole cluster from there
   status         the view, the shards, their leaders and replicas
   logs ADDR [-f] the end of a node's log; with -f, go on
-  stop           stop every node, keeping the data; start brings them back
-  clean          stop every node and remove what this script has made
+  stop           stop every node and the gateway, keeping the data; start brings the nodes back
+  clean          stop them and remove what this script has made
   help           this text
 
   --dir DIR      where the cluster lives (else QUORATE_CLUSTER_DIR, else .cluster beside this script); DIR may hold other files
@@ -82,7 +86,8 @@ live() {
     inspect "$PID" && [ "$STARTED" = "$started" ] || return 1
     # On its way out it has no command line any more.
     [ "$STATE" != Z ] || return 0
-    case "$COMMAND " in *" serve --address $(address_of "$1") "*) return 0 ;; *) return 1 ;; esac
+    case "$COMMAND " in *" serve --address $(address_of "$1") "* | *" gateway --listen $(address_of "$1") "*) return 0 ;; esac
+    return 1
 }
 
 # Waits until the node in $1 is gone, for at most $2 seconds.
@@ -132,38 +137,48 @@ holder_of() {
 
 port_taken() { (exec 3<>"/dev/tcp/$HOST/$1") 2>/dev/null; }
 
-# Starts the node in directory $1 in a process group of its own, deaf to the terminal's hang-up. Returns when it runs as `quorate serve`.
-start_node() {
-    local address flags=() flag pid looks
-    address=$(address_of "$1")
-    # A process that has just ended may hold it for a moment.
+# Waits until port $1 is free. A process that has just ended may hold it for a moment.
+wait_free() {
+    local looks
     for ((looks = 100; looks > 0; looks--)); do
-        port_taken "${address##*:}" || break
+        port_taken "$1" || return 0
         sleep 0.02
     done
-    if [ "$looks" -eq 0 ]; then
-        say "cluster.sh: port ${address##*:} is in use by $(holder_of "${address##*:}"): $address was not started"
-        return 1
-    fi
+    say "cluster.sh: port $1 is in use by $(holder_of "$1")"
+    return 1
+}
+
+# Starts the node in directory $1. Returns when it runs as `quorate serve`.
+start_node() {
+    local address flags=() flag
+    address=$(address_of "$1")
+    wait_free "${address##*:}" || { say "$address was not started"; return 1; }
     while IFS= read -r flag; do flags+=("$flag"); done <"$1/flags"
-    looks=500
+    spawn "$1" serve --address "$address" ${flags[@]+"${flags[@]}"} --data-dir "$1/data"
+}
+
+# Runs the binary in directory $1 with the arguments that follow, in a process group of its own, deaf to the terminal's hang-up. Returns when
+# it has become the binary.
+spawn() {
+    local dir=$1 pid looks=500
+    shift
     set -m
     (
         trap '' HUP
-        unset ADDRESS VIEW REPL_FACTOR
-        cd "$1" || exit 1
-        exec "$BINARY" serve --address "$address" ${flags[@]+"${flags[@]}"} --data-dir "$1/data" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
-    ) </dev/null >>"$1/log" 2>&1 &
+        unset ADDRESS VIEW REPL_FACTOR PUBLIC_ADDRESS
+        cd "$dir" || exit 1
+        exec "$BINARY" "$@" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
+    ) </dev/null >>"$dir/log" 2>&1 &
     pid=$!
     set +m
     if inspect "$pid"; then
-        printf '%s\n%s\n' "$pid" "$STARTED" >"$1/pid.new" && mv "$1/pid.new" "$1/pid" || return 1
+        printf '%s\n%s\n' "$pid" "$STARTED" >"$dir/pid.new" && mv "$dir/pid.new" "$dir/pid" || return 1
     fi
     # Until it has become the binary, its command line is that of this script.
-    while ! live "$1"; do
+    while ! live "$dir"; do
         if ! inspect "$pid" || [ "$looks" -eq 0 ]; then
-            say "cluster.sh: $address ended at once; the end of its log:"
-            log_tail "$1"
+            say "cluster.sh: $(address_of "$dir") ended at once; the end of its log:"
+            log_tail "$dir"
             return 1
         fi
         looks=$((looks - 1))
@@ -547,6 +562,28 @@ add() {
     printf '%s\n' "$address"
 }
 
+gateway() {
+    need_cluster
+    find_binary
+    local ports=("$@") port listen=() node members=() dir=$DIR/gateway
+    [ "${#ports[@]}" -gt 0 ] || ports=("${GATEWAY_PORTS_DEFAULT[@]}")
+    if live "$dir"; then
+        [ "$(address_of "$dir")" = "$HOST:${ports[0]}" ] || die "a gateway runs already, at $(address_of "$dir")"
+        say "The gateway runs already."
+        return
+    fi
+    for port in "${ports[@]}"; do
+        port=$(number gateway "$port") || exit 2
+        wait_free "$port" || exit 1
+        listen+=(--listen "$HOST:$port")
+    done
+    for node in "${NODES[@]}"; do members+=("$(address_of "$node")"); done
+    if ! { mkdir -p "$dir" && printf '%s\n' "${listen[1]}" >"$dir/address"; }; then die "cannot write to $dir"; fi
+    spawn "$dir" gateway "${listen[@]}" "${members[@]}" || exit 1
+    wait_ready "$dir" || exit 1
+    say "The gateway is up at port ${ports[*]} of $HOST."
+}
+
 status() {
     need_cluster
     find_binary
@@ -565,12 +602,17 @@ logs() {
 
 stop() {
     need_cluster
-    stop_nodes "${NODES[@]}"
+    stop_nodes "$DIR/gateway" "${NODES[@]}"
     say "No node of the cluster runs; its data is in $DIR."
 }
 
 clean() {
     load_nodes
+    if [ -f "$DIR/gateway/address" ]; then
+        stop_nodes "$DIR/gateway"
+        rm -f "$DIR/gateway/address" "$DIR/gateway/log" "$DIR/gateway/pid" "$DIR/gateway/pid.new"
+        rmdir "$DIR/gateway" 2>/dev/null || say "$DIR/gateway holds files that are not mine: they stay"
+    fi
     if [ "${#NODES[@]}" -gt 0 ]; then
         stop_nodes "${NODES[@]}"
         for NODE in "${NODES[@]}"; do
@@ -665,6 +707,7 @@ case $VERB in
     resume) takes 1 1 "an address" && signal_node CONT "${ARGUMENTS[0]}" resumed ;;
     restart) takes 1 1 "an address" && restart "${ARGUMENTS[0]}" ;;
     logs) takes 1 1 "an address" -f && logs "${ARGUMENTS[0]}" ;;
+    gateway) takes 0 8 "ports" && gateway ${ARGUMENTS[@]+"${ARGUMENTS[@]}"} ;;
     start | members | add | status | stop | clean) takes 0 0 '' && "$VERB" ;;
     help) usage ;;
     *) misuse "unknown command $VERB" ;;
