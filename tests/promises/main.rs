@@ -22,4 +22,5 @@ mod lagging;
 mod limits;
 mod pause;
 mod power_cut;
+mod scripts;
 mod tour;

@@ -128,6 +128,11 @@ impl Cluster {
         Node { address, data: PathBuf::new(), log, command: "gateway", arguments, wrapper: Vec::new(), child: None }
     }
 
+    /// The first of the ports that are this cluster's alone.
+    pub fn first_port(&self) -> u16 {
+        self.ports.start
+    }
+
     pub fn addresses(&self) -> Vec<String> {
         self.nodes.iter().map(|node| node.address.clone()).collect()
     }
@@ -234,7 +239,7 @@ impl Node {
             self.wrapper.iter().cloned().chain([binary(), self.command.to_owned()]).chain(self.arguments.iter().cloned());
         let mut command = Command::new(words.next().expect("the binary at least"));
         // What the tests were started with must not configure the nodes.
-        for name in ["ADDRESS", "VIEW", "REPL_FACTOR", "QUORATE_SERVERS", "QUORATE_CLUSTER_DIR"] {
+        for name in ["ADDRESS", "PUBLIC_ADDRESS", "VIEW", "REPL_FACTOR", "QUORATE_SERVERS", "QUORATE_CLUSTER_DIR"] {
             command.env_remove(name);
         }
         command.args(words).stdin(Stdio::null()).stdout(log.try_clone().expect("a handle")).stderr(log);
