@@ -6,16 +6,20 @@ use clap::Args;
 use tokio::time::timeout;
 
 use super::node_flags::{Given, given};
-use super::servers::{default_server, seconds};
+use super::servers::seconds;
 use super::{CliError, EXIT_CODES, Exit, complain};
 use crate::client::health;
-use crate::types::Address;
+use crate::config::PORT_DEFAULT;
+use crate::types::{Address, ParseError};
 
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
 pub struct Arguments {
-    /// The node or gateway to ask [default: 127.0.0.1:13800]
-    #[arg(value_name = "HOST:PORT", env = "ADDRESS")]
+    /// The node or gateway to ask [default: the node of this machine, at the port of ADDRESS or 13800]
+    #[arg(value_name = "HOST:PORT")]
+    asked: Option<Address>,
+    /// What the node of this machine is called
+    #[arg(long, env = "ADDRESS", value_name = "HOST:PORT", hide = true)]
     address: Option<Given<Address>>,
     /// Ask whether it should be given requests, not only whether it lives
     #[arg(long)]
@@ -25,18 +29,56 @@ pub struct Arguments {
     timeout: Duration,
 }
 
+impl Arguments {
+    /// Where to ask, one after the other. A node that listens on every address is asked by the loopback address first: the others come and go
+    /// with the networks.
+    fn candidates(&self) -> Result<Vec<Address>, ParseError> {
+        if let Some(asked) = &self.asked {
+            return Ok(vec![asked.clone()]);
+        }
+        let own = given(self.address.as_ref());
+        let loopback = format!("127.0.0.1:{}", own.map_or(PORT_DEFAULT, Address::port)).parse()?;
+        Ok(std::iter::once(loopback).chain(own.cloned()).collect())
+    }
+}
+
 /// # Errors
 ///
 /// When the address can't be made out.
 pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
-    let address = given(arguments.address.as_ref()).cloned().or_else(default_server);
-    let address = address.ok_or_else(|| CliError::Usage("name a node".into()))?;
     let path = if arguments.ready { "/readyz" } else { "/healthz" };
-    let reason = match timeout(arguments.timeout, health::ask(&address, path, arguments.timeout)).await {
-        Ok(Ok(())) => return Ok(Exit::Done),
-        Ok(Err(reason)) => reason,
-        Err(_) => format!("no answer within {:?}", arguments.timeout),
-    };
-    complain(&format!("{address}: {reason}"));
+    let candidates = arguments.candidates().map_err(|error| CliError::Usage(error.to_string()))?;
+    for address in candidates {
+        let reason = match timeout(arguments.timeout, health::ask(&address, path, arguments.timeout)).await {
+            Ok(Ok(())) => return Ok(Exit::Done),
+            Ok(Err(reason)) => reason,
+            Err(_) => format!("no answer within {:?}", arguments.timeout),
+        };
+        complain(&format!("{address}: {reason}"));
+    }
     Ok(Exit::Missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    #[test]
+    fn the_node_of_this_machine_is_asked_unless_another_is_named() {
+        let candidates = |line: &[&str]| {
+            let line = Line::try_parse_from(std::iter::once(&"health").chain(line)).expect("a line that parses");
+            let candidates = line.arguments.candidates().expect("addresses");
+            candidates.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(candidates(&["--address", ""]), ["127.0.0.1:13800"]);
+        assert_eq!(candidates(&["--address", "10.10.0.4:13801"]), ["127.0.0.1:13801", "10.10.0.4:13801"]);
+        assert_eq!(candidates(&["--address", "10.10.0.4:13801", "gateway:8080"]), ["gateway:8080"]);
+    }
 }

@@ -43,8 +43,8 @@ pub struct Arguments {
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Vec<Address>,
     /// What clients are redirected to, if that is another address
-    #[arg(long, value_name = "HOST:PORT")]
-    pub public_address: Option<Address>,
+    #[arg(long, env = "PUBLIC_ADDRESS", value_name = "HOST:PORT")]
+    pub public_address: Option<Given<Address>>,
     /// Listen on this IP address (0.0.0.0: on all)
     #[arg(short, long, value_name = "IP")]
     pub ip: Option<IpAddr>,
@@ -86,7 +86,7 @@ impl Arguments {
             listen: self.listening_on(&address)?,
             data_dir: self.data_dir.clone().unwrap_or_else(|| self.default_data_dir(&address)),
             address,
-            public_address: self.public_address.clone(),
+            public_address: given(self.public_address.as_ref()).cloned(),
             view,
             asked: Asked::from_flags(given(self.repl_factor.as_ref()).copied(), self.shards),
             cache_bytes: self.cache_mib.saturating_mul(1 << 20),
@@ -188,7 +188,7 @@ mod tests {
     /// The environment of the tests must not configure what they look at: an empty flag is as good as none.
     fn config(line: &[&str]) -> NodeConfig {
         let mut words = vec!["serve"];
-        for flag in ["--address", "-v", "--repl-factor"] {
+        for flag in ["--address", "-v", "--repl-factor", "--public-address"] {
             if !line.contains(&flag) {
                 words.extend([flag, ""]);
             }
@@ -258,8 +258,9 @@ mod tests {
 
     #[test]
     fn what_is_set_and_empty_is_not_given() {
-        let config = config(&["--address", "", "-v", " ", "--repl-factor", ""]);
+        let config = config(&["--address", "", "-v", " ", "--repl-factor", "", "--public-address", ""]);
         assert_eq!((config.address.as_str(), config.view, config.asked), ("127.0.0.1:13800", None, Asked::default()));
+        assert_eq!(config.public_address, None);
     }
 
     #[test]

@@ -48,7 +48,7 @@ pub fn seconds(text: &str) -> Result<Duration, String> {
     duration.ok_or_else(|| "expected a number of seconds above 0".to_owned())
 }
 
-pub fn default_server() -> Option<Address> {
+fn default_server() -> Option<Address> {
     format!("127.0.0.1:{PORT_DEFAULT}").parse().ok()
 }
 
