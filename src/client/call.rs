@@ -83,7 +83,7 @@ impl ShardCaller {
     }
 
     /// The HTTP client beneath, for the JSON routes.
-    pub(super) fn http(&self) -> &reqwest::Client {
+    pub fn http(&self) -> &reqwest::Client {
         &self.http
     }
 

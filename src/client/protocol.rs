@@ -3,11 +3,13 @@
 //! [`ShardRequest`] and [`ShardReply`] travel as postcard behind the format byte of `sm::codec`, in the body of `POST /peer/shard`.
 //! [`ClusterStatus`] is the JSON of `GET /v1/cluster`: for people, for scripts, and the shard map of the typed client.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::store::{Consistency, Failure, Found, Item, ScanRange};
-use crate::sm::kv::{Write, WriteOutcome};
+use crate::sm::kv::{Command, DestinationState, MoveOutcome, Write, WriteOutcome};
 use crate::sm::view::{Asked, SlotTable};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
@@ -38,6 +40,13 @@ pub enum ShardBody {
     },
     /// The number of keys in the slots that the shard owns.
     Count,
+    /// A step of a slot move, or a chunk of one, from the leader of its source.
+    Move(Command),
+    /// How far the shard is with a move of slots to it.
+    MoveState {
+        id: MoveId,
+        slots: BTreeSet<Slot>,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +63,8 @@ pub enum ShardReply {
         slots: Vec<Slot>,
     },
     Failed(Failure),
+    Moved(MoveOutcome),
+    MoveState(DestinationState),
 }
 
 /// A page of one shard, taken at one applied index.

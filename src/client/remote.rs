@@ -377,7 +377,9 @@ enum Kind {
 impl Kind {
     fn of(body: &ShardBody) -> Self {
         match body {
-            ShardBody::Get { .. } | ShardBody::Scan { .. } | ShardBody::Count => Kind::Read,
+            ShardBody::Get { .. } | ShardBody::Scan { .. } | ShardBody::Count | ShardBody::MoveState { .. } => Kind::Read,
+            // Fenced by the move's id, but the driver looks again itself.
+            ShardBody::Move(_) => Kind::Write,
             ShardBody::Write(Write { operations, idempotency_key }) => {
                 let repeatable = idempotency_key.is_some() || operations.iter().all(|operation| operation.action == Action::Get);
                 if repeatable { Kind::RepeatableWrite } else { Kind::Write }

@@ -11,13 +11,15 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::member::Member;
+use super::migrator;
+use super::operator::Operator;
 use crate::client::call::CallError;
 use crate::client::contact::Contacts;
 use crate::client::protocol::{ClusterStatus, ShardBody, ShardPage, ShardReply, ShardRequest};
 use crate::client::router::ShardAccess;
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Consistency, Failure, Found, Item, Options, Routing, Staleness};
-use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::client::view_change::{self, ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::raft::Group;
 use crate::raft::{ProposeError, ReadError};
 use crate::sm::kv::{self, PageRequest, ReadOutcome};
@@ -27,19 +29,18 @@ use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 /// How soon to try again when a shard has no leader: an election takes about this long.
 const RETRY_AFTER_MS: u64 = 500;
 
-/// Of this version.
-const UNCHANGEABLE: &str = "this version cannot change the view";
-
 /// How a node reaches shards.
 pub struct Access {
     member: Arc<Member>,
     contacts: Contacts,
+    operator: Operator,
 }
 
 impl Access {
     pub fn new(member: Arc<Member>) -> Self {
         let contacts = Contacts::new(member.caller.clone());
-        Self { member, contacts }
+        let operator = Operator::new(member.clone());
+        Self { member, contacts, operator }
     }
 
     /// Answers a request of a peer or client for a shard that this node should lead.
@@ -75,6 +76,21 @@ impl Access {
                     Err(failure) => ShardReply::Failed(failure),
                 }
             }
+            ShardBody::Move(command) if migrator::is_step(&command) => {
+                match group.propose_command(migrator::timed(command, group), deadline).await {
+                    Ok(kv::Outcome::Moved(outcome)) => ShardReply::Moved(outcome),
+                    Ok(other) => ShardReply::Failed(Failure::Unknown { reason: format!("a step was answered by {other:?}") }),
+                    Err(error) => ShardReply::Failed(self.propose_failure(shard, error)),
+                }
+            }
+            ShardBody::Move(_) => ShardReply::Failed(Failure::Invalid { reason: "this is no step of a move".into() }),
+            ShardBody::MoveState { id, slots } => match self.before_read(group, Consistency::Linearizable, deadline).await {
+                Ok(_) => match migrator::destination_state(group, id, &slots) {
+                    Ok(state) => ShardReply::MoveState(state),
+                    Err(error) => ShardReply::Failed(broken(group, &error)),
+                },
+                Err(failure) => ShardReply::Failed(failure),
+            },
             ShardBody::Count => match self.before_read(group, Consistency::Linearizable, deadline).await {
                 Ok(_) => read_count(group),
                 Err(failure) => ShardReply::Failed(failure),
@@ -110,7 +126,7 @@ impl Access {
             });
         };
         let timeout_ms = u64::try_from(options.timeout.as_millis()).unwrap_or(u64::MAX);
-        let writes = matches!(body, ShardBody::Write(_));
+        let writes = matches!(body, ShardBody::Write(_) | ShardBody::Move(_));
         let request = ShardRequest { cluster: self.member.cluster, shard, timeout_ms, body };
         match self.member.caller.call(&peer.address, &request, options.timeout).await {
             Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
@@ -239,16 +255,50 @@ impl ShardAccess for Access {
         Ok(view.nodes.get(&node).map_or_else(|| self.member.address.clone(), |node| node.public().clone()))
     }
 
-    async fn change_view(&self, _: ViewChange, _: Option<PlanEpoch>, _: Options) -> Result<ChangeInProgress, ViewChangeFailure> {
-        Err(ViewChangeFailure::Refused { reason: UNCHANGEABLE.into() })
+    async fn change_view(
+        &self,
+        change: ViewChange,
+        only_if: Option<PlanEpoch>,
+        options: Options,
+    ) -> Result<ChangeInProgress, ViewChangeFailure> {
+        match self.meta_leader().map_err(ViewChangeFailure::Failed)? {
+            None => self.operator.change(&change, only_if, options).await,
+            Some(leader) => view_change::change(self.member.caller.http(), leader, &change, only_if, options).await,
+        }
     }
 
-    async fn plan_view(&self, _: ViewChange, _: Options) -> Result<PlannedChange, ViewChangeFailure> {
-        Err(ViewChangeFailure::Refused { reason: UNCHANGEABLE.into() })
+    async fn plan_view(&self, change: ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
+        match self.meta_leader().map_err(ViewChangeFailure::Failed)? {
+            None => self.operator.preview(&change, options).await,
+            Some(leader) => view_change::plan(self.member.caller.http(), leader, &change, options).await,
+        }
     }
 
-    async fn operation(&self, _: PlanEpoch, _: Options) -> Result<Option<ChangeInProgress>, Failure> {
-        Ok(None)
+    async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
+        match self.meta_leader()? {
+            None => self.operator.operation(id, options).await,
+            Some(leader) => {
+                let asked = view_change::operation(self.member.caller.http(), leader, id, options).await;
+                asked.map_err(|failure| match failure {
+                    ViewChangeFailure::Failed(failure) => failure,
+                    other => unavailable(other.to_string()),
+                })
+            }
+        }
+    }
+}
+
+impl Access {
+    /// Where the meta group is led; none: here.
+    fn meta_leader(&self) -> Result<Option<Address>, Failure> {
+        let meta = self.member.registry.get(GroupId::META);
+        let meta = meta.ok_or_else(|| unavailable("the meta group is not open here".to_owned()))?;
+        if meta.leads() {
+            return Ok(None);
+        }
+        let leader = meta.status().leader.filter(|leader| *leader != self.member.node);
+        let address = leader.and_then(|leader| self.member.view().nodes.get(&leader).map(|node| node.address.clone()));
+        address.map(Some).ok_or_else(|| unavailable("the meta group has no leader now".to_owned()))
     }
 }
 

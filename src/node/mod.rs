@@ -12,8 +12,11 @@ pub mod bootstrap;
 mod janitor;
 mod join;
 mod member;
+mod memberships;
 mod metrics;
+mod migrator;
 mod news;
+mod operator;
 mod reconciler;
 mod running;
 

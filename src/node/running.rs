@@ -17,7 +17,9 @@ use super::balancer::Balancer;
 use super::janitor::Janitor;
 use super::join::{Joined, Joining};
 use super::member::{Member, Views};
+use super::memberships::Memberships;
 use super::metrics::{self, Family};
+use super::migrator::Migrator;
 use super::news::News;
 use super::reconciler::Reconciler;
 use crate::client::call::ShardCaller;
@@ -122,6 +124,10 @@ impl Running {
         tasks.spawn(async move { reconciling.run(&stop_1).await });
         tasks.spawn(async move { balancer.run(&stop_2).await });
         tasks.spawn(async move { janitor.run(&stop_3).await });
+        let (memberships, migrator, stop_5, stop_6) =
+            (Memberships::new(member.clone()), Migrator::new(member.clone()), stop.clone(), stop.clone());
+        tasks.spawn(async move { memberships.run(&stop_5).await });
+        tasks.spawn(async move { migrator.run(&stop_6).await });
         let asks = news.clone();
         tasks.spawn(async move { asks.run(&stop_4).await });
         let router = Router::new(Access::new(member.clone()), rand::random());

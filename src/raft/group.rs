@@ -311,10 +311,10 @@ impl Group {
         changed.map(|_| ()).map_err(membership_error)
     }
 
-    /// Makes these the voters, all of which must be members. Voters that are none of them leave the group. Returns when that is committed.
+    /// Makes these the voters, all of which must be members. Voters that are none of them go on as learners. Returns when that is committed.
     /// Does not look at whether learners among them have caught up.
     pub async fn change_voters(&self, voters: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
-        self.raft.change_membership(voters, false).await.map(|_| ()).map_err(membership_error)
+        self.raft.change_membership(voters, true).await.map(|_| ()).map_err(membership_error)
     }
 
     /// Takes learners out of the group.

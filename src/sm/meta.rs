@@ -260,7 +260,12 @@ fn end_move(view: Option<View>, id: MoveId, committed: bool) -> Result<View, Rej
 fn report(view: Option<View>, group: GroupId, reported: Reported) -> Result<Option<View>, Rejection> {
     let mut view = view.ok_or(Rejection::NotFounded)?;
     let known = view.groups.get_mut(&group).ok_or(Rejection::UnknownGroup(group))?;
-    if known.reported.as_ref().is_some_and(|known| known.log_id >= reported.log_id) {
+    if known.reported.as_ref().is_some_and(|known| known.log_id > reported.log_id) {
+        return Ok(None);
+    }
+    // A replica that was planned in and out again may never have become a member: then the report is not a newer one.
+    let retires = known.leaving.keys().any(|replica| !reported.is_member(*replica));
+    if !retires && known.reported.as_ref() == Some(&reported) {
         return Ok(None);
     }
     known.leaving.retain(|replica, _| reported.is_member(*replica));

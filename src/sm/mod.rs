@@ -5,6 +5,7 @@
 
 pub mod codec;
 pub mod kv;
+pub mod membership;
 pub mod meta;
 pub mod moves;
 pub mod placement;

@@ -39,7 +39,11 @@ impl<A: ShardAccess> Router<A> {
                     ShardReply::Counted { keys, .. } => return Ok(keys),
                     ShardReply::NotOwned { slot } => Retry::not_owned(slot),
                     ShardReply::Failed(failure) => course.judge(failure)?,
-                    ShardReply::Got(_) | ShardReply::Written(_) | ShardReply::Page(_) => return Err(misfit(shard)),
+                    ShardReply::Got(_)
+                    | ShardReply::Written(_)
+                    | ShardReply::Page(_)
+                    | ShardReply::Moved(_)
+                    | ShardReply::MoveState(_) => return Err(misfit(shard)),
                 },
             };
             self.pause(&mut course, retry, version(map.as_deref())).await?;
@@ -65,7 +69,11 @@ impl<A: ShardAccess> Router<A> {
                 }
                 ShardReply::NotOwned { slot } => return Ok(Err(Retry::not_owned(slot))),
                 ShardReply::Failed(failure) => return course.judge(failure).map(Err),
-                ShardReply::Got(_) | ShardReply::Written(_) | ShardReply::Page(_) => return Err(misfit(shard)),
+                ShardReply::Got(_)
+                | ShardReply::Written(_)
+                | ShardReply::Page(_)
+                | ShardReply::Moved(_)
+                | ShardReply::MoveState(_) => return Err(misfit(shard)),
             }
         }
         let missing = coverage.missing().next();

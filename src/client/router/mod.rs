@@ -126,7 +126,11 @@ impl<A: ShardAccess> Router<A> {
                         ShardReply::Got(found) => return Ok(found),
                         ShardReply::NotOwned { slot } => Retry::not_owned(slot),
                         ShardReply::Failed(failure) => course.judge(failure)?,
-                        ShardReply::Written(_) | ShardReply::Page(_) | ShardReply::Counted { .. } => return Err(misfit(shard)),
+                        ShardReply::Written(_)
+                        | ShardReply::Page(_)
+                        | ShardReply::Counted { .. }
+                        | ShardReply::Moved(_)
+                        | ShardReply::MoveState(_) => return Err(misfit(shard)),
                     }
                 }
             };

@@ -92,7 +92,11 @@ impl<A: ShardAccess> Router<A> {
                 ShardReply::Page(page) => round.add(page, plan.reverse),
                 ShardReply::NotOwned { slot } => retry = Some(Retry::not_owned(slot)),
                 ShardReply::Failed(failure) => retry = Some(course.judge(failure)?),
-                ShardReply::Got(_) | ShardReply::Written(_) | ShardReply::Counted { .. } => return Err(misfit(shard)),
+                ShardReply::Got(_)
+                | ShardReply::Written(_)
+                | ShardReply::Counted { .. }
+                | ShardReply::Moved(_)
+                | ShardReply::MoveState(_) => return Err(misfit(shard)),
             }
         }
         let missing = round.coverage.missing().next();

@@ -63,6 +63,7 @@ impl State {
                 let keys = self.shards[&shard].keys().filter(|key| self.owner[&slot_of(key)] == shard).count();
                 ShardReply::Counted { keys: keys as u64, slots }
             }
+            ShardBody::Move(_) | ShardBody::MoveState { .. } => ShardReply::Failed(unavailable()),
         }
     }
 

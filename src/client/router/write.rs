@@ -206,7 +206,9 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
         ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_))
         | ShardReply::Got(_)
         | ShardReply::Page(_)
-        | ShardReply::Counted { .. } => Verdict::of_all(Err(WriteFailure::Failed(misfit(shard))), part),
+        | ShardReply::Counted { .. }
+        | ShardReply::Moved(_)
+        | ShardReply::MoveState(_) => Verdict::of_all(Err(WriteFailure::Failed(misfit(shard))), part),
     }
 }
 

@@ -1,0 +1,186 @@
+//! Brings the members of the groups that this node leads to what the view wants. The steps are decided in `sm::membership`; here they are
+//! taken, one at a time per group, each under a limit of time, and looked at anew after it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::member::Member;
+use crate::client::peer::HostedReplica;
+use crate::raft::Group;
+use crate::sm::membership::{Observed, Step, next_step};
+use crate::sm::meta;
+use crate::sm::view::{self, View};
+use crate::types::{Address, GroupId, NodeId, ReplicaId};
+
+/// Between two looks at the groups.
+const TICK: Duration = Duration::from_millis(100);
+/// Between two looks at a group that waits for something.
+const PAUSE: Duration = Duration::from_millis(250);
+/// How long one step may take.
+const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a node is given to say which replicas it has.
+const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+/// A replica that could not be added is not tried again for so long while there are others.
+const REFUSED_FOR: Duration = Duration::from_millis(500);
+/// A node that was heard of longer ago than this is not up.
+const HEARD_WITHIN: Duration = Duration::from_millis(1500);
+
+/// Takes the steps of the groups that this node leads.
+pub struct Memberships {
+    shared: Arc<Shared>,
+    running: JoinSet<()>,
+}
+
+struct Shared {
+    member: Arc<Member>,
+    /// Groups that a step is being taken for.
+    busy: Mutex<BTreeSet<GroupId>>,
+    /// Replicas that could not be added, and when: others first.
+    refused: Mutex<BTreeMap<ReplicaId, Instant>>,
+}
+
+impl Memberships {
+    pub fn new(member: Arc<Member>) -> Self {
+        Self { shared: Arc::new(Shared { member, busy: Mutex::default(), refused: Mutex::default() }), running: JoinSet::new() }
+    }
+
+    pub async fn run(mut self, shutdown: &CancellationToken) {
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break,
+                () = tokio::time::sleep(TICK) => {}
+            }
+            while self.running.try_join_next().is_some() {}
+            let view = self.shared.member.view();
+            for group in self.shared.member.registry.groups() {
+                let id = group.key().group;
+                let Some(of) = view.groups.get(&id).filter(|_| group.leads()) else { continue };
+                if is_as_wanted(of, &group) || !self.shared.busy.lock().expect("no holder panics").insert(id) {
+                    continue;
+                }
+                let (shared, view) = (self.shared.clone(), view.clone());
+                self.running.spawn(async move {
+                    let waits = shared.step(&view, &group).await;
+                    if waits {
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                    shared.busy.lock().expect("no holder panics").remove(&id);
+                });
+            }
+        }
+        self.running.shutdown().await;
+    }
+}
+
+/// Whether nothing is to be done, seen cheaply: idle groups are asked this ten times a second.
+fn is_as_wanted(of: &view::Group, group: &Group) -> bool {
+    let watch = group.watch();
+    let watch = watch.borrow();
+    let membership = &watch.committed_membership;
+    membership.is_uniform
+        && watch.membership.log_id == membership.log_id
+        && of.is_settled()
+        && membership.voters.keys().copied().eq(of.voters())
+        && membership.learners.keys().copied().eq(of.learners.iter().copied())
+}
+
+impl Shared {
+    /// Takes the next step of a group. True: there is something to wait for.
+    async fn step(&self, view: &View, group: &Group) -> bool {
+        let id = group.key().group;
+        let Some(of) = view.groups.get(&id) else { return true };
+        let Some(observed) = self.observe(of, group) else { return true };
+        let step = next_step(of, &observed);
+        match &step {
+            Step::Nothing | Step::Wait => return true,
+            Step::AddLearner(_) | Step::SetVoters(_) | Step::RemoveLearners(_) | Step::HandOver(_) | Step::Report(_) => {
+                tracing::debug!("group {id}: {step:?}");
+            }
+        }
+        let taken = tokio::time::timeout(STEP_TIMEOUT, self.take(view, of, group, step)).await;
+        let reason = match taken {
+            Ok(Ok(())) => return false,
+            Ok(Err(reason)) => reason,
+            Err(_) => "it took too long".to_owned(),
+        };
+        tracing::debug!("the members of group {id} were not changed: {reason}");
+        true
+    }
+
+    /// None while this replica has yet to learn the membership.
+    fn observe(&self, of: &view::Group, group: &Group) -> Option<Observed> {
+        let me = group.key().replica;
+        let watch = group.watch().borrow().clone();
+        let membership = watch.membership;
+        let mut refused = self.refused.lock().expect("no holder panics");
+        refused.retain(|_, at| at.elapsed() < REFUSED_FOR);
+        // Of a node that is no member of anything yet nothing was heard: it is asked when it is to be added.
+        let is_up = |replica: &ReplicaId, node: &NodeId| {
+            let heard = || self.member.registry.last_heard(*node).is_some_and(|at| at.elapsed() < HEARD_WITHIN);
+            *replica == me || heard() || !membership.is_member(*replica) && !refused.contains_key(replica)
+        };
+        let known = of.replicas.iter().chain(&of.leaving).chain(&membership.voters).chain(&membership.learners);
+        let alive = known.filter(|(replica, node)| is_up(replica, node)).map(|(replica, _)| *replica).collect();
+        let members = membership.voters.keys().chain(membership.learners.keys());
+        Some(Observed {
+            me,
+            log_id: membership.log_id?,
+            is_settled: membership.is_uniform && membership.log_id == watch.committed_membership.log_id,
+            alive,
+            caught_up: members.copied().filter(|replica| group.is_caught_up(*replica)).collect(),
+            voters: membership.voters.keys().copied().collect(),
+            learners: membership.learners.keys().copied().collect(),
+        })
+    }
+
+    async fn take(&self, view: &View, of: &view::Group, group: &Group, step: Step) -> Result<(), String> {
+        let id = group.key().group;
+        match step {
+            Step::Nothing | Step::Wait => Ok(()),
+            Step::AddLearner(replica) => {
+                let node = of.replicas.get(&replica).copied().ok_or("the replica is not in the view")?;
+                if let Err(reason) = self.ensure_created(view, id, replica, node).await {
+                    self.refused.lock().expect("no holder panics").insert(replica, Instant::now());
+                    return Err(reason);
+                }
+                group.add_learner(replica, node).await.map_err(|error| error.to_string())
+            }
+            Step::SetVoters(voters) => group.change_voters(voters).await.map_err(|error| error.to_string()),
+            Step::RemoveLearners(learners) => group.remove_learners(learners).await.map_err(|error| error.to_string()),
+            Step::HandOver(successor) => group.transfer_leader(successor).await.map_err(|error| error.to_string()),
+            Step::Report(reported) => {
+                let known = view.version;
+                match self.member.tell_meta(meta::Command::Report { group: id, reported }, STEP_TIMEOUT).await {
+                    Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
+                        self.member.wait_for_map(known).await;
+                        Ok(())
+                    }
+                    Ok(meta::Outcome::Rejected(rejection)) => Err(format!("{rejection:?}")),
+                    Err(failure) => Err(failure.to_string()),
+                }
+            }
+        }
+    }
+
+    /// A replica is counted as a member only after its node has said that it has created it: one that was counted is never created again.
+    async fn ensure_created(&self, view: &View, group: GroupId, replica: ReplicaId, node: NodeId) -> Result<(), String> {
+        if node == self.member.node {
+            return Ok(());
+        }
+        let address = view.nodes.get(&node).map(|node| &node.address).ok_or("the node is not in the view")?;
+        let hosted = self.member.peers.replicas(address, ASK_TIMEOUT).await.map_err(|error| error.to_string())?;
+        if hosted.iter().any(|held: &HostedReplica| held.group == group && held.replica == replica) {
+            return Ok(());
+        }
+        // It may not know yet that it is in the view.
+        let members: Vec<Address> = view.staying().map(|(_, node)| node.address.clone()).collect();
+        self.member.peers.invite(address, &members, ASK_TIMEOUT).await.map_err(|error| error.to_string())?;
+        Err(format!("{address} has not created replica {replica} of group {group} yet"))
+    }
+}

@@ -1,0 +1,428 @@
+//! Moves slots to where the view wants them: the leader of the shard that has them opens moves and drives them.
+//!
+//! What to do next is decided in `sm::moves`, from what source and destination are observed to be; here it is done. A driver keeps nothing
+//! that another could not find out, so a new leader of the source takes a move up at any point, and two drivers do no harm.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::access::Access;
+use super::member::Member;
+use crate::client::protocol::{ShardBody, ShardReply};
+use crate::client::router::ShardAccess;
+use crate::client::store::{Consistency, Options, Routing};
+use crate::raft::{Group, ProposeError};
+use crate::sm::kv::{self, Command, DestinationState, MoveOutcome, MoveStep, Progress, SourceState};
+use crate::sm::meta;
+use crate::sm::moves::{Budget, CLEAR_KEYS_MAX, Move, Side, Step, next_step};
+use crate::sm::ports::StoreError;
+use crate::sm::slots::SlotState;
+use crate::sm::view::View;
+use crate::types::{GroupId, MoveId, Slot};
+
+/// Between two looks for something to move.
+const TICK: Duration = Duration::from_millis(100);
+/// Slots that one move takes along. More would be frozen together for longer.
+const SLOTS_PER_MOVE: usize = 256;
+/// Keys and values that one move takes along, if it takes more than one slot.
+const BYTES_PER_MOVE: u64 = 32 << 20;
+/// Keys and values in a chunk: an entry of the destination.
+const CHUNK_BYTES: usize = 512 << 10;
+/// With so many changes left the slots are frozen: about what one chunk carries in a few milliseconds.
+const FREEZE_CHANGES_MAX: usize = 64;
+/// Rounds of changes after which the slots are frozen whatever is left.
+const FREEZE_NOW_AFTER: Duration = Duration::from_secs(20);
+/// A freeze is given up after this: writes have waited.
+const FREEZE_TIME_MAX: Duration = Duration::from_secs(1);
+/// How long a step may take; it is looked at again then.
+const STEP_TIMEOUT: Duration = Duration::from_secs(3);
+/// Between two looks while there is something to wait for.
+const WAIT: Duration = Duration::from_millis(25);
+/// After a move that was aborted, this shard opens no other for so long.
+const PAUSE_AFTER_ABORT: Duration = Duration::from_secs(1);
+
+/// Opens and drives the moves of the shards that this node leads.
+pub struct Migrator {
+    shared: Arc<Shared>,
+    running: JoinSet<()>,
+    /// In which term nothing was left over in a shard's map from moves that have ended.
+    clean: BTreeMap<GroupId, u64>,
+}
+
+struct Shared {
+    member: Arc<Member>,
+    access: Access,
+    /// Shards that a task of ours works for.
+    busy: Mutex<BTreeSet<GroupId>>,
+    /// Shards that open no move before this.
+    not_before: Mutex<BTreeMap<GroupId, Instant>>,
+}
+
+impl Migrator {
+    pub fn new(member: Arc<Member>) -> Self {
+        let access = Access::new(member.clone());
+        let shared = Shared { member, access, busy: Mutex::default(), not_before: Mutex::default() };
+        Self { shared: Arc::new(shared), running: JoinSet::new(), clean: BTreeMap::new() }
+    }
+
+    pub async fn run(mut self, shutdown: &CancellationToken) {
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break,
+                () = tokio::time::sleep(TICK) => {}
+            }
+            while self.running.try_join_next().is_some() {}
+            let view = self.shared.member.view();
+            for group in self.shared.member.registry.groups() {
+                let id = group.key().group;
+                if !id.is_meta() && group.leads() && self.shared.take_up(id) {
+                    self.begin(&view, group);
+                }
+            }
+        }
+        self.running.shutdown().await;
+    }
+
+    /// Gives the shard a task for what it has to do, if there is anything.
+    fn begin(&mut self, view: &View, group: Arc<Group>) {
+        let id = group.key().group;
+        let term = group.status().term;
+        let open = view.moves.iter().find(|(_, open)| open.from == id);
+        let shared = self.shared.clone();
+        if let Some((move_id, open)) = open {
+            let of = Move { id: *move_id, slots: open.slots.clone(), from: open.from, to: open.to };
+            self.clean.remove(&id);
+            self.running.spawn(async move {
+                let _busy = Busy(&shared, id);
+                shared.drive(&group, &of).await;
+            });
+        } else if view.astray().any(|slot| view.slots.owner(slot) == id) && shared.may_open(id) {
+            self.clean.remove(&id);
+            self.running.spawn(async move {
+                let _busy = Busy(&shared, id);
+                shared.open(&group).await;
+            });
+        } else if self.clean.get(&id) != Some(&term) {
+            self.clean.insert(id, term);
+            self.running.spawn(async move {
+                let _busy = Busy(&shared, id);
+                shared.clear(&group).await;
+            });
+        } else {
+            shared.put_down(id);
+        }
+    }
+}
+
+/// While it lives, no other task works for the shard.
+struct Busy<'a>(&'a Shared, GroupId);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.put_down(self.1);
+    }
+}
+
+/// What keeps a driver from going on for now.
+enum Hitch {
+    /// This replica does not lead any more, or has stopped.
+    NotLeader,
+    /// Look again after a moment.
+    Later(String),
+    Broken(StoreError),
+}
+
+impl From<StoreError> for Hitch {
+    fn from(error: StoreError) -> Self {
+        Hitch::Broken(error)
+    }
+}
+
+impl From<ProposeError> for Hitch {
+    fn from(error: ProposeError) -> Self {
+        match error {
+            ProposeError::NotLeader { .. } | ProposeError::Stopped { .. } => Hitch::NotLeader,
+            other => Hitch::Later(other.to_string()),
+        }
+    }
+}
+
+/// What a driver remembers between two steps; losing it costs time, nothing else.
+struct Drive {
+    begun: Instant,
+    frozen: Option<Instant>,
+    /// What the destination answered just now.
+    destination: Option<DestinationState>,
+}
+
+impl Shared {
+    fn take_up(&self, shard: GroupId) -> bool {
+        self.busy.lock().expect("no holder panics").insert(shard)
+    }
+
+    fn put_down(&self, shard: GroupId) {
+        self.busy.lock().expect("no holder panics").remove(&shard);
+    }
+
+    fn may_open(&self, shard: GroupId) -> bool {
+        let not_before = self.not_before.lock().expect("no holder panics");
+        not_before.get(&shard).is_none_or(|until| Instant::now() >= *until)
+    }
+
+    fn pause(&self, shard: GroupId) {
+        self.not_before.lock().expect("no holder panics").insert(shard, Instant::now() + PAUSE_AFTER_ABORT);
+    }
+
+    /// Opens a move of slots that should be elsewhere.
+    async fn open(&self, group: &Group) {
+        let from = group.key().group;
+        let view = self.member.view();
+        let (to, slots) = match next_slots(group, &view) {
+            Ok(Some(chosen)) => chosen,
+            Ok(None) => return,
+            Err(error) => return tracing::error!("the map of {} cannot be read: {error}", group.key()),
+        };
+        match self.member.tell_meta(meta::Command::OpenMove { slots, from, to }, STEP_TIMEOUT).await {
+            Ok(meta::Outcome::MoveOpened { id }) => tracing::debug!("move {id} from shard {from} to {to} is open"),
+            Ok(meta::Outcome::Rejected(rejection)) => {
+                tracing::debug!("no move from shard {from} to {to} was opened: {rejection:?}");
+                self.pause(from);
+            }
+            Ok(meta::Outcome::Done) => {}
+            Err(error) => {
+                tracing::debug!("no move from shard {from} to {to} was opened: {error}");
+                self.pause(from);
+            }
+        }
+        // The view with it is on its way.
+        self.member.wait_for_map(view.version).await;
+    }
+
+    /// Takes steps until the move has ended, or this replica leads no more.
+    async fn drive(&self, group: &Group, of: &Move) {
+        let mut drive = Drive { begun: Instant::now(), frozen: None, destination: None };
+        loop {
+            let hitch = match self.step(group, of, &mut drive).await {
+                Ok(true) => return,
+                Ok(false) => continue,
+                Err(hitch) => hitch,
+            };
+            drive.destination = None;
+            match hitch {
+                Hitch::NotLeader => return,
+                Hitch::Later(reason) => tracing::debug!("move {} waits: {reason}", of.id),
+                Hitch::Broken(error) => return tracing::error!("the map of {} cannot be read: {error}", group.key()),
+            }
+            if !self.member.view().moves.contains_key(&of.id) {
+                return;
+            }
+            tokio::time::sleep(WAIT).await;
+        }
+    }
+
+    /// Looks, decides and takes one step. True: the move has ended.
+    async fn step(&self, group: &Group, of: &Move, drive: &mut Drive) -> Result<bool, Hitch> {
+        // What is read here must be what a leader has applied.
+        group.read_barrier(Instant::now() + STEP_TIMEOUT).await.map_err(|error| match group.leads() {
+            true => Hitch::Later(error.to_string()),
+            false => Hitch::NotLeader,
+        })?;
+        if drive.destination.is_none() {
+            drive.destination = self.observe(of).await;
+        }
+        let cursor = match &drive.destination {
+            Some(DestinationState::Installing(progress)) => progress.cursor.clone(),
+            Some(_) | None => bytes::Bytes::new(),
+        };
+        let source = kv::source_state(&group.state().read(), of.id, &of.slots, &cursor)?;
+        match &source {
+            SourceState::Frozen(_) => drop(drive.frozen.get_or_insert_with(Instant::now)),
+            _ => drive.frozen = None,
+        }
+        match next_step(&source, drive.destination.as_ref(), self.budget(of, drive)) {
+            Step::Copy(progress) => self.copy(group, of, progress, drive).await?,
+            Step::Complete { chunk } => self.complete(group, of, chunk, drive).await?,
+            Step::Commit => return self.end(of, meta::Command::CommitMove { id: of.id }).await,
+            Step::End => {
+                self.pause(of.from);
+                return self.end(of, meta::Command::AbortMove { id: of.id }).await;
+            }
+            Step::Over => return Ok(true),
+            Step::Wait(reason) => return Err(Hitch::Later(format!("{reason:?}"))),
+            step => {
+                if let Step::Abort(reason) = &step {
+                    tracing::info!("move {} of {} slots to shard {} is taken back: {reason:?}", of.id, of.slots.len(), of.to);
+                }
+                if let Some((side, command)) = step.command(of) {
+                    self.send(group, of, side, command, drive).await?;
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn budget(&self, of: &Move, drive: &Drive) -> Budget {
+        let view = self.member.view();
+        Budget {
+            freeze_changes_max: FREEZE_CHANGES_MAX,
+            freeze_now: drive.begun.elapsed() > FREEZE_NOW_AFTER,
+            freeze_overdue: drive.frozen.is_some_and(|since| since.elapsed() > FREEZE_TIME_MAX),
+            give_up: of.slots.iter().all(|slot| view.targets.owner(*slot) != of.to),
+        }
+    }
+
+    async fn copy(&self, group: &Group, of: &Move, progress: Progress, drive: &mut Drive) -> Result<(), Hitch> {
+        let chunk = kv::move_chunk(&group.state().read(), of.id, &progress.cursor, CHUNK_BYTES)?;
+        let Some(chunk) = chunk else { return Err(Hitch::Later("the move is not open here yet".into())) };
+        let install = chunk.install(of.id, progress.chunk);
+        self.send(group, of, Side::Destination, Command::Install(install), drive).await
+    }
+
+    async fn complete(&self, group: &Group, of: &Move, chunk: u64, drive: &mut Drive) -> Result<(), Hitch> {
+        let mut contents = BTreeMap::new();
+        {
+            let read = group.state().read();
+            for slot in &of.slots {
+                contents.insert(*slot, SlotState::read(&read, *slot)?.contents);
+            }
+        }
+        let step = MoveStep::Complete { chunk, contents }.of(of.id, &of.slots);
+        self.send(group, of, Side::Destination, step, drive).await
+    }
+
+    /// Has one side apply an entry, and goes on from what it answered.
+    async fn send(&self, group: &Group, of: &Move, side: Side, command: Command, drive: &mut Drive) -> Result<(), Hitch> {
+        let outcome = match side {
+            Side::Source => match group.propose_command(command, Instant::now() + STEP_TIMEOUT).await? {
+                kv::Outcome::Moved(outcome) => outcome,
+                other => return Err(Hitch::Later(format!("a step was answered by {other:?}"))),
+            },
+            Side::Destination => {
+                drive.destination = None;
+                match self.call(of.to, ShardBody::Move(command)).await {
+                    ShardReply::Moved(outcome) => outcome,
+                    ShardReply::Failed(failure) => return Err(Hitch::Later(failure.to_string())),
+                    other => return Err(Hitch::Later(format!("a step was answered by {other:?}"))),
+                }
+            }
+        };
+        match outcome {
+            MoveOutcome::Done => {}
+            MoveOutcome::Installing(progress) => drive.destination = Some(DestinationState::Installing(progress)),
+            MoveOutcome::Cleared { .. } => drive.destination = None,
+            MoveOutcome::Rejected(kv::MoveRejection::Differs { slot, source, here }) => {
+                tracing::error!(
+                    "move {} is taken back: slot {slot} holds {source:?} in shard {}, and {here:?} was counted in shard {}",
+                    of.id,
+                    of.from,
+                    of.to
+                );
+                let abort = MoveStep::Abort.of(of.id, &of.slots);
+                group.propose_command(abort, Instant::now() + STEP_TIMEOUT).await?;
+            }
+            MoveOutcome::Rejected(rejection) => {
+                drive.destination = None;
+                return Err(Hitch::Later(format!("{rejection:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    async fn end(&self, of: &Move, command: meta::Command) -> Result<bool, Hitch> {
+        let known = self.member.view().version;
+        match self.member.tell_meta(command, STEP_TIMEOUT).await {
+            Ok(meta::Outcome::Done | meta::Outcome::Rejected(meta::Rejection::NoSuchMove(_))) => {
+                let (id, slots, to) = (of.id, of.slots.len(), of.to);
+                tracing::debug!("move {id} of {slots} slots to shard {to} has ended");
+                self.member.wait_for_map(known).await;
+                Ok(true)
+            }
+            Ok(other) => Err(Hitch::Later(format!("the meta group answered {other:?}"))),
+            Err(failure) => Err(Hitch::Later(failure.to_string())),
+        }
+    }
+
+    /// What the destination says that it has of the move.
+    async fn observe(&self, of: &Move) -> Option<DestinationState> {
+        match self.call(of.to, ShardBody::MoveState { id: of.id, slots: of.slots.clone() }).await {
+            ShardReply::MoveState(state) => Some(state),
+            other => {
+                tracing::debug!("move {}: shard {} does not say how far it is: {other:?}", of.id, of.to);
+                None
+            }
+        }
+    }
+
+    async fn call(&self, shard: GroupId, body: ShardBody) -> ShardReply {
+        let options = Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: STEP_TIMEOUT };
+        self.access.call(shard, body, options).await
+    }
+
+    /// Deletes, step by step, what moves that have ended have left in the shard's map.
+    async fn clear(&self, group: &Group) {
+        loop {
+            let left = match kv::leftovers(&group.state().read()) {
+                Ok(left) => left,
+                Err(error) => return tracing::error!("the map of {} cannot be read: {error}", group.key()),
+            };
+            let Some((id, slots)) = left else { return };
+            let step = MoveStep::Clear { limit: CLEAR_KEYS_MAX }.of(id, &slots);
+            match group.propose_command(step, Instant::now() + STEP_TIMEOUT).await {
+                Ok(kv::Outcome::Moved(MoveOutcome::Cleared { .. })) => {}
+                Ok(other) => return tracing::debug!("shard {} keeps what move {id} left: {other:?}", group.key().group),
+                Err(error) => return tracing::debug!("shard {} keeps what move {id} left for now: {error}", group.key().group),
+            }
+        }
+    }
+}
+
+/// The next slots to be moved from the group's shard, and where to. As many as one move takes along.
+fn next_slots(group: &Group, view: &View) -> Result<Option<(GroupId, BTreeSet<Slot>)>, StoreError> {
+    let from = group.key().group;
+    let states: BTreeMap<Slot, SlotState> = SlotState::read_all(&group.state().read())?.into_iter().collect();
+    let mut chosen: Option<(GroupId, BTreeSet<Slot>)> = None;
+    let mut bytes = 0;
+    for slot in view.astray().filter(|slot| view.slots.owner(*slot) == from) {
+        let to = view.targets.owner(slot);
+        let held = states.get(&slot).map_or(0, |state| state.contents.bytes);
+        match &mut chosen {
+            None => chosen = Some((to, BTreeSet::from([slot]))),
+            Some((first, slots)) if *first == to && bytes + held <= BYTES_PER_MOVE => {
+                slots.insert(slot);
+            }
+            Some(_) => continue,
+        }
+        bytes += held;
+        if chosen.as_ref().is_some_and(|(_, slots)| slots.len() >= SLOTS_PER_MOVE) {
+            break;
+        }
+    }
+    Ok(chosen)
+}
+
+/// Whether a command is a step of a move: what a shard takes from the driver of one.
+pub fn is_step(command: &Command) -> bool {
+    match command {
+        Command::Move { .. } | Command::Install(_) => true,
+        Command::Write { .. } | Command::Claim { .. } => false,
+    }
+}
+
+/// What the leader of a destination proposes: a chunk carries its group time.
+pub fn timed(command: Command, group: &Group) -> Command {
+    match command {
+        Command::Install(install) => Command::Install(kv::Install { time_ms: group.time_ms(), ..install }),
+        other => other,
+    }
+}
+
+/// What the map of a destination says of a move.
+pub fn destination_state(group: &Group, id: MoveId, slots: &BTreeSet<Slot>) -> Result<DestinationState, StoreError> {
+    kv::destination_state(&group.state().read(), id, slots)
+}

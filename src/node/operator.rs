@@ -1,0 +1,332 @@
+//! Changes of the view that an operator asks for, as the leader of the meta group carries them out: who the nodes are, what the plan is, and
+//! that the meta group accepts it. What the plan then takes is done by every node by itself (`reconciler`, `memberships`, `migrator`).
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::time::Instant;
+
+use super::member::Member;
+use crate::client::peer::{Identity, Standing};
+use crate::client::protocol::ClusterStatus;
+use crate::client::store::{Failure, Options};
+use crate::client::view_change::{
+    ChangeInProgress, Phase, PlannedChange, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
+};
+use crate::raft::{Group, ProposeError};
+use crate::sm::meta;
+use crate::sm::placement::{Planned, plan};
+use crate::sm::view::{self, Asked, View};
+use crate::types::{Address, GroupId, NodeId, PlanEpoch};
+
+/// How long a node is waited for when it is asked who it is.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How soon to try again.
+const RETRY_AFTER_MS: u64 = 500;
+/// Names in one list of what is waited for.
+const NAMES_MAX: usize = 8;
+
+/// Carries out changes of the view.
+pub struct Operator {
+    member: Arc<Member>,
+    /// Of the change that was last asked about: when that was first, and what was left then.
+    watched: Mutex<Option<Watched>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Watched {
+    id: PlanEpoch,
+    since: Instant,
+    bytes_left: u64,
+}
+
+impl Operator {
+    pub fn new(member: Arc<Member>) -> Self {
+        Self { member, watched: Mutex::default() }
+    }
+
+    /// Has the meta group accept another plan.
+    pub async fn change(
+        &self,
+        change: &ViewChange,
+        only_if: Option<PlanEpoch>,
+        options: Options,
+    ) -> Result<ChangeInProgress, ViewChangeFailure> {
+        let deadline = Instant::now() + options.timeout;
+        let meta = self.meta()?;
+        loop {
+            let view = self.current(&meta, deadline).await?;
+            if only_if.is_some_and(|epoch| epoch != view.epoch) {
+                return Err(ViewChangeFailure::EpochChanged { current: view.epoch });
+            }
+            let planned = self.plan(&view, change).await?;
+            if planned.is_same {
+                return Ok(self.describe(&view, view.epoch, &self.member.status().await));
+            }
+            let epoch = planned.view.epoch;
+            let command = meta::Command::InstallPlan { base: view.version, next: Box::new(planned.view) };
+            match meta.propose_meta(command, deadline).await {
+                Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
+                    tracing::info!("plan {epoch} was accepted");
+                    let now = self.current(&meta, deadline).await?;
+                    return Ok(self.describe(&now, epoch, &self.member.status().await));
+                }
+                // Something else has changed the view meanwhile: the plan is drawn up anew.
+                Ok(meta::Outcome::Rejected(meta::Rejection::Outdated { .. })) => {}
+                Ok(meta::Outcome::Rejected(rejection)) => {
+                    let reason = format!("the meta group does not accept the plan: {rejection:?}");
+                    return Err(ViewChangeFailure::Refused { reason });
+                }
+                Err(ProposeError::Unknown { reason }) => return Err(ViewChangeFailure::Failed(Failure::Unknown { reason })),
+                Err(error) => return Err(unavailable(error.to_string())),
+            }
+        }
+    }
+
+    /// What such a change would take.
+    pub async fn preview(&self, change: &ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
+        let meta = self.meta()?;
+        let view = self.current(&meta, Instant::now() + options.timeout).await?;
+        let planned = self.plan(&view, change).await?;
+        Ok(compare(&view, &planned, &self.member.status().await))
+    }
+
+    /// How the change that was accepted as plan `id` gets on; none: there was no such plan.
+    pub async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
+        let in_words = |failure: ViewChangeFailure| match failure {
+            ViewChangeFailure::Failed(failure) => failure,
+            other => Failure::Unavailable { reason: other.to_string(), retry_after_ms: RETRY_AFTER_MS },
+        };
+        let meta = self.meta().map_err(in_words)?;
+        let view = self.current(&meta, Instant::now() + options.timeout).await.map_err(in_words)?;
+        if id > view.epoch || id.0 == 0 {
+            return Ok(None);
+        }
+        let status = self.member.status().await;
+        Ok(Some(self.describe(&view, id, &status)))
+    }
+
+    /// The meta group, if this node leads it.
+    fn meta(&self) -> Result<Arc<Group>, ViewChangeFailure> {
+        let meta = self.member.registry.get(GroupId::META).filter(|meta| meta.leads());
+        meta.ok_or_else(|| unavailable("this node does not lead the meta group".into()))
+    }
+
+    /// The view as it is, not as it may have been.
+    async fn current(&self, meta: &Group, deadline: Instant) -> Result<View, ViewChangeFailure> {
+        meta.read_barrier(deadline).await.map_err(|error| unavailable(error.to_string()))?;
+        let read = meta::read_view(&meta.state().read());
+        let view = read.map_err(|error| unavailable(format!("the view cannot be read: {error}")))?;
+        view.ok_or_else(|| unavailable("the cluster is not founded yet".into()))
+    }
+
+    async fn plan(&self, view: &View, change: &ViewChange) -> Result<Planned, ViewChangeFailure> {
+        let wanted = self.identify(view, change).await?;
+        // A node that is out of reach now is not given anything again.
+        let out: BTreeSet<NodeId> = view.out.iter().filter(|id| !self.is_in_reach(**id)).copied().collect();
+        plan(view, merged(view.asked, change), &wanted, &out)
+            .map_err(|error| ViewChangeFailure::Refused { reason: error.to_string() })
+    }
+
+    fn is_in_reach(&self, node: NodeId) -> bool {
+        let heard = self.member.registry.last_heard(node).is_some_and(|at| at.elapsed() < ASK_TIMEOUT);
+        node == self.member.node || heard
+    }
+
+    /// The nodes that the view is to have. One that is in it already need not answer; but if another directory answers under its address, its
+    /// own is lost.
+    async fn identify(&self, view: &View, change: &ViewChange) -> Result<Vec<view::Node>, ViewChangeFailure> {
+        let addresses: Vec<Address> = match &change.nodes {
+            Some(nodes) => nodes.clone(),
+            None => view.staying().map(|(_, node)| node.address.clone()).collect(),
+        };
+        let asked = addresses.iter().map(|address| async move {
+            if *address == self.own_address(view) {
+                return Ok(None);
+            }
+            self.member.peers.identity(address, ASK_TIMEOUT).await.map(Some)
+        });
+        let answers = join_all(asked).await;
+        let mut wanted = Vec::with_capacity(addresses.len());
+        for (address, answer) in addresses.iter().zip(answers) {
+            let known = view.node_at(address).and_then(|id| view.nodes.get(&id));
+            wanted.push(match (answer, known) {
+                (Ok(None), Some(known)) | (Err(_), Some(known)) => known.clone(),
+                (Ok(Some(identity)), Some(known)) if identity.directory == known.directory => known.clone(),
+                (Ok(Some(identity)), _) => newcomer(view, address, identity)?,
+                (Ok(None), None) => return Err(unavailable(format!("{address} is this node, and not in the view"))),
+                (Err(error), None) => {
+                    return Err(ViewChangeFailure::NotReady { reason: format!("{address} does not answer: {error}") });
+                }
+            });
+        }
+        Ok(wanted)
+    }
+
+    fn own_address(&self, view: &View) -> Address {
+        view.nodes.get(&self.member.node).map_or_else(|| self.member.address.clone(), |node| node.address.clone())
+    }
+
+    fn describe(&self, view: &View, id: PlanEpoch, status: &ClusterStatus) -> ChangeInProgress {
+        let over = |phase| ChangeInProgress {
+            id,
+            phase,
+            replicas_left: 0,
+            slots_left: 0,
+            bytes_left: 0,
+            bytes_per_s: None,
+            left_s: None,
+            waiting_for: Vec::new(),
+        };
+        if view.is_settled() {
+            return over(Phase::Done);
+        }
+        if id < view.epoch {
+            return over(Phase::Superseded);
+        }
+        let slots_left = view.astray().count() as u64;
+        let bytes_left = bytes_to_move(view, &view.targets, status);
+        let rate = self.rate(id, bytes_left);
+        ChangeInProgress {
+            replicas_left: view.groups.values().map(replicas_left).sum(),
+            slots_left,
+            bytes_left,
+            bytes_per_s: rate,
+            left_s: rate.filter(|rate| *rate > 0).map(|rate| bytes_left.div_ceil(rate)),
+            waiting_for: self.waiting_for(view),
+            ..over(Phase::Running)
+        }
+    }
+
+    fn rate(&self, id: PlanEpoch, bytes_left: u64) -> Option<u64> {
+        let mut watched = self.watched.lock().expect("no holder panics");
+        let first = match *watched {
+            Some(first) if first.id == id && first.bytes_left >= bytes_left => first,
+            _ => *watched.insert(Watched { id, since: Instant::now(), bytes_left }),
+        };
+        let elapsed_ms = u64::try_from(first.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        (elapsed_ms >= 1000).then(|| (first.bytes_left - bytes_left).saturating_mul(1000) / elapsed_ms)
+    }
+
+    fn waiting_for(&self, view: &View) -> Vec<String> {
+        let mut reasons = Vec::new();
+        let unsettled = view.groups.iter().filter(|(_, group)| !group.is_settled());
+        for (id, group) in unsettled.take(NAMES_MAX) {
+            let name = if id.is_meta() { "the meta group".to_owned() } else { format!("shard {id}") };
+            let silent: Vec<String> = group
+                .replicas
+                .values()
+                .filter(|node| !self.is_in_reach(**node))
+                .filter_map(|node| view.nodes.get(node))
+                .map(|node| node.address.to_string())
+                .collect();
+            reasons.push(match (silent.is_empty(), group.ends) {
+                (false, _) => format!("{name}: no sign of {}", silent.join(", ")),
+                (true, true) => format!("{name}: its slots move away"),
+                (true, false) => format!("{name}: its replicas change"),
+            });
+        }
+        let slots = view.astray().count();
+        if slots > 0 {
+            reasons.push(format!(
+                "{slots} slots to move, {} under way",
+                view.moves.values().map(|open| open.slots.len()).sum::<usize>()
+            ));
+        }
+        reasons
+    }
+}
+
+/// A node that the view does not know under this address.
+fn newcomer(view: &View, address: &Address, identity: Identity) -> Result<view::Node, ViewChangeFailure> {
+    let not_ready = |reason: String| Err(ViewChangeFailure::NotReady { reason });
+    let is_known = view.nodes.values().any(|node| node.directory == identity.directory);
+    match identity.standing {
+        Standing::Member { view: other } if other.cluster != view.cluster => {
+            return not_ready(format!("{address} belongs to cluster {}", other.cluster));
+        }
+        Standing::Promised { founder, .. } => {
+            return not_ready(format!("{address} has promised to be founded by the node with directory {founder}"));
+        }
+        // It was one of ours, and has not noticed yet that it is retired.
+        Standing::Member { .. } if !is_known => {
+            return not_ready(format!("{address} has yet to notice that it left the cluster: try again in some seconds"));
+        }
+        Standing::Member { .. } | Standing::Fresh { .. } | Standing::Retired { .. } => {}
+    }
+    Ok(view::Node { address: address.clone(), public_address: identity.public_address, directory: identity.directory })
+}
+
+/// What is asked for now. What the change leaves out stays.
+fn merged(asked: Asked, change: &ViewChange) -> Asked {
+    Asked {
+        layout: change.layout.unwrap_or(asked.layout),
+        replication_factor: match change.replication_factor {
+            None => asked.replication_factor,
+            Some(ReplicationFactor::Default(_)) => None,
+            Some(ReplicationFactor::Fixed(factor)) => Some(factor),
+        },
+        shards: match change.shards {
+            None => asked.shards,
+            Some(Shards::Default(_)) => None,
+            Some(Shards::Fixed(shards)) => Some(shards),
+        },
+    }
+}
+
+/// Replicas of the plan that are not members yet, or not as they should be, and replicas out of it that are not retired.
+fn replicas_left(group: &view::Group) -> u64 {
+    let settled = |replica: &crate::types::ReplicaId| match &group.reported {
+        None => group.creation.contains_key(replica),
+        Some(reported) if group.learners.contains(replica) => reported.learners.contains(replica),
+        Some(reported) => reported.voters.contains(replica),
+    };
+    (group.replicas.keys().filter(|replica| !settled(replica)).count() + group.leaving.len()) as u64
+}
+
+/// Keys and values in the slots that are not where `targets` has them: a slot counts for its share of its shard.
+fn bytes_to_move(view: &View, targets: &view::SlotTable, status: &ClusterStatus) -> u64 {
+    let mut bytes = 0;
+    for (id, _) in view.shards() {
+        let (mut owned, mut leaving) = (0u64, 0u64);
+        for slot in view.slots.of(id) {
+            owned += 1;
+            leaving += u64::from(targets.owner(slot) != id);
+        }
+        let held = status.shards.iter().find(|shard| shard.id == id).and_then(|shard| shard.bytes).unwrap_or(0);
+        bytes += held.saturating_mul(leaving) / owned.max(1);
+    }
+    bytes
+}
+
+fn compare(view: &View, planned: &Planned, status: &ClusterStatus) -> PlannedChange {
+    let next = &planned.view;
+    let replicas = |of: &View| -> BTreeSet<_> { of.groups.values().flat_map(|group| group.replicas.keys().copied()).collect() };
+    let shards = |of: &View| -> BTreeSet<_> { of.shards().filter(|(_, group)| !group.ends).map(|(id, _)| id).collect() };
+    let nodes = |of: &View| -> BTreeSet<NodeId> { of.staying().map(|(id, _)| id).collect() };
+    let addresses = |of: &View, ids: &mut dyn Iterator<Item = NodeId>| -> Vec<Address> {
+        ids.filter_map(|id| of.nodes.get(&id)).map(|node| node.address.clone()).collect()
+    };
+    let (had, has) = (nodes(view), nodes(next));
+    let slots_moved =
+        crate::types::Slot::all().filter(|slot| view.slots.owner(*slot) != next.targets.owner(*slot)).count() as u64;
+    PlannedChange {
+        base: view.epoch,
+        is_same: planned.is_same,
+        nodes_added: addresses(next, &mut has.difference(&had).copied()),
+        nodes_removed: addresses(view, &mut had.difference(&has).copied()),
+        replicas_added: replicas(next).difference(&replicas(view)).count() as u64,
+        replicas_removed: replicas(view).difference(&replicas(next)).count() as u64,
+        shards_added: shards(next).difference(&shards(view)).count() as u64,
+        shards_removed: shards(view).difference(&shards(next)).count() as u64,
+        slots_moved,
+        slots_kept: u64::from(crate::types::SLOTS) - slots_moved,
+        bytes_moved: bytes_to_move(view, &next.targets, status),
+    }
+}
+
+fn unavailable(reason: String) -> ViewChangeFailure {
+    ViewChangeFailure::Failed(Failure::Unavailable { reason, retry_after_ms: RETRY_AFTER_MS })
+}

@@ -1,0 +1,211 @@
+//! Which step brings the members of a group nearer to those that the view wants. Asked by the leader of the group, again after each step.
+//!
+//! A replica is added without a vote, catches up, and then votes. Voters are exchanged so that as many vote as before wherever that can
+//! be, and never for a set of which a majority is not up and caught up. A leader that is to go hands over first. Members that the view does
+//! not want, or does not know, leave in the end; the report of that to the meta group is what retires them.
+
+use std::collections::BTreeSet;
+
+use super::view::{Group, Reported};
+use crate::types::{LogId, ReplicaId};
+
+type Replicas = BTreeSet<ReplicaId>;
+
+/// What the leader of a group knows of its members.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Observed {
+    /// The leader itself.
+    pub me: ReplicaId,
+    /// Of the entry with the membership in effect.
+    pub log_id: LogId,
+    pub voters: Replicas,
+    pub learners: Replicas,
+    /// It is committed, and not in the middle of a change of voters.
+    pub is_settled: bool,
+    /// Heard of just now. The leader is among them.
+    pub alive: Replicas,
+    /// Replicas with, but for a few entries, the leader's log. The leader is among them.
+    pub caught_up: Replicas,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Everything is as the view wants it, and the meta group knows.
+    Nothing,
+    /// Something is to be done, and can't be yet.
+    Wait,
+    AddLearner(ReplicaId),
+    /// Voters that are none of these go on as learners.
+    SetVoters(Replicas),
+    RemoveLearners(Replicas),
+    /// This leader is to go: to another voter first.
+    HandOver(ReplicaId),
+    Report(Reported),
+}
+
+/// The next step of a group that the view wants to be `group`.
+pub fn next_step(group: &Group, now: &Observed) -> Step {
+    let wanted: Replicas = group.replicas.keys().copied().collect();
+    let members: Replicas = now.voters.union(&now.learners).copied().collect();
+    let missing = || wanted.difference(&members);
+    if !now.is_settled {
+        // A change that another leader began is brought to its end by the next one.
+        let voters = next_voters(group, now).unwrap_or_else(|| now.voters.clone());
+        return Step::SetVoters(with_me(voters, now));
+    }
+    if let Some(replica) = missing().find(|replica| now.alive.contains(replica)) {
+        return Step::AddLearner(*replica);
+    }
+    if let Some(voters) = next_voters(group, now) {
+        return exchange(voters, now);
+    }
+    let surplus: Replicas = now.learners.difference(&wanted).copied().collect();
+    if !surplus.is_empty() {
+        return Step::RemoveLearners(surplus);
+    }
+    let here = Reported { log_id: now.log_id, voters: now.voters.clone(), learners: now.learners.clone() };
+    if is_news(group, &here) {
+        return Step::Report(here);
+    }
+    if group.is_settled() || group.ends && missing().next().is_none() { Step::Nothing } else { Step::Wait }
+}
+
+fn exchange(voters: Replicas, now: &Observed) -> Step {
+    if voters.contains(&now.me) {
+        return Step::SetVoters(voters);
+    }
+    let able = |replica: &&ReplicaId| now.caught_up.contains(replica) && now.alive.contains(replica);
+    match voters.intersection(&now.voters).find(able) {
+        Some(successor) => Step::HandOver(*successor),
+        None => Step::SetVoters(with_me(voters, now)),
+    }
+}
+
+fn with_me(mut voters: Replicas, now: &Observed) -> Replicas {
+    voters.insert(now.me);
+    voters
+}
+
+/// The voters to go on with; none: those of now.
+fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
+    let wanted = group.voters();
+    let (staying, rest): (Replicas, Replicas) = now.voters.iter().copied().partition(|voter| wanted.contains(voter));
+    let (ready, behind): (Replicas, Replicas) =
+        wanted.difference(&now.voters).copied().partition(|voter| now.caught_up.contains(voter) && now.alive.contains(voter));
+    let mut next: Replicas = staying.union(&ready).copied().collect();
+    if !behind.is_empty() {
+        let is_whole = now.voters.is_subset(&now.alive);
+        let some_come = behind.iter().any(|replica| now.alive.contains(replica));
+        if is_whole && some_come {
+            return None;
+        }
+        // Those that are still to go stand in for those that are not there yet, the live ones first.
+        let mut standing_in: Vec<ReplicaId> = rest.into_iter().collect();
+        standing_in.sort_by_key(|replica| (*replica != now.me, !now.alive.contains(replica)));
+        let missing = wanted.len().saturating_sub(next.len());
+        next.extend(standing_in.into_iter().take(missing));
+        // An even number survives no more than the odd one below.
+        if next.len() > now.voters.len() && next.len().is_multiple_of(2) {
+            return None;
+        }
+    }
+    let up = next.iter().filter(|replica| now.alive.contains(replica) && now.caught_up.contains(replica)).count();
+    (next != now.voters && !next.is_empty() && up * 2 > next.len()).then_some(next)
+}
+
+/// Whether the meta group would learn something from this report.
+fn is_news(group: &Group, here: &Reported) -> bool {
+    let known = match &group.reported {
+        Some(reported) => reported.voters == here.voters && reported.learners == here.learners,
+        None => here.learners.is_empty() && here.voters.iter().eq(group.creation.keys()),
+    };
+    !known || group.leaving.keys().any(|replica| !here.is_member(*replica))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::types::NodeId;
+
+    fn set(ids: &[u64]) -> Replicas {
+        ids.iter().map(|id| ReplicaId(*id)).collect()
+    }
+
+    /// Replica n is on node n; the first ids of `created` began the group, `wanted` are to vote.
+    fn group(created: &[u64], wanted: &[u64]) -> Group {
+        let place = |ids: &[u64]| -> BTreeMap<ReplicaId, NodeId> { ids.iter().map(|id| (ReplicaId(*id), NodeId(*id))).collect() };
+        let mut group = Group::new(NodeId(wanted[0]), place(wanted), &set(wanted));
+        group.creation = place(created);
+        group.leaving = place(created).into_iter().filter(|(id, _)| !wanted.contains(&id.0)).collect();
+        group
+    }
+
+    fn now(me: u64, voters: &[u64], learners: &[u64], alive: &[u64], caught_up: &[u64]) -> Observed {
+        Observed {
+            me: ReplicaId(me),
+            log_id: LogId::default(),
+            voters: set(voters),
+            learners: set(learners),
+            is_settled: true,
+            alive: set(alive),
+            caught_up: set(caught_up),
+        }
+    }
+
+    #[test]
+    fn all_replicas_are_replaced_by_others() {
+        let group = group(&[1, 2, 3], &[4, 5, 6]);
+        let all = [1, 2, 3, 4, 5, 6];
+        let step = |observed| next_step(&group, &observed);
+        assert_eq!(step(now(1, &[1, 2, 3], &[], &all, &[1, 2, 3])), Step::AddLearner(ReplicaId(4)));
+        assert_eq!(step(now(1, &[1, 2, 3], &[4, 5, 6], &all, &[1, 2, 3, 4])), Step::Wait);
+        assert_eq!(step(now(1, &[1, 2, 3], &[4, 5, 6], &all, &all)), Step::SetVoters(set(&[1, 4, 5, 6])));
+        assert_eq!(step(now(1, &[1, 4, 5, 6], &[2, 3], &all, &all)), Step::HandOver(ReplicaId(4)));
+        assert_eq!(step(now(4, &[1, 4, 5, 6], &[2, 3], &all, &all)), Step::SetVoters(set(&[4, 5, 6])));
+        assert_eq!(step(now(4, &[4, 5, 6], &[1, 2, 3], &all, &all)), Step::RemoveLearners(set(&[1, 2, 3])));
+        let report = Reported { log_id: LogId::default(), voters: set(&[4, 5, 6]), learners: set(&[]) };
+        assert_eq!(step(now(4, &[4, 5, 6], &[], &all, &all)), Step::Report(report));
+    }
+
+    #[test]
+    fn a_dead_voter_is_replaced_as_soon_as_there_is_one_for_it() {
+        let group = group(&[1, 2, 3], &[1, 2, 4]);
+        assert_eq!(next_step(&group, &now(1, &[1, 2, 3], &[4], &[1, 2, 4], &[1, 2])), Step::Wait);
+        assert_eq!(next_step(&group, &now(1, &[1, 2, 3], &[4], &[1, 2, 4], &[1, 2, 4])), Step::SetVoters(set(&[1, 2, 4])));
+        let dead_newcomer = now(1, &[1, 2, 3], &[4], &[1, 2, 3], &[1, 2, 3]);
+        assert_eq!(next_step(&group, &dead_newcomer), Step::Wait);
+    }
+
+    #[test]
+    fn one_grows_to_three_and_back_without_two() {
+        let grown = group(&[1], &[1, 2, 3]);
+        assert_eq!(next_step(&grown, &now(1, &[1], &[2, 3], &[1, 2, 3], &[1, 2])), Step::Wait);
+        assert_eq!(
+            next_step(&grown, &now(1, &[1], &[2, 3], &[1, 2], &[1, 2])),
+            Step::Wait,
+            "two voters survive no more than one"
+        );
+        assert_eq!(next_step(&grown, &now(1, &[1], &[2, 3], &[1, 2, 3], &[1, 2, 3])), Step::SetVoters(set(&[1, 2, 3])));
+        let shrunk = group(&[1, 2, 3], &[1]);
+        assert_eq!(next_step(&shrunk, &now(2, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::HandOver(ReplicaId(1)));
+        assert_eq!(next_step(&shrunk, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::SetVoters(set(&[1])));
+    }
+
+    #[test]
+    fn voters_are_never_a_set_without_a_live_majority() {
+        let group = group(&[1, 2, 3], &[3, 4, 5]);
+        let step = next_step(&group, &now(1, &[1, 2, 3], &[4, 5], &[1, 2], &[1, 2]));
+        assert_eq!(step, Step::Wait, "of 3, 4 and 5 none is up");
+    }
+
+    #[test]
+    fn what_was_created_so_is_no_news_and_a_replica_that_never_joined_is() {
+        let whole = group(&[1, 2, 3], &[1, 2, 3]);
+        assert_eq!(next_step(&whole, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::Nothing);
+        let mut unborn = whole.clone();
+        unborn.leaving.insert(ReplicaId(9), NodeId(9));
+        assert!(matches!(next_step(&unborn, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::Report(_)));
+    }
+}
