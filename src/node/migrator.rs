@@ -33,8 +33,8 @@ const SLOTS_PER_MOVE: usize = 256;
 const BYTES_PER_MOVE: u64 = 32 << 20;
 /// Keys and values in a chunk: an entry of the destination.
 const CHUNK_BYTES: usize = 512 << 10;
-/// With so many changes left the slots are frozen: about what one chunk carries in a few milliseconds.
-const FREEZE_CHANGES_MAX: usize = 64;
+/// With so little left to copy the slots are frozen: what one chunk carries in a few milliseconds.
+const FREEZE_BYTES_MAX: u64 = 64 << 10;
 /// Rounds of changes after which the slots are frozen whatever is left.
 const FREEZE_NOW_AFTER: Duration = Duration::from_secs(20);
 /// A freeze is given up after this: writes have waited.
@@ -270,7 +270,7 @@ impl Shared {
     fn budget(&self, of: &Move, drive: &Drive) -> Budget {
         let view = self.member.view();
         Budget {
-            freeze_changes_max: FREEZE_CHANGES_MAX,
+            freeze_bytes_max: FREEZE_BYTES_MAX,
             freeze_now: drive.begun.elapsed() > FREEZE_NOW_AFTER,
             freeze_overdue: drive.frozen.is_some_and(|since| since.elapsed() > FREEZE_TIME_MAX),
             give_up: of.slots.iter().all(|slot| view.targets.owner(*slot) != of.to),
@@ -281,17 +281,12 @@ impl Shared {
         let chunk = kv::move_chunk(&group.state().read(), of.id, &progress.cursor, CHUNK_BYTES)?;
         let Some(chunk) = chunk else { return Err(Hitch::Later("the move is not open here yet".into())) };
         let install = chunk.install(of.id, progress.chunk);
-        self.send(group, of, Side::Destination, Command::Install(install), drive).await
+        self.send(group, of, Side::Destination, Command::Install { time_ms: 0, install }, drive).await
     }
 
     async fn complete(&self, group: &Group, of: &Move, chunk: u64, drive: &mut Drive) -> Result<(), Hitch> {
-        let mut contents = BTreeMap::new();
-        {
-            let read = group.state().read();
-            for slot in &of.slots {
-                contents.insert(*slot, SlotState::read(&read, *slot)?.contents);
-            }
-        }
+        let contents = kv::final_contents(&group.state().read(), of.id)?;
+        let Some(contents) = contents else { return Err(Hitch::Later("the move is not frozen here yet".into())) };
         let step = MoveStep::Complete { chunk, contents }.of(of.id, &of.slots);
         self.send(group, of, Side::Destination, step, drive).await
     }
@@ -409,7 +404,7 @@ fn next_slots(group: &Group, view: &View) -> Result<Option<(GroupId, BTreeSet<Sl
 /// Whether a command is a step of a move: what a shard takes from the driver of one.
 pub fn is_step(command: &Command) -> bool {
     match command {
-        Command::Move { .. } | Command::Install(_) => true,
+        Command::Move { .. } | Command::Install { .. } => true,
         Command::Write { .. } | Command::Claim { .. } => false,
     }
 }
@@ -417,7 +412,7 @@ pub fn is_step(command: &Command) -> bool {
 /// What the leader of a destination proposes: a chunk carries its group time.
 pub fn timed(command: Command, group: &Group) -> Command {
     match command {
-        Command::Install(install) => Command::Install(kv::Install { time_ms: group.time_ms(), ..install }),
+        Command::Install { install, .. } => Command::Install { time_ms: group.time_ms(), install },
         other => other,
     }
 }
