@@ -10,6 +10,7 @@ pub mod meta;
 pub mod moves;
 pub mod placement;
 pub mod ports;
+pub mod repair;
 pub mod requests;
 pub mod slots;
 #[cfg(test)]
