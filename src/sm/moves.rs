@@ -210,3 +210,159 @@ impl Step {
         Some((side, step.of(of.id, &of.slots)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn sources() -> Vec<SourceState> {
+        let left = [Remaining::Pairs, Remaining::Changes { bytes: 900 }, Remaining::Changes { bytes: 0 }];
+        let mut all =
+            vec![SourceState::Ready, SourceState::NotReady, SourceState::Aborted, SourceState::Released, SourceState::Overtaken];
+        all.extend(left.map(SourceState::Copying));
+        all.extend(left.map(SourceState::Frozen));
+        all
+    }
+
+    fn installing(chunk: u64, complete: bool) -> DestinationState {
+        DestinationState::Installing(Progress { chunk, cursor: Bytes::from_static(b"c"), complete })
+    }
+
+    fn destinations() -> Vec<Option<DestinationState>> {
+        let fresh = DestinationState::Installing(Progress::default());
+        let all = [
+            DestinationState::Free,
+            DestinationState::Leftovers,
+            DestinationState::StillOwned,
+            fresh,
+            installing(3, false),
+            installing(3, true),
+            DestinationState::Active,
+            DestinationState::Cancelled,
+            DestinationState::Overtaken,
+        ];
+        all.into_iter().map(Some).chain([None]).collect()
+    }
+
+    fn budgets() -> Vec<Budget> {
+        let flags = [false, true];
+        let mut all = Vec::new();
+        for freeze_now in flags {
+            for freeze_overdue in flags {
+                for give_up in flags {
+                    all.push(Budget { freeze_bytes_max: 500, freeze_now, freeze_overdue, give_up });
+                }
+            }
+        }
+        all
+    }
+
+    /// Whether a step may be taken at all when things are as they were seen to be.
+    fn allowed(step: &Step, source: &SourceState, destination: Option<&DestinationState>, budget: Budget) -> bool {
+        use DestinationState as D;
+        use SourceState as S;
+        let before_release = matches!(source, S::Ready | S::NotReady | S::Copying(_) | S::Frozen(_));
+        match step {
+            Step::Clear => before_release && destination == Some(&D::Leftovers),
+            Step::Prepare => before_release && destination == Some(&D::Free),
+            Step::Begin => *source == S::Ready && matches!(destination, Some(D::Installing(_))),
+            Step::Copy(progress) => {
+                let left = matches!(
+                    source,
+                    S::Copying(Remaining::Pairs | Remaining::Changes { bytes: 501.. })
+                        | S::Frozen(Remaining::Pairs | Remaining::Changes { bytes: 1.. })
+                );
+                left && !progress.complete && destination == Some(&D::Installing(progress.clone()))
+            }
+            Step::Freeze => {
+                let few = matches!(source, S::Copying(Remaining::Changes { bytes }) if *bytes <= 500 || budget.freeze_now);
+                few && matches!(destination, Some(D::Installing(_)))
+            }
+            Step::Complete { chunk } => {
+                let here = matches!(destination, Some(D::Installing(progress)) if progress.chunk == *chunk && !progress.complete);
+                here && *source == S::Frozen(Remaining::Changes { bytes: 0 })
+            }
+            Step::Release => matches!(source, S::Frozen(_)) && destination == Some(&installing(3, true)),
+            Step::Activate => *source == S::Released && destination == Some(&installing(3, true)),
+            Step::Commit => *source == S::Released && destination == Some(&D::Active),
+            Step::Abort(AbortReason::FrozenTooLong) => matches!(source, S::Frozen(_)) && budget.freeze_overdue,
+            Step::Abort(AbortReason::GivenUp) => before_release && budget.give_up,
+            Step::Abort(AbortReason::Cancelled) => before_release && destination == Some(&D::Cancelled),
+            Step::Cancel => *source == S::Aborted && matches!(destination, Some(D::Installing(_))),
+            Step::End => *source == S::Aborted && !matches!(destination, Some(D::Installing(_))),
+            Step::Wait(Waiting::Destination) => destination.is_none(),
+            Step::Wait(Waiting::Source) => *source == S::NotReady,
+            Step::Wait(Waiting::Behind) => destination.is_some(),
+            Step::Over => *source == S::Overtaken || destination == Some(&D::Overtaken),
+        }
+    }
+
+    #[test]
+    fn every_step_is_allowed_where_it_is_chosen() {
+        for source in sources() {
+            for destination in destinations() {
+                for budget in budgets() {
+                    let step = next_step(&source, destination.as_ref(), budget);
+                    let right = allowed(&step, &source, destination.as_ref(), budget);
+                    assert!(right, "{step:?} of {source:?} and {destination:?} with {budget:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_destination_that_does_not_answer_is_neither_waited_for_in_a_freeze_nor_trusted() {
+        for source in sources() {
+            for budget in budgets() {
+                let step = next_step(&source, None, budget);
+                let patient = !budget.give_up && !budget.freeze_overdue;
+                let right = match &source {
+                    SourceState::Ready | SourceState::Copying(_) if budget.give_up => matches!(step, Step::Abort(_)),
+                    SourceState::Frozen(_) if !patient => matches!(step, Step::Abort(_)),
+                    SourceState::Ready | SourceState::Copying(_) | SourceState::Frozen(_) | SourceState::Released => {
+                        step == Step::Wait(Waiting::Destination)
+                    }
+                    SourceState::NotReady => matches!(step, Step::Wait(Waiting::Source) | Step::Abort(_)),
+                    SourceState::Aborted => step == Step::End,
+                    SourceState::Overtaken => step == Step::Over,
+                };
+                assert!(right, "{step:?} of {source:?} with {budget:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_freeze_past_its_time_ends() {
+        let budget = Budget { freeze_bytes_max: 500, freeze_now: false, freeze_overdue: true, give_up: false };
+        for left in [Remaining::Pairs, Remaining::Changes { bytes: 9 }, Remaining::Changes { bytes: 0 }] {
+            let frozen = SourceState::Frozen(left);
+            let step = next_step(&frozen, Some(&installing(3, false)), budget);
+            assert_eq!(step, Step::Abort(AbortReason::FrozenTooLong));
+            assert_eq!(next_step(&frozen, Some(&installing(3, true)), budget), Step::Release, "as soon done as an abort");
+        }
+        let copying = SourceState::Copying(Remaining::Pairs);
+        assert!(matches!(next_step(&copying, Some(&installing(3, false)), budget), Step::Copy(_)), "nothing is frozen");
+    }
+
+    #[test]
+    fn steps_go_to_the_side_that_takes_them() {
+        let slots = BTreeSet::from([Slot::default()]);
+        let of = Move { id: MoveId(5), slots: slots.clone(), from: GroupId(1), to: GroupId(2) };
+        let table = [
+            (Step::Clear, Side::Destination, MoveStep::Clear { limit: CLEAR_KEYS_MAX }),
+            (Step::Prepare, Side::Destination, MoveStep::Prepare { from: GroupId(1) }),
+            (Step::Begin, Side::Source, MoveStep::Begin { to: GroupId(2) }),
+            (Step::Freeze, Side::Source, MoveStep::Freeze),
+            (Step::Release, Side::Source, MoveStep::Release),
+            (Step::Activate, Side::Destination, MoveStep::Activate),
+            (Step::Abort(AbortReason::GivenUp), Side::Source, MoveStep::Abort),
+            (Step::Cancel, Side::Destination, MoveStep::Cancel),
+        ];
+        for (step, side, command) in table {
+            assert_eq!(step.command(&of), Some((side, command.of(MoveId(5), &slots))));
+        }
+        assert_eq!(Step::Commit.command(&of), None);
+    }
+}

@@ -12,7 +12,7 @@ use crate::sm::slots::{Ownership, slot_of};
 
 /// Keys of three slots.
 const KEYS: [&str; 7] = ["{a}", "{a}1", "{a}2", "{b}", "{b}1", "{c}", "{c}1"];
-const TAGS: [&str; 3] = ["a", "b", "c"];
+pub(super) const TAGS: [&str; 3] = ["a", "b", "c"];
 
 /// What happens to a shard.
 #[derive(Debug, Clone)]
@@ -24,9 +24,9 @@ enum Event {
 
 /// What a slot of a request was answered: the model keeps the operations themselves.
 #[derive(Debug, Clone)]
-struct Answered {
+pub(super) struct Answered {
     time_ms: u64,
-    operations: Vec<Operation>,
+    pub operations: Vec<Operation>,
     results: Vec<Result<OperationOutcome, Failed>>,
 }
 
@@ -39,11 +39,11 @@ struct Failed {
 }
 
 #[derive(Debug, Clone, Default)]
-struct Model {
-    holds: BTreeMap<Slot, Ownership>,
-    keys: BTreeMap<Bytes, Record>,
-    revisions: BTreeMap<Slot, u64>,
-    answered: BTreeMap<(Slot, Bytes), Answered>,
+pub(super) struct Model {
+    pub holds: BTreeMap<Slot, Ownership>,
+    pub keys: BTreeMap<Bytes, Record>,
+    pub revisions: BTreeMap<Slot, u64>,
+    pub answered: BTreeMap<(Slot, Bytes), Answered>,
     time_ms: u64,
     /// The group time that the shard must at least have stored.
     time_ms_min: u64,
@@ -78,7 +78,7 @@ impl Model {
         }
     }
 
-    fn write(&mut self, write: &Write) -> WriteOutcome {
+    pub fn write(&mut self, write: &Write) -> WriteOutcome {
         let slot = |operation: &Operation| slot_of(&operation.key);
         let operations = &write.operations;
         if let Some(operation) = operations.iter().find(|operation| self.hold(slot(operation)) == Ownership::NotOwned) {
@@ -170,7 +170,7 @@ fn outcome(operations: &[Operation], results: BTreeMap<Slot, Vec<Result<Operatio
     }
 }
 
-fn operation() -> impl Strategy<Value = Operation> {
+pub(super) fn operation() -> impl Strategy<Value = Operation> {
     let revisions = || proptest::collection::vec((1..12u64).prop_map(Revision), 0..4);
     let condition = prop_oneof![
         6 => Just(Condition::None),
@@ -194,7 +194,7 @@ fn operation() -> impl Strategy<Value = Operation> {
 }
 
 /// Writes out of a small pool of requests, so that retries come; sometimes with an operation more or less, as another batch would have.
-fn write(pool: Vec<Vec<Operation>>) -> impl Strategy<Value = Write> {
+pub(super) fn write(pool: Vec<Vec<Operation>>) -> impl Strategy<Value = Write> {
     let count = pool.len();
     (0..count, proptest::option::weighted(0.7, 0..count), operation(), 0..8usize).prop_map(move |(which, key, extra, cut)| {
         let mut operations = pool[key.unwrap_or(which)].clone();

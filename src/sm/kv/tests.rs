@@ -107,7 +107,7 @@ impl Shard {
         }
     }
 
-    fn step(&mut self, step: &str) -> String {
+    pub fn step(&mut self, step: &str) -> String {
         let (verb, rest) = step.split_once(' ').unwrap_or((step, ""));
         let tags = || rest.split_whitespace().map(|tag| slot_of(tag.as_bytes()));
         let mut set = |change: fn(&mut SlotState)| {
@@ -173,7 +173,7 @@ fn show(outcome: &Outcome) -> String {
         Outcome::Written(writes) => writes.iter().map(show_write).collect::<Vec<_>>().join(" | "),
         Outcome::Claimed => "claimed".into(),
         Outcome::ClaimRejected { generation, .. } => format!("moved by {generation}"),
-        Outcome::Moved(outcome) => format!("{outcome:?}"),
+        Outcome::Moved(outcome) => super::move_tests::show_moved(outcome),
     }
 }
 

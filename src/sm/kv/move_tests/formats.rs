@@ -1,9 +1,8 @@
-//! The steps of moves, one by one.
+//! What moves write to log and disk, byte for byte.
 
-use std::collections::{BTreeMap, BTreeSet};
-
+use super::super::chunk::Cursor;
 use super::*;
-use crate::sm::slots::{Contents, all_moves, change_key, change_range, move_key, parse_change_key, parse_move_key};
+use crate::sm::slots::{Contents, all_moves, change_key, change_range, change_value, move_key, parse_change_key, parse_move_key};
 
 fn slot(number: u16) -> Slot {
     Slot::new(number).expect("a slot")
@@ -103,13 +102,13 @@ fn the_encodings_of_an_open_move_and_its_marks_stand() {
     assert_eq!(&mark[..], b"\x05\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\x01\x2c\x10\x00\x05k");
     assert_eq!(parse_change_key(&mark), Some((MoveId(1), Bytes::from_static(b"\x10\x00\x05k"))));
     assert_eq!(parse_change_key(&mark.slice(..17)), None, "a mark of no key");
+    assert_eq!(&change_value(300)[..], b"\x01\xac\x02");
     let range = change_range(MoveId(1));
     assert!(range.start <= mark && range.end.is_some_and(|end| mark < end && end == change_range(MoveId(2)).start));
 }
 
 #[test]
 fn the_encoding_of_a_cursor_stands() {
-    use super::chunk::Cursor;
     let pairs = Cursor::Pairs { after: Bytes::from_static(b"k") };
     let changes = Cursor::Changes { after: Bytes::from_static(b"k") };
     assert_eq!(Cursor::decode(b"\x01\x00\x01k").expect("a cursor"), pairs);

@@ -1,0 +1,415 @@
+//! Moves back and forth between three shards, driven by several drivers at once that crash, lag behind, lose steps, delay them and repeat
+//! them, under random writes, against a model that knows of no shards.
+
+use std::collections::VecDeque;
+
+use proptest::prelude::*;
+
+use super::super::model_tests::{Model, TAGS, operation, write};
+use super::*;
+use crate::sm::moves::{Budget, Move, Side, Step, next_step};
+use crate::sm::ports::{Direction, Read};
+use crate::sm::slots::{all_data, change_range_from, parse_data_key};
+
+type Map = BTreeMap<Bytes, Bytes>;
+
+/// By how many entries what is read of a shard may be behind.
+const LAG_MAX: usize = 24;
+
+#[derive(Debug, Clone)]
+enum Event {
+    /// `shard`: where the client believes the first key to be; none: where it is.
+    Write { shard: Option<u64>, elapsed_ms: u64, writes: Vec<Write> },
+    /// The meta group opens a move of those of the slots that are together.
+    Open { slots: Vec<Slot>, to: GroupId },
+    /// So many steps.
+    Drive(usize, Drive),
+    /// A delayed entry comes after all.
+    Deliver(usize),
+    /// An entry that was once proposed comes again.
+    Repeat(usize),
+    /// A shard clears something that was left behind.
+    Clear { shard: u64, limit: u32 },
+    /// A shard claims what the meta group says is its own.
+    Claim { shard: u64 },
+}
+
+/// One look and one step of a driver.
+#[derive(Debug, Clone)]
+struct Drive {
+    /// Which of all moves that there ever were, from the newest.
+    which: usize,
+    /// By how many entries the driver's replica is behind.
+    source_lag: usize,
+    /// By how many entries the answer of the destination is behind; none: there is no answer.
+    destination_lag: Option<usize>,
+    /// By how many entries it is behind when it reads for the step.
+    reading_lag: usize,
+    budget: Budget,
+    bytes_max: usize,
+    fate: Fate,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Fate {
+    Applied,
+    Lost,
+    Delayed,
+}
+
+#[derive(Default)]
+struct Cluster {
+    world: World,
+    /// Of each shard the last maps, the newest last.
+    history: [VecDeque<Map>; 3],
+    model: Model,
+    time_ms: u64,
+    /// The meta group's.
+    owners: BTreeMap<Slot, GroupId>,
+    moves: Vec<Move>,
+    open: BTreeSet<MoveId>,
+    sent: Vec<(GroupId, Command)>,
+    delayed: Vec<(GroupId, Command)>,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let mut cluster = Self { history: [(); 3].map(|()| VecDeque::from([Map::new()])), ..Self::default() };
+        for (tag, owner) in TAGS.iter().zip([1, 1, 2]) {
+            let slot = slot_of(tag.as_bytes());
+            cluster.owners.insert(slot, GroupId(owner));
+            cluster.model.holds.insert(slot, Ownership::Owned);
+        }
+        cluster
+    }
+
+    fn map(&self, shard: GroupId, lag: usize) -> &Map {
+        let history = &self.history[shard.0 as usize - 1];
+        &history[history.len().saturating_sub(lag + 1)]
+    }
+
+    /// The clocks of the shards are far apart.
+    fn time_of(&self, shard: GroupId) -> u64 {
+        self.time_ms + (4 - shard.0) * 1_000_000
+    }
+
+    fn apply(&mut self, shard: GroupId, command: Command) -> Outcome {
+        let outcome = self.world.shard(shard.0).apply(command);
+        let map = self.world.shard(shard.0).map.clone();
+        let history = &mut self.history[shard.0 as usize - 1];
+        history.push_back(map);
+        if history.len() > LAG_MAX {
+            history.pop_front();
+        }
+        outcome
+    }
+
+    fn send(&mut self, shard: GroupId, command: Command, fate: Fate) {
+        self.sent.push((shard, command.clone()));
+        match fate {
+            Fate::Applied => drop(self.apply(shard, command)),
+            Fate::Lost => {}
+            Fate::Delayed => self.delayed.push((shard, command)),
+        }
+    }
+
+    fn run(&mut self, event: Event) {
+        match event {
+            Event::Write { shard, elapsed_ms, writes } => {
+                let first = writes.iter().flat_map(|write| &write.operations).next();
+                let server = || first.and_then(|operation| self.server(slot_of(&operation.key)));
+                let shard = shard.map(GroupId).or_else(server).unwrap_or(GroupId(1));
+                self.write(shard, elapsed_ms, writes);
+            }
+            Event::Open { slots, to } => self.open(&slots, to),
+            Event::Drive(steps, drive) => {
+                for _ in 0..steps {
+                    self.drive(&drive);
+                    self.check();
+                }
+            }
+            Event::Deliver(which) => {
+                if !self.delayed.is_empty() {
+                    let (shard, command) = self.delayed.swap_remove(which % self.delayed.len());
+                    self.apply(shard, command);
+                }
+            }
+            Event::Repeat(which) => {
+                if !self.sent.is_empty() {
+                    let (shard, command) = self.sent[which % self.sent.len()].clone();
+                    self.apply(shard, command);
+                }
+            }
+            Event::Clear { shard, limit } => self.clear(shard, limit, Fate::Applied),
+            Event::Claim { shard } => self.claim(GroupId(shard)),
+        }
+    }
+
+    /// Whatever a shard answers, but that it does not take the write, is what the one store of the model answers.
+    fn write(&mut self, shard: GroupId, elapsed_ms: u64, writes: Vec<Write>) {
+        self.time_ms += elapsed_ms;
+        let command = Command::Write { time_ms: self.time_of(shard), writes: writes.clone() };
+        let Outcome::Written(outcomes) = self.apply(shard, command) else { panic!("writes are answered as writes") };
+        for (write, outcome) in writes.iter().zip(outcomes) {
+            let refused = matches!(
+                outcome,
+                WriteOutcome::Rejected(Rejection::WrongOwner { .. }) | WriteOutcome::Rejected(Rejection::Frozen { .. })
+            );
+            if !refused {
+                assert_eq!(outcome, self.model.write(write), "{write:?}");
+            }
+        }
+    }
+
+    fn open(&mut self, slots: &[Slot], to: GroupId) {
+        let from = self.owners[&slots[0]];
+        let busy: BTreeSet<Slot> = self.open_moves().flat_map(|of| of.slots.iter().copied()).collect();
+        let slots: BTreeSet<Slot> =
+            slots.iter().copied().filter(|slot| self.owners[slot] == from && !busy.contains(slot)).collect();
+        if from != to && !slots.is_empty() {
+            let id = MoveId(self.moves.len() as u64 + 1);
+            self.open.insert(id);
+            self.moves.push(Move { id, slots, from, to });
+        }
+    }
+
+    fn open_moves(&self) -> impl Iterator<Item = &Move> {
+        self.moves.iter().filter(|of| self.open.contains(&of.id))
+    }
+
+    fn drive(&mut self, drive: &Drive) {
+        if self.moves.is_empty() {
+            return;
+        }
+        let of = self.moves[self.moves.len() - 1 - drive.which % self.moves.len()].clone();
+        let destination = drive.destination_lag.map(|lag| {
+            let map = self.map(of.to, lag);
+            destination_state(map, of.id, &of.slots).expect("readable")
+        });
+        let cursor = match &destination {
+            Some(DestinationState::Installing(progress)) => progress.cursor.clone(),
+            _ => Bytes::new(),
+        };
+        let source = source_state(self.map(of.from, drive.source_lag), of.id, &of.slots, &cursor).expect("readable");
+        let step = next_step(&source, destination.as_ref(), drive.budget);
+        let reading = self.map(of.from, drive.reading_lag);
+        let command = match &step {
+            Step::Copy(progress) => {
+                let chunk = move_chunk(reading, of.id, &progress.cursor, drive.bytes_max).expect("readable");
+                let time_ms = self.time_of(of.to);
+                chunk.map(|chunk| (of.to, Command::Install { time_ms, install: chunk.install(of.id, progress.chunk) }))
+            }
+            Step::Complete { chunk } => {
+                let contents = final_contents(reading, of.id).expect("readable");
+                contents.map(|contents| (of.to, MoveStep::Complete { chunk: *chunk, contents }.of(of.id, &of.slots)))
+            }
+            step => step.command(&of).map(|(side, command)| match side {
+                Side::Source => (of.from, command),
+                Side::Destination => (of.to, command),
+            }),
+        };
+        if let Some((shard, command)) = command {
+            self.send(shard, command, drive.fate);
+        }
+        match step {
+            Step::Commit => self.close(&of, of.to),
+            Step::End => self.close(&of, of.from),
+            Step::Over => assert!(!self.open.contains(&of.id), "an open move is not over"),
+            _ => {}
+        }
+    }
+
+    fn close(&mut self, of: &Move, owner: GroupId) {
+        if self.open.remove(&of.id) {
+            self.owners.extend(of.slots.iter().map(|slot| (*slot, owner)));
+        }
+    }
+
+    fn clear(&mut self, shard: u64, limit: u32, fate: Fate) {
+        if let Some((id, slots)) = leftovers(&self.world.shard(shard).map).expect("readable") {
+            self.send(GroupId(shard), MoveStep::Clear { limit }.of(id, &slots), fate);
+        }
+    }
+
+    fn claim(&mut self, shard: GroupId) {
+        let untouched = |slot: Slot| {
+            let state = SlotState::read(self.map(shard, 0), slot).expect("readable");
+            !state.serves_reads() && state.generation == MoveId(0)
+        };
+        let mine = self.owners.iter().filter(|(slot, owner)| **owner == shard && untouched(**slot));
+        let slots = mine.map(|(slot, _)| *slot).collect();
+        self.send(shard, Command::Claim { slots }, Fate::Applied);
+    }
+
+    /// Who serves a slot.
+    fn server(&self, slot: Slot) -> Option<GroupId> {
+        (1..=3).map(GroupId).find(|shard| {
+            let map = self.map(*shard, 0);
+            SlotState::read(map, slot).expect("readable").serves_reads()
+        })
+    }
+
+    /// The slots of each shard are as in the model, where it serves them; and a slot that nobody serves is whole at its destination.
+    fn check(&self) {
+        self.world.check();
+        for slot in TAGS.map(|tag| slot_of(tag.as_bytes())) {
+            let Some(shard) = self.server(slot) else {
+                let touched =
+                    (1..=3).any(|shard| SlotState::read(self.map(GroupId(shard), 0), slot).is_ok_and(|s| s.moved_to.is_some()));
+                assert!(!touched || self.arrived(slot), "slot {slot} is nowhere");
+                continue;
+            };
+            let map = self.map(shard, 0);
+            let revision = SlotState::read(map, slot).expect("readable").contents.revision.0;
+            assert_eq!(revision, self.model.revisions.get(&slot).copied().unwrap_or(0), "the revisions of slot {slot}");
+            let pairs = map.scan(&all_data(), Direction::Forward).map(|pair| pair.expect("readable"));
+            let found = pairs.filter_map(|(key, value)| {
+                let (of, user_key) = parse_data_key(&key).expect("a data key");
+                (of == slot).then(|| (user_key, decode_record(&value).expect("own encoding")))
+            });
+            let expected = self.model.keys.iter().filter(|(key, _)| slot_of(key) == slot);
+            assert!(found.eq(expected.map(|(key, record)| (key.clone(), record.clone()))), "the keys of slot {slot}");
+        }
+    }
+
+    fn arrived(&self, slot: Slot) -> bool {
+        let arrived = |of: &Move| {
+            let destination = destination_state(self.map(of.to, 0), of.id, &of.slots).expect("readable");
+            of.slots.contains(&slot) && matches!(destination, DestinationState::Installing(progress) if progress.complete)
+        };
+        self.open_moves().any(arrived)
+    }
+
+    /// Everything answers again, and whoever drives is patient: all moves end.
+    fn heal(&mut self) {
+        for shard in 1..=3 {
+            self.claim(GroupId(shard));
+        }
+        for step in 0.. {
+            let Some(of) = self.open_moves().next() else { break };
+            assert!(step < 200, "the move ends: {of:?}");
+            let which = self.moves.len() - of.id.0 as usize;
+            let budget = Budget { freeze_bytes_max: 500, freeze_now: false, freeze_overdue: false, give_up: false };
+            let fate = Fate::Applied;
+            let bytes_max = 100;
+            self.drive(&Drive { which, source_lag: 0, destination_lag: Some(0), reading_lag: 0, budget, bytes_max, fate });
+            self.check();
+        }
+        self.assert_whole();
+        self.clean();
+    }
+
+    /// Every slot is served by its owner, and every request is still remembered.
+    fn assert_whole(&mut self) {
+        for (slot, owner) in self.owners.clone() {
+            assert_eq!(self.server(slot), Some(owner));
+        }
+        for ((slot, key), answered) in self.model.answered.clone() {
+            let write = Write { operations: answered.operations, idempotency_key: Some(key) };
+            self.write(self.owners[&slot], 0, vec![write]);
+        }
+        self.check();
+    }
+
+    /// Shards give up what the meta group does not know as open, and clear what is left: then nothing is.
+    fn clean(&mut self) {
+        for shard in 1..=3 {
+            for (id, of) in OpenMove::read_all(&self.world.shard(shard).map).expect("readable") {
+                assert!(!self.open.contains(&id));
+                assert!(matches!(of.phase, MovePhase::Installing { .. }), "a source that aborted, or released, has nothing open");
+                self.send(GroupId(shard), MoveStep::Cancel.of(id, &of.slots), Fate::Applied);
+            }
+            for round in 0.. {
+                if leftovers(&self.world.shard(shard).map).expect("readable").is_none() {
+                    break;
+                }
+                assert!(round < 100, "all is cleared");
+                self.clear(shard, 7, Fate::Applied);
+                self.check();
+            }
+            let map = &self.world.shards[shard as usize - 1].map;
+            assert!(map.scan(&change_range_from(MoveId(0)), Direction::Forward).next().is_none());
+            for pair in map.scan(&all_data(), Direction::Forward) {
+                let (slot, _) = parse_data_key(&pair.expect("readable").0).expect("a data key");
+                assert_eq!(self.owners[&slot], GroupId(shard));
+            }
+        }
+        self.check();
+    }
+}
+
+fn shard() -> impl Strategy<Value = u64> {
+    1..=3u64
+}
+
+fn drive() -> impl Strategy<Value = Drive> {
+    let lag = || prop_oneof![4 => Just(0), 1 => 0..LAG_MAX];
+    let which = prop_oneof![4 => Just(0usize), 2 => Just(1), 1 => 0..20usize];
+    let destination_lag = prop_oneof![9 => lag().prop_map(Some), 1 => Just(None)];
+    let budget = (proptest::bool::weighted(0.3), proptest::bool::weighted(0.05), proptest::bool::weighted(0.02));
+    let budget = budget.prop_map(|(freeze_now, freeze_overdue, give_up)| Budget {
+        freeze_bytes_max: 300,
+        freeze_now,
+        freeze_overdue,
+        give_up,
+    });
+    let fate = prop_oneof![8 => Just(Fate::Applied), 1 => Just(Fate::Lost), 1 => Just(Fate::Delayed)];
+    (which, lag(), destination_lag, lag(), budget, prop_oneof![Just(1usize), Just(60), Just(400)], fate).prop_map(
+        |(which, source_lag, destination_lag, reading_lag, budget, bytes_max, fate)| Drive {
+            which,
+            source_lag,
+            destination_lag,
+            reading_lag,
+            budget,
+            bytes_max,
+            fate,
+        },
+    )
+}
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    let pool = proptest::collection::vec(proptest::collection::vec(operation(), 1..4), 1..6);
+    pool.prop_flat_map(|pool| {
+        let slots = Just(TAGS.map(|tag| slot_of(tag.as_bytes())).to_vec()).prop_shuffle();
+        let open = (slots, 1..=3usize, shard()).prop_map(|(mut slots, count, to)| {
+            slots.truncate(count);
+            Event::Open { slots, to: GroupId(to) }
+        });
+        let client = prop_oneof![3 => Just(None), 1 => shard().prop_map(Some)];
+        let writes = (client, 0..2000u64, proptest::collection::vec(write(pool), 1..3));
+        let event = prop_oneof![
+            8 => writes.prop_map(|(shard, elapsed_ms, writes)| Event::Write { shard, elapsed_ms, writes }),
+            2 => open,
+            16 => (prop_oneof![2 => Just(1usize), 1 => 2..8usize], drive()).prop_map(|(steps, drive)| Event::Drive(steps, drive)),
+            1 => (0..100usize).prop_map(Event::Deliver),
+            2 => (0..1000usize).prop_map(Event::Repeat),
+            2 => (shard(), 0..5u32).prop_map(|(shard, limit)| Event::Clear { shard, limit }),
+            1 => shard().prop_map(|shard| Event::Claim { shard }),
+        ];
+        proptest::collection::vec(event, 1..150)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_slot_is_served_twice_and_nothing_acknowledged_is_lost(events in events(), early in any::<bool>()) {
+        let mut cluster = Cluster::new();
+        if early {
+            (1..=3).for_each(|shard| cluster.claim(GroupId(shard)));
+        }
+        for event in events {
+            cluster.run(event);
+            cluster.check();
+        }
+        cluster.heal();
+        // Whatever was ever sent may still come, and changes nothing of it.
+        for (shard, command) in cluster.sent.clone().into_iter().chain(cluster.delayed.clone()) {
+            cluster.apply(shard, command);
+            cluster.check();
+        }
+        cluster.assert_whole();
+        cluster.clean();
+    }
+}
