@@ -40,8 +40,9 @@ pub trait Store: Send + Sync + 'static {
     /// What the node to ask about a shard is called in the view: its home, or, while that does not answer, its leader.
     fn contact(&self, shard: GroupId) -> BoxFuture<'_, Option<Address>>;
 
-    /// Of a spare: the cluster that it waits for, by way of the network. It knows some members, and asks `candidates` too.
-    fn cluster_waited_for(&self, candidates: &[Address]) -> Option<Arc<dyn Store>>;
+    /// The cluster by way of the network, where this node can't tell how a change to a view of these nodes ends: a spare is no member yet,
+    /// and one that they leave out hears no end of it.
+    fn by_network(&self, nodes: &[Address]) -> Option<Arc<dyn Store>>;
 
     /// Which shard owns each slot and where its replicas are, as this store knows it now: a look at a value at hand, except that one who
     /// knows no map yet waits for it. It may be a moment old; the shards know better.

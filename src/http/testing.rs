@@ -17,15 +17,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, router};
 use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest, Standing};
-use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
+use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::*;
-use crate::client::view_change::{ChangeInProgress, Phase, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::client::view_change::{ChangeInProgress, Phase, PlannedChange, ReplicationFactor, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, Rejection};
 use crate::sm::meta;
 use crate::sm::placement::first_view;
-use crate::sm::view::{Asked, Node, SlotTable};
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, Revision};
+use crate::sm::slots::slot_of;
+use crate::sm::view::{Asked, Group, Node, View};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Revision};
 
 /// Longest wait of a test for something that should come at once.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -53,6 +54,10 @@ struct State {
     serves_stale: bool,
     asked: Vec<Options>,
     nodes: Vec<Address>,
+    asked_of_view: Asked,
+    here: Option<NodeId>,
+    cluster: Option<Arc<FakeStore>>,
+    is_superseded: bool,
 }
 
 fn shard(key: &[u8]) -> GroupId {
@@ -89,9 +94,14 @@ impl FakeStore {
         let mut state = self.state.lock().expect("no panic");
         let left = state.running;
         state.running = left.saturating_sub(1);
+        let phase = match left {
+            0 if state.is_superseded && id == PlanEpoch(2) => Phase::Superseded,
+            0 => Phase::Done,
+            _ => Phase::Running,
+        };
         ChangeInProgress {
             id,
-            phase: if left == 0 { Phase::Done } else { Phase::Running },
+            phase,
             replicas_left: left,
             slots_left: 0,
             bytes_left: 0,
@@ -101,10 +111,49 @@ impl FakeStore {
         }
     }
 
+    /// From now on the plan of the last change counts as overtaken by the first one.
+    pub fn supersede(&self) {
+        self.state.lock().expect("no panic").is_superseded = true;
+    }
+
+    /// What was asked of the view.
+    pub fn set_asked(&self, asked: Asked) {
+        self.state.lock().expect("no panic").asked_of_view = asked;
+    }
+
+    /// This store is the node with this number; none: a client's.
+    pub fn set_here(&self, here: Option<u64>) {
+        self.state.lock().expect("no panic").here = here.map(NodeId);
+    }
+
+    /// The cluster is this one, by way of the network.
+    pub fn set_network(&self, cluster: Arc<FakeStore>) {
+        self.state.lock().expect("no panic").cluster = Some(cluster);
+    }
+
     /// The nodes of [`Store::map`]: with up to three, each shard has a replica on every one.
     pub fn set_nodes(&self, addresses: &[&str]) {
         let nodes = addresses.iter().map(|address| address.parse().expect("an address")).collect();
         self.state.lock().expect("no panic").nodes = nodes;
+    }
+
+    pub fn nodes(&self) -> Vec<String> {
+        self.state.lock().expect("no panic").nodes.iter().map(ToString::to_string).collect()
+    }
+
+    /// The shard of [`Store::map`] that owns the slot of `key`.
+    pub fn owner(&self, key: &[u8]) -> GroupId {
+        self.state.lock().expect("no panic").view().slots.owner(slot_of(key))
+    }
+
+    fn adopt(&self, change: &ViewChange) {
+        let mut state = self.state.lock().expect("no panic");
+        state.nodes = change.nodes.clone().unwrap_or_else(|| state.nodes.clone());
+        let asked = &mut state.asked_of_view;
+        asked.layout = change.layout.unwrap_or(asked.layout);
+        if let Some(ReplicationFactor::Fixed(factor)) = change.replication_factor {
+            asked.replication_factor = Some(factor);
+        }
     }
 
     pub fn record(&self, key: &[u8]) -> Option<Record> {
@@ -113,6 +162,17 @@ impl FakeStore {
 }
 
 impl State {
+    fn view(&self) -> View {
+        let node = |(address, id): (Address, u128)| Node { address, public_address: None, directory: DirectoryId(id) };
+        let nodes = self.nodes.iter().cloned().zip(1..).map(node).collect();
+        first_view(ClusterId(7), self.asked_of_view, nodes).expect("a view")
+    }
+
+    fn keys_of(&self, shard: GroupId) -> u64 {
+        let view = self.view();
+        self.records.keys().filter(|key| view.slots.owner(slot_of(key)) == shard).count() as u64
+    }
+
     fn ask(&mut self, shard: GroupId, options: Options) -> Result<(), Failure> {
         self.asked.push(options);
         if self.serves_stale && options.consistency == Consistency::Stale {
@@ -217,51 +277,78 @@ impl Store for FakeStore {
     }
 
     fn count(&self, _: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>> {
-        let keys = self.state.lock().expect("no panic").records.len() as u64;
-        Box::pin(ready(Ok(vec![(GroupId(1), keys)])))
+        let state = self.state.lock().expect("no panic");
+        let counts = state.view().shards().map(|(shard, _)| (shard, state.keys_of(shard))).collect();
+        Box::pin(ready(Ok(counts)))
     }
 
     fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>> {
         let mut state = self.state.lock().expect("no panic");
-        let keys = state.records.keys().filter(|key| self::shard(key) == shard).count() as u64;
-        Box::pin(ready(state.ask(shard, options).map(|()| keys)))
+        Box::pin(ready(state.ask(shard, options).map(|()| state.keys_of(shard))))
     }
 
     fn this_node(&self) -> Option<NodeId> {
-        None
+        self.state.lock().expect("no panic").here
     }
 
-    fn contact(&self, _: GroupId) -> BoxFuture<'_, Option<Address>> {
-        Box::pin(ready(None))
+    fn contact(&self, shard: GroupId) -> BoxFuture<'_, Option<Address>> {
+        let view = self.state.lock().expect("no panic").view();
+        let home = view.groups.get(&shard).and_then(|group| view.nodes.get(&group.home));
+        Box::pin(ready(home.map(|home| home.address.clone())))
     }
 
-    fn cluster_waited_for(&self, _: &[Address]) -> Option<Arc<dyn Store>> {
-        None
+    fn by_network(&self, _: &[Address]) -> Option<Arc<dyn Store>> {
+        let cluster = self.state.lock().expect("no panic").cluster.clone()?;
+        Some(cluster)
     }
 
-    /// Two shards, whose slots have nothing to do with where this store keeps its keys.
+    /// Shards as they would be at the nodes, which has nothing to do with where this store keeps its keys.
     fn map(&self, _: Options) -> BoxFuture<'_, Result<Arc<ShardMap>, Failure>> {
-        let nodes = self.state.lock().expect("no panic").nodes.clone();
-        let node = |(address, id): (Address, u128)| Node { address, public_address: None, directory: DirectoryId(id) };
-        let asked = Asked { shards: Some(2), ..Asked::default() };
-        let view = first_view(ClusterId(7), asked, nodes.into_iter().zip(1..).map(node).collect()).expect("a view");
-        Box::pin(ready(Ok(Arc::new(ShardMap::from_view(&view, |_| None)))))
+        let state = self.state.lock().expect("no panic");
+        let map = ShardMap::from_view(&state.view(), |_| None);
+        Box::pin(ready(Ok::<_, Failure>(Arc::new(map))))
     }
 
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {
+        let View { nodes, groups, asked, slots, .. } = self.state.lock().expect("no panic").view();
+        let node = |(id, node): (NodeId, Node)| NodeStatus {
+            id,
+            public_address: node.public().clone(),
+            address: node.address,
+            directory: node.directory,
+            reachable: true,
+            leaving: false,
+        };
+        let replica = |(id, node): (&ReplicaId, &NodeId)| ReplicaStatus {
+            id: *id,
+            node: *node,
+            health: ReplicaHealth::Following,
+            applied: None,
+            leaving: false,
+        };
+        let shard = |(id, group): (&GroupId, &Group)| ShardStatus {
+            id: *id,
+            home: group.home,
+            leader: None,
+            term: None,
+            keys: None,
+            bytes: None,
+            slots: slots.of(*id).count() as u64,
+            replicas: group.replicas.iter().map(replica).collect(),
+        };
         Box::pin(ready(Ok(ClusterStatus {
             cluster: ClusterId(7),
             epoch: PlanEpoch(1),
             version: MapVersion(2),
-            asked: Asked::default(),
+            asked,
             answered_by: NodeId(1),
             meta_leader: None,
-            nodes: vec![],
-            shards: vec![],
+            nodes: nodes.into_iter().map(node).collect(),
+            shards: groups.iter().filter(|(id, _)| !id.is_meta()).map(shard).collect(),
             moves: vec![],
             slots_astray: 0,
             settled: true,
-            slots: SlotTable::new(|_| GroupId(1)),
+            slots: slots.clone(),
         })))
     }
 
@@ -286,7 +373,10 @@ impl Store for FakeStore {
             (Some([node, ..]), _) if node.host() == "silent" => {
                 Err(ViewChangeFailure::NotReady { reason: format!("{node} does not answer") })
             }
-            _ => Ok(self.in_progress(PlanEpoch(2))),
+            _ => {
+                self.adopt(&change);
+                Ok(self.in_progress(PlanEpoch(2)))
+            }
         };
         Box::pin(ready(answer))
     }

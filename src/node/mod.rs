@@ -284,17 +284,18 @@ impl Store for Node {
         }
     }
 
-    fn cluster_waited_for(&self, candidates: &[Address]) -> Option<Arc<dyn Store>> {
-        if self.running.get().is_some() {
-            return None;
-        }
-        let waiting = self.joining.waiting().filter(Waiting::is_spare)?;
+    fn by_network(&self, nodes: &[Address]) -> Option<Arc<dyn Store>> {
         let own = &self.joining.config().address;
-        let seeds = waiting.members().iter().chain(candidates).filter(|address| *address != own).cloned().collect();
+        let known = match self.running.get() {
+            Some(_) if nodes.contains(own) => return None,
+            Some(running) => running.member().view().nodes.values().map(|node| node.address.clone()).collect(),
+            None => self.joining.waiting().filter(Waiting::is_spare)?.members().to_vec(),
+        };
+        let seeds = nodes.iter().chain(&known).filter(|address| *address != own).cloned().collect();
         match RemoteStore::connect(seeds) {
             Ok(cluster) => Some(Arc::new(cluster)),
             Err(error) => {
-                tracing::warn!("the cluster that this spare waits for can't be asked: {error}");
+                tracing::warn!("the cluster can't be asked over the network: {error}");
                 None
             }
         }

@@ -206,7 +206,7 @@ impl<A: ShardAccess> Store for Router<A> {
         Box::pin(self.access.contact(shard))
     }
 
-    fn cluster_waited_for(&self, _: &[Address]) -> Option<Arc<dyn Store>> {
+    fn by_network(&self, _: &[Address]) -> Option<Arc<dyn Store>> {
         None
     }
 

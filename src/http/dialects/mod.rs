@@ -3,6 +3,7 @@
 //! | module | dialect | paths |
 //! | --- | --- | --- |
 //! | [`load_balancer`] | B, "load balancer" | `POST /set/<key>`, `GET /get/<key>`, `GET /` as text |
+//! | [`kvs`] | C, "kvs", C4, "kvs replicated", and D, "kvs by proxy" | `/kvs/...`, `PUT /proxy/view-change` |
 //!
 //! A value written through one dialect is read through every other: a stored value is bytes and a media type, and [`Shown`] is what the
 //! dialects make of it. They all proxy: the node asked fetches the answer. An answer that nobody can give comes within five seconds, as
@@ -10,6 +11,7 @@
 //!
 //! Kept here is what they share. Paths that end in a key are told by their prefix ([`key_route`]), for the reason given in `http`.
 
+mod kvs;
 mod load_balancer;
 mod python;
 
@@ -39,6 +41,7 @@ const PATIENCE: Duration = Duration::from_millis(4500);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum KeyRoute {
     LoadBalancer,
+    Kvs,
 }
 
 /// The dialects' routes without a key in the path.
@@ -48,12 +51,16 @@ pub(super) fn routes() -> Router<Shared> {
 
 /// The dialect whose key route this path is.
 pub(super) fn key_route(path: &str) -> Option<KeyRoute> {
+    if kvs::owns(path) {
+        return Some(KeyRoute::Kvs);
+    }
     load_balancer::owns(path).then_some(KeyRoute::LoadBalancer)
 }
 
 pub(super) async fn by_key(route: KeyRoute, app: &App, request: Request) -> Response {
     match route {
         KeyRoute::LoadBalancer => load_balancer::by_key(app, request).await,
+        KeyRoute::Kvs => kvs::serve(app, request).await,
     }
 }
 

@@ -327,6 +327,7 @@ mod tests {
             let said = site.store.change_view(change.clone(), only_if, options).await;
             assert_eq!(client.change_view(change, only_if, options).await, said);
         }
+        site.store.set_nodes(&[&site.address.to_string()]);
         let planned: PlannedChange = client.plan_view(ViewChange::default(), options).await.expect("a plan");
         assert_eq!(Ok(planned), site.store.plan_view(ViewChange::default(), options).await);
         let done = client.operation(PlanEpoch(2), options).await.expect("an answer").expect("there was such a plan");

@@ -1,0 +1,81 @@
+//! What the body of a request says, as far as these dialects look at it. Parts of it are kept as the text they came as: a value is
+//! returned as it was given, with its numbers, the order of its fields and its spaces.
+
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use super::super::Text;
+
+/// A body.
+#[derive(Debug, Clone, Copy)]
+pub enum Said<'a> {
+    Object(Fields<'a>),
+    /// JSON that is no object.
+    Other,
+    /// No body, or no JSON.
+    Nothing,
+}
+
+/// The fields that any of the routes looks at. Of a field given twice the last counts.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Fields<'a> {
+    pub value: Option<&'a RawValue>,
+    pub view: Option<&'a RawValue>,
+    pub repl_factor: Option<&'a RawValue>,
+    pub causal_context: Option<&'a RawValue>,
+}
+
+impl<'a> Said<'a> {
+    pub fn read(body: &'a [u8]) -> Self {
+        let text = std::str::from_utf8(body).ok();
+        match text.and_then(|text| serde_json::from_str::<&RawValue>(text).ok()) {
+            None => Said::Nothing,
+            Some(json) if json.get().starts_with('{') => serde_json::from_str(json.get()).map_or(Said::Nothing, Said::Object),
+            Some(_) => Said::Other,
+        }
+    }
+
+    /// What the answer returns of the causal context; none: the request carries none.
+    pub fn causal_context(&self) -> Option<Box<RawValue>> {
+        let Said::Object(Fields { causal_context: Some(given), .. }) = self else { return None };
+        let given = if given.get().starts_with('{') { given.get() } else { "{}" };
+        RawValue::from_string(given.to_owned()).ok()
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(OfFields)
+    }
+}
+
+struct OfFields;
+
+impl<'de> Visitor<'de> for OfFields {
+    type Value = Fields<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+        let mut fields = Fields::default();
+        while let Some(Text(name)) = map.next_key()? {
+            let field = match &*name {
+                "value" => &mut fields.value,
+                "view" => &mut fields.view,
+                "repl-factor" => &mut fields.repl_factor,
+                "causal-context" => &mut fields.causal_context,
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                    continue;
+                }
+            };
+            *field = Some(map.next_value()?);
+        }
+        Ok(fields)
+    }
+}

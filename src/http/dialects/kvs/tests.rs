@@ -1,0 +1,603 @@
+//! The contracts of C, C4 and D, status and body to the letter, over a store in memory. The fake store's shards are at home in turn on its
+//! nodes, sorted by address.
+
+use std::sync::Arc;
+
+use crate::client::store::Failure;
+use crate::http::testing::{FakeStore, Reply, Site};
+use crate::http::{Limits, NotReady};
+use crate::sm::kv::Media;
+use crate::sm::view::Asked;
+use crate::types::GroupId;
+
+/// Some key of the store's shard with this number.
+fn key_of(site: &Site, shard: u64) -> String {
+    let owner = |key: &String| site.store.owner(key.as_bytes());
+    (0..).map(|n| format!("key{n}")).find(|key| owner(key) == GroupId(shard)).expect("some key")
+}
+
+/// The nodes a:1, b:2 and c:3 with a shard at home on each; the server is a:1.
+async fn spread() -> Site {
+    let site = Site::start().await;
+    site.store.set_here(Some(1));
+    site
+}
+
+/// The nodes a:1 to d:4, in two shards of two; the server is a:1.
+async fn exclusive() -> Site {
+    let site = Site::start().await;
+    site.store.set_nodes(&["a:1", "b:2", "c:3", "d:4"]);
+    site.store.set_asked(Asked::from_flags(Some(2), None));
+    site.store.set_here(Some(1));
+    site
+}
+
+fn told(reply: &Reply) -> (u16, String) {
+    assert_eq!(reply.header("content-type"), "application/json");
+    (reply.status, reply.text())
+}
+
+/// Request line, body, status, answer.
+type Row<'a> = (&'a str, &'a str, u16, &'a str);
+
+async fn check(site: &Site, rows: &[Row<'_>]) {
+    for (head, body, status, answer) in rows {
+        assert_eq!(told(&site.ask(head, body).await), (*status, (*answer).to_owned()), "{head} {body}");
+    }
+}
+
+const MISSING: &str = r#"{"doesExist":false,"error":"Key does not exist","message":"Error in GET"}"#;
+const TOO_LONG: &str = r#"{"error":"Key is too long","message":"Error in PUT"}"#;
+const BAD_JSON: &str = r#"{"error":"Bad json format","message":"Error in PUT"}"#;
+const NO_VALUE: &str = r#"{"error":"Value is missing","message":"Error in PUT"}"#;
+const ADDED: &str = r#"{"message":"Added successfully","replaced":false}"#;
+const UPDATED: &str = r#"{"message":"Updated successfully","replaced":true}"#;
+
+#[tokio::test]
+async fn keys_are_put_got_and_deleted() {
+    let site = spread().await;
+    let key = key_of(&site, 1);
+    let at = |method: &str| format!("{method} /kvs/keys/{key}");
+    let (put, get, delete) = (at("PUT"), at("GET"), at("DELETE"));
+    check(
+        &site,
+        &[
+            (&get, "", 404, MISSING),
+            (&delete, "", 404, r#"{"doesExist":false,"error":"Key does not exist","message":"Error in DELETE"}"#),
+            (&put, r#"{"value":"v"}"#, 201, ADDED),
+            (&put, r#"{"value":"v"}"#, 200, UPDATED),
+            (&put, "", 400, BAD_JSON),
+            (&put, "{", 400, BAD_JSON),
+            (&put, r#"{"value":}"#, 400, BAD_JSON),
+            (&put, r#"{"value":NaN}"#, 400, BAD_JSON),
+            (&put, r#"{"value":1} x"#, 400, BAD_JSON),
+            (&put, r#"{"value":1,}"#, 400, BAD_JSON),
+            (&put, "{}", 400, NO_VALUE),
+            (&put, r#"{"Value":1}"#, 400, NO_VALUE),
+            (&put, r#"{"inner":{"value":1}}"#, 400, NO_VALUE),
+            (&put, r#"["value"]"#, 400, NO_VALUE),
+            (&put, r#""value""#, 400, NO_VALUE),
+            (&put, "null", 400, NO_VALUE),
+            (&get, "", 200, r#"{"doesExist":true,"message":"Retrieved successfully","value":"v"}"#),
+            (&get, r#"{"not":"asked"}"#, 200, r#"{"doesExist":true,"message":"Retrieved successfully","value":"v"}"#),
+            (&get, "no json", 200, r#"{"doesExist":true,"message":"Retrieved successfully","value":"v"}"#),
+            (&delete, "", 200, r#"{"doesExist":true,"message":"Deleted successfully"}"#),
+            (&get, "", 404, MISSING),
+        ],
+    )
+    .await;
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn keys_have_at_most_fifty_characters() {
+    let site = Site::start().await;
+    let escaped = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
+    let rows = [
+        ("k".repeat(50), 201, ADDED),
+        ("k".repeat(51), 400, TOO_LONG),
+        (escaped(&"ü".repeat(50)), 201, ADDED),
+        (escaped(&"ü".repeat(51)), 400, TOO_LONG),
+        ("%FF".repeat(50), 201, ADDED),
+        ("%FF".repeat(51), 400, TOO_LONG),
+        ("k".repeat(9000), 400, TOO_LONG),
+    ];
+    for (key, status, answer) in rows {
+        let reply = site.put(&format!("/kvs/keys/{key}"), r#"{"value":1}"#).await;
+        let address = r#","address":"#;
+        let text = reply.text();
+        assert_eq!((reply.status, text.split(address).next()), (status, answer.strip_suffix('}')), "{key}");
+        let reply = site.put(&format!("/kvs/keys/{key}"), "{}").await;
+        assert!(reply.text().starts_with(NO_VALUE.trim_end_matches('}')), "the value is looked at first: {key}");
+        let reply = site.put(&format!("/kvs/keys/{key}"), "").await;
+        assert!(reply.text().starts_with(BAD_JSON.trim_end_matches('}')), "{key}");
+    }
+    // Others may have stored longer ones.
+    let long = "k".repeat(1000);
+    assert_eq!(site.put(&format!("/v1/kv/{long}"), "v").await.status, 201);
+    assert_eq!(site.get(&format!("/kvs/keys/{long}")).await.status, 200);
+    assert_eq!(site.ask(&format!("DELETE /kvs/keys/{long}"), "").await.status, 200);
+    for key in [String::new(), "k".repeat(5000)] {
+        for method in ["GET", "DELETE"] {
+            let reply = site.ask(&format!("{method} /kvs/keys/{key}"), "").await;
+            let expected = format!(r#"{{"doesExist":false,"error":"Key does not exist","message":"Error in {method}""#);
+            assert!(reply.status == 404 && reply.text().starts_with(&expected), "{reply:?}");
+        }
+    }
+    assert_eq!(site.put("/kvs/keys/", r#"{"value":1}"#).await.status, 400);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn keys_are_decoded_and_any_other_path_is_one() {
+    let site = Site::start().await;
+    for (path, key) in [
+        ("/kvs/keys/a%2Fb", &b"a/b"[..]),
+        ("/kvs/keys/a/b", b"a/b"),
+        ("/kvs/a/b", b"a/b"),
+        ("/kvs/keys//", b"/"),
+        ("/kvs/keys/100%25", b"100%"),
+        ("/kvs/keys/50%", b"50%"),
+        ("/kvs/keys/%zz", b"%zz"),
+        ("/kvs/keys/a%20b+c", b"a b+c"),
+        ("/kvs/keys/%00%FF", b"\x00\xff"),
+        ("/kvs/keys/gr%C3%BC%C3%9Fe", "grüße".as_bytes()),
+        ("/kvs/keys/../x", b"../x"),
+        ("/kvs/keys/key-count", b"key-count"),
+        ("/kvs/key%2Dcount", b"key-count"),
+        ("/kvs/keys", b"keys"),
+        ("/kvs/key-counts", b"key-counts"),
+        ("/kvs/shards2", b"shards2"),
+        ("/kvs/old", b"old"),
+        ("/kvs/old?a=b", b"old"),
+    ] {
+        let put = site.put(path, format!(r#"{{"value":"{path}"}}"#)).await;
+        assert!(put.status == 201 || put.status == 200, "{path}: {put:?}");
+        assert_eq!(site.store.record(key).expect(path).value, path);
+        assert_eq!(site.get(path).await.json()["value"], path);
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_value_comes_back_as_it_was_given() {
+    let site = spread().await;
+    let key = key_of(&site, 1);
+    let path = format!("/kvs/keys/{key}");
+    let deep = format!("{}{}", "[".repeat(5000), "]".repeat(5000));
+    for value in [
+        "null",
+        "true",
+        "0",
+        "-0.0",
+        "1e2",
+        "1.50",
+        "123456789012345678901234567890.123456789012345678901234567890",
+        r#""""#,
+        r#""v""#,
+        r#""ü\n\"""#,
+        r#"{"b":1,"a":{"z":[1, 2 ,3]},"b":2}"#,
+        "[]",
+        "{}",
+        "[\n1\n]",
+        r#""\ud800""#,
+        r#"{"\ud800":"\ud800"}"#,
+        &deep,
+    ] {
+        let put = site.put(&path, format!(r#" {{ "x": 1, "value" : {value} , "y": null }} "#)).await;
+        assert!(put.status == 201 || put.status == 200, "{value}: {put:?}");
+        let got = told(&site.get(&path).await);
+        let expected = format!(r#"{{"doesExist":true,"message":"Retrieved successfully","value":{value}}}"#);
+        assert_eq!(got, (200, expected), "{value}");
+    }
+    site.put(&path, r#"{"value":1,"value":"l\u0061st"}"#).await;
+    let record = site.store.record(key.as_bytes()).expect("stored");
+    assert_eq!((record.media, record.value.as_ref()), (Media::Text, &b"last"[..]));
+    site.put(&path, r#"{"value": {"a": 1} }"#).await;
+    let record = site.store.record(key.as_bytes()).expect("stored");
+    assert_eq!((record.media, record.value.as_ref()), (Media::Json, &br#"{"a": 1}"#[..]));
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn what_others_stored_is_shown_as_json() {
+    let site = spread().await;
+    let key = key_of(&site, 1);
+    for (kind, value, shown) in [
+        ("text/plain", &b"it's \"a\""[..], r#""it's \"a\"""#),
+        ("application/json", b"{\"a\": null}\n", r#"{"a": null}"#),
+        ("application/json", b"nonsense", r#""nonsense""#),
+        ("application/octet-stream", b"text", r#""text""#),
+        ("application/octet-stream", b"\xff\x00", r#""/wA=""#),
+        ("image/png", b"\x89PNG", r#""iVBORw==""#),
+    ] {
+        site.ask(&format!("PUT /v1/kv/{key}\ncontent-type: {kind}"), value).await;
+        let expected = format!(r#"{{"doesExist":true,"message":"Retrieved successfully","value":{shown}}}"#);
+        assert_eq!(told(&site.get(&format!("/kvs/keys/{key}")).await), (200, expected), "{kind}");
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn the_address_is_told_unless_the_node_asked_is_the_home() {
+    let site = spread().await;
+    for (here, shard, address) in [
+        (Some(1), 1, ""),
+        (Some(1), 2, r#","address":"b:2""#),
+        (Some(2), 1, r#","address":"a:1""#),
+        (Some(2), 2, ""),
+        (Some(3), 3, ""),
+        // A gateway is nobody's home.
+        (None, 1, r#","address":"a:1""#),
+    ] {
+        site.store.set_here(here);
+        let key = key_of(&site, shard);
+        let (put, get, delete) = (format!("PUT /kvs/keys/{key}"), format!("GET /kvs/{key}"), format!("DELETE /kvs/keys/{key}"));
+        let with = |answer: &str| format!("{}{address}}}", answer.strip_suffix('}').expect("an object"));
+        let retrieved = r#"{"doesExist":true,"message":"Retrieved successfully","value":1}"#;
+        check(
+            &site,
+            &[
+                (&put, r#"{"value":1}"#, 201, &with(ADDED)),
+                (&put, r#"{"value":1}"#, 200, &with(UPDATED)),
+                (&put, "{}", 400, &with(NO_VALUE)),
+                (&put, "", 400, &with(BAD_JSON)),
+                (&get, "", 200, &with(retrieved)),
+                (&delete, "", 200, &with(r#"{"doesExist":true,"message":"Deleted successfully"}"#)),
+                (&get, "", 404, &with(MISSING)),
+            ],
+        )
+        .await;
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn in_a_replicated_store_the_address_is_told_outside_of_the_shard() {
+    let site = exclusive().await;
+    for (here, shard, tells) in
+        [(1, 1, false), (2, 1, false), (3, 1, true), (4, 1, true), (1, 2, true), (2, 2, true), (3, 2, false), (4, 2, false)]
+    {
+        site.store.set_here(Some(here));
+        let reply = site.get(&format!("/kvs/keys/{}", key_of(&site, shard))).await;
+        let address = reply.json()["address"].as_str().map(str::to_owned);
+        assert_eq!(address.is_some(), tells, "node {here}, shard {shard}: {reply:?}");
+        let of_shard = ["a:1", "b:2", "c:3", "d:4"].chunks(2).nth(shard as usize - 1).expect("two shards");
+        assert!(address.is_none_or(|address| of_shard.contains(&address.as_str())));
+    }
+    site.stop().await;
+}
+
+async fn fill(site: &Site, keys: usize) {
+    for n in 0..keys {
+        assert_eq!(site.put(&format!("/kvs/keys/fill-{n}"), r#"{"value":1}"#).await.status, 201);
+    }
+}
+
+#[tokio::test]
+async fn each_node_counts_what_is_at_home_on_it() {
+    let site = spread().await;
+    fill(&site, 60).await;
+    let mut sum = 0;
+    for here in 1..=3 {
+        site.store.set_here(Some(here));
+        let reply = site.get("/kvs/key-count").await;
+        let keys = reply.json()["key-count"].as_u64().expect("a number");
+        let text = format!(r#"{{"message":"Key count retrieved successfully","key-count":{keys}}}"#);
+        assert_eq!(told(&reply), (200, text));
+        sum += keys;
+    }
+    assert_eq!(sum, 60);
+    site.store.set_here(Some(9));
+    let none = r#"{"message":"Key count retrieved successfully","key-count":0}"#;
+    check(&site, &[("GET /kvs/key-count", "", 200, none)]).await;
+    site.store.set_here(None);
+    let all = r#"{"message":"Key count retrieved successfully","key-count":60}"#;
+    check(&site, &[("GET /kvs/key-count", "", 200, all)]).await;
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn shards_are_listed_and_counted() {
+    let site = exclusive().await;
+    fill(&site, 40).await;
+    let shards = r#"{"message":"Shard membership retrieved successfully","shards":["1","2"]}"#;
+    let no_shard = r#"{"error":"Shard does not exist","message":"Error in GET"}"#;
+    check(
+        &site,
+        &[
+            ("GET /kvs/shards", "", 200, shards),
+            ("GET /kvs/shards/0", "", 404, no_shard),
+            ("GET /kvs/shards/3", "", 404, no_shard),
+            ("GET /kvs/shards/", "", 404, no_shard),
+            ("GET /kvs/shards/01", "", 404, no_shard),
+            ("GET /kvs/shards/1/", "", 404, no_shard),
+            ("GET /kvs/shards/-1", "", 404, no_shard),
+            ("GET /kvs/shards/99999999999999999999999", "", 404, no_shard),
+            ("GET /kvs/shards/%31", "", 404, no_shard),
+        ],
+    )
+    .await;
+    let keys = |id: &str| {
+        let path = format!("/kvs/shards/{id}");
+        let site = &site;
+        async move { site.get(&path).await.json()["key-count"].as_u64().expect("a number") }
+    };
+    let (first, second) = (keys("1").await, keys("2").await);
+    assert_eq!(first + second, 40);
+    let shard = |id, keys, replicas: &str| {
+        format!(
+            r#"{{"message":"Shard information retrieved successfully","shard-id":"{id}","key-count":{keys},"replicas":[{replicas}]}}"#
+        )
+    };
+    check(
+        &site,
+        &[
+            ("GET /kvs/shards/1", "", 200, &shard(1, first, r#""a:1","b:2""#)),
+            ("GET /kvs/shards/2", "", 200, &shard(2, second, r#""c:3","d:4""#)),
+        ],
+    )
+    .await;
+    for (here, id, keys) in [(1, 1, first), (2, 1, first), (3, 2, second), (4, 2, second)] {
+        site.store.set_here(Some(here));
+        let text = format!(r#"{{"message":"Key count retrieved successfully","key-count":{keys},"shard-id":"{id}"}}"#);
+        check(&site, &[("GET /kvs/key-count", "", 200, &text)]).await;
+    }
+    // One shard without a quorum takes nothing from the other.
+    site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
+    assert_eq!(site.get("/kvs/key-count").await.status, 200);
+    assert_eq!(site.get("/kvs/shards/1").await.status, 503);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn without_a_quorum_it_says_so() {
+    let site = spread().await;
+    let (put, get, delete) = ("PUT /kvs/keys/key", "GET /kvs/keys/key", "DELETE /kvs/keys/key");
+    for failure in [
+        Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 },
+        Failure::Unknown { reason: "lost".into() },
+        Failure::Overloaded { limit: "all".into(), retry_after_ms: 1000 },
+        Failure::Elsewhere { shard: GroupId(1), address: "b:2".parse().expect("an address") },
+    ] {
+        site.store.fail(1, failure);
+        let unable = |method: &str| format!(r#"{{"error":"Unable to satisfy request","message":"Error in {method}"}}"#);
+        check(
+            &site,
+            &[
+                (put, r#"{"value":1}"#, 503, &unable("PUT")),
+                (get, "", 503, &unable("GET")),
+                (delete, "", 503, &unable("DELETE")),
+                ("GET /kvs/key-count", "", 503, &unable("GET")),
+                ("GET /kvs/shards/1", "", 503, &unable("GET")),
+            ],
+        )
+        .await;
+    }
+    assert!(site.store.last_options().timeout < std::time::Duration::from_secs(5));
+    let reason = "spare: waiting for a view change of the cluster to name this node; members: b:2, c:3";
+    *site.readiness.0.lock().expect("no panic") = Some(NotReady { code: "spare", reason: reason.into() });
+    let spare = |method: &str| format!(r#"{{"error":"Unable to satisfy request: {reason}","message":"Error in {method}"}}"#);
+    check(
+        &site,
+        &[
+            (put, r#"{"value":1}"#, 503, &spare("PUT")),
+            (get, "", 503, &spare("GET")),
+            ("GET /kvs/key-count", "", 503, &spare("GET")),
+        ],
+    )
+    .await;
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_causal_context_is_returned_by_every_answer() {
+    let site = spread().await;
+    let key = key_of(&site, 1);
+    let path = format!("/kvs/keys/{key}");
+    let context = r#"{"b":1,"a":[1.0]}"#;
+    let mut requests: Vec<(String, &str)> = vec![];
+    for (method, path, more) in [
+        ("PUT", path.as_str(), r#""value":1,"#),
+        ("PUT", path.as_str(), ""),
+        ("PUT", "/kvs/keys/", r#""value":1,"#),
+        ("GET", path.as_str(), ""),
+        ("DELETE", path.as_str(), ""),
+        ("DELETE", path.as_str(), ""),
+        ("POST", path.as_str(), ""),
+        ("GET", "/kvs/key-count", ""),
+        ("PUT", "/kvs/key-count", ""),
+        ("GET", "/kvs/shards", ""),
+        ("GET", "/kvs/shards/1", ""),
+        ("GET", "/kvs/shards/9", ""),
+        ("PUT", "/kvs/view-change", ""),
+        ("PUT", "/kvs/view-change", r#""view":"a:1,b:2,c:3","#),
+        ("PUT", "/kvs/view-change", r#""view":"silent:1","#),
+        ("PUT", "/proxy/view-change", r#""view":"a:1,b:2,c:3","#),
+    ] {
+        requests.push((format!("{method} {path}"), more));
+    }
+    for (head, more) in &requests {
+        for (given, returned) in [
+            (context, context),
+            ("{}", "{}"),
+            ("null", "{}"),
+            ("\"\"", "{}"),
+            ("[1]", "{}"),
+            (r#"{"\ud800":1}"#, r#"{"\ud800":1}"#),
+        ] {
+            let reply = site.ask(head, format!(r#"{{{more}"causal-context":{given}}}"#)).await;
+            let end = format!(r#""causal-context":{returned}}}"#);
+            assert!(reply.text().ends_with(&end), "{head}: {reply:?}");
+        }
+        let without = site.ask(head, format!("{{{}}}", more.trim_end_matches(','))).await;
+        assert!(!without.text().contains("causal-context"), "{head}: {without:?}");
+    }
+    site.store.fail(1, Failure::Unknown { reason: "lost".into() });
+    let reply = site.ask("GET /kvs/keys/a", r#"{"causal-context":{"a":1}}"#).await;
+    let text = r#"{"error":"Unable to satisfy request","message":"Error in GET","causal-context":{"a":1}}"#;
+    assert_eq!(told(&reply), (503, text.to_owned()));
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_view_change_is_waited_for_and_counted() {
+    let site = spread().await;
+    fill(&site, 30).await;
+    site.store.take_time(3);
+    let change = r#"{"view":"d:4,a:1,c:3"}"#;
+    let reply = site.put("/kvs/view-change", change).await;
+    let shards = reply.json()["shards"].clone();
+    let keys: Vec<u64> = (0..3).map(|at| shards[at]["key-count"].as_u64().expect("a number")).collect();
+    let text = format!(
+        concat!(
+            r#"{{"message":"View change successful","shards":[{{"address":"d:4","key-count":{}}},"#,
+            r#"{{"address":"a:1","key-count":{}}},{{"address":"c:3","key-count":{}}}]}}"#
+        ),
+        keys[0], keys[1], keys[2]
+    );
+    assert_eq!(told(&reply), (200, text.clone()));
+    assert_eq!(keys.iter().sum::<u64>(), 30);
+    check(
+        &site,
+        &[
+            ("PUT /kvs/view-change", change, 200, &text),
+            ("PUT /proxy/view-change", change, 200, "{}"),
+            ("PUT /proxy/view-change", change, 200, "{}"),
+        ],
+    )
+    .await;
+    // A plan that has taken over with the same nodes is as good.
+    site.store.supersede();
+    check(&site, &[("PUT /kvs/view-change", change, 200, &text)]).await;
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_view_change_may_ask_for_a_replication_factor() {
+    let site = spread().await;
+    fill(&site, 30).await;
+    let reply = site.put("/kvs/view-change", r#"{"view":"a:1,b:2,c:3,d:4","repl-factor":2}"#).await;
+    let keys = |at: usize| reply.json()["shards"][at]["key-count"].as_u64().expect("a number");
+    let text = format!(
+        concat!(
+            r#"{{"message":"View change successful","shards":[{{"shard-id":"1","key-count":{},"replicas":["a:1","b:2"]}},"#,
+            r#"{{"shard-id":"2","key-count":{},"replicas":["c:3","d:4"]}}]}}"#
+        ),
+        keys(0),
+        keys(1)
+    );
+    assert_eq!(told(&reply), (200, text));
+    assert_eq!(keys(0) + keys(1), 30);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_bad_view_change_is_refused_and_changes_nothing() {
+    let site = spread().await;
+    let before = site.get("/v1/cluster").await.text();
+    for body in [
+        "",
+        "{",
+        "[]",
+        "\"a:1\"",
+        "{}",
+        r#"{"view":""}"#,
+        r#"{"view":null}"#,
+        r#"{"view":["a:1","b:2"]}"#,
+        r#"{"view":7}"#,
+        r#"{"view":"a:1,"}"#,
+        r#"{"view":",a:1"}"#,
+        r#"{"view":"a:1,a:1"}"#,
+        r#"{"view":"a:1,b"}"#,
+        r#"{"view":"a:1,b:0"}"#,
+        r#"{"view":"a:1,b:99999"}"#,
+        r#"{"view":"a:1,http://b:2"}"#,
+        r#"{"view":"a:1;b:2"}"#,
+        r#"{"view":"a:1,b:2\ud800"}"#,
+        r#"{"view":"a:1,b:2","repl-factor":3}"#,
+        r#"{"view":"a:1,b:2","repl-factor":0}"#,
+        r#"{"view":"a:1,b:2","repl-factor":-1}"#,
+        r#"{"view":"a:1,b:2","repl-factor":1.5}"#,
+        r#"{"view":"a:1,b:2","repl-factor":"2"}"#,
+        r#"{"view":"a:1,b:2","repl-factor":null}"#,
+        r#"{"view":"a:1,b:2","repl-factor":99999999999999999999}"#,
+    ] {
+        for path in ["/kvs/view-change", "/proxy/view-change"] {
+            let reply = site.put(path, body).await;
+            assert_eq!(reply.status, 400, "{body}: {reply:?}");
+            let json = reply.json();
+            let fields: Vec<&str> = json.as_object().expect("an object").keys().map(String::as_str).collect();
+            assert_eq!((fields, json["message"].as_str()), (vec!["error", "message"], Some("Error in PUT")));
+        }
+    }
+    let unable = r#"{"error":"Unable to satisfy request","message":"Error in PUT"}"#;
+    check(&site, &[("PUT /kvs/view-change", r#"{"view":"silent:1,a:1"}"#, 503, unable)]).await;
+    assert_eq!(site.get("/v1/cluster").await.text(), before);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_spare_passes_a_view_change_on() {
+    let site = Site::start().await;
+    let cluster = Arc::new(FakeStore::default());
+    site.store.set_network(cluster.clone());
+    site.store.set_here(None);
+    let none =
+        r#"{"message":"View change successful","shards":[{"address":"a:1","key-count":0},{"address":"e:5","key-count":0}]}"#;
+    check(&site, &[("PUT /kvs/view-change", r#"{"view":"a:1,e:5"}"#, 200, none)]).await;
+    assert_eq!(cluster.nodes(), ["a:1", "e:5"]);
+    assert_eq!(site.store.nodes(), ["a:1", "b:2", "c:3"], "its own view is nobody's");
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_node_that_is_left_out_asks_others_for_the_end() {
+    let site = spread().await;
+    let cluster = Arc::new(FakeStore::default());
+    cluster.set_nodes(&["b:2", "c:3"]);
+    site.store.set_network(cluster);
+    site.store.take_time(u64::MAX);
+    let reply = site.put("/kvs/view-change", r#"{"view":"b:2,c:3"}"#).await;
+    assert_eq!(reply.status, 200, "{reply:?}");
+    assert_eq!(site.store.nodes(), ["b:2", "c:3"], "it was asked for here");
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn hostile_input_is_refused() {
+    let site = Site::with(Limits { value_bytes_max: 100, body_bytes_max: 300, ..Limits::default() }).await;
+    let refused = |text: &str, method: &str| format!(r#"{{"error":"{text}","message":"Error in {method}"}}"#);
+    for (head, method) in [
+        ("POST /kvs/keys/a", "POST"),
+        ("PATCH /kvs/a", "PATCH"),
+        ("POST /kvs/key-count", "POST"),
+        ("DELETE /kvs/shards", "DELETE"),
+        ("PUT /kvs/shards/1", "PUT"),
+        ("GET /kvs/view-change", "GET"),
+        ("POST /proxy/view-change", "POST"),
+    ] {
+        let reply = site.ask(head, "").await;
+        assert_eq!(told(&reply), (405, refused("Method not allowed", method)), "{head}");
+        assert!(!reply.header("allow").is_empty());
+    }
+    for path in ["/kvs", "/proxy", "/proxy/", "/proxy/view-change/", "/KVS/keys/a", "/kvs2/keys/a"] {
+        assert_eq!(site.get(path).await.verdict(), (404, "unknown_route".into()), "{path}");
+    }
+    let long = format!(r#"{{"value":"{}"}}"#, "v".repeat(101));
+    assert_eq!(site.put("/kvs/keys/a", long).await.status, 413);
+    for head in ["PUT /kvs/keys/a", "GET /kvs/keys/a", "PUT /kvs/view-change", "GET /kvs/shards"] {
+        let reply = site.ask(head, "x".repeat(301)).await;
+        assert_eq!((reply.status, reply.json()["message"].is_string()), (413, true), "{head}");
+    }
+    for body in [&b"\xff"[..], b"{\"value\":\"\xff\"}", b"{\"\xff\":1,\"value\":1}", b"\xef\xbb\xbf{\"value\":1}", b"\0"] {
+        assert_eq!(site.ask("PUT /kvs/keys/a", body).await.status, 400, "{body:?}");
+    }
+    for body in ["[".repeat(300), format!("{}{}", "{\"value\":".repeat(30), "}".repeat(30))] {
+        assert_eq!(site.ask("PUT /kvs/keys/a", body).await.status, 400);
+    }
+    assert_eq!(site.store.requests(), 0);
+    let head = site.ask("HEAD /kvs/keys/a", "").await;
+    assert_eq!((head.status, head.text().as_str()), (404, ""));
+    site.stop().await;
+}

@@ -1,0 +1,237 @@
+//! `PUT /kvs/view-change` and `PUT /proxy/view-change` with `{"view":"a:1,b:2,c:3"}`, and with `"repl-factor":R` for a store whose nodes
+//! belong to one shard each. A factor left out stays as it was asked for.
+//!
+//! When every key is where it belongs: 200 `{"message":"View change successful","shards":[...]}`, of C with
+//! `{"address":"a:1","key-count":5}` for each node, of C4 with `{"shard-id":"1","key-count":4,"replicas":["a:1","b:2"]}` for each shard.
+//! What can't be done as it is asked is 400; a newcomer that is not there, or belongs to another cluster, 503. Neither changes anything.
+//!
+//! A spare has the cluster do it that it waits for, and a node that the change leaves out asks the others how it ends. Nodes carry a change
+//! out by themselves: a client that hangs up, or a wait that ends, stops nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::try_join;
+use serde_json::value::RawValue;
+use tokio::time::{Instant, sleep};
+
+use super::super::{Refusal, options};
+use super::answer::{Content, PartJson, ShardJson};
+use super::body::{Fields, Said};
+use super::refusal;
+use super::shards::{addresses, id_of};
+use crate::client::protocol::ClusterStatus;
+use crate::client::shard_map::ShardMap;
+use crate::client::store::{Failure, Store};
+use crate::client::view_change::{PerNode, Phase, ReplicationFactor, Shards, ViewChange, ViewChangeFailure};
+use crate::http::App;
+use crate::http::metrics::Watch;
+use crate::sm::view::Layout;
+use crate::types::{Address, GroupId, PlanEpoch};
+
+/// How long the end of a change is waited for.
+const WAIT_MAX: Duration = Duration::from_secs(600);
+/// How long the keys are counted for once the change is done.
+const COUNT_WAIT_MAX: Duration = Duration::from_secs(10);
+/// Between two looks at a change: small ones are done in a moment, large ones take minutes.
+const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(25);
+const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(500);
+/// Between two counts.
+const COUNT_INTERVAL: Duration = Duration::from_millis(100);
+/// How often a change is asked for again because another one was accepted at that moment.
+const ATTEMPTS_MAX: u32 = 10;
+
+/// Changes the view, waits for the end of it, and counts.
+pub async fn change(app: &App, said: &Said<'_>, watch: &mut Watch<'_>) -> Result<Content, Refusal> {
+    let (nodes, change) = parse(said)?;
+    watch.allow(WAIT_MAX);
+    let mut changing = Changing::new(app, nodes);
+    let id = changing.accept(change).await?;
+    changing.follow(id).await?;
+    let shards = changing.count().await?;
+    Ok(Content::ViewChanged { message: "View change successful", shards })
+}
+
+/// The nodes, and the change to them.
+fn parse(said: &Said<'_>) -> Result<(Vec<Address>, ViewChange), Refusal> {
+    let fields = match said {
+        Said::Nothing => return Err(Refusal::bad_request("Bad json format")),
+        Said::Other => return Err(Refusal::bad_request("View is missing")),
+        Said::Object(fields) => fields,
+    };
+    let nodes = nodes(fields)?;
+    let change = ViewChange { nodes: Some(nodes.clone()), ..ViewChange::default() };
+    let Some(given) = fields.repl_factor else { return Ok((nodes, change)) };
+    let change = ViewChange {
+        layout: Some(Layout::Exclusive),
+        replication_factor: Some(ReplicationFactor::Fixed(repl_factor(given, nodes.len())?)),
+        shards: Some(Shards::Default(PerNode::PerNode)),
+        ..change
+    };
+    Ok((nodes, change))
+}
+
+fn nodes(fields: &Fields<'_>) -> Result<Vec<Address>, Refusal> {
+    let view = fields.view.ok_or_else(|| Refusal::bad_request("View is missing"))?;
+    let unreadable = |_| Refusal::bad_request("View is not a string of addresses separated by commas");
+    let view: String = serde_json::from_str(view.get()).map_err(unreadable)?;
+    let mut nodes = Vec::new();
+    let mut seen = BTreeSet::new();
+    for text in view.split(',') {
+        let address: Address = text.parse().map_err(|error| Refusal::bad_request(format!("View is malformed: {error}")))?;
+        if !seen.insert(address.clone()) {
+            return Err(Refusal::bad_request(format!("View names {address} twice")));
+        }
+        nodes.push(address);
+    }
+    Ok(nodes)
+}
+
+fn repl_factor(given: &RawValue, nodes: usize) -> Result<u8, Refusal> {
+    let factor: Option<u8> = serde_json::from_str(given.get()).ok();
+    match factor {
+        None | Some(0) => Err(Refusal::bad_request("Repl-factor is not a number of nodes")),
+        Some(factor) if usize::from(factor) > nodes => {
+            Err(Refusal::bad_request(format!("View has fewer nodes than the repl-factor of {factor}")))
+        }
+        Some(factor) => Ok(factor),
+    }
+}
+
+/// A change on its way.
+struct Changing<'a> {
+    app: &'a App,
+    /// In the order given.
+    nodes: Vec<Address>,
+    /// Whom to ask about the cluster: this node, as long as it can tell.
+    store: Arc<dyn Store>,
+    deadline: Instant,
+}
+
+impl<'a> Changing<'a> {
+    fn new(app: &'a App, nodes: Vec<Address>) -> Self {
+        let store = match app.store.this_node() {
+            Some(_) => None,
+            None => app.store.by_network(&nodes),
+        };
+        let store = store.unwrap_or_else(|| Arc::clone(&app.store));
+        Self { app, nodes, store, deadline: Instant::now() + WAIT_MAX }
+    }
+
+    /// Turns to whoever can tell from here on how the change gets on.
+    fn turn(&mut self) {
+        if let Some(cluster) = self.app.store.by_network(&self.nodes) {
+            self.store = cluster;
+        }
+    }
+
+    /// Has the change accepted, in a task of its own: a client that hangs up must not break it off halfway.
+    async fn accept(&self, change: ViewChange) -> Result<PlanEpoch, Refusal> {
+        let mut attempts = 0;
+        loop {
+            let (store, change) = (Arc::clone(&self.store), change.clone());
+            let accepting = tokio::spawn(async move { store.change_view(change, None, options()).await });
+            let failure = match accepting.await {
+                Ok(Ok(accepted)) => return Ok(accepted.id),
+                Ok(Err(failure)) => failure,
+                Err(_) => return Err(Refusal::unanswered()),
+            };
+            attempts += 1;
+            match failure {
+                ViewChangeFailure::Refused { reason } => return Err(Refusal::bad_request(reason)),
+                ViewChangeFailure::EpochChanged { .. } if attempts < ATTEMPTS_MAX => {}
+                ViewChangeFailure::EpochChanged { .. } => return Err(self.unavailable("the view changes again and again")),
+                ViewChangeFailure::NotReady { reason } => return Err(self.unavailable(&reason)),
+                ViewChangeFailure::Failed(failure) => return Err(refusal(self.app, failure)),
+            }
+        }
+    }
+
+    /// Waits until the change, or one that has taken over from it, is done.
+    async fn follow(&mut self, mut id: PlanEpoch) -> Result<(), Refusal> {
+        self.turn();
+        let mut interval = LOOK_INTERVAL_MIN;
+        while Instant::now() < self.deadline && !self.is_stopping() {
+            match self.store.operation(id, options()).await {
+                Ok(Some(change)) if change.phase == Phase::Done => return Ok(()),
+                Ok(Some(change)) if change.phase == Phase::Superseded => {
+                    id = self.store.status().await.map_or(id, |status| status.epoch);
+                }
+                // It runs, or is not heard of here yet.
+                Ok(Some(_) | None) => {}
+                // An election, or this node is on its way out: that says nothing about the change.
+                Err(_) => self.turn(),
+            }
+            sleep(interval).await;
+            interval = (interval * 2).min(LOOK_INTERVAL_MAX);
+        }
+        Err(self.unavailable("the change is not done yet"))
+    }
+
+    /// What each part of the store has now.
+    async fn count(&mut self) -> Result<Vec<PartJson>, Refusal> {
+        let deadline = Instant::now() + COUNT_WAIT_MAX;
+        let mut last = None;
+        while Instant::now() < deadline && !self.is_stopping() {
+            match try_join(self.store.status(), self.store.count(options())).await {
+                Ok((status, counts)) => match parts(&self.nodes, &status, &counts) {
+                    Some(parts) => return Ok(parts),
+                    None => last = None,
+                },
+                Err(failure) => {
+                    self.turn();
+                    last = Some(failure);
+                }
+            }
+            sleep(COUNT_INTERVAL).await;
+        }
+        Err(match last {
+            Some(failure) => refusal(self.app, failure),
+            None => self.unavailable("another change of the view has taken over"),
+        })
+    }
+
+    /// A wait must not hold up a clean stop.
+    fn is_stopping(&self) -> bool {
+        self.app.readiness.ready().is_err_and(|unready| unready.code == "stopping")
+    }
+
+    fn unavailable(&self, reason: &str) -> Refusal {
+        tracing::info!("a change of the view was not seen through: {reason}");
+        Refusal::from(Failure::Unavailable { reason: reason.to_owned(), retry_after_ms: 1000 })
+    }
+}
+
+/// The parts of the store, each with its keys. None: the view has other nodes, or other shards than were counted.
+fn parts(nodes: &[Address], status: &ClusterStatus, counts: &[(GroupId, u64)]) -> Option<Vec<PartJson>> {
+    let of_view: BTreeSet<&Address> = status.nodes.iter().map(|node| &node.address).collect();
+    if of_view != nodes.iter().collect() {
+        return None;
+    }
+    let map = ShardMap::from_status(status);
+    if !map.shards().map(|(shard, _)| shard).eq(counts.iter().map(|(shard, _)| *shard)) {
+        return None;
+    }
+    match map.layout {
+        Layout::Spread => {
+            let mut at_home: BTreeMap<&Address, u64> = BTreeMap::new();
+            for (shard, keys) in counts {
+                let home = map.node(map.shard(*shard)?.home)?;
+                *at_home.entry(&home.address).or_default() += keys;
+            }
+            let part = |node: &Address| PartJson::Node {
+                address: node.clone(),
+                key_count: at_home.get(node).copied().unwrap_or_default(),
+            };
+            Some(nodes.iter().map(part).collect())
+        }
+        Layout::Exclusive => {
+            let part = |(shard, key_count): &(GroupId, u64)| {
+                let replicas = addresses(&map, map.shard(*shard)?);
+                Some(PartJson::Shard(ShardJson { shard_id: id_of(*shard), key_count: *key_count, replicas }))
+            };
+            counts.iter().map(part).collect()
+        }
+    }
+}
