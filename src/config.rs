@@ -31,6 +31,8 @@ pub struct NodeConfig {
     pub cache_bytes: u64,
     /// How long a stop may take to hand leadership over and to answer what is in flight.
     pub stop_timeout: Duration,
+    /// A node that is out of reach for so long has its work given to others, where there are enough.
+    pub replace_after: Duration,
     /// How many times longer than usual a silent leader is waited for, and heartbeats are apart: for thousands of groups on few cores.
     pub timing_factor: u64,
     /// Reads rest on the leader's lease, without a round to a quorum. Clocks may drift apart by this within a lease.
@@ -105,6 +107,7 @@ mod tests {
             data_dir: PathBuf::from("data"),
             cache_bytes: 1 << 20,
             stop_timeout: Duration::from_secs(1),
+            replace_after: Duration::from_secs(300),
             timing_factor: 1,
             lease_drift_ms: None,
         }

@@ -54,6 +54,10 @@ pub struct Arguments {
     /// Memory for the cache of the map database, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub cache_mib: u64,
+    /// A node that is out of reach for so many seconds has its replicas rebuilt on others, where there are enough. All nodes should have
+    /// the same
+    #[arg(long, env = "REPLACE_AFTER", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
+    pub replace_after: u64,
     /// Multiplies heartbeat and election times: for very many groups on few cores
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
     pub timing_factor: u64,
@@ -91,6 +95,7 @@ impl Arguments {
             asked: Asked::from_flags(given(self.repl_factor.as_ref()).copied(), self.shards),
             cache_bytes: self.cache_mib.saturating_mul(1 << 20),
             stop_timeout: Duration::from_secs(self.stop_timeout),
+            replace_after: Duration::from_secs(self.replace_after),
             timing_factor: self.timing_factor,
             lease_drift_ms: self.lease_reads,
         })

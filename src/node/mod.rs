@@ -18,6 +18,7 @@ mod migrator;
 mod news;
 mod operator;
 mod reconciler;
+mod repair;
 mod running;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -22,6 +22,7 @@ use super::metrics::{self, Family};
 use super::migrator::Migrator;
 use super::news::News;
 use super::reconciler::Reconciler;
+use super::repair::Repair;
 use crate::client::call::ShardCaller;
 use crate::client::peer::PeerCaller;
 use crate::client::router::Router;
@@ -128,6 +129,8 @@ impl Running {
             (Memberships::new(member.clone()), Migrator::new(member.clone()), stop.clone(), stop.clone());
         tasks.spawn(async move { memberships.run(&stop_5).await });
         tasks.spawn(async move { migrator.run(&stop_6).await });
+        let (repair, stop_7) = (Repair::new(member.clone(), config.replace_after), stop.clone());
+        tasks.spawn(async move { repair.run(&stop_7).await });
         let asks = news.clone();
         tasks.spawn(async move { asks.run(&stop_4).await });
         let router = Router::new(Access::new(member.clone()), rand::random());
