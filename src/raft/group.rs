@@ -3,7 +3,7 @@
 //! Around openraft's own tasks a group has three: the proposer, the reads, and a monitor that publishes changes and says once why a replica
 //! stopped. They end with the group. Who leads is always as this replica knows it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,12 +13,12 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::error::{ClientWriteError, Fatal, InitializeError, RaftError};
 use openraft::errors::{ForwardReason, ForwardToLeader};
 use openraft::raft::ClientWriteResult;
-use openraft::{ChangeMembers, Instant as _, ServerState};
+use openraft::{Instant as _, ServerState};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::errors::{MembershipError, OpenError, ProposeError, ReadError, SHUT_DOWN, TransferError};
+use super::errors::{OpenError, ProposeError, ReadError, SHUT_DOWN, TransferError};
 use super::log_store::LogStore;
 use super::network::Network;
 use super::proposer::{Proposer, propose_error};
@@ -62,7 +62,7 @@ pub struct Group {
     opened: Instant,
     timings: RaftTimings,
     shared: Arc<Shared>,
-    watch: watch::Receiver<GroupWatch>,
+    pub(super) watch: watch::Receiver<GroupWatch>,
     tasks: Mutex<Option<JoinSet<()>>>,
     is_stopping: Arc<AtomicBool>,
 }
@@ -302,27 +302,6 @@ impl Group {
         best.map(|(replica, _)| *replica)
     }
 
-    /// Adds a replica that applies and has no vote. Returns when that is committed. Fine if it is a member already.
-    pub async fn add_learner(&self, replica: ReplicaId, node: NodeId) -> Result<(), MembershipError> {
-        if self.watch.borrow().committed_membership.is_member(replica) {
-            return Ok(());
-        }
-        let changed = self.raft.add_learner(replica, Member { node }, false).await;
-        changed.map(|_| ()).map_err(membership_error)
-    }
-
-    /// Makes these the voters, all of which must be members. Voters that are none of them go on as learners. Returns when that is committed.
-    /// Does not look at whether learners among them have caught up.
-    pub async fn change_voters(&self, voters: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
-        self.raft.change_membership(voters, true).await.map(|_| ()).map_err(membership_error)
-    }
-
-    /// Takes learners out of the group.
-    pub async fn remove_learners(&self, learners: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
-        let changed = self.raft.change_membership(ChangeMembers::RemoveNodes(learners), false).await;
-        changed.map(|_| ()).map_err(membership_error)
-    }
-
     /// Writes a snapshot file of what is applied, and lets openraft purge what it covers but for a tail. At most one replica of a node
     /// does this at a time; an error leaves everything as it was.
     pub async fn build_snapshot(&self) -> Result<(), StoreError> {
@@ -407,22 +386,6 @@ fn lag(status: &GroupStatus, replica: ReplicaId) -> u64 {
     let last = status.last_log.map_or(0, |id| id.index);
     let matched = status.matched.get(&replica).copied().flatten();
     last.saturating_sub(matched.map_or(0, |id| id.index))
-}
-
-fn membership_error(error: RaftError<Types, ClientWriteError<Types>>) -> MembershipError {
-    use openraft::errors::ChangeMembershipError as Refused;
-    match error {
-        RaftError::Fatal(_) => MembershipError::Stopped,
-        RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
-            MembershipError::NotLeader { leader: forward.leader_node.map(|member| member.node) }
-        }
-        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => MembershipError::Unknown("the leader changed".into()),
-        RaftError::APIError(ClientWriteError::ChangeMembershipError(
-            error @ (Refused::InProgress(_) | Refused::UncommittedLeaderLog(_)),
-        )) => MembershipError::Conflict(error.to_string()),
-        RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => MembershipError::Invalid(error.to_string()),
-        RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => MembershipError::Conflict(error.to_string()),
-    }
 }
 
 /// What the watchers of a group see now.

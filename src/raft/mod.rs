@@ -19,6 +19,7 @@ mod frames;
 mod group;
 pub mod lanes;
 mod log_store;
+mod membership;
 mod network;
 mod proposer;
 mod pulse;

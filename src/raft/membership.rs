@@ -1,0 +1,78 @@
+//! Changes of a group's membership. Each waits for its commit, but not for ever: a leader that has lost its quorum commits nothing, and
+//! does not say so.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::time::Duration;
+
+use openraft::ChangeMembers;
+use openraft::error::{ClientWriteError, RaftError};
+
+use super::errors::MembershipError;
+use super::group::Group;
+use super::types::{Member, Types};
+use crate::types::{NodeId, ReplicaId};
+
+/// How long a change is waited for. One takes a commit or two.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Group {
+    /// Adds a replica that applies and has no vote. Returns when that is committed. Fine if it is a member already.
+    pub async fn add_learner(&self, replica: ReplicaId, node: NodeId) -> Result<(), MembershipError> {
+        if self.watch.borrow().committed_membership.is_member(replica) {
+            return Ok(());
+        }
+        committed(self.raft.add_learner(replica, Member { node }, false)).await
+    }
+
+    /// Makes these the voters, all of which must be members. Voters that are none of them go on as learners. Returns when that is committed.
+    /// Does not look at whether learners among them have caught up. After `Unknown` the group may be left between the old voters and the
+    /// new, and the change is to be asked for again.
+    pub async fn change_voters(&self, voters: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
+        committed(self.raft.change_membership(voters, true)).await
+    }
+
+    /// Takes learners out of the group.
+    pub async fn remove_learners(&self, learners: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
+        committed(self.raft.change_membership(ChangeMembers::RemoveNodes(learners), false)).await
+    }
+}
+
+/// Waits for a change, which has begun when this was polled once.
+async fn committed<T>(
+    change: impl Future<Output = Result<T, RaftError<Types, ClientWriteError<Types>>>>,
+) -> Result<(), MembershipError> {
+    match tokio::time::timeout(CHANGE_TIMEOUT, change).await {
+        Ok(changed) => changed.map(|_| ()).map_err(membership_error),
+        Err(_) => Err(MembershipError::Unknown(format!("it was not committed within {CHANGE_TIMEOUT:?}, and may still be"))),
+    }
+}
+
+fn membership_error(error: RaftError<Types, ClientWriteError<Types>>) -> MembershipError {
+    use openraft::errors::ChangeMembershipError as Refused;
+    match error {
+        RaftError::Fatal(_) => MembershipError::Stopped,
+        RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
+            MembershipError::NotLeader { leader: forward.leader_node.map(|member| member.node) }
+        }
+        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => MembershipError::Unknown("the leader changed".into()),
+        RaftError::APIError(ClientWriteError::ChangeMembershipError(
+            error @ (Refused::InProgress(_) | Refused::UncommittedLeaderLog(_)),
+        )) => MembershipError::Conflict(error.to_string()),
+        RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => MembershipError::Invalid(error.to_string()),
+        RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => MembershipError::Conflict(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_that_is_not_committed_in_time_may_still_be() {
+        let never = std::future::pending::<Result<(), RaftError<Types, ClientWriteError<Types>>>>();
+        let error = committed(never).await.expect_err("it was not committed");
+        assert!(matches!(error, MembershipError::Unknown(_)), "{error}");
+        assert_eq!(error.to_string(), "its outcome is unknown: it was not committed within 10s, and may still be");
+    }
+}
