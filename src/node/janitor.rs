@@ -1,6 +1,7 @@
 //! Decides when a replica writes a snapshot: when the log since its last outweighs it, or when it holds back old segments of the log.
+//! One that holds them back must also let them go: of what a snapshot covers openraft keeps thousands of entries.
 //!
-//! One at a time on a node: a snapshot reads the whole map, and the log is purged behind it.
+//! One snapshot at a time on a node: it reads the whole map, and the log is purged behind it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::Group;
+use crate::raft::{Group, GroupStatus};
 use crate::storage::log::Log;
 
 const TICK: Duration = Duration::from_secs(1);
@@ -19,7 +20,10 @@ const LOG_BYTES_CEILING: u64 = 512 << 20;
 /// A replica that holds back this much of the log that others have no more need of is snapshotted, however little of it is its own.
 const PINNED_BYTES_MAX: u64 = 256 << 20;
 
-/// Triggers snapshots.
+/// For a node that was heard of within this the log is kept: it comes by itself. For one that is gone longer it isn't.
+const HEARD_WITHIN: Duration = Duration::from_secs(10);
+
+/// Triggers snapshots and purges.
 pub struct Janitor {
     member: Arc<Member>,
     log: Log,
@@ -45,11 +49,22 @@ impl Janitor {
         let pinned = self.log.pinning();
         for group in self.member.registry.groups() {
             let pins = pinned.iter().any(|pin| pin.key == group.key() && pin.held_bytes > PINNED_BYTES_MAX);
-            if !pins && !is_due(group.log_bytes_since_snapshot(), group.snapshot_bytes()) {
-                continue;
+            let step = match is_due(group.log_bytes_since_snapshot(), group.snapshot_bytes()) {
+                true => Step::Snapshot,
+                false if pins => self.let_go(&group.status()),
+                false => Step::Nothing,
+            };
+            match step {
+                Step::Nothing => {}
+                Step::Snapshot => self.snapshot(&group).await,
+                Step::Purge(upto) => group.purge_log(upto).await,
             }
-            self.snapshot(&group).await;
         }
+    }
+
+    fn let_go(&self, status: &GroupStatus) -> Step {
+        let heard = |node| self.member.registry.last_heard(node).is_some_and(|at| at.elapsed() < HEARD_WITHIN);
+        let_go(status, status.purgeable(heard))
     }
 
     async fn snapshot(&self, group: &Group) {
@@ -61,6 +76,24 @@ impl Janitor {
     }
 }
 
+/// What to do for a replica.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    Nothing,
+    Snapshot,
+    Purge(u64),
+}
+
+/// How a replica comes to let go of old segments: it purges what its snapshot covers, or writes a snapshot that covers more. While others
+/// need what it has (`purgeable` is less than its snapshot), another snapshot would not help.
+fn let_go(status: &GroupStatus, purgeable: Option<u64>) -> Step {
+    match purgeable {
+        Some(upto) => Step::Purge(upto),
+        None if status.snapshot > status.purged || status.applied <= status.snapshot => Step::Nothing,
+        None => Step::Snapshot,
+    }
+}
+
 /// Whether the log since the last snapshot, in bytes, outweighs that snapshot.
 fn is_due(log_bytes: u64, snapshot_bytes: u64) -> bool {
     log_bytes > snapshot_bytes.clamp(LOG_BYTES_FLOOR, LOG_BYTES_CEILING)
@@ -68,7 +101,12 @@ fn is_due(log_bytes: u64, snapshot_bytes: u64) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+    use crate::raft::{GroupMembership, Role};
+    use crate::storage::ReplicaKey;
+    use crate::types::{GroupId, LogId, ReplicaId};
 
     #[test]
     fn a_snapshot_is_due_when_the_log_outweighs_it() {
@@ -77,5 +115,40 @@ mod tests {
         assert!(!is_due(100 << 20, 200 << 20));
         assert!(is_due(201 << 20, 200 << 20));
         assert!(is_due(LOG_BYTES_CEILING + 1, 1 << 40));
+    }
+
+    #[test]
+    fn a_replica_lets_go_of_what_its_snapshot_covers_or_writes_another() {
+        let step = |snapshot: Option<u64>, purged: Option<u64>, applied: Option<u64>, purgeable| {
+            let id = |index| LogId { term: 1, index };
+            let (snapshot, purged, applied) = (snapshot.map(id), purged.map(id), applied.map(id));
+            let_go(&GroupStatus { snapshot, purged, applied, ..status() }, purgeable)
+        };
+        assert_eq!(step(None, None, Some(9), None), Step::Snapshot);
+        assert_eq!(step(Some(9), None, Some(9), Some(9)), Step::Purge(9));
+        assert_eq!(step(Some(9), Some(3), Some(12), Some(5)), Step::Purge(5));
+        assert_eq!(step(Some(9), Some(5), Some(12), None), Step::Nothing, "a follower needs what is left");
+        assert_eq!(step(Some(9), Some(9), Some(12), None), Step::Snapshot);
+        assert_eq!(step(Some(9), Some(9), Some(9), None), Step::Nothing, "nothing more is applied");
+    }
+
+    fn status() -> GroupStatus {
+        GroupStatus {
+            key: ReplicaKey { group: GroupId(1), replica: ReplicaId(1) },
+            role: Role::Follower,
+            leader: None,
+            leader_replica: None,
+            term: 1,
+            last_log: None,
+            committed: None,
+            applied: None,
+            snapshot: None,
+            purged: None,
+            membership: GroupMembership::default(),
+            failed: None,
+            quorum_acked: None,
+            leader_heard: None,
+            matched: BTreeMap::new(),
+        }
     }
 }

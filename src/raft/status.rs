@@ -55,6 +55,20 @@ pub struct GroupStatus {
     pub matched: BTreeMap<ReplicaId, Option<LogId>>,
 }
 
+impl GroupStatus {
+    /// Through where the log may be purged at no cost to others: up to the snapshot, but a leader keeps what a member that is near still
+    /// lacks, because past that only a whole snapshot would bring it up to date. None: it may not be purged further than it is.
+    pub fn purgeable(&self, is_near: impl Fn(NodeId) -> bool) -> Option<u64> {
+        let snapshot = self.snapshot?.index;
+        let members = self.membership.voters.iter().chain(&self.membership.learners);
+        let kept_for =
+            members.filter(|(replica, node)| self.role == Role::Leader && **replica != self.key.replica && is_near(**node));
+        let matched = |replica| self.matched.get(replica).copied().flatten().map_or(0, |id| id.index);
+        let upto = kept_for.map(|(replica, _)| matched(replica)).fold(snapshot, u64::min);
+        (upto > self.purged.map_or(0, |id| id.index)).then_some(upto)
+    }
+}
+
 /// Who belongs to a group.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GroupMembership {
@@ -149,6 +163,39 @@ impl Heard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::GroupId;
+
+    #[test]
+    fn a_leader_keeps_what_members_that_are_near_still_lack() {
+        let at = |index| Some(LogId { term: 1, index });
+        let members = [(1, 10), (2, 20), (3, 30)].map(|(replica, node)| (ReplicaId(replica), NodeId(node)));
+        let matched = [(1, at(90)), (2, at(50)), (3, None)].map(|(replica, matched)| (ReplicaId(replica), matched));
+        let status = |role, purged| GroupStatus {
+            key: ReplicaKey { group: GroupId(1), replica: ReplicaId(1) },
+            role,
+            leader: None,
+            leader_replica: None,
+            term: 1,
+            last_log: at(90),
+            committed: at(90),
+            applied: at(90),
+            snapshot: at(70),
+            purged,
+            membership: GroupMembership { voters: members.into(), ..GroupMembership::default() },
+            failed: None,
+            quorum_acked: None,
+            leader_heard: None,
+            matched: matched.into(),
+        };
+        let leader = status(Role::Leader, at(10));
+        assert_eq!(leader.purgeable(|_| false), Some(70), "nobody is near: up to the snapshot");
+        assert_eq!(leader.purgeable(|node| node == NodeId(20)), Some(50));
+        assert_eq!(leader.purgeable(|_| true), None, "of one it is not known what it has");
+        assert_eq!(status(Role::Leader, at(50)).purgeable(|node| node == NodeId(20)), None);
+        assert_eq!(status(Role::Follower, at(10)).purgeable(|_| true), Some(70), "a follower sends nobody its log");
+        assert_eq!(status(Role::Follower, at(70)).purgeable(|_| true), None);
+        assert_eq!(GroupStatus { snapshot: None, ..status(Role::Follower, None) }.purgeable(|_| true), None);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_map_is_as_fresh_as_the_last_commit_that_it_caught_up_with() {
