@@ -266,6 +266,17 @@ pub(super) fn find_mark(bytes: &[u8], from: usize, place: Place) -> Option<u64> 
     marks.next()
 }
 
+/// Where the last record of this segment ends that begins at or after `from` in its `bytes`, whole or not; `from` if there is none. What
+/// else is there is what the room was made of: zeros, or records of a segment that the file was before.
+pub(super) fn tail_end(bytes: &[u8], from: usize, place: Place) -> usize {
+    let candidates = bytes[from.min(bytes.len())..].windows(HEADER_BYTES).enumerate().filter(|(_, window)| window[..2] == MAGIC);
+    let ends = candidates.filter_map(|(i, window)| {
+        let at = from + i;
+        record_len(window, Place { offset: at as u64, ..place }).ok().map(|len| (at + len).min(bytes.len()))
+    });
+    ends.max().unwrap_or(from)
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     let mut number = [0; 4];
     number.copy_from_slice(&bytes[at..at + 4]);
@@ -369,5 +380,22 @@ mod tests {
         assert_eq!(find_mark(&bytes, 0, start), Some(mark_at));
         assert_eq!(find_mark(&bytes, mark_at as usize + 1, start), None);
         assert_eq!(find_mark(&bytes, 0, Place { segment: 4, ..start }), None);
+    }
+
+    #[test]
+    fn a_tail_ends_where_its_last_record_would() {
+        let start = Place { offset: 0, ..PLACE };
+        let mut bytes = Vec::new();
+        encode(&mut bytes, start, KEY, &Record::Create);
+        let torn_at = bytes.len();
+        encode(&mut bytes, start, KEY, &records()[8]);
+        let end = bytes.len();
+        bytes[end - 1] ^= 1;
+        bytes.extend([0; 100]);
+        assert_eq!(tail_end(&bytes, torn_at, start), end);
+        assert_eq!(tail_end(&bytes, end, start), end, "room is no tail");
+        assert_eq!(tail_end(&bytes, torn_at, Place { segment: 4, ..start }), torn_at, "nor is what another segment left");
+        assert_eq!(tail_end(&bytes[..end - 1], torn_at, start), end - 1);
+        assert_eq!(tail_end(&bytes, bytes.len() + 9, start), bytes.len() + 9);
     }
 }

@@ -132,6 +132,7 @@ impl Replayed {
                         let reason = format!("{error}, and the mark at {mark} says that it was synced");
                         return Err(damaged(segment, at as u64, reason));
                     }
+                    say_cut(segment, at, record::tail_end(&bytes, at, place));
                     break;
                 }
                 // The room for every record was written and synced before it.
@@ -204,6 +205,13 @@ impl Replayed {
                 Err(damaged(first, 0, reason))
             }
         }
+    }
+}
+
+fn say_cut(segment: &ReplayedSegment, at: usize, end: usize) {
+    let bytes = end - at;
+    if bytes > 0 {
+        tracing::info!("cut {bytes} bytes at {at} from {}: they were never acknowledged", segment.path.display());
     }
 }
 
