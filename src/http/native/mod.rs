@@ -94,8 +94,10 @@ impl ItemJson {
     }
 }
 
+/// Ends with a newline, for those who read it in a terminal.
 fn json(status: StatusCode, body: &impl Serialize) -> Response {
-    let text = serde_json::to_vec(body).expect("maps with text keys, numbers and strings always serialize");
+    let mut text = serde_json::to_vec(body).expect("maps with text keys, numbers and strings always serialize");
+    text.push(b'\n');
     let mut response = Response::new(Body::from(text));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
