@@ -15,6 +15,7 @@ mod cluster_sh;
 mod common;
 mod crash;
 mod disk_full;
+mod docker;
 mod gateway;
 mod harness;
 mod kill;
