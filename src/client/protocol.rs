@@ -9,7 +9,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::store::{Consistency, Failure, Found, Item, ScanRange};
-use crate::sm::kv::{Command, DestinationState, MoveOutcome, Write, WriteOutcome};
+use crate::sm::kv::{Command, DestinationState, MoveOutcome, Record, Write, WriteOutcome};
 use crate::sm::view::{Asked, SlotTable};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
@@ -47,6 +47,13 @@ pub enum ShardBody {
         id: MoveId,
         slots: BTreeSet<Slot>,
     },
+    /// The first of these keys: as many as fit into `bytes_max`, and one at least.
+    GetMany {
+        keys: Vec<Bytes>,
+        bytes_max: usize,
+        keys_only: bool,
+        consistency: Consistency,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +72,8 @@ pub enum ShardReply {
     Failed(Failure),
     Moved(MoveOutcome),
     MoveState(DestinationState),
+    /// The records of the first of the keys.
+    GotMany(Vec<Option<Record>>),
 }
 
 /// A page of one shard, taken at one applied index.

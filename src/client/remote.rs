@@ -377,7 +377,11 @@ enum Kind {
 impl Kind {
     fn of(body: &ShardBody) -> Self {
         match body {
-            ShardBody::Get { .. } | ShardBody::Scan { .. } | ShardBody::Count | ShardBody::MoveState { .. } => Kind::Read,
+            ShardBody::Get { .. }
+            | ShardBody::GetMany { .. }
+            | ShardBody::Scan { .. }
+            | ShardBody::Count
+            | ShardBody::MoveState { .. } => Kind::Read,
             // Fenced by the move's id, but the driver looks again itself.
             ShardBody::Move(_) => Kind::Write,
             ShardBody::Write(Write { operations, idempotency_key }) => {

@@ -22,6 +22,10 @@ pub trait Store: Send + Sync + 'static {
     /// The value of `key`. Missing is `Found { record: None, .. }`.
     fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>>;
 
+    /// The records of the first of `request.keys`, in their order: as many as fit, and one at least. None: there is no such key. Each key is
+    /// read on its own; a shard is asked once for all of its keys.
+    fn get_many(&self, request: GetManyRequest, options: Options) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>>;
+
     /// Does `operations`, all or none of those that fall to one shard. One answer each, in order.
     fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>>;
 
@@ -122,6 +126,15 @@ pub enum Staleness {
     Unknown,
     /// It was up to date this long ago.
     AtMost { age_ms: u64 },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GetManyRequest {
+    pub keys: Vec<Bytes>,
+    /// About how many bytes the answer may hold, values above all.
+    pub bytes_max: usize,
+    /// Leave the values out.
+    pub keys_only: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -31,6 +31,9 @@ use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId,
 /// Longest wait of a test for something that should come at once.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Values of a page together.
+const PAGE_BYTES_MAX: usize = 8 << 20;
+
 /// A store of two shards in memory: keys whose first byte is below `n` are in shard 1, the others in shard 2.
 pub struct FakeStore {
     state: Mutex<State>,
@@ -52,6 +55,8 @@ struct State {
     failing: HashMap<GroupId, Failure>,
     running: u64,
     serves_stale: bool,
+    /// So many requests are served before all fail so.
+    failing_later: Option<(usize, Failure)>,
     asked: Vec<Options>,
     nodes: Vec<Address>,
     asked_of_view: Asked,
@@ -73,6 +78,18 @@ impl FakeStore {
     /// The next so many who ask how a change gets on are told that it runs.
     pub fn take_time(&self, questions: u64) {
         self.state.lock().expect("no panic").running = questions;
+    }
+
+    /// Everything fails so after so many more questions to a shard.
+    pub fn fail_after(&self, questions: usize, failure: Failure) {
+        self.state.lock().expect("no panic").failing_later = Some((questions, failure));
+    }
+
+    /// Nothing fails from now on.
+    pub fn heal(&self) {
+        let mut state = self.state.lock().expect("no panic");
+        state.failing_later = None;
+        state.failing.clear();
     }
 
     /// Stale reads succeed from now on, whatever fails.
@@ -175,6 +192,11 @@ impl State {
 
     fn ask(&mut self, shard: GroupId, options: Options) -> Result<(), Failure> {
         self.asked.push(options);
+        match &mut self.failing_later {
+            Some((0, failure)) => return Err(failure.clone()),
+            Some((left, _)) => *left -= 1,
+            None => {}
+        }
         if self.serves_stale && options.consistency == Consistency::Stale {
             return Ok(());
         }
@@ -240,6 +262,26 @@ impl Store for FakeStore {
         Box::pin(ready(found))
     }
 
+    fn get_many(&self, request: GetManyRequest, options: Options) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
+        let mut state = self.state.lock().expect("no panic");
+        let (mut records, mut bytes) = (Vec::new(), 0);
+        for key in &request.keys {
+            if let Err(failure) = state.ask(shard(key), options) {
+                return Box::pin(ready(Err(failure)));
+            }
+            let mut record = state.records.get(key).cloned();
+            if let Some(record) = record.as_mut().filter(|_| request.keys_only) {
+                record.value = Bytes::new();
+            }
+            bytes += record.as_ref().map_or(0, |record| record.value.len());
+            records.push(record);
+            if bytes >= request.bytes_max {
+                break;
+            }
+        }
+        Box::pin(ready(Ok(records)))
+    }
+
     fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {
         let mut state = self.state.lock().expect("no panic");
         let Some(key) = idempotency_key else { return Box::pin(ready(state.write(&operations, options))) };
@@ -271,8 +313,15 @@ impl Store for FakeStore {
         if request.reverse {
             items.reverse();
         }
-        let more = items.len() > request.limit;
-        items.truncate(request.limit);
+        let mut bytes = 0;
+        let fits = |item: &&Item| {
+            let first = bytes == 0;
+            bytes += item.record.value.len();
+            first || bytes <= PAGE_BYTES_MAX
+        };
+        let fitting = items.iter().take(request.limit).take_while(fits).count();
+        let more = items.len() > fitting;
+        items.truncate(fitting);
         Box::pin(ready(asked.map(|()| Page { items, more })))
     }
 

@@ -26,6 +26,9 @@ use crate::sm::kv::{self, PageRequest, ReadOutcome};
 use crate::sm::ports::{Direction, StoreError};
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
+/// Keys of a long list that are read under one guard: entries can't be applied meanwhile.
+const KEYS_PER_GUARD: usize = 64;
+
 /// How soon to try again when a shard has no leader: an election takes about this long.
 const RETRY_AFTER_MS: u64 = 500;
 
@@ -68,6 +71,12 @@ impl Access {
                 Ok(staleness) => read_key(group, &key, staleness),
                 Err(failure) => ShardReply::Failed(failure),
             },
+            ShardBody::GetMany { keys, bytes_max, keys_only, consistency } => {
+                match self.before_read(group, consistency, deadline).await {
+                    Ok(_) => read_keys(group, &keys, bytes_max, keys_only),
+                    Err(failure) => ShardReply::Failed(failure),
+                }
+            }
             ShardBody::Scan { range, reverse, limit, bytes_max, keys_only, consistency } => {
                 let direction = if reverse { Direction::Reverse } else { Direction::Forward };
                 let request = PageRequest { range: range.into(), direction, limit, bytes_max, keys_only };
@@ -308,6 +317,31 @@ fn read_key(group: &Group, key: &Bytes, staleness: Option<Staleness>) -> ShardRe
         Ok(ReadOutcome::NotOwned { slot, .. }) => ShardReply::NotOwned { slot },
         Err(error) => ShardReply::Failed(broken(group, &error)),
     }
+}
+
+/// Keys up to the first that is not owned here: the router looks for its owner when it asks for the rest.
+fn read_keys(group: &Group, keys: &[Bytes], bytes_max: usize, keys_only: bool) -> ShardReply {
+    let (mut records, mut bytes) = (Vec::with_capacity(keys.len()), 0);
+    for run in keys.chunks(KEYS_PER_GUARD) {
+        let read = group.state().read();
+        for key in run {
+            let mut record = match kv::read(&read, key) {
+                Ok(ReadOutcome::Owned(record)) => record,
+                Ok(ReadOutcome::NotOwned { slot, .. }) if records.is_empty() => return ShardReply::NotOwned { slot },
+                Ok(ReadOutcome::NotOwned { .. }) => return ShardReply::GotMany(records),
+                Err(error) => return ShardReply::Failed(broken(group, &error)),
+            };
+            if let Some(record) = record.as_mut().filter(|_| keys_only) {
+                record.value = Bytes::new();
+            }
+            bytes += record.as_ref().map_or(0, |record| record.value.len());
+            records.push(record);
+            if bytes >= bytes_max {
+                return ShardReply::GotMany(records);
+            }
+        }
+    }
+    ShardReply::GotMany(records)
 }
 
 fn read_page(group: &Group, request: &PageRequest) -> ShardReply {

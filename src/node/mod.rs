@@ -33,10 +33,10 @@ use crate::client::peer::{HostedReplica, Identity, PeerCaller, PromiseReply, Pro
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
 use crate::client::shard_map::ShardMap;
-use crate::client::store::{Failure, Found, Options, Page, ScanRequest, Store, WriteFailure, Written};
+use crate::client::store::{Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, WriteFailure, Written};
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
-use crate::sm::kv::Operation;
+use crate::sm::kv::{Operation, Record};
 use crate::sm::meta;
 use crate::storage::directory::{DataDirectory, DirectoryError};
 use crate::storage::sled_tree::SledError;
@@ -235,6 +235,13 @@ impl Store for Node {
     fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
         match self.running.get() {
             Some(running) => running.router().get(key, options),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
+    fn get_many(&self, request: GetManyRequest, options: Options) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().get_many(request, options),
             None => Box::pin(async { Err(self.unavailable()) }),
         }
     }

@@ -42,6 +42,7 @@ impl<A: ShardAccess> Router<A> {
                     ShardReply::Got(_)
                     | ShardReply::Written(_)
                     | ShardReply::Page(_)
+                    | ShardReply::GotMany(_)
                     | ShardReply::Moved(_)
                     | ShardReply::MoveState(_) => return Err(misfit(shard)),
                 },
@@ -72,6 +73,7 @@ impl<A: ShardAccess> Router<A> {
                 ShardReply::Got(_)
                 | ShardReply::Written(_)
                 | ShardReply::Page(_)
+                | ShardReply::GotMany(_)
                 | ShardReply::Moved(_)
                 | ShardReply::MoveState(_) => return Err(misfit(shard)),
             }

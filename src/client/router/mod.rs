@@ -9,6 +9,7 @@
 mod attempt;
 mod count;
 mod coverage;
+mod get_many;
 mod scan;
 #[cfg(test)]
 mod tests;
@@ -26,9 +27,9 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use self::attempt::{Course, Retry};
 use super::protocol::{ClusterStatus, ShardBody, ShardReply};
 use super::shard_map::ShardMap;
-use super::store::{Failure, Found, Options, Page, ScanRequest, Store, Written};
+use super::store::{Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, Written};
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
-use crate::sm::kv::Operation;
+use crate::sm::kv::{Operation, Record};
 use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion, NodeId, PlanEpoch};
 
 /// Requests that wait for another attempt at once. Past it they fail: a cluster without a quorum must not collect requests for ever.
@@ -129,6 +130,7 @@ impl<A: ShardAccess> Router<A> {
                         ShardReply::Written(_)
                         | ShardReply::Page(_)
                         | ShardReply::Counted { .. }
+                        | ShardReply::GotMany(_)
                         | ShardReply::Moved(_)
                         | ShardReply::MoveState(_) => return Err(misfit(shard)),
                     }
@@ -180,6 +182,10 @@ impl<A: ShardAccess> Router<A> {
 impl<A: ShardAccess> Store for Router<A> {
     fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
         Box::pin(self.get_from_shard(key, options))
+    }
+
+    fn get_many(&self, request: GetManyRequest, options: Options) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
+        Box::pin(self.get_many_from_shards(request, options))
     }
 
     fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {

@@ -95,6 +95,7 @@ impl<A: ShardAccess> Router<A> {
                 ShardReply::Got(_)
                 | ShardReply::Written(_)
                 | ShardReply::Counted { .. }
+                | ShardReply::GotMany(_)
                 | ShardReply::Moved(_)
                 | ShardReply::MoveState(_) => return Err(misfit(shard)),
             }

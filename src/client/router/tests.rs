@@ -56,6 +56,22 @@ impl State {
                 }
                 ShardReply::Got(Found { record: self.shards[&shard].get(&key).cloned(), staleness: None })
             }
+            ShardBody::GetMany { keys, bytes_max, .. } => {
+                let (mut records, mut bytes) = (Vec::new(), 0);
+                for key in keys {
+                    let slot = slot_of(&key);
+                    match self.owner[&slot] == shard {
+                        false if records.is_empty() => return ShardReply::NotOwned { slot },
+                        false => break,
+                        true => records.push(self.shards[&shard].get(&key).cloned()),
+                    }
+                    bytes += records.last().and_then(Option::as_ref).map_or(0, |record| record.value.len());
+                    if bytes >= bytes_max {
+                        break;
+                    }
+                }
+                ShardReply::GotMany(records)
+            }
             ShardBody::Write(write) => ShardReply::Written(self.write(shard, write)),
             ShardBody::Scan { range, reverse, limit, .. } => ShardReply::Page(self.page(shard, &range, reverse, limit)),
             ShardBody::Count => {
@@ -571,4 +587,53 @@ async fn without_a_map_requests_wait_for_one() {
     assert!(matches!(router.get(key(0), options()).await, Err(Failure::Unavailable { .. })));
     router.access().state().next_map = map;
     assert!(router.get(key(0), options()).await.expect("served").record.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_keys_are_read_by_one_call_per_shard_and_answered_in_order() {
+    let router = filled(3, 30).await;
+    let keys: Vec<Bytes> = (0..40).rev().map(key).chain([key(7)]).collect();
+    let request = GetManyRequest { keys: keys.clone(), bytes_max: 1 << 20, keys_only: false };
+    let records = router.get_many(request, options()).await.expect("served");
+    let there: Vec<bool> = records.iter().map(Option::is_some).collect();
+    let expected: Vec<bool> = (0..40).rev().map(|n| n < 30).chain([true]).collect();
+    assert_eq!((there, calls(&router)), (expected, 3));
+    let none = GetManyRequest { keys: Vec::new(), bytes_max: 1, keys_only: false };
+    assert_eq!(router.get_many(none, options()).await, Ok(vec![]));
+    let bad = GetManyRequest { keys: vec![key(1), Bytes::new()], bytes_max: 1, keys_only: false };
+    assert!(matches!(router.get_many(bad, options()).await, Err(Failure::Invalid { .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_of_many_keys_is_bounded_and_goes_on_where_it_ended() {
+    let router = router(2);
+    let value: &'static str = "v".repeat(20 << 10).leak();
+    router.write((0..20).map(|n| put(key(n), value)).collect(), None, options()).await;
+    let mut keys: Vec<Bytes> = (0..20).map(key).collect();
+    while !keys.is_empty() {
+        let request = GetManyRequest { keys: keys.clone(), bytes_max: 100 << 10, keys_only: false };
+        let records = router.get_many(request, options()).await.expect("served");
+        assert!((1..=6).contains(&records.len()), "{}", records.len());
+        assert!(records.iter().all(Option::is_some));
+        keys.drain(..records.len());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_keys_are_found_after_a_move_and_not_without_their_shard() {
+    let router = filled(2, 30).await;
+    router.access().state().move_slot(slot_of(&key(3)), GroupId(3));
+    let keys: Vec<Bytes> = (0..30).map(key).collect();
+    let mut found = 0;
+    while found < keys.len() {
+        let request = GetManyRequest { keys: keys[found..].to_vec(), bytes_max: 1 << 20, keys_only: false };
+        let records = router.get_many(request, options()).await.expect("served");
+        assert!(!records.is_empty() && records.iter().all(Option::is_some), "{records:?}");
+        found += records.len();
+    }
+    script(&router, 1, &vec![failed(unavailable()); 1000]);
+    let request = GetManyRequest { keys, bytes_max: 1 << 20, keys_only: false };
+    let before = Instant::now();
+    assert_eq!(router.get_many(request, options()).await, Err(unavailable()));
+    assert!(before.elapsed() <= options().timeout);
 }

@@ -205,6 +205,7 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
         ShardReply::Failed(failure) => Verdict::of_all(part.course.judge(failure).map_err(WriteFailure::Failed), part),
         ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_))
         | ShardReply::Got(_)
+        | ShardReply::GotMany(_)
         | ShardReply::Page(_)
         | ShardReply::Counted { .. }
         | ShardReply::Moved(_)

@@ -1,0 +1,111 @@
+//! Reads of many keys: one call, and so one quorum round, per shard.
+//!
+//! Each shard answers for the first of its keys, as many as fit. What counts is the beginning of the caller's list that is then complete;
+//! what lies after a gap is dropped, so that an answer is never larger than was asked for.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use futures::StreamExt;
+
+use super::attempt::{Course, Retry};
+use super::{Router, ShardAccess, check_key, misfit, version};
+use crate::client::protocol::{ShardBody, ShardReply};
+use crate::client::shard_map::ShardMap;
+use crate::client::store::{Failure, GetManyRequest, Options};
+use crate::sm::kv::Record;
+use crate::types::GroupId;
+
+/// Shards asked at once.
+const PARALLEL_MAX: usize = 32;
+/// The least that a shard is asked for, so that many shards make no tiny answers.
+const SHARD_BYTES_MIN: usize = 16 << 10;
+
+/// The keys of one shard, by their places in the caller's list.
+struct Part {
+    shard: GroupId,
+    places: Vec<usize>,
+}
+
+/// What is known of each key of the caller's list; none: nothing yet.
+type Answers = Vec<Option<Option<Record>>>;
+
+impl<A: ShardAccess> Router<A> {
+    pub(super) async fn get_many_from_shards(
+        &self,
+        request: GetManyRequest,
+        options: Options,
+    ) -> Result<Vec<Option<Record>>, Failure> {
+        request.keys.iter().try_for_each(|key| check_key(key))?;
+        let mut course = Course::new(options).repeatable();
+        let mut answers: Answers = vec![None; request.keys.len()];
+        let mut places: Vec<usize> = (0..request.keys.len()).collect();
+        while !places.is_empty() {
+            let map = self.map_in_time(&mut course).await?;
+            let Some((left, retry)) = self.ask_parts(&request, &map, &course, places, &mut answers).await? else { break };
+            places = left;
+            self.pause(&mut course, retry, version(Some(&map))).await?;
+        }
+        Ok(answers.into_iter().map_while(|answer| answer).collect())
+    }
+
+    /// Asks the owners of the keys at `places`. What it returns are those whose shard has to be asked again.
+    async fn ask_parts(
+        &self,
+        request: &GetManyRequest,
+        map: &ShardMap,
+        course: &Course,
+        places: Vec<usize>,
+        answers: &mut Answers,
+    ) -> Result<Option<(Vec<usize>, Retry)>, Failure> {
+        let parts = split(&request.keys, places, map);
+        let bytes_max = (request.bytes_max / parts.len().max(1)).max(SHARD_BYTES_MIN);
+        let ask = |part: Part| async move {
+            if part.shard.is_meta() {
+                return (part, None);
+            }
+            let keys: Vec<Bytes> = part.places.iter().map(|place| request.keys[*place].clone()).collect();
+            let options = course.options();
+            let body = ShardBody::GetMany { keys, bytes_max, keys_only: request.keys_only, consistency: options.consistency };
+            let reply = self.access.call(part.shard, body, options).await;
+            (part, Some(reply))
+        };
+        let mut replies = futures::stream::iter(parts).map(ask).buffer_unordered(PARALLEL_MAX);
+        let mut again: Option<(Vec<usize>, Retry)> = None;
+        while let Some((part, reply)) = replies.next().await {
+            let retry = match reply {
+                None => Retry::unowned(),
+                Some(ShardReply::GotMany(records)) if (1..=part.places.len()).contains(&records.len()) => {
+                    part.places.iter().zip(records).for_each(|(place, record)| answers[*place] = Some(record));
+                    continue;
+                }
+                Some(ShardReply::NotOwned { slot }) => Retry::not_owned(slot),
+                Some(ShardReply::Failed(failure)) => course.judge(failure)?,
+                Some(
+                    ShardReply::GotMany(_)
+                    | ShardReply::Got(_)
+                    | ShardReply::Written(_)
+                    | ShardReply::Page(_)
+                    | ShardReply::Counted { .. }
+                    | ShardReply::Moved(_)
+                    | ShardReply::MoveState(_),
+                ) => return Err(misfit(part.shard)),
+            };
+            match &mut again {
+                Some((places, _)) => places.extend(part.places),
+                None => again = Some((part.places, retry)),
+            }
+        }
+        Ok(again)
+    }
+}
+
+/// By owner, each in the order of the caller's list.
+fn split(keys: &[Bytes], mut places: Vec<usize>, map: &ShardMap) -> Vec<Part> {
+    places.sort_unstable();
+    let mut parts: BTreeMap<GroupId, Vec<usize>> = BTreeMap::new();
+    for place in places {
+        parts.entry(map.owner_of(&keys[place])).or_default().push(place);
+    }
+    parts.into_iter().map(|(shard, places)| Part { shard, places }).collect()
+}
