@@ -14,6 +14,10 @@ pub const SLOTS: u16 = 4096;
 /// Longest key in bytes; the shortest is one byte.
 pub const KEY_BYTES_MAX: usize = 4096;
 
+/// Keys that begin with these bytes, which are the last in key order, are the `binary` keys of the encoded batch's dialect. No text in
+/// UTF-8 begins so, and the native dialect, whose keys are any bytes, refuses and leaves out those that do.
+pub const RESERVED_PREFIX: [u8; 8] = [0xFF; 8];
+
 macro_rules! number_id {
     ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
         $(#[$doc])*

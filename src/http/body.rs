@@ -49,15 +49,16 @@ impl BodyBudget {
     }
 }
 
-/// A part of the budget.
+/// A part of the budget, given back when it is dropped.
 #[derive(Debug)]
-struct Share {
+pub struct Share {
     budget: Arc<BodyBudget>,
     bytes: usize,
 }
 
 impl Share {
-    fn grow(&mut self, bytes: usize) -> bool {
+    /// False: there is not as much left, and nothing was taken.
+    pub fn grow(&mut self, bytes: usize) -> bool {
         let granted = self.budget.take(bytes);
         self.bytes += if granted { bytes } else { 0 };
         granted
@@ -75,7 +76,14 @@ impl Drop for Share {
 pub struct Held {
     /// In an allocation of its own, not in the connection's read buffer: a small value that is kept would keep all of that.
     pub bytes: Bytes,
-    _share: Share,
+    share: Share,
+}
+
+impl Held {
+    /// A part of the same budget, empty as yet: for what is made of the body.
+    pub fn new_share(&self) -> Share {
+        Share { budget: Arc::clone(&self.share.budget), bytes: 0 }
+    }
 }
 
 impl Deref for Held {
@@ -114,7 +122,7 @@ pub async fn read(
     }
     let mut share = Share { budget: Arc::clone(budget), bytes: 0 };
     match collect(&mut body, ceiling, limits, &mut share).await {
-        Ok(bytes) => Ok(Held { bytes, _share: share }),
+        Ok(bytes) => Ok(Held { bytes, share }),
         Err(problem) => {
             drop(share);
             discard(parts, body);
@@ -141,11 +149,16 @@ async fn collect(body: &mut Body, ceiling: Ceiling, limits: &Limits, share: &mut
             return Err(ceiling.exceeded());
         }
         if !share.grow(data.len()) {
-            let detail = format!("bodies in flight are at most {} bytes together", limits.bodies_bytes_max);
-            return Err(Problem::new(Code::Overloaded, detail).retry_after_ms(1000));
+            return Err(overloaded(limits));
         }
         buffer.extend_from_slice(&data);
     }
+}
+
+/// There is no room in the common budget.
+pub fn overloaded(limits: &Limits) -> Problem {
+    let detail = format!("bodies in flight are at most {} bytes together", limits.bodies_bytes_max);
+    Problem::new(Code::Overloaded, detail).retry_after_ms(1000)
 }
 
 /// Reads on while the answer goes out: closing a connection with unread data resets it, and the client may lose the answer.

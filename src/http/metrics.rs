@@ -187,6 +187,11 @@ impl Watch<'_> {
         self.slow += wait;
     }
 
+    /// Whose it is, where only the body tells.
+    pub fn dialect(&mut self, dialect: Dialect) {
+        self.dialect = dialect;
+    }
+
     pub fn finish(mut self, response: Response) -> Response {
         self.class = usize::from(response.status().as_u16() / 100).min(CLASSES.len() - 1);
         response

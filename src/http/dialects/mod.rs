@@ -2,8 +2,10 @@
 //!
 //! | module | dialect | paths |
 //! | --- | --- | --- |
+//! | [`encoded_batch`] | A, "encoded batch" | `PUT /set`, `POST /fetch`, `GET /fetch`, `POST /query` |
 //! | [`load_balancer`] | B, "load balancer" | `POST /set/<key>`, `GET /get/<key>`, `GET /` as text |
 //! | [`kvs`] | C, "kvs", C4, "kvs replicated", and D, "kvs by proxy" | `/kvs/...`, `PUT /proxy/view-change` |
+//! | [`plain_batch`] | E, "plain batch" | `POST /set`, `POST /get` |
 //!
 //! A value written through one dialect is read through every other: a stored value is bytes and a media type, and [`Shown`] is what the
 //! dialects make of it. They all proxy: the node asked fetches the answer. An answer that nobody can give comes within five seconds, as
@@ -11,9 +13,16 @@
 //!
 //! Kept here is what they share. Paths that end in a key are told by their prefix ([`key_route`]), for the reason given in `http`.
 
+mod batch;
+mod bits;
+mod encoded_batch;
 mod kvs;
+mod list;
 mod load_balancer;
+mod pieces;
+mod plain_batch;
 mod python;
+mod set;
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -22,7 +31,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
-use axum::routing::get;
+use axum::routing::{get, put};
 use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
@@ -46,7 +55,12 @@ pub(super) enum KeyRoute {
 
 /// The dialects' routes without a key in the path.
 pub(super) fn routes() -> Router<Shared> {
-    Router::new().route("/", get(load_balancer::front_page))
+    Router::new()
+        .route("/", get(load_balancer::front_page))
+        .route("/set", put(set::set).post(set::set))
+        .route("/fetch", get(encoded_batch::everything).put(encoded_batch::fetch).post(encoded_batch::fetch))
+        .route("/query", put(encoded_batch::query).post(encoded_batch::query))
+        .route("/get", put(plain_batch::get).post(plain_batch::get))
 }
 
 /// The dialect whose key route this path is.
@@ -177,11 +191,12 @@ impl Text<'_> {
     }
 }
 
+const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; charset=utf-8";
 
 fn json(status: StatusCode, body: &impl Serialize) -> Response {
     let text = serde_json::to_vec(body).expect("maps with text keys, numbers and strings always serialize");
-    answer(status, "application/json", text)
+    answer(status, JSON, text)
 }
 
 fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Body>) -> Response {

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use crate::http::problem::{Code, Problem};
-use crate::types::KEY_BYTES_MAX;
+use crate::types::{KEY_BYTES_MAX, RESERVED_PREFIX};
 
 /// What comes before a key in a path.
 pub const PREFIX: &str = "/v1/kv/";
@@ -16,9 +16,12 @@ pub fn of_path(path: &str) -> Result<Bytes, Problem> {
     Ok(Bytes::from(key))
 }
 
-/// That a key has a length that a store takes.
+/// That a key has a length that a store takes, and is not of those that another dialect has to itself.
 pub fn check(key: &[u8]) -> Result<(), Problem> {
     match key.len() {
+        _ if key.starts_with(&RESERVED_PREFIX) => {
+            Err(Problem::new(Code::InvalidKey, format!("keys that begin with {} bytes FF are reserved", RESERVED_PREFIX.len())))
+        }
         0 => Err(Problem::new(Code::InvalidKey, "the key is empty")),
         1..=KEY_BYTES_MAX => Ok(()),
         bytes => {
@@ -76,6 +79,10 @@ mod tests {
         }
         for path in ["/v1/kv/", "/v1/kv/%", "/v1/kv/%2", "/v1/kv/a%zz", "/v1/kv/%+1", "/v1/kv/%2ü"] {
             assert_eq!(of_path(path).expect_err(path).code(), "invalid_key");
+        }
+        assert!(of_path("/v1/kv/%ff%ff%ff%ff%ff%ff%ff").is_ok());
+        for rest in ["", "a", "%ff"] {
+            assert_eq!(of_path(&format!("/v1/kv/%ff%FF%ff%ff%ff%ff%ff%ff{rest}")).expect_err(rest).code(), "invalid_key");
         }
         assert_eq!(of_path(&format!("{PREFIX}{}", "%41".repeat(KEY_BYTES_MAX))).map(|key| key.len()), Ok(KEY_BYTES_MAX));
         assert!(of_path(&format!("{PREFIX}{}", "a".repeat(KEY_BYTES_MAX + 1))).is_err());

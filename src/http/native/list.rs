@@ -20,6 +20,7 @@ use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
 use crate::http::{App, Shared};
 use crate::sm::ports::after_prefix;
+use crate::types::RESERVED_PREFIX;
 
 const PARAMETERS: &[&str] =
     &["prefix", "start", "end", "limit", "cursor", "keys_only", "reverse", "proxy", "consistency", "timeout"];
@@ -66,13 +67,11 @@ async fn page(app: &App, parts: &Parts) -> Result<Response, Problem> {
     Ok(response)
 }
 
-/// The keys that `prefix`, `start` and `end` all allow.
+/// The keys that `prefix`, `start` and `end` all allow; the reserved ones, which are the last of all, never.
 fn range(query: &Query) -> ScanRange {
     let start = query.start.clone().max(query.prefix.clone());
-    let end = match (after_prefix(&query.prefix), query.end.clone()) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    };
+    let reserved = Some(Bytes::from_static(&RESERVED_PREFIX));
+    let end = [after_prefix(&query.prefix), query.end.clone(), reserved].into_iter().flatten().min();
     ScanRange { start, end }
 }
 

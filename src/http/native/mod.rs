@@ -1,6 +1,7 @@
 //! The native dialect, `/v1/...`: HTTP as RFC 9110 means it, over raw bytes.
 //!
 //! - A key is the percent-decoded rest of the path: any bytes (`%2F`, `%00`, `%FF`), empty segments, dots and trailing slashes included.
+//!   Only those that begin with eight bytes `FF` are refused, and never listed: another dialect has them to itself.
 //!   In JSON a key or value that is not UTF-8 stands in base64, and `key_encoding` or `encoding` says so.
 //! - A revision is an ETag. Conditions are `If-Match` and `If-None-Match`; `Idempotency-Key` makes a write safe to repeat.
 //! - A key that another node leads is answered 307; `?proxy=true` has this node fetch the answer. Listings and batches span shards, so

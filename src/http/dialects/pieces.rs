@@ -1,0 +1,154 @@
+//! Answers that are made while they are sent, piece by piece, so that memory does not grow with them.
+//!
+//! An answer that is short is held back until it is complete: then a failure on the way is still a 503. A long one that fails is broken
+//! off, and never ends well-formed.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::{StreamExt, TryStreamExt};
+use http::StatusCode;
+
+use super::list::Kept;
+use super::{JSON, Refusal, answer, options};
+use crate::client::store::{Failure, GetManyRequest, Item, ScanRange, ScanRequest, Store};
+use crate::sm::kv::Record;
+
+/// An answer up to this size is held back.
+const HELD_BACK_BYTES: usize = 8 << 20;
+/// About how large a piece is; one value may be larger.
+pub const PIECE_BYTES: usize = 64 << 10;
+/// Keys and values that are read at once.
+const READ_BYTES: usize = 4 << 20;
+const READ_KEYS_MAX: usize = 10_000;
+const READ_KEYS_MIN: usize = 16;
+/// Items of a page of all that is stored.
+const PAGE_ITEMS: usize = 2000;
+
+/// A JSON text in pieces.
+pub trait Pieces: Send + 'static {
+    /// The next piece; none: that was all.
+    fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, Failure>>;
+}
+
+/// Answers 200 with the text.
+pub async fn respond(pieces: impl Pieces) -> Result<Response, Refusal> {
+    let mut rest = futures::stream::try_unfold(pieces, |mut pieces| async move {
+        let piece = pieces.next().await?;
+        Ok::<_, Failure>(piece.map(|piece| (piece, pieces)))
+    })
+    .boxed();
+    let (mut held_back, mut bytes) = (Vec::new(), 0);
+    while let Some(piece) = rest.try_next().await? {
+        bytes += piece.len();
+        held_back.push(piece);
+        if bytes > HELD_BACK_BYTES {
+            let rest = rest.inspect_err(|failure| tracing::warn!(%failure, "a long answer is broken off"));
+            let whole = futures::stream::iter(held_back).map(Ok).chain(rest);
+            return Ok(answer(StatusCode::OK, JSON, Body::from_stream(whole)));
+        }
+    }
+    Ok(answer(StatusCode::OK, JSON, held_back.concat()))
+}
+
+/// Puts a string into a JSON text.
+pub fn push_text(json: &mut Vec<u8>, text: &str) {
+    serde_json::to_writer(json, text).expect("writing a string to memory does not fail");
+}
+
+/// Looks keys up in their order, many at a time.
+pub struct Lookup {
+    store: Arc<dyn Store>,
+    keys: Kept<Bytes>,
+    keys_only: bool,
+    /// How many are asked for next: fewer where values are large.
+    window: usize,
+    read: std::vec::IntoIter<Option<Record>>,
+    next: usize,
+}
+
+impl Lookup {
+    /// An empty key stands for one that can't exist.
+    pub fn new(store: Arc<dyn Store>, keys: Kept<Bytes>, keys_only: bool) -> Self {
+        Self { store, keys, keys_only, window: READ_KEYS_MAX, read: Vec::new().into_iter(), next: 0 }
+    }
+
+    pub fn key(&self, place: usize) -> &Bytes {
+        &self.keys[place]
+    }
+
+    /// The place of the next key, and what is stored under it.
+    pub async fn next(&mut self) -> Result<Option<(usize, Option<Record>)>, Failure> {
+        let place = self.next;
+        let Some(key) = self.keys.get(place) else { return Ok(None) };
+        self.next += 1;
+        if key.is_empty() {
+            return Ok(Some((place, None)));
+        }
+        if self.read.len() == 0 {
+            self.read_from(place).await?;
+        }
+        let unanswered = || Failure::Unknown { reason: "the store gave no answer".to_owned() };
+        let record = self.read.next().ok_or_else(unanswered)?;
+        Ok(Some((place, record)))
+    }
+
+    async fn read_from(&mut self, place: usize) -> Result<(), Failure> {
+        let (mut bytes, mut count) = (0, 0);
+        let wanted = self.keys[place..].iter().filter(|key| !key.is_empty());
+        let keys: Vec<Bytes> = wanted
+            .take(self.window)
+            .take_while(|key| {
+                count += 1;
+                bytes += key.len();
+                count == 1 || bytes <= READ_BYTES
+            })
+            .cloned()
+            .collect();
+        let asked = keys.len();
+        let request = GetManyRequest { keys, bytes_max: READ_BYTES, keys_only: self.keys_only };
+        let records = self.store.get_many(request, options()).await?;
+        self.window = if records.len() < asked { 2 * records.len() } else { 2 * self.window };
+        self.window = self.window.clamp(READ_KEYS_MIN, READ_KEYS_MAX);
+        self.read = records.into_iter();
+        Ok(())
+    }
+}
+
+/// Everything that is stored, in key order.
+pub struct Everything {
+    store: Arc<dyn Store>,
+    page: std::vec::IntoIter<Item>,
+    /// Where the next page begins; none: that was the last.
+    start: Option<Bytes>,
+}
+
+impl Everything {
+    pub fn new(store: Arc<dyn Store>) -> Self {
+        Self { store, page: Vec::new().into_iter(), start: Some(Bytes::new()) }
+    }
+
+    pub async fn next(&mut self) -> Result<Option<Item>, Failure> {
+        loop {
+            if let Some(item) = self.page.next() {
+                return Ok(Some(item));
+            }
+            let Some(start) = self.start.take() else { return Ok(None) };
+            let range = ScanRange { start, end: None };
+            let request = ScanRequest { range, reverse: false, limit: PAGE_ITEMS, keys_only: false };
+            let page = self.store.scan(request, options()).await?;
+            self.start = match (page.more, page.items.last()) {
+                (false, _) => None,
+                (true, Some(last)) => Some(Bytes::from([&last.key[..], &[0]].concat())),
+                // Nothing to go on from. To end here would hide keys.
+                (true, None) => {
+                    return Err(Failure::Unavailable { reason: "no shard gave a page".to_owned(), retry_after_ms: 1000 });
+                }
+            };
+            self.page = page.items.into_iter();
+        }
+    }
+}
