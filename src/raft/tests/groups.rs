@@ -236,7 +236,10 @@ async fn members_come_and_go() {
     group.change_voters(voters.clone()).await.expect("changed");
     let committed = group.watch().borrow().committed_membership.clone();
     assert!(committed.is_uniform);
-    assert_eq!(committed.members(), voters);
+    assert_eq!(committed.voters.keys().copied().collect::<BTreeSet<_>>(), voters);
+    assert!(committed.learners.contains_key(&leaving), "who has lost its vote goes on as a learner");
+    group.remove_learners(BTreeSet::from([leaving])).await.expect("removed");
+    assert_eq!(group.watch().borrow().committed_membership.members(), voters);
     cluster.stop_all().await;
 }
 
