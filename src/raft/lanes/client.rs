@@ -307,10 +307,11 @@ async fn deliver(shared: &Shared, lane: &PeerLane, generation: u64, mut incoming
             Some(Err(error)) => return error,
             Some(Ok(chunk)) => reader.push(chunk),
         }
-        shared.heard.note(lane.to);
         if let Err(error) = hand_out(lane, generation, &mut reader) {
             return error;
         }
+        // Only now: another directory that answers under the address, and refuses, is not the node.
+        shared.heard.note(lane.to);
     }
 }
 
