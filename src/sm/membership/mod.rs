@@ -123,6 +123,8 @@ fn is_news(group: &Group, here: &Reported) -> bool {
 }
 
 #[cfg(test)]
+mod simulation;
+#[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 

@@ -1,0 +1,464 @@
+//! Groups whose members are changed step by step while nodes crash and come back, leaders change, views are seen late and reports arrive
+//! late or twice. A small Raft stands in for the real one: logs are lists of entries, of which only terms and memberships count.
+//!
+//! What is held: nothing that was committed is ever missing from a leader's log; no replica is wiped that still votes; a change never takes
+//! its majority from a group that has one; and in the end, when all nodes are up, every group has the members that the view wants.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rand::rngs::StdRng;
+use rand::seq::IteratorRandom;
+use rand::{Rng, SeedableRng};
+
+use super::{Observed, Replicas, Step, next_step};
+use crate::sm::meta::Command;
+use crate::sm::placement::{first_view, plan};
+use crate::sm::testing::Meta;
+use crate::sm::view::{Asked, Group, Layout, Node, Reported, View};
+use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
+
+/// Entries that a replica may lack and still count as caught up.
+const LAG_MAX: usize = 4;
+
+#[derive(Debug, Clone, PartialEq)]
+struct Members {
+    /// Two while the voters change.
+    configs: Vec<Replicas>,
+    learners: Replicas,
+}
+
+impl Members {
+    fn voters(&self) -> Replicas {
+        self.configs.iter().flatten().copied().collect()
+    }
+
+    fn all(&self) -> Replicas {
+        self.voters().union(&self.learners).copied().collect()
+    }
+
+    /// With these voters after or beside those of now; who votes no more goes on as a learner.
+    fn with_voters(&self, voters: &Replicas) -> Self {
+        let last = self.configs.last().expect("a config").clone();
+        let configs = if self.configs.contains(voters) { vec![voters.clone()] } else { vec![last, voters.clone()] };
+        let voting: Replicas = configs.iter().flatten().copied().collect();
+        Self { learners: self.all().difference(&voting).copied().collect(), configs }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Entry {
+    term: u64,
+    members: Option<Members>,
+}
+
+/// A group as it is, on all its replicas.
+#[derive(Debug)]
+struct Raft {
+    /// Of every replica that was created and not wiped.
+    logs: BTreeMap<ReplicaId, Vec<Entry>>,
+    /// The term up to which each has promised not to follow another.
+    promised: BTreeMap<ReplicaId, u64>,
+    term: u64,
+    leader: Option<ReplicaId>,
+    /// Whether the leader is the one that began the change of voters that is under way.
+    is_changing: bool,
+    committed: Vec<Entry>,
+}
+
+/// The last membership of a log, and where it stands.
+fn effective(log: &[Entry]) -> Option<(usize, &Members)> {
+    log.iter().enumerate().rev().find_map(|(index, entry)| Some((index, entry.members.as_ref()?)))
+}
+
+fn has_majority(configs: &[Replicas], of: &Replicas) -> bool {
+    configs.iter().all(|config| config.intersection(of).count() * 2 > config.len())
+}
+
+impl Raft {
+    fn new(group: &Group) -> Self {
+        let members = Members { configs: vec![group.creation.keys().copied().collect()], learners: Replicas::new() };
+        let log = vec![Entry { term: 0, members: Some(members) }];
+        let begun = |replica: &ReplicaId| if group.creation.contains_key(replica) { log.clone() } else { Vec::new() };
+        let logs = group.replicas.keys().map(|replica| (*replica, begun(replica))).collect();
+        Self { logs, promised: BTreeMap::new(), term: 0, leader: None, is_changing: false, committed: log }
+    }
+
+    fn log(&self, replica: ReplicaId) -> &[Entry] {
+        self.logs.get(&replica).map_or(&[], Vec::as_slice)
+    }
+
+    /// How much of the leader's log a replica has.
+    fn matched(&self, leader: ReplicaId, replica: ReplicaId) -> usize {
+        self.log(leader).iter().zip(self.log(replica)).take_while(|(a, b)| a == b).count()
+    }
+
+    fn append(&mut self, members: Option<Members>) {
+        let Some(leader) = self.leader else { return };
+        let entry = Entry { term: self.term, members };
+        self.logs.get_mut(&leader).expect("the leader has a log").push(entry);
+        self.commit();
+    }
+
+    fn replicate(&mut self, to: ReplicaId, count: usize) {
+        let Some(leader) = self.leader else { return };
+        if to == leader || !self.logs.contains_key(&to) || self.promised.get(&to).is_some_and(|term| *term > self.term) {
+            return;
+        }
+        let matched = self.matched(leader, to);
+        let upto = (matched + count).min(self.log(leader).len());
+        let log = self.log(leader)[..upto].to_vec();
+        // What is there already is not taken away by an append that ends before it.
+        if log.len() > self.log(to).len() || self.log(to)[matched..] != log[matched..] && matched < upto {
+            self.logs.insert(to, log);
+        }
+        self.commit();
+    }
+
+    fn commit(&mut self) {
+        let Some(leader) = self.leader else { return };
+        let log = self.log(leader).to_vec();
+        let Some((_, members)) = effective(&log) else { return };
+        for upto in (self.committed.len() + 1..=log.len()).rev() {
+            let holds: Replicas = members.all().into_iter().filter(|replica| self.matched(leader, *replica) >= upto).collect();
+            if log[upto - 1].term == self.term && has_majority(&members.configs, &holds) {
+                assert!(log.starts_with(&self.committed), "the leader's log lacks what was committed");
+                self.committed = log[..upto].to_vec();
+                return;
+            }
+        }
+    }
+
+    /// Whether the leader knows that its effective membership is committed.
+    fn is_membership_committed(&self) -> bool {
+        let Some(leader) = self.leader else { return false };
+        effective(self.log(leader)).is_some_and(|(index, _)| index < self.committed.len())
+    }
+
+    /// The candidate leads if it can: it has the votes of those who are up and have no more than it.
+    fn elect(&mut self, candidate: ReplicaId, up: &Replicas) {
+        let Some((_, members)) = effective(self.log(candidate)) else { return };
+        if !up.contains(&candidate) || !members.voters().contains(&candidate) {
+            return;
+        }
+        let members = members.clone();
+        let last = |replica| (self.log(replica).last().map_or(0, |entry| entry.term), self.log(replica).len());
+        let votes: Replicas = members
+            .voters()
+            .into_iter()
+            .filter(|voter| up.contains(voter) && self.logs.contains_key(voter) && last(*voter) <= last(candidate))
+            .collect();
+        self.term += 1;
+        for voter in &votes {
+            self.promised.insert(*voter, self.term);
+        }
+        if !has_majority(&members.configs, &votes) {
+            // A leader that voted for another leads no more.
+            self.leader = self.leader.filter(|leader| !votes.contains(leader));
+            return;
+        }
+        assert!(self.log(candidate).starts_with(&self.committed), "a leader without what was committed");
+        self.leader = Some(candidate);
+        self.is_changing = false;
+        self.append(None);
+    }
+}
+
+struct Sim {
+    rng: StdRng,
+    meta: Meta,
+    groups: BTreeMap<GroupId, Raft>,
+    nodes: Vec<Node>,
+    next_directory: u128,
+    up: BTreeSet<NodeId>,
+    /// The view as it is.
+    view: View,
+    /// Where each replica is or was.
+    places: BTreeMap<ReplicaId, NodeId>,
+    /// The view as each node knows it.
+    seen: BTreeMap<NodeId, View>,
+    /// Reports under way.
+    reports: Vec<Command>,
+    factor: u8,
+}
+
+impl Sim {
+    fn new(seed: u64) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let count = rng.random_range(1..=6_u128);
+        let nodes: Vec<Node> = (1..=count).map(node).collect();
+        let factor = rng.random_range(1..=5.min(count as u8));
+        let view = first_view(ClusterId(1), asked(factor), nodes.clone()).expect("a view");
+        let groups = view.groups.iter().map(|(id, group)| (*id, Raft::new(group))).collect();
+        let up = view.nodes.keys().copied().collect();
+        let seen = view.nodes.keys().map(|id| (*id, view.clone())).collect();
+        let (meta, places, reports) = (Meta::founded(view.clone()), places(&view), Vec::new());
+        Self { rng, meta, groups, nodes, next_directory: 100, up, view, places, seen, reports, factor }
+    }
+
+    fn follow_meta(&mut self) {
+        self.view = self.meta.view();
+        self.places.extend(places(&self.view));
+    }
+
+    fn up_replicas(&self, group: GroupId) -> Replicas {
+        let raft = &self.groups[&group];
+        let is_up = |replica: &ReplicaId| self.up.contains(&self.places[replica]);
+        raft.logs.keys().copied().filter(is_up).collect()
+    }
+
+    /// The view is changed: a node comes, goes or loses its disk, or another number of replicas is asked for.
+    fn plan(&mut self) {
+        self.next_directory += 1;
+        match self.rng.random_range(0..4) {
+            0 => self.nodes.push(node(self.next_directory)),
+            1 if self.nodes.len() > usize::from(self.factor) => {
+                let index = self.rng.random_range(0..self.nodes.len());
+                self.nodes.remove(index);
+            }
+            2 => self.factor = self.rng.random_range(1..=5.min(self.nodes.len() as u8)),
+            _ => {}
+        }
+        let view = self.view.clone();
+        let away: BTreeSet<NodeId> = view.nodes.keys().filter(|id| !self.up.contains(id)).copied().collect();
+        let out = if self.rng.random_bool(0.5) { away } else { BTreeSet::new() };
+        let next = plan(&view, asked(self.factor), &self.nodes, &out).expect("a plan").view;
+        for id in next.nodes.keys().filter(|id| !view.nodes.contains_key(id)) {
+            self.up.insert(*id);
+        }
+        self.meta.install(next);
+        self.follow_meta();
+    }
+
+    /// A node takes notice of the view: it wipes what is retired and creates what it is to have.
+    fn look(&mut self, node: NodeId) {
+        let view = self.view.clone();
+        if !self.up.contains(&node) {
+            return;
+        }
+        let before = self.seen.insert(node, view.clone());
+        let hosted = |view: &View| -> BTreeSet<(GroupId, ReplicaId)> {
+            let all = view.groups.iter().flat_map(|(id, group)| group.hosted().map(move |(replica, at)| (*id, replica, at)));
+            all.filter(|(.., at)| *at == node).map(|(group, replica, _)| (group, replica)).collect()
+        };
+        let (now, before) = (hosted(&view), before.map(|view| hosted(&view)).unwrap_or_default());
+        for (group, replica) in before.difference(&now) {
+            let raft = self.groups.get_mut(group).expect("a group");
+            raft.logs.remove(replica);
+            if raft.leader == Some(*replica) {
+                raft.leader = None;
+            }
+            let votes = effective(&raft.committed).is_some_and(|(_, members)| members.voters().contains(replica));
+            assert!(!votes, "replica {replica} of {group} is wiped, and votes");
+        }
+        for (group, replica) in now.difference(&before) {
+            self.groups.get_mut(group).expect("a group").logs.entry(*replica).or_default();
+        }
+    }
+
+    fn observe(&self, id: GroupId, me: ReplicaId, group: &Group) -> Observed {
+        let raft = &self.groups[&id];
+        let (index, members) = effective(raft.log(me)).expect("a membership");
+        let up = self.up_replicas(id);
+        let length = raft.log(me).len();
+        let caught_up = members.all().into_iter().filter(|replica| raft.matched(me, *replica) + LAG_MAX >= length);
+        Observed {
+            me,
+            log_id: LogId { term: raft.log(me)[index].term, index: index as u64 },
+            voters: members.voters(),
+            learners: members.learners.clone(),
+            is_settled: members.configs.len() == 1 && raft.is_membership_committed(),
+            alive: up.into_iter().filter(|id| members.all().contains(id) || group.replicas.contains_key(id)).collect(),
+            caught_up: caught_up.filter(|replica| raft.logs.contains_key(replica)).collect(),
+        }
+    }
+
+    /// The leader of the group takes the next step.
+    fn step(&mut self, id: GroupId) {
+        let Some(me) = self.groups[&id].leader else { return };
+        let Some(view) = self.seen.get(&self.places[&me]) else { return };
+        let Some(group) = view.groups.get(&id) else { return };
+        let now = self.observe(id, me, group);
+        let (step, wanted) = (next_step(group, &now), group.voters());
+        let up = self.up_replicas(id);
+        let raft = self.groups.get_mut(&id).expect("a group");
+        let members = effective(raft.log(me)).expect("a membership").1.clone();
+        if let Step::HandOver(to) = step {
+            assert!(members.voters().contains(&to) && now.caught_up.contains(&to));
+            raft.elect(to, &up);
+            return;
+        }
+        if let Step::Report(reported) = step {
+            assert!(now.is_settled);
+            let copies = if self.rng.random_bool(0.2) { 2 } else { 1 };
+            self.reports.extend(vec![Command::Report { group: id, reported }; copies]);
+            return;
+        }
+        if !raft.is_membership_committed() {
+            return;
+        }
+        let mut next = members.clone();
+        match step {
+            Step::Nothing | Step::Wait | Step::HandOver(_) | Step::Report(_) => return,
+            Step::AddLearner(replica) => {
+                assert!(!members.all().contains(&replica) && raft.logs.contains_key(&replica));
+                next.learners.insert(replica);
+            }
+            Step::SetVoters(voters) => {
+                assert!(voters.is_subset(&members.all()) && voters.contains(&me), "{voters:?} of {members:?}");
+                let newcomers = voters.difference(&members.voters()).copied().collect::<Replicas>();
+                assert!(newcomers.is_subset(&now.caught_up), "voters before they have caught up");
+                if has_majority(&members.configs, &up) {
+                    let live = |of: &Replicas| of.intersection(&up).count();
+                    assert!(has_majority(std::slice::from_ref(&voters), &up), "{voters:?} of {members:?}, up {up:?}");
+                    assert!(live(&voters) >= live(&members.voters()).min(live(&wanted)), "fewer live voters than before");
+                }
+                next = members.with_voters(&voters);
+                raft.is_changing = next.configs.len() > 1;
+            }
+            Step::RemoveLearners(learners) => {
+                assert!(learners.is_subset(&members.learners));
+                next.learners.retain(|learner| !learners.contains(learner));
+            }
+        }
+        raft.append(Some(next));
+    }
+
+    /// The second half of a change of voters.
+    fn finish(&mut self, id: GroupId) {
+        let raft = self.groups.get_mut(&id).expect("a group");
+        let Some(leader) = raft.leader.filter(|_| raft.is_changing && raft.is_membership_committed()) else { return };
+        let members = effective(raft.log(leader)).expect("a membership").1.clone();
+        let last = members.configs.last().expect("a config").clone();
+        raft.is_changing = false;
+        raft.append(Some(members.with_voters(&last)));
+    }
+
+    fn replicate(&mut self, id: GroupId) {
+        let up = self.up_replicas(id);
+        let raft = self.groups.get_mut(&id).expect("a group");
+        let Some(members) = raft.leader.and_then(|leader| effective(raft.log(leader))).map(|(_, members)| members.all()) else {
+            return;
+        };
+        let to = members.intersection(&up).copied().choose(&mut self.rng);
+        if let Some(to) = to {
+            raft.replicate(to, self.rng.random_range(1..8));
+        }
+    }
+
+    fn elect(&mut self, id: GroupId) {
+        let up = self.up_replicas(id);
+        if let Some(candidate) = up.iter().copied().choose(&mut self.rng) {
+            self.groups.get_mut(&id).expect("a group").elect(candidate, &up);
+        }
+    }
+
+    fn deliver(&mut self) {
+        if let Some(index) = (0..self.reports.len()).choose(&mut self.rng) {
+            let report = self.reports.swap_remove(index);
+            self.meta.run(report);
+            self.follow_meta();
+        }
+    }
+
+    /// A node crashes, if every group keeps the majorities that it has.
+    fn crash(&mut self) {
+        let Some(node) = self.up.iter().copied().choose(&mut self.rng) else { return };
+        self.up.remove(&node);
+        let is_safe = self.groups.iter().all(|(id, raft)| {
+            let mut memberships = raft.logs.values().filter_map(|log| effective(log)).chain(effective(&raft.committed));
+            memberships.all(|(_, members)| has_majority(&members.configs, &self.up_replicas(*id)))
+        });
+        if !is_safe {
+            self.up.insert(node);
+        }
+        self.drop_leaders();
+    }
+
+    fn drop_leaders(&mut self) {
+        let ids: Vec<GroupId> = self.groups.keys().copied().collect();
+        for id in ids {
+            let up = self.up_replicas(id);
+            let raft = self.groups.get_mut(&id).expect("a group");
+            raft.leader = raft.leader.filter(|leader| up.contains(leader));
+        }
+    }
+
+    /// One thing happens, of those that always may.
+    fn tick(&mut self) {
+        let id = self.groups.keys().copied().choose(&mut self.rng).expect("a group");
+        match self.rng.random_range(0..20) {
+            0..8 => self.replicate(id),
+            8..12 => self.step(id),
+            12..14 => self.finish(id),
+            14..16 => self.deliver(),
+            16..18 => {
+                let nodes: BTreeSet<NodeId> = self.view.nodes.keys().chain(self.seen.keys()).copied().collect();
+                let node = nodes.into_iter().choose(&mut self.rng).expect("a node");
+                self.look(node);
+            }
+            18 if self.groups[&id].leader.is_none() => self.elect(id),
+            _ => self.groups.get_mut(&id).expect("a group").append(None),
+        }
+    }
+
+    fn trouble(&mut self) {
+        let id = self.groups.keys().copied().choose(&mut self.rng).expect("a group");
+        match self.rng.random_range(0..8) {
+            0 | 1 => self.crash(),
+            2 | 3 => {
+                let nodes: Vec<NodeId> = self.seen.keys().copied().collect();
+                self.up.extend(nodes.into_iter().choose(&mut self.rng));
+            }
+            4 => self.elect(id),
+            5 => self.groups.get_mut(&id).expect("a group").is_changing = false,
+            _ => self.plan(),
+        }
+    }
+
+    /// Everything is up and goes on until the view is as planned.
+    fn settle(&mut self) {
+        self.up = self.seen.keys().chain(self.view.nodes.keys()).copied().collect();
+        let last = plan(&self.view, asked(self.factor), &self.nodes, &BTreeSet::new()).expect("a plan").view;
+        self.meta.install(last);
+        self.follow_meta();
+        for _ in 0..20_000 {
+            if self.view.is_settled() {
+                return;
+            }
+            self.tick();
+        }
+        for (id, raft) in &self.groups {
+            let leader = raft.leader.map(|leader| (leader, effective(raft.log(leader))));
+            println!("{id}: {:?}, led by {leader:?}", self.view.groups[id]);
+        }
+        panic!("not settled");
+    }
+}
+
+fn places(view: &View) -> BTreeMap<ReplicaId, NodeId> {
+    view.groups.values().flat_map(Group::hosted).collect()
+}
+
+fn node(number: u128) -> Node {
+    let address = format!("n{number}:1").parse().expect("an address");
+    Node { address, public_address: None, directory: DirectoryId(number) }
+}
+
+fn asked(factor: u8) -> Asked {
+    Asked { layout: Layout::Spread, replication_factor: Some(factor), shards: Some(1) }
+}
+
+#[test]
+fn members_come_to_be_what_the_view_wants_whatever_happens_on_the_way() {
+    for seed in 0..20 {
+        println!("seed {seed}");
+        let mut sim = Sim::new(seed);
+        for _ in 0..40 {
+            sim.trouble();
+            for _ in 0..sim.rng.random_range(0..60) {
+                sim.tick();
+            }
+        }
+        sim.settle();
+    }
+}
