@@ -35,6 +35,7 @@ async fn one_address_serves_the_whole_store_and_redirects_nobody() {
     let batch = ask(&cluster, &gateway, batch.header("content-type", "application/json")).await;
     assert_eq!(batch.status, 200, "{}", batch.text());
     assert!((0..KEYS).all(|n| batch.text().contains(&format!("\"{}\"", value(n)))), "{}", batch.text());
+    assert_speaks_every_dialect(&cluster, &gateway).await;
     for (path, part) in [("/healthz", "ok"), ("/metrics", "quorate_gateway_ready 1"), ("/v1/cluster", "\"shards\"")] {
         let answer = ask(&cluster, &gateway, Request::get(path)).await;
         assert!(answer.status == 200 && answer.text().contains(part), "{path}: {}", answer.text());
@@ -102,6 +103,33 @@ async fn without_a_quorum_it_says_so_in_time_and_recovers() {
     cluster.wait_ready().await;
     wait_ready(&cluster, &mut gateway).await;
     assert_whole(&cluster, &gateway).await;
+}
+
+async fn assert_speaks_every_dialect(cluster: &Cluster, gateway: &Node) {
+    let steps = [
+        ("GET /fetch", "", r#""value 7""#),
+        ("POST /fetch", r#"[{"encoding":"string","data":"gateway-008"}]"#, r#""value 8""#),
+        ("POST /query", r#"[{"encoding":"string","data":"gateway-008"}]"#, r#""value":true"#),
+        (
+            "PUT /set",
+            r#"[{"key":{"encoding":"string","data":"a"},"value":{"encoding":"string","data":"of A"}}]"#,
+            r#""keys_added":1"#,
+        ),
+        ("GET /get/a", "", "value is of A"),
+        ("POST /set/b", r#"{"of":"B"}"#, "value is {'of': 'B'}"),
+        ("GET /kvs/keys/b", "", r#""value":{"of":"B"}"#),
+        // A gateway is nobody's home.
+        ("PUT /kvs/keys/c", r#"{"value":"of C"}"#, r#""address":"127.0.0.1:"#),
+        ("GET /kvs/key-count", "", r#""key-count""#),
+        ("POST /set", r#"[{"key":"e","value":"of E"}]"#, "Success to set key"),
+        ("POST /get", r#"[{"key":"c"},{"key":"none"}]"#, r#""existedKey":[{"key":"c","value":"of C"}]"#),
+    ];
+    for (line, body, part) in steps {
+        let (method, path) = line.split_once(' ').expect("a method and a path");
+        let method = method.parse().expect("a method");
+        let answer = ask(cluster, gateway, Request { body: body.into(), ..Request::new(method, path) }).await;
+        assert!((200..300).contains(&answer.status) && answer.text().contains(part), "{line}: {answer:?}: {}", answer.text());
+    }
 }
 
 fn key(n: usize) -> String {

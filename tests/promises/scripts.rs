@@ -76,6 +76,8 @@ async fn servers_and_a_gateway_are_started_and_stopped() {
         text(&output.expect("curl"))
     };
     curl(&["-X", "PUT", "-d", "value"]);
+    let samples = place.must("scripts/client.sh", &[&format!("127.0.0.1:{proxy}")]);
+    assert!(samples.contains(r#"[{"keys_added":3,"keys_failed":[]}]"#) && samples.contains("under a key of bits"), "{samples}");
     // What runs already is left alone; what was stopped comes back with its data.
     place.must("scripts/start_n_servers.sh", &["2", &first]);
     place.must("cluster.sh", &["gateway", &proxy]);
