@@ -155,8 +155,14 @@ impl Shared {
             Step::RemoveLearners(learners) => group.remove_learners(learners).await.map_err(|error| error.to_string()),
             Step::HandOver(successor) => group.transfer_leader(successor).await.map_err(|error| error.to_string()),
             Step::Report(reported) => {
+                // Only a leader that a quorum follows still knows the members; by now it knew this plan.
+                group.read_barrier(Instant::now() + STEP_TIMEOUT).await.map_err(|error| error.to_string())?;
+                if group.watch().borrow().committed_membership.log_id != Some(reported.log_id) {
+                    return Err("the members have changed meanwhile".into());
+                }
                 let known = view.version;
-                match self.member.tell_meta(meta::Command::Report { group: id, reported }, STEP_TIMEOUT).await {
+                let report = meta::Command::Report { group: id, reported, plan: view.epoch };
+                match self.member.tell_meta(report, STEP_TIMEOUT).await {
                     Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
                         self.member.wait_for_map(known).await;
                         Ok(())

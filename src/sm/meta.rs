@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::codec;
 use super::ports::{Read, StoreError, WriteBatch};
 use super::view::{Inconsistency, Node, Reported, SlotMove, View};
-use crate::types::{Address, DirectoryId, GroupId, MapVersion, MoveId, NodeId, ReplicaId, Slot};
+use crate::types::{Address, DirectoryId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
 /// One entry of the meta group's log. Part of the disk format: variants are only ever added, at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +30,8 @@ pub enum Command {
     /// `from` goes on serving the slots of the move.
     AbortMove { id: MoveId },
     /// The leader of a group tells of a membership that is committed and uniform. Replicas on their way out that are not in it are retired.
-    Report { group: GroupId, reported: Reported },
+    /// Accepted only from one that knew this plan when it looked: what an earlier look did not find may have joined since.
+    Report { group: GroupId, reported: Reported, plan: PlanEpoch },
 }
 
 /// What became of a [`Command`].
@@ -110,7 +111,7 @@ pub fn apply(read: &impl Read, _index: u64, command: Command) -> Result<(Outcome
         }
         Command::CommitMove { id } => end_move(view, id, true).map(Some),
         Command::AbortMove { id } => end_move(view, id, false).map(Some),
-        Command::Report { group, reported } => report(view, group, reported),
+        Command::Report { group, reported, plan } => report(view, group, reported, plan),
     };
     Ok(match decided {
         Err(rejection) => (Outcome::Rejected(rejection), WriteBatch::default()),
@@ -257,8 +258,11 @@ fn end_move(view: Option<View>, id: MoveId, committed: bool) -> Result<View, Rej
 }
 
 /// The view with what a leader tells of its group; none if that is nothing new.
-fn report(view: Option<View>, group: GroupId, reported: Reported) -> Result<Option<View>, Rejection> {
+fn report(view: Option<View>, group: GroupId, reported: Reported, plan: PlanEpoch) -> Result<Option<View>, Rejection> {
     let mut view = view.ok_or(Rejection::NotFounded)?;
+    if view.epoch != plan {
+        return Err(Rejection::Outdated { version: view.version });
+    }
     let known = view.groups.get_mut(&group).ok_or(Rejection::UnknownGroup(group))?;
     if known.reported.as_ref().is_some_and(|known| known.log_id > reported.log_id) {
         return Ok(None);
@@ -300,9 +304,10 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::sm::placement::first_view;
+    use crate::sm::placement::{first_view, plan};
+    use crate::sm::testing::Meta;
     use crate::sm::view::Asked;
-    use crate::types::{ClusterId, GroupId, MapVersion, Slot};
+    use crate::types::{ClusterId, GroupId, LogId, MapVersion, Slot};
 
     type Map = BTreeMap<Bytes, Bytes>;
 
@@ -400,6 +405,28 @@ mod tests {
         let taken = Rejection::AddressTaken { address: node(3).address, by: NodeId(3) };
         assert_eq!(run(&mut map, announce(2, 2, "n3:1")), Outcome::Rejected(taken));
         assert_eq!(map, before);
+    }
+
+    #[test]
+    fn a_report_from_before_the_plan_retires_nothing() {
+        let mut meta = Meta::founded(view());
+        let (group, old) = (GroupId(1), meta.view());
+        let members = old.groups[&group].voters();
+        let reported = Reported { log_id: LogId { term: 1, index: 5 }, voters: members, learners: BTreeSet::new() };
+        let report = |plan| Command::Report { group, reported: reported.clone(), plan };
+        let wanted = vec![node(1), node(2), node(4)];
+        meta.install(plan(&old, old.asked, &wanted, &BTreeSet::new()).expect("a plan").view);
+        // The newcomer is planned out again, and may have become a voter meanwhile.
+        let back = vec![node(1), node(2), node(3)];
+        meta.install(plan(&meta.view(), old.asked, &back, &BTreeSet::new()).expect("a plan").view);
+        let before = meta.view();
+        let newcomers = before.groups[&group].leaving.keys().filter(|replica| !reported.is_member(**replica)).count();
+        assert!(newcomers > 0, "{before:?}");
+        let outdated = Outcome::Rejected(Rejection::Outdated { version: before.version });
+        assert_eq!(meta.run(report(old.epoch)), outdated);
+        assert_eq!(meta.view(), before);
+        assert_eq!(meta.run(report(before.epoch)), Outcome::Done);
+        assert!(meta.view().groups[&group].leaving.keys().all(|replica| reported.is_member(*replica)));
     }
 
     #[test]

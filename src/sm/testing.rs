@@ -56,7 +56,7 @@ impl Meta {
             let Some(now) = view.groups.remove(&group).filter(|now| !now.is_settled()) else { continue };
             let log_id = LogId { term: 1, index: now.reported.as_ref().map_or(1, |known| known.log_id.index + 1) };
             let reported = Reported { log_id, voters: now.voters(), learners: now.learners };
-            assert_eq!(self.run(Command::Report { group, reported }), Outcome::Done);
+            assert_eq!(self.run(Command::Report { group, reported, plan: view.epoch }), Outcome::Done);
             view = self.view();
         }
     }

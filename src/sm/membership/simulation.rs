@@ -289,8 +289,8 @@ impl Sim {
         }
         if let Step::Report(reported) = step {
             assert!(now.is_settled);
-            let copies = if self.rng.random_bool(0.2) { 2 } else { 1 };
-            self.reports.extend(vec![Command::Report { group: id, reported }; copies]);
+            let copies = self.rng.random_range(1..=3);
+            self.reports.extend(vec![Command::Report { group: id, reported, plan: view.epoch }; copies]);
             return;
         }
         if !raft.is_membership_committed() {
@@ -390,7 +390,8 @@ impl Sim {
             0..8 => self.replicate(id),
             8..12 => self.step(id),
             12..14 => self.finish(id),
-            14..16 => self.deliver(),
+            14 => self.deliver(),
+            15 if self.reports.len() < 4 => self.step(id),
             16..18 => {
                 let nodes: BTreeSet<NodeId> = self.view.nodes.keys().chain(self.seen.keys()).copied().collect();
                 let node = nodes.into_iter().choose(&mut self.rng).expect("a node");
@@ -450,12 +451,13 @@ fn asked(factor: u8) -> Asked {
 
 #[test]
 fn members_come_to_be_what_the_view_wants_whatever_happens_on_the_way() {
-    for seed in 0..20 {
+    // With reports of older plans accepted, 145 wipes a replica that votes.
+    for seed in 130..150 {
         println!("seed {seed}");
         let mut sim = Sim::new(seed);
         for _ in 0..40 {
             sim.trouble();
-            for _ in 0..sim.rng.random_range(0..60) {
+            for _ in 0..sim.rng.random_range(0..100) {
                 sim.tick();
             }
         }
