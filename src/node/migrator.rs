@@ -23,7 +23,7 @@ use crate::sm::moves::{Budget, CLEAR_KEYS_MAX, Move, Side, Step, next_step};
 use crate::sm::ports::StoreError;
 use crate::sm::slots::SlotState;
 use crate::sm::view::View;
-use crate::types::{GroupId, MoveId, Slot};
+use crate::types::{GroupId, MapVersion, MoveId, Slot};
 
 /// Between two looks for something to move.
 const TICK: Duration = Duration::from_millis(100);
@@ -52,6 +52,8 @@ pub struct Migrator {
     running: JoinSet<()>,
     /// In which term nothing was left over in a shard's map from moves that have ended.
     clean: BTreeMap<GroupId, u64>,
+    /// The shards with slots that should be elsewhere, by the view of this version: looked up once per view, not per shard and tick.
+    sources: (MapVersion, BTreeSet<GroupId>),
 }
 
 struct Shared {
@@ -67,7 +69,7 @@ impl Migrator {
     pub fn new(member: Arc<Member>) -> Self {
         let access = Access::new(member.clone());
         let shared = Shared { member, access, busy: Mutex::default(), not_before: Mutex::default() };
-        Self { shared: Arc::new(shared), running: JoinSet::new(), clean: BTreeMap::new() }
+        Self { shared: Arc::new(shared), running: JoinSet::new(), clean: BTreeMap::new(), sources: Default::default() }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -79,6 +81,9 @@ impl Migrator {
             }
             while self.running.try_join_next().is_some() {}
             let view = self.shared.member.view();
+            if self.sources.0 != view.version {
+                self.sources = (view.version, view.astray().map(|slot| view.slots.owner(slot)).collect());
+            }
             for group in self.shared.member.registry.groups() {
                 let id = group.key().group;
                 if !id.is_meta() && group.leads() && self.shared.take_up(id) {
@@ -92,7 +97,7 @@ impl Migrator {
     /// Gives the shard a task for what it has to do, if there is anything.
     fn begin(&mut self, view: &View, group: Arc<Group>) {
         let id = group.key().group;
-        let term = group.status().term;
+        let term = group.watch().borrow().term;
         let open = view.moves.iter().find(|(_, open)| open.from == id);
         let shared = self.shared.clone();
         if let Some((move_id, open)) = open {
@@ -102,7 +107,7 @@ impl Migrator {
                 let _busy = Busy(&shared, id);
                 shared.drive(&group, &of).await;
             });
-        } else if view.astray().any(|slot| view.slots.owner(slot) == id) && shared.may_open(id) {
+        } else if self.sources.1.contains(&id) && shared.may_open(id) {
             self.clean.remove(&id);
             self.running.spawn(async move {
                 let _busy = Busy(&shared, id);
