@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::address_book::AddressBook;
 use super::call::{CallError, ShardCaller, describe, failure_of};
@@ -31,6 +31,10 @@ const STATUS_TIMEOUT: Duration = Duration::from_millis(1500);
 const REFRESH_INTERVAL_MIN: Duration = Duration::from_millis(50);
 /// Nodes asked in one call: each replica once, and where they point to.
 const HOPS_MAX: usize = 12;
+/// The shortest that a server can be told to wait.
+const TIMEOUT_MIN: Duration = Duration::from_millis(1);
+/// Between two rounds over all members.
+const ROUND_PAUSE: Duration = Duration::from_millis(200);
 /// Kept back from the time that a node is given, so that its own "not in time" still arrives.
 const REPLY_MARGIN_MAX: Duration = Duration::from_millis(100);
 
@@ -311,22 +315,24 @@ impl ShardAccess for HttpAccess {
         only_if: Option<PlanEpoch>,
         options: Options,
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
-        let sent = self.first_to_answer(|address| view_change::change(self.caller.http(), address, &change, only_if, options));
-        sent.await
+        let http = self.caller.http();
+        self.first_to_answer(options, |address, options| view_change::change(http, address, &change, only_if, options)).await
     }
 
     async fn plan_view(&self, change: ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
-        self.first_to_answer(|address| view_change::plan(self.caller.http(), address, &change, options)).await
+        let http = self.caller.http();
+        self.first_to_answer(options, |address, options| view_change::plan(http, address, &change, options)).await
     }
 
     async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
         let deadline = Instant::now() + options.timeout;
         let mut last = Ok(None);
         for address in self.answering_first().await? {
-            let timeout = Kind::Read.attempt_timeout(deadline.saturating_duration_since(Instant::now()));
-            if timeout.is_zero() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left < TIMEOUT_MIN {
                 break;
             }
+            let timeout = Kind::Read.attempt_timeout(left);
             match view_change::operation(self.caller.http(), address, id, Options { timeout, ..options }).await {
                 Ok(Some(change)) => return Ok(Some(change)),
                 // A node that has left does not know it: the next one may.
@@ -340,19 +346,35 @@ impl ShardAccess for HttpAccess {
 }
 
 impl HttpAccess {
-    /// Asks member after member until one answers.
-    async fn first_to_answer<'a, T, F>(&self, ask: impl Fn(Address) -> F) -> Result<T, ViewChangeFailure>
+    /// Asks member after member, and all of them again, until one answers or the time is up: while the meta group changes its leader,
+    /// nobody does.
+    async fn first_to_answer<'a, T, F>(
+        &self,
+        options: Options,
+        ask: impl Fn(Address, Options) -> F,
+    ) -> Result<T, ViewChangeFailure>
     where
         F: Future<Output = Result<T, ViewChangeFailure>> + 'a,
     {
-        let mut last = ViewChangeFailure::Failed(unavailable("no node is known".into()));
-        for address in self.answering_first().await.map_err(ViewChangeFailure::Failed)? {
-            match ask(address).await {
-                Err(failure @ ViewChangeFailure::Failed(Failure::Unavailable { .. })) => last = failure,
-                settled => return settled,
+        let deadline = Instant::now() + options.timeout;
+        loop {
+            let mut last = unavailable("no node is known".into());
+            let members = self.answering_first().await.unwrap_or_else(|failure| {
+                last = failure;
+                Vec::new()
+            });
+            for address in members {
+                let timeout = deadline.saturating_duration_since(Instant::now()).max(TIMEOUT_MIN);
+                match ask(address, Options { timeout, ..options }).await {
+                    Err(ViewChangeFailure::Failed(failure @ Failure::Unavailable { .. })) => last = failure,
+                    settled => return settled,
+                }
             }
+            if Instant::now() + ROUND_PAUSE >= deadline {
+                return Err(ViewChangeFailure::Failed(last));
+            }
+            sleep(ROUND_PAUSE).await;
         }
-        Err(last)
     }
 
     /// The members as of now, the one first that has just said so: a change of the view may be asked of any, and changes who they are.
