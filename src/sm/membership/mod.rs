@@ -4,10 +4,10 @@
 //! be, and never for a set of which a majority is not up and caught up. A leader that is to go hands over first. Members that the view does
 //! not want, or does not know, leave in the end; the report of that to the meta group is what retires them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::view::{Group, Reported};
-use crate::types::{LogId, ReplicaId};
+use crate::types::{LogId, NodeId, ReplicaId};
 
 type Replicas = BTreeSet<ReplicaId>;
 
@@ -48,12 +48,13 @@ pub fn next_step(group: &Group, now: &Observed) -> Step {
     let wanted: Replicas = group.replicas.keys().copied().collect();
     let members: Replicas = now.voters.union(&now.learners).copied().collect();
     let missing = || wanted.difference(&members);
+    let blocked = blocked(group);
     if !now.is_settled {
         // A change that another leader began is brought to its end by the next one.
         let voters = next_voters(group, now).unwrap_or_else(|| now.voters.clone());
         return Step::SetVoters(with_me(voters, now));
     }
-    if let Some(replica) = missing().find(|replica| now.alive.contains(replica)) {
+    if let Some(replica) = missing().find(|replica| now.alive.contains(replica) && !blocked.contains_key(replica)) {
         return Step::AddLearner(*replica);
     }
     if let Some(voters) = next_voters(group, now) {
@@ -86,6 +87,20 @@ fn with_me(mut voters: Replicas, now: &Observed) -> Replicas {
     voters
 }
 
+/// The wanted replicas that can't come yet, each with the one in its way: a node runs one replica of a group at a time.
+fn blocked(group: &Group) -> BTreeMap<ReplicaId, ReplicaId> {
+    let before = |node: &NodeId| group.leaving.iter().find(|(_, at)| *at == node).map(|(replica, _)| *replica);
+    group.replicas.iter().filter_map(|(replica, node)| Some((*replica, before(node)?))).collect()
+}
+
+/// The voter that goes before its successor comes, because that is to be on its node: one at a time, and only when nobody else comes.
+fn makes_way(blocked: &BTreeMap<ReplicaId, ReplicaId>, now: &Observed) -> Option<ReplicaId> {
+    let all_vote = blocked.values().all(|replica| now.voters.contains(replica));
+    let mut in_the_way: Vec<ReplicaId> = blocked.values().copied().collect();
+    in_the_way.sort_by_key(|replica| (*replica == now.me, *replica));
+    in_the_way.first().copied().filter(|_| all_vote)
+}
+
 /// The voters to go on with; none: those of now.
 fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
     let wanted = group.voters();
@@ -95,12 +110,14 @@ fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
     let mut next: Replicas = staying.union(&ready).copied().collect();
     if !behind.is_empty() {
         let is_whole = now.voters.is_subset(&now.alive);
-        let some_come = behind.iter().any(|replica| now.alive.contains(replica));
+        let blocked = blocked(group);
+        let some_come = behind.iter().any(|replica| now.alive.contains(replica) && !blocked.contains_key(replica));
         if is_whole && some_come {
             return None;
         }
         // Those that are still to go stand in for those that are not there yet, the live ones first.
-        let mut standing_in: Vec<ReplicaId> = rest.into_iter().collect();
+        let gone = makes_way(&blocked, now).filter(|_| !some_come);
+        let mut standing_in: Vec<ReplicaId> = rest.into_iter().filter(|replica| Some(*replica) != gone).collect();
         standing_in.sort_by_key(|replica| (*replica != now.me, !now.alive.contains(replica)));
         let missing = wanted.len().saturating_sub(next.len());
         next.extend(standing_in.into_iter().take(missing));
@@ -126,10 +143,7 @@ fn is_news(group: &Group, here: &Reported) -> bool {
 mod simulation;
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
-    use crate::types::NodeId;
 
     fn set(ids: &[u64]) -> Replicas {
         ids.iter().map(|id| ReplicaId(*id)).collect()
@@ -198,6 +212,32 @@ mod tests {
         let shrunk = group(&[1, 2, 3], &[1]);
         assert_eq!(next(&shrunk, &now(2, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::HandOver(ReplicaId(1)));
         assert_eq!(next(&shrunk, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::SetVoters(set(&[1])));
+    }
+
+    /// A plan took 2 and 3 away, and the next one wants replicas on their nodes again before they are gone.
+    #[test]
+    fn replicas_make_way_one_by_one_for_others_on_their_nodes() {
+        let mut group = group(&[1, 2, 3], &[1]);
+        group.replicas.extend([(ReplicaId(4), NodeId(2)), (ReplicaId(5), NodeId(3))]);
+        let all = [1, 2, 3, 4, 5];
+        let step = |group: &Group, voters: &[u64], learners: &[u64], caught_up: &[u64]| {
+            next(group, &now(1, voters, learners, &all, caught_up))
+        };
+        assert_eq!(step(&group, &[1, 2, 3], &[], &[1, 2, 3]), Step::SetVoters(set(&[1, 3])));
+        assert_eq!(step(&group, &[1, 3], &[2], &[1, 2, 3]), Step::RemoveLearners(set(&[2])));
+        let known = now(1, &[1, 3], &[], &all, &[1, 3]);
+        assert!(matches!(next_step(&group, &known), Step::Report(_)), "so that 2 is retired");
+        group.leaving.remove(&ReplicaId(2));
+        assert_eq!(step(&group, &[1, 3], &[], &[1, 3]), Step::AddLearner(ReplicaId(4)));
+        assert_eq!(step(&group, &[1, 3], &[4], &[1, 3]), Step::Wait);
+        assert_eq!(step(&group, &[1, 3], &[4], &[1, 3, 4]), Step::SetVoters(set(&[1, 4])));
+        assert_eq!(step(&group, &[1, 4], &[3], &[1, 3, 4]), Step::RemoveLearners(set(&[3])));
+        group.leaving.remove(&ReplicaId(3));
+        assert_eq!(step(&group, &[1, 4], &[5], &[1, 4, 5]), Step::SetVoters(set(&[1, 4, 5])));
+        // With nobody else to stand in, the last one stays.
+        let mut single = super::tests::group(&[1], &[6]);
+        single.replicas = BTreeMap::from([(ReplicaId(6), NodeId(1))]);
+        assert_eq!(next(&single, &now(1, &[1], &[], &[1, 6], &[1])), Step::Wait);
     }
 
     #[test]
