@@ -237,12 +237,13 @@ impl Member {
     /// The view and how its groups are: asks every node about its replicas.
     pub async fn status(&self) -> ClusterStatus {
         let mut cached = self.status.lock().await;
+        let view = self.view();
         if let Some((at, status)) = cached.as_ref()
             && at.elapsed() < STATUS_FRESH_FOR
+            && status.version == view.version
         {
             return status.clone();
         }
-        let view = self.view();
         let asked = view.nodes.iter().map(|(id, node)| async move {
             if *id == self.node {
                 return (*id, Some(self.hosted()));
