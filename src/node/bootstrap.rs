@@ -165,11 +165,17 @@ fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step>
             Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Member { .. } => None,
         });
     };
-    if let Some((node, _)) = view.nodes.iter().find(|(_, node)| node.directory == own.directory) {
+    // A retired id is final: a view that has it is an old one, of a node that has yet to hear the news.
+    let retired = match own.stamp {
+        Stamp::Retired { cluster, node, .. } if *cluster == view.cluster => Some(*node),
+        Stamp::Retired { .. } | Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. } | Stamp::Member { .. } => None,
+    };
+    let is_new = |id: &NodeId| retired.is_none_or(|retired| *id > retired);
+    if let Some((node, _)) = view.nodes.iter().find(|(id, node)| node.directory == own.directory && is_new(id)) {
         return Some(Step::Adopt { view: view.clone(), node: *node });
     }
     let members = view.nodes.values().map(|node| node.address.clone()).collect();
-    let waiting = match view.node_at(own.address) {
+    let waiting = match view.node_at(own.address).filter(is_new) {
         Some(node) => Waiting::LostDirectory { cluster: view.cluster, node, members },
         None => Waiting::Spare { cluster: Some(view.cluster), members },
     };
@@ -313,6 +319,24 @@ mod tests {
         actors[0].stamp = Stamp::Founding { view: view.clone() };
         let node = view.node_at(&address(1)).expect("a member");
         assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), Step::Adopt { view, node });
+    }
+
+    /// Others of those that left with it may not have heard the news yet.
+    #[test]
+    fn a_retired_node_is_not_taken_back_by_an_old_view() {
+        let mut actors = actors(3);
+        let view = Box::new(found(&actors));
+        let node = view.node_at(&address(1)).expect("a member");
+        actors[0].stamp = Stamp::Founding { view: view.clone() };
+        actors[1].stamp = Stamp::Retired { cluster: view.cluster, node, members: vec![address(9)] };
+        let step = next_step(actors[1].own(), &heard(&actors, 1, |_| true));
+        assert!(matches!(&step, Step::Wait(Waiting::Spare { .. })), "{step:?}");
+        // Under another id it is a newcomer.
+        let mut later = view.clone();
+        let place = later.nodes.remove(&node).expect("it was there");
+        later.nodes.insert(NodeId(9), place);
+        actors[0].stamp = Stamp::Founding { view: later.clone() };
+        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), Step::Adopt { view: later, node: NodeId(9) });
     }
 
     #[test]
