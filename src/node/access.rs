@@ -63,9 +63,12 @@ impl Access {
     async fn execute(&self, group: &Group, body: ShardBody, deadline: Instant) -> ShardReply {
         let shard = group.key().group;
         match body {
-            ShardBody::Write(write) => match group.propose(write, deadline).await {
-                Ok(outcome) => ShardReply::Written(outcome),
-                Err(error) => ShardReply::Failed(self.propose_failure(shard, error)),
+            ShardBody::Write(write) => match self.gone(group, &write) {
+                Some(rejection) => ShardReply::Written(kv::WriteOutcome::Rejected(rejection)),
+                None => match group.propose(write, deadline).await {
+                    Ok(outcome) => ShardReply::Written(outcome),
+                    Err(error) => ShardReply::Failed(self.propose_failure(shard, error)),
+                },
             },
             ShardBody::Get { key, consistency } => match self.before_read(group, consistency, deadline).await {
                 Ok(staleness) => read_key(group, &key, staleness),
@@ -105,6 +108,19 @@ impl Access {
                 Err(failure) => ShardReply::Failed(failure),
             },
         }
+    }
+
+    /// Of a shard that ends: what it does not have any more. Its replicas stop as soon as nothing is left, and the outcome of a write that
+    /// is proposed just before would not be known.
+    fn gone(&self, group: &Group, write: &kv::Write) -> Option<kv::Rejection> {
+        if self.member.view().groups.get(&group.key().group).is_some_and(|of| !of.ends) {
+            return None;
+        }
+        let state = group.state().read();
+        write.operations.iter().find_map(|operation| match kv::read(&state, &operation.key) {
+            Ok(ReadOutcome::NotOwned { slot, moved_to }) => Some(kv::Rejection::WrongOwner { slot, moved_to }),
+            Ok(ReadOutcome::Owned(_)) | Err(_) => None,
+        })
     }
 
     /// Makes sure that what the replica has applied is as new as asked. For a stale read: how old it may be.
