@@ -25,3 +25,4 @@ mod pause;
 mod power_cut;
 mod scripts;
 mod tour;
+mod view_change;

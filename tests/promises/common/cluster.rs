@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::damage::files;
-use super::http::{Client, Request};
+use super::http::{Answer, Client, Request};
 use super::{eventually, say};
 
 /// How long a node may take to be ready. Generous: it bounds a broken test, and measures nothing.
@@ -118,6 +118,57 @@ impl Cluster {
         };
         let nodes = addresses.iter().enumerate().map(node).collect();
         Self { nodes, client: Client::default(), ports, dir, _ports: lock, _turn: turn }
+    }
+
+    /// Starts one more node, which waits as a spare: its VIEW is that of the others. Its position in `nodes`.
+    pub async fn add_spare(&mut self) -> usize {
+        let view = self.addresses().join(",");
+        let id = self.add_node(&["--view", &view]);
+        self.wait_spare(id).await;
+        id
+    }
+
+    /// Starts one more node, which is a cluster of its own.
+    pub async fn add_stranger(&mut self) -> usize {
+        let id = self.add_node(&[]);
+        self.wait_node_ready(id).await;
+        id
+    }
+
+    fn add_node(&mut self, arguments: &[&str]) -> usize {
+        let id = self.nodes.len();
+        assert!(id < usize::from(PORTS_PER_CLUSTER) - 2, "the last ports are for gateways");
+        let address = format!("127.0.0.1:{}", self.ports.start + u16::try_from(id).expect("few nodes"));
+        let data = self.dir.path().join(format!("node-{id}"));
+        let path = data.display().to_string();
+        let arguments =
+            ["--address", &address, "--data-dir", &path].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
+        let log = self.dir.path().join(format!("node-{id}.log"));
+        let mut node = Node { address, data, log, command: "serve", arguments, wrapper: Vec::new(), child: None };
+        node.start();
+        self.nodes.push(node);
+        id
+    }
+
+    /// Waits until a node says that it is a spare.
+    pub async fn wait_spare(&self, id: usize) {
+        self.wait_for(id, "is a spare", |answer| is_spare(answer)).await;
+    }
+
+    /// Waits until a node is ready, or says that it is a spare.
+    pub async fn wait_up(&self, id: usize) {
+        self.wait_for(id, "is up", |answer| answer.status == 200 || is_spare(answer)).await;
+    }
+
+    async fn wait_for(&self, id: usize, what: &str, holds: impl Fn(&Answer) -> bool) {
+        let address = &self.nodes[id].address;
+        let mut last = String::new();
+        let found = eventually(READY_LIMIT, async || {
+            let answer = self.client.ask_only(address, &Request::get("/readyz").timeout(Duration::from_secs(2))).await;
+            last = format!("{answer:?}");
+            answer.is_ok_and(|answer| holds(&answer)).then_some(())
+        });
+        assert!(found.await.is_some(), "not after {READY_LIMIT:?}: node {id} ({address}) {what}; /readyz: {last}");
     }
 
     /// A gateway to these members, not started yet: the `number`th of the cluster, for a port of its own.
@@ -317,6 +368,19 @@ impl Drop for Node {
     }
 }
 
+fn is_spare(answer: &Answer) -> bool {
+    answer.status == 503 && answer.text().contains(r#""code":"spare""#)
+}
+
+/// Runs `quorate cluster` with these words, told of these nodes: its exit code and what it printed.
+pub async fn operate(servers: &[String], words: &[&str]) -> (i32, String) {
+    let mut command = tokio::process::Command::new(binary());
+    command.args(["cluster", "--server", &servers.join(",")]).args(words).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
+}
+
 /// A block of ports that nobody listens on and no other test process takes while the file is locked.
 fn take_ports() -> (Range<u16>, File) {
     let locks = std::env::temp_dir().join("quorate-test-ports");
@@ -337,6 +401,8 @@ fn take_ports() -> (Range<u16>, File) {
 /// What the tests look at in the answer of `GET /v1/cluster`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Status {
+    pub epoch: u64,
+    pub settled: bool,
     pub nodes: Vec<StatusNode>,
     pub shards: Vec<StatusShard>,
 }
@@ -348,7 +414,14 @@ pub struct StatusNode {
 }
 
 #[derive(Debug, Clone, Deserialize)]
+pub struct StatusReplica {
+    pub node: u64,
+}
+
+#[derive(Debug, Clone, Deserialize)]
 pub struct StatusShard {
+    pub slots: u64,
+    pub replicas: Vec<StatusReplica>,
     pub leader: Option<u64>,
     pub keys: Option<u64>,
 }

@@ -24,6 +24,9 @@ use super::{eventually, say, seed};
 /// What a client waits for one answer. Below the server's own deadline, so that both kinds of silence come up.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
+/// Nodes are picked by a number below this, so that a client need not know how many there are now.
+const NODES_MAX: usize = 5040;
+
 /// After a refusal, so that a dead node is not asked in a busy loop.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -36,11 +39,21 @@ pub struct Load {
     pub name: &'static str,
     pub clients: usize,
     pub registers: usize,
+    /// What a client waits for one answer.
+    pub answer_limit: Duration,
+    /// How long a client asks again what was certainly not done. Zero: it asks once.
+    pub retry_for: Duration,
 }
 
 impl Load {
     pub fn new(name: &'static str) -> Self {
-        Self { name, clients: 6, registers: 5 }
+        Self { name, clients: 6, registers: 5, answer_limit: ANSWER_LIMIT, retry_for: Duration::ZERO }
+    }
+
+    /// Clients with a deadline, who ask again until it is over when something was certainly not done. What then has no answer is an error
+    /// that a user sees: see [`History::assert_no_errors`].
+    pub fn deadline(self, deadline: Duration) -> Self {
+        Self { answer_limit: deadline, retry_for: deadline, ..self }
     }
 
     /// Lets the clients loose on all nodes of a cluster.
@@ -51,7 +64,7 @@ impl Load {
     pub fn start_at(self, addresses: Vec<String>, http: Client) -> Running {
         let shared = Arc::new(Shared {
             load: self,
-            addresses,
+            addresses: Mutex::new(addresses),
             http,
             start: Instant::now(),
             stop: AtomicBool::new(false),
@@ -68,7 +81,7 @@ impl Load {
 
 struct Shared {
     load: Load,
-    addresses: Vec<String>,
+    addresses: Mutex<Vec<String>>,
     http: Client,
     start: Instant,
     stop: AtomicBool,
@@ -81,6 +94,12 @@ struct Shared {
 impl Shared {
     fn now(&self) -> Duration {
         self.start.elapsed()
+    }
+
+    /// Any number stands for a node.
+    fn address(&self, number: usize) -> String {
+        let addresses = self.addresses.lock().expect("no client panics with it");
+        addresses[number % addresses.len()].clone()
     }
 
     fn register(&self, number: usize) -> String {
@@ -114,6 +133,12 @@ impl Running {
         assert!(reached.is_some(), "only {} of {count} writes were acknowledged in {limit:?}", done() + count - target);
     }
 
+    /// From now on these nodes are asked.
+    pub fn use_nodes(&self, addresses: Vec<String>) {
+        assert!(!addresses.is_empty(), "somebody must be asked");
+        *self.shared.addresses.lock().expect("no client panics with it") = addresses;
+    }
+
     /// What the cluster has promised to keep until now.
     pub fn acknowledged_ledger(&self) -> Ledger {
         Ledger(self.shared.ledger.lock().expect("no client panics with it").clone())
@@ -131,6 +156,8 @@ impl Running {
                 *notes.failures.entry(kind).or_default() += count;
             }
             notes.absurd.extend(client.absurd);
+            notes.errors.extend(client.errors);
+            notes.slowest = notes.slowest.max(client.slowest);
         }
         History { shared: self.shared, notes }
     }
@@ -153,6 +180,10 @@ struct Notes {
     failures: BTreeMap<String, usize>,
     /// Answers that no correct server gives.
     absurd: Vec<String>,
+    /// What a user was told instead of an answer, after all retries.
+    errors: Vec<String>,
+    /// From the first call to the last return of one operation.
+    slowest: Duration,
 }
 
 /// What the clients asked, and what they were told.
@@ -162,6 +193,20 @@ pub struct History {
 }
 
 impl History {
+    /// Panics if a client was given no answer by its deadline. What had to be asked more than once is printed.
+    pub fn assert_no_errors(&self) {
+        let Notes { failures, errors, slowest, .. } = &self.notes;
+        let name = self.shared.load.name;
+        say(&format!("{name}: slowest operation {slowest:?}; asked again: {failures:#?}"));
+        assert!(
+            errors.is_empty(),
+            "{name}, seed {}: clients saw {} errors: {:#?}",
+            seed(),
+            errors.len(),
+            &errors[..errors.len().min(20)]
+        );
+    }
+
     /// Panics unless the whole cluster, healed, tells a story that explains every answer.
     pub async fn judge(self, cluster: &Cluster) {
         self.judge_at(&cluster.addresses()).await;
@@ -172,7 +217,7 @@ impl History {
     pub async fn judge_at(mut self, addresses: &[String]) {
         self.read_registers(addresses).await;
         let missing = self.ledger_faults(addresses).await;
-        let Notes { registers, ledger, failures, absurd } = &self.notes;
+        let Notes { registers, ledger, failures, absurd, .. } = &self.notes;
         let unknown = registers.iter().filter(|(_, operation)| operation.outcome == Outcome::Unknown).count();
         let name = self.shared.load.name;
         let (operations, keys) = (registers.len(), ledger.len());
@@ -342,7 +387,7 @@ struct Worker {
 impl Worker {
     fn new(id: usize, shared: Arc<Shared>) -> Self {
         let mut random = StdRng::seed_from_u64(seed().wrapping_add(id as u64));
-        let node = random.random_range(0..shared.addresses.len());
+        let node = random.random_range(0..NODES_MAX);
         Self { id, shared, random, node, count: 0, seen: HashMap::new(), notes: Notes::default() }
     }
 
@@ -423,6 +468,9 @@ impl Worker {
         let request = self.request(path, action, revision, idempotency_key.as_deref());
         let called = self.shared.now();
         let mut told = self.ask(&request, action).await;
+        while matches!(told, Told::Rejected(_)) && self.shared.now() - called < self.shared.load.retry_for {
+            told = self.ask(&request, action).await;
+        }
         if idempotency_key.is_some() && matches!(told, Told::Unknown(_)) {
             for _ in 0..RETRIES_MAX {
                 match self.ask(&request, action).await {
@@ -436,6 +484,10 @@ impl Worker {
             }
         }
         let returned = self.shared.now();
+        self.notes.slowest = self.notes.slowest.max(returned - called);
+        if let Told::Rejected(reason) | Told::Unknown(reason) = &told {
+            self.notes.errors.push(format!("[{:.3} .. {:.3}] {path}: {reason}", called.as_secs_f64(), returned.as_secs_f64()));
+        }
         if writes && matches!(told, Told::Outcome(_)) {
             self.shared.acknowledged.lock().expect("no client panics with it").push((called, returned));
         }
@@ -459,19 +511,19 @@ impl Worker {
             // A name of our own: the loads of one cluster must not meet in the server's memory.
             request = request.header("idempotency-key", format!("\"{}-{key}\"", self.shared.load.name));
         }
-        request.timeout(ANSWER_LIMIT)
+        request.timeout(self.shared.load.answer_limit)
     }
 
     async fn ask(&mut self, request: &Request, action: Action) -> Told {
-        let told = understand(action, self.shared.http.ask(&self.shared.addresses[self.node], request).await);
+        let told = understand(action, self.shared.http.ask(&self.shared.address(self.node), request).await);
         if let Told::Rejected(reason) | Told::Unknown(reason) = &told {
             // Without the numbers, so that reasons of one kind are counted together.
             let kind: String = reason.chars().filter(|c| !c.is_ascii_digit()).collect();
             *self.notes.failures.entry(kind).or_default() += 1;
-            self.node = self.random.random_range(0..self.shared.addresses.len());
+            self.node = self.random.random_range(0..NODES_MAX);
             tokio::time::sleep(PAUSE).await;
         } else if self.random.random_range(0..20) == 0 {
-            self.node = self.random.random_range(0..self.shared.addresses.len());
+            self.node = self.random.random_range(0..NODES_MAX);
         }
         told
     }
