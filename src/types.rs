@@ -18,6 +18,10 @@ pub const KEY_BYTES_MAX: usize = 4096;
 /// UTF-8 begins so, and the native dialect, whose keys are any bytes, refuses and leaves out those that do.
 pub const RESERVED_PREFIX: [u8; 8] = [0xFF; 8];
 
+pub fn is_reserved(key: &[u8]) -> bool {
+    key.starts_with(&RESERVED_PREFIX)
+}
+
 macro_rules! number_id {
     ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
         $(#[$doc])*

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crate::common::cluster::{Cluster, Setup};
 use crate::common::fill::Fill;
-use crate::common::{from_environment, say};
+use crate::common::{from_environment, memory_peak_bytes, say};
 
 /// What a node may use however many keys it holds: its caches, tables and buffers at their limits, and room for the allocator.
 const MEMORY_BYTES_MAX: u64 = 1 << 30;
@@ -48,12 +48,4 @@ async fn assert_holds(cluster: &Cluster, fill: Fill) {
     let counted: u64 = shards.iter().map(|shard| shard.keys.expect("the node has every shard")).sum();
     assert_eq!(counted, fill.keys, "keys counted");
     fill.assert_at(cluster, 0).await;
-}
-
-/// The most memory that the process has ever had resident.
-fn memory_peak_bytes(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of a process that runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
-    let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number of kB");
-    kilobytes << 10
 }

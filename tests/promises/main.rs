@@ -14,6 +14,7 @@ mod big;
 mod cluster_sh;
 mod common;
 mod crash;
+mod dialects;
 mod disk_full;
 mod docker;
 mod gateway;

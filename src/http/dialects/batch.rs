@@ -14,9 +14,10 @@ use crate::client::store::{Store, WriteFailure};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::GroupId;
 
-/// What goes into one entry: enough to be worth its fsync, and too little to hold up what comes after it.
+/// What goes into one entry: enough to be worth its fsync, and too little to hold up what comes after it. Small pairs are bounded by their
+/// number: it is what an entry takes to be applied, and each must be answered in time.
 const ENTRY_BYTES: usize = 1 << 20;
-const ENTRY_OPERATIONS: usize = 10_000;
+const ENTRY_OPERATIONS: usize = 2000;
 /// Shards written at once.
 const PARALLEL_MAX: usize = 16;
 

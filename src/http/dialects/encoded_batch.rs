@@ -450,6 +450,9 @@ mod tests {
         for (method, body) in [("GET", ""), ("PUT", "x"), ("DELETE", "")] {
             assert_eq!(site.ask(&format!("{method} /v1/kv/{path}"), body).await.verdict(), (400, "invalid_key".into()));
         }
+        for (method, body, status) in [("GET", "", 404), ("PUT", r#"{"value":1}"#, 400), ("DELETE", "", 404)] {
+            assert_eq!(site.ask(&format!("{method} /kvs/keys/{path}"), body).await.status, status, "{method}");
+        }
         assert_eq!(site.get(&format!("/v1/kv?prefix={path}")).await.json()["items"].as_array().map(Vec::len), Some(0));
         assert_eq!(site.get("/v1/kv?reverse=true&limit=1").await.json()["items"][0]["key_encoding"], "base64");
         site.stop().await;

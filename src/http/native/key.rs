@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use crate::http::problem::{Code, Problem};
-use crate::types::{KEY_BYTES_MAX, RESERVED_PREFIX};
+use crate::types::{KEY_BYTES_MAX, RESERVED_PREFIX, is_reserved};
 
 /// What comes before a key in a path.
 pub const PREFIX: &str = "/v1/kv/";
@@ -19,7 +19,7 @@ pub fn of_path(path: &str) -> Result<Bytes, Problem> {
 /// That a key has a length that a store takes, and is not of those that another dialect has to itself.
 pub fn check(key: &[u8]) -> Result<(), Problem> {
     match key.len() {
-        _ if key.starts_with(&RESERVED_PREFIX) => {
+        _ if is_reserved(key) => {
             Err(Problem::new(Code::InvalidKey, format!("keys that begin with {} bytes FF are reserved", RESERVED_PREFIX.len())))
         }
         0 => Err(Problem::new(Code::InvalidKey, "the key is empty")),

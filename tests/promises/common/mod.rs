@@ -48,3 +48,11 @@ pub async fn eventually<T>(limit: Duration, mut probe: impl AsyncFnMut() -> Opti
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
+
+/// The most memory that the process has ever had resident.
+pub fn memory_peak_bytes(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of a process that runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
+    let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number of kB");
+    kilobytes << 10
+}

@@ -32,7 +32,7 @@ use crate::client::store::WriteFailure;
 use crate::http::App;
 use crate::sm::kv::{Action, Condition, Media, Operation, OperationOutcome, Record};
 use crate::sm::view::Layout;
-use crate::types::{Address, KEY_BYTES_MAX};
+use crate::types::{Address, KEY_BYTES_MAX, is_reserved};
 
 /// The longest key that is stored, in characters. Longer ones, of other dialects, are read and deleted.
 const KEY_CHARACTERS_MAX: usize = 50;
@@ -74,6 +74,9 @@ async fn put(app: &App, key: &Bytes, said: &Said<'_>) -> Result<Answer, Refusal>
     if key.is_empty() {
         return refused("Key is missing");
     }
+    if is_reserved(key) {
+        return refused("Key is reserved");
+    }
     let (media, value) = stored(value);
     if value.len() > app.limits.value_bytes_max {
         let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
@@ -114,7 +117,7 @@ async fn write(app: &App, key: &Bytes, action: Action) -> Result<OperationOutcom
 }
 
 fn can_exist(key: &[u8]) -> bool {
-    (1..=KEY_BYTES_MAX).contains(&key.len())
+    (1..=KEY_BYTES_MAX).contains(&key.len()) && !is_reserved(key)
 }
 
 /// A value as it is stored: a string as its characters, if it stands for any text, everything else as it was given.
