@@ -24,6 +24,7 @@ mod lagging;
 mod limits;
 mod pause;
 mod power_cut;
+mod rolling_restart;
 mod scripts;
 mod tour;
 mod view_change;
