@@ -31,9 +31,11 @@ impl AddressBook {
         Self { seeds, is_among_peers: AtomicBool::new(false), turn: AtomicUsize::new(0), suspects: Mutex::default() }
     }
 
-    /// Sees by which of their addresses the nodes are known here: who was told a node's address among its peers can follow the others'.
-    pub fn learn(&self, map: &ShardMap) {
-        let told = |address: fn(&NodePlace) -> &Address| map.nodes().any(|(_, node)| self.seeds.contains(address(node)));
+    /// Sees by which of their addresses the nodes are known here: who was told a node's address among its peers, or was answered there, can
+    /// follow the others'.
+    pub fn learn(&self, map: &ShardMap, teller: &Address) {
+        let is_known = |address: &Address| address == teller || self.seeds.contains(address);
+        let told = |address: fn(&NodePlace) -> &Address| map.nodes().any(|(_, node)| is_known(address(node)));
         let (as_peer, as_public) = (told(|node| &node.address), told(|node| &node.public));
         // Once all nodes that it was started with are replaced, neither is: what was seen before still holds.
         if as_peer != as_public {
@@ -134,16 +136,15 @@ mod tests {
     async fn who_was_told_an_address_among_peers_goes_on_with_those() {
         let with_publics = map(|node| format!("127.0.0.1:1380{node}"));
         let book = AddressBook::new(vec![address("10.0.0.1:1")]);
-        book.learn(&with_publics);
+        book.learn(&with_publics, &address("10.0.0.1:1"));
         assert_eq!(book.of_public(&with_publics, address("127.0.0.1:13802")).as_str(), "10.0.0.2:1");
         // All nodes that it was started with are replaced.
         let replaced = map(|node| format!("127.0.0.1:1390{node}"));
         let later = AddressBook::new(vec![address("10.0.0.9:1")]);
-        later.is_among_peers.store(true, Ordering::Relaxed);
-        later.learn(&replaced);
+        later.learn(&replaced, &address("10.0.0.0:1"));
         assert_eq!(texts(&later.members(Some(&replaced))), ["10.0.0.0:1", "10.0.0.1:1", "10.0.0.2:1", "10.0.0.9:1"]);
         let outside = AddressBook::new(vec![address("127.0.0.1:13801")]);
-        outside.learn(&with_publics);
+        outside.learn(&with_publics, &address("127.0.0.1:13801"));
         assert_eq!(outside.of_public(&with_publics, address("127.0.0.1:13802")).as_str(), "127.0.0.1:13802");
         assert_eq!(outside.of_public(&with_publics, address("gone:1")).as_str(), "gone:1");
     }

@@ -97,7 +97,7 @@ impl PeerCaller {
     ///
     /// When the HTTP client can't be set up.
     pub fn new() -> Result<Self, SetUpError> {
-        let http = reqwest::Client::builder().tcp_nodelay(true).pool_idle_timeout(Duration::from_secs(10)).build()?;
+        let http = reqwest::Client::builder().tcp_nodelay(true).pool_idle_timeout(Duration::from_secs(10)).no_proxy().build()?;
         Ok(Self { http })
     }
 

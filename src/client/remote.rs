@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep};
 use super::address_book::AddressBook;
 use super::call::{CallError, ShardCaller, describe, failure_of};
 use super::contact::Contacts;
+use super::enquiry;
 use super::peer::SetUpError;
 use super::protocol::{ClusterStatus, ShardBody, ShardReply, ShardRequest};
 use super::router::{Router, ShardAccess};
@@ -25,8 +26,8 @@ use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
 /// How long one node is waited for where another could be asked, or half of the time that is left if that is more.
 const ATTEMPT_TIMEOUT_MIN: Duration = Duration::from_secs(1);
-/// How long one node is waited for when it is asked for the map.
-const STATUS_TIMEOUT: Duration = Duration::from_millis(1500);
+/// Nodes without a map that are asked for others.
+const REFERRING_MAX: usize = 20;
 /// The map is asked for at most this often: a lost leader makes every waiting request ask.
 const REFRESH_INTERVAL_MIN: Duration = Duration::from_millis(50);
 /// Nodes asked in one call: each replica once, and where they point to.
@@ -183,20 +184,16 @@ impl HttpAccess {
         })
     }
 
-    async fn fetch_status(&self, address: &Address) -> Result<ClusterStatus, Failure> {
-        let get = self.caller.http().get(format!("http://{address}/v1/cluster")).timeout(STATUS_TIMEOUT);
-        let response = get.send().await.map_err(|error| unavailable(describe(&error)))?;
-        if !response.status().is_success() {
-            return Err(failure_of(response).await);
-        }
-        response.json().await.map_err(|error| unavailable(format!("{address}: {}", describe(&error))))
-    }
-
     /// The status as the first node tells it that answers, and at once the newest map.
     async fn fetch_from_any(&self) -> Result<ClusterStatus, Failure> {
         let mut last = unavailable("no node is known".into());
-        for address in self.members() {
-            last = match self.fetch_status(&address).await.and_then(|status| self.learn(status)) {
+        let mut next: VecDeque<Address> = self.members().into();
+        let mut asked: Vec<Address> = Vec::new();
+        while let Some(address) = next.pop_front() {
+            if asked.contains(&address) {
+                continue;
+            }
+            last = match enquiry::status(self.caller.http(), &address).await.and_then(|status| self.learn(status, &address)) {
                 Ok(status) => {
                     self.book.has_answered(&address);
                     return Ok(status);
@@ -204,6 +201,11 @@ impl HttpAccess {
                 Err(failure) => failure,
             };
             self.book.was_silent(&address);
+            // To begin with, who left the cluster can tell who stayed. Later the map does.
+            if self.map().is_none() && asked.len() < REFERRING_MAX {
+                next.extend(enquiry::referrals(self.caller.http(), &address).await);
+            }
+            asked.push(address);
         }
         Err(last)
     }
@@ -213,14 +215,14 @@ impl HttpAccess {
     /// # Errors
     ///
     /// When it is that of another cluster. It may be empty, or hold other values under the same keys: it is never changed over to.
-    fn learn(&self, status: ClusterStatus) -> Result<ClusterStatus, Failure> {
+    fn learn(&self, status: ClusterStatus, teller: &Address) -> Result<ClusterStatus, Failure> {
         let mut known = self.map.write().expect("no panic with the lock held");
         if let Some(known) = known.as_ref().filter(|known| known.cluster != status.cluster) {
             return Err(unavailable(format!("a node answers for cluster {}, not for {}", status.cluster, known.cluster)));
         }
         if known.as_ref().is_none_or(|known| known.version <= status.version) {
             let map = ShardMap::from_status(&status);
-            self.book.learn(&map);
+            self.book.learn(&map, teller);
             *known = Some(Arc::new(map));
         }
         Ok(status)
@@ -229,12 +231,11 @@ impl HttpAccess {
     /// Whether the node answers at all, within `timeout`.
     pub async fn answers(&self, node: NodeId, timeout: Duration) -> bool {
         let Some(address) = self.map().and_then(|map| Some(self.book.address(map.node(node)?).clone())) else { return false };
-        let asked = self.caller.http().get(format!("http://{address}/healthz")).timeout(timeout).send().await;
-        let answers = asked.is_ok_and(|answer| answer.status().is_success());
-        if !answers {
+        let lives = enquiry::lives(self.caller.http(), &address, timeout).await;
+        if !lives {
             self.book.was_silent(&address);
         }
-        answers
+        lives
     }
 
     async fn post_transfer(
@@ -432,133 +433,4 @@ fn unavailable(reason: String) -> Failure {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
-    use bytes::Bytes;
-    use http::Response;
-    use tokio::net::TcpListener;
-
-    use super::*;
-    use crate::client::store::{Found, Routing, Store, WriteFailure};
-    use crate::client::testing::{answer, bind, json, nobody, serve, status};
-    use crate::sm::codec;
-    use crate::sm::kv::{Condition, Media, Operation, OperationOutcome, WriteOutcome};
-    use crate::types::Revision;
-
-    fn options() -> Options {
-        Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: Duration::from_secs(20) }
-    }
-
-    fn put() -> Vec<Operation> {
-        let action = Action::Put { media: Media::Text, value: Bytes::from_static(b"v") };
-        vec![Operation { key: Bytes::from_static(b"k"), condition: Condition::None, action }]
-    }
-
-    /// A node that tells this status, and answers the shard's requests so; none: drops the connection.
-    fn node(
-        listener: TcpListener,
-        status: ClusterStatus,
-        reply: impl Fn(ShardRequest) -> Option<ShardReply> + Send + Sync + 'static,
-    ) {
-        let reply = Arc::new(reply);
-        serve(listener, move |request| {
-            let (status, reply) = (status.clone(), Arc::clone(&reply));
-            async move {
-                if request.uri().path() == "/v1/cluster" {
-                    return Some(json(&status));
-                }
-                assert_eq!(request.uri().path(), "/peer/shard");
-                let asked: ShardRequest = codec::decode(request.body(), "a shard request").expect("a request");
-                assert_eq!((asked.cluster, asked.shard), (status.cluster, GroupId(1)));
-                assert!(asked.timeout_ms > 0 && asked.timeout_ms < 20_000);
-                reply(asked).map(|reply| Response::new(codec::encode(&reply)))
-            }
-        });
-    }
-
-    fn written() -> ShardReply {
-        let outcome = OperationOutcome::Put { revision: Revision(1), created: true };
-        ShardReply::Written(WriteOutcome::Applied(vec![outcome]))
-    }
-
-    #[tokio::test]
-    async fn a_request_finds_the_leader_past_dead_nodes_and_old_hints() {
-        let (follower, following) = bind().await;
-        let (leader, leading) = bind().await;
-        let nodes = [nobody().await, follower.clone(), leader.clone()];
-        let asked = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&asked);
-        // The map says that the dead one leads.
-        node(following, status(1, Some(0), &nodes), move |_| {
-            count.fetch_add(1, Ordering::Relaxed);
-            Some(ShardReply::Failed(Failure::Elsewhere { shard: GroupId(1), address: leader.clone() }))
-        });
-        node(leading, status(1, Some(0), &nodes), |request| match request.body {
-            ShardBody::Write(_) => Some(written()),
-            _ => Some(ShardReply::Got(Found { record: None, staleness: None })),
-        });
-        let store = RemoteStore::connect(vec![nobody().await, follower]).expect("a client");
-        assert!(store.write(put(), None, options()).await[0].is_ok());
-        assert_eq!(store.get(Bytes::from_static(b"k"), options()).await.expect("served").record, None);
-        assert_eq!(asked.load(Ordering::Relaxed), 1, "the leader is remembered");
-    }
-
-    #[tokio::test]
-    async fn an_unanswered_write_is_unknown_and_repeated_only_with_a_key() {
-        let (address, listener) = bind().await;
-        let asked = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&asked);
-        let nodes = [address.clone()];
-        node(listener, status(1, Some(0), &nodes), move |_| (count.fetch_add(1, Ordering::Relaxed) > 1).then(written));
-        let store = RemoteStore::connect(vec![address]).expect("a client");
-        let lost = store.write(put(), None, options()).await;
-        assert!(matches!(&lost[0], Err(WriteFailure::Failed(Failure::Unknown { .. }))), "{lost:?}");
-        assert_eq!(asked.load(Ordering::Relaxed), 1);
-        let kept = store.write(put(), Some(Bytes::from_static(b"once")), options()).await;
-        assert!(kept[0].is_ok(), "{kept:?}");
-        assert_eq!(asked.load(Ordering::Relaxed), 3);
-    }
-
-    #[tokio::test]
-    async fn a_change_is_followed_past_nodes_that_have_left() {
-        let (left, leaving) = bind().await;
-        let (member, staying) = bind().await;
-        for (listener, status, knows) in [
-            (leaving, status(1, None, std::slice::from_ref(&left)), false),
-            (staying, status(2, None, &[nobody().await, member.clone()]), true),
-        ] {
-            serve(listener, move |request| {
-                let status = status.clone();
-                async move {
-                    Some(match request.uri().path() {
-                        "/v1/cluster" => json(&status),
-                        "/v1/cluster/operations/4" if knows => answer(200, DONE),
-                        _ => answer(404, "{}"),
-                    })
-                }
-            });
-        }
-        let store = RemoteStore::connect(vec![left, member]).expect("a client");
-        let found = store.operation(PlanEpoch(4), options()).await.expect("an answer").expect("it is known");
-        assert!(found.is_over());
-        assert_eq!(store.operation(PlanEpoch(5), options()).await, Ok(None));
-    }
-
-    const DONE: &str = r#"{"id":4,"phase":"done","replicas_left":0,"slots_left":0,"bytes_left":0,"waiting_for":[]}"#;
-
-    #[tokio::test]
-    async fn calls_say_whether_they_can_have_done_anything() {
-        let caller = ShardCaller::new().expect("a client");
-        let body = ShardBody::Count;
-        let request = ShardRequest { cluster: crate::types::ClusterId(1), shard: GroupId(1), timeout_ms: 1000, body };
-        let dead = caller.call(&nobody().await, &request, Duration::from_secs(20)).await.expect_err("nobody is there");
-        assert!(dead.certainly_not_done(), "{dead}");
-        for (code, certain) in [(429, true), (503, true), (404, true), (413, true), (500, false), (504, false), (200, false)] {
-            let (address, listener) = bind().await;
-            serve(listener, move |_| async move { Some(answer(code, "not a reply")) });
-            let error = caller.call(&address, &request, Duration::from_secs(20)).await.expect_err("no reply");
-            assert_eq!(error.certainly_not_done(), certain, "{code}: {error}");
-        }
-    }
-}
+mod tests;

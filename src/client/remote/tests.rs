@@ -1,0 +1,151 @@
+//! A remote store over nodes that are dead, have left, or do not answer.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use http::Response;
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::client::peer::{Identity, Standing};
+use crate::client::store::{Found, Routing, Store, WriteFailure};
+use crate::client::testing::{answer, bind, json, nobody, serve, status};
+use crate::sm::codec;
+use crate::sm::kv::{Condition, Media, Operation, OperationOutcome, WriteOutcome};
+use crate::types::Revision;
+
+fn options() -> Options {
+    Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: Duration::from_secs(20) }
+}
+
+fn put() -> Vec<Operation> {
+    let action = Action::Put { media: Media::Text, value: Bytes::from_static(b"v") };
+    vec![Operation { key: Bytes::from_static(b"k"), condition: Condition::None, action }]
+}
+
+/// A node that tells this status, and answers the shard's requests so; none: drops the connection.
+fn node(
+    listener: TcpListener,
+    status: ClusterStatus,
+    reply: impl Fn(ShardRequest) -> Option<ShardReply> + Send + Sync + 'static,
+) {
+    let reply = Arc::new(reply);
+    serve(listener, move |request| {
+        let (status, reply) = (status.clone(), Arc::clone(&reply));
+        async move {
+            if request.uri().path() == "/v1/cluster" {
+                return Some(json(&status));
+            }
+            assert_eq!(request.uri().path(), "/peer/shard");
+            let asked: ShardRequest = codec::decode(request.body(), "a shard request").expect("a request");
+            assert_eq!((asked.cluster, asked.shard), (status.cluster, GroupId(1)));
+            assert!(asked.timeout_ms > 0 && asked.timeout_ms < 20_000);
+            reply(asked).map(|reply| Response::new(codec::encode(&reply)))
+        }
+    });
+}
+
+fn written() -> ShardReply {
+    let outcome = OperationOutcome::Put { revision: Revision(1), created: true };
+    ShardReply::Written(WriteOutcome::Applied(vec![outcome]))
+}
+
+#[tokio::test]
+async fn a_request_finds_the_leader_past_dead_nodes_and_old_hints() {
+    let (follower, following) = bind().await;
+    let (leader, leading) = bind().await;
+    let nodes = [nobody().await, follower.clone(), leader.clone()];
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    // The map says that the dead one leads.
+    node(following, status(1, Some(0), &nodes), move |_| {
+        count.fetch_add(1, Ordering::Relaxed);
+        Some(ShardReply::Failed(Failure::Elsewhere { shard: GroupId(1), address: leader.clone() }))
+    });
+    node(leading, status(1, Some(0), &nodes), |request| match request.body {
+        ShardBody::Write(_) => Some(written()),
+        _ => Some(ShardReply::Got(Found { record: None, staleness: None })),
+    });
+    let store = RemoteStore::connect(vec![nobody().await, follower]).expect("a client");
+    assert!(store.write(put(), None, options()).await[0].is_ok());
+    assert_eq!(store.get(Bytes::from_static(b"k"), options()).await.expect("served").record, None);
+    assert_eq!(asked.load(Ordering::Relaxed), 1, "the leader is remembered");
+}
+
+#[tokio::test]
+async fn an_unanswered_write_is_unknown_and_repeated_only_with_a_key() {
+    let (address, listener) = bind().await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let nodes = [address.clone()];
+    node(listener, status(1, Some(0), &nodes), move |_| (count.fetch_add(1, Ordering::Relaxed) > 1).then(written));
+    let store = RemoteStore::connect(vec![address]).expect("a client");
+    let lost = store.write(put(), None, options()).await;
+    assert!(matches!(&lost[0], Err(WriteFailure::Failed(Failure::Unknown { .. }))), "{lost:?}");
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
+    let kept = store.write(put(), Some(Bytes::from_static(b"once")), options()).await;
+    assert!(kept[0].is_ok(), "{kept:?}");
+    assert_eq!(asked.load(Ordering::Relaxed), 3);
+}
+
+#[tokio::test]
+async fn a_change_is_followed_past_nodes_that_have_left() {
+    let (left, leaving) = bind().await;
+    let (member, staying) = bind().await;
+    for (listener, status, knows) in [
+        (leaving, status(1, None, std::slice::from_ref(&left)), false),
+        (staying, status(2, None, &[nobody().await, member.clone()]), true),
+    ] {
+        serve(listener, move |request| {
+            let status = status.clone();
+            async move {
+                Some(match request.uri().path() {
+                    "/v1/cluster" => json(&status),
+                    "/v1/cluster/operations/4" if knows => answer(200, DONE),
+                    _ => answer(404, "{}"),
+                })
+            }
+        });
+    }
+    let store = RemoteStore::connect(vec![left, member]).expect("a client");
+    let found = store.operation(PlanEpoch(4), options()).await.expect("an answer").expect("it is known");
+    assert!(found.is_over());
+    assert_eq!(store.operation(PlanEpoch(5), options()).await, Ok(None));
+}
+
+const DONE: &str = r#"{"id":4,"phase":"done","replicas_left":0,"slots_left":0,"bytes_left":0,"waiting_for":[]}"#;
+
+#[tokio::test]
+async fn a_node_that_left_tells_who_stayed() {
+    let (left, leaving) = bind().await;
+    let (stayed, staying) = bind().await;
+    let nodes = [stayed.clone()];
+    node(staying, status(1, Some(0), &nodes), |_| Some(written()));
+    let identity = Identity {
+        directory: crate::types::DirectoryId(1),
+        address: left.clone(),
+        public_address: None,
+        standing: Standing::Retired { cluster: crate::types::ClusterId(1), members: vec![stayed] },
+    };
+    serve(leaving, move |request| {
+        let told = if request.uri().path() == "/peer/identity" { json(&identity) } else { answer(503, "a spare") };
+        async move { Some(told) }
+    });
+    let store = RemoteStore::connect(vec![nobody().await, left]).expect("a client");
+    assert!(store.write(put(), None, options()).await[0].is_ok());
+}
+
+#[tokio::test]
+async fn calls_say_whether_they_can_have_done_anything() {
+    let caller = ShardCaller::new().expect("a client");
+    let body = ShardBody::Count;
+    let request = ShardRequest { cluster: crate::types::ClusterId(1), shard: GroupId(1), timeout_ms: 1000, body };
+    let dead = caller.call(&nobody().await, &request, Duration::from_secs(20)).await.expect_err("nobody is there");
+    assert!(dead.certainly_not_done(), "{dead}");
+    for (code, certain) in [(429, true), (503, true), (404, true), (413, true), (500, false), (504, false), (200, false)] {
+        let (address, listener) = bind().await;
+        serve(listener, move |_| async move { Some(answer(code, "not a reply")) });
+        let error = caller.call(&address, &request, Duration::from_secs(20)).await.expect_err("no reply");
+        assert_eq!(error.certainly_not_done(), certain, "{code}: {error}");
+    }
+}
