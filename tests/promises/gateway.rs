@@ -81,6 +81,39 @@ async fn killed_members_and_gateways_cost_a_moment_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_outlives_all_the_members_that_it_was_started_with() {
+    let mut cluster = Cluster::start(Setup::nodes(3)).await;
+    let originals = cluster.addresses();
+    let members: Vec<&str> = originals.iter().map(String::as_str).collect();
+    let mut gateway = cluster.gateway(0, &members);
+    gateway.start();
+    wait_ready(&cluster, &mut gateway).await;
+    fill(&cluster, &gateway).await;
+    for _ in 0..originals.len() {
+        cluster.add_spare().await;
+    }
+    let change = json!({ "nodes": cluster.addresses()[originals.len()..] }).to_string();
+    let changed = Request::put("/v1/cluster/view?wait=60s", change).timeout(Duration::from_secs(90));
+    let changed = ask(&cluster, &gateway, changed).await;
+    assert_eq!(changed.status, 200, "{}", changed.text());
+    for original in 0..originals.len() {
+        cluster.wait_spare(original).await;
+    }
+    // One that begins with those who have left is told by them who stayed.
+    let mut late = cluster.gateway(1, &members);
+    late.start();
+    wait_ready(&cluster, &mut late).await;
+    assert_whole(&cluster, &late).await;
+    for original in 0..originals.len() {
+        cluster.nodes[original].kill();
+    }
+    for gateway in [&mut gateway, &mut late] {
+        assert_whole(&cluster, gateway).await;
+        wait_ready(&cluster, gateway).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_quorum_it_says_so_in_time_and_recovers() {
     let mut cluster = Cluster::start(Setup::nodes(3)).await;
     let mut gateway = cluster.gateway(0, &[&cluster.nodes[0].address]);
