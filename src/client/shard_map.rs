@@ -63,7 +63,7 @@ impl ShardMap {
     /// The map of a client, as some node told it.
     pub fn from_status(status: &ClusterStatus) -> Self {
         let shards = status.shards.iter().filter(|shard| !shard.id.is_meta()).map(|shard| {
-            let replicas = shard.replicas.iter().map(|replica| replica.node).collect();
+            let replicas = shard.replicas.iter().filter(|replica| !replica.leaving).map(|replica| replica.node).collect();
             (shard.id, ShardPlace { home: shard.home, replicas, leader: shard.leader })
         });
         let nodes = status.nodes.iter().map(|node| {

@@ -32,6 +32,9 @@ const KEYS_PER_GUARD: usize = 64;
 /// How soon to try again when a shard has no leader: an election takes about this long.
 const RETRY_AFTER_MS: u64 = 500;
 
+/// How long one node is waited for when another could answer, or half of the time that is left if that is more.
+const READ_ATTEMPT_MIN: Duration = Duration::from_secs(1);
+
 /// How a node reaches shards.
 pub struct Access {
     member: Arc<Member>,
@@ -150,10 +153,12 @@ impl Access {
                 retry_after_ms: RETRY_AFTER_MS,
             });
         };
-        let timeout_ms = u64::try_from(options.timeout.as_millis()).unwrap_or(u64::MAX);
         let writes = matches!(body, ShardBody::Write(_) | ShardBody::Move(_));
+        // A node that says nothing must not use up the time of a read that another may answer. Of a write nobody knows what it did.
+        let timeout = if writes { options.timeout } else { options.timeout.min((options.timeout / 2).max(READ_ATTEMPT_MIN)) };
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
         let request = ShardRequest { cluster: self.member.cluster, shard, timeout_ms, body };
-        match self.member.caller.call(&peer.address, &request, options.timeout).await {
+        match self.member.caller.call(&peer.address, &request, timeout).await {
             Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
                 self.member.learn_leader(shard, &address);
                 ShardReply::Failed(Failure::Elsewhere { shard, address })

@@ -20,6 +20,7 @@ mod docker;
 mod gateway;
 mod harness;
 mod kill;
+mod kvs;
 mod lagging;
 mod limits;
 mod pause;

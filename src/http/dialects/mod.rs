@@ -39,7 +39,7 @@ use serde::{Deserialize, Serialize};
 
 use super::body::{self, Ceiling, Held};
 use super::problem::{Code, Problem};
-use super::{App, Shared};
+use super::{App, Shared, media};
 use crate::client::store::{Consistency, Failure, Options, Routing};
 use crate::sm::kv::Media;
 
@@ -172,9 +172,15 @@ impl<'a> Shown<'a> {
         match (std::str::from_utf8(value), media) {
             (Err(_), _) => Shown::Bytes(value),
             (Ok(json), Media::Json) => Shown::Json(json),
+            (Ok(json), Media::Other(name)) if is_json(name, value) => Shown::Json(json),
             (Ok(text), Media::Text | Media::Octets | Media::Other(_)) => Shown::Text(text),
         }
     }
+}
+
+/// Whether a value is what a name with parameters (`application/json; charset=utf-8`) calls it.
+fn is_json(name: &str, value: &[u8]) -> bool {
+    media::essence(name).eq_ignore_ascii_case("application/json") && media::is_json(value)
 }
 
 /// A JSON string, without a copy where it has no escapes.

@@ -1,10 +1,11 @@
 //! The contracts of C, C4 and D, status and body to the letter, over a store in memory. The fake store's shards are at home in turn on its
 //! nodes, sorted by address.
 
-use std::sync::Arc;
+mod shards;
+mod view_change;
 
 use crate::client::store::Failure;
-use crate::http::testing::{FakeStore, Reply, Site};
+use crate::http::testing::{Reply, Site};
 use crate::http::{Limits, NotReady};
 use crate::sm::kv::Media;
 use crate::sm::view::Asked;
@@ -206,7 +207,9 @@ async fn what_others_stored_is_shown_as_json() {
     for (kind, value, shown) in [
         ("text/plain", &b"it's \"a\""[..], r#""it's \"a\"""#),
         ("application/json", b"{\"a\": null}\n", r#"{"a": null}"#),
+        ("Application/JSON; charset=utf-8", b"[1 ]", "[1 ]"),
         ("application/json", b"nonsense", r#""nonsense""#),
+        ("application/json;", b"[", r#""[""#),
         ("application/octet-stream", b"text", r#""text""#),
         ("application/octet-stream", b"\xff\x00", r#""/wA=""#),
         ("image/png", b"\x89PNG", r#""iVBORw==""#),
@@ -272,82 +275,6 @@ async fn fill(site: &Site, keys: usize) {
     for n in 0..keys {
         assert_eq!(site.put(&format!("/kvs/keys/fill-{n}"), r#"{"value":1}"#).await.status, 201);
     }
-}
-
-#[tokio::test]
-async fn each_node_counts_what_is_at_home_on_it() {
-    let site = spread().await;
-    fill(&site, 60).await;
-    let mut sum = 0;
-    for here in 1..=3 {
-        site.store.set_here(Some(here));
-        let reply = site.get("/kvs/key-count").await;
-        let keys = reply.json()["key-count"].as_u64().expect("a number");
-        let text = format!(r#"{{"message":"Key count retrieved successfully","key-count":{keys}}}"#);
-        assert_eq!(told(&reply), (200, text));
-        sum += keys;
-    }
-    assert_eq!(sum, 60);
-    site.store.set_here(Some(9));
-    let none = r#"{"message":"Key count retrieved successfully","key-count":0}"#;
-    check(&site, &[("GET /kvs/key-count", "", 200, none)]).await;
-    site.store.set_here(None);
-    let all = r#"{"message":"Key count retrieved successfully","key-count":60}"#;
-    check(&site, &[("GET /kvs/key-count", "", 200, all)]).await;
-    site.stop().await;
-}
-
-#[tokio::test]
-async fn shards_are_listed_and_counted() {
-    let site = exclusive().await;
-    fill(&site, 40).await;
-    let shards = r#"{"message":"Shard membership retrieved successfully","shards":["1","2"]}"#;
-    let no_shard = r#"{"error":"Shard does not exist","message":"Error in GET"}"#;
-    check(
-        &site,
-        &[
-            ("GET /kvs/shards", "", 200, shards),
-            ("GET /kvs/shards/0", "", 404, no_shard),
-            ("GET /kvs/shards/3", "", 404, no_shard),
-            ("GET /kvs/shards/", "", 404, no_shard),
-            ("GET /kvs/shards/01", "", 404, no_shard),
-            ("GET /kvs/shards/1/", "", 404, no_shard),
-            ("GET /kvs/shards/-1", "", 404, no_shard),
-            ("GET /kvs/shards/99999999999999999999999", "", 404, no_shard),
-            ("GET /kvs/shards/%31", "", 404, no_shard),
-        ],
-    )
-    .await;
-    let keys = |id: &str| {
-        let path = format!("/kvs/shards/{id}");
-        let site = &site;
-        async move { site.get(&path).await.json()["key-count"].as_u64().expect("a number") }
-    };
-    let (first, second) = (keys("1").await, keys("2").await);
-    assert_eq!(first + second, 40);
-    let shard = |id, keys, replicas: &str| {
-        format!(
-            r#"{{"message":"Shard information retrieved successfully","shard-id":"{id}","key-count":{keys},"replicas":[{replicas}]}}"#
-        )
-    };
-    check(
-        &site,
-        &[
-            ("GET /kvs/shards/1", "", 200, &shard(1, first, r#""a:1","b:2""#)),
-            ("GET /kvs/shards/2", "", 200, &shard(2, second, r#""c:3","d:4""#)),
-        ],
-    )
-    .await;
-    for (here, id, keys) in [(1, 1, first), (2, 1, first), (3, 2, second), (4, 2, second)] {
-        site.store.set_here(Some(here));
-        let text = format!(r#"{{"message":"Key count retrieved successfully","key-count":{keys},"shard-id":"{id}"}}"#);
-        check(&site, &[("GET /kvs/key-count", "", 200, &text)]).await;
-    }
-    // One shard without a quorum takes nothing from the other.
-    site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
-    assert_eq!(site.get("/kvs/key-count").await.status, 200);
-    assert_eq!(site.get("/kvs/shards/1").await.status, 503);
-    site.stop().await;
 }
 
 #[tokio::test]
@@ -437,130 +364,6 @@ async fn a_causal_context_is_returned_by_every_answer() {
     let reply = site.ask("GET /kvs/keys/a", r#"{"causal-context":{"a":1}}"#).await;
     let text = r#"{"error":"Unable to satisfy request","message":"Error in GET","causal-context":{"a":1}}"#;
     assert_eq!(told(&reply), (503, text.to_owned()));
-    site.stop().await;
-}
-
-#[tokio::test]
-async fn a_view_change_is_waited_for_and_counted() {
-    let site = spread().await;
-    fill(&site, 30).await;
-    site.store.take_time(3);
-    let change = r#"{"view":"d:4,a:1,c:3"}"#;
-    let reply = site.put("/kvs/view-change", change).await;
-    let shards = reply.json()["shards"].clone();
-    let keys: Vec<u64> = (0..3).map(|at| shards[at]["key-count"].as_u64().expect("a number")).collect();
-    let text = format!(
-        concat!(
-            r#"{{"message":"View change successful","shards":[{{"address":"d:4","key-count":{}}},"#,
-            r#"{{"address":"a:1","key-count":{}}},{{"address":"c:3","key-count":{}}}]}}"#
-        ),
-        keys[0], keys[1], keys[2]
-    );
-    assert_eq!(told(&reply), (200, text.clone()));
-    assert_eq!(keys.iter().sum::<u64>(), 30);
-    check(
-        &site,
-        &[
-            ("PUT /kvs/view-change", change, 200, &text),
-            ("PUT /proxy/view-change", change, 200, "{}"),
-            ("PUT /proxy/view-change", change, 200, "{}"),
-        ],
-    )
-    .await;
-    // A plan that has taken over with the same nodes is as good.
-    site.store.supersede();
-    check(&site, &[("PUT /kvs/view-change", change, 200, &text)]).await;
-    site.stop().await;
-}
-
-#[tokio::test]
-async fn a_view_change_may_ask_for_a_replication_factor() {
-    let site = spread().await;
-    fill(&site, 30).await;
-    let reply = site.put("/kvs/view-change", r#"{"view":"a:1,b:2,c:3,d:4","repl-factor":2}"#).await;
-    let keys = |at: usize| reply.json()["shards"][at]["key-count"].as_u64().expect("a number");
-    let text = format!(
-        concat!(
-            r#"{{"message":"View change successful","shards":[{{"shard-id":"1","key-count":{},"replicas":["a:1","b:2"]}},"#,
-            r#"{{"shard-id":"2","key-count":{},"replicas":["c:3","d:4"]}}]}}"#
-        ),
-        keys(0),
-        keys(1)
-    );
-    assert_eq!(told(&reply), (200, text));
-    assert_eq!(keys(0) + keys(1), 30);
-    site.stop().await;
-}
-
-#[tokio::test]
-async fn a_bad_view_change_is_refused_and_changes_nothing() {
-    let site = spread().await;
-    let before = site.get("/v1/cluster").await.text();
-    for body in [
-        "",
-        "{",
-        "[]",
-        "\"a:1\"",
-        "{}",
-        r#"{"view":""}"#,
-        r#"{"view":null}"#,
-        r#"{"view":["a:1","b:2"]}"#,
-        r#"{"view":7}"#,
-        r#"{"view":"a:1,"}"#,
-        r#"{"view":",a:1"}"#,
-        r#"{"view":"a:1,a:1"}"#,
-        r#"{"view":"a:1,b"}"#,
-        r#"{"view":"a:1,b:0"}"#,
-        r#"{"view":"a:1,b:99999"}"#,
-        r#"{"view":"a:1,http://b:2"}"#,
-        r#"{"view":"a:1;b:2"}"#,
-        r#"{"view":"a:1,b:2\ud800"}"#,
-        r#"{"view":"a:1,b:2","repl-factor":3}"#,
-        r#"{"view":"a:1,b:2","repl-factor":0}"#,
-        r#"{"view":"a:1,b:2","repl-factor":-1}"#,
-        r#"{"view":"a:1,b:2","repl-factor":1.5}"#,
-        r#"{"view":"a:1,b:2","repl-factor":"2"}"#,
-        r#"{"view":"a:1,b:2","repl-factor":null}"#,
-        r#"{"view":"a:1,b:2","repl-factor":99999999999999999999}"#,
-    ] {
-        for path in ["/kvs/view-change", "/proxy/view-change"] {
-            let reply = site.put(path, body).await;
-            assert_eq!(reply.status, 400, "{body}: {reply:?}");
-            let json = reply.json();
-            let fields: Vec<&str> = json.as_object().expect("an object").keys().map(String::as_str).collect();
-            assert_eq!((fields, json["message"].as_str()), (vec!["error", "message"], Some("Error in PUT")));
-        }
-    }
-    let unable = r#"{"error":"Unable to satisfy request","message":"Error in PUT"}"#;
-    check(&site, &[("PUT /kvs/view-change", r#"{"view":"silent:1,a:1"}"#, 503, unable)]).await;
-    assert_eq!(site.get("/v1/cluster").await.text(), before);
-    site.stop().await;
-}
-
-#[tokio::test]
-async fn a_spare_passes_a_view_change_on() {
-    let site = Site::start().await;
-    let cluster = Arc::new(FakeStore::default());
-    site.store.set_network(cluster.clone());
-    site.store.set_here(None);
-    let none =
-        r#"{"message":"View change successful","shards":[{"address":"a:1","key-count":0},{"address":"e:5","key-count":0}]}"#;
-    check(&site, &[("PUT /kvs/view-change", r#"{"view":"a:1,e:5"}"#, 200, none)]).await;
-    assert_eq!(cluster.nodes(), ["a:1", "e:5"]);
-    assert_eq!(site.store.nodes(), ["a:1", "b:2", "c:3"], "its own view is nobody's");
-    site.stop().await;
-}
-
-#[tokio::test]
-async fn a_node_that_is_left_out_asks_others_for_the_end() {
-    let site = spread().await;
-    let cluster = Arc::new(FakeStore::default());
-    cluster.set_nodes(&["b:2", "c:3"]);
-    site.store.set_network(cluster);
-    site.store.take_time(u64::MAX);
-    let reply = site.put("/kvs/view-change", r#"{"view":"b:2,c:3"}"#).await;
-    assert_eq!(reply.status, 200, "{reply:?}");
-    assert_eq!(site.store.nodes(), ["b:2", "c:3"], "it was asked for here");
     site.stop().await;
 }
 
