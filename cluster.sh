@@ -565,7 +565,7 @@ add() {
 gateway() {
     need_cluster
     find_binary
-    local ports=("$@") port listen=() node members=() dir=$DIR/gateway
+    local ports=("$@") port listen=() node members=() running='' dir=$DIR/gateway
     [ "${#ports[@]}" -gt 0 ] || ports=("${GATEWAY_PORTS_DEFAULT[@]}")
     if live "$dir"; then
         [ "$(address_of "$dir")" = "$HOST:${ports[0]}" ] || die "a gateway runs already, at $(address_of "$dir")"
@@ -577,7 +577,11 @@ gateway() {
         wait_free "$port" || exit 1
         listen+=(--listen "$HOST:$port")
     done
-    for node in "${NODES[@]}"; do members+=("$(address_of "$node")"); done
+    for node in "${NODES[@]}"; do
+        members+=("$(address_of "$node")")
+        ! live "$node" || running=yes
+    done
+    [ -n "$running" ] || die "no node of the cluster in $DIR runs: $ME start"
     if ! { mkdir -p "$dir" && printf '%s\n' "${listen[1]}" >"$dir/address"; }; then die "cannot write to $dir"; fi
     spawn "$dir" gateway "${listen[@]}" "${members[@]}" || exit 1
     wait_ready "$dir" || exit 1
