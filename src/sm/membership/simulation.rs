@@ -14,7 +14,7 @@ use super::{Observed, Replicas, Step, next_step};
 use crate::sm::meta::Command;
 use crate::sm::placement::{first_view, plan};
 use crate::sm::testing::Meta;
-use crate::sm::view::{Asked, Group, Layout, Node, Reported, View};
+use crate::sm::view::{Asked, Group, Layout, Node, View};
 use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 /// Entries that a replica may lack and still count as caught up.

@@ -152,7 +152,7 @@ impl Cluster {
 
     /// Waits until a node says that it is a spare.
     pub async fn wait_spare(&self, id: usize) {
-        self.wait_for(id, "is a spare", |answer| is_spare(answer)).await;
+        self.wait_for(id, "is a spare", is_spare).await;
     }
 
     /// Waits until a node is ready, or says that it is a spare.
