@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 
 use super::{Refusal, bits, options};
 use crate::client::store::{Store, WriteFailure};
@@ -18,8 +19,6 @@ use crate::types::GroupId;
 /// number: it is what an entry takes to be applied, and each must be answered in time.
 const ENTRY_BYTES: usize = 1 << 20;
 const ENTRY_OPERATIONS: usize = 2000;
-/// Shards written at once.
-const PARALLEL_MAX: usize = 16;
 
 /// What is to be stored, and under which key. Both have a length that the store takes.
 #[derive(Debug, Clone)]
@@ -58,7 +57,8 @@ pub async fn write(store: &dyn Store, pairs: &[Pair]) -> Written {
     }
     let shards = shards.into_values().map(|places| write_shard(store, pairs, places));
     let mut whole = Written::default();
-    let mut parts = futures::stream::iter(shards).buffer_unordered(PARALLEL_MAX);
+    // All at once: where there is no quorum they all wait the same time. Together they hold no more than the batch does.
+    let mut parts: FuturesUnordered<_> = shards.collect();
     while let Some(part) = parts.next().await {
         whole.failed.extend(part.failed);
         whole.failure = whole.failure.or(part.failure);

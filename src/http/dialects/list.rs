@@ -153,10 +153,10 @@ impl<T> Kept<T> {
 
     /// # Errors
     ///
-    /// 429 where the budget is spent.
+    /// 429 where the budget is spent: hence the small steps.
     pub fn push(&mut self, element: T, limits: &Limits) -> Result<(), Refusal> {
         if self.list.len() == self.list.capacity() {
-            let more = self.list.len().max(KEPT_MIN);
+            let more = (self.list.len() / 4).max(KEPT_MIN);
             if !self.share.grow(more * size_of::<T>()) {
                 return Err(body::overloaded(limits).into());
             }

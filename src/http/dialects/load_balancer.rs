@@ -22,7 +22,7 @@ use http::request::Parts;
 use http::{Method, StatusCode, header};
 use serde_json::value::RawValue;
 
-use super::{Refusal, Shown, TEXT, Text, answer, method_not_allowed, options, python, read_body};
+use super::{Refusal, Shown, TEXT, Text, answer, list, method_not_allowed, options, python, read_body};
 use crate::client::store::{Consistency, Failure, Found, Options, WriteFailure};
 use crate::http::metrics::Dialect;
 use crate::http::native::{STALENESS, staleness, unescape};
@@ -76,12 +76,14 @@ async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> 
         }
     };
     let body = read_body(app, parts, body).await?;
-    let (media, value) = parse(&body.bytes)?;
+    let given = body.bytes.clone();
+    let read =
+        list::apart(given.len(), move || parse(&given).map(|(media, value)| (printed(&media, &value), media, value))).await;
+    let (printed, media, value) = read?;
     if value.len() > app.limits.value_bytes_max {
         let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
         return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));
     }
-    let printed = printed(&media, &value);
     let operation = Operation { key, condition: Condition::None, action: Action::Put { media, value } };
     match app.store.write(vec![operation], None, options()).await.pop() {
         Some(Ok(_)) => Ok(from_server(&format!("stored key:value is {printed}"))),
@@ -113,13 +115,17 @@ fn parse(body: &Bytes) -> Result<(Media, Bytes), Refusal> {
 
 async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> {
     body::discard(parts, body);
-    let found = find(app, key(parts.uri.path())?).await?;
-    let mut response = match &found.record {
-        Some(record) => from_server(&format!("retrived key value is {}", printed(&record.media, &record.value))),
+    let Found { record, staleness: age } = find(app, key(parts.uri.path())?).await?;
+    let mut response = match record {
+        Some(record) => {
+            let bytes = record.value.len();
+            let printed = list::apart(bytes, move || printed(&record.media, &record.value)).await;
+            from_server(&format!("retrived key value is {printed}"))
+        }
         None => from_server("No such key on any server"),
     };
-    if found.staleness.is_some() {
-        response.headers_mut().insert(STALENESS, staleness(found.staleness));
+    if age.is_some() {
+        response.headers_mut().insert(STALENESS, staleness(age));
     }
     Ok(response)
 }
