@@ -382,5 +382,17 @@ mod tests {
         assert_eq!(SlotState::decode(&state.encode()).expect("own encoding"), state);
         assert_eq!(&SlotState::default().encode()[..], b"\x01\x00\x00\x00\x00\x00\x00\x00\x00");
         assert!(SlotState::decode(b"\x02").is_err());
+        let table = [
+            (Ownership::NotOwned, 0, false, None),
+            (Ownership::Owned, 1, true, None),
+            (Ownership::Frozen, 2, true, Some(MoveId(5))),
+            (Ownership::Leaving, 3, true, Some(MoveId(5))),
+            (Ownership::Arriving, 4, false, None),
+        ];
+        for (ownership, byte, serves_reads, marked_for) in table {
+            let state = SlotState { ownership, ..state };
+            assert_eq!(state.encode()[1], byte);
+            assert_eq!((state.serves_reads(), state.marked_for()), (serves_reads, marked_for));
+        }
     }
 }

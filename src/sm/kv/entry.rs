@@ -3,8 +3,7 @@
 //! The state of each slot that the entry touches is read once, changed here, and written once, by [`Entry::into_batch`]. There too every
 //! change in a slot that a move copies is marked, whoever made it.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map;
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 
 use bytes::Bytes;
 
@@ -107,15 +106,22 @@ impl<'a, R: Read> Entry<'a, R> {
     /// The mark holds the index of the entry: marks are in the order of the log, and one that was read is never behind a new one. That a
     /// request's record was deleted is not marked: only expired ones are, and the destination forgets them by the ages it was given.
     fn mark_changes(&mut self, index: u64) -> Result<(), StoreError> {
-        let changed = self.batch.iter().filter(|(key, value)| value.is_some() || parse_request_key(key).is_none());
-        let copied = changed.filter_map(|(key, value)| {
+        let slots: BTreeSet<Slot> = self.batch.iter().filter_map(|(key, _)| slot_of_copied(key)).collect();
+        let mut copied = BTreeMap::new();
+        for slot in slots {
+            copied.extend(self.state(slot)?.marked_for().map(|id| (slot, id)));
+        }
+        if copied.is_empty() {
+            return Ok(());
+        }
+        let marks = self.batch.iter().filter_map(|(key, value)| {
+            let id = copied.get(&slot_of_copied(key)?)?;
+            let forgotten = value.is_none() && parse_request_key(key).is_some();
             let bytes = key.len() + value.as_ref().map_or(0, Bytes::len);
-            Some((slot_of_copied(key)?, key.clone(), bytes))
+            (!forgotten).then(|| (change_key(*id, index, key), change_value(bytes)))
         });
-        for (slot, key, bytes) in copied.collect::<Vec<_>>() {
-            if let Some(id) = self.state(slot)?.marked_for() {
-                self.put(change_key(id, index, &key), change_value(bytes));
-            }
+        for (mark, value) in marks.collect::<Vec<_>>() {
+            self.put(mark, value);
         }
         Ok(())
     }

@@ -26,7 +26,7 @@ enum Event {
     Drive(usize, Drive),
     /// A delayed entry comes after all.
     Deliver(usize),
-    /// An entry that was once proposed comes again.
+    /// An entry that was once proposed comes again: which, from the newest.
     Repeat(usize),
     /// A shard clears something that was left behind.
     Clear { shard: u64, limit: u32 },
@@ -37,8 +37,8 @@ enum Event {
 /// One look and one step of a driver.
 #[derive(Debug, Clone)]
 struct Drive {
-    /// Which of all moves that there ever were, from the newest.
-    which: usize,
+    /// Which of the moves that are open; or, where the driver has not heard the end of it, of all that there ever were, from the newest.
+    which: Result<usize, usize>,
     /// By how many entries the driver's replica is behind.
     source_lag: usize,
     /// By how many entries the answer of the destination is behind; none: there is no answer.
@@ -136,7 +136,7 @@ impl Cluster {
             }
             Event::Repeat(which) => {
                 if !self.sent.is_empty() {
-                    let (shard, command) = self.sent[which % self.sent.len()].clone();
+                    let (shard, command) = self.sent[self.sent.len() - 1 - which % self.sent.len()].clone();
                     self.apply(shard, command);
                 }
             }
@@ -178,10 +178,7 @@ impl Cluster {
     }
 
     fn drive(&mut self, drive: &Drive) {
-        if self.moves.is_empty() {
-            return;
-        }
-        let of = self.moves[self.moves.len() - 1 - drive.which % self.moves.len()].clone();
+        let Some(of) = self.chosen(drive.which) else { return };
         let destination = drive.destination_lag.map(|lag| {
             let map = self.map(of.to, lag);
             destination_state(map, of.id, &of.slots).expect("readable")
@@ -217,6 +214,12 @@ impl Cluster {
             Step::Over => assert!(!self.open.contains(&of.id), "an open move is not over"),
             _ => {}
         }
+    }
+
+    fn chosen(&self, which: Result<usize, usize>) -> Option<Move> {
+        let open = |number: usize| self.open_moves().nth(number % self.open.len().max(1));
+        let any = |number: usize| self.moves.iter().rev().nth(number % self.moves.len().max(1));
+        which.map_or_else(any, open).cloned()
     }
 
     fn close(&mut self, of: &Move, owner: GroupId) {
@@ -288,7 +291,7 @@ impl Cluster {
         for step in 0.. {
             let Some(of) = self.open_moves().next() else { break };
             assert!(step < 200, "the move ends: {of:?}");
-            let which = self.moves.len() - of.id.0 as usize;
+            let which = Ok(0);
             let budget = Budget { freeze_bytes_max: 500, freeze_now: false, freeze_overdue: false, give_up: false };
             let fate = Fate::Applied;
             let bytes_max = 100;
@@ -343,18 +346,19 @@ fn shard() -> impl Strategy<Value = u64> {
 }
 
 fn drive() -> impl Strategy<Value = Drive> {
-    let lag = || prop_oneof![4 => Just(0), 1 => 0..LAG_MAX];
-    let which = prop_oneof![4 => Just(0usize), 2 => Just(1), 1 => 0..20usize];
+    let lag = || prop_oneof![6 => Just(0), 1 => 0..LAG_MAX];
+    let which = prop_oneof![8 => (0..4usize).prop_map(Ok), 1 => (0..20usize).prop_map(Err)];
     let destination_lag = prop_oneof![9 => lag().prop_map(Some), 1 => Just(None)];
-    let budget = (proptest::bool::weighted(0.3), proptest::bool::weighted(0.05), proptest::bool::weighted(0.02));
-    let budget = budget.prop_map(|(freeze_now, freeze_overdue, give_up)| Budget {
-        freeze_bytes_max: 300,
-        freeze_now,
-        freeze_overdue,
-        give_up,
-    });
+    let budget = (prop_oneof![Just(0u64), Just(300)], proptest::bool::weighted(0.1), proptest::bool::weighted(0.05));
+    let budget =
+        (budget, proptest::bool::weighted(0.01)).prop_map(|((freeze_bytes_max, freeze_now, freeze_overdue), give_up)| Budget {
+            freeze_bytes_max,
+            freeze_now,
+            freeze_overdue,
+            give_up,
+        });
     let fate = prop_oneof![8 => Just(Fate::Applied), 1 => Just(Fate::Lost), 1 => Just(Fate::Delayed)];
-    (which, lag(), destination_lag, lag(), budget, prop_oneof![Just(1usize), Just(60), Just(400)], fate).prop_map(
+    (which, lag(), destination_lag, lag(), budget, prop_oneof![3 => Just(1usize), 1 => Just(60), 1 => Just(400)], fate).prop_map(
         |(which, source_lag, destination_lag, reading_lag, budget, bytes_max, fate)| Drive {
             which,
             source_lag,
@@ -367,8 +371,14 @@ fn drive() -> impl Strategy<Value = Drive> {
     )
 }
 
+/// A write with its key, or without: then it is done again.
+fn sometimes_bare((write, bare): (Write, bool)) -> Write {
+    let idempotency_key = write.idempotency_key.filter(|_| !bare);
+    Write { idempotency_key, ..write }
+}
+
 fn events() -> impl Strategy<Value = Vec<Event>> {
-    let pool = proptest::collection::vec(proptest::collection::vec(operation(), 1..4), 1..6);
+    let pool = proptest::collection::vec(proptest::collection::vec(operation(), 1..4), 4..12);
     pool.prop_flat_map(|pool| {
         let slots = Just(TAGS.map(|tag| slot_of(tag.as_bytes())).to_vec()).prop_shuffle();
         let open = (slots, 1..=3usize, shard()).prop_map(|(mut slots, count, to)| {
@@ -376,13 +386,13 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
             Event::Open { slots, to: GroupId(to) }
         });
         let client = prop_oneof![3 => Just(None), 1 => shard().prop_map(Some)];
-        let writes = (client, 0..2000u64, proptest::collection::vec(write(pool), 1..3));
+        let writes = (client, 0..2000u64, proptest::collection::vec((write(pool), any::<bool>()).prop_map(sometimes_bare), 1..3));
         let event = prop_oneof![
             8 => writes.prop_map(|(shard, elapsed_ms, writes)| Event::Write { shard, elapsed_ms, writes }),
             2 => open,
             16 => (prop_oneof![2 => Just(1usize), 1 => 2..8usize], drive()).prop_map(|(steps, drive)| Event::Drive(steps, drive)),
             1 => (0..100usize).prop_map(Event::Deliver),
-            2 => (0..1000usize).prop_map(Event::Repeat),
+            3 => prop_oneof![2 => 0..8usize, 1 => 0..1000usize].prop_map(Event::Repeat),
             2 => (shard(), 0..5u32).prop_map(|(shard, limit)| Event::Clear { shard, limit }),
             1 => shard().prop_map(|shard| Event::Claim { shard }),
         ];

@@ -160,6 +160,22 @@ fn a_move_that_was_aborted_before_it_began_never_begins() {
 }
 
 #[test]
+fn an_abort_where_the_slot_was_given_up_before_is_no_release() {
+    let mut world = run(MOVED);
+    world.run(
+        "
+        1: m7 abort a b         -> done
+        1: m7 abort a b         -> done
+        1: m7 release a b       -> not open
+        1: m7 begin a b to 3    -> overtaken by m7
+        1: m5 abort a b         -> done
+        2: put {a} x            -> @1+",
+    );
+    let seen = source_state(&world.shard(1).map, MoveId(7), &tags(&["a", "b"]), b"").expect("readable");
+    assert_eq!(seen, SourceState::Aborted);
+}
+
+#[test]
 fn an_abort_leaves_a_slot_to_its_first_owner() {
     run("
         1: m5 abort d           -> not owned
@@ -233,6 +249,9 @@ fn a_slot_goes_there_and_back_and_its_generation_outlives_the_clearing() {
         1: m5 release a b       -> overtaken by m6
         1: get {a}              -> z@3",
     );
+    let states = [1, 2].map(|number| world.shard(number).state(slot_of(b"a")));
+    assert_eq!(states.map(|state| state.generation), [MoveId(6); 2]);
+    assert_eq!(states.map(|state| state.moved_to), [None, Some((MoveId(6), GroupId(1)))]);
 }
 
 #[test]
