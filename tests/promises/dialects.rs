@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
+use serde::Deserialize;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -129,11 +130,35 @@ fn encoded(data: &str) -> String {
     format!(r#"{{"encoding":"string","data":"{data}"}}"#)
 }
 
-/// So many pairs of about 190 bytes in JSON.
-fn many(name: &str, count: usize) -> String {
+/// Stores so many pairs by one request. On a machine that is too busy a leader may be lost on the way: what is not known to be stored is
+/// sent again, as a client would.
+async fn store_all(cluster: &Cluster, node: usize, name: &str, count: usize) {
+    let mut keys: Vec<String> = (0..count).map(|n| encoded(&format!("{name}-{n:06}"))).collect();
+    for _ in 0..10 {
+        let answer = ask(cluster, node, "PUT /set", &pairs(&keys)).await;
+        let [outcome]: [Outcome; 1] = serde_json::from_slice(&answer.body).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
+        assert_eq!(outcome.keys_added + outcome.keys_failed.len(), keys.len());
+        assert_eq!(answer.status, if outcome.keys_failed.is_empty() { 200 } else { 206 });
+        if outcome.keys_failed.is_empty() {
+            return;
+        }
+        say(&format!("dialects: {} of {} pairs are not known to be stored", outcome.keys_failed.len(), keys.len()));
+        keys = outcome.keys_failed.iter().map(Value::to_string).collect();
+    }
+    panic!("ten requests do not store {count} pairs");
+}
+
+/// What `PUT /set` answers.
+#[derive(Deserialize)]
+struct Outcome {
+    keys_added: usize,
+    keys_failed: Vec<Value>,
+}
+
+/// Pairs of about 190 bytes in JSON.
+fn pairs(keys: &[String]) -> String {
     let value = encoded(&"v".repeat(100));
-    let pairs: Vec<String> =
-        (0..count).map(|n| format!(r#"{{"key":{},"value":{value}}}"#, encoded(&format!("{name}-{n:06}")))).collect();
+    let pairs: Vec<String> = keys.iter().map(|key| format!(r#"{{"key":{key},"value":{value}}}"#)).collect();
     format!("[{}]", pairs.join(","))
 }
 
@@ -144,14 +169,11 @@ const MEMORY_BYTES_MAX: u64 = 1 << 30;
 async fn large_batches_and_listings_are_whole_and_take_bounded_memory() {
     const COUNT: usize = 100_000;
     let mut cluster = Cluster::start(Setup::nodes(3)).await;
-    let added = format!(r#"[{{"keys_added":{COUNT},"keys_failed":[]}}]"#);
     let mut took = Vec::new();
     for (node, name) in ["first", "second"].into_iter().enumerate() {
-        let body = many(name, COUNT);
         let start = Instant::now();
-        let answer = ask(&cluster, node, "PUT /set", &body).await;
+        store_all(&cluster, node, name, COUNT).await;
         took.push(start.elapsed());
-        assert_eq!((answer.status, answer.text()), (200, added.clone()));
     }
     let keys: Vec<String> = (0..COUNT).map(|n| encoded(&format!("first-{n:06}"))).collect();
     let start = Instant::now();

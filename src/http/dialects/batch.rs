@@ -1,17 +1,19 @@
 //! Writes of many pairs: shard by shard, in log entries of about a mebibyte.
 //!
 //! A batch is not atomic. The pairs of one shard are written in their order, one entry after the other, so that of pairs with the same key
-//! the last wins; shards are written side by side. After an entry that failed no more is written to its shard, so that a shard without a
-//! quorum costs one wait and not one for each entry.
+//! the last wins; shards are written side by side. A shard whose leader is lost on the way goes on with the next entry; one that has taken
+//! nothing for as long as an answer is waited for is given up, so that without a quorum all its entries cost one wait.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use tokio::time::{Instant, sleep};
 
-use super::{Refusal, bits, options};
-use crate::client::store::{Store, WriteFailure};
+use super::{PATIENCE, Refusal, bits, options};
+use crate::client::store::{Options, Store, WriteFailure};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::GroupId;
 
@@ -19,6 +21,9 @@ use crate::types::GroupId;
 /// number: it is what an entry takes to be applied, and each must be answered in time.
 const ENTRY_BYTES: usize = 1 << 20;
 const ENTRY_OPERATIONS: usize = 2000;
+
+/// After an entry that failed: what refuses at once must not refuse the whole rest within a moment.
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// What is to be stored, and under which key. Both have a length that the store takes.
 #[derive(Debug, Clone)]
@@ -72,10 +77,17 @@ pub async fn write(store: &dyn Store, pairs: &[Pair]) -> Written {
 async fn write_shard(store: &dyn Store, pairs: &[Pair], places: Vec<usize>) -> Written {
     let mut rest = &places[..];
     let mut written = Written::default();
+    let mut taken = Instant::now();
     while !rest.is_empty() {
+        let timeout = PATIENCE.saturating_sub(taken.elapsed());
+        if timeout.is_zero() {
+            written.failed.extend(rest);
+            return written;
+        }
         let (entry, after) = rest.split_at(entry_len(pairs, rest));
         let operations = entry.iter().map(|place| pairs[*place].operation()).collect();
-        let answers = store.write(operations, None, options()).await;
+        let answers = store.write(operations, None, Options { timeout, ..options() }).await;
+        let failed_before = written.failed.len();
         for (at, place) in entry.iter().enumerate() {
             match answers.get(at) {
                 Some(Ok(_)) => written.shards = 1,
@@ -83,9 +95,10 @@ async fn write_shard(store: &dyn Store, pairs: &[Pair], places: Vec<usize>) -> W
                 Some(Err(WriteFailure::Rejected(_))) | None => written.fail(*place, Refusal::unanswered()),
             }
         }
-        if written.failure.is_some() {
-            written.failed.extend(after);
-            return written;
+        if written.failed.len() == failed_before {
+            taken = Instant::now();
+        } else {
+            sleep(PAUSE).await;
         }
         rest = after;
     }
