@@ -305,6 +305,8 @@ async fn deliver(shared: &Shared, lane: &PeerLane, generation: u64, mut incoming
         match chunk {
             None => return LaneError::Broken("the peer ended it".into()),
             Some(Err(error)) => return error,
+            // As HTTP/2 may end a body: nobody has said anything.
+            Some(Ok(chunk)) if chunk.is_empty() => continue,
             Some(Ok(chunk)) => reader.push(chunk),
         }
         if let Err(error) = hand_out(lane, generation, &mut reader) {
