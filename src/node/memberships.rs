@@ -50,10 +50,13 @@ impl Memberships {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
+        let mut views = self.shared.member.views().subscribe();
         loop {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
+                _ = self.running.join_next(), if !self.running.is_empty() => {}
+                Ok(()) = views.changed() => {}
                 () = tokio::time::sleep(TICK) => {}
             }
             while self.running.try_join_next().is_some() {}

@@ -28,7 +28,7 @@ use crate::types::{GroupId, MapVersion, MoveId, Slot};
 /// Between two looks for something to move.
 const TICK: Duration = Duration::from_millis(100);
 /// Slots that one move takes along. More would be frozen together for longer.
-const SLOTS_PER_MOVE: usize = 256;
+const SLOTS_PER_MOVE: usize = 1024;
 /// Keys and values that one move takes along, if it takes more than one slot.
 const BYTES_PER_MOVE: u64 = 32 << 20;
 /// Keys and values in a chunk: an entry of the destination.
@@ -73,10 +73,13 @@ impl Migrator {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
+        let mut views = self.shared.member.views().subscribe();
         loop {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
+                _ = self.running.join_next(), if !self.running.is_empty() => {}
+                Ok(()) = views.changed() => {}
                 () = tokio::time::sleep(TICK) => {}
             }
             while self.running.try_join_next().is_some() {}

@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -32,6 +33,8 @@ use crate::types::{GroupId, NodeId, ReplicaId, Slot};
 const TICK_BUSY: Duration = Duration::from_millis(50);
 /// Between two ticks of a node that has nothing to do: groups cost nothing much when idle.
 const TICK_IDLE: Duration = Duration::from_millis(500);
+/// Entries of the meta group that come within this time are looked at together.
+const ENTRIES_TOGETHER: Duration = Duration::from_millis(10);
 /// How long a proposal of ours is waited for; it is made again by a later tick.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long members other than the first leave initializing a group to it.
@@ -74,12 +77,19 @@ impl Reconciler {
         loop {
             let idle = self.tick().await;
             let interval = if idle { TICK_IDLE } else { TICK_BUSY };
+            let meta = self.member.registry.get(GroupId::META).map(|meta| meta.watch_applied());
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
+                () = another_entry(meta, self.seen_index()) => {}
                 () = tokio::time::sleep(interval) => {}
             }
         }
+    }
+
+    /// Through where the meta group's entries are in the view that this node goes by.
+    fn seen_index(&self) -> u64 {
+        self.done.lock().expect("no holder panics").meta_applied.map_or(0, |applied| applied.index)
     }
 
     /// Why this node should not be given requests yet; none: it is ready.
@@ -306,6 +316,16 @@ impl Reconciler {
         }
         false
     }
+}
+
+/// Resolves when the meta group has applied an entry after this one. A little later, so that what comes together is taken together.
+async fn another_entry(applied: Option<watch::Receiver<u64>>, seen: u64) {
+    let Some(mut applied) = applied else { return std::future::pending().await };
+    if applied.wait_for(|index| *index > seen).await.is_err() {
+        // The replica is closed: time will tell of another.
+        return std::future::pending().await;
+    }
+    tokio::time::sleep(ENTRIES_TOGETHER).await;
 }
 
 /// The replicas that `node` is to run, the meta group's first.
