@@ -190,9 +190,12 @@ impl Node {
         promised.unwrap_or_else(|error| PromiseReply::Refused { reason: error.to_string() })
     }
 
-    /// A node that waits is told whom to ask.
+    /// Is told whom to ask: a node that waits what cluster there is, a member that may have missed something how it stands.
     pub fn invited(&self, members: Vec<Address>) {
-        self.joining.invited(members);
+        match self.running.get() {
+            Some(running) => running.called_by(members),
+            None => self.joining.invited(members),
+        }
     }
 
     /// What this node says of its own replicas.

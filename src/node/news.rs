@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::join_all;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
@@ -31,11 +32,19 @@ pub struct News {
     /// The view that does not have this node.
     without_us: Mutex<Option<Box<View>>>,
     retired: CancellationToken,
+    /// A member called.
+    called: Notify,
 }
 
 impl News {
     pub fn new(member: Arc<Member>) -> Self {
-        Self { member, elsewhere: Mutex::default(), without_us: Mutex::default(), retired: CancellationToken::new() }
+        Self {
+            member,
+            elsewhere: Mutex::default(),
+            without_us: Mutex::default(),
+            retired: CancellationToken::new(),
+            called: Notify::new(),
+        }
     }
 
     /// Cancelled when this node turns out not to be in the view any more.
@@ -54,12 +63,19 @@ impl News {
                 biased;
                 () = shutdown.cancelled() => return,
                 () = self.retired.cancelled() => return,
+                () = self.called.notified() => self.ask().await,
                 () = tokio::time::sleep(TICK) => {}
             }
             if self.is_silent() {
                 self.ask().await;
             }
         }
+    }
+
+    /// Members of the cluster have called: they are asked at once. What they say counts, not who calls.
+    pub fn called_by(&self, members: Vec<Address>) {
+        self.elsewhere.lock().expect("no holder panics").extend(members.into_iter().take(ASKED_MAX));
+        self.called.notify_one();
     }
 
     fn is_silent(&self) -> bool {

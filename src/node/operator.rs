@@ -23,6 +23,8 @@ use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 /// How long a node is waited for when it is asked who it is.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two looks at a node that has left and does not know yet.
+const LATE_LEAVER_PAUSE: Duration = Duration::from_millis(200);
 /// How soon to try again.
 const RETRY_AFTER_MS: u64 = 500;
 /// Names in one list of what is waited for.
@@ -55,13 +57,26 @@ impl Operator {
         options: Options,
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
         let deadline = Instant::now() + options.timeout;
+        let patience = Instant::now() + options.timeout.mul_f32(0.7);
         let meta = self.meta()?;
+        let mut is_late = false;
         loop {
             let view = self.current(&meta, deadline).await?;
             if only_if.is_some_and(|epoch| epoch != view.epoch) {
                 return Err(ViewChangeFailure::EpochChanged { current: view.epoch });
             }
-            let planned = self.plan(&view, change).await?;
+            let planned = match self.plan(&view, change).await {
+                Err(ViewChangeFailure::NotReady { reason }) => {
+                    // A node that has just left notices in a moment, and is away for another while it starts again.
+                    is_late = is_late || self.is_leaving_late(&view, change).await;
+                    if !is_late || Instant::now() >= patience {
+                        return Err(ViewChangeFailure::NotReady { reason });
+                    }
+                    tokio::time::sleep(LATE_LEAVER_PAUSE).await;
+                    continue;
+                }
+                planned => planned?,
+            };
             if planned.is_same {
                 return Ok(self.describe(&view, view.epoch, &self.member.status().await));
             }
@@ -83,6 +98,24 @@ impl Operator {
                 Err(error) => return Err(unavailable(error.to_string())),
             }
         }
+    }
+
+    /// Whether a node that is to be in the view has left it, and does not know yet. Such a node is told to look.
+    async fn is_leaving_late(&self, view: &View, change: &ViewChange) -> bool {
+        let members: Vec<Address> = view.staying().map(|(_, node)| node.address.clone()).collect();
+        let strangers = change.nodes.iter().flatten().filter(|address| view.node_at(address).is_none());
+        let asked = strangers.map(|address| {
+            let members = &members;
+            async move {
+                let identity = self.member.peers.identity(address, ASK_TIMEOUT).await.ok()?;
+                let is_ours = matches!(&identity.standing, Standing::Member { view: known } if known.cluster == view.cluster);
+                if is_ours {
+                    self.member.peers.invite(address, members, ASK_TIMEOUT).await.ok()?;
+                }
+                is_ours.then_some(())
+            }
+        });
+        join_all(asked).await.into_iter().flatten().next().is_some()
     }
 
     /// What such a change would take.

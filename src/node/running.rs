@@ -41,7 +41,7 @@ use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
 use crate::storage::sled_tree::{SledError, SledOptions, SledTrees, is_condemned};
 use crate::storage::state::{StateOptions, StateStore};
-use crate::types::GroupId;
+use crate::types::{Address, GroupId};
 
 /// How long the meta group is given to apply the announcement of a node.
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -172,6 +172,11 @@ impl Running {
     /// Cancelled when a replica could not be opened because the map database is beyond mending in this process.
     pub fn condemned(&self) -> CancellationToken {
         self.reconciler.condemned().clone()
+    }
+
+    /// Members of the cluster have called.
+    pub fn called_by(&self, members: Vec<Address>) {
+        self.news.called_by(members);
     }
 
     /// Cancelled when this node turns out not to be in the view any more.
