@@ -54,6 +54,8 @@ pub struct Migrator {
     clean: BTreeMap<GroupId, u64>,
     /// The shards with slots that should be elsewhere, by the view of this version: looked up once per view, not per shard and tick.
     sources: (MapVersion, BTreeSet<GroupId>),
+    /// The shards that moves under way go to, by that view.
+    destinations: BTreeSet<GroupId>,
 }
 
 struct Shared {
@@ -69,7 +71,13 @@ impl Migrator {
     pub fn new(member: Arc<Member>) -> Self {
         let access = Access::new(member.clone());
         let shared = Shared { member, access, busy: Mutex::default(), not_before: Mutex::default() };
-        Self { shared: Arc::new(shared), running: JoinSet::new(), clean: BTreeMap::new(), sources: Default::default() }
+        Self {
+            shared: Arc::new(shared),
+            running: JoinSet::new(),
+            clean: BTreeMap::new(),
+            sources: Default::default(),
+            destinations: BTreeSet::new(),
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -86,6 +94,11 @@ impl Migrator {
             let view = self.shared.member.view();
             if self.sources.0 != view.version {
                 self.sources = (view.version, view.astray().map(|slot| view.slots.owner(slot)).collect());
+                // A move that was taken back leaves something at its destination.
+                let destinations = view.moves.values().map(|open| open.to).collect();
+                for shard in std::mem::replace(&mut self.destinations, destinations) {
+                    self.clean.remove(&shard);
+                }
             }
             for group in self.shared.member.registry.groups() {
                 let id = group.key().group;
