@@ -52,6 +52,7 @@ pub struct App {
     pub peers: Option<Arc<dyn PeerService>>,
     pub limits: Limits,
     bodies: Arc<BodyBudget>,
+    quorums: dialects::SilentQuorums,
 }
 
 type Shared = Arc<App>;
@@ -65,7 +66,7 @@ impl App {
         limits: Limits,
     ) -> Self {
         let bodies = BodyBudget::new(limits.bodies_bytes_max);
-        Self { store, readiness, metrics, peers, limits, bodies }
+        Self { store, readiness, metrics, peers, limits, bodies, quorums: dialects::SilentQuorums::default() }
     }
 
     fn watch(&self, dialect: Dialect, request: &Request) -> metrics::Watch<'_> {

@@ -57,6 +57,9 @@ struct State {
     serves_stale: bool,
     /// So many requests are served before all fail so.
     failing_later: Option<(usize, Failure)>,
+    failing_write: Option<Failure>,
+    writes_take: Duration,
+    reads_take: Duration,
     asked: Vec<Options>,
     nodes: Vec<Address>,
     asked_of_view: Asked,
@@ -85,6 +88,21 @@ impl FakeStore {
         self.state.lock().expect("no panic").failing_later = Some((questions, failure));
     }
 
+    /// The next write fails so, as a whole.
+    pub fn fail_next_write(&self, failure: Failure) {
+        self.state.lock().expect("no panic").failing_write = Some(failure);
+    }
+
+    /// The answer to a write comes so late from now on, or not in time.
+    pub fn slow_down_writes(&self, by: Duration) {
+        self.state.lock().expect("no panic").writes_take = by;
+    }
+
+    /// The same of the value of a key.
+    pub fn slow_down_reads(&self, by: Duration) {
+        self.state.lock().expect("no panic").reads_take = by;
+    }
+
     /// Nothing fails from now on.
     pub fn heal(&self) {
         let mut state = self.state.lock().expect("no panic");
@@ -100,6 +118,11 @@ impl FakeStore {
     /// The options of the last request.
     pub fn last_options(&self) -> Options {
         *self.state.lock().expect("no panic").asked.last().expect("a request came")
+    }
+
+    /// The options of all requests, in their order.
+    pub fn asked(&self) -> Vec<Options> {
+        self.state.lock().expect("no panic").asked.clone()
     }
 
     /// How many requests came.
@@ -259,7 +282,11 @@ impl Store for FakeStore {
         let mut state = self.state.lock().expect("no panic");
         let staleness = (options.consistency == Consistency::Stale).then_some(Staleness::AtMost { age_ms: 12 });
         let found = state.ask(shard(&key), options).map(|()| Found { record: state.records.get(&key).cloned(), staleness });
-        Box::pin(ready(found))
+        let takes = state.reads_take;
+        Box::pin(async move {
+            let late = || Err(Failure::Unavailable { reason: "not in time".into(), retry_after_ms: 1000 });
+            if in_time(takes, options).await { found } else { late() }
+        })
     }
 
     fn get_many(&self, request: GetManyRequest, options: Options) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
@@ -284,7 +311,16 @@ impl Store for FakeStore {
 
     fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {
         let mut state = self.state.lock().expect("no panic");
-        let Some(key) = idempotency_key else { return Box::pin(ready(state.write(&operations, options))) };
+        let Some(key) = idempotency_key else {
+            let count = operations.len();
+            let failed = move |failure| vec![Err(WriteFailure::Failed(failure)); count];
+            let written = state.failing_write.take().map_or_else(|| state.write(&operations, options), failed);
+            let takes = state.writes_take;
+            return Box::pin(async move {
+                let late = || failed(Failure::Unknown { reason: "not in time".into() });
+                if in_time(takes, options).await { written } else { late() }
+            });
+        };
         let written = match state.answered.get(&key) {
             Some((before, written)) if *before == operations => written.clone(),
             Some(_) => {
@@ -449,6 +485,14 @@ impl Store for FakeStore {
     fn operation(&self, id: PlanEpoch, _: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
         Box::pin(ready(Ok((id.0 <= 2).then(|| self.in_progress(id)))))
     }
+}
+
+/// Whether what takes so long is done before a caller has waited enough. Returns when it is, or he has.
+async fn in_time(takes: Duration, options: Options) -> bool {
+    if !takes.is_zero() {
+        tokio::time::sleep(takes.min(options.timeout)).await;
+    }
+    takes <= options.timeout
 }
 
 /// Ready until told otherwise.

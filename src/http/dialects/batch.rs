@@ -1,28 +1,48 @@
-//! Writes of many pairs: shard by shard, in log entries of about a mebibyte.
+//! Writes of many pairs: shard by shard, in log entries of up to a mebibyte.
 //!
 //! A batch is not atomic. The pairs of one shard are written in their order, one entry after the other, so that of pairs with the same key
-//! the last wins; shards are written side by side. A shard whose leader is lost on the way goes on with the next entry; one that has taken
-//! nothing for as long as an answer is waited for is given up, so that without a quorum all its entries cost one wait.
+//! the last wins; shards are written side by side.
+//!
+//! A batch has no deadline of its own: it may be long. Each entry is waited for as long as its shard is seen to have a quorum, within
+//! bounds; where it has none, that is found out by a read, and the rest of the shard is given up in the time in which the contracts promise
+//! a word. What was certainly not done is tried again; of what may have been done nothing is, it is reported. Entries begin small and
+//! grow while they are taken quickly, so that a machine that is overloaded takes a little at a time instead of nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{PATIENCE, Refusal, bits, options};
-use crate::client::store::{Options, Store, WriteFailure};
+use crate::client::store::{Failure, Options, Store, WriteFailure, Written as Answer};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::GroupId;
 
-/// What goes into one entry: enough to be worth its fsync, and too little to hold up what comes after it. Small pairs are bounded by their
-/// number: it is what an entry takes to be applied, and each must be answered in time.
+/// What goes into one entry: enough to be worth its fsync, and too little to hold up what comes after it.
 const ENTRY_BYTES: usize = 1 << 20;
-const ENTRY_OPERATIONS: usize = 2000;
 
-/// After an entry that failed: what refuses at once must not refuse the whole rest within a moment.
+/// Small pairs are bounded by their number: it is what an entry takes to be applied. The first entry of a shard has this many at most, those
+/// after it more or fewer, as quickly as it takes them.
+const OPERATIONS_AT_FIRST: usize = 500;
+const OPERATIONS_MIN: usize = 50;
+const OPERATIONS_MAX: usize = 2000;
+/// An entry that is taken within the first is followed by a larger one, one that takes longer than the second by a smaller one.
+const QUICK: Duration = Duration::from_millis(250);
+const SLOW: Duration = Duration::from_secs(1);
+
+/// An entry without an answer for so long makes us look for the quorum, and how long that is waited for: together [`PATIENCE`].
+const LOOK_AFTER: Duration = Duration::from_millis(3500);
+const LOOK_PATIENCE: Duration = Duration::from_millis(1000);
+/// Then it is not known what became of the entry. Its leader may be lost, although there is a quorum.
+const ENTRY_PATIENCE: Duration = Duration::from_secs(10);
+/// A shard that has taken nothing for so long is given up, though it has a quorum.
+const STALL_MAX: Duration = Duration::from_secs(20);
+
+/// After an entry that was not taken: what refuses at once must not be asked again within a moment.
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// What is to be stored, and under which key. Both have a length that the store takes.
@@ -75,37 +95,89 @@ pub async fn write(store: &dyn Store, pairs: &[Pair]) -> Written {
 
 /// The pairs at `places`, which one shard owns as far as is known.
 async fn write_shard(store: &dyn Store, pairs: &[Pair], places: Vec<usize>) -> Written {
-    let mut rest = &places[..];
+    let mut rest = VecDeque::from(places);
     let mut written = Written::default();
-    let mut taken = Instant::now();
+    let (mut taken, mut operations_max) = (Instant::now(), OPERATIONS_AT_FIRST);
     while !rest.is_empty() {
-        let timeout = PATIENCE.saturating_sub(taken.elapsed());
-        if timeout.is_zero() {
-            written.failed.extend(rest);
-            return written;
+        let len = entry_len(pairs, rest.iter(), operations_max);
+        let entry: Vec<usize> = rest.drain(..len).collect();
+        let begun = Instant::now();
+        let answers = write_entry(store, entry.iter().map(|place| &pairs[*place])).await;
+        let has_answered = answers.is_some();
+        let Told { again, unfinished } = written.note(&entry, answers.unwrap_or_default());
+        for place in again.into_iter().rev() {
+            rest.push_front(place);
         }
-        let (entry, after) = rest.split_at(entry_len(pairs, rest));
-        let operations = entry.iter().map(|place| pairs[*place].operation()).collect();
-        let answers = store.write(operations, None, Options { timeout, ..options() }).await;
-        let failed_before = written.failed.len();
-        for (at, place) in entry.iter().enumerate() {
-            match answers.get(at) {
-                Some(Ok(_)) => written.shards = 1,
-                Some(Err(WriteFailure::Failed(failure))) => written.fail(*place, failure.clone().into()),
-                Some(Err(WriteFailure::Rejected(_))) | None => written.fail(*place, Refusal::unanswered()),
-            }
-        }
-        if written.failed.len() == failed_before {
+        operations_max = next_size(operations_max, begun.elapsed(), unfinished.is_none());
+        let Some(failure) = unfinished else {
             taken = Instant::now();
+            continue;
+        };
+        let Some(next) = rest.front() else { break };
+        let patience = PATIENCE.saturating_sub(taken.elapsed()).max(LOOK_PATIENCE);
+        if !has_answered || taken.elapsed() > STALL_MAX || !has_quorum(store, &pairs[*next].key, patience).await {
+            rest.drain(..).for_each(|place| written.fail(place, failure.clone().into()));
         } else {
             sleep(PAUSE).await;
         }
-        rest = after;
     }
     written
 }
 
+/// Writes one entry, and waits for it as long as its shard has a quorum. None: it has none, and nobody knows what became of the entry.
+async fn write_entry<'a>(store: &dyn Store, pairs: impl Iterator<Item = &'a Pair>) -> Option<Vec<Answer>> {
+    let operations: Vec<Operation> = pairs.map(Pair::operation).collect();
+    let key = operations.first()?.key.clone();
+    let mut write = pin!(store.write(operations, None, Options { timeout: ENTRY_PATIENCE, ..options() }));
+    loop {
+        match timeout(LOOK_AFTER, &mut write).await {
+            Ok(answers) => return Some(answers),
+            Err(_) if has_quorum(store, &key, LOOK_PATIENCE).await => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// Whether the shard of a key answers a linearizable read, or has too much to do to answer it.
+async fn has_quorum(store: &dyn Store, key: &Bytes, patience: Duration) -> bool {
+    match store.get(key.clone(), Options { timeout: patience, ..options() }).await {
+        Ok(_) | Err(Failure::Overloaded { .. }) => true,
+        Err(_) => false,
+    }
+}
+
+/// What is to be done after an entry.
+struct Told {
+    /// What was certainly not done.
+    again: Vec<usize>,
+    /// Why the entry was not taken as a whole.
+    unfinished: Option<Failure>,
+}
+
 impl Written {
+    fn note(&mut self, entry: &[usize], answers: Vec<Answer>) -> Told {
+        let mut told = Told { again: Vec::new(), unfinished: None };
+        let unanswered = || Failure::Unknown { reason: "there was no answer".to_owned() };
+        for (at, place) in entry.iter().enumerate() {
+            let failure = match answers.get(at) {
+                Some(Ok(_)) => {
+                    self.shards = 1;
+                    continue;
+                }
+                Some(Err(WriteFailure::Failed(failure))) => failure.clone(),
+                Some(Err(WriteFailure::Rejected(_))) | None => unanswered(),
+            };
+            match &failure {
+                Failure::Overloaded { .. } | Failure::Unavailable { .. } | Failure::Elsewhere { .. } => told.again.push(*place),
+                Failure::Unknown { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => {
+                    self.fail(*place, failure.clone().into());
+                }
+            }
+            told.unfinished.get_or_insert(failure);
+        }
+        told
+    }
+
     fn fail(&mut self, place: usize, failure: Refusal) {
         self.failed.push(place);
         self.failure.get_or_insert(failure);
@@ -123,20 +195,32 @@ impl Pair {
     }
 }
 
+/// How many operations the next entry may have, after one of `now` that was taken, or not, in so long.
+fn next_size(now: usize, took: Duration, taken: bool) -> usize {
+    let next = match took {
+        _ if !taken => now / 2,
+        took if took < QUICK => now * 2,
+        took if took > SLOW => now / 2,
+        _ => now,
+    };
+    next.clamp(OPERATIONS_MIN, OPERATIONS_MAX)
+}
+
 /// How many of the pairs at `places` make the next entry: one at least.
-fn entry_len(pairs: &[Pair], places: &[usize]) -> usize {
+fn entry_len<'a>(pairs: &[Pair], places: impl Iterator<Item = &'a usize>, operations_max: usize) -> usize {
     let mut bytes = 0;
     let fits = |place: &usize| {
         bytes += pairs[*place].key.len() + pairs[*place].value.len();
         bytes <= ENTRY_BYTES
     };
-    let fitting = places.iter().take(ENTRY_OPERATIONS).map(fits).take_while(|fits| *fits).count();
+    let fitting = places.take(operations_max).map(fits).take_while(|fits| *fits).count();
     fitting.max(1)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::testing::FakeStore;
 
     fn pairs(values: &[usize]) -> Vec<Pair> {
         let pair = |bytes: &usize| Pair { key: Bytes::from_static(b"k"), value: vec![b'v'; *bytes].into(), kind: Kind::Text };
@@ -147,10 +231,103 @@ mod tests {
     fn an_entry_is_about_a_mebibyte_and_has_one_pair_at_least() {
         let half = ENTRY_BYTES / 2 - 1;
         for (values, len) in
-            [(vec![half, half, 1], 2), (vec![8 << 20, 1], 1), (vec![1, 8 << 20], 1), (vec![0; 20_000], ENTRY_OPERATIONS)]
+            [(vec![half, half, 1], 2), (vec![8 << 20, 1], 1), (vec![1, 8 << 20], 1), (vec![0; 20_000], OPERATIONS_MAX)]
         {
             let places: Vec<usize> = (0..values.len()).collect();
-            assert_eq!(entry_len(&pairs(&values), &places), len);
+            assert_eq!(entry_len(&pairs(&values), places.iter(), OPERATIONS_MAX), len);
         }
+    }
+
+    #[test]
+    fn entries_grow_while_they_are_taken_quickly_and_shrink_while_they_are_not() {
+        let ms = Duration::from_millis;
+        let sizes = |took: &[u64]| {
+            let mut size = OPERATIONS_AT_FIRST;
+            let next = |took: &u64| {
+                let after = next_size(size, ms(*took), true);
+                std::mem::replace(&mut size, after)
+            };
+            took.iter().map(next).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(&[1, 1, 1, 1]), [500, 1000, 2000, 2000]);
+        assert_eq!(next_size(500, ms(1), false), 250);
+        assert_eq!(sizes(&[500, 4000, 4000, 500, 4000, 4000, 1]), [500, 500, 250, 125, 125, 62, 50]);
+    }
+
+    /// So many pairs of keys of one shard, each with its number for a value; the keys come round again after `keys`.
+    fn numbered(count: usize, keys: usize) -> Vec<Pair> {
+        let pair = |n: usize| Pair { key: format!("k{}", n % keys).into(), value: n.to_string().into(), kind: Kind::Text };
+        (0..count).map(pair).collect()
+    }
+
+    fn one_shard() -> FakeStore {
+        let store = FakeStore::default();
+        store.set_nodes(&["a:1"]);
+        store
+    }
+
+    /// What becomes of a batch, and how long that takes, by the clock of the test.
+    async fn written(store: &FakeStore, pairs: &[Pair]) -> (Written, Duration) {
+        let begun = Instant::now();
+        let written = write(store, pairs).await;
+        (written, begun.elapsed())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_that_moves_is_waited_for_however_slowly() {
+        for (slowness_ms, count) in [(3000, 3000), (9000, 700)] {
+            let store = one_shard();
+            store.slow_down_writes(Duration::from_millis(slowness_ms));
+            let (written, took) = written(&store, &numbered(count, count)).await;
+            assert_eq!(written.failed, [0; 0], "{:?}", written.failure);
+            assert!(took > Duration::from_secs(5), "nothing was slow: {took:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_quorum_it_is_given_up_in_the_promised_time() {
+        let no_quorum = Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 };
+        let store = one_shard();
+        store.slow_down_writes(Duration::from_secs(3600));
+        store.slow_down_reads(Duration::from_secs(3600));
+        let (all, took) = written(&store, &numbered(3000, 3000)).await;
+        assert_eq!((all.failed.len(), took), (3000, PATIENCE));
+        let store = one_shard();
+        store.fail(1, no_quorum);
+        let (all, _) = written(&store, &numbered(3000, 3000)).await;
+        assert_eq!((all.failed.len(), all.failure.map(|failure| failure.status.as_u16())), (3000, Some(503)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shard_that_only_reads_is_given_up_in_the_end() {
+        let store = one_shard();
+        store.slow_down_writes(Duration::from_secs(3600));
+        let (all, took) = written(&store, &numbered(3000, 3000)).await;
+        assert_eq!(all.failed.len(), 3000);
+        assert!(took < STALL_MAX + ENTRY_PATIENCE + LOOK_AFTER, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_certainly_not_done_is_done_in_its_turn() {
+        for failure in [
+            Failure::Overloaded { limit: "all".into(), retry_after_ms: 1000 },
+            Failure::Unavailable { reason: "no leader".into(), retry_after_ms: 1000 },
+        ] {
+            let store = one_shard();
+            store.fail_next_write(failure);
+            let (all, _) = written(&store, &numbered(2500, 600)).await;
+            assert_eq!(all.failed, [0; 0], "{:?}", all.failure);
+            let last = store.record(b"k99").expect("it is stored").value;
+            assert_eq!(last, "2499", "of pairs with the same key the last wins");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_may_have_been_done_is_reported_and_not_repeated() {
+        let store = one_shard();
+        store.fail_next_write(Failure::Unknown { reason: "the leader was lost".into() });
+        let (all, _) = written(&store, &numbered(2500, 2500)).await;
+        assert_eq!(all.failed, (0..OPERATIONS_AT_FIRST).collect::<Vec<_>>());
+        assert!(store.record(b"k0").is_none() && store.record(b"k500").is_some());
     }
 }

@@ -28,7 +28,7 @@ use crate::http::metrics::Dialect;
 use crate::http::native::{STALENESS, staleness, unescape};
 use crate::http::{App, Shared, body, health};
 use crate::sm::kv::{Action, Condition, Media, Operation};
-use crate::types::KEY_BYTES_MAX;
+use crate::types::{GroupId, KEY_BYTES_MAX};
 
 const SET: &str = "/set/";
 const GET: &str = "/get/";
@@ -40,6 +40,9 @@ const HTML: &str = "text/html; charset=utf-8";
 /// the 2 s that are promised.
 const QUORUM_PATIENCE: Duration = Duration::from_millis(1500);
 const COPY_PATIENCE: Duration = Duration::from_millis(400);
+
+/// The same once somebody has waited in vain. Two nodes that are well answer in a few milliseconds.
+const SILENT_QUORUM_PATIENCE: Duration = Duration::from_millis(250);
 
 /// Whether `path` is one of this dialect's with a key: that is one segment, and not empty.
 pub fn owns(path: &str) -> bool {
@@ -84,10 +87,24 @@ async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> 
         let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
         return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));
     }
-    let operation = Operation { key, condition: Condition::None, action: Action::Put { media, value } };
+    write(app, Operation { key, condition: Condition::None, action: Action::Put { media, value } }).await?;
+    Ok(from_server(&format!("stored key:value is {printed}")))
+}
+
+/// While the quorum is silent it is asked by a read first: that fails soon, and leaves nothing behind that might yet happen.
+async fn write(app: &App, operation: Operation) -> Result<(), Refusal> {
+    let pair = pair_of(app, &operation.key).await?;
+    if let Some(shard) = pair.filter(|shard| app.quorums.is_silent(*shard)) {
+        ask_quorum(app, shard, operation.key.clone()).await?;
+    }
     match app.store.write(vec![operation], None, options()).await.pop() {
-        Some(Ok(_)) => Ok(from_server(&format!("stored key:value is {printed}"))),
-        Some(Err(WriteFailure::Failed(failure))) => Err(failure.into()),
+        Some(Ok(_)) => Ok(()),
+        Some(Err(WriteFailure::Failed(failure))) => {
+            if let Some(shard) = pair.filter(|_| is_silence(&failure)) {
+                app.quorums.waited_in_vain(shard);
+            }
+            Err(failure.into())
+        }
         Some(Err(WriteFailure::Rejected(_))) | None => Err(Refusal::unanswered()),
     }
 }
@@ -133,17 +150,42 @@ async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> 
 /// The value of a key. Two nodes are no quorum when one of them is down; then the other answers from what it has, and says how old
 /// that is.
 async fn find(app: &App, key: Bytes) -> Result<Found, Failure> {
-    let map = app.store.map(options()).await?;
-    let copies = map.shard(map.owner_of(&key)).map_or(0, |shard| shard.replicas.len());
-    if map.nodes().count() != 2 && copies != 2 {
-        return app.store.get(key, options()).await;
+    let Some(shard) = pair_of(app, &key).await? else { return app.store.get(key, options()).await };
+    match ask_quorum(app, shard, key.clone()).await {
+        Err(failure) if is_silence(&failure) => {
+            let stale = Options { consistency: Consistency::Stale, timeout: COPY_PATIENCE, ..options() };
+            app.store.get(key, stale).await.map_err(|_| failure)
+        }
+        settled => settled,
     }
-    let failure = match app.store.get(key.clone(), Options { timeout: QUORUM_PATIENCE, ..options() }).await {
-        Err(failure @ (Failure::Unavailable { .. } | Failure::Unknown { .. } | Failure::Elsewhere { .. })) => failure,
-        settled => return settled,
-    };
-    let stale = Options { consistency: Consistency::Stale, timeout: COPY_PATIENCE, ..options() };
-    app.store.get(key, stale).await.map_err(|_| failure)
+}
+
+/// The shard of a key, if it lives on two nodes.
+async fn pair_of(app: &App, key: &[u8]) -> Result<Option<GroupId>, Failure> {
+    let map = app.store.map(options()).await?;
+    let shard = map.owner_of(key);
+    let copies = map.shard(shard).map_or(0, |shard| shard.replicas.len());
+    Ok((map.nodes().count() == 2 || copies == 2).then_some(shard))
+}
+
+/// What a quorum of two nodes has of a key, waited for less patiently where somebody has just done so in vain.
+async fn ask_quorum(app: &App, shard: GroupId, key: Bytes) -> Result<Found, Failure> {
+    let timeout = if app.quorums.is_silent(shard) { SILENT_QUORUM_PATIENCE } else { QUORUM_PATIENCE };
+    let found = app.store.get(key, Options { timeout, ..options() }).await;
+    match &found {
+        Ok(_) => app.quorums.answered(shard),
+        Err(failure) if is_silence(failure) => app.quorums.waited_in_vain(shard),
+        Err(_) => {}
+    }
+    found
+}
+
+/// Whether nobody answered, as without a quorum.
+fn is_silence(failure: &Failure) -> bool {
+    match failure {
+        Failure::Unavailable { .. } | Failure::Unknown { .. } | Failure::Elsewhere { .. } => true,
+        Failure::Overloaded { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => false,
+    }
 }
 
 /// The key that a path ends in.
@@ -323,6 +365,47 @@ mod tests {
         assert_eq!(stale.text(), r#"response from server:"retrived key value is 1""#);
         assert_eq!(site.store.last_options().routing, Routing::Proxy);
         assert_eq!(site.ask("POST /set/key1", "2").await.status, 503);
+        site.stop().await;
+    }
+
+    #[tokio::test]
+    async fn one_client_waits_for_a_silent_quorum_and_those_after_it_hardly() {
+        let site = Site::start().await;
+        site.store.set_nodes(&["a:1", "b:2"]);
+        site.ask("POST /set/key1", "1").await;
+        site.store.serve_stale();
+        // What a request asks the store, in turn.
+        let asked = async |head: &str, body: &str| {
+            let before = site.store.requests();
+            let reply = site.ask(head, body).await;
+            let options = site.store.asked().split_off(before);
+            (reply.status, options.iter().map(|options| (options.consistency, options.timeout)).collect::<Vec<_>>())
+        };
+        let quorum = |patience: Duration| (Consistency::Linearizable, patience);
+        let copy = (Consistency::Stale, COPY_PATIENCE);
+        let (patient, impatient) = (quorum(QUORUM_PATIENCE), quorum(SILENT_QUORUM_PATIENCE));
+        let writes = quorum(options().timeout);
+        assert_eq!(asked("GET /get/key1", "").await, (200, vec![patient]));
+        for failure in [
+            Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 },
+            Failure::Unknown { reason: "lost".into() },
+        ] {
+            site.store.fail(1, failure);
+            assert_eq!(asked("GET /get/key1", "").await, (200, vec![patient, copy]));
+            assert_eq!(asked("GET /get/key1", "").await, (200, vec![impatient, copy]));
+            assert_eq!(asked("POST /set/key1", "2").await, (503, vec![impatient]), "it was not even tried");
+            site.store.heal();
+            assert_eq!(asked("POST /set/key1", "3").await, (200, vec![impatient, writes]));
+            assert_eq!(asked("GET /get/key1", "").await, (200, vec![patient]), "it is well again");
+        }
+        site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
+        assert_eq!(asked("POST /set/key1", "4").await, (503, vec![writes]));
+        assert_eq!(asked("GET /get/key1", "").await, (200, vec![impatient, copy]), "a write has waited too");
+        site.store.fail(1, Failure::Overloaded { limit: "all".into(), retry_after_ms: 1000 });
+        assert_eq!(asked("GET /get/key1", "").await, (503, vec![impatient]), "overload is no silence");
+        site.store.set_nodes(&["a:1", "b:2", "c:3"]);
+        site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
+        assert_eq!(asked("GET /get/key1", "").await, (503, vec![writes]), "three nodes have no copy to fall back on");
         site.stop().await;
     }
 

@@ -22,6 +22,7 @@ mod load_balancer;
 mod pieces;
 mod plain_batch;
 mod python;
+mod quorums;
 mod set;
 
 use std::borrow::Cow;
@@ -37,6 +38,7 @@ use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::quorums::SilentQuorums;
 use super::body::{self, Ceiling, Held};
 use super::problem::{Code, Problem};
 use super::{App, Shared, media};
