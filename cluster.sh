@@ -394,6 +394,10 @@ bootstrap() {
     done
     wait_ready "${NODES[@]}" || give_up
     explain
+    if [ "$count" -eq 2 ] && [ "$REPL_FACTOR_ASKED" != 1 ]; then
+        say "two nodes hold two copies and have no node for a witness: while either is away, writes wait for it, and default reads; reads with"
+        say "?consistency=stale go on. With a third node either may be lost: $ME bootstrap 3"
+    fi
 }
 
 # DIR/nodes, which only one bootstrap can make. A file in it remembers whether DIR is ours as well.

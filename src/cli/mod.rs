@@ -13,6 +13,8 @@ pub mod node_flags;
 pub mod serve;
 mod servers;
 mod signals;
+#[cfg(test)]
+mod whole_nodes;
 
 use std::future::Future;
 use std::io::{self, Write};

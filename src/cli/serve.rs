@@ -24,6 +24,7 @@ use crate::node::{FamilyKind, Node, NodeError};
 use crate::raft::lanes::serve_lane;
 use crate::raft::transport::Lane;
 use crate::sm::meta;
+use crate::sm::view::View;
 use crate::telemetry;
 use crate::types::{Address, ParseError};
 
@@ -63,9 +64,8 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     let told = signals::stop().map_err(ServeError::Signals)?;
     tracing::info!("quorate {} at {}, data in {}", env!("CARGO_PKG_VERSION"), config.address, config.data_dir.display());
     let node = Node::open(config)?;
-    let face = Arc::new(Face { node: node.clone(), closing: CancellationToken::new() });
-    let metrics = Arc::new(Metrics::new(vec![server.stats(), face.clone()]));
-    let app = App::new(node.clone(), face.clone(), metrics, Some(face.clone()), limits.clone());
+    let closing = CancellationToken::new();
+    let app = app(&node, &server, closing.clone(), limits.clone());
     let (stop_server, stop_node) = (CancellationToken::new(), CancellationToken::new());
     let serving = tokio::spawn({
         let stop = stop_server.clone();
@@ -86,7 +86,7 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
         node.hand_over(HAND_OVER_TIMEOUT).await;
     }
     stop_server.cancel();
-    face.closing.cancel();
+    closing.cancel();
     if let Err(error) = serving.await {
         tracing::error!("the server was broken off: {error}");
     }
@@ -102,6 +102,13 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// A node as it is served. Lanes end when `closing` is cancelled.
+pub(super) fn app(node: &Arc<Node>, server: &Server, closing: CancellationToken, limits: Limits) -> App {
+    let face = Arc::new(Face { node: node.clone(), closing });
+    let metrics = Arc::new(Metrics::new(vec![server.stats(), face.clone()]));
+    App::new(node.clone(), face.clone(), metrics, Some(face), limits)
 }
 
 /// Starts this process again, with the same arguments. Returns only if that fails.
@@ -169,6 +176,10 @@ impl PeerService for Face {
 
     fn replicas(&self) -> Vec<HostedReplica> {
         self.node.hosted()
+    }
+
+    fn view(&self) -> BoxFuture<'_, Result<View, Failure>> {
+        Box::pin(self.node.view())
     }
 
     fn invite(&self, members: Vec<Address>) {

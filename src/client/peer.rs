@@ -1,6 +1,6 @@
 //! What nodes ask each other before they have a group in common: who are you, and do you promise to be founded by me.
 //!
-//! JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `POST /peer/announce`,
+//! JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`,
 //! `POST /peer/invite`.
 
 use std::time::Duration;
@@ -66,6 +66,9 @@ pub struct HostedReplica {
     pub keys: u64,
     pub bytes: u64,
     pub failed: Option<String>,
+    /// It keeps the log and no map, and has no counts.
+    #[serde(default)]
+    pub is_witness: bool,
 }
 
 /// Why a node gave no answer.
@@ -116,6 +119,11 @@ impl PeerCaller {
 
     pub async fn replicas(&self, address: &Address, timeout: Duration) -> Result<Vec<HostedReplica>, PeerError> {
         self.answer(address, self.http.get(format!("http://{address}/peer/replicas")).timeout(timeout)).await
+    }
+
+    /// Asks the node that leads the meta group for the view as it is now, not as it may have been.
+    pub async fn view(&self, address: &Address, timeout: Duration) -> Result<View, PeerError> {
+        self.answer(address, self.http.get(format!("http://{address}/peer/view")).timeout(timeout)).await
     }
 
     /// Asks the node that leads the meta group to apply an announcement.

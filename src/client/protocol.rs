@@ -132,6 +132,9 @@ pub struct ShardStatus {
     pub bytes: Option<u64>,
     pub slots: u64,
     pub replicas: Vec<ReplicaStatus>,
+    /// One that only keeps the log: it lets an even number of replicas survive the loss of half of them, and serves nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub witness: Option<ReplicaStatus>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -338,8 +338,7 @@ impl ShardAccess for HttpAccess {
                 Ok(Some(change)) => return Ok(Some(change)),
                 // A node that has left does not know it: the next one may.
                 Ok(None) => {}
-                Err(ViewChangeFailure::Failed(failure)) => last = Err(failure),
-                Err(other) => last = Err(unavailable(other.to_string())),
+                Err(failure) => last = Err(failure.into()),
             }
         }
         last

@@ -26,7 +26,7 @@ pub struct ShardMap {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardPlace {
     pub home: NodeId,
-    /// The nodes that have a replica.
+    /// The nodes that have a replica which can serve: not that of the witness.
     pub replicas: Vec<NodeId>,
     /// Who led it when the map was made, if that was known.
     pub leader: Option<NodeId>,
@@ -163,6 +163,7 @@ mod tests {
             bytes: None,
             slots: 0,
             replicas: vec![replica(1, 1), replica(2, 2), replica(3, 3)],
+            witness: Some(replica(4, 4)),
         };
         ClusterStatus {
             cluster: ClusterId(7),

@@ -84,6 +84,7 @@ pub fn status(version: u64, leader: Option<usize>, nodes: &[Address]) -> Cluster
         bytes: Some(40),
         slots: 4096,
         replicas: (0..nodes.len()).map(replica).collect(),
+        witness: None,
     };
     ClusterStatus {
         cluster: ClusterId(1),

@@ -133,6 +133,16 @@ pub enum ViewChangeFailure {
     Failed(Failure),
 }
 
+/// Where nothing is changed, only [`ViewChangeFailure::Failed`] can come: the others say that nothing was done, and are told so.
+impl From<ViewChangeFailure> for Failure {
+    fn from(failure: ViewChangeFailure) -> Self {
+        match failure {
+            ViewChangeFailure::Failed(failure) => failure,
+            other => Failure::Unavailable { reason: other.to_string(), retry_after_ms: 1000 },
+        }
+    }
+}
+
 /// Asks the node at `address` for the change.
 ///
 /// # Errors

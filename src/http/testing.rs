@@ -420,6 +420,7 @@ impl Store for FakeStore {
             bytes: None,
             slots: slots.of(*id).count() as u64,
             replicas: group.replicas.iter().map(replica).collect(),
+            witness: None,
         };
         Box::pin(ready(Ok(ClusterStatus {
             cluster: ClusterId(7),
@@ -524,6 +525,10 @@ impl PeerService for Echo {
     }
 
     fn invite(&self, _: Vec<Address>) {}
+
+    fn view(&self) -> BoxFuture<'_, Result<View, Failure>> {
+        Box::pin(ready(Err(Failure::Unavailable { reason: "it leads nothing".to_owned(), retry_after_ms: 1 })))
+    }
 
     fn promise(&self, request: PromiseRequest) -> BoxFuture<'_, PromiseReply> {
         Box::pin(ready(PromiseReply::Refused { reason: format!("not to {}", request.founder_address) }))

@@ -307,13 +307,7 @@ impl ShardAccess for Access {
     async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
         match self.meta_leader()? {
             None => self.operator.operation(id, options).await,
-            Some(leader) => {
-                let asked = view_change::operation(self.member.caller.http(), leader, id, options).await;
-                asked.map_err(|failure| match failure {
-                    ViewChangeFailure::Failed(failure) => failure,
-                    other => unavailable(other.to_string()),
-                })
-            }
+            Some(leader) => Ok(view_change::operation(self.member.caller.http(), leader, id, options).await?),
         }
     }
 }

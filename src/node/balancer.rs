@@ -37,12 +37,7 @@ impl Balancer {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        loop {
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(TICK) => {}
-            }
+        while super::waited(shutdown, TICK).await {
             self.tick().await;
         }
     }
@@ -58,8 +53,7 @@ impl Balancer {
                 self.steady.remove(&id);
                 continue;
             };
-            let heard = self.member.registry.last_heard(home).is_some_and(|at| at.elapsed() < HEARD_WITHIN);
-            if !heard || !group.is_caught_up(replica) {
+            if !self.member.heard_within(home, HEARD_WITHIN) || !group.is_caught_up(replica) {
                 self.steady.remove(&id);
                 continue;
             }

@@ -2,14 +2,21 @@
 //! One that holds them back must also let them go: of what a snapshot covers openraft keeps thousands of entries.
 //!
 //! One snapshot at a time on a node: it reads the whole map, and the log is purged behind it.
+//!
+//! Witnesses have no snapshot: each purges what the leader of its group says that every replica with a map has. When one of those stays away,
+//! the log of the witness grows until it is back, or a plan has replaced it (`repair`); past a limit that is said.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::{Group, GroupStatus};
+use crate::raft::{Group, GroupStatus, Witness};
+use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
 
 const TICK: Duration = Duration::from_secs(1);
@@ -20,6 +27,11 @@ const LOG_BYTES_CEILING: u64 = 512 << 20;
 /// A replica that holds back this much of the log that others have no more need of is snapshotted, however little of it is its own.
 const PINNED_BYTES_MAX: u64 = 256 << 20;
 
+/// A witness that keeps more log than this is waiting for a replica that has been away for too long.
+const WITNESS_LOG_BYTES_MAX: u64 = 1 << 30;
+/// Between two words about that.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(600);
+
 /// For a node that was heard of within this the log is kept: it comes by itself. For one that is gone longer it isn't.
 const HEARD_WITHIN: Duration = Duration::from_secs(10);
 
@@ -27,28 +39,34 @@ const HEARD_WITHIN: Duration = Duration::from_secs(10);
 pub struct Janitor {
     member: Arc<Member>,
     log: Log,
+    /// When it was last said that a witness keeps too much.
+    complained: HashMap<ReplicaKey, Instant>,
 }
 
 impl Janitor {
     pub fn new(member: Arc<Member>, log: Log) -> Self {
-        Self { member, log }
+        Self { member, log, complained: HashMap::new() }
     }
 
-    pub async fn run(self, shutdown: &CancellationToken) {
-        loop {
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(TICK) => {}
-            }
+    pub async fn run(mut self, shutdown: &CancellationToken) {
+        while super::waited(shutdown, TICK).await {
             self.tick().await;
         }
     }
 
-    async fn tick(&self) {
+    async fn tick(&mut self) {
         let pinned = self.log.pinning();
-        for group in self.member.registry.groups() {
-            let pins = pinned.iter().any(|pin| pin.key == group.key() && pin.held_bytes > PINNED_BYTES_MAX);
+        let pins = |key: ReplicaKey| pinned.iter().any(|pin| pin.key == key && pin.held_bytes > PINNED_BYTES_MAX);
+        let groups = self.member.registry.groups();
+        join_all(groups.iter().map(|group| group.tell_witnesses())).await;
+        for witness in self.member.registry.witnesses() {
+            if let Err(error) = witness.let_go(pins(witness.key())).await {
+                tracing::warn!("the log of witness {} was not purged: {error}", witness.key());
+            }
+            self.complain(&witness);
+        }
+        for group in groups {
+            let pins = pins(group.key());
             let step = match is_due(group.log_bytes_since_snapshot(), group.snapshot_bytes()) {
                 true => Step::Snapshot,
                 false if pins => self.let_go(&group.status()),
@@ -62,9 +80,20 @@ impl Janitor {
         }
     }
 
+    fn complain(&mut self, witness: &Witness) {
+        let (key, bytes) = (witness.key(), witness.log_bytes());
+        let is_new = self.complained.get(&key).is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY);
+        if bytes > WITNESS_LOG_BYTES_MAX && is_new {
+            tracing::warn!(
+                "witness {key} keeps {} MiB of log for a replica that has been away for long: bring its node back, or replace it",
+                bytes >> 20
+            );
+            self.complained.insert(key, Instant::now());
+        }
+    }
+
     fn let_go(&self, status: &GroupStatus) -> Step {
-        let heard = |node| self.member.registry.last_heard(node).is_some_and(|at| at.elapsed() < HEARD_WITHIN);
-        let_go(status, status.purgeable(heard))
+        let_go(status, status.purgeable(|node| self.member.heard_within(node, HEARD_WITHIN)))
     }
 
     async fn snapshot(&self, group: &Group) {
@@ -105,7 +134,6 @@ mod tests {
 
     use super::*;
     use crate::raft::{GroupMembership, Role};
-    use crate::storage::ReplicaKey;
     use crate::types::{GroupId, LogId, ReplicaId};
 
     #[test]

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::bootstrap::{self, Heard, Own, Refusal, Step, Waiting};
+use super::machine::Machine;
 use crate::client::peer::{Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::config::NodeConfig;
 use crate::sm::placement::{PlacementError, first_view};
@@ -22,8 +23,12 @@ use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
 /// How long one node is waited for when it is asked who it is.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
-/// Between two rounds of asking, while something may change soon.
+/// Between two rounds of asking, while something may change soon and there are few to ask.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
+/// As many as that. Nodes of a larger `VIEW` ask less often, or a hundred on one machine would do nothing but answer each other. The founder
+/// is but one, and all wait for it.
+const FEW_NODES: usize = 10;
+const FEW_NODES_OF_FOUNDER: usize = 50;
 /// Between two rounds of asking, for a spare: it may wait for days.
 const SPARE_INTERVAL: Duration = Duration::from_secs(1);
 /// Members that a node which waits is told of at once.
@@ -55,6 +60,7 @@ pub struct Joining {
     config: NodeConfig,
     view_set: Vec<Address>,
     directory_id: DirectoryId,
+    machine: Arc<dyn Machine>,
     directory: DataDirectory,
     caller: PeerCaller,
     waiting: watch::Sender<Option<Waiting>>,
@@ -64,13 +70,14 @@ pub struct Joining {
 }
 
 impl Joining {
-    pub fn new(config: NodeConfig, directory: DataDirectory, caller: PeerCaller) -> Self {
+    pub fn new(config: NodeConfig, machine: Arc<dyn Machine>, directory: DataDirectory, caller: PeerCaller) -> Self {
         let view_set = config.view_set();
         let directory_id = directory.id();
         Self {
             config,
             view_set,
             directory_id,
+            machine,
             directory,
             caller,
             waiting: watch::Sender::new(None),
@@ -86,6 +93,10 @@ impl Joining {
     /// The data directory, as an absolute path.
     pub fn directory_path(&self) -> &std::path::Path {
         self.directory.path()
+    }
+
+    pub fn machine(&self) -> &Arc<dyn Machine> {
+        &self.machine
     }
 
     pub fn config(&self) -> &NodeConfig {
@@ -198,7 +209,7 @@ impl Joining {
                 tracing::info!("{waiting}");
                 told = Some((waiting.clone(), Instant::now()));
             }
-            let interval = if waiting.is_spare() { SPARE_INTERVAL } else { ASK_INTERVAL };
+            let interval = if waiting.is_spare() { SPARE_INTERVAL } else { self.ask_interval() };
             self.waiting.send_replace(Some(waiting));
             tokio::select! {
                 biased;
@@ -207,6 +218,11 @@ impl Joining {
                 () = tokio::time::sleep(interval) => {}
             }
         }
+    }
+
+    fn ask_interval(&self) -> Duration {
+        let founds = self.view_set.first() == Some(&self.config.address);
+        ask_interval(self.view_set.len(), founds)
     }
 
     fn as_stamped(&self) -> Joined {
@@ -293,4 +309,22 @@ fn short_reason(error: &(dyn std::error::Error + 'static)) -> String {
         cause = source;
     }
     cause.to_string()
+}
+
+/// How long a node of a `VIEW` of so many waits between two rounds of asking them all.
+fn ask_interval(nodes: usize, founds: bool) -> Duration {
+    let few = if founds { FEW_NODES_OF_FOUNDER } else { FEW_NODES };
+    ASK_INTERVAL * u32::try_from(nodes.div_ceil(few).max(1)).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_of_a_large_view_ask_less_often() {
+        let ms = |nodes: usize, founds: bool| ask_interval(nodes, founds).as_millis();
+        assert_eq!([0, 3, 10, 11, 100].map(|nodes| ms(nodes, false)), [200, 200, 200, 400, 2000]);
+        assert_eq!([0, 3, 50, 100].map(|nodes| ms(nodes, true)), [200, 200, 200, 400]);
+    }
 }

@@ -18,9 +18,9 @@ use crate::client::shard_map::ShardMap;
 use crate::client::store::Failure;
 use crate::raft::Group;
 use crate::raft::ProposeError;
-use crate::raft::Registry;
 use crate::raft::transport::{Peer, Resolver};
-use crate::sm::view::View;
+use crate::raft::{Registry, Witness};
+use crate::sm::view::{View, Witness as Seat};
 use crate::sm::{kv, meta};
 use crate::types::{Address, ClusterId, GroupId, LogId, MapVersion, NodeId, ReplicaId};
 
@@ -141,6 +141,16 @@ impl Member {
         self.views.map()
     }
 
+    /// Whether a peer was heard of lately, on any lane.
+    pub fn heard_within(&self, node: NodeId, time: Duration) -> bool {
+        self.registry.last_heard(node).is_some_and(|at| at.elapsed() < time)
+    }
+
+    /// Whether a node is this one, or was heard of lately.
+    pub fn is_in_reach(&self, node: NodeId, time: Duration) -> bool {
+        node == self.node || self.heard_within(node, time)
+    }
+
     /// Waits a moment for a map newer than this one.
     pub async fn wait_for_map(&self, older_than: MapVersion) {
         let mut views = self.views.subscribe();
@@ -211,8 +221,7 @@ impl Member {
     ///
     /// Why there is no answer. After [`Failure::Unknown`] it may have been applied.
     pub async fn tell_meta(&self, command: meta::Command, timeout: Duration) -> Result<meta::Outcome, Failure> {
-        let unavailable = |reason: String| Failure::Unavailable { reason, retry_after_ms: META_RETRY_AFTER_MS };
-        let meta = self.registry.get(GroupId::META).ok_or_else(|| unavailable("the meta group is not open here".into()))?;
+        let meta = self.meta()?;
         if meta.leads() {
             return match meta.propose_meta(command, Instant::now() + timeout).await {
                 Ok(outcome) => Ok(outcome),
@@ -220,18 +229,41 @@ impl Member {
                 Err(error) => Err(unavailable(error.to_string())),
             };
         }
-        let view = self.view();
-        let leader = meta.status().leader.and_then(|leader| view.nodes.get(&leader));
-        let address = leader.map(|leader| &leader.address).ok_or_else(|| unavailable("the meta group has no leader".into()))?;
-        self.peers.announce(address, &command, timeout).await.map_err(|error| match error {
+        let leader = self.leader_of(&meta)?;
+        self.peers.announce(&leader, &command, timeout).await.map_err(|error| match error {
             PeerError::NoAnswer { source, .. } if source.is_connect() => unavailable(source.to_string()),
             error => Failure::Unknown { reason: error.to_string() },
         })
     }
 
+    /// The view as it is now, wherever the meta group is led, and not as this node may still know it.
+    ///
+    /// # Errors
+    ///
+    /// When the leader of the meta group does not say so in time.
+    pub async fn view_now(&self, timeout: Duration) -> Result<View, Failure> {
+        let meta = self.meta()?;
+        if meta.leads() {
+            return read_view_now(&meta, Instant::now() + timeout).await;
+        }
+        let leader = self.leader_of(&meta)?;
+        self.peers.view(&leader, timeout).await.map_err(|error| unavailable(error.to_string()))
+    }
+
+    fn meta(&self) -> Result<Arc<Group>, Failure> {
+        self.registry.get(GroupId::META).ok_or_else(|| unavailable("the meta group is not open here".into()))
+    }
+
+    /// Where the leader of the meta group is.
+    fn leader_of(&self, meta: &Group) -> Result<Address, Failure> {
+        let leader = meta.status().leader.and_then(|leader| self.view().nodes.get(&leader).map(|node| node.address.clone()));
+        leader.ok_or_else(|| unavailable("the meta group has no leader".into()))
+    }
+
     /// What this node says of its own replicas.
     pub fn hosted(&self) -> Vec<HostedReplica> {
-        self.registry.groups().iter().map(|group| hosted(group)).collect()
+        let witnesses = self.registry.witnesses().iter().map(hosted_witness).collect::<Vec<_>>();
+        self.registry.groups().iter().map(|group| hosted(group)).chain(witnesses).collect()
     }
 
     /// The view and how its groups are: asks every node about its replicas.
@@ -289,6 +321,22 @@ impl Member {
     }
 }
 
+fn unavailable(reason: String) -> Failure {
+    Failure::Unavailable { reason, retry_after_ms: META_RETRY_AFTER_MS }
+}
+
+/// The view as it is now, from the replica that leads the meta group.
+///
+/// # Errors
+///
+/// When no quorum confirms in time that it does, or there is no view yet.
+pub async fn read_view_now(meta: &Group, deadline: Instant) -> Result<View, Failure> {
+    meta.read_barrier(deadline).await.map_err(|error| unavailable(error.to_string()))?;
+    let read = meta::read_view(&meta.state().read());
+    let view = read.map_err(|error| unavailable(format!("the view cannot be read: {error}")))?;
+    view.ok_or_else(|| unavailable("the cluster is not founded yet".into()))
+}
+
 fn hosted(group: &Group) -> HostedReplica {
     let status = group.status();
     let key = group.key();
@@ -306,6 +354,22 @@ fn hosted(group: &Group) -> HostedReplica {
         keys: count.as_ref().map_or(0, |count| count.keys),
         bytes: count.as_ref().map_or(0, |count| count.bytes),
         failed: status.failed.or(damage),
+        is_witness: false,
+    }
+}
+
+fn hosted_witness(witness: &Witness) -> HostedReplica {
+    let (key, status) = (witness.key(), witness.status());
+    HostedReplica {
+        group: key.group,
+        replica: key.replica,
+        leader: status.leader,
+        term: status.term,
+        applied: status.applied,
+        keys: 0,
+        bytes: 0,
+        failed: status.failed,
+        is_witness: true,
     }
 }
 
@@ -318,8 +382,12 @@ fn describe_shard(
     let told = |replica: ReplicaId, node: NodeId| -> Option<&HostedReplica> {
         answers.get(&node)?.as_ref()?.iter().find(|hosted| hosted.group == id && hosted.replica == replica)
     };
+    let with_told = |(replica, node)| (replica, node, told(replica, node));
+    let is_witness = |replica: ReplicaId, hosted: Option<&HostedReplica>| {
+        group.is_witness(replica) || hosted.is_some_and(|hosted| hosted.is_witness)
+    };
     let all: Vec<(ReplicaId, NodeId, Option<&HostedReplica>)> =
-        group.hosted().map(|(replica, node)| (replica, node, told(replica, node))).collect();
+        group.hosted().map(with_told).filter(|(replica, _, hosted)| !is_witness(*replica, *hosted)).collect();
     // The leader is who says so itself, in the highest term: what others say may be out of date.
     let leading = all
         .iter()
@@ -329,13 +397,15 @@ fn describe_shard(
         leading.map(|(_, hosted)| hosted).or_else(|| all.iter().filter_map(|(_, _, hosted)| *hosted).max_by_key(|h| h.applied));
     let leader = leading.map(|(node, _)| node);
     let applied_index = newest.and_then(|hosted| hosted.applied).map_or(0, |applied| applied.index);
-    let replicas = all.iter().map(|(replica, node, hosted)| ReplicaStatus {
-        id: *replica,
-        node: *node,
-        health: health(*hosted, leader == Some(*node), applied_index),
+    let describe = |replica: ReplicaId, node: NodeId, hosted: Option<&HostedReplica>| ReplicaStatus {
+        id: replica,
+        node,
+        health: health(hosted, leader == Some(node), applied_index),
         applied: hosted.and_then(|hosted| hosted.applied),
-        leaving: group.leaving.contains_key(replica),
-    });
+        leaving: group.leaving.contains_key(&replica),
+    };
+    let replicas = all.iter().map(|(replica, node, hosted)| describe(*replica, *node, *hosted));
+    let witness = group.witness.map(|Seat { replica, node }| describe(replica, node, told(replica, node)));
     ShardStatus {
         id,
         home: group.home,
@@ -345,6 +415,7 @@ fn describe_shard(
         bytes: newest.map(|hosted| hosted.bytes),
         slots: view.slots.of(id).count() as u64,
         replicas: replicas.collect(),
+        witness,
     }
 }
 

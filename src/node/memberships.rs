@@ -1,14 +1,15 @@
 //! Brings the members of the groups that this node leads to what the view wants. The steps are decided in `sm::membership`; here they are
 //! taken, one at a time per group, each under a limit of time, and looked at anew after it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::chores::Chores;
+use super::machine::{Machine, Stepped};
 use super::member::Member;
 use crate::client::peer::HostedReplica;
 use crate::raft::Group;
@@ -33,51 +34,40 @@ const HEARD_WITHIN: Duration = Duration::from_millis(1500);
 /// Takes the steps of the groups that this node leads.
 pub struct Memberships {
     shared: Arc<Shared>,
-    running: JoinSet<()>,
+    chores: Chores,
 }
 
 struct Shared {
     member: Arc<Member>,
-    /// Groups that a step is being taken for.
-    busy: Mutex<BTreeSet<GroupId>>,
+    machine: Arc<dyn Machine>,
     /// Replicas that could not be added, and when: others first.
     refused: Mutex<BTreeMap<ReplicaId, Instant>>,
 }
 
 impl Memberships {
-    pub fn new(member: Arc<Member>) -> Self {
-        Self { shared: Arc::new(Shared { member, busy: Mutex::default(), refused: Mutex::default() }), running: JoinSet::new() }
+    pub fn new(member: Arc<Member>, machine: Arc<dyn Machine>) -> Self {
+        let chores = Chores::new(&member, TICK);
+        Self { shared: Arc::new(Shared { member, machine, refused: Mutex::default() }), chores }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        let mut views = self.shared.member.views().subscribe();
-        loop {
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => break,
-                _ = self.running.join_next(), if !self.running.is_empty() => {}
-                Ok(()) = views.changed() => {}
-                () = tokio::time::sleep(TICK) => {}
-            }
-            while self.running.try_join_next().is_some() {}
+        while self.chores.are_due(shutdown).await {
             let view = self.shared.member.view();
             for group in self.shared.member.registry.groups() {
                 let id = group.key().group;
                 let Some(of) = view.groups.get(&id).filter(|_| group.leads()) else { continue };
-                if is_as_wanted(of, &group) || !self.shared.busy.lock().expect("no holder panics").insert(id) {
+                if is_as_wanted(of, &group) || self.chores.is_busy(id) {
                     continue;
                 }
                 let (shared, view) = (self.shared.clone(), view.clone());
-                self.running.spawn(async move {
+                self.chores.begin(id, async move {
                     let waits = shared.step(&view, &group).await;
                     if waits {
                         tokio::time::sleep(PAUSE).await;
                     }
-                    shared.busy.lock().expect("no holder panics").remove(&id);
                 });
             }
         }
-        self.running.shutdown().await;
     }
 }
 
@@ -89,7 +79,7 @@ fn is_as_wanted(of: &view::Group, group: &Group) -> bool {
     membership.is_uniform
         && watch.membership.log_id == membership.log_id
         && of.is_settled()
-        && membership.voters.keys().copied().eq(of.voters())
+        && membership.voters.keys().copied().eq(of.electorate())
         && membership.learners.keys().copied().eq(of.learners.iter().copied())
 }
 
@@ -106,9 +96,12 @@ impl Shared {
                 tracing::debug!("group {id}: {step:?}");
             }
         }
-        let taken = tokio::time::timeout(STEP_TIMEOUT, self.take(view, of, group, step)).await;
+        let taken = tokio::time::timeout(STEP_TIMEOUT, self.take(view, of, group, step.clone())).await;
         let reason = match taken {
-            Ok(Ok(())) => return false,
+            Ok(Ok(())) => {
+                self.machine.stepped(Stepped::Members { group: id, step: &step }).await;
+                return false;
+            }
             Ok(Err(reason)) => reason,
             Err(_) => "it took too long".to_owned(),
         };
@@ -125,18 +118,21 @@ impl Shared {
         refused.retain(|_, at| at.elapsed() < REFUSED_FOR);
         // Of a node that is no member of anything yet nothing was heard: it is asked when it is to be added.
         let is_up = |replica: &ReplicaId, node: &NodeId| {
-            let heard = || self.member.registry.last_heard(*node).is_some_and(|at| at.elapsed() < HEARD_WITHIN);
+            let heard = || self.member.heard_within(*node, HEARD_WITHIN);
             *replica == me || heard() || !membership.is_member(*replica) && !refused.contains_key(replica)
         };
-        let known = of.replicas.iter().chain(&of.leaving).chain(&membership.voters).chain(&membership.learners);
-        let alive = known.filter(|(replica, node)| is_up(replica, node)).map(|(replica, _)| *replica).collect();
+        let members = membership.voters.iter().chain(&membership.learners).map(|(replica, node)| (*replica, *node));
+        let known = of.hosted().chain(members);
+        let alive = known.filter(|(replica, node)| is_up(replica, node)).map(|(replica, _)| replica).collect();
         let members = membership.voters.keys().chain(membership.learners.keys());
         Some(Observed {
             me,
             log_id: membership.log_id?,
             is_settled: membership.is_uniform && membership.log_id == watch.committed_membership.log_id,
             alive,
-            caught_up: members.copied().filter(|replica| group.is_caught_up(*replica)).collect(),
+            caught_up: members.clone().copied().filter(|replica| group.is_caught_up(*replica)).collect(),
+            complete: group.complete(),
+            witnesses: members.copied().filter(|replica| membership.is_witness(*replica)).collect(),
             voters: membership.voters.keys().copied().collect(),
             learners: membership.learners.keys().copied().collect(),
         })
@@ -147,12 +143,22 @@ impl Shared {
         match step {
             Step::Nothing | Step::Wait => Ok(()),
             Step::AddLearner(replica) => {
-                let node = of.replicas.get(&replica).copied().ok_or("the replica is not in the view")?;
+                let wanted = of.wanted().find(|(wanted, _)| *wanted == replica);
+                let node = wanted.map(|(_, node)| node).ok_or("the replica is not in the view")?;
                 if let Err(reason) = self.ensure_created(view, id, replica, node).await {
                     self.refused.lock().expect("no holder panics").insert(replica, Instant::now());
                     return Err(reason);
                 }
-                group.add_learner(replica, node).await.map_err(|error| error.to_string())
+                let term = group.watch().borrow().term;
+                self.ensure_wanted(id, replica, node).await?;
+                if group.watch().borrow().term != term {
+                    return Err("another has led meanwhile".into());
+                }
+                let added = match of.is_witness(replica) {
+                    true => group.add_witness(replica, node).await,
+                    false => group.add_learner(replica, node).await,
+                };
+                added.map_err(|error| error.to_string())
             }
             Step::SetVoters(voters) => group.change_voters(voters).await.map_err(|error| error.to_string()),
             Step::RemoveLearners(learners) => group.remove_learners(learners).await.map_err(|error| error.to_string()),
@@ -177,6 +183,16 @@ impl Shared {
         }
     }
 
+    /// This node's view may be an old one, and the replica retired since: its node forgets it, votes and all. It is wanted still when the
+    /// meta group says so now. What retires it later is the report of a leader that knew a later plan, with a quorum behind it: that is
+    /// of a later term, in which this one adds nobody any more.
+    async fn ensure_wanted(&self, group: GroupId, replica: ReplicaId, node: NodeId) -> Result<(), String> {
+        let now = self.member.view_now(ASK_TIMEOUT).await.map_err(|error| error.to_string())?;
+        let is_wanted = now.groups.get(&group).is_some_and(|of| of.wanted().any(|wanted| wanted == (replica, node)));
+        self.member.views().advance(now);
+        if is_wanted { Ok(()) } else { Err(format!("replica {replica} of group {group} is not wanted any more")) }
+    }
+
     /// A replica is counted as a member only after its node has said that it has created it: one that was counted is never created again.
     async fn ensure_created(&self, view: &View, group: GroupId, replica: ReplicaId, node: NodeId) -> Result<(), String> {
         if node == self.member.node {
@@ -191,5 +207,15 @@ impl Shared {
         let members: Vec<Address> = view.staying().map(|(_, node)| node.address.clone()).collect();
         self.member.peers.invite(address, &members, ASK_TIMEOUT).await.map_err(|error| error.to_string())?;
         Err(format!("{address} has not created replica {replica} of group {group} yet"))
+    }
+}
+
+#[cfg(test)]
+impl Memberships {
+    /// Adds a replica as a leader that goes by `view` does.
+    pub async fn add(&self, view: &View, group: GroupId, replica: ReplicaId) -> Result<(), String> {
+        let led = self.shared.member.registry.get(group).ok_or("it is not open here")?;
+        let of = view.groups.get(&group).ok_or("the view has no such group")?;
+        self.shared.take(view, of, &led, Step::AddLearner(replica)).await
     }
 }

@@ -121,8 +121,21 @@ fn of_groups(member: &Member) -> Vec<Family> {
         purged.push(sample(status.purged.map_or(0, |id| id.index) as f64));
         failed.push(sample(if status.failed.is_some() { 1.0 } else { 0.0 }));
     }
+    let mut witness_bytes = Vec::new();
+    for witness in member.registry.witnesses() {
+        let labels = vec![("group", witness.key().group.0.to_string())];
+        let sample = |value: f64| Sample { suffix: "", labels: labels.clone(), value };
+        failed.push(sample(if witness.status().failed.is_some() { 1.0 } else { 0.0 }));
+        witness_bytes.push(sample(witness.log_bytes() as f64));
+    }
     use FamilyKind::Gauge;
     vec![
+        family(
+            "quorate_witness_log_bytes",
+            Gauge,
+            "Bytes of log that the group's witness here keeps for replicas that may lack them.",
+            witness_bytes,
+        ),
         family("quorate_group_leads", Gauge, "1 where this node leads the group.", leads),
         family("quorate_group_term", Gauge, "The group's term.", terms),
         family("quorate_group_applied_index", Gauge, "Index of the last entry applied here.", applied),

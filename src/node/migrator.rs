@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::access::Access;
+use super::chores::Chores;
+use super::machine::{Machine, Stepped};
 use super::member::Member;
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
@@ -28,9 +29,9 @@ use crate::types::{GroupId, MapVersion, MoveId, Slot};
 /// Between two looks for something to move.
 const TICK: Duration = Duration::from_millis(100);
 /// Slots that one move takes along. More would be frozen together for longer.
-const SLOTS_PER_MOVE: usize = 1024;
+const SLOTS_PER_MOVE: usize = 64;
 /// Keys and values that one move takes along, if it takes more than one slot.
-const BYTES_PER_MOVE: u64 = 32 << 20;
+const BYTES_PER_MOVE: u64 = 8 << 20;
 /// Keys and values in a chunk: an entry of the destination.
 const CHUNK_BYTES: usize = 512 << 10;
 /// With so little left to copy the slots are frozen: what one chunk carries in a few milliseconds.
@@ -49,7 +50,7 @@ const PAUSE_AFTER_ABORT: Duration = Duration::from_secs(1);
 /// Opens and drives the moves of the shards that this node leads.
 pub struct Migrator {
     shared: Arc<Shared>,
-    running: JoinSet<()>,
+    chores: Chores,
     /// In which term nothing was left over in a shard's map from moves that have ended.
     clean: BTreeMap<GroupId, u64>,
     /// The shards with slots that should be elsewhere, by the view of this version: looked up once per view, not per shard and tick.
@@ -60,37 +61,21 @@ pub struct Migrator {
 
 struct Shared {
     member: Arc<Member>,
+    machine: Arc<dyn Machine>,
     access: Access,
-    /// Shards that a task of ours works for.
-    busy: Mutex<BTreeSet<GroupId>>,
     /// Shards that open no move before this.
     not_before: Mutex<BTreeMap<GroupId, Instant>>,
 }
 
 impl Migrator {
-    pub fn new(member: Arc<Member>) -> Self {
-        let access = Access::new(member.clone());
-        let shared = Shared { member, access, busy: Mutex::default(), not_before: Mutex::default() };
-        Self {
-            shared: Arc::new(shared),
-            running: JoinSet::new(),
-            clean: BTreeMap::new(),
-            sources: Default::default(),
-            destinations: BTreeSet::new(),
-        }
+    pub fn new(member: Arc<Member>, machine: Arc<dyn Machine>) -> Self {
+        let (access, chores) = (Access::new(member.clone()), Chores::new(&member, TICK));
+        let shared = Arc::new(Shared { member, machine, access, not_before: Mutex::default() });
+        Self { shared, chores, clean: BTreeMap::new(), sources: Default::default(), destinations: BTreeSet::new() }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        let mut views = self.shared.member.views().subscribe();
-        loop {
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => break,
-                _ = self.running.join_next(), if !self.running.is_empty() => {}
-                Ok(()) = views.changed() => {}
-                () = tokio::time::sleep(TICK) => {}
-            }
-            while self.running.try_join_next().is_some() {}
+        while self.chores.are_due(shutdown).await {
             let view = self.shared.member.view();
             if self.sources.0 != view.version {
                 self.sources = (view.version, view.astray().map(|slot| view.slots.owner(slot)).collect());
@@ -102,12 +87,11 @@ impl Migrator {
             }
             for group in self.shared.member.registry.groups() {
                 let id = group.key().group;
-                if !id.is_meta() && group.leads() && self.shared.take_up(id) {
+                if !id.is_meta() && group.leads() && !self.chores.is_busy(id) {
                     self.begin(&view, group);
                 }
             }
         }
-        self.running.shutdown().await;
     }
 
     /// Gives the shard a task for what it has to do, if there is anything.
@@ -119,34 +103,14 @@ impl Migrator {
         if let Some((move_id, open)) = open {
             let of = Move { id: *move_id, slots: open.slots.clone(), from: open.from, to: open.to };
             self.clean.remove(&id);
-            self.running.spawn(async move {
-                let _busy = Busy(&shared, id);
-                shared.drive(&group, &of).await;
-            });
+            self.chores.begin(id, async move { shared.drive(&group, &of).await });
         } else if self.sources.1.contains(&id) && shared.may_open(id) {
             self.clean.remove(&id);
-            self.running.spawn(async move {
-                let _busy = Busy(&shared, id);
-                shared.open(&group).await;
-            });
+            self.chores.begin(id, async move { shared.open(&group).await });
         } else if self.clean.get(&id) != Some(&term) {
             self.clean.insert(id, term);
-            self.running.spawn(async move {
-                let _busy = Busy(&shared, id);
-                shared.clear(&group).await;
-            });
-        } else {
-            shared.put_down(id);
+            self.chores.begin(id, async move { shared.clear(&group).await });
         }
-    }
-}
-
-/// While it lives, no other task works for the shard.
-struct Busy<'a>(&'a Shared, GroupId);
-
-impl Drop for Busy<'_> {
-    fn drop(&mut self) {
-        self.0.put_down(self.1);
     }
 }
 
@@ -183,14 +147,6 @@ struct Drive {
 }
 
 impl Shared {
-    fn take_up(&self, shard: GroupId) -> bool {
-        self.busy.lock().expect("no holder panics").insert(shard)
-    }
-
-    fn put_down(&self, shard: GroupId) {
-        self.busy.lock().expect("no holder panics").remove(&shard);
-    }
-
     fn may_open(&self, shard: GroupId) -> bool {
         let not_before = self.not_before.lock().expect("no holder panics");
         not_before.get(&shard).is_none_or(|until| Instant::now() >= *until)
@@ -210,7 +166,10 @@ impl Shared {
             Err(error) => return tracing::error!("the map of {} cannot be read: {error}", group.key()),
         };
         match self.member.tell_meta(meta::Command::OpenMove { slots, from, to }, STEP_TIMEOUT).await {
-            Ok(meta::Outcome::MoveOpened { id }) => tracing::debug!("move {id} from shard {from} to {to} is open"),
+            Ok(meta::Outcome::MoveOpened { id }) => {
+                tracing::debug!("move {id} from shard {from} to {to} is open");
+                self.machine.stepped(Stepped::Opened { from, to }).await;
+            }
             Ok(meta::Outcome::Rejected(rejection)) => {
                 tracing::debug!("no move from shard {from} to {to} was opened: {rejection:?}");
                 self.pause(from);
@@ -249,6 +208,13 @@ impl Shared {
 
     /// Looks, decides and takes one step. True: the move has ended.
     async fn step(&self, group: &Group, of: &Move, drive: &mut Drive) -> Result<bool, Hitch> {
+        let step = self.decide(group, of, drive).await?;
+        let has_ended = self.take(group, of, &step, drive).await?;
+        self.machine.stepped(Stepped::Moved { of, step: &step }).await;
+        Ok(has_ended)
+    }
+
+    async fn decide(&self, group: &Group, of: &Move, drive: &mut Drive) -> Result<Step, Hitch> {
         // What is read here must be what a leader has applied.
         group.read_barrier(Instant::now() + STEP_TIMEOUT).await.map_err(|error| match group.leads() {
             true => Hitch::Later(error.to_string()),
@@ -266,9 +232,14 @@ impl Shared {
             SourceState::Frozen(_) => drop(drive.frozen.get_or_insert_with(Instant::now)),
             _ => drive.frozen = None,
         }
-        match next_step(&source, drive.destination.as_ref(), self.budget(of, drive)) {
+        Ok(next_step(&source, drive.destination.as_ref(), self.budget(of, drive)))
+    }
+
+    /// True: the move has ended.
+    async fn take(&self, group: &Group, of: &Move, step: &Step, drive: &mut Drive) -> Result<bool, Hitch> {
+        match step {
             Step::Copy(progress) => self.copy(group, of, progress, drive).await?,
-            Step::Complete { chunk } => self.complete(group, of, chunk, drive).await?,
+            Step::Complete { chunk } => self.complete(group, of, *chunk, drive).await?,
             Step::Commit => return self.end(of, meta::Command::CommitMove { id: of.id }).await,
             Step::End => {
                 self.pause(of.from);
@@ -277,7 +248,7 @@ impl Shared {
             Step::Over => return Ok(true),
             Step::Wait(reason) => return Err(Hitch::Later(format!("{reason:?}"))),
             step => {
-                if let Step::Abort(reason) = &step {
+                if let Step::Abort(reason) = step {
                     tracing::info!("move {} of {} slots to shard {} is taken back: {reason:?}", of.id, of.slots.len(), of.to);
                 }
                 if let Some((side, command)) = step.command(of) {
@@ -298,7 +269,7 @@ impl Shared {
         }
     }
 
-    async fn copy(&self, group: &Group, of: &Move, progress: Progress, drive: &mut Drive) -> Result<(), Hitch> {
+    async fn copy(&self, group: &Group, of: &Move, progress: &Progress, drive: &mut Drive) -> Result<(), Hitch> {
         let chunk = kv::move_chunk(&group.state().read(), of.id, &progress.cursor, CHUNK_BYTES)?;
         let Some(chunk) = chunk else { return Err(Hitch::Later("the move is not open here yet".into())) };
         let install = chunk.install(of.id, progress.chunk);
@@ -390,7 +361,9 @@ impl Shared {
             let Some((id, slots)) = left else { return };
             let step = MoveStep::Clear { limit: CLEAR_KEYS_MAX }.of(id, &slots);
             match group.propose_command(step, Instant::now() + STEP_TIMEOUT).await {
-                Ok(kv::Outcome::Moved(MoveOutcome::Cleared { .. })) => {}
+                Ok(kv::Outcome::Moved(MoveOutcome::Cleared { .. })) => {
+                    self.machine.stepped(Stepped::Cleared { shard: group.key().group }).await;
+                }
                 Ok(other) => return tracing::debug!("shard {} keeps what move {id} left: {other:?}", group.key().group),
                 Err(error) => return tracing::debug!("shard {} keeps what move {id} left for now: {error}", group.key().group),
             }

@@ -2,15 +2,17 @@
 //!
 //! [`Node::open`] locks the data directory, so that the node can say who it is; [`Node::run`] then joins (`join`, decided by `bootstrap`),
 //! opens log, maps and replicas, and keeps what runs equal to the view (`reconciler`), until it is told to stop. The other rooms:
-//! `news` asks around when the meta group is silent, `member` is what the rest shares, `access` reaches shards, `balancer` brings leaders home, `janitor` has snapshots written.
+//! `news` asks around when the meta group is silent, `member` is what the rest shares, `machine` what a node stands on, `access` reaches shards, `balancer` brings leaders home, `janitor` has snapshots written.
 //!
 //! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was done, and why.
 
 pub mod access;
 mod balancer;
 pub mod bootstrap;
+mod chores;
 mod janitor;
 mod join;
+pub mod machine;
 mod member;
 mod memberships;
 mod metrics;
@@ -38,13 +40,15 @@ use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, Vi
 use crate::config::{ConfigError, NodeConfig};
 use crate::sm::kv::{Operation, Record};
 use crate::sm::meta;
-use crate::storage::directory::{DataDirectory, DirectoryError};
+use crate::sm::view::View;
+use crate::storage::directory::DirectoryError;
 use crate::storage::sled_tree::SledError;
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 use bootstrap::Waiting;
 pub use join::JoinError;
 use join::Joining;
+use machine::{Machine, RealMachine};
 pub use metrics::{Family, FamilyKind};
 use running::Running;
 pub use running::StartError;
@@ -107,10 +111,19 @@ impl Node {
     ///
     /// When the configuration makes no sense, or the directory can't be used.
     pub fn open(config: NodeConfig) -> Result<Arc<Self>, NodeError> {
+        Self::open_on(Arc::new(RealMachine), config)
+    }
+
+    /// As [`Node::open`], on any machine.
+    ///
+    /// # Errors
+    ///
+    /// When the configuration makes no sense, or the directory can't be used.
+    pub fn open_on(machine: Arc<dyn Machine>, config: NodeConfig) -> Result<Arc<Self>, NodeError> {
         config.check()?;
-        let directory = DataDirectory::open(&config.data_dir)?;
+        let directory = machine.open_directory(&config.data_dir)?;
         let caller = PeerCaller::new().map_err(NodeError::Client)?;
-        let joining = Arc::new(Joining::new(config, directory, caller));
+        let joining = Arc::new(Joining::new(config, machine, directory, caller));
         Ok(Arc::new(Self { joining, running: OnceLock::new(), is_stopping: AtomicBool::new(false) }))
     }
 
@@ -211,6 +224,14 @@ impl Node {
         }
     }
 
+    /// The view as it is now, if this node leads the meta group.
+    pub async fn view(&self) -> Result<View, Failure> {
+        match self.running.get() {
+            Some(running) => running.view().await,
+            None => Err(self.unavailable()),
+        }
+    }
+
     /// Answers for a shard that this node should lead.
     pub async fn answer(&self, request: ShardRequest) -> ShardReply {
         match self.running.get() {
@@ -231,6 +252,24 @@ impl Node {
 
     fn unavailable(&self) -> Failure {
         Failure::Unavailable { reason: self.waiting_reason(), retry_after_ms: RETRY_AFTER_MS }
+    }
+}
+
+#[cfg(test)]
+impl Node {
+    /// Adds a replica to a group that this node leads, as if `view` were the newest that it knows.
+    pub async fn add_by(&self, view: &View, group: GroupId, replica: crate::types::ReplicaId) -> Result<(), String> {
+        let member = self.running.get().ok_or("it belongs to no cluster")?.member().clone();
+        memberships::Memberships::new(member, self.joining.machine().clone()).add(view, group, replica).await
+    }
+}
+
+/// Waits for `pause`. False: `shutdown` came first.
+async fn waited(shutdown: &CancellationToken, pause: Duration) -> bool {
+    tokio::select! {
+        biased;
+        () = shutdown.cancelled() => false,
+        () = tokio::time::sleep(pause) => true,
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio::time::Instant;
 
-use super::member::Member;
+use super::member::{Member, read_view_now};
 use crate::client::peer::{Identity, Standing};
 use crate::client::protocol::ClusterStatus;
 use crate::client::store::{Failure, Options};
@@ -128,12 +128,8 @@ impl Operator {
 
     /// How the change that was accepted as plan `id` gets on; none: there was no such plan.
     pub async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
-        let in_words = |failure: ViewChangeFailure| match failure {
-            ViewChangeFailure::Failed(failure) => failure,
-            other => Failure::Unavailable { reason: other.to_string(), retry_after_ms: RETRY_AFTER_MS },
-        };
-        let meta = self.meta().map_err(in_words)?;
-        let view = self.current(&meta, Instant::now() + options.timeout).await.map_err(in_words)?;
+        let meta = self.meta()?;
+        let view = self.current(&meta, Instant::now() + options.timeout).await?;
         if id > view.epoch || id.0 == 0 {
             return Ok(None);
         }
@@ -149,10 +145,7 @@ impl Operator {
 
     /// The view as it is, not as it may have been.
     async fn current(&self, meta: &Group, deadline: Instant) -> Result<View, ViewChangeFailure> {
-        meta.read_barrier(deadline).await.map_err(|error| unavailable(error.to_string()))?;
-        let read = meta::read_view(&meta.state().read());
-        let view = read.map_err(|error| unavailable(format!("the view cannot be read: {error}")))?;
-        view.ok_or_else(|| unavailable("the cluster is not founded yet".into()))
+        read_view_now(meta, deadline).await.map_err(ViewChangeFailure::Failed)
     }
 
     async fn plan(&self, view: &View, change: &ViewChange) -> Result<Planned, ViewChangeFailure> {
@@ -164,8 +157,7 @@ impl Operator {
     }
 
     fn is_in_reach(&self, node: NodeId) -> bool {
-        let heard = self.member.registry.last_heard(node).is_some_and(|at| at.elapsed() < ASK_TIMEOUT);
-        node == self.member.node || heard
+        self.member.is_in_reach(node, ASK_TIMEOUT)
     }
 
     /// The nodes that the view is to have. One that is in it already need not answer; but if another directory answers under its address, its
@@ -249,10 +241,9 @@ impl Operator {
         for (id, group) in unsettled.take(NAMES_MAX) {
             let name = if id.is_meta() { "the meta group".to_owned() } else { format!("shard {id}") };
             let silent: Vec<String> = group
-                .replicas
-                .values()
-                .filter(|node| !self.is_in_reach(**node))
-                .filter_map(|node| view.nodes.get(node))
+                .wanted()
+                .filter(|(_, node)| !self.is_in_reach(*node))
+                .filter_map(|(_, node)| view.nodes.get(&node))
                 .map(|node| node.address.to_string())
                 .collect();
             reasons.push(match (silent.is_empty(), group.ends) {
@@ -316,7 +307,7 @@ fn replicas_left(group: &view::Group) -> u64 {
         Some(reported) if group.learners.contains(replica) => reported.learners.contains(replica),
         Some(reported) => reported.voters.contains(replica),
     };
-    (group.replicas.keys().filter(|replica| !settled(replica)).count() + group.leaving.len()) as u64
+    (group.wanted().filter(|(replica, _)| !settled(replica)).count() + group.leaving.len()) as u64
 }
 
 /// Keys and values in the slots that are not where `targets` has them: a slot counts for its share of its shard.

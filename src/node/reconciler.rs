@@ -100,6 +100,10 @@ impl Reconciler {
             if let Some(reason) = done.failed.get(&key) {
                 return Some(format!("replica {key} has failed: {reason}"));
             }
+            if let Some(witness) = self.member.registry.witness(key.group) {
+                let failed = witness.status().failed;
+                return failed.map(|reason| format!("replica {key} has failed: {reason}"));
+            }
             let Some(group) = self.member.registry.get(key.group) else { return Some(format!("replica {key} is not open yet")) };
             unready_group(&group).or_else(|| {
                 let unclaimed = !key.group.is_meta() && !done.claimed.contains(&key.group);
@@ -178,12 +182,20 @@ impl Reconciler {
         let mut idle = true;
         for key in replicas_of(view, self.member.node) {
             let failed = self.done.lock().expect("no holder panics").failed.contains_key(&key);
-            if failed || self.member.registry.get(key.group).is_some() {
+            let registry = &self.member.registry;
+            if failed || registry.get(key.group).is_some() || registry.witness(key.group).is_some() {
                 continue;
             }
             idle = false;
-            let created = view.groups.get(&key.group).is_some_and(|group| may_create(group, key.replica));
-            if let Err(error) = self.member.registry.open_replica(key, created).await {
+            let Some(of) = view.groups.get(&key.group) else { continue };
+            let may_create = may_create(of, key.replica);
+            let opened = match (of.is_witness(key.replica), of.replicas.contains_key(&key.replica)) {
+                (true, _) => registry.open_witness(key, may_create).await.map(|_| ()),
+                (false, true) => registry.open_replica(key, may_create).await.map(|_| ()),
+                // One on its way out is what it was.
+                (false, false) => registry.reopen(key).await,
+            };
+            if let Err(error) = opened {
                 let reason = error.to_string();
                 tracing::error!("replica {key} cannot be opened: {reason}");
                 if super::running::are_maps_condemned(self.joining.directory_path()) {
@@ -340,7 +352,7 @@ fn replicas_of(view: &View, node: NodeId) -> impl Iterator<Item = ReplicaKey> {
 /// member. The creation record counts its voters from the first moment, and is what they are made from.
 fn may_create(group: &view::Group, replica: ReplicaId) -> bool {
     let was_counted = group.reported.as_ref().is_some_and(|reported| reported.is_member(replica));
-    group.replicas.contains_key(&replica) && (group.creation.contains_key(&replica) || !was_counted)
+    group.wanted().any(|(wanted, _)| wanted == replica) && (group.creation.contains_key(&replica) || !was_counted)
 }
 
 fn unready_group(group: &Group) -> Option<String> {

@@ -1,5 +1,5 @@
 //! Gives the work of nodes that stay away, or have lost their disks, to others. Decided in `sm::repair` from what the leader of the meta
-//! group sees; every other node only watches, so that a new leader need not begin to count.
+//! group sees; a new leader begins to count anew.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -45,12 +45,7 @@ impl Repair {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        loop {
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(TICK) => {}
-            }
+        while super::waited(shutdown, TICK).await {
             let meta = self.member.registry.get(GroupId::META).filter(|meta| meta.leads());
             let Some(meta) = meta else {
                 self.seen.clear();
@@ -68,11 +63,8 @@ impl Repair {
     async fn look(&mut self, view: &View) {
         let now = Instant::now();
         self.seen.retain(|node, _| view.nodes.contains_key(node));
-        let is_here = |node: NodeId| {
-            let heard = self.member.registry.last_heard(node).is_some_and(|at| at.elapsed() < HEARD_WITHIN);
-            node == self.member.node || heard
-        };
-        let (here, away): (Vec<NodeId>, Vec<NodeId>) = view.staying().map(|(id, _)| id).partition(|id| is_here(*id));
+        let (here, away): (Vec<NodeId>, Vec<NodeId>) =
+            view.staying().map(|(id, _)| id).partition(|id| self.member.is_in_reach(*id, HEARD_WITHIN));
         let (peers, cluster) = (&self.member.peers, self.member.cluster);
         let asked = away.iter().filter_map(|id| Some((*id, view.nodes.get(id)?))).map(|(id, node)| async move {
             let identity = peers.identity(&node.address, ASK_TIMEOUT).await.ok()?;
@@ -114,11 +106,11 @@ impl Repair {
         let out = named(&mut next.out.difference(&view.out));
         let back = named(&mut view.out.difference(&next.out));
         let lost = named(&mut next.leaving.difference(&view.leaving));
-        let command = meta::Command::InstallPlan { base: view.version, next: Box::new(next.clone()) };
+        let epoch = next.epoch;
+        let command = meta::Command::InstallPlan { base: view.version, next: Box::new(next) };
         match meta.propose_meta(command, Instant::now() + PROPOSE_TIMEOUT).await {
             Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => tracing::warn!(
-                "plan {}: the work of nodes that stay away ({}) or lost their disk ({}) goes to others; back at work: {}",
-                next.epoch,
+                "plan {epoch}: the work of nodes that stay away ({}) or lost their disk ({}) goes to others; back at work: {}",
                 in_words(&out),
                 in_words(&lost),
                 in_words(&back)

@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::access::Access;
 use super::balancer::Balancer;
 use super::janitor::Janitor;
 use super::join::{Joined, Joining};
-use super::member::{Member, Views};
+use super::member::{Member, Views, read_view_now};
 use super::memberships::Memberships;
 use super::metrics::{self, Family};
 use super::migrator::Migrator;
@@ -28,6 +29,7 @@ use crate::client::peer::PeerCaller;
 use crate::client::router::Router;
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
+use crate::raft::Group;
 use crate::raft::OpenError;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::transport::Identity;
@@ -35,16 +37,18 @@ use crate::raft::{LeaseReads, RaftTimings};
 use crate::raft::{Registry, RegistryParts};
 use crate::sm::meta;
 use crate::sm::ports::StoreError;
+use crate::sm::view::View;
 use crate::storage::ReplicaKey;
 use crate::storage::directory::DirectoryError;
-use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
-use crate::storage::sled_tree::{SledError, SledOptions, SledTrees, is_condemned};
+use crate::storage::sled_tree::{SledError, is_condemned};
 use crate::storage::state::{StateOptions, StateStore};
 use crate::types::{Address, GroupId};
 
 /// How long the meta group is given to apply the announcement of a node.
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the meta group is given to confirm that a view is the newest.
+const VIEW_TIMEOUT: Duration = Duration::from_secs(1);
 /// How soon to try a meta leader again that was none.
 const RETRY_AFTER_MS: u64 = 500;
 
@@ -116,23 +120,20 @@ impl Running {
         tracing::info!("this is node {} of cluster {}", member.node, member.cluster);
         let reconciler = Arc::new(Reconciler::new(member.clone(), joining.clone(), joined.view));
         let stop = CancellationToken::new();
+        let news = Arc::new(News::new(member.clone()));
         let mut tasks = JoinSet::new();
-        let (reconciling, balancer, janitor) =
-            (reconciler.clone(), Balancer::new(member.clone()), Janitor::new(member.clone(), storage.log.clone()));
-        let stops = [stop.clone(), stop.clone(), stop.clone()];
-        let [stop_1, stop_2, stop_3] = stops;
-        let (news, stop_4) = (Arc::new(News::new(member.clone())), stop.clone());
-        tasks.spawn(async move { reconciling.run(&stop_1).await });
-        tasks.spawn(async move { balancer.run(&stop_2).await });
-        tasks.spawn(async move { janitor.run(&stop_3).await });
-        let (memberships, migrator, stop_5, stop_6) =
-            (Memberships::new(member.clone()), Migrator::new(member.clone()), stop.clone(), stop.clone());
-        tasks.spawn(async move { memberships.run(&stop_5).await });
-        tasks.spawn(async move { migrator.run(&stop_6).await });
-        let (repair, stop_7) = (Repair::new(member.clone(), config.replace_after), stop.clone());
-        tasks.spawn(async move { repair.run(&stop_7).await });
-        let asks = news.clone();
-        tasks.spawn(async move { asks.run(&stop_4).await });
+        let (reconciling, asking) = (reconciler.clone(), news.clone());
+        spawn(&mut tasks, &stop, |stop| async move { reconciling.run(&stop).await });
+        spawn(&mut tasks, &stop, |stop| async move { asking.run(&stop).await });
+        let (balancer, janitor) = (Balancer::new(member.clone()), Janitor::new(member.clone(), storage.log.clone()));
+        spawn(&mut tasks, &stop, |stop| async move { balancer.run(&stop).await });
+        spawn(&mut tasks, &stop, |stop| async move { janitor.run(&stop).await });
+        let memberships = Memberships::new(member.clone(), joining.machine().clone());
+        let migrator = Migrator::new(member.clone(), joining.machine().clone());
+        spawn(&mut tasks, &stop, |stop| async move { memberships.run(&stop).await });
+        spawn(&mut tasks, &stop, |stop| async move { migrator.run(&stop).await });
+        let repair = Repair::new(member.clone(), config.replace_after);
+        spawn(&mut tasks, &stop, |stop| async move { repair.run(&stop).await });
         let router = Router::new(Access::new(member.clone()), rand::random());
         Ok(Self { router, member, reconciler, news, storage, stop, tasks: Mutex::new(tasks) })
     }
@@ -236,12 +237,19 @@ impl Running {
                 return Err(Failure::Invalid { reason: "views are not taken from a peer".to_owned() });
             }
         }
-        let leads = self.registry().get(GroupId::META).is_some_and(|meta| meta.leads());
-        if !leads {
-            let reason = "this node does not lead the meta group".to_owned();
-            return Err(Failure::Unavailable { reason, retry_after_ms: RETRY_AFTER_MS });
-        }
+        self.led_meta()?;
         self.member.tell_meta(command, ANNOUNCE_TIMEOUT).await
+    }
+
+    /// The view as it is now, if this node leads the meta group.
+    pub async fn view(&self) -> Result<View, Failure> {
+        read_view_now(&*self.led_meta()?, Instant::now() + VIEW_TIMEOUT).await
+    }
+
+    fn led_meta(&self) -> Result<Arc<Group>, Failure> {
+        let meta = self.registry().get(GroupId::META).filter(|meta| meta.leads());
+        let reason = || "this node does not lead the meta group".to_owned();
+        meta.ok_or_else(|| Failure::Unavailable { reason: reason(), retry_after_ms: RETRY_AFTER_MS })
     }
 
     async fn end_tasks(&self) {
@@ -253,6 +261,8 @@ impl Running {
     /// Stops every group and closes log and maps. `is_clean`: with everything written down, for a quick start.
     pub async fn stop(&self, is_clean: bool) {
         self.end_tasks().await;
+        // Its group is all that keeps a map open.
+        let maps = self.storage.states.open_maps();
         self.registry().shutdown().await;
         let states = self.storage.states.clone();
         let log = self.storage.log.clone();
@@ -261,6 +271,7 @@ impl Running {
             if is_clean && let Err(error) = states.close() {
                 tracing::warn!("the maps were not written down at the stop: {error}; the next start takes longer");
             }
+            drop(maps);
             log.close();
             if is_clean {
                 for thread in threads {
@@ -274,6 +285,14 @@ impl Running {
             tracing::error!("closing log and maps was broken off: {error}");
         }
     }
+}
+
+/// Begins a part of the node that runs until it is told to stop.
+fn spawn<F>(tasks: &mut JoinSet<()>, stop: &CancellationToken, run: impl FnOnce(CancellationToken) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    tasks.spawn(run(stop.clone()));
 }
 
 /// Whether the next start will set the map database aside, and rebuild every map.
@@ -290,19 +309,13 @@ impl Storage {
     /// Blocking: reads the log back.
     fn open(joining: &Joining) -> Result<Self, StartError> {
         let config = joining.config();
-        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+        let disk = joining.machine().disk();
         let path = joining.directory_path();
         let expect = if joining.is_stamped_member() { Expect::Existing } else { Expect::NewOrExisting };
         let options = LogOptions { expect, binding: joining.directory_id().0, ..LogOptions::default() };
         let (log, writer) = Log::open(disk.clone(), &path.join("log"), options)?;
-        let sled = SledOptions { cache_bytes: config.cache_bytes, ..SledOptions::default() };
-        if !log.replicas().is_empty() && !path.join(MAPS_DIR).exists() {
-            tracing::warn!(
-                "the map database {} is missing: every map is rebuilt from its snapshot and the log",
-                path.join(MAPS_DIR).display()
-            );
-        }
-        let trees = Arc::new(SledTrees::open(&path.join(MAPS_DIR), &sled)?);
+        let is_expected = !log.replicas().is_empty();
+        let trees = joining.machine().open_trees(&path.join(MAPS_DIR), config.cache_bytes, is_expected)?;
         let (states, checkpointer) = StateStore::open(trees, disk, path, StateOptions::default())?;
         let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
         let writer = thread("log-writer").spawn(move || writer.run()).map_err(StartError::Thread)?;

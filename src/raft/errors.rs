@@ -50,7 +50,7 @@ pub(super) const SHUT_DOWN: &str = "it was shut down";
 pub enum TransferError {
     #[error("this replica does not lead")]
     NotLeader { leader: Option<NodeId> },
-    #[error("{0} is no voter of the group")]
+    #[error("{0} is no voter of the group, or one that cannot serve it")]
     NoVoter(ReplicaId),
     #[error("{replica} is {entries} entries behind")]
     Behind { replica: ReplicaId, entries: u64 },
@@ -83,10 +83,13 @@ pub enum MembershipError {
 pub enum OpenError {
     /// Its map can't be rebuilt here. The other replicas of the group have all of it.
     #[error(
-        "replica {key} is lost: its map cannot be rebuilt, because the log begins behind {purged} and the snapshot before that is not \
+        "replica {key} is lost: what it had cannot be rebuilt, because the log begins behind {purged} and the snapshot before that is not \
          usable ({reason}); the other replicas of the group serve on"
     )]
     Lost { key: crate::storage::ReplicaKey, purged: crate::types::LogId, reason: String },
+    /// A replica that has a map is to be opened as a witness, or the other way round.
+    #[error("{0} is on this node as another kind of replica than it should be")]
+    OtherKind(crate::storage::ReplicaKey),
     #[error("{0} is open already")]
     AlreadyOpen(crate::storage::ReplicaKey),
     #[error("the node is shutting down")]

@@ -6,14 +6,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::Bytes;
 use futures::future::{BoxFuture, Either, select};
 use openraft::errors::RaftError;
-use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderError, TransferLeaderRequest, VoteRequest};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, TransferLeaderError, TransferLeaderRequest, VoteRequest, VoteResponse,
+};
 
 use super::group::Group;
 use super::snapshots;
+use super::state_machine::Keeps;
 use super::transport::Lane;
 use super::types::{Types, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
 use super::wire::{self, AppendReply, Refusal, Reply, Request, TransferReply};
 use crate::storage::log::{Entry, Vote};
+use crate::storage::state::ReplicaState;
 use crate::types::{LogId, ReplicaId};
 
 /// Frames of one group that may be worked on at a time: a few windows, as what was given up there may be sent again.
@@ -27,17 +31,18 @@ impl Group {
     pub(super) fn handle(
         self: Arc<Self>,
         lane: Lane,
+        sender: ReplicaId,
         request: Request,
         tail: Bytes,
     ) -> Result<BoxFuture<'static, Reply>, Refusal> {
         let turn = Turn::take(&self.frames)?;
         Ok(Box::pin(async move {
             let _turn = turn;
-            self.answer(lane, request, tail).await.unwrap_or_else(Reply::Refused)
+            self.answer(lane, sender, request, tail).await.unwrap_or_else(Reply::Refused)
         }))
     }
 
-    async fn answer(&self, lane: Lane, request: Request, tail: Bytes) -> Handled {
+    async fn answer(&self, lane: Lane, sender: ReplicaId, request: Request, tail: Bytes) -> Handled {
         match request {
             Request::Append { vote, previous, commit, entries } => {
                 let entries = wire::entries(&entries, tail).map_err(|_| Refusal::Unreadable)?;
@@ -46,8 +51,32 @@ impl Group {
             Request::Vote { vote, last, leadership_transfer } => self.vote(vote, last, leadership_transfer).await,
             Request::PreVote { vote, last } => self.pre_vote(vote, last).await,
             Request::TransferLeader { from, to, last } => self.take_over(from, to, last).await,
-            Request::SnapshotOpen { snapshot, .. } => self.inbox.open(self.state(), snapshot),
-            Request::SnapshotChunk { snapshot, offset } => self.inbox.write(snapshot, offset, &tail),
+            request @ (Request::SnapshotOpen { .. }
+            | Request::SnapshotChunk { .. }
+            | Request::SnapshotInstall { .. }
+            | Request::Mark { .. }) => {
+                if self.watch.borrow().membership.is_witness(sender) {
+                    return Err(Refusal::Failed("a witness has no snapshot".into()));
+                }
+                match &self.machine.keeps {
+                    Keeps::Map(state) => self.take_snapshot(state, request, &tail).await,
+                    Keeps::Witness(_) => self.take_mark(request).await,
+                }
+            }
+            Request::Held { index } => match &self.machine.keeps {
+                Keeps::Witness(state) => {
+                    state.note_held(index);
+                    Ok(Reply::Noted)
+                }
+                Keeps::Map(_) => Err(other_kind()),
+            },
+        }
+    }
+
+    async fn take_snapshot(&self, state: &ReplicaState, request: Request, tail: &Bytes) -> Handled {
+        match request {
+            Request::SnapshotOpen { snapshot, .. } => self.inbox.open(state, snapshot),
+            Request::SnapshotChunk { snapshot, offset } => self.inbox.write(snapshot, offset, tail),
             Request::SnapshotInstall { vote, snapshot } => {
                 let raft = self.raft.clone();
                 let install = |receiver, done: snapshots::InstallSender| {
@@ -58,6 +87,23 @@ impl Group {
                 };
                 self.inbox.install(snapshot, vote, install).await
             }
+            _ => Err(other_kind()),
+        }
+    }
+
+    /// Of a snapshot a witness takes only how far it is. Where its log holds that entry, and so all that it needs, it keeps what it has.
+    async fn take_mark(&self, request: Request) -> Handled {
+        match request {
+            Request::SnapshotOpen { .. } => Ok(Reply::MarkWanted),
+            Request::Mark { vote, applied } => {
+                let upto = applied.log_id.ok_or(Refusal::Unreadable)?;
+                if self.log.entry_id(upto.index) == Some(upto) && self.log.synced() >= Some(upto) {
+                    return Ok(Reply::SnapshotInstalled { vote });
+                }
+                let installed = snapshots::install_mark(self.raft.clone(), applied, vote).await;
+                installed.map(|vote| Reply::SnapshotInstalled { vote }).map_err(Refusal::Failed)
+            }
+            _ => Err(other_kind()),
         }
     }
 
@@ -119,6 +165,7 @@ impl Group {
         if response.vote_granted {
             self.timer.granted_vote();
         }
+        self.notice_older_log(&response, last);
         let last = response.last_log_id.as_ref().map(from_raft);
         Ok(Reply::Vote { vote: vote_from_raft(&response.vote), last, granted: response.vote_granted })
     }
@@ -129,8 +176,16 @@ impl Group {
         }
         let request = VoteRequest::<Types>::new(read(&vote)?, last.map(to_raft));
         let response = self.raft.pre_vote(request).await.map_err(|_| Refusal::Stopped)?;
+        self.notice_older_log(&response, last);
         let last = response.last_log_id.as_ref().map(from_raft);
         Ok(Reply::Vote { vote: vote_from_raft(&response.vote), last, granted: response.vote_granted })
+    }
+
+    /// A candidate whose log ends at `last` was told this.
+    fn notice_older_log(&self, response: &VoteResponse<Types>, last: Option<LogId>) {
+        if !response.vote_granted && last < response.last_log_id.as_ref().map(from_raft) {
+            self.timer.refused_older_log();
+        }
     }
 
     async fn take_over(&self, from: Vote, to: ReplicaId, last: Option<LogId>) -> Handled {
@@ -159,6 +214,10 @@ fn append_reply(response: Result<AppendEntriesResponse<Types>, RaftError<Types>>
         AppendEntriesResponse::Conflict => AppendReply::Conflict,
         AppendEntriesResponse::HigherVote(vote) => AppendReply::HigherVote(vote_from_raft(&vote)),
     })
+}
+
+fn other_kind() -> Refusal {
+    Refusal::Failed("that is for another kind of replica".into())
 }
 
 fn read(vote: &Vote) -> Result<super::types::RaftVoteOf, Refusal> {

@@ -3,8 +3,8 @@
 //! Around openraft's own tasks a group has three: the proposer, the reads, and a monitor that publishes changes and says once why a replica
 //! stopped. They end with the group. Who leads is always as this replica knows it.
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -26,16 +26,17 @@ use super::pulse::{Due, Standing, Timer};
 use super::reads::Reads;
 use super::registry::Shared;
 use super::snapshots::Inbox;
-use super::state_machine::{self, Machine, StateMachine};
+use super::state_machine::{self, Keeps, Machine, StateMachine};
 use super::status::{Freshness, GroupMembership, GroupStatus, GroupWatch, Leader, Role};
 use super::timings::RaftTimings;
 use super::types::{Answer, Member, Outcome, Proposal, Types, from_raft};
+use super::witness;
 use crate::sm::ports::StoreError;
 use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
 use crate::storage::log::{ReplicaLog, Vote};
 use crate::storage::state::ReplicaState;
-use crate::types::{NodeId, ReplicaId};
+use crate::types::{LogId, NodeId, ReplicaId};
 
 pub(super) type RaftHandle = openraft::Raft<Types, StateMachine>;
 
@@ -55,8 +56,11 @@ pub struct Group {
     proposer: Arc<Proposer>,
     reads: Arc<Reads>,
     pub(super) inbox: Inbox,
+    pub(super) network: Network,
     pub(super) freshness: Freshness,
     pub(super) timer: Timer,
+    /// What the witnesses were last told that they need not keep.
+    pub(super) told: AtomicU64,
     /// Frames of the group that are being worked on.
     pub(super) frames: Arc<AtomicUsize>,
     opened: Instant,
@@ -68,20 +72,21 @@ pub struct Group {
 }
 
 impl Group {
-    /// Brings a replica to life from its log and map. It takes part at once.
-    pub(super) async fn open(shared: Arc<Shared>, log: ReplicaLog, state: ReplicaState) -> Result<Arc<Self>, OpenError> {
+    /// Brings a replica to life from its log and what it keeps besides. It takes part at once.
+    pub(super) async fn open(shared: Arc<Shared>, log: ReplicaLog, keeps: Keeps) -> Result<Arc<Self>, OpenError> {
         let key = log.key();
         let timings = shared.timings.clone();
-        let config = timings.config(key).map_err(|error| OpenError::Timings(error.to_string()))?;
+        let is_witness = keeps.witness().is_some();
+        let config = timings.config(key, is_witness).map_err(|error| OpenError::Timings(error.to_string()))?;
         let network = Network {
             key,
             lanes: shared.lanes.clone(),
             append_timeout: timings.append_timeout(),
             snapshot_step_timeout: timings.snapshot_step_timeout(),
         };
-        let machine = Arc::new(Machine::new(state)?);
+        let machine = Arc::new(Machine::new(keeps)?);
         let (store, state_machine) = (LogStore(log.clone()), StateMachine::new(machine.clone()));
-        let raft = RaftHandle::build(key.replica, config, network, store, state_machine).await;
+        let raft = RaftHandle::build(key.replica, config, network.clone(), store, state_machine).await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
         let (proposer, reads) = (Proposer::new(), Reads::new(timings.lease_age_max()));
         let is_stopping = Arc::new(AtomicBool::new(false));
@@ -98,8 +103,10 @@ impl Group {
             proposer,
             reads,
             inbox: Inbox::default(),
+            network,
             freshness: Freshness::default(),
-            timer: Timer::new(&timings),
+            timer: Timer::new(&timings, is_witness),
+            told: AtomicU64::new(0),
             frames: Arc::default(),
             opened: Instant::now(),
             timings,
@@ -108,8 +115,17 @@ impl Group {
             tasks: Mutex::new(Some(tasks)),
             is_stopping,
         };
+        let group = Arc::new(group);
+        if is_witness {
+            group.spawn(witness::hand_over_soon(Arc::downgrade(&group)));
+        }
         group.raft.run();
-        Ok(Arc::new(group))
+        Ok(group)
+    }
+
+    /// It keeps the log and no map. The registry gives none out as a `Group`.
+    pub(super) fn is_witness(&self) -> bool {
+        self.machine.keeps.witness().is_some()
     }
 
     pub fn key(&self) -> ReplicaKey {
@@ -118,7 +134,7 @@ impl Group {
 
     /// The map. For a linearizable read await [`Group::read_barrier`] first.
     pub fn state(&self) -> &ReplicaState {
-        &self.machine.state
+        self.machine.keeps.map().expect("the registry gives no witness out as a group")
     }
 
     /// Group time: what entries that are proposed now carry.
@@ -128,7 +144,8 @@ impl Group {
 
     /// Begins a new group with these voters, of which this replica must be one. Fine if it has begun: each may do it, with the same ones.
     pub async fn initialize(&self, voters: &BTreeMap<ReplicaId, NodeId>) -> Result<(), OpenError> {
-        let members: BTreeMap<ReplicaId, Member> = voters.iter().map(|(id, node)| (*id, Member { node: *node })).collect();
+        let members: BTreeMap<ReplicaId, Member> =
+            voters.iter().map(|(id, node)| (*id, Member { node: *node, is_witness: false })).collect();
         match self.raft.initialize(members).await {
             Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
             Err(error) => Err(OpenError::Raft(error.to_string())),
@@ -137,6 +154,7 @@ impl Group {
 
     /// Writes, as part of an entry with what else waits. `Unknown` is the only error after which it may have happened.
     pub async fn propose(&self, write: kv::Write, deadline: Instant) -> Result<kv::WriteOutcome, ProposeError> {
+        self.ensure_proposes()?;
         if self.shared.log.overloaded() {
             return Err(ProposeError::Overloaded { limit: "the log's disk does not keep up".into() });
         }
@@ -159,7 +177,13 @@ impl Group {
         }
     }
 
+    /// A witness proposes nothing, also when it leads.
+    fn ensure_proposes(&self) -> Result<(), ProposeError> {
+        if self.is_witness() { Err(ProposeError::NotLeader { leader: None }) } else { Ok(()) }
+    }
+
     async fn propose_entry(&self, entry: bytes::Bytes, deadline: Instant) -> Result<Outcome, ProposeError> {
+        self.ensure_proposes()?;
         loop {
             if Instant::now() >= deadline {
                 return Err(ProposeError::Expired);
@@ -185,6 +209,9 @@ impl Group {
 
     /// Returns when whatever was acknowledged before the call can be read from [`Group::state`].
     pub async fn read_barrier(&self, deadline: Instant) -> Result<(), ReadError> {
+        if self.is_witness() {
+            return Err(ReadError::NotLeader { leader: None });
+        }
         self.reads.confirm(deadline).await
     }
 
@@ -219,7 +246,7 @@ impl Group {
             term: watch.term,
             last_log: data.last_log.as_ref().map(from_raft),
             committed: data.local_committed.as_ref().map(from_raft),
-            applied: self.machine.state.applied().log_id,
+            applied: self.machine.keeps.applied().log_id,
             snapshot: data.snapshot.as_ref().map(from_raft),
             purged: data.purged.as_ref().map(from_raft),
             membership: watch.membership.clone(),
@@ -261,7 +288,14 @@ impl Group {
         status.role == Role::Leader && is_known && lag(&status, replica) <= TRANSFER_LAG_MAX
     }
 
-    /// Hands the leadership to a voter that has, but for a few entries, what this replica has, and waits until it leads. From the first
+    /// The members that have all that is committed, as far as this replica knows, which leads.
+    pub fn complete(&self) -> BTreeSet<ReplicaId> {
+        let status = self.status();
+        let has_all = |matched: &Option<LogId>| status.role == Role::Leader && *matched >= status.committed;
+        status.matched.iter().filter(|(_, matched)| has_all(matched)).map(|(replica, _)| *replica).collect()
+    }
+
+    /// Hands the leadership to a voter with a map that has, but for a few entries, what this replica has, and waits until it leads. From the first
     /// moment on nothing is written here.
     pub async fn transfer_leader(&self, to: ReplicaId) -> Result<(), TransferError> {
         self.transfer_leader_within(to, TRANSFER_TIMEOUT).await
@@ -275,7 +309,7 @@ impl Group {
         if to == self.key.replica {
             return Ok(());
         }
-        if !status.membership.voters.contains_key(&to) {
+        if !status.membership.voters.contains_key(&to) || status.membership.is_witness(to) {
             return Err(TransferError::NoVoter(to));
         }
         let entries = lag(&status, to);
@@ -292,10 +326,14 @@ impl Group {
         }
     }
 
-    /// The voter that has most of the log and was heard of most lately: whom to hand over to when it does not matter to whom.
+    /// The voter with a map that has most of the log and was heard of most lately: whom to hand over to when it does not matter to whom.
     pub fn best_successor(&self) -> Option<ReplicaId> {
         let status = self.status();
-        let others = status.membership.voters.iter().filter(|(replica, _)| **replica != self.key.replica);
+        let others = status
+            .membership
+            .voters
+            .iter()
+            .filter(|(replica, _)| **replica != self.key.replica && !status.membership.is_witness(**replica));
         let candidates = others.filter(|(replica, _)| lag(&status, **replica) <= TRANSFER_LAG_MAX);
         let best = candidates
             .max_by_key(|(replica, node)| (self.shared.lanes.last_heard(**node), std::cmp::Reverse(lag(&status, **replica))));
@@ -306,7 +344,7 @@ impl Group {
     /// does this at a time; an error leaves everything as it was.
     pub async fn build_snapshot(&self) -> Result<(), StoreError> {
         let _turn = self.shared.snapshot_turns.acquire().await;
-        state_machine::build(&self.machine.state).await?;
+        state_machine::build(self.state()).await?;
         // It takes the file that was just written.
         let _ = self.raft.trigger().snapshot().await;
         Ok(())
@@ -319,13 +357,13 @@ impl Group {
 
     /// Bytes in the log that no snapshot covers.
     pub fn log_bytes_since_snapshot(&self) -> u64 {
-        let snapshot = self.machine.state.current_snapshot();
+        let snapshot = self.state().current_snapshot();
         self.log.bytes_since(snapshot.and_then(|snapshot| snapshot.applied().log_id).map_or(0, |id| id.index))
     }
 
     /// Bytes of the last snapshot file; zero if there is none.
     pub fn snapshot_bytes(&self) -> u64 {
-        self.machine.state.current_snapshot().map_or(0, |snapshot| snapshot.bytes_len())
+        self.state().current_snapshot().map_or(0, |snapshot| snapshot.bytes_len())
     }
 
     fn stop_reason(&self) -> String {
@@ -403,6 +441,7 @@ fn look(raft: &RaftHandle, failure: Option<String>) -> GroupWatch {
     };
     let leader = metrics.current_leader.map(|replica| {
         let node = membership.voters.get(&replica).or_else(|| membership.learners.get(&replica)).copied();
+        let node = node.filter(|_| !membership.is_witness(replica));
         Leader { replica, node }
     });
     GroupWatch {

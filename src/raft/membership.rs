@@ -19,21 +19,38 @@ const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 impl Group {
     /// Adds a replica that applies and has no vote. Returns when that is committed. Fine if it is a member already.
     pub async fn add_learner(&self, replica: ReplicaId, node: NodeId) -> Result<(), MembershipError> {
+        self.add(replica, Member { node, is_witness: false }).await
+    }
+
+    /// Adds a replica that only keeps the log, and has no vote yet. Otherwise like [`Group::add_learner`].
+    pub async fn add_witness(&self, replica: ReplicaId, node: NodeId) -> Result<(), MembershipError> {
+        self.add(replica, Member { node, is_witness: true }).await
+    }
+
+    async fn add(&self, replica: ReplicaId, member: Member) -> Result<(), MembershipError> {
+        self.ensure_changes()?;
         if self.watch.borrow().committed_membership.is_member(replica) {
             return Ok(());
         }
-        committed(self.raft.add_learner(replica, Member { node }, false)).await
+        committed(self.raft.add_learner(replica, member, false)).await
+    }
+
+    /// A witness that leads leaves that to the one that it hands over to.
+    fn ensure_changes(&self) -> Result<(), MembershipError> {
+        if self.is_witness() { Err(MembershipError::NotLeader { leader: None }) } else { Ok(()) }
     }
 
     /// Makes these the voters, all of which must be members. Voters that are none of them go on as learners. Returns when that is committed.
     /// Does not look at whether learners among them have caught up. After `Unknown` the group may be left between the old voters and the
     /// new, and the change is to be asked for again.
     pub async fn change_voters(&self, voters: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
+        self.ensure_changes()?;
         committed(self.raft.change_membership(voters, true)).await
     }
 
     /// Takes learners out of the group.
     pub async fn remove_learners(&self, learners: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
+        self.ensure_changes()?;
         committed(self.raft.change_membership(ChangeMembers::RemoveNodes(learners), false)).await
     }
 }
@@ -53,7 +70,7 @@ fn membership_error(error: RaftError<Types, ClientWriteError<Types>>) -> Members
     match error {
         RaftError::Fatal(_) => MembershipError::Stopped,
         RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
-            MembershipError::NotLeader { leader: forward.leader_node.map(|member| member.node) }
+            MembershipError::NotLeader { leader: forward.leader_node.and_then(|member| member.serving_node()) }
         }
         RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => MembershipError::Unknown("the leader changed".into()),
         RaftError::APIError(ClientWriteError::ChangeMembershipError(

@@ -35,6 +35,7 @@ mod timings;
 pub mod transport;
 mod types;
 mod wire;
+mod witness;
 
 pub use errors::{MembershipError, OpenError, ProposeError, ReadError, TransferError};
 pub use group::Group;
@@ -43,3 +44,4 @@ pub use runtime::seed_this_thread;
 pub use status::{GroupMembership, GroupStatus, GroupWatch, Leader, Role};
 pub use timings::{LeaseReads, RaftTimings};
 pub use wire::{Refusal, WireError};
+pub use witness::Witness;

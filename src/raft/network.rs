@@ -24,11 +24,11 @@ use tokio::time::{Instant, Sleep};
 
 use super::lanes::{Lanes, read_reply};
 use super::snapshots;
+use super::state_machine::Image;
 use super::transport::{Lane, LaneError};
 use super::types::{Member, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
 use super::wire::{self, AppendReply, Frame, Head, Refusal, Reply, Request, TransferReply};
 use crate::storage::ReplicaKey;
-use crate::storage::snapshot::Snapshot;
 use crate::types::{NodeId, ReplicaId};
 
 /// Appends of one group to one peer that may be without a reply: enough to fill the way to the peer while its disk syncs.
@@ -53,22 +53,27 @@ impl RaftNetworkFactory<Types> for Network {
     type Network = PeerClient;
 
     async fn new_client(&mut self, target: ReplicaId, member: &Member) -> PeerClient {
-        self.client(target, member, Lane::Log)
+        self.client(target, member.node, Lane::Log)
     }
 
     async fn new_heartbeat_client(&mut self, target: ReplicaId, member: &Member) -> PeerClient {
-        self.client(target, member, Lane::Heartbeat)
+        self.client(target, member.node, Lane::Heartbeat)
     }
 
     async fn new_snapshot_client(&mut self, target: ReplicaId, member: &Member) -> PeerClient {
-        self.client(target, member, Lane::Snapshot)
+        self.client(target, member.node, Lane::Snapshot)
     }
 }
 
 impl Network {
-    fn client(&self, target: ReplicaId, member: &Member, lane: Lane) -> PeerClient {
+    /// The way to a replica for what openraft has no part in.
+    pub fn log_client(&self, target: ReplicaId, node: NodeId) -> PeerClient {
+        self.client(target, node, Lane::Log)
+    }
+
+    fn client(&self, target: ReplicaId, to: NodeId, lane: Lane) -> PeerClient {
         let head = Head { group: self.key.group, sender: self.key.replica, target };
-        PeerClient { lanes: self.lanes.clone(), to: member.node, lane, head, network: self.clone() }
+        PeerClient { lanes: self.lanes.clone(), to, lane, head, network: self.clone() }
     }
 }
 
@@ -117,7 +122,7 @@ impl PeerClient {
 }
 
 impl RaftNetworkV2<Types> for PeerClient {
-    type SnapshotData = Snapshot;
+    type SnapshotData = Image;
 
     async fn append_entries(
         &mut self,
@@ -166,12 +171,17 @@ impl RaftNetworkV2<Types> for PeerClient {
     async fn full_snapshot(
         &mut self,
         vote: RaftVoteOf,
-        snapshot: SnapshotOf<Types, Snapshot>,
+        snapshot: SnapshotOf<Types, Image>,
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
         let step_timeout = self.network.snapshot_step_timeout;
-        let send = snapshots::send(self, vote_from_raft(&vote), &snapshot.snapshot, step_timeout);
+        let Image::Map(snapshot) = snapshot.snapshot else {
+            // Pauses before it is tried again. By then this witness has handed over to a replica that has one.
+            let reason = AnyError::error("a witness has no snapshot");
+            return Err(StreamingError::Unreachable(Unreachable::new(&reason)));
+        };
+        let send = snapshots::send(self, vote_from_raft(&vote), &snapshot, step_timeout);
         tokio::select! {
             biased;
             closed = cancel => Err(StreamingError::Closed(closed)),

@@ -309,7 +309,7 @@ fn outcomes(outcome: Outcome, expected: usize) -> Result<Vec<kv::WriteOutcome>, 
 pub fn propose_error(error: ClientWriteError<Types>) -> ProposeError {
     match error {
         ClientWriteError::ForwardToLeader(forward) => {
-            ProposeError::NotLeader { leader: forward.leader_node.map(|member| member.node) }
+            ProposeError::NotLeader { leader: forward.leader_node.and_then(|member| member.serving_node()) }
         }
         ClientWriteError::LogEntryDiscarded(_) => ProposeError::unknown("the leader changed"),
         ClientWriteError::ChangeMembershipError(error) => ProposeError::unknown(error.to_string()),

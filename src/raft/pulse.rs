@@ -19,6 +19,8 @@ pub struct Timer {
     heartbeat: Duration,
     lease: Duration,
     election: (Duration, Duration),
+    /// By how much longer it waits before it campaigns.
+    patience: Duration,
     state: Mutex<State>,
 }
 
@@ -65,27 +67,38 @@ impl Standing {
 }
 
 impl Timer {
-    pub fn new(timings: &RaftTimings) -> Self {
+    /// A witness campaigns at once after it has refused its vote to one with an older log ([`Timer::refused_older_log`]): the others need what it
+    /// has. Else it gives those that can serve much time to do so first, but not for ever: one of them may have a vote and not know it,
+    /// when it lacks the entry that says so.
+    pub fn new(timings: &RaftTimings, is_witness: bool) -> Self {
         let now = Instant::now();
         let bounds = (Duration::from_millis(timings.election_ms_min), Duration::from_millis(timings.election_ms_max));
+        let patience = if is_witness { timings.witness_patience() } else { Duration::ZERO };
         // It may have given a lease before it was started, and does not know.
         let from = now + timings.forgotten_lease();
-        let state = State { next_heartbeat: now, campaign_at: from + between(bounds), attempt_from: from };
+        let state = State { next_heartbeat: now, campaign_at: from + between(bounds) + patience, attempt_from: from };
         let heartbeat = Duration::from_millis(timings.heartbeat_ms);
-        Self { heartbeat, lease: bounds.1, election: bounds, state: Mutex::new(state) }
+        Self { heartbeat, lease: bounds.1, election: bounds, patience, state: Mutex::new(state) }
     }
 
     /// A leader has sent something. What an earlier one drew no longer counts: the latest of many draws would always be a long one.
     pub fn heard_leader(&self) {
-        let at = Instant::now() + self.lease + between(self.election);
+        let at = Instant::now() + self.lease + between(self.election) + self.patience;
         self.lock().campaign_at = at;
     }
 
     /// Another replica has this one's vote, and now its time to win.
     pub fn granted_vote(&self) {
-        let at = Instant::now() + between(self.election);
+        let at = Instant::now() + between(self.election) + self.patience;
         let mut state = self.lock();
         state.campaign_at = state.campaign_at.max(at);
+    }
+
+    /// Another wants to lead that lacks entries which this replica has: it will not, while the entries are needed for a majority.
+    pub fn refused_older_log(&self) {
+        if !self.patience.is_zero() {
+            self.lock().campaign_at = Instant::now();
+        }
     }
 
     /// What is due, which is then taken for done.
@@ -110,7 +123,7 @@ impl Timer {
             return Due::Nothing;
         }
         let next = now + between(self.election);
-        state.campaign_at = next;
+        state.campaign_at = next + self.patience;
         state.attempt_from = next;
         Due::Campaign
     }
@@ -155,7 +168,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn followers_campaign_after_lease_and_timeout_and_again_after_a_timeout() {
-        let timer = Timer::new(&RaftTimings::default());
+        let timer = Timer::new(&RaftTimings::default(), false);
         let (first, due) = wait(&timer, Standing::Voter).await;
         assert_eq!(due, Due::Campaign);
         assert!((210..=430).contains(&first), "the first after {first} ms");
@@ -169,8 +182,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_witness_campaigns_late_or_when_it_has_refused_an_older_log() {
+        let timer = Timer::new(&RaftTimings::default(), true);
+        timer.heard_leader();
+        let (silent, _) = wait(&timer, Standing::Voter).await;
+        assert!(silent >= 630 + 4 * 420, "after {silent} ms of silence");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        timer.heard_leader();
+        timer.refused_older_log();
+        assert_eq!(wait(&timer, Standing::Voter).await, (0, Due::Campaign));
+        timer.refused_older_log();
+        let (next, _) = wait(&timer, Standing::Voter).await;
+        assert!((210..=430).contains(&next), "one campaign has its time before the next: {next} ms");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn leaders_beat_and_an_only_voter_does_not_wait() {
-        let timer = Timer::new(&RaftTimings::default());
+        let timer = Timer::new(&RaftTimings::default(), false);
         assert_eq!(wait(&timer, Standing::OnlyVoter).await, (0, Due::Campaign));
         assert_eq!(wait(&timer, Standing::Leader).await, (0, Due::Heartbeat));
         assert_eq!(wait(&timer, Standing::Leader).await, (120, Due::Heartbeat));
@@ -179,7 +207,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_lease_that_may_have_been_forgotten_is_waited_for() {
         let timings = RaftTimings { lease: LeaseReads::On { drift_ms: 100 }, ..RaftTimings::default() };
-        let timer = Timer::new(&timings);
+        let timer = Timer::new(&timings, false);
         timer.granted_vote();
         let (first, _) = wait(&timer, Standing::Voter).await;
         assert!(first >= 730, "the first after {first} ms");

@@ -127,7 +127,7 @@ impl Reads {
         let index = match raft.get_read_linearizer(option).await {
             Ok(linearizer) => linearizer.read_log_id().index(),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
-                let leader = forward.leader_node.map(|member| member.node);
+                let leader = forward.leader_node.and_then(|member| member.serving_node());
                 return Err(RoundError::Final(ReadError::NotLeader { leader }));
             }
             Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => return Err(RoundError::Again),

@@ -16,12 +16,14 @@ use super::errors::OpenError;
 use super::group::Group;
 use super::lanes::{Heard, Lanes};
 use super::pulse;
+use super::state_machine::Keeps;
 use super::timings::RaftTimings;
 use super::transport::{Dial, Identity, Lane, Resolver};
 use super::wire::{Head, Refusal, Reply, Request};
+use super::witness::{Witness, WitnessState};
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, ReplicaLog};
-use crate::storage::state::{ReplicaState, StateStore};
+use crate::storage::state::{Applied, StateStore};
 use crate::types::{GroupId, NodeId};
 
 /// Snapshots that are written at a time: each reads a whole map and syncs a large file.
@@ -45,6 +47,13 @@ pub(super) struct Shared {
     pub snapshot_turns: Semaphore,
 }
 
+/// What kind of replica is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Map,
+    Witness,
+}
+
 /// The groups of this node.
 pub struct Registry {
     identity: Arc<Identity>,
@@ -57,14 +66,14 @@ pub struct Registry {
     pulse: OnceLock<AbortOnDropHandle<()>>,
 }
 
-/// A map that ends before its log begins is lost: what is between is nowhere on this node.
-fn ensure_reachable(key: ReplicaKey, log: &ReplicaLog, state: &ReplicaState) -> Result<(), OpenError> {
+/// What ends before its log begins is lost: what is between is nowhere on this node.
+fn ensure_reachable(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result<(), OpenError> {
     let Some(purged) = log.state().purged else { return Ok(()) };
-    if state.applied().log_id.is_some_and(|applied| applied.index >= purged.index) {
+    if keeps.applied().log_id.is_some_and(|applied| applied.index >= purged.index) {
         return Ok(());
     }
-    let reason = state.opened().damaged_snapshot.clone().unwrap_or_else(|| "its snapshot file is missing".to_owned());
-    Err(OpenError::Lost { key, purged, reason })
+    let damaged = keeps.map().and_then(|state| state.opened().damaged_snapshot.clone());
+    Err(OpenError::Lost { key, purged, reason: damaged.unwrap_or_else(|| "its snapshot file is missing".to_owned()) })
 }
 
 impl Registry {
@@ -93,12 +102,31 @@ impl Registry {
         &self.heard
     }
 
+    /// The replica of a group that lives here, if it has a map.
     pub fn get(&self, group: GroupId) -> Option<Arc<Group>> {
+        self.replica(group).filter(|group| !group.is_witness())
+    }
+
+    /// Every live replica that has a map, by group.
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        self.replicas().into_iter().filter(|group| !group.is_witness()).collect()
+    }
+
+    /// The witness of a group that lives here.
+    pub fn witness(&self, group: GroupId) -> Option<Witness> {
+        self.replica(group).filter(|group| group.is_witness()).map(Witness)
+    }
+
+    /// Every live witness, by group.
+    pub fn witnesses(&self) -> Vec<Witness> {
+        self.replicas().into_iter().filter(|group| group.is_witness()).map(Witness).collect()
+    }
+
+    fn replica(&self, group: GroupId) -> Option<Arc<Group>> {
         self.groups.read().expect("no holder panics").get(&group).cloned()
     }
 
-    /// Every live replica, by group.
-    pub fn groups(&self) -> Vec<Arc<Group>> {
+    fn replicas(&self) -> Vec<Arc<Group>> {
         self.groups.read().expect("no holder panics").values().cloned().collect()
     }
 
@@ -111,7 +139,7 @@ impl Registry {
     pub async fn open_all(self: &Arc<Self>) -> Vec<(ReplicaKey, OpenError)> {
         let mut failed = Vec::new();
         for key in self.shared.log.replicas() {
-            if let Err(error) = self.open_replica(key, false).await {
+            if let Err(error) = self.reopen(key).await {
                 failed.push((key, error));
             }
         }
@@ -123,29 +151,43 @@ impl Registry {
         self.heard.last(node)
     }
 
-    /// Opens a replica. Where the log does not know it, it is created if it may be: the mark of that is synced before its first answer.
+    /// Opens a replica with a map. Where the log does not know it, it is created if it may be: the mark of that is synced before its first
+    /// answer.
     pub async fn open_replica(self: &Arc<Self>, key: ReplicaKey, may_create: bool) -> Result<Arc<Group>, OpenError> {
+        self.open(key, Some(Kind::Map), may_create).await
+    }
+
+    /// Opens a witness, otherwise like [`Registry::open_replica`].
+    pub async fn open_witness(self: &Arc<Self>, key: ReplicaKey, may_create: bool) -> Result<Witness, OpenError> {
+        self.open(key, Some(Kind::Witness), may_create).await.map(Witness)
+    }
+
+    /// Opens a replica that this node has, whatever its kind.
+    pub async fn reopen(self: &Arc<Self>, key: ReplicaKey) -> Result<(), OpenError> {
+        self.open(key, None, false).await.map(|_| ())
+    }
+
+    /// Of no kind in particular: of that which it was created as.
+    async fn open(self: &Arc<Self>, key: ReplicaKey, kind: Option<Kind>, may_create: bool) -> Result<Arc<Group>, OpenError> {
         let is_closed = self.opening.lock().await;
         if *is_closed {
             return Err(OpenError::ShuttingDown);
         }
-        if let Some(open) = self.get(key.group) {
+        if let Some(open) = self.replica(key.group) {
             return Err(OpenError::AlreadyOpen(open.key()));
         }
         let log = match self.shared.log.replica(key) {
             Some(log) => log,
             None if !may_create => return Err(OpenError::Missing(key)),
-            None => {
-                let (done, created) = oneshot::channel();
-                self.shared.log.create(key, Box::new(move |result| drop(done.send(result))));
-                let closed = || OpenError::Log(std::io::Error::other("it was closed"));
-                created.await.map_err(|_| closed())?.map_err(OpenError::Log)?;
-                self.shared.log.replica(key).ok_or_else(closed)?
-            }
+            None => self.create(key, kind).await?,
         };
-        let state = self.open_state(key, log.clone()).await?;
-        ensure_reachable(key, &log, &state)?;
-        let group = Group::open(self.shared.clone(), log, state).await?;
+        let keeps = self.open_state(key, log.clone()).await?;
+        let found = if keeps.witness().is_some() { Kind::Witness } else { Kind::Map };
+        if kind.is_some_and(|kind| kind != found) {
+            return Err(OpenError::OtherKind(key));
+        }
+        ensure_reachable(key, &log, &keeps)?;
+        let group = Group::open(self.shared.clone(), log, keeps).await?;
         self.groups.write().expect("no holder panics").insert(key.group, group.clone());
         self.pulse.get_or_init(|| {
             let beat = pulse::beat(Arc::downgrade(self), self.shared.timings.pulse());
@@ -154,17 +196,35 @@ impl Registry {
         Ok(group)
     }
 
-    async fn open_state(&self, key: ReplicaKey, log: ReplicaLog) -> Result<ReplicaState, OpenError> {
+    /// The file of a witness is there before its log is: else a crash between the two would leave a replica of another kind.
+    async fn create(&self, key: ReplicaKey, kind: Option<Kind>) -> Result<ReplicaLog, OpenError> {
+        let files = self.states.witnesses().clone();
+        let begun = tokio::task::spawn_blocking(move || match kind {
+            Some(Kind::Witness) => files.write(key, &Applied::default()),
+            Some(Kind::Map) | None => files.remove(key),
+        });
+        begun.await.map_err(|error| OpenError::Raft(format!("creating a replica panicked: {error}")))??;
+        let (done, created) = oneshot::channel();
+        self.shared.log.create(key, Box::new(move |result| drop(done.send(result))));
+        let closed = || OpenError::Log(std::io::Error::other("it was closed"));
+        created.await.map_err(|_| closed())?.map_err(OpenError::Log)?;
+        self.shared.log.replica(key).ok_or_else(closed)
+    }
+
+    async fn open_state(&self, key: ReplicaKey, log: ReplicaLog) -> Result<Keeps, OpenError> {
         let states = self.states.clone();
-        let opened = tokio::task::spawn_blocking(move || states.replica(key, Arc::new(log))).await;
-        let opened = opened.map_err(|error| OpenError::Raft(format!("opening the map panicked: {error}")))?;
+        let opened = tokio::task::spawn_blocking(move || match states.witnesses().read(key)? {
+            Some(marked) => Ok(Keeps::Witness(WitnessState::new(key, states.witnesses().clone(), Arc::new(log), marked))),
+            None => states.replica(key, Arc::new(log)).map(Keeps::Map),
+        });
+        let opened = opened.await.map_err(|error| OpenError::Raft(format!("opening the map panicked: {error}")))?;
         Ok(opened?)
     }
 
     /// Stops a replica; its data stays.
     pub async fn close_replica(&self, key: ReplicaKey) {
         let _opening = self.opening.lock().await;
-        let group = self.get(key.group).filter(|group| group.key() == key);
+        let group = self.replica(key.group).filter(|group| group.key() == key);
         if let Some(group) = group {
             group.shutdown().await;
             self.groups.write().expect("no holder panics").remove(&key.group);
@@ -191,7 +251,7 @@ impl Registry {
 
     /// Hands over every leadership that somebody can take, all at a time.
     pub async fn hand_over(&self, timeout: Duration) {
-        let led = self.groups().into_iter().filter(|group| group.leads());
+        let led = self.replicas().into_iter().filter(|group| group.leads());
         let handed = led.filter_map(|group| group.best_successor().map(|to| (group, to))).map(|(group, to)| async move {
             if let Err(error) = group.transfer_leader_within(to, timeout).await {
                 tracing::info!(group = %group.key().group, %error, "the leadership was not handed over");
@@ -216,10 +276,10 @@ impl Registry {
         request: Request,
         tail: Bytes,
     ) -> Result<BoxFuture<'static, Reply>, Refusal> {
-        let group = self.get(head.group).ok_or(Refusal::NoReplica(head.group))?;
+        let group = self.replica(head.group).ok_or(Refusal::NoReplica(head.group))?;
         if group.key().replica != head.target {
             return Err(Refusal::OtherReplica(group.key().replica));
         }
-        group.handle(lane, request, tail)
+        group.handle(lane, head.sender, request, tail)
     }
 }

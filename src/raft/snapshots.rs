@@ -3,6 +3,8 @@
 //! The file travels in chunks, each answered with how much has arrived, so a broken transfer goes on where it broke, also under a new
 //! leader that has the same file. Installing takes as long as it takes; the sender asks again until it is done. A sender of another term
 //! than the one that began an installation is not told of its result: it must never take another's installation for its own.
+//!
+//! A witness asks for the mark instead: how far the snapshot is, and the membership then. Nothing of a map travels to it.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -13,13 +15,13 @@ use tokio::time::Instant;
 
 use super::network::PeerClient;
 use super::transport::LaneError;
-use super::types::{vote_from_raft, vote_to_raft};
+use super::types::{RaftVoteOf, vote_from_raft, vote_to_raft};
 use super::wire::{Refusal, Reply, Request, SnapshotName, WireError};
 use crate::raft::group::RaftHandle;
-use crate::raft::state_machine::with_meta;
+use crate::raft::state_machine::{Image, with_meta};
 use crate::storage::log::Vote;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
-use crate::storage::state::ReplicaState;
+use crate::storage::state::{Applied, ReplicaState};
 
 /// Bytes of the file in one frame.
 const CHUNK_BYTES: usize = 512 << 10;
@@ -29,7 +31,15 @@ const INSTALL_PATIENCE: Duration = Duration::from_millis(500);
 /// Sends a snapshot, and waits until it is installed. Returns the receiver's vote. Each step must succeed within `step_timeout`.
 pub async fn send(client: &PeerClient, vote: Vote, snapshot: &Snapshot, step_timeout: Duration) -> Result<Vote, LaneError> {
     let name = name_of(snapshot);
-    let mut has = bytes_had(client.ask(&Request::SnapshotOpen { vote, snapshot: name }, &[], deadline(step_timeout)).await?)?;
+    let opened = client.ask(&Request::SnapshotOpen { vote, snapshot: name }, &[], deadline(step_timeout)).await?;
+    if let Reply::MarkWanted = opened {
+        let mark = Request::Mark { vote, applied: snapshot.applied().clone() };
+        return match client.ask(&mark, &[], deadline(step_timeout)).await? {
+            Reply::SnapshotInstalled { vote } => Ok(vote),
+            other => Err(unexpected(&other)),
+        };
+    }
+    let mut has = bytes_had(opened)?;
     while has < name.bytes_len {
         let chunk = read_chunk(snapshot, has).await?;
         let request = Request::SnapshotChunk { snapshot: name, offset: has };
@@ -208,8 +218,17 @@ fn not_arriving() -> Refusal {
 pub async fn install(raft: RaftHandle, receiver: SnapshotReceiver, vote: Vote) -> Result<Vote, String> {
     let vote = vote_to_raft(&vote).ok_or("a vote for nobody")?;
     let received = tokio::task::spawn_blocking(move || receiver.finish()).await.map_err(|error| error.to_string())?;
-    let snapshot = received.map_err(|error| error.to_string())?;
-    let snapshot = with_meta(snapshot).map_err(|error| error.to_string())?;
+    hand_over(raft, vote, Image::Map(received.map_err(|error| error.to_string())?)).await
+}
+
+/// Hands a mark to openraft, likewise.
+pub async fn install_mark(raft: RaftHandle, applied: Applied, vote: Vote) -> Result<Vote, String> {
+    let vote = vote_to_raft(&vote).ok_or("a vote for nobody")?;
+    hand_over(raft, vote, Image::Mark(applied)).await
+}
+
+async fn hand_over(raft: RaftHandle, vote: RaftVoteOf, image: Image) -> Result<Vote, String> {
+    let snapshot = with_meta(image).map_err(|error| error.to_string())?;
     let response = raft.install_full_snapshot(vote, snapshot).await.map_err(|error| error.to_string())?;
     Ok(vote_from_raft(&response.vote))
 }

@@ -1,4 +1,5 @@
-//! [`StateMachine`]: the map of a replica as openraft sees it. Decodes entries, applies them by the core, and answers.
+//! [`StateMachine`]: the map of a replica as openraft sees it. Decodes entries, applies them by the core, and answers. That of a witness
+//! notes only how far it is, and the membership.
 //!
 //! Each entry is applied on its own: its changes, its log id and the membership go into the map in one step, and the next entry sees
 //! them. Openraft holds the answers until the whole stream is read; here each goes out as soon as its entry is applied.
@@ -18,17 +19,64 @@ use super::types::{
     Outcome, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership, encode_stored_membership, from_raft,
     to_raft,
 };
+use super::witness::WitnessState;
 use crate::sm::ports::StoreError;
 use crate::sm::{kv, meta, requests};
+use crate::storage::ReplicaKey;
 use crate::storage::snapshot::Snapshot;
 use crate::storage::state::{Applied, ReplicaState};
 
 /// After this many entries others get a turn on the thread: an entry holds up to a few hundred writes.
 const ENTRIES_PER_TURN: usize = 8;
 
+/// What a replica keeps of what it applies.
+pub enum Keeps {
+    Map(ReplicaState),
+    /// Nothing but how far it is.
+    Witness(WitnessState),
+}
+
+impl Keeps {
+    fn key(&self) -> ReplicaKey {
+        match self {
+            Keeps::Map(state) => state.key(),
+            Keeps::Witness(state) => state.key(),
+        }
+    }
+
+    pub fn applied(&self) -> Applied {
+        match self {
+            Keeps::Map(state) => state.applied(),
+            Keeps::Witness(state) => state.applied(),
+        }
+    }
+
+    pub fn map(&self) -> Option<&ReplicaState> {
+        match self {
+            Keeps::Map(state) => Some(state),
+            Keeps::Witness(_) => None,
+        }
+    }
+
+    pub fn witness(&self) -> Option<&WitnessState> {
+        match self {
+            Keeps::Map(_) => None,
+            Keeps::Witness(state) => Some(state),
+        }
+    }
+}
+
+/// What replicas give each other in place of a log.
+#[derive(Debug, Clone)]
+pub enum Image {
+    Map(Snapshot),
+    /// Of a witness, or for one: it holds no data.
+    Mark(Applied),
+}
+
 /// What the rest of a group sees of its state machine.
 pub struct Machine {
-    pub state: ReplicaState,
+    pub keeps: Keeps,
     /// Index of the last applied entry.
     pub applied: watch::Sender<u64>,
     pub clock: GroupClock,
@@ -36,17 +84,17 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn new(state: ReplicaState) -> Result<Self, StoreError> {
-        let applied = state.applied().log_id.map_or(0, |id| id.index);
-        let machine = Self { state, applied: watch::Sender::new(applied), clock: GroupClock::new(), failure: Mutex::new(None) };
+    pub fn new(keeps: Keeps) -> Result<Self, StoreError> {
+        let applied = keeps.applied().log_id.map_or(0, |id| id.index);
+        let machine = Self { keeps, applied: watch::Sender::new(applied), clock: GroupClock::new(), failure: Mutex::new(None) };
         machine.read_clock()?;
         Ok(machine)
     }
 
     /// The map knows the time of the last entry.
     fn read_clock(&self) -> Result<(), StoreError> {
-        if !self.state.key().group.is_meta() {
-            self.clock.observe(requests::group_time_ms(&self.state.read())?);
+        if let Some(state) = self.keeps.map().filter(|state| !state.key().group.is_meta()) {
+            self.clock.observe(requests::group_time_ms(&state.read())?);
         }
         Ok(())
     }
@@ -100,8 +148,8 @@ pub struct StateMachine {
 
 impl StateMachine {
     pub fn new(machine: Arc<Machine>) -> Self {
-        let membership = machine.state.applied().membership;
-        Self { is_meta: machine.state.key().group.is_meta(), machine, membership }
+        let membership = machine.keeps.applied().membership;
+        Self { is_meta: machine.keeps.key().group.is_meta(), machine, membership }
     }
 
     fn apply_entry(
@@ -109,39 +157,48 @@ impl StateMachine {
         id: RaftLogId,
         payload: EntryPayload<super::types::Proposal, crate::types::ReplicaId, super::types::Member>,
     ) -> Result<Outcome, StoreError> {
-        let index = id.index();
-        let (outcome, batch) = match payload {
-            EntryPayload::Blank => (Outcome::Nothing, Default::default()),
-            EntryPayload::Membership(membership) => {
-                self.membership = encode_stored_membership(&StoredMembership::new(Some(id), membership));
-                (Outcome::Nothing, Default::default())
-            }
-            EntryPayload::Normal(proposal) if self.is_meta => {
-                let command = meta::Command::decode(&proposal.0)?;
-                let (outcome, batch) = meta::apply(&self.machine.state.read(), index, command)?;
-                (Outcome::Meta(outcome), batch)
-            }
-            EntryPayload::Normal(proposal) => {
-                let command = kv::Command::decode(&proposal.0)?;
-                if let Some(time_ms) = command.time_ms() {
-                    self.machine.clock.observe(time_ms);
-                }
-                let (outcome, batch) = kv::apply(&self.machine.state.read(), index, command)?;
-                (Outcome::Shard(outcome), batch)
-            }
-        };
+        if let EntryPayload::Membership(membership) = &payload {
+            self.membership = encode_stored_membership(&StoredMembership::new(Some(id), membership.clone()));
+        }
         let applied = Applied { log_id: Some(from_raft(&id)), membership: self.membership.clone() };
-        self.machine.state.apply(batch, applied)?;
+        let (state, proposal) = match (&self.machine.keeps, payload) {
+            (Keeps::Witness(witness), _) => {
+                witness.apply(applied);
+                return Ok(Outcome::Nothing);
+            }
+            (Keeps::Map(state), EntryPayload::Blank | EntryPayload::Membership(_)) => {
+                state.apply(Default::default(), applied)?;
+                return Ok(Outcome::Nothing);
+            }
+            (Keeps::Map(state), EntryPayload::Normal(proposal)) => (state, proposal),
+        };
+        let (outcome, batch) = if self.is_meta {
+            let command = meta::Command::decode(&proposal.0)?;
+            let (outcome, batch) = meta::apply(&state.read(), id.index(), command)?;
+            (Outcome::Meta(outcome), batch)
+        } else {
+            let command = kv::Command::decode(&proposal.0)?;
+            if let Some(time_ms) = command.time_ms() {
+                self.machine.clock.observe(time_ms);
+            }
+            let (outcome, batch) = kv::apply(&state.read(), id.index(), command)?;
+            (Outcome::Shard(outcome), batch)
+        };
+        state.apply(batch, applied)?;
         Ok(outcome)
+    }
+
+    fn builder(&self, made: Option<Image>) -> SnapshotBuilder {
+        SnapshotBuilder { machine: self.machine.clone(), made }
     }
 }
 
 impl RaftStateMachine<Types> for StateMachine {
-    type SnapshotData = Snapshot;
+    type SnapshotData = Image;
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> io::Result<(Option<RaftLogId>, StoredMembership)> {
-        let applied = self.machine.state.applied();
+        let applied = self.machine.keeps.applied();
         let membership = decode_stored_membership(&applied.membership).map_err(io::Error::other)?;
         Ok((applied.log_id.map(to_raft), membership))
     }
@@ -152,8 +209,8 @@ impl RaftStateMachine<Types> for StateMachine {
     {
         let mut in_turn = 0;
         while let Some((entry, responder)) = entries.try_next().await? {
-            if in_turn == 0 {
-                self.machine.state.wait_room().await;
+            if let (0, Some(state)) = (in_turn, self.machine.keeps.map()) {
+                state.wait_room().await;
             }
             let index = entry.log_id.index();
             let outcome = self.apply_entry(entry.log_id, entry.payload).map_err(|error| self.machine.fatal(error))?;
@@ -173,44 +230,60 @@ impl RaftStateMachine<Types> for StateMachine {
     /// Openraft is given the snapshot that `Group::build_snapshot` has made: building is ours to decide, and an error of it must not
     /// stop the group.
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
-        let made = if force { None } else { self.machine.state.current_snapshot() };
-        (force || made.is_some()).then(|| SnapshotBuilder { machine: self.machine.clone(), made })
+        let made = if force { None } else { current(&self.machine.keeps) };
+        (force || made.is_some()).then(|| self.builder(made))
     }
 
     async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
-        SnapshotBuilder { machine: self.machine.clone(), made: None }
+        self.builder(None)
     }
 
-    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: Snapshot) -> io::Result<()> {
-        let state = self.machine.state.clone();
-        let installed = tokio::task::spawn_blocking(move || state.install(&snapshot)).await;
-        installed.map_err(io::Error::other)?.map_err(|error| self.machine.fatal(error))?;
-        let applied = self.machine.state.applied();
+    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, image: Image) -> io::Result<()> {
+        let machine = self.machine.clone();
+        let installed = tokio::task::spawn_blocking(move || match (&machine.keeps, &image) {
+            (Keeps::Map(state), Image::Map(snapshot)) => state.install(snapshot),
+            (Keeps::Witness(state), Image::Mark(applied)) => state.install(applied),
+            (Keeps::Map(_), Image::Mark(_)) | (Keeps::Witness(_), Image::Map(_)) => {
+                Err(StoreError::Damaged("a snapshot for another kind of replica was to be installed".into()))
+            }
+        });
+        installed.await.map_err(io::Error::other)?.map_err(|error| self.machine.fatal(error))?;
+        let applied = self.machine.keeps.applied();
         self.membership = applied.membership;
         self.machine.read_clock().map_err(|error| self.machine.fatal(error))?;
         self.machine.applied.send_replace(applied.log_id.map_or(0, |id| id.index));
         Ok(())
     }
 
-    async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, Snapshot>>> {
-        self.machine.state.current_snapshot().map(with_meta).transpose()
+    async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, Image>>> {
+        current(&self.machine.keeps).map(with_meta).transpose()
+    }
+}
+
+/// What there is in place of the beginning of the log, if it is durable.
+fn current(keeps: &Keeps) -> Option<Image> {
+    match keeps {
+        Keeps::Map(state) => state.current_snapshot().map(Image::Map),
+        Keeps::Witness(state) => Some(state.marked()).filter(|marked| marked.log_id.is_some()).map(Image::Mark),
     }
 }
 
 /// Hands openraft a snapshot.
 pub struct SnapshotBuilder {
     machine: Arc<Machine>,
-    made: Option<Snapshot>,
+    made: Option<Image>,
 }
 
 impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
-    type SnapshotData = Snapshot;
+    type SnapshotData = Image;
 
-    async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, Snapshot>> {
-        match self.made.take() {
-            Some(made) => with_meta(made),
-            None => with_meta(build(&self.machine.state).await.map_err(io::Error::other)?),
-        }
+    async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, Image>> {
+        let image = match (self.made.take(), &self.machine.keeps) {
+            (Some(made), _) => made,
+            (None, Keeps::Map(state)) => Image::Map(build(state).await.map_err(io::Error::other)?),
+            (None, Keeps::Witness(_)) => Image::Mark(mark(&self.machine).await.map_err(io::Error::other)?),
+        };
+        with_meta(image)
     }
 }
 
@@ -222,10 +295,28 @@ pub async fn build(state: &ReplicaState) -> Result<Snapshot, StoreError> {
     built.map_err(|error| StoreError::Io { context: "building a snapshot".into(), source: io::Error::other(error) })?
 }
 
+/// Has the file of a witness say what it has applied, once its log holds that durably: else a power cut could leave a file that claims
+/// entries which the log has lost.
+pub async fn mark(machine: &Arc<Machine>) -> Result<Applied, StoreError> {
+    let applied = match &machine.keeps {
+        Keeps::Witness(state) => state.settled().await?,
+        Keeps::Map(state) => return Err(StoreError::Damaged(format!("{} is no witness", state.key()))),
+    };
+    let machine = machine.clone();
+    let marked = tokio::task::spawn_blocking(move || match &machine.keeps {
+        Keeps::Witness(state) => state.mark(&applied).map(|()| state.marked()),
+        Keeps::Map(_) => Ok(applied),
+    });
+    marked.await.map_err(|error| StoreError::Io { context: "marking a witness".into(), source: io::Error::other(error) })?
+}
+
 /// A snapshot with what openraft wants to know of it.
-pub fn with_meta(snapshot: Snapshot) -> io::Result<SnapshotOf<Types, Snapshot>> {
-    let applied = snapshot.applied();
+pub fn with_meta(image: Image) -> io::Result<SnapshotOf<Types, Image>> {
+    let applied = match &image {
+        Image::Map(snapshot) => snapshot.applied(),
+        Image::Mark(applied) => applied,
+    };
     let last_membership = decode_stored_membership(&applied.membership).map_err(io::Error::other)?;
     let meta = SnapshotMeta { last_log_id: applied.log_id.map(to_raft), last_membership };
-    Ok(SnapshotOf::<Types, Snapshot> { meta, snapshot })
+    Ok(SnapshotOf::<Types, Image> { meta, snapshot: image })
 }

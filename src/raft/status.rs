@@ -26,7 +26,7 @@ pub enum Role {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leader {
     pub replica: ReplicaId,
-    /// None if the membership that is known here does not name it.
+    /// None if the membership that is known here does not name it, or it is a witness, which serves nobody.
     pub node: Option<NodeId>,
 }
 
@@ -67,6 +67,17 @@ impl GroupStatus {
         let upto = kept_for.map(|(replica, _)| matched(replica)).fold(snapshot, u64::min);
         (upto > self.purged.map_or(0, |id| id.index)).then_some(upto)
     }
+
+    /// Through where everything is committed, and durable on every member that has a map: what a witness need not keep. None where that is not
+    /// known, as of a member that was not heard of in this term.
+    pub fn held_by_all(&self) -> Option<u64> {
+        let members = self.membership.voters.keys().chain(self.membership.learners.keys());
+        let mut upto = self.committed?.index;
+        for replica in members.filter(|replica| !self.membership.is_witness(**replica)) {
+            upto = upto.min(self.matched.get(replica).copied().flatten()?.index);
+        }
+        (self.role == Role::Leader).then_some(upto)
+    }
 }
 
 /// Who belongs to a group.
@@ -76,6 +87,8 @@ pub struct GroupMembership {
     pub log_id: Option<LogId>,
     pub voters: BTreeMap<ReplicaId, NodeId>,
     pub learners: BTreeMap<ReplicaId, NodeId>,
+    /// Those of both that keep the log and no map.
+    pub witnesses: BTreeSet<ReplicaId>,
     /// Not in the middle of a change of voters. While it is not, `voters` are those of both sides.
     pub is_uniform: bool,
 }
@@ -89,15 +102,20 @@ impl GroupMembership {
     pub fn is_member(&self, replica: ReplicaId) -> bool {
         self.voters.contains_key(&replica) || self.learners.contains_key(&replica)
     }
+
+    pub fn is_witness(&self, replica: ReplicaId) -> bool {
+        self.witnesses.contains(&replica)
+    }
 }
 
 impl From<&StoredMembership> for GroupMembership {
     fn from(stored: &StoredMembership) -> Self {
         let voter_ids: BTreeSet<ReplicaId> = stored.voter_ids().collect();
+        let witnesses = stored.nodes().filter(|(_, member)| member.is_witness).map(|(replica, _)| *replica).collect();
         let members = stored.nodes().map(|(replica, member)| (*replica, member.node));
         let (voters, learners) = members.partition(|(replica, _)| voter_ids.contains(replica));
         let is_uniform = stored.get_joint_config().len() <= 1;
-        Self { log_id: stored.log_id().as_ref().map(from_raft), voters, learners, is_uniform }
+        Self { log_id: stored.log_id().as_ref().map(from_raft), voters, learners, witnesses, is_uniform }
     }
 }
 

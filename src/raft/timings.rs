@@ -27,6 +27,8 @@ pub struct RaftTimings {
     pub append_timeout_ms: u64,
     /// How long one step of sending a snapshot may take.
     pub snapshot_step_ms: u64,
+    /// How much longer than others a witness waits before it campaigns of its own accord: those that can serve go first.
+    pub witness_patience_ms: u64,
     pub lease: LeaseReads,
 }
 
@@ -49,6 +51,7 @@ impl Default for RaftTimings {
             election_ms_max: 420,
             append_timeout_ms: 2000,
             snapshot_step_ms: 5000,
+            witness_patience_ms: 4 * 420,
             lease: LeaseReads::Off,
         }
     }
@@ -62,6 +65,7 @@ impl RaftTimings {
             heartbeat_skip_ms: self.heartbeat_skip_ms * factor,
             election_ms_min: self.election_ms_min * factor,
             election_ms_max: self.election_ms_max * factor,
+            witness_patience_ms: self.witness_patience_ms * factor,
             ..self.clone()
         }
     }
@@ -87,6 +91,10 @@ impl RaftTimings {
         }
     }
 
+    pub fn witness_patience(&self) -> Duration {
+        Duration::from_millis(self.witness_patience_ms)
+    }
+
     /// How long after its start a replica may be bound by a lease that it has forgotten.
     pub fn forgotten_lease(&self) -> Duration {
         match self.lease {
@@ -96,7 +104,7 @@ impl RaftTimings {
     }
 
     /// What openraft is told for one replica.
-    pub(super) fn config(&self, key: ReplicaKey) -> Result<Arc<Config>, openraft::ConfigError> {
+    pub(super) fn config(&self, key: ReplicaKey, is_witness: bool) -> Result<Arc<Config>, openraft::ConfigError> {
         let config = Config {
             cluster_name: key.to_string(),
             heartbeat_interval: self.heartbeat_ms,
@@ -116,7 +124,8 @@ impl RaftTimings {
             // When a snapshot is due is the node's to decide: it weighs bytes.
             snapshot_policy: SnapshotPolicy::Never,
             // Purging takes no notice of snapshots under way to a follower: what follows them must still be there when they are installed.
-            max_in_snapshot_log_to_keep: 4096,
+            // A witness purges only what it is told to: it has nothing else to bring others up to date with.
+            max_in_snapshot_log_to_keep: if is_witness { u64::MAX } else { 4096 },
             purge_batch_size: 256,
             // "Caught up" for a learner that is added.
             replication_lag_threshold: 1024,
@@ -141,9 +150,14 @@ mod tests {
     fn the_defaults_are_valid_and_stay_so_when_slowed_down() {
         let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(1) };
         for factor in [1, 2, 5, 10] {
-            RaftTimings::default().slower(factor).config(key).expect("valid timings");
+            RaftTimings::default().slower(factor).config(key, false).expect("valid timings");
         }
+        let purges_by_itself = |is_witness| {
+            let config = RaftTimings::default().config(key, is_witness).expect("valid timings");
+            config.max_in_snapshot_log_to_keep < u64::MAX
+        };
+        assert!(purges_by_itself(false) && !purges_by_itself(true), "a witness purges only what it is told to");
         let bad = RaftTimings { election_ms_min: 100, ..RaftTimings::default() };
-        assert!(bad.config(key).is_err());
+        assert!(bad.config(key, false).is_err());
     }
 }

@@ -80,6 +80,15 @@ pub enum Outcome {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     pub node: NodeId,
+    /// It keeps the log and no map.
+    pub is_witness: bool,
+}
+
+impl Member {
+    /// The node to send others to, if this is to lead; none of a witness, which serves nobody.
+    pub fn serving_node(&self) -> Option<NodeId> {
+        (!self.is_witness).then_some(self.node)
+    }
 }
 
 /// Hands a result on in place: an answer wakes whoever waits for it without a task or a channel of its own between.
@@ -122,39 +131,59 @@ struct MembershipRecord {
     members: BTreeMap<ReplicaId, NodeId>,
 }
 
+/// The format of memberships in which the members that are witnesses follow. Those without any are written in the first.
+const WITH_WITNESSES: u8 = 2;
+
+type Witnesses = BTreeSet<ReplicaId>;
+
 pub fn encode_membership(membership: &RaftMembership) -> Bytes {
-    codec::encode(&record(membership))
+    let (record, witnesses) = record(membership);
+    if witnesses.is_empty() { codec::encode(&record) } else { codec::encode_as(WITH_WITNESSES, &(record, witnesses)) }
 }
 
 pub fn decode_membership(bytes: &[u8]) -> Result<RaftMembership, StoreError> {
-    membership(codec::decode(bytes, "a membership")?)
+    let what = "a membership";
+    let (record, witnesses) = match codec::split(bytes, WITH_WITNESSES, what)? {
+        (codec::FORMAT, body) => (codec::decode_body(body, what)?, Witnesses::new()),
+        (_, body) => codec::decode_body(body, what)?,
+    };
+    membership(record, &witnesses)
 }
 
 /// With the log id that it was written under. Empty bytes stand for the membership of a group that has none yet.
 pub fn encode_stored_membership(stored: &StoredMembership) -> Bytes {
-    match stored.log_id() {
-        None => Bytes::new(),
-        Some(id) => codec::encode(&(from_raft(id), record(stored.membership()))),
-    }
+    let Some(id) = stored.log_id() else { return Bytes::new() };
+    let (id, (record, witnesses)) = (from_raft(id), record(stored.membership()));
+    if witnesses.is_empty() { codec::encode(&(id, record)) } else { codec::encode_as(WITH_WITNESSES, &(id, record, witnesses)) }
 }
 
 pub fn decode_stored_membership(bytes: &[u8]) -> Result<StoredMembership, StoreError> {
     if bytes.is_empty() {
         return Ok(StoredMembership::default());
     }
-    let (id, record): (LogId, MembershipRecord) = codec::decode(bytes, "a stored membership")?;
-    Ok(StoredMembership::new(Some(to_raft(id)), membership(record)?))
+    let what = "a stored membership";
+    let (id, record, witnesses): (LogId, MembershipRecord, Witnesses) = match codec::split(bytes, WITH_WITNESSES, what)? {
+        (codec::FORMAT, body) => {
+            let (id, record) = codec::decode_body(body, what)?;
+            (id, record, Witnesses::new())
+        }
+        (_, body) => codec::decode_body(body, what)?,
+    };
+    Ok(StoredMembership::new(Some(to_raft(id)), membership(record, &witnesses)?))
 }
 
-fn record(membership: &RaftMembership) -> MembershipRecord {
-    MembershipRecord {
+fn record(membership: &RaftMembership) -> (MembershipRecord, Witnesses) {
+    let witnesses = membership.nodes().filter(|(_, member)| member.is_witness).map(|(replica, _)| *replica).collect();
+    let record = MembershipRecord {
         voters: membership.get_joint_config().clone(),
         members: membership.nodes().map(|(replica, member)| (*replica, member.node)).collect(),
-    }
+    };
+    (record, witnesses)
 }
 
-fn membership(record: MembershipRecord) -> Result<RaftMembership, StoreError> {
-    let members: BTreeMap<ReplicaId, Member> = record.members.into_iter().map(|(id, node)| (id, Member { node })).collect();
+fn membership(record: MembershipRecord, witnesses: &Witnesses) -> Result<RaftMembership, StoreError> {
+    let member = |(id, node)| (id, Member { node, is_witness: witnesses.contains(&id) });
+    let members: BTreeMap<ReplicaId, Member> = record.members.into_iter().map(member).collect();
     let undecodable = |reason: String| StoreError::Undecodable { what: "a membership", reason };
     RaftMembership::new(record.voters, members).map_err(|error| undecodable(error.to_string()))
 }
@@ -183,7 +212,8 @@ mod tests {
 
     #[test]
     fn memberships_keep_their_encoding() {
-        let members = [(1, 10), (2, 20), (3, 30)].map(|(replica, node)| (ReplicaId(replica), Member { node: NodeId(node) }));
+        let member = |(replica, node)| (ReplicaId(replica), Member { node: NodeId(node), is_witness: false });
+        let members = [(1, 10), (2, 20), (3, 30)].map(member);
         let voters = vec![BTreeSet::from([ReplicaId(1), ReplicaId(2)]), BTreeSet::from([ReplicaId(2)])];
         let membership = RaftMembership::new(voters, BTreeMap::from(members)).expect("a valid membership");
         let bytes = encode_membership(&membership);
@@ -196,5 +226,21 @@ mod tests {
         assert_eq!(decode_stored_membership(&bytes).expect("own encoding"), stored);
         assert_eq!(decode_stored_membership(b"").expect("no membership"), StoredMembership::default());
         assert!(decode_stored_membership(b"\x01").is_err());
+    }
+
+    #[test]
+    fn memberships_with_a_witness_keep_theirs() {
+        let member = |(replica, node)| (ReplicaId(replica), Member { node: NodeId(node), is_witness: replica == 3 });
+        let members = [(1, 10), (2, 20), (3, 30)].map(member);
+        let voters = vec![BTreeSet::from([ReplicaId(1), ReplicaId(2), ReplicaId(3)])];
+        let membership = RaftMembership::new(voters, BTreeMap::from(members)).expect("a valid membership");
+        let bytes = encode_membership(&membership);
+        assert_eq!(&bytes[..], [2, 1, 3, 1, 2, 3, 3, 1, 10, 2, 20, 3, 30, 1, 3]);
+        assert_eq!(decode_membership(&bytes).expect("own encoding"), membership);
+        let stored = StoredMembership::new(Some(to_raft(LogId { term: 3, index: 4 })), membership);
+        let bytes = encode_stored_membership(&stored);
+        assert_eq!(&bytes[..5], [2, 3, 4, 1, 3]);
+        assert_eq!(decode_stored_membership(&bytes).expect("own encoding"), stored);
+        assert!(decode_membership(&[3, 1, 0, 0, 0]).expect_err("a newer one").to_string().contains("format 3"));
     }
 }

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::storage::log::{Entry, Payload, Vote};
+use crate::storage::state::Applied;
 use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 /// The format written today.
@@ -93,6 +94,15 @@ pub enum Request {
         vote: Vote,
         snapshot: SnapshotName,
     },
+    /// To a witness, in place of a snapshot: the log that is still there begins after this.
+    Mark {
+        vote: Vote,
+        applied: Applied,
+    },
+    /// To a witness: every replica with a map has the entries through this one durably, and they are committed.
+    Held {
+        index: u64,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,6 +147,10 @@ pub enum Reply {
         vote: Vote,
     },
     Refused(Refusal),
+    /// It keeps no map: of a snapshot it takes only the mark.
+    MarkWanted,
+    /// It took notice.
+    Noted,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ports::StoreError;
 
-/// The format written today, by every encoding in the core.
+/// The format of every encoding in the core that has had no other yet.
 pub const FORMAT: u8 = 1;
 
 /// Room that most small values fit in, so that their encoding is allocated once.
@@ -27,23 +27,44 @@ pub fn encode_sized<T: Serialize>(value: &T, capacity: usize) -> Bytes {
     Bytes::from(bytes)
 }
 
-/// Reads what [`encode`] wrote. `what` names it in the error.
-pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<T, StoreError> {
-    let (value, rest) = decode_first(bytes, what)?;
+/// As [`encode`], in a later format of this type.
+pub fn encode_as<T: Serialize>(format: u8, value: &T) -> Bytes {
+    let mut bytes = Vec::from(encode(value));
+    bytes[0] = format;
+    Bytes::from(bytes)
+}
+
+/// The format of an encoding, and what it is without its format byte: for a type whose newest format is `newest`.
+pub fn split<'a>(bytes: &'a [u8], newest: u8, what: &'static str) -> Result<(u8, &'a [u8]), StoreError> {
+    let undecodable = |reason: String| StoreError::Undecodable { what, reason };
+    match bytes.split_first() {
+        Some((&format, body)) if (FORMAT..=newest).contains(&format) => Ok((format, body)),
+        Some((format, _)) => Err(undecodable(format!("format {format} is unknown to this version"))),
+        None => Err(undecodable("it is empty".into())),
+    }
+}
+
+/// Reads the whole of what [`split`] has cut off.
+pub fn decode_body<'a, T: Deserialize<'a>>(body: &'a [u8], what: &'static str) -> Result<T, StoreError> {
+    let (value, rest) = take_body(body, what)?;
     if rest.is_empty() {
         return Ok(value);
     }
     Err(StoreError::Undecodable { what, reason: format!("{} bytes too many", rest.len()) })
 }
 
+/// Reads what [`encode`] wrote. `what` names it in the error.
+pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<T, StoreError> {
+    decode_body(split(bytes, FORMAT, what)?.1, what)
+}
+
 /// Reads the first fields of what [`encode`] wrote, as many as `T` has, and returns the bytes after them.
 pub fn decode_first<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<(T, &'a [u8]), StoreError> {
-    let undecodable = |reason: String| StoreError::Undecodable { what, reason };
-    match bytes.split_first() {
-        Some((&FORMAT, body)) => postcard::take_from_bytes(body).map_err(|error| undecodable(error.to_string())),
-        Some((version, _)) => Err(undecodable(format!("format {version} is unknown to this version"))),
-        None => Err(undecodable("it is empty".into())),
-    }
+    take_body(split(bytes, FORMAT, what)?.1, what)
+}
+
+fn take_body<'a, T: Deserialize<'a>>(body: &'a [u8], what: &'static str) -> Result<(T, &'a [u8]), StoreError> {
+    postcard::take_from_bytes(body).map_err(|error| StoreError::Undecodable { what, reason: error.to_string() })
 }
 
 #[cfg(test)]

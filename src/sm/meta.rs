@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::codec;
 use super::ports::{Read, StoreError, WriteBatch};
-use super::view::{Inconsistency, Node, Reported, SlotMove, View};
+use super::view::{self, Inconsistency, Node, Reported, SlotMove, View};
 use crate::types::{Address, DirectoryId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
 /// One entry of the meta group's log. Part of the disk format: variants are only ever added, at the end.
@@ -33,6 +33,10 @@ pub enum Command {
     /// Accepted only from one that knew this plan when it looked: what an earlier look did not find may have joined since.
     Report { group: GroupId, reported: Reported, plan: PlanEpoch },
 }
+
+/// How the encodings of the commands begin that end with a view: their places in [`Command`].
+const FOUND: u8 = 0;
+const INSTALL_PLAN: u8 = 2;
 
 /// What became of a [`Command`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -218,10 +222,19 @@ fn check_new_ids(view: &View, next: &View) -> Result<(), Misstep> {
         if let Some((replica, _)) = group.hosted().find(|(replica, _)| old(*replica)) {
             return Err(Misstep::Replica(replica));
         }
-        // A replica that is on its way out does not come back: it may have been told already.
-        let back = |replica: &&ReplicaId| view.groups.get(id).is_some_and(|group| group.leaving.contains_key(replica));
-        if let Some(replica) = group.replicas.keys().find(back) {
-            return Err(Misstep::Replica(*replica));
+        // Of a replica that is on its way out, only what is known to have a map comes back, and as that.
+        let back = |replica: ReplicaId| {
+            let was_leaving = view.groups.get(id).filter(|before| before.leaving.contains_key(&replica));
+            was_leaving.is_some_and(|before| group.is_witness(replica) || !before.can_come_back(replica))
+        };
+        // Nor does one that has a map become a witness, or the other way round.
+        let turned = |replica: ReplicaId| {
+            view.groups.get(id).is_some_and(|before| {
+                before.is_witness(replica) != group.is_witness(replica) && before.wanted().any(|(known, _)| known == replica)
+            })
+        };
+        if let Some((replica, _)) = group.wanted().find(|(replica, _)| back(*replica) || turned(*replica)) {
+            return Err(Misstep::Replica(replica));
         }
     }
     Ok(())
@@ -280,12 +293,26 @@ fn report(view: Option<View>, group: GroupId, reported: Reported, plan: PlanEpoc
 }
 
 impl Command {
+    /// Those that end with a view are written in its format, the others in the first.
     pub fn encode(&self) -> Bytes {
-        codec::encode(self)
+        match self {
+            Command::Found { .. } | Command::InstallPlan { .. } => codec::encode_as(view::FORMAT, self),
+            Command::Announce { .. }
+            | Command::OpenMove { .. }
+            | Command::CommitMove { .. }
+            | Command::AbortMove { .. }
+            | Command::Report { .. } => codec::encode(self),
+        }
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
-        codec::decode(bytes, "a command of the meta group")
+        let what = "a command of the meta group";
+        match codec::split(bytes, view::FORMAT, what)? {
+            (codec::FORMAT, body) if matches!(body.first(), Some(&FOUND | &INSTALL_PLAN)) => {
+                codec::decode_body(&view::with_no_witnesses(body), what)
+            }
+            (_, body) => codec::decode_body(body, what),
+        }
     }
 }
 
@@ -432,14 +459,189 @@ mod tests {
     #[test]
     fn the_encodings_of_a_view_and_an_announcement_stand() {
         let alone = first_view(ClusterId(1), Asked { shards: Some(2), ..Asked::default() }, vec![node(1)]).expect("a view");
-        let golden: &[u8] = b"\x01\x2000000000000000000000000000000001\x01\x01\x00\x00\x01\x02\
+        let body: &[u8] = b"\x2000000000000000000000000000000001\x01\x01\x00\x00\x01\x02\
             \x01\x01\x04n1:1\x00\x2000000000000000000000000000000001\
             \x00\x00\x03\x00\x01\x01\x01\x01\x00\x00\x01\x01\x01\x00\x00\
             \x01\x01\x01\x02\x01\x00\x00\x01\x02\x01\x00\x00\x02\x01\x01\x03\x01\x00\x00\x01\x03\x01\x00\x00\
             \x02\x80\x10\x01\x80\x10\x02\x02\x80\x10\x01\x80\x10\x02\x00\x02\x03\x04\x01";
-        assert_eq!(&alone.encode()[..], golden);
-        assert_eq!(View::decode(&alone.encode()).expect("own encoding"), alone);
+        let (first, second) = ([b"\x01", body].concat(), [b"\x02", body, b"\x00"].concat());
+        assert_eq!(&alone.encode()[..], second);
+        assert_eq!(View::decode(&second).expect("own encoding"), alone);
+        assert_eq!(View::decode(&first).expect("as it was written before there were witnesses"), alone);
+        assert!(View::decode(&[b"\x03", body, b"\x00"].concat()).is_err(), "a later format");
         let bytes = announce(1, 2, "a:1").encode();
         assert_eq!(&bytes[..], b"\x01\x01\x01\x2000000000000000000000000000000002\x03a:1\x00");
+
+        let found = Command::Found { view: Box::new(alone.clone()) };
+        assert_eq!(&found.encode()[..], [b"\x02\x00", body, b"\x00"].concat());
+        assert_eq!(Command::decode(&[b"\x01\x00", body].concat()).expect("the first format"), found);
+        let plan = Command::InstallPlan { base: MapVersion(7), next: Box::new(alone) };
+        assert_eq!(&plan.encode()[..], [b"\x02\x02\x07", body, b"\x00"].concat());
+        assert_eq!(Command::decode(&[b"\x01\x02\x07", body].concat()).expect("the first format"), plan);
+    }
+
+    #[test]
+    fn the_encoding_of_witnesses_stands() {
+        let asked = Asked { replication_factor: Some(2), shards: Some(1), ..Asked::default() };
+        let view = first_view(ClusterId(1), asked, vec![node(1), node(2), node(3)]).expect("a view");
+        let Some(witness) = view.groups[&GroupId(1)].witness else { panic!("no witness: {view:?}") };
+        let without = {
+            let mut view = view.clone();
+            view.groups.values_mut().for_each(|group| group.witness = None);
+            view.encode()
+        };
+        let (bytes, end) = (view.encode(), without.len() - 1);
+        assert_eq!((&bytes[..end], without[end]), (&without[..end], 0));
+        assert_eq!(&bytes[end..], [1, 1, witness.replica.0 as u8, witness.node.0 as u8]);
+        assert_eq!(View::decode(&bytes).expect("own encoding"), view);
+    }
+
+    #[test]
+    fn a_witness_does_not_become_another_kind_of_replica() {
+        let asked = Asked { replication_factor: Some(2), shards: Some(1), ..Asked::default() };
+        let view = first_view(ClusterId(9), asked, vec![node(1), node(2), node(3)]).expect("a view");
+        let mut meta = Meta::founded(view.clone());
+        let mut turned = View { epoch: PlanEpoch(2), version: MapVersion(2), ..view };
+        let group = turned.groups.get_mut(&GroupId(1)).expect("a shard");
+        let witness = group.witness.take().expect("a witness");
+        group.replicas.insert(witness.replica, witness.node);
+        let install = Command::InstallPlan { base: MapVersion(1), next: Box::new(turned) };
+        let refused = Rejection::NotASuccessor(Misstep::Replica(witness.replica));
+        assert_eq!(meta.run(install), Outcome::Rejected(refused));
+    }
+
+    #[test]
+    fn the_encodings_of_moves_and_reports_stand() {
+        let slots = [Slot::new(7), Slot::new(300)].into_iter().map(|slot| slot.expect("a slot")).collect();
+        let reported = Reported {
+            log_id: LogId { term: 3, index: 200 },
+            voters: BTreeSet::from([ReplicaId(4), ReplicaId(5)]),
+            learners: BTreeSet::from([ReplicaId(6)]),
+        };
+        let golden: [(Command, &[u8]); 4] = [
+            (Command::OpenMove { slots, from: GroupId(1), to: GroupId(2) }, b"\x01\x03\x02\x07\xac\x02\x01\x02"),
+            (Command::CommitMove { id: MoveId(9) }, b"\x01\x04\x09"),
+            (Command::AbortMove { id: MoveId(9) }, b"\x01\x05\x09"),
+            (
+                Command::Report { group: GroupId(1), reported, plan: PlanEpoch(8) },
+                b"\x01\x06\x01\x03\xc8\x01\x02\x04\x05\x01\x06\x08",
+            ),
+        ];
+        for (command, bytes) in golden {
+            assert_eq!(command.encode()[..], *bytes, "{command:?}");
+            assert_eq!(Command::decode(bytes).expect("decoded"), command);
+            for cut in 0..bytes.len() {
+                assert!(Command::decode(&bytes[..cut]).is_err(), "{command:?} cut to {cut} bytes was taken");
+            }
+        }
+        assert!(Command::decode(b"\x01\x07").is_err(), "an unknown command");
+        assert!(Command::decode(b"\x63\x04\x09").is_err(), "an unknown format");
+    }
+
+    #[test]
+    fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away() {
+        type Break = fn(&mut View);
+        let mut meta = Meta::founded(view());
+        let old = meta.view();
+        let wanted = vec![node(1), node(2), node(4)];
+        let next = plan(&old, old.asked, &wanted, &BTreeSet::new()).expect("a plan").view;
+        let install = |base, next: &View| Command::InstallPlan { base, next: Box::new(next.clone()) };
+        let outdated = Outcome::Rejected(Rejection::Outdated { version: old.version });
+        assert_eq!(meta.run(install(MapVersion(old.version.0 + 1), &next)), outdated);
+        let table: [(Break, Misstep); 9] = [
+            (|next| next.cluster = ClusterId(1), Misstep::Numbers),
+            (|next| next.epoch.0 += 1, Misstep::Numbers),
+            (|next| next.version.0 += 1, Misstep::Numbers),
+            (|next| next.next_move.0 += 1, Misstep::Ids),
+            (|next| next.slots.set_owner(Slot::all().next().expect("a slot"), GroupId(3)), Misstep::Slots),
+            (|next| next.nodes.get_mut(&NodeId(3)).expect("a node").directory = DirectoryId(99), Misstep::Node(NodeId(3))),
+            (|next| next.groups.get_mut(&GroupId(1)).expect("a group").creation.clear(), Misstep::Group(GroupId(1))),
+            (|next| next.groups.get_mut(&GroupId(1)).expect("a group").reported = None, Misstep::Group(GroupId(1))),
+            (|next| next.groups.get_mut(&GroupId(1)).expect("a group").leaving.clear(), Misstep::Replica(ReplicaId(0))),
+        ];
+        let told = |meta: &mut Meta, group| {
+            let members = meta.view().groups[&group].voters();
+            let reported = Reported { log_id: LogId { term: 1, index: 5 }, voters: members, learners: BTreeSet::new() };
+            assert_eq!(meta.run(Command::Report { group, reported, plan: old.epoch }), Outcome::Done);
+        };
+        told(&mut meta, GroupId(1));
+        let before = meta.view();
+        let next = plan(&before, old.asked, &wanted, &BTreeSet::new()).expect("a plan").view;
+        for (change, misstep) in &table {
+            let mut broken = next.clone();
+            change(&mut broken);
+            let outcome = meta.run(install(before.version, &broken));
+            let is_right = match (&outcome, misstep) {
+                (Outcome::Rejected(Rejection::NotASuccessor(Misstep::Replica(_))), Misstep::Replica(_)) => true,
+                (Outcome::Rejected(Rejection::NotASuccessor(found)), misstep) => found == misstep,
+                // What does not fit together is found before.
+                (Outcome::Rejected(Rejection::Inconsistent(_)), Misstep::Group(_)) => true,
+                _ => false,
+            };
+            assert!(is_right, "{misstep:?}: {outcome:?}");
+            assert_eq!(meta.view(), before);
+        }
+        assert_eq!(meta.run(install(before.version, &next)), Outcome::Done);
+        assert_eq!(meta.view(), next);
+        let twice = Outcome::Rejected(Rejection::Outdated { version: next.version });
+        assert_eq!(meta.run(install(before.version, &next)), twice);
+    }
+
+    #[test]
+    fn a_move_is_opened_once_where_it_is_due_and_ends_once() {
+        let mut meta = Meta::founded(view());
+        let old = meta.view();
+        let wanted = vec![node(1), node(2), node(3), node(4)];
+        meta.install(plan(&old, old.asked, &wanted, &BTreeSet::new()).expect("a plan").view);
+        let before = meta.view();
+        let due = before.astray().next().expect("slots are to move");
+        let (from, to) = (before.slots.owner(due), before.targets.owner(due));
+        let still = before.slots.of(from).find(|slot| before.targets.owner(*slot) == from).expect("some stay");
+        let open = |slots: &[Slot], from, to| Command::OpenMove { slots: slots.iter().copied().collect(), from, to };
+        let not_due = |slot| Outcome::Rejected(Rejection::NotToBeMoved(slot));
+        for (command, outcome) in [
+            (open(&[still], from, to), not_due(still)),
+            (open(&[due], from, from), not_due(due)),
+            (open(&[due], to, from), not_due(due)),
+            (open(&[], from, to), Outcome::Rejected(Rejection::UnknownGroup(to))),
+            (Command::CommitMove { id: before.next_move }, Outcome::Rejected(Rejection::NoSuchMove(before.next_move))),
+            (Command::AbortMove { id: before.next_move }, Outcome::Rejected(Rejection::NoSuchMove(before.next_move))),
+        ] {
+            assert_eq!(meta.run(command.clone()), outcome, "{command:?}");
+            assert_eq!(meta.view(), before);
+        }
+        let id = before.next_move;
+        assert_eq!(meta.run(open(&[due], from, to)), Outcome::MoveOpened { id });
+        assert_eq!(meta.run(open(&[due], from, to)), not_due(due), "one move of a slot at a time");
+        assert_eq!(meta.run(Command::AbortMove { id }), Outcome::Done);
+        assert_eq!(meta.view().slots.owner(due), from);
+        assert_eq!(meta.run(Command::CommitMove { id }), Outcome::Rejected(Rejection::NoSuchMove(id)));
+        let again = MoveId(id.0 + 1);
+        assert_eq!(meta.run(open(&[due], from, to)), Outcome::MoveOpened { id: again }, "ids are never given out again");
+        assert_eq!(meta.run(Command::CommitMove { id: again }), Outcome::Done);
+        assert_eq!(meta.view().slots.owner(due), to);
+        assert_eq!(meta.run(open(&[due], from, to)), not_due(due));
+    }
+
+    #[test]
+    fn a_report_of_an_unknown_group_is_rejected_and_an_older_one_changes_nothing() {
+        let mut meta = Meta::founded(view());
+        let view = meta.view();
+        let report = |group, index, learners: &[u64]| {
+            let voters = view.groups[&GroupId(1)].voters();
+            let learners = learners.iter().map(|id| ReplicaId(*id)).collect();
+            let reported = Reported { log_id: LogId { term: 1, index }, voters, learners };
+            Command::Report { group, reported, plan: view.epoch }
+        };
+        let unknown = Outcome::Rejected(Rejection::UnknownGroup(GroupId(77)));
+        assert_eq!(meta.run(report(GroupId(77), 5, &[])), unknown);
+        assert_eq!(meta.view(), view);
+        assert_eq!(meta.run(report(GroupId(1), 5, &[])), Outcome::Done);
+        let known = meta.view();
+        assert_eq!(known.version.0, view.version.0 + 1);
+        for same_or_older in [report(GroupId(1), 5, &[]), report(GroupId(1), 4, &[99])] {
+            assert_eq!(meta.run(same_or_older), Outcome::Done);
+            assert_eq!(meta.view(), known);
+        }
     }
 }

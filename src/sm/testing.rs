@@ -55,7 +55,7 @@ impl Meta {
             // What an earlier one told may have changed it, or taken it away.
             let Some(now) = view.groups.remove(&group).filter(|now| !now.is_settled()) else { continue };
             let log_id = LogId { term: 1, index: now.reported.as_ref().map_or(1, |known| known.log_id.index + 1) };
-            let reported = Reported { log_id, voters: now.voters(), learners: now.learners };
+            let reported = Reported { log_id, voters: now.electorate(), learners: now.learners };
             assert_eq!(self.run(Command::Report { group, reported, plan: view.epoch }), Outcome::Done);
             view = self.view();
         }

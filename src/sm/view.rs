@@ -3,6 +3,8 @@
 //! The meta group holds it; each node reads it from its own replica. A plain value: planning is in `placement`, changing it in `meta`.
 //! [`View::check`] says what must hold of every view; the meta group accepts no other.
 
+mod record;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
@@ -12,8 +14,17 @@ use super::codec;
 use super::ports::StoreError;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
+/// The format of views, and of commands that end with one. The first ended before the witnesses.
+pub(super) const FORMAT: u8 = 2;
+
+/// What ends with a view of the first format, in the second: with no witnesses.
+pub(super) fn with_no_witnesses(body: &[u8]) -> Vec<u8> {
+    [body, &[0]].concat()
+}
+
 /// What was agreed. Part of the disk format (inside the meta group's map).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "record::ViewRecord", into = "record::ViewRecord")]
 pub struct View {
     pub cluster: ClusterId,
     pub epoch: PlanEpoch,
@@ -100,6 +111,9 @@ pub struct Group {
     pub replicas: BTreeMap<ReplicaId, NodeId>,
     /// Those of `replicas` that should have no vote.
     pub learners: BTreeSet<ReplicaId>,
+    /// One that votes as well, and keeps the log and no map: none of `replicas`. Written beside the groups, not within.
+    #[serde(skip)]
+    pub witness: Option<Witness>,
     /// Replicas that are planned out, until they are retired: until the group is known to have committed a membership without them.
     pub leaving: BTreeMap<ReplicaId, NodeId>,
     /// The voters it was created with. Never changed: a group is only ever initialized from this.
@@ -108,6 +122,13 @@ pub struct Group {
     pub reported: Option<Reported>,
     /// It goes when its last slot has moved away.
     pub ends: bool,
+}
+
+/// A replica without a map: with an even number of others it lets their group survive the loss of half of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Witness {
+    pub replica: ReplicaId,
+    pub node: NodeId,
 }
 
 /// A committed, uniform membership of a group.
@@ -130,15 +151,50 @@ impl Group {
     pub fn new(home: NodeId, replicas: BTreeMap<ReplicaId, NodeId>, voters: &BTreeSet<ReplicaId>) -> Self {
         let creation = replicas.iter().filter(|(id, _)| voters.contains(id)).map(|(id, node)| (*id, *node)).collect();
         let learners = replicas.keys().filter(|id| !voters.contains(id)).copied().collect();
-        Self { home, replicas, learners, leaving: BTreeMap::new(), creation, reported: None, ends: false }
+        Self { home, replicas, learners, witness: None, leaving: BTreeMap::new(), creation, reported: None, ends: false }
     }
 
-    /// Every replica that is not retired, with its node.
+    /// Every replica that is not retired, with its node: the witness too.
     pub fn hosted(&self) -> impl Iterator<Item = (ReplicaId, NodeId)> {
-        self.replicas.iter().chain(&self.leaving).map(|(replica, node)| (*replica, *node))
+        self.wanted().chain(self.leaving.iter().map(|(replica, node)| (*replica, *node)))
     }
 
-    /// The replicas that should vote.
+    /// Every replica that is, or should come to be, with its node: the witness too.
+    pub fn wanted(&self) -> impl Iterator<Item = (ReplicaId, NodeId)> {
+        let witness = self.witness.iter().map(|witness| (witness.replica, witness.node));
+        self.replicas.iter().map(|(replica, node)| (*replica, *node)).chain(witness)
+    }
+
+    /// Whether that is the replica without a map.
+    pub fn is_witness(&self, replica: ReplicaId) -> bool {
+        self.witness.is_some_and(|witness| witness.replica == replica)
+    }
+
+    /// All that should vote: the voters, and the witness.
+    pub fn electorate(&self) -> BTreeSet<ReplicaId> {
+        let witness = self.witness.map(|witness| witness.replica);
+        self.voters().into_iter().chain(witness).collect()
+    }
+
+    /// Whether a replica on its way out may be wanted again: one that the group began with. Of another the view does not say whether it has
+    /// a map or is a witness.
+    pub(super) fn can_come_back(&self, replica: ReplicaId) -> bool {
+        self.leaving.contains_key(&replica) && self.creation.contains_key(&replica)
+    }
+
+    /// Gives the node a replica: the one on its way out that it has and that can come back, else a new one. A node runs one replica of a group at
+    /// a time, so a new one would wait until the other is gone, and that one perhaps for the new one to take its place.
+    pub(super) fn take_on(&mut self, node: NodeId, next_replica: &mut ReplicaId) {
+        let mut leaving = self.leaving.iter().filter(|(_, at)| **at == node).map(|(replica, _)| *replica);
+        let replica = leaving.find(|replica| self.can_come_back(*replica)).unwrap_or_else(|| {
+            next_replica.0 += 1;
+            ReplicaId(next_replica.0 - 1)
+        });
+        self.leaving.remove(&replica);
+        self.replicas.insert(replica, node);
+    }
+
+    /// The replicas with a map that should vote.
     pub fn voters(&self) -> BTreeSet<ReplicaId> {
         self.replicas.keys().filter(|id| !self.learners.contains(id)).copied().collect()
     }
@@ -149,9 +205,10 @@ impl Group {
             None => {
                 self.replicas.len() == self.creation.len()
                     && self.learners.is_empty()
+                    && self.witness.is_none()
                     && self.voters().iter().eq(self.creation.keys())
             }
-            Some(reported) => reported.voters == self.voters() && reported.learners == self.learners,
+            Some(reported) => reported.voters == self.electorate() && reported.learners == self.learners,
         };
         told && self.leaving.is_empty() && !self.ends
     }
@@ -200,11 +257,14 @@ impl From<Vec<(u16, GroupId)>> for SlotTable {
 
 impl View {
     pub fn encode(&self) -> Bytes {
-        codec::encode(self)
+        codec::encode_as(FORMAT, self)
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
-        codec::decode(bytes, "a view")
+        match codec::split(bytes, FORMAT, "a view")? {
+            (codec::FORMAT, body) => codec::decode_body(&with_no_witnesses(body), "a view"),
+            (_, body) => codec::decode_body(body, "a view"),
+        }
     }
 
     pub fn shards(&self) -> impl Iterator<Item = (GroupId, &Group)> {
@@ -212,20 +272,21 @@ impl View {
     }
 
     pub fn node_of(&self, group: GroupId, replica: ReplicaId) -> Option<NodeId> {
-        let group = self.groups.get(&group)?;
-        group.replicas.get(&replica).or_else(|| group.leaving.get(&replica)).copied()
+        self.groups.get(&group)?.hosted().find(|(hosted, _)| *hosted == replica).map(|(_, node)| node)
     }
 
-    /// The replica that `node` has of `group`, or should come to have.
+    /// The replica with a map that `node` has of `group`, or should come to have.
     pub fn replica_on(&self, group: GroupId, node: NodeId) -> Option<ReplicaId> {
         let group = self.groups.get(&group)?;
         group.replicas.iter().find(|(_, at)| **at == node).map(|(replica, _)| *replica)
     }
 
-    /// The replica of `group` that `node` is to run now: one on its way out as long as it is not retired, else what `replica_on` says.
+    /// The replica of `group` that `node` is to run now: one on its way out as long as it is not retired, else the one that it
+    /// should come to have, be it a witness.
     pub fn runs_on(&self, group: GroupId, node: NodeId) -> Option<ReplicaId> {
-        let leaving = self.groups.get(&group)?.leaving.iter().find(|(_, at)| **at == node).map(|(replica, _)| *replica);
-        leaving.or_else(|| self.replica_on(group, node))
+        let group = self.groups.get(&group)?;
+        let leaving = group.leaving.iter().find(|(_, at)| **at == node).map(|(replica, _)| *replica);
+        leaving.or_else(|| group.wanted().find(|(_, at)| *at == node).map(|(replica, _)| replica))
     }
 
     /// The node that is called so, and stays; else one that leaves.
@@ -343,24 +404,26 @@ impl View {
                 return Err(Inconsistency::ReplicaOnUnknownNode { group: id, replica, node });
             }
         }
-        for node in group.replicas.values() {
-            if !nodes.insert(*node) {
-                return Err(Inconsistency::NodeTwiceInGroup { group: id, node: *node });
+        if id.is_meta() && group.witness.is_some() {
+            return Err(Inconsistency::WitnessOfMetaGroup);
+        }
+        for (_, node) in group.wanted() {
+            if !nodes.insert(node) {
+                return Err(Inconsistency::NodeTwiceInGroup { group: id, node });
             }
         }
         if group.voters().is_empty() || !group.learners.iter().all(|replica| group.replicas.contains_key(replica)) {
             return Err(Inconsistency::GroupWithoutVoters(id));
         }
         // The node that a group was created on may have left since: of the creation record only the ids are looked at.
-        let not_given_out = |replica: &&ReplicaId| **replica >= self.next_replica;
-        let known = group.replicas.keys().chain(group.leaving.keys()).chain(group.creation.keys());
-        if let Some(replica) = known.into_iter().find(not_given_out) {
-            return Err(Inconsistency::ReplicaIdNotGivenOut(*replica));
+        let mut known = group.hosted().map(|(replica, _)| replica).chain(group.creation.keys().copied());
+        if let Some(replica) = known.find(|replica| *replica >= self.next_replica) {
+            return Err(Inconsistency::ReplicaIdNotGivenOut(replica));
         }
         if group.creation.is_empty() {
             return Err(Inconsistency::GroupWithoutVoters(id));
         }
-        if !nodes.contains(&group.home) {
+        if !group.replicas.values().any(|node| *node == group.home) {
             return Err(Inconsistency::HomeWithoutReplica { group: id, home: group.home });
         }
         Ok(())
@@ -398,4 +461,6 @@ pub enum Inconsistency {
     HomeWithoutReplica { group: GroupId, home: NodeId },
     #[error("slot {slot} is owned by {owner}, which is not a shard of the view")]
     SlotWithoutShard { slot: Slot, owner: GroupId },
+    #[error("the meta group has a witness")]
+    WitnessOfMetaGroup,
 }

@@ -1,11 +1,11 @@
 //! [`MemTrees`]: trees in memory that forget like sled does, for tests and simulation.
 //!
-//! A crash takes back the last batches, a seeded number of them, over all trees in the order in which they were written: never more
+//! A crash takes back the last changes, a seeded number of them, over all trees in the order in which they were written: never more
 //! than [`Trees::sync`] made durable, and after the mere end of the process never more than a flush did. [`Crash::Torn`] also takes
 //! single pairs, as a power cut does to sled's unsynced files; only the digest tells. A handle from before a crash is dead: it can
 //! neither read nor write what came after.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -14,10 +14,10 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::tree::{Tree, Trees, Walk};
-use crate::sm::ports::{Direction, KeyRange, Pairs, Read, StoreError, WriteBatch};
+use crate::sm::ports::{Direction, KeyRange, Pairs, Read, StoreError};
 
-/// Batches that can be taken back. Older ones count as synced, so that a long simulation does not keep every value it ever wrote.
-const UNDO_BATCHES_MAX: usize = 1024;
+/// Changes that can be taken back. Older ones count as synced, so that a long simulation does not keep every value it ever wrote.
+const UNDO_MAX: usize = 16 << 10;
 
 /// How a crash treats what was not synced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub struct MemTrees {
 struct Inner {
     trees: BTreeMap<String, BTreeMap<Bytes, Bytes>>,
     /// What to put back to undo each step, oldest first.
-    undo: Vec<Undo>,
+    undo: VecDeque<Undo>,
     /// Steps at the beginning of `undo` that the end of the process leaves.
     flushed: usize,
     condemned: bool,
@@ -54,7 +54,7 @@ struct Inner {
 }
 
 enum Undo {
-    Batch { tree: String, old: Vec<(Bytes, Option<Bytes>)> },
+    Written { tree: Arc<str>, key: Bytes, before: Option<Bytes> },
     Created { tree: String },
     Dropped { tree: String, pairs: BTreeMap<Bytes, Bytes> },
 }
@@ -83,7 +83,7 @@ impl MemTrees {
         let most = if crash == Crash::Worst { 0 } else { inner.undo.len() };
         let kept = random.random_range(least..=most);
         while inner.undo.len() > kept {
-            let undo = inner.undo.pop().expect("the loop holds while there is one");
+            let undo = inner.undo.pop_back().expect("the loop holds while there is one");
             inner.take_back(undo);
         }
         if crash == Crash::Torn {
@@ -125,14 +125,12 @@ impl Inner {
             Undo::Dropped { tree, pairs } => {
                 self.trees.insert(tree, pairs);
             }
-            Undo::Batch { tree, old } => {
-                let pairs = self.trees.entry(tree).or_default();
-                for (key, value) in old {
-                    match value {
-                        Some(value) => pairs.insert(key, value),
-                        None => pairs.remove(&key),
-                    };
-                }
+            Undo::Written { tree, key, before } => {
+                let pairs = self.trees.entry(tree.to_string()).or_default();
+                match before {
+                    Some(value) => pairs.insert(key, value),
+                    None => pairs.remove(&key),
+                };
             }
         }
     }
@@ -148,9 +146,9 @@ impl Inner {
     }
 
     fn step(&mut self, undo: Undo) {
-        self.undo.push(undo);
-        if self.undo.len() > UNDO_BATCHES_MAX {
-            self.undo.remove(0);
+        self.undo.push_back(undo);
+        if self.undo.len() > UNDO_MAX {
+            self.undo.pop_front();
             self.flushed = self.flushed.saturating_sub(1);
         }
     }
@@ -169,7 +167,7 @@ impl Trees for MemTrees {
             inner.trees.insert(name.to_owned(), BTreeMap::new());
             inner.step(Undo::Created { tree: name.to_owned() });
         }
-        Ok(Arc::new(MemTree { trees: self.clone(), name: name.to_owned(), epoch: inner.epoch }))
+        Ok(Arc::new(MemTree { trees: self.clone(), name: name.into(), epoch: inner.epoch }))
     }
 
     fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
@@ -200,14 +198,14 @@ impl Trees for MemTrees {
 
 struct MemTree {
     trees: MemTrees,
-    name: String,
+    name: Arc<str>,
     epoch: u64,
 }
 
 impl MemTree {
     fn lock(&self) -> Result<MutexGuard<'_, Inner>, StoreError> {
         let inner = self.trees.lock();
-        if inner.epoch == self.epoch && inner.trees.contains_key(&self.name) {
+        if inner.epoch == self.epoch && inner.trees.contains_key(&*self.name) {
             return Ok(inner);
         }
         let source = io::Error::other("the tree was dropped, or its process is dead");
@@ -220,7 +218,7 @@ const SCAN_PAGE_PAIRS: usize = 64;
 
 impl Tree for MemTree {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        Ok(self.lock()?.trees[&self.name].get(key).cloned())
+        Ok(self.lock()?.trees[&*self.name].get(key).cloned())
     }
 
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
@@ -228,7 +226,7 @@ impl Tree for MemTree {
         let pages = std::iter::from_fn(move || {
             let range = rest.take()?;
             let page = self.lock().and_then(|inner| {
-                let pairs = Read::scan(&inner.trees[&self.name], &range, direction);
+                let pairs = Read::scan(&inner.trees[&*self.name], &range, direction);
                 pairs.take(SCAN_PAGE_PAIRS).collect::<Result<Vec<_>, _>>()
             });
             if let Ok(pairs) = &page
@@ -248,19 +246,16 @@ impl Tree for MemTree {
         }))
     }
 
-    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+    fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
         let mut inner = self.lock()?;
         inner.fault("write")?;
-        let pairs = inner.trees.get_mut(&self.name).expect("looked up by lock");
-        let mut old = Vec::with_capacity(batch.len());
-        for (key, change) in batch {
-            let before = match change {
-                Some(value) => pairs.insert(key.clone(), value),
-                None => pairs.remove(&key),
-            };
-            old.push((key, before));
-        }
-        inner.step(Undo::Batch { tree: self.name.clone(), old });
+        let pairs = inner.trees.get_mut(&*self.name).expect("looked up by lock");
+        let key = Bytes::copy_from_slice(key);
+        let before = match change {
+            Some(value) => pairs.insert(key.clone(), Bytes::copy_from_slice(value)),
+            None => pairs.remove(&key),
+        };
+        inner.step(Undo::Written { tree: self.name.clone(), key, before });
         Ok(())
     }
 
@@ -287,13 +282,11 @@ mod tests {
     use super::*;
 
     fn put(tree: &Arc<dyn Tree>, key: &'static str, value: &'static str) {
-        let mut batch = WriteBatch::default();
-        batch.put(key, value);
-        tree.write(batch).expect("written");
+        tree.write(key.as_bytes(), Some(value.as_bytes())).expect("written");
     }
 
     #[test]
-    fn a_crash_goes_back_to_a_batch_boundary_and_no_further_than_was_made_durable() {
+    fn a_crash_takes_changes_back_from_the_end_and_no_further_than_was_made_durable() {
         for seed in 0..50 {
             let trees = MemTrees::new();
             let tree = trees.open("t").expect("opened");
@@ -316,11 +309,9 @@ mod tests {
     fn scans_page_through_in_both_directions() {
         let trees = MemTrees::new();
         let tree = trees.open("t").expect("opened");
-        let mut batch = WriteBatch::default();
         for n in 0..1000u32 {
-            batch.put(n.to_be_bytes().to_vec(), "v");
+            tree.write(&n.to_be_bytes(), Some(b"v")).expect("written");
         }
-        tree.write(batch).expect("written");
         let keys = |direction| {
             let range = KeyRange { start: 5u32.to_be_bytes().to_vec().into(), end: Some(900u32.to_be_bytes().to_vec().into()) };
             let keys = tree.scan(&range, direction).map(|pair| pair.expect("readable").0);

@@ -1,4 +1,5 @@
-//! What is durable: the shared log and the snapshot files; and the map of each replica, a memtable over sled, which is rebuilt from them.
+//! What is durable: the shared log and the snapshot files; and the map of each replica, a memtable over sled, which is rebuilt from them. Of a
+//! witness, which has no map, a file that says how far its log was applied.
 
 pub mod directory;
 pub mod disk;
@@ -9,6 +10,7 @@ pub mod sled_tree;
 pub mod snapshot;
 pub mod state;
 pub mod tree;
+pub mod witness;
 
 use std::fmt;
 

@@ -5,7 +5,9 @@
 //!   of time, panics become errors, and what will not open is moved aside for a fresh database (its trees can all be rebuilt);
 //! - `flush` does not reach the disk through a power cut: [`Trees::sync`] syncs file by file, and the digest of the state module
 //!   tells a torn tree;
-//! - batches that are not flushed pile up in memory, and a batch holds back all readers: both are kept small by the callers;
+//! - a batch holds back all readers of the process until it is done (50 ms for a mebibyte of small pairs), and leaves thousands of old nodes that are
+//!   freed a few at a time by later uses: so pairs are written one by one, and the state module sees to it that this does no harm;
+//! - what is not flushed piles up in memory: the callers flush often;
 //! - a dead thread of sled would be met as an error of a later call, which stops the replica;
 //! - after an error of the disk, as a full one, which a read may meet as well, the next flush may wait for ever, and closing flushes: from then
 //!   on whatever is there to write fails at once, and the database is not closed before the process ends.
@@ -22,7 +24,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::tree::{Tree, Trees, Walk};
-use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError, WriteBatch};
+use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError};
 
 /// The file in the database's directory that has the next start move it aside.
 const CONDEMNED: &str = "CONDEMNED";
@@ -307,21 +309,12 @@ impl Tree for SledTree {
         }))
     }
 
-    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
-        let mut sled_batch = sled::Batch::default();
-        for (key, change) in batch.iter() {
-            match change {
-                Some(value) => sled_batch.insert(&key[..], &value[..]),
-                None => sled_batch.remove(&key[..]),
-            }
-        }
-        self.trust.write("writing a tree", || self.tree.apply_batch(sled_batch))?;
-        // sled frees the old versions of its nodes a few at a time, whenever a thread begins to use it; a batch is one use that leaves
-        // thousands. Without as many uses after it, filling a tree of 256 MiB held 1.8 GiB in memory.
-        for (key, _) in batch.iter() {
-            self.trust.read("reading a tree", || self.tree.contains_key(key))?;
-        }
-        Ok(())
+    fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
+        let call = || match change {
+            Some(value) => self.tree.insert(key, value),
+            None => self.tree.remove(key),
+        };
+        self.trust.write("writing a tree", call).map(|_| ())
     }
 
     fn flush(&self) -> Result<(), StoreError> {
@@ -470,17 +463,12 @@ mod tests {
         let home = tempfile::tempdir().expect("a directory");
         let trees = SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
         let tree = trees.open("t").expect("created");
-        let batch = || {
-            let mut batch = WriteBatch::default();
-            batch.put(&b"k"[..], &b"v"[..]);
-            batch
-        };
         let fail = |error: sled::Error| trees.trust.read("trying", || Err::<(), _>(error)).expect_err("it failed");
         fail(sled::Error::Corruption { at: None, bt: () });
         fail(sled::Error::Io(io::ErrorKind::UnexpectedEof.into()));
-        tree.write(batch()).expect("damage is for the checks of the trees");
+        tree.write(b"k", Some(b"v")).expect("damage is for the checks of the trees");
         fail(sled::Error::Io(io::ErrorKind::StorageFull.into()));
-        let error = tree.write(batch()).expect_err("refused").to_string();
+        let error = tree.write(b"k", Some(b"v")).expect_err("refused").to_string();
         assert!(error.contains("not written to any more"), "{error}");
         trees.sync().expect_err("refused, where sled might hang");
         assert_eq!(tree.get(b"k").expect("read").as_deref(), Some(&b"v"[..]));

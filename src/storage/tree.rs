@@ -1,14 +1,14 @@
 //! The seam behind which the durable half of each map stands: [`Trees`] and [`Tree`].
 //!
 //! The real one is sled (`sled_tree`), the double that forgets like sled does is in `mem_trees`. A tree is *not* trusted: it may come
-//! back from a crash at any earlier batch boundary, or damaged. What makes it believable is the digest that the `state` module keeps
+//! back from a crash as it was at any earlier moment, or damaged. What makes it believable is the digest that the `state` module keeps
 //! in it. Kept out: what the pairs mean, and every promise of durability beyond [`Trees::sync`].
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError, WriteBatch};
+use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError};
 
 /// A set of named trees.
 pub trait Trees: Send + Sync + 'static {
@@ -28,15 +28,15 @@ pub trait Trees: Send + Sync + 'static {
     fn condemn(&self, reason: &str);
 }
 
-/// An ordered map of bytes that changes by atomic batches.
+/// An ordered map of bytes that changes pair by pair.
 pub trait Tree: Send + Sync {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
 
-    /// The pairs of `range`, lazily. Not a point in time: batches written meanwhile may show in parts.
+    /// The pairs of `range`, lazily. Not a point in time: what is written meanwhile may show in parts.
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a>;
 
-    /// Does the whole batch or, after a crash, nothing of it. Batches of one set of trees are lost from the end only.
-    fn write(&self, batch: WriteBatch) -> Result<(), StoreError>;
+    /// Gives a key its value, or none. After a crash, changes of one set of trees are lost from the end only.
+    fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError>;
 
     /// Makes what was written survive the end of the process (not a power cut).
     fn flush(&self) -> Result<(), StoreError>;

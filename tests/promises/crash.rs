@@ -29,6 +29,24 @@ async fn killing_all_nodes_at_once_loses_nothing() {
     load.stop().await.judge(&cluster).await;
 }
 
+/// So that the next start has nothing to apply again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clean_stop_writes_the_maps_down() {
+    let mut cluster = Cluster::start(Setup { no_view: true, ..Setup::nodes(1) }).await;
+    let value = "what is written down at the stop";
+    let answer =
+        cluster.client.ask(&cluster.nodes[0].address, &Request::put("/v1/kv/key".to_owned(), value)).await.expect("an answer");
+    assert_eq!(answer.status, 201);
+    let status = cluster.nodes[0].stop().await;
+    assert!(status.success(), "{status}");
+    let files = damage::files(&cluster.nodes[0].data.join("state"));
+    let holds = |path: &std::path::PathBuf| {
+        let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        bytes.windows(value.len()).any(|part| part == value.as_bytes())
+    };
+    assert!(files.iter().any(holds), "the value is in none of {files:?}");
+}
+
 /// The map is a copy of what the log and the snapshot files hold: a node that lost it, or finds it damaged, makes it anew.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_or_damaged_map_is_rebuilt() {

@@ -31,3 +31,4 @@ mod rolling_restart;
 mod scripts;
 mod tour;
 mod view_change;
+mod witness;

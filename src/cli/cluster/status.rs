@@ -43,7 +43,25 @@ pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> Str
         table(&["NODE", "ID", "REACHED", "LEADS", "REPLICAS", ""], nodes.collect()),
         table(&["SHARD", "HOME", "LEADER", "TERM", "KEYS", "BYTES", "SLOTS", "REPLICAS"], shards.collect()),
     );
-    tables + &under_way(status, running)
+    tables + &unwitnessed(status) + &under_way(status, running)
+}
+
+/// What an even number of replicas without a witness means.
+fn unwitnessed(status: &ClusterStatus) -> String {
+    let is_even = |shard: &&ShardStatus| {
+        let replicas = shard.replicas.iter().filter(|replica| !replica.leaving).count();
+        !shard.id.is_meta() && shard.witness.is_none() && replicas > 0 && replicas % 2 == 0
+    };
+    let Some(shard) = status.shards.iter().find(is_even).filter(|_| status.settled) else { return String::new() };
+    let replicas = shard.replicas.len();
+    let lost = match replicas {
+        2 => "either of them is".to_owned(),
+        _ => format!("{} of them are", replicas / 2),
+    };
+    format!(
+        "\nShards of {replicas} replicas without a witness: there is no node for one. While {lost} away, writes wait; reads with \
+         consistency=stale go on.\n"
+    )
 }
 
 fn remarks(status: &ClusterStatus, node: &NodeStatus) -> String {
@@ -78,14 +96,19 @@ fn under_way(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> Stri
 
 fn replicas(shard: &ShardStatus, name: &dyn Fn(NodeId) -> String) -> String {
     let remark = |replica: &ReplicaStatus| match replica.health {
-        ReplicaHealth::Leading | ReplicaHealth::Following if replica.leaving => " (leaves)",
-        ReplicaHealth::Leading | ReplicaHealth::Following => "",
-        ReplicaHealth::Lagging => " (lags)",
-        ReplicaHealth::Failed => " (FAILED)",
-        ReplicaHealth::Unreachable => " (UNREACHABLE)",
+        ReplicaHealth::Leading | ReplicaHealth::Following if replica.leaving => Some("leaves"),
+        ReplicaHealth::Leading | ReplicaHealth::Following => None,
+        ReplicaHealth::Lagging => Some("lags"),
+        ReplicaHealth::Failed => Some("FAILED"),
+        ReplicaHealth::Unreachable => Some("UNREACHABLE"),
     };
-    let replicas = shard.replicas.iter().map(|replica| format!("{}{}", name(replica.node), remark(replica)));
-    replicas.collect::<Vec<_>>().join(" ")
+    let with = |replica: &ReplicaStatus, role: Option<&'static str>| {
+        let remarks: Vec<&str> = role.into_iter().chain(remark(replica)).collect();
+        let remarks = if remarks.is_empty() { String::new() } else { format!(" ({})", remarks.join(", ")) };
+        format!("{}{remarks}", name(replica.node))
+    };
+    let witness = shard.witness.iter().map(|witness| with(witness, Some("witness")));
+    shard.replicas.iter().map(|replica| with(replica, None)).chain(witness).collect::<Vec<_>>().join(" ")
 }
 
 /// Columns as wide as their widest cell; the last is not padded.
@@ -121,7 +144,8 @@ mod tests {
         let nodes = ["a:1", "b:2"].map(|node| node.parse().expect("an address"));
         let mut status = testing::status(1, Some(0), &nodes);
         let settled = render(&status, None);
-        assert!(settled.ends_with("4096   a:1 b:2\n") && settled.contains("  meta leader\n"), "{settled}");
+        assert!(settled.contains("4096   a:1 b:2\n") && settled.contains("  meta leader\n"), "{settled}");
+        assert!(settled.contains("\nShards of 2 replicas without a witness"), "{settled}");
         status.settled = false;
         status.nodes[0].leaving = true;
         status.shards[0].replicas[0].leaving = true;
@@ -145,5 +169,12 @@ mod tests {
             assert!(shown.contains(part), "{part}\nis not in\n{shown}");
         }
         assert!(render(&status, None).contains("\nplan 1 is carried out\n"));
+        status.shards[0].replicas[0].leaving = false;
+        let mut witness = status.shards[0].replicas.pop().expect("b:2");
+        status.shards[0].witness = Some(witness.clone());
+        assert!(render(&status, None).contains("  a:1 b:2 (witness)\n"));
+        witness.health = ReplicaHealth::Unreachable;
+        status.shards[0].witness = Some(witness);
+        assert!(render(&status, None).contains(" b:2 (witness, UNREACHABLE)\n"));
     }
 }

@@ -216,6 +216,7 @@ fn status_of(state: &State, version: u64) -> ClusterStatus {
         bytes: None,
         slots: 0,
         replicas: vec![replica.clone()],
+        witness: None,
     };
     ClusterStatus {
         cluster: ClusterId(1),

@@ -1,5 +1,5 @@
 //! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`, `GET /peer/identity`, `POST /peer/promise`,
-//! `GET /peer/replicas`, `POST /peer/announce`, `POST /peer/invite`. The messages are those of `client::peer` and `client::protocol`.
+//! `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`, `POST /peer/invite`. The messages are those of `client::peer` and `client::protocol`.
 //!
 //! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing of HTTP. A lane is one request whose
 //! body and answer both stream for as long as it lives, frame by frame; it ends when either side ends its stream, so a service that
@@ -27,6 +27,7 @@ use super::{App, Shared};
 use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
+use crate::sm::view::View;
 use crate::sm::{codec, meta};
 use crate::types::Address;
 
@@ -52,6 +53,9 @@ pub trait PeerService: Send + Sync + 'static {
     /// The replicas that this node hosts, and how they are.
     fn replicas(&self) -> Vec<HostedReplica>;
 
+    /// The view as it is now, if this node leads the meta group.
+    fn view(&self) -> BoxFuture<'_, Result<View, Failure>>;
+
     /// A node that waits is told whom to ask: a view names it.
     fn invite(&self, members: Vec<Address>);
 
@@ -61,7 +65,7 @@ pub trait PeerService: Send + Sync + 'static {
 
 /// The peer routes, for an app that has peers.
 pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
-    let [to_lane, to_shard, to_identity, to_promise, to_replicas, to_announce, to_invite] =
+    let [to_lane, to_shard, to_identity, to_promise, to_replicas, to_view, to_announce, to_invite] =
         std::array::from_fn(|_| Arc::clone(&peers));
     Router::new()
         .route("/peer/lane/{lane}", post(move |Path(name), request| lane(to_lane, name, request)))
@@ -69,6 +73,7 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
         .route("/peer/identity", get(move || async move { in_json(&to_identity.identity()) }))
         .route("/peer/promise", post(move |State(app), request| promise(app, to_promise, request)))
         .route("/peer/replicas", get(move || async move { in_json(&to_replicas.replicas()) }))
+        .route("/peer/view", get(move || view(to_view)))
         .route("/peer/announce", post(move |State(app), request| announce(app, to_announce, request)))
         .route("/peer/invite", post(move |State(app), request| invite(app, to_invite, request)))
 }
@@ -111,6 +116,13 @@ async fn announce(app: Shared, peers: Arc<dyn PeerService>, request: Request) ->
             Err(failure) => Problem::from(failure).into_response(),
         },
         Err(problem) => problem.into_response(),
+    }
+}
+
+async fn view(peers: Arc<dyn PeerService>) -> Response {
+    match peers.view().await {
+        Ok(view) => in_json(&view),
+        Err(failure) => Problem::from(failure).into_response(),
     }
 }
 

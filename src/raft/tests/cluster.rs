@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::stalling_disk::StallingDisk;
 use crate::raft::lanes::memory::MemoryHub;
 use crate::raft::transport::{Dial, Identity, Resolver};
-use crate::raft::{Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts};
+use crate::raft::{Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, Witness};
 use crate::sm::kv::{self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome};
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, LogOptions};
@@ -150,9 +150,37 @@ impl TestCluster {
         // Spread over the nodes: whoever begins usually leads.
         let first = 1 + group % self.nodes.len() as u64;
         self.group(first, group).initialize(&voters).await.expect("a new group");
+        self.claim_all(group).await;
+    }
+
+    /// Begins `group` with replicas 1 and 2, and replica 3 on node 3 as their witness.
+    pub async fn found_with_witness(&self, group: u64) {
+        let voters: BTreeMap<ReplicaId, NodeId> = (1..=2).map(|id| (ReplicaId(id), NodeId(id))).collect();
+        for node in voters.values() {
+            self.nodes[node].registry.open_replica(key(group, node.0), true).await.expect("a replica");
+        }
+        self.group(1, group).initialize(&voters).await.expect("a new group");
+        self.claim_all(group).await;
+        self.nodes[&NodeId(3)].registry.open_witness(key(group, 3), true).await.expect("a witness");
+        self.join_witness(group, 3).await;
+    }
+
+    /// Has replica r on node r, which is open, become the witness of the group of replicas 1 and 2.
+    pub async fn join_witness(&self, group: u64, witness: u64) {
+        let leader = self.group(self.leader(group).await.0, group);
+        leader.add_witness(ReplicaId(witness), NodeId(witness)).await.expect("a learner");
+        until("the witness catches up", || leader.is_caught_up(ReplicaId(witness))).await;
+        leader.change_voters([1, 2, witness].map(ReplicaId).into()).await.expect("a voter");
+    }
+
+    pub fn witness(&self, group: u64) -> Witness {
+        self.nodes[&NodeId(3)].registry.witness(GroupId(group)).expect("an open witness")
+    }
+
+    async fn claim_all(&self, group: u64) {
         let claim = kv::Command::Claim { slots: Slot::all().collect() };
         let leader = self.leader(group).await;
-        match self.nodes[&leader].registry.get(GroupId(group)).expect("open").propose_command(claim, soon()).await {
+        match self.group(leader.0, group).propose_command(claim, soon()).await {
             Ok(kv::Outcome::Claimed) => {}
             other => panic!("the slots were not claimed: {other:?}"),
         }

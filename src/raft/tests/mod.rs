@@ -7,3 +7,4 @@ mod network;
 mod snapshots;
 mod stalling_disk;
 mod storage_suite;
+mod witness;

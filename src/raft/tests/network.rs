@@ -74,7 +74,7 @@ async fn told(lane: Lane, appends: &[u64], script: &[AppendReply]) -> Vec<String
     let lanes = Arc::new(Lanes::new(identity, Arc::new(Anywhere), dial, Arc::default()));
     let second = Duration::from_secs(1);
     let mut network = Network { key: key(1, 1), lanes: lanes.clone(), append_timeout: second, snapshot_step_timeout: second };
-    let member = Member { node: NodeId(2) };
+    let member = Member { node: NodeId(2), is_witness: false };
     let mut client = match lane {
         Lane::Log => network.new_client(ReplicaId(2), &member).await,
         Lane::Heartbeat => network.new_heartbeat_client(ReplicaId(2), &member).await,

@@ -18,12 +18,13 @@ use openraft::{EntryPayload, LogState, OptionalSend, RaftLogReader, StorageError
 
 use super::cluster::{Disks, key};
 use crate::raft::log_store::LogStore;
-use crate::raft::state_machine::{Machine, StateMachine};
+use crate::raft::state_machine::{Keeps, Machine, StateMachine};
 use crate::raft::types::{RaftEntry, RaftLogId, RaftVoteOf, Types};
+use crate::raft::witness::WitnessState;
 use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::log::{Log, LogOptions};
 use crate::storage::sled_tree::{SledOptions, SledTrees};
-use crate::storage::state::{OnSynced, StateOptions, StateStore, Synced};
+use crate::storage::state::{Applied, OnSynced, StateOptions, StateStore, Synced};
 use crate::storage::tree::Trees;
 use crate::types::{LogId, ReplicaId};
 
@@ -55,6 +56,7 @@ fn store(
     trees: Arc<dyn Trees>,
     directory: &Path,
     keep: Option<tempfile::TempDir>,
+    is_witness: bool,
 ) -> (Guard, Hiding, StateMachine) {
     let options = LogOptions { segment_bytes: 64 << 10, grow_bytes: 16 << 10, ..LogOptions::default() };
     let (log, writer) = Log::open(disk.clone(), &directory.join("log"), options).expect("a log");
@@ -62,8 +64,14 @@ fn store(
     let threads = vec![std::thread::spawn(move || writer.run()), std::thread::spawn(move || checkpointer.run())];
     log.create(key(1, 1), Box::new(|created| created.expect("created")));
     let replica = log.replica(key(1, 1)).expect("it was created");
-    let state = states.replica(key(1, 1), Arc::new(AlwaysSynced)).expect("a map");
-    let machine = Arc::new(Machine::new(state).expect("a readable map"));
+    let keeps = match is_witness {
+        false => Keeps::Map(states.replica(key(1, 1), Arc::new(AlwaysSynced)).expect("a map")),
+        true => {
+            let files = states.witnesses().clone();
+            Keeps::Witness(WitnessState::new(key(1, 1), files, Arc::new(AlwaysSynced), Applied::default()))
+        }
+    };
+    let machine = Arc::new(Machine::new(keeps).expect("a readable map"));
     let guard = Guard { log, states: Arc::new(states), threads, _directory: keep };
     (guard, Hiding { store: LogStore(replica), first_seen: Arc::default() }, StateMachine::new(machine))
 }
@@ -190,7 +198,7 @@ struct InMemory;
 impl StoreBuilder<Types, Hiding, StateMachine, Guard> for InMemory {
     async fn build(&self) -> Result<(Guard, Hiding, StateMachine), StorageError<Types>> {
         let disks = Disks::new(1);
-        Ok(store(Arc::new(disks.disk), Arc::new(disks.trees), Path::new("/"), None))
+        Ok(store(Arc::new(disks.disk), Arc::new(disks.trees), Path::new("/"), None, false))
     }
 }
 
@@ -201,8 +209,23 @@ impl StoreBuilder<Types, Hiding, StateMachine, Guard> for OnDisk {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().to_owned();
         let trees = SledTrees::open(&path.join("sled"), &SledOptions::default()).expect("sled");
-        Ok(store(Arc::new(RealDisk), Arc::new(trees), &path, Some(directory)))
+        Ok(store(Arc::new(RealDisk), Arc::new(trees), &path, Some(directory), false))
     }
+}
+
+struct OfWitness;
+
+impl StoreBuilder<Types, Hiding, StateMachine, Guard> for OfWitness {
+    async fn build(&self) -> Result<(Guard, Hiding, StateMachine), StorageError<Types>> {
+        let disks = Disks::new(1);
+        Ok(store(Arc::new(disks.disk), Arc::new(disks.trees), Path::new("/"), None, true))
+    }
+}
+
+// Paused, as the suite sleeps for seconds.
+#[tokio::test(start_paused = true)]
+async fn openrafts_suite_holds_for_a_witness() {
+    Suite::test_all(OfWitness).await.expect("the suite holds");
 }
 
 // Paused, as the suite sleeps for seconds.

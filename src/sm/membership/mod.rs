@@ -3,6 +3,10 @@
 //! A replica is added without a vote, catches up, and then votes. Voters are exchanged so that as many vote as before wherever that can
 //! be, and never for a set of which a majority is not up and caught up. A leader that is to go hands over first. Members that the view does
 //! not want, or does not know, leave in the end; the report of that to the meta group is what retires them.
+//!
+//! A witness votes for entries that it can bring others only from its log. So it becomes a voter only when every voter with a map has all that
+//! is committed, and one with a map becomes a voter beside it only when it has that too: its log, wherever it begins, then reaches back to
+//! where each of them is. There is never more than one that votes, and none is handed the lead.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,6 +30,10 @@ pub struct Observed {
     pub alive: Replicas,
     /// Replicas with, but for a few entries, the leader's log. The leader is among them.
     pub caught_up: Replicas,
+    /// Replicas that have all that is committed.
+    pub complete: Replicas,
+    /// Members that keep the log and no map.
+    pub witnesses: Replicas,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,7 +53,7 @@ pub enum Step {
 
 /// The next step of a group that the view wants to be `group`.
 pub fn next_step(group: &Group, now: &Observed) -> Step {
-    let wanted: Replicas = group.replicas.keys().copied().collect();
+    let wanted: Replicas = group.wanted().map(|(replica, _)| replica).collect();
     let members: Replicas = now.voters.union(&now.learners).copied().collect();
     let missing = || wanted.difference(&members);
     let blocked = blocked(group);
@@ -75,7 +83,8 @@ fn exchange(voters: Replicas, now: &Observed) -> Step {
     if voters.contains(&now.me) {
         return Step::SetVoters(voters);
     }
-    let able = |replica: &&ReplicaId| now.caught_up.contains(replica) && now.alive.contains(replica);
+    let able =
+        |replica: &&ReplicaId| now.caught_up.contains(replica) && now.alive.contains(replica) && !now.witnesses.contains(replica);
     match voters.intersection(&now.voters).find(able) {
         Some(successor) => Step::HandOver(*successor),
         None => Step::SetVoters(with_me(voters, now)),
@@ -89,8 +98,8 @@ fn with_me(mut voters: Replicas, now: &Observed) -> Replicas {
 
 /// The wanted replicas that can't come yet, each with the one in its way: a node runs one replica of a group at a time.
 fn blocked(group: &Group) -> BTreeMap<ReplicaId, ReplicaId> {
-    let before = |node: &NodeId| group.leaving.iter().find(|(_, at)| *at == node).map(|(replica, _)| *replica);
-    group.replicas.iter().filter_map(|(replica, node)| Some((*replica, before(node)?))).collect()
+    let before = |node: NodeId| group.leaving.iter().find(|(_, at)| **at == node).map(|(replica, _)| *replica);
+    group.wanted().filter_map(|(replica, node)| Some((replica, before(node)?))).collect()
 }
 
 /// The voter that goes before its successor comes, because that is to be on its node: one at a time, and only when nobody else comes.
@@ -101,12 +110,23 @@ fn makes_way(blocked: &BTreeMap<ReplicaId, ReplicaId>, now: &Observed) -> Option
     in_the_way.first().copied().filter(|_| all_vote)
 }
 
+/// Whether a replica may begin to vote.
+fn is_ready(replica: ReplicaId, group: &Group, now: &Observed) -> bool {
+    let has_map = |voter: &ReplicaId| !now.witnesses.contains(voter) && !group.is_witness(*voter);
+    let is_safe = match (has_map(&replica), group.witness.is_some() || now.voters.iter().any(|voter| !has_map(voter))) {
+        (true, false) => true,
+        (true, true) => now.complete.contains(&replica),
+        (false, _) => now.voters.iter().filter(|voter| has_map(voter)).all(|voter| now.complete.contains(voter)),
+    };
+    is_safe && now.caught_up.contains(&replica) && now.alive.contains(&replica)
+}
+
 /// The voters to go on with; none: those of now.
 fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
-    let wanted = group.voters();
+    let wanted = group.electorate();
     let (staying, rest): (Replicas, Replicas) = now.voters.iter().copied().partition(|voter| wanted.contains(voter));
     let (ready, behind): (Replicas, Replicas) =
-        wanted.difference(&now.voters).copied().partition(|voter| now.caught_up.contains(voter) && now.alive.contains(voter));
+        wanted.difference(&now.voters).copied().partition(|voter| is_ready(*voter, group, now));
     let mut next: Replicas = staying.union(&ready).copied().collect();
     if !behind.is_empty() {
         let is_whole = now.voters.is_subset(&now.alive);
@@ -117,8 +137,10 @@ fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
         }
         // Those that are still to go stand in for those that are not there yet, the live ones first.
         let gone = makes_way(&blocked, now).filter(|_| !some_come);
-        let mut standing_in: Vec<ReplicaId> = rest.into_iter().filter(|replica| Some(*replica) != gone).collect();
-        standing_in.sort_by_key(|replica| (*replica != now.me, !now.alive.contains(replica)));
+        let has_witness = next.iter().any(|replica| group.is_witness(*replica));
+        let may = |replica: &ReplicaId| Some(*replica) != gone && !(has_witness && now.witnesses.contains(replica));
+        let mut standing_in: Vec<ReplicaId> = rest.into_iter().filter(may).collect();
+        standing_in.sort_by_key(|replica| (*replica != now.me, !now.alive.contains(replica), now.witnesses.contains(replica)));
         let missing = wanted.len().saturating_sub(next.len());
         next.extend(standing_in.into_iter().take(missing));
         // An even number survives no more than the odd one below.
@@ -144,6 +166,7 @@ mod simulation;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::view::Witness;
 
     fn set(ids: &[u64]) -> Replicas {
         ids.iter().map(|id| ReplicaId(*id)).collect()
@@ -167,7 +190,88 @@ mod tests {
             is_settled: true,
             alive: set(alive),
             caught_up: set(caught_up),
+            complete: set(caught_up),
+            witnesses: set(&[]),
         }
+    }
+
+    /// With these as witnesses, and these with all that is committed.
+    fn with(now: Observed, witnesses: &[u64], complete: &[u64]) -> Observed {
+        Observed { witnesses: set(witnesses), complete: set(complete), ..now }
+    }
+
+    fn with_witness(mut group: Group, witness: u64) -> Group {
+        group.leaving.remove(&ReplicaId(witness));
+        Group { witness: Some(Witness { replica: ReplicaId(witness), node: NodeId(witness) }), ..group }
+    }
+
+    #[test]
+    fn a_witness_votes_once_both_replicas_have_all_that_is_committed() {
+        let group = with_witness(group(&[1, 2], &[1, 2]), 3);
+        let all = [1, 2, 3];
+        assert_eq!(next(&group, &now(1, &[1, 2], &[], &all, &[1, 2])), Step::AddLearner(ReplicaId(3)));
+        let learns =
+            |caught_up: &[u64], complete: &[u64]| next(&group, &with(now(1, &[1, 2], &[3], &all, caught_up), &[3], complete));
+        assert_eq!(learns(&[1, 2], &[1, 2]), Step::Wait, "it has not caught up");
+        assert_eq!(learns(&all, &[1, 3]), Step::Wait, "its log may begin behind what 2 has");
+        assert_eq!(learns(&all, &[1, 2]), Step::SetVoters(set(&all)));
+        assert_eq!(next(&group, &with(now(1, &all, &[], &all, &all), &[3], &all)), Step::Nothing);
+    }
+
+    #[test]
+    fn a_replica_votes_beside_a_witness_once_it_has_all_that_is_committed() {
+        let group = with_witness(group(&[1, 2], &[1, 4]), 3);
+        let step = |complete: &[u64]| next(&group, &with(now(1, &[1, 2, 3], &[4], &[1, 2, 3, 4], &[1, 2, 3, 4]), &[3], complete));
+        assert_eq!(step(&[1, 2, 3]), Step::Wait);
+        assert_eq!(step(&[1, 2, 3, 4]), Step::SetVoters(set(&[1, 3, 4])));
+        // Without a witness a few entries behind are few enough.
+        let plain = super::tests::group(&[1, 2, 5], &[1, 4, 5]);
+        let observed = with(now(1, &[1, 2, 5], &[4], &[1, 2, 4, 5], &[1, 2, 4, 5]), &[], &[1, 2, 5]);
+        assert_eq!(next(&plain, &observed), Step::SetVoters(set(&[1, 4, 5])));
+    }
+
+    #[test]
+    fn one_witness_gives_way_to_another_and_two_never_vote() {
+        let mut group = with_witness(group(&[1, 2], &[1, 2]), 4);
+        group.leaving.insert(ReplicaId(3), NodeId(3));
+        let all = [1, 2, 3, 4];
+        let step = |voters: &[u64], learners: &[u64], caught_up: &[u64]| {
+            next(&group, &with(now(1, voters, learners, &all, caught_up), &[3, 4], caught_up))
+        };
+        assert_eq!(step(&[1, 2, 3], &[], &[1, 2, 3]), Step::AddLearner(ReplicaId(4)));
+        assert_eq!(step(&[1, 2, 3], &[4], &[1, 2, 3]), Step::Wait);
+        assert_eq!(step(&[1, 2, 3], &[4], &all), Step::SetVoters(set(&[1, 2, 4])));
+        assert_eq!(step(&[1, 2, 4], &[3], &all), Step::RemoveLearners(set(&[3])));
+        // With one of the replicas to be replaced as well, and its successor not there yet.
+        let mut both = group.clone();
+        both.replicas = BTreeMap::from([(ReplicaId(1), NodeId(1)), (ReplicaId(5), NodeId(5))]);
+        both.leaving.insert(ReplicaId(2), NodeId(2));
+        let alive = [1, 3, 4, 5];
+        let observed = with(now(1, &[1, 2, 3], &[4, 5], &alive, &[1, 3, 4]), &[3, 4], &[1, 2, 3, 4]);
+        assert_eq!(next(&both, &observed), Step::SetVoters(set(&[1, 2, 4])), "2 stands in, and not the old witness");
+    }
+
+    #[test]
+    fn no_witness_is_handed_the_lead() {
+        let group = with_witness(group(&[1, 2], &[2, 4]), 3);
+        let all = [1, 2, 3, 4];
+        let step = |caught_up: &[u64]| next(&group, &with(now(1, &[1, 2, 3], &[4], &all, caught_up), &[3], &all));
+        assert_eq!(step(&all), Step::HandOver(ReplicaId(2)));
+        assert_eq!(step(&[1, 3, 4]), Step::SetVoters(set(&[1, 2, 3, 4])), "this one stays until another can take over");
+    }
+
+    #[test]
+    fn a_witness_makes_way_for_a_third_replica() {
+        let mut group = group(&[1, 2], &[1, 2, 4]);
+        group.leaving.insert(ReplicaId(3), NodeId(3));
+        let all = [1, 2, 3, 4];
+        let step = |caught_up: &[u64]| next(&group, &with(now(1, &[1, 2, 3], &[4], &all, caught_up), &[3], caught_up));
+        assert_eq!(step(&[1, 2, 3]), Step::Wait);
+        assert_eq!(step(&all), Step::SetVoters(set(&[1, 2, 4])));
+        // On its own node it goes first.
+        group.replicas.insert(ReplicaId(4), NodeId(3));
+        let observed = with(now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3]), &[3], &[1, 2, 3]);
+        assert_eq!(next(&group, &observed), Step::SetVoters(set(&[1, 2])));
     }
 
     /// The next step where the meta group knows the members as they are.

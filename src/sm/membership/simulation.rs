@@ -2,7 +2,8 @@
 //! late or twice. A small Raft stands in for the real one: logs are lists of entries, of which only terms and memberships count.
 //!
 //! What is held: nothing that was committed is ever missing from a leader's log; no replica is wiped that still votes; a change never takes
-//! its majority from a group that has one; and in the end, when all nodes are up, every group has the members that the view wants.
+//! its majority from a group that has one; a witness never lacks what half of the others could need of it, never takes a step and gives its
+//! lead to another; and in the end, when all nodes are up, every group has the members that the view wants.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +11,7 @@ use rand::rngs::StdRng;
 use rand::seq::IteratorRandom;
 use rand::{Rng, SeedableRng};
 
-use super::{Observed, Replicas, Step, next_step};
+use super::{Observed, Replicas, Step, blocked, next_step};
 use crate::sm::meta::Command;
 use crate::sm::placement::{first_view, plan};
 use crate::sm::testing::Meta;
@@ -54,6 +55,8 @@ struct Entry {
 /// A group as it is, on all its replicas.
 #[derive(Debug)]
 struct Raft {
+    /// Those that have no map, and where the log of each begins: what is before, it has no more, or never had.
+    starts: BTreeMap<ReplicaId, usize>,
     /// Of every replica that was created and not wiped.
     logs: BTreeMap<ReplicaId, Vec<Entry>>,
     /// The term up to which each has promised not to follow another.
@@ -80,7 +83,15 @@ impl Raft {
         let log = vec![Entry { term: 0, members: Some(members) }];
         let begun = |replica: &ReplicaId| if group.creation.contains_key(replica) { log.clone() } else { Vec::new() };
         let logs = group.replicas.keys().map(|replica| (*replica, begun(replica))).collect();
-        Self { logs, promised: BTreeMap::new(), term: 0, leader: None, is_changing: false, committed: log }
+        Self {
+            starts: BTreeMap::new(),
+            logs,
+            promised: BTreeMap::new(),
+            term: 0,
+            leader: None,
+            is_changing: false,
+            committed: log,
+        }
     }
 
     fn log(&self, replica: ReplicaId) -> &[Entry] {
@@ -105,6 +116,10 @@ impl Raft {
             return;
         }
         let matched = self.matched(leader, to);
+        if self.starts.get(&leader).is_some_and(|start| matched < *start) {
+            // It has no snapshot to send.
+            return;
+        }
         let upto = (matched + count).min(self.log(leader).len());
         let log = self.log(leader)[..upto].to_vec();
         // What is there already is not taken away by an append that ends before it.
@@ -125,6 +140,56 @@ impl Raft {
                 self.committed = log[..upto].to_vec();
                 return;
             }
+        }
+    }
+
+    /// The leader has purged its log, or else sends a witness that lacks much only the mark: its log then begins there.
+    fn mark(&mut self, witness: ReplicaId) {
+        let Some(leader) = self.leader.filter(|leader| !self.starts.contains_key(leader)) else { return };
+        let may = self.promised.get(&witness).is_none_or(|term| *term <= self.term) && self.logs.contains_key(&witness);
+        // What the leader knows to be committed. The simulation knows it at once.
+        let upto = self.committed.len();
+        if may
+            && self.matched(leader, witness) < upto
+            && effective(self.log(leader)).is_some_and(|(_, now)| now.all().contains(&witness))
+        {
+            let log = self.log(leader)[..upto].to_vec();
+            self.logs.insert(witness, log);
+            self.starts.insert(witness, upto);
+            self.commit();
+        }
+    }
+
+    /// A witness that votes purges what every replica with a map holds.
+    fn purge(&mut self, witness: ReplicaId) {
+        let Some((_, members)) = effective(&self.committed) else { return };
+        let Some(leader) = self.leader.filter(|leader| !self.starts.contains_key(leader)) else { return };
+        let Some((_, known)) = effective(self.log(leader)) else { return };
+        let mapped = known.all().into_iter().filter(|replica| !self.starts.contains_key(replica));
+        let held = mapped.map(|replica| self.matched(leader, replica)).min().unwrap_or(0).min(self.committed.len());
+        if members.voters().contains(&witness)
+            && let Some(start) = self.starts.get_mut(&witness)
+        {
+            *start = held.max(*start);
+        }
+    }
+
+    /// Every majority with a witness in it has a replica that the witness can bring up to date, from which the others come up to date.
+    fn check_witnesses(&self) {
+        let Some((_, members)) = effective(&self.committed) else { return };
+        for config in &members.configs {
+            let (witnesses, mapped): (Vec<&ReplicaId>, Vec<&ReplicaId>) =
+                config.iter().partition(|voter| self.starts.contains_key(*voter));
+            assert!(witnesses.len() <= 1, "two witnesses vote: {members:?}");
+            let Some(witness) = witnesses.first() else { continue };
+            let start = self.starts[*witness];
+            // Logs with the same entry in a place are the same up to there.
+            let last = start.checked_sub(1).map(|last| (last, &self.committed[last]));
+            let reached = |replica: &&&ReplicaId| last.is_none_or(|(at, entry)| self.log(***replica).get(at) == Some(entry));
+            // As many as can be left with it when as many are lost as may be.
+            let lost_max = (config.len() - 1) / 2;
+            let reach = mapped.iter().filter(reached).count();
+            assert!(reach > lost_max, "the log of {witness} begins at {start}: {reach} of {mapped:?} reach it");
         }
     }
 
@@ -251,6 +316,9 @@ impl Sim {
             assert!(!votes, "replica {replica} of {group} is wiped, and votes");
         }
         for (group, replica) in now.difference(&before) {
+            if view.groups[group].is_witness(*replica) {
+                self.groups.get_mut(group).expect("a group").starts.entry(*replica).or_insert(0);
+            }
             self.groups.get_mut(group).expect("a group").logs.entry(*replica).or_default();
         }
     }
@@ -267,8 +335,13 @@ impl Sim {
             voters: members.voters(),
             learners: members.learners.clone(),
             is_settled: members.configs.len() == 1 && raft.is_membership_committed(),
-            alive: up.into_iter().filter(|id| members.all().contains(id) || group.replicas.contains_key(id)).collect(),
+            alive: up
+                .into_iter()
+                .filter(|id| members.all().contains(id) || group.wanted().any(|(wanted, _)| wanted == *id))
+                .collect(),
             caught_up: caught_up.filter(|replica| raft.logs.contains_key(replica)).collect(),
+            complete: members.all().into_iter().filter(|replica| raft.matched(me, *replica) >= raft.committed.len()).collect(),
+            witnesses: members.all().into_iter().filter(|replica| raft.starts.contains_key(replica)).collect(),
         }
     }
 
@@ -278,12 +351,25 @@ impl Sim {
         let Some(view) = self.seen.get(&self.places[&me]) else { return };
         let Some(group) = view.groups.get(&id) else { return };
         let now = self.observe(id, me, group);
-        let (step, wanted) = (next_step(group, &now), group.voters());
+        let step = next_step(group, &now);
+        // Those that can't come before others have gone do not count yet.
+        let mut wanted = group.electorate();
+        wanted.retain(|replica| !blocked(group).contains_key(replica));
         let up = self.up_replicas(id);
         let raft = self.groups.get_mut(&id).expect("a group");
+        if raft.starts.contains_key(&me) {
+            // A witness only hands over, to one that has all that it has.
+            let whole = raft.log(me).len();
+            let heir =
+                now.voters.iter().copied().find(|voter| !now.witnesses.contains(voter) && raft.matched(me, *voter) == whole);
+            if let Some(heir) = heir {
+                raft.elect(heir, &up);
+            }
+            return;
+        }
         let members = effective(raft.log(me)).expect("a membership").1.clone();
         if let Step::HandOver(to) = step {
-            assert!(members.voters().contains(&to) && now.caught_up.contains(&to));
+            assert!(members.voters().contains(&to) && now.caught_up.contains(&to) && !now.witnesses.contains(&to));
             raft.elect(to, &up);
             return;
         }
@@ -310,7 +396,10 @@ impl Sim {
                 if has_majority(&members.configs, &up) {
                     let live = |of: &Replicas| of.intersection(&up).count();
                     assert!(has_majority(std::slice::from_ref(&voters), &up), "{voters:?} of {members:?}, up {up:?}");
-                    assert!(live(&voters) >= live(&members.voters()).min(live(&wanted)), "fewer live voters than before");
+                    assert!(
+                        live(&voters) >= live(&members.voters()).min(live(&wanted)),
+                        "fewer live voters than before: {voters:?} of {members:?}, wanted {wanted:?}, up {up:?}, {now:?}"
+                    );
                 }
                 next = members.with_voters(&voters);
                 raft.is_changing = next.configs.len() > 1;
@@ -383,6 +472,15 @@ impl Sim {
         }
     }
 
+    /// A witness comes to have less of its log.
+    fn trim(&mut self, id: GroupId) {
+        let up = self.up_replicas(id);
+        let raft = self.groups.get_mut(&id).expect("a group");
+        let witness = raft.starts.keys().copied().filter(|witness| up.contains(witness)).choose(&mut self.rng);
+        let Some(witness) = witness else { return };
+        if self.rng.random_bool(0.5) { raft.mark(witness) } else { raft.purge(witness) }
+    }
+
     /// One thing happens, of those that always may.
     fn tick(&mut self) {
         let id = self.groups.keys().copied().choose(&mut self.rng).expect("a group");
@@ -392,14 +490,22 @@ impl Sim {
             12..14 => self.finish(id),
             14 => self.deliver(),
             15 if self.reports.len() < 4 => self.step(id),
+            16 if self.rng.random_bool(0.3) => self.trim(id),
             16..18 => {
                 let nodes: BTreeSet<NodeId> = self.view.nodes.keys().chain(self.seen.keys()).copied().collect();
                 let node = nodes.into_iter().choose(&mut self.rng).expect("a node");
                 self.look(node);
             }
             18 if self.groups[&id].leader.is_none() => self.elect(id),
-            _ => self.groups.get_mut(&id).expect("a group").append(None),
+            // A witness proposes nothing.
+            _ => {
+                let raft = self.groups.get_mut(&id).expect("a group");
+                if raft.leader.is_some_and(|leader| !raft.starts.contains_key(&leader)) {
+                    raft.append(None);
+                }
+            }
         }
+        self.groups[&id].check_witnesses();
     }
 
     fn trouble(&mut self) {
@@ -430,7 +536,7 @@ impl Sim {
         }
         for (id, raft) in &self.groups {
             let leader = raft.leader.map(|leader| (leader, effective(raft.log(leader))));
-            println!("{id}: {:?}, led by {leader:?}", self.view.groups[id]);
+            println!("{id}: {:?}, led by {leader:?}, {:?}", self.view.groups[id], raft.starts);
         }
         panic!("not settled");
     }
@@ -452,7 +558,7 @@ fn asked(factor: u8) -> Asked {
 #[test]
 fn members_come_to_be_what_the_view_wants_whatever_happens_on_the_way() {
     // With reports of older plans accepted, 145 wipes a replica that votes.
-    for seed in 130..150 {
+    for seed in 130..160 {
         println!("seed {seed}");
         let mut sim = Sim::new(seed);
         for _ in 0..40 {
@@ -462,5 +568,31 @@ fn members_come_to_be_what_the_view_wants_whatever_happens_on_the_way() {
             }
         }
         sim.settle();
+    }
+}
+
+/// A plan puts every replica elsewhere; the newcomers never start; the next plan takes it back. Nobody but those that were there is needed.
+#[test]
+fn what_is_taken_back_comes_to_its_end_though_no_newcomer_ever_started() {
+    for seed in 0..40 {
+        let mut sim = Sim::new(seed);
+        let newcomers: Vec<Node> = (201..).take(sim.nodes.len()).map(node).collect();
+        for nodes in [newcomers, sim.nodes.clone()] {
+            sim.meta.install(plan(&sim.view, asked(sim.factor), &nodes, &BTreeSet::new()).expect("a plan").view);
+            sim.follow_meta();
+            // One that had left already comes back by another id.
+            let old = sim.view.nodes.iter().filter(|(_, node)| node.directory.0 <= 200).map(|(id, _)| *id);
+            sim.up.extend(old);
+            for _ in 0..sim.rng.random_range(0..400) {
+                sim.tick();
+            }
+        }
+        for _ in 0..20_000 {
+            if sim.view.is_settled() {
+                break;
+            }
+            sim.tick();
+        }
+        assert!(sim.view.is_settled(), "seed {seed}: {:?}", sim.view);
     }
 }

@@ -2,15 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::PlacementError;
 use super::sizes::{Sizes, check_nodes, exclusive_voters, meta_voters};
+use super::{PlacementError, witnesses};
 use crate::sm::view::{Asked, Group, Layout, Node, SlotTable, View};
 use crate::types::{ClusterId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot};
 
 /// The view with which a cluster begins: nodes are numbered from 1 in the order of their addresses, shards and replicas from 1.
 ///
 /// The meta group has a replica on every node; a shard's creation record names the replicas that are voters from the start, which
-/// is all of them but where exclusive leaves an even number over.
+/// is all of them but where exclusive leaves an even number over. A witness is none of those: it joins the group that has begun.
 pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Result<View, PlacementError> {
     nodes.sort_by(|a, b| a.address.cmp(&b.address));
     check_nodes(&nodes)?;
@@ -33,7 +33,7 @@ pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Res
     let (epoch, version) = (PlanEpoch(1), MapVersion(1));
     let (leaving, out, moves) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
     let (targets, next_move) = (slots.clone(), MoveId(1));
-    Ok(View {
+    let mut view = View {
         cluster,
         epoch,
         version,
@@ -49,7 +49,10 @@ pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Res
         next_group,
         next_replica,
         next_move,
-    })
+    };
+    let (shards, working) = (view.shards().map(|(id, _)| id).collect(), view.nodes.keys().copied().collect());
+    witnesses::deal(&mut view, &shards, &working);
+    Ok(view)
 }
 
 /// The members of a group; nodes as positions in the sorted list.
@@ -161,7 +164,7 @@ mod tests {
             assert!(group.creation.iter().all(|(replica, node)| group.replicas.get(replica) == Some(node)));
             assert!(group.creation.values().any(|node| *node == group.home), "the home votes");
         }
-        let ids: BTreeSet<ReplicaId> = view.groups.values().flat_map(|group| group.replicas.keys().copied()).collect();
+        let ids: BTreeSet<ReplicaId> = view.groups.values().flat_map(|group| group.hosted().map(|(id, _)| id)).collect();
         assert_eq!(ids.first(), Some(&ReplicaId(1)));
         assert_eq!(ids.last().map(|id| id.0 + 1), Some(view.next_replica.0));
     }

@@ -1,7 +1,7 @@
 //! Which shards there are, which node has a replica of what, where each shard is at home, and which slots it owns.
 //!
 //! Pure and deterministic: the same asking and the same nodes give the same view, whatever the order in which the nodes are listed.
-//! What is even is even to ±1: replicas per node, homes per node, slots per shard. No node has two replicas of one group.
+//! What is even is even to ±1: replicas per node, homes per node, slots per shard; witnesses per node where that can be. No node has two replicas of one group.
 //! [`first_view`] is the view with which a cluster is founded, [`plan`] the one that follows another. A plan only says where everything is
 //! to come to; the way there (`membership`, `moves`) is not planned, but found step by step.
 
@@ -12,6 +12,7 @@ mod roster;
 mod shards;
 mod sizes;
 mod targets;
+mod witnesses;
 
 pub use first::first_view;
 pub use plan::{Planned, plan};

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::sizes::{Sizes, meta_voters};
-use super::{PlacementError, roster, shards, targets};
+use super::{PlacementError, roster, shards, targets, witnesses};
 use crate::sm::view::{Asked, Node, View};
 use crate::types::{GroupId, NodeId, ReplicaId};
 
@@ -36,7 +36,9 @@ pub fn plan(view: &View, asked: Asked, wanted: &[Node], out: &BTreeSet<NodeId>) 
     shards::deal(&mut next, &staying, sizes, &working);
     shards::settle_homes(view, &mut next, &staying, &working);
     let dead: BTreeSet<NodeId> = out.union(&lost).filter(|id| !working.contains(id)).copied().collect();
+    witnesses::dismiss_dead(&mut next, &dead);
     shards::relieve(&mut next, &dead, &working);
+    witnesses::deal(&mut next, &staying, &working);
     seat_meta(&mut next, &working);
     next.targets = targets::even_targets(&next, &staying);
 
@@ -54,8 +56,7 @@ fn seat_meta(next: &mut View, working: &BTreeSet<NodeId>) {
     let voted = meta.voters();
     let held: BTreeSet<NodeId> = meta.replicas.values().copied().collect();
     for node in staying.into_iter().filter(|node| !held.contains(node)) {
-        meta.replicas.insert(next.next_replica, node);
-        next.next_replica.0 += 1;
+        meta.take_on(node, &mut next.next_replica);
     }
     let mut able: Vec<ReplicaId> = meta.replicas.iter().filter(|(_, node)| working.contains(node)).map(|(id, _)| *id).collect();
     able.sort_by_key(|replica| (!voted.contains(replica), *replica));

@@ -9,11 +9,13 @@ use crate::sm::view::{Group, Layout, View};
 use crate::types::{GroupId, NodeId, ReplicaId, SLOTS, Slot};
 
 /// What it costs to put something where it is not: more than all that the finer points below can add up to.
-const CHANGE: i64 = 1 << 16;
-/// A new replica beside one of its group that is still on its way out; a home whose replica is new.
-const AWKWARD: i64 = CHANGE + 1;
+pub(super) const CHANGE: i64 = 1 << 16;
+/// A replica that is still on its way out is called back: cheaper than a new one.
+const CALL_BACK: i64 = CHANGE - 1;
+/// A new replica where one of its group is still on its way out and can't be called back, or its witness is; a home whose replica is new.
+pub(super) const AWKWARD: i64 = CHANGE + 1;
 /// What is there already, and a replica at home, which would rather stay than others.
-const STAY: i64 = 0;
+pub(super) const STAY: i64 = 0;
 const STAY_HOME: i64 = -1;
 
 /// Has as many shards stay as are wanted: those too many are to end, those that are missing get ids. Returns which stay or begin.
@@ -83,7 +85,9 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: 
 /// What a replica of the group costs on nodes where it has, or had, one; elsewhere it costs a [`CHANGE`].
 fn standing(group: &Group) -> BTreeMap<NodeId, i64> {
     let stay = |node: &NodeId| if group.home == *node { STAY_HOME } else { STAY };
-    let leaving = group.leaving.values().map(|node| (*node, AWKWARD));
+    let cost = |replica: &ReplicaId| if group.can_come_back(*replica) { CALL_BACK } else { AWKWARD };
+    let leaving = group.leaving.iter().map(|(replica, node)| (*node, cost(replica)));
+    let leaving = leaving.chain(group.witness.map(|witness| (witness.node, AWKWARD)));
     leaving.chain(group.replicas.values().map(|node| (*node, stay(node)))).collect()
 }
 
@@ -104,8 +108,7 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
     group.leaving.extend(leaving);
     let held: BTreeSet<NodeId> = group.replicas.values().copied().collect();
     for node in nodes.difference(&held) {
-        group.replicas.insert(next.next_replica, *node);
-        next.next_replica.0 += 1;
+        group.take_on(*node, &mut next.next_replica);
     }
     let mut ranked: Vec<ReplicaId> = group.replicas.keys().copied().collect();
     ranked.sort_by_key(|replica| {

@@ -9,8 +9,8 @@ use rand::{Rng, SeedableRng};
 use super::sizes::{Sizes, meta_voters};
 use super::{PlacementError, Planned, REPLICATION_FACTOR_MAX, first_view, plan};
 use crate::sm::testing::Meta;
-use crate::sm::view::{Asked, Group, Layout, Node, View};
-use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, Slot};
+use crate::sm::view::{Asked, Group, Layout, Node, View, Witness};
+use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 
 fn node(address: usize, directory: u128) -> Node {
     let address = format!("node-{address:03}:13800").parse().expect("an address");
@@ -78,6 +78,7 @@ fn assert_plan(view: &View, out: &BTreeSet<NodeId>) {
         assert!(group.voters().iter().any(|voter| group.replicas[voter] == group.home), "the home of {id} votes");
     }
 
+    assert_witnesses(view, &working);
     let enough = staying.iter().filter(|id| !out.contains(id)).count() >= sizes.needed;
     let resting: BTreeSet<NodeId> = staying.intersection(out).copied().collect();
     assert!(view.out.is_subset(&resting));
@@ -87,6 +88,79 @@ fn assert_plan(view: &View, out: &BTreeSet<NodeId>) {
     assert!(staying.iter().all(|node| meta.replicas.values().any(|at| at == node)), "the meta group is everywhere");
     assert_eq!(meta.voters().len(), meta_voters(working.len()));
     assert!(meta.voters().iter().all(|voter| working.contains(&meta.replicas[voter])));
+}
+
+/// Every shard that needs a witness and can have one has one, and no other does; and none could go from a node to one with two fewer.
+fn assert_witnesses(view: &View, working: &BTreeSet<NodeId>) {
+    let places = || shards_that_stay(view).filter_map(|(_, group)| group.witness).map(|witness| witness.node);
+    let load = |node: NodeId| places().filter(|at| *at == node).count();
+    for (id, group) in shards_that_stay(view) {
+        let held: BTreeSet<NodeId> = group.replicas.values().copied().collect();
+        let free: BTreeSet<NodeId> = working.difference(&held).copied().collect();
+        let is_due = group.voters().len() % 2 == 0 && !free.is_empty();
+        assert_eq!(group.witness.is_some(), is_due, "{id}: {group:?}");
+        let Some(Witness { replica, node }) = group.witness else { continue };
+        assert!(free.contains(&node) && !group.replicas.contains_key(&replica), "{id}: {group:?}");
+        assert!(free.iter().all(|other| load(node) <= load(*other) + 1), "the witness of {id} belongs elsewhere: {view:?}");
+    }
+    assert_eq!(view.groups[&GroupId::META].witness, None);
+}
+
+#[test]
+fn an_even_number_of_replicas_has_a_witness_where_there_is_a_node_for_it() {
+    for count in 1..=12 {
+        for factor in 1..=REPLICATION_FACTOR_MAX.min(count as u8) {
+            for asked in [spread(factor, None), spread(factor, Some(30)), exclusive(factor)] {
+                let view = first_view(ClusterId(9), asked, nodes(1..=count)).expect("a view");
+                assert_plan(&view, &BTreeSet::new());
+                let places: Vec<NodeId> = view.shards().filter_map(|(_, group)| Some(group.witness?.node)).collect();
+                let is_even = factor % 2 == 0 && usize::from(factor) < count;
+                if asked.layout == Layout::Spread {
+                    assert_eq!(places.len(), if is_even { view.shards().count() } else { 0 }, "{count} nodes, {asked:?}");
+                    assert!(!is_even || unevenness(view.nodes.keys().copied(), places) <= 1, "{count} nodes, {asked:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_witness_comes_and_goes_with_an_even_number_and_never_as_another_replica() {
+    let mut meta = found(spread(3, Some(8)), nodes(1..=4));
+    let mut seen: BTreeSet<ReplicaId> = meta.view().groups.values().flat_map(|group| group.hosted().map(|(id, _)| id)).collect();
+    for factor in [2, 3, 2, 4, 2, 1, 2, 3] {
+        let before = meta.view();
+        let next = planned(&before, spread(factor, Some(8)), &nodes(1..=4)).view;
+        assert_plan(&next, &BTreeSet::new());
+        for (id, group) in next.shards() {
+            if let Some(witness) = group.witness {
+                assert_eq!(factor, 2);
+                assert!(seen.insert(witness.replica), "the witness of {id} has an id that was used");
+            }
+            let gone = before.groups[&id].witness;
+            assert!(
+                gone.is_none_or(|gone| group.leaving.get(&gone.replica) == Some(&gone.node)),
+                "a witness that goes is retired"
+            );
+            seen.extend(group.replicas.keys());
+        }
+        meta.install(next);
+        meta.settle();
+    }
+}
+
+#[test]
+fn a_node_more_takes_its_share_of_the_witnesses_and_no_more() {
+    for count in 4..=12_usize {
+        let before = found(spread(2, Some(60)), nodes(1..=count)).view();
+        let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
+        assert_plan(&after, &BTreeSet::new());
+        let is_new = |group: &&Group| group.witness.is_some_and(|witness| witness.replica >= before.next_replica);
+        let moved = after.shards().map(|(_, group)| group).filter(is_new).count();
+        // Those in the way of a replica that comes to their node go too.
+        let displaced = new_replicas(&before, &after);
+        assert!(moved <= 60_usize.div_ceil(count + 1) + displaced, "{moved} of 60, {displaced} replicas are new");
+    }
 }
 
 #[test]
@@ -226,6 +300,19 @@ fn a_shard_that_ends_stays_where_it_is_but_for_dead_nodes() {
     assert_plan(&next, &dead);
     let group = next.shards().map(|(_, group)| group).find(|group| group.ends).expect("it still ends");
     assert!(group.replicas.len() == 3 && group.leaving.values().eq([&NodeId(6)]) && group.home != NodeId(6));
+}
+
+#[test]
+fn replicas_on_their_way_out_are_called_back_rather_than_new_ones() {
+    for factor in 1..=3 {
+        let view = found(spread(factor, None), nodes(1..=3)).view();
+        let away = planned(&view, view.asked, &nodes(4..=6)).view;
+        let back = planned(&away, view.asked, &nodes(1..=3)).view;
+        assert_plan(&back, &BTreeSet::new());
+        for (id, group) in view.shards() {
+            assert_eq!(back.groups[&id].replicas, group.replicas, "factor {factor}");
+        }
+    }
 }
 
 #[test]

@@ -122,9 +122,9 @@ impl Tree for HookedTree {
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
         self.tree.scan(range, direction)
     }
-    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+    fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
         assert!(!self.walking.load(Ordering::Acquire), "the tree does not stand still");
-        self.tree.write(batch)
+        self.tree.write(key, change)
     }
     fn flush(&self) -> Result<(), StoreError> {
         self.tree.flush()

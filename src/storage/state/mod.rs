@@ -5,18 +5,20 @@
 //! 1. [`ReplicaState::apply`] puts a batch into the active table (`tables`) and moves `applied` on. Reads go through the tables to the tree.
 //! 2. A full table is frozen, and waits until the log is durable through what was applied ([`Synced`]): a tree must never be ahead of
 //!    the log, which may yet lose its unsynced end.
-//! 3. The [`Checkpointer`] writes it to the tree as **one** batch, together with the tree's record (`record`): applied log id, membership,
-//!    and the digest (`digest`) of all pairs, kept up by taking the hashes of old pairs out and putting those of new ones in.
+//! 3. The [`Checkpointer`] writes it to the tree pair by pair, and then the tree's record (`record`): applied log id, membership,
+//!    and the digest (`digest`) of all pairs, kept up by taking the hashes of old pairs out and putting those of new ones in. Before the
+//!    first pair all of it goes to a file (`redo`), by which a start finishes a checkpoint that was cut short.
 //! 4. [`ReplicaState::build_snapshot`] holds the replica's pen, so that the tree stands still, and copies it to a snapshot file. Past a
 //!    limit of tables waiting meanwhile it gives up, lets them be written, and begins anew; the third time the writers wait instead.
 //! 5. [`ReplicaState::install`] publishes a received file, fills a new generation of the tree from it, and switches in one step: the
-//!    record comes with the generation's last batch, and the highest generation with a true record is the tree.
+//!    record comes last, and the highest generation with a true record is the tree.
 //!
 //! # Why a tree is believed
 //! Durable are the log and the snapshot file. The tree is believed at a start only if all its pairs add up to the digest in its record
-//! and it is no older than the snapshot file; else it is rebuilt. That covers a crash of the process (the tree comes back at an earlier
-//! batch boundary: a true older state, and the log still holds what follows, because it is purged only up to the snapshot file), and
-//! also a power cut, which may tear the tree's unsynced files in any way: either it comes back at a batch boundary all the same, or
+//! and it is no older than the snapshot file; else it is rebuilt. That covers a crash of the process (the tree comes back as it was when a
+//! checkpoint had ended: a true older state, and the log still holds what follows, because it is purged only up to the snapshot file;
+//! or in the middle of the last checkpoint, which the redo file then finishes), and
+//! also a power cut, which may tear the unsynced files in any way: either it comes back like that all the same, or
 //! the digest does not hold (by accident: one in 2^128). So no mark of the machine's boot is needed to tell the two crashes apart.
 //!
 //! Kept out: the log, and when a snapshot is due (both the caller's); what the pairs mean (the core's).
@@ -24,6 +26,7 @@
 pub mod digest;
 mod open;
 mod record;
+mod redo;
 mod replica;
 mod scan;
 mod store;
@@ -69,7 +72,7 @@ pub trait Synced: Send + Sync {
 /// How much is kept in memory. All limits are in bytes of keys, values and their overhead.
 #[derive(Debug, Clone)]
 pub struct StateOptions {
-    /// A table this large is frozen: the size of a checkpoint's batch. Reads of the tree wait while a batch is written.
+    /// A table this large is frozen: what a checkpoint writes, and at most what a start applies again from the log per replica.
     pub table_bytes_max: usize,
     /// Frozen tables of one replica past which [`ReplicaState::wait_room`] waits; past half of it a snapshot scan gives up.
     pub frozen_bytes_max: usize,
@@ -79,6 +82,6 @@ pub struct StateOptions {
 
 impl Default for StateOptions {
     fn default() -> Self {
-        Self { table_bytes_max: 1 << 20, frozen_bytes_max: 32 << 20, node_bytes_max: 256 << 20 }
+        Self { table_bytes_max: 4 << 20, frozen_bytes_max: 32 << 20, node_bytes_max: 256 << 20 }
     }
 }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use super::Applied;
 use super::digest::{Digest, PairHasher};
 use super::record::{RECORD_KEY, RESERVED, TreeRecord, generation_of, tree_name};
-use crate::sm::ports::{StoreError, WriteBatch};
+use super::redo::{Redo, RedoFiles};
+use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::snapshot::Snapshot;
 use crate::storage::snapshot::files::SnapshotFiles;
 use crate::storage::tree::{Tree, Trees, Walk};
 
-/// Bytes of unflushed batches while a generation is filled: sled keeps them in memory.
+/// Bytes that are not flushed while a generation is filled: sled keeps them in memory.
 const FILL_FLUSH_BYTES: usize = 8 << 20;
 
 /// How a replica's map was found. Whether the replica is lost is for the caller to say, who knows where the log begins: it is, when
@@ -52,16 +53,12 @@ enum Verdict {
     Bad(String),
 }
 
-/// Opens the map of `key`: the tree if it is believed, else one rebuilt. `batch_bytes` is the size of a batch when filling.
-pub(super) fn open_map(
-    trees: &dyn Trees,
-    files: &SnapshotFiles,
-    key: ReplicaKey,
-    batch_bytes: usize,
-) -> Result<Found, StoreError> {
+/// Opens the map of `key`: the tree if it is believed, else one rebuilt.
+pub(super) fn open_map(trees: &dyn Trees, files: &SnapshotFiles, redo: &RedoFiles, key: ReplicaKey) -> Result<Found, StoreError> {
     let (mut snapshots, mut damaged_snapshot) = open_snapshots(files, key)?;
     let mut generations = generations(trees, key)?;
-    let (good, reason) = newest_good(trees, key, &generations)?;
+    let redo = redo.read(key)?;
+    let (good, reason) = newest_good(trees, key, &generations, redo.as_ref())?;
     let snapshot_log_id = snapshots.first().and_then(|snapshot| snapshot.applied().log_id);
 
     let reason = match (good, reason) {
@@ -83,11 +80,11 @@ pub(super) fn open_map(
 
     let generation = generations.first().map_or(1, |newest| newest + 1);
     generations.insert(0, generation);
-    let rebuilt = rebuild(trees, key, generation, &mut snapshots, &mut damaged_snapshot, batch_bytes);
+    let rebuilt = rebuild(trees, key, generation, &mut snapshots, &mut damaged_snapshot);
     let rebuilt = rebuilt.and_then(|rebuilt| match rebuilt {
         Some(rebuilt) => Ok((rebuilt, true)),
         // With no snapshot left to believe, a true older tree is worth more than nothing: the log may reach back to it.
-        None => match newest_good(trees, key, &generations[1..])?.0 {
+        None => match newest_good(trees, key, &generations[1..], redo.as_ref())?.0 {
             Some(older) => Ok((older, false)),
             None => Ok((empty_generation(trees, key, generation)?, false)),
         },
@@ -100,27 +97,23 @@ pub(super) fn open_map(
     Ok(Found { tree, record, snapshot, opened })
 }
 
-/// Fills `generation` from a snapshot. The record comes with the last batch: until then the generation is not believed.
+/// Fills `generation` from a snapshot. The record comes last: until then the generation is not believed.
 pub(super) fn fill_generation(
     trees: &dyn Trees,
     key: ReplicaKey,
     generation: u64,
     snapshot: &Snapshot,
-    batch_bytes: usize,
 ) -> Result<Believed, StoreError> {
     let name = tree_name(key, generation);
     trees.drop_tree(&name)?;
     let tree = trees.open(&name)?;
-    let (mut batch, mut unflushed) = (WriteBatch::default(), 0);
+    let mut unflushed = 0;
     snapshot.for_each(&mut |pair_key, value| {
         if pair_key.first().is_none_or(|byte| *byte == RESERVED) {
             return Err(StoreError::Damaged("a snapshot file holds a key that is no map's".into()));
         }
-        batch.put(pair_key.to_vec(), value.to_vec());
-        if batch.bytes() >= batch_bytes {
-            unflushed += batch.bytes();
-            tree.write(std::mem::take(&mut batch))?;
-        }
+        tree.write(pair_key, Some(value))?;
+        unflushed += pair_key.len() + value.len();
         if unflushed >= FILL_FLUSH_BYTES {
             unflushed = 0;
             tree.flush()?;
@@ -128,8 +121,7 @@ pub(super) fn fill_generation(
         Ok(())
     })?;
     let record = TreeRecord { key, generation, applied: snapshot.applied().clone(), digest: snapshot.trailer().digest };
-    batch.put(RECORD_KEY, record.encode());
-    tree.write(batch)?;
+    tree.write(RECORD_KEY, Some(&record.encode()))?;
     tree.flush()?;
     Ok((tree, record))
 }
@@ -157,10 +149,9 @@ fn rebuild(
     generation: u64,
     snapshots: &mut Vec<Snapshot>,
     damaged: &mut Option<String>,
-    batch_bytes: usize,
 ) -> Result<Option<Believed>, StoreError> {
     while let Some(snapshot) = snapshots.first() {
-        match fill_generation(trees, key, generation, snapshot, batch_bytes) {
+        match fill_generation(trees, key, generation, snapshot) {
             Ok(filled) => return Ok(Some(filled)),
             Err(error @ StoreError::Io { .. }) => return Err(error),
             Err(error @ (StoreError::Damaged(_) | StoreError::Undecodable { .. })) => {
@@ -208,11 +199,12 @@ fn newest_good(
     trees: &dyn Trees,
     key: ReplicaKey,
     generations: &[u64],
+    redo: Option<&Redo>,
 ) -> Result<(Option<Believed>, Option<String>), StoreError> {
     let mut reason = None;
     for generation in generations {
         let verdict = match trees.open(&tree_name(key, *generation)) {
-            Ok(tree) => check(&*tree, key, *generation).map(|verdict| (tree, verdict)),
+            Ok(tree) => check_or_finish(&*tree, key, *generation, redo).map(|verdict| (tree, verdict)),
             Err(error) => Err(error),
         };
         match verdict {
@@ -236,6 +228,20 @@ fn newest_good(
 
 fn is_hang(error: &StoreError) -> bool {
     matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::TimedOut)
+}
+
+/// Checks a tree; one that does not hold is looked at again after the checkpoint that may have been cut short was carried out on it.
+fn check_or_finish(tree: &dyn Tree, key: ReplicaKey, generation: u64, redo: Option<&Redo>) -> Result<Verdict, StoreError> {
+    let verdict = check(tree, key, generation)?;
+    match (&verdict, redo.filter(|redo| redo.record.generation == generation)) {
+        (Verdict::Bad(reason), Some(redo)) => {
+            tracing::info!(replica = %key, %reason, changes = redo.changes.len(), "a checkpoint that was cut short is carried out again");
+            redo.carry_out(tree)?;
+            tree.flush()?;
+            check(tree, key, generation)
+        }
+        (Verdict::Good(_) | Verdict::Empty | Verdict::Bad(_), _) => Ok(verdict),
+    }
 }
 
 /// Reads the whole tree and compares it with its record.

@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use super::digest::PairHasher;
 use super::open::{self, Found, Opened};
-use super::record::{RECORD_KEY, RESERVED, TreeRecord};
+use super::record::{RESERVED, TreeRecord};
+use super::redo::{Redo, RedoFile};
 use super::store::{Claim, Job, Shared};
 use super::tables::{Frozen, ReadGuard, Tables};
 use super::{Applied, Synced};
@@ -53,6 +54,8 @@ pub(super) struct Replica {
 /// What the holder of the pen knows of the tree.
 pub(super) struct Pen {
     pub record: TreeRecord,
+    /// Opened by the first checkpoint.
+    redo: Option<RedoFile>,
 }
 
 impl ReplicaState {
@@ -63,7 +66,7 @@ impl ReplicaState {
             shared,
             synced,
             tables: RwLock::new(Tables::new(tree, record.applied.clone())),
-            pen: Mutex::new(Pen { record }),
+            pen: Mutex::new(Pen { record, redo: None }),
             shelf: Mutex::new(snapshot),
             waiting: Mutex::new(0),
             none_waiting: Condvar::new(),
@@ -181,8 +184,7 @@ impl ReplicaState {
         let trees = &*replica.shared.trees;
         let generations = open::generations(trees, replica.key)?;
         let generation = generations.first().copied().unwrap_or(0).max(pen.record.generation) + 1;
-        let batch_bytes = replica.shared.options.table_bytes_max;
-        let filled = open::fill_generation(trees, replica.key, generation, snapshot, batch_bytes);
+        let filled = open::fill_generation(trees, replica.key, generation, snapshot);
         let (tree, record) = filled.inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
         pen.record = record.clone();
         let old = replica.switch(Tables::new(tree, record.applied));
@@ -349,8 +351,7 @@ impl Replica {
                 }
             };
             let started = Instant::now();
-            let written = write_table(&*tree, &frozen, &pen.record).and_then(|record| {
-                pen.record = record;
+            let written = self.write_table(&*tree, &frozen, pen).and_then(|()| {
                 self.retire_oldest();
                 tree.flush()
             });
@@ -358,6 +359,19 @@ impl Replica {
             self.shared.counters.count_checkpoint(started.elapsed());
             self.shared.changed.notify_waiters();
         }
+    }
+
+    /// Writes a table and the record that goes with it. Until the tree is flushed, the redo file says what was written.
+    fn write_table(&self, tree: &dyn Tree, frozen: &Frozen, pen: &mut Pen) -> Result<(), StoreError> {
+        let redo = redo_of(tree, frozen, &pen.record)?;
+        let file = match &mut pen.redo {
+            Some(file) => file,
+            none => none.insert(self.shared.redo.file(self.key)?),
+        };
+        file.write(&redo)?;
+        redo.carry_out(tree)?;
+        pen.record = redo.record;
+        Ok(())
     }
 
     fn retire_oldest(&self) {
@@ -384,10 +398,10 @@ impl Drop for Replica {
     }
 }
 
-/// Writes a table and the record that goes with it, as one batch. Returns the record.
-fn write_table(tree: &dyn Tree, frozen: &Frozen, record: &TreeRecord) -> Result<TreeRecord, StoreError> {
+/// What a checkpoint of a table changes in the tree.
+fn redo_of(tree: &dyn Tree, frozen: &Frozen, record: &TreeRecord) -> Result<Redo, StoreError> {
     let mut record = TreeRecord { applied: frozen.applied.clone(), ..record.clone() };
-    let (mut batch, mut hasher) = (WriteBatch::default(), PairHasher::default());
+    let (mut changes, mut hasher) = (Vec::new(), PairHasher::default());
     for (key, change) in frozen.table.iter() {
         let old = tree.get(key)?;
         if old == *change {
@@ -396,15 +410,10 @@ fn write_table(tree: &dyn Tree, frozen: &Frozen, record: &TreeRecord) -> Result<
         if let Some(old) = old {
             record.digest.subtract(hasher.hash(key, &old));
         }
-        match change {
-            Some(value) => {
-                record.digest.add(hasher.hash(key, value));
-                batch.put(key.clone(), value.clone());
-            }
-            None => batch.delete(key.clone()),
+        if let Some(value) = change {
+            record.digest.add(hasher.hash(key, value));
         }
+        changes.push((key.clone(), change.clone()));
     }
-    batch.put(RECORD_KEY, record.encode());
-    tree.write(batch)?;
-    Ok(record)
+    Ok(Redo { record, changes })
 }

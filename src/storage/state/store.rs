@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 
 use super::open;
 use super::record::tree_name;
+use super::redo::RedoFiles;
 use super::replica::{Replica, ReplicaState};
 use super::{StateOptions, Synced};
 use crate::sm::ports::StoreError;
@@ -17,10 +18,12 @@ use crate::storage::ReplicaKey;
 use crate::storage::disk::Disk;
 use crate::storage::snapshot::files::SnapshotFiles;
 use crate::storage::tree::Trees;
+use crate::storage::witness::WitnessFiles;
 
 /// The maps of all replicas of a node. When it is dropped, its checkpointer ends.
 pub struct StateStore {
     shared: Arc<Shared>,
+    witnesses: WitnessFiles,
 }
 
 /// What is shared by the replicas of a node.
@@ -28,6 +31,7 @@ pub(super) struct Shared {
     pub options: StateOptions,
     pub trees: Arc<dyn Trees>,
     pub files: SnapshotFiles,
+    pub redo: RedoFiles,
     pub queue: Queue,
     /// Told when a table was synced, written or dropped, and when a replica failed.
     pub changed: Notify,
@@ -54,18 +58,22 @@ pub struct StateMetrics {
 }
 
 impl StateStore {
-    /// Opens the maps of a node over `trees`; snapshot files are in `dir/snapshots`. The [`Checkpointer`] must be run, or pumped.
+    /// Opens the maps of a node over `trees`; snapshot files are in `dir/snapshots`, what
+    /// witnesses have instead in `dir/witnesses`, and what checkpoints are about in `dir/redo`. The [`Checkpointer`] must be run, or pumped.
     pub fn open(
         trees: Arc<dyn Trees>,
         disk: Arc<dyn Disk>,
         dir: &Path,
         options: StateOptions,
     ) -> Result<(Self, Checkpointer), StoreError> {
-        let files = SnapshotFiles::open(disk, &dir.join("snapshots"))?;
+        let files = SnapshotFiles::open(disk.clone(), &dir.join("snapshots"))?;
+        let witnesses = WitnessFiles::open(disk.clone(), &dir.join("witnesses"))?;
+        let redo = RedoFiles::open(disk, &dir.join("redo"))?;
         let shared = Arc::new(Shared {
             options,
             trees,
             files,
+            redo,
             queue: Queue::default(),
             changed: Notify::new(),
             active_bytes: Gauge::default(),
@@ -74,17 +82,22 @@ impl StateStore {
             relieving: AtomicBool::new(false),
             replicas: Mutex::default(),
         });
-        Ok((Self { shared: shared.clone() }, Checkpointer { shared }))
+        Ok((Self { shared: shared.clone(), witnesses }, Checkpointer { shared }))
     }
 
     /// Opens or creates the map of a replica, reading through its tree to check it; [`ReplicaState::opened`] says what was found.
     /// `synced` is the log of the same replica. An error if it is open already. Blocking.
     pub fn replica(&self, key: ReplicaKey, synced: Arc<dyn Synced>) -> Result<ReplicaState, StoreError> {
         let claim = Claim::new(&self.shared, key)?;
-        let found = open::open_map(&*self.shared.trees, &self.shared.files, key, self.shared.options.table_bytes_max)?;
+        let found = open::open_map(&*self.shared.trees, &self.shared.files, &self.shared.redo, key)?;
         let state = ReplicaState::new(self.shared.clone(), claim, synced, key, found);
         self.shared.lock_replicas().insert(key, Arc::downgrade(&state.replica));
         Ok(state)
+    }
+
+    /// What replicas without a map have instead.
+    pub fn witnesses(&self) -> &WitnessFiles {
+        &self.witnesses
     }
 
     /// Forgets the map of a replica, tree and snapshot file, also one that is open: its handles then only fail. Blocking.
@@ -101,11 +114,18 @@ impl StateStore {
         for generation in open::generations(&*self.shared.trees, key)? {
             self.shared.trees.drop_tree(&tree_name(key, generation))?;
         }
-        self.shared.files.remove_others(key, None)
+        self.shared.files.remove_others(key, None)?;
+        self.shared.redo.remove(key)?;
+        self.witnesses.remove(key)
     }
 
-    /// The clean stop: writes down all that the log holds durably, ends the checkpointer and makes the trees survive a power cut.
-    /// Not needed for anything to be kept, only for a quick start. Blocking.
+    /// The maps that are open now. Whoever wants them written down by [`StateStore::close`] keeps them so until then.
+    pub fn open_maps(&self) -> Vec<ReplicaState> {
+        self.shared.open_replicas().into_iter().map(|replica| ReplicaState { replica }).collect()
+    }
+
+    /// The clean stop: writes down what the log holds durably of the maps that are open, ends the checkpointer and makes the trees survive
+    /// a power cut. Not needed for anything to be kept, only for a quick start. Blocking.
     pub fn close(&self) -> Result<(), StoreError> {
         for replica in self.shared.open_replicas() {
             let mut pen = replica.lock_pen_first();

@@ -1,0 +1,188 @@
+//! [`Host`]: a node with all that belongs to it, on a machine of its own and in a runtime of its own. Nodes speak to one another over the
+//! loopback interface, each with an address of its own there; when one is ended, its runtime goes with its tasks and sockets.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
+
+use super::machine::{Disks, End, Power, SimMachine, Watcher};
+use crate::cli::serve;
+use crate::config::NodeConfig;
+use crate::http::{Limits, Server, router};
+use crate::node::{Node, NodeError};
+use crate::raft::Group;
+use crate::sm::view::Asked;
+use crate::storage::mem_trees::MemTrees;
+use crate::storage::sim_disk::SimDisk;
+use crate::types::{Address, DirectoryId, GroupId};
+
+const PORT: u16 = 7411;
+
+pub struct Host {
+    config: NodeConfig,
+    directory: DirectoryId,
+    disks: Disks,
+    is_held: Arc<AtomicBool>,
+    watcher: Mutex<Option<Watcher>>,
+    running: Mutex<Option<Incarnation>>,
+    /// Why it stopped by itself, where it should not have.
+    pub failed: Arc<Mutex<Option<String>>>,
+}
+
+/// From a start to the next end.
+struct Incarnation {
+    power: Arc<Power>,
+    node: Arc<Mutex<Option<Arc<Node>>>>,
+    /// None once it is being taken down.
+    runtime: Option<Runtime>,
+}
+
+impl Drop for Incarnation {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Addresses that no other cluster has, of this process or another.
+pub fn addresses(count: usize) -> Vec<Address> {
+    static CLUSTERS: AtomicU16 = AtomicU16::new(1);
+    let cluster = CLUSTERS.fetch_add(1, Ordering::Relaxed);
+    let process = 1 + std::process::id() % 250;
+    let (high, low) = (process, cluster % 250);
+    (1..=count).map(|n| format!("127.{high}.{low}.{n}:{PORT}").parse().expect("an address")).collect()
+}
+
+impl Host {
+    pub fn new(address: Address, view: Vec<Address>, asked: Asked, seed: u64) -> Arc<Self> {
+        let config = NodeConfig {
+            address: address.clone(),
+            public_address: None,
+            listen: vec![address.clone()],
+            view: Some(view),
+            asked,
+            data_dir: PathBuf::from("/node"),
+            cache_bytes: 1 << 20,
+            stop_timeout: Duration::from_secs(1),
+            replace_after: Duration::from_secs(600),
+            timing_factor: 1,
+            lease_drift_ms: None,
+        };
+        let disks = Disks { disk: SimDisk::new(seed), trees: MemTrees::new() };
+        Arc::new(Self {
+            config,
+            directory: DirectoryId(u128::from(seed) + 1),
+            disks,
+            is_held: Arc::default(),
+            watcher: Mutex::default(),
+            running: Mutex::default(),
+            failed: Arc::default(),
+        })
+    }
+
+    pub fn watch(&self, watcher: Watcher) {
+        *self.watcher.lock().expect("no holder panics") = Some(watcher);
+    }
+
+    /// From now on the node can't say anything new of itself on its disk, and waits with what rests on that.
+    pub fn hold(&self) {
+        self.is_held.store(true, Ordering::Relaxed);
+    }
+
+    pub fn start(&self) {
+        let power = Power::on(self.is_held.clone());
+        let watcher = self.watcher.lock().expect("no holder panics").clone().expect("it is watched");
+        let machine = SimMachine { disks: self.disks.clone(), power: power.clone(), directory_if_new: self.directory, watcher };
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let node: Arc<Mutex<Option<Arc<Node>>>> = Arc::default();
+        let serving = serve(Arc::new(machine), self.config.clone(), node.clone());
+        let (failed, is_on) = (self.failed.clone(), power.clone());
+        runtime.spawn(async move {
+            let error = serving.await;
+            if is_on.is_on() {
+                failed.lock().expect("no holder panics").get_or_insert(error);
+            }
+        });
+        let before = self.running.lock().expect("no holder panics").replace(Incarnation { power, node, runtime: Some(runtime) });
+        assert!(before.is_none_or(|before| !before.power.is_on()), "two of a node");
+    }
+
+    /// Ends the node at once: from here on it changes nothing on its disk. What runs of it is taken down by [`Host::bury`].
+    pub fn end(&self, end: End) -> bool {
+        let running = self.running.lock().expect("no holder panics");
+        running.as_ref().is_some_and(|incarnation| incarnation.power.cut(&self.disks, end))
+    }
+
+    /// Takes down what is left of a node that was ended. Not from within its own runtime.
+    pub fn bury(&self) {
+        let mut running = self.running.lock().expect("no holder panics");
+        if running.as_ref().is_some_and(|incarnation| !incarnation.power.is_on()) {
+            *running = None;
+        }
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.running.lock().expect("no holder panics").as_ref().is_some_and(|incarnation| incarnation.power.is_on())
+    }
+
+    pub fn node(&self) -> Option<Arc<Node>> {
+        let running = self.running.lock().expect("no holder panics");
+        let incarnation = running.as_ref().filter(|incarnation| incarnation.power.is_on())?;
+        incarnation.node.lock().expect("no holder panics").clone()
+    }
+
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        self.node().and_then(|node| node.registry()).map(|registry| registry.groups()).unwrap_or_default()
+    }
+
+    pub fn group(&self, id: GroupId) -> Option<Arc<Group>> {
+        self.groups().into_iter().find(|group| group.key().group == id)
+    }
+
+    pub fn leads(&self, id: GroupId) -> bool {
+        self.group(id).is_some_and(|group| group.leads())
+    }
+}
+
+/// Runs the node as `quorate serve` does, and again where it wants to be started again. Returns why it does not run any more.
+async fn serve(machine: Arc<SimMachine>, config: NodeConfig, place: Arc<Mutex<Option<Arc<Node>>>>) -> String {
+    loop {
+        match serve_once(machine.clone(), config.clone(), &place).await {
+            Err(error) if error.wants_restart() => {}
+            Err(error) => return error.to_string(),
+            Ok(()) => return "it stopped".to_owned(),
+        }
+    }
+}
+
+async fn serve_once(machine: Arc<SimMachine>, config: NodeConfig, place: &Mutex<Option<Arc<Node>>>) -> Result<(), NodeError> {
+    // What ran there before may still have the port for a moment.
+    let server = loop {
+        match Server::bind(&[config.address.as_str()]).await {
+            Ok(server) => break server,
+            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+        }
+    };
+    let limits = Limits { drain_timeout: Duration::from_millis(500), ..Limits::default() };
+    let node = Node::open_on(machine, config)?;
+    let (stop, closing) = (CancellationToken::new(), CancellationToken::new());
+    let app = serve::app(&node, &server, closing.clone(), limits.clone());
+    *place.lock().expect("no holder panics") = Some(node.clone());
+    let serving = tokio::spawn({
+        let stop = stop.clone();
+        async move { server.serve(router(app), stop, &limits).await }
+    });
+    let ended = node.run(&CancellationToken::new()).await;
+    *place.lock().expect("no holder panics") = None;
+    stop.cancel();
+    closing.cancel();
+    if let Err(error) = serving.await {
+        tracing::debug!("the server was broken off: {error}");
+    }
+    ended
+}

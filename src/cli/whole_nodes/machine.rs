@@ -1,0 +1,216 @@
+//! [`SimMachine`]: a machine with a simulated disk and database. When it is switched off, whatever still runs on it can change nothing
+//! any more, and reads nothing.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+
+use crate::node::machine::{Machine, Stepped};
+use crate::sm::ports::StoreError;
+use crate::storage::directory::{DataDirectory, DirectoryError};
+use crate::storage::disk::{Disk, DiskFile, Open};
+use crate::storage::mem_trees::{Crash, MemTrees};
+use crate::storage::sim_disk::SimDisk;
+use crate::storage::sled_tree::SledError;
+use crate::storage::tree::{Tree, Trees};
+use crate::types::DirectoryId;
+
+/// What is left of a node while it does not run.
+#[derive(Clone)]
+pub struct Disks {
+    pub disk: SimDisk,
+    pub trees: MemTrees,
+}
+
+/// How a node ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The process is killed: all that was written stays.
+    Kill,
+    /// The power fails: what was not synced is lost, or torn.
+    PowerCut { seed: u64 },
+}
+
+/// On from a start of the node to its end.
+pub struct Power {
+    is_on: RwLock<bool>,
+    /// The stamp is not replaced for as long: nothing that a node says of itself on disk changes.
+    is_held: Arc<AtomicBool>,
+}
+
+impl Power {
+    pub fn on(is_held: Arc<AtomicBool>) -> Arc<Self> {
+        Arc::new(Self { is_on: RwLock::new(true), is_held })
+    }
+
+    pub fn is_on(&self) -> bool {
+        *self.is_on.read().expect("no holder panics")
+    }
+
+    /// True: it was on until now.
+    pub fn cut(&self, disks: &Disks, end: End) -> bool {
+        let mut is_on = self.is_on.write().expect("no holder panics");
+        if !std::mem::replace(&mut *is_on, false) {
+            return false;
+        }
+        match end {
+            End::Kill => disks.trees.crash(Crash::Kill, 0),
+            End::PowerCut { seed } => {
+                disks.disk.crash();
+                disks.trees.crash(if seed.is_multiple_of(2) { Crash::Power } else { Crash::Torn }, seed);
+            }
+        }
+        true
+    }
+
+    /// While what is returned lives, the power stays on.
+    fn need(&self) -> io::Result<RwLockReadGuard<'_, bool>> {
+        let is_on = self.is_on.read().expect("no holder panics");
+        if *is_on { Ok(is_on) } else { Err(io::Error::other("this machine is off")) }
+    }
+}
+
+/// Is told of each step, and says when to go on.
+pub type Watcher = Arc<dyn Fn(Stepped<'_>) -> BoxFuture<'static, ()> + Send + Sync>;
+
+/// The machine of one node, from a start to the next.
+pub struct SimMachine {
+    pub disks: Disks,
+    pub power: Arc<Power>,
+    pub directory_if_new: DirectoryId,
+    pub watcher: Watcher,
+}
+
+impl Machine for SimMachine {
+    fn open_directory(&self, path: &Path) -> Result<DataDirectory, DirectoryError> {
+        DataDirectory::open_unlocked(self.disk(), path, self.directory_if_new)
+    }
+
+    fn disk(&self) -> Arc<dyn Disk> {
+        Arc::new(PoweredDisk { disk: self.disks.disk.clone(), power: self.power.clone() })
+    }
+
+    fn open_trees(&self, _path: &Path, _cache_bytes: u64, _is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
+        Ok(Arc::new(PoweredTrees { trees: self.disks.trees.clone(), power: self.power.clone() }))
+    }
+
+    fn stepped(&self, step: Stepped<'_>) -> BoxFuture<'static, ()> {
+        (self.watcher)(step)
+    }
+}
+
+struct PoweredDisk {
+    disk: SimDisk,
+    power: Arc<Power>,
+}
+
+impl Disk for PoweredDisk {
+    fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
+        let _on = self.power.need()?;
+        Ok(Box::new(PoweredFile { file: self.disk.open(path, how)?, power: self.power.clone() }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        while to.ends_with("stamp") && self.power.is_held.load(Ordering::Relaxed) && self.power.is_on() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let _on = self.power.need()?;
+        self.disk.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let _on = self.power.need()?;
+        self.disk.remove(path)
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        let _on = self.power.need()?;
+        self.disk.create_dir(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        let _on = self.power.need()?;
+        self.disk.sync_dir(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let _on = self.power.need()?;
+        self.disk.list(path)
+    }
+}
+
+struct PoweredFile {
+    file: Box<dyn DiskFile>,
+    power: Arc<Power>,
+}
+
+impl DiskFile for PoweredFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let _on = self.power.need()?;
+        self.file.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let _on = self.power.need()?;
+        self.file.write_at(bytes, offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let _on = self.power.need()?;
+        self.file.set_len(len)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        let _on = self.power.need()?;
+        self.file.len()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let _on = self.power.need()?;
+        self.file.sync()
+    }
+}
+
+/// Open trees need no more than this: a crash of [`MemTrees`] ends their handles.
+struct PoweredTrees {
+    trees: MemTrees,
+    power: Arc<Power>,
+}
+
+impl PoweredTrees {
+    fn need(&self) -> Result<RwLockReadGuard<'_, bool>, StoreError> {
+        self.power.need().map_err(|source| StoreError::Io { context: "the map database".to_owned(), source })
+    }
+}
+
+impl Trees for PoweredTrees {
+    fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
+        let _on = self.need()?;
+        self.trees.open(name)
+    }
+
+    fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
+        let _on = self.need()?;
+        self.trees.drop_tree(name)
+    }
+
+    fn names(&self) -> Result<Vec<String>, StoreError> {
+        let _on = self.need()?;
+        self.trees.names()
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        let _on = self.need()?;
+        self.trees.sync()
+    }
+
+    fn condemn(&self, reason: &str) {
+        if let Ok(_on) = self.need() {
+            self.trees.condemn(reason);
+        }
+    }
+}

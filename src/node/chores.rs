@@ -1,0 +1,63 @@
+//! [`Chores`]: what a node does for the groups that it leads, one task at a time for each group.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::{Id, JoinError, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use super::member::Member;
+use crate::sm::view::View;
+use crate::types::GroupId;
+
+/// The tasks that run, and when to look for more.
+pub struct Chores {
+    views: watch::Receiver<Arc<View>>,
+    tick: Duration,
+    running: JoinSet<()>,
+    busy: HashMap<Id, GroupId>,
+}
+
+impl Chores {
+    /// `tick` is how long nothing may be looked at while nothing changes.
+    pub fn new(member: &Member, tick: Duration) -> Self {
+        Self { views: member.views().subscribe(), tick, running: JoinSet::new(), busy: HashMap::new() }
+    }
+
+    /// Waits until there may be something to do: a task has ended, the view has changed, or a tick has passed. False: `shutdown` came first,
+    /// and the tasks are ended.
+    pub async fn are_due(&mut self, shutdown: &CancellationToken) -> bool {
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => {
+                self.running.shutdown().await;
+                return false;
+            }
+            Some(ended) = self.running.join_next_with_id() => self.put_down(ended),
+            Ok(()) = self.views.changed() => {}
+            () = tokio::time::sleep(self.tick) => {}
+        }
+        while let Some(ended) = self.running.try_join_next_with_id() {
+            self.put_down(ended);
+        }
+        true
+    }
+
+    /// Whether a task for the group runs.
+    pub fn is_busy(&self, group: GroupId) -> bool {
+        self.busy.values().any(|busy| *busy == group)
+    }
+
+    pub fn begin(&mut self, group: GroupId, task: impl Future<Output = ()> + Send + 'static) {
+        let id = self.running.spawn(task).id();
+        self.busy.insert(id, group);
+    }
+
+    /// Also of a task that has panicked.
+    fn put_down(&mut self, ended: Result<(Id, ()), JoinError>) {
+        let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
+        self.busy.remove(&id);
+    }
+}

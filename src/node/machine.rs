@@ -1,0 +1,67 @@
+//! [`Machine`]: what a node stands on. The real one is [`RealMachine`]; a simulated one lets a test end a node at any step of a view
+//! change, and start it again from what its disk had kept by then.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use futures::future::{BoxFuture, ready};
+
+use crate::sm::membership;
+use crate::sm::moves::{self, Move};
+use crate::storage::directory::{DataDirectory, DirectoryError};
+use crate::storage::disk::{Disk, RealDisk};
+use crate::storage::sled_tree::{SledError, SledOptions, SledTrees};
+use crate::storage::tree::Trees;
+use crate::types::GroupId;
+
+/// Disk and database of a node, and who watches it change the view.
+pub trait Machine: Send + Sync + 'static {
+    /// Opens the data directory, for this node alone.
+    fn open_directory(&self, path: &Path) -> Result<DataDirectory, DirectoryError>;
+
+    /// Where the log and the snapshot files are.
+    fn disk(&self) -> Arc<dyn Disk>;
+
+    /// The map database. `is_expected`: there were replicas, so it should be there.
+    fn open_trees(&self, path: &Path, cache_bytes: u64, is_expected: bool) -> Result<Arc<dyn Trees>, SledError>;
+
+    /// Told of each step of a view change that this node has taken; the next one waits for the end of what this returns.
+    fn stepped(&self, _step: Stepped<'_>) -> BoxFuture<'static, ()> {
+        Box::pin(ready(()))
+    }
+}
+
+/// A step that a leader has taken.
+#[derive(Debug, Clone, Copy)]
+pub enum Stepped<'a> {
+    /// Towards the members that the view wants.
+    Members { group: GroupId, step: &'a membership::Step },
+    /// A move was opened.
+    Opened { from: GroupId, to: GroupId },
+    /// Of a move that is open.
+    Moved { of: &'a Move, step: &'a moves::Step },
+    /// Some of what moves have left over was deleted.
+    Cleared { shard: GroupId },
+}
+
+/// The machine that this process runs on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RealMachine;
+
+impl Machine for RealMachine {
+    fn open_directory(&self, path: &Path) -> Result<DataDirectory, DirectoryError> {
+        DataDirectory::open(path)
+    }
+
+    fn disk(&self) -> Arc<dyn Disk> {
+        Arc::new(RealDisk)
+    }
+
+    fn open_trees(&self, path: &Path, cache_bytes: u64, is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
+        if is_expected && !path.exists() {
+            tracing::warn!("the map database {} is missing: every map is rebuilt from its snapshot and the log", path.display());
+        }
+        let options = SledOptions { cache_bytes, ..SledOptions::default() };
+        Ok(Arc::new(SledTrees::open(path, &options)?))
+    }
+}
