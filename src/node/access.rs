@@ -92,6 +92,7 @@ impl Access {
                 }
             }
             ShardBody::Move(command) if migrator::is_step(&command) => {
+                migrator::wait_ample_room(group, &command).await;
                 match group.propose_command(migrator::timed(command, group), deadline).await {
                     Ok(kv::Outcome::Moved(outcome)) => ShardReply::Moved(outcome),
                     Ok(other) => ShardReply::Failed(Failure::Unknown { reason: format!("a step was answered by {other:?}") }),
@@ -233,8 +234,11 @@ impl ShardAccess for Access {
             }
             (None, Routing::Proxy) => self.forward(shard, body, options).await,
             (None, Routing::Redirect) => match self.member.registry.get(shard) {
-                Some(group) => ShardReply::Failed(self.not_leader(shard, group.status().leader)),
-                None => ShardReply::Failed(self.elsewhere(shard)),
+                // A replica on its way out is told nothing any more, also not who leads.
+                Some(group) if self.member.view().replica_on(shard, self.member.node) == Some(group.key().replica) => {
+                    ShardReply::Failed(self.not_leader(shard, group.status().leader))
+                }
+                Some(_) | None => ShardReply::Failed(self.elsewhere(shard)),
             },
         }
     }

@@ -11,6 +11,7 @@ use futures::future::join_all;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::move_counters::MoveCounters;
 use crate::client::call::ShardCaller;
 use crate::client::peer::{HostedReplica, PeerCaller, PeerError};
 use crate::client::protocol::{ClusterStatus, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
@@ -46,6 +47,7 @@ pub struct Member {
     pub registry: Arc<Registry>,
     pub caller: ShardCaller,
     pub peers: PeerCaller,
+    pub moves: MoveCounters,
     views: Arc<Views>,
     hints: Mutex<HashMap<GroupId, Hint>>,
     status: tokio::sync::Mutex<Option<(Instant, ClusterStatus)>>,
@@ -123,6 +125,7 @@ impl Member {
             registry,
             caller,
             peers,
+            moves: MoveCounters::default(),
             views,
             hints: Mutex::default(),
             status: tokio::sync::Mutex::default(),

@@ -1,6 +1,7 @@
 //! What a node counts, as families of samples; how they look on a page is the business of `http`.
 
 use super::member::Member;
+use super::move_counters::Moved;
 use crate::raft::Role;
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
 use crate::storage::state::StateStore;
@@ -33,6 +34,7 @@ pub struct Sample {
 pub fn families(member: &Member, log: &Log, states: &StateStore) -> Vec<Family> {
     let mut all = of_log(&log.metrics());
     all.extend(of_states(states));
+    all.extend(of_moves(&member.moves.now()));
     all.extend(of_groups(member));
     all
 }
@@ -101,6 +103,34 @@ fn of_states(states: &StateStore) -> Vec<Family> {
             Counter,
             "Scans for a snapshot that were begun anew.",
             state.scans_given_up as f64,
+        ),
+    ]
+}
+
+/// By the node that led the shard which the slots left.
+fn of_moves(moved: &Moved) -> Vec<Family> {
+    use FamilyKind::{Counter, Gauge};
+    let seconds = |us: u64| us as f64 * SECONDS_PER_US;
+    vec![
+        one("quorate_moves_total", Counter, "Moves of slots that this node has driven to their end.", moved.moves as f64),
+        one("quorate_moved_slots_total", Counter, "Slots of these moves.", moved.slots as f64),
+        one(
+            "quorate_moved_bytes_total",
+            Counter,
+            "Bytes of keys and values that it has sent to where they belong.",
+            moved.bytes as f64,
+        ),
+        one(
+            "quorate_move_frozen_seconds_total",
+            Counter,
+            "Time that writes to moving slots had to wait.",
+            seconds(moved.frozen_us_total),
+        ),
+        one(
+            "quorate_move_frozen_seconds_max",
+            Gauge,
+            "The longest such time of one move since the start.",
+            seconds(moved.frozen_us_max),
         ),
     ]
 }

@@ -33,7 +33,7 @@ const SLOTS_PER_MOVE: usize = 64;
 /// Keys and values that one move takes along, if it takes more than one slot.
 const BYTES_PER_MOVE: u64 = 8 << 20;
 /// Keys and values in a chunk: an entry of the destination.
-const CHUNK_BYTES: usize = 512 << 10;
+const CHUNK_BYTES: usize = 128 << 10;
 /// With so little left to copy the slots are frozen: what one chunk carries in a few milliseconds.
 const FREEZE_BYTES_MAX: u64 = 64 << 10;
 /// Rounds of changes after which the slots are frozen whatever is left.
@@ -44,6 +44,13 @@ const FREEZE_TIME_MAX: Duration = Duration::from_secs(1);
 const STEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// Between two looks while there is something to wait for.
 const WAIT: Duration = Duration::from_millis(25);
+/// How long a chunk waits for the disk to have caught up with those before it.
+const AMPLE_ROOM_TIMEOUT: Duration = Duration::from_millis(500);
+/// A driver rests after a chunk for as long as that took, so that a machine that is busy already has at least half of its time for others;
+/// but no longer than this.
+const REST_MAX: Duration = Duration::from_millis(500);
+/// After some of what moves have left over was deleted, it rests so much longer than that took. Nobody waits for it.
+const CLEAR_RESTS: u32 = 3;
 /// After a move that was aborted, this shard opens no other for so long.
 const PAUSE_AFTER_ABORT: Duration = Duration::from_secs(1);
 
@@ -141,6 +148,7 @@ impl From<ProposeError> for Hitch {
 /// What a driver remembers between two steps; losing it costs time, nothing else.
 struct Drive {
     begun: Instant,
+    /// Since when nobody serves writes to the slots.
     frozen: Option<Instant>,
     /// What the destination answered just now.
     destination: Option<DestinationState>,
@@ -208,9 +216,13 @@ impl Shared {
 
     /// Looks, decides and takes one step. True: the move has ended.
     async fn step(&self, group: &Group, of: &Move, drive: &mut Drive) -> Result<bool, Hitch> {
+        let begun = Instant::now();
         let step = self.decide(group, of, drive).await?;
         let has_ended = self.take(group, of, &step, drive).await?;
         self.machine.stepped(Stepped::Moved { of, step: &step }).await;
+        if matches!(step, Step::Copy(_)) && drive.frozen.is_none() {
+            tokio::time::sleep(begun.elapsed().min(REST_MAX)).await;
+        }
         Ok(has_ended)
     }
 
@@ -230,6 +242,7 @@ impl Shared {
         let source = kv::source_state(&group.state().read(), of.id, &of.slots, &cursor)?;
         match &source {
             SourceState::Frozen(_) => drop(drive.frozen.get_or_insert_with(Instant::now)),
+            SourceState::Released => {}
             _ => drive.frozen = None,
         }
         Ok(next_step(&source, drive.destination.as_ref(), self.budget(of, drive)))
@@ -240,7 +253,11 @@ impl Shared {
         match step {
             Step::Copy(progress) => self.copy(group, of, progress, drive).await?,
             Step::Complete { chunk } => self.complete(group, of, *chunk, drive).await?,
-            Step::Commit => return self.end(of, meta::Command::CommitMove { id: of.id }).await,
+            Step::Commit => {
+                let has_ended = self.end(of, meta::Command::CommitMove { id: of.id }).await?;
+                self.member.moves.count_move(of.slots.len());
+                return Ok(has_ended);
+            }
             Step::End => {
                 self.pause(of.from);
                 return self.end(of, meta::Command::AbortMove { id: of.id }).await;
@@ -251,8 +268,14 @@ impl Shared {
                 if let Step::Abort(reason) = step {
                     tracing::info!("move {} of {} slots to shard {} is taken back: {reason:?}", of.id, of.slots.len(), of.to);
                 }
+                if *step == Step::Freeze {
+                    drive.frozen = Some(Instant::now());
+                }
                 if let Some((side, command)) = step.command(of) {
                     self.send(group, of, side, command, drive).await?;
+                }
+                if let (Step::Activate, Some(since)) = (step, drive.frozen) {
+                    self.member.moves.count_freeze(since.elapsed());
                 }
             }
         }
@@ -273,7 +296,10 @@ impl Shared {
         let chunk = kv::move_chunk(&group.state().read(), of.id, &progress.cursor, CHUNK_BYTES)?;
         let Some(chunk) = chunk else { return Err(Hitch::Later("the move is not open here yet".into())) };
         let install = chunk.install(of.id, progress.chunk);
-        self.send(group, of, Side::Destination, Command::Install { time_ms: 0, install }, drive).await
+        let bytes = install.bytes();
+        self.send(group, of, Side::Destination, Command::Install { time_ms: 0, install }, drive).await?;
+        self.member.moves.count_chunk(bytes);
+        Ok(())
     }
 
     async fn complete(&self, group: &Group, of: &Move, chunk: u64, drive: &mut Drive) -> Result<(), Hitch> {
@@ -360,9 +386,12 @@ impl Shared {
             };
             let Some((id, slots)) = left else { return };
             let step = MoveStep::Clear { limit: CLEAR_KEYS_MAX }.of(id, &slots);
+            wait_ample_room(group, &step).await;
+            let begun = Instant::now();
             match group.propose_command(step, Instant::now() + STEP_TIMEOUT).await {
                 Ok(kv::Outcome::Moved(MoveOutcome::Cleared { .. })) => {
                     self.machine.stepped(Stepped::Cleared { shard: group.key().group }).await;
+                    tokio::time::sleep((begun.elapsed() * CLEAR_RESTS).min(REST_MAX)).await;
                 }
                 Ok(other) => return tracing::debug!("shard {} keeps what move {id} left: {other:?}", group.key().group),
                 Err(error) => return tracing::debug!("shard {} keeps what move {id} left for now: {error}", group.key().group),
@@ -400,6 +429,20 @@ pub fn is_step(command: &Command) -> bool {
     match command {
         Command::Move { .. } | Command::Install { .. } => true,
         Command::Write { .. } | Command::Claim { .. } => false,
+    }
+}
+
+/// Before a command that changes many keys at once, and that no client waits for.
+pub async fn wait_ample_room(group: &Group, command: &Command) {
+    let can_wait = match command {
+        // A small one may be the last, which frozen slots wait for.
+        Command::Install { install, .. } => install.bytes() as u64 > FREEZE_BYTES_MAX,
+        Command::Move { step, .. } => matches!(step, MoveStep::Clear { .. }),
+        Command::Write { .. } | Command::Claim { .. } => false,
+    };
+    if can_wait {
+        // Not for ever: whoever sent it looks again what there is to do.
+        let _ = tokio::time::timeout(AMPLE_ROOM_TIMEOUT, group.state().wait_ample_room()).await;
     }
 }
 

@@ -17,6 +17,7 @@ mod member;
 mod memberships;
 mod metrics;
 mod migrator;
+mod move_counters;
 mod news;
 mod operator;
 mod reconciler;

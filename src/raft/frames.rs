@@ -76,7 +76,11 @@ impl Group {
     async fn take_snapshot(&self, state: &ReplicaState, request: Request, tail: &Bytes) -> Handled {
         match request {
             Request::SnapshotOpen { snapshot, .. } => self.inbox.open(state, snapshot),
-            Request::SnapshotChunk { snapshot, offset } => self.inbox.write(snapshot, offset, tail),
+            Request::SnapshotChunk { snapshot, offset } => {
+                let (inbox, tail) = (self.inbox.clone(), tail.clone());
+                let written = tokio::task::spawn_blocking(move || inbox.write(snapshot, offset, &tail)).await;
+                written.unwrap_or_else(|error| Err(Refusal::Failed(format!("taking a snapshot panicked: {error}"))))
+            }
             Request::SnapshotInstall { vote, snapshot } => {
                 let raft = self.raft.clone();
                 let install = |receiver, done: snapshots::InstallSender| {

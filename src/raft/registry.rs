@@ -22,6 +22,7 @@ use super::transport::{Dial, Identity, Lane, Resolver};
 use super::wire::{Head, Refusal, Reply, Request};
 use super::witness::{Witness, WitnessState};
 use crate::storage::ReplicaKey;
+use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
 use crate::storage::state::{Applied, StateStore};
 use crate::types::{GroupId, NodeId};
@@ -241,8 +242,8 @@ impl Registry {
         self.close_replica(key).await;
         let _opening = self.opening.lock().await;
         let states = self.states.clone();
-        let wiped = tokio::task::spawn_blocking(move || states.wipe(key)).await;
-        wiped.map_err(|error| OpenError::Raft(format!("wiping the map panicked: {error}")))??;
+        let wiped = tokio::task::spawn_blocking(move || background::run("wipe-map", || states.wipe(key))).await;
+        wiped.map_err(|error| OpenError::Raft(format!("wiping the map panicked: {error}")))?.map_err(OpenError::Log)??;
         let (done, forgotten) = oneshot::channel();
         self.shared.log.wipe(key, Box::new(move |result| drop(done.send(result))));
         let closed = || OpenError::Log(std::io::Error::other("it was closed"));

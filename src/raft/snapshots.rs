@@ -6,7 +6,7 @@
 //!
 //! A witness asks for the mark instead: how far the snapshot is, and the membership then. Nothing of a map travels to it.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -91,8 +91,8 @@ fn unexpected(reply: &Reply) -> LaneError {
 }
 
 /// Where a snapshot for one replica arrives. At most one at a time.
-#[derive(Default)]
-pub struct Inbox(Mutex<Arriving>);
+#[derive(Clone, Default)]
+pub struct Inbox(Arc<Mutex<Arriving>>);
 
 #[derive(Default)]
 enum Arriving {
@@ -131,6 +131,7 @@ impl Inbox {
         Ok(Reply::SnapshotHas { bytes_len: 0 })
     }
 
+    /// Blocking.
     pub fn write(&self, name: SnapshotName, offset: u64, chunk: &Bytes) -> Result<Reply, Refusal> {
         let mut arriving = self.lock();
         let Arriving::Some { name: known, receiver } = &mut *arriving else { return Err(not_arriving()) };

@@ -23,6 +23,7 @@ use super::witness::WitnessState;
 use crate::sm::ports::StoreError;
 use crate::sm::{kv, meta, requests};
 use crate::storage::ReplicaKey;
+use crate::storage::background;
 use crate::storage::snapshot::Snapshot;
 use crate::storage::state::{Applied, ReplicaState};
 
@@ -241,7 +242,10 @@ impl RaftStateMachine<Types> for StateMachine {
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, image: Image) -> io::Result<()> {
         let machine = self.machine.clone();
         let installed = tokio::task::spawn_blocking(move || match (&machine.keeps, &image) {
-            (Keeps::Map(state), Image::Map(snapshot)) => state.install(snapshot),
+            (Keeps::Map(state), Image::Map(snapshot)) => {
+                let filled = background::run("fill-map", || state.install(snapshot));
+                filled.unwrap_or_else(|source| Err(StoreError::Io { context: "installing a snapshot".into(), source }))
+            }
             (Keeps::Witness(state), Image::Mark(applied)) => state.install(applied),
             (Keeps::Map(_), Image::Mark(_)) | (Keeps::Witness(_), Image::Map(_)) => {
                 Err(StoreError::Damaged("a snapshot for another kind of replica was to be installed".into()))

@@ -1,6 +1,7 @@
 //! What is durable: the shared log and the snapshot files; and the map of each replica, a memtable over sled, which is rebuilt from them. Of a
 //! witness, which has no map, a file that says how far its log was applied.
 
+pub mod background;
 pub mod directory;
 pub mod disk;
 pub mod log;

@@ -60,6 +60,13 @@ pub struct Install {
     pub pairs: Vec<(Bytes, Option<Bytes>)>,
 }
 
+impl Install {
+    /// What it weighs: keys and values.
+    pub fn bytes(&self) -> usize {
+        self.pairs.iter().map(|(key, value)| key.len() + value.as_ref().map_or(0, Bytes::len)).sum()
+    }
+}
+
 /// How far an install is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {

@@ -29,6 +29,8 @@ const TRAILER_BYTES: usize = 1 + 8 + 16 + 8 + 4 + 4;
 const CRC_BYTES: usize = 4;
 const KIND_BLOCK: u8 = 1;
 const KIND_TRAILER: u8 = 2;
+/// A file syncs whenever so much of it is written: all at once at its end would hold up the syncs of the log, and so every write of the node.
+pub const UNSYNCED_BYTES_MAX: usize = 4 << 20;
 
 /// Largest body of a block with more than one pair: what a reader holds at once.
 pub const BLOCK_BYTES_MAX: usize = 256 << 10;
@@ -57,6 +59,8 @@ pub struct SnapshotWriter {
     file: Box<dyn DiskFile>,
     offset: u64,
     head_checksum: u32,
+    /// What was written since it was last made durable.
+    unsynced: usize,
     body: Vec<u8>,
     body_pairs: u32,
     digest: Digest,
@@ -75,7 +79,7 @@ impl SnapshotWriter {
         let head_checksum = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&head_checksum.to_le_bytes());
         let (body, digest, hasher) = (Vec::new(), Digest::default(), PairHasher::default());
-        let mut writer = Self { file, offset: 0, head_checksum, body, body_pairs: 0, digest, hasher };
+        let mut writer = Self { file, offset: 0, unsynced: 0, head_checksum, body, body_pairs: 0, digest, hasher };
         writer.append(&bytes)?;
         Ok(writer)
     }
@@ -109,8 +113,13 @@ impl SnapshotWriter {
         let file_bytes = self.offset + TRAILER_BYTES as u64;
         let trailer = Trailer { digest: self.digest, file_bytes, head_checksum: self.head_checksum };
         self.append(&encode_trailer(&trailer))?;
-        self.file.sync().map_err(|source| StoreError::Io { context: "syncing a snapshot file".into(), source })?;
+        self.sync()?;
         Ok((self.file, trailer))
+    }
+
+    fn sync(&mut self) -> Result<(), StoreError> {
+        self.unsynced = 0;
+        self.file.sync().map_err(|source| StoreError::Io { context: "syncing a snapshot file".into(), source })
     }
 
     fn write_block(&mut self) -> Result<(), StoreError> {
@@ -130,7 +139,8 @@ impl SnapshotWriter {
         let written = self.file.write_at(bytes, self.offset);
         written.map_err(|source| StoreError::Io { context: "writing a snapshot file".into(), source })?;
         self.offset += bytes.len() as u64;
-        Ok(())
+        self.unsynced += bytes.len();
+        if self.unsynced >= UNSYNCED_BYTES_MAX { self.sync() } else { Ok(()) }
     }
 }
 

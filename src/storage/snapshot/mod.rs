@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use self::files::SnapshotFiles;
-use self::format::{SnapshotHead, Trailer, Visit};
+use self::format::{SnapshotHead, Trailer, UNSYNCED_BYTES_MAX, Visit};
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::disk::DiskFile;
@@ -139,12 +139,13 @@ pub struct SnapshotReceiver {
     path: PathBuf,
     file: Option<Box<dyn DiskFile>>,
     bytes_len: u64,
+    unsynced: usize,
 }
 
 impl SnapshotReceiver {
     pub(crate) fn begin(files: &SnapshotFiles, key: ReplicaKey) -> Result<Self, StoreError> {
         let (path, file) = files.create_temporary(key)?;
-        Ok(Self { files: files.clone(), key, path, file: Some(file), bytes_len: 0 })
+        Ok(Self { files: files.clone(), key, path, file: Some(file), bytes_len: 0, unsynced: 0 })
     }
 
     /// How much has arrived: where a broken transfer goes on.
@@ -152,7 +153,7 @@ impl SnapshotReceiver {
         self.bytes_len
     }
 
-    /// Takes the next bytes. What arrives twice is passed over; a gap is an error.
+    /// Takes the next bytes. What arrives twice is passed over; a gap is an error. Blocking: now and then it syncs.
     pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
         let known = self.bytes_len.checked_sub(offset).ok_or_else(|| {
             let reason = format!("a snapshot chunk at {offset} was sent where {} was due", self.bytes_len);
@@ -165,6 +166,11 @@ impl SnapshotReceiver {
         {
             file.write_at(new, self.bytes_len).map_err(|source| files::io_error("writing", &self.path, source))?;
             self.bytes_len += new.len() as u64;
+            self.unsynced += new.len();
+            if self.unsynced >= UNSYNCED_BYTES_MAX {
+                self.unsynced = 0;
+                file.sync().map_err(|source| files::io_error("syncing", &self.path, source))?;
+            }
         }
         Ok(())
     }

@@ -128,6 +128,11 @@ impl ReplicaState {
         self.wait_until(|replica| replica.has_room()).await;
     }
 
+    /// Waits while many tables wait for the disk: before changes that can wait, so that others find room.
+    pub async fn wait_ample_room(&self) {
+        self.wait_until(|replica| replica.has_ample_room()).await;
+    }
+
     /// Freezes what is applied now, and waits until the log is durable through it. A snapshot built then holds at least that.
     pub async fn settle(&self) {
         let last = self.replica.freeze_rest();
@@ -269,6 +274,12 @@ impl Replica {
         let options = &self.shared.options;
         self.read_tables().frozen_bytes <= options.frozen_bytes_max
             && self.shared.frozen_bytes.get() <= options.node_bytes_max / 2
+    }
+
+    fn has_ample_room(&self) -> bool {
+        let options = &self.shared.options;
+        self.read_tables().frozen_bytes <= options.frozen_bytes_max / 4
+            && self.shared.frozen_bytes.get() <= options.node_bytes_max / 8
     }
 
     /// Whether the tables that wait for a snapshot scan have become too many.
