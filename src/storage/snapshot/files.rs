@@ -127,7 +127,37 @@ fn log_id_of(key: ReplicaKey, name: &str) -> Option<Option<LogId>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::sim_disk::SimDisk;
+    use crate::storage::snapshot::SnapshotReceiver;
+    use crate::storage::snapshot::format::{SnapshotHead, SnapshotWriter, UNSYNCED_BYTES_MAX};
+    use crate::storage::state::Applied;
     use crate::types::{GroupId, ReplicaId};
+
+    #[test]
+    fn a_large_file_is_synced_while_it_grows() {
+        let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(5) };
+        let disk = SimDisk::new(1);
+        let files = SnapshotFiles::open(Arc::new(disk.clone()), Path::new("/snapshots")).expect("opened");
+        let syncs = |before: u64| disk.counts().syncs - before;
+        let applied = Applied { log_id: Some(LogId { term: 1, index: 9 }), ..Applied::default() };
+        let (path, file) = files.create_temporary(key).expect("created");
+        let mut writer = SnapshotWriter::begin(file, &SnapshotHead { key, applied }).expect("begun");
+        let before = disk.counts().syncs;
+        for n in 0..3 * UNSYNCED_BYTES_MAX / 1024 {
+            writer.add(&n.to_be_bytes(), &[7; 1024]).expect("added");
+        }
+        assert!((2..=4).contains(&syncs(before)), "{} syncs of a file that grows", syncs(before));
+        writer.finish().expect("finished");
+
+        let bytes = disk.contents(&path).expect("it is there");
+        let mut receiver = SnapshotReceiver::begin(&files, key).expect("begun");
+        let before = disk.counts().syncs;
+        for (n, chunk) in bytes.chunks(512 << 10).enumerate() {
+            receiver.write_at((n as u64) * (512 << 10), chunk).expect("taken");
+        }
+        assert!((2..=4).contains(&syncs(before)), "{} syncs of a file that arrives", syncs(before));
+        assert_eq!(receiver.finish().expect("whole").trailer().digest.pairs, 3 * UNSYNCED_BYTES_MAX as u64 / 1024);
+    }
 
     #[test]
     fn file_names_name_one_replica_and_log_id() {

@@ -256,6 +256,24 @@ fn writers_wait_for_room_until_the_log_is_synced_and_tables_are_written() {
 }
 
 #[test]
+fn what_can_wait_finds_no_room_before_others_do() {
+    let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
+    let (store, mut checkpointer) = open(&MemTrees::new(), &disk);
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    let mut index = 0;
+    while state.wait_ample_room().now_or_never().is_some() {
+        index += 1;
+        let mut batch = WriteBatch::default();
+        batch.put(format!("k{index}"), vec![0; 1000]);
+        state.apply(batch, applied(index)).expect("applied");
+        assert!(index < 1000, "nothing bounds the tables");
+    }
+    assert!(state.wait_room().now_or_never().is_some(), "nothing is left for what cannot wait");
+    while checkpointer.pump() {}
+    assert!(state.wait_ample_room().now_or_never().is_some());
+}
+
+#[test]
 fn many_small_tables_are_written_down_before_they_fill_the_node() {
     let options = StateOptions { table_bytes_max: 1 << 20, frozen_bytes_max: 1 << 20, node_bytes_max: 400_000 };
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
