@@ -18,7 +18,7 @@ use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
 use crate::client::store::{Consistency, Options, Routing};
 use crate::raft::{Group, ProposeError};
-use crate::sm::kv::{self, Command, DestinationState, MoveOutcome, MoveStep, Progress, SourceState};
+use crate::sm::kv::{self, Command, DestinationState, MoveOutcome, MoveStep, Progress, Remaining, SourceState};
 use crate::sm::meta;
 use crate::sm::moves::{Budget, CLEAR_KEYS_MAX, Move, Side, Step, next_step};
 use crate::sm::ports::StoreError;
@@ -36,7 +36,7 @@ const BYTES_PER_MOVE: u64 = 8 << 20;
 const CHUNK_BYTES: usize = 128 << 10;
 /// With so little left to copy the slots are frozen: what one chunk carries in a few milliseconds.
 const FREEZE_BYTES_MAX: u64 = 64 << 10;
-/// Rounds of changes after which the slots are frozen whatever is left.
+/// When nothing but changes has been copied for so long, the slots are frozen whatever is left.
 const FREEZE_NOW_AFTER: Duration = Duration::from_secs(20);
 /// A freeze is given up after this: writes have waited.
 const FREEZE_TIME_MAX: Duration = Duration::from_secs(1);
@@ -47,7 +47,7 @@ const WAIT: Duration = Duration::from_millis(25);
 /// How long a chunk waits for the disk to have caught up with those before it.
 const AMPLE_ROOM_TIMEOUT: Duration = Duration::from_millis(500);
 /// A driver rests after a chunk for as long as that took, so that a machine that is busy already has at least half of its time for others;
-/// but no longer than this.
+/// but no longer than this. Not once only changes are left: they come in meanwhile.
 const REST_MAX: Duration = Duration::from_millis(500);
 /// After some of what moves have left over was deleted, it rests so much longer than that took. Nobody waits for it.
 const CLEAR_RESTS: u32 = 3;
@@ -147,7 +147,8 @@ impl From<ProposeError> for Hitch {
 
 /// What a driver remembers between two steps; losing it costs time, nothing else.
 struct Drive {
-    begun: Instant,
+    /// Since when only changes are left to copy.
+    catching_up: Option<Instant>,
     /// Since when nobody serves writes to the slots.
     frozen: Option<Instant>,
     /// What the destination answered just now.
@@ -194,7 +195,7 @@ impl Shared {
 
     /// Takes steps until the move has ended, or this replica leads no more.
     async fn drive(&self, group: &Group, of: &Move) {
-        let mut drive = Drive { begun: Instant::now(), frozen: None, destination: None };
+        let mut drive = Drive { catching_up: None, frozen: None, destination: None };
         loop {
             let hitch = match self.step(group, of, &mut drive).await {
                 Ok(true) => return,
@@ -220,7 +221,7 @@ impl Shared {
         let step = self.decide(group, of, drive).await?;
         let has_ended = self.take(group, of, &step, drive).await?;
         self.machine.stepped(Stepped::Moved { of, step: &step }).await;
-        if matches!(step, Step::Copy(_)) && drive.frozen.is_none() {
+        if matches!(step, Step::Copy(_)) && drive.catching_up.is_none() {
             tokio::time::sleep(begun.elapsed().min(REST_MAX)).await;
         }
         Ok(has_ended)
@@ -240,6 +241,9 @@ impl Shared {
             Some(_) | None => bytes::Bytes::new(),
         };
         let source = kv::source_state(&group.state().read(), of.id, &of.slots, &cursor)?;
+        if let SourceState::Copying(Remaining::Changes { .. }) = source {
+            drive.catching_up.get_or_insert_with(Instant::now);
+        }
         match &source {
             SourceState::Frozen(_) => drop(drive.frozen.get_or_insert_with(Instant::now)),
             SourceState::Released => {}
@@ -286,7 +290,7 @@ impl Shared {
         let view = self.member.view();
         Budget {
             freeze_bytes_max: FREEZE_BYTES_MAX,
-            freeze_now: drive.begun.elapsed() > FREEZE_NOW_AFTER,
+            freeze_now: drive.catching_up.is_some_and(|since| since.elapsed() > FREEZE_NOW_AFTER),
             freeze_overdue: drive.frozen.is_some_and(|since| since.elapsed() > FREEZE_TIME_MAX),
             give_up: of.slots.iter().all(|slot| view.targets.owner(*slot) != of.to),
         }
@@ -377,9 +381,15 @@ impl Shared {
         self.access.call(shard, body, options).await
     }
 
-    /// Deletes, step by step, what moves that have ended have left in the shard's map.
+    fn has_more_to_move(&self, shard: GroupId) -> bool {
+        let view = self.member.view();
+        view.moves.values().any(|open| open.from == shard) || view.astray().any(|slot| view.slots.owner(slot) == shard)
+    }
+
+    /// Deletes, step by step, what moves that have ended have left in the shard's map; until there is something to move again.
     async fn clear(&self, group: &Group) {
-        loop {
+        let shard = group.key().group;
+        while !self.has_more_to_move(shard) {
             let left = match kv::leftovers(&group.state().read()) {
                 Ok(left) => left,
                 Err(error) => return tracing::error!("the map of {} cannot be read: {error}", group.key()),
@@ -390,11 +400,11 @@ impl Shared {
             let begun = Instant::now();
             match group.propose_command(step, Instant::now() + STEP_TIMEOUT).await {
                 Ok(kv::Outcome::Moved(MoveOutcome::Cleared { .. })) => {
-                    self.machine.stepped(Stepped::Cleared { shard: group.key().group }).await;
+                    self.machine.stepped(Stepped::Cleared { shard }).await;
                     tokio::time::sleep((begun.elapsed() * CLEAR_RESTS).min(REST_MAX)).await;
                 }
-                Ok(other) => return tracing::debug!("shard {} keeps what move {id} left: {other:?}", group.key().group),
-                Err(error) => return tracing::debug!("shard {} keeps what move {id} left for now: {error}", group.key().group),
+                Ok(other) => return tracing::debug!("shard {shard} keeps what move {id} left: {other:?}"),
+                Err(error) => return tracing::debug!("shard {shard} keeps what move {id} left for now: {error}"),
             }
         }
     }
