@@ -6,7 +6,7 @@
 //!
 //! A witness asks for the mark instead: how far the snapshot is, and the membership then. Nothing of a map travels to it.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -113,7 +113,7 @@ enum Arriving {
 impl Inbox {
     /// Begins or goes on with a snapshot; another one that was arriving is given up.
     pub fn open(&self, state: &ReplicaState, name: SnapshotName) -> Result<Reply, Refusal> {
-        let mut arriving = self.lock();
+        let mut arriving = self.try_lock()?;
         match &*arriving {
             Arriving::Some { name: known, receiver } if *known == name => {
                 return Ok(Reply::SnapshotHas { bytes_len: receiver.bytes_len() });
@@ -172,7 +172,7 @@ impl Inbox {
         vote: Vote,
         spawn: impl FnOnce(SnapshotReceiver, InstallSender),
     ) -> Result<InstallResult, Refusal> {
-        let mut arriving = self.lock();
+        let mut arriving = self.try_lock()?;
         match std::mem::take(&mut *arriving) {
             Arriving::Some { name: known, receiver } if known == name && receiver.bytes_len() == name.bytes_len => {
                 let (sender, result) = watch::channel(None);
@@ -194,8 +194,17 @@ impl Inbox {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Arriving> {
+    fn lock(&self) -> MutexGuard<'_, Arriving> {
         self.0.lock().expect("no holder panics")
+    }
+
+    /// For a caller that must not block: a chunk may just be written, and wait for the disk.
+    fn try_lock(&self) -> Result<MutexGuard<'_, Arriving>, Refusal> {
+        match self.0.try_lock() {
+            Ok(arriving) => Ok(arriving),
+            Err(TryLockError::WouldBlock) => Err(Refusal::Busy),
+            Err(TryLockError::Poisoned(_)) => panic!("no holder panics"),
+        }
     }
 }
 

@@ -110,6 +110,7 @@ impl SledTrees {
     }
 
     fn new(db: sled::Db, path: &Path, options: &SledOptions) -> Self {
+        begin_io_threads(&db);
         let trust = Trust { db: db.clone(), lost: Arc::default() };
         Self { db, path: path.to_owned(), patience: options.patience, trust }
     }
@@ -154,6 +155,14 @@ type Opener = fn(&Path, u64) -> sled::Result<sled::Db>;
 fn open_database(path: &Path, cache_bytes: u64) -> sled::Result<sled::Db> {
     let config = sled::Config::new().path(path).cache_capacity(cache_bytes).mode(sled::Mode::HighThroughput);
     config.flush_every_ms(None).print_profile_on_drop(false).open()
+}
+
+/// sled starts its threads when it first writes, and they stay. They are to have the priority of this thread, and not that of one which steps
+/// back: everybody waits for them. What fails here fails at the next write too.
+fn begin_io_threads(db: &sled::Db) {
+    if let Err(error) = db.insert("opened", "").and_then(|_| db.flush()) {
+        tracing::warn!(%error, "the map database was not written to after it was opened");
+    }
 }
 
 /// Tries to open the database, in a thread that may never come back.

@@ -3,8 +3,9 @@
 //! Two locks, always taken in this order: the *pen* (whoever holds it writes the tree, or keeps others from writing it), then the
 //! tables. The shelf (the current snapshot) is taken last and never held while another is waited for.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::Instant;
 
 use super::digest::PairHasher;
@@ -44,6 +45,8 @@ pub(super) struct Replica {
     none_waiting: Condvar,
     /// A checkpoint of it is queued.
     queued: AtomicBool,
+    /// One found the pen taken: whoever gives it back queues another.
+    passed_over: AtomicBool,
     /// Why nothing more is applied. Final.
     failure: OnceLock<String>,
     opened: Opened,
@@ -56,6 +59,36 @@ pub(super) struct Pen {
     pub record: TreeRecord,
     /// Opened by the first checkpoint.
     redo: Option<RedoFile>,
+}
+
+/// The pen, in somebody's hand. A checkpoint that came by meanwhile is queued again afterwards.
+pub(super) struct HeldPen<'a> {
+    /// None once it is given back.
+    pen: Option<MutexGuard<'a, Pen>>,
+    replica: &'a Arc<Replica>,
+}
+
+impl Deref for HeldPen<'_> {
+    type Target = Pen;
+
+    fn deref(&self) -> &Pen {
+        self.pen.as_deref().expect("it is held until the end")
+    }
+}
+
+impl DerefMut for HeldPen<'_> {
+    fn deref_mut(&mut self) -> &mut Pen {
+        self.pen.as_deref_mut().expect("it is held until the end")
+    }
+}
+
+impl Drop for HeldPen<'_> {
+    fn drop(&mut self) {
+        self.pen = None;
+        if self.replica.passed_over.swap(false, Ordering::AcqRel) {
+            self.replica.queue();
+        }
+    }
 }
 
 impl ReplicaState {
@@ -71,6 +104,7 @@ impl ReplicaState {
             waiting: Mutex::new(0),
             none_waiting: Condvar::new(),
             queued: AtomicBool::new(false),
+            passed_over: AtomicBool::new(false),
             failure: OnceLock::new(),
             opened,
             _claim: claim,
@@ -221,7 +255,7 @@ impl Replica {
     }
 
     /// The pen, after those who want it more.
-    pub fn lock_pen_last(&self) -> MutexGuard<'_, Pen> {
+    pub fn lock_pen_last(self: &Arc<Self>) -> HeldPen<'_> {
         let waiting = self.waiting.lock().expect("no holder panics");
         let none = self.none_waiting.wait_while(waiting, |waiting| *waiting > 0).expect("no holder panics");
         drop(none);
@@ -229,7 +263,7 @@ impl Replica {
     }
 
     /// The pen, before a snapshot scan that holds it: the scan gives up.
-    pub fn lock_pen_first(&self) -> MutexGuard<'_, Pen> {
+    pub fn lock_pen_first(self: &Arc<Self>) -> HeldPen<'_> {
         *self.waiting.lock().expect("no holder panics") += 1;
         let pen = self.lock_pen();
         *self.waiting.lock().expect("no holder panics") -= 1;
@@ -241,8 +275,22 @@ impl Replica {
         *self.waiting.lock().expect("no holder panics") > 0
     }
 
-    fn lock_pen(&self) -> MutexGuard<'_, Pen> {
-        self.pen.lock().expect("no holder of the pen panics")
+    fn lock_pen(self: &Arc<Self>) -> HeldPen<'_> {
+        HeldPen { pen: Some(self.pen.lock().expect("no holder of the pen panics")), replica: self }
+    }
+
+    /// The pen, if nobody has it. Else whoever has it queues a checkpoint when it is given back.
+    fn try_lock_pen(self: &Arc<Self>) -> Option<HeldPen<'_>> {
+        let free = || match self.pen.try_lock() {
+            Ok(pen) => Some(HeldPen { pen: Some(pen), replica: self }),
+            Err(TryLockError::WouldBlock) => None,
+            Err(TryLockError::Poisoned(_)) => panic!("no holder of the pen panics"),
+        };
+        free().or_else(|| {
+            self.passed_over.store(true, Ordering::Release);
+            // It may have been given back just before that was said.
+            free()
+        })
     }
 
     /// An error if the replica has stopped.
@@ -342,10 +390,11 @@ impl Replica {
         }
     }
 
-    /// Does the queued checkpoint.
-    pub fn checkpoint(&self) {
+    /// Does the queued checkpoint, unless another has the pen: there is one thread for the checkpoints of all replicas, which waits for none
+    /// of them.
+    pub fn checkpoint(self: &Arc<Self>) {
         self.queued.store(false, Ordering::Release);
-        let mut pen = self.lock_pen();
+        let Some(mut pen) = self.try_lock_pen() else { return };
         // Its caller can do nothing about an error; the next apply meets it.
         let _ = self.checkpoint_ready(&mut pen);
     }

@@ -277,3 +277,27 @@ fn an_installed_snapshot_is_the_whole_map_and_survives_at_once() {
         assert!(to.current_snapshot().is_some());
     }
 }
+
+/// There is one checkpointer for all replicas of a node.
+#[test]
+fn a_replica_whose_tree_is_in_use_holds_up_no_other_and_gets_its_checkpoint_afterwards() {
+    let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
+    let (store, mut checkpointer) = open(&MemTrees::new(), &disk);
+    let other_key = ReplicaKey { replica: ReplicaId(6), ..KEY };
+    let busy = store.replica(KEY, TestLog::durable()).expect("opened");
+    let other = store.replica(other_key, TestLog::durable()).expect("opened");
+    let pen = busy.replica.lock_pen_first();
+    for state in [&busy, &other] {
+        let mut batch = WriteBatch::default();
+        batch.put("k", vec![0; 5000]);
+        state.apply(batch, applied(1)).expect("applied");
+        assert!(state.bytes().frozen > 0, "a checkpoint is due");
+    }
+    // In this thread: if it waited for the pen, it would for ever.
+    while checkpointer.pump() {}
+    assert_eq!(other.bytes().frozen, 0);
+    assert!(busy.bytes().frozen > 0, "its tree was written to by two");
+    drop(pen);
+    while checkpointer.pump() {}
+    assert_eq!(busy.bytes().frozen, 0);
+}
