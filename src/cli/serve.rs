@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::node_flags::Arguments;
 use super::signals;
-use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest, SetUpError};
+use crate::client::peer::{Announcement, Hosting, Identity, PromiseReply, PromiseRequest, SetUpError};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::http::metrics::Kind;
@@ -174,8 +174,8 @@ impl PeerService for Face {
         Box::pin(self.node.promise(request))
     }
 
-    fn replicas(&self) -> Vec<HostedReplica> {
-        self.node.hosted()
+    fn hosting(&self) -> Hosting {
+        self.node.hosting()
     }
 
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>> {
@@ -186,7 +186,7 @@ impl PeerService for Face {
         self.node.invited(members);
     }
 
-    fn announce(&self, command: meta::Command) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
-        Box::pin(self.node.announce(command))
+    fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
+        Box::pin(self.node.announce(announcement))
     }
 }

@@ -1,6 +1,6 @@
 //! What nodes ask each other before they have a group in common: who are you, and do you promise to be founded by me.
 //!
-//! JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`,
+//! An address may have changed hands, so whatever counts says whose it is: the cluster, or the directory. JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`,
 //! `POST /peer/invite`.
 
 use std::time::Duration;
@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::sm::meta;
-use crate::sm::view::View;
+use crate::sm::view::{Node, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 /// What a node says of itself.
@@ -55,6 +55,21 @@ pub enum PromiseReply {
     },
 }
 
+/// What a node tells the meta group of its cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announcement {
+    pub cluster: ClusterId,
+    pub command: meta::Command,
+}
+
+/// What a node says of its replicas.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hosting {
+    /// Whose replicas they are.
+    pub directory: DirectoryId,
+    pub replicas: Vec<HostedReplica>,
+}
+
 /// What one node says of each replica that it hosts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostedReplica {
@@ -82,6 +97,8 @@ pub enum PeerError {
     },
     #[error("{address} answered {status}: is it a quorate node?")]
     Status { address: Address, status: u16 },
+    #[error("another node has the address {address} now")]
+    AnotherNode { address: Address },
 }
 
 /// Why the HTTP client can't be set up.
@@ -117,23 +134,35 @@ impl PeerCaller {
         self.answer(address, self.http.post(format!("http://{address}/peer/promise")).json(request).timeout(timeout)).await
     }
 
-    pub async fn replicas(&self, address: &Address, timeout: Duration) -> Result<Vec<HostedReplica>, PeerError> {
-        self.answer(address, self.http.get(format!("http://{address}/peer/replicas")).timeout(timeout)).await
+    /// Asks the node with this directory for its replicas.
+    pub async fn replicas(&self, node: &Node, timeout: Duration) -> Result<Vec<HostedReplica>, PeerError> {
+        let address = &node.address;
+        let hosting: Hosting =
+            self.answer(address, self.http.get(format!("http://{address}/peer/replicas")).timeout(timeout)).await?;
+        if hosting.directory != node.directory {
+            return Err(PeerError::AnotherNode { address: address.clone() });
+        }
+        Ok(hosting.replicas)
     }
 
-    /// Asks the node that leads the meta group for the view as it is now, not as it may have been.
-    pub async fn view(&self, address: &Address, timeout: Duration) -> Result<View, PeerError> {
-        self.answer(address, self.http.get(format!("http://{address}/peer/view")).timeout(timeout)).await
+    /// Asks the node that leads the meta group of the cluster for the view as it is now, not as it may have been.
+    pub async fn view(&self, address: &Address, cluster: ClusterId, timeout: Duration) -> Result<View, PeerError> {
+        let view: View = self.answer(address, self.http.get(format!("http://{address}/peer/view")).timeout(timeout)).await?;
+        if view.cluster != cluster {
+            return Err(PeerError::AnotherNode { address: address.clone() });
+        }
+        Ok(view)
     }
 
     /// Asks the node that leads the meta group to apply an announcement.
     pub async fn announce(
         &self,
         address: &Address,
-        command: &meta::Command,
+        announcement: &Announcement,
         timeout: Duration,
     ) -> Result<meta::Outcome, PeerError> {
-        self.answer(address, self.http.post(format!("http://{address}/peer/announce")).json(command).timeout(timeout)).await
+        let post = self.http.post(format!("http://{address}/peer/announce")).json(announcement);
+        self.answer(address, post.timeout(timeout)).await
     }
 
     /// Tells a node that waits whom to ask: a view names it.

@@ -14,12 +14,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use http::HeaderValue;
+use http::header::CONNECTION;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
@@ -42,6 +44,10 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Waits after a failed accept. The usual cause is that file descriptors ran out, which only time cures.
 const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One that is idle may be used again just then, and
+/// its client could not tell whether that request was done if it were closed: so it is closed only after this.
+const IDLE_KEPT_FOR: Duration = Duration::from_millis(300);
 
 /// hyper refuses to buffer less than this.
 const BUFFER_BYTES_MIN: usize = 8 << 10;
@@ -313,20 +319,30 @@ async fn serve_connection(
     shutdown: CancellationToken,
     first_request: Duration,
 ) {
-    let spoke = Arc::new(AtomicBool::new(false));
+    let (spoke, may_be_reused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let service = {
-        let spoke = Arc::clone(&spoke);
+        let (spoke, may_be_reused, shutdown) = (Arc::clone(&spoke), Arc::clone(&may_be_reused), shutdown.clone());
         service_fn(move |request: http::Request<hyper::body::Incoming>| {
             spoke.store(true, Ordering::Relaxed);
-            let mut router = router.clone();
-            async move { Ok::<_, Infallible>(router.call(request).await.unwrap_or_else(|never| match never {})) }
+            // HTTP/2 has a word for a connection that takes no more requests.
+            let is_old = request.version() <= http::Version::HTTP_11;
+            may_be_reused.store(is_old, Ordering::Relaxed);
+            let (mut router, shutdown) = (router.clone(), shutdown.clone());
+            async move {
+                let mut response = router.call(request).await.unwrap_or_else(|never| match never {});
+                if is_old && shutdown.is_cancelled() {
+                    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, Infallible>(response)
+            }
         })
     };
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     // hyper's own timeout does not run until it knows which version of HTTP is spoken.
     let mut silence = pin!(sleep(first_request));
     let mut stop = pin!(shutdown.cancelled());
-    let (mut waiting, mut stopping) = (true, false);
+    let mut last_use = pin!(sleep(IDLE_KEPT_FOR));
+    let (mut waiting, mut stopping, mut lingers) = (true, false, false);
     loop {
         tokio::select! {
             biased;
@@ -338,6 +354,15 @@ async fn serve_connection(
             }
             () = stop.as_mut(), if !stopping => {
                 stopping = true;
+                if may_be_reused.load(Ordering::Relaxed) {
+                    lingers = true;
+                    last_use.as_mut().reset(Instant::now() + IDLE_KEPT_FOR);
+                } else {
+                    connection.as_mut().graceful_shutdown();
+                }
+            }
+            () = last_use.as_mut(), if lingers => {
+                lingers = false;
                 connection.as_mut().graceful_shutdown();
             }
             () = silence.as_mut(), if waiting => {

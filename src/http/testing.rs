@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, router};
-use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest, Standing};
+use crate::client::peer::{Announcement, Hosting, Identity, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::*;
@@ -534,12 +534,12 @@ impl PeerService for Echo {
         Box::pin(ready(PromiseReply::Refused { reason: format!("not to {}", request.founder_address) }))
     }
 
-    fn replicas(&self) -> Vec<HostedReplica> {
-        vec![]
+    fn hosting(&self) -> Hosting {
+        Hosting { directory: identity().directory, replicas: vec![] }
     }
 
-    fn announce(&self, command: meta::Command) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
-        Box::pin(ready(match command {
+    fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
+        Box::pin(ready(match announcement.command {
             meta::Command::Announce { .. } => Ok(meta::Outcome::Done),
             _ => Err(Failure::Unavailable { reason: "not the meta leader".into(), retry_after_ms: 1 }),
         }))

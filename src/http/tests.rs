@@ -11,8 +11,9 @@ use tokio::net::TcpStream;
 
 use super::testing::{Site, identity, request};
 use super::{Limits, NotReady};
-use crate::client::peer::{PeerCaller, PromiseReply, PromiseRequest, Standing};
+use crate::client::peer::{Announcement, PeerCaller, PeerError, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
+use crate::sm::view::Node;
 use crate::sm::{codec, meta};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId};
 
@@ -213,6 +214,21 @@ async fn a_stopping_server_cuts_what_does_not_end() {
 }
 
 #[tokio::test]
+async fn a_stopping_server_still_answers_on_a_connection_in_use_and_says_that_it_is_the_last_time() {
+    let site = Site::start().await;
+    let mut wire = site.connect().await;
+    wire.send(&request("GET /healthz", b"")).await;
+    assert_eq!(wire.reply().await.header("connection"), "");
+    site.begin_stop();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    wire.send(&request("GET /healthz", b"")).await;
+    let last = wire.reply().await;
+    assert_eq!((last.status, last.header("connection")), (200, "close"));
+    assert_eq!(wire.rest().await, "");
+    site.stop().await;
+}
+
+#[tokio::test]
 async fn peers_ask_in_json_and_frames() {
     let site = Site::start().await;
     let address: Address = site.address.to_string().parse().expect("an address");
@@ -221,13 +237,19 @@ async fn peers_ask_in_json_and_frames() {
     let request = PromiseRequest { view: vec![], founder: DirectoryId(1), founder_address: address.clone() };
     let refused = PromiseReply::Refused { reason: format!("not to {address}") };
     assert_eq!(caller.promise(&address, &request, wait).await.expect("an answer"), refused);
-    assert_eq!(caller.replicas(&address, wait).await.expect("an answer"), []);
-    let announce = meta::Command::Announce { node: NodeId(1), directory: DirectoryId(5), address, public_address: None };
-    let announced = site.post_json("/peer/announce", serde_json::to_value(&announce).expect("JSON")).await;
+    let node = |directory| Node { address: address.clone(), public_address: None, directory };
+    assert_eq!(caller.replicas(&node(identity().directory), wait).await.expect("an answer"), []);
+    // Somebody else's are not taken for those of the node that had the address.
+    let stranger = caller.replicas(&node(DirectoryId(6)), wait).await;
+    assert!(matches!(&stranger, Err(PeerError::AnotherNode { address: told }) if *told == address), "{stranger:?}");
+    let announce = |command| serde_json::to_value(Announcement { cluster: ClusterId(7), command }).expect("JSON");
+    let command =
+        meta::Command::Announce { node: NodeId(1), directory: DirectoryId(5), address: address.clone(), public_address: None };
+    let announced = site.post_json("/peer/announce", announce(command)).await;
     assert_eq!((announced.status, announced.text().as_str()), (200, "\"Done\""));
     let Standing::Member { view } = identity().standing else { unreachable!("it is a member's") };
-    let found = serde_json::to_value(meta::Command::Found { view }).expect("JSON");
-    assert_eq!(site.post_json("/peer/announce", found).await.verdict(), (503, "unavailable".into()));
+    let found = meta::Command::Found { view };
+    assert_eq!(site.post_json("/peer/announce", announce(found)).await.verdict(), (503, "unavailable".into()));
     for bad in ["", "{", "1", "{}"] {
         assert_eq!(site.ask("POST /peer/promise", bad).await.verdict(), (400, "invalid_body".into()), "{bad}");
         assert_eq!(site.ask("POST /peer/announce", bad).await.verdict(), (400, "invalid_body".into()), "{bad}");

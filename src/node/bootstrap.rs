@@ -340,6 +340,16 @@ mod tests {
     }
 
     #[test]
+    fn a_retired_node_knows_where_it_belonged_and_tells_others() {
+        let mut actors = actors(2);
+        let members = vec![address(8), address(9)];
+        actors[1].stamp = Stamp::Retired { cluster: ClusterId(7), node: NodeId(3), members: members.clone() };
+        let spare = Step::Wait(Waiting::Spare { cluster: Some(ClusterId(7)), members });
+        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| false)), spare, "by itself");
+        assert_eq!(next_step(actors[0].own(), &heard(&actors, 0, |_| true)), spare, "a fresh node that hears of nobody else");
+    }
+
+    #[test]
     fn a_lost_disk_waits_and_a_stranger_is_a_spare() {
         let mut actors = actors(3);
         let view = Box::new(found(&actors));

@@ -82,8 +82,7 @@ impl Janitor {
 
     fn complain(&mut self, witness: &Witness) {
         let (key, bytes) = (witness.key(), witness.log_bytes());
-        let is_new = self.complained.get(&key).is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY);
-        if bytes > WITNESS_LOG_BYTES_MAX && is_new {
+        if is_to_be_told(bytes, self.complained.get(&key).map(Instant::elapsed)) {
             tracing::warn!(
                 "witness {key} keeps {} MiB of log for a replica that has been away for long: bring its node back, or replace it",
                 bytes >> 20
@@ -123,6 +122,11 @@ fn let_go(status: &GroupStatus, purgeable: Option<u64>) -> Step {
     }
 }
 
+/// Whether somebody is to be told, again, of so large a log of a witness. `last`: how long ago somebody was.
+fn is_to_be_told(bytes: u64, last: Option<Duration>) -> bool {
+    bytes > WITNESS_LOG_BYTES_MAX && last.is_none_or(|ago| ago >= COMPLAIN_EVERY)
+}
+
 /// Whether the log since the last snapshot, in bytes, outweighs that snapshot.
 fn is_due(log_bytes: u64, snapshot_bytes: u64) -> bool {
     log_bytes > snapshot_bytes.clamp(LOG_BYTES_FLOOR, LOG_BYTES_CEILING)
@@ -143,6 +147,14 @@ mod tests {
         assert!(!is_due(100 << 20, 200 << 20));
         assert!(is_due(201 << 20, 200 << 20));
         assert!(is_due(LOG_BYTES_CEILING + 1, 1 << 40));
+    }
+
+    #[test]
+    fn a_large_log_of_a_witness_is_told_of_now_and_then() {
+        assert!(!is_to_be_told(WITNESS_LOG_BYTES_MAX, None));
+        assert!(is_to_be_told(WITNESS_LOG_BYTES_MAX + 1, None));
+        assert!(!is_to_be_told(WITNESS_LOG_BYTES_MAX + 1, Some(COMPLAIN_EVERY - Duration::from_secs(1))));
+        assert!(is_to_be_told(WITNESS_LOG_BYTES_MAX + 1, Some(COMPLAIN_EVERY)));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::move_counters::MoveCounters;
 use crate::client::call::ShardCaller;
-use crate::client::peer::{HostedReplica, PeerCaller, PeerError};
+use crate::client::peer::{Announcement, HostedReplica, PeerCaller, PeerError};
 use crate::client::protocol::{ClusterStatus, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::Failure;
@@ -166,7 +166,10 @@ impl Member {
     pub fn peer_for(&self, shard: GroupId) -> Option<PeerPlace> {
         let map = self.map();
         let place = map.shard(shard)?;
-        let local_leader = self.registry.get(shard).and_then(|group| group.status().leader);
+        // A replica on its way out is told nothing any more, also not who leads.
+        let here = self.view().replica_on(shard, self.node);
+        let local = self.registry.get(shard).filter(|group| here == Some(group.key().replica));
+        let local_leader = local.and_then(|group| group.status().leader);
         let hints = self.hints.lock().expect("no holder panics");
         let hint = hints.get(&shard);
         let hinted = hint.and_then(|hint| hint.leader);
@@ -233,7 +236,8 @@ impl Member {
             };
         }
         let leader = self.leader_of(&meta)?;
-        self.peers.announce(&leader, &command, timeout).await.map_err(|error| match error {
+        let announcement = Announcement { cluster: self.cluster, command };
+        self.peers.announce(&leader, &announcement, timeout).await.map_err(|error| match error {
             PeerError::NoAnswer { source, .. } if source.is_connect() => unavailable(source.to_string()),
             error => Failure::Unknown { reason: error.to_string() },
         })
@@ -250,7 +254,7 @@ impl Member {
             return read_view_now(&meta, Instant::now() + timeout).await;
         }
         let leader = self.leader_of(&meta)?;
-        self.peers.view(&leader, timeout).await.map_err(|error| unavailable(error.to_string()))
+        self.peers.view(&leader, self.cluster, timeout).await.map_err(|error| unavailable(error.to_string()))
     }
 
     fn meta(&self) -> Result<Arc<Group>, Failure> {
@@ -283,7 +287,7 @@ impl Member {
             if *id == self.node {
                 return (*id, Some(self.hosted()));
             }
-            (*id, self.peers.replicas(&node.address, STATUS_TIMEOUT).await.ok())
+            (*id, self.peers.replicas(node, STATUS_TIMEOUT).await.ok())
         });
         let answers: HashMap<NodeId, Option<Vec<HostedReplica>>> = join_all(asked).await.into_iter().collect();
         let status = self.describe(&view, &answers);

@@ -15,6 +15,8 @@ use crate::client::peer::HostedReplica;
 use crate::raft::Group;
 use crate::sm::membership::{Observed, Step, next_step};
 use crate::sm::meta;
+#[cfg(test)]
+use crate::sm::view::Reported;
 use crate::sm::view::{self, View};
 use crate::types::{Address, GroupId, NodeId, ReplicaId};
 
@@ -198,8 +200,9 @@ impl Shared {
         if node == self.member.node {
             return Ok(());
         }
-        let address = view.nodes.get(&node).map(|node| &node.address).ok_or("the node is not in the view")?;
-        let hosted = self.member.peers.replicas(address, ASK_TIMEOUT).await.map_err(|error| error.to_string())?;
+        let there = view.nodes.get(&node).ok_or("the node is not in the view")?;
+        let address = &there.address;
+        let hosted = self.member.peers.replicas(there, ASK_TIMEOUT).await.map_err(|error| error.to_string())?;
         if hosted.iter().any(|held: &HostedReplica| held.group == group && held.replica == replica) {
             return Ok(());
         }
@@ -212,6 +215,15 @@ impl Shared {
 
 #[cfg(test)]
 impl Memberships {
+    /// Reports the members of a group as a leader that goes by `view` does.
+    pub async fn report(&self, view: &View, group: GroupId) -> Result<(), String> {
+        let led = self.shared.member.registry.get(group).ok_or("it is not open here")?;
+        let of = view.groups.get(&group).ok_or("the view has no such group")?;
+        let observed = self.shared.observe(of, &led).ok_or("the membership is unknown")?;
+        let reported = Reported { log_id: observed.log_id, voters: observed.voters, learners: observed.learners };
+        self.shared.take(view, of, &led, Step::Report(reported)).await
+    }
+
     /// Adds a replica as a leader that goes by `view` does.
     pub async fn add(&self, view: &View, group: GroupId, replica: ReplicaId) -> Result<(), String> {
         let led = self.shared.member.registry.get(group).ok_or("it is not open here")?;

@@ -4,9 +4,10 @@
 //! that another could not find out, so a new leader of the source takes a move up at any point, and two drivers do no harm.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -36,7 +37,7 @@ const BYTES_PER_MOVE: u64 = 8 << 20;
 const CHUNK_BYTES: usize = 128 << 10;
 /// With so little left to copy the slots are frozen: what one chunk carries in a few milliseconds.
 const FREEZE_BYTES_MAX: u64 = 64 << 10;
-/// When nothing but changes has been copied for so long, the slots are frozen whatever is left.
+/// When nothing but changes has been copied for so long, the slots are frozen with a little more left.
 const FREEZE_NOW_AFTER: Duration = Duration::from_secs(20);
 /// A freeze is given up after this: writes have waited.
 const FREEZE_TIME_MAX: Duration = Duration::from_secs(1);
@@ -49,17 +50,17 @@ const AMPLE_ROOM_TIMEOUT: Duration = Duration::from_millis(500);
 /// A driver rests after a chunk for as long as that took, so that a machine that is busy already has at least half of its time for others;
 /// but no longer than this. Not once only changes are left: they come in meanwhile.
 const REST_MAX: Duration = Duration::from_millis(500);
+/// Moves of a node that copy, or rest from it, at once. The others wait with their chunks, but not with what is left of them after the pairs.
+const COPYING_MAX: usize = 2;
 /// After some of what moves have left over was deleted, it rests so much longer than that took. Nobody waits for it.
 const CLEAR_RESTS: u32 = 3;
-/// After a move that was aborted, this shard opens no other for so long.
-const PAUSE_AFTER_ABORT: Duration = Duration::from_secs(1);
+/// After a move that was aborted, this shard opens no other for so long; nor deletes it more, after a deletion that failed.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// Opens and drives the moves of the shards that this node leads.
 pub struct Migrator {
     shared: Arc<Shared>,
     chores: Chores,
-    /// In which term nothing was left over in a shard's map from moves that have ended.
-    clean: BTreeMap<GroupId, u64>,
     /// The shards with slots that should be elsewhere, by the view of this version: looked up once per view, not per shard and tick.
     sources: (MapVersion, BTreeSet<GroupId>),
     /// The shards that moves under way go to, by that view.
@@ -72,13 +73,23 @@ struct Shared {
     access: Access,
     /// Shards that open no move before this.
     not_before: Mutex<BTreeMap<GroupId, Instant>>,
+    /// In which term nothing was left over in a shard's map from moves that have ended.
+    clean: Mutex<BTreeMap<GroupId, u64>>,
+    copying: Semaphore,
 }
 
 impl Migrator {
     pub fn new(member: Arc<Member>, machine: Arc<dyn Machine>) -> Self {
         let (access, chores) = (Access::new(member.clone()), Chores::new(&member, TICK));
-        let shared = Arc::new(Shared { member, machine, access, not_before: Mutex::default() });
-        Self { shared, chores, clean: BTreeMap::new(), sources: Default::default(), destinations: BTreeSet::new() }
+        let shared = Shared {
+            member,
+            machine,
+            access,
+            not_before: Mutex::default(),
+            clean: Mutex::default(),
+            copying: Semaphore::new(COPYING_MAX),
+        };
+        Self { shared: Arc::new(shared), chores, sources: Default::default(), destinations: BTreeSet::new() }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -89,7 +100,7 @@ impl Migrator {
                 // A move that was taken back leaves something at its destination.
                 let destinations = view.moves.values().map(|open| open.to).collect();
                 for shard in std::mem::replace(&mut self.destinations, destinations) {
-                    self.clean.remove(&shard);
+                    self.shared.lock_clean().remove(&shard);
                 }
             }
             for group in self.shared.member.registry.groups() {
@@ -109,14 +120,17 @@ impl Migrator {
         let shared = self.shared.clone();
         if let Some((move_id, open)) = open {
             let of = Move { id: *move_id, slots: open.slots.clone(), from: open.from, to: open.to };
-            self.clean.remove(&id);
+            shared.lock_clean().remove(&id);
             self.chores.begin(id, async move { shared.drive(&group, &of).await });
         } else if self.sources.1.contains(&id) && shared.may_open(id) {
-            self.clean.remove(&id);
+            shared.lock_clean().remove(&id);
             self.chores.begin(id, async move { shared.open(&group).await });
-        } else if self.clean.get(&id) != Some(&term) {
-            self.clean.insert(id, term);
-            self.chores.begin(id, async move { shared.clear(&group).await });
+        } else if shared.lock_clean().get(&id) != Some(&term) {
+            self.chores.begin(id, async move {
+                if shared.clear(&group).await {
+                    shared.lock_clean().insert(id, term);
+                }
+            });
         }
     }
 }
@@ -161,8 +175,12 @@ impl Shared {
         not_before.get(&shard).is_none_or(|until| Instant::now() >= *until)
     }
 
+    fn lock_clean(&self) -> MutexGuard<'_, BTreeMap<GroupId, u64>> {
+        self.clean.lock().expect("no holder panics")
+    }
+
     fn pause(&self, shard: GroupId) {
-        self.not_before.lock().expect("no holder panics").insert(shard, Instant::now() + PAUSE_AFTER_ABORT);
+        self.not_before.lock().expect("no holder panics").insert(shard, Instant::now() + PAUSE_AFTER_FAILURE);
     }
 
     /// Opens a move of slots that should be elsewhere.
@@ -219,12 +237,23 @@ impl Shared {
     async fn step(&self, group: &Group, of: &Move, drive: &mut Drive) -> Result<bool, Hitch> {
         let begun = Instant::now();
         let step = self.decide(group, of, drive).await?;
+        let waits_for_none = drive.catching_up.is_none() && drive.frozen.is_none();
+        let turn = match &step {
+            Step::Copy(_) | Step::Clear if waits_for_none => Some(self.turn().await?),
+            _ => None,
+        };
+        let waited = begun.elapsed();
         let has_ended = self.take(group, of, &step, drive).await?;
         self.machine.stepped(Stepped::Moved { of, step: &step }).await;
-        if matches!(step, Step::Copy(_)) && drive.catching_up.is_none() {
-            tokio::time::sleep(begun.elapsed().min(REST_MAX)).await;
+        if turn.is_some() {
+            tokio::time::sleep((begun.elapsed() - waited).min(REST_MAX)).await;
         }
         Ok(has_ended)
+    }
+
+    /// Waits until this driver may burden the node.
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, Hitch> {
+        self.copying.acquire().await.map_err(|_| Hitch::NotLeader)
     }
 
     async fn decide(&self, group: &Group, of: &Move, drive: &mut Drive) -> Result<Step, Hitch> {
@@ -258,13 +287,15 @@ impl Shared {
             Step::Copy(progress) => self.copy(group, of, progress, drive).await?,
             Step::Complete { chunk } => self.complete(group, of, *chunk, drive).await?,
             Step::Commit => {
-                let has_ended = self.end(of, meta::Command::CommitMove { id: of.id }).await?;
-                self.member.moves.count_move(of.slots.len());
-                return Ok(has_ended);
+                if self.end(of, meta::Command::CommitMove { id: of.id }).await? {
+                    self.member.moves.count_move(of.slots.len());
+                }
+                return Ok(true);
             }
             Step::End => {
                 self.pause(of.from);
-                return self.end(of, meta::Command::AbortMove { id: of.id }).await;
+                self.end(of, meta::Command::AbortMove { id: of.id }).await?;
+                return Ok(true);
             }
             Step::Over => return Ok(true),
             Step::Wait(reason) => return Err(Hitch::Later(format!("{reason:?}"))),
@@ -351,18 +382,18 @@ impl Shared {
         Ok(())
     }
 
+    /// Has the meta group end the move. False: it had ended before.
     async fn end(&self, of: &Move, command: meta::Command) -> Result<bool, Hitch> {
         let known = self.member.view().version;
-        match self.member.tell_meta(command, STEP_TIMEOUT).await {
-            Ok(meta::Outcome::Done | meta::Outcome::Rejected(meta::Rejection::NoSuchMove(_))) => {
-                let (id, slots, to) = (of.id, of.slots.len(), of.to);
-                tracing::debug!("move {id} of {slots} slots to shard {to} has ended");
-                self.member.wait_for_map(known).await;
-                Ok(true)
-            }
-            Ok(other) => Err(Hitch::Later(format!("the meta group answered {other:?}"))),
-            Err(failure) => Err(Hitch::Later(failure.to_string())),
-        }
+        let is_news = match self.member.tell_meta(command, STEP_TIMEOUT).await {
+            Ok(meta::Outcome::Done) => true,
+            Ok(meta::Outcome::Rejected(meta::Rejection::NoSuchMove(_))) => false,
+            Ok(other) => return Err(Hitch::Later(format!("the meta group answered {other:?}"))),
+            Err(failure) => return Err(Hitch::Later(failure.to_string())),
+        };
+        tracing::debug!("move {} of {} slots to shard {} has ended", of.id, of.slots.len(), of.to);
+        self.member.wait_for_map(known).await;
+        Ok(is_news)
     }
 
     /// What the destination says that it has of the move.
@@ -386,15 +417,19 @@ impl Shared {
         view.moves.values().any(|open| open.from == shard) || view.astray().any(|slot| view.slots.owner(slot) == shard)
     }
 
-    /// Deletes, step by step, what moves that have ended have left in the shard's map; until there is something to move again.
-    async fn clear(&self, group: &Group) {
+    /// Deletes, step by step, what moves that have ended have left in the shard's map; until there is something to move again. True:
+    /// nothing is left that this replica could delete.
+    async fn clear(&self, group: &Group) -> bool {
         let shard = group.key().group;
-        while !self.has_more_to_move(shard) {
+        while group.leads() && !self.has_more_to_move(shard) {
             let left = match kv::leftovers(&group.state().read()) {
                 Ok(left) => left,
-                Err(error) => return tracing::error!("the map of {} cannot be read: {error}", group.key()),
+                Err(error) => {
+                    tracing::error!("the map of {} cannot be read: {error}", group.key());
+                    return true;
+                }
             };
-            let Some((id, slots)) = left else { return };
+            let Some((id, slots)) = left else { return true };
             let step = MoveStep::Clear { limit: CLEAR_KEYS_MAX }.of(id, &slots);
             wait_ample_room(group, &step).await;
             let begun = Instant::now();
@@ -403,10 +438,13 @@ impl Shared {
                     self.machine.stepped(Stepped::Cleared { shard }).await;
                     tokio::time::sleep((begun.elapsed() * CLEAR_RESTS).min(REST_MAX)).await;
                 }
-                Ok(other) => return tracing::debug!("shard {shard} keeps what move {id} left: {other:?}"),
-                Err(error) => return tracing::debug!("shard {shard} keeps what move {id} left for now: {error}"),
+                other => {
+                    tracing::debug!("shard {shard} keeps what move {id} left for now: {other:?}");
+                    tokio::time::sleep(PAUSE_AFTER_FAILURE).await;
+                }
             }
         }
+        false
     }
 }
 
@@ -445,8 +483,7 @@ pub fn is_step(command: &Command) -> bool {
 /// Before a command that changes many keys at once, and that no client waits for.
 pub async fn wait_ample_room(group: &Group, command: &Command) {
     let can_wait = match command {
-        // A small one may be the last, which frozen slots wait for.
-        Command::Install { install, .. } => install.bytes() as u64 > FREEZE_BYTES_MAX,
+        Command::Install { install, .. } => install.is_one_of_many(),
         Command::Move { step, .. } => matches!(step, MoveStep::Clear { .. }),
         Command::Write { .. } | Command::Claim { .. } => false,
     };

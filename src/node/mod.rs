@@ -32,7 +32,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::peer::{HostedReplica, Identity, PeerCaller, PromiseReply, PromiseRequest};
+use crate::client::peer::{Announcement, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
 use crate::client::shard_map::ShardMap;
@@ -213,14 +213,15 @@ impl Node {
     }
 
     /// What this node says of its own replicas.
-    pub fn hosted(&self) -> Vec<HostedReplica> {
-        self.running.get().map(|running| running.member().hosted()).unwrap_or_default()
+    pub fn hosting(&self) -> Hosting {
+        let replicas = self.running.get().map(|running| running.member().hosted()).unwrap_or_default();
+        Hosting { directory: self.joining.directory_id(), replicas }
     }
 
     /// Has the meta group, if this node leads it, apply the announcement of another node.
-    pub async fn announce(&self, command: meta::Command) -> Result<meta::Outcome, Failure> {
+    pub async fn announce(&self, announcement: Announcement) -> Result<meta::Outcome, Failure> {
         match self.running.get() {
-            Some(running) => running.announce(command).await,
+            Some(running) => running.announce(announcement).await,
             None => Err(self.unavailable()),
         }
     }
@@ -260,8 +261,17 @@ impl Node {
 impl Node {
     /// Adds a replica to a group that this node leads, as if `view` were the newest that it knows.
     pub async fn add_by(&self, view: &View, group: GroupId, replica: crate::types::ReplicaId) -> Result<(), String> {
+        self.memberships()?.add(view, group, replica).await
+    }
+
+    /// Reports the members of a group that this node leads, or takes itself to lead.
+    pub async fn report(&self, view: &View, group: GroupId) -> Result<(), String> {
+        self.memberships()?.report(view, group).await
+    }
+
+    fn memberships(&self) -> Result<memberships::Memberships, String> {
         let member = self.running.get().ok_or("it belongs to no cluster")?.member().clone();
-        memberships::Memberships::new(member, self.joining.machine().clone()).add(view, group, replica).await
+        Ok(memberships::Memberships::new(member, self.joining.machine().clone()))
     }
 }
 

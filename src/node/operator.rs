@@ -85,7 +85,10 @@ impl Operator {
             match meta.propose_meta(command, deadline).await {
                 Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
                     tracing::info!("plan {epoch} was accepted");
-                    let now = self.current(&meta, deadline).await?;
+                    // Whether this node still leads does not matter any more: the plan may well take that from it.
+                    let unknown = |reason| ViewChangeFailure::Failed(Failure::Unknown { reason });
+                    let now = meta::read_view(&meta.state().read()).map_err(|error| unknown(error.to_string()))?;
+                    let now = now.ok_or_else(|| unknown("the view is gone".to_owned()))?;
                     return Ok(self.describe(&now, epoch, &self.member.status().await));
                 }
                 // Something else has changed the view meanwhile: the plan is drawn up anew.

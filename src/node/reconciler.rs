@@ -16,13 +16,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::join::Joining;
 use super::member::Member;
-use crate::raft::Group;
-use crate::raft::ProposeError;
+use crate::client::peer::Announcement;
+use crate::raft::{Group, OpenError, ProposeError};
 use crate::sm::slots::SlotState;
 use crate::sm::view::{self, View};
 use crate::sm::{kv, meta};
@@ -63,6 +64,13 @@ struct Done {
     failed: BTreeMap<ReplicaKey, String>,
 }
 
+/// Replicas that are being forgotten, which takes a while for a large map: nothing else waits for it.
+#[derive(Default)]
+struct Wipes {
+    tasks: JoinSet<(ReplicaKey, Result<(), OpenError>)>,
+    under_way: BTreeSet<ReplicaKey>,
+}
+
 impl Reconciler {
     pub fn new(member: Arc<Member>, joining: Arc<Joining>, first_view: Box<View>) -> Self {
         Self { member, joining, first_view, started: Instant::now(), done: Mutex::default(), condemned: CancellationToken::new() }
@@ -74,13 +82,18 @@ impl Reconciler {
     }
 
     pub async fn run(&self, shutdown: &CancellationToken) {
+        let mut wipes = Wipes::default();
         loop {
-            let idle = self.tick().await;
+            let idle = self.tick(&mut wipes).await;
             let interval = if idle { TICK_IDLE } else { TICK_BUSY };
             let meta = self.member.registry.get(GroupId::META).map(|meta| meta.watch_applied());
             tokio::select! {
                 biased;
-                () = shutdown.cancelled() => return,
+                () = shutdown.cancelled() => {
+                    // Log and maps are closed next.
+                    while wipes.tasks.join_next().await.is_some() {}
+                    return;
+                }
                 () = another_entry(meta, self.seen_index()) => {}
                 () = tokio::time::sleep(interval) => {}
             }
@@ -113,10 +126,10 @@ impl Reconciler {
     }
 
     /// One round over everything. True: there was nothing to do.
-    async fn tick(&self) -> bool {
+    async fn tick(&self, wipes: &mut Wipes) -> bool {
         self.follow_view().await;
         let view = self.member.view();
-        let mut idle = self.wipe_retired(&view).await;
+        let mut idle = self.wipe_retired(&view, wipes);
         idle &= self.open_replicas(&view).await;
         for group in self.member.registry.groups() {
             idle &= self.ensure_initialized(&view, &group).await;
@@ -155,27 +168,37 @@ impl Reconciler {
     }
 
     /// Forgets the replicas that the view has retired. One that it does not know yet stays: this view may be an old one.
-    async fn wipe_retired(&self, view: &View) -> bool {
+    fn wipe_retired(&self, view: &View, wipes: &mut Wipes) -> bool {
+        while let Some(ended) = wipes.tasks.try_join_next() {
+            match ended {
+                Ok((key, wiped)) => {
+                    wipes.under_way.remove(&key);
+                    let mut done = self.done.lock().expect("no holder panics");
+                    done.failed.remove(&key);
+                    done.claimed.remove(&key.group);
+                    done.initialized.remove(&key.group);
+                    match wiped {
+                        Ok(()) => tracing::info!("replica {key} is retired: its data is gone from this node"),
+                        Err(error) => tracing::warn!("retired replica {key} could not be wiped: {error}"),
+                    }
+                }
+                Err(error) => tracing::error!("wiping a retired replica was broken off: {error}"),
+            }
+        }
         let hosted: BTreeSet<ReplicaKey> = replicas_of(view, self.member.node).collect();
-        let mut idle = true;
-        for key in self.member.registry.stored() {
-            let is_retired = key.replica < view.next_replica && view.node_of(key.group, key.replica).is_none();
+        let is_to_go = |key: &ReplicaKey| {
             // The last replica of the meta group goes with the node, not before.
             let is_last_of_meta = key.group.is_meta() && !hosted.iter().any(|other| other.group.is_meta());
-            if hosted.contains(&key) || !is_retired || is_last_of_meta {
-                continue;
+            is_retired(view, *key) && !is_last_of_meta
+        };
+        let stored = self.member.registry.stored();
+        for key in stored.into_iter().filter(is_to_go) {
+            if wipes.under_way.insert(key) {
+                let registry = self.member.registry.clone();
+                wipes.tasks.spawn(async move { (key, registry.wipe_replica(key).await) });
             }
-            idle = false;
-            match self.member.registry.wipe_replica(key).await {
-                Ok(()) => tracing::info!("replica {key} is retired: its data is gone from this node"),
-                Err(error) => tracing::warn!("retired replica {key} could not be wiped: {error}"),
-            }
-            let mut done = self.done.lock().expect("no holder panics");
-            done.failed.remove(&key);
-            done.claimed.remove(&key.group);
-            done.initialized.remove(&key.group);
         }
-        idle
+        wipes.under_way.is_empty()
     }
 
     async fn open_replicas(&self, view: &View) -> bool {
@@ -268,7 +291,8 @@ impl Reconciler {
     /// Has the meta leader put this node's new address into the view.
     async fn announce(&self, view: &View, leader: NodeId) {
         let Some(address) = view.nodes.get(&leader).map(|node| &node.address) else { return };
-        match self.member.peers.announce(address, &self.announcement(), PROPOSE_TIMEOUT).await {
+        let announcement = Announcement { cluster: self.member.cluster, command: self.announcement() };
+        match self.member.peers.announce(address, &announcement, PROPOSE_TIMEOUT).await {
             Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
                 tracing::info!("announced the address {} of this node", self.joining.config().address)
             }
@@ -348,6 +372,11 @@ fn replicas_of(view: &View, node: NodeId) -> impl Iterator<Item = ReplicaKey> {
     })
 }
 
+/// Whether a replica that this node has stored is to be forgotten: the view has had its id, and has it no more.
+fn is_retired(view: &View, key: ReplicaKey) -> bool {
+    key.replica < view.next_replica && view.node_of(key.group, key.replica).is_none()
+}
+
 /// Whether a replica that this node's log does not hold may be created with nothing in it: only while its group has never counted it as a
 /// member. The creation record counts its voters from the first moment, and is what they are made from.
 fn may_create(group: &view::Group, replica: ReplicaId) -> bool {
@@ -367,5 +396,66 @@ fn unready_group(group: &Group) -> Option<String> {
     match group.staleness() {
         Some(age) if age <= FRESH => None,
         Some(_) | None => Some(format!("replica {key} is catching up")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sm::placement::first_view;
+    use crate::sm::view::{Asked, Node, Reported};
+    use crate::types::{ClusterId, DirectoryId, LogId};
+
+    const SHARD: GroupId = GroupId(1);
+
+    fn view() -> View {
+        let node = |number: u32| Node {
+            address: format!("n{number}:1").parse().expect("an address"),
+            public_address: None,
+            directory: DirectoryId(u128::from(number)),
+        };
+        first_view(ClusterId(9), Asked::default(), vec![node(1), node(2), node(3)]).expect("a view")
+    }
+
+    #[test]
+    fn a_replica_is_created_only_while_its_group_never_counted_it() {
+        let mut group = view().groups.remove(&SHARD).expect("a shard");
+        let first = *group.creation.keys().next().expect("a voter");
+        assert!(may_create(&group, first), "of a new group");
+        let new = ReplicaId(77);
+        assert!(!may_create(&group, new), "the view does not want it");
+        group.replicas.insert(new, NodeId(4));
+        assert!(may_create(&group, new), "nothing was reported yet");
+        let reported = |voters: &[ReplicaId], learners: &[ReplicaId]| Reported {
+            log_id: LogId { term: 1, index: 5 },
+            voters: voters.iter().copied().collect(),
+            learners: learners.iter().copied().collect(),
+        };
+        group.reported = Some(reported(&[first], &[]));
+        assert!(may_create(&group, new), "the group has not counted it");
+        for counted in [reported(&[first, new], &[]), reported(&[first], &[new])] {
+            group.reported = Some(counted);
+            assert!(!may_create(&group, new), "it was counted: {:?}", group.reported);
+        }
+        group.reported = None;
+        group.replicas.remove(&new);
+        group.leaving.insert(new, NodeId(4));
+        assert!(!may_create(&group, new), "it is on its way out");
+    }
+
+    #[test]
+    fn only_what_the_view_has_had_and_has_no_more_is_forgotten() {
+        let mut view = view();
+        let next = view.next_replica;
+        let of = |group, replica| ReplicaKey { group, replica };
+        let group = view.groups.get_mut(&SHARD).expect("a shard");
+        let (replica, node) = group.replicas.pop_first().expect("a replica");
+        assert!(is_retired(&view, of(SHARD, replica)));
+        view.groups.get_mut(&SHARD).expect("a shard").leaving.insert(replica, node);
+        assert!(!is_retired(&view, of(SHARD, replica)), "it is on its way out");
+        let (hosted, _) = view.groups[&SHARD].replicas.first_key_value().expect("another replica");
+        assert!(!is_retired(&view, of(SHARD, *hosted)));
+        assert!(!is_retired(&view, of(SHARD, next)), "this view may be an old one, from before its id was given out");
+        assert!(is_retired(&view, of(GroupId(99), replica)), "its group is gone");
     }
 }

@@ -25,7 +25,7 @@ use super::news::News;
 use super::reconciler::Reconciler;
 use super::repair::Repair;
 use crate::client::call::ShardCaller;
-use crate::client::peer::PeerCaller;
+use crate::client::peer::{Announcement, PeerCaller};
 use crate::client::router::Router;
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
@@ -226,7 +226,12 @@ impl Running {
     }
 
     /// Has the meta group, if this node leads it, apply what another node has to tell.
-    pub async fn announce(&self, command: meta::Command) -> Result<meta::Outcome, Failure> {
+    pub async fn announce(&self, announcement: Announcement) -> Result<meta::Outcome, Failure> {
+        let Announcement { cluster, command } = announcement;
+        if cluster != self.member.cluster {
+            let reason = format!("this node belongs to cluster {}, not to {cluster}", self.member.cluster);
+            return Err(Failure::Invalid { reason });
+        }
         match command {
             meta::Command::Announce { .. }
             | meta::Command::OpenMove { .. }

@@ -240,7 +240,6 @@ impl Registry {
     /// Stops a replica and forgets what it had, but not that its id was used. Only for one that is retired: it takes its vote with it.
     pub async fn wipe_replica(&self, key: ReplicaKey) -> Result<(), OpenError> {
         self.close_replica(key).await;
-        let _opening = self.opening.lock().await;
         let states = self.states.clone();
         let wiped = tokio::task::spawn_blocking(move || background::run("wipe-map", || states.wipe(key))).await;
         wiped.map_err(|error| OpenError::Raft(format!("wiping the map panicked: {error}")))?.map_err(OpenError::Log)??;

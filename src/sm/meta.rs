@@ -548,7 +548,7 @@ mod tests {
         let install = |base, next: &View| Command::InstallPlan { base, next: Box::new(next.clone()) };
         let outdated = Outcome::Rejected(Rejection::Outdated { version: old.version });
         assert_eq!(meta.run(install(MapVersion(old.version.0 + 1), &next)), outdated);
-        let table: [(Break, Misstep); 9] = [
+        let table: [(Break, Misstep); 10] = [
             (|next| next.cluster = ClusterId(1), Misstep::Numbers),
             (|next| next.epoch.0 += 1, Misstep::Numbers),
             (|next| next.version.0 += 1, Misstep::Numbers),
@@ -556,6 +556,10 @@ mod tests {
             (|next| next.slots.set_owner(Slot::all().next().expect("a slot"), GroupId(3)), Misstep::Slots),
             (|next| next.nodes.get_mut(&NodeId(3)).expect("a node").directory = DirectoryId(99), Misstep::Node(NodeId(3))),
             (|next| next.groups.get_mut(&GroupId(1)).expect("a group").creation.clear(), Misstep::Group(GroupId(1))),
+            (
+                |next| next.groups.get_mut(&GroupId(1)).expect("a group").creation.extend([(ReplicaId(0), NodeId(1))]),
+                Misstep::Group(GroupId(1)),
+            ),
             (|next| next.groups.get_mut(&GroupId(1)).expect("a group").reported = None, Misstep::Group(GroupId(1))),
             (|next| next.groups.get_mut(&GroupId(1)).expect("a group").leaving.clear(), Misstep::Replica(ReplicaId(0))),
         ];
@@ -585,6 +589,91 @@ mod tests {
         assert_eq!(meta.view(), next);
         let twice = Outcome::Rejected(Rejection::Outdated { version: next.version });
         assert_eq!(meta.run(install(before.version, &next)), twice);
+    }
+
+    /// What a node, group or replica has left somewhere under its id is met by nobody who comes later.
+    #[test]
+    fn ids_are_never_given_out_again_and_open_moves_stay() {
+        let mut meta = Meta::founded(view());
+        let old = meta.view();
+        let change = |meta: &mut Meta, nodes: &[u32]| {
+            let view = meta.view();
+            let wanted: Vec<Node> = nodes.iter().copied().map(node).collect();
+            plan(&view, view.asked, &wanted, &BTreeSet::new()).expect("a plan").view
+        };
+        // The fourth comes and goes again, and with it the newest of all ids.
+        for nodes in [&[1, 2, 3, 4][..], &[1, 2, 3]] {
+            let next = change(&mut meta, nodes);
+            meta.install(next);
+            meta.settle();
+        }
+        let before = meta.view();
+        assert!(before.is_settled() && before.nodes.len() == 3, "{before:?}");
+        let gone_node = NodeId(before.next_node.0 - 1);
+        let gone_group = GroupId(before.next_group.0 - 1);
+        let of = &before.groups[&GroupId(1)];
+        let hosted: BTreeSet<ReplicaId> = before.groups.values().flat_map(|of| of.hosted().map(|(id, _)| id)).collect();
+        let used = (old.next_replica.0..before.next_replica.0).map(ReplicaId);
+        let gone_replica = used.rev().find(|id| !hosted.contains(id)).expect("a retired replica");
+        assert!(!before.nodes.contains_key(&gone_node) && !before.groups.contains_key(&gone_group));
+        let refused = |next: &View| match Meta::founded(before.clone())
+            .run(Command::InstallPlan { base: before.version, next: Box::new(next.clone()) })
+        {
+            Outcome::Rejected(Rejection::NotASuccessor(misstep)) => misstep,
+            other => panic!("{other:?}"),
+        };
+
+        // Nothing new is in this one, so that it is about the counters alone.
+        let fewer = plan(&before, Asked { replication_factor: Some(1), ..before.asked }, &[1, 2, 3].map(node), &BTreeSet::new());
+        let fewer = fewer.expect("a plan").view;
+        for lower in [|next: &mut View| next.next_node.0 -= 1, |next: &mut View| next.next_group.0 -= 1] {
+            let mut next = fewer.clone();
+            lower(&mut next);
+            assert_eq!(refused(&next), Misstep::Ids);
+        }
+
+        let grown = change(&mut Meta::founded(before.clone()), &[1, 2, 3, 5]);
+        let (new_node, new_group) = (before.next_node, before.next_group);
+        let mut next = grown.clone();
+        for of in next.groups.values_mut() {
+            of.replicas.values_mut().chain(of.creation.values_mut()).filter(|at| **at == new_node).for_each(|at| *at = gone_node);
+            of.home = if of.home == new_node { gone_node } else { of.home };
+        }
+        let moved = next.nodes.remove(&new_node).expect("it was planned in");
+        next.nodes.insert(gone_node, moved);
+        assert_eq!(refused(&next), Misstep::Node(gone_node));
+
+        let mut next = grown.clone();
+        let moved = next.groups.remove(&new_group).expect("it was planned in");
+        next.groups.insert(gone_group, moved);
+        for slot in Slot::all().filter(|slot| grown.targets.owner(*slot) == new_group) {
+            next.targets.set_owner(slot, gone_group);
+        }
+        assert_eq!(refused(&next), Misstep::Group(gone_group));
+
+        let mut next = grown.clone();
+        let newcomer =
+            |of: &view::Group| of.replicas.iter().find(|(id, _)| **id >= before.next_replica).map(|(id, at)| (*id, *at));
+        let (group, (replica, at)) = next
+            .groups
+            .iter()
+            .filter(|(id, _)| !id.is_meta() && before.groups.contains_key(id))
+            .find_map(|(id, of)| Some((*id, newcomer(of)?)))
+            .expect("a replica of an old group on the new node");
+        let replicas = &mut next.groups.get_mut(&group).expect("a group").replicas;
+        replicas.remove(&replica);
+        replicas.insert(gone_replica, at);
+        assert_eq!(refused(&next), Misstep::Replica(gone_replica));
+        assert!(of.hosted().all(|(id, _)| id != gone_replica));
+
+        let mut moving = Meta::founded(before.clone());
+        moving.install(grown);
+        assert!(!moving.open_moves(4).is_empty());
+        let mut next = change(&mut moving, &[1, 2, 3]);
+        next.moves.clear();
+        let base = moving.view().version;
+        let outcome = moving.run(Command::InstallPlan { base, next: Box::new(next) });
+        assert_eq!(outcome, Outcome::Rejected(Rejection::NotASuccessor(Misstep::Slots)));
     }
 
     #[test]

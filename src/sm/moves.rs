@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::kv::{Command, DestinationState, MoveStep, Progress, Remaining, SourceState};
+use super::kv::{CHANGES_BYTES_MAX, Command, DestinationState, MoveStep, Progress, Remaining, SourceState};
 use crate::types::{GroupId, MoveId, Slot};
 
 /// A move as it was opened.
@@ -29,9 +29,10 @@ pub struct Move {
 /// How long the driver has been patient, by its own clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
-    /// With changes of so many bytes left, or fewer, the slots are frozen. Below [`super::kv::CHANGES_BYTES_MAX`]; a chunk's worth.
+    /// With changes of so many bytes left, or fewer, the slots are frozen. Below [`CHANGES_BYTES_MAX`]; a chunk's worth.
     pub freeze_bytes_max: u64,
-    /// Freeze as soon as the pairs are read, however many changes are left: they come as fast as they are copied.
+    /// Freeze with a few chunks' worth of changes left: they come about as fast as they are copied. With more than can be counted
+    /// ([`CHANGES_BYTES_MAX`]) writes would wait for too long, and in vain.
     pub freeze_now: bool,
     /// The slots have been frozen for too long.
     pub freeze_overdue: bool,
@@ -133,7 +134,7 @@ fn while_copying(left: Remaining, destination: Option<&DestinationState>, budget
         (Some(DestinationState::Installing(progress)), _) if progress.complete => Step::Wait(Waiting::Behind),
         (Some(DestinationState::Installing(progress)), Remaining::Pairs) => Step::Copy(progress.clone()),
         (Some(DestinationState::Installing(_)), Remaining::Changes { bytes })
-            if budget.freeze_now || bytes <= budget.freeze_bytes_max =>
+            if bytes <= budget.freeze_bytes_max || budget.freeze_now && bytes < CHANGES_BYTES_MAX =>
         {
             Step::Freeze
         }
@@ -218,7 +219,8 @@ mod tests {
     use super::*;
 
     fn sources() -> Vec<SourceState> {
-        let left = [Remaining::Pairs, Remaining::Changes { bytes: 900 }, Remaining::Changes { bytes: 0 }];
+        let changes = |bytes| Remaining::Changes { bytes };
+        let left = [Remaining::Pairs, changes(CHANGES_BYTES_MAX), changes(900), changes(0)];
         let mut all =
             vec![SourceState::Ready, SourceState::NotReady, SourceState::Aborted, SourceState::Released, SourceState::Overtaken];
         all.extend(left.map(SourceState::Copying));
@@ -277,7 +279,8 @@ mod tests {
                 left && !progress.complete && destination == Some(&D::Installing(progress.clone()))
             }
             Step::Freeze => {
-                let few = matches!(source, S::Copying(Remaining::Changes { bytes }) if *bytes <= 500 || budget.freeze_now);
+                let enough = if budget.freeze_now { CHANGES_BYTES_MAX - 1 } else { 500 };
+                let few = matches!(source, S::Copying(Remaining::Changes { bytes }) if *bytes <= enough);
                 few && matches!(destination, Some(D::Installing(_)))
             }
             Step::Complete { chunk } => {

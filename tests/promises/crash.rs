@@ -125,6 +125,26 @@ async fn a_map_is_rebuilt_from_its_snapshot_and_without_one_the_replica_is_lost(
     load.stop().await.judge(&cluster).await;
 }
 
+/// A log that is gone has taken the votes of its replicas with it: the node does not begin a new one under its old name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_without_its_log_does_not_start() {
+    let mut cluster = Cluster::start(Setup::nodes(3)).await;
+    cluster.nodes[0].kill();
+    let log_dir = cluster.nodes[0].data.join("log");
+    std::fs::remove_dir_all(&log_dir).expect("a directory to delete");
+    let before = cluster.nodes[0].log_text().len();
+    cluster.nodes[0].start();
+    let status = cluster.nodes[0].end(Duration::from_secs(60)).await;
+    let log = cluster.nodes[0].log_text();
+    say(&format!("crash: the log deleted: {status}: {}", log[before..].trim()));
+    assert!(!status.success(), "a member without its log ended as if all were well");
+    assert!(log[before..].contains(&log_dir.display().to_string()), "the message does not name {}", log_dir.display());
+    assert!(!log_dir.exists() || std::fs::read_dir(&log_dir).expect("readable").next().is_none(), "a new log was begun");
+    let load = Load::new("no-log").start(&cluster);
+    load.writes(50).await;
+    load.stop().await.judge_at(&cluster.addresses()[1..]).await;
+}
+
 /// What a crash leaves of a record that was being written is cut without a word to anybody.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_torn_end_of_the_log_is_cut() {

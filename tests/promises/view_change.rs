@@ -85,6 +85,23 @@ async fn assert_view(cluster: &Cluster, nodes: &[usize], shards: usize, replicas
     }
 }
 
+/// The threads that fill a map step back behind others; those that write the files of all maps must not have become like them.
+#[cfg(target_os = "linux")]
+fn assert_io_keeps_its_priority(pid: u32) {
+    /// What sled keeps; when there is much to do it has more for a moment.
+    const THREADS: usize = 7;
+    let of = |path: &str| {
+        let pid = rustix::process::Pid::from_raw(path.parse().ok()?)?;
+        rustix::process::getpriority_process(Some(pid)).ok()
+    };
+    let own = of(&pid.to_string()).expect("it runs");
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("its threads").filter_map(Result::ok);
+    let io = tasks.filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("sled-io")));
+    let priorities: Vec<i32> = io.filter_map(|task| of(task.file_name().to_str()?)).collect();
+    let unchanged = priorities.iter().filter(|priority| **priority == own).count();
+    assert!(unchanged >= THREADS, "the process has {own}, its threads for files {priorities:?}");
+}
+
 /// Load of clients with a deadline.
 fn start_load(name: &'static str, cluster: &Cluster) -> Running {
     Load::new(name).deadline(DEADLINE).start(cluster)
@@ -101,6 +118,10 @@ async fn a_cluster_grows_and_shrinks_under_load() {
     let new = addresses(&cluster, &[3, 4]);
     carry_out(&cluster, &[0, 1, 2], &["add", &new[0], &new[1]]).await;
     assert_view(&cluster, &[0, 1, 2, 3, 4], 5, 3).await;
+    #[cfg(target_os = "linux")]
+    for node in [3, 4] {
+        assert_io_keeps_its_priority(cluster.nodes[node].pid());
+    }
     load.use_nodes(cluster.addresses());
     load.writes(200).await;
     load.use_nodes(addresses(&cluster, &[2, 3, 4]));
@@ -264,6 +285,43 @@ async fn dead_nodes_and_lost_disks_are_replaced() {
     load.use_nodes(nodes.clone());
     load.writes(100).await;
     load.stop().await.judge_at(&nodes).await;
+}
+
+/// Nobody has to ask: what a node had that stays away is given to others, its vote in the meta group too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_stays_away_is_replaced_by_itself() {
+    let mut cluster = Cluster::start(Setup::nodes(6).arguments(&["--replace-after", "3"])).await;
+    let load = Load::new("away").start(&cluster);
+    load.writes(100).await;
+    // With six nodes five vote in the meta group: the leader is one of them.
+    let before = status(&cluster, 0).await;
+    let gone_id = before.meta_leader.expect("a leader");
+    let gone = before.nodes.iter().find(|node| node.id == gone_id).map(|node| node.address.clone()).expect("its address");
+    let gone = cluster.nodes.iter().position(|node| node.address == gone).expect("a node of ours");
+    let stay: Vec<usize> = (0..6).filter(|node| *node != gone).collect();
+    let start = Instant::now();
+    cluster.nodes[gone].kill();
+    load.use_nodes(addresses(&cluster, &stay));
+    let replaced = eventually(CHANGE_LIMIT, async || {
+        let status = status(&cluster, stay[0]).await;
+        let is_free = status.shards.iter().all(|shard| shard.replicas.iter().all(|replica| replica.node != gone_id));
+        (status.settled && is_free && status.epoch > before.epoch).then_some(())
+    });
+    assert!(replaced.await.is_some(), "not replaced: {}", at(&cluster, stay[0], "/v1/cluster").await);
+    say(&format!("a node that stays away, until all of it is elsewhere: {:?}", start.elapsed()));
+    load.writes(100).await;
+    // Another can go now: every shard has all its replicas again.
+    cluster.nodes[stay[0]].kill();
+    load.use_nodes(addresses(&cluster, &stay[1..]));
+    load.writes(100).await;
+    cluster.nodes[stay[0]].start();
+    cluster.nodes[gone].start();
+    for node in [stay[0], gone] {
+        cluster.wait_node_ready(node).await;
+    }
+    load.use_nodes(cluster.addresses());
+    load.writes(50).await;
+    load.stop().await.judge(&cluster).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -42,6 +42,8 @@ pub enum Kind {
     ReplaceAll,
     /// All nodes are to be replaced, and before they are they are to stay.
     TakeBack,
+    /// Two replicas and a witness instead of three, and back.
+    Even,
 }
 
 /// Who ends.
@@ -55,8 +57,8 @@ pub enum Victim {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 7] =
-        [Kind::Grow, Kind::Shrink, Kind::Replace, Kind::Replicas, Kind::Shards, Kind::ReplaceAll, Kind::TakeBack];
+    pub const ALL: [Kind; 8] =
+        [Kind::Grow, Kind::Shrink, Kind::Replace, Kind::Replicas, Kind::Shards, Kind::ReplaceAll, Kind::TakeBack, Kind::Even];
 
     /// The nodes at first, and the nodes after all changes, of six.
     fn nodes(self) -> (&'static [usize], &'static [usize]) {
@@ -64,7 +66,7 @@ impl Kind {
             Kind::Grow => (&[0, 1, 2], &[0, 1, 2, 3]),
             Kind::Shrink => (&[0, 1, 2, 3], &[0, 1, 2]),
             Kind::Replace => (&[0, 1, 2], &[0, 1, 3]),
-            Kind::Replicas | Kind::Shards | Kind::TakeBack => (&[0, 1, 2], &[0, 1, 2]),
+            Kind::Replicas | Kind::Shards | Kind::TakeBack | Kind::Even => (&[0, 1, 2], &[0, 1, 2]),
             Kind::ReplaceAll => (&[0, 1, 2], &[3, 4, 5]),
         }
     }
@@ -79,6 +81,7 @@ impl Kind {
         match self {
             Kind::Grow | Kind::Shrink | Kind::Replace | Kind::ReplaceAll => vec![nodes(self.nodes().1)],
             Kind::Replicas => vec![factor(1), factor(3)],
+            Kind::Even => vec![factor(2), factor(3)],
             Kind::Shards => vec![shards(5), shards(2)],
             Kind::TakeBack => vec![nodes(&[3, 4, 5]), nodes(&[0, 1, 2])],
         }
@@ -178,10 +181,7 @@ impl Plot {
             Stepped::Opened { to, .. } => self.leader(*to),
             Stepped::Cleared { shard } => self.leader(*shard),
             Stepped::Members { group, step } => {
-                let replica = |id: ReplicaId| {
-                    let has = |n: &usize| self.hosts[*n].group(*group).is_some_and(|group| group.key().replica == id);
-                    (0..self.hosts.len()).find(has)
-                };
+                let replica = |id: ReplicaId| (0..self.hosts.len()).find(|n| self.hosts[*n].has(*group, id));
                 match step {
                     membership::Step::AddLearner(id) | membership::Step::HandOver(id) => replica(*id),
                     // The youngest: who came last, or is the last to go.

@@ -16,9 +16,10 @@ use crate::http::{Limits, Server, router};
 use crate::node::{Node, NodeError};
 use crate::raft::Group;
 use crate::sm::view::Asked;
+use crate::storage::ReplicaKey;
 use crate::storage::mem_trees::MemTrees;
 use crate::storage::sim_disk::SimDisk;
-use crate::types::{Address, DirectoryId, GroupId};
+use crate::types::{Address, DirectoryId, GroupId, ReplicaId};
 
 const PORT: u16 = 7411;
 
@@ -85,6 +86,10 @@ impl Host {
         })
     }
 
+    pub fn address(&self) -> &Address {
+        &self.config.address
+    }
+
     pub fn watch(&self, watcher: Watcher) {
         *self.watcher.lock().expect("no holder panics") = Some(watcher);
     }
@@ -142,6 +147,13 @@ impl Host {
 
     pub fn group(&self, id: GroupId) -> Option<Arc<Group>> {
         self.groups().into_iter().find(|group| group.key().group == id)
+    }
+
+    /// Whether the replica, or witness, is open here.
+    pub fn has(&self, group: GroupId, replica: ReplicaId) -> bool {
+        let key = ReplicaKey { group, replica };
+        let Some(registry) = self.node().and_then(|node| node.registry()) else { return false };
+        registry.get(group).map(|group| group.key()).or_else(|| registry.witness(group).map(|witness| witness.key())) == Some(key)
     }
 
     pub fn leads(&self, id: GroupId) -> bool {

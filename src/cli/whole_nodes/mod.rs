@@ -15,3 +15,4 @@ mod machine;
 mod old_view;
 mod probe;
 mod steps;
+mod strangers;

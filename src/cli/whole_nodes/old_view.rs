@@ -1,4 +1,5 @@
-//! A leader that goes by an old view adds no replica that was retired since.
+//! What a leader must not do that goes by an old view, or that nobody follows any more: add a replica that was retired since, or tell the meta
+//! group who the members are.
 
 use std::sync::Arc;
 
@@ -75,6 +76,45 @@ async fn a_retired_replica_is_not_added_by_a_leader_that_has_not_heard() {
     });
     looked.await.unwrap_or_else(|error| panic!("{error}: {told:?}"));
     assert!(told.iter().all(Result::is_err), "{told:?}");
+    for host in &hosts {
+        host.end(End::Kill);
+        host.bury();
+    }
+}
+
+/// Others may lead by now, with other members.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_no_quorum_follows_reports_nothing() {
+    let all = addresses(5);
+    let hosts = hosts(&all, &all, 1);
+    for host in &hosts {
+        host.watch(Arc::new(|_| Box::pin(ready(()))));
+        host.start();
+    }
+    let mut known = None;
+    let founded = until("every group is led", async || {
+        let is_led = |group: &GroupId| hosts.iter().any(|host| host.leads(*group));
+        known = view_of(&hosts[0]).filter(|view| view.groups.keys().all(is_led));
+        known.is_some()
+    });
+    founded.await.expect("founded");
+    let view = known.expect("it was known");
+    // Not the meta group's majority: that is still there to be told.
+    let (group, of) = view.shards().next().expect("a shard");
+    let leader = hosts.iter().position(|host| host.leads(group)).expect("it was led");
+    let node = hosts[leader].node().expect("it is up");
+    until("with a quorum it tells", async || node.report(&view, group).await.is_ok()).await.expect("told");
+    let others =
+        of.replicas.values().filter_map(|node| hosts.iter().position(|host| view.node_at(host.address()) == Some(*node)));
+    let others: Vec<usize> = others.filter(|n| *n != leader).collect();
+    assert_eq!(others.len(), 2);
+    for n in others {
+        hosts[n].end(End::Kill);
+        hosts[n].bury();
+    }
+    let told = node.report(&view, group).await;
+    assert!(told.is_err(), "it told, with nobody behind it");
+    drop(node);
     for host in &hosts {
         host.end(End::Kill);
         host.bury();

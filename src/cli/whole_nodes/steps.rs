@@ -66,6 +66,7 @@ async fn a_few() -> (usize, Vec<String>) {
         (Kind::Shards, Victim::Destination, 8),
         (Kind::ReplaceAll, Victim::Driver, 9),
         (Kind::TakeBack, Victim::Destination, 4),
+        (Kind::Even, Victim::Destination, 7),
     ];
     let cases = table.into_iter().map(|(kind, victim, step)| told(Case { kind, victim, step, seed: step as u64 }));
     let ran: Vec<_> = stream::iter(cases).buffer_unordered(2).collect().await;

@@ -389,6 +389,21 @@ async fn what_is_certainly_not_done_is_tried_again_and_no_more() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn requests_that_wait_for_another_attempt_are_bounded() {
+    let router = router(1);
+    let frozen = Script::Reply(ShardReply::Written(WriteOutcome::Rejected(Rejection::Frozen { slot: slot_of(&key(0)) })));
+    for (waiting, is_served) in [(WAITING_MAX, false), (WAITING_MAX - 1, true)] {
+        script(&router, 1, std::slice::from_ref(&frozen));
+        router.waiting.store(waiting, Ordering::Relaxed);
+        let answers = router.write(vec![put(key(0), "v")], None, options()).await;
+        assert_eq!(answers[0].is_ok(), is_served, "{waiting}: {answers:?}");
+        let refused = matches!(&answers[0], Err(WriteFailure::Failed(Failure::Overloaded { .. })));
+        assert_eq!(refused, !is_served, "{waiting}: {answers:?}");
+        assert_eq!(router.waiting.load(Ordering::Relaxed), waiting, "nobody waits any more");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_write_that_may_have_happened_is_never_called_undone() {
     let router = router(1);
     let mut steps = vec![Script::ServeAndLose];

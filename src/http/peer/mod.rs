@@ -24,7 +24,7 @@ use super::body::{self, Ceiling, Held};
 use super::metrics::Dialect;
 use super::problem::{Code, Problem};
 use super::{App, Shared};
-use crate::client::peer::{HostedReplica, Identity, PromiseReply, PromiseRequest};
+use crate::client::peer::{Announcement, Hosting, Identity, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::sm::view::View;
@@ -51,7 +51,7 @@ pub trait PeerService: Send + Sync + 'static {
     fn promise(&self, request: PromiseRequest) -> BoxFuture<'_, PromiseReply>;
 
     /// The replicas that this node hosts, and how they are.
-    fn replicas(&self) -> Vec<HostedReplica>;
+    fn hosting(&self) -> Hosting;
 
     /// The view as it is now, if this node leads the meta group.
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>>;
@@ -60,7 +60,7 @@ pub trait PeerService: Send + Sync + 'static {
     fn invite(&self, members: Vec<Address>);
 
     /// Has the meta group, if this node leads it, apply what another node has to tell.
-    fn announce(&self, command: meta::Command) -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
+    fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
 }
 
 /// The peer routes, for an app that has peers.
@@ -72,7 +72,7 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
         .route("/peer/shard", post(move |State(app), request| shard(app, to_shard, request)))
         .route("/peer/identity", get(move || async move { in_json(&to_identity.identity()) }))
         .route("/peer/promise", post(move |State(app), request| promise(app, to_promise, request)))
-        .route("/peer/replicas", get(move || async move { in_json(&to_replicas.replicas()) }))
+        .route("/peer/replicas", get(move || async move { in_json(&to_replicas.hosting()) }))
         .route("/peer/view", get(move || view(to_view)))
         .route("/peer/announce", post(move |State(app), request| announce(app, to_announce, request)))
         .route("/peer/invite", post(move |State(app), request| invite(app, to_invite, request)))
@@ -111,7 +111,7 @@ async fn promise(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> 
 
 async fn announce(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
     match read_json(&app, request).await {
-        Ok(command) => match peers.announce(command).await {
+        Ok(announcement) => match peers.announce(announcement).await {
             Ok(outcome) => in_json(&outcome),
             Err(failure) => Problem::from(failure).into_response(),
         },

@@ -396,3 +396,46 @@ async fn a_replica_without_its_map_and_without_the_log_that_leads_to_it_is_lost_
     assert!(cluster.nodes[&node].registry.groups().is_empty(), "it takes no part");
     cluster.stop_all().await;
 }
+
+/// Else a node could forget, in a crash, that it had the replica, and create it again without its votes.
+#[tokio::test]
+async fn a_new_replica_answers_nobody_before_the_log_has_it_for_good() {
+    let cluster = TestCluster::new(1);
+    let (registry, disk) = (cluster.nodes[&NodeId(1)].registry.clone(), &cluster.disks[&NodeId(1)].disk);
+    disk.stall(true);
+    let opening = tokio::spawn({
+        let registry = registry.clone();
+        async move { registry.open_replica(key(1, 1), true).await.map(|group| group.key()) }
+    });
+    until("the log is told of it", || !registry.stored().is_empty()).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!opening.is_finished() && registry.get(key(1, 1).group).is_none(), "it is open before the log was synced");
+    disk.stall(false);
+    assert_eq!(opening.await.expect("no panic").expect("opened"), key(1, 1));
+    drop(registry);
+    cluster.stop_all().await;
+}
+
+/// What a witness is told it need not keep, and when it may vote, rests on this.
+#[tokio::test]
+async fn complete_are_only_those_that_have_all_that_is_committed() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    let leading = cluster.leader(1).await;
+    let leader = cluster.group(leading.0, 1);
+    let all = BTreeSet::from([1, 2, 3].map(ReplicaId));
+    until("all have everything", || leader.complete() == all).await;
+    let away = NodeId(1 + leading.0 % 3);
+    cluster.hub.isolate(away);
+    cluster.put(1, "k", "v").await;
+    assert!(leader.leads(), "nobody else was asked to lead");
+    let rest = all.iter().copied().filter(|replica| replica.0 != away.0).collect();
+    until("only two have it", || leader.complete() == rest).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(leader.complete(), rest);
+    assert!(cluster.group(1 + away.0 % 3, 1).complete().is_empty() || 1 + away.0 % 3 == leading.0, "only a leader knows");
+    cluster.hub.heal();
+    until("all have everything again", || leader.complete() == all || !leader.leads()).await;
+    drop(leader);
+    cluster.stop_all().await;
+}

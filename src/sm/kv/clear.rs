@@ -1,4 +1,4 @@
-//! Deletes, a bounded number of keys per entry, what moves leave behind: at a source the slots it released, at a destination those whose
+//! Deletes, a bounded number of keys and bytes per entry, what moves leave behind: at a source the slots it released, at a destination those whose
 //! install was given up, and marks of changes.
 //!
 //! It touches no slot that this shard serves, that a newer move installs, or that the move itself has open.
@@ -14,6 +14,27 @@ use crate::sm::ports::{KeyRange, Read, StoreError};
 use crate::sm::requests::forget;
 use crate::sm::slots::{Ownership, change_range, data_range, misplaced, parse_data_key, parse_request_key, request_range};
 use crate::types::{MoveId, Slot};
+
+/// With so many bytes of keys and values deleted an entry ends, whatever its limit of keys: they are read to be counted, and nothing else is
+/// applied meanwhile. Part of what an entry means: replicas must agree on it.
+const BYTES_MAX: usize = 1 << 20;
+
+/// What one entry may still delete.
+struct Left {
+    keys: usize,
+    bytes: usize,
+}
+
+impl Left {
+    fn is_used_up(&self) -> bool {
+        self.keys == 0 || self.bytes == 0
+    }
+
+    fn use_up(&mut self, bytes: usize) {
+        self.keys = self.keys.saturating_sub(1);
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+}
 
 pub(super) fn clear<R: Read>(
     entry: &mut Entry<'_, R>,
@@ -43,36 +64,36 @@ pub(super) fn clear<R: Read>(
             give_up(entry, older, &open.slots)?;
         }
     }
-    let mut left = limit as usize;
+    let mut left = Left { keys: limit as usize, bytes: BYTES_MAX };
     clear_changes(entry, id, &mut left)?;
     for slot in slots {
         clear_requests(entry, *slot, &mut left)?;
         clear_data(entry, *slot, &mut left)?;
     }
-    Ok(MoveOutcome::Cleared { more: left == 0 })
+    Ok(MoveOutcome::Cleared { more: left.is_used_up() })
 }
 
-/// Up to `left` keys of `range`; `left` goes down by as many.
-fn take<R: Read>(entry: &Entry<'_, R>, range: &KeyRange, left: &mut usize) -> Result<Vec<(Bytes, Bytes)>, StoreError> {
+/// As much of `range` as is left to be deleted.
+fn take<R: Read>(entry: &Entry<'_, R>, range: &KeyRange, left: &mut Left) -> Result<Vec<(Bytes, Bytes)>, StoreError> {
     let mut found = Vec::new();
-    if *left > 0 {
+    if !left.is_used_up() {
         entry.scan(range, |key, value| {
+            left.use_up(key.len() + value.len());
             found.push((key, value));
-            Ok(found.len() < *left)
+            Ok(!left.is_used_up())
         })?;
-        *left -= found.len();
     }
     Ok(found)
 }
 
-fn clear_changes<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, left: &mut usize) -> Result<(), StoreError> {
+fn clear_changes<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, left: &mut Left) -> Result<(), StoreError> {
     for (key, _) in take(entry, &change_range(id), left)? {
         entry.delete(key);
     }
     Ok(())
 }
 
-fn clear_requests<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut usize) -> Result<(), StoreError> {
+fn clear_requests<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut Left) -> Result<(), StoreError> {
     for (key, _) in take(entry, &request_range(slot), left)? {
         let (_, key) = parse_request_key(&key).ok_or_else(|| misplaced(&key))?;
         forget(entry, slot, &key)?;
@@ -80,7 +101,7 @@ fn clear_requests<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut usiz
     Ok(())
 }
 
-fn clear_data<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut usize) -> Result<(), StoreError> {
+fn clear_data<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut Left) -> Result<(), StoreError> {
     for (key, value) in take(entry, &data_range(slot, &KeyRange::all()), left)? {
         let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
         let contents = &mut entry.state_mut(slot)?.contents;

@@ -17,6 +17,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::Command;
+use super::chunk::Cursor;
 use crate::sm::codec;
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::slots::{Contents, all_moves, misplaced, move_key, parse_move_key};
@@ -41,8 +42,8 @@ pub enum MoveStep {
     Activate,
     /// Destination: gives up an install. Only after the abort was applied.
     Cancel,
-    /// Either: deletes what is left in slots that this shard does not hold, and the marks of the move, at most `limit` keys of each kind
-    /// that is counted. Of no slots: the marks alone. At the destination it comes before [`MoveStep::Prepare`] and ends an older install.
+    /// Either: deletes what is left in slots that this shard does not hold, and the marks of the move, at most `limit` keys, and about a
+    /// mebibyte. Of no slots: the marks alone. At the destination it comes before [`MoveStep::Prepare`] and ends an older install.
     Clear { limit: u32 },
 }
 
@@ -64,6 +65,11 @@ impl Install {
     /// What it weighs: keys and values.
     pub fn bytes(&self) -> usize {
         self.pairs.iter().map(|(key, value)| key.len() + value.as_ref().map_or(0, Bytes::len)).sum()
+    }
+
+    /// Whether more pairs of the slots come after it, so that no frozen slot waits for it.
+    pub fn is_one_of_many(&self) -> bool {
+        matches!(Cursor::decode(&self.cursor), Ok(Cursor::Pairs { .. }))
     }
 }
 

@@ -59,7 +59,7 @@ pub enum DestinationState {
 }
 
 /// Up to where the bytes of changes are counted: enough to see that they are few, and some thousand marks at most.
-pub const CHANGES_BYTES_MAX: u64 = 1 << 19;
+pub const CHANGES_BYTES_MAX: u64 = 1 << 18;
 
 /// What the map of a source has of a move of `slots`. `cursor` is that of the destination's progress; empty where there is none.
 pub fn source_state(read: &impl Read, id: MoveId, slots: &BTreeSet<Slot>, cursor: &[u8]) -> Result<SourceState, StoreError> {

@@ -402,6 +402,7 @@ fn take_ports() -> (Range<u16>, File) {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Status {
     pub epoch: u64,
+    pub meta_leader: Option<u64>,
     pub settled: bool,
     pub nodes: Vec<StatusNode>,
     pub shards: Vec<StatusShard>,

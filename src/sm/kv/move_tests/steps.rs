@@ -410,3 +410,33 @@ fn a_slot_that_arrives_is_neither_read_nor_written_nor_counted() {
     world.run("2: m5 activate a        -> done");
     assert_eq!(count(&world.shard(2).map).expect("readable").keys, 1);
 }
+
+/// Values are read to be counted: few large ones make an entry as long as many small ones.
+#[test]
+fn an_entry_deletes_no_more_than_about_a_mebibyte() {
+    let mut world = run("1: put {b} x -> @1+");
+    let large = "x".repeat(400 << 10);
+    for n in 1..=7 {
+        world.shard(1).step(&format!("put {{a}}{n} {large}"));
+    }
+    world.run(
+        "
+        2: m5 prepare a from 1  -> 0
+        1: m5 begin a to 2      -> done",
+    );
+    for chunk in 1..=7 {
+        assert_eq!(world.step("2: m5 copy from 1 bytes 4000"), chunk.to_string());
+    }
+    world.run(
+        "
+        1: m5 freeze a          -> done
+        2: m5 copy from 1       -> 8
+        2: m5 complete from 1   -> complete 8
+        1: m5 release a         -> done
+        2: m5 activate a        -> done
+        1: m5 clear a limit 1000 -> more
+        1: m5 clear a limit 1000 -> more
+        1: m5 clear a limit 1000 -> cleared
+        1: get {b}              -> x@1",
+    );
+}
