@@ -66,6 +66,8 @@ struct State {
     here: Option<NodeId>,
     cluster: Option<Arc<FakeStore>>,
     is_superseded: bool,
+    /// Of the plan that [`Store::status`] tells; none: the first.
+    epoch: Option<PlanEpoch>,
 }
 
 fn shard(key: &[u8]) -> GroupId {
@@ -151,9 +153,15 @@ impl FakeStore {
         }
     }
 
-    /// From now on the plan of the last change counts as overtaken by the first one.
+    /// From now on the plan of the last change counts as overtaken by the next one.
     pub fn supersede(&self) {
         self.state.lock().expect("no panic").is_superseded = true;
+        self.set_epoch(3);
+    }
+
+    /// The plan that the view is said to be of.
+    pub fn set_epoch(&self, epoch: u64) {
+        self.state.lock().expect("no panic").epoch = Some(PlanEpoch(epoch));
     }
 
     /// What was asked of the view.
@@ -424,7 +432,7 @@ impl Store for FakeStore {
         };
         Box::pin(ready(Ok(ClusterStatus {
             cluster: ClusterId(7),
-            epoch: PlanEpoch(1),
+            epoch: self.state.lock().expect("no panic").epoch.unwrap_or(PlanEpoch(1)),
             version: MapVersion(2),
             asked,
             answered_by: NodeId(1),
@@ -484,7 +492,8 @@ impl Store for FakeStore {
     }
 
     fn operation(&self, id: PlanEpoch, _: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
-        Box::pin(ready(Ok((id.0 <= 2).then(|| self.in_progress(id)))))
+        let newest = self.state.lock().expect("no panic").epoch.map_or(2, |epoch| epoch.0.max(2));
+        Box::pin(ready(Ok((id.0 <= newest).then(|| self.in_progress(id)))))
     }
 }
 

@@ -382,9 +382,17 @@ fn read_count(group: &Group) -> ShardReply {
 
 /// A map that can't be read: the replica stops serving, and says why.
 fn broken(group: &Group, error: &StoreError) -> Failure {
-    let reason = format!("the map of {} cannot be read: {error}", group.key());
-    tracing::error!("{reason}");
-    unavailable(reason)
+    tell_unreadable(group, error);
+    unavailable(format!("the map of {} cannot be read: {error}", group.key()))
+}
+
+/// Somebody should look at it, unless the replica has just been retired.
+pub fn tell_unreadable(group: &Group, error: &StoreError) {
+    if group.state().is_wiped() {
+        tracing::debug!("the map of {} is gone: {error}", group.key());
+    } else {
+        tracing::error!("the map of {} cannot be read: {error}", group.key());
+    }
 }
 
 fn unavailable(reason: String) -> Failure {

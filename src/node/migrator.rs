@@ -11,7 +11,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::access::Access;
+use super::access::{Access, tell_unreadable};
 use super::chores::Chores;
 use super::machine::{Machine, Stepped};
 use super::member::Member;
@@ -190,7 +190,7 @@ impl Shared {
         let (to, slots) = match next_slots(group, &view) {
             Ok(Some(chosen)) => chosen,
             Ok(None) => return,
-            Err(error) => return tracing::error!("the map of {} cannot be read: {error}", group.key()),
+            Err(error) => return tell_unreadable(group, &error),
         };
         match self.member.tell_meta(meta::Command::OpenMove { slots, from, to }, STEP_TIMEOUT).await {
             Ok(meta::Outcome::MoveOpened { id }) => {
@@ -224,7 +224,7 @@ impl Shared {
             match hitch {
                 Hitch::NotLeader => return,
                 Hitch::Later(reason) => tracing::debug!("move {} waits: {reason}", of.id),
-                Hitch::Broken(error) => return tracing::error!("the map of {} cannot be read: {error}", group.key()),
+                Hitch::Broken(error) => return tell_unreadable(group, &error),
             }
             if !self.member.view().moves.contains_key(&of.id) {
                 return;
@@ -425,7 +425,7 @@ impl Shared {
             let left = match kv::leftovers(&group.state().read()) {
                 Ok(left) => left,
                 Err(error) => {
-                    tracing::error!("the map of {} cannot be read: {error}", group.key());
+                    tell_unreadable(group, &error);
                     return true;
                 }
             };

@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::access::tell_unreadable;
 use super::join::Joining;
 use super::member::Member;
 use crate::client::peer::Announcement;
@@ -329,7 +330,7 @@ impl Reconciler {
         let held: BTreeSet<Slot> = match SlotState::read_all(&group.state().read()) {
             Ok(states) => states.into_iter().filter(|(_, state)| state.serves_reads() || state.generation.0 > 0),
             Err(error) => {
-                tracing::error!("the map of {} cannot be read: {error}", group.key());
+                tell_unreadable(group, &error);
                 return true;
             }
         }

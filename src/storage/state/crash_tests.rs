@@ -464,6 +464,7 @@ fn a_wiped_replica_leaves_nothing_and_its_neighbours_everything() {
     store.wipe(KEY).expect("wiped");
     store.wipe(KEY).expect("wiped again");
     assert!(states[0].apply(WriteBatch::default(), applied(201)).is_err(), "a wiped map still applies");
+    assert!(states[0].is_wiped());
     assert!(states[0].build_snapshot().is_err() && states[0].current_snapshot().is_none());
     while checkpointer.pump() {}
     assert_eq!(trees.names().expect("names"), ["g1-r51.1"]);

@@ -49,6 +49,7 @@ pub(super) struct Replica {
     passed_over: AtomicBool,
     /// Why nothing more is applied. Final.
     failure: OnceLock<String>,
+    wiped: AtomicBool,
     opened: Opened,
     /// Given back when the last handle goes.
     _claim: Claim,
@@ -106,6 +107,7 @@ impl ReplicaState {
             queued: AtomicBool::new(false),
             passed_over: AtomicBool::new(false),
             failure: OnceLock::new(),
+            wiped: AtomicBool::new(false),
             opened,
             _claim: claim,
         };
@@ -155,6 +157,11 @@ impl ReplicaState {
             None => replica.shared.relieve_if_needed(),
         }
         Ok(())
+    }
+
+    /// Whether its data is wanted no more: that it can't be read then is no news.
+    pub fn is_wiped(&self) -> bool {
+        self.replica.wiped.load(Ordering::Relaxed)
     }
 
     /// Waits while too many tables wait for the disk. Returns also when the replica has failed: [`ReplicaState::apply`] then says so.
@@ -314,6 +321,7 @@ impl Replica {
 
     /// Stops the replica without complaint, as its data is wanted no more.
     pub fn retire(&self) {
+        self.wiped.store(true, Ordering::Relaxed);
         let _ = self.failure.set("it was wiped".into());
         self.shared.changed.notify_waiters();
     }

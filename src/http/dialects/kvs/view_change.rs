@@ -48,8 +48,8 @@ pub async fn change(app: &App, said: &Said<'_>, watch: &mut Watch<'_>) -> Result
     watch.allow(WAIT_MAX);
     let mut changing = Changing::new(app, nodes);
     let id = changing.accept(change).await?;
-    changing.follow(id).await?;
-    let shards = changing.count().await?;
+    let done = changing.follow(id).await?;
+    let shards = changing.count(done).await?;
     Ok(Content::ViewChanged { message: "View change successful", shards })
 }
 
@@ -148,13 +148,13 @@ impl<'a> Changing<'a> {
         }
     }
 
-    /// Waits until the change, or one that has taken over from it, is done.
-    async fn follow(&mut self, mut id: PlanEpoch) -> Result<(), Refusal> {
+    /// Waits until the change, or one that has taken over from it, is done. Which it was.
+    async fn follow(&mut self, mut id: PlanEpoch) -> Result<PlanEpoch, Refusal> {
         self.turn();
         let mut interval = LOOK_INTERVAL_MIN;
         while Instant::now() < self.deadline && !self.is_stopping() {
             match self.store.operation(id, options()).await {
-                Ok(Some(change)) if change.phase == Phase::Done => return Ok(()),
+                Ok(Some(change)) if change.phase == Phase::Done => return Ok(id),
                 Ok(Some(change)) if change.phase == Phase::Superseded => {
                     id = self.store.status().await.map_or(id, |status| status.epoch);
                 }
@@ -169,16 +169,19 @@ impl<'a> Changing<'a> {
         Err(self.unavailable("the change is not done yet"))
     }
 
-    /// What each part of the store has now.
-    async fn count(&mut self) -> Result<Vec<PartJson>, Refusal> {
+    /// What each part of the store has, once the change is done where this is asked too.
+    async fn count(&mut self, done: PlanEpoch) -> Result<Vec<PartJson>, Refusal> {
         let deadline = Instant::now() + COUNT_WAIT_MAX;
         let mut last = None;
         while Instant::now() < deadline && !self.is_stopping() {
             match try_join(self.store.status(), self.store.count(options())).await {
-                Ok((status, counts)) => match parts(&self.nodes, &status, &counts) {
-                    Some(parts) => return Ok(parts),
-                    None => last = None,
-                },
+                Ok((status, counts)) => {
+                    let is_old = status.epoch < done || !status.settled;
+                    match parts(&self.nodes, &status, &counts).filter(|_| !is_old) {
+                        Some(parts) => return Ok(parts),
+                        None => last = None,
+                    }
+                }
                 Err(failure) => {
                     self.turn();
                     last = Some(failure);

@@ -10,6 +10,7 @@ async fn a_view_change_is_waited_for_and_counted() {
     let site = spread().await;
     fill(&site, 30).await;
     site.store.take_time(3);
+    site.store.set_epoch(2);
     let change = r#"{"view":"d:4,a:1,c:3"}"#;
     let reply = site.put("/kvs/view-change", change).await;
     let shards = reply.json()["shards"].clone();
@@ -38,10 +39,29 @@ async fn a_view_change_is_waited_for_and_counted() {
     site.stop().await;
 }
 
+/// The node that answers may learn of the end later than the one that leads the change: before, it would tell of the shards as they were.
+#[tokio::test]
+async fn a_view_change_is_not_told_as_it_was_before() {
+    let site = spread().await;
+    site.store.set_epoch(1);
+    let (store, learns_at) = (site.store.clone(), std::time::Duration::from_millis(300));
+    let asked = tokio::time::Instant::now();
+    let learning = tokio::spawn(async move {
+        tokio::time::sleep(learns_at).await;
+        store.set_epoch(2);
+    });
+    let reply = site.put("/kvs/view-change", r#"{"view":"a:1,b:2,c:3"}"#).await;
+    assert_eq!(reply.status, 200, "{reply:?}");
+    assert!(asked.elapsed() >= learns_at, "it did not wait until it knew");
+    learning.await.expect("no panic");
+    site.stop().await;
+}
+
 #[tokio::test]
 async fn a_view_change_may_ask_for_a_replication_factor() {
     let site = spread().await;
     fill(&site, 30).await;
+    site.store.set_epoch(2);
     let reply = site.put("/kvs/view-change", r#"{"view":"a:1,b:2,c:3,d:4","repl-factor":2}"#).await;
     let keys = |at: usize| reply.json()["shards"][at]["key-count"].as_u64().expect("a number");
     let text = format!(
@@ -106,6 +126,7 @@ async fn a_bad_view_change_is_refused_and_changes_nothing() {
 async fn a_spare_passes_a_view_change_on() {
     let site = Site::start().await;
     let cluster = Arc::new(FakeStore::default());
+    cluster.set_epoch(2);
     site.store.set_network(cluster.clone());
     site.store.set_here(None);
     let none =
@@ -121,6 +142,7 @@ async fn a_node_that_is_left_out_asks_others_for_the_end() {
     let site = spread().await;
     let cluster = Arc::new(FakeStore::default());
     cluster.set_nodes(&["b:2", "c:3"]);
+    cluster.set_epoch(2);
     site.store.set_network(cluster);
     site.store.take_time(u64::MAX);
     let reply = site.put("/kvs/view-change", r#"{"view":"b:2,c:3"}"#).await;
