@@ -51,9 +51,8 @@ impl Access {
 
     /// Answers a request of a peer or client for a shard that this node should lead.
     pub async fn answer(&self, request: ShardRequest) -> ShardReply {
-        if request.cluster != self.member.cluster {
-            let reason = format!("this node belongs to cluster {}, not to {}", self.member.cluster, request.cluster);
-            return ShardReply::Failed(Failure::Invalid { reason });
+        if let Err(refusal) = self.member.ensure_ours(request.cluster) {
+            return ShardReply::Failed(refusal);
         }
         let deadline = Instant::now() + Duration::from_millis(request.timeout_ms);
         match self.member.registry.get(request.shard) {
@@ -233,13 +232,10 @@ impl ShardAccess for Access {
                 self.execute(&group, body, deadline).await
             }
             (None, Routing::Proxy) => self.forward(shard, body, options).await,
-            (None, Routing::Redirect) => match self.member.registry.get(shard) {
-                // A replica on its way out is told nothing any more, also not who leads.
-                Some(group) if self.member.view().replica_on(shard, self.member.node) == Some(group.key().replica) => {
-                    ShardReply::Failed(self.not_leader(shard, group.status().leader))
-                }
-                Some(_) | None => ShardReply::Failed(self.elsewhere(shard)),
-            },
+            (None, Routing::Redirect) => ShardReply::Failed(match self.member.staying_replica(shard) {
+                Some(group) => self.not_leader(shard, group.status().leader),
+                None => self.elsewhere(shard),
+            }),
         }
     }
 

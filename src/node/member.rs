@@ -161,15 +161,26 @@ impl Member {
         drop(tokio::time::timeout(MAP_WAIT, views.wait_for(|view| view.version > older_than)).await);
     }
 
+    /// The replica of the shard here, if it is to stay: one on its way out is told nothing any more, also not who leads.
+    pub fn staying_replica(&self, shard: GroupId) -> Option<Arc<Group>> {
+        let stays = self.view().replica_on(shard, self.node)?;
+        self.registry.get(shard).filter(|group| group.key().replica == stays)
+    }
+
+    /// Refuses what comes from a node of another cluster, at an address that was somebody else's.
+    pub fn ensure_ours(&self, cluster: ClusterId) -> Result<(), Failure> {
+        if cluster == self.cluster {
+            return Ok(());
+        }
+        Err(Failure::Invalid { reason: format!("this node belongs to cluster {}, not to {cluster}", self.cluster) })
+    }
+
     /// The node to ask about a shard that this one does not lead: its leader where that is known, else its home, else any with a replica;
     /// one that did not answer a moment ago only if there is no other.
     pub fn peer_for(&self, shard: GroupId) -> Option<PeerPlace> {
         let map = self.map();
         let place = map.shard(shard)?;
-        // A replica on its way out is told nothing any more, also not who leads.
-        let here = self.view().replica_on(shard, self.node);
-        let local = self.registry.get(shard).filter(|group| here == Some(group.key().replica));
-        let local_leader = local.and_then(|group| group.status().leader);
+        let local_leader = self.staying_replica(shard).and_then(|group| group.status().leader);
         let hints = self.hints.lock().expect("no holder panics");
         let hint = hints.get(&shard);
         let hinted = hint.and_then(|hint| hint.leader);
@@ -339,6 +350,15 @@ fn unavailable(reason: String) -> Failure {
 /// When no quorum confirms in time that it does, or there is no view yet.
 pub async fn read_view_now(meta: &Group, deadline: Instant) -> Result<View, Failure> {
     meta.read_barrier(deadline).await.map_err(|error| unavailable(error.to_string()))?;
+    read_applied_view(meta)
+}
+
+/// The view that a replica of the meta group has applied.
+///
+/// # Errors
+///
+/// When there is none yet, or it can't be read.
+pub fn read_applied_view(meta: &Group) -> Result<View, Failure> {
     let read = meta::read_view(&meta.state().read());
     let view = read.map_err(|error| unavailable(format!("the view cannot be read: {error}")))?;
     view.ok_or_else(|| unavailable("the cluster is not founded yet".into()))

@@ -73,15 +73,19 @@ fn of_log(log: &LogMetrics) -> Vec<Family> {
     ]
 }
 
+fn seconds(us: u64) -> f64 {
+    us as f64 * SECONDS_PER_US
+}
+
 fn syncs(log: &LogMetrics) -> Family {
     let mut samples = Vec::new();
     let mut sum = 0;
     for (index, count) in log.sync_buckets.iter().enumerate() {
         sum += count;
-        let bound = SYNC_BUCKETS_US.get(index).map_or("+Inf".to_owned(), |us| (*us as f64 * SECONDS_PER_US).to_string());
+        let bound = SYNC_BUCKETS_US.get(index).map_or("+Inf".to_owned(), |us| seconds(*us).to_string());
         samples.push(Sample { suffix: "_bucket", labels: vec![("le", bound)], value: sum as f64 });
     }
-    samples.push(Sample { suffix: "_sum", labels: Vec::new(), value: log.sync_us_total as f64 * SECONDS_PER_US });
+    samples.push(Sample { suffix: "_sum", labels: Vec::new(), value: seconds(log.sync_us_total) });
     samples.push(Sample { suffix: "_count", labels: Vec::new(), value: sum as f64 });
     family("quorate_log_sync_seconds", FamilyKind::Histogram, "How long the syncs of the log took.", samples)
 }
@@ -89,7 +93,6 @@ fn syncs(log: &LogMetrics) -> Family {
 fn of_states(states: &StateStore) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
     let state = states.metrics();
-    let seconds = |us: u64| us as f64 * SECONDS_PER_US;
     vec![
         one("quorate_map_active_bytes", Gauge, "Bytes in tables that take writes.", state.active_bytes as f64),
         one("quorate_map_frozen_bytes", Gauge, "Bytes in tables that wait for a checkpoint.", state.frozen_bytes as f64),
@@ -110,7 +113,6 @@ fn of_states(states: &StateStore) -> Vec<Family> {
 /// By the node that led the shard which the slots left.
 fn of_moves(moved: &Moved) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
-    let seconds = |us: u64| us as f64 * SECONDS_PER_US;
     vec![
         one("quorate_moves_total", Counter, "Moves of slots that this node has driven to their end.", moved.moves as f64),
         one("quorate_moved_slots_total", Counter, "Slots of these moves.", moved.slots as f64),

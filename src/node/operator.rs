@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio::time::Instant;
 
-use super::member::{Member, read_view_now};
+use super::member::{Member, read_applied_view, read_view_now};
 use crate::client::peer::{Identity, Standing};
 use crate::client::protocol::ClusterStatus;
 use crate::client::store::{Failure, Options};
@@ -86,9 +86,8 @@ impl Operator {
                 Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
                     tracing::info!("plan {epoch} was accepted");
                     // Whether this node still leads does not matter any more: the plan may well take that from it.
-                    let unknown = |reason| ViewChangeFailure::Failed(Failure::Unknown { reason });
-                    let now = meta::read_view(&meta.state().read()).map_err(|error| unknown(error.to_string()))?;
-                    let now = now.ok_or_else(|| unknown("the view is gone".to_owned()))?;
+                    let unknown = |failure: Failure| Failure::Unknown { reason: failure.to_string() };
+                    let now = read_applied_view(&meta).map_err(unknown).map_err(ViewChangeFailure::Failed)?;
                     return Ok(self.describe(&now, epoch, &self.member.status().await));
                 }
                 // Something else has changed the view meanwhile: the plan is drawn up anew.

@@ -228,10 +228,7 @@ impl Running {
     /// Has the meta group, if this node leads it, apply what another node has to tell.
     pub async fn announce(&self, announcement: Announcement) -> Result<meta::Outcome, Failure> {
         let Announcement { cluster, command } = announcement;
-        if cluster != self.member.cluster {
-            let reason = format!("this node belongs to cluster {}, not to {cluster}", self.member.cluster);
-            return Err(Failure::Invalid { reason });
-        }
+        self.member.ensure_ours(cluster)?;
         match command {
             meta::Command::Announce { .. }
             | meta::Command::OpenMove { .. }
