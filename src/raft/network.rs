@@ -35,6 +35,8 @@ use crate::types::{NodeId, ReplicaId};
 const WINDOW: usize = 16;
 /// Bytes of them. One larger append may always go alone.
 const WINDOW_BYTES: usize = 4 << 20;
+/// How long the news of a commit waits for an entry to travel with. Only what followers have applied is later by that.
+const COMMIT_PAUSE: Duration = Duration::from_millis(10);
 
 type Answered<T> = Result<T, RPCError<Types>>;
 
@@ -151,6 +153,8 @@ impl RaftNetworkV2<Types> for PeerClient {
             window_bytes: 0,
             timeout,
             timer: Box::pin(tokio::time::sleep(timeout)),
+            commit: None,
+            commit_timer: Box::pin(tokio::time::sleep(COMMIT_PAUSE)),
             failed: None,
             acknowledged: None,
         };
@@ -223,6 +227,9 @@ struct Appends<'s, S> {
     timeout: Duration,
     /// Of the oldest request.
     timer: Pin<Box<Sleep>>,
+    /// A request without entries: it tells the follower what is committed, as does the next one with entries.
+    commit: Option<AppendEntriesRequest<Types>>,
+    commit_timer: Pin<Box<Sleep>>,
     /// A request could not be sent; said once the earlier ones are answered.
     failed: Option<LaneError>,
     /// The last that the follower is known to have.
@@ -264,13 +271,36 @@ where
 
     fn fill_window(&mut self, context: &mut Context<'_>) {
         while self.window.len() < WINDOW && self.window_bytes < WINDOW_BYTES {
-            let Some(input) = &mut self.input else { return };
+            let Some(input) = &mut self.input else { break };
             match input.poll_next_unpin(context) {
-                Poll::Ready(Some(request)) => self.send(request),
+                Poll::Ready(Some(request)) if self.may_wait(&request) => self.hold(request),
+                Poll::Ready(Some(request)) => {
+                    self.commit = None;
+                    self.send(request);
+                }
                 Poll::Ready(None) => self.input = None,
-                Poll::Pending => return,
+                Poll::Pending => break,
             }
         }
+        if self.commit.is_some() && (self.input.is_none() || self.commit_timer.poll_unpin(context).is_ready()) {
+            let commit = self.commit.take();
+            commit.into_iter().for_each(|request| self.send(request));
+        }
+    }
+
+    /// Whether a request says nothing but what is committed, to a follower that is known to be in reach. Under load an entry follows at once,
+    /// and as many frames again would go to and fro for nothing. openraft wants no reply of its own to each: that to a later one is good for
+    /// all before it.
+    fn may_wait(&self, request: &AppendEntriesRequest<Types>) -> bool {
+        let is_known = !self.window.is_empty() || (self.acknowledged.is_some() && request.prev_log_id <= self.acknowledged);
+        self.client.lane == Lane::Log && request.entries.is_empty() && is_known
+    }
+
+    fn hold(&mut self, request: AppendEntriesRequest<Types>) {
+        if self.commit.is_none() {
+            self.commit_timer.as_mut().reset(Instant::now() + COMMIT_PAUSE);
+        }
+        self.commit = Some(request);
     }
 
     /// The oldest request is done with; the timer is now the next one's.
@@ -331,6 +361,7 @@ where
         if result.is_err() {
             // openraft ends the stream at an error; what is still under way is given up.
             this.input = None;
+            this.commit = None;
             this.window.clear();
         }
         Poll::Ready(Some(result))

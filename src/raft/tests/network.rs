@@ -16,29 +16,46 @@ use crate::raft::lanes::Lanes;
 use crate::raft::network::Network;
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::types::{Member, Types, entry_to_raft, to_raft, vote_to_raft};
-use crate::raft::wire::{self, AppendReply, FrameReader, Reply};
+use crate::raft::wire::{self, AppendReply, Arrived, FrameReader, Reply, Request};
 use crate::storage::log::{Entry, Payload, Vote};
 use crate::types::{LogId, NodeId, ReplicaId};
 
-/// A peer that gives these answers, one to each frame.
-struct Scripted(Arc<Mutex<VecDeque<AppendReply>>>);
+/// A peer that gives these answers, one to each frame, and remembers what each append said.
+#[derive(Default)]
+struct Scripted {
+    script: Arc<Mutex<VecDeque<AppendReply>>>,
+    seen: Arc<Mutex<Vec<String>>>,
+}
 
 impl Dial for Scripted {
     fn dial(&self, _: NodeId, _: Peer, _: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<Incoming, LaneError>> {
-        let (script, mut reader, mut is_greeted) = (self.0.clone(), FrameReader::default(), false);
+        let (script, seen, mut reader, mut is_greeted) = (self.script.clone(), self.seen.clone(), FrameReader::default(), false);
         let replies = outgoing.map(move |chunk| {
             reader.push(chunk);
             let mut out = BytesMut::new();
             while let Some(arrived) = reader.next()? {
-                if std::mem::replace(&mut is_greeted, true)
-                    && let Some(reply) = script.lock().expect("no holder panics").pop_front()
-                {
+                if !std::mem::replace(&mut is_greeted, true) {
+                    continue;
+                }
+                seen.lock().expect("no holder panics").push(said(&arrived));
+                if let Some(reply) = script.lock().expect("no holder panics").pop_front() {
                     wire::encode_reply(&mut out, arrived.sequence, &Reply::Append(reply));
                 }
             }
             Ok(out.freeze())
         });
         Box::pin(async move { Ok(Box::pin(replies) as Incoming) })
+    }
+}
+
+/// What an append says, in words.
+fn said(arrived: &Arrived) -> String {
+    match arrived.request().expect("a request") {
+        (_, Request::Append { commit, entries, .. }, tail) => {
+            let entries = wire::entries(&entries, tail).expect("readable entries").len();
+            format!("{entries} entries, {} committed", commit.map_or(0, |id| id.index))
+        }
+        (_, other, _) => format!("{other:?}"),
     }
 }
 
@@ -67,13 +84,25 @@ fn append(index: u64) -> AppendEntriesRequest<Types> {
     }
 }
 
+/// What is told of a commit when there are no entries to go with it.
+fn commit(index: u64) -> AppendEntriesRequest<Types> {
+    let last = Some(to_raft(log_id(index)));
+    AppendEntriesRequest { prev_log_id: last, entries: Vec::new(), leader_commit: last, ..append(index) }
+}
+
+/// The way to a peer that answers so.
+fn network_to(peer: Scripted) -> (Network, Arc<Lanes>) {
+    let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
+    let lanes = Arc::new(Lanes::new(identity, Arc::new(Anywhere), Arc::new(peer), Arc::default()));
+    let second = Duration::from_secs(1);
+    let network = Network { key: key(1, 1), lanes: lanes.clone(), append_timeout: second, snapshot_step_timeout: second };
+    (network, lanes)
+}
+
 /// What openraft is told, in a word for each append, when these are answered so.
 async fn told(lane: Lane, appends: &[u64], script: &[AppendReply]) -> Vec<String> {
-    let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
-    let dial = Arc::new(Scripted(Arc::new(Mutex::new(script.iter().cloned().collect()))));
-    let lanes = Arc::new(Lanes::new(identity, Arc::new(Anywhere), dial, Arc::default()));
-    let second = Duration::from_secs(1);
-    let mut network = Network { key: key(1, 1), lanes: lanes.clone(), append_timeout: second, snapshot_step_timeout: second };
+    let script = Arc::new(Mutex::new(script.iter().cloned().collect()));
+    let (mut network, lanes) = network_to(Scripted { script, ..Scripted::default() });
     let member = Member { node: NodeId(2), is_witness: false };
     let mut client = match lane {
         Lane::Log => network.new_client(ReplicaId(2), &member).await,
@@ -81,7 +110,7 @@ async fn told(lane: Lane, appends: &[u64], script: &[AppendReply]) -> Vec<String
         Lane::Snapshot => network.new_snapshot_client(ReplicaId(2), &member).await,
     };
     let input = stream::iter(appends.iter().copied().map(append).collect::<Vec<_>>());
-    let output = client.stream_append(input, RPCOption::new(second)).await.expect("a stream");
+    let output = client.stream_append(input, RPCOption::new(Duration::from_secs(1))).await.expect("a stream");
     let words = output.map(|result| match result {
         Ok(Ok(matching)) => format!("matches {}", matching.map_or(0, |id| id.index)),
         Ok(Err(StreamAppendError::Conflict(at))) => format!("conflict {}", at.index),
@@ -107,4 +136,49 @@ async fn only_a_conflict_that_can_be_is_told() {
     assert_eq!(told(Lane::Log, &[0], &[Conflict]).await, ["network"]);
     // A heartbeat follows what was acknowledged.
     assert_eq!(told(Lane::Heartbeat, &[5], &[Conflict]).await, ["network"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_commit_travels_with_the_next_entry_or_alone_after_a_while() {
+    use AppendReply::Success;
+    let peer = Scripted { script: Arc::new(Mutex::new(vec![Success; 9].into())), ..Scripted::default() };
+    let seen = peer.seen.clone();
+    let (mut network, lanes) = network_to(peer);
+    let mut client = network.new_client(ReplicaId(2), &Member { node: NodeId(2), is_witness: false }).await;
+    let (requests, input) = futures::channel::mpsc::unbounded();
+    let option = RPCOption::new(Duration::from_secs(1));
+    let mut output = client.stream_append(input, option).await.expect("a stream");
+    let send = |request| requests.unbounded_send(request).expect("the stream reads");
+    let told = || std::mem::take(&mut *seen.lock().expect("no holder panics"));
+
+    // The first of a stream asks whether the follower has what the leader thinks it has.
+    send(commit(4));
+    assert!(output.next().await.is_some_and(|result| result.is_ok()));
+    assert_eq!(told(), ["0 entries, 4 committed"]);
+
+    // An entry comes before the time is up, twice: nothing else is sent, and nothing else answered.
+    for next in [5, 6] {
+        send(commit(next - 1));
+        assert!(tokio::time::timeout(Duration::from_millis(5), output.next()).await.is_err());
+        send(AppendEntriesRequest { leader_commit: Some(to_raft(log_id(next - 1))), ..append(next) });
+        assert!(output.next().await.is_some_and(|result| result.is_ok()));
+        assert_eq!(told(), [format!("1 entries, {} committed", next - 1)]);
+    }
+
+    // None comes: the last commit is told when the first has waited for long enough.
+    send(commit(5));
+    assert!(tokio::time::timeout(Duration::from_millis(6), output.next()).await.is_err());
+    send(commit(6));
+    let answer = tokio::time::timeout(Duration::from_millis(6), output.next()).await.expect("in time");
+    assert!(answer.is_some_and(|result| result.is_ok()));
+    assert_eq!(told(), ["0 entries, 6 committed"]);
+
+    // The end of the stream waits for nothing.
+    send(commit(6));
+    drop(requests);
+    assert!(output.next().await.is_some_and(|result| result.is_ok()));
+    assert_eq!(told(), ["0 entries, 6 committed"]);
+    assert!(output.next().await.is_none());
+    drop(output);
+    lanes.close().await;
 }

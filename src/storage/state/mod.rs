@@ -82,6 +82,6 @@ pub struct StateOptions {
 
 impl Default for StateOptions {
     fn default() -> Self {
-        Self { table_bytes_max: 4 << 20, frozen_bytes_max: 32 << 20, node_bytes_max: 256 << 20 }
+        Self { table_bytes_max: 16 << 20, frozen_bytes_max: 128 << 20, node_bytes_max: 256 << 20 }
     }
 }
