@@ -197,8 +197,11 @@ impl Access {
         }
     }
 
+    /// A leader that has just ended is none, though the replica here still follows it: nobody is sent to a closed port, the router waits
+    /// for the next leader instead.
     fn not_leader(&self, shard: GroupId, leader: Option<NodeId>) -> Failure {
         let map = self.member.map();
+        let leader = leader.filter(|leader| !self.member.registry.is_cut(*leader));
         match leader.and_then(|leader| map.node(leader)).map(|place| place.public.clone()) {
             Some(address) => Failure::Elsewhere { shard, address },
             None => unavailable(format!("shard {shard} has no leader now")),

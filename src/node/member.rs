@@ -176,7 +176,7 @@ impl Member {
     }
 
     /// The node to ask about a shard that this one does not lead: its leader where that is known, else its home, else any with a replica;
-    /// one that did not answer a moment ago only if there is no other.
+    /// one that did not answer a moment ago, or has just ended, only if there is no other.
     pub fn peer_for(&self, shard: GroupId) -> Option<PeerPlace> {
         let map = self.map();
         let place = map.shard(shard)?;
@@ -186,7 +186,8 @@ impl Member {
         let hinted = hint.and_then(|hint| hint.leader);
         let suspect = |node: &NodeId| {
             let suspects = hint.map(|hint| hint.suspects.as_slice()).unwrap_or_default();
-            suspects.iter().any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR)
+            let is_silent = suspects.iter().any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR);
+            is_silent || self.registry.is_cut(*node)
         };
         let replicas = place.replicas.iter().copied();
         let candidates: Vec<NodeId> = local_leader

@@ -152,6 +152,11 @@ impl Registry {
         self.heard.last(node)
     }
 
+    /// Whether this peer has probably just ended: a lane broke, and nothing was heard of it since.
+    pub fn is_cut(&self, node: NodeId) -> bool {
+        self.heard.is_cut(node)
+    }
+
     /// Opens a replica with a map. Where the log does not know it, it is created if it may be: the mark of that is synced before its first
     /// answer.
     pub async fn open_replica(self: &Arc<Self>, key: ReplicaKey, may_create: bool) -> Result<Arc<Group>, OpenError> {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::common::cluster::{Cluster, Setup};
+use crate::common::http::Request;
 use crate::common::load::Load;
 use crate::common::{from_environment, say};
 
@@ -27,4 +28,20 @@ async fn killing_leaders_under_load_loses_nothing() {
     gaps.sort_unstable();
     let (median, longest) = (gaps[gaps.len() / 2], gaps[gaps.len() - 1]);
     say(&format!("kill: to the next acknowledged write: median {median:?}, longest {longest:?} of {}", gaps.len()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_sent_to_a_leader_that_was_killed() {
+    let mut cluster = Cluster::start(Setup::nodes(3).arguments(&["--shards", "1"])).await;
+    let leader = cluster.leader(0).await;
+    cluster.nodes[leader].kill();
+    // The others learn of it by the end of their connections, long before they elect another.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let put = async |n: usize| {
+        let follower = &cluster.nodes[(leader + 1 + n % 2) % 3].address;
+        cluster.client.ask(follower, &Request::put(format!("/v1/kv/{n}"), "value")).await
+    };
+    let answers = futures::future::join_all((0..20).map(put)).await;
+    let statuses: Vec<_> = answers.iter().map(|answer| answer.as_ref().map(|answer| answer.status)).collect();
+    assert!(statuses.iter().all(|status| matches!(status, Ok(201))), "{statuses:?}");
 }

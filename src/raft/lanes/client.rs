@@ -247,6 +247,7 @@ async fn keep_up(shared: Arc<Shared>, lane: Arc<PeerLane>) {
             continue;
         }
         tracing::debug!(peer = %lane.to, lane = lane.lane.name(), %error, "a lane broke");
+        shared.heard.note_cut(lane.to);
         lane.lock().end(&error, Link::Down(error.clone()));
         // A lane that worked for a while starts over with the shortest pause.
         if started.elapsed() > PAUSE_MAX {

@@ -93,6 +93,15 @@ where
     }
 }
 
+/// The server drops it when the connection ends, mostly without having said so before.
+impl<I> Drop for Serving<I> {
+    fn drop(&mut self) {
+        if let Some(peer) = self.peer {
+            self.registry.heard().note_cut(peer);
+        }
+    }
+}
+
 impl<I> Serving<I> {
     fn take(&mut self, chunk: Bytes) {
         if let Some(peer) = self.peer {
