@@ -12,7 +12,7 @@ use futures::FutureExt;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::error::{ClientWriteError, Fatal, InitializeError, RaftError};
 use openraft::errors::{ForwardReason, ForwardToLeader};
-use openraft::raft::ClientWriteResult;
+use openraft::raft::{ClientWriteResult, TransferLeaderRequest};
 use openraft::{Instant as _, ServerState};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
@@ -28,7 +28,7 @@ use super::registry::Shared;
 use super::snapshots::Inbox;
 use super::state_machine::{self, Keeps, Machine, StateMachine};
 use super::status::{Freshness, GroupMembership, GroupStatus, GroupWatch, Leader, Role};
-use super::timings::RaftTimings;
+use super::timings::{LeaseReads, RaftTimings};
 use super::types::{Answer, Member, Outcome, Proposal, Types, from_raft};
 use super::witness;
 use crate::sm::ports::StoreError;
@@ -326,6 +326,23 @@ impl Group {
         }
     }
 
+    /// A lane from this node broke. If it leads, it has probably just ended, and another is elected without waiting for its lease to run
+    /// out. Were it alive after all, that costs the group a moment. Not where reads rest on leases.
+    pub(super) fn leader_cut(&self, node: NodeId) {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = GroupMembership::from(&*metrics.membership_config);
+        let leader = metrics.current_leader.filter(|leader| membership.node_of(*leader) == Some(node));
+        let Some(leader) = leader.filter(|leader| *leader != self.key.replica) else { return };
+        if self.timings.lease != LeaseReads::Off {
+            return;
+        }
+        // To whom is this replica's business only if it is told to lead itself. Else it no more than takes the lease for ended.
+        let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
+        let _ = self.raft.handle_transfer_leader(request).now_or_never();
+        self.timer.leader_cut();
+    }
+
     /// The voter with a map that has most of the log and was heard of most lately: whom to hand over to when it does not matter to whom.
     pub fn best_successor(&self) -> Option<ReplicaId> {
         let status = self.status();
@@ -440,8 +457,7 @@ fn look(raft: &RaftHandle, failure: Option<String>) -> GroupWatch {
         ServerState::Shutdown => Role::Stopped,
     };
     let leader = metrics.current_leader.map(|replica| {
-        let node = membership.voters.get(&replica).or_else(|| membership.learners.get(&replica)).copied();
-        let node = node.filter(|_| !membership.is_witness(replica));
+        let node = membership.node_of(replica).filter(|_| !membership.is_witness(replica));
         Leader { replica, node }
     });
     GroupWatch {

@@ -87,6 +87,16 @@ impl Timer {
         self.lock().campaign_at = at;
     }
 
+    /// The leader has probably just ended: no silence need tell so. A random moment is left, that the others notice too and only one
+    /// campaigns.
+    pub fn leader_cut(&self) {
+        if self.patience.is_zero() {
+            let at = Instant::now() + between((self.heartbeat / 4, self.heartbeat));
+            let mut state = self.lock();
+            state.campaign_at = state.campaign_at.min(at);
+        }
+    }
+
     /// Another replica has this one's vote, and now its time to win.
     pub fn granted_vote(&self) {
         let at = Instant::now() + between(self.election) + self.patience;
@@ -202,6 +212,26 @@ mod tests {
         assert_eq!(wait(&timer, Standing::OnlyVoter).await, (0, Due::Campaign));
         assert_eq!(wait(&timer, Standing::Leader).await, (0, Due::Heartbeat));
         assert_eq!(wait(&timer, Standing::Leader).await, (120, Due::Heartbeat));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_has_just_ended_is_not_waited_for() {
+        let timer = Timer::new(&RaftTimings::default(), false);
+        timer.heard_leader();
+        timer.leader_cut();
+        let (first, due) = wait(&timer, Standing::Voter).await;
+        assert_eq!(due, Due::Campaign);
+        assert!((30..=130).contains(&first), "after {first} ms");
+        // It lives after all.
+        timer.leader_cut();
+        timer.heard_leader();
+        let (silent, _) = wait(&timer, Standing::Voter).await;
+        assert!(silent >= 630, "after {silent} ms of silence");
+        let witness = Timer::new(&RaftTimings::default(), true);
+        witness.heard_leader();
+        witness.leader_cut();
+        let (late, _) = wait(&witness, Standing::Voter).await;
+        assert!(late >= 630 + 4 * 420, "a witness leaves it to the others for {late} ms");
     }
 
     #[tokio::test(start_paused = true)]

@@ -152,6 +152,12 @@ impl Registry {
         self.heard.last(node)
     }
 
+    /// A lane from this peer broke.
+    pub(super) fn peer_cut(&self, node: NodeId) {
+        self.heard.note_cut(node);
+        self.with_groups(|group| group.leader_cut(node));
+    }
+
     /// Whether this peer has probably just ended: a lane broke, and nothing was heard of it since.
     pub fn is_cut(&self, node: NodeId) -> bool {
         self.heard.is_cut(node)

@@ -94,6 +94,11 @@ pub struct GroupMembership {
 }
 
 impl GroupMembership {
+    /// Where a member is.
+    pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
+        self.voters.get(&replica).or_else(|| self.learners.get(&replica)).copied()
+    }
+
     /// Voters and learners.
     pub fn members(&self) -> BTreeSet<ReplicaId> {
         self.voters.keys().chain(self.learners.keys()).copied().collect()

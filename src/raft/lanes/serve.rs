@@ -97,7 +97,7 @@ where
 impl<I> Drop for Serving<I> {
     fn drop(&mut self) {
         if let Some(peer) = self.peer {
-            self.registry.heard().note_cut(peer);
+            self.registry.peer_cut(peer);
         }
     }
 }
