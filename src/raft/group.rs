@@ -340,7 +340,7 @@ impl Group {
         // To whom is this replica's business only if it is told to lead itself. Else it no more than takes the lease for ended.
         let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
         let _ = self.raft.handle_transfer_leader(request).now_or_never();
-        self.timer.leader_cut();
+        self.timer.leader_cut(membership.rank_after(leader, self.key));
     }
 
     /// The voter with a map that has most of the log and was heard of most lately: whom to hand over to when it does not matter to whom.

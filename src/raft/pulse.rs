@@ -87,11 +87,11 @@ impl Timer {
         self.lock().campaign_at = at;
     }
 
-    /// The leader has probably just ended: no silence need tell so. A random moment is left, that the others notice too and only one
-    /// campaigns.
-    pub fn leader_cut(&self) {
+    /// The leader has probably just ended: no silence need tell so. The others are left a moment to notice it too, and those before this
+    /// one in the succession the time to win: chance would have two campaign at once now and then, and neither win.
+    pub fn leader_cut(&self, rank: u32) {
         if self.patience.is_zero() {
-            let at = Instant::now() + between((self.heartbeat / 4, self.heartbeat));
+            let at = Instant::now() + self.heartbeat / 4 + self.heartbeat * rank;
             let mut state = self.lock();
             state.campaign_at = state.campaign_at.min(at);
         }
@@ -218,18 +218,20 @@ mod tests {
     async fn a_leader_that_has_just_ended_is_not_waited_for() {
         let timer = Timer::new(&RaftTimings::default(), false);
         timer.heard_leader();
-        timer.leader_cut();
-        let (first, due) = wait(&timer, Standing::Voter).await;
-        assert_eq!(due, Due::Campaign);
-        assert!((30..=130).contains(&first), "after {first} ms");
+        timer.leader_cut(0);
+        assert_eq!(wait(&timer, Standing::Voter).await, (30, Due::Campaign));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        timer.heard_leader();
+        timer.leader_cut(2);
+        assert_eq!(wait(&timer, Standing::Voter).await, (270, Due::Campaign));
         // It lives after all.
-        timer.leader_cut();
+        timer.leader_cut(0);
         timer.heard_leader();
         let (silent, _) = wait(&timer, Standing::Voter).await;
         assert!(silent >= 630, "after {silent} ms of silence");
         let witness = Timer::new(&RaftTimings::default(), true);
         witness.heard_leader();
-        witness.leader_cut();
+        witness.leader_cut(0);
         let (late, _) = wait(&witness, Standing::Voter).await;
         assert!(late >= 630 + 4 * 420, "a witness leaves it to the others for {late} ms");
     }

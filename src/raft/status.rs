@@ -94,6 +94,16 @@ pub struct GroupMembership {
 }
 
 impl GroupMembership {
+    /// How many come before `key` among the voters that may lead after `leader`, in an order that all of them know. It begins with another for
+    /// each group, so that not all groups of a node that ended come to the same.
+    pub fn rank_after(&self, leader: ReplicaId, key: ReplicaKey) -> u32 {
+        let mut heirs: Vec<ReplicaId> = self.voters.keys().copied().filter(|id| *id != leader && !self.is_witness(*id)).collect();
+        let first = key.group.0 % (heirs.len() as u64).max(1);
+        heirs.rotate_left(usize::try_from(first).unwrap_or(0));
+        let place = heirs.iter().position(|id| *id == key.replica);
+        place.and_then(|place| u32::try_from(place).ok()).unwrap_or(0)
+    }
+
     /// Where a member is.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
         self.voters.get(&replica).or_else(|| self.learners.get(&replica)).copied()
@@ -187,6 +197,17 @@ impl Heard {
 mod tests {
     use super::*;
     use crate::types::GroupId;
+
+    #[test]
+    fn each_heir_has_a_rank_of_its_own_and_groups_begin_with_different_ones() {
+        let voters = (1..=5).map(|id| (ReplicaId(id), NodeId(id))).collect();
+        let witnesses = [ReplicaId(4)].into();
+        let membership = GroupMembership { voters, witnesses, ..GroupMembership::default() };
+        let ranks = |group| [1, 3, 5].map(|id| membership.rank_after(ReplicaId(2), ReplicaKey { group, replica: ReplicaId(id) }));
+        assert_eq!([0, 1, 2, 3].map(|group| ranks(GroupId(group))), [[0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 1, 2]]);
+        let alone = GroupMembership { voters: [(ReplicaId(2), NodeId(2))].into(), ..GroupMembership::default() };
+        assert_eq!(alone.rank_after(ReplicaId(2), ReplicaKey { group: GroupId(1), replica: ReplicaId(9) }), 0);
+    }
 
     #[test]
     fn a_leader_keeps_what_members_that_are_near_still_lack() {

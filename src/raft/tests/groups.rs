@@ -294,6 +294,61 @@ async fn proposals_past_a_bound_are_refused() {
     cluster.stop_all().await;
 }
 
+/// An hour: whoever waits for silence waits for longer than any test.
+const LONG_ELECTION: RaftTimings = RaftTimings { election_ms_min: 3_600_000, election_ms_max: 7_200_000, ..RaftTimings::DEFAULT };
+
+#[tokio::test]
+async fn a_leader_that_has_ended_is_replaced_without_waiting_for_its_silence() {
+    let mut cluster = TestCluster::with_timings(3, LONG_ELECTION);
+    cluster.found(1).await;
+    for value in ["v", "w"] {
+        cluster.put(1, "k", value).await;
+        let leader = cluster.leader(1).await;
+        cluster.stop(leader).await;
+        assert_eq!(cluster.get(1, "k").await.as_deref(), Some(value));
+        cluster.restart(leader).await;
+        let replica = cluster.group(leader.0, 1);
+        until("it follows again", || replica.status().leader.is_some()).await;
+    }
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_lane_that_breaks_costs_a_leader_that_lives_nothing_acknowledged() {
+    let cluster = TestCluster::with_timings(3, LONG_ELECTION);
+    cluster.found(1).await;
+    for n in 0..5 {
+        cluster.put(1, &format!("k{n}"), "v").await;
+        let leader = cluster.leader(1).await;
+        cluster.hub.isolate(leader);
+        cluster.hub.heal();
+    }
+    for n in 0..5 {
+        assert_eq!(cluster.get(1, &format!("k{n}")).await.as_deref(), Some("v"));
+    }
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn where_reads_rest_on_leases_a_broken_lane_ends_none() {
+    let timings = RaftTimings {
+        election_ms_min: 2000,
+        election_ms_max: 2500,
+        lease: LeaseReads::On { drift_ms: 1 },
+        ..RaftTimings::default()
+    };
+    let mut cluster = TestCluster::with_timings(3, timings);
+    cluster.found(1).await;
+    cluster.put(1, "k", "v").await;
+    let leader = cluster.leader(1).await;
+    cluster.stop(leader).await;
+    // Many times longer than an election took that did not respect it.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!((1..=3).filter(|node| *node != leader.0).all(|node| cluster.group(node, 1).status().leader == Some(leader)));
+    cluster.put(1, "k", "w").await;
+    cluster.stop_all().await;
+}
+
 #[tokio::test]
 async fn with_lease_reads_a_restarted_replica_waits_before_it_votes() {
     let timings = RaftTimings { lease: LeaseReads::On { drift_ms: 100 }, ..RaftTimings::default() };
