@@ -25,8 +25,9 @@ usage() {
     cat <<USAGE
 usage: cluster.sh [--dir DIR] COMMAND [ARGUMENTS]
 
-  bootstrap [N] [--repl-factor R] [--shards S] [--base-port P]
-                 build, start N (3) nodes on $HOST:P... ($PORT_DEFAULT), wait until every shard has a leader
+  bootstrap [N] [--repl-factor R] [--shards S] [--base-port P] [--timing-factor F]
+                 build, start N (3) nodes on $HOST:P... ($PORT_DEFAULT), wait until every shard has a leader;
+                 with F, heartbeats and elections take F times as long: for many nodes on few cores
   members        ADDR and PID of each live process
   leader [KEY]   ADDR of the leader of KEY's shard; without KEY, of the group that holds the view
   kill ADDR      kill -9: returns when the process is gone
@@ -339,8 +340,9 @@ existing() {
     say "There is a cluster in $DIR already (${#NODES[@]} nodes, $running running): nothing was changed."
     [ -z "$COUNT" ] || [ "$COUNT" -eq "${#NODES[@]}" ] || differs=yes
     [ -z "$BASE_PORT" ] || [ -d "$DIR/nodes/$BASE_PORT" ] || differs=yes
-    [ -z "$REPL_FACTOR_ASKED" ] || has_flag "${NODES[0]}" --repl-factor "$REPL_FACTOR_ASKED" || differs=yes
-    [ -z "$SHARDS" ] || has_flag "${NODES[0]}" --shards "$SHARDS" || differs=yes
+    [ -z "$REPL_FACTOR_ASKED" ] || [ "$(flag_of "${NODES[0]}" --repl-factor)" = "$REPL_FACTOR_ASKED" ] || differs=yes
+    [ -z "$SHARDS" ] || [ "$(flag_of "${NODES[0]}" --shards)" = "$SHARDS" ] || differs=yes
+    [ -z "$TIMING_FACTOR" ] || [ "$(flag_of "${NODES[0]}" --timing-factor)" = "$TIMING_FACTOR" ] || differs=yes
     if [ -n "$differs" ]; then
         say "It is not the one asked for: $ME clean removes it, --dir DIR makes another (with --base-port)."
         return 1
@@ -350,13 +352,13 @@ existing() {
     fi
 }
 
-has_flag() {
-    local flag value=''
+# The value of flag $2 of node $1, if it was started with it.
+flag_of() {
+    local flag last=''
     while IFS= read -r flag; do
-        [ "$value" = "$2" ] && [ "$flag" = "$3" ] && return 0
-        value=$flag
+        [ "$last" != "$2" ] || printf '%s' "$flag"
+        last=$flag
     done <"$1/flags"
-    return 1
 }
 
 bootstrap() {
@@ -374,6 +376,7 @@ bootstrap() {
         misuse "a replication factor of $REPL_FACTOR_ASKED does not go with $count nodes"
     fi
     [ -z "$SHARDS" ] || [ "$SHARDS" -ge 1 ] || misuse "a cluster has at least one shard"
+    [ -z "$TIMING_FACTOR" ] || [ "$TIMING_FACTOR" -ge 1 ] || misuse "--timing-factor takes a number above 0"
     for ((port = base; port < base + count; port++)); do
         port_taken "$port" && die "port $port is in use by $(holder_of "$port"): choose others with --base-port"
         view=$view${view:+,}$HOST:$port
@@ -383,6 +386,7 @@ bootstrap() {
     flags=(--view "$view")
     [ -z "$REPL_FACTOR_ASKED" ] || flags+=(--repl-factor "$REPL_FACTOR_ASKED")
     [ -z "$SHARDS" ] || flags+=(--shards "$SHARDS")
+    [ -z "$TIMING_FACTOR" ] || flags+=(--timing-factor "$TIMING_FACTOR")
     for ((port = base; port < base + count; port++)); do
         mkdir "$DIR/nodes/$port" || die "cannot create $DIR/nodes/$port"
         make_node "$DIR/nodes/$port" "$HOST:$port" "${flags[@]}"
@@ -544,7 +548,7 @@ restart() {
 add() {
     need_cluster
     find_binary
-    local port=${NODES[${#NODES[@]} - 1]##*/} view='' node address
+    local port=${NODES[${#NODES[@]} - 1]##*/} view='' node address timing
     for node in "${NODES[@]}"; do view=$view${view:+,}$(address_of "$node"); done
     port=$((port + 1))
     while port_taken "$port" || ! mkdir "$DIR/nodes/$port" 2>/dev/null; do
@@ -552,7 +556,8 @@ add() {
         [ "$port" -le 65535 ] || die "there is no free port left"
     done
     node=$DIR/nodes/$port address=$HOST:$port
-    make_node "$node" "$address" --view "$view"
+    timing=$(flag_of "${NODES[0]}" --timing-factor)
+    make_node "$node" "$address" --view "$view" ${timing:+--timing-factor "$timing"}
     start_node "$node" || exit 1
     until [ "$(ask 5 -o /dev/null -w '%{http_code}' "http://$address/healthz")" = 200 ]; do
         if ! live "$node"; then
@@ -646,7 +651,7 @@ number() {
     printf '%s' "$((10#$2))"
 }
 
-DIR=${QUORATE_CLUSTER_DIR:-$HERE/.cluster} COUNT='' BASE_PORT='' REPL_FACTOR_ASKED='' SHARDS='' FOLLOW='' VERB='' NODES=() ARGUMENTS=() USED=()
+DIR=${QUORATE_CLUSTER_DIR:-$HERE/.cluster} COUNT='' BASE_PORT='' REPL_FACTOR_ASKED='' SHARDS='' TIMING_FACTOR='' FOLLOW='' VERB='' NODES=() ARGUMENTS=() USED=()
 # Takes one word that is no option.
 word() {
     if [ -n "$VERB" ]; then ARGUMENTS+=("$1"); else VERB=$1; fi
@@ -660,13 +665,14 @@ while [ $# -gt 0 ]; do
             ;;
     esac
     case $1 in
-        --dir | --base-port | --repl-factor | --shards)
+        --dir | --base-port | --repl-factor | --shards | --timing-factor)
             [ $# -ge 2 ] || misuse "$1 takes a value"
             case $1 in
                 --dir) DIR=$2 ;;
                 --base-port) BASE_PORT=$(number "$1" "$2") || exit 2 ;;
                 --repl-factor) REPL_FACTOR_ASKED=$(number "$1" "$2") || exit 2 ;;
                 --shards) SHARDS=$(number "$1" "$2") || exit 2 ;;
+                --timing-factor) TIMING_FACTOR=$(number "$1" "$2") || exit 2 ;;
             esac
             [ "$1" = --dir ] || USED+=("$1")
             shift 2
@@ -702,7 +708,7 @@ takes() {
 
 case $VERB in
     bootstrap)
-        takes 0 1 "a number of nodes" --base-port --repl-factor --shards
+        takes 0 1 "a number of nodes" --base-port --repl-factor --shards --timing-factor
         [ "${#ARGUMENTS[@]}" -eq 0 ] || COUNT=$(number bootstrap "${ARGUMENTS[0]}") || exit 2
         bootstrap
         ;;

@@ -185,7 +185,7 @@ impl Plan {
 }
 
 fn seconds_or_none(text: &str) -> Result<Duration, String> {
-    if text == "0" { Ok(Duration::ZERO) } else { seconds(text) }
+    if matches!(text, "0" | "0s") { Ok(Duration::ZERO) } else { seconds(text) }
 }
 
 #[cfg(test)]
