@@ -86,6 +86,7 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
         node.hand_over(HAND_OVER_TIMEOUT).await;
     }
     stop_server.cancel();
+    node.registry().inspect(|registry| registry.begin_to_close());
     closing.cancel();
     if let Err(error) = serving.await {
         tracing::error!("the server was broken off: {error}");

@@ -187,7 +187,8 @@ impl Member {
         let suspect = |node: &NodeId| {
             let suspects = hint.map(|hint| hint.suspects.as_slice()).unwrap_or_default();
             let is_silent = suspects.iter().any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR);
-            is_silent || self.registry.is_cut(*node)
+            // Who showed that it leads is asked, whatever the lanes say.
+            is_silent || (hinted != Some(*node) && self.registry.is_cut(*node))
         };
         let replicas = place.replicas.iter().copied();
         let candidates: Vec<NodeId> = local_leader

@@ -164,6 +164,7 @@ impl Group {
         if self.may_be_leased() {
             return Err(Refusal::Leased);
         }
+        self.end_lease_if_cut();
         let request = VoteRequest::<Types> { vote: read(&vote)?, last_log_id: last.map(to_raft), leadership_transfer };
         let response = self.raft.vote(request).await.map_err(|_| Refusal::Stopped)?;
         if response.vote_granted {
@@ -178,6 +179,7 @@ impl Group {
         if self.may_be_leased() {
             return Err(Refusal::Leased);
         }
+        self.end_lease_if_cut();
         let request = VoteRequest::<Types>::new(read(&vote)?, last.map(to_raft));
         let response = self.raft.pre_vote(request).await.map_err(|_| Refusal::Stopped)?;
         self.notice_older_log(&response, last);

@@ -16,6 +16,7 @@ use openraft::raft::{ClientWriteResult, TransferLeaderRequest};
 use openraft::{Instant as _, ServerState};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::task::coop::unconstrained;
 use tokio::time::Instant;
 
 use super::errors::{OpenError, ProposeError, ReadError, SHUT_DOWN, TransferError};
@@ -326,21 +327,34 @@ impl Group {
         }
     }
 
-    /// A lane from this node broke. If it leads, it has probably just ended, and another is elected without waiting for its lease to run
-    /// out. Were it alive after all, that costs the group a moment. Not where reads rest on leases.
+    /// All lanes from this node broke. If it leads, it has probably just ended, and another is elected soon, unless it is heard of before.
+    /// Not where reads rest on leases.
     pub(super) fn leader_cut(&self, node: NodeId) {
-        let metrics = self.raft.server_metrics();
-        let metrics = metrics.borrow_watched();
-        let membership = GroupMembership::from(&*metrics.membership_config);
-        let leader = metrics.current_leader.filter(|leader| membership.node_of(*leader) == Some(node));
-        let Some(leader) = leader.filter(|leader| *leader != self.key.replica) else { return };
         if self.timings.lease != LeaseReads::Off {
             return;
         }
-        // To whom is this replica's business only if it is told to lead itself. Else it no more than takes the lease for ended.
-        let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
-        let _ = self.raft.handle_transfer_leader(request).now_or_never();
-        self.timer.leader_cut(membership.rank_after(leader, self.key));
+        let watch = self.watch.borrow();
+        let leader = watch.leader.filter(|leader| leader.replica != self.key.replica);
+        if let Some(leader) = leader.filter(|leader| watch.membership.node_of(leader.replica) == Some(node)) {
+            self.timer.leader_cut(watch.membership.rank_after(leader.replica, self.key));
+        }
+    }
+
+    /// Takes the lease of a leader that has probably just ended for ended too, so that this replica may campaign, and may vote. Were the
+    /// leader alive after all, an election would cost the group a moment, and nothing that was acknowledged.
+    pub(super) fn end_lease_if_cut(&self) {
+        if self.timings.lease != LeaseReads::Off {
+            return;
+        }
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = GroupMembership::from(&*metrics.membership_config);
+        let is_cut = |leader: &ReplicaId| membership.node_of(*leader).is_some_and(|node| self.shared.lanes.is_cut(node));
+        if let Some(leader) = metrics.current_leader.filter(|leader| *leader != self.key.replica).filter(is_cut) {
+            // A replica that is told of another's lead than its own does no more than that.
+            let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
+            let _ = unconstrained(self.raft.handle_transfer_leader(request)).now_or_never();
+        }
     }
 
     /// The voter with a map that has most of the log and was heard of most lately: whom to hand over to when it does not matter to whom.
@@ -402,8 +416,11 @@ impl Group {
         };
         match due {
             Due::Nothing => {}
-            Due::Heartbeat => drop(self.raft.trigger().heartbeat().now_or_never()),
-            Due::Campaign => drop(self.raft.trigger().elect(true).now_or_never()),
+            Due::Heartbeat => drop(unconstrained(self.raft.trigger().heartbeat()).now_or_never()),
+            Due::Campaign => {
+                self.end_lease_if_cut();
+                drop(unconstrained(self.raft.trigger().elect(true)).now_or_never());
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 //! At most one replica of a group lives here at a time. Frames find their replica here; they never create one.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
 
@@ -65,6 +66,7 @@ pub struct Registry {
     /// Held while a replica is opened or closed: they take their time, and two of a group must not meet. True: no more are opened.
     opening: Mutex<bool>,
     pulse: OnceLock<AbortOnDropHandle<()>>,
+    closing: AtomicBool,
 }
 
 /// What ends before its log begins is lost: what is between is nowhere on this node.
@@ -91,6 +93,7 @@ impl Registry {
             groups: RwLock::default(),
             opening: Mutex::new(false),
             pulse: OnceLock::new(),
+            closing: AtomicBool::new(false),
         })
     }
 
@@ -152,13 +155,19 @@ impl Registry {
         self.heard.last(node)
     }
 
-    /// A lane from this peer broke.
-    pub(super) fn peer_cut(&self, node: NodeId) {
-        self.heard.note_cut(node);
-        self.with_groups(|group| group.leader_cut(node));
+    /// From now on that lanes break says nothing of who is at their other end: this node is about to cut them itself.
+    pub fn begin_to_close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
     }
 
-    /// Whether this peer has probably just ended: a lane broke, and nothing was heard of it since.
+    /// A lane from this peer broke.
+    pub(super) fn lane_ended(&self, node: NodeId) {
+        if !self.closing.load(Ordering::Relaxed) && self.heard.lane_ended(node) {
+            self.with_groups(|group| group.leader_cut(node));
+        }
+    }
+
+    /// Whether this peer has probably just ended: all of its lanes broke, and nothing was heard of it since.
     pub fn is_cut(&self, node: NodeId) -> bool {
         self.heard.is_cut(node)
     }

@@ -69,6 +69,11 @@ impl Lanes {
         self.shared.heard.last(node)
     }
 
+    /// Whether this peer has probably just ended.
+    pub fn is_cut(&self, node: NodeId) -> bool {
+        self.shared.heard.is_cut(node)
+    }
+
     /// Cuts all lanes. Calls under way and later ones fail.
     pub async fn close(&self) {
         let tasks = self.tasks.lock().expect("no holder panics").take();
@@ -247,7 +252,6 @@ async fn keep_up(shared: Arc<Shared>, lane: Arc<PeerLane>) {
             continue;
         }
         tracing::debug!(peer = %lane.to, lane = lane.lane.name(), %error, "a lane broke");
-        shared.heard.note_cut(lane.to);
         lane.lock().end(&error, Link::Down(error.clone()));
         // A lane that worked for a while starts over with the shortest pause.
         if started.elapsed() > PAUSE_MAX {

@@ -1,46 +1,65 @@
-//! [`Heard`]: when each peer was last heard of, on any lane and from either side, and whether a lane broke since.
+//! [`Heard`]: when each peer was last heard of, on any lane and from either side, and whether it has probably just ended.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::types::NodeId;
 
+/// How long a peer whose lanes broke passes for ended, unless it is heard of. By then a group has another leader or none.
+const CUT_FOR: Duration = Duration::from_secs(5);
+
 /// Bounded by the number of nodes that proved to be of our cluster.
 #[derive(Debug, Default)]
-pub struct Heard(Mutex<HashMap<NodeId, Last>>);
+pub struct Heard(Mutex<HashMap<NodeId, Signs>>);
 
-/// The last sign of a peer.
-#[derive(Debug)]
-struct Last {
-    at: Instant,
-    /// A lane broke after it.
-    is_cut: bool,
+/// What was seen of a peer.
+#[derive(Debug, Default)]
+struct Signs {
+    last: Option<Instant>,
+    /// Lanes from it that are up.
+    lanes: usize,
+    /// When the last of them broke, if it was not heard of since.
+    cut: Option<Instant>,
 }
 
 impl Heard {
     pub fn note(&self, node: NodeId) {
-        self.lock().insert(node, Last { at: Instant::now(), is_cut: false });
+        let mut peers = self.lock();
+        let signs = peers.entry(node).or_default();
+        signs.last = Some(Instant::now());
+        signs.cut = None;
     }
 
-    /// A lane with a peer broke. A process that ends breaks all of its lanes at once; one that lives is soon heard on another.
-    pub fn note_cut(&self, node: NodeId) {
-        if let Some(last) = self.lock().get_mut(&node) {
-            last.is_cut = true;
+    /// A lane from a peer is up.
+    pub fn lane_began(&self, node: NodeId) {
+        self.lock().entry(node).or_default().lanes += 1;
+    }
+
+    /// A lane from a peer broke. True if it was the last: one alone may break for many reasons, but a process that ends breaks all of its
+    /// lanes at once.
+    pub fn lane_ended(&self, node: NodeId) -> bool {
+        let mut peers = self.lock();
+        let signs = peers.entry(node).or_default();
+        signs.lanes = signs.lanes.saturating_sub(1);
+        if signs.lanes == 0 {
+            signs.cut = Some(Instant::now());
         }
+        signs.lanes == 0
     }
 
     pub fn last(&self, node: NodeId) -> Option<Instant> {
-        self.lock().get(&node).map(|last| last.at)
+        self.lock().get(&node)?.last
     }
 
-    /// Whether the last that was seen of a peer is that a lane broke: it has probably just ended.
+    /// Whether a peer has probably just ended.
     pub fn is_cut(&self, node: NodeId) -> bool {
-        self.lock().get(&node).is_some_and(|last| last.is_cut)
+        self.lock().get(&node).and_then(|signs| signs.cut).is_some_and(|cut| cut.elapsed() < CUT_FOR)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Last>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Signs>> {
         self.0.lock().expect("no holder panics")
     }
 }
@@ -49,16 +68,21 @@ impl Heard {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_peer_is_cut_off_from_when_a_lane_breaks_until_it_is_heard_again() {
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_is_cut_when_its_last_lane_breaks_until_it_is_heard_again_or_for_a_while() {
         let (heard, peer) = (Heard::default(), NodeId(2));
-        heard.note_cut(peer);
-        assert!(!heard.is_cut(peer), "it was never heard of");
+        for _ in 0..2 {
+            heard.lane_began(peer);
+            heard.note(peer);
+        }
+        assert!(!heard.lane_ended(peer) && !heard.is_cut(peer), "another lane is up");
+        assert!(heard.lane_ended(peer) && heard.is_cut(peer));
+        assert!(heard.last(peer).is_some() && !heard.is_cut(NodeId(3)));
         heard.note(peer);
-        assert!(!heard.is_cut(peer));
-        heard.note_cut(peer);
-        assert!(heard.is_cut(peer) && heard.last(peer).is_some() && !heard.is_cut(NodeId(3)));
-        heard.note(peer);
-        assert!(!heard.is_cut(peer));
+        assert!(!heard.is_cut(peer), "it was heard of");
+        heard.lane_began(peer);
+        assert!(heard.lane_ended(peer) && heard.is_cut(peer));
+        tokio::time::advance(CUT_FOR).await;
+        assert!(!heard.is_cut(peer), "nobody waits for ever for what it may never say to this node");
     }
 }

@@ -97,7 +97,7 @@ where
 impl<I> Drop for Serving<I> {
     fn drop(&mut self) {
         if let Some(peer) = self.peer {
-            self.registry.peer_cut(peer);
+            self.registry.lane_ended(peer);
         }
     }
 }
@@ -128,6 +128,7 @@ impl<I> Serving<I> {
         if self.peer.is_none() {
             match arrived.hello().map_err(|_| Refusal::Unreadable).and_then(|hello| self.greet(&hello)) {
                 Ok(peer) => {
+                    self.registry.heard().lane_began(peer);
                     self.registry.heard().note(peer);
                     self.peer = Some(peer);
                 }
