@@ -79,14 +79,16 @@ impl Group {
         let timings = shared.timings.clone();
         let is_witness = keeps.witness().is_some();
         let config = timings.config(key, is_witness).map_err(|error| OpenError::Timings(error.to_string()))?;
+        let store = LogStore::new(log.clone());
         let network = Network {
             key,
             lanes: shared.lanes.clone(),
+            tip: store.tip().clone(),
             append_timeout: timings.append_timeout(),
             snapshot_step_timeout: timings.snapshot_step_timeout(),
         };
         let machine = Arc::new(Machine::new(keeps)?);
-        let (store, state_machine) = (LogStore(log.clone()), StateMachine::new(machine.clone()));
+        let state_machine = StateMachine::new(machine.clone());
         let raft = RaftHandle::build(key.replica, config, network.clone(), store, state_machine).await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
         let (proposer, reads) = (Proposer::new(), Reads::new(timings.lease_age_max()));

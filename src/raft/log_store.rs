@@ -7,11 +7,14 @@
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, Range, RangeBounds};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::{Stream, TryStreamExt, stream};
 use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::{LogState, OptionalSend, RaftLogReader};
-use tokio::sync::oneshot;
+use tokio::sync::futures::OwnedNotified;
+use tokio::sync::{Notify, oneshot};
 
 use super::types::{
     RaftEntry, RaftLogId, RaftVoteOf, Types, entry_from_raft, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft,
@@ -25,15 +28,57 @@ const READ_BYTES_MAX: usize = 1 << 20;
 
 /// The log of one replica. Clones are the same log.
 #[derive(Clone)]
-pub struct LogStore(pub ReplicaLog);
+pub struct LogStore {
+    log: ReplicaLog,
+    tip: Arc<Tip>,
+}
+
+/// The end of a replica's log, for who waits until it grows.
+#[derive(Debug)]
+pub struct Tip {
+    /// The last index, and one more: zero where there is none.
+    next: AtomicU64,
+    grown: Arc<Notify>,
+}
+
+impl Tip {
+    pub fn new(last: Option<u64>) -> Arc<Self> {
+        let tip = Self { next: AtomicU64::new(0), grown: Arc::default() };
+        tip.set(last);
+        Arc::new(tip)
+    }
+
+    pub fn set(&self, last: Option<u64>) {
+        self.next.store(last.map_or(0, |last| last + 1), Ordering::Release);
+        self.grown.notify_waiters();
+    }
+
+    pub fn last(&self) -> Option<u64> {
+        self.next.load(Ordering::Acquire).checked_sub(1)
+    }
+
+    /// Done when the log has grown after this call.
+    pub fn grown(&self) -> OwnedNotified {
+        self.grown.clone().notified_owned()
+    }
+}
 
 impl LogStore {
+    pub fn new(log: ReplicaLog) -> Self {
+        let tip = Tip::new(log.state().last.map(|last| last.index));
+        Self { log, tip }
+    }
+
+    pub fn tip(&self) -> &Arc<Tip> {
+        &self.tip
+    }
+
     /// Every entry of the range that is in the log.
     fn read_all(&self, range: Range<u64>) -> io::Result<Vec<RaftEntry>> {
         let mut entries = Vec::new();
         let mut next = range.start;
         while next < range.end {
-            let part = self.0.read(next..range.end, READ_BYTES_MAX)?;
+            let part = self.log.read(next..range.end, READ_BYTES_MAX)?;
             let Some(last) = part.last() else { break };
             next = last.id.index + 1;
             entries.extend(part.into_iter().map(readable).collect::<io::Result<Vec<_>>>()?);
@@ -43,7 +88,7 @@ impl LogStore {
 
     /// What of `range` the log holds.
     fn clamp(&self, range: &impl RangeBounds<u64>) -> Range<u64> {
-        let state = self.0.state();
+        let state = self.log.state();
         let start = match range.start_bound() {
             Bound::Included(start) => *start,
             Bound::Excluded(start) => start.saturating_add(1),
@@ -79,11 +124,11 @@ impl RaftLogReader<Types> for LogStore {
     }
 
     async fn read_vote(&mut self) -> io::Result<Option<RaftVoteOf>> {
-        Ok(self.0.state().vote.as_ref().and_then(vote_to_raft))
+        Ok(self.log.state().vote.as_ref().and_then(vote_to_raft))
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<RaftEntry>> {
-        self.0.read(start..end, READ_BYTES_MAX)?.into_iter().map(readable).collect()
+        self.log.read(start..end, READ_BYTES_MAX)?.into_iter().map(readable).collect()
     }
 
     /// Reads as it goes, so that a long way to catch up is never in memory at once.
@@ -95,7 +140,7 @@ impl RaftLogReader<Types> for LogStore {
             if rest.is_empty() {
                 return Ok(None);
             }
-            let part = store.0.read(rest.clone(), READ_BYTES_MAX)?;
+            let part = store.log.read(rest.clone(), READ_BYTES_MAX)?;
             let Some(next) = part.last().map(|last| last.id.index + 1) else { return Ok(None) };
             Ok::<_, io::Error>(Some((stream::iter(part.into_iter().map(readable)), (store, next..rest.end))))
         });
@@ -107,7 +152,7 @@ impl RaftLogStorage<Types> for LogStore {
     type LogReader = Self;
 
     async fn get_log_state(&mut self) -> io::Result<LogState<Types>> {
-        let state = self.0.state();
+        let state = self.log.state();
         Ok(LogState { last_purged_log_id: state.purged.map(to_raft), last_log_id: state.last.or(state.purged).map(to_raft) })
     }
 
@@ -120,17 +165,17 @@ impl RaftLogStorage<Types> for LogStore {
         let done = move |result| {
             let _ = done.send(result);
         };
-        self.0.save_vote(vote_from_raft(vote), Box::new(done));
+        self.log.save_vote(vote_from_raft(vote), Box::new(done));
         saved.await.map_err(|_| io::Error::other("the log was closed before the vote was saved"))?
     }
 
     async fn save_committed(&mut self, committed: Option<RaftLogId>) -> io::Result<()> {
-        self.0.save_committed(committed.as_ref().map(from_raft));
+        self.log.save_committed(committed.as_ref().map(from_raft));
         Ok(())
     }
 
     async fn read_committed(&mut self) -> io::Result<Option<RaftLogId>> {
-        Ok(self.0.committed().map(to_raft))
+        Ok(self.log.committed().map(to_raft))
     }
 
     async fn append<I>(&mut self, entries: I, callback: IOFlushed<Types>) -> io::Result<()>
@@ -138,16 +183,21 @@ impl RaftLogStorage<Types> for LogStore {
         I: IntoIterator<Item = RaftEntry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let entries = entries.into_iter().map(entry_from_raft).collect();
-        self.0.append(entries, Box::new(move |result| callback.io_completed(result)))
+        let entries: Vec<_> = entries.into_iter().map(entry_from_raft).collect();
+        let last = entries.last().map(|last| last.id.index);
+        self.log.append(entries, Box::new(move |result| callback.io_completed(result)))?;
+        if last.is_some() {
+            self.tip.set(last);
+        }
+        Ok(())
     }
 
     async fn truncate_after(&mut self, last: Option<RaftLogId>) -> io::Result<()> {
-        issued(|done| self.0.truncate_after(last.map(|id| id.index()), done))
+        issued(|done| self.log.truncate_after(last.map(|id| id.index()), done))
     }
 
     async fn purge(&mut self, log_id: RaftLogId) -> io::Result<()> {
-        issued(|done| self.0.purge(from_raft(&log_id), done))
+        issued(|done| self.log.purge(from_raft(&log_id), done))
     }
 }
 

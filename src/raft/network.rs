@@ -20,9 +20,11 @@ use openraft::raft::{
 };
 use openraft::type_config::alias::SnapshotOf;
 use openraft::{AnyError, OptionalSend};
+use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
 
 use super::lanes::{Lanes, read_reply};
+use super::log_store::Tip;
 use super::snapshots;
 use super::state_machine::Image;
 use super::transport::{Lane, LaneError};
@@ -35,9 +37,6 @@ use crate::types::{NodeId, ReplicaId};
 const WINDOW: usize = 16;
 /// Bytes of them. One larger append may always go alone.
 const WINDOW_BYTES: usize = 4 << 20;
-/// How long the news of a commit waits for an entry to travel with, while others are on their way.
-const COMMIT_PAUSE: Duration = Duration::from_millis(3);
-
 type Answered<T> = Result<T, RPCError<Types>>;
 
 /// Makes the clients of one group.
@@ -45,6 +44,8 @@ type Answered<T> = Result<T, RPCError<Types>>;
 pub struct Network {
     pub key: ReplicaKey,
     pub lanes: Arc<Lanes>,
+    /// The end of the group's log here.
+    pub tip: Arc<Tip>,
     /// How long an append may be without a reply. A follower that syncs slowly is not a follower that is gone.
     pub append_timeout: Duration,
     /// How long one step of a snapshot transfer may take.
@@ -153,8 +154,8 @@ impl RaftNetworkV2<Types> for PeerClient {
             window_bytes: 0,
             timeout,
             timer: Box::pin(tokio::time::sleep(timeout)),
-            commit: None,
-            commit_timer: Box::pin(tokio::time::sleep(COMMIT_PAUSE)),
+            grown: Box::pin(self.network.tip.grown()),
+            taken: None,
             failed: None,
             acknowledged: None,
         };
@@ -219,6 +220,12 @@ impl RaftNetworkV2<Types> for PeerClient {
 }
 
 /// Pipelined appends: requests leave as they come, up to a window; results are handed back in the order of the requests.
+///
+/// openraft notes when it made a request, and takes that for the time of the follower's answer once a result says that the follower has all up
+/// to the end of the request. A request without entries ends where the one before it does: that one's answer, given perhaps before, would pass
+/// for the answer to it, and a leader that was paused and deposed would confirm a read by what a follower said before it voted for another.
+/// So none is asked for while others are on their way, which also saves as many frames as there are entries: the next one with entries tells
+/// what is committed as well. And where one slips through, a result waits until everything is answered that it would speak for.
 struct Appends<'s, S> {
     client: &'s PeerClient,
     input: Option<S>,
@@ -227,9 +234,10 @@ struct Appends<'s, S> {
     timeout: Duration,
     /// Of the oldest request.
     timer: Pin<Box<Sleep>>,
-    /// A request without entries: it tells the follower what is committed, as does the next one with entries.
-    commit: Option<AppendEntriesRequest<Types>>,
-    commit_timer: Pin<Box<Sleep>>,
+    /// Done when an entry was appended since it was made.
+    grown: Pin<Box<OwnedNotified>>,
+    /// Where the last request ended that was taken from the input.
+    taken: Option<RaftLogId>,
     /// A request could not be sent; said once the earlier ones are answered.
     failed: Option<LaneError>,
     /// The last that the follower is known to have.
@@ -251,6 +259,7 @@ where
     fn send(&mut self, mut request: AppendEntriesRequest<Types>) {
         let previous = request.prev_log_id;
         let last = request.entries.last().map(|entry| entry.log_id).or(previous);
+        self.taken = last;
         let frame = self.client.append_frame(&mut request);
         let bytes = frame.bytes_len();
         match self.client.lanes.call(self.client.to, self.client.lane, frame) {
@@ -271,35 +280,30 @@ where
 
     fn fill_window(&mut self, context: &mut Context<'_>) {
         while self.window.len() < WINDOW && self.window_bytes < WINDOW_BYTES {
-            let Some(input) = &mut self.input else { break };
+            if !self.window.is_empty() && !self.has_entries(context) {
+                return;
+            }
+            let Some(input) = &mut self.input else { return };
             match input.poll_next_unpin(context) {
-                Poll::Ready(Some(request)) if self.may_wait(&request) => self.hold(request),
-                Poll::Ready(Some(request)) => {
-                    self.commit = None;
-                    self.send(request);
-                }
+                Poll::Ready(Some(request)) => self.send(request),
                 Poll::Ready(None) => self.input = None,
-                Poll::Pending => break,
+                Poll::Pending => return,
             }
         }
-        if self.commit.is_some() && (self.input.is_none() || self.commit_timer.poll_unpin(context).is_ready()) {
-            let commit = self.commit.take();
-            commit.into_iter().for_each(|request| self.send(request));
-        }
     }
 
-    /// Whether a request says nothing but what is committed while entries are on their way: under load more of them follow at once, and as
-    /// many frames again would go to and fro for nothing. Else it goes at once, for who reads from followers. openraft wants no reply of
-    /// its own to each request: that to a later one is good for all before it.
-    fn may_wait(&self, request: &AppendEntriesRequest<Types>) -> bool {
-        self.client.lane == Lane::Log && request.entries.is_empty() && !self.window.is_empty()
+    /// Whether the log has entries that were not taken yet. If not, this is polled again when it has.
+    fn has_entries(&mut self, context: &mut Context<'_>) -> bool {
+        while self.grown.as_mut().poll(context).is_ready() {
+            self.grown = Box::pin(self.client.network.tip.grown());
+        }
+        self.client.network.tip.last() > self.taken.map(|id| id.index)
     }
 
-    fn hold(&mut self, request: AppendEntriesRequest<Types>) {
-        if self.commit.is_none() {
-            self.commit_timer.as_mut().reset(Instant::now() + COMMIT_PAUSE);
-        }
-        self.commit = Some(request);
+    /// Whether openraft would take a result that the follower matches up to here for the answer to a request that it has not answered.
+    fn speaks_for_others(&self, matching: Option<RaftLogId>) -> bool {
+        let is_failed = self.failed.is_some() && self.taken <= matching;
+        is_failed || self.window.iter().any(|later| later.last <= matching)
     }
 
     /// The oldest request is done with; the timer is now the next one's.
@@ -339,31 +343,35 @@ where
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
-        this.fill_window(context);
-        let Some(oldest) = this.window.front_mut() else {
-            return match (this.failed.take(), &this.input) {
-                (Some(error), _) => Poll::Ready(Some(Err(rpc_error(error)))),
-                (None, None) => Poll::Ready(None),
-                (None, Some(_)) => Poll::Pending,
+        loop {
+            this.fill_window(context);
+            let Some(oldest) = this.window.front_mut() else {
+                return match (this.failed.take(), &this.input) {
+                    (Some(error), _) => Poll::Ready(Some(Err(rpc_error(error)))),
+                    (None, None) => Poll::Ready(None),
+                    (None, Some(_)) => Poll::Pending,
+                };
             };
-        };
-        let reply = match oldest.call.poll_unpin(context) {
-            Poll::Ready(Ok(arrived)) => arrived.and_then(|arrived| read_reply(&arrived)),
-            Poll::Ready(Err(_)) => Err(LaneError::Closed),
-            Poll::Pending => match this.timer.poll_unpin(context) {
-                Poll::Ready(()) => Err(LaneError::Late(this.timeout)),
-                Poll::Pending => return Poll::Pending,
-            },
-        };
-        let done = this.pop().expect("the window was not empty");
-        let result = reply.map_err(rpc_error).and_then(|reply| this.read(&done, &reply));
-        if result.is_err() {
-            // openraft ends the stream at an error; what is still under way is given up.
-            this.input = None;
-            this.commit = None;
-            this.window.clear();
+            let reply = match oldest.call.poll_unpin(context) {
+                Poll::Ready(Ok(arrived)) => arrived.and_then(|arrived| read_reply(&arrived)),
+                Poll::Ready(Err(_)) => Err(LaneError::Closed),
+                Poll::Pending => match this.timer.poll_unpin(context) {
+                    Poll::Ready(()) => Err(LaneError::Late(this.timeout)),
+                    Poll::Pending => return Poll::Pending,
+                },
+            };
+            let done = this.pop().expect("the window was not empty");
+            let result = reply.map_err(rpc_error).and_then(|reply| this.read(&done, &reply));
+            if matches!(result, Ok(Ok(matching)) if this.speaks_for_others(matching)) {
+                continue;
+            }
+            if result.is_err() {
+                // openraft ends the stream at an error; what is still under way is given up.
+                this.input = None;
+                this.window.clear();
+            }
+            return Poll::Ready(Some(result));
         }
-        Poll::Ready(Some(result))
     }
 }
 

@@ -2,17 +2,20 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
+use futures::channel::mpsc::UnboundedReceiver;
 use futures::future::BoxFuture;
-use futures::{StreamExt, stream};
+use futures::{Stream, StreamExt, stream};
 use openraft::errors::RPCError;
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 
 use super::cluster::{CLUSTER, directory, key};
 use crate::raft::lanes::Lanes;
+use crate::raft::log_store::Tip;
 use crate::raft::network::Network;
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::types::{Member, Types, entry_to_raft, to_raft, vote_to_raft};
@@ -20,31 +23,50 @@ use crate::raft::wire::{self, AppendReply, Arrived, FrameReader, Reply, Request}
 use crate::storage::log::{Entry, Payload, Vote};
 use crate::types::{LogId, NodeId, ReplicaId};
 
-/// A peer that gives these answers, one to each frame, and remembers what each append said.
-#[derive(Default)]
-struct Scripted {
-    script: Arc<Mutex<VecDeque<AppendReply>>>,
-    seen: Arc<Mutex<Vec<String>>>,
-}
+/// A peer that gives these answers, one to each frame.
+struct Scripted(Arc<Mutex<VecDeque<AppendReply>>>);
 
 impl Dial for Scripted {
     fn dial(&self, _: NodeId, _: Peer, _: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<Incoming, LaneError>> {
-        let (script, seen, mut reader, mut is_greeted) = (self.script.clone(), self.seen.clone(), FrameReader::default(), false);
+        let (script, mut reader, mut is_greeted) = (self.0.clone(), FrameReader::default(), false);
         let replies = outgoing.map(move |chunk| {
             reader.push(chunk);
             let mut out = BytesMut::new();
             while let Some(arrived) = reader.next()? {
-                if !std::mem::replace(&mut is_greeted, true) {
-                    continue;
-                }
-                seen.lock().expect("no holder panics").push(said(&arrived));
-                if let Some(reply) = script.lock().expect("no holder panics").pop_front() {
+                if std::mem::replace(&mut is_greeted, true)
+                    && let Some(reply) = script.lock().expect("no holder panics").pop_front()
+                {
                     wire::encode_reply(&mut out, arrived.sequence, &Reply::Append(reply));
                 }
             }
             Ok(out.freeze())
         });
         Box::pin(async move { Ok(Box::pin(replies) as Incoming) })
+    }
+}
+
+/// A peer that takes every frame, and answers when it is told to.
+struct Patient {
+    /// The sequences of the appends that came, and what they say.
+    seen: Arc<Mutex<Vec<(u64, String)>>>,
+    replies: Mutex<Option<UnboundedReceiver<Bytes>>>,
+}
+
+impl Dial for Patient {
+    fn dial(&self, _: NodeId, _: Peer, _: Lane, mut outgoing: Outgoing) -> BoxFuture<'static, Result<Incoming, LaneError>> {
+        let (seen, mut reader, mut is_greeted) = (self.seen.clone(), FrameReader::default(), false);
+        tokio::spawn(async move {
+            while let Some(chunk) = outgoing.next().await {
+                reader.push(chunk);
+                while let Some(arrived) = reader.next().expect("frames") {
+                    if std::mem::replace(&mut is_greeted, true) {
+                        seen.lock().expect("no holder panics").push((arrived.sequence, said(&arrived)));
+                    }
+                }
+            }
+        });
+        let replies = self.replies.lock().expect("no holder panics").take().expect("one lane");
+        Box::pin(async move { Ok(Box::pin(replies.map(Ok)) as Incoming) })
     }
 }
 
@@ -90,19 +112,20 @@ fn commit(index: u64) -> AppendEntriesRequest<Types> {
     AppendEntriesRequest { prev_log_id: last, entries: Vec::new(), leader_commit: last, ..append(index) }
 }
 
-/// The way to a peer that answers so.
-fn network_to(peer: Scripted) -> (Network, Arc<Lanes>) {
+/// The way to a peer.
+fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
     let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
     let lanes = Arc::new(Lanes::new(identity, Arc::new(Anywhere), Arc::new(peer), Arc::default()));
     let second = Duration::from_secs(1);
-    let network = Network { key: key(1, 1), lanes: lanes.clone(), append_timeout: second, snapshot_step_timeout: second };
+    let tip = Tip::new(None);
+    let network = Network { key: key(1, 1), lanes: lanes.clone(), tip, append_timeout: second, snapshot_step_timeout: second };
     (network, lanes)
 }
 
 /// What openraft is told, in a word for each append, when these are answered so.
 async fn told(lane: Lane, appends: &[u64], script: &[AppendReply]) -> Vec<String> {
-    let script = Arc::new(Mutex::new(script.iter().cloned().collect()));
-    let (mut network, lanes) = network_to(Scripted { script, ..Scripted::default() });
+    let (mut network, lanes) = network_to(Scripted(Arc::new(Mutex::new(script.iter().cloned().collect()))));
+    network.tip.set(appends.iter().max().copied());
     let member = Member { node: NodeId(2), is_witness: false };
     let mut client = match lane {
         Lane::Log => network.new_client(ReplicaId(2), &member).await,
@@ -138,44 +161,93 @@ async fn only_a_conflict_that_can_be_is_told() {
     assert_eq!(told(Lane::Heartbeat, &[5], &[Conflict]).await, ["network"]);
 }
 
+/// What openraft would give next when asked.
+#[derive(Clone, Default)]
+struct Source(Arc<Mutex<Next>>);
+
+#[derive(Default)]
+struct Next {
+    requests: VecDeque<AppendEntriesRequest<Types>>,
+    waker: Option<Waker>,
+}
+
+impl Source {
+    fn give(&self, request: AppendEntriesRequest<Types>) {
+        let mut state = self.0.lock().expect("no holder panics");
+        state.requests.push_back(request);
+        state.waker.take().into_iter().for_each(Waker::wake);
+    }
+
+    /// What it was not asked for.
+    fn take_back(&self) -> Option<AppendEntriesRequest<Types>> {
+        self.0.lock().expect("no holder panics").requests.pop_front()
+    }
+
+    fn stream(&self) -> impl Stream<Item = AppendEntriesRequest<Types>> + Unpin + Send + 'static {
+        let source = self.clone();
+        stream::poll_fn(move |context| {
+            let mut state = source.0.lock().expect("no holder panics");
+            state.waker = Some(context.waker().clone());
+            state.requests.pop_front().map_or(Poll::Pending, |request| Poll::Ready(Some(request)))
+        })
+    }
+}
+
 #[tokio::test(start_paused = true)]
-async fn a_commit_travels_with_the_next_entry_or_alone_after_a_while() {
-    // It answers the first frame, and no other.
-    let peer = Scripted { script: Arc::new(Mutex::new(vec![AppendReply::Success].into())), ..Scripted::default() };
-    let seen = peer.seen.clone();
-    let (mut network, lanes) = network_to(peer);
+async fn no_result_speaks_for_a_request_that_is_not_answered() {
+    let (answers, replies) = futures::channel::mpsc::unbounded();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (mut network, lanes) = network_to(Patient { seen: seen.clone(), replies: Mutex::new(Some(replies)) });
+    let (source, tip) = (Source::default(), network.tip.clone());
     let mut client = network.new_client(ReplicaId(2), &Member { node: NodeId(2), is_witness: false }).await;
-    let (requests, input) = futures::channel::mpsc::unbounded();
     let option = RPCOption::new(Duration::from_secs(1));
-    let mut output = client.stream_append(input, option).await.expect("a stream");
-    let send = |request| requests.unbounded_send(request).expect("the stream reads");
-    let mut after_ms = async |ms| {
-        let answer = tokio::time::timeout(Duration::from_millis(ms), output.next()).await;
-        (std::mem::take(&mut *seen.lock().expect("no holder panics")), answer.is_ok_and(|answer| answer.is_some()))
+    let mut output = client.stream_append(source.stream(), option).await.expect("a stream");
+    // What openraft is told within a moment, and what the peer was sent until then.
+    let mut after_a_moment = async || {
+        let told = tokio::time::timeout(Duration::from_millis(5), output.next()).await;
+        let told = told.ok().map(|result| match result {
+            Some(Ok(Ok(matching))) => matching.map_or(0, |id| id.index),
+            other => panic!("told {other:?}"),
+        });
+        let sent: Vec<(u64, String)> = std::mem::take(&mut *seen.lock().expect("no holder panics"));
+        (told, sent.first().map(|(sequence, _)| *sequence), sent.into_iter().map(|(_, says)| says).collect::<Vec<_>>())
     };
-    let says = |entries, committed| vec![format!("{entries} entries, {committed} committed")];
+    let answer = |sequence: Option<u64>| {
+        let mut out = BytesMut::new();
+        wire::encode_reply(&mut out, sequence.expect("it was sent"), &Reply::Append(AppendReply::Success));
+        answers.unbounded_send(out.freeze()).expect("the lane is up");
+    };
 
-    // Nothing is on its way: it goes at once.
-    send(commit(4));
-    assert_eq!(after_ms(1).await, (says(0, 4), true));
+    // Nothing is on its way: the news of a commit goes at once.
+    source.give(commit(4));
+    let (told, first, says) = after_a_moment().await;
+    assert_eq!((told, says), (None, vec!["0 entries, 4 committed".to_owned()]));
+    answer(first);
+    assert_eq!(after_a_moment().await.0, Some(4));
 
-    // An entry is, and another comes in time.
-    send(append(5));
-    assert_eq!(after_ms(1).await, (says(1, 0), false));
-    send(commit(5));
-    assert_eq!(after_ms(1).await, (vec![], false));
-    send(AppendEntriesRequest { leader_commit: Some(to_raft(log_id(5))), ..append(6) });
-    assert_eq!(after_ms(5).await, (says(1, 5), false));
+    // An entry is: such news is not even asked for. Another entry is, as soon as the log has it.
+    tip.set(Some(5));
+    source.give(append(5));
+    let (_, fifth, says) = after_a_moment().await;
+    assert_eq!(says, ["1 entries, 0 committed"]);
+    source.give(commit(5));
+    assert_eq!(after_a_moment().await, (None, None, vec![]));
+    assert!(source.take_back().is_some(), "nobody asked");
+    tip.set(Some(6));
+    source.give(AppendEntriesRequest { leader_commit: Some(to_raft(log_id(5))), ..append(6) });
+    let (_, sixth, says) = after_a_moment().await;
+    assert_eq!(says, ["1 entries, 5 committed"]);
 
-    // None comes: the last commit is told when the first has waited for long enough.
-    send(commit(5));
-    assert_eq!(after_ms(2).await, (vec![], false));
-    send(commit(6));
-    assert_eq!(after_ms(2).await, (says(0, 6), false));
-
-    // The end of the stream waits for nothing.
-    send(commit(7));
-    drop(requests);
-    assert_eq!(after_ms(1).await, (says(0, 7), false));
+    // Openraft may not know yet of an entry that the log has, and give such news instead: results wait for the answer to it.
+    tip.set(Some(7));
+    source.give(commit(6));
+    let (_, news, says) = after_a_moment().await;
+    assert_eq!(says, ["0 entries, 6 committed"]);
+    answer(fifth);
+    assert_eq!(after_a_moment().await.0, Some(5));
+    answer(sixth);
+    assert_eq!(after_a_moment().await.0, None);
+    answer(news);
+    assert_eq!(after_a_moment().await.0, Some(6));
     lanes.close().await;
 }

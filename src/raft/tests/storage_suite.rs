@@ -73,7 +73,7 @@ fn store(
     };
     let machine = Arc::new(Machine::new(keeps).expect("a readable map"));
     let guard = Guard { log, states: Arc::new(states), threads, _directory: keep };
-    (guard, Hiding { store: LogStore(replica), first_seen: Arc::default() }, StateMachine::new(machine))
+    (guard, Hiding { store: LogStore::new(replica), first_seen: Arc::default() }, StateMachine::new(machine))
 }
 
 /// The suite applies what it never appended.
