@@ -85,8 +85,8 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     if ended.is_none() {
         node.hand_over(HAND_OVER_TIMEOUT).await;
     }
-    stop_server.cancel();
     node.registry().inspect(|registry| registry.begin_to_close());
+    stop_server.cancel();
     closing.cancel();
     if let Err(error) = serving.await {
         tracing::error!("the server was broken off: {error}");

@@ -58,10 +58,11 @@ impl Group {
                 if self.watch.borrow().membership.is_witness(sender) {
                     return Err(Refusal::Failed("a witness has no snapshot".into()));
                 }
-                match &self.machine.keeps {
-                    Keeps::Map(state) => self.take_snapshot(state, request, &tail).await,
-                    Keeps::Witness(_) => self.take_mark(request).await,
-                }
+                let reply = match &self.machine.keeps {
+                    Keeps::Map(state) => self.take_snapshot(state, request, &tail).await?,
+                    Keeps::Witness(_) => self.take_mark(request).await?,
+                };
+                self.with_vote(reply).await
             }
             Request::Held { index } => match &self.machine.keeps {
                 Keeps::Witness(state) => {
@@ -71,6 +72,14 @@ impl Group {
                 Keeps::Map(_) => Err(other_kind()),
             },
         }
+    }
+
+    /// Says with whom this replica goes now, and not when the snapshot was installed, which may be long ago: the sender takes the answer for a
+    /// word of one that follows it, and confirms reads by it.
+    async fn with_vote(&self, reply: Reply) -> Handled {
+        let Reply::SnapshotInstalled { .. } = reply else { return Ok(reply) };
+        let vote = self.raft.with_raft_state(|state| *state.vote_ref()).await.map_err(|_| Refusal::Stopped)?;
+        Ok(Reply::SnapshotInstalled { vote: vote_from_raft(&vote) })
     }
 
     async fn take_snapshot(&self, state: &ReplicaState, request: Request, tail: &Bytes) -> Handled {
@@ -161,10 +170,9 @@ impl Group {
     }
 
     async fn vote(&self, vote: Vote, last: Option<LogId>, leadership_transfer: bool) -> Handled {
-        if self.may_be_leased() {
+        if self.may_be_leased() || (!self.end_lease_if_cut() && !leadership_transfer) {
             return Err(Refusal::Leased);
         }
-        self.end_lease_if_cut();
         let request = VoteRequest::<Types> { vote: read(&vote)?, last_log_id: last.map(to_raft), leadership_transfer };
         let response = self.raft.vote(request).await.map_err(|_| Refusal::Stopped)?;
         if response.vote_granted {
@@ -176,10 +184,9 @@ impl Group {
     }
 
     async fn pre_vote(&self, vote: Vote, last: Option<LogId>) -> Handled {
-        if self.may_be_leased() {
+        if self.may_be_leased() || !self.end_lease_if_cut() {
             return Err(Refusal::Leased);
         }
-        self.end_lease_if_cut();
         let request = VoteRequest::<Types>::new(read(&vote)?, last.map(to_raft));
         let response = self.raft.pre_vote(request).await.map_err(|_| Refusal::Stopped)?;
         self.notice_older_log(&response, last);

@@ -344,19 +344,22 @@ impl Group {
 
     /// Takes the lease of a leader that has probably just ended for ended too, so that this replica may campaign, and may vote. Were the
     /// leader alive after all, an election would cost the group a moment, and nothing that was acknowledged.
-    pub(super) fn end_lease_if_cut(&self) {
-        if self.timings.lease != LeaseReads::Off {
-            return;
-        }
+    ///
+    /// False if it is not, and holds a lease: then there is no vote for others. openraft would say the same, but renews no lease that it was once
+    /// told to take for ended.
+    pub(super) fn end_lease_if_cut(&self) -> bool {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
         let membership = GroupMembership::from(&*metrics.membership_config);
-        let is_cut = |leader: &ReplicaId| membership.node_of(*leader).is_some_and(|node| self.shared.lanes.is_cut(node));
-        if let Some(leader) = metrics.current_leader.filter(|leader| *leader != self.key.replica).filter(is_cut) {
+        let Some(leader) = metrics.current_leader.filter(|leader| *leader != self.key.replica) else { return true };
+        let is_cut = membership.node_of(leader).is_some_and(|node| self.shared.lanes.is_cut(node));
+        if is_cut && self.timings.lease == LeaseReads::Off {
             // A replica that is told of another's lead than its own does no more than that.
             let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
             let _ = unconstrained(self.raft.handle_transfer_leader(request)).now_or_never();
+            return true;
         }
+        !self.timer.is_leased()
     }
 
     /// The voter with a map that has most of the log and was heard of most lately: whom to hand over to when it does not matter to whom.

@@ -30,6 +30,8 @@ struct State {
     campaign_at: Instant,
     /// One campaign must have had its time before the next.
     attempt_from: Instant,
+    /// When a leader has last sent something.
+    heard: Option<Instant>,
 }
 
 /// What a replica has to do now.
@@ -76,15 +78,23 @@ impl Timer {
         let patience = if is_witness { timings.witness_patience() } else { Duration::ZERO };
         // It may have given a lease before it was started, and does not know.
         let from = now + timings.forgotten_lease();
-        let state = State { next_heartbeat: now, campaign_at: from + between(bounds) + patience, attempt_from: from };
+        let state =
+            State { next_heartbeat: now, campaign_at: from + between(bounds) + patience, attempt_from: from, heard: None };
         let heartbeat = Duration::from_millis(timings.heartbeat_ms);
         Self { heartbeat, lease: bounds.1, election: bounds, patience, state: Mutex::new(state) }
     }
 
     /// A leader has sent something. What an earlier one drew no longer counts: the latest of many draws would always be a long one.
     pub fn heard_leader(&self) {
-        let at = Instant::now() + self.lease + between(self.election) + self.patience;
-        self.lock().campaign_at = at;
+        let now = Instant::now();
+        let mut state = self.lock();
+        state.campaign_at = now + self.lease + between(self.election) + self.patience;
+        state.heard = Some(now);
+    }
+
+    /// Whether a leader has sent something so lately that it holds a lease.
+    pub fn is_leased(&self) -> bool {
+        self.lock().heard.is_some_and(|heard| heard.elapsed() < self.lease)
     }
 
     /// The leader has probably just ended: no silence need tell so. The others are left a moment to notice it too, and those before this

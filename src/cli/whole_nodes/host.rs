@@ -191,6 +191,7 @@ async fn serve_once(machine: Arc<SimMachine>, config: NodeConfig, place: &Mutex<
     });
     let ended = node.run(&CancellationToken::new()).await;
     *place.lock().expect("no holder panics") = None;
+    node.registry().inspect(|registry| registry.begin_to_close());
     stop.cancel();
     closing.cancel();
     if let Err(error) = serving.await {

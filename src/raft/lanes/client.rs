@@ -318,7 +318,7 @@ async fn deliver(shared: &Shared, lane: &PeerLane, generation: u64, mut incoming
             return error;
         }
         // Only now: another directory that answers under the address, and refuses, is not the node.
-        shared.heard.note(lane.to);
+        shared.heard.note_reply(lane.to);
     }
 }
 

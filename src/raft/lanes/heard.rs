@@ -26,6 +26,7 @@ struct Signs {
 }
 
 impl Heard {
+    /// A frame came on a lane from a peer.
     pub fn note(&self, node: NodeId) {
         let mut peers = self.lock();
         let signs = peers.entry(node).or_default();
@@ -33,7 +34,12 @@ impl Heard {
         signs.cut = None;
     }
 
-    /// A lane from a peer is up.
+    /// A peer has replied. If its own lanes broke before, this may be the last that it said, and be read late.
+    pub fn note_reply(&self, node: NodeId) {
+        self.lock().entry(node).or_default().last = Some(Instant::now());
+    }
+
+    /// A lane from a peer is up, and used.
     pub fn lane_began(&self, node: NodeId) {
         self.lock().entry(node).or_default().lanes += 1;
     }
@@ -78,6 +84,8 @@ mod tests {
         assert!(!heard.lane_ended(peer) && !heard.is_cut(peer), "another lane is up");
         assert!(heard.lane_ended(peer) && heard.is_cut(peer));
         assert!(heard.last(peer).is_some() && !heard.is_cut(NodeId(3)));
+        heard.note_reply(peer);
+        assert!(heard.is_cut(peer), "it may have replied before");
         heard.note(peer);
         assert!(!heard.is_cut(peer), "it was heard of");
         heard.lane_began(peer);

@@ -38,6 +38,7 @@ where
         incoming: Box::pin(incoming),
         reader: FrameReader::default(),
         peer: None,
+        is_used: false,
         working: FuturesUnordered::new(),
         out: BytesMut::new(),
         ended: false,
@@ -53,6 +54,8 @@ struct Serving<I> {
     reader: FrameReader,
     /// Known once its hello was accepted.
     peer: Option<NodeId>,
+    /// A request has come.
+    is_used: bool,
     working: FuturesUnordered<Working>,
     out: BytesMut,
     /// Nothing more is read. What is being worked on is dropped: nobody would hear the reply.
@@ -96,7 +99,7 @@ where
 /// The server drops it when the connection ends, mostly without having said so before.
 impl<I> Drop for Serving<I> {
     fn drop(&mut self) {
-        if let Some(peer) = self.peer {
+        if let Some(peer) = self.peer.filter(|_| self.is_used) {
             self.registry.lane_ended(peer);
         }
     }
@@ -128,7 +131,6 @@ impl<I> Serving<I> {
         if self.peer.is_none() {
             match arrived.hello().map_err(|_| Refusal::Unreadable).and_then(|hello| self.greet(&hello)) {
                 Ok(peer) => {
-                    self.registry.heard().lane_began(peer);
                     self.registry.heard().note(peer);
                     self.peer = Some(peer);
                 }
@@ -141,7 +143,13 @@ impl<I> Serving<I> {
         }
         let sequence = arrived.sequence;
         let begun = match arrived.request() {
-            Ok((head, request, tail)) => self.registry.handle(self.lane, head, request, tail),
+            Ok((head, request, tail)) => {
+                // One that is good for a hello only would break again and again, and its peer pass for ended each time.
+                if let Some(peer) = self.peer.filter(|_| !std::mem::replace(&mut self.is_used, true)) {
+                    self.registry.heard().lane_began(peer);
+                }
+                self.registry.handle(self.lane, head, request, tail)
+            }
             Err(error) => {
                 tracing::warn!(lane = self.lane.name(), peer = ?self.peer, %error, "a peer sent a request that can't be read");
                 Err(Refusal::Unreadable)

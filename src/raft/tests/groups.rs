@@ -4,12 +4,16 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::future::join_all;
 use tokio::time::Instant;
 
 use super::cluster::*;
+use crate::raft::transport::Lane;
+use crate::raft::wire::{Head, Refusal, Reply, Request};
 use crate::raft::{LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Role};
-use crate::types::{NodeId, ReplicaId};
+use crate::storage::log::Vote;
+use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 
 #[tokio::test]
 async fn a_group_of_one_serves() {
@@ -358,6 +362,10 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
     cluster.hub.isolate(leader);
     let others: Vec<_> = cluster.nodes.iter().filter(|(id, _)| **id != leader).map(|(_, node)| &node.registry).collect();
     until("the others miss it", || others.iter().all(|registry| registry.is_cut(leader))).await;
+    for registry in &others {
+        let group = registry.get(GroupId(1)).expect("an open replica");
+        assert!(group.end_lease_if_cut(), "the leader of {} holds no lease while it is missed", group.key());
+    }
     cluster.hub.heal();
     // It is heard of before the first heir's time, which is a quarter of a heartbeat.
     let deadline = soon();
@@ -367,6 +375,16 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     cluster.put(1, "k", "w").await;
+    for registry in others {
+        let group = registry.get(GroupId(1)).expect("an open replica");
+        until("it follows again", || !group.end_lease_if_cut()).await;
+        let me = group.key().replica;
+        let vote = Vote { term: term + 1, voted_for: Some(ReplicaId(6 - leader.0 - me.0)), committed: false };
+        let head = Head { group: GroupId(1), sender: ReplicaId(6 - leader.0 - me.0), target: me };
+        let request = Request::PreVote { vote, last: Some(LogId { term: term + 1, index: 1000 }) };
+        let reply = registry.handle(Lane::Log, head, request, Bytes::new()).expect("a replica that is up").await;
+        assert_eq!(reply, Reply::Refused(Refusal::Leased), "what was missed once holds a lease again");
+    }
     assert_eq!((cluster.leader(1).await, cluster.group(leader.0, 1).status().term), (leader, term));
     cluster.stop_all().await;
 }
