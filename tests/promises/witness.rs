@@ -26,7 +26,7 @@ fn key(number: usize) -> String {
 
 /// How a value begins, by which it is found among the bytes of a file.
 const MARKER: &str = "<this is the value of witnessed-";
-/// The values of a shard are more than a map keeps in memory only (a mebibyte).
+/// Of all keys together, far more than a witness keeps besides its log.
 const VALUE_BYTES: usize = 100 << 10;
 
 fn value(number: usize) -> String {
@@ -41,7 +41,10 @@ async fn settled(cluster: &Cluster, node: usize) -> ClusterStatus {
         last = answer.text();
         let status: ClusterStatus = serde_json::from_str(&last).unwrap_or_else(|error| panic!("{error}: {last}"));
         let is_led = status.shards.iter().all(|shard| shard.leader.is_some());
-        (status.settled && is_led).then_some(status)
+        // One that was away may lack much of what was written meanwhile.
+        let mut witnesses = status.shards.iter().filter_map(|shard| shard.witness.as_ref());
+        let is_level = witnesses.all(|witness| matches!(witness.health, ReplicaHealth::Following));
+        (status.settled && is_led && is_level).then_some(status)
     });
     found.await.unwrap_or_else(|| panic!("not settled after {READY_LIMIT:?}: {last}"))
 }
