@@ -16,12 +16,17 @@ const ASK_TIMEOUT: Duration = Duration::from_millis(300);
 /// How long an answer counts, and silence too.
 const FRESH_FOR: Duration = Duration::from_secs(1);
 
+/// How long it counts that a node answered at all: it may have ended since.
+const ALIVE_FOR: Duration = Duration::from_millis(300);
+
 /// Tells whom to ask, and remembers for a moment which homes answered.
 #[derive(Debug)]
 pub struct Contacts {
     caller: ShardCaller,
     /// Held while a home is asked: those who ask about it meanwhile share the answer.
     heard: Mutex<HashMap<Address, Heard>>,
+    /// Who answered at all. Not held while one is asked.
+    alive: Mutex<HashMap<Address, (Instant, bool)>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -32,7 +37,22 @@ struct Heard {
 
 impl Contacts {
     pub fn new(caller: ShardCaller) -> Self {
-        Self { caller, heard: Mutex::default() }
+        Self { caller, heard: Mutex::default(), alive: Mutex::default() }
+    }
+
+    /// Whether a node answers, now or a moment ago: before a client is sent to it by one that has nothing else to do with it.
+    pub async fn answers(&self, address: &Address) -> bool {
+        {
+            let mut alive = self.alive.lock().await;
+            alive.retain(|_, (at, answers)| at.elapsed() < if *answers { ALIVE_FOR } else { FRESH_FOR });
+            if let Some((_, answers)) = alive.get(address) {
+                return *answers;
+            }
+        }
+        let asked = self.caller.http().get(format!("http://{address}/healthz")).timeout(ASK_TIMEOUT).send().await;
+        let answers = asked.is_ok();
+        self.alive.lock().await.insert(address.clone(), (Instant::now(), answers));
+        answers
     }
 
     /// What the node to ask about `shard` is called in the view. None: there is no such shard. `leader` is who answered for it last, if
@@ -141,6 +161,22 @@ mod tests {
             assert_eq!(leader, Some(other));
             assert_eq!(named(&home, None).await.0, Some(home), "nobody else is known");
         }
+    }
+
+    #[tokio::test]
+    async fn who_answers_is_remembered_for_a_moment() {
+        let (address, listener) = bind().await;
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        serve(listener, move |request| {
+            assert_eq!(request.uri().path(), "/healthz");
+            count.fetch_add(1, Ordering::Relaxed);
+            async move { Some(json(&"ok")) }
+        });
+        let contacts = Contacts::new(ShardCaller::new().expect("a client"));
+        assert!(contacts.answers(&address).await && contacts.answers(&address).await);
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+        assert!(!contacts.answers(&nobody().await).await);
     }
 
     #[tokio::test]

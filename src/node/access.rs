@@ -217,6 +217,22 @@ impl Access {
     }
 }
 
+impl Access {
+    /// As [`Access::elsewhere`], for clients that follow: to a node that answers. This one has no replica of the shard, so nothing else tells it
+    /// that the home is gone; any other replica knows who leads.
+    async fn elsewhere_in_reach(&self, shard: GroupId) -> Failure {
+        let replicas = self.member.map().shard(shard).map_or(0, |place| place.replicas.len());
+        for _ in 0..=replicas {
+            let Some(peer) = self.member.peer_for(shard) else { break };
+            if self.contacts.answers(&peer.address).await {
+                return Failure::Elsewhere { shard, address: peer.public };
+            }
+            self.member.forget_leader(shard, peer.node);
+        }
+        unavailable(format!("no node with a replica of shard {shard} is in reach"))
+    }
+}
+
 impl ShardAccess for Access {
     fn map(&self) -> Option<Arc<ShardMap>> {
         Some(self.member.map())
@@ -237,7 +253,7 @@ impl ShardAccess for Access {
             (None, Routing::Proxy) => self.forward(shard, body, options).await,
             (None, Routing::Redirect) => ShardReply::Failed(match self.member.staying_replica(shard) {
                 Some(group) => self.not_leader(shard, group.status().leader),
-                None => self.elsewhere(shard),
+                None => self.elsewhere_in_reach(shard).await,
             }),
         }
     }

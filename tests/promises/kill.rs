@@ -47,3 +47,23 @@ async fn nobody_is_sent_to_a_leader_that_was_killed() {
     let statuses: Vec<_> = answers.iter().map(|answer| answer.as_ref().map(|answer| answer.status)).collect();
     assert!(statuses.iter().all(|status| matches!(status, Ok(201))), "{statuses:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_sent_to_a_dead_home_by_a_node_that_has_no_replica() {
+    let mut cluster = Cluster::start(Setup::nodes(5).arguments(&["--repl-factor", "3", "--shards", "5"])).await;
+    cluster.nodes[4].kill();
+    // All shards of it have other leaders.
+    let survivor = cluster.nodes[0].address.clone();
+    for n in 0..40 {
+        let put = Request::put(format!("/v1/kv/{n}?proxy=true"), "value").timeout(Duration::from_secs(20));
+        let answer = cluster.client.ask(&survivor, &put).await.expect("an answer");
+        assert_eq!(answer.status, 201, "{}", answer.text());
+    }
+    for node in 0..4 {
+        for n in 0..40 {
+            let answer = cluster.client.ask(&cluster.nodes[node].address, &Request::get(format!("/v1/kv/{n}"))).await;
+            let answer = answer.unwrap_or_else(|failure| panic!("by node {node}, key {n}: {failure:?}"));
+            assert_eq!(answer.status, 200, "by node {node}, key {n}: {}", answer.text());
+        }
+    }
+}
