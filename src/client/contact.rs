@@ -26,13 +26,25 @@ pub struct Contacts {
     /// Held while a home is asked: those who ask about it meanwhile share the answer.
     heard: Mutex<HashMap<Address, Heard>>,
     /// Who answered at all. Not held while one is asked.
-    alive: Mutex<HashMap<Address, (Instant, bool)>>,
+    alive: Mutex<HashMap<Address, Heard>>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Heard {
     at: Instant,
-    is_member: bool,
+    yes: bool,
+}
+
+impl Heard {
+    fn now(yes: bool) -> Self {
+        Self { at: Instant::now(), yes }
+    }
+}
+
+/// What was found out about an address lately. What is older is forgotten: a yes after `yes_for`, a no after [`FRESH_FOR`].
+fn recall(heard: &mut HashMap<Address, Heard>, address: &Address, yes_for: Duration) -> Option<bool> {
+    heard.retain(|_, heard| heard.at.elapsed() < if heard.yes { yes_for } else { FRESH_FOR });
+    heard.get(address).map(|heard| heard.yes)
 }
 
 impl Contacts {
@@ -42,16 +54,12 @@ impl Contacts {
 
     /// Whether a node answers, now or a moment ago: before a client is sent to it by one that has nothing else to do with it.
     pub async fn answers(&self, address: &Address) -> bool {
-        {
-            let mut alive = self.alive.lock().await;
-            alive.retain(|_, (at, answers)| at.elapsed() < if *answers { ALIVE_FOR } else { FRESH_FOR });
-            if let Some((_, answers)) = alive.get(address) {
-                return *answers;
-            }
+        if let Some(answers) = recall(&mut *self.alive.lock().await, address, ALIVE_FOR) {
+            return answers;
         }
         let asked = self.caller.http().get(format!("http://{address}/healthz")).timeout(ASK_TIMEOUT).send().await;
         let answers = asked.is_ok();
-        self.alive.lock().await.insert(address.clone(), (Instant::now(), answers));
+        self.alive.lock().await.insert(address.clone(), Heard::now(answers));
         answers
     }
 
@@ -76,12 +84,11 @@ impl Contacts {
 
     async fn is_member(&self, address: &Address) -> bool {
         let mut heard = self.heard.lock().await;
-        heard.retain(|_, heard| heard.at.elapsed() < FRESH_FOR);
-        if let Some(heard) = heard.get(address) {
-            return heard.is_member;
+        if let Some(is_member) = recall(&mut heard, address, FRESH_FOR) {
+            return is_member;
         }
         let is_member = self.ask(address).await;
-        heard.insert(address.clone(), Heard { at: Instant::now(), is_member });
+        heard.insert(address.clone(), Heard::now(is_member));
         is_member
     }
 

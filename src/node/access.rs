@@ -215,15 +215,13 @@ impl Access {
             None => unavailable(format!("shard {shard} is unknown here")),
         }
     }
-}
 
-impl Access {
     /// As [`Access::elsewhere`], for clients that follow: to a node that answers. This one has no replica of the shard, so nothing else tells it
     /// that the home is gone; any other replica knows who leads.
     async fn elsewhere_in_reach(&self, shard: GroupId) -> Failure {
         let replicas = self.member.map().shard(shard).map_or(0, |place| place.replicas.len());
         for _ in 0..=replicas {
-            let Some(peer) = self.member.peer_for(shard) else { break };
+            let Some(peer) = self.member.peer_for(shard) else { return self.elsewhere(shard) };
             if self.contacts.answers(&peer.address).await {
                 return Failure::Elsewhere { shard, address: peer.public };
             }

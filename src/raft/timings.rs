@@ -45,22 +45,20 @@ pub enum LeaseReads {
 
 impl Default for RaftTimings {
     fn default() -> Self {
-        Self::DEFAULT
+        Self {
+            heartbeat_ms: 120,
+            heartbeat_skip_ms: 60,
+            election_ms_min: 210,
+            election_ms_max: 420,
+            append_timeout_ms: 2000,
+            snapshot_step_ms: 5000,
+            witness_patience_ms: 4 * 420,
+            lease: LeaseReads::Off,
+        }
     }
 }
 
 impl RaftTimings {
-    pub const DEFAULT: Self = Self {
-        heartbeat_ms: 120,
-        heartbeat_skip_ms: 60,
-        election_ms_min: 210,
-        election_ms_max: 420,
-        append_timeout_ms: 2000,
-        snapshot_step_ms: 5000,
-        witness_patience_ms: 4 * 420,
-        lease: LeaseReads::Off,
-    };
-
     /// Every time `factor` times as long, but for those that are deadlines for the way to a peer.
     pub fn slower(&self, factor: u64) -> Self {
         Self {

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::cluster::*;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{Head, Refusal, Reply, Request};
-use crate::raft::{LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Role};
+use crate::raft::{LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Role};
 use crate::storage::log::Vote;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 
@@ -299,11 +299,18 @@ async fn proposals_past_a_bound_are_refused() {
 }
 
 /// An hour: whoever waits for silence waits for longer than any test.
-const LONG_ELECTION: RaftTimings = RaftTimings { election_ms_min: 3_600_000, election_ms_max: 7_200_000, ..RaftTimings::DEFAULT };
+fn long_election() -> RaftTimings {
+    RaftTimings { election_ms_min: 3_600_000, election_ms_max: 7_200_000, ..RaftTimings::default() }
+}
+
+/// The nodes besides this one.
+fn others(cluster: &TestCluster, than: NodeId) -> Vec<&Arc<Registry>> {
+    cluster.nodes.iter().filter(|(id, _)| **id != than).map(|(_, node)| &node.registry).collect()
+}
 
 #[tokio::test]
 async fn a_leader_that_has_ended_is_replaced_without_waiting_for_its_silence() {
-    let mut cluster = TestCluster::with_timings(3, LONG_ELECTION);
+    let mut cluster = TestCluster::with_timings(3, long_election());
     cluster.found(1).await;
     for value in ["v", "w"] {
         cluster.put(1, "k", value).await;
@@ -335,7 +342,7 @@ async fn a_leader_that_lives_though_its_lanes_broke_costs_nothing_acknowledged()
             Err(error) => panic!("the put of {key} failed: {error}"),
         }
         cluster.hub.isolate(leader);
-        let others: Vec<_> = cluster.nodes.iter().filter(|(id, _)| **id != leader).map(|(_, node)| &node.registry).collect();
+        let others = others(&cluster, leader);
         until("the others miss it", || others.iter().all(|registry| registry.is_cut(leader))).await;
         cluster.hub.heal();
     }
@@ -348,19 +355,19 @@ async fn a_leader_that_lives_though_its_lanes_broke_costs_nothing_acknowledged()
 
 #[tokio::test]
 async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break() {
-    let cluster = TestCluster::with_timings(3, RaftTimings { heartbeat_ms: 60_000, ..LONG_ELECTION });
+    let cluster = TestCluster::with_timings(3, RaftTimings { heartbeat_ms: 60_000, ..long_election() });
     cluster.found(1).await;
     cluster.put(1, "k", "v").await;
     let leader = cluster.leader(1).await;
     let term = cluster.group(leader.0, 1).status().term;
-    for other in cluster.nodes.iter().filter(|(id, _)| **id != leader).map(|(_, node)| node) {
-        let heard = other.registry.heard();
+    let others = others(&cluster, leader);
+    for registry in &others {
+        let heard = registry.heard();
         heard.lane_began(leader);
         assert!(!heard.lane_ended(leader), "the lanes of the group are up");
-        assert!(!other.registry.is_cut(leader));
+        assert!(!registry.is_cut(leader));
     }
     cluster.hub.isolate(leader);
-    let others: Vec<_> = cluster.nodes.iter().filter(|(id, _)| **id != leader).map(|(_, node)| &node.registry).collect();
     until("the others miss it", || others.iter().all(|registry| registry.is_cut(leader))).await;
     for registry in &others {
         let group = registry.get(GroupId(1)).expect("an open replica");
