@@ -218,14 +218,30 @@ impl Group {
         self.reads.confirm(deadline).await
     }
 
-    /// How long ago the map was last known to hold all that its leader had committed. None: not since the start.
+    /// Returns how long ago the map was last known to hold all that its leader had committed; none if that was not since the start.
+    ///
+    /// A leader's own is complete for as long as nobody else can lead: for ever where it is the only voter, and for the length of its
+    /// lease where reads rest on leases. Else it is as old as the last answer of a quorum: one that is cut off must not pass for fresh.
     pub fn staleness(&self) -> Option<Duration> {
-        let acked = self.raft.data_metrics().borrow_watched().last_quorum_acked.map(|at| at.elapsed());
         let fresh = self.freshness.fresh_at(*self.machine.applied.borrow()).map(|at| at.elapsed());
-        match self.watch.borrow().role {
-            Role::Leader => acked.or(fresh),
+        let watch = self.watch.borrow();
+        match watch.role {
+            Role::Leader => {
+                let acked = self.quorum_acked(&watch).or(fresh)?;
+                let is_leased = self.timings.lease_age_max().is_some_and(|lease| acked < lease);
+                Some(if is_leased { Duration::ZERO } else { acked })
+            }
             Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => fresh,
         }
+    }
+
+    /// Returns how long ago a quorum answered what this replica, which leads, sent then. The only voter is its own quorum, and openraft
+    /// notes no time for that.
+    fn quorum_acked(&self, watch: &GroupWatch) -> Option<Duration> {
+        if watch.role == Role::Leader && watch.membership.voters.keys().eq([&self.key.replica]) {
+            return Some(Duration::ZERO);
+        }
+        self.raft.data_metrics().borrow_watched().last_quorum_acked.map(|at| at.elapsed())
     }
 
     pub fn status(&self) -> GroupStatus {
@@ -254,7 +270,7 @@ impl Group {
             purged: data.purged.as_ref().map(from_raft),
             membership: watch.membership.clone(),
             failed: watch.failure.clone(),
-            quorum_acked: data.last_quorum_acked.map(|at| at.elapsed()),
+            quorum_acked: self.quorum_acked(&watch),
             leader_heard,
             matched: matched.unwrap_or_default(),
         }

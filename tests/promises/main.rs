@@ -10,6 +10,7 @@
 //!
 //! What needs root (mounts) says so in a line and is left out where it can't be had.
 
+mod alone;
 mod big;
 mod cluster_sh;
 mod common;

@@ -283,6 +283,42 @@ async fn a_follower_knows_how_old_its_map_is() {
 }
 
 #[tokio::test]
+async fn a_leader_without_others_to_ask_is_never_stale() {
+    let cluster = TestCluster::new(2);
+    cluster.found(1).await;
+    cluster.put(1, "k", "v").await;
+    let leader = cluster.leader(1).await;
+    let (group, own) = (cluster.group(leader.0, 1), ReplicaId(leader.0));
+    group.change_voters(BTreeSet::from([own])).await.expect("the other is a learner now");
+    until("it is the only voter", || group.status().membership.voters.len() == 1).await;
+    let learner = ReplicaId(3 - own.0);
+    for step in ["with a learner", "alone"] {
+        tokio::time::pause();
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        let seen = (group.staleness(), group.status().quorum_acked);
+        tokio::time::resume();
+        assert_eq!(seen, (Some(Duration::ZERO), Some(Duration::ZERO)), "{step}");
+        group.remove_learners(BTreeSet::from([learner])).await.expect("removed");
+    }
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_leader_that_is_cut_off_says_since_when() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    cluster.hub.isolate(leader);
+    let cut = Instant::now();
+    until("it cannot know what others have written since", || {
+        group.staleness().is_none_or(|age| age > Duration::from_secs(1) && age >= cut.elapsed().mul_f32(0.5))
+    })
+    .await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
 async fn proposals_past_a_bound_are_refused() {
     let cluster = TestCluster::new(3);
     cluster.found(1).await;
