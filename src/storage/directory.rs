@@ -1,7 +1,6 @@
 //! [`DataDirectory`]: who a node is, and that it is alone with its data: the lock, the random identity and the stamp.
 //!
-//! Both small files are JSON with a format version and a checksum, replaced in one step (written beside, synced, renamed, directory
-//! synced). The stamp is written before the identity, so a directory with an identity always has a stamp: one that is missing or
+//! Both are [`sealed`] files. The stamp is written before the identity, so a directory with an identity always has a stamp: one that is missing or
 //! damaged is an error and never taken for a fresh start, because a node that forgot its cluster could found a second one.
 //! Files that are not ours are left alone.
 
@@ -10,17 +9,17 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_128;
 
-use super::disk::{Disk, Open, RealDisk};
+use super::disk::{Disk, RealDisk};
+use super::sealed::{self, SealedError};
 use crate::sm::view::View;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId, ReplicaId};
 
 const LOCK: &str = "LOCK";
 const IDENTITY: &str = "identity";
 const STAMP: &str = "stamp";
+/// The newest format of both files that this version reads, and the one that it writes.
 const FORMAT: u64 = 1;
 
 /// What a data directory knows of the cluster that it is in. Part of the disk format.
@@ -58,8 +57,21 @@ pub enum DirectoryError {
     Locked { path: PathBuf, pid: Option<u32> },
     #[error("{path} is damaged: {reason}. Restore it, or give this node an empty data directory; it then joins as a new node")]
     Damaged { path: PathBuf, reason: String },
-    #[error("{path} has format {format}, which this version does not know: it was written by a newer one")]
-    UnknownFormat { path: PathBuf, format: u64 },
+    #[error(
+        "{path} was written by a newer version of this program ({reason}): start this node with that version. \
+         Nothing is wrong with its data"
+    )]
+    Newer { path: PathBuf, reason: String },
+}
+
+impl From<SealedError> for DirectoryError {
+    fn from(error: SealedError) -> Self {
+        match error {
+            SealedError::Io { path, source } => Self::Io { path, source },
+            SealedError::Damaged { path, reason } => Self::Damaged { path, reason },
+            SealedError::Newer { path, reason } => Self::Newer { path, reason },
+        }
+    }
 }
 
 /// An open data directory. The lock is held while it lives.
@@ -89,8 +101,8 @@ impl DataDirectory {
 
     fn open_on(disk: Arc<dyn Disk>, path: &Path, id_if_new: DirectoryId, lock: Option<File>) -> Result<Self, DirectoryError> {
         disk.create_dir(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
-        let identity: Option<DirectoryId> = read_sealed(&*disk, &path.join(IDENTITY))?;
-        let stamp: Option<Stamp> = read_sealed(&*disk, &path.join(STAMP))?;
+        let identity: Option<DirectoryId> = sealed::read(&*disk, &path.join(IDENTITY), FORMAT)?;
+        let stamp: Option<Stamp> = sealed::read(&*disk, &path.join(STAMP), FORMAT)?;
         let missing = |name: &str| DirectoryError::Damaged { path: path.join(name), reason: "it is missing".into() };
         let (id, stamp) = match (identity, stamp) {
             (Some(id), Some(stamp)) => (id, stamp),
@@ -100,8 +112,8 @@ impl DataDirectory {
                 if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
                     disk.sync_dir(parent).map_err(|source| DirectoryError::Io { path: parent.to_owned(), source })?;
                 }
-                write_sealed(&*disk, path, STAMP, &Stamp::Fresh)?;
-                write_sealed(&*disk, path, IDENTITY, &id_if_new)?;
+                sealed::write(&*disk, path, STAMP, FORMAT, &Stamp::Fresh)?;
+                sealed::write(&*disk, path, IDENTITY, FORMAT, &id_if_new)?;
                 (id_if_new, Stamp::Fresh)
             }
             (None, Some(_)) => return Err(missing(IDENTITY)),
@@ -131,7 +143,7 @@ impl DataDirectory {
     pub fn update_stamp(&self, change: impl FnOnce(&Stamp) -> Option<Stamp>) -> Result<Stamp, DirectoryError> {
         let mut current = self.stamp.lock().expect("no holder panics");
         if let Some(stamp) = change(&current).filter(|stamp| *stamp != *current) {
-            write_sealed(&*self.disk, &self.path, STAMP, &stamp)?;
+            sealed::write(&*self.disk, &self.path, STAMP, FORMAT, &stamp)?;
             *current = stamp;
         }
         Ok(current.clone())
@@ -158,68 +170,20 @@ fn lock(path: &Path) -> Result<File, DirectoryError> {
     Ok(file)
 }
 
-/// What is around a value in a file.
-#[derive(Serialize, Deserialize)]
-struct Sealed<T> {
-    format: u64,
-    /// Of the value as compact JSON, in hexadecimal.
-    checksum: String,
-    value: T,
-}
-
-/// Reads what [`write_sealed`] wrote. None: there is no such file.
-fn read_sealed<T: Serialize + DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<Option<T>, DirectoryError> {
-    let io_error = |source| DirectoryError::Io { path: path.to_owned(), source };
-    let damaged = |reason: String| DirectoryError::Damaged { path: path.to_owned(), reason };
-    let file = match disk.open(path, Open::Existing) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        opened => opened.map_err(io_error)?,
-    };
-    let bytes_len = usize::try_from(file.len().map_err(io_error)?).map_err(|error| damaged(error.to_string()))?;
-    let mut bytes = vec![0; bytes_len];
-    let read = file.read_at(&mut bytes, 0).map_err(io_error)?;
-    bytes.truncate(read);
-    let json: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
-    match json.get("format").and_then(serde_json::Value::as_u64) {
-        Some(FORMAT) => {}
-        Some(format) => return Err(DirectoryError::UnknownFormat { path: path.to_owned(), format }),
-        None => return Err(damaged("it does not say its format".into())),
-    }
-    let sealed: Sealed<T> = serde_json::from_value(json).map_err(|error| damaged(error.to_string()))?;
-    if checksum(&sealed.value) != sealed.checksum {
-        return Err(damaged("it does not match its checksum".into()));
-    }
-    Ok(Some(sealed.value))
-}
-
-/// Replaces a file in one step; durable when it returns.
-fn write_sealed<T: Serialize>(disk: &dyn Disk, directory: &Path, name: &str, value: &T) -> Result<(), DirectoryError> {
-    let path = directory.join(name);
-    let beside = directory.join(format!("{name}.part"));
-    let sealed = Sealed { format: FORMAT, checksum: checksum(value), value };
-    let mut bytes = serde_json::to_vec_pretty(&sealed).expect("JSON of our own types, in memory");
-    bytes.push(b'\n');
-    let written = (|| {
-        let file = disk.open(&beside, Open::Truncated)?;
-        file.write_at(&bytes, 0)?;
-        file.sync()?;
-        disk.rename(&beside, &path)?;
-        disk.sync_dir(directory)
-    })();
-    written.map_err(|source| DirectoryError::Io { path, source })
-}
-
-fn checksum<T: Serialize>(value: &T) -> String {
-    let json = serde_json::to_vec(value).expect("JSON of our own types, in memory");
-    format!("{:032x}", xxh3_128(&json))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::sm::placement::first_view;
     use crate::sm::view::{Asked, Node};
+    use crate::storage::disk::Open;
     use crate::storage::sim_disk::SimDisk;
+    use crate::types::GroupId;
+
+    /// As commit 0bbd823 and the versions before it wrote them. They open for ever.
+    const IDENTITY_GOLDEN: &[u8] = include_bytes!("goldens/identity.json");
+    const BEFORE_WITNESSES: &[u8] = include_bytes!("goldens/stamp-before-witnesses.json");
+    const MEMBER: &[u8] = include_bytes!("goldens/stamp-member.json");
+    const RETIRED: &[u8] = include_bytes!("goldens/stamp-retired.json");
 
     fn member() -> Stamp {
         let address: Address = "127.0.0.1:1".parse().expect("an address");
@@ -326,7 +290,8 @@ mod tests {
             assert!(open().is_err(), "a directory without its {name} was believed");
             let newer = String::from_utf8(good.clone()).expect("text").replacen("\"format\": 1", "\"format\": 2", 1);
             rewrite(&file, newer.as_bytes());
-            assert!(matches!(open(), Err(DirectoryError::UnknownFormat { format: 2, .. })));
+            let error = open().err().expect("of a newer version");
+            assert!(matches!(error, DirectoryError::Newer { .. }) && error.to_string().contains("format is 2"), "{error}");
             rewrite(&file, &good);
         }
         let (id, stamp, _) = open().expect("whole again");
@@ -356,5 +321,50 @@ mod tests {
                 stamp => assert_eq!(stamp, member(), "seed {seed}"),
             }
         }
+    }
+
+    /// A disk with a data directory of these files.
+    fn written(stamp: &[u8]) -> SimDisk {
+        let (disk, path) = (SimDisk::new(1), Path::new("/data"));
+        disk.create_dir(path).expect("created");
+        for (name, bytes) in [(IDENTITY, IDENTITY_GOLDEN), (STAMP, stamp)] {
+            disk.open(&path.join(name), Open::Truncated).and_then(|file| file.write_at(bytes, 0)).expect("written");
+        }
+        disk
+    }
+
+    fn opened(disk: &SimDisk) -> Result<DataDirectory, DirectoryError> {
+        DataDirectory::open_unlocked(Arc::new(disk.clone()), Path::new("/data"), DirectoryId(9))
+    }
+
+    #[test]
+    fn what_earlier_versions_wrote_opens_and_says_what_it_said() {
+        for (golden, nodes, has_witness) in [(BEFORE_WITNESSES, 2, false), (MEMBER, 3, true)] {
+            let directory = opened(&written(golden)).expect("it opens");
+            assert_eq!(directory.id().to_string(), "4c6628cc4df64c97f91b094c3118373e");
+            let Stamp::Member { node, meta_replica, view, .. } = directory.stamp() else { panic!("no member") };
+            assert_eq!((node, meta_replica, view.nodes.len()), (NodeId(1), ReplicaId(1), nodes));
+            assert_eq!(view.groups[&GroupId(1)].witness.is_some(), has_witness);
+            assert_eq!(view.check(), Ok(()));
+        }
+        let Stamp::Retired { node, members, .. } = opened(&written(RETIRED)).expect("it opens").stamp() else {
+            panic!("not retired")
+        };
+        assert_eq!((node, members.len()), (NodeId(2), 2));
+    }
+
+    /// Commit 0bbd823 sums up what it would write itself, so that a byte more would be damage to it.
+    #[test]
+    fn what_is_written_is_what_the_version_before_reads() {
+        for golden in [MEMBER, RETIRED] {
+            let disk = written(golden);
+            let directory = opened(&disk).expect("it opens");
+            let stamp = directory.stamp();
+            directory.set_stamp(Stamp::Fresh).expect("stamped");
+            directory.set_stamp(stamp).expect("stamped back");
+            let bytes = disk.contents(&Path::new("/data").join(STAMP)).expect("there");
+            assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(golden));
+        }
+        assert_eq!(written(MEMBER).contents(&Path::new("/data").join(IDENTITY)).expect("there"), IDENTITY_GOLDEN);
     }
 }

@@ -6,6 +6,7 @@ pub mod directory;
 pub mod disk;
 pub mod log;
 pub mod mem_trees;
+pub mod sealed;
 pub mod sim_disk;
 pub mod sled_tree;
 pub mod snapshot;
