@@ -1,5 +1,6 @@
 //! Quorate: a sharded, linearizable key-value store.
 
+pub mod budget;
 pub mod cli;
 pub mod client;
 pub mod config;

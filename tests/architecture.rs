@@ -9,16 +9,17 @@ use std::path::{Path, PathBuf};
 /// Each module of the crate's root, and those that it may name. `lib.rs` and `main.rs` may name all.
 const LAYERS: &[(&str, &[&str])] = &[
     ("types", &[]),
+    ("budget", &[]),
     ("error", &["types"]),
     ("telemetry", &["types"]),
     ("config", &["types", "sm"]),
     ("sm", &["types"]),
     ("storage", &["types", "error", "telemetry", "config", "sm"]),
     ("raft", &["types", "error", "telemetry", "config", "sm", "storage"]),
-    ("client", &["types", "error", "telemetry", "config", "sm"]),
-    ("node", &["types", "error", "telemetry", "config", "sm", "storage", "raft", "client"]),
-    ("http", &["types", "error", "telemetry", "config", "sm", "storage", "raft", "client", "node"]),
-    ("cli", &["types", "error", "telemetry", "config", "sm", "storage", "raft", "client", "node", "http"]),
+    ("client", &["types", "budget", "error", "telemetry", "config", "sm"]),
+    ("node", &["types", "budget", "error", "telemetry", "config", "sm", "storage", "raft", "client"]),
+    ("http", &["types", "budget", "error", "telemetry", "config", "sm", "storage", "raft", "client", "node"]),
+    ("cli", &["types", "budget", "error", "telemetry", "config", "sm", "storage", "raft", "client", "node", "http"]),
 ];
 
 /// Crates that only the files under these paths may name.

@@ -5,7 +5,6 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::body::{Body, HttpBody as _};
@@ -18,58 +17,11 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::limits::Limits;
 use super::problem::{Code, Problem};
+use crate::budget::{Budget, Share};
 
 /// What is read and thrown away after a refusal, so that a client that sends first and reads then gets to see the answer.
 const DISCARD_BYTES_MAX: usize = 64 << 20;
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Bytes that all bodies in flight share.
-#[derive(Debug)]
-pub struct BodyBudget {
-    used: AtomicUsize,
-    bytes_max: usize,
-}
-
-impl BodyBudget {
-    pub fn new(bytes_max: usize) -> Arc<Self> {
-        Arc::new(Self { used: AtomicUsize::new(0), bytes_max })
-    }
-
-    /// Bytes of bodies in flight.
-    pub fn used(&self) -> usize {
-        self.used.load(Ordering::Relaxed)
-    }
-
-    fn take(&self, bytes: usize) -> bool {
-        let used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if used > self.bytes_max {
-            self.used.fetch_sub(bytes, Ordering::Relaxed);
-        }
-        used <= self.bytes_max
-    }
-}
-
-/// A part of the budget, given back when it is dropped.
-#[derive(Debug)]
-pub struct Share {
-    budget: Arc<BodyBudget>,
-    bytes: usize,
-}
-
-impl Share {
-    /// False: there is not as much left, and nothing was taken.
-    pub fn grow(&mut self, bytes: usize) -> bool {
-        let granted = self.budget.take(bytes);
-        self.bytes += if granted { bytes } else { 0 };
-        granted
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
-}
 
 /// A body that was read. It stays charged until this is dropped: keep it as long as the request is worked on.
 #[derive(Debug)]
@@ -82,7 +34,7 @@ pub struct Held {
 impl Held {
     /// A part of the same budget, empty as yet: for what is made of the body.
     pub fn new_share(&self) -> Share {
-        Share { budget: Arc::clone(&self.share.budget), bytes: 0 }
+        self.share.new_share()
     }
 }
 
@@ -114,13 +66,13 @@ pub async fn read(
     mut body: Body,
     ceiling: Ceiling,
     limits: &Limits,
-    budget: &Arc<BodyBudget>,
+    budget: &Arc<Budget>,
 ) -> Result<Held, Problem> {
     if body.size_hint().lower() > ceiling.bytes_max as u64 {
         discard(parts, body);
         return Err(ceiling.exceeded());
     }
-    let mut share = Share { budget: Arc::clone(budget), bytes: 0 };
+    let mut share = budget.empty_share();
     match collect(&mut body, ceiling, limits, &mut share).await {
         Ok(bytes) => Ok(Held { bytes, share }),
         Err(problem) => {
@@ -194,7 +146,7 @@ mod tests {
     #[tokio::test]
     async fn the_budget_is_given_back_whatever_happens() {
         let limits = Limits { bodies_bytes_max: 8, ..Limits::default() };
-        let budget = BodyBudget::new(8);
+        let budget = Budget::new(8);
         let held = read(&parts(), Body::from("12345"), SMALL, &limits, &budget).await.expect("it fits");
         assert_eq!((&held[..], budget.used()), (&b"12345"[..], 5));
         let refused = read(&parts(), Body::from("6789"), SMALL, &limits, &budget).await.expect_err("it does not fit");
@@ -205,7 +157,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_ceiling_holds_with_and_without_a_declared_length() {
-        let (limits, budget) = (Limits::default(), BodyBudget::new(100));
+        let (limits, budget) = (Limits::default(), Budget::new(100));
         let at_the_limit = read(&parts(), Body::from("0123456789"), SMALL, &limits, &budget).await.expect("it fits");
         assert_eq!(at_the_limit.len(), 10);
         let chunks = futures::stream::iter([Ok::<_, std::io::Error>("012345"), Ok("6789A")]);
@@ -217,7 +169,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_body_that_stops_coming_times_out() {
-        let (limits, budget) = (Limits::default(), BodyBudget::new(100));
+        let (limits, budget) = (Limits::default(), Budget::new(100));
         let stuck = Body::from_stream(futures::stream::pending::<Result<Bytes, std::io::Error>>());
         let refused = read(&parts(), stuck, SMALL, &limits, &budget).await.expect_err("it never ends");
         assert_eq!(refused.code(), "body_timeout");

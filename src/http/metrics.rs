@@ -13,7 +13,7 @@ use http::Method;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::body::BodyBudget;
+use crate::budget::Budget;
 
 /// Upper bounds of the latency buckets, in microseconds. From a cached read to the longest timeout.
 const BUCKETS_US: [u64; 15] =
@@ -109,7 +109,7 @@ impl Metrics {
     }
 
     /// The text of `/metrics`.
-    pub fn render(&self, bodies: &BodyBudget) -> String {
+    pub fn render(&self, bodies: &Budget) -> String {
         let mut text = Exposition::default();
         text.family("quorate_http_requests_total", Kind::Counter, "Requests answered, by dialect, method and class of status.");
         self.each(|dialect, method, series| {
@@ -282,7 +282,7 @@ mod tests {
         *response.status_mut() = http::StatusCode::CREATED;
         watch.finish(response);
         drop(metrics.watch(Dialect::Native, &Method::PATCH, slow));
-        let text = metrics.render(&BodyBudget::new(1));
+        let text = metrics.render(&Budget::new(1));
         for line in [
             "# TYPE quorate_http_requests_total counter",
             r#"quorate_http_requests_total{dialect="native",method="PUT",status="2xx"} 1"#,

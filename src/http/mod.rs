@@ -38,8 +38,8 @@ pub use metrics::{Exposition, MetricSource, Metrics};
 pub use peer::PeerService;
 pub use server::{BindError, Server};
 
+use crate::budget::Budget;
 use crate::client::store::Store;
-use body::BodyBudget;
 use metrics::Dialect;
 use problem::{Code, Problem};
 
@@ -51,7 +51,7 @@ pub struct App {
     /// None: this is a gateway, which nobody takes for a peer.
     pub peers: Option<Arc<dyn PeerService>>,
     pub limits: Limits,
-    bodies: Arc<BodyBudget>,
+    bodies: Arc<Budget>,
     quorums: dialects::SilentQuorums,
 }
 
@@ -65,7 +65,7 @@ impl App {
         peers: Option<Arc<dyn PeerService>>,
         limits: Limits,
     ) -> Self {
-        let bodies = BodyBudget::new(limits.bodies_bytes_max);
+        let bodies = Budget::new(limits.bodies_bytes_max);
         Self { store, readiness, metrics, peers, limits, bodies, quorums: dialects::SilentQuorums::default() }
     }
 

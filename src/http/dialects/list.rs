@@ -8,8 +8,9 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess,
 use serde_json::value::RawValue;
 
 use super::{Refusal, Text};
+use crate::budget::Share;
 use crate::http::Limits;
-use crate::http::body::{self, Held, Share};
+use crate::http::body::{self, Held};
 
 /// A body from this size on takes milliseconds to read.
 const LARGE_BYTES: usize = 256 << 10;
