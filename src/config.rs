@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::sm::level::LEVEL;
 use crate::sm::view::Asked;
 use crate::types::Address;
 
@@ -37,6 +38,8 @@ pub struct NodeConfig {
     pub timing_factor: u64,
     /// Reads rest on the leader's lease, without a round to a quorum. Clocks may drift apart by this within a lease.
     pub lease_drift_ms: Option<u64>,
+    /// The level that this node speaks at most; none: all that its program knows.
+    pub level_max: Option<u16>,
 }
 
 /// Why a configuration makes no sense.
@@ -70,6 +73,11 @@ impl NodeConfig {
             Some(pair) => Err(ConfigError::DuplicateInView(pair[0].clone())),
             None => Ok(()),
         }
+    }
+
+    /// Returns the level that this node speaks: it joins no cluster that uses a later one.
+    pub fn speaks(&self) -> u16 {
+        self.level_max.unwrap_or(LEVEL).min(LEVEL)
     }
 
     /// The `VIEW` as a set: sorted, without duplicates. Of a node without one: itself.
@@ -110,6 +118,7 @@ mod tests {
             replace_after: Duration::from_secs(300),
             timing_factor: 1,
             lease_drift_ms: None,
+            level_max: None,
         }
     }
 

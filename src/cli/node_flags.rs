@@ -65,6 +65,9 @@ pub struct Arguments {
     /// stop (a suspended virtual machine breaks linearizability)
     #[arg(long, value_name = "MS")]
     pub lease_reads: Option<u64>,
+    /// Speak no later feature level than this, as an older program would: a cluster is not raised past it while this node is in it
+    #[arg(long, value_name = "LEVEL")]
+    pub level_max: Option<u16>,
     /// How long a stop may take to answer what is in flight, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub stop_timeout: u64,
@@ -98,6 +101,7 @@ impl Arguments {
             replace_after: Duration::from_secs(self.replace_after),
             timing_factor: self.timing_factor,
             lease_drift_ms: self.lease_reads,
+            level_max: self.level_max,
         })
     }
 

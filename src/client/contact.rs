@@ -119,8 +119,14 @@ mod tests {
         serve(listener, move |request| {
             assert_eq!(request.uri().path(), "/peer/identity");
             count.fetch_add(1, Ordering::Relaxed);
-            let identity =
-                Identity { directory: DirectoryId(1), address: address.clone(), public_address: None, standing: standing() };
+            let identity = Identity {
+                directory: DirectoryId(1),
+                address: address.clone(),
+                public_address: None,
+                standing: standing(),
+                speaks: 0,
+                level: 0,
+            };
             async move { Some(json(&identity)) }
         });
         asked

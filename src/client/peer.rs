@@ -19,6 +19,12 @@ pub struct Identity {
     pub address: Address,
     pub public_address: Option<Address>,
     pub standing: Standing,
+    /// The level that its program knows: what it can read and apply. The first programs do not say.
+    #[serde(default)]
+    pub speaks: u16,
+    /// The level of its cluster, which a program finds here that can't read the view.
+    #[serde(default)]
+    pub level: u16,
 }
 
 /// How a node stands to clusters. Not internally tagged: serde would buffer the view, and lose that its keys are numbers.

@@ -22,6 +22,7 @@ use crate::client::shard_map::ShardMap;
 use crate::client::store::*;
 use crate::client::view_change::{ChangeInProgress, Phase, PlannedChange, ReplicationFactor, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, Rejection};
+use crate::sm::level::LEVEL;
 use crate::sm::meta;
 use crate::sm::placement::first_view;
 use crate::sm::slots::slot_of;
@@ -561,7 +562,7 @@ pub fn identity() -> Identity {
     let node = Node { address: address.clone(), public_address: None, directory: DirectoryId(5) };
     let view = first_view(ClusterId(7), Asked::default(), vec![node]).expect("a view of one node");
     let standing = Standing::Member { view: Box::new(view) };
-    Identity { directory: DirectoryId(5), address, public_address: None, standing }
+    Identity { directory: DirectoryId(5), address, public_address: None, standing, speaks: LEVEL, level: 0 }
 }
 
 /// A server over a [`FakeStore`].

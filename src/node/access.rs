@@ -182,6 +182,7 @@ impl Access {
             ProposeError::Stopped { reason } => {
                 unavailable(format!("the replica of shard {shard} on this node has stopped: {reason}"))
             }
+            error @ ProposeError::NotYet { .. } => unavailable(error.to_string()),
             ProposeError::Unknown { reason } => Failure::Unknown { reason },
         }
     }

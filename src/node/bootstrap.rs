@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::client::peer::{Identity, PromiseRequest, Standing};
+use crate::sm::level::TooOld;
 use crate::sm::view::View;
 use crate::storage::directory::Stamp;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};
@@ -21,6 +22,8 @@ pub struct Own<'a> {
     /// Its `VIEW` as a set: sorted, without duplicates.
     pub view: &'a [Address],
     pub stamp: &'a Stamp,
+    /// The level that this program knows.
+    pub speaks: u16,
 }
 
 /// What came of asking a node who it is.
@@ -68,6 +71,8 @@ pub enum Refusal {
          empty its data directory"
     )]
     PromisedElsewhere { other: Address, founder: DirectoryId },
+    #[error(transparent)]
+    TooOld(#[from] TooOld),
 }
 
 impl fmt::Display for Waiting {
@@ -112,7 +117,7 @@ impl Waiting {
 /// What the node with `own` should do, having heard this from the other nodes of its `VIEW`.
 pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
     match own.stamp {
-        Stamp::Member { .. } | Stamp::Founding { .. } => return Step::Start,
+        Stamp::Member { view, .. } | Stamp::Founding { view } => return too_old(own, view).unwrap_or(Step::Start),
         Stamp::Retired { cluster, members, .. } => {
             let spare = Waiting::Spare { cluster: Some(*cluster), members: members.clone() };
             return known_cluster(own, heard).unwrap_or(Step::Wait(spare));
@@ -135,6 +140,11 @@ pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
         _ if silent.is_empty() => Step::AskPromises,
         _ => Step::Wait(Waiting::ForNodes(silent)),
     }
+}
+
+/// Refuses a cluster whose leaders may propose what this program does not read.
+fn too_old(own: Own<'_>, view: &View) -> Option<Step> {
+    (view.level > own.speaks).then(|| Step::Refuse(TooOld::new(view.level, own.speaks).into()))
 }
 
 fn silence(address: &Address, heard: &BTreeMap<Address, Heard>) -> Option<(Address, String)> {
@@ -172,7 +182,7 @@ fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step>
     };
     let is_new = |id: &NodeId| retired.is_none_or(|retired| *id > retired);
     if let Some((node, _)) = view.nodes.iter().find(|(id, node)| node.directory == own.directory && is_new(id)) {
-        return Some(Step::Adopt { view: view.clone(), node: *node });
+        return too_old(own, view).or_else(|| Some(Step::Adopt { view: view.clone(), node: *node }));
     }
     let members = view.nodes.values().map(|node| node.address.clone()).collect();
     let waiting = match view.node_at(own.address).filter(is_new) {
@@ -244,6 +254,7 @@ pub fn list(addresses: &[Address]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::level::LEVEL;
     use crate::sm::placement::first_view;
     use crate::sm::view::{Asked, Node};
     use rand::rngs::StdRng;
@@ -264,7 +275,7 @@ mod tests {
 
     impl Actor {
         fn own(&self) -> Own<'_> {
-            Own { address: &self.address, directory: self.directory, view: &self.view, stamp: &self.stamp }
+            Own { address: &self.address, directory: self.directory, view: &self.view, stamp: &self.stamp, speaks: LEVEL }
         }
 
         fn identity(&self) -> Identity {
@@ -273,6 +284,8 @@ mod tests {
                 address: self.address.clone(),
                 public_address: None,
                 standing: standing(self.own()),
+                speaks: LEVEL,
+                level: 0,
             }
         }
     }
@@ -310,6 +323,20 @@ mod tests {
         assert_eq!(next_step(actors[0].own(), &heard(&actors, 0, |_| true)), Step::AskPromises);
         let waits = Step::Wait(Waiting::ForFounder { founder: address(0) });
         assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), waits);
+    }
+
+    #[test]
+    fn a_program_that_knows_less_than_the_cluster_uses_is_refused() {
+        let mut actors = actors(3);
+        let view = Box::new(View { level: 4, ..found(&actors) });
+        actors[0].stamp = Stamp::Founding { view };
+        let heard = heard(&actors, 1, |_| true);
+        for (stamp, by) in [(Stamp::Fresh, 1), (actors[0].stamp.clone(), 0)] {
+            let step = |speaks| next_step(Own { stamp: &stamp, speaks, ..actors[by].own() }, &heard);
+            let Step::Refuse(refusal) = step(3) else { panic!("not refused") };
+            assert_eq!(refusal.to_string(), "this cluster uses level 4, this program knows 3: start a newer one");
+            assert!(matches!(step(4), Step::Start | Step::Adopt { .. }));
+        }
     }
 
     #[test]

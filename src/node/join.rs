@@ -114,7 +114,13 @@ impl Joining {
     }
 
     fn identity_of(&self, stamp: &Stamp) -> Identity {
+        let level = match stamp {
+            Stamp::Founding { view } | Stamp::Member { view, .. } => view.level,
+            Stamp::Fresh | Stamp::Promised { .. } | Stamp::Retired { .. } => 0,
+        };
         Identity {
+            speaks: self.config.speaks(),
+            level,
             directory: self.directory_id,
             address: self.config.address.clone(),
             public_address: self.config.public_address.clone(),
@@ -262,14 +268,18 @@ impl Joining {
         };
         let promises = self.view_set.iter().map(|address| self.ask_promise(address, &request));
         let mut nodes = Vec::new();
+        let mut level = self.config.speaks();
         let mut refused = Vec::new();
         for (address, reply) in self.view_set.iter().zip(join_all(promises).await) {
             match reply {
-                Ok(identity) => nodes.push(view::Node {
-                    address: address.clone(),
-                    public_address: identity.public_address,
-                    directory: identity.directory,
-                }),
+                Ok(identity) => {
+                    level = level.min(identity.speaks);
+                    nodes.push(view::Node {
+                        address: address.clone(),
+                        public_address: identity.public_address,
+                        directory: identity.directory,
+                    });
+                }
                 Err(reason) => refused.push((address.clone(), reason)),
             }
         }
@@ -277,7 +287,7 @@ impl Joining {
             return Ok(Err(refused));
         }
         let cluster = ClusterId(rand::random());
-        let view = Box::new(first_view(cluster, self.config.asked, nodes)?);
+        let view = Box::new(View { level, ..first_view(cluster, self.config.asked, nodes)? });
         let node = view.node_at(&self.config.address).unwrap_or_default();
         self.directory.set_stamp(Stamp::Founding { view: view.clone() })?;
         tracing::info!("founded cluster {cluster}: {} nodes, {} shards", view.nodes.len(), view.shards().count());
@@ -298,7 +308,13 @@ impl Joining {
     }
 
     fn own<'a>(&'a self, stamp: &'a Stamp) -> Own<'a> {
-        Own { address: &self.config.address, directory: self.directory_id, view: &self.view_set, stamp }
+        Own {
+            address: &self.config.address,
+            directory: self.directory_id,
+            view: &self.view_set,
+            stamp,
+            speaks: self.config.speaks(),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! `reconciler`), leaders from its own replicas, or from what others answered (hints, which may be wrong and are only tried first).
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use crate::raft::Group;
 use crate::raft::ProposeError;
 use crate::raft::transport::{Peer, Resolver};
 use crate::raft::{Registry, Witness};
+use crate::sm::level::Feature;
 use crate::sm::view::{View, Witness as Seat};
 use crate::sm::{kv, meta};
 use crate::types::{Address, ClusterId, GroupId, LogId, MapVersion, NodeId, ReplicaId};
@@ -56,6 +58,8 @@ pub struct Member {
 /// The newest view that this node knows, and the map made of it.
 pub struct Views {
     view: watch::Sender<Arc<View>>,
+    /// Of the view: asked for with every entry.
+    level: AtomicU16,
     map: RwLock<Arc<ShardMap>>,
 }
 
@@ -77,7 +81,8 @@ pub struct PeerPlace {
 impl Views {
     pub fn new(view: View) -> Self {
         let map = RwLock::new(Arc::new(ShardMap::from_view(&view, |_| None)));
-        Self { view: watch::Sender::new(Arc::new(view)), map }
+        let level = AtomicU16::new(view.level);
+        Self { view: watch::Sender::new(Arc::new(view)), level, map }
     }
 
     pub fn view(&self) -> Arc<View> {
@@ -100,6 +105,7 @@ impl Views {
                 return false;
             }
             *self.map.write().expect("no holder panics") = Arc::new(ShardMap::from_view(&view, |_| None));
+            self.level.fetch_max(view.level, Ordering::Relaxed);
             *known = view.clone();
             true
         })
@@ -111,6 +117,10 @@ impl Resolver for Views {
         let view = self.view.borrow();
         let node = view.nodes.get(&node)?;
         Some(Peer { address: node.address.clone(), directory: node.directory })
+    }
+
+    fn level(&self) -> u16 {
+        self.level.load(Ordering::Relaxed)
     }
 }
 
@@ -134,6 +144,11 @@ impl Member {
 
     pub fn view(&self) -> Arc<View> {
         self.views.view()
+    }
+
+    /// Returns whether a leader may propose it: every node of the cluster can read it.
+    pub fn allows(&self, feature: Feature) -> bool {
+        self.views.level() >= feature.level()
     }
 
     pub fn views(&self) -> &Arc<Views> {

@@ -16,6 +16,7 @@ use crate::client::view_change::{
     ChangeInProgress, Phase, PlannedChange, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
 };
 use crate::raft::{Group, ProposeError};
+use crate::sm::level::TooOld;
 use crate::sm::meta;
 use crate::sm::placement::{Planned, plan};
 use crate::sm::view::{self, Asked, View};
@@ -267,6 +268,10 @@ impl Operator {
 
 /// A node that the view does not know under this address.
 fn newcomer(view: &View, address: &Address, identity: Identity) -> Result<view::Node, ViewChangeFailure> {
+    if identity.speaks < view.level {
+        let reason = format!("{address} can't be added: {}", TooOld::new(view.level, identity.speaks));
+        return Err(ViewChangeFailure::Refused { reason });
+    }
     let not_ready = |reason: String| Err(ViewChangeFailure::NotReady { reason });
     let is_known = view.nodes.values().any(|node| node.directory == identity.directory);
     match identity.standing {

@@ -238,6 +238,9 @@ impl Running {
             meta::Command::Found { .. } | meta::Command::InstallPlan { .. } => {
                 return Err(Failure::Invalid { reason: "views are not taken from a peer".to_owned() });
             }
+            meta::Command::RaiseLevel { .. } => {
+                return Err(Failure::Invalid { reason: "a level is not taken from a peer".to_owned() });
+            }
         }
         self.led_meta()?;
         self.member.tell_meta(command, ANNOUNCE_TIMEOUT).await

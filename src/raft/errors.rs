@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::sm::level::Feature;
 use crate::types::{NodeId, ReplicaId};
 
 /// Why a proposal was not answered. Only [`ProposeError::Unknown`] leaves open whether it was, or will yet be, applied.
@@ -18,6 +19,9 @@ pub enum ProposeError {
     /// The replica stopped before it was proposed.
     #[error("this replica has stopped: {reason}")]
     Stopped { reason: String },
+    /// Not every node of the cluster may be able to read it: nothing was proposed.
+    #[error("a {} needs level {}, which this cluster has not reached: upgrade all of its nodes", .needs.name(), .needs.level())]
+    NotYet { needs: Feature },
     #[error("its outcome is unknown: {reason}")]
     Unknown { reason: String },
 }

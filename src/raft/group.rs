@@ -32,6 +32,7 @@ use super::status::{Freshness, GroupMembership, GroupStatus, GroupWatch, Leader,
 use super::timings::{LeaseReads, RaftTimings};
 use super::types::{Answer, Member, Outcome, Proposal, Types, from_raft};
 use super::witness;
+use crate::sm::level::Feature;
 use crate::sm::ports::StoreError;
 use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
@@ -166,6 +167,7 @@ impl Group {
 
     /// Proposes a command of a shard as an entry of its own.
     pub async fn propose_command(&self, command: kv::Command, deadline: Instant) -> Result<kv::Outcome, ProposeError> {
+        self.ensure_allowed(command.needs())?;
         match self.propose_entry(command.encode(), deadline).await? {
             Outcome::Shard(outcome) => Ok(outcome),
             other => Err(ProposeError::unknown(format!("a command of a shard was answered by {other:?}"))),
@@ -174,9 +176,22 @@ impl Group {
 
     /// Proposes a command of the meta group.
     pub async fn propose_meta(&self, command: meta::Command, deadline: Instant) -> Result<meta::Outcome, ProposeError> {
+        self.ensure_allowed(command.needs())?;
         match self.propose_entry(command.encode(), deadline).await? {
             Outcome::Meta(outcome) => Ok(outcome),
             other => Err(ProposeError::unknown(format!("a command of the meta group was answered by {other:?}"))),
+        }
+    }
+
+    /// Returns whether a leader may propose it: every node of the cluster can read it.
+    pub fn allows(&self, feature: Feature) -> bool {
+        self.shared.resolver.level() >= feature.level()
+    }
+
+    fn ensure_allowed(&self, needs: Option<Feature>) -> Result<(), ProposeError> {
+        match needs.filter(|feature| !self.allows(*feature)) {
+            Some(needs) => Err(ProposeError::NotYet { needs }),
+            None => Ok(()),
         }
     }
 

@@ -45,6 +45,7 @@ pub struct RegistryParts {
 pub(super) struct Shared {
     pub log: Log,
     pub lanes: Arc<Lanes>,
+    pub resolver: Arc<dyn Resolver>,
     pub timings: RaftTimings,
     pub snapshot_turns: Semaphore,
 }
@@ -82,9 +83,14 @@ fn ensure_reachable(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result<
 impl Registry {
     pub fn new(parts: RegistryParts) -> Arc<Self> {
         let heard = Arc::new(Heard::default());
-        let lanes = Arc::new(Lanes::new(parts.identity.clone(), parts.resolver, parts.dial, heard.clone()));
-        let shared =
-            Arc::new(Shared { log: parts.log, lanes, timings: parts.timings, snapshot_turns: Semaphore::new(SNAPSHOT_TURNS) });
+        let lanes = Arc::new(Lanes::new(parts.identity.clone(), parts.resolver.clone(), parts.dial, heard.clone()));
+        let shared = Arc::new(Shared {
+            log: parts.log,
+            lanes,
+            resolver: parts.resolver,
+            timings: parts.timings,
+            snapshot_turns: Semaphore::new(SNAPSHOT_TURNS),
+        });
         Arc::new(Self {
             identity: parts.identity,
             heard,

@@ -53,6 +53,9 @@ pub struct Peer {
 pub trait Resolver: Send + Sync + 'static {
     /// None: no such node in the newest view that is known here.
     fn resolve(&self, node: NodeId) -> Option<Peer>;
+
+    /// Returns the level of that view: what leaders may propose.
+    fn level(&self) -> u16;
 }
 
 /// Bytes that come in over a lane. An error ends it.

@@ -6,10 +6,15 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::level;
 use super::ports::StoreError;
 
 /// The format of every encoding in the core that has had no other yet.
 pub const FORMAT: u8 = 1;
+
+/// The first format that begins with a level, and with it all later ones: behind the format byte
+/// stands the level that a program must know to read the rest. One that knows less can say that.
+pub const LEVELED: u8 = 3;
 
 /// Room that most small values fit in, so that their encoding is allocated once.
 const SMALL_BYTES: usize = 64;
@@ -32,6 +37,30 @@ pub fn encode_as<T: Serialize>(format: u8, value: &T) -> Bytes {
     let mut bytes = Vec::from(encode(value));
     bytes[0] = format;
     Bytes::from(bytes)
+}
+
+/// Encodes `value`, which programs of a level below `level` cannot read, in the format [`LEVELED`].
+pub fn encode_leveled<T: Serialize>(level: u16, value: &T, capacity: usize) -> Bytes {
+    let mut buffer = Vec::with_capacity(capacity + 4);
+    buffer.push(LEVELED);
+    let encoded = postcard::to_extend(&level, buffer).and_then(|buffer| postcard::to_extend(value, buffer));
+    Bytes::from(encoded.expect("encoding into memory fails for no type of the core"))
+}
+
+/// Returns the level of an encoding in the format [`LEVELED`], and what follows it. None: it has none.
+///
+/// # Errors
+///
+/// When it is of a level or a format that this program does not know.
+pub fn split_leveled<'a>(bytes: &'a [u8], what: &'static str) -> Result<Option<(u16, &'a [u8])>, StoreError> {
+    let Some((&format, body)) = bytes.split_first().filter(|(format, _)| **format >= LEVELED) else { return Ok(None) };
+    let (uses, rest): (u16, _) = take_body(body, what)?;
+    level::ensure_known(what, uses)?;
+    if format > LEVELED {
+        let reason = format!("format {format} is unknown to this version");
+        return Err(StoreError::Undecodable { what, reason });
+    }
+    Ok(Some((uses, rest)))
 }
 
 /// The format of an encoding, and what it is without its format byte: for a type whose newest format is `newest`.

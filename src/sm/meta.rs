@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::codec;
+use super::level::Feature;
 use super::ports::{Read, StoreError, WriteBatch};
 use super::view::{self, Inconsistency, Node, Reported, SlotMove, View};
 use crate::types::{Address, DirectoryId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
@@ -32,11 +33,9 @@ pub enum Command {
     /// The leader of a group tells of a membership that is committed and uniform. Replicas on their way out that are not in it are retired.
     /// Accepted only from one that knew this plan when it looked: what an earlier look did not find may have joined since.
     Report { group: GroupId, reported: Reported, plan: PlanEpoch },
+    /// Every node of the view of this version reads all up to this level. Accepted only over that version.
+    RaiseLevel { level: u16, over: MapVersion },
 }
-
-/// How the encodings of the commands begin that end with a view: their places in [`Command`].
-const FOUND: u8 = 0;
-const INSTALL_PLAN: u8 = 2;
 
 /// What became of a [`Command`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +115,7 @@ pub fn apply(read: &impl Read, _index: u64, command: Command) -> Result<(Outcome
         Command::CommitMove { id } => end_move(view, id, true).map(Some),
         Command::AbortMove { id } => end_move(view, id, false).map(Some),
         Command::Report { group, reported, plan } => report(view, group, reported, plan),
+        Command::RaiseLevel { level, over } => raise_level(view, level, over),
     };
     Ok(match decided {
         Err(rejection) => (Outcome::Rejected(rejection), WriteBatch::default()),
@@ -178,7 +178,7 @@ fn install(view: Option<View>, base: MapVersion, next: View) -> Result<View, Rej
 /// Whether `next` takes nothing away from `view` that must end otherwise.
 fn check_successor(view: &View, next: &View) -> Result<(), Misstep> {
     let follows = next.cluster == view.cluster && next.epoch.0 == view.epoch.0 + 1 && next.version.0 == view.version.0 + 1;
-    if !follows {
+    if !follows || next.level != view.level {
         return Err(Misstep::Numbers);
     }
     let grows = next.next_node >= view.next_node
@@ -240,6 +240,20 @@ fn check_new_ids(view: &View, next: &View) -> Result<(), Misstep> {
     Ok(())
 }
 
+/// The view at the level; none if it has reached that already.
+fn raise_level(view: Option<View>, level: u16, over: MapVersion) -> Result<Option<View>, Rejection> {
+    let mut view = view.ok_or(Rejection::NotFounded)?;
+    if view.version != over {
+        return Err(Rejection::Outdated { version: view.version });
+    }
+    if view.level >= level {
+        return Ok(None);
+    }
+    view.level = level;
+    view.version.0 += 1;
+    Ok(Some(view))
+}
+
 fn open_move(view: Option<View>, open: SlotMove) -> Result<(MoveId, View), Rejection> {
     let mut view = view.ok_or(Rejection::NotFounded)?;
     let moving: BTreeSet<Slot> = view.moves.values().flat_map(|open| open.slots.iter().copied()).collect();
@@ -293,10 +307,31 @@ fn report(view: Option<View>, group: GroupId, reported: Reported, plan: PlanEpoc
 }
 
 impl Command {
-    /// Those that end with a view are written in its format, the others in the first.
-    pub fn encode(&self) -> Bytes {
+    /// Returns what a view must allow before it is proposed; none: every program reads it.
+    ///
+    /// A view or a raised level say by themselves what must be known to read them.
+    pub fn needs(&self) -> Option<Feature> {
         match self {
-            Command::Found { .. } | Command::InstallPlan { .. } => codec::encode_as(view::FORMAT, self),
+            Command::Found { .. }
+            | Command::Announce { .. }
+            | Command::InstallPlan { .. }
+            | Command::OpenMove { .. }
+            | Command::CommitMove { .. }
+            | Command::AbortMove { .. }
+            | Command::Report { .. }
+            | Command::RaiseLevel { .. } => None,
+        }
+    }
+
+    /// Those that end with a view are written in its format, later ones with the level that must be known, the others in the first.
+    pub fn encode(&self) -> Bytes {
+        if let Some(feature) = self.needs() {
+            return codec::encode_leveled(feature.level(), self, 0);
+        }
+        match self {
+            Command::Found { view } => view::encode_ending(view.level, self),
+            Command::InstallPlan { next, .. } => view::encode_ending(next.level, self),
+            Command::RaiseLevel { level, .. } => codec::encode_leveled(*level, self, 0),
             Command::Announce { .. }
             | Command::OpenMove { .. }
             | Command::CommitMove { .. }
@@ -307,11 +342,15 @@ impl Command {
 
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
         let what = "a command of the meta group";
-        match codec::split(bytes, view::FORMAT, what)? {
-            (codec::FORMAT, body) if matches!(body.first(), Some(&FOUND | &INSTALL_PLAN)) => {
-                codec::decode_body(&view::with_no_witnesses(body), what)
-            }
-            (_, body) => codec::decode_body(body, what),
+        /// How the commands begin that end with a view, behind their format: their places in [`Command`].
+        const FOUND: u8 = 0;
+        const INSTALL_PLAN: u8 = 2;
+        if matches!(bytes, [codec::FORMAT | view::FORMAT, FOUND | INSTALL_PLAN, ..]) {
+            return view::decode_ending(bytes, what);
+        }
+        match codec::split_leveled(bytes, what)? {
+            Some((_, body)) => codec::decode_body(body, what),
+            None => codec::decode_body(codec::split(bytes, view::FORMAT, what)?.1, what),
         }
     }
 }
@@ -331,6 +370,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::sm::level;
     use crate::sm::placement::{first_view, plan};
     use crate::sm::testing::Meta;
     use crate::sm::view::Asked;
@@ -478,6 +518,56 @@ mod tests {
         let plan = Command::InstallPlan { base: MapVersion(7), next: Box::new(alone) };
         assert_eq!(&plan.encode()[..], [b"\x02\x02\x07", body, b"\x00"].concat());
         assert_eq!(Command::decode(&[b"\x01\x02\x07", body].concat()).expect("the first format"), plan);
+    }
+
+    #[test]
+    fn the_encodings_that_have_a_level_stand_and_a_later_one_says_so() {
+        let alone = first_view(ClusterId(1), Asked { shards: Some(2), ..Asked::default() }, vec![node(1)]).expect("a view");
+        let old = alone.encode();
+        let view = View { level: 1, ..alone };
+        let body = [&old[1..], b"\x01"].concat();
+        assert_eq!(view.encode()[..], [b"\x03\x01", &body[..]].concat());
+        let plan = Command::InstallPlan { base: MapVersion(7), next: Box::new(view.clone()) };
+        assert_eq!(plan.encode()[..], [b"\x03\x01\x02\x07", &body[..]].concat());
+        let raise = Command::RaiseLevel { level: 1, over: MapVersion(8) };
+        assert_eq!(raise.encode()[..], *b"\x03\x01\x07\x01\x08");
+        for command in [plan, raise, Command::Found { view: Box::new(view.clone()) }] {
+            assert_eq!(Command::decode(&command.encode()).expect("own encoding"), command);
+        }
+        assert_eq!(View::decode(&view.encode()).expect("own encoding"), view);
+
+        for format in [codec::LEVELED, codec::LEVELED + 1] {
+            for rest in [&b"\x04"[..], b"\x04\xff\xff\xff"] {
+                let bytes = [&[format], rest].concat();
+                let sentence = format!("this cluster uses level 4, this program knows {}: start a newer one", level::LEVEL);
+                let view = View::decode(&bytes).expect_err("a later level").to_string();
+                assert_eq!(view, format!("cannot read a view: {sentence}"));
+                let command = Command::decode(&bytes).expect_err("a later level").to_string();
+                assert_eq!(command, format!("cannot read a command of the meta group: {sentence}"));
+            }
+        }
+        assert!(matches!(View::decode(b"\x04\x01"), Err(StoreError::Undecodable { .. })), "a format of a known level");
+        assert!(View::decode(b"\x03").is_err());
+    }
+
+    #[test]
+    fn a_level_is_raised_over_the_view_that_was_asked_and_never_lowered() {
+        let mut map = founded();
+        let level = |map: &Map| read_view(map).expect("readable").expect("founded").level;
+        let raise = |level, over| Command::RaiseLevel { level, over: MapVersion(over) };
+        assert_eq!(run(&mut Map::new(), raise(1, 1)), Outcome::Rejected(Rejection::NotFounded));
+        let outdated = Outcome::Rejected(Rejection::Outdated { version: MapVersion(1) });
+        assert_eq!((run(&mut map, raise(1, 2)), level(&map)), (outdated, 0));
+        assert_eq!((run(&mut map, raise(1, 1)), level(&map)), (Outcome::Done, 1));
+        assert_eq!((run(&mut map, raise(0, 2)), level(&map)), (Outcome::Done, 1));
+        let view = read_view(&map).expect("readable").expect("founded");
+        assert_eq!(view.version, MapVersion(2), "nothing new, nothing changed");
+        let wanted = vec![node(1), node(2), node(4)];
+        let next = plan(&view, view.asked, &wanted, &BTreeSet::new()).expect("a plan").view;
+        let lowered = View { level: 0, ..next.clone() };
+        let install = |next| Command::InstallPlan { base: MapVersion(2), next: Box::new(next) };
+        assert_eq!(run(&mut map, install(lowered)), Outcome::Rejected(Rejection::NotASuccessor(Misstep::Numbers)));
+        assert_eq!((run(&mut map, install(next)), level(&map)), (Outcome::Done, 1));
     }
 
     #[test]

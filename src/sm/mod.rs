@@ -5,6 +5,7 @@
 
 pub mod codec;
 pub mod kv;
+pub mod level;
 pub mod membership;
 pub mod meta;
 pub mod moves;

@@ -8,6 +8,8 @@ use std::ops::Bound;
 
 use bytes::Bytes;
 
+use super::level::TooOld;
+
 /// Why a map could not be read or an entry not be applied. Never a rejection: this stops the group.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -19,6 +21,9 @@ pub enum StoreError {
     },
     #[error("damaged data: {0}")]
     Damaged(String),
+    /// Of a level that this program does not know.
+    #[error("cannot read {what}: {too_old}")]
+    TooOld { what: &'static str, too_old: TooOld },
     /// An entry or value written by a newer version of the program, or not by this program.
     #[error("cannot decode {what}: {reason}")]
     Undecodable { what: &'static str, reason: String },

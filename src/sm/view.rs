@@ -11,15 +11,32 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::codec;
+use super::level::Feature;
 use super::ports::StoreError;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
-/// The format of views, and of commands that end with one. The first ended before the witnesses.
+/// The format of views of level 0, and of commands that end with one. The first format ended before
+/// the witnesses. Views of a later level are in the format [`codec::LEVELED`].
 pub(super) const FORMAT: u8 = 2;
 
-/// What ends with a view of the first format, in the second: with no witnesses.
-pub(super) fn with_no_witnesses(body: &[u8]) -> Vec<u8> {
-    [body, &[0]].concat()
+/// Reads what ends with a view in any of its formats: a view itself, or such a command.
+pub(super) fn decode_ending<T: for<'a> Deserialize<'a>>(bytes: &[u8], what: &'static str) -> Result<T, StoreError> {
+    const NO_WITNESSES: u8 = 0;
+    const LEVEL_0: u8 = 0;
+    if let Some((_, body)) = codec::split_leveled(bytes, what)? {
+        return codec::decode_body(body, what);
+    }
+    let (format, body) = codec::split(bytes, FORMAT, what)?;
+    let missing: &[u8] = if format == codec::FORMAT { &[NO_WITNESSES, LEVEL_0] } else { &[LEVEL_0] };
+    codec::decode_body(&[body, missing].concat(), what)
+}
+
+/// Encodes what ends with a view of this level.
+pub(super) fn encode_ending<T: Serialize>(level: u16, value: &T) -> Bytes {
+    match level {
+        0 => codec::encode_as(FORMAT, value),
+        level => codec::encode_leveled(level, value, 0),
+    }
 }
 
 /// What was agreed. Part of the disk format (inside the meta group's map).
@@ -29,6 +46,8 @@ pub struct View {
     pub cluster: ClusterId,
     pub epoch: PlanEpoch,
     pub version: MapVersion,
+    /// What every node can read, and so what leaders may propose. Never lowered.
+    pub level: u16,
     pub asked: Asked,
     pub nodes: BTreeMap<NodeId, Node>,
     /// Nodes on their way out: each stays in `nodes` until the last of its replicas is retired.
@@ -257,14 +276,16 @@ impl From<Vec<(u16, GroupId)>> for SlotTable {
 
 impl View {
     pub fn encode(&self) -> Bytes {
-        codec::encode_as(FORMAT, self)
+        encode_ending(self.level, self)
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
-        match codec::split(bytes, FORMAT, "a view")? {
-            (codec::FORMAT, body) => codec::decode_body(&with_no_witnesses(body), "a view"),
-            (_, body) => codec::decode_body(body, "a view"),
-        }
+        decode_ending(bytes, "a view")
+    }
+
+    /// Returns whether a leader may propose it: every node of the cluster can read it.
+    pub fn allows(&self, feature: Feature) -> bool {
+        self.level >= feature.level()
     }
 
     pub fn shards(&self) -> impl Iterator<Item = (GroupId, &Group)> {

@@ -73,6 +73,7 @@ impl Host {
             replace_after: Duration::from_secs(600),
             timing_factor: 1,
             lease_drift_ms: None,
+            level_max: None,
         };
         let disks = Disks { disk: SimDisk::new(seed), trees: MemTrees::new() };
         Arc::new(Self {

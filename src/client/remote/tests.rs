@@ -126,6 +126,8 @@ async fn a_node_that_left_tells_who_stayed() {
         address: left.clone(),
         public_address: None,
         standing: Standing::Retired { cluster: crate::types::ClusterId(1), members: vec![stayed] },
+        speaks: 0,
+        level: 0,
     };
     serve(leaving, move |request| {
         let told = if request.uri().path() == "/peer/identity" { json(&identity) } else { answer(503, "a spare") };

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::serve_lane;
 use crate::raft::registry::Registry;
 use crate::raft::transport::{Dial, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
+use crate::sm::level::LEVEL;
 use crate::types::{Address, DirectoryId, NodeId};
 
 /// The nodes of a process, and which ways between them are cut.
@@ -89,6 +90,10 @@ impl MemoryHub {
 }
 
 impl Resolver for MemoryHub {
+    fn level(&self) -> u16 {
+        LEVEL
+    }
+
     fn resolve(&self, node: NodeId) -> Option<Peer> {
         let state = self.state.lock().expect("no holder panics");
         let (directory, _) = state.nodes.get(&node)?;

@@ -98,6 +98,10 @@ async fn a_lane_ends_at_what_is_no_frame() {
 struct Addresses(Mutex<HashMap<NodeId, Address>>);
 
 impl Resolver for Addresses {
+    fn level(&self) -> u16 {
+        0
+    }
+
     fn resolve(&self, node: NodeId) -> Option<Peer> {
         let address = self.0.lock().expect("no holder panics").get(&node).cloned()?;
         Some(Peer { address, directory: directory(node) })

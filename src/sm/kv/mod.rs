@@ -38,6 +38,7 @@ pub use self::observed::{
 pub use self::read::{Counts, PageRequest, ReadOutcome, ScanPage, count, read, scan_page};
 pub use self::record::{decode_record, encode_record};
 use super::codec;
+use super::level::Feature;
 use super::ports::StoreError;
 use crate::types::{GroupId, MoveId, Revision, Slot};
 
@@ -167,12 +168,27 @@ pub enum Rejection {
 }
 
 impl Command {
+    /// Returns what a view must allow before it is proposed; none: every program reads it.
+    pub fn needs(&self) -> Option<Feature> {
+        match self {
+            Command::Write { .. } | Command::Claim { .. } | Command::Move { .. } | Command::Install { .. } => None,
+        }
+    }
+
+    /// Encodes it; one that older programs do not read, with the level that must be known.
     pub fn encode(&self) -> Bytes {
-        codec::encode_sized(self, self.size_hint())
+        match self.needs() {
+            None => codec::encode_sized(self, self.size_hint()),
+            Some(feature) => codec::encode_leveled(feature.level(), self, self.size_hint()),
+        }
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
-        codec::decode(bytes, "a command of a shard")
+        let what = "a command of a shard";
+        match codec::split_leveled(bytes, what)? {
+            Some((_, body)) => codec::decode_body(body, what),
+            None => codec::decode(bytes, what),
+        }
     }
 
     /// About as many bytes as the encoding takes.

@@ -34,6 +34,7 @@ pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Res
     let (leaving, out, moves) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
     let (targets, next_move) = (slots.clone(), MoveId(1));
     let mut view = View {
+        level: 0,
         cluster,
         epoch,
         version,

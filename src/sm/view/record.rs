@@ -27,6 +27,13 @@ pub struct ViewRecord {
     /// Since the second format. Those of groups that are not there are passed over.
     #[serde(default)]
     witnesses: BTreeMap<GroupId, Witness>,
+    /// Since the third format. Left out at level 0, so that programs that know no level read it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    level: u16,
+}
+
+fn is_zero(level: &u16) -> bool {
+    *level == 0
 }
 
 impl From<View> for ViewRecord {
@@ -48,6 +55,7 @@ impl From<View> for ViewRecord {
             next_group: view.next_group,
             next_replica: view.next_replica,
             next_move: view.next_move,
+            level: view.level,
         }
     }
 }
@@ -64,6 +72,7 @@ impl From<ViewRecord> for View {
             cluster: record.cluster,
             epoch: record.epoch,
             version: record.version,
+            level: record.level,
             asked: record.asked,
             nodes: record.nodes,
             leaving: record.leaving,

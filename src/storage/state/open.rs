@@ -153,7 +153,7 @@ fn rebuild(
     while let Some(snapshot) = snapshots.first() {
         match fill_generation(trees, key, generation, snapshot) {
             Ok(filled) => return Ok(Some(filled)),
-            Err(error @ StoreError::Io { .. }) => return Err(error),
+            Err(error @ (StoreError::Io { .. } | StoreError::TooOld { .. })) => return Err(error),
             Err(error @ (StoreError::Damaged(_) | StoreError::Undecodable { .. })) => {
                 damaged.get_or_insert(error.to_string());
                 tracing::error!(replica = %key, %error, "a snapshot file is damaged");
@@ -181,7 +181,9 @@ fn open_snapshots(files: &SnapshotFiles, key: ReplicaKey) -> Result<(Vec<Snapsho
             Ok(_) => note_damaged(key, &snapshots, &mut damaged, format!("{} is another's file", published.path.display())),
             Err(StoreError::Damaged(reason)) => note_damaged(key, &snapshots, &mut damaged, reason),
             // Unreachable, or of a newer version of the program: not ours to pass over.
-            Err(error @ (StoreError::Io { .. } | StoreError::Undecodable { .. })) => return Err(error),
+            Err(error @ (StoreError::Io { .. } | StoreError::TooOld { .. } | StoreError::Undecodable { .. })) => {
+                return Err(error);
+            }
         }
     }
     Ok((snapshots, damaged))
