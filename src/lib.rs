@@ -4,6 +4,7 @@ pub mod budget;
 pub mod cli;
 pub mod client;
 pub mod config;
+pub mod descriptors;
 pub mod http;
 pub mod node;
 pub mod raft;

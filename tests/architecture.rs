@@ -13,12 +13,13 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("error", &["types"]),
     ("telemetry", &["types"]),
     ("config", &["types", "sm"]),
+    ("descriptors", &[]),
     ("sm", &["types"]),
-    ("storage", &["types", "error", "telemetry", "config", "sm"]),
+    ("storage", &["types", "error", "telemetry", "config", "descriptors", "sm"]),
     ("raft", &["types", "error", "telemetry", "config", "sm", "storage"]),
-    ("client", &["types", "budget", "error", "telemetry", "config", "sm"]),
-    ("node", &["types", "budget", "error", "telemetry", "config", "sm", "storage", "raft", "client"]),
-    ("http", &["types", "budget", "error", "telemetry", "config", "sm", "storage", "raft", "client", "node"]),
+    ("client", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm"]),
+    ("node", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm", "storage", "raft", "client"]),
+    ("http", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm", "storage", "raft", "client", "node"]),
     ("cli", &["types", "budget", "error", "telemetry", "config", "sm", "storage", "raft", "client", "node", "http"]),
 ];
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
+use super::node_flags::{CONNECTIONS_MAX, connections};
 use super::serve::ServeError;
 use super::servers::local_cluster;
 use super::{EXIT_CODES, signals};
@@ -43,6 +44,10 @@ pub struct Arguments {
     /// Listen on this port instead; may be given several times
     #[arg(short, long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     port: Vec<u16>,
+    /// Connections of clients at a time: fewer where the limit of open files (ulimit -n) leaves no room for so many beside those to
+    /// the nodes
+    #[arg(long, value_name = "N", default_value_t = CONNECTIONS_MAX, value_parser = connections)]
+    max_connections: usize,
     /// How long a stop may take to answer what is in flight, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     stop_timeout: u64,
@@ -94,7 +99,11 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     let listen = arguments.listening_on();
     let members = arguments.members(local_cluster(), &listen)?;
     let server = Server::bind(&listen).await?;
-    let limits = Limits { drain_timeout: Duration::from_secs(arguments.stop_timeout), ..Limits::default() };
+    let limits = Limits {
+        drain_timeout: Duration::from_secs(arguments.stop_timeout),
+        connections_max: arguments.max_connections,
+        ..Limits::default()
+    };
     let told = signals::stop().map_err(ServeError::Signals)?;
     let names: Vec<&str> = members.iter().map(Address::as_str).collect();
     tracing::info!("quorate {}, a gateway to the cluster of {}", env!("CARGO_PKG_VERSION"), names.join(", "));

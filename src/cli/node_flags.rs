@@ -21,6 +21,9 @@ const REPL_FACTOR_MAX: u8 = 7;
 /// Where a node listens that nobody told where.
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
+/// Connections of clients, of a node and of a gateway.
+pub const CONNECTIONS_MAX: usize = 20_000;
+
 /// What `quorate serve` is told.
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -68,6 +71,10 @@ pub struct Arguments {
     /// Speak no later feature level than this, as an older program would: a cluster is not raised past it while this node is in it
     #[arg(long, value_name = "LEVEL")]
     pub level_max: Option<u16>,
+    /// Connections of clients at a time: fewer where the limit of open files (ulimit -n) leaves no room for so many beside log, maps
+    /// and other nodes
+    #[arg(long, value_name = "N", default_value_t = CONNECTIONS_MAX, value_parser = connections)]
+    pub max_connections: usize,
     /// How long a stop may take to answer what is in flight, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub stop_timeout: u64,
@@ -176,6 +183,11 @@ impl FromStr for Addresses {
     }
 }
 
+/// Reads a number of connections.
+pub fn connections(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "expected a number, at least 1".to_owned())
+}
+
 fn repl_factor(text: &str) -> Result<Given<u8>, String> {
     let expected = || format!("expected a number from 1 to {REPL_FACTOR_MAX}");
     let factor: Given<u8> = text.parse().map_err(|_| expected())?;
@@ -281,6 +293,7 @@ mod tests {
             &["--repl-factor", "0"],
             &["--repl-factor", "8"],
             &["--repl-factor", "two"],
+            &["--max-connections", "0"],
             &["-p", "0"],
             &["-i", "localhost"],
         ] {

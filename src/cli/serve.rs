@@ -60,7 +60,7 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     let config = arguments.config()?;
     let listen: Vec<String> = config.listen.iter().map(ToString::to_string).collect();
     let server = Server::bind(&listen).await?;
-    let limits = Limits { drain_timeout: config.stop_timeout, ..Limits::default() };
+    let limits = Limits { drain_timeout: config.stop_timeout, connections_max: arguments.max_connections, ..Limits::default() };
     let told = signals::stop().map_err(ServeError::Signals)?;
     tracing::info!("quorate {} at {}, data in {}", env!("CARGO_PKG_VERSION"), config.address, config.data_dir.display());
     let node = Node::open(config)?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections served at once. One more is answered 503 and closed.
+    /// Connections of clients served at once, if the limit of open files leaves room for so many. One more is answered 503 and closed.
     pub connections_max: usize,
     /// A connection that has not sent a whole request head in this time, idle or slow, is closed. Longer than the idle time of common
     /// client pools (reqwest: 90 s), so that it is the client who closes, and no request meets a connection that is just going away.
@@ -17,6 +17,9 @@ pub struct Limits {
     pub body_bytes_max: usize,
     /// The bodies of all requests in flight together.
     pub bodies_bytes_max: usize,
+    /// The longest that a client may take for the next piece of its answer: 16 KiB over HTTP/1, 64 KiB over HTTP/2. Then its connection is
+    /// cut, and the memory of its answers comes back.
+    pub write_timeout: Duration,
     /// The longest wait for the next piece of a body.
     pub body_chunk_timeout: Duration,
     /// The longest time that a whole body may take.
@@ -48,6 +51,7 @@ impl Default for Limits {
             streams_max: 1024,
             body_bytes_max: 64 << 20,
             bodies_bytes_max: 512 << 20,
+            write_timeout: Duration::from_secs(30),
             body_chunk_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(300),
             value_bytes_max: 8 << 20,

@@ -7,7 +7,11 @@
 //! Keys stand in paths as any bytes. axum decodes path parameters lossily, so a key route is told by its prefix in the fallback, and its key
 //! taken from the raw path. That is the hot path too: it goes through no middleware and no parameter extraction.
 
+mod admission;
 pub mod body;
+mod connection;
+#[cfg(test)]
+mod crowd_tests;
 mod dialects;
 pub mod health;
 mod holder;
@@ -15,6 +19,8 @@ pub mod limits;
 pub mod media;
 pub mod metrics;
 mod native;
+mod outbox;
+mod paced;
 pub mod peer;
 pub mod problem;
 pub mod server;

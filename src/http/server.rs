@@ -5,30 +5,26 @@
 //!
 //! Lanes of peers need their small frames sent at once and many of them in flight, hence no Nagle's algorithm and large windows.
 
-use std::convert::Infallible;
-use std::io::{self, Write};
+use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
-use http::HeaderValue;
-use http::header::CONNECTION;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tower::Service;
 
+use super::admission::{Admission, ServerStats};
+use super::connection::{self, Serving};
 use super::holder::{self, Holder};
 use super::limits::Limits;
-use super::metrics::{Exposition, Kind, MetricSource};
-use super::problem::{Code, Problem};
+use crate::descriptors::{self, Shares};
 
 /// Connections that the kernel keeps for us between two accepts; it lowers this to its own limit.
 const BACKLOG: u32 = 4096;
@@ -37,6 +33,10 @@ const BACKLOG: u32 = 4096;
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 
+/// What the kernel keeps of an answer that its client does not take: it would take megabytes of each, which no budget of ours
+/// sees. What is on its way does not count, so this slows nobody down. Connections have it from the socket that they came in by.
+const UNSENT_BYTES_MAX: u32 = 128 << 10;
+
 /// How often a silent HTTP/2 connection is asked whether it still lives, and how long that may take.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
@@ -44,10 +44,6 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Waits after a failed accept. The usual cause is that file descriptors ran out, which only time cures.
 const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
-
-/// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One that is idle may be used again just then, and
-/// its client could not tell whether that request was done if it were closed: so it is closed only after this.
-const IDLE_KEPT_FOR: Duration = Duration::from_millis(300);
 
 /// hyper refuses to buffer less than this.
 const BUFFER_BYTES_MIN: usize = 8 << 10;
@@ -73,37 +69,6 @@ pub enum BindError {
     },
 }
 
-/// What a server counts.
-#[derive(Debug, Default)]
-pub struct ServerStats {
-    open: AtomicU64,
-    accepted: AtomicU64,
-    refused: AtomicU64,
-    accept_errors: AtomicU64,
-}
-
-impl ServerStats {
-    /// Connections being served.
-    pub fn open(&self) -> u64 {
-        self.open.load(Ordering::Relaxed)
-    }
-}
-
-impl MetricSource for ServerStats {
-    fn collect(&self, text: &mut Exposition) {
-        let families = [
-            ("quorate_http_connections", Kind::Gauge, "Connections open.", &self.open),
-            ("quorate_http_connections_accepted_total", Kind::Counter, "Connections served.", &self.accepted),
-            ("quorate_http_connections_refused_total", Kind::Counter, "Connections past the limit.", &self.refused),
-            ("quorate_http_accept_errors_total", Kind::Counter, "Failed accepts.", &self.accept_errors),
-        ];
-        for (name, kind, help, value) in families {
-            text.family(name, kind, help);
-            text.sample(&[], value.load(Ordering::Relaxed));
-        }
-    }
-}
-
 /// Listening sockets that nobody accepts from yet.
 #[derive(Debug)]
 pub struct Server {
@@ -115,7 +80,7 @@ impl Server {
     /// Listens on every address that each `host:port` of `listen` resolves to, and lets the process have as many open files as it may.
     /// Of a name with several addresses, those of a family that this machine does not have are left out.
     pub async fn bind<A: AsRef<str>>(listen: &[A]) -> Result<Server, BindError> {
-        raise_open_files();
+        descriptors::raise();
         let mut listeners: Vec<TcpListener> = Vec::new();
         for listen in listen.iter().map(AsRef::as_ref) {
             let resolved = lookup_host(listen).await;
@@ -153,17 +118,19 @@ impl Server {
 
     /// Serves until `shutdown` is cancelled and what was in flight has ended, or the drain timeout has.
     pub async fn serve(self, router: Router, shutdown: CancellationToken, limits: &Limits) {
-        let http = Arc::new(protocol(limits));
-        let loops = self.listeners.into_iter().map(|listener| {
-            let accepting = Accepting {
-                router: router.clone(),
-                http: Arc::clone(&http),
-                stats: Arc::clone(&self.stats),
-                shutdown: shutdown.clone(),
-                limits: limits.clone(),
-            };
-            accepting.run(listener)
-        });
+        let shares = Shares::now();
+        let admission = Admission::new(Arc::clone(&self.stats), limits, shares);
+        tracing::info!(
+            "connections: up to {} of clients, and {} more of other nodes; the limit of open files is {}",
+            admission.clients_max(),
+            shares.peers,
+            shares.limit
+        );
+        let serving = Arc::new(Serving { router, http: protocol(limits), stats: self.stats, shutdown, limits: limits.clone() });
+        let loops = self
+            .listeners
+            .into_iter()
+            .map(|listener| Accepting { serving: Arc::clone(&serving), admission: Arc::clone(&admission) }.run(listener));
         futures::future::join_all(loops).await;
     }
 }
@@ -172,6 +139,8 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     // A restarted server must not wait for the old connections' TIME_WAIT to pass.
     socket.set_reuseaddr(true)?;
+    #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+    SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT_BYTES_MAX)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
 }
@@ -180,19 +149,6 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 fn is_missing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported) || {
         error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error())
-    }
-}
-
-/// Connections, the log and sled's files all need descriptors, and the usual soft limit is 1024.
-fn raise_open_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if limit.current != limit.maximum {
-        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-        match setrlimit(Resource::Nofile, raised) {
-            Ok(()) => tracing::debug!(from = ?limit.current, to = ?limit.maximum, "raised the limit of open files"),
-            Err(error) => tracing::warn!(limit = ?limit.current, %error, "the limit of open files can't be raised"),
-        }
     }
 }
 
@@ -216,11 +172,8 @@ fn protocol(limits: &Limits) -> Builder<TokioExecutor> {
 
 /// The accept loop of one listener, and its connections.
 struct Accepting {
-    router: Router,
-    http: Arc<Builder<TokioExecutor>>,
-    stats: Arc<ServerStats>,
-    shutdown: CancellationToken,
-    limits: Limits,
+    serving: Arc<Serving>,
+    admission: Arc<Admission>,
 }
 
 impl Accepting {
@@ -229,7 +182,7 @@ impl Accepting {
         let mut pause = ACCEPT_PAUSE_MIN;
         loop {
             let accepted = tokio::select! {
-                () = self.shutdown.cancelled() => break,
+                () = self.serving.shutdown.cancelled() => break,
                 Some(_) = connections.join_next() => continue,
                 accepted = listener.accept() => accepted,
             };
@@ -243,8 +196,8 @@ impl Accepting {
                     if pause == ACCEPT_PAUSE_MIN {
                         tracing::warn!(%error, "cannot accept connections; trying again");
                     }
-                    self.stats.accept_errors.fetch_add(1, Ordering::Relaxed);
-                    let waited = self.shutdown.run_until_cancelled(sleep(pause)).await;
+                    self.serving.stats.accept_failed();
+                    let waited = self.serving.shutdown.run_until_cancelled(sleep(pause)).await;
                     pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
                     if waited.is_none() {
                         break;
@@ -253,7 +206,8 @@ impl Accepting {
             }
         }
         drop(listener);
-        let drained = timeout(self.limits.drain_timeout, async { while connections.join_next().await.is_some() {} }).await;
+        let drained =
+            timeout(self.serving.limits.drain_timeout, async { while connections.join_next().await.is_some() {} }).await;
         if drained.is_err() {
             tracing::warn!(connections = connections.len(), "connections did not end in time and are cut");
         }
@@ -261,48 +215,15 @@ impl Accepting {
     }
 
     fn admit(&self, stream: TcpStream, connections: &mut JoinSet<()>) {
-        if self.stats.open() >= self.limits.connections_max as u64 {
-            self.stats.refused.fetch_add(1, Ordering::Relaxed);
-            // Best effort, and never waited for: the socket's buffer is empty, so it takes this or is broken.
-            let _ = stream.into_std().and_then(|mut stream| stream.write_all(too_many().as_bytes()));
-            return;
-        }
-        let open = Open::new(&self.stats);
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "a connection was gone before it was served");
             return;
         }
-        let (router, http) = (self.router.clone(), Arc::clone(&self.http));
-        let (shutdown, first_request) = (self.shutdown.clone(), self.limits.head_timeout);
-        connections.spawn(async move {
-            serve_connection(stream, router, &http, shutdown, first_request).await;
-            drop(open);
-        });
-    }
-}
-
-/// What a connection past the limit is told, before anything is read of it.
-fn too_many() -> String {
-    let body = Problem::new(Code::Unavailable, "too many connections").body().to_string();
-    let head =
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close";
-    format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len())
-}
-
-/// Counts a connection as open while it lives.
-struct Open(Arc<ServerStats>);
-
-impl Open {
-    fn new(stats: &Arc<ServerStats>) -> Self {
-        stats.open.fetch_add(1, Ordering::Relaxed);
-        stats.accepted.fetch_add(1, Ordering::Relaxed);
-        Open(Arc::clone(stats))
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
+        let Some(place) = self.admission.admit(stream.as_raw_fd()) else {
+            return connection::tell_too_many(stream);
+        };
+        let (serving, is_crowded) = (Arc::clone(&self.serving), self.admission.is_crowded());
+        connections.spawn(async move { serving.serve(stream, place, is_crowded).await });
     }
 }
 
@@ -310,69 +231,6 @@ impl Drop for Open {
 fn is_of_the_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
-}
-
-async fn serve_connection(
-    stream: TcpStream,
-    router: Router,
-    http: &Builder<TokioExecutor>,
-    shutdown: CancellationToken,
-    first_request: Duration,
-) {
-    let (spoke, may_be_reused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let service = {
-        let (spoke, may_be_reused, shutdown) = (Arc::clone(&spoke), Arc::clone(&may_be_reused), shutdown.clone());
-        service_fn(move |request: http::Request<hyper::body::Incoming>| {
-            spoke.store(true, Ordering::Relaxed);
-            // HTTP/2 has a word for a connection that takes no more requests.
-            let is_old = request.version() <= http::Version::HTTP_11;
-            may_be_reused.store(is_old, Ordering::Relaxed);
-            let (mut router, shutdown) = (router.clone(), shutdown.clone());
-            async move {
-                let mut response = router.call(request).await.unwrap_or_else(|never| match never {});
-                if is_old && shutdown.is_cancelled() {
-                    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-                }
-                Ok::<_, Infallible>(response)
-            }
-        })
-    };
-    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
-    // hyper's own timeout does not run until it knows which version of HTTP is spoken.
-    let mut silence = pin!(sleep(first_request));
-    let mut stop = pin!(shutdown.cancelled());
-    let mut last_use = pin!(sleep(IDLE_KEPT_FOR));
-    let (mut waiting, mut stopping, mut lingers) = (true, false, false);
-    loop {
-        tokio::select! {
-            biased;
-            ended = connection.as_mut() => {
-                if let Err(error) = ended {
-                    tracing::trace!(%error, "a connection ended badly");
-                }
-                return;
-            }
-            () = stop.as_mut(), if !stopping => {
-                stopping = true;
-                if may_be_reused.load(Ordering::Relaxed) {
-                    lingers = true;
-                    last_use.as_mut().reset(Instant::now() + IDLE_KEPT_FOR);
-                } else {
-                    connection.as_mut().graceful_shutdown();
-                }
-            }
-            () = last_use.as_mut(), if lingers => {
-                lingers = false;
-                connection.as_mut().graceful_shutdown();
-            }
-            () = silence.as_mut(), if waiting => {
-                waiting = false;
-                if !spoke.load(Ordering::Relaxed) {
-                    connection.as_mut().graceful_shutdown();
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ use crate::sm::view::{Asked, Group, Node, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Revision};
 
 /// Longest wait of a test for something that should come at once.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Values of a page together.
 const PAGE_BYTES_MAX: usize = 8 << 20;
@@ -668,13 +668,6 @@ impl Wire {
         while !self.read.windows(text.len()).any(|window| window == text.as_bytes()) {
             assert!(self.more().await, "closed before '{text}', after {:?}", String::from_utf8_lossy(&self.read));
         }
-    }
-
-    /// The status of `/healthz`, or none if the connection breaks.
-    pub async fn try_healthz(&mut self) -> Option<u16> {
-        self.send(&request("GET /healthz", b"")).await;
-        while !self.read.ends_with(b"\n") && self.more().await {}
-        String::from_utf8_lossy(&self.read).split(' ').nth(1)?.parse().ok()
     }
 
     pub async fn reply(&mut self) -> Reply {

@@ -33,6 +33,9 @@ use crate::types::Address;
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 
+/// Before the name of a lane.
+pub(super) const LANE_PREFIX: &str = "/peer/lane/";
+
 /// The largest is a view.
 const JSON_BODY: Ceiling = Ceiling { bytes_max: 1 << 20, what: "the body of this request" };
 
