@@ -3,14 +3,21 @@
 //! An address may have changed hands, so whatever counts says whose it is: the cluster, or the directory. JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`,
 //! `POST /peer/invite`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
 
 use crate::sm::meta;
 use crate::sm::view::{Node, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
+
+/// Nodes that are asked at once who they are. Some addresses come from requests: they must cost few descriptors, and be no way to have a
+/// whole network dialled in a moment.
+const IDENTITIES_AT_ONCE: usize = 32;
 
 /// What a node says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +110,8 @@ pub enum PeerError {
     },
     #[error("{address} answered {status}: is it a quorate node?")]
     Status { address: Address, status: u16 },
+    #[error("{address} was not asked in time: too many others were waited for")]
+    NotAsked { address: Address },
     #[error("another node has the address {address} now")]
     AnotherNode { address: Address },
 }
@@ -116,6 +125,7 @@ pub struct SetUpError(#[from] reqwest::Error);
 #[derive(Debug, Clone)]
 pub struct PeerCaller {
     http: reqwest::Client,
+    identities: Arc<Semaphore>,
 }
 
 impl PeerCaller {
@@ -124,11 +134,18 @@ impl PeerCaller {
     /// When the HTTP client can't be set up.
     pub fn new() -> Result<Self, SetUpError> {
         let http = reqwest::Client::builder().tcp_nodelay(true).pool_idle_timeout(Duration::from_secs(10)).no_proxy().build()?;
-        Ok(Self { http })
+        Ok(Self { http, identities: Arc::new(Semaphore::new(IDENTITIES_AT_ONCE)) })
     }
 
+    /// Asks who is at an address, as one of a few at a time. `timeout` includes the wait for a turn, so that many can be asked together;
+    /// who gets none while there is time left for an answer is not asked.
     pub async fn identity(&self, address: &Address, timeout: Duration) -> Result<Identity, PeerError> {
-        self.answer(address, self.http.get(format!("http://{address}/peer/identity")).timeout(timeout)).await
+        let deadline = Instant::now() + timeout;
+        let Ok(Ok(_turn)) = timeout_at(deadline - timeout / 4, self.identities.acquire()).await else {
+            return Err(PeerError::NotAsked { address: address.clone() });
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.answer(address, self.http.get(format!("http://{address}/peer/identity")).timeout(left)).await
     }
 
     pub async fn promise(
@@ -183,5 +200,41 @@ impl PeerCaller {
             return Err(PeerError::Status { address: address.clone(), status: response.status().as_u16() });
         }
         response.json().await.map_err(no_answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::future::join_all;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// Each address of the loopback network is another node to who asks, and one listener to this test.
+    #[tokio::test]
+    async fn of_many_addresses_few_are_dialled_at_once_and_all_are_done_with_in_time() {
+        let listener = TcpListener::bind("0.0.0.0:0").await.expect("a free port");
+        let port = listener.local_addr().expect("a bound address").port();
+        let addresses: Vec<Address> =
+            (1..=100).map(|node| format!("127.0.0.{node}:{port}").parse().expect("an address")).collect();
+
+        let caller = PeerCaller::new().expect("a client");
+        let (mut dialled, asked_for) = (Vec::new(), Duration::from_secs(1));
+        let accept = async {
+            // They are answered by nobody, so that none is done with before its time is up.
+            while let Ok((stream, _)) = listener.accept().await {
+                dialled.push(stream);
+            }
+        };
+        let asked = join_all(addresses.iter().map(|address| caller.identity(address, asked_for)));
+        let answers = tokio::select! {
+            () = accept => unreachable!("a listener goes on"),
+            answers = asked => answers,
+        };
+
+        assert!(answers.iter().all(Result::is_err));
+        let not_asked = answers.iter().filter(|answer| matches!(answer, Err(PeerError::NotAsked { .. }))).count();
+        assert_eq!((dialled.len(), not_asked), (IDENTITIES_AT_ONCE, 100 - IDENTITIES_AT_ONCE));
+        assert_eq!(caller.identities.available_permits(), IDENTITIES_AT_ONCE);
     }
 }

@@ -19,6 +19,9 @@ pub const VIEW_REFUSED: &str = "view_refused";
 pub const NODE_NOT_READY: &str = "node_not_ready";
 pub const EPOCH_CHANGED: &str = "epoch_changed";
 
+/// Nodes that a change may name: each is asked who it is, and gets a replica of the meta group. Ten times what was tried.
+pub const NODES_MAX: usize = 1000;
+
 /// A node's own "not in time" is waited for this much longer.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -34,6 +37,20 @@ pub struct ViewChange {
     pub replication_factor: Option<ReplicationFactor>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shards: Option<Shards>,
+}
+
+impl ViewChange {
+    /// Refuses to work on a list of nodes that no cluster has. Asked wherever a change comes in, before anything is done for it.
+    ///
+    /// # Errors
+    ///
+    /// What is too much about it, for people.
+    pub fn ensure_bounded(&self) -> Result<(), String> {
+        match self.nodes.as_ref().map_or(0, Vec::len) {
+            0..=NODES_MAX => Ok(()),
+            named => Err(format!("a view has at most {NODES_MAX} nodes, and this change names {named}")),
+        }
+    }
 }
 
 /// A number, or `"auto"`.

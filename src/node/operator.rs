@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::join_all;
-use tokio::time::Instant;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::{Instant, timeout};
 
 use super::member::{Member, read_applied_view, read_view_now};
 use crate::client::peer::{Identity, Standing};
@@ -26,6 +27,8 @@ use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two looks at a node that has left and does not know yet.
 const LATE_LEAVER_PAUSE: Duration = Duration::from_millis(200);
+/// Changes and dry runs that are planned at once: each asks every node, and holds a whole view or two.
+const CHANGES_AT_ONCE: usize = 4;
 /// How soon to try again.
 const RETRY_AFTER_MS: u64 = 500;
 /// Names in one list of what is waited for.
@@ -36,6 +39,7 @@ pub struct Operator {
     member: Arc<Member>,
     /// Of the change that was last asked about: when that was first, and what was left then.
     watched: Mutex<Option<Watched>>,
+    turns: Semaphore,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +51,7 @@ struct Watched {
 
 impl Operator {
     pub fn new(member: Arc<Member>) -> Self {
-        Self { member, watched: Mutex::default() }
+        Self { member, watched: Mutex::default(), turns: Semaphore::new(CHANGES_AT_ONCE) }
     }
 
     /// Has the meta group accept another plan.
@@ -57,6 +61,8 @@ impl Operator {
         only_if: Option<PlanEpoch>,
         options: Options,
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
+        change.ensure_bounded().map_err(|reason| ViewChangeFailure::Refused { reason })?;
+        let _turn = self.turn(options).await?;
         let deadline = Instant::now() + options.timeout;
         let patience = Instant::now() + options.timeout.mul_f32(0.7);
         let meta = self.meta()?;
@@ -123,6 +129,8 @@ impl Operator {
 
     /// What such a change would take.
     pub async fn preview(&self, change: &ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
+        change.ensure_bounded().map_err(|reason| ViewChangeFailure::Refused { reason })?;
+        let _turn = self.turn(options).await?;
         let meta = self.meta()?;
         let view = self.current(&meta, Instant::now() + options.timeout).await?;
         let planned = self.plan(&view, change).await?;
@@ -138,6 +146,17 @@ impl Operator {
         }
         let status = self.member.status().await;
         Ok(Some(self.describe(&view, id, &status)))
+    }
+
+    /// Waits until few enough other changes are worked on.
+    async fn turn(&self, options: Options) -> Result<SemaphorePermit<'_>, ViewChangeFailure> {
+        match timeout(options.timeout, self.turns.acquire()).await {
+            Ok(Ok(turn)) => Ok(turn),
+            Ok(Err(_)) | Err(_) => Err(ViewChangeFailure::Failed(Failure::Overloaded {
+                limit: format!("{CHANGES_AT_ONCE} changes of the view are planned at once"),
+                retry_after_ms: RETRY_AFTER_MS,
+            })),
+        }
     }
 
     /// The meta group, if this node leads it.
@@ -166,10 +185,12 @@ impl Operator {
     /// The nodes that the view is to have. One that is in it already need not answer; but if another directory answers under its address, its
     /// own is lost.
     async fn identify(&self, view: &View, change: &ViewChange) -> Result<Vec<view::Node>, ViewChangeFailure> {
-        let addresses: Vec<Address> = match &change.nodes {
+        let mut addresses: Vec<Address> = match &change.nodes {
             Some(nodes) => nodes.clone(),
             None => view.staying().map(|(_, node)| node.address.clone()).collect(),
         };
+        // Newcomers have to answer, so they have their turn before members, which may be away.
+        addresses.sort_by_cached_key(|address| view.node_at(address).is_some());
         let asked = addresses.iter().map(|address| async move {
             if *address == self.own_address(view) {
                 return Ok(None);

@@ -130,7 +130,9 @@ fn parse(body: &[u8]) -> Result<ViewChange, Problem> {
     if !body.trim_ascii_start().starts_with(b"{") {
         return Err(invalid("a change of the view is a JSON object: {} plans again".into()));
     }
-    serde_json::from_slice(body).map_err(|error| invalid(error.to_string()))
+    let change: ViewChange = serde_json::from_slice(body).map_err(|error| invalid(error.to_string()))?;
+    change.ensure_bounded().map_err(invalid)?;
+    Ok(change)
 }
 
 async fn plan(
@@ -225,7 +227,7 @@ mod tests {
     use super::*;
     use crate::client::remote::RemoteStore;
     use crate::client::store::{Consistency, Store};
-    use crate::client::view_change::{Phase, PlannedChange};
+    use crate::client::view_change::{NODES_MAX, Phase, PlannedChange};
     use crate::http::NotReady;
     use crate::http::testing::Site;
     use crate::types::Address;
@@ -301,6 +303,14 @@ mod tests {
         {
             let answer = site.put("/v1/cluster/view", body).await;
             assert_eq!(answer.verdict(), (400, "invalid_body".into()), "{body}");
+        }
+        let many: Vec<String> = (0..=NODES_MAX).map(|node| format!("n{node}:1")).collect();
+        let (all, fewer) = (json!({ "nodes": many }), json!({ "nodes": many[1..] }));
+        for query in ["", "?dry_run=true"] {
+            let path = format!("/v1/cluster/view{query}");
+            assert_eq!(site.put(&path, all.to_string()).await.verdict(), (400, "invalid_body".into()), "{query}");
+            let taken = site.put(&path, fewer.to_string()).await;
+            assert!(matches!(taken.status, 200 | 202), "{query}: {taken:?}");
         }
         let large = format!("{{}}{}", " ".repeat(1 << 20));
         assert_eq!(site.put("/v1/cluster/view", large).await.verdict(), (413, "too_large".into()));
