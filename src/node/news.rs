@@ -23,6 +23,9 @@ const SILENCE: Duration = Duration::from_secs(3);
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Nodes asked at once. Any one that is up to date will do.
 const ASKED_MAX: usize = 16;
+/// Addresses kept of those that callers and retired nodes told of. Anybody can call: what is more is left out, and fewer of them are asked
+/// at once than can be, so that the nodes of the view have their turn too.
+const ELSEWHERE_MAX: usize = ASKED_MAX / 2;
 
 /// Asks around when the meta group is silent.
 pub struct News {
@@ -74,7 +77,7 @@ impl News {
 
     /// Members of the cluster have called: they are asked at once. What they say counts, not who calls.
     pub fn called_by(&self, members: Vec<Address>) {
-        self.elsewhere.lock().expect("no holder panics").extend(members.into_iter().take(ASKED_MAX));
+        self.add_elsewhere(members);
         self.called.notify_one();
     }
 
@@ -88,16 +91,9 @@ impl News {
 
     async fn ask(&self) {
         let known = self.member.view();
-        let mut addresses = std::mem::take(&mut *self.elsewhere.lock().expect("no holder panics"));
-        let others = known.nodes.iter().filter(|(id, _)| **id != self.member.node);
-        addresses.extend(others.map(|(_, node)| node.address.clone()));
-        // Which of many is asked does not matter, but it should not be the same ones for ever.
-        let mut asked: Vec<Address> = addresses.into_iter().collect();
-        if asked.len() > ASKED_MAX {
-            let turn = rand::random_range(0..asked.len());
-            asked.rotate_left(turn);
-            asked.truncate(ASKED_MAX);
-        }
+        let elsewhere = std::mem::take(&mut *self.elsewhere.lock().expect("no holder panics"));
+        let others = known.nodes.iter().filter(|(id, _)| **id != self.member.node).map(|(_, node)| node.address.clone());
+        let asked = choose(elsewhere, others.collect());
         let answers = asked.iter().map(|address| self.member.peers.identity(address, ASK_TIMEOUT));
         let mut newest: Option<Box<View>> = None;
         for identity in join_all(answers).await.into_iter().flatten() {
@@ -108,7 +104,7 @@ impl News {
                     }
                 }
                 Standing::Retired { cluster, members } if cluster == self.member.cluster => {
-                    self.elsewhere.lock().expect("no holder panics").extend(members);
+                    self.add_elsewhere(members);
                 }
                 Standing::Member { .. } | Standing::Retired { .. } | Standing::Fresh { .. } | Standing::Promised { .. } => {}
             }
@@ -116,6 +112,12 @@ impl News {
         if let Some(view) = newest.filter(|view| view.version > known.version) {
             self.take(view);
         }
+    }
+
+    fn add_elsewhere(&self, members: Vec<Address>) {
+        let mut elsewhere = self.elsewhere.lock().expect("no holder panics");
+        let room = ELSEWHERE_MAX.saturating_sub(elsewhere.len());
+        elsewhere.extend(members.into_iter().take(room));
     }
 
     fn take(&self, view: Box<View>) {
@@ -127,5 +129,36 @@ impl News {
         tracing::warn!("this node is not in the view any more (version {}): it is retired", view.version);
         *self.without_us.lock().expect("no holder panics") = Some(view);
         self.retired.cancel();
+    }
+}
+
+/// Whom to ask: all that was told of elsewhere, and of the others as many as there is room for. Which of many does not matter, but it should
+/// not be the same ones for ever.
+fn choose(elsewhere: BTreeSet<Address>, mut others: Vec<Address>) -> Vec<Address> {
+    others.retain(|address| !elsewhere.contains(address));
+    let room = ASKED_MAX.saturating_sub(elsewhere.len());
+    if others.len() > room {
+        let turn = rand::random_range(0..others.len());
+        others.rotate_left(turn);
+        others.truncate(room);
+    }
+    elsewhere.into_iter().chain(others).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_calls_often_keeps_nobody_from_being_asked() {
+        let address = |host: &str, node: usize| -> Address { format!("{host}{node}:1").parse().expect("an address") };
+        let others: Vec<Address> = (0..100).map(|node| address("member", node)).collect();
+        let elsewhere: BTreeSet<Address> = (0..ELSEWHERE_MAX).map(|node| address("caller", node)).collect();
+        let asked = choose(elsewhere.clone(), others.clone());
+        assert_eq!(asked.len(), ASKED_MAX);
+        assert_eq!(asked.iter().filter(|address| others.contains(address)).count(), ASKED_MAX - ELSEWHERE_MAX);
+
+        let few = choose(elsewhere.clone(), elsewhere.iter().cloned().collect());
+        assert_eq!(few.len(), ELSEWHERE_MAX, "nobody twice");
     }
 }
