@@ -72,6 +72,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// How the change that was accepted as this plan gets on; none: there was no such plan.
     fn operation(&self, id: PlanEpoch, options: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>>;
+
+    /// Waits until the change that was accepted as this plan is over, for at most so long, and returns whether it is, as far as is known
+    /// here without asking anybody; none where nothing is.
+    fn await_change(&self, id: PlanEpoch, at_most: Duration) -> BoxFuture<'_, Option<bool>>;
 }
 
 /// What became of one operation of a write.

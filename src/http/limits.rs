@@ -36,6 +36,8 @@ pub struct Limits {
     pub request_timeout_max: Duration,
     /// How long a client can have itself kept waiting for the end of a change of the view.
     pub change_wait_max: Duration,
+    /// Clients that are kept waiting for the end of a change of the view at once.
+    pub change_waiters_max: usize,
     /// Requests that take longer are logged.
     pub slow_request: Duration,
     /// How long a stopping server waits for requests in flight.
@@ -61,6 +63,7 @@ impl Default for Limits {
             request_timeout_default: Duration::from_secs(5),
             request_timeout_max: Duration::from_secs(60),
             change_wait_max: Duration::from_secs(3600),
+            change_waiters_max: 256,
             slow_request: Duration::from_secs(1),
             drain_timeout: Duration::from_secs(10),
         }

@@ -9,6 +9,7 @@
 
 mod admission;
 pub mod body;
+mod changes;
 mod connection;
 #[cfg(test)]
 mod crowd_tests;
@@ -59,6 +60,7 @@ pub struct App {
     pub limits: Limits,
     bodies: Arc<Budget>,
     quorums: dialects::SilentQuorums,
+    changes: changes::Changes,
 }
 
 type Shared = Arc<App>;
@@ -71,8 +73,9 @@ impl App {
         peers: Option<Arc<dyn PeerService>>,
         limits: Limits,
     ) -> Self {
+        let changes = changes::Changes::new(limits.change_waiters_max);
         let bodies = Budget::new(limits.bodies_bytes_max);
-        Self { store, readiness, metrics, peers, limits, bodies, quorums: dialects::SilentQuorums::default() }
+        Self { store, readiness, metrics, peers, limits, bodies, quorums: dialects::SilentQuorums::default(), changes }
     }
 
     fn watch(&self, dialect: Dialect, request: &Request) -> metrics::Watch<'_> {

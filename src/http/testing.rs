@@ -11,6 +11,7 @@ use futures::stream::{BoxStream, StreamExt};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -38,11 +39,13 @@ const PAGE_BYTES_MAX: usize = 8 << 20;
 /// A store of two shards in memory: keys whose first byte is below `n` are in shard 1, the others in shard 2.
 pub struct FakeStore {
     state: Mutex<State>,
+    /// Of changes of the view, as far as it knows without being asked.
+    are_over: watch::Sender<Option<bool>>,
 }
 
 impl Default for FakeStore {
     fn default() -> Self {
-        let store = FakeStore { state: Mutex::default() };
+        let store = FakeStore { state: Mutex::default(), are_over: watch::Sender::new(None) };
         store.set_nodes(&["a:1", "b:2", "c:3"]);
         store
     }
@@ -67,6 +70,8 @@ struct State {
     here: Option<NodeId>,
     cluster: Option<Arc<FakeStore>>,
     is_superseded: bool,
+    /// How often somebody asked how a change gets on.
+    looks: usize,
     /// Of the plan that [`Store::status`] tells; none: the first.
     epoch: Option<PlanEpoch>,
 }
@@ -79,6 +84,16 @@ impl FakeStore {
     /// Everything that shard is asked fails so from now on.
     pub fn fail(&self, shard: u64, failure: Failure) {
         self.state.lock().expect("no panic").failing.insert(GroupId(shard), failure);
+    }
+
+    /// How often somebody asked how a change gets on.
+    pub fn looks(&self) -> usize {
+        self.state.lock().expect("no panic").looks
+    }
+
+    /// It knows by itself whether changes are over, from now on.
+    pub fn hear_of_ends(&self, are_over: bool) {
+        self.are_over.send_replace(Some(are_over));
     }
 
     /// The next so many who ask how a change gets on are told that it runs.
@@ -493,8 +508,20 @@ impl Store for FakeStore {
     }
 
     fn operation(&self, id: PlanEpoch, _: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
-        let newest = self.state.lock().expect("no panic").epoch.map_or(2, |epoch| epoch.0.max(2));
+        let newest = {
+            let mut state = self.state.lock().expect("no panic");
+            state.looks += 1;
+            state.epoch.map_or(2, |epoch| epoch.0.max(2))
+        };
         Box::pin(ready(Ok((id.0 <= newest).then(|| self.in_progress(id)))))
+    }
+
+    fn await_change(&self, _: PlanEpoch, at_most: Duration) -> BoxFuture<'_, Option<bool>> {
+        let mut are_over = self.are_over.subscribe();
+        Box::pin(async move {
+            let told = timeout(at_most, are_over.wait_for(|are_over| *are_over == Some(true))).await;
+            told.map_or_else(|_| *self.are_over.borrow(), |_| Some(true))
+        })
     }
 }
 

@@ -328,6 +328,10 @@ impl ShardAccess for Access {
             Some(leader) => Ok(view_change::operation(self.member.caller.http(), leader, id, options).await?),
         }
     }
+
+    async fn await_change(&self, id: PlanEpoch, at_most: Duration) -> Option<bool> {
+        Some(self.member.hears_of_end(id, at_most).await)
+    }
 }
 
 impl Access {

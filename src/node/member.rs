@@ -25,7 +25,7 @@ use crate::raft::{Registry, Witness};
 use crate::sm::level::Feature;
 use crate::sm::view::{View, Witness as Seat};
 use crate::sm::{kv, meta};
-use crate::types::{Address, ClusterId, GroupId, LogId, MapVersion, NodeId, ReplicaId};
+use crate::types::{Address, ClusterId, GroupId, LogId, MapVersion, NodeId, PlanEpoch, ReplicaId};
 
 /// How soon to try a meta leader again that was none.
 const META_RETRY_AFTER_MS: u64 = 500;
@@ -174,6 +174,13 @@ impl Member {
         let mut views = self.views.subscribe();
         // Neither a moment without news nor a node that is stopping is an error: the router goes on with the map it has.
         drop(tokio::time::timeout(MAP_WAIT, views.wait_for(|view| view.version > older_than)).await);
+    }
+
+    /// Waits until the view that is known here says that the change of this plan is over, for at most so long. True: it does.
+    pub async fn hears_of_end(&self, id: PlanEpoch, at_most: Duration) -> bool {
+        let mut views = self.views.subscribe();
+        let is_over = |view: &Arc<View>| view.epoch > id || (view.epoch == id && view.is_settled());
+        matches!(tokio::time::timeout(at_most, views.wait_for(is_over)).await, Ok(Ok(_)))
     }
 
     /// The replica of the shard here, if it is to stay: one on its way out is told nothing any more, also not who leads.

@@ -401,4 +401,14 @@ impl Store for Node {
             None => Box::pin(async { Err(self.unavailable()) }),
         }
     }
+
+    fn await_change(&self, id: PlanEpoch, at_most: Duration) -> BoxFuture<'_, Option<bool>> {
+        match self.running.get() {
+            Some(running) => running.router().await_change(id, at_most),
+            None => Box::pin(async move {
+                tokio::time::sleep(at_most).await;
+                None
+            }),
+        }
+    }
 }

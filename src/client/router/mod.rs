@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use self::attempt::{Course, Retry};
 use super::protocol::{ClusterStatus, ShardBody, ShardReply};
@@ -93,6 +93,14 @@ pub trait ShardAccess: Send + Sync + 'static {
         id: PlanEpoch,
         options: Options,
     ) -> impl Future<Output = Result<Option<ChangeInProgress>, Failure>> + Send;
+
+    /// As [`Store::await_change`], for who knows no more than what it asks others.
+    fn await_change(&self, _: PlanEpoch, at_most: Duration) -> impl Future<Output = Option<bool>> + Send {
+        async move {
+            sleep(at_most).await;
+            None
+        }
+    }
 }
 
 /// A [`Store`] over shards.
@@ -243,6 +251,10 @@ impl<A: ShardAccess> Store for Router<A> {
 
     fn operation(&self, id: PlanEpoch, options: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
         Box::pin(self.access.operation(id, options))
+    }
+
+    fn await_change(&self, id: PlanEpoch, at_most: Duration) -> BoxFuture<'_, Option<bool>> {
+        Box::pin(self.access.await_change(id, at_most))
     }
 }
 

@@ -10,14 +10,12 @@
 //! Nodes carry a change out by themselves: a client that hangs up, or a wait that ends, stops nothing.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use http::request::Parts;
 use http::{HeaderValue, StatusCode, Uri, header};
-use tokio::time::{Instant, sleep};
 
 use super::conditions::Conditions;
 use super::json;
@@ -35,10 +33,6 @@ const CHANGE_BODY: Ceiling = Ceiling { bytes_max: 1 << 20, what: "the body of a 
 
 /// Before the id in the path of an operation.
 const OPERATIONS: &str = "/v1/cluster/operations/";
-
-/// Between two looks at a change that is waited for: small changes are done in a moment, large ones take minutes.
-const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(25);
-const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(500);
 
 /// What was asked of the view, in the form in which a change is asked for.
 pub async fn view(State(app): State<Shared>, request: Request) -> Response {
@@ -108,13 +102,17 @@ async fn put(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Res
     if query.dry_run {
         return plan(app, &parts.uri, change, only_if, options).await;
     }
+    let place = query.wait.map(|wait| Ok::<_, Failure>((app.changes.enter()?, wait))).transpose()?;
     let accepted = match accept(app, change, only_if, options).await {
         Ok(accepted) => accepted,
         Err(failure) => return refused(failure, &parts.uri),
     };
     let location = format!("{OPERATIONS}{}", accepted.id);
-    let last = match query.wait {
-        Some(wait) => follow(app, accepted, wait, options, watch).await,
+    let last = match place {
+        Some((place, wait)) => {
+            watch.allow(wait);
+            place.follow(app, accepted, wait, options).await
+        }
         None => accepted,
     };
     let status = if last.is_over() { StatusCode::OK } else { StatusCode::ACCEPTED };
@@ -182,46 +180,20 @@ async fn look(app: &App, uri: &Uri, watch: &mut Watch<'_>) -> Result<Response, P
         None => Ok(None),
     };
     match (found, query.wait) {
-        (Ok(Some(change)), Some(wait)) => Ok(json(StatusCode::OK, &follow(app, change, wait, options, watch).await)),
-        (Ok(Some(change)), None) => Ok(json(StatusCode::OK, &change)),
+        (Ok(Some(change)), Some(wait)) if !change.is_over() => {
+            watch.allow(wait);
+            Ok(json(StatusCode::OK, &app.changes.enter()?.follow(app, change, wait, options).await))
+        }
+        (Ok(Some(change)), _) => Ok(json(StatusCode::OK, &change)),
         (Ok(None), _) => Err(Problem::new(Code::UnknownOperation, "no change of the view was accepted under this id")),
         (Err(failure), _) => Ok(problem::respond(failure, uri)),
     }
 }
 
-/// Waits until the change is over, the time is up or this server stops; what was last heard of it.
-async fn follow(
-    app: &App,
-    mut change: ChangeInProgress,
-    wait: Duration,
-    options: Options,
-    watch: &mut Watch<'_>,
-) -> ChangeInProgress {
-    watch.allow(wait);
-    let deadline = Instant::now() + wait;
-    let mut interval = LOOK_INTERVAL_MIN;
-    while !change.is_over() && !is_stopping(app) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            break;
-        }
-        sleep(interval.min(left)).await;
-        interval = (interval * 2).min(LOOK_INTERVAL_MAX);
-        // No answer now (an election, a node on its way out) says nothing about the change: it is asked for again.
-        if let Ok(Some(newer)) = app.store.operation(change.id, options).await {
-            change = newer;
-        }
-    }
-    change
-}
-
-/// A wait must not hold up a clean stop.
-fn is_stopping(app: &App) -> bool {
-    app.readiness.ready().is_err_and(|unready| unready.code == "stopping")
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use serde_json::json;
 
     use super::*;

@@ -24,8 +24,9 @@ use super::shards::{addresses, id_of};
 use crate::client::protocol::ClusterStatus;
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Store};
-use crate::client::view_change::{PerNode, Phase, ReplicationFactor, Shards, ViewChange, ViewChangeFailure};
+use crate::client::view_change::{ChangeInProgress, PerNode, Phase, ReplicationFactor, Shards, ViewChange, ViewChangeFailure};
 use crate::http::App;
+use crate::http::changes::Rounds;
 use crate::http::metrics::Watch;
 use crate::sm::view::Layout;
 use crate::types::{Address, GroupId, PlanEpoch};
@@ -34,9 +35,6 @@ use crate::types::{Address, GroupId, PlanEpoch};
 const WAIT_MAX: Duration = Duration::from_secs(600);
 /// How long the keys are counted for once the change is done.
 const COUNT_WAIT_MAX: Duration = Duration::from_secs(10);
-/// Between two looks at a change: small ones are done in a moment, large ones take minutes.
-const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(25);
-const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(500);
 /// Between two counts.
 const COUNT_INTERVAL: Duration = Duration::from_millis(100);
 /// How often a change is asked for again because another one was accepted at that moment.
@@ -45,6 +43,7 @@ const ATTEMPTS_MAX: u32 = 10;
 /// Changes the view, waits for the end of it, and counts.
 pub async fn change(app: &App, said: &Said<'_>, watch: &mut Watch<'_>) -> Result<Content, Refusal> {
     let (nodes, change) = parse(said)?;
+    let _place = app.changes.enter().map_err(|failure| refusal(app, failure))?;
     watch.allow(WAIT_MAX);
     let mut changing = Changing::new(app, nodes);
     let id = changing.accept(change).await?;
@@ -151,9 +150,9 @@ impl<'a> Changing<'a> {
     /// Waits until the change, or one that has taken over from it, is done. Which it was.
     async fn follow(&mut self, mut id: PlanEpoch) -> Result<PlanEpoch, Refusal> {
         self.turn();
-        let mut interval = LOOK_INTERVAL_MIN;
-        while Instant::now() < self.deadline && !self.is_stopping() {
-            match self.store.operation(id, options()).await {
+        let mut rounds = Rounds::new(self.deadline);
+        while let Some(since) = rounds.next(self.app, self.store.as_ref(), id).await {
+            match self.look(id, since).await {
                 Ok(Some(change)) if change.phase == Phase::Done => return Ok(id),
                 Ok(Some(change)) if change.phase == Phase::Superseded => {
                     id = self.store.status().await.map_or(id, |status| status.epoch);
@@ -163,10 +162,16 @@ impl<'a> Changing<'a> {
                 // An election, or this node is on its way out: that says nothing about the change.
                 Err(_) => self.turn(),
             }
-            sleep(interval).await;
-            interval = (interval * 2).min(LOOK_INTERVAL_MAX);
         }
         Err(self.unavailable("the change is not done yet"))
+    }
+
+    /// How the change gets on. Who asks this node shares the look with the others that do.
+    async fn look(&self, id: PlanEpoch, since: Instant) -> Result<Option<ChangeInProgress>, Failure> {
+        if Arc::ptr_eq(&self.store, &self.app.store) {
+            return self.app.changes.look(self.app, id, since, options()).await;
+        }
+        self.store.operation(id, options()).await
     }
 
     /// What each part of the store has, once the change is done where this is asked too.
