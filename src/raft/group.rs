@@ -242,7 +242,8 @@ impl Group {
         let watch = self.watch.borrow();
         match watch.role {
             Role::Leader => {
-                let acked = self.quorum_acked(&watch).or(fresh)?;
+                let acked = self.raft.data_metrics().borrow_watched().last_quorum_acked.map(|at| at.elapsed());
+                let acked = self.quorum_acked(&watch, acked).or(fresh)?;
                 let is_leased = self.timings.lease_age_max().is_some_and(|lease| acked < lease);
                 Some(if is_leased { Duration::ZERO } else { acked })
             }
@@ -250,13 +251,14 @@ impl Group {
         }
     }
 
-    /// Returns how long ago a quorum answered what this replica, which leads, sent then. The only voter is its own quorum, and openraft
-    /// notes no time for that.
-    fn quorum_acked(&self, watch: &GroupWatch) -> Option<Duration> {
-        if watch.role == Role::Leader && watch.membership.voters.keys().eq([&self.key.replica]) {
-            return Some(Duration::ZERO);
-        }
-        self.raft.data_metrics().borrow_watched().last_quorum_acked.map(|at| at.elapsed())
+    /// Returns how long ago a quorum answered what this replica, which leads, sent then: `acked`, as openraft has it. The only voter is
+    /// its own quorum, and openraft notes no time for that.
+    ///
+    /// It is given what it needs of the metrics, because its caller may be reading them: a second read would wait for ever, behind a
+    /// writer that waits for the first.
+    fn quorum_acked(&self, watch: &GroupWatch, acked: Option<Duration>) -> Option<Duration> {
+        let is_alone = watch.role == Role::Leader && watch.membership.voters.keys().eq([&self.key.replica]);
+        if is_alone { Some(Duration::ZERO) } else { acked }
     }
 
     pub fn status(&self) -> GroupStatus {
@@ -285,7 +287,7 @@ impl Group {
             purged: data.purged.as_ref().map(from_raft),
             membership: watch.membership.clone(),
             failed: watch.failure.clone(),
-            quorum_acked: self.quorum_acked(&watch),
+            quorum_acked: self.quorum_acked(&watch, data.last_quorum_acked.map(|at| at.elapsed())),
             leader_heard,
             matched: matched.unwrap_or_default(),
         }
