@@ -2,6 +2,8 @@
 # Runs a Quorate cluster on this machine: see `./cluster.sh help`.
 #
 # Everything it keeps is in DIR/nodes/<port>/: address, flags (of `quorate serve`, one a line), pid (with the start time of the process), log, data.
+# DIR/nodes/.founding is there until the cluster was up once: without it, there was a cluster, and whatever became of its data, none is founded
+# in its place.
 # A gateway keeps its address, pid and log in DIR/gateway.
 # It signals a process only while its pid, its start time and its command line are all those of the node: a reused pid is never touched.
 # Written for bash 3.2 and BSD tools as well; needs curl, and cargo where there is no binary yet.
@@ -38,7 +40,8 @@ usage: cluster.sh [--dir DIR] COMMAND [ARGUMENTS]
                  start a gateway on these ports of $HOST (${GATEWAY_PORTS_DEFAULT[*]}): it serves the whole cluster from there
   status         the view, the shards, their leaders and replicas
   logs ADDR [-f] the end of a node's log; with -f, go on
-  stop           stop every node and the gateway, keeping the data; start brings the nodes back
+  stop           stop every node and the gateway, keeping the data; start brings the nodes back, and founds no new cluster
+                 where all of the data is gone
   clean          stop them and remove what this script has made
   help           this text
 
@@ -155,6 +158,7 @@ start_node() {
     address=$(address_of "$1")
     wait_free "${address##*:}" || { say "$address was not started"; return 1; }
     while IFS= read -r flag; do flags+=("$flag"); done <"$1/flags"
+    [ -f "$DIR/nodes/.founding" ] || flags+=(--join-only)
     spawn "$1" serve --address "$address" ${flags[@]+"${flags[@]}"} --data-dir "$1/data"
 }
 
@@ -166,7 +170,7 @@ spawn() {
     set -m
     (
         trap '' HUP
-        unset ADDRESS VIEW REPL_FACTOR PUBLIC_ADDRESS
+        unset ADDRESS VIEW REPL_FACTOR PUBLIC_ADDRESS JOIN_ONLY LOST_DISK_AFTER
         cd "$dir" || exit 1
         exec "$BINARY" "$@" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
     ) </dev/null >>"$dir/log" 2>&1 &
@@ -277,9 +281,10 @@ json_text() {
     sed -nE 's/.*"'"$1"'":"(([^"\\]|\\.)*)".*/\1/p' | sed -e 's/\\n/ /g' -e 's/\\\(.\)/\1/g'
 }
 
-# Sets WHY to what /readyz of address $1 says; returns 0 if it is ready, or a spare and $2 is `spare`.
+# Sets WHY to what /readyz of address $1 says, and CODE to its code; returns 0 if it is ready, or a spare and $2 is `spare`.
 ready() {
     local answer code
+    CODE=
     answer=$(ask 5 -w '\n%{http_code}' "http://$1/readyz")
     code=${answer##*$'\n'}
     answer=${answer%$'\n'*}
@@ -289,7 +294,8 @@ ready() {
         *)
             WHY=$(printf '%s' "$answer" | json_text detail)
             WHY=${WHY:-"/readyz answers $code"}
-            [ "${2:-}" = spare ] && [ "$(printf '%s' "$answer" | json_text code)" = spare ] && return 0
+            CODE=$(printf '%s' "$answer" | json_text code)
+            [ "${2:-}" = spare ] && [ "$CODE" = spare ] && return 0
             ;;
     esac
     return 1
@@ -297,7 +303,7 @@ ready() {
 
 # Waits until the nodes in the directories given are ready, and says for whom, and why, whenever that changes.
 wait_ready() {
-    local node address said='' told deadline=$((SECONDS + READY_SECONDS))
+    local node address said='' told strangers=0 deadline=$((SECONDS + READY_SECONDS))
     for node in "$@"; do
         address=$(address_of "$node")
         until ready "$address" spare; do
@@ -309,6 +315,13 @@ wait_ready() {
             told="waiting for $address: $WHY"
             [ "$told" = "$said" ] || say "$told"
             said=$told
+            # Nodes that find each other know of a cluster within a moment, if any of them has its data.
+            if [ "$CODE" = no-cluster ]; then strangers=$((strangers + 1)); else strangers=0; fi
+            if [ "$strangers" -ge 50 ]; then
+                say "cluster.sh: there was a cluster in $DIR, and no node has its data any more: nothing was founded."
+                say "Put the data back, or begin anew with: $ME clean"
+                return 1
+            fi
             if [ "$SECONDS" -ge "$deadline" ]; then
                 say "cluster.sh: not ready after $READY_SECONDS s; the nodes go on running"
                 return 1
@@ -397,6 +410,7 @@ bootstrap() {
         say "started $(address_of "$node")"
     done
     wait_ready "${NODES[@]}" || give_up
+    rm -f "$DIR/nodes/.founding"
     explain
     if [ "$count" -eq 2 ] && [ "$REPL_FACTOR_ASKED" != 1 ]; then
         say "two nodes hold two copies and have no node for a witness: while either is away, writes wait for it, and default reads; reads with"
@@ -411,6 +425,7 @@ make_root() {
     rmdir "$DIR/nodes" 2>/dev/null
     mkdir "$DIR/nodes" 2>/dev/null || die "$DIR/nodes exists, or cannot be created: choose another directory with --dir, or try $ME clean"
     [ -z "$ours" ] || : >"$DIR/nodes/.dir-is-ours"
+    : >"$DIR/nodes/.founding" || die "cannot write to $DIR/nodes"
 }
 
 give_up() {
@@ -446,6 +461,7 @@ start() {
     done
     [ "${#started[@]}" -gt 0 ] || say "every node runs already"
     wait_ready "${NODES[@]}" || exit 1
+    rm -f "$DIR/nodes/.founding"
     say "The cluster is up."
 }
 
@@ -639,7 +655,7 @@ clean() {
     [ -d "$DIR/nodes" ] || { say "there is nothing to remove in $DIR"; return; }
     local ours=''
     [ -f "$DIR/nodes/.dir-is-ours" ] && ours=yes
-    rm -f "$DIR/nodes/.dir-is-ours"
+    rm -f "$DIR/nodes/.dir-is-ours" "$DIR/nodes/.founding"
     rmdir "$DIR/nodes" 2>/dev/null && [ -n "$ours" ] && rmdir "$DIR" 2>/dev/null
     say "removed the cluster in $DIR"
 }

@@ -26,6 +26,8 @@ pub struct NodeConfig {
     pub listen: Vec<Address>,
     /// The nodes of the cluster to found or to join; none: a cluster of one.
     pub view: Option<Vec<Address>>,
+    /// It founds no cluster and helps to found none.
+    pub join_only: bool,
     pub asked: Asked,
     pub data_dir: PathBuf,
     /// Bytes of map held in memory by sled's cache.
@@ -34,6 +36,8 @@ pub struct NodeConfig {
     pub stop_timeout: Duration,
     /// A node that is out of reach for so long has its work given to others, where there are enough.
     pub replace_after: Duration,
+    /// An empty directory must answer in the place of a node for so long before that node's disk passes for lost.
+    pub lost_disk_after: Duration,
     /// How many times longer than usual a silent leader is waited for, and heartbeats are apart: for thousands of groups on few cores.
     pub timing_factor: u64,
     /// Reads rest on the leader's lease, without a round to a quorum. Clocks may drift apart by this within a lease.
@@ -111,11 +115,13 @@ mod tests {
             public_address: None,
             listen: vec![address("127.0.0.1:1")],
             view: view.map(|view| view.iter().map(|text| address(text)).collect()),
+            join_only: false,
             asked: Asked::default(),
             data_dir: PathBuf::from("data"),
             cache_bytes: 1 << 20,
             stop_timeout: Duration::from_secs(1),
             replace_after: Duration::from_secs(300),
+            lost_disk_after: Duration::from_secs(30),
             timing_factor: 1,
             lease_drift_ms: None,
             level_max: None,

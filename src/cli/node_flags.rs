@@ -33,6 +33,10 @@ pub struct Arguments {
     /// The nodes of the cluster to found or to join, this one among them, separated by commas [default: this node alone]
     #[arg(short, long, env = "VIEW", value_name = "HOST:PORT,...")]
     pub view: Option<Given<Addresses>>,
+    /// Join a cluster and never found one: where every node of the view is empty, wait. For nodes of a cluster that is there
+    #[arg(long, env = "JOIN_ONLY", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          value_parser = switch)]
+    pub join_only: Option<bool>,
     /// Nodes per shard. Without --shards each node then belongs to exactly one shard; else each has one shard with up to 3 replicas
     #[arg(long, env = "REPL_FACTOR", value_name = "R", value_parser = repl_factor)]
     pub repl_factor: Option<Given<u8>>,
@@ -61,6 +65,10 @@ pub struct Arguments {
     /// the same
     #[arg(long, env = "REPLACE_AFTER", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
     pub replace_after: u64,
+    /// An empty data directory that answers at the address of a node that is away takes its place after so many seconds: until then it
+    /// may be a mistake. All nodes should have the same
+    #[arg(long, env = "LOST_DISK_AFTER", value_name = "SECONDS", default_value_t = 30)]
+    pub lost_disk_after: u64,
     /// Multiplies heartbeat and election times: for very many groups on few cores
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
     pub timing_factor: u64,
@@ -102,10 +110,12 @@ impl Arguments {
             address,
             public_address: given(self.public_address.as_ref()).cloned(),
             view,
+            join_only: self.join_only.unwrap_or(false),
             asked: Asked::from_flags(given(self.repl_factor.as_ref()).copied(), self.shards),
             cache_bytes: self.cache_mib.saturating_mul(1 << 20),
             stop_timeout: Duration::from_secs(self.stop_timeout),
             replace_after: Duration::from_secs(self.replace_after),
+            lost_disk_after: Duration::from_secs(self.lost_disk_after),
             timing_factor: self.timing_factor,
             lease_drift_ms: self.lease_reads,
             level_max: self.level_max,
@@ -186,6 +196,15 @@ impl FromStr for Addresses {
 /// Reads a number of connections.
 pub fn connections(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "expected a number, at least 1".to_owned())
+}
+
+/// Reads the value of a switch. An empty one is off, as for all variables.
+fn switch(text: &str) -> Result<bool, String> {
+    match text.trim() {
+        "true" | "1" | "yes" | "on" => Ok(true),
+        "" | "false" | "0" | "no" | "off" => Ok(false),
+        other => Err(format!("expected true or false, not '{other}'")),
+    }
 }
 
 fn repl_factor(text: &str) -> Result<Given<u8>, String> {

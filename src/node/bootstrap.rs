@@ -21,6 +21,8 @@ pub struct Own<'a> {
     pub directory: DirectoryId,
     /// Its `VIEW` as a set: sorted, without duplicates.
     pub view: &'a [Address],
+    /// It founds no cluster and helps to found none.
+    pub join_only: bool,
     pub stamp: &'a Stamp,
     /// The level that this program knows.
     pub speaks: u16,
@@ -55,6 +57,8 @@ pub enum Waiting {
     ForNodes(Vec<(Address, String)>),
     /// The first of the sorted `VIEW` founds.
     ForFounder { founder: Address },
+    /// It was told to found nothing, and no node of the `VIEW` knows of a cluster.
+    ForCluster { view: Vec<Address> },
     /// A cluster exists that does not name this node: a view change may.
     Spare { cluster: Option<ClusterId>, members: Vec<Address> },
     /// The cluster names this address, with the data directory that was lost.
@@ -82,6 +86,12 @@ impl fmt::Display for Waiting {
                 let nodes: Vec<String> = nodes.iter().map(|(address, reason)| format!("{address} ({reason})")).collect();
                 write!(f, "waiting to found the cluster: no answer yet from {}", nodes.join(", "))
             }
+            Waiting::ForCluster { view } => write!(
+                f,
+                "waiting for a cluster to join: of {} none that answers belongs to one, and with --join-only this node founds none. \
+                 If a cluster was here, start a node that still has its data; to found a new one, start every node without --join-only",
+                list(view)
+            ),
             Waiting::ForFounder { founder } => write!(f, "waiting for {founder}, the first of the VIEW, to found the cluster"),
             Waiting::Spare { cluster, members } => {
                 let cluster = cluster.map_or("the cluster".to_owned(), |id| format!("cluster {id}"));
@@ -102,14 +112,23 @@ impl Waiting {
     pub fn members(&self) -> &[Address] {
         match self {
             Waiting::Spare { members, .. } | Waiting::LostDirectory { members, .. } => members,
-            Waiting::ForNodes(_) | Waiting::ForFounder { .. } => &[],
+            Waiting::ForNodes(_) | Waiting::ForFounder { .. } | Waiting::ForCluster { .. } => &[],
         }
     }
 
     pub fn is_spare(&self) -> bool {
         match self {
             Waiting::Spare { .. } | Waiting::LostDirectory { .. } => true,
-            Waiting::ForNodes(_) | Waiting::ForFounder { .. } => false,
+            Waiting::ForNodes(_) | Waiting::ForFounder { .. } | Waiting::ForCluster { .. } => false,
+        }
+    }
+
+    /// Stable, for scripts.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Waiting::Spare { .. } | Waiting::LostDirectory { .. } => "spare",
+            Waiting::ForCluster { .. } => "no-cluster",
+            Waiting::ForNodes(_) | Waiting::ForFounder { .. } => "starting",
         }
     }
 }
@@ -129,6 +148,9 @@ pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
     }
     if !own.view.contains(own.address) {
         return Step::Wait(Waiting::Spare { cluster: None, members: own.view.to_vec() });
+    }
+    if own.join_only {
+        return Step::Wait(Waiting::ForCluster { view: own.view.to_vec() });
     }
     if let Some(refusal) = first_refusal(own, heard) {
         return Step::Refuse(refusal);
@@ -222,6 +244,10 @@ pub fn answer_promise(own: Own<'_>, request: &PromiseRequest) -> Result<Option<S
     }
     let promise = Stamp::Promised { view: request.view.clone(), founder: request.founder };
     match own.stamp {
+        Stamp::Fresh if own.join_only => Err(format!(
+            "{} was started with --join-only: it joins a cluster that is there, and helps to found none",
+            own.address
+        )),
         Stamp::Fresh => Ok(Some(promise)),
         Stamp::Promised { founder, .. } if *founder != request.founder => Err(format!(
             "{} has promised to be founded by the data directory {founder}, not by {}; if that cluster was never founded, empty the data \
@@ -270,12 +296,20 @@ mod tests {
         address: Address,
         directory: DirectoryId,
         view: Vec<Address>,
+        join_only: bool,
         stamp: Stamp,
     }
 
     impl Actor {
         fn own(&self) -> Own<'_> {
-            Own { address: &self.address, directory: self.directory, view: &self.view, stamp: &self.stamp, speaks: LEVEL }
+            Own {
+                address: &self.address,
+                directory: self.directory,
+                view: &self.view,
+                join_only: self.join_only,
+                stamp: &self.stamp,
+                speaks: LEVEL,
+            }
         }
 
         fn identity(&self) -> Identity {
@@ -296,6 +330,7 @@ mod tests {
             address: address(i),
             directory: DirectoryId(i as u128 + 1),
             view: view.clone(),
+            join_only: false,
             stamp: Stamp::Fresh,
         };
         (0..n).map(actor).collect()
@@ -399,6 +434,27 @@ mod tests {
         let request = PromiseRequest { view: actors[0].view.clone(), founder: DirectoryId(1), founder_address: address(0) };
         let reason = answer_promise(actors[1].own(), &request).expect_err("refused");
         assert!(reason.contains("10.0.0.0:1,10.0.0.1:1,10.0.0.2:1"), "{reason}");
+    }
+
+    /// Where every directory is empty, whoever starts the nodes may not know that there was data once.
+    #[test]
+    fn a_node_that_only_joins_founds_nothing_and_helps_to_found_nothing() {
+        let mut actors = actors(3);
+        actors.iter_mut().for_each(|actor| actor.join_only = true);
+        for i in 0..3 {
+            let step = next_step(actors[i].own(), &heard(&actors, i, |_| true));
+            assert_eq!(step, Step::Wait(Waiting::ForCluster { view: actors[i].view.clone() }), "node {i}");
+        }
+        actors[0].join_only = false;
+        assert_eq!(next_step(actors[0].own(), &heard(&actors, 0, |_| true)), Step::AskPromises);
+        let request = PromiseRequest { view: actors[0].view.clone(), founder: DirectoryId(1), founder_address: address(0) };
+        let reason = answer_promise(actors[1].own(), &request).expect_err("refused");
+        assert!(reason.contains("--join-only"), "{reason}");
+
+        let view = Box::new(found(&actors));
+        actors[0].stamp = Stamp::Founding { view: view.clone() };
+        let node = view.node_at(&address(1)).expect("a member");
+        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), Step::Adopt { view, node }, "it joins");
     }
 
     #[test]

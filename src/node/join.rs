@@ -312,6 +312,7 @@ impl Joining {
             address: &self.config.address,
             directory: self.directory_id,
             view: &self.view_set,
+            join_only: self.config.join_only,
             stamp,
             speaks: self.config.speaks(),
         }

@@ -100,7 +100,7 @@ impl NodeError {
 /// Why a node should not be given requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unready {
-    /// Stable, for scripts: `starting`, `spare`, `catching-up` or `stopping`.
+    /// Stable, for scripts: `starting`, `no-cluster`, `spare`, `catching-up` or `stopping`.
     pub code: &'static str,
     pub reason: String,
 }
@@ -185,7 +185,7 @@ impl Node {
     }
 
     fn waiting_code(&self) -> &'static str {
-        if self.joining.waiting().is_some_and(|waiting| waiting.is_spare()) { "spare" } else { "starting" }
+        self.joining.waiting().map_or("starting", |waiting| waiting.code())
     }
 
     fn waiting_reason(&self) -> String {

@@ -1,5 +1,8 @@
 //! Gives the work of nodes that stay away, or have lost their disks, to others. Decided in `sm::repair` from what the leader of the meta
 //! group sees; a new leader begins to count anew.
+//!
+//! That a disk is lost is believed only of a node that stays away while another data directory answers in its place: under the address
+//! that was asked, as one that means to be of this cluster, and the same one for the whole of a grace.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,23 +13,27 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::client::peer::Standing;
+use crate::client::peer::{Identity, Standing};
 use crate::raft::Group;
 use crate::sm::meta;
 use crate::sm::repair::{Seen, next_plan};
 use crate::sm::view::View;
-use crate::types::{DirectoryId, GroupId, NodeId};
+use crate::types::{Address, DirectoryId, GroupId, NodeId};
 
 const TICK: Duration = Duration::from_secs(1);
 /// A node that was heard of longer ago than this is away.
 const HEARD_WITHIN: Duration = Duration::from_secs(3);
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A directory in a node's place that has said nothing for so long has to begin anew: it may have been a passing mistake.
+const CLAIM_SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// Watches the nodes, and plans without those that stay away.
 pub struct Repair {
     member: Arc<Member>,
     replace_after: Duration,
+    /// How long another directory must answer in the place of a node before that node's disk passes for lost.
+    lost_disk_after: Duration,
     /// How each node is seen, and since when.
     seen: BTreeMap<NodeId, Sight>,
 }
@@ -36,12 +43,32 @@ struct Sight {
     is_here: bool,
     since: Instant,
     /// Another directory answers under its address.
-    lost_to: Option<DirectoryId>,
+    claim: Option<Claim>,
+}
+
+/// What a node that is away was found to be when its address was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// Nobody answered.
+    Nothing,
+    /// One that takes nobody's place.
+    Other,
+    /// A data directory that means to be of this cluster and is of none: that of a node which lost its disk.
+    Empty(DirectoryId),
+}
+
+/// Another directory in the place of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Claim {
+    by: DirectoryId,
+    /// Since when it, and no other, answered there.
+    since: Instant,
+    last: Instant,
 }
 
 impl Repair {
-    pub fn new(member: Arc<Member>, replace_after: Duration) -> Self {
-        Self { member, replace_after, seen: BTreeMap::new() }
+    pub fn new(member: Arc<Member>, replace_after: Duration, lost_disk_after: Duration) -> Self {
+        Self { member, replace_after, lost_disk_after, seen: BTreeMap::new() }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -65,35 +92,37 @@ impl Repair {
         self.seen.retain(|node, _| view.nodes.contains_key(node));
         let (here, away): (Vec<NodeId>, Vec<NodeId>) =
             view.staying().map(|(id, _)| id).partition(|id| self.member.is_in_reach(*id, HEARD_WITHIN));
-        let (peers, cluster) = (&self.member.peers, self.member.cluster);
+        let peers = &self.member.peers;
         let asked = away.iter().filter_map(|id| Some((*id, view.nodes.get(id)?))).map(|(id, node)| async move {
-            let identity = peers.identity(&node.address, ASK_TIMEOUT).await.ok()?;
-            // Only one that belongs nowhere takes the place: another cluster's node at the same address is a mistake.
-            let is_free = match &identity.standing {
-                Standing::Fresh { .. } => true,
-                Standing::Retired { cluster: left, .. } => *left == cluster,
-                Standing::Promised { .. } | Standing::Member { .. } => false,
+            let found = match peers.identity(&node.address, ASK_TIMEOUT).await {
+                Ok(identity) => found_at(view, id, &node.address, &identity),
+                Err(_) => Found::Nothing,
             };
-            (identity.directory != node.directory && is_free).then_some((id, identity.directory))
+            (id, found)
         });
-        let lost: BTreeMap<NodeId, DirectoryId> = join_all(asked).await.into_iter().flatten().collect();
+        let found: BTreeMap<NodeId, Found> = join_all(asked).await.into_iter().collect();
+
         let sights = here.into_iter().map(|id| (id, true)).chain(away.into_iter().map(|id| (id, false)));
         for (id, is_here) in sights {
-            let sight = self.seen.entry(id).or_insert(Sight { is_here, since: now, lost_to: None });
+            let sight = self.seen.entry(id).or_insert(Sight { is_here, since: now, claim: None });
+            let before = sight.claim;
             if sight.is_here != is_here {
-                *sight = Sight { is_here, since: now, lost_to: None };
+                *sight = Sight { is_here, since: now, claim: None };
             }
-            sight.lost_to = lost.get(&id).copied();
+            let found = found.get(&id).copied().unwrap_or(Found::Other);
+            sight.claim = next_claim(sight.claim, found, Instant::now());
+            let address = view.nodes.get(&id).map_or_else(|| id.to_string(), |node| node.address.to_string());
+            tell_claim(&address, before, sight.claim, self.lost_disk_after);
         }
     }
 
     fn seen(&self) -> BTreeMap<NodeId, Seen> {
         let told = |sight: &Sight| {
             let for_ms = as_ms(sight.since.elapsed());
-            match sight.lost_to {
-                Some(to) => Seen::Lost { to },
-                None if sight.is_here => Seen::Here { for_ms },
-                None => Seen::Away { for_ms },
+            match sight.claim {
+                Some(claim) if claim.last.duration_since(claim.since) >= self.lost_disk_after => Seen::Lost { to: claim.by },
+                Some(_) | None if sight.is_here => Seen::Here { for_ms },
+                Some(_) | None => Seen::Away { for_ms },
             }
         };
         self.seen.iter().map(|(id, sight)| (*id, told(sight))).collect()
@@ -121,10 +150,137 @@ impl Repair {
     }
 }
 
+/// What the answer of whoever sits at the address of a node that is away says of that node.
+fn found_at(view: &View, node: NodeId, asked: &Address, identity: &Identity) -> Found {
+    let is_known = view.nodes.values().any(|known| known.directory == identity.directory);
+    if is_known || identity.address != *asked {
+        return Found::Other;
+    }
+    // Only one that belongs nowhere takes the place: another cluster's node at the same address is a mistake.
+    let is_free = match &identity.standing {
+        Standing::Fresh { view: named } => means_us(view, node, named),
+        Standing::Retired { cluster, .. } => *cluster == view.cluster,
+        Standing::Promised { .. } | Standing::Member { .. } => false,
+    };
+    if is_free { Found::Empty(identity.directory) } else { Found::Other }
+}
+
+/// Whether a `VIEW` is one of this cluster: it names another node of it than the one whose address was asked. That of a cluster of one
+/// names nobody else.
+fn means_us(view: &View, asked: NodeId, named: &[Address]) -> bool {
+    let mut others = view.staying().filter(|(id, _)| *id != asked).peekable();
+    others.peek().is_none() || others.any(|(_, node)| named.contains(&node.address))
+}
+
+/// The claim to a node's place after its address was asked once more.
+fn next_claim(claim: Option<Claim>, found: Found, now: Instant) -> Option<Claim> {
+    match (claim, found) {
+        (_, Found::Other) => None,
+        (Some(claim), Found::Empty(by)) if claim.by == by && now.duration_since(claim.last) < CLAIM_SILENCE_MAX => {
+            Some(Claim { last: now, ..claim })
+        }
+        (_, Found::Empty(by)) => Some(Claim { by, since: now, last: now }),
+        (claim, Found::Nothing) => claim.filter(|claim| now.duration_since(claim.last) < CLAIM_SILENCE_MAX),
+    }
+}
+
+/// Tells of a claim when it begins and when it ends.
+fn tell_claim(address: &str, before: Option<Claim>, now: Option<Claim>, lost_disk_after: Duration) {
+    let grace = lost_disk_after.as_secs();
+    match (before, now) {
+        (before, Some(claim)) if before.is_none_or(|before| before.since != claim.since) => tracing::warn!(
+            "an empty data directory ({}) answers at {address} in the place of the node there: if it still does in {grace} s and the \
+             node stays away, its disk counts as lost, and its replicas are rebuilt",
+            claim.by
+        ),
+        (Some(before), Some(claim)) => {
+            let passed = |claim: &Claim| claim.last.duration_since(claim.since) >= lost_disk_after;
+            if passed(&claim) && !passed(&before) {
+                tracing::warn!("the disk of the node at {address} counts as lost: data directory {} takes its place", claim.by);
+            }
+        }
+        (Some(before), None) => {
+            tracing::info!(
+                "the empty data directory {} does not answer at {address} any more: it takes nobody's place",
+                before.by
+            );
+        }
+        (None, _) => {}
+    }
+}
+
 fn in_words(names: &[String]) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
 fn as_ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sm::placement::first_view;
+    use crate::sm::view::{Asked, Node};
+    use crate::types::ClusterId;
+
+    fn address(number: u32) -> Address {
+        format!("n{number}:1").parse().expect("an address")
+    }
+
+    fn view(nodes: u32) -> View {
+        let node = |number| Node { address: address(number), public_address: None, directory: DirectoryId(u128::from(number)) };
+        first_view(ClusterId(9), Asked::default(), (1..=nodes).map(node).collect()).expect("a view")
+    }
+
+    fn identity(at: u32, directory: u128, standing: Standing) -> Identity {
+        Identity { directory: DirectoryId(directory), address: address(at), public_address: None, speaks: 0, level: 0, standing }
+    }
+
+    /// Whoever got the address, or says another, or is of something else, is no reason to give a node up.
+    #[test]
+    fn a_disk_is_lost_only_to_one_that_says_so_under_the_address_that_was_asked() {
+        let view = view(3);
+        let fresh = |named: &[u32]| Standing::Fresh { view: named.iter().copied().map(address).collect() };
+        let retired = |cluster| Standing::Retired { cluster: ClusterId(cluster), members: Vec::new() };
+        let member = Standing::Member { view: Box::new(view.clone()) };
+        let promised = Standing::Promised { view: vec![address(1)], founder: DirectoryId(1) };
+        let table = [
+            (identity(3, 77, fresh(&[1, 2, 3])), Found::Empty(DirectoryId(77)), "with the flags of the node"),
+            (identity(3, 77, retired(9)), Found::Empty(DirectoryId(77)), "that was of this cluster"),
+            (identity(4, 77, fresh(&[1, 2, 3])), Found::Other, "that is called otherwise"),
+            (identity(3, 77, fresh(&[3, 8])), Found::Other, "that is to be of another cluster"),
+            (identity(3, 77, fresh(&[3])), Found::Other, "that is to be a cluster of its own"),
+            (identity(3, 77, retired(8)), Found::Other, "that was of another cluster"),
+            (identity(3, 77, member), Found::Other, "that belongs to a cluster"),
+            (identity(3, 77, promised), Found::Other, "that has promised"),
+            (identity(3, 2, fresh(&[1, 2, 3])), Found::Other, "that the view knows"),
+        ];
+        for (identity, expected, what) in table {
+            assert_eq!(found_at(&view, NodeId(3), &address(3), &identity), expected, "a directory {what}");
+        }
+    }
+
+    #[test]
+    fn a_claim_counts_from_its_first_answer_and_ends_with_any_other() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let (one, two) = (Found::Empty(DirectoryId(1)), Found::Empty(DirectoryId(2)));
+        let mut claim = None;
+        let mut step = |found, seconds| {
+            claim = next_claim(claim, found, at(seconds));
+            claim.map(|claim| (claim.by.0, claim.since.duration_since(start).as_secs()))
+        };
+        assert_eq!(step(Found::Nothing, 0), None);
+        assert_eq!(step(one, 1), Some((1, 1)));
+        assert_eq!(step(one, 2), Some((1, 1)));
+        assert_eq!(step(Found::Nothing, 4), Some((1, 1)), "one answer may be lost");
+        assert_eq!(step(one, 6), Some((1, 1)));
+        assert_eq!(step(two, 7), Some((2, 7)), "another directory");
+        assert_eq!(step(Found::Other, 8), None, "the node itself, or nobody's successor");
+        assert_eq!(step(two, 9), Some((2, 9)));
+        assert_eq!(step(Found::Nothing, 14), None, "silence");
+        assert_eq!(step(two, 20), Some((2, 20)));
+        assert_eq!(step(two, 26), Some((2, 26)), "nobody asked in between");
+    }
 }

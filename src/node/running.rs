@@ -132,7 +132,7 @@ impl Running {
         let migrator = Migrator::new(member.clone(), joining.machine().clone());
         spawn(&mut tasks, &stop, |stop| async move { memberships.run(&stop).await });
         spawn(&mut tasks, &stop, |stop| async move { migrator.run(&stop).await });
-        let repair = Repair::new(member.clone(), config.replace_after);
+        let repair = Repair::new(member.clone(), config.replace_after, config.lost_disk_after);
         spawn(&mut tasks, &stop, |stop| async move { repair.run(&stop).await });
         let router = Router::new(Access::new(member.clone()), rand::random());
         Ok(Self { router, member, reconciler, news, storage, stop, tasks: Mutex::new(tasks) })

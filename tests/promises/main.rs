@@ -22,6 +22,7 @@ mod docker;
 mod gateway;
 mod harness;
 mod hostile;
+mod identity;
 mod kill;
 mod kvs;
 mod lagging;

@@ -265,7 +265,7 @@ async fn changes_go_through_kills_and_lose_nothing() {
 /// A node that is gone for good is replaced, and one that comes back with an empty disk takes its own place by itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dead_nodes_and_lost_disks_are_replaced() {
-    let mut cluster = Cluster::start(Setup::nodes(3)).await;
+    let mut cluster = Cluster::start(Setup::nodes(3).arguments(&["--lost-disk-after", "2"])).await;
     let load = Load::new("dead").start(&cluster);
     load.writes(200).await;
     cluster.nodes[0].kill();

@@ -80,6 +80,7 @@ pub struct Node {
     /// `serve`, or `gateway`.
     command: &'static str,
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
     /// Put before the binary: a program that runs it in another environment.
     pub wrapper: Vec<String>,
     child: Option<Child>,
@@ -114,7 +115,16 @@ impl Cluster {
             }
             arguments.extend(setup.arguments.iter().cloned());
             let log = dir.path().join(format!("node-{id}.log"));
-            Node { address: address.clone(), data, log, command: "serve", arguments, wrapper: Vec::new(), child: None }
+            Node {
+                address: address.clone(),
+                data,
+                log,
+                command: "serve",
+                arguments,
+                environment: Vec::new(),
+                wrapper: Vec::new(),
+                child: None,
+            }
         };
         let nodes = addresses.iter().enumerate().map(node).collect();
         Self { nodes, client: Client::default(), ports, dir, _ports: lock, _turn: turn }
@@ -144,7 +154,8 @@ impl Cluster {
         let arguments =
             ["--address", &address, "--data-dir", &path].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
         let log = self.dir.path().join(format!("node-{id}.log"));
-        let mut node = Node { address, data, log, command: "serve", arguments, wrapper: Vec::new(), child: None };
+        let mut node =
+            Node { address, data, log, command: "serve", arguments, environment: Vec::new(), wrapper: Vec::new(), child: None };
         node.start();
         self.nodes.push(node);
         id
@@ -153,6 +164,12 @@ impl Cluster {
     /// Waits until a node says that it is a spare.
     pub async fn wait_spare(&self, id: usize) {
         self.wait_for(id, "is a spare", is_spare).await;
+    }
+
+    /// Waits until a node is not ready for this reason.
+    pub async fn wait_code(&self, id: usize, code: &str) {
+        let code = format!(r#""code":"{code}""#);
+        self.wait_for(id, &format!("says {code}"), |answer| answer.status == 503 && answer.text().contains(&code)).await;
     }
 
     /// Waits until a node is ready, or says that it is a spare.
@@ -176,7 +193,16 @@ impl Cluster {
         let address = format!("127.0.0.1:{}", self.ports.end - 1 - number);
         let arguments = ["--listen", &address].iter().chain(members).map(|word| (*word).to_owned()).collect();
         let log = self.dir.path().join(format!("gateway-{number}.log"));
-        Node { address, data: PathBuf::new(), log, command: "gateway", arguments, wrapper: Vec::new(), child: None }
+        Node {
+            address,
+            data: PathBuf::new(),
+            log,
+            command: "gateway",
+            arguments,
+            environment: Vec::new(),
+            wrapper: Vec::new(),
+            child: None,
+        }
     }
 
     /// The first of the ports that are this cluster's alone.
@@ -290,11 +316,27 @@ impl Node {
             self.wrapper.iter().cloned().chain([binary(), self.command.to_owned()]).chain(self.arguments.iter().cloned());
         let mut command = Command::new(words.next().expect("the binary at least"));
         // What the tests were started with must not configure the nodes.
-        for name in ["ADDRESS", "PUBLIC_ADDRESS", "VIEW", "REPL_FACTOR", "QUORATE_SERVERS", "QUORATE_CLUSTER_DIR"] {
+        for name in [
+            "ADDRESS",
+            "PUBLIC_ADDRESS",
+            "VIEW",
+            "REPL_FACTOR",
+            "LOST_DISK_AFTER",
+            "JOIN_ONLY",
+            "QUORATE_SERVERS",
+            "QUORATE_CLUSTER_DIR",
+        ] {
             command.env_remove(name);
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.args(words).stdin(Stdio::null()).stdout(log.try_clone().expect("a handle")).stderr(log);
         self.child = Some(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")));
+    }
+
+    /// Sets a variable for the next starts.
+    pub fn set_environment(&mut self, name: &str, value: &str) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
     }
 
     fn signal(&self, signal: Signal) {
