@@ -70,15 +70,46 @@ pub enum Direction {
     Reverse,
 }
 
-/// Pairs of a map in key order (or its reverse).
-pub type Pairs<'a> = Box<dyn Iterator<Item = Result<(Bytes, Bytes), StoreError>> + 'a>;
+/// Keys of a map in order (or its reverse), each with what was asked of its value.
+pub type Items<'a, V> = Box<dyn Iterator<Item = Result<(Bytes, V), StoreError>> + 'a>;
+
+/// Pairs of a map.
+pub type Pairs<'a> = Items<'a, Bytes>;
+
+/// The beginning of a value, and the length of all of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ValueStart {
+    pub start: Bytes,
+    pub len: usize,
+}
+
+impl ValueStart {
+    /// Returns the first `bytes_max` bytes of `value`, and its length.
+    pub fn of(value: &Bytes, bytes_max: usize) -> Self {
+        Self { start: value.slice(..value.len().min(bytes_max)), len: value.len() }
+    }
+
+    /// Returns the value, if all of it is here.
+    pub fn whole(&self) -> Option<&Bytes> {
+        (self.start.len() == self.len).then_some(&self.start)
+    }
+}
 
 /// An ordered map of bytes at one point in time.
+///
+/// A value may be large, and many of them larger than memory: whoever does not need a value asks for its start and length alone, which
+/// costs no more than that.
 pub trait Read {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
 
+    /// Returns the first `bytes_max` bytes of a value, and its length.
+    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError>;
+
     /// The pairs of `range`, lazily: the caller stops when it has enough.
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a>;
+
+    /// As [`Read::scan`], with no more of each value than [`Read::start_of`] gives.
+    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart>;
 }
 
 /// Changes to a map, applied all at once. At most one change per key: the last wins.
@@ -159,6 +190,27 @@ pub struct Overlay<'a, R> {
     pub batch: &'a WriteBatch,
 }
 
+impl<R: Read> Overlay<'_, R> {
+    /// Lays the changes in `range` over what is below them. `seen` makes of a value of the batch what the caller is to see of it.
+    fn layered<'a, V: 'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        seen: impl Fn(&Bytes) -> V + 'a,
+        below: impl FnOnce(&'a R) -> Items<'a, V>,
+    ) -> Items<'a, V> {
+        if range.is_empty() {
+            return Box::new(std::iter::empty());
+        }
+        let changes = self.batch.range(range).map(move |(key, value)| (key.clone(), value.as_ref().map(&seen)));
+        let changes: Changes<'a, V> = match direction {
+            Direction::Forward => Box::new(changes),
+            Direction::Reverse => Box::new(changes.rev()),
+        };
+        Box::new(Layered::new(changes, below(self.base), direction))
+    }
+}
+
 impl<R: Read> Read for Overlay<'_, R> {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
         match self.batch.get(key) {
@@ -167,37 +219,41 @@ impl<R: Read> Read for Overlay<'_, R> {
         }
     }
 
-    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
-        if range.is_empty() {
-            return Box::new(std::iter::empty());
+    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
+        match self.batch.get(key) {
+            Some(change) => Ok(change.as_ref().map(|value| ValueStart::of(value, bytes_max))),
+            None => self.base.start_of(key, bytes_max),
         }
-        let changes = self.batch.range(range).map(|(key, value)| (key.clone(), value.clone()));
-        let changes: Box<dyn Iterator<Item = (Bytes, Option<Bytes>)>> = match direction {
-            Direction::Forward => Box::new(changes),
-            Direction::Reverse => Box::new(changes.rev()),
-        };
-        Box::new(Layered { above: changes.peekable(), below: self.base.scan(range, direction).peekable(), direction })
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        self.layered(range, direction, Bytes::clone, |base| base.scan(range, direction))
+    }
+
+    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+        let start = move |value: &Bytes| ValueStart::of(value, bytes_max);
+        self.layered(range, direction, start, |base| base.scan_starts(range, direction, bytes_max))
     }
 }
 
-/// Changes.
-pub type Changes<'a> = Box<dyn Iterator<Item = (Bytes, Option<Bytes>)> + 'a>;
+/// Changes, as far as their values are looked at.
+pub type Changes<'a, V = Bytes> = Box<dyn Iterator<Item = (Bytes, Option<V>)> + 'a>;
 
 /// Merges changes over the pairs below them; both in the same order. A deletion hides the pair below.
-pub struct Layered<'a> {
-    above: std::iter::Peekable<Changes<'a>>,
-    below: std::iter::Peekable<Pairs<'a>>,
+pub struct Layered<'a, V = Bytes> {
+    above: std::iter::Peekable<Changes<'a, V>>,
+    below: std::iter::Peekable<Items<'a, V>>,
     direction: Direction,
 }
 
-impl<'a> Layered<'a> {
-    pub fn new(above: Changes<'a>, below: Pairs<'a>, direction: Direction) -> Self {
+impl<'a, V> Layered<'a, V> {
+    pub fn new(above: Changes<'a, V>, below: Items<'a, V>, direction: Direction) -> Self {
         Self { above: above.peekable(), below: below.peekable(), direction }
     }
 }
 
-impl Iterator for Layered<'_> {
-    type Item = Result<(Bytes, Bytes), StoreError>;
+impl<V> Iterator for Layered<'_, V> {
+    type Item = Result<(Bytes, V), StoreError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
@@ -228,6 +284,10 @@ impl Read for BTreeMap<Bytes, Bytes> {
         Ok(BTreeMap::get(self, key).cloned())
     }
 
+    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
+        Ok(BTreeMap::get(self, key).map(|value| ValueStart::of(value, bytes_max)))
+    }
+
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
         if range.is_empty() {
             return Box::new(std::iter::empty());
@@ -238,6 +298,15 @@ impl Read for BTreeMap<Bytes, Bytes> {
             Direction::Reverse => Box::new(pairs.rev()),
         }
     }
+
+    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+        starts(self.scan(range, direction), bytes_max)
+    }
+}
+
+/// Returns what [`Read::scan_starts`] gives, of pairs that are in memory anyway.
+pub fn starts(pairs: Pairs<'_>, bytes_max: usize) -> Items<'_, ValueStart> {
+    Box::new(pairs.map(move |pair| pair.map(|(key, value)| (key, ValueStart::of(&value, bytes_max)))))
 }
 
 #[cfg(test)]
@@ -269,6 +338,31 @@ mod tests {
         assert_eq!(keys(&overlay, &range, Direction::Forward), ["b=2"]);
         let nothing = KeyRange { start: "d".into(), end: Some("b".into()) };
         assert!(keys(&overlay, &nothing, Direction::Forward).is_empty());
+    }
+
+    #[test]
+    fn starts_are_those_of_the_values_that_a_scan_gives() {
+        let base = map(&[("a", ""), ("b", "below"), ("c", "gone")]);
+        let mut batch = WriteBatch::default();
+        batch.put("b", "above");
+        batch.delete("c");
+        let overlay = Overlay { base: &base, batch: &batch };
+
+        for direction in [Direction::Forward, Direction::Reverse] {
+            for bytes_max in [0, 2, 5, 9] {
+                let pairs = overlay.scan(&KeyRange::all(), direction).map(|pair| pair.expect("readable"));
+                let cut: Vec<_> = pairs.map(|(key, value)| (key, ValueStart::of(&value, bytes_max))).collect();
+                let starts: Result<Vec<_>, _> = overlay.scan_starts(&KeyRange::all(), direction, bytes_max).collect();
+                assert_eq!(starts.expect("readable"), cut);
+                for (key, start) in cut {
+                    assert_eq!(overlay.start_of(&key, bytes_max).expect("readable"), Some(start));
+                }
+            }
+        }
+        assert_eq!(overlay.start_of(b"c", 9).expect("readable"), None);
+        let whole = ValueStart::of(&Bytes::from_static(b"above"), 5);
+        assert_eq!((whole.whole().map(|bytes| &bytes[..]), whole.len), (Some(&b"above"[..]), 5));
+        assert_eq!(ValueStart::of(&Bytes::from_static(b"above"), 4).whole(), None);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::tree::{Tree, Trees, Walk};
-use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError};
+use crate::sm::ports::{Direction, Items, KeyRange, Pairs, StoreError, ValueStart};
 
 /// The file in the database's directory that has the next start move it aside.
 const CONDEMNED: &str = "CONDEMNED";
@@ -291,13 +291,13 @@ struct SledTree {
     trust: Trust,
 }
 
-impl Tree for SledTree {
-    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        let value = self.trust.read("reading a tree", || self.tree.get(key))?;
-        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
-    }
+/// Copies the start alone: sled's own value goes as soon as it has been looked at.
+fn copied_start(value: &[u8], bytes_max: usize) -> ValueStart {
+    ValueStart { start: Bytes::copy_from_slice(&value[..value.len().min(bytes_max)]), len: value.len() }
+}
 
-    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+impl SledTree {
+    fn scan_as<'a, V: 'a>(&'a self, range: &KeyRange, direction: Direction, seen: impl Fn(&[u8]) -> V + 'a) -> Items<'a, V> {
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }
@@ -313,9 +313,28 @@ impl Tree for SledTree {
             };
             let pair = self.trust.read("scanning a tree", step).transpose();
             ended = !matches!(pair, Some(Ok(_)));
-            let owned = |(key, value): (sled::IVec, sled::IVec)| (Bytes::copy_from_slice(&key), Bytes::copy_from_slice(&value));
-            pair.map(|pair| pair.map(owned))
+            pair.map(|pair| pair.map(|(key, value)| (Bytes::copy_from_slice(&key), seen(&value))))
         }))
+    }
+}
+
+impl Tree for SledTree {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        let value = self.trust.read("reading a tree", || self.tree.get(key))?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
+        let value = self.trust.read("reading a tree", || self.tree.get(key))?;
+        Ok(value.map(|value| copied_start(&value, bytes_max)))
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        self.scan_as(range, direction, Bytes::copy_from_slice)
+    }
+
+    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+        self.scan_as(range, direction, move |value| copied_start(value, bytes_max))
     }
 
     fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError};
+use crate::sm::ports::{Direction, Items, KeyRange, Pairs, StoreError, ValueStart, starts};
 
 /// A set of named trees.
 pub trait Trees: Send + Sync + 'static {
@@ -32,8 +32,18 @@ pub trait Trees: Send + Sync + 'static {
 pub trait Tree: Send + Sync {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
 
+    /// Returns the first `bytes_max` bytes of a value, and its length. A tree that has values on disk reads no more than it must.
+    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
+        Ok(self.get(key)?.map(|value| ValueStart::of(&value, bytes_max)))
+    }
+
     /// The pairs of `range`, lazily. Not a point in time: what is written meanwhile may show in parts.
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a>;
+
+    /// As [`Tree::scan`], with no more of each value than [`Tree::start_of`] gives.
+    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+        starts(self.scan(range, direction), bytes_max)
+    }
 
     /// Gives a key its value, or none. After a crash, changes of one set of trees are lost from the end only.
     fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError>;

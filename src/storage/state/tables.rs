@@ -14,7 +14,7 @@ use bytes::Bytes;
 
 use super::Applied;
 use super::record::{CORE_KEYS_START, RESERVED};
-use crate::sm::ports::{Changes, Direction, KeyRange, Layered, Pairs, Read, StoreError, WriteBatch};
+use crate::sm::ports::{Changes, Direction, Items, KeyRange, Layered, Pairs, Read, StoreError, ValueStart, WriteBatch};
 use crate::storage::tree::Tree;
 
 /// What a change costs in memory beyond its bytes: two handles, their allocations, its share of a node of the map.
@@ -56,11 +56,13 @@ impl Table {
         self.changes.get(probe as &dyn Keyed)
     }
 
-    fn range<'a>(&'a self, range: &KeyRange, direction: Direction) -> Changes<'a> {
+    /// The changes in `range`. `seen` makes of a value what the caller is to see of it.
+    fn range<'a, V: 'a>(&'a self, range: &KeyRange, direction: Direction, seen: impl Fn(&Bytes) -> V + 'a) -> Changes<'a, V> {
         let (start, end) = range.bounds();
         let (start, end) = (start.map(Probe::new), end.map(Probe::new));
         let bounds = (start.as_ref().map(Probe::as_keyed), end.as_ref().map(Probe::as_keyed));
-        let changes = self.changes.range::<dyn Keyed, _>(bounds).map(|(key, change)| (key.bytes.clone(), change.clone()));
+        let changes =
+            self.changes.range::<dyn Keyed, _>(bounds).map(move |(key, change)| (key.bytes.clone(), change.as_ref().map(&seen)));
         match direction {
             Direction::Forward => Box::new(changes),
             Direction::Reverse => Box::new(changes.rev()),
@@ -233,23 +235,21 @@ impl ReadGuard<'_> {
     }
 }
 
-impl Read for ReadGuard<'_> {
-    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        if key.first().is_none_or(|byte| *byte == RESERVED) {
-            return Ok(None);
-        }
-        let tables = &*self.tables;
-        let frozen = tables.frozen.iter().rev().map(|frozen| &frozen.table);
+impl ReadGuard<'_> {
+    /// What the tables say of `key`: nothing (`None`), deleted (`Some(None)`) or a value.
+    fn change_of(&self, key: &[u8]) -> Option<&Option<Bytes>> {
+        let frozen = self.tables.frozen.iter().rev().map(|frozen| &frozen.table);
         let probe = Probe::new(key);
-        for table in std::iter::once(&tables.active).chain(frozen) {
-            if let Some(change) = table.get(&probe) {
-                return Ok(change.clone());
-            }
-        }
-        tables.tree.get(key)
+        std::iter::once(&self.tables.active).chain(frozen).find_map(|table| table.get(&probe))
     }
 
-    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+    fn scan_as<'a, V: 'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        seen: impl Fn(&Bytes) -> V + Copy + 'a,
+        of_tree: impl FnOnce(&'a dyn Tree, &KeyRange) -> Items<'a, V>,
+    ) -> Items<'a, V> {
         let start = range.start.clone().max(Bytes::from_static(CORE_KEYS_START));
         let range = KeyRange { start, end: range.end.clone() };
         if range.is_empty() {
@@ -257,11 +257,42 @@ impl Read for ReadGuard<'_> {
         }
         let tables = &*self.tables;
         let above = tables.frozen.iter().map(|frozen| &frozen.table).chain(std::iter::once(&tables.active));
-        let mut pairs = tables.tree.scan(&range, direction);
+        let mut items = of_tree(&*tables.tree, &range);
         for table in above.filter(|table| !table.is_empty()) {
-            pairs = Box::new(Layered::new(table.range(&range, direction), pairs, direction));
+            items = Box::new(Layered::new(table.range(&range, direction, seen), items, direction));
         }
-        pairs
+        items
+    }
+}
+
+impl Read for ReadGuard<'_> {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        if key.first().is_none_or(|byte| *byte == RESERVED) {
+            return Ok(None);
+        }
+        match self.change_of(key) {
+            Some(change) => Ok(change.clone()),
+            None => self.tables.tree.get(key),
+        }
+    }
+
+    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
+        if key.first().is_none_or(|byte| *byte == RESERVED) {
+            return Ok(None);
+        }
+        match self.change_of(key) {
+            Some(change) => Ok(change.as_ref().map(|value| ValueStart::of(value, bytes_max))),
+            None => self.tables.tree.start_of(key, bytes_max),
+        }
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        self.scan_as(range, direction, Bytes::clone, |tree, range| tree.scan(range, direction))
+    }
+
+    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+        let start = move |value: &Bytes| ValueStart::of(value, bytes_max);
+        self.scan_as(range, direction, start, |tree, range| tree.scan_starts(range, direction, bytes_max))
     }
 }
 

@@ -121,6 +121,13 @@ pub fn assert_is(state: &ReplicaState, model: &Model, random: &mut StdRng, conte
     let all = KeyRange::all();
     for direction in [Direction::Forward, Direction::Reverse] {
         assert_eq!(pairs(&guard, &all, direction), pairs(model, &all, direction), "{context}");
+        let bytes_max = random.random_range(0..9);
+        let starts: Vec<_> = guard.scan_starts(&all, direction, bytes_max).map(|item| item.expect("readable")).collect();
+        let expected: Vec<_> = model.scan_starts(&all, direction, bytes_max).map(|item| item.expect("readable")).collect();
+        assert_eq!(starts, expected, "{context}");
+        for (key, start) in starts {
+            assert_eq!(guard.start_of(&key, bytes_max).expect("readable"), Some(start), "{context}");
+        }
         let mut bound = || Bytes::from(format!("k{:03}", random.random_range(0..300)));
         let range = KeyRange { start: bound(), end: Some(bound()) };
         assert_eq!(pairs(&guard, &range, direction), pairs(model, &range, direction), "{context}");
