@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::protocol::ClusterStatus;
 use super::shard_map::ShardMap;
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
-use crate::sm::kv::{Operation, OperationOutcome, Record, Rejection};
+use crate::sm::kv::{ANSWER_BYTES_MAX, Operation, OperationOutcome, Record, Rejection};
 use crate::sm::ports::KeyRange;
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
@@ -199,4 +199,15 @@ pub enum Failure {
     /// The request is larger than a limit allows.
     #[error("too large: {limit}")]
     TooLarge { limit: String },
+}
+
+impl Failure {
+    /// Returns the failure of a write whose gets would return so many bytes, and of which nothing was done.
+    pub fn of_answer(bytes: u64) -> Self {
+        if bytes > ANSWER_BYTES_MAX as u64 {
+            let limit = format!("the gets of a batch return at most {ANSWER_BYTES_MAX} bytes per shard, these {bytes}");
+            return Failure::TooLarge { limit };
+        }
+        Failure::Overloaded { limit: "what the gets of batches return at once".into(), retry_after_ms: 1000 }
+    }
 }

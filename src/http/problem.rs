@@ -251,6 +251,7 @@ impl From<Rejection> for Problem {
             Rejection::KeyReused { .. } => {
                 Problem::new(Code::IdempotencyKeyReused, "this Idempotency-Key was used for a request with other content")
             }
+            Rejection::AnswerTooLarge { bytes } => Failure::of_answer(bytes).into(),
             Rejection::RequestsFull { slot } => {
                 Problem::new(Code::Overloaded, format!("slot {slot} remembers as many idempotency keys as it may"))
                     .retry_after_ms(10_000)

@@ -157,6 +157,7 @@ impl StateMachine {
         &mut self,
         id: RaftLogId,
         payload: EntryPayload<super::types::Proposal, crate::types::ReplicaId, super::types::Member>,
+        audience: kv::Audience,
     ) -> Result<Outcome, StoreError> {
         if let EntryPayload::Membership(membership) = &payload {
             self.membership = encode_stored_membership(&StoredMembership::new(Some(id), membership.clone()));
@@ -182,7 +183,7 @@ impl StateMachine {
             if let Some(time_ms) = command.time_ms() {
                 self.machine.clock.observe(time_ms);
             }
-            let (outcome, batch) = kv::apply(&state.read(), id.index(), command)?;
+            let (outcome, batch) = kv::apply_for(&state.read(), id.index(), command, audience)?;
             (Outcome::Shard(outcome), batch)
         };
         state.apply(batch, applied)?;
@@ -214,7 +215,8 @@ impl RaftStateMachine<Types> for StateMachine {
                 state.wait_room().await;
             }
             let index = entry.log_id.index();
-            let outcome = self.apply_entry(entry.log_id, entry.payload).map_err(|error| self.machine.fatal(error))?;
+            let audience = if responder.is_some() { kv::Audience::Caller } else { kv::Audience::Nobody };
+            let outcome = self.apply_entry(entry.log_id, entry.payload, audience).map_err(|error| self.machine.fatal(error))?;
             self.machine.applied.send_replace(index);
             if let Some(responder) = responder {
                 responder.send(outcome);

@@ -21,15 +21,17 @@ pub const LEVEL: u16 = 1;
 pub enum Feature {
     /// Replicas of a shard compare digests of their maps at an entry of the log.
     CompareDigests,
+    /// Writes of an entry whose gets return too much are rejected.
+    BoundedAnswers,
 }
 
 impl Feature {
-    pub const ALL: [Feature; 1] = [Feature::CompareDigests];
+    pub const ALL: [Feature; 2] = [Feature::CompareDigests, Feature::BoundedAnswers];
 
     /// Returns the first level whose programs all know it.
     pub const fn level(self) -> u16 {
         match self {
-            Feature::CompareDigests => 1,
+            Feature::CompareDigests | Feature::BoundedAnswers => 1,
         }
     }
 
@@ -37,6 +39,7 @@ impl Feature {
     pub const fn name(self) -> &'static str {
         match self {
             Feature::CompareDigests => "comparison of replicas",
+            Feature::BoundedAnswers => "bound on what gets return",
         }
     }
 }

@@ -106,6 +106,26 @@ impl RequestRecord {
     }
 }
 
+/// What there is of a request, without its answer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct FoundRequest {
+    time_ms: u64,
+    pub fingerprint: Fingerprint,
+    /// Of the record.
+    pub bytes: usize,
+}
+
+impl FoundRequest {
+    /// A format byte, a time and a fingerprint are no longer than this.
+    const START_BYTES: usize = 1 + 10 + size_of::<Fingerprint>();
+
+    fn read<R: Read>(entry: &Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<Option<Self>, StoreError> {
+        let Some(record) = entry.start_of(&request_key(slot, key), Self::START_BYTES)? else { return Ok(None) };
+        let ((time_ms, fingerprint), _) = codec::decode_first(&record.start, "the record of a request")?;
+        Ok(Some(Self { time_ms, fingerprint, bytes: record.len }))
+    }
+}
+
 fn expired(time_ms: u64, now_ms: u64) -> bool {
     time_ms.saturating_add(REMEMBERED_MS) <= now_ms
 }
@@ -118,12 +138,11 @@ fn cost(idempotency_key: &[u8], value_bytes: usize) -> u64 {
 
 /// Deletes the record of a request, if there is one.
 pub(super) fn forget<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<(), StoreError> {
-    let Some(bytes) = entry.get(&request_key(slot, key))? else { return Ok(()) };
-    let record = RequestRecord::decode(&bytes)?;
+    let Some(record) = FoundRequest::read(entry, slot, key)? else { return Ok(()) };
     entry.delete(request_key(slot, key));
     entry.delete(expiry_key(slot, record.time_ms, key));
     let used = &mut entry.state_mut(slot)?.requests;
-    used.bytes = used.bytes.saturating_sub(cost(key, bytes.len()));
+    used.bytes = used.bytes.saturating_sub(cost(key, record.bytes));
     Ok(())
 }
 
@@ -157,15 +176,20 @@ impl Memory {
         self.clock.time_ms
     }
 
-    /// What is remembered of the request with this key in `slot`. An expired record is deleted on the way.
-    pub fn find<R: Read>(&self, entry: &mut Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<Option<RequestRecord>, StoreError> {
-        let Some(bytes) = entry.get(&request_key(slot, key))? else { return Ok(None) };
-        let record = RequestRecord::decode(&bytes)?;
-        if !record.expired(self.now_ms()) {
-            return Ok(Some(record));
+    /// What is remembered of the request with this key in `slot`, but for its answer. An expired record is deleted on the way.
+    pub fn find<R: Read>(&self, entry: &mut Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<Option<FoundRequest>, StoreError> {
+        let Some(found) = FoundRequest::read(entry, slot, key)? else { return Ok(None) };
+        if !expired(found.time_ms, self.now_ms()) {
+            return Ok(Some(found));
         }
         forget(entry, slot, key)?;
         Ok(None)
+    }
+
+    /// Reads the answer that [`Memory::find`] has found.
+    pub fn answer<R: Read>(entry: &Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<Option<Answer>, StoreError> {
+        let record = entry.get(&request_key(slot, key))?;
+        record.map(|bytes| RequestRecord::decode(&bytes).map(|record| record.answer)).transpose()
     }
 
     /// Takes what a move brings of a request: its record at the source, where it was `source_ms`, or that there is none any more. The

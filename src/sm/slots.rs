@@ -103,15 +103,15 @@ pub struct RequestsUsed {
 }
 
 impl Contents {
-    /// Counts a key that was stored as `before` and will be as `after`. None where less was counted than there was.
-    pub fn recount(&mut self, key_bytes: usize, before: Option<&Bytes>, after: Option<&Bytes>) -> Option<()> {
+    /// Counts a key whose record had `before` bytes and will have `after`. None where less was counted than there was.
+    pub fn recount(&mut self, key_bytes: usize, before: Option<usize>, after: Option<usize>) -> Option<()> {
         if let Some(before) = before {
             self.keys = self.keys.checked_sub(1)?;
-            self.bytes = self.bytes.checked_sub((key_bytes + before.len()) as u64)?;
+            self.bytes = self.bytes.checked_sub((key_bytes + before) as u64)?;
         }
         if let Some(after) = after {
             self.keys += 1;
-            self.bytes += (key_bytes + after.len()) as u64;
+            self.bytes += (key_bytes + after) as u64;
         }
         Some(())
     }

@@ -203,7 +203,7 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
         }
         ShardReply::NotOwned { slot } => Verdict::retry(Retry::not_owned(slot), part),
         ShardReply::Failed(failure) => Verdict::of_all(part.course.judge(failure).map_err(WriteFailure::Failed), part),
-        ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_))
+        ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_) | WriteOutcome::Unanswered)
         | ShardReply::Got(_)
         | ShardReply::GotMany(_)
         | ShardReply::Page(_)
@@ -225,6 +225,7 @@ fn judge_rejection(rejection: Rejection, shard: GroupId, part: &Part) -> Result<
             let full = Failure::Overloaded { limit: "remembered requests".into(), retry_after_ms: 1000 };
             Err(WriteFailure::Failed(part.course.settle(full)))
         }
+        Rejection::AnswerTooLarge { bytes } => Err(WriteFailure::Failed(part.course.settle(Failure::of_answer(bytes)))),
         Rejection::KeyReused { .. } | Rejection::RequestsFull { .. } => Err(WriteFailure::Rejected(rejection)),
     }
 }

@@ -9,19 +9,23 @@
 //!
 //! Then the operations are done in order, each seeing the earlier ones of its write. What was decided by (4) or done is remembered for a
 //! write with a key; rejections by (1), (3) and (5) are not, since the same write may well be accepted later.
+//!
+//! Of what is stored under the keys of a write only revision and length are looked at. Values are read for gets alone, and no more of
+//! them than fit into the answers of an entry (`answers`): what is overwritten or deleted may be larger than memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
+use super::answers::{Audience, Gets, REVISION_BYTES, Room, START_BYTES};
 use super::entry::Entry;
-use super::record::{decode_record, encode_record, stored_revision};
+use super::record::{encode_record, stored_revision};
 use super::{
     Action, Command, MoveOutcome, MoveStep, Operation, OperationOutcome, Outcome, Record, Rejection, Write, WriteOutcome,
 };
 use super::{clear, destination, source};
-use crate::sm::ports::{Read, StoreError, WriteBatch};
-use crate::sm::requests::{Answer, Fingerprint, Memory, RequestRecord, fingerprint};
+use crate::sm::ports::{Read, StoreError, ValueStart, WriteBatch};
+use crate::sm::requests::{Answer, Fingerprint, Memory, REQUESTS_BYTES_MAX, RequestRecord, fingerprint};
 use crate::sm::slots::{Contents, Ownership, data_key, slot_of};
 use crate::types::{MoveId, Revision, Slot};
 
@@ -30,19 +34,37 @@ use crate::types::{MoveId, Revision, Slot};
 ///
 /// A rejection is an answer, the same on every replica; an error is a broken disk or an undecodable map and stops the group.
 pub fn apply(read: &impl Read, index: u64, command: Command) -> Result<(Outcome, WriteBatch), StoreError> {
+    apply_for(read, index, command, Audience::Caller)
+}
+
+/// As [`apply`]. The batch is the same whoever waits; where nobody does, no value is read for the outcome.
+pub fn apply_for(
+    read: &impl Read,
+    index: u64,
+    command: Command,
+    audience: Audience,
+) -> Result<(Outcome, WriteBatch), StoreError> {
     let mut entry = Entry::new(read);
     let outcome = match command {
-        Command::Write { time_ms, writes } => {
-            let mut memory = Memory::open(&mut entry, time_ms)?;
-            let outcomes = writes.iter().map(|write| apply_write(&mut entry, &mut memory, write)).collect::<Result<_, _>>()?;
-            memory.close(&mut entry);
-            Outcome::Written(outcomes)
-        }
+        Command::Write { time_ms, writes } => apply_writes(&mut entry, Room::told(audience), time_ms, &writes)?,
+        Command::BoundedWrite { time_ms, writes } => apply_writes(&mut entry, Room::strict(audience), time_ms, &writes)?,
         Command::Claim { slots } => claim(&mut entry, &slots)?,
         Command::Move { id, slots, step } => Outcome::Moved(apply_step(&mut entry, id, slots, step)?),
         Command::Install { time_ms, install } => Outcome::Moved(destination::install(&mut entry, time_ms, install)?),
     };
     Ok((outcome, entry.into_batch(index)?))
+}
+
+fn apply_writes<R: Read>(
+    entry: &mut Entry<'_, R>,
+    mut room: Room,
+    time_ms: u64,
+    writes: &[Write],
+) -> Result<Outcome, StoreError> {
+    let mut memory = Memory::open(entry, time_ms)?;
+    let outcomes = writes.iter().map(|write| apply_write(entry, &mut memory, &mut room, write)).collect::<Result<_, _>>()?;
+    memory.close(entry);
+    Ok(Outcome::Written(outcomes))
 }
 
 fn apply_step<R: Read>(
@@ -88,29 +110,123 @@ struct Placed<'a> {
     operation: &'a Operation,
 }
 
-fn apply_write<R: Read>(entry: &mut Entry<'_, R>, memory: &mut Memory, write: &Write) -> Result<WriteOutcome, StoreError> {
-    let placed: Vec<Placed<'_>> = write
-        .operations
-        .iter()
-        .enumerate()
-        .map(|(position, operation)| Placed { position, slot: slot_of(&operation.key), operation })
-        .collect();
-    for Placed { slot, .. } in &placed {
+fn place(write: &Write) -> Vec<Placed<'_>> {
+    let operations = write.operations.iter().enumerate();
+    operations.map(|(position, operation)| Placed { position, slot: slot_of(&operation.key), operation }).collect()
+}
+
+/// Why the shard may not answer for all of the slots, if so.
+fn wrong_owner<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Option<Rejection>, StoreError> {
+    for Placed { slot, .. } in placed {
         let state = entry.state(*slot)?;
         if !state.serves_reads() {
-            return Ok(WriteOutcome::Rejected(Rejection::WrongOwner { slot: *slot, moved_to: state.moved_to }));
+            return Ok(Some(Rejection::WrongOwner { slot: *slot, moved_to: state.moved_to }));
         }
     }
-    match &write.idempotency_key {
-        Some(key) => apply_once(entry, memory, key, &placed),
-        None => match decide(entry, &placed)? {
-            Err(rejection) => Ok(WriteOutcome::Rejected(rejection)),
-            Ok(draft) => {
-                let outcomes = draft.commit(entry)?;
-                Ok(WriteOutcome::Applied(outcomes))
-            }
-        },
+    Ok(None)
+}
+
+fn apply_write<R: Read>(
+    entry: &mut Entry<'_, R>,
+    memory: &mut Memory,
+    room: &mut Room,
+    write: &Write,
+) -> Result<WriteOutcome, StoreError> {
+    let placed = place(write);
+    if let Some(rejection) = wrong_owner(entry, &placed)? {
+        return Ok(WriteOutcome::Rejected(rejection));
     }
+    if let Some(key) = &write.idempotency_key {
+        return apply_once(entry, memory, room, key, &placed);
+    }
+
+    let mut draft = match decide(entry, &placed)? {
+        Ok(draft) => draft,
+        Err(rejection) => return Ok(WriteOutcome::Rejected(rejection)),
+    };
+    let fits = room.take(draft.gets.bytes());
+    if !fits && room.is_strict() {
+        return Ok(WriteOutcome::Rejected(draft.gets.too_large()));
+    }
+    let is_answered = draft.gets.is_empty() || (fits && room.is_wanted());
+    if is_answered {
+        draft.gets.load(entry, |_| true, &mut draft.outcomes)?;
+    }
+    let outcomes = draft.commit(entry)?;
+    Ok(if is_answered { WriteOutcome::Applied(outcomes) } else { WriteOutcome::Unanswered })
+}
+
+/// Answers gets alone from the map as it is, as their write would be answered in an entry; but what a move holds back can be read, and
+/// nothing is remembered: a read may be done again. What was remembered of it is answered again, as is a key that was used otherwise.
+///
+/// `charge` is told how many bytes of records the answer holds, before any of them is read; where it says no, there is no answer.
+pub fn answer_gets(
+    read: &impl Read,
+    write: &Write,
+    charge: impl FnOnce(usize) -> bool,
+) -> Result<Option<WriteOutcome>, StoreError> {
+    // Of this one nothing is kept but the answer.
+    let mut entry = Entry::new(read);
+    let placed = place(write);
+    if let Some(rejection) = wrong_owner(&mut entry, &placed)? {
+        return Ok(Some(WriteOutcome::Rejected(rejection)));
+    }
+    let mut parts = match recall_if_keyed(&mut entry, write, &placed)? {
+        Ok(parts) => parts,
+        Err(rejection) => return Ok(Some(WriteOutcome::Rejected(rejection))),
+    };
+
+    let fresh = fresh_of(&parts, &placed);
+    let mut decided = match look_up(&mut entry, &fresh)? {
+        Ok(draft) => Ok(draft),
+        Err((position, current)) if parts.is_empty() => {
+            let rejection = Rejection::ConditionFailed { operation: position, current };
+            return Ok(Some(WriteOutcome::Rejected(rejection)));
+        }
+        Err(failed) => Err(failed),
+    };
+    let remembered: usize = parts.values().filter_map(Part::stored_bytes).sum();
+    if !charge(remembered + decided.as_ref().map_or(0, |draft| draft.gets.bytes())) {
+        return Ok(None);
+    }
+    if let Ok(draft) = &mut decided {
+        draft.gets.load(&entry, |_| true, &mut draft.outcomes)?;
+    }
+
+    let key = match (&write.idempotency_key, decided) {
+        (None, Ok(draft)) => return Ok(Some(WriteOutcome::Applied(draft.outcomes))),
+        (None, Err((operation, current))) => {
+            return Ok(Some(WriteOutcome::Rejected(Rejection::ConditionFailed { operation, current })));
+        }
+        (Some(key), decided) => {
+            for (slot, answer) in fresh_answers(&parts, &fresh, &decided) {
+                if let Some(part) = parts.get_mut(&slot) {
+                    part.remembered = Some(Remembered::Here(answer));
+                }
+            }
+            key
+        }
+    };
+    load_remembered(&entry, key, &mut parts)?;
+    merge_answers(&parts, placed.len()).map(Some)
+}
+
+/// Returns how many bytes of records the gets of a write would return by the map as it is, without those of slots in which the write
+/// was answered before.
+pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<usize, StoreError> {
+    let mut entry = Entry::new(read);
+    let placed = place(write);
+    let fresh = match recall_if_keyed(&mut entry, write, &placed)? {
+        Ok(parts) => fresh_of(&parts, &placed),
+        // It will be rejected.
+        Err(_) => return Ok(0),
+    };
+    let gets = fresh.iter().filter(|item| item.operation.action == Action::Get);
+    let lengths = gets.map(|item| {
+        let stored = read.start_of(&data_key(item.slot, &item.operation.key), 0)?;
+        Ok(stored.map_or(0, |stored| stored.len))
+    });
+    lengths.sum()
 }
 
 /// A slot of a write with a key.
@@ -119,13 +235,36 @@ struct Part {
     positions: Vec<usize>,
     fingerprint: Fingerprint,
     /// What the memory of requests has of it.
-    remembered: Option<Answer>,
+    remembered: Option<Remembered>,
+}
+
+/// What was answered before.
+enum Remembered {
+    /// It is in the map, in a record of so many bytes.
+    Stored(usize),
+    Here(Answer),
+}
+
+impl Part {
+    fn stored_bytes(&self) -> Option<usize> {
+        match self.remembered {
+            Some(Remembered::Stored(bytes)) => Some(bytes),
+            Some(Remembered::Here(_)) | None => None,
+        }
+    }
+}
+
+/// The operations in slots in which the write was not answered before.
+fn fresh_of<'a>(parts: &BTreeMap<Slot, Part>, placed: &[Placed<'a>]) -> Vec<Placed<'a>> {
+    let is_remembered = |slot: &Slot| parts.get(slot).is_some_and(|part| part.remembered.is_some());
+    placed.iter().filter(|item| !is_remembered(&item.slot)).copied().collect()
 }
 
 /// A write with an idempotency key: what it was answered before, it is answered again; the rest is done, and remembered.
 fn apply_once<R: Read>(
     entry: &mut Entry<'_, R>,
     memory: &mut Memory,
+    room: &mut Room,
     key: &[u8],
     placed: &[Placed<'_>],
 ) -> Result<WriteOutcome, StoreError> {
@@ -133,14 +272,25 @@ fn apply_once<R: Read>(
         Ok(parts) => parts,
         Err(rejection) => return Ok(WriteOutcome::Rejected(rejection)),
     };
-    let is_fresh = |item: &&Placed<'_>| parts.get(&item.slot).is_some_and(|part| part.remembered.is_none());
-    let fresh: Vec<Placed<'_>> = placed.iter().filter(is_fresh).copied().collect();
+    let fresh = fresh_of(&parts, placed);
+    let mut fits = true;
     if !fresh.is_empty() {
-        let decided = match decide(entry, &fresh)? {
+        let mut decided = match decide(entry, &fresh)? {
             Err(Rejection::ConditionFailed { operation, current }) => Err((operation, current)),
             Err(rejection) => return Ok(WriteOutcome::Rejected(rejection)),
             Ok(draft) => Ok(draft),
         };
+        // A record that is larger than the memory of its slot is never made. That of a slot before it is, because room is made for it.
+        let mut unfit = None;
+        if let Ok(draft) = &mut decided {
+            fits = room.take(draft.gets.bytes());
+            if !fits && room.is_strict() {
+                return Ok(WriteOutcome::Rejected(draft.gets.too_large()));
+            }
+            unfit = draft.gets.first_beyond(REQUESTS_BYTES_MAX, |at| fresh[at].slot);
+            draft.gets.load(entry, |at| unfit.is_none_or(|slot| fresh[at].slot < slot), &mut draft.outcomes)?;
+        }
+
         let answers = fresh_answers(&parts, &fresh, &decided);
         let mut records = Vec::with_capacity(answers.len());
         for (slot, answer) in answers {
@@ -148,10 +298,10 @@ fn apply_once<R: Read>(
             let (time_ms, fingerprint) = (memory.now_ms(), part.fingerprint);
             let record = RequestRecord { time_ms, fingerprint, answer };
             let bytes = record.encode();
-            if !memory.make_room(entry, slot, key, bytes.len())? {
+            if unfit == Some(slot) || !memory.make_room(entry, slot, key, bytes.len())? {
                 return Ok(WriteOutcome::Rejected(Rejection::RequestsFull { slot }));
             }
-            part.remembered = Some(record.answer);
+            part.remembered = Some(Remembered::Here(record.answer));
             records.push((slot, bytes));
         }
         if let Ok(draft) = decided {
@@ -161,7 +311,29 @@ fn apply_once<R: Read>(
             memory.remember(entry, slot, key, bytes)?;
         }
     }
+
+    let stored: usize = parts.values().filter_map(Part::stored_bytes).sum();
+    fits &= room.take(stored);
+    if !room.is_wanted() || !fits {
+        return Ok(WriteOutcome::Unanswered);
+    }
+    load_remembered(entry, key, &mut parts)?;
     merge_answers(&parts, placed.len())
+}
+
+/// As [`recall`], for a write that may have no key.
+fn recall_if_keyed<R: Read>(
+    entry: &mut Entry<'_, R>,
+    write: &Write,
+    placed: &[Placed<'_>],
+) -> Result<Result<BTreeMap<Slot, Part>, Rejection>, StoreError> {
+    match &write.idempotency_key {
+        Some(key) => {
+            let memory = Memory::open(entry, 0)?;
+            recall(entry, &memory, key, placed)
+        }
+        None => Ok(Ok(BTreeMap::new())),
+    }
 }
 
 /// The slots of the write, each with what is remembered of it; a rejection if the key was used for something else.
@@ -178,13 +350,23 @@ fn recall<R: Read>(
     let mut parts = BTreeMap::new();
     for (slot, positions) in positions {
         let fingerprint = fingerprint(positions.iter().map(|position| placed[*position].operation));
-        let record = memory.find(entry, slot, key)?;
-        if record.as_ref().is_some_and(|record| record.fingerprint != fingerprint) {
+        let found = memory.find(entry, slot, key)?;
+        if found.is_some_and(|found| found.fingerprint != fingerprint) {
             return Ok(Err(Rejection::KeyReused { slot }));
         }
-        parts.insert(slot, Part { positions, fingerprint, remembered: record.map(|record| record.answer) });
+        let remembered = found.map(|found| Remembered::Stored(found.bytes));
+        parts.insert(slot, Part { positions, fingerprint, remembered });
     }
     Ok(Ok(parts))
+}
+
+fn load_remembered<R: Read>(entry: &Entry<'_, R>, key: &[u8], parts: &mut BTreeMap<Slot, Part>) -> Result<(), StoreError> {
+    for (slot, part) in parts {
+        if let Some(Remembered::Stored(_)) = part.remembered {
+            part.remembered = Memory::answer(entry, *slot, key)?.map(Remembered::Here);
+        }
+    }
+    Ok(())
 }
 
 /// What is to be remembered for each slot of `fresh`: its outcomes, or the operation whose condition failed and that key's revision.
@@ -218,12 +400,12 @@ fn merge_answers(parts: &BTreeMap<Slot, Part>, operations: usize) -> Result<Writ
     let mut results: Vec<Option<Result<OperationOutcome, Rejection>>> = vec![None; operations];
     for (slot, part) in parts {
         match &part.remembered {
-            Some(Answer::Applied(outcomes)) if outcomes.len() == part.positions.len() => {
+            Some(Remembered::Here(Answer::Applied(outcomes))) if outcomes.len() == part.positions.len() => {
                 for (position, outcome) in part.positions.iter().zip(outcomes) {
                     results[*position] = Some(Ok(outcome.clone()));
                 }
             }
-            Some(Answer::ConditionFailed { slot, nth, current }) => {
+            Some(Remembered::Here(Answer::ConditionFailed { slot, nth, current })) => {
                 // The operation may now be in another shard's part of the batch: then the first of this slot stands for it.
                 let named = parts.get(slot).and_then(|part| part.positions.get(*nth));
                 let rejection = Rejection::ConditionFailed { operation: *named.unwrap_or(&part.positions[0]), current: *current };
@@ -231,7 +413,7 @@ fn merge_answers(parts: &BTreeMap<Slot, Part>, operations: usize) -> Result<Writ
                     results[*position] = Some(Err(rejection.clone()));
                 }
             }
-            Some(Answer::Applied(_)) | None => {
+            Some(Remembered::Here(Answer::Applied(_)) | Remembered::Stored(_)) | None => {
                 return Err(StoreError::Damaged(format!("the record of a request in slot {slot} does not fit the request")));
             }
         }
@@ -249,8 +431,9 @@ fn merge_answers(parts: &BTreeMap<Slot, Part>, operations: usize) -> Result<Writ
 
 /// What operations will do, once committed.
 struct Draft {
-    /// One per operation, in order.
+    /// One per operation, in order. What gets found is left out until it is loaded.
     outcomes: Vec<OperationOutcome>,
+    gets: Gets,
     /// To the data of the map.
     changes: WriteBatch,
     contents: BTreeMap<Slot, Contents>,
@@ -273,20 +456,39 @@ fn decide<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Re
             return Ok(Err(Rejection::Frozen { slot: *slot }));
         }
     }
+    let decided = look_up(entry, placed)?;
+    Ok(decided.map_err(|(operation, current)| Rejection::ConditionFailed { operation, current }))
+}
+
+/// What the operations will do, or the position of the first whose condition does not hold, and the revision of its key.
+fn look_up<R: Read>(
+    entry: &mut Entry<'_, R>,
+    placed: &[Placed<'_>],
+) -> Result<Result<Draft, (usize, Option<Revision>)>, StoreError> {
     let mut found = Vec::with_capacity(placed.len());
     for item in placed {
         let data_key = data_key(item.slot, &item.operation.key);
-        let stored = entry.get(&data_key)?;
-        let current = stored.as_deref().map(stored_revision).transpose()?;
+        // A small value that is asked for is had at once.
+        let start_bytes = if item.operation.action == Action::Get { START_BYTES } else { REVISION_BYTES };
+        let stored = entry.start_of(&data_key, start_bytes)?;
+        let current = stored.as_ref().map(|stored| stored_revision(&stored.start)).transpose()?;
         if !item.operation.condition.holds(current) {
-            return Ok(Err(Rejection::ConditionFailed { operation: item.position, current }));
+            return Ok(Err((item.position, current)));
         }
         found.push((data_key, stored));
     }
-    let mut draft =
-        Draft { outcomes: Vec::with_capacity(placed.len()), changes: WriteBatch::default(), contents: BTreeMap::new() };
+
+    let mut draft = Draft {
+        outcomes: Vec::with_capacity(placed.len()),
+        gets: Gets::default(),
+        changes: WriteBatch::default(),
+        contents: BTreeMap::new(),
+    };
     for (item, (data_key, stored)) in placed.iter().zip(found) {
-        let stored = draft.changes.get(&data_key).cloned().unwrap_or(stored);
+        let stored = match draft.changes.get(&data_key) {
+            Some(change) => change.as_ref().map(|value| ValueStart::of(value, usize::MAX)),
+            None => stored,
+        };
         let outcome = draft.perform(entry, *item, data_key, stored)?;
         draft.outcomes.push(outcome);
     }
@@ -300,13 +502,13 @@ impl Draft {
         entry: &mut Entry<'_, R>,
         item: Placed<'_>,
         data_key: Bytes,
-        stored: Option<Bytes>,
+        stored: Option<ValueStart>,
     ) -> Result<OperationOutcome, StoreError> {
-        let user_key = &item.operation.key;
         let (after, outcome) = match (&item.operation.action, &stored) {
-            (Action::Get, _) => {
-                let record = stored.as_ref().map(decode_record).transpose()?;
-                return Ok(OperationOutcome::Got(record));
+            (Action::Get, None) => return Ok(OperationOutcome::Got(None)),
+            (Action::Get, Some(stored)) => {
+                self.gets.add(self.outcomes.len(), data_key, stored);
+                return Ok(OperationOutcome::Got(None));
             }
             (Action::Delete, None) => return Ok(OperationOutcome::Deleted { revision: None }),
             (Action::Delete, Some(_)) => {
@@ -319,9 +521,10 @@ impl Draft {
                 (Some(encode_record(&record)), OperationOutcome::Put { revision, created: stored.is_none() })
             }
         };
+        let (before, now) = (stored.map(|stored| stored.len), after.as_ref().map(Bytes::len));
         let contents = self.contents_mut(entry, item.slot)?;
         contents
-            .recount(user_key.len(), stored.as_ref(), after.as_ref())
+            .recount(item.operation.key.len(), before, now)
             .ok_or_else(|| StoreError::Damaged(format!("slot {} holds more than was counted in it", item.slot)))?;
         match after {
             Some(bytes) => self.changes.put(data_key, bytes),

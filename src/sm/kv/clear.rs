@@ -15,8 +15,7 @@ use crate::sm::requests::forget;
 use crate::sm::slots::{Ownership, change_range, data_range, misplaced, parse_data_key, parse_request_key, request_range};
 use crate::types::{MoveId, Slot};
 
-/// With so many bytes of keys and values deleted an entry ends, whatever its limit of keys: they are read to be counted, and nothing else is
-/// applied meanwhile. Part of what an entry means: replicas must agree on it.
+/// With so many bytes of keys and values deleted an entry ends, whatever its limit of keys: nothing else is applied meanwhile. Part of what an entry means: replicas must agree on it.
 const BYTES_MAX: usize = 1 << 20;
 
 /// What one entry may still delete.
@@ -73,13 +72,13 @@ pub(super) fn clear<R: Read>(
     Ok(MoveOutcome::Cleared { more: left.is_used_up() })
 }
 
-/// As much of `range` as is left to be deleted.
-fn take<R: Read>(entry: &Entry<'_, R>, range: &KeyRange, left: &mut Left) -> Result<Vec<(Bytes, Bytes)>, StoreError> {
+/// Returns as many keys of `range` as are left to be deleted, and the length of what each has.
+fn take<R: Read>(entry: &Entry<'_, R>, range: &KeyRange, left: &mut Left) -> Result<Vec<(Bytes, usize)>, StoreError> {
     let mut found = Vec::new();
     if !left.is_used_up() {
-        entry.scan(range, |key, value| {
-            left.use_up(key.len() + value.len());
-            found.push((key, value));
+        entry.scan_lengths(range, |key, len| {
+            left.use_up(key.len() + len);
+            found.push((key, len));
             Ok(!left.is_used_up())
         })?;
     }
@@ -102,10 +101,10 @@ fn clear_requests<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut Left
 }
 
 fn clear_data<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut Left) -> Result<(), StoreError> {
-    for (key, value) in take(entry, &data_range(slot, &KeyRange::all()), left)? {
+    for (key, len) in take(entry, &data_range(slot, &KeyRange::all()), left)? {
         let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
         let contents = &mut entry.state_mut(slot)?.contents;
-        contents.recount(user_key.len(), Some(&value), None).ok_or_else(|| miscounted(slot))?;
+        contents.recount(user_key.len(), Some(len), None).ok_or_else(|| miscounted(slot))?;
         entry.delete(key);
     }
     Ok(())

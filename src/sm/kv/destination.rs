@@ -115,9 +115,9 @@ fn put_data<R: Read>(
     map_key: Bytes,
     value: Option<Bytes>,
 ) -> Result<(), StoreError> {
-    let before = entry.get(&map_key)?;
+    let before = entry.start_of(&map_key, 0)?.map(|stored| stored.len);
     let contents = &mut entry.state_mut(slot)?.contents;
-    contents.recount(user_key.len(), before.as_ref(), value.as_ref()).ok_or_else(|| miscounted(slot))?;
+    contents.recount(user_key.len(), before, value.as_ref().map(Bytes::len)).ok_or_else(|| miscounted(slot))?;
     match value {
         Some(value) => entry.put(map_key, value),
         None => entry.delete(map_key),

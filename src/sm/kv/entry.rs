@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, btree_map};
 use bytes::Bytes;
 
 use super::OpenMove;
-use crate::sm::ports::{Direction, KeyRange, Overlay, Read, StoreError, WriteBatch};
+use crate::sm::ports::{Direction, KeyRange, Overlay, Read, StoreError, ValueStart, WriteBatch};
 use crate::sm::slots::{SlotState, change_key, change_value, move_key, parse_request_key, slot_of_copied, state_key};
 use crate::types::{MoveId, Slot};
 
@@ -38,7 +38,28 @@ impl<'a, R: Read> Entry<'a, R> {
         Overlay { base: self.read, batch: &self.batch }.get(key)
     }
 
-    /// Up to `limit` pairs of `range`, in key order, for as long as `take` says so.
+    /// Returns the first bytes of a value, and its length.
+    pub fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
+        Overlay { base: self.read, batch: &self.batch }.start_of(key, bytes_max)
+    }
+
+    /// Visits the keys of `range` in their order, with the length of each value, for as long as `take` says so.
+    pub fn scan_lengths(
+        &self,
+        range: &KeyRange,
+        mut take: impl FnMut(Bytes, usize) -> Result<bool, StoreError>,
+    ) -> Result<(), StoreError> {
+        let overlay = Overlay { base: self.read, batch: &self.batch };
+        for item in overlay.scan_starts(range, Direction::Forward, 0) {
+            let (key, value) = item?;
+            if !take(key, value.len)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Visits the pairs of `range`, in key order, for as long as `take` says so.
     pub fn scan(
         &self,
         range: &KeyRange,

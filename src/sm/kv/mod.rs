@@ -1,12 +1,15 @@
 //! What a shard understands: its commands, what it answers, and [`apply`], which turns an entry into an answer and a batch.
 //!
-//! `record` is how a value is stored, `entry` the map as an entry sees it while it is applied, `apply` what an entry does, `read` what
-//! is read outside of the log. Where things are in the map is in `slots`, the memory of answered requests in `requests`.
+//! `record` is how a value is stored, `entry` the map as an entry sees it while it is applied, `apply` what an entry does, `answers`
+//! what its gets return, `read` what is read outside of the log. Where things are in the map is in `slots`, the memory of answered requests in `requests`.
 //!
 //! Slot moves: `moves` has their words, `source`, `destination` and `clear` what their steps do, `chunk` what the source reads for the
 //! destination, `observed` how far a shard is with a move.
 
+mod answers;
 mod apply;
+#[cfg(test)]
+mod bounds_tests;
 mod chunk;
 mod clear;
 mod destination;
@@ -28,14 +31,15 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use self::apply::apply;
+pub use self::answers::{ANSWER_BYTES_MAX, Audience};
+pub use self::apply::{answer_gets, apply, apply_for, weigh_gets};
 pub use self::chunk::{Chunk, final_contents, move_chunk};
 pub(super) use self::entry::Entry;
 pub use self::moves::{Install, MoveOutcome, MovePhase, MoveRejection, MoveStep, OpenMove, Progress};
 pub use self::observed::{
     CHANGES_BYTES_MAX, DestinationState, Remaining, SourceState, destination_state, leftovers, source_state,
 };
-pub use self::read::{Counts, PageRequest, ReadOutcome, ScanPage, count, read, scan_page};
+pub use self::read::{Counts, FindOutcome, FoundKey, PageRequest, ReadOutcome, ScanPage, count, find, read, scan_page};
 pub use self::record::{decode_record, encode_record};
 use super::codec;
 use super::level::Feature;
@@ -53,6 +57,9 @@ pub enum Command {
     Move { id: MoveId, slots: BTreeSet<Slot>, step: MoveStep },
     /// A chunk of a move, for its destination. `time_ms` is the destination's own group time, from the leader that proposes it.
     Install { time_ms: u64, install: Install },
+    /// As [`Command::Write`], but a write whose gets return more than is left of [`ANSWER_BYTES_MAX`] for the entry is rejected. From
+    /// level 1 on.
+    BoundedWrite { time_ms: u64, writes: Vec<Write> },
 }
 
 /// Operations that happen all in one entry or not at all.
@@ -136,6 +143,8 @@ pub enum WriteOutcome {
     /// Only of a retry: operations of some slots are answered from the memory of requests, the others were decided now, and not all of
     /// them alike. It comes about when slots that were in different shards at the first try are in one shard now. One per operation.
     Mixed(Vec<Result<OperationOutcome, Rejection>>),
+    /// It was done, now or before, and what its gets return is not at hand: nobody waits for it, or it is too large. Never sent.
+    Unanswered,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,6 +174,8 @@ pub enum Rejection {
     KeyReused { slot: Slot },
     /// The memory of answered requests is full: try again when some have expired.
     RequestsFull { slot: Slot },
+    /// Its gets return so many bytes: more than [`ANSWER_BYTES_MAX`], or than other writes of its entry have left of them. Never sent.
+    AnswerTooLarge { bytes: u64 },
 }
 
 impl Command {
@@ -172,6 +183,7 @@ impl Command {
     pub fn needs(&self) -> Option<Feature> {
         match self {
             Command::Write { .. } | Command::Claim { .. } | Command::Move { .. } | Command::Install { .. } => None,
+            Command::BoundedWrite { .. } => Some(Feature::BoundedAnswers),
         }
     }
 
@@ -194,7 +206,9 @@ impl Command {
     /// About as many bytes as the encoding takes.
     pub fn size_hint(&self) -> usize {
         match self {
-            Command::Write { writes, .. } => 16 + writes.iter().map(Write::size_hint).sum::<usize>(),
+            Command::Write { writes, .. } | Command::BoundedWrite { writes, .. } => {
+                16 + writes.iter().map(Write::size_hint).sum::<usize>()
+            }
             Command::Claim { slots } => 8 + 2 * slots.len(),
             Command::Move { slots, step, .. } => 16 + 2 * slots.len() + step.size_hint(),
             Command::Install { install, .. } => 8 + install.size_hint(),
@@ -204,13 +218,25 @@ impl Command {
     /// The group time that it carries, if it does.
     pub fn time_ms(&self) -> Option<u64> {
         match self {
-            Command::Write { time_ms, .. } | Command::Install { time_ms, .. } => Some(*time_ms),
+            Command::Write { time_ms, .. } | Command::BoundedWrite { time_ms, .. } | Command::Install { time_ms, .. } => {
+                Some(*time_ms)
+            }
             Command::Claim { .. } | Command::Move { .. } => None,
         }
     }
 }
 
 impl Write {
+    /// Returns whether it changes nothing: a read, which needs no entry.
+    pub fn is_read(&self) -> bool {
+        self.operations.iter().all(|operation| operation.action == Action::Get)
+    }
+
+    /// Returns whether it reads any values.
+    pub fn has_gets(&self) -> bool {
+        self.operations.iter().any(|operation| operation.action == Action::Get)
+    }
+
     /// About as many bytes as the encoding takes.
     pub fn size_hint(&self) -> usize {
         let key = self.idempotency_key.as_ref().map_or(0, Bytes::len);

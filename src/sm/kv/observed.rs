@@ -111,7 +111,7 @@ pub fn destination_state(read: &impl Read, id: MoveId, slots: &BTreeSet<Slot>) -
 /// Whether the map holds anything in `slot`, looked up in the map itself and not in its counters.
 pub(super) fn holds_anything(read: &impl Read, slot: Slot) -> Result<bool, StoreError> {
     for range in [data_range(slot, &KeyRange::all()), request_range(slot), expiry_range(slot)] {
-        if read.scan(&range, Direction::Forward).next().transpose()?.is_some() {
+        if read.scan_starts(&range, Direction::Forward, 0).next().transpose()?.is_some() {
             return Ok(true);
         }
     }

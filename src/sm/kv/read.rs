@@ -6,8 +6,9 @@ use std::collections::BinaryHeap;
 use bytes::Bytes;
 
 use super::Record;
-use super::record::decode_record;
-use crate::sm::ports::{Direction, KeyRange, Pairs, Read, StoreError};
+use super::answers::START_BYTES;
+use super::record::{decode_head, decode_record};
+use crate::sm::ports::{Direction, Items, KeyRange, Read, StoreError, ValueStart};
 use crate::sm::slots::{SlotState, data_key, data_range, misplaced, parse_data_key, slot_of};
 use crate::types::{GroupId, MoveId, Slot};
 
@@ -21,13 +22,48 @@ pub enum ReadOutcome {
 
 /// The record of `key`, if the shard owns its slot.
 pub fn read(read: &impl Read, key: &[u8]) -> Result<ReadOutcome, StoreError> {
+    Ok(match find(read, key)? {
+        FindOutcome::NotOwned { slot, moved_to } => ReadOutcome::NotOwned { slot, moved_to },
+        FindOutcome::Owned(found) => ReadOutcome::Owned(found.map(|found| found.load(read, false)).transpose()?),
+    })
+}
+
+/// As [`ReadOutcome`], before a value is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FindOutcome {
+    NotOwned { slot: Slot, moved_to: Option<(MoveId, GroupId)> },
+    Owned(Option<FoundKey>),
+}
+
+/// A key that exists. To be loaded from the map in which it was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundKey {
+    data_key: Bytes,
+    stored: ValueStart,
+}
+
+impl FoundKey {
+    /// Returns the bytes of its record.
+    pub fn bytes(&self) -> usize {
+        self.stored.len
+    }
+
+    /// Reads the record; without its value if the key is all that is asked for.
+    pub fn load(&self, read: &impl Read, keys_only: bool) -> Result<Record, StoreError> {
+        record(read, &self.data_key, &self.stored, keys_only)
+    }
+}
+
+/// Looks for `key`, if the shard owns its slot.
+pub fn find(read: &impl Read, key: &[u8]) -> Result<FindOutcome, StoreError> {
     let slot = slot_of(key);
     let state = SlotState::read(read, slot)?;
     if !state.serves_reads() {
-        return Ok(ReadOutcome::NotOwned { slot, moved_to: state.moved_to });
+        return Ok(FindOutcome::NotOwned { slot, moved_to: state.moved_to });
     }
-    let record = read.get(&data_key(slot, key))?;
-    record.as_ref().map(decode_record).transpose().map(ReadOutcome::Owned)
+    let data_key = data_key(slot, key);
+    let stored = read.start_of(&data_key, START_BYTES)?;
+    Ok(FindOutcome::Owned(stored.map(|stored| FoundKey { data_key, stored })))
 }
 
 /// What a shard holds.
@@ -63,7 +99,7 @@ pub struct PageRequest {
     pub direction: Direction,
     /// At most this many items; none counts as one.
     pub limit: usize,
-    /// The page ends with the item that brings its keys and values to this many bytes. It has one item at least, if there is any.
+    /// Its keys and values have at most this many bytes, or it has one item alone.
     pub bytes_max: usize,
     /// Leave the values out.
     pub keys_only: bool,
@@ -81,47 +117,119 @@ pub struct ScanPage {
 }
 
 /// A page of the keys in the slots that the shard owns: a merge of the slots that have any, each read as far as the page reaches.
+///
+/// Of a slot whose turn has not come the next key is known, and the beginning of what is stored there; a value is read only when it
+/// is certain that the page has room for it.
 pub fn scan_page(read: &impl Read, request: &PageRequest) -> Result<ScanPage, StoreError> {
     let owned = owned_states(read)?;
-    let mut heads = BinaryHeap::new();
-    let filled = owned.iter().filter(|(_, state)| state.contents.keys > 0 && !request.range.is_empty());
-    for (slot, _) in filled {
-        let pairs = read.scan(&data_range(*slot, &request.range), request.direction);
-        heads.extend(Head::next_of(pairs, request.direction)?);
+    let mut merge = Merge { read, request, heads: BinaryHeap::new(), last: None };
+    for (slot, _) in owned.iter().filter(|(_, state)| state.contents.keys > 0) {
+        merge.enter(*slot)?;
     }
+
     let mut items = Vec::new();
-    let mut bytes = 0;
-    while items.len() < request.limit.max(1) && (items.is_empty() || bytes < request.bytes_max) {
-        let Some(head) = heads.pop() else { break };
-        let mut record = decode_record(&head.value)?;
-        if request.keys_only {
-            record.value = Bytes::new();
+    let mut bytes_left = request.bytes_max;
+    while items.len() < request.limit.max(1) {
+        let Some(head) = merge.heads.peek() else { break };
+        let bytes = merge.bytes_of(head);
+        if bytes > bytes_left && !items.is_empty() {
+            break;
         }
-        bytes += head.user_key.len() + record.value.len();
-        items.push((head.user_key, record));
-        heads.extend(Head::next_of(head.pairs, request.direction)?);
+        bytes_left = bytes_left.saturating_sub(bytes);
+        items.extend(merge.next()?);
     }
     let slots = owned.into_iter().map(|(slot, _)| slot).collect();
-    Ok(ScanPage { items, more: !heads.is_empty(), slots })
+    Ok(ScanPage { items, more: !merge.heads.is_empty(), slots })
 }
 
-/// The next pair of a slot in a merge, and where the ones after it come from. The greatest comes first.
-struct Head<'a> {
+/// A merge of slots.
+struct Merge<'a, R> {
+    read: &'a R,
+    request: &'a PageRequest,
+    /// The next key of each slot that has one.
+    heads: BinaryHeap<Head>,
+    /// Where the keys of a slot come from after the one that was taken last. Not kept for every slot: what a scan has at hand of its
+    /// tree may be as large as many values.
+    last: Option<(Slot, Items<'a, ValueStart>)>,
+}
+
+impl<'a, R: Read> Merge<'a, R> {
+    fn scan(&self, range: &KeyRange) -> Items<'a, ValueStart> {
+        let read = self.read;
+        read.scan_starts(range, self.request.direction, START_BYTES)
+    }
+
+    /// Looks for the first key of a slot.
+    fn enter(&mut self, slot: Slot) -> Result<(), StoreError> {
+        if !self.request.range.is_empty() {
+            let mut items = self.scan(&data_range(slot, &self.request.range));
+            self.heads.extend(Head::next_of(slot, &mut items, self.request.direction)?);
+        }
+        Ok(())
+    }
+
+    /// The bytes of an item.
+    fn bytes_of(&self, head: &Head) -> usize {
+        let value = if self.request.keys_only { 0 } else { head.stored.len };
+        head.user_key.len() + value
+    }
+
+    /// Takes the next item, and looks for the one after it in its slot.
+    fn next(&mut self) -> Result<Option<(Bytes, Record)>, StoreError> {
+        let Some(Head { slot, user_key, stored, direction }) = self.heads.pop() else { return Ok(None) };
+        let mut rest = match self.last.take() {
+            Some((last, rest)) if last == slot => rest,
+            Some(_) | None => self.scan(&rest_of(slot, &self.request.range, &user_key, direction)),
+        };
+        self.heads.extend(Head::next_of(slot, &mut rest, direction)?);
+        self.last = Some((slot, rest));
+        let record = record(self.read, &data_key(slot, &user_key), &stored, self.request.keys_only)?;
+        Ok(Some((user_key, record)))
+    }
+}
+
+/// What comes after a key of a slot, in the direction of the scan.
+fn rest_of(slot: Slot, range: &KeyRange, user_key: &Bytes, direction: Direction) -> KeyRange {
+    match direction {
+        Direction::Forward => {
+            let after = Bytes::from([user_key, &[0][..]].concat());
+            data_range(slot, &KeyRange { start: after, end: range.end.clone() })
+        }
+        Direction::Reverse => data_range(slot, &KeyRange { start: range.start.clone(), end: Some(user_key.clone()) }),
+    }
+}
+
+/// The record that begins so, read as far as it is wanted.
+fn record(read: &impl Read, data_key: &[u8], stored: &ValueStart, keys_only: bool) -> Result<Record, StoreError> {
+    if let Some(record) = stored.whole() {
+        let record = decode_record(record)?;
+        return Ok(if keys_only { Record { value: Bytes::new(), ..record } } else { record });
+    }
+    if keys_only && let Some(head) = decode_head(&stored.start)? {
+        return Ok(head);
+    }
+    let whole = read.get(data_key)?.ok_or_else(|| misplaced(data_key))?;
+    let record = decode_record(&whole)?;
+    Ok(if keys_only { Record { value: Bytes::new(), ..record } } else { record })
+}
+
+/// The next key of a slot in a merge. The greatest comes first.
+struct Head {
+    slot: Slot,
     user_key: Bytes,
-    value: Bytes,
-    pairs: Pairs<'a>,
+    stored: ValueStart,
     direction: Direction,
 }
 
-impl<'a> Head<'a> {
-    fn next_of(mut pairs: Pairs<'a>, direction: Direction) -> Result<Option<Self>, StoreError> {
-        let Some((key, value)) = pairs.next().transpose()? else { return Ok(None) };
+impl Head {
+    fn next_of(slot: Slot, items: &mut Items<'_, ValueStart>, direction: Direction) -> Result<Option<Self>, StoreError> {
+        let Some((key, stored)) = items.next().transpose()? else { return Ok(None) };
         let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
-        Ok(Some(Self { user_key, value, pairs, direction }))
+        Ok(Some(Self { slot, user_key, stored, direction }))
     }
 }
 
-impl Ord for Head<'_> {
+impl Ord for Head {
     fn cmp(&self, other: &Self) -> Ordering {
         match self.direction {
             Direction::Forward => other.user_key.cmp(&self.user_key),
@@ -130,16 +238,16 @@ impl Ord for Head<'_> {
     }
 }
 
-impl PartialOrd for Head<'_> {
+impl PartialOrd for Head {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl PartialEq for Head<'_> {
+impl PartialEq for Head {
     fn eq(&self, other: &Self) -> bool {
         self.cmp(other) == Ordering::Equal
     }
 }
 
-impl Eq for Head<'_> {}
+impl Eq for Head {}

@@ -29,6 +29,13 @@ pub(super) fn stored_revision(bytes: &[u8]) -> Result<Revision, StoreError> {
     codec::decode_first(bytes, WHAT).map(|(revision, _)| revision)
 }
 
+/// Reads a record without its value from the beginning of its stored form. None: the beginning is too short for its media type.
+pub(super) fn decode_head(start: &[u8]) -> Result<Option<Record>, StoreError> {
+    stored_revision(start)?;
+    let head = codec::decode_first::<(Revision, Media)>(start, WHAT).ok();
+    Ok(head.map(|((revision, media), _)| Record { revision, media, value: Bytes::new() }))
+}
+
 impl Condition {
     /// Whether it holds of a key at this revision, or of one that does not exist.
     pub fn holds(&self, current: Option<Revision>) -> bool {

@@ -182,6 +182,7 @@ fn show_write(outcome: &WriteOutcome) -> String {
     match outcome {
         WriteOutcome::Applied(outcomes) => joined(outcomes.iter().map(show_operation).collect()),
         WriteOutcome::Rejected(rejection) => show_rejection(rejection),
+        WriteOutcome::Unanswered => "unanswered".into(),
         WriteOutcome::Mixed(results) => {
             let show = |result: &Result<_, _>| result.as_ref().map_or_else(show_rejection, show_operation);
             format!("mixed: {}", joined(results.iter().map(show).collect()))
@@ -208,6 +209,7 @@ fn show_rejection(rejection: &Rejection) -> String {
         Rejection::ConditionFailed { operation, current: Some(current) } => format!("failed {operation} @{current}"),
         Rejection::KeyReused { .. } => "key reused".into(),
         Rejection::RequestsFull { .. } => "full".into(),
+        Rejection::AnswerTooLarge { bytes } => format!("{bytes} bytes"),
     }
 }
 
@@ -539,7 +541,8 @@ fn a_page_is_in_key_order_and_leaves_out_what_is_not_owned() {
     assert_eq!(page(&shard, all(), Direction::Forward, 5, 999), ("a=aa b=bb c=cc d=dd e=ee".into(), false));
     assert_eq!(page(&shard, all(), Direction::Forward, 2, 999), ("a=aa b=bb".into(), true));
     assert_eq!(page(&shard, all(), Direction::Reverse, 2, 999), ("e=ee d=dd".into(), true));
-    assert_eq!(page(&shard, all(), Direction::Forward, 9, 4), ("a=aa b=bb".into(), true));
+    assert_eq!(page(&shard, all(), Direction::Forward, 9, 14), ("a=aa b=bb".into(), true), "a record has four bytes more");
+    assert_eq!(page(&shard, all(), Direction::Forward, 9, 13), ("a=aa".into(), true));
     assert_eq!(page(&shard, all(), Direction::Forward, 9, 0), ("a=aa".into(), true));
     let range = KeyRange { start: "b".into(), end: Some("d".into()) };
     assert_eq!(page(&shard, range.clone(), Direction::Forward, 9, 999), ("b=bb c=cc".into(), false));
@@ -577,6 +580,10 @@ fn the_encodings_of_commands_and_outcomes_stand() {
         \x03\x01a\x03\x02\x01\x02\x01\x00\x01v\x01b\x01\x02\x01c\x00\x00\x01\x01k\
         \x02\x01d\x02\x01\x00\x01w\x01e\x04\x01\x03\x01\x00\x01x\x00";
     assert_eq!(&command.encode()[..], golden);
+    let Command::Write { time_ms, writes } = command else { panic!("a line is a write") };
+    let bounded = Command::BoundedWrite { time_ms, writes };
+    assert_eq!(bounded.encode()[..], [b"\x03\x01\x04", &golden[2..]].concat(), "format, level and variant differ");
+    assert_eq!(Command::decode(&bounded.encode()).expect("own encoding"), bounded);
     let slots = [1, 300].map(|number| Slot::new(number).expect("a slot")).to_vec();
     assert_eq!(&Command::Claim { slots }.encode()[..], b"\x01\x01\x02\x01\xac\x02");
 
