@@ -12,6 +12,8 @@ pub mod sled_tree;
 pub mod snapshot;
 pub mod state;
 pub mod tree;
+#[cfg(test)]
+pub mod watched_disk;
 pub mod witness;
 
 use std::fmt;

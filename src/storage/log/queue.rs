@@ -94,6 +94,11 @@ impl Queue {
         }
     }
 
+    /// Takes back an id whose entry is not written yet, unless there is a newer one.
+    pub fn return_committed(&self, key: ReplicaKey, id: LogId) {
+        self.lock().committed.entry(key).or_insert(Some(id));
+    }
+
     /// Bytes that wait for the writer.
     pub fn bytes(&self) -> usize {
         self.lock().bytes

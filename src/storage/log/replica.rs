@@ -217,7 +217,7 @@ impl Replica {
     pub fn new(key: ReplicaKey, written: Written) -> Self {
         let (purged_bytes, end_bytes) = written.byte_counts();
         let state = State {
-            issued: written.head(),
+            issued: ReplicaHead { committed: written.committed(), ..written.head() },
             wiped: false,
             cached: VecDeque::new(),
             end_bytes,

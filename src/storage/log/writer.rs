@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use super::handle::{Roster, SegmentView, Shared};
 use super::queue::{Change, Op, Taken, call};
-use super::record::{self, HEADER_BYTES, Head, NOBODY, Place, Record, ReplicaHead, SMALL_RECORD_BYTES_MAX};
+use super::record::{self, HEADER_BYTES, Head, NOBODY, Place, Record, SMALL_RECORD_BYTES_MAX};
 use super::replay::{Replayed, replay};
 use super::replica::Replica;
 use super::segment::{Active, Prepared, SegmentFiles};
-use super::written::{Live, Spot};
+use super::written::{Contradiction, Live, Spot};
 use super::{Done, Entry, Expect, LogFailure, LogOptions, OpenLogError, with_context};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::Disk;
@@ -199,11 +199,12 @@ impl LogWriter {
         if self.stopped {
             return false;
         }
-        let idle = self.shared.queue.is_empty();
-        if idle && !self.unmarked {
+        if !self.unmarked && self.shared.queue.is_empty() {
             return false;
         }
+        // Decided by what was taken: an operation may have come since the look above, and is not marked yet then.
         let taken = self.shared.queue.take(self.options.batch_bytes_max);
+        let idle = taken.ops.is_empty();
         self.unmarked = !idle;
         let segment = self.active.number;
         self.write_taken(taken);
@@ -221,9 +222,16 @@ impl LogWriter {
     fn write_taken(&mut self, taken: Taken) {
         let Taken { mut ops, committed } = taken;
         let need = ops.iter().map(|op| op.change.bytes()).sum::<usize>() + committed.len() * SMALL_RECORD_BYTES_MAX;
+        let shared = self.shared.clone();
         let written = self.write_batch(need, |ledger, batch| {
             ops.iter_mut().try_for_each(|op| ledger.write_op(op, batch))?;
-            committed.into_iter().try_for_each(|(key, id)| ledger.write_committed(key, id, batch))
+            committed.into_iter().try_for_each(|(key, id)| match id.filter(|id| ledger.is_early(key, *id)) {
+                Some(early) => {
+                    shared.queue.return_committed(key, early);
+                    Ok(())
+                }
+                None => ledger.write_committed(key, id, batch),
+            })
         });
         if let Err(error) = written {
             return self.fail(&error, ops);
@@ -364,8 +372,8 @@ impl LogWriter {
         count > FRAGMENTS_MAX && replayed().map(|sealed| sealed.bytes).sum::<u64>() < count as u64 * self.files.segment_bytes / 4
     }
 
-    /// Writes the replica's whole live state at the end of the log, in one synced batch. False if an entry can't be read: it then
-    /// stays where it is, and who needs it meets the error.
+    /// Writes the replica's whole live state at the end of the log, in one synced batch. Readers are sent there only after that.
+    /// False if an entry can't be read: it then stays where it is, and who needs it meets the error.
     fn rebase(&mut self, replica: &Arc<Replica>) -> io::Result<bool> {
         let (head, located) = {
             let state = replica.lock();
@@ -375,7 +383,17 @@ impl LogWriter {
         let read = located.into_iter().map(|(id, spot)| self.shared.read_entry(replica.key, id, spot));
         let Ok(entries) = read.collect::<io::Result<Vec<Entry>>>() else { return Ok(false) };
         let need = SMALL_RECORD_BYTES_MAX + entries.iter().map(record::entry_len).sum::<usize>();
-        self.write_batch(need, |ledger, batch| ledger.write_rebase(replica, head, entries, batch))?;
+        let records = std::iter::once(Record::Restate(head)).chain(entries.into_iter().map(Record::Restated));
+        let mut placed = Vec::new();
+        self.write_batch(need, |_, batch| {
+            for record in records {
+                let spot = batch.put(replica.key, &record)?;
+                placed.push((record, spot));
+            }
+            Ok(())
+        })?;
+
+        self.ledger.follow(replica, &placed)?;
         self.shared.counters().rebases += 1;
         Ok(true)
     }
@@ -461,22 +479,23 @@ impl Ledger {
         }
     }
 
-    fn write_rebase(
-        &mut self,
-        replica: &Arc<Replica>,
-        head: ReplicaHead,
-        entries: Vec<Entry>,
-        batch: &mut Batch,
-    ) -> io::Result<()> {
-        self.write_change(replica, &Record::Restate(head), batch)?;
-        entries.into_iter().try_for_each(|entry| self.write_change(replica, &Record::Restated(entry), batch))
+    /// Whether an operation that still waits is to write the entry with this id.
+    fn is_early(&self, key: ReplicaKey, id: LogId) -> bool {
+        self.replicas.get(&key).is_some_and(|replica| !replica.lock().written.holds(id))
+    }
+
+    /// Follows records that are written, as replay would. Nobody sees a part of them.
+    fn follow(&mut self, replica: &Replica, records: &[(Record, Spot)]) -> io::Result<()> {
+        let mut state = replica.lock();
+        let mut follow = |(record, spot): &(Record, Spot)| state.written.apply(record, *spot, &mut self.live);
+        records.iter().try_for_each(&mut follow).map_err(|error| contradicts(replica.key, &error))
     }
 
     /// Encodes a record and follows it, as replay would.
     fn write_change(&mut self, replica: &Replica, record: &Record, batch: &mut Batch) -> io::Result<()> {
         let spot = batch.put(replica.key, record)?;
         let followed = replica.lock().written.apply(record, spot, &mut self.live);
-        followed.map_err(|error| io::Error::other(format!("replica {}: {error}", replica.key)))
+        followed.map_err(|error| contradicts(replica.key, &error))
     }
 
     /// Those whose first live entry is in the segment, with their live bytes. None if one of them is larger than `bytes_max`.
@@ -496,4 +515,8 @@ impl Ledger {
         }
         Some(pinning)
     }
+}
+
+fn contradicts(key: ReplicaKey, error: &Contradiction) -> io::Error {
+    io::Error::other(format!("replica {key}: {error}"))
 }

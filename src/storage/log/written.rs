@@ -118,6 +118,17 @@ impl Written {
         self.end_bytes - self.purged_bytes
     }
 
+    /// Whether the entry with this id is here, or was and is purged.
+    pub fn holds(&self, id: LogId) -> bool {
+        id.index < index_after(self.head.purged) || self.located(id.index).is_some_and(|entry| entry.term == id.term)
+    }
+
+    /// The id through which the entries that are here are known to be committed. The one that a record states counts only while its
+    /// entry is here: earlier versions could write it before that, and what is in the entry's place may be another, to be replaced.
+    pub fn committed(&self) -> Option<LogId> {
+        self.head.committed.filter(|id| self.holds(*id)).or(self.head.purged)
+    }
+
     /// Where the byte counts of a replica stand at its purge point and at its end.
     pub fn byte_counts(&self) -> (u64, u64) {
         (self.purged_bytes, self.end_bytes)

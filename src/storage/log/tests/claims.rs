@@ -1,6 +1,9 @@
 //! One claim each.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::*;
+use crate::storage::watched_disk::WatchedDisk;
 
 /// A log on a fresh simulated disk with replica g1-r1 created.
 fn one(options: &LogOptions) -> (SimDisk, Log, LogWriter, ReplicaLog, Outcomes) {
@@ -293,6 +296,180 @@ async fn as_a_task_the_writer_marks_when_idle_and_ends_when_closed() {
     task.await.expect("the writer ends");
     replica.append(run_of(1, 3..4, 10), Box::new(|_| ())).expect_err("a closed log");
     assert!(log.failed().borrow().is_none(), "closed is not failed");
+}
+
+/// More waits than one batch takes, and the entry that is committed is in the part that does not fit.
+#[test]
+fn a_committed_id_is_not_durable_before_its_entry() {
+    let options = LogOptions { batch_bytes_max: 500, ..LogOptions::default() };
+    for batches in 1..12 {
+        let (disk, log, mut writer, replica, outcomes) = one(&options);
+        for index in 0..20 {
+            replica.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+        }
+        replica.save_committed(Some(id(1, 19)));
+        for _ in 0..batches {
+            writer.pump();
+        }
+        drop((log, writer, replica));
+
+        let (log, _writer) = open(&disk, &options).expect("a log");
+        let replica = log.replica(key(1, 1)).expect("it was created");
+        assert!(replica.committed() <= replica.state().last, "{:?} of {:?}", replica.committed(), replica.state());
+        let all_written = replica.state().last == Some(id(1, 19));
+        assert_eq!(replica.committed().is_some(), all_written, "the id goes with the batch that ends with its entry");
+    }
+}
+
+/// What is to be replaced by committed entries is still in the file when the process ends: it must not be applied as if it were they.
+#[test]
+fn a_committed_id_never_speaks_for_an_entry_that_it_replaces() {
+    let options = LogOptions { batch_bytes_max: 500, ..LogOptions::default() };
+    let (disk, log, mut writer, replica, outcomes) = one(&options);
+    replica.append(run_of(1, 0..10, 100), outcomes.done()).expect("an append");
+    pump(&mut writer);
+    replica.append(run_of(1, 10..14, 100), outcomes.done()).expect("an append");
+    replica.truncate_after(Some(4), outcomes.done());
+    replica.append(run_of(2, 5..9, 100), outcomes.done()).expect("an append");
+    replica.save_committed(Some(id(2, 8)));
+    assert!(writer.pump());
+    drop((log, writer, replica));
+
+    let (log, _writer) = open(&disk, &options).expect("a log");
+    let replica = log.replica(key(1, 1)).expect("it was created");
+    assert_eq!(replica.state().last, Some(id(1, 13)), "the truncation was meant to be lost");
+    assert_eq!(replica.committed(), None);
+}
+
+/// Earlier versions could leave such a log.
+#[test]
+fn a_log_whose_committed_id_is_not_in_it_opens_and_goes_on() {
+    let options = small();
+    for ahead in [id(1, 9), id(2, 3), id(2, 9)] {
+        let (disk, log, mut writer, replica, outcomes) = one(&options);
+        replica.append(run_of(1, 0..5, 100), outcomes.done()).expect("an append");
+        replica.purge(id(1, 1), outcomes.done());
+        pump(&mut writer);
+        drop((log, writer, replica));
+        append_record(&disk, key(1, 1), &record::Record::Committed(Some(ahead)));
+
+        for _ in 0..2 {
+            let (log, mut writer) = open(&disk, &options).unwrap_or_else(|error| panic!("{ahead}: {error}"));
+            let replica = log.replica(key(1, 1)).expect("it was created");
+            assert_eq!(replica.committed(), Some(id(1, 1)), "{ahead}: what was purged had been committed");
+            // So much that segments are begun, whose heads restate the replica, and that it is rebased.
+            let next = replica.state().last.map_or(0, |last| last.index + 1);
+            log.create(key(7, next), outcomes.done());
+            let busy = log.replica(key(7, next)).expect("it was created");
+            for index in 0..100 {
+                busy.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+                busy.purge(id(1, index), outcomes.done());
+                pump(&mut writer);
+            }
+            replica.append(vec![entry(1, next, 10)], outcomes.done()).expect("an append");
+            pump(&mut writer);
+        }
+        let (log, mut writer) = open(&disk, &options).unwrap_or_else(|error| panic!("{ahead}: {error}"));
+        let replica = log.replica(key(1, 1)).expect("it was created");
+        replica.save_committed(Some(id(1, 4)));
+        pump(&mut writer);
+        replica.save_vote(Vote { term: 3, voted_for: None, committed: false }, outcomes.done());
+        pump(&mut writer);
+        drop((log, writer, replica));
+        let (log, _writer) = open(&disk, &options).expect("a log");
+        let replica = log.replica(key(1, 1)).expect("it was created");
+        assert_eq!(replica.committed(), Some(id(1, 4)), "{ahead}");
+    }
+}
+
+/// Writes a record behind the last one of the log, as a batch of its own.
+fn append_record(disk: &SimDisk, key: ReplicaKey, record: &record::Record) {
+    let mut segments = disk.files().into_iter().filter(|(path, _)| path.extension().is_some_and(|kind| kind == "segment"));
+    let (path, _) = segments.next_back().expect("a segment");
+    let bytes = disk.contents(&path).expect("it is listed");
+    let number = path.file_stem().and_then(|stem| stem.to_str()?.parse().ok()).expect("segments are numbered");
+    let place = |offset| record::Place { binding: 0, segment: number, offset };
+    let mut at = 0;
+    while let Ok(found) = record::decode(&bytes[at..], place(at as u64)) {
+        at += found.len;
+    }
+    let mut batch = Vec::new();
+    record::encode(&mut batch, place(at as u64), record::NOBODY, &record::Record::Mark);
+    record::encode(&mut batch, place(at as u64), key, record);
+    let file = disk.open(&path, crate::storage::disk::Open::Existing).expect("it is listed");
+    file.write_at(&batch, at as u64).expect("a write");
+    file.sync().expect("a sync");
+}
+
+/// Also after an operation that comes just when the writer has seen that the log is idle.
+#[test]
+fn the_closing_mark_comes_after_whatever_was_written_last() {
+    const ROUNDS: usize = 4_000;
+    let (disk, _log, mut writer, replica, _) = one(&LogOptions::default());
+    let (begun, acked) = (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
+    let vote = || {
+        let acked = acked.clone();
+        let done = move |_| {
+            acked.fetch_add(1, Ordering::Release);
+        };
+        replica.save_vote(Vote { term: 1, voted_for: None, committed: true }, Box::new(done));
+    };
+    let unmarked = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..=ROUNDS {
+                while begun.load(Ordering::Acquire) < round {
+                    std::thread::yield_now();
+                }
+                vote();
+            }
+        });
+        let unmarked = (1..=ROUNDS).find(|round| {
+            vote();
+            writer.pump();
+            begun.store(*round, Ordering::Release);
+            while acked.load(Ordering::Acquire) < 2 * round {
+                if !writer.pump() {
+                    std::thread::yield_now();
+                }
+            }
+            let syncs = disk.counts().syncs;
+            writer.pump();
+            disk.counts().syncs == syncs
+        });
+        // The other thread is not to wait for rounds that never come.
+        begun.store(ROUNDS, Ordering::Release);
+        unmarked
+    });
+    assert_eq!(unmarked, None, "a round that left no mark behind the last vote");
+}
+
+#[test]
+fn what_is_rebased_is_read_at_every_moment_of_it() {
+    let options = LogOptions { cache_bytes: 0, ..small() };
+    let disk = SimDisk::new(1);
+    disk.create_dir(Path::new("/node")).expect("a directory");
+    let watched = WatchedDisk::new(disk);
+    let (log, mut writer) = Log::open(Arc::new(watched.clone()), &dir(), options).expect("a new log");
+    let outcomes = Outcomes::default();
+    let [idle, busy] = [key(1, 1), key(2, 1)].map(|key| {
+        log.create(key, outcomes.done());
+        log.replica(key).expect("it was created")
+    });
+    let entries = run_of(3, 0..4, 30);
+    idle.append(entries.clone(), outcomes.done()).expect("an append");
+    pump(&mut writer);
+    let reads = Arc::new(AtomicUsize::new(0));
+    let counted = reads.clone();
+    watched.watch(move |_| {
+        assert_eq!(idle.read(0..4, usize::MAX).expect("a read"), entries);
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    for index in 0..300 {
+        busy.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+        busy.purge(id(1, index), outcomes.done());
+        pump(&mut writer);
+    }
+    assert!(log.metrics().rebases > 3 && reads.load(Ordering::Relaxed) > 600, "{:?}", log.metrics());
 }
 
 /// Many groups append, read back and purge at once, over segments that are used again and again.

@@ -1,0 +1,110 @@
+//! [`WatchedDisk`]: a simulated disk that tells a test what is about to be done to it.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use super::disk::{Disk, DiskFile, Open};
+use super::sim_disk::SimDisk;
+
+/// A change that is about to be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change<'a> {
+    Create(&'a Path),
+    Write,
+    Sync,
+    Rename { to: &'a Path },
+    Remove(&'a Path),
+    SyncDir(&'a Path),
+}
+
+type Watcher = Box<dyn FnMut(Change<'_>) + Send>;
+
+/// Clones are the same disk.
+#[derive(Clone)]
+pub struct WatchedDisk {
+    pub disk: SimDisk,
+    watcher: Arc<Mutex<Option<Watcher>>>,
+}
+
+struct WatchedFile {
+    file: Box<dyn DiskFile>,
+    disk: WatchedDisk,
+}
+
+impl WatchedDisk {
+    pub fn new(disk: SimDisk) -> Self {
+        Self { disk, watcher: Arc::default() }
+    }
+
+    /// Has `watcher` told of every change from now on, but for those that it makes itself.
+    pub fn watch(&self, watcher: impl FnMut(Change<'_>) + Send + 'static) {
+        *self.watcher.lock().expect("no holder panics") = Some(Box::new(watcher));
+    }
+
+    fn tell(&self, change: Change<'_>) {
+        let watcher = self.watcher.lock().expect("no holder panics").take();
+        if let Some(mut watcher) = watcher {
+            watcher(change);
+            self.watcher.lock().expect("no holder panics").get_or_insert(watcher);
+        }
+    }
+}
+
+impl Disk for WatchedDisk {
+    fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
+        if how != Open::Existing {
+            self.tell(Change::Create(path));
+        }
+        Ok(Box::new(WatchedFile { file: self.disk.open(path, how)?, disk: self.clone() }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.tell(Change::Rename { to });
+        self.disk.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.tell(Change::Remove(path));
+        self.disk.remove(path)
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.tell(Change::Create(path));
+        self.disk.create_dir(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.tell(Change::SyncDir(path));
+        self.disk.sync_dir(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        self.disk.list(path)
+    }
+}
+
+impl DiskFile for WatchedFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.disk.tell(Change::Write);
+        self.file.write_at(bytes, offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.disk.tell(Change::Write);
+        self.file.set_len(len)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.disk.tell(Change::Sync);
+        self.file.sync()
+    }
+}
