@@ -10,15 +10,17 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::crash_tests::{ModelLog, donated};
+use super::scan::{Scanned, publish, scan};
 use super::tests::{KEY, Model, TestLog, applied, apply_to_model, assert_is, open, pairs, send, small_options, snapshot_pairs};
 use super::*;
 use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError, WriteBatch};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{Disk, RealDisk};
-use crate::storage::mem_trees::MemTrees;
+use crate::storage::mem_trees::{Crash, MemTrees};
 use crate::storage::sim_disk::SimDisk;
 use crate::storage::sled_tree::{SledOptions, SledTrees};
 use crate::storage::tree::{Tree, Trees, Walk};
+use crate::storage::watched_disk::{Change, WatchedDisk};
 use crate::types::{GroupId, ReplicaId};
 
 /// Every key gets the same value in each batch, so any tear shows.
@@ -69,6 +71,46 @@ fn readers_and_snapshots_see_one_point_in_time_while_checkpoints_go_on() {
     assert!(store.metrics().checkpoints > 50);
     store.close().expect("closed");
     checkpoints.join().expect("the checkpointer ends when the store closes");
+}
+
+/// The log is purged behind either of them, so one must be there at every moment, also after a power cut.
+#[test]
+fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
+    let log = ModelLog::random(&mut StdRng::seed_from_u64(9), 300);
+    let (donated, _donor) = donated(&log, 200);
+    let (disk, trees) = (WatchedDisk::new(SimDisk::new(1)), MemTrees::new());
+    let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+    let (store, _checkpointer) = open(&trees, &shared);
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    log.replay(&state, 100).expect("applied");
+    let Ok(Scanned::New(built)) = scan(&state.replica) else { panic!("there is none yet") };
+    let received = send(&donated, &state);
+
+    // What is built is published as soon as the other lets it, which is once the other is under its name.
+    let waiting = Arc::new(Mutex::new(Some(built)));
+    let (also_waiting, publisher) = (waiting.clone(), state.clone());
+    disk.watch(move |change| {
+        let is_free = || publisher.replica.shelf.try_lock().is_ok();
+        if matches!(change, Change::SyncDir(_))
+            && is_free()
+            && let Some(built) = also_waiting.lock().expect("no holder panics").take()
+        {
+            publish(&publisher.replica, built).expect("published");
+        }
+    });
+    state.install(&received).expect("installed");
+    if let Some(built) = waiting.lock().expect("no holder panics").take() {
+        publish(&state.replica, built).expect("published");
+    }
+
+    assert_eq!(state.current_snapshot().expect("installed").applied(), donated.applied());
+    drop((state, store));
+    trees.crash(Crash::Worst, 1);
+    disk.disk.crash();
+    let (store, _checkpointer) = open(&trees, &shared);
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    assert_eq!(state.applied(), applied(200), "no file is left of either");
+    log.assert_true(&state, &mut StdRng::seed_from_u64(1), "from the file");
 }
 
 fn assert_one_point(pairs: impl IntoIterator<Item = (Bytes, Bytes)>, index: u64) {

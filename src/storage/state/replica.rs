@@ -225,8 +225,12 @@ impl ReplicaState {
                 replica.key
             )));
         }
-        snapshot.publish(replica.key)?;
-        *replica.lock_shelf() = Some(snapshot.clone());
+        // In one step for whoever has just built one: it would take this file for an older one, and remove it.
+        {
+            let mut shelf = replica.lock_shelf();
+            snapshot.publish(replica.key)?;
+            *shelf = Some(snapshot.clone());
+        }
         let trees = &*replica.shared.trees;
         let generations = open::generations(trees, replica.key)?;
         let generation = generations.first().copied().unwrap_or(0).max(pen.record.generation) + 1;
@@ -236,7 +240,7 @@ impl ReplicaState {
         let old = replica.switch(Tables::new(tree, record.applied));
         drop(old);
         open::drop_others(trees, replica.key, &generations, generation);
-        replica.shared.files.remove_others(replica.key, Some(&snapshot.path()))?;
+        replica.remove_old_snapshots()?;
         replica.shared.counters.snapshots_installed.fetch_add(1, Ordering::Relaxed);
         replica.shared.changed.notify_waiters();
         Ok(())
@@ -259,6 +263,13 @@ impl Replica {
 
     pub fn lock_shelf(&self) -> MutexGuard<'_, Option<Snapshot>> {
         self.shelf.lock().expect("no holder panics")
+    }
+
+    /// Removes every snapshot file of this replica but the current one.
+    fn remove_old_snapshots(&self) -> Result<(), StoreError> {
+        let shelf = self.lock_shelf();
+        let current = shelf.as_ref().map(Snapshot::path);
+        self.shared.files.remove_others(self.key, current.as_deref())
     }
 
     /// The pen, after those who want it more.

@@ -25,8 +25,24 @@ enum Scan {
     },
 }
 
+/// A snapshot of all that is applied and durable in the log.
+pub(super) enum Scanned {
+    /// The one that the replica has is as new.
+    Current(Snapshot),
+    /// In a file of its own, not yet the replica's.
+    New(Snapshot),
+}
+
 /// See [`super::ReplicaState::build_snapshot`].
 pub(super) fn build_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreError> {
+    match scan(replica)? {
+        Scanned::Current(snapshot) => Ok(snapshot),
+        Scanned::New(snapshot) => publish(replica, snapshot),
+    }
+}
+
+/// Copies the map to a file.
+pub(super) fn scan(replica: &Arc<Replica>) -> Result<Scanned, StoreError> {
     let mut crowded_scans = 0;
     loop {
         let mut pen = replica.lock_pen_last();
@@ -34,7 +50,7 @@ pub(super) fn build_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreEr
         replica.checkpoint_ready(&mut pen)?;
         replica.check()?;
         if let Some(current) = replica.lock_shelf().as_ref().filter(|current| *current.applied() == pen.record.applied) {
-            return Ok(current.clone());
+            return Ok(Scanned::Current(current.clone()));
         }
         let head = SnapshotHead { key: replica.key, applied: pen.record.applied.clone() };
         let files = &replica.shared.files;
@@ -52,7 +68,7 @@ pub(super) fn build_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreEr
             Err(error) => Err(error),
         };
         let (file, trailer) = written.inspect_err(|_| files.discard(&path))?;
-        return publish(replica, Snapshot::unpublished(files, file, head, trailer, path));
+        return Ok(Scanned::New(Snapshot::unpublished(files, file, head, trailer, path)));
     }
 }
 
@@ -99,7 +115,7 @@ fn scan_tree(
 }
 
 /// Makes it the current snapshot, unless a newer one was installed meanwhile.
-fn publish(replica: &Replica, snapshot: Snapshot) -> Result<Snapshot, StoreError> {
+pub(super) fn publish(replica: &Replica, snapshot: Snapshot) -> Result<Snapshot, StoreError> {
     let mut shelf = replica.lock_shelf();
     replica.check()?;
     if let Some(newer) = shelf.as_ref().filter(|current| current.applied().log_id > snapshot.applied().log_id) {
