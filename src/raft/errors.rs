@@ -91,6 +91,13 @@ pub enum OpenError {
          usable ({reason}); the other replicas of the group serve on"
     )]
     Lost { key: crate::storage::ReplicaKey, purged: crate::types::LogId, reason: String },
+    /// Its log is not the one that its map was applied from.
+    #[error(
+        "replica {key} does not open: its log {log}, and its map has applied {applied}. The log was replaced by an older copy, or has lost \
+         its end, and with it what this replica had promised: it takes no part. Put the whole data directory back as it was, or give this \
+         node an empty one, so that the cluster replaces its replicas"
+    )]
+    OtherLog { key: crate::storage::ReplicaKey, log: String, applied: crate::types::LogId },
     /// A replica that has a map is to be opened as a witness, or the other way round.
     #[error("{0} is on this node as another kind of replica than it should be")]
     OtherKind(crate::storage::ReplicaKey),

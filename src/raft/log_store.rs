@@ -1,8 +1,8 @@
 //! [`LogStore`]: the shared log as openraft sees it, one replica's part of it.
 //!
-//! The log keeps the order of a replica's operations, in memory at once and on the disk later. So only the vote is waited for; an append
-//! tells openraft by its callback, and truncations and purges need no word: nothing that follows them can become durable before them,
-//! and a failed sync fails everything after it.
+//! The log keeps the order of a replica's operations, in memory at once and on the disk later. So votes and truncations are waited for;
+//! an append tells openraft by its callback, and a purge needs no word: nothing that follows it can become durable before it, and a
+//! failed sync fails everything after it. A truncation is waited for because a snapshot may follow it, whose file is not in the log.
 
 use std::fmt::Debug;
 use std::io;
@@ -104,6 +104,13 @@ impl LogStore {
     }
 }
 
+/// Issues an operation and waits until it is durable.
+async fn ended(operation: impl FnOnce(Done)) -> io::Result<()> {
+    let (done, ended) = oneshot::channel();
+    operation(Box::new(move |result| drop(done.send(result))));
+    ended.await.map_err(|_| io::Error::other("the log was closed before that was done"))?
+}
+
 /// Issues an operation whose end need not be waited for. An error that is there at once is a refusal.
 fn issued(operation: impl FnOnce(Done)) -> io::Result<()> {
     let (done, mut ended) = oneshot::channel();
@@ -161,12 +168,7 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &RaftVoteOf) -> io::Result<()> {
-        let (done, saved) = oneshot::channel();
-        let done = move |result| {
-            let _ = done.send(result);
-        };
-        self.log.save_vote(vote_from_raft(vote), Box::new(done));
-        saved.await.map_err(|_| io::Error::other("the log was closed before the vote was saved"))?
+        ended(|done| self.log.save_vote(vote_from_raft(vote), done)).await
     }
 
     async fn save_committed(&mut self, committed: Option<RaftLogId>) -> io::Result<()> {
@@ -193,7 +195,7 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn truncate_after(&mut self, last: Option<RaftLogId>) -> io::Result<()> {
-        issued(|done| self.log.truncate_after(last.map(|id| id.index()), done))
+        ended(|done| self.log.truncate_after(last.map(|id| id.index()), done)).await
     }
 
     async fn purge(&mut self, log_id: RaftLogId) -> io::Result<()> {

@@ -15,6 +15,7 @@
 //! Kept out: which replicas there should be, where slots are, and HTTP (which mounts [`lanes::serve_lane`]).
 
 mod errors;
+mod fit;
 mod frames;
 mod group;
 pub mod lanes;

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::errors::OpenError;
+use super::fit::fit_log;
 use super::group::Group;
 use super::lanes::{Heard, Lanes};
 use super::pulse;
@@ -68,16 +69,6 @@ pub struct Registry {
     opening: Mutex<bool>,
     pulse: OnceLock<AbortOnDropHandle<()>>,
     closing: AtomicBool,
-}
-
-/// What ends before its log begins is lost: what is between is nowhere on this node.
-fn ensure_reachable(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result<(), OpenError> {
-    let Some(purged) = log.state().purged else { return Ok(()) };
-    if keeps.applied().log_id.is_some_and(|applied| applied.index >= purged.index) {
-        return Ok(());
-    }
-    let damaged = keeps.map().and_then(|state| state.opened().damaged_snapshot.clone());
-    Err(OpenError::Lost { key, purged, reason: damaged.unwrap_or_else(|| "its snapshot file is missing".to_owned()) })
 }
 
 impl Registry {
@@ -213,7 +204,7 @@ impl Registry {
         if kind.is_some_and(|kind| kind != found) {
             return Err(OpenError::OtherKind(key));
         }
-        ensure_reachable(key, &log, &keeps)?;
+        fit_log(key, &log, &keeps).await?;
         let group = Group::open(self.shared.clone(), log, keeps).await?;
         self.groups.write().expect("no holder panics").insert(key.group, group.clone());
         self.pulse.get_or_init(|| {

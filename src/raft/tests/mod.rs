@@ -4,6 +4,7 @@ mod cluster;
 mod groups;
 mod lanes;
 mod network;
+mod opening;
 mod snapshots;
 mod stalling_disk;
 mod storage_suite;

@@ -1,0 +1,67 @@
+//! [`fit_log`]: whether the log of a replica and what it applied belong together, looked at before the replica opens.
+//!
+//! A map is written down only when the log is durable through what it holds, so a log that ends below it was put there by somebody, or
+//! has lost its end: such a replica has forgotten what it promised, and takes no part. There is one exception. A snapshot of another
+//! replica becomes durable before the log that it replaces is purged; a process that ends between the two leaves a log that ends too
+//! early, or holds entries that the group never committed. That log makes way for the snapshot here, before openraft reads it: it would
+//! take what it compares by term first for newer than the snapshot, and stop.
+
+use tokio::sync::oneshot;
+
+use super::errors::OpenError;
+use super::state_machine::Keeps;
+use crate::storage::ReplicaKey;
+use crate::storage::log::{LogState, ReplicaLog};
+use crate::types::LogId;
+
+/// Has the log begin behind what an installed snapshot holds, where a crash has kept that from being done. Durable when it returns.
+///
+/// # Errors
+///
+/// When the log was purged past what is applied, or is not the one that was applied.
+pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result<(), OpenError> {
+    let LogState { purged, last, .. } = log.state();
+    let applied = keeps.applied().log_id;
+    if let Some(purged) = purged.filter(|purged| applied.is_none_or(|applied| applied.index < purged.index)) {
+        let damaged = keeps.map().and_then(|state| state.opened().damaged_snapshot.clone());
+        let reason = damaged.unwrap_or_else(|| "its snapshot file is missing".to_owned());
+        return Err(OpenError::Lost { key, purged, reason });
+    }
+    let Some(applied) = applied else { return Ok(()) };
+    let found = log.entry_id(applied.index);
+    if found == Some(applied) {
+        return Ok(());
+    }
+    if !is_installed(keeps, applied) {
+        let log = match (found, last) {
+            (Some(found), _) => format!("has {found}"),
+            (None, Some(last)) => format!("ends at {last}"),
+            (None, None) => "ends at nothing".to_owned(),
+        };
+        return Err(OpenError::OtherLog { key, log, applied });
+    }
+
+    tracing::info!(replica = %key, %applied, ?last, "the log makes way for the snapshot that was installed before the last end");
+    if found.is_some() {
+        ended(|done| log.truncate_after(purged.map(|purged| purged.index), done)).await?;
+    }
+    ended(|done| log.purge(applied, done)).await
+}
+
+/// Whether what is applied came as a whole from another replica, and not entry by entry from the log.
+fn is_installed(keeps: &Keeps, applied: LogId) -> bool {
+    match keeps {
+        Keeps::Map(state) => state
+            .current_snapshot()
+            .is_some_and(|snapshot| snapshot.applied().log_id == Some(applied) && snapshot.written_by() != state.key()),
+        // Its mark does not tell which.
+        Keeps::Witness(_) => true,
+    }
+}
+
+async fn ended(issue: impl FnOnce(crate::storage::log::Done)) -> Result<(), OpenError> {
+    let (done, ended) = oneshot::channel();
+    issue(Box::new(move |result| drop(done.send(result))));
+    let closed = || OpenError::Log(std::io::Error::other("it was closed"));
+    ended.await.map_err(|_| closed())?.map_err(OpenError::Log)
+}
