@@ -6,13 +6,16 @@
 //!
 //! Kept out: who counts connections (`http`) and calls (`client`).
 
+use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::runtime::Handle;
 
 /// For a process without a limit: more than any default below makes use of.
 const UNLIMITED: u64 = 1 << 30;
@@ -20,6 +23,8 @@ const UNLIMITED: u64 = 1 << 30;
 /// Between two attempts to get a descriptor: closing a connection takes no longer.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(200);
+/// How long a thread of a runtime waits.
+const RUNTIME_PATIENCE: Duration = Duration::from_secs(2);
 /// How often it is said that there is none.
 const SAY_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
@@ -103,30 +108,55 @@ pub fn are_exhausted(error: &io::Error) -> bool {
 ///
 /// # Errors
 ///
-/// Any other of `call`.
-pub fn patiently<T>(what: &str, mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+/// Any other of `call`; and that there is none, as [`retry`] says.
+pub fn patiently<T>(what: &str, call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    retry(what, call, are_exhausted)
+}
+
+/// The same for any error: `lacks` says whether it is that there is no descriptor left.
+///
+/// A thread of a runtime waits for two seconds only, because it may be one of those that would close connections; then the
+/// error is returned. The threads of log and checkpoints wait for as long as it takes.
+///
+/// # Errors
+///
+/// That of `call`.
+pub fn retry<T, E: Display>(what: &str, mut call: impl FnMut() -> Result<T, E>, lacks: impl Fn(&E) -> bool) -> Result<T, E> {
+    // Almost always there is one: no clock is read then.
+    let mut result = call();
     let began = Instant::now();
     let mut pause = PAUSE_MIN;
-    let mut say_at = began;
 
-    loop {
-        match call() {
-            Err(error) if are_exhausted(&error) => {
-                if Instant::now() >= say_at {
-                    say_at = Instant::now() + SAY_AGAIN_AFTER;
-                    tracing::warn!(
-                        limit = limit(),
-                        waited = ?began.elapsed(),
-                        "no descriptor is left to {what} ({error}); it is tried until there is one. Raise the limit of open files \
-                         (ulimit -n, LimitNOFILE), or lower --max-connections"
-                    );
-                }
-                thread::sleep(pause);
-                pause = (pause * 2).min(PAUSE_MAX);
-            }
-            result => return result,
+    while let Err(error) = &result
+        && lacks(error)
+    {
+        if is_to_be_said() {
+            tracing::warn!(
+                limit = limit(),
+                waited = ?began.elapsed(),
+                "no descriptor is left to {what} ({error}); it is tried until there is one. Raise the limit of open files \
+                 (ulimit -n, LimitNOFILE), or lower --max-connections"
+            );
         }
+        if began.elapsed() >= RUNTIME_PATIENCE && Handle::try_current().is_ok() {
+            break;
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(PAUSE_MAX);
+        result = call();
     }
+    result
+}
+
+/// Whether nobody has said so for a while: many may wait at a time.
+fn is_to_be_said() -> bool {
+    static SAID: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut said = SAID.lock().expect("no holder panics");
+    let is_due = said.is_none_or(|said| said.elapsed() >= SAY_AGAIN_AFTER);
+    if is_due {
+        *said = Some(Instant::now());
+    }
+    is_due
 }
 
 #[cfg(test)]

@@ -200,9 +200,11 @@ impl Access {
 
     /// A leader that has just ended is none, though the replica here still follows it: nobody is sent to a closed port, the router waits
     /// for the next leader instead.
+    ///
+    /// Nor is anybody sent back here: a replica that has stopped may still take itself for the leader.
     fn not_leader(&self, shard: GroupId, leader: Option<NodeId>) -> Failure {
         let map = self.member.map();
-        let leader = leader.filter(|leader| !self.member.registry.is_cut(*leader));
+        let leader = leader.filter(|leader| *leader != self.member.node && !self.member.registry.is_cut(*leader));
         match leader.and_then(|leader| map.node(leader)).map(|place| place.public.clone()) {
             Some(address) => Failure::Elsewhere { shard, address },
             None => unavailable(format!("shard {shard} has no leader now")),
@@ -251,8 +253,9 @@ impl ShardAccess for Access {
             }
             (None, Routing::Proxy) => self.forward(shard, body, options).await,
             (None, Routing::Redirect) => ShardReply::Failed(match self.member.staying_replica(shard) {
-                Some(group) => self.not_leader(shard, group.status().leader),
-                None => self.elsewhere_in_reach(shard).await,
+                Some(group) if group.watch().borrow().failure.is_none() => self.not_leader(shard, group.status().leader),
+                // One that has stopped does not hear who leads.
+                Some(_) | None => self.elsewhere_in_reach(shard).await,
             }),
         }
     }

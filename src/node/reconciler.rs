@@ -41,6 +41,9 @@ const ENTRIES_TOGETHER: Duration = Duration::from_millis(10);
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long members other than the first leave initializing a group to it.
 const INITIALIZE_AFTER: Duration = Duration::from_secs(3);
+/// Between two attempts to open a replica for which there was no descriptor.
+const RETRY_MIN: Duration = Duration::from_millis(250);
+const RETRY_MAX: Duration = Duration::from_secs(5);
 /// A replica that knows how its leader stood within this time is caught up.
 const FRESH: Duration = Duration::from_secs(5);
 
@@ -63,6 +66,23 @@ struct Done {
     claimed: BTreeSet<GroupId>,
     /// Replicas that can't be opened, with the reason: told once.
     failed: BTreeMap<ReplicaKey, String>,
+    /// Replicas for which there was no descriptor, and when they are tried again.
+    waiting: BTreeMap<ReplicaKey, Retry>,
+}
+
+/// The next attempt to open a replica.
+#[derive(Clone, Copy)]
+struct Retry {
+    at: Instant,
+    pause: Duration,
+}
+
+impl Retry {
+    /// Returns the attempt after `earlier`: soon at first, then more and more rarely.
+    fn after(earlier: Option<&Retry>) -> Self {
+        let pause = earlier.map_or(RETRY_MIN, |earlier| (earlier.pause * 2).min(RETRY_MAX));
+        Self { at: Instant::now() + pause, pause }
+    }
 }
 
 /// Replicas that are being forgotten, which takes a while for a large map: nothing else waits for it.
@@ -205,9 +225,8 @@ impl Reconciler {
     async fn open_replicas(&self, view: &View) -> bool {
         let mut idle = true;
         for key in replicas_of(view, self.member.node) {
-            let failed = self.done.lock().expect("no holder panics").failed.contains_key(&key);
             let registry = &self.member.registry;
-            if failed || registry.get(key.group).is_some() || registry.witness(key.group).is_some() {
+            if !self.may_be_tried(key) || registry.get(key.group).is_some() || registry.witness(key.group).is_some() {
                 continue;
             }
             idle = false;
@@ -219,6 +238,11 @@ impl Reconciler {
                 // One on its way out is what it was.
                 (false, false) => registry.reopen(key).await,
             };
+            if opened.as_ref().is_err_and(OpenError::lacks_descriptors) {
+                self.try_again(key);
+                continue;
+            }
+            self.done.lock().expect("no holder panics").waiting.remove(&key);
             if let Err(error) = opened {
                 let reason = error.to_string();
                 tracing::error!("replica {key} cannot be opened: {reason}");
@@ -229,6 +253,25 @@ impl Reconciler {
             }
         }
         idle
+    }
+
+    /// Whether a replica that is not open is to be opened now.
+    fn may_be_tried(&self, key: ReplicaKey) -> bool {
+        let done = self.done.lock().expect("no holder panics");
+        let is_due = done.waiting.get(&key).is_none_or(|retry| retry.at <= Instant::now());
+        is_due && !done.failed.contains_key(&key)
+    }
+
+    /// Has a replica opened later: connections will be closed, and nothing is wrong with the replica.
+    fn try_again(&self, key: ReplicaKey) {
+        let mut done = self.done.lock().expect("no holder panics");
+        let retry = Retry::after(done.waiting.get(&key));
+        tracing::warn!(
+            "replica {key} is not open: there is no descriptor left; it is tried again in {:?}. Raise the limit of open files \
+             (ulimit -n, LimitNOFILE)",
+            retry.pause
+        );
+        done.waiting.insert(key, retry);
     }
 
     async fn ensure_initialized(&self, view: &View, group: &Group) -> bool {

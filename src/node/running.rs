@@ -45,6 +45,8 @@ use crate::storage::sled_tree::{SledError, is_condemned};
 use crate::storage::state::{StateOptions, StateStore};
 use crate::types::{Address, GroupId};
 
+/// Between two attempts to open the replica of the meta group while there is no descriptor for it.
+const OPEN_AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// How long the meta group is given to apply the announcement of a node.
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the meta group is given to confirm that a view is the newest.
@@ -145,7 +147,16 @@ impl Running {
         let key = ReplicaKey { group: GroupId::META, replica };
         // Once stamped a member, the directory has had its meta replica: it is never begun anew.
         let may_create = !joining.is_stamped_member();
-        member.registry.open_replica(key, may_create).await.map_err(StartError::Meta)?;
+        loop {
+            match member.registry.open_replica(key, may_create).await {
+                Ok(_) => break,
+                Err(error) if error.lacks_descriptors() => {
+                    tracing::warn!("the replica of the meta group is not open yet: {error}; it is tried again");
+                    tokio::time::sleep(OPEN_AGAIN_AFTER).await;
+                }
+                Err(error) => return Err(StartError::Meta(error)),
+            }
+        }
         joining.stamp_member(member.node, &view)?;
         Ok(())
     }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use crate::descriptors;
 use crate::sm::level::Feature;
+use crate::sm::ports::StoreError;
 use crate::types::{NodeId, ReplicaId};
 
 /// Why a proposal was not answered. Only [`ProposeError::Unknown`] leaves open whether it was, or will yet be, applied.
@@ -110,11 +112,21 @@ pub enum OpenError {
     #[error("the log: {0}")]
     Log(#[source] std::io::Error),
     #[error("the map: {0}")]
-    State(#[from] crate::sm::ports::StoreError),
+    State(#[from] StoreError),
     /// The log does not know it, and it was not to be created.
     #[error("{0} is not on this node")]
     Missing(crate::storage::ReplicaKey),
     /// What the log and the map hold does not fit together, or the replica has stopped.
     #[error("raft: {0}")]
     Raft(String),
+}
+
+impl OpenError {
+    /// Whether there was no descriptor left to open a file by: that passes, and nothing is wrong with what was to be opened.
+    pub fn lacks_descriptors(&self) -> bool {
+        match self {
+            OpenError::Log(source) | OpenError::State(StoreError::Io { source, .. }) => descriptors::are_exhausted(source),
+            _ => false,
+        }
+    }
 }

@@ -8,6 +8,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crate::descriptors::patiently;
+
 /// What [`Disk::open`] may do to a file that is, or is not, there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Open {
@@ -47,7 +49,8 @@ pub trait DiskFile: Send + Sync {
     fn sync(&self) -> io::Result<()>;
 }
 
-/// The file system of this machine.
+/// The file system of this machine. While there is no descriptor left, it waits for one: the disk is well, and who has the descriptors
+/// will give some back.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RealDisk;
 
@@ -64,7 +67,8 @@ impl Disk for RealDisk {
                 options.create(true).truncate(true);
             }
         }
-        Ok(Box::new(options.open(path)?))
+        let file = patiently(&format!("open {}", path.display()), || options.open(path))?;
+        Ok(Box::new(file))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -80,12 +84,13 @@ impl Disk for RealDisk {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        File::open(path)?.sync_all()
+        patiently(&format!("sync {}", path.display()), || File::open(path))?.sync_all()
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
-        for entry in std::fs::read_dir(path)? {
+        let entries = patiently(&format!("list {}", path.display()), || std::fs::read_dir(path))?;
+        for entry in entries {
             let entry = entry?;
             if entry.file_type()?.is_file()
                 && let Ok(name) = entry.file_name().into_string()

@@ -24,10 +24,14 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::tree::{Tree, Trees, Walk};
+use crate::descriptors::{self, patiently};
 use crate::sm::ports::{Direction, Items, KeyRange, Pairs, StoreError, ValueStart};
 
 /// The file in the database's directory that has the next start move it aside.
 const CONDEMNED: &str = "CONDEMNED";
+
+/// sled writes larger values to files of their own. It may begin to a little above this.
+const LARGE_BYTES: usize = 100 << 10;
 
 /// sled's own tree, which it always has.
 const DEFAULT_TREE: &str = "__sled__default";
@@ -79,8 +83,15 @@ struct Trust {
 }
 
 impl Trust {
+    /// Reads. That there is no descriptor to open a file by says nothing of the disk, and a read leaves nothing half done.
     fn read<T>(&self, doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
-        let noting = || call().inspect_err(|error| self.note(error));
+        let noting = || {
+            call().inspect_err(|error| {
+                if !lacks_descriptors(error) {
+                    self.note(error)
+                }
+            })
+        };
         guarded(doing, noting)
     }
 
@@ -97,9 +108,24 @@ impl Trust {
                 let source = io::Error::other(format!("the database is not written to any more, since {error}"));
                 Err(StoreError::Io { context: doing.to_owned(), source })
             }
-            None => self.read(doing, call),
+            None => guarded(doing, || call().inspect_err(|error| self.note(error))),
         }
     }
+}
+
+/// Calls sled again while it has no descriptor to open a file by. Only for reads: a write that lacks one is never finished.
+fn waiting<T>(doing: &str, call: impl FnMut() -> sled::Result<T>) -> sled::Result<T> {
+    descriptors::retry(doing, call, lacks_descriptors)
+}
+
+fn lacks_descriptors(error: &sled::Error) -> bool {
+    matches!(error, sled::Error::Io(error) if descriptors::are_exhausted(error))
+}
+
+/// Waits until there is a descriptor for the file of its own that sled writes a large value to.
+fn await_descriptor(path: &Path) -> Result<(), StoreError> {
+    let opened = descriptors::patiently("write a large value", || File::open(path));
+    opened.map(drop).map_err(|source| StoreError::Io { context: format!("opening {}", path.display()), source })
 }
 
 impl SledTrees {
@@ -191,10 +217,8 @@ fn attempt(path: &Path, options: &SledOptions, open: Opener) -> Attempt {
 /// Whether an error says something of the files, and not of the system around them or of another handle that still has them.
 fn is_of_the_files(error: &io::Error) -> bool {
     use io::ErrorKind::{OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    const ENFILE: i32 = 23;
-    const EMFILE: i32 = 24;
     let around = matches!(error.kind(), OutOfMemory | PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
-        || matches!(error.raw_os_error(), Some(ENFILE | EMFILE));
+        || descriptors::are_exhausted(error);
     // sled gives the error of its lock a text and no kind.
     !around && !error.to_string().contains("acquire lock")
 }
@@ -244,7 +268,7 @@ fn files_below(path: &Path) -> Vec<PathBuf> {
 impl Trees for SledTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
         let tree = self.trust.write("opening a tree", || self.db.open_tree(name))?;
-        Ok(Arc::new(SledTree { tree, patience: self.patience, trust: self.trust.clone() }))
+        Ok(Arc::new(SledTree { tree, path: self.path.clone(), patience: self.patience, trust: self.trust.clone() }))
     }
 
     fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
@@ -263,13 +287,15 @@ impl Trees for SledTrees {
         self.trust.write("flushing the trees", || self.db.flush())?;
         let io_error = |source| StoreError::Io { context: format!("syncing {}", self.path.display()), source };
         for file in files_below(&self.path) {
-            match File::open(&file).and_then(|file| file.sync_all()) {
+            let opened = patiently("sync the maps", || File::open(&file));
+            match opened.and_then(|file| file.sync_all()) {
                 // sled removes files of its own meanwhile.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 result => result.map_err(io_error)?,
             }
         }
-        File::open(&self.path).and_then(|directory| directory.sync_all()).map_err(io_error)
+        let opened = patiently("sync the maps", || File::open(&self.path));
+        opened.and_then(|directory| directory.sync_all()).map_err(io_error)
     }
 
     fn condemn(&self, reason: &str) {
@@ -287,6 +313,8 @@ impl Trees for SledTrees {
 
 struct SledTree {
     tree: sled::Tree,
+    /// That of the database.
+    path: PathBuf,
     patience: Duration,
     trust: Trust,
 }
@@ -307,11 +335,11 @@ impl SledTree {
             if ended {
                 return None;
             }
-            let step = || match direction {
+            let mut step = || match direction {
                 Direction::Forward => iter.next().transpose(),
                 Direction::Reverse => iter.next_back().transpose(),
             };
-            let pair = self.trust.read("scanning a tree", step).transpose();
+            let pair = self.trust.read("scanning a tree", || waiting("scan values", &mut step)).transpose();
             ended = !matches!(pair, Some(Ok(_)));
             pair.map(|pair| pair.map(|(key, value)| (Bytes::copy_from_slice(&key), seen(&value))))
         }))
@@ -320,12 +348,12 @@ impl SledTree {
 
 impl Tree for SledTree {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        let value = self.trust.read("reading a tree", || self.tree.get(key))?;
+        let value = self.trust.read("reading a tree", || waiting("read a value", || self.tree.get(key)))?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
     fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
-        let value = self.trust.read("reading a tree", || self.tree.get(key))?;
+        let value = self.trust.read("reading a tree", || waiting("read a value", || self.tree.get(key)))?;
         Ok(value.map(|value| copied_start(&value, bytes_max)))
     }
 
@@ -338,6 +366,9 @@ impl Tree for SledTree {
     }
 
     fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
+        if change.is_some_and(|value| value.len() >= LARGE_BYTES) {
+            await_descriptor(&self.path)?;
+        }
         let call = || match change {
             Some(value) => self.tree.insert(key, value),
             None => self.tree.remove(key),
@@ -389,7 +420,7 @@ fn send_pages(tree: &sled::Tree, trust: &Trust, sender: &mpsc::SyncSender<Result
         let page = trust.read("walking a tree", || {
             let (mut page, mut bytes) = (Page::new(), 0);
             while page.len() < WALK_PAGE_PAIRS && bytes < WALK_PAGE_BYTES {
-                let Some(pair) = pairs.next().transpose()? else { break };
+                let Some(pair) = waiting("walk a tree", || pairs.next().transpose())? else { break };
                 bytes += pair.0.len() + pair.1.len();
                 page.push(pair);
             }
@@ -494,7 +525,8 @@ mod tests {
         let fail = |error: sled::Error| trees.trust.read("trying", || Err::<(), _>(error)).expect_err("it failed");
         fail(sled::Error::Corruption { at: None, bt: () });
         fail(sled::Error::Io(io::ErrorKind::UnexpectedEof.into()));
-        tree.write(b"k", Some(b"v")).expect("damage is for the checks of the trees");
+        fail(sled::Error::Io(rustix::io::Errno::MFILE.into()));
+        tree.write(b"k", Some(b"v")).expect("damage is for the checks of the trees, and descriptors come back");
         fail(sled::Error::Io(io::ErrorKind::StorageFull.into()));
         let error = tree.write(b"k", Some(b"v")).expect_err("refused").to_string();
         assert!(error.contains("not written to any more"), "{error}");

@@ -15,6 +15,7 @@ mod big;
 mod cluster_sh;
 mod common;
 mod crash;
+mod descriptors;
 mod dialect_kills;
 mod dialects;
 mod disk_full;

@@ -28,6 +28,7 @@ pub struct Host {
     directory: DirectoryId,
     disks: Disks,
     is_held: Arc<AtomicBool>,
+    lacks_descriptors: Arc<AtomicBool>,
     watcher: Mutex<Option<Watcher>>,
     running: Mutex<Option<Incarnation>>,
     /// Why it stopped by itself, where it should not have.
@@ -83,6 +84,7 @@ impl Host {
             directory: DirectoryId(u128::from(seed) + 1),
             disks,
             is_held: Arc::default(),
+            lacks_descriptors: Arc::default(),
             watcher: Mutex::default(),
             running: Mutex::default(),
             failed: Arc::default(),
@@ -102,8 +104,13 @@ impl Host {
         self.is_held.store(true, Ordering::Relaxed);
     }
 
+    /// Whether there is no descriptor for the maps of shards from now on.
+    pub fn take_descriptors(&self, are_gone: bool) {
+        self.lacks_descriptors.store(are_gone, Ordering::Relaxed);
+    }
+
     pub fn start(&self) {
-        let power = Power::on(self.is_held.clone());
+        let power = Power::on(self.is_held.clone(), self.lacks_descriptors.clone());
         let watcher = self.watcher.lock().expect("no holder panics").clone().expect("it is watched");
         let machine = SimMachine { disks: self.disks.clone(), power: power.clone(), directory_if_new: self.directory, watcher };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");

@@ -40,11 +40,13 @@ pub struct Power {
     is_on: RwLock<bool>,
     /// The stamp is not replaced for as long: nothing that a node says of itself on disk changes.
     is_held: Arc<AtomicBool>,
+    /// There is no descriptor for the trees of shards as long.
+    lacks_descriptors: Arc<AtomicBool>,
 }
 
 impl Power {
-    pub fn on(is_held: Arc<AtomicBool>) -> Arc<Self> {
-        Arc::new(Self { is_on: RwLock::new(true), is_held })
+    pub fn on(is_held: Arc<AtomicBool>, lacks_descriptors: Arc<AtomicBool>) -> Arc<Self> {
+        Arc::new(Self { is_on: RwLock::new(true), is_held, lacks_descriptors })
     }
 
     pub fn is_on(&self) -> bool {
@@ -175,6 +177,11 @@ impl DiskFile for PoweredFile {
     }
 }
 
+/// Whether a tree is that of a replica of the meta group.
+fn is_of_meta(name: &str) -> bool {
+    name.contains("g0-")
+}
+
 /// Open trees need no more than this: a crash of [`MemTrees`] ends their handles.
 struct PoweredTrees {
     trees: MemTrees,
@@ -190,6 +197,10 @@ impl PoweredTrees {
 impl Trees for PoweredTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
         let _on = self.need()?;
+        if self.power.lacks_descriptors.load(Ordering::Relaxed) && !is_of_meta(name) {
+            let source = rustix::io::Errno::MFILE.into();
+            return Err(StoreError::Io { context: "opening a tree".to_owned(), source });
+        }
         self.trees.open(name)
     }
 

@@ -9,6 +9,7 @@
 //! begin later, `QUORATE_STEPS_AT_ONCE=n` for how many clusters run at a time.
 
 mod case;
+mod descriptors;
 mod history;
 mod host;
 mod machine;
