@@ -96,7 +96,7 @@ impl Group {
         let is_stopping = Arc::new(AtomicBool::new(false));
         let (publish, watch) = watch::channel(look(&raft, None));
         let mut tasks = JoinSet::new();
-        tasks.spawn(proposer.clone().run(raft.clone(), machine.clone()));
+        tasks.spawn(proposer.clone().run(raft.clone(), machine.clone(), shared.resolver.clone()));
         tasks.spawn(reads.clone().run(raft.clone(), machine.clone()));
         tasks.spawn(monitor(key, raft.clone(), machine.clone(), publish, proposer.clone(), reads.clone(), is_stopping.clone()));
         let group = Self {
@@ -158,11 +158,21 @@ impl Group {
 
     /// Writes, as part of an entry with what else waits. `Unknown` is the only error after which it may have happened.
     pub async fn propose(&self, write: kv::Write, deadline: Instant) -> Result<kv::WriteOutcome, ProposeError> {
+        self.propose_with_gets(write, 0, deadline).await
+    }
+
+    /// As [`Group::propose`], for a write whose gets return about so many bytes: an entry is filled by these too.
+    pub async fn propose_with_gets(
+        &self,
+        write: kv::Write,
+        answer_bytes: usize,
+        deadline: Instant,
+    ) -> Result<kv::WriteOutcome, ProposeError> {
         self.ensure_proposes()?;
         if self.shared.log.overloaded() {
             return Err(ProposeError::Overloaded { limit: "the log's disk does not keep up".into() });
         }
-        self.proposer.propose(write, deadline).await
+        self.proposer.propose(write, answer_bytes, deadline).await
     }
 
     /// Proposes a command of a shard as an entry of its own.

@@ -21,8 +21,10 @@ use tokio::time::Instant;
 use super::errors::ProposeError;
 use super::group::RaftHandle;
 use super::state_machine::Machine;
+use super::transport::Resolver;
 use super::types::{Answer, Outcome, Proposal, Types};
 use crate::sm::kv;
+use crate::sm::level::Feature;
 
 /// Writes in one entry. More would make a slow entry hold up the next for a noticeable time.
 const WRITES_PER_ENTRY: usize = 256;
@@ -46,6 +48,11 @@ type WriteAnswer = Result<kv::WriteOutcome, ProposeError>;
 
 struct Waiting {
     write: kv::Write,
+    waiter: Waiter,
+}
+
+struct Waiter {
+    /// What the write counts for, with what its gets return.
     bytes: usize,
     deadline: Instant,
     answer: oneshot::Sender<WriteAnswer>,
@@ -85,9 +92,10 @@ impl Proposer {
         Arc::new(Self { queue: Mutex::default(), changed: Notify::new() })
     }
 
-    pub async fn propose(&self, write: kv::Write, deadline: Instant) -> WriteAnswer {
+    pub async fn propose(&self, write: kv::Write, answer_bytes: usize, deadline: Instant) -> WriteAnswer {
         let (answer, answered) = oneshot::channel();
-        self.push(Waiting { bytes: write.size_hint() + WRITE_OVERHEAD_BYTES, write, deadline, answer })?;
+        let bytes = write.size_hint() + answer_bytes + WRITE_OVERHEAD_BYTES;
+        self.push(Waiting { write, waiter: Waiter { bytes, deadline, answer } })?;
         match tokio::time::timeout_at(deadline + GRACE, answered).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(ProposeError::unknown("the replica stopped")),
@@ -104,7 +112,7 @@ impl Proposer {
             std::mem::take(&mut queue.waiting)
         };
         for write in waiting {
-            let _ = write.answer.send(Err(ProposeError::Stopped { reason: reason.to_owned() }));
+            let _ = write.waiter.answer.send(Err(ProposeError::Stopped { reason: reason.to_owned() }));
         }
         self.changed.notify_one();
     }
@@ -117,10 +125,10 @@ impl Proposer {
         if queue.waiting.len() >= QUEUE_WRITES_MAX {
             return Err(ProposeError::Overloaded { limit: format!("{QUEUE_WRITES_MAX} writes wait") });
         }
-        if queue.bytes + write.bytes > QUEUE_BYTES_MAX && !queue.waiting.is_empty() {
+        if queue.bytes + write.waiter.bytes > QUEUE_BYTES_MAX && !queue.waiting.is_empty() {
             return Err(ProposeError::Overloaded { limit: format!("{QUEUE_BYTES_MAX} bytes of writes wait") });
         }
-        queue.bytes += write.bytes;
+        queue.bytes += write.waiter.bytes;
         queue.waiting.push_back(write);
         let ready = queue.may_propose();
         drop(queue);
@@ -135,11 +143,14 @@ impl Proposer {
     }
 
     /// Proposes what waits until the queue is closed.
-    pub async fn run(self: Arc<Self>, raft: RaftHandle, machine: Arc<Machine>) {
+    pub async fn run(self: Arc<Self>, raft: RaftHandle, machine: Arc<Machine>, resolver: Arc<dyn Resolver>) {
         loop {
             match self.next_step() {
                 Step::End => return,
-                Step::Propose(writes) => self.propose_entry(&raft, &machine, writes).await,
+                Step::Propose(writes) => {
+                    let is_bounded = resolver.level() >= Feature::BoundedAnswers.level();
+                    self.propose_entry(&raft, &machine, writes, is_bounded).await;
+                }
                 Step::Wait { until: None } => self.changed.notified().await,
                 Step::Wait { until: Some(until) } => {
                     let _ = tokio::time::timeout_at(until, self.changed.notified()).await;
@@ -165,7 +176,7 @@ impl Proposer {
             return Step::Propose(writes);
         }
         expire(&mut queue, now);
-        let first_deadline = queue.waiting.front().map(|write| write.deadline);
+        let first_deadline = queue.waiting.front().map(|write| write.waiter.deadline);
         // An entry that ends, or a write that makes the next one full, tells us. Only time does not.
         let until = match (paused, first_deadline) {
             (Some(pause), Some(deadline)) => Some(pause.min(deadline)),
@@ -174,13 +185,18 @@ impl Proposer {
         Step::Wait { until }
     }
 
-    async fn propose_entry(self: &Arc<Self>, raft: &RaftHandle, machine: &Machine, writes: Vec<Waiting>) {
+    /// `is_bounded`: every replica knows an entry that rejects writes whose gets return too much.
+    async fn propose_entry(self: &Arc<Self>, raft: &RaftHandle, machine: &Machine, writes: Vec<Waiting>, is_bounded: bool) {
         let mut answers = Vec::with_capacity(writes.len());
         let writes = writes.into_iter().map(|waiting| {
-            answers.push((waiting.deadline, waiting.answer));
+            answers.push(waiting.waiter);
             waiting.write
         });
-        let command = kv::Command::Write { time_ms: machine.clock.now_ms(), writes: writes.collect() };
+        let (time_ms, writes) = (machine.clock.now_ms(), writes.collect::<Vec<_>>());
+        let command = match is_bounded && writes.iter().any(kv::Write::has_gets) {
+            true => kv::Command::BoundedWrite { time_ms, writes },
+            false => kv::Command::Write { time_ms, writes },
+        };
         let entry = command.encode();
         let under_way = UnderWay { proposer: self.clone(), entry: entry.clone(), answers };
         let answer = Answer(Box::new(move |result| under_way.end(result)));
@@ -199,23 +215,22 @@ impl Proposer {
     }
 
     /// Puts writes that were certainly not proposed back to the front.
-    fn put_back(&self, entry: &Bytes, answers: Vec<(Instant, oneshot::Sender<WriteAnswer>)>) {
+    fn put_back(&self, entry: &Bytes, waiters: Vec<Waiter>) {
         let writes = match kv::Command::decode(entry) {
-            Ok(kv::Command::Write { writes, .. }) => writes,
+            Ok(kv::Command::Write { writes, .. } | kv::Command::BoundedWrite { writes, .. }) => writes,
             Ok(_) | Err(_) => Vec::new(),
         };
         let mut queue = self.lock();
         if let Some(reason) = queue.closed.clone() {
             drop(queue);
-            for (_, answer) in answers {
-                let _ = answer.send(Err(ProposeError::Stopped { reason: reason.clone() }));
+            for waiter in waiters {
+                let _ = waiter.answer.send(Err(ProposeError::Stopped { reason: reason.clone() }));
             }
             return;
         }
-        for (write, (deadline, answer)) in writes.into_iter().zip(answers).rev() {
-            let bytes = write.size_hint() + WRITE_OVERHEAD_BYTES;
-            queue.bytes += bytes;
-            queue.waiting.push_front(Waiting { write, bytes, deadline, answer });
+        for (write, waiter) in writes.into_iter().zip(waiters).rev() {
+            queue.bytes += waiter.bytes;
+            queue.waiting.push_front(Waiting { write, waiter });
         }
         queue.not_before = Some(Instant::now() + LEASE_PAUSE);
         drop(queue);
@@ -235,14 +250,14 @@ fn take_entry(queue: &mut Queue, now: Instant) -> Vec<Waiting> {
     let mut bytes = 0;
     while writes.len() < WRITES_PER_ENTRY
         && let Some(next) = queue.waiting.front()
-        && (bytes + next.bytes <= ENTRY_BYTES || writes.is_empty())
+        && (bytes + next.waiter.bytes <= ENTRY_BYTES || writes.is_empty())
     {
         let next = queue.waiting.pop_front().expect("it has a front");
-        queue.bytes -= next.bytes;
-        if next.deadline <= now {
-            let _ = next.answer.send(Err(ProposeError::Expired));
-        } else if !next.answer.is_closed() {
-            bytes += next.bytes;
+        queue.bytes -= next.waiter.bytes;
+        if next.waiter.deadline <= now {
+            let _ = next.waiter.answer.send(Err(ProposeError::Expired));
+        } else if !next.waiter.answer.is_closed() {
+            bytes += next.waiter.bytes;
             writes.push(next);
         }
     }
@@ -252,11 +267,11 @@ fn take_entry(queue: &mut Queue, now: Instant) -> Vec<Waiting> {
 /// Answers those at the front whose time has run out. Deadlines come about in order; one that is hidden behind a later one is found when
 /// its entry is made.
 fn expire(queue: &mut Queue, now: Instant) {
-    while queue.waiting.front().is_some_and(|write| write.deadline <= now)
+    while queue.waiting.front().is_some_and(|write| write.waiter.deadline <= now)
         && let Some(write) = queue.waiting.pop_front()
     {
-        queue.bytes -= write.bytes;
-        let _ = write.answer.send(Err(ProposeError::Expired));
+        queue.bytes -= write.waiter.bytes;
+        let _ = write.waiter.answer.send(Err(ProposeError::Expired));
     }
 }
 
@@ -264,7 +279,7 @@ fn expire(queue: &mut Queue, now: Instant) {
 struct UnderWay {
     proposer: Arc<Proposer>,
     entry: Bytes,
-    answers: Vec<(Instant, oneshot::Sender<WriteAnswer>)>,
+    answers: Vec<Waiter>,
 }
 
 impl UnderWay {
@@ -279,13 +294,13 @@ impl UnderWay {
         };
         match outcomes {
             Ok(outcomes) => {
-                for ((_, answer), outcome) in answers.into_iter().zip(outcomes) {
-                    let _ = answer.send(Ok(outcome));
+                for (waiter, outcome) in answers.into_iter().zip(outcomes) {
+                    let _ = waiter.answer.send(Ok(outcome));
                 }
             }
             Err(error) => {
-                for (_, answer) in answers {
-                    let _ = answer.send(Err(error.clone()));
+                for waiter in answers {
+                    let _ = waiter.answer.send(Err(error.clone()));
                 }
             }
         }
