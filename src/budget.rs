@@ -15,6 +15,10 @@ use bytes::Bytes;
 /// A value has at most 8 MiB and a page of a listing about as much, so some thirty of the largest fit.
 pub const ANSWERS_BYTES_MAX: usize = 256 << 20;
 
+/// An answer up to this size is not charged: the connection and the request that it belongs to cost as much, and there is a bound
+/// on these. So the hot path takes nothing from a budget.
+pub const UNCHARGED_BYTES_MAX: usize = 4 << 10;
+
 /// Bytes that requests share.
 #[derive(Debug)]
 pub struct Budget {

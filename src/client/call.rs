@@ -3,6 +3,7 @@
 //!
 //! Invariant: a [`CallError`] says "not done" only when the request was certainly not taken up.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::StatusCode;
@@ -11,6 +12,7 @@ use reqwest::header::CONTENT_TYPE;
 use super::problem;
 use super::protocol::{ShardReply, ShardRequest};
 use super::store::Failure;
+use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::sm::codec;
 use crate::types::Address;
 
@@ -21,10 +23,17 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Idle connections kept per node. More are made when they are needed, and closed afterwards.
 const IDLE_CONNECTIONS_MAX: usize = 256;
 
+/// A reply: what the gets of a batch return, or a page, with keys and one item more than was asked for.
+const REPLY_BYTES_MAX: usize = 64 << 20;
+/// An error answer: a problem with its texts, or what a server that is no node says.
+const FAILURE_BYTES_MAX: usize = 1 << 20;
+
 /// Calls shards at addresses. Clones share their connections.
 #[derive(Debug, Clone)]
 pub struct ShardCaller {
     http: reqwest::Client,
+    /// What replies are charged to.
+    answers: Arc<Budget>,
 }
 
 /// Why a call has no reply.
@@ -79,7 +88,17 @@ impl ShardCaller {
             .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
             .no_proxy()
             .build()?;
-        Ok(Self { http })
+        Ok(Self { http, answers: Budget::new(ANSWERS_BYTES_MAX) })
+    }
+
+    /// Charges replies to a budget that others share.
+    pub fn charged_to(self, answers: Arc<Budget>) -> Self {
+        Self { answers, ..self }
+    }
+
+    /// Returns what replies are charged to.
+    pub fn answers(&self) -> &Arc<Budget> {
+        &self.answers
     }
 
     /// The HTTP client beneath, for the JSON routes.
@@ -105,8 +124,23 @@ impl ShardCaller {
         if response.status() != StatusCode::OK {
             return Err(refusal(address, response).await);
         }
-        let body = response.bytes().await.map_err(|error| no_answer(describe(&error)))?;
-        codec::decode(&body, "a shard's reply").map_err(|error| no_answer(error.to_string()))
+        let mut share = self.answers.empty_share();
+        let body = match read_reply(response, REPLY_BYTES_MAX, |bytes| share.grow(bytes)).await {
+            Ok(body) => body,
+            Err(ReplyError::NoRoom) if request.body.is_read() => {
+                return Err(CallError::Refused { address: address.clone(), failure: Failure::no_room(&self.answers) });
+            }
+            Err(error) => return Err(no_answer(error.to_string())),
+        };
+        // Until the body goes, everything is there twice. The answer to a write is kept all the same.
+        let bytes = body.len();
+        if !share.grow(bytes) && request.body.is_read() {
+            return Err(CallError::Refused { address: address.clone(), failure: Failure::no_room(&self.answers) });
+        }
+        let reply: ShardReply = codec::decode(&body, "a shard's reply").map_err(|error| no_answer(error.to_string()))?;
+        drop(body);
+        share.shrink_to(bytes);
+        Ok(reply.held(share))
     }
 }
 
@@ -128,8 +162,42 @@ async fn refusal(address: &Address, response: reqwest::Response) -> CallError {
 /// What an error answer means.
 pub(super) async fn failure_of(response: reqwest::Response) -> Failure {
     let (status, headers) = (response.status(), response.headers().clone());
-    let body = response.bytes().await.unwrap_or_default();
+    let body = read_reply(response, FAILURE_BYTES_MAX, |_| true).await.unwrap_or_default();
     problem::failure(status, &headers, &body)
+}
+
+/// Why the body of a reply was not read to its end.
+#[derive(Debug, thiserror::Error)]
+enum ReplyError {
+    #[error("there is no room for its reply now")]
+    NoRoom,
+    #[error("its reply is larger than {bytes_max} bytes")]
+    TooLarge { bytes_max: usize },
+    #[error("{}", describe(.0))]
+    Broken(#[source] reqwest::Error),
+}
+
+/// Reads a body, of which every piece is charged before it is kept.
+async fn read_reply(
+    mut response: reqwest::Response,
+    bytes_max: usize,
+    mut charge: impl FnMut(usize) -> bool,
+) -> Result<Vec<u8>, ReplyError> {
+    let declared = response.content_length().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0);
+    if declared > bytes_max {
+        return Err(ReplyError::TooLarge { bytes_max });
+    }
+    let mut body = Vec::with_capacity(declared.min(1 << 20));
+    while let Some(piece) = response.chunk().await.map_err(ReplyError::Broken)? {
+        if body.len() + piece.len() > bytes_max {
+            return Err(ReplyError::TooLarge { bytes_max });
+        }
+        if !charge(piece.len()) {
+            return Err(ReplyError::NoRoom);
+        }
+        body.extend_from_slice(&piece);
+    }
+    Ok(body)
 }
 
 /// An error with its causes: reqwest's own text leaves out why a connection failed.

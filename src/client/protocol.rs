@@ -4,12 +4,14 @@
 //! [`ClusterStatus`] is the JSON of `GET /v1/cluster`: for people, for scripts, and the shard map of the typed client.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::store::{Consistency, Failure, Found, Item, ScanRange};
-use crate::sm::kv::{Command, DestinationState, MoveOutcome, Record, Write, WriteOutcome};
+use crate::budget::{Share, UNCHARGED_BYTES_MAX, hold_together};
+use crate::sm::kv::{Command, DestinationState, MoveOutcome, OperationOutcome, Record, Write, WriteOutcome};
 use crate::sm::view::{Asked, SlotTable};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
@@ -74,6 +76,51 @@ pub enum ShardReply {
     MoveState(DestinationState),
     /// The records of the first of the keys.
     GotMany(Vec<Option<Record>>),
+}
+
+impl ShardBody {
+    /// Returns whether it changes nothing, so that it can be asked again.
+    pub fn is_read(&self) -> bool {
+        match self {
+            ShardBody::Write(write) => write.is_read(),
+            ShardBody::Move(_) => false,
+            ShardBody::Get { .. }
+            | ShardBody::Scan { .. }
+            | ShardBody::Count
+            | ShardBody::MoveState { .. }
+            | ShardBody::GetMany { .. } => true,
+        }
+    }
+}
+
+impl ShardReply {
+    /// Returns the same reply, whose values stay charged to `share` until the last of them is dropped; those of a page with their keys.
+    pub fn held(mut self, share: Share) -> Self {
+        if share.bytes() <= UNCHARGED_BYTES_MAX {
+            return self;
+        }
+        let share = Arc::new(share);
+        let hold = |bytes: &mut Bytes| *bytes = hold_together(std::mem::take(bytes), &share);
+        let hold_got = |outcome: &mut OperationOutcome| {
+            if let OperationOutcome::Got(Some(record)) = outcome {
+                hold(&mut record.value);
+            }
+        };
+        match &mut self {
+            ShardReply::Got(found) => found.record.iter_mut().for_each(|record| hold(&mut record.value)),
+            ShardReply::GotMany(records) => records.iter_mut().flatten().for_each(|record| hold(&mut record.value)),
+            ShardReply::Page(page) => page.items.iter_mut().for_each(|item| hold(&mut item.key)),
+            ShardReply::Written(WriteOutcome::Applied(outcomes)) => outcomes.iter_mut().for_each(hold_got),
+            ShardReply::Written(WriteOutcome::Mixed(results)) => results.iter_mut().flatten().for_each(hold_got),
+            ShardReply::Written(WriteOutcome::Rejected(_) | WriteOutcome::Unanswered)
+            | ShardReply::NotOwned { .. }
+            | ShardReply::Counted { .. }
+            | ShardReply::Failed(_)
+            | ShardReply::Moved(_)
+            | ShardReply::MoveState(_) => {}
+        }
+        self
+    }
 }
 
 /// A page of one shard, taken at one applied index.

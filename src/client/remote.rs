@@ -21,6 +21,7 @@ use super::router::{Router, ShardAccess};
 use super::shard_map::ShardMap;
 use super::store::{Consistency, Failure, Options};
 use super::view_change::{self, ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::budget::Budget;
 use crate::sm::kv::{Action, Write};
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
@@ -260,6 +261,10 @@ impl HttpAccess {
 }
 
 impl ShardAccess for HttpAccess {
+    fn answers(&self) -> Arc<Budget> {
+        Arc::clone(self.caller.answers())
+    }
+
     fn map(&self) -> Option<Arc<ShardMap>> {
         self.map.read().expect("no panic with the lock held").clone()
     }

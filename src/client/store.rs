@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::protocol::ClusterStatus;
 use super::shard_map::ShardMap;
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::sm::kv::{ANSWER_BYTES_MAX, Operation, OperationOutcome, Record, Rejection};
 use crate::sm::ports::KeyRange;
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
@@ -37,6 +38,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// The number of keys of one shard, also while others can't be counted.
     fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>>;
+
+    /// What the answers under way are charged to: values that were read, and what is made of them.
+    fn answers(&self) -> Arc<Budget> {
+        Budget::new(ANSWERS_BYTES_MAX)
+    }
 
     /// The node that answers here; none: a client's store, or a node that belongs to no cluster.
     fn this_node(&self) -> Option<NodeId>;
@@ -202,6 +208,12 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// Returns the failure of a request for whose answer there is no room.
+    pub fn no_room(answers: &Budget) -> Self {
+        let limit = format!("answers under way have at most {} bytes together", answers.bytes_max());
+        Failure::Overloaded { limit, retry_after_ms: 1000 }
+    }
+
     /// Returns the failure of a write whose gets would return so many bytes, and of which nothing was done.
     pub fn of_answer(bytes: u64) -> Self {
         if bytes > ANSWER_BYTES_MAX as u64 {

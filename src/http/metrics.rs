@@ -8,12 +8,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use http::Method;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::problem::Problem;
+use super::{charged, dialects};
 use crate::budget::Budget;
+use crate::client::store::Failure;
 
 /// Upper bounds of the latency buckets, in microseconds. From a cached read to the longest timeout.
 const BUCKETS_US: [u64; 15] =
@@ -104,12 +107,13 @@ impl Metrics {
     /// Begins to time a request. It counts as cancelled unless its [`Watch`] is finished.
     pub fn watch(&self, dialect: Dialect, method: &Method, slow: Duration) -> Watch<'_> {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let is_read = matches!(*method, Method::GET | Method::HEAD);
         let method = method_index(method);
-        Watch { metrics: self, dialect, method, slow, started: Instant::now(), key_hash: None, class: 0 }
+        Watch { metrics: self, dialect, method, slow, started: Instant::now(), key_hash: None, class: 0, answers: None, is_read }
     }
 
     /// The text of `/metrics`.
-    pub fn render(&self, bodies: &Budget) -> String {
+    pub fn render(&self, bodies: &Budget, answers: &Budget) -> String {
         let mut text = Exposition::default();
         text.family("quorate_http_requests_total", Kind::Counter, "Requests answered, by dialect, method and class of status.");
         self.each(|dialect, method, series| {
@@ -126,6 +130,14 @@ impl Metrics {
         text.sample(&[], self.in_flight.load(Ordering::Relaxed));
         text.family("quorate_http_body_bytes_in_flight", Kind::Gauge, "Bytes of request bodies being worked on.");
         text.sample(&[], bodies.used());
+        text.family("quorate_http_body_refusals_total", Kind::Counter, "Bodies that were refused for want of room.");
+        text.sample(&[], bodies.refused());
+        text.family("quorate_answer_bytes_in_flight", Kind::Gauge, "Bytes of values and answers that are charged now.");
+        text.sample(&[], answers.used());
+        text.family("quorate_answer_bytes_max", Kind::Gauge, "Bytes that values and answers may have together.");
+        text.sample(&[], answers.bytes_max());
+        text.family("quorate_answer_refusals_total", Kind::Counter, "Times that there was no room for a value or an answer.");
+        text.sample(&[], answers.refused());
         for source in &self.sources {
             source.collect(&mut text);
         }
@@ -174,9 +186,22 @@ pub struct Watch<'a> {
     started: Instant,
     key_hash: Option<u64>,
     class: usize,
+    /// What the answer is charged to.
+    answers: Option<&'a Arc<Budget>>,
+    is_read: bool,
 }
 
-impl Watch<'_> {
+impl<'a> Watch<'a> {
+    /// Charges the answer to a budget.
+    pub fn charged_to(self, answers: &'a Arc<Budget>) -> Self {
+        Self { answers: Some(answers), ..self }
+    }
+
+    /// The request changes nothing: where there is no room for its answer, it can be asked again.
+    pub fn reads(&mut self) {
+        self.is_read = true;
+    }
+
     /// Names the key in the log by its hash: keys may be secrets.
     pub fn key(&mut self, key: &[u8]) {
         self.key_hash = Some(xxh3_64(key));
@@ -192,9 +217,33 @@ impl Watch<'_> {
         self.dialect = dialect;
     }
 
+    /// Ends the request with its answer, or with a refusal where there is no room for that.
     pub fn finish(mut self, response: Response) -> Response {
+        let response = match self.answers {
+            Some(answers) => charged::charge(response, answers).unwrap_or_else(|unfit| self.refuse(*unfit, answers)),
+            None => response,
+        };
         self.class = usize::from(response.status().as_u16() / 100).min(CLASSES.len() - 1);
         response
+    }
+}
+
+impl Watch<'_> {
+    /// What is answered in the place of an answer for which there is no room. That of a write says that it may have been done; where the
+    /// contract has no word for it, and the answer holds no values, it is given all the same.
+    fn refuse(&self, unfit: Response, answers: &Budget) -> Response {
+        let no_room = Failure::no_room(answers);
+        match (self.dialect, self.is_read) {
+            (Dialect::Native | Dialect::Peer | Dialect::Other, true) => Problem::from(no_room).into_response(),
+            (Dialect::Native | Dialect::Peer, false) => {
+                let reason = format!("there was no room to tell the answer: {no_room}");
+                Problem::from(Failure::Unknown { reason }).into_response()
+            }
+            (Dialect::Kvs | Dialect::LoadBalancer | Dialect::PlainBatch | Dialect::EncodedBatch, true) => {
+                dialects::no_room(self.dialect, no_room)
+            }
+            (Dialect::Kvs | Dialect::LoadBalancer | Dialect::PlainBatch | Dialect::EncodedBatch | Dialect::Other, false) => unfit,
+        }
     }
 }
 
@@ -282,7 +331,7 @@ mod tests {
         *response.status_mut() = http::StatusCode::CREATED;
         watch.finish(response);
         drop(metrics.watch(Dialect::Native, &Method::PATCH, slow));
-        let text = metrics.render(&Budget::new(1));
+        let text = metrics.render(&Budget::new(1), &Budget::new(1));
         for line in [
             "# TYPE quorate_http_requests_total counter",
             r#"quorate_http_requests_total{dialect="native",method="PUT",status="2xx"} 1"#,

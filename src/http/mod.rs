@@ -10,6 +10,7 @@
 mod admission;
 pub mod body;
 mod changes;
+mod charged;
 mod connection;
 #[cfg(test)]
 mod crowd_tests;
@@ -59,6 +60,7 @@ pub struct App {
     pub peers: Option<Arc<dyn PeerService>>,
     pub limits: Limits,
     bodies: Arc<Budget>,
+    answers: Arc<Budget>,
     quorums: dialects::SilentQuorums,
     changes: changes::Changes,
 }
@@ -75,11 +77,12 @@ impl App {
     ) -> Self {
         let changes = changes::Changes::new(limits.change_waiters_max);
         let bodies = Budget::new(limits.bodies_bytes_max);
-        Self { store, readiness, metrics, peers, limits, bodies, quorums: dialects::SilentQuorums::default(), changes }
+        let answers = store.answers();
+        Self { store, readiness, metrics, peers, limits, bodies, answers, quorums: dialects::SilentQuorums::default(), changes }
     }
 
     fn watch(&self, dialect: Dialect, request: &Request) -> metrics::Watch<'_> {
-        self.metrics.watch(dialect, request.method(), self.limits.slow_request)
+        self.metrics.watch(dialect, request.method(), self.limits.slow_request).charged_to(&self.answers)
     }
 }
 

@@ -13,21 +13,25 @@ use tokio::time::Instant;
 use super::member::Member;
 use super::migrator;
 use super::operator::Operator;
+use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 use crate::client::call::CallError;
 use crate::client::contact::Contacts;
 use crate::client::protocol::{ClusterStatus, ShardBody, ShardPage, ShardReply, ShardRequest};
-use crate::client::router::ShardAccess;
+use crate::client::router::{ShardAccess, check_operations};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Consistency, Failure, Found, Item, Options, Routing, Staleness};
 use crate::client::view_change::{self, ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::raft::Group;
 use crate::raft::{ProposeError, ReadError};
-use crate::sm::kv::{self, PageRequest, ReadOutcome};
+use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
 use crate::sm::ports::{Direction, StoreError};
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
 /// Keys of a long list that are read under one guard: entries can't be applied meanwhile.
 const KEYS_PER_GUARD: usize = 64;
+
+/// Keys that one request of a router can ask a shard for.
+const KEYS_MAX: usize = 10_000;
 
 /// How soon to try again when a shard has no leader: an election takes about this long.
 const RETRY_AFTER_MS: u64 = 500;
@@ -65,28 +69,23 @@ impl Access {
     async fn execute(&self, group: &Group, body: ShardBody, deadline: Instant) -> ShardReply {
         let shard = group.key().group;
         match body {
-            ShardBody::Write(write) => match self.gone(group, &write) {
-                Some(rejection) => ShardReply::Written(kv::WriteOutcome::Rejected(rejection)),
-                None => match group.propose(write, deadline).await {
-                    Ok(outcome) => ShardReply::Written(outcome),
-                    Err(error) => ShardReply::Failed(self.propose_failure(shard, error)),
-                },
-            },
+            ShardBody::Write(write) => self.write(group, write, deadline).await,
             ShardBody::Get { key, consistency } => match self.before_read(group, consistency, deadline).await {
-                Ok(staleness) => read_key(group, &key, staleness),
+                Ok(staleness) => read_key(group, self.answers(), &key, staleness),
                 Err(failure) => ShardReply::Failed(failure),
             },
             ShardBody::GetMany { keys, bytes_max, keys_only, consistency } => {
                 match self.before_read(group, consistency, deadline).await {
-                    Ok(_) => read_keys(group, &keys, bytes_max, keys_only),
+                    Ok(_) => read_keys(group, self.answers(), &keys, bytes_max, keys_only),
                     Err(failure) => ShardReply::Failed(failure),
                 }
             }
             ShardBody::Scan { range, reverse, limit, bytes_max, keys_only, consistency } => {
                 let direction = if reverse { Direction::Reverse } else { Direction::Forward };
+                let (limit, bytes_max) = (limit.min(KEYS_MAX), bytes_max.min(ANSWER_BYTES_MAX));
                 let request = PageRequest { range: range.into(), direction, limit, bytes_max, keys_only };
                 match self.before_read(group, consistency, deadline).await {
-                    Ok(_) => read_page(group, &request),
+                    Ok(_) => read_page(group, self.answers(), &request),
                     Err(failure) => ShardReply::Failed(failure),
                 }
             }
@@ -113,6 +112,36 @@ impl Access {
         }
     }
 
+    fn answers(&self) -> &Arc<Budget> {
+        self.member.caller.answers()
+    }
+
+    /// Does a write, or answers one that only reads: that takes no entry.
+    async fn write(&self, group: &Group, write: kv::Write, deadline: Instant) -> ShardReply {
+        if let Err(failure) = check_operations(&write.operations) {
+            return ShardReply::Failed(failure);
+        }
+        if write.is_read() {
+            return match self.before_read(group, Consistency::Linearizable, deadline).await {
+                Ok(_) => answer_gets(group, self.answers(), &write),
+                Err(failure) => ShardReply::Failed(failure),
+            };
+        }
+
+        if let Some(rejection) = self.gone(group, &write) {
+            return ShardReply::Written(kv::WriteOutcome::Rejected(rejection));
+        }
+        let share = match write.has_gets().then(|| charge_gets(group, self.answers(), &write)).transpose() {
+            Ok(share) => share,
+            Err(failure) => return ShardReply::Failed(failure),
+        };
+        let answer_bytes = share.as_ref().map_or(0, Share::bytes);
+        match group.propose_with_gets(write, answer_bytes, deadline).await {
+            Ok(outcome) => told(outcome, share),
+            Err(error) => ShardReply::Failed(self.propose_failure(group.key().group, error)),
+        }
+    }
+
     /// Of a shard that ends: what it does not have any more. Its replicas stop as soon as nothing is left, and the outcome of a write that
     /// is proposed just before would not be known.
     fn gone(&self, group: &Group, write: &kv::Write) -> Option<kv::Rejection> {
@@ -120,9 +149,9 @@ impl Access {
             return None;
         }
         let state = group.state().read();
-        write.operations.iter().find_map(|operation| match kv::read(&state, &operation.key) {
-            Ok(ReadOutcome::NotOwned { slot, moved_to }) => Some(kv::Rejection::WrongOwner { slot, moved_to }),
-            Ok(ReadOutcome::Owned(_)) | Err(_) => None,
+        write.operations.iter().find_map(|operation| match kv::find(&state, &operation.key) {
+            Ok(FindOutcome::NotOwned { slot, moved_to }) => Some(kv::Rejection::WrongOwner { slot, moved_to }),
+            Ok(FindOutcome::Owned(_)) | Err(_) => None,
         })
     }
 
@@ -153,7 +182,7 @@ impl Access {
                 retry_after_ms: RETRY_AFTER_MS,
             });
         };
-        let writes = matches!(body, ShardBody::Write(_) | ShardBody::Move(_));
+        let writes = !body.is_read();
         // A node that says nothing must not use up the time of a read that another may answer. Of a write nobody knows what it did.
         let timeout = if writes { options.timeout } else { options.timeout.min((options.timeout / 2).max(READ_ATTEMPT_MIN)) };
         let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
@@ -235,6 +264,10 @@ impl Access {
 }
 
 impl ShardAccess for Access {
+    fn answers(&self) -> Arc<Budget> {
+        Arc::clone(self.member.caller.answers())
+    }
+
     fn map(&self) -> Option<Arc<ShardMap>> {
         Some(self.member.map())
     }
@@ -351,44 +384,131 @@ impl Access {
     }
 }
 
-fn read_key(group: &Group, key: &Bytes, staleness: Option<Staleness>) -> ShardReply {
-    match kv::read(&group.state().read(), key) {
-        Ok(ReadOutcome::Owned(record)) => ShardReply::Got(Found { record, staleness }),
-        Ok(ReadOutcome::NotOwned { slot, .. }) => ShardReply::NotOwned { slot },
+/// What became of a write, as others are told. What its gets return stays charged to `share`.
+fn told(outcome: kv::WriteOutcome, share: Option<Share>) -> ShardReply {
+    match outcome {
+        kv::WriteOutcome::Unanswered => {
+            let reason = "it was done, and what its gets return is too large to be told".to_owned();
+            ShardReply::Failed(Failure::Unknown { reason })
+        }
+        kv::WriteOutcome::Rejected(kv::Rejection::AnswerTooLarge { bytes }) => ShardReply::Failed(Failure::of_answer(bytes)),
+        outcome => match share {
+            None => ShardReply::Written(outcome),
+            Some(mut share) => {
+                // Values may have grown since they were weighed. What was done must be told all the same.
+                let bytes = bytes_got(&outcome);
+                share.grow(bytes.saturating_sub(share.bytes()));
+                share.shrink_to(bytes);
+                ShardReply::Written(outcome).held(share)
+            }
+        },
+    }
+}
+
+fn bytes_got(outcome: &kv::WriteOutcome) -> usize {
+    let got = |outcome: &kv::OperationOutcome| match outcome {
+        kv::OperationOutcome::Got(Some(record)) => record.value.len(),
+        kv::OperationOutcome::Got(None) | kv::OperationOutcome::Put { .. } | kv::OperationOutcome::Deleted { .. } => 0,
+    };
+    match outcome {
+        kv::WriteOutcome::Applied(outcomes) => outcomes.iter().map(got).sum(),
+        kv::WriteOutcome::Mixed(results) => results.iter().flatten().map(got).sum(),
+        kv::WriteOutcome::Rejected(_) | kv::WriteOutcome::Unanswered => 0,
+    }
+}
+
+/// Charges what the gets of a write return, if that is not more than they may.
+fn charge_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) -> Result<Share, Failure> {
+    let bytes = kv::weigh_gets(&group.state().read(), write).map_err(|error| broken(group, &error))?;
+    if bytes > ANSWER_BYTES_MAX {
+        return Err(Failure::of_answer(bytes as u64));
+    }
+    answers.take(bytes).ok_or_else(|| Failure::no_room(answers))
+}
+
+/// Answers a write that only reads, all of it from the map as it is at one moment.
+fn answer_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) -> ShardReply {
+    let mut share = answers.empty_share();
+    let mut refusal = Failure::no_room(answers);
+    let charge = |bytes: usize| {
+        if bytes > ANSWER_BYTES_MAX {
+            refusal = Failure::of_answer(bytes as u64);
+            return false;
+        }
+        share.grow(bytes)
+    };
+    let answer = kv::answer_gets(&group.state().read(), write, charge);
+    match answer {
+        Ok(Some(outcome)) => told(outcome, Some(share)),
+        Ok(None) => ShardReply::Failed(refusal),
         Err(error) => ShardReply::Failed(broken(group, &error)),
     }
 }
 
-/// Keys up to the first that is not owned here: the router looks for its owner when it asks for the rest.
-fn read_keys(group: &Group, keys: &[Bytes], bytes_max: usize, keys_only: bool) -> ShardReply {
-    let (mut records, mut bytes) = (Vec::with_capacity(keys.len()), 0);
-    for run in keys.chunks(KEYS_PER_GUARD) {
+fn read_key(group: &Group, answers: &Arc<Budget>, key: &Bytes, staleness: Option<Staleness>) -> ShardReply {
+    let read = group.state().read();
+    let found = match kv::find(&read, key) {
+        Ok(FindOutcome::Owned(Some(found))) => found,
+        Ok(FindOutcome::Owned(None)) => return ShardReply::Got(Found { record: None, staleness }),
+        Ok(FindOutcome::NotOwned { slot, .. }) => return ShardReply::NotOwned { slot },
+        Err(error) => return ShardReply::Failed(broken(group, &error)),
+    };
+    let share = match found.bytes() {
+        ..=UNCHARGED_BYTES_MAX => None,
+        bytes => match answers.take(bytes) {
+            Some(share) => Some(share),
+            None => return ShardReply::Failed(Failure::no_room(answers)),
+        },
+    };
+    match (found.load(&read, false), share) {
+        (Ok(record), None) => ShardReply::Got(Found { record: Some(record), staleness }),
+        (Ok(record), Some(share)) => ShardReply::Got(Found { record: Some(record), staleness }).held(share),
+        (Err(error), _) => ShardReply::Failed(broken(group, &error)),
+    }
+}
+
+/// Keys up to the first that is not owned here: the router looks for its owner when it asks for the rest. So it does where the answer is
+/// full, or there is no room for more.
+fn read_keys(group: &Group, answers: &Arc<Budget>, keys: &[Bytes], bytes_max: usize, keys_only: bool) -> ShardReply {
+    let bytes_max = bytes_max.min(ANSWER_BYTES_MAX);
+    let keys = &keys[..keys.len().min(KEYS_MAX)];
+    let (mut records, mut share) = (Vec::with_capacity(keys.len()), answers.empty_share());
+    'all: for run in keys.chunks(KEYS_PER_GUARD) {
         let read = group.state().read();
         for key in run {
-            let mut record = match kv::read(&read, key) {
-                Ok(ReadOutcome::Owned(record)) => record,
-                Ok(ReadOutcome::NotOwned { slot, .. }) if records.is_empty() => return ShardReply::NotOwned { slot },
-                Ok(ReadOutcome::NotOwned { .. }) => return ShardReply::GotMany(records),
+            let found = match kv::find(&read, key) {
+                Ok(FindOutcome::Owned(found)) => found,
+                Ok(FindOutcome::NotOwned { slot, .. }) if records.is_empty() => return ShardReply::NotOwned { slot },
+                Ok(FindOutcome::NotOwned { .. }) => break 'all,
                 Err(error) => return ShardReply::Failed(broken(group, &error)),
             };
-            if let Some(record) = record.as_mut().filter(|_| keys_only) {
-                record.value = Bytes::new();
+            let bytes = found.as_ref().filter(|_| !keys_only).map_or(0, |found| found.bytes());
+            if share.bytes() + bytes > bytes_max && !records.is_empty() {
+                break 'all;
             }
-            bytes += record.as_ref().map_or(0, |record| record.value.len());
-            records.push(record);
-            if bytes >= bytes_max {
-                return ShardReply::GotMany(records);
+            if !share.grow(bytes) {
+                match records.is_empty() {
+                    true => return ShardReply::Failed(Failure::no_room(answers)),
+                    false => break 'all,
+                }
+            }
+            match found.map(|found| found.load(&read, keys_only)).transpose() {
+                Ok(record) => records.push(record),
+                Err(error) => return ShardReply::Failed(broken(group, &error)),
             }
         }
     }
-    ShardReply::GotMany(records)
+    ShardReply::GotMany(records).held(share)
 }
 
-fn read_page(group: &Group, request: &PageRequest) -> ShardReply {
-    match kv::scan_page(&group.state().read(), request) {
+/// A page, which ends early where there is no room for more.
+fn read_page(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> ShardReply {
+    let mut share = answers.empty_share();
+    match kv::scan_page_charged(&group.state().read(), request, |bytes| share.grow(bytes)) {
+        Ok(page) if page.items.is_empty() && page.more => ShardReply::Failed(Failure::no_room(answers)),
         Ok(page) => {
             let items = page.items.into_iter().map(|(key, record)| Item { key, record }).collect();
-            ShardReply::Page(ShardPage { items, more: page.more, slots: page.slots })
+            ShardReply::Page(ShardPage { items, more: page.more, slots: page.slots }).held(share)
         }
         Err(error) => ShardReply::Failed(broken(group, &error)),
     }

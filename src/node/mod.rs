@@ -32,6 +32,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
+use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{Announcement, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
@@ -62,6 +63,8 @@ pub struct Node {
     joining: Arc<Joining>,
     running: OnceLock<Running>,
     is_stopping: AtomicBool,
+    /// What the answers under way are charged to.
+    answers: Arc<Budget>,
 }
 
 /// Why a node does not start, or stopped by itself.
@@ -125,7 +128,8 @@ impl Node {
         let directory = machine.open_directory(&config.data_dir)?;
         let caller = PeerCaller::new().map_err(NodeError::Client)?;
         let joining = Arc::new(Joining::new(config, machine, directory, caller));
-        Ok(Arc::new(Self { joining, running: OnceLock::new(), is_stopping: AtomicBool::new(false) }))
+        let answers = Budget::new(ANSWERS_BYTES_MAX);
+        Ok(Arc::new(Self { joining, running: OnceLock::new(), is_stopping: AtomicBool::new(false), answers }))
     }
 
     /// Joins, serves, and returns after `shutdown`, with everything closed.
@@ -135,7 +139,7 @@ impl Node {
     /// Why the node can't go on: it must stop, and says so.
     pub async fn run(&self, shutdown: &CancellationToken) -> Result<(), NodeError> {
         let Some(joined) = self.joining.join(shutdown).await? else { return Ok(()) };
-        let running = match Running::start(&self.joining, joined).await {
+        let running = match Running::start(&self.joining, joined, Arc::clone(&self.answers)).await {
             Ok(running) => running,
             Err(_) if running::are_maps_condemned(self.joining.directory_path()) => return Err(NodeError::MapsDamaged),
             Err(error) => return Err(error.into()),
@@ -285,6 +289,10 @@ async fn waited(shutdown: &CancellationToken, pause: Duration) -> bool {
 }
 
 impl Store for Node {
+    fn answers(&self) -> Arc<Budget> {
+        Arc::clone(&self.answers)
+    }
+
     fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
         match self.running.get() {
             Some(running) => running.router().get(key, options),

@@ -24,6 +24,7 @@ use super::migrator::Migrator;
 use super::news::News;
 use super::reconciler::Reconciler;
 use super::repair::Repair;
+use crate::budget::Budget;
 use crate::client::call::ShardCaller;
 use crate::client::peer::{Announcement, PeerCaller};
 use crate::client::router::Router;
@@ -99,7 +100,8 @@ struct Storage {
 }
 
 impl Running {
-    pub async fn start(joining: &Arc<Joining>, joined: Joined) -> Result<Self, StartError> {
+    /// Answers are charged to `answers`.
+    pub async fn start(joining: &Arc<Joining>, joined: Joined, answers: Arc<Budget>) -> Result<Self, StartError> {
         let opening = Arc::clone(joining);
         let opened = tokio::task::spawn_blocking(move || Storage::open(&opening)).await;
         let storage = opened.map_err(|error| StartError::BrokenOff(error.to_string()))??;
@@ -114,7 +116,7 @@ impl Running {
             log: storage.log.clone(),
             states: storage.states.clone(),
         });
-        let caller = ShardCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
+        let caller = ShardCaller::new().map_err(|error| StartError::Client(error.to_string()))?.charged_to(answers);
         let peers = PeerCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
         let member = Member::new(joined.node, views, registry, caller, peers).ok_or(StartError::NoMetaReplica)?;
         let member = Arc::new(member);

@@ -15,6 +15,8 @@ mod scan;
 mod tests;
 mod write;
 
+pub use write::check_operations;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -29,6 +31,7 @@ use super::protocol::{ClusterStatus, ShardBody, ShardReply};
 use super::shard_map::ShardMap;
 use super::store::{Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, Written};
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::sm::kv::{Operation, Record};
 use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion, NodeId, PlanEpoch};
 
@@ -53,6 +56,11 @@ pub trait ShardAccess: Send + Sync + 'static {
     /// One attempt (or a few, of what is certainly not done) at the shard's leader, or for stale reads at any of its replicas. Answers
     /// within `options.timeout`; a future that is dropped before leaves the outcome unknown.
     fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> impl Future<Output = ShardReply> + Send;
+
+    /// As [`Store::answers`].
+    fn answers(&self) -> Arc<Budget> {
+        Budget::new(ANSWERS_BYTES_MAX)
+    }
 
     /// As [`Store::this_node`].
     fn this_node(&self) -> Option<NodeId> {
@@ -210,6 +218,10 @@ impl<A: ShardAccess> Store for Router<A> {
 
     fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>> {
         Box::pin(self.count_one(shard, options))
+    }
+
+    fn answers(&self) -> Arc<Budget> {
+        self.access.answers()
     }
 
     fn this_node(&self) -> Option<NodeId> {

@@ -145,6 +145,10 @@ impl Round {
                 (Some(a), Some(b)) => Some(if reverse { a.max(b) } else { a.min(b) }),
                 (a, b) => a.or(b),
             };
+            // What lies beyond is asked for again by the next round. With many shards of large values it would be more than all else.
+            if let Some(bound) = &self.bound {
+                self.items.retain(|item| if reverse { item.key >= *bound } else { item.key <= *bound });
+            }
         }
         let asked = page.slots.len();
         let mut fresh = page.slots;

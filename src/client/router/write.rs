@@ -12,14 +12,14 @@ use super::{Router, ShardAccess, check_key, misfit, version};
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Options, WriteFailure, Written};
-use crate::sm::kv::{Action, Operation, Rejection, Write, WriteOutcome};
+use crate::sm::kv::{Action, Condition, Media, Operation, Rejection, Write, WriteOutcome};
 use crate::sm::slots::slot_of;
 use crate::types::{GroupId, KEY_BYTES_MAX, Slot};
 
 /// What one shard is given in one write: it becomes one entry of its log.
 pub const SHARD_OPERATIONS_MAX: usize = 10_000;
-/// The largest value, under the longest key.
-pub const SHARD_BYTES_MAX: usize = (8 << 20) + KEY_BYTES_MAX;
+/// The largest value, under the longest key, and something for media types and conditions.
+pub const SHARD_BYTES_MAX: usize = (8 << 20) + KEY_BYTES_MAX + (64 << 10);
 
 /// The operations of a write that fall to one shard.
 #[derive(Debug)]
@@ -74,7 +74,7 @@ impl<A: ShardAccess> Router<A> {
         let map = self.map_in_time(&mut course).await.map_err(WriteFailure::Failed)?;
         let whole = Part { positions: (0..operations.len()).collect(), operations, course, hint: None };
         let parts = split(whole, Some(&map));
-        parts.iter().try_for_each(|(_, part)| check_size(part)).map_err(WriteFailure::Failed)?;
+        parts.iter().try_for_each(|(_, part)| check_operations(&part.operations)).map_err(WriteFailure::Failed)?;
         Ok(self.write_parts(parts, key).await)
     }
 
@@ -250,25 +250,37 @@ fn split(whole: Part, map: Option<&ShardMap>) -> Vec<(GroupId, Part)> {
     parts.into_iter().collect()
 }
 
-fn check_size(part: &Part) -> Result<(), Failure> {
+/// Checks that operations are not too many or too large for an entry.
+///
+/// # Errors
+///
+/// [`Failure::TooLarge`], with the limit.
+pub fn check_operations(operations: &[Operation]) -> Result<(), Failure> {
     let too_large = |limit: String| Err(Failure::TooLarge { limit });
-    if part.operations.len() > SHARD_OPERATIONS_MAX {
+    if operations.len() > SHARD_OPERATIONS_MAX {
         return too_large(format!(
             "a write has at most {SHARD_OPERATIONS_MAX} operations per shard, this one {}",
-            part.operations.len()
+            operations.len()
         ));
     }
-    let bytes: usize = part.operations.iter().map(bytes_of).sum();
+    let bytes: usize = operations.iter().map(bytes_of).sum();
     if bytes > SHARD_BYTES_MAX {
-        return too_large(format!("a write has at most {SHARD_BYTES_MAX} bytes of keys and values per shard, this one {bytes}"));
+        let limit =
+            format!("a write has at most {SHARD_BYTES_MAX} bytes of keys, values and conditions per shard, this one {bytes}");
+        return too_large(limit);
     }
     Ok(())
 }
 
 fn bytes_of(operation: &Operation) -> usize {
     let value = match &operation.action {
-        Action::Put { value, .. } => value.len(),
+        Action::Put { media: Media::Other(name), value } => name.len() + value.len(),
+        Action::Put { media: Media::Text | Media::Octets | Media::Json, value } => value.len(),
         Action::Get | Action::Delete => 0,
     };
-    operation.key.len() + value
+    let condition = match &operation.condition {
+        Condition::None | Condition::Absent | Condition::Present => 0,
+        Condition::RevisionIn(revisions) | Condition::RevisionNotIn(revisions) => size_of_val(&revisions[..]),
+    };
+    operation.key.len() + value + condition
 }

@@ -155,7 +155,7 @@ pub async fn query(State(app): State<Shared>, request: Request) -> Response {
 pub async fn everything(State(app): State<Shared>, request: Request) -> Response {
     let watch = app.watch(Dialect::EncodedBatch, &request);
     let listing = Listing { all: Everything::new(Arc::clone(&app.store)), opening: Some("[") };
-    watch.finish(pieces::respond(listing).await.unwrap_or_else(|refusal| refusal.respond(request.method())))
+    watch.finish(pieces::respond(&app.answers, listing).await.unwrap_or_else(|refusal| refusal.respond(request.method())))
 }
 
 /// What is asked of keys.
@@ -173,7 +173,7 @@ async fn look_up(app: &App, request: Request, wanted: Wanted) -> Response {
         let limits = app.limits.clone();
         let asked = list::apart(body.len(), move || Asked::read(body, &limits)).await?;
         let lookup = Lookup::new(Arc::clone(&app.store), asked.keys, wanted == Wanted::Existence);
-        pieces::respond(Found { lookup, wanted, sent: asked.sent, opening: Some("["), _body: asked.body }).await
+        pieces::respond(&app.answers, Found { lookup, wanted, sent: asked.sent, opening: Some("["), _body: asked.body }).await
     };
     watch.finish(found.await.unwrap_or_else(|refusal| refusal.respond(&parts.method)))
 }

@@ -214,7 +214,7 @@ fn from_server(text: &str) -> Response {
     answer(StatusCode::OK, HTML, format!("response from server:\"{text}\""))
 }
 
-fn respond(refusal: &Refusal, method: &Method) -> Response {
+pub fn respond(refusal: &Refusal, method: &Method) -> Response {
     if refusal.status != StatusCode::SERVICE_UNAVAILABLE {
         return refusal.respond(method);
     }

@@ -80,6 +80,14 @@ pub(super) async fn by_key(route: KeyRoute, app: &App, request: Request) -> Resp
     }
 }
 
+/// The answer to a read for whose answer there is no room.
+pub(super) fn no_room(dialect: super::metrics::Dialect, failure: Failure) -> Response {
+    match dialect {
+        super::metrics::Dialect::LoadBalancer => load_balancer::respond(&failure.into(), &Method::GET),
+        _ => Refusal::from(failure).respond(&Method::GET),
+    }
+}
+
 /// How every request of a fixed dialect is done.
 fn options() -> Options {
     Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: PATIENCE }

@@ -14,7 +14,9 @@ use http::StatusCode;
 
 use super::list::Kept;
 use super::{JSON, Refusal, answer, options};
+use crate::budget::Budget;
 use crate::client::store::{Failure, GetManyRequest, Item, ScanRange, ScanRequest, Store};
+use crate::http::charged::charge_piece;
 use crate::sm::kv::Record;
 
 /// An answer up to this size is held back.
@@ -34,11 +36,13 @@ pub trait Pieces: Send + 'static {
     fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, Failure>>;
 }
 
-/// Answers 200 with the text.
-pub async fn respond(pieces: impl Pieces) -> Result<Response, Refusal> {
-    let mut rest = futures::stream::try_unfold(pieces, |mut pieces| async move {
-        let piece = pieces.next().await?;
-        Ok::<_, Failure>(piece.map(|piece| (piece, pieces)))
+/// Answers 200 with the text, of which every piece is charged to `answers` until it is sent.
+pub async fn respond(answers: &Arc<Budget>, pieces: impl Pieces) -> Result<Response, Refusal> {
+    let begun = (pieces, Arc::clone(answers));
+    let mut rest = futures::stream::try_unfold(begun, |(mut pieces, answers)| async move {
+        let Some(piece) = pieces.next().await? else { return Ok::<_, Failure>(None) };
+        let piece = charge_piece(piece, &answers)?;
+        Ok(Some((piece, (pieces, answers))))
     })
     .boxed();
     let (mut held_back, mut bytes) = (Vec::new(), 0);
@@ -51,6 +55,7 @@ pub async fn respond(pieces: impl Pieces) -> Result<Response, Refusal> {
             return Ok(answer(StatusCode::OK, JSON, Body::from_stream(whole)));
         }
     }
+    // The pieces go when they are joined.
     Ok(answer(StatusCode::OK, JSON, held_back.concat()))
 }
 

@@ -89,7 +89,8 @@ pub async fn get(State(app): State<Shared>, request: Request) -> Response {
         let limits = app.limits.clone();
         let (keys, body) = list::apart(body.len(), move || read_keys(&body, &limits).map(|keys| (keys, body))).await?;
         let lookup = Lookup::new(Arc::clone(&app.store), keys, false);
-        pieces::respond(Found { lookup, missing: Vec::new(), stage: Stage::Existing { count: 0 }, _body: body }).await
+        pieces::respond(&app.answers, Found { lookup, missing: Vec::new(), stage: Stage::Existing { count: 0 }, _body: body })
+            .await
     };
     watch.finish(found.await.unwrap_or_else(|refusal| refusal.respond(&parts.method)))
 }

@@ -19,6 +19,10 @@
 //! - 207: some have an answer, and others were certainly not done;
 //! - 429, 503, 413, ...: certainly nothing was done, for the same reason everywhere (503 where the reasons differ).
 //!
+//! A batch of gets alone is a read: it makes no entry in the log, so an `Idempotency-Key` remembers nothing of it (what an earlier program
+//! has remembered is answered again). The gets of a batch return at most 16 MiB per shard: 413 says that they would return more, and
+//! that nothing was done.
+//!
 //! Anything but 200 and 207 is a problem (`application/problem+json`) that has `results` too.
 
 use std::fmt;
@@ -30,15 +34,15 @@ use bytes::Bytes;
 use http::StatusCode;
 use http::request::Parts;
 use serde::de::{IgnoredAny, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json as object};
 
 use super::query::Query;
-use super::{ItemJson, idempotency_key, json, key};
+use super::{Each, ItemJson, idempotency_key, json, key};
 use crate::client::store::{Failure, Item, Options, Routing, WriteFailure, Written};
 use crate::http::body::{self, Ceiling};
 use crate::http::media::{self, Encoding};
-use crate::http::metrics::Dialect;
+use crate::http::metrics::{Dialect, Watch};
 use crate::http::problem::{Code, Problem};
 use crate::http::{App, Limits, Shared};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Rejection};
@@ -131,17 +135,21 @@ impl<'de> Deserialize<'de> for Operations {
 }
 
 pub async fn batch(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::Native, &request);
+    let mut watch = app.watch(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
-    watch.finish(run(&app, &parts, body).await.unwrap_or_else(Problem::into_response))
+    let answer = run(&app, &parts, body, &mut watch).await.unwrap_or_else(Problem::into_response);
+    watch.finish(answer)
 }
 
-async fn run(app: &App, parts: &Parts, body: Body) -> Result<Response, Problem> {
+async fn run(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Result<Response, Problem> {
     let ceiling = Ceiling { bytes_max: app.limits.body_bytes_max, what: "a body" };
     let body = body::read(parts, body, ceiling, &app.limits, &app.bodies).await?;
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let idempotency_key = idempotency_key(&parts.headers)?;
     let operations = parse(&body, &app.limits)?;
+    if operations.iter().all(|operation| operation.action == Action::Get) {
+        watch.reads();
+    }
     let keys: Vec<Bytes> = operations.iter().map(|operation| operation.key.clone()).collect();
     // A batch may span shards, and no single node leads them all: this one gathers the answers, whatever `proxy` says.
     let options = Options { routing: Routing::Proxy, ..query.options };
@@ -222,12 +230,21 @@ fn condition(item: &mut OperationJson) -> Result<Condition, Problem> {
     }
 }
 
+/// How far a batch is done all or not at all.
+const ATOMIC: &str = "per shard";
+
+#[derive(Serialize)]
+struct ResultsJson<'a> {
+    atomic: &'static str,
+    results: Each<'a, Written, Value>,
+}
+
 /// The whole answer: a result each, and the status that says what a client must do.
 fn answer(keys: &[Bytes], written: &[Written]) -> Response {
-    let results: Vec<Value> = keys.iter().zip(written).enumerate().map(|(i, (key, written))| result(i, key, written)).collect();
+    let make = |place: usize, written: &Written| result(place, keys.get(place).unwrap_or(&Bytes::new()), written);
+    let body = ResultsJson { atomic: ATOMIC, results: Each { items: written, make: &make } };
     let undone: Vec<Problem> = written.iter().filter_map(undone).collect();
     let unknown = undone.iter().find(|problem| problem.code() == Code::UnknownOutcome.as_str());
-    let body = object!({ "atomic": "per shard", "results": results });
     let mut problem = match (unknown, undone.first()) {
         (_, None) => return json(StatusCode::OK, &body),
         (Some(unknown), _) => unknown.clone(),
@@ -240,7 +257,8 @@ fn answer(keys: &[Bytes], written: &[Written]) -> Response {
     if let Some(longest_s) = undone.iter().filter_map(Problem::wait_s).max() {
         problem = problem.retry_after_ms(longest_s * 1000);
     }
-    problem.extension("atomic", "per shard").extension("results", results).into_response()
+    let results = serde_json::to_value(&body.results).unwrap_or_default();
+    problem.extension("atomic", ATOMIC).extension("results", results).into_response()
 }
 
 /// The problem of an operation that has no answer, as opposed to one that was applied, or refused by a condition.

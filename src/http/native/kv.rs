@@ -11,8 +11,10 @@ use serde::Serialize;
 use super::conditions::{Conditions, Verdict};
 use super::query::Query;
 use super::{KeyJson, STALENESS, idempotency_key, json, key, staleness};
+use crate::budget::UNCHARGED_BYTES_MAX;
 use crate::client::store::{Consistency, Failure, Options, WriteFailure, Written};
 use crate::http::body::{self, Ceiling};
+use crate::http::charged::AlreadyCharged;
 use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
 use crate::http::{App, media, refuse_method};
@@ -67,8 +69,12 @@ async fn get(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> 
             Verdict::Failed => Problem::condition_failed(Some(record.revision)).into_response(),
             Verdict::NotModified => tagged(StatusCode::NOT_MODIFIED, record.revision, Body::empty()),
             Verdict::Answer => {
+                let large = record.value.len() > UNCHARGED_BYTES_MAX;
                 let mut response = tagged(StatusCode::OK, record.revision, Body::from(record.value));
                 response.headers_mut().insert(header::CONTENT_TYPE, media::content_type(&record.media));
+                if large {
+                    response.extensions_mut().insert(AlreadyCharged);
+                }
                 response
             }
         },

@@ -14,8 +14,8 @@ use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::query::Query;
-use super::{ItemJson, STALENESS, json, staleness};
-use crate::client::store::{Consistency, Routing, ScanRange, ScanRequest};
+use super::{Each, ItemJson, STALENESS, json, staleness};
+use crate::client::store::{Consistency, Item, Routing, ScanRange, ScanRequest};
 use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
 use crate::http::{App, Shared};
@@ -26,8 +26,8 @@ const PARAMETERS: &[&str] =
     &["prefix", "start", "end", "limit", "cursor", "keys_only", "reverse", "proxy", "consistency", "timeout"];
 
 #[derive(Serialize)]
-struct PageJson {
-    items: Vec<ItemJson>,
+struct PageJson<'a> {
+    items: Each<'a, Item, ItemJson>,
     next_cursor: Option<String>,
 }
 
@@ -58,8 +58,8 @@ async fn page(app: &App, parts: &Parts) -> Result<Response, Problem> {
         // Nothing to go on from. To end the listing here would hide keys.
         (true, None) => return Err(Problem::new(Code::Unavailable, "no shard gave a page").retry_after_ms(1000)),
     };
-    let items = page.items.iter().map(|item| ItemJson::new(item, query.keys_only)).collect();
-    let mut response = json(StatusCode::OK, &PageJson { items, next_cursor });
+    let in_json = |_, item: &Item| ItemJson::new(item, query.keys_only);
+    let mut response = json(StatusCode::OK, &PageJson { items: Each { items: &page.items, make: &in_json }, next_cursor });
     if query.options.consistency == Consistency::Stale {
         // Each shard has an age of its own, and a page does not carry them.
         response.headers_mut().insert(STALENESS, staleness(None));

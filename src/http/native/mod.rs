@@ -95,6 +95,19 @@ impl ItemJson {
     }
 }
 
+/// A list in JSON of which each item is made when its turn comes, so that there is no second copy of all of them.
+struct Each<'a, I, T> {
+    items: &'a [I],
+    /// Is given the place of the item, too.
+    make: &'a dyn Fn(usize, &I) -> T,
+}
+
+impl<I, T: Serialize> Serialize for Each<'_, I, T> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.items.iter().enumerate().map(|(place, item)| (self.make)(place, item)))
+    }
+}
+
 /// Ends with a newline, for those who read it in a terminal.
 fn json(status: StatusCode, body: &impl Serialize) -> Response {
     let mut text = serde_json::to_vec(body).expect("maps with text keys, numbers and strings always serialize");

@@ -90,11 +90,14 @@ async fn lane(peers: Arc<dyn PeerService>, lane: String, request: Request) -> Re
 }
 
 async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
-    let watch = app.watch(Dialect::Peer, &request);
+    let mut watch = app.watch(Dialect::Peer, &request);
     let ceiling = Ceiling { bytes_max: app.limits.body_bytes_max, what: "a body" };
     let answer = match read(&app, request, ceiling).await {
         Ok(body) => match codec::decode::<ShardRequest>(&body, "a shard request") {
             Ok(request) => {
+                if request.body.is_read() {
+                    watch.reads();
+                }
                 let reply = codec::encode(&peers.shard(request).await);
                 ([(header::CONTENT_TYPE, OCTETS)], Body::from(reply)).into_response()
             }

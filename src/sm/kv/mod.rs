@@ -39,7 +39,9 @@ pub use self::moves::{Install, MoveOutcome, MovePhase, MoveRejection, MoveStep, 
 pub use self::observed::{
     CHANGES_BYTES_MAX, DestinationState, Remaining, SourceState, destination_state, leftovers, source_state,
 };
-pub use self::read::{Counts, FindOutcome, FoundKey, PageRequest, ReadOutcome, ScanPage, count, find, read, scan_page};
+pub use self::read::{
+    Counts, FindOutcome, FoundKey, PageRequest, ReadOutcome, ScanPage, count, find, read, scan_page, scan_page_charged,
+};
 pub use self::record::{decode_record, encode_record};
 use super::codec;
 use super::level::Feature;

@@ -121,6 +121,15 @@ pub struct ScanPage {
 /// Of a slot whose turn has not come the next key is known, and the beginning of what is stored there; a value is read only when it
 /// is certain that the page has room for it.
 pub fn scan_page(read: &impl Read, request: &PageRequest) -> Result<ScanPage, StoreError> {
+    scan_page_charged(read, request, |_| true)
+}
+
+/// As [`scan_page`]. `charge` is told the bytes of each item before it is read; where it says no, the page ends, with more to come.
+pub fn scan_page_charged(
+    read: &impl Read,
+    request: &PageRequest,
+    mut charge: impl FnMut(usize) -> bool,
+) -> Result<ScanPage, StoreError> {
     let owned = owned_states(read)?;
     let mut merge = Merge { read, request, heads: BinaryHeap::new(), last: None };
     for (slot, _) in owned.iter().filter(|(_, state)| state.contents.keys > 0) {
@@ -132,7 +141,7 @@ pub fn scan_page(read: &impl Read, request: &PageRequest) -> Result<ScanPage, St
     while items.len() < request.limit.max(1) {
         let Some(head) = merge.heads.peek() else { break };
         let bytes = merge.bytes_of(head);
-        if bytes > bytes_left && !items.is_empty() {
+        if (bytes > bytes_left && !items.is_empty()) || !charge(bytes) {
             break;
         }
         bytes_left = bytes_left.saturating_sub(bytes);

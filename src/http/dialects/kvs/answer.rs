@@ -86,7 +86,7 @@ pub struct Answer {
     content: Content,
     /// Whom to ask about the key.
     address: Option<Address>,
-    causal_context: Option<Box<RawValue>>,
+    pub causal_context: Option<Box<RawValue>>,
     retry_after_s: Option<u64>,
     allow: Option<&'static str>,
 }

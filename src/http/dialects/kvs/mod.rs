@@ -34,6 +34,7 @@ use self::body::Said;
 use super::{Refusal, read_body};
 use crate::client::store::Failure;
 use crate::http::App;
+use crate::http::charged::charge;
 use crate::http::metrics::{Dialect, Watch};
 
 const PREFIX: &str = "/kvs/";
@@ -93,7 +94,16 @@ pub async fn serve(app: &App, request: Request) -> Response {
         }
         Err(refusal) => Answer::refused(refusal, &parts.method),
     };
-    watch.finish(answer.respond())
+    // With the context, which finish knows nothing of.
+    let context = answer.causal_context.clone();
+    let response = charge(answer.respond(), &app.answers).unwrap_or_else(|unfit| match parts.method {
+        Method::GET | Method::HEAD => {
+            let refusal = Failure::no_room(&app.answers).into();
+            Answer::refused(refusal, &parts.method).with_context(context).respond()
+        }
+        _ => *unfit,
+    });
+    watch.finish(response)
 }
 
 async fn by_route(app: &App, parts: &Parts, said: &Said<'_>, watch: &mut Watch<'_>) -> Result<Answer, Refusal> {
