@@ -4,7 +4,8 @@
 //! after another. What is random follows from one seed, which is printed: `QUORATE_TEST_SEED=n` repeats it. Longer campaigns:
 //! - `QUORATE_TEST_ROUNDS`: how often a fault is repeated (`kill`, `crash`, `pause`);
 //! - `QUORATE_TEST_WRITES`: how much a follower misses (`lagging`);
-//! - `QUORATE_TEST_KEYS`: how much one node holds (`big`).
+//! - `QUORATE_TEST_KEYS`: how much one node holds (`big`);
+//! - `QUORATE_TEST_LARGE`: how many values of a mebibyte there are to attack with (`memory`).
 //!
 //! `QUORATE_TEST_BIN` names another binary to be tested, such as a release build.
 //!
@@ -28,6 +29,7 @@ mod kill;
 mod kvs;
 mod lagging;
 mod limits;
+mod memory;
 mod pause;
 mod power_cut;
 mod rolling_restart;
