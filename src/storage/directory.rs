@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
-use super::disk::{Disk, RealDisk};
+use super::disk::{Disk, RealDisk, ensure_dir};
 use super::sealed::{self, SealedError};
 use crate::sm::view::View;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId, ReplicaId};
@@ -87,7 +87,9 @@ pub struct DataDirectory {
 impl DataDirectory {
     /// Opens the directory, creating it with a new identity where there is none, and locks it.
     pub fn open(path: &Path) -> Result<Self, DirectoryError> {
-        std::fs::create_dir_all(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
+        if !path.is_dir() {
+            ensure_dir(&RealDisk, path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
+        }
         // As an absolute path, so that messages can be acted on.
         let path = std::fs::canonicalize(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
         let lock = lock(&path)?;
@@ -100,7 +102,11 @@ impl DataDirectory {
     }
 
     fn open_on(disk: Arc<dyn Disk>, path: &Path, id_if_new: DirectoryId, lock: Option<File>) -> Result<Self, DirectoryError> {
-        disk.create_dir(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
+        let io_error = |source| DirectoryError::Io { path: path.to_owned(), source };
+        match disk.list(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => ensure_dir(&*disk, path).map_err(io_error)?,
+            listed => drop(listed.map_err(io_error)?),
+        }
         let identity: Option<DirectoryId> = sealed::read(&*disk, &path.join(IDENTITY), FORMAT)?;
         let stamp: Option<Stamp> = sealed::read(&*disk, &path.join(STAMP), FORMAT)?;
         let missing = |name: &str| DirectoryError::Damaged { path: path.join(name), reason: "it is missing".into() };

@@ -27,11 +27,32 @@ pub trait Disk: Send + Sync + 'static {
     /// Replaces `to` in one step. Durable only after [`Disk::sync_dir`] of the parent.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     fn remove(&self, path: &Path) -> io::Result<()>;
-    /// Creates the directory and its parents. Fine if it exists.
+    /// Creates the directory in its parent, which must exist. Fine if it exists. Durable only after [`Disk::sync_dir`] of the parent:
+    /// see [`ensure_dir`].
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// Names of the files in a directory, sorted.
     fn list(&self, path: &Path) -> io::Result<Vec<String>>;
+}
+
+/// Creates the directory and those above it that are missing, each durable under its name when this returns. Of one that exists the name
+/// is made durable too: who created it may have ended before that.
+///
+/// # Errors
+///
+/// When the disk fails.
+pub fn ensure_dir(disk: &dyn Disk, path: &Path) -> io::Result<()> {
+    let Some(parent) = path.parent() else { return Ok(()) };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+
+    match disk.create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            ensure_dir(disk, parent)?;
+            disk.create_dir(path)?;
+        }
+        created => created?,
+    }
+    disk.sync_dir(parent)
 }
 
 /// An open file, read and written at offsets.
@@ -80,7 +101,10 @@ impl Disk for RealDisk {
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        std::fs::create_dir_all(path)
+        match std::fs::create_dir(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+            created => created,
+        }
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {

@@ -29,6 +29,15 @@ pub struct ReplicaKey {
     pub replica: ReplicaId,
 }
 
+impl ReplicaKey {
+    /// Reads what [`fmt::Display`] wrote, and nothing else.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (group, replica) = text.strip_prefix('g')?.split_once("-r")?;
+        let key = Self { group: GroupId(group.parse().ok()?), replica: ReplicaId(replica.parse().ok()?) };
+        (key.to_string() == text).then_some(key)
+    }
+}
+
 impl fmt::Display for ReplicaKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}", self.group, self.replica)

@@ -5,7 +5,7 @@
 //! file that was open gives errors from then on. A killed process is simulated by dropping its files: nothing is lost then.
 //! A sync that fails loses writes as the Linux page cache does: they can still be read, and no later sync makes them durable.
 //!
-//! Caveat: directories themselves are durable at once, only the names in them are not.
+//! Directories are names like those of files: one whose parent was not synced may be gone after a crash, with all that is in it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -38,13 +38,41 @@ struct State {
     random: StdRng,
     inodes: BTreeMap<u64, Inode>,
     inode_next: u64,
-    names: BTreeMap<PathBuf, u64>,
-    names_synced: BTreeMap<PathBuf, u64>,
+    names: Names,
+    names_synced: Names,
     names_pending: Vec<NameChange>,
-    directories: BTreeSet<PathBuf>,
     power_cuts: u64,
     counts: SimCounts,
     faults: Faults,
+}
+
+/// What is in the directories.
+#[derive(Clone)]
+struct Names {
+    files: BTreeMap<PathBuf, u64>,
+    directories: BTreeSet<PathBuf>,
+}
+
+impl Names {
+    fn root() -> Self {
+        Self { files: BTreeMap::new(), directories: BTreeSet::from([PathBuf::from("/")]) }
+    }
+
+    fn has_parent(&self, path: &Path) -> bool {
+        path.parent().is_some_and(|parent| self.directories.contains(parent))
+    }
+
+    /// Forgets what is in directories that are not there.
+    fn drop_orphans(&mut self) {
+        // A directory comes after its parent.
+        for directory in std::mem::take(&mut self.directories) {
+            if directory == Path::new("/") || self.has_parent(&directory) {
+                self.directories.insert(directory);
+            }
+        }
+        let Self { files, directories } = self;
+        files.retain(|path, _| path.parent().is_some_and(|parent| directories.contains(parent)));
+    }
 }
 
 #[derive(Clone, Default)]
@@ -72,6 +100,7 @@ enum Change {
 
 #[derive(Clone)]
 enum NameChange {
+    Directory { path: PathBuf },
     Link { path: PathBuf, inode: u64 },
     Unlink { path: PathBuf },
     Rename { from: PathBuf, to: PathBuf, inode: u64 },
@@ -84,10 +113,9 @@ impl SimDisk {
             random: StdRng::seed_from_u64(seed),
             inodes: BTreeMap::new(),
             inode_next: 0,
-            names: BTreeMap::new(),
-            names_synced: BTreeMap::new(),
+            names: Names::root(),
+            names_synced: Names::root(),
             names_pending: Vec::new(),
-            directories: BTreeSet::new(),
             power_cuts: 0,
             counts: SimCounts::default(),
             faults: Faults::default(),
@@ -123,6 +151,7 @@ impl SimDisk {
                 change.apply(&mut state.names_synced);
             }
         }
+        state.names_synced.drop_orphans();
         state.names = state.names_synced.clone();
         state.drop_unnamed();
     }
@@ -140,7 +169,7 @@ impl SimDisk {
     /// Reads of the file that now has this name fail, until [`SimDisk::heal`] or a crash.
     pub fn fail_reads(&self, path: &Path) {
         let state = &mut *self.lock();
-        state.faults.unreadable.extend(state.names.get(path));
+        state.faults.unreadable.extend(state.names.files.get(path));
     }
 
     /// Writes that would make all files together longer than this fail as on a full disk, having written what fits.
@@ -183,7 +212,7 @@ impl SimDisk {
     pub fn files(&self) -> Vec<(PathBuf, u64)> {
         let state = self.lock();
         let len = |inode: &u64| state.inodes.get(inode).map_or(0, |inode| inode.current.len() as u64);
-        state.names.iter().map(|(path, inode)| (path.clone(), len(inode))).collect()
+        state.names.files.iter().map(|(path, inode)| (path.clone(), len(inode))).collect()
     }
 
     pub fn counts(&self) -> SimCounts {
@@ -199,7 +228,7 @@ impl Disk for SimDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
         let mut state = self.lock();
         state.need_directory(path)?;
-        let found = state.names.get(path).copied();
+        let found = state.names.files.get(path).copied();
         let inode = match (found, how) {
             (Some(inode), Open::Existing) => inode,
             (Some(inode), Open::Truncated) => {
@@ -228,14 +257,14 @@ impl Disk for SimDisk {
         if from.parent() != to.parent() {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "the simulated disk renames within a directory only"));
         }
-        let inode = *state.names.get(from).ok_or(io::ErrorKind::NotFound)?;
+        let inode = *state.names.files.get(from).ok_or(io::ErrorKind::NotFound)?;
         state.change_name(NameChange::Rename { from: from.to_owned(), to: to.to_owned(), inode });
         Ok(())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut state = self.lock();
-        if !state.names.contains_key(path) {
+        if !state.names.files.contains_key(path) {
             return Err(io::Error::from(io::ErrorKind::NotFound));
         }
         state.change_name(NameChange::Unlink { path: path.to_owned() });
@@ -244,13 +273,17 @@ impl Disk for SimDisk {
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
         let mut state = self.lock();
-        state.directories.extend(path.ancestors().map(Path::to_owned));
+        if state.names.directories.contains(path) {
+            return Ok(());
+        }
+        state.need_directory(path)?;
+        state.change_name(NameChange::Directory { path: path.to_owned() });
         Ok(())
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         let mut state = self.lock();
-        if !state.directories.contains(path) {
+        if !state.names.directories.contains(path) {
             return Err(io::Error::from(io::ErrorKind::NotFound));
         }
         state.count_sync()?;
@@ -268,10 +301,10 @@ impl Disk for SimDisk {
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let state = self.lock();
-        if !state.directories.contains(path) {
+        if !state.names.directories.contains(path) {
             return Err(io::Error::from(io::ErrorKind::NotFound));
         }
-        let here = state.names.keys().filter(|file| file.parent() == Some(path));
+        let here = state.names.files.keys().filter(|file| file.parent() == Some(path));
         Ok(here.filter_map(|file| file.file_name()?.to_str().map(str::to_owned)).collect())
     }
 }
@@ -361,13 +394,12 @@ impl State {
     }
 
     fn inode_of(&mut self, path: &Path) -> Option<&mut Inode> {
-        let inode = self.names.get(path)?;
+        let inode = self.names.files.get(path)?;
         self.inodes.get_mut(inode)
     }
 
     fn need_directory(&self, path: &Path) -> io::Result<()> {
-        let found = path.parent().is_some_and(|parent| self.directories.contains(parent));
-        if found { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) }
+        if self.names.has_parent(path) { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) }
     }
 
     fn change(&mut self, inode: u64, change: Change) {
@@ -400,7 +432,7 @@ impl State {
 
     /// Forgets the contents of files that are neither open nor found under a name, now or after a crash.
     fn drop_unnamed(&mut self) {
-        let mut named: BTreeSet<u64> = self.names.values().chain(self.names_synced.values()).copied().collect();
+        let mut named: BTreeSet<u64> = self.names.files.values().chain(self.names_synced.files.values()).copied().collect();
         named.extend(self.names_pending.iter().filter_map(NameChange::inode));
         self.inodes.retain(|number, inode| inode.handles > 0 || named.contains(number));
     }
@@ -480,19 +512,26 @@ impl Change {
 impl NameChange {
     fn path(&self) -> &Path {
         match self {
-            NameChange::Link { path, .. } | NameChange::Unlink { path } | NameChange::Rename { to: path, .. } => path,
+            NameChange::Directory { path }
+            | NameChange::Link { path, .. }
+            | NameChange::Unlink { path }
+            | NameChange::Rename { to: path, .. } => path,
         }
     }
 
     fn inode(&self) -> Option<u64> {
         match self {
             NameChange::Link { inode, .. } | NameChange::Rename { inode, .. } => Some(*inode),
-            NameChange::Unlink { .. } => None,
+            NameChange::Directory { .. } | NameChange::Unlink { .. } => None,
         }
     }
 
-    fn apply(&self, names: &mut BTreeMap<PathBuf, u64>) {
+    fn apply(&self, names: &mut Names) {
+        let Names { files: names, directories } = names;
         match self {
+            NameChange::Directory { path } => {
+                directories.insert(path.clone());
+            }
             NameChange::Link { path, inode } => {
                 names.insert(path.clone(), *inode);
             }
@@ -531,10 +570,11 @@ fn error_io() -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::disk::ensure_dir;
 
     fn disk(seed: u64) -> SimDisk {
         let disk = SimDisk::new(seed);
-        disk.create_dir(Path::new("/d")).expect("a directory");
+        ensure_dir(&disk, Path::new("/d")).expect("a directory");
         disk
     }
 
@@ -577,6 +617,33 @@ mod tests {
         disk.sync_dir(Path::new("/d")).expect("a sync");
         disk.crash();
         assert_eq!(disk.list(Path::new("/d")).expect("a list"), ["new"]);
+    }
+
+    #[test]
+    fn a_directory_is_durable_once_its_parent_is_synced() {
+        let (outer, inner) = (Path::new("/d/outer"), Path::new("/d/outer/inner"));
+        let file = inner.join("file");
+        let fill = |disk: &SimDisk| {
+            disk.create_dir(outer).and_then(|()| disk.create_dir(inner)).expect("directories");
+            disk.open(&file, Open::New).expect("a new file").sync().expect("a sync");
+            disk.sync_dir(inner).expect("a sync");
+        };
+        let mut found = BTreeSet::new();
+        for seed in 0..64 {
+            let disk = disk(seed);
+            fill(&disk);
+            disk.crash();
+            let is_file = disk.contents(&file).is_some();
+            assert!(!is_file || disk.list(inner).is_ok(), "a file in no directory");
+            found.insert((disk.list(outer).is_ok(), disk.list(inner).is_ok(), is_file));
+        }
+        assert_eq!(found.len(), 3, "{found:?}");
+        let disk = disk(0);
+        fill(&disk);
+        ensure_dir(&disk, outer).and_then(|()| ensure_dir(&disk, inner)).expect("durable");
+        disk.crash();
+        assert!(disk.contents(&file).is_some());
+        assert!(disk.create_dir(Path::new("/e/f")).is_err(), "a directory in none");
     }
 
     #[test]

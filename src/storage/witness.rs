@@ -8,6 +8,7 @@
 //! magic "QRTMARK\0" · mark (versioned postcard) · CRC-32 of all before, little-endian
 //! ```
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::ReplicaKey;
-use super::disk::{Disk, Open};
+use super::disk::{Disk, Open, ensure_dir};
 use super::state::Applied;
 use crate::sm::codec;
 use crate::sm::ports::StoreError;
@@ -44,7 +45,7 @@ pub struct WitnessFiles {
 impl WitnessFiles {
     /// Opens the directory, creating it where needed. What a crash left half written is overwritten by the next.
     pub fn open(disk: Arc<dyn Disk>, directory: &Path) -> Result<Self, StoreError> {
-        disk.create_dir(directory).map_err(|source| io_error("creating", directory, source))?;
+        ensure_dir(&*disk, directory).map_err(|source| io_error("creating", directory, source))?;
         Ok(Self { disk, directory: directory.to_owned() })
     }
 
@@ -97,6 +98,13 @@ impl WitnessFiles {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(source) => Err(io_error("removing", &path, source)),
         }
+    }
+
+    /// Forgets every witness that is not among `known`. Blocking.
+    pub(crate) fn remove_unknown(&self, known: &BTreeSet<ReplicaKey>) -> Result<(), StoreError> {
+        let names = self.disk.list(&self.directory).map_err(|source| io_error("listing", &self.directory, source))?;
+        let keys = names.iter().filter_map(|name| ReplicaKey::parse(name.strip_suffix(MARK)?));
+        keys.filter(|key| !known.contains(key)).try_for_each(|key| self.remove(key))
     }
 
     fn sync_directory(&self) -> Result<(), StoreError> {

@@ -19,7 +19,7 @@ use super::segment::{Active, Prepared, SegmentFiles};
 use super::written::{Contradiction, Live, Spot};
 use super::{Done, Entry, Expect, LogFailure, LogOptions, OpenLogError, with_context};
 use crate::storage::ReplicaKey;
-use crate::storage::disk::Disk;
+use crate::storage::disk::{Disk, ensure_dir};
 use crate::types::{GroupId, LogId, ReplicaId};
 
 /// Larger segments would not be addressed by 32 bits together with the largest append.
@@ -97,10 +97,7 @@ impl Batch<'_> {
 /// Opens a log: see [`super::Log::open`].
 pub(super) fn open(disk: Arc<dyn Disk>, dir: &Path, options: LogOptions) -> Result<(Arc<Shared>, LogWriter), OpenLogError> {
     let failed = |context: String| move |source| OpenLogError::Io { context, source };
-    disk.create_dir(dir).map_err(failed(format!("create {}", dir.display())))?;
-    if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        disk.sync_dir(parent).map_err(failed(format!("sync {}", parent.display())))?;
-    }
+    ensure_dir(&*disk, dir).map_err(failed(format!("create {}", dir.display())))?;
     let segment_bytes = options.segment_bytes.min(SEGMENT_BYTES_MAX);
     let files = SegmentFiles { disk, dir: dir.to_owned(), grow_bytes: options.grow_bytes, segment_bytes };
     let replayed = replay(&files, options.binding)?;

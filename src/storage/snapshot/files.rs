@@ -3,6 +3,7 @@
 //! A published file is `<group>-<replica>-<term>-<index>.snap`; one that is being written ends in `.part`, and such leftovers of a
 //! crash are removed when the directory is opened. Publishing is: the file synced (by whoever wrote it), renamed, the directory synced.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
-use crate::storage::disk::{Disk, DiskFile, Open};
+use crate::storage::disk::{Disk, DiskFile, Open, ensure_dir};
 use crate::storage::state::Applied;
 use crate::types::LogId;
 
@@ -35,7 +36,7 @@ pub struct Published {
 impl SnapshotFiles {
     /// Opens the directory, creating it where needed, and removes what a crash left half written.
     pub fn open(disk: Arc<dyn Disk>, directory: &Path) -> Result<Self, StoreError> {
-        disk.create_dir(directory).map_err(|source| io_error("creating", directory, source))?;
+        ensure_dir(&*disk, directory).map_err(|source| io_error("creating", directory, source))?;
         let files = Self { disk, directory: directory.to_owned(), next_temporary: Arc::default() };
         for name in files.names()?.iter().filter(|name| name.ends_with(TEMPORARY)) {
             let path = directory.join(name);
@@ -95,6 +96,18 @@ impl SnapshotFiles {
             self.disk.sync_dir(&self.directory).map_err(|source| io_error("syncing", &self.directory, source))?;
         }
         Ok(())
+    }
+
+    /// Removes the published files of every replica that is not among `known`.
+    pub(crate) fn remove_unknown(&self, known: &BTreeSet<ReplicaKey>) -> Result<(), StoreError> {
+        let owner = |name: &str| {
+            let (group, rest) = name.split_once('-')?;
+            let key = ReplicaKey::parse(&format!("{group}-{}", rest.split_once('-')?.0))?;
+            log_id_of(key, name).map(|_| key)
+        };
+        let unknown: BTreeSet<ReplicaKey> =
+            self.names()?.iter().filter_map(|name| owner(name)).filter(|key| !known.contains(key)).collect();
+        unknown.into_iter().try_for_each(|key| self.remove_others(key, None))
     }
 
     fn names(&self) -> Result<Vec<String>, StoreError> {
@@ -157,6 +170,34 @@ mod tests {
         }
         assert!((2..=4).contains(&syncs(before)), "{} syncs of a file that arrives", syncs(before));
         assert_eq!(receiver.finish().expect("whole").trailer().digest.pairs, 3 * UNSYNCED_BYTES_MAX as u64 / 1024);
+    }
+
+    #[test]
+    fn a_published_file_in_a_new_directory_survives_a_power_cut() {
+        let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(5) };
+        for seed in 0..32 {
+            let disk = SimDisk::new(seed);
+            let files = SnapshotFiles::open(Arc::new(disk.clone()), Path::new("/data/snapshots")).expect("opened");
+            let applied = Applied { log_id: Some(LogId { term: 1, index: 9 }), ..Applied::default() };
+            let (path, file) = files.create_temporary(key).expect("created");
+            let writer = SnapshotWriter::begin(file, &SnapshotHead { key, applied: applied.clone() }).expect("begun");
+            writer.finish().expect("finished");
+            let path = files.publish(&path, key, &applied).expect("published");
+            disk.crash();
+            assert!(disk.contents(&path).is_some(), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn only_the_files_of_unknown_replicas_are_removed() {
+        let disk = SimDisk::new(1);
+        let files = SnapshotFiles::open(Arc::new(disk.clone()), Path::new("/snapshots")).expect("opened");
+        let kept = ["g1-r5-2-900.snap", "g1-r5-none.snap", "g1-r51.snap", "g1-r6-2-09.snap", "mine"];
+        for name in kept.iter().chain(&["g1-r51-2-900.snap", "g2-r5-none.snap"]) {
+            disk.open(&Path::new("/snapshots").join(name), Open::New).expect("a file");
+        }
+        files.remove_unknown(&BTreeSet::from([ReplicaKey { group: GroupId(1), replica: ReplicaId(5) }])).expect("removed");
+        assert_eq!(disk.list(Path::new("/snapshots")).expect("listed"), kept);
     }
 
     #[test]

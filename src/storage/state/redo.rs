@@ -11,6 +11,7 @@
 //! magic "QRTREDO\0" · length of the rest from here · xxh3_64 of it · redo (versioned postcard)      numbers little-endian, eight bytes
 //! ```
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use super::record::{RECORD_KEY, TreeRecord};
 use crate::sm::codec;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
-use crate::storage::disk::{Disk, DiskFile, Open};
+use crate::storage::disk::{Disk, DiskFile, Open, ensure_dir};
 use crate::storage::tree::Tree;
 
 const MAGIC: &[u8; 8] = b"QRTREDO\0";
@@ -56,7 +57,7 @@ pub struct RedoFiles {
 impl RedoFiles {
     /// Opens the directory, creating it where needed.
     pub fn open(disk: Arc<dyn Disk>, directory: &Path) -> Result<Self, StoreError> {
-        disk.create_dir(directory).map_err(|source| io_error("creating", directory, source))?;
+        ensure_dir(&*disk, directory).map_err(|source| io_error("creating", directory, source))?;
         Ok(Self { disk, directory: directory.to_owned() })
     }
 
@@ -96,6 +97,13 @@ impl RedoFiles {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("removing", &path, error)),
             Ok(()) | Err(_) => Ok(()),
         }
+    }
+
+    /// Forgets those of every replica that is not among `known`.
+    pub fn remove_unknown(&self, known: &BTreeSet<ReplicaKey>) -> Result<(), StoreError> {
+        let names = self.disk.list(&self.directory).map_err(|source| io_error("listing", &self.directory, source))?;
+        let keys = names.iter().filter_map(|name| ReplicaKey::parse(name.strip_suffix(ENDING)?));
+        keys.filter(|key| !known.contains(key)).try_for_each(|key| self.remove(key))
     }
 
     fn path(&self, key: ReplicaKey) -> PathBuf {

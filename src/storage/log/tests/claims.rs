@@ -8,7 +8,7 @@ use crate::storage::watched_disk::WatchedDisk;
 /// A log on a fresh simulated disk with replica g1-r1 created.
 fn one(options: &LogOptions) -> (SimDisk, Log, LogWriter, ReplicaLog, Outcomes) {
     let disk = SimDisk::new(1);
-    disk.create_dir(Path::new("/node")).expect("a directory");
+    ensure_dir(&disk, Path::new("/node")).expect("a directory");
     let (log, mut writer) = open(&disk, options).expect("a new log");
     let outcomes = Outcomes::default();
     log.create(key(1, 1), outcomes.done());
@@ -255,7 +255,7 @@ fn a_log_of_another_directory_or_of_none_is_refused() {
     assert!(other.to_string().contains("move this node's data directory away"), "{other}");
     open(&disk, &LogOptions { expect: Expect::Existing, ..options.clone() }).map(drop).expect("its own log");
     let empty = SimDisk::new(0);
-    empty.create_dir(Path::new("/node")).expect("a directory");
+    ensure_dir(&empty, Path::new("/node")).expect("a directory");
     let missing = refused(&empty, &LogOptions { expect: Expect::Existing, ..options });
     assert!(matches!(missing, OpenLogError::Missing { .. }), "{missing}");
 }
@@ -447,7 +447,7 @@ fn the_closing_mark_comes_after_whatever_was_written_last() {
 fn what_is_rebased_is_read_at_every_moment_of_it() {
     let options = LogOptions { cache_bytes: 0, ..small() };
     let disk = SimDisk::new(1);
-    disk.create_dir(Path::new("/node")).expect("a directory");
+    ensure_dir(&disk, Path::new("/node")).expect("a directory");
     let watched = WatchedDisk::new(disk);
     let (log, mut writer) = Log::open(Arc::new(watched.clone()), &dir(), options).expect("a new log");
     let outcomes = Outcomes::default();

@@ -89,7 +89,7 @@ trait WithRoot {
 
 impl WithRoot for SimDisk {
     fn with_root(self) -> Self {
-        self.create_dir(Path::new("/node")).expect("a directory");
+        ensure_dir(&self, Path::new("/node")).expect("a directory");
         self
     }
 }

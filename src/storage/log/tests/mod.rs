@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng};
 
 use super::*;
 use crate::storage::ReplicaKey;
-use crate::storage::disk::Disk;
+use crate::storage::disk::{Disk, ensure_dir};
 use crate::storage::sim_disk::SimDisk;
 use crate::types::{GroupId, LogId, ReplicaId};
 
@@ -197,7 +197,7 @@ pub(super) fn open(disk: &SimDisk, options: &LogOptions) -> Result<(Log, LogWrit
 impl Attack {
     pub fn new(seed: u64, options: LogOptions) -> Self {
         let disk = SimDisk::new(seed);
-        disk.create_dir(Path::new("/node")).expect("a directory");
+        ensure_dir(&disk, Path::new("/node")).expect("a directory");
         let (log, writer) = open(&disk, &options).expect("a new log");
         Self { disk, options, random: StdRng::seed_from_u64(seed), log, writer, histories: BTreeMap::new() }
     }
