@@ -103,6 +103,11 @@ impl Joining {
         &self.config
     }
 
+    /// What this directory knows of the cluster that it is in.
+    pub fn stamp(&self) -> Stamp {
+        self.directory.stamp()
+    }
+
     /// What this node waits for; none before it asked, and once it joined.
     pub fn waiting(&self) -> Option<Waiting> {
         self.waiting.borrow().clone()

@@ -12,6 +12,7 @@ pub mod bootstrap;
 mod chores;
 mod janitor;
 mod join;
+mod leftovers;
 pub mod machine;
 mod member;
 mod memberships;

@@ -17,6 +17,7 @@ use super::access::Access;
 use super::balancer::Balancer;
 use super::janitor::Janitor;
 use super::join::{Joined, Joining};
+use super::leftovers;
 use super::member::{Member, Views, read_view_now};
 use super::memberships::Memberships;
 use super::metrics::{self, Family};
@@ -44,7 +45,7 @@ use crate::storage::directory::DirectoryError;
 use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
 use crate::storage::sled_tree::{SledError, is_condemned};
 use crate::storage::state::{StateOptions, StateStore};
-use crate::types::{Address, GroupId};
+use crate::types::{Address, ClusterId, GroupId};
 
 /// Between two attempts to open the replica of the meta group while there is no descriptor for it.
 const OPEN_AGAIN_AFTER: Duration = Duration::from_millis(500);
@@ -103,7 +104,8 @@ impl Running {
     /// Answers are charged to `answers`.
     pub async fn start(joining: &Arc<Joining>, joined: Joined, answers: Arc<Budget>) -> Result<Self, StartError> {
         let opening = Arc::clone(joining);
-        let opened = tokio::task::spawn_blocking(move || Storage::open(&opening)).await;
+        let cluster = joined.view.cluster;
+        let opened = tokio::task::spawn_blocking(move || Storage::open(&opening, cluster)).await;
         let storage = opened.map_err(|error| StartError::BrokenOff(error.to_string()))??;
         let config = joining.config();
         let identity = Arc::new(Identity::member(joining.directory_id(), joined.view.cluster, joined.node));
@@ -325,16 +327,17 @@ fn timings(config: &NodeConfig) -> RaftTimings {
 
 impl Storage {
     /// Blocking: reads the log back.
-    fn open(joining: &Joining) -> Result<Self, StartError> {
+    fn open(joining: &Joining, cluster: ClusterId) -> Result<Self, StartError> {
         let config = joining.config();
         let disk = joining.machine().disk();
         let path = joining.directory_path();
         let expect = if joining.is_stamped_member() { Expect::Existing } else { Expect::NewOrExisting };
         let options = LogOptions { expect, binding: joining.directory_id().0, ..LogOptions::default() };
-        let (log, writer) = Log::open(disk.clone(), &path.join("log"), options)?;
+        let (log, writer) = leftovers::open_log(&disk, path, &joining.stamp(), cluster, options)?;
         let is_expected = !log.replicas().is_empty();
         let trees = joining.machine().open_trees(&path.join(MAPS_DIR), config.cache_bytes, is_expected)?;
         let (states, checkpointer) = StateStore::open(trees, disk, path, StateOptions::default())?;
+        leftovers::clear_maps(&log, &states)?;
         let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
         let writer = thread("log-writer").spawn(move || writer.run()).map_err(StartError::Thread)?;
         let checkpointer = thread("checkpointer").spawn(move || checkpointer.run()).map_err(StartError::Thread)?;

@@ -263,7 +263,12 @@ impl Registry {
         let (done, forgotten) = oneshot::channel();
         self.shared.log.wipe(key, Box::new(move |result| drop(done.send(result))));
         let closed = || OpenError::Log(std::io::Error::other("it was closed"));
-        forgotten.await.map_err(|_| closed())?.map_err(OpenError::Log)
+        forgotten.await.map_err(|_| closed())?.map_err(OpenError::Log)?;
+
+        // Last: a witness whose log is there without its mark would open as a replica with a map.
+        let witnesses = self.states.witnesses().clone();
+        let unmarked = tokio::task::spawn_blocking(move || witnesses.remove(key)).await;
+        unmarked.map_err(|error| OpenError::Raft(format!("wiping a mark panicked: {error}")))?.map_err(OpenError::State)
     }
 
     /// Hands over every leadership that somebody can take, all at a time.

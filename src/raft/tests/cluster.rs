@@ -51,7 +51,7 @@ impl Disks {
 pub struct TestNode {
     pub registry: Arc<Registry>,
     log: Log,
-    states: Arc<StateStore>,
+    pub states: Arc<StateStore>,
     threads: Vec<JoinHandle<()>>,
 }
 

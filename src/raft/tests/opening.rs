@@ -200,3 +200,22 @@ async fn an_old_copy_of_the_log_under_a_newer_map_is_refused() {
     assert!(failed.iter().any(|(_, error)| error.to_string().contains("has applied")), "{failed:?}");
     cluster.stop_all().await;
 }
+
+/// A wipe that the end of the process cuts short is done again. Until then a witness stays what it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_witness_that_is_half_wiped_does_not_open_as_another_kind() {
+    let mut cluster = TestCluster::new(3);
+    cluster.found_with_witness(1).await;
+    let (node, witness) = (NodeId(3), key(1, 3));
+    cluster.nodes[&node].registry.close_replica(witness).await;
+    cluster.nodes[&node].states.wipe(witness).expect("its map, which it has not, is wiped");
+    cluster.stop(node).await;
+
+    cluster.restart(node).await;
+    let registry = cluster.nodes[&node].registry.clone();
+    assert!(registry.witness(witness.group).is_some() && registry.get(witness.group).is_none());
+    registry.wipe_replica(witness).await.expect("wiped");
+    assert_eq!(cluster.nodes[&node].states.witnesses().read(witness).expect("readable"), None);
+    drop(registry);
+    cluster.stop_all().await;
+}

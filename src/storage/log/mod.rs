@@ -33,17 +33,28 @@ mod writer;
 mod written;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::storage::disk::Disk;
 use crate::types::{LogId, ReplicaId};
 
 pub use handle::{Log, LogMetrics, Pin, SYNC_BUCKETS_US};
 pub use replica::{LogState, ReplicaLog};
 pub use writer::LogWriter;
+
+/// Removes the log in `dir`, with all that it holds of every replica, durably. What is cut short here must be done again before the log
+/// is opened.
+///
+/// # Errors
+///
+/// When the disk fails.
+pub fn discard(disk: Arc<dyn Disk>, dir: &Path) -> io::Result<()> {
+    segment::remove_all(disk, dir)
+}
 
 /// An entry of a group's log. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq)]

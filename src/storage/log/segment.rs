@@ -129,6 +129,19 @@ impl SegmentFiles {
     }
 }
 
+/// Removes every segment and spare in a directory, durably. Fine if it is not there.
+pub(super) fn remove_all(disk: Arc<dyn Disk>, dir: &Path) -> io::Result<()> {
+    let files = SegmentFiles { disk, dir: dir.to_owned(), grow_bytes: 0, segment_bytes: 0 };
+    let listing = match files.list() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        listing => listing?,
+    };
+    for path in listing.segments.iter().map(|number| files.path(*number)).chain(listing.spares) {
+        files.disk.remove(&path).map_err(|error| with_context(error, format_args!("remove {}", path.display())))?;
+    }
+    files.disk.sync_dir(dir)
+}
+
 /// Writes zeros from `from` to `to` and syncs them. Returns `to`.
 fn pre_write(file: &dyn DiskFile, path: &Path, from: u64, to: u64) -> io::Result<u64> {
     let zeros = vec![0; ZEROS_BYTES.min(to.saturating_sub(from)) as usize];

@@ -58,6 +58,12 @@ pub fn generation_of(key: ReplicaKey, name: &str) -> Option<u64> {
     (tree_name(key, generation) == name).then_some(generation)
 }
 
+/// The replica whose tree has this name, whatever the generation.
+pub fn owner_of(name: &str) -> Option<ReplicaKey> {
+    let key = ReplicaKey::parse(name.split_once('.')?.0)?;
+    generation_of(key, name).map(|_| key)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

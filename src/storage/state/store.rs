@@ -1,6 +1,6 @@
 //! [`StateStore`]: the maps of a node, and [`Checkpointer`], which writes their frozen tables down.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::open;
-use super::record::tree_name;
+use super::record::{owner_of, tree_name};
 use super::redo::RedoFiles;
 use super::replica::{Replica, ReplicaState};
 use super::{StateOptions, Synced};
@@ -100,7 +100,21 @@ impl StateStore {
         &self.witnesses
     }
 
-    /// Forgets the map of a replica, tree and snapshot file, also one that is open: its handles then only fail. Blocking.
+    /// Forgets all that is here of replicas that are not among `known`, those that the log has: what a wipe left that was cut short, or a
+    /// power cut brought back. Before any map is opened. Blocking.
+    pub fn keep_only(&self, known: &BTreeSet<ReplicaKey>) -> Result<(), StoreError> {
+        for name in self.shared.trees.names()? {
+            if owner_of(&name).is_some_and(|key| !known.contains(&key)) {
+                self.shared.trees.drop_tree(&name)?;
+            }
+        }
+        self.shared.files.remove_unknown(known)?;
+        self.shared.redo.remove_unknown(known)?;
+        self.witnesses.remove_unknown(known)
+    }
+
+    /// Forgets the map of a replica, tree and snapshot file, also one that is open: its handles then only fail. That a replica is a witness
+    /// stays known: its mark goes when the log has forgotten it. Blocking.
     pub fn wipe(&self, key: ReplicaKey) -> Result<(), StoreError> {
         let open = self.shared.lock_replicas().get(&key).and_then(Weak::upgrade);
         let _pen = open.as_ref().map(|replica| {
@@ -115,8 +129,7 @@ impl StateStore {
             self.shared.trees.drop_tree(&tree_name(key, generation))?;
         }
         self.shared.files.remove_others(key, None)?;
-        self.shared.redo.remove(key)?;
-        self.witnesses.remove(key)
+        self.shared.redo.remove(key)
     }
 
     /// The maps that are open now. Whoever wants them written down by [`StateStore::close`] keeps them so until then.
