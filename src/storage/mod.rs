@@ -11,6 +11,8 @@ pub mod sim_disk;
 pub mod sled_tree;
 pub mod snapshot;
 pub mod state;
+#[cfg(test)]
+pub mod testing;
 pub mod tree;
 #[cfg(test)]
 pub mod watched_disk;

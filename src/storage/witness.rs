@@ -126,6 +126,7 @@ mod tests {
 
     use super::*;
     use crate::storage::sim_disk::SimDisk;
+    use crate::storage::testing::{hex, unhex};
     use crate::types::{GroupId, LogId, ReplicaId};
 
     const KEY: ReplicaKey = ReplicaKey { group: GroupId(3), replica: ReplicaId(7) };
@@ -154,6 +155,22 @@ mod tests {
             files.remove(KEY).expect("removed");
             assert_eq!(files.read(KEY).expect("readable"), None);
         }
+    }
+
+    /// A file of the first format, as it was written first and is read for ever.
+    const GOLDEN: &str = "5152544d41524b000103070102ac02076d656d62657273169db059";
+
+    #[test]
+    fn the_file_format_stands_still() {
+        let disk = SimDisk::new(1);
+        let files = open(&disk);
+        files.write(KEY, &applied(300)).expect("written");
+        let path = files.path(KEY, MARK);
+        assert_eq!(hex(&disk.contents(&path).expect("it is there")), GOLDEN, "write a new format beside the old one");
+
+        let file = disk.open(&path, Open::Truncated).expect("opened");
+        file.write_at(&unhex(GOLDEN), 0).expect("written");
+        assert_eq!(files.read(KEY).expect("readable"), Some(applied(300)));
     }
 
     #[test]

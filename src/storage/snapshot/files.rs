@@ -141,9 +141,10 @@ fn log_id_of(key: ReplicaKey, name: &str) -> Option<Option<LogId>> {
 mod tests {
     use super::*;
     use crate::storage::sim_disk::SimDisk;
-    use crate::storage::snapshot::SnapshotReceiver;
     use crate::storage::snapshot::format::{SnapshotHead, SnapshotWriter, UNSYNCED_BYTES_MAX};
+    use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
     use crate::storage::state::Applied;
+    use crate::storage::testing::{hex, unhex};
     use crate::types::{GroupId, ReplicaId};
 
     #[test]
@@ -170,6 +171,39 @@ mod tests {
         }
         assert!((2..=4).contains(&syncs(before)), "{} syncs of a file that arrives", syncs(before));
         assert_eq!(receiver.finish().expect("whole").trailer().digest.pairs, 3 * UNSYNCED_BYTES_MAX as u64 / 1024);
+    }
+
+    /// A file of format 1 with two pairs, as it was written first and is read for ever.
+    const GOLDEN: &str = "\
+        515254534e415000010000000f00000001010501028407076d656d6265727334207022011400000002000000\
+        da7b55f10100000001000000613102000000000000006263f82488a20202000000000000001167a3fb6c3c16\
+        31ffefabc3639957d57100000000000000342070227b4c1ea1";
+
+    #[test]
+    fn the_file_format_stands_still() {
+        let disk = SimDisk::new(1);
+        let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(5) };
+        let membership = bytes::Bytes::from_static(b"members");
+        let applied = Applied { log_id: Some(LogId { term: 2, index: 900 }), membership };
+        let head = SnapshotHead { key, applied };
+        let files = SnapshotFiles::open(Arc::new(disk.clone()), Path::new("/snapshots")).expect("opened");
+        let (path, file) = files.create_temporary(key).expect("created");
+        let mut writer = SnapshotWriter::begin(file, &head).expect("begun");
+        writer.add(b"a", b"1").and_then(|()| writer.add(b"bc", b"")).expect("added");
+        writer.finish().expect("finished");
+        assert_eq!(hex(&disk.contents(&path).expect("it is there")), GOLDEN, "write a new format beside the old one");
+
+        let path = Path::new("/snapshots/g1-r5-2-900.snap");
+        disk.open(path, Open::New).expect("a file").write_at(&unhex(GOLDEN), 0).expect("written");
+        let snapshot = Snapshot::open(&files, path).expect("its head and trailer hold");
+        assert_eq!((snapshot.written_by(), snapshot.applied()), (key, &head.applied));
+        let mut pairs = Vec::new();
+        let mut note = |key: &[u8], value: &[u8]| {
+            pairs.push((key.to_vec(), value.to_vec()));
+            Ok(())
+        };
+        snapshot.for_each(&mut note).expect("its pairs hold");
+        assert_eq!(pairs, [(b"a".to_vec(), b"1".to_vec()), (b"bc".to_vec(), Vec::new())]);
     }
 
     #[test]

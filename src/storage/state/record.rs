@@ -67,7 +67,11 @@ pub fn owner_of(name: &str) -> Option<ReplicaKey> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::testing::{hex, unhex};
     use crate::types::{GroupId, LogId, ReplicaId};
+
+    /// Of the first format, as it was written first and is read for ever.
+    const GOLDEN: &str = "01010503010209016d0107f1519962bbdbb399";
 
     #[test]
     fn a_record_reads_back_and_any_flipped_bit_is_seen() {
@@ -75,7 +79,8 @@ mod tests {
         let applied = Applied { log_id: Some(LogId { term: 2, index: 9 }), membership: Bytes::from_static(b"m") };
         let record = TreeRecord { key, generation: 3, applied, digest: Digest { pairs: 1, sum: 7 } };
         let bytes = record.encode();
-        assert_eq!(bytes[..13], [1, 1, 5, 3, 1, 2, 9, 1, b'm', 1, 7, bytes[11], bytes[12]], "the disk format has changed");
+        assert_eq!(hex(&bytes), GOLDEN, "the disk format has changed: write a new one beside the old");
+        assert_eq!(TreeRecord::decode(&unhex(GOLDEN)).expect("the first format"), record);
         assert_eq!(TreeRecord::decode(&bytes).expect("own encoding"), record);
         for bit in 0..bytes.len() * 8 {
             let mut flipped = bytes.to_vec();

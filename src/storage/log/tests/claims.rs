@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
+use crate::storage::disk::Open;
+use crate::storage::testing::{hex, unhex};
 use crate::storage::watched_disk::WatchedDisk;
 
 /// A log on a fresh simulated disk with replica g1-r1 created.
@@ -396,9 +398,65 @@ fn append_record(disk: &SimDisk, key: ReplicaKey, record: &record::Record) {
     let mut batch = Vec::new();
     record::encode(&mut batch, place(at as u64), record::NOBODY, &record::Record::Mark);
     record::encode(&mut batch, place(at as u64), key, record);
-    let file = disk.open(&path, crate::storage::disk::Open::Existing).expect("it is listed");
+    let file = disk.open(&path, Open::Existing).expect("it is listed");
     file.write_at(&batch, at as u64).expect("a write");
     file.sync().expect("a sync");
+}
+
+/// The records of a log's only segment, of format 1, as they were written first and are read for ever: two replicas of which one is
+/// wiped, a vote, entries of every kind, a truncation, a purge, a committed id, and the closing mark.
+const GOLDEN: &str = "\
+    514c010104000000000000000000000000000000000000009fcdddebd6b3ec1501000000514c010200000000\
+    0000000000000000000000000000000005bacb7296e0ac7e514c010300000000010000000000000001000000\
+    00000000be1a20a2b22ca327514c01020000000000000000000000000000000000000000e878565b94d2287d\
+    514c01020000000000000000000000000000000000000000895d86d8939d6678514c01030000000002000000\
+    000000000600000000000000df3ff021f0c7dcf9514c01050400000001000000000000000100000000000000\
+    9b8da87dd0f937c803010101514c01091400000001000000000000000100000000000000a5970a12777f9071\
+    02000000000000000000000000000000010e0e0e514c01091400000001000000000000000100000000000000\
+    afe44b1487f3cf1302000000000000000100000000000000010f0f0f514c0109140000000100000000000000\
+    0100000000000000a58afa52dee24d270200000000000000020000000000000001101010514c010911000000\
+    0100000000000000010000000000000090e30e44afc4a0460200000000000000030000000000000000514c01\
+    09140000000100000000000000010000000000000026eb7506988b52a1020000000000000004000000000000\
+    0002040404514c010914000000010000000000000001000000000000000f36046d3f332b8f02000000000000\
+    00050000000000000001131313514c01060300000001000000000000000100000000000000892f5d88a5ddc6\
+    5c010204514c010702000000010000000000000001000000000000007b10d1a42b35f8d10201514c01040000\
+    0000020000000000000006000000000000004660a60a52afdc09514c01080300000001000000000000000100\
+    000000000000b8bfd65c32a9c55d010203514c01020000000000000000000000000000000000000000682ec5\
+    7a788c506b";
+
+#[test]
+fn the_format_of_a_segment_stands_still() {
+    let options = LogOptions { binding: 7, ..LogOptions::default() };
+    let (disk, log, mut writer, replica, outcomes) = one(&options);
+    let vote = Vote { term: 3, voted_for: Some(ReplicaId(1)), committed: true };
+    log.create(key(2, 6), outcomes.done());
+    replica.save_vote(vote, outcomes.done());
+    replica.append(run_of(2, 0..6, 3), outcomes.done()).expect("an append");
+    replica.truncate_after(Some(4), outcomes.done());
+    replica.purge(id(2, 1), outcomes.done());
+    replica.save_committed(Some(id(2, 3)));
+    log.wipe(key(2, 6), outcomes.done());
+    pump(&mut writer);
+    drop((log, writer, replica));
+    let path = dir().join(format!("{:020}.segment", 1));
+    let mut written = disk.contents(&path).expect("a segment");
+    let end = written.iter().rposition(|byte| *byte != 0).map_or(0, |at| at + 1);
+    written.truncate(end);
+    assert_eq!(hex(&written), GOLDEN, "write a new format beside the old one");
+
+    // As the pre-written room leaves it.
+    let mut bytes = unhex(GOLDEN);
+    bytes.resize(4096, 0);
+    let disk = SimDisk::new(1);
+    ensure_dir(&disk, &dir()).expect("a directory");
+    disk.open(&path, Open::New).expect("a file").write_at(&bytes, 0).expect("written");
+    let (log, _writer) = open(&disk, &options).expect("a log of the first format");
+    let expected = Model { purged: Some(id(2, 1)), vote: Some(vote), entries: run_of(2, 2..5, 3) };
+    assert_eq!(observe(&log, key(1, 1)), Some(expected));
+    assert_eq!(log.replica(key(1, 1)).expect("it is there").committed(), Some(id(2, 3)));
+    let outcomes = Outcomes::default();
+    log.create(key(2, 6), outcomes.done());
+    assert_eq!(outcomes.bad(), [io::ErrorKind::AlreadyExists], "a wiped replica's id stays used");
 }
 
 /// Also after an operation that comes just when the writer has seen that the log is idle.
