@@ -1,5 +1,13 @@
-//! Decides when a replica writes a snapshot: when the log since its last outweighs it, or when it holds back old segments of the log.
-//! One that holds them back must also let them go: of what a snapshot covers openraft keeps thousands of entries.
+//! Decides when a replica writes a snapshot, and when it purges its log, so that what is
+//! overwritten or deleted gives its space back.
+//!
+//! A snapshot is due when the log since the last outweighs it, or when the replica holds back old
+//! segments of the log. One that holds them back must also let them go: of what a snapshot covers
+//! openraft keeps thousands of entries, however large they are.
+//!
+//! A replica that nobody writes to gives back the rest: its table is written down, the log since
+//! its snapshot and behind it is let go of where it is worth a snapshot, and a snapshot file of
+//! a map that has shrunk since is written anew.
 //!
 //! One snapshot at a time on a node: it reads the whole map, and the log is purged behind it.
 //!
@@ -18,6 +26,7 @@ use super::member::Member;
 use crate::raft::{Group, GroupStatus, Witness};
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
+use crate::types::LogId;
 
 const TICK: Duration = Duration::from_secs(1);
 /// Less log than this is never worth a snapshot.
@@ -26,6 +35,17 @@ const LOG_BYTES_FLOOR: u64 = 64 << 20;
 const LOG_BYTES_CEILING: u64 = 512 << 20;
 /// A replica that holds back this much of the log that others have no more need of is snapshotted, however little of it is its own.
 const PINNED_BYTES_MAX: u64 = 256 << 20;
+/// Log behind the snapshot that is kept for replicas that were away for a moment. Past this, and
+/// past an eighth of the snapshot that they would be sent instead, it is purged.
+const TAIL_BYTES_FLOOR: u64 = 32 << 20;
+
+/// A replica to which nothing was appended for this long is quiet.
+const QUIET_AFTER: Duration = Duration::from_secs(5);
+/// Less log than this is not worth a snapshot or a purge of a quiet replica either.
+const QUIET_BYTES_FLOOR: u64 = 1 << 20;
+/// Between two times that the table of one replica is written down because it is quiet: a replica
+/// that is written to now and then must not write its few changes each time.
+const WRITE_DOWN_EVERY: Duration = Duration::from_secs(20);
 
 /// A witness that keeps more log than this is waiting for a replica that has been away for too long.
 const WITNESS_LOG_BYTES_MAX: u64 = 1 << 30;
@@ -39,13 +59,14 @@ const HEARD_WITHIN: Duration = Duration::from_secs(10);
 pub struct Janitor {
     member: Arc<Member>,
     log: Log,
+    quiet: HashMap<ReplicaKey, Quiet>,
     /// When it was last said that a witness keeps too much.
     complained: HashMap<ReplicaKey, Instant>,
 }
 
 impl Janitor {
     pub fn new(member: Arc<Member>, log: Log) -> Self {
-        Self { member, log, complained: HashMap::new() }
+        Self { member, log, quiet: HashMap::new(), complained: HashMap::new() }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -65,18 +86,34 @@ impl Janitor {
             }
             self.complain(&witness);
         }
+        self.quiet.retain(|key, _| groups.iter().any(|group| group.key() == *key));
         for group in groups {
-            let pins = pins(group.key());
-            let step = match is_due(group.log_bytes_since_snapshot(), group.snapshot_bytes()) {
-                true => Step::Snapshot,
-                false if pins => self.let_go(&group.status()),
-                false => Step::Nothing,
-            };
-            match step {
+            let now = Instant::now();
+            let quiet = self.quiet.entry(group.key()).or_insert_with(|| Quiet::new(now));
+            let is_quiet = quiet.observe(group.status().last_log, now);
+            if is_quiet && quiet.is_to_be_written_down(now) {
+                group.state().write_down();
+            }
+            match self.step(&group, is_quiet, pins(group.key())) {
                 Step::Nothing => {}
                 Step::Snapshot => self.snapshot(&group).await,
                 Step::Purge(upto) => group.purge_log(upto).await,
             }
+        }
+    }
+
+    fn step(&self, group: &Group, is_quiet: bool, pins: bool) -> Step {
+        let weights = Weights::of(group);
+        if weights.want_snapshot(is_quiet) {
+            return Step::Snapshot;
+        }
+        if !pins && !weights.want_purge(is_quiet) {
+            return Step::Nothing;
+        }
+        match self.let_go(&group.status()) {
+            // A snapshot would only move what is behind it.
+            Step::Snapshot if !pins => Step::Nothing,
+            step => step,
         }
     }
 
@@ -127,9 +164,80 @@ fn is_to_be_told(bytes: u64, last: Option<Duration>) -> bool {
     bytes > WITNESS_LOG_BYTES_MAX && last.is_none_or(|ago| ago >= COMPLAIN_EVERY)
 }
 
-/// Whether the log since the last snapshot, in bytes, outweighs that snapshot.
-fn is_due(log_bytes: u64, snapshot_bytes: u64) -> bool {
-    log_bytes > snapshot_bytes.clamp(LOG_BYTES_FLOOR, LOG_BYTES_CEILING)
+/// What a replica has on the disk, in bytes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Weights {
+    /// Log that no snapshot covers.
+    log_since: u64,
+    /// Log that the snapshot covers.
+    log_behind: u64,
+    /// The snapshot file.
+    snapshot: u64,
+    /// Keys and values of the map, as far as its tables are written down.
+    map: u64,
+}
+
+impl Weights {
+    fn of(group: &Group) -> Self {
+        Self {
+            log_since: group.log_bytes_since_snapshot(),
+            log_behind: group.log_bytes_behind_snapshot(),
+            snapshot: group.snapshot_bytes(),
+            map: group.state().map_bytes(),
+        }
+    }
+
+    /// Whether the log since the last snapshot outweighs that snapshot, or would be worth one on a
+    /// quiet replica, or the map that it is of is not half as large any more.
+    ///
+    /// A quiet replica weighs the snapshot against four times the log: one that was away is sent
+    /// the snapshot where the log is gone.
+    fn want_snapshot(self, is_quiet: bool) -> bool {
+        let outweighs = self.log_since > self.snapshot.clamp(LOG_BYTES_FLOOR, LOG_BYTES_CEILING);
+        let is_worth_it = self.log_since > QUIET_BYTES_FLOOR.max(self.snapshot / 4);
+        let has_shrunk = self.snapshot > 2 * self.map + QUIET_BYTES_FLOOR;
+        outweighs || is_quiet && (is_worth_it || self.log_since > 0 && has_shrunk)
+    }
+
+    /// Whether more log is kept behind the snapshot than helps replicas that were away.
+    fn want_purge(self, is_quiet: bool) -> bool {
+        let floor = if is_quiet { QUIET_BYTES_FLOOR } else { TAIL_BYTES_FLOOR };
+        self.log_behind > (self.snapshot / 8).clamp(floor, LOG_BYTES_CEILING)
+    }
+}
+
+/// How long nothing was appended to a replica.
+#[derive(Debug)]
+struct Quiet {
+    last_log: Option<LogId>,
+    since: Instant,
+    /// Nothing was appended since its table was written down.
+    is_written_down: bool,
+    written_down: Option<Instant>,
+}
+
+impl Quiet {
+    fn new(now: Instant) -> Self {
+        Self { last_log: None, since: now, is_written_down: false, written_down: None }
+    }
+
+    /// Whether the replica, whose log ends with `last_log` now, is quiet.
+    fn observe(&mut self, last_log: Option<LogId>, now: Instant) -> bool {
+        if self.last_log != last_log {
+            (self.last_log, self.since, self.is_written_down) = (last_log, now, false);
+        }
+        now - self.since >= QUIET_AFTER
+    }
+
+    /// Whether the table of a quiet replica is to be written down now, which is then noted.
+    fn is_to_be_written_down(&mut self, now: Instant) -> bool {
+        let is_due = self.written_down.is_none_or(|last| now - last >= WRITE_DOWN_EVERY);
+        if self.is_written_down || !is_due {
+            return false;
+        }
+        (self.is_written_down, self.written_down) = (true, Some(now));
+        true
+    }
 }
 
 #[cfg(test)]
@@ -138,15 +246,67 @@ mod tests {
 
     use super::*;
     use crate::raft::{GroupMembership, Role};
-    use crate::types::{GroupId, LogId, ReplicaId};
+    use crate::types::{GroupId, ReplicaId};
 
     #[test]
     fn a_snapshot_is_due_when_the_log_outweighs_it() {
+        let is_due =
+            |log_since, snapshot| Weights { log_since, snapshot, map: snapshot, ..Weights::default() }.want_snapshot(false);
         assert!(!is_due(LOG_BYTES_FLOOR, 0));
         assert!(is_due(LOG_BYTES_FLOOR + 1, 0));
         assert!(!is_due(100 << 20, 200 << 20));
         assert!(is_due(201 << 20, 200 << 20));
         assert!(is_due(LOG_BYTES_CEILING + 1, 1 << 40));
+    }
+
+    #[test]
+    fn a_quiet_replica_is_snapshotted_for_less_log_and_when_its_map_has_shrunk() {
+        let wants = |log_since, snapshot, map| {
+            let weights = Weights { log_since, snapshot, map, ..Weights::default() };
+            assert!(!weights.want_snapshot(false), "a busy one waits: {weights:?}");
+            weights.want_snapshot(true)
+        };
+        assert!(!wants(QUIET_BYTES_FLOOR, 0, 0));
+        assert!(wants(QUIET_BYTES_FLOOR + 1, 0, 0));
+        assert!(!wants(25 << 20, 100 << 20, 100 << 20));
+        assert!(wants(26 << 20, 100 << 20, 100 << 20));
+        assert!(wants(2000, 100 << 20, 10 << 20));
+        assert!(!wants(2000, 100 << 20, 60 << 20));
+        assert!(!wants(0, 100 << 20, 0), "what it holds was never more");
+        assert!(!wants(2000, 1 << 20, 0), "too little to be given back");
+    }
+
+    #[test]
+    fn what_is_kept_behind_a_snapshot_is_bounded_in_bytes() {
+        let wants = |log_behind, snapshot, is_quiet| Weights { log_behind, snapshot, ..Weights::default() }.want_purge(is_quiet);
+        assert!(!wants(TAIL_BYTES_FLOOR, 1 << 20, false));
+        assert!(wants(TAIL_BYTES_FLOOR + 1, 1 << 20, false));
+        assert!(!wants(TAIL_BYTES_FLOOR + 1, 1 << 30, false), "sending the snapshot would be far more");
+        assert!(!wants(QUIET_BYTES_FLOOR, 1 << 20, true));
+        assert!(wants(QUIET_BYTES_FLOOR + 1, 1 << 20, true));
+        assert!(wants(LOG_BYTES_CEILING + 1, 1 << 50, true));
+    }
+
+    #[test]
+    fn a_replica_is_quiet_a_while_after_its_last_entry_and_written_down_once() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let id = |index| Some(LogId { term: 1, index });
+        let mut quiet = Quiet::new(start);
+        assert!(!quiet.observe(id(1), at(0)));
+        assert!(!quiet.observe(id(1), at(4)));
+        assert!(quiet.observe(id(1), at(5)));
+        assert!(quiet.is_to_be_written_down(at(5)));
+        assert!(!quiet.is_to_be_written_down(at(60)), "nothing has come since");
+
+        assert!(!quiet.observe(id(2), at(61)));
+        assert!(quiet.observe(id(2), at(66)));
+        assert!(quiet.is_to_be_written_down(at(66)));
+
+        assert!(!quiet.observe(id(3), at(67)));
+        assert!(quiet.observe(id(3), at(72)));
+        assert!(!quiet.is_to_be_written_down(at(72)), "the last time was just now");
+        assert!(quiet.is_to_be_written_down(at(86)));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::sm::membership;
 use crate::sm::moves::{self, Move};
 use crate::storage::directory::{DataDirectory, DirectoryError};
 use crate::storage::disk::{Disk, RealDisk};
-use crate::storage::sled_tree::{SledError, SledOptions, SledTrees};
+use crate::storage::sled_tree::{SledError, SledOptions, SledTrees, is_there};
 use crate::storage::tree::Trees;
 use crate::types::GroupId;
 
@@ -58,7 +58,7 @@ impl Machine for RealMachine {
     }
 
     fn open_trees(&self, path: &Path, cache_bytes: u64, is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
-        if is_expected && !path.exists() {
+        if is_expected && !is_there(path) {
             tracing::warn!("the map database {} is missing: every map is rebuilt from its snapshot and the log", path.display());
         }
         let options = SledOptions { cache_bytes, ..SledOptions::default() };

@@ -4,7 +4,7 @@ use super::member::Member;
 use super::move_counters::Moved;
 use crate::raft::Role;
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
-use crate::storage::state::StateStore;
+use crate::storage::state::{StateMetrics, StateStore};
 
 /// Samples of one name.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,8 +32,10 @@ pub struct Sample {
 
 /// Everything that the node counts.
 pub fn families(member: &Member, log: &Log, states: &StateStore) -> Vec<Family> {
-    let mut all = of_log(&log.metrics());
-    all.extend(of_states(states));
+    let (log, maps) = (log.metrics(), states.metrics());
+    let mut all = of_log(&log);
+    all.extend(of_states(&maps));
+    all.push(of_the_disk(&log, &maps));
     all.extend(of_moves(&member.moves.now()));
     all.extend(of_groups(member));
     all
@@ -90,12 +92,29 @@ fn syncs(log: &LogMetrics) -> Family {
     family("quorate_log_sync_seconds", FamilyKind::Histogram, "How long the syncs of the log took.", samples)
 }
 
-fn of_states(states: &StateStore) -> Vec<Family> {
+/// What is on the disk, by kind: how much of it is live says `quorate_log_live_bytes` and `quorate_map_bytes`.
+fn of_the_disk(log: &LogMetrics, maps: &StateMetrics) -> Family {
+    let sample = |kind: &str, bytes: u64| Sample { suffix: "", labels: vec![("kind", kind.to_owned())], value: bytes as f64 };
+    let samples = vec![
+        sample("log", log.disk_bytes),
+        sample("maps", maps.trees_disk_bytes),
+        sample("snapshots", maps.snapshots_disk_bytes),
+    ];
+    family("quorate_disk_bytes", FamilyKind::Gauge, "Bytes on the disk; those of the maps as of a few seconds ago.", samples)
+}
+
+fn of_states(state: &StateMetrics) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
-    let state = states.metrics();
     vec![
         one("quorate_map_active_bytes", Gauge, "Bytes in tables that take writes.", state.active_bytes as f64),
         one("quorate_map_frozen_bytes", Gauge, "Bytes in tables that wait for a checkpoint.", state.frozen_bytes as f64),
+        one("quorate_map_bytes", Gauge, "Bytes of keys and values of the maps that are written down.", state.map_bytes as f64),
+        one(
+            "quorate_map_copies_total",
+            Counter,
+            "Maps copied to give back the space of what was overwritten and deleted.",
+            state.trees_copied as f64,
+        ),
         one("quorate_checkpoints_total", Counter, "Tables written to their trees.", state.checkpoints as f64),
         one("quorate_checkpoint_seconds_total", Counter, "Time spent on checkpoints.", seconds(state.checkpoint_us_total)),
         one("quorate_checkpoint_seconds_max", Gauge, "The longest checkpoint since the start.", seconds(state.checkpoint_us_max)),

@@ -10,6 +10,7 @@ pub mod access;
 mod balancer;
 pub mod bootstrap;
 mod chores;
+mod compactor;
 mod janitor;
 mod join;
 mod leftovers;

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::access::Access;
 use super::balancer::Balancer;
+use super::compactor::Compactor;
 use super::janitor::Janitor;
 use super::join::{Joined, Joining};
 use super::leftovers;
@@ -134,6 +135,8 @@ impl Running {
         let (balancer, janitor) = (Balancer::new(member.clone()), Janitor::new(member.clone(), storage.log.clone()));
         spawn(&mut tasks, &stop, |stop| async move { balancer.run(&stop).await });
         spawn(&mut tasks, &stop, |stop| async move { janitor.run(&stop).await });
+        let compactor = Compactor::new(storage.states.clone(), storage.log.clone());
+        spawn(&mut tasks, &stop, |stop| async move { compactor.run(&stop).await });
         let memberships = Memberships::new(member.clone(), joining.machine().clone());
         let migrator = Migrator::new(member.clone(), joining.machine().clone());
         spawn(&mut tasks, &stop, |stop| async move { memberships.run(&stop).await });

@@ -440,6 +440,12 @@ impl Group {
         self.log.bytes_since(snapshot.and_then(|snapshot| snapshot.applied().log_id).map_or(0, |id| id.index))
     }
 
+    /// Bytes in the log that the last snapshot covers.
+    pub fn log_bytes_behind_snapshot(&self) -> u64 {
+        let purged = self.log.state().purged.map_or(0, |id| id.index);
+        self.log.bytes_since(purged).saturating_sub(self.log_bytes_since_snapshot())
+    }
+
     /// Bytes of the last snapshot file; zero if there is none.
     pub fn snapshot_bytes(&self) -> u64 {
         self.state().current_snapshot().map_or(0, |snapshot| snapshot.bytes_len())

@@ -44,6 +44,11 @@ pub struct MemTrees {
 #[derive(Default)]
 struct Inner {
     trees: BTreeMap<String, BTreeMap<Bytes, Bytes>>,
+    /// The place that new trees go to, and those that are in older ones.
+    place: u64,
+    outdated: BTreeMap<String, u64>,
+    /// Bytes that were ever written to each place: none is given back before the place is empty.
+    written: BTreeMap<u64, u64>,
     /// What to put back to undo each step, oldest first.
     undo: VecDeque<Undo>,
     /// Steps at the beginning of `undo` that the end of the process leaves.
@@ -145,6 +150,10 @@ impl Inner {
         }
     }
 
+    fn place_of(&self, tree: &str) -> u64 {
+        self.outdated.get(tree).copied().unwrap_or(self.place)
+    }
+
     fn step(&mut self, undo: Undo) {
         self.undo.push_back(undo);
         if self.undo.len() > UNDO_MAX {
@@ -164,6 +173,7 @@ impl Trees for MemTrees {
         let mut inner = self.lock();
         if !inner.trees.contains_key(name) {
             inner.fault("create")?;
+            inner.outdated.remove(name);
             inner.trees.insert(name.to_owned(), BTreeMap::new());
             inner.step(Undo::Created { tree: name.to_owned() });
         }
@@ -181,6 +191,29 @@ impl Trees for MemTrees {
 
     fn names(&self) -> Result<Vec<String>, StoreError> {
         Ok(self.lock().trees.keys().cloned().collect())
+    }
+
+    fn begin_fresh(&self, _live_bytes: u64) -> Result<(), StoreError> {
+        let mut inner = self.lock();
+        inner.fault("fresh")?;
+        let place = inner.place;
+        let names: Vec<String> = inner.trees.keys().cloned().collect();
+        for name in names {
+            inner.outdated.entry(name).or_insert(place);
+        }
+        inner.place += 1;
+        Ok(())
+    }
+
+    fn outdated(&self) -> Result<Vec<String>, StoreError> {
+        let inner = self.lock();
+        Ok(inner.outdated.keys().filter(|name| inner.trees.contains_key(*name)).cloned().collect())
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        let inner = self.lock();
+        let is_used = |place: u64| place == inner.place || inner.trees.keys().any(|name| inner.place_of(name) == place);
+        inner.written.iter().filter(|(place, _)| is_used(**place)).map(|(_, bytes)| bytes).sum()
     }
 
     fn sync(&self) -> Result<(), StoreError> {
@@ -249,6 +282,8 @@ impl Tree for MemTree {
     fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
         let mut inner = self.lock()?;
         inner.fault("write")?;
+        let place = inner.place_of(&self.name);
+        *inner.written.entry(place).or_default() += (key.len() + change.map_or(0, <[u8]>::len)) as u64;
         let pairs = inner.trees.get_mut(&*self.name).expect("looked up by lock");
         let key = Bytes::copy_from_slice(key);
         let before = match change {

@@ -8,6 +8,7 @@ pub mod log;
 pub mod mem_trees;
 pub mod sealed;
 pub mod sim_disk;
+mod sled_database;
 pub mod sled_tree;
 pub mod snapshot;
 pub mod state;

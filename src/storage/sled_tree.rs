@@ -1,4 +1,9 @@
-//! [`SledTrees`]: the trees of a node in one sled database. The only file that names sled.
+//! [`SledTrees`]: the trees of a node in sled databases. Only this file and `sled_database` name sled.
+//!
+//! There is one database, at first in the directory `state`. sled gives little of its space back: a page that outgrows an eighth of a
+//! mebibyte goes to a file of its own, and those files stay. So now and then a fresh one is begun beside it, `state.1` and so on; trees
+//! are copied there by whoever uses them, one by one, and a database without trees is removed, at the latest by the next start. Which of
+//! two copies of a tree is the right one is not known here: trees are not trusted, and have generations for that.
 //!
 //! What is known about sled 0.34.7, and how it is kept from hurting:
 //! - it may fail, panic or hang when it opens or reads damaged files: opening and walking go on in threads of their own under a limit
@@ -12,105 +17,35 @@
 //! - after an error of the disk, as a full one, which a read may meet as well, the next flush may wait for ever, and closing flushes: from then
 //!   on whatever is there to write fails at once, and the database is not closed before the process ends.
 
-use std::any::Any;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::sled_database::{Database, Opener, Trust, free_bytes, lacks_descriptors, numbered, open_database};
+pub use super::sled_database::{SledError, SledOptions, is_condemned, is_there};
 use super::tree::{Tree, Trees, Walk};
 use crate::descriptors::{self, patiently};
 use crate::sm::ports::{Direction, Items, KeyRange, Pairs, StoreError, ValueStart};
 
-/// The file in the database's directory that has the next start move it aside.
-const CONDEMNED: &str = "CONDEMNED";
+/// What a copy may take beside the rest that the disk has to take meanwhile: sled writes values several times.
+const ROOM_FACTOR: u64 = 6;
 
 /// sled writes larger values to files of their own. It may begin to a little above this.
 const LARGE_BYTES: usize = 100 << 10;
 
-/// sled's own tree, which it always has.
-const DEFAULT_TREE: &str = "__sled__default";
-
-/// How sled is run.
-#[derive(Debug, Clone)]
-pub struct SledOptions {
-    pub cache_bytes: u64,
-    /// How long opening, or one step of a walk, may take; opening has a second more for every 16 MiB of files.
-    pub patience: Duration,
-}
-
-impl Default for SledOptions {
-    fn default() -> Self {
-        Self { cache_bytes: 64 << 20, patience: Duration::from_secs(60) }
-    }
-}
-
-/// Why there is no database.
-#[derive(Debug, thiserror::Error)]
-pub enum SledError {
-    #[error("the map database {path} cannot be used: {source}")]
-    Io { path: PathBuf, source: io::Error },
-    /// A thread of this process still hangs in the damaged files, which are out of the way now: start the process again.
-    #[error("the map database did not open in time and was moved to {moved_to}; the process must be started again")]
-    Hangs { moved_to: PathBuf },
-    #[error("a fresh map database {path} does not open: {reason}")]
-    Fresh { path: PathBuf, reason: String },
-}
-
-/// Whether the next [`SledTrees::open`] will set the database at `path` aside.
-pub fn is_condemned(path: &Path) -> bool {
-    path.join(CONDEMNED).exists()
-}
-
 /// The trees of a node.
 pub struct SledTrees {
-    db: sled::Db,
     path: PathBuf,
-    patience: Duration,
-    trust: Trust,
-}
-
-/// Whether sled is still trusted to write: until its first error that is not about damaged files.
-#[derive(Clone)]
-struct Trust {
-    db: sled::Db,
-    lost: Arc<OnceLock<String>>,
-}
-
-impl Trust {
-    /// Reads. That there is no descriptor to open a file by says nothing of the disk, and a read leaves nothing half done.
-    fn read<T>(&self, doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
-        let noting = || {
-            call().inspect_err(|error| {
-                if !lacks_descriptors(error) {
-                    self.note(error)
-                }
-            })
-        };
-        guarded(doing, noting)
-    }
-
-    fn note(&self, error: &sled::Error) {
-        if is_of_the_disk(error) && self.lost.set(error.to_string()).is_ok() {
-            // One handle that is never dropped keeps the database from being closed.
-            std::mem::forget(self.db.clone());
-        }
-    }
-
-    fn write<T>(&self, doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
-        match self.lost.get() {
-            Some(error) => {
-                let source = io::Error::other(format!("the database is not written to any more, since {error}"));
-                Err(StoreError::Io { context: doing.to_owned(), source })
-            }
-            None => guarded(doing, || call().inspect_err(|error| self.note(error))),
-        }
-    }
+    options: SledOptions,
+    open: Opener,
+    /// The newest last. There is always one.
+    databases: RwLock<Vec<Arc<Database>>>,
 }
 
 /// Calls sled again while it has no descriptor to open a file by. Only for reads: a write that lacks one is never finished.
@@ -118,196 +53,140 @@ fn waiting<T>(doing: &str, call: impl FnMut() -> sled::Result<T>) -> sled::Resul
     descriptors::retry(doing, call, lacks_descriptors)
 }
 
-fn lacks_descriptors(error: &sled::Error) -> bool {
-    matches!(error, sled::Error::Io(error) if descriptors::are_exhausted(error))
-}
-
 /// Waits until there is a descriptor for the file of its own that sled writes a large value to.
 fn await_descriptor(path: &Path) -> Result<(), StoreError> {
-    let opened = descriptors::patiently("write a large value", || File::open(path));
+    let opened = patiently("write a large value", || File::open(path));
     opened.map(drop).map_err(|source| StoreError::Io { context: format!("opening {}", path.display()), source })
 }
 
 impl SledTrees {
-    /// Opens the database at `path`. One that does not open is moved to `<path>.damaged` (in the place of an earlier one) and a fresh
-    /// one is begun. Blocking.
+    /// Opens the databases at `path`. One that does not open is moved to `<path>.damaged` (in the place of an earlier one); if none does, a
+    /// fresh one is begun. Blocking.
     pub fn open(path: &Path, options: &SledOptions) -> Result<Self, SledError> {
         Self::open_by(path, options, open_database)
     }
 
-    fn new(db: sled::Db, path: &Path, options: &SledOptions) -> Self {
-        begin_io_threads(&db);
-        let trust = Trust { db: db.clone(), lost: Arc::default() };
-        Self { db, path: path.to_owned(), patience: options.patience, trust }
-    }
-
     fn open_by(path: &Path, options: &SledOptions, open: Opener) -> Result<Self, SledError> {
-        let condemned = std::fs::read_to_string(path.join(CONDEMNED)).ok();
-        let failure = match condemned {
-            Some(reason) => Attempt::Failed(format!("it was condemned: {reason}")),
-            None => attempt(path, options, open),
-        };
-        let (reason, hangs) = match failure {
-            Attempt::Opened(db) => return Ok(Self::new(db, path, options)),
-            Attempt::Failed(reason) => (reason, false),
-            Attempt::Refused(source) => return Err(SledError::Io { path: path.to_owned(), source }),
-            Attempt::Hangs => ("it did not open in time".to_owned(), true),
-        };
-        let moved_to = move_aside(path).map_err(|source| SledError::Io { path: path.to_owned(), source })?;
-        tracing::warn!(path = %path.display(), moved_to = %moved_to.display(), %reason, "the map database was moved aside: all trees are rebuilt");
-        if hangs {
-            return Err(SledError::Hangs { moved_to });
+        let mut databases = Vec::new();
+        for (number, _) in numbered(path) {
+            databases.extend(Database::open(path, number, options, open)?.map(Arc::new));
         }
-        match attempt(path, options, open) {
-            Attempt::Opened(db) => Ok(Self::new(db, path, options)),
-            Attempt::Failed(reason) => Err(SledError::Fresh { path: path.to_owned(), reason }),
-            Attempt::Refused(source) => Err(SledError::Io { path: path.to_owned(), source }),
-            Attempt::Hangs => Err(SledError::Fresh { path: path.to_owned(), reason: "it hangs".into() }),
+        if databases.is_empty() {
+            databases.push(Arc::new(Database::create(path, 0, options, open)?));
         }
+        let databases = RwLock::new(databases);
+        let trees = Self { path: path.to_owned(), options: options.clone(), open, databases };
+        trees.remove_empty();
+        Ok(trees)
     }
-}
 
-enum Attempt {
-    Opened(sled::Db),
-    /// For a reason that is not in its files.
-    Refused(io::Error),
-    Failed(String),
-    Hangs,
-}
-
-/// What opens the database: sled, or in a test what fails like it.
-type Opener = fn(&Path, u64) -> sled::Result<sled::Db>;
-
-fn open_database(path: &Path, cache_bytes: u64) -> sled::Result<sled::Db> {
-    let config = sled::Config::new().path(path).cache_capacity(cache_bytes).mode(sled::Mode::HighThroughput);
-    config.flush_every_ms(None).print_profile_on_drop(false).open()
-}
-
-/// sled starts its threads when it first writes, and they stay. They are to have the priority of this thread, and not that of one which steps
-/// back: everybody waits for them. What fails here fails at the next write too.
-fn begin_io_threads(db: &sled::Db) {
-    if let Err(error) = db.insert("opened", "").and_then(|_| db.flush()) {
-        tracing::warn!(%error, "the map database was not written to after it was opened");
+    fn databases(&self) -> Vec<Arc<Database>> {
+        self.databases.read().expect("no holder panics").clone()
     }
-}
 
-/// Tries to open the database, in a thread that may never come back.
-fn attempt(path: &Path, options: &SledOptions, open: Opener) -> Attempt {
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let (cache_bytes, own_path) = (options.cache_bytes, path.to_owned());
-    let run = move || {
-        let opened = std::panic::catch_unwind(AssertUnwindSafe(|| open(&own_path, cache_bytes)));
-        // Nobody listens any more if it took too long.
-        let _ = sender.send(opened);
-    };
-    let limit = options.patience + Duration::from_secs(bytes_below(path) >> 24);
-    if let Err(error) = std::thread::Builder::new().name("open-trees".into()).spawn(run) {
-        return Attempt::Failed(format!("no thread to open it in: {error}"));
+    /// Where new trees go.
+    fn newest(&self) -> Arc<Database> {
+        newest_of(&self.databases()).clone()
     }
-    match receiver.recv_timeout(limit) {
-        Ok(Ok(Ok(db))) => Attempt::Opened(db),
-        Ok(Ok(Err(sled::Error::Io(error)))) if !is_of_the_files(&error) => Attempt::Refused(error),
-        Ok(Ok(Err(error))) => Attempt::Failed(error.to_string()),
-        Ok(Err(panic)) => Attempt::Failed(format!("it panicked: {}", panic_text(&*panic))),
-        Err(RecvTimeoutError::Disconnected) => Attempt::Failed("its thread died".into()),
-        Err(RecvTimeoutError::Timeout) => Attempt::Hangs,
+
+    /// Those before it.
+    fn older(&self) -> Vec<Arc<Database>> {
+        let mut databases = self.databases();
+        let newest = newest_of(&databases).number;
+        databases.retain(|database| database.number < newest);
+        databases
     }
-}
 
-/// Whether an error says something of the files, and not of the system around them or of another handle that still has them.
-fn is_of_the_files(error: &io::Error) -> bool {
-    use io::ErrorKind::{OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    let around = matches!(error.kind(), OutOfMemory | PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
-        || descriptors::are_exhausted(error);
-    // sled gives the error of its lock a text and no kind.
-    !around && !error.to_string().contains("acquire lock")
-}
-
-/// Whether the disk failed, rather than that what is on it makes no sense.
-fn is_of_the_disk(error: &sled::Error) -> bool {
-    use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
-    matches!(error, sled::Error::Io(error) if !matches!(error.kind(), InvalidData | NotFound | UnexpectedEof))
-}
-
-/// Moves the directory out of the way, in the place of an earlier one.
-fn move_aside(path: &Path) -> io::Result<PathBuf> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".damaged");
-    let aside = path.with_file_name(name);
-    match std::fs::remove_dir_all(&aside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
-    std::fs::rename(path, &aside)?;
-    if let Some(parent) = path.parent() {
-        File::open(parent)?.sync_all()?;
-    }
-    Ok(aside)
-}
-
-/// Bytes of the files in and below a directory, as far as they can be seen.
-fn bytes_below(path: &Path) -> u64 {
-    files_below(path).iter().filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
-}
-
-/// The files in and below a directory.
-fn files_below(path: &Path) -> Vec<PathBuf> {
-    let (mut files, mut directories) = (Vec::new(), vec![path.to_owned()]);
-    while let Some(directory) = directories.pop() {
-        for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => directories.push(entry.path()),
-                Ok(_) => files.push(entry.path()),
-                Err(_) => {}
+    /// Removes the older databases in which there is no tree any more.
+    fn remove_empty(&self) {
+        let is_empty = |database: &Arc<Database>| database.names().is_ok_and(|names| names.is_empty());
+        // Under the lock: nobody may be about to create a tree in one of them.
+        let mut databases = self.databases.write().expect("no holder panics");
+        let newest = newest_of(&databases).number;
+        let older = databases.iter().filter(|database| database.number < newest);
+        let empty: Vec<_> = older.filter(|database| is_empty(database)).cloned().collect();
+        databases.retain(|database| !empty.iter().any(|empty| empty.number == database.number));
+        drop(databases);
+        for database in empty {
+            let path = database.path.clone();
+            match database.remove() {
+                Ok(()) => tracing::info!(path = %path.display(), "an old map database was removed: its trees are in a newer one"),
+                Err(error) => tracing::warn!(path = %path.display(), %error, "an old map database stays until the next start"),
             }
         }
     }
-    files
+}
+
+/// The newest that is still written to: one that met a full disk while trees were copied to it holds up nobody.
+fn newest_of(databases: &[Arc<Database>]) -> &Arc<Database> {
+    let last = databases.last().expect("there is always one");
+    databases.iter().rev().find(|database| database.trust.is_kept()).unwrap_or(last)
 }
 
 impl Trees for SledTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
-        let tree = self.trust.write("opening a tree", || self.db.open_tree(name))?;
-        Ok(Arc::new(SledTree { tree, path: self.path.clone(), patience: self.patience, trust: self.trust.clone() }))
+        let databases = self.databases.read().expect("no holder panics");
+        let mut database = newest_of(&databases);
+        for candidate in databases.iter().rev() {
+            if candidate.holds(name)? {
+                database = candidate;
+                break;
+            }
+        }
+        let tree = database.trust.write("opening a tree", || database.db.open_tree(name))?;
+        let (path, trust) = (database.path.clone(), database.trust.clone());
+        Ok(Arc::new(SledTree { tree, path, patience: self.options.patience, trust }))
     }
 
     fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
-        self.trust.write("dropping a tree", || self.db.drop_tree(name)).map(|_| ())
+        for database in self.databases() {
+            database.trust.write("dropping a tree", || database.db.drop_tree(name))?;
+        }
+        self.remove_empty();
+        Ok(())
     }
 
     fn names(&self) -> Result<Vec<String>, StoreError> {
-        let names = self.trust.read("listing the trees", || Ok(self.db.tree_names()))?;
-        let mut names: Vec<String> = names.iter().filter_map(|name| String::from_utf8(name.to_vec()).ok()).collect();
-        names.retain(|name| name != DEFAULT_TREE);
-        names.sort();
-        Ok(names)
+        let mut names = BTreeSet::new();
+        for database in self.databases() {
+            names.extend(database.names()?);
+        }
+        Ok(names.into_iter().collect())
+    }
+
+    fn outdated(&self) -> Result<Vec<String>, StoreError> {
+        let mut names = BTreeSet::new();
+        for database in self.older() {
+            names.extend(database.names()?);
+        }
+        Ok(names.into_iter().collect())
+    }
+
+    fn begin_fresh(&self, live_bytes: u64) -> Result<(), StoreError> {
+        let failed = |source| StoreError::Io { context: "beginning a fresh map database".to_owned(), source };
+        if free_bytes(&self.path).map_err(failed)? / ROOM_FACTOR < live_bytes {
+            let reason = format!("there is no room for a copy of {} MiB on the disk", live_bytes >> 20);
+            return Err(failed(io::Error::new(io::ErrorKind::StorageFull, reason)));
+        }
+        // The number of one that was moved aside or could not be removed is not used again.
+        let numbers = numbered(&self.path).into_iter().map(|(number, _)| number);
+        let number = numbers.chain([self.newest().number]).max().unwrap_or(0) + 1;
+        let created = Database::create(&self.path, number, &self.options, self.open);
+        let database = created.map_err(|error| failed(io::Error::other(error)))?;
+        self.databases.write().expect("no holder panics").push(Arc::new(database));
+        Ok(())
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        self.databases().iter().map(|database| database.disk_bytes()).sum()
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        self.trust.write("flushing the trees", || self.db.flush())?;
-        let io_error = |source| StoreError::Io { context: format!("syncing {}", self.path.display()), source };
-        for file in files_below(&self.path) {
-            let opened = patiently("sync the maps", || File::open(&file));
-            match opened.and_then(|file| file.sync_all()) {
-                // sled removes files of its own meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                result => result.map_err(io_error)?,
-            }
-        }
-        let opened = patiently("sync the maps", || File::open(&self.path));
-        opened.and_then(|directory| directory.sync_all()).map_err(io_error)
+        self.databases().iter().try_for_each(|database| database.sync())
     }
 
     fn condemn(&self, reason: &str) {
-        let path = self.path.join(CONDEMNED);
-        tracing::error!(path = %self.path.display(), %reason, "the map database is given up: the next start begins a fresh one");
-        let written = File::create(&path).and_then(|mut file| {
-            io::Write::write_all(&mut file, reason.as_bytes())?;
-            file.sync_all()
-        });
-        if let Err(error) = written {
-            tracing::error!(path = %path.display(), %error, "cannot mark the map database: remove its directory by hand");
-        }
+        self.databases().iter().for_each(|database| database.condemn(reason));
     }
 }
 
@@ -433,23 +312,6 @@ fn send_pages(tree: &sled::Tree, trust: &Trust, sender: &mpsc::SyncSender<Result
     }
 }
 
-/// Calls sled; its errors and its panics become ours. The database may be left in any state by a panic: the callers stop using what
-/// failed, and what is on disk is checked at the next start.
-fn guarded<T>(doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
-    let source = match std::panic::catch_unwind(AssertUnwindSafe(call)) {
-        Ok(Ok(value)) => return Ok(value),
-        Ok(Err(sled::Error::Io(error))) => error,
-        Ok(Err(error)) => io::Error::new(io::ErrorKind::InvalidData, error),
-        Err(panic) => io::Error::other(format!("sled panicked: {}", panic_text(&*panic))),
-    };
-    Err(StoreError::Io { context: doing.to_owned(), source })
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "for a reason that is no text".into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -517,12 +379,113 @@ mod tests {
         assert!(!home.path().join("trees.damaged/earlier").exists(), "the older of two stays");
     }
 
+    fn put(trees: &SledTrees, tree: &str, value: &str) {
+        let tree = trees.open(tree).expect("opened");
+        tree.write(b"k", Some(value.as_bytes())).expect("written");
+        tree.flush().expect("flushed");
+    }
+
+    fn get(trees: &SledTrees, tree: &str) -> Option<Bytes> {
+        trees.open(tree).expect("opened").get(b"k").expect("read")
+    }
+
+    #[test]
+    fn a_database_is_removed_with_its_last_tree_once_there_is_a_fresh_one() {
+        let home = tempfile::tempdir().expect("a directory");
+        let path = home.path().join("trees");
+        let open = || SledTrees::open(&path, &SledOptions::default()).expect("opened");
+        let trees = open();
+        put(&trees, "a.1", "old");
+        put(&trees, "b.1", "old");
+        assert!(trees.outdated().expect("listed").is_empty());
+        trees.begin_fresh(0).expect("begun");
+        put(&trees, "a.2", "new");
+        assert_eq!(trees.outdated().expect("listed"), ["a.1", "b.1"]);
+        trees.drop_tree("a.1").expect("dropped");
+        drop(trees);
+
+        let trees = open();
+        assert_eq!(trees.names().expect("listed"), ["a.2", "b.1"]);
+        assert_eq!(trees.outdated().expect("listed"), ["b.1"]);
+        assert_eq!((get(&trees, "a.2").as_deref(), get(&trees, "b.1").as_deref()), (Some(&b"new"[..]), Some(&b"old"[..])));
+        put(&trees, "b.2", "new");
+        assert!(path.exists());
+        trees.drop_tree("b.1").expect("dropped");
+        assert!(!path.exists(), "nobody has a tree in it");
+        drop(trees);
+
+        let trees = open();
+        assert_eq!(trees.names().expect("listed"), ["a.2", "b.2"]);
+        trees.begin_fresh(0).expect("begun again");
+        put(&trees, "a.3", "newer");
+        assert!(home.path().join("trees.2").exists());
+    }
+
+    /// The program before there was more than one database uses the first directory, whatever is beside it.
+    #[test]
+    fn a_tree_in_two_databases_is_that_of_the_newer_and_dropped_in_both() {
+        let home = tempfile::tempdir().expect("a directory");
+        let path = home.path().join("trees");
+        let open = || SledTrees::open(&path, &SledOptions::default()).expect("opened");
+        let trees = open();
+        put(&trees, "a.1", "old");
+        trees.begin_fresh(0).expect("begun");
+        put(&trees, "a.2", "new");
+        trees.drop_tree("a.1").expect("dropped");
+        drop(trees);
+        let earlier = Database::create(&path, 0, &SledOptions::default(), open_database).expect("created");
+        earlier.db.open_tree("a.2").and_then(|tree| tree.insert("k", "of an earlier program")).expect("written");
+        drop(earlier);
+
+        let trees = open();
+        assert_eq!(get(&trees, "a.2").as_deref(), Some(&b"new"[..]));
+        trees.drop_tree("a.2").expect("dropped");
+        assert!(trees.names().expect("listed").is_empty());
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_damaged_database_leaves_the_other_and_a_condemned_one_takes_all() {
+        let home = tempfile::tempdir().expect("a directory");
+        let path = home.path().join("trees");
+        let trees = SledTrees::open(&path, &SledOptions::default()).expect("opened");
+        put(&trees, "a.1", "old");
+        trees.begin_fresh(0).expect("begun");
+        put(&trees, "a.2", "new");
+        drop(trees);
+        let panics_on_the_newer = |path: &Path, cache_bytes: u64| match path.ends_with("trees.1") {
+            true => panic!("index out of bounds"),
+            false => open_database(path, cache_bytes),
+        };
+        let trees = SledTrees::open_by(&path, &SledOptions::default(), panics_on_the_newer).expect("the older opens");
+        assert_eq!(trees.names().expect("listed"), ["a.1"]);
+        assert!(home.path().join("trees.damaged").exists());
+        trees.begin_fresh(0).expect_err("its opener panics");
+        drop(trees);
+        let trees = SledTrees::open(&path, &SledOptions::default()).expect("opened");
+        trees.condemn("a test");
+        drop(trees);
+        assert!(is_condemned(&path));
+        let trees = SledTrees::open(&path, &SledOptions::default()).expect("opened");
+        assert!(trees.names().expect("listed").is_empty());
+        assert!(!is_condemned(&path));
+    }
+
+    #[test]
+    fn a_fresh_database_wants_room() {
+        let home = tempfile::tempdir().expect("a directory");
+        let trees = SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
+        let error = trees.begin_fresh(u64::MAX / 2).expect_err("no disk is so large").to_string();
+        assert!(error.contains("no room"), "{error}");
+        assert!(!home.path().join("trees.1").exists());
+    }
+
     #[test]
     fn a_failed_disk_ends_the_writes_and_damage_does_not() {
         let home = tempfile::tempdir().expect("a directory");
         let trees = SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
         let tree = trees.open("t").expect("created");
-        let fail = |error: sled::Error| trees.trust.read("trying", || Err::<(), _>(error)).expect_err("it failed");
+        let fail = |error: sled::Error| trees.newest().trust.read("trying", || Err::<(), _>(error)).expect_err("it failed");
         fail(sled::Error::Corruption { at: None, bt: () });
         fail(sled::Error::Io(io::ErrorKind::UnexpectedEof.into()));
         fail(sled::Error::Io(rustix::io::Errno::MFILE.into()));

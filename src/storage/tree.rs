@@ -21,6 +21,16 @@ pub trait Trees: Send + Sync + 'static {
     /// Names of all trees, sorted.
     fn names(&self) -> Result<Vec<String>, StoreError>;
 
+    /// Begins a fresh place for trees: those that are created from now on go there. The others stay where they are until they are
+    /// dropped; the space that they take is given back with the last of them. An error where there is no room for `live_bytes` more.
+    fn begin_fresh(&self, live_bytes: u64) -> Result<(), StoreError>;
+
+    /// Names of the trees that are in older places, sorted.
+    fn outdated(&self) -> Result<Vec<String>, StoreError>;
+
+    /// What all trees take on the disk, with what is left in it of values that were overwritten or deleted.
+    fn disk_bytes(&self) -> u64;
+
     /// Makes everything written so far survive a power cut. For a clean stop: slow.
     fn sync(&self) -> Result<(), StoreError>;
 

@@ -34,6 +34,7 @@ mod pause;
 mod power_cut;
 mod rolling_restart;
 mod scripts;
+mod space;
 mod tour;
 mod view_change;
 mod witness;

@@ -214,6 +214,20 @@ impl Trees for PoweredTrees {
         self.trees.names()
     }
 
+    fn begin_fresh(&self, live_bytes: u64) -> Result<(), StoreError> {
+        let _on = self.need()?;
+        self.trees.begin_fresh(live_bytes)
+    }
+
+    fn outdated(&self) -> Result<Vec<String>, StoreError> {
+        let _on = self.need()?;
+        self.trees.outdated()
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        self.trees.disk_bytes()
+    }
+
     fn sync(&self) -> Result<(), StoreError> {
         let _on = self.need()?;
         self.trees.sync()

@@ -109,6 +109,7 @@ pub struct LogOptions {
     /// Seeds every checksum: the random id of the data directory, so that a log of another directory is damage and not data.
     pub binding: u128,
     /// A segment of this size is followed by the next. A batch larger than this makes a larger one.
+    /// Space is given back by whole segments, so an idle log keeps a few of them: they are small.
     pub segment_bytes: u64,
     /// By how much a segment is pre-written at least.
     pub grow_bytes: u64,
@@ -129,7 +130,7 @@ impl Default for LogOptions {
         Self {
             expect: Expect::NewOrExisting,
             binding: 0,
-            segment_bytes: 64 << 20,
+            segment_bytes: 16 << 20,
             grow_bytes: 1 << 20,
             cache_bytes: 64 << 20,
             queue_bytes_max: 64 << 20,

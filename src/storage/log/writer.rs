@@ -24,8 +24,8 @@ use crate::types::{GroupId, LogId, ReplicaId};
 
 /// Larger segments would not be addressed by 32 bits together with the largest append.
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
-/// Files kept to become segments again.
-const PREPARED_MAX: usize = 2;
+/// Files kept to become segments again. One is enough: the next is prepared while it is written.
+const PREPARED_MAX: usize = 1;
 /// More segments than this, left by earlier openings and mostly empty, are cleaned: many restarts leave many small ones.
 const FRAGMENTS_MAX: usize = 8;
 /// At least what a rebase writes beside the entries: a mark and what it restates.

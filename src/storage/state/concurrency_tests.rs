@@ -149,6 +149,15 @@ impl Trees for HookedTrees {
     fn names(&self) -> Result<Vec<String>, StoreError> {
         self.trees.names()
     }
+    fn begin_fresh(&self, live_bytes: u64) -> Result<(), StoreError> {
+        self.trees.begin_fresh(live_bytes)
+    }
+    fn outdated(&self) -> Result<Vec<String>, StoreError> {
+        self.trees.outdated()
+    }
+    fn disk_bytes(&self) -> u64 {
+        self.trees.disk_bytes()
+    }
     fn sync(&self) -> Result<(), StoreError> {
         self.trees.sync()
     }
@@ -317,7 +326,8 @@ fn what_can_wait_finds_no_room_before_others_do() {
 
 #[test]
 fn many_small_tables_are_written_down_before_they_fill_the_node() {
-    let options = StateOptions { table_bytes_max: 1 << 20, frozen_bytes_max: 1 << 20, node_bytes_max: 400_000 };
+    let options =
+        StateOptions { table_bytes_max: 1 << 20, frozen_bytes_max: 1 << 20, node_bytes_max: 400_000, ..StateOptions::default() };
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
     let opened = StateStore::open(Arc::new(MemTrees::new()), disk, Path::new("/data"), options);
     let (store, mut checkpointer) = opened.expect("opened");

@@ -12,6 +12,7 @@
 //!    limit of tables waiting meanwhile it gives up, lets them be written, and begins anew; the third time the writers wait instead.
 //! 5. [`ReplicaState::install`] publishes a received file, fills a new generation of the tree from it, and switches in one step: the
 //!    record comes last, and the highest generation with a true record is the tree.
+//! 6. Trees that take far more space than what is in them are copied to a fresh place by [`StateStore::compact`] (`compaction`).
 //!
 //! # Why a tree is believed
 //! Durable are the log and the snapshot file. The tree is believed at a start only if all its pairs add up to the digest in its record
@@ -23,6 +24,7 @@
 //!
 //! Kept out: the log, and when a snapshot is due (both the caller's); what the pairs mean (the core's).
 
+mod compaction;
 pub mod digest;
 mod open;
 mod record;
@@ -32,6 +34,8 @@ mod scan;
 mod store;
 mod tables;
 
+#[cfg(test)]
+mod compaction_tests;
 #[cfg(test)]
 mod concurrency_tests;
 #[cfg(test)]
@@ -78,10 +82,20 @@ pub struct StateOptions {
     pub frozen_bytes_max: usize,
     /// Tables of all replicas. Past half of it in active tables, the largest are frozen before they are full.
     pub node_bytes_max: usize,
+    /// What the trees of the node may take on the disk beyond a multiple of what is in them, before they are copied to a fresh place.
+    pub garbage_bytes_max: u64,
+    /// Pairs that are copied there at a time.
+    pub copy_page_pairs: usize,
 }
 
 impl Default for StateOptions {
     fn default() -> Self {
-        Self { table_bytes_max: 16 << 20, frozen_bytes_max: 128 << 20, node_bytes_max: 256 << 20 }
+        Self {
+            table_bytes_max: 16 << 20,
+            frozen_bytes_max: 128 << 20,
+            node_bytes_max: 256 << 20,
+            garbage_bytes_max: 32 << 20,
+            copy_page_pairs: 512,
+        }
     }
 }

@@ -38,16 +38,19 @@ pub enum Origin {
 pub(super) struct Found {
     pub tree: Arc<dyn Tree>,
     pub record: TreeRecord,
+    /// Of the keys and values in it.
+    pub map_bytes: u64,
     pub snapshot: Option<Snapshot>,
     pub opened: Opened,
 }
 
-/// A tree and what it says of itself.
-type Believed = (Arc<dyn Tree>, TreeRecord);
+/// A tree, what it says of itself, and the bytes of its keys and values.
+pub(super) type Believed = (Arc<dyn Tree>, TreeRecord, u64);
 
 /// What looking at a tree said.
 enum Verdict {
-    Good(TreeRecord),
+    /// With the bytes of keys and values.
+    Good(TreeRecord, u64),
     /// No pairs, no record.
     Empty,
     Bad(String),
@@ -62,18 +65,19 @@ pub(super) fn open_map(trees: &dyn Trees, files: &SnapshotFiles, redo: &RedoFile
     let snapshot_log_id = snapshots.first().and_then(|snapshot| snapshot.applied().log_id);
 
     let reason = match (good, reason) {
-        (Some((tree, record)), _) if record.applied.log_id >= snapshot_log_id => {
+        (Some((tree, record, map_bytes)), _) if record.applied.log_id >= snapshot_log_id => {
             drop_others(trees, key, &generations, record.generation);
             let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
             let opened = Opened { origin: Origin::Tree, damaged_snapshot };
-            return Ok(Found { tree, record, snapshot, opened });
+            return Ok(Found { tree, record, map_bytes, snapshot, opened });
         }
-        (Some((_, record)), _) => format!("it is at {} and older than the snapshot file", shown(&record.applied)),
+        (Some((_, record, _)), _) => format!("it is at {} and older than the snapshot file", shown(&record.applied)),
         (None, Some(reason)) => reason,
         (None, None) if snapshots.is_empty() => {
             let generation = generations.first().copied().unwrap_or(1);
-            let (tree, record) = empty_generation(trees, key, generation)?;
-            return Ok(Found { tree, record, snapshot: None, opened: Opened { origin: Origin::New, damaged_snapshot } });
+            let (tree, record, map_bytes) = empty_generation(trees, key, generation)?;
+            let opened = Opened { origin: Origin::New, damaged_snapshot };
+            return Ok(Found { tree, record, map_bytes, snapshot: None, opened });
         }
         (None, None) => "it is missing".to_owned(),
     };
@@ -89,12 +93,12 @@ pub(super) fn open_map(trees: &dyn Trees, files: &SnapshotFiles, redo: &RedoFile
             None => Ok((empty_generation(trees, key, generation)?, false)),
         },
     });
-    let ((tree, record), from_snapshot) = rebuilt.inspect_err(|error| trees.condemn(&error.to_string()))?;
+    let ((tree, record, map_bytes), from_snapshot) = rebuilt.inspect_err(|error| trees.condemn(&error.to_string()))?;
     tracing::warn!(replica = %key, %reason, from_snapshot, applied = %shown(&record.applied), "the tree of a replica was rebuilt");
     drop_others(trees, key, &generations, record.generation);
     let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
     let opened = Opened { origin: Origin::Rebuilt { reason, from_snapshot }, damaged_snapshot };
-    Ok(Found { tree, record, snapshot, opened })
+    Ok(Found { tree, record, map_bytes, snapshot, opened })
 }
 
 /// Fills `generation` from a snapshot. The record comes last: until then the generation is not believed.
@@ -107,13 +111,14 @@ pub(super) fn fill_generation(
     let name = tree_name(key, generation);
     trees.drop_tree(&name)?;
     let tree = trees.open(&name)?;
-    let mut unflushed = 0;
+    let (mut unflushed, mut map_bytes) = (0, 0);
     snapshot.for_each(&mut |pair_key, value| {
         if pair_key.first().is_none_or(|byte| *byte == RESERVED) {
             return Err(StoreError::Damaged("a snapshot file holds a key that is no map's".into()));
         }
         tree.write(pair_key, Some(value))?;
         unflushed += pair_key.len() + value.len();
+        map_bytes += pair_bytes(pair_key, value);
         if unflushed >= FILL_FLUSH_BYTES {
             unflushed = 0;
             tree.flush()?;
@@ -123,7 +128,12 @@ pub(super) fn fill_generation(
     let record = TreeRecord { key, generation, applied: snapshot.applied().clone(), digest: snapshot.trailer().digest };
     tree.write(RECORD_KEY, Some(&record.encode()))?;
     tree.flush()?;
-    Ok((tree, record))
+    Ok((tree, record, map_bytes))
+}
+
+/// What a pair counts for in [`Found::map_bytes`].
+pub(super) fn pair_bytes(key: &[u8], value: &[u8]) -> u64 {
+    (key.len() + value.len()) as u64
 }
 
 /// The generations that there are trees of, the newest first.
@@ -167,7 +177,7 @@ fn rebuild(
 
 fn empty_generation(trees: &dyn Trees, key: ReplicaKey, generation: u64) -> Result<Believed, StoreError> {
     let tree = trees.open(&tree_name(key, generation))?;
-    Ok((tree, TreeRecord { key, generation, applied: Applied::default(), digest: Digest::default() }))
+    Ok((tree, TreeRecord { key, generation, applied: Applied::default(), digest: Digest::default() }, 0))
 }
 
 /// The snapshots whose head and trailer hold, the newest first, and why the newest file is not among them.
@@ -210,7 +220,7 @@ fn newest_good(
             Err(error) => Err(error),
         };
         match verdict {
-            Ok((tree, Verdict::Good(record))) => return Ok((Some((tree, record)), reason)),
+            Ok((tree, Verdict::Good(record, map_bytes))) => return Ok((Some((tree, record, map_bytes)), reason)),
             Ok((_, Verdict::Empty)) => {}
             Ok((_, Verdict::Bad(bad))) => {
                 reason.get_or_insert(bad);
@@ -242,14 +252,14 @@ fn check_or_finish(tree: &dyn Tree, key: ReplicaKey, generation: u64, redo: Opti
             tree.flush()?;
             check(tree, key, generation)
         }
-        (Verdict::Good(_) | Verdict::Empty | Verdict::Bad(_), _) => Ok(verdict),
+        (Verdict::Good(..) | Verdict::Empty | Verdict::Bad(_), _) => Ok(verdict),
     }
 }
 
 /// Reads the whole tree and compares it with its record.
 fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<Verdict, StoreError> {
     let (mut digest, mut hasher, mut unknown) = (Digest::default(), PairHasher::default(), false);
-    let mut record = None;
+    let (mut record, mut map_bytes) = (None, 0);
     tree.walk(&mut |pair_key, value| {
         if pair_key == RECORD_KEY {
             record = Some(TreeRecord::decode(value));
@@ -257,6 +267,7 @@ fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<Verdict, S
             unknown = true;
         } else {
             digest.add(hasher.hash(pair_key, value));
+            map_bytes += pair_bytes(pair_key, value);
         }
         Walk::On
     })?;
@@ -270,7 +281,7 @@ fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<Verdict, S
         Some(Ok(record)) if record.digest != digest || unknown => {
             Verdict::Bad(format!("its {} pairs do not match the digest of {}", digest.pairs, record.digest.pairs))
         }
-        Some(Ok(record)) => Verdict::Good(record),
+        Some(Ok(record)) => Verdict::Good(record, map_bytes),
     })
 }
 

@@ -3,6 +3,7 @@
 //! A tree takes its changes one after another (see `sled_tree` for why not as one batch). Between the first and the last of them it is
 //! no true state of the map; but with all of them in this file it can be made one, as each says what a key is to be in the end.
 //! One file per replica, `<group>-<replica>.redo`, written over by each checkpoint, after the tree was flushed that the last one wrote.
+//! From then on nobody needs it: a large one is emptied, or each replica would keep as much as its largest table on the disk.
 //!
 //! It is never synced: it outlives the process, and need not outlive the machine. Nothing is believed because of it: a tree that it was
 //! written to is checked against the digest like any other, and rebuilt where that does not hold.
@@ -30,6 +31,8 @@ use crate::storage::tree::Tree;
 const MAGIC: &[u8; 8] = b"QRTREDO\0";
 const HEADER_BYTES: usize = 24;
 const ENDING: &str = ".redo";
+/// A file up to this size is left as it is: small ones are written too often to be emptied each time.
+const LEFT_BYTES_MAX: u64 = 64 << 10;
 
 /// What makes a tree that a checkpoint has begun to write the one that it meant: what each changed key is to be, and the record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +72,8 @@ impl RedoFiles {
             opened => opened,
         };
         let file = opened.map_err(|source| io_error("opening", &path, source))?;
-        Ok(RedoFile { file, path })
+        let bytes_len = file.len().map_err(|source| io_error("measuring", &path, source))?;
+        Ok(RedoFile { file, path, bytes_len })
     }
 
     /// What the last checkpoint of a replica wrote, or was about to. None: there was none, or its file was cut short.
@@ -115,18 +119,30 @@ impl RedoFiles {
 pub struct RedoFile {
     file: Box<dyn DiskFile>,
     path: PathBuf,
+    bytes_len: u64,
 }
 
 impl RedoFile {
     /// Writes over what it said.
-    pub fn write(&self, redo: &Redo) -> Result<(), StoreError> {
+    pub fn write(&mut self, redo: &Redo) -> Result<(), StoreError> {
         let body = codec::encode(redo);
         let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&(body.len() as u64).to_le_bytes());
         bytes.extend_from_slice(&xxh3_64(&body).to_le_bytes());
         bytes.extend_from_slice(&body);
+        self.bytes_len = self.bytes_len.max(bytes.len() as u64);
         self.file.write_at(&bytes, 0).map_err(|source| io_error("writing", &self.path, source))
+    }
+
+    /// Gives the space of a large file back. For when the tree was flushed, and what the file says is in it.
+    pub fn empty(&mut self) -> Result<(), StoreError> {
+        if self.bytes_len <= LEFT_BYTES_MAX {
+            return Ok(());
+        }
+        self.file.set_len(0).map_err(|source| io_error("emptying", &self.path, source))?;
+        self.bytes_len = 0;
+        Ok(())
     }
 }
 
@@ -193,5 +209,29 @@ mod tests {
         files.remove(other).expect("removed");
         files.remove(other).expect("removed again");
         assert!(disk.list(Path::new("/redo")).expect("listed").is_empty());
+    }
+
+    #[test]
+    fn a_large_file_gives_its_space_back_and_a_small_one_stays() {
+        let disk = SimDisk::new(1);
+        let files = RedoFiles::open(Arc::new(disk.clone()), Path::new("/redo")).expect("opened");
+        let bytes = || disk.contents(Path::new("/redo/g1-r5.redo")).expect("there").len();
+        let small = redo(&[("key", Some("value"))]);
+        let mut file = files.file(KEY).expect("opened");
+        file.write(&small).expect("written");
+        file.empty().expect("left");
+        assert_eq!(files.read(KEY).expect("read").as_ref(), Some(&small));
+
+        let large = Redo { changes: vec![("key".into(), Some(vec![7; LEFT_BYTES_MAX as usize].into()))], ..small.clone() };
+        file.write(&large).expect("written");
+        file.write(&small).expect("written");
+        assert!(bytes() > LEFT_BYTES_MAX as usize, "it is written over");
+        file.empty().expect("emptied");
+        assert_eq!((bytes(), files.read(KEY).expect("read")), (0, None));
+
+        file.write(&large).expect("written");
+        drop(file);
+        files.file(KEY).expect("one that an earlier process left").empty().expect("emptied");
+        assert_eq!(bytes(), 0);
     }
 }

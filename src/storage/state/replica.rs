@@ -4,12 +4,13 @@
 //! tables. The shelf (the current snapshot) is taken last and never held while another is waited for.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::Instant;
 
+use super::compaction::TreeCopy;
 use super::digest::PairHasher;
-use super::open::{self, Found, Opened};
+use super::open::{self, Found, Opened, pair_bytes};
 use super::record::{RESERVED, TreeRecord};
 use super::redo::{Redo, RedoFile};
 use super::store::{Claim, Job, Shared};
@@ -40,6 +41,8 @@ pub(super) struct Replica {
     tables: RwLock<Tables>,
     pen: Mutex<Pen>,
     pub shelf: Mutex<Option<Snapshot>>,
+    /// Bytes of the keys and values in the tree. Changed by the holder of the pen.
+    map_bytes: AtomicU64,
     /// How many want the pen more than a snapshot scan does.
     waiting: Mutex<usize>,
     none_waiting: Condvar,
@@ -60,6 +63,8 @@ pub(super) struct Pen {
     pub record: TreeRecord,
     /// Opened by the first checkpoint.
     redo: Option<RedoFile>,
+    /// Where the tree is being copied to.
+    pub copy: Option<TreeCopy>,
 }
 
 /// The pen, in somebody's hand. A checkpoint that came by meanwhile is queued again afterwards.
@@ -94,14 +99,15 @@ impl Drop for HeldPen<'_> {
 
 impl ReplicaState {
     pub(super) fn new(shared: Arc<Shared>, claim: Claim, synced: Arc<dyn Synced>, key: ReplicaKey, found: Found) -> Self {
-        let Found { tree, record, snapshot, opened } = found;
+        let Found { tree, record, map_bytes, snapshot, opened } = found;
         let replica = Replica {
             key,
             shared,
             synced,
             tables: RwLock::new(Tables::new(tree, record.applied.clone())),
-            pen: Mutex::new(Pen { record, redo: None }),
+            pen: Mutex::new(Pen { record, redo: None, copy: None }),
             shelf: Mutex::new(snapshot),
+            map_bytes: AtomicU64::new(map_bytes),
             waiting: Mutex::new(0),
             none_waiting: Condvar::new(),
             queued: AtomicBool::new(false),
@@ -161,7 +167,7 @@ impl ReplicaState {
 
     /// Whether its data is wanted no more: that it can't be read then is no news.
     pub fn is_wiped(&self) -> bool {
-        self.replica.wiped.load(Ordering::Relaxed)
+        self.replica.is_wiped()
     }
 
     /// Waits while too many tables wait for the disk. Returns also when the replica has failed: [`ReplicaState::apply`] then says so.
@@ -235,8 +241,10 @@ impl ReplicaState {
         let generations = open::generations(trees, replica.key)?;
         let generation = generations.first().copied().unwrap_or(0).max(pen.record.generation) + 1;
         let filled = open::fill_generation(trees, replica.key, generation, snapshot);
-        let (tree, record) = filled.inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
+        let (tree, record, map_bytes) = filled.inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
         pen.record = record.clone();
+        pen.copy = None;
+        replica.map_bytes.store(map_bytes, Ordering::Relaxed);
         let old = replica.switch(Tables::new(tree, record.applied));
         drop(old);
         open::drop_others(trees, replica.key, &generations, generation);
@@ -244,6 +252,17 @@ impl ReplicaState {
         replica.shared.counters.snapshots_installed.fetch_add(1, Ordering::Relaxed);
         replica.shared.changed.notify_waiters();
         Ok(())
+    }
+
+    /// Bytes of the keys and values of the map, as far as its tables are written down.
+    pub fn map_bytes(&self) -> u64 {
+        self.replica.map_bytes()
+    }
+
+    /// Has what is in memory written down once the log is durable through it: nobody else may come
+    /// by for long, and what was deleted takes its space until then.
+    pub fn write_down(&self) {
+        self.replica.freeze_rest();
     }
 
     pub fn bytes(&self) -> TableBytes {
@@ -270,6 +289,15 @@ impl Replica {
         let shelf = self.lock_shelf();
         let current = shelf.as_ref().map(Snapshot::path);
         self.shared.files.remove_others(self.key, current.as_deref())
+    }
+
+    pub fn map_bytes(&self) -> u64 {
+        self.map_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Of its snapshot file.
+    pub fn snapshot_bytes(&self) -> u64 {
+        self.lock_shelf().as_ref().map_or(0, Snapshot::bytes_len)
     }
 
     /// The pen, after those who want it more.
@@ -309,6 +337,10 @@ impl Replica {
             // It may have been given back just before that was said.
             free()
         })
+    }
+
+    pub fn is_wiped(&self) -> bool {
+        self.wiped.load(Ordering::Relaxed)
     }
 
     /// An error if the replica has stopped.
@@ -432,7 +464,8 @@ impl Replica {
             let started = Instant::now();
             let written = self.write_table(&*tree, &frozen, pen).and_then(|()| {
                 self.retire_oldest();
-                tree.flush()
+                tree.flush()?;
+                pen.redo.as_mut().map_or(Ok(()), RedoFile::empty)
             });
             written.inspect_err(|error| self.fail(&format!("a checkpoint failed: {error}")))?;
             self.shared.counters.count_checkpoint(started.elapsed());
@@ -442,14 +475,22 @@ impl Replica {
 
     /// Writes a table and the record that goes with it. Until the tree is flushed, the redo file says what was written.
     fn write_table(&self, tree: &dyn Tree, frozen: &Frozen, pen: &mut Pen) -> Result<(), StoreError> {
-        let redo = redo_of(tree, frozen, &pen.record)?;
+        let (redo, map_bytes) = redo_of(tree, frozen, &pen.record, self.map_bytes.load(Ordering::Relaxed))?;
         let file = match &mut pen.redo {
             Some(file) => file,
             none => none.insert(self.shared.redo.file(self.key)?),
         };
         file.write(&redo)?;
         redo.carry_out(tree)?;
+        if let Some(copy) = &mut pen.copy
+            && let Err(error) = copy.follow(&redo.changes)
+        {
+            // The tree is as it should be: it goes on without the copy.
+            tracing::warn!(replica = %self.key, %error, "a copy of a tree was given up");
+            pen.copy = None;
+        }
         pen.record = redo.record;
+        self.map_bytes.store(map_bytes, Ordering::Relaxed);
         Ok(())
     }
 
@@ -477,8 +518,8 @@ impl Drop for Replica {
     }
 }
 
-/// What a checkpoint of a table changes in the tree.
-fn redo_of(tree: &dyn Tree, frozen: &Frozen, record: &TreeRecord) -> Result<Redo, StoreError> {
+/// What a checkpoint of a table changes in the tree, and what then is in it in place of `map_bytes`.
+fn redo_of(tree: &dyn Tree, frozen: &Frozen, record: &TreeRecord, mut map_bytes: u64) -> Result<(Redo, u64), StoreError> {
     let mut record = TreeRecord { applied: frozen.applied.clone(), ..record.clone() };
     let (mut changes, mut hasher) = (Vec::new(), PairHasher::default());
     for (key, change) in frozen.table.iter() {
@@ -488,11 +529,13 @@ fn redo_of(tree: &dyn Tree, frozen: &Frozen, record: &TreeRecord) -> Result<Redo
         }
         if let Some(old) = old {
             record.digest.subtract(hasher.hash(key, &old));
+            map_bytes = map_bytes.saturating_sub(pair_bytes(key, &old));
         }
         if let Some(value) = change {
             record.digest.add(hasher.hash(key, value));
+            map_bytes += pair_bytes(key, value);
         }
         changes.push((key.clone(), change.clone()));
     }
-    Ok(Redo { record, changes })
+    Ok((Redo { record, changes }, map_bytes))
 }

@@ -38,6 +38,10 @@ pub(super) struct Shared {
     pub active_bytes: Gauge,
     pub frozen_bytes: Gauge,
     pub counters: Counters,
+    /// What the trees took on the disk when they were last copied; zero before.
+    pub compacted_bytes: AtomicU64,
+    /// What they took when somebody last looked.
+    pub trees_disk_bytes: AtomicU64,
     /// A relief is queued.
     relieving: AtomicBool,
     replicas: Mutex<BTreeMap<ReplicaKey, Weak<Replica>>>,
@@ -55,6 +59,12 @@ pub struct StateMetrics {
     pub snapshots_built: u64,
     pub snapshots_installed: u64,
     pub scans_given_up: u64,
+    pub trees_copied: u64,
+    /// Keys and values that are written down.
+    pub map_bytes: u64,
+    /// What the trees took on the disk when [`StateStore::wants_compaction`] last looked.
+    pub trees_disk_bytes: u64,
+    pub snapshots_disk_bytes: u64,
 }
 
 impl StateStore {
@@ -79,6 +89,8 @@ impl StateStore {
             active_bytes: Gauge::default(),
             frozen_bytes: Gauge::default(),
             counters: Counters::default(),
+            compacted_bytes: AtomicU64::new(0),
+            trees_disk_bytes: AtomicU64::new(0),
             relieving: AtomicBool::new(false),
             replicas: Mutex::default(),
         });
@@ -153,6 +165,7 @@ impl StateStore {
 
     pub fn metrics(&self) -> StateMetrics {
         let counters = &self.shared.counters;
+        let replicas = self.shared.open_replicas();
         StateMetrics {
             replicas: self.shared.lock_replicas().len(),
             active_bytes: self.shared.active_bytes.get(),
@@ -163,7 +176,15 @@ impl StateStore {
             snapshots_built: counters.snapshots_built.load(Ordering::Relaxed),
             snapshots_installed: counters.snapshots_installed.load(Ordering::Relaxed),
             scans_given_up: counters.scans_given_up.load(Ordering::Relaxed),
+            trees_copied: counters.trees_copied.load(Ordering::Relaxed),
+            map_bytes: replicas.iter().map(|replica| replica.map_bytes()).sum(),
+            trees_disk_bytes: self.shared.trees_disk_bytes.load(Ordering::Relaxed),
+            snapshots_disk_bytes: replicas.iter().map(|replica| replica.snapshot_bytes()).sum(),
         }
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     fn stop(&self) {
@@ -215,7 +236,12 @@ impl Shared {
         self.replicas.lock().expect("no holder panics")
     }
 
-    fn open_replicas(&self) -> Vec<Arc<Replica>> {
+    /// The replicas that are open, or about to be.
+    pub fn claimed(&self) -> Vec<ReplicaKey> {
+        self.lock_replicas().keys().copied().collect()
+    }
+
+    pub fn open_replicas(&self) -> Vec<Arc<Replica>> {
         self.lock_replicas().values().filter_map(Weak::upgrade).collect()
     }
 
@@ -345,6 +371,7 @@ pub(super) struct Counters {
     pub snapshots_built: AtomicU64,
     pub snapshots_installed: AtomicU64,
     pub scans_given_up: AtomicU64,
+    pub trees_copied: AtomicU64,
 }
 
 impl Counters {

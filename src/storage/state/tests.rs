@@ -82,7 +82,13 @@ pub fn applied(index: u64) -> Applied {
 }
 
 pub fn small_options() -> StateOptions {
-    StateOptions { table_bytes_max: 4000, frozen_bytes_max: 20_000, node_bytes_max: 1 << 20 }
+    StateOptions {
+        table_bytes_max: 4000,
+        frozen_bytes_max: 20_000,
+        node_bytes_max: 1 << 20,
+        garbage_bytes_max: 50_000,
+        copy_page_pairs: 5,
+    }
 }
 
 /// A random batch over few keys, so that they meet again.

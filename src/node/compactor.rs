@@ -1,0 +1,53 @@
+//! [`Compactor`]: has the maps give back the space of what was overwritten and deleted, where there is much of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::sm::ports::StoreError;
+use crate::storage::background;
+use crate::storage::log::Log;
+use crate::storage::state::StateStore;
+
+/// Between two looks at how much the maps take.
+const TICK: Duration = Duration::from_secs(3);
+/// After a failure, as for want of room on the disk: an attempt may write much in vain.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(60);
+
+/// Copies maps to a fresh place when that pays.
+pub struct Compactor {
+    states: Arc<StateStore>,
+    log: Log,
+}
+
+impl Compactor {
+    pub fn new(states: Arc<StateStore>, log: Log) -> Self {
+        Self { states, log }
+    }
+
+    pub async fn run(self, shutdown: &CancellationToken) {
+        let mut pause = TICK;
+        while super::waited(shutdown, pause).await {
+            pause = TICK;
+            if let Err(error) = self.tick(shutdown.clone()).await {
+                tracing::warn!("the maps were not copied, and keep the space of what was overwritten and deleted: {error}");
+                pause = PAUSE_AFTER_FAILURE;
+            }
+        }
+    }
+
+    async fn tick(&self, shutdown: CancellationToken) -> Result<(), StoreError> {
+        let (states, stored) = (self.states.clone(), self.log.replicas());
+        let work = tokio::task::spawn_blocking(move || {
+            if !states.wants_compaction()? {
+                return Ok(());
+            }
+            let compact = || states.compact(&stored, &|| !shutdown.is_cancelled());
+            let no_thread = |source| StoreError::Io { context: "copying the maps".into(), source };
+            background::run("compact-maps", compact).map_err(no_thread)?
+        });
+        let broken_off = |error| StoreError::Io { context: "copying the maps".into(), source: std::io::Error::other(error) };
+        work.await.map_err(broken_off)?
+    }
+}

@@ -1,0 +1,245 @@
+//! Gives back the space that overwritten and deleted values leave in the trees: what is left of the trees is copied to a fresh place,
+//! and the old place goes with its last tree.
+//!
+//! One replica after another, while it serves and is written to:
+//! 1. A new generation of its tree is begun in the fresh place.
+//! 2. Pages of pairs are copied to it, each with the pen in hand, so that the tree stands still; between two pages others have their turn.
+//!    A checkpoint meanwhile writes to both trees what is before the place that the copy has come to.
+//! 3. With the last page the copy has the digest of the tree, or one of them is damaged. It gets its record and is flushed; then it takes
+//!    the tree's place under the same tables, and the old generation is dropped.
+//!
+//! A crash leaves a copy without a record, which nobody believes, or two true generations, of which the higher counts. Whoever puts another
+//! tree in place meanwhile, as an installation does, ends the copy.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+
+use super::digest::{Digest, PairHasher};
+use super::open::{self, pair_bytes};
+use super::record::{CORE_KEYS_START, RECORD_KEY, TreeRecord, tree_name};
+use super::replica::{Pen, Replica};
+use super::store::{Shared, StateStore};
+use crate::sm::ports::{Direction, KeyRange, StoreError};
+use crate::storage::ReplicaKey;
+use crate::storage::tree::Tree;
+
+/// Of what a place takes, so many parts may be garbage for one that is not. Copying then costs a fraction of what was written since
+/// the last time.
+const GARBAGE_FACTOR: u64 = 3;
+/// A page ends once this much is copied: so long the pen is held.
+const PAGE_BYTES: u64 = 256 << 10;
+/// Pages between two flushes of the copy: the trees keep in memory what is not flushed.
+const PAGES_UNFLUSHED_MAX: u32 = 32;
+
+/// A copy of a tree on its way.
+pub(super) struct TreeCopy {
+    tree: Arc<dyn Tree>,
+    generation: u64,
+    /// Every key before this one is in the copy as it is in the tree.
+    next: Bytes,
+    digest: Digest,
+    hasher: PairHasher,
+}
+
+impl TreeCopy {
+    /// Has the copy follow what a checkpoint changed in the tree.
+    pub fn follow(&mut self, changes: &[(Bytes, Option<Bytes>)]) -> Result<(), StoreError> {
+        for (key, change) in changes.iter().filter(|(key, _)| *key < self.next) {
+            if let Some(old) = self.tree.get(key)? {
+                self.digest.subtract(self.hasher.hash(key, &old));
+            }
+            if let Some(value) = change {
+                self.digest.add(self.hasher.hash(key, value));
+            }
+            self.tree.write(key, change.as_deref())?;
+        }
+        Ok(())
+    }
+
+    /// Copies the next page. False at the end.
+    fn copy_page(&mut self, from: &dyn Tree, pairs_max: usize) -> Result<bool, StoreError> {
+        let (mut pairs, mut bytes) = (0, 0);
+        for pair in from.scan(&KeyRange { start: self.next.clone(), end: None }, Direction::Forward) {
+            if pairs >= pairs_max || bytes >= PAGE_BYTES {
+                return Ok(true);
+            }
+            let (key, value) = pair?;
+            self.tree.write(&key, Some(&value))?;
+            self.digest.add(self.hasher.hash(&key, &value));
+            pairs += 1;
+            bytes += pair_bytes(&key, &value);
+            self.next = [&key[..], &[0]].concat().into();
+        }
+        Ok(false)
+    }
+}
+
+/// What became of the copy of a tree.
+#[derive(Debug, PartialEq, Eq)]
+enum Copied {
+    /// It is in the tree's place.
+    Switched,
+    /// Another tree took its place first, or it was told to end.
+    Ended,
+}
+
+impl StateStore {
+    /// Whether [`StateStore::compact`] has something to do.
+    pub fn wants_compaction(&self) -> Result<bool, StoreError> {
+        Ok(is_due(self.shared()) || !self.shared().trees.outdated()?.is_empty())
+    }
+
+    /// Copies all trees to a fresh place where they take far more space than what is in them, and goes on with what an earlier
+    /// call has left. `stored` are the replicas that this node has: a tree of another was to be dropped and is. Blocking, and long; returns
+    /// early once `keep_on` says no more. An error leaves the trees in use where they were.
+    pub fn compact(&self, stored: &[ReplicaKey], keep_on: &dyn Fn() -> bool) -> Result<(), StoreError> {
+        let shared = self.shared();
+        let trees = &*shared.trees;
+        if trees.outdated()?.is_empty() {
+            if !is_due(shared) {
+                return Ok(());
+            }
+            drop_orphans(shared, stored)?;
+            let open: BTreeSet<String> = shared.open_replicas().iter().map(|replica| replica.key.to_string()).collect();
+            if !trees.names()?.iter().all(|name| open.contains(owner_of(name))) {
+                // The old place would stay for the tree that nobody can copy.
+                return Ok(());
+            }
+            trees.begin_fresh(live_bytes(shared))?;
+        }
+        drop_orphans(shared, stored)?;
+        let before = trees.disk_bytes();
+        for replica in shared.open_replicas().into_iter().filter(|replica| replica.check().is_ok()) {
+            if keep_on() && copy_if_outdated(&replica, keep_on)? == Some(Copied::Switched) {
+                shared.counters.trees_copied.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        if trees.outdated()?.is_empty() {
+            let after = trees.disk_bytes();
+            shared.compacted_bytes.store(after, Ordering::Relaxed);
+            tracing::info!(
+                before,
+                after,
+                "the trees of the maps were copied to give back the space of what was overwritten and deleted"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Keys and values of all maps, in bytes.
+fn live_bytes(shared: &Shared) -> u64 {
+    shared.open_replicas().iter().map(|replica| replica.map_bytes()).sum()
+}
+
+/// Whether the trees take so much more than what is in them that copying pays. However much a tree takes that was just copied, it must
+/// have grown to twice of that.
+fn is_due(shared: &Shared) -> bool {
+    let disk = shared.trees.disk_bytes();
+    shared.trees_disk_bytes.store(disk, Ordering::Relaxed);
+    let allowed = GARBAGE_FACTOR.saturating_mul(live_bytes(shared)).saturating_add(shared.options.garbage_bytes_max);
+    disk > allowed && disk / 2 > shared.compacted_bytes.load(Ordering::Relaxed)
+}
+
+/// The replica that a tree of this name is of, as its key is shown.
+fn owner_of(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(owner, _)| owner)
+}
+
+/// Drops the trees of replicas that are gone: a crash may have brought one back that was dropped.
+fn drop_orphans(shared: &Shared, stored: &[ReplicaKey]) -> Result<(), StoreError> {
+    let claimed = shared.claimed();
+    let known: BTreeSet<String> = stored.iter().chain(&claimed).map(ToString::to_string).collect();
+    for name in shared.trees.names()?.iter().filter(|name| !known.contains(owner_of(name))) {
+        tracing::info!(tree = %name, "the tree of a replica that is gone was dropped");
+        shared.trees.drop_tree(name)?;
+    }
+    Ok(())
+}
+
+/// Copies the tree of a replica, if it is in an old place, and drops what else the replica has there. None: there was nothing to copy.
+fn copy_if_outdated(replica: &Arc<Replica>, keep_on: &dyn Fn() -> bool) -> Result<Option<Copied>, StoreError> {
+    let trees = &*replica.shared.trees;
+    let outdated = trees.outdated()?;
+    let is_outdated = |generation: u64| outdated.contains(&tree_name(replica.key, generation));
+    let generation = replica.lock_pen_last().record.generation;
+    let copied = match is_outdated(generation) {
+        true => Some(copy(replica, keep_on)?),
+        false => None,
+    };
+    if copied != Some(Copied::Ended) {
+        let generations = open::generations(trees, replica.key)?;
+        let current = replica.lock_pen_last().record.generation;
+        open::drop_others(trees, replica.key, &generations, current);
+    }
+    Ok(copied)
+}
+
+fn copy(replica: &Arc<Replica>, keep_on: &dyn Fn() -> bool) -> Result<Copied, StoreError> {
+    let generation = begin(replica)?;
+    let mut pages = 0;
+    let copied = loop {
+        if !keep_on() {
+            break Ok(Copied::Ended);
+        }
+        let mut pen = replica.lock_pen_last();
+        // What waits to be written would else wait for the end of the copy: whoever finds the pen taken goes away.
+        if let Err(error) = replica.checkpoint_ready(&mut pen) {
+            break if replica.is_wiped() { Ok(Copied::Ended) } else { Err(error) };
+        }
+        match step(replica, &mut pen, generation, &mut pages) {
+            Ok(None) => {}
+            Ok(Some(copied)) => break Ok(copied),
+            Err(error) => break Err(error),
+        }
+    };
+    if !matches!(copied, Ok(Copied::Switched)) {
+        let mut pen = replica.lock_pen_last();
+        if pen.copy.take_if(|copy| copy.generation == generation).is_some() {
+            replica.shared.trees.drop_tree(&tree_name(replica.key, generation))?;
+        }
+    }
+    copied
+}
+
+/// Begins a copy as a new generation, which it returns.
+fn begin(replica: &Arc<Replica>) -> Result<u64, StoreError> {
+    let trees = &*replica.shared.trees;
+    let mut pen = replica.lock_pen_last();
+    replica.check()?;
+    let newest = open::generations(trees, replica.key)?.first().copied().unwrap_or(0);
+    let generation = newest.max(pen.record.generation) + 1;
+    let tree = trees.open(&tree_name(replica.key, generation))?;
+    let next = Bytes::from_static(CORE_KEYS_START);
+    pen.copy = Some(TreeCopy { tree, generation, next, digest: Digest::default(), hasher: PairHasher::default() });
+    Ok(generation)
+}
+
+/// Copies one page, and ends the copy after the last. None: there is more.
+fn step(replica: &Arc<Replica>, pen: &mut Pen, generation: u64, pages: &mut u32) -> Result<Option<Copied>, StoreError> {
+    let Some(copy) = pen.copy.as_mut().filter(|copy| copy.generation == generation) else { return Ok(Some(Copied::Ended)) };
+    let tree = replica.read_tables().tree.clone();
+    let is_more = copy.copy_page(&*tree, replica.shared.options.copy_page_pairs)?;
+    *pages += 1;
+    if pages.is_multiple_of(PAGES_UNFLUSHED_MAX) {
+        copy.tree.flush()?;
+    }
+    if is_more {
+        return Ok(None);
+    }
+    if copy.digest != pen.record.digest {
+        let error = StoreError::Damaged(format!("the tree of {} no longer matches its digest", replica.key));
+        replica.fail(&error.to_string());
+        return Err(error);
+    }
+    let record = TreeRecord { generation, ..pen.record.clone() };
+    copy.tree.write(RECORD_KEY, Some(&record.encode()))?;
+    copy.tree.flush()?;
+    replica.write_tables().tree = copy.tree.clone();
+    pen.record = record;
+    pen.copy = None;
+    Ok(Some(Copied::Switched))
+}
