@@ -21,6 +21,7 @@ mod dialect_kills;
 mod dialects;
 mod disk_full;
 mod docker;
+mod fixtures;
 mod gateway;
 mod harness;
 mod hostile;

@@ -47,6 +47,8 @@ pub struct Setup {
     pub arguments: Vec<String>,
     /// Where the data of a node is, for those that don't have it beside the others'.
     pub data: Vec<(usize, PathBuf)>,
+    /// Where the nodes are, if it is not for the cluster to choose.
+    pub addresses: Vec<String>,
     /// Without `--view`: for a cluster of one.
     pub no_view: bool,
 }
@@ -102,7 +104,8 @@ impl Cluster {
         let turn = take_turn().await;
         let dir = TempDir::with_prefix_in("cluster-", env!("CARGO_TARGET_TMPDIR")).expect("a directory for the cluster");
         let (ports, lock) = take_ports();
-        let addresses: Vec<String> = ports.clone().take(setup.nodes).map(|port| format!("127.0.0.1:{port}")).collect();
+        let chosen = || ports.clone().take(setup.nodes).map(|port| format!("127.0.0.1:{port}")).collect();
+        let addresses: Vec<String> = if setup.addresses.is_empty() { chosen() } else { setup.addresses.clone() };
         assert_eq!(addresses.len(), setup.nodes, "a cluster of at most {PORTS_PER_CLUSTER} nodes");
         let view = addresses.join(",");
         let node = |(id, address): (usize, &String)| {
