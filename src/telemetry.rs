@@ -1,6 +1,8 @@
 //! Where the program's own log goes: to standard error, one line an event, or one JSON object.
 
 use std::io::IsTerminal;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use tracing_subscriber::EnvFilter;
 
@@ -28,4 +30,55 @@ pub fn start(filter: Option<&str>, format: LogFormat) {
         LogFormat::Json => builder.json().try_init(),
     };
     drop(started);
+}
+
+/// How long nothing is said of what was said a moment ago.
+const RARELY: Duration = Duration::from_secs(60);
+
+/// Keeps a line that others can provoke from filling the log: it is said at once, and then each minute, with how often it was due since.
+#[derive(Debug)]
+pub struct Rarely(Mutex<Option<(Instant, u64)>>);
+
+impl Rarely {
+    pub const fn new() -> Self {
+        Self(Mutex::new(None))
+    }
+
+    /// Returns how often the line was left out since it was said last, if it is to be said now.
+    pub fn due(&self) -> Option<u64> {
+        self.due_at(Instant::now())
+    }
+
+    fn due_at(&self, now: Instant) -> Option<u64> {
+        let mut last = self.0.lock().expect("no holder panics");
+        match &mut *last {
+            Some((said, left_out)) if now.duration_since(*said) < RARELY => {
+                *left_out += 1;
+                None
+            }
+            _ => Some(last.replace((now, 0)).map_or(0, |(_, left_out)| left_out)),
+        }
+    }
+}
+
+impl Default for Rarely {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_due_often_is_said_once_a_minute_with_its_number() {
+        let (line, start) = (Rarely::new(), Instant::now());
+        assert_eq!(line.due_at(start), Some(0));
+        for second in 1..60 {
+            assert_eq!(line.due_at(start + Duration::from_secs(second)), None);
+        }
+        assert_eq!(line.due_at(start + RARELY), Some(59));
+        assert_eq!(line.due_at(start + RARELY * 3), Some(0));
+    }
 }

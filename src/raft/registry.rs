@@ -16,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::errors::OpenError;
 use super::fit::fit_log;
 use super::group::Group;
-use super::lanes::{Heard, Lanes};
+use super::lanes::{Heard, Lanes, Seats};
 use super::pulse;
 use super::state_machine::Keeps;
 use super::timings::RaftTimings;
@@ -27,10 +27,13 @@ use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
 use crate::storage::state::{Applied, StateStore};
-use crate::types::{GroupId, NodeId};
+use crate::types::{DirectoryId, GroupId, NodeId};
 
 /// Snapshots that are written at a time: each reads a whole map and syncs a large file.
 const SNAPSHOT_TURNS: usize = 1;
+
+/// KiB of frames that are being received and are so large that not all can be at once. The largest frame fits.
+const LARGE_FRAMES_KIB: usize = 128 << 10;
 
 /// What a registry is made of.
 pub struct RegistryParts {
@@ -62,6 +65,8 @@ enum Kind {
 pub struct Registry {
     identity: Arc<Identity>,
     heard: Arc<Heard>,
+    seats: Arc<Seats>,
+    large_frames: Arc<Semaphore>,
     shared: Arc<Shared>,
     states: Arc<StateStore>,
     groups: RwLock<BTreeMap<GroupId, Arc<Group>>>,
@@ -85,6 +90,8 @@ impl Registry {
         Arc::new(Self {
             identity: parts.identity,
             heard,
+            seats: Arc::default(),
+            large_frames: Arc::new(Semaphore::new(LARGE_FRAMES_KIB)),
             shared,
             states: parts.states,
             groups: RwLock::default(),
@@ -101,6 +108,21 @@ impl Registry {
     /// When each peer was last heard of.
     pub fn heard(&self) -> &Heard {
         &self.heard
+    }
+
+    /// The lanes that are served.
+    pub fn seats(&self) -> &Arc<Seats> {
+        &self.seats
+    }
+
+    /// What those who receive large frames share, in KiB.
+    pub(super) fn large_frames(&self) -> &Arc<Semaphore> {
+        &self.large_frames
+    }
+
+    /// Whether the view that is known here has a node with this directory.
+    pub(super) fn knows(&self, node: NodeId, directory: DirectoryId) -> bool {
+        self.shared.resolver.resolve(node).is_some_and(|peer| peer.directory == directory)
     }
 
     /// The replica of a group that lives here, if it has a map.

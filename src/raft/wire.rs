@@ -26,6 +26,9 @@ const NO_TAIL: &[Bytes] = &[];
 /// the largest HTTP body bounds.
 pub const FRAME_BYTES_MAX: usize = 80 << 20;
 
+/// Longest hello in bytes. Who has not said who it is must not have this node keep more.
+pub const HELLO_BYTES_MAX: usize = 64 << 10;
+
 /// Why bytes are not a frame.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
@@ -329,15 +332,40 @@ pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<Entry>, WireE
 }
 
 /// Cuts what arrives into frames.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FrameReader {
+    /// Longer frames are refused, before any more of them is kept.
+    frame_bytes_max: usize,
     /// The beginning of a frame whose rest has not come.
     partial: BytesMut,
     /// Arrived and not yet looked at. Whole frames in it are handed out without copying.
     rest: Bytes,
 }
 
+impl Default for FrameReader {
+    /// Returns one for frames of any kind.
+    fn default() -> Self {
+        Self::with_limit(FRAME_BYTES_MAX)
+    }
+}
+
 impl FrameReader {
+    /// Returns one for frames that are at most so long.
+    pub fn with_limit(frame_bytes_max: usize) -> Self {
+        Self { frame_bytes_max, partial: BytesMut::new(), rest: Bytes::new() }
+    }
+
+    /// Frames may be so long from now on.
+    pub fn set_limit(&mut self, frame_bytes_max: usize) {
+        self.frame_bytes_max = frame_bytes_max;
+    }
+
+    /// Returns the length of the frame whose beginning has arrived; none where none has, or all of it.
+    pub fn awaited_bytes(&self) -> Option<usize> {
+        let length = self.partial.first_chunk::<LENGTH_BYTES>()?;
+        Some(LENGTH_BYTES + u32::from_le_bytes(*length) as usize)
+    }
+
     pub fn push(&mut self, chunk: Bytes) {
         if self.partial.is_empty() && self.rest.is_empty() {
             self.rest = chunk;
@@ -350,13 +378,13 @@ impl FrameReader {
     /// The next whole frame, if it is there. After an error the stream can't be read any further.
     pub fn next(&mut self) -> Result<Option<Arrived>, WireError> {
         if self.partial.is_empty() {
-            let Some(total) = frame_bytes(&self.rest)? else {
+            let Some(total) = frame_bytes(&self.rest, self.frame_bytes_max)? else {
                 self.partial.extend_from_slice(&std::mem::take(&mut self.rest));
                 return Ok(None);
             };
             return parse(self.rest.split_to(total)).map(Some);
         }
-        match frame_bytes(&self.partial)? {
+        match frame_bytes(&self.partial, self.frame_bytes_max)? {
             Some(total) => parse(self.partial.split_to(total).freeze()).map(Some),
             None => Ok(None),
         }
@@ -364,10 +392,10 @@ impl FrameReader {
 }
 
 /// Length of the frame that `bytes` begin with, if all of it is there.
-fn frame_bytes(bytes: &[u8]) -> Result<Option<usize>, WireError> {
+fn frame_bytes(bytes: &[u8], bytes_max: usize) -> Result<Option<usize>, WireError> {
     let Some(length) = bytes.first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
     let length = u32::from_le_bytes(*length) as usize;
-    if length > FRAME_BYTES_MAX {
+    if length > bytes_max {
         return Err(WireError::TooLong(length));
     }
     let total = LENGTH_BYTES + length;

@@ -5,6 +5,7 @@
 //! - `serve`: [`serve_lane`], the serving side, as one stream that is polled by whoever sends its bytes: frames are handed to their groups
 //!   in the order in which they came, replies go out in the order in which they are ready, so a group that stalls holds up no other.
 //! - `http`: lanes as one long-lived `POST /peer/lane/{lane}` over HTTP/2, a connection per lane.
+//! - `seats`: how many lanes from others are served at once.
 //! - `memory`: lanes within the process, with partitions, for tests and simulation.
 //!
 //! The first frame of a lane is a hello, which names both ends and is checked once. Each further frame names its group and both replicas. What does not
@@ -15,8 +16,10 @@ mod client;
 mod heard;
 pub mod http;
 pub mod memory;
+mod seats;
 mod serve;
 
 pub use client::{Call, Lanes, read_reply};
 pub use heard::Heard;
+pub use seats::Seats;
 pub use serve::serve_lane;

@@ -3,27 +3,44 @@
 //! No task and no channel stands between the connection and the groups. Frames are begun in the order in which they came: for each an
 //! append is in the group's own queue before the next is looked at. Replies go out as they are ready. A group that stalls holds its own
 //! frames only, and past a bound further ones of it are refused ([`Refusal::Busy`]), so it can't fill the lane.
+//!
+//! Before its hello a lane is anybody's: only so much is read as a hello takes, and only for a while. Large frames are received a few at a
+//! time on the whole node; the others wait on their way.
 
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::coop::unconstrained;
+use tokio::time::{Instant, Sleep};
 
 use super::client::HELLO_SEQUENCE;
+use super::seats::{Owner, Seat};
 use crate::raft::registry::Registry;
 use crate::raft::transport::Lane;
-use crate::raft::wire::{self, Arrived, FrameReader, Hello, Refusal, Reply};
+use crate::raft::wire::{self, Arrived, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, Refusal, Reply};
+use crate::telemetry::Rarely;
 use crate::types::NodeId;
 
 /// Frames of one lane that are being worked on. Reached only if hundreds of groups stall at once; then the lane waits for them.
 const FRAMES_MAX: usize = 8 << 10;
+/// Frames that are larger wait for their turn to be received. An append has about a mebibyte, unless an entry alone is larger.
+const LARGE_FRAME_BYTES: usize = 4 << 20;
+/// How long a hello, or the next piece of a large frame, is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Replies go out in chunks of about this size.
 const CHUNK_BYTES: usize = 64 << 10;
+
+/// Anybody can have these said.
+static NO_FRAME: Rarely = Rarely::new();
+static NO_REQUEST: Rarely = Rarely::new();
 
 /// Serves one connection of a lane: `incoming` is what the peer sends, the stream that is returned goes back to it. It ends when `incoming`
 /// does, or with a refusal when the peer's first frame names other ends than itself and us.
@@ -32,26 +49,54 @@ where
     I: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: std::fmt::Display + Send + 'static,
 {
+    let seat = registry.seats().take(Owner::Unknown);
     Serving {
         registry,
         lane,
         incoming: Box::pin(incoming),
-        reader: FrameReader::default(),
+        reader: FrameReader::with_limit(HELLO_BYTES_MAX),
+        ended: seat.is_none(),
+        seat: seat.map(Seated::new),
+        patience: Box::pin(tokio::time::sleep(PATIENCE)),
+        turn: Turn::None,
         peer: None,
         is_used: false,
         working: FuturesUnordered::new(),
         out: BytesMut::new(),
-        ended: false,
     }
 }
 
 type Working = BoxFuture<'static, (u64, Reply)>;
+
+/// A seat, and what tells that it has to be given up.
+struct Seated {
+    seat: Seat,
+    ended: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl Seated {
+    fn new(seat: Seat) -> Self {
+        let ended = Box::pin(seat.ended.clone().cancelled_owned());
+        Self { seat, ended }
+    }
+}
+
+/// The turn of a large frame to be received.
+enum Turn {
+    None,
+    Awaited(BoxFuture<'static, Option<OwnedSemaphorePermit>>),
+    Taken { _permit: OwnedSemaphorePermit },
+}
 
 struct Serving<I> {
     registry: Arc<Registry>,
     lane: Lane,
     incoming: Pin<Box<I>>,
     reader: FrameReader,
+    seat: Option<Seated>,
+    /// Runs while a hello or the rest of a large frame is awaited.
+    patience: Pin<Box<Sleep>>,
+    turn: Turn,
     /// Known once its hello was accepted.
     peer: Option<NodeId>,
     /// A request has come.
@@ -71,7 +116,8 @@ where
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let this = self.get_mut();
-        while !this.ended && this.working.len() < FRAMES_MAX {
+        this.ended |= this.has_lost_patience(context);
+        while !this.ended && this.working.len() < FRAMES_MAX && this.may_receive(context) {
             match this.incoming.poll_next_unpin(context) {
                 Poll::Ready(Some(Ok(chunk))) => this.take(chunk),
                 Poll::Ready(Some(Err(error))) => {
@@ -106,9 +152,52 @@ impl<I> Drop for Serving<I> {
 }
 
 impl<I> Serving<I> {
+    /// Whether the lane has to make room for another, or what it owes does not come.
+    fn has_lost_patience(&mut self, context: &mut Context<'_>) -> bool {
+        if let Some(seat) = &mut self.seat
+            && seat.ended.as_mut().poll(context).is_ready()
+        {
+            tracing::debug!(lane = self.lane.name(), peer = ?self.peer, "a silent lane makes room for another");
+            return true;
+        }
+
+        let owes = self.peer.is_none() || matches!(self.turn, Turn::Taken { .. });
+        owes && !self.ended && self.patience.as_mut().poll(context).is_ready()
+    }
+
+    /// Whether the next piece may be taken. Not while it is one of a large frame whose turn has not come: then this is polled again when
+    /// it has.
+    fn may_receive(&mut self, context: &mut Context<'_>) -> bool {
+        let Some(bytes) = self.reader.awaited_bytes().filter(|bytes| *bytes > LARGE_FRAME_BYTES) else {
+            self.turn = Turn::None;
+            return true;
+        };
+
+        if let Turn::None = self.turn {
+            let kib = u32::try_from(bytes.min(FRAME_BYTES_MAX).div_ceil(1 << 10)).unwrap_or(u32::MAX);
+            let turns = self.registry.large_frames().clone();
+            self.turn = Turn::Awaited(Box::pin(async move { turns.acquire_many_owned(kib).await.ok() }));
+        }
+        if let Turn::Awaited(turn) = &mut self.turn {
+            let Poll::Ready(permit) = turn.as_mut().poll(context) else { return false };
+            let Some(_permit) = permit else { return true };
+            self.turn = Turn::Taken { _permit };
+            self.patience.as_mut().reset(Instant::now() + PATIENCE);
+            // Polled once, so that it wakes this lane.
+            self.ended |= self.patience.as_mut().poll(context).is_ready();
+        }
+        !self.ended
+    }
+
     fn take(&mut self, chunk: Bytes) {
         if let Some(peer) = self.peer {
             self.registry.heard().note(peer);
+            if let Some(seat) = &self.seat {
+                seat.seat.note();
+            }
+        }
+        if let Turn::Taken { .. } = self.turn {
+            self.patience.as_mut().reset(Instant::now() + PATIENCE);
         }
         self.reader.push(chunk);
         loop {
@@ -116,7 +205,10 @@ impl<I> Serving<I> {
                 Ok(Some(arrived)) => self.begin(&arrived),
                 Ok(None) => return,
                 Err(error) => {
-                    tracing::warn!(lane = self.lane.name(), peer = ?self.peer, %error, "a peer sent what is no frame");
+                    if let Some(left_out) = NO_FRAME.due() {
+                        let (lane, peer) = (self.lane.name(), self.peer);
+                        tracing::warn!(lane, ?peer, %error, left_out, "what a peer sent is no frame");
+                    }
                     self.ended = true;
                     return;
                 }
@@ -129,10 +221,11 @@ impl<I> Serving<I> {
 
     fn begin(&mut self, arrived: &Arrived) {
         if self.peer.is_none() {
-            match arrived.hello().map_err(|_| Refusal::Unreadable).and_then(|hello| self.greet(&hello)) {
+            match arrived.hello().map_err(|_| Refusal::Unreadable).and_then(|hello| self.seat_peer(&hello)) {
                 Ok(peer) => {
                     self.registry.heard().note(peer);
                     self.peer = Some(peer);
+                    self.reader.set_limit(FRAME_BYTES_MAX);
                 }
                 Err(refusal) => {
                     wire::encode_reply(&mut self.out, HELLO_SEQUENCE, &Reply::Refused(refusal));
@@ -151,7 +244,10 @@ impl<I> Serving<I> {
                 self.registry.handle(self.lane, head, request, tail)
             }
             Err(error) => {
-                tracing::warn!(lane = self.lane.name(), peer = ?self.peer, %error, "a peer sent a request that can't be read");
+                if let Some(left_out) = NO_REQUEST.due() {
+                    let (lane, peer) = (self.lane.name(), self.peer);
+                    tracing::warn!(lane, ?peer, %error, left_out, "a peer sent a request that can't be read");
+                }
                 Err(Refusal::Unreadable)
             }
         };
@@ -161,6 +257,16 @@ impl<I> Serving<I> {
             Ok(reply) => self.working.push(Box::pin(unconstrained(async move { (sequence, reply.await) }))),
             Err(refusal) => wire::encode_reply(&mut self.out, sequence, &Reply::Refused(refusal)),
         }
+    }
+
+    /// Greets the peer, and gives it the seat that it is entitled to.
+    fn seat_peer(&mut self, hello: &Hello) -> Result<NodeId, Refusal> {
+        let peer = self.greet(hello)?;
+        let is_known = self.registry.knows(peer, hello.from_directory);
+        let owner = if is_known { Owner::Member(peer, self.lane) } else { Owner::Stranger };
+        let seat = self.registry.seats().take(owner).ok_or(Refusal::Busy)?;
+        self.seat = Some(Seated::new(seat));
+        Ok(peer)
     }
 
     /// Whether the lane is from a node of our cluster to this very node.

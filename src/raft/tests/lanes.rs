@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
-use futures::{StreamExt, stream};
+use futures::{FutureExt, StreamExt, stream};
 use http_body_util::{BodyExt, BodyStream, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -90,6 +91,69 @@ async fn a_lane_ends_at_what_is_no_frame() {
     garbage.extend_from_slice(&[0xff; 64]);
     assert!(replies(&registry, vec![garbage.freeze()]).await.is_empty());
     drop(registry);
+    cluster.stop_all().await;
+}
+
+/// A lane that has not said whose it is has nothing more read than a hello takes, however much it announces and sends.
+#[tokio::test(start_paused = true)]
+async fn before_the_hello_only_a_hello_is_read() {
+    let cluster = TestCluster::new(1);
+    let registry = cluster.nodes[&NodeId(1)].registry.clone();
+    let sent = Arc::new(AtomicUsize::new(0));
+    let serve = |announced: u32| {
+        sent.store(0, Ordering::Relaxed);
+        let count = sent.clone();
+        let pieces = stream::iter(0..).map(move |_| {
+            count.fetch_add(1 << 10, Ordering::Relaxed);
+            Ok::<_, Infallible>(Bytes::from(vec![1; 1 << 10]))
+        });
+        let head = stream::iter([Ok(Bytes::copy_from_slice(&announced.to_le_bytes()))]);
+        serve_lane(registry.clone(), Lane::Log, head.chain(pieces).take(1 << 10))
+    };
+    let replies: Vec<Bytes> = serve(70 << 20).collect().await;
+    assert!(replies.is_empty() && sent.load(Ordering::Relaxed) <= 1 << 10, "{} bytes were read", sent.load(Ordering::Relaxed));
+    let refused: Vec<Bytes> = serve(1 << 10).collect().await;
+    assert!(!refused.is_empty(), "it is told that this was no hello");
+
+    // Who says nothing at all is not waited for.
+    let silent = serve_lane(registry.clone(), Lane::Log, stream::pending::<Result<Bytes, Infallible>>());
+    assert_eq!(registry.seats().used(), 1);
+    assert!(silent.collect::<Vec<_>>().await.is_empty());
+    assert_eq!(registry.seats().used(), 0);
+    drop(registry);
+    cluster.stop_all().await;
+}
+
+/// Frames of tens of mebibytes, of which each is sent but for its end: as many are received as have room together.
+#[tokio::test]
+async fn large_frames_are_received_a_few_at_a_time() {
+    const LARGE: usize = 60 << 20;
+    let cluster = TestCluster::new(1);
+    let registry = cluster.nodes[&NodeId(1)].registry.clone();
+    let taken = Arc::new(AtomicUsize::new(0));
+    let lanes = (0..8).map(|from| {
+        let from = NodeId(10 + from);
+        let hello = wire::encode_hello(&Hello { from, from_directory: directory(from), ..hello() });
+        let head = Bytes::copy_from_slice(&u32::try_from(LARGE).expect("small").to_le_bytes());
+        let count = taken.clone();
+        let piece = stream::iter([()]).map(move |()| {
+            count.fetch_add(1, Ordering::Relaxed);
+            Bytes::from_static(&[0; 1 << 10])
+        });
+        let incoming = stream::iter([hello, head]).chain(piece).map(Ok::<_, Infallible>).chain(stream::pending());
+        Box::pin(serve_lane(registry.clone(), Lane::Log, incoming))
+    });
+    let mut lanes: Vec<_> = lanes.collect();
+    for lane in &mut lanes {
+        assert!(lane.next().now_or_never().is_none(), "it goes on");
+    }
+    assert_eq!(taken.load(Ordering::Relaxed), 2, "of eight");
+    drop(lanes.remove(0));
+    for lane in &mut lanes {
+        assert!(lane.next().now_or_never().is_none(), "it goes on");
+    }
+    assert_eq!(taken.load(Ordering::Relaxed), 3, "one has made room");
+    drop((lanes, registry));
     cluster.stop_all().await;
 }
 

@@ -1,0 +1,152 @@
+//! [`Seats`]: how many lanes from others are served at once.
+//!
+//! Anybody who reaches the port can begin a lane, and names himself in its hello. So those that have said nothing yet, those of nodes that
+//! the view does not know (it may be an older one) and those of one member each have a number that they cannot exceed. Who says nothing
+//! makes room first: a node that is alive is never kept out by connections that are not, and its own do not add up.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::raft::transport::Lane;
+use crate::types::NodeId;
+
+/// Lanes whose hello has not come. It comes with the first bytes, so the oldest of them is the least likely to be one of ours.
+const UNKNOWN_MAX: usize = 256;
+/// Lanes of nodes that the view here does not know: newcomers are called by leaders that know more than they do.
+const STRANGERS_MAX: usize = 192;
+/// Connections of one lane of one member: the one that is used, and what is left of those that broke on its side alone.
+const OF_MEMBER_MAX: usize = 4;
+/// A lane that is silent for so long makes room for another of its kind.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// Whose lane it is, as far as is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    Unknown,
+    Stranger,
+    Member(NodeId, Lane),
+}
+
+impl Owner {
+    fn seats(self) -> usize {
+        match self {
+            Owner::Unknown => UNKNOWN_MAX,
+            Owner::Stranger => STRANGERS_MAX,
+            Owner::Member(..) => OF_MEMBER_MAX,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Seats {
+    taken: Mutex<BTreeMap<u64, Taken>>,
+    next: AtomicU64,
+    refused: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Taken {
+    owner: Owner,
+    heard: Arc<Mutex<Instant>>,
+    ended: CancellationToken,
+}
+
+/// The seat of one lane, which is free again when this is dropped.
+#[derive(Debug)]
+pub struct Seat {
+    seats: Arc<Seats>,
+    number: u64,
+    heard: Arc<Mutex<Instant>>,
+    /// Cancelled when the lane has to make room for another.
+    pub ended: CancellationToken,
+}
+
+impl Seats {
+    /// Takes a seat, in place of a lane that says nothing if need be. None: all are in use.
+    pub fn take(self: &Arc<Self>, owner: Owner) -> Option<Seat> {
+        let mut taken = self.lock();
+        self.make_room(&mut taken, owner)?;
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let (heard, ended) = (Arc::new(Mutex::new(Instant::now())), CancellationToken::new());
+        taken.insert(number, Taken { owner, heard: heard.clone(), ended: ended.clone() });
+        Some(Seat { seats: self.clone(), number, heard, ended })
+    }
+
+    /// Returns how many lanes are served.
+    pub fn used(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Returns how many lanes found no seat, or had to give theirs up.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    fn make_room(&self, taken: &mut BTreeMap<u64, Taken>, owner: Owner) -> Option<()> {
+        let of_owner = || taken.iter().filter(|(_, taken)| taken.owner == owner);
+        if of_owner().count() < owner.seats() {
+            return Some(());
+        }
+
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        let (heard, number) = of_owner().map(|(number, taken)| (heard_at(&taken.heard), *number)).min()?;
+        if owner != Owner::Unknown && heard.elapsed() < SILENCE {
+            return None;
+        }
+        if let Some(silent) = taken.remove(&number) {
+            silent.ended.cancel();
+        }
+        Some(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Taken>> {
+        self.taken.lock().expect("no holder panics")
+    }
+}
+
+fn heard_at(heard: &Mutex<Instant>) -> Instant {
+    *heard.lock().expect("no holder panics")
+}
+
+impl Seat {
+    /// Something came on the lane.
+    pub fn note(&self) {
+        *self.heard.lock().expect("no holder panics") = Instant::now();
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.seats.lock().remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_silent_makes_room_and_who_is_not_keeps_its_seat() {
+        let seats = Arc::new(Seats::default());
+        let unknown: Vec<Seat> = (0..=UNKNOWN_MAX).map(|_| seats.take(Owner::Unknown).expect("always")).collect();
+        assert!(unknown[0].ended.is_cancelled() && !unknown[1].ended.is_cancelled(), "the oldest makes room");
+        assert_eq!((seats.used(), seats.refused()), (UNKNOWN_MAX, 1));
+        drop(unknown);
+        assert_eq!(seats.used(), 0);
+
+        let owner = Owner::Member(NodeId(7), Lane::Log);
+        let held: Vec<Seat> = (0..OF_MEMBER_MAX).map(|_| seats.take(owner).expect("a seat")).collect();
+        assert!(seats.take(owner).is_none(), "all were heard of just now");
+        assert!(seats.take(Owner::Member(NodeId(7), Lane::Heartbeat)).is_some(), "another lane");
+        tokio::time::advance(SILENCE).await;
+        held[0].note();
+        assert!(seats.take(owner).is_some());
+        let ended: Vec<bool> = held.iter().map(|seat| seat.ended.is_cancelled()).collect();
+        assert_eq!(ended, [false, true, false, false], "the one that was silent for longest");
+    }
+}
