@@ -16,7 +16,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("descriptors", &[]),
     ("sm", &["types"]),
     ("storage", &["types", "error", "telemetry", "config", "descriptors", "sm"]),
-    ("raft", &["types", "error", "telemetry", "config", "descriptors", "sm", "storage"]),
+    ("raft", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm", "storage"]),
     ("client", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm"]),
     ("node", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm", "storage", "raft", "client"]),
     ("http", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm", "storage", "raft", "client", "node"]),

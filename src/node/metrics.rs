@@ -2,7 +2,8 @@
 
 use super::member::Member;
 use super::move_counters::Moved;
-use crate::raft::Role;
+use crate::budget::Budget;
+use crate::raft::{Role, Room};
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
 use crate::storage::state::{StateMetrics, StateStore};
 
@@ -37,6 +38,7 @@ pub fn families(member: &Member, log: &Log, states: &StateStore) -> Vec<Family> 
     all.extend(of_states(&maps));
     all.push(of_the_disk(&log, &maps));
     all.extend(of_moves(&member.moves.now()));
+    all.extend(of_rooms(member));
     all.extend(of_groups(member));
     all
 }
@@ -153,6 +155,41 @@ fn of_moves(moved: &Moved) -> Vec<Family> {
             "The longest such time of one move since the start.",
             seconds(moved.frozen_us_max),
         ),
+    ]
+}
+
+/// What groups and lanes hold together, and how often there was no room.
+fn of_rooms(member: &Member) -> Vec<Family> {
+    use FamilyKind::{Counter, Gauge};
+    let rooms = member.registry.rooms().named();
+    let samples = |value: fn(&Budget) -> f64| {
+        let sample = |(name, room): &(&'static str, &Room)| Sample {
+            suffix: "",
+            labels: vec![("room", (*name).to_owned())],
+            value: value(room.budget()),
+        };
+        rooms.iter().map(sample).collect()
+    };
+    let used = samples(|budget| budget.used() as f64);
+    let max = samples(|budget| budget.bytes_max() as f64);
+    let refused = samples(|budget| budget.refused() as f64);
+    let seats = member.registry.seats();
+    vec![
+        family(
+            "quorate_room_bytes",
+            Gauge,
+            "Bytes that groups hold together: proposals, frames of peers, frames to be sent.",
+            used,
+        ),
+        family("quorate_room_bytes_max", Gauge, "What they may hold.", max),
+        family(
+            "quorate_room_refused_total",
+            Counter,
+            "Proposals and frames for which there was no room; they are tried again.",
+            refused,
+        ),
+        one("quorate_lanes_served", Gauge, "Lanes from other nodes, and connections that may become some.", seats.used() as f64),
+        one("quorate_lanes_refused_total", Counter, "Lanes that found no place, or gave theirs up.", seats.refused() as f64),
     ]
 }
 

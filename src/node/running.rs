@@ -37,7 +37,7 @@ use crate::raft::OpenError;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::transport::Identity;
 use crate::raft::{LeaseReads, RaftTimings};
-use crate::raft::{Registry, RegistryParts};
+use crate::raft::{Registry, RegistryParts, Rooms};
 use crate::sm::meta;
 use crate::sm::ports::StoreError;
 use crate::sm::view::View;
@@ -112,6 +112,7 @@ impl Running {
         let identity = Arc::new(Identity::member(joining.directory_id(), joined.view.cluster, joined.node));
         let views = Arc::new(Views::new((*joined.view).clone()));
         let registry = Registry::new(RegistryParts {
+            rooms: Rooms::default(),
             identity,
             resolver: views.clone(),
             dial: Arc::new(HttpDial),

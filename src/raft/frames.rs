@@ -1,4 +1,7 @@
 //! What a replica does with the requests of others: from frame to openraft and back.
+//!
+//! A frame is charged to the node's room for frames for as long as it is worked on. What openraft was given of a frame whose lane
+//! broke meanwhile waits in the log's queue, and is seen there.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -36,10 +39,20 @@ impl Group {
         tail: Bytes,
     ) -> Result<BoxFuture<'static, Reply>, Refusal> {
         let turn = Turn::take(&self.frames)?;
+        let place = self.shared.rooms.frames.take(&self.frame_bytes, tail.len()).ok_or(Refusal::Busy)?;
+        if self.is_behind_disk(&request) {
+            return Err(Refusal::Busy);
+        }
         Ok(Box::pin(async move {
-            let _turn = turn;
+            let _held = (turn, place);
             self.answer(lane, sender, request, tail).await.unwrap_or_else(Reply::Refused)
         }))
+    }
+
+    /// Whether more entries would only pile up before a disk that does not keep up. Of each group some may wait all the same.
+    fn is_behind_disk(&self, request: &Request) -> bool {
+        let has_entries = matches!(request, Request::Append { entries, .. } if !entries.is_empty());
+        has_entries && self.shared.log.overloaded() && self.has_unsynced()
     }
 
     async fn answer(&self, lane: Lane, sender: ReplicaId, request: Request, tail: Bytes) -> Handled {

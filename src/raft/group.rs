@@ -26,6 +26,7 @@ use super::proposer::{Proposer, propose_error};
 use super::pulse::{Due, Standing, Timer};
 use super::reads::Reads;
 use super::registry::Shared;
+use super::room::Held;
 use super::snapshots::Inbox;
 use super::state_machine::{self, Keeps, Machine, StateMachine};
 use super::status::{Freshness, GroupMembership, GroupStatus, GroupWatch, Leader, Role};
@@ -65,9 +66,11 @@ pub struct Group {
     pub(super) told: AtomicU64,
     /// Frames of the group that are being worked on.
     pub(super) frames: Arc<AtomicUsize>,
+    /// And their bytes.
+    pub(super) frame_bytes: Held,
     opened: Instant,
     timings: RaftTimings,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     pub(super) watch: watch::Receiver<GroupWatch>,
     tasks: Mutex<Option<JoinSet<()>>>,
     is_stopping: Arc<AtomicBool>,
@@ -92,7 +95,7 @@ impl Group {
         let state_machine = StateMachine::new(machine.clone());
         let raft = RaftHandle::build(key.replica, config, network.clone(), store, state_machine).await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
-        let (proposer, reads) = (Proposer::new(), Reads::new(timings.lease_age_max()));
+        let (proposer, reads) = (Proposer::new(shared.rooms.clone()), Reads::new(timings.lease_age_max()));
         let is_stopping = Arc::new(AtomicBool::new(false));
         let (publish, watch) = watch::channel(look(&raft, None));
         let mut tasks = JoinSet::new();
@@ -112,6 +115,7 @@ impl Group {
             timer: Timer::new(&timings, is_witness),
             told: AtomicU64::new(0),
             frames: Arc::default(),
+            frame_bytes: Held::default(),
             opened: Instant::now(),
             timings,
             shared,
@@ -217,7 +221,11 @@ impl Group {
                 return Err(ProposeError::Expired);
             }
             let (sender, answered) = oneshot::channel::<ClientWriteResult<Types>>();
-            let answer = Answer(Box::new(move |result| drop(sender.send(result))));
+            let place = self.proposer.take_place(entry.len())?;
+            let answer = Answer(Box::new(move |result| {
+                drop(place);
+                drop(sender.send(result));
+            }));
             if self.raft.client_write_ff(Proposal(entry.clone()), Some(answer)).await.is_err() {
                 return Err(ProposeError::Stopped { reason: self.stop_reason() });
             }

@@ -25,6 +25,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::lanes::{Lanes, read_reply};
 use super::log_store::Tip;
+use super::room::Rooms;
 use super::snapshots;
 use super::state_machine::Image;
 use super::transport::{Lane, LaneError};
@@ -90,6 +91,11 @@ pub struct PeerClient {
 }
 
 impl PeerClient {
+    /// The memory that what is sent shares with what others send.
+    pub fn rooms(&self) -> &Rooms {
+        self.lanes.rooms()
+    }
+
     /// Sends a request and waits for its reply until `deadline`.
     pub async fn ask(&self, request: &Request, tail: &[u8], deadline: Instant) -> Result<Reply, LaneError> {
         self.wait(wire::encode_request(self.head, request, tail), deadline).await

@@ -5,6 +5,9 @@
 //! all others that came meanwhile in the next one. An idle group therefore answers at the latency of one entry; a busy one makes its
 //! entries as large as its load, without a timer. Full entries gain nothing by waiting: of these [`ENTRIES_MAX`] may be under way.
 //!
+//! What waits and what is under way is charged to the node's room for proposals: also when nobody waits for it any more, because openraft
+//! keeps an entry until it is committed or another leads.
+//!
 //! Every write ends in exactly one of three ways: an outcome, a certain no, or unknown. A write is unknown from the moment its entry is
 //! handed to openraft until openraft says what became of it.
 
@@ -20,6 +23,7 @@ use tokio::time::Instant;
 
 use super::errors::ProposeError;
 use super::group::RaftHandle;
+use super::room::{Held, Place, Rooms};
 use super::state_machine::Machine;
 use super::transport::Resolver;
 use super::types::{Answer, Outcome, Proposal, Types};
@@ -51,11 +55,20 @@ struct Waiting {
     waiter: Waiter,
 }
 
+/// Who waits for a write, and what it holds until then.
 struct Waiter {
     /// What the write counts for, with what its gets return.
     bytes: usize,
     deadline: Instant,
     answer: oneshot::Sender<WriteAnswer>,
+    place: Place,
+}
+
+impl Waiter {
+    fn tell(self, answer: WriteAnswer) {
+        drop(self.place);
+        let _ = self.answer.send(answer);
+    }
 }
 
 #[derive(Default)]
@@ -85,17 +98,30 @@ impl Queue {
 pub struct Proposer {
     queue: Mutex<Queue>,
     changed: Notify,
+    rooms: Arc<Rooms>,
+    held: Held,
 }
 
 impl Proposer {
-    pub fn new() -> Arc<Self> {
-        Arc::new(Self { queue: Mutex::default(), changed: Notify::new() })
+    pub fn new(rooms: Arc<Rooms>) -> Arc<Self> {
+        Arc::new(Self { queue: Mutex::default(), changed: Notify::new(), rooms, held: Held::default() })
+    }
+
+    /// Takes room for a proposal of this group.
+    ///
+    /// # Errors
+    ///
+    /// [`ProposeError::Overloaded`] where this node holds as much as it may.
+    pub fn take_place(&self, bytes: usize) -> Result<Place, ProposeError> {
+        let limit = "the proposals of this node that wait or are under way, those";
+        self.rooms.proposals.take(&self.held, bytes).ok_or_else(|| ProposeError::Overloaded { limit: limit.to_owned() })
     }
 
     pub async fn propose(&self, write: kv::Write, answer_bytes: usize, deadline: Instant) -> WriteAnswer {
         let (answer, answered) = oneshot::channel();
-        let bytes = write.size_hint() + answer_bytes + WRITE_OVERHEAD_BYTES;
-        self.push(Waiting { write, waiter: Waiter { bytes, deadline, answer } })?;
+        let own_bytes = write.size_hint() + WRITE_OVERHEAD_BYTES;
+        let (bytes, place) = (own_bytes + answer_bytes, self.take_place(own_bytes)?);
+        self.push(Waiting { write, waiter: Waiter { bytes, deadline, answer, place } })?;
         match tokio::time::timeout_at(deadline + GRACE, answered).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(ProposeError::unknown("the replica stopped")),
@@ -112,7 +138,7 @@ impl Proposer {
             std::mem::take(&mut queue.waiting)
         };
         for write in waiting {
-            let _ = write.waiter.answer.send(Err(ProposeError::Stopped { reason: reason.to_owned() }));
+            write.waiter.tell(Err(ProposeError::Stopped { reason: reason.to_owned() }));
         }
         self.changed.notify_one();
     }
@@ -200,7 +226,7 @@ impl Proposer {
         let entry = command.encode();
         let under_way = UnderWay { proposer: self.clone(), entry: entry.clone(), answers };
         let answer = Answer(Box::new(move |result| under_way.end(result)));
-        // If it fails the answer is dropped, which tells the callers.
+        // If it fails the answer is dropped, which tells the answers.
         let _ = raft.client_write_ff(Proposal(entry), Some(answer)).await;
     }
 
@@ -215,7 +241,7 @@ impl Proposer {
     }
 
     /// Puts writes that were certainly not proposed back to the front.
-    fn put_back(&self, entry: &Bytes, waiters: Vec<Waiter>) {
+    fn put_back(&self, entry: &Bytes, answers: Vec<Waiter>) {
         let writes = match kv::Command::decode(entry) {
             Ok(kv::Command::Write { writes, .. } | kv::Command::BoundedWrite { writes, .. }) => writes,
             Ok(_) | Err(_) => Vec::new(),
@@ -223,12 +249,12 @@ impl Proposer {
         let mut queue = self.lock();
         if let Some(reason) = queue.closed.clone() {
             drop(queue);
-            for waiter in waiters {
-                let _ = waiter.answer.send(Err(ProposeError::Stopped { reason: reason.clone() }));
+            for waiter in answers {
+                waiter.tell(Err(ProposeError::Stopped { reason: reason.clone() }));
             }
             return;
         }
-        for (write, waiter) in writes.into_iter().zip(waiters).rev() {
+        for (write, waiter) in writes.into_iter().zip(answers).rev() {
             queue.bytes += waiter.bytes;
             queue.waiting.push_front(Waiting { write, waiter });
         }
@@ -255,7 +281,7 @@ fn take_entry(queue: &mut Queue, now: Instant) -> Vec<Waiting> {
         let next = queue.waiting.pop_front().expect("it has a front");
         queue.bytes -= next.waiter.bytes;
         if next.waiter.deadline <= now {
-            let _ = next.waiter.answer.send(Err(ProposeError::Expired));
+            next.waiter.tell(Err(ProposeError::Expired));
         } else if !next.waiter.answer.is_closed() {
             bytes += next.waiter.bytes;
             writes.push(next);
@@ -271,11 +297,11 @@ fn expire(queue: &mut Queue, now: Instant) {
         && let Some(write) = queue.waiting.pop_front()
     {
         queue.bytes -= write.waiter.bytes;
-        let _ = write.waiter.answer.send(Err(ProposeError::Expired));
+        write.waiter.tell(Err(ProposeError::Expired));
     }
 }
 
-/// An entry that openraft has. Dropped without an end, its callers learn that its outcome is unknown.
+/// An entry that openraft has. Dropped without an end, its answers learn that its outcome is unknown.
 struct UnderWay {
     proposer: Arc<Proposer>,
     entry: Bytes,
@@ -295,12 +321,12 @@ impl UnderWay {
         match outcomes {
             Ok(outcomes) => {
                 for (waiter, outcome) in answers.into_iter().zip(outcomes) {
-                    let _ = waiter.answer.send(Ok(outcome));
+                    waiter.tell(Ok(outcome));
                 }
             }
             Err(error) => {
                 for waiter in answers {
-                    let _ = waiter.answer.send(Err(error.clone()));
+                    waiter.tell(Err(error.clone()));
                 }
             }
         }

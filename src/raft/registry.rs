@@ -18,6 +18,7 @@ use super::fit::fit_log;
 use super::group::Group;
 use super::lanes::{Heard, Lanes, Seats};
 use super::pulse;
+use super::room::Rooms;
 use super::state_machine::Keeps;
 use super::timings::RaftTimings;
 use super::transport::{Dial, Identity, Lane, Resolver};
@@ -43,6 +44,7 @@ pub struct RegistryParts {
     pub timings: RaftTimings,
     pub log: Log,
     pub states: Arc<StateStore>,
+    pub rooms: Rooms,
 }
 
 /// What the groups of a node share.
@@ -52,6 +54,7 @@ pub(super) struct Shared {
     pub resolver: Arc<dyn Resolver>,
     pub timings: RaftTimings,
     pub snapshot_turns: Semaphore,
+    pub rooms: Arc<Rooms>,
 }
 
 /// What kind of replica is opened.
@@ -79,13 +82,16 @@ pub struct Registry {
 impl Registry {
     pub fn new(parts: RegistryParts) -> Arc<Self> {
         let heard = Arc::new(Heard::default());
-        let lanes = Arc::new(Lanes::new(parts.identity.clone(), parts.resolver.clone(), parts.dial, heard.clone()));
+        let rooms = Arc::new(parts.rooms);
+        let lanes = Lanes::new(parts.identity.clone(), parts.resolver.clone(), parts.dial, heard.clone(), rooms.clone());
+        let lanes = Arc::new(lanes);
         let shared = Arc::new(Shared {
             log: parts.log,
             lanes,
             resolver: parts.resolver,
             timings: parts.timings,
             snapshot_turns: Semaphore::new(SNAPSHOT_TURNS),
+            rooms,
         });
         Arc::new(Self {
             identity: parts.identity,
@@ -108,6 +114,11 @@ impl Registry {
     /// When each peer was last heard of.
     pub fn heard(&self) -> &Heard {
         &self.heard
+    }
+
+    /// The memory that the groups here have together.
+    pub fn rooms(&self) -> &Rooms {
+        &self.shared.rooms
     }
 
     /// The lanes that are served.

@@ -41,9 +41,11 @@ pub async fn send(client: &PeerClient, vote: Vote, snapshot: &Snapshot, step_tim
     }
     let mut has = bytes_had(opened)?;
     while has < name.bytes_len {
+        let turn = client.rooms().snapshot_pieces.acquire().await.map_err(|_| LaneError::Closed)?;
         let chunk = read_chunk(snapshot, has).await?;
         let request = Request::SnapshotChunk { snapshot: name, offset: has };
         let now_has = bytes_had(client.ask(&request, &chunk, deadline(step_timeout)).await?)?;
+        drop((turn, chunk));
         if now_has <= has {
             return Err(LaneError::Refused(Refusal::Failed(format!("the snapshot does not grow past {has} bytes there"))));
         }

@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Heard;
+use crate::raft::room::{Held, Place, Rooms};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Reply};
 use crate::types::NodeId;
@@ -49,11 +50,18 @@ struct Shared {
     resolver: Arc<dyn Resolver>,
     dial: Arc<dyn Dial>,
     heard: Arc<Heard>,
+    rooms: Arc<Rooms>,
 }
 
 impl Lanes {
-    pub fn new(identity: Arc<Identity>, resolver: Arc<dyn Resolver>, dial: Arc<dyn Dial>, heard: Arc<Heard>) -> Self {
-        let shared = Arc::new(Shared { identity, resolver, dial, heard });
+    pub fn new(
+        identity: Arc<Identity>,
+        resolver: Arc<dyn Resolver>,
+        dial: Arc<dyn Dial>,
+        heard: Arc<Heard>,
+        rooms: Arc<Rooms>,
+    ) -> Self {
+        let shared = Arc::new(Shared { identity, resolver, dial, heard, rooms });
         Self { shared, lanes: Mutex::default(), tasks: Mutex::new(Some(JoinSet::new())) }
     }
 
@@ -61,7 +69,15 @@ impl Lanes {
     /// is the caller's business.
     pub fn call(&self, to: NodeId, lane: Lane, frame: Frame) -> Result<Call, LaneError> {
         let peer = self.shared.resolver.resolve(to).ok_or(LaneError::Unresolved(to))?;
-        self.lane(to, lane)?.call(&peer, frame)
+        let lane = self.lane(to, lane)?;
+        // Taken before the lane is locked; what is then not queued gives it back.
+        let bytes = frame.bytes_len();
+        let place = self.shared.rooms.outbox.take(&lane.queued, bytes).ok_or(LaneError::Full(bytes))?;
+        lane.call(&peer, frame, place)
+    }
+
+    pub fn rooms(&self) -> &Rooms {
+        &self.shared.rooms
     }
 
     /// When this peer was last heard of.
@@ -93,7 +109,7 @@ impl Lanes {
         }
         let mut tasks = self.tasks.lock().expect("no holder panics");
         let tasks = tasks.as_mut().ok_or(LaneError::Closed)?;
-        let new = Arc::new(PeerLane { to, lane, state: Mutex::default(), called: Notify::new() });
+        let new = Arc::new(PeerLane { to, lane, state: Mutex::default(), called: Notify::new(), queued: Held::default() });
         tasks.spawn(keep_up(self.shared.clone(), new.clone()));
         lanes.insert((to, lane), new.clone());
         Ok(new)
@@ -114,6 +130,8 @@ struct PeerLane {
     state: Mutex<LaneState>,
     /// Told when there is something to dial for, and when the peer has moved.
     called: Notify,
+    /// Bytes in its queue.
+    queued: Held,
 }
 
 #[derive(Default)]
@@ -121,7 +139,7 @@ struct LaneState {
     link: Link,
     /// Which connection the queue belongs to: the stream of an earlier one takes nothing from it.
     generation: u64,
-    queue: VecDeque<Bytes>,
+    queue: VecDeque<(Bytes, Place)>,
     queue_bytes: usize,
     calls: HashMap<u64, oneshot::Sender<Result<Arrived, LaneError>>>,
     next_sequence: u64,
@@ -165,7 +183,7 @@ impl PeerLane {
         self.state.lock().expect("no holder panics")
     }
 
-    fn call(&self, peer: &Peer, frame: Frame) -> Result<Call, LaneError> {
+    fn call(&self, peer: &Peer, frame: Frame, place: Place) -> Result<Call, LaneError> {
         let mut state = self.lock();
         match &state.link {
             Link::Up(current) if current != peer => {
@@ -185,7 +203,7 @@ impl PeerLane {
         state.calls.insert(sequence, sender);
         state.waiting_since.get_or_insert_with(Instant::now);
         state.queue_bytes += frame.bytes_len();
-        state.queue.push_back(frame.seal(sequence));
+        state.queue.push_back((frame.seal(sequence), place));
         let waker = state.waker.take();
         let idle = matches!(state.link, Link::Idle);
         drop(state);
@@ -216,20 +234,20 @@ impl Stream for Outbox {
         if state.generation != self.generation {
             return Poll::Ready(None);
         }
-        let Some(first) = state.queue.pop_front() else {
+        let Some((first, _)) = state.queue.pop_front() else {
             state.waker = Some(context.waker().clone());
             return Poll::Pending;
         };
         state.queue_bytes -= first.len();
         let small = |frame: &Bytes| frame.len() < ALONE_BYTES;
-        if !small(&first) || !state.queue.front().is_some_and(small) {
+        if !small(&first) || !state.queue.front().is_some_and(|(next, _)| small(next)) {
             return Poll::Ready(Some(first));
         }
         let mut chunk = BytesMut::with_capacity(CHUNK_BYTES.min(first.len() + state.queue_bytes));
         chunk.extend_from_slice(&first);
         while chunk.len() < CHUNK_BYTES
-            && state.queue.front().is_some_and(small)
-            && let Some(next) = state.queue.pop_front()
+            && state.queue.front().is_some_and(|(next, _)| small(next))
+            && let Some((next, _)) = state.queue.pop_front()
         {
             state.queue_bytes -= next.len();
             chunk.extend_from_slice(&next);

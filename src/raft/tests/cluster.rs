@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::stalling_disk::StallingDisk;
 use crate::raft::lanes::memory::MemoryHub;
 use crate::raft::transport::{Dial, Identity, Resolver};
-use crate::raft::{Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, Witness};
+use crate::raft::{Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, Rooms, Witness};
 use crate::sm::kv::{self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome};
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, LogOptions};
@@ -40,11 +40,13 @@ pub fn soon() -> Instant {
 pub struct Disks {
     pub disk: StallingDisk,
     pub trees: MemTrees,
+    /// Of each room of the node.
+    pub room_bytes: usize,
 }
 
 impl Disks {
     pub fn new(seed: u64) -> Self {
-        Self { disk: StallingDisk::new(seed), trees: MemTrees::new() }
+        Self { disk: StallingDisk::new(seed), trees: MemTrees::new(), room_bytes: 128 << 20 }
     }
 }
 
@@ -65,7 +67,15 @@ impl TestNode {
         let threads = vec![std::thread::spawn(move || writer.run()), std::thread::spawn(move || checkpointer.run())];
         let identity = Arc::new(Identity::member(directory(node), CLUSTER, node));
         let states = Arc::new(states);
-        let parts = RegistryParts { identity, resolver, dial, timings, log: log.clone(), states: states.clone() };
+        let parts = RegistryParts {
+            identity,
+            resolver,
+            dial,
+            timings,
+            log: log.clone(),
+            states: states.clone(),
+            rooms: Rooms::new(disks.room_bytes),
+        };
         Self { registry: Registry::new(parts), log, states, threads }
     }
 
@@ -109,9 +119,19 @@ impl TestCluster {
     }
 
     pub fn with_timings(nodes: u64, timings: RaftTimings) -> Self {
-        let mut cluster = Self { hub: MemoryHub::new(), nodes: BTreeMap::new(), disks: BTreeMap::new(), timings };
-        for id in (1..=nodes).map(NodeId) {
-            cluster.disks.insert(id, Disks::new(id.0));
+        Self::with_disks((1..=nodes).map(|id| (NodeId(id), Disks::new(id))).collect(), timings)
+    }
+
+    /// Of nodes whose rooms have so many bytes each.
+    pub fn with_rooms(nodes: u64, room_bytes: usize) -> Self {
+        let disks = |id| Disks { room_bytes, ..Disks::new(id) };
+        Self::with_disks((1..=nodes).map(|id| (NodeId(id), disks(id))).collect(), RaftTimings::default())
+    }
+
+    fn with_disks(disks: BTreeMap<NodeId, Disks>, timings: RaftTimings) -> Self {
+        let ids: Vec<NodeId> = disks.keys().copied().collect();
+        let mut cluster = Self { hub: MemoryHub::new(), nodes: BTreeMap::new(), disks, timings };
+        for id in ids {
             cluster.start(id);
         }
         cluster

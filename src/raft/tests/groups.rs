@@ -597,3 +597,69 @@ async fn complete_are_only_those_that_have_all_that_is_committed() {
     drop(leader);
     cluster.stop_all().await;
 }
+
+/// What the rooms of a node hold now, and their bound.
+fn held(registry: &Registry) -> Vec<(usize, usize)> {
+    registry.rooms().named().map(|(_, room)| (room.budget().used(), room.budget().bytes_max())).into()
+}
+
+#[tokio::test]
+async fn many_groups_before_a_disk_that_stalls_hold_no_more_than_the_node_may_and_catch_up() {
+    const GROUPS: u64 = 12;
+    let cluster = TestCluster::with_rooms(3, 4 << 20);
+    for group in 1..=GROUPS {
+        cluster.found(group).await;
+    }
+    let stalled = cluster.nodes[&NodeId(3)].registry.clone();
+    cluster.disks[&NodeId(3)].disk.stall(true);
+    let value = "x".repeat(300 << 10);
+    for round in 0..6 {
+        let key = format!("k{round}");
+        join_all((1..=GROUPS).map(|group| cluster.put(group, &key, &value))).await;
+        for node in cluster.nodes.values() {
+            let held = held(&node.registry);
+            assert!(held.iter().all(|(used, max)| used <= max), "{held:?}");
+        }
+    }
+    assert!(stalled.rooms().frames.budget().refused() > 0, "less was sent than it can hold");
+
+    cluster.disks[&NodeId(3)].disk.stall(false);
+    for group in 1..=GROUPS {
+        let replica = cluster.group(3, group);
+        until("what was refused is sent again", || read(&replica, "k5").is_some()).await;
+    }
+    until("nothing is held any more", || held(&stalled).iter().all(|(used, _)| *used == 0)).await;
+    drop(stalled);
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn groups_without_a_quorum_leave_room_for_the_proposals_of_others() {
+    const GROUPS: u64 = 12;
+    let cluster = TestCluster::with_rooms(3, 4 << 20);
+    for group in 1..=GROUPS {
+        cluster.found(group).await;
+    }
+    let node = cluster.leader(1).await;
+    let mut led: Vec<_> = (1..=GROUPS).map(|group| cluster.group(node.0, group)).filter(|group| group.leads()).collect();
+    let other = led.pop().expect("group 1, if no other");
+    assert!(!led.is_empty(), "leaders are spread over the nodes");
+    cluster.hub.isolate(node);
+    let value: Arc<str> = "x".repeat(700 << 10).into();
+    let deadline = Instant::now() + Duration::from_millis(500);
+    let large = join_all(led.iter().flat_map(|group| (0..12).map(|_| group.propose(put("k", &value), deadline)))).await;
+    let refused = large.iter().filter(|outcome| matches!(outcome, Err(ProposeError::Overloaded { .. }))).count();
+    assert!(refused > 0 && refused < large.len(), "{refused} of {} large ones were refused", large.len());
+
+    let proposals = cluster.nodes[&node].registry.rooms().proposals.budget().clone();
+    assert!(
+        proposals.used() > 0 && proposals.used() <= proposals.bytes_max(),
+        "entries under way are held: {}",
+        proposals.used()
+    );
+    let taken = other.propose(put("k", &value[..100 << 10]), Instant::now() + Duration::from_millis(100)).await;
+    assert!(!matches!(taken, Err(ProposeError::Overloaded { .. })), "another group is served: {taken:?}");
+    drop((led, other));
+    cluster.hub.heal();
+    cluster.stop_all().await;
+}

@@ -295,7 +295,7 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
     let addresses = Arc::new(Addresses::default());
     addresses.0.lock().expect("no holder panics").insert(NodeId(2), "b:1".parse().expect("an address"));
     let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
-    let lanes = Lanes::new(identity, addresses.clone(), Arc::new(Silent), Arc::default());
+    let lanes = Lanes::new(identity, addresses.clone(), Arc::new(Silent), Arc::default(), Arc::default());
     let vote = Vote { term: 0, voted_for: Some(ReplicaId(2)), committed: false };
     let head = Head { group: GroupId(1), sender: ReplicaId(1), target: ReplicaId(2) };
     let frame = || wire::encode_request(head, &Request::PreVote { vote, last: None }, &[]);

@@ -119,7 +119,7 @@ fn commit(index: u64) -> AppendEntriesRequest<Types> {
 /// The way to a peer.
 fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
     let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
-    let lanes = Arc::new(Lanes::new(identity, Arc::new(Anywhere), Arc::new(peer), Arc::default()));
+    let lanes = Arc::new(Lanes::new(identity, Arc::new(Anywhere), Arc::new(peer), Arc::default(), Arc::default()));
     let second = Duration::from_secs(1);
     let tip = Tip::new(None);
     let network = Network { key: key(1, 1), lanes: lanes.clone(), tip, append_timeout: second, snapshot_step_timeout: second };
