@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::call::ShardCaller;
 use super::peer::{Identity, Standing};
+use super::reply::{self, VIEW_BYTES_MAX};
 use super::shard_map::{NodePlace, ShardMap};
 use crate::types::{Address, GroupId, NodeId};
 
@@ -96,7 +97,7 @@ impl Contacts {
     async fn ask(&self, address: &Address) -> bool {
         let get = self.caller.http().get(format!("http://{address}/peer/identity")).timeout(ASK_TIMEOUT);
         let Ok(response) = get.send().await else { return false };
-        let identity: Result<Identity, _> = response.json().await;
+        let identity: Result<Identity, _> = reply::read_json(response, VIEW_BYTES_MAX).await;
         identity.is_ok_and(|identity| matches!(identity.standing, Standing::Member { .. }))
     }
 }

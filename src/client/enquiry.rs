@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::call::{describe, failure_of};
 use super::peer::{Identity, Standing};
 use super::protocol::ClusterStatus;
+use super::reply::{self, VIEW_BYTES_MAX};
 use super::store::Failure;
 use crate::types::Address;
 
@@ -23,14 +24,14 @@ pub async fn status(http: &reqwest::Client, address: &Address) -> Result<Cluster
     if !response.status().is_success() {
         return Err(failure_of(response).await);
     }
-    response.json().await.map_err(|error| unavailable(format!("{address}: {}", describe(&error))))
+    reply::read_json(response, VIEW_BYTES_MAX).await.map_err(|error| unavailable(format!("{address}: {error}")))
 }
 
 /// Whom a node names that can't tell of the cluster itself: the members that took its place, or those that it waits for.
 pub async fn referrals(http: &reqwest::Client, address: &Address) -> Vec<Address> {
     let asked = http.get(format!("http://{address}/peer/identity")).timeout(TIMEOUT).send().await;
     let Ok(response) = asked else { return Vec::new() };
-    match response.json().await.map(|identity: Identity| identity.standing) {
+    match reply::read_json(response, VIEW_BYTES_MAX).await.map(|identity: Identity| identity.standing) {
         Ok(Standing::Retired { members, .. }) => members,
         Ok(Standing::Fresh { view }) => view,
         Ok(Standing::Promised { .. } | Standing::Member { .. }) | Err(_) => Vec::new(),

@@ -274,9 +274,7 @@ impl NativeClient {
                 judge(response)
             }
             // The kept connection was closed meanwhile: nothing was sent.
-            Ok(Err(error)) if error.is_canceled() || error.is_closed() => {
-                Attempt::NotDone(unavailable(format!("{address}: {error}")))
-            }
+            Ok(Err(error)) if error.is_not_sent() => Attempt::NotDone(unavailable(format!("{address}: {error}"))),
             Ok(Err(error)) => Attempt::Unknown(Failure::Unknown { reason: format!("{address}: {error}") }),
             Err(_) => Attempt::Unknown(Failure::Unknown { reason: format!("{address} did not answer in time") }),
         }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
+use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
 use crate::sm::meta;
 use crate::sm::view::{Node, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
@@ -112,6 +113,12 @@ pub enum PeerError {
     Status { address: Address, status: u16 },
     #[error("{address} was not asked in time: too many others were waited for")]
     NotAsked { address: Address },
+    #[error("{address} answered, but {source}")]
+    Unreadable {
+        address: Address,
+        #[source]
+        source: ReplyError,
+    },
     #[error("another node has the address {address} now")]
     AnotherNode { address: Address },
 }
@@ -145,7 +152,8 @@ impl PeerCaller {
             return Err(PeerError::NotAsked { address: address.clone() });
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        self.answer(address, self.http.get(format!("http://{address}/peer/identity")).timeout(left)).await
+        let get = self.http.get(format!("http://{address}/peer/identity")).timeout(left);
+        self.answer(address, get, VIEW_BYTES_MAX).await
     }
 
     pub async fn promise(
@@ -154,14 +162,15 @@ impl PeerCaller {
         request: &PromiseRequest,
         timeout: Duration,
     ) -> Result<PromiseReply, PeerError> {
-        self.answer(address, self.http.post(format!("http://{address}/peer/promise")).json(request).timeout(timeout)).await
+        let post = self.http.post(format!("http://{address}/peer/promise")).json(request).timeout(timeout);
+        self.answer(address, post, VIEW_BYTES_MAX).await
     }
 
     /// Asks the node with this directory for its replicas.
     pub async fn replicas(&self, node: &Node, timeout: Duration) -> Result<Vec<HostedReplica>, PeerError> {
         let address = &node.address;
-        let hosting: Hosting =
-            self.answer(address, self.http.get(format!("http://{address}/peer/replicas")).timeout(timeout)).await?;
+        let get = self.http.get(format!("http://{address}/peer/replicas")).timeout(timeout);
+        let hosting: Hosting = self.answer(address, get, VIEW_BYTES_MAX).await?;
         if hosting.directory != node.directory {
             return Err(PeerError::AnotherNode { address: address.clone() });
         }
@@ -170,7 +179,8 @@ impl PeerCaller {
 
     /// Asks the node that leads the meta group of the cluster for the view as it is now, not as it may have been.
     pub async fn view(&self, address: &Address, cluster: ClusterId, timeout: Duration) -> Result<View, PeerError> {
-        let view: View = self.answer(address, self.http.get(format!("http://{address}/peer/view")).timeout(timeout)).await?;
+        let get = self.http.get(format!("http://{address}/peer/view")).timeout(timeout);
+        let view: View = self.answer(address, get, VIEW_BYTES_MAX).await?;
         if view.cluster != cluster {
             return Err(PeerError::AnotherNode { address: address.clone() });
         }
@@ -185,21 +195,29 @@ impl PeerCaller {
         timeout: Duration,
     ) -> Result<meta::Outcome, PeerError> {
         let post = self.http.post(format!("http://{address}/peer/announce")).json(announcement);
-        self.answer(address, post.timeout(timeout)).await
+        self.answer(address, post.timeout(timeout), SMALL_BYTES_MAX).await
     }
 
     /// Tells a node that waits whom to ask: a view names it.
     pub async fn invite(&self, address: &Address, members: &[Address], timeout: Duration) -> Result<(), PeerError> {
-        self.answer(address, self.http.post(format!("http://{address}/peer/invite")).json(members).timeout(timeout)).await
+        let post = self.http.post(format!("http://{address}/peer/invite")).json(members).timeout(timeout);
+        self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
-    async fn answer<T: DeserializeOwned>(&self, address: &Address, request: reqwest::RequestBuilder) -> Result<T, PeerError> {
+    /// `bytes_max`: the longest that an answer of this kind is.
+    async fn answer<T: DeserializeOwned>(
+        &self,
+        address: &Address,
+        request: reqwest::RequestBuilder,
+        bytes_max: usize,
+    ) -> Result<T, PeerError> {
         let no_answer = |source| PeerError::NoAnswer { address: address.clone(), source };
         let response = request.send().await.map_err(no_answer)?;
         if !response.status().is_success() {
             return Err(PeerError::Status { address: address.clone(), status: response.status().as_u16() });
         }
-        response.json().await.map_err(no_answer)
+        let read = reply::read_json(response, bytes_max).await;
+        read.map_err(|source| PeerError::Unreadable { address: address.clone(), source })
     }
 }
 

@@ -17,6 +17,7 @@ use super::contact::Contacts;
 use super::enquiry;
 use super::peer::SetUpError;
 use super::protocol::{ClusterStatus, ShardBody, ShardReply, ShardRequest};
+use super::reply::{self, SMALL_BYTES_MAX};
 use super::router::{Router, ShardAccess};
 use super::shard_map::ShardMap;
 use super::store::{Consistency, Failure, Options};
@@ -255,7 +256,8 @@ impl HttpAccess {
         if !response.status().is_success() {
             return Err(failure_of(response).await);
         }
-        let transferred: Transferred = response.json().await.map_err(|error| Failure::Unknown { reason: describe(&error) })?;
+        let transferred: Result<Transferred, _> = reply::read_json(response, SMALL_BYTES_MAX).await;
+        let transferred = transferred.map_err(|error| Failure::Unknown { reason: error.to_string() })?;
         Ok(transferred.leader)
     }
 }

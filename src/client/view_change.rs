@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::call::describe;
 use super::problem;
+use super::reply::{self, VIEW_BYTES_MAX};
 use super::store::{Failure, Options};
 use crate::sm::view::Layout;
 use crate::types::{Address, PlanEpoch};
@@ -223,10 +224,12 @@ async fn read<T: DeserializeOwned>(sent: reqwest::Result<reqwest::Response>) -> 
     };
     let status = response.status();
     if status.is_success() {
-        return response.json().await.map_err(unknown);
+        // A plan names up to a thousand nodes, twice.
+        let read = reply::read_json(response, VIEW_BYTES_MAX).await;
+        return read.map_err(|error| ViewChangeFailure::Failed(Failure::Unknown { reason: error.to_string() }));
     }
     let headers = response.headers().clone();
-    let body = response.bytes().await.unwrap_or_default();
+    let body = reply::read_problem(response).await;
     Err(refusal(status, &headers, &body))
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
@@ -16,6 +16,25 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::types::Address;
+
+/// The longest answer that is read: a listing of a thousand of the largest values would be longer, but none is made that long.
+const ANSWER_BYTES_MAX: usize = 256 << 20;
+
+/// Why a request has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ExchangeError {
+    #[error(transparent)]
+    Broken(#[from] hyper::Error),
+    #[error("the answer has more than {ANSWER_BYTES_MAX} bytes, which none of a node has")]
+    TooLong,
+}
+
+impl ExchangeError {
+    /// Returns whether nothing was sent, because the connection had been closed before.
+    pub fn is_not_sent(&self) -> bool {
+        matches!(self, ExchangeError::Broken(error) if error.is_canceled() || error.is_closed())
+    }
+}
 
 /// A connection to one node. Closed when it is dropped.
 #[derive(Debug)]
@@ -55,14 +74,18 @@ impl Connection {
         self.sender.send_request(request).await
     }
 
-    /// As [`Connection::send`], with the whole body.
+    /// As [`Connection::send`], with the whole body, which is longer than any answer of ours if it has more than [`ANSWER_BYTES_MAX`].
     ///
     /// # Errors
     ///
     /// The request may have been taken up all the same.
-    pub async fn exchange(&mut self, request: Request<Full<Bytes>>) -> hyper::Result<Response<Bytes>> {
+    pub async fn exchange(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Bytes>, ExchangeError> {
         let (parts, body) = self.send(request).await?.into_parts();
-        let body = body.collect().await?.to_bytes();
+        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| match error.downcast() {
+            Ok(error) => ExchangeError::Broken(*error),
+            Err(_) => ExchangeError::TooLong,
+        })?;
+        let body = body.to_bytes();
         Ok(Response::from_parts(parts, body))
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::StreamExt;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -23,7 +23,7 @@ use crate::raft::ProposeError;
 use crate::raft::transport::{Peer, Resolver};
 use crate::raft::{Registry, Witness};
 use crate::sm::level::Feature;
-use crate::sm::view::{View, Witness as Seat};
+use crate::sm::view::{Node, View, Witness as Seat};
 use crate::sm::{kv, meta};
 use crate::types::{Address, ClusterId, GroupId, LogId, MapVersion, NodeId, PlanEpoch, ReplicaId};
 
@@ -35,6 +35,8 @@ const MAP_WAIT: Duration = Duration::from_millis(200);
 const SUSPECT_FOR: Duration = Duration::from_secs(1);
 /// How long the other nodes are given to tell of their replicas.
 const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
+/// Nodes that are asked at once: a connection each.
+const STATUS_ASKED_AT_ONCE: usize = 64;
 /// An answer about all nodes is shared by who asks within this time: watching a cluster must not load it.
 const STATUS_FRESH_FOR: Duration = Duration::from_millis(200);
 /// A replica that has applied less than its leader by more than this many entries is lagging.
@@ -318,13 +320,15 @@ impl Member {
         {
             return status.clone();
         }
-        let asked = view.nodes.iter().map(|(id, node)| async move {
-            if *id == self.node {
-                return (*id, Some(self.hosted()));
+        let ask = |(id, node): (NodeId, Node)| async move {
+            if id == self.node {
+                return (id, Some(self.hosted()));
             }
-            (*id, self.peers.replicas(node, STATUS_TIMEOUT).await.ok())
-        });
-        let answers: HashMap<NodeId, Option<Vec<HostedReplica>>> = join_all(asked).await.into_iter().collect();
+            (id, self.peers.replicas(&node, STATUS_TIMEOUT).await.ok())
+        };
+        let nodes: Vec<(NodeId, Node)> = view.nodes.iter().map(|(id, node)| (*id, node.clone())).collect();
+        let asked = futures::stream::iter(nodes).map(ask).buffer_unordered(STATUS_ASKED_AT_ONCE);
+        let answers: HashMap<NodeId, Option<Vec<HostedReplica>>> = asked.collect().await;
         let status = self.describe(&view, &answers);
         *cached = Some((Instant::now(), status.clone()));
         status

@@ -1,6 +1,6 @@
 //! Counts of all shards, such that each slot is counted exactly once; and of one.
 
-use futures::future::join_all;
+use futures::StreamExt;
 
 use super::attempt::{Course, Retry};
 use super::coverage::Coverage;
@@ -9,6 +9,9 @@ use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Options};
 use crate::types::GroupId;
+
+/// Shards that are asked at once: a connection each, where they are led by others.
+const PARALLEL_MAX: usize = 32;
 
 impl<A: ShardAccess> Router<A> {
     /// Counts anew when a slot was counted twice or not at all, because it moved in between.
@@ -52,8 +55,9 @@ impl<A: ShardAccess> Router<A> {
     }
 
     async fn count_once(&self, map: &ShardMap, course: &Course) -> Result<Result<Vec<(GroupId, u64)>, Retry>, Failure> {
-        let calls = map.owners().iter().map(|shard| self.access.call(*shard, ShardBody::Count, course.options()));
-        let replies = join_all(calls).await;
+        let ask = |shard: GroupId| self.access.call(shard, ShardBody::Count, course.options());
+        let replies: Vec<ShardReply> =
+            futures::stream::iter(map.owners().to_vec()).map(ask).buffered(PARALLEL_MAX).collect().await;
         let mut coverage = Coverage::none();
         // A shard without slots has no keys, and need not be asked.
         let mut counts: Vec<(GroupId, u64)> = map.shards().map(|(shard, _)| (shard, 0)).collect();

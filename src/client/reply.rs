@@ -1,0 +1,120 @@
+//! Reads the bodies of replies, within limits: whoever answers at an address need not be who was meant, nor be well.
+//!
+//! Each kind of reply has its own bound, and what is read is charged to a budget that all replies of the process share, as it comes. How long
+//! a reply may take is set with its request.
+
+use std::sync::{Arc, LazyLock};
+
+use bytes::{Bytes, BytesMut};
+use reqwest::Response;
+use serde::de::DeserializeOwned;
+
+use super::call::describe;
+use crate::budget::{Budget, Share};
+
+/// A view, or what a node says of all its replicas: of a thousand nodes and some thousands of groups it is a few mebibytes of JSON.
+pub const VIEW_BYTES_MAX: usize = 16 << 20;
+/// An outcome, a promise kept or refused, a leader's address.
+pub const SMALL_BYTES_MAX: usize = 256 << 10;
+/// What is kept of the text of an error.
+pub const PROBLEM_BYTES_MAX: usize = 64 << 10;
+/// The replies that are read at once: hundreds of pages of listings, or of the largest values some thirty.
+const REPLIES_BYTES_MAX: usize = 256 << 20;
+
+static REPLIES: LazyLock<Arc<Budget>> = LazyLock::new(|| Budget::new(REPLIES_BYTES_MAX));
+
+/// Returns what all replies are charged to while they are read.
+pub fn budget() -> &'static Arc<Budget> {
+    &REPLIES
+}
+
+/// Why a reply can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplyError {
+    #[error("{}", describe(.0))]
+    Broken(#[from] reqwest::Error),
+    #[error("the reply has more than {bytes_max} bytes, which none of its kind has")]
+    TooLong { bytes_max: usize },
+    #[error("replies of {REPLIES_BYTES_MAX} bytes are read already: try again in a moment")]
+    Overloaded,
+    #[error("the reply does not make sense: {0}")]
+    Malformed(String),
+}
+
+/// The bytes of a reply, charged for as long as this lives.
+#[derive(Debug)]
+pub struct Reply {
+    pub bytes: Bytes,
+    _share: Share,
+}
+
+/// Reads a reply that has at most so many bytes.
+///
+/// # Errors
+///
+/// When it is longer, breaks off, or there is no room for it.
+pub async fn read(response: Response, bytes_max: usize) -> Result<Reply, ReplyError> {
+    read_charged(response, bytes_max, budget()).await
+}
+
+async fn read_charged(mut response: Response, bytes_max: usize, budget: &Arc<Budget>) -> Result<Reply, ReplyError> {
+    let too_long = || ReplyError::TooLong { bytes_max };
+    if response.content_length().is_some_and(|length| length > bytes_max as u64) {
+        return Err(too_long());
+    }
+
+    let (mut share, mut bytes) = (budget.empty_share(), BytesMut::new());
+    while let Some(chunk) = response.chunk().await? {
+        if bytes.len() + chunk.len() > bytes_max {
+            return Err(too_long());
+        }
+        if !share.grow(chunk.len()) {
+            return Err(ReplyError::Overloaded);
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(Reply { bytes: bytes.freeze(), _share: share })
+}
+
+/// Reads a reply in JSON that has at most so many bytes.
+///
+/// # Errors
+///
+/// As [`read`], and when it is not what is awaited.
+pub async fn read_json<T: DeserializeOwned>(response: Response, bytes_max: usize) -> Result<T, ReplyError> {
+    let reply = read(response, bytes_max).await?;
+    serde_json::from_slice(&reply.bytes).map_err(|error| ReplyError::Malformed(error.to_string()))
+}
+
+/// Reads the text of an error; nothing if it can't be read.
+pub async fn read_problem(response: Response) -> Bytes {
+    read(response, PROBLEM_BYTES_MAX).await.map(|reply| reply.bytes).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::testing::{answer, bind, serve};
+
+    async fn get(body: &'static [u8]) -> Response {
+        let (address, listener) = bind().await;
+        serve(listener, move |_| async move { Some(answer(200, body)) });
+        let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+        http.get(format!("http://{address}/")).send().await.expect("an answer")
+    }
+
+    #[tokio::test]
+    async fn a_reply_is_read_up_to_its_bound_and_within_the_budget() {
+        let budget = Budget::new(10);
+        let reply = read_charged(get(b"12345678").await, 8, &budget).await.expect("it fits");
+        assert_eq!((&reply.bytes[..], budget.used()), (&b"12345678"[..], 8));
+        let crowded = read_charged(get(b"123").await, 8, &budget).await;
+        assert!(matches!(crowded, Err(ReplyError::Overloaded)), "{crowded:?}");
+        drop(reply);
+        let long = read_charged(get(b"123456789").await, 8, &budget).await;
+        assert!(matches!(long, Err(ReplyError::TooLong { bytes_max: 8 })), "{long:?}");
+        assert_eq!(budget.used(), 0);
+        assert!(read_json::<u64>(get(b"nonsense").await, 100).await.is_err());
+        assert_eq!(read_json::<u64>(get(b"12").await, 100).await.expect("a number"), 12);
+    }
+}
