@@ -193,8 +193,10 @@ pub struct Watch<'a> {
 
 impl<'a> Watch<'a> {
     /// Charges the answer to a budget.
-    pub fn charged_to(self, answers: &'a Arc<Budget>) -> Self {
-        Self { answers: Some(answers), ..self }
+    pub fn charged_to(mut self, answers: &'a Arc<Budget>) -> Self {
+        // Not by a new one made of this: that would be dropped, and count as a request.
+        self.answers = Some(answers);
+        self
     }
 
     /// The request changes nothing: where there is no room for its answer, it can be asked again.
