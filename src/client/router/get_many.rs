@@ -16,8 +16,9 @@ use crate::client::store::{Failure, GetManyRequest, Options};
 use crate::sm::kv::Record;
 use crate::types::GroupId;
 
-/// Shards asked at once.
-const PARALLEL_MAX: usize = 32;
+/// Shards asked at once. Each gives one record at least, which may have 8 MiB: so fewer are asked for values than for keys.
+const PARALLEL_MAX: usize = 8;
+const PARALLEL_KEYS_MAX: usize = 32;
 /// The least that a shard is asked for, so that many shards make no tiny answers.
 const SHARD_BYTES_MIN: usize = 16 << 10;
 
@@ -70,7 +71,8 @@ impl<A: ShardAccess> Router<A> {
             let reply = self.access.call(part.shard, body, options).await;
             (part, Some(reply))
         };
-        let mut replies = futures::stream::iter(parts).map(ask).buffer_unordered(PARALLEL_MAX);
+        let parallel = if request.keys_only { PARALLEL_KEYS_MAX } else { PARALLEL_MAX };
+        let mut replies = futures::stream::iter(parts).map(ask).buffer_unordered(parallel);
         let mut again: Option<(Vec<usize>, Retry)> = None;
         while let Some((part, reply)) = replies.next().await {
             let retry = match reply {

@@ -21,8 +21,10 @@ use crate::types::GroupId;
 const PAGE_BYTES_MAX: usize = 8 << 20;
 /// The least that a shard is asked for, so that many shards make no tiny pages.
 const SHARD_PAGE_BYTES_MIN: usize = 16 << 10;
-/// Shards asked at once: with more, memory and connections would grow with the number of shards.
-const PARALLEL_MAX: usize = 32;
+/// Shards asked at once: with more, memory and connections would grow with the number of shards. Each gives one item at least, which
+/// may have 8 MiB, and is there twice while a reply is read: so fewer are asked for values than for keys.
+const PARALLEL_MAX: usize = 8;
+const PARALLEL_KEYS_MAX: usize = 32;
 
 impl<A: ShardAccess> Router<A> {
     pub(super) async fn scan_shards(&self, request: ScanRequest, options: Options) -> Result<Page, Failure> {
@@ -84,7 +86,8 @@ impl<A: ShardAccess> Router<A> {
         };
         let mut retry = None;
         let mut rest = shards.into_iter();
-        let mut running: FuturesUnordered<_> = rest.by_ref().take(PARALLEL_MAX).map(ask).collect();
+        let parallel = if plan.keys_only { PARALLEL_KEYS_MAX } else { PARALLEL_MAX };
+        let mut running: FuturesUnordered<_> = rest.by_ref().take(parallel).map(ask).collect();
         while let Some((shard, reply)) = running.next().await {
             running.extend(rest.by_ref().take(1).map(ask));
             match reply {
@@ -145,23 +148,28 @@ impl Round {
                 (Some(a), Some(b)) => Some(if reverse { a.max(b) } else { a.min(b) }),
                 (a, b) => a.or(b),
             };
-            // What lies beyond is asked for again by the next round. With many shards of large values it would be more than all else.
-            if let Some(bound) = &self.bound {
-                self.items.retain(|item| if reverse { item.key >= *bound } else { item.key <= *bound });
+        }
+        // What lies beyond is asked for again by the next round. Of many shards with large values it would be more than all else.
+        let mut items = page.items;
+        if let Some(bound) = &self.bound {
+            let is_complete = |item: &Item| if reverse { item.key >= *bound } else { item.key <= *bound };
+            items.retain(is_complete);
+            if page.more {
+                self.items.retain(is_complete);
             }
         }
         let asked = page.slots.len();
         let mut fresh = page.slots;
         fresh.retain(|slot| self.coverage.insert(*slot));
         if fresh.len() == asked {
-            self.items.extend(page.items);
+            self.items.extend(items);
             return;
         }
         let mut taken = Coverage::none();
         fresh.into_iter().for_each(|slot| {
             taken.insert(slot);
         });
-        self.items.extend(page.items.into_iter().filter(|item| taken.contains(slot_of(&item.key))));
+        self.items.extend(items.into_iter().filter(|item| taken.contains(slot_of(&item.key))));
     }
 
     /// What is complete, in order.
@@ -203,4 +211,35 @@ fn after(key: &Bytes) -> Bytes {
 
 fn is_empty(range: &ScanRange) -> bool {
     range.end.as_ref().is_some_and(|end| *end <= range.start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sm::kv::{Media, Record};
+    use crate::types::{Revision, Slot};
+
+    /// A page of one key, of a shard with one slot.
+    fn page(n: u16, more: bool) -> ShardPage {
+        let record = Record { revision: Revision(1), media: Media::Text, value: Bytes::from_static(b"large") };
+        let key = Bytes::from(format!("k{n:02}"));
+        ShardPage { slots: Slot::new(n).into_iter().collect(), items: vec![Item { key, record }], more }
+    }
+
+    #[test]
+    fn a_round_keeps_nothing_that_the_next_one_asks_for_again() {
+        for (reverse, first) in [(false, "k10"), (true, "k89")] {
+            let mut round = Round::default();
+            for n in (10..90).map(|n| n * 37 % 80 + 10) {
+                round.add(page(n, true), reverse);
+                assert_eq!(round.items.len(), 1, "the key of the page that ends first");
+            }
+            // A page without more to come ends where the others do.
+            round.add(page(95, false), reverse);
+            round.add(page(5, false), reverse);
+            assert_eq!(round.items.len(), 2);
+            let complete = round.take(reverse);
+            assert!(complete.items.iter().any(|item| item.key == first), "{reverse}");
+        }
+    }
 }
