@@ -1,8 +1,9 @@
 //! Budgets of memory: bytes that many requests share, taken before they are used.
 //!
-//! A [`Share`] is what one request has taken. It is given back when it is dropped, and can be tied to bytes ([`Share::hold`]), so
-//! that they stay charged for as long as anybody has them: through a router, in an answer, until the socket has taken them.
-//! Nobody waits for a budget. Where it is spent, the request is refused (429), and nothing was done.
+//! A [`Share`] is what one request has taken. It is given back when it is dropped, and can be tied
+//! to bytes ([`Share::hold`]), so that they stay charged for as long as anybody has them: through a
+//! router, in an answer, until the socket has taken them. Nobody waits for a budget. Where it is
+//! spent, the request is refused (429), and nothing was done.
 //!
 //! Kept out: who takes how much, and what a refusal is called to a client.
 
@@ -11,12 +12,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use bytes::Bytes;
 
-/// The answers under way on a node, or in a gateway: values that were read for them, and what was made of these.
-/// A value has at most 8 MiB and a page of a listing about as much, so some thirty of the largest fit.
+/// The answers under way on a node, or in a gateway: values that were read for them, and what was
+/// made of these. A value has at most 8 MiB and a page of a listing about as much, so some thirty
+/// of the largest fit.
 pub const ANSWERS_BYTES_MAX: usize = 256 << 20;
 
-/// An answer up to this size is not charged: the connection and the request that it belongs to cost as much, and there is a bound
-/// on these. So the hot path takes nothing from a budget.
+/// An answer up to this size is not charged: the connection and the request that it belongs to cost
+/// as much, and there is a bound on these. So the hot path takes nothing from a budget.
 pub const UNCHARGED_BYTES_MAX: usize = 4 << 10;
 
 /// Bytes that requests share.
@@ -126,7 +128,8 @@ impl<S> AsRef<[u8]> for Charged<S> {
     }
 }
 
-/// Returns the same bytes. Those that were given the same share keep it together, until the last of them is dropped.
+/// Returns the same bytes. Those that were given the same share keep it together, until the last of
+/// them is dropped.
 pub fn hold_together(bytes: Bytes, share: &Arc<Share>) -> Bytes {
     Bytes::from_owner(Charged { bytes, _share: Arc::clone(share) })
 }

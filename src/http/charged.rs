@@ -1,8 +1,9 @@
 //! Charges answers to the budget of the node, until the socket has taken them.
 //!
-//! A value is charged when it is read (`node::access`, `client::call`). What is made of it, as JSON, is larger and has a life of its own:
-//! it is charged here when the answer is whole, in the same step in which it was made, so that no more of them are uncharged at once
-//! than there are threads. Answers that are streamed are charged piece by piece (`dialects::pieces`).
+//! A value is charged when it is read (`node::access`, `client::call`). What is made of it, as
+//! JSON, is larger and has a life of its own: it is charged here when the answer is whole, in the
+//! same step in which it was made, so that no more of them are uncharged at once than there are
+//! threads. Answers that are streamed are charged piece by piece (`dialects::pieces`).
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -54,7 +55,8 @@ pub fn charge_piece(piece: Bytes, answers: &Arc<Budget>) -> Result<Bytes, Failur
     Ok(share.hold(piece))
 }
 
-/// A body of one piece. Its share goes with the piece, which outlives the body on its way to the socket.
+/// A body of one piece. Its share goes with the piece, which outlives the body on its way to the
+/// socket.
 struct ChargedBody {
     inner: Body,
     share: Option<Share>,

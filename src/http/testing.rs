@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, router};
+use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{Announcement, Hosting, Identity, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest, ShardStatus};
 use crate::client::shard_map::ShardMap;
@@ -41,11 +42,13 @@ pub struct FakeStore {
     state: Mutex<State>,
     /// Of changes of the view, as far as it knows without being asked.
     are_over: watch::Sender<Option<bool>>,
+    pub answers: Arc<Budget>,
 }
 
 impl Default for FakeStore {
     fn default() -> Self {
-        let store = FakeStore { state: Mutex::default(), are_over: watch::Sender::new(None) };
+        let answers = Budget::new(ANSWERS_BYTES_MAX);
+        let store = FakeStore { state: Mutex::default(), are_over: watch::Sender::new(None), answers };
         store.set_nodes(&["a:1", "b:2", "c:3"]);
         store
     }
@@ -302,6 +305,10 @@ impl State {
 }
 
 impl Store for FakeStore {
+    fn answers(&self) -> Arc<Budget> {
+        Arc::clone(&self.answers)
+    }
+
     fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
         let mut state = self.state.lock().expect("no panic");
         let staleness = (options.consistency == Consistency::Stale).then_some(Staleness::AtMost { age_ms: 12 });

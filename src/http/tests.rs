@@ -290,3 +290,36 @@ async fn a_lane_streams_both_ways_over_http_2() {
     driver.abort();
     site.stop().await;
 }
+
+#[tokio::test]
+async fn an_answer_without_room_is_refused_in_the_words_of_its_dialect() {
+    let site = Site::start().await;
+    let value = "v".repeat(50_000);
+    assert_eq!(site.put("/v1/kv/a", value.clone()).await.status, 201);
+    let other = site.store.answers.take(site.store.answers.bytes_max() - 10_000).expect("nothing is used");
+
+    for head in ["GET /v1/kv", "GET /v1/kv?limit=1", "POST /v1/batch"] {
+        let answer = site.ask(head, r#"{"operations":[{"op":"get","key":"a"}]}"#).await;
+        assert_eq!((answer.verdict(), answer.header("retry-after")), ((429, "overloaded".into()), "1"), "{head}");
+    }
+    let mixed = r#"{"operations":[{"op":"get","key":"a"},{"op":"put","key":"b","value":"1"}]}"#;
+    let told = site.ask("POST /v1/batch", mixed).await;
+    assert_eq!(told.verdict(), (504, "unknown_outcome".into()), "it was done, and what it returns can't be told");
+    for (head, expected) in [
+        ("GET /kvs/keys/a", r#"{"error":"Unable to satisfy request","message":"Error in GET"}"#),
+        ("GET /fetch", r#"{"error":"Unable to satisfy request","message":"Error in GET"}"#),
+        ("GET /get/a", "No server is available"),
+    ] {
+        let answer = site.ask(head, "").await;
+        assert_eq!((answer.status, answer.text().trim_end()), (503, expected), "{head}");
+    }
+    assert_eq!(site.get("/healthz").await.status, 200, "what is small is always told");
+
+    drop(other);
+    assert_eq!(site.get("/v1/kv").await.status, 200);
+    assert_eq!(site.get("/kvs/keys/a").await.status, 200);
+    let metrics = site.get("/metrics").await.text();
+    assert!(metrics.contains("quorate_answer_bytes_in_flight 0\n"), "all is given back: {metrics}");
+    assert!(metrics.contains("quorate_answer_refusals_total 7\n"), "{metrics}");
+    site.stop().await;
+}

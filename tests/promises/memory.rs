@@ -1,8 +1,9 @@
-//! No request ends a process, and none comes back to end it at the next start: a node with 1.2 GB is fed the largest and nastiest that every
-//! route takes, and is started again after each.
+//! No request ends a process, and none comes back to end it at the next start: a node with 1.2 GB
+//! is fed the largest and nastiest that every route takes, and is started again after each.
 //!
-//! `QUORATE_TEST_LARGE` says how many values of a mebibyte there are to list, to overwrite and to delete (7000 for the whole campaign).
-//! Where a control group for memory can be made the kernel holds the limit; where not, the peak of the process is compared with it.
+//! `QUORATE_TEST_LARGE` says how many values of a mebibyte there are to list, to overwrite and to
+//! delete (7000 for the whole campaign). Where a control group for memory can be made the kernel
+//! holds the limit; where not, the peak of the process is compared with it.
 
 use std::fs;
 use std::path::PathBuf;
@@ -108,7 +109,7 @@ impl Victim {
 
     async fn batch(&self, operations: &[String]) -> (u16, String) {
         let body = format!(r#"{{"operations":[{}]}}"#, operations.join(","));
-        self.ask(post("/v1/batch", body)).await
+        self.ask(post("/v1/batch?timeout=60s", body)).await
     }
 
     async fn put(&self, key: &str, value: Vec<u8>) {
@@ -116,7 +117,8 @@ impl Victim {
         assert!(matches!(status, 200 | 201), "{key}: {status} {told}");
     }
 
-    /// After an attack: every node lives within its memory, knows what it knew, and comes back from a kill.
+    /// After an attack: every node lives within its memory, knows what it knew, and comes back from
+    /// a kill.
     async fn assert_well(&mut self, after: &str) {
         for node in &mut self.cluster.nodes {
             assert_eq!(node.exited(), None, "{} ended after {after}", node.address);
@@ -183,12 +185,13 @@ impl Victim {
 
     async fn lists(&mut self) {
         for query in ["limit=1000", "limit=1000&reverse=true", "limit=1&keys_only=true", "limit=1000&keys_only=true"] {
-            let asked = (0..16).map(|_| self.ask(Request::get(format!("/v1/kv?{query}"))));
+            let asked = (0..16).map(|_| self.ask(Request::get(format!("/v1/kv?{query}&timeout=60s"))));
             for (status, told) in futures::future::join_all(asked).await {
-                assert!(matches!(status, 200 | 429), "{query}: {status} {told:.300}");
+                // A small machine may have no time left for all of them.
+                assert!(matches!(status, 200 | 429 | 503), "{query}: {status} {told:.300}");
             }
         }
-        let (status, told) = self.ask(Request::get("/v1/kv?limit=1000&keys_only=true")).await;
+        let (status, told) = self.ask(Request::get("/v1/kv?limit=1000&keys_only=true&timeout=60s")).await;
         assert_eq!((status, told.matches("{m}").count() > self.large.min(900)), (200, true), "{told:.300}");
         self.assert_well("listings").await;
     }
@@ -254,7 +257,7 @@ impl Victim {
         let (status, told) = self.batch(&deletes).await;
         assert_eq!(status, 200, "{told:.300}");
         self.assert_well("7000 deletions").await;
-        let (status, told) = self.ask(Request::get("/v1/kv?limit=10&keys_only=true")).await;
+        let (status, told) = self.ask(Request::get("/v1/kv?limit=10&keys_only=true&timeout=60s")).await;
         assert_eq!((status, told.matches("{m}").count()), (200, 2), "what is left: {told:.300}");
     }
 }

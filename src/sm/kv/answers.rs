@@ -1,7 +1,7 @@
 //! What the gets of an entry return, and how much of it there may be.
 //!
-//! An entry is a small thing that may ask for gigabytes. So what gets find is first only measured; values are read when it is clear that
-//! they fit, and that somebody wants them.
+//! An entry is a small thing that may ask for gigabytes. So what gets find is first only measured;
+//! values are read when it is clear that they fit, and that somebody wants them.
 
 use bytes::Bytes;
 
@@ -11,14 +11,15 @@ use super::{OperationOutcome, Rejection};
 use crate::sm::ports::{Read, StoreError, ValueStart};
 use crate::types::Slot;
 
-/// Bytes of stored records that the gets of one entry, or of one batch that is a read, return at most: two of the largest values. Part
-/// of what an entry means: replicas must agree on it.
+/// Bytes of stored records that the gets of one entry, or of one batch that is a read, return at
+/// most: two of the largest values. Part of what an entry means: replicas must agree on it.
 pub const ANSWER_BYTES_MAX: usize = 16 << 20;
 
 /// A format byte and a revision are no longer than this.
 pub(super) const REVISION_BYTES: usize = 11;
 
-/// A record up to this size is copied when it is first looked at: most are, and to look twice would cost more.
+/// A record up to this size is copied when it is first looked at: most are, and to look twice would
+/// cost more.
 pub(super) const START_BYTES: usize = 512;
 
 /// Who waits for the outcome of an entry.
@@ -37,7 +38,8 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// Room for an entry of which gets never keep a write from being done: what they found beyond it is not told.
+    /// Room for an entry of which gets never keep a write from being done: what they found beyond
+    /// it is not told.
     pub fn told(audience: Audience) -> Self {
         Self { left: ANSWER_BYTES_MAX, audience, is_strict: false }
     }
@@ -105,7 +107,8 @@ impl Gets {
         Rejection::AnswerTooLarge { bytes: self.bytes as u64 }
     }
 
-    /// Returns the first slot, in their order, in which more than `bytes_max` were found. `slot_of` knows that of an outcome's place.
+    /// Returns the first slot, in their order, in which more than `bytes_max` were found. `slot_of`
+    /// knows that of an outcome's place.
     pub fn first_beyond(&self, bytes_max: u64, slot_of: impl Fn(usize) -> Slot) -> Option<Slot> {
         if self.bytes as u64 <= bytes_max {
             return None;
@@ -117,7 +120,8 @@ impl Gets {
         bytes.into_iter().find_map(|(slot, bytes)| (bytes > bytes_max).then_some(slot))
     }
 
-    /// Reads what was found at the places that are `wanted`, and puts it among the outcomes. Before the write is committed.
+    /// Reads what was found at the places that are `wanted`, and puts it among the outcomes. Before
+    /// the write is committed.
     pub fn load<R: Read>(
         &self,
         entry: &Entry<'_, R>,

@@ -1,7 +1,8 @@
-//! What one request may read of a map and hold at once: bytes are counted as they are handed out, and given back.
+//! What one request may read of a map and hold at once: bytes are counted as they are handed out,
+//! and given back.
 //!
-//! Every value of these maps has a mebibyte, and there are far more of them than any budget has room for. All share one piece of memory,
-//! so that a test which fails only counts.
+//! Every value of these maps has a mebibyte, and there are far more of them than any budget has
+//! room for. All share one piece of memory, so that a test which fails only counts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

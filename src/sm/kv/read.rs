@@ -54,6 +54,9 @@ impl FoundKey {
     }
 }
 
+/// A record up to this size is copied when it is found: to look for it twice would cost more.
+const FIND_BYTES: usize = 4 << 10;
+
 /// Looks for `key`, if the shard owns its slot.
 pub fn find(read: &impl Read, key: &[u8]) -> Result<FindOutcome, StoreError> {
     let slot = slot_of(key);
@@ -62,7 +65,7 @@ pub fn find(read: &impl Read, key: &[u8]) -> Result<FindOutcome, StoreError> {
         return Ok(FindOutcome::NotOwned { slot, moved_to: state.moved_to });
     }
     let data_key = data_key(slot, key);
-    let stored = read.start_of(&data_key, START_BYTES)?;
+    let stored = read.start_of(&data_key, FIND_BYTES)?;
     Ok(FindOutcome::Owned(stored.map(|stored| FoundKey { data_key, stored })))
 }
 
