@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::sm::ports::StoreError;
@@ -12,6 +13,9 @@ use crate::storage::state::StateStore;
 
 /// Between two looks at how much the maps take.
 const TICK: Duration = Duration::from_secs(3);
+/// How much longer than a look the pause after it is: with many large values there are many files to look at.
+const PAUSE_FACTOR: u32 = 100;
+const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// After a failure, as for want of room on the disk: an attempt may write much in vain.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(60);
 
@@ -29,8 +33,10 @@ impl Compactor {
     pub async fn run(self, shutdown: &CancellationToken) {
         let mut pause = TICK;
         while super::waited(shutdown, pause).await {
-            pause = TICK;
-            if let Err(error) = self.tick(shutdown.clone()).await {
+            let began = Instant::now();
+            let ticked = self.tick(shutdown.clone()).await;
+            pause = TICK.max((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX));
+            if let Err(error) = ticked {
                 tracing::warn!("the maps were not copied, and keep the space of what was overwritten and deleted: {error}");
                 pause = PAUSE_AFTER_FAILURE;
             }

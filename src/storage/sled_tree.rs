@@ -34,7 +34,7 @@ use crate::descriptors::{self, patiently};
 use crate::sm::ports::{Direction, Items, KeyRange, Pairs, StoreError, ValueStart};
 
 /// What a copy may take beside the rest that the disk has to take meanwhile: sled writes values several times.
-const ROOM_FACTOR: u64 = 6;
+const ROOM_FACTOR: u64 = 4;
 
 /// sled writes larger values to files of their own. It may begin to a little above this.
 const LARGE_BYTES: usize = 100 << 10;
@@ -140,7 +140,9 @@ impl Trees for SledTrees {
 
     fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
         for database in self.databases() {
-            database.trust.write("dropping a tree", || database.db.drop_tree(name))?;
+            if database.holds(name)? {
+                database.trust.write("dropping a tree", || database.db.drop_tree(name))?;
+            }
         }
         self.remove_empty();
         Ok(())
@@ -156,7 +158,8 @@ impl Trees for SledTrees {
 
     fn outdated(&self) -> Result<Vec<String>, StoreError> {
         let mut names = BTreeSet::new();
-        for database in self.older() {
+        // From one that met a full disk nothing can be dropped before the next start.
+        for database in self.older().iter().filter(|database| database.trust.is_kept()) {
             names.extend(database.names()?);
         }
         Ok(names.into_iter().collect())
@@ -174,6 +177,7 @@ impl Trees for SledTrees {
         let created = Database::create(&self.path, number, &self.options, self.open);
         let database = created.map_err(|error| failed(io::Error::other(error)))?;
         self.databases.write().expect("no holder panics").push(Arc::new(database));
+        self.remove_empty();
         Ok(())
     }
 
@@ -419,6 +423,11 @@ mod tests {
         trees.begin_fresh(0).expect("begun again");
         put(&trees, "a.3", "newer");
         assert!(home.path().join("trees.2").exists());
+
+        trees.drop_tree("a.2").and_then(|()| trees.drop_tree("a.3")).and_then(|()| trees.drop_tree("b.2")).expect("dropped");
+        assert!(!home.path().join("trees.1").exists());
+        trees.begin_fresh(0).expect("begun without a tree");
+        assert!(!home.path().join("trees.2").exists(), "nobody would ever have dropped its last tree");
     }
 
     /// The program before there was more than one database uses the first directory, whatever is beside it.
@@ -469,6 +478,29 @@ mod tests {
         let trees = SledTrees::open(&path, &SledOptions::default()).expect("opened");
         assert!(trees.names().expect("listed").is_empty());
         assert!(!is_condemned(&path));
+    }
+
+    #[test]
+    fn a_fresh_database_that_meets_a_full_disk_holds_up_nobody() {
+        let home = tempfile::tempdir().expect("a directory");
+        let path = home.path().join("trees");
+        let trees = SledTrees::open(&path, &SledOptions::default()).expect("opened");
+        put(&trees, "a.1", "old");
+        trees.begin_fresh(0).expect("begun");
+        put(&trees, "a.2", "half");
+        let full = || Err::<(), _>(sled::Error::Io(io::ErrorKind::StorageFull.into()));
+        trees.newest().trust.read("trying", full).expect_err("it failed");
+
+        assert!(trees.outdated().expect("listed").is_empty(), "there is nowhere to copy to");
+        put(&trees, "a.1", "on");
+        put(&trees, "b.1", "in the old one");
+        trees.drop_tree("b.1").expect("dropped");
+        trees.begin_fresh(0).expect("begun with room again");
+        put(&trees, "a.3", "new");
+        assert_eq!(trees.outdated().expect("listed"), ["a.1"]);
+        trees.drop_tree("a.1").expect("dropped");
+        assert!(!path.exists());
+        assert_eq!(get(&trees, "a.3").as_deref(), Some(&b"new"[..]));
     }
 
     #[test]

@@ -151,9 +151,11 @@ fn owner_of(name: &str) -> &str {
 
 /// Drops the trees of replicas that are gone: a crash may have brought one back that was dropped.
 fn drop_orphans(shared: &Shared, stored: &[ReplicaKey]) -> Result<(), StoreError> {
+    // The names first: a tree that is there by now is of a replica that was claimed before.
+    let names = shared.trees.names()?;
     let claimed = shared.claimed();
     let known: BTreeSet<String> = stored.iter().chain(&claimed).map(ToString::to_string).collect();
-    for name in shared.trees.names()?.iter().filter(|name| !known.contains(owner_of(name))) {
+    for name in names.iter().filter(|name| !known.contains(owner_of(name))) {
         tracing::info!(tree = %name, "the tree of a replica that is gone was dropped");
         shared.trees.drop_tree(name)?;
     }
