@@ -7,7 +7,7 @@
 //! - of another cluster nothing is kept, not even which ids were used: the log is removed, file by file;
 //! - of this one the log keeps which ids were used, and forgets all replicas.
 //!
-//! Maps, snapshots and marks of replicas that the log does not have are removed at every start. The file is written last, so what a crash
+//! A retirement that was cut short is finished by the next start, also if the node is to wait for long. Maps, snapshots and marks of replicas that the log does not have are removed at every start. The file is written last, so what a crash
 //! cuts short is done again; and with it there, what is found belongs to the cluster that is joined, and is kept.
 
 use std::collections::BTreeSet;
@@ -55,11 +55,10 @@ enum Clearing {
 
 /// Decides what must go, by the stamp and by what the file says.
 fn clearing(stamp: &Stamp, cluster: ClusterId, owner: Option<Owner>) -> Clearing {
-    let left = match stamp {
-        Stamp::Member { .. } => return Clearing::Nothing,
-        Stamp::Retired { cluster, node, .. } => Some(Left { cluster: *cluster, node: *node }),
-        Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. } => None,
-    };
+    if matches!(stamp, Stamp::Member { .. }) {
+        return Clearing::Nothing;
+    }
+    let left = left(stamp);
     match (owner.filter(|owner| owner.left == left), left) {
         (Some(owner), _) if owner.cluster == cluster => Clearing::Nothing,
         (Some(_), _) => Clearing::Everything,
@@ -68,6 +67,33 @@ fn clearing(stamp: &Stamp, cluster: ClusterId, owner: Option<Owner>) -> Clearing
         // Never in a cluster, or of an earlier version that was ended before it could stamp itself a member: of this one, then.
         (None, None) => Clearing::Nothing,
     }
+}
+
+fn left(stamp: &Stamp) -> Option<Left> {
+    match stamp {
+        Stamp::Retired { cluster, node, .. } => Some(Left { cluster: *cluster, node: *node }),
+        Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. } | Stamp::Member { .. } => None,
+    }
+}
+
+/// Returns whether the directory was cleared, for whichever cluster, since this stamp was written.
+///
+/// # Errors
+///
+/// When the file can't be read.
+pub fn is_cleared(disk: &dyn Disk, directory: &Path, stamp: &Stamp) -> Result<bool, StartError> {
+    let owner: Option<Owner> = sealed::read(disk, &directory.join(OWNER), FORMAT).map_err(sealed_error)?;
+    Ok(owner.is_some_and(|owner| owner.left == left(stamp)))
+}
+
+/// Says that the directory was cleared for `cluster` since this stamp was written; durable when it returns.
+///
+/// # Errors
+///
+/// When the disk fails.
+pub fn note_cleared(disk: &dyn Disk, directory: &Path, stamp: &Stamp, cluster: ClusterId) -> Result<(), StartError> {
+    let owner = Owner { cluster, left: left(stamp) };
+    sealed::write(disk, directory, OWNER, FORMAT, &owner).map_err(sealed_error)
 }
 
 /// Opens the log of a directory that is to serve `cluster`, with nothing of another life in it. Blocking: reads the log back.
@@ -96,13 +122,8 @@ pub fn open_log(
         tracing::info!("this node was retired: the replicas that it had are forgotten");
         forget_all(&log, &mut writer)?;
     }
-    let left = match stamp {
-        Stamp::Retired { cluster, node, .. } => Some(Left { cluster: *cluster, node: *node }),
-        Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. } | Stamp::Member { .. } => None,
-    };
-    let now = Owner { cluster, left };
-    if owner != Some(now) && !matches!(stamp, Stamp::Member { .. }) {
-        sealed::write(&**disk, directory, OWNER, FORMAT, &now).map_err(sealed_error)?;
+    if owner != Some(Owner { cluster, left: left(stamp) }) && !matches!(stamp, Stamp::Member { .. }) {
+        note_cleared(&**disk, directory, stamp, cluster)?;
     }
     Ok((log, writer))
 }

@@ -140,6 +140,13 @@ impl Node {
     ///
     /// Why the node can't go on: it must stop, and says so.
     pub async fn run(&self, shutdown: &CancellationToken) -> Result<(), NodeError> {
+        let finishing = Arc::clone(&self.joining);
+        match tokio::task::spawn_blocking(move || running::finish_retirement(&finishing)).await {
+            Ok(Ok(true)) => return Err(NodeError::Retired),
+            Ok(Ok(false)) => {}
+            Ok(Err(error)) => tracing::warn!("what this node had before it was retired is not forgotten yet: {error}"),
+            Err(error) => tracing::warn!("forgetting what this node had before it was retired was broken off: {error}"),
+        }
         let Some(joined) = self.joining.join(shutdown).await? else { return Ok(()) };
         let running = match Running::start(&self.joining, joined, Arc::clone(&self.answers)).await {
             Ok(running) => running,

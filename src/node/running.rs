@@ -42,7 +42,7 @@ use crate::sm::meta;
 use crate::sm::ports::StoreError;
 use crate::sm::view::View;
 use crate::storage::ReplicaKey;
-use crate::storage::directory::DirectoryError;
+use crate::storage::directory::{DirectoryError, Stamp};
 use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
 use crate::storage::sled_tree::{SledError, is_condemned};
 use crate::storage::state::{StateOptions, StateStore};
@@ -222,10 +222,21 @@ impl Running {
                 return Ok(());
             }
         }
+        let mut is_cleared = true;
         for key in self.registry().stored() {
             if let Err(error) = self.registry().wipe_replica(key).await {
-                tracing::warn!("retired replica {key} could not be wiped: {error}");
+                tracing::warn!("retired replica {key} could not be wiped: {error}; the next start tries again");
+                is_cleared = false;
             }
+        }
+        if is_cleared {
+            let (joining, cluster) = (Arc::clone(joining), self.member.cluster);
+            let note = move || {
+                let disk = joining.machine().disk();
+                leftovers::note_cleared(&*disk, joining.directory_path(), &joining.stamp(), cluster)
+            };
+            // Without the note the next start looks for itself.
+            drop(tokio::task::spawn_blocking(note).await);
         }
         Ok(())
     }
@@ -311,6 +322,22 @@ impl Running {
     }
 }
 
+/// Forgets what a retirement left that the end of the process has cut short. Returns whether it did: the process must be started again then,
+/// since a log and a database were open in it. Blocking.
+///
+/// # Errors
+///
+/// When the log or the database does not open: the next start tries again.
+pub fn finish_retirement(joining: &Joining) -> Result<bool, StartError> {
+    let stamp = joining.stamp();
+    let Stamp::Retired { cluster, .. } = &stamp else { return Ok(false) };
+    if leftovers::is_cleared(&*joining.machine().disk(), joining.directory_path(), &stamp)? {
+        return Ok(false);
+    }
+    Storage::open(joining, *cluster)?.close();
+    Ok(true)
+}
+
 /// Begins a part of the node that runs until it is told to stop.
 fn spawn<F>(tasks: &mut JoinSet<()>, stop: &CancellationToken, run: impl FnOnce(CancellationToken) -> F)
 where
@@ -346,5 +373,18 @@ impl Storage {
         let writer = thread("log-writer").spawn(move || writer.run()).map_err(StartError::Thread)?;
         let checkpointer = thread("checkpointer").spawn(move || checkpointer.run()).map_err(StartError::Thread)?;
         Ok(Self { log, states: Arc::new(states), threads: std::sync::Mutex::new(vec![writer, checkpointer]) })
+    }
+
+    /// Closes it when nothing of it is in use. Blocking.
+    fn close(self) {
+        if let Err(error) = self.states.close() {
+            tracing::warn!("the maps were not closed well: {error}");
+        }
+        self.log.close();
+        for thread in self.threads.into_inner().expect("no holder panics") {
+            if thread.join().is_err() {
+                tracing::error!("a storage thread has panicked");
+            }
+        }
     }
 }

@@ -95,6 +95,14 @@ impl Host {
         &self.config.address
     }
 
+    pub fn disks(&self) -> &Disks {
+        &self.disks
+    }
+
+    pub fn directory(&self) -> DirectoryId {
+        self.directory
+    }
+
     pub fn watch(&self, watcher: Watcher) {
         *self.watcher.lock().expect("no holder panics") = Some(watcher);
     }

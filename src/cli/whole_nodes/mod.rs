@@ -15,5 +15,6 @@ mod host;
 mod machine;
 mod old_view;
 mod probe;
+mod retired;
 mod steps;
 mod strangers;
