@@ -23,6 +23,12 @@ use crate::budget::{Budget, Share};
 const DISCARD_BYTES_MAX: usize = 64 << 20;
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// So much of a body, or all that is left of it, comes within [`Limits::body_chunk_timeout`]: a byte now and then holds what came before it.
+const PACE_BYTES: usize = 16 << 10;
+
+/// A body that is longer than its first piece gets so much room at first, if it may be as long.
+const FIRST_BYTES: usize = 16 << 10;
+
 /// A body that was read. It stays charged until this is dropped: keep it as long as the request is worked on.
 #[derive(Debug)]
 pub struct Held {
@@ -86,24 +92,59 @@ pub async fn read(
 async fn collect(body: &mut Body, ceiling: Ceiling, limits: &Limits, share: &mut Share) -> Result<Bytes, Problem> {
     let mut buffer = Vec::new();
     let end = Instant::now() + limits.body_timeout;
+    let mut pace = Pace::new(limits.body_chunk_timeout);
     loop {
         let slow = || {
-            let detail = format!("no data for {:?}, or not complete after {:?}", limits.body_chunk_timeout, limits.body_timeout);
+            let (least, most) = (limits.body_chunk_timeout, limits.body_timeout);
+            let detail = format!("less than {PACE_BYTES} bytes, or what was left, in {least:?}, or not complete after {most:?}");
             Problem::new(Code::BodyTimeout, detail)
         };
-        let deadline = end.min(Instant::now() + limits.body_chunk_timeout);
-        let data = match timeout_at(deadline, body.frame()).await.map_err(|_| slow())? {
+        let data = match timeout_at(end.min(pace.deadline), body.frame()).await.map_err(|_| slow())? {
             None => return Ok(Bytes::from(buffer.into_boxed_slice())),
             Some(Err(error)) => return Err(Problem::new(Code::InvalidBody, format!("the body broke off: {error}"))),
             Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
         };
-        if buffer.len() + data.len() > ceiling.bytes_max {
+        let bytes = buffer.len() + data.len();
+        if bytes > ceiling.bytes_max {
             return Err(ceiling.exceeded());
         }
-        if !share.grow(data.len()) {
-            return Err(overloaded(limits));
+
+        if bytes > buffer.capacity() {
+            let left = usize::try_from(body.size_hint().upper().unwrap_or(u64::MAX)).unwrap_or(usize::MAX);
+            let capacity = capacity_for(bytes, buffer.len(), left.min(ceiling.bytes_max - bytes));
+            if !share.grow(capacity - buffer.capacity()) {
+                return Err(overloaded(limits));
+            }
+            buffer.reserve_exact(capacity - buffer.len());
         }
         buffer.extend_from_slice(&data);
+        pace.note(data.len());
+    }
+}
+
+/// Returns what a buffer of `had` bytes should have room for, when it is to hold `bytes` and at most `left` may follow. All of it is paid for, so
+/// it grows by a quarter, not to the double.
+fn capacity_for(bytes: usize, had: usize, left: usize) -> usize {
+    bytes + (had / 4).max(FIRST_BYTES.saturating_sub(bytes)).min(left)
+}
+
+/// When the next [`PACE_BYTES`] of a body must have come.
+struct Pace {
+    deadline: Instant,
+    patience: Duration,
+    bytes: usize,
+}
+
+impl Pace {
+    fn new(patience: Duration) -> Self {
+        Self { deadline: Instant::now() + patience, patience, bytes: 0 }
+    }
+
+    fn note(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        if self.bytes >= PACE_BYTES {
+            *self = Self::new(self.patience);
+        }
     }
 }
 
@@ -135,6 +176,8 @@ pub fn discard(parts: &Parts, mut body: Body) {
 
 #[cfg(test)]
 mod tests {
+    use futures::StreamExt;
+
     use super::*;
 
     fn parts() -> Parts {
@@ -168,10 +211,52 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_body_that_stops_coming_times_out() {
-        let (limits, budget) = (Limits::default(), Budget::new(100));
+    async fn a_body_that_stops_coming_or_trickles_times_out() {
+        let (limits, budget) = (Limits::default(), Budget::new(1 << 20));
+        let large = Ceiling { bytes_max: 1 << 20, what: "a test" };
+        let every = |wait: Duration, bytes: usize, count: usize| {
+            let pieces = futures::stream::iter(0..count).then(move |_| async move {
+                tokio::time::sleep(wait).await;
+                Ok::<_, std::io::Error>(Bytes::from(vec![b'x'; bytes]))
+            });
+            Body::from_stream(pieces)
+        };
         let stuck = Body::from_stream(futures::stream::pending::<Result<Bytes, std::io::Error>>());
-        let refused = read(&parts(), stuck, SMALL, &limits, &budget).await.expect_err("it never ends");
-        assert_eq!(refused.code(), "body_timeout");
+        for body in [stuck, every(Duration::from_secs(9), 1, 1000), every(Duration::from_secs(9), PACE_BYTES / 2, 1000)] {
+            let began = Instant::now();
+            let refused = read(&parts(), body, large, &limits, &budget).await.expect_err("it is too slow");
+            assert_eq!((refused.code(), began.elapsed()), ("body_timeout", limits.body_chunk_timeout));
+            assert_eq!(budget.used(), 0);
+        }
+        let slow = every(Duration::from_secs(9), PACE_BYTES, 20);
+        let held = read(&parts(), slow, large, &limits, &budget).await.expect("it comes in time");
+        assert_eq!(held.len(), 20 * PACE_BYTES);
+        let endless = every(Duration::from_secs(9), PACE_BYTES, 60);
+        assert_eq!(read(&parts(), endless, large, &limits, &budget).await.expect_err("it takes too long").code(), "body_timeout");
+    }
+
+    #[tokio::test]
+    async fn all_that_is_allocated_for_a_body_is_paid_for() {
+        let (limits, budget) = (Limits::default(), Budget::new(1 << 20));
+        let large = Ceiling { bytes_max: 1 << 20, what: "a test" };
+        let pieces = futures::stream::iter((0..100).map(|_| Ok::<_, std::io::Error>(vec![b'x'; 1000])));
+        let held = read(&parts(), Body::from_stream(pieces), large, &limits, &budget).await.expect("it fits");
+        assert!((held.len()..held.len() * 5 / 4 + 1000).contains(&budget.used()), "{}", budget.used());
+        drop(held);
+        let declared = read(&parts(), Body::from(vec![b'x'; 5000]), large, &limits, &budget).await.expect("it fits");
+        assert_eq!((declared.len(), budget.used()), (5000, 5000), "no more than it has");
+    }
+
+    #[test]
+    fn room_grows_with_what_may_come() {
+        for ((bytes, had, left), room) in [
+            ((100, 0, 0), 100),
+            ((100, 0, 50), 150),
+            ((100, 0, usize::MAX - 100), FIRST_BYTES),
+            ((100_000, 80_000, usize::MAX - 100_000), 120_000),
+            ((100_000, 80_000, 5), 100_005),
+        ] {
+            assert_eq!(capacity_for(bytes, had, left), room, "{bytes} after {had}, {left} left");
+        }
     }
 }

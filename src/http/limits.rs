@@ -20,7 +20,7 @@ pub struct Limits {
     /// The longest that a client may take for the next piece of its answer: 16 KiB over HTTP/1, 64 KiB over HTTP/2. Then its connection is
     /// cut, and the memory of its answers comes back.
     pub write_timeout: Duration,
-    /// The longest wait for the next piece of a body.
+    /// The longest wait for the next 16 KiB of a body, or for what is left of it.
     pub body_chunk_timeout: Duration,
     /// The longest time that a whole body may take.
     pub body_timeout: Duration,
