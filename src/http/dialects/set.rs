@@ -9,8 +9,8 @@ use http::Method;
 
 use super::list::{self, KeyValue, Object};
 use super::{encoded_batch, plain_batch, read_body};
-use crate::http::Shared;
 use crate::http::metrics::Dialect;
+use crate::http::{Shared, aside};
 
 pub async fn set(State(app): State<Shared>, request: Request) -> Response {
     let mut watch = app.watch(Dialect::EncodedBatch, &request);
@@ -19,7 +19,7 @@ pub async fn set(State(app): State<Shared>, request: Request) -> Response {
         Ok(body) => body,
         Err(refusal) => return watch.finish(refusal.respond(&parts.method)),
     };
-    let dialect = dialect(&body, &parts.method);
+    let dialect = aside::work(body.len(), || dialect(&body, &parts.method));
     watch.dialect(dialect);
     let answer = match dialect {
         Dialect::PlainBatch => plain_batch::set(&app, body).await,

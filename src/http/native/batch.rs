@@ -10,7 +10,7 @@
 //! ```
 //!
 //! An operation has at most one condition: `if_absent` or `if_present` (`true`), `if_revision` or `if_none_match` (a revision or a list of
-//! them). The answer has a result per operation, in order, each with a `status` of its own: 200 or 201 done; 404 nothing to get or delete;
+//! at most 1000 of them). The answer has a result per operation, in order, each with a `status` of its own: 200 or 201 done; 404 nothing to get or delete;
 //! 412 its condition failed; 424 that of another operation of its shard did; 429 and 503 certainly not done; 504 unknown.
 //!
 //! The answer's own status is that of the worst case a client must act on:
@@ -33,13 +33,14 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::StatusCode;
 use http::request::Parts;
-use serde::de::{IgnoredAny, SeqAccess, Visitor};
+use serde::de::{Error, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json as object};
 
 use super::query::Query;
 use super::{Each, ItemJson, idempotency_key, json, key};
 use crate::client::store::{Failure, Item, Options, Routing, WriteFailure, Written};
+use crate::http::aside;
 use crate::http::body::{self, Ceiling};
 use crate::http::media::{self, Encoding};
 use crate::http::metrics::{Dialect, Watch};
@@ -54,15 +55,24 @@ struct BatchJson {
     operations: Operations,
 }
 
-/// The operations, no more of them kept than [`PARSED_MAX`]: a body of empty objects would grow a hundredfold in memory.
+/// The operations, no more of them kept than [`PARSED_MAX`]: they are ten times as large as what they are read from.
 struct Operations {
     list: Vec<OperationJson>,
     /// How many there were.
     count: usize,
 }
 
-/// More than any configured limit makes sense for.
-const PARSED_MAX: usize = 100_000;
+/// No limit of operations is above this.
+const PARSED_MAX: usize = 10_000;
+
+/// Revisions of one condition, as in a header: each is kept in a log entry, and read when that is applied.
+const REVISIONS_MAX: usize = 1000;
+/// Revisions of all conditions of a batch.
+const REVISIONS_IN_ALL_MAX: usize = 100_000;
+
+/// What is made of a body beside copies of its texts, for each of its bytes, and at most: an operation is read from 20 bytes or more.
+const MADE_PER_BYTE: usize = 2 * size_of::<OperationJson>() / 20;
+const MADE_MAX: usize = 2 * PARSED_MAX * size_of::<OperationJson>() + REVISIONS_IN_ALL_MAX * size_of::<Revision>();
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -88,20 +98,41 @@ struct OperationJson {
     if_none_match: Option<Revisions>,
 }
 
-/// One revision or a list of them.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Revisions {
-    One(u64),
-    Several(Vec<u64>),
+/// One revision or a list of them, which is refused as soon as it is too long.
+struct Revisions(Vec<Revision>);
+
+impl<'de> Deserialize<'de> for Revisions {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneOrSeveral;
+        impl<'de> Visitor<'de> for OneOrSeveral {
+            type Value = Revisions;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a revision or a list of at most {REVISIONS_MAX} revisions")
+            }
+
+            fn visit_u64<E: Error>(self, number: u64) -> Result<Revisions, E> {
+                Ok(Revisions(vec![Revision(number)]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Revisions, A::Error> {
+                let mut revisions = Vec::new();
+                while let Some(number) = items.next_element()? {
+                    if revisions.len() == REVISIONS_MAX {
+                        return Err(A::Error::custom(format!("a condition has at most {REVISIONS_MAX} revisions")));
+                    }
+                    revisions.push(Revision(number));
+                }
+                Ok(Revisions(revisions))
+            }
+        }
+        deserializer.deserialize_any(OneOrSeveral)
+    }
 }
 
-impl From<Revisions> for Vec<Revision> {
-    fn from(revisions: Revisions) -> Self {
-        match revisions {
-            Revisions::One(number) => vec![Revision(number)],
-            Revisions::Several(numbers) => numbers.into_iter().map(Revision).collect(),
-        }
+impl OperationJson {
+    fn revisions(&self) -> usize {
+        [&self.if_revision, &self.if_none_match].into_iter().flatten().map(|revisions| revisions.0.len()).sum()
     }
 }
 
@@ -116,11 +147,17 @@ impl<'de> Deserialize<'de> for Operations {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Operations, A::Error> {
-                let mut list = Vec::new();
+                let mut list: Vec<OperationJson> = Vec::new();
+                let mut revisions = 0;
                 while list.len() < PARSED_MAX {
-                    match items.next_element()? {
-                        Some(item) => list.push(item),
-                        None => return Ok(Operations { count: list.len(), list }),
+                    let Some(item) = items.next_element()? else {
+                        return Ok(Operations { count: list.len(), list });
+                    };
+                    list.push(item);
+                    revisions += list.last().map_or(0, OperationJson::revisions);
+                    if revisions > REVISIONS_IN_ALL_MAX {
+                        let reason = format!("the conditions of a batch have at most {REVISIONS_IN_ALL_MAX} revisions");
+                        return Err(A::Error::custom(reason));
                     }
                 }
                 let mut count = list.len();
@@ -146,7 +183,11 @@ async fn run(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Res
     let body = body::read(parts, body, ceiling, &app.limits, &app.bodies).await?;
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let idempotency_key = idempotency_key(&parts.headers)?;
-    let operations = parse(&body, &app.limits)?;
+    let mut made = body.new_share();
+    if !made.grow(body.len() + (body.len() * MADE_PER_BYTE).min(MADE_MAX)) {
+        return Err(body::overloaded(&app.limits));
+    }
+    let operations = aside::work(body.len(), || parse(&body, &app.limits))?;
     if operations.iter().all(|operation| operation.action == Action::Get) {
         watch.reads();
     }
@@ -219,8 +260,8 @@ fn condition(item: &mut OperationJson) -> Result<Condition, Problem> {
     let given = [
         flag("if_absent", item.if_absent, Condition::Absent)?,
         flag("if_present", item.if_present, Condition::Present)?,
-        item.if_revision.take().map(|revisions| Condition::RevisionIn(revisions.into())),
-        item.if_none_match.take().map(|revisions| Condition::RevisionNotIn(revisions.into())),
+        item.if_revision.take().map(|revisions| Condition::RevisionIn(revisions.0)),
+        item.if_none_match.take().map(|revisions| Condition::RevisionNotIn(revisions.0)),
     ];
     let mut given = given.into_iter().flatten();
     match (given.next(), given.next()) {

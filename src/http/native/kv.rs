@@ -17,7 +17,7 @@ use crate::http::body::{self, Ceiling};
 use crate::http::charged::AlreadyCharged;
 use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, media, refuse_method};
+use crate::http::{App, aside, media, refuse_method};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Rejection};
 use crate::types::Revision;
 
@@ -112,7 +112,7 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
     };
     let value_max = Ceiling { bytes_max: app.limits.value_bytes_max.min(app.limits.body_bytes_max), what: "a value" };
     let value = body::read(parts, body, value_max, &app.limits, &app.bodies).await?;
-    let media = media::of_request(&parts.headers, &value)?;
+    let media = aside::work(value.len(), || media::of_request(&parts.headers, &value))?;
     let action = Action::Put { media, value: value.bytes.clone() };
     let operation = Operation { key: key.clone(), condition: head.condition, action };
     let written = app.store.write(vec![operation], head.idempotency_key, head.options).await;

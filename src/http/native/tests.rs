@@ -395,6 +395,34 @@ async fn a_bad_batch_changes_nothing() {
 }
 
 #[tokio::test]
+async fn lists_of_revisions_are_bounded() {
+    let site = Site::start().await;
+    let operation = |revisions: usize| {
+        let list = vec!["1"; revisions].join(",");
+        format!(r#"{{"op":"put","key":"a","value":"v","if_revision":[{list}]}}"#)
+    };
+    let batch = |operations: &[String]| format!(r#"{{"operations":[{}]}}"#, operations.join(","));
+    assert_eq!(site.ask("POST /v1/batch", batch(&[operation(1000)])).await.status, 200);
+    for too_many in [batch(&[operation(1001)]), batch(&[operation(3_000_000)]), batch(&vec![operation(1000); 101])] {
+        let answer = site.ask("POST /v1/batch", too_many).await;
+        assert_eq!(answer.verdict(), (400, "invalid_body".into()));
+        let detail = answer.json()["detail"].to_string();
+        assert!(detail.contains("at most") && detail.contains("revisions"), "{detail}");
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_made_of_a_batch_is_paid_for() {
+    let site = Site::with(Limits { bodies_bytes_max: 100_000, ..Limits::default() }).await;
+    let gets = |count: usize| json!({ "operations": vec![json!({ "op": "get", "key": "a" }); count] });
+    assert_eq!(site.post_json("/v1/batch", gets(10)).await.status, 200);
+    // A tenth of the budget as it is sent, and more than all of it as it is read.
+    assert_eq!(site.post_json("/v1/batch", gets(500)).await.verdict(), (429, "overloaded".into()));
+    site.stop().await;
+}
+
+#[tokio::test]
 async fn the_cluster_is_shown_and_leaders_are_transferred() {
     let site = Site::start().await;
     let shown = site.get("/v1/cluster").await;

@@ -25,7 +25,7 @@ use crate::client::view_change::{Auto, ChangeInProgress, PerNode, ReplicationFac
 use crate::http::body::{self, Ceiling};
 use crate::http::metrics::{Dialect, Watch};
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, Shared};
+use crate::http::{App, Shared, aside};
 use crate::types::PlanEpoch;
 
 /// Room for tens of thousands of addresses.
@@ -97,7 +97,7 @@ async fn put(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Res
         }
     };
     let body = body::read(parts, body, CHANGE_BODY, &app.limits, &app.bodies).await?;
-    let change = parse(&body)?;
+    let change = aside::work(body.len(), || parse(&body))?;
     let options = Options { routing: Routing::Proxy, ..query.options };
     if query.dry_run {
         return plan(app, &parts.uri, change, only_if, options).await;

@@ -29,7 +29,7 @@ use super::answer::{Answer, Content};
 use super::body::{Fields, Said};
 use super::refusal;
 use crate::client::store::WriteFailure;
-use crate::http::App;
+use crate::http::{App, aside};
 use crate::sm::kv::{Action, Condition, Media, Operation, OperationOutcome, Record};
 use crate::sm::view::Layout;
 use crate::types::{Address, KEY_BYTES_MAX, is_reserved};
@@ -56,7 +56,9 @@ async fn get(app: &App, method: &Method, key: &Bytes) -> Result<Answer, Refusal>
         return Ok(Answer::missing(method));
     }
     match app.store.get(key.clone(), options()).await {
-        Ok(found) => Ok(found.record.map_or_else(|| Answer::missing(method), |record| retrieved(&record))),
+        Ok(found) => Ok(found
+            .record
+            .map_or_else(|| Answer::missing(method), |record| aside::work(record.value.len(), || retrieved(&record)))),
         Err(failure) => Err(refusal(app, failure)),
     }
 }
@@ -77,7 +79,7 @@ async fn put(app: &App, key: &Bytes, said: &Said<'_>) -> Result<Answer, Refusal>
     if is_reserved(key) {
         return refused("Key is reserved");
     }
-    let (media, value) = stored(value);
+    let (media, value) = aside::work(value.get().len(), || stored(value));
     if value.len() > app.limits.value_bytes_max {
         let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
         return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));

@@ -33,9 +33,9 @@ use self::answer::{Answer, Content};
 use self::body::Said;
 use super::{Refusal, read_body};
 use crate::client::store::Failure;
-use crate::http::App;
 use crate::http::charged::charge;
 use crate::http::metrics::{Dialect, Watch};
+use crate::http::{App, aside};
 
 const PREFIX: &str = "/kvs/";
 const PROXY_VIEW_CHANGE: &str = "/proxy/view-change";
@@ -87,7 +87,7 @@ pub async fn serve(app: &App, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let answer = match read_body(app, &parts, body).await {
         Ok(body) => {
-            let said = Said::read(&body.bytes);
+            let said = aside::work(body.len(), || Said::read(&body.bytes));
             let answered = by_route(app, &parts, &said, &mut watch).await;
             let answer = answered.unwrap_or_else(|refusal| Answer::refused(refusal, &parts.method));
             answer.with_context(said.causal_context())
