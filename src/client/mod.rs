@@ -11,7 +11,7 @@ pub mod peer;
 mod problem;
 pub mod protocol;
 pub mod remote;
-mod reply;
+pub mod reply;
 pub mod router;
 pub mod shard_map;
 pub mod store;

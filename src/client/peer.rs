@@ -20,6 +20,9 @@ use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, Repl
 /// whole network dialled in a moment.
 const IDENTITIES_AT_ONCE: usize = 32;
 
+/// A node that does not even take a connection in this time is given up: others wait for their turn.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// What a node says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
@@ -140,7 +143,12 @@ impl PeerCaller {
     ///
     /// When the HTTP client can't be set up.
     pub fn new() -> Result<Self, SetUpError> {
-        let http = reqwest::Client::builder().tcp_nodelay(true).pool_idle_timeout(Duration::from_secs(10)).no_proxy().build()?;
+        let http = reqwest::Client::builder()
+            .tcp_nodelay(true)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .pool_idle_timeout(Duration::from_secs(10))
+            .no_proxy()
+            .build()?;
         Ok(Self { http, identities: Arc::new(Semaphore::new(IDENTITIES_AT_ONCE)) })
     }
 

@@ -4,6 +4,7 @@
 //! do not ask the leader of the meta group one by one. A node hears of the end by itself (`Store::await_change`); who then looks, or looks
 //! because nothing was heard for a while, does it for all.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
@@ -24,6 +25,7 @@ const LOOK_ANYWAY: Duration = Duration::from_secs(2);
 pub struct Changes {
     places: Semaphore,
     places_max: usize,
+    refused: AtomicU64,
     /// Held while somebody looks.
     last: Mutex<Option<Look>>,
 }
@@ -48,7 +50,7 @@ pub struct Place<'a> {
 impl Changes {
     /// Returns one where so many can wait at once.
     pub fn new(places_max: usize) -> Self {
-        Self { places: Semaphore::new(places_max), places_max, last: Mutex::default() }
+        Self { places: Semaphore::new(places_max), places_max, refused: AtomicU64::new(0), last: Mutex::default() }
     }
 
     /// Takes a place among those who wait. To be had before anything is done that is to be waited for.
@@ -59,11 +61,22 @@ impl Changes {
     pub fn enter(&self) -> Result<Place<'_>, Failure> {
         match self.places.try_acquire() {
             Ok(permit) => Ok(Place { changes: self, _permit: permit }),
-            Err(_) => Err(Failure::Overloaded {
-                limit: format!("{} requests wait for the end of a change of the view already", self.places_max),
-                retry_after_ms: 1000,
-            }),
+            Err(_) => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                let limit = format!("{} requests wait for the end of a change of the view already", self.places_max);
+                Err(Failure::Overloaded { limit, retry_after_ms: 1000 })
+            }
         }
+    }
+
+    /// Returns how many wait.
+    pub fn waiting(&self) -> usize {
+        self.places_max.saturating_sub(self.places.available_permits())
+    }
+
+    /// Returns how many found no place.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// Returns what a look found that did not begin before `since`.

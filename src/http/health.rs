@@ -43,7 +43,7 @@ pub(super) async fn readyz(State(app): State<Shared>) -> Response {
 
 pub(super) async fn metrics(State(app): State<Shared>) -> Response {
     let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    (content_type, app.metrics.render(&app.bodies, &app.answers)).into_response()
+    (content_type, app.metrics.render(&app.bodies, &app.answers, &app.changes)).into_response()
 }
 
 /// What a browser is shown.

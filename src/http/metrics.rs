@@ -13,10 +13,12 @@ use http::Method;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::changes::Changes;
 use super::problem::Problem;
 use super::{charged, dialects};
 use crate::budget::Budget;
 use crate::client::store::Failure;
+use crate::telemetry::Rarely;
 
 /// Upper bounds of the latency buckets, in microseconds. From a cached read to the longest timeout.
 const BUCKETS_US: [u64; 15] =
@@ -113,7 +115,7 @@ impl Metrics {
     }
 
     /// The text of `/metrics`.
-    pub fn render(&self, bodies: &Budget, answers: &Budget) -> String {
+    pub fn render(&self, bodies: &Budget, answers: &Budget, changes: &Changes) -> String {
         let mut text = Exposition::default();
         text.family("quorate_http_requests_total", Kind::Counter, "Requests answered, by dialect, method and class of status.");
         self.each(|dialect, method, series| {
@@ -138,6 +140,10 @@ impl Metrics {
         text.sample(&[], answers.bytes_max());
         text.family("quorate_answer_refusals_total", Kind::Counter, "Times that there was no room for a value or an answer.");
         text.sample(&[], answers.refused());
+        text.family("quorate_change_waiters", Kind::Gauge, "Clients that wait for the end of a change of the view.");
+        text.sample(&[], changes.waiting());
+        text.family("quorate_change_waiters_refused_total", Kind::Counter, "Clients for which there was no place to wait.");
+        text.sample(&[], changes.refused());
         for source in &self.sources {
             source.collect(&mut text);
         }
@@ -176,6 +182,9 @@ fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &Series
     text.part("_sum", &[("dialect", dialect), ("method", method)], sum);
     text.part("_count", &[("dialect", dialect), ("method", method)], total);
 }
+
+/// A client decides how many of its requests are slow: one of each dialect is told a minute, and the number of the others.
+static SLOW: [Rarely; Dialect::ALL.len()] = [const { Rarely::new() }; Dialect::ALL.len()];
 
 /// One request being timed.
 pub struct Watch<'a> {
@@ -256,8 +265,9 @@ impl Drop for Watch<'_> {
         self.metrics.series[self.dialect as usize][self.method].record(self.class, elapsed);
         let (dialect, method, status) = (self.dialect.label(), METHODS[self.method], CLASSES[self.class]);
         let key_hash = self.key_hash.map(tracing::field::display);
-        if elapsed > self.slow {
-            tracing::warn!(dialect, method, status, key_hash, ?elapsed, "slow request");
+        let left_out = if elapsed > self.slow { SLOW[self.dialect as usize].due() } else { None };
+        if let Some(left_out) = left_out {
+            tracing::warn!(dialect, method, status, key_hash, ?elapsed, left_out, "slow request");
         } else {
             tracing::debug!(dialect, method, status, key_hash, ?elapsed, "request");
         }
@@ -333,7 +343,7 @@ mod tests {
         *response.status_mut() = http::StatusCode::CREATED;
         watch.finish(response);
         drop(metrics.watch(Dialect::Native, &Method::PATCH, slow));
-        let text = metrics.render(&Budget::new(1), &Budget::new(1));
+        let text = metrics.render(&Budget::new(1), &Budget::new(1), &Changes::new(1));
         for line in [
             "# TYPE quorate_http_requests_total counter",
             r#"quorate_http_requests_total{dialect="native",method="PUT",status="2xx"} 1"#,

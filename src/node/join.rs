@@ -4,6 +4,7 @@
 //! done that rests on it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use crate::config::NodeConfig;
 use crate::sm::placement::{PlacementError, first_view};
 use crate::sm::view::{self, View};
 use crate::storage::directory::{DataDirectory, DirectoryError, Stamp};
+use crate::telemetry::Rarely;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
 /// How long one node is waited for when it is asked who it is.
@@ -55,6 +57,9 @@ pub struct Joined {
     pub view: Box<View>,
 }
 
+/// Anybody can ask for a promise, as often as he likes.
+static REFUSED_PROMISE: Rarely = Rarely::new();
+
 /// A node's standing, before and after it joined.
 pub struct Joining {
     config: NodeConfig,
@@ -67,6 +72,8 @@ pub struct Joining {
     /// Who called a node that waits.
     invited: Mutex<Vec<Address>>,
     called: Notify,
+    /// Rounds in which everyone was asked.
+    rounds: AtomicUsize,
 }
 
 impl Joining {
@@ -83,6 +90,7 @@ impl Joining {
             waiting: watch::Sender::new(None),
             invited: Mutex::default(),
             called: Notify::new(),
+            rounds: AtomicUsize::new(0),
         }
     }
 
@@ -148,7 +156,9 @@ impl Joining {
                 PromiseReply::Refused { reason: format!("{} can't write its promise: {error}", self.config.address) }
             }
             (Some(reason), _) => {
-                tracing::warn!("refused to promise {}: {reason}", request.founder_address);
+                if let Some(left_out) = REFUSED_PROMISE.due() {
+                    tracing::warn!(left_out, "refused to promise {}: {reason}", request.founder_address);
+                }
                 PromiseReply::Refused { reason }
             }
         }
@@ -254,6 +264,11 @@ impl Joining {
         asked.sort();
         asked.dedup();
         asked.retain(|address| *address != self.config.address);
+        // Few are asked at a time: those that do not answer must not have the first turns for ever.
+        let turn = self.rounds.fetch_add(1, Ordering::Relaxed);
+        if let Some(by) = turn.checked_rem(asked.len()) {
+            asked.rotate_left(by);
+        }
         let answers = asked.into_iter().map(|address| async move {
             let heard = match self.caller.identity(&address, ASK_TIMEOUT).await {
                 Ok(identity) => Heard::Identity(identity),

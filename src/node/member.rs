@@ -242,6 +242,9 @@ impl Member {
         let map = self.map();
         let leader = map.nodes().find(|(_, place)| place.address == *address || place.public == *address).map(|(node, _)| node);
         let mut hints = self.hints.lock().expect("no holder panics");
+        if hints.len() > map.shards().count() {
+            hints.retain(|shard, _| map.shard(*shard).is_some());
+        }
         let hint = hints.entry(shard).or_default();
         hint.leader = leader;
         hint.suspects.retain(|(node, since)| Some(*node) != leader && since.elapsed() < SUSPECT_FOR);

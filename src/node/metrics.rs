@@ -3,6 +3,7 @@
 use super::member::Member;
 use super::move_counters::Moved;
 use crate::budget::Budget;
+use crate::client::reply;
 use crate::raft::{Role, Room};
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
 use crate::storage::state::{StateMetrics, StateStore};
@@ -188,6 +189,8 @@ fn of_rooms(member: &Member) -> Vec<Family> {
             "Proposals and frames for which there was no room; they are tried again.",
             refused,
         ),
+        one("quorate_reply_bytes", Gauge, "Bytes of replies of other nodes that are being read.", reply::budget().used() as f64),
+        one("quorate_reply_refused_total", Counter, "Replies for which there was no room.", reply::budget().refused() as f64),
         one("quorate_lanes_served", Gauge, "Lanes from other nodes, and connections that may become some.", seats.used() as f64),
         one("quorate_lanes_refused_total", Counter, "Lanes that found no place, or gave theirs up.", seats.refused() as f64),
     ]

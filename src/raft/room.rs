@@ -47,6 +47,8 @@ impl Room {
     pub fn take(&self, held: &Held, bytes: usize) -> Option<Place> {
         let before = held.load(Ordering::Relaxed);
         let share = match before.saturating_add(bytes) {
+            // Heartbeats and votes, also of a group whose entries have used up its share.
+            _ if bytes == 0 => None,
             0..=ALWAYS_BYTES => None,
             wanted => Some(self.share(wanted, bytes)?),
         };
@@ -121,6 +123,7 @@ mod tests {
         assert!(held[0] <= 520 && held[1] >= 240 && held[3] >= 60, "{held:?} KiB");
         assert!(room.budget().used() <= 1 << 20 && room.budget().refused() >= 4);
 
+        assert!(room.take(&groups[0], 0).is_some(), "what costs nothing always passes");
         let (late, small) = (Held::default(), ALWAYS_BYTES);
         assert!(room.take(&late, 1 << 20).is_none());
         let always: Vec<Option<Place>> = (0..1000).map(|_| room.take(&Held::default(), small)).collect();

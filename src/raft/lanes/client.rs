@@ -70,9 +70,14 @@ impl Lanes {
     pub fn call(&self, to: NodeId, lane: Lane, frame: Frame) -> Result<Call, LaneError> {
         let peer = self.shared.resolver.resolve(to).ok_or(LaneError::Unresolved(to))?;
         let lane = self.lane(to, lane)?;
-        // Taken before the lane is locked; what is then not queued gives it back.
-        let bytes = frame.bytes_len();
-        let place = self.shared.rooms.outbox.take(&lane.queued, bytes).ok_or(LaneError::Full(bytes))?;
+        // Taken before the lane is locked; what is then not queued gives it back. Heartbeats wait for nobody's entries, and are few bytes.
+        let place = match lane.lane {
+            Lane::Heartbeat => None,
+            Lane::Log | Lane::Snapshot => {
+                let bytes = frame.bytes_len();
+                Some(self.shared.rooms.outbox.take(&lane.queued, bytes).ok_or(LaneError::Full(bytes))?)
+            }
+        };
         lane.call(&peer, frame, place)
     }
 
@@ -139,7 +144,7 @@ struct LaneState {
     link: Link,
     /// Which connection the queue belongs to: the stream of an earlier one takes nothing from it.
     generation: u64,
-    queue: VecDeque<(Bytes, Place)>,
+    queue: VecDeque<(Bytes, Option<Place>)>,
     queue_bytes: usize,
     calls: HashMap<u64, oneshot::Sender<Result<Arrived, LaneError>>>,
     next_sequence: u64,
@@ -183,7 +188,7 @@ impl PeerLane {
         self.state.lock().expect("no holder panics")
     }
 
-    fn call(&self, peer: &Peer, frame: Frame, place: Place) -> Result<Call, LaneError> {
+    fn call(&self, peer: &Peer, frame: Frame, place: Option<Place>) -> Result<Call, LaneError> {
         let mut state = self.lock();
         match &state.link {
             Link::Up(current) if current != peer => {
