@@ -39,7 +39,7 @@ const PINNED_BYTES_MAX: u64 = 256 << 20;
 /// past an eighth of the snapshot that they would be sent instead, it is purged.
 const TAIL_BYTES_FLOOR: u64 = 32 << 20;
 
-/// A replica to which nothing was appended for this long is quiet.
+/// A replica that has applied nothing for this long is quiet.
 const QUIET_AFTER: Duration = Duration::from_secs(5);
 /// Less log than this is not worth a snapshot or a purge of a quiet replica either.
 const QUIET_BYTES_FLOOR: u64 = 1 << 20;
@@ -90,7 +90,7 @@ impl Janitor {
         for group in groups {
             let now = Instant::now();
             let quiet = self.quiet.entry(group.key()).or_insert_with(|| Quiet::new(now));
-            let is_quiet = quiet.observe(group.status().last_log, now);
+            let is_quiet = quiet.observe(group.state().applied().log_id, now);
             if is_quiet && quiet.is_to_be_written_down(now) {
                 group.state().write_down();
             }
@@ -206,25 +206,25 @@ impl Weights {
     }
 }
 
-/// How long nothing was appended to a replica.
+/// How long a replica has applied nothing.
 #[derive(Debug)]
 struct Quiet {
-    last_log: Option<LogId>,
+    applied: Option<LogId>,
     since: Instant,
-    /// Nothing was appended since its table was written down.
+    /// Nothing was applied since its table was written down.
     is_written_down: bool,
     written_down: Option<Instant>,
 }
 
 impl Quiet {
     fn new(now: Instant) -> Self {
-        Self { last_log: None, since: now, is_written_down: false, written_down: None }
+        Self { applied: None, since: now, is_written_down: false, written_down: None }
     }
 
-    /// Whether the replica, whose log ends with `last_log` now, is quiet.
-    fn observe(&mut self, last_log: Option<LogId>, now: Instant) -> bool {
-        if self.last_log != last_log {
-            (self.last_log, self.since, self.is_written_down) = (last_log, now, false);
+    /// Whether the replica, which has applied through `applied` now, is quiet.
+    fn observe(&mut self, applied: Option<LogId>, now: Instant) -> bool {
+        if self.applied != applied {
+            (self.applied, self.since, self.is_written_down) = (applied, now, false);
         }
         now - self.since >= QUIET_AFTER
     }
