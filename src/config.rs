@@ -44,6 +44,8 @@ pub struct NodeConfig {
     pub lease_drift_ms: Option<u64>,
     /// The level that this node speaks at most; none: all that its program knows.
     pub level_max: Option<u16>,
+    /// The level is raised once every node has said for so long that it speaks a later one.
+    pub raise_level_after: Duration,
 }
 
 /// Why a configuration makes no sense.
@@ -125,6 +127,7 @@ mod tests {
             timing_factor: 1,
             lease_drift_ms: None,
             level_max: None,
+            raise_level_after: Duration::from_secs(60),
         }
     }
 

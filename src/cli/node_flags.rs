@@ -83,6 +83,10 @@ pub struct Arguments {
     /// and other nodes
     #[arg(long, value_name = "N", default_value_t = CONNECTIONS_MAX, value_parser = connections)]
     pub max_connections: usize,
+    /// The cluster's feature level is raised once every node has run a newer program for so many seconds; until then each can
+    /// go back to the older one
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub raise_level_after: u64,
     /// How long a stop may take to answer what is in flight, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub stop_timeout: u64,
@@ -119,6 +123,7 @@ impl Arguments {
             timing_factor: self.timing_factor,
             lease_drift_ms: self.lease_reads,
             level_max: self.level_max,
+            raise_level_after: Duration::from_secs(self.raise_level_after),
         })
     }
 

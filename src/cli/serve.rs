@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::node_flags::Arguments;
 use super::signals;
-use crate::client::peer::{Announcement, Hosting, Identity, PromiseReply, PromiseRequest, SetUpError};
+use crate::client::peer::{Announcement, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, SetUpError};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::http::metrics::Kind;
@@ -185,6 +185,10 @@ impl PeerService for Face {
 
     fn invite(&self, members: Vec<Address>) {
         self.node.invited(members);
+    }
+
+    fn hold_level(&self, request: HoldRequest) -> BoxFuture<'_, Result<(), Failure>> {
+        Box::pin(self.node.hold_level(request))
     }
 
     fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {

@@ -127,6 +127,7 @@ mod tests {
                 standing: standing(),
                 speaks: 0,
                 level: 0,
+                holds_level: false,
             };
             async move { Some(json(&identity)) }
         });

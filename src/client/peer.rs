@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
 use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
+use crate::sm::level::{LEVEL, TooOld};
 use crate::sm::meta;
 use crate::sm::view::{Node, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
@@ -36,6 +38,9 @@ pub struct Identity {
     /// The level of its cluster, which a program finds here that can't read the view.
     #[serde(default)]
     pub level: u16,
+    /// Its operator wants the level of its cluster to stay.
+    #[serde(default)]
+    pub holds_level: bool,
 }
 
 /// How a node stands to clusters. Not internally tagged: serde would buffer the view, and lose that its keys are numbers.
@@ -85,6 +90,18 @@ pub struct Hosting {
     /// Whose replicas they are.
     pub directory: DirectoryId,
     pub replicas: Vec<HostedReplica>,
+    /// As in [`Identity`].
+    #[serde(default)]
+    pub speaks: u16,
+    #[serde(default)]
+    pub holds_level: bool,
+}
+
+/// Asks a node to hold the level of its cluster where it is, or to do so no more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldRequest {
+    pub cluster: ClusterId,
+    pub hold: bool,
 }
 
 /// What one node says of each replica that it hosts.
@@ -124,6 +141,24 @@ pub enum PeerError {
     },
     #[error("another node has the address {address} now")]
     AnotherNode { address: Address },
+    /// It belongs to a cluster that uses more than this program knows.
+    #[error("{address}: {too_old}")]
+    TooOld { address: Address, too_old: TooOld },
+    #[error("{address} says of itself what this program can't read: {reason}")]
+    Strange { address: Address, reason: String },
+}
+
+/// Reads what a node says of itself. Of one that can't be read the level is looked for, which says why.
+fn read_identity(address: &Address, text: &str) -> Result<Identity, PeerError> {
+    #[derive(Deserialize)]
+    struct Head {
+        #[serde(default)]
+        level: u16,
+    }
+    serde_json::from_str(text).map_err(|error| match serde_json::from_str::<Head>(text) {
+        Ok(Head { level }) if level > LEVEL => PeerError::TooOld { address: address.clone(), too_old: TooOld::new(level, LEVEL) },
+        Ok(_) | Err(_) => PeerError::Strange { address: address.clone(), reason: error.to_string() },
+    })
 }
 
 /// Why the HTTP client can't be set up.
@@ -161,7 +196,8 @@ impl PeerCaller {
         };
         let left = deadline.saturating_duration_since(Instant::now());
         let get = self.http.get(format!("http://{address}/peer/identity")).timeout(left);
-        self.answer(address, get, VIEW_BYTES_MAX).await
+        let text: Box<RawValue> = self.answer(address, get, VIEW_BYTES_MAX).await?;
+        read_identity(address, text.get())
     }
 
     pub async fn promise(
@@ -174,15 +210,35 @@ impl PeerCaller {
         self.answer(address, post, VIEW_BYTES_MAX).await
     }
 
+    /// As [`PeerCaller::identity`], of the node with this directory.
+    pub async fn identity_of(&self, node: &Node, timeout: Duration) -> Result<Identity, PeerError> {
+        let identity = self.identity(&node.address, timeout).await?;
+        if identity.directory != node.directory {
+            return Err(PeerError::AnotherNode { address: node.address.clone() });
+        }
+        Ok(identity)
+    }
+
+    /// Asks a node to hold the level of its cluster, or to do so no more. Done durably when it returns.
+    pub async fn hold_level(&self, address: &Address, request: &HoldRequest, timeout: Duration) -> Result<(), PeerError> {
+        let post = self.http.post(format!("http://{address}/peer/hold")).json(request).timeout(timeout);
+        self.answer(address, post, SMALL_BYTES_MAX).await
+    }
+
     /// Asks the node with this directory for its replicas.
     pub async fn replicas(&self, node: &Node, timeout: Duration) -> Result<Vec<HostedReplica>, PeerError> {
+        self.hosting(node, timeout).await.map(|hosting| hosting.replicas)
+    }
+
+    /// As [`PeerCaller::replicas`], with what the node says of itself besides.
+    pub async fn hosting(&self, node: &Node, timeout: Duration) -> Result<Hosting, PeerError> {
         let address = &node.address;
         let get = self.http.get(format!("http://{address}/peer/replicas")).timeout(timeout);
         let hosting: Hosting = self.answer(address, get, VIEW_BYTES_MAX).await?;
         if hosting.directory != node.directory {
             return Err(PeerError::AnotherNode { address: address.clone() });
         }
-        Ok(hosting.replicas)
+        Ok(hosting)
     }
 
     /// Asks the node that leads the meta group of the cluster for the view as it is now, not as it may have been.
@@ -262,5 +318,20 @@ mod tests {
         let not_asked = answers.iter().filter(|answer| matches!(answer, Err(PeerError::NotAsked { .. }))).count();
         assert_eq!((dialled.len(), not_asked), (IDENTITIES_AT_ONCE, 100 - IDENTITIES_AT_ONCE));
         assert_eq!(caller.identities.available_permits(), IDENTITIES_AT_ONCE);
+    }
+
+    #[test]
+    fn an_identity_of_a_later_level_says_so_and_one_of_the_first_programs_is_read() {
+        let address: Address = "a:1".parse().expect("an address");
+        let read = |text: &str| read_identity(&address, text).map_err(|error| error.to_string());
+        let text =
+            format!(r#"{{"directory":"{:032x}","address":"a:1","public_address":null,"standing":{{"fresh":{{"view":[]}}}}}}"#, 7);
+        let first = read(&text).expect("of a first program");
+        assert_eq!((first.directory, first.speaks, first.level, first.holds_level), (DirectoryId(7), 0, 0, false));
+        let later = text.replace("fresh", "unheard-of").replacen('{', &format!("{{\"level\":{},", LEVEL + 3), 1);
+        let sentence = format!("a:1: this cluster uses level {}, this program knows {LEVEL}: start a newer one", LEVEL + 3);
+        assert_eq!(read(&later), Err(sentence));
+        let strange = read(&text.replace("fresh", "unheard-of")).expect_err("not readable");
+        assert!(strange.starts_with("a:1 says of itself what this program can't read: "), "{strange}");
     }
 }

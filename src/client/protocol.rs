@@ -139,6 +139,9 @@ pub struct ClusterStatus {
     pub cluster: ClusterId,
     pub epoch: PlanEpoch,
     pub version: MapVersion,
+    /// What every node can read, and so what leaders may propose.
+    #[serde(default)]
+    pub level: u16,
     pub asked: Asked,
     /// The node that answered.
     pub answered_by: NodeId,
@@ -166,6 +169,12 @@ pub struct NodeStatus {
     pub reachable: bool,
     /// On its way out: it goes when the last of its replicas is retired.
     pub leaving: bool,
+    /// The level that its program knows; none: it did not say.
+    #[serde(default)]
+    pub speaks: Option<u16>,
+    /// As long as one node holds it, the cluster's level is not raised.
+    #[serde(default)]
+    pub holds_level: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

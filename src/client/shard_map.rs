@@ -146,6 +146,8 @@ mod tests {
             directory: DirectoryId(0),
             reachable: true,
             leaving: false,
+            speaks: None,
+            holds_level: false,
         };
         let replica = |id, node| ReplicaStatus {
             id: ReplicaId(id),
@@ -169,6 +171,7 @@ mod tests {
             cluster: ClusterId(7),
             epoch: PlanEpoch(1),
             version: MapVersion(4),
+            level: 0,
             asked: Asked::default(),
             answered_by: NodeId(1),
             meta_leader: None,

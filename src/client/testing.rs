@@ -67,6 +67,8 @@ pub fn status(version: u64, leader: Option<usize>, nodes: &[Address]) -> Cluster
         directory: DirectoryId(0),
         reachable: true,
         leaving: false,
+        speaks: None,
+        holds_level: false,
     };
     let replica = |at: usize| ReplicaStatus {
         id: ReplicaId(at as u64),
@@ -90,6 +92,7 @@ pub fn status(version: u64, leader: Option<usize>, nodes: &[Address]) -> Cluster
         cluster: ClusterId(1),
         epoch: PlanEpoch(1),
         version: MapVersion(version),
+        level: 0,
         asked: Asked::default(),
         answered_by: NodeId(1),
         meta_leader: Some(NodeId(1)),

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, router};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
-use crate::client::peer::{Announcement, Hosting, Identity, PromiseReply, PromiseRequest, Standing};
+use crate::client::peer::{Announcement, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::*;
@@ -434,6 +434,8 @@ impl Store for FakeStore {
             directory: node.directory,
             reachable: true,
             leaving: false,
+            speaks: None,
+            holds_level: false,
         };
         let replica = |(id, node): (&ReplicaId, &NodeId)| ReplicaStatus {
             id: *id,
@@ -457,6 +459,7 @@ impl Store for FakeStore {
             cluster: ClusterId(7),
             epoch: self.state.lock().expect("no panic").epoch.unwrap_or(PlanEpoch(1)),
             version: MapVersion(2),
+            level: 0,
             asked,
             answered_by: NodeId(1),
             meta_leader: None,
@@ -570,6 +573,11 @@ impl PeerService for Echo {
 
     fn invite(&self, _: Vec<Address>) {}
 
+    fn hold_level(&self, request: HoldRequest) -> BoxFuture<'_, Result<(), Failure>> {
+        let other = || Err(Failure::Invalid { reason: "another cluster".into() });
+        Box::pin(ready(if request.cluster == ClusterId(7) { Ok(()) } else { other() }))
+    }
+
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>> {
         Box::pin(ready(Err(Failure::Unavailable { reason: "it leads nothing".to_owned(), retry_after_ms: 1 })))
     }
@@ -579,7 +587,7 @@ impl PeerService for Echo {
     }
 
     fn hosting(&self) -> Hosting {
-        Hosting { directory: identity().directory, replicas: vec![] }
+        Hosting { directory: identity().directory, replicas: vec![], speaks: LEVEL, holds_level: false }
     }
 
     fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
@@ -596,7 +604,7 @@ pub fn identity() -> Identity {
     let node = Node { address: address.clone(), public_address: None, directory: DirectoryId(5) };
     let view = first_view(ClusterId(7), Asked::default(), vec![node]).expect("a view of one node");
     let standing = Standing::Member { view: Box::new(view) };
-    Identity { directory: DirectoryId(5), address, public_address: None, standing, speaks: LEVEL, level: 0 }
+    Identity { directory: DirectoryId(5), address, public_address: None, standing, speaks: LEVEL, level: 0, holds_level: false }
 }
 
 /// A server over a [`FakeStore`].

@@ -320,6 +320,7 @@ mod tests {
                 standing: standing(self.own()),
                 speaks: LEVEL,
                 level: 0,
+                holds_level: false,
             }
         }
     }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::bootstrap::{self, Heard, Own, Refusal, Step, Waiting};
 use super::machine::Machine;
-use crate::client::peer::{Identity, PeerCaller, PromiseReply, PromiseRequest};
+use crate::client::peer::{HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::config::NodeConfig;
 use crate::sm::placement::{PlacementError, first_view};
 use crate::sm::view::{self, View};
@@ -127,18 +127,41 @@ impl Joining {
     }
 
     fn identity_of(&self, stamp: &Stamp) -> Identity {
-        let level = match stamp {
-            Stamp::Founding { view } | Stamp::Member { view, .. } => view.level,
-            Stamp::Fresh | Stamp::Promised { .. } | Stamp::Retired { .. } => 0,
-        };
         Identity {
             speaks: self.config.speaks(),
-            level,
+            level: stamp.level(),
+            holds_level: self.holds_level(stamp),
             directory: self.directory_id,
             address: self.config.address.clone(),
             public_address: self.config.public_address.clone(),
             standing: bootstrap::standing(self.own(stamp)),
         }
+    }
+
+    /// Says what this node hosts.
+    pub fn hosting(&self, replicas: Vec<HostedReplica>) -> Hosting {
+        Hosting { directory: self.directory_id, replicas, speaks: self.config.speaks(), holds_level: self.is_level_held() }
+    }
+
+    /// Returns whether this node holds the level of the cluster that it is a member of.
+    pub fn is_level_held(&self) -> bool {
+        self.holds_level(&self.directory.stamp())
+    }
+
+    fn holds_level(&self, stamp: &Stamp) -> bool {
+        match stamp {
+            Stamp::Member { cluster, .. } => self.directory.holds_level(*cluster),
+            Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. } | Stamp::Retired { .. } => false,
+        }
+    }
+
+    /// Holds the level of the cluster where it is, or does so no more. Blocks on the disk: it is durable when it returns.
+    ///
+    /// # Errors
+    ///
+    /// When that can't be written.
+    pub fn hold_level(&self, cluster: ClusterId, hold: bool) -> Result<(), DirectoryError> {
+        self.directory.hold_level(cluster, hold)
     }
 
     /// Answers a node that wants to found. Blocks on the disk: the promise is durable when it is given.

@@ -12,9 +12,10 @@ use futures::StreamExt;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::join::Joining;
 use super::move_counters::MoveCounters;
 use crate::client::call::ShardCaller;
-use crate::client::peer::{Announcement, HostedReplica, PeerCaller, PeerError};
+use crate::client::peer::{Announcement, HostedReplica, Hosting, PeerCaller, PeerError};
 use crate::client::protocol::{ClusterStatus, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::Failure;
@@ -52,6 +53,7 @@ pub struct Member {
     pub caller: ShardCaller,
     pub peers: PeerCaller,
     pub moves: MoveCounters,
+    joining: Arc<Joining>,
     views: Arc<Views>,
     hints: Mutex<HashMap<GroupId, Hint>>,
     status: tokio::sync::Mutex<Option<(Instant, ClusterStatus)>>,
@@ -127,7 +129,14 @@ impl Resolver for Views {
 }
 
 impl Member {
-    pub fn new(node: NodeId, views: Arc<Views>, registry: Arc<Registry>, caller: ShardCaller, peers: PeerCaller) -> Option<Self> {
+    pub fn new(
+        node: NodeId,
+        joining: Arc<Joining>,
+        views: Arc<Views>,
+        registry: Arc<Registry>,
+        caller: ShardCaller,
+        peers: PeerCaller,
+    ) -> Option<Self> {
         let view = views.view();
         let address = view.nodes.get(&node)?.public().clone();
         Some(Self {
@@ -138,6 +147,7 @@ impl Member {
             caller,
             peers,
             moves: MoveCounters::default(),
+            joining,
             views,
             hints: Mutex::default(),
             status: tokio::sync::Mutex::default(),
@@ -325,19 +335,20 @@ impl Member {
         }
         let ask = |(id, node): (NodeId, Node)| async move {
             if id == self.node {
-                return (id, Some(self.hosted()));
+                return (id, Some(self.joining.hosting(self.hosted())));
             }
-            (id, self.peers.replicas(&node, STATUS_TIMEOUT).await.ok())
+            (id, self.peers.hosting(&node, STATUS_TIMEOUT).await.ok())
         };
         let nodes: Vec<(NodeId, Node)> = view.nodes.iter().map(|(id, node)| (*id, node.clone())).collect();
         let asked = futures::stream::iter(nodes).map(ask).buffer_unordered(STATUS_ASKED_AT_ONCE);
-        let answers: HashMap<NodeId, Option<Vec<HostedReplica>>> = asked.collect().await;
+        let answers: HashMap<NodeId, Option<Hosting>> = asked.collect().await;
         let status = self.describe(&view, &answers);
         *cached = Some((Instant::now(), status.clone()));
         status
     }
 
-    fn describe(&self, view: &View, answers: &HashMap<NodeId, Option<Vec<HostedReplica>>>) -> ClusterStatus {
+    fn describe(&self, view: &View, answers: &HashMap<NodeId, Option<Hosting>>) -> ClusterStatus {
+        let told = |id: &NodeId| answers.get(id).and_then(Option::as_ref);
         let nodes = view.nodes.iter().map(|(id, node)| NodeStatus {
             id: *id,
             address: node.address.clone(),
@@ -345,6 +356,8 @@ impl Member {
             directory: node.directory,
             reachable: answers.get(id).is_some_and(Option::is_some),
             leaving: view.leaving.contains(id),
+            speaks: told(id).map(|hosting| hosting.speaks),
+            holds_level: told(id).is_some_and(|hosting| hosting.holds_level),
         });
         let moves = view.moves.iter().map(|(id, held)| MoveStatus {
             id: *id,
@@ -357,6 +370,7 @@ impl Member {
             cluster: view.cluster,
             epoch: view.epoch,
             version: view.version,
+            level: view.level,
             asked: view.asked,
             answered_by: self.node,
             meta_leader: self.registry.get(GroupId::META).and_then(|meta| meta.status().leader),
@@ -435,10 +449,10 @@ fn describe_shard(
     view: &View,
     id: GroupId,
     group: &crate::sm::view::Group,
-    answers: &HashMap<NodeId, Option<Vec<HostedReplica>>>,
+    answers: &HashMap<NodeId, Option<Hosting>>,
 ) -> ShardStatus {
     let told = |replica: ReplicaId, node: NodeId| -> Option<&HostedReplica> {
-        answers.get(&node)?.as_ref()?.iter().find(|hosted| hosted.group == id && hosted.replica == replica)
+        answers.get(&node)?.as_ref()?.replicas.iter().find(|hosted| hosted.group == id && hosted.replica == replica)
     };
     let with_told = |(replica, node)| (replica, node, told(replica, node));
     let is_witness = |replica: ReplicaId, hosted: Option<&HostedReplica>| {

@@ -41,6 +41,7 @@ pub fn families(member: &Member, log: &Log, states: &StateStore) -> Vec<Family> 
     all.extend(of_moves(&member.moves.now()));
     all.extend(of_rooms(member));
     all.extend(of_groups(member));
+    all.push(of_level(member));
     all
 }
 
@@ -194,6 +195,11 @@ fn of_rooms(member: &Member) -> Vec<Family> {
         one("quorate_lanes_served", Gauge, "Lanes from other nodes, and connections that may become some.", seats.used() as f64),
         one("quorate_lanes_refused_total", Counter, "Lanes that found no place, or gave theirs up.", seats.refused() as f64),
     ]
+}
+
+fn of_level(member: &Member) -> Family {
+    let level = f64::from(member.view().level);
+    one("quorate_level", FamilyKind::Gauge, "The cluster's feature level, as this node knows it.", level)
 }
 
 fn of_groups(member: &Member) -> Vec<Family> {

@@ -14,6 +14,7 @@ mod compactor;
 mod janitor;
 mod join;
 mod leftovers;
+mod levels;
 pub mod machine;
 mod member;
 mod memberships;
@@ -35,7 +36,7 @@ use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
-use crate::client::peer::{Announcement, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
+use crate::client::peer::{Announcement, HoldRequest, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
 use crate::client::shard_map::ShardMap;
@@ -43,6 +44,7 @@ use crate::client::store::{Failure, Found, GetManyRequest, Options, Page, ScanRe
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
 use crate::sm::kv::{Operation, Record};
+use crate::sm::level::TooOld;
 use crate::sm::meta;
 use crate::sm::view::View;
 use crate::storage::directory::DirectoryError;
@@ -87,6 +89,9 @@ pub enum NodeError {
         "the log has failed, so this node stops: {0}; what it acknowledged is kept. Free or mend the disk, then start it again"
     )]
     LogFailed(String),
+    /// The level of the cluster was raised past what this program knows.
+    #[error(transparent)]
+    TooOld(#[from] TooOld),
     /// The process must be started again: the damaged database is out of the way by then.
     #[error("the map database is damaged; it is set aside and rebuilt by a start of the process")]
     MapsDamaged,
@@ -156,6 +161,7 @@ impl Node {
         let failed = running.log_failure();
         let condemned = running.condemned();
         let retired = running.retired();
+        let too_old = running.too_old();
         let running = self.running.get_or_init(|| running);
         let result = tokio::select! {
             biased;
@@ -163,6 +169,7 @@ impl Node {
             reason = failed => Err(NodeError::LogFailed(reason)),
             () = condemned.cancelled() => Err(NodeError::MapsDamaged),
             () = retired.cancelled() => Err(NodeError::Retired),
+            too_old = too_old => Err(too_old.into()),
         };
         if let Err(NodeError::Retired) = result {
             running.retire(&self.joining).await?;
@@ -228,7 +235,21 @@ impl Node {
     /// What this node says of its own replicas.
     pub fn hosting(&self) -> Hosting {
         let replicas = self.running.get().map(|running| running.member().hosted()).unwrap_or_default();
-        Hosting { directory: self.joining.directory_id(), replicas }
+        self.joining.hosting(replicas)
+    }
+
+    /// Holds the level of its cluster where it is, or does so no more.
+    ///
+    /// # Errors
+    ///
+    /// When this node is none of that cluster, or can't write it down.
+    pub async fn hold_level(&self, request: HoldRequest) -> Result<(), Failure> {
+        let Some(running) = self.running.get() else { return Err(self.unavailable()) };
+        running.member().ensure_ours(request.cluster)?;
+        let (joining, HoldRequest { cluster, hold }) = (Arc::clone(&self.joining), request);
+        let written = tokio::task::spawn_blocking(move || joining.hold_level(cluster, hold)).await;
+        let failed = |reason: String| Failure::Unknown { reason };
+        written.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
     }
 
     /// Has the meta group, if this node leads it, apply the announcement of another node.

@@ -234,7 +234,15 @@ mod tests {
     }
 
     fn identity(at: u32, directory: u128, standing: Standing) -> Identity {
-        Identity { directory: DirectoryId(directory), address: address(at), public_address: None, speaks: 0, level: 0, standing }
+        Identity {
+            directory: DirectoryId(directory),
+            address: address(at),
+            public_address: None,
+            speaks: 0,
+            level: 0,
+            holds_level: false,
+            standing,
+        }
     }
 
     /// Whoever got the address, or says another, or is of something else, is no reason to give a node up.

@@ -19,6 +19,7 @@ use super::compactor::Compactor;
 use super::janitor::Janitor;
 use super::join::{Joined, Joining};
 use super::leftovers;
+use super::levels::{Levels, outgrown};
 use super::member::{Member, Views, read_view_now};
 use super::memberships::Memberships;
 use super::metrics::{self, Family};
@@ -38,6 +39,7 @@ use crate::raft::lanes::http::HttpDial;
 use crate::raft::transport::Identity;
 use crate::raft::{LeaseReads, RaftTimings};
 use crate::raft::{Registry, RegistryParts, Rooms};
+use crate::sm::level::TooOld;
 use crate::sm::meta;
 use crate::sm::ports::StoreError;
 use crate::sm::view::View;
@@ -92,6 +94,7 @@ pub struct Running {
     storage: Storage,
     stop: CancellationToken,
     tasks: Mutex<JoinSet<()>>,
+    speaks: u16,
 }
 
 /// Log and maps, with the threads that write them.
@@ -122,7 +125,8 @@ impl Running {
         });
         let caller = ShardCaller::new().map_err(|error| StartError::Client(error.to_string()))?.charged_to(answers);
         let peers = PeerCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
-        let member = Member::new(joined.node, views, registry, caller, peers).ok_or(StartError::NoMetaReplica)?;
+        let member =
+            Member::new(joined.node, joining.clone(), views, registry, caller, peers).ok_or(StartError::NoMetaReplica)?;
         let member = Arc::new(member);
         Self::join_meta(joining, &member).await?;
         tracing::info!("this is node {} of cluster {}", member.node, member.cluster);
@@ -144,8 +148,10 @@ impl Running {
         spawn(&mut tasks, &stop, |stop| async move { migrator.run(&stop).await });
         let repair = Repair::new(member.clone(), config.replace_after, config.lost_disk_after);
         spawn(&mut tasks, &stop, |stop| async move { repair.run(&stop).await });
+        let levels = Levels::new(member.clone(), config.speaks(), config.raise_level_after);
+        spawn(&mut tasks, &stop, |stop| async move { levels.run(&stop).await });
         let router = Router::new(Access::new(member.clone()), rand::random());
-        Ok(Self { router, member, reconciler, news, storage, stop, tasks: Mutex::new(tasks) })
+        Ok(Self { router, member, reconciler, news, storage, stop, tasks: Mutex::new(tasks), speaks: config.speaks() })
     }
 
     /// Opens the replica of the meta group, and only then calls this directory a member.
@@ -197,6 +203,11 @@ impl Running {
     /// Members of the cluster have called.
     pub fn called_by(&self, members: Vec<Address>) {
         self.news.called_by(members);
+    }
+
+    /// Resolves when the cluster uses more than this program knows.
+    pub fn too_old(&self) -> impl Future<Output = TooOld> + use<> {
+        outgrown(self.member.views().subscribe(), self.speaks)
     }
 
     /// Cancelled when this node turns out not to be in the view any more.

@@ -19,8 +19,13 @@ use crate::types::{Address, ClusterId, DirectoryId, NodeId, ReplicaId};
 const LOCK: &str = "LOCK";
 const IDENTITY: &str = "identity";
 const STAMP: &str = "stamp";
-/// The newest format of both files that this version reads, and the one that it writes.
+/// A mark beside them: the level of the cluster is not to be raised while this node is in it.
+const HOLD: &str = "level-hold";
+/// The format of all files but one:
 const FORMAT: u64 = 1;
+/// The stamp of a member of a cluster of a level above 0. Programs that know no levels refuse it as
+/// of a newer version, where a field more in the first format would be damage to them.
+const LEVELED_FORMAT: u64 = 2;
 
 /// What a data directory knows of the cluster that it is in. Part of the disk format.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +47,16 @@ pub enum Stamp {
     },
     /// It left its cluster, and still says where that is.
     Retired { cluster: ClusterId, node: NodeId, members: Vec<Address> },
+}
+
+impl Stamp {
+    /// Returns the level of the cluster that it is a member of.
+    pub fn level(&self) -> u16 {
+        match self {
+            Stamp::Founding { view } | Stamp::Member { view, .. } => view.level,
+            Stamp::Fresh | Stamp::Promised { .. } | Stamp::Retired { .. } => 0,
+        }
+    }
 }
 
 /// Why a data directory can't be used.
@@ -80,6 +95,8 @@ pub struct DataDirectory {
     path: PathBuf,
     id: DirectoryId,
     stamp: Mutex<Stamp>,
+    /// The cluster whose level is not to be raised.
+    held: Mutex<Option<ClusterId>>,
     /// None in a simulation, where no other process is.
     _lock: Option<File>,
 }
@@ -108,7 +125,8 @@ impl DataDirectory {
             listed => drop(listed.map_err(io_error)?),
         }
         let identity: Option<DirectoryId> = sealed::read(&*disk, &path.join(IDENTITY), FORMAT)?;
-        let stamp: Option<Stamp> = sealed::read(&*disk, &path.join(STAMP), FORMAT)?;
+        let stamp: Option<Stamp> = sealed::read(&*disk, &path.join(STAMP), LEVELED_FORMAT)?;
+        let held: Option<ClusterId> = sealed::read(&*disk, &path.join(HOLD), FORMAT)?;
         let missing = |name: &str| DirectoryError::Damaged { path: path.join(name), reason: "it is missing".into() };
         let (id, stamp) = match (identity, stamp) {
             (Some(id), Some(stamp)) => (id, stamp),
@@ -124,7 +142,7 @@ impl DataDirectory {
             }
             (None, Some(_)) => return Err(missing(IDENTITY)),
         };
-        Ok(Self { disk, path: path.to_owned(), id, stamp: Mutex::new(stamp), _lock: lock })
+        Ok(Self { disk, path: path.to_owned(), id, stamp: Mutex::new(stamp), held: Mutex::new(held), _lock: lock })
     }
 
     pub fn path(&self) -> &Path {
@@ -149,10 +167,33 @@ impl DataDirectory {
     pub fn update_stamp(&self, change: impl FnOnce(&Stamp) -> Option<Stamp>) -> Result<Stamp, DirectoryError> {
         let mut current = self.stamp.lock().expect("no holder panics");
         if let Some(stamp) = change(&current).filter(|stamp| *stamp != *current) {
-            sealed::write(&*self.disk, &self.path, STAMP, FORMAT, &stamp)?;
+            match stamp.level() {
+                0 => sealed::write(&*self.disk, &self.path, STAMP, FORMAT, &stamp)?,
+                level => sealed::write_leveled(&*self.disk, &self.path, STAMP, (LEVELED_FORMAT, level), &stamp)?,
+            }
             *current = stamp;
         }
         Ok(current.clone())
+    }
+
+    /// Returns whether this node holds the level of this cluster where it is.
+    pub fn holds_level(&self, cluster: ClusterId) -> bool {
+        *self.held.lock().expect("no holder panics") == Some(cluster)
+    }
+
+    /// Holds the level of this cluster where it is, or does so no more; durable when it returns. Blocking.
+    pub fn hold_level(&self, cluster: ClusterId, holds: bool) -> Result<(), DirectoryError> {
+        let mut held = self.held.lock().expect("no holder panics");
+        if holds {
+            sealed::write(&*self.disk, &self.path, HOLD, FORMAT, &cluster)?;
+            *held = Some(cluster);
+        } else if held.is_some() {
+            let path = self.path.join(HOLD);
+            let removed = self.disk.remove(&path).and_then(|()| self.disk.sync_dir(&self.path));
+            removed.map_err(|source| DirectoryError::Io { path, source })?;
+            *held = None;
+        }
+        Ok(())
     }
 }
 
@@ -232,6 +273,31 @@ mod tests {
     }
 
     #[test]
+    fn a_stamp_of_a_level_is_of_another_format_and_a_hold_is_of_one_cluster() {
+        let disk = SimDisk::new(1);
+        let open = || DataDirectory::open_unlocked(Arc::new(disk.clone()), Path::new("/data"), DirectoryId(7));
+        let directory = open().expect("created");
+        let Stamp::Member { cluster, node, meta_replica, view } = member() else { unreachable!("it is one") };
+        let view = Box::new(View { level: 1, ..*view });
+        let stamp = Stamp::Member { cluster, node, meta_replica, view };
+        directory.set_stamp(stamp.clone()).expect("stamped");
+        let text = String::from_utf8(disk.contents(Path::new("/data/stamp")).expect("there")).expect("text");
+        assert!(text.starts_with("{\n  \"format\": 2,\n  \"level\": 1,\n"), "{text}");
+        assert_eq!(open().expect("opened").stamp(), stamp);
+        directory.set_stamp(member()).expect("stamped");
+        let text = String::from_utf8(disk.contents(Path::new("/data/stamp")).expect("there")).expect("text");
+        assert!(text.starts_with("{\n  \"format\": 1,\n  \"checksum\""), "{text}");
+
+        let holds = || [cluster, ClusterId(5)].map(|cluster| open().expect("opened").holds_level(cluster));
+        directory.hold_level(cluster, false).expect("nothing to do");
+        assert_eq!(holds(), [false, false]);
+        directory.hold_level(cluster, true).expect("held");
+        assert_eq!(holds(), [true, false]);
+        directory.hold_level(cluster, false).expect("released");
+        assert_eq!(holds(), [false, false]);
+    }
+
+    #[test]
     fn an_update_sees_the_stamp_and_may_leave_it() {
         let temporary = tempfile::tempdir().expect("a directory");
         let directory = DataDirectory::open(temporary.path()).expect("created");
@@ -294,10 +360,10 @@ mod tests {
             }
             disk.remove(&file).expect("removed");
             assert!(open().is_err(), "a directory without its {name} was believed");
-            let newer = String::from_utf8(good.clone()).expect("text").replacen("\"format\": 1", "\"format\": 2", 1);
+            let newer = String::from_utf8(good.clone()).expect("text").replacen("\"format\": 1", "\"format\": 3", 1);
             rewrite(&file, newer.as_bytes());
             let error = open().err().expect("of a newer version");
-            assert!(matches!(error, DirectoryError::Newer { .. }) && error.to_string().contains("format is 2"), "{error}");
+            assert!(matches!(error, DirectoryError::Newer { .. }) && error.to_string().contains("format is 3"), "{error}");
             rewrite(&file, &good);
         }
         let (id, stamp, _) = open().expect("whole again");

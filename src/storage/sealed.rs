@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::disk::{Disk, Open};
+use crate::sm::level::{LEVEL, TooOld};
 
 /// Why a file was not read or written.
 #[derive(Debug, thiserror::Error)]
@@ -37,9 +38,16 @@ pub enum SealedError {
 #[derive(Serialize, Deserialize)]
 struct Sealed<T> {
     format: u64,
+    /// The level that a program must know to read the value.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    level: u16,
     /// Of the value without white space between its parts, in hexadecimal.
     checksum: String,
     value: T,
+}
+
+fn is_zero(level: &u16) -> bool {
+    *level == 0
 }
 
 /// Reads what [`write`] wrote, in any format up to `newest_format`. Returns none if there is no such file.
@@ -61,14 +69,17 @@ pub fn read<T: DeserializeOwned>(disk: &dyn Disk, path: &Path, newest_format: u6
     let read = file.read_at(&mut bytes, 0).map_err(io_error)?;
     bytes.truncate(read);
 
-    // The format first: what a newer one has around the value is not known here.
+    // Format and level first: what a newer one has around the value is not known here.
     #[derive(Deserialize)]
     struct Format {
         format: Option<u64>,
+        #[serde(default)]
+        level: u16,
     }
     let format: Format = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
     match format.format {
         None | Some(0) => return Err(damaged("it does not say its format".into())),
+        Some(_) if format.level > LEVEL => return Err(newer(TooOld::new(format.level, LEVEL).to_string())),
         Some(format) if format > newest_format => return Err(newer(format!("its format is {format}"))),
         Some(_) => {}
     }
@@ -87,10 +98,25 @@ pub fn read<T: DeserializeOwned>(disk: &dyn Disk, path: &Path, newest_format: u6
 ///
 /// When the disk fails: the file is then as it was, or as it should be.
 pub fn write<T: Serialize>(disk: &dyn Disk, directory: &Path, name: &str, format: u64, value: &T) -> Result<(), SealedError> {
+    write_leveled(disk, directory, name, (format, 0), value)
+}
+
+/// As [`write`], of what only programs read that know the level.
+///
+/// # Errors
+///
+/// When the disk fails: the file is then as it was, or as it should be.
+pub fn write_leveled<T: Serialize>(
+    disk: &dyn Disk,
+    directory: &Path,
+    name: &str,
+    (format, level): (u64, u16),
+    value: &T,
+) -> Result<(), SealedError> {
     let path = directory.join(name);
     let beside = directory.join(format!("{name}.part"));
     let compact = serde_json::to_string(value).expect("JSON of our own types, in memory");
-    let sealed = Sealed { format, checksum: checksum(&compact), value };
+    let sealed = Sealed { format, level, checksum: checksum(&compact), value };
     let mut bytes = serde_json::to_vec_pretty(&sealed).expect("JSON of our own types, in memory");
     bytes.push(b'\n');
 
@@ -168,6 +194,11 @@ mod tests {
         write(&disk, path, "file", 2, &"anything").expect("written");
         let error = read_it().expect_err("a newer format");
         assert!(matches!(error, SealedError::Newer { .. }) && error.to_string().contains("format is 2"), "{error}");
+
+        write_leveled(&disk, path, "file", (1, LEVEL + 3), &"anything").expect("written");
+        let error = read_it().expect_err("a later level").to_string();
+        let sentence = format!("this cluster uses level {}, this program knows {LEVEL}: start a newer one", LEVEL + 3);
+        assert!(error.contains(&sentence), "{error}");
 
         // Another frame around the value.
         put(&disk, &file, br#"{"format": 7, "seal": "x"}"#);

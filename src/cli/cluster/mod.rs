@@ -3,6 +3,7 @@
 //! `status` shows, `change` says what is to be changed and has it accepted, `progress` waits for its end.
 
 mod change;
+mod level;
 mod progress;
 mod status;
 
@@ -58,6 +59,16 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// The feature level: what all nodes can read. Shows it, or holds it where it is during an upgrade
+    #[command(after_help = EXIT_CODES)]
+    Level {
+        /// Do not raise it, so that every node can still go back to its older program
+        #[arg(long, conflicts_with = "release")]
+        hold: bool,
+        /// Raise it again once every node has run the newer program for a while
+        #[arg(long)]
+        release: bool,
+    },
     /// Hand the leadership of a shard over, to its home or to another of its replicas
     #[command(after_help = EXIT_CODES)]
     Leader {
@@ -96,6 +107,12 @@ pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
         Command::Leader { shard, to } => {
             let leader = cluster.client.transfer_leader(shard, to.as_ref()).await?;
             print(&format!("shard {shard} is led by {leader}\n"))
+        }
+        Command::Level { hold, release } => {
+            if hold || release {
+                level::hold(&mut cluster, hold).await?;
+            }
+            print(&level::render(&cluster.client.cluster().await?))
         }
         Command::Status { json, watch: None } => print(&show(&mut cluster, json).await?),
         Command::Status { json, watch: Some(pause) } => loop {

@@ -35,10 +35,11 @@ pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> Str
         Layout::Exclusive => "exclusive",
     };
     let tables = format!(
-        "cluster {}  plan {}  map {}  layout {layout}  told by {}\n\n{}\n{}",
+        "cluster {}  plan {}  map {}  level {}  layout {layout}  told by {}\n\n{}\n{}",
         status.cluster,
         status.epoch,
         status.version,
+        status.level,
         name(status.answered_by),
         table(&["NODE", "ID", "REACHED", "LEADS", "REPLICAS", ""], nodes.collect()),
         table(&["SHARD", "HOME", "LEADER", "TERM", "KEYS", "BYTES", "SLOTS", "REPLICAS"], shards.collect()),

@@ -25,6 +25,8 @@ const PORT: u16 = 7411;
 
 pub struct Host {
     config: NodeConfig,
+    /// The level that its next start speaks at most: that of an older program.
+    level_max: Mutex<Option<u16>>,
     directory: DirectoryId,
     disks: Disks,
     is_held: Arc<AtomicBool>,
@@ -77,10 +79,12 @@ impl Host {
             timing_factor: 1,
             lease_drift_ms: None,
             level_max: None,
+            raise_level_after: Duration::from_millis(500),
         };
         let disks = Disks { disk: SimDisk::new(seed), trees: MemTrees::new() };
         Arc::new(Self {
             config,
+            level_max: Mutex::default(),
             directory: DirectoryId(u128::from(seed) + 1),
             disks,
             is_held: Arc::default(),
@@ -117,13 +121,20 @@ impl Host {
         self.lacks_descriptors.store(are_gone, Ordering::Relaxed);
     }
 
+    /// From its next start on it speaks this level at most, as an older program would.
+    pub fn speak(&self, level_max: Option<u16>) {
+        *self.level_max.lock().expect("no holder panics") = level_max;
+    }
+
     pub fn start(&self) {
         let power = Power::on(self.is_held.clone(), self.lacks_descriptors.clone());
         let watcher = self.watcher.lock().expect("no holder panics").clone().expect("it is watched");
         let machine = SimMachine { disks: self.disks.clone(), power: power.clone(), directory_if_new: self.directory, watcher };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let node: Arc<Mutex<Option<Arc<Node>>>> = Arc::default();
-        let serving = serve(Arc::new(machine), self.config.clone(), node.clone());
+        let level_max = *self.level_max.lock().expect("no holder panics");
+        let config = NodeConfig { level_max, ..self.config.clone() };
+        let serving = serve(Arc::new(machine), config, node.clone());
         let (failed, is_on) = (self.failed.clone(), power.clone());
         runtime.spawn(async move {
             let error = serving.await;

@@ -12,6 +12,7 @@ mod case;
 mod descriptors;
 mod history;
 mod host;
+mod levels;
 mod machine;
 mod old_view;
 mod probe;
