@@ -46,6 +46,8 @@ pub struct NodeConfig {
     pub level_max: Option<u16>,
     /// The level is raised once every node has said for so long that it speaks a later one.
     pub raise_level_after: Duration,
+    /// The replicas of each shard compare their maps so often.
+    pub compare_every: Duration,
 }
 
 /// Why a configuration makes no sense.
@@ -128,6 +130,7 @@ mod tests {
             lease_drift_ms: None,
             level_max: None,
             raise_level_after: Duration::from_secs(60),
+            compare_every: Duration::from_secs(600),
         }
     }
 

@@ -87,6 +87,9 @@ pub struct Arguments {
     /// go back to the older one
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub raise_level_after: u64,
+    /// The replicas of each shard compare what they hold every so many seconds; one that differs from a majority is rebuilt
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    pub compare_every: u64,
     /// How long a stop may take to answer what is in flight, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub stop_timeout: u64,
@@ -124,6 +127,7 @@ impl Arguments {
             lease_drift_ms: self.lease_reads,
             level_max: self.level_max,
             raise_level_after: Duration::from_secs(self.raise_level_after),
+            compare_every: Duration::from_secs(self.compare_every),
         })
     }
 

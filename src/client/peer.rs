@@ -118,6 +118,26 @@ pub struct HostedReplica {
     /// It keeps the log and no map, and has no counts.
     #[serde(default)]
     pub is_witness: bool,
+    /// What its map was as of the entry at which all compare theirs.
+    #[serde(default)]
+    pub digest: Option<NotedDigest>,
+    /// Of one that leads: why nothing is written.
+    #[serde(default)]
+    pub alarm: Option<String>,
+}
+
+/// The digest of a replica's map as of an entry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotedDigest {
+    pub at: LogId,
+    /// As text, which is only compared.
+    pub digest: String,
+}
+
+impl NotedDigest {
+    pub fn new(at: LogId, pairs: u64, sum: u128) -> Self {
+        Self { at, digest: format!("{pairs}-{sum:032x}") }
+    }
 }
 
 /// Why a node gave no answer.

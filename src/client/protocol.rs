@@ -191,6 +191,9 @@ pub struct ShardStatus {
     /// One that only keeps the log: it lets an even number of replicas survive the loss of half of them, and serves nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub witness: Option<ReplicaStatus>,
+    /// Why nothing is written to it: its replicas differ, and no majority of them is of one mind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

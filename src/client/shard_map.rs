@@ -166,6 +166,7 @@ mod tests {
             slots: 0,
             replicas: vec![replica(1, 1), replica(2, 2), replica(3, 3)],
             witness: Some(replica(4, 4)),
+            alarm: None,
         };
         ClusterStatus {
             cluster: ClusterId(7),

@@ -87,6 +87,7 @@ pub fn status(version: u64, leader: Option<usize>, nodes: &[Address]) -> Cluster
         slots: 4096,
         replicas: (0..nodes.len()).map(replica).collect(),
         witness: None,
+        alarm: None,
     };
     ClusterStatus {
         cluster: ClusterId(1),

@@ -454,6 +454,7 @@ impl Store for FakeStore {
             slots: slots.of(*id).count() as u64,
             replicas: group.replicas.iter().map(replica).collect(),
             witness: None,
+            alarm: None,
         };
         Box::pin(ready(Ok(ClusterStatus {
             cluster: ClusterId(7),

@@ -211,6 +211,8 @@ impl Access {
             ProposeError::Stopped { reason } => {
                 unavailable(format!("the replica of shard {shard} on this node has stopped: {reason}"))
             }
+            // Final for the caller, whose retries would find the same.
+            ProposeError::ReadOnly { reason } => overloaded(format!("shard {shard} is read-only: {reason}")),
             error @ ProposeError::NotYet { .. } => unavailable(error.to_string()),
             ProposeError::Unknown { reason } => Failure::Unknown { reason },
         }

@@ -3,7 +3,7 @@
 //! [`Member`] is what the other parts of `node` share. It decides nothing: the view comes from the node's own meta replica (set by
 //! `reconciler`), leaders from its own replicas, or from what others answered (hints, which may be wrong and are only tried first).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::join::Joining;
 use super::move_counters::MoveCounters;
 use crate::client::call::ShardCaller;
-use crate::client::peer::{Announcement, HostedReplica, Hosting, PeerCaller, PeerError};
+use crate::client::peer::{Announcement, HostedReplica, Hosting, NotedDigest, PeerCaller, PeerError};
 use crate::client::protocol::{ClusterStatus, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::Failure;
@@ -53,6 +53,8 @@ pub struct Member {
     pub caller: ShardCaller,
     pub peers: PeerCaller,
     pub moves: MoveCounters,
+    /// How often replicas of each shard that this node led were found to differ.
+    differed: Mutex<BTreeMap<GroupId, u64>>,
     joining: Arc<Joining>,
     views: Arc<Views>,
     hints: Mutex<HashMap<GroupId, Hint>>,
@@ -147,6 +149,7 @@ impl Member {
             caller,
             peers,
             moves: MoveCounters::default(),
+            differed: Mutex::default(),
             joining,
             views,
             hints: Mutex::default(),
@@ -156,6 +159,16 @@ impl Member {
 
     pub fn view(&self) -> Arc<View> {
         self.views.view()
+    }
+
+    /// Counts that replicas of a shard which this node leads differ.
+    pub fn differed(&self, shard: GroupId) {
+        *self.differed.lock().expect("no holder panics").entry(shard).or_default() += 1;
+    }
+
+    /// Returns how often replicas of each shard that this node led were found to differ.
+    pub fn differences(&self) -> BTreeMap<GroupId, u64> {
+        self.differed.lock().expect("no holder panics").clone()
     }
 
     /// Returns whether a leader may propose it: every node of the cluster can read it.
@@ -427,6 +440,8 @@ fn hosted(group: &Group) -> HostedReplica {
         bytes: count.as_ref().map_or(0, |count| count.bytes),
         failed: status.failed.or(damage),
         is_witness: false,
+        digest: group.state().noted_digest().map(|(at, digest)| NotedDigest::new(at, digest.pairs, digest.sum)),
+        alarm: group.alarm(),
     }
 }
 
@@ -442,6 +457,8 @@ fn hosted_witness(witness: &Witness) -> HostedReplica {
         bytes: 0,
         failed: status.failed,
         is_witness: true,
+        digest: None,
+        alarm: None,
     }
 }
 
@@ -488,6 +505,7 @@ fn describe_shard(
         slots: view.slots.of(id).count() as u64,
         replicas: replicas.collect(),
         witness,
+        alarm: leading.and_then(|(_, hosted)| hosted.alarm.clone()),
     }
 }
 

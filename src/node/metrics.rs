@@ -197,6 +197,20 @@ fn of_rooms(member: &Member) -> Vec<Family> {
     ]
 }
 
+fn differences(member: &Member) -> Family {
+    let samples = member.differences().into_iter().map(|(group, count)| Sample {
+        suffix: "",
+        labels: vec![("group", group.0.to_string())],
+        value: count as f64,
+    });
+    family(
+        "quorate_replicas_differ_total",
+        FamilyKind::Counter,
+        "How often replicas of a shard that this node led were found to differ, since the start.",
+        samples.collect(),
+    )
+}
+
 fn of_level(member: &Member) -> Family {
     let level = f64::from(member.view().level);
     one("quorate_level", FamilyKind::Gauge, "The cluster's feature level, as this node knows it.", level)
@@ -208,6 +222,7 @@ fn of_groups(member: &Member) -> Vec<Family> {
     let mut applied = Vec::new();
     let mut purged = Vec::new();
     let mut failed = Vec::new();
+    let (mut read_only, mut rebuilt) = (Vec::new(), Vec::new());
     for group in member.registry.groups() {
         let status = group.status();
         let labels = vec![("group", group.key().group.0.to_string())];
@@ -217,6 +232,8 @@ fn of_groups(member: &Member) -> Vec<Family> {
         applied.push(sample(status.applied.map_or(0, |id| id.index) as f64));
         purged.push(sample(status.purged.map_or(0, |id| id.index) as f64));
         failed.push(sample(if status.failed.is_some() { 1.0 } else { 0.0 }));
+        read_only.push(sample(if group.alarm().is_some() { 1.0 } else { 0.0 }));
+        rebuilt.push(sample(group.rebuilt() as f64));
     }
     let mut witness_bytes = Vec::new();
     for witness in member.registry.witnesses() {
@@ -237,6 +254,19 @@ fn of_groups(member: &Member) -> Vec<Family> {
         family("quorate_group_term", Gauge, "The group's term.", terms),
         family("quorate_group_applied_index", Gauge, "Index of the last entry applied here.", applied),
         family("quorate_group_purged_index", Gauge, "Index of the last entry that is no longer in the log here.", purged),
+        family(
+            "quorate_group_read_only",
+            Gauge,
+            "1 where this node leads the shard and its replicas differ without a majority of one mind: nothing is written.",
+            read_only,
+        ),
+        family(
+            "quorate_group_rebuilt_total",
+            FamilyKind::Counter,
+            "How often the map of the replica here differed from a majority and was rebuilt, since the start.",
+            rebuilt,
+        ),
+        differences(member),
         family("quorate_group_failed", Gauge, "1 where the replica on this node has stopped by itself.", failed),
     ]
 }

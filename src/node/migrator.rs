@@ -476,7 +476,7 @@ fn next_slots(group: &Group, view: &View) -> Result<Option<(GroupId, BTreeSet<Sl
 pub fn is_step(command: &Command) -> bool {
     match command {
         Command::Move { .. } | Command::Install { .. } => true,
-        Command::Write { .. } | Command::BoundedWrite { .. } | Command::Claim { .. } => false,
+        Command::Write { .. } | Command::BoundedWrite { .. } | Command::Claim { .. } | Command::Compare => false,
     }
 }
 
@@ -485,7 +485,7 @@ pub async fn wait_ample_room(group: &Group, command: &Command) {
     let can_wait = match command {
         Command::Install { install, .. } => install.is_one_of_many(),
         Command::Move { step, .. } => matches!(step, MoveStep::Clear { .. }),
-        Command::Write { .. } | Command::BoundedWrite { .. } | Command::Claim { .. } => false,
+        Command::Write { .. } | Command::BoundedWrite { .. } | Command::Claim { .. } | Command::Compare => false,
     };
     if can_wait {
         // Not for ever: whoever sent it looks again what there is to do.

@@ -7,6 +7,7 @@
 //! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was done, and why.
 
 pub mod access;
+mod agreement;
 mod balancer;
 pub mod bootstrap;
 mod chores;

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::access::Access;
+use super::agreement::Agreement;
 use super::balancer::Balancer;
 use super::compactor::Compactor;
 use super::janitor::Janitor;
@@ -148,6 +149,8 @@ impl Running {
         spawn(&mut tasks, &stop, |stop| async move { migrator.run(&stop).await });
         let repair = Repair::new(member.clone(), config.replace_after, config.lost_disk_after);
         spawn(&mut tasks, &stop, |stop| async move { repair.run(&stop).await });
+        let agreement = Agreement::new(member.clone(), config.compare_every);
+        spawn(&mut tasks, &stop, |stop| async move { agreement.run(&stop).await });
         let levels = Levels::new(member.clone(), config.speaks(), config.raise_level_after);
         spawn(&mut tasks, &stop, |stop| async move { levels.run(&stop).await });
         let router = Router::new(Access::new(member.clone()), rand::random());

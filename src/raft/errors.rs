@@ -24,6 +24,9 @@ pub enum ProposeError {
     /// Not every node of the cluster may be able to read it: nothing was proposed.
     #[error("a {} needs level {}, which this cluster has not reached: upgrade all of its nodes", .needs.name(), .needs.level())]
     NotYet { needs: Feature },
+    /// The replicas of the shard are not of one mind: nothing is written until they are.
+    #[error("it is read-only: {reason}")]
+    ReadOnly { reason: String },
     #[error("its outcome is unknown: {reason}")]
     Unknown { reason: String },
 }

@@ -77,6 +77,7 @@ impl Group {
                 };
                 self.with_vote(reply).await
             }
+            Request::Rebuild { vote } => self.hold_map(&vote),
             Request::Held { index } => match &self.machine.keeps {
                 Keeps::Witness(state) => {
                     state.note_held(index);
@@ -106,6 +107,9 @@ impl Group {
             Request::SnapshotInstall { vote, snapshot } => {
                 let raft = self.raft.clone();
                 let install = |receiver, done: snapshots::InstallSender| {
+                    if self.machine.hold.is_set() {
+                        return self.take_rebuilt(receiver, vote, done);
+                    }
                     self.spawn(async move {
                         let result = snapshots::install(raft, receiver, vote).await;
                         done.send_replace(Some(result));

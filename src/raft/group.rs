@@ -74,6 +74,9 @@ pub struct Group {
     pub(super) watch: watch::Receiver<GroupWatch>,
     tasks: Mutex<Option<JoinSet<()>>>,
     is_stopping: Arc<AtomicBool>,
+    /// Why nothing is written.
+    alarm: Mutex<Option<String>>,
+    is_read_only: AtomicBool,
 }
 
 impl Group {
@@ -122,6 +125,8 @@ impl Group {
             watch,
             tasks: Mutex::new(Some(tasks)),
             is_stopping,
+            alarm: Mutex::default(),
+            is_read_only: AtomicBool::new(false),
         };
         let group = Arc::new(group);
         if is_witness {
@@ -173,6 +178,7 @@ impl Group {
         deadline: Instant,
     ) -> Result<kv::WriteOutcome, ProposeError> {
         self.ensure_proposes()?;
+        self.ensure_writable()?;
         if self.shared.log.overloaded() {
             return Err(ProposeError::Overloaded { limit: "the log's disk does not keep up".into() });
         }
@@ -182,6 +188,9 @@ impl Group {
     /// Proposes a command of a shard as an entry of its own.
     pub async fn propose_command(&self, command: kv::Command, deadline: Instant) -> Result<kv::Outcome, ProposeError> {
         self.ensure_allowed(command.needs())?;
+        if !matches!(command, kv::Command::Compare) {
+            self.ensure_writable()?;
+        }
         match self.propose_entry(command.encode(), deadline).await? {
             Outcome::Shard(outcome) => Ok(outcome),
             other => Err(ProposeError::unknown(format!("a command of a shard was answered by {other:?}"))),
@@ -207,6 +216,30 @@ impl Group {
             Some(needs) => Err(ProposeError::NotYet { needs }),
             None => Ok(()),
         }
+    }
+
+    /// Has nothing written from now on, for that reason, or lets it be written again.
+    pub fn set_alarm(&self, alarm: Option<String>) {
+        let mut now = self.alarm.lock().expect("no holder panics");
+        self.is_read_only.store(alarm.is_some(), Ordering::Relaxed);
+        *now = alarm;
+    }
+
+    /// Returns why nothing is written, if nothing is.
+    pub fn alarm(&self) -> Option<String> {
+        self.alarm.lock().expect("no holder panics").clone()
+    }
+
+    fn ensure_writable(&self) -> Result<(), ProposeError> {
+        if !self.is_read_only.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        Err(ProposeError::ReadOnly { reason: self.alarm().unwrap_or_default() })
+    }
+
+    /// Returns how often another map took the place of this replica's, which differed.
+    pub fn rebuilt(&self) -> u64 {
+        self.machine.rebuilt.load(Ordering::Relaxed)
     }
 
     /// A witness proposes nothing, also when it leads.
@@ -508,6 +541,8 @@ impl Group {
         self.is_stopping.store(true, Ordering::Relaxed);
         self.proposer.close(SHUT_DOWN);
         self.reads.close(SHUT_DOWN);
+        // Else openraft would wait for a map that does not come any more.
+        self.machine.hold.set(false);
         let _ = self.raft.shutdown().await;
         let tasks = self.tasks.lock().expect("no holder panics").take();
         if let Some(mut tasks) = tasks {

@@ -25,6 +25,7 @@ mod network;
 mod proposer;
 mod pulse;
 mod reads;
+mod rebuild;
 mod registry;
 mod room;
 mod runtime;

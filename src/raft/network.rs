@@ -75,6 +75,11 @@ impl Network {
         self.client(target, node, Lane::Log)
     }
 
+    /// The way to a replica for a snapshot that openraft does not know of.
+    pub fn snapshot_client(&self, target: ReplicaId, node: NodeId) -> PeerClient {
+        self.client(target, node, Lane::Snapshot)
+    }
+
     fn client(&self, target: ReplicaId, to: NodeId, lane: Lane) -> PeerClient {
         let head = Head { group: self.key.group, sender: self.key.replica, target };
         PeerClient { lanes: self.lanes.clone(), to, lane, head, network: self.clone() }

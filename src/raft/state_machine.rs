@@ -6,6 +6,7 @@
 //! An error is final: the replica has met a broken disk or an entry that it can't decode, and going on would make replicas differ.
 
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use futures::{Stream, TryStreamExt};
@@ -15,6 +16,7 @@ use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::rebuild::Hold;
 use super::types::{
     Outcome, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership, encode_stored_membership, from_raft,
     to_raft,
@@ -81,19 +83,30 @@ pub struct Machine {
     /// Index of the last applied entry.
     pub applied: watch::Sender<u64>,
     pub clock: GroupClock,
+    /// Nothing is applied while it is set.
+    pub hold: Hold,
+    /// How often another map took the place of this one's, which differed.
+    pub rebuilt: AtomicU64,
     failure: Mutex<Option<String>>,
 }
 
 impl Machine {
     pub fn new(keeps: Keeps) -> Result<Self, StoreError> {
         let applied = keeps.applied().log_id.map_or(0, |id| id.index);
-        let machine = Self { keeps, applied: watch::Sender::new(applied), clock: GroupClock::new(), failure: Mutex::new(None) };
+        let machine = Self {
+            keeps,
+            applied: watch::Sender::new(applied),
+            clock: GroupClock::new(),
+            hold: Hold::default(),
+            rebuilt: AtomicU64::new(0),
+            failure: Mutex::new(None),
+        };
         machine.read_clock()?;
         Ok(machine)
     }
 
     /// The map knows the time of the last entry.
-    fn read_clock(&self) -> Result<(), StoreError> {
+    pub fn read_clock(&self) -> Result<(), StoreError> {
         if let Some(state) = self.keeps.map().filter(|state| !state.key().group.is_meta()) {
             self.clock.observe(requests::group_time_ms(&state.read())?);
         }
@@ -145,12 +158,14 @@ pub struct StateMachine {
     is_meta: bool,
     /// Kept encoded as it is written with every entry.
     membership: bytes::Bytes,
+    /// The last entry that is in a map which took the place of another.
+    rebuilt_upto: Option<u64>,
 }
 
 impl StateMachine {
     pub fn new(machine: Arc<Machine>) -> Self {
         let membership = machine.keeps.applied().membership;
-        Self { is_meta: machine.keeps.key().group.is_meta(), machine, membership }
+        Self { is_meta: machine.keeps.key().group.is_meta(), machine, membership, rebuilt_upto: None }
     }
 
     fn apply_entry(
@@ -174,6 +189,7 @@ impl StateMachine {
             }
             (Keeps::Map(state), EntryPayload::Normal(proposal)) => (state, proposal),
         };
+        let mut notes = false;
         let (outcome, batch) = if self.is_meta {
             let command = meta::Command::decode(&proposal.0)?;
             let (outcome, batch) = meta::apply(&state.read(), id.index(), command)?;
@@ -183,11 +199,35 @@ impl StateMachine {
             if let Some(time_ms) = command.time_ms() {
                 self.machine.clock.observe(time_ms);
             }
+            notes = matches!(command, kv::Command::Compare);
             let (outcome, batch) = kv::apply_for(&state.read(), id.index(), command, audience)?;
             (Outcome::Shard(outcome), batch)
         };
         state.apply(batch, applied)?;
+        if notes {
+            state.note_digest();
+        }
         Ok(outcome)
+    }
+
+    /// Goes on from the map that was put in the place of the one that was held.
+    fn take_over_map(&mut self) -> io::Result<()> {
+        let applied = self.machine.keeps.applied();
+        self.membership = applied.membership;
+        let upto = applied.log_id.map(|id| id.index);
+        self.rebuilt_upto = upto;
+        self.machine.read_clock().map_err(|error| self.machine.fatal(error))?;
+        self.machine.applied.send_if_modified(|index| {
+            let is_further = upto > Some(*index);
+            *index = upto.unwrap_or(0).max(*index);
+            is_further
+        });
+        Ok(())
+    }
+
+    /// Returns whether an entry has its effects in the map already: it is in one that was put in the place of another.
+    fn is_in_map(&self, index: u64) -> bool {
+        self.rebuilt_upto.is_some_and(|upto| index <= upto)
     }
 
     fn builder(&self, made: Option<Image>) -> SnapshotBuilder {
@@ -214,7 +254,16 @@ impl RaftStateMachine<Types> for StateMachine {
             if let (0, Some(state)) = (in_turn, self.machine.keeps.map()) {
                 state.wait_room().await;
             }
+            if self.machine.hold.wait().await {
+                self.take_over_map()?;
+            }
             let index = entry.log_id.index();
+            if self.is_in_map(index) {
+                if let Some(responder) = responder {
+                    responder.send(Outcome::Nothing);
+                }
+                continue;
+            }
             let audience = if responder.is_some() { kv::Audience::Caller } else { kv::Audience::Nobody };
             let outcome = self.apply_entry(entry.log_id, entry.payload, audience).map_err(|error| self.machine.fatal(error))?;
             self.machine.applied.send_replace(index);

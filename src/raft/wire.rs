@@ -106,6 +106,10 @@ pub enum Request {
     Held {
         index: u64,
     },
+    /// To a replica whose map differs from a majority: hold it as it is, for a snapshot of the leader's to take its place. From level 1 on.
+    Rebuild {
+        vote: Vote,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,9 +3,12 @@
 //! Everything here is a function of its arguments, so that every replica that applies the same log holds the same map.
 //! Effects (proposing, storing, sending) live in the layers above; `tests/architecture.rs` holds that.
 
+pub mod agreement;
 pub mod codec;
 pub mod kv;
 pub mod level;
+#[cfg(test)]
+mod meaning;
 pub mod membership;
 pub mod meta;
 pub mod moves;

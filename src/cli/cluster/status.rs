@@ -44,7 +44,13 @@ pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> Str
         table(&["NODE", "ID", "REACHED", "LEADS", "REPLICAS", ""], nodes.collect()),
         table(&["SHARD", "HOME", "LEADER", "TERM", "KEYS", "BYTES", "SLOTS", "REPLICAS"], shards.collect()),
     );
-    tables + &unwitnessed(status) + &under_way(status, running)
+    tables + &alarms(status) + &unwitnessed(status) + &under_way(status, running)
+}
+
+/// Shards that take no writes, and why.
+fn alarms(status: &ClusterStatus) -> String {
+    let alarm = |shard: &ShardStatus| Some(format!("\nSHARD {} IS READ-ONLY: {}\n", shard.id.0, shard.alarm.as_ref()?));
+    status.shards.iter().filter_map(alarm).collect()
 }
 
 /// What an even number of replicas without a witness means.

@@ -80,6 +80,7 @@ impl Host {
             lease_drift_ms: None,
             level_max: None,
             raise_level_after: Duration::from_millis(500),
+            compare_every: Duration::from_millis(500),
         };
         let disks = Disks { disk: SimDisk::new(seed), trees: MemTrees::new() };
         Arc::new(Self {

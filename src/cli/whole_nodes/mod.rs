@@ -8,6 +8,7 @@
 //! `QUORATE_STEPS=all cargo test --lib whole_nodes::steps -- --nocapture`, or with the name of a kind of change; `QUORATE_STEPS_FROM=n` to
 //! begin later, `QUORATE_STEPS_AT_ONCE=n` for how many clusters run at a time.
 
+mod agreement;
 mod case;
 mod descriptors;
 mod history;

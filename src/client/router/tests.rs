@@ -217,6 +217,7 @@ fn status_of(state: &State, version: u64) -> ClusterStatus {
         slots: 0,
         replicas: vec![replica.clone()],
         witness: None,
+        alarm: None,
     };
     ClusterStatus {
         cluster: ClusterId(1),

@@ -49,6 +49,7 @@ pub fn apply_for(
         Command::Write { time_ms, writes } => apply_writes(&mut entry, Room::told(audience), time_ms, &writes)?,
         Command::BoundedWrite { time_ms, writes } => apply_writes(&mut entry, Room::strict(audience), time_ms, &writes)?,
         Command::Claim { slots } => claim(&mut entry, &slots)?,
+        Command::Compare => Outcome::Compared,
         Command::Move { id, slots, step } => Outcome::Moved(apply_step(&mut entry, id, slots, step)?),
         Command::Install { time_ms, install } => Outcome::Moved(destination::install(&mut entry, time_ms, install)?),
     };

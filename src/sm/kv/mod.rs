@@ -62,6 +62,8 @@ pub enum Command {
     /// As [`Command::Write`], but a write whose gets return more than is left of [`ANSWER_BYTES_MAX`] for the entry is rejected. From
     /// level 1 on.
     BoundedWrite { time_ms: u64, writes: Vec<Write> },
+    /// Changes nothing: replicas note the digest of their maps as of this entry. From level 1 on.
+    Compare,
 }
 
 /// Operations that happen all in one entry or not at all.
@@ -133,6 +135,8 @@ pub enum Outcome {
     },
     /// Of a step or a chunk of a move.
     Moved(MoveOutcome),
+    /// Of [`Command::Compare`].
+    Compared,
 }
 
 /// What became of a [`Write`].
@@ -186,6 +190,7 @@ impl Command {
         match self {
             Command::Write { .. } | Command::Claim { .. } | Command::Move { .. } | Command::Install { .. } => None,
             Command::BoundedWrite { .. } => Some(Feature::BoundedAnswers),
+            Command::Compare => Some(Feature::CompareDigests),
         }
     }
 
@@ -212,6 +217,7 @@ impl Command {
                 16 + writes.iter().map(Write::size_hint).sum::<usize>()
             }
             Command::Claim { slots } => 8 + 2 * slots.len(),
+            Command::Compare => 8,
             Command::Move { slots, step, .. } => 16 + 2 * slots.len() + step.size_hint(),
             Command::Install { install, .. } => 8 + install.size_hint(),
         }
@@ -223,7 +229,7 @@ impl Command {
             Command::Write { time_ms, .. } | Command::BoundedWrite { time_ms, .. } | Command::Install { time_ms, .. } => {
                 Some(*time_ms)
             }
-            Command::Claim { .. } | Command::Move { .. } => None,
+            Command::Claim { .. } | Command::Move { .. } | Command::Compare => None,
         }
     }
 }

@@ -172,6 +172,7 @@ fn show(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Written(writes) => writes.iter().map(show_write).collect::<Vec<_>>().join(" | "),
         Outcome::Claimed => "claimed".into(),
+        Outcome::Compared => "compared".into(),
         Outcome::ClaimRejected { generation, .. } => format!("moved by {generation}"),
         Outcome::Moved(outcome) => super::move_tests::show_moved(outcome),
     }

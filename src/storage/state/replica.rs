@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGua
 use std::time::Instant;
 
 use super::compaction::TreeCopy;
-use super::digest::PairHasher;
+use super::digest::{Digest, PairHasher};
 use super::open::{self, Found, Opened, pair_bytes};
 use super::record::{RESERVED, TreeRecord};
 use super::redo::{Redo, RedoFile};
@@ -20,6 +20,7 @@ use crate::sm::ports::{StoreError, WriteBatch};
 use crate::storage::ReplicaKey;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
 use crate::storage::tree::Tree;
+use crate::types::LogId;
 
 /// The map of one replica. Clones share it.
 #[derive(Clone)]
@@ -53,9 +54,18 @@ pub(super) struct Replica {
     /// Why nothing more is applied. Final.
     failure: OnceLock<String>,
     wiped: AtomicBool,
+    digests: Mutex<Digests>,
     opened: Opened,
     /// Given back when the last handle goes.
     _claim: Claim,
+}
+
+/// Digests of the whole map that were asked for.
+#[derive(Default)]
+struct Digests {
+    /// As of this entry, whose table waits for a checkpoint.
+    wanted: Option<LogId>,
+    noted: Option<(LogId, Digest)>,
 }
 
 /// What the holder of the pen knows of the tree.
@@ -114,6 +124,7 @@ impl ReplicaState {
             passed_over: AtomicBool::new(false),
             failure: OnceLock::new(),
             wiped: AtomicBool::new(false),
+            digests: Mutex::default(),
             opened,
             _claim: claim,
         };
@@ -163,6 +174,25 @@ impl ReplicaState {
             None => replica.shared.relieve_if_needed(),
         }
         Ok(())
+    }
+
+    /// Changes the map behind the back of the log, as a fault of program, machine or disk would.
+    #[cfg(test)]
+    pub fn spoil(&self, batch: WriteBatch) {
+        self.replica.write_tables().active.apply(batch);
+    }
+
+    /// Has the digest of the map as it is now noted. A checkpoint makes it: nothing waits for it here.
+    pub fn note_digest(&self) {
+        let replica = &self.replica;
+        let Some(log_id) = replica.read_tables().applied.log_id else { return };
+        replica.digests.lock().expect("no holder panics").wanted = Some(log_id);
+        replica.freeze_rest();
+    }
+
+    /// Returns the last digest that was noted, and of which entry it is.
+    pub fn noted_digest(&self) -> Option<(LogId, Digest)> {
+        self.replica.digests.lock().expect("no holder panics").noted
     }
 
     /// Whether its data is wanted no more: that it can't be read then is no news.
@@ -491,7 +521,16 @@ impl Replica {
         }
         pen.record = redo.record;
         self.map_bytes.store(map_bytes, Ordering::Relaxed);
+        self.note(&pen.record);
         Ok(())
+    }
+
+    /// Notes the digest of the tree if it is that which was asked for.
+    fn note(&self, record: &TreeRecord) {
+        let mut digests = self.digests.lock().expect("no holder panics");
+        if let Some(wanted) = digests.wanted.filter(|wanted| record.applied.log_id == Some(*wanted)) {
+            *digests = Digests { wanted: None, noted: Some((wanted, record.digest)) };
+        }
     }
 
     fn retire_oldest(&self) {

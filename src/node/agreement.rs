@@ -1,0 +1,217 @@
+//! Has the replicas of each shard that is led here compare their maps now and then, and does what follows: who differs
+//! from a majority is rebuilt, a leader that differs hands over first, and without a majority of one mind nothing is
+//! written any more. Decided in `sm::agreement`.
+//!
+//! An entry has every replica note the digest of its map as of that entry, which its next checkpoint knows anyway; nothing is
+//! read for it, and nothing waits. What is noted is told with what a node says of its replicas.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::member::Member;
+use crate::client::peer::{HostedReplica, NotedDigest};
+use crate::raft::Group;
+use crate::sm::agreement::{Verdict, judge};
+use crate::sm::kv::{Command, Outcome};
+use crate::sm::level::Feature;
+use crate::sm::view::Node;
+use crate::types::{GroupId, LogId, NodeId, ReplicaId};
+
+/// Between two looks; more often where maps are compared more often.
+const TICK_MAX: Duration = Duration::from_secs(1);
+const TICK_MIN: Duration = Duration::from_millis(50);
+/// A comparison that not all have answered after so many intervals is judged by those who have; a replica that is filled, or away,
+/// has nothing to tell of that entry.
+const PATIENCE: u32 = 2;
+/// After something was found, and under a new leader, maps are compared again after this part of the interval.
+const SOON: u32 = 10;
+const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
+const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Compares the maps of the shards that are led here.
+pub struct Agreement {
+    member: Arc<Member>,
+    every: Duration,
+    shards: BTreeMap<GroupId, Comparing>,
+    /// What nodes said in this look: each is asked at most once, for all shards.
+    heard: BTreeMap<NodeId, Vec<HostedReplica>>,
+}
+
+/// Where the comparison of one shard is.
+#[derive(Debug, Clone, Copy)]
+enum Comparing {
+    /// The next begins then. `last`: the entry of the one before.
+    Due { at: Instant, last: Option<LogId> },
+    /// The entry is proposed.
+    Asked { since: Instant, last: Option<LogId> },
+}
+
+/// What members told of the comparison at one entry.
+struct Told {
+    at: LogId,
+    members: BTreeMap<ReplicaId, NodeId>,
+    digests: BTreeMap<ReplicaId, String>,
+}
+
+impl Agreement {
+    pub fn new(member: Arc<Member>, every: Duration) -> Self {
+        Self { member, every, shards: BTreeMap::new(), heard: BTreeMap::new() }
+    }
+
+    pub async fn run(mut self, shutdown: &CancellationToken) {
+        let tick = (self.every / SOON).clamp(TICK_MIN, TICK_MAX);
+        while super::waited(shutdown, tick).await {
+            if self.member.allows(Feature::CompareDigests) {
+                self.look().await;
+            }
+        }
+    }
+
+    async fn look(&mut self) {
+        self.heard.clear();
+        let shards = self.member.registry.groups().into_iter().filter(|group| !group.key().group.is_meta());
+        let (led, followed): (Vec<_>, Vec<_>) = shards.partition(|group| group.leads());
+        for group in followed {
+            // Whoever leads says so.
+            group.set_alarm(None);
+        }
+        self.shards.retain(|id, _| led.iter().any(|group| group.key().group == *id));
+        for group in led {
+            let id = group.key().group;
+            let first = Comparing::Due { at: Instant::now() + self.every / SOON, last: None };
+            let now = self.shards.get(&id).copied().unwrap_or(first);
+            let next = self.step(&group, now).await;
+            self.shards.insert(id, next);
+        }
+    }
+
+    async fn step(&mut self, group: &Group, now: Comparing) -> Comparing {
+        match now {
+            Comparing::Due { at, .. } if Instant::now() < at => now,
+            // Of an idle shard nothing new is to be found.
+            Comparing::Due { last, .. } if last.is_some() && last == group.status().applied && group.alarm().is_none() => {
+                Comparing::Due { at: Instant::now() + self.every, last }
+            }
+            Comparing::Due { last, .. } => {
+                match group.propose_command(Command::Compare, Instant::now() + PROPOSE_TIMEOUT).await {
+                    Ok(Outcome::Compared) => Comparing::Asked { since: Instant::now(), last },
+                    Ok(_) | Err(_) => Comparing::Due { at: Instant::now() + self.every / SOON, last },
+                }
+            }
+            Comparing::Asked { since, last } => {
+                let is_late = since.elapsed() > self.every * PATIENCE;
+                let noted = group.state().noted_digest().filter(|(at, _)| Some(*at) > last);
+                let Some((at, _)) = noted else {
+                    let again = Comparing::Due { at: Instant::now(), last };
+                    return if is_late { again } else { now };
+                };
+                let told = self.ask(group, at).await;
+                if told.digests.len() < told.members.len() && !is_late {
+                    return now;
+                }
+                let is_over = self.conclude(group, &told).await;
+                let pause = if is_over { self.every } else { self.every / SOON };
+                Comparing::Due { at: Instant::now() + pause, last: Some(at) }
+            }
+        }
+    }
+
+    /// Asks every member with a map for the digest that it has noted at that entry.
+    async fn ask(&mut self, group: &Group, at: LogId) -> Told {
+        let (id, own) = (group.key().group, group.key().replica);
+        let membership = group.status().membership;
+        let all = membership.voters.iter().chain(&membership.learners).map(|(replica, node)| (*replica, *node));
+        let members: BTreeMap<ReplicaId, NodeId> = all.filter(|(replica, _)| !membership.is_witness(*replica)).collect();
+        self.hear(members.values().copied().collect()).await;
+        let answers = members.iter().filter(|(replica, _)| **replica != own).filter_map(|(replica, node)| {
+            let told = self.heard.get(node)?.iter().find(|hosted| hosted.group == id && hosted.replica == *replica)?;
+            Some((*replica, told.digest.clone()?))
+        });
+        let own = group.state().noted_digest().map(|(at, digest)| (own, NotedDigest::new(at, digest.pairs, digest.sum)));
+        let noted = answers.chain(own).filter(|(_, noted)| noted.at == at);
+        let digests = noted.map(|(replica, noted)| (replica, noted.digest)).collect();
+        Told { at, members, digests }
+    }
+
+    /// Asks those of the nodes that were not asked in this look.
+    async fn hear(&mut self, nodes: BTreeSet<NodeId>) {
+        let view = self.member.view();
+        let new = nodes.into_iter().filter(|node| *node != self.member.node && !self.heard.contains_key(node));
+        let new: Vec<(NodeId, Node)> = new.filter_map(|id| Some((id, view.nodes.get(&id)?.clone()))).collect();
+        let member = &self.member;
+        let asked =
+            new.iter().map(|(id, node)| async move { (*id, member.peers.replicas(node, ASK_TIMEOUT).await.unwrap_or_default()) });
+        let heard = join_all(asked).await;
+        self.heard.extend(heard);
+    }
+
+    /// Does what follows. Returns whether nothing more is to be looked after soon.
+    async fn conclude(&self, group: &Group, told: &Told) -> bool {
+        let (id, own) = (group.key().group, group.key().replica);
+        let members: BTreeSet<ReplicaId> = told.members.keys().copied().collect();
+        match judge(&members, &told.digests) {
+            Verdict::Agree => {
+                if group.alarm().is_some() {
+                    tracing::warn!("the replicas of shard {id} are of one mind again: it takes writes");
+                }
+                group.set_alarm(None);
+                true
+            }
+            Verdict::Minority(differing) => {
+                group.set_alarm(None);
+                self.member.differed(id);
+                let list = differing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                tracing::error!("at {} of shard {id} these replicas differ from a majority: {list}", told.at);
+                if differing.contains(&own) {
+                    self.hand_over(group, told, &differing).await;
+                } else {
+                    self.rebuild(group, told, &differing).await;
+                }
+                false
+            }
+            Verdict::NoMajority => {
+                let reason = format!(
+                    "its replicas differ as of entry {}, and no majority is of one mind ({} of {} answered); bring the others back, \
+                     or restore the shard",
+                    told.at,
+                    told.digests.len(),
+                    told.members.len()
+                );
+                if group.alarm().is_none() {
+                    self.member.differed(id);
+                    tracing::error!("shard {id} is read-only: {reason}");
+                }
+                group.set_alarm(Some(reason));
+                false
+            }
+        }
+    }
+
+    /// This replica differs itself: one that does not is to lead, and has this one rebuilt.
+    async fn hand_over(&self, group: &Group, told: &Told, differing: &BTreeSet<ReplicaId>) {
+        let id = group.key().group;
+        for replica in told.digests.keys().filter(|replica| !differing.contains(replica)) {
+            match group.transfer_leader(*replica).await {
+                Ok(()) => {
+                    tracing::error!("the lead of shard {id} is handed over to replica {replica}: the one here differs");
+                    return;
+                }
+                Err(error) => tracing::warn!("the lead of shard {id} was not handed over to replica {replica}: {error}"),
+            }
+        }
+    }
+
+    async fn rebuild(&self, group: &Group, told: &Told, differing: &BTreeSet<ReplicaId>) {
+        for replica in differing {
+            let Some(node) = told.members.get(replica) else { continue };
+            if let Err(error) = group.rebuild(*replica, *node).await {
+                tracing::warn!("replica {replica} of shard {} was not rebuilt: {error}", group.key().group);
+            }
+        }
+    }
+}
