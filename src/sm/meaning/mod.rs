@@ -1,0 +1,277 @@
+//! The meaning of entries, held for ever: for each entry and the map that it met, what `apply` answered and changed.
+//!
+//! What is in a log was acknowledged for what it meant when it was written, and a replica that applies it anew must come to the same map
+//! as the others. So no line of a golden file is ever changed. `goldens/*-level-0.txt` were written by the code of commit 0bbd823
+//! (`level_0.rs` ran there), and hold since. A changed meaning is a new variant, of a new level, with lines of its own.
+//!
+//! To add lines for a new variant: add a scenario to `level_1.rs` (or that of a later level), and write its file with
+//! `QUORATE_MEANING=kv-level-1 cargo test --lib meaning` (or another name without `.txt`); look at what is in it, and commit it. The file
+//! of a level whose program is out is never written again.
+//!
+//! A line is `map pair KEY VALUE`, or `map do|try INDEX ENTRY -> OUTCOME BATCH` with bytes in hexadecimal; what is tried is not kept. A
+//! run of equal bytes is written `(xx*count)`. A batch is `key=value` or `key-` for each key, or of a long one its count and hash.
+
+mod level_0;
+mod level_1;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::kv::{self, MoveStep};
+use super::meta;
+use super::ports::WriteBatch;
+
+/// A batch that would be longer is written as its hash.
+const BATCH_TEXT_MAX: usize = 800;
+/// Equal bytes from this many on are written as one.
+const RUN_MIN: usize = 8;
+
+/// What the maps of a file are those of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Shard,
+    Meta,
+}
+
+impl Kind {
+    /// Applies an entry as it stands in a log. Returns what it answered, encoded, and its changes.
+    fn apply(self, map: &Map, index: u64, entry: &[u8]) -> (Bytes, WriteBatch) {
+        match self {
+            Kind::Shard => {
+                let command = kv::Command::decode(entry).expect("an entry");
+                let (outcome, batch) = kv::apply(map, index, command).expect("applied");
+                (outcome.encode(), batch)
+            }
+            Kind::Meta => {
+                let command = meta::Command::decode(entry).expect("an entry");
+                let (outcome, batch) = meta::apply(map, index, command).expect("applied");
+                (outcome.encode(), batch)
+            }
+        }
+    }
+}
+
+type Map = BTreeMap<Bytes, Bytes>;
+
+/// Applies entries to maps, and writes down what came of it.
+struct Script {
+    kind: Kind,
+    maps: BTreeMap<&'static str, Map>,
+    index: u64,
+    text: String,
+}
+
+impl Script {
+    fn new(kind: Kind) -> Self {
+        Self { kind, maps: BTreeMap::new(), index: 0, text: String::new() }
+    }
+
+    fn map(&mut self, name: &'static str) -> &mut Map {
+        self.maps.entry(name).or_default()
+    }
+
+    /// Puts a pair into a map, as if an entry had.
+    fn pair(&mut self, name: &'static str, key: Bytes, value: Bytes) {
+        let line = format!("{name} pair {} {}\n", hex(&key), hex(&value));
+        self.text.push_str(&line);
+        self.map(name).insert(key, value);
+    }
+
+    /// Applies an entry. Returns what it answered, encoded.
+    fn run(&mut self, name: &'static str, entry: &Bytes) -> Bytes {
+        let (outcome, batch) = self.note(name, "do", entry);
+        put(self.map(name), batch);
+        outcome
+    }
+
+    /// Applies an entry and keeps nothing of it.
+    fn attempt(&mut self, name: &'static str, entry: &Bytes) {
+        self.note(name, "try", entry);
+    }
+
+    fn note(&mut self, name: &'static str, verb: &str, entry: &Bytes) -> (Bytes, WriteBatch) {
+        self.index += 1;
+        let (index, kind) = (self.index, self.kind);
+        let (outcome, batch) = kind.apply(self.map(name), index, entry);
+        let line = format!("{name} {verb} {index} {} -> {} {}\n", hex(entry), hex(&outcome), batch_text(&batch));
+        self.text.push_str(&line);
+        (outcome, batch)
+    }
+}
+
+fn put(map: &mut Map, batch: WriteBatch) {
+    for (key, value) in batch {
+        match value {
+            Some(value) => map.insert(key, value),
+            None => map.remove(&key),
+        };
+    }
+}
+
+fn batch_text(batch: &WriteBatch) -> String {
+    let changes = batch.iter().map(|(key, value)| match value {
+        Some(value) => format!("{}={}", hex(key), hex(value)),
+        None => format!("{}-", hex(key)),
+    });
+    let text = changes.collect::<Vec<_>>().join(",");
+    match text.len() {
+        0 => "nothing".to_owned(),
+        len if len <= BATCH_TEXT_MAX => text,
+        _ => format!("#{}:{:032x}", batch.len(), xxh3_128(text.as_bytes())),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for run in bytes.chunk_by(|one, next| one == next) {
+        match run.len() {
+            count if count >= RUN_MIN => write!(text, "({:02x}*{count})", run[0]).expect("to memory"),
+            count => text.push_str(&format!("{:02x}", run[0]).repeat(count)),
+        }
+    }
+    if text.is_empty() { "none".to_owned() } else { text }
+}
+
+fn bytes(text: &str) -> Bytes {
+    let digit = |at: &str| u8::from_str_radix(at, 16).expect("two digits");
+    let (mut bytes, mut rest) = (Vec::new(), if text == "none" { "" } else { text });
+    while !rest.is_empty() {
+        if let Some(run) = rest.strip_prefix('(') {
+            let (run, after) = run.split_once(')').expect("a run ends");
+            let (byte, count) = run.split_once('*').expect("a run has a count");
+            bytes.extend(std::iter::repeat_n(digit(byte), count.parse().expect("a count")));
+            rest = after;
+        } else {
+            bytes.push(digit(&rest[..2]));
+            rest = &rest[2..];
+        }
+    }
+    Bytes::from(bytes)
+}
+
+/// Applies every line of a golden file, and returns the entries.
+fn check(kind: Kind, name: &str, text: &str) -> Vec<Bytes> {
+    let (mut maps, mut entries): (BTreeMap<&str, Map>, _) = (BTreeMap::new(), Vec::new());
+    for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        let words: Vec<&str> = line.split(' ').collect();
+        let map = maps.entry(words[0]).or_default();
+        match words[1..] {
+            ["pair", key, value] => drop(map.insert(bytes(key), bytes(value))),
+            [verb @ ("do" | "try"), index, entry, "->", outcome, changes] => {
+                let entry = bytes(entry);
+                let (answered, batch) = kind.apply(map, index.parse().expect("an index"), &entry);
+                let of = format!("{name}, entry {index}: {}", describe(kind, &entry));
+                assert_eq!(answered, bytes(outcome), "{of}");
+                assert_eq!(batch_text(&batch), changes, "{of}");
+                if verb == "do" {
+                    put(map, batch);
+                }
+                entries.push(entry);
+            }
+            _ => panic!("{name}: not a line: {line}"),
+        }
+    }
+    entries
+}
+
+fn describe(kind: Kind, entry: &[u8]) -> String {
+    let text = match kind {
+        Kind::Shard => format!("{:?}", kv::Command::decode(entry).expect("an entry")),
+        Kind::Meta => format!("{:?}", meta::Command::decode(entry).expect("an entry")),
+    };
+    text.chars().take(300).collect()
+}
+
+/// Checks a golden file, or writes it if that was asked for.
+fn hold(kind: Kind, name: &str, text: &str, scenario: fn() -> Script) -> Vec<Bytes> {
+    if std::env::var("QUORATE_MEANING").is_ok_and(|asked| asked.split(',').any(|asked| asked == name)) {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("src/sm/meaning/goldens/{name}.txt"));
+        std::fs::write(&path, scenario().text).expect("written");
+        panic!("{} is written: look at what is in it, and build anew", path.display());
+    }
+    assert!(!text.is_empty(), "{name} is empty");
+    check(kind, name, text)
+}
+
+/// The kinds of entries of a shard that a golden file must have.
+const SHARD_KINDS: [&str; 14] = [
+    "write",
+    "claim",
+    "install",
+    "begin",
+    "freeze",
+    "release",
+    "abort",
+    "prepare",
+    "complete",
+    "activate",
+    "cancel",
+    "clear",
+    "bounded write",
+    "compare",
+];
+
+fn shard_kind(command: &kv::Command) -> &'static str {
+    match command {
+        kv::Command::Write { .. } => SHARD_KINDS[0],
+        kv::Command::BoundedWrite { .. } => SHARD_KINDS[12],
+        kv::Command::Compare => SHARD_KINDS[13],
+        kv::Command::Claim { .. } => SHARD_KINDS[1],
+        kv::Command::Install { .. } => SHARD_KINDS[2],
+        kv::Command::Move { step, .. } => match step {
+            MoveStep::Begin { .. } => SHARD_KINDS[3],
+            MoveStep::Freeze => SHARD_KINDS[4],
+            MoveStep::Release => SHARD_KINDS[5],
+            MoveStep::Abort => SHARD_KINDS[6],
+            MoveStep::Prepare { .. } => SHARD_KINDS[7],
+            MoveStep::Complete { .. } => SHARD_KINDS[8],
+            MoveStep::Activate => SHARD_KINDS[9],
+            MoveStep::Cancel => SHARD_KINDS[10],
+            MoveStep::Clear { .. } => SHARD_KINDS[11],
+        },
+    }
+}
+
+/// Those of the meta group.
+const META_KINDS: [&str; 8] =
+    ["found", "announce", "install plan", "open move", "commit move", "abort move", "report", "raise level"];
+
+fn meta_kind(command: &meta::Command) -> &'static str {
+    match command {
+        meta::Command::Found { .. } => META_KINDS[0],
+        meta::Command::Announce { .. } => META_KINDS[1],
+        meta::Command::InstallPlan { .. } => META_KINDS[2],
+        meta::Command::OpenMove { .. } => META_KINDS[3],
+        meta::Command::CommitMove { .. } => META_KINDS[4],
+        meta::Command::AbortMove { .. } => META_KINDS[5],
+        meta::Command::Report { .. } => META_KINDS[6],
+        meta::Command::RaiseLevel { .. } => META_KINDS[7],
+    }
+}
+
+#[test]
+fn every_entry_of_a_shard_means_what_it_meant() {
+    let mut entries = hold(Kind::Shard, "kv-level-0", include_str!("goldens/kv-level-0.txt"), level_0::shard);
+    entries.extend(hold(Kind::Shard, "kv-level-1", include_str!("goldens/kv-level-1.txt"), level_1::shard));
+    let kinds: BTreeSet<&str> = entries.iter().map(|entry| shard_kind(&kv::Command::decode(entry).expect("an entry"))).collect();
+    assert_eq!(kinds, SHARD_KINDS.into_iter().collect());
+}
+
+#[test]
+fn every_entry_of_the_meta_group_means_what_it_meant() {
+    let mut entries = hold(Kind::Meta, "meta-level-0", include_str!("goldens/meta-level-0.txt"), level_0::meta);
+    entries.extend(hold(Kind::Meta, "meta-level-1", include_str!("goldens/meta-level-1.txt"), level_1::meta));
+    let kinds: BTreeSet<&str> = entries.iter().map(|entry| meta_kind(&meta::Command::decode(entry).expect("an entry"))).collect();
+    assert_eq!(kinds, META_KINDS.into_iter().collect());
+}
+
+#[test]
+fn bytes_are_written_as_they_are() {
+    for of in [&b""[..], b"\x00", b"\x00\x00\x00\x00\x00\x00\x00\x00", b"ab(\x10\x10", &[7; 3000]] {
+        assert_eq!(bytes(&hex(of)), of);
+    }
+}
