@@ -45,10 +45,10 @@ pub struct Agreement {
 /// Where the comparison of one shard is.
 #[derive(Debug, Clone, Copy)]
 enum Comparing {
-    /// The next begins then. `last`: the entry of the one before.
-    Due { at: Instant, last: Option<LogId> },
-    /// The entry is proposed.
-    Asked { since: Instant, last: Option<LogId> },
+    /// The next begins then. `settled`: the entry of the one before, if it found nothing that must be looked at again.
+    Due { at: Instant, settled: Option<LogId> },
+    /// The entry is proposed. `before`: that of the last digest that was noted here until then, which is none of this comparison.
+    Asked { since: Instant, before: Option<LogId> },
 }
 
 /// What members told of the comparison at one entry.
@@ -83,7 +83,7 @@ impl Agreement {
         self.shards.retain(|id, _| led.iter().any(|group| group.key().group == *id));
         for group in led {
             let id = group.key().group;
-            let first = Comparing::Due { at: Instant::now() + self.every / SOON, last: None };
+            let first = Comparing::Due { at: Instant::now() + self.every / SOON, settled: None };
             let now = self.shards.get(&id).copied().unwrap_or(first);
             let next = self.step(&group, now).await;
             self.shards.insert(id, next);
@@ -94,30 +94,38 @@ impl Agreement {
         match now {
             Comparing::Due { at, .. } if Instant::now() < at => now,
             // Of an idle shard nothing new is to be found.
-            Comparing::Due { last, .. } if last.is_some() && last == group.status().applied && group.alarm().is_none() => {
-                Comparing::Due { at: Instant::now() + self.every, last }
+            Comparing::Due { settled, .. } if settled.is_some() && settled == group.status().applied => {
+                Comparing::Due { at: Instant::now() + self.every, settled }
             }
-            Comparing::Due { last, .. } => {
-                match group.propose_command(Command::Compare, Instant::now() + PROPOSE_TIMEOUT).await {
-                    Ok(Outcome::Compared) => Comparing::Asked { since: Instant::now(), last },
-                    Ok(_) | Err(_) => Comparing::Due { at: Instant::now() + self.every / SOON, last },
-                }
-            }
-            Comparing::Asked { since, last } => {
+            Comparing::Due { .. } => self.begin(group).await,
+            Comparing::Asked { since, before } => {
                 let is_late = since.elapsed() > self.every * PATIENCE;
-                let noted = group.state().noted_digest().filter(|(at, _)| Some(*at) > last);
+                let noted = group.state().noted_digest().filter(|(at, _)| Some(*at) > before);
                 let Some((at, _)) = noted else {
-                    let again = Comparing::Due { at: Instant::now(), last };
-                    return if is_late { again } else { now };
+                    return if is_late { self.due_soon() } else { now };
                 };
                 let told = self.ask(group, at).await;
                 if told.digests.len() < told.members.len() && !is_late {
                     return now;
                 }
-                let is_over = self.conclude(group, &told).await;
-                let pause = if is_over { self.every } else { self.every / SOON };
-                Comparing::Due { at: Instant::now() + pause, last: Some(at) }
+                match self.conclude(group, &told).await {
+                    true => Comparing::Due { at: Instant::now() + self.every, settled: Some(at) },
+                    false => self.due_soon(),
+                }
             }
+        }
+    }
+
+    fn due_soon(&self) -> Comparing {
+        Comparing::Due { at: Instant::now() + self.every / SOON, settled: None }
+    }
+
+    /// Proposes the entry of a comparison.
+    async fn begin(&self, group: &Group) -> Comparing {
+        let before = group.state().noted_digest().map(|(at, _)| at);
+        match group.propose_command(Command::Compare, Instant::now() + PROPOSE_TIMEOUT).await {
+            Ok(Outcome::Compared) => Comparing::Asked { since: Instant::now(), before },
+            Ok(_) | Err(_) => self.due_soon(),
         }
     }
 
