@@ -8,11 +8,14 @@ use std::time::Duration;
 
 use reqwest::StatusCode;
 use reqwest::header::CONTENT_TYPE;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::Instant;
 
 use super::problem;
 use super::protocol::{ShardReply, ShardRequest};
 use super::store::Failure;
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
+use crate::descriptors::Shares;
 use crate::sm::codec;
 use crate::types::Address;
 
@@ -20,7 +23,7 @@ use crate::types::Address;
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(800);
 /// Shorter than servers wait for the next request of a connection, so that none meets a connection that is just being closed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Idle connections kept per node. More are made when they are needed, and closed afterwards.
+/// Idle connections kept per node, and fewer where there are few descriptors. More are made when they are needed, and closed afterwards.
 const IDLE_CONNECTIONS_MAX: usize = 256;
 
 /// A reply: what the gets of a batch return, or a page, with keys and one item more than was asked for.
@@ -32,6 +35,8 @@ const FAILURE_BYTES_MAX: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub struct ShardCaller {
     http: reqwest::Client,
+    /// Connections that calls may use at a time: each takes a descriptor, and log and maps need some too.
+    room: Arc<Semaphore>,
     /// What replies are charged to.
     answers: Arc<Budget>,
 }
@@ -80,15 +85,19 @@ impl ShardCaller {
     ///
     /// When the HTTP client can't be set up.
     pub fn new() -> Result<Self, reqwest::Error> {
+        Self::with_room(Shares::now().calls)
+    }
+
+    fn with_room(calls: usize) -> Result<Self, reqwest::Error> {
         let http = reqwest::Client::builder()
             .http1_only()
             .tcp_nodelay(true)
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
+            .pool_max_idle_per_host((calls / 8).clamp(1, IDLE_CONNECTIONS_MAX))
             .no_proxy()
             .build()?;
-        Ok(Self { http, answers: Budget::new(ANSWERS_BYTES_MAX) })
+        Ok(Self { http, room: Arc::new(Semaphore::new(calls)), answers: Budget::new(ANSWERS_BYTES_MAX) })
     }
 
     /// Charges replies to a budget that others share.
@@ -113,6 +122,9 @@ impl ShardCaller {
     ///
     /// See [`CallError`]: not every one means that nothing was done.
     pub async fn call(&self, address: &Address, request: &ShardRequest, timeout: Duration) -> Result<ShardReply, CallError> {
+        let began = Instant::now();
+        let _room = self.enter(address, timeout).await?;
+        let timeout = timeout.saturating_sub(began.elapsed());
         let post = self.http.post(format!("http://{address}/peer/shard"));
         let post = post.header(CONTENT_TYPE, "application/octet-stream").body(codec::encode(request)).timeout(timeout);
         let response = match post.send().await {
@@ -141,6 +153,23 @@ impl ShardCaller {
         drop(body);
         share.shrink_to(bytes);
         Ok(reply.held(share))
+    }
+}
+
+impl ShardCaller {
+    /// Waits until there is a connection for one call more.
+    async fn enter(&self, address: &Address, timeout: Duration) -> Result<SemaphorePermit<'_>, CallError> {
+        if let Ok(room) = self.room.try_acquire() {
+            return Ok(room);
+        }
+        match tokio::time::timeout(timeout, self.room.acquire()).await {
+            Ok(Ok(room)) => Ok(room),
+            Ok(Err(_)) | Err(_) => {
+                let limit = "the calls to other nodes that the limit of open files leaves room for".to_owned();
+                let failure = Failure::Overloaded { limit, retry_after_ms: 1000 };
+                Err(CallError::Refused { address: address.clone(), failure })
+            }
+        }
     }
 }
 
@@ -212,4 +241,28 @@ pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
         cause = source.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::protocol::ShardBody;
+    use crate::client::testing::{bind, serve};
+    use crate::types::{ClusterId, GroupId};
+
+    #[tokio::test]
+    async fn calls_beyond_the_room_wait_and_are_refused_in_time() {
+        let (address, listener) = bind().await;
+        serve(listener, |_| std::future::pending());
+        let caller = ShardCaller::with_room(1).expect("a client");
+        let request = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 1, body: ShardBody::Count };
+        let call = |timeout: Duration| caller.call(&address, &request, timeout);
+
+        let mut first = std::pin::pin!(call(Duration::from_secs(20)));
+        assert!(futures::poll!(first.as_mut()).is_pending());
+        let second = call(Duration::from_millis(20)).await.expect_err("there is no room");
+        assert!(second.certainly_not_done(), "{second}");
+        assert!(matches!(second, CallError::Refused { failure: Failure::Overloaded { .. }, .. }), "{second}");
+        assert_eq!(caller.room.available_permits(), 0);
+    }
 }
