@@ -6,6 +6,7 @@ pub mod directory;
 pub mod disk;
 pub mod log;
 pub mod mem_trees;
+mod pieces;
 pub mod sealed;
 pub mod sim_disk;
 mod sled_database;

@@ -1,5 +1,7 @@
 //! [`SledTrees`]: the trees of a node in sled databases. Only this file and `sled_database` name sled.
 //!
+//! Large values are cut into pieces (`pieces`).
+//!
 //! There is one database, at first in the directory `state`. sled gives little of its space back: a page that outgrows an eighth of a
 //! mebibyte goes to a file of its own, and those files stay. So now and then a fresh one is begun beside it, `state.1` and so on; trees
 //! are copied there by whoever uses them, one by one, and a database without trees is removed, at the latest by the next start. Which of
@@ -27,6 +29,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::pieces::{self, Stub};
 use super::sled_database::{Database, Opener, Trust, free_bytes, lacks_descriptors, numbered, open_database};
 pub use super::sled_database::{SledError, SledOptions, is_condemned, is_there};
 use super::tree::{Tree, Trees, Walk};
@@ -202,61 +205,134 @@ struct SledTree {
     trust: Trust,
 }
 
-/// Copies the start alone: sled's own value goes as soon as it has been looked at.
-fn copied_start(value: &[u8], bytes_max: usize) -> ValueStart {
-    ValueStart { start: Bytes::copy_from_slice(&value[..value.len().min(bytes_max)]), len: value.len() }
+/// Times that a value is looked for whose pieces are being replaced: whoever reads sees each newer value
+/// at most once.
+const ATTEMPTS_MAX: usize = 1000;
+
+fn torn() -> sled::Error {
+    sled::Error::Corruption { at: None, bt: () }
+}
+
+/// Returns the value that is `stored` so under `key`, put together again where it was cut. None: it is
+/// not there any more.
+fn assemble(tree: &sled::Tree, key: &[u8], mut stored: sled::IVec) -> sled::Result<Option<Bytes>> {
+    for _ in 0..ATTEMPTS_MAX {
+        let Some(stub) = Stub::decode(&stored) else { return Ok(Some(Bytes::copy_from_slice(&stored))) };
+        if let Some(value) = gather(tree, &stub)? {
+            return Ok(Some(value));
+        }
+        match tree.get(key)? {
+            None => return Ok(None),
+            Some(newer) if newer == stored => return Err(torn()),
+            Some(newer) => stored = newer,
+        }
+    }
+    Err(torn())
+}
+
+/// Returns the value of a stub. None: not all of its pieces are there.
+fn gather(tree: &sled::Tree, stub: &Stub) -> sled::Result<Option<Bytes>> {
+    let mut value = Vec::with_capacity(stub.len);
+    for key in stub.piece_keys() {
+        let Some(piece) = tree.get(key)? else { return Ok(None) };
+        value.extend_from_slice(&piece);
+    }
+    Ok((value.len() == stub.len).then(|| Bytes::from(value)))
+}
+
+/// Returns the start of a value, or as much of it as a stub has.
+fn start_of(stored: &[u8], bytes_max: usize) -> ValueStart {
+    match Stub::decode(stored) {
+        Some(stub) => ValueStart { start: stub.start.slice(..stub.start.len().min(bytes_max)), len: stub.len },
+        None => ValueStart { start: Bytes::copy_from_slice(&stored[..stored.len().min(bytes_max)]), len: stored.len() },
+    }
 }
 
 impl SledTree {
-    fn scan_as<'a, V: 'a>(&'a self, range: &KeyRange, direction: Direction, seen: impl Fn(&[u8]) -> V + 'a) -> Items<'a, V> {
+    /// `seen` makes of what is stored what the caller is to see; none: it has gone meanwhile.
+    fn scan_as<'a, V: 'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        seen: impl Fn(&[u8], sled::IVec) -> sled::Result<Option<V>> + 'a,
+    ) -> Items<'a, V> {
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }
         let mut iter = self.tree.range::<&[u8], _>(range.bounds());
         let mut ended = false;
         Box::new(std::iter::from_fn(move || {
+            let mut step = || {
+                loop {
+                    let next = match direction {
+                        Direction::Forward => iter.next(),
+                        Direction::Reverse => iter.next_back(),
+                    };
+                    let Some((key, stored)) = next.transpose()? else { return Ok(None) };
+                    if pieces::is_piece(&key) {
+                        continue;
+                    }
+                    if let Some(value) = waiting("read a value", || seen(&key, stored.clone()))? {
+                        return Ok(Some((Bytes::copy_from_slice(&key), value)));
+                    }
+                }
+            };
             if ended {
                 return None;
             }
-            let mut step = || match direction {
-                Direction::Forward => iter.next().transpose(),
-                Direction::Reverse => iter.next_back().transpose(),
-            };
             let pair = self.trust.read("scanning a tree", || waiting("scan values", &mut step)).transpose();
             ended = !matches!(pair, Some(Ok(_)));
-            pair.map(|pair| pair.map(|(key, value)| (Bytes::copy_from_slice(&key), seen(&value))))
+            pair
         }))
+    }
+
+    /// A value that is cut has its pieces before its stub, and those of the one before go after it.
+    fn change(&self, key: &[u8], change: Option<&[u8]>) -> sled::Result<()> {
+        let old = match change {
+            Some(value) if pieces::is_cut(value) => {
+                let stub = Stub::new(rand::random(), value);
+                for (key, piece) in stub.piece_keys().zip(value.chunks(pieces::PIECE_BYTES)) {
+                    self.tree.insert(key, piece)?;
+                }
+                self.tree.insert(key, stub.encode())?
+            }
+            Some(value) => self.tree.insert(key, value)?,
+            None => self.tree.remove(key)?,
+        };
+        for key in old.as_deref().and_then(Stub::decode).iter().flat_map(Stub::piece_keys) {
+            self.tree.remove(key)?;
+        }
+        Ok(())
     }
 }
 
 impl Tree for SledTree {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        let value = self.trust.read("reading a tree", || waiting("read a value", || self.tree.get(key)))?;
-        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+        let read = || match self.tree.get(key)? {
+            Some(stored) => assemble(&self.tree, key, stored),
+            None => Ok(None),
+        };
+        self.trust.read("reading a tree", || waiting("read a value", read))
     }
 
     fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
         let value = self.trust.read("reading a tree", || waiting("read a value", || self.tree.get(key)))?;
-        Ok(value.map(|value| copied_start(&value, bytes_max)))
+        Ok(value.map(|stored| start_of(&stored, bytes_max)))
     }
 
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
-        self.scan_as(range, direction, Bytes::copy_from_slice)
+        self.scan_as(range, direction, |key, stored| assemble(&self.tree, key, stored))
     }
 
     fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
-        self.scan_as(range, direction, move |value| copied_start(value, bytes_max))
+        self.scan_as(range, direction, move |_, stored| Ok(Some(start_of(&stored, bytes_max))))
     }
 
     fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
         if change.is_some_and(|value| value.len() >= LARGE_BYTES) {
             await_descriptor(&self.path)?;
         }
-        let call = || match change {
-            Some(value) => self.tree.insert(key, value),
-            None => self.tree.remove(key),
-        };
-        self.trust.write("writing a tree", call).map(|_| ())
+        self.trust.write("writing a tree", || self.change(key, change))
     }
 
     fn flush(&self) -> Result<(), StoreError> {
@@ -298,14 +374,22 @@ const WALK_PAGE_BYTES: usize = 1 << 20;
 
 /// Sends all pairs of a tree, and an empty page at the end. Ends early when nobody listens.
 fn send_pages(tree: &sled::Tree, trust: &Trust, sender: &mpsc::SyncSender<Result<Page, StoreError>>) {
-    let mut pairs = tree.iter();
+    // Pieces are read with their values.
+    let mut pairs = tree.range(..pieces::first_piece()).chain(tree.range(pieces::AFTER_PIECES..));
     loop {
         let page = trust.read("walking a tree", || {
             let (mut page, mut bytes) = (Page::new(), 0);
             while page.len() < WALK_PAGE_PAIRS && bytes < WALK_PAGE_BYTES {
-                let Some(pair) = waiting("walk a tree", || pairs.next().transpose())? else { break };
-                bytes += pair.0.len() + pair.1.len();
-                page.push(pair);
+                let Some((key, stored)) = waiting("walk a tree", || pairs.next().transpose())? else { break };
+                let value = match Stub::decode(&stored) {
+                    None => stored,
+                    Some(_) => match waiting("walk a tree", || assemble(tree, &key, stored.clone()))? {
+                        Some(value) => sled::IVec::from(&value[..]),
+                        None => continue,
+                    },
+                };
+                bytes += key.len() + value.len();
+                page.push((key, value));
             }
             Ok(page)
         });
@@ -527,5 +611,87 @@ mod tests {
         assert!(error.contains("not written to any more"), "{error}");
         trees.sync().expect_err("refused, where sled might hang");
         assert_eq!(tree.get(b"k").expect("read").as_deref(), Some(&b"v"[..]));
+    }
+
+    #[test]
+    fn large_values_are_cut_and_come_back_whole() {
+        let home = tempfile::tempdir().expect("a directory");
+        let path = home.path().join("trees");
+        let value = |n: usize| -> Vec<u8> { (0..n).map(|at| (at * 7 + n) as u8).collect() };
+        let sizes = [0, 1, 511, 512, 513, 6144, 6145, 12_288, 12_289, 50_000];
+        let mut model = std::collections::BTreeMap::<Bytes, Bytes>::new();
+        let check = |tree: &dyn Tree, model: &std::collections::BTreeMap<Bytes, Bytes>| {
+            use crate::sm::ports::Read;
+            for direction in [Direction::Forward, Direction::Reverse] {
+                let found: Result<Vec<_>, _> = tree.scan(&KeyRange::all(), direction).collect();
+                let expected: Result<Vec<_>, _> = Read::scan(model, &KeyRange::all(), direction).collect();
+                assert_eq!(found.expect("readable"), expected.expect("readable"));
+                let starts: Result<Vec<_>, _> = tree.scan_starts(&KeyRange::all(), direction, 100).collect();
+                let expected: Result<Vec<_>, _> = Read::scan_starts(model, &KeyRange::all(), direction, 100).collect();
+                assert_eq!(starts.expect("readable"), expected.expect("readable"));
+            }
+            let mut walked = Vec::new();
+            let mut visit = |key: &[u8], value: &[u8]| {
+                walked.push((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value)));
+                Walk::On
+            };
+            tree.walk(&mut visit).expect("walked");
+            assert!(walked.into_iter().eq(model.iter().map(|(key, value)| (key.clone(), value.clone()))));
+            for (key, value) in model {
+                assert_eq!(tree.get(key).expect("readable").as_ref(), Some(value));
+                assert_eq!(tree.start_of(key, 100).expect("readable"), Some(ValueStart::of(value, 100)));
+            }
+        };
+
+        let trees = SledTrees::open(&path, &SledOptions::default()).expect("opened");
+        let tree = trees.open("t").expect("created");
+        for round in 0..3 {
+            for (n, size) in sizes.iter().enumerate() {
+                let key = format!("k{n}");
+                let value = match (round, n % 3) {
+                    (1, 0) => None,
+                    (1, _) => Some(value(sizes[sizes.len() - 1 - n])),
+                    (_, _) => Some(value(*size + round)),
+                };
+                tree.write(key.as_bytes(), value.as_deref()).expect("written");
+                match value {
+                    Some(value) => drop(model.insert(key.into(), value.into())),
+                    None => drop(model.remove(key.as_bytes())),
+                }
+            }
+            tree.write(b"m", Some(b"\xff\x01taken for a stub")).expect("written");
+            model.insert("m".into(), Bytes::from_static(b"\xff\x01taken for a stub"));
+            check(&*tree, &model);
+        }
+        trees.sync().expect("synced");
+        drop((tree, trees));
+        let trees = SledTrees::open(&path, &SledOptions::default()).expect("opened");
+        let tree = trees.open("t").expect("opened");
+        check(&*tree, &model);
+        for key in model.keys() {
+            tree.write(key, None).expect("deleted");
+        }
+        let database = trees.newest();
+        assert_eq!(database.db.open_tree("t").expect("opened").len(), 0, "no piece is left");
+    }
+
+    #[test]
+    fn a_value_that_was_written_whole_is_read_and_a_lost_piece_is_damage() {
+        let home = tempfile::tempdir().expect("a directory");
+        let trees = SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
+        let tree = trees.open("t").expect("created");
+        let sled_tree = trees.newest().db.open_tree("t").expect("opened");
+        sled_tree.insert("old", vec![1; 300_000]).expect("as earlier programs did");
+        assert_eq!(tree.get(b"old").expect("readable").map(|value| value.len()), Some(300_000));
+        assert_eq!(tree.start_of(b"old", 5).expect("readable").map(|start| start.len), Some(300_000));
+        tree.write(b"old", Some(&[2; 20_000])).expect("written");
+        assert_eq!(sled_tree.len(), 5, "four pieces and a stub");
+
+        let piece = sled_tree.range(pieces::first_piece()..).next().expect("a piece").expect("readable").0;
+        sled_tree.remove(piece).expect("removed");
+        tree.get(b"old").expect_err("a piece is gone");
+        assert!(tree.scan(&KeyRange::all(), Direction::Forward).next().expect("an error").is_err());
+        tree.walk(&mut |_, _| Walk::On).expect_err("a piece is gone");
+        assert_eq!(tree.start_of(b"old", 5).expect("readable").map(|start| start.len), Some(20_000));
     }
 }
