@@ -66,6 +66,11 @@ number_id!(
     MapVersion, ""
 );
 
+/// One start of a node, drawn at random: two copies of a data directory never start alike.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct StartId(pub u64);
+
 impl GroupId {
     /// The group that holds the view.
     pub const META: GroupId = GroupId(0);

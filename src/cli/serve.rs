@@ -15,7 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::node_flags::Arguments;
 use super::signals;
-use crate::client::peer::{Announcement, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, SetUpError};
+use crate::client::peer::{
+    Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, SetUpError,
+};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::http::metrics::Kind;
@@ -189,6 +191,10 @@ impl PeerService for Face {
 
     fn hold_level(&self, request: HoldRequest) -> BoxFuture<'_, Result<(), Failure>> {
         Box::pin(self.node.hold_level(request))
+    }
+
+    fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply> {
+        Box::pin(self.node.greeted(greeting))
     }
 
     fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {

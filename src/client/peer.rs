@@ -1,7 +1,7 @@
 //! What nodes ask each other before they have a group in common: who are you, and do you promise to be founded by me.
 //!
 //! An address may have changed hands, so whatever counts says whose it is: the cluster, or the directory. JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`,
-//! `POST /peer/invite`.
+//! `POST /peer/invite`, `POST /peer/greet`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout_at};
 use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
 use crate::sm::level::{LEVEL, TooOld};
 use crate::sm::meta;
+use crate::sm::starts::Starts;
 use crate::sm::view::{Node, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
@@ -75,6 +76,33 @@ pub enum PromiseReply {
     Refused {
         reason: String,
     },
+}
+
+/// What a member says to others at its start, and to who has not heard it yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Greeting {
+    pub cluster: ClusterId,
+    pub node: NodeId,
+    pub directory: DirectoryId,
+    /// Where it runs now, which the view may not say yet.
+    pub address: Address,
+    pub starts: Starts,
+}
+
+/// What becomes of a [`Greeting`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GreetingReply {
+    /// The other is a member of the same cluster, and has heard it.
+    Welcome(Greeting),
+    /// The other belongs to another cluster, or to none yet.
+    Stranger { cluster: Option<ClusterId> },
+    /// The other knows of this later start of the directory, which lacks it: it is an old copy.
+    Outdated { number: u64 },
+    /// Another process, at this address if that is known, runs with a copy of the directory.
+    Doubled { at: Address },
+    /// Nothing came of it: try again.
+    Failed { reason: String },
 }
 
 /// What a node tells the meta group of its cluster.
@@ -280,6 +308,11 @@ impl PeerCaller {
     ) -> Result<meta::Outcome, PeerError> {
         let post = self.http.post(format!("http://{address}/peer/announce")).json(announcement);
         self.answer(address, post.timeout(timeout), SMALL_BYTES_MAX).await
+    }
+
+    /// Greets a member. Programs of the first release answer with a status that says that they know no greetings.
+    pub async fn greet(&self, address: &Address, greeting: &Greeting, timeout: Duration) -> Result<GreetingReply, PeerError> {
+        self.answer(address, self.http.post(format!("http://{address}/peer/greet")).json(greeting).timeout(timeout)).await
     }
 
     /// Tells a node that waits whom to ask: a view names it.

@@ -18,7 +18,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, router};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
-use crate::client::peer::{Announcement, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, Standing};
+use crate::client::peer::{
+    Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, Standing,
+};
 use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::*;
@@ -589,6 +591,10 @@ impl PeerService for Echo {
 
     fn hosting(&self) -> Hosting {
         Hosting { directory: identity().directory, replicas: vec![], speaks: LEVEL, holds_level: false }
+    }
+
+    fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply> {
+        Box::pin(ready(GreetingReply::Welcome(greeting)))
     }
 
     fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {

@@ -272,6 +272,78 @@ pub fn standing(own: Own<'_>) -> Standing {
     }
 }
 
+/// What came of greeting an address before this node starts from its data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Met {
+    Silent,
+    /// A member of the same cluster.
+    Ours {
+        directory: DirectoryId,
+        address: Address,
+    },
+    /// One of another cluster, or of none.
+    Stranger {
+        cluster: Option<ClusterId>,
+    },
+    /// A member that knows of a later start of this directory.
+    Outdated {
+        number: u64,
+    },
+    /// Another process runs with a copy of this directory, at this address.
+    Doubled {
+        at: Address,
+    },
+}
+
+/// Why a node does not start from its data.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoStart {
+    #[error(
+        "this data directory is of cluster {own}, but {at}, which --view names, belongs to cluster {theirs}, and no address of the view \
+         answers as one of {own}: give this node the directory that goes with its flags, or the flags that go with its directory"
+    )]
+    OtherCluster { own: ClusterId, at: Address, theirs: ClusterId },
+    #[error(
+        "a node runs at {at} with a copy of this data directory: stop that one first, or give this node an empty directory; it then \
+         joins as a new node"
+    )]
+    Doubled { at: Address },
+    #[error("{by} knows of start {number} of this data directory, which is not in it")]
+    Outdated { by: Address, number: u64 },
+}
+
+/// Whether a node may start from data of `cluster`, having met this at other addresses. Returns what is to be said of a `VIEW` that names
+/// others as well.
+///
+/// # Errors
+///
+/// Why not.
+pub fn may_start(
+    cluster: ClusterId,
+    view: &[Address],
+    met: &BTreeMap<Address, Met>,
+) -> Result<Vec<(Address, ClusterId)>, NoStart> {
+    for (address, met) in met {
+        match met {
+            Met::Doubled { at } => return Err(NoStart::Doubled { at: at.clone() }),
+            Met::Outdated { number } => return Err(NoStart::Outdated { by: address.clone(), number: *number }),
+            Met::Silent | Met::Ours { .. } | Met::Stranger { .. } => {}
+        }
+    }
+    let named = || view.iter().filter_map(|address| Some((address, met.get(address)?)));
+    let others: Vec<(Address, ClusterId)> = named()
+        .filter_map(|(address, met)| match met {
+            Met::Stranger { cluster: Some(theirs) } if *theirs != cluster => Some((address.clone(), *theirs)),
+            Met::Stranger { .. } | Met::Silent | Met::Ours { .. } | Met::Outdated { .. } | Met::Doubled { .. } => None,
+        })
+        .collect();
+    let has_ours = named().any(|(_, met)| matches!(met, Met::Ours { .. }));
+    match others.first() {
+        Some((at, theirs)) if !has_ours => Err(NoStart::OtherCluster { own: cluster, at: at.clone(), theirs: *theirs }),
+        Some(_) | None => Ok(others),
+    }
+}
+
 /// Addresses as a list for people.
 pub fn list(addresses: &[Address]) -> String {
     addresses.iter().map(Address::as_str).collect::<Vec<_>>().join(",")
@@ -456,6 +528,29 @@ mod tests {
         actors[0].stamp = Stamp::Founding { view: view.clone() };
         let node = view.node_at(&address(1)).expect("a member");
         assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), Step::Adopt { view, node }, "it joins");
+    }
+
+    #[test]
+    fn a_directory_starts_where_its_cluster_is_and_not_among_others() {
+        let (own, other) = (ClusterId(1), ClusterId(2));
+        let view: Vec<Address> = (0..3).map(address).collect();
+        let ours = Met::Ours { directory: DirectoryId(7), address: address(0) };
+        let stranger = |cluster| Met::Stranger { cluster };
+        let decide = |met: &[(usize, Met)]| {
+            let met = met.iter().map(|(at, met)| (address(*at), met.clone())).collect();
+            may_start(own, &view, &met)
+        };
+        assert_eq!(decide(&[]), Ok(Vec::new()));
+        assert_eq!(decide(&[(0, Met::Silent), (1, stranger(None))]), Ok(Vec::new()), "nobody who knows better");
+        let among_others = NoStart::OtherCluster { own, at: address(1), theirs: other };
+        assert_eq!(decide(&[(0, Met::Silent), (1, stranger(Some(other)))]), Err(among_others.clone()));
+        assert_eq!(decide(&[(9, ours.clone()), (1, stranger(Some(other)))]), Err(among_others), "an address of the VIEW counts");
+        assert_eq!(decide(&[(0, ours.clone()), (1, stranger(Some(other)))]), Ok(vec![(address(1), other)]), "it is said");
+        assert_eq!(decide(&[(0, ours.clone()), (9, stranger(Some(other)))]), Ok(Vec::new()));
+        let doubled = decide(&[(0, ours.clone()), (2, Met::Doubled { at: address(5) })]);
+        assert_eq!(doubled, Err(NoStart::Doubled { at: address(5) }));
+        let outdated = decide(&[(0, ours), (2, Met::Outdated { number: 9 })]);
+        assert_eq!(outdated, Err(NoStart::Outdated { by: address(2), number: 9 }));
     }
 
     #[test]

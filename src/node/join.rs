@@ -3,9 +3,9 @@
 //! [`Joining`] also answers the questions of others while this node itself still waits. The stamp is durable before anything is said or
 //! done that rests on it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -17,11 +17,12 @@ use super::bootstrap::{self, Heard, Own, Refusal, Step, Waiting};
 use super::machine::Machine;
 use crate::client::peer::{HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::config::NodeConfig;
+use crate::raft::lanes::{Acquaintances, Ousted};
 use crate::sm::placement::{PlacementError, first_view};
 use crate::sm::view::{self, View};
 use crate::storage::directory::{DataDirectory, DirectoryError, Stamp};
 use crate::telemetry::Rarely;
-use crate::types::{Address, ClusterId, DirectoryId, NodeId};
+use crate::types::{Address, ClusterId, DirectoryId, NodeId, StartId};
 
 /// How long one node is waited for when it is asked who it is.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -35,6 +36,8 @@ const FEW_NODES_OF_FOUNDER: usize = 50;
 const SPARE_INTERVAL: Duration = Duration::from_secs(1);
 /// Members that a node which waits is told of at once.
 const INVITERS_MAX: usize = 16;
+/// Processes with a copy of this directory that are told of.
+const DOUBLES_MAX: usize = 64;
 /// How often the log repeats what this node waits for.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -74,6 +77,10 @@ pub struct Joining {
     called: Notify,
     /// Rounds in which everyone was asked.
     rounds: AtomicUsize,
+    /// Since this node began to start as a member.
+    acquaintances: OnceLock<Arc<Acquaintances>>,
+    /// Processes that ran with a copy of this directory, which were told of.
+    doubles: Mutex<BTreeSet<Address>>,
 }
 
 impl Joining {
@@ -91,6 +98,8 @@ impl Joining {
             invited: Mutex::default(),
             called: Notify::new(),
             rounds: AtomicUsize::new(0),
+            acquaintances: OnceLock::new(),
+            doubles: Mutex::default(),
         }
     }
 
@@ -114,6 +123,79 @@ impl Joining {
     /// What this directory knows of the cluster that it is in.
     pub fn stamp(&self) -> Stamp {
         self.directory.stamp()
+    }
+
+    /// The `VIEW` as a set.
+    pub fn view_set(&self) -> &[Address] {
+        &self.view_set
+    }
+
+    pub fn caller(&self) -> &PeerCaller {
+        &self.caller
+    }
+
+    /// What this node knows of starts, its own among them; none before it begins to start as a member.
+    pub fn acquaintances(&self) -> Option<&Arc<Acquaintances>> {
+        self.acquaintances.get()
+    }
+
+    /// Begins another start of this directory's node, once. Blocks on the disk: it is durable when it returns.
+    ///
+    /// # Errors
+    ///
+    /// When that can't be written: the node may say nothing then.
+    pub fn begin_start(&self, id: StartId) -> Result<(), DirectoryError> {
+        if self.acquaintances.get().is_none() {
+            let book = self.directory.begin_start(id)?;
+            self.acquaintances.get_or_init(|| Acquaintances::new(book));
+        }
+        Ok(())
+    }
+
+    /// Resolves when this directory turns out to be none to go on with.
+    pub fn ousted(&self) -> impl Future<Output = Ousted> + use<> {
+        let ousted = self.acquaintances.get().map(|acquaintances| acquaintances.ousted());
+        async move {
+            match ousted {
+                Some(ousted) => ousted.await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Says on disk that this directory is an old copy. Blocks on the disk.
+    ///
+    /// # Errors
+    ///
+    /// When that can't be written.
+    pub fn mark_outdated(&self, reason: &str) -> Result<(), DirectoryError> {
+        self.directory.mark_outdated(reason)
+    }
+
+    /// Whether anything was put aside of old copies.
+    pub fn has_aside(&self) -> bool {
+        self.directory.has_aside()
+    }
+
+    /// Deletes what was put aside of directories that this view has no more. Blocks on the disk.
+    pub fn clear_aside(&self, view: &View) {
+        self.directory.clear_aside(view);
+    }
+
+    /// The cluster and node that this directory is of, with the view as it knows it; none if it is of none.
+    pub fn membership(&self) -> Option<(ClusterId, NodeId, Box<View>)> {
+        match self.directory.stamp() {
+            Stamp::Member { cluster, node, view, .. } => Some((cluster, node, view)),
+            Stamp::Founding { .. } | Stamp::Fresh | Stamp::Promised { .. } | Stamp::Retired { .. } => None,
+        }
+    }
+
+    /// Tells of a process that runs with a copy of this directory, once for each address.
+    pub fn tell_double(&self, address: &Address) {
+        let mut doubles = self.doubles.lock().expect("no holder panics");
+        if doubles.len() < DOUBLES_MAX && doubles.insert(address.clone()) {
+            tracing::warn!("a process at {address} was started with a copy of this data directory: it is refused");
+        }
     }
 
     /// What this node waits for; none before it asked, and once it joined.

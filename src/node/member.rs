@@ -4,7 +4,7 @@
 //! `reconciler`), leaders from its own replicas, or from what others answered (hints, which may be wrong and are only tried first).
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ use crate::raft::{Registry, Witness};
 use crate::sm::level::Feature;
 use crate::sm::view::{Node, View, Witness as Seat};
 use crate::sm::{kv, meta};
-use crate::types::{Address, ClusterId, GroupId, LogId, MapVersion, NodeId, PlanEpoch, ReplicaId};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, ParseError, PlanEpoch, ReplicaId};
 
 /// How soon to try a meta leader again that was none.
 const META_RETRY_AFTER_MS: u64 = 500;
@@ -67,6 +67,10 @@ pub struct Views {
     /// Of the view: asked for with every entry.
     level: AtomicU16,
     map: RwLock<Arc<ShardMap>>,
+    /// Where directories of the view answer that are not where it says.
+    moved: RwLock<HashMap<DirectoryId, Address>>,
+    /// Whether there is any: frames ask.
+    any_moved: AtomicBool,
 }
 
 /// What was heard about a shard that this node has no replica of, or does not lead.
@@ -88,7 +92,47 @@ impl Views {
     pub fn new(view: View) -> Self {
         let map = RwLock::new(Arc::new(ShardMap::from_view(&view, |_| None)));
         let level = AtomicU16::new(view.level);
-        Self { view: watch::Sender::new(Arc::new(view)), level, map }
+        Self { view: watch::Sender::new(Arc::new(view)), level, map, moved: RwLock::default(), any_moved: AtomicBool::new(false) }
+    }
+
+    /// A directory has shown that it runs at this address. True: the view says another, or none.
+    pub fn found_at(&self, directory: DirectoryId, address: &Address) -> bool {
+        let view = self.view();
+        let Some(node) = view.nodes.values().find(|node| node.directory == directory) else { return false };
+        let is_elsewhere = node.address != *address;
+        let mut moved = self.moved.write().expect("no holder panics");
+        match is_elsewhere {
+            true => drop(moved.insert(directory, address.clone())),
+            false => drop(moved.remove(&directory)),
+        }
+        self.any_moved.store(!moved.is_empty(), Ordering::Relaxed);
+        is_elsewhere
+    }
+
+    /// Where a directory was found that is not where the view says.
+    pub fn moved_to(&self, directory: DirectoryId) -> Option<Address> {
+        if !self.any_moved.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.moved.read().expect("no holder panics").get(&directory).cloned()
+    }
+
+    /// Forgets where nodes were found whose address in the view has changed: that is newer. That a node was given a place holder is no
+    /// news of it.
+    fn forget_moved(&self, before: &View, after: &View) {
+        if !self.any_moved.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut moved = self.moved.write().expect("no holder panics");
+        let address_in = |view: &View, directory: &DirectoryId| {
+            view.nodes.values().find(|node| node.directory == *directory).map(|node| node.address.clone())
+        };
+        moved.retain(|directory, address| {
+            let now = address_in(after, directory);
+            let is_same = now == address_in(before, directory) || now.as_ref().is_some_and(is_place_holder);
+            now.is_some_and(|now| now != *address) && is_same
+        });
+        self.any_moved.store(!moved.is_empty(), Ordering::Relaxed);
     }
 
     pub fn view(&self) -> Arc<View> {
@@ -112,6 +156,7 @@ impl Views {
             }
             *self.map.write().expect("no holder panics") = Arc::new(ShardMap::from_view(&view, |_| None));
             self.level.fetch_max(view.level, Ordering::Relaxed);
+            self.forget_moved(known, &view);
             *known = view.clone();
             true
         })
@@ -120,9 +165,13 @@ impl Views {
 
 impl Resolver for Views {
     fn resolve(&self, node: NodeId) -> Option<Peer> {
-        let view = self.view.borrow();
-        let node = view.nodes.get(&node)?;
-        Some(Peer { address: node.address.clone(), directory: node.directory })
+        let (address, directory) = {
+            let view = self.view.borrow();
+            let node = view.nodes.get(&node)?;
+            (node.address.clone(), node.directory)
+        };
+        let address = self.moved_to(directory).unwrap_or(address);
+        Some(Peer { address, directory })
     }
 
     fn level(&self) -> u16 {
@@ -306,6 +355,26 @@ impl Member {
         })
     }
 
+    /// Has the meta group, which this node leads, take the address that a node announces. Where another node had it that was found
+    /// elsewhere since, that one gives it up: two nodes that have changed places could announce nothing else.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Member::tell_meta`].
+    pub async fn take_address(&self, announce: meta::Command, timeout: Duration) -> Result<meta::Outcome, Failure> {
+        let outcome = self.tell_meta(announce.clone(), timeout).await?;
+        let meta::Outcome::Rejected(meta::Rejection::AddressTaken { address, by }) = &outcome else { return Ok(outcome) };
+        let Some(directory) = self.view().nodes.get(by).map(|node| node.directory) else { return Ok(outcome) };
+        let Some(found) = self.views.moved_to(directory).filter(|found| found != address) else { return Ok(outcome) };
+        tracing::info!("node {by} is at {found} now: its old address {address} is given to the node that runs there");
+        let place_holder = place_holder(*by).map_err(|error| unavailable(error.to_string()))?;
+        let away = meta::Command::Announce { node: *by, directory, address: place_holder, public_address: None };
+        match self.tell_meta(away, timeout).await? {
+            meta::Outcome::Done | meta::Outcome::MoveOpened { .. } => self.tell_meta(announce, timeout).await,
+            rejected @ meta::Outcome::Rejected(_) => Ok(rejected),
+        }
+    }
+
     /// The view as it is now, wherever the meta group is led, and not as this node may still know it.
     ///
     /// # Errors
@@ -326,7 +395,7 @@ impl Member {
 
     /// Where the leader of the meta group is.
     fn leader_of(&self, meta: &Group) -> Result<Address, Failure> {
-        let leader = meta.status().leader.and_then(|leader| self.view().nodes.get(&leader).map(|node| node.address.clone()));
+        let leader = meta.status().leader.and_then(|leader| self.views.resolve(leader)).map(|peer| peer.address);
         leader.ok_or_else(|| unavailable("the meta group has no leader".into()))
     }
 
@@ -395,6 +464,18 @@ impl Member {
             slots: view.slots.clone(),
         }
     }
+}
+
+/// How the host of a place holder ends. Nobody has such a name (RFC 2606).
+const PLACE_HOLDER_SUFFIX: &str = ".moving.invalid";
+
+/// The address of a node that has moved and has yet to announce where to.
+fn place_holder(node: NodeId) -> Result<Address, ParseError> {
+    format!("{node}{PLACE_HOLDER_SUFFIX}:1").parse()
+}
+
+fn is_place_holder(address: &Address) -> bool {
+    address.host().ends_with(PLACE_HOLDER_SUFFIX)
 }
 
 fn unavailable(reason: String) -> Failure {

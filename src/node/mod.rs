@@ -12,6 +12,7 @@ mod balancer;
 pub mod bootstrap;
 mod chores;
 mod compactor;
+mod introduction;
 mod janitor;
 mod join;
 mod leftovers;
@@ -37,13 +38,16 @@ use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
-use crate::client::peer::{Announcement, HoldRequest, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
+use crate::client::peer::{
+    Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
+};
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, WriteFailure, Written};
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
+use crate::raft::lanes::Ousted;
 use crate::sm::kv::{Operation, Record};
 use crate::sm::level::TooOld;
 use crate::sm::meta;
@@ -52,6 +56,7 @@ use crate::storage::directory::DirectoryError;
 use crate::storage::sled_tree::SledError;
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
+pub use bootstrap::NoStart;
 use bootstrap::Waiting;
 pub use join::JoinError;
 use join::Joining;
@@ -85,6 +90,20 @@ pub enum NodeError {
     Join(#[from] JoinError),
     #[error(transparent)]
     Start(#[from] StartError),
+    #[error(transparent)]
+    NoStart(#[from] NoStart),
+    /// The process must be started again: the directory is that of a lost disk by then, and the node waits as a spare.
+    #[error(
+        "this data directory is an old copy: {reason}, so it lacks what its node has said since. It counts as a lost disk: its replicas \
+         are put aside, and rebuilt from the others once the cluster has noticed"
+    )]
+    Outdated { reason: String },
+    /// Which of the two is right is for people to say.
+    #[error(
+        "another process runs with a copy of this data directory: {by} is in contact with it. Stop that one first, or give this node an \
+         empty directory; it then joins as a new node"
+    )]
+    Doubled { by: String },
     /// Every group of the node has stopped: nothing is acknowledged any more.
     #[error(
         "the log has failed, so this node stops: {0}; what it acknowledged is kept. Free or mend the disk, then start it again"
@@ -104,7 +123,13 @@ pub enum NodeError {
 impl NodeError {
     /// Whether starting the process again, and nothing else, mends it.
     pub fn wants_restart(&self) -> bool {
-        matches!(self, NodeError::MapsDamaged | NodeError::Retired | NodeError::Start(StartError::Maps(SledError::Hangs { .. })))
+        matches!(
+            self,
+            NodeError::MapsDamaged
+                | NodeError::Retired
+                | NodeError::Outdated { .. }
+                | NodeError::Start(StartError::Maps(SledError::Hangs { .. }))
+        )
     }
 }
 
@@ -154,7 +179,14 @@ impl Node {
             Err(error) => tracing::warn!("forgetting what this node had before it was retired was broken off: {error}"),
         }
         let Some(joined) = self.joining.join(shutdown).await? else { return Ok(()) };
-        let running = match Running::start(&self.joining, joined, Arc::clone(&self.answers)).await {
+        let found = match self.joining.introduce(&joined).await {
+            Ok(found) => found,
+            Err(NodeError::NoStart(NoStart::Outdated { by, number })) => {
+                return Err(self.outdated(format!("{by} knows of start {number} of it, which is not in it")).await);
+            }
+            Err(error) => return Err(error),
+        };
+        let running = match Running::start(&self.joining, joined, &found, Arc::clone(&self.answers)).await {
             Ok(running) => running,
             Err(_) if running::are_maps_condemned(self.joining.directory_path()) => return Err(NodeError::MapsDamaged),
             Err(error) => return Err(error.into()),
@@ -163,6 +195,7 @@ impl Node {
         let condemned = running.condemned();
         let retired = running.retired();
         let too_old = running.too_old();
+        let ousted = self.joining.ousted();
         let running = self.running.get_or_init(|| running);
         let result = tokio::select! {
             biased;
@@ -171,12 +204,38 @@ impl Node {
             () = condemned.cancelled() => Err(NodeError::MapsDamaged),
             () = retired.cancelled() => Err(NodeError::Retired),
             too_old = too_old => Err(too_old.into()),
+            ousted = ousted => Err(match ousted {
+                Ousted::Outdated { by, number } => {
+                    self.outdated(format!("{by} knows of start {number} of it, which is not in it")).await
+                }
+                Ousted::Doubled { by } => NodeError::Doubled { by },
+            }),
         };
         if let Err(NodeError::Retired) = result {
             running.retire(&self.joining).await?;
         }
         running.stop(result.is_ok()).await;
         result
+    }
+
+    /// Marks the directory as an old copy, durably. Returns why the node stops.
+    async fn outdated(&self, reason: String) -> NodeError {
+        let (joining, why) = (Arc::clone(&self.joining), reason.clone());
+        match tokio::task::spawn_blocking(move || joining.mark_outdated(&why)).await {
+            Ok(Ok(())) => NodeError::Outdated { reason },
+            Ok(Err(error)) => error.into(),
+            Err(error) => NodeError::LogFailed(error.to_string()),
+        }
+    }
+
+    /// Hears a member of this cluster, or of another.
+    pub async fn greeted(&self, greeting: Greeting) -> GreetingReply {
+        let (directory, address) = (greeting.directory, greeting.address.clone());
+        let reply = self.joining.greeted(greeting, self.running.get().is_some()).await;
+        if let (GreetingReply::Welcome(_), Some(running)) = (&reply, self.running.get()) {
+            running.member().views().found_at(directory, &address);
+        }
+        reply
     }
 
     /// Hands every leadership over to another replica, as far as there is one within the time: the first step of a clean stop, while

@@ -24,6 +24,7 @@ use super::access::tell_unreadable;
 use super::join::Joining;
 use super::member::Member;
 use crate::client::peer::Announcement;
+use crate::raft::transport::Resolver as _;
 use crate::raft::{Group, OpenError, ProposeError};
 use crate::sm::slots::SlotState;
 use crate::sm::view::{self, View};
@@ -44,6 +45,11 @@ const INITIALIZE_AFTER: Duration = Duration::from_secs(3);
 /// Between two attempts to open a replica for which there was no descriptor.
 const RETRY_MIN: Duration = Duration::from_millis(250);
 const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Between two announcements of an address that the view does not take; doubled from the first to the last.
+const ANNOUNCE_PAUSE_MIN: Duration = Duration::from_millis(200);
+const ANNOUNCE_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// How often the log repeats that an announcement is rejected.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// A replica that knows how its leader stood within this time is caught up.
 const FRESH: Duration = Duration::from_secs(5);
 
@@ -56,7 +62,18 @@ pub struct Reconciler {
     started: Instant,
     /// What is known to be done: looked at again only after a change.
     done: Mutex<Done>,
+    announcing: Mutex<Announcing>,
     condemned: CancellationToken,
+}
+
+/// How it goes with telling the meta group where this node runs.
+#[derive(Default)]
+struct Announcing {
+    last: Option<Instant>,
+    pause: Duration,
+    /// How often it was rejected, and when that was told.
+    rejected: u64,
+    told: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -94,7 +111,15 @@ struct Wipes {
 
 impl Reconciler {
     pub fn new(member: Arc<Member>, joining: Arc<Joining>, first_view: Box<View>) -> Self {
-        Self { member, joining, first_view, started: Instant::now(), done: Mutex::default(), condemned: CancellationToken::new() }
+        Self {
+            member,
+            joining,
+            first_view,
+            started: Instant::now(),
+            done: Mutex::default(),
+            announcing: Mutex::default(),
+            condemned: CancellationToken::new(),
+        }
     }
 
     /// Cancelled when a replica could not be opened, and only a start of the process can mend that.
@@ -299,7 +324,9 @@ impl Reconciler {
     async fn ensure_meta(&self, view: &View, meta: &Group) -> bool {
         if !meta.leads() {
             let leader = meta.status().leader;
-            if let (false, Some(leader)) = (self.announced(view), leader) {
+            if let (false, Some(leader)) = (self.announced(view), leader)
+                && self.may_announce()
+            {
                 self.announce(view, leader).await;
                 return false;
             }
@@ -318,8 +345,11 @@ impl Reconciler {
                 return true;
             }
         }
-        if !self.announced(view) {
-            self.propose_meta(meta, self.announcement()).await;
+        if !self.announced(view) && self.may_announce() {
+            match self.member.take_address(self.announcement(), PROPOSE_TIMEOUT).await {
+                Ok(outcome) => self.announced_with(view, &outcome),
+                Err(error) => tracing::debug!("the address of this node could not be announced yet: {error}"),
+            }
             return false;
         }
         true
@@ -329,20 +359,66 @@ impl Reconciler {
     fn announced(&self, view: &View) -> bool {
         let config = self.joining.config();
         let named = view.nodes.get(&self.member.node);
-        named.is_some_and(|node| node.address == config.address && node.public_address == config.public_address)
+        let is_named = named.is_some_and(|node| node.address == config.address && node.public_address == config.public_address);
+        if is_named {
+            *self.announcing.lock().expect("no holder panics") = Announcing::default();
+        }
+        is_named
     }
 
     /// Has the meta leader put this node's new address into the view.
     async fn announce(&self, view: &View, leader: NodeId) {
-        let Some(address) = view.nodes.get(&leader).map(|node| &node.address) else { return };
+        let Some(leader) = self.member.views().resolve(leader) else { return };
         let announcement = Announcement { cluster: self.member.cluster, command: self.announcement() };
-        match self.member.peers.announce(address, &announcement, PROPOSE_TIMEOUT).await {
-            Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
-                tracing::info!("announced the address {} of this node", self.joining.config().address)
-            }
-            Ok(meta::Outcome::Rejected(rejection)) => tracing::warn!("the address of this node was rejected: {rejection:?}"),
+        match self.member.peers.announce(&leader.address, &announcement, PROPOSE_TIMEOUT).await {
+            Ok(outcome) => self.announced_with(view, &outcome),
             Err(error) => tracing::debug!("the address of this node could not be announced yet: {error}"),
         }
+    }
+
+    /// Tells what became of an announcement: of a rejected one at first, and then now and then.
+    fn announced_with(&self, view: &View, outcome: &meta::Outcome) {
+        let own = &self.joining.config().address;
+        let rejection = match outcome {
+            meta::Outcome::Done | meta::Outcome::MoveOpened { .. } => {
+                tracing::info!("announced the address {own} of this node");
+                return;
+            }
+            meta::Outcome::Rejected(rejection) => rejection,
+        };
+        let mut announcing = self.announcing.lock().expect("no holder panics");
+        announcing.rejected += 1;
+        if announcing.told.is_some_and(|told| told.elapsed() < TELL_AGAIN) {
+            return;
+        }
+        announcing.told = Some(Instant::now());
+        let times = announcing.rejected;
+        drop(announcing);
+        match rejection {
+            meta::Rejection::AddressTaken { address, by } => tracing::warn!(
+                "the view has node {by} at {address}, where this node ({}) runs now: {times} announcements were rejected. Start {by} \
+                 where it is to be; if it is gone for good, remove it with 'quorate cluster remove {address}'",
+                self.member.node
+            ),
+            rejection => {
+                let known = view.nodes.get(&self.member.node).map_or("no address", |node| node.address.as_str());
+                tracing::warn!(
+                    "the view has this node at {known} and not at {own}: {times} announcements were rejected: {rejection:?}"
+                );
+            }
+        }
+    }
+
+    /// Whether it is time to announce this node's address, again if it was announced before.
+    fn may_announce(&self) -> bool {
+        let mut announcing = self.announcing.lock().expect("no holder panics");
+        let pause = announcing.pause;
+        if announcing.last.is_some_and(|last| last.elapsed() < pause) {
+            return false;
+        }
+        announcing.last = Some(Instant::now());
+        announcing.pause = (pause * 2).clamp(ANNOUNCE_PAUSE_MIN, ANNOUNCE_PAUSE_MAX);
+        true
     }
 
     fn announcement(&self) -> meta::Command {

@@ -17,6 +17,7 @@ use super::access::Access;
 use super::agreement::Agreement;
 use super::balancer::Balancer;
 use super::compactor::Compactor;
+use super::introduction::Greeter;
 use super::janitor::Janitor;
 use super::join::{Joined, Joining};
 use super::leftovers;
@@ -49,7 +50,7 @@ use crate::storage::directory::{DirectoryError, Stamp};
 use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
 use crate::storage::sled_tree::{SledError, is_condemned};
 use crate::storage::state::{StateOptions, StateStore};
-use crate::types::{Address, ClusterId, GroupId};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId};
 
 /// Between two attempts to open the replica of the meta group while there is no descriptor for it.
 const OPEN_AGAIN_AFTER: Duration = Duration::from_millis(500);
@@ -106,15 +107,27 @@ struct Storage {
 }
 
 impl Running {
-    /// Answers are charged to `answers`.
-    pub async fn start(joining: &Arc<Joining>, joined: Joined, answers: Arc<Budget>) -> Result<Self, StartError> {
+    /// `found`: where members were found to run, which the view may not say yet. Answers are charged to `answers`.
+    pub async fn start(
+        joining: &Arc<Joining>,
+        joined: Joined,
+        found: &[(DirectoryId, Address)],
+        answers: Arc<Budget>,
+    ) -> Result<Self, StartError> {
         let opening = Arc::clone(joining);
         let cluster = joined.view.cluster;
         let opened = tokio::task::spawn_blocking(move || Storage::open(&opening, cluster)).await;
         let storage = opened.map_err(|error| StartError::BrokenOff(error.to_string()))??;
         let config = joining.config();
-        let identity = Arc::new(Identity::member(joining.directory_id(), joined.view.cluster, joined.node));
+        let identity = Identity::member(joining.directory_id(), joined.view.cluster, joined.node);
+        let identity = Arc::new(match joining.acquaintances() {
+            Some(acquaintances) => identity.with_acquaintances(acquaintances.clone()),
+            None => identity,
+        });
         let views = Arc::new(Views::new((*joined.view).clone()));
+        for (directory, address) in found {
+            views.found_at(*directory, address);
+        }
         let registry = Registry::new(RegistryParts {
             rooms: Rooms::default(),
             identity,
@@ -147,6 +160,8 @@ impl Running {
         let migrator = Migrator::new(member.clone(), joining.machine().clone());
         spawn(&mut tasks, &stop, |stop| async move { memberships.run(&stop).await });
         spawn(&mut tasks, &stop, |stop| async move { migrator.run(&stop).await });
+        let greeter = Greeter::new(member.clone(), joining.clone());
+        spawn(&mut tasks, &stop, |stop| async move { greeter.run(&stop).await });
         let repair = Repair::new(member.clone(), config.replace_after, config.lost_disk_after);
         spawn(&mut tasks, &stop, |stop| async move { repair.run(&stop).await });
         let agreement = Agreement::new(member.clone(), config.compare_every);
@@ -287,7 +302,7 @@ impl Running {
             }
         }
         self.led_meta()?;
-        self.member.tell_meta(command, ANNOUNCE_TIMEOUT).await
+        self.member.take_address(command, ANNOUNCE_TIMEOUT).await
     }
 
     /// The view as it is now, if this node leads the meta group.

@@ -427,7 +427,9 @@ fn rpc_error(error: LaneError) -> RPCError<Types> {
             | Refusal::Busy
             | Refusal::Leased
             | Refusal::Failed(_)
-            | Refusal::Unreadable,
+            | Refusal::Unreadable
+            | Refusal::Outdated { .. }
+            | Refusal::Doubled,
         ) => RPCError::Unreachable(Unreachable::new(&error)),
     }
 }

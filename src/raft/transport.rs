@@ -4,13 +4,14 @@
 //! simulation). [`Resolver`] says where a node is, by the newest view. [`Identity`] is who we are. What flows over the streams is the
 //! business of `lanes`.
 
-use std::sync::RwLock;
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
+use crate::raft::lanes::Acquaintances;
 use crate::raft::wire::{Refusal, WireError};
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
@@ -96,16 +97,27 @@ pub enum LaneError {
 pub struct Identity {
     pub directory: DirectoryId,
     member: RwLock<Option<(ClusterId, NodeId)>>,
+    /// None: it says nothing of its starts, as programs of the first release.
+    acquaintances: Option<Arc<Acquaintances>>,
 }
 
 impl Identity {
     /// A node that belongs to no cluster yet.
     pub fn new(directory: DirectoryId) -> Self {
-        Self { directory, member: RwLock::new(None) }
+        Self { directory, member: RwLock::new(None), acquaintances: None }
     }
 
     pub fn member(directory: DirectoryId, cluster: ClusterId, node: NodeId) -> Self {
-        Self { directory, member: RwLock::new(Some((cluster, node))) }
+        Self { directory, member: RwLock::new(Some((cluster, node))), acquaintances: None }
+    }
+
+    /// A node that tells its starts, and judges those of others.
+    pub fn with_acquaintances(self, acquaintances: Arc<Acquaintances>) -> Self {
+        Self { acquaintances: Some(acquaintances), ..self }
+    }
+
+    pub fn acquaintances(&self) -> Option<&Arc<Acquaintances>> {
+        self.acquaintances.as_ref()
     }
 
     /// It belongs to this cluster from now on.

@@ -10,6 +10,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::sm::starts::Starts;
 use crate::storage::log::{Entry, Payload, Vote};
 use crate::storage::state::Applied;
 use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
@@ -17,6 +18,8 @@ use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 /// The format written today.
 const FORMAT: u8 = 1;
 const LENGTH_BYTES: usize = 4;
+/// The format of the starts behind a hello.
+const STARTS_FORMAT: u8 = 1;
 /// Format and sequence.
 const PREFIX_BYTES: usize = 9;
 
@@ -200,6 +203,12 @@ pub enum Refusal {
     Failed(String),
     #[error("it could not read the frame")]
     Unreadable,
+    /// Said only to peers that tell their starts.
+    #[error("it knows start {number} of this data directory, which is not in it: the directory is an old copy")]
+    Outdated { number: u64 },
+    /// Said only to peers that tell their starts.
+    #[error("another process runs with a copy of this data directory")]
+    Doubled,
 }
 
 /// An encoded frame whose sequence is still to be given.
@@ -222,6 +231,35 @@ pub fn encode_hello(hello: &Hello) -> Bytes {
     let mut buffer = BytesMut::with_capacity(128);
     write(&mut buffer, 0, hello, NO_TAIL);
     buffer.freeze()
+}
+
+/// A hello behind which the sender tells its starts. Programs of the first release read the hello alone.
+pub fn encode_greeting(hello: &Hello, starts: &Starts) -> Bytes {
+    let mut buffer = BytesMut::with_capacity(2048);
+    write(&mut buffer, 0, hello, &[starts_tail(starts)]);
+    buffer.freeze()
+}
+
+/// Writes the answer to a hello that was accepted: the starts of this side.
+pub fn encode_welcome(buffer: &mut BytesMut, sequence: u64, starts: &Starts) {
+    write(buffer, sequence, &Reply::Noted, &[starts_tail(starts)]);
+}
+
+fn starts_tail(starts: &Starts) -> Vec<u8> {
+    let mut tail = vec![STARTS_FORMAT];
+    postcard::to_io(starts, &mut tail).expect("writing into memory fails for no type of this module");
+    tail
+}
+
+/// The starts in the tail of a hello or of its answer; none if there are none, or of a kind that this version does not know.
+fn read_starts(tail: &[u8]) -> Result<Option<Starts>, WireError> {
+    match tail.split_first() {
+        Some((&STARTS_FORMAT, body)) => match postcard::take_from_bytes(body) {
+            Ok((starts, _)) => Ok(Some(starts)),
+            Err(error) => Err(WireError::Malformed(error.to_string())),
+        },
+        Some(_) | None => Ok(None),
+    }
 }
 
 /// A request without a tail, or one whose tail is `tail`.
@@ -291,8 +329,16 @@ pub struct Arrived {
 }
 
 impl Arrived {
-    pub fn hello(&self) -> Result<Hello, WireError> {
-        Ok(self.envelope()?.0)
+    /// The hello, and the starts that its sender tells.
+    pub fn hello(&self) -> Result<(Hello, Option<Starts>), WireError> {
+        let (hello, tail) = self.envelope()?;
+        Ok((hello, read_starts(&tail)?))
+    }
+
+    /// The starts in the answer to a hello.
+    pub fn welcome(&self) -> Result<Option<Starts>, WireError> {
+        let (_, tail): (Reply, Bytes) = self.envelope()?;
+        read_starts(&tail)
     }
 
     /// The request and its tail.
@@ -421,6 +467,8 @@ fn parse(mut frame: Bytes) -> Result<Arrived, WireError> {
 mod tests {
     use super::*;
 
+    use crate::types::StartId;
+
     const HEAD: Head = Head { group: GroupId(3), sender: ReplicaId(1), target: ReplicaId(2) };
 
     fn append() -> (Vec<Entry>, Bytes) {
@@ -442,6 +490,36 @@ mod tests {
         assert_eq!(head, HEAD);
         let Request::Append { entries: heads, .. } = request else { panic!("not an append: {request:?}") };
         assert_eq!(entries(&heads, tail).expect("whole payloads"), expected);
+    }
+
+    #[test]
+    fn a_hello_with_starts_is_read_by_who_knows_none_and_one_without_by_who_knows_them() {
+        let ids = (ClusterId(1), DirectoryId(2), DirectoryId(3));
+        let hello = Hello { cluster: ids.0, from: NodeId(4), from_directory: ids.1, to: NodeId(5), to_directory: ids.2 };
+        let starts = Starts::first(StartId(6)).followed_by(StartId(300));
+        let arrived = |frame: Bytes| {
+            let mut reader = FrameReader::default();
+            reader.push(frame);
+            reader.next().expect("a frame").expect("a whole one")
+        };
+        assert_eq!(arrived(encode_hello(&hello)).hello(), Ok((hello, None)));
+        let greeting = arrived(encode_greeting(&hello, &starts));
+        assert_eq!(greeting.hello(), Ok((hello, Some(starts.clone()))));
+        // As programs of the first release read it: what stands behind is none of theirs.
+        assert_eq!(postcard::take_from_bytes::<Hello>(&greeting.body).map(|(hello, _)| hello), Ok(hello));
+        let tail = &greeting.body[greeting.body.len() - 6..];
+        assert_eq!(tail, [STARTS_FORMAT, 1, 2, 6, 0xac, 2], "the encoding stands");
+
+        let mut buffer = BytesMut::new();
+        encode_welcome(&mut buffer, 9, &starts);
+        let welcome = arrived(buffer.freeze());
+        assert_eq!((welcome.reply(), welcome.welcome()), (Ok(Reply::Noted), Ok(Some(starts))));
+        let mut buffer = BytesMut::new();
+        write(&mut buffer, 9, &Reply::Noted, &[[STARTS_FORMAT + 1, 7, 7]]);
+        assert_eq!(arrived(buffer.freeze()).welcome(), Ok(None), "of a later version");
+        let mut buffer = BytesMut::new();
+        write(&mut buffer, 9, &hello, &[[STARTS_FORMAT, 0, 0]]);
+        assert!(arrived(buffer.freeze()).hello().is_err(), "unsound starts");
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod ports;
 pub mod repair;
 pub mod requests;
 pub mod slots;
+pub mod starts;
 #[cfg(test)]
 mod testing;
 pub mod view;

@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::disk::{Disk, RealDisk, ensure_dir};
 use super::sealed::{self, SealedError};
+use super::starts::{STARTS, StartBook};
 use crate::sm::view::View;
-use crate::types::{Address, ClusterId, DirectoryId, NodeId, ReplicaId};
+use crate::types::{Address, ClusterId, DirectoryId, NodeId, ReplicaId, StartId};
 
 const LOCK: &str = "LOCK";
 const IDENTITY: &str = "identity";
@@ -26,6 +27,18 @@ const FORMAT: u64 = 1;
 /// The stamp of a member of a cluster of a level above 0. Programs that know no levels refuse it as
 /// of a newer version, where a field more in the first format would be damage to them.
 const LEVELED_FORMAT: u64 = 2;
+/// Says that this directory is an old copy, which its node may not go on with.
+const OUTDATED: &str = "outdated";
+/// Where the replicas of a directory that was refused are kept until their cluster goes on without them.
+const ASIDE: &str = "set-aside";
+/// What is put there. The stamp goes on, as that of a node that is retired.
+const PUT_ASIDE: [&str; 6] = ["log", "state", "redo", "snapshots", "witnesses", STARTS];
+
+/// Why a directory is an old copy.
+#[derive(Serialize, Deserialize)]
+struct Outdated {
+    reason: String,
+}
 
 /// What a data directory knows of the cluster that it is in. Part of the disk format.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,6 +123,7 @@ impl DataDirectory {
         // As an absolute path, so that messages can be acted on.
         let path = std::fs::canonicalize(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
         let lock = lock(&path)?;
+        set_aside_if_outdated(&path)?;
         Self::open_on(Arc::new(RealDisk), &path, DirectoryId(rand::random()), Some(lock))
     }
 
@@ -195,6 +209,111 @@ impl DataDirectory {
         }
         Ok(())
     }
+}
+
+impl DataDirectory {
+    /// Begins another start of this directory's node. Durable when it returns. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// When that can't be written: then the node may not say anything.
+    pub fn begin_start(&self, id: StartId) -> Result<StartBook, DirectoryError> {
+        Ok(StartBook::open(self.disk.clone(), &self.path, id)?)
+    }
+
+    /// Says on disk that this directory is an old copy: what opens it next puts its replicas aside. Durable when it returns. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// When that can't be written.
+    pub fn mark_outdated(&self, reason: &str) -> Result<(), DirectoryError> {
+        let outdated = Outdated { reason: reason.to_owned() };
+        Ok(sealed::write(&*self.disk, &self.path, OUTDATED, FORMAT, &outdated)?)
+    }
+
+    /// Whether anything was put aside of old copies.
+    pub fn has_aside(&self) -> bool {
+        self.path.join(ASIDE).exists()
+    }
+
+    /// Deletes what was put aside of directories that this view, which is that of their cluster, has no more: every group has committed a
+    /// membership without them. Blocking.
+    pub fn clear_aside(&self, view: &View) {
+        let aside = self.path.join(ASIDE);
+        for (id, _) in asides(&aside, view.cluster).into_iter().filter(|(id, _)| is_gone(view, *id)) {
+            let path = aside.join(aside_name(view.cluster, id));
+            match std::fs::remove_dir_all(&path) {
+                Ok(()) => tracing::info!("the cluster goes on without the old copy in {}: it is deleted", path.display()),
+                Err(error) => tracing::warn!("{} cannot be deleted: {error}", path.display()),
+            }
+        }
+        // Others may be in it: then it stays.
+        let is_left = std::fs::remove_dir(&aside).is_err();
+        tracing::trace!("{} {}", aside.display(), if is_left { "stays" } else { "is gone" });
+    }
+}
+
+fn is_gone(view: &View, directory: DirectoryId) -> bool {
+    view.nodes.values().all(|node| node.directory != directory)
+}
+
+fn aside_name(cluster: ClusterId, directory: DirectoryId) -> String {
+    format!("{cluster}-{directory}")
+}
+
+/// The directories of this cluster that were put aside.
+fn asides(aside: &Path, cluster: ClusterId) -> Vec<(DirectoryId, PathBuf)> {
+    let Ok(entries) = std::fs::read_dir(aside) else { return Vec::new() };
+    let of_cluster = entries.flatten().filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        let id = name.strip_prefix(&format!("{cluster}-"))?.parse().ok()?;
+        Some((id, entry.path()))
+    });
+    of_cluster.collect()
+}
+
+/// Makes a directory that was found to be an old copy that of a node which lost its disk: with another identity, and the replicas put
+/// aside. Each step may be the last before a crash, and is done again by the next start: the mark goes last.
+fn set_aside_if_outdated(path: &Path) -> Result<(), DirectoryError> {
+    let disk = RealDisk;
+    let Some(outdated) = sealed::read::<Outdated>(&disk, &path.join(OUTDATED), FORMAT)? else { return Ok(()) };
+    let stamp: Option<Stamp> = sealed::read(&disk, &path.join(STAMP), LEVELED_FORMAT)?;
+    let id: Option<DirectoryId> = sealed::read(&disk, &path.join(IDENTITY), FORMAT)?;
+    let retired = match stamp {
+        Some(Stamp::Member { cluster, node, view, .. }) => {
+            let members = view.staying().map(|(_, node)| node.address.clone()).collect();
+            Some(Stamp::Retired { cluster, node, members })
+        }
+        Some(Stamp::Retired { cluster, node, members }) => Some(Stamp::Retired { cluster, node, members }),
+        Some(Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. }) | None => None,
+    };
+    if let (Some(stamp @ Stamp::Retired { cluster, .. }), Some(id)) = (&retired, id) {
+        tracing::warn!(
+            "{} is an old copy ({}): its replicas are put aside, and rebuilt from the others",
+            path.display(),
+            outdated.reason
+        );
+        sealed::write(&disk, path, STAMP, FORMAT, stamp)?;
+        let aside = path.join(ASIDE).join(aside_name(*cluster, id));
+        put_aside(path, &aside).map_err(|source| DirectoryError::Io { path: aside.clone(), source })?;
+        sealed::write(&disk, path, IDENTITY, FORMAT, &DirectoryId(rand::random()))?;
+    }
+    let removed = disk.remove(&path.join(OUTDATED)).and_then(|()| disk.sync_dir(path));
+    removed.map_err(|source| DirectoryError::Io { path: path.join(OUTDATED), source })
+}
+
+fn put_aside(path: &Path, aside: &Path) -> io::Result<()> {
+    if !PUT_ASIDE.iter().any(|name| path.join(name).exists()) {
+        return Ok(());
+    }
+    std::fs::create_dir_all(aside)?;
+    for name in PUT_ASIDE.iter().filter(|name| path.join(name).exists()) {
+        std::fs::rename(path.join(name), aside.join(name))?;
+    }
+    for changed in [aside, &path.join(ASIDE), path] {
+        RealDisk.sync_dir(changed)?;
+    }
+    Ok(())
 }
 
 /// Takes the lock file, and writes the process id into it for whoever meets it.
@@ -318,6 +437,46 @@ mod tests {
         DataDirectory::open(temporary.path()).expect("the lock went with its holder");
     }
 
+    /// As often as it may be broken off.
+    #[test]
+    fn an_old_copy_becomes_a_lost_disk_and_is_kept_until_its_cluster_goes_without_it() {
+        let temporary = tempfile::tempdir().expect("a directory");
+        let path = temporary.path();
+        let directory = DataDirectory::open(path).expect("created");
+        let (id, Stamp::Member { cluster, node, view, .. }) = (directory.id(), member()) else { unreachable!("it is one") };
+        directory.set_stamp(member()).expect("stamped");
+        for name in ["log", "state"] {
+            std::fs::create_dir(path.join(name)).expect("created");
+            std::fs::write(path.join(name).join("file"), name).expect("written");
+        }
+        directory.begin_start(StartId(1)).expect("begun");
+        directory.mark_outdated("a later start is known").expect("marked");
+        drop(directory);
+
+        let mut ids = vec![id];
+        for _ in 0..3 {
+            let directory = DataDirectory::open(path).expect("opened");
+            assert!(!ids.contains(&directory.id()), "it is the old directory still");
+            ids.push(directory.id());
+            let members = view.staying().map(|(_, node)| node.address.clone()).collect();
+            assert_eq!(directory.stamp(), Stamp::Retired { cluster, node, members });
+            assert!(!path.join("log").exists() && !path.join(STARTS).exists());
+            // As if it had been broken off before the end.
+            directory.mark_outdated("again").expect("marked");
+        }
+        let directory = DataDirectory::open(path).expect("opened");
+        let kept = path.join(ASIDE).join(aside_name(cluster, id)).join("log/file");
+        let mut view = *view;
+        view.nodes.get_mut(&node).expect("a node").directory = id;
+        directory.clear_aside(&view);
+        assert_eq!(std::fs::read(&kept).expect("still there"), b"log");
+        view.nodes.get_mut(&node).expect("a node").directory = directory.id();
+        directory.clear_aside(&View { cluster: ClusterId(1), ..view.clone() });
+        assert!(kept.exists(), "another cluster does not decide");
+        directory.clear_aside(&view);
+        assert!(!path.join(ASIDE).exists());
+    }
+
     #[test]
     fn foreign_files_are_left_alone() {
         let temporary = tempfile::tempdir().expect("a directory");
@@ -437,6 +596,14 @@ mod tests {
             let bytes = disk.contents(&Path::new("/data").join(STAMP)).expect("there");
             assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(golden));
         }
+        let disk = written(MEMBER);
+        let directory = opened(&disk).expect("it opens");
+        let Stamp::Member { cluster, node, meta_replica, mut view } = directory.stamp() else { panic!("no member") };
+        view.level = 1;
+        directory.set_stamp(Stamp::Member { cluster, node, meta_replica, view }).expect("stamped");
+        let bytes = disk.contents(&Path::new("/data").join(STAMP)).expect("there");
+        assert!(String::from_utf8_lossy(&bytes).contains("\"format\": 2"), "the version before would call it damaged");
+        assert_eq!(opened(&disk).expect("it opens").stamp(), directory.stamp());
         assert_eq!(written(MEMBER).contents(&Path::new("/data").join(IDENTITY)).expect("there"), IDENTITY_GOLDEN);
     }
 }

@@ -12,6 +12,7 @@ pub mod sim_disk;
 mod sled_database;
 pub mod sled_tree;
 pub mod snapshot;
+pub mod starts;
 pub mod state;
 #[cfg(test)]
 pub mod testing;

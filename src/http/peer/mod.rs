@@ -1,5 +1,5 @@
 //! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`, `GET /peer/identity`, `POST /peer/promise`,
-//! `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`, `POST /peer/invite`,
+//! `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`, `POST /peer/invite`, `POST /peer/greet`,
 //! `POST /peer/hold`. The messages are those of `client::peer` and `client::protocol`.
 //!
 //! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing of HTTP. A lane is one request whose
@@ -25,7 +25,7 @@ use super::body::{self, Ceiling, Held};
 use super::metrics::Dialect;
 use super::problem::{Code, Problem};
 use super::{App, Shared};
-use crate::client::peer::{Announcement, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest};
+use crate::client::peer::{Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::sm::view::View;
@@ -66,13 +66,16 @@ pub trait PeerService: Send + Sync + 'static {
     /// Has this node hold the level of its cluster, or do so no more. Durable when it is answered.
     fn hold_level(&self, request: HoldRequest) -> BoxFuture<'_, Result<(), Failure>>;
 
+    /// Hears a member of this cluster, or of another.
+    fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply>;
+
     /// Has the meta group, if this node leads it, apply what another node has to tell.
     fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
 }
 
 /// The peer routes, for an app that has peers.
 pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
-    let [to_lane, to_shard, to_identity, to_promise, to_replicas, to_view, to_announce, to_invite, to_hold] =
+    let [to_lane, to_shard, to_identity, to_promise, to_replicas, to_view, to_announce, to_invite, to_hold, to_greet] =
         std::array::from_fn(|_| Arc::clone(&peers));
     Router::new()
         .route("/peer/lane/{lane}", post(move |Path(name), request| lane(to_lane, name, request)))
@@ -83,6 +86,7 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
         .route("/peer/view", get(move || view(to_view)))
         .route("/peer/announce", post(move |State(app), request| announce(app, to_announce, request)))
         .route("/peer/hold", post(move |State(app), request| hold(app, to_hold, request)))
+        .route("/peer/greet", post(move |State(app), request| greet(app, to_greet, request)))
         .route("/peer/invite", post(move |State(app), request| invite(app, to_invite, request)))
 }
 
@@ -136,6 +140,13 @@ async fn hold(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Res
             Ok(()) => in_json(&()),
             Err(failure) => Problem::from(failure).into_response(),
         },
+        Err(problem) => problem.into_response(),
+    }
+}
+
+async fn greet(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+    match read_json(&app, request).await {
+        Ok(greeting) => in_json(&peers.greeted(greeting).await),
         Err(problem) => problem.into_response(),
     }
 }

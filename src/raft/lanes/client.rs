@@ -13,9 +13,11 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Heard;
+use super::acquaintances::Session;
 use crate::raft::room::{Held, Place, Rooms};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Reply};
+use crate::sm::starts::Starts;
 use crate::types::NodeId;
 
 /// Bytes that may wait in one lane's queue: several windows of appends of a few groups. What comes on top is refused, and Raft tries again.
@@ -300,18 +302,30 @@ async fn connect_and_run(shared: &Shared, lane: &Arc<PeerLane>) -> LaneError {
         state.link = Link::Up(peer.clone());
         state.generation
     };
-    let outbox = Outbox { lane: lane.clone(), generation, hello: Some(wire::encode_hello(&hello)) };
+    let acquaintances = shared.identity.acquaintances();
+    let hello = match acquaintances {
+        Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own()),
+        None => wire::encode_hello(&hello),
+    };
+    let outbox = Outbox { lane: lane.clone(), generation, hello: Some(hello) };
     let outgoing: Outgoing = Box::pin(outbox);
-    let dialled = tokio::time::timeout(CONNECT_TIMEOUT, shared.dial.dial(lane.to, peer, lane.lane, outgoing)).await;
+    let dialled = tokio::time::timeout(CONNECT_TIMEOUT, shared.dial.dial(lane.to, peer.clone(), lane.lane, outgoing)).await;
     match dialled {
-        Ok(Ok(incoming)) => deliver(shared, lane, generation, incoming).await,
+        Ok(Ok(incoming)) => {
+            let error = deliver(shared, lane, &peer, generation, incoming).await;
+            if let (Some(acquaintances), LaneError::Refused(refusal)) = (acquaintances, &error) {
+                acquaintances.refused_by(peer.address.as_str(), refusal);
+            }
+            error
+        }
         Ok(Err(error)) => error,
         Err(_) => LaneError::Down(format!("no connection within {CONNECT_TIMEOUT:?}")),
     }
 }
 
-async fn deliver(shared: &Shared, lane: &PeerLane, generation: u64, mut incoming: Incoming) -> LaneError {
+async fn deliver(shared: &Shared, lane: &PeerLane, peer: &Peer, generation: u64, mut incoming: Incoming) -> LaneError {
     let mut reader = FrameReader::default();
+    let mut session: Option<Session> = None;
     let mut check = tokio::time::interval(CHECK_EVERY);
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -337,16 +351,31 @@ async fn deliver(shared: &Shared, lane: &PeerLane, generation: u64, mut incoming
             Some(Ok(chunk)) if chunk.is_empty() => continue,
             Some(Ok(chunk)) => reader.push(chunk),
         }
-        if let Err(error) = hand_out(lane, generation, &mut reader) {
-            return error;
+        if session.as_ref().is_some_and(|session| !session.note()) {
+            return LaneError::Broken("a later start of the peer has taken its place".into());
+        }
+        loop {
+            match hand_out(lane, generation, &mut reader) {
+                Ok(None) => break,
+                // Before its first reply: none of an old copy may count.
+                Ok(Some(starts)) => match shared.identity.acquaintances() {
+                    Some(acquaintances) => match acquaintances.meet(peer.directory, &starts).await {
+                        Ok(met) => session = Some(met),
+                        Err(refusal) => return LaneError::Broken(format!("the peer is not taken: {refusal}")),
+                    },
+                    None => {}
+                },
+                Err(error) => return error,
+            }
         }
         // Only now: another directory that answers under the address, and refuses, is not the node.
         shared.heard.note_reply(lane.to);
     }
 }
 
-/// Gives each reply that has arrived to its caller. A reply to the hello is a refusal of the whole lane.
-fn hand_out(lane: &PeerLane, generation: u64, reader: &mut FrameReader) -> Result<(), LaneError> {
+/// Gives each reply that has arrived to its caller. A reply to the hello is a refusal of the whole lane, or tells the peer's starts: those
+/// are returned before anything else is read.
+fn hand_out(lane: &PeerLane, generation: u64, reader: &mut FrameReader) -> Result<Option<Starts>, LaneError> {
     let mut state = lane.lock();
     if state.generation != generation {
         return Err(LaneError::Broken("the peer has moved".into()));
@@ -354,14 +383,17 @@ fn hand_out(lane: &PeerLane, generation: u64, reader: &mut FrameReader) -> Resul
     while let Some(arrived) = reader.next()? {
         if arrived.sequence == HELLO_SEQUENCE {
             read_reply(&arrived)?;
-            continue;
+            match arrived.welcome()? {
+                Some(starts) => return Ok(Some(starts)),
+                None => continue,
+            }
         }
         if let Some(call) = state.calls.remove(&arrived.sequence) {
             let _ = call.send(Ok(arrived));
         }
     }
     state.waiting_since = (!state.calls.is_empty()).then(Instant::now);
-    Ok(())
+    Ok(None)
 }
 
 /// The sequence under which a whole lane is refused.

@@ -8,10 +8,12 @@
 //! - `seats`: how many lanes from others are served at once.
 //! - `memory`: lanes within the process, with partitions, for tests and simulation.
 //!
-//! The first frame of a lane is a hello, which names both ends and is checked once. Each further frame names its group and both replicas. What does not
+//! The first frame of a lane is a hello, which names both ends and is checked once; behind it stand the starts of the one that dialled, and
+//! the other answers with its own (`acquaintances`). Each further frame names its group and both replicas. What does not
 //! match is refused with a reason; no frame ever creates a replica. What no reply comes for within its caller's patience is given up;
 //! a lane that says nothing while calls wait is cut and dialled again.
 
+mod acquaintances;
 mod client;
 mod heard;
 pub mod http;
@@ -19,6 +21,8 @@ pub mod memory;
 mod seats;
 mod serve;
 
+pub use super::wire::Refusal;
+pub use acquaintances::{Acquaintances, Ousted};
 pub use client::{Call, Lanes, read_reply};
 pub use heard::Heard;
 pub use seats::Seats;

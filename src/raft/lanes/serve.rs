@@ -16,11 +16,12 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
-use futures::{Stream, StreamExt};
+use futures::{FutureExt, Stream, StreamExt};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, Sleep};
 
+use super::acquaintances::Session;
 use super::client::HELLO_SEQUENCE;
 use super::seats::{Owner, Seat};
 use crate::raft::registry::Registry;
@@ -60,6 +61,8 @@ where
         patience: Box::pin(tokio::time::sleep(PATIENCE)),
         turn: Turn::None,
         peer: None,
+        greeting: None,
+        session: None,
         is_used: false,
         working: FuturesUnordered::new(),
         out: BytesMut::new(),
@@ -67,6 +70,7 @@ where
 }
 
 type Working = BoxFuture<'static, (u64, Reply)>;
+type Greeting = BoxFuture<'static, (NodeId, Result<Session, Refusal>)>;
 
 /// A seat, and what tells that it has to be given up.
 struct Seated {
@@ -99,6 +103,10 @@ struct Serving<I> {
     turn: Turn,
     /// Known once its hello was accepted.
     peer: Option<NodeId>,
+    /// Its hello is being judged: nothing more is read until then.
+    greeting: Option<Greeting>,
+    /// Its start was taken. None: it told of none.
+    session: Option<Session>,
     /// A request has come.
     is_used: bool,
     working: FuturesUnordered<Working>,
@@ -117,7 +125,7 @@ where
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let this = self.get_mut();
         this.ended |= this.has_lost_patience(context);
-        while !this.ended && this.working.len() < FRAMES_MAX && this.may_receive(context) {
+        while !this.ended && this.working.len() < FRAMES_MAX && this.is_greeted(context) && this.may_receive(context) {
             match this.incoming.poll_next_unpin(context) {
                 Poll::Ready(Some(Ok(chunk))) => this.take(chunk),
                 Poll::Ready(Some(Err(error))) => {
@@ -189,7 +197,41 @@ impl<I> Serving<I> {
         !self.ended
     }
 
+    /// Whether no hello is being judged, and none was refused.
+    fn is_greeted(&mut self, context: &mut Context<'_>) -> bool {
+        let Some(greeting) = &mut self.greeting else { return true };
+        let Poll::Ready((peer, met)) = greeting.poll_unpin(context) else { return false };
+        self.greeting = None;
+        match met {
+            Ok(session) => {
+                self.session = Some(session);
+                self.accept(peer);
+                if let Some(acquaintances) = self.registry.identity().acquaintances() {
+                    wire::encode_welcome(&mut self.out, HELLO_SEQUENCE, acquaintances.own());
+                }
+                self.read();
+            }
+            Err(refusal) => self.refuse(refusal),
+        }
+        !self.ended
+    }
+
+    fn accept(&mut self, peer: NodeId) {
+        self.registry.heard().note(peer);
+        self.peer = Some(peer);
+        self.reader.set_limit(FRAME_BYTES_MAX);
+    }
+
+    fn refuse(&mut self, refusal: Refusal) {
+        wire::encode_reply(&mut self.out, HELLO_SEQUENCE, &Reply::Refused(refusal));
+        self.ended = true;
+    }
+
     fn take(&mut self, chunk: Bytes) {
+        if self.session.as_ref().is_some_and(|session| !session.note()) {
+            self.ended = true;
+            return;
+        }
         if let Some(peer) = self.peer {
             self.registry.heard().note(peer);
             if let Some(seat) = &self.seat {
@@ -200,6 +242,11 @@ impl<I> Serving<I> {
             self.patience.as_mut().reset(Instant::now() + PATIENCE);
         }
         self.reader.push(chunk);
+        self.read();
+    }
+
+    /// Begins what has arrived, as far as it may.
+    fn read(&mut self) {
         loop {
             match self.reader.next() {
                 Ok(Some(arrived)) => self.begin(&arrived),
@@ -213,7 +260,7 @@ impl<I> Serving<I> {
                     return;
                 }
             }
-            if self.ended {
+            if self.ended || self.greeting.is_some() {
                 return;
             }
         }
@@ -221,16 +268,20 @@ impl<I> Serving<I> {
 
     fn begin(&mut self, arrived: &Arrived) {
         if self.peer.is_none() {
-            match arrived.hello().map_err(|_| Refusal::Unreadable).and_then(|hello| self.seat_peer(&hello)) {
-                Ok(peer) => {
-                    self.registry.heard().note(peer);
-                    self.peer = Some(peer);
-                    self.reader.set_limit(FRAME_BYTES_MAX);
-                }
-                Err(refusal) => {
-                    wire::encode_reply(&mut self.out, HELLO_SEQUENCE, &Reply::Refused(refusal));
-                    self.ended = true;
-                }
+            let greeted = arrived.hello().map_err(|_| Refusal::Unreadable).and_then(|(hello, starts)| {
+                let peer = self.seat_peer(&hello)?;
+                Ok((peer, hello.from_directory, starts))
+            });
+            match greeted {
+                Ok((peer, directory, Some(starts))) => match self.registry.identity().acquaintances().cloned() {
+                    Some(acquaintances) => {
+                        let met = async move { (peer, acquaintances.meet(directory, &starts).await) };
+                        self.greeting = Some(Box::pin(met));
+                    }
+                    None => self.accept(peer),
+                },
+                Ok((peer, _, None)) => self.accept(peer),
+                Err(refusal) => self.refuse(refusal),
             }
             return;
         }

@@ -164,6 +164,19 @@ impl Cluster {
         id
     }
 
+    /// One more node that is not started yet, with these flags and this data: its position in `nodes`.
+    pub fn prepare_node(&mut self, data: PathBuf, arguments: &[&str]) -> usize {
+        let id = self.nodes.len();
+        let address = format!("127.0.0.1:{}", self.ports.start + u16::try_from(id).expect("few nodes"));
+        let path = data.display().to_string();
+        let arguments =
+            ["--address", &address, "--data-dir", &path].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
+        let log = self.dir.path().join(format!("node-{id}.log"));
+        let (environment, wrapper) = (Vec::new(), Vec::new());
+        self.nodes.push(Node { address, data, log, command: "serve", arguments, environment, wrapper, child: None });
+        id
+    }
+
     /// Waits until a node says that it is a spare.
     pub async fn wait_spare(&self, id: usize) {
         self.wait_for(id, "is a spare", is_spare).await;
@@ -219,7 +232,13 @@ impl Cluster {
 
     /// Waits until every node that runs is ready: each group that it hosts has a leader and is caught up.
     pub async fn wait_ready(&mut self) {
-        for id in 0..self.nodes.len() {
+        let all: Vec<usize> = (0..self.nodes.len()).collect();
+        self.wait_ready_of(&all).await;
+    }
+
+    /// Waits until those of these nodes that run are ready.
+    pub async fn wait_ready_of(&mut self, ids: &[usize]) {
+        for id in ids.iter().copied() {
             if self.nodes[id].child.is_some() {
                 self.wait_node_ready(id).await;
             }
@@ -336,6 +355,20 @@ impl Node {
         self.child = Some(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")));
     }
 
+    /// Gives a flag another value for the next start, or gives it in the first place.
+    pub fn set_flag(&mut self, flag: &str, value: &str) {
+        match self.arguments.iter().position(|argument| argument == flag) {
+            Some(at) => value.clone_into(&mut self.arguments[at + 1]),
+            None => self.arguments.extend([flag.to_owned(), value.to_owned()]),
+        }
+    }
+
+    /// Moves it to another address for the next start.
+    pub fn move_to(&mut self, address: &str) {
+        address.clone_into(&mut self.address);
+        self.set_flag("--address", address);
+    }
+
     /// Sets a variable for the next starts.
     pub fn set_environment(&mut self, name: &str, value: &str) {
         self.environment.retain(|(known, _)| known != name);
@@ -447,6 +480,7 @@ fn take_ports() -> (Range<u16>, File) {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Status {
     pub epoch: u64,
+    pub version: u64,
     pub meta_leader: Option<u64>,
     pub settled: bool,
     pub nodes: Vec<StatusNode>,

@@ -1,0 +1,273 @@
+//! A member introduces itself: before it starts from its data, and to each member that has not heard of this start yet.
+//!
+//! It tells where it runs and which starts its directory remembers. By the answers it learns that its directory is an old copy, that
+//! another process runs with a copy of it, or that it is among nodes of another cluster, before anything of it is opened; and where the
+//! others run, which its view may not know. Nothing waits for a quorum: who does not answer is asked again while the node runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::NodeError;
+use super::bootstrap::{Met, may_start};
+use super::join::{Joined, Joining};
+use super::member::Member;
+use crate::client::peer::{Greeting, GreetingReply, PeerError, Standing};
+use crate::raft::lanes::Refusal;
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};
+
+/// How long a member is given to answer.
+const GREET_TIMEOUT: Duration = Duration::from_secs(1);
+/// Rounds before a start, while nobody of the `VIEW` has answered as a member of any cluster: nodes may be started together.
+const ROUNDS: usize = 4;
+const BETWEEN_ROUNDS: Duration = Duration::from_millis(200);
+/// Addresses that are asked in one round: all members of a usual cluster.
+const ASKED_MAX: usize = 32;
+/// Between two looks for members that have not heard of this start, or can't be reached.
+const TICK: Duration = Duration::from_secs(1);
+/// A member that does not answer is asked again after so long, doubled up to the longest.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// A meta group without a sign of its leader for so long may be because nodes have moved.
+const SILENCE: Duration = Duration::from_secs(2);
+
+impl Joining {
+    /// Begins another start of this directory, and tells the members of it before anything is opened. Returns where members were found.
+    ///
+    /// # Errors
+    ///
+    /// Why this node must not start from its data.
+    pub async fn introduce(self: &Arc<Self>, joined: &Joined) -> Result<Vec<(DirectoryId, Address)>, NodeError> {
+        let was_member = self.is_stamped_member();
+        let beginning = Arc::clone(self);
+        let begun = tokio::task::spawn_blocking(move || beginning.begin_start(StartId(rand::random()))).await;
+        match begun {
+            Ok(begun) => begun?,
+            Err(error) => return Err(NodeError::LogFailed(error.to_string())),
+        }
+        if !was_member {
+            return Ok(Vec::new());
+        }
+        let cluster = joined.view.cluster;
+        let Some(greeting) = self.greeting(cluster, joined.node) else { return Ok(Vec::new()) };
+        let known = joined.view.nodes.values().map(|node| node.address.clone());
+        let mut silent: BTreeSet<Address> = self.view_set().iter().cloned().chain(known).collect();
+        // At its own address nobody but this node answers.
+        silent.remove(&self.config().address);
+
+        let mut met = BTreeMap::new();
+        for round in 0..ROUNDS {
+            if round > 0 {
+                tokio::time::sleep(BETWEEN_ROUNDS).await;
+            }
+            let asked = silent.iter().take(ASKED_MAX).map(|address| self.greet(address, &greeting));
+            let answers = join_all(asked).await;
+            let asked: Vec<Address> = silent.iter().take(ASKED_MAX).cloned().collect();
+            for (address, answer) in asked.into_iter().zip(answers) {
+                if answer != Met::Silent {
+                    silent.remove(&address);
+                }
+                met.insert(address, answer);
+            }
+            let told =
+                |address: &Address| matches!(met.get(address), Some(Met::Ours { .. } | Met::Stranger { cluster: Some(_) }));
+            if silent.is_empty() || self.view_set().iter().any(told) || met.values().any(is_refusal) {
+                break;
+            }
+        }
+        for (address, theirs) in may_start(cluster, self.view_set(), &met)? {
+            tracing::warn!("{address}, which --view names, belongs to cluster {theirs}, and this node to {cluster}");
+        }
+        let found = met.into_values().filter_map(|met| match met {
+            Met::Ours { directory, address } => Some((directory, address)),
+            Met::Silent | Met::Stranger { .. } | Met::Outdated { .. } | Met::Doubled { .. } => None,
+        });
+        Ok(found.collect())
+    }
+
+    /// What this node says of itself; none before it has begun a start.
+    fn greeting(&self, cluster: ClusterId, node: NodeId) -> Option<Greeting> {
+        Some(Greeting {
+            cluster,
+            node,
+            directory: self.directory_id(),
+            address: self.config().address.clone(),
+            starts: self.acquaintances()?.own().clone(),
+        })
+    }
+
+    /// Greets whoever is at an address.
+    async fn greet(&self, address: &Address, greeting: &Greeting) -> Met {
+        match self.caller().greet(address, greeting, GREET_TIMEOUT).await {
+            Ok(GreetingReply::Welcome(other)) => self.met(greeting.cluster, other).await,
+            Ok(GreetingReply::Stranger { cluster }) => Met::Stranger { cluster },
+            Ok(GreetingReply::Outdated { number }) => Met::Outdated { number },
+            Ok(GreetingReply::Doubled { at }) => Met::Doubled { at },
+            Ok(GreetingReply::Failed { reason }) => {
+                tracing::debug!("{address} has not heard of this start yet: {reason}");
+                Met::Silent
+            }
+            // It knows no greetings, but says who it is.
+            Err(PeerError::Status { .. }) => match self.caller().identity(address, GREET_TIMEOUT).await {
+                Ok(identity) => match identity.standing {
+                    Standing::Member { view } if view.cluster == greeting.cluster => {
+                        Met::Ours { directory: identity.directory, address: address.clone() }
+                    }
+                    Standing::Member { view } => Met::Stranger { cluster: Some(view.cluster) },
+                    Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Retired { .. } => {
+                        Met::Stranger { cluster: None }
+                    }
+                },
+                Err(_) => Met::Silent,
+            },
+            Err(PeerError::NoAnswer { .. } | PeerError::NotAsked { .. } | PeerError::AnotherNode { .. }) => Met::Silent,
+        }
+    }
+
+    /// Judges a member by what it has answered.
+    async fn met(&self, cluster: ClusterId, other: Greeting) -> Met {
+        if other.cluster != cluster {
+            return Met::Stranger { cluster: Some(other.cluster) };
+        }
+        let Some(acquaintances) = self.acquaintances() else { return Met::Silent };
+        match acquaintances.hear(other.directory, &other.starts).await {
+            Ok(()) => Met::Ours { directory: other.directory, address: other.address },
+            // It is told so when it greets this node.
+            Err(_) => Met::Stranger { cluster: None },
+        }
+    }
+
+    /// Answers a greeting. `runs`: this node has started.
+    pub async fn greeted(&self, greeting: Greeting, runs: bool) -> GreetingReply {
+        let Some((cluster, node, view)) = self.membership() else { return GreetingReply::Stranger { cluster: None } };
+        if greeting.cluster != cluster {
+            return GreetingReply::Stranger { cluster: Some(cluster) };
+        }
+        let Some(own) = self.greeting(cluster, node) else {
+            return GreetingReply::Failed { reason: "it is starting".to_owned() };
+        };
+        if greeting.directory == own.directory {
+            let is_self = greeting.starts == own.starts;
+            // Of two that start at once the one at the address in the view goes first.
+            let is_first = runs || view.nodes.get(&node).is_some_and(|known| known.address != greeting.address);
+            if !is_self && is_first {
+                self.tell_double(&greeting.address);
+                return GreetingReply::Doubled { at: own.address };
+            }
+            return GreetingReply::Welcome(own);
+        }
+        let Some(acquaintances) = self.acquaintances() else {
+            return GreetingReply::Failed { reason: "it is starting".to_owned() };
+        };
+        match acquaintances.hear(greeting.directory, &greeting.starts).await {
+            Ok(()) => GreetingReply::Welcome(own),
+            Err(Refusal::Outdated { number }) => GreetingReply::Outdated { number },
+            // The process that was there before may have ended a moment ago: the lanes find out.
+            Err(refusal) => GreetingReply::Failed { reason: refusal.to_string() },
+        }
+    }
+}
+
+fn is_refusal(met: &Met) -> bool {
+    match met {
+        Met::Outdated { .. } | Met::Doubled { .. } => true,
+        Met::Silent | Met::Ours { .. } | Met::Stranger { .. } => false,
+    }
+}
+
+/// Tells the members that have not heard of this start, and finds those that have moved.
+pub struct Greeter {
+    member: Arc<Member>,
+    joining: Arc<Joining>,
+    /// Members that have heard of this start.
+    told: BTreeSet<DirectoryId>,
+    /// When an address that did not answer is asked again, and how long it is left in peace after that.
+    later: BTreeMap<Address, (Instant, Duration)>,
+}
+
+impl Greeter {
+    pub fn new(member: Arc<Member>, joining: Arc<Joining>) -> Self {
+        Self { member, joining, told: BTreeSet::new(), later: BTreeMap::new() }
+    }
+
+    pub async fn run(mut self, shutdown: &CancellationToken) {
+        while super::waited(shutdown, TICK).await {
+            self.greet_round().await;
+            self.clear_aside().await;
+        }
+    }
+
+    async fn greet_round(&mut self) {
+        let Some(greeting) = self.joining.greeting(self.member.cluster, self.member.node) else { return };
+        let targets = self.targets();
+        let greeted = targets.iter().map(|address| self.joining.greet(address, &greeting));
+        for (address, met) in targets.iter().zip(join_all(greeted).await) {
+            let (now, before) = (Instant::now(), self.later.get(address).map_or(PAUSE_MIN, |(_, pause)| *pause));
+            self.later.insert(address.clone(), (now + before, (before * 2).min(PAUSE_MAX)));
+            match met {
+                Met::Ours { directory, address: at } => {
+                    self.told.insert(directory);
+                    if self.member.views().found_at(directory, &at) {
+                        tracing::info!(
+                            "the member with data directory {directory} runs at {at}, where the view does not have it yet"
+                        );
+                    }
+                }
+                Met::Outdated { number } => self.refused(address, &Refusal::Outdated { number }),
+                Met::Doubled { at } => self.refused(&at, &Refusal::Doubled),
+                Met::Silent | Met::Stranger { .. } => {}
+            }
+        }
+    }
+
+    fn refused(&self, by: &Address, refusal: &Refusal) {
+        if let Some(acquaintances) = self.joining.acquaintances() {
+            acquaintances.refused_by(by.as_str(), refusal);
+        }
+    }
+
+    /// Where to ask: members that have not heard of this start; and while nothing is heard of the meta group, wherever one may be.
+    fn targets(&mut self) -> Vec<Address> {
+        let view = self.member.view();
+        self.told.retain(|directory| view.nodes.values().any(|node| node.directory == *directory));
+        let is_silent = self.is_silent();
+        let others = view.nodes.iter().filter(|(id, _)| **id != self.member.node);
+        let untold = others.filter(|(_, node)| is_silent || !self.told.contains(&node.directory));
+        let known = untold.flat_map(|(_, node)| {
+            let moved = self.member.views().moved_to(node.directory);
+            [Some(node.address.clone()), moved].into_iter().flatten()
+        });
+        let mut targets: BTreeSet<Address> = known.collect();
+        if is_silent {
+            targets.extend(self.joining.view_set().iter().cloned());
+        }
+        targets.remove(&self.joining.config().address);
+        let now = Instant::now();
+        self.later.retain(|address, _| targets.contains(address));
+        let pause_max = if is_silent { TICK } else { PAUSE_MAX };
+        let is_due =
+            |address: &Address| self.later.get(address).is_none_or(|(due, pause)| *due <= now + pause.saturating_sub(pause_max));
+        targets.into_iter().filter(|address| is_due(address)).take(ASKED_MAX).collect()
+    }
+
+    fn is_silent(&self) -> bool {
+        let Some(meta) = self.member.registry.get(GroupId::META) else { return true };
+        let status = meta.status();
+        let heard = if meta.leads() { status.quorum_acked } else { status.leader_heard };
+        heard.is_none_or(|ago| ago > SILENCE)
+    }
+
+    /// Deletes the old copies that the cluster goes on without.
+    async fn clear_aside(&self) {
+        let (joining, view) = (self.joining.clone(), self.member.view());
+        if joining.has_aside()
+            && let Err(error) = tokio::task::spawn_blocking(move || joining.clear_aside(&view)).await
+        {
+            tracing::error!("deleting what was put aside was broken off: {error}");
+        }
+    }
+}

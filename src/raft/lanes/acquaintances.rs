@@ -1,0 +1,327 @@
+//! [`Acquaintances`]: whether a peer's data directory is the one that this node has heard of, and not an old copy or a second one.
+//!
+//! Both ends of a lane say their starts (`sm::starts`) before anything else, and each judges the other's: one that lacks a start that was
+//! heard of is refused, and none of its frames counts. What is heard is durable before a frame is looked at. A directory that runs twice
+//! is told by this: while a start of it is in contact, another is refused, for as long as the first goes on speaking.
+//!
+//! Peers of the first release say nothing of their starts, and are taken as they are.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::raft::wire::Refusal;
+use crate::sm::starts::{Start, Starts};
+use crate::storage::starts::{Lacking, StartBook};
+use crate::types::{DirectoryId, StartId};
+
+/// A start that was heard of within this time still runs. One whose process has ended says nothing more, and its lanes break.
+const RUNS_FOR: Duration = Duration::from_secs(3);
+/// After so long of being refused because another process runs with the same directory, it is one that goes on: what was only late has
+/// been read by then.
+const DOUBLE_AFTER: Duration = Duration::from_secs(10);
+/// Refusals further apart than this have nothing to do with one another.
+const DOUBLE_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Refused directories that were told of. Past that they are told of again.
+const TOLD_MAX: usize = 1024;
+
+/// What the peers of this node think of its data directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ousted {
+    /// A peer knows of a later start: this directory is an old copy, or the second of two.
+    Outdated { by: String, number: u64 },
+    /// Another process runs with a copy of this directory.
+    Doubled { by: String },
+}
+
+/// This node's starts, and those of the nodes that it has met.
+pub struct Acquaintances {
+    book: Arc<StartBook>,
+    contacts: Mutex<BTreeMap<DirectoryId, Arc<Contact>>>,
+    /// What each peer has told of its starts last.
+    heard: Mutex<BTreeMap<DirectoryId, Starts>>,
+    began: Instant,
+    told: Mutex<BTreeSet<(DirectoryId, StartId)>>,
+    /// Since when, and when last, a peer said that another process runs with this directory.
+    doubled: Mutex<Option<(Instant, Instant)>>,
+    ousted: watch::Sender<Option<Ousted>>,
+}
+
+/// A start of a peer that this node is in contact with.
+#[derive(Debug)]
+struct Contact {
+    start: Start,
+    /// Lanes that are up with it, from either side.
+    lanes: AtomicUsize,
+    /// When it was last heard of, in milliseconds since this node began.
+    heard_ms: AtomicU64,
+    /// A later start has taken its place.
+    is_over: AtomicBool,
+}
+
+/// One lane with a peer whose starts were taken.
+#[derive(Debug)]
+pub struct Session {
+    contact: Arc<Contact>,
+    began: Instant,
+}
+
+impl Session {
+    /// Notes that the peer has spoken. False: a later start has taken its place, and it is not listened to any more.
+    pub fn note(&self) -> bool {
+        self.contact.heard_ms.store(ms_since(self.began), Ordering::Relaxed);
+        !self.contact.is_over.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.contact.lanes.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Acquaintances {
+    pub fn new(book: StartBook) -> Arc<Self> {
+        Arc::new(Self {
+            book: Arc::new(book),
+            contacts: Mutex::default(),
+            heard: Mutex::default(),
+            began: Instant::now(),
+            told: Mutex::default(),
+            doubled: Mutex::default(),
+            ousted: watch::Sender::new(None),
+        })
+    }
+
+    /// This node's own starts.
+    pub fn own(&self) -> &Starts {
+        self.book.own()
+    }
+
+    /// Takes or refuses the directory of a peer, and counts a lane with it. What is heard is durable when it returns.
+    ///
+    /// # Errors
+    ///
+    /// Why the peer is refused.
+    pub async fn meet(&self, directory: DirectoryId, starts: &Starts) -> Result<Session, Refusal> {
+        self.hear(directory, starts).await?;
+        let mut contacts = self.contacts();
+        // Another start may have come in between.
+        self.judge(&contacts, directory, starts)?;
+        let running = starts.running();
+        let contact = contacts.entry(directory).or_insert_with(|| Arc::new(Contact::new(running)));
+        if contact.start != running {
+            contact.is_over.store(true, Ordering::Relaxed);
+            *contact = Arc::new(Contact::new(running));
+        }
+        contact.lanes.fetch_add(1, Ordering::Relaxed);
+        let session = Session { contact: contact.clone(), began: self.began };
+        session.note();
+        Ok(session)
+    }
+
+    /// As [`Acquaintances::meet`], without a lane.
+    ///
+    /// # Errors
+    ///
+    /// Why the peer is refused.
+    pub async fn hear(&self, directory: DirectoryId, starts: &Starts) -> Result<(), Refusal> {
+        self.judge(&self.contacts(), directory, starts)?;
+        if self.book.is_known(directory, starts) {
+            self.remember(directory, starts);
+            return Ok(());
+        }
+        let (book, learning) = (self.book.clone(), starts.clone());
+        let learned = tokio::task::spawn_blocking(move || book.learn(directory, &learning)).await;
+        match learned {
+            Ok(Ok(Ok(()))) => {
+                self.remember(directory, starts);
+                Ok(())
+            }
+            Ok(Ok(Err(lacking))) => Err(self.refuse(directory, starts, lacking)),
+            Ok(Err(error)) => Err(Refusal::Failed(error.to_string())),
+            Err(error) => Err(Refusal::Failed(error.to_string())),
+        }
+    }
+
+    fn remember(&self, directory: DirectoryId, starts: &Starts) {
+        let mut heard = self.heard.lock().expect("no holder panics");
+        if heard.len() >= TOLD_MAX {
+            heard.clear();
+        }
+        heard.insert(directory, starts.clone());
+    }
+
+    fn judge(
+        &self,
+        contacts: &BTreeMap<DirectoryId, Arc<Contact>>,
+        directory: DirectoryId,
+        starts: &Starts,
+    ) -> Result<(), Refusal> {
+        self.book.judge(directory, starts).map_err(|lacking| self.refuse(directory, starts, lacking))?;
+        match contacts.get(&directory) {
+            Some(contact) if contact.start != starts.running() && self.runs(contact) => Err(Refusal::Doubled),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn runs(&self, contact: &Contact) -> bool {
+        let heard = Duration::from_millis(contact.heard_ms.load(Ordering::Relaxed));
+        contact.lanes.load(Ordering::Relaxed) > 0 && self.began.elapsed().saturating_sub(heard) < RUNS_FOR
+    }
+
+    /// Refuses a directory, and says so once for each start of it.
+    fn refuse(&self, directory: DirectoryId, starts: &Starts, Lacking(known): Lacking) -> Refusal {
+        // What its process said before it was started again may be read late, and is no copy's.
+        let is_late =
+            self.heard.lock().expect("no holder panics").get(&directory).is_some_and(|heard| heard.has(starts.running()));
+        if is_late {
+            tracing::debug!("start {} of data directory {directory} is over: it is not listened to", starts.running().number);
+            return Refusal::Outdated { number: known.number };
+        }
+        let mut told = self.told.lock().expect("no holder panics");
+        if told.len() >= TOLD_MAX {
+            told.clear();
+        }
+        if told.insert((directory, starts.running().id)) {
+            tracing::warn!(
+                "refused data directory {directory}: it is an old copy, for its node was started later ({}) than this copy knows ({}); \
+                 what it said since is not in there",
+                known.number,
+                starts.running().number
+            );
+        }
+        Refusal::Outdated { number: known.number }
+    }
+
+    /// Takes notice of how a peer has refused this node.
+    pub fn refused_by(&self, peer: &str, refusal: &Refusal) {
+        match refusal {
+            Refusal::Outdated { number } => self.oust(Ousted::Outdated { by: peer.to_owned(), number: *number }),
+            Refusal::Doubled => {
+                let now = Instant::now();
+                let mut doubled = self.doubled.lock().expect("no holder panics");
+                let since = match *doubled {
+                    Some((since, last)) if now.duration_since(last) < DOUBLE_PAUSE_MAX => since,
+                    Some(_) | None => now,
+                };
+                *doubled = Some((since, now));
+                if now.duration_since(since) >= DOUBLE_AFTER {
+                    self.oust(Ousted::Doubled { by: peer.to_owned() });
+                }
+            }
+            Refusal::OtherCluster
+            | Refusal::OtherNode(_)
+            | Refusal::OtherDirectory(_)
+            | Refusal::NoCluster
+            | Refusal::NoReplica(_)
+            | Refusal::OtherReplica(_)
+            | Refusal::Stopped
+            | Refusal::Busy
+            | Refusal::Leased
+            | Refusal::Failed(_)
+            | Refusal::Unreadable => {}
+        }
+    }
+
+    fn oust(&self, ousted: Ousted) {
+        self.ousted.send_if_modified(|known| {
+            let is_first = known.is_none();
+            known.get_or_insert(ousted);
+            is_first
+        });
+    }
+
+    /// Resolves when this node's directory turns out to be none to go on with.
+    pub fn ousted(&self) -> impl Future<Output = Ousted> + use<> {
+        let mut ousted = self.ousted.subscribe();
+        async move {
+            match ousted.wait_for(Option::is_some).await.ok().and_then(|ousted| ousted.clone()) {
+                Some(ousted) => ousted,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn contacts(&self) -> MutexGuard<'_, BTreeMap<DirectoryId, Arc<Contact>>> {
+        self.contacts.lock().expect("no holder panics")
+    }
+}
+
+impl std::fmt::Debug for Acquaintances {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Acquaintances").field("own", self.own()).finish_non_exhaustive()
+    }
+}
+
+impl Contact {
+    fn new(start: Start) -> Self {
+        Self { start, lanes: AtomicUsize::new(0), heard_ms: AtomicU64::new(0), is_over: AtomicBool::new(false) }
+    }
+}
+
+fn ms_since(began: Instant) -> u64 {
+    u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::disk::Disk;
+    use crate::storage::sim_disk::SimDisk;
+    use std::path::Path;
+
+    const DIRECTORY: DirectoryId = DirectoryId(5);
+
+    fn acquaintances() -> Arc<Acquaintances> {
+        let disk = SimDisk::new(1);
+        disk.create_dir(Path::new("/data")).expect("created");
+        Acquaintances::new(StartBook::open(Arc::new(disk), Path::new("/data"), StartId(1)).expect("opened"))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_second_process_with_a_directory_is_refused_while_the_first_speaks() {
+        let known = acquaintances();
+        let first = Starts::first(StartId(10));
+        let (again, copy) = (first.followed_by(StartId(11)), first.followed_by(StartId(12)));
+        let lane = known.meet(DIRECTORY, &first).await.expect("taken");
+        assert_eq!(known.meet(DIRECTORY, &copy).await.expect_err("the first runs"), Refusal::Doubled);
+        assert!(lane.note() && known.meet(DIRECTORY, &first).await.is_ok());
+        // Its process ends: its lanes break, or say nothing more.
+        drop(lane);
+        let lane = known.meet(DIRECTORY, &again).await.expect("started again");
+        tokio::time::advance(RUNS_FOR).await;
+        let later = again.followed_by(StartId(13));
+        let second = known.meet(DIRECTORY, &later).await.expect("the machine of the one before has gone");
+        assert!(!lane.note() && second.note(), "it is not listened to any more");
+        assert_eq!(known.meet(DIRECTORY, &copy).await.expect_err("a copy"), Refusal::Outdated { number: 3 });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_whose_directory_is_an_old_copy_learns_so_and_one_that_runs_twice_after_a_while() {
+        let outdated = acquaintances();
+        outdated.refused_by("a:1", &Refusal::Busy);
+        outdated.refused_by("a:1", &Refusal::Outdated { number: 7 });
+        assert_eq!(outdated.ousted().await, Ousted::Outdated { by: "a:1".into(), number: 7 });
+
+        let doubled = acquaintances();
+        for _ in 0..10 {
+            doubled.refused_by("a:1", &Refusal::Doubled);
+            assert_eq!(*doubled.ousted.borrow(), None);
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        doubled.refused_by("a:1", &Refusal::Doubled);
+        assert_eq!(doubled.ousted().await, Ousted::Doubled { by: "a:1".into() });
+
+        let late = acquaintances();
+        for _ in 0..10 {
+            late.refused_by("a:1", &Refusal::Doubled);
+            tokio::time::advance(DOUBLE_PAUSE_MAX).await;
+        }
+        assert_eq!(*late.ousted.borrow(), None, "each time it was something late");
+    }
+}

@@ -1,0 +1,169 @@
+//! [`StartBook`]: the starts of this node that its directory remembers, and the last start of each peer that it has heard of.
+//!
+//! Two [`sealed`](super::sealed) files beside the stamp, which programs of the first release pass over. What is remembered of peers is
+//! durable before a frame of theirs is looked at, so that no end of this process makes it forget.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+
+use super::disk::Disk;
+use super::sealed::{self, SealedError};
+use crate::sm::starts::{Start, Starts};
+use crate::types::{DirectoryId, StartId};
+
+/// The file with this node's own starts.
+pub const STARTS: &str = "starts";
+const PEERS: &str = "peers";
+const FORMAT: u64 = 1;
+/// Directories that are remembered. Far more than a cluster has nodes: past that the first in order is forgotten.
+const PEERS_MAX: usize = 4096;
+
+/// What is known of starts.
+pub struct StartBook {
+    disk: Arc<dyn Disk>,
+    path: PathBuf,
+    own: Starts,
+    known: Mutex<BTreeMap<DirectoryId, Start>>,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct PeersFile {
+    known: BTreeMap<DirectoryId, Start>,
+}
+
+/// A directory lacks this start of its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lacking(pub Start);
+
+impl StartBook {
+    /// Opens the book of the data directory at `path` and begins another start of its node. Durable when it returns. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// When a file can't be read or written: then the node may not say anything.
+    pub fn open(disk: Arc<dyn Disk>, path: &Path, id: StartId) -> Result<Self, SealedError> {
+        let before: Option<Starts> = sealed::read(&*disk, &path.join(STARTS), FORMAT)?;
+        let known: PeersFile = sealed::read(&*disk, &path.join(PEERS), FORMAT)?.unwrap_or_default();
+        let own = before.map_or_else(|| Starts::first(id), |before| before.followed_by(id));
+        sealed::write(&*disk, path, STARTS, FORMAT, &own)?;
+        Ok(Self { disk, path: path.to_owned(), own, known: Mutex::new(known.known) })
+    }
+
+    pub fn own(&self) -> &Starts {
+        &self.own
+    }
+
+    /// Whether `starts` of a directory are those of the start that was last heard of.
+    pub fn is_known(&self, directory: DirectoryId, starts: &Starts) -> bool {
+        self.known.lock().expect("no holder panics").get(&directory) == Some(&starts.running())
+    }
+
+    /// Refuses a directory that lacks what was heard of it.
+    ///
+    /// # Errors
+    ///
+    /// The start that it lacks.
+    pub fn judge(&self, directory: DirectoryId, starts: &Starts) -> Result<(), Lacking> {
+        judge(&self.known.lock().expect("no holder panics"), directory, starts)
+    }
+
+    /// Remembers the running start of a directory, unless that lacks what was heard of it before. Durable when it returns. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// When it can't be written; the inner error, when the directory is refused.
+    pub fn learn(&self, directory: DirectoryId, starts: &Starts) -> Result<Result<(), Lacking>, SealedError> {
+        let mut known = self.known.lock().expect("no holder panics");
+        if let Err(lacking) = judge(&known, directory, starts) {
+            return Ok(Err(lacking));
+        }
+        let mut next = known.clone();
+        if next.insert(directory, starts.running()) == Some(starts.running()) {
+            return Ok(Ok(()));
+        }
+        while next.len() > PEERS_MAX {
+            let first = next.keys().copied().find(|id| *id != directory);
+            first.and_then(|first| next.remove(&first));
+        }
+        let file = PeersFile { known: next };
+        sealed::write(&*self.disk, &self.path, PEERS, FORMAT, &file)?;
+        *known = file.known;
+        Ok(Ok(()))
+    }
+}
+
+fn judge(known: &BTreeMap<DirectoryId, Start>, directory: DirectoryId, starts: &Starts) -> Result<(), Lacking> {
+    match known.get(&directory) {
+        Some(known) if !starts.may_include(*known) => Err(Lacking(*known)),
+        Some(_) | None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::sim_disk::SimDisk;
+
+    fn open(disk: &SimDisk, id: u64) -> Result<StartBook, SealedError> {
+        let path = Path::new("/data");
+        disk.create_dir(path).expect("created");
+        StartBook::open(Arc::new(disk.clone()), path, StartId(id))
+    }
+
+    /// Whatever a power cut leaves: no start that may have been told of is ever missing, and nothing is forgotten of peers.
+    #[test]
+    fn a_power_cut_loses_no_start_that_was_told_of_and_none_that_was_heard_of() {
+        for seed in 0..200 {
+            let disk = SimDisk::new(seed);
+            let (mut told, mut heard) = (Vec::new(), None);
+            let mut peer = Starts::first(StartId(1000));
+            for id in 1..20 {
+                disk.fail_sync_after((seed + id * 3) % 11);
+                if let Ok(book) = open(&disk, id) {
+                    assert!(told.iter().all(|told| book.own().may_include(*told)), "seed {seed}: a start is missing");
+                    told.push(book.own().running());
+                    if let Some(heard) = heard {
+                        assert_eq!(book.known.lock().expect("ours").get(&DirectoryId(5)), Some(&heard), "seed {seed}");
+                    }
+                    let next = peer.followed_by(StartId(1000 + id));
+                    if book.learn(DirectoryId(5), &next).is_ok_and(|learned| learned.is_ok()) {
+                        (heard, peer) = (Some(next.running()), next);
+                    } else {
+                        // It may be there or not; the peer goes on with the same start.
+                        disk.crash();
+                        let known = open(&disk, id + 100).ok();
+                        told.extend(known.as_ref().map(|book| book.own().running()));
+                        let known = known.and_then(|book| book.known.lock().expect("ours").get(&DirectoryId(5)).copied());
+                        if known == Some(next.running()) {
+                            (heard, peer) = (known, next);
+                        }
+                    }
+                }
+                disk.crash();
+            }
+            assert!(told.len() > 2, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_lacks_what_was_heard_of_is_refused_after_any_restart() {
+        let disk = SimDisk::new(1);
+        let old = Starts::first(StartId(1));
+        let (later, fork) = (old.followed_by(StartId(2)), old.followed_by(StartId(3)));
+        let book = open(&disk, 1).expect("opened");
+        let directory = DirectoryId(5);
+        assert_eq!(book.learn(directory, &old).expect("written"), Ok(()));
+        assert_eq!(book.learn(directory, &later).expect("written"), Ok(()));
+        drop(book);
+        let book = open(&disk, 2).expect("opened again");
+        for starts in [&old, &fork, &fork.followed_by(StartId(4))] {
+            assert_eq!(book.judge(directory, starts), Err(Lacking(later.running())));
+            assert_eq!(book.learn(directory, starts).expect("nothing is written"), Err(Lacking(later.running())));
+        }
+        assert_eq!(book.judge(directory, &later.followed_by(StartId(5))), Ok(()));
+        assert!(book.is_known(directory, &later) && !book.is_known(DirectoryId(6), &later));
+    }
+}
