@@ -312,7 +312,8 @@ impl PeerCaller {
 
     /// Greets a member. Programs of the first release answer with a status that says that they know no greetings.
     pub async fn greet(&self, address: &Address, greeting: &Greeting, timeout: Duration) -> Result<GreetingReply, PeerError> {
-        self.answer(address, self.http.post(format!("http://{address}/peer/greet")).json(greeting).timeout(timeout)).await
+        let post = self.http.post(format!("http://{address}/peer/greet")).json(greeting).timeout(timeout);
+        self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
     /// Tells a node that waits whom to ask: a view names it.

@@ -124,7 +124,14 @@ impl Joining {
                 },
                 Err(_) => Met::Silent,
             },
-            Err(PeerError::NoAnswer { .. } | PeerError::NotAsked { .. } | PeerError::AnotherNode { .. }) => Met::Silent,
+            Err(
+                PeerError::NoAnswer { .. }
+                | PeerError::NotAsked { .. }
+                | PeerError::Unreadable { .. }
+                | PeerError::TooOld { .. }
+                | PeerError::Strange { .. }
+                | PeerError::AnotherNode { .. },
+            ) => Met::Silent,
         }
     }
 

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ use crate::types::{NodeId, ReplicaId};
 
 /// Appends of one group to one peer that may be without a reply: enough to fill the way to the peer while its disk syncs.
 const WINDOW: usize = 16;
+/// How often a follower must say that it lacks what it has acknowledged.
+const MISSING_TIMES: u32 = 3;
 /// Bytes of them. One larger append may always go alone.
 const WINDOW_BYTES: usize = 4 << 20;
 type Answered<T> = Result<T, RPCError<Types>>;
@@ -82,7 +85,37 @@ impl Network {
 
     fn client(&self, target: ReplicaId, to: NodeId, lane: Lane) -> PeerClient {
         let head = Head { group: self.key.group, sender: self.key.replica, target };
-        PeerClient { lanes: self.lanes.clone(), to, lane, head, network: self.clone() }
+        PeerClient { lanes: self.lanes.clone(), to, lane, head, network: self.clone(), acked: Acked::default() }
+    }
+}
+
+/// What a follower has acknowledged to this leader, over all the streams of one client. It is on the follower's disk, and only another
+/// leader could have had it cut off, whose vote the follower would answer with: where it is missing, the disk is an older one.
+#[derive(Default)]
+struct Acked {
+    /// Of the vote under which it was acknowledged.
+    term: AtomicU64,
+    /// The index after the last acknowledged one.
+    end: AtomicU64,
+    /// Times in a row that it was missing.
+    missing: AtomicU32,
+}
+
+impl Acked {
+    /// Whether the entry at this place is known to be on the follower's disk.
+    fn has(&self, term: u64, previous: Option<RaftLogId>) -> bool {
+        let end = self.end.load(Ordering::Relaxed);
+        self.term.load(Ordering::Relaxed) == term && previous.is_some_and(|previous| previous.index < end)
+    }
+
+    fn note(&self, term: u64, matching: Option<RaftLogId>) {
+        let Some(matching) = matching else { return };
+        self.missing.store(0, Ordering::Relaxed);
+        if self.term.swap(term, Ordering::Relaxed) == term {
+            self.end.fetch_max(matching.index + 1, Ordering::Relaxed);
+        } else {
+            self.end.store(matching.index + 1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -93,12 +126,20 @@ pub struct PeerClient {
     lane: Lane,
     head: Head,
     network: Network,
+    acked: Acked,
 }
 
 impl PeerClient {
     /// The memory that what is sent shares with what others send.
     pub fn rooms(&self) -> &Rooms {
         self.lanes.rooms()
+    }
+
+    /// The follower lacks what it has acknowledged. It is believed when it has said so several times.
+    fn tell_missing(&self) {
+        if self.acked.missing.fetch_add(1, Ordering::Relaxed) + 1 >= MISSING_TIMES {
+            self.lanes.lost_acknowledged(self.to);
+        }
     }
 
     /// Sends a request and waits for its reply until `deadline`.
@@ -261,6 +302,10 @@ struct InFlight {
     sent: Instant,
     previous: Option<RaftLogId>,
     last: Option<RaftLogId>,
+    /// Of the leader's vote.
+    term: u64,
+    /// What it follows had been acknowledged when it was sent.
+    follows_acked: bool,
 }
 
 impl<S> Appends<'_, S>
@@ -271,6 +316,13 @@ where
         let previous = request.prev_log_id;
         let last = request.entries.last().map(|entry| entry.log_id).or(previous);
         self.taken = last;
+        let term = vote_from_raft(&request.vote).term;
+        let follows_acked = match self.client.lane {
+            Lane::Log => self.client.acked.has(term, previous),
+            // openraft has them follow what was acknowledged to this leader.
+            Lane::Heartbeat => previous.is_some(),
+            Lane::Snapshot => false,
+        };
         let frame = self.client.append_frame(&mut request);
         let bytes = frame.bytes_len();
         match self.client.lanes.call(self.client.to, self.client.lane, frame) {
@@ -280,7 +332,7 @@ where
                     self.timer.as_mut().reset(sent + self.timeout);
                 }
                 self.window_bytes += bytes;
-                self.window.push_back(InFlight { call, bytes, sent, previous, last });
+                self.window.push_back(InFlight { call, bytes, sent, previous, last, term, follows_acked });
             }
             Err(error) => {
                 self.failed = Some(error);
@@ -334,13 +386,17 @@ where
         let response = read_append_reply(reply)?;
         // Heartbeats follow what was acknowledged.
         let is_known = self.client.lane == Lane::Heartbeat || done.previous <= self.acknowledged;
-        if matches!(response, AppendEntriesResponse::Conflict) && is_known {
+        if matches!(response, AppendEntriesResponse::Conflict) && (is_known || done.follows_acked) {
             tracing::warn!(to = %self.client.to, group = %self.client.head.group, previous = ?done.previous, "a conflict that can't be");
+            if done.follows_acked {
+                self.client.tell_missing();
+            }
             return Err(network_error("a conflict where the logs are known to match"));
         }
         let result = response.into_stream_result(done.previous, done.last);
         if let Ok(matching) = &result {
             self.acknowledged = self.acknowledged.max(*matching);
+            self.client.acked.note(done.term, *matching);
         }
         Ok(result)
     }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +18,7 @@ use crate::types::{DirectoryId, StartId};
 pub const STARTS: &str = "starts";
 const PEERS: &str = "peers";
 const FORMAT: u64 = 1;
-/// Directories that are remembered. Far more than a cluster has nodes: past that the first in order is forgotten.
+/// Directories that are remembered. Far more than a cluster has nodes: what comes later is taken, and not remembered.
 const PEERS_MAX: usize = 4096;
 
 /// What is known of starts.
@@ -26,7 +26,14 @@ pub struct StartBook {
     disk: Arc<dyn Disk>,
     path: PathBuf,
     own: Starts,
-    known: Mutex<BTreeMap<DirectoryId, Start>>,
+    known: Mutex<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    starts: BTreeMap<DirectoryId, Start>,
+    /// What those have told of their starts last, as far as it was heard by this process.
+    told: BTreeMap<DirectoryId, Starts>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
@@ -34,9 +41,13 @@ struct PeersFile {
     known: BTreeMap<DirectoryId, Start>,
 }
 
-/// A directory lacks this start of its node.
+/// A directory lacks a start of its node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lacking(pub Start);
+pub struct Lacking {
+    pub start: Start,
+    /// It is no copy that lacks it: its process was started again, and this is what it said before, read late.
+    pub is_late: bool,
+}
 
 impl StartBook {
     /// Opens the book of the data directory at `path` and begins another start of its node. Durable when it returns. Blocking.
@@ -49,7 +60,7 @@ impl StartBook {
         let known: PeersFile = sealed::read(&*disk, &path.join(PEERS), FORMAT)?.unwrap_or_default();
         let own = before.map_or_else(|| Starts::first(id), |before| before.followed_by(id));
         sealed::write(&*disk, path, STARTS, FORMAT, &own)?;
-        Ok(Self { disk, path: path.to_owned(), own, known: Mutex::new(known.known) })
+        Ok(Self { disk, path: path.to_owned(), own, known: Mutex::new(Known { starts: known.known, told: BTreeMap::new() }) })
     }
 
     pub fn own(&self) -> &Starts {
@@ -58,7 +69,12 @@ impl StartBook {
 
     /// Whether `starts` of a directory are those of the start that was last heard of.
     pub fn is_known(&self, directory: DirectoryId, starts: &Starts) -> bool {
-        self.known.lock().expect("no holder panics").get(&directory) == Some(&starts.running())
+        let mut known = self.lock();
+        let is_known = known.starts.get(&directory) == Some(&starts.running());
+        if is_known && !known.told.contains_key(&directory) {
+            known.told.insert(directory, starts.clone());
+        }
+        is_known
     }
 
     /// Refuses a directory that lacks what was heard of it.
@@ -67,7 +83,7 @@ impl StartBook {
     ///
     /// The start that it lacks.
     pub fn judge(&self, directory: DirectoryId, starts: &Starts) -> Result<(), Lacking> {
-        judge(&self.known.lock().expect("no holder panics"), directory, starts)
+        self.lock().judge(directory, starts)
     }
 
     /// Remembers the running start of a directory, unless that lacks what was heard of it before. Durable when it returns. Blocking.
@@ -76,29 +92,59 @@ impl StartBook {
     ///
     /// When it can't be written; the inner error, when the directory is refused.
     pub fn learn(&self, directory: DirectoryId, starts: &Starts) -> Result<Result<(), Lacking>, SealedError> {
-        let mut known = self.known.lock().expect("no holder panics");
-        if let Err(lacking) = judge(&known, directory, starts) {
+        let mut known = self.lock();
+        if let Err(lacking) = known.judge(directory, starts) {
             return Ok(Err(lacking));
         }
-        let mut next = known.clone();
-        if next.insert(directory, starts.running()) == Some(starts.running()) {
-            return Ok(Ok(()));
+        self.write(&mut known, directory, starts.running())?;
+        if known.starts.contains_key(&directory) {
+            known.told.insert(directory, starts.clone());
         }
-        while next.len() > PEERS_MAX {
-            let first = next.keys().copied().find(|id| *id != directory);
-            first.and_then(|first| next.remove(&first));
+        Ok(Ok(()))
+    }
+
+    /// Remembers a start that the directory must have been through to be taken. Durable when it returns. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// When it can't be written: it is refused until this process ends.
+    pub fn require(&self, directory: DirectoryId, start: Start) -> Result<(), SealedError> {
+        let mut known = self.lock();
+        let written = self.write(&mut known, directory, start);
+        known.starts.insert(directory, start);
+        known.told.remove(&directory);
+        written
+    }
+
+    fn write(&self, known: &mut Known, directory: DirectoryId, start: Start) -> Result<(), SealedError> {
+        let mut next = known.starts.clone();
+        if next.insert(directory, start) == Some(start) {
+            return Ok(());
+        }
+        // Whoever makes up directories must not have those of members forgotten.
+        if next.len() > PEERS_MAX && !known.starts.contains_key(&directory) {
+            return Ok(());
         }
         let file = PeersFile { known: next };
         sealed::write(&*self.disk, &self.path, PEERS, FORMAT, &file)?;
-        *known = file.known;
-        Ok(Ok(()))
+        known.starts = file.known;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().expect("no holder panics")
     }
 }
 
-fn judge(known: &BTreeMap<DirectoryId, Start>, directory: DirectoryId, starts: &Starts) -> Result<(), Lacking> {
-    match known.get(&directory) {
-        Some(known) if !starts.may_include(*known) => Err(Lacking(*known)),
-        Some(_) | None => Ok(()),
+impl Known {
+    fn judge(&self, directory: DirectoryId, starts: &Starts) -> Result<(), Lacking> {
+        match self.starts.get(&directory) {
+            Some(start) if !starts.may_include(*start) => {
+                let is_late = self.told.get(&directory).is_some_and(|told| told.has(starts.running()));
+                Err(Lacking { start: *start, is_late })
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 }
 
@@ -126,7 +172,7 @@ mod tests {
                     assert!(told.iter().all(|told| book.own().may_include(*told)), "seed {seed}: a start is missing");
                     told.push(book.own().running());
                     if let Some(heard) = heard {
-                        assert_eq!(book.known.lock().expect("ours").get(&DirectoryId(5)), Some(&heard), "seed {seed}");
+                        assert_eq!(book.lock().starts.get(&DirectoryId(5)), Some(&heard), "seed {seed}");
                     }
                     let next = peer.followed_by(StartId(1000 + id));
                     if book.learn(DirectoryId(5), &next).is_ok_and(|learned| learned.is_ok()) {
@@ -136,7 +182,7 @@ mod tests {
                         disk.crash();
                         let known = open(&disk, id + 100).ok();
                         told.extend(known.as_ref().map(|book| book.own().running()));
-                        let known = known.and_then(|book| book.known.lock().expect("ours").get(&DirectoryId(5)).copied());
+                        let known = known.and_then(|book| book.lock().starts.get(&DirectoryId(5)).copied());
                         if known == Some(next.running()) {
                             (heard, peer) = (known, next);
                         }
@@ -146,6 +192,25 @@ mod tests {
             }
             assert!(told.len() > 2, "seed {seed}");
         }
+    }
+
+    #[test]
+    fn who_makes_up_directories_has_none_forgotten() {
+        let disk = SimDisk::new(1);
+        let book = open(&disk, 1).expect("opened");
+        let starts = Starts::first(StartId(1));
+        book.learn(DirectoryId(u128::MAX), &starts).expect("written").expect("taken");
+        {
+            let mut known = book.lock();
+            known.starts.extend((1..PEERS_MAX as u128).map(|id| (DirectoryId(id), starts.running())));
+        }
+        assert_eq!(book.learn(DirectoryId(1 << 100), &starts).expect("nothing is written"), Ok(()));
+        assert_eq!(
+            book.judge(DirectoryId(u128::MAX), &Starts::first(StartId(2))),
+            Err(Lacking { start: starts.running(), is_late: false })
+        );
+        book.learn(DirectoryId(5), &starts.followed_by(StartId(3))).expect("written").expect("taken");
+        assert!(book.is_known(DirectoryId(5), &starts.followed_by(StartId(3))));
     }
 
     #[test]
@@ -160,10 +225,22 @@ mod tests {
         drop(book);
         let book = open(&disk, 2).expect("opened again");
         for starts in [&old, &fork, &fork.followed_by(StartId(4))] {
-            assert_eq!(book.judge(directory, starts), Err(Lacking(later.running())));
-            assert_eq!(book.learn(directory, starts).expect("nothing is written"), Err(Lacking(later.running())));
+            let lacking = Lacking { start: later.running(), is_late: false };
+            assert_eq!(book.judge(directory, starts), Err(lacking));
+            assert_eq!(book.learn(directory, starts).expect("nothing is written"), Err(lacking));
         }
         assert_eq!(book.judge(directory, &later.followed_by(StartId(5))), Ok(()));
         assert!(book.is_known(directory, &later) && !book.is_known(DirectoryId(6), &later));
+    }
+
+    /// A peer that was paused reads what was sent to it meanwhile in any order.
+    #[test]
+    fn what_a_process_said_before_it_was_started_again_is_late_and_no_copy() {
+        let book = open(&SimDisk::new(1), 1).expect("opened");
+        let old = Starts::first(StartId(1)).followed_by(StartId(2));
+        let (again, fork) = (old.followed_by(StartId(3)), old.followed_by(StartId(4)));
+        book.learn(DirectoryId(5), &again).expect("written").expect("taken");
+        let late = |starts: &Starts| book.judge(DirectoryId(5), starts).expect_err("it is over").is_late;
+        assert!(late(&old) && late(&Starts::first(StartId(1))) && !late(&fork));
     }
 }

@@ -42,8 +42,6 @@ pub enum Ousted {
 pub struct Acquaintances {
     book: Arc<StartBook>,
     contacts: Mutex<BTreeMap<DirectoryId, Arc<Contact>>>,
-    /// What each peer has told of its starts last.
-    heard: Mutex<BTreeMap<DirectoryId, Starts>>,
     began: Instant,
     told: Mutex<BTreeSet<(DirectoryId, StartId)>>,
     /// Since when, and when last, a peer said that another process runs with this directory.
@@ -89,7 +87,6 @@ impl Acquaintances {
         Arc::new(Self {
             book: Arc::new(book),
             contacts: Mutex::default(),
-            heard: Mutex::default(),
             began: Instant::now(),
             told: Mutex::default(),
             doubled: Mutex::default(),
@@ -132,28 +129,16 @@ impl Acquaintances {
     pub async fn hear(&self, directory: DirectoryId, starts: &Starts) -> Result<(), Refusal> {
         self.judge(&self.contacts(), directory, starts)?;
         if self.book.is_known(directory, starts) {
-            self.remember(directory, starts);
             return Ok(());
         }
         let (book, learning) = (self.book.clone(), starts.clone());
         let learned = tokio::task::spawn_blocking(move || book.learn(directory, &learning)).await;
         match learned {
-            Ok(Ok(Ok(()))) => {
-                self.remember(directory, starts);
-                Ok(())
-            }
+            Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(lacking))) => Err(self.refuse(directory, starts, lacking)),
             Ok(Err(error)) => Err(Refusal::Failed(error.to_string())),
             Err(error) => Err(Refusal::Failed(error.to_string())),
         }
-    }
-
-    fn remember(&self, directory: DirectoryId, starts: &Starts) {
-        let mut heard = self.heard.lock().expect("no holder panics");
-        if heard.len() >= TOLD_MAX {
-            heard.clear();
-        }
-        heard.insert(directory, starts.clone());
     }
 
     fn judge(
@@ -175,11 +160,10 @@ impl Acquaintances {
     }
 
     /// Refuses a directory, and says so once for each start of it.
-    fn refuse(&self, directory: DirectoryId, starts: &Starts, Lacking(known): Lacking) -> Refusal {
+    fn refuse(&self, directory: DirectoryId, starts: &Starts, lacking: Lacking) -> Refusal {
+        let known = lacking.start;
         // What its process said before it was started again may be read late, and is no copy's.
-        let is_late =
-            self.heard.lock().expect("no holder panics").get(&directory).is_some_and(|heard| heard.has(starts.running()));
-        if is_late {
+        if lacking.is_late {
             tracing::debug!("start {} of data directory {directory} is over: it is not listened to", starts.running().number);
             return Refusal::Outdated { number: known.number };
         }
@@ -196,6 +180,25 @@ impl Acquaintances {
             );
         }
         Refusal::Outdated { number: known.number }
+    }
+
+    /// Refuses a directory from now on, whatever it says: it lacks what its node has acknowledged.
+    pub fn give_up(&self, directory: DirectoryId) {
+        let Some(contact) = self.contacts().get(&directory).cloned() else { return };
+        if contact.is_over.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        tracing::warn!(
+            "data directory {directory} lacks entries that it has acknowledged: it is an old copy, from before them, and is refused"
+        );
+        // A start that it never made.
+        let start = Start { number: contact.start.number, id: StartId(rand::random()) };
+        let book = self.book.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = book.require(directory, start) {
+                tracing::error!("that data directory {directory} is refused cannot be written down: {error}");
+            }
+        });
     }
 
     /// Takes notice of how a peer has refused this node.

@@ -97,6 +97,14 @@ impl Lanes {
         self.shared.heard.is_cut(node)
     }
 
+    /// A peer lacks what it has acknowledged: its directory is an old copy, and none of it is taken any more.
+    pub fn lost_acknowledged(&self, node: NodeId) {
+        let Some(peer) = self.shared.resolver.resolve(node) else { return };
+        if let Some(acquaintances) = self.shared.identity.acquaintances() {
+            acquaintances.give_up(peer.directory);
+        }
+    }
+
     /// Cuts all lanes. Calls under way and later ones fail.
     pub async fn close(&self) {
         let tasks = self.tasks.lock().expect("no holder panics").take();
@@ -358,13 +366,14 @@ async fn deliver(shared: &Shared, lane: &PeerLane, peer: &Peer, generation: u64,
             match hand_out(lane, generation, &mut reader) {
                 Ok(None) => break,
                 // Before its first reply: none of an old copy may count.
-                Ok(Some(starts)) => match shared.identity.acquaintances() {
-                    Some(acquaintances) => match acquaintances.meet(peer.directory, &starts).await {
-                        Ok(met) => session = Some(met),
-                        Err(refusal) => return LaneError::Broken(format!("the peer is not taken: {refusal}")),
-                    },
-                    None => {}
-                },
+                Ok(Some(starts)) => {
+                    if let Some(acquaintances) = shared.identity.acquaintances() {
+                        match acquaintances.meet(peer.directory, &starts).await {
+                            Ok(met) => session = Some(met),
+                            Err(refusal) => return LaneError::Broken(format!("the peer is not taken: {refusal}")),
+                        }
+                    }
+                }
                 Err(error) => return error,
             }
         }

@@ -150,6 +150,31 @@ async fn told(lane: Lane, appends: &[u64], script: &[AppendReply]) -> Vec<String
     words
 }
 
+/// A follower comes back with the disk that it had before it acknowledged something.
+#[tokio::test]
+async fn what_was_acknowledged_is_not_missing_later() {
+    use AppendReply::{Conflict, Success};
+    let script = [Success, Conflict, Conflict, Conflict, Success];
+    let (mut network, lanes) = network_to(Scripted(Arc::new(Mutex::new(script.into_iter().collect()))));
+    network.tip.set(Some(9));
+    let member = Member { node: NodeId(2), is_witness: false };
+    let mut client = network.new_client(ReplicaId(2), &member).await;
+    let mut told = Vec::new();
+    for index in [5, 6, 4, 8, 8] {
+        let input = stream::iter(vec![append(index)]);
+        let output = client.stream_append(input, RPCOption::new(Duration::from_secs(1))).await.expect("a stream");
+        let words = output.map(|result| match result {
+            Ok(Ok(_)) => "matches",
+            Ok(Err(StreamAppendError::Conflict(_))) => "conflict",
+            Ok(Err(StreamAppendError::HigherVote(_))) => "higher vote",
+            Err(_) => "error",
+        });
+        told.extend(words.collect::<Vec<_>>().await);
+    }
+    assert_eq!(told, ["matches", "error", "error", "conflict", "matches"], "only what follows what it has can't conflict");
+    lanes.close().await;
+}
+
 #[tokio::test]
 async fn only_a_conflict_that_can_be_is_told() {
     use AppendReply::{Conflict, Success};
