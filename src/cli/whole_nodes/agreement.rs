@@ -125,10 +125,11 @@ async fn a_replica_that_differs_from_a_majority_is_rebuilt_and_hands_over_first_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_majority_of_one_mind_a_shard_is_read_only_and_says_so() {
     let cluster = Cluster::start().await;
-    cluster.spoil(0, "wrong").await;
-    cluster.spoil(1, "also wrong").await;
     let mut refused = None;
     let read_only = until("it is read-only", async || {
+        // Again, as a comparison that was under way may have seen but one of them, and had it rebuilt.
+        cluster.spoil(0, "wrong").await;
+        cluster.spoil(1, "also wrong").await;
         refused = cluster.try_write("more").await.err();
         matches!(&refused, Some(WriteFailure::Failed(Failure::Overloaded { limit, .. })) if limit.contains("read-only"))
     });
@@ -140,6 +141,5 @@ async fn without_a_majority_of_one_mind_a_shard_is_read_only_and_says_so() {
     told.await.expect("told");
     let found = cluster.store.get(KEY.into(), options()).await.expect("it is read");
     assert!(found.record.is_some());
-    assert!((0..3).all(|host| cluster.hosts[host].group(cluster.shard).is_some_and(|group| group.rebuilt() == 0)));
     cluster.end();
 }
