@@ -108,6 +108,8 @@ pub struct DataDirectory {
     path: PathBuf,
     id: DirectoryId,
     stamp: Mutex<Stamp>,
+    /// Held while a file is replaced, which takes as long as the disk does: who reads what is in it waits for none.
+    writing: Mutex<()>,
     /// The cluster whose level is not to be raised.
     held: Mutex<Option<ClusterId>>,
     /// None in a simulation, where no other process is.
@@ -156,7 +158,15 @@ impl DataDirectory {
             }
             (None, Some(_)) => return Err(missing(IDENTITY)),
         };
-        Ok(Self { disk, path: path.to_owned(), id, stamp: Mutex::new(stamp), held: Mutex::new(held), _lock: lock })
+        Ok(Self {
+            disk,
+            path: path.to_owned(),
+            id,
+            stamp: Mutex::new(stamp),
+            writing: Mutex::new(()),
+            held: Mutex::new(held),
+            _lock: lock,
+        })
     }
 
     pub fn path(&self) -> &Path {
@@ -179,15 +189,17 @@ impl DataDirectory {
     /// Replaces the stamp by what `change` makes of it, if anything, with nobody between; durable when it returns. Returns the stamp
     /// as it is then. Blocking.
     pub fn update_stamp(&self, change: impl FnOnce(&Stamp) -> Option<Stamp>) -> Result<Stamp, DirectoryError> {
-        let mut current = self.stamp.lock().expect("no holder panics");
-        if let Some(stamp) = change(&current).filter(|stamp| *stamp != *current) {
+        let _writing = self.writing.lock().expect("no holder panics");
+        let mut current = self.stamp();
+        if let Some(stamp) = change(&current).filter(|stamp| *stamp != current) {
             match stamp.level() {
                 0 => sealed::write(&*self.disk, &self.path, STAMP, FORMAT, &stamp)?,
                 level => sealed::write_leveled(&*self.disk, &self.path, STAMP, (LEVELED_FORMAT, level), &stamp)?,
             }
-            *current = stamp;
+            self.stamp.lock().expect("no holder panics").clone_from(&stamp);
+            current = stamp;
         }
-        Ok(current.clone())
+        Ok(current)
     }
 
     /// Returns whether this node holds the level of this cluster where it is.
@@ -197,15 +209,16 @@ impl DataDirectory {
 
     /// Holds the level of this cluster where it is, or does so no more; durable when it returns. Blocking.
     pub fn hold_level(&self, cluster: ClusterId, holds: bool) -> Result<(), DirectoryError> {
-        let mut held = self.held.lock().expect("no holder panics");
+        let _writing = self.writing.lock().expect("no holder panics");
+        let is_held = self.held.lock().expect("no holder panics").is_some();
         if holds {
             sealed::write(&*self.disk, &self.path, HOLD, FORMAT, &cluster)?;
-            *held = Some(cluster);
-        } else if held.is_some() {
+            *self.held.lock().expect("no holder panics") = Some(cluster);
+        } else if is_held {
             let path = self.path.join(HOLD);
             let removed = self.disk.remove(&path).and_then(|()| self.disk.sync_dir(&self.path));
             removed.map_err(|source| DirectoryError::Io { path, source })?;
-            *held = None;
+            *self.held.lock().expect("no holder panics") = None;
         }
         Ok(())
     }

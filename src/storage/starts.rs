@@ -151,11 +151,15 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::disk::ensure_dir;
     use crate::storage::sim_disk::SimDisk;
 
     fn open(disk: &SimDisk, id: u64) -> Result<StartBook, SealedError> {
         let path = Path::new("/data");
-        disk.create_dir(path).expect("created");
+        // As whoever opens a data directory does: synced, and never created anew.
+        if disk.list(path).is_err() {
+            ensure_dir(disk, path).map_err(|source| SealedError::Io { path: path.to_owned(), source })?;
+        }
         StartBook::open(Arc::new(disk.clone()), path, StartId(id))
     }
 
