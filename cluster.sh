@@ -158,7 +158,6 @@ start_node() {
     address=$(address_of "$1")
     wait_free "${address##*:}" || { say "$address was not started"; return 1; }
     while IFS= read -r flag; do flags+=("$flag"); done <"$1/flags"
-    [ -f "$DIR/nodes/.founding" ] || flags+=(--join-only)
     spawn "$1" serve --address "$address" ${flags[@]+"${flags[@]}"} --data-dir "$1/data"
 }
 
@@ -171,6 +170,8 @@ spawn() {
     (
         trap '' HUP
         unset ADDRESS VIEW REPL_FACTOR PUBLIC_ADDRESS JOIN_ONLY LOST_DISK_AFTER
+        # As a variable and not as a flag: a program of an earlier release passes over it, and starts.
+        [ -f "$DIR/nodes/.founding" ] || export JOIN_ONLY=true
         cd "$dir" || exit 1
         exec "$BINARY" "$@" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
     ) </dev/null >>"$dir/log" 2>&1 &
