@@ -18,7 +18,7 @@ use super::{EXIT_CODES, signals};
 use crate::client::lookout::Lookout;
 use crate::client::remote::RemoteStore;
 use crate::http::metrics::Kind;
-use crate::http::{App, Exposition, Limits, MetricSource, Metrics, NotReady, Readiness, Server, router};
+use crate::http::{App, Exposition, Limits, MetricSource, Metrics, NotReady, Readiness, Server};
 use crate::telemetry::{self, LogFormat};
 use crate::types::{Address, ParseError};
 
@@ -117,7 +117,7 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
         tracing::info!("{}: stopping", told.await);
         stop.cancel();
     };
-    tokio::join!(server.serve(router(app), stop.clone(), &limits), lookout.0.run(&stop), stopping);
+    tokio::join!(server.serve_app(app, stop.clone(), &limits), lookout.0.run(&stop), stopping);
     tracing::info!("stopped");
     Ok(())
 }

@@ -21,7 +21,7 @@ use crate::client::peer::{
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::http::metrics::Kind;
-use crate::http::{App, BindError, Exposition, Limits, MetricSource, Metrics, NotReady, PeerService, Readiness, Server, router};
+use crate::http::{App, BindError, Exposition, Limits, MetricSource, Metrics, NotReady, PeerService, Readiness, Server};
 use crate::node::{FamilyKind, Node, NodeError};
 use crate::raft::lanes::serve_lane;
 use crate::raft::transport::Lane;
@@ -71,7 +71,7 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     let (stop_server, stop_node) = (CancellationToken::new(), CancellationToken::new());
     let serving = tokio::spawn({
         let stop = stop_server.clone();
-        async move { server.serve(router(app), stop, &limits).await }
+        async move { server.serve_app(app, stop, &limits).await }
     });
     let mut running = tokio::spawn({
         let (node, stop) = (node.clone(), stop_node.clone());

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use super::admission::{Place, ServerStats, Verdict};
+use super::haste::Haste;
 use super::limits::Limits;
 use super::outbox::Outbox;
 use super::paced::Paced;
@@ -51,6 +52,7 @@ pub struct Serving {
     pub stats: Arc<ServerStats>,
     pub shutdown: CancellationToken,
     pub limits: Limits,
+    pub haste: Haste,
 }
 
 /// What a connection and its requests share.
@@ -108,7 +110,8 @@ impl Serving {
             let (router, talk, shutdown) = (self.router.clone(), Arc::clone(talk), self.shutdown.clone());
             talk.answer(router, request, shutdown)
         });
-        let stream = Paced::new(stream, self.limits.write_timeout, Arc::clone(&self.stats));
+        let (stats, outbox) = (Arc::clone(&self.stats), Arc::clone(&talk.outbox));
+        let stream = Paced::new(stream, self.limits.write_timeout, stats, self.haste.clone(), outbox);
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
         // hyper's own timeout does not run until it knows which version of HTTP is spoken.
         let mut silence = pin!(sleep(first_request));
@@ -180,7 +183,8 @@ impl Serving {
     }
 
     fn is_stalled(&self, talk: &Talk) -> bool {
-        let is_stalled = talk.outbox.oldest().is_some_and(|since| since.elapsed() > self.limits.write_timeout);
+        let is_old = talk.outbox.oldest().is_some_and(|since| since.elapsed() > self.limits.write_timeout);
+        let is_stalled = is_old || talk.outbox.misses(&self.haste);
         if is_stalled {
             self.stats.stalled();
             tracing::debug!("a connection is cut: its client does not take what it asked for");

@@ -20,6 +20,9 @@ pub struct Limits {
     /// The longest that a client may take for the next piece of its answer: 16 KiB over HTTP/1, 64 KiB over HTTP/2. Then its connection is
     /// cut, and the memory of its answers comes back.
     pub write_timeout: Duration,
+    /// While more than half of the room for answers is taken, large ones have to go out at this
+    /// rate, in bytes a second. Clients that are slower are cut.
+    pub answer_rate_min: u64,
     /// The longest wait for the next 16 KiB of a body, or for what is left of it.
     pub body_chunk_timeout: Duration,
     /// The longest time that a whole body may take.
@@ -54,6 +57,7 @@ impl Default for Limits {
             body_bytes_max: 64 << 20,
             bodies_bytes_max: 512 << 20,
             write_timeout: Duration::from_secs(30),
+            answer_rate_min: 64 << 10,
             body_chunk_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(300),
             value_bytes_max: 8 << 20,

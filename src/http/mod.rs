@@ -16,6 +16,7 @@ mod connection;
 #[cfg(test)]
 mod crowd_tests;
 mod dialects;
+mod haste;
 pub mod health;
 mod holder;
 pub mod limits;

@@ -6,15 +6,18 @@
 //!
 //! Lanes are left out: their peers watch them, and a lane that has nothing to say is no sign of anything.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use axum::body::Body;
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::Instant;
+
+use super::haste::{Course, Haste};
+use crate::budget::UNCHARGED_BYTES_MAX;
 
 /// What is handed over at once, to wait for the stream's window.
 const PIECE_BYTES: usize = 64 << 10;
@@ -34,6 +37,8 @@ struct State {
     last_id: u64,
     /// What waits for the client, and since when.
     waiting: BTreeMap<u64, Instant>,
+    /// Of large answers, as long as not all of them was handed over.
+    courses: HashMap<u64, Course>,
 }
 
 impl State {
@@ -62,6 +67,17 @@ impl Outbox {
         self.lock().waiting.values().min().copied()
     }
 
+    /// Returns whether HTTP/2 is spoken.
+    pub fn has_streams(&self) -> bool {
+        let state = self.lock();
+        state.streams > 0 || state.idle_since.is_some()
+    }
+
+    /// Returns whether an answer is taken too slowly.
+    pub fn misses(&self, haste: &Haste) -> bool {
+        self.lock().courses.values().any(|course| haste.is_missed_by(course))
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no holder panics")
     }
@@ -74,8 +90,18 @@ pub struct Exchange(Arc<Outbox>);
 impl Exchange {
     /// Returns the answer's body, which takes this with it. `is_timed`: the client has to take it in time.
     pub fn answer(self, body: Body, is_timed: bool) -> Body {
-        let waits = is_timed.then(|| self.0.lock().wait());
-        Body::new(Answer { body, rest: Bytes::new(), is_timed, waits, exchange: self })
+        let is_small = body.size_hint().upper().is_some_and(|bytes| bytes <= UNCHARGED_BYTES_MAX as u64);
+        let (mut waits, mut course) = (None, None);
+        if is_timed {
+            let mut state = self.0.lock();
+            let id = state.wait();
+            if !is_small {
+                state.courses.insert(id, Course::new());
+                course = Some(id);
+            }
+            waits = Some(id);
+        }
+        Body::new(Answer { body, rest: Bytes::new(), is_timed, waits, course, exchange: self })
     }
 }
 
@@ -97,6 +123,8 @@ struct Answer {
     is_timed: bool,
     /// While it is for the client to ask for more.
     waits: Option<u64>,
+    /// What it goes by in [`State::courses`].
+    course: Option<u64>,
     exchange: Exchange,
 }
 
@@ -104,6 +132,13 @@ impl Answer {
     fn waits_no_more(&mut self) {
         if let Some(id) = self.waits.take() {
             self.exchange.0.lock().waiting.remove(&id);
+        }
+    }
+
+    /// Begins to count again how fast it is taken.
+    fn begin_anew(&self) {
+        if let Some(id) = self.course {
+            self.exchange.0.lock().courses.insert(id, Course::new());
         }
     }
 
@@ -115,7 +150,7 @@ impl Answer {
         self.waits = Some(state.wait());
         let id = state.wait();
         drop(state);
-        Bytes::from_owner(Piece { bytes, id, outbox: Arc::clone(outbox) })
+        Bytes::from_owner(Piece { bytes, id, course: self.course, outbox: Arc::clone(outbox) })
     }
 }
 
@@ -126,7 +161,12 @@ impl HttpBody for Answer {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         self.waits_no_more();
         while self.rest.is_empty() {
-            let frame = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+            let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+                // It is not the client who is waited for.
+                self.begin_anew();
+                return Poll::Pending;
+            };
+            let frame = match frame {
                 Some(Ok(frame)) if self.is_timed => frame,
                 other => return Poll::Ready(other),
             };
@@ -156,6 +196,9 @@ impl HttpBody for Answer {
 impl Drop for Answer {
     fn drop(&mut self) {
         self.waits_no_more();
+        if let Some(id) = self.course {
+            self.exchange.0.lock().courses.remove(&id);
+        }
     }
 }
 
@@ -163,6 +206,8 @@ impl Drop for Answer {
 struct Piece {
     bytes: Bytes,
     id: u64,
+    /// That of its answer.
+    course: Option<u64>,
     outbox: Arc<Outbox>,
 }
 
@@ -174,7 +219,10 @@ impl AsRef<[u8]> for Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        self.outbox.lock().waiting.remove(&self.id);
+        let mut state = self.outbox.lock();
+        state.waiting.remove(&self.id);
+        let course = self.course.and_then(|id| state.courses.get_mut(&id));
+        course.into_iter().for_each(|course| course.take(self.bytes.len()));
     }
 }
 

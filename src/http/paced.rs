@@ -3,6 +3,9 @@
 //! A client that asks and does not read holds its answers in our memory. Once the kernel takes no more, the client has a time in
 //! which it must take some; else writing fails, and the connection ends with all that it held. Nothing is timed while the kernel takes
 //! what it is given, so this costs a connection in use nothing.
+//!
+//! While answers have little room, one over HTTP/1 has to be taken at a rate too ([`Haste`]). Streams of HTTP/2 have
+//! theirs in [`Outbox`].
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -15,39 +18,73 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::admission::ServerStats;
+use super::haste::{Course, Haste};
+use super::outbox::Outbox;
 
 /// What must be taken within the time: over the slowest lines in use this takes a second or two.
 const TAKEN_BYTES_MIN: usize = 16 << 10;
+
+/// How often a stalled socket is looked at within the time for [`TAKEN_BYTES_MIN`].
+const LOOKS: u32 = 4;
+
+/// Once all was taken, what is written after this is another answer. Pieces of one follow each other at once.
+const ANSWERS_APART: Duration = Duration::from_secs(1);
 
 /// A socket under a time limit for writing.
 pub struct Paced {
     stream: TcpStream,
     limit: Duration,
     stats: Arc<ServerStats>,
+    haste: Haste,
+    outbox: Arc<Outbox>,
     stall: Option<Stall>,
 }
 
-/// Since when the kernel does not take all that there is.
+/// What was seen of the other side since the kernel did not take all that there was.
 struct Stall {
     timer: Pin<Box<Sleep>>,
-    /// Since the timer was set.
+    /// Of the time for [`TAKEN_BYTES_MIN`].
+    since: Instant,
+    /// Since then.
     taken_bytes: usize,
+    /// Of the whole answer.
+    course: Course,
+    /// When all was taken, if it is.
+    over: Option<Instant>,
+}
+
+impl Stall {
+    fn new(look: Duration) -> Self {
+        let timer = Box::pin(sleep(look));
+        Self { timer, since: Instant::now(), taken_bytes: 0, course: Course::new(), over: None }
+    }
+
+    /// Begins the time for [`TAKEN_BYTES_MIN`].
+    fn restart(&mut self) {
+        (self.since, self.taken_bytes, self.over) = (Instant::now(), 0, None);
+    }
 }
 
 impl Paced {
     /// Returns `stream` with `limit` for taking [`TAKEN_BYTES_MIN`].
-    pub fn new(stream: TcpStream, limit: Duration, stats: Arc<ServerStats>) -> Self {
-        Self { stream, limit, stats, stall: None }
+    pub fn new(stream: TcpStream, limit: Duration, stats: Arc<ServerStats>, haste: Haste, outbox: Arc<Outbox>) -> Self {
+        Self { stream, limit, stats, haste, outbox, stall: None }
     }
 
     /// Notes what became of an attempt to write `wanted` bytes.
     fn note(&mut self, cx: &mut Context<'_>, wanted: usize, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match written {
             Poll::Ready(Ok(bytes)) => {
-                if bytes >= wanted {
-                    self.stall = None;
-                } else if let Some(stall) = &mut self.stall {
-                    stall.taken_bytes += bytes;
+                if let Some(stall) = &mut self.stall {
+                    match stall.over {
+                        Some(over) if over.elapsed() > ANSWERS_APART => self.stall = None,
+                        Some(_) => {}
+                        None => {
+                            stall.taken_bytes += bytes;
+                            stall.course.take(bytes);
+                            stall.over = (bytes >= wanted).then(Instant::now);
+                        }
+                    }
                 }
                 Poll::Ready(Ok(bytes))
             }
@@ -57,16 +94,28 @@ impl Paced {
     }
 
     fn wait(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let limit = self.limit;
-        let stall = self.stall.get_or_insert_with(|| Stall { timer: Box::pin(sleep(limit)), taken_bytes: 0 });
-        while stall.timer.as_mut().poll(cx).is_ready() {
-            if stall.taken_bytes < TAKEN_BYTES_MIN {
-                self.stats.stalled();
-                let reason = format!("the other side took nothing of its answer for {limit:?}");
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, reason)));
+        let look = self.limit / LOOKS;
+        let stall = self.stall.get_or_insert_with(|| Stall::new(look));
+        match stall.over {
+            Some(over) if over.elapsed() > ANSWERS_APART => *stall = Stall::new(look),
+            Some(over) => {
+                stall.course.leave_out(over.elapsed());
+                stall.restart();
             }
-            stall.taken_bytes = 0;
-            stall.timer.as_mut().reset(Instant::now() + limit);
+            None => {}
+        }
+        while stall.timer.as_mut().poll(cx).is_ready() {
+            let is_silent = stall.since.elapsed() >= self.limit && stall.taken_bytes < TAKEN_BYTES_MIN;
+            let is_slow = !self.outbox.has_streams() && self.haste.is_missed_by(&stall.course);
+            if is_silent || is_slow {
+                self.stats.stalled();
+                let reason = if is_silent { "too little" } else { "too slowly, and others wait for room" };
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, format!("its answer is taken {reason}"))));
+            }
+            if stall.since.elapsed() >= self.limit {
+                stall.restart();
+            }
+            stall.timer.as_mut().reset(Instant::now() + look);
         }
         Poll::Pending
     }
@@ -100,5 +149,42 @@ impl AsyncWrite for Paced {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::budget::Budget;
+
+    /// A socket that was given more than the kernels take, and its other side, which reads nothing.
+    async fn stalled(answers: &Arc<Budget>) -> (Paced, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let client = TcpStream::connect(listener.local_addr().expect("an address")).await.expect("it listens");
+        let (stream, _) = listener.accept().await.expect("a connection");
+        let haste = Haste::new(Arc::clone(answers), 64 << 10);
+        let mut paced = Paced::new(stream, Duration::from_secs(3600), Arc::default(), haste, Arc::default());
+        while write(&mut paced).await.is_ready() {}
+        (paced, client)
+    }
+
+    async fn write(paced: &mut Paced) -> Poll<io::Result<usize>> {
+        let bytes = vec![0; 1 << 20];
+        poll_fn(|cx| Poll::Ready(Pin::new(&mut *paced).poll_write(cx, &bytes))).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_reads_too_slowly_is_cut_where_there_is_little_room() {
+        let answers = Budget::new(100);
+        let (mut paced, _client) = stalled(&answers).await;
+        tokio::time::advance(Duration::from_secs(1000)).await;
+        assert!(write(&mut paced).await.is_pending(), "there is room");
+        let _share = answers.take(51).expect("there is room");
+        tokio::time::advance(Duration::from_secs(1000)).await;
+        assert!(matches!(write(&mut paced).await, Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut));
     }
 }

@@ -22,8 +22,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, ServerStats};
 use super::connection::{self, Serving};
+use super::haste::Haste;
 use super::holder::{self, Holder};
 use super::limits::Limits;
+use super::{App, router};
+use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::descriptors::{self, Shares};
 
 /// Connections that the kernel keeps for us between two accepts; it lowers this to its own limit.
@@ -116,8 +119,18 @@ impl Server {
         Arc::clone(&self.stats)
     }
 
-    /// Serves until `shutdown` is cancelled and what was in flight has ended, or the drain timeout has.
+    /// Serves an app until `shutdown` is cancelled and what was in flight has ended, or the drain timeout has.
+    pub async fn serve_app(self, app: App, shutdown: CancellationToken, limits: &Limits) {
+        let answers = Arc::clone(&app.answers);
+        self.serve_charged(router(app), answers, shutdown, limits).await;
+    }
+
+    /// Serves routes whose answers are charged to nothing, in the same way.
     pub async fn serve(self, router: Router, shutdown: CancellationToken, limits: &Limits) {
+        self.serve_charged(router, Budget::new(ANSWERS_BYTES_MAX), shutdown, limits).await;
+    }
+
+    async fn serve_charged(self, router: Router, answers: Arc<Budget>, shutdown: CancellationToken, limits: &Limits) {
         let shares = Shares::now();
         let admission = Admission::new(Arc::clone(&self.stats), limits, shares);
         tracing::info!(
@@ -126,7 +139,9 @@ impl Server {
             shares.peers,
             shares.limit
         );
-        let serving = Arc::new(Serving { router, http: protocol(limits), stats: self.stats, shutdown, limits: limits.clone() });
+        let haste = Haste::new(answers, limits.answer_rate_min);
+        let (http, limits) = (protocol(limits), limits.clone());
+        let serving = Arc::new(Serving { router, http, stats: self.stats, shutdown, limits, haste });
         let loops = self
             .listeners
             .into_iter()

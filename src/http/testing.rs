@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server, router};
+use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{
     Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, Standing,
@@ -635,7 +635,7 @@ impl Site {
         let app = App::new(store.clone(), readiness.clone(), metrics, Some(Arc::new(Echo)), limits.clone());
         let (address, shutdown) = (server.addresses()[0], CancellationToken::new());
         let stopped = shutdown.clone();
-        let serving = tokio::spawn(async move { server.serve(router(app), stopped, &limits).await });
+        let serving = tokio::spawn(async move { server.serve_app(app, stopped, &limits).await });
         Site { address, store, readiness, shutdown, serving }
     }
 

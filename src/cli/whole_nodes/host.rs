@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::machine::{Disks, End, Power, SimMachine, Watcher};
 use crate::cli::serve;
 use crate::config::NodeConfig;
-use crate::http::{Limits, Server, router};
+use crate::http::{Limits, Server};
 use crate::node::{Node, NodeError};
 use crate::raft::Group;
 use crate::sm::view::Asked;
@@ -217,7 +217,7 @@ async fn serve_once(machine: Arc<SimMachine>, config: NodeConfig, place: &Mutex<
     *place.lock().expect("no holder panics") = Some(node.clone());
     let serving = tokio::spawn({
         let stop = stop.clone();
-        async move { server.serve(router(app), stop, &limits).await }
+        async move { server.serve_app(app, stop, &limits).await }
     });
     let ended = node.run(&CancellationToken::new()).await;
     *place.lock().expect("no holder panics") = None;

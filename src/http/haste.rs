@@ -1,0 +1,90 @@
+//! The rate at which large answers have to go out while there is little room for them.
+//!
+//! A value is charged whole until its last byte is out, so a few dozen clients that read slowly can
+//! take all that is set aside for the answers of a node. As long as half of that is left, slow is
+//! good enough. From then on, whoever is below the rate since its answer began has to go, whether
+//! it means harm or has a bad line: else nobody else would get a large answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::budget::Budget;
+
+/// What may be missing: kernels tell in steps of tens of KiB what the other side took.
+const SLACK_BYTES: u64 = 256 << 10;
+
+/// Knows when answers have to be taken fast.
+#[derive(Debug, Clone)]
+pub struct Haste {
+    answers: Arc<Budget>,
+    /// In a second.
+    rate_bytes: u64,
+}
+
+impl Haste {
+    /// Returns one for `answers` and a rate of so many bytes in a second.
+    pub fn new(answers: Arc<Budget>, rate_bytes: u64) -> Self {
+        Self { answers, rate_bytes }
+    }
+
+    /// Returns whether there is haste, and an answer that went so is too slow.
+    pub fn is_missed_by(&self, course: &Course) -> bool {
+        self.answers.used() > self.answers.bytes_max() / 2 && course.is_below(self.rate_bytes)
+    }
+}
+
+/// How fast an answer is taken.
+#[derive(Debug, Clone, Copy)]
+pub struct Course {
+    since: Instant,
+    taken_bytes: u64,
+}
+
+impl Course {
+    /// Returns that of an answer that begins now.
+    pub fn new() -> Self {
+        Self { since: Instant::now(), taken_bytes: 0 }
+    }
+
+    /// Counts what was taken.
+    pub fn take(&mut self, bytes: usize) {
+        self.taken_bytes = self.taken_bytes.saturating_add(bytes as u64);
+    }
+
+    /// Leaves out a time in which nobody waited for the other side.
+    pub fn leave_out(&mut self, pause: Duration) {
+        self.since += pause;
+    }
+
+    fn is_below(&self, rate_bytes: u64) -> bool {
+        let millis = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let due = millis.saturating_mul(rate_bytes) / Duration::from_secs(1).as_millis() as u64;
+        self.taken_bytes.saturating_add(SLACK_BYTES) < due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_is_good_enough_while_half_of_the_room_is_left() {
+        let answers = Budget::new(100);
+        let haste = Haste::new(Arc::clone(&answers), 64 << 10);
+        let (mut slow, mut fast) = (Course::new(), Course::new());
+        for _ in 0..20 {
+            tokio::time::advance(Duration::from_secs(1)).await;
+            slow.take(4 << 10);
+            fast.take(64 << 10);
+        }
+        let mut share = answers.take(50).expect("there is room");
+        assert!(!haste.is_missed_by(&slow));
+        assert!(share.grow(1));
+        assert!(haste.is_missed_by(&slow) && !haste.is_missed_by(&fast));
+        assert!(!haste.is_missed_by(&Course::new()), "it has just begun");
+        slow.leave_out(Duration::from_secs(15));
+        assert!(!haste.is_missed_by(&slow));
+    }
+}
