@@ -183,8 +183,7 @@ impl Serving {
     }
 
     fn is_stalled(&self, talk: &Talk) -> bool {
-        let is_old = talk.outbox.oldest().is_some_and(|since| since.elapsed() > self.limits.write_timeout);
-        let is_stalled = is_old || talk.outbox.misses(&self.haste);
+        let is_stalled = talk.outbox.is_stuck(self.limits.write_timeout) || talk.outbox.misses(&self.haste);
         if is_stalled {
             self.stats.stalled();
             tracing::debug!("a connection is cut: its client does not take what it asked for");

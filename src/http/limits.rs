@@ -17,8 +17,10 @@ pub struct Limits {
     pub body_bytes_max: usize,
     /// The bodies of all requests in flight together.
     pub bodies_bytes_max: usize,
-    /// The longest that a client may take for the next piece of its answer: 16 KiB over HTTP/1, 64 KiB over HTTP/2. Then its connection is
-    /// cut, and the memory of its answers comes back.
+    /// The time in which a client has to take more of its answer: 64 KiB of each stream over HTTP/2,
+    /// and over HTTP/1 what the kernel waits for before it takes more, also about 64 KiB. Then its
+    /// connection is cut, and the memory of its answers comes back. Streams of HTTP/2 that share a
+    /// slow line have up to ten times as long, as long as their turn has not come.
     pub write_timeout: Duration,
     /// While more than half of the room for answers is taken, large ones have to go out at this
     /// rate, in bytes a second. Clients that are slower are cut.

@@ -2,14 +2,19 @@
 //!
 //! Each stream of HTTP/2 has a window of its own: a client can keep a thousand answers from going out while its connection is alive
 //! and well, so the socket does not show it. Answers go out in pieces, and each is noted here until it is on the wire. The connection
-//! looks now and then how old the oldest is, and ends if it is too old: HTTP/2 as we have it knows no way to end one stream.
+//! looks now and then how old they are, and ends if one is too old: HTTP/2 as we have it knows no way to end one stream.
+//!
+//! Many streams over a slow line are slow together, and nobody is to blame: there a piece is too old only once so much else has gone
+//! out that its turn must have come.
 //!
 //! Lanes are left out: their peers watch them, and a lane that has nothing to say is no sign of anything.
 
 use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
@@ -22,10 +27,29 @@ use crate::budget::UNCHARGED_BYTES_MAX;
 /// What is handed over at once, to wait for the stream's window.
 const PIECE_BYTES: usize = 64 << 10;
 
+/// What HTTP/2 may have in its hands of a stream, our pieces included: it sends all streams in turn.
+const BUFFERED_BYTES_MAX: u64 = 512 << 10;
+
+/// A connection that takes less of all its answers within the time for a piece is not slow, but stuck.
+const TAKEN_BYTES_MIN: u128 = 64 << 10;
+
+/// However many share a line, a piece is out within so many times the time for one.
+const PATIENCE_MAX: u32 = 10;
+
 /// The answers of one connection that are under way.
 #[derive(Debug, Default)]
 pub struct Outbox {
     state: Mutex<State>,
+    /// What the socket has taken of this connection.
+    written_bytes: AtomicU64,
+}
+
+/// A piece of an answer that the client has to take.
+#[derive(Debug)]
+struct Waiting {
+    since: Instant,
+    /// What the socket had taken by then.
+    written_before: u64,
 }
 
 #[derive(Debug, Default)]
@@ -36,15 +60,15 @@ struct State {
     idle_since: Option<Instant>,
     last_id: u64,
     /// What waits for the client, and since when.
-    waiting: BTreeMap<u64, Instant>,
+    waiting: BTreeMap<u64, Waiting>,
     /// Of large answers, as long as not all of them was handed over.
     courses: HashMap<u64, Course>,
 }
 
 impl State {
-    fn wait(&mut self) -> u64 {
+    fn wait(&mut self, written_before: u64) -> u64 {
         self.last_id += 1;
-        self.waiting.insert(self.last_id, Instant::now());
+        self.waiting.insert(self.last_id, Waiting { since: Instant::now(), written_before });
         self.last_id
     }
 }
@@ -62,9 +86,26 @@ impl Outbox {
         state.idle_since.filter(|_| state.streams == 0)
     }
 
-    /// Returns since when the oldest piece waits for the client.
-    pub fn oldest(&self) -> Option<Instant> {
-        self.lock().waiting.values().min().copied()
+    /// Counts what the socket has taken.
+    pub fn wrote(&self, bytes: usize) {
+        self.written_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Returns whether the client keeps a piece from going out for longer than `limit`.
+    pub fn is_stuck(&self, limit: Duration) -> bool {
+        let written = self.written();
+        let state = self.lock();
+        let all_had_their_turn = BUFFERED_BYTES_MAX * state.streams.max(1) as u64;
+
+        state.waiting.values().any(|piece| {
+            let (age, written) = (piece.since.elapsed(), written.saturating_sub(piece.written_before));
+            let is_idle = || u128::from(written) * limit.as_millis() < TAKEN_BYTES_MIN * age.as_millis();
+            age > limit && (is_idle() || written >= all_had_their_turn || age > limit * PATIENCE_MAX)
+        })
+    }
+
+    fn written(&self) -> u64 {
+        self.written_bytes.load(Ordering::Relaxed)
     }
 
     /// Returns whether HTTP/2 is spoken.
@@ -94,7 +135,7 @@ impl Exchange {
         let (mut waits, mut course) = (None, None);
         if is_timed {
             let mut state = self.0.lock();
-            let id = state.wait();
+            let id = state.wait(self.0.written());
             if !is_small {
                 state.courses.insert(id, Course::new());
                 course = Some(id);
@@ -147,8 +188,9 @@ impl Answer {
         let bytes = self.rest.split_to(self.rest.len().min(PIECE_BYTES));
         let outbox = &self.exchange.0;
         let mut state = outbox.lock();
-        self.waits = Some(state.wait());
-        let id = state.wait();
+        let written_before = outbox.written();
+        self.waits = Some(state.wait(written_before));
+        let id = state.wait(written_before);
         drop(state);
         Bytes::from_owner(Piece { bytes, id, course: self.course, outbox: Arc::clone(outbox) })
     }
@@ -228,9 +270,88 @@ impl Drop for Piece {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use http_body_util::BodyExt;
 
     use super::*;
+
+    impl Outbox {
+        /// Since when the oldest piece waits.
+        fn oldest(&self) -> Option<Instant> {
+            self.lock().waiting.values().map(|piece| piece.since).min()
+        }
+    }
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    /// Answers under way, with as many pieces of each as HTTP/2 has at once.
+    async fn answers(outbox: &Arc<Outbox>, count: usize) -> Vec<(Body, VecDeque<Bytes>)> {
+        let mut answers = Vec::new();
+        for _ in 0..count {
+            let body = outbox.begin().answer(Body::from(vec![7; 2 << 20]), true);
+            let mut answer = (body, VecDeque::new());
+            for _ in 0..6 {
+                hand_over(&mut answer).await;
+            }
+            answers.push(answer);
+        }
+        answers
+    }
+
+    async fn hand_over((body, pieces): &mut (Body, VecDeque<Bytes>)) {
+        if let Some(frame) = body.frame().await {
+            pieces.push_back(frame.expect("no error").into_data().expect("data"));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_streams_over_a_slow_line_are_not_cut() {
+        let outbox = Arc::new(Outbox::default());
+        let mut answers = answers(&outbox, 60).await;
+        let (mut oldest, mut rounds) = (Duration::ZERO, 0);
+        while answers.iter().any(|(_, pieces)| !pieces.is_empty()) {
+            // 128 KiB a second, in frames of 16 KiB: a piece of each stream is out when its last frame is.
+            for is_last in [false, false, false, true] {
+                for answer in &mut answers {
+                    outbox.wrote(16 << 10);
+                    tokio::time::advance(Duration::from_millis(125)).await;
+                    if is_last {
+                        answer.1.pop_front();
+                        hand_over(answer).await;
+                    }
+                }
+                oldest = oldest.max(outbox.oldest().map_or(Duration::ZERO, |since| since.elapsed()));
+                assert!(!outbox.is_stuck(LIMIT), "cut after {rounds} rounds");
+            }
+            rounds += 1;
+        }
+        assert!(oldest > LIMIT * 4, "the line was too fast: {oldest:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_is_not_taken_beside_others_is_noticed() {
+        let outbox = Arc::new(Outbox::default());
+        let mut answers = answers(&outbox, 2).await;
+        for _ in 0..31 {
+            outbox.wrote(PIECE_BYTES);
+            tokio::time::advance(Duration::from_secs(1)).await;
+            answers[0].1.pop_front();
+            hand_over(&mut answers[0]).await;
+        }
+        assert!(outbox.is_stuck(LIMIT), "one stream had a turn after the other");
+
+        drop(answers);
+        let outbox = Arc::new(Outbox::default());
+        let _answers = self::answers(&outbox, 1000).await;
+        tokio::time::advance(LIMIT + Duration::from_secs(1)).await;
+        assert!(outbox.is_stuck(LIMIT), "nothing goes out");
+        for _ in 0..300 {
+            outbox.wrote(TAKEN_BYTES_MIN as usize);
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        assert!(outbox.is_stuck(LIMIT), "that long is nobody waited for");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn what_was_answered_waits_until_it_is_dropped() {

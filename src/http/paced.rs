@@ -75,6 +75,7 @@ impl Paced {
     fn note(&mut self, cx: &mut Context<'_>, wanted: usize, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match written {
             Poll::Ready(Ok(bytes)) => {
+                self.outbox.wrote(bytes);
                 if let Some(stall) = &mut self.stall {
                     match stall.over {
                         Some(over) if over.elapsed() > ANSWERS_APART => self.stall = None,
