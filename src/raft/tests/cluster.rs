@@ -122,10 +122,10 @@ impl TestCluster {
         Self::with_disks((1..=nodes).map(|id| (NodeId(id), Disks::new(id))).collect(), timings)
     }
 
-    /// Of nodes whose rooms have so many bytes each.
-    pub fn with_rooms(nodes: u64, room_bytes: usize) -> Self {
-        let disks = |id| Disks { room_bytes, ..Disks::new(id) };
-        Self::with_disks((1..=nodes).map(|id| (NodeId(id), disks(id))).collect(), RaftTimings::default())
+    /// Returns a cluster of nodes of whose rooms each has so many bytes.
+    pub fn with_rooms<const NODES: usize>(room_bytes: [usize; NODES], timings: RaftTimings) -> Self {
+        let disks = |(id, room_bytes)| (NodeId(id), Disks { room_bytes, ..Disks::new(id) });
+        Self::with_disks((1..).zip(room_bytes).map(disks).collect(), timings)
     }
 
     fn with_disks(disks: BTreeMap<NodeId, Disks>, timings: RaftTimings) -> Self {
@@ -235,6 +235,10 @@ impl TestCluster {
             match self.group(leader.0, group).propose(put(key, value), deadline).await {
                 Ok(outcome) => return assert_put(&outcome),
                 Err(ProposeError::NotLeader { .. }) => {}
+                // Until others are done with: certainly not done, so a client would try again too.
+                Err(ProposeError::Overloaded { .. }) if Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
                 Err(error) => panic!("the put of {key} failed: {error}"),
             }
         }
