@@ -100,6 +100,14 @@ impl SledTrees {
         databases
     }
 
+    /// Drops a tree, which reads some of its pages: damaged ones may hang. Then it fails, in a thread that never ends.
+    fn drop_in(&self, database: &Arc<Database>, name: &str) -> Result<(), StoreError> {
+        let (own, own_name) = (Arc::clone(database), name.to_owned());
+        let work = move || own.trust.write("dropping a tree", || own.db.drop_tree(&own_name)).map(drop);
+        let more = || Duration::from_secs(database.disk_bytes() >> 24);
+        in_time("dropping a tree", self.options.patience, more, work)
+    }
+
     /// Removes the older databases in which there is no tree any more.
     fn remove_empty(&self) {
         let is_empty = |database: &Arc<Database>| database.names().is_ok_and(|names| names.is_empty());
@@ -126,6 +134,34 @@ fn newest_of(databases: &[Arc<Database>]) -> &Arc<Database> {
     databases.iter().rev().find(|database| database.trust.is_kept()).unwrap_or(last)
 }
 
+/// Does `work` in a thread of its own, and waits for it for `patience`, and then for what `more` says. A failure of kind
+/// `TimedOut` says that it hangs.
+fn in_time<T: Send + 'static>(
+    doing: &str,
+    patience: Duration,
+    more: impl FnOnce() -> Duration,
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    let failed = |source| StoreError::Io { context: doing.to_owned(), source };
+    let (sender, receiver) = mpsc::sync_channel(1);
+    // Nobody listens any more if it took too long.
+    let run = move || drop(sender.send(work()));
+    std::thread::Builder::new().name("drop-tree".into()).spawn(run).map_err(failed)?;
+    let done = receiver.recv_timeout(patience).or_else(|error| match error {
+        RecvTimeoutError::Timeout => receiver.recv_timeout(more()),
+        RecvTimeoutError::Disconnected => Err(error),
+    });
+    done.unwrap_or_else(|error| Err(failed(gone(error))))
+}
+
+/// Returns what is to be said of a thread in sled that does not answer.
+fn gone(error: RecvTimeoutError) -> io::Error {
+    match error {
+        RecvTimeoutError::Timeout => io::Error::new(io::ErrorKind::TimedOut, "sled hangs in it: start the process again"),
+        RecvTimeoutError::Disconnected => io::Error::other("its thread died"),
+    }
+}
+
 impl Trees for SledTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
         let databases = self.databases.read().expect("no holder panics");
@@ -144,7 +180,7 @@ impl Trees for SledTrees {
     fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
         for database in self.databases() {
             if database.holds(name)? {
-                database.trust.write("dropping a tree", || database.db.drop_tree(name))?;
+                self.drop_in(&database, name)?;
             }
         }
         self.remove_empty();
@@ -353,13 +389,7 @@ impl Tree for SledTree {
                     }
                 }
                 Ok(Err(error)) => return Err(error),
-                Err(kind) => {
-                    let (kind, text) = match kind {
-                        RecvTimeoutError::Timeout => (io::ErrorKind::TimedOut, "sled hangs in it: start the process again"),
-                        RecvTimeoutError::Disconnected => (io::ErrorKind::Other, "its thread died"),
-                    };
-                    return Err(StoreError::Io { context: "walking a tree".into(), source: io::Error::new(kind, text) });
-                }
+                Err(error) => return Err(StoreError::Io { context: "walking a tree".into(), source: gone(error) }),
             }
         }
     }
@@ -693,5 +723,17 @@ mod tests {
         assert!(tree.scan(&KeyRange::all(), Direction::Forward).next().expect("an error").is_err());
         tree.walk(&mut |_, _| Walk::On).expect_err("a piece is gone");
         assert_eq!(tree.start_of(b"old", 5).expect("readable").map(|start| start.len), Some(20_000));
+    }
+
+    #[test]
+    fn what_hangs_is_not_waited_for_and_what_answers_is() {
+        let hangs = || loop {
+            std::thread::park();
+        };
+        let error = in_time::<()>("trying", Duration::ZERO, || Duration::ZERO, hangs).expect_err("it hangs");
+        assert!(matches!(&error, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut), "{error}");
+        let hour = Duration::from_secs(3600);
+        assert_eq!(in_time("trying", Duration::ZERO, || hour, || Ok(7)).expect("done"), 7);
+        in_time::<()>("trying", hour, || hour, || panic!("as sled might")).expect_err("its thread died");
     }
 }

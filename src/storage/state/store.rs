@@ -1,6 +1,7 @@
 //! [`StateStore`]: the maps of a node, and [`Checkpointer`], which writes their frozen tables down.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -13,6 +14,7 @@ use super::record::{owner_of, tree_name};
 use super::redo::RedoFiles;
 use super::replica::{Replica, ReplicaState};
 use super::{StateOptions, Synced};
+use crate::descriptors;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::disk::Disk;
@@ -114,10 +116,18 @@ impl StateStore {
 
     /// Forgets all that is here of replicas that are not among `known`, those that the log has: what a wipe left that was cut short, or a
     /// power cut brought back. Before any map is opened. Blocking.
+    ///
+    /// A tree that came back without all of its pages may not even let itself be dropped. None must stay, since ids begin anew
+    /// in another cluster, so the next start then begins without any tree.
     pub fn keep_only(&self, known: &BTreeSet<ReplicaKey>) -> Result<(), StoreError> {
         for name in self.shared.trees.names()? {
             if owner_of(&name).is_some_and(|key| !known.contains(&key)) {
-                self.shared.trees.drop_tree(&name)?;
+                let dropped = self.shared.trees.drop_tree(&name);
+                dropped.inspect_err(|error| {
+                    if !is_of_the_machine(error) {
+                        self.shared.trees.condemn(&format!("the tree {name} of a replica that is gone: {error}"));
+                    }
+                })?;
             }
         }
         self.shared.files.remove_unknown(known)?;
@@ -191,6 +201,14 @@ impl StateStore {
         self.shared.queue.stop();
         self.shared.changed.notify_waiters();
     }
+}
+
+/// Returns whether an error is about what the machine has left, or what it allows, and says nothing of the trees.
+fn is_of_the_machine(error: &StoreError) -> bool {
+    use io::ErrorKind::{OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull, WouldBlock};
+    let StoreError::Io { source, .. } = error else { return false };
+    let kinds = [OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull, WouldBlock];
+    kinds.contains(&source.kind()) || descriptors::are_exhausted(source)
 }
 
 impl Drop for StateStore {

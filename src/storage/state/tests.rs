@@ -314,3 +314,22 @@ fn a_replica_whose_tree_is_in_use_holds_up_no_other_and_gets_its_checkpoint_afte
     while checkpointer.pump() {}
     assert_eq!(busy.bytes().frozen, 0);
 }
+
+/// The root of a tree that was dropped may come back from a power cut without all of its pages.
+#[test]
+fn a_tree_of_nobody_that_cannot_be_dropped_keeps_no_node_from_starting() {
+    use crate::storage::mem_trees::Crash;
+    use crate::storage::tree::Trees;
+    let outcomes = [(io::ErrorKind::InvalidData, true), (io::ErrorKind::Other, true), (io::ErrorKind::StorageFull, false)];
+    for (kind, is_given_up) in outcomes {
+        let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
+        trees.open("g9-r9.1").expect("left by a replica that is gone");
+        trees.sync().expect("synced");
+        let (store, _) = open(&trees, &disk);
+        trees.set_fault(Arc::new(move |step| if step == "drop" { Err(kind.into()) } else { Ok(()) }));
+        store.keep_only(&std::collections::BTreeSet::new()).expect_err("it cannot be dropped");
+        drop(store);
+        trees.crash(Crash::Kill, 1);
+        assert_eq!(trees.names().expect("listed").is_empty(), is_given_up, "{kind}: the next start meets the tree again");
+    }
+}
