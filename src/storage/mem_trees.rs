@@ -56,6 +56,8 @@ struct Inner {
     condemned: bool,
     epoch: u64,
     fault: Option<Fault>,
+    /// What the disk has room for, if not for anything.
+    room: Option<u64>,
 }
 
 enum Undo {
@@ -78,6 +80,11 @@ impl MemTrees {
     /// Has `fault` asked before each changing step. Taken away by a crash.
     pub fn set_fault(&self, fault: Fault) {
         self.lock().fault = Some(fault);
+    }
+
+    /// Leaves room on the disk for so many bytes, or for any.
+    pub fn set_room(&self, room: Option<u64>) {
+        self.lock().room = room;
     }
 
     /// Forgets a seeded part of what was not made durable, and kills every handle.
@@ -203,6 +210,14 @@ impl Trees for MemTrees {
         }
         inner.place += 1;
         Ok(())
+    }
+
+    fn ensure_room(&self, bytes: u64) -> Result<(), StoreError> {
+        if self.lock().room.is_none_or(|room| room >= bytes) {
+            return Ok(());
+        }
+        let source = io::ErrorKind::StorageFull.into();
+        Err(StoreError::Io { context: "looking for room".to_owned(), source })
     }
 
     fn outdated(&self) -> Result<Vec<String>, StoreError> {

@@ -204,12 +204,18 @@ impl Trees for SledTrees {
         Ok(names.into_iter().collect())
     }
 
-    fn begin_fresh(&self, live_bytes: u64) -> Result<(), StoreError> {
-        let failed = |source| StoreError::Io { context: "beginning a fresh map database".to_owned(), source };
-        if free_bytes(&self.path).map_err(failed)? / ROOM_FACTOR < live_bytes {
-            let reason = format!("there is no room for a copy of {} MiB on the disk", live_bytes >> 20);
-            return Err(failed(io::Error::new(io::ErrorKind::StorageFull, reason)));
+    fn ensure_room(&self, bytes: u64) -> Result<(), StoreError> {
+        let failed = |source| StoreError::Io { context: "copying maps to a fresh database".to_owned(), source };
+        if free_bytes(&self.path).map_err(failed)? / ROOM_FACTOR >= bytes {
+            return Ok(());
         }
+        let reason = format!("there is no room for a copy of {} MiB on the disk", bytes >> 20);
+        Err(failed(io::Error::new(io::ErrorKind::StorageFull, reason)))
+    }
+
+    fn begin_fresh(&self, live_bytes: u64) -> Result<(), StoreError> {
+        self.ensure_room(live_bytes)?;
+        let failed = |source| StoreError::Io { context: "beginning a fresh map database".to_owned(), source };
         // The number of one that was moved aside or could not be removed is not used again.
         let numbers = numbered(&self.path).into_iter().map(|(number, _)| number);
         let number = numbers.chain([self.newest().number]).max().unwrap_or(0) + 1;

@@ -25,6 +25,9 @@ pub trait Trees: Send + Sync + 'static {
     /// dropped; the space that they take is given back with the last of them. An error where there is no room for `live_bytes` more.
     fn begin_fresh(&self, live_bytes: u64) -> Result<(), StoreError>;
 
+    /// Refuses where there is no room on the disk for a copy of `bytes`.
+    fn ensure_room(&self, bytes: u64) -> Result<(), StoreError>;
+
     /// Names of the trees that are in older places, sorted.
     fn outdated(&self) -> Result<Vec<String>, StoreError>;
 

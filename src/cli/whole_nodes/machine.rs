@@ -219,6 +219,11 @@ impl Trees for PoweredTrees {
         self.trees.begin_fresh(live_bytes)
     }
 
+    fn ensure_room(&self, bytes: u64) -> Result<(), StoreError> {
+        let _on = self.need()?;
+        self.trees.ensure_room(bytes)
+    }
+
     fn outdated(&self) -> Result<Vec<String>, StoreError> {
         let _on = self.need()?;
         self.trees.outdated()

@@ -31,7 +31,8 @@ use crate::storage::tree::Tree;
 const GARBAGE_FACTOR: u64 = 3;
 /// A page ends once this much is copied: so long the pen is held.
 const PAGE_BYTES: u64 = 256 << 10;
-/// Pages between two flushes of the copy: the trees keep in memory what is not flushed.
+/// Pages between two flushes of the copy: the trees keep in memory what is not flushed. Then it is seen, too, whether there is
+/// still room for the rest.
 const PAGES_UNFLUSHED_MAX: u32 = 32;
 
 /// A copy of a tree on its way.
@@ -40,6 +41,8 @@ pub(super) struct TreeCopy {
     generation: u64,
     /// Every key before this one is in the copy as it is in the tree.
     next: Bytes,
+    /// Of the pairs that were copied.
+    bytes: u64,
     digest: Digest,
     hasher: PairHasher,
 }
@@ -71,6 +74,7 @@ impl TreeCopy {
             self.digest.add(self.hasher.hash(&key, &value));
             pairs += 1;
             bytes += pair_bytes(&key, &value);
+            self.bytes += pair_bytes(&key, &value);
             self.next = [&key[..], &[0]].concat().into();
         }
         Ok(false)
@@ -212,11 +216,14 @@ fn begin(replica: &Arc<Replica>) -> Result<u64, StoreError> {
     let trees = &*replica.shared.trees;
     let mut pen = replica.lock_pen_last();
     replica.check()?;
+    // The place may have been begun long ago, when there was more.
+    trees.ensure_room(replica.map_bytes())?;
     let newest = open::generations(trees, replica.key)?.first().copied().unwrap_or(0);
     let generation = newest.max(pen.record.generation) + 1;
     let tree = trees.open(&tree_name(replica.key, generation))?;
     let next = Bytes::from_static(CORE_KEYS_START);
-    pen.copy = Some(TreeCopy { tree, generation, next, digest: Digest::default(), hasher: PairHasher::default() });
+    let (digest, hasher) = (Digest::default(), PairHasher::default());
+    pen.copy = Some(TreeCopy { tree, generation, next, bytes: 0, digest, hasher });
     Ok(generation)
 }
 
@@ -228,6 +235,7 @@ fn step(replica: &Arc<Replica>, pen: &mut Pen, generation: u64, pages: &mut u32)
     *pages += 1;
     if pages.is_multiple_of(PAGES_UNFLUSHED_MAX) {
         copy.tree.flush()?;
+        replica.shared.trees.ensure_room(replica.map_bytes().saturating_sub(copy.bytes))?;
     }
     if is_more {
         return Ok(None);

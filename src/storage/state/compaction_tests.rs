@@ -232,3 +232,37 @@ fn a_tree_that_nobody_may_copy_keeps_the_others_where_they_are_and_one_of_nobody
     store.compact(&[KEY, OTHER], &keep_on).expect("copied");
     assert_eq!(trees.names().expect("listed"), ["g1-r5.2", "g1-r6.2"]);
 }
+
+/// The one database may have been begun when there was room, before a start.
+#[test]
+fn a_copy_that_goes_on_wants_room_again() {
+    let mut random = StdRng::seed_from_u64(6);
+    let log = ModelLog::random(&mut random, 600);
+    let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
+    let (store, mut checkpointer) = open(&trees, &disk);
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    log.replay(&state, 600).expect("applied");
+    while checkpointer.pump() {}
+    trees.begin_fresh(0).expect("begun");
+    let pages = Cell::new(0);
+    let fills_up_at = |page: u32| {
+        pages.set(0);
+        let (pages, trees) = (&pages, &trees);
+        move || {
+            pages.set(pages.get() + 1);
+            if pages.get() == page {
+                trees.set_room(Some(0));
+            }
+            true
+        }
+    };
+    for page in [1, 3] {
+        store.compact(&[KEY], &fills_up_at(page)).expect_err("there is no room");
+        assert!(pages.get() < 40, "it was copied all the same");
+        assert_eq!(trees.names().expect("listed"), ["g1-r5.1"], "what was copied is left");
+        trees.set_room(None);
+    }
+    store.compact(&[KEY], &keep_on).expect("copied");
+    assert_eq!(trees.outdated().expect("listed"), Vec::<String>::new());
+    assert_is(&state, &log.map_at(600), &mut random, "after the copy");
+}

@@ -152,6 +152,9 @@ impl Trees for HookedTrees {
     fn begin_fresh(&self, live_bytes: u64) -> Result<(), StoreError> {
         self.trees.begin_fresh(live_bytes)
     }
+    fn ensure_room(&self, bytes: u64) -> Result<(), StoreError> {
+        self.trees.ensure_room(bytes)
+    }
     fn outdated(&self) -> Result<Vec<String>, StoreError> {
         self.trees.outdated()
     }
