@@ -88,15 +88,24 @@ impl Database {
         if hangs { Err(SledError::Hangs { moved_to }) } else { Ok(None) }
     }
 
-    /// Begins the database `number` of those at `base`, where there is none.
+    /// Begins the database `number` of those at `base`, where there is none. A failure leaves nothing, unless a thread of sled still
+    /// hangs in it.
     pub fn create(base: &Path, number: u64, options: &SledOptions, open: Opener) -> Result<Self, SledError> {
         let path = &path_of(base, number);
-        match attempt(path, options, open) {
-            Attempt::Opened(db) => Ok(Self::new(db, number, path)),
-            Attempt::Failed(reason) => Err(SledError::Fresh { path: path.to_owned(), reason }),
-            Attempt::Refused(source) => Err(SledError::Io { path: path.to_owned(), source }),
-            Attempt::Hangs => Err(SledError::Fresh { path: path.to_owned(), reason: "it hangs".into() }),
+        let error = match attempt(path, options, open) {
+            Attempt::Opened(db) => return Ok(Self::new(db, number, path)),
+            Attempt::Failed(reason) => SledError::Fresh { path: path.to_owned(), reason },
+            Attempt::Refused(source) => SledError::Io { path: path.to_owned(), source },
+            Attempt::Hangs => return Err(SledError::Fresh { path: path.to_owned(), reason: "it hangs".into() }),
+        };
+        // sled makes directories before it finds that it cannot go on, and the next attempt takes another number.
+        match std::fs::remove_dir_all(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "what was begun of a map database stays");
+            }
+            Ok(()) | Err(_) => {}
         }
+        Err(error)
     }
 
     fn new(db: sled::Db, number: u64, path: &Path) -> Self {

@@ -39,6 +39,10 @@ use crate::sm::ports::{Direction, Items, KeyRange, Pairs, StoreError, ValueStart
 /// What a copy may take beside the rest that the disk has to take meanwhile: sled writes values several times.
 const ROOM_FACTOR: u64 = 4;
 
+/// Fresh databases that met a full disk and stay open until the process ends. Each keeps what was copied to it, and its share of
+/// the memory, so no more are begun than this.
+const FAILED_MAX: usize = 2;
+
 /// sled writes larger values to files of their own. It may begin to a little above this.
 const LARGE_BYTES: usize = 100 << 10;
 
@@ -219,6 +223,10 @@ impl Trees for SledTrees {
     fn begin_fresh(&self, live_bytes: u64) -> Result<(), StoreError> {
         self.ensure_room(live_bytes)?;
         let failed = |source| StoreError::Io { context: "beginning a fresh map database".to_owned(), source };
+        if self.databases().iter().filter(|database| !database.trust.is_kept()).count() >= FAILED_MAX {
+            let reason = "the last ones met a failing disk: mend it, or free space, and start this node again";
+            return Err(failed(io::Error::other(reason)));
+        }
         // The number of one that was moved aside or could not be removed is not used again.
         let numbers = numbered(&self.path).into_iter().map(|(number, _)| number);
         let number = numbers.chain([self.newest().number]).max().unwrap_or(0) + 1;
@@ -760,5 +768,40 @@ mod tests {
         tree.get(b"k").expect_err("it has no pieces");
         tree.write(b"k", Some(b"v")).expect("written");
         assert_eq!(tree.get(b"k").expect("readable").as_deref(), Some(&b"v"[..]));
+    }
+
+    #[test]
+    fn a_fresh_database_that_does_not_open_leaves_nothing() {
+        let home = tempfile::tempdir().expect("a directory");
+        let path = home.path().join("trees");
+        let fails_for_a_newer = |path: &Path, cache_bytes: u64| match path.ends_with("trees") {
+            true => open_database(path, cache_bytes),
+            false => {
+                std::fs::create_dir_all(path.join("blobs")).expect("created");
+                Err(sled::Error::Io(rustix::io::Errno::MFILE.into()))
+            }
+        };
+        let trees = SledTrees::open_by(&path, &SledOptions::default(), fails_for_a_newer).expect("opened");
+        for _ in 0..2 {
+            trees.begin_fresh(0).expect_err("its opener fails");
+            assert_eq!(numbered(&path), [(0, path.clone())]);
+        }
+    }
+
+    #[test]
+    fn fresh_databases_that_failed_do_not_pile_up() {
+        let home = tempfile::tempdir().expect("a directory");
+        let trees = SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
+        put(&trees, "a.1", "old");
+        let full = || Err::<(), _>(sled::Error::Io(io::ErrorKind::StorageFull.into()));
+        for n in 0..FAILED_MAX {
+            trees.begin_fresh(0).expect("begun");
+            put(&trees, &format!("a.{}", n + 2), "half");
+            trees.newest().trust.read("trying", full).expect_err("it failed");
+        }
+        let error = trees.begin_fresh(0).expect_err("enough").to_string();
+        assert!(error.contains("start this node again"), "{error}");
+        put(&trees, "a.1", "on");
+        assert_eq!(trees.databases().len(), FAILED_MAX + 1);
     }
 }
