@@ -116,7 +116,9 @@ impl StateStore {
         }
         drop_orphans(shared, stored)?;
         let before = trees.disk_bytes();
-        for replica in shared.open_replicas().into_iter().filter(|replica| replica.check().is_ok()) {
+        for replica in shared.weak_replicas() {
+            // One that was closed meanwhile must not wait for its turn with its tables and its name.
+            let Some(replica) = replica.upgrade().filter(|replica| replica.check().is_ok()) else { continue };
             if keep_on() && copy_if_outdated(&replica, keep_on)? == Some(Copied::Switched) {
                 shared.counters.trees_copied.fetch_add(1, Ordering::Relaxed);
             }

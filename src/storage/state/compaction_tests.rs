@@ -266,3 +266,28 @@ fn a_copy_that_goes_on_wants_room_again() {
     assert_eq!(trees.outdated().expect("listed"), Vec::<String>::new());
     assert_is(&state, &log.map_at(600), &mut random, "after the copy");
 }
+
+/// One that waits for its turn would keep its tables, and its name.
+#[test]
+fn a_copy_keeps_no_other_replica_open() {
+    let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
+    let (store, mut checkpointer) = open(&trees, &disk);
+    let state = store.replica(KEY, TestLog::durable()).expect("opened");
+    let other = store.replica(OTHER, TestLog::durable()).expect("opened");
+    for state in [&state, &other] {
+        state.apply(overwrite(1), applied(1)).expect("applied");
+        state.write_down();
+    }
+    while checkpointer.pump() {}
+    trees.begin_fresh(0).expect("begun");
+    let other = Cell::new(Some(other));
+    let close = || {
+        if other.take().is_some() {
+            store.wipe(OTHER).expect("wiped");
+            drop(store.replica(OTHER, TestLog::durable()).expect("nobody has it open"));
+        }
+        true
+    };
+    store.compact(&[KEY, OTHER], &close).expect("copied");
+    assert!(other.take().is_none(), "nothing was asked");
+}

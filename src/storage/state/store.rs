@@ -162,7 +162,8 @@ impl StateStore {
     /// The clean stop: writes down what the log holds durably of the maps that are open, ends the checkpointer and makes the trees survive
     /// a power cut. Not needed for anything to be kept, only for a quick start. Blocking.
     pub fn close(&self) -> Result<(), StoreError> {
-        for replica in self.shared.open_replicas() {
+        for replica in self.shared.weak_replicas() {
+            let Some(replica) = replica.upgrade() else { continue };
             let mut pen = replica.lock_pen_first();
             replica.freeze_rest();
             if let Err(error) = replica.checkpoint_ready(&mut pen) {
@@ -261,6 +262,11 @@ impl Shared {
 
     pub fn open_replicas(&self) -> Vec<Arc<Replica>> {
         self.lock_replicas().values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// The same for whoever is with each of them for long: they may be closed meanwhile.
+    pub fn weak_replicas(&self) -> Vec<Weak<Replica>> {
+        self.lock_replicas().values().cloned().collect()
     }
 
     /// Many small active tables are as large as a few great ones: past a limit the largest are written down before they are full.
