@@ -242,10 +242,19 @@ fn is_hang(error: &StoreError) -> bool {
     matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::TimedOut)
 }
 
+fn is_of_the_data(error: &StoreError) -> bool {
+    matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::InvalidData)
+}
+
 /// Checks a tree; one that does not hold is looked at again after the checkpoint that may have been cut short was carried out on it.
 fn check_or_finish(tree: &dyn Tree, key: ReplicaKey, generation: u64, redo: Option<&Redo>) -> Result<Verdict, StoreError> {
-    let verdict = check(tree, key, generation)?;
-    match (&verdict, redo.filter(|redo| redo.record.generation == generation)) {
+    let redo = redo.filter(|redo| redo.record.generation == generation);
+    let verdict = match check(tree, key, generation) {
+        // A value that has lost its pieces: it may be one of those that were being written.
+        Err(error @ StoreError::Io { .. }) if redo.is_some() && is_of_the_data(&error) => Verdict::Bad(error.to_string()),
+        checked => checked?,
+    };
+    match (&verdict, redo) {
         (Verdict::Bad(reason), Some(redo)) => {
             tracing::info!(replica = %key, %reason, changes = redo.changes.len(), "a checkpoint that was cut short is carried out again");
             redo.carry_out(tree)?;
@@ -287,4 +296,66 @@ fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<Verdict, S
 
 fn shown(applied: &Applied) -> String {
     applied.log_id.map_or_else(|| "the beginning".to_owned(), |log_id| log_id.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::sm::ports::{Direction, KeyRange, Pairs};
+    use crate::storage::mem_trees::MemTrees;
+    use crate::types::{GroupId, ReplicaId};
+
+    const KEY: ReplicaKey = ReplicaKey { group: GroupId(1), replica: ReplicaId(5) };
+
+    /// A tree in which one value cannot be read until it is written anew.
+    struct Torn(Arc<dyn Tree>);
+
+    impl Torn {
+        fn is_whole(&self) -> bool {
+            self.0.get(b"torn").is_ok_and(|value| value.is_some())
+        }
+    }
+
+    impl Tree for Torn {
+        fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+            self.0.get(key)
+        }
+
+        fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+            self.0.scan(range, direction)
+        }
+
+        fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
+            self.0.write(key, change)
+        }
+
+        fn flush(&self) -> Result<(), StoreError> {
+            self.0.flush()
+        }
+
+        fn walk(&self, visit: &mut dyn FnMut(&[u8], &[u8]) -> Walk) -> Result<(), StoreError> {
+            if self.is_whole() {
+                return self.0.walk(visit);
+            }
+            let source = std::io::ErrorKind::InvalidData.into();
+            Err(StoreError::Io { context: "walking a tree".into(), source })
+        }
+    }
+
+    /// A kill between the pieces of a value and those of the one before, say.
+    #[test]
+    fn a_value_that_cannot_be_read_is_written_again_by_the_checkpoint_that_was_cut_short() {
+        let (key, value) = (Bytes::from_static(b"torn"), Bytes::from_static(b"whole"));
+        let mut digest = Digest::default();
+        digest.add(PairHasher::default().hash(&key, &value));
+        let record = TreeRecord { key: KEY, generation: 1, applied: Applied::default(), digest };
+        let redo = Redo { record: record.clone(), changes: vec![(key, Some(value))] };
+        let tree = Torn(MemTrees::new().open("g1-r5.1").expect("opened"));
+        check_or_finish(&tree, KEY, 1, None).err().expect("it cannot be read");
+        check_or_finish(&tree, KEY, 2, Some(&redo)).err().expect("that was another generation");
+        let verdict = check_or_finish(&tree, KEY, 1, Some(&redo)).expect("it was carried out again");
+        assert!(matches!(verdict, Verdict::Good(found, 9) if found == record));
+    }
 }
