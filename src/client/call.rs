@@ -3,6 +3,7 @@
 //!
 //! Invariant: a [`CallError`] says "not done" only when the request was certainly not taken up.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,10 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Idle connections kept per node, and fewer where there are few descriptors. More are made when they are needed, and closed afterwards.
 const IDLE_CONNECTIONS_MAX: usize = 256;
 
+/// Queues for the calls to addresses, which are spread over them by chance: a node meets far fewer
+/// addresses, so seldom do two have a queue in common, and then they have one share of the calls.
+const QUEUES: usize = 1024;
+
 /// A reply: what the gets of a batch return, or a page, with keys and one item more than was asked for.
 const REPLY_BYTES_MAX: usize = 64 << 20;
 /// An error answer: a problem with its texts, or what a server that is no node says.
@@ -35,8 +40,7 @@ const FAILURE_BYTES_MAX: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub struct ShardCaller {
     http: reqwest::Client,
-    /// Connections that calls may use at a time: each takes a descriptor, and log and maps need some too.
-    room: Arc<Semaphore>,
+    room: Arc<CallRoom>,
     /// What replies are charged to.
     answers: Arc<Budget>,
 }
@@ -97,7 +101,7 @@ impl ShardCaller {
             .pool_max_idle_per_host((calls / 8).clamp(1, IDLE_CONNECTIONS_MAX))
             .no_proxy()
             .build()?;
-        Ok(Self { http, room: Arc::new(Semaphore::new(calls)), answers: Budget::new(ANSWERS_BYTES_MAX) })
+        Ok(Self { http, room: Arc::new(CallRoom::new(calls)), answers: Budget::new(ANSWERS_BYTES_MAX) })
     }
 
     /// Charges replies to a budget that others share.
@@ -123,7 +127,7 @@ impl ShardCaller {
     /// See [`CallError`]: not every one means that nothing was done.
     pub async fn call(&self, address: &Address, request: &ShardRequest, timeout: Duration) -> Result<ShardReply, CallError> {
         let began = Instant::now();
-        let _room = self.enter(address, timeout).await?;
+        let _permits = self.room.enter(address, timeout).await?;
         let timeout = timeout.saturating_sub(began.elapsed());
         let post = self.http.post(format!("http://{address}/peer/shard"));
         let post = post.header(CONTENT_TYPE, "application/octet-stream").body(codec::encode(request)).timeout(timeout);
@@ -156,20 +160,48 @@ impl ShardCaller {
     }
 }
 
-impl ShardCaller {
-    /// Waits until there is a connection for one call more.
-    async fn enter(&self, address: &Address, timeout: Duration) -> Result<SemaphorePermit<'_>, CallError> {
-        if let Ok(room) = self.room.try_acquire() {
-            return Ok(room);
+/// The connections that calls may use at a time: each takes a descriptor, and log and maps need some
+/// too. A node that takes connections and does not answer keeps each for the whole time of a call, so
+/// no address gets more than half of them: the others are called all the same.
+#[derive(Debug)]
+struct CallRoom {
+    all: Semaphore,
+    /// Of the addresses. An array of fixed size needs no lock, and does not grow.
+    queues: Box<[Semaphore]>,
+    hasher: RandomState,
+}
+
+impl CallRoom {
+    fn new(calls: usize) -> Self {
+        let queues = (0..QUEUES).map(|_| Semaphore::new((calls / 2).max(1))).collect();
+        Self { all: Semaphore::new(calls), queues, hasher: RandomState::new() }
+    }
+
+    fn queue(&self, address: &Address) -> &Semaphore {
+        let at = usize::try_from(self.hasher.hash_one(address) % QUEUES as u64).unwrap_or(0);
+        &self.queues[at]
+    }
+
+    /// Waits until there is a connection for one call more to this address.
+    async fn enter(&self, address: &Address, timeout: Duration) -> Result<[SemaphorePermit<'_>; 2], CallError> {
+        let queue = self.queue(address);
+        // Its own share first: who waits for that keeps nothing that others could use.
+        if let Ok(own) = queue.try_acquire()
+            && let Ok(room) = self.all.try_acquire()
+        {
+            return Ok([own, room]);
         }
-        match tokio::time::timeout(timeout, self.room.acquire()).await {
-            Ok(Ok(room)) => Ok(room),
-            Ok(Err(_)) | Err(_) => {
-                let limit = "the calls to other nodes that the limit of open files leaves room for".to_owned();
-                let failure = Failure::Overloaded { limit, retry_after_ms: 1000 };
-                Err(CallError::Refused { address: address.clone(), failure })
-            }
+
+        let both = async { Some([queue.acquire().await.ok()?, self.all.acquire().await.ok()?]) };
+        if let Ok(Some(permits)) = tokio::time::timeout(timeout, both).await {
+            return Ok(permits);
         }
+        let limit = match queue.available_permits() {
+            0 => "the calls to one node, which are half of those that the limit of open files leaves room for",
+            _ => "the calls to other nodes that the limit of open files leaves room for",
+        };
+        let failure = Failure::Overloaded { limit: limit.to_owned(), retry_after_ms: 1000 };
+        Err(CallError::Refused { address: address.clone(), failure })
     }
 }
 
@@ -247,7 +279,7 @@ pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
 mod tests {
     use super::*;
     use crate::client::protocol::ShardBody;
-    use crate::client::testing::{bind, serve};
+    use crate::client::testing::{answer, bind, serve};
     use crate::types::{ClusterId, GroupId};
 
     #[tokio::test]
@@ -263,6 +295,33 @@ mod tests {
         let second = call(Duration::from_millis(20)).await.expect_err("there is no room");
         assert!(second.certainly_not_done(), "{second}");
         assert!(matches!(second, CallError::Refused { failure: Failure::Overloaded { .. }, .. }), "{second}");
-        assert_eq!(caller.room.available_permits(), 0);
+        assert_eq!(caller.room.all.available_permits(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_node_that_hangs_leaves_calls_for_the_others() {
+        const CALLS: usize = 8;
+        let (hung, listener) = bind().await;
+        serve(listener, |_| std::future::pending());
+        let caller = ShardCaller::with_room(CALLS).expect("a client");
+        let (well, listener) = loop {
+            let (address, listener) = bind().await;
+            if !std::ptr::eq(caller.room.queue(&address), caller.room.queue(&hung)) {
+                break (address, listener);
+            }
+        };
+        serve(listener, |_| async { Some(answer(200, codec::encode(&ShardReply::Counted { keys: 3, slots: vec![] }))) });
+
+        let request = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 1, body: ShardBody::Count };
+        let call = |address| caller.call(address, &request, Duration::from_secs(20));
+        let mut hanging: Vec<_> = (0..2 * CALLS).map(|_| Box::pin(call(&hung))).collect();
+        for call in &mut hanging {
+            assert!(futures::poll!(call.as_mut()).is_pending());
+        }
+
+        let reply = call(&well).await.expect("others are called");
+        assert!(matches!(reply, ShardReply::Counted { keys: 3, .. }), "{reply:?}");
+        drop(hanging);
+        assert_eq!((caller.room.all.available_permits(), caller.room.queue(&hung).available_permits()), (CALLS, CALLS / 2));
     }
 }
