@@ -100,8 +100,15 @@ impl Share {
     /// Gives back what it has above `bytes`.
     pub fn shrink_to(&mut self, bytes: usize) {
         let excess = self.bytes.saturating_sub(bytes);
-        self.budget.used.fetch_sub(excess, Ordering::Relaxed);
+        self.give_back(excess);
         self.bytes -= excess;
+    }
+
+    /// An empty share leaves the counter alone, which others write to.
+    fn give_back(&self, bytes: usize) {
+        if bytes > 0 {
+            self.budget.used.fetch_sub(bytes, Ordering::Relaxed);
+        }
     }
 
     /// Returns the same bytes, which stay charged until the last handle of them is dropped.
@@ -112,7 +119,7 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.give_back(self.bytes);
     }
 }
 

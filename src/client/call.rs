@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::problem;
 use super::protocol::{ShardReply, ShardRequest};
 use super::store::Failure;
-use crate::budget::{ANSWERS_BYTES_MAX, Budget};
+use crate::budget::{ANSWERS_BYTES_MAX, Budget, UNCHARGED_BYTES_MAX};
 use crate::descriptors::Shares;
 use crate::sm::codec;
 use crate::types::Address;
@@ -140,8 +140,13 @@ impl ShardCaller {
         if response.status() != StatusCode::OK {
             return Err(refusal(address, response).await);
         }
-        let mut share = self.answers.empty_share();
-        let body = match read_reply(response, REPLY_BYTES_MAX, |bytes| share.grow(bytes)).await {
+        // Small replies take nothing from the budget, which every call would otherwise change.
+        let (mut share, mut read) = (self.answers.empty_share(), 0);
+        let charge = |bytes: usize| {
+            read += bytes;
+            read <= UNCHARGED_BYTES_MAX || share.grow(read - share.bytes())
+        };
+        let body = match read_reply(response, REPLY_BYTES_MAX, charge).await {
             Ok(body) => body,
             Err(ReplyError::NoRoom) if request.body.is_read() => {
                 return Err(CallError::Refused { address: address.clone(), failure: Failure::no_room(&self.answers) });
@@ -150,7 +155,7 @@ impl ShardCaller {
         };
         // Until the body goes, everything is there twice. The answer to a write is kept all the same.
         let bytes = body.len();
-        if !share.grow(bytes) && request.body.is_read() {
+        if bytes > UNCHARGED_BYTES_MAX && !share.grow(bytes) && request.body.is_read() {
             return Err(CallError::Refused { address: address.clone(), failure: Failure::no_room(&self.answers) });
         }
         let reply: ShardReply = codec::decode(&body, "a shard's reply").map_err(|error| no_answer(error.to_string()))?;
@@ -280,7 +285,7 @@ mod tests {
     use super::*;
     use crate::client::protocol::ShardBody;
     use crate::client::testing::{answer, bind, serve};
-    use crate::types::{ClusterId, GroupId};
+    use crate::types::{ClusterId, GroupId, Slot};
 
     #[tokio::test]
     async fn calls_beyond_the_room_wait_and_are_refused_in_time() {
@@ -323,5 +328,28 @@ mod tests {
         assert!(matches!(reply, ShardReply::Counted { keys: 3, .. }), "{reply:?}");
         drop(hanging);
         assert_eq!((caller.room.all.available_permits(), caller.room.queue(&hung).available_permits()), (CALLS, CALLS / 2));
+    }
+
+    #[tokio::test]
+    async fn small_replies_take_nothing_of_the_budget_and_large_ones_all_that_they_have() {
+        let (address, listener) = bind().await;
+        serve(listener, |request| async move {
+            let ShardRequest { timeout_ms, .. } = codec::decode(request.body(), "a request").expect("a request");
+            let slots = Slot::all().take(usize::try_from(timeout_ms).expect("few")).collect();
+            Some(answer(200, codec::encode(&ShardReply::Counted { keys: 3, slots })))
+        });
+        let caller = ShardCaller::with_room(8).expect("a client").charged_to(Budget::new(UNCHARGED_BYTES_MAX));
+        let spent = caller.answers.take(UNCHARGED_BYTES_MAX).expect("nothing is taken yet");
+        let call = async |slots: u64| {
+            let request = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: slots, body: ShardBody::Count };
+            caller.call(&address, &request, Duration::from_secs(20)).await
+        };
+
+        assert!(matches!(call(10).await, Ok(ShardReply::Counted { keys: 3, .. })), "a small one");
+        let refused = call(4000).await.expect_err("a large one has no room");
+        assert!(matches!(refused, CallError::Refused { failure: Failure::Overloaded { .. }, .. }), "{refused}");
+        drop(spent);
+        let refused = call(4000).await.expect_err("it is larger than the budget");
+        assert!(refused.certainly_not_done() && caller.answers.used() == 0, "{refused}");
     }
 }
