@@ -19,8 +19,7 @@ use crate::sm::starts::Starts;
 use crate::sm::view::{Node, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
-/// Nodes that are asked at once who they are. Some addresses come from requests: they must cost few descriptors, and be no way to have a
-/// whole network dialled in a moment.
+/// Nodes that are asked at once who they are: they must cost few descriptors.
 const IDENTITIES_AT_ONCE: usize = 32;
 
 /// A node that does not even take a connection in this time is given up: others wait for their turn.
@@ -235,6 +234,13 @@ impl PeerCaller {
         Ok(Self { http, identities: Arc::new(Semaphore::new(IDENTITIES_AT_ONCE)) })
     }
 
+    /// Returns a caller that asks so many at once who they are, and waits for nobody who asks with this
+    /// one: addresses out of requests may all be silent, and are no reason for a node not to know who
+    /// its peers are.
+    pub fn with_turns(&self, identities_at_once: usize) -> Self {
+        Self { http: self.http.clone(), identities: Arc::new(Semaphore::new(identities_at_once)) }
+    }
+
     /// Asks who is at an address, as one of a few at a time. `timeout` includes the wait for a turn, so that many can be asked together;
     /// who gets none while there is time left for an answer is not asked.
     pub async fn identity(&self, address: &Address, timeout: Duration) -> Result<Identity, PeerError> {
@@ -345,6 +351,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::client::testing::nobody;
 
     /// Each address of the loopback network is another node to who asks, and one listener to this test.
     #[tokio::test]
@@ -372,6 +379,20 @@ mod tests {
         let not_asked = answers.iter().filter(|answer| matches!(answer, Err(PeerError::NotAsked { .. }))).count();
         assert_eq!((dialled.len(), not_asked), (IDENTITIES_AT_ONCE, 100 - IDENTITIES_AT_ONCE));
         assert_eq!(caller.identities.available_permits(), IDENTITIES_AT_ONCE);
+    }
+
+    #[tokio::test]
+    async fn addresses_out_of_a_request_keep_nobody_else_waiting() {
+        let silent = nobody().await;
+        let caller = PeerCaller::new().expect("a client");
+        let request = caller.with_turns(1);
+        let _turn = request.identities.acquire().await.expect("it is open");
+        let not_asked = request.identity(&silent, Duration::from_millis(20)).await;
+        assert!(matches!(not_asked, Err(PeerError::NotAsked { .. })), "{not_asked:?}");
+        for other in [&caller, &caller.with_turns(1)] {
+            let asked = other.identity(&silent, Duration::from_secs(20)).await;
+            assert!(matches!(asked, Err(PeerError::NoAnswer { .. })), "nobody listens there any more: {asked:?}");
+        }
     }
 
     #[test]

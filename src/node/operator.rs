@@ -29,6 +29,10 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 const LATE_LEAVER_PAUSE: Duration = Duration::from_millis(200);
 /// Changes and dry runs that are planned at once: each asks every node, and holds a whole view or two.
 const CHANGES_AT_ONCE: usize = 4;
+/// Nodes that one change asks at once who they are. Its addresses come out of a request: they must be
+/// no way to have a whole network dialled in a moment, nor to keep other changes and what this node
+/// asks for itself waiting.
+const ASKED_AT_ONCE: usize = 8;
 /// How soon to try again.
 const RETRY_AFTER_MS: u64 = 500;
 /// Names in one list of what is waited for.
@@ -113,10 +117,11 @@ impl Operator {
     async fn is_leaving_late(&self, view: &View, change: &ViewChange) -> bool {
         let members: Vec<Address> = view.staying().map(|(_, node)| node.address.clone()).collect();
         let strangers = change.nodes.iter().flatten().filter(|address| view.node_at(address).is_none());
+        let peers = &self.member.peers.with_turns(ASKED_AT_ONCE);
         let asked = strangers.map(|address| {
             let members = &members;
             async move {
-                let identity = self.member.peers.identity(address, ASK_TIMEOUT).await.ok()?;
+                let identity = peers.identity(address, ASK_TIMEOUT).await.ok()?;
                 let is_ours = matches!(&identity.standing, Standing::Member { view: known } if known.cluster == view.cluster);
                 if is_ours {
                     self.member.peers.invite(address, members, ASK_TIMEOUT).await.ok()?;
@@ -191,11 +196,12 @@ impl Operator {
         };
         // Newcomers have to answer, so they have their turn before members, which may be away.
         addresses.sort_by_cached_key(|address| view.node_at(address).is_some());
+        let peers = &self.member.peers.with_turns(ASKED_AT_ONCE);
         let asked = addresses.iter().map(|address| async move {
             if *address == self.own_address(view) {
                 return Ok(None);
             }
-            self.member.peers.identity(address, ASK_TIMEOUT).await.map(Some)
+            peers.identity(address, ASK_TIMEOUT).await.map(Some)
         });
         let answers = join_all(asked).await;
         let mut wanted = Vec::with_capacity(addresses.len());
