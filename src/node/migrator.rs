@@ -505,3 +505,15 @@ pub fn timed(command: Command, group: &Group) -> Command {
 pub fn destination_state(group: &Group, id: MoveId, slots: &BTreeSet<Slot>) -> Result<DestinationState, StoreError> {
     kv::destination_state(&group.state().read(), id, slots)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_for_which_there_is_no_room_now_is_taken_later() {
+        let full = ProposeError::Overloaded { limit: "the proposals of this node".to_owned() };
+        assert!(matches!(Hitch::from(full), Hitch::Later(reason) if reason.contains("the proposals of this node")));
+        assert!(matches!(Hitch::from(ProposeError::NotLeader { leader: None }), Hitch::NotLeader));
+    }
+}
