@@ -13,6 +13,7 @@ use super::testing::{Site, identity, request};
 use super::{Limits, NotReady};
 use crate::client::peer::{Announcement, PeerCaller, PeerError, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
+use crate::client::store::Consistency;
 use crate::sm::view::Node;
 use crate::sm::{codec, meta};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId};
@@ -288,6 +289,27 @@ async fn a_lane_streams_both_ways_over_http_2() {
     assert_eq!(rest.concat(), b"", "the lane ends when its client does");
     drop(client);
     driver.abort();
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_made_of_a_request_of_a_peer_is_bounded_and_paid_for() {
+    let site = Site::with(Limits { bodies_bytes_max: 64 << 20, ..Limits::default() }).await;
+    let of_keys = |count: usize| {
+        let consistency = Consistency::Stale;
+        let keys = vec![Bytes::new(); count];
+        let body = ShardBody::GetMany { keys, bytes_max: 1, keys_only: false, consistency };
+        codec::encode(&ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 7, body })
+    };
+    assert_eq!(site.ask("POST /peer/shard", of_keys(10_000)).await.status, 200);
+    let crowd = site.ask("POST /peer/shard", of_keys(800_000)).await;
+    assert_eq!(crowd.verdict(), (429, "overloaded".into()), "a byte of these becomes a hundred");
+    let metrics = site.get("/metrics").await.text();
+    assert!(metrics.contains("quorate_http_body_bytes_in_flight 0\n"), "all is given back: {metrics}");
+    site.stop().await;
+
+    let site = Site::start().await;
+    assert_eq!(site.ask("POST /peer/shard", of_keys(1_500_000)).await.verdict(), (413, "too_large".into()));
     site.stop().await;
 }
 

@@ -4,6 +4,8 @@
 //! tests beside each type hold its encoding.
 
 use bytes::Bytes;
+use postcard::de_flavors::Flavor;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::level;
@@ -87,6 +89,80 @@ pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Re
     decode_body(split(bytes, FORMAT, what)?.1, what)
 }
 
+/// What can be made of one byte that tells a length, a variant or a number: elements of lists are
+/// made of few of them, and lists grow to the double.
+const MADE_PER_BYTE: usize = 96;
+
+/// Bytes are paid for in such steps, and what is small not at all.
+const CHARGE_STEP_BYTES: usize = 16 << 10;
+
+/// As [`decode`], for what others sent: a byte of it can become many in memory. `charge` is asked
+/// for these before they are taken, at least for as many as they are.
+///
+/// # Errors
+///
+/// Also when `charge` refuses.
+pub fn decode_charged<T: DeserializeOwned>(
+    bytes: &[u8],
+    what: &'static str,
+    charge: &mut dyn FnMut(usize) -> bool,
+) -> Result<T, StoreError> {
+    let undecodable = |error: postcard::Error| StoreError::Undecodable { what, reason: error.to_string() };
+    let metered = Metered { rest: split(bytes, FORMAT, what)?.1, owed: 0, charge };
+    let mut deserializer = postcard::Deserializer::from_flavor(metered);
+    let value = T::deserialize(&mut deserializer).map_err(undecodable)?;
+    match deserializer.finalize().map_err(undecodable)? {
+        0 => Ok(value),
+        left => Err(StoreError::Undecodable { what, reason: format!("{left} bytes too many") }),
+    }
+}
+
+/// Bytes that are paid for while they are read.
+struct Metered<'de> {
+    rest: &'de [u8],
+    /// What may have been made and is not paid for yet.
+    owed: usize,
+    charge: &'de mut dyn FnMut(usize) -> bool,
+}
+
+impl Metered<'_> {
+    fn owe(&mut self, bytes: usize) -> postcard::Result<()> {
+        self.owed += bytes;
+        if self.owed < CHARGE_STEP_BYTES {
+            return Ok(());
+        }
+        let owed = std::mem::take(&mut self.owed);
+        if (self.charge)(owed) { Ok(()) } else { Err(postcard::Error::SerdeDeCustom) }
+    }
+}
+
+impl<'de> Flavor<'de> for Metered<'de> {
+    type Remainder = usize;
+    type Source = &'de [u8];
+
+    fn pop(&mut self) -> postcard::Result<u8> {
+        let (first, rest) = self.rest.split_first().ok_or(postcard::Error::DeserializeUnexpectedEnd)?;
+        self.rest = rest;
+        self.owe(MADE_PER_BYTE)?;
+        Ok(*first)
+    }
+
+    fn size_hint(&self) -> Option<usize> {
+        Some(self.rest.len())
+    }
+
+    fn try_take_n(&mut self, count: usize) -> postcard::Result<&'de [u8]> {
+        let (taken, rest) = self.rest.split_at_checked(count).ok_or(postcard::Error::DeserializeUnexpectedEnd)?;
+        self.rest = rest;
+        self.owe(count)?;
+        Ok(taken)
+    }
+
+    fn finalize(self) -> postcard::Result<usize> {
+        Ok(self.rest.len())
+    }
+}
+
 /// Reads the first fields of what [`encode`] wrote, as many as `T` has, and returns the bytes after them.
 pub fn decode_first<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<(T, &'a [u8]), StoreError> {
     take_body(split(bytes, FORMAT, what)?.1, what)
@@ -110,5 +186,30 @@ mod tests {
         assert!(error(b"\x02\x07\x05seven").contains("format 2"));
         assert!(error(b"\x01\x07\x05seve").contains("cannot decode a pair"));
         assert!(error(b"\x01\x07\x05sevens").contains("too many"));
+    }
+
+    #[test]
+    fn what_is_made_of_a_byte_is_paid_for_before_it_is_there() {
+        let mut paid = 0;
+        let mut decode = |bytes: &[u8], room: usize| {
+            paid = 0;
+            let decoded = decode_charged::<Vec<Bytes>>(bytes, "a list", &mut |bytes| {
+                paid += bytes;
+                paid <= room
+            });
+            (decoded, paid)
+        };
+        let empty = vec![Bytes::new(); 10_000];
+        let (decoded, paid) = decode(&encode(&empty), usize::MAX);
+        assert_eq!(decoded.expect("own encoding"), empty);
+        assert!(paid + CHARGE_STEP_BYTES > 10_000 * 2 * size_of::<Bytes>(), "{paid}");
+        let (decoded, paid) = decode(&encode(&empty), 100_000);
+        assert!(decoded.is_err() && paid < 100_000 + 2 * CHARGE_STEP_BYTES, "{paid}");
+
+        let few = vec![Bytes::from(vec![1; 100]); 3];
+        let (decoded, paid) = decode(&encode(&few), 0);
+        assert_eq!((decoded.expect("it is small"), paid), (few.clone(), 0));
+        let whole = encode(&few);
+        assert!(decode(&whole[..whole.len() - 1], 0).0.is_err() && decode(&[&whole[..], b"x"].concat(), 0).0.is_err());
     }
 }

@@ -24,7 +24,8 @@ use serde::de::DeserializeOwned;
 use super::body::{self, Ceiling, Held};
 use super::metrics::Dialect;
 use super::problem::{Code, Problem};
-use super::{App, Shared};
+use super::{App, Limits, Shared, aside};
+use crate::budget::Share;
 use crate::client::peer::{Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
@@ -39,6 +40,10 @@ pub(super) const LANE_PREFIX: &str = "/peer/lane/";
 
 /// The largest is a view.
 const JSON_BODY: Ceiling = Ceiling { bytes_max: 1 << 20, what: "the body of this request" };
+
+/// What can be made of the body of a request to a shard. Its operations have some 8 MiB at most, and
+/// with all that they may tell beside (10,000 operations, 100,000 revisions) they take half of this.
+const SHARD_REQUEST_MADE_MAX: usize = 128 << 20;
 
 /// What other nodes ask of this one.
 pub trait PeerService: Send + Sync + 'static {
@@ -101,20 +106,35 @@ async fn lane(peers: Arc<dyn PeerService>, lane: String, request: Request) -> Re
 async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
     let mut watch = app.watch(Dialect::Peer, &request);
     let ceiling = Ceiling { bytes_max: app.limits.body_bytes_max, what: "a body" };
-    let answer = match read(&app, request, ceiling).await {
-        Ok(body) => match codec::decode::<ShardRequest>(&body, "a shard request") {
-            Ok(request) => {
-                if request.body.is_read() {
-                    watch.reads();
-                }
-                let reply = codec::encode(&peers.shard(request).await);
-                ([(header::CONTENT_TYPE, OCTETS)], Body::from(reply)).into_response()
-            }
-            Err(error) => Problem::new(Code::InvalidBody, error.to_string()).into_response(),
-        },
-        Err(problem) => problem.into_response(),
+    let answer = async {
+        let body = read(&app, request, ceiling).await?;
+        let mut made = body.new_share();
+        let request = aside::work(body.len(), || read_shard_request(&body, &app.limits, &mut made))?;
+        if request.body.is_read() {
+            watch.reads();
+        }
+        let reply = codec::encode(&peers.shard(request).await);
+        Ok(([(header::CONTENT_TYPE, OCTETS)], Body::from(reply)).into_response())
     };
+    let answer = answer.await.unwrap_or_else(|problem: Problem| problem.into_response());
     watch.finish(answer)
+}
+
+/// Reads a request, and has `made` pay for what is made of it.
+fn read_shard_request(body: &[u8], limits: &Limits, made: &mut Share) -> Result<ShardRequest, Problem> {
+    let mut refusal = None;
+    let mut charge = |bytes: usize| {
+        if made.bytes() + bytes > SHARD_REQUEST_MADE_MAX {
+            let detail =
+                format!("a request to a shard takes at most {SHARD_REQUEST_MADE_MAX} bytes in memory: send fewer operations");
+            refusal = Some(Problem::new(Code::TooLarge, detail));
+        } else if !made.grow(bytes) {
+            refusal = Some(body::overloaded(limits));
+        }
+        refusal.is_none()
+    };
+    let request = codec::decode_charged(body, "a shard request", &mut charge);
+    request.map_err(|error| refusal.unwrap_or_else(|| Problem::new(Code::InvalidBody, error.to_string())))
 }
 
 async fn promise(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
