@@ -293,6 +293,25 @@ async fn a_lane_streams_both_ways_over_http_2() {
 }
 
 #[tokio::test]
+async fn pieces_of_an_answer_are_charged_also_while_they_are_joined() {
+    let site = Site::start().await;
+    assert_eq!(site.put("/v1/kv/a", "v".repeat(50_000)).await.status, 201);
+    let other = site.store.answers.take(site.store.answers.bytes_max() - 200_000).expect("nothing is used");
+    let key = r#"{"encoding":"string","data":"a"}"#;
+
+    let fetch = |count: usize| (format!("[{}]", vec![key; count].join(",")), count);
+    for (body, count) in [1, 3].map(fetch) {
+        let status = site.ask("POST /fetch", body).await.status;
+        assert_eq!(status, if count == 1 { 200 } else { 503 }, "three take 150 kB, and as much again when they are joined");
+    }
+    drop(other);
+    assert_eq!(site.ask("POST /fetch", fetch(3).0).await.status, 200);
+    let metrics = site.get("/metrics").await.text();
+    assert!(metrics.contains("quorate_answer_bytes_in_flight 0\n"), "all is given back: {metrics}");
+    site.stop().await;
+}
+
+#[tokio::test]
 async fn what_is_made_of_a_request_of_a_peer_is_bounded_and_paid_for() {
     let site = Site::with(Limits { bodies_bytes_max: 64 << 20, ..Limits::default() }).await;
     let of_keys = |count: usize| {

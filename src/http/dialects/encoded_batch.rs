@@ -166,7 +166,8 @@ enum Wanted {
 }
 
 async fn look_up(app: &App, request: Request, wanted: Wanted) -> Response {
-    let watch = app.watch(Dialect::EncodedBatch, &request);
+    let mut watch = app.watch(Dialect::EncodedBatch, &request);
+    watch.reads();
     let (parts, body) = request.into_parts();
     let found = async {
         let body = read_body(app, &parts, body).await?;

@@ -14,9 +14,9 @@ use http::StatusCode;
 
 use super::list::Kept;
 use super::{JSON, Refusal, answer, options};
-use crate::budget::Budget;
+use crate::budget::{Budget, UNCHARGED_BYTES_MAX};
 use crate::client::store::{Failure, GetManyRequest, Item, ScanRange, ScanRequest, Store};
-use crate::http::charged::charge_piece;
+use crate::http::charged::{AlreadyCharged, charge_piece};
 use crate::sm::kv::Record;
 
 /// An answer up to this size is held back.
@@ -55,8 +55,22 @@ pub async fn respond(answers: &Arc<Budget>, pieces: impl Pieces) -> Result<Respo
             return Ok(answer(StatusCode::OK, JSON, Body::from_stream(whole)));
         }
     }
-    // The pieces go when they are joined.
-    Ok(answer(StatusCode::OK, JSON, held_back.concat()))
+    let mut response = answer(StatusCode::OK, JSON, join(held_back, answers)?);
+    response.extensions_mut().insert(AlreadyCharged);
+    Ok(response)
+}
+
+/// Joins charged pieces. They go when they are joined; while there is both, both is charged.
+fn join(mut pieces: Vec<Bytes>, answers: &Arc<Budget>) -> Result<Bytes, Failure> {
+    if pieces.len() == 1 {
+        return Ok(pieces.swap_remove(0));
+    }
+    let bytes: usize = pieces.iter().map(Bytes::len).sum();
+    if bytes <= UNCHARGED_BYTES_MAX {
+        return Ok(Bytes::from(pieces.concat()));
+    }
+    let share = answers.take(bytes).ok_or_else(|| Failure::no_room(answers))?;
+    Ok(share.hold(Bytes::from(pieces.concat())))
 }
 
 /// Puts a string into a JSON text.

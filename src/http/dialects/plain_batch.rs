@@ -82,7 +82,8 @@ fn read_text(json: &RawValue, body: &Bytes) -> Result<Bytes, Refusal> {
 
 /// `POST /get`
 pub async fn get(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::PlainBatch, &request);
+    let mut watch = app.watch(Dialect::PlainBatch, &request);
+    watch.reads();
     let (parts, body) = request.into_parts();
     let found = async {
         let body = read_body(&app, &parts, body).await?;
