@@ -14,19 +14,17 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use http::Method;
 use tokio_util::sync::CancellationToken;
 
 use super::limits::Limits;
 use super::metrics::{Exposition, Kind, MetricSource};
-use super::peer::LANE_PREFIX;
+use super::peer::{self, LANE_PREFIX};
 use crate::descriptors::{self, Shares};
 
 /// Connections that may wait at the door for their first request. A peer's comes with the next packet, so that it gets in needs a
 /// crowd to open this many connections within a round trip.
 const AT_THE_DOOR_MAX: usize = 32;
-
-/// Before the path of everything that nodes ask each other.
-const PEER_PREFIX: &str = "/peer/";
 
 /// What is answered at the door: those who watch over a node must not take it for dead because it is full.
 const ANSWERED_AT_THE_DOOR: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
@@ -117,6 +115,11 @@ impl Admission {
         let clients_max = limits.connections_max.min(shares.clients) as u64;
         stats.clients_max.store(clients_max, Ordering::Relaxed);
         Arc::new(Self { stats, clients_max, peers_max: shares.peers as u64, door: Mutex::default() })
+    }
+
+    /// Returns how many places are kept for peers.
+    pub fn peers_max(&self) -> u64 {
+        self.peers_max
     }
 
     /// Returns how many connections clients can have.
@@ -227,8 +230,8 @@ impl Place {
     }
 
     /// Says what becomes of a request for `path`. The first for a peer route makes a peer of the connection.
-    pub fn judge(&self, path: &str) -> Verdict {
-        let is_of_peers = path.starts_with(PEER_PREFIX);
+    pub fn judge(&self, method: &Method, path: &str) -> Verdict {
+        let is_of_peers = self.admission.peers_max > 0 && peer::is_asked(method, path);
         match self.standing() {
             Standing::Client if is_of_peers => {
                 self.become_peer(Standing::Peer, path);
@@ -308,17 +311,20 @@ mod tests {
     fn past_the_limit_only_peers_get_in() {
         let admission = admission(2, 4);
         let clients: Vec<Place> = (0..2).map(|_| admission.admit(LOW).expect("a client's place")).collect();
-        assert!(clients.iter().all(|place| place.judge("/v1/kv/a") == Verdict::Serve));
+        assert!(clients.iter().all(|place| place.judge(&Method::GET, "/v1/kv/a") == Verdict::Serve));
 
         let late = admission.admit(LOW).expect("at the door");
         assert!(late.is_at_the_door());
-        assert_eq!(late.judge("/v1/kv/a"), Verdict::Refuse);
-        assert_eq!(late.judge("/readyz"), Verdict::ServeLast);
+        assert_eq!(late.judge(&Method::GET, "/v1/kv/a"), Verdict::Refuse);
+        assert_eq!(late.judge(&Method::GET, "/readyz"), Verdict::ServeLast);
 
         let peer = admission.admit(LOW).expect("at the door");
-        assert_eq!(peer.judge("/peer/identity"), Verdict::Serve);
+        assert_eq!(peer.judge(&Method::GET, "/peer/identity"), Verdict::Serve);
         assert!(!peer.is_at_the_door());
-        assert_eq!((peer.judge("/peer/shard"), peer.judge("/v1/kv/a")), (Verdict::Serve, Verdict::Refuse));
+        assert_eq!(
+            (peer.judge(&Method::POST, "/peer/shard"), peer.judge(&Method::GET, "/v1/kv/a")),
+            (Verdict::Serve, Verdict::Refuse)
+        );
         assert_eq!(counts(&admission), [2, 1, 1]);
         drop((clients, late, peer));
         assert_eq!(counts(&admission), [0, 0, 0]);
@@ -328,10 +334,31 @@ mod tests {
     fn a_peer_that_came_in_time_leaves_its_place_to_a_client() {
         let admission = admission(1, 4);
         let peer = admission.admit(LOW).expect("a place");
-        assert_eq!(peer.judge("/peer/lane/log"), Verdict::Serve);
+        assert_eq!(peer.judge(&Method::POST, "/peer/lane/log"), Verdict::Serve);
         let client = admission.admit(LOW).expect("a place");
         assert!(!client.is_at_the_door());
         assert_eq!(counts(&admission), [1, 1, 0]);
+    }
+
+    #[test]
+    fn a_place_of_a_peer_is_for_what_peers_ask() {
+        let admission = admission(1, 4);
+        let client = admission.admit(LOW).expect("a place");
+        let nothing_of_peers = [
+            (Method::GET, "/peer/lane/log"),
+            (Method::POST, "/peer/lane/"),
+            (Method::POST, "/peer/lane/a/b"),
+            (Method::GET, "/peer/shard"),
+            (Method::GET, "/peer/nothing"),
+            (Method::POST, "/peer/identity"),
+        ];
+        assert!(nothing_of_peers.iter().all(|(method, path)| client.judge(method, path) == Verdict::Serve));
+        assert_eq!(counts(&admission), [1, 0, 0]);
+
+        let of_gateway = self::admission(1, 0);
+        let client = of_gateway.admit(LOW).expect("a place");
+        assert_eq!(client.judge(&Method::POST, "/peer/shard"), Verdict::Serve);
+        assert_eq!(counts(&of_gateway), [1, 0, 0]);
     }
 
     #[test]
@@ -339,7 +366,7 @@ mod tests {
         let admission = admission(0, 4);
         let door = |path: &str| {
             let place = admission.admit(LOW).expect("at the door");
-            (place.judge(path), place)
+            (place.judge(&Method::POST, path), place)
         };
         let calls: Vec<(Verdict, Place)> = (0..3).map(|_| door("/peer/shard")).collect();
         let verdicts: Vec<Verdict> = calls.iter().map(|(verdict, _)| *verdict).collect();

@@ -215,7 +215,7 @@ impl Talk {
         let is_old = request.version() <= Version::HTTP_11;
         self.may_be_reused.store(is_old, Ordering::Relaxed);
 
-        let verdict = self.place.judge(request.uri().path());
+        let verdict = self.place.judge(request.method(), request.uri().path());
         if !is_old {
             return Ok(self.answer_stream(router, request, verdict).await);
         }

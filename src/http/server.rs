@@ -121,22 +121,32 @@ impl Server {
 
     /// Serves an app until `shutdown` is cancelled and what was in flight has ended, or the drain timeout has.
     pub async fn serve_app(self, app: App, shutdown: CancellationToken, limits: &Limits) {
-        let answers = Arc::clone(&app.answers);
-        self.serve_charged(router(app), answers, shutdown, limits).await;
+        let (answers, has_peers) = (Arc::clone(&app.answers), app.peers.is_some());
+        self.serve_charged(router(app), answers, has_peers, shutdown, limits).await;
     }
 
     /// Serves routes whose answers are charged to nothing, in the same way.
     pub async fn serve(self, router: Router, shutdown: CancellationToken, limits: &Limits) {
-        self.serve_charged(router, Budget::new(ANSWERS_BYTES_MAX), shutdown, limits).await;
+        self.serve_charged(router, Budget::new(ANSWERS_BYTES_MAX), true, shutdown, limits).await;
     }
 
-    async fn serve_charged(self, router: Router, answers: Arc<Budget>, shutdown: CancellationToken, limits: &Limits) {
-        let shares = Shares::now();
+    async fn serve_charged(
+        self,
+        router: Router,
+        answers: Arc<Budget>,
+        has_peers: bool,
+        shutdown: CancellationToken,
+        limits: &Limits,
+    ) {
+        let mut shares = Shares::now();
+        if !has_peers {
+            shares.peers = 0;
+        }
         let admission = Admission::new(Arc::clone(&self.stats), limits, shares);
         tracing::info!(
             "connections: up to {} of clients, and {} more of other nodes; the limit of open files is {}",
             admission.clients_max(),
-            shares.peers,
+            admission.peers_max(),
             shares.limit
         );
         let haste = Haste::new(answers, limits.answer_rate_min);

@@ -17,7 +17,7 @@ use axum::routing::{get, post};
 use bytes::Bytes;
 use futures::future::{BoxFuture, ready};
 use futures::stream::{BoxStream, StreamExt, TryStreamExt};
-use http::{HeaderValue, header};
+use http::{HeaderValue, Method, header};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -37,6 +37,10 @@ const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream")
 
 /// Before the name of a lane.
 pub(super) const LANE_PREFIX: &str = "/peer/lane/";
+
+/// The other routes of peers, by method.
+const POSTED: [&str; 6] = ["/peer/shard", "/peer/promise", "/peer/announce", "/peer/hold", "/peer/greet", "/peer/invite"];
+const GOT: [&str; 3] = ["/peer/identity", "/peer/replicas", "/peer/view"];
 
 /// The largest is a view.
 const JSON_BODY: Ceiling = Ceiling { bytes_max: 1 << 20, what: "the body of this request" };
@@ -76,6 +80,18 @@ pub trait PeerService: Send + Sync + 'static {
 
     /// Has the meta group, if this node leads it, apply what another node has to tell.
     fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
+}
+
+/// Returns whether it is a peer who asks this: nobody else is given the place of one.
+pub(super) fn is_asked(method: &Method, path: &str) -> bool {
+    match *method {
+        Method::POST => match path.strip_prefix(LANE_PREFIX) {
+            Some(lane) => !lane.is_empty() && !lane.contains('/'),
+            None => POSTED.contains(&path),
+        },
+        Method::GET => GOT.contains(&path),
+        _ => false,
+    }
 }
 
 /// The peer routes, for an app that has peers.
