@@ -21,7 +21,9 @@ use super::admission::ServerStats;
 use super::haste::{Course, Haste};
 use super::outbox::Outbox;
 
-/// What must be taken within the time: over the slowest lines in use this takes a second or two.
+/// What must be taken within the time. Linux says that a socket takes more once half of what is kept
+/// unsent (`server::UNSENT_BYTES_MAX`) is gone, so who is slow has to take 64 KiB: over the slowest
+/// lines in use this takes a few seconds.
 const TAKEN_BYTES_MIN: usize = 16 << 10;
 
 /// How often a stalled socket is looked at within the time for [`TAKEN_BYTES_MIN`].
