@@ -127,6 +127,7 @@ mod tests {
                 standing: standing(),
                 speaks: 0,
                 level: 0,
+                start: None,
                 holds_level: false,
             };
             async move { Some(json(&identity)) }

@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout_at};
 use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
 use crate::sm::level::{LEVEL, TooOld};
 use crate::sm::meta;
-use crate::sm::starts::Starts;
+use crate::sm::starts::{Start, Starts};
 use crate::sm::view::{Node, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
@@ -38,6 +38,9 @@ pub struct Identity {
     /// The level of its cluster, which a program finds here that can't read the view.
     #[serde(default)]
     pub level: u16,
+    /// Its running start, once it has begun one. The first programs have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
     /// Its operator wants the level of its cluster to stay.
     #[serde(default)]
     pub holds_level: bool,

@@ -611,7 +611,16 @@ pub fn identity() -> Identity {
     let node = Node { address: address.clone(), public_address: None, directory: DirectoryId(5) };
     let view = first_view(ClusterId(7), Asked::default(), vec![node]).expect("a view of one node");
     let standing = Standing::Member { view: Box::new(view) };
-    Identity { directory: DirectoryId(5), address, public_address: None, standing, speaks: LEVEL, level: 0, holds_level: false }
+    Identity {
+        directory: DirectoryId(5),
+        address,
+        public_address: None,
+        standing,
+        speaks: LEVEL,
+        level: 0,
+        start: None,
+        holds_level: false,
+    }
 }
 
 /// A server over a [`FakeStore`].

@@ -392,6 +392,7 @@ mod tests {
                 standing: standing(self.own()),
                 speaks: LEVEL,
                 level: 0,
+                start: None,
                 holds_level: false,
             }
         }

@@ -16,7 +16,7 @@ use super::NodeError;
 use super::bootstrap::{Met, may_start};
 use super::join::{Joined, Joining};
 use super::member::Member;
-use crate::client::peer::{Greeting, GreetingReply, PeerError, Standing};
+use crate::client::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
 use crate::raft::lanes::Refusal;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};
 
@@ -148,8 +148,11 @@ impl Joining {
         }
     }
 
-    /// Answers a greeting. `runs`: this node has started.
-    pub async fn greeted(&self, greeting: Greeting, runs: bool) -> GreetingReply {
+    /// Answers a greeting. `runs`: this node has started. `is_news`: lanes go elsewhere so far.
+    ///
+    /// Anybody can send a greeting. What is new in it counts once the node at the address that it names has
+    /// confirmed it: that it runs there, with this directory, in this start.
+    pub async fn greeted(&self, greeting: &Greeting, runs: bool, is_news: bool) -> GreetingReply {
         let Some((cluster, node, view)) = self.membership() else { return GreetingReply::Stranger { cluster: None } };
         if greeting.cluster != cluster {
             return GreetingReply::Stranger { cluster: Some(cluster) };
@@ -170,12 +173,38 @@ impl Joining {
         let Some(acquaintances) = self.acquaintances() else {
             return GreetingReply::Failed { reason: "it is starting".to_owned() };
         };
+        if let Err(refusal) = acquaintances.weigh(greeting.directory, &greeting.starts) {
+            return refused(&refusal);
+        }
+        if !is_news && acquaintances.knows(greeting.directory, &greeting.starts) {
+            return GreetingReply::Welcome(own);
+        }
+        if !self.is_confirmed(greeting).await {
+            let reason = format!("{} did not confirm this greeting when it was asked", greeting.address);
+            return GreetingReply::Failed { reason };
+        }
         match acquaintances.hear(greeting.directory, &greeting.starts).await {
             Ok(()) => GreetingReply::Welcome(own),
-            Err(Refusal::Outdated { number }) => GreetingReply::Outdated { number },
-            // The process that was there before may have ended a moment ago: the lanes find out.
-            Err(refusal) => GreetingReply::Failed { reason: refusal.to_string() },
+            Err(refusal) => refused(&refusal),
         }
+    }
+
+    async fn is_confirmed(&self, greeting: &Greeting) -> bool {
+        let confirms = |identity: Identity| {
+            identity.directory == greeting.directory
+                && identity.address == greeting.address
+                && identity.start == Some(greeting.starts.running())
+        };
+        // Less than who greets waits for.
+        self.caller().identity(&greeting.address, GREET_TIMEOUT * 3 / 4).await.is_ok_and(confirms)
+    }
+}
+
+fn refused(refusal: &Refusal) -> GreetingReply {
+    match refusal {
+        Refusal::Outdated { number } => GreetingReply::Outdated { number: *number },
+        // The process that was there before may have ended a moment ago: the lanes find out.
+        refusal => GreetingReply::Failed { reason: refusal.to_string() },
     }
 }
 

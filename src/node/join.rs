@@ -212,6 +212,7 @@ impl Joining {
         Identity {
             speaks: self.config.speaks(),
             level: stamp.level(),
+            start: self.acquaintances().map(|acquaintances| acquaintances.own().running()),
             holds_level: self.holds_level(stamp),
             directory: self.directory_id,
             address: self.config.address.clone(),

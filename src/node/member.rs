@@ -109,6 +109,13 @@ impl Views {
         is_elsewhere
     }
 
+    /// Returns whether lanes to this directory of a member go to another address than this.
+    pub fn leads_elsewhere(&self, directory: DirectoryId, address: &Address) -> bool {
+        let view = self.view();
+        let known = view.nodes.values().find(|node| node.directory == directory).map(|node| node.address.clone());
+        known.is_some_and(|known| self.moved_to(directory).unwrap_or(known) != *address)
+    }
+
     /// Where a directory was found that is not where the view says.
     pub fn moved_to(&self, directory: DirectoryId) -> Option<Address> {
         if !self.any_moved.load(Ordering::Relaxed) {

@@ -230,10 +230,11 @@ impl Node {
 
     /// Hears a member of this cluster, or of another.
     pub async fn greeted(&self, greeting: Greeting) -> GreetingReply {
-        let (directory, address) = (greeting.directory, greeting.address.clone());
-        let reply = self.joining.greeted(greeting, self.running.get().is_some()).await;
-        if let (GreetingReply::Welcome(_), Some(running)) = (&reply, self.running.get()) {
-            running.member().views().found_at(directory, &address);
+        let views = self.running.get().map(|running| running.member().views());
+        let is_news = views.is_some_and(|views| views.leads_elsewhere(greeting.directory, &greeting.address));
+        let reply = self.joining.greeted(&greeting, views.is_some(), is_news).await;
+        if let (GreetingReply::Welcome(_), Some(views)) = (&reply, views) {
+            views.found_at(greeting.directory, &greeting.address);
         }
         reply
     }

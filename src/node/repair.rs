@@ -240,6 +240,7 @@ mod tests {
             public_address: None,
             speaks: 0,
             level: 0,
+            start: None,
             holds_level: false,
             standing,
         }

@@ -27,6 +27,9 @@ pub struct StartBook {
     path: PathBuf,
     own: Starts,
     known: Mutex<Known>,
+    /// Held while the file is replaced, which takes as long as the disk does. Who only judges does not wait for it:
+    /// that happens on threads which carry heartbeats.
+    writing: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -60,7 +63,8 @@ impl StartBook {
         let known: PeersFile = sealed::read(&*disk, &path.join(PEERS), FORMAT)?.unwrap_or_default();
         let own = before.map_or_else(|| Starts::first(id), |before| before.followed_by(id));
         sealed::write(&*disk, path, STARTS, FORMAT, &own)?;
-        Ok(Self { disk, path: path.to_owned(), own, known: Mutex::new(Known { starts: known.known, told: BTreeMap::new() }) })
+        let known = Mutex::new(Known { starts: known.known, told: BTreeMap::new() });
+        Ok(Self { disk, path: path.to_owned(), own, known, writing: Mutex::new(()) })
     }
 
     pub fn own(&self) -> &Starts {
@@ -92,11 +96,13 @@ impl StartBook {
     ///
     /// When it can't be written; the inner error, when the directory is refused.
     pub fn learn(&self, directory: DirectoryId, starts: &Starts) -> Result<Result<(), Lacking>, SealedError> {
-        let mut known = self.lock();
-        if let Err(lacking) = known.judge(directory, starts) {
+        let _writing = self.writing.lock().expect("no holder panics");
+        if let Err(lacking) = self.judge(directory, starts) {
             return Ok(Err(lacking));
         }
-        self.write(&mut known, directory, starts.running())?;
+        self.write(directory, starts.running())?;
+
+        let mut known = self.lock();
         if known.starts.contains_key(&directory) {
             known.told.insert(directory, starts.clone());
         }
@@ -109,25 +115,26 @@ impl StartBook {
     ///
     /// When it can't be written: it is refused until this process ends.
     pub fn require(&self, directory: DirectoryId, start: Start) -> Result<(), SealedError> {
+        let _writing = self.writing.lock().expect("no holder panics");
+        let written = self.write(directory, start);
         let mut known = self.lock();
-        let written = self.write(&mut known, directory, start);
         known.starts.insert(directory, start);
         known.told.remove(&directory);
         written
     }
 
-    fn write(&self, known: &mut Known, directory: DirectoryId, start: Start) -> Result<(), SealedError> {
-        let mut next = known.starts.clone();
-        if next.insert(directory, start) == Some(start) {
-            return Ok(());
-        }
+    /// Writes what is known with this start, and then knows it. The caller holds `writing`.
+    fn write(&self, directory: DirectoryId, start: Start) -> Result<(), SealedError> {
+        let mut next = self.lock().starts.clone();
+        let before = next.insert(directory, start);
         // Whoever makes up directories must not have those of members forgotten.
-        if next.len() > PEERS_MAX && !known.starts.contains_key(&directory) {
+        if before == Some(start) || (before.is_none() && next.len() > PEERS_MAX) {
             return Ok(());
         }
+
         let file = PeersFile { known: next };
         sealed::write(&*self.disk, &self.path, PEERS, FORMAT, &file)?;
-        known.starts = file.known;
+        self.lock().starts = file.known;
         Ok(())
     }
 

@@ -128,6 +128,7 @@ async fn a_node_that_left_tells_who_stayed() {
         standing: Standing::Retired { cluster: crate::types::ClusterId(1), members: vec![stayed] },
         speaks: 0,
         level: 0,
+        start: None,
         holds_level: false,
     };
     serve(leaving, move |request| {

@@ -141,6 +141,20 @@ impl Acquaintances {
         }
     }
 
+    /// Returns whether this start of the directory is the one that was heard of last.
+    pub fn knows(&self, directory: DirectoryId, starts: &Starts) -> bool {
+        self.book.is_known(directory, starts)
+    }
+
+    /// Refuses a directory as [`Acquaintances::hear`] does, and remembers nothing of it: anybody could have said so.
+    ///
+    /// # Errors
+    ///
+    /// Why the peer is refused.
+    pub fn weigh(&self, directory: DirectoryId, starts: &Starts) -> Result<(), Refusal> {
+        self.judge(&self.contacts(), directory, starts)
+    }
+
     fn judge(
         &self,
         contacts: &BTreeMap<DirectoryId, Arc<Contact>>,
@@ -302,6 +316,18 @@ mod tests {
         let second = known.meet(DIRECTORY, &later).await.expect("the machine of the one before has gone");
         assert!(!lane.note() && second.note(), "it is not listened to any more");
         assert_eq!(known.meet(DIRECTORY, &copy).await.expect_err("a copy"), Refusal::Outdated { number: 3 });
+    }
+
+    /// One made-up greeting must not keep the true node out, now or after a restart.
+    #[tokio::test]
+    async fn what_is_only_weighed_is_not_remembered() {
+        let known = acquaintances();
+        let first = Starts::first(StartId(10));
+        drop(known.meet(DIRECTORY, &first).await.expect("taken"));
+        let made_up = (0..5).fold(first.clone(), |starts, id| starts.followed_by(StartId(20 + id)));
+        assert_eq!(known.weigh(DIRECTORY, &made_up), Ok(()));
+        assert_eq!(known.weigh(DIRECTORY, &Starts::first(StartId(9))), Err(Refusal::Outdated { number: 1 }));
+        assert!(known.meet(DIRECTORY, &first.followed_by(StartId(11))).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
