@@ -23,7 +23,7 @@ pub trait Machine: Send + Sync + 'static {
     fn disk(&self) -> Arc<dyn Disk>;
 
     /// The map database. `is_expected`: there were replicas, so it should be there.
-    fn open_trees(&self, path: &Path, cache_bytes: u64, is_expected: bool) -> Result<Arc<dyn Trees>, SledError>;
+    fn open_trees(&self, path: &Path, options: SledOptions, is_expected: bool) -> Result<Arc<dyn Trees>, SledError>;
 
     /// Told of each step of a view change that this node has taken; the next one waits for the end of what this returns.
     fn stepped(&self, _step: Stepped<'_>) -> BoxFuture<'static, ()> {
@@ -57,11 +57,10 @@ impl Machine for RealMachine {
         Arc::new(RealDisk)
     }
 
-    fn open_trees(&self, path: &Path, cache_bytes: u64, is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
+    fn open_trees(&self, path: &Path, options: SledOptions, is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
         if is_expected && !is_there(path) {
             tracing::warn!("the map database {} is missing: every map is rebuilt from its snapshot and the log", path.display());
         }
-        let options = SledOptions { cache_bytes, ..SledOptions::default() };
         Ok(Arc::new(SledTrees::open(path, &options)?))
     }
 }

@@ -48,7 +48,7 @@ use crate::sm::view::View;
 use crate::storage::ReplicaKey;
 use crate::storage::directory::{DirectoryError, Stamp};
 use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
-use crate::storage::sled_tree::{SledError, is_condemned};
+use crate::storage::sled_tree::{SledError, SledOptions, is_condemned};
 use crate::storage::state::{StateOptions, StateStore};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId};
 
@@ -395,7 +395,8 @@ impl Storage {
         let options = LogOptions { expect, binding: joining.directory_id().0, ..LogOptions::default() };
         let (log, writer) = leftovers::open_log(&disk, path, &joining.stamp(), cluster, options)?;
         let is_expected = !log.replicas().is_empty();
-        let trees = joining.machine().open_trees(&path.join(MAPS_DIR), config.cache_bytes, is_expected)?;
+        let options = SledOptions { cache_bytes: config.cache_bytes, cluster, ..SledOptions::default() };
+        let trees = joining.machine().open_trees(&path.join(MAPS_DIR), options, is_expected)?;
         let (states, checkpointer) = StateStore::open(trees, disk, path, StateOptions::default())?;
         leftovers::clear_maps(&log, &states)?;
         let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());

@@ -11,11 +11,19 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use super::disk::{RealDisk, ensure_dir};
+use super::sealed::{self, SealedError};
 use crate::descriptors::{self, patiently};
 use crate::sm::ports::StoreError;
+use crate::types::ClusterId;
 
 /// The file in the database's directory that has the next start move it aside.
 const CONDEMNED: &str = "CONDEMNED";
+
+/// The file in the directory of a database that was begun beside another: the cluster whose maps are in it. Programs that know
+/// of one database pass over it, and may have served another cluster meanwhile, in which the ids of replicas begin anew.
+const OWNER: &str = "owner";
+const OWNER_FORMAT: u64 = 1;
 
 /// sled's own tree, which it always has.
 const DEFAULT_TREE: &str = "__sled__default";
@@ -29,11 +37,13 @@ pub struct SledOptions {
     pub cache_bytes: u64,
     /// How long opening, or one step of a walk, may take; opening has a second more for every 16 MiB of files.
     pub patience: Duration,
+    /// Whose maps are in it.
+    pub cluster: ClusterId,
 }
 
 impl Default for SledOptions {
     fn default() -> Self {
-        Self { cache_bytes: 64 << 20, patience: Duration::from_secs(60) }
+        Self { cache_bytes: 64 << 20, patience: Duration::from_secs(60), cluster: ClusterId(0) }
     }
 }
 
@@ -75,7 +85,11 @@ impl Database {
         let condemned = std::fs::read_to_string(path.join(CONDEMNED)).ok();
         let failure = match condemned {
             Some(reason) => Attempt::Failed(format!("it was condemned: {reason}")),
-            None => attempt(path, options, open),
+            None => match foreign(path, number, options.cluster) {
+                Ok(None) => attempt(path, options, open),
+                Ok(Some(reason)) => Attempt::Failed(reason),
+                Err(source) => Attempt::Refused(source),
+            },
         };
         let (reason, hangs) = match failure {
             Attempt::Opened(db) => return Ok(Some(Self::new(db, number, path))),
@@ -92,7 +106,11 @@ impl Database {
     /// hangs in it.
     pub fn create(base: &Path, number: u64, options: &SledOptions, open: Opener) -> Result<Self, SledError> {
         let path = &path_of(base, number);
-        let error = match attempt(path, options, open) {
+        let attempted = match begin_directory(path, number, options.cluster) {
+            Ok(()) => attempt(path, options, open),
+            Err(source) => Attempt::Refused(source),
+        };
+        let error = match attempted {
             Attempt::Opened(db) => return Ok(Self::new(db, number, path)),
             Attempt::Failed(reason) => SledError::Fresh { path: path.to_owned(), reason },
             Attempt::Refused(source) => SledError::Io { path: path.to_owned(), source },
@@ -194,6 +212,29 @@ pub(super) fn path_of(path: &Path, number: u64) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{number}"));
     path.with_file_name(name)
+}
+
+/// Returns why a database that was begun beside another is none of this cluster.
+fn foreign(path: &Path, number: u64, cluster: ClusterId) -> io::Result<Option<String>> {
+    if number == 0 {
+        return Ok(None);
+    }
+    match sealed::read::<ClusterId>(&RealDisk, &path.join(OWNER), OWNER_FORMAT) {
+        Ok(Some(owner)) if owner == cluster => Ok(None),
+        Ok(Some(owner)) => Ok(Some(format!("it was begun for cluster {owner}, and this is {cluster}"))),
+        Ok(None) => Ok(Some("it does not say of which cluster it is".to_owned())),
+        Err(SealedError::Io { source, .. }) => Err(source),
+        Err(error @ (SealedError::Damaged { .. } | SealedError::Newer { .. })) => Ok(Some(error.to_string())),
+    }
+}
+
+/// Makes the directory of a database beside another, and says whose it is before there is anything in it.
+fn begin_directory(path: &Path, number: u64, cluster: ClusterId) -> io::Result<()> {
+    if number == 0 {
+        return Ok(());
+    }
+    ensure_dir(&RealDisk, path)?;
+    sealed::write(&RealDisk, path, OWNER, OWNER_FORMAT, &cluster).map_err(io::Error::other)
 }
 
 /// Whether sled is still trusted to write: until its first error that is not about damaged files.

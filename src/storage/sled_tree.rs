@@ -804,4 +804,36 @@ mod tests {
         put(&trees, "a.1", "on");
         assert_eq!(trees.databases().len(), FAILED_MAX + 1);
     }
+
+    /// A program that knows one database only may have served the other cluster meanwhile.
+    #[test]
+    fn a_fresh_database_is_met_in_no_other_cluster() {
+        let home = tempfile::tempdir().expect("a directory");
+        let path = home.path().join("trees");
+        let open = |cluster| {
+            let options = SledOptions { cluster: crate::types::ClusterId(cluster), ..SledOptions::default() };
+            SledTrees::open(&path, &options).expect("opened")
+        };
+        let trees = open(1);
+        put(&trees, "a.1", "old");
+        trees.begin_fresh(0).expect("begun");
+        put(&trees, "a.7", "of the first cluster");
+        drop(trees);
+        let trees = open(1);
+        assert_eq!(trees.names().expect("listed"), ["a.1", "a.7"]);
+        drop(trees);
+        let trees = open(2);
+        assert_eq!(trees.names().expect("listed"), ["a.1"]);
+        assert!(home.path().join("trees.damaged/owner").exists(), "it is set aside");
+    }
+
+    #[test]
+    fn the_form_of_an_owner_stands() {
+        let home = tempfile::tempdir().expect("a directory");
+        let path = home.path().join("trees");
+        let trees = SledTrees::open(&path, &SledOptions::default()).expect("opened");
+        trees.begin_fresh(0).expect("begun");
+        let text = std::fs::read_to_string(home.path().join("trees.1/owner")).expect("there");
+        assert!(text.contains("\"format\": 1") && text.contains(&"0".repeat(32)), "{text}");
+    }
 }

@@ -15,7 +15,7 @@ use crate::storage::directory::{DataDirectory, DirectoryError};
 use crate::storage::disk::{Disk, DiskFile, Open};
 use crate::storage::mem_trees::{Crash, MemTrees};
 use crate::storage::sim_disk::SimDisk;
-use crate::storage::sled_tree::SledError;
+use crate::storage::sled_tree::{SledError, SledOptions};
 use crate::storage::tree::{Tree, Trees};
 use crate::types::DirectoryId;
 
@@ -96,7 +96,7 @@ impl Machine for SimMachine {
         Arc::new(PoweredDisk { disk: self.disks.disk.clone(), power: self.power.clone() })
     }
 
-    fn open_trees(&self, _path: &Path, _cache_bytes: u64, _is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
+    fn open_trees(&self, _path: &Path, _options: SledOptions, _is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
         Ok(Arc::new(PoweredTrees { trees: self.disks.trees.clone(), power: self.power.clone() }))
     }
 

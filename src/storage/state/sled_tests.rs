@@ -18,7 +18,7 @@ use crate::storage::sled_tree::{SledError, SledOptions, SledTrees};
 const PATIENCE: Duration = Duration::from_secs(5);
 
 fn open_trees(dir: &Path) -> Result<SledTrees, SledError> {
-    SledTrees::open(&dir.join("trees"), &SledOptions { cache_bytes: 1 << 20, patience: PATIENCE })
+    SledTrees::open(&dir.join("trees"), &SledOptions { cache_bytes: 1 << 20, patience: PATIENCE, ..SledOptions::default() })
 }
 
 fn open(dir: &Path) -> (StateStore, Checkpointer) {
