@@ -203,9 +203,12 @@ impl StateMachine {
             let (outcome, batch) = kv::apply_for(&state.read(), id.index(), command, audience)?;
             (Outcome::Shard(outcome), batch)
         };
+        if notes {
+            state.want_digest(from_raft(&id));
+        }
         state.apply(batch, applied)?;
         if notes {
-            state.note_digest();
+            state.write_down();
         }
         Ok(outcome)
     }

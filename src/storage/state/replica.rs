@@ -182,12 +182,10 @@ impl ReplicaState {
         self.replica.write_tables().active.apply(batch);
     }
 
-    /// Has the digest of the map as it is now noted. A checkpoint makes it: nothing waits for it here.
-    pub fn note_digest(&self) {
-        let replica = &self.replica;
-        let Some(log_id) = replica.read_tables().applied.log_id else { return };
-        replica.digests.lock().expect("no holder panics").wanted = Some(log_id);
-        replica.freeze_rest();
+    /// Has the digest of the map noted as it is after this entry, which is to be applied next: a table that the entry fills may be
+    /// written down at once. The checkpoint makes the digest; [`ReplicaState::write_down`] has one begun.
+    pub fn want_digest(&self, after: LogId) {
+        self.replica.digests.lock().expect("no holder panics").wanted = Some(after);
     }
 
     /// Returns the last digest that was noted, and of which entry it is.

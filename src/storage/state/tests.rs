@@ -333,3 +333,21 @@ fn a_tree_of_nobody_that_cannot_be_dropped_keeps_no_node_from_starting() {
         assert_eq!(trees.names().expect("listed").is_empty(), is_given_up, "{kind}: the next start meets the tree again");
     }
 }
+
+#[test]
+fn a_digest_is_noted_however_soon_the_table_of_its_entry_is_written_down() {
+    for len in [1, 5000] {
+        let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
+        let (store, mut checkpointer) = open(&trees, &disk);
+        let state = store.replica(KEY, TestLog::durable()).expect("opened");
+        let (mut batch, asked) = (WriteBatch::default(), LogId { term: 1, index: 1 });
+        batch.put("k", vec![7; len]);
+        state.want_digest(asked);
+        state.apply(batch, applied(1)).expect("applied");
+        while checkpointer.pump() {}
+        state.write_down();
+        while checkpointer.pump() {}
+        let noted = state.noted_digest().map(|(at, digest)| (at, digest.pairs));
+        assert_eq!(noted, Some((asked, 1)), "{len} bytes");
+    }
+}
