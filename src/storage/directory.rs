@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::disk::{Disk, RealDisk, ensure_dir};
 use super::sealed::{self, SealedError};
+use super::sled_database::numbered;
 use super::starts::{STARTS, StartBook};
 use crate::sm::view::View;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId, ReplicaId, StartId};
@@ -31,8 +32,10 @@ const LEVELED_FORMAT: u64 = 2;
 const OUTDATED: &str = "outdated";
 /// Where the replicas of a directory that was refused are kept until their cluster goes on without them.
 const ASIDE: &str = "set-aside";
-/// What is put there. The stamp goes on, as that of a node that is retired.
-const PUT_ASIDE: [&str; 6] = ["log", "state", "redo", "snapshots", "witnesses", STARTS];
+/// What is put there, and all databases of maps. The stamp goes on, as that of a node that is retired.
+const PUT_ASIDE: [&str; 5] = ["log", "redo", "snapshots", "witnesses", STARTS];
+/// The first database of maps.
+const MAPS: &str = "state";
 
 /// Why a directory is an old copy.
 #[derive(Serialize, Deserialize)]
@@ -316,12 +319,14 @@ fn set_aside_if_outdated(path: &Path) -> Result<(), DirectoryError> {
 }
 
 fn put_aside(path: &Path, aside: &Path) -> io::Result<()> {
-    if !PUT_ASIDE.iter().any(|name| path.join(name).exists()) {
+    let mut found: Vec<PathBuf> = PUT_ASIDE.iter().map(|name| path.join(name)).filter(|path| path.exists()).collect();
+    found.extend(numbered(&path.join(MAPS)).into_iter().map(|(_, path)| path));
+    if found.is_empty() {
         return Ok(());
     }
     std::fs::create_dir_all(aside)?;
-    for name in PUT_ASIDE.iter().filter(|name| path.join(name).exists()) {
-        std::fs::rename(path.join(name), aside.join(name))?;
+    for (from, name) in found.iter().filter_map(|from| Some((from, from.file_name()?))) {
+        std::fs::rename(from, aside.join(name))?;
     }
     for changed in [aside, &path.join(ASIDE), path] {
         RealDisk.sync_dir(changed)?;
@@ -458,7 +463,7 @@ mod tests {
         let directory = DataDirectory::open(path).expect("created");
         let (id, Stamp::Member { cluster, node, view, .. }) = (directory.id(), member()) else { unreachable!("it is one") };
         directory.set_stamp(member()).expect("stamped");
-        for name in ["log", "state"] {
+        for name in ["log", "state", "state.1"] {
             std::fs::create_dir(path.join(name)).expect("created");
             std::fs::write(path.join(name).join("file"), name).expect("written");
         }
@@ -473,6 +478,7 @@ mod tests {
             ids.push(directory.id());
             let members = view.staying().map(|(_, node)| node.address.clone()).collect();
             assert_eq!(directory.stamp(), Stamp::Retired { cluster, node, members });
+            assert!(numbered(&path.join("state")).is_empty(), "a database was left");
             assert!(!path.join("log").exists() && !path.join(STARTS).exists());
             // As if it had been broken off before the end.
             directory.mark_outdated("again").expect("marked");
