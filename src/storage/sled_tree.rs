@@ -141,6 +141,11 @@ fn newest_of(databases: &[Arc<Database>]) -> &Arc<Database> {
     databases.iter().rev().find(|database| database.trust.is_kept()).unwrap_or(last)
 }
 
+/// Does `work` to each of them, also to those behind one that fails. Returns the first error.
+fn in_each(databases: &[Arc<Database>], work: impl FnMut(&Arc<Database>) -> Result<(), StoreError>) -> Result<(), StoreError> {
+    databases.iter().map(work).reduce(Result::and).unwrap_or(Ok(()))
+}
+
 /// Does `work` in a thread of its own, and waits for it for `patience`, and then for what `more` says. A failure of kind
 /// `TimedOut` says that it hangs.
 fn in_time<T: Send + 'static>(
@@ -185,13 +190,13 @@ impl Trees for SledTrees {
     }
 
     fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
-        for database in self.databases() {
-            if database.holds(name)? {
-                self.drop_in(&database, name)?;
-            }
-        }
+        let drop_where_held = |database: &Arc<Database>| match database.holds(name)? {
+            true => self.drop_in(database, name),
+            false => Ok(()),
+        };
+        let dropped = in_each(&self.databases(), drop_where_held);
         self.remove_empty();
-        Ok(())
+        dropped
     }
 
     fn names(&self) -> Result<Vec<String>, StoreError> {
@@ -242,7 +247,7 @@ impl Trees for SledTrees {
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        self.databases().iter().try_for_each(|database| database.sync())
+        in_each(&self.databases(), |database| database.sync())
     }
 
     fn condemn(&self, reason: &str) {
@@ -835,5 +840,19 @@ mod tests {
         trees.begin_fresh(0).expect("begun");
         let text = std::fs::read_to_string(home.path().join("trees.1/owner")).expect("there");
         assert!(text.contains("\"format\": 1") && text.contains(&"0".repeat(32)), "{text}");
+    }
+
+    #[test]
+    fn one_that_is_written_to_no_more_is_in_the_way_of_no_other() {
+        let home = tempfile::tempdir().expect("a directory");
+        let trees = SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
+        put(&trees, "a.1", "old");
+        let old = trees.newest();
+        trees.begin_fresh(0).expect("begun");
+        trees.newest().db.open_tree("a.1").expect("in both");
+        let full = || Err::<(), _>(sled::Error::Io(io::ErrorKind::StorageFull.into()));
+        old.trust.read("trying", full).expect_err("it failed");
+        trees.drop_tree("a.1").expect_err("not in the old one");
+        assert!(!trees.newest().holds("a.1").expect("listed"), "it was not dropped in the newer one");
     }
 }
