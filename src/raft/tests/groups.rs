@@ -118,7 +118,7 @@ async fn a_follower_that_was_away_is_brought_back_by_a_snapshot() {
 
 #[tokio::test]
 async fn concurrent_writes_are_merged_into_few_entries() {
-    let cluster = TestCluster::new(3);
+    let cluster = TestCluster::with_timings(3, patient());
     cluster.found(1).await;
     let leader = cluster.leader(1).await;
     let group = cluster.group(leader.0, 1);
@@ -146,7 +146,10 @@ async fn without_a_quorum_nothing_is_acknowledged_and_what_was_never_proposed_sa
     assert_eq!(group.propose(put("k", "late"), Instant::now()).await, Err(ProposeError::Expired));
     let read = group.read_barrier(brief()).await;
     assert!(matches!(read, Err(ReadError::Expired | ReadError::NotLeader { .. })), "{read:?}");
-    // The lease has run out by now: openraft takes nothing any more, and this is a certain no.
+    let lease = Duration::from_millis(cluster.timings.election_ms_max);
+    let is_over = || !group.leads() || group.status().quorum_acked.is_none_or(|ago| ago > lease);
+    until("the lease has run out", is_over).await;
+    // openraft takes nothing any more, and this is a certain no.
     let written = group.propose(put("k", "2"), brief()).await;
     assert!(matches!(written, Err(ProposeError::Expired | ProposeError::NotLeader { .. })), "{written:?}");
     // The others elect one of them.
