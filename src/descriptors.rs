@@ -97,7 +97,7 @@ pub fn in_use() -> Option<usize> {
     fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count().saturating_sub(1))
 }
 
-/// Whether an error says that there is no descriptor left, in this process or on the machine.
+/// Returns whether an error says that there is no descriptor left, in this process or on the machine.
 pub fn are_exhausted(error: &io::Error) -> bool {
     let numbers = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE].map(rustix::io::Errno::raw_os_error);
     error.raw_os_error().is_some_and(|number| numbers.contains(&number))
@@ -148,7 +148,7 @@ pub fn retry<T, E: Display>(what: &str, mut call: impl FnMut() -> Result<T, E>, 
     result
 }
 
-/// Whether nobody has said so for a while: many may wait at a time.
+/// Returns whether nobody has said so for a while: many may wait at a time.
 fn is_to_be_said() -> bool {
     static SAID: Mutex<Option<Instant>> = Mutex::new(None);
     let mut said = SAID.lock().expect("no holder panics");

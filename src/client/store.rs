@@ -39,7 +39,7 @@ pub trait Store: Send + Sync + 'static {
     /// The number of keys of one shard, also while others can't be counted.
     fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>>;
 
-    /// What the answers under way are charged to: values that were read, and what is made of them.
+    /// Returns what the answers under way are charged to: values that were read, and what is made of them.
     fn answers(&self) -> Arc<Budget> {
         Budget::new(ANSWERS_BYTES_MAX)
     }

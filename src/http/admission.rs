@@ -127,7 +127,7 @@ impl Admission {
         self.clients_max
     }
 
-    /// Whether more than half of what clients can have is taken.
+    /// Returns whether more than half of what clients can have is taken.
     pub fn is_crowded(&self) -> bool {
         self.stats.clients.load(Ordering::Relaxed) > self.clients_max / 2
     }
@@ -219,7 +219,7 @@ impl Place {
         Standing::of(self.standing.load(Ordering::Relaxed))
     }
 
-    /// Whether it still has to show that it is a peer.
+    /// Returns whether it still has to show that it is a peer.
     pub fn is_at_the_door(&self) -> bool {
         self.standing() == Standing::AtTheDoor
     }

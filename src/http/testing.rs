@@ -91,7 +91,7 @@ impl FakeStore {
         self.state.lock().expect("no panic").failing.insert(GroupId(shard), failure);
     }
 
-    /// How often somebody asked how a change gets on.
+    /// Returns how often somebody asked how a change gets on.
     pub fn looks(&self) -> usize {
         self.state.lock().expect("no panic").looks
     }

@@ -386,7 +386,7 @@ impl Access {
     }
 }
 
-/// What became of a write, as others are told. What its gets return stays charged to `share`.
+/// Returns what became of a write, as others are told. What its gets return stays charged to `share`.
 fn told(outcome: kv::WriteOutcome, share: Option<Share>) -> ShardReply {
     match outcome {
         kv::WriteOutcome::Unanswered => {

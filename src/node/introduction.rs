@@ -89,7 +89,7 @@ impl Joining {
         Ok(found.collect())
     }
 
-    /// What this node says of itself; none before it has begun a start.
+    /// Returns what this node says of itself; none before it has begun a start.
     fn greeting(&self, cluster: ClusterId, node: NodeId) -> Option<Greeting> {
         Some(Greeting {
             cluster,

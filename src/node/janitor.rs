@@ -188,7 +188,7 @@ impl Weights {
         }
     }
 
-    /// Whether the log since the last snapshot outweighs that snapshot, or would be worth one on a
+    /// Returns whether the log since the last snapshot outweighs that snapshot, or would be worth one on a
     /// quiet replica, or the map that it is of is not half as large any more.
     ///
     /// A quiet replica weighs the snapshot against four times the log: one that was away is sent
@@ -200,7 +200,7 @@ impl Weights {
         outweighs || is_quiet && (is_worth_it || self.log_since > 0 && has_shrunk)
     }
 
-    /// Whether more log is kept behind the snapshot than helps replicas that were away.
+    /// Returns whether more log is kept behind the snapshot than helps replicas that were away.
     fn want_purge(self, is_quiet: bool) -> bool {
         let floor = if is_quiet { QUIET_BYTES_FLOOR } else { TAIL_BYTES_FLOOR };
         self.log_behind > (self.snapshot / 8).clamp(floor, LOG_BYTES_CEILING)
@@ -222,7 +222,7 @@ impl Quiet {
         Self { applied: None, since: now, is_written_down: false, written_down: None }
     }
 
-    /// Whether the replica, which has applied through `applied` now, is quiet.
+    /// Returns whether the replica, which has applied through `applied` now, is quiet.
     fn observe(&mut self, applied: Option<LogId>, now: Instant) -> bool {
         if self.applied != applied {
             (self.applied, self.since, self.is_written_down) = (applied, now, false);
@@ -230,7 +230,7 @@ impl Quiet {
         now - self.since >= QUIET_AFTER
     }
 
-    /// Whether the table of a quiet replica is to be written down now, which is then noted.
+    /// Returns whether the table of a quiet replica is to be written down now, which is then noted.
     fn is_to_be_written_down(&mut self, now: Instant) -> bool {
         let is_due = self.written_down.is_none_or(|last| now - last >= WRITE_DOWN_EVERY);
         if self.is_written_down || !is_due {

@@ -120,7 +120,7 @@ impl Joining {
         &self.config
     }
 
-    /// What this directory knows of the cluster that it is in.
+    /// Returns what this directory knows of the cluster that it is in.
     pub fn stamp(&self) -> Stamp {
         self.directory.stamp()
     }
@@ -134,7 +134,7 @@ impl Joining {
         &self.caller
     }
 
-    /// What this node knows of starts, its own among them; none before it begins to start as a member.
+    /// Returns what this node knows of starts, its own among them; none before it begins to start as a member.
     pub fn acquaintances(&self) -> Option<&Arc<Acquaintances>> {
         self.acquaintances.get()
     }
@@ -172,7 +172,7 @@ impl Joining {
         self.directory.mark_outdated(reason)
     }
 
-    /// Whether anything was put aside of old copies.
+    /// Returns whether anything was put aside of old copies.
     pub fn has_aside(&self) -> bool {
         self.directory.has_aside()
     }

@@ -116,7 +116,7 @@ impl Views {
         known.is_some_and(|known| self.moved_to(directory).unwrap_or(known) != *address)
     }
 
-    /// Where a directory was found that is not where the view says.
+    /// Returns where a directory was found that is not where the view says.
     pub fn moved_to(&self, directory: DirectoryId) -> Option<Address> {
         if !self.any_moved.load(Ordering::Relaxed) {
             return None;

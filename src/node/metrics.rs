@@ -96,7 +96,7 @@ fn syncs(log: &LogMetrics) -> Family {
     family("quorate_log_sync_seconds", FamilyKind::Histogram, "How long the syncs of the log took.", samples)
 }
 
-/// What is on the disk, by kind: how much of it is live says `quorate_log_live_bytes` and `quorate_map_bytes`.
+/// Returns what is on the disk, by kind: how much of it is live says `quorate_log_live_bytes` and `quorate_map_bytes`.
 fn of_the_disk(log: &LogMetrics, maps: &StateMetrics) -> Family {
     let sample = |kind: &str, bytes: u64| Sample { suffix: "", labels: vec![("kind", kind.to_owned())], value: bytes as f64 };
     let samples = vec![
@@ -160,7 +160,7 @@ fn of_moves(moved: &Moved) -> Vec<Family> {
     ]
 }
 
-/// What groups and lanes hold together, and how often there was no room.
+/// Returns what groups and lanes hold together, and how often there was no room.
 fn of_rooms(member: &Member) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
     let rooms = member.registry.rooms().named();

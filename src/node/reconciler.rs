@@ -280,7 +280,7 @@ impl Reconciler {
         idle
     }
 
-    /// Whether a replica that is not open is to be opened now.
+    /// Returns whether a replica that is not open is to be opened now.
     fn may_be_tried(&self, key: ReplicaKey) -> bool {
         let done = self.done.lock().expect("no holder panics");
         let is_due = done.waiting.get(&key).is_none_or(|retry| retry.at <= Instant::now());
@@ -409,7 +409,7 @@ impl Reconciler {
         }
     }
 
-    /// Whether it is time to announce this node's address, again if it was announced before.
+    /// Returns whether it is time to announce this node's address, again if it was announced before.
     fn may_announce(&self) -> bool {
         let mut announcing = self.announcing.lock().expect("no holder panics");
         let pause = announcing.pause;

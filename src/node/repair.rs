@@ -150,7 +150,7 @@ impl Repair {
     }
 }
 
-/// What the answer of whoever sits at the address of a node that is away says of that node.
+/// Returns what the answer of whoever sits at the address of a node that is away says of that node.
 fn found_at(view: &View, node: NodeId, asked: &Address, identity: &Identity) -> Found {
     let is_known = view.nodes.values().any(|known| known.directory == identity.directory);
     if is_known || identity.address != *asked {

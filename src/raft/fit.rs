@@ -48,7 +48,7 @@ pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result
     ended(|done| log.purge(applied, done)).await
 }
 
-/// Whether what is applied came as a whole from another replica, and not entry by entry from the log.
+/// Returns whether what is applied came as a whole from another replica, and not entry by entry from the log.
 fn is_installed(keeps: &Keeps, applied: LogId) -> bool {
     match keeps {
         Keeps::Map(state) => state

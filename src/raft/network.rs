@@ -102,7 +102,7 @@ struct Acked {
 }
 
 impl Acked {
-    /// Whether the entry at this place is known to be on the follower's disk.
+    /// Returns whether the entry at this place is known to be on the follower's disk.
     fn has(&self, term: u64, previous: Option<RaftLogId>) -> bool {
         let end = self.end.load(Ordering::Relaxed);
         self.term.load(Ordering::Relaxed) == term && previous.is_some_and(|previous| previous.index < end)

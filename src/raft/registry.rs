@@ -126,12 +126,12 @@ impl Registry {
         &self.seats
     }
 
-    /// What those who receive large frames share, in KiB.
+    /// Returns what those who receive large frames share, in KiB.
     pub(super) fn large_frames(&self) -> &Arc<Semaphore> {
         &self.large_frames
     }
 
-    /// Whether the view that is known here has a node with this directory.
+    /// Returns whether the view that is known here has a node with this directory.
     pub(super) fn knows(&self, node: NodeId, directory: DirectoryId) -> bool {
         self.shared.resolver.resolve(node).is_some_and(|peer| peer.directory == directory)
     }

@@ -68,7 +68,7 @@ impl Starts {
         Start { number: self.first + self.ids.len() as u64 - 1, id }
     }
 
-    /// Whether this start is one of these.
+    /// Returns whether this start is one of these.
     pub fn has(&self, start: Start) -> bool {
         start.number >= self.first && self.may_include(start)
     }

@@ -247,7 +247,7 @@ impl DataDirectory {
         Ok(sealed::write(&*self.disk, &self.path, OUTDATED, FORMAT, &outdated)?)
     }
 
-    /// Whether anything was put aside of old copies.
+    /// Returns whether anything was put aside of old copies.
     pub fn has_aside(&self) -> bool {
         self.path.join(ASIDE).exists()
     }

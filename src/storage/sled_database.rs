@@ -59,12 +59,12 @@ pub enum SledError {
     Fresh { path: PathBuf, reason: String },
 }
 
-/// Whether the next start will set the databases at `path` aside.
+/// Returns whether the next start will set the databases at `path` aside.
 pub fn is_condemned(path: &Path) -> bool {
     numbered(path).iter().any(|(_, path)| path.join(CONDEMNED).exists())
 }
 
-/// Whether there is a database at `path`.
+/// Returns whether there is a database at `path`.
 pub fn is_there(path: &Path) -> bool {
     !numbered(path).is_empty()
 }
@@ -339,7 +339,7 @@ fn is_of_the_files(error: &io::Error) -> bool {
     !around && !error.to_string().contains("acquire lock")
 }
 
-/// Whether the disk failed, rather than that what is on it makes no sense.
+/// Returns whether the disk failed, rather than that what is on it makes no sense.
 fn is_of_the_disk(error: &sled::Error) -> bool {
     use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
     matches!(error, sled::Error::Io(error) if !matches!(error.kind(), InvalidData | NotFound | UnexpectedEof))
@@ -361,7 +361,7 @@ fn move_aside(path: &Path, base: &Path) -> io::Result<PathBuf> {
     Ok(aside)
 }
 
-/// What is left on the disk of a file or directory, or of the one that it will be in.
+/// Returns what is left on the disk of a file or directory, or of the one that it will be in.
 pub(super) fn free_bytes(path: &Path) -> io::Result<u64> {
     let found = if path.exists() { path } else { path.parent().unwrap_or(path) };
     let disk = rustix::fs::statvfs(found)?;

@@ -71,7 +71,7 @@ impl StartBook {
         &self.own
     }
 
-    /// Whether `starts` of a directory are those of the start that was last heard of.
+    /// Returns whether `starts` of a directory are those of the start that was last heard of.
     pub fn is_known(&self, directory: DirectoryId, starts: &Starts) -> bool {
         let mut known = self.lock();
         let is_known = known.starts.get(&directory) == Some(&starts.running());

@@ -31,7 +31,7 @@ pub trait Trees: Send + Sync + 'static {
     /// Names of the trees that are in older places, sorted.
     fn outdated(&self) -> Result<Vec<String>, StoreError>;
 
-    /// What all trees take on the disk, with what is left in it of values that were overwritten or deleted.
+    /// Returns what all trees take on the disk, with what is left in it of values that were overwritten or deleted.
     fn disk_bytes(&self) -> u64;
 
     /// Makes everything written so far survive a power cut. For a clean stop: slow.

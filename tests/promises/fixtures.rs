@@ -70,7 +70,7 @@ async fn get(cluster: &Cluster, node: usize, key: &str) -> Answer {
     ask(cluster, node, &Request::get(format!("/v1/kv/{key}"))).await
 }
 
-/// What `make.sh` has written, with so many large values.
+/// Returns what `make.sh` has written, with so many large values.
 fn expected(large: usize) -> Vec<(String, Option<String>)> {
     let plain = (1..=60).map(|n| {
         let value = match n {

@@ -22,7 +22,7 @@ fn put_back(copy: &Path, data: &Path) {
     std::fs::rename(copy, data).expect("the copy is put back");
 }
 
-/// How often something is said in a node's log.
+/// Returns how often something is said in a node's log.
 fn said(cluster: &Cluster, id: usize, what: &str) -> usize {
     cluster.nodes[id].log_text().matches(what).count()
 }

@@ -41,7 +41,7 @@ impl Group {
         Some(group)
     }
 
-    /// What is put before a program to run it in the group.
+    /// Returns what is put before a program to run it in the group.
     fn wrapper(&self) -> Vec<String> {
         let join = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.0.display());
         ["sh", "-c", &join, "sh"].map(str::to_owned).to_vec()

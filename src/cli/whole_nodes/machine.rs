@@ -177,7 +177,7 @@ impl DiskFile for PoweredFile {
     }
 }
 
-/// Whether a tree is that of a replica of the meta group.
+/// Returns whether a tree is that of a replica of the meta group.
 fn is_of_meta(name: &str) -> bool {
     name.contains("g0-")
 }

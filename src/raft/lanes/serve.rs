@@ -160,7 +160,7 @@ impl<I> Drop for Serving<I> {
 }
 
 impl<I> Serving<I> {
-    /// Whether the lane has to make room for another, or what it owes does not come.
+    /// Returns whether the lane has to make room for another, or what it owes does not come.
     fn has_lost_patience(&mut self, context: &mut Context<'_>) -> bool {
         if let Some(seat) = &mut self.seat
             && seat.ended.as_mut().poll(context).is_ready()
@@ -197,7 +197,7 @@ impl<I> Serving<I> {
         !self.ended
     }
 
-    /// Whether no hello is being judged, and none was refused.
+    /// Returns whether no hello is being judged, and none was refused.
     fn is_greeted(&mut self, context: &mut Context<'_>) -> bool {
         let Some(greeting) = &mut self.greeting else { return true };
         let Poll::Ready((peer, met)) = greeting.poll_unpin(context) else { return false };

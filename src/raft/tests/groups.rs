@@ -608,7 +608,7 @@ async fn complete_are_only_those_that_have_all_that_is_committed() {
     cluster.stop_all().await;
 }
 
-/// What the rooms of a node hold now, and their bound.
+/// Returns what the rooms of a node hold now, and their bound.
 fn held(registry: &Registry) -> Vec<(usize, usize)> {
     registry.rooms().named().map(|(_, room)| (room.budget().used(), room.budget().bytes_max())).into()
 }

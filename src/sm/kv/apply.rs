@@ -116,7 +116,7 @@ fn place(write: &Write) -> Vec<Placed<'_>> {
     operations.map(|(position, operation)| Placed { position, slot: slot_of(&operation.key), operation }).collect()
 }
 
-/// Why the shard may not answer for all of the slots, if so.
+/// Returns why the shard may not answer for all of the slots, if so.
 fn wrong_owner<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Option<Rejection>, StoreError> {
     for Placed { slot, .. } in placed {
         let state = entry.state(*slot)?;
@@ -461,7 +461,7 @@ fn decide<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Re
     Ok(decided.map_err(|(operation, current)| Rejection::ConditionFailed { operation, current }))
 }
 
-/// What the operations will do, or the position of the first whose condition does not hold, and the revision of its key.
+/// Returns what the operations will do, or the position of the first whose condition does not hold, and the revision of its key.
 fn look_up<R: Read>(
     entry: &mut Entry<'_, R>,
     placed: &[Placed<'_>],

@@ -200,7 +200,7 @@ impl<'a, R: Read> Merge<'a, R> {
     }
 }
 
-/// What comes after a key of a slot, in the direction of the scan.
+/// Returns what comes after a key of a slot, in the direction of the scan.
 fn rest_of(slot: Slot, range: &KeyRange, user_key: &Bytes, direction: Direction) -> KeyRange {
     match direction {
         Direction::Forward => {

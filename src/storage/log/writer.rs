@@ -476,7 +476,7 @@ impl Ledger {
         }
     }
 
-    /// Whether an operation that still waits is to write the entry with this id.
+    /// Returns whether an operation that still waits is to write the entry with this id.
     fn is_early(&self, key: ReplicaKey, id: LogId) -> bool {
         self.replicas.get(&key).is_some_and(|replica| !replica.lock().written.holds(id))
     }

@@ -118,7 +118,7 @@ impl Written {
         self.end_bytes - self.purged_bytes
     }
 
-    /// Whether the entry with this id is here, or was and is purged.
+    /// Returns whether the entry with this id is here, or was and is purged.
     pub fn holds(&self, id: LogId) -> bool {
         id.index < index_after(self.head.purged) || self.located(id.index).is_some_and(|entry| entry.term == id.term)
     }

@@ -91,7 +91,7 @@ enum Copied {
 }
 
 impl StateStore {
-    /// Whether [`StateStore::compact`] has something to do.
+    /// Returns whether [`StateStore::compact`] has something to do.
     pub fn wants_compaction(&self) -> Result<bool, StoreError> {
         Ok(is_due(self.shared()) || !self.shared().trees.outdated()?.is_empty())
     }

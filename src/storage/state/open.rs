@@ -131,7 +131,7 @@ pub(super) fn fill_generation(
     Ok((tree, record, map_bytes))
 }
 
-/// What a pair counts for in [`Found::map_bytes`].
+/// Returns what a pair counts for in [`Found::map_bytes`].
 pub(super) fn pair_bytes(key: &[u8], value: &[u8]) -> u64 {
     (key.len() + value.len()) as u64
 }

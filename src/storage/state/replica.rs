@@ -555,7 +555,7 @@ impl Drop for Replica {
     }
 }
 
-/// What a checkpoint of a table changes in the tree, and what then is in it in place of `map_bytes`.
+/// Returns what a checkpoint of a table changes in the tree, and what then is in it in place of `map_bytes`.
 fn redo_of(tree: &dyn Tree, frozen: &Frozen, record: &TreeRecord, mut map_bytes: u64) -> Result<(Redo, u64), StoreError> {
     let mut record = TreeRecord { applied: frozen.applied.clone(), ..record.clone() };
     let (mut changes, mut hasher) = (Vec::new(), PairHasher::default());

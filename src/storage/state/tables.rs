@@ -236,7 +236,7 @@ impl ReadGuard<'_> {
 }
 
 impl ReadGuard<'_> {
-    /// What the tables say of `key`: nothing (`None`), deleted (`Some(None)`) or a value.
+    /// Returns what the tables say of `key`: nothing (`None`), deleted (`Some(None)`) or a value.
     fn change_of(&self, key: &[u8]) -> Option<&Option<Bytes>> {
         let frozen = self.tables.frozen.iter().rev().map(|frozen| &frozen.table);
         let probe = Probe::new(key);

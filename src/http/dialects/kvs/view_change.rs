@@ -166,7 +166,7 @@ impl<'a> Changing<'a> {
         Err(self.unavailable("the change is not done yet"))
     }
 
-    /// How the change gets on. Who asks this node shares the look with the others that do.
+    /// Returns how the change gets on. Who asks this node shares the look with the others that do.
     async fn look(&self, id: PlanEpoch, since: Instant) -> Result<Option<ChangeInProgress>, Failure> {
         if Arc::ptr_eq(&self.store, &self.app.store) {
             return self.app.changes.look(self.app, id, since, options()).await;
