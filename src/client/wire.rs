@@ -74,7 +74,7 @@ impl Connection {
         self.sender.send_request(request).await
     }
 
-    /// As [`Connection::send`], with the whole body, which is longer than any answer of ours if it has more than [`ANSWER_BYTES_MAX`].
+    /// As [`Connection::send`], with the whole body, which is longer than any answer of ours if it has more than `ANSWER_BYTES_MAX`.
     ///
     /// # Errors
     ///

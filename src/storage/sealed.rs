@@ -50,7 +50,7 @@ fn is_zero(level: &u16) -> bool {
     *level == 0
 }
 
-/// Reads what [`write`] wrote, in any format up to `newest_format`. Returns none if there is no such file.
+/// Reads what [`write()`] wrote, in any format up to `newest_format`. Returns none if there is no such file.
 ///
 /// # Errors
 ///
@@ -101,7 +101,7 @@ pub fn write<T: Serialize>(disk: &dyn Disk, directory: &Path, name: &str, format
     write_leveled(disk, directory, name, (format, 0), value)
 }
 
-/// As [`write`], of what only programs read that know the level.
+/// As [`write()`], of what only programs read that know the level.
 ///
 /// # Errors
 ///

@@ -1,6 +1,6 @@
 //! [`StartBook`]: the starts of this node that its directory remembers, and the last start of each peer that it has heard of.
 //!
-//! Two [`sealed`](super::sealed) files beside the stamp, which programs of the first release pass over. What is remembered of peers is
+//! Two [`sealed`] files beside the stamp, which programs of the first release pass over. What is remembered of peers is
 //! durable before a frame of theirs is looked at, so that no end of this process makes it forget.
 
 use std::collections::BTreeMap;
