@@ -63,11 +63,22 @@ pub fn truncate(directory: &Path) {
     }
 }
 
-/// Writes noise where a record that was under way at a crash would begin.
+/// One past the last record of a segment: a header of 32 bytes says how long its body is. A record may well end with zeros.
+fn end_of_records(segment: &Path) -> u64 {
+    let bytes = fs::read(segment).expect("a readable file");
+    let mut end = 0;
+    while let Some([b'Q', b'L', _, _, length @ ..]) = bytes.get(end..end + 8) {
+        let length: [u8; 4] = length.try_into().expect("four bytes");
+        end += 32 + u32::from_le_bytes(length) as usize;
+    }
+    end as u64
+}
+
+/// Writes noise where a record that was under way at a crash would begin. What is before it was synced, and stays as it is.
 pub fn tear(segment: &Path, random: &mut StdRng) {
     let file = OpenOptions::new().write(true).open(segment).expect("a writable file");
     let noise: Vec<u8> = (0..100).map(|_| random.random_range(1..=255)).collect();
-    let end = written(segment);
+    let end = written(segment).max(end_of_records(segment));
     let room = file.metadata().expect("a file").len().saturating_sub(end);
     let len = noise.len().min(usize::try_from(room).expect("a small file"));
     file.write_all_at(&noise[..len], end).expect("noise written");
