@@ -5,6 +5,7 @@
 //! - `QUORATE_TEST_ROUNDS`: how often a fault is repeated (`kill`, `crash`, `pause`);
 //! - `QUORATE_TEST_WRITES`: how much a follower misses (`lagging`);
 //! - `QUORATE_TEST_KEYS`: how much one node holds (`big`);
+//! - `QUORATE_TEST_SECONDS`: how long faults of every kind are made (`faults`);
 //! - `QUORATE_TEST_LARGE`: how many values of a mebibyte there are to attack with (`memory`).
 //!
 //! `QUORATE_TEST_BIN` names another binary to be tested, such as a release build.
@@ -21,6 +22,7 @@ mod dialect_kills;
 mod dialects;
 mod disk_full;
 mod docker;
+mod faults;
 mod fixtures;
 mod gateway;
 mod harness;

@@ -177,6 +177,15 @@ impl Cluster {
         id
     }
 
+    /// One more node that is not started yet, at an address of the caller's choice: its position in
+    /// `nodes`.
+    pub fn prepare_node_at(&mut self, address: &str, arguments: &[&str]) -> usize {
+        let data = self.dir.path().join(format!("node-{}", self.nodes.len()));
+        let id = self.prepare_node(data, arguments);
+        self.nodes[id].move_to(address);
+        id
+    }
+
     /// Waits until a node says that it is a spare.
     pub async fn wait_spare(&self, id: usize) {
         self.wait_for(id, "is a spare", is_spare).await;
@@ -423,6 +432,11 @@ impl Node {
     /// How it ended, if it did.
     pub fn exited(&mut self) -> Option<ExitStatus> {
         self.child.as_mut()?.try_wait().expect("to wait for a child")
+    }
+
+    /// Returns false of a node that was never started, was killed, or has ended by itself.
+    pub fn is_running(&mut self) -> bool {
+        self.child.is_some() && self.exited().is_none()
     }
 
     pub fn pid(&self) -> u32 {

@@ -9,6 +9,7 @@ pub mod http;
 pub mod linearizable;
 pub mod load;
 pub mod mounts;
+pub mod net;
 
 use std::sync::OnceLock;
 use std::time::Duration;
