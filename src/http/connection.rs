@@ -2,12 +2,16 @@
 //!
 //! It ends by itself when its client says nothing for too long, does not take what it asked for, or has no place here; and in order
 //! when the server stops. HTTP/1 is timed by hyper between requests, HTTP/2, where streams come and go, is timed here.
+//!
+//! What a connection is watched by is asked only when it has something to say ([`Apart`]), not with every request.
 
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io::Write;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
@@ -22,10 +26,11 @@ use hyper_util::server::conn::auto::Builder;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 use tower::Service;
 
 use super::admission::{Place, ServerStats, Verdict};
+use super::apart::Apart;
 use super::haste::Haste;
 use super::limits::Limits;
 use super::outbox::Outbox;
@@ -58,6 +63,8 @@ pub struct Serving {
 /// What a connection and its requests share.
 struct Talk {
     place: Place,
+    /// A clone of the server's takes its lock: so this is not cloned for a request.
+    shutdown: CancellationToken,
     /// Whether there was a request.
     spoke: AtomicBool,
     /// Whether it can be used again, and there is no other word for its end than closing it.
@@ -85,6 +92,7 @@ impl Serving {
         };
         let talk = Arc::new(Talk {
             place,
+            shutdown: self.shutdown.clone(),
             spoke: AtomicBool::new(false),
             may_be_reused: AtomicBool::new(false),
             outbox: Arc::default(),
@@ -106,73 +114,90 @@ impl Serving {
     }
 
     async fn talk(&self, stream: TcpStream, talk: &Arc<Talk>, first_request: Duration) {
-        let service = service_fn(|request: Request<Incoming>| {
-            let (router, talk, shutdown) = (self.router.clone(), Arc::clone(talk), self.shutdown.clone());
-            talk.answer(router, request, shutdown)
-        });
+        let service = service_fn(|request: Request<Incoming>| Arc::clone(talk).answer(self.router.clone(), request));
         let (stats, outbox) = (Arc::clone(&self.stats), Arc::clone(&talk.outbox));
         let stream = Paced::new(stream, self.limits.write_timeout, stats, self.haste.clone(), outbox);
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
-        // hyper's own timeout does not run until it knows which version of HTTP is spoken.
-        let mut silence = pin!(sleep(first_request));
-        let mut stop = pin!(self.shutdown.cancelled());
-        let mut last_use = pin!(sleep(IDLE_KEPT_FOR));
-        let mut look = pin!(sleep(self.look_interval()));
-        let mut cut = pin!(sleep(END_FOR));
-        let (mut waiting, mut stopping, mut lingers) = (true, false, false);
-        let (mut has_streams, mut ending) = (false, false);
+        let mut watch = Watch {
+            // hyper's own timeout does not run until it knows which version of HTTP is spoken.
+            silence: pin!(sleep(first_request)),
+            stop: pin!(talk.shutdown.cancelled()),
+            last_use: pin!(sleep(IDLE_KEPT_FOR)),
+            look: pin!(sleep(self.look_interval())),
+            cut: pin!(sleep(END_FOR)),
+            waits: true,
+            is_stopping: false,
+            lingers: false,
+            has_streams: false,
+            is_ending: false,
+        };
+        let apart = Apart::new();
+
+        loop {
+            let mut next = pin!(self.next_step(talk, &mut watch));
+            apart.ring();
+            let step = poll_fn(|cx| match connection.as_mut().poll(cx) {
+                Poll::Ready(Ok(())) => Poll::Ready(Step::End),
+                Poll::Ready(Err(error)) => {
+                    tracing::trace!(%error, "a connection ended badly");
+                    Poll::Ready(Step::End)
+                }
+                Poll::Pending => apart.poll(cx, next.as_mut()),
+            });
+            match step.await {
+                Step::End => return,
+                Step::ShutDown => connection.as_mut().graceful_shutdown(),
+            }
+        }
+    }
+
+    /// Waits until something is to be done about a connection, and says what.
+    async fn next_step(&self, talk: &Talk, watch: &mut Watch<'_, '_>) -> Step {
         loop {
             tokio::select! {
                 biased;
-                ended = connection.as_mut() => {
-                    if let Err(error) = ended {
-                        tracing::trace!(%error, "a connection ended badly");
+                () = watch.stop.as_mut(), if !watch.is_stopping => {
+                    watch.is_stopping = true;
+                    if !talk.may_be_reused.load(Ordering::Relaxed) {
+                        return Step::ShutDown;
                     }
-                    return;
+                    watch.lingers = true;
+                    watch.last_use.as_mut().reset(Instant::now() + IDLE_KEPT_FOR);
                 }
-                () = stop.as_mut(), if !stopping => {
-                    stopping = true;
-                    if talk.may_be_reused.load(Ordering::Relaxed) {
-                        lingers = true;
-                        last_use.as_mut().reset(Instant::now() + IDLE_KEPT_FOR);
-                    } else {
-                        connection.as_mut().graceful_shutdown();
-                    }
+                () = watch.last_use.as_mut(), if watch.lingers => {
+                    watch.lingers = false;
+                    return Step::ShutDown;
                 }
-                () = last_use.as_mut(), if lingers => {
-                    lingers = false;
-                    connection.as_mut().graceful_shutdown();
-                }
-                () = silence.as_mut(), if waiting => {
-                    waiting = false;
+                () = watch.silence.as_mut(), if watch.waits => {
+                    watch.waits = false;
                     if talk.place.is_at_the_door() {
-                        return;
+                        return Step::End;
                     }
                     if !talk.spoke.load(Ordering::Relaxed) {
-                        connection.as_mut().graceful_shutdown();
-                        end_soon(&mut ending, cut.as_mut());
+                        watch.end_soon();
+                        return Step::ShutDown;
                     }
                 }
-                () = talk.place.left(), if waiting && talk.place.is_at_the_door() => return,
-                () = talk.over.notified(), if !ending => {
-                    connection.as_mut().graceful_shutdown();
-                    end_soon(&mut ending, cut.as_mut());
+                () = talk.place.left(), if watch.waits && talk.place.is_at_the_door() => return Step::End,
+                () = talk.over.notified(), if !watch.is_ending => {
+                    watch.end_soon();
+                    return Step::ShutDown;
                 }
-                () = talk.streams.notified(), if !has_streams => {
-                    has_streams = true;
-                    look.as_mut().reset(Instant::now() + self.look_interval());
+                () = talk.streams.notified(), if !watch.has_streams => {
+                    watch.has_streams = true;
+                    watch.look.as_mut().reset(Instant::now() + self.look_interval());
                 }
-                () = look.as_mut(), if has_streams => {
-                    look.as_mut().reset(Instant::now() + self.look_interval());
+                () = watch.look.as_mut(), if watch.has_streams => {
+                    watch.look.as_mut().reset(Instant::now() + self.look_interval());
                     if self.is_stalled(talk) {
-                        return;
+                        return Step::End;
                     }
-                    if !ending && self.is_idle(talk) {
-                        connection.as_mut().graceful_shutdown();
-                        end_soon(&mut ending, cut.as_mut());
+                    if !watch.is_ending && self.is_idle(talk) {
+                        watch.end_soon();
+                        return Step::ShutDown;
                     }
                 }
-                () = cut.as_mut(), if ending => return,
+                () = watch.cut.as_mut(), if watch.is_ending => return Step::End,
             }
         }
     }
@@ -196,20 +221,44 @@ impl Serving {
     }
 }
 
-/// Gives a connection that was asked to end some time for it.
-fn end_soon(ending: &mut bool, cut: Pin<&mut Sleep>) {
-    *ending = true;
-    cut.reset(Instant::now() + END_FOR);
+/// What is to be done about a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// Let it finish what is in flight.
+    ShutDown,
+    /// It is over, or cut.
+    End,
+}
+
+/// What a connection is watched by, beside what comes over it.
+struct Watch<'a, 's> {
+    /// Whoever has asked for nothing by then has to go.
+    silence: Pin<&'a mut Sleep>,
+    waits: bool,
+    stop: Pin<&'a mut WaitForCancellationFuture<'s>>,
+    is_stopping: bool,
+    /// The end of a connection that may be used again while the server stops.
+    last_use: Pin<&'a mut Sleep>,
+    lingers: bool,
+    /// The next look at the streams of HTTP/2.
+    look: Pin<&'a mut Sleep>,
+    has_streams: bool,
+    /// The end of one that was asked to end.
+    cut: Pin<&'a mut Sleep>,
+    is_ending: bool,
+}
+
+impl Watch<'_, '_> {
+    /// Gives a connection that was asked to end some time for it.
+    fn end_soon(&mut self) {
+        self.is_ending = true;
+        self.cut.as_mut().reset(Instant::now() + END_FOR);
+    }
 }
 
 impl Talk {
     /// Answers one request of this connection.
-    async fn answer(
-        self: Arc<Self>,
-        mut router: Router,
-        request: Request<Incoming>,
-        shutdown: CancellationToken,
-    ) -> Result<Response, Infallible> {
+    async fn answer(self: Arc<Self>, mut router: Router, request: Request<Incoming>) -> Result<Response, Infallible> {
         self.spoke.store(true, Ordering::Relaxed);
         // HTTP/2 has a word for a connection that takes no more requests.
         let is_old = request.version() <= Version::HTTP_11;
@@ -223,7 +272,7 @@ impl Talk {
             Verdict::Serve | Verdict::ServeLast => router.call(request).await.unwrap_or_else(|never| match never {}),
             Verdict::Refuse => too_many().into_response(),
         };
-        if verdict != Verdict::Serve || shutdown.is_cancelled() {
+        if verdict != Verdict::Serve || self.shutdown.is_cancelled() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(response)

@@ -8,6 +8,7 @@
 //! taken from the raw path. That is the hot path too: it goes through no middleware and no parameter extraction.
 
 mod admission;
+mod apart;
 mod aside;
 pub mod body;
 mod changes;

@@ -112,6 +112,12 @@ fn of_states(state: &StateMetrics) -> Vec<Family> {
     vec![
         one("quorate_map_active_bytes", Gauge, "Bytes in tables that take writes.", state.active_bytes as f64),
         one("quorate_map_frozen_bytes", Gauge, "Bytes in tables that wait for a checkpoint.", state.frozen_bytes as f64),
+        one(
+            "quorate_map_clean_bytes",
+            Gauge,
+            "Bytes in tables that are written down and kept for gets.",
+            state.clean_bytes as f64,
+        ),
         one("quorate_map_bytes", Gauge, "Bytes of keys and values of the maps that are written down.", state.map_bytes as f64),
         one(
             "quorate_map_copies_total",

@@ -7,7 +7,8 @@
 //!    the log, which may yet lose its unsynced end.
 //! 3. The [`Checkpointer`] writes it to the tree pair by pair, and then the tree's record (`record`): applied log id, membership,
 //!    and the digest (`digest`) of all pairs, kept up by taking the hashes of old pairs out and putting those of new ones in. Before the
-//!    first pair all of it goes to a file (`redo`), by which a start finishes a checkpoint that was cut short.
+//!    first pair all of it goes to a file (`redo`), by which a start finishes a checkpoint that was cut short. The table then stays
+//!    for gets (`clean`).
 //! 4. [`ReplicaState::build_snapshot`] holds the replica's pen, so that the tree stands still, and copies it to a snapshot file. Past a
 //!    limit of tables waiting meanwhile it gives up, lets them be written, and begins anew; the third time the writers wait instead.
 //! 5. [`ReplicaState::install`] publishes a received file, fills a new generation of the tree from it, and switches in one step: the
@@ -24,6 +25,7 @@
 //!
 //! Kept out: the log, and when a snapshot is due (both the caller's); what the pairs mean (the core's).
 
+mod clean;
 mod compaction;
 pub mod digest;
 mod open;
@@ -34,6 +36,8 @@ mod scan;
 mod store;
 mod tables;
 
+#[cfg(test)]
+mod clean_tests;
 #[cfg(test)]
 mod compaction_tests;
 #[cfg(test)]
@@ -80,7 +84,8 @@ pub struct StateOptions {
     pub table_bytes_max: usize,
     /// Frozen tables of one replica past which [`ReplicaState::wait_room`] waits; past half of it a snapshot scan gives up.
     pub frozen_bytes_max: usize,
-    /// Tables of all replicas. Past half of it in active tables, the largest are frozen before they are full.
+    /// Tables of all replicas. Past half of it in active tables, the largest are frozen before they are full. Clean tables have
+    /// what the others leave.
     pub node_bytes_max: usize,
     /// What the trees of the node may take on the disk beyond a multiple of what is in them, before they are copied to a fresh place.
     pub garbage_bytes_max: u64,

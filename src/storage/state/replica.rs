@@ -28,7 +28,7 @@ pub struct ReplicaState {
     pub(super) replica: Arc<Replica>,
 }
 
-/// Bytes that a replica holds in memory.
+/// Bytes that a replica holds in memory of what its tree does not have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TableBytes {
     pub active: usize,
@@ -531,18 +531,12 @@ impl Replica {
         }
     }
 
-    fn retire_oldest(&self) {
-        let retired = self.write_tables().retire_oldest();
-        if let Some(retired) = retired {
-            self.shared.frozen_bytes.replace(retired.table.bytes(), 0);
-        }
-    }
-
     /// Puts other tables in the place of these, and gives the old ones back.
     fn switch(&self, tables: Tables) -> Tables {
         let old = std::mem::replace(&mut *self.write_tables(), tables);
         self.shared.active_bytes.replace(old.active.bytes(), 0);
         self.shared.frozen_bytes.replace(old.frozen_bytes, 0);
+        self.shared.clean_bytes.replace(old.clean_bytes(), 0);
         old
     }
 }
@@ -552,6 +546,7 @@ impl Drop for Replica {
         let tables = self.tables.get_mut().expect("no holder panics while it changes the tables");
         self.shared.active_bytes.replace(tables.active.bytes(), 0);
         self.shared.frozen_bytes.replace(tables.frozen_bytes, 0);
+        self.shared.clean_bytes.replace(tables.clean_bytes(), 0);
     }
 }
 

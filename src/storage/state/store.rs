@@ -39,6 +39,7 @@ pub(super) struct Shared {
     pub changed: Notify,
     pub active_bytes: Gauge,
     pub frozen_bytes: Gauge,
+    pub clean_bytes: Gauge,
     pub counters: Counters,
     /// What the trees took on the disk when they were last copied; zero before.
     pub compacted_bytes: AtomicU64,
@@ -55,6 +56,8 @@ pub struct StateMetrics {
     pub replicas: usize,
     pub active_bytes: usize,
     pub frozen_bytes: usize,
+    /// Of tables that are written down, and are kept for gets.
+    pub clean_bytes: usize,
     pub checkpoints: u64,
     pub checkpoint_us_total: u64,
     pub checkpoint_us_max: u64,
@@ -90,6 +93,7 @@ impl StateStore {
             changed: Notify::new(),
             active_bytes: Gauge::default(),
             frozen_bytes: Gauge::default(),
+            clean_bytes: Gauge::default(),
             counters: Counters::default(),
             compacted_bytes: AtomicU64::new(0),
             trees_disk_bytes: AtomicU64::new(0),
@@ -181,6 +185,7 @@ impl StateStore {
             replicas: self.shared.lock_replicas().len(),
             active_bytes: self.shared.active_bytes.get(),
             frozen_bytes: self.shared.frozen_bytes.get(),
+            clean_bytes: self.shared.clean_bytes.get(),
             checkpoints: counters.checkpoints.load(Ordering::Relaxed),
             checkpoint_us_total: counters.checkpoint_us_total.load(Ordering::Relaxed),
             checkpoint_us_max: counters.checkpoint_us_max.load(Ordering::Relaxed),
@@ -270,14 +275,20 @@ impl Shared {
     }
 
     /// Many small active tables are as large as a few great ones: past a limit the largest are written down before they are full.
+    /// Clean tables make room for others.
     pub fn relieve_if_needed(&self) {
-        if self.active_bytes.get() > self.options.node_bytes_max / 2 && !self.relieving.swap(true, Ordering::AcqRel) {
+        let is_full = self.active_bytes.get() > self.options.node_bytes_max / 2;
+        if (is_full || self.wants_clean_dropped()) && !self.relieving.swap(true, Ordering::AcqRel) {
             self.queue.push(Job::Relieve);
         }
     }
 
     fn relieve(&self) {
         self.relieving.store(false, Ordering::Release);
+        self.relieve_clean();
+        if self.active_bytes.get() <= self.options.node_bytes_max / 2 {
+            return;
+        }
         let active_bytes = |replica: &Arc<Replica>| replica.read_tables().active.bytes();
         let mut by_bytes: Vec<_> = self.open_replicas().into_iter().map(|replica| (active_bytes(&replica), replica)).collect();
         by_bytes.sort_by_key(|(bytes, replica)| (std::cmp::Reverse(*bytes), replica.key));
@@ -317,7 +328,7 @@ impl Drop for Claim {
 /// What the checkpointer does.
 pub(super) enum Job {
     Checkpoint(Weak<Replica>),
-    /// Freeze what is large.
+    /// Drop clean tables, or freeze what is large.
     Relieve,
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Order of belief: the active table, the frozen ones from the newest to the oldest, the tree. While a frozen table is being written
 //! to the tree it stays above it, so a reader sees the same whether a key is written yet or not. A table leaves only under the write
-//! lock, after its whole batch is in the tree; so within one guard nothing changes.
+//! lock, after its whole batch is in the tree; so within one guard nothing changes. The clean table (`clean`) lies between: it says
+//! what the tree says, and is asked first because it is in memory.
 
 use std::borrow::Borrow;
 use std::cmp::Ordering;
@@ -20,7 +21,7 @@ use crate::storage::tree::Tree;
 /// What a change costs in memory beyond its bytes: two handles, their allocations, its share of a node of the map.
 const CHANGE_OVERHEAD_BYTES: usize = 160;
 
-/// Changes in key order that are not in the tree yet.
+/// Changes in key order that are not in the tree yet, or that a clean table remembers.
 #[derive(Default)]
 pub struct Table {
     changes: BTreeMap<TableKey, Option<Bytes>>,
@@ -36,6 +37,22 @@ impl Table {
                 None => self.bytes += key_bytes + CHANGE_OVERHEAD_BYTES,
                 Some(old) => self.bytes -= old.map_or(0, |value| value.len()),
             }
+        }
+    }
+
+    /// Has a clean table say of `key` what a later one says. Where there is no room for that, it
+    /// says nothing of the key any more.
+    pub fn refresh(&mut self, key: &Bytes, change: &Option<Bytes>, bytes_max: usize) {
+        let cost = |change: &Option<Bytes>| {
+            let value_bytes = change.as_ref().map_or(0, Bytes::len);
+            key.len() + CHANGE_OVERHEAD_BYTES + value_bytes
+        };
+        if let Some(old) = self.changes.remove(&Probe::new(key) as &dyn Keyed) {
+            self.bytes -= cost(&old);
+        }
+        if self.bytes + cost(change) <= bytes_max {
+            self.bytes += cost(change);
+            self.changes.insert(TableKey::new(key.clone()), change.clone());
         }
     }
 
@@ -191,6 +208,8 @@ pub struct Tables {
     /// Oldest first.
     pub frozen: VecDeque<Arc<Frozen>>,
     pub frozen_bytes: usize,
+    /// What was last written to the tree, for gets.
+    pub clean: Option<Arc<Frozen>>,
     pub tree: Arc<dyn Tree>,
     /// What the tree has.
     pub tree_applied: Applied,
@@ -201,7 +220,13 @@ pub struct Tables {
 impl Tables {
     pub fn new(tree: Arc<dyn Tree>, applied: Applied) -> Self {
         let tree_applied = applied.clone();
-        Self { active: Table::default(), frozen: VecDeque::new(), frozen_bytes: 0, tree, tree_applied, applied }
+        let (active, frozen) = (Table::default(), VecDeque::new());
+        Self { active, frozen, frozen_bytes: 0, clean: None, tree, tree_applied, applied }
+    }
+
+    /// Returns what the clean table takes.
+    pub fn clean_bytes(&self) -> usize {
+        self.clean.as_ref().map_or(0, |clean| clean.table.bytes())
     }
 
     /// Freezes the active table, also an empty one: it still carries what was applied.
@@ -238,7 +263,7 @@ impl ReadGuard<'_> {
 impl ReadGuard<'_> {
     /// Returns what the tables say of `key`: nothing (`None`), deleted (`Some(None)`) or a value.
     fn change_of(&self, key: &[u8]) -> Option<&Option<Bytes>> {
-        let frozen = self.tables.frozen.iter().rev().map(|frozen| &frozen.table);
+        let frozen = self.tables.frozen.iter().rev().chain(&self.tables.clean).map(|frozen| &frozen.table);
         let probe = Probe::new(key);
         std::iter::once(&self.tables.active).chain(frozen).find_map(|table| table.get(&probe))
     }

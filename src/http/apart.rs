@@ -1,0 +1,121 @@
+//! A future beside the main one of a task, which is polled only when it was woken itself.
+//!
+//! A task that waits for a connection and, beside it, for a stop and some timers is woken by the
+//! connection at every request. To ask all the others each time takes locks, one of them shared by
+//! all connections. So they have a waker of their own here, which notes that one of them has
+//! something to say; without that note a poll costs two looks at atomics.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+
+use futures::task::AtomicWaker;
+
+/// Wakes the task, and notes for whom.
+#[derive(Debug, Default)]
+struct Bell {
+    is_rung: AtomicBool,
+    task: AtomicWaker,
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.is_rung.store(true, Ordering::Release);
+        self.task.wake();
+    }
+}
+
+/// Has futures polled only when they were woken themselves. One for each task.
+#[derive(Debug)]
+pub struct Apart {
+    bell: Arc<Bell>,
+    waker: Waker,
+}
+
+impl Apart {
+    /// Returns one that is for no task yet.
+    pub fn new() -> Self {
+        let bell = Arc::new(Bell::default());
+        Self { waker: Waker::from(Arc::clone(&bell)), bell }
+    }
+
+    /// Has the next poll reach the future: for one that was not polled before.
+    pub fn ring(&self) {
+        self.bell.is_rung.store(true, Ordering::Release);
+    }
+
+    /// Polls `future` if it was woken since it was polled last.
+    pub fn poll<F: Future>(&self, cx: &mut Context<'_>, future: Pin<&mut F>) -> Poll<F::Output> {
+        // First, so that whoever rings after the look below wakes this task.
+        self.bell.task.register(cx.waker());
+        if !self.bell.is_rung.load(Ordering::Acquire) {
+            return Poll::Pending;
+        }
+        self.bell.is_rung.swap(false, Ordering::AcqRel);
+        future.poll(&mut Context::from_waker(&self.waker))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::pin::pin;
+    use std::sync::atomic::AtomicUsize;
+    use std::time::Duration;
+
+    use tokio::sync::Notify;
+    use tokio::task::yield_now;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_future_apart_is_polled_when_it_is_woken_and_not_when_its_task_is() {
+        let (notify, polls) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
+        let (other, counter) = (Arc::clone(&notify), Arc::clone(&polls));
+        let beside = async move {
+            let mut notified = pin!(other.notified());
+            poll_fn(|cx| {
+                counter.fetch_add(1, Ordering::Relaxed);
+                notified.as_mut().poll(cx)
+            })
+            .await;
+        };
+        let apart = Apart::new();
+        apart.ring();
+        let mut beside = pin!(beside);
+        let mut is_over = false;
+
+        for turn in 0..200 {
+            if turn == 100 {
+                notify.notify_one();
+            }
+            let polled = poll_fn(|cx| Poll::Ready(apart.poll(cx, beside.as_mut()))).await;
+            if polled.is_ready() {
+                is_over = true;
+                break;
+            }
+            yield_now().await;
+        }
+        assert!(is_over, "it was not polled when it was woken");
+        assert_eq!(polls.load(Ordering::Relaxed), 2, "once at first, once when it was woken");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn no_wake_is_lost_between_two_threads() {
+        for _ in 0..2000 {
+            let notify = Arc::new(Notify::new());
+            let apart = Apart::new();
+            apart.ring();
+            let other = Arc::clone(&notify);
+            tokio::spawn(async move { other.notify_one() });
+            let mut notified = pin!(notify.notified());
+            let woken = poll_fn(|cx| apart.poll(cx, notified.as_mut()));
+            tokio::time::timeout(Duration::from_secs(60), woken).await.expect("a wake was lost");
+        }
+    }
+}
