@@ -32,6 +32,8 @@ pub struct NodeConfig {
     pub data_dir: PathBuf,
     /// Bytes of map held in memory by sled's cache.
     pub cache_bytes: u64,
+    /// What the log of all replicas together is to take on the disk: see [`LogSpace`](crate::sm::log_space::LogSpace).
+    pub log_bytes: u64,
     /// How long a stop may take to hand leadership over and to answer what is in flight.
     pub stop_timeout: Duration,
     /// A node that is out of reach for so long has its work given to others, where there are enough.
@@ -123,6 +125,7 @@ mod tests {
             asked: Asked::default(),
             data_dir: PathBuf::from("data"),
             cache_bytes: 1 << 20,
+            log_bytes: 256 << 20,
             stop_timeout: Duration::from_secs(1),
             replace_after: Duration::from_secs(300),
             lost_disk_after: Duration::from_secs(30),

@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::config::{DATA_DIR_DEFAULT, NodeConfig, PORT_DEFAULT, is_unspecified};
+use crate::sm::log_space::LOG_BYTES_MIN;
 use crate::sm::view::Asked;
 use crate::telemetry::LogFormat;
 use crate::types::{Address, ParseError};
@@ -20,6 +21,9 @@ const REPL_FACTOR_MAX: u8 = 7;
 
 /// Where a node listens that nobody told where.
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// What the log of a node takes, in MiB.
+const LOG_MIB_DEFAULT: u64 = 256;
 
 /// Connections of clients, of a node and of a gateway.
 pub const CONNECTIONS_MAX: usize = 20_000;
@@ -61,6 +65,10 @@ pub struct Arguments {
     /// Memory for the cache of the map database, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub cache_mib: u64,
+    /// What the log takes on the disk, of all shards together, in MiB. It may grow as large as the snapshots of the node, up to eight
+    /// times this, and by what members that are behind still need, up to as much again
+    #[arg(long, value_name = "MIB", default_value_t = LOG_MIB_DEFAULT, value_parser = log_mib)]
+    pub log_mib: u64,
     /// A node that is out of reach for so many seconds has its replicas rebuilt on others, where there are enough. All nodes should have
     /// the same
     #[arg(long, env = "REPLACE_AFTER", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
@@ -120,6 +128,7 @@ impl Arguments {
             join_only: self.join_only.unwrap_or(false),
             asked: Asked::from_flags(given(self.repl_factor.as_ref()).copied(), self.shards),
             cache_bytes: self.cache_mib.saturating_mul(1 << 20),
+            log_bytes: self.log_mib.saturating_mul(1 << 20),
             stop_timeout: Duration::from_secs(self.stop_timeout),
             replace_after: Duration::from_secs(self.replace_after),
             lost_disk_after: Duration::from_secs(self.lost_disk_after),
@@ -205,6 +214,13 @@ impl FromStr for Addresses {
 /// Reads a number of connections.
 pub fn connections(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "expected a number, at least 1".to_owned())
+}
+
+/// Reads the size of a log.
+fn log_mib(text: &str) -> Result<u64, String> {
+    let least = LOG_BYTES_MIN >> 20;
+    let expected = || format!("expected a number of MiB, at least {least}");
+    text.parse().ok().filter(|mib| *mib >= least).ok_or_else(expected)
 }
 
 /// Reads the value of a switch. An empty one is off, as for all variables.
@@ -322,6 +338,7 @@ mod tests {
             &["--repl-factor", "8"],
             &["--repl-factor", "two"],
             &["--max-connections", "0"],
+            &["--log-mib", "15"],
             &["-p", "0"],
             &["-i", "localhost"],
         ] {

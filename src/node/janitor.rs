@@ -3,7 +3,8 @@
 //!
 //! A snapshot is due when the log since the last outweighs it, or when the replica holds back old
 //! segments of the log. One that holds them back must also let them go: of what a snapshot covers
-//! openraft keeps thousands of entries, however large they are.
+//! openraft keeps thousands of entries, however large they are. How much it may hold back is decided
+//! for the node ([`LogSpace`]), whatever the number of its replicas.
 //!
 //! A replica that nobody writes to gives back the rest: its table is written down, the log since
 //! its snapshot and behind it is let go of where it is worth a snapshot, and a snapshot file of
@@ -24,17 +25,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
 use crate::raft::{Group, GroupStatus, Witness};
+use crate::sm::log_space::LogSpace;
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
 use crate::types::LogId;
 
 const TICK: Duration = Duration::from_secs(1);
+/// The same while the log is larger than it should be.
+const TICK_UNDER_PRESSURE: Duration = Duration::from_millis(200);
 /// Less log than this is never worth a snapshot.
 const LOG_BYTES_FLOOR: u64 = 64 << 20;
 /// More log than this always is: it is what a restart may have to replay.
 const LOG_BYTES_CEILING: u64 = 512 << 20;
-/// A replica that holds back this much of the log that others have no more need of is snapshotted, however little of it is its own.
-const PINNED_BYTES_MAX: u64 = 256 << 20;
 /// Log behind the snapshot that is kept for replicas that were away for a moment. Past this, and
 /// past an eighth of the snapshot that they would be sent instead, it is purged.
 const TAIL_BYTES_FLOOR: u64 = 32 << 20;
@@ -60,29 +62,35 @@ const HEARD_WITHIN: Duration = Duration::from_secs(10);
 pub struct Janitor {
     member: Arc<Member>,
     log: Log,
+    /// What the log is to take.
+    log_bytes: u64,
     quiet: HashMap<ReplicaKey, Quiet>,
     /// When it was last said that a witness keeps too much.
     complained: HashMap<ReplicaKey, Instant>,
 }
 
 impl Janitor {
-    pub fn new(member: Arc<Member>, log: Log) -> Self {
-        Self { member, log, quiet: HashMap::new(), complained: HashMap::new() }
+    pub fn new(member: Arc<Member>, log: Log, log_bytes: u64) -> Self {
+        Self { member, log, log_bytes, quiet: HashMap::new(), complained: HashMap::new() }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        while super::waited(shutdown, TICK).await {
-            self.tick().await;
+        let mut pause = TICK;
+        while super::waited(shutdown, pause).await {
+            pause = if self.tick().await { TICK_UNDER_PRESSURE } else { TICK };
         }
     }
 
-    async fn tick(&mut self) {
-        let pinned = self.log.pinning();
-        let pins = |key: ReplicaKey| pinned.iter().any(|pin| pin.key == key && pin.held_bytes > PINNED_BYTES_MAX);
+    /// Returns whether replicas hold back more of the log than they should.
+    async fn tick(&mut self) -> bool {
         let groups = self.member.registry.groups();
+        let space = LogSpace::of(self.log_bytes, groups.iter().map(|group| group.snapshot_bytes()));
+        let pinned: HashMap<ReplicaKey, Held> =
+            self.log.pinning().into_iter().map(|pin| (pin.key, Held::of(space, pin.held_bytes))).collect();
+        let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(Held::Little);
         join_all(groups.iter().map(|group| group.tell_witnesses())).await;
         for witness in self.member.registry.witnesses() {
-            if let Err(error) = witness.let_go(pins(witness.key())).await {
+            if let Err(error) = witness.let_go(held(witness.key()) != Held::Little).await {
                 tracing::warn!("the log of witness {} was not purged: {error}", witness.key());
             }
             self.complain(&witness);
@@ -95,15 +103,25 @@ impl Janitor {
             if is_quiet && quiet.is_to_be_written_down(now) {
                 group.state().write_down();
             }
-            match self.step(&group, is_quiet, pins(group.key())) {
+            let held = held(group.key());
+            match self.step(&group, is_quiet, held) {
                 Step::Nothing => {}
-                Step::Snapshot => self.snapshot(&group).await,
                 Step::Purge(upto) => group.purge_log(upto).await,
+                Step::Snapshot => {
+                    self.snapshot(&group).await;
+                    // What is behind it is what was in the way. If openraft has not taken note of
+                    // it yet, the next look finds it.
+                    if let (true, Step::Purge(upto)) = (held != Held::Little, self.step(&group, is_quiet, held)) {
+                        group.purge_log(upto).await;
+                    }
+                }
             }
         }
+        pinned.values().any(|held| *held != Held::Little)
     }
 
-    fn step(&self, group: &Group, is_quiet: bool, pins: bool) -> Step {
+    fn step(&self, group: &Group, is_quiet: bool, held: Held) -> Step {
+        let pins = held != Held::Little;
         let weights = Weights::of(group);
         if weights.want_snapshot(is_quiet) {
             return Step::Snapshot;
@@ -111,7 +129,9 @@ impl Janitor {
         if !pins && !weights.want_purge(is_quiet) {
             return Step::Nothing;
         }
-        match self.let_go(&group.status()) {
+        let is_kept_for = |node| held != Held::TooMuch && self.member.heard_within(node, HEARD_WITHIN);
+        let status = group.status();
+        match let_go(&status, status.purgeable(is_kept_for)) {
             // A snapshot would only move what is behind it.
             Step::Snapshot if !pins => Step::Nothing,
             step => step,
@@ -129,15 +149,31 @@ impl Janitor {
         }
     }
 
-    fn let_go(&self, status: &GroupStatus) -> Step {
-        let_go(status, status.purgeable(|node| self.member.heard_within(node, HEARD_WITHIN)))
-    }
-
     async fn snapshot(&self, group: &Group) {
         let started = tokio::time::Instant::now();
         match group.build_snapshot().await {
             Ok(()) => tracing::debug!("snapshot of {} written in {:?}", group.key(), started.elapsed()),
             Err(error) => tracing::warn!("snapshot of {} was not written: {error}", group.key()),
+        }
+    }
+}
+
+/// How much of the log a replica holds back, from the oldest entry that it needs to the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    Little,
+    /// More than it should.
+    Much,
+    /// So much that members that are behind are sent a snapshot rather than the log.
+    TooMuch,
+}
+
+impl Held {
+    fn of(space: LogSpace, bytes: u64) -> Self {
+        match bytes {
+            bytes if space.is_spent_by(bytes) => Self::TooMuch,
+            bytes if bytes > space.pinned_bytes_max => Self::Much,
+            _ => Self::Little,
         }
     }
 }

@@ -42,6 +42,7 @@ use crate::raft::transport::Identity;
 use crate::raft::{LeaseReads, RaftTimings};
 use crate::raft::{Registry, RegistryParts, Rooms};
 use crate::sm::level::TooOld;
+use crate::sm::log_space::segment_bytes;
 use crate::sm::meta;
 use crate::sm::ports::StoreError;
 use crate::sm::view::View;
@@ -151,7 +152,8 @@ impl Running {
         let (reconciling, asking) = (reconciler.clone(), news.clone());
         spawn(&mut tasks, &stop, |stop| async move { reconciling.run(&stop).await });
         spawn(&mut tasks, &stop, |stop| async move { asking.run(&stop).await });
-        let (balancer, janitor) = (Balancer::new(member.clone()), Janitor::new(member.clone(), storage.log.clone()));
+        let balancer = Balancer::new(member.clone());
+        let janitor = Janitor::new(member.clone(), storage.log.clone(), config.log_bytes);
         spawn(&mut tasks, &stop, |stop| async move { balancer.run(&stop).await });
         spawn(&mut tasks, &stop, |stop| async move { janitor.run(&stop).await });
         let compactor = Compactor::new(storage.states.clone(), storage.log.clone());
@@ -392,7 +394,8 @@ impl Storage {
         let disk = joining.machine().disk();
         let path = joining.directory_path();
         let expect = if joining.is_stamped_member() { Expect::Existing } else { Expect::NewOrExisting };
-        let options = LogOptions { expect, binding: joining.directory_id().0, ..LogOptions::default() };
+        let segment_bytes = segment_bytes(config.log_bytes);
+        let options = LogOptions { expect, binding: joining.directory_id().0, segment_bytes, ..LogOptions::default() };
         let (log, writer) = leftovers::open_log(&disk, path, &joining.stamp(), cluster, options)?;
         let is_expected = !log.replicas().is_empty();
         let options = SledOptions { cache_bytes: config.cache_bytes, cluster, ..SledOptions::default() };

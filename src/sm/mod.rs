@@ -7,6 +7,7 @@ pub mod agreement;
 pub mod codec;
 pub mod kv;
 pub mod level;
+pub mod log_space;
 #[cfg(test)]
 mod meaning;
 pub mod membership;

@@ -77,3 +77,40 @@ fn disk_bytes(cluster: &Cluster) -> u64 {
     let of_node = |data| files(data).iter().filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum::<u64>();
     cluster.nodes.iter().map(|node| of_node(&node.data)).sum()
 }
+
+/// Shards of the node whose log is looked at, and what that may take: each shard alone takes less.
+const SHARDS: &str = "16";
+const LOG_MIB: u64 = 16;
+/// A mebibyte of live data, overwritten.
+const LOG_KEYS: usize = 16;
+const LOG_VALUE_BYTES: usize = 64 << 10;
+const LOG_ROUNDS: usize = 96;
+/// How long the log may stay too large while it is written to.
+const LOG_LIMIT: Duration = Duration::from_secs(60);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_of_a_node_is_bounded_however_many_shards_it_has() {
+    let setup = Setup { no_view: true, ..Setup::nodes(1) };
+    let cluster = Cluster::start(setup.arguments(&["--shards", SHARDS, "--log-mib", &LOG_MIB.to_string()])).await;
+    let write = async |len: usize| {
+        for key in 0..LOG_KEYS {
+            ask(&cluster, Request::put(path(key), vec![key as u8; len])).await;
+        }
+    };
+    let log_mib = async || cluster.metric(0, "quorate_disk_bytes{kind=\"log\"}").await / f64::from(1 << 20);
+    let mut most = 0.0;
+
+    for round in 0..LOG_ROUNDS {
+        write(LOG_VALUE_BYTES).await;
+        most = log_mib().await.max(most);
+        if round % 8 == 7 {
+            // No shard is quiet meanwhile: it is the bound that holds, not what is given back afterwards.
+            let below = eventually(LOG_LIMIT, async || {
+                write(1).await;
+                (log_mib().await <= LOG_MIB as f64).then_some(())
+            });
+            assert!(below.await.is_some(), "the log takes {} MiB and more than {LOG_MIB}", log_mib().await);
+        }
+    }
+    say(&format!("space: at most {most:.0} MiB of log for {SHARDS} shards that were to keep {LOG_MIB}"));
+}
