@@ -34,6 +34,8 @@ pub struct NodeConfig {
     pub cache_bytes: u64,
     /// What the log of all replicas together is to take on the disk: see [`LogSpace`](crate::sm::log_space::LogSpace).
     pub log_bytes: u64,
+    /// So much of the disk is kept free: with less, no writes are taken. None: as [`DiskRoom`](crate::sm::disk_level::DiskRoom) says.
+    pub disk_reserve_bytes: Option<u64>,
     /// How long a stop may take to hand leadership over and to answer what is in flight.
     pub stop_timeout: Duration,
     /// A node that is out of reach for so long has its work given to others, where there are enough.
@@ -126,6 +128,7 @@ mod tests {
             data_dir: PathBuf::from("data"),
             cache_bytes: 1 << 20,
             log_bytes: 256 << 20,
+            disk_reserve_bytes: None,
             stop_timeout: Duration::from_secs(1),
             replace_after: Duration::from_secs(300),
             lost_disk_after: Duration::from_secs(30),

@@ -69,6 +69,10 @@ pub struct Arguments {
     /// times this, and by what members that are behind still need, up to as much again
     #[arg(long, value_name = "MIB", default_value_t = LOG_MIB_DEFAULT, value_parser = log_mib)]
     pub log_mib: u64,
+    /// So many MiB of the disk are kept free: with less, writes are refused (503) and leads go to other nodes, while reads go on
+    /// [default: 256, or a quarter of a disk of less than 1 GiB]
+    #[arg(long, value_name = "MIB")]
+    pub disk_reserve_mib: Option<u64>,
     /// A node that is out of reach for so many seconds has its replicas rebuilt on others, where there are enough. All nodes should have
     /// the same
     #[arg(long, env = "REPLACE_AFTER", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
@@ -129,6 +133,7 @@ impl Arguments {
             asked: Asked::from_flags(given(self.repl_factor.as_ref()).copied(), self.shards),
             cache_bytes: self.cache_mib.saturating_mul(1 << 20),
             log_bytes: self.log_mib.saturating_mul(1 << 20),
+            disk_reserve_bytes: self.disk_reserve_mib.map(|mib| mib.saturating_mul(1 << 20)),
             stop_timeout: Duration::from_secs(self.stop_timeout),
             replace_after: Duration::from_secs(self.replace_after),
             lost_disk_after: Duration::from_secs(self.lost_disk_after),

@@ -134,6 +134,10 @@ impl Readiness for Face {
     fn ready(&self) -> Result<(), NotReady> {
         self.node.ready().map_err(|unready| NotReady { code: unready.code, reason: unready.reason })
     }
+
+    fn note(&self) -> Option<String> {
+        self.node.note()
+    }
 }
 
 impl MetricSource for Face {

@@ -125,6 +125,9 @@ pub struct Hosting {
     pub speaks: u16,
     #[serde(default)]
     pub holds_level: bool,
+    /// Its disk is nearly full, and it takes no writes.
+    #[serde(default)]
+    pub lacks_room: bool,
 }
 
 /// Asks a node to hold the level of its cluster where it is, or to do so no more.

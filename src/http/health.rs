@@ -12,6 +12,11 @@ use super::problem::Problem;
 /// Whether the process should be given requests.
 pub trait Readiness: Send + Sync + 'static {
     fn ready(&self) -> Result<(), NotReady>;
+
+    /// Returns what people should know of a process that is ready.
+    fn note(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Why not: a stable `code` for scripts (`spare`, `starting`, ...) and a reason for people.
@@ -34,7 +39,10 @@ pub(super) async fn healthz() -> &'static str {
 
 pub(super) async fn readyz(State(app): State<Shared>) -> Response {
     match app.readiness.ready() {
-        Ok(()) => "ready\n".into_response(),
+        Ok(()) => match app.readiness.note() {
+            None => "ready\n".into_response(),
+            Some(note) => format!("ready, but {note}\n").into_response(),
+        },
         Err(NotReady { code, reason }) => {
             Problem::with_code(code, StatusCode::SERVICE_UNAVAILABLE, "Not ready", reason).retry_after_ms(1000).into_response()
         }

@@ -590,7 +590,7 @@ impl PeerService for Echo {
     }
 
     fn hosting(&self) -> Hosting {
-        Hosting { directory: identity().directory, replicas: vec![], speaks: LEVEL, holds_level: false }
+        Hosting { directory: identity().directory, replicas: vec![], speaks: LEVEL, holds_level: false, lacks_room: false }
     }
 
     fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply> {

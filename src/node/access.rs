@@ -36,6 +36,9 @@ const KEYS_MAX: usize = 10_000;
 /// How soon to try again when a shard has no leader: an election takes about this long.
 const RETRY_AFTER_MS: u64 = 500;
 
+/// How soon to try again when a disk is full.
+const NO_ROOM_RETRY_AFTER_MS: u64 = 5000;
+
 /// How long one node is waited for when another could answer, or half of the time that is left if that is more.
 const READ_ATTEMPT_MIN: Duration = Duration::from_secs(1);
 
@@ -213,6 +216,11 @@ impl Access {
             }
             // Final for the caller, whose retries would find the same.
             ProposeError::ReadOnly { reason } => overloaded(format!("shard {shard} is read-only: {reason}")),
+            // Waited for like a leader: it may be that another takes over, or that there is room again.
+            ProposeError::NoRoom { reason } => Failure::Unavailable {
+                reason: format!("node {} ({}) takes no writes to shard {shard}: {reason}", self.member.node, self.member.address),
+                retry_after_ms: NO_ROOM_RETRY_AFTER_MS,
+            },
             error @ ProposeError::NotYet { .. } => unavailable(error.to_string()),
             ProposeError::Unknown { reason } => Failure::Unknown { reason },
         }

@@ -21,9 +21,11 @@ const STEADY_FOR: Duration = Duration::from_secs(3);
 const RETRY_AFTER: Duration = Duration::from_secs(30);
 /// A home that was last heard of longer ago than this is not in reach.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
+/// How long a home is waited for that is asked whether its disk has room.
+const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Hands leaderships over to their homes.
+/// Hands leaderships over to their homes, unless these lack room on their disks.
 pub struct Balancer {
     member: Arc<Member>,
     /// Since when the home of a shard that this node leads has been in reach without a break.
@@ -71,6 +73,15 @@ impl Balancer {
     async fn transfer(&mut self, group: &Group, replica: ReplicaId) {
         let id = group.key().group;
         self.steady.remove(&id);
+        let home = group.status().membership.node_of(replica);
+        if let Some(home) = home
+            && self.member.has_room(home, ASK_TIMEOUT).await == Some(false)
+        {
+            // It would only hand the shard on.
+            self.not_before.insert(id, Instant::now() + RETRY_AFTER);
+            return;
+        }
+
         let reason = match tokio::time::timeout(TRANSFER_TIMEOUT, group.transfer_leader(replica)).await {
             Ok(Ok(())) => {
                 tracing::info!("shard {id} is led by its home again");

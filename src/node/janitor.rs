@@ -25,9 +25,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
 use crate::raft::{Group, GroupStatus, Witness};
-use crate::sm::log_space::LogSpace;
+use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
+use crate::telemetry::Rarely;
 use crate::types::LogId;
 
 const TICK: Duration = Duration::from_secs(1);
@@ -67,11 +68,12 @@ pub struct Janitor {
     quiet: HashMap<ReplicaKey, Quiet>,
     /// When it was last said that a witness keeps too much.
     complained: HashMap<ReplicaKey, Instant>,
+    no_room: Rarely,
 }
 
 impl Janitor {
     pub fn new(member: Arc<Member>, log: Log, log_bytes: u64) -> Self {
-        Self { member, log, log_bytes, quiet: HashMap::new(), complained: HashMap::new() }
+        Self { member, log, log_bytes, quiet: HashMap::new(), complained: HashMap::new(), no_room: Rarely::new() }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -84,7 +86,9 @@ impl Janitor {
     /// Returns whether replicas hold back more of the log than they should.
     async fn tick(&mut self) -> bool {
         let groups = self.member.registry.groups();
-        let space = LogSpace::of(self.log_bytes, groups.iter().map(|group| group.snapshot_bytes()));
+        // On a full disk the log is what can be given back.
+        let log_bytes = if self.log.lacks_room().is_some() { LOG_BYTES_MIN } else { self.log_bytes };
+        let space = LogSpace::of(log_bytes, groups.iter().map(|group| group.snapshot_bytes()));
         let pinned: HashMap<ReplicaKey, Held> =
             self.log.pinning().into_iter().map(|pin| (pin.key, Held::of(space, pin.held_bytes))).collect();
         let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(Held::Little);
@@ -150,6 +154,16 @@ impl Janitor {
     }
 
     async fn snapshot(&self, group: &Group) {
+        // The log needs what is left more than a file does that will not be whole.
+        let (free, reserve) = self.log.free_bytes();
+        let map = group.state().map_bytes();
+        if free < reserve / 4 + map + map / 8 {
+            if let Some(more) = self.no_room.due() {
+                let (group, free_mib, map_mib) = (group.key().group, free >> 20, map >> 20);
+                tracing::warn!(%group, free_mib, map_mib, more, "a snapshot waits for room on the disk");
+            }
+            return;
+        }
         let started = tokio::time::Instant::now();
         match group.build_snapshot().await {
             Ok(()) => tracing::debug!("snapshot of {} written in {:?}", group.key(), started.elapsed()),

@@ -222,8 +222,9 @@ impl Joining {
     }
 
     /// Says what this node hosts.
-    pub fn hosting(&self, replicas: Vec<HostedReplica>) -> Hosting {
-        Hosting { directory: self.directory_id, replicas, speaks: self.config.speaks(), holds_level: self.is_level_held() }
+    pub fn hosting(&self, replicas: Vec<HostedReplica>, lacks_room: bool) -> Hosting {
+        let (speaks, holds_level) = (self.config.speaks(), self.is_level_held());
+        Hosting { directory: self.directory_id, replicas, speaks, holds_level, lacks_room }
     }
 
     /// Returns whether this node holds the level of the cluster that it is a member of.

@@ -245,6 +245,13 @@ impl Member {
         self.registry.last_heard(node).is_some_and(|at| at.elapsed() < time)
     }
 
+    /// Asks another node whether its disk has room for writes. None: it did not answer. Programs that do not say are taken to have some.
+    pub async fn has_room(&self, node: NodeId, timeout: Duration) -> Option<bool> {
+        let place = self.view().nodes.get(&node).cloned()?;
+        let hosting = self.peers.hosting(&place, timeout).await.ok()?;
+        Some(!hosting.lacks_room)
+    }
+
     /// Whether a node is this one, or was heard of lately.
     pub fn is_in_reach(&self, node: NodeId, time: Duration) -> bool {
         node == self.node || self.heard_within(node, time)
@@ -424,7 +431,7 @@ impl Member {
         }
         let ask = |(id, node): (NodeId, Node)| async move {
             if id == self.node {
-                return (id, Some(self.joining.hosting(self.hosted())));
+                return (id, Some(self.joining.hosting(self.hosted(), false)));
             }
             (id, self.peers.hosting(&node, STATUS_TIMEOUT).await.ok())
         };

@@ -34,10 +34,12 @@ pub struct Sample {
 
 /// Everything that the node counts.
 pub fn families(member: &Member, log: &Log, states: &StateStore) -> Vec<Family> {
+    let of_room = of_disk_room(log);
     let (log, maps) = (log.metrics(), states.metrics());
     let mut all = of_log(&log);
     all.extend(of_states(&maps));
     all.push(of_the_disk(&log, &maps));
+    all.extend(of_room);
     all.extend(of_moves(&member.moves.now()));
     all.extend(of_rooms(member));
     all.extend(of_groups(member));
@@ -105,6 +107,20 @@ fn of_the_disk(log: &LogMetrics, maps: &StateMetrics) -> Family {
         sample("snapshots", maps.snapshots_disk_bytes),
     ];
     family("quorate_disk_bytes", FamilyKind::Gauge, "Bytes on the disk; those of the maps as of a few seconds ago.", samples)
+}
+
+/// Returns what is left of the disk, at the last look, and what that means.
+fn of_disk_room(log: &Log) -> Vec<Family> {
+    use FamilyKind::Gauge;
+    let (free, reserve) = log.free_bytes();
+    let takes_writes = f64::from(u8::from(log.lacks_room().is_none()));
+    let waits = f64::from(u8::from(log.waits_for_room()));
+    vec![
+        one("quorate_disk_free_bytes", Gauge, "Bytes that are left on the disk of the log.", free as f64),
+        one("quorate_disk_reserve_bytes", Gauge, "Free bytes below which writes are refused.", reserve as f64),
+        one("quorate_disk_takes_writes", Gauge, "Whether the disk has room for writes.", takes_writes),
+        one("quorate_log_waits_for_room", Gauge, "Whether the log waits for room on its disk.", waits),
+    ]
 }
 
 fn of_states(state: &StateMetrics) -> Vec<Family> {

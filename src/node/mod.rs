@@ -12,6 +12,7 @@ mod balancer;
 pub mod bootstrap;
 mod chores;
 mod compactor;
+mod disk_watch;
 mod introduction;
 mod janitor;
 mod join;
@@ -265,6 +266,12 @@ impl Node {
         }
     }
 
+    /// Returns what is to be said of a node that is ready: why it takes no writes, if it takes none.
+    pub fn note(&self) -> Option<String> {
+        let reason = self.running.get()?.lacks_room()?;
+        Some(format!("it takes no writes: {reason}"))
+    }
+
     fn waiting_code(&self) -> &'static str {
         self.joining.waiting().map_or("starting", |waiting| waiting.code())
     }
@@ -295,8 +302,10 @@ impl Node {
 
     /// What this node says of its own replicas.
     pub fn hosting(&self) -> Hosting {
-        let replicas = self.running.get().map(|running| running.member().hosted()).unwrap_or_default();
-        self.joining.hosting(replicas)
+        match self.running.get() {
+            Some(running) => self.joining.hosting(running.member().hosted(), running.lacks_room().is_some()),
+            None => self.joining.hosting(Vec::new(), false),
+        }
     }
 
     /// Holds the level of its cluster where it is, or does so no more.

@@ -17,6 +17,7 @@ use super::access::Access;
 use super::agreement::Agreement;
 use super::balancer::Balancer;
 use super::compactor::Compactor;
+use super::disk_watch::DiskWatch;
 use super::introduction::Greeter;
 use super::janitor::Janitor;
 use super::join::{Joined, Joining};
@@ -156,6 +157,8 @@ impl Running {
         let janitor = Janitor::new(member.clone(), storage.log.clone(), config.log_bytes);
         spawn(&mut tasks, &stop, |stop| async move { balancer.run(&stop).await });
         spawn(&mut tasks, &stop, |stop| async move { janitor.run(&stop).await });
+        let disk_watch = DiskWatch::new(member.clone(), storage.log.clone(), storage.states.clone());
+        spawn(&mut tasks, &stop, |stop| async move { disk_watch.run(&stop).await });
         let compactor = Compactor::new(storage.states.clone(), storage.log.clone());
         spawn(&mut tasks, &stop, |stop| async move { compactor.run(&stop).await });
         let memberships = Memberships::new(member.clone(), joining.machine().clone());
@@ -205,6 +208,11 @@ impl Running {
 
     pub fn registry(&self) -> &Arc<Registry> {
         &self.member.registry
+    }
+
+    /// Returns why this node takes no writes for lack of room on its disk, if it takes none.
+    pub fn lacks_room(&self) -> Option<String> {
+        self.storage.log.lacks_room()
     }
 
     pub fn unready(&self) -> Option<String> {
@@ -395,7 +403,14 @@ impl Storage {
         let path = joining.directory_path();
         let expect = if joining.is_stamped_member() { Expect::Existing } else { Expect::NewOrExisting };
         let segment_bytes = segment_bytes(config.log_bytes);
-        let options = LogOptions { expect, binding: joining.directory_id().0, segment_bytes, ..LogOptions::default() };
+        let options = LogOptions {
+            expect,
+            binding: joining.directory_id().0,
+            segment_bytes,
+            reserve_bytes: config.disk_reserve_bytes,
+            waits_for_room: true,
+            ..LogOptions::default()
+        };
         let (log, writer) = leftovers::open_log(&disk, path, &joining.stamp(), cluster, options)?;
         let is_expected = !log.replicas().is_empty();
         let options = SledOptions { cache_bytes: config.cache_bytes, cluster, ..SledOptions::default() };

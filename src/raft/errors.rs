@@ -27,6 +27,9 @@ pub enum ProposeError {
     /// The replicas of the shard are not of one mind: nothing is written until they are.
     #[error("it is read-only: {reason}")]
     ReadOnly { reason: String },
+    /// The disk of this node is nearly full.
+    #[error("no room: {reason}")]
+    NoRoom { reason: String },
     #[error("its outcome is unknown: {reason}")]
     Unknown { reason: String },
 }

@@ -19,6 +19,7 @@ use super::state_machine::Keeps;
 use super::transport::Lane;
 use super::types::{Types, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
 use super::wire::{self, AppendReply, Refusal, Reply, Request, TransferReply};
+use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::{Entry, Vote};
 use crate::storage::state::ReplicaState;
 use crate::types::{LogId, ReplicaId};
@@ -49,10 +50,13 @@ impl Group {
         }))
     }
 
-    /// Whether more entries would only pile up before a disk that does not keep up. Of each group some may wait all the same.
+    /// Whether more entries would only pile up before a disk that does not keep up, or is full. Of each group some may wait all the
+    /// same, unless it is full.
     fn is_behind_disk(&self, request: &Request) -> bool {
         let has_entries = matches!(request, Request::Append { entries, .. } if !entries.is_empty());
-        has_entries && self.shared.log.overloaded() && self.has_unsynced()
+        let log = &self.shared.log;
+        let is_full = || log.disk_level() == DiskLevel::Spent && !self.key().group.is_meta();
+        has_entries && (log.overloaded() && self.has_unsynced() || is_full())
     }
 
     async fn answer(&self, lane: Lane, sender: ReplicaId, request: Request, tail: Bytes) -> Handled {

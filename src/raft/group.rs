@@ -231,6 +231,9 @@ impl Group {
     }
 
     fn ensure_writable(&self) -> Result<(), ProposeError> {
+        if let Some(reason) = self.shared.log.lacks_room() {
+            return Err(ProposeError::NoRoom { reason });
+        }
         if !self.is_read_only.load(Ordering::Relaxed) {
             return Ok(());
         }

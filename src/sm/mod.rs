@@ -5,6 +5,7 @@
 
 pub mod agreement;
 pub mod codec;
+pub mod disk_level;
 pub mod kv;
 pub mod level;
 pub mod log_space;

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::descriptors::patiently;
+use crate::sm::disk_level::DiskRoom;
 
 /// What [`Disk::open`] may do to a file that is, or is not, there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +34,10 @@ pub trait Disk: Send + Sync + 'static {
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// Names of the files in a directory, sorted.
     fn list(&self, path: &Path) -> io::Result<Vec<String>>;
+    /// Returns what is left of the disk that a directory is on.
+    fn room(&self, _path: &Path) -> io::Result<DiskRoom> {
+        Ok(DiskRoom::ENDLESS)
+    }
 }
 
 /// Creates the directory and those above it that are missing, each durable under its name when this returns. Of one that exists the name
@@ -124,6 +129,12 @@ impl Disk for RealDisk {
         }
         names.sort();
         Ok(names)
+    }
+
+    fn room(&self, path: &Path) -> io::Result<DiskRoom> {
+        let disk = rustix::fs::statvfs(path)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(disk.f_frsize);
+        Ok(DiskRoom { free_bytes: bytes(disk.f_bavail), total_bytes: bytes(disk.f_blocks) })
     }
 }
 

@@ -16,6 +16,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::disk::{Disk, DiskFile, Open};
+use crate::sm::disk_level::DiskRoom;
 
 /// What a disk writes in one piece.
 const SECTOR_BYTES: u64 = 512;
@@ -306,6 +307,13 @@ impl Disk for SimDisk {
         }
         let here = state.names.files.keys().filter(|file| file.parent() == Some(path));
         Ok(here.filter_map(|file| file.file_name()?.to_str().map(str::to_owned)).collect())
+    }
+
+    fn room(&self, _path: &Path) -> io::Result<DiskRoom> {
+        let state = self.lock();
+        let Some(total_bytes) = state.faults.capacity_bytes else { return Ok(DiskRoom::ENDLESS) };
+        let used: u64 = state.inodes.values().map(|inode| inode.current.len() as u64).sum();
+        Ok(DiskRoom { free_bytes: total_bytes.saturating_sub(used), total_bytes })
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::disk::{Disk, DiskFile, Open};
 use super::sim_disk::SimDisk;
+use crate::sm::disk_level::DiskRoom;
 
 /// A change that is about to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +82,10 @@ impl Disk for WatchedDisk {
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         self.disk.list(path)
+    }
+
+    fn room(&self, path: &Path) -> io::Result<DiskRoom> {
+        self.disk.room(path)
     }
 }
 

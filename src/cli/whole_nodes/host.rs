@@ -74,6 +74,7 @@ impl Host {
             data_dir: PathBuf::from("/node"),
             cache_bytes: 1 << 20,
             log_bytes: 256 << 20,
+            disk_reserve_bytes: None,
             stop_timeout: Duration::from_secs(1),
             replace_after: Duration::from_secs(600),
             lost_disk_after: Duration::from_secs(30),

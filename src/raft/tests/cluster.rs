@@ -52,7 +52,7 @@ impl Disks {
 
 pub struct TestNode {
     pub registry: Arc<Registry>,
-    log: Log,
+    pub log: Log,
     pub states: Arc<StateStore>,
     threads: Vec<JoinHandle<()>>,
 }

@@ -1,6 +1,7 @@
 //! Groups in one process: nodes with a simulated disk and maps in memory, lanes in memory or over loopback.
 
 mod cluster;
+mod full_disk;
 mod groups;
 mod lanes;
 mod network;

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 
+use crate::sm::disk_level::DiskRoom;
 use crate::storage::disk::{Disk, DiskFile, Open};
 use crate::storage::sim_disk::SimDisk;
 
@@ -58,6 +59,10 @@ impl Disk for StallingDisk {
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.gate.pass();
         self.disk.sync_dir(path)
+    }
+
+    fn room(&self, path: &Path) -> io::Result<DiskRoom> {
+        self.disk.room(path)
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {

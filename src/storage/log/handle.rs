@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::queue::{Change, Op, Queue, call};
 use super::record::{self, Place, Record};
 use super::replica::{Replica, ReplicaLog};
+use super::room::Room;
 use super::writer::LogWriter;
 use super::written::{Spot, Written};
 use super::{Done, Entry, LogFailure, LogOptions, OpenLogError};
@@ -205,6 +206,7 @@ pub(super) struct Shared {
     counters: Mutex<LogMetrics>,
     binding: u128,
     queue_bytes_max: usize,
+    pub room: Room,
 }
 
 /// A segment as readers see it.
@@ -221,7 +223,7 @@ pub(super) struct Roster {
 }
 
 impl Shared {
-    pub fn new(roster: Roster, segments: BTreeMap<u64, SegmentView>, options: &LogOptions) -> Self {
+    pub fn new(roster: Roster, segments: BTreeMap<u64, SegmentView>, options: &LogOptions, room: Room) -> Self {
         Self {
             queue: Queue::default(),
             segments: RwLock::new(segments),
@@ -230,6 +232,7 @@ impl Shared {
             counters: Mutex::new(LogMetrics::default()),
             binding: options.binding,
             queue_bytes_max: options.queue_bytes_max,
+            room,
         }
     }
 

@@ -10,6 +10,8 @@
 //! What holds:
 //! - A `Done` gets `Ok` only after the fsync. The operations of one replica happen, and are found after a crash, in their order.
 //! - After one failed write or fsync nothing is retried: all that waits and all that follows gets the error, [`Log::failed`] tells.
+//!   A full disk is no failure where the node says so ([`LogOptions::waits_for_room`]): it shows when bytes are pre-written, before
+//!   there is a record in them, and the writer waits until there is room.
 //! - A segment has its name only once its head is synced, and its bytes are pre-written and synced before records are written into
 //!   them. So a file that ends too early is damage, wherever it was cut.
 //! - Every batch begins with a mark: all before it was synced. A bad record below a mark is damage and refuses to open, one above
@@ -26,6 +28,7 @@ mod queue;
 mod record;
 mod replay;
 mod replica;
+mod room;
 mod segment;
 #[cfg(test)]
 mod tests;
@@ -123,6 +126,11 @@ pub struct LogOptions {
     pub rebase_bytes_max: u64,
     /// An idle log writes its closing mark after this.
     pub idle_ms: u64,
+    /// Below so many free bytes of its disk [`Log::lacks_room`] says so; none: as the disk is large.
+    pub reserve_bytes: Option<u64>,
+    /// Where the disk is full, the writer waits for room instead of failing. Nothing is lost by
+    /// that: bytes are pre-written before records go there, and nobody was told of these.
+    pub waits_for_room: bool,
 }
 
 impl Default for LogOptions {
@@ -137,6 +145,8 @@ impl Default for LogOptions {
             batch_bytes_max: 8 << 20,
             rebase_bytes_max: 1 << 20,
             idle_ms: 20,
+            reserve_bytes: None,
+            waits_for_room: false,
         }
     }
 }

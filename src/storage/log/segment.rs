@@ -85,6 +85,11 @@ impl SegmentFiles {
         Ok(prepared)
     }
 
+    /// Gives the space back that preparing a file took before the disk was full.
+    pub fn discard_next(&self) {
+        let _ = self.disk.remove(&self.dir.join(NAME_NEXT));
+    }
+
     /// Makes `prepared` the segment `number` that begins with `head`. Both are durable when this returns.
     pub fn begin(&self, prepared: Prepared, number: u64, head: &[u8]) -> io::Result<Active> {
         let Prepared { path, file, allocated } = prepared;
@@ -108,7 +113,13 @@ impl SegmentFiles {
         }
         let step = self.grow_bytes.max(active.allocated / 2).min(GROW_BYTES_MAX);
         let target = (active.allocated + step).min(self.segment_bytes).max(need);
-        active.allocated = pre_write(&*active.file, &active.path, active.allocated, target)?;
+        active.allocated = match pre_write(&*active.file, &active.path, active.allocated, target) {
+            // A disk that is nearly full may have room for this and no more.
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                pre_write(&*active.file, &active.path, active.allocated, need)?
+            }
+            written => written?,
+        };
         Ok(())
     }
 

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::handle::{Roster, SegmentView, Shared};
@@ -15,6 +16,7 @@ use super::queue::{Change, Op, Taken, call};
 use super::record::{self, HEADER_BYTES, Head, NOBODY, Place, Record, SMALL_RECORD_BYTES_MAX};
 use super::replay::{Replayed, replay};
 use super::replica::Replica;
+use super::room::Room;
 use super::segment::{Active, Prepared, SegmentFiles};
 use super::written::{Contradiction, Live, Spot};
 use super::{Done, Entry, Expect, LogFailure, LogOptions, OpenLogError, with_context};
@@ -30,6 +32,8 @@ const PREPARED_MAX: usize = 1;
 const FRAGMENTS_MAX: usize = 8;
 /// At least what a rebase writes beside the entries: a mark and what it restates.
 const REBASE_OVERHEAD_BYTES: u64 = 256;
+/// Between two looks for room on a full disk.
+const ROOM_PAUSE: Duration = Duration::from_millis(100);
 /// What one cached operation costs in memory beside its bytes.
 const CACHED_OP_BYTES: usize = 64;
 
@@ -134,7 +138,8 @@ fn begin(files: SegmentFiles, options: LogOptions, replayed: Replayed) -> io::Re
         views.insert(segment.number, SegmentView { file: segment.file, path: segment.path, end: segment.end });
     }
     views.insert(number, SegmentView { file: active.file.clone(), path: active.path.clone(), end: active.offset });
-    let shared = Arc::new(Shared::new(roster, views, &options));
+    let room = Room::new(files.disk.clone(), files.dir.clone(), options.reserve_bytes);
+    let shared = Arc::new(Shared::new(roster, views, &options, room));
     let mut writer = LogWriter {
         shared: shared.clone(),
         files,
@@ -276,8 +281,31 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Makes room for `bytes` in the active segment, or in a new one.
+    /// Makes room for `bytes` in the active segment, or in a new one; waits where the disk is full.
     fn make_room(&mut self, bytes: u64) -> io::Result<()> {
+        let mut made = self.try_make_room(bytes);
+        while let Err(error) = &made
+            && self.may_wait_for_room(error)
+        {
+            if !self.shared.room.is_waited_for.swap(true, Ordering::Relaxed) {
+                tracing::error!(%error, "the log waits for room on its disk: free some, and it goes on by itself");
+            }
+            std::thread::sleep(ROOM_PAUSE);
+            made = self.try_make_room(bytes);
+        }
+        if self.shared.room.is_waited_for.swap(false, Ordering::Relaxed) && made.is_ok() {
+            tracing::info!("there is room for the log again: it goes on");
+        }
+        made
+    }
+
+    /// Returns whether an error says that the disk is full, and there is time to wait.
+    fn may_wait_for_room(&self, error: &io::Error) -> bool {
+        let is_full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        is_full && self.options.waits_for_room && !self.shared.queue.is_closing()
+    }
+
+    fn try_make_room(&mut self, bytes: u64) -> io::Result<()> {
         let fits = self.active.offset + bytes + HEADER_BYTES as u64 <= self.files.segment_bytes;
         if !fits && self.active.offset > self.active.first_batch {
             self.next_segment()?;
@@ -304,7 +332,12 @@ impl LogWriter {
     /// Prepares the next segment when this one is three quarters full.
     fn prepare_next(&mut self) -> io::Result<()> {
         if self.prepared.is_empty() && self.active.offset > self.files.segment_bytes / 4 * 3 {
-            self.prepared.push(self.files.prepare()?);
+            match self.files.prepare() {
+                Ok(prepared) => self.prepared.push(prepared),
+                // There is room in this one yet: it is prepared when it is needed.
+                Err(error) if self.may_wait_for_room(&error) => self.files.discard_next(),
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }

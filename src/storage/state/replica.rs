@@ -463,7 +463,7 @@ impl Replica {
         self.synced.on_synced(log_id, Box::new(done));
     }
 
-    fn queue(self: &Arc<Self>) {
+    pub fn queue(self: &Arc<Self>) {
         if !self.queued.swap(true, Ordering::AcqRel) {
             self.shared.queue.push(Job::Checkpoint(Arc::downgrade(self)));
         }
@@ -489,6 +489,9 @@ impl Replica {
                     Some(_) | None => return Ok(()),
                 }
             };
+            if self.waits_for_room(&frozen) {
+                return Ok(());
+            }
             let started = Instant::now();
             let written = self.write_table(&*tree, &frozen, pen).and_then(|()| {
                 self.retire_oldest();
@@ -499,6 +502,18 @@ impl Replica {
             self.shared.counters.count_checkpoint(started.elapsed());
             self.shared.changed.notify_waiters();
         }
+    }
+
+    /// Returns whether the disk is too full for a table to be written down. It stays in memory then, where the tables have a bound,
+    /// and is looked at again by [`super::StateStore::write_what_waited_for_room`].
+    fn waits_for_room(&self, frozen: &Frozen) -> bool {
+        // The tree's own factor is that of a whole copy.
+        let bytes = (frozen.table.bytes() / 2) as u64;
+        let is_full = self.shared.trees.ensure_room(bytes).is_err_and(|error| is_full(&error));
+        if is_full {
+            self.shared.lacks_room.store(true, Ordering::Release);
+        }
+        is_full
     }
 
     /// Writes a table and the record that goes with it. Until the tree is flushed, the redo file says what was written.
@@ -548,6 +563,10 @@ impl Drop for Replica {
         self.shared.frozen_bytes.replace(tables.frozen_bytes, 0);
         self.shared.clean_bytes.replace(tables.clean_bytes(), 0);
     }
+}
+
+fn is_full(error: &StoreError) -> bool {
+    matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
 }
 
 /// Returns what a checkpoint of a table changes in the tree, and what then is in it in place of `map_bytes`.

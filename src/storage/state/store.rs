@@ -45,6 +45,8 @@ pub(super) struct Shared {
     pub compacted_bytes: AtomicU64,
     /// What they took when somebody last looked.
     pub trees_disk_bytes: AtomicU64,
+    /// A table is not written down, because the disk is full.
+    pub lacks_room: AtomicBool,
     /// A relief is queued.
     relieving: AtomicBool,
     replicas: Mutex<BTreeMap<ReplicaKey, Weak<Replica>>>,
@@ -97,6 +99,7 @@ impl StateStore {
             counters: Counters::default(),
             compacted_bytes: AtomicU64::new(0),
             trees_disk_bytes: AtomicU64::new(0),
+            lacks_room: AtomicBool::new(false),
             relieving: AtomicBool::new(false),
             replicas: Mutex::default(),
         });
@@ -176,6 +179,13 @@ impl StateStore {
         }
         self.stop();
         self.shared.trees.sync()
+    }
+
+    /// Has tables written down that had to wait for room on the disk. Cheap where none did.
+    pub fn write_what_waited_for_room(&self) {
+        if self.shared.lacks_room.swap(false, Ordering::AcqRel) {
+            self.shared.open_replicas().iter().for_each(Replica::queue);
+        }
     }
 
     pub fn metrics(&self) -> StateMetrics {

@@ -83,6 +83,51 @@ fn a_full_disk_fails_the_log_and_loses_nothing_acknowledged() {
 }
 
 #[test]
+fn a_log_that_may_wait_for_room_goes_on_when_there_is_some() {
+    let options = LogOptions { waits_for_room: true, ..small() };
+    let (disk, log, writer, replica, outcomes) = one(&options);
+    disk.set_capacity(Some(20_000));
+    let writer = std::thread::spawn(move || writer.run());
+    let mut appended = 0;
+    while !log.waits_for_room() {
+        replica.append(vec![entry(1, appended, 100)], outcomes.done()).expect("a full disk is no failure");
+        appended += 1;
+        assert!(appended < 1_000_000, "the disk is never full");
+    }
+    assert!(log.failed().borrow().is_none());
+
+    disk.set_capacity(None);
+    let mut acknowledged = 0;
+    while acknowledged < appended {
+        acknowledged += outcomes.good() as u64;
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert!(!log.waits_for_room());
+    log.close();
+    writer.join().expect("it ended well");
+    drop((log, replica));
+    disk.crash();
+    let (log, _writer) = open(&disk, &options).expect("it is whole");
+    let found = observe(&log, key(1, 1)).expect("it was created").entries.len();
+    assert_eq!(found as u64, appended);
+}
+
+#[test]
+fn a_log_that_waits_for_room_can_be_closed() {
+    let options = LogOptions { waits_for_room: true, ..small() };
+    let (disk, log, writer, replica, outcomes) = one(&options);
+    disk.set_capacity(Some(0));
+    let writer = std::thread::spawn(move || writer.run());
+    replica.append(vec![entry(1, 0, 100_000)], outcomes.done()).expect("taken");
+    while !log.waits_for_room() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    log.close();
+    writer.join().expect("it ended well");
+    assert_eq!(outcomes.bad(), [io::ErrorKind::StorageFull]);
+}
+
+#[test]
 fn a_replica_id_is_never_created_twice() {
     let options = small();
     let (disk, log, mut writer, replica, outcomes) = one(&options);

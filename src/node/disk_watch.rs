@@ -1,0 +1,128 @@
+//! [`DiskWatch`]: looks at how much of the disk is left. Where it is little, this node takes no
+//! writes of clients (`Group::propose`), and its leads go to nodes that have more; when there is
+//! room again it takes writes by itself, and what waited for room goes on.
+//!
+//! Another node is asked before it is given a lead, and leads come home only to one with room
+//! (`balancer`): so where all disks are full, leads stay where they are.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::member::Member;
+use crate::raft::Group;
+use crate::sm::disk_level::DiskLevel;
+use crate::storage::log::Log;
+use crate::storage::state::StateStore;
+use crate::telemetry::Rarely;
+use crate::types::{GroupId, NodeId};
+
+/// At the rate of a fast disk, so long takes what is left some way below the reserve and no further.
+const TICK: Duration = Duration::from_millis(500);
+/// Between two attempts to hand a shard over.
+const HAND_OVER_EVERY: Duration = Duration::from_secs(30);
+/// A node that was last heard of longer ago than this is given no lead.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
+const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Looks at the disk.
+pub struct DiskWatch {
+    member: Arc<Member>,
+    log: Log,
+    states: Arc<StateStore>,
+    level: DiskLevel,
+    not_before: HashMap<GroupId, Instant>,
+    unseen: Rarely,
+}
+
+impl DiskWatch {
+    pub fn new(member: Arc<Member>, log: Log, states: Arc<StateStore>) -> Self {
+        Self { member, log, states, level: DiskLevel::Ample, not_before: HashMap::new(), unseen: Rarely::new() }
+    }
+
+    pub async fn run(mut self, shutdown: &CancellationToken) {
+        loop {
+            self.tick().await;
+            if !super::waited(shutdown, TICK).await {
+                return;
+            }
+        }
+    }
+
+    async fn tick(&mut self) {
+        let log = self.log.clone();
+        let looked = tokio::task::spawn_blocking(move || log.look_for_room()).await;
+        if let Ok(Err(error)) = looked
+            && let Some(more) = self.unseen.due()
+        {
+            tracing::warn!(%error, more, "how much of the disk is left can't be seen");
+        }
+
+        let level = self.log.disk_level();
+        if level != self.level {
+            self.tell(level);
+            self.level = level;
+        }
+        if level == DiskLevel::Ample {
+            self.not_before.clear();
+        } else {
+            self.hand_over().await;
+        }
+        self.states.write_what_waited_for_room();
+    }
+
+    fn tell(&self, level: DiskLevel) {
+        let (free, reserve) = self.log.free_bytes();
+        let (free_mib, reserve_mib) = (free >> 20, reserve >> 20);
+        match level {
+            DiskLevel::Ample => tracing::info!(free_mib, "the disk has room again: writes are taken"),
+            DiskLevel::Low => {
+                tracing::error!(free_mib, reserve_mib, "the disk is nearly full: writes are refused here, reads go on");
+            }
+            DiskLevel::Spent => {
+                tracing::error!(free_mib, reserve_mib, "the disk is full: this node takes no entries of others either");
+            }
+        }
+    }
+
+    /// Gives the shards that are led here to nodes with more room, one after another.
+    async fn hand_over(&mut self) {
+        let mut asked: HashMap<NodeId, bool> = HashMap::new();
+        for group in self.member.registry.groups() {
+            let id = group.key().group;
+            let is_due = self.not_before.get(&id).is_none_or(|at| Instant::now() >= *at);
+            if id.is_meta() || !group.leads() || !is_due {
+                continue;
+            }
+            self.not_before.insert(id, Instant::now() + HAND_OVER_EVERY);
+            self.hand_over_group(&group, &mut asked).await;
+        }
+    }
+
+    async fn hand_over_group(&self, group: &Group, asked: &mut HashMap<NodeId, bool>) {
+        let (id, status) = (group.key().group, group.status());
+        for (replica, node) in &status.membership.voters {
+            let is_other = *node != self.member.node && !status.membership.is_witness(*replica);
+            if !is_other || !self.member.heard_within(*node, HEARD_WITHIN) || !group.is_caught_up(*replica) {
+                continue;
+            }
+            let has_room = match asked.get(node) {
+                Some(has_room) => *has_room,
+                None => self.member.has_room(*node, ASK_TIMEOUT).await == Some(true),
+            };
+            asked.insert(*node, has_room);
+            if !has_room {
+                continue;
+            }
+            match tokio::time::timeout(TRANSFER_TIMEOUT, group.transfer_leader(*replica)).await {
+                Ok(Ok(())) => return tracing::info!("shard {id} was handed over to node {node}, whose disk has room"),
+                Ok(Err(error)) => tracing::info!("shard {id} was not handed over to node {node}: {error}"),
+                Err(_) => tracing::info!("shard {id} was not handed over to node {node}: it took too long"),
+            }
+        }
+    }
+}

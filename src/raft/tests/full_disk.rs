@@ -1,0 +1,73 @@
+//! What a group does where a disk is nearly full: its leader takes no writes, a follower no entries, and both go on by themselves.
+
+use std::path::Path;
+
+use super::cluster::{TestCluster, assert_put, put, read, soon, until};
+use crate::raft::{ProposeError, RaftTimings};
+use crate::storage::disk::{Disk, Open};
+use crate::types::NodeId;
+
+/// What else is on the disk, so that a part of it is enough for what the log has on its way.
+const FILLER_BYTES: usize = 8 << 20;
+
+/// Leaves `part` of what is in use on the disk of a node, or takes its limit away, and has the node look.
+fn leave(cluster: &TestCluster, node: NodeId, part: Option<u64>) {
+    let disk = &cluster.disks[&node].disk.disk;
+    disk.set_capacity(None);
+    let filler = disk.open(Path::new("/filler"), Open::Truncated).expect("a file");
+    filler.write_at(&vec![0; FILLER_BYTES], 0).expect("written");
+    let used: u64 = disk.files().iter().map(|(_, len)| *len).sum();
+    disk.set_capacity(part.map(|part| used + used / part));
+    cluster.nodes[&node].log.look_for_room().expect("a simulated disk");
+}
+
+/// A sixth of what is used is a seventh of the disk: less than a quarter, and more than an eighth.
+const LOW: Option<u64> = Some(6);
+const SPENT: Option<u64> = Some(100);
+
+#[tokio::test]
+async fn a_leader_whose_disk_is_nearly_full_takes_no_writes_and_reads_go_on() {
+    let cluster = TestCluster::new(1);
+    cluster.found(1).await;
+    cluster.put(1, "k", "1").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+
+    leave(&cluster, leader, LOW);
+    let refused = group.propose(put("k", "2"), soon()).await;
+    assert!(matches!(refused, Err(ProposeError::NoRoom { .. })), "{refused:?}");
+    group.read_barrier(soon()).await.expect("reads need no room");
+    assert_eq!(read(&group, "k").as_deref(), Some("1"));
+
+    leave(&cluster, leader, None);
+    assert_put(&group.propose(put("k", "3"), soon()).await.expect("there is room again"));
+    assert_eq!(read(&group, "k").as_deref(), Some("3"));
+    drop(group);
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_follower_whose_disk_is_full_takes_no_entries_until_there_is_room() {
+    // Nobody is to campaign because the machine is busy.
+    let cluster = TestCluster::with_timings(3, RaftTimings::default().slower(5));
+    cluster.found(1).await;
+    cluster.put(1, "k", "1").await;
+    let leader = cluster.leader(1).await;
+    let full = NodeId(1 + leader.0 % 3);
+    let (group, follower) = (cluster.group(leader.0, 1), cluster.group(full.0, 1));
+    until("the follower has everything", || follower.status().last_log == group.status().last_log).await;
+
+    leave(&cluster, full, LOW);
+    assert_put(&group.propose(put("k", "2"), soon()).await.expect("the leader has room"));
+    until("a follower goes on for a while", || follower.status().last_log == group.status().last_log).await;
+
+    leave(&cluster, full, SPENT);
+    let before = follower.status().last_log;
+    assert_put(&group.propose(put("k", "3"), soon()).await.expect("two of three have room"));
+    assert_eq!(follower.status().last_log, before, "it took an entry");
+
+    leave(&cluster, full, None);
+    until("the follower catches up", || read(&follower, "k").as_deref() == Some("3")).await;
+    drop((group, follower));
+    cluster.stop_all().await;
+}
