@@ -94,6 +94,27 @@ impl ShardBody {
 }
 
 impl ShardReply {
+    /// Returns the bytes of the values in it, nearly: what it takes to encode it.
+    pub fn value_bytes(&self) -> usize {
+        let got = |outcome: &OperationOutcome| match outcome {
+            OperationOutcome::Got(Some(record)) => record.value.len(),
+            _ => 0,
+        };
+        match self {
+            ShardReply::Got(found) => found.record.as_ref().map_or(0, |record| record.value.len()),
+            ShardReply::GotMany(records) => records.iter().flatten().map(|record| record.value.len()).sum(),
+            ShardReply::Page(page) => page.items.iter().map(|item| item.key.len() + item.record.value.len()).sum(),
+            ShardReply::Written(WriteOutcome::Applied(outcomes)) => outcomes.iter().map(got).sum(),
+            ShardReply::Written(WriteOutcome::Mixed(results)) => results.iter().flatten().map(got).sum(),
+            ShardReply::Written(WriteOutcome::Rejected(_) | WriteOutcome::Unanswered)
+            | ShardReply::NotOwned { .. }
+            | ShardReply::Counted { .. }
+            | ShardReply::Failed(_)
+            | ShardReply::Moved(_)
+            | ShardReply::MoveState(_) => 0,
+        }
+    }
+
     /// Returns the same reply, whose values stay charged to `share` until the last of them is dropped; those of a page with their keys.
     pub fn held(mut self, share: Share) -> Self {
         if share.bytes() <= UNCHARGED_BYTES_MAX {

@@ -1,8 +1,8 @@
-//! Work on large bodies, where it holds nobody up: the threads that serve carry heartbeats too.
+//! Work on large bodies and answers, where it holds nobody up: the threads that serve carry heartbeats too.
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 
-/// A body from this size on takes milliseconds to read.
+/// A body from this size on takes milliseconds to read, or to make.
 const LARGE_BYTES: usize = 256 << 10;
 
 /// Does what takes long for so many bytes. Other tasks of this thread go on elsewhere meanwhile, those of the same request wait.

@@ -199,7 +199,7 @@ async fn run(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Res
     // A store that leaves operations without an answer has broken its promise, and nobody knows what happened to them.
     let broken = || Err(WriteFailure::Failed(Failure::Unknown { reason: "the store gave no answer".into() }));
     written.resize_with(keys.len(), broken);
-    Ok(answer(&keys, &written))
+    Ok(aside::work(got_bytes(&written), || answer(&keys, &written)))
 }
 
 fn parse(body: &[u8], limits: &Limits) -> Result<Vec<Operation>, Problem> {
@@ -278,6 +278,15 @@ const ATOMIC: &str = "per shard";
 struct ResultsJson<'a> {
     atomic: &'static str,
     results: Each<'a, Written, Value>,
+}
+
+/// Returns the bytes of the values that were got.
+fn got_bytes(written: &[Written]) -> usize {
+    let got = |written: &Written| match written {
+        Ok(OperationOutcome::Got(Some(record))) => record.value.len(),
+        Ok(OperationOutcome::Got(None) | OperationOutcome::Put { .. } | OperationOutcome::Deleted { .. }) | Err(_) => 0,
+    };
+    written.iter().map(got).sum()
 }
 
 /// The whole answer: a result each, and the status that says what a client must do.

@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::query::Query;
 use super::{Each, ItemJson, STALENESS, json, staleness};
 use crate::client::store::{Consistency, Item, Routing, ScanRange, ScanRequest};
+use crate::http::aside;
 use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
 use crate::http::{App, Shared};
@@ -59,7 +60,9 @@ async fn page(app: &App, parts: &Parts) -> Result<Response, Problem> {
         (true, None) => return Err(Problem::new(Code::Unavailable, "no shard gave a page").retry_after_ms(1000)),
     };
     let in_json = |_, item: &Item| ItemJson::new(item, query.keys_only);
-    let mut response = json(StatusCode::OK, &PageJson { items: Each { items: &page.items, make: &in_json }, next_cursor });
+    let bytes = page.items.iter().map(|item| item.key.len() + item.record.value.len()).sum();
+    let body = PageJson { items: Each { items: &page.items, make: &in_json }, next_cursor };
+    let mut response = aside::work(bytes, || json(StatusCode::OK, &body));
     if query.options.consistency == Consistency::Stale {
         // Each shard has an age of its own, and a page does not carry them.
         response.headers_mut().insert(STALENESS, staleness(None));

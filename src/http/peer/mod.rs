@@ -129,7 +129,8 @@ async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Re
         if request.body.is_read() {
             watch.reads();
         }
-        let reply = codec::encode(&peers.shard(request).await);
+        let reply = peers.shard(request).await;
+        let reply = aside::work(reply.value_bytes(), || codec::encode(&reply));
         Ok(([(header::CONTENT_TYPE, OCTETS)], Body::from(reply)).into_response())
     };
     let answer = answer.await.unwrap_or_else(|problem: Problem| problem.into_response());
