@@ -32,10 +32,13 @@ use tower::Service;
 use super::admission::{Place, ServerStats, Verdict};
 use super::apart::Apart;
 use super::haste::Haste;
+use super::heads::{HeadMeter, Metered};
 use super::limits::Limits;
 use super::outbox::Outbox;
 use super::paced::Paced;
 use super::problem::{Code, Problem};
+use super::server::BUFFER_BYTES_MIN;
+use crate::budget::Budget;
 
 /// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One that is idle may be used again just then, and
 /// its client could not tell whether that request was done if it were closed: so it is closed only after this.
@@ -58,6 +61,8 @@ pub struct Serving {
     pub shutdown: CancellationToken,
     pub limits: Limits,
     pub haste: Haste,
+    /// What heads of requests take.
+    pub heads: Arc<Budget>,
 }
 
 /// What a connection and its requests share.
@@ -70,6 +75,7 @@ struct Talk {
     /// Whether it can be used again, and there is no other word for its end than closing it.
     may_be_reused: AtomicBool,
     outbox: Arc<Outbox>,
+    meter: Arc<HeadMeter>,
     /// Notified of streams: they have to be looked at from then on.
     streams: Notify,
     /// Notified when an answer was the last of this connection.
@@ -96,6 +102,7 @@ impl Serving {
             spoke: AtomicBool::new(false),
             may_be_reused: AtomicBool::new(false),
             outbox: Arc::default(),
+            meter: Arc::new(HeadMeter::new(&self.heads, self.limits.head_bytes_max.max(BUFFER_BYTES_MIN))),
             streams: Notify::new(),
             over: Notify::new(),
         });
@@ -117,6 +124,7 @@ impl Serving {
         let service = service_fn(|request: Request<Incoming>| Arc::clone(talk).answer(self.router.clone(), request));
         let (stats, outbox) = (Arc::clone(&self.stats), Arc::clone(&talk.outbox));
         let stream = Paced::new(stream, self.limits.write_timeout, stats, self.haste.clone(), outbox);
+        let stream = Metered::new(stream, Arc::clone(&talk.meter), Arc::clone(&talk.outbox));
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
         let mut watch = Watch {
             // hyper's own timeout does not run until it knows which version of HTTP is spoken.
@@ -264,6 +272,7 @@ impl Talk {
         let is_old = request.version() <= Version::HTTP_11;
         self.may_be_reused.store(is_old, Ordering::Relaxed);
 
+        let in_flight = self.meter.begin(&request);
         let verdict = self.place.judge(request.method(), request.uri().path());
         if !is_old {
             return Ok(self.answer_stream(router, request, verdict).await);
@@ -272,6 +281,7 @@ impl Talk {
             Verdict::Serve | Verdict::ServeLast => router.call(request).await.unwrap_or_else(|never| match never {}),
             Verdict::Refuse => too_many().into_response(),
         };
+        drop(in_flight);
         if verdict != Verdict::Serve || self.shutdown.is_cancelled() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -282,6 +292,9 @@ impl Talk {
     async fn answer_stream(&self, mut router: Router, request: Request<Incoming>, verdict: Verdict) -> Response<Body> {
         self.streams.notify_one();
         let exchange = self.outbox.begin();
+        let Some(_head) = self.meter.take(&request) else {
+            return no_room_for_heads().into_response().map(|body| exchange.answer(body, true));
+        };
         let is_timed = !request.uri().path().starts_with(super::peer::LANE_PREFIX);
         let response = match verdict {
             Verdict::Serve | Verdict::ServeLast => router.call(request).await.unwrap_or_else(|never| match never {}),
@@ -292,6 +305,11 @@ impl Talk {
         }
         response.map(|body| exchange.answer(body, is_timed))
     }
+}
+
+/// What a request is told whose head there is no room for.
+fn no_room_for_heads() -> Problem {
+    Problem::new(Code::Overloaded, "the heads of requests in flight take all that they may together").retry_after_ms(1000)
 }
 
 fn too_many() -> Problem {

@@ -11,6 +11,8 @@ pub struct Limits {
     pub head_timeout: Duration,
     /// Request line and headers together, and what one HTTP/1.1 connection buffers.
     pub head_bytes_max: usize,
+    /// The heads of all requests together, of those that are larger than 4 KiB.
+    pub heads_bytes_max: usize,
     /// Requests in flight on one HTTP/2 connection.
     pub streams_max: u32,
     /// The body of any request.
@@ -55,6 +57,7 @@ impl Default for Limits {
             connections_max: 20_000,
             head_timeout: Duration::from_secs(100),
             head_bytes_max: 64 << 10,
+            heads_bytes_max: 128 << 20,
             streams_max: 1024,
             body_bytes_max: 64 << 20,
             bodies_bytes_max: 512 << 20,

@@ -18,6 +18,7 @@ mod connection;
 mod crowd_tests;
 mod dialects;
 mod haste;
+mod heads;
 pub mod health;
 mod holder;
 pub mod limits;

@@ -114,6 +114,11 @@ impl Outbox {
         state.streams > 0 || state.idle_since.is_some()
     }
 
+    /// Returns whether requests are under way.
+    pub fn is_busy(&self) -> bool {
+        self.lock().streams > 0
+    }
+
     /// Returns whether an answer is taken too slowly.
     pub fn misses(&self, haste: &Haste) -> bool {
         self.lock().courses.values().any(|course| haste.is_missed_by(course))

@@ -49,7 +49,7 @@ const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// hyper refuses to buffer less than this.
-const BUFFER_BYTES_MIN: usize = 8 << 10;
+pub const BUFFER_BYTES_MIN: usize = 8 << 10;
 
 /// Why a server does not listen.
 #[derive(Debug, thiserror::Error)]
@@ -150,8 +150,9 @@ impl Server {
             shares.limit
         );
         let haste = Haste::new(answers, limits.answer_rate_min);
+        let heads = Budget::new(limits.heads_bytes_max);
         let (http, limits) = (protocol(limits), limits.clone());
-        let serving = Arc::new(Serving { router, http, stats: self.stats, shutdown, limits, haste });
+        let serving = Arc::new(Serving { router, http, stats: self.stats, shutdown, limits, haste, heads });
         let loops = self
             .listeners
             .into_iter()

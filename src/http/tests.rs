@@ -7,9 +7,10 @@ use futures::StreamExt;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::testing::{Site, identity, request};
+use super::testing::{PATIENCE, Site, identity, request};
 use super::{Limits, NotReady};
 use crate::client::peer::{Announcement, PeerCaller, PeerError, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
@@ -160,6 +161,41 @@ async fn hostile_heads_are_refused() {
         assert!(statuses.split(' ').any(|expected| expected == status), "{statuses} expected: {answer:.200}");
     }
     assert_eq!(site.get("/healthz").await.status, 200);
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn heads_on_their_way_are_bounded_together() {
+    let site = Site::with(Limits { heads_bytes_max: 100 << 10, ..Limits::default() }).await;
+    let large = format!("GET /healthz HTTP/1.1\r\nhost: test\r\na: {}", "b".repeat(40 << 10));
+    let mut slow = Vec::new();
+    for _ in 0..2 {
+        let mut wire = site.connect().await;
+        wire.send(large.as_bytes()).await;
+        slow.push(wire);
+    }
+
+    // The two are read sooner or later. Then there is no room for a third.
+    let ask = async || {
+        let mut stream = TcpStream::connect(site.address).await.expect("it listens");
+        let mut answer = String::new();
+        // It may be cut before all of it is sent, or reset before its end is read.
+        let _ = stream.write_all(format!("{large}\r\nconnection: close\r\n\r\n").as_bytes()).await;
+        let _ = stream.read_to_string(&mut answer).await;
+        answer.contains("HTTP/1.1 200")
+    };
+    let refused = async { while ask().await {} };
+    tokio::time::timeout(PATIENCE, refused).await.expect("nothing bounds the heads");
+    assert_eq!(site.get("/healthz").await.status, 200, "small ones need no room");
+
+    for wire in &mut slow {
+        wire.send(b"\r\n\r\n").await;
+        assert_eq!(wire.reply().await.status, 200, "what is read is charged, and goes on");
+        wire.send(&request("GET /healthz", b"")).await;
+        assert_eq!(wire.reply().await.status, 200);
+    }
+    let served = async { while !ask().await {} };
+    tokio::time::timeout(PATIENCE, served).await.expect("the room is not given back");
     site.stop().await;
 }
 
