@@ -236,7 +236,7 @@ impl TestCluster {
                 Ok(outcome) => return assert_put(&outcome),
                 Err(ProposeError::NotLeader { .. }) => {}
                 // Until others are done with: certainly not done, so a client would try again too.
-                Err(ProposeError::Overloaded { .. }) if Instant::now() < deadline => {
+                Err(ProposeError::Overloaded { .. } | ProposeError::NoRoom { .. }) if Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
                 Err(error) => panic!("the put of {key} failed: {error}"),
