@@ -31,6 +31,9 @@ const IDLE_CONNECTIONS_MAX: usize = 256;
 /// addresses, so seldom do two have a queue in common, and then they have one share of the calls.
 const QUEUES: usize = 1024;
 
+/// Kept back from the time that a node is given, so that its own "not in time" still arrives.
+const REPLY_MARGIN_MAX: Duration = Duration::from_millis(100);
+
 /// A reply: what the gets of a batch return, or a page, with keys and one item more than was asked for.
 const REPLY_BYTES_MAX: usize = 64 << 20;
 /// An error answer: a problem with its texts, or what a server that is no node says.
@@ -165,6 +168,13 @@ impl ShardCaller {
     }
 }
 
+/// Returns how long a node may take that is called for so long: its own "not done" is to arrive before the caller gives it up, and
+/// does not know what was done.
+pub fn time_to_answer_ms(timeout: Duration) -> u64 {
+    let left = timeout.saturating_sub((timeout / 10).min(REPLY_MARGIN_MAX));
+    u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
+}
+
 /// The connections that calls may use at a time: each takes a descriptor, and log and maps need some
 /// too. A node that takes connections and does not answer keeps each for the whole time of a call, so
 /// no address gets more than half of them: the others are called all the same.
@@ -284,8 +294,30 @@ pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
 mod tests {
     use super::*;
     use crate::client::protocol::ShardBody;
-    use crate::client::testing::{answer, bind, serve};
+    use crate::client::testing::{answer, bind, problem, serve};
     use crate::types::{ClusterId, GroupId, Slot};
+
+    #[tokio::test]
+    async fn only_a_node_says_that_it_has_not_done_it() {
+        for (is_of_node, status) in [(true, 503), (true, 408), (false, 503), (false, 408), (false, 429)] {
+            let (address, listener) = bind().await;
+            serve(listener, move |_| async move {
+                Some(if is_of_node { problem(status, "it stops") } else { answer(status, "<h1>try again</h1>") })
+            });
+            let caller = ShardCaller::with_room(1).expect("a client");
+            let request = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 1, body: ShardBody::Count };
+            let refused = caller.call(&address, &request, Duration::from_secs(20)).await.expect_err("no reply");
+            assert_eq!(refused.certainly_not_done(), is_of_node, "{status}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_node_has_a_little_less_time_than_it_is_waited_for() {
+        let times = [(5000, 4900), (1000, 900), (200, 180), (1, 1), (0, 1)];
+        for (timeout_ms, expected) in times {
+            assert_eq!(time_to_answer_ms(Duration::from_millis(timeout_ms)), expected);
+        }
+    }
 
     #[tokio::test]
     async fn calls_beyond_the_room_wait_and_are_refused_in_time() {

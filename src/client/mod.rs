@@ -8,7 +8,7 @@ pub mod health;
 pub mod lookout;
 pub mod native;
 pub mod peer;
-mod problem;
+pub mod problem;
 pub mod protocol;
 pub mod remote;
 pub mod reply;

@@ -318,8 +318,10 @@ fn judge(response: Response<Bytes>) -> Attempt {
             Some(address) => Attempt::Redirect(address),
             None => Attempt::NotDone(strange("a redirect without an address")),
         },
-        StatusCode::SERVICE_UNAVAILABLE => Attempt::NotDone(failure_of(&response)),
-        StatusCode::GATEWAY_TIMEOUT => Attempt::Unknown(failure_of(&response)),
+        status if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT => match failure_of(&response) {
+            failure @ Failure::Unknown { .. } => Attempt::Unknown(failure),
+            failure => Attempt::NotDone(failure),
+        },
         _ => Attempt::Answer(response),
     }
 }
@@ -363,7 +365,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::client::testing::{answer, bind, nobody, serve};
+    use crate::client::testing::{answer, bind, nobody, problem, serve};
 
     fn client(servers: &[&Address]) -> NativeClient {
         NativeClient::new(servers.iter().copied().cloned().collect(), Duration::from_secs(20))
@@ -413,10 +415,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_proxy_that_gives_up_says_nothing_of_what_was_done() {
+        let requests = Arc::new(AtomicUsize::new(0));
+        let put = async |status: u16, is_of_node: bool| {
+            let (server, listener) = bind().await;
+            let count = Arc::clone(&requests);
+            count.store(0, Ordering::Relaxed);
+            serve(listener, move |_| {
+                let first = count.fetch_add(1, Ordering::Relaxed) == 0;
+                let refusal = if is_of_node { problem(status, "no leader") } else { answer(status, "busy") };
+                let answer = if first { refusal } else { answer(201, r#"{"revision":1,"created":true}"#) };
+                async move { Some(answer) }
+            });
+            client(&[&server]).put(b"k", Bytes::new(), &WriteHeaders::default()).await
+        };
+        for status in [408, 502, 503, 504] {
+            let unknown = put(status, false).await;
+            assert!(matches!(unknown, Err(NativeError::Failed(Failure::Unknown { .. }))), "{status}: {unknown:?}");
+            assert_eq!(requests.load(Ordering::Relaxed), 1, "{status}: it was sent again");
+        }
+        for status in [408, 503] {
+            put(status, true).await.expect("a node that refused it has not done it");
+            assert_eq!(requests.load(Ordering::Relaxed), 2, "{status}");
+        }
+    }
+
+    #[tokio::test]
     async fn answers_are_told_apart() {
         let (server, listener) = bind().await;
         serve(listener, |request| async move {
-            let problem = |status, detail: &str| answer(status, format!(r#"{{"code":"x","detail":"{detail}"}}"#));
             Some(match request.uri().path() {
                 "/v1/kv/missing" => problem(404, "there is no such key"),
                 "/v1/kv/guarded" => problem(412, "the key is at revision 9"),

@@ -1,6 +1,9 @@
 //! What an error answer of a server means: RFC 9457 problems of the native dialect, and whatever else stands in front of one.
+//!
+//! Invariant: that nothing was done is believed of a node alone, which says so in a problem of its own. A proxy between that gave up
+//! waiting (408, 429, 503) does not know what the node did with what it was sent.
 
-use http::header::RETRY_AFTER;
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, StatusCode};
 
 use super::store::Failure;
@@ -11,8 +14,16 @@ const DETAIL_MAX: usize = 2000;
 /// How a server's text of a [`Failure`] begins: its meaning is in the status already.
 const PREFIXES: [&str; 5] = ["invalid request: ", "unavailable: ", "unknown outcome: ", "overloaded: ", "too large: "];
 
+/// How the `type` of every problem of a node begins; every release has sent it.
+pub const TYPE_PREFIX: &str = "urn:quorate:problem:";
+/// The media type of a problem.
+pub const MEDIA_TYPE: &str = "application/problem+json";
+
 /// The failure that an answer with this status tells of.
 pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure {
+    if !is_of_node(headers, body) {
+        return foreign_failure(status, body);
+    }
     let text = detail(status, body);
     let reason = PREFIXES.iter().find_map(|prefix| text.strip_prefix(prefix)).unwrap_or(&text).to_owned();
     let wait_s = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
@@ -20,6 +31,32 @@ pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure 
     match status {
         StatusCode::TOO_MANY_REQUESTS => Failure::Overloaded { limit: reason, retry_after_ms },
         StatusCode::SERVICE_UNAVAILABLE | StatusCode::REQUEST_TIMEOUT => Failure::Unavailable { reason, retry_after_ms },
+        StatusCode::PAYLOAD_TOO_LARGE => Failure::TooLarge { limit: reason },
+        status if status.is_client_error() => Failure::Invalid { reason },
+        _ => Failure::Unknown { reason },
+    }
+}
+
+/// Whether an answer is a problem that a node has written.
+fn is_of_node(headers: &HeaderMap, body: &[u8]) -> bool {
+    let media_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if media_type.split(';').next().map(str::trim) != Some(MEDIA_TYPE) {
+        return false;
+    }
+    let problem: Option<serde_json::Value> = serde_json::from_slice(body).ok();
+    let kind = problem.as_ref().and_then(|problem| problem.get("type")?.as_str());
+    kind.is_some_and(|kind| kind.starts_with(TYPE_PREFIX))
+}
+
+/// What the answer of somebody else means. Most refusals (4xx) say that the request is not wanted as it is, and so was not passed on;
+/// those that come with waiting say nothing of what was.
+fn foreign_failure(status: StatusCode, body: &[u8]) -> Failure {
+    let reason = match detail(status, body) {
+        text if text == status.to_string() => format!("{status}, from a server that is no node"),
+        text => format!("{status}, from a server that is no node: {text}"),
+    };
+    match status {
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => Failure::Unknown { reason },
         StatusCode::PAYLOAD_TOO_LARGE => Failure::TooLarge { limit: reason },
         status if status.is_client_error() => Failure::Invalid { reason },
         _ => Failure::Unknown { reason },
@@ -38,9 +75,18 @@ pub fn detail(status: StatusCode, body: &[u8]) -> String {
 mod tests {
     use super::*;
 
+    fn of_node(more: &[(http::HeaderName, &str)]) -> HeaderMap {
+        let all = [&[(CONTENT_TYPE, MEDIA_TYPE)], more].concat();
+        all.into_iter().map(|(name, value)| (name, value.parse().expect("a header"))).collect()
+    }
+
+    fn problem(detail: &str) -> Vec<u8> {
+        serde_json::json!({ "type": format!("{TYPE_PREFIX}x"), "detail": detail, "code": "x" }).to_string().into_bytes()
+    }
+
     #[test]
     fn a_problem_is_read_back_as_the_failure_that_it_was() {
-        let headers = HeaderMap::from_iter([(RETRY_AFTER, "2".parse().expect("a header"))]);
+        let headers = of_node(&[(RETRY_AFTER, "2")]);
         let failures = [
             (400, Failure::Invalid { reason: "no such shard".into() }),
             (413, Failure::TooLarge { limit: "8 MiB".into() }),
@@ -50,15 +96,40 @@ mod tests {
         ];
         for (status, expected) in failures {
             let status = StatusCode::from_u16(status).expect("a status");
-            let body = serde_json::json!({ "detail": expected.to_string(), "code": "x" }).to_string();
-            assert_eq!(failure(status, &headers, body.as_bytes()), expected);
+            assert_eq!(failure(status, &headers, &problem(&expected.to_string())), expected);
         }
     }
 
     #[test]
     fn what_is_no_problem_is_told_as_it_is() {
         let failure = |body: &[u8]| failure(StatusCode::BAD_GATEWAY, &HeaderMap::new(), body);
-        assert_eq!(failure(b"<h1>proxy</h1>\n"), Failure::Unknown { reason: "<h1>proxy</h1>".into() });
-        assert_eq!(failure(b""), Failure::Unknown { reason: "502 Bad Gateway".into() });
+        let told = |text: &str| Failure::Unknown { reason: format!("502 Bad Gateway, from a server that is no node{text}") };
+        assert_eq!(failure(b"<h1>proxy</h1>\n"), told(": <h1>proxy</h1>"));
+        assert_eq!(failure(b""), told(""));
+    }
+
+    #[test]
+    fn nobody_but_a_node_is_believed_that_nothing_was_done() {
+        let html = HeaderMap::from_iter([(CONTENT_TYPE, "text/html".parse().expect("a header"))]);
+        let other = br#"{"type":"about:blank","title":"Service Unavailable"}"#;
+        let answers = [
+            (HeaderMap::new(), Vec::new()),
+            (html.clone(), b"<h1>try again</h1>".to_vec()),
+            (html, problem("no quorum")),
+            (of_node(&[]), other.to_vec()),
+            (of_node(&[]), b"cut off".to_vec()),
+        ];
+        for (headers, body) in answers {
+            for status in [408, 429, 500, 502, 503, 504] {
+                let status = StatusCode::from_u16(status).expect("a status");
+                let failure = failure(status, &headers, &body);
+                assert!(matches!(failure, Failure::Unknown { .. }), "{status} {headers:?}: {failure:?}");
+            }
+            let refused = failure(StatusCode::FORBIDDEN, &headers, &body);
+            assert!(matches!(refused, Failure::Invalid { .. }), "{refused:?}");
+        }
+        let with_charset = HeaderMap::from_iter([(CONTENT_TYPE, format!("{MEDIA_TYPE}; charset=utf-8").parse().expect("one"))]);
+        let ours = failure(StatusCode::SERVICE_UNAVAILABLE, &with_charset, &problem("no quorum"));
+        assert!(matches!(ours, Failure::Unavailable { .. }), "{ours:?}");
     }
 }

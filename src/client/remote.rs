@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
 use super::address_book::AddressBook;
-use super::call::{CallError, ShardCaller, describe, failure_of};
+use super::call::{CallError, ShardCaller, describe, failure_of, time_to_answer_ms};
 use super::contact::Contacts;
 use super::enquiry;
 use super::peer::SetUpError;
@@ -38,8 +38,6 @@ const HOPS_MAX: usize = 12;
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 /// Between two rounds over all members.
 const ROUND_PAUSE: Duration = Duration::from_millis(200);
-/// Kept back from the time that a node is given, so that its own "not in time" still arrives.
-const REPLY_MARGIN_MAX: Duration = Duration::from_millis(100);
 
 /// A cluster, by way of the network.
 pub type RemoteStore = Router<HttpAccess>;
@@ -150,7 +148,7 @@ impl HttpAccess {
                 break;
             }
             let timeout = kind.attempt_timeout(left);
-            request.timeout_ms = wire_timeout_ms(timeout);
+            request.timeout_ms = time_to_answer_ms(timeout);
             asked.push(address.clone());
             last = match self.caller.call(&address, &request, timeout).await {
                 Ok(ShardReply::Failed(Failure::Elsewhere { shard: at, address: leader })) => {
@@ -427,11 +425,6 @@ impl Kind {
             Kind::Read | Kind::RepeatableWrite => left.min((left / 2).max(ATTEMPT_TIMEOUT_MIN)),
         }
     }
-}
-
-fn wire_timeout_ms(timeout: Duration) -> u64 {
-    let left = timeout.saturating_sub((timeout / 10).min(REPLY_MARGIN_MAX));
-    u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
 fn unavailable(reason: String) -> Failure {

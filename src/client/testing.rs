@@ -4,6 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use http::header::CONTENT_TYPE;
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::server::conn::http1;
@@ -11,6 +12,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 
+use super::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use super::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
 use crate::sm::view::{Asked, SlotTable};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId};
@@ -55,6 +57,13 @@ where
 
 pub fn answer(status: u16, body: impl Into<Bytes>) -> Response<Bytes> {
     Response::builder().status(status).body(body.into()).expect("a response")
+}
+
+/// An error answer as nodes give it.
+pub fn problem(status: u16, detail: &str) -> Response<Bytes> {
+    let body = serde_json::json!({ "type": format!("{TYPE_PREFIX}x"), "code": "x", "detail": detail });
+    let problem = Response::builder().status(status).header(CONTENT_TYPE, MEDIA_TYPE);
+    problem.body(body.to_string().into()).expect("a response")
 }
 
 /// A cluster of these nodes, with one shard that owns every slot and has a replica on each.

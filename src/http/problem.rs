@@ -33,6 +33,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, Uri, header};
 use serde_json::{Map, Value};
 
+use crate::client::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use crate::client::store::Failure;
 use crate::client::view_change::{EPOCH_CHANGED, NODE_NOT_READY, VIEW_REFUSED, ViewChangeFailure};
 use crate::sm::kv::Rejection;
@@ -197,7 +198,7 @@ impl Problem {
     /// The media type, `type` and the rest of RFC 9457, section 3.
     pub fn body(&self) -> Value {
         let mut members = self.extensions.clone();
-        members.insert("type".into(), format!("urn:quorate:problem:{}", self.code).into());
+        members.insert("type".into(), format!("{TYPE_PREFIX}{}", self.code).into());
         members.insert("title".into(), self.title.into());
         members.insert("status".into(), self.status.as_u16().into());
         members.insert("detail".into(), self.detail.as_str().into());
@@ -265,7 +266,7 @@ impl IntoResponse for Problem {
         let mut response = Response::new(Body::from(format!("{}\n", self.body())));
         *response.status_mut() = self.status;
         response.headers_mut().extend(self.headers);
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
         response
     }
 }

@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::client::peer::{Identity, Standing};
 use crate::client::store::{Found, Routing, Store, WriteFailure};
-use crate::client::testing::{answer, bind, json, nobody, serve, status};
+use crate::client::testing::{answer, bind, json, nobody, problem, serve, status};
 use crate::sm::codec;
 use crate::sm::kv::{Condition, Media, Operation, OperationOutcome, WriteOutcome};
 use crate::types::Revision;
@@ -148,7 +148,7 @@ async fn calls_say_whether_they_can_have_done_anything() {
     assert!(dead.certainly_not_done(), "{dead}");
     for (code, certain) in [(429, true), (503, true), (404, true), (413, true), (500, false), (504, false), (200, false)] {
         let (address, listener) = bind().await;
-        serve(listener, move |_| async move { Some(answer(code, "not a reply")) });
+        serve(listener, move |_| async move { Some(problem(code, "not a reply")) });
         let error = caller.call(&address, &request, Duration::from_secs(20)).await.expect_err("no reply");
         assert_eq!(error.certainly_not_done(), certain, "{code}: {error}");
     }
