@@ -33,11 +33,13 @@ pub(super) struct Retry {
     pub maybe_done: bool,
     /// Who the shard said it gave the slot to.
     pub hint: Option<(Slot, GroupId)>,
+    /// The shard that did not answer: who waits for it waits for its leader.
+    pub leader_of: Option<GroupId>,
 }
 
 impl Retry {
     fn certainly_not_done(failure: Failure) -> Self {
-        Self { failure, refresh: true, map_is_old: false, maybe_done: false, hint: None }
+        Self { failure, refresh: true, map_is_old: false, maybe_done: false, hint: None, leader_of: None }
     }
 
     pub fn no_map() -> Self {
@@ -90,10 +92,17 @@ impl Course {
         Options { timeout: self.deadline.saturating_duration_since(Instant::now()), routing, ..self.options }
     }
 
+    /// Decides what the failure of an attempt at `shard` calls for.
+    ///
     /// # Errors
     ///
     /// What to tell the caller, when another attempt would not help or not be safe.
-    pub fn judge(&self, failure: Failure) -> Result<Retry, Failure> {
+    pub fn judge(&self, shard: GroupId, failure: Failure) -> Result<Retry, Failure> {
+        let retry = self.weigh(failure)?;
+        Ok(Retry { leader_of: Some(shard), ..retry })
+    }
+
+    fn weigh(&self, failure: Failure) -> Result<Retry, Failure> {
         match failure {
             Failure::Elsewhere { shard, address } => {
                 if self.options().routing == Routing::Redirect {
@@ -122,6 +131,12 @@ impl Course {
         self.attempts
     }
 
+    /// An attempt failed, and others look for when the next may be made.
+    pub fn failed_attempt(&mut self, maybe_done: bool) {
+        self.maybe_done |= maybe_done;
+        self.attempts = self.attempts.saturating_add(1);
+    }
+
     pub fn maybe_done(&self) -> bool {
         self.maybe_done
     }
@@ -129,13 +144,18 @@ impl Course {
     /// How long to wait before the next attempt: doubling, with half of it random, so that those who failed together don't come back
     /// together.
     pub fn next_pause(&mut self, maybe_done: bool, random: u64) -> Duration {
-        self.maybe_done |= maybe_done;
-        let whole = PAUSE_MIN.saturating_mul(1 << self.attempts.min(16)).min(PAUSE_MAX);
-        self.attempts = self.attempts.saturating_add(1);
-        let half = whole / 2;
-        let half_us = u64::try_from(half.as_micros()).unwrap_or(u64::MAX).max(1);
-        half + Duration::from_micros(random % half_us)
+        let pause = pause_after(self.attempts, random);
+        self.failed_attempt(maybe_done);
+        pause
     }
+}
+
+/// Returns how long to wait after so many attempts, and the one that has just failed.
+pub(super) fn pause_after(attempts: u32, random: u64) -> Duration {
+    let whole = PAUSE_MIN.saturating_mul(1 << attempts.min(16)).min(PAUSE_MAX);
+    let half = whole / 2;
+    let half_us = u64::try_from(half.as_micros()).unwrap_or(u64::MAX).max(1);
+    half + Duration::from_micros(random % half_us)
 }
 
 fn unavailable(reason: String) -> Failure {
@@ -172,7 +192,7 @@ mod tests {
             (proxy.clone().repeatable(), unknown()),
         ];
         for (course, failure) in again {
-            assert!(course.judge(failure.clone()).is_ok(), "{failure:?} of {course:?}");
+            assert!(course.judge(GroupId(1), failure.clone()).is_ok(), "{failure:?} of {course:?}");
         }
         let given_up = [
             (redirect.clone().single_key(), elsewhere()),
@@ -182,19 +202,19 @@ mod tests {
             (proxy.clone().repeatable(), Failure::TooLarge { limit: String::new() }),
         ];
         for (course, failure) in given_up {
-            assert_eq!(course.judge(failure.clone()), Err(failure), "{course:?}");
+            assert_eq!(course.judge(GroupId(1), failure.clone()), Err(failure), "{course:?}");
         }
     }
 
     #[tokio::test]
     async fn once_unknown_a_write_stays_unknown_until_it_is_answered() {
         let mut course = Course::new(options(Routing::Redirect)).repeatable().single_key();
-        let retry = course.judge(unknown()).expect("it is repeatable");
+        let retry = course.judge(GroupId(1), unknown()).expect("it is repeatable");
         assert!(retry.maybe_done);
         course.next_pause(retry.maybe_done, 0);
         assert!(matches!(course.settle(unavailable(String::new())), Failure::Unknown { .. }));
-        assert!(matches!(course.judge(Failure::TooLarge { limit: String::new() }), Err(Failure::Unknown { .. })));
-        assert!(course.judge(elsewhere()).is_ok(), "the client is not sent away with what may have happened here");
+        assert!(matches!(course.judge(GroupId(1), Failure::TooLarge { limit: String::new() }), Err(Failure::Unknown { .. })));
+        assert!(course.judge(GroupId(1), elsewhere()).is_ok(), "the client is not sent away with what may have happened here");
         assert_eq!(course.options().routing, Routing::Proxy);
     }
 

@@ -38,10 +38,10 @@ impl<A: ShardAccess> Router<A> {
             let retry = match map.as_deref().map(|map| map.shard(shard)) {
                 None => Retry::no_map(),
                 Some(None) => return Err(Failure::Invalid { reason: format!("there is no shard {shard}") }),
-                Some(Some(_)) => match self.access.call(shard, ShardBody::Count, course.options()).await {
+                Some(Some(_)) => match self.call(shard, ShardBody::Count, course.options()).await {
                     ShardReply::Counted { keys, .. } => return Ok(keys),
                     ShardReply::NotOwned { slot } => Retry::not_owned(slot),
-                    ShardReply::Failed(failure) => course.judge(failure)?,
+                    ShardReply::Failed(failure) => course.judge(shard, failure)?,
                     ShardReply::Got(_)
                     | ShardReply::Written(_)
                     | ShardReply::Page(_)
@@ -55,7 +55,7 @@ impl<A: ShardAccess> Router<A> {
     }
 
     async fn count_once(&self, map: &ShardMap, course: &Course) -> Result<Result<Vec<(GroupId, u64)>, Retry>, Failure> {
-        let ask = |shard: GroupId| self.access.call(shard, ShardBody::Count, course.options());
+        let ask = |shard: GroupId| self.call(shard, ShardBody::Count, course.options());
         let replies: Vec<ShardReply> =
             futures::stream::iter(map.owners().to_vec()).map(ask).buffered(PARALLEL_MAX).collect().await;
         let mut coverage = Coverage::none();
@@ -73,7 +73,7 @@ impl<A: ShardAccess> Router<A> {
                     }
                 }
                 ShardReply::NotOwned { slot } => return Ok(Err(Retry::not_owned(slot))),
-                ShardReply::Failed(failure) => return course.judge(failure).map(Err),
+                ShardReply::Failed(failure) => return course.judge(shard, failure).map(Err),
                 ShardReply::Got(_)
                 | ShardReply::Written(_)
                 | ShardReply::Page(_)

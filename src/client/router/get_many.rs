@@ -68,7 +68,7 @@ impl<A: ShardAccess> Router<A> {
             let keys: Vec<Bytes> = part.places.iter().map(|place| request.keys[*place].clone()).collect();
             let options = course.options();
             let body = ShardBody::GetMany { keys, bytes_max, keys_only: request.keys_only, consistency: options.consistency };
-            let reply = self.access.call(part.shard, body, options).await;
+            let reply = self.call(part.shard, body, options).await;
             (part, Some(reply))
         };
         let parallel = if request.keys_only { PARALLEL_KEYS_MAX } else { PARALLEL_MAX };
@@ -82,7 +82,7 @@ impl<A: ShardAccess> Router<A> {
                     continue;
                 }
                 Some(ShardReply::NotOwned { slot }) => Retry::not_owned(slot),
-                Some(ShardReply::Failed(failure)) => course.judge(failure)?,
+                Some(ShardReply::Failed(failure)) => course.judge(part.shard, failure)?,
                 Some(
                     ShardReply::GotMany(_)
                     | ShardReply::Got(_)

@@ -10,6 +10,7 @@ mod attempt;
 mod count;
 mod coverage;
 mod get_many;
+mod queues;
 mod scan;
 #[cfg(test)]
 mod tests;
@@ -27,9 +28,10 @@ use futures::future::BoxFuture;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use self::attempt::{Course, Retry};
+use self::queues::Queues;
 use super::protocol::{ClusterStatus, ShardBody, ShardReply};
 use super::shard_map::ShardMap;
-use super::store::{Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, Written};
+use super::store::{Consistency, Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, Written};
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::sm::kv::{Operation, Record};
@@ -41,6 +43,9 @@ const WAITING_MAX: usize = 10_000;
 /// The first and the longest pause between attempts. A leader is elected within a second, so there is no point in longer ones.
 const PAUSE_MIN: Duration = Duration::from_millis(4);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
+
+/// An attempt with less time than this would hardly end before the deadline, and its outcome not be known.
+const ATTEMPT_MIN: Duration = Duration::from_millis(5);
 
 /// Every so many attempts a newer map is waited for in earnest.
 const PATIENT_EVERY: u32 = 8;
@@ -56,6 +61,11 @@ pub trait ShardAccess: Send + Sync + 'static {
     /// One attempt (or a few, of what is certainly not done) at the shard's leader, or for stale reads at any of its replicas. Answers
     /// within `options.timeout`; a future that is dropped before leaves the outcome unknown.
     fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> impl Future<Output = ShardReply> + Send;
+
+    /// Returns when somebody else leads the shard than before, as far as that is heard of without asking.
+    fn lead_changed(&self, _: GroupId) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
 
     /// As [`Store::answers`].
     fn answers(&self) -> Arc<Budget> {
@@ -116,17 +126,27 @@ pub trait ShardAccess: Send + Sync + 'static {
 pub struct Router<A> {
     access: A,
     waiting: AtomicUsize,
+    queues: Queues,
     jitter: AtomicU64,
 }
 
 impl<A: ShardAccess> Router<A> {
     /// `seed` is that of the jitter in the pauses between attempts.
     pub fn new(access: A, seed: u64) -> Self {
-        Self { access, waiting: AtomicUsize::new(0), jitter: AtomicU64::new(seed) }
+        Self { access, waiting: AtomicUsize::new(0), queues: Queues::default(), jitter: AtomicU64::new(seed) }
     }
 
     pub fn access(&self) -> &A {
         &self.access
+    }
+
+    /// One attempt at a shard. An answer is news to those who wait for one.
+    async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
+        let reply = self.access.call(shard, body, options).await;
+        if options.consistency == Consistency::Linearizable && !matches!(reply, ShardReply::Failed(_)) {
+            self.queues.answered(shard);
+        }
+        reply
     }
 
     async fn get_from_shard(&self, key: Bytes, options: Options) -> Result<Found, Failure> {
@@ -139,10 +159,10 @@ impl<A: ShardAccess> Router<A> {
                 Some(GroupId::META) => Retry::unowned(),
                 Some(shard) => {
                     let body = ShardBody::Get { key: key.clone(), consistency: options.consistency };
-                    match self.access.call(shard, body, course.options()).await {
+                    match self.call(shard, body, course.options()).await {
                         ShardReply::Got(found) => return Ok(found),
                         ShardReply::NotOwned { slot } => Retry::not_owned(slot),
-                        ShardReply::Failed(failure) => course.judge(failure)?,
+                        ShardReply::Failed(failure) => course.judge(shard, failure)?,
                         ShardReply::Written(_)
                         | ShardReply::Page(_)
                         | ShardReply::Counted { .. }
@@ -162,12 +182,53 @@ impl<A: ShardAccess> Router<A> {
     ///
     /// What to tell the caller when there is no time left, or too many wait already.
     async fn pause(&self, course: &mut Course, retry: Retry, known: MapVersion) -> Result<(), Failure> {
-        let step = course.next_pause(retry.maybe_done, self.next_jitter());
         let Some(_waiting) = Waiting::enter(&self.waiting) else {
+            course.failed_attempt(retry.maybe_done);
             return Err(
                 course.settle(Failure::Overloaded { limit: "requests waiting for another attempt".into(), retry_after_ms: 1000 })
             );
         };
+        match retry.leader_of {
+            Some(shard) => self.pause_for_leader(course, shard, retry, known).await,
+            None => self.pause_alone(course, retry, known).await,
+        }
+    }
+
+    /// Waits with the others that wait for the leader of `shard`.
+    async fn pause_for_leader(
+        &self,
+        course: &mut Course,
+        shard: GroupId,
+        retry: Retry,
+        known: MapVersion,
+    ) -> Result<(), Failure> {
+        let place = self.queues.enter(shard, course.attempts(), self.next_jitter());
+        course.failed_attempt(retry.maybe_done);
+        let turn = place.wait(self.access.lead_changed(shard), self.next_jitter());
+        // The map may know a leader that is not heard of otherwise. It is looked for on the side, now
+        // and then for as long as it takes: the network may be slower than the pauses are long.
+        let is_patient = course.attempts().is_multiple_of(PATIENT_EVERY);
+        let in_time = timeout_at(course.deadline(), async {
+            let mut refresh = std::pin::pin!(self.access.refresh(known));
+            let mut turn = std::pin::pin!(turn);
+            tokio::select! {
+                () = &mut turn => {
+                    if is_patient {
+                        refresh.await;
+                    }
+                }
+                () = &mut refresh => turn.await,
+            }
+        });
+        match in_time.await {
+            Ok(()) if Instant::now() + ATTEMPT_MIN < course.deadline() => Ok(()),
+            Ok(()) | Err(_) => Err(course.settle(retry.failure)),
+        }
+    }
+
+    /// Waits where no news can be had but a newer map: twice as long each time.
+    async fn pause_alone(&self, course: &mut Course, retry: Retry, known: MapVersion) -> Result<(), Failure> {
+        let step = course.next_pause(retry.maybe_done, self.next_jitter());
         let until = Instant::now() + step;
         // Where the map is to blame there is nothing better to do than to wait for a newer one. Else it is looked for on the side; but
         // now and then for as long as it takes, because the network may be slower than the pauses are long.

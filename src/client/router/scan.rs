@@ -81,7 +81,7 @@ impl<A: ShardAccess> Router<A> {
         shards.dedup();
         let count = map.owners().len();
         let ask = |shard: GroupId| {
-            let call = self.access.call(shard, plan.body(count, course.options().consistency), course.options());
+            let call = self.call(shard, plan.body(count, course.options().consistency), course.options());
             async move { (shard, call.await) }
         };
         let mut retry = None;
@@ -94,7 +94,7 @@ impl<A: ShardAccess> Router<A> {
                 ShardReply::Page(page) if page.items.is_empty() && page.more => return Err(misfit(shard)),
                 ShardReply::Page(page) => round.add(page, plan.reverse),
                 ShardReply::NotOwned { slot } => retry = Some(Retry::not_owned(slot)),
-                ShardReply::Failed(failure) => retry = Some(course.judge(failure)?),
+                ShardReply::Failed(failure) => retry = Some(course.judge(shard, failure)?),
                 ShardReply::Got(_)
                 | ShardReply::Written(_)
                 | ShardReply::Counted { .. }

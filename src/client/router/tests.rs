@@ -36,13 +36,20 @@ struct State {
     refresh_takes: Duration,
     /// Moves a slot once, after this many calls.
     move_after: Option<(usize, Slot, GroupId)>,
+    /// No shard has a leader.
+    is_leaderless: bool,
 }
 
-struct Fake(Mutex<State>);
+#[derive(Default)]
+struct Fake {
+    state: Mutex<State>,
+    /// Told when there is another leader.
+    elected: tokio::sync::Notify,
+}
 
 impl Fake {
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.0.lock().expect("no test panics with the lock held")
+        self.state.lock().expect("no test panics with the lock held")
     }
 }
 
@@ -168,6 +175,9 @@ impl ShardAccess for Fake {
         if let Some((_, slot, to)) = state.move_after.take_if(|(after, _, _)| calls > *after) {
             state.move_slot(slot, to);
         }
+        if state.is_leaderless {
+            return ShardReply::Failed(unavailable());
+        }
         match state.scripts.get_mut(&shard).and_then(VecDeque::pop_front) {
             None => state.serve(shard, body),
             Some(Script::Reply(reply)) => reply,
@@ -176,6 +186,10 @@ impl ShardAccess for Fake {
                 ShardReply::Failed(unknown())
             }
         }
+    }
+
+    async fn lead_changed(&self, _: GroupId) {
+        self.elected.notified().await;
     }
 
     async fn contact(&self, _: GroupId) -> Option<Address> {
@@ -255,7 +269,7 @@ fn router(shards: u64) -> Router<Fake> {
     state.owner = Slot::all().map(|slot| (slot, GroupId(1 + u64::from(slot.number()) % shards))).collect();
     state.shards = (1..=shards + 1).map(|id| (GroupId(id), BTreeMap::new())).collect();
     state.map = Some(Arc::new(map_of(&state, 1)));
-    Router::new(Fake(Mutex::new(state)), 1)
+    Router::new(Fake { state: Mutex::new(state), ..Fake::default() }, 1)
 }
 
 fn options() -> Options {
@@ -656,4 +670,45 @@ async fn many_keys_are_found_after_a_move_and_not_without_their_shard() {
     let before = Instant::now();
     assert_eq!(router.get_many(request, options()).await, Err(unavailable()));
     assert!(before.elapsed() <= options().timeout);
+}
+
+/// Has so many ask for a key of a shard without a leader, and elects one after three seconds, of
+/// which they hear by themselves or not. How often the shard was asked until then, and how long the
+/// last waited after it.
+async fn wait_for_leader(requests: usize, is_heard_of: bool) -> (usize, Duration) {
+    const LEADERLESS: Duration = Duration::from_secs(3);
+    let router = filled(1, 1).await;
+    router.access().state().is_leaderless = true;
+    let start = Instant::now();
+    let gets = futures::future::join_all((0..requests).map(|_| router.get(key(0), options())));
+    let elect = async {
+        sleep(LEADERLESS).await;
+        router.access().state().is_leaderless = false;
+        if is_heard_of {
+            router.access().elected.notify_waiters();
+        }
+        calls(&router)
+    };
+    let (answers, asked) = futures::future::join(gets, elect).await;
+    assert!(answers.iter().all(Result::is_ok), "they were answered by the leader in the end");
+    (asked, start.elapsed() - LEADERLESS)
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_of_those_who_wait_for_a_leader_asks_for_all() {
+    const REQUESTS: usize = 1000;
+    // The pauses of one request grow to 50 to 100 ms.
+    let (alone, _) = wait_for_leader(1, false).await;
+    assert!((30..=70).contains(&alone), "one request asked {alone} times in three seconds");
+    let (asked, waited) = wait_for_leader(REQUESTS, false).await;
+    assert!(asked <= REQUESTS + 70, "{REQUESTS} requests asked {asked} times");
+    assert!(waited <= PAUSE_MAX + Duration::from_millis(20), "the last waited for {waited:?} more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_is_woken_by_a_leader_that_is_heard_of() {
+    let (_, waited) = wait_for_leader(1, true).await;
+    assert!(waited <= Duration::from_millis(1), "one waited for {waited:?} more");
+    let (_, waited) = wait_for_leader(1000, true).await;
+    assert!(waited <= Duration::from_millis(20), "the last of many waited for {waited:?} more");
 }

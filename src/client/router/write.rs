@@ -115,7 +115,7 @@ impl<A: ShardAccess> Router<A> {
         } else {
             // The operations are kept for another attempt; their keys and values are shared, not copied.
             let write = Write { operations: part.operations.clone(), idempotency_key };
-            let reply = self.access.call(shard, ShardBody::Write(write), part.course.options()).await;
+            let reply = self.call(shard, ShardBody::Write(write), part.course.options()).await;
             read_reply(reply, shard, &part)
         };
         let (mut answered, mut left) = part.divide(verdict.answers);
@@ -202,7 +202,7 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
             verdict
         }
         ShardReply::NotOwned { slot } => Verdict::retry(Retry::not_owned(slot), part),
-        ShardReply::Failed(failure) => Verdict::of_all(part.course.judge(failure).map_err(WriteFailure::Failed), part),
+        ShardReply::Failed(failure) => Verdict::of_all(part.course.judge(shard, failure).map_err(WriteFailure::Failed), part),
         ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_) | WriteOutcome::Unanswered)
         | ShardReply::Got(_)
         | ShardReply::GotMany(_)

@@ -1,0 +1,136 @@
+//! Requests that wait for the leader of a shard: one of them asks for all.
+//!
+//! Each of thousands that wait would otherwise ask ten times a second, when an answer to any of them
+//! says what all want to know. So the attempts at a shard that does not answer are spaced as those
+//! of one request are; when one is answered, or the leader is heard of otherwise, all go on.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::attempt::pause_after;
+use crate::types::GroupId;
+
+/// Those who go on together are spread by so much each, at random: the leader has just begun.
+const SPREAD_EACH: Duration = Duration::from_micros(10);
+
+/// The queues of all shards that somebody waits for.
+#[derive(Debug, Default)]
+pub(super) struct Queues {
+    shards: Mutex<HashMap<GroupId, Arc<Queue>>>,
+    /// How many wait, for whichever shard.
+    waiting: AtomicUsize,
+}
+
+/// Those who wait for one shard.
+#[derive(Debug)]
+pub(super) struct Queue {
+    state: Mutex<State>,
+    /// Held by the one whose turn is next: only that one minds the time.
+    scout: tokio::sync::Mutex<()>,
+    answered: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    waiting: usize,
+    /// How many attempts were made since the shard was last heard of.
+    attempts: u32,
+    /// When the next may be made.
+    next: Instant,
+}
+
+/// A place in the queue of a shard.
+pub(super) struct Place<'a> {
+    queues: &'a Queues,
+    shard: GroupId,
+    queue: Arc<Queue>,
+}
+
+impl Queues {
+    /// Begins to wait for a shard, at which so many attempts failed before the last.
+    pub fn enter(&self, shard: GroupId, attempts: u32, random: u64) -> Place<'_> {
+        let mut shards = self.shards.lock().expect("no holder panics");
+        let queue = Arc::clone(shards.entry(shard).or_insert_with(|| Arc::new(Queue::new(attempts, random))));
+        queue.state.lock().expect("no holder panics").waiting += 1;
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        Place { queues: self, shard, queue }
+    }
+
+    /// The shard has answered: whoever waits for it need wait no more.
+    pub fn answered(&self, shard: GroupId) {
+        if self.waiting.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let queue = self.shards.lock().expect("no holder panics").get(&shard).cloned();
+        if let Some(queue) = queue {
+            queue.state.lock().expect("no holder panics").attempts = 0;
+            queue.answered.notify_waiters();
+        }
+    }
+}
+
+impl Queue {
+    fn new(attempts: u32, random: u64) -> Self {
+        let next = Instant::now() + pause_after(attempts, random);
+        let state = State { waiting: 0, attempts: attempts.saturating_add(1), next };
+        Self { state: Mutex::new(state), scout: tokio::sync::Mutex::default(), answered: Notify::new() }
+    }
+
+    /// Takes the next attempt, if it may be made now; else the time when it may.
+    fn take_turn(&self, random: u64) -> Result<(), Instant> {
+        let now = Instant::now();
+        let mut state = self.state.lock().expect("no holder panics");
+        if now < state.next {
+            return Err(state.next);
+        }
+        state.next = now + pause_after(state.attempts, random);
+        state.attempts = state.attempts.saturating_add(1);
+        Ok(())
+    }
+}
+
+impl Place<'_> {
+    /// Returns when an attempt may be made: it is this one's turn, or the shard has answered another.
+    /// `lead_changed` ends the wait too.
+    pub async fn wait(&self, lead_changed: impl Future<Output = ()>, random: u64) {
+        let mut answered = std::pin::pin!(self.queue.answered.notified());
+        answered.as_mut().enable();
+        let turn = async {
+            let _scout = self.queue.scout.lock().await;
+            while let Err(next) = self.queue.take_turn(random) {
+                tokio::time::sleep_until(next).await;
+            }
+        };
+        tokio::select! {
+            () = turn => {}
+            () = answered => self.spread(random).await,
+            () = lead_changed => self.spread(random).await,
+        }
+    }
+
+    async fn spread(&self, random: u64) {
+        let waiting = self.queue.state.lock().expect("no holder panics").waiting;
+        let span = SPREAD_EACH.saturating_mul(u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX));
+        let span_us = u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
+        if span_us > 0 {
+            tokio::time::sleep(Duration::from_micros(random % span_us)).await;
+        }
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.queues.waiting.fetch_sub(1, Ordering::Relaxed);
+        let mut shards = self.queues.shards.lock().expect("no holder panics");
+        let mut state = self.queue.state.lock().expect("no holder panics");
+        state.waiting -= 1;
+        if state.waiting == 0 {
+            shards.remove(&self.shard);
+        }
+    }
+}
