@@ -127,6 +127,34 @@ fn wrong_owner<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Resu
     Ok(None)
 }
 
+/// Returns why the map as it is refuses a write because of where its slots are, or are going: an entry with it would be answered so, and
+/// need not be made. None says nothing: whether the write is done is for [`apply`] to decide.
+pub fn refused_by_place(read: &impl Read, write: &Write) -> Result<Option<Rejection>, StoreError> {
+    let mut entry = Entry::new(read);
+    let placed = place(write);
+    if let Some(rejection) = wrong_owner(&mut entry, &placed)? {
+        return Ok(Some(rejection));
+    }
+    if frozen(&mut entry, &placed)?.is_none() {
+        return Ok(None);
+    }
+    // What was answered before is answered again, also from a slot that is frozen.
+    match recall_if_keyed(&mut entry, write, &placed)? {
+        Ok(parts) => frozen(&mut entry, &fresh_of(&parts, &placed)),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Returns that a move holds back writes to one of the slots, if so.
+fn frozen<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Option<Rejection>, StoreError> {
+    for Placed { slot, .. } in placed {
+        if entry.state(*slot)?.ownership == Ownership::Frozen {
+            return Ok(Some(Rejection::Frozen { slot: *slot }));
+        }
+    }
+    Ok(None)
+}
+
 fn apply_write<R: Read>(
     entry: &mut Entry<'_, R>,
     memory: &mut Memory,
@@ -452,10 +480,8 @@ impl Draft {
 
 /// What the operations will do, or why nothing may be done. Ownership is the caller's to check.
 fn decide<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Result<Draft, Rejection>, StoreError> {
-    for Placed { slot, .. } in placed {
-        if entry.state(*slot)?.ownership == Ownership::Frozen {
-            return Ok(Err(Rejection::Frozen { slot: *slot }));
-        }
+    if let Some(rejection) = frozen(entry, placed)? {
+        return Ok(Err(rejection));
     }
     let decided = look_up(entry, placed)?;
     Ok(decided.map_err(|(operation, current)| Rejection::ConditionFailed { operation, current }))

@@ -23,6 +23,18 @@ pub(super) struct Shard {
     pub index: u64,
 }
 
+/// Asserts that a write which was refused before it became an entry would have been answered so by one, and no other was refused.
+fn assert_refused_alike(write: &Write, refused: Option<Rejection>, outcome: &WriteOutcome) {
+    let by_place = match outcome {
+        WriteOutcome::Rejected(rejection @ (Rejection::WrongOwner { .. } | Rejection::Frozen { .. })) => Some(rejection),
+        _ => None,
+    };
+    // What is remembered of a request may just have been forgotten when it is applied.
+    if refused.is_some() || write.idempotency_key.is_none() {
+        assert_eq!(refused.as_ref(), by_place, "{write:?}");
+    }
+}
+
 impl Shard {
     /// A shard that owns every slot.
     pub fn owning_all() -> Self {
@@ -36,7 +48,16 @@ impl Shard {
         let decoded = Command::decode(&command.encode()).expect("own encoding");
         assert_eq!(decoded, command);
         self.index += 1;
+        let refused = match &command {
+            Command::Write { writes, .. } if writes.len() == 1 => {
+                Some((&writes[0], refused_by_place(&self.map, &writes[0]).expect("readable")))
+            }
+            _ => None,
+        };
         let (outcome, batch) = apply(&self.map, self.index, decoded).expect("applied");
+        if let (Some((write, refused)), Outcome::Written(outcomes)) = (refused, &outcome) {
+            assert_refused_alike(write, refused, &outcomes[0]);
+        }
         for (key, value) in batch {
             match value {
                 Some(value) => self.map.insert(key, value),
