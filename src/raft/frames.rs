@@ -151,7 +151,7 @@ impl Group {
     ) -> Handled {
         // Before it is appended, which takes a sync: a slow disk is no reason to campaign.
         if self.is_current(&vote) {
-            self.timer.heard_leader();
+            self.timer.heard_leader(vote.term);
         }
         let entries = entries.into_iter().map(entry_to_raft).collect::<Result<Vec<_>, _>>();
         let request = AppendEntriesRequest::<Types> {

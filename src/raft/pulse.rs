@@ -3,6 +3,10 @@
 //! Openraft's own ticks would wake each replica about forty times a second to find that nothing is due; with a thousand replicas that
 //! alone takes most of a core. So they are off, and [`beat`] looks at all groups in one go. What a replica then does is openraft's: it
 //! refuses to campaign while the lease of a leader holds, and asks for pre-votes first.
+//!
+//! On a machine that has more to do than it can, a leader that is only slow must not pass for one that is gone. So
+//! silence counts only while this node ran: its own timer comes late too ([`Timer::was_away`]). And where the words of
+//! a leader that goes on leading come late, they are waited for longer for a while ([`Strain`]).
 
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
@@ -32,6 +36,41 @@ struct State {
     attempt_from: Instant,
     /// When a leader has last sent something.
     heard: Option<Instant>,
+    /// The term of that leader, and since when it has been silent, as far as this node ran.
+    silent: Option<(u64, Instant)>,
+    strain: Strain,
+}
+
+/// How much later than they should the words of a leader come that goes on leading: the worst of them, forgotten by
+/// half in each [`STRAIN_HALF_LIFE`]. Zero on a machine that is not overloaded.
+#[derive(Debug, Clone, Copy)]
+struct Strain {
+    worst: Duration,
+    at: Instant,
+}
+
+/// Long enough that a delay every few seconds is still remembered at the next.
+const STRAIN_HALF_LIFE: Duration = Duration::from_secs(20);
+/// However slow a machine is, a leader that is gone is replaced after a few seconds.
+const STRAIN_MAX: Duration = Duration::from_secs(1);
+/// By how many times the worst delay a leader is waited for longer: the next one may be worse.
+const STRAIN_MARGIN: u32 = 2;
+
+impl Strain {
+    fn none(now: Instant) -> Self {
+        Self { worst: Duration::ZERO, at: now }
+    }
+
+    fn at(&self, now: Instant) -> Duration {
+        let half_lives = now.duration_since(self.at).as_secs_f64() / STRAIN_HALF_LIFE.as_secs_f64();
+        self.worst.mul_f64(0.5_f64.powf(half_lives))
+    }
+
+    fn note(&mut self, delay: Duration, now: Instant) {
+        if delay > self.at(now) {
+            *self = Self { worst: delay.min(STRAIN_MAX), at: now };
+        }
+    }
 }
 
 /// What a replica has to do now.
@@ -78,18 +117,50 @@ impl Timer {
         let patience = if is_witness { timings.witness_patience() } else { Duration::ZERO };
         // It may have given a lease before it was started, and does not know.
         let from = now + timings.forgotten_lease();
-        let state =
-            State { next_heartbeat: now, campaign_at: from + between(bounds) + patience, attempt_from: from, heard: None };
+        let state = State {
+            next_heartbeat: now,
+            campaign_at: from + between(bounds) + patience,
+            attempt_from: from,
+            heard: None,
+            silent: None,
+            strain: Strain::none(now),
+        };
         let heartbeat = Duration::from_millis(timings.heartbeat_ms);
         Self { heartbeat, lease: bounds.1, election: bounds, patience, state: Mutex::new(state) }
     }
 
-    /// A leader has sent something. What an earlier one drew no longer counts: the latest of many draws would always be a long one.
-    pub fn heard_leader(&self) {
+    /// The leader of this term has sent something. What an earlier one drew no longer counts: the latest of many draws
+    /// would always be a long one.
+    pub fn heard_leader(&self, term: u64) {
         let now = Instant::now();
         let mut state = self.lock();
-        state.campaign_at = now + self.lease + between(self.election) + self.patience;
+
+        // The first word of another leader tells nothing of how late words come.
+        if let Some((_, since)) = state.silent.filter(|(before, _)| *before == term) {
+            let late = now.saturating_duration_since(since).saturating_sub(self.heartbeat * 2);
+            state.strain.note(late, now);
+        }
+        state.campaign_at = now + self.lease + self.draw(&state, now);
         state.heard = Some(now);
+        state.silent = Some((term, now));
+    }
+
+    /// This node did not run, or not this part of it, for so long. Words of the leader may wait to be read, so that time
+    /// was no silence, and there is a moment to read them.
+    pub fn was_away(&self, away: Duration) {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let moment = now + self.heartbeat;
+        state.campaign_at = (state.campaign_at + away).max(moment);
+        state.attempt_from = state.attempt_from.max(moment);
+        if let Some((_, since)) = &mut state.silent {
+            *since = (*since + away).min(now);
+        }
+    }
+
+    /// Returns how long to wait before the next campaign, beyond what else is waited for.
+    fn draw(&self, state: &State, now: Instant) -> Duration {
+        between(self.election) + self.patience + state.strain.at(now) * STRAIN_MARGIN
     }
 
     /// Whether a leader has sent something so lately that it holds a lease.
@@ -110,9 +181,9 @@ impl Timer {
 
     /// Another replica has this one's vote, and now its time to win.
     pub fn granted_vote(&self) {
-        let at = Instant::now() + between(self.election) + self.patience;
+        let now = Instant::now();
         let mut state = self.lock();
-        state.campaign_at = state.campaign_at.max(at);
+        state.campaign_at = state.campaign_at.max(now + self.draw(&state, now));
     }
 
     /// Another wants to lead that lacks entries which this replica has: it will not, while the entries are needed for a majority.
@@ -143,7 +214,8 @@ impl Timer {
         if !campaign {
             return Due::Nothing;
         }
-        let next = now + between(self.election);
+        // Votes come as late as other words do.
+        let next = now + between(self.election) + state.strain.at(now);
         state.campaign_at = next + self.patience;
         state.attempt_from = next;
         Due::Campaign
@@ -162,11 +234,25 @@ fn between((min, max): (Duration, Duration)) -> Duration {
 pub async fn beat(registry: Weak<Registry>, every: Duration) {
     let mut ticks = tokio::time::interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last = Instant::now();
     loop {
         ticks.tick().await;
         let Some(registry) = Weak::upgrade(&registry) else { return };
-        registry.with_groups(|group| Arc::as_ref(group).pulse());
+
+        let away = away(last.elapsed(), every);
+        last = Instant::now();
+        registry.with_groups(|group| {
+            if let Some(away) = away {
+                group.timer.was_away(away);
+            }
+            Arc::as_ref(group).pulse();
+        });
     }
+}
+
+/// Returns for how long this node did not run, when its timer took so long to come; none where that is nothing much.
+fn away(took: Duration, every: Duration) -> Option<Duration> {
+    Some(took.saturating_sub(every)).filter(|late| *late > every)
 }
 
 #[cfg(test)]
@@ -193,7 +279,7 @@ mod tests {
         let (first, due) = wait(&timer, Standing::Voter).await;
         assert_eq!(due, Due::Campaign);
         assert!((210..=430).contains(&first), "the first after {first} ms");
-        timer.heard_leader();
+        timer.heard_leader(1);
         let (silent, _) = wait(&timer, Standing::Voter).await;
         assert!((630..=850).contains(&silent), "after {silent} ms of silence");
         timer.granted_vote();
@@ -205,11 +291,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_witness_campaigns_late_or_when_it_has_refused_an_older_log() {
         let timer = Timer::new(&RaftTimings::default(), true);
-        timer.heard_leader();
+        timer.heard_leader(1);
         let (silent, _) = wait(&timer, Standing::Voter).await;
         assert!(silent >= 630 + 4 * 420, "after {silent} ms of silence");
         tokio::time::advance(Duration::from_secs(1)).await;
-        timer.heard_leader();
+        timer.heard_leader(2);
         timer.refused_older_log();
         assert_eq!(wait(&timer, Standing::Voter).await, (0, Due::Campaign));
         timer.refused_older_log();
@@ -228,26 +314,80 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_leader_that_has_just_ended_is_not_waited_for() {
         let timer = Timer::new(&RaftTimings::default(), false);
-        timer.heard_leader();
+        timer.heard_leader(1);
         timer.leader_cut(0);
         let (first, due) = wait(&timer, Standing::Voter).await;
         assert_eq!(due, Due::Campaign);
         assert!((30..=70).contains(&first), "the first heir after {first} ms");
         tokio::time::advance(Duration::from_secs(1)).await;
-        timer.heard_leader();
+        timer.heard_leader(1);
         timer.leader_cut(2);
         let (third, _) = wait(&timer, Standing::Voter).await;
         assert!((270..=310).contains(&third), "the third after {third} ms");
         // It lives after all.
         timer.leader_cut(0);
-        timer.heard_leader();
+        timer.heard_leader(1);
         let (silent, _) = wait(&timer, Standing::Voter).await;
         assert!(silent >= 630, "after {silent} ms of silence");
         let witness = Timer::new(&RaftTimings::default(), true);
-        witness.heard_leader();
+        witness.heard_leader(1);
         witness.leader_cut(0);
         let (late, _) = wait(&witness, Standing::Voter).await;
         assert!(late >= 630 + 4 * 420, "a witness leaves it to the others for {late} ms");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_time_that_a_node_did_not_run_is_no_silence() {
+        let timer = Timer::new(&RaftTimings::default(), false);
+        timer.heard_leader(1);
+        tokio::time::advance(Duration::from_millis(300)).await;
+        // It is stopped for longer than any timeout, and does not know yet that the leader has spoken meanwhile.
+        tokio::time::advance(Duration::from_secs(5)).await;
+        timer.was_away(Duration::from_secs(5));
+        let (more, due) = wait(&timer, Standing::Voter).await;
+        assert_eq!(due, Due::Campaign);
+        assert!((330..=550).contains(&more), "it campaigns {more} ms after it went on");
+
+        // However little was left, there is a moment to hear what waits to be read.
+        timer.heard_leader(2);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        timer.was_away(Duration::from_millis(50));
+        let (more, _) = wait(&timer, Standing::Voter).await;
+        assert!((120..=140).contains(&more), "it campaigns {more} ms after it went on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_whose_words_come_late_is_waited_for_longer_for_a_while() {
+        let timer = Timer::new(&RaftTimings::default(), false);
+        for _ in 0..3 {
+            timer.heard_leader(1);
+            tokio::time::advance(Duration::from_millis(600)).await;
+        }
+        timer.heard_leader(1);
+        let (silent, _) = wait(&timer, Standing::Voter).await;
+        assert!((1330..=1570).contains(&silent), "after {silent} ms of silence");
+        timer.heard_leader(2);
+        tokio::time::advance(STRAIN_HALF_LIFE * 8).await;
+        timer.heard_leader(3);
+        let (silent, _) = wait(&timer, Standing::Voter).await;
+        assert!((630..=860).contains(&silent), "it has forgotten: after {silent} ms of silence");
+
+        // A leader that was gone for long, and another after it, are no sign of strain, nor is what this node itself missed.
+        tokio::time::advance(Duration::from_secs(3)).await;
+        timer.heard_leader(4);
+        tokio::time::advance(Duration::from_secs(3)).await;
+        timer.was_away(Duration::from_secs(3));
+        timer.heard_leader(4);
+        let (silent, _) = wait(&timer, Standing::Voter).await;
+        assert!((630..=860).contains(&silent), "after {silent} ms of silence");
+    }
+
+    #[test]
+    fn a_timer_that_comes_a_little_late_means_nothing() {
+        let (every, ms) = (Duration::from_millis(20), Duration::from_millis);
+        assert_eq!([20, 25, 40].map(|took| away(ms(took), every)), [None; 3]);
+        assert_eq!(away(ms(520), every), Some(ms(500)));
+        assert_eq!(away(ms(3), every), None);
     }
 
     #[tokio::test(start_paused = true)]
