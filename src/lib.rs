@@ -10,5 +10,6 @@ pub mod node;
 pub mod raft;
 pub mod sm;
 pub mod storage;
+pub mod supervisor;
 pub mod telemetry;
 pub mod types;

@@ -14,13 +14,36 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("telemetry", &["types"]),
     ("config", &["types", "sm"]),
     ("descriptors", &[]),
+    ("supervisor", &[]),
     ("sm", &["types"]),
-    ("storage", &["types", "error", "telemetry", "config", "descriptors", "sm"]),
-    ("raft", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm", "storage"]),
-    ("client", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm"]),
-    ("node", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm", "storage", "raft", "client"]),
-    ("http", &["types", "budget", "error", "telemetry", "config", "descriptors", "sm", "storage", "raft", "client", "node"]),
-    ("cli", &["types", "budget", "error", "telemetry", "config", "sm", "storage", "raft", "client", "node", "http"]),
+    ("storage", &["types", "error", "telemetry", "config", "supervisor", "descriptors", "sm"]),
+    ("raft", &["types", "budget", "error", "telemetry", "config", "supervisor", "descriptors", "sm", "storage"]),
+    ("client", &["types", "budget", "error", "telemetry", "config", "supervisor", "descriptors", "sm"]),
+    (
+        "node",
+        &["types", "budget", "error", "telemetry", "config", "supervisor", "descriptors", "sm", "storage", "raft", "client"],
+    ),
+    (
+        "http",
+        &[
+            "types",
+            "budget",
+            "error",
+            "telemetry",
+            "config",
+            "supervisor",
+            "descriptors",
+            "sm",
+            "storage",
+            "raft",
+            "client",
+            "node",
+        ],
+    ),
+    (
+        "cli",
+        &["types", "budget", "error", "telemetry", "config", "supervisor", "sm", "storage", "raft", "client", "node", "http"],
+    ),
 ];
 
 /// Crates that only the files under these paths may name.
@@ -79,6 +102,47 @@ fn crates_are_named_only_where_they_belong() {
         }
     }
     assert!(wrong.is_empty(), "crates out of their place:\n{}", wrong.join("\n"));
+}
+
+/// Where a thread or task may be started that the supervisor does not see, how often, and why its panic leaves nothing
+/// half dead. All that lives as long as a node or a replica is started by the supervisor.
+const SPAWNS: &[(&str, usize, &str)] = &[
+    ("supervisor.rs", 4, "it supervises them; and the thread of the last line"),
+    ("raft/runtime.rs", 1, "the tasks of openraft, which inherit their supervisor"),
+    ("http/server.rs", 1, "one connection, which ends with it"),
+    ("http/body.rs", 1, "reads away the rest of one body"),
+    ("http/native/view.rs", 1, "one request, which awaits it"),
+    ("http/dialects/kvs/view_change.rs", 1, "one request, which awaits it"),
+    ("client/wire.rs", 1, "one connection of a client, whose callers see it end"),
+    ("node/chores.rs", 1, "one step of a view change, which is told and taken again"),
+    ("node/reconciler.rs", 1, "one replica to be forgotten, which is tried again"),
+    ("storage/background.rs", 1, "joined at once; its panic goes on in its caller"),
+    ("storage/sled_database.rs", 1, "an attempt to open a database, which has a deadline"),
+    ("storage/sled_tree.rs", 2, "drops a tree; walks one, and its reader sees it end"),
+    ("cli/signals.rs", 1, "its end is awaited, and ends the process as a signal does"),
+    ("cli/bench/mod.rs", 4, "no node"),
+];
+
+#[test]
+fn long_lived_threads_and_tasks_are_started_by_the_supervisor() {
+    let starts = |words: &[String]| {
+        let is_start = |at: &usize| matches!(words[*at].as_str(), "spawn" | "spawn_scoped" | "spawn_local");
+        let is_called = |at: usize| words.get(at + 1).is_some_and(|word| word == "(" || word == "::");
+        let is_defined = |at: usize| at > 0 && words[at - 1] == "fn";
+        (0..words.len()).filter(is_start).filter(|at| is_called(*at) && !is_defined(*at)).count()
+    };
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let (allowed, why) = SPAWNS
+            .iter()
+            .find(|(path, ..)| *path == source.path)
+            .map_or((0, "nothing is known of one there"), |(_, count, why)| (*count, *why));
+        let found = starts(&source.words);
+        if found != allowed {
+            wrong.push(format!("{} starts {found} threads or tasks by itself, not {allowed} ({why})", source.path));
+        }
+    }
+    assert!(wrong.is_empty(), "start them by `supervisor`, or say why not:\n{}", wrong.join("\n"));
 }
 
 #[test]

@@ -55,7 +55,7 @@ pub enum Command {
 
 /// What the exit codes mean. In the help of every command.
 pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 no such key or a condition that does not hold, 2 usage, \
-3 unavailable or of unknown outcome.";
+3 unavailable or of unknown outcome, 4 (of serve) a part of the node panicked or hung: start it again.";
 
 /// How a command that did what it should ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -69,11 +69,11 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     let closing = CancellationToken::new();
     let app = app(&node, &server, closing.clone(), limits.clone());
     let (stop_server, stop_node) = (CancellationToken::new(), CancellationToken::new());
-    let serving = tokio::spawn({
+    let serving = node.supervisor().start_alone("server", {
         let stop = stop_server.clone();
         async move { server.serve_app(app, stop, &limits).await }
     });
-    let mut running = tokio::spawn({
+    let mut running = node.supervisor().start_alone("node", {
         let (node, stop) = (node.clone(), stop_node.clone());
         async move { node.run(&stop).await }
     });

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
 use crate::raft::Group;
-use crate::types::{GroupId, ReplicaId};
+use crate::types::{GroupId, LogId, ReplicaId};
 
 const TICK: Duration = Duration::from_secs(1);
 /// How long the home must have been in reach before it is given the lead: a node that comes and goes should not lead.
@@ -28,9 +28,17 @@ const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 /// Hands leaderships over to their homes, unless these lack room on their disks.
 pub struct Balancer {
     member: Arc<Member>,
-    /// Since when the home of a shard that this node leads has been in reach without a break.
-    steady: HashMap<GroupId, Instant>,
+    /// The homes of shards that this node leads that have been good enough to lead, without a break.
+    steady: HashMap<GroupId, Steady>,
     not_before: HashMap<GroupId, Instant>,
+}
+
+/// Since when a home has been in reach, and kept up.
+#[derive(Debug, Clone, Copy)]
+struct Steady {
+    since: Instant,
+    /// What was committed at the last look: by the next one the home has it on its disk.
+    committed: Option<LogId>,
 }
 
 impl Balancer {
@@ -59,7 +67,15 @@ impl Balancer {
                 self.steady.remove(&id);
                 continue;
             }
-            let since = *self.steady.entry(id).or_insert_with(Instant::now);
+            let status = group.status();
+            let steady = self.steady.entry(id).or_insert(Steady { since: Instant::now(), committed: None });
+            // One whose disk hangs, or is slow, would hand the shard back at once, if it could be elected at all.
+            if status.matched.get(&replica).copied().flatten() < steady.committed {
+                self.steady.remove(&id);
+                continue;
+            }
+            steady.committed = status.committed;
+            let since = steady.since;
             let held_back = self.not_before.get(&id).is_some_and(|at| Instant::now() < *at);
             if since.elapsed() >= STEADY_FOR && !held_back && due.is_none() {
                 due = Some((group, replica));

@@ -21,6 +21,7 @@ use crate::raft::lanes::{Acquaintances, Ousted};
 use crate::sm::placement::{PlacementError, first_view};
 use crate::sm::view::{self, View};
 use crate::storage::directory::{DataDirectory, DirectoryError, Stamp};
+use crate::supervisor::Supervisor;
 use crate::telemetry::Rarely;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId, StartId};
 
@@ -69,6 +70,7 @@ pub struct Joining {
     view_set: Vec<Address>,
     directory_id: DirectoryId,
     machine: Arc<dyn Machine>,
+    supervisor: Supervisor,
     directory: DataDirectory,
     caller: PeerCaller,
     waiting: watch::Sender<Option<Waiting>>,
@@ -87,11 +89,13 @@ impl Joining {
     pub fn new(config: NodeConfig, machine: Arc<dyn Machine>, directory: DataDirectory, caller: PeerCaller) -> Self {
         let view_set = config.view_set();
         let directory_id = directory.id();
+        let supervisor = machine.supervisor();
         Self {
             config,
             view_set,
             directory_id,
             machine,
+            supervisor,
             directory,
             caller,
             waiting: watch::Sender::new(None),
@@ -101,6 +105,10 @@ impl Joining {
             acquaintances: OnceLock::new(),
             doubles: Mutex::default(),
         }
+    }
+
+    pub fn supervisor(&self) -> &Supervisor {
+        &self.supervisor
     }
 
     pub fn directory_id(&self) -> DirectoryId {

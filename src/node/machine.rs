@@ -12,6 +12,7 @@ use crate::storage::directory::{DataDirectory, DirectoryError};
 use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::sled_tree::{SledError, SledOptions, SledTrees, is_there};
 use crate::storage::tree::Trees;
+use crate::supervisor::Supervisor;
 use crate::types::GroupId;
 
 /// Disk and database of a node, and who watches it change the view.
@@ -24,6 +25,9 @@ pub trait Machine: Send + Sync + 'static {
 
     /// The map database. `is_expected`: there were replicas, so it should be there.
     fn open_trees(&self, path: &Path, options: SledOptions, is_expected: bool) -> Result<Arc<dyn Trees>, SledError>;
+
+    /// Who is told when a part of the node panics or hangs.
+    fn supervisor(&self) -> Supervisor;
 
     /// Told of each step of a view change that this node has taken; the next one waits for the end of what this returns.
     fn stepped(&self, _step: Stepped<'_>) -> BoxFuture<'static, ()> {
@@ -55,6 +59,10 @@ impl Machine for RealMachine {
 
     fn disk(&self) -> Arc<dyn Disk> {
         Arc::new(RealDisk)
+    }
+
+    fn supervisor(&self) -> Supervisor {
+        Supervisor::of_the_process()
     }
 
     fn open_trees(&self, path: &Path, options: SledOptions, is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {

@@ -2,6 +2,7 @@
 
 use super::member::Member;
 use super::move_counters::Moved;
+use super::watchdog::Findings;
 use crate::budget::Budget;
 use crate::client::reply;
 use crate::raft::{Role, Room};
@@ -33,7 +34,7 @@ pub struct Sample {
 }
 
 /// Everything that the node counts.
-pub fn families(member: &Member, log: &Log, states: &StateStore) -> Vec<Family> {
+pub fn families(member: &Member, log: &Log, states: &StateStore, findings: &Findings) -> Vec<Family> {
     let of_room = of_disk_room(log);
     let (log, maps) = (log.metrics(), states.metrics());
     let mut all = of_log(&log);
@@ -44,6 +45,7 @@ pub fn families(member: &Member, log: &Log, states: &StateStore) -> Vec<Family> 
     all.extend(of_rooms(member));
     all.extend(of_groups(member));
     all.push(of_level(member));
+    all.extend(of_stalls(findings));
     all
 }
 
@@ -236,6 +238,28 @@ fn differences(member: &Member) -> Family {
 fn of_level(member: &Member) -> Family {
     let level = f64::from(member.view().level);
     one("quorate_level", FamilyKind::Gauge, "The cluster's feature level, as this node knows it.", level)
+}
+
+/// Returns what the watchdog has found.
+fn of_stalls(findings: &Findings) -> Vec<Family> {
+    use FamilyKind::{Counter, Gauge};
+    let sample =
+        |(part, ms): (&str, u64)| Sample { suffix: "", labels: vec![("part", part.to_owned())], value: ms as f64 / 1000.0 };
+    let stalled = findings.threads_ms().into_iter().map(sample).collect();
+    vec![
+        family(
+            "quorate_stalled_seconds",
+            Gauge,
+            "For how long a part of this node has not got any further though it had something to do.",
+            stalled,
+        ),
+        one(
+            "quorate_step_downs_total",
+            Counter,
+            "Leaderships that were handed over because the disk or a map of this node held them up.",
+            findings.step_downs() as f64,
+        ),
+    ]
 }
 
 fn of_groups(member: &Member) -> Vec<Family> {

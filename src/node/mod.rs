@@ -29,6 +29,7 @@ mod operator;
 mod reconciler;
 mod repair;
 mod running;
+mod watchdog;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -55,6 +56,7 @@ use crate::sm::meta;
 use crate::sm::view::View;
 use crate::storage::directory::DirectoryError;
 use crate::storage::sled_tree::SledError;
+use crate::supervisor::{self, Supervisor};
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 pub use bootstrap::NoStart;
@@ -240,6 +242,11 @@ impl Node {
         reply
     }
 
+    /// Who is told when a part of this node panics or hangs.
+    pub fn supervisor(&self) -> &Supervisor {
+        self.joining.supervisor()
+    }
+
     /// Hands every leadership over to another replica, as far as there is one within the time: the first step of a clean stop, while
     /// requests are still answered.
     pub async fn hand_over(&self, timeout: Duration) {
@@ -381,6 +388,7 @@ impl Node {
 
 /// Waits for `pause`. False: `shutdown` came first.
 async fn waited(shutdown: &CancellationToken, pause: Duration) -> bool {
+    supervisor::beat();
     tokio::select! {
         biased;
         () = shutdown.cancelled() => false,

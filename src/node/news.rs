@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::member::Member;
 use crate::client::peer::Standing;
 use crate::sm::view::View;
+use crate::supervisor;
 use crate::types::{Address, GroupId};
 
 const TICK: Duration = Duration::from_secs(1);
@@ -62,6 +63,7 @@ impl News {
 
     pub async fn run(&self, shutdown: &CancellationToken) {
         loop {
+            supervisor::beat();
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,

@@ -30,6 +30,7 @@ use crate::sm::slots::SlotState;
 use crate::sm::view::{self, View};
 use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
+use crate::supervisor;
 use crate::types::{GroupId, NodeId, ReplicaId, Slot};
 
 /// Between two ticks while something is still to be done.
@@ -130,6 +131,7 @@ impl Reconciler {
     pub async fn run(&self, shutdown: &CancellationToken) {
         let mut wipes = Wipes::default();
         loop {
+            supervisor::beat();
             let idle = self.tick(&mut wipes).await;
             let interval = if idle { TICK_IDLE } else { TICK_BUSY };
             let meta = self.member.registry.get(GroupId::META).map(|meta| meta.watch_applied());

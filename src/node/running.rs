@@ -30,6 +30,7 @@ use super::migrator::Migrator;
 use super::news::News;
 use super::reconciler::Reconciler;
 use super::repair::Repair;
+use super::watchdog::{Findings, Watchdog};
 use crate::budget::Budget;
 use crate::client::call::ShardCaller;
 use crate::client::peer::{Announcement, PeerCaller};
@@ -52,6 +53,7 @@ use crate::storage::directory::{DirectoryError, Stamp};
 use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
 use crate::storage::sled_tree::{SledError, SledOptions, is_condemned};
 use crate::storage::state::{StateOptions, StateStore};
+use crate::supervisor::Supervisor;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId};
 
 /// Between two attempts to open the replica of the meta group while there is no descriptor for it.
@@ -95,6 +97,7 @@ pub struct Running {
     member: Arc<Member>,
     reconciler: Arc<Reconciler>,
     news: Arc<News>,
+    findings: Arc<Findings>,
     storage: Storage,
     stop: CancellationToken,
     tasks: Mutex<JoinSet<()>>,
@@ -132,6 +135,7 @@ impl Running {
         }
         let registry = Registry::new(RegistryParts {
             rooms: Rooms::default(),
+            supervisor: joining.supervisor().clone(),
             identity,
             resolver: views.clone(),
             dial: Arc::new(HttpDial),
@@ -149,32 +153,46 @@ impl Running {
         let reconciler = Arc::new(Reconciler::new(member.clone(), joining.clone(), joined.view));
         let stop = CancellationToken::new();
         let news = Arc::new(News::new(member.clone()));
-        let mut tasks = JoinSet::new();
+        let mut tasks = Tasks { supervisor: joining.supervisor().clone(), stop: stop.clone(), running: JoinSet::new() };
         let (reconciling, asking) = (reconciler.clone(), news.clone());
-        spawn(&mut tasks, &stop, |stop| async move { reconciling.run(&stop).await });
-        spawn(&mut tasks, &stop, |stop| async move { asking.run(&stop).await });
+        tasks.start("reconciler", |stop| async move { reconciling.run(&stop).await });
+        tasks.start("news", |stop| async move { asking.run(&stop).await });
         let balancer = Balancer::new(member.clone());
         let janitor = Janitor::new(member.clone(), storage.log.clone(), config.log_bytes);
-        spawn(&mut tasks, &stop, |stop| async move { balancer.run(&stop).await });
-        spawn(&mut tasks, &stop, |stop| async move { janitor.run(&stop).await });
+        tasks.start("balancer", |stop| async move { balancer.run(&stop).await });
+        tasks.start("janitor", |stop| async move { janitor.run(&stop).await });
         let disk_watch = DiskWatch::new(member.clone(), storage.log.clone(), storage.states.clone());
-        spawn(&mut tasks, &stop, |stop| async move { disk_watch.run(&stop).await });
+        tasks.start("disk-watch", |stop| async move { disk_watch.run(&stop).await });
         let compactor = Compactor::new(storage.states.clone(), storage.log.clone());
-        spawn(&mut tasks, &stop, |stop| async move { compactor.run(&stop).await });
+        tasks.start("compactor", |stop| async move { compactor.run(&stop).await });
         let memberships = Memberships::new(member.clone(), joining.machine().clone());
         let migrator = Migrator::new(member.clone(), joining.machine().clone());
-        spawn(&mut tasks, &stop, |stop| async move { memberships.run(&stop).await });
-        spawn(&mut tasks, &stop, |stop| async move { migrator.run(&stop).await });
+        tasks.start("memberships", |stop| async move { memberships.run(&stop).await });
+        tasks.start("migrator", |stop| async move { migrator.run(&stop).await });
         let greeter = Greeter::new(member.clone(), joining.clone());
-        spawn(&mut tasks, &stop, |stop| async move { greeter.run(&stop).await });
+        tasks.start("greeter", |stop| async move { greeter.run(&stop).await });
         let repair = Repair::new(member.clone(), config.replace_after, config.lost_disk_after);
-        spawn(&mut tasks, &stop, |stop| async move { repair.run(&stop).await });
+        tasks.start("repair", |stop| async move { repair.run(&stop).await });
         let agreement = Agreement::new(member.clone(), config.compare_every);
-        spawn(&mut tasks, &stop, |stop| async move { agreement.run(&stop).await });
+        tasks.start("agreement", |stop| async move { agreement.run(&stop).await });
         let levels = Levels::new(member.clone(), config.speaks(), config.raise_level_after);
-        spawn(&mut tasks, &stop, |stop| async move { levels.run(&stop).await });
+        tasks.start("levels", |stop| async move { levels.run(&stop).await });
+        let findings = Arc::new(Findings::default());
+        let parts = (storage.log.clone(), storage.states.clone(), joining.supervisor().clone());
+        let watchdog = Watchdog::new(member.clone(), parts.0, parts.1, parts.2, findings.clone());
+        tasks.start("watchdog", |stop| async move { watchdog.run(&stop).await });
         let router = Router::new(Access::new(member.clone()), rand::random());
-        Ok(Self { router, member, reconciler, news, storage, stop, tasks: Mutex::new(tasks), speaks: config.speaks() })
+        Ok(Self {
+            router,
+            member,
+            reconciler,
+            news,
+            findings,
+            storage,
+            stop,
+            tasks: Mutex::new(tasks.running),
+            speaks: config.speaks(),
+        })
     }
 
     /// Opens the replica of the meta group, and only then calls this directory a member.
@@ -216,11 +234,11 @@ impl Running {
     }
 
     pub fn unready(&self) -> Option<String> {
-        self.reconciler.unready()
+        self.findings.stalled().or_else(|| self.reconciler.unready())
     }
 
     pub fn families(&self) -> Vec<Family> {
-        metrics::families(&self.member, &self.storage.log, &self.storage.states)
+        metrics::families(&self.member, &self.storage.log, &self.storage.states, &self.findings)
     }
 
     /// Cancelled when a replica could not be opened because the map database is beyond mending in this process.
@@ -377,12 +395,20 @@ pub fn finish_retirement(joining: &Joining) -> Result<bool, StartError> {
     Ok(true)
 }
 
-/// Begins a part of the node that runs until it is told to stop.
-fn spawn<F>(tasks: &mut JoinSet<()>, stop: &CancellationToken, run: impl FnOnce(CancellationToken) -> F)
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    tasks.spawn(run(stop.clone()));
+/// The controllers of a node, which run until they are told to stop.
+struct Tasks {
+    supervisor: Supervisor,
+    stop: CancellationToken,
+    running: JoinSet<()>,
+}
+
+impl Tasks {
+    fn start<F>(&mut self, part: &'static str, run: impl FnOnce(CancellationToken) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.supervisor.start(&mut self.running, part, run(self.stop.clone()));
+    }
 }
 
 /// Whether the next start will set the map database aside, and rebuild every map.
@@ -417,9 +443,9 @@ impl Storage {
         let trees = joining.machine().open_trees(&path.join(MAPS_DIR), options, is_expected)?;
         let (states, checkpointer) = StateStore::open(trees, disk, path, StateOptions::default())?;
         leftovers::clear_maps(&log, &states)?;
-        let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
-        let writer = thread("log-writer").spawn(move || writer.run()).map_err(StartError::Thread)?;
-        let checkpointer = thread("checkpointer").spawn(move || checkpointer.run()).map_err(StartError::Thread)?;
+        let thread = |part, run: Box<dyn FnOnce() + Send>| joining.supervisor().start_thread(part, run);
+        let writer = thread("log-writer", Box::new(move || writer.run())).map_err(StartError::Thread)?;
+        let checkpointer = thread("checkpointer", Box::new(move || checkpointer.run())).map_err(StartError::Thread)?;
         Ok(Self { log, states: Arc::new(states), threads: std::sync::Mutex::new(vec![writer, checkpointer]) })
     }
 

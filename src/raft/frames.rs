@@ -114,7 +114,7 @@ impl Group {
                     if self.machine.hold.is_set() {
                         return self.take_rebuilt(receiver, vote, done);
                     }
-                    self.spawn(async move {
+                    self.supervise(async move {
                         let result = snapshots::install(raft, receiver, vote).await;
                         done.send_replace(Some(result));
                     });

@@ -77,6 +77,8 @@ pub struct Group {
     /// Why nothing is written.
     alarm: Mutex<Option<String>>,
     is_read_only: AtomicBool,
+    /// The term in which this replica led and gave up the lead; zero for none.
+    pub(super) stepped_down: AtomicU64,
 }
 
 impl Group {
@@ -102,9 +104,13 @@ impl Group {
         let is_stopping = Arc::new(AtomicBool::new(false));
         let (publish, watch) = watch::channel(look(&raft, None));
         let mut tasks = JoinSet::new();
-        tasks.spawn(proposer.clone().run(raft.clone(), machine.clone(), shared.resolver.clone()));
-        tasks.spawn(reads.clone().run(raft.clone(), machine.clone()));
-        tasks.spawn(monitor(key, raft.clone(), machine.clone(), publish, proposer.clone(), reads.clone(), is_stopping.clone()));
+        let supervisor = shared.supervisor.clone();
+        let propose = proposer.clone().run(raft.clone(), machine.clone(), shared.resolver.clone());
+        supervisor.start(&mut tasks, "proposer", propose);
+        supervisor.start(&mut tasks, "reads", reads.clone().run(raft.clone(), machine.clone()));
+        let (closing, stopping) = ((proposer.clone(), reads.clone()), is_stopping.clone());
+        let monitor = monitor(key, raft.clone(), machine.clone(), publish, closing.0, closing.1, stopping);
+        supervisor.start(&mut tasks, "monitor of a replica", monitor);
         let group = Self {
             key,
             raft,
@@ -127,12 +133,14 @@ impl Group {
             is_stopping,
             alarm: Mutex::default(),
             is_read_only: AtomicBool::new(false),
+            stepped_down: AtomicU64::new(0),
         };
         let group = Arc::new(group);
         if is_witness {
-            group.spawn(witness::hand_over_soon(Arc::downgrade(&group)));
+            group.supervise(witness::hand_over_soon(Arc::downgrade(&group)));
         }
-        group.raft.run();
+        // Its tasks are started here, and start others.
+        supervisor.within("openraft", || group.raft.run());
         Ok(group)
     }
 
@@ -245,9 +253,10 @@ impl Group {
         self.machine.rebuilt.load(Ordering::Relaxed)
     }
 
-    /// A witness proposes nothing, also when it leads.
+    /// A witness proposes nothing, also when it leads; nor does a leader that has stepped down.
     fn ensure_proposes(&self) -> Result<(), ProposeError> {
-        if self.is_witness() { Err(ProposeError::NotLeader { leader: None }) } else { Ok(()) }
+        let is_none = self.is_witness() || self.has_stepped_down(&self.watch.borrow());
+        if is_none { Err(ProposeError::NotLeader { leader: None }) } else { Ok(()) }
     }
 
     async fn propose_entry(&self, entry: bytes::Bytes, deadline: Instant) -> Result<Outcome, ProposeError> {
@@ -281,7 +290,7 @@ impl Group {
 
     /// Returns when whatever was acknowledged before the call can be read from [`Group::state`].
     pub async fn read_barrier(&self, deadline: Instant) -> Result<(), ReadError> {
-        if self.is_witness() {
+        if self.is_witness() || self.has_stepped_down(&self.watch.borrow()) {
             return Err(ReadError::NotLeader { leader: None });
         }
         self.reads.confirm(deadline).await
@@ -322,7 +331,10 @@ impl Group {
         let matched = data.replication.as_ref().map(|replication| {
             replication.iter().map(|(replica, matched)| (*replica, matched.as_ref().map(from_raft))).collect()
         });
-        let leader_heard = match watch.role {
+        let has_stepped_down = self.has_stepped_down(&watch);
+        let role = if has_stepped_down { Role::Follower } else { watch.role };
+        let leader = watch.leader.filter(|_| !has_stepped_down);
+        let leader_heard = match role {
             Role::Leader => Some(Duration::ZERO),
             Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => {
                 self.freshness.last_heard().map(|at| at.elapsed())
@@ -330,9 +342,9 @@ impl Group {
         };
         GroupStatus {
             key: self.key,
-            role: watch.role,
-            leader: watch.leader.and_then(|leader| leader.node),
-            leader_replica: watch.leader.map(|leader| leader.replica),
+            role,
+            leader: leader.and_then(|leader| leader.node),
+            leader_replica: leader.map(|leader| leader.replica),
             term: watch.term,
             last_log: data.last_log.as_ref().map(from_raft),
             committed: data.local_committed.as_ref().map(from_raft),
@@ -354,11 +366,13 @@ impl Group {
 
     /// As far as this replica knows.
     pub fn leads(&self) -> bool {
-        self.watch.borrow().role == Role::Leader
+        let watch = self.watch.borrow();
+        watch.role == Role::Leader && !self.has_stepped_down(&watch)
     }
 
     pub fn leader(&self) -> Option<Leader> {
-        self.watch.borrow().leader
+        let watch = self.watch.borrow();
+        watch.leader.filter(|_| !self.has_stepped_down(&watch))
     }
 
     /// Index of the last applied entry, as it grows.
@@ -449,7 +463,8 @@ impl Group {
         !self.timer.is_leased()
     }
 
-    /// The voter with a map that has most of the log and was heard of most lately: whom to hand over to when it does not matter to whom.
+    /// Returns the voter with a map that has what is committed, was heard of most lately and has most of the log: whom to
+    /// hand over to when it does not matter to whom.
     pub fn best_successor(&self) -> Option<ReplicaId> {
         let status = self.status();
         let others = status
@@ -458,8 +473,11 @@ impl Group {
             .iter()
             .filter(|(replica, _)| **replica != self.key.replica && !status.membership.is_witness(**replica));
         let candidates = others.filter(|(replica, _)| lag(&status, **replica) <= TRANSFER_LAG_MAX);
-        let best = candidates
-            .max_by_key(|(replica, node)| (self.shared.lanes.last_heard(**node), std::cmp::Reverse(lag(&status, **replica))));
+        // One whose disk hangs lacks little of a group that is idle, and can't be elected.
+        let has_all = |replica: &ReplicaId| status.matched.get(replica).is_some_and(|matched| *matched >= status.committed);
+        let best = candidates.max_by_key(|(replica, node)| {
+            (has_all(replica), self.shared.lanes.last_heard(**node), std::cmp::Reverse(lag(&status, **replica)))
+        });
         best.map(|(replica, _)| *replica)
     }
 
@@ -533,9 +551,9 @@ impl Group {
     }
 
     /// Runs something that belongs to the group, until the group ends.
-    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+    pub(super) fn supervise(&self, task: impl Future<Output = ()> + Send + 'static) {
         if let Some(tasks) = &mut *self.tasks.lock().expect("no holder panics") {
-            tasks.spawn(task);
+            self.shared.supervisor.start(tasks, "replica", task);
         }
     }
 

@@ -32,6 +32,7 @@ mod runtime;
 mod snapshots;
 mod state_machine;
 mod status;
+mod step_down;
 #[cfg(test)]
 mod tests;
 mod timings;
@@ -46,6 +47,7 @@ pub use registry::{Registry, RegistryParts};
 pub use room::{Room, Rooms};
 pub use runtime::seed_this_thread;
 pub use status::{GroupMembership, GroupStatus, GroupWatch, Leader, Role};
+pub use step_down::Progress;
 pub use timings::{LeaseReads, RaftTimings};
 pub use wire::{Refusal, WireError};
 pub use witness::Witness;

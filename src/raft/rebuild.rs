@@ -100,7 +100,7 @@ impl Group {
         );
         self.machine.hold.set(true);
         let machine = self.machine.clone();
-        self.spawn(async move {
+        self.supervise(async move {
             if tokio::time::timeout(PATIENCE, machine.hold.wait()).await.is_err() {
                 tracing::error!("no other map came within {PATIENCE:?}: the replica goes on with its own");
                 machine.hold.set(false);
@@ -112,7 +112,7 @@ impl Group {
     /// Puts what has arrived in the place of the map that is held, once the log holds all that is in it.
     pub(super) fn take_rebuilt(&self, receiver: SnapshotReceiver, vote: Vote, done: snapshots::InstallSender) {
         let (machine, log, key) = (self.machine.clone(), self.log.clone(), self.key());
-        self.spawn(async move {
+        self.supervise(async move {
             let received = tokio::task::spawn_blocking(move || receiver.finish()).await;
             let result = async {
                 let snapshot = received.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;

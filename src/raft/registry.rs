@@ -16,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::errors::OpenError;
 use super::fit::fit_log;
 use super::group::Group;
-use super::lanes::{Heard, Lanes, Seats};
+use super::lanes::{Heard, Lanes, LanesParts, Seats};
 use super::pulse;
 use super::room::Rooms;
 use super::state_machine::Keeps;
@@ -28,6 +28,7 @@ use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
 use crate::storage::state::{Applied, StateStore};
+use crate::supervisor::Supervisor;
 use crate::types::{DirectoryId, GroupId, NodeId};
 
 /// Snapshots that are written at a time: each reads a whole map and syncs a large file.
@@ -45,6 +46,7 @@ pub struct RegistryParts {
     pub log: Log,
     pub states: Arc<StateStore>,
     pub rooms: Rooms,
+    pub supervisor: Supervisor,
 }
 
 /// What the groups of a node share.
@@ -55,6 +57,7 @@ pub(super) struct Shared {
     pub timings: RaftTimings,
     pub snapshot_turns: Semaphore,
     pub rooms: Arc<Rooms>,
+    pub supervisor: Supervisor,
 }
 
 /// What kind of replica is opened.
@@ -83,8 +86,14 @@ impl Registry {
     pub fn new(parts: RegistryParts) -> Arc<Self> {
         let heard = Arc::new(Heard::default());
         let rooms = Arc::new(parts.rooms);
-        let lanes = Lanes::new(parts.identity.clone(), parts.resolver.clone(), parts.dial, heard.clone(), rooms.clone());
-        let lanes = Arc::new(lanes);
+        let lanes = Arc::new(Lanes::new(LanesParts {
+            identity: parts.identity.clone(),
+            resolver: parts.resolver.clone(),
+            dial: parts.dial,
+            heard: heard.clone(),
+            rooms: rooms.clone(),
+            supervisor: parts.supervisor.clone(),
+        }));
         let shared = Arc::new(Shared {
             log: parts.log,
             lanes,
@@ -92,6 +101,7 @@ impl Registry {
             timings: parts.timings,
             snapshot_turns: Semaphore::new(SNAPSHOT_TURNS),
             rooms,
+            supervisor: parts.supervisor,
         });
         Arc::new(Self {
             identity: parts.identity,
@@ -242,7 +252,7 @@ impl Registry {
         self.groups.write().expect("no holder panics").insert(key.group, group.clone());
         self.pulse.get_or_init(|| {
             let beat = pulse::beat(Arc::downgrade(self), self.shared.timings.pulse());
-            AbortOnDropHandle::new(tokio::spawn(beat))
+            AbortOnDropHandle::new(self.shared.supervisor.start_alone("election timer", beat))
         });
         Ok(group)
     }

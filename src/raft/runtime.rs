@@ -13,6 +13,8 @@ use openraft::async_runtime::AsyncRuntime;
 use openraft::{OptionalSend, TokioInstant, TokioRuntime};
 use rand_core::TryRng;
 
+use crate::supervisor;
+
 type Tokio = TokioRuntime;
 
 /// Tokio with a random source that can be seeded.
@@ -37,7 +39,8 @@ impl AsyncRuntime for Runtime {
         T: Future + OptionalSend + 'static,
         T::Output: OptionalSend + 'static,
     {
-        Tokio::spawn(future)
+        // Openraft looks at the end of few of its tasks, and at none of it when it is a panic.
+        Tokio::spawn(supervisor::inherit(future))
     }
 
     fn sleep(duration: Duration) -> Self::Sleep {

@@ -149,14 +149,14 @@ impl Inbox {
         }
     }
 
-    /// Begins to install what has arrived, or waits a while for that to end. `spawn` runs the installation.
+    /// Begins to install what has arrived, or waits a while for that to end. `start` runs the installation.
     pub async fn install(
         &self,
         name: SnapshotName,
         vote: Vote,
-        spawn: impl FnOnce(SnapshotReceiver, InstallSender),
+        start: impl FnOnce(SnapshotReceiver, InstallSender),
     ) -> Result<Reply, Refusal> {
-        let mut result = self.begin_install(name, vote, spawn)?;
+        let mut result = self.begin_install(name, vote, start)?;
         let done = match tokio::time::timeout(INSTALL_PATIENCE, result.wait_for(Option::is_some)).await {
             Err(_) => return Ok(Reply::SnapshotHas { bytes_len: name.bytes_len }),
             Ok(done) => done.ok().and_then(|done| done.clone()),
@@ -172,14 +172,14 @@ impl Inbox {
         &self,
         name: SnapshotName,
         vote: Vote,
-        spawn: impl FnOnce(SnapshotReceiver, InstallSender),
+        start: impl FnOnce(SnapshotReceiver, InstallSender),
     ) -> Result<InstallResult, Refusal> {
         let mut arriving = self.try_lock()?;
         match std::mem::take(&mut *arriving) {
             Arriving::Some { name: known, receiver } if known == name && receiver.bytes_len() == name.bytes_len => {
                 let (sender, result) = watch::channel(None);
                 *arriving = Arriving::Installing { name, vote, result: result.clone() };
-                spawn(receiver, sender);
+                start(receiver, sender);
                 Ok(result)
             }
             Arriving::Installing { name: known, vote: by, result } => {

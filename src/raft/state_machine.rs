@@ -6,8 +6,10 @@
 //! An error is final: the replica has met a broken disk or an entry that it can't decode, and going on would make replicas differ.
 
 use std::io;
-use std::sync::atomic::AtomicU64;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use futures::{Stream, TryStreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
@@ -17,6 +19,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::rebuild::Hold;
+use super::step_down::Applying;
 use super::types::{
     Outcome, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership, encode_stored_membership, from_raft,
     to_raft,
@@ -28,6 +31,7 @@ use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::snapshot::Snapshot;
 use crate::storage::state::{Applied, ReplicaState};
+use crate::supervisor;
 
 /// After this many entries others get a turn on the thread: an entry holds up to a few hundred writes.
 const ENTRIES_PER_TURN: usize = 8;
@@ -87,6 +91,9 @@ pub struct Machine {
     pub hold: Hold,
     /// How often another map took the place of this one's, which differed.
     pub rebuilt: AtomicU64,
+    /// Since when an entry is being applied.
+    applying: Mutex<Option<Instant>>,
+    is_installing: AtomicBool,
     failure: Mutex<Option<String>>,
 }
 
@@ -99,6 +106,8 @@ impl Machine {
             clock: GroupClock::new(),
             hold: Hold::default(),
             rebuilt: AtomicU64::new(0),
+            applying: Mutex::new(None),
+            is_installing: AtomicBool::new(false),
             failure: Mutex::new(None),
         };
         machine.read_clock()?;
@@ -111,6 +120,16 @@ impl Machine {
             self.clock.observe(requests::group_time_ms(&state.read())?);
         }
         Ok(())
+    }
+
+    /// Returns for how long one entry has been applied that is not done.
+    pub fn applying(&self) -> Option<Duration> {
+        self.applying.lock().expect("no holder panics").map(|since| since.elapsed())
+    }
+
+    /// Returns whether the map is being filled from a snapshot.
+    pub fn is_installing(&self) -> bool {
+        self.is_installing.load(Ordering::Relaxed)
     }
 
     /// Why nothing more is applied.
@@ -213,6 +232,23 @@ impl StateMachine {
         Ok(outcome)
     }
 
+    /// Applies an entry. One that panics would do so at every replica of the group, and again after each start: so it stops
+    /// this replica, like one that can't be decoded, and not the process with all its others.
+    fn apply_guarded(
+        &mut self,
+        id: RaftLogId,
+        payload: EntryPayload<super::types::Proposal, crate::types::ReplicaId, super::types::Member>,
+        audience: kv::Audience,
+    ) -> Result<Outcome, StoreError> {
+        let machine = self.machine.clone();
+        let _applying = Applying::begin(&machine.applying);
+        let applied = catch_unwind(AssertUnwindSafe(|| self.apply_entry(id, payload, audience)));
+        applied.unwrap_or_else(|panic| {
+            let reason = format!("applying entry {id} panicked: {}", supervisor::message(&*panic));
+            Err(StoreError::Damaged(reason))
+        })
+    }
+
     /// Goes on from the map that was put in the place of the one that was held.
     fn take_over_map(&mut self) -> io::Result<()> {
         let applied = self.machine.keeps.applied();
@@ -268,7 +304,7 @@ impl RaftStateMachine<Types> for StateMachine {
                 continue;
             }
             let audience = if responder.is_some() { kv::Audience::Caller } else { kv::Audience::Nobody };
-            let outcome = self.apply_entry(entry.log_id, entry.payload, audience).map_err(|error| self.machine.fatal(error))?;
+            let outcome = self.apply_guarded(entry.log_id, entry.payload, audience).map_err(|error| self.machine.fatal(error))?;
             self.machine.applied.send_replace(index);
             if let Some(responder) = responder {
                 responder.send(outcome);
@@ -295,6 +331,7 @@ impl RaftStateMachine<Types> for StateMachine {
 
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, image: Image) -> io::Result<()> {
         let machine = self.machine.clone();
+        self.machine.is_installing.store(true, Ordering::Relaxed);
         let installed = tokio::task::spawn_blocking(move || match (&machine.keeps, &image) {
             (Keeps::Map(state), Image::Map(snapshot)) => {
                 let filled = background::run("fill-map", || state.install(snapshot));
@@ -305,7 +342,9 @@ impl RaftStateMachine<Types> for StateMachine {
                 Err(StoreError::Damaged("a snapshot for another kind of replica was to be installed".into()))
             }
         });
-        installed.await.map_err(io::Error::other)?.map_err(|error| self.machine.fatal(error))?;
+        let installed = installed.await;
+        self.machine.is_installing.store(false, Ordering::Relaxed);
+        installed.map_err(io::Error::other)?.map_err(|error| self.machine.fatal(error))?;
         let applied = self.machine.keeps.applied();
         self.membership = applied.membership;
         self.machine.read_clock().map_err(|error| self.machine.fatal(error))?;

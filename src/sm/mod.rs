@@ -19,6 +19,7 @@ pub mod ports;
 pub mod repair;
 pub mod requests;
 pub mod slots;
+pub mod stalls;
 pub mod starts;
 #[cfg(test)]
 mod testing;

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{Disks, End, Power, SimMachine, Watcher};
+use super::machine::{DiskFault, Disks, End, Power, SimMachine, Trouble, Watcher};
 use crate::cli::serve;
 use crate::config::NodeConfig;
 use crate::http::{Limits, Server};
@@ -19,6 +20,7 @@ use crate::sm::view::Asked;
 use crate::storage::ReplicaKey;
 use crate::storage::mem_trees::MemTrees;
 use crate::storage::sim_disk::SimDisk;
+use crate::supervisor::{Ended, Supervisor};
 use crate::types::{Address, DirectoryId, GroupId, ReplicaId};
 
 const PORT: u16 = 7411;
@@ -31,6 +33,8 @@ pub struct Host {
     disks: Disks,
     is_held: Arc<AtomicBool>,
     lacks_descriptors: Arc<AtomicBool>,
+    disk_fault: DiskFault,
+    supervised: Mutex<Option<(Supervisor, watch::Receiver<Option<Ended>>)>>,
     watcher: Mutex<Option<Watcher>>,
     running: Mutex<Option<Incarnation>>,
     /// Why it stopped by itself, where it should not have.
@@ -92,6 +96,8 @@ impl Host {
             disks,
             is_held: Arc::default(),
             lacks_descriptors: Arc::default(),
+            disk_fault: DiskFault::default(),
+            supervised: Mutex::default(),
             watcher: Mutex::default(),
             running: Mutex::default(),
             failed: Arc::default(),
@@ -129,10 +135,28 @@ impl Host {
         *self.level_max.lock().expect("no holder panics") = level_max;
     }
 
+    /// What is wrong with its disk from now on, and below the directories of which name.
+    pub fn set_disk_fault(&self, fault: Option<(Trouble, &'static str)>) {
+        *self.disk_fault.lock().expect("no holder panics") = fault;
+    }
+
+    /// Who supervises what runs since the last start.
+    pub fn supervisor(&self) -> Supervisor {
+        self.supervised.lock().expect("no holder panics").as_ref().expect("it was started").0.clone()
+    }
+
+    /// What has ended it since the last start.
+    pub fn ended(&self) -> watch::Receiver<Option<Ended>> {
+        self.supervised.lock().expect("no holder panics").as_ref().expect("it was started").1.clone()
+    }
+
     pub fn start(&self) {
-        let power = Power::on(self.is_held.clone(), self.lacks_descriptors.clone());
+        let power = Power::on(self.is_held.clone(), self.lacks_descriptors.clone(), self.disk_fault.clone());
+        let (supervisor, ended) = Supervisor::noting();
+        *self.supervised.lock().expect("no holder panics") = Some((supervisor.clone(), ended));
         let watcher = self.watcher.lock().expect("no holder panics").clone().expect("it is watched");
-        let machine = SimMachine { disks: self.disks.clone(), power: power.clone(), directory_if_new: self.directory, watcher };
+        let machine =
+            SimMachine { disks: self.disks.clone(), power: power.clone(), directory_if_new: self.directory, watcher, supervisor };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let node: Arc<Mutex<Option<Arc<Node>>>> = Arc::default();
         let level_max = *self.level_max.lock().expect("no holder panics");

@@ -2,9 +2,9 @@
 //! any more, and reads nothing.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -17,6 +17,7 @@ use crate::storage::mem_trees::{Crash, MemTrees};
 use crate::storage::sim_disk::SimDisk;
 use crate::storage::sled_tree::{SledError, SledOptions};
 use crate::storage::tree::{Tree, Trees};
+use crate::supervisor::Supervisor;
 use crate::types::DirectoryId;
 
 /// What is left of a node while it does not run.
@@ -35,6 +36,8 @@ pub enum End {
     PowerCut { seed: u64 },
 }
 
+const SLOW_SYNC: Duration = Duration::from_secs(3);
+
 /// On from a start of the node to its end.
 pub struct Power {
     is_on: RwLock<bool>,
@@ -42,11 +45,40 @@ pub struct Power {
     is_held: Arc<AtomicBool>,
     /// There is no descriptor for the trees of shards as long.
     lacks_descriptors: Arc<AtomicBool>,
+    disk_fault: DiskFault,
+}
+
+/// What is wrong with a disk, below the directories of this name.
+pub type DiskFault = Arc<Mutex<Option<(Trouble, &'static str)>>>;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// A write does not return.
+    Hangs,
+    /// A write takes [`SLOW_SYNC`].
+    IsSlow,
+    /// Whoever writes panics.
+    Panics,
 }
 
 impl Power {
-    pub fn on(is_held: Arc<AtomicBool>, lacks_descriptors: Arc<AtomicBool>) -> Arc<Self> {
-        Arc::new(Self { is_on: RwLock::new(true), is_held, lacks_descriptors })
+    pub fn on(is_held: Arc<AtomicBool>, lacks_descriptors: Arc<AtomicBool>, disk_fault: DiskFault) -> Arc<Self> {
+        Arc::new(Self { is_on: RwLock::new(true), is_held, lacks_descriptors, disk_fault })
+    }
+
+    /// What stands in the way of a write to that path, or a sync of it.
+    fn pass(&self, path: &Path) {
+        let began = std::time::Instant::now();
+        while self.is_on() {
+            let fault = *self.disk_fault.lock().expect("no holder panics");
+            match fault.filter(|(_, part)| path.iter().any(|name| name == *part)) {
+                Some((Trouble::Hangs, _)) => {}
+                Some((Trouble::IsSlow, _)) if began.elapsed() < SLOW_SYNC => {}
+                Some((Trouble::Panics, _)) => panic!("put in by a test"),
+                Some((Trouble::IsSlow, _)) | None => return,
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     pub fn is_on(&self) -> bool {
@@ -85,6 +117,7 @@ pub struct SimMachine {
     pub power: Arc<Power>,
     pub directory_if_new: DirectoryId,
     pub watcher: Watcher,
+    pub supervisor: Supervisor,
 }
 
 impl Machine for SimMachine {
@@ -100,6 +133,10 @@ impl Machine for SimMachine {
         Ok(Arc::new(PoweredTrees { trees: self.disks.trees.clone(), power: self.power.clone() }))
     }
 
+    fn supervisor(&self) -> Supervisor {
+        self.supervisor.clone()
+    }
+
     fn stepped(&self, step: Stepped<'_>) -> BoxFuture<'static, ()> {
         (self.watcher)(step)
     }
@@ -113,7 +150,8 @@ struct PoweredDisk {
 impl Disk for PoweredDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
         let _on = self.power.need()?;
-        Ok(Box::new(PoweredFile { file: self.disk.open(path, how)?, power: self.power.clone() }))
+        let file = self.disk.open(path, how)?;
+        Ok(Box::new(PoweredFile { file, path: path.to_owned(), power: self.power.clone() }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -147,6 +185,7 @@ impl Disk for PoweredDisk {
 
 struct PoweredFile {
     file: Box<dyn DiskFile>,
+    path: PathBuf,
     power: Arc<Power>,
 }
 
@@ -157,6 +196,7 @@ impl DiskFile for PoweredFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.power.pass(&self.path);
         let _on = self.power.need()?;
         self.file.write_at(bytes, offset)
     }
@@ -172,6 +212,7 @@ impl DiskFile for PoweredFile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.power.pass(&self.path);
         let _on = self.power.need()?;
         self.file.sync()
     }

@@ -20,3 +20,4 @@ mod probe;
 mod retired;
 mod steps;
 mod strangers;
+mod supervision;

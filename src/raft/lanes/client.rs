@@ -18,6 +18,7 @@ use crate::raft::room::{Held, Place, Rooms};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Reply};
 use crate::sm::starts::Starts;
+use crate::supervisor::Supervisor;
 use crate::types::NodeId;
 
 /// Bytes that may wait in one lane's queue: several windows of appends of a few groups. What comes on top is refused, and Raft tries again.
@@ -42,29 +43,24 @@ pub type Call = oneshot::Receiver<Result<Arrived, LaneError>>;
 
 /// The lanes to all peers. They are dialled when first used.
 pub struct Lanes {
-    shared: Arc<Shared>,
+    shared: Arc<LanesParts>,
     lanes: Mutex<HashMap<(NodeId, Lane), Arc<PeerLane>>>,
     tasks: Mutex<Option<JoinSet<()>>>,
 }
 
-struct Shared {
-    identity: Arc<Identity>,
-    resolver: Arc<dyn Resolver>,
-    dial: Arc<dyn Dial>,
-    heard: Arc<Heard>,
-    rooms: Arc<Rooms>,
+/// What the lanes of a node are made of.
+pub struct LanesParts {
+    pub identity: Arc<Identity>,
+    pub resolver: Arc<dyn Resolver>,
+    pub dial: Arc<dyn Dial>,
+    pub heard: Arc<Heard>,
+    pub rooms: Arc<Rooms>,
+    pub supervisor: Supervisor,
 }
 
 impl Lanes {
-    pub fn new(
-        identity: Arc<Identity>,
-        resolver: Arc<dyn Resolver>,
-        dial: Arc<dyn Dial>,
-        heard: Arc<Heard>,
-        rooms: Arc<Rooms>,
-    ) -> Self {
-        let shared = Arc::new(Shared { identity, resolver, dial, heard, rooms });
-        Self { shared, lanes: Mutex::default(), tasks: Mutex::new(Some(JoinSet::new())) }
+    pub fn new(parts: LanesParts) -> Self {
+        Self { shared: Arc::new(parts), lanes: Mutex::default(), tasks: Mutex::new(Some(JoinSet::new())) }
     }
 
     /// Sends a frame. Frames of one lane leave in the order of the calls. The reply is [`read_reply`]'s to read; how long to wait for it
@@ -125,7 +121,7 @@ impl Lanes {
         let mut tasks = self.tasks.lock().expect("no holder panics");
         let tasks = tasks.as_mut().ok_or(LaneError::Closed)?;
         let new = Arc::new(PeerLane { to, lane, state: Mutex::default(), called: Notify::new(), queued: Held::default() });
-        tasks.spawn(keep_up(self.shared.clone(), new.clone()));
+        self.shared.supervisor.start(tasks, "lane", keep_up(self.shared.clone(), new.clone()));
         lanes.insert((to, lane), new.clone());
         Ok(new)
     }
@@ -272,7 +268,7 @@ impl Stream for Outbox {
 }
 
 /// Keeps a lane up for as long as it is used.
-async fn keep_up(shared: Arc<Shared>, lane: Arc<PeerLane>) {
+async fn keep_up(shared: Arc<LanesParts>, lane: Arc<PeerLane>) {
     let mut pause = PAUSE_MIN;
     loop {
         while !matches!(lane.lock().link, Link::Idle) || lane.lock().calls.is_empty() {
@@ -297,7 +293,7 @@ async fn keep_up(shared: Arc<Shared>, lane: Arc<PeerLane>) {
 }
 
 /// Dials the peer and delivers replies until the connection ends; returns why it did.
-async fn connect_and_run(shared: &Shared, lane: &Arc<PeerLane>) -> LaneError {
+async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError {
     let Some((cluster, from)) = shared.identity.get() else {
         return LaneError::Down("this node belongs to no cluster yet".into());
     };
@@ -331,7 +327,7 @@ async fn connect_and_run(shared: &Shared, lane: &Arc<PeerLane>) -> LaneError {
     }
 }
 
-async fn deliver(shared: &Shared, lane: &PeerLane, peer: &Peer, generation: u64, mut incoming: Incoming) -> LaneError {
+async fn deliver(shared: &LanesParts, lane: &PeerLane, peer: &Peer, generation: u64, mut incoming: Incoming) -> LaneError {
     let mut reader = FrameReader::default();
     let mut session: Option<Session> = None;
     let mut check = tokio::time::interval(CHECK_EVERY);

@@ -18,6 +18,7 @@ use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, LogOptions};
 use crate::storage::mem_trees::MemTrees;
 use crate::storage::state::{StateOptions, StateStore};
+use crate::supervisor::Supervisor;
 use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 
 pub const CLUSTER: ClusterId = ClusterId(7);
@@ -75,6 +76,7 @@ impl TestNode {
             log: log.clone(),
             states: states.clone(),
             rooms: Rooms::new(disks.room_bytes),
+            supervisor: Supervisor::noting().0,
         };
         Self { registry: Registry::new(parts), log, states, threads }
     }

@@ -15,11 +15,12 @@ use tokio::net::TcpListener;
 
 use super::cluster::*;
 use crate::raft::lanes::http::HttpDial;
-use crate::raft::lanes::{Lanes, serve_lane};
+use crate::raft::lanes::{Lanes, LanesParts, serve_lane};
 use crate::raft::transport::{Dial, Identity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::wire::{self, AppendReply, FrameReader, Head, Hello, Refusal, Reply, Request};
 use crate::raft::{RaftTimings, Registry};
 use crate::storage::log::{Entry, Payload, Vote};
+use crate::supervisor::Supervisor;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 fn hello() -> Hello {
@@ -295,7 +296,14 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
     let addresses = Arc::new(Addresses::default());
     addresses.0.lock().expect("no holder panics").insert(NodeId(2), "b:1".parse().expect("an address"));
     let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
-    let lanes = Lanes::new(identity, addresses.clone(), Arc::new(Silent), Arc::default(), Arc::default());
+    let lanes = Lanes::new(LanesParts {
+        identity,
+        resolver: addresses.clone(),
+        dial: Arc::new(Silent),
+        heard: Arc::default(),
+        rooms: Arc::default(),
+        supervisor: Supervisor::noting().0,
+    });
     let vote = Vote { term: 0, voted_for: Some(ReplicaId(2)), committed: false };
     let head = Head { group: GroupId(1), sender: ReplicaId(1), target: ReplicaId(2) };
     let frame = || wire::encode_request(head, &Request::PreVote { vote, last: None }, &[]);

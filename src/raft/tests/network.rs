@@ -14,13 +14,14 @@ use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 
 use super::cluster::{CLUSTER, directory, key};
-use crate::raft::lanes::Lanes;
+use crate::raft::lanes::{Lanes, LanesParts};
 use crate::raft::log_store::Tip;
 use crate::raft::network::Network;
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::types::{Member, Types, entry_to_raft, to_raft, vote_to_raft};
 use crate::raft::wire::{self, AppendReply, Arrived, FrameReader, Reply, Request};
 use crate::storage::log::{Entry, Payload, Vote};
+use crate::supervisor::Supervisor;
 use crate::types::{LogId, NodeId, ReplicaId};
 
 /// A peer that gives these answers, one to each frame.
@@ -119,7 +120,14 @@ fn commit(index: u64) -> AppendEntriesRequest<Types> {
 /// The way to a peer.
 fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
     let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
-    let lanes = Arc::new(Lanes::new(identity, Arc::new(Anywhere), Arc::new(peer), Arc::default(), Arc::default()));
+    let lanes = Arc::new(Lanes::new(LanesParts {
+        identity,
+        resolver: Arc::new(Anywhere),
+        dial: Arc::new(peer),
+        heard: Arc::default(),
+        rooms: Arc::default(),
+        supervisor: Supervisor::noting().0,
+    }));
     let second = Duration::from_secs(1);
     let tip = Tip::new(None);
     let network = Network { key: key(1, 1), lanes: lanes.clone(), tip, append_timeout: second, snapshot_step_timeout: second };

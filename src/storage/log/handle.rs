@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::activity::{Activity, Seen};
 use super::queue::{Change, Op, Queue, call};
 use super::record::{self, Place, Record};
 use super::replica::{Replica, ReplicaLog};
@@ -141,6 +142,11 @@ impl Log {
         self.queue_bytes() > self.shared().queue_bytes_max
     }
 
+    /// Returns what the writer does now.
+    pub fn activity(&self) -> Seen {
+        self.shared().activity.seen(!self.shared().queue.is_empty())
+    }
+
     /// Holds the reason once the log has failed for good: then this node must stop.
     pub fn failed(&self) -> watch::Receiver<Option<LogFailure>> {
         self.shared().failed.subscribe()
@@ -202,6 +208,7 @@ pub(super) struct Shared {
     pub queue: Queue,
     pub segments: RwLock<BTreeMap<u64, SegmentView>>,
     pub failed: watch::Sender<Option<LogFailure>>,
+    pub activity: Activity,
     roster: Mutex<Roster>,
     counters: Mutex<LogMetrics>,
     binding: u128,
@@ -228,6 +235,7 @@ impl Shared {
             queue: Queue::default(),
             segments: RwLock::new(segments),
             failed: watch::Sender::new(None),
+            activity: Activity::default(),
             roster: Mutex::new(roster),
             counters: Mutex::new(LogMetrics::default()),
             binding: options.binding,

@@ -23,6 +23,7 @@
 //! What a flipped bit may do behind the last mark, and only there: the last batch looks like an unacknowledged tail and is cut, or
 //! cut short. An idle log writes a closing mark ([`LogOptions::idle_ms`] after the last batch, and on close), which ends that.
 
+mod activity;
 mod handle;
 mod queue;
 mod record;
@@ -45,6 +46,7 @@ use serde::{Deserialize, Serialize};
 use crate::storage::disk::Disk;
 use crate::types::{LogId, ReplicaId};
 
+pub use activity::{Phase, Seen};
 pub use handle::{Log, LogMetrics, Pin, SYNC_BUCKETS_US};
 pub use replica::{LogState, ReplicaLog};
 pub use writer::LogWriter;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::activity::Phase;
 use super::handle::{Roster, SegmentView, Shared};
 use super::queue::{Change, Op, Taken, call};
 use super::record::{self, HEADER_BYTES, Head, NOBODY, Place, Record, SMALL_RECORD_BYTES_MAX};
@@ -188,11 +189,13 @@ impl LogWriter {
     }
 
     fn step(&mut self) {
+        self.shared.activity.enter(Phase::Writes);
         if !self.pump() && self.shared.queue.is_closing() {
             self.stopped = true;
             let closed = LogFailure::closed();
             self.take_waiters().into_iter().for_each(|waiter| call(waiter, Some(&closed)));
         }
+        self.shared.activity.enter(Phase::Waits);
     }
 
     /// Writes and syncs what waits, and calls back. With nothing waiting, does what an idle log does: writes the closing mark, then
@@ -253,7 +256,9 @@ impl LogWriter {
             dones.extend(replica.lock().set_synced(seq));
         }
         self.evict();
+        self.shared.activity.enter(Phase::CallsBack);
         dones.into_iter().for_each(|done| call(done, None));
+        self.shared.activity.enter(Phase::Writes);
     }
 
     /// Encodes what `fill` puts into a batch, writes it behind a mark, and syncs. `need` is at least what it takes.
@@ -290,6 +295,8 @@ impl LogWriter {
             if !self.shared.room.is_waited_for.swap(true, Ordering::Relaxed) {
                 tracing::error!(%error, "the log waits for room on its disk: free some, and it goes on by itself");
             }
+            // It does not hang: it looks, and tells of it by itself.
+            self.shared.activity.enter(Phase::Writes);
             std::thread::sleep(ROOM_PAUSE);
             made = self.try_make_room(bytes);
         }

@@ -499,6 +499,7 @@ impl Replica {
                 pen.redo.as_mut().map_or(Ok(()), RedoFile::empty)
             });
             written.inspect_err(|error| self.fail(&format!("a checkpoint failed: {error}")))?;
+            self.shared.beat.step();
             self.shared.counters.count_checkpoint(started.elapsed());
             self.shared.changed.notify_waiters();
         }

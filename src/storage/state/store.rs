@@ -21,6 +21,7 @@ use crate::storage::disk::Disk;
 use crate::storage::snapshot::files::SnapshotFiles;
 use crate::storage::tree::Trees;
 use crate::storage::witness::WitnessFiles;
+use crate::supervisor::Beat;
 
 /// The maps of all replicas of a node. When it is dropped, its checkpointer ends.
 pub struct StateStore {
@@ -47,6 +48,10 @@ pub(super) struct Shared {
     pub trees_disk_bytes: AtomicU64,
     /// A table is not written down, because the disk is full.
     pub lacks_room: AtomicBool,
+    /// What the checkpointer has done.
+    pub beat: Beat,
+    /// The checkpointer has a job.
+    at_work: AtomicBool,
     /// A relief is queued.
     relieving: AtomicBool,
     replicas: Mutex<BTreeMap<ReplicaKey, Weak<Replica>>>,
@@ -100,6 +105,8 @@ impl StateStore {
             compacted_bytes: AtomicU64::new(0),
             trees_disk_bytes: AtomicU64::new(0),
             lacks_room: AtomicBool::new(false),
+            beat: Beat::default(),
+            at_work: AtomicBool::new(false),
             relieving: AtomicBool::new(false),
             replicas: Mutex::default(),
         });
@@ -209,6 +216,12 @@ impl StateStore {
         }
     }
 
+    /// Returns how many steps the checkpointer has taken, and whether it should take another: it hangs where it does not.
+    pub fn checkpointer_activity(&self) -> (u64, bool) {
+        let has_work = self.shared.at_work.load(Ordering::Relaxed) || !self.shared.queue.is_idle();
+        (self.shared.beat.steps(), has_work)
+    }
+
     pub(super) fn shared(&self) -> &Shared {
         &self.shared
     }
@@ -254,6 +267,8 @@ impl Checkpointer {
     }
 
     fn work(&self, job: Job) {
+        self.shared.beat.step();
+        self.shared.at_work.store(true, Ordering::Relaxed);
         match job {
             Job::Checkpoint(replica) => {
                 if let Some(replica) = replica.upgrade() {
@@ -262,6 +277,8 @@ impl Checkpointer {
             }
             Job::Relieve => self.shared.relieve(),
         }
+        self.shared.at_work.store(false, Ordering::Relaxed);
+        self.shared.beat.step();
     }
 }
 
@@ -377,6 +394,12 @@ impl Queue {
     fn stop(&self) {
         self.lock().stopped = true;
         self.pushed.notify_all();
+    }
+
+    /// Returns whether nothing waits, or nothing more is done.
+    fn is_idle(&self) -> bool {
+        let state = self.lock();
+        state.jobs.is_empty() || state.stopped
     }
 
     pub fn is_stopped(&self) -> bool {

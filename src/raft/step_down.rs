@@ -1,0 +1,130 @@
+//! How a leader that is held up by its own node gives its group to a replica that is not.
+//!
+//! openraft saves its vote before it does anything else, and a disk that hangs never saves it: once another replica asks
+//! for the vote of this one, its core waits for the disk, and what it says of itself is of before. So a leader that steps
+//! down says that it leads no more from the moment on at which it has asked another to lead, for as long as its term is
+//! the same; clients are then sent away at once instead of waiting for a core that does not answer.
+
+use std::pin::pin;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures::FutureExt;
+use openraft::async_runtime::watch::WatchReceiver;
+use tokio::task::coop::unconstrained;
+use tokio::time::Instant;
+
+use super::errors::TransferError;
+use super::group::Group;
+use super::registry::Registry;
+use super::status::{GroupWatch, Role};
+use super::types::from_raft;
+use crate::storage::ReplicaKey;
+use crate::types::{LogId, ReplicaId};
+
+/// How long the next leader may take.
+const STEP_DOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// A successor was heard of within this.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
+/// Until what the core has just done is seen by those who watch it.
+const SEEN_AFTER: Duration = Duration::from_millis(200);
+
+/// How far a replica is, for who watches whether it gets further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    pub key: ReplicaKey,
+    pub leads: bool,
+    pub committed: u64,
+    /// On the disk of this node.
+    pub synced: u64,
+    pub applied: u64,
+    /// Nothing is to be applied: another map takes the place of this one, or the replica has failed, which is told elsewhere.
+    pub is_held: bool,
+    /// For how long one entry has been applied that is not done.
+    pub applying: Option<Duration>,
+}
+
+impl Registry {
+    /// Returns how far every replica of this node is, witnesses too.
+    pub fn progress(&self) -> Vec<Progress> {
+        let mut all = Vec::new();
+        self.with_groups(|group| all.push(group.progress()));
+        all
+    }
+}
+
+impl Group {
+    fn progress(&self) -> Progress {
+        let index = |id: Option<LogId>| id.map_or(0, |id| id.index);
+        let committed = self.raft.data_metrics().borrow_watched().local_committed.as_ref().map(from_raft);
+        Progress {
+            key: self.key(),
+            leads: self.leads(),
+            committed: index(committed),
+            synced: index(self.log.synced()),
+            applied: index(self.machine.keeps.applied().log_id),
+            is_held: self.machine.hold.is_set() || self.machine.is_installing() || self.machine.failure().is_some(),
+            applying: self.machine.applying(),
+        }
+    }
+
+    /// Returns whether this replica has given up its lead, as far as `watch` goes.
+    pub(super) fn has_stepped_down(&self, watch: &GroupWatch) -> bool {
+        watch.role == Role::Leader && self.stepped_down.load(Ordering::Relaxed) == watch.term
+    }
+
+    /// Returns the voter with a map that has synced all that is committed and was heard of most lately, if one was.
+    pub fn faster_successor(&self) -> Option<ReplicaId> {
+        let complete = self.complete();
+        let (key, watch) = (self.key(), self.watch.borrow());
+        let membership = &watch.membership;
+        let others = membership
+            .voters
+            .iter()
+            .filter(|(replica, _)| **replica != key.replica && !membership.is_witness(**replica) && complete.contains(replica));
+        let heard = others.filter_map(|(replica, node)| Some((self.shared.lanes.last_heard(*node)?, *replica)));
+        heard.filter(|(at, _)| at.elapsed() < HEARD_WITHIN).max().map(|(_, replica)| replica)
+    }
+
+    /// Has that replica lead, and leads no more itself from here on.
+    ///
+    /// # Errors
+    ///
+    /// When it is not known to lead within some time. This replica then leads on, if its core still answers.
+    pub async fn step_down(&self, to: ReplicaId) -> Result<(), TransferError> {
+        let term = self.watch.borrow().term;
+        let mut transfer = pin!(self.transfer_leader_within(to, STEP_DOWN_TIMEOUT));
+        // The first poll looks whether it leads, and begins.
+        if let Some(ended) = unconstrained(transfer.as_mut()).now_or_never() {
+            return ended;
+        }
+        self.stepped_down.store(term, Ordering::Relaxed);
+        let Err(error) = transfer.await else { return Ok(()) };
+
+        // It waits for the disk, or has failed to hand over. In the first case nobody hears of it until the disk is back.
+        let _ = self.raft.with_raft_state(|_| ()).await;
+        tokio::time::sleep(SEEN_AFTER).await;
+        let now = self.watch.borrow().clone();
+        if now.term == term && now.role == Role::Leader {
+            self.stepped_down.store(0, Ordering::Relaxed);
+            return Err(error);
+        }
+        Ok(())
+    }
+}
+
+/// Marks that an entry is being applied, until it is dropped.
+pub(super) struct Applying<'a>(&'a std::sync::Mutex<Option<Instant>>);
+
+impl<'a> Applying<'a> {
+    pub fn begin(since: &'a std::sync::Mutex<Option<Instant>>) -> Self {
+        *since.lock().expect("no holder panics") = Some(Instant::now());
+        Self(since)
+    }
+}
+
+impl Drop for Applying<'_> {
+    fn drop(&mut self) {
+        *self.0.lock().expect("no holder panics") = None;
+    }
+}
