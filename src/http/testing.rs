@@ -589,8 +589,9 @@ impl PeerService for Echo {
         Box::pin(ready(PromiseReply::Refused { reason: format!("not to {}", request.founder_address) }))
     }
 
-    fn hosting(&self) -> Hosting {
-        Hosting { directory: identity().directory, replicas: vec![], speaks: LEVEL, holds_level: false, lacks_room: false }
+    fn hosting(&self) -> BoxFuture<'_, Hosting> {
+        let directory = identity().directory;
+        Box::pin(ready(Hosting { directory, replicas: vec![], speaks: LEVEL, holds_level: false, lacks_room: false }))
     }
 
     fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply> {

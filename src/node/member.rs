@@ -26,6 +26,7 @@ use crate::raft::{Registry, Witness};
 use crate::sm::level::Feature;
 use crate::sm::view::{Node, View, Witness as Seat};
 use crate::sm::{kv, meta};
+use crate::storage::state::ReadKind;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, ParseError, PlanEpoch, ReplicaId};
 
 /// How soon to try a meta leader again that was none.
@@ -414,9 +415,14 @@ impl Member {
     }
 
     /// What this node says of its own replicas.
-    pub fn hosted(&self) -> Vec<HostedReplica> {
-        let witnesses = self.registry.witnesses().iter().map(hosted_witness).collect::<Vec<_>>();
-        self.registry.groups().iter().map(|group| hosted(group)).chain(witnesses).collect()
+    pub async fn hosted(&self) -> Vec<HostedReplica> {
+        let groups = self.registry.groups();
+        let mut replicas = Vec::with_capacity(groups.len());
+        for group in groups {
+            replicas.push(hosted(&group).await);
+        }
+        replicas.extend(self.registry.witnesses().iter().map(hosted_witness));
+        replicas
     }
 
     /// The view and how its groups are: asks every node about its replicas.
@@ -431,7 +437,7 @@ impl Member {
         }
         let ask = |(id, node): (NodeId, Node)| async move {
             if id == self.node {
-                return (id, Some(self.joining.hosting(self.hosted(), false)));
+                return (id, Some(self.joining.hosting(self.hosted().await, false)));
             }
             (id, self.peers.hosting(&node, STATUS_TIMEOUT).await.ok())
         };
@@ -517,11 +523,12 @@ pub fn read_applied_view(meta: &Group) -> Result<View, Failure> {
     view.ok_or_else(|| unavailable("the cluster is not founded yet".into()))
 }
 
-fn hosted(group: &Group) -> HostedReplica {
+async fn hosted(group: &Group) -> HostedReplica {
     let status = group.status();
     let key = group.key();
     // A map that can't be read is told by `failed`, and has no counts.
-    let (count, damage) = match kv::count(&group.state().read()) {
+    let read = group.state().read_in(ReadKind::Page, |read| kv::count(read)).await;
+    let (count, damage) = match read {
         Ok(count) => (Some(count), None),
         Err(error) => (None, Some(error.to_string())),
     };

@@ -308,9 +308,12 @@ impl Node {
     }
 
     /// What this node says of its own replicas.
-    pub fn hosting(&self) -> Hosting {
+    pub async fn hosting(&self) -> Hosting {
         match self.running.get() {
-            Some(running) => self.joining.hosting(running.member().hosted(), running.lacks_room().is_some()),
+            Some(running) => {
+                let replicas = running.member().hosted().await;
+                self.joining.hosting(replicas, running.lacks_room().is_some())
+            }
             None => self.joining.hosting(Vec::new(), false),
         }
     }
