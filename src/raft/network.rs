@@ -24,6 +24,7 @@ use openraft::{AnyError, OptionalSend};
 use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
 
+use super::feeds::Feeds;
 use super::lanes::{Lanes, read_reply};
 use super::log_store::Tip;
 use super::room::Rooms;
@@ -50,6 +51,7 @@ pub struct Network {
     pub lanes: Arc<Lanes>,
     /// The end of the group's log here.
     pub tip: Arc<Tip>,
+    pub feeds: Feeds,
     /// How long an append may be without a reply, beside the time that its bytes and those before them take on a slow
     /// way. A follower that syncs slowly is not a follower that is gone.
     pub append_timeout: Duration,
@@ -244,6 +246,8 @@ impl RaftNetworkV2<Types> for PeerClient {
             let reason = AnyError::error("a witness has no snapshot");
             return Err(StreamingError::Unreachable(Unreachable::new(&reason)));
         };
+        let index = snapshot.applied().log_id.map_or(0, |id| id.index);
+        let _feeding = self.network.feeds.begin(self.head.target, index, snapshot.bytes_len());
         let send = snapshots::send(self, vote_from_raft(&vote), &snapshot, step_timeout);
         tokio::select! {
             biased;

@@ -14,6 +14,7 @@ use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 
 use super::cluster::{CLUSTER, directory, key};
+use crate::raft::feeds::Feeds;
 use crate::raft::lanes::{Lanes, LanesParts};
 use crate::raft::log_store::Tip;
 use crate::raft::network::Network;
@@ -163,6 +164,7 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
         key: key(1, 1),
         lanes: lanes.clone(),
         tip,
+        feeds: Feeds::default(),
         append_timeout: second,
         snapshot_step_timeout: second,
     };

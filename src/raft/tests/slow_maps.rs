@@ -124,3 +124,41 @@ async fn a_voter_that_installs_a_snapshot_answers_its_leader() {
     until("the log goes on after it", || read(&installed, "after").as_deref() == Some("v")).await;
     cluster.stop_all().await;
 }
+
+#[tokio::test]
+async fn a_follower_that_installs_slowly_finds_the_log_that_follows() {
+    let cluster = TestCluster::new(3);
+    cluster.found(1).await;
+    let leader = cluster.leader(1).await;
+    let away = NodeId(1 + leader.0 % 3);
+    cluster.hub.isolate(away);
+    cluster.put(1, "before", "v").await;
+    for id in cluster.nodes.keys().filter(|id| **id != away) {
+        let group = cluster.group(id.0, 1);
+        let snapshot = compact(&group).await;
+        until("the log is purged", || group.status().purged == Some(snapshot)).await;
+    }
+    let writes = cluster.disks[&away].trees.writes.clone();
+    writes.close(true);
+    cluster.hub.heal();
+    until("the map is being filled", || writes.waiting() > 0).await;
+
+    // Writers go on meanwhile and after it, and so do snapshots and purges.
+    let installed = cluster.group(away.0, 1);
+    let deadline = soon();
+    for round in 0.. {
+        let group = cluster.group(cluster.leader(1).await.0, 1);
+        cluster.put(1, &format!("during {round}"), "v").await;
+        compact(&group).await;
+        if round == 10 {
+            writes.close(false);
+        }
+        if round > 10 && read(&installed, "during 10").is_some() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "it never catches up");
+    }
+    let metrics = cluster.nodes[&away].states.metrics();
+    assert_eq!(metrics.snapshots_installed, 1, "the log was purged from under it");
+    cluster.stop_all().await;
+}
