@@ -3,12 +3,16 @@
 //! Decided where the meta group is led, from what that node sees; the meta group then agrees on the plan like on any other. Kept out: looking
 //! at nodes, and time. What always holds: a node is given up only while others enough are left for what is asked, and never when most are
 //! away at once, since then it is rather the deciding node that is cut off.
+//!
+//! Which replicas are replaced is decided here too: those that their nodes say have failed for long. The new one comes to the same node,
+//! under another id. Where it is the node that fails, it counts as away instead. A replica is replaced only while the voters of
+//! its group that are left can change who its members are, and one at a time in each group.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::placement::{Planned, plan};
-use super::view::{Node, View};
-use crate::types::{DirectoryId, NodeId};
+use super::view::{Group, Node, View, Witness};
+use crate::types::{DirectoryId, GroupId, NodeId, ReplicaId};
 
 /// How a node is seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +48,94 @@ pub fn next_plan(view: &View, seen: &BTreeMap<NodeId, Seen>, replace_after_ms: u
     let wanted: Vec<Node> = view.staying().map(|(id, node)| successor(view, node, seen.get(&id))).collect();
     let planned = plan(view, view.asked, &wanted, &out).ok()?;
     (!planned.is_same).then_some(planned)
+}
+
+/// A replica that has failed on a node that is in reach, as that node tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failing {
+    /// It has not run for so long, but perhaps for moments.
+    pub for_ms: u64,
+    /// Any replica there would meet the same.
+    pub is_of_the_node: bool,
+}
+
+/// A replica and the one that takes its place on the same node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Replacement {
+    pub group: GroupId,
+    pub node: NodeId,
+    pub failed: ReplicaId,
+    pub new: ReplicaId,
+}
+
+/// Returns the view in which replicas that have failed for `replace_after_ms` are replaced, and which
+/// those are; none if there is nothing to do, or when that could do harm.
+pub fn replace_failed(
+    view: &View,
+    seen: &BTreeMap<NodeId, Seen>,
+    failing: &BTreeMap<(GroupId, ReplicaId), Failing>,
+    replace_after_ms: u64,
+) -> Option<(View, Vec<Replacement>)> {
+    if are_most_away(view, seen) {
+        return None;
+    }
+    let is_due = |id: GroupId, group: &Group, replica: ReplicaId, node: NodeId| {
+        let has_failed =
+            failing.get(&(id, replica)).is_some_and(|failing| !failing.is_of_the_node && failing.for_ms >= replace_after_ms);
+        // Another step of this group is under way: it ends first.
+        has_failed && is_here(seen, node) && group.leaving.is_empty() && !group.ends
+    };
+    let mut next = view.clone();
+    let mut replaced = Vec::new();
+    for (id, group) in &view.groups {
+        let due = group.wanted().find(|(replica, node)| is_due(*id, group, *replica, *node));
+        let Some((failed, node)) = due.filter(|_| has_able_majority(*id, group, seen, failing)) else {
+            continue;
+        };
+        let new = next.next_replica;
+        next.next_replica.0 += 1;
+        if let Some(group) = next.groups.get_mut(id) {
+            replace(group, failed, new, node);
+        }
+        replaced.push(Replacement { group: *id, node, failed, new });
+    }
+    next.epoch.0 += 1;
+    next.version.0 += 1;
+    (!replaced.is_empty()).then_some((next, replaced))
+}
+
+fn replace(group: &mut Group, failed: ReplicaId, new: ReplicaId, node: NodeId) {
+    if group.is_witness(failed) {
+        group.witness = Some(Witness { replica: new, node });
+    } else {
+        group.replicas.remove(&failed);
+        group.replicas.insert(new, node);
+        if group.learners.remove(&failed) {
+            group.learners.insert(new);
+        }
+    }
+    group.leaving.insert(failed, node);
+}
+
+/// Returns whether the voters of a group that are here and have not failed are a majority of all.
+fn has_able_majority(
+    id: GroupId,
+    group: &Group,
+    seen: &BTreeMap<NodeId, Seen>,
+    failing: &BTreeMap<(GroupId, ReplicaId), Failing>,
+) -> bool {
+    let voters = match &group.reported {
+        Some(reported) => reported.voters.clone(),
+        None => group.creation.keys().copied().collect(),
+    };
+    let nodes: BTreeMap<ReplicaId, NodeId> = group.hosted().collect();
+    let is_able =
+        |voter: &&ReplicaId| nodes.get(voter).is_some_and(|node| is_here(seen, *node)) && !failing.contains_key(&(id, **voter));
+    voters.iter().filter(is_able).count() * 2 > voters.len()
+}
+
+fn is_here(seen: &BTreeMap<NodeId, Seen>, node: NodeId) -> bool {
+    matches!(seen.get(&node), Some(Seen::Here { .. }))
 }
 
 /// Whether more than half of the nodes that have work are away or lost.
@@ -184,5 +276,105 @@ mod tests {
         assert_eq!(next(&leaving, &[]), None);
         let after = next(&leaving, &[(5, LONG)]).expect("a plan");
         assert!(!held(&after) && after.out.is_empty());
+    }
+
+    const SHARD: GroupId = GroupId(1);
+
+    fn failing(of: &[(GroupId, ReplicaId, u64, bool)]) -> BTreeMap<(GroupId, ReplicaId), Failing> {
+        let failing = |(group, replica, for_ms, is_of_the_node): &(GroupId, ReplicaId, u64, bool)| {
+            ((*group, *replica), Failing { for_ms: *for_ms, is_of_the_node: *is_of_the_node })
+        };
+        of.iter().map(failing).collect()
+    }
+
+    /// The replica of the shard on that node.
+    fn on(view: &View, node: u64) -> ReplicaId {
+        view.replica_on(SHARD, NodeId(node)).expect("it has one")
+    }
+
+    fn replaced(view: &View, others: &[(u64, Seen)], of: &[(GroupId, ReplicaId, u64, bool)]) -> Option<View> {
+        let seen = seen(view, others);
+        let (next, replaced) = replace_failed(view, &seen, &failing(of), REPLACE_AFTER_MS)?;
+        next.check().expect("the parts fit together");
+        assert!(!replaced.is_empty());
+        Some(next)
+    }
+
+    #[test]
+    fn a_replica_that_has_failed_for_long_is_replaced_on_its_node_under_a_new_id() {
+        let view = cluster(3, Asked::default());
+        let failed = on(&view, 2);
+        assert_eq!(replaced(&view, &[], &[]), None);
+        assert_eq!(replaced(&view, &[], &[(SHARD, failed, REPLACE_AFTER_MS - 1, false)]), None);
+        let of = [(SHARD, failed, REPLACE_AFTER_MS, false)];
+        let after = replaced(&view, &[], &of).expect("a plan");
+        let group = &after.groups[&SHARD];
+        assert_eq!(on(&after, 2), view.next_replica, "never given out before");
+        assert_eq!(group.leaving, BTreeMap::from([(failed, NodeId(2))]));
+        assert!(group.voters().contains(&view.next_replica));
+        assert_eq!((after.epoch.0, after.version.0), (view.epoch.0 + 1, view.version.0 + 1));
+        assert_eq!(replaced(&after, &[], &of), None, "once");
+        let mut others = (after.groups.clone(), view.groups.clone());
+        others.0.remove(&SHARD);
+        others.1.remove(&SHARD);
+        assert_eq!(others.0, others.1, "and nothing else changes");
+    }
+
+    #[test]
+    fn a_replica_is_replaced_only_while_a_majority_of_its_group_is_able() {
+        let view = cluster(3, Asked::default());
+        let (one, two) = (on(&view, 1), on(&view, 2));
+        let of = [(SHARD, one, REPLACE_AFTER_MS, false), (SHARD, two, 0, false)];
+        assert_eq!(replaced(&view, &[], &of), None, "two of three have failed");
+        assert_eq!(replaced(&view, &[(3, SHORT)], &of[..1]), None, "one has failed, one is away");
+        let of_one = Asked::from_flags(Some(1), Some(1));
+        let alone = cluster(3, of_one);
+        let (replica, _) = alone.groups[&SHARD].wanted().next().expect("a replica");
+        assert_eq!(replaced(&alone, &[], &[(SHARD, replica, REPLACE_AFTER_MS, false)]), None);
+    }
+
+    #[test]
+    fn one_replica_of_a_group_is_replaced_at_a_time_and_several_groups_at_once() {
+        let view = cluster(5, Asked::from_flags(Some(5), Some(2)));
+        let of = view.groups.iter().flat_map(|(id, group)| {
+            let failed = group.replicas.iter().filter(|(_, node)| node.0 <= 2);
+            failed.map(|(replica, _)| (*id, *replica, REPLACE_AFTER_MS, false))
+        });
+        let of: Vec<_> = of.collect();
+        let after = replaced(&view, &[], &of).expect("a plan");
+        assert!(after.groups.values().all(|group| group.leaving.len() == 1));
+        assert!(after.groups[&GroupId::META].leaving.len() == 1, "the meta group's too");
+    }
+
+    #[test]
+    fn a_node_that_fails_itself_is_given_no_new_replica() {
+        let view = cluster(3, Asked::default());
+        let of = [(SHARD, on(&view, 2), REPLACE_AFTER_MS, true)];
+        assert_eq!(replaced(&view, &[], &of), None);
+    }
+
+    #[test]
+    fn a_witness_and_a_replica_without_a_vote_stay_what_they_are() {
+        let view = cluster(3, Asked::from_flags(Some(2), Some(1)));
+        let witness = view.groups[&SHARD].witness.expect("a witness");
+        let mut view = view;
+        let reported = crate::sm::view::Reported {
+            log_id: crate::types::LogId { term: 1, index: 5 },
+            voters: view.groups[&SHARD].electorate(),
+            learners: BTreeSet::new(),
+        };
+        view.groups.get_mut(&SHARD).expect("a shard").reported = Some(reported);
+        let of = [(SHARD, witness.replica, REPLACE_AFTER_MS, false)];
+        let after = replaced(&view, &[], &of).expect("a plan");
+        let new = after.groups[&SHARD].witness.expect("a witness");
+        assert_eq!((new.node, new.replica), (witness.node, view.next_replica));
+
+        let many = cluster(6, Asked::default());
+        let meta = &many.groups[&GroupId::META];
+        let learner = *meta.learners.first().expect("five of six vote");
+        let of = [(GroupId::META, learner, REPLACE_AFTER_MS, false)];
+        let after = replaced(&many, &[], &of).expect("a plan");
+        let learners = &after.groups[&GroupId::META].learners;
+        assert!(!learners.contains(&learner) && learners.contains(&many.next_replica));
     }
 }
