@@ -53,7 +53,9 @@ pub enum SledError {
     #[error("the map database {path} cannot be used: {source}")]
     Io { path: PathBuf, source: io::Error },
     /// A thread of this process still hangs in the damaged files, which are out of the way now: start the process again.
-    #[error("the map database did not open in time and was moved to {moved_to}; the process must be started again")]
+    #[error(
+        "the map database did not open in time and was moved to {moved_to}, or removed for want of room; the process must be started again"
+    )]
     Hangs { moved_to: PathBuf },
     #[error("a fresh map database {path} does not open: {reason}")]
     Fresh { path: PathBuf, reason: String },
@@ -241,7 +243,8 @@ fn begin_directory(path: &Path, number: u64, cluster: ClusterId) -> io::Result<(
 #[derive(Clone)]
 pub(super) struct Trust {
     db: sled::Db,
-    lost: Arc<OnceLock<String>>,
+    /// The first error, and what it was about.
+    lost: Arc<OnceLock<(io::ErrorKind, String)>>,
 }
 
 impl Trust {
@@ -261,8 +264,17 @@ impl Trust {
         self.lost.get().is_none()
     }
 
+    /// Returns the error since which nothing is written.
+    pub fn lost_by(&self) -> Option<&str> {
+        self.lost.get().map(|(_, error)| error.as_str())
+    }
+
     fn note(&self, error: &sled::Error) {
-        if is_of_the_disk(error) && self.lost.set(error.to_string()).is_ok() {
+        let kind = match error {
+            sled::Error::Io(error) => error.kind(),
+            _ => io::ErrorKind::Other,
+        };
+        if is_of_the_disk(error) && self.lost.set((kind, error.to_string())).is_ok() {
             // One handle that is never dropped keeps the database from being closed.
             std::mem::forget(self.db.clone());
         }
@@ -270,8 +282,9 @@ impl Trust {
 
     pub fn write<T>(&self, doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
         match self.lost.get() {
-            Some(error) => {
-                let source = io::Error::other(format!("the database is not written to any more, since {error}"));
+            Some((kind, error)) => {
+                let reason = format!("the database is not written to any more, since {error}");
+                let source = io::Error::new(*kind, reason);
                 Err(StoreError::Io { context: doing.to_owned(), source })
             }
             None => guarded(doing, || call().inspect_err(|error| self.note(error))),
@@ -345,20 +358,62 @@ fn is_of_the_disk(error: &sled::Error) -> bool {
     matches!(error, sled::Error::Io(error) if !matches!(error.kind(), InvalidData | NotFound | UnexpectedEof))
 }
 
-/// Moves the directory out of the way, in the place of an earlier one: there is one for all of the same base.
-fn move_aside(path: &Path, base: &Path) -> io::Result<PathBuf> {
+/// Where a database of those at `base` is kept that did not open.
+fn aside_of(base: &Path) -> PathBuf {
     let mut name = base.file_name().unwrap_or_default().to_owned();
     name.push(".damaged");
-    let aside = base.with_file_name(name);
-    match std::fs::remove_dir_all(&aside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
+    base.with_file_name(name)
+}
+
+/// What must be free on the disk beside room for the maps that are rebuilt, for a damaged database to
+/// be kept: the log goes on, and sled writes values several times.
+const ROOM_BESIDE_DAMAGED_BYTES: u64 = 64 << 20;
+
+/// Returns whether a database of so many bytes that did not open may be kept for people to look at,
+/// with so many bytes free. Maps of about its size will be rebuilt beside it.
+fn has_room_for_damaged(free: u64, bytes: u64) -> bool {
+    free >= bytes.saturating_mul(2).saturating_add(ROOM_BESIDE_DAMAGED_BYTES)
+}
+
+/// Has the directory out of the way: moved into the place of an earlier one, so that one is kept of the
+/// same base at most, or removed where there is no room for it.
+fn move_aside(path: &Path, base: &Path) -> io::Result<PathBuf> {
+    let aside = aside_of(base);
+    remove_if_there(&aside)?;
+    let has_room = has_room_for_damaged(free_bytes(base)?, bytes_below(path));
     std::fs::rename(path, &aside)?;
     if let Some(parent) = path.parent() {
         File::open(parent)?.sync_all()?;
     }
+    if !has_room {
+        give_up_damaged(&aside)?;
+    }
     Ok(aside)
+}
+
+/// Removes the database that an earlier start set aside, where the disk has no room for it any more.
+pub(super) fn trim_damaged(base: &Path) {
+    let aside = aside_of(base);
+    let has_room = || free_bytes(base).is_ok_and(|free| has_room_for_damaged(free, 0));
+    if !aside.exists() || has_room() {
+        return;
+    }
+    if let Err(error) = give_up_damaged(&aside) {
+        tracing::warn!(path = %aside.display(), %error, "a damaged map database stays");
+    }
+}
+
+fn give_up_damaged(aside: &Path) -> io::Result<()> {
+    remove_if_there(aside)?;
+    tracing::warn!(path = %aside.display(), "a damaged map database is not kept: the disk has no room for it");
+    Ok(())
+}
+
+fn remove_if_there(directory: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// Returns what is left on the disk of a file or directory, or of the one that it will be in.
@@ -403,4 +458,18 @@ fn guarded<T>(doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "for a reason that is no text".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_damaged_is_kept_only_where_the_maps_can_be_rebuilt_beside_it() {
+        const GIB: u64 = 1 << 30;
+        assert!(has_room_for_damaged(3 * GIB, GIB));
+        assert!(!has_room_for_damaged(2 * GIB, GIB));
+        assert!(!has_room_for_damaged(0, 0));
+        assert!(!has_room_for_damaged(u64::MAX - 1, u64::MAX));
+    }
 }

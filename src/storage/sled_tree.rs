@@ -30,7 +30,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::pieces::{self, Stub};
-use super::sled_database::{Database, Opener, Trust, free_bytes, lacks_descriptors, numbered, open_database};
+use super::sled_database::{Database, Opener, Trust, free_bytes, lacks_descriptors, numbered, open_database, trim_damaged};
 pub use super::sled_database::{SledError, SledOptions, is_condemned, is_there};
 use super::tree::{Tree, Trees, Walk};
 use crate::descriptors::{self, patiently};
@@ -77,6 +77,7 @@ impl SledTrees {
     }
 
     fn open_by(path: &Path, options: &SledOptions, open: Opener) -> Result<Self, SledError> {
+        trim_damaged(path);
         let mut databases = Vec::new();
         for (number, _) in numbered(path) {
             databases.extend(Database::open(path, number, options, open)?.map(Arc::new));
@@ -252,6 +253,11 @@ impl Trees for SledTrees {
 
     fn condemn(&self, reason: &str) {
         self.databases().iter().for_each(|database| database.condemn(reason));
+    }
+
+    fn given_up(&self) -> Option<String> {
+        let databases = self.databases();
+        databases.iter().find_map(|database| database.trust.lost_by().map(str::to_owned))
     }
 }
 

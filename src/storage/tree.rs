@@ -39,6 +39,12 @@ pub trait Trees: Send + Sync + 'static {
 
     /// Has the next start throw all trees away unread: even emptying a damaged one failed.
     fn condemn(&self, reason: &str);
+
+    /// Returns why this process writes to some of the trees no more; none as long as it does. Only
+    /// another process can then: no tree is damaged by it.
+    fn given_up(&self) -> Option<String> {
+        None
+    }
 }
 
 /// An ordered map of bytes that changes pair by pair.

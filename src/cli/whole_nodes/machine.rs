@@ -11,6 +11,7 @@ use futures::future::BoxFuture;
 
 use crate::node::machine::{Machine, Stepped};
 use crate::sm::ports::StoreError;
+use crate::storage::ReplicaKey;
 use crate::storage::directory::{DataDirectory, DirectoryError};
 use crate::storage::disk::{Disk, DiskFile, Open};
 use crate::storage::mem_trees::{Crash, MemTrees};
@@ -43,9 +44,30 @@ pub struct Power {
     is_on: RwLock<bool>,
     /// The stamp is not replaced for as long: nothing that a node says of itself on disk changes.
     is_held: Arc<AtomicBool>,
-    /// There is no descriptor for the trees of shards as long.
-    lacks_descriptors: Arc<AtomicBool>,
+    faults: Arc<TreeFaults>,
     disk_fault: DiskFault,
+}
+
+/// What keeps trees from being opened, whatever starts and ends meanwhile.
+#[derive(Default)]
+pub struct TreeFaults {
+    /// There is no descriptor for the trees of shards.
+    pub lacks_descriptors: AtomicBool,
+    /// The trees of this replica are damaged, also those that are begun anew.
+    pub damaged: Mutex<Option<ReplicaKey>>,
+}
+
+impl TreeFaults {
+    fn check(&self, name: &str) -> io::Result<()> {
+        if self.lacks_descriptors.load(Ordering::Relaxed) && !is_of_meta(name) {
+            return Err(rustix::io::Errno::MFILE.into());
+        }
+        let damaged = self.damaged.lock().expect("no holder panics");
+        match *damaged {
+            Some(key) if name.starts_with(&format!("{key}.")) => Err(io::ErrorKind::InvalidData.into()),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What is wrong with a disk, below the directories of this name.
@@ -62,8 +84,8 @@ pub enum Trouble {
 }
 
 impl Power {
-    pub fn on(is_held: Arc<AtomicBool>, lacks_descriptors: Arc<AtomicBool>, disk_fault: DiskFault) -> Arc<Self> {
-        Arc::new(Self { is_on: RwLock::new(true), is_held, lacks_descriptors, disk_fault })
+    pub fn on(is_held: Arc<AtomicBool>, faults: Arc<TreeFaults>, disk_fault: DiskFault) -> Arc<Self> {
+        Arc::new(Self { is_on: RwLock::new(true), is_held, faults, disk_fault })
     }
 
     /// What stands in the way of a write to that path, or a sync of it.
@@ -130,6 +152,7 @@ impl Machine for SimMachine {
     }
 
     fn open_trees(&self, _path: &Path, _options: SledOptions, _is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
+        self.disks.trees.begin();
         Ok(Arc::new(PoweredTrees { trees: self.disks.trees.clone(), power: self.power.clone() }))
     }
 
@@ -238,10 +261,8 @@ impl PoweredTrees {
 impl Trees for PoweredTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
         let _on = self.need()?;
-        if self.power.lacks_descriptors.load(Ordering::Relaxed) && !is_of_meta(name) {
-            let source = rustix::io::Errno::MFILE.into();
-            return Err(StoreError::Io { context: "opening a tree".to_owned(), source });
-        }
+        let refused = |source| StoreError::Io { context: "opening a tree".to_owned(), source };
+        self.power.faults.check(name).map_err(refused)?;
         self.trees.open(name)
     }
 
@@ -283,5 +304,9 @@ impl Trees for PoweredTrees {
         if let Ok(_on) = self.need() {
             self.trees.condemn(reason);
         }
+    }
+
+    fn given_up(&self) -> Option<String> {
+        self.trees.given_up()
     }
 }

@@ -6,6 +6,7 @@ use super::Applied;
 use super::digest::{Digest, PairHasher};
 use super::record::{RECORD_KEY, RESERVED, TreeRecord, generation_of, tree_name};
 use super::redo::{Redo, RedoFiles};
+use super::store::is_of_the_machine;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::snapshot::Snapshot;
@@ -93,7 +94,13 @@ pub(super) fn open_map(trees: &dyn Trees, files: &SnapshotFiles, redo: &RedoFile
             None => Ok((empty_generation(trees, key, generation)?, false)),
         },
     });
-    let ((tree, record, map_bytes), from_snapshot) = rebuilt.inspect_err(|error| trees.condemn(&error.to_string()))?;
+    let ((tree, record, map_bytes), from_snapshot) = rebuilt.inspect_err(|error| {
+        // The trees are not to blame for a full disk: without them all maps would be filled anew,
+        // which takes still more room.
+        if !is_of_the_machine(error) && trees.given_up().is_none() {
+            trees.condemn(&error.to_string());
+        }
+    })?;
     tracing::warn!(replica = %key, %reason, from_snapshot, applied = %shown(&record.applied), "the tree of a replica was rebuilt");
     drop_others(trees, key, &generations, record.generation);
     let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
@@ -101,33 +108,13 @@ pub(super) fn open_map(trees: &dyn Trees, files: &SnapshotFiles, redo: &RedoFile
     Ok(Found { tree, record, map_bytes, snapshot, opened })
 }
 
-/// A generation that was filled from a snapshot and has no record yet: until it has, it is not believed.
-pub(super) struct Filling {
-    tree: Arc<dyn Tree>,
-    record: TreeRecord,
-    map_bytes: u64,
-}
-
-impl Filling {
-    pub fn generation(&self) -> u64 {
-        self.record.generation
-    }
-
-    /// Gives it its record.
-    pub fn finish(self) -> Result<Believed, StoreError> {
-        self.tree.write(RECORD_KEY, Some(&self.record.encode()))?;
-        self.tree.flush()?;
-        Ok((self.tree, self.record, self.map_bytes))
-    }
-}
-
-/// Fills `generation` from a snapshot.
+/// Fills `generation` from a snapshot. The record comes last: until then the generation is not believed.
 pub(super) fn fill_generation(
     trees: &dyn Trees,
     key: ReplicaKey,
     generation: u64,
     snapshot: &Snapshot,
-) -> Result<Filling, StoreError> {
+) -> Result<Believed, StoreError> {
     let name = tree_name(key, generation);
     trees.drop_tree(&name)?;
     let tree = trees.open(&name)?;
@@ -145,9 +132,10 @@ pub(super) fn fill_generation(
         }
         Ok(())
     })?;
-    tree.flush()?;
     let record = TreeRecord { key, generation, applied: snapshot.applied().clone(), digest: snapshot.trailer().digest };
-    Ok(Filling { tree, record, map_bytes })
+    tree.write(RECORD_KEY, Some(&record.encode()))?;
+    tree.flush()?;
+    Ok((tree, record, map_bytes))
 }
 
 /// Returns what a pair counts for in [`Found::map_bytes`].
@@ -165,13 +153,9 @@ pub(super) fn generations(trees: &dyn Trees, key: ReplicaKey) -> Result<Vec<u64>
 /// Drops the trees of all generations but `keep`. One that can't be dropped is only in the way: it is tried again at the next start.
 pub(super) fn drop_others(trees: &dyn Trees, key: ReplicaKey, generations: &[u64], keep: u64) {
     for generation in generations.iter().filter(|generation| **generation != keep) {
-        drop_one(trees, key, *generation);
-    }
-}
-
-pub(super) fn drop_one(trees: &dyn Trees, key: ReplicaKey, generation: u64) {
-    if let Err(error) = trees.drop_tree(&tree_name(key, generation)) {
-        tracing::warn!(replica = %key, generation, %error, "an old tree could not be dropped");
+        if let Err(error) = trees.drop_tree(&tree_name(key, *generation)) {
+            tracing::warn!(replica = %key, generation, %error, "an old tree could not be dropped");
+        }
     }
 }
 
@@ -184,7 +168,7 @@ fn rebuild(
     damaged: &mut Option<String>,
 ) -> Result<Option<Believed>, StoreError> {
     while let Some(snapshot) = snapshots.first() {
-        match fill_generation(trees, key, generation, snapshot).and_then(Filling::finish) {
+        match fill_generation(trees, key, generation, snapshot) {
             Ok(filled) => return Ok(Some(filled)),
             Err(error @ (StoreError::Io { .. } | StoreError::TooOld { .. })) => return Err(error),
             Err(error @ (StoreError::Damaged(_) | StoreError::Undecodable { .. })) => {

@@ -88,7 +88,6 @@ pub fn small_options() -> StateOptions {
         node_bytes_max: 1 << 20,
         garbage_bytes_max: 50_000,
         copy_page_pairs: 5,
-        cache_bytes: 64 << 20,
     }
 }
 
@@ -332,6 +331,37 @@ fn a_tree_of_nobody_that_cannot_be_dropped_keeps_no_node_from_starting() {
         drop(store);
         trees.crash(Crash::Kill, 1);
         assert_eq!(trees.names().expect("listed").is_empty(), is_given_up, "{kind}: the next start meets the tree again");
+    }
+}
+
+/// Without any tree the node would fill all of its maps anew. That takes still more room, and meets the same again.
+#[test]
+fn a_full_disk_takes_no_tree_along_while_a_map_is_rebuilt() {
+    use crate::storage::mem_trees::Crash;
+    use crate::storage::tree::Trees;
+    let outcomes = [(io::ErrorKind::InvalidData, true), (io::ErrorKind::StorageFull, false)];
+    for (kind, are_given_up) in outcomes {
+        let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
+        let (store, mut checkpointer) = open(&trees, &disk);
+        let state = store.replica(KEY, TestLog::durable()).expect("opened");
+        let mut batch = WriteBatch::default();
+        batch.put("k", vec![0; 5000]);
+        state.apply(batch, applied(1)).expect("applied");
+        while checkpointer.pump() {}
+        state.build_snapshot().expect("built");
+        drop((state, store, checkpointer));
+        trees.open("g9-r9.1").expect("of another replica");
+        trees.drop_tree(&record::tree_name(KEY, 1)).expect("lost");
+        trees.sync().expect("synced");
+
+        let fault = move |step: &str| if step == "write" { Err(kind.into()) } else { Ok(()) };
+        trees.set_fault(Arc::new(fault));
+        let (store, _) = open(&trees, &disk);
+        store.replica(KEY, TestLog::durable()).err().expect("it cannot be rebuilt");
+        drop(store);
+        trees.crash(Crash::Kill, 1);
+        let has_other = trees.names().expect("listed").contains(&"g9-r9.1".to_owned());
+        assert_eq!(has_other, !are_given_up, "{kind}");
     }
 }
 
