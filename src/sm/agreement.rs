@@ -19,6 +19,17 @@ pub enum Verdict {
     NoMajority,
 }
 
+/// Returns whether more than half of all `members` that have a map have told the same. Only they can end
+/// what [`Verdict::NoMajority`] began: that nobody contradicts may mean that nobody has answered.
+pub fn is_majority_of_one_mind<D: Ord>(members: &BTreeSet<ReplicaId>, told: &BTreeMap<ReplicaId, D>) -> bool {
+    let told = told.iter().filter(|(replica, _)| members.contains(replica));
+    let mut minds: BTreeMap<&D, usize> = BTreeMap::new();
+    for (_, digest) in told {
+        *minds.entry(digest).or_default() += 1;
+    }
+    minds.values().any(|of_one_mind| of_one_mind * 2 > members.len())
+}
+
 /// Compares what replicas have told, of all `members` that have a map.
 pub fn judge<D: Ord>(members: &BTreeSet<ReplicaId>, told: &BTreeMap<ReplicaId, D>) -> Verdict {
     let mut minds: BTreeMap<&D, BTreeSet<ReplicaId>> = BTreeMap::new();
@@ -47,6 +58,20 @@ mod tests {
 
     fn minority(ids: &[u64]) -> Verdict {
         Verdict::Minority(ids.iter().copied().map(ReplicaId).collect())
+    }
+
+    #[test]
+    fn few_that_agree_are_no_majority() {
+        let is_majority = |members: u64, told: &str| {
+            let told = (1..).map(ReplicaId).zip(told.chars()).filter(|(_, digest)| *digest != '-');
+            is_majority_of_one_mind(&(1..=members).map(ReplicaId).collect(), &told.collect())
+        };
+        for (members, told) in [(3, "aa-"), (3, "aba"), (2, "aa"), (1, "a"), (5, "aaab-")] {
+            assert!(is_majority(members, told), "{told} of {members}");
+        }
+        for (members, told) in [(3, "a--"), (3, "abc"), (2, "ab"), (2, "a-"), (4, "aabb"), (3, "---")] {
+            assert!(!is_majority(members, told), "{told} of {members}");
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@
 use super::ports::StoreError;
 
 /// The level that this program knows: it reads and applies all that leaders propose up to here.
-pub const LEVEL: u16 = 1;
+pub const LEVEL: u16 = 2;
 
 /// Something that a leader may propose only where every node of the cluster can read it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,15 +23,18 @@ pub enum Feature {
     CompareDigests,
     /// Writes of an entry whose gets return too much are rejected.
     BoundedAnswers,
+    /// That nothing is written to a shard is in its log, and outlives its leader.
+    ReadOnlyEntries,
 }
 
 impl Feature {
-    pub const ALL: [Feature; 2] = [Feature::CompareDigests, Feature::BoundedAnswers];
+    pub const ALL: [Feature; 3] = [Feature::CompareDigests, Feature::BoundedAnswers, Feature::ReadOnlyEntries];
 
     /// Returns the first level whose programs all know it.
     pub const fn level(self) -> u16 {
         match self {
             Feature::CompareDigests | Feature::BoundedAnswers => 1,
+            Feature::ReadOnlyEntries => 2,
         }
     }
 
@@ -40,6 +43,7 @@ impl Feature {
         match self {
             Feature::CompareDigests => "comparison of replicas",
             Feature::BoundedAnswers => "bound on what gets return",
+            Feature::ReadOnlyEntries => "record that a shard is read-only",
         }
     }
 }

@@ -12,6 +12,7 @@
 //! | 0x04 | slot, group time in ms (eight bytes, big-endian), idempotency key | what the record costs in bytes |
 //! | 0x05 | move id, log index (eight bytes each, big-endian), a key that this entry changed under this move | the change's bytes |
 //! | 0x06 | move id (eight bytes, big-endian) | `kv::OpenMove` |
+//! | 0x07 | why nothing is written to the shard, if nothing is | text |
 //! | 0x10 | slot, user key | `kv::Record` |
 //!
 //! Kept out: what is done with any of it (`kv`, `requests`). The hash, the layout and [`SlotState`] are part of the disk format.
@@ -32,10 +33,14 @@ const TAG_REQUEST: u8 = 0x03;
 const TAG_EXPIRY: u8 = 0x04;
 const TAG_CHANGE: u8 = 0x05;
 const TAG_MOVE: u8 = 0x06;
+const TAG_READ_ONLY: u8 = 0x07;
 const TAG_DATA: u8 = 0x10;
 
 /// Where the shard keeps its clock.
 pub const CLOCK_KEY: &[u8] = &[TAG_CLOCK];
+
+/// Where the shard keeps why nothing is written.
+pub const READ_ONLY_KEY: &[u8] = &[TAG_READ_ONLY];
 
 /// Length of a tag and a slot.
 const HEAD: usize = 3;

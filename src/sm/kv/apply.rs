@@ -24,9 +24,10 @@ use super::{
     Action, Command, MoveOutcome, MoveStep, Operation, OperationOutcome, Outcome, Record, Rejection, Write, WriteOutcome,
 };
 use super::{clear, destination, source};
+use crate::sm::codec;
 use crate::sm::ports::{Read, StoreError, ValueStart, WriteBatch};
 use crate::sm::requests::{Answer, Fingerprint, Memory, REQUESTS_BYTES_MAX, RequestRecord, fingerprint};
-use crate::sm::slots::{Contents, Ownership, data_key, slot_of};
+use crate::sm::slots::{Contents, Ownership, READ_ONLY_KEY, data_key, slot_of};
 use crate::types::{MoveId, Revision, Slot};
 
 /// What `command` at `index` of the log does to the map of a shard, and what it answers. The index has a part only in the marks of
@@ -50,6 +51,7 @@ pub fn apply_for(
         Command::BoundedWrite { time_ms, writes } => apply_writes(&mut entry, Room::strict(audience), time_ms, &writes)?,
         Command::Claim { slots } => claim(&mut entry, &slots)?,
         Command::Compare => Outcome::Compared,
+        Command::SetReadOnly { reason } => set_read_only(&mut entry, reason),
         Command::Move { id, slots, step } => Outcome::Moved(apply_step(&mut entry, id, slots, step)?),
         Command::Install { time_ms, install } => Outcome::Moved(destination::install(&mut entry, time_ms, install)?),
     };
@@ -101,6 +103,14 @@ fn claim<R: Read>(entry: &mut Entry<'_, R>, slots: &[Slot]) -> Result<Outcome, S
         }
     }
     Ok(Outcome::Claimed)
+}
+
+fn set_read_only<R: Read>(entry: &mut Entry<'_, R>, reason: Option<String>) -> Outcome {
+    match reason {
+        Some(reason) => entry.put(READ_ONLY_KEY, codec::encode(&reason)),
+        None => entry.delete(READ_ONLY_KEY),
+    }
+    Outcome::ReadOnlySet
 }
 
 /// An operation, its position in its write, and its slot.

@@ -20,8 +20,6 @@ mod model_tests;
 mod move_tests;
 mod moves;
 mod observed;
-#[cfg(test)]
-mod page_tests;
 mod read;
 mod record;
 mod source;
@@ -42,7 +40,7 @@ pub use self::observed::{
     CHANGES_BYTES_MAX, DestinationState, Remaining, SourceState, destination_state, leftovers, source_state,
 };
 pub use self::read::{
-    Counts, FindOutcome, FoundKey, PageRequest, PageScan, ReadOutcome, ScanPage, count, find, read, scan_page, scan_page_charged,
+    Counts, FindOutcome, FoundKey, PageRequest, ReadOutcome, ScanPage, count, find, read, read_only, scan_page, scan_page_charged,
 };
 pub use self::record::{decode_record, encode_record};
 use super::codec;
@@ -66,6 +64,9 @@ pub enum Command {
     BoundedWrite { time_ms: u64, writes: Vec<Write> },
     /// Changes nothing: replicas note the digest of their maps as of this entry. From level 1 on.
     Compare,
+    /// Leaders let nothing be written from here on, for that reason; with none, it is written again. The map says so, for the leaders to
+    /// come: apply refuses nothing. From level 2 on.
+    SetReadOnly { reason: Option<String> },
 }
 
 /// Operations that happen all in one entry or not at all.
@@ -139,6 +140,8 @@ pub enum Outcome {
     Moved(MoveOutcome),
     /// Of [`Command::Compare`].
     Compared,
+    /// Of [`Command::SetReadOnly`].
+    ReadOnlySet,
 }
 
 /// What became of a [`Write`].
@@ -193,6 +196,7 @@ impl Command {
             Command::Write { .. } | Command::Claim { .. } | Command::Move { .. } | Command::Install { .. } => None,
             Command::BoundedWrite { .. } => Some(Feature::BoundedAnswers),
             Command::Compare => Some(Feature::CompareDigests),
+            Command::SetReadOnly { .. } => Some(Feature::ReadOnlyEntries),
         }
     }
 
@@ -220,8 +224,21 @@ impl Command {
             }
             Command::Claim { slots } => 8 + 2 * slots.len(),
             Command::Compare => 8,
+            Command::SetReadOnly { reason } => 8 + reason.as_ref().map_or(0, String::len),
             Command::Move { slots, step, .. } => 16 + 2 * slots.len() + step.size_hint(),
             Command::Install { install, .. } => 8 + install.size_hint(),
+        }
+    }
+
+    /// Returns whether it is about whether anything is written: a leader may propose it while nothing is.
+    pub fn is_of_agreement(&self) -> bool {
+        match self {
+            Command::Compare | Command::SetReadOnly { .. } => true,
+            Command::Write { .. }
+            | Command::BoundedWrite { .. }
+            | Command::Claim { .. }
+            | Command::Move { .. }
+            | Command::Install { .. } => false,
         }
     }
 
@@ -231,7 +248,7 @@ impl Command {
             Command::Write { time_ms, .. } | Command::BoundedWrite { time_ms, .. } | Command::Install { time_ms, .. } => {
                 Some(*time_ms)
             }
-            Command::Claim { .. } | Command::Move { .. } | Command::Compare => None,
+            Command::Claim { .. } | Command::Move { .. } | Command::Compare | Command::SetReadOnly { .. } => None,
         }
     }
 }

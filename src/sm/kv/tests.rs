@@ -120,7 +120,7 @@ impl Shard {
     }
 
     /// Runs the lines of a script against it.
-    pub fn run(&mut self, script: &str) {
+    fn run(&mut self, script: &str) {
         for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
             let (step, expected) = line.split_once("->").map_or((line, ""), |(step, expected)| (step, expected.trim()));
             assert_eq!(self.step(step.trim()), expected, "{line}");
@@ -196,6 +196,7 @@ fn show(outcome: &Outcome) -> String {
         Outcome::Compared => "compared".into(),
         Outcome::ClaimRejected { generation, .. } => format!("moved by {generation}"),
         Outcome::Moved(outcome) => super::move_tests::show_moved(outcome),
+        Outcome::ReadOnlySet => "read-only set".to_owned(),
     }
 }
 

@@ -13,6 +13,7 @@
 
 mod level_0;
 mod level_1;
+mod level_2;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -198,7 +199,7 @@ fn hold(kind: Kind, name: &str, text: &str, scenario: fn() -> Script) -> Vec<Byt
 }
 
 /// The kinds of entries of a shard that a golden file must have.
-const SHARD_KINDS: [&str; 14] = [
+const SHARD_KINDS: [&str; 15] = [
     "write",
     "claim",
     "install",
@@ -213,6 +214,7 @@ const SHARD_KINDS: [&str; 14] = [
     "clear",
     "bounded write",
     "compare",
+    "set read-only",
 ];
 
 fn shard_kind(command: &kv::Command) -> &'static str {
@@ -220,6 +222,7 @@ fn shard_kind(command: &kv::Command) -> &'static str {
         kv::Command::Write { .. } => SHARD_KINDS[0],
         kv::Command::BoundedWrite { .. } => SHARD_KINDS[12],
         kv::Command::Compare => SHARD_KINDS[13],
+        kv::Command::SetReadOnly { .. } => SHARD_KINDS[14],
         kv::Command::Claim { .. } => SHARD_KINDS[1],
         kv::Command::Install { .. } => SHARD_KINDS[2],
         kv::Command::Move { step, .. } => match step {
@@ -257,6 +260,7 @@ fn meta_kind(command: &meta::Command) -> &'static str {
 fn every_entry_of_a_shard_means_what_it_meant() {
     let mut entries = hold(Kind::Shard, "kv-level-0", include_str!("goldens/kv-level-0.txt"), level_0::shard);
     entries.extend(hold(Kind::Shard, "kv-level-1", include_str!("goldens/kv-level-1.txt"), level_1::shard));
+    entries.extend(hold(Kind::Shard, "kv-level-2", include_str!("goldens/kv-level-2.txt"), level_2::shard));
     let kinds: BTreeSet<&str> = entries.iter().map(|entry| shard_kind(&kv::Command::decode(entry).expect("an entry"))).collect();
     assert_eq!(kinds, SHARD_KINDS.into_iter().collect());
 }
