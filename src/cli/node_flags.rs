@@ -73,8 +73,8 @@ pub struct Arguments {
     /// [default: 256, or a quarter of a disk of less than 1 GiB]
     #[arg(long, value_name = "MIB")]
     pub disk_reserve_mib: Option<u64>,
-    /// A node that is out of reach for so many seconds has its replicas rebuilt on others, where there are enough. All nodes should have
-    /// the same
+    /// A node that is out of reach for so many seconds has its replicas rebuilt on others, where there are enough; a replica that has
+    /// failed for so long on a node in reach is replaced there. All nodes should have the same
     #[arg(long, env = "REPLACE_AFTER", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
     pub replace_after: u64,
     /// An empty data directory that answers at the address of a node that is away takes its place after so many seconds: until then it
@@ -142,6 +142,7 @@ impl Arguments {
             level_max: self.level_max,
             raise_level_after: Duration::from_secs(self.raise_level_after),
             compare_every: Duration::from_secs(self.compare_every),
+            restarts: 0,
         })
     }
 

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -16,10 +16,12 @@ use tokio_util::sync::CancellationToken;
 use super::node_flags::Arguments;
 use super::signals;
 use crate::client::peer::{
-    Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, SetUpError,
+    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest,
+    SetUpError,
 };
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
+use crate::config::NodeConfig;
 use crate::http::metrics::Kind;
 use crate::http::{App, BindError, Exposition, Limits, MetricSource, Metrics, NotReady, PeerService, Readiness, Server};
 use crate::node::{FamilyKind, Node, NodeError};
@@ -32,6 +34,11 @@ use crate::types::{Address, ParseError};
 
 /// How long leaderships may take to be handed over at a stop.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Tells a process that was started by itself how often that was in a row.
+const RESTARTS: &str = "QUORATE_RESTARTS";
+/// A process that has run for so long begins to count anew.
+const LASTS: Duration = Duration::from_secs(600);
 
 /// Why the node does not run any more, or never did.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +66,9 @@ pub enum ServeError {
 /// Why it could not start, or had to stop.
 pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     telemetry::start(arguments.log.as_deref(), arguments.log_format);
-    let config = arguments.config()?;
+    let started = Instant::now();
+    let config = NodeConfig { restarts: restarts(), ..arguments.config()? };
+    let restarts = config.restarts;
     let listen: Vec<String> = config.listen.iter().map(ToString::to_string).collect();
     let server = Server::bind(&listen).await?;
     let limits = Limits { drain_timeout: config.stop_timeout, connections_max: arguments.max_connections, ..Limits::default() };
@@ -99,7 +108,10 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
         None => running.await,
     };
     match ended {
-        Ok(Err(error)) if error.wants_restart() => return Err(restart(&error)),
+        Ok(Err(error)) if error.wants_restart() => {
+            let in_a_row = if started.elapsed() < LASTS { restarts } else { 0 };
+            return Err(restart(&error, in_a_row.saturating_add(1)));
+        }
         Ok(result) => result?,
         Err(error) => tracing::error!("the node was broken off: {error}"),
     }
@@ -114,12 +126,20 @@ pub(super) fn app(node: &Arc<Node>, server: &Server, closing: CancellationToken,
     App::new(node.clone(), face.clone(), metrics, Some(face), limits)
 }
 
-/// Starts this process again, with the same arguments. Returns only if that fails.
-fn restart(why: &NodeError) -> ServeError {
+/// Returns how often the process has started again by itself in a row.
+fn restarts() -> u32 {
+    std::env::var(RESTARTS).ok().and_then(|count| count.parse().ok()).unwrap_or(0)
+}
+
+/// Starts this process again, with the same arguments and under the same id, so that whoever looks after it sees no
+/// end. `restarts`: how often that makes it in a row. Returns only if that fails.
+fn restart(why: &NodeError, restarts: u32) -> ServeError {
     use std::os::unix::process::CommandExt;
     tracing::warn!("{why}: starting again");
-    let again =
-        std::env::current_exe().map(|program| std::process::Command::new(program).args(std::env::args_os().skip(1)).exec());
+    let again = std::env::current_exe().map(|program| {
+        let mut command = std::process::Command::new(program);
+        command.args(std::env::args_os().skip(1)).env(RESTARTS, restarts.to_string()).exec()
+    });
     ServeError::Restart(again.unwrap_or_else(|error| error))
 }
 
@@ -181,8 +201,8 @@ impl PeerService for Face {
         Box::pin(self.node.promise(request))
     }
 
-    fn hosting(&self) -> BoxFuture<'_, Hosting> {
-        Box::pin(self.node.hosting())
+    fn hosting(&self) -> Hosting {
+        self.node.hosting()
     }
 
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>> {
@@ -199,6 +219,10 @@ impl PeerService for Face {
 
     fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply> {
         Box::pin(self.node.greeted(greeting))
+    }
+
+    fn failures_reported(&self, report: FailureReport) -> Result<(), Failure> {
+        self.node.failures_reported(report)
     }
 
     fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {

@@ -1,7 +1,7 @@
 //! What nodes ask each other before they have a group in common: who are you, and do you promise to be founded by me.
 //!
 //! An address may have changed hands, so whatever counts says whose it is: the cluster, or the directory. JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`,
-//! `POST /peer/invite`, `POST /peer/greet`.
+//! `POST /peer/invite`, `POST /peer/greet`, `POST /peer/failures`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout_at};
 use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
 use crate::sm::level::{LEVEL, TooOld};
 use crate::sm::meta;
+use crate::sm::recovery::Cause;
 use crate::sm::starts::{Start, Starts};
 use crate::sm::view::{Node, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
@@ -120,6 +121,9 @@ pub struct Hosting {
     /// Whose replicas they are.
     pub directory: DirectoryId,
     pub replicas: Vec<HostedReplica>,
+    /// Those that do not run. They are apart, as whoever finds a replica among the others may take it for a member.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<FailedReplica>,
     /// As in [`Identity`].
     #[serde(default)]
     pub speaks: u16,
@@ -128,6 +132,24 @@ pub struct Hosting {
     /// Its disk is nearly full, and it takes no writes.
     #[serde(default)]
     pub lacks_room: bool,
+}
+
+/// A replica that could not be opened on its node, or has stopped there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedReplica {
+    pub group: GroupId,
+    pub replica: ReplicaId,
+    pub cause: Cause,
+    /// For so long it has not run, but perhaps for moments.
+    pub for_ms: u64,
+    pub reason: String,
+}
+
+/// Says that replicas of a node have failed, and is repeated as long as that is so. Which they are, that node is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailureReport {
+    pub cluster: ClusterId,
+    pub directory: DirectoryId,
 }
 
 /// Asks a node to hold the level of its cluster where it is, or to do so no more.
@@ -154,7 +176,7 @@ pub struct HostedReplica {
     /// What its map was as of the entry at which all compare theirs.
     #[serde(default)]
     pub digest: Option<NotedDigest>,
-    /// Of one that leads: why nothing is written.
+    /// Why nothing is written to its shard, as far as it knows.
     #[serde(default)]
     pub alarm: Option<String>,
 }
@@ -320,6 +342,12 @@ impl PeerCaller {
     ) -> Result<meta::Outcome, PeerError> {
         let post = self.http.post(format!("http://{address}/peer/announce")).json(announcement);
         self.answer(address, post.timeout(timeout), SMALL_BYTES_MAX).await
+    }
+
+    /// Tells a node that may lead the meta group that replicas have failed here.
+    pub async fn report_failures(&self, address: &Address, report: &FailureReport, timeout: Duration) -> Result<(), PeerError> {
+        let post = self.http.post(format!("http://{address}/peer/failures")).json(report).timeout(timeout);
+        self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
     /// Greets a member. Programs of the first release answer with a status that says that they know no greetings.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::peer::FailedReplica;
 use super::store::{Consistency, Failure, Found, Item, ScanRange};
 use crate::budget::{Share, UNCHARGED_BYTES_MAX, hold_together};
 use crate::sm::kv::{Command, DestinationState, MoveOutcome, OperationOutcome, Record, Write, WriteOutcome};
@@ -196,6 +197,9 @@ pub struct NodeStatus {
     /// As long as one node holds it, the cluster's level is not raised.
     #[serde(default)]
     pub holds_level: bool,
+    /// Its replicas that do not run, those of the meta group too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<FailedReplica>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -148,6 +148,7 @@ mod tests {
             leaving: false,
             speaks: None,
             holds_level: false,
+            failed: vec![],
         };
         let replica = |id, node| ReplicaStatus {
             id: ReplicaId(id),

@@ -78,6 +78,7 @@ pub fn status(version: u64, leader: Option<usize>, nodes: &[Address]) -> Cluster
         leaving: false,
         speaks: None,
         holds_level: false,
+        failed: vec![],
     };
     let replica = |at: usize| ReplicaStatus {
         id: ReplicaId(at as u64),

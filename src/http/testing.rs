@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{
-    Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, Standing,
+    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, Standing,
 };
 use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest, ShardStatus};
 use crate::client::shard_map::ShardMap;
@@ -438,6 +438,7 @@ impl Store for FakeStore {
             leaving: false,
             speaks: None,
             holds_level: false,
+            failed: vec![],
         };
         let replica = |(id, node): (&ReplicaId, &NodeId)| ReplicaStatus {
             id: *id,
@@ -589,9 +590,22 @@ impl PeerService for Echo {
         Box::pin(ready(PromiseReply::Refused { reason: format!("not to {}", request.founder_address) }))
     }
 
-    fn hosting(&self) -> BoxFuture<'_, Hosting> {
-        let directory = identity().directory;
-        Box::pin(ready(Hosting { directory, replicas: vec![], speaks: LEVEL, holds_level: false, lacks_room: false }))
+    fn hosting(&self) -> Hosting {
+        Hosting {
+            directory: identity().directory,
+            replicas: vec![],
+            failed: vec![],
+            speaks: LEVEL,
+            holds_level: false,
+            lacks_room: false,
+        }
+    }
+
+    fn failures_reported(&self, report: FailureReport) -> Result<(), Failure> {
+        match report.cluster {
+            ClusterId(7) => Ok(()),
+            _ => Err(Failure::Invalid { reason: "another cluster".into() }),
+        }
     }
 
     fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply> {

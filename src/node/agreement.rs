@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::member::Member;
 use crate::client::peer::{HostedReplica, NotedDigest};
 use crate::raft::Group;
-use crate::sm::agreement::{Verdict, judge};
+use crate::sm::agreement::{Verdict, is_majority_of_one_mind, judge};
 use crate::sm::kv::{Command, Outcome};
 use crate::sm::level::Feature;
 use crate::sm::view::Node;
@@ -77,7 +77,7 @@ impl Agreement {
         let shards = self.member.registry.groups().into_iter().filter(|group| !group.key().group.is_meta());
         let (led, followed): (Vec<_>, Vec<_>) = shards.partition(|group| group.leads());
         for group in followed {
-            // Whoever leads says so.
+            // Whoever leads says so, and the log.
             group.set_alarm(None);
         }
         self.shards.retain(|id, _| led.iter().any(|group| group.key().group == *id));
@@ -164,14 +164,23 @@ impl Agreement {
         let members: BTreeSet<ReplicaId> = told.members.keys().copied().collect();
         match judge(&members, &told.digests) {
             Verdict::Agree => {
-                if group.alarm().is_some() {
-                    tracing::warn!("the replicas of shard {id} are of one mind again: it takes writes");
+                if group.alarm().is_none() {
+                    return true;
                 }
-                group.set_alarm(None);
-                true
+                if !is_majority_of_one_mind(&members, &told.digests) {
+                    return false;
+                }
+                let is_recorded = self.record(group, None).await;
+                if is_recorded {
+                    tracing::warn!("the replicas of shard {id} are of one mind again: it takes writes");
+                    group.set_alarm(None);
+                }
+                is_recorded
             }
             Verdict::Minority(differing) => {
-                group.set_alarm(None);
+                if group.alarm().is_some() && self.record(group, None).await {
+                    group.set_alarm(None);
+                }
                 self.member.differed(id);
                 let list = differing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
                 tracing::error!("at {} of shard {id} these replicas differ from a majority: {list}", told.at);
@@ -194,7 +203,27 @@ impl Agreement {
                     self.member.differed(id);
                     tracing::error!("shard {id} is read-only: {reason}");
                 }
-                group.set_alarm(Some(reason));
+                group.set_alarm(Some(reason.clone()));
+                if group.recorded_alarm().is_none() {
+                    self.record(group, Some(reason)).await;
+                }
+                false
+            }
+        }
+    }
+
+    /// Has the log say that nothing is written, for that reason, or that it is again: for the leaders to come. Returns whether that is
+    /// so, which it is at once where programs of the cluster do not know such entries yet, and the next leader has to find out itself.
+    async fn record(&self, group: &Group, reason: Option<String>) -> bool {
+        if !self.member.allows(Feature::ReadOnlyEntries) {
+            return true;
+        }
+        let command = Command::SetReadOnly { reason };
+        match group.propose_command(command, Instant::now() + PROPOSE_TIMEOUT).await {
+            Ok(Outcome::ReadOnlySet) => true,
+            Ok(_) => false,
+            Err(error) => {
+                tracing::warn!("whether shard {} is read-only is not in its log yet: {error}", group.key().group);
                 false
             }
         }

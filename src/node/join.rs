@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::bootstrap::{self, Heard, Own, Refusal, Step, Waiting};
 use super::machine::Machine;
-use crate::client::peer::{HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
+use crate::client::peer::{FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::config::NodeConfig;
 use crate::raft::lanes::{Acquaintances, Ousted};
 use crate::sm::placement::{PlacementError, first_view};
@@ -230,9 +230,9 @@ impl Joining {
     }
 
     /// Says what this node hosts.
-    pub fn hosting(&self, replicas: Vec<HostedReplica>, lacks_room: bool) -> Hosting {
+    pub fn hosting(&self, replicas: Vec<HostedReplica>, failed: Vec<FailedReplica>, lacks_room: bool) -> Hosting {
         let (speaks, holds_level) = (self.config.speaks(), self.is_level_held());
-        Hosting { directory: self.directory_id, replicas, speaks, holds_level, lacks_room }
+        Hosting { directory: self.directory_id, replicas, failed, speaks, holds_level, lacks_room }
     }
 
     /// Returns whether this node holds the level of the cluster that it is a member of.

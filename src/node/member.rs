@@ -12,10 +12,12 @@ use futures::StreamExt;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::failure_reports::FailureReports;
+use super::failures::Failures;
 use super::join::Joining;
 use super::move_counters::MoveCounters;
 use crate::client::call::ShardCaller;
-use crate::client::peer::{Announcement, HostedReplica, Hosting, NotedDigest, PeerCaller, PeerError};
+use crate::client::peer::{Announcement, FailedReplica, HostedReplica, Hosting, NotedDigest, PeerCaller, PeerError};
 use crate::client::protocol::{ClusterStatus, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::Failure;
@@ -26,7 +28,6 @@ use crate::raft::{Registry, Witness};
 use crate::sm::level::Feature;
 use crate::sm::view::{Node, View, Witness as Seat};
 use crate::sm::{kv, meta};
-use crate::storage::state::ReadKind;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, ParseError, PlanEpoch, ReplicaId};
 
 /// How soon to try a meta leader again that was none.
@@ -54,6 +55,8 @@ pub struct Member {
     pub caller: ShardCaller,
     pub peers: PeerCaller,
     pub moves: MoveCounters,
+    pub failures: Failures,
+    pub reports: FailureReports,
     /// How often replicas of each shard that this node led were found to differ.
     differed: Mutex<BTreeMap<GroupId, u64>>,
     joining: Arc<Joining>,
@@ -206,6 +209,8 @@ impl Member {
             caller,
             peers,
             moves: MoveCounters::default(),
+            failures: Failures::default(),
+            reports: FailureReports::default(),
             differed: Mutex::default(),
             joining,
             views,
@@ -414,15 +419,14 @@ impl Member {
         leader.ok_or_else(|| unavailable("the meta group has no leader".into()))
     }
 
-    /// What this node says of its own replicas.
-    pub async fn hosted(&self) -> Vec<HostedReplica> {
-        let groups = self.registry.groups();
-        let mut replicas = Vec::with_capacity(groups.len());
-        for group in groups {
-            replicas.push(hosted(&group).await);
-        }
-        replicas.extend(self.registry.witnesses().iter().map(hosted_witness));
-        replicas
+    /// What this node says of itself and its replicas.
+    pub fn hosting(&self, lacks_room: bool) -> Hosting {
+        self.joining.hosting(self.hosted(), self.failures.told(), lacks_room)
+    }
+
+    fn hosted(&self) -> Vec<HostedReplica> {
+        let witnesses = self.registry.witnesses().iter().map(hosted_witness).collect::<Vec<_>>();
+        self.registry.groups().iter().map(|group| hosted(group)).chain(witnesses).collect()
     }
 
     /// The view and how its groups are: asks every node about its replicas.
@@ -437,7 +441,7 @@ impl Member {
         }
         let ask = |(id, node): (NodeId, Node)| async move {
             if id == self.node {
-                return (id, Some(self.joining.hosting(self.hosted().await, false)));
+                return (id, Some(self.hosting(false)));
             }
             (id, self.peers.hosting(&node, STATUS_TIMEOUT).await.ok())
         };
@@ -460,6 +464,7 @@ impl Member {
             leaving: view.leaving.contains(id),
             speaks: told(id).map(|hosting| hosting.speaks),
             holds_level: told(id).is_some_and(|hosting| hosting.holds_level),
+            failed: told(id).map(|hosting| hosting.failed.clone()).unwrap_or_default(),
         });
         let moves = view.moves.iter().map(|(id, held)| MoveStatus {
             id: *id,
@@ -523,12 +528,11 @@ pub fn read_applied_view(meta: &Group) -> Result<View, Failure> {
     view.ok_or_else(|| unavailable("the cluster is not founded yet".into()))
 }
 
-async fn hosted(group: &Group) -> HostedReplica {
+fn hosted(group: &Group) -> HostedReplica {
     let status = group.status();
     let key = group.key();
     // A map that can't be read is told by `failed`, and has no counts.
-    let read = group.state().read_in(ReadKind::Page, |read| kv::count(read)).await;
-    let (count, damage) = match read {
+    let (count, damage) = match kv::count(&group.state().read()) {
         Ok(count) => (Some(count), None),
         Err(error) => (None, Some(error.to_string())),
     };
@@ -573,6 +577,11 @@ fn describe_shard(
     let told = |replica: ReplicaId, node: NodeId| -> Option<&HostedReplica> {
         answers.get(&node)?.as_ref()?.replicas.iter().find(|hosted| hosted.group == id && hosted.replica == replica)
     };
+    let has_failed = |replica: ReplicaId, node: NodeId| {
+        let hosting = answers.get(&node).and_then(Option::as_ref);
+        let is_it = |failed: &FailedReplica| failed.group == id && failed.replica == replica;
+        hosting.is_some_and(|hosting| hosting.failed.iter().any(is_it))
+    };
     let with_told = |(replica, node)| (replica, node, told(replica, node));
     let is_witness = |replica: ReplicaId, hosted: Option<&HostedReplica>| {
         group.is_witness(replica) || hosted.is_some_and(|hosted| hosted.is_witness)
@@ -591,7 +600,10 @@ fn describe_shard(
     let describe = |replica: ReplicaId, node: NodeId, hosted: Option<&HostedReplica>| ReplicaStatus {
         id: replica,
         node,
-        health: health(hosted, leader == Some(node), applied_index),
+        health: match has_failed(replica, node) {
+            true => ReplicaHealth::Failed,
+            false => health(hosted, leader == Some(node), applied_index),
+        },
         applied: hosted.and_then(|hosted| hosted.applied),
         leaving: group.leaving.contains_key(&replica),
     };
@@ -607,7 +619,10 @@ fn describe_shard(
         slots: view.slots.of(id).count() as u64,
         replicas: replicas.collect(),
         witness,
-        alarm: leading.and_then(|(_, hosted)| hosted.alarm.clone()),
+        alarm: leading.and_then(|(_, hosted)| hosted.alarm.clone()).or_else(|| {
+            // It is in the log, and so known while nobody leads.
+            all.iter().find_map(|(_, _, hosted)| hosted.and_then(|hosted| hosted.alarm.clone()))
+        }),
     }
 }
 

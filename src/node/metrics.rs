@@ -1,11 +1,13 @@
 //! What a node counts, as families of samples; how they look on a page is the business of `http`.
 
+use super::failures::FailureCounts;
 use super::member::Member;
 use super::move_counters::Moved;
 use super::watchdog::Findings;
 use crate::budget::Budget;
 use crate::client::reply;
 use crate::raft::{Role, Room};
+use crate::sm::recovery::Cause;
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
 use crate::storage::state::{StateMetrics, StateStore};
 
@@ -44,6 +46,7 @@ pub fn families(member: &Member, log: &Log, states: &StateStore, findings: &Find
     all.extend(of_moves(&member.moves.now()));
     all.extend(of_rooms(member));
     all.extend(of_groups(member));
+    all.extend(of_failures(&member.failures.counts()));
     all.push(of_level(member));
     all.extend(of_stalls(findings));
     all
@@ -135,12 +138,6 @@ fn of_states(state: &StateMetrics) -> Vec<Family> {
             Gauge,
             "Bytes in tables that are written down and kept for gets.",
             state.clean_bytes as f64,
-        ),
-        one(
-            "quorate_map_reads_elsewhere_total",
-            Counter,
-            "Reads that were done off the threads that serve, because reads waited for the disk.",
-            state.reads_elsewhere as f64,
         ),
         one("quorate_map_bytes", Gauge, "Bytes of keys and values of the maps that are written down.", state.map_bytes as f64),
         one(
@@ -241,6 +238,42 @@ fn differences(member: &Member) -> Family {
     )
 }
 
+/// Returns how many replicas do not run, by cause: as many samples as there are causes.
+fn of_failures(counts: &FailureCounts) -> Vec<Family> {
+    use FamilyKind::{Counter, Gauge};
+    let sample = |cause: Cause| Sample {
+        suffix: "",
+        labels: vec![("cause", cause.name().to_owned())],
+        value: counts.now.get(&cause).copied().unwrap_or(0) as f64,
+    };
+    vec![
+        family(
+            "quorate_replicas_failed",
+            Gauge,
+            "Replicas of this node that could not be opened, or have stopped, and do not run now.",
+            Cause::ALL.into_iter().map(sample).collect(),
+        ),
+        one(
+            "quorate_replica_failed_seconds",
+            Gauge,
+            "For how long the one of them that failed first has not run.",
+            counts.longest.as_secs_f64(),
+        ),
+        one(
+            "quorate_replica_failures_total",
+            Counter,
+            "How often a replica of this node could not be opened, or stopped.",
+            counts.failed_total as f64,
+        ),
+        one(
+            "quorate_replicas_recovered_total",
+            Counter,
+            "How often a replica that had failed was opened again.",
+            counts.recovered_total as f64,
+        ),
+    ]
+}
+
 fn of_level(member: &Member) -> Family {
     let level = f64::from(member.view().level);
     one("quorate_level", FamilyKind::Gauge, "The cluster's feature level, as this node knows it.", level)
@@ -294,6 +327,13 @@ fn of_groups(member: &Member) -> Vec<Family> {
         failed.push(sample(if witness.status().failed.is_some() { 1.0 } else { 0.0 }));
         witness_bytes.push(sample(witness.log_bytes() as f64));
     }
+    for failure in member.failures.now() {
+        let open = member.registry.get(failure.key.group).is_some();
+        if !open && member.registry.witness(failure.key.group).is_none() {
+            let labels = vec![("group", failure.key.group.0.to_string())];
+            failed.push(Sample { suffix: "", labels, value: 1.0 });
+        }
+    }
     use FamilyKind::Gauge;
     vec![
         family(
@@ -309,7 +349,7 @@ fn of_groups(member: &Member) -> Vec<Family> {
         family(
             "quorate_group_read_only",
             Gauge,
-            "1 where this node leads the shard and its replicas differ without a majority of one mind: nothing is written.",
+            "1 where the replicas of a shard hosted here differ without a majority of one mind: nothing is written to it.",
             read_only,
         ),
         family(
@@ -319,6 +359,11 @@ fn of_groups(member: &Member) -> Vec<Family> {
             rebuilt,
         ),
         differences(member),
-        family("quorate_group_failed", Gauge, "1 where the replica on this node has stopped by itself.", failed),
+        family(
+            "quorate_group_failed",
+            Gauge,
+            "1 where the replica on this node could not be opened, or has stopped by itself.",
+            failed,
+        ),
     ]
 }

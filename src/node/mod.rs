@@ -13,6 +13,8 @@ pub mod bootstrap;
 mod chores;
 mod compactor;
 mod disk_watch;
+mod failure_reports;
+mod failures;
 mod introduction;
 mod janitor;
 mod join;
@@ -25,6 +27,7 @@ mod metrics;
 mod migrator;
 mod move_counters;
 mod news;
+mod openings;
 mod operator;
 mod reconciler;
 mod repair;
@@ -41,7 +44,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{
-    Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
+    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PeerCaller, PromiseReply,
+    PromiseRequest,
 };
 use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
@@ -53,6 +57,7 @@ use crate::raft::lanes::Ousted;
 use crate::sm::kv::{Operation, Record};
 use crate::sm::level::TooOld;
 use crate::sm::meta;
+use crate::sm::recovery::restart_pause_ms;
 use crate::sm::view::View;
 use crate::storage::directory::DirectoryError;
 use crate::storage::sled_tree::SledError;
@@ -65,11 +70,18 @@ pub use join::JoinError;
 use join::Joining;
 use machine::{Machine, RealMachine};
 pub use metrics::{Family, FamilyKind};
+use reconciler::Lack;
 use running::Running;
 pub use running::StartError;
 
 /// How soon a client should ask a node again that is not part of a cluster yet.
 const RETRY_AFTER_MS: u64 = 1000;
+
+/// Sentences in what is said of a node that is ready.
+const NOTES_MAX: usize = 5;
+
+/// How long leaderships may take to be handed over before the process starts again.
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A node, from its start to its stop.
 pub struct Node {
@@ -118,17 +130,29 @@ pub enum NodeError {
     /// The process must be started again: the damaged database is out of the way by then.
     #[error("the map database is damaged; it is set aside and rebuilt by a start of the process")]
     MapsDamaged,
+    /// The process must be started again: it can write to the maps then.
+    #[error("a replica has failed, and this process cannot write to the maps any more: {0}")]
+    MapsFailed(String),
     /// The process must be started again: it waits as a spare then.
     #[error("this node is not in the view any more: it becomes a spare")]
     Retired,
 }
 
 impl NodeError {
+    /// Returns whether a start of the process may well meet the same again.
+    fn may_come_back(&self) -> bool {
+        matches!(
+            self,
+            NodeError::MapsDamaged | NodeError::MapsFailed(_) | NodeError::Start(StartError::Maps(SledError::Hangs { .. }))
+        )
+    }
+
     /// Whether starting the process again, and nothing else, mends it.
     pub fn wants_restart(&self) -> bool {
         matches!(
             self,
             NodeError::MapsDamaged
+                | NodeError::MapsFailed(_)
                 | NodeError::Retired
                 | NodeError::Outdated { .. }
                 | NodeError::Start(StartError::Maps(SledError::Hangs { .. }))
@@ -139,7 +163,8 @@ impl NodeError {
 /// Why a node should not be given requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unready {
-    /// Stable, for scripts: `starting`, `no-cluster`, `spare`, `catching-up` or `stopping`.
+    /// Stable, for scripts: `starting`, `no-cluster`, `spare`, `catching-up`, `replica-failed` or
+    /// `stopping`.
     pub code: &'static str,
     pub reason: String,
 }
@@ -191,11 +216,16 @@ impl Node {
         };
         let running = match Running::start(&self.joining, joined, &found, Arc::clone(&self.answers)).await {
             Ok(running) => running,
-            Err(_) if running::are_maps_condemned(self.joining.directory_path()) => return Err(NodeError::MapsDamaged),
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                let is_condemned = running::are_maps_condemned(self.joining.directory_path());
+                let error = if is_condemned { NodeError::MapsDamaged } else { error.into() };
+                let is_rested = !error.may_come_back() || self.rested(shutdown).await;
+                return if is_rested { Err(error) } else { Ok(()) };
+            }
         };
         let failed = running.log_failure();
         let condemned = running.condemned();
+        let given_up = running.given_up();
         let retired = running.retired();
         let too_old = running.too_old();
         let ousted = self.joining.ousted();
@@ -205,6 +235,7 @@ impl Node {
             () = shutdown.cancelled() => Ok(()),
             reason = failed => Err(NodeError::LogFailed(reason)),
             () = condemned.cancelled() => Err(NodeError::MapsDamaged),
+            reason = given_up => Err(NodeError::MapsFailed(reason)),
             () = retired.cancelled() => Err(NodeError::Retired),
             too_old = too_old => Err(too_old.into()),
             ousted = ousted => Err(match ousted {
@@ -214,11 +245,47 @@ impl Node {
                 Ousted::Doubled { by } => NodeError::Doubled { by },
             }),
         };
+        let result = match result {
+            Err(error) if error.may_come_back() => self.prepare_restart(running, error, shutdown).await,
+            result => result,
+        };
         if let Err(NodeError::Retired) = result {
             running.retire(&self.joining).await?;
         }
         running.stop(result.is_ok()).await;
         result
+    }
+
+    /// Hands over what this node leads, and waits until the process may start again: what still runs here runs on until then. Returns
+    /// why the node stops, if it was not told to meanwhile.
+    async fn prepare_restart(&self, running: &Running, error: NodeError, shutdown: &CancellationToken) -> Result<(), NodeError> {
+        tracing::error!("{error}; the process starts again by itself");
+        running.registry().hand_over(HAND_OVER_TIMEOUT).await;
+        tokio::select! {
+            biased;
+            reason = running.log_failure() => return Err(NodeError::LogFailed(reason)),
+            is_rested = self.rested(shutdown) => if !is_rested { return Ok(()) },
+        }
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => Ok(()),
+            reason = running.log_failure() => Err(NodeError::LogFailed(reason)),
+            () = running.room_for_restart() => {
+                // It may have been elected again meanwhile.
+                running.registry().hand_over(HAND_OVER_TIMEOUT).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits as long as this process should before it starts again. False: `shutdown` came first.
+    async fn rested(&self, shutdown: &CancellationToken) -> bool {
+        let restarts = self.joining.config().restarts;
+        let pause = Duration::from_millis(restart_pause_ms(restarts));
+        if !pause.is_zero() {
+            tracing::warn!("this process has started again by itself {restarts} times in a row: the next start is in {pause:?}");
+        }
+        waited(shutdown, pause).await
     }
 
     /// Marks the directory as an old copy, durably. Returns why the node stops.
@@ -268,15 +335,27 @@ impl Node {
             None => unready(self.waiting_code(), self.waiting_reason()),
             Some(running) => match running.unready() {
                 None => Ok(()),
-                Some(reason) => unready("catching-up", reason),
+                Some(Lack::Failed(reason)) => unready("replica-failed", reason),
+                Some(Lack::Late(reason)) => unready("catching-up", reason),
             },
         }
     }
 
-    /// Returns what is to be said of a node that is ready: why it takes no writes, if it takes none.
+    /// Returns what is to be said of a node that is ready: why it takes no writes, if it takes none, and which shards with a
+    /// replica here take none. They are read, so the node is to be given requests.
     pub fn note(&self) -> Option<String> {
-        let reason = self.running.get()?.lacks_room()?;
-        Some(format!("it takes no writes: {reason}"))
+        let room = self.running.get().and_then(|running| running.lacks_room());
+        let room = room.map(|reason| format!("it takes no writes: {reason}"));
+        let notes: Vec<String> = room.into_iter().chain(self.warnings()).take(NOTES_MAX).collect();
+        (!notes.is_empty()).then(|| notes.join("; "))
+    }
+
+    /// Returns which shards with a replica here take no writes, and why.
+    pub fn warnings(&self) -> Vec<String> {
+        let groups = self.running.get().map(|running| running.registry().groups()).unwrap_or_default();
+        let warning =
+            |group: &Arc<crate::raft::Group>| Some(format!("shard {} is read-only: {}", group.key().group.0, group.alarm()?));
+        groups.iter().filter_map(warning).collect()
     }
 
     fn waiting_code(&self) -> &'static str {
@@ -308,13 +387,10 @@ impl Node {
     }
 
     /// What this node says of its own replicas.
-    pub async fn hosting(&self) -> Hosting {
+    pub fn hosting(&self) -> Hosting {
         match self.running.get() {
-            Some(running) => {
-                let replicas = running.member().hosted().await;
-                self.joining.hosting(replicas, running.lacks_room().is_some())
-            }
-            None => self.joining.hosting(Vec::new(), false),
+            Some(running) => running.member().hosting(running.lacks_room().is_some()),
+            None => self.joining.hosting(Vec::new(), Vec::new(), false),
         }
     }
 
@@ -330,6 +406,21 @@ impl Node {
         let written = tokio::task::spawn_blocking(move || joining.hold_level(cluster, hold)).await;
         let failed = |reason: String| Failure::Unknown { reason };
         written.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
+    }
+
+    /// Hears that replicas have failed on another node.
+    ///
+    /// # Errors
+    ///
+    /// When that node is none of this cluster, as far as is known here.
+    pub fn failures_reported(&self, report: FailureReport) -> Result<(), Failure> {
+        let Some(running) = self.running.get() else { return Err(self.unavailable()) };
+        let member = running.member();
+        member.ensure_ours(report.cluster)?;
+        match member.reports.take(&member.view(), report.directory) {
+            true => Ok(()),
+            false => Err(Failure::Invalid { reason: "the view has no node with that directory".to_owned() }),
+        }
     }
 
     /// Has the meta group, if this node leads it, apply the announcement of another node.

@@ -3,8 +3,8 @@
 //!
 //! It makes no choices: every step says "ensure", reads what is there, and may be repeated. What it ensures, each tick:
 //! - the view of this node is that of its meta replica, and its stamp says so;
-//! - every replica of the view that is this node's is open; a new one is created only from the group's creation record, and only if this
-//!   node's log has never held it (▸ no frame ever creates a replica);
+//! - every replica of the view that is this node's is open (`openings`); a new one is created only from the group's creation record, and
+//!   only if this node's log has never held it (▸ no frame ever creates a replica); one that fails is tried again;
 //! - a group that was never initialized is, from its creation record: the same on every member, so it doesn't matter who does it;
 //! - a replica that the view has retired is forgotten;
 //! - a meta group without a view gets the first one;
@@ -16,21 +16,21 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::access::tell_unreadable;
 use super::join::Joining;
 use super::member::Member;
+use super::openings::{Openings, ReplicaTasks};
 use crate::client::peer::Announcement;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{Group, OpenError, ProposeError};
+use crate::sm::recovery::Cause;
 use crate::sm::slots::SlotState;
 use crate::sm::view::{self, View};
 use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
-use crate::storage::state::ReadKind;
 use crate::supervisor;
 use crate::types::{GroupId, NodeId, ReplicaId, Slot};
 
@@ -44,9 +44,8 @@ const ENTRIES_TOGETHER: Duration = Duration::from_millis(10);
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long members other than the first leave initializing a group to it.
 const INITIALIZE_AFTER: Duration = Duration::from_secs(3);
-/// Between two attempts to open a replica for which there was no descriptor.
-const RETRY_MIN: Duration = Duration::from_millis(250);
-const RETRY_MAX: Duration = Duration::from_secs(5);
+/// How long a retired replica rests that could not be wiped.
+const WIPE_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// Between two announcements of an address that the view does not take; doubled from the first to the last.
 const ANNOUNCE_PAUSE_MIN: Duration = Duration::from_millis(200);
 const ANNOUNCE_PAUSE_MAX: Duration = Duration::from_secs(2);
@@ -66,6 +65,7 @@ pub struct Reconciler {
     done: Mutex<Done>,
     announcing: Mutex<Announcing>,
     condemned: CancellationToken,
+    given_up: CancellationToken,
 }
 
 /// How it goes with telling the meta group where this node runs.
@@ -83,32 +83,30 @@ struct Done {
     meta_applied: Option<crate::types::LogId>,
     initialized: BTreeSet<GroupId>,
     claimed: BTreeSet<GroupId>,
-    /// Replicas that can't be opened, with the reason: told once.
-    failed: BTreeMap<ReplicaKey, String>,
-    /// Replicas for which there was no descriptor, and when they are tried again.
-    waiting: BTreeMap<ReplicaKey, Retry>,
-}
-
-/// The next attempt to open a replica.
-#[derive(Clone, Copy)]
-struct Retry {
-    at: Instant,
-    pause: Duration,
-}
-
-impl Retry {
-    /// Returns the attempt after `earlier`: soon at first, then more and more rarely.
-    fn after(earlier: Option<&Retry>) -> Self {
-        let pause = earlier.map_or(RETRY_MIN, |earlier| (earlier.pause * 2).min(RETRY_MAX));
-        Self { at: Instant::now() + pause, pause }
-    }
 }
 
 /// Replicas that are being forgotten, which takes a while for a large map: nothing else waits for it.
 #[derive(Default)]
 struct Wipes {
-    tasks: JoinSet<(ReplicaKey, Result<(), OpenError>)>,
-    under_way: BTreeSet<ReplicaKey>,
+    tasks: ReplicaTasks<Result<(), OpenError>>,
+    /// Those that could not be wiped, and when.
+    failed: BTreeMap<ReplicaKey, Instant>,
+}
+
+/// What goes on beside the ticks.
+#[derive(Default)]
+struct UnderWay {
+    wipes: Wipes,
+    openings: Openings,
+}
+
+/// Why this node should not be given requests yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lack {
+    /// A replica of it does not run.
+    Failed(String),
+    /// Something is on its way.
+    Late(String),
 }
 
 impl Reconciler {
@@ -121,6 +119,7 @@ impl Reconciler {
             done: Mutex::default(),
             announcing: Mutex::default(),
             condemned: CancellationToken::new(),
+            given_up: CancellationToken::new(),
         }
     }
 
@@ -129,18 +128,24 @@ impl Reconciler {
         &self.condemned
     }
 
+    /// Cancelled when a replica has failed because this process cannot write to maps any more.
+    pub fn given_up(&self) -> &CancellationToken {
+        &self.given_up
+    }
+
     pub async fn run(&self, shutdown: &CancellationToken) {
-        let mut wipes = Wipes::default();
+        let mut under_way = UnderWay::default();
         loop {
             supervisor::beat();
-            let idle = self.tick(&mut wipes).await;
+            let idle = self.tick(&mut under_way).await;
             let interval = if idle { TICK_IDLE } else { TICK_BUSY };
             let meta = self.member.registry.get(GroupId::META).map(|meta| meta.watch_applied());
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => {
                     // Log and maps are closed next.
-                    while wipes.tasks.join_next().await.is_some() {}
+                    under_way.wipes.tasks.end().await;
+                    under_way.openings.end().await;
                     return;
                 }
                 () = another_entry(meta, self.seen_index()) => {}
@@ -155,31 +160,37 @@ impl Reconciler {
     }
 
     /// Why this node should not be given requests yet; none: it is ready.
-    pub fn unready(&self) -> Option<String> {
+    pub fn unready(&self) -> Option<Lack> {
         let view = self.member.view();
         let done = self.done.lock().expect("no holder panics");
-        replicas_of(&view, self.member.node).find_map(|key| {
-            if let Some(reason) = done.failed.get(&key) {
-                return Some(format!("replica {key} has failed: {reason}"));
-            }
-            if let Some(witness) = self.member.registry.witness(key.group) {
-                let failed = witness.status().failed;
-                return failed.map(|reason| format!("replica {key} has failed: {reason}"));
+        let failed = self.member.failures.now().into_iter().max_by_key(|failure| failure.for_time);
+        if let Some(failure) = failed {
+            return Some(Lack::Failed(format!(
+                "replica {} has failed {:.0?} ago: {}; it is tried again in {:.0?}",
+                failure.key, failure.for_time, failure.reason, failure.retry_in
+            )));
+        }
+        let lack = replicas_of(&view, self.member.node).find_map(|key| {
+            if self.member.registry.witness(key.group).is_some() {
+                return None;
             }
             let Some(group) = self.member.registry.get(key.group) else { return Some(format!("replica {key} is not open yet")) };
             unready_group(&group).or_else(|| {
                 let unclaimed = !key.group.is_meta() && !done.claimed.contains(&key.group);
                 unclaimed.then(|| format!("shard {} does not own its slots yet", key.group))
             })
-        })
+        });
+        lack.map(Lack::Late)
     }
 
     /// One round over everything. True: there was nothing to do.
-    async fn tick(&self, wipes: &mut Wipes) -> bool {
+    async fn tick(&self, under_way: &mut UnderWay) -> bool {
         self.follow_view().await;
         let view = self.member.view();
-        let mut idle = self.wipe_retired(&view, wipes);
-        idle &= self.open_replicas(&view).await;
+        let UnderWay { wipes, openings } = under_way;
+        let mut idle = self.wipe_retired(&view, wipes, openings);
+        idle &= openings.open(&self.member, &view, |key| wipes.tasks.has(key)).await;
+        self.look_at_maps();
         for group in self.member.registry.groups() {
             idle &= self.ensure_initialized(&view, &group).await;
             if group.key().group.is_meta() {
@@ -188,7 +199,22 @@ impl Reconciler {
                 idle &= self.ensure_claimed(&view, &group).await;
             }
         }
-        idle && self.unready().is_none()
+        // A replica that has failed is not tried again sooner by looking more often.
+        idle && !matches!(self.unready(), Some(Lack::Late(_)))
+    }
+
+    /// Sees whether only another process can mend what has failed.
+    fn look_at_maps(&self) {
+        let failed = self.member.failures.counts().now;
+        if failed.is_empty() {
+            return;
+        }
+        if super::running::are_maps_condemned(self.joining.directory_path()) {
+            self.condemned.cancel();
+        }
+        if failed.contains_key(&Cause::Database) {
+            self.given_up.cancel();
+        }
     }
 
     /// Takes the view that the meta replica of this node has applied.
@@ -217,89 +243,38 @@ impl Reconciler {
     }
 
     /// Forgets the replicas that the view has retired. One that it does not know yet stays: this view may be an old one.
-    fn wipe_retired(&self, view: &View, wipes: &mut Wipes) -> bool {
-        while let Some(ended) = wipes.tasks.try_join_next() {
-            match ended {
-                Ok((key, wiped)) => {
-                    wipes.under_way.remove(&key);
-                    let mut done = self.done.lock().expect("no holder panics");
-                    done.failed.remove(&key);
-                    done.claimed.remove(&key.group);
-                    done.initialized.remove(&key.group);
-                    match wiped {
-                        Ok(()) => tracing::info!("replica {key} is retired: its data is gone from this node"),
-                        Err(error) => tracing::warn!("retired replica {key} could not be wiped: {error}"),
-                    }
+    fn wipe_retired(&self, view: &View, wipes: &mut Wipes, openings: &Openings) -> bool {
+        while let Some((key, ended)) = wipes.tasks.try_ended() {
+            let mut done = self.done.lock().expect("no holder panics");
+            done.claimed.remove(&key.group);
+            done.initialized.remove(&key.group);
+            let wiped = ended.unwrap_or_else(|error| Err(OpenError::Raft(error.to_string())));
+            match wiped {
+                Ok(()) => {
+                    wipes.failed.remove(&key);
+                    tracing::info!("replica {key} is retired: its data is gone from this node");
                 }
-                Err(error) => tracing::error!("wiping a retired replica was broken off: {error}"),
+                Err(error) => {
+                    wipes.failed.insert(key, Instant::now());
+                    tracing::warn!("retired replica {key} could not be wiped: {error}; it is tried again");
+                }
             }
         }
         let hosted: BTreeSet<ReplicaKey> = replicas_of(view, self.member.node).collect();
+        let rests = |key: &ReplicaKey| wipes.failed.get(key).is_some_and(|at| at.elapsed() < WIPE_AGAIN_AFTER);
         let is_to_go = |key: &ReplicaKey| {
             // The last replica of the meta group goes with the node, not before.
             let is_last_of_meta = key.group.is_meta() && !hosted.iter().any(|other| other.group.is_meta());
-            is_retired(view, *key) && !is_last_of_meta
+            let is_busy = wipes.tasks.has(*key) || openings.are_busy_with(*key) || rests(key);
+            is_retired(view, *key) && !is_last_of_meta && !is_busy
         };
         let stored = self.member.registry.stored();
-        for key in stored.into_iter().filter(is_to_go) {
-            if wipes.under_way.insert(key) {
-                let registry = self.member.registry.clone();
-                wipes.tasks.spawn(async move { (key, registry.wipe_replica(key).await) });
-            }
+        let to_go: Vec<ReplicaKey> = stored.into_iter().filter(is_to_go).collect();
+        for key in to_go {
+            let registry = self.member.registry.clone();
+            wipes.tasks.begin(key, async move { registry.wipe_replica(key).await });
         }
-        wipes.under_way.is_empty()
-    }
-
-    async fn open_replicas(&self, view: &View) -> bool {
-        let mut idle = true;
-        for key in replicas_of(view, self.member.node) {
-            let registry = &self.member.registry;
-            if !self.may_be_tried(key) || registry.get(key.group).is_some() || registry.witness(key.group).is_some() {
-                continue;
-            }
-            idle = false;
-            let Some(of) = view.groups.get(&key.group) else { continue };
-            let may_create = may_create(of, key.replica);
-            let opened = match (of.is_witness(key.replica), of.replicas.contains_key(&key.replica)) {
-                (true, _) => registry.open_witness(key, may_create).await.map(|_| ()),
-                (false, true) => registry.open_replica(key, may_create).await.map(|_| ()),
-                // One on its way out is what it was.
-                (false, false) => registry.reopen(key).await,
-            };
-            if opened.as_ref().is_err_and(OpenError::lacks_descriptors) {
-                self.try_again(key);
-                continue;
-            }
-            self.done.lock().expect("no holder panics").waiting.remove(&key);
-            if let Err(error) = opened {
-                let reason = error.to_string();
-                tracing::error!("replica {key} cannot be opened: {reason}");
-                if super::running::are_maps_condemned(self.joining.directory_path()) {
-                    self.condemned.cancel();
-                }
-                self.done.lock().expect("no holder panics").failed.insert(key, reason);
-            }
-        }
-        idle
-    }
-
-    /// Returns whether a replica that is not open is to be opened now.
-    fn may_be_tried(&self, key: ReplicaKey) -> bool {
-        let done = self.done.lock().expect("no holder panics");
-        let is_due = done.waiting.get(&key).is_none_or(|retry| retry.at <= Instant::now());
-        is_due && !done.failed.contains_key(&key)
-    }
-
-    /// Has a replica opened later: connections will be closed, and nothing is wrong with the replica.
-    fn try_again(&self, key: ReplicaKey) {
-        let mut done = self.done.lock().expect("no holder panics");
-        let retry = Retry::after(done.waiting.get(&key));
-        tracing::warn!(
-            "replica {key} is not open: there is no descriptor left; it is tried again in {:?}. Raise the limit of open files \
-             (ulimit -n, LimitNOFILE)",
-            retry.pause
-        );
-        done.waiting.insert(key, retry);
+        wipes.tasks.is_empty()
     }
 
     async fn ensure_initialized(&self, view: &View, group: &Group) -> bool {
@@ -449,8 +424,7 @@ impl Reconciler {
         if self.done.lock().expect("no holder panics").claimed.contains(&shard) {
             return true;
         }
-        let read = group.state().read_in(ReadKind::Page, |read| SlotState::read_all(read)).await;
-        let held: BTreeSet<Slot> = match read {
+        let held: BTreeSet<Slot> = match SlotState::read_all(&group.state().read()) {
             Ok(states) => states.into_iter().filter(|(_, state)| state.serves_reads() || state.generation.0 > 0),
             Err(error) => {
                 tell_unreadable(group, &error);
@@ -489,7 +463,7 @@ async fn another_entry(applied: Option<watch::Receiver<u64>>, seen: u64) {
 }
 
 /// The replicas that `node` is to run, the meta group's first.
-fn replicas_of(view: &View, node: NodeId) -> impl Iterator<Item = ReplicaKey> {
+pub(super) fn replicas_of(view: &View, node: NodeId) -> impl Iterator<Item = ReplicaKey> {
     view.groups.keys().filter_map(move |group| {
         let replica = view.runs_on(*group, node)?;
         Some(ReplicaKey { group: *group, replica })
@@ -503,7 +477,7 @@ fn is_retired(view: &View, key: ReplicaKey) -> bool {
 
 /// Whether a replica that this node's log does not hold may be created with nothing in it: only while its group has never counted it as a
 /// member. The creation record counts its voters from the first moment, and is what they are made from.
-fn may_create(group: &view::Group, replica: ReplicaId) -> bool {
+pub(super) fn may_create(group: &view::Group, replica: ReplicaId) -> bool {
     let was_counted = group.reported.as_ref().is_some_and(|reported| reported.is_member(replica));
     group.wanted().any(|(wanted, _)| wanted == replica) && (group.creation.contains_key(&replica) || !was_counted)
 }
@@ -512,7 +486,7 @@ fn unready_group(group: &Group) -> Option<String> {
     let status = group.status();
     let key = group.key();
     if let Some(reason) = status.failed {
-        return Some(format!("replica {key} has failed: {reason}"));
+        return Some(format!("replica {key} has stopped: {reason}"));
     }
     if status.leader.is_none() {
         return Some(format!("group {} has no leader", key.group));

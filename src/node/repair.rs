@@ -1,5 +1,8 @@
-//! Gives the work of nodes that stay away, or have lost their disks, to others. Decided in `sm::repair` from what the leader of the meta
-//! group sees; a new leader begins to count anew.
+//! Gives the work of nodes that stay away, or have lost their disks, to others, and has replicas replaced that have failed. Decided in
+//! `sm::repair` from what the leader of the meta group sees, and is told (`failure_reports`); a new leader begins to count anew how long
+//! nodes are away, but not how long replicas have failed: that is told by their nodes.
+//!
+//! A node on which replicas fail because of the node itself, as of its full disk, counts as away.
 //!
 //! That a disk is lost is believed only of a node that stays away while another data directory answers in its place: under the address
 //! that was asked, as one that means to be of this cluster, and the same one for the whole of a grace.
@@ -12,11 +15,12 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::failure_reports::{Told, failing_nodes, failing_replicas};
 use super::member::Member;
 use crate::client::peer::{Identity, Standing};
 use crate::raft::Group;
 use crate::sm::meta;
-use crate::sm::repair::{Seen, next_plan};
+use crate::sm::repair::{Replacement, Seen, next_plan, replace_failed};
 use crate::sm::view::View;
 use crate::types::{Address, DirectoryId, GroupId, NodeId};
 
@@ -36,6 +40,8 @@ pub struct Repair {
     lost_disk_after: Duration,
     /// How each node is seen, and since when.
     seen: BTreeMap<NodeId, Sight>,
+    /// What nodes have told of replicas that have failed there.
+    failed: Told,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -68,7 +74,7 @@ struct Claim {
 
 impl Repair {
     pub fn new(member: Arc<Member>, replace_after: Duration, lost_disk_after: Duration) -> Self {
-        Self { member, replace_after, lost_disk_after, seen: BTreeMap::new() }
+        Self { member, replace_after, lost_disk_after, seen: BTreeMap::new(), failed: Told::new() }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -80,18 +86,46 @@ impl Repair {
             };
             let view = self.member.view();
             self.look(&view).await;
-            if let Some(planned) = next_plan(&view, &self.seen(), as_ms(self.replace_after)) {
+            let (seen, replace_after_ms) = (self.seen(), as_ms(self.replace_after));
+            if let Some(planned) = next_plan(&view, &seen, replace_after_ms) {
                 self.install(&meta, &view, planned.view).await;
+                continue;
+            }
+            let failing = failing_replicas(&view, &self.failed);
+            if let Some((next, replaced)) = replace_failed(&view, &seen, &failing, replace_after_ms) {
+                replace(&meta, &view, next, &replaced).await;
             }
         }
+    }
+
+    /// Asks the nodes that say so which replicas have failed there.
+    async fn ask_failing(&mut self, view: &View) {
+        let member = &self.member;
+        let nodes = member.reports.nodes().into_iter();
+        let nodes = nodes.filter_map(|id| Some((id, view.nodes.get(&id)?)));
+        let asked = nodes.map(|(id, node)| async move {
+            if id == member.node {
+                return (id, Some(member.failures.told()));
+            }
+            let hosting = member.peers.hosting(node, ASK_TIMEOUT).await.ok();
+            (id, hosting.map(|hosting| hosting.failed))
+        });
+        let told = join_all(asked).await;
+
+        // One that does not answer in time still says that something has failed.
+        let mut before = std::mem::take(&mut self.failed);
+        let failed = told.into_iter().filter_map(|(id, failed)| Some((id, failed.or_else(|| before.remove(&id))?)));
+        self.failed = failed.collect();
     }
 
     /// Looks at every node, and asks those away whether another directory answers in their place.
     async fn look(&mut self, view: &View) {
         let now = Instant::now();
         self.seen.retain(|node, _| view.nodes.contains_key(node));
-        let (here, away): (Vec<NodeId>, Vec<NodeId>) =
-            view.staying().map(|(id, _)| id).partition(|id| self.member.is_in_reach(*id, HEARD_WITHIN));
+        self.ask_failing(view).await;
+        let failing = failing_nodes(&self.failed);
+        let is_here = |id: &NodeId| self.member.is_in_reach(*id, HEARD_WITHIN) && !failing.contains(id);
+        let (here, away): (Vec<NodeId>, Vec<NodeId>) = view.staying().map(|(id, _)| id).partition(is_here);
         let peers = &self.member.peers;
         let asked = away.iter().filter_map(|id| Some((*id, view.nodes.get(id)?))).map(|(id, node)| async move {
             let found = match peers.identity(&node.address, ASK_TIMEOUT).await {
@@ -147,6 +181,24 @@ impl Repair {
             Ok(meta::Outcome::Rejected(rejection)) => tracing::debug!("a repair was not accepted: {rejection:?}"),
             Err(error) => tracing::debug!("a repair was not accepted: {error}"),
         }
+    }
+}
+
+/// Has failed replicas replaced by new ones.
+async fn replace(meta: &Group, view: &View, next: View, replaced: &[Replacement]) {
+    let epoch = next.epoch;
+    let command = meta::Command::InstallPlan { base: view.version, next: Box::new(next) };
+    match meta.propose_meta(command, Instant::now() + PROPOSE_TIMEOUT).await {
+        Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
+            for Replacement { group, node, failed, new } in replaced {
+                let address = view.nodes.get(node).map_or_else(|| node.to_string(), |node| node.address.to_string());
+                tracing::warn!(
+                    "plan {epoch}: replica {failed} of group {group} has failed at {address} for too long: {new} takes its place there"
+                );
+            }
+        }
+        Ok(meta::Outcome::Rejected(rejection)) => tracing::debug!("a replacement was not accepted: {rejection:?}"),
+        Err(error) => tracing::debug!("a replacement was not accepted: {error}"),
     }
 }
 

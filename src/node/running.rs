@@ -18,6 +18,7 @@ use super::agreement::Agreement;
 use super::balancer::Balancer;
 use super::compactor::Compactor;
 use super::disk_watch::DiskWatch;
+use super::failure_reports::Reporter;
 use super::introduction::Greeter;
 use super::janitor::Janitor;
 use super::join::{Joined, Joining};
@@ -28,7 +29,7 @@ use super::memberships::Memberships;
 use super::metrics::{self, Family};
 use super::migrator::Migrator;
 use super::news::News;
-use super::reconciler::Reconciler;
+use super::reconciler::{Lack, Reconciler};
 use super::repair::Repair;
 use super::watchdog::{Findings, Watchdog};
 use crate::budget::Budget;
@@ -64,6 +65,11 @@ const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(3);
 const VIEW_TIMEOUT: Duration = Duration::from_secs(1);
 /// How soon to try a meta leader again that was none.
 const RETRY_AFTER_MS: u64 = 500;
+
+/// A process that starts again on a full disk meets the same again.
+const RESTART_ROOM_BYTES: u64 = 16 << 20;
+/// Between two looks at whether there is room.
+const ROOM_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// The map database, in the data directory.
 const MAPS_DIR: &str = "state";
@@ -173,6 +179,8 @@ impl Running {
         tasks.start("greeter", |stop| async move { greeter.run(&stop).await });
         let repair = Repair::new(member.clone(), config.replace_after, config.lost_disk_after);
         tasks.start("repair", |stop| async move { repair.run(&stop).await });
+        let reporter = Reporter::new(member.clone(), joining.directory_id());
+        tasks.start("reporter", |stop| async move { reporter.run(&stop).await });
         let agreement = Agreement::new(member.clone(), config.compare_every);
         tasks.start("agreement", |stop| async move { agreement.run(&stop).await });
         let levels = Levels::new(member.clone(), config.speaks(), config.raise_level_after);
@@ -195,7 +203,8 @@ impl Running {
         })
     }
 
-    /// Opens the replica of the meta group, and only then calls this directory a member.
+    /// Opens the replica of the meta group, and only then calls this directory a member. One that was a member goes on without it where
+    /// it can't be opened: it has its view in its stamp and hears newer ones from others, is told of as failed, and replaced.
     async fn join_meta(joining: &Arc<Joining>, member: &Member) -> Result<(), StartError> {
         let view = member.view();
         let replica = view.runs_on(GroupId::META, member.node).ok_or(StartError::NoMetaReplica)?;
@@ -209,7 +218,13 @@ impl Running {
                     tracing::warn!("the replica of the meta group is not open yet: {error}; it is tried again");
                     tokio::time::sleep(OPEN_AGAIN_AFTER).await;
                 }
-                Err(error) => return Err(StartError::Meta(error)),
+                Err(error) if may_create || are_maps_condemned(joining.directory_path()) => {
+                    return Err(StartError::Meta(error));
+                }
+                Err(error) => {
+                    member.failures.failed(key, error.cause(), format!("it cannot be opened: {error}"));
+                    return Ok(());
+                }
             }
         }
         joining.stamp_member(member.node, &view)?;
@@ -233,8 +248,8 @@ impl Running {
         self.storage.log.lacks_room()
     }
 
-    pub fn unready(&self) -> Option<String> {
-        self.findings.stalled().or_else(|| self.reconciler.unready())
+    pub fn unready(&self) -> Option<Lack> {
+        self.findings.stalled().map(Lack::Late).or_else(|| self.reconciler.unready())
     }
 
     pub fn families(&self) -> Vec<Family> {
@@ -244,6 +259,27 @@ impl Running {
     /// Cancelled when a replica could not be opened because the map database is beyond mending in this process.
     pub fn condemned(&self) -> CancellationToken {
         self.reconciler.condemned().clone()
+    }
+
+    /// Resolves, with the reason, when a replica has failed because this process cannot write to the maps any more.
+    pub fn given_up(&self) -> impl Future<Output = String> + use<> {
+        let (given_up, states) = (self.reconciler.given_up().clone(), self.storage.states.clone());
+        async move {
+            given_up.cancelled().await;
+            states.given_up().unwrap_or_else(|| "it is not known why".to_owned())
+        }
+    }
+
+    /// Resolves once the disk has room for what a start of the process writes.
+    pub async fn room_for_restart(&self) {
+        let mut is_told = false;
+        while !self.storage.states.has_room(RESTART_ROOM_BYTES) {
+            if !is_told {
+                tracing::error!("the disk is full: the process starts again once there is room");
+                is_told = true;
+            }
+            tokio::time::sleep(ROOM_AGAIN_AFTER).await;
+        }
     }
 
     /// Members of the cluster have called.
@@ -441,8 +477,7 @@ impl Storage {
         let is_expected = !log.replicas().is_empty();
         let options = SledOptions { cache_bytes: config.cache_bytes, cluster, ..SledOptions::default() };
         let trees = joining.machine().open_trees(&path.join(MAPS_DIR), options, is_expected)?;
-        let options = StateOptions { cache_bytes: config.cache_bytes, ..StateOptions::default() };
-        let (states, checkpointer) = StateStore::open(trees, disk, path, options)?;
+        let (states, checkpointer) = StateStore::open(trees, disk, path, StateOptions::default())?;
         leftovers::clear_maps(&log, &states)?;
         let thread = |part, run: Box<dyn FnOnce() + Send>| joining.supervisor().start_thread(part, run);
         let writer = thread("log-writer", Box::new(move || writer.run())).map_err(StartError::Thread)?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::descriptors;
 use crate::sm::level::Feature;
 use crate::sm::ports::StoreError;
+use crate::sm::recovery::Cause;
 use crate::types::{NodeId, ReplicaId};
 
 /// Why a proposal was not answered. Only [`ProposeError::Unknown`] leaves open whether it was, or will yet be, applied.
@@ -133,6 +134,25 @@ impl OpenError {
         match self {
             OpenError::Log(source) | OpenError::State(StoreError::Io { source, .. }) => descriptors::are_exhausted(source),
             _ => false,
+        }
+    }
+    /// Returns what kept the replica from being opened, as far as that decides what is done about it.
+    pub fn cause(&self) -> Cause {
+        use std::io::ErrorKind::{InvalidData, QuotaExceeded, StorageFull, UnexpectedEof};
+        match self {
+            error if error.lacks_descriptors() => Cause::Descriptors,
+            OpenError::Log(source) | OpenError::State(StoreError::Io { source, .. }) => match source.kind() {
+                StorageFull | QuotaExceeded => Cause::DiskFull,
+                InvalidData | UnexpectedEof => Cause::Damaged,
+                _ => Cause::Other,
+            },
+            OpenError::State(StoreError::TooOld { .. } | StoreError::Undecodable { .. }) => Cause::Program,
+            OpenError::State(StoreError::Damaged(_))
+            | OpenError::Lost { .. }
+            | OpenError::OtherLog { .. }
+            | OpenError::OtherKind(_)
+            | OpenError::Missing(_) => Cause::Damaged,
+            OpenError::AlreadyOpen(_) | OpenError::ShuttingDown | OpenError::Timings(_) | OpenError::Raft(_) => Cause::Other,
         }
     }
 }

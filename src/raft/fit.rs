@@ -41,7 +41,21 @@ pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result
         return Err(OpenError::OtherLog { key, log, applied });
     }
 
-    tracing::info!(replica = %key, %applied, ?last, "the log makes way for the snapshot that was installed before the last end");
+    match keeps {
+        Keeps::Map(_) => {
+            tracing::info!(
+                replica = %key, %applied, ?last,
+                "the log makes way for the snapshot that was installed before the last end"
+            );
+        }
+        // Which of the two it is, its mark does not tell.
+        Keeps::Witness(_) => tracing::warn!(
+            replica = %key, %applied, ?last,
+            "the log of a witness ends before its mark, and makes way for it: the process ended while it took over the mark \
+             from its leader, or the log was replaced by an older copy or has lost its end, and this witness has forgotten \
+             what it promised since"
+        ),
+    }
     if found.is_some() {
         ended(|done| log.truncate_after(purged.map(|purged| purged.index), done)).await?;
     }

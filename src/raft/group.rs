@@ -20,7 +20,6 @@ use tokio::task::coop::unconstrained;
 use tokio::time::Instant;
 
 use super::errors::{OpenError, ProposeError, ReadError, SHUT_DOWN, TransferError};
-use super::feeds::Feeds;
 use super::log_store::LogStore;
 use super::network::Network;
 use super::proposer::{Proposer, propose_error};
@@ -88,13 +87,12 @@ impl Group {
         let key = log.key();
         let timings = shared.timings.clone();
         let is_witness = keeps.witness().is_some();
-        let config = timings.config(key).map_err(|error| OpenError::Timings(error.to_string()))?;
+        let config = timings.config(key, is_witness).map_err(|error| OpenError::Timings(error.to_string()))?;
         let store = LogStore::new(log.clone());
         let network = Network {
             key,
             lanes: shared.lanes.clone(),
             tip: store.tip().clone(),
-            feeds: Feeds::default(),
             append_timeout: timings.append_timeout(),
             snapshot_step_timeout: timings.snapshot_step_timeout(),
         };
@@ -188,6 +186,7 @@ impl Group {
         deadline: Instant,
     ) -> Result<kv::WriteOutcome, ProposeError> {
         self.ensure_proposes()?;
+        self.await_own_term(deadline).await?;
         self.ensure_writable()?;
         if self.shared.log.overloaded() {
             return Err(ProposeError::Overloaded { limit: "the log's disk does not keep up".into() });
@@ -198,7 +197,8 @@ impl Group {
     /// Proposes a command of a shard as an entry of its own.
     pub async fn propose_command(&self, command: kv::Command, deadline: Instant) -> Result<kv::Outcome, ProposeError> {
         self.ensure_allowed(command.needs())?;
-        if !matches!(command, kv::Command::Compare) {
+        if !command.is_of_agreement() {
+            self.await_own_term(deadline).await?;
             self.ensure_writable()?;
         }
         match self.propose_entry(command.encode(), deadline).await? {
@@ -228,7 +228,31 @@ impl Group {
         }
     }
 
-    /// Has nothing written from now on, for that reason, or lets it be written again.
+    /// Waits until a leader has applied an entry of its own term, and with it all that was decided before: until then its map may not say
+    /// yet that nothing is written. That entry is under way, and a write would be applied only after it anyway.
+    async fn await_own_term(&self, deadline: Instant) -> Result<(), ProposeError> {
+        if !self.allows(Feature::ReadOnlyEntries) {
+            return Ok(());
+        }
+        let mut watch = self.watch();
+        let (role, term) = {
+            let watch = watch.borrow();
+            (watch.role, watch.term)
+        };
+        if role != Role::Leader || self.machine.applied_term() >= term {
+            return Ok(());
+        }
+        let mut applied = self.watch_applied();
+        let leads_no_more = watch.wait_for(|now| now.role != Role::Leader || now.term != term);
+        tokio::select! {
+            _ = applied.wait_for(|_| self.machine.applied_term() >= term) => Ok(()),
+            _ = leads_no_more => Ok(()),
+            () = tokio::time::sleep_until(deadline) => Err(ProposeError::Expired),
+        }
+    }
+
+    /// Has nothing written from now on as long as this replica leads, for that reason, or lets it be written again, unless the map says
+    /// that nothing is.
     pub fn set_alarm(&self, alarm: Option<String>) {
         let mut now = self.alarm.lock().expect("no holder panics");
         self.is_read_only.store(alarm.is_some(), Ordering::Relaxed);
@@ -237,14 +261,20 @@ impl Group {
 
     /// Returns why nothing is written, if nothing is.
     pub fn alarm(&self) -> Option<String> {
-        self.alarm.lock().expect("no holder panics").clone()
+        let own = self.alarm.lock().expect("no holder panics").clone();
+        own.or_else(|| self.recorded_alarm())
+    }
+
+    /// Returns why nothing is written, as the map says: for this leader and those to come.
+    pub fn recorded_alarm(&self) -> Option<String> {
+        self.machine.read_only()
     }
 
     fn ensure_writable(&self) -> Result<(), ProposeError> {
         if let Some(reason) = self.shared.log.lacks_room() {
             return Err(ProposeError::NoRoom { reason });
         }
-        if !self.is_read_only.load(Ordering::Relaxed) {
+        if !self.is_read_only.load(Ordering::Relaxed) && !self.machine.is_read_only() {
             return Ok(());
         }
         Err(ProposeError::ReadOnly { reason: self.alarm().unwrap_or_default() })
@@ -354,11 +384,22 @@ impl Group {
             snapshot: data.snapshot.as_ref().map(from_raft),
             purged: data.purged.as_ref().map(from_raft),
             membership: watch.membership.clone(),
-            failed: watch.failure.clone(),
+            failed: self.failure_of(&watch),
             quorum_acked: self.quorum_acked(&watch, data.last_quorum_acked.map(|at| at.elapsed())),
             leader_heard,
             matched: matched.unwrap_or_default(),
         }
+    }
+
+    /// Returns why this replica applies nothing more, if it was not asked to stop. A map may have failed that is
+    /// applied to only with the next entry.
+    pub fn failure(&self) -> Option<String> {
+        self.failure_of(&self.watch.borrow())
+    }
+
+    fn failure_of(&self, watch: &GroupWatch) -> Option<String> {
+        let of_map = || self.machine.keeps.map().and_then(ReplicaState::failure);
+        watch.failure.clone().or_else(|| self.machine.failure()).or_else(of_map)
     }
 
     /// What changes seldom: the leader, the membership, a failure.
@@ -483,17 +524,19 @@ impl Group {
         best.map(|(replica, _)| *replica)
     }
 
-    /// Writes a snapshot file of what is applied, and purges what it covers but for a tail. At most one replica of a node
+    /// Writes a snapshot file of what is applied, and lets openraft purge what it covers but for a tail. At most one replica of a node
     /// does this at a time; an error leaves everything as it was.
     pub async fn build_snapshot(&self) -> Result<(), StoreError> {
         let _turn = self.shared.snapshot_turns.acquire().await;
-        let snapshot = state_machine::build(self.state()).await?;
+        state_machine::build(self.state()).await?;
         // It takes the file that was just written.
         let _ = self.raft.trigger().snapshot().await;
-        if let Some(snapshot) = snapshot.applied().log_id {
-            self.purge_behind(snapshot).await;
-        }
         Ok(())
+    }
+
+    /// Purges the log through `index`, but not past the last snapshot.
+    pub async fn purge_log(&self, index: u64) {
+        let _ = self.raft.trigger().purge_log(index).await;
     }
 
     /// Bytes in the log that no snapshot covers.

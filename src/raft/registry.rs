@@ -2,7 +2,7 @@
 //!
 //! At most one replica of a group lives here at a time. Frames find their replica here; they never create one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
@@ -37,6 +37,9 @@ const SNAPSHOT_TURNS: usize = 1;
 /// KiB of frames that are being received and are so large that not all can be at once. The largest frame fits.
 const LARGE_FRAMES_KIB: usize = 128 << 10;
 
+/// How long a replica that has failed may take to hand over what it leads, before it is closed.
+const FAILED_HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// What a registry is made of.
 pub struct RegistryParts {
     pub identity: Arc<Identity>,
@@ -60,6 +63,14 @@ pub(super) struct Shared {
     pub supervisor: Supervisor,
 }
 
+/// What was opened, and whether more is.
+#[derive(Default)]
+struct Opening {
+    is_closed: bool,
+    /// Replicas that this process has opened, or has tried to.
+    tried: BTreeSet<ReplicaKey>,
+}
+
 /// What kind of replica is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -76,8 +87,8 @@ pub struct Registry {
     shared: Arc<Shared>,
     states: Arc<StateStore>,
     groups: RwLock<BTreeMap<GroupId, Arc<Group>>>,
-    /// Held while a replica is opened or closed: they take their time, and two of a group must not meet. True: no more are opened.
-    opening: Mutex<bool>,
+    /// Held while a replica is opened or closed: they take their time, and two of a group must not meet.
+    opening: Mutex<Opening>,
     pulse: OnceLock<AbortOnDropHandle<()>>,
     closing: AtomicBool,
 }
@@ -111,7 +122,7 @@ impl Registry {
             shared,
             states: parts.states,
             groups: RwLock::default(),
-            opening: Mutex::new(false),
+            opening: Mutex::default(),
             pulse: OnceLock::new(),
             closing: AtomicBool::new(false),
         })
@@ -230,8 +241,8 @@ impl Registry {
 
     /// Of no kind in particular: of that which it was created as.
     async fn open(self: &Arc<Self>, key: ReplicaKey, kind: Option<Kind>, may_create: bool) -> Result<Arc<Group>, OpenError> {
-        let is_closed = self.opening.lock().await;
-        if *is_closed {
+        let mut opening = self.opening.lock().await;
+        if opening.is_closed {
             return Err(OpenError::ShuttingDown);
         }
         if let Some(open) = self.replica(key.group) {
@@ -242,6 +253,9 @@ impl Registry {
             None if !may_create => return Err(OpenError::Missing(key)),
             None => self.create(key, kind).await?,
         };
+        if !opening.tried.insert(key) {
+            sync_vote(&log).await?;
+        }
         let keeps = self.open_state(key, log.clone()).await?;
         let found = if keeps.witness().is_some() { Kind::Witness } else { Kind::Map };
         if kind.is_some_and(|kind| kind != found) {
@@ -292,6 +306,23 @@ impl Registry {
         }
     }
 
+    /// Closes a replica that has failed, if it is open; first it hands over what it leads: others can go on.
+    pub async fn close_failed(&self, key: ReplicaKey) {
+        let Some(group) = self.replica(key.group).filter(|group| group.key() == key) else { return };
+        if let (true, Some(to)) = (group.leads(), group.best_successor())
+            && let Err(error) = group.transfer_leader_within(to, FAILED_HAND_OVER_TIMEOUT).await
+        {
+            tracing::info!(group = %key.group, %error, "the leadership of a replica that failed was not handed over");
+        }
+        drop(group);
+        self.close_replica(key).await;
+    }
+
+    /// Returns why this process writes to maps no more; none as long as it does.
+    pub fn maps_given_up(&self) -> Option<String> {
+        self.states.given_up()
+    }
+
     /// The replicas that this node's log has, open or not.
     pub fn stored(&self) -> Vec<ReplicaKey> {
         self.shared.log.replicas()
@@ -327,7 +358,7 @@ impl Registry {
 
     /// Stops every replica and cuts the lanes. Hand over first where others are to go on without a pause.
     pub async fn shutdown(&self) {
-        *self.opening.lock().await = true;
+        self.opening.lock().await.is_closed = true;
         let groups = std::mem::take(&mut *self.groups.write().expect("no holder panics"));
         join_all(groups.values().map(|group| group.shutdown())).await;
         self.shared.lanes.close().await;
@@ -347,4 +378,15 @@ impl Registry {
         }
         group.handle(lane, head.sender, request, tail)
     }
+}
+
+/// Waits until the log of a replica that has run before in this process is durable, votes and all. What
+/// is opened from a log takes all that is in it for synced, and answers others on the strength of that.
+async fn sync_vote(log: &ReplicaLog) -> Result<(), OpenError> {
+    // Everything that was issued before it is synced before it.
+    let Some(vote) = log.state().vote else { return Ok(()) };
+    let (done, synced) = oneshot::channel();
+    log.save_vote(vote, Box::new(move |result| drop(done.send(result))));
+    let closed = || OpenError::Log(std::io::Error::other("it was closed"));
+    synced.await.map_err(|_| closed())?.map_err(OpenError::Log)
 }

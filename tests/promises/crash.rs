@@ -5,7 +5,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::common::cluster::{Cluster, Setup};
+use crate::common::cluster::{Cluster, Setup, operate};
 use crate::common::fill::Fill;
 use crate::common::http::Request;
 use crate::common::load::Load;
@@ -80,11 +80,14 @@ async fn a_lost_or_damaged_map_is_rebuilt() {
     history.judge(&cluster).await;
 }
 
-/// The log does not reach back to the beginning any more: the map comes from the snapshot file.
+/// The log does not reach back to the beginning any more: the map comes from the snapshot file. Where that is gone too, a new replica
+/// takes the place of the lost one, and no person is needed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_map_is_rebuilt_from_its_snapshot_and_without_one_the_replica_is_lost() {
+async fn a_map_is_rebuilt_from_its_snapshot_and_without_one_the_replica_is_replaced() {
     let mut random = StdRng::seed_from_u64(seed());
-    let mut cluster = Cluster::start(Setup::nodes(3).arguments(&["--shards", "1"])).await;
+    // Long enough to see that it is told.
+    let arguments = ["--shards", "1", "--replace-after", "30"];
+    let mut cluster = Cluster::start(Setup::nodes(3).arguments(&arguments)).await;
     let fills = Fill::write_past_a_purge(&cluster, 0).await;
     for id in 0..3 {
         cluster.wait_for_snapshot(id).await;
@@ -117,12 +120,23 @@ async fn a_map_is_rebuilt_from_its_snapshot_and_without_one_the_replica_is_lost(
     let address = &cluster.nodes[2].address;
     let ready = cluster.client.ask_only(address, &Request::get("/readyz")).await.expect("an answer");
     assert_eq!(ready.status, 503, "a node with a lost replica says that it is ready");
+    assert!(cluster.metric(2, "quorate_replicas_failed").await > 0.0, "and counts none");
+    let (_, status) = operate(&cluster.addresses(), &["status"]).await;
+    assert!(status.contains("HAS FAILED"), "and is not named:\n{status}");
     let read =
         cluster.client.ask_only(address, &Request::get("/v1/kv/entry-00000000?consistency=stale")).await.expect("an answer");
     assert!(matches!(read.status, 307 | 503), "a lost replica was read: {} {}", read.status, read.text());
     let load = Load::new("lost").start(&cluster);
     load.writes(100).await;
-    load.stop().await.judge(&cluster).await;
+    cluster.wait_node_ready(2).await;
+    for fill in &fills {
+        fill.assert_at(&cluster, 2).await;
+    }
+    let history = load.stop().await;
+    let lost = history.acknowledged_ledger().lost(&cluster, 2).await;
+    assert!(lost.is_empty(), "not in the map of node 2: {lost:#?}");
+    assert_eq!(cluster.metric(2, "quorate_replicas_failed").await, 0.0);
+    history.judge(&cluster).await;
 }
 
 /// A log that is gone has taken the votes of its replicas with it: the node does not begin a new one under its old name.

@@ -44,7 +44,29 @@ pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> Str
         table(&["NODE", "ID", "REACHED", "LEADS", "REPLICAS", ""], nodes.collect()),
         table(&["SHARD", "HOME", "LEADER", "TERM", "KEYS", "BYTES", "SLOTS", "REPLICAS"], shards.collect()),
     );
-    tables + &alarms(status) + &unwitnessed(status) + &under_way(status, running)
+    tables + &failures(status) + &alarms(status) + &unwitnessed(status) + &under_way(status, running)
+}
+
+/// Replicas named one by one; of more only the number is told.
+const FAILURES_NAMED_MAX: usize = 20;
+
+/// Replicas that do not run, since when and why.
+fn failures(status: &ClusterStatus) -> String {
+    let all = status.nodes.iter().flat_map(|node| node.failed.iter().map(move |failed| (node, failed)));
+    let named = all.clone().take(FAILURES_NAMED_MAX).map(|(node, failed)| {
+        let group = match failed.group.is_meta() {
+            true => "the meta group".to_owned(),
+            false => format!("shard {}", failed.group.0),
+        };
+        let (address, seconds) = (&node.public_address, failed.for_ms / 1000);
+        format!("\nREPLICA {} OF {group} AT {address} HAS FAILED, {seconds} s ago: {}\n", failed.replica, failed.reason)
+    });
+    let mut text: String = named.collect();
+    let more = all.count().saturating_sub(FAILURES_NAMED_MAX);
+    if more > 0 {
+        text.push_str(&format!("\n{more} more replicas have failed\n"));
+    }
+    text
 }
 
 /// Shards that take no writes, and why.
@@ -136,16 +158,44 @@ fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::peer::FailedReplica;
     use crate::client::protocol::MoveStatus;
     use crate::client::testing;
     use crate::client::view_change::Phase;
-    use crate::types::{GroupId, MoveId, PlanEpoch};
+    use crate::sm::recovery::Cause;
+    use crate::types::{GroupId, MoveId, PlanEpoch, ReplicaId};
 
     #[test]
     fn columns_line_up() {
         let rows = vec![vec!["a".into(), "long one".into()], vec!["wider".into(), String::new()]];
         assert_eq!(table(&["X", "Y"], rows), "X      Y\na      long one\nwider\n");
     }
+
+    #[test]
+    fn replicas_that_have_failed_are_named_with_the_reason() {
+        let nodes = ["a:1", "b:2"].map(|node| node.parse().expect("an address"));
+        let mut status = testing::status(1, Some(0), &nodes);
+        assert!(!render(&status, None).contains("FAILED"));
+        let failed = |group: u64| FailedReplica {
+            group: GroupId(group),
+            replica: ReplicaId(7),
+            cause: Cause::Damaged,
+            for_ms: 12_300,
+            reason: "it is broken".to_owned(),
+        };
+        status.nodes[1].failed = vec![failed(0), failed(3)];
+        let shown = render(&status, None);
+        for part in [
+            "REPLICA r7 OF the meta group AT b:2 HAS FAILED, 12 s ago: it is broken\n",
+            "REPLICA r7 OF shard 3 AT b:2 HAS FAILED",
+        ] {
+            assert!(shown.contains(part), "{part}\nis not in\n{shown}");
+        }
+        status.nodes[1].failed = (0..1000).map(failed).collect();
+        let shown = render(&status, None);
+        assert!(shown.contains("\n980 more replicas have failed\n"), "{shown}");
+    }
+
     #[test]
     fn what_is_under_way_is_shown_until_it_is_done() {
         let nodes = ["a:1", "b:2"].map(|node| node.parse().expect("an address"));

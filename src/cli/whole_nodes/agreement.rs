@@ -2,6 +2,7 @@
 //! nothing is written.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::ready;
@@ -13,6 +14,7 @@ use super::machine::End;
 use crate::client::remote::RemoteStore;
 use crate::client::store::{Failure, Store, WriteFailure};
 use crate::sm::kv::{self, Action, Condition, Media, Operation, ReadOutcome, Record};
+use crate::sm::level::Feature;
 use crate::sm::ports::WriteBatch;
 use crate::sm::slots::{data_key, slot_of};
 use crate::types::{GroupId, Revision};
@@ -75,6 +77,39 @@ impl Cluster {
         group.state().spoil(batch);
     }
 
+    /// Takes it away again.
+    fn put_right(&self, host: usize) {
+        let mut batch = WriteBatch::default();
+        batch.delete(data_key(slot_of(KEY.as_bytes()), b"odd"));
+        let group = self.hosts[host].group(self.shard).expect("a replica");
+        group.state().spoil(batch);
+    }
+
+    /// Ends all hosts and starts them again, with replicas compared so often.
+    async fn restart(&self, compare_every: Duration) {
+        self.end();
+        for host in &self.hosts {
+            host.compare_every(compare_every);
+            host.start();
+        }
+        let has_all = async || self.hosts.iter().all(|host| host.group(self.shard).is_some());
+        until("all are back", has_all).await.expect("all");
+        self.leader().await;
+    }
+
+    /// Spoils two of three replicas until nothing is written any more.
+    async fn make_read_only(&self) {
+        let mut refused = None;
+        let read_only = until("it is read-only", async || {
+            // Again, as a comparison that was under way may have seen but one of them, and had it rebuilt.
+            self.spoil(0, "wrong").await;
+            self.spoil(1, "also wrong").await;
+            refused = self.try_write("more").await.err();
+            refused.as_ref().is_some_and(is_read_only)
+        });
+        read_only.await.unwrap_or_else(|error| panic!("{error}: {refused:?}"));
+    }
+
     fn shows_odd(&self, host: usize) -> bool {
         let group = self.hosts[host].group(self.shard).expect("a replica");
         let state = group.state().read();
@@ -122,18 +157,62 @@ async fn a_replica_that_differs_from_a_majority_is_rebuilt_and_hands_over_first_
     cluster.end();
 }
 
+fn is_read_only(refused: &WriteFailure) -> bool {
+    matches!(refused, WriteFailure::Failed(Failure::Overloaded { limit, .. }) if limit.contains("read-only"))
+}
+
+/// Whoever leads next has the alarm in its log: nobody has compared anything yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_stays_read_only_under_its_next_leaders_until_its_replicas_agree() {
+    let cluster = Cluster::start().await;
+    let raised = until("entries may say so", async || {
+        cluster.store.status().await.is_ok_and(|status| status.level >= Feature::ReadOnlyEntries.level())
+    });
+    raised.await.expect("raised");
+    cluster.make_read_only().await;
+    let recorded = until("every replica has it in its map", async || {
+        let groups = cluster.hosts.iter().filter_map(|host| host.group(cluster.shard));
+        groups.filter(|group| group.recorded_alarm().is_some()).count() == 3
+    });
+    recorded.await.expect("recorded");
+    cluster.restart(Duration::from_secs(3600)).await;
+    let mut is_written = false;
+    let answered = until("the next leader answers", async || match cluster.try_write("again").await {
+        Ok(()) => {
+            is_written = true;
+            true
+        }
+        Err(failure) => is_read_only(&failure),
+    });
+    answered.await.expect("it answers");
+    assert!(!is_written, "the next leader has forgotten that nothing may be written");
+    let told = until("each node warns of it", async || {
+        let nodes = cluster.hosts.iter().filter_map(|host| host.node());
+        nodes.filter(|node| node.ready().is_ok() && !node.warnings().is_empty()).count() == 3
+    });
+    told.await.expect("told");
+    let status = cluster.store.status().await.expect("a status");
+    assert!(status.shards.iter().any(|shard| shard.id == cluster.shard && shard.alarm.is_some()));
+
+    cluster.restart(Duration::from_millis(500)).await;
+    let agreed = until("its replicas agree, and it is written", async || {
+        cluster.put_right(0);
+        cluster.put_right(1);
+        cluster.try_write("together").await.is_ok()
+    });
+    agreed.await.expect("agreed");
+    let over = until("nothing warns of it", async || {
+        let nodes = cluster.hosts.iter().filter_map(|host| host.node());
+        nodes.filter(|node| node.warnings().is_empty()).count() == 3
+    });
+    over.await.expect("over");
+    cluster.end();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_majority_of_one_mind_a_shard_is_read_only_and_says_so() {
     let cluster = Cluster::start().await;
-    let mut refused = None;
-    let read_only = until("it is read-only", async || {
-        // Again, as a comparison that was under way may have seen but one of them, and had it rebuilt.
-        cluster.spoil(0, "wrong").await;
-        cluster.spoil(1, "also wrong").await;
-        refused = cluster.try_write("more").await.err();
-        matches!(&refused, Some(WriteFailure::Failed(Failure::Overloaded { limit, .. })) if limit.contains("read-only"))
-    });
-    read_only.await.unwrap_or_else(|error| panic!("{error}: {refused:?}"));
+    cluster.make_read_only().await;
     let told = until("the status tells", async || {
         let status = cluster.store.status().await;
         status.is_ok_and(|status| status.shards.iter().any(|shard| shard.id == cluster.shard && shard.alarm.is_some()))

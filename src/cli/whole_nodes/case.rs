@@ -25,7 +25,7 @@ use crate::sm::view::Asked;
 use crate::types::{Address, GroupId, PlanEpoch, ReplicaId, SLOTS};
 
 /// Long enough for a loaded machine; only a failing test waits for it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 /// Keys written before the change, over all slots.
 const OLD_KEYS: usize = 40;
 /// Keys written all the time, several of them in one slot.

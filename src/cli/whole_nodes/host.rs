@@ -10,7 +10,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{DiskFault, Disks, End, Power, SimMachine, Trouble, Watcher};
+use super::machine::{DiskFault, Disks, End, Power, SimMachine, TreeFaults, Trouble, Watcher};
 use crate::cli::serve;
 use crate::config::NodeConfig;
 use crate::http::{Limits, Server};
@@ -32,9 +32,11 @@ pub struct Host {
     directory: DirectoryId,
     disks: Disks,
     is_held: Arc<AtomicBool>,
-    lacks_descriptors: Arc<AtomicBool>,
     disk_fault: DiskFault,
     supervised: Mutex<Option<(Supervisor, watch::Receiver<Option<Ended>>)>>,
+    faults: Arc<TreeFaults>,
+    replace_after: Mutex<Option<Duration>>,
+    compare_every: Mutex<Option<Duration>>,
     watcher: Mutex<Option<Watcher>>,
     running: Mutex<Option<Incarnation>>,
     /// Why it stopped by itself, where it should not have.
@@ -87,6 +89,7 @@ impl Host {
             level_max: None,
             raise_level_after: Duration::from_millis(500),
             compare_every: Duration::from_millis(500),
+            restarts: 0,
         };
         let disks = Disks { disk: SimDisk::new(seed), trees: MemTrees::new() };
         Arc::new(Self {
@@ -95,9 +98,11 @@ impl Host {
             directory: DirectoryId(u128::from(seed) + 1),
             disks,
             is_held: Arc::default(),
-            lacks_descriptors: Arc::default(),
             disk_fault: DiskFault::default(),
             supervised: Mutex::default(),
+            faults: Arc::default(),
+            replace_after: Mutex::default(),
+            compare_every: Mutex::default(),
             watcher: Mutex::default(),
             running: Mutex::default(),
             failed: Arc::default(),
@@ -127,12 +132,27 @@ impl Host {
 
     /// Whether there is no descriptor for the maps of shards from now on.
     pub fn take_descriptors(&self, are_gone: bool) {
-        self.lacks_descriptors.store(are_gone, Ordering::Relaxed);
+        self.faults.lacks_descriptors.store(are_gone, Ordering::Relaxed);
+    }
+
+    /// The trees of this replica, if any, can't be opened any more, nor can new ones of it.
+    pub fn damage(&self, replica: Option<ReplicaKey>) {
+        *self.faults.damaged.lock().expect("no holder panics") = replica;
+    }
+
+    /// From its next start on it has what has failed for so long replaced.
+    pub fn replace_after(&self, time: Duration) {
+        *self.replace_after.lock().expect("no holder panics") = Some(time);
     }
 
     /// From its next start on it speaks this level at most, as an older program would.
     pub fn speak(&self, level_max: Option<u16>) {
         *self.level_max.lock().expect("no holder panics") = level_max;
+    }
+
+    /// From its next start on it has replicas compared so often.
+    pub fn compare_every(&self, time: Duration) {
+        *self.compare_every.lock().expect("no holder panics") = Some(time);
     }
 
     /// What is wrong with its disk from now on, and below the directories of which name.
@@ -151,7 +171,7 @@ impl Host {
     }
 
     pub fn start(&self) {
-        let power = Power::on(self.is_held.clone(), self.lacks_descriptors.clone(), self.disk_fault.clone());
+        let power = Power::on(self.is_held.clone(), self.faults.clone(), self.disk_fault.clone());
         let (supervisor, ended) = Supervisor::noting();
         *self.supervised.lock().expect("no holder panics") = Some((supervisor.clone(), ended));
         let watcher = self.watcher.lock().expect("no holder panics").clone().expect("it is watched");
@@ -160,7 +180,11 @@ impl Host {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let node: Arc<Mutex<Option<Arc<Node>>>> = Arc::default();
         let level_max = *self.level_max.lock().expect("no holder panics");
-        let config = NodeConfig { level_max, ..self.config.clone() };
+        let replace_after = *self.replace_after.lock().expect("no holder panics");
+        let replace_after = replace_after.unwrap_or(self.config.replace_after);
+        let compare_every = *self.compare_every.lock().expect("no holder panics");
+        let compare_every = compare_every.unwrap_or(self.config.compare_every);
+        let config = NodeConfig { level_max, replace_after, compare_every, ..self.config.clone() };
         let serving = serve(Arc::new(machine), config, node.clone());
         let (failed, is_on) = (self.failed.clone(), power.clone());
         runtime.spawn(async move {

@@ -11,6 +11,7 @@
 mod agreement;
 mod case;
 mod descriptors;
+mod failing;
 mod history;
 mod host;
 mod levels;

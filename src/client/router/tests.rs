@@ -250,6 +250,7 @@ fn status_of(state: &State, version: u64) -> ClusterStatus {
             leaving: false,
             speaks: None,
             holds_level: false,
+            failed: vec![],
         }],
         shards: state.shards.keys().map(shard).collect(),
         moves: vec![],

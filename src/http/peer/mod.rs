@@ -1,6 +1,6 @@
 //! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`, `GET /peer/identity`, `POST /peer/promise`,
 //! `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`, `POST /peer/invite`, `POST /peer/greet`,
-//! `POST /peer/hold`. The messages are those of `client::peer` and `client::protocol`.
+//! `POST /peer/hold`, `POST /peer/failures`. The messages are those of `client::peer` and `client::protocol`.
 //!
 //! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing of HTTP. A lane is one request whose
 //! body and answer both stream for as long as it lives, frame by frame; it ends when either side ends its stream, so a service that
@@ -26,7 +26,9 @@ use super::metrics::Dialect;
 use super::problem::{Code, Problem};
 use super::{App, Limits, Shared, aside};
 use crate::budget::Share;
-use crate::client::peer::{Announcement, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest};
+use crate::client::peer::{
+    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest,
+};
 use crate::client::protocol::{ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::sm::view::View;
@@ -39,7 +41,8 @@ const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream")
 pub(super) const LANE_PREFIX: &str = "/peer/lane/";
 
 /// The other routes of peers, by method.
-const POSTED: [&str; 6] = ["/peer/shard", "/peer/promise", "/peer/announce", "/peer/hold", "/peer/greet", "/peer/invite"];
+const POSTED: [&str; 7] =
+    ["/peer/shard", "/peer/promise", "/peer/announce", "/peer/hold", "/peer/greet", "/peer/invite", "/peer/failures"];
 const GOT: [&str; 3] = ["/peer/identity", "/peer/replicas", "/peer/view"];
 
 /// The largest is a view.
@@ -64,7 +67,7 @@ pub trait PeerService: Send + Sync + 'static {
     fn promise(&self, request: PromiseRequest) -> BoxFuture<'_, PromiseReply>;
 
     /// The replicas that this node hosts, and how they are.
-    fn hosting(&self) -> BoxFuture<'_, Hosting>;
+    fn hosting(&self) -> Hosting;
 
     /// The view as it is now, if this node leads the meta group.
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>>;
@@ -77,6 +80,9 @@ pub trait PeerService: Send + Sync + 'static {
 
     /// Hears a member of this cluster, or of another.
     fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply>;
+
+    /// Hears that replicas have failed on another node.
+    fn failures_reported(&self, report: FailureReport) -> Result<(), Failure>;
 
     /// Has the meta group, if this node leads it, apply what another node has to tell.
     fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
@@ -96,18 +102,30 @@ pub(super) fn is_asked(method: &Method, path: &str) -> bool {
 
 /// The peer routes, for an app that has peers.
 pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
-    let [to_lane, to_shard, to_identity, to_promise, to_replicas, to_view, to_announce, to_invite, to_hold, to_greet] =
-        std::array::from_fn(|_| Arc::clone(&peers));
+    let [
+        to_lane,
+        to_shard,
+        to_identity,
+        to_promise,
+        to_replicas,
+        to_view,
+        to_announce,
+        to_invite,
+        to_hold,
+        to_greet,
+        to_failures,
+    ] = std::array::from_fn(|_| Arc::clone(&peers));
     Router::new()
         .route("/peer/lane/{lane}", post(move |Path(name), request| lane(to_lane, name, request)))
         .route("/peer/shard", post(move |State(app), request| shard(app, to_shard, request)))
         .route("/peer/identity", get(move || async move { in_json(&to_identity.identity()) }))
         .route("/peer/promise", post(move |State(app), request| promise(app, to_promise, request)))
-        .route("/peer/replicas", get(move || async move { in_json(&to_replicas.hosting().await) }))
+        .route("/peer/replicas", get(move || async move { in_json(&to_replicas.hosting()) }))
         .route("/peer/view", get(move || view(to_view)))
         .route("/peer/announce", post(move |State(app), request| announce(app, to_announce, request)))
         .route("/peer/hold", post(move |State(app), request| hold(app, to_hold, request)))
         .route("/peer/greet", post(move |State(app), request| greet(app, to_greet, request)))
+        .route("/peer/failures", post(move |State(app), request| failures(app, to_failures, request)))
         .route("/peer/invite", post(move |State(app), request| invite(app, to_invite, request)))
 }
 
@@ -177,6 +195,13 @@ async fn hold(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Res
             Ok(()) => in_json(&()),
             Err(failure) => Problem::from(failure).into_response(),
         },
+        Err(problem) => problem.into_response(),
+    }
+}
+
+async fn failures(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+    match read_json(&app, request).await.and_then(|report| Ok(peers.failures_reported(report)?)) {
+        Ok(()) => in_json(&()),
         Err(problem) => problem.into_response(),
     }
 }

@@ -1,0 +1,235 @@
+//! Replicas that stop, or cannot be opened: they are opened again, or replaced, and told of meanwhile. A
+//! node whose map database gives up starts again by itself.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::ready;
+
+use super::case::{hosts, until};
+use super::history::options;
+use super::host::{Host, addresses};
+use super::machine::End;
+use crate::client::protocol::{ClusterStatus, ReplicaHealth};
+use crate::client::remote::RemoteStore;
+use crate::client::store::Store;
+use crate::node::Node;
+use crate::sm::kv::{Action, Condition, Media, Operation};
+use crate::sm::recovery::Cause;
+use crate::storage::ReplicaKey;
+use crate::types::{GroupId, NodeId, SLOTS};
+
+/// Three nodes, with a shard on each of them.
+struct Cluster {
+    hosts: Vec<Arc<Host>>,
+    store: RemoteStore,
+}
+
+const SHARD: GroupId = GroupId(1);
+
+impl Cluster {
+    async fn start(replace_after: Duration) -> Self {
+        let all = addresses(3);
+        let hosts = hosts(&all, &all, 1);
+        for host in &hosts {
+            host.watch(Arc::new(|_| Box::pin(ready(()))));
+            host.replace_after(replace_after);
+            host.start();
+        }
+        let store = RemoteStore::connect(all).expect("a client");
+        let cluster = Self { hosts, store };
+        // Replicas compare from then on, and have their tables written down for it.
+        cluster.status_when("it is founded", |status| status.level > 0).await;
+        cluster.write(0).await;
+        cluster
+    }
+
+    async fn status_when(&self, what: &str, holds: impl Fn(&ClusterStatus) -> bool) -> ClusterStatus {
+        let mut last = None;
+        let found = until(what, async || {
+            last = self.store.status().await.ok();
+            last.as_ref().is_some_and(&holds)
+        });
+        found.await.unwrap_or_else(|error| panic!("{error}: {last:?}"));
+        last.expect("it was just there")
+    }
+
+    /// Writes to every shard.
+    async fn write(&self, round: u32) {
+        for n in 0..30 {
+            let value = Bytes::from(format!("{round}"));
+            let action = Action::Put { media: Media::Text, value };
+            let key = Bytes::from(format!("key {n}"));
+            let put = Operation { key, condition: Condition::None, action };
+            let write = async || {
+                let written = self.store.write(vec![put.clone()], None, options()).await;
+                written.iter().all(Result::is_ok)
+            };
+            until("it is written", write).await.expect("written");
+        }
+    }
+
+    /// A host that does not lead the group, with its replica there.
+    async fn follower(&self, id: GroupId) -> (&Arc<Host>, ReplicaKey) {
+        let mut found = None;
+        let all = until("all have a replica", async || {
+            found = self.hosts.iter().find(|host| !host.leads(id) && host.group(id).is_some());
+            found.is_some() && self.hosts.iter().any(|host| host.leads(id))
+        });
+        all.await.expect("replicas");
+        let host = found.expect("it was just there");
+        (host, host.group(id).expect("a replica").key())
+    }
+
+    fn end(&self) {
+        for host in &self.hosts {
+            let failed = host.failed.lock().expect("no holder panics");
+            assert_eq!(*failed, None, "{} has stopped", host.address());
+            host.end(End::Kill);
+            host.bury();
+        }
+    }
+}
+
+/// What a status says of the replica.
+fn health(status: &ClusterStatus, key: ReplicaKey) -> Option<ReplicaHealth> {
+    let shard = status.shards.iter().find(|shard| shard.id == key.group)?;
+    shard.replicas.iter().find(|replica| replica.id == key.replica).map(|replica| replica.health)
+}
+
+/// The value of a metric of the node, all samples together.
+fn metric(node: &Node, name: &str) -> f64 {
+    let families = node.families();
+    let family = families.iter().find(|family| family.name == name).expect("there is such a metric");
+    family.samples.iter().map(|sample| sample.value).sum()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_stopped_is_told_of_and_opened_again() {
+    let cluster = Cluster::start(Duration::from_secs(600)).await;
+    let (host, key) = cluster.follower(SHARD).await;
+    let is_broken = Arc::new(AtomicBool::new(true));
+    let fault = {
+        let is_broken = is_broken.clone();
+        move |_: &str| match is_broken.load(Ordering::Relaxed) {
+            true => Err(io::Error::from_raw_os_error(5)),
+            false => Ok(()),
+        }
+    };
+    host.disks().trees.set_fault(Arc::new(fault));
+    let node = host.node().expect("it is up");
+    let mut round = 1;
+    let stopped = until("its replica has stopped", async || {
+        cluster.write(round).await;
+        round += 1;
+        node.hosting().failed.iter().any(|failed| failed.group == SHARD)
+    });
+    stopped.await.expect("stopped");
+    let unready =
+        until("it says that it is not ready", async || node.ready().is_err_and(|unready| unready.code == "replica-failed"));
+    unready.await.expect("not ready");
+    // It runs for moments.
+    let counted = until("it is counted", async || metric(&node, "quorate_replicas_failed") > 0.0);
+    counted.await.expect("counted");
+    cluster
+        .status_when("the status tells", |status| {
+            health(status, key) == Some(ReplicaHealth::Failed) && status.nodes.iter().any(|node| !node.failed.is_empty())
+        })
+        .await;
+
+    is_broken.store(false, Ordering::Relaxed);
+    until("it is well again", async || node.ready().is_ok()).await.expect("ready");
+    assert!(metric(&node, "quorate_replicas_recovered_total") > 0.0);
+    assert_eq!(metric(&node, "quorate_replicas_failed"), 0.0);
+    cluster
+        .status_when("the status tells", |status| {
+            let health = health(status, key);
+            health == Some(ReplicaHealth::Following) || health == Some(ReplicaHealth::Leading)
+        })
+        .await;
+    assert!(Arc::ptr_eq(&node, &host.node().expect("it is up")), "the node has not started again");
+    cluster.write(round).await;
+    cluster.end();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_cannot_be_opened_is_replaced_on_its_node_under_a_new_id() {
+    let cluster = Cluster::start(Duration::from_secs(3)).await;
+    let (host, key) = cluster.follower(SHARD).await;
+    host.end(End::Kill);
+    host.bury();
+    host.damage(Some(key));
+    host.start();
+    let told = cluster.status_when("it is told", |status| {
+        status
+            .nodes
+            .iter()
+            .any(|node| node.failed.iter().any(|failed| failed.replica == key.replica && failed.cause == Cause::Damaged))
+    });
+    told.await;
+    let node = told_node(&cluster, host).await;
+    let after = cluster.status_when("another takes its place", |status| {
+        let replica = status.shards.iter().find(|shard| shard.id == SHARD);
+        let here = replica.and_then(|shard| shard.replicas.iter().find(|replica| replica.node == node));
+        status.settled && here.is_some_and(|here| here.id > key.replica && here.health == ReplicaHealth::Following)
+    });
+    let after = after.await;
+    let shard = after.shards.iter().find(|shard| shard.id == SHARD).expect("the shard");
+    assert_eq!(shard.replicas.len(), 3);
+    assert!(after.nodes.iter().all(|node| node.failed.is_empty()), "{after:?}");
+    assert_eq!(after.shards.iter().map(|shard| shard.slots).sum::<u64>(), u64::from(SLOTS));
+    until("it is ready", async || host.node().is_some_and(|node| node.ready().is_ok())).await.expect("ready");
+    let stored = host.node().and_then(|node| node.registry()).expect("its replicas").stored();
+    assert!(!stored.contains(&key), "what it had is gone");
+    cluster.write(1).await;
+    cluster.end();
+}
+
+/// Its node goes on without it, serves its shards, and hears from others that it has another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_of_the_meta_group_that_cannot_be_opened_is_replaced_too() {
+    let cluster = Cluster::start(Duration::from_secs(3)).await;
+    let (host, key) = cluster.follower(GroupId::META).await;
+    host.end(End::Kill);
+    host.bury();
+    host.damage(Some(key));
+    host.start();
+    let is_told = async || {
+        let node = host.node();
+        node.is_some_and(|node| node.hosting().failed.iter().any(|failed| failed.replica == key.replica))
+    };
+    until("it is told", is_told).await.expect("told");
+    let is_replaced = async || host.group(GroupId::META).is_some_and(|group| group.key() != key);
+    until("another takes its place", is_replaced).await.expect("replaced");
+    until("it is ready", async || host.node().is_some_and(|node| node.ready().is_ok())).await.expect("ready");
+    cluster.status_when("all is settled", |status| status.settled).await;
+    cluster.write(1).await;
+    cluster.end();
+}
+
+async fn told_node(cluster: &Cluster, host: &Host) -> NodeId {
+    let status = cluster.status_when("it is known", |_| true).await;
+    let of = |node: &&crate::client::protocol::NodeStatus| node.address == *host.address();
+    status.nodes.iter().find(of).expect("a node of the view").id
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_maps_take_no_more_writes_starts_again_by_itself() {
+    let cluster = Cluster::start(Duration::from_secs(600)).await;
+    let host = cluster.hosts.iter().find(|host| host.leads(SHARD)).unwrap_or(&cluster.hosts[0]);
+    let before = host.node().expect("it is up");
+    host.disks().trees.give_up("I/O error");
+    let mut round = 1;
+    let again = until("it starts again", async || {
+        cluster.write(round).await;
+        round += 1;
+        host.node().is_some_and(|node| !Arc::ptr_eq(&node, &before))
+    });
+    again.await.expect("again");
+    until("it is ready", async || host.node().is_some_and(|node| node.ready().is_ok())).await.expect("ready");
+    cluster.write(round).await;
+    cluster.end();
+}

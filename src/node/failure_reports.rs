@@ -1,0 +1,172 @@
+//! [`FailureReports`]: which nodes say that replicas have failed there, and [`Reporter`], which says so
+//! of this one.
+//!
+//! A node with failed replicas tells every node that votes in the meta group, again and again: whoever
+//! leads it then, `repair` asks that node what has failed, and believes only its answer. No other node
+//! is asked, so a healthy cluster pays nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::member::Member;
+use crate::client::peer::{FailedReplica, FailureReport};
+use crate::sm::repair::Failing;
+use crate::sm::view::View;
+use crate::types::{Address, DirectoryId, GroupId, NodeId, ReplicaId};
+
+/// Between two reports.
+const REPORT_EVERY: Duration = Duration::from_secs(2);
+/// A report that was not repeated for so long counts no more.
+const REPORT_LASTS: Duration = Duration::from_secs(10);
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// When each node has last said that replicas have failed there.
+#[derive(Default)]
+pub struct FailureReports(Mutex<BTreeMap<NodeId, Instant>>);
+
+impl FailureReports {
+    /// Takes the report of the node with that directory. False: the view has none.
+    pub fn take(&self, view: &View, directory: DirectoryId) -> bool {
+        let mut nodes = view.nodes.iter();
+        let Some((node, _)) = nodes.find(|(_, node)| node.directory == directory) else {
+            return false;
+        };
+        let mut reports = self.0.lock().expect("no holder panics");
+        reports.retain(|node, at| view.nodes.contains_key(node) && at.elapsed() < REPORT_LASTS);
+        reports.insert(*node, Instant::now());
+        true
+    }
+
+    /// Returns the nodes that have said so lately.
+    pub fn nodes(&self) -> BTreeSet<NodeId> {
+        let reports = self.0.lock().expect("no holder panics");
+        let recent = reports.iter().filter(|(_, at)| at.elapsed() < REPORT_LASTS);
+        recent.map(|(node, _)| *node).collect()
+    }
+}
+
+/// What nodes have answered when they were asked which of their replicas have failed.
+pub type Told = BTreeMap<NodeId, Vec<FailedReplica>>;
+
+/// Returns what was told of replicas that the view has where they were told of.
+pub fn failing_replicas(view: &View, told: &Told) -> BTreeMap<(GroupId, ReplicaId), Failing> {
+    let all = told.iter().flat_map(|(node, failed)| failed.iter().map(|replica| (*node, replica)));
+    let here = all.filter(|(node, replica)| view.node_of(replica.group, replica.replica) == Some(*node));
+    let failing = here.map(|(_, replica)| {
+        let is_of_the_node = replica.cause.is_of_the_node();
+        let failing = Failing { for_ms: replica.for_ms, is_of_the_node };
+        ((replica.group, replica.replica), failing)
+    });
+    failing.collect()
+}
+
+/// Returns the nodes on which replicas fail for a reason that is the node's.
+pub fn failing_nodes(told: &Told) -> BTreeSet<NodeId> {
+    let fails = |failed: &Vec<FailedReplica>| failed.iter().any(|replica| replica.cause.is_of_the_node());
+    told.iter().filter(|(_, failed)| fails(failed)).map(|(node, _)| *node).collect()
+}
+
+/// Says that replicas have failed here.
+pub struct Reporter {
+    member: Arc<Member>,
+    directory: DirectoryId,
+}
+
+impl Reporter {
+    pub fn new(member: Arc<Member>, directory: DirectoryId) -> Self {
+        Self { member, directory }
+    }
+
+    pub async fn run(self, shutdown: &CancellationToken) {
+        while super::waited(shutdown, REPORT_EVERY).await {
+            if !self.member.failures.now().is_empty() {
+                self.report().await;
+            }
+        }
+    }
+
+    async fn report(&self) {
+        let view = self.member.view();
+        self.member.reports.take(&view, self.directory);
+        let report = FailureReport { cluster: self.member.cluster, directory: self.directory };
+        let voters = meta_voters(&view, self.member.node);
+        let told = voters.iter().map(|address| async {
+            let told = self.member.peers.report_failures(address, &report, REPORT_TIMEOUT).await;
+            if let Err(error) = told {
+                tracing::debug!("the failures of this node were not reported: {error}");
+            }
+        });
+        join_all(told).await;
+    }
+}
+
+/// Returns where the other nodes are that may lead the meta group.
+fn meta_voters(view: &View, but: NodeId) -> Vec<Address> {
+    let meta = view.groups.get(&GroupId::META);
+    let voters = meta.into_iter().flat_map(|meta| {
+        let voters = meta.voters();
+        meta.replicas.iter().filter(move |(replica, _)| voters.contains(replica))
+    });
+    let nodes = voters.map(|(_, node)| *node).filter(|node| *node != but);
+    nodes.filter_map(|node| Some(view.nodes.get(&node)?.address.clone())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sm::placement::first_view;
+    use crate::sm::recovery::Cause;
+    use crate::sm::view::{Asked, Node};
+    use crate::types::ClusterId;
+
+    const SHARD: GroupId = GroupId(1);
+
+    fn view() -> View {
+        let node = |number: u32| Node {
+            address: format!("n{number}:1").parse().expect("an address"),
+            public_address: None,
+            directory: DirectoryId(u128::from(number)),
+        };
+        let nodes = (1..=3).map(node).collect();
+        first_view(ClusterId(9), Asked::default(), nodes).expect("a view")
+    }
+
+    fn failed(replica: ReplicaId, cause: Cause) -> FailedReplica {
+        FailedReplica { group: SHARD, replica, cause, for_ms: 7, reason: "why".to_owned() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_not_repeated_counts_no_more_and_a_stranger_is_not_heard() {
+        let (view, reports) = (view(), FailureReports::default());
+        assert!(!reports.take(&view, DirectoryId(77)));
+        assert!(reports.nodes().is_empty());
+        assert!(reports.take(&view, DirectoryId(2)));
+        assert_eq!(reports.nodes(), BTreeSet::from([NodeId(2)]));
+        tokio::time::advance(REPORT_LASTS).await;
+        assert!(reports.nodes().is_empty());
+    }
+
+    #[test]
+    fn a_node_can_tell_only_of_its_own_replicas() {
+        let view = view();
+        let on = |node| view.replica_on(SHARD, NodeId(node)).expect("it has one");
+        let all = vec![failed(on(2), Cause::Damaged), failed(on(3), Cause::Damaged)];
+        let told = Told::from([(NodeId(2), all)]);
+        let expected = Failing { for_ms: 7, is_of_the_node: false };
+        let failing = failing_replicas(&view, &told);
+        assert_eq!(failing, BTreeMap::from([((SHARD, on(2)), expected)]));
+        assert!(failing_nodes(&told).is_empty());
+        let full = Told::from([(NodeId(2), vec![failed(on(2), Cause::DiskFull)])]);
+        assert_eq!(failing_nodes(&full), BTreeSet::from([NodeId(2)]));
+    }
+
+    #[test]
+    fn every_other_voter_of_the_meta_group_is_told() {
+        assert_eq!(meta_voters(&view(), NodeId(2)).len(), 2);
+    }
+}

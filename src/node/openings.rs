@@ -1,0 +1,203 @@
+//! [`Openings`]: opens the replicas that the view gives this node; one that could not be opened, or has
+//! stopped, again after a pause. `failures` knows which those are, and how long each rests.
+//!
+//! What has failed before is opened beside everything else, since it may read a whole map each time.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::{Id, JoinError, JoinSet};
+
+use super::failures::Failures;
+use super::member::Member;
+use super::reconciler::{may_create, replicas_of};
+use crate::raft::{OpenError, Registry};
+use crate::sm::recovery::Cause;
+use crate::sm::view::{self, View};
+use crate::storage::ReplicaKey;
+
+/// How long a replica that has failed may take to end, before it is opened again.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Opens replicas.
+#[derive(Default)]
+pub struct Openings {
+    tasks: ReplicaTasks<Result<(), OpenError>>,
+}
+
+/// Tasks about replicas, one at most for each.
+pub struct ReplicaTasks<T> {
+    tasks: JoinSet<T>,
+    keys: HashMap<Id, ReplicaKey>,
+}
+
+/// As what a replica is opened.
+#[derive(Debug, Clone, Copy)]
+enum As {
+    Map {
+        may_create: bool,
+    },
+    Witness {
+        may_create: bool,
+    },
+    /// As what it was before: the view says it only of those that stay.
+    Before,
+}
+
+impl As {
+    fn of(group: &view::Group, key: ReplicaKey) -> Self {
+        // A member's first replica of the meta group was opened before it was one.
+        let is_first_of_meta = key.group.is_meta() && group.creation.contains_key(&key.replica);
+        let may_create = may_create(group, key.replica) && !is_first_of_meta;
+        if group.is_witness(key.replica) {
+            As::Witness { may_create }
+        } else if group.replicas.contains_key(&key.replica) {
+            As::Map { may_create }
+        } else {
+            As::Before
+        }
+    }
+
+    async fn open(self, registry: &Arc<Registry>, key: ReplicaKey) -> Result<(), OpenError> {
+        match self {
+            As::Map { may_create } => registry.open_replica(key, may_create).await.map(|_| ()),
+            As::Witness { may_create } => registry.open_witness(key, may_create).await.map(|_| ()),
+            As::Before => registry.reopen(key).await,
+        }
+    }
+}
+
+/// How a replica of this node is found.
+enum Found {
+    Runs,
+    /// It is open, and applies nothing more.
+    Stopped(String),
+    Absent,
+    /// Another one of its group is open: it goes first.
+    InTheWay,
+}
+
+impl Openings {
+    /// Opens what is due, but for replicas that are being `wiped`. Returns whether there was nothing to do.
+    pub async fn open(&mut self, member: &Member, view: &View, is_wiped: impl Fn(ReplicaKey) -> bool) -> bool {
+        let failures = &member.failures;
+        while let Some((key, ended)) = self.tasks.try_ended() {
+            let opened = ended.unwrap_or_else(|error| Err(OpenError::Raft(error.to_string())));
+            note(member, key, opened);
+        }
+        let wanted: BTreeSet<ReplicaKey> = replicas_of(view, member.node).collect();
+        failures.retain(&wanted);
+
+        let mut is_idle = true;
+        for key in replicas_of(view, member.node) {
+            if self.tasks.has(key) || is_wiped(key) || !is_to_be_opened(member, failures, key) {
+                continue;
+            }
+            let Some(group) = view.groups.get(&key.group) else { continue };
+            let kind = As::of(group, key);
+            is_idle = false;
+            if !failures.has_failed_before(key) {
+                note(member, key, kind.open(&member.registry, key).await);
+                continue;
+            }
+            let registry = Arc::clone(&member.registry);
+            self.tasks.begin(key, async move {
+                let closed = tokio::time::timeout(CLOSE_TIMEOUT, registry.close_failed(key)).await;
+                closed.map_err(|_| OpenError::Raft("what is left of it does not end".to_owned()))?;
+                kind.open(&registry, key).await
+            });
+        }
+        failures.remind();
+        is_idle
+    }
+
+    /// Returns whether that replica is being opened.
+    pub fn are_busy_with(&self, key: ReplicaKey) -> bool {
+        self.tasks.has(key)
+    }
+
+    /// Waits for those that are being opened.
+    pub async fn end(&mut self) {
+        self.tasks.end().await;
+    }
+}
+
+/// Notes how a replica is. Returns whether it is to be opened now.
+fn is_to_be_opened(member: &Member, failures: &Failures, key: ReplicaKey) -> bool {
+    match look(&member.registry, key) {
+        Found::Runs => {
+            failures.runs(key);
+            false
+        }
+        Found::InTheWay => false,
+        Found::Stopped(reason) if failures.of(key).is_none() => {
+            let is_given_up = member.registry.maps_given_up().is_some();
+            let cause = if is_given_up { Cause::Database } else { Cause::Other };
+            failures.failed(key, cause, format!("it has stopped: {reason}"));
+            false
+        }
+        Found::Stopped(_) | Found::Absent => failures.is_due(key),
+    }
+}
+
+fn look(registry: &Registry, key: ReplicaKey) -> Found {
+    let map = registry.get(key.group).map(|group| (group.key(), group.failure()));
+    let witness = || {
+        let witness = registry.witness(key.group)?;
+        Some((witness.key(), witness.status().failed))
+    };
+    match map.or_else(witness) {
+        None => Found::Absent,
+        Some((open, _)) if open != key => Found::InTheWay,
+        Some((_, None)) => Found::Runs,
+        Some((_, Some(reason))) => Found::Stopped(reason),
+    }
+}
+
+/// Notes what became of opening a replica.
+fn note(member: &Member, key: ReplicaKey, opened: Result<(), OpenError>) {
+    let error = match opened {
+        Ok(()) | Err(OpenError::ShuttingDown | OpenError::AlreadyOpen(_)) => return,
+        Err(error) => error,
+    };
+    let cause = match error.cause() {
+        Cause::DiskFull | Cause::Other if member.registry.maps_given_up().is_some() => Cause::Database,
+        cause => cause,
+    };
+    member.failures.failed(key, cause, format!("it cannot be opened: {error}"));
+}
+
+impl<T> Default for ReplicaTasks<T> {
+    fn default() -> Self {
+        Self { tasks: JoinSet::new(), keys: HashMap::new() }
+    }
+}
+
+impl<T: Send + 'static> ReplicaTasks<T> {
+    pub fn begin(&mut self, key: ReplicaKey, task: impl Future<Output = T> + Send + 'static) {
+        let id = self.tasks.spawn(task).id();
+        self.keys.insert(id, key);
+    }
+
+    pub fn has(&self, key: ReplicaKey) -> bool {
+        self.keys.values().any(|of| *of == key)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    /// Returns one that has ended, also by a panic.
+    pub fn try_ended(&mut self) -> Option<(ReplicaKey, Result<T, JoinError>)> {
+        let ended = self.tasks.try_join_next_with_id()?;
+        let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
+        let key = self.keys.remove(&id).expect("each task is noted with its replica");
+        Some((key, ended.map(|(_, result)| result)))
+    }
+
+    pub async fn end(&mut self) {
+        while self.tasks.join_next().await.is_some() {}
+        self.keys.clear();
+    }
+}
