@@ -23,11 +23,6 @@ impl Mount {
         mount(path, &["-o", "loop,commit=300", &image.display().to_string()])
     }
 
-    pub fn resize_tmpfs(&self, bytes: u64) {
-        let path = self.path.display().to_string();
-        run("mount", &["-o", &format!("remount,size={bytes}"), &path]).expect("a file system that grows");
-    }
-
     /// The loop device under it.
     pub fn device(&self) -> String {
         run("findmnt", &["-n", "-o", "SOURCE", &self.path.display().to_string()]).expect("a device").trim().to_owned()
