@@ -201,8 +201,8 @@ impl PeerService for Face {
         Box::pin(self.node.promise(request))
     }
 
-    fn hosting(&self) -> Hosting {
-        self.node.hosting()
+    fn hosting(&self) -> BoxFuture<'_, Hosting> {
+        Box::pin(self.node.hosting())
     }
 
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>> {

@@ -590,15 +590,15 @@ impl PeerService for Echo {
         Box::pin(ready(PromiseReply::Refused { reason: format!("not to {}", request.founder_address) }))
     }
 
-    fn hosting(&self) -> Hosting {
-        Hosting {
+    fn hosting(&self) -> BoxFuture<'_, Hosting> {
+        Box::pin(ready(Hosting {
             directory: identity().directory,
             replicas: vec![],
             failed: vec![],
             speaks: LEVEL,
             holds_level: false,
             lacks_room: false,
-        }
+        }))
     }
 
     fn failures_reported(&self, report: FailureReport) -> Result<(), Failure> {

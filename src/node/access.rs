@@ -2,7 +2,7 @@
 //!
 //! [`Access`] is the [`ShardAccess`] under a node's router; [`Access::answer`] also answers `POST /peer/shard`. The invariant: a
 //! linearizable read looks at the map only after a quorum round that began after the request came, and looks at the slot's ownership and
-//! at the data under one guard.
+//! at the data under one guard. What may wait for the disk is read on another thread.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,10 +25,15 @@ use crate::raft::Group;
 use crate::raft::{ProposeError, ReadError};
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
 use crate::sm::ports::{Direction, StoreError};
+use crate::storage::state::{MapRead, ReadKind};
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
 /// Keys of a long list that are read under one guard: entries can't be applied meanwhile.
 const KEYS_PER_GUARD: usize = 64;
+
+/// How long a page keeps entries from being applied at a time, and between how many keys it looks at the clock.
+const TIME_PER_GUARD: Duration = Duration::from_millis(2);
+const LOOKS_PER_CLOCK: u32 = 16;
 
 /// Keys that one request of a router can ask a shard for.
 const KEYS_MAX: usize = 10_000;
@@ -69,17 +74,25 @@ impl Access {
     }
 
     /// Does what is asked on the replica of this node.
-    async fn execute(&self, group: &Group, body: ShardBody, deadline: Instant) -> ShardReply {
+    async fn execute(&self, group: &Arc<Group>, body: ShardBody, deadline: Instant) -> ShardReply {
         let shard = group.key().group;
         match body {
             ShardBody::Write(write) => self.write(group, write, deadline).await,
             ShardBody::Get { key, consistency } => match self.before_read(group, consistency, deadline).await {
-                Ok(staleness) => read_key(group, self.answers(), &key, staleness),
+                Ok(staleness) => {
+                    let (of, answers) = (group.clone(), self.answers().clone());
+                    let read = move |read: &MapRead<'_>| read_key(&of, &answers, read, &key, staleness);
+                    read_map(group, ReadKind::Keys, deadline, read).await
+                }
                 Err(failure) => ShardReply::Failed(failure),
             },
             ShardBody::GetMany { keys, bytes_max, keys_only, consistency } => {
                 match self.before_read(group, consistency, deadline).await {
-                    Ok(_) => read_keys(group, self.answers(), &keys, bytes_max, keys_only),
+                    Ok(_) => {
+                        let bytes_max = bytes_max.min(ANSWER_BYTES_MAX);
+                        let many = ManyKeys { keys, bytes_max, keys_only };
+                        read_keys(group, self.answers(), many, deadline).await
+                    }
                     Err(failure) => ShardReply::Failed(failure),
                 }
             }
@@ -88,7 +101,7 @@ impl Access {
                 let (limit, bytes_max) = (limit.min(KEYS_MAX), bytes_max.min(ANSWER_BYTES_MAX));
                 let request = PageRequest { range: range.into(), direction, limit, bytes_max, keys_only };
                 match self.before_read(group, consistency, deadline).await {
-                    Ok(_) => read_page(group, self.answers(), &request),
+                    Ok(_) => read_page(group, self.answers(), request, deadline).await,
                     Err(failure) => ShardReply::Failed(failure),
                 }
             }
@@ -102,14 +115,17 @@ impl Access {
             }
             ShardBody::Move(_) => ShardReply::Failed(Failure::Invalid { reason: "this is no step of a move".into() }),
             ShardBody::MoveState { id, slots } => match self.before_read(group, Consistency::Linearizable, deadline).await {
-                Ok(_) => match migrator::destination_state(group, id, &slots) {
+                Ok(_) => match migrator::destination_state(group, id, slots).await {
                     Ok(state) => ShardReply::MoveState(state),
                     Err(error) => ShardReply::Failed(broken(group, &error)),
                 },
                 Err(failure) => ShardReply::Failed(failure),
             },
             ShardBody::Count => match self.before_read(group, Consistency::Linearizable, deadline).await {
-                Ok(_) => read_count(group),
+                Ok(_) => {
+                    let of = group.clone();
+                    read_map(group, ReadKind::Page, deadline, move |read| read_count(&of, read)).await
+                }
                 Err(failure) => ShardReply::Failed(failure),
             },
         }
@@ -120,21 +136,29 @@ impl Access {
     }
 
     /// Does a write, or answers one that only reads: that takes no entry.
-    async fn write(&self, group: &Group, write: kv::Write, deadline: Instant) -> ShardReply {
+    async fn write(&self, group: &Arc<Group>, write: kv::Write, deadline: Instant) -> ShardReply {
         if let Err(failure) = check_operations(&write.operations) {
             return ShardReply::Failed(failure);
         }
         if write.is_read() {
             return match self.before_read(group, Consistency::Linearizable, deadline).await {
-                Ok(_) => answer_gets(group, self.answers(), &write),
+                Ok(_) => {
+                    let (of, answers) = (group.clone(), self.answers().clone());
+                    let read = move |read: &MapRead<'_>| answer_gets(&of, &answers, read, &write);
+                    read_map(group, ReadKind::Keys, deadline, read).await
+                }
                 Err(failure) => ShardReply::Failed(failure),
             };
         }
 
-        if let Some(rejection) = self.gone(group, &write) {
+        if let Some(rejection) = self.gone(group, &write).await {
             return ShardReply::Written(kv::WriteOutcome::Rejected(rejection));
         }
-        let share = match write.has_gets().then(|| charge_gets(group, self.answers(), &write)).transpose() {
+        let charged = match write.has_gets() {
+            true => charge_gets(group, self.answers(), &write).await.map(Some),
+            false => Ok(None),
+        };
+        let share = match charged {
             Ok(share) => share,
             Err(failure) => return ShardReply::Failed(failure),
         };
@@ -147,15 +171,18 @@ impl Access {
 
     /// Of a shard that ends: what it does not have any more. Its replicas stop as soon as nothing is left, and the outcome of a write that
     /// is proposed just before would not be known.
-    fn gone(&self, group: &Group, write: &kv::Write) -> Option<kv::Rejection> {
+    async fn gone(&self, group: &Group, write: &kv::Write) -> Option<kv::Rejection> {
         if self.member.view().groups.get(&group.key().group).is_some_and(|of| !of.ends) {
             return None;
         }
-        let state = group.state().read();
-        write.operations.iter().find_map(|operation| match kv::find(&state, &operation.key) {
-            Ok(FindOutcome::NotOwned { slot, moved_to }) => Some(kv::Rejection::WrongOwner { slot, moved_to }),
-            Ok(FindOutcome::Owned(_)) | Err(_) => None,
-        })
+        let write = write.clone();
+        let look = move |read: &MapRead<'_>| {
+            write.operations.iter().find_map(|operation| match kv::find(read, &operation.key) {
+                Ok(FindOutcome::NotOwned { slot, moved_to }) => Some(kv::Rejection::WrongOwner { slot, moved_to }),
+                Ok(FindOutcome::Owned(_)) | Err(_) => None,
+            })
+        };
+        group.state().read_in(ReadKind::Keys, look).await
     }
 
     /// Makes sure that what the replica has applied is as new as asked. For a stale read: how old it may be.
@@ -427,9 +454,38 @@ fn bytes_got(outcome: &kv::WriteOutcome) -> usize {
     }
 }
 
+/// Answers by what `work` finds in the map of a replica; see [`ReplicaState::read_in`].
+///
+/// [`ReplicaState::read_in`]: crate::storage::state::ReplicaState::read_in
+async fn read_map(
+    group: &Group,
+    kind: ReadKind,
+    deadline: Instant,
+    work: impl Fn(&MapRead<'_>) -> ShardReply + Send + 'static,
+) -> ShardReply {
+    let state = group.state();
+    if !state.reads_wait(kind) {
+        return state.read_here(work);
+    }
+    let read = tokio::time::timeout_at(deadline, state.read_elsewhere(kind, work)).await;
+    read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
+}
+
+fn waited_too_long(group: &Group) -> Failure {
+    unavailable(format!("the map of {} waits for the disk", group.key()))
+}
+
 /// Charges what the gets of a write return, if that is not more than they may.
-fn charge_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) -> Result<Share, Failure> {
-    let bytes = kv::weigh_gets(&group.state().read(), write).map_err(|error| broken(group, &error))?;
+async fn charge_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) -> Result<Share, Failure> {
+    let weigh = |read: &MapRead<'_>, write: &kv::Write| kv::weigh_gets(read, write);
+    let weighed = match group.state().reads_wait(ReadKind::Keys) {
+        false => group.state().read_here(|read| weigh(read, write)),
+        true => {
+            let write = write.clone();
+            group.state().read_elsewhere(ReadKind::Keys, move |read| weigh(read, &write)).await
+        }
+    };
+    let bytes = weighed.map_err(|error| broken(group, &error))?;
     if bytes > ANSWER_BYTES_MAX {
         return Err(Failure::of_answer(bytes as u64));
     }
@@ -437,7 +493,7 @@ fn charge_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) -> Resul
 }
 
 /// Answers a write that only reads, all of it from the map as it is at one moment.
-fn answer_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) -> ShardReply {
+fn answer_gets(group: &Group, answers: &Arc<Budget>, read: &MapRead<'_>, write: &kv::Write) -> ShardReply {
     let mut share = answers.empty_share();
     let mut refusal = Failure::no_room(answers);
     let charge = |bytes: usize| {
@@ -447,7 +503,7 @@ fn answer_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) -> Shard
         }
         share.grow(bytes)
     };
-    let answer = kv::answer_gets(&group.state().read(), write, charge);
+    let answer = kv::answer_gets(read, write, charge);
     match answer {
         Ok(Some(outcome)) => told(outcome, Some(share)),
         Ok(None) => ShardReply::Failed(refusal),
@@ -455,9 +511,8 @@ fn answer_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) -> Shard
     }
 }
 
-fn read_key(group: &Group, answers: &Arc<Budget>, key: &Bytes, staleness: Option<Staleness>) -> ShardReply {
-    let read = group.state().read();
-    let found = match kv::find(&read, key) {
+fn read_key(group: &Group, answers: &Arc<Budget>, read: &MapRead<'_>, key: &Bytes, staleness: Option<Staleness>) -> ShardReply {
+    let found = match kv::find(read, key) {
         Ok(FindOutcome::Owned(Some(found))) => found,
         Ok(FindOutcome::Owned(None)) => return ShardReply::Got(Found { record: None, staleness }),
         Ok(FindOutcome::NotOwned { slot, .. }) => return ShardReply::NotOwned { slot },
@@ -470,51 +525,129 @@ fn read_key(group: &Group, answers: &Arc<Budget>, key: &Bytes, staleness: Option
             None => return ShardReply::Failed(Failure::no_room(answers)),
         },
     };
-    match (found.load(&read, false), share) {
+    match (found.load(read, false), share) {
         (Ok(record), None) => ShardReply::Got(Found { record: Some(record), staleness }),
         (Ok(record), Some(share)) => ShardReply::Got(Found { record: Some(record), staleness }).held(share),
         (Err(error), _) => ShardReply::Failed(broken(group, &error)),
     }
 }
 
+/// What a shard is asked for by one request for many keys.
+struct ManyKeys {
+    keys: Vec<Bytes>,
+    bytes_max: usize,
+    keys_only: bool,
+}
+
+/// Returns the records of keys, read on another thread where that may wait for the disk.
+async fn read_keys(group: &Arc<Group>, answers: &Arc<Budget>, many: ManyKeys, deadline: Instant) -> ShardReply {
+    let state = group.state();
+    if !state.reads_wait(ReadKind::Keys) {
+        return read_runs(group, answers, &many, false);
+    }
+    let (of, answers) = (group.clone(), answers.clone());
+    let read = state.elsewhere(ReadKind::Keys, move || read_runs(&of, &answers, &many, true));
+    let read = tokio::time::timeout_at(deadline, read).await;
+    read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
+}
+
 /// Keys up to the first that is not owned here: the router looks for its owner when it asks for the rest. So it does where the answer is
 /// full, or there is no room for more.
-fn read_keys(group: &Group, answers: &Arc<Budget>, keys: &[Bytes], bytes_max: usize, keys_only: bool) -> ShardReply {
-    let bytes_max = bytes_max.min(ANSWER_BYTES_MAX);
+fn read_runs(group: &Group, answers: &Arc<Budget>, many: &ManyKeys, looks_ahead: bool) -> ShardReply {
+    let ManyKeys { keys, bytes_max, keys_only } = many;
     let keys = &keys[..keys.len().min(KEYS_MAX)];
     let (mut records, mut share) = (Vec::with_capacity(keys.len()), answers.empty_share());
-    'all: for run in keys.chunks(KEYS_PER_GUARD) {
-        let read = group.state().read();
-        for key in run {
-            let found = match kv::find(&read, key) {
-                Ok(FindOutcome::Owned(found)) => found,
-                Ok(FindOutcome::NotOwned { slot, .. }) if records.is_empty() => return ShardReply::NotOwned { slot },
-                Ok(FindOutcome::NotOwned { .. }) => break 'all,
-                Err(error) => return ShardReply::Failed(broken(group, &error)),
-            };
-            let bytes = found.as_ref().filter(|_| !keys_only).map_or(0, |found| found.bytes());
-            if share.bytes() + bytes > bytes_max && !records.is_empty() {
-                break 'all;
-            }
-            if !share.grow(bytes) {
-                match records.is_empty() {
-                    true => return ShardReply::Failed(Failure::no_room(answers)),
-                    false => break 'all,
+    for run in keys.chunks(KEYS_PER_GUARD) {
+        if looks_ahead {
+            group.state().preview(|read| look_at(read, run, *keys_only));
+        }
+        let read = |read: &MapRead<'_>| -> Result<bool, ShardReply> {
+            for key in run {
+                let found = match kv::find(read, key) {
+                    Ok(FindOutcome::Owned(found)) => found,
+                    Ok(FindOutcome::NotOwned { slot, .. }) if records.is_empty() => return Err(ShardReply::NotOwned { slot }),
+                    Ok(FindOutcome::NotOwned { .. }) => return Ok(true),
+                    Err(error) => return Err(ShardReply::Failed(broken(group, &error))),
+                };
+                let bytes = found.as_ref().filter(|_| !keys_only).map_or(0, |found| found.bytes());
+                if share.bytes() + bytes > *bytes_max && !records.is_empty() {
+                    return Ok(true);
+                }
+                if !share.grow(bytes) {
+                    return match records.is_empty() {
+                        true => Err(ShardReply::Failed(Failure::no_room(answers))),
+                        false => Ok(true),
+                    };
+                }
+                match found.map(|found| found.load(read, *keys_only)).transpose() {
+                    Ok(record) => records.push(record),
+                    Err(error) => return Err(ShardReply::Failed(broken(group, &error))),
                 }
             }
-            match found.map(|found| found.load(&read, keys_only)).transpose() {
-                Ok(record) => records.push(record),
-                Err(error) => return ShardReply::Failed(broken(group, &error)),
-            }
+            Ok(false)
+        };
+        match group.state().read_here(read) {
+            Ok(false) => {}
+            Ok(true) => break,
+            Err(reply) => return reply,
         }
     }
     ShardReply::GotMany(records).held(share)
 }
 
-/// A page, which ends early where there is no room for more.
-fn read_page(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> ShardReply {
-    let mut share = answers.empty_share();
-    match kv::scan_page_charged(&group.state().read(), request, |bytes| share.grow(bytes)) {
+/// Has the keys in the cache of the map's tree.
+fn look_at(read: &MapRead<'_>, keys: &[Bytes], keys_only: bool) {
+    for key in keys {
+        if let Ok(FindOutcome::Owned(Some(found))) = kv::find(read, key) {
+            // Whoever reads it in earnest is told.
+            drop(found.load(read, keys_only));
+        }
+    }
+}
+
+/// Returns a page, read on another thread where that may wait for the disk.
+async fn read_page(group: &Arc<Group>, answers: &Arc<Budget>, request: PageRequest, deadline: Instant) -> ShardReply {
+    let state = group.state();
+    if !state.reads_wait(ReadKind::Page) {
+        return read_steps(group, answers, &request);
+    }
+    let (of, answers) = (group.clone(), answers.clone());
+    let read = move || {
+        let mut ahead = answers.empty_share();
+        of.state().preview(|read| kv::scan_page_charged(read, &request, |bytes| ahead.grow(bytes)));
+        drop(ahead);
+        read_steps(&of, &answers, &request)
+    };
+    let read = tokio::time::timeout_at(deadline, state.elsewhere(ReadKind::Page, read)).await;
+    read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
+}
+
+/// A page, which ends early where there is no room for more. Entries are applied between its steps; where a slot changes hands meanwhile, all
+/// of it is read at one moment.
+fn read_steps(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> ShardReply {
+    let state = group.state();
+    let (mut share, mut scan) = (answers.empty_share(), kv::PageScan::new(request));
+    loop {
+        let (begun, mut looks) = (std::time::Instant::now(), 0u32);
+        let pauses = || {
+            looks += 1;
+            looks.is_multiple_of(LOOKS_PER_CLOCK) && begun.elapsed() > TIME_PER_GUARD
+        };
+        match state.read_here(|read| scan.step(read, |bytes| share.grow(bytes), pauses)) {
+            Ok(true) => break,
+            Ok(false) => {}
+            Err(error) => return ShardReply::Failed(broken(group, &error)),
+        }
+    }
+    let owns = scan.steps() == 1 || matches!(state.read_here(|read| scan.still_owns(read)), Ok(true));
+    let read = match owns {
+        true => Ok(scan.into_page()),
+        false => {
+            share.shrink_to(0);
+            state.read_here(|read| kv::scan_page_charged(read, request, |bytes| share.grow(bytes)))
+        }
+    };
+    match read {
         Ok(page) if page.items.is_empty() && page.more => ShardReply::Failed(Failure::no_room(answers)),
         Ok(page) => {
             let items = page.items.into_iter().map(|(key, record)| Item { key, record }).collect();
@@ -524,8 +657,8 @@ fn read_page(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> Sha
     }
 }
 
-fn read_count(group: &Group) -> ShardReply {
-    match kv::count(&group.state().read()) {
+fn read_count(group: &Group, read: &MapRead<'_>) -> ShardReply {
+    match kv::count(read) {
         Ok(count) => ShardReply::Counted { keys: count.keys, slots: count.slots },
         Err(error) => ShardReply::Failed(broken(group, &error)),
     }

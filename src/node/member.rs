@@ -28,6 +28,7 @@ use crate::raft::{Registry, Witness};
 use crate::sm::level::Feature;
 use crate::sm::view::{Node, View, Witness as Seat};
 use crate::sm::{kv, meta};
+use crate::storage::state::ReadKind;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, ParseError, PlanEpoch, ReplicaId};
 
 /// How soon to try a meta leader again that was none.
@@ -420,13 +421,18 @@ impl Member {
     }
 
     /// What this node says of itself and its replicas.
-    pub fn hosting(&self, lacks_room: bool) -> Hosting {
-        self.joining.hosting(self.hosted(), self.failures.told(), lacks_room)
+    pub async fn hosting(&self, lacks_room: bool) -> Hosting {
+        self.joining.hosting(self.hosted().await, self.failures.told(), lacks_room)
     }
 
-    fn hosted(&self) -> Vec<HostedReplica> {
-        let witnesses = self.registry.witnesses().iter().map(hosted_witness).collect::<Vec<_>>();
-        self.registry.groups().iter().map(|group| hosted(group)).chain(witnesses).collect()
+    async fn hosted(&self) -> Vec<HostedReplica> {
+        let groups = self.registry.groups();
+        let mut replicas = Vec::with_capacity(groups.len());
+        for group in groups {
+            replicas.push(hosted(&group).await);
+        }
+        replicas.extend(self.registry.witnesses().iter().map(hosted_witness));
+        replicas
     }
 
     /// The view and how its groups are: asks every node about its replicas.
@@ -441,7 +447,7 @@ impl Member {
         }
         let ask = |(id, node): (NodeId, Node)| async move {
             if id == self.node {
-                return (id, Some(self.hosting(false)));
+                return (id, Some(self.hosting(false).await));
             }
             (id, self.peers.hosting(&node, STATUS_TIMEOUT).await.ok())
         };
@@ -528,11 +534,12 @@ pub fn read_applied_view(meta: &Group) -> Result<View, Failure> {
     view.ok_or_else(|| unavailable("the cluster is not founded yet".into()))
 }
 
-fn hosted(group: &Group) -> HostedReplica {
+async fn hosted(group: &Group) -> HostedReplica {
     let status = group.status();
     let key = group.key();
     // A map that can't be read is told by `failed`, and has no counts.
-    let (count, damage) = match kv::count(&group.state().read()) {
+    let read = group.state().read_in(ReadKind::Page, |read| kv::count(read)).await;
+    let (count, damage) = match read {
         Ok(count) => (Some(count), None),
         Err(error) => (None, Some(error.to_string())),
     };

@@ -139,6 +139,12 @@ fn of_states(state: &StateMetrics) -> Vec<Family> {
             "Bytes in tables that are written down and kept for gets.",
             state.clean_bytes as f64,
         ),
+        one(
+            "quorate_map_reads_elsewhere_total",
+            Counter,
+            "Reads that were done off the threads that serve, because reads waited for the disk.",
+            state.reads_elsewhere as f64,
+        ),
         one("quorate_map_bytes", Gauge, "Bytes of keys and values of the maps that are written down.", state.map_bytes as f64),
         one(
             "quorate_map_copies_total",

@@ -25,6 +25,7 @@ use crate::sm::moves::{Budget, CLEAR_KEYS_MAX, Move, Side, Step, next_step};
 use crate::sm::ports::StoreError;
 use crate::sm::slots::SlotState;
 use crate::sm::view::View;
+use crate::storage::state::{MapRead, ReadKind};
 use crate::types::{GroupId, MapVersion, MoveId, Slot};
 
 /// Between two looks for something to move.
@@ -187,7 +188,7 @@ impl Shared {
     async fn open(&self, group: &Group) {
         let from = group.key().group;
         let view = self.member.view();
-        let (to, slots) = match next_slots(group, &view) {
+        let (to, slots) = match next_slots(group, &view).await {
             Ok(Some(chosen)) => chosen,
             Ok(None) => return,
             Err(error) => return tell_unreadable(group, &error),
@@ -269,7 +270,9 @@ impl Shared {
             Some(DestinationState::Installing(progress)) => progress.cursor.clone(),
             Some(_) | None => bytes::Bytes::new(),
         };
-        let source = kv::source_state(&group.state().read(), of.id, &of.slots, &cursor)?;
+        let (id, slots) = (of.id, of.slots.clone());
+        let look = move |read: &MapRead<'_>| kv::source_state(read, id, &slots, &cursor);
+        let source = group.state().read_in(ReadKind::Page, look).await?;
         if let SourceState::Copying(Remaining::Changes { .. }) = source {
             drive.catching_up.get_or_insert_with(Instant::now);
         }
@@ -328,7 +331,9 @@ impl Shared {
     }
 
     async fn copy(&self, group: &Group, of: &Move, progress: &Progress, drive: &mut Drive) -> Result<(), Hitch> {
-        let chunk = kv::move_chunk(&group.state().read(), of.id, &progress.cursor, CHUNK_BYTES)?;
+        let (id, cursor) = (of.id, progress.cursor.clone());
+        let look = move |read: &MapRead<'_>| kv::move_chunk(read, id, &cursor, CHUNK_BYTES);
+        let chunk = group.state().read_in(ReadKind::Page, look).await?;
         let Some(chunk) = chunk else { return Err(Hitch::Later("the move is not open here yet".into())) };
         let install = chunk.install(of.id, progress.chunk);
         let bytes = install.bytes();
@@ -338,7 +343,9 @@ impl Shared {
     }
 
     async fn complete(&self, group: &Group, of: &Move, chunk: u64, drive: &mut Drive) -> Result<(), Hitch> {
-        let contents = kv::final_contents(&group.state().read(), of.id)?;
+        let id = of.id;
+        let look = move |read: &MapRead<'_>| kv::final_contents(read, id);
+        let contents = group.state().read_in(ReadKind::Page, look).await?;
         let Some(contents) = contents else { return Err(Hitch::Later("the move is not frozen here yet".into())) };
         let step = MoveStep::Complete { chunk, contents }.of(of.id, &of.slots);
         self.send(group, of, Side::Destination, step, drive).await
@@ -422,7 +429,7 @@ impl Shared {
     async fn clear(&self, group: &Group) -> bool {
         let shard = group.key().group;
         while group.leads() && !self.has_more_to_move(shard) {
-            let left = match kv::leftovers(&group.state().read()) {
+            let left = match group.state().read_in(ReadKind::Page, |read| kv::leftovers(read)).await {
                 Ok(left) => left,
                 Err(error) => {
                     tell_unreadable(group, &error);
@@ -449,9 +456,10 @@ impl Shared {
 }
 
 /// The next slots to be moved from the group's shard, and where to. As many as one move takes along.
-fn next_slots(group: &Group, view: &View) -> Result<Option<(GroupId, BTreeSet<Slot>)>, StoreError> {
+async fn next_slots(group: &Group, view: &View) -> Result<Option<(GroupId, BTreeSet<Slot>)>, StoreError> {
     let from = group.key().group;
-    let states: BTreeMap<Slot, SlotState> = SlotState::read_all(&group.state().read())?.into_iter().collect();
+    let states = group.state().read_in(ReadKind::Page, |read| SlotState::read_all(read)).await?;
+    let states: BTreeMap<Slot, SlotState> = states.into_iter().collect();
     let mut chosen: Option<(GroupId, BTreeSet<Slot>)> = None;
     let mut bytes = 0;
     for slot in view.astray().filter(|slot| view.slots.owner(*slot) == from) {
@@ -510,8 +518,9 @@ pub fn timed(command: Command, group: &Group) -> Command {
 }
 
 /// What the map of a destination says of a move.
-pub fn destination_state(group: &Group, id: MoveId, slots: &BTreeSet<Slot>) -> Result<DestinationState, StoreError> {
-    kv::destination_state(&group.state().read(), id, slots)
+pub async fn destination_state(group: &Group, id: MoveId, slots: BTreeSet<Slot>) -> Result<DestinationState, StoreError> {
+    let look = move |read: &MapRead<'_>| kv::destination_state(read, id, &slots);
+    group.state().read_in(ReadKind::Page, look).await
 }
 
 #[cfg(test)]

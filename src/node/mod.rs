@@ -387,9 +387,9 @@ impl Node {
     }
 
     /// What this node says of its own replicas.
-    pub fn hosting(&self) -> Hosting {
+    pub async fn hosting(&self) -> Hosting {
         match self.running.get() {
-            Some(running) => running.member().hosting(running.lacks_room().is_some()),
+            Some(running) => running.member().hosting(running.lacks_room().is_some()).await,
             None => self.joining.hosting(Vec::new(), Vec::new(), false),
         }
     }

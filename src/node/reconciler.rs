@@ -31,6 +31,7 @@ use crate::sm::slots::SlotState;
 use crate::sm::view::{self, View};
 use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
+use crate::storage::state::ReadKind;
 use crate::supervisor;
 use crate::types::{GroupId, NodeId, ReplicaId, Slot};
 
@@ -424,7 +425,8 @@ impl Reconciler {
         if self.done.lock().expect("no holder panics").claimed.contains(&shard) {
             return true;
         }
-        let held: BTreeSet<Slot> = match SlotState::read_all(&group.state().read()) {
+        let read = group.state().read_in(ReadKind::Page, |read| SlotState::read_all(read)).await;
+        let held: BTreeSet<Slot> = match read {
             Ok(states) => states.into_iter().filter(|(_, state)| state.serves_reads() || state.generation.0 > 0),
             Err(error) => {
                 tell_unreadable(group, &error);

@@ -477,7 +477,8 @@ impl Storage {
         let is_expected = !log.replicas().is_empty();
         let options = SledOptions { cache_bytes: config.cache_bytes, cluster, ..SledOptions::default() };
         let trees = joining.machine().open_trees(&path.join(MAPS_DIR), options, is_expected)?;
-        let (states, checkpointer) = StateStore::open(trees, disk, path, StateOptions::default())?;
+        let options = StateOptions { cache_bytes: config.cache_bytes, ..StateOptions::default() };
+        let (states, checkpointer) = StateStore::open(trees, disk, path, options)?;
         leftovers::clear_maps(&log, &states)?;
         let thread = |part, run: Box<dyn FnOnce() + Send>| joining.supervisor().start_thread(part, run);
         let writer = thread("log-writer", Box::new(move || writer.run())).map_err(StartError::Thread)?;

@@ -109,14 +109,15 @@ impl Group {
                 written.unwrap_or_else(|error| Err(Refusal::Failed(format!("taking a snapshot panicked: {error}"))))
             }
             Request::SnapshotInstall { vote, snapshot } => {
-                let raft = self.raft.clone();
+                let (raft, state) = (self.raft.clone(), state.clone());
                 let install = |receiver, done: snapshots::InstallSender| {
                     if self.machine.hold.is_set() {
                         return self.take_rebuilt(receiver, vote, done);
                     }
                     self.supervise(async move {
-                        let result = snapshots::install(raft, receiver, vote).await;
+                        let result = snapshots::install(raft, &state, receiver, vote).await;
                         done.send_replace(Some(result));
+                        snapshots::tidy(state).await;
                     });
                 };
                 self.inbox.install(snapshot, vote, install).await
@@ -161,7 +162,8 @@ impl Group {
             leader_commit: commit.map(to_raft),
         };
         let is_heartbeat = lane == Lane::Heartbeat && request.entries.is_empty();
-        let reply = match is_heartbeat && self.has_unsynced() {
+        let waits = self.has_unsynced() || self.machine.is_installing();
+        let reply = match is_heartbeat && waits {
             true => self.heartbeat(request).await?,
             false => append_reply(self.raft.append_entries(request).await)?,
         };
@@ -171,7 +173,7 @@ impl Group {
         Ok(Reply::Append(reply))
     }
 
-    /// Answers a heartbeat without waiting for what is being synced, as openraft would. To the leader it says no more than that this
+    /// Answers a heartbeat without waiting for what is being synced or installed, as openraft would. To the leader it says no more than that this
     /// replica follows it: so it is enough that openraft has taken the heartbeat and that its vote for this leader is durable. Else reads
     /// would wait for the disks of followers, and a disk that stalls for a while would cost a leader its lease.
     async fn heartbeat(&self, request: AppendEntriesRequest<Types>) -> Result<AppendReply, Refusal> {

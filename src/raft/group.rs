@@ -20,6 +20,7 @@ use tokio::task::coop::unconstrained;
 use tokio::time::Instant;
 
 use super::errors::{OpenError, ProposeError, ReadError, SHUT_DOWN, TransferError};
+use super::feeds::Feeds;
 use super::log_store::LogStore;
 use super::network::Network;
 use super::proposer::{Proposer, propose_error};
@@ -87,12 +88,13 @@ impl Group {
         let key = log.key();
         let timings = shared.timings.clone();
         let is_witness = keeps.witness().is_some();
-        let config = timings.config(key, is_witness).map_err(|error| OpenError::Timings(error.to_string()))?;
+        let config = timings.config(key).map_err(|error| OpenError::Timings(error.to_string()))?;
         let store = LogStore::new(log.clone());
         let network = Network {
             key,
             lanes: shared.lanes.clone(),
             tip: store.tip().clone(),
+            feeds: Feeds::default(),
             append_timeout: timings.append_timeout(),
             snapshot_step_timeout: timings.snapshot_step_timeout(),
         };
@@ -524,19 +526,17 @@ impl Group {
         best.map(|(replica, _)| *replica)
     }
 
-    /// Writes a snapshot file of what is applied, and lets openraft purge what it covers but for a tail. At most one replica of a node
+    /// Writes a snapshot file of what is applied, and purges what it covers but for a tail. At most one replica of a node
     /// does this at a time; an error leaves everything as it was.
     pub async fn build_snapshot(&self) -> Result<(), StoreError> {
         let _turn = self.shared.snapshot_turns.acquire().await;
-        state_machine::build(self.state()).await?;
+        let snapshot = state_machine::build(self.state()).await?;
         // It takes the file that was just written.
         let _ = self.raft.trigger().snapshot().await;
+        if let Some(snapshot) = snapshot.applied().log_id {
+            self.purge_behind(snapshot).await;
+        }
         Ok(())
-    }
-
-    /// Purges the log through `index`, but not past the last snapshot.
-    pub async fn purge_log(&self, index: u64) {
-        let _ = self.raft.trigger().purge_log(index).await;
     }
 
     /// Bytes in the log that no snapshot covers.

@@ -74,11 +74,11 @@ impl LogStore {
     }
 
     /// Every entry of the range that is in the log.
-    fn read_all(&self, range: Range<u64>) -> io::Result<Vec<RaftEntry>> {
+    async fn read_all(&self, range: Range<u64>) -> io::Result<Vec<RaftEntry>> {
         let mut entries = Vec::new();
         let mut next = range.start;
         while next < range.end {
-            let part = self.log.read(next..range.end, READ_BYTES_MAX)?;
+            let part = self.log.read_elsewhere(next..range.end, READ_BYTES_MAX).await?;
             let Some(last) = part.last() else { break };
             next = last.id.index + 1;
             entries.extend(part.into_iter().map(readable).collect::<io::Result<Vec<_>>>()?);
@@ -127,7 +127,7 @@ impl RaftLogReader<Types> for LogStore {
     where
         R: RangeBounds<u64> + Clone + Debug + OptionalSend,
     {
-        self.read_all(self.clamp(&range))
+        self.read_all(self.clamp(&range)).await
     }
 
     async fn read_vote(&mut self) -> io::Result<Option<RaftVoteOf>> {
@@ -135,7 +135,8 @@ impl RaftLogReader<Types> for LogStore {
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<RaftEntry>> {
-        self.log.read(start..end, READ_BYTES_MAX)?.into_iter().map(readable).collect()
+        let entries = self.log.read_elsewhere(start..end, READ_BYTES_MAX).await?;
+        entries.into_iter().map(readable).collect()
     }
 
     /// Reads as it goes, so that a long way to catch up is never in memory at once.
@@ -147,7 +148,7 @@ impl RaftLogReader<Types> for LogStore {
             if rest.is_empty() {
                 return Ok(None);
             }
-            let part = store.log.read(rest.clone(), READ_BYTES_MAX)?;
+            let part = store.log.read_elsewhere(rest.clone(), READ_BYTES_MAX).await?;
             let Some(next) = part.last().map(|last| last.id.index + 1) else { return Ok(None) };
             Ok::<_, io::Error>(Some((stream::iter(part.into_iter().map(readable)), (store, next..rest.end))))
         });

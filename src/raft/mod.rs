@@ -15,6 +15,7 @@
 //! Kept out: which replicas there should be, where slots are, and HTTP (which mounts [`lanes::serve_lane`]).
 
 mod errors;
+mod feeds;
 mod fit;
 mod frames;
 mod group;

@@ -24,6 +24,7 @@ use openraft::{AnyError, OptionalSend};
 use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
 
+use super::feeds::Feeds;
 use super::lanes::{Lanes, read_reply};
 use super::log_store::Tip;
 use super::room::Rooms;
@@ -50,7 +51,9 @@ pub struct Network {
     pub lanes: Arc<Lanes>,
     /// The end of the group's log here.
     pub tip: Arc<Tip>,
-    /// How long an append may be without a reply. A follower that syncs slowly is not a follower that is gone.
+    pub feeds: Feeds,
+    /// How long an append may be without a reply, beside the time that its bytes and those before them take on a slow
+    /// way. A follower that syncs slowly is not a follower that is gone.
     pub append_timeout: Duration,
     /// How long one step of a snapshot transfer may take.
     pub snapshot_step_timeout: Duration,
@@ -148,9 +151,14 @@ impl PeerClient {
     }
 
     async fn wait(&self, frame: Frame, deadline: Instant) -> Result<Reply, LaneError> {
-        let timeout = deadline.saturating_duration_since(Instant::now());
         let call = self.lanes.call(self.to, self.lane, frame)?;
-        match tokio::time::timeout_at(deadline, call).await {
+        let deadline = match self.lane {
+            Lane::Snapshot => deadline + call.allowance(),
+            // A vote that comes late is of no use.
+            Lane::Log | Lane::Heartbeat => deadline,
+        };
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        match tokio::time::timeout_at(deadline, call.answer).await {
             Ok(Ok(arrived)) => read_reply(&arrived?),
             Ok(Err(_)) => Err(LaneError::Closed),
             Err(_) => Err(LaneError::Late(timeout)),
@@ -238,6 +246,8 @@ impl RaftNetworkV2<Types> for PeerClient {
             let reason = AnyError::error("a witness has no snapshot");
             return Err(StreamingError::Unreachable(Unreachable::new(&reason)));
         };
+        let index = snapshot.applied().log_id.map_or(0, |id| id.index);
+        let _feeding = self.network.feeds.begin(self.head.target, index, snapshot.bytes_len());
         let send = snapshots::send(self, vote_from_raft(&vote), &snapshot, step_timeout);
         tokio::select! {
             biased;
@@ -283,6 +293,7 @@ struct Appends<'s, S> {
     input: Option<S>,
     window: VecDeque<InFlight>,
     window_bytes: usize,
+    /// Of a request that is small and alone on its way.
     timeout: Duration,
     /// Of the oldest request.
     timer: Pin<Box<Sleep>>,
@@ -297,9 +308,11 @@ struct Appends<'s, S> {
 }
 
 struct InFlight {
-    call: super::lanes::Call,
+    answer: super::lanes::Answer,
     bytes: usize,
-    sent: Instant,
+    /// How long its answer is waited for.
+    timeout: Duration,
+    due: Instant,
     previous: Option<RaftLogId>,
     last: Option<RaftLogId>,
     /// Of the leader's vote.
@@ -327,12 +340,18 @@ where
         let bytes = frame.bytes_len();
         match self.client.lanes.call(self.client.to, self.client.lane, frame) {
             Ok(call) => {
-                let sent = Instant::now();
+                let allowance = match self.client.lane {
+                    Lane::Log => call.allowance(),
+                    Lane::Heartbeat | Lane::Snapshot => Duration::ZERO,
+                };
+                let timeout = self.timeout + allowance;
+                let due = Instant::now() + timeout;
                 if self.window.is_empty() {
-                    self.timer.as_mut().reset(sent + self.timeout);
+                    self.timer.as_mut().reset(due);
                 }
                 self.window_bytes += bytes;
-                self.window.push_back(InFlight { call, bytes, sent, previous, last, term, follows_acked });
+                let answer = call.answer;
+                self.window.push_back(InFlight { answer, bytes, timeout, due, previous, last, term, follows_acked });
             }
             Err(error) => {
                 self.failed = Some(error);
@@ -374,7 +393,7 @@ where
         let done = self.window.pop_front()?;
         self.window_bytes -= done.bytes;
         if let Some(next) = self.window.front() {
-            self.timer.as_mut().reset(next.sent + self.timeout);
+            self.timer.as_mut().reset(next.due);
         }
         Some(done)
     }
@@ -419,11 +438,11 @@ where
                     (None, Some(_)) => Poll::Pending,
                 };
             };
-            let reply = match oldest.call.poll_unpin(context) {
+            let reply = match oldest.answer.poll_unpin(context) {
                 Poll::Ready(Ok(arrived)) => arrived.and_then(|arrived| read_reply(&arrived)),
                 Poll::Ready(Err(_)) => Err(LaneError::Closed),
                 Poll::Pending => match this.timer.poll_unpin(context) {
-                    Poll::Ready(()) => Err(LaneError::Late(this.timeout)),
+                    Poll::Ready(()) => Err(LaneError::Late(oldest.timeout)),
                     Poll::Pending => return Poll::Pending,
                 },
             };

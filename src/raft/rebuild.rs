@@ -125,9 +125,11 @@ impl Group {
                     tokio::time::sleep(LOG_PAUSE).await;
                 }
                 let filling = machine.clone();
+                // An entry may just be applied to the one that is held.
+                let _turn = machine.turns.lock().await;
                 let filled = tokio::task::spawn_blocking(move || {
                     let state = filling.keeps.map().ok_or("a witness has no map")?;
-                    let installed = background::run("fill-map", || state.install(&snapshot));
+                    let installed = background::run("fill-map", || state.install(&snapshot).and_then(|()| state.tidy()));
                     installed.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
                 });
                 filled.await.map_err(|error| error.to_string())??;

@@ -19,14 +19,20 @@ use super::types::{RaftVoteOf, vote_from_raft, vote_to_raft};
 use super::wire::{Refusal, Reply, Request, SnapshotName, WireError};
 use crate::raft::group::RaftHandle;
 use crate::raft::state_machine::{Image, with_meta};
+use crate::sm::ports::StoreError;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
 use crate::storage::state::{Applied, ReplicaState};
+use crate::storage::{ReplicaKey, background};
 
 /// Bytes of the file in one frame.
 const CHUNK_BYTES: usize = 512 << 10;
 /// How long a request to install waits for the end before it says "not yet". Below every deadline for a step.
 const INSTALL_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How long, and how often, an election is waited for before what was received is given up.
+const VOTE_PAUSE: Duration = Duration::from_millis(50);
+const VOTE_LOOKS_MAX: usize = 200;
 
 /// Sends a snapshot, and waits until it is installed. Returns the receiver's vote. Each step must succeed within `step_timeout`.
 pub async fn send(client: &PeerClient, vote: Vote, snapshot: &Snapshot, step_timeout: Duration) -> Result<Vote, LaneError> {
@@ -75,7 +81,7 @@ async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneErr
         let mut chunk = vec![0; CHUNK_BYTES];
         let read = snapshot.read_at(offset, &mut chunk)?;
         chunk.truncate(read);
-        Ok::<_, crate::sm::ports::StoreError>(chunk)
+        Ok::<_, StoreError>(chunk)
     });
     let failed = |reason: String| LaneError::Down(format!("the snapshot can't be read here: {reason}"));
     read.await.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
@@ -226,11 +232,51 @@ fn not_arriving() -> Refusal {
     Refusal::Failed("another snapshot, or none, is arriving: begin anew".into())
 }
 
-/// Verifies what arrived and hands it to openraft, which decides whether it is wanted.
-pub async fn install(raft: RaftHandle, receiver: SnapshotReceiver, vote: Vote) -> Result<Vote, String> {
-    let vote = vote_to_raft(&vote).ok_or("a vote for nobody")?;
-    let received = tokio::task::spawn_blocking(move || receiver.finish()).await.map_err(|error| error.to_string())?;
-    hand_over(raft, vote, Image::Map(received.map_err(|error| error.to_string())?)).await
+/// Verifies what arrived, fills a map with it, and hands it to openraft, which decides whether it is wanted.
+///
+/// Openraft answers nobody from then on until it is installed: neither its leader, who would lose a follower for
+/// so long, nor who asks for its vote. So what takes long is done before.
+pub async fn install(raft: RaftHandle, state: &ReplicaState, receiver: SnapshotReceiver, vote: Vote) -> Result<Vote, String> {
+    let (key, state) = (state.key(), state.clone());
+    let prepare = move || {
+        let snapshot = receiver.finish()?;
+        let prepared = background::run("fill-map", || state.prepare(&snapshot));
+        let failed = |source| StoreError::Io { context: "filling a map".into(), source };
+        prepared.unwrap_or_else(|source| Err(failed(source)))?;
+        Ok::<_, StoreError>(snapshot)
+    };
+    let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|error| error.to_string())?;
+    let snapshot = prepared.map_err(|error| error.to_string())?;
+    let vote = vote_now(&raft, key, vote).await?;
+    hand_over(raft, vote, Image::Map(snapshot)).await
+}
+
+/// Returns the vote of the leader that this replica follows now: another may have been elected since `vote`, which
+/// that of the sender was. It has all that was committed, and so all that a snapshot holds: it might have sent it.
+async fn vote_now(raft: &RaftHandle, key: ReplicaKey, vote: Vote) -> Result<RaftVoteOf, String> {
+    for _ in 0..VOTE_LOOKS_MAX {
+        let now = raft.with_raft_state(|state| *state.vote_ref()).await;
+        let now = now.map_err(|error| error.to_string())?;
+        match vote_from_raft(&now) {
+            Vote { term, .. } if term <= vote.term => {
+                return vote_to_raft(&vote).ok_or_else(|| "a vote for nobody".to_owned());
+            }
+            Vote { voted_for, .. } if voted_for == Some(key.replica) => break,
+            Vote { committed: true, .. } => return Ok(now),
+            Vote { .. } => tokio::time::sleep(VOTE_PAUSE).await,
+        }
+    }
+    Err("there is no leader to follow".into())
+}
+
+/// Removes what an installation has left, or what was not wanted of it.
+pub async fn tidy(state: ReplicaState) {
+    let key = state.key();
+    match tokio::task::spawn_blocking(move || state.tidy()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(replica = %key, %error, "an old map stays until the next start"),
+        Err(error) => tracing::debug!(replica = %key, %error, "an old map stays until the next start"),
+    }
 }
 
 /// Hands a mark to openraft, likewise.

@@ -3,6 +3,8 @@
 //!
 //! Each entry is applied on its own: its changes, its log id and the membership go into the map in one step, and the next entry sees
 //! them. Openraft holds the answers until the whole stream is read; here each goes out as soon as its entry is applied.
+//! While what entries change must be read from the disk, they are applied on threads that hold up nobody else.
+//!
 //! An error is final: the replica has met a broken disk or an entry that it can't decode, and going on would make replicas differ.
 
 use std::io;
@@ -15,24 +17,26 @@ use futures::{Stream, TryStreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::type_config::alias::SnapshotOf;
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
-use tokio::sync::watch;
+use tokio::sync::{MutexGuard as TurnGuard, watch};
 use tokio::time::Instant;
 
 use super::rebuild::Hold;
 use super::step_down::Applying;
 use super::types::{
-    Outcome, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership, encode_stored_membership, from_raft,
-    to_raft,
+    Outcome, Proposal, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership, encode_stored_membership,
+    from_raft, to_raft,
 };
 use super::witness::WitnessState;
-use crate::sm::ports::StoreError;
+use crate::sm::ports::{StoreError, WriteBatch};
 use crate::sm::{kv, meta, requests};
 use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::snapshot::Snapshot;
-use crate::storage::state::{Applied, ReplicaState};
+use crate::storage::state::{Applied, MapRead, ReadKind, ReplicaState};
 use crate::supervisor;
 use crate::types::LogId;
+
+type Payload = EntryPayload<Proposal, crate::types::ReplicaId, super::types::Member>;
 
 /// After this many entries others get a turn on the thread: an entry holds up to a few hundred writes.
 const ENTRIES_PER_TURN: usize = 8;
@@ -90,6 +94,8 @@ pub struct Machine {
     pub clock: GroupClock,
     /// Nothing is applied while it is set.
     pub hold: Hold,
+    /// Held while an entry is applied, and while another map takes the place of one that is held.
+    pub turns: tokio::sync::Mutex<()>,
     /// How often another map took the place of this one's, which differed.
     pub rebuilt: AtomicU64,
     /// Since when an entry is being applied.
@@ -111,6 +117,7 @@ impl Machine {
             applied: watch::Sender::new(applied.map_or(0, |id| id.index)),
             clock: GroupClock::new(),
             hold: Hold::default(),
+            turns: tokio::sync::Mutex::default(),
             rebuilt: AtomicU64::new(0),
             applying: Mutex::new(None),
             is_installing: AtomicBool::new(false),
@@ -137,9 +144,9 @@ impl Machine {
         self.applying.lock().expect("no holder panics").map(|since| since.elapsed())
     }
 
-    /// Returns whether the map is being filled from a snapshot.
+    /// Returns whether a snapshot is being installed: openraft answers nothing that comes after it.
     pub fn is_installing(&self) -> bool {
-        self.is_installing.load(Ordering::Relaxed)
+        self.is_installing.load(Ordering::Acquire)
     }
 
     /// Returns why nothing is written, as the map says.
@@ -182,6 +189,163 @@ impl Machine {
         self.fail(error.to_string());
         io::Error::other(error)
     }
+
+    /// Waits until the map is not held, and keeps it from being exchanged until the turn is given back.
+    /// Returns whether another may have taken its place.
+    async fn take_turn(&self) -> (bool, TurnGuard<'_, ()>) {
+        let mut was_held = false;
+        loop {
+            was_held |= self.hold.wait().await;
+            let turn = self.turns.lock().await;
+            if !self.hold.is_set() {
+                return (was_held, turn);
+            }
+        }
+    }
+
+    /// Applies an entry: where it holds up nobody, if what it changes may have to be read from the disk.
+    ///
+    /// One that panics would do so at every replica of the group, and again after each start: so it stops this
+    /// replica, like one that can't be decoded, and not the process with all its others.
+    async fn apply(self: &Arc<Self>, work: Work) -> Result<Outcome, StoreError> {
+        let _applying = Applying::begin(&self.applying);
+        let id = work.applied.log_id;
+        match self.keeps.map().filter(|state| state.reads_wait(ReadKind::Entry)) {
+            Some(state) => {
+                let (machine, map) = (self.clone(), state.clone());
+                let apply = move || {
+                    // What can't be decoded is told below.
+                    if let Ok(Some(command)) = work.command() {
+                        map.preview(|read| command.clone().decide(read, &work));
+                    }
+                    machine.apply_now(work)
+                };
+                state.elsewhere(ReadKind::Entry, move || guarded(id, apply)).await
+            }
+            None => guarded(id, || self.apply_now(work)),
+        }
+    }
+
+    fn apply_now(&self, work: Work) -> Result<Outcome, StoreError> {
+        let state = match &self.keeps {
+            Keeps::Map(state) => state,
+            Keeps::Witness(witness) => {
+                witness.apply(work.applied);
+                return Ok(Outcome::Nothing);
+            }
+        };
+        let Some(command) = work.command()? else {
+            state.apply(Default::default(), work.applied)?;
+            return Ok(Outcome::Nothing);
+        };
+
+        if let Some(time_ms) = command.time_ms() {
+            self.clock.observe(time_ms);
+        }
+        let notes = command.notes_digest();
+        let read_only = command.read_only();
+        let (outcome, batch) = state.read_here(|read| command.decide(read, &work))?;
+        if let Some(log_id) = work.applied.log_id.filter(|_| notes) {
+            state.want_digest(log_id);
+        }
+        state.apply(batch, work.applied)?;
+        if let Some(reason) = read_only {
+            self.set_read_only(reason);
+        }
+        if notes {
+            state.write_down();
+        }
+        Ok(outcome)
+    }
+}
+
+/// Makes a failure of the replica of a panic.
+fn guarded(id: Option<crate::types::LogId>, apply: impl FnOnce() -> Result<Outcome, StoreError>) -> Result<Outcome, StoreError> {
+    catch_unwind(AssertUnwindSafe(apply)).unwrap_or_else(|panic| {
+        let id = id.map(|id| id.to_string()).unwrap_or_default();
+        let reason = format!("applying entry {id} panicked: {}", supervisor::message(&*panic));
+        Err(StoreError::Damaged(reason))
+    })
+}
+
+/// For as long as it lives a snapshot is being installed.
+struct Installing(Arc<Machine>);
+
+impl Installing {
+    fn begin(machine: Arc<Machine>) -> Self {
+        machine.is_installing.store(true, Ordering::Release);
+        Self(machine)
+    }
+}
+
+impl Drop for Installing {
+    fn drop(&mut self) {
+        self.0.is_installing.store(false, Ordering::Release);
+    }
+}
+
+/// An entry that is to be applied.
+struct Work {
+    index: u64,
+    /// How far the map is with it.
+    applied: Applied,
+    /// None: it says nothing to the map.
+    proposal: Option<Proposal>,
+    is_meta: bool,
+    audience: kv::Audience,
+}
+
+impl Work {
+    fn command(&self) -> Result<Option<Command>, StoreError> {
+        let Some(Proposal(bytes)) = &self.proposal else { return Ok(None) };
+        Ok(Some(match self.is_meta {
+            true => Command::Meta(meta::Command::decode(bytes)?),
+            false => Command::Shard(kv::Command::decode(bytes)?),
+        }))
+    }
+}
+
+/// What an entry says to the map.
+#[derive(Clone)]
+enum Command {
+    Meta(meta::Command),
+    Shard(kv::Command),
+}
+
+impl Command {
+    fn time_ms(&self) -> Option<u64> {
+        match self {
+            Command::Meta(_) => None,
+            Command::Shard(command) => command.time_ms(),
+        }
+    }
+
+    /// Returns whether the digest of the map is to be noted after it.
+    fn notes_digest(&self) -> bool {
+        matches!(self, Command::Shard(kv::Command::Compare))
+    }
+
+    /// Returns whether it is said that nothing is written any more, and why, or that it is again.
+    fn read_only(&self) -> Option<Option<String>> {
+        match self {
+            Command::Shard(kv::Command::SetReadOnly { reason }) => Some(reason.clone()),
+            Command::Shard(_) | Command::Meta(_) => None,
+        }
+    }
+
+    /// Returns its outcome, and what it changes in the map.
+    fn decide(self, read: &MapRead<'_>, work: &Work) -> Result<(Outcome, WriteBatch), StoreError> {
+        match self {
+            Command::Meta(command) => {
+                let (outcome, batch) = meta::apply(read, work.index, command)?;
+                Ok((Outcome::Meta(outcome), batch))
+            }
+            Command::Shard(command) => {
+                let (outcome, batch) = kv::apply_for(read, work.index, command, work.audience)?;
+                Ok((Outcome::Shard(outcome), batch))
+            }
+        }
+    }
 }
 
 /// Group time in milliseconds: that of the last applied entry plus what has passed here since. No wall clock is read; while every
@@ -223,72 +387,19 @@ impl StateMachine {
         Self { is_meta: machine.keeps.key().group.is_meta(), machine, membership, rebuilt_upto: None }
     }
 
-    fn apply_entry(
-        &mut self,
-        id: RaftLogId,
-        payload: EntryPayload<super::types::Proposal, crate::types::ReplicaId, super::types::Member>,
-        audience: kv::Audience,
-    ) -> Result<Outcome, StoreError> {
-        if let EntryPayload::Membership(membership) = &payload {
-            self.membership = encode_stored_membership(&StoredMembership::new(Some(id), membership.clone()));
-        }
+    /// Makes of an entry what is to be done with the map.
+    fn work(&mut self, id: RaftLogId, payload: Payload, audience: kv::Audience) -> Work {
+        let proposal = match payload {
+            EntryPayload::Normal(proposal) => Some(proposal),
+            EntryPayload::Blank => None,
+            EntryPayload::Membership(membership) => {
+                let membership = StoredMembership::new(Some(id), membership);
+                self.membership = encode_stored_membership(&membership);
+                None
+            }
+        };
         let applied = Applied { log_id: Some(from_raft(&id)), membership: self.membership.clone() };
-        let (state, proposal) = match (&self.machine.keeps, payload) {
-            (Keeps::Witness(witness), _) => {
-                witness.apply(applied);
-                return Ok(Outcome::Nothing);
-            }
-            (Keeps::Map(state), EntryPayload::Blank | EntryPayload::Membership(_)) => {
-                state.apply(Default::default(), applied)?;
-                return Ok(Outcome::Nothing);
-            }
-            (Keeps::Map(state), EntryPayload::Normal(proposal)) => (state, proposal),
-        };
-        let (mut notes, mut read_only) = (false, None);
-        let (outcome, batch) = if self.is_meta {
-            let command = meta::Command::decode(&proposal.0)?;
-            let (outcome, batch) = meta::apply(&state.read(), id.index(), command)?;
-            (Outcome::Meta(outcome), batch)
-        } else {
-            let command = kv::Command::decode(&proposal.0)?;
-            if let Some(time_ms) = command.time_ms() {
-                self.machine.clock.observe(time_ms);
-            }
-            notes = matches!(command, kv::Command::Compare);
-            if let kv::Command::SetReadOnly { reason } = &command {
-                read_only = Some(reason.clone());
-            }
-            let (outcome, batch) = kv::apply_for(&state.read(), id.index(), command, audience)?;
-            (Outcome::Shard(outcome), batch)
-        };
-        if notes {
-            state.want_digest(from_raft(&id));
-        }
-        state.apply(batch, applied)?;
-        if let Some(reason) = read_only {
-            self.machine.set_read_only(reason);
-        }
-        if notes {
-            state.write_down();
-        }
-        Ok(outcome)
-    }
-
-    /// Applies an entry. One that panics would do so at every replica of the group, and again after each start: so it stops
-    /// this replica, like one that can't be decoded, and not the process with all its others.
-    fn apply_guarded(
-        &mut self,
-        id: RaftLogId,
-        payload: EntryPayload<super::types::Proposal, crate::types::ReplicaId, super::types::Member>,
-        audience: kv::Audience,
-    ) -> Result<Outcome, StoreError> {
-        let machine = self.machine.clone();
-        let _applying = Applying::begin(&machine.applying);
-        let applied = catch_unwind(AssertUnwindSafe(|| self.apply_entry(id, payload, audience)));
-        applied.unwrap_or_else(|panic| {
-            let reason = format!("applying entry {id} panicked: {}", supervisor::message(&*panic));
-            Err(StoreError::Damaged(reason))
-        })
+        Work { index: id.index(), applied, proposal, is_meta: self.is_meta, audience }
     }
 
     /// Goes on from the map that was put in the place of the one that was held.
@@ -338,7 +449,9 @@ impl RaftStateMachine<Types> for StateMachine {
             if let (0, Some(state)) = (in_turn, self.machine.keeps.map()) {
                 state.wait_room().await;
             }
-            if self.machine.hold.wait().await {
+            let machine = self.machine.clone();
+            let (was_held, turn) = machine.take_turn().await;
+            if was_held {
                 self.take_over_map()?;
             }
             let (entry_id, index) = (entry.log_id, entry.log_id.index());
@@ -349,7 +462,9 @@ impl RaftStateMachine<Types> for StateMachine {
                 continue;
             }
             let audience = if responder.is_some() { kv::Audience::Caller } else { kv::Audience::Nobody };
-            let outcome = self.apply_guarded(entry.log_id, entry.payload, audience).map_err(|error| self.machine.fatal(error))?;
+            let work = self.work(entry.log_id, entry.payload, audience);
+            let outcome = machine.apply(work).await.map_err(|error| machine.fatal(error))?;
+            drop(turn);
             self.machine.note_applied(from_raft(&entry_id));
             if let Some(responder) = responder {
                 responder.send(outcome);
@@ -374,9 +489,10 @@ impl RaftStateMachine<Types> for StateMachine {
         self.builder(None)
     }
 
+    /// Openraft answers nobody until it is done: what takes long was done before, by `snapshots::install`.
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, image: Image) -> io::Result<()> {
+        let _installing = Installing::begin(self.machine.clone());
         let machine = self.machine.clone();
-        self.machine.is_installing.store(true, Ordering::Relaxed);
         let installed = tokio::task::spawn_blocking(move || match (&machine.keeps, &image) {
             (Keeps::Map(state), Image::Map(snapshot)) => {
                 let filled = background::run("fill-map", || state.install(snapshot));
@@ -387,9 +503,7 @@ impl RaftStateMachine<Types> for StateMachine {
                 Err(StoreError::Damaged("a snapshot for another kind of replica was to be installed".into()))
             }
         });
-        let installed = installed.await;
-        self.machine.is_installing.store(false, Ordering::Relaxed);
-        installed.map_err(io::Error::other)?.map_err(|error| self.machine.fatal(error))?;
+        installed.await.map_err(io::Error::other)?.map_err(|error| self.machine.fatal(error))?;
         let applied = self.machine.keeps.applied();
         self.membership = applied.membership;
         self.machine.read_map().map_err(|error| self.machine.fatal(error))?;

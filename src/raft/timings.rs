@@ -105,7 +105,7 @@ impl RaftTimings {
     }
 
     /// What openraft is told for one replica.
-    pub(super) fn config(&self, key: ReplicaKey, is_witness: bool) -> Result<Arc<Config>, openraft::ConfigError> {
+    pub(super) fn config(&self, key: ReplicaKey) -> Result<Arc<Config>, openraft::ConfigError> {
         let config = Config {
             cluster_name: key.to_string(),
             heartbeat_interval: self.heartbeat_ms,
@@ -124,10 +124,9 @@ impl RaftTimings {
             enable_tick: false,
             // When a snapshot is due is the node's to decide: it weighs bytes.
             snapshot_policy: SnapshotPolicy::Never,
-            // Purging takes no notice of snapshots under way to a follower: what follows them must still be there when they are installed.
-            // A witness purges only what it is told to: it has nothing else to bring others up to date with.
-            max_in_snapshot_log_to_keep: if is_witness { u64::MAX } else { 4096 },
-            purge_batch_size: 256,
+            // It would take no notice of snapshots that are under way to followers, who need what follows them (`feeds`). And a witness purges
+            // only what it is told to: it has nothing else to bring others up to date with.
+            max_in_snapshot_log_to_keep: u64::MAX,
             // "Caught up" for a learner that is added.
             replication_lag_threshold: 1024,
             // Sized for one group per process by default; the proposer keeps few entries under way.
@@ -151,14 +150,11 @@ mod tests {
     fn the_defaults_are_valid_and_stay_so_when_slowed_down() {
         let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(1) };
         for factor in [1, 2, 5, 10] {
-            RaftTimings::default().slower(factor).config(key, false).expect("valid timings");
+            RaftTimings::default().slower(factor).config(key).expect("valid timings");
         }
-        let purges_by_itself = |is_witness| {
-            let config = RaftTimings::default().config(key, is_witness).expect("valid timings");
-            config.max_in_snapshot_log_to_keep < u64::MAX
-        };
-        assert!(purges_by_itself(false) && !purges_by_itself(true), "a witness purges only what it is told to");
+        let config = RaftTimings::default().config(key).expect("valid timings");
+        assert_eq!(config.max_in_snapshot_log_to_keep, u64::MAX, "nothing is purged that nobody asked for");
         let bad = RaftTimings { election_ms_min: 100, ..RaftTimings::default() };
-        assert!(bad.config(key, false).is_err());
+        assert!(bad.config(key).is_err());
     }
 }

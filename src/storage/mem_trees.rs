@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use rand::rngs::StdRng;
@@ -35,10 +35,51 @@ pub enum Crash {
 /// Something that counts the steps of a store and says when they fail: the knife of crash tests.
 pub type Fault = Arc<dyn Fn(&str) -> io::Result<()> + Send + Sync>;
 
+/// Where a test holds up who comes by.
+#[derive(Default)]
+pub struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    is_closed: bool,
+    waiting: usize,
+}
+
+impl Gate {
+    /// Waits until it is open.
+    pub fn pass(&self) {
+        let mut state = self.state.lock().expect("no holder panics");
+        state.waiting += 1;
+        let mut state = self.changed.wait_while(state, |state| state.is_closed).expect("no holder panics");
+        state.waiting -= 1;
+    }
+
+    /// Lets nobody through from now on, or whoever waits and comes.
+    pub fn close(&self, is_closed: bool) {
+        self.state.lock().expect("no holder panics").is_closed = is_closed;
+        self.changed.notify_all();
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.state.lock().expect("no holder panics").is_closed
+    }
+
+    /// Returns how many wait here.
+    pub fn waiting(&self) -> usize {
+        self.state.lock().expect("no holder panics").waiting
+    }
+}
+
 /// Trees in memory. Clones share them.
 #[derive(Clone)]
 pub struct MemTrees {
     inner: Arc<Mutex<Inner>>,
+    /// What reads and writes of pairs pass, as they would a disk.
+    pub reads: Arc<Gate>,
+    pub writes: Arc<Gate>,
 }
 
 #[derive(Default)]
@@ -70,7 +111,7 @@ enum Undo {
 
 impl Default for MemTrees {
     fn default() -> Self {
-        Self { inner: Arc::new(Mutex::new(Inner::default())) }
+        Self { inner: Arc::default(), reads: Arc::default(), writes: Arc::default() }
     }
 }
 
@@ -286,6 +327,7 @@ const SCAN_PAGE_PAIRS: usize = 64;
 
 impl Tree for MemTree {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        self.trees.reads.pass();
         Ok(self.lock()?.trees[&*self.name].get(key).cloned())
     }
 
@@ -293,6 +335,7 @@ impl Tree for MemTree {
         let mut rest = Some(range.clone());
         let pages = std::iter::from_fn(move || {
             let range = rest.take()?;
+            self.trees.reads.pass();
             let page = self.lock().and_then(|inner| {
                 let pairs = Read::scan(&inner.trees[&*self.name], &range, direction);
                 pairs.take(SCAN_PAGE_PAIRS).collect::<Result<Vec<_>, _>>()
@@ -315,6 +358,7 @@ impl Tree for MemTree {
     }
 
     fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
+        self.trees.writes.pass();
         let mut inner = self.lock()?;
         inner.fault("write")?;
         let place = inner.place_of(&self.name);

@@ -125,7 +125,7 @@ async fn a_replica_that_stopped_is_told_of_and_opened_again() {
     let stopped = until("its replica has stopped", async || {
         cluster.write(round).await;
         round += 1;
-        node.hosting().failed.iter().any(|failed| failed.group == SHARD)
+        node.hosting().await.failed.iter().any(|failed| failed.group == SHARD)
     });
     stopped.await.expect("stopped");
     let unready =
@@ -198,8 +198,8 @@ async fn a_replica_of_the_meta_group_that_cannot_be_opened_is_replaced_too() {
     host.damage(Some(key));
     host.start();
     let is_told = async || {
-        let node = host.node();
-        node.is_some_and(|node| node.hosting().failed.iter().any(|failed| failed.replica == key.replica))
+        let Some(node) = host.node() else { return false };
+        node.hosting().await.failed.iter().any(|failed| failed.replica == key.replica)
     };
     until("it is told", is_told).await.expect("told");
     let is_replaced = async || host.group(GroupId::META).is_some_and(|group| group.key() != key);

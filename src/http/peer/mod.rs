@@ -67,7 +67,7 @@ pub trait PeerService: Send + Sync + 'static {
     fn promise(&self, request: PromiseRequest) -> BoxFuture<'_, PromiseReply>;
 
     /// The replicas that this node hosts, and how they are.
-    fn hosting(&self) -> Hosting;
+    fn hosting(&self) -> BoxFuture<'_, Hosting>;
 
     /// The view as it is now, if this node leads the meta group.
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>>;
@@ -120,7 +120,7 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
         .route("/peer/shard", post(move |State(app), request| shard(app, to_shard, request)))
         .route("/peer/identity", get(move || async move { in_json(&to_identity.identity()) }))
         .route("/peer/promise", post(move |State(app), request| promise(app, to_promise, request)))
-        .route("/peer/replicas", get(move || async move { in_json(&to_replicas.hosting()) }))
+        .route("/peer/replicas", get(move || async move { in_json(&to_replicas.hosting().await) }))
         .route("/peer/view", get(move || view(to_view)))
         .route("/peer/announce", post(move |State(app), request| announce(app, to_announce, request)))
         .route("/peer/hold", post(move |State(app), request| hold(app, to_hold, request)))

@@ -25,7 +25,8 @@ use crate::types::NodeId;
 const QUEUE_BYTES_MAX: usize = 64 << 20;
 /// Calls without a reply on one lane. Each group has at most a window of them.
 const CALLS_MAX: usize = 32 << 10;
-/// Frames that wait together go out in chunks of about this size.
+/// Frames that wait together go out in chunks of about this size, and large ones in pieces of it: each that the
+/// connection takes shows that the peer takes what came before.
 const CHUNK_BYTES: usize = 256 << 10;
 /// A frame of at least this size is its own chunk: not worth copying.
 const ALONE_BYTES: usize = 16 << 10;
@@ -33,13 +34,38 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between attempts to reach a peer; doubled from the first to the last. Calls in between fail at once.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// A lane that is silent for this long while a call waits is cut: the peer or the way to it is gone, and TCP would not say so for minutes.
+/// A lane that is silent for this long while a call waits, beyond the time that what it has taken may take, is cut: the peer or the way to
+/// it is gone, and TCP would not say so for minutes.
 const SILENCE_MAX: Duration = Duration::from_secs(3);
+/// A way that carries less is not one that groups can live on: 8 Mbit/s.
+const BYTES_PER_SECOND_MIN: u64 = 1 << 20;
+/// What a connection takes by itself, whether the peer is there or not.
+const CONNECTION_BYTES_MAX: usize = 8 << 20;
 /// How often silence and abandoned calls are looked for.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
-/// What a call waits for.
-pub type Call = oneshot::Receiver<Result<Arrived, LaneError>>;
+/// What is heard of a call.
+pub type Answer = oneshot::Receiver<Result<Arrived, LaneError>>;
+
+/// A frame that is on its way.
+pub struct Call {
+    /// What the peer says to it.
+    pub answer: Answer,
+    /// Bytes that were on their way over its lane when it was sent, with its own.
+    under_way: usize,
+}
+
+impl Call {
+    /// Returns how much longer it may take for what is on its way before it, and for itself.
+    pub fn allowance(&self) -> Duration {
+        time_for(self.under_way)
+    }
+}
+
+/// How long so many bytes take on the slowest way.
+fn time_for(bytes: usize) -> Duration {
+    Duration::from_millis(bytes as u64 * 1000 / BYTES_PER_SECOND_MIN)
+}
 
 /// The lanes to all peers. They are dialled when first used.
 pub struct Lanes {
@@ -152,11 +178,21 @@ struct LaneState {
     generation: u64,
     queue: VecDeque<(Bytes, Option<Place>)>,
     queue_bytes: usize,
-    calls: HashMap<u64, oneshot::Sender<Result<Arrived, LaneError>>>,
+    calls: HashMap<u64, Waiting>,
+    /// Bytes of the frames that are not answered yet.
+    unanswered_bytes: usize,
     next_sequence: u64,
-    /// Since when a call has been waiting without anything being heard.
+    /// Since when a call has been waiting without a sign that the peer is there.
     waiting_since: Option<Instant>,
+    /// Bytes that the connection has taken since something was heard.
+    taken_bytes: usize,
     waker: Option<Waker>,
+}
+
+/// Who waits for an answer.
+struct Waiting {
+    caller: oneshot::Sender<Result<Arrived, LaneError>>,
+    bytes: usize,
 }
 
 #[derive(Debug, Default)]
@@ -172,14 +208,23 @@ enum Link {
 }
 
 impl LaneState {
+    /// The connection has taken so many bytes. It takes more than it holds itself only while the peer takes them.
+    fn note_taken(&mut self, bytes: usize) {
+        self.taken_bytes += bytes;
+        if self.taken_bytes > CONNECTION_BYTES_MAX && self.waiting_since.is_some() {
+            self.waiting_since = Some(Instant::now());
+        }
+    }
+
     /// Fails every call and empties the queue.
     fn end(&mut self, error: &LaneError, link: Link) {
         self.generation += 1;
         self.queue.clear();
         self.queue_bytes = 0;
         for (_, call) in self.calls.drain() {
-            let _ = call.send(Err(error.clone()));
+            let _ = call.caller.send(Err(error.clone()));
         }
+        (self.unanswered_bytes, self.taken_bytes) = (0, 0);
         self.waiting_since = None;
         self.link = link;
         // The stream of the old connection must see that it has ended.
@@ -210,10 +255,14 @@ impl PeerLane {
         }
         let sequence = state.next_sequence;
         state.next_sequence += 1;
-        let (sender, receiver) = oneshot::channel();
-        state.calls.insert(sequence, sender);
+        let (caller, answer) = oneshot::channel();
+        let bytes = frame.bytes_len();
+        state.calls.insert(sequence, Waiting { caller, bytes });
         state.waiting_since.get_or_insert_with(Instant::now);
-        state.queue_bytes += frame.bytes_len();
+        state.unanswered_bytes += bytes;
+        state.queue_bytes += bytes;
+        // Those of callers that have given up are in the queue all the same.
+        let under_way = state.unanswered_bytes.max(state.queue_bytes);
         state.queue.push_back((frame.seal(sequence), place));
         let waker = state.waker.take();
         let idle = matches!(state.link, Link::Idle);
@@ -223,7 +272,7 @@ impl PeerLane {
             None if idle => self.called.notify_one(),
             None => {}
         }
-        Ok(receiver)
+        Ok(Call { answer, under_way })
     }
 }
 
@@ -245,11 +294,20 @@ impl Stream for Outbox {
         if state.generation != self.generation {
             return Poll::Ready(None);
         }
-        let Some((first, _)) = state.queue.pop_front() else {
+        let Some((mut first, place)) = state.queue.pop_front() else {
             state.waker = Some(context.waker().clone());
             return Poll::Pending;
         };
+        if first.len() > CHUNK_BYTES {
+            let piece = first.split_to(CHUNK_BYTES);
+            state.queue_bytes -= piece.len();
+            state.note_taken(piece.len());
+            state.queue.push_front((first, place));
+            return Poll::Ready(Some(piece));
+        }
+        drop(place);
         state.queue_bytes -= first.len();
+        state.note_taken(first.len());
         let small = |frame: &Bytes| frame.len() < ALONE_BYTES;
         if !small(&first) || !state.queue.front().is_some_and(|(next, _)| small(next)) {
             return Poll::Ready(Some(first));
@@ -341,9 +399,11 @@ async fn deliver(shared: &LanesParts, lane: &PeerLane, peer: &Peer, generation: 
                 if state.generation != generation {
                     return LaneError::Broken("the peer has moved".into());
                 }
-                state.calls.retain(|_, call| !call.is_closed());
-                if state.waiting_since.is_some_and(|since| since.elapsed() > SILENCE_MAX) {
-                    return LaneError::Late(SILENCE_MAX);
+                state.calls.retain(|_, call| !call.caller.is_closed());
+                state.unanswered_bytes = state.calls.values().map(|call| call.bytes).sum();
+                let silence_max = SILENCE_MAX + time_for(state.unanswered_bytes.min(CONNECTION_BYTES_MAX));
+                if state.waiting_since.is_some_and(|since| since.elapsed() > silence_max) {
+                    return LaneError::Late(silence_max);
                 }
                 continue;
             }
@@ -394,10 +454,12 @@ fn hand_out(lane: &PeerLane, generation: u64, reader: &mut FrameReader) -> Resul
             }
         }
         if let Some(call) = state.calls.remove(&arrived.sequence) {
-            let _ = call.send(Ok(arrived));
+            state.unanswered_bytes = state.unanswered_bytes.saturating_sub(call.bytes);
+            let _ = call.caller.send(Ok(arrived));
         }
     }
     state.waiting_since = (!state.calls.is_empty()).then(Instant::now);
+    state.taken_bytes = 0;
     Ok(None)
 }
 

@@ -23,7 +23,7 @@ mod serve;
 
 pub use super::wire::Refusal;
 pub use acquaintances::{Acquaintances, Ousted};
-pub use client::{Call, Lanes, LanesParts, read_reply};
+pub use client::{Answer, Call, Lanes, LanesParts, read_reply};
 pub use heard::Heard;
 pub use seats::Seats;
 pub use serve::serve_lane;

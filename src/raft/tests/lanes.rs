@@ -308,7 +308,7 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
     let head = Head { group: GroupId(1), sender: ReplicaId(1), target: ReplicaId(2) };
     let frame = || wire::encode_request(head, &Request::PreVote { vote, last: None }, &[]);
     let call = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
-    let answer = call.await.expect("it is told");
+    let answer = call.answer.await.expect("it is told");
     assert!(matches!(answer, Err(LaneError::Late(_))), "{answer:?}");
     // For a while calls fail at once, and then the lane is tried again.
     assert!(matches!(lanes.call(NodeId(2), Lane::Log, frame()), Err(LaneError::Down(_))));
@@ -318,9 +318,9 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
     // The peer moves: what was sent to its old place is given up.
     addresses.0.lock().expect("no holder panics").insert(NodeId(2), "c:1".parse().expect("an address"));
     let second = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
-    assert!(matches!(call.await.expect("it is told"), Err(LaneError::Broken(_))));
+    assert!(matches!(call.answer.await.expect("it is told"), Err(LaneError::Broken(_))));
     lanes.close().await;
-    assert_eq!(second.await.expect("it is told").expect_err("closed"), LaneError::Closed);
+    assert_eq!(second.answer.await.expect("it is told").expect_err("closed"), LaneError::Closed);
     assert!(matches!(lanes.call(NodeId(2), Lane::Log, frame()), Err(LaneError::Closed)));
     assert!(matches!(lanes.call(NodeId(3), Lane::Log, frame()), Err(LaneError::Unresolved(_))));
 }

@@ -14,6 +14,7 @@ use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 
 use super::cluster::{CLUSTER, directory, key};
+use crate::raft::feeds::Feeds;
 use crate::raft::lanes::{Lanes, LanesParts};
 use crate::raft::log_store::Tip;
 use crate::raft::network::Network;
@@ -38,6 +39,35 @@ impl Dial for Scripted {
                     && let Some(reply) = script.lock().expect("no holder panics").pop_front()
                 {
                     wire::encode_reply(&mut out, arrived.sequence, &Reply::Append(reply));
+                }
+            }
+            Ok(out.freeze())
+        });
+        Box::pin(async move { Ok(Box::pin(replies) as Incoming) })
+    }
+}
+
+/// A peer that has everything that it is sent, over a way that carries so many bytes in a second.
+struct Far {
+    bytes_per_second: u64,
+}
+
+impl Dial for Far {
+    fn dial(&self, _: NodeId, _: Peer, _: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<Incoming, LaneError>> {
+        let millis = 1000.0 / self.bytes_per_second as f64;
+        let (mut reader, mut is_greeted) = (FrameReader::default(), false);
+        let carried = outgoing.then(move |chunk| async move {
+            let takes = chunk.len() as f64 * millis;
+            tokio::time::sleep(Duration::from_micros((takes * 1000.0) as u64)).await;
+            chunk
+        });
+        let replies = carried.map(move |chunk| {
+            reader.push(chunk);
+            let mut out = BytesMut::new();
+            while let Some(arrived) = reader.next()? {
+                if std::mem::replace(&mut is_greeted, true) {
+                    let reply = Reply::Append(AppendReply::Success);
+                    wire::encode_reply(&mut out, arrived.sequence, &reply);
                 }
             }
             Ok(out.freeze())
@@ -130,7 +160,14 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
     }));
     let second = Duration::from_secs(1);
     let tip = Tip::new(None);
-    let network = Network { key: key(1, 1), lanes: lanes.clone(), tip, append_timeout: second, snapshot_step_timeout: second };
+    let network = Network {
+        key: key(1, 1),
+        lanes: lanes.clone(),
+        tip,
+        feeds: Feeds::default(),
+        append_timeout: second,
+        snapshot_step_timeout: second,
+    };
     (network, lanes)
 }
 
@@ -287,4 +324,34 @@ async fn no_result_speaks_for_a_request_that_is_not_answered() {
     answer(news);
     assert_eq!(after_a_moment().await.0, Some(6));
     lanes.close().await;
+}
+
+/// An append of one entry with so many bytes.
+fn large_append(index: u64, bytes: usize) -> AppendEntriesRequest<Types> {
+    let payload = Payload::Normal(Bytes::from(vec![b'v'; bytes]));
+    let entry = Entry { id: log_id(index), payload };
+    AppendEntriesRequest { entries: vec![entry_to_raft(entry).expect("a readable entry")], ..append(index) }
+}
+
+/// Returns whether a follower over a way of `megabits` per second is seen to have entries of these mebibytes.
+async fn gets_through(megabits: u64, mebibytes: &[usize]) -> bool {
+    let (mut network, lanes) = network_to(Far { bytes_per_second: megabits * 1_000_000 / 8 });
+    let last = 4 + mebibytes.len() as u64;
+    network.tip.set(Some(last));
+    let member = Member { node: NodeId(2), is_witness: false };
+    let mut client = network.new_client(ReplicaId(2), &member).await;
+    let appends: Vec<_> = (5..).zip(mebibytes).map(|(index, mebibytes)| large_append(index, mebibytes << 20)).collect();
+    let output = client.stream_append(stream::iter(appends), RPCOption::new(Duration::from_secs(1))).await;
+    let results: Vec<_> = output.expect("a stream").collect().await;
+    lanes.close().await;
+    let matches = |result: &Result<_, _>| matches!(result, Ok(Ok(Some(id))) if *id == to_raft(log_id(last)));
+    results.last().is_some_and(matches)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_large_has_the_time_that_a_slow_way_takes() {
+    assert!(gets_through(30, &[8]).await, "8 MiB at 30 Mbit/s");
+    assert!(gets_through(30, &[1; 16]).await, "a whole window of it");
+    assert!(gets_through(10, &[32]).await, "longer than a lane may be silent");
+    assert!(!gets_through(1, &[8]).await, "a way that nobody can live on");
 }

@@ -20,6 +20,8 @@ mod model_tests;
 mod move_tests;
 mod moves;
 mod observed;
+#[cfg(test)]
+mod page_tests;
 mod read;
 mod record;
 mod source;
@@ -40,7 +42,8 @@ pub use self::observed::{
     CHANGES_BYTES_MAX, DestinationState, Remaining, SourceState, destination_state, leftovers, source_state,
 };
 pub use self::read::{
-    Counts, FindOutcome, FoundKey, PageRequest, ReadOutcome, ScanPage, count, find, read, read_only, scan_page, scan_page_charged,
+    Counts, FindOutcome, FoundKey, PageRequest, PageScan, ReadOutcome, ScanPage, count, find, read, read_only, scan_page,
+    scan_page_charged,
 };
 pub use self::record::{decode_record, encode_record};
 use super::codec;

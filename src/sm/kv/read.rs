@@ -1,7 +1,7 @@
 //! What is read of a shard's map outside of its log. Ownership and data come from the same [`Read`], so both are of one point in time.
 
 use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 
 use bytes::Bytes;
 
@@ -138,41 +138,114 @@ pub fn scan_page(read: &impl Read, request: &PageRequest) -> Result<ScanPage, St
 pub fn scan_page_charged(
     read: &impl Read,
     request: &PageRequest,
-    mut charge: impl FnMut(usize) -> bool,
+    charge: impl FnMut(usize) -> bool,
 ) -> Result<ScanPage, StoreError> {
-    let owned = owned_states(read)?;
-    let mut merge = Merge { read, request, heads: BinaryHeap::new(), last: None };
-    for (slot, _) in owned.iter().filter(|(_, state)| state.contents.keys > 0) {
-        merge.enter(*slot)?;
+    let mut scan = PageScan::new(request);
+    scan.step(read, charge, || false)?;
+    Ok(scan.into_page())
+}
+
+/// A page that is read step by step, each step of the map as it is then: so nobody need keep the map
+/// still for all of it.
+///
+/// An item is as it was at some moment of the scan, and what was there all the time is in the page. The slots
+/// are the shard's from the first step on; whether they still are is for [`PageScan::still_owns`] to say after the
+/// last.
+pub struct PageScan<'a> {
+    request: &'a PageRequest,
+    /// None before the first step.
+    owned: Option<Vec<(Slot, SlotState)>>,
+    /// How many of the owned slots were looked into.
+    entered: usize,
+    /// The next key of each slot that has one.
+    heads: BinaryHeap<Head>,
+    items: Vec<(Bytes, Record)>,
+    bytes_left: usize,
+    steps: u32,
+}
+
+impl<'a> PageScan<'a> {
+    /// Begins a page.
+    pub fn new(request: &'a PageRequest) -> Self {
+        let bytes_left = request.bytes_max;
+        Self { request, owned: None, entered: 0, heads: BinaryHeap::new(), items: Vec::new(), bytes_left, steps: 0 }
     }
 
-    let mut items = Vec::new();
-    let mut bytes_left = request.bytes_max;
-    while items.len() < request.limit.max(1) {
-        let Some(head) = merge.heads.peek() else { break };
-        let bytes = merge.bytes_of(head);
-        if (bytes > bytes_left && !items.is_empty()) || !charge(bytes) {
-            break;
-        }
-        bytes_left = bytes_left.saturating_sub(bytes);
-        items.extend(merge.next()?);
+    /// Returns how many steps were taken.
+    pub fn steps(&self) -> u32 {
+        self.steps
     }
-    let slots = owned.into_iter().map(|(slot, _)| slot).collect();
-    Ok(ScanPage { items, more: !merge.heads.is_empty(), slots })
+
+    /// Goes on with the page, until `pauses` says that it is enough for now; it is asked between any two keys. Returns whether the page is
+    /// complete. `charge`: see [`scan_page_charged`].
+    pub fn step(
+        &mut self,
+        read: &impl Read,
+        mut charge: impl FnMut(usize) -> bool,
+        mut pauses: impl FnMut() -> bool,
+    ) -> Result<bool, StoreError> {
+        self.steps += 1;
+        if self.owned.is_none() {
+            self.owned = Some(owned_states(read)?);
+        }
+        let owned = self.owned.as_deref().unwrap_or_default();
+        let mut merge = Merge { read, request: self.request, heads: &mut self.heads, last: None, step: self.steps };
+        while let Some((slot, state)) = owned.get(self.entered) {
+            self.entered += 1;
+            if state.contents.keys == 0 {
+                continue;
+            }
+            merge.enter(*slot)?;
+            if pauses() {
+                return Ok(false);
+            }
+        }
+
+        while self.items.len() < self.request.limit.max(1) {
+            if !merge.refresh()? {
+                break;
+            }
+            let Some(head) = merge.heads.peek() else { break };
+            let bytes = merge.bytes_of(head);
+            if (bytes > self.bytes_left && !self.items.is_empty()) || !charge(bytes) {
+                break;
+            }
+            self.bytes_left = self.bytes_left.saturating_sub(bytes);
+            self.items.extend(merge.next()?);
+            if pauses() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Returns whether the shard owns the slots of the page as it did when it was begun: none has been elsewhere in between.
+    pub fn still_owns(&self, read: &impl Read) -> Result<bool, StoreError> {
+        let now: BTreeMap<Slot, SlotState> = owned_states(read)?.into_iter().collect();
+        let is_as_before =
+            |(slot, before): &(Slot, SlotState)| now.get(slot).is_some_and(|state| state.generation == before.generation);
+        Ok(self.owned.iter().flatten().all(is_as_before))
+    }
+
+    /// Returns the page, which is complete.
+    pub fn into_page(self) -> ScanPage {
+        let slots = self.owned.into_iter().flatten().map(|(slot, _)| slot).collect();
+        ScanPage { items: self.items, more: !self.heads.is_empty(), slots }
+    }
 }
 
 /// A merge of slots.
-struct Merge<'a, R> {
+struct Merge<'a, 'h, R> {
     read: &'a R,
     request: &'a PageRequest,
-    /// The next key of each slot that has one.
-    heads: BinaryHeap<Head>,
+    heads: &'h mut BinaryHeap<Head>,
     /// Where the keys of a slot come from after the one that was taken last. Not kept for every slot: what a scan has at hand of its
     /// tree may be as large as many values.
     last: Option<(Slot, Items<'a, ValueStart>)>,
+    step: u32,
 }
 
-impl<'a, R: Read> Merge<'a, R> {
+impl<'a, R: Read> Merge<'a, '_, R> {
     fn scan(&self, range: &KeyRange) -> Items<'a, ValueStart> {
         let read = self.read;
         read.scan_starts(range, self.request.direction, START_BYTES)
@@ -182,9 +255,28 @@ impl<'a, R: Read> Merge<'a, R> {
     fn enter(&mut self, slot: Slot) -> Result<(), StoreError> {
         if !self.request.range.is_empty() {
             let mut items = self.scan(&data_range(slot, &self.request.range));
-            self.heads.extend(Head::next_of(slot, &mut items, self.request.direction)?);
+            self.heads.extend(self.next_of(slot, &mut items)?);
         }
         Ok(())
+    }
+
+    /// Has the first of the heads be as it is now: the key may have been written or deleted since it was found. Returns false when there
+    /// is none.
+    fn refresh(&mut self) -> Result<bool, StoreError> {
+        while let Some(head) = self.heads.peek().filter(|head| head.step != self.step) {
+            let (slot, user_key) = (head.slot, head.user_key.clone());
+            let stored = self.read.start_of(&data_key(slot, &user_key), START_BYTES)?;
+            let Some(head) = self.heads.pop() else { break };
+            match stored {
+                Some(stored) => self.heads.push(Head { stored, step: self.step, ..head }),
+                None => {
+                    let range = rest_of(slot, &self.request.range, &user_key, self.request.direction);
+                    let mut rest = self.scan(&range);
+                    self.heads.extend(self.next_of(slot, &mut rest)?);
+                }
+            }
+        }
+        Ok(!self.heads.is_empty())
     }
 
     /// The bytes of an item.
@@ -195,15 +287,21 @@ impl<'a, R: Read> Merge<'a, R> {
 
     /// Takes the next item, and looks for the one after it in its slot.
     fn next(&mut self) -> Result<Option<(Bytes, Record)>, StoreError> {
-        let Some(Head { slot, user_key, stored, direction }) = self.heads.pop() else { return Ok(None) };
+        let Some(Head { slot, user_key, stored, direction, .. }) = self.heads.pop() else { return Ok(None) };
         let mut rest = match self.last.take() {
             Some((last, rest)) if last == slot => rest,
             Some(_) | None => self.scan(&rest_of(slot, &self.request.range, &user_key, direction)),
         };
-        self.heads.extend(Head::next_of(slot, &mut rest, direction)?);
+        self.heads.extend(self.next_of(slot, &mut rest)?);
         self.last = Some((slot, rest));
         let record = record(self.read, &data_key(slot, &user_key), &stored, self.request.keys_only)?;
         Ok(Some((user_key, record)))
+    }
+
+    fn next_of(&self, slot: Slot, items: &mut Items<'_, ValueStart>) -> Result<Option<Head>, StoreError> {
+        let Some((key, stored)) = items.next().transpose()? else { return Ok(None) };
+        let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
+        Ok(Some(Head { slot, user_key, stored, direction: self.request.direction, step: self.step }))
     }
 }
 
@@ -238,14 +336,8 @@ struct Head {
     user_key: Bytes,
     stored: ValueStart,
     direction: Direction,
-}
-
-impl Head {
-    fn next_of(slot: Slot, items: &mut Items<'_, ValueStart>, direction: Direction) -> Result<Option<Self>, StoreError> {
-        let Some((key, stored)) = items.next().transpose()? else { return Ok(None) };
-        let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
-        Ok(Some(Self { slot, user_key, stored, direction }))
-    }
+    /// In which step of the scan it was found.
+    step: u32,
 }
 
 impl Ord for Head {

@@ -120,7 +120,7 @@ impl Shard {
     }
 
     /// Runs the lines of a script against it.
-    fn run(&mut self, script: &str) {
+    pub fn run(&mut self, script: &str) {
         for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
             let (step, expected) = line.split_once("->").map_or((line, ""), |(step, expected)| (step, expected.trim()));
             assert_eq!(self.step(step.trim()), expected, "{line}");

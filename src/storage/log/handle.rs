@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use super::activity::{Activity, Seen};
 use super::queue::{Change, Op, Queue, call};
@@ -24,6 +24,9 @@ use crate::types::{GroupId, LogId, ReplicaId};
 
 /// Upper bounds of the buckets in [`LogMetrics::sync_buckets`], in microseconds. Slower syncs are in one bucket more.
 pub const SYNC_BUCKETS_US: [u64; 12] = [100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 500_000, 2_000_000];
+
+/// Reads of entries from the disk at a time.
+const READERS_MAX: usize = 16;
 
 /// What the log did since it was opened, and how it stands.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -209,6 +212,8 @@ pub(super) struct Shared {
     pub segments: RwLock<BTreeMap<u64, SegmentView>>,
     pub failed: watch::Sender<Option<LogFailure>>,
     pub activity: Activity,
+    /// Turns of those who read from the disk.
+    pub readers: Arc<Semaphore>,
     roster: Mutex<Roster>,
     counters: Mutex<LogMetrics>,
     binding: u128,
@@ -236,6 +241,7 @@ impl Shared {
             segments: RwLock::new(segments),
             failed: watch::Sender::new(None),
             activity: Activity::default(),
+            readers: Arc::new(Semaphore::new(READERS_MAX)),
             roster: Mutex::new(roster),
             counters: Mutex::new(LogMetrics::default()),
             binding: options.binding,

@@ -106,6 +106,25 @@ impl ReplicaLog {
         }
     }
 
+    /// As [`ReplicaLog::read`], without blocking: what must come from the disk is read on a thread of its own, of
+    /// which there is a bounded number.
+    pub async fn read_elsewhere(&self, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
+        let plan = self.replica.lock().plan_read(range.clone(), bytes_max);
+        let cached: Option<Vec<Entry>> = plan.into_iter().map(Source::in_memory).collect();
+        if let Some(entries) = cached {
+            return Ok(entries);
+        }
+        let log = self.clone();
+        let turn = self.log.shared().readers.clone().acquire_owned().await;
+        let turn = turn.map_err(io::Error::other)?;
+        // The turn lasts as long as the read, also if nobody waits for that any more.
+        let read = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            log.read(range, bytes_max)
+        });
+        read.await.map_err(io::Error::other)?
+    }
+
     /// None if an entry was moved or removed meanwhile.
     fn fetch(&self, plan: Vec<Source>) -> io::Result<Option<Vec<Entry>>> {
         let mut entries = Vec::with_capacity(plan.len());
@@ -189,6 +208,15 @@ pub(super) struct Replica {
 pub(super) enum Source {
     Memory(Entry),
     Disk(LogId, Spot),
+}
+
+impl Source {
+    fn in_memory(self) -> Option<Entry> {
+        match self {
+            Source::Memory(entry) => Some(entry),
+            Source::Disk(..) => None,
+        }
+    }
 }
 
 struct Cached {

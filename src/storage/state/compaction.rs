@@ -112,7 +112,7 @@ impl StateStore {
                 // The old place would stay for the tree that nobody can copy.
                 return Ok(());
             }
-            trees.begin_fresh(live_bytes(shared))?;
+            trees.begin_fresh(shared.live_bytes())?;
         }
         drop_orphans(shared, stored)?;
         let before = trees.disk_bytes();
@@ -136,17 +136,12 @@ impl StateStore {
     }
 }
 
-/// Keys and values of all maps, in bytes.
-fn live_bytes(shared: &Shared) -> u64 {
-    shared.open_replicas().iter().map(|replica| replica.map_bytes()).sum()
-}
-
 /// Whether the trees take so much more than what is in them that copying pays. However much a tree takes that was just copied, it must
 /// have grown to twice of that.
 fn is_due(shared: &Shared) -> bool {
     let disk = shared.trees.disk_bytes();
     shared.trees_disk_bytes.store(disk, Ordering::Relaxed);
-    let allowed = GARBAGE_FACTOR.saturating_mul(live_bytes(shared)).saturating_add(shared.options.garbage_bytes_max);
+    let allowed = GARBAGE_FACTOR.saturating_mul(shared.live_bytes()).saturating_add(shared.options.garbage_bytes_max);
     disk > allowed && disk / 2 > shared.compacted_bytes.load(Ordering::Relaxed)
 }
 
@@ -180,8 +175,13 @@ fn copy_if_outdated(replica: &Arc<Replica>, keep_on: &dyn Fn() -> bool) -> Resul
     };
     if copied != Some(Copied::Ended) {
         let generations = open::generations(trees, replica.key)?;
-        let current = replica.lock_pen_last().record.generation;
-        open::drop_others(trees, replica.key, &generations, current);
+        let pen = replica.lock_pen_last();
+        let (current, is_prepared) = (pen.record.generation, pen.prepared.is_some());
+        drop(pen);
+        // One that is to take the tree's place has no record yet; whoever prepared it removes the rest.
+        if !is_prepared {
+            open::drop_others(trees, replica.key, &generations, current);
+        }
     }
     Ok(copied)
 }

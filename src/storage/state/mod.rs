@@ -11,8 +11,8 @@
 //!    for gets (`clean`).
 //! 4. [`ReplicaState::build_snapshot`] holds the replica's pen, so that the tree stands still, and copies it to a snapshot file. Past a
 //!    limit of tables waiting meanwhile it gives up, lets them be written, and begins anew; the third time the writers wait instead.
-//! 5. [`ReplicaState::install`] publishes a received file, fills a new generation of the tree from it, and switches in one step: the
-//!    record comes last, and the highest generation with a true record is the tree.
+//! 5. [`ReplicaState::prepare`] fills a new generation of the tree from a received file, and [`ReplicaState::install`] publishes the file and
+//!    switches in one step: the record comes last, and the highest generation with a true record is the tree.
 //! 6. Trees that take far more space than what is in them are copied to a fresh place by [`StateStore::compact`] (`compaction`).
 //!
 //! # Why a tree is believed
@@ -28,7 +28,9 @@
 mod clean;
 mod compaction;
 pub mod digest;
+mod install;
 mod open;
+mod reading;
 mod record;
 mod redo;
 mod replica;
@@ -45,6 +47,8 @@ mod concurrency_tests;
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
+mod reading_tests;
+#[cfg(test)]
 mod sled_tests;
 #[cfg(test)]
 mod tests;
@@ -55,6 +59,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 pub use self::open::{Opened, Origin};
+pub use self::reading::{MapRead, ReadKind};
 pub use self::replica::{ReplicaState, TableBytes};
 pub use self::store::{Checkpointer, StateMetrics, StateStore};
 pub use self::tables::ReadGuard;
@@ -91,6 +96,8 @@ pub struct StateOptions {
     pub garbage_bytes_max: u64,
     /// Pairs that are copied there at a time.
     pub copy_page_pairs: usize,
+    /// What the trees hold in memory of what is in them.
+    pub cache_bytes: u64,
 }
 
 impl Default for StateOptions {
@@ -101,6 +108,7 @@ impl Default for StateOptions {
             node_bytes_max: 256 << 20,
             garbage_bytes_max: 32 << 20,
             copy_page_pairs: 512,
+            cache_bytes: 64 << 20,
         }
     }
 }

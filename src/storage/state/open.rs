@@ -108,13 +108,33 @@ pub(super) fn open_map(trees: &dyn Trees, files: &SnapshotFiles, redo: &RedoFile
     Ok(Found { tree, record, map_bytes, snapshot, opened })
 }
 
-/// Fills `generation` from a snapshot. The record comes last: until then the generation is not believed.
+/// A generation that was filled from a snapshot and has no record yet: until it has, it is not believed.
+pub(super) struct Filling {
+    tree: Arc<dyn Tree>,
+    record: TreeRecord,
+    map_bytes: u64,
+}
+
+impl Filling {
+    pub fn generation(&self) -> u64 {
+        self.record.generation
+    }
+
+    /// Gives it its record.
+    pub fn finish(self) -> Result<Believed, StoreError> {
+        self.tree.write(RECORD_KEY, Some(&self.record.encode()))?;
+        self.tree.flush()?;
+        Ok((self.tree, self.record, self.map_bytes))
+    }
+}
+
+/// Fills `generation` from a snapshot.
 pub(super) fn fill_generation(
     trees: &dyn Trees,
     key: ReplicaKey,
     generation: u64,
     snapshot: &Snapshot,
-) -> Result<Believed, StoreError> {
+) -> Result<Filling, StoreError> {
     let name = tree_name(key, generation);
     trees.drop_tree(&name)?;
     let tree = trees.open(&name)?;
@@ -132,10 +152,9 @@ pub(super) fn fill_generation(
         }
         Ok(())
     })?;
-    let record = TreeRecord { key, generation, applied: snapshot.applied().clone(), digest: snapshot.trailer().digest };
-    tree.write(RECORD_KEY, Some(&record.encode()))?;
     tree.flush()?;
-    Ok((tree, record, map_bytes))
+    let record = TreeRecord { key, generation, applied: snapshot.applied().clone(), digest: snapshot.trailer().digest };
+    Ok(Filling { tree, record, map_bytes })
 }
 
 /// Returns what a pair counts for in [`Found::map_bytes`].
@@ -153,9 +172,13 @@ pub(super) fn generations(trees: &dyn Trees, key: ReplicaKey) -> Result<Vec<u64>
 /// Drops the trees of all generations but `keep`. One that can't be dropped is only in the way: it is tried again at the next start.
 pub(super) fn drop_others(trees: &dyn Trees, key: ReplicaKey, generations: &[u64], keep: u64) {
     for generation in generations.iter().filter(|generation| **generation != keep) {
-        if let Err(error) = trees.drop_tree(&tree_name(key, *generation)) {
-            tracing::warn!(replica = %key, generation, %error, "an old tree could not be dropped");
-        }
+        drop_one(trees, key, *generation);
+    }
+}
+
+pub(super) fn drop_one(trees: &dyn Trees, key: ReplicaKey, generation: u64) {
+    if let Err(error) = trees.drop_tree(&tree_name(key, generation)) {
+        tracing::warn!(replica = %key, generation, %error, "an old tree could not be dropped");
     }
 }
 
@@ -168,7 +191,7 @@ fn rebuild(
     damaged: &mut Option<String>,
 ) -> Result<Option<Believed>, StoreError> {
     while let Some(snapshot) = snapshots.first() {
-        match fill_generation(trees, key, generation, snapshot) {
+        match fill_generation(trees, key, generation, snapshot).and_then(Filling::finish) {
             Ok(filled) => return Ok(Some(filled)),
             Err(error @ (StoreError::Io { .. } | StoreError::TooOld { .. })) => return Err(error),
             Err(error @ (StoreError::Damaged(_) | StoreError::Undecodable { .. })) => {

@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use super::compaction::TreeCopy;
 use super::digest::{Digest, PairHasher};
-use super::open::{self, Found, Opened, pair_bytes};
+use super::install::Prepared;
+use super::open::{Found, Opened, pair_bytes};
 use super::record::{RESERVED, TreeRecord};
 use super::redo::{Redo, RedoFile};
 use super::store::{Claim, Job, Shared};
@@ -75,6 +76,8 @@ pub(super) struct Pen {
     redo: Option<RedoFile>,
     /// Where the tree is being copied to.
     pub copy: Option<TreeCopy>,
+    /// What is about to take the tree's place.
+    pub prepared: Option<Prepared>,
 }
 
 /// The pen, in somebody's hand. A checkpoint that came by meanwhile is queued again afterwards.
@@ -115,7 +118,7 @@ impl ReplicaState {
             shared,
             synced,
             tables: RwLock::new(Tables::new(tree, record.applied.clone())),
-            pen: Mutex::new(Pen { record, redo: None, copy: None }),
+            pen: Mutex::new(Pen { record, redo: None, copy: None, prepared: None }),
             shelf: Mutex::new(snapshot),
             map_bytes: AtomicU64::new(map_bytes),
             waiting: Mutex::new(0),
@@ -252,41 +255,6 @@ impl ReplicaState {
         SnapshotReceiver::begin(&self.replica.shared.files, self.replica.key)
     }
 
-    /// Makes a received snapshot the map: its file durable under its name, a new generation filled from it, and one switch.
-    /// Nothing of the old map is left. Blocking. After an error the old map serves on, unless the replica has failed.
-    pub fn install(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
-        let replica = &self.replica;
-        let mut pen = replica.lock_pen_first();
-        replica.check()?;
-        if snapshot.applied().log_id < replica.read_tables().applied.log_id {
-            return Err(StoreError::Damaged(format!(
-                "{}: a snapshot older than what is applied was to be installed",
-                replica.key
-            )));
-        }
-        // In one step for whoever has just built one: it would take this file for an older one, and remove it.
-        {
-            let mut shelf = replica.lock_shelf();
-            snapshot.publish(replica.key)?;
-            *shelf = Some(snapshot.clone());
-        }
-        let trees = &*replica.shared.trees;
-        let generations = open::generations(trees, replica.key)?;
-        let generation = generations.first().copied().unwrap_or(0).max(pen.record.generation) + 1;
-        let filled = open::fill_generation(trees, replica.key, generation, snapshot);
-        let (tree, record, map_bytes) = filled.inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
-        pen.record = record.clone();
-        pen.copy = None;
-        replica.map_bytes.store(map_bytes, Ordering::Relaxed);
-        let old = replica.switch(Tables::new(tree, record.applied));
-        drop(old);
-        open::drop_others(trees, replica.key, &generations, generation);
-        replica.remove_old_snapshots()?;
-        replica.shared.counters.snapshots_installed.fetch_add(1, Ordering::Relaxed);
-        replica.shared.changed.notify_waiters();
-        Ok(())
-    }
-
     /// Bytes of the keys and values of the map, as far as its tables are written down.
     pub fn map_bytes(&self) -> u64 {
         self.replica.map_bytes()
@@ -318,7 +286,7 @@ impl Replica {
     }
 
     /// Removes every snapshot file of this replica but the current one.
-    fn remove_old_snapshots(&self) -> Result<(), StoreError> {
+    pub fn remove_old_snapshots(&self) -> Result<(), StoreError> {
         let shelf = self.lock_shelf();
         let current = shelf.as_ref().map(Snapshot::path);
         self.shared.files.remove_others(self.key, current.as_deref())
@@ -326,6 +294,10 @@ impl Replica {
 
     pub fn map_bytes(&self) -> u64 {
         self.map_bytes.load(Ordering::Relaxed)
+    }
+
+    pub fn set_map_bytes(&self, bytes: u64) {
+        self.map_bytes.store(bytes, Ordering::Relaxed);
     }
 
     /// Of its snapshot file.
@@ -553,7 +525,7 @@ impl Replica {
     }
 
     /// Puts other tables in the place of these, and gives the old ones back.
-    fn switch(&self, tables: Tables) -> Tables {
+    pub fn switch(&self, tables: Tables) -> Tables {
         let old = std::mem::replace(&mut *self.write_tables(), tables);
         self.shared.active_bytes.replace(old.active.bytes(), 0);
         self.shared.frozen_bytes.replace(old.frozen_bytes, 0);

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::open;
+use super::reading::{DiskWaits, Readers};
 use super::record::{owner_of, tree_name};
 use super::redo::RedoFiles;
 use super::replica::{Replica, ReplicaState};
@@ -42,6 +43,8 @@ pub(super) struct Shared {
     pub frozen_bytes: Gauge,
     pub clean_bytes: Gauge,
     pub counters: Counters,
+    pub readers: Readers,
+    pub disk_waits: DiskWaits,
     /// What the trees took on the disk when they were last copied; zero before.
     pub compacted_bytes: AtomicU64,
     /// What they took when somebody last looked.
@@ -72,6 +75,8 @@ pub struct StateMetrics {
     pub snapshots_installed: u64,
     pub scans_given_up: u64,
     pub trees_copied: u64,
+    /// Reads of single keys, and of what entries change, that were done where they hold up nobody.
+    pub reads_elsewhere: u64,
     /// Keys and values that are written down.
     pub map_bytes: u64,
     /// What the trees took on the disk when [`StateStore::wants_compaction`] last looked.
@@ -102,6 +107,8 @@ impl StateStore {
             frozen_bytes: Gauge::default(),
             clean_bytes: Gauge::default(),
             counters: Counters::default(),
+            readers: Readers::default(),
+            disk_waits: DiskWaits::default(),
             compacted_bytes: AtomicU64::new(0),
             trees_disk_bytes: AtomicU64::new(0),
             lacks_room: AtomicBool::new(false),
@@ -210,6 +217,7 @@ impl StateStore {
             snapshots_installed: counters.snapshots_installed.load(Ordering::Relaxed),
             scans_given_up: counters.scans_given_up.load(Ordering::Relaxed),
             trees_copied: counters.trees_copied.load(Ordering::Relaxed),
+            reads_elsewhere: self.shared.readers.count(),
             map_bytes: replicas.iter().map(|replica| replica.map_bytes()).sum(),
             trees_disk_bytes: self.shared.trees_disk_bytes.load(Ordering::Relaxed),
             snapshots_disk_bytes: replicas.iter().map(|replica| replica.snapshot_bytes()).sum(),
@@ -310,6 +318,11 @@ impl Shared {
     /// The same for whoever is with each of them for long: they may be closed meanwhile.
     pub fn weak_replicas(&self) -> Vec<Weak<Replica>> {
         self.lock_replicas().values().cloned().collect()
+    }
+
+    /// Returns the bytes of the keys and values of all maps, as far as they are written down.
+    pub fn live_bytes(&self) -> u64 {
+        self.open_replicas().iter().map(|replica| replica.map_bytes()).sum()
     }
 
     /// Many small active tables are as large as a few great ones: past a limit the largest are written down before they are full.

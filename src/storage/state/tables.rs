@@ -74,7 +74,7 @@ impl Table {
     }
 
     /// The changes in `range`. `seen` makes of a value what the caller is to see of it.
-    fn range<'a, V: 'a>(&'a self, range: &KeyRange, direction: Direction, seen: impl Fn(&Bytes) -> V + 'a) -> Changes<'a, V> {
+    pub fn range<'a, V: 'a>(&'a self, range: &KeyRange, direction: Direction, seen: impl Fn(&Bytes) -> V + 'a) -> Changes<'a, V> {
         let (start, end) = range.bounds();
         let (start, end) = (start.map(Probe::new), end.map(Probe::new));
         let bounds = (start.as_ref().map(Probe::as_keyed), end.as_ref().map(Probe::as_keyed));
@@ -229,6 +229,11 @@ impl Tables {
         self.clean.as_ref().map_or(0, |clean| clean.table.bytes())
     }
 
+    /// Returns the tables over the tree, the lowest first.
+    pub fn above(&self) -> impl Iterator<Item = &Table> {
+        self.frozen.iter().map(|frozen| &frozen.table).chain(std::iter::once(&self.active))
+    }
+
     /// Freezes the active table, also an empty one: it still carries what was applied.
     pub fn freeze(&mut self) -> Arc<Frozen> {
         let table = std::mem::take(&mut self.active);
@@ -262,7 +267,7 @@ impl ReadGuard<'_> {
 
 impl ReadGuard<'_> {
     /// Returns what the tables say of `key`: nothing (`None`), deleted (`Some(None)`) or a value.
-    fn change_of(&self, key: &[u8]) -> Option<&Option<Bytes>> {
+    pub(super) fn change_of(&self, key: &[u8]) -> Option<&Option<Bytes>> {
         let frozen = self.tables.frozen.iter().rev().chain(&self.tables.clean).map(|frozen| &frozen.table);
         let probe = Probe::new(key);
         std::iter::once(&self.tables.active).chain(frozen).find_map(|table| table.get(&probe))
@@ -281,9 +286,8 @@ impl ReadGuard<'_> {
             return Box::new(std::iter::empty());
         }
         let tables = &*self.tables;
-        let above = tables.frozen.iter().map(|frozen| &frozen.table).chain(std::iter::once(&tables.active));
         let mut items = of_tree(&*tables.tree, &range);
-        for table in above.filter(|table| !table.is_empty()) {
+        for table in tables.above().filter(|table| !table.is_empty()) {
             items = Box::new(Layered::new(table.range(&range, direction, seen), items, direction));
         }
         items

@@ -88,6 +88,7 @@ pub fn small_options() -> StateOptions {
         node_bytes_max: 1 << 20,
         garbage_bytes_max: 50_000,
         copy_page_pairs: 5,
+        cache_bytes: 64 << 20,
     }
 }
 

@@ -1,0 +1,203 @@
+//! [`Feeds`]: which followers are being sent a snapshot, and what of the log they will need after it.
+//!
+//! Openraft purges the log without regard to them: a follower that takes longer to install a snapshot
+//! than writers take to bring about the next would find, when it is done, that the log goes on
+//! elsewhere, and would be sent another, for ever. So a leader keeps the log from the snapshot on
+//! that a follower was sent until that has caught up.
+//!
+//! Not at any price. It may weigh as much as the snapshot itself ([`LOG_BYTES_FLOOR`] at least): past
+//! that the follower takes a snapshot more slowly than writers write one, and sending the next is no
+//! more than the log would be. Each that a follower needs before it has caught up doubles what is kept for it, up to
+//! eight times.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::group::Group;
+use super::status::Role;
+use crate::types::{LogId, ReplicaId};
+
+/// Log that is kept for a follower whatever its snapshot weighs.
+const LOG_BYTES_FLOOR: u64 = 256 << 20;
+/// How often what is kept is doubled.
+const DOUBLINGS_MAX: u32 = 3;
+/// After a snapshot was sent, or could not be, the follower has this long to ask for what follows.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Entries behind a snapshot that are kept for followers that were away for a moment.
+const ENTRIES_BEHIND: u64 = 4096;
+/// Log for followers that are near and lack what a new snapshot holds: sending it is no more than this.
+const NEAR_BYTES_MAX: u64 = 64 << 20;
+/// A follower that was heard of within this is near: it comes by itself.
+const NEAR_WITHIN: Duration = Duration::from_secs(2);
+/// How long openraft may take to know of a snapshot that was written.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The followers of a group that are being sent snapshots. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Feeds(Arc<Mutex<BTreeMap<ReplicaId, Feed>>>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Feed {
+    /// The last entry that is in the snapshot.
+    index: u64,
+    snapshot_bytes: u64,
+    /// None: it is being sent.
+    ended: Option<Instant>,
+    /// How many it was sent since it had last caught up.
+    times: u32,
+}
+
+impl Feed {
+    fn log_bytes_max(&self) -> u64 {
+        let doublings = self.times.saturating_sub(1).min(DOUBLINGS_MAX);
+        self.snapshot_bytes.max(LOG_BYTES_FLOOR) << doublings
+    }
+
+    fn is_over(&self) -> bool {
+        self.ended.is_some_and(|ended| ended.elapsed() > PATIENCE)
+    }
+}
+
+/// For as long as it lives a snapshot is being sent.
+pub struct Feeding {
+    feeds: Feeds,
+    to: ReplicaId,
+}
+
+impl Drop for Feeding {
+    fn drop(&mut self) {
+        if let Some(feed) = self.feeds.lock().get_mut(&self.to) {
+            feed.ended = Some(Instant::now());
+        }
+    }
+}
+
+impl Feeds {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ReplicaId, Feed>> {
+        self.0.lock().expect("no holder panics")
+    }
+
+    /// Notes that a snapshot as of `index` is being sent.
+    pub fn begin(&self, to: ReplicaId, index: u64, snapshot_bytes: u64) -> Feeding {
+        let mut feeds = self.lock();
+        let before = feeds.get(&to).filter(|feed| !feed.is_over());
+        let times = match before {
+            // The way broke, and it goes on.
+            Some(before) if before.index == index => before.times,
+            Some(before) => before.times + 1,
+            None => 1,
+        };
+        feeds.insert(to, Feed { index, snapshot_bytes, ended: None, times });
+        Feeding { feeds: self.clone(), to }
+    }
+
+    /// Returns through where the log may be purged for the sake of those that are sent snapshots.
+    /// `matched` says how far the log of a follower is known to be the leader's, `bytes_since` how many bytes
+    /// of log there are after an entry.
+    fn purgeable(&self, last: u64, matched: impl Fn(ReplicaId) -> Option<LogId>, bytes_since: impl Fn(u64) -> u64) -> u64 {
+        let mut upto = u64::MAX;
+        self.lock().retain(|replica, feed| {
+            let has = matched(*replica).map_or(0, |id| id.index).max(feed.index);
+            let has_caught_up = feed.ended.is_some() && has > feed.index && has + ENTRIES_BEHIND > last;
+            let needs_it = !has_caught_up && !feed.is_over();
+            if needs_it && bytes_since(has) <= feed.log_bytes_max() {
+                upto = upto.min(has);
+            }
+            needs_it
+        });
+        upto
+    }
+}
+
+impl Group {
+    /// Purges the log through `index`, but not past the last snapshot, nor past what a follower that is sent
+    /// a snapshot will need.
+    pub async fn purge_log(&self, index: u64) {
+        let status = self.status();
+        let last = status.last_log.map_or(0, |id| id.index);
+        let matched = |replica| status.matched.get(&replica).copied().flatten();
+        let purgeable = match status.role {
+            Role::Leader => self.network.feeds.purgeable(last, matched, |index| self.log.bytes_since(index)),
+            Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => u64::MAX,
+        };
+        let upto = index.min(purgeable);
+        if upto > status.purged.map_or(0, |id| id.index) {
+            let _ = self.raft.trigger().purge_log(upto).await;
+        }
+    }
+
+    /// Purges what a snapshot that was just written, as of `snapshot`, covers, but for what followers
+    /// that are near may need.
+    pub(super) async fn purge_behind(&self, snapshot: LogId) {
+        let deadline = Instant::now() + SNAPSHOT_PATIENCE;
+        while self.status().snapshot < Some(snapshot) {
+            if Instant::now() > deadline || self.watch.borrow().failure.is_some() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+
+        let status = self.status();
+        let lanes = &self.shared.lanes;
+        let is_near = |node| {
+            let heard = lanes.last_heard(node).is_some_and(|at| at.elapsed() < NEAR_WITHIN);
+            heard && !lanes.is_cut(node)
+        };
+        let behind = snapshot.index.saturating_sub(ENTRIES_BEHIND);
+        let needed = status.purgeable(is_near).unwrap_or(0);
+        let is_worth_it = self.log.bytes_since(needed) <= NEAR_BYTES_MAX;
+        self.purge_log(if is_worth_it { behind.min(needed) } else { behind }).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FOLLOWER: ReplicaId = ReplicaId(2);
+
+    fn id(index: u64) -> Option<LogId> {
+        Some(LogId { term: 1, index })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_log_after_a_snapshot_is_kept_until_its_follower_has_caught_up() {
+        let feeds = Feeds::default();
+        let upto = |last, matched| feeds.purgeable(last, |_| matched, |_| 1);
+        assert_eq!(upto(5000, None), u64::MAX, "nobody is sent one");
+        let feeding = feeds.begin(FOLLOWER, 1000, 10);
+        tokio::time::advance(PATIENCE * 100).await;
+        assert_eq!(upto(50_000, None), 1000, "it is on its way for as long as it takes");
+        drop(feeding);
+        assert_eq!(upto(60_000, id(1000)), 1000, "it has just been installed");
+        assert_eq!(upto(60_000, id(20_000)), 20_000, "it is being sent the log");
+        assert_eq!(upto(60_000, id(59_000)), u64::MAX, "it has caught up");
+        assert_eq!(upto(60_000, None), u64::MAX, "and nothing is remembered");
+
+        drop(feeds.begin(FOLLOWER, 1000, 10));
+        tokio::time::advance(PATIENCE / 2).await;
+        assert_eq!(upto(5000, None), 1000);
+        tokio::time::advance(PATIENCE).await;
+        assert_eq!(upto(5000, None), u64::MAX, "it did not come for more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_kept_is_bounded_and_grows_with_each_snapshot_that_did_not_do() {
+        let feeds = Feeds::default();
+        let is_kept = |bytes| feeds.purgeable(1 << 40, |_| None, |_| bytes) < u64::MAX;
+        drop(feeds.begin(FOLLOWER, 1000, 10));
+        assert!(is_kept(LOG_BYTES_FLOOR) && !is_kept(LOG_BYTES_FLOOR + 1));
+        drop(feeds.begin(FOLLOWER, 1000, 10));
+        assert!(!is_kept(LOG_BYTES_FLOOR + 1), "the same again");
+        for (n, factor) in [2, 4, 8, 8].into_iter().enumerate() {
+            drop(feeds.begin(FOLLOWER, 2000 + n as u64, 10));
+            assert!(is_kept(LOG_BYTES_FLOOR * factor) && !is_kept(LOG_BYTES_FLOOR * factor + 1));
+        }
+        let large = LOG_BYTES_FLOOR * 5;
+        drop(feeds.begin(ReplicaId(3), 1000, large));
+        assert!(is_kept(large), "as much as the snapshot");
+    }
+}

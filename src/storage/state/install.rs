@@ -1,0 +1,125 @@
+//! Putting a snapshot of another replica in the place of a map: [`ReplicaState::prepare`] does what
+//! takes long, [`ReplicaState::install`] the rest.
+//!
+//! While it is prepared the map serves on, and takes entries. What is prepared is a generation without
+//! a record, which nobody believes: a crash leaves the map as it was.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::open::{self, Filling};
+use super::replica::{Pen, Replica, ReplicaState};
+use super::tables::Tables;
+use crate::sm::ports::StoreError;
+use crate::storage::snapshot::Snapshot;
+
+/// A generation that holds what a snapshot does, and waits to become the map.
+pub(super) struct Prepared {
+    snapshot: Snapshot,
+    filling: Filling,
+}
+
+impl Prepared {
+    fn is_of(&self, snapshot: &Snapshot) -> bool {
+        self.snapshot.path() == snapshot.path() && self.snapshot.applied() == snapshot.applied()
+    }
+}
+
+impl ReplicaState {
+    /// Fills a generation with a snapshot that is about to be installed, so that
+    /// [`ReplicaState::install`] takes no time. At most one is prepared: another takes its place. Does
+    /// nothing where the map is further. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// The map serves on as if nothing had been begun.
+    pub fn prepare(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
+        let replica = &self.replica;
+        let mut pen = replica.lock_pen_first();
+        replica.check()?;
+        discard(replica, &mut pen);
+        if snapshot.applied().log_id <= replica.read_tables().applied.log_id {
+            return Ok(());
+        }
+
+        let trees = &*replica.shared.trees;
+        let generation = next_generation(replica, &pen)?;
+        let filling = open::fill_generation(trees, replica.key, generation, snapshot);
+        // What was begun is no good to anybody.
+        let filling = filling.inspect_err(|_| open::drop_one(trees, replica.key, generation))?;
+        pen.prepared = Some(Prepared { snapshot: snapshot.clone(), filling });
+        Ok(())
+    }
+
+    /// Makes a received snapshot the map: its file durable under its name, a generation filled from it unless one is
+    /// prepared, and one switch. Nothing of the old map is seen any more; [`ReplicaState::tidy`] has it removed. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// The old map serves on, unless the replica has failed.
+    pub fn install(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
+        let replica = &self.replica;
+        let mut pen = replica.lock_pen_first();
+        replica.check()?;
+        if snapshot.applied().log_id < replica.read_tables().applied.log_id {
+            return Err(StoreError::Damaged(format!(
+                "{}: a snapshot older than what is applied was to be installed",
+                replica.key
+            )));
+        }
+        // In one step for whoever has just built one: it would take this file for an older one, and remove it.
+        {
+            let mut shelf = replica.lock_shelf();
+            snapshot.publish(replica.key)?;
+            *shelf = Some(snapshot.clone());
+        }
+
+        let filled = match pen.prepared.take_if(|prepared| prepared.is_of(snapshot)) {
+            Some(prepared) => Ok(prepared.filling),
+            None => {
+                discard(replica, &mut pen);
+                let generation = next_generation(replica, &pen)?;
+                open::fill_generation(&*replica.shared.trees, replica.key, generation, snapshot)
+            }
+        };
+        let finished = filled.and_then(Filling::finish);
+        let (tree, record, map_bytes) = finished.inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
+        pen.record = record.clone();
+        pen.copy = None;
+        replica.set_map_bytes(map_bytes);
+        drop(replica.switch(Tables::new(tree, record.applied)));
+        replica.shared.counters.snapshots_installed.fetch_add(1, Ordering::Relaxed);
+        replica.shared.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// Removes what an installation has left: the old map, older snapshot files, and what was prepared and not
+    /// installed. What remains is found by the next start. Blocking.
+    pub fn tidy(&self) -> Result<(), StoreError> {
+        let replica = &self.replica;
+        let mut pen = replica.lock_pen_last();
+        replica.check()?;
+        discard(replica, &mut pen);
+        let trees = &*replica.shared.trees;
+        if pen.copy.is_none() {
+            let generations = open::generations(trees, replica.key)?;
+            open::drop_others(trees, replica.key, &generations, pen.record.generation);
+        }
+        replica.remove_old_snapshots()
+    }
+}
+
+/// Drops what was prepared, if anything was.
+fn discard(replica: &Replica, pen: &mut Pen) {
+    if let Some(prepared) = pen.prepared.take() {
+        let generation = prepared.filling.generation();
+        drop(prepared);
+        open::drop_one(&*replica.shared.trees, replica.key, generation);
+    }
+}
+
+/// Returns a generation that there is no tree of.
+fn next_generation(replica: &Arc<Replica>, pen: &Pen) -> Result<u64, StoreError> {
+    let generations = open::generations(&*replica.shared.trees, replica.key)?;
+    Ok(generations.first().copied().unwrap_or(0).max(pen.record.generation) + 1)
+}

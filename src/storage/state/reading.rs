@@ -1,0 +1,413 @@
+//! [`MapRead`]: reading a map whose tree may have to wait for the disk, without holding up anybody
+//! else.
+//!
+//! Two things must not wait for the disk: the threads that serve, which carry the heartbeats of all
+//! groups, and the lock of the tables, which apply needs. So
+//! - a read that may wait runs on a thread of its own, of which there are a bounded number
+//!   ([`Readers`]);
+//! - before it takes the lock it is done once without ([`Preview`]), and its result thrown away:
+//!   what it looks at is in the tree's cache then, and what is read under the lock waits for nothing.
+//!
+//! Whether single keys may wait is measured ([`DiskWaits`]): while what they need is in memory they are
+//! read where they are asked for. Nothing is said of the results here: those come of one guard, as
+//! if there was no disk.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::Semaphore;
+
+use super::record::{CORE_KEYS_START, RESERVED};
+use super::replica::{Replica, ReplicaState};
+use super::store::Shared;
+use super::tables::{ReadGuard, Tables};
+use crate::sm::ports::{Direction, Items, KeyRange, Layered, Pairs, Read, StoreError, ValueStart};
+use crate::storage::tree::Tree;
+
+/// A read that takes no longer has not waited for a disk, or not so that it matters.
+const QUICK: Duration = Duration::from_micros(500);
+/// What slow reads may take of the time of the threads that serve: one part of so many.
+const SHARE: u32 = 10;
+/// How much of that may be taken at once.
+const BURST: Duration = Duration::from_millis(30);
+/// For how long reads go elsewhere after they took more; renewed for as long as they are slow there.
+const ELSEWHERE_FOR: Duration = Duration::from_secs(5);
+
+/// Reads of each kind that wait for the disk at a time. A disk that has much to do at once does it
+/// faster; each costs a thread.
+const KEYS_AT_ONCE: usize = 32;
+const PAGES_AT_ONCE: usize = 4;
+const ENTRIES_AT_ONCE: usize = 16;
+
+/// What is read of the tree at once while no lock is held, and returns no more than this.
+const PREVIEW_PAIRS_MAX: usize = 64;
+const PREVIEW_BYTES_MAX: usize = 64 << 10;
+
+/// What a map is read for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadKind {
+    /// One key, or a few.
+    Keys,
+    /// Many of them: a listing, a count, a chunk of a move.
+    Page,
+    /// What an entry changes.
+    Entry,
+}
+
+/// The threads that reads wait for the disk on.
+pub(super) struct Readers {
+    keys: Arc<Semaphore>,
+    pages: Arc<Semaphore>,
+    entries: Arc<Semaphore>,
+    count: AtomicU64,
+}
+
+impl Default for Readers {
+    fn default() -> Self {
+        Self {
+            keys: Arc::new(Semaphore::new(KEYS_AT_ONCE)),
+            pages: Arc::new(Semaphore::new(PAGES_AT_ONCE)),
+            entries: Arc::new(Semaphore::new(ENTRIES_AT_ONCE)),
+            count: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Readers {
+    /// Returns how many reads of single keys, and of what entries change, were done here.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Does `work` on one of the threads. A panic of it goes on here.
+    async fn run<T: Send + 'static>(&self, kind: ReadKind, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let turns = match kind {
+            ReadKind::Keys => &self.keys,
+            ReadKind::Page => &self.pages,
+            ReadKind::Entry => &self.entries,
+        };
+        let turn = turns.clone().acquire_owned().await.expect("nobody closes it");
+        self.count.fetch_add(u64::from(kind != ReadKind::Page), Ordering::Relaxed);
+        // The turn lasts as long as the work, also if nobody waits for that any more.
+        let work = move || {
+            let _turn = turn;
+            work()
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(done) => done,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime ends, and this task with it.
+                Err(_) => std::future::pending().await,
+            },
+        }
+    }
+}
+
+/// Whether reads of single keys wait for the disk, by how long they took.
+///
+/// It is an account: slow reads fill it, time empties it. Past its limit reads go elsewhere for a while.
+pub(super) struct DiskWaits {
+    start: Instant,
+    /// When the account is empty again, in microseconds after `start`.
+    empty_at_us: AtomicU64,
+    /// Until when reads go elsewhere, likewise. Zero: they do not.
+    elsewhere_until_us: AtomicU64,
+}
+
+impl Default for DiskWaits {
+    fn default() -> Self {
+        let zero = AtomicU64::default;
+        Self { start: Instant::now(), empty_at_us: zero(), elsewhere_until_us: zero() }
+    }
+}
+
+impl DiskWaits {
+    fn now_us(&self) -> u64 {
+        micros(self.start.elapsed())
+    }
+
+    /// Notes how long a read took. Returns whether they take too much by now.
+    pub fn note(&self, took: Duration) -> bool {
+        if took < QUICK {
+            return false;
+        }
+        let now = self.now_us();
+        let filled = |empty_at: u64| empty_at.max(now).saturating_add(micros(took * SHARE));
+        let update = self.empty_at_us.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |at| Some(filled(at)));
+        let empty_at = update.map_or_else(filled, filled);
+        empty_at - now > micros(BURST * SHARE)
+    }
+
+    fn go_elsewhere(&self) {
+        let now = self.now_us();
+        self.elsewhere_until_us.store(now + micros(ELSEWHERE_FOR), Ordering::Relaxed);
+        // What led to it is paid for; reads that are slow there fill it again.
+        self.empty_at_us.store(now, Ordering::Relaxed);
+    }
+
+    fn is_elsewhere(&self) -> bool {
+        let until = self.elsewhere_until_us.load(Ordering::Relaxed);
+        if until == 0 {
+            return false;
+        }
+        let is_elsewhere = self.now_us() < until;
+        if !is_elsewhere {
+            let _ = self.elsewhere_until_us.compare_exchange(until, 0, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        is_elsewhere
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Shared {
+    /// Returns whether the cache of the trees may not hold all of them.
+    fn outgrows_cache(&self) -> bool {
+        // A pair costs the cache more than its bytes.
+        self.live_bytes() > self.options.cache_bytes / 2
+    }
+
+    fn note_read(&self, took: Duration) {
+        if self.disk_waits.note(took) && self.outgrows_cache() {
+            if !self.disk_waits.is_elsewhere() {
+                tracing::debug!("reads of the maps wait for the disk, and do so off the threads that serve");
+            }
+            self.disk_waits.go_elsewhere();
+        }
+    }
+}
+
+impl ReplicaState {
+    /// Returns whether reads of this kind may wait for the disk: those are to be done by
+    /// [`ReplicaState::read_elsewhere`].
+    pub fn reads_wait(&self, kind: ReadKind) -> bool {
+        let shared = &self.replica.shared;
+        match kind {
+            ReadKind::Keys | ReadKind::Entry => shared.disk_waits.is_elsewhere(),
+            ReadKind::Page => shared.outgrows_cache(),
+        }
+    }
+
+    /// Reads the map here, under one guard, and notes how long that took.
+    pub fn read_here<T>(&self, work: impl FnOnce(&MapRead<'_>) -> T) -> T {
+        let started = Instant::now();
+        let done = work(&MapRead::Pinned(self.read()));
+        self.replica.shared.note_read(started.elapsed());
+        done
+    }
+
+    /// Reads the map on another thread, where it may wait for the disk. `work` is called twice, and what
+    /// it returns first is dropped: it must change nothing.
+    pub async fn read_elsewhere<T: Send + 'static>(
+        &self,
+        kind: ReadKind,
+        work: impl Fn(&MapRead<'_>) -> T + Send + 'static,
+    ) -> T {
+        let state = self.clone();
+        let read = move || {
+            state.preview(&work);
+            work(&MapRead::Pinned(state.read()))
+        };
+        self.replica.shared.readers.run(kind, read).await
+    }
+
+    /// Reads the map under one guard: here if nothing is waited for, else on another thread. See
+    /// [`ReplicaState::read_elsewhere`] for what is asked of `work`.
+    pub async fn read_in<T: Send + 'static>(&self, kind: ReadKind, work: impl Fn(&MapRead<'_>) -> T + Send + 'static) -> T {
+        if self.reads_wait(kind) { self.read_elsewhere(kind, work).await } else { self.read_here(work) }
+    }
+
+    /// Brings what `work` looks at into the cache of the tree, with no lock held while the disk is
+    /// waited for. Blocking.
+    pub fn preview<T>(&self, work: impl FnOnce(&MapRead<'_>) -> T) {
+        let started = Instant::now();
+        drop(work(&MapRead::Preview(Preview { replica: self.replica.clone() })));
+        self.replica.shared.note_read(started.elapsed());
+    }
+
+    /// Does `work` where it may wait for the disk. Of each kind a bounded number runs at a time.
+    pub async fn elsewhere<T: Send + 'static>(&self, kind: ReadKind, work: impl FnOnce() -> T + Send + 'static) -> T {
+        self.replica.shared.readers.run(kind, work).await
+    }
+
+    /// Has reads wait for the disk, as far as anybody knows.
+    #[cfg(test)]
+    pub fn expect_waits(&self) {
+        self.replica.shared.disk_waits.go_elsewhere();
+    }
+}
+
+/// A map that is read.
+pub enum MapRead<'a> {
+    /// As it is at one moment.
+    Pinned(ReadGuard<'a>),
+    /// As it is while it is read: for a look ahead.
+    Preview(Preview),
+}
+
+/// The map with no lock held but for moments. Each value is one that the map had, of a moment between the
+/// beginning of the read and its end; where nothing is applied meanwhile, all of it is as under one guard.
+pub struct Preview {
+    replica: Arc<Replica>,
+}
+
+impl Preview {
+    fn tables<T>(&self, look: impl FnOnce(&ReadGuard<'_>) -> T) -> T {
+        look(&ReadGuard { tables: self.replica.read_tables() })
+    }
+
+    /// Returns what the tables say of `key`, or where else to look.
+    fn find<V>(&self, key: &[u8], seen: impl FnOnce(&Bytes) -> V) -> Result<Option<V>, Arc<dyn Tree>> {
+        self.tables(|guard| match guard.change_of(key) {
+            Some(change) => Ok(change.as_ref().map(seen)),
+            None => Err(guard.tables.tree.clone()),
+        })
+    }
+
+    /// `seen` makes of a value of the tables what the caller is to see of it; `of_tree` scans the tree; `weigh` says
+    /// how many bytes an item has.
+    fn scan_as<'a, V: 'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        seen: impl Fn(&Bytes) -> V + Copy + 'a,
+        of_tree: impl for<'t> Fn(&'t dyn Tree, &KeyRange) -> Items<'t, V> + 'a,
+        weigh: fn(&V) -> usize,
+    ) -> Items<'a, V> {
+        let start = range.start.clone().max(Bytes::from_static(CORE_KEYS_START));
+        let range = KeyRange { start, end: range.end.clone() };
+        if range.is_empty() {
+            return Box::new(std::iter::empty());
+        }
+
+        let (layers, tree) = self.tables(|guard| {
+            let tables: &Tables = &guard.tables;
+            let changes = tables.above().map(|table| table.range(&range, direction, seen).collect());
+            (changes.collect::<Vec<Vec<_>>>(), tables.tree.clone())
+        });
+        let batches = Batches { tree, of_tree, weigh, rest: Some(range), direction, pairs_max: 1 };
+        let mut items: Items<'a, V> = Box::new(batches.flatten());
+        for layer in layers.into_iter().filter(|layer| !layer.is_empty()) {
+            items = Box::new(Layered::new(Box::new(layer.into_iter()), items, direction));
+        }
+        items
+    }
+}
+
+/// The pairs of a tree, a few at a time.
+struct Batches<V, F> {
+    tree: Arc<dyn Tree>,
+    of_tree: F,
+    weigh: fn(&V) -> usize,
+    rest: Option<KeyRange>,
+    direction: Direction,
+    pairs_max: usize,
+}
+
+impl<V, F> Iterator for Batches<V, F>
+where
+    F: for<'t> Fn(&'t dyn Tree, &KeyRange) -> Items<'t, V>,
+{
+    type Item = VecDeque<Result<(Bytes, V), StoreError>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let range = self.rest.take()?;
+        let (mut batch, mut bytes) = (VecDeque::new(), 0);
+        for item in (self.of_tree)(&*self.tree, &range) {
+            let Ok((key, value)) = &item else {
+                // Nothing comes after an error.
+                batch.push_back(item);
+                return Some(batch);
+            };
+            bytes += key.len() + (self.weigh)(value);
+            let is_last = batch.len() + 1 >= self.pairs_max || bytes >= PREVIEW_BYTES_MAX;
+            if is_last {
+                self.rest = Some(match self.direction {
+                    Direction::Forward => {
+                        let start = [&key[..], &[0]].concat().into();
+                        KeyRange { start, end: range.end.clone() }
+                    }
+                    Direction::Reverse => KeyRange { start: range.start.clone(), end: Some(key.clone()) },
+                });
+            }
+            batch.push_back(item);
+            if is_last {
+                break;
+            }
+        }
+        self.pairs_max = (self.pairs_max * 4).min(PREVIEW_PAIRS_MAX);
+        self.rest = self.rest.take().filter(|rest| !rest.is_empty());
+        (!batch.is_empty()).then_some(batch)
+    }
+}
+
+fn is_reserved(key: &[u8]) -> bool {
+    key.first().is_none_or(|byte| *byte == RESERVED)
+}
+
+impl Read for Preview {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        if is_reserved(key) {
+            return Ok(None);
+        }
+        self.find(key, Bytes::clone).or_else(|tree| tree.get(key))
+    }
+
+    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
+        if is_reserved(key) {
+            return Ok(None);
+        }
+        self.find(key, |value| ValueStart::of(value, bytes_max)).or_else(|tree| tree.start_of(key, bytes_max))
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        self.scan_as(range, direction, Bytes::clone, move |tree, range| tree.scan(range, direction), Bytes::len)
+    }
+
+    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+        let start = move |value: &Bytes| ValueStart::of(value, bytes_max);
+        self.scan_as(
+            range,
+            direction,
+            start,
+            move |tree, range| tree.scan_starts(range, direction, bytes_max),
+            |value| value.start.len(),
+        )
+    }
+}
+
+impl Read for MapRead<'_> {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        match self {
+            MapRead::Pinned(guard) => guard.get(key),
+            MapRead::Preview(preview) => preview.get(key),
+        }
+    }
+
+    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
+        match self {
+            MapRead::Pinned(guard) => guard.start_of(key, bytes_max),
+            MapRead::Preview(preview) => preview.start_of(key, bytes_max),
+        }
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        match self {
+            MapRead::Pinned(guard) => guard.scan(range, direction),
+            MapRead::Preview(preview) => preview.scan(range, direction),
+        }
+    }
+
+    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+        match self {
+            MapRead::Pinned(guard) => guard.scan_starts(range, direction, bytes_max),
+            MapRead::Preview(preview) => preview.scan_starts(range, direction, bytes_max),
+        }
+    }
+}
