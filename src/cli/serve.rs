@@ -75,8 +75,7 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     let told = signals::stop().map_err(ServeError::Signals)?;
     tracing::info!("quorate {} at {}, data in {}", env!("CARGO_PKG_VERSION"), config.address, config.data_dir.display());
     let node = Node::open(config)?;
-    let closing = CancellationToken::new();
-    let app = app(&node, &server, closing.clone(), limits.clone());
+    let app = app(&node, &server, limits.clone());
     let (stop_server, stop_node) = (CancellationToken::new(), CancellationToken::new());
     let serving = node.supervisor().start_alone("server", {
         let stop = stop_server.clone();
@@ -98,7 +97,6 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     }
     node.registry().inspect(|registry| registry.begin_to_close());
     stop_server.cancel();
-    closing.cancel();
     if let Err(error) = serving.await {
         tracing::error!("the server was broken off: {error}");
     }
@@ -119,9 +117,9 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     Ok(())
 }
 
-/// A node as it is served. Lanes end when `closing` is cancelled.
-pub(super) fn app(node: &Arc<Node>, server: &Server, closing: CancellationToken, limits: Limits) -> App {
-    let face = Arc::new(Face { node: node.clone(), closing });
+/// A node as it is served.
+pub(super) fn app(node: &Arc<Node>, server: &Server, limits: Limits) -> App {
+    let face = Arc::new(Face { node: node.clone() });
     let metrics = Arc::new(Metrics::new(vec![server.stats(), face.clone()]));
     App::new(node.clone(), face.clone(), metrics, Some(face), limits)
 }
@@ -146,8 +144,6 @@ fn restart(why: &NodeError, restarts: u32) -> ServeError {
 /// A node as the HTTP side sees it.
 struct Face {
     node: Arc<Node>,
-    /// Lanes end when this is cancelled: they would hold up the drain.
-    closing: CancellationToken,
 }
 
 impl Readiness for Face {
@@ -180,10 +176,7 @@ impl MetricSource for Face {
 impl PeerService for Face {
     fn lane(&self, lane: &str, incoming: BoxStream<'static, io::Result<Bytes>>) -> BoxStream<'static, Bytes> {
         match (Lane::from_name(lane), self.node.registry()) {
-            (Some(lane), Some(registry)) => {
-                let closing = self.closing.clone();
-                serve_lane(registry, lane, incoming).take_until(closing.cancelled_owned()).boxed()
-            }
+            (Some(lane), Some(registry)) => serve_lane(registry, lane, incoming).boxed(),
             // The peer sees its lane end at once, and dials again in a while.
             (None, _) | (_, None) => stream::empty().boxed(),
         }

@@ -15,6 +15,7 @@ use http::{Version, header};
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::connection::Caller;
 use super::limits::Limits;
 use super::problem::{Code, Problem};
 use crate::budget::{Budget, Share};
@@ -162,7 +163,9 @@ pub fn discard(parts: &Parts, mut body: Body) {
     if parts.version >= Version::HTTP_2 || parts.headers.contains_key(header::EXPECT) || body.is_end_stream() {
         return;
     }
+    let discarding = parts.extensions.get::<Caller>().map(|caller| caller.inbox.discard());
     let drain = async move {
+        let _discarding = discarding;
         let mut left = DISCARD_BYTES_MAX;
         while let Some(Ok(frame)) = body.frame().await {
             left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));

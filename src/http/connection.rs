@@ -8,6 +8,7 @@
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,17 +32,20 @@ use tower::Service;
 
 use super::admission::{Place, ServerStats, Verdict};
 use super::apart::Apart;
+use super::drain::Attending;
 use super::haste::Haste;
 use super::heads::{HeadMeter, Metered};
+use super::inbox::{Arrivals, Inbox};
 use super::limits::Limits;
 use super::outbox::Outbox;
 use super::paced::Paced;
 use super::problem::{Code, Problem};
 use super::server::BUFFER_BYTES_MIN;
+use super::{body, framing};
 use crate::budget::Budget;
 
-/// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One that is idle may be used again just then, and
-/// its client could not tell whether that request was done if it were closed: so it is closed only after this.
+/// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One that is idle, or was only just made, may be used
+/// just then, and its client could not tell whether that request was done if it were closed: so it is closed only after this.
 const IDLE_KEPT_FOR: Duration = Duration::from_millis(300);
 
 /// How long a connection may stand at the door without a request: peers send theirs at once.
@@ -52,6 +56,13 @@ const END_FOR: Duration = Duration::from_secs(5);
 
 /// While more than half of the places are taken, a connection has so long for its first request.
 const FIRST_REQUEST_WHILE_CROWDED: Duration = Duration::from_secs(10);
+
+/// What a connection was given when it was let in.
+pub struct Admitted {
+    pub place: Place,
+    pub attending: Attending,
+    pub is_crowded: bool,
+}
 
 /// What connections are served with.
 pub struct Serving {
@@ -65,17 +76,28 @@ pub struct Serving {
     pub heads: Arc<Budget>,
 }
 
+/// Where a request came from. Every request has one among its extensions.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    pub address: SocketAddr,
+    pub inbox: Arc<Inbox>,
+}
+
 /// What a connection and its requests share.
 struct Talk {
     place: Place,
     /// A clone of the server's takes its lock: so this is not cloned for a request.
     shutdown: CancellationToken,
+    attending: Attending,
     /// Whether there was a request.
     spoke: AtomicBool,
     /// Whether it can be used again, and there is no other word for its end than closing it.
     may_be_reused: AtomicBool,
+    inbox: Arc<Inbox>,
     outbox: Arc<Outbox>,
     meter: Arc<HeadMeter>,
+    /// Where its client is.
+    address: SocketAddr,
     /// Notified of streams: they have to be looked at from then on.
     streams: Notify,
     /// Notified when an answer was the last of this connection.
@@ -84,7 +106,8 @@ struct Talk {
 
 impl Serving {
     /// Serves one connection until it ends.
-    pub async fn serve(&self, stream: TcpStream, place: Place, is_crowded: bool) {
+    pub async fn serve(&self, stream: TcpStream, address: SocketAddr, admitted: Admitted) {
+        let Admitted { place, attending, is_crowded } = admitted;
         let is_at_the_door = place.is_at_the_door();
         if is_at_the_door && !self.speaks(&stream, &place).await {
             place.refuse();
@@ -99,10 +122,13 @@ impl Serving {
         let talk = Arc::new(Talk {
             place,
             shutdown: self.shutdown.clone(),
+            attending,
             spoke: AtomicBool::new(false),
             may_be_reused: AtomicBool::new(false),
+            inbox: Arc::default(),
             outbox: Arc::default(),
             meter: Arc::new(HeadMeter::new(&self.heads, self.limits.head_bytes_max.max(BUFFER_BYTES_MIN))),
+            address,
             streams: Notify::new(),
             over: Notify::new(),
         });
@@ -123,7 +149,8 @@ impl Serving {
     async fn talk(&self, stream: TcpStream, talk: &Arc<Talk>, first_request: Duration) {
         let service = service_fn(|request: Request<Incoming>| Arc::clone(talk).answer(self.router.clone(), request));
         let (stats, outbox) = (Arc::clone(&self.stats), Arc::clone(&talk.outbox));
-        let stream = Paced::new(stream, self.limits.write_timeout, stats, self.haste.clone(), outbox);
+        let arrivals = Arrivals::new(Arc::clone(&talk.inbox), self.limits.head_arrival_timeout);
+        let stream = Paced::new(stream, self.limits.write_timeout, stats, self.haste.clone(), outbox, arrivals);
         let stream = Metered::new(stream, Arc::clone(&talk.meter), Arc::clone(&talk.outbox));
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
         let mut watch = Watch {
@@ -166,7 +193,7 @@ impl Serving {
                 biased;
                 () = watch.stop.as_mut(), if !watch.is_stopping => {
                     watch.is_stopping = true;
-                    if !talk.may_be_reused.load(Ordering::Relaxed) {
+                    if !talk.may_be_used() {
                         return Step::ShutDown;
                     }
                     watch.lingers = true;
@@ -265,8 +292,14 @@ impl Watch<'_, '_> {
 }
 
 impl Talk {
+    /// Returns whether its client may send a request before it can know that the server stops: one
+    /// that has just connected is about to, and over HTTP/1 one may come on any connection.
+    fn may_be_used(&self) -> bool {
+        !self.spoke.load(Ordering::Relaxed) || self.may_be_reused.load(Ordering::Relaxed)
+    }
+
     /// Answers one request of this connection.
-    async fn answer(self: Arc<Self>, mut router: Router, request: Request<Incoming>) -> Result<Response, Infallible> {
+    async fn answer(self: Arc<Self>, mut router: Router, mut request: Request<Incoming>) -> Result<Response, Infallible> {
         self.spoke.store(true, Ordering::Relaxed);
         // HTTP/2 has a word for a connection that takes no more requests.
         let is_old = request.version() <= Version::HTTP_11;
@@ -274,15 +307,25 @@ impl Talk {
 
         let in_flight = self.meter.begin(&request);
         let verdict = self.place.judge(request.method(), request.uri().path());
+        request.extensions_mut().insert(Caller { address: self.address, inbox: Arc::clone(&self.inbox) });
         if !is_old {
             return Ok(self.answer_stream(router, request, verdict).await);
         }
-        let mut response = match verdict {
-            Verdict::Serve | Verdict::ServeLast => router.call(request).await.unwrap_or_else(|never| match never {}),
-            Verdict::Refuse => too_many().into_response(),
+        let _asked = self.inbox.begin(request.version());
+        let checked = framing::check(request.version(), request.headers());
+        let is_last = verdict != Verdict::Serve || checked.is_err();
+        let mut response = match (checked, verdict) {
+            (Err(problem), _) => {
+                tracing::debug!(client = %self.address, %problem.detail, "a request's head is refused");
+                let (parts, body) = request.into_parts();
+                body::discard(&parts, Body::new(body));
+                problem.into_response()
+            }
+            (Ok(()), Verdict::Serve | Verdict::ServeLast) => router.call(request).await.unwrap_or_else(|never| match never {}),
+            (Ok(()), Verdict::Refuse) => too_many().into_response(),
         };
         drop(in_flight);
-        if verdict != Verdict::Serve || self.shutdown.is_cancelled() {
+        if is_last || self.shutdown.is_cancelled() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(response)
@@ -295,7 +338,10 @@ impl Talk {
         let Some(_head) = self.meter.take(&request) else {
             return no_room_for_heads().into_response().map(|body| exchange.answer(body, true));
         };
-        let is_timed = !request.uri().path().starts_with(super::peer::LANE_PREFIX);
+        let is_lane = request.uri().path().starts_with(super::peer::LANE_PREFIX);
+        if is_lane {
+            self.attending.carries_lanes();
+        }
         let response = match verdict {
             Verdict::Serve | Verdict::ServeLast => router.call(request).await.unwrap_or_else(|never| match never {}),
             Verdict::Refuse => too_many().into_response(),
@@ -303,7 +349,7 @@ impl Talk {
         if verdict != Verdict::Serve {
             self.over.notify_one();
         }
-        response.map(|body| exchange.answer(body, is_timed))
+        response.map(|body| exchange.answer(body, !is_lane))
     }
 }
 

@@ -39,16 +39,6 @@ async fn ask(client: &mut Client, path: &str) -> hyper::Response<Incoming> {
     timeout(PATIENCE, client.send_request(get(path))).await.expect("an answer in time").expect("an answer")
 }
 
-/// Waits until the metrics have this line.
-async fn wait_for_metric(site: &Site, line: &str) {
-    let found = async {
-        while !site.get("/metrics").await.text().lines().any(|found| found == line) {
-            tokio::task::yield_now().await;
-        }
-    };
-    timeout(PATIENCE, found).await.unwrap_or_else(|_| panic!("never: {line}"));
-}
-
 /// A client that has a place.
 async fn client(site: &Site) -> Wire {
     let mut wire = site.connect().await;
@@ -88,7 +78,7 @@ async fn a_client_that_asks_and_does_not_read_loses_its_connection() {
     for _ in 0..10 {
         greedy.send(&request("GET /v1/kv/a", b"")).await;
     }
-    wait_for_metric(&site, "quorate_http_connections_stalled_total 1").await;
+    site.wait_for_metric("quorate_http_connections_stalled_total 1").await;
     drop(greedy);
     site.stop().await;
 }
@@ -104,7 +94,7 @@ async fn a_client_that_does_not_take_one_stream_loses_its_connection() {
         let response = ask(&mut client, &format!("/v1/kv/{key}")).await;
         timeout(PATIENCE, ended).await.expect("it is cut in time").expect("no panic");
         assert!(response.into_body().collect().await.is_err(), "{key} with a window of {window} came all the same");
-        wait_for_metric(&site, &format!("quorate_http_connections_stalled_total {}", count + 1)).await;
+        site.wait_for_metric(&format!("quorate_http_connections_stalled_total {}", count + 1)).await;
     }
     site.stop().await;
 }
@@ -166,7 +156,7 @@ async fn streams_that_are_reset_at_once_leave_nothing_behind() {
         drop(begun);
     }
     assert!(site.store.requests() > 0, "nothing has come");
-    wait_for_metric(&site, "quorate_http_requests_in_flight 0").await;
+    site.wait_for_metric("quorate_http_requests_in_flight 0").await;
     assert_eq!(site.get("/healthz").await.status, 200);
     ended.abort();
     site.stop().await;

@@ -9,6 +9,8 @@ pub struct Limits {
     /// A connection that has not sent a whole request head in this time, idle or slow, is closed. Longer than the idle time of common
     /// client pools (reqwest: 90 s), so that it is the client who closes, and no request meets a connection that is just going away.
     pub head_timeout: Duration,
+    /// How long a request's head may take from its first byte to its last, over HTTP/1.
+    pub head_arrival_timeout: Duration,
     /// Request line and headers together, and what one HTTP/1.1 connection buffers.
     pub head_bytes_max: usize,
     /// The heads of all requests together, of those that are larger than 4 KiB.
@@ -56,6 +58,7 @@ impl Default for Limits {
         Self {
             connections_max: 20_000,
             head_timeout: Duration::from_secs(100),
+            head_arrival_timeout: Duration::from_secs(10),
             head_bytes_max: 64 << 10,
             heads_bytes_max: 128 << 20,
             streams_max: 1024,

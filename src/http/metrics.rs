@@ -4,6 +4,7 @@
 //! [`MetricSource`]. Series that never moved are left out.
 
 use std::fmt::{self, Write};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
@@ -111,7 +112,18 @@ impl Metrics {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         let is_read = matches!(*method, Method::GET | Method::HEAD);
         let method = method_index(method);
-        Watch { metrics: self, dialect, method, slow, started: Instant::now(), key_hash: None, class: 0, answers: None, is_read }
+        Watch {
+            metrics: self,
+            dialect,
+            method,
+            slow,
+            started: Instant::now(),
+            client: None,
+            key_hash: None,
+            class: 0,
+            answers: None,
+            is_read,
+        }
     }
 
     /// The text of `/metrics`.
@@ -193,6 +205,8 @@ pub struct Watch<'a> {
     method: usize,
     slow: Duration,
     started: Instant,
+    /// Who asks.
+    client: Option<SocketAddr>,
     key_hash: Option<u64>,
     class: usize,
     /// What the answer is charged to.
@@ -206,6 +220,18 @@ impl<'a> Watch<'a> {
         // Not by a new one made of this: that would be dropped, and count as a request.
         self.answers = Some(answers);
         self
+    }
+
+    /// Names who asks in the log.
+    pub fn asked_by(mut self, client: Option<SocketAddr>) -> Self {
+        self.client = client;
+        self
+    }
+
+    /// Says who asked for a change of the cluster that is accepted.
+    pub fn log_change(&self, what: &dyn fmt::Display) {
+        let client = self.client.map(tracing::field::display);
+        tracing::info!(client, "{what} was asked for, and is accepted");
     }
 
     /// The request changes nothing: where there is no room for its answer, it can be asked again.
@@ -265,11 +291,12 @@ impl Drop for Watch<'_> {
         self.metrics.series[self.dialect as usize][self.method].record(self.class, elapsed);
         let (dialect, method, status) = (self.dialect.label(), METHODS[self.method], CLASSES[self.class]);
         let key_hash = self.key_hash.map(tracing::field::display);
+        let client = self.client.map(tracing::field::display);
         let left_out = if elapsed > self.slow { SLOW[self.dialect as usize].due() } else { None };
         if let Some(left_out) = left_out {
-            tracing::warn!(dialect, method, status, key_hash, ?elapsed, left_out, "slow request");
+            tracing::warn!(dialect, method, status, client, key_hash, ?elapsed, left_out, "slow request");
         } else {
-            tracing::debug!(dialect, method, status, key_hash, ?elapsed, "request");
+            tracing::debug!(dialect, method, status, client, key_hash, ?elapsed, "request");
         }
     }
 }

@@ -17,10 +17,13 @@ mod connection;
 #[cfg(test)]
 mod crowd_tests;
 mod dialects;
+mod drain;
+mod framing;
 mod haste;
 mod heads;
 pub mod health;
 mod holder;
+mod inbox;
 pub mod limits;
 pub mod media;
 pub mod metrics;
@@ -30,6 +33,8 @@ mod paced;
 pub mod peer;
 pub mod problem;
 pub mod server;
+#[cfg(test)]
+mod smuggling_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -43,6 +48,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 
 use http::Method;
+use tokio_util::sync::CancellationToken;
 
 pub use health::{NotReady, Readiness};
 pub use limits::Limits;
@@ -52,6 +58,7 @@ pub use server::{BindError, Server};
 
 use crate::budget::Budget;
 use crate::client::store::Store;
+use connection::Caller;
 use metrics::Dialect;
 use problem::{Code, Problem};
 
@@ -67,6 +74,8 @@ pub struct App {
     answers: Arc<Budget>,
     quorums: dialects::SilentQuorums,
     changes: changes::Changes,
+    /// Cancelled when the lanes of peers have to end.
+    lanes_end: CancellationToken,
 }
 
 type Shared = Arc<App>;
@@ -82,11 +91,24 @@ impl App {
         let changes = changes::Changes::new(limits.change_waiters_max);
         let bodies = Budget::new(limits.bodies_bytes_max);
         let answers = store.answers();
-        Self { store, readiness, metrics, peers, limits, bodies, answers, quorums: dialects::SilentQuorums::default(), changes }
+        Self {
+            store,
+            readiness,
+            metrics,
+            peers,
+            limits,
+            bodies,
+            answers,
+            quorums: dialects::SilentQuorums::default(),
+            changes,
+            lanes_end: CancellationToken::new(),
+        }
     }
 
     fn watch(&self, dialect: Dialect, request: &Request) -> metrics::Watch<'_> {
-        self.metrics.watch(dialect, request.method(), self.limits.slow_request).charged_to(&self.answers)
+        let client = request.extensions().get::<Caller>().map(|caller| caller.address);
+        let watch = self.metrics.watch(dialect, request.method(), self.limits.slow_request);
+        watch.charged_to(&self.answers).asked_by(client)
     }
 }
 

@@ -1,4 +1,4 @@
-//! A socket whose other side has to take what it asked for.
+//! A socket whose other side has to take what it asked for, and to send what it begins ([`Arrivals`]).
 //!
 //! A client that asks and does not read holds its answers in our memory. Once the kernel takes no more, the client has a time in
 //! which it must take some; else writing fails, and the connection ends with all that it held. Nothing is timed while the kernel takes
@@ -19,6 +19,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::admission::ServerStats;
 use super::haste::{Course, Haste};
+use super::inbox::Arrivals;
 use super::outbox::Outbox;
 
 /// What must be taken within the time. Linux says that a socket takes more once half of what is kept
@@ -39,6 +40,7 @@ pub struct Paced {
     stats: Arc<ServerStats>,
     haste: Haste,
     outbox: Arc<Outbox>,
+    arrivals: Arrivals,
     stall: Option<Stall>,
 }
 
@@ -69,8 +71,15 @@ impl Stall {
 
 impl Paced {
     /// Returns `stream` with `limit` for taking [`TAKEN_BYTES_MIN`].
-    pub fn new(stream: TcpStream, limit: Duration, stats: Arc<ServerStats>, haste: Haste, outbox: Arc<Outbox>) -> Self {
-        Self { stream, limit, stats, haste, outbox, stall: None }
+    pub fn new(
+        stream: TcpStream,
+        limit: Duration,
+        stats: Arc<ServerStats>,
+        haste: Haste,
+        outbox: Arc<Outbox>,
+        arrivals: Arrivals,
+    ) -> Self {
+        Self { stream, limit, stats, haste, outbox, arrivals, stall: None }
     }
 
     /// Notes what became of an attempt to write `wanted` bytes.
@@ -126,7 +135,15 @@ impl Paced {
 
 impl AsyncRead for Paced {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        match Pin::new(&mut self.stream).poll_read(cx, buffer) {
+            Poll::Ready(Ok(())) => {
+                self.arrivals.came(&buffer.filled()[before..]);
+                Poll::Ready(Ok(()))
+            }
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Pending => self.arrivals.poll_late(cx).map(Err),
+        }
     }
 }
 
@@ -146,8 +163,13 @@ impl AsyncWrite for Paced {
         self.stream.is_write_vectored()
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    /// hyper calls this whenever it was woken while a request is worked on, with nothing to write.
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if let Poll::Ready(error) = this.arrivals.poll_gone(&this.stream, cx) {
+            return Poll::Ready(Err(error));
+        }
+        Pin::new(&mut this.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -170,7 +192,8 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().expect("an address")).await.expect("it listens");
         let (stream, _) = listener.accept().await.expect("a connection");
         let haste = Haste::new(Arc::clone(answers), 64 << 10);
-        let mut paced = Paced::new(stream, Duration::from_secs(3600), Arc::default(), haste, Arc::default());
+        let (hour, arrivals) = (Duration::from_secs(3600), Arrivals::new(Arc::default(), Duration::MAX));
+        let mut paced = Paced::new(stream, hour, Arc::default(), haste, Arc::default(), arrivals);
         while write(&mut paced).await.is_ready() {}
         (paced, client)
     }

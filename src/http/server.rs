@@ -1,7 +1,8 @@
 //! Listens, accepts and serves: HTTP/1.1 and HTTP/2 with prior knowledge on the same ports.
 //!
-//! Kept out: routes. Every connection is a task of the accept loop that took it; when the shutdown token is cancelled, a loop stops
-//! accepting, lets its connections finish what is in flight for [`Limits::drain_timeout`], and then drops them.
+//! Kept out: routes. Every connection is a task of the accept loop that took it; when the shutdown token is cancelled, a loop takes what
+//! the kernel has accepted already and stops listening, lets its connections finish what is in flight for [`Limits::drain_timeout`], and then
+//! drops them. So a client that was let in gets an answer. Lanes of peers end last (`drain`).
 //!
 //! Lanes of peers need their small frames sent at once and many of them in flight, hence no Nagle's algorithm and large windows.
 
@@ -21,7 +22,8 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, ServerStats};
-use super::connection::{self, Serving};
+use super::connection::{self, Admitted, Serving};
+use super::drain::{Attendance, Attending};
 use super::haste::Haste;
 use super::holder::{self, Holder};
 use super::limits::Limits;
@@ -120,24 +122,24 @@ impl Server {
     }
 
     /// Serves an app until `shutdown` is cancelled and what was in flight has ended, or the drain timeout has.
-    pub async fn serve_app(self, app: App, shutdown: CancellationToken, limits: &Limits) {
+    pub async fn serve_app(self, mut app: App, shutdown: CancellationToken, limits: &Limits) {
         let (answers, has_peers) = (Arc::clone(&app.answers), app.peers.is_some());
-        self.serve_charged(router(app), answers, has_peers, shutdown, limits).await;
+        let (attendance, over) = Attendance::new();
+        app.lanes_end = over;
+        let routes = Routes { router: router(app), answers, has_peers, attendance };
+        self.serve_routes(routes, shutdown, limits).await;
     }
 
     /// Serves routes whose answers are charged to nothing, in the same way.
     pub async fn serve(self, router: Router, shutdown: CancellationToken, limits: &Limits) {
-        self.serve_charged(router, Budget::new(ANSWERS_BYTES_MAX), true, shutdown, limits).await;
+        let (attendance, _) = Attendance::new();
+        let answers = Budget::new(ANSWERS_BYTES_MAX);
+        let routes = Routes { router, answers, has_peers: true, attendance };
+        self.serve_routes(routes, shutdown, limits).await;
     }
 
-    async fn serve_charged(
-        self,
-        router: Router,
-        answers: Arc<Budget>,
-        has_peers: bool,
-        shutdown: CancellationToken,
-        limits: &Limits,
-    ) {
+    async fn serve_routes(self, routes: Routes, shutdown: CancellationToken, limits: &Limits) {
+        let Routes { router, answers, has_peers, attendance } = routes;
         let mut shares = Shares::now();
         if !has_peers {
             shares.peers = 0;
@@ -153,12 +155,23 @@ impl Server {
         let heads = Budget::new(limits.heads_bytes_max);
         let (http, limits) = (protocol(limits), limits.clone());
         let serving = Arc::new(Serving { router, http, stats: self.stats, shutdown, limits, haste, heads });
-        let loops = self
-            .listeners
-            .into_iter()
-            .map(|listener| Accepting { serving: Arc::clone(&serving), admission: Arc::clone(&admission) }.run(listener));
+        let accepting = |listener| {
+            let (serving, admission) = (Arc::clone(&serving), Arc::clone(&admission));
+            Accepting { serving, admission, attendance: attendance.clone() }.run(listener)
+        };
+        let loops: Vec<_> = self.listeners.into_iter().map(accepting).collect();
+        drop(attendance);
         futures::future::join_all(loops).await;
     }
+}
+
+/// Routes, and what goes with them.
+struct Routes {
+    router: Router,
+    /// What answers are charged to.
+    answers: Arc<Budget>,
+    has_peers: bool,
+    attendance: Attendance,
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -183,6 +196,8 @@ fn protocol(limits: &Limits) -> Builder<TokioExecutor> {
     http.http1()
         .timer(TokioTimer::new())
         .keep_alive(true)
+        // Its client is owed the answer. Whether it is still there, the socket finds out (`inbox`).
+        .half_close(true)
         .header_read_timeout(limits.head_timeout)
         .max_buf_size(limits.head_bytes_max.max(BUFFER_BYTES_MIN));
     http.http2()
@@ -200,6 +215,7 @@ fn protocol(limits: &Limits) -> Builder<TokioExecutor> {
 struct Accepting {
     serving: Arc<Serving>,
     admission: Arc<Admission>,
+    attendance: Attendance,
 }
 
 impl Accepting {
@@ -213,9 +229,9 @@ impl Accepting {
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, _)) => {
+                Ok((stream, address)) => {
                     pause = ACCEPT_PAUSE_MIN;
-                    self.admit(stream, &mut connections);
+                    self.admit(stream, address, &mut connections);
                 }
                 Err(error) if is_of_the_connection(&error) => {}
                 Err(error) => {
@@ -231,16 +247,36 @@ impl Accepting {
                 }
             }
         }
-        drop(listener);
-        let drained =
-            timeout(self.serving.limits.drain_timeout, async { while connections.join_next().await.is_some() {} }).await;
+        self.accept_rest(listener, &mut connections);
+        let Self { serving, attendance, .. } = self;
+        drop(attendance);
+        let drained = async { while connections.join_next().await.is_some() {} };
+        let drained = timeout(serving.limits.drain_timeout, drained).await;
         if drained.is_err() {
             tracing::warn!(connections = connections.len(), "connections did not end in time and are cut");
         }
         connections.shutdown().await;
     }
 
-    fn admit(&self, stream: TcpStream, connections: &mut JoinSet<()>) {
+    /// Takes the connections that the kernel has made already: with the listener it would reset
+    /// them, and their clients could not tell whether their requests were done.
+    fn accept_rest(&self, listener: TcpListener, connections: &mut JoinSet<()>) {
+        let Ok(listener) = listener.into_std() else { return };
+        for _ in 0..BACKLOG {
+            let taken = listener.accept().and_then(|(stream, address)| {
+                // One that is accepted by hand blocks, unless it is told not to.
+                stream.set_nonblocking(true)?;
+                Ok((TcpStream::from_std(stream)?, address))
+            });
+            match taken {
+                Ok((stream, address)) => self.admit(stream, address, connections),
+                Err(error) if is_of_the_connection(&error) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn admit(&self, stream: TcpStream, address: SocketAddr, connections: &mut JoinSet<()>) {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "a connection was gone before it was served");
             return;
@@ -249,7 +285,10 @@ impl Accepting {
             return connection::tell_too_many(stream);
         };
         let (serving, is_crowded) = (Arc::clone(&self.serving), self.admission.is_crowded());
-        connections.spawn(async move { serving.serve(stream, place, is_crowded).await });
+        let attending = Attending::new(self.attendance.clone());
+        let admitted = Admitted { place, attending, is_crowded };
+        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+        connections.spawn(async move { serving.serve(stream, address, admitted).await });
     }
 }
 

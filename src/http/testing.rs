@@ -672,8 +672,25 @@ impl Site {
         self.shutdown.cancel();
     }
 
+    /// Waits until the metrics have this line.
+    pub async fn wait_for_metric(&self, line: &str) {
+        let found = async {
+            while !self.get("/metrics").await.text().lines().any(|found| found == line) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(PATIENCE, found).await.unwrap_or_else(|_| panic!("never: {line}"));
+    }
+
     pub async fn connect(&self) -> Wire {
         Wire { stream: TcpStream::connect(self.address).await.expect("it listens"), read: Vec::new() }
+    }
+
+    /// As [`Site::connect`], without giving the server a chance to do anything meanwhile.
+    pub fn connect_at_once(&self) -> Wire {
+        let stream = std::net::TcpStream::connect(self.address).expect("it listens");
+        stream.set_nonblocking(true).expect("a socket");
+        Wire { stream: TcpStream::from_std(stream).expect("a socket"), read: Vec::new() }
     }
 
     /// Sends one request on a connection of its own. `head` is the request line and header lines, parted by newlines.
@@ -723,6 +740,24 @@ impl Wire {
 
     pub async fn close_sending(&mut self) {
         self.stream.shutdown().await.expect("the connection is open");
+    }
+
+    /// Ends the connection as a machine does that knows nothing of it any more.
+    pub fn reset(self) {
+        let linger = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+        linger.expect("a socket");
+    }
+
+    /// Returns whether the other side has closed it, as far as is known.
+    pub fn is_closed(&self) -> bool {
+        let mut bytes = [0; 1024];
+        loop {
+            match self.stream.try_read(&mut bytes) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(error) => return error.kind() != std::io::ErrorKind::WouldBlock,
+            }
+        }
     }
 
     async fn more(&mut self) -> bool {

@@ -4,17 +4,20 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use http_body_util::{BodyExt, StreamBody};
-use hyper::body::Frame;
+use futures::channel::mpsc::UnboundedSender;
+use http_body_util::{BodyDataStream, BodyExt, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::testing::{PATIENCE, Site, identity, request};
 use super::{Limits, NotReady};
 use crate::client::peer::{Announcement, PeerCaller, PeerError, PromiseReply, PromiseRequest, Standing};
 use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
-use crate::client::store::Consistency;
+use crate::client::store::{Consistency, Failure};
 use crate::sm::view::Node;
 use crate::sm::{codec, meta};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId};
@@ -241,6 +244,48 @@ async fn a_stopping_server_finishes_what_it_began() {
 }
 
 #[tokio::test]
+async fn a_stopping_server_answers_who_has_just_connected() {
+    let site = Site::start().await;
+    // Connections that were accepted, and such that the kernel has made and nobody has accepted.
+    let mut wires = Vec::new();
+    for _ in 0..20 {
+        wires.push(site.connect().await);
+    }
+    // They are taken, and wait.
+    site.wait_for_metric("quorate_http_connections 21").await;
+    for _ in 0..20 {
+        wires.push(site.connect_at_once());
+    }
+    site.begin_stop();
+    for wire in &mut wires {
+        wire.send(&request("GET /healthz", b"")).await;
+    }
+    for mut wire in wires {
+        let last = wire.reply().await;
+        assert_eq!((last.status, last.header("connection")), (200, "close"));
+    }
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn a_lane_lasts_as_long_as_a_request_is_under_way_when_the_server_stops() {
+    let site = Site::start().await;
+    let mut busy = site.connect().await;
+    busy.send(b"PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n").await;
+    assert_eq!(busy.reply().await.status, 100);
+    let mut lane = Lane::open(&site).await;
+    site.begin_stop();
+    while TcpStream::connect(site.address).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(lane.echo("news").await.as_deref(), Some("NEWS"), "who waits may wait for what it brings");
+    busy.send(b"abc").await;
+    assert_eq!(busy.reply().await.status, 201);
+    assert_eq!(lane.next().await, None, "it ends with the last request");
+    site.stop().await;
+}
+
+#[tokio::test]
 async fn a_stopping_server_cuts_what_does_not_end() {
     let site = Site::with(Limits { drain_timeout: Duration::from_millis(20), ..Limits::default() }).await;
     let mut stuck = site.connect().await;
@@ -302,29 +347,59 @@ async fn peers_ask_in_json_and_frames() {
     site.stop().await;
 }
 
+/// A lane of a peer, on a connection of its own.
+struct Lane {
+    frames: Option<UnboundedSender<Bytes>>,
+    answers: BodyDataStream<Incoming>,
+    _driver: AbortOnDropHandle<()>,
+}
+
+impl Lane {
+    async fn open(site: &Site) -> Self {
+        let stream = TcpStream::connect(site.address).await.expect("it listens");
+        let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+        let (mut client, connection) = handshake.await.expect("it speaks HTTP/2");
+        let driver = tokio::spawn(async move { drop(connection.await) });
+        let (frames, received) = futures::channel::mpsc::unbounded::<Bytes>();
+        let body = StreamBody::new(received.map(|data| Ok::<_, std::io::Error>(Frame::data(data))));
+        let request = http::Request::post(format!("http://{}/peer/lane/raft-1", site.address)).body(body);
+        let response = client.send_request(request.expect("a request")).await;
+        let response = response.expect("an answer before the body ends");
+        assert_eq!(response.status(), 200);
+        let answers = response.into_body().into_data_stream();
+        let mut lane = Self { frames: Some(frames), answers, _driver: AbortOnDropHandle::new(driver) };
+        assert_eq!(lane.next().await.as_deref(), Some("lane raft-1\n"));
+        lane
+    }
+
+    /// Sends a frame. Returns what comes back, unless the lane has ended.
+    async fn echo(&mut self, frame: &'static str) -> Option<String> {
+        let frames = self.frames.as_ref().expect("the lane is open");
+        frames.unbounded_send(Bytes::from(frame)).ok()?;
+        self.next().await
+    }
+
+    async fn next(&mut self) -> Option<String> {
+        loop {
+            let next = timeout(PATIENCE, self.answers.next()).await.expect("something comes in time");
+            let data = next?.expect("no error");
+            // HTTP/2 may end a body with an empty frame.
+            if !data.is_empty() {
+                return Some(String::from_utf8_lossy(&data).into_owned());
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_lane_streams_both_ways_over_http_2() {
     let site = Site::start().await;
-    let stream = TcpStream::connect(site.address).await.expect("it listens");
-    let (mut client, connection) =
-        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("it speaks HTTP/2");
-    let driver = tokio::spawn(connection);
-    let (frames, received) = futures::channel::mpsc::unbounded::<Bytes>();
-    let body = StreamBody::new(received.map(|data| Ok::<_, std::io::Error>(Frame::data(data))));
-    let request = http::Request::post(format!("http://{}/peer/lane/raft-1", site.address)).body(body).expect("a request");
-    let response = client.send_request(request).await.expect("an answer before the body ends");
-    assert_eq!(response.status(), 200);
-    let mut answers = response.into_body().into_data_stream();
-    assert_eq!(answers.next().await.expect("a frame").expect("no error"), "lane raft-1\n");
+    let mut lane = Lane::open(&site).await;
     for frame in ["one", "two"] {
-        frames.unbounded_send(Bytes::from(frame)).expect("the lane is open");
-        assert_eq!(answers.next().await.expect("a frame").expect("no error"), frame.to_uppercase());
+        assert_eq!(lane.echo(frame).await, Some(frame.to_uppercase()));
     }
-    drop(frames);
-    let rest: Vec<Bytes> = answers.map(|data| data.expect("no error")).collect().await;
-    assert_eq!(rest.concat(), b"", "the lane ends when its client does");
-    drop(client);
-    driver.abort();
+    lane.frames = None;
+    assert_eq!(lane.next().await, None, "the lane ends when its client does");
     site.stop().await;
 }
 

@@ -262,8 +262,8 @@ async fn serve_once(machine: Arc<SimMachine>, config: NodeConfig, place: &Mutex<
     };
     let limits = Limits { drain_timeout: Duration::from_millis(500), ..Limits::default() };
     let node = Node::open_on(machine, config)?;
-    let (stop, closing) = (CancellationToken::new(), CancellationToken::new());
-    let app = serve::app(&node, &server, closing.clone(), limits.clone());
+    let stop = CancellationToken::new();
+    let app = serve::app(&node, &server, limits.clone());
     *place.lock().expect("no holder panics") = Some(node.clone());
     let serving = tokio::spawn({
         let stop = stop.clone();
@@ -273,7 +273,6 @@ async fn serve_once(machine: Arc<SimMachine>, config: NodeConfig, place: &Mutex<
     *place.lock().expect("no holder panics") = None;
     node.registry().inspect(|registry| registry.begin_to_close());
     stop.cancel();
-    closing.cancel();
     if let Err(error) = serving.await {
         tracing::debug!("the server was broken off: {error}");
     }

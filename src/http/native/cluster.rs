@@ -10,7 +10,7 @@ use serde_json::json as object;
 use super::json;
 use super::query::Query;
 use crate::http::body::{self, Ceiling};
-use crate::http::metrics::Dialect;
+use crate::http::metrics::{Dialect, Watch};
 use crate::http::problem::{self, Code, Problem};
 use crate::http::{App, Shared};
 use crate::types::{Address, GroupId};
@@ -48,10 +48,11 @@ pub async fn cluster(State(app): State<Shared>, request: Request) -> Response {
 pub async fn transfer_leader(State(app): State<Shared>, request: Request) -> Response {
     let watch = app.watch(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
-    watch.finish(transfer(&app, &parts, body).await.unwrap_or_else(Problem::into_response))
+    let answer = transfer(&app, &parts, body, &watch).await.unwrap_or_else(Problem::into_response);
+    watch.finish(answer)
 }
 
-async fn transfer(app: &App, parts: &Parts, body: axum::body::Body) -> Result<Response, Problem> {
+async fn transfer(app: &App, parts: &Parts, body: axum::body::Body, watch: &Watch<'_>) -> Result<Response, Problem> {
     let body = body::read(parts, body, TRANSFER_BODY, &app.limits, &app.bodies).await?;
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let shard = shard(parts.uri.path())?;
@@ -61,7 +62,10 @@ async fn transfer(app: &App, parts: &Parts, body: axum::body::Body) -> Result<Re
         serde_json::from_slice(&body).map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))?
     };
     match app.store.transfer_leader(shard, transfer.to, query.options).await {
-        Ok(leader) => Ok(json(StatusCode::OK, &object!({ "leader": leader }))),
+        Ok(leader) => {
+            watch.log_change(&format_args!("the transfer of shard {shard} to {leader}"));
+            Ok(json(StatusCode::OK, &object!({ "leader": leader })))
+        }
         Err(failure) => Ok(problem::respond(failure, &parts.uri)),
     }
 }

@@ -107,6 +107,7 @@ async fn put(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Res
         Ok(accepted) => accepted,
         Err(failure) => return refused(failure, &parts.uri),
     };
+    watch.log_change(&format_args!("the change of the view to plan {}", accepted.id));
     let location = format!("{OPERATIONS}{}", accepted.id);
     let last = match place {
         Some((place, wait)) => {

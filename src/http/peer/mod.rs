@@ -3,8 +3,8 @@
 //! `POST /peer/hold`, `POST /peer/failures`. The messages are those of `client::peer` and `client::protocol`.
 //!
 //! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing of HTTP. A lane is one request whose
-//! body and answer both stream for as long as it lives, frame by frame; it ends when either side ends its stream, so a service that
-//! stops must end its own. Bodies of lanes have no limit and no time limit here.
+//! body and answer both stream for as long as it lives, frame by frame; it ends when either side ends its stream, and after all other
+//! requests when the server stops. Bodies of lanes have no limit and no time limit here.
 
 use std::io;
 use std::sync::Arc;
@@ -116,7 +116,7 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
         to_failures,
     ] = std::array::from_fn(|_| Arc::clone(&peers));
     Router::new()
-        .route("/peer/lane/{lane}", post(move |Path(name), request| lane(to_lane, name, request)))
+        .route("/peer/lane/{lane}", post(move |State(app), Path(name), request| lane(app, to_lane, name, request)))
         .route("/peer/shard", post(move |State(app), request| shard(app, to_shard, request)))
         .route("/peer/identity", get(move || async move { in_json(&to_identity.identity()) }))
         .route("/peer/promise", post(move |State(app), request| promise(app, to_promise, request)))
@@ -129,11 +129,12 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
         .route("/peer/invite", post(move |State(app), request| invite(app, to_invite, request)))
 }
 
-async fn lane(peers: Arc<dyn PeerService>, lane: String, request: Request) -> Response {
+async fn lane(app: Shared, peers: Arc<dyn PeerService>, lane: String, request: Request) -> Response {
     // HTTP/2 ends a body with an empty frame, which is none of the lane's.
     let incoming = request.into_body().into_data_stream().map_err(io::Error::other);
     let incoming = incoming.try_filter(|data| ready(!data.is_empty())).boxed();
-    let outgoing = peers.lane(&lane, incoming).map(Ok::<_, std::convert::Infallible>);
+    let outgoing = peers.lane(&lane, incoming).take_until(app.lanes_end.clone().cancelled_owned());
+    let outgoing = outgoing.map(Ok::<_, std::convert::Infallible>);
     ([(header::CONTENT_TYPE, OCTETS)], Body::from_stream(outgoing)).into_response()
 }
 

@@ -47,6 +47,7 @@ pub async fn change(app: &App, said: &Said<'_>, watch: &mut Watch<'_>) -> Result
     watch.allow(WAIT_MAX);
     let mut changing = Changing::new(app, nodes);
     let id = changing.accept(change).await?;
+    watch.log_change(&format_args!("the change of the view to plan {id}"));
     let done = changing.follow(id).await?;
     let shards = changing.count(done).await?;
     Ok(Content::ViewChanged { message: "View change successful", shards })

@@ -1,0 +1,56 @@
+//! What a stopping server waits for before it ends the lanes of peers.
+//!
+//! A request under way may need what only a lane brings: which node leads now, or that the entry of
+//! a write is committed. So lanes end last: when the server takes no more connections and none is
+//! left that carries requests.
+
+use std::sync::{Arc, Mutex};
+
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+/// Ends the lanes when its last clone is dropped. The listeners have one each, and so has every
+/// connection until it turns out to carry lanes.
+#[derive(Debug, Clone)]
+pub struct Attendance {
+    _guard: Arc<DropGuard>,
+}
+
+impl Attendance {
+    /// Returns one, and what is cancelled when the last of its clones is gone.
+    pub fn new() -> (Self, CancellationToken) {
+        let over = CancellationToken::new();
+        (Self { _guard: Arc::new(over.clone().drop_guard()) }, over)
+    }
+}
+
+/// The attendance of one connection.
+#[derive(Debug)]
+pub struct Attending(Mutex<Option<Attendance>>);
+
+impl Attending {
+    /// Returns that of a connection that has asked for nothing yet.
+    pub fn new(attendance: Attendance) -> Self {
+        Self(Mutex::new(Some(attendance)))
+    }
+
+    /// Notes that the connection carries lanes: they do not wait for it.
+    pub fn carries_lanes(&self) {
+        self.0.lock().expect("no holder panics").take();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_end_when_all_else_is_over() {
+        let (listener, over) = Attendance::new();
+        let (client, peer) = (Attending::new(listener.clone()), Attending::new(listener.clone()));
+        peer.carries_lanes();
+        drop(listener);
+        assert!(!over.is_cancelled(), "a client is still there");
+        drop(client);
+        assert!(over.is_cancelled());
+    }
+}
