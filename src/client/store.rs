@@ -30,6 +30,16 @@ pub trait Store: Send + Sync + 'static {
     /// Does `operations`, all or none of those that fall to one shard. One answer each, in order.
     fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>>;
 
+    /// Returns when a write of `key` can be taken here: what the write itself would find out, before
+    /// its value is read. With [`Routing::Proxy`] that is always so.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure::Elsewhere`] above all. Nothing was done.
+    fn locate(&self, _key: Bytes, _options: Options) -> BoxFuture<'_, Result<(), Failure>> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// The keys of `request.range` in key order over all shards, a page of them.
     fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>>;
 

@@ -67,18 +67,18 @@ impl Ceiling {
     }
 }
 
-/// Reads `body` to its end. A refused one is thrown away in the background, within bounds.
-pub async fn read(
-    parts: &Parts,
-    mut body: Body,
-    ceiling: Ceiling,
-    limits: &Limits,
-    budget: &Arc<Budget>,
-) -> Result<Held, Problem> {
+/// Returns `body` unless it is declared too large. Nothing of it is read.
+pub fn admit(parts: &Parts, body: Body, ceiling: Ceiling) -> Result<Body, Problem> {
     if body.size_hint().lower() > ceiling.bytes_max as u64 {
         discard(parts, body);
         return Err(ceiling.exceeded());
     }
+    Ok(body)
+}
+
+/// Reads `body` to its end. A refused one is thrown away in the background, within bounds.
+pub async fn read(parts: &Parts, body: Body, ceiling: Ceiling, limits: &Limits, budget: &Arc<Budget>) -> Result<Held, Problem> {
+    let mut body = admit(parts, body, ceiling)?;
     let mut share = budget.empty_share();
     match collect(&mut body, ceiling, limits, &mut share).await {
         Ok(bytes) => Ok(Held { bytes, share }),

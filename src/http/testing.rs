@@ -369,6 +369,16 @@ impl Store for FakeStore {
         Box::pin(ready(written))
     }
 
+    fn locate(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<(), Failure>> {
+        let state = self.state.lock().expect("no panic");
+        let failure = state.failing.get(&shard(&key)).cloned();
+        let sent_away = failure.filter(|failure| matches!(failure, Failure::Elsewhere { .. }));
+        Box::pin(ready(match (options.routing, sent_away) {
+            (Routing::Redirect, Some(failure)) => Err(failure),
+            (Routing::Redirect | Routing::Proxy, _) => Ok(()),
+        }))
+    }
+
     fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {
         let mut state = self.state.lock().expect("no panic");
         let asked = state.ask(GroupId(1), options);

@@ -95,6 +95,30 @@ async fn a_client_that_asks_before_it_sends_is_answered() {
 }
 
 #[tokio::test]
+async fn a_client_is_sent_elsewhere_before_its_body() {
+    let site = Site::start().await;
+    site.store.fail(1, Failure::Elsewhere { shard: GroupId(1), address: "b:2".parse().expect("an address") });
+    for framing in ["transfer-encoding: chunked", "content-length: 1000000"] {
+        for expectation in ["expect: 100-continue\r\n", ""] {
+            let mut wire = site.connect().await;
+            wire.send(format!("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\n{framing}\r\n{expectation}\r\n").as_bytes()).await;
+            let sent = wire.reply().await;
+            let (status, location) = (sent.status, sent.header("location"));
+            assert_eq!((status, location), (307, "http://b:2/v1/kv/a"), "{framing} {expectation}");
+        }
+    }
+    assert_eq!(site.store.requests(), 0);
+
+    // What is sent to the end all the same is read over.
+    let mut wire = site.connect().await;
+    wire.send(&request("PUT /v1/kv/a", &[b'x'; 1 << 20])).await;
+    assert_eq!(wire.reply().await.status, 307);
+    wire.send(&request("GET /healthz", b"")).await;
+    assert_eq!(wire.reply().await.status, 200);
+    site.stop().await;
+}
+
+#[tokio::test]
 async fn a_body_that_stops_coming_is_given_up() {
     let site = Site::with(tight()).await;
     for head in ["content-length: 5\r\n\r\nab", "transfer-encoding: chunked\r\n\r\n2\r\nab\r\n"] {

@@ -285,6 +285,15 @@ impl Access {
         }
     }
 
+    /// Where a client that follows is sent with a request for a shard that this node does not lead.
+    async fn redirect(&self, shard: GroupId) -> Failure {
+        match self.member.staying_replica(shard) {
+            Some(group) if group.watch().borrow().failure.is_none() => self.not_leader(shard, group.status().leader),
+            // One that has stopped does not hear who leads.
+            Some(_) | None => self.elsewhere_in_reach(shard).await,
+        }
+    }
+
     /// As [`Access::elsewhere`], for clients that follow: to a node that answers. This one has no replica of the shard, so nothing else tells it
     /// that the home is gone; any other replica knows who leads.
     async fn elsewhere_in_reach(&self, shard: GroupId) -> Failure {
@@ -322,11 +331,14 @@ impl ShardAccess for Access {
                 self.execute(&group, body, deadline).await
             }
             (None, Routing::Proxy) => self.forward(shard, body, options).await,
-            (None, Routing::Redirect) => ShardReply::Failed(match self.member.staying_replica(shard) {
-                Some(group) if group.watch().borrow().failure.is_none() => self.not_leader(shard, group.status().leader),
-                // One that has stopped does not hear who leads.
-                Some(_) | None => self.elsewhere_in_reach(shard).await,
-            }),
+            (None, Routing::Redirect) => ShardReply::Failed(self.redirect(shard).await),
+        }
+    }
+
+    async fn locate(&self, shard: GroupId) -> Result<(), Failure> {
+        match self.member.registry.get(shard).is_some_and(|group| group.leads()) {
+            true => Ok(()),
+            false => Err(self.redirect(shard).await),
         }
     }
 

@@ -516,6 +516,13 @@ impl Store for Node {
         }
     }
 
+    fn locate(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<(), Failure>> {
+        match self.running.get() {
+            Some(running) => running.router().locate(key, options),
+            None => Box::pin(async { Err(self.unavailable()) }),
+        }
+    }
+
     fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {
         match self.running.get() {
             Some(running) => running.router().scan(request, options),

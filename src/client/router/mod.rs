@@ -31,7 +31,7 @@ use self::attempt::{Course, Retry};
 use self::queues::Queues;
 use super::protocol::{ClusterStatus, ShardBody, ShardReply};
 use super::shard_map::ShardMap;
-use super::store::{Consistency, Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, Written};
+use super::store::{Consistency, Failure, Found, GetManyRequest, Options, Page, Routing, ScanRequest, Store, Written};
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::sm::kv::{Operation, Record};
@@ -65,6 +65,15 @@ pub trait ShardAccess: Send + Sync + 'static {
     /// Returns when somebody else leads the shard than before, as far as that is heard of without asking.
     fn lead_changed(&self, _: GroupId) -> impl Future<Output = ()> + Send {
         std::future::pending()
+    }
+
+    /// Returns whether a client need not be sent elsewhere with a write for this shard.
+    ///
+    /// # Errors
+    ///
+    /// What [`ShardAccess::call`] would fail with, if it is known before.
+    fn locate(&self, _shard: GroupId) -> impl Future<Output = Result<(), Failure>> + Send {
+        async { Ok(()) }
     }
 
     /// As [`Store::answers`].
@@ -176,6 +185,27 @@ impl<A: ShardAccess> Router<A> {
         }
     }
 
+    async fn locate_key(&self, key: Bytes, options: Options) -> Result<(), Failure> {
+        check_key(&key)?;
+        let mut course = Course::new(options).repeatable().single_key();
+        loop {
+            let map = self.access.map();
+            let retry = match map.as_deref().map(|map| map.owner_of(&key)) {
+                None => Retry::no_map(),
+                Some(GroupId::META) => Retry::unowned(),
+                Some(shard) => match self.access.locate(shard).await {
+                    Ok(()) => {
+                        // There is a leader: others need not wait until a whole body was read.
+                        self.queues.answered(shard);
+                        return Ok(());
+                    }
+                    Err(failure) => course.judge(shard, failure)?,
+                },
+            };
+            self.pause(&mut course, retry, version(map.as_deref())).await?;
+        }
+    }
+
     /// Waits before the next attempt, and asks for a map newer than `known` where the last one may be to blame.
     ///
     /// # Errors
@@ -267,6 +297,13 @@ impl<A: ShardAccess> Store for Router<A> {
 
     fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {
         Box::pin(self.write_to_shards(operations, idempotency_key, options))
+    }
+
+    fn locate(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<(), Failure>> {
+        match options.routing {
+            Routing::Proxy => Box::pin(async { Ok(()) }),
+            Routing::Redirect => Box::pin(self.locate_key(key, options)),
+        }
     }
 
     fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {

@@ -7,12 +7,13 @@ use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
 use serde::Serialize;
+use tokio::time::Instant;
 
 use super::conditions::{Conditions, Verdict};
 use super::query::Query;
 use super::{KeyJson, STALENESS, idempotency_key, json, key, staleness};
 use crate::budget::UNCHARGED_BYTES_MAX;
-use crate::client::store::{Consistency, Failure, Options, WriteFailure, Written};
+use crate::client::store::{Consistency, Failure, Options, Routing, WriteFailure, Written};
 use crate::http::body::{self, Ceiling};
 use crate::http::charged::AlreadyCharged;
 use crate::http::metrics::Dialect;
@@ -111,11 +112,19 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
         }
     };
     let value_max = Ceiling { bytes_max: app.limits.value_bytes_max.min(app.limits.body_bytes_max), what: "a value" };
+    let body = body::admit(parts, body, value_max)?;
+    let options = match route(app, key.clone(), head.options).await {
+        Ok(options) => options,
+        Err(failure) => {
+            body::discard(parts, body);
+            return Ok(problem::respond(failure, &parts.uri));
+        }
+    };
     let value = body::read(parts, body, value_max, &app.limits, &app.bodies).await?;
     let media = aside::work(value.len(), || media::of_request(&parts.headers, &value))?;
     let action = Action::Put { media, value: value.bytes.clone() };
     let operation = Operation { key: key.clone(), condition: head.condition, action };
-    let written = app.store.write(vec![operation], head.idempotency_key, head.options).await;
+    let written = app.store.write(vec![operation], head.idempotency_key, options).await;
     let outcome = match only(written) {
         Ok(outcome) => outcome,
         Err(failure) => return refused(failure, parts),
@@ -127,6 +136,19 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
         }
         other => Err(mismatched(&other)),
     }
+}
+
+/// Decides whether this node takes the write of a key, before anything of its value is read: a
+/// client that sends from a pipe can't send it again elsewhere. Returns the options for the write,
+/// which is done for the client from then on, whoever leads.
+async fn route(app: &App, key: Bytes, options: Options) -> Result<Options, Failure> {
+    if options.routing == Routing::Proxy {
+        return Ok(options);
+    }
+    let began = Instant::now();
+    app.store.locate(key, options).await?;
+    let timeout = options.timeout.saturating_sub(began.elapsed());
+    Ok(Options { routing: Routing::Proxy, timeout, ..options })
 }
 
 async fn delete(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> {
