@@ -14,8 +14,9 @@ use super::protocol::ClusterStatus;
 use super::shard_map::ShardMap;
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
-use crate::sm::kv::{ANSWER_BYTES_MAX, Operation, OperationOutcome, Record, Rejection};
+use crate::sm::kv::{ANSWER_BYTES_MAX, GetsWeight, Operation, OperationOutcome, Record, Rejection};
 use crate::sm::ports::KeyRange;
+use crate::sm::requests::REQUESTS_BYTES_MAX;
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 /// A linearizable key-value store, spread over shards.
@@ -224,6 +225,28 @@ impl Failure {
         Failure::Overloaded { limit, retry_after_ms: 1000 }
     }
 
+    /// Refuses a write whose gets would return more than can be told, or can be remembered with an
+    /// idempotency key: however often it is sent, it never fits.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure::TooLarge`], with the limit.
+    pub fn of_gets(weight: GetsWeight) -> Result<(), Self> {
+        if weight.bytes > ANSWER_BYTES_MAX {
+            return Err(Self::of_answer(weight.bytes as u64));
+        }
+        if weight.remembered_bytes_max as u64 > REQUESTS_BYTES_MAX {
+            return Err(Failure::TooLarge {
+                limit: format!(
+                    "the gets of a batch with an Idempotency-Key return at most {REQUESTS_BYTES_MAX} bytes per slot, \
+                     because its answer is remembered, these {}: send them without the key, or in a batch of their own",
+                    weight.remembered_bytes_max
+                ),
+            });
+        }
+        Ok(())
+    }
+
     /// Returns the failure of a write whose gets would return so many bytes, and of which nothing was done.
     pub fn of_answer(bytes: u64) -> Self {
         if bytes > ANSWER_BYTES_MAX as u64 {
@@ -231,5 +254,23 @@ impl Failure {
             return Failure::TooLarge { limit };
         }
         Failure::Overloaded { limit: "what the gets of batches return at once".into(), retry_after_ms: 1000 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_can_never_be_remembered_is_too_large() {
+        let weigh = |bytes, remembered_bytes_max| match Failure::of_gets(GetsWeight { bytes, remembered_bytes_max }) {
+            Ok(()) => "fits".to_owned(),
+            Err(Failure::TooLarge { limit }) => limit,
+            Err(other) => panic!("{other}"),
+        };
+        let mib = 1 << 20;
+        assert_eq!((weigh(16 * mib, 0), weigh(3 * mib, mib)), ("fits".into(), "fits".into()));
+        assert!(weigh(16 * mib + 1, 0).contains("16777216 bytes per shard"));
+        assert!(weigh(3 * mib, mib + 1).contains("1048576 bytes per slot"));
     }
 }

@@ -497,11 +497,9 @@ async fn charge_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) ->
             group.state().read_elsewhere(ReadKind::Keys, move |read| weigh(read, &write)).await
         }
     };
-    let bytes = weighed.map_err(|error| broken(group, &error))?;
-    if bytes > ANSWER_BYTES_MAX {
-        return Err(Failure::of_answer(bytes as u64));
-    }
-    answers.take(bytes).ok_or_else(|| Failure::no_room(answers))
+    let weight = weighed.map_err(|error| broken(group, &error))?;
+    Failure::of_gets(weight)?;
+    answers.take(weight.bytes).ok_or_else(|| Failure::no_room(answers))
 }
 
 /// Answers a write that only reads, all of it from the map as it is at one moment.

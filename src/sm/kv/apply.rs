@@ -250,22 +250,53 @@ pub fn answer_gets(
     merge_answers(&parts, placed.len()).map(Some)
 }
 
-/// Returns how many bytes of records the gets of a write would return by the map as it is, without those of slots in which the write
-/// was answered before.
-pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<usize, StoreError> {
+/// Bytes of records that the gets of a write would return.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GetsWeight {
+    pub bytes: usize,
+    /// What the memory of requests would have to keep of it in one slot, where that is most. Zero
+    /// for a write that is not remembered.
+    pub remembered_bytes_max: usize,
+}
+
+/// What an operation takes in the record of an answered request besides what it got, at most.
+const REMEMBERED_PER_OPERATION: usize = 32;
+
+/// Returns what the gets of a write would return by the map as it is, without those of slots in which the write was answered before.
+pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<GetsWeight, StoreError> {
     let mut entry = Entry::new(read);
     let placed = place(write);
     let fresh = match recall_if_keyed(&mut entry, write, &placed)? {
         Ok(parts) => fresh_of(&parts, &placed),
         // It will be rejected.
-        Err(_) => return Ok(0),
+        Err(_) => return Ok(GetsWeight::default()),
     };
-    let gets = fresh.iter().filter(|item| item.operation.action == Action::Get);
-    let lengths = gets.map(|item| {
-        let stored = read.start_of(&data_key(item.slot, &item.operation.key), 0)?;
-        Ok(stored.map_or(0, |stored| stored.len))
-    });
-    lengths.sum()
+    let mut weight = GetsWeight::default();
+    let mut of_slots = BTreeMap::<Slot, usize>::new();
+    // A get finds what an operation before it has written.
+    let mut written = BTreeMap::<&Bytes, usize>::new();
+    for Placed { slot, operation, .. } in &fresh {
+        let bytes = match &operation.action {
+            Action::Get => match written.get(&operation.key) {
+                Some(bytes) => *bytes,
+                None => read.start_of(&data_key(*slot, &operation.key), 0)?.map_or(0, |stored| stored.len),
+            },
+            Action::Put { value, .. } => {
+                written.insert(&operation.key, value.len() + REVISION_BYTES);
+                0
+            }
+            Action::Delete => {
+                written.insert(&operation.key, 0);
+                0
+            }
+        };
+        weight.bytes += bytes;
+        *of_slots.entry(*slot).or_default() += bytes + REMEMBERED_PER_OPERATION;
+    }
+    if write.idempotency_key.is_some() {
+        weight.remembered_bytes_max = of_slots.into_values().max().unwrap_or_default();
+    }
+    Ok(weight)
 }
 
 /// A slot of a write with a key.

@@ -252,12 +252,33 @@ fn gets_alone_are_charged_before_they_are_read() {
     let gets = |count: usize| write(operations((0..count).map(|n| key("", n)), &Action::Get), None);
     assert_eq!(answer_gets(&map, &gets(100), |bytes| bytes <= ANSWER_BYTES_MAX).expect("readable"), None);
     map.assert_within(SMALL);
-    assert!(weigh_gets(&map, &gets(100)).expect("readable") > 100 * MIB);
+    assert!(weigh_gets(&map, &gets(100)).expect("readable").bytes > 100 * MIB);
     map.assert_within(SMALL);
 
     let answer = answer_gets(&map, &gets(15), |bytes| bytes <= ANSWER_BYTES_MAX).expect("readable");
     assert!(matches!(answer, Some(WriteOutcome::Applied(outcomes)) if outcomes.len() == 15));
     map.assert_within(ANSWER_BYTES_MAX + SMALL);
+}
+
+#[test]
+fn what_a_request_is_remembered_with_is_weighed_by_slot() {
+    let map = large_values("", 3);
+    let put = Action::Put { media: Media::Octets, value: Bytes::from(vec![0; MIB / 2]) };
+    let of = |n, action: &Action| operations([key("", n)].into_iter(), action);
+    let get = |n| of(n, &Action::Get);
+    let weigh =
+        |operations: Vec<Operation>, key: Option<&'static [u8]>| weigh_gets(&map, &write(operations, key)).expect("readable");
+
+    let all = [get(0), get(1), get(2)].concat();
+    let kept = weigh(all.clone(), Some(b"k"));
+    assert!(kept.bytes >= 3 * MIB && (MIB..2 * MIB).contains(&kept.remembered_bytes_max), "{kept:?}");
+    assert_eq!(weigh(all, None).remembered_bytes_max, 0, "nothing is remembered of it");
+
+    let found = weigh([of(7, &put), get(7), get(7)].concat(), Some(b"k"));
+    assert!((MIB..MIB + SMALL).contains(&found.bytes), "{found:?}");
+    let gone = weigh([of(0, &Action::Delete), get(0)].concat(), Some(b"k"));
+    assert_eq!(gone.bytes, 0, "{gone:?}");
+    map.assert_within(SMALL);
 }
 
 #[test]

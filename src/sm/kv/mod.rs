@@ -34,7 +34,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 pub use self::answers::{ANSWER_BYTES_MAX, Audience};
-pub use self::apply::{answer_gets, apply, apply_for, refused_by_place, weigh_gets};
+pub use self::apply::{GetsWeight, answer_gets, apply, apply_for, refused_by_place, weigh_gets};
 pub use self::chunk::{Chunk, final_contents, move_chunk};
 pub(super) use self::entry::Entry;
 pub use self::moves::{Install, MoveOutcome, MovePhase, MoveRejection, MoveStep, OpenMove, Progress};
