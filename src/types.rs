@@ -144,6 +144,10 @@ pub enum ParseError {
     HexId(String),
     #[error("'{0}' is not an address: expected host:port with a port from 1 to 65535")]
     Address(String),
+    #[error(
+        "'{0}' has a zone ('%' and the name of an interface), which means nothing on another machine: use an address without one"
+    )]
+    Zone(String),
 }
 
 macro_rules! random_id {
@@ -228,8 +232,21 @@ impl fmt::Display for Address {
 impl FromStr for Address {
     type Err = ParseError;
 
+    /// Of what people say: an address with a zone could be reached by nobody else.
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        let error = || ParseError::Address(text.to_owned());
+        if text.contains('%') {
+            return Err(ParseError::Zone(text.to_owned()));
+        }
+        text.to_owned().try_into()
+    }
+}
+
+impl TryFrom<String> for Address {
+    type Error = ParseError;
+
+    /// Of what was written once: earlier programs took zones that are numbers.
+    fn try_from(text: String) -> Result<Self, ParseError> {
+        let error = || ParseError::Address(text.clone());
         let (host, port) = text.rsplit_once(':').ok_or_else(error)?;
         let port_ok = port.parse::<u16>().is_ok_and(|p| p > 0) && port.bytes().all(|b| b.is_ascii_digit());
         let bracketed = host.starts_with('[') && host.ends_with(']') && host.len() > 2;
@@ -240,15 +257,7 @@ impl FromStr for Address {
         } else {
             !host.is_empty() && host.bytes().all(plain)
         };
-        if port_ok && host_ok { Ok(Address(text.to_owned())) } else { Err(error()) }
-    }
-}
-
-impl TryFrom<String> for Address {
-    type Error = ParseError;
-
-    fn try_from(text: String) -> Result<Self, ParseError> {
-        text.parse()
+        if port_ok && host_ok { Ok(Address(text)) } else { Err(error()) }
     }
 }
 
@@ -271,6 +280,11 @@ mod tests {
         for bad in ["", "a", "a:", ":1", "a:0", "a:65536", "a:+1", "a b:1", "a:1:2", "http://a:1", "[]:1", "a,b:1"] {
             assert!(bad.parse::<Address>().is_err(), "{bad} was taken for an address");
         }
+        for zoned in ["[fe80::1%eth0]:9000", "[fe80::1%1]:9000", "fe80::1%eth0:9000", "fe80::1%1"] {
+            let error = zoned.parse::<Address>().expect_err("it is nobody else's").to_string();
+            assert!(error.contains("a zone") && error.contains(zoned), "{error}");
+        }
+        assert!(Address::try_from("[fe80::1%1]:9000".to_owned()).is_ok(), "a view may have it");
     }
 
     #[test]

@@ -250,7 +250,9 @@ impl From<Rejection> for Problem {
             }
             Rejection::ConditionFailed { current, .. } => Problem::condition_failed(current),
             Rejection::KeyReused { .. } => {
-                Problem::new(Code::IdempotencyKeyReused, "this Idempotency-Key was used for a request with other content")
+                let detail = "this Idempotency-Key was used in the last 10 minutes for a request with other content to a key of the \
+                              same slot: a new request takes a new one";
+                Problem::new(Code::IdempotencyKeyReused, detail)
             }
             Rejection::AnswerTooLarge { bytes } => Failure::of_answer(bytes).into(),
             Rejection::RequestsFull { slot } => {

@@ -1,5 +1,7 @@
 //! `GET /v1/kv?prefix=&start=&end=&limit=&cursor=&keys_only=&reverse=`: keys and values in key order over all shards, page by page.
 //!
+//! In a query `+` is a space: a plus in `prefix`, `start` or `end` is `%2B`.
+//!
 //! `start` (included) and `end` (not included) bound the keys; with `prefix` too, both hold. A page may be shorter than `limit`; there
 //! is more if, and only if, the answer has a `next_cursor`. Each page is taken anew: a change between two pages shows in the later one.
 

@@ -4,9 +4,10 @@
 //!   Only those that begin with eight bytes `FF` are refused, and never listed: another dialect has them to itself.
 //!   In JSON a key or value that is not UTF-8 stands in base64, and `key_encoding` or `encoding` says so.
 //! - A revision is an ETag. Conditions are `If-Match` and `If-None-Match`; `Idempotency-Key` makes a write safe to repeat.
-//! - A key that another node leads is answered 307; `?proxy=true` has this node fetch the answer. Listings and batches span shards, so
+//! - A key that another node leads is answered 307, before anything of a body is read; `?proxy=true` has this node fetch the answer. Listings and batches span shards, so
 //!   this node always gathers them itself.
-//! - `?timeout=2s` (or `500ms`) bounds the wait; `?consistency=stale` reads what is at hand, and `Quorate-Staleness` says how old that is.
+//! - `?timeout=2s` (or `500ms`) bounds the wait; `?consistency=stale` reads what is at hand, and `Quorate-Staleness` says
+//!   how long ago that was all that its leader had committed: an estimate, because a leader that is cut off learns late of the next one.
 //! - A parameter that a route does not know is an error, not ignored: a misspelt condition must not pass for none.
 
 mod batch;
