@@ -1,14 +1,19 @@
 //! Replicas whose maps wait for their disk: what is applied, read or installed there holds up no
 //! heartbeat, and so changes no leader.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use openraft::RaftLogReader;
 use tokio::time::Instant;
 
 use super::cluster::*;
+use super::stalling_disk::StallingDisk;
 use crate::raft::Group;
+use crate::raft::log_store::LogStore;
+use crate::storage::log::{Entry, Log, LogOptions, Payload};
 use crate::storage::mem_trees::Gate;
 use crate::types::{LogId, NodeId};
 
@@ -83,6 +88,40 @@ async fn an_entry_that_waits_for_the_disk_of_its_map_holds_up_no_heartbeat() {
     reads.close(false);
     assert_put(&writing.await.expect("it ends").expect("written"));
     cluster.stop_all().await;
+}
+
+/// A follower that was away for long is sent entries that no cache has any more.
+#[tokio::test]
+async fn old_entries_are_read_where_they_hold_up_nobody() {
+    let disk = StallingDisk::new(1);
+    let options = LogOptions { cache_bytes: 0, ..LogOptions::default() };
+    let opened = Log::open(Arc::new(disk.clone()), Path::new("/log"), options);
+    let (log, writer) = opened.expect("a log");
+    let writing = std::thread::spawn(move || writer.run());
+    log.create(key(1, 1), Box::new(|_| ()));
+    let replica = log.replica(key(1, 1)).expect("it was created");
+    let entry = |index| Entry { id: LogId { term: 1, index }, payload: Payload::Blank };
+    for index in 0..20 {
+        let (done, ended) = tokio::sync::oneshot::channel();
+        let done = Box::new(move |_| {
+            let _ = done.send(());
+        });
+        replica.append(vec![entry(index)], done).expect("appended");
+        ended.await.expect("synced");
+    }
+
+    disk.reads.close(true);
+    let watchdog = Watchdog::of(&disk.reads);
+    let mut store = LogStore::new(replica.clone());
+    let reading = tokio::spawn(async move { store.limited_get_log_entries(0, 5).await });
+    let is_waited_for = || disk.reads.waiting() > 0 || watchdog.was_needed();
+    until("the disk is waited for", is_waited_for).await;
+    assert!(!watchdog.was_needed(), "the thread that all share waited for the disk");
+    disk.reads.close(false);
+    assert_eq!(reading.await.expect("it ends").expect("readable").len(), 5);
+    log.close();
+    drop((replica, log));
+    writing.join().expect("it ended well");
 }
 
 #[tokio::test]

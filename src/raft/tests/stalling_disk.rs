@@ -1,4 +1,4 @@
-//! [`StallingDisk`]: a simulated disk whose syncs can be made to take as long as the test wants.
+//! [`StallingDisk`]: a simulated disk whose syncs and reads can be made to take as long as the test wants.
 
 use std::io;
 use std::path::Path;
@@ -6,12 +6,15 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use crate::sm::disk_level::DiskRoom;
 use crate::storage::disk::{Disk, DiskFile, Open};
+use crate::storage::mem_trees;
 use crate::storage::sim_disk::SimDisk;
 
 #[derive(Clone)]
 pub struct StallingDisk {
     pub disk: SimDisk,
     gate: Arc<Gate>,
+    /// What reads of files pass.
+    pub reads: Arc<mem_trees::Gate>,
 }
 
 #[derive(Default)]
@@ -29,7 +32,7 @@ impl Gate {
 
 impl StallingDisk {
     pub fn new(seed: u64) -> Self {
-        Self { disk: SimDisk::new(seed), gate: Arc::default() }
+        Self { disk: SimDisk::new(seed), gate: Arc::default(), reads: Arc::default() }
     }
 
     /// Syncs wait from now on, or no longer.
@@ -41,7 +44,8 @@ impl StallingDisk {
 
 impl Disk for StallingDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(StallingFile { file: self.disk.open(path, how)?, gate: self.gate.clone() }))
+        let (file, gate, reads) = (self.disk.open(path, how)?, self.gate.clone(), self.reads.clone());
+        Ok(Box::new(StallingFile { file, gate, reads }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -73,10 +77,12 @@ impl Disk for StallingDisk {
 struct StallingFile {
     file: Box<dyn DiskFile>,
     gate: Arc<Gate>,
+    reads: Arc<mem_trees::Gate>,
 }
 
 impl DiskFile for StallingFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.reads.pass();
         self.file.read_at(buffer, offset)
     }
 
