@@ -201,6 +201,7 @@ fn an_installation_and_a_wipe_end_a_copy() {
                 snapshot.read_at(0, &mut bytes).expect("read");
                 receiver.write_at(0, &bytes).expect("taken");
                 state.install(&receiver.finish().expect("whole")).expect("installed");
+                state.tidy().expect("tidied");
             }
             true
         };
