@@ -74,7 +74,7 @@ impl Gate {
 }
 
 /// Trees in memory. Clones share them.
-#[derive(Clone)]
+#[derive(Default, Clone)]
 pub struct MemTrees {
     inner: Arc<Mutex<Inner>>,
     /// What reads and writes of pairs pass, as they would a disk.
@@ -107,12 +107,6 @@ enum Undo {
     Written { tree: Arc<str>, key: Bytes, before: Option<Bytes> },
     Created { tree: String },
     Dropped { tree: String, pairs: BTreeMap<Bytes, Bytes> },
-}
-
-impl Default for MemTrees {
-    fn default() -> Self {
-        Self { inner: Arc::default(), reads: Arc::default(), writes: Arc::default() }
-    }
 }
 
 impl MemTrees {
