@@ -173,9 +173,12 @@ impl Timer {
     pub fn leader_cut(&self, rank: u32) {
         if self.patience.is_zero() {
             let moment = self.heartbeat / 4;
-            let at = Instant::now() + between((moment, moment * 2)) + self.heartbeat * rank;
+            let now = Instant::now();
+            let at = now + between((moment, moment * 2)) + self.heartbeat * rank;
             let mut state = self.lock();
             state.campaign_at = state.campaign_at.min(at);
+            // It was no slow leader: nobody waits longer for the next.
+            state.strain = Strain::none(now);
         }
     }
 
@@ -366,6 +369,16 @@ mod tests {
         timer.heard_leader(1);
         let (silent, _) = wait(&timer, Standing::Voter).await;
         assert!((1330..=1570).contains(&silent), "after {silent} ms of silence");
+        // Once it has certainly ended, there is nothing to wait for.
+        tokio::time::advance(Duration::from_secs(2)).await;
+        timer.heard_leader(1);
+        timer.leader_cut(0);
+        assert!((30..=70).contains(&wait(&timer, Standing::Voter).await.0));
+        let (next, _) = wait(&timer, Standing::Voter).await;
+        assert!((210..=430).contains(&next), "the next campaign after {next} ms");
+
+        timer.heard_leader(2);
+        tokio::time::advance(Duration::from_millis(600)).await;
         timer.heard_leader(2);
         tokio::time::advance(STRAIN_HALF_LIFE * 8).await;
         timer.heard_leader(3);
