@@ -46,8 +46,8 @@ pub enum Step {
     Adopt { view: Box<View>, node: NodeId },
     /// Ask again in a while.
     Wait(Waiting),
-    /// Asking again will not help.
-    Refuse(Refusal),
+    /// Asking again will not help: another program has to be started here.
+    Refuse(TooOld),
 }
 
 /// What a node waits for. Its `Display` is what the log and `/readyz` say.
@@ -63,20 +63,23 @@ pub enum Waiting {
     Spare { cluster: Option<ClusterId>, members: Vec<Address> },
     /// The cluster names this address, with the data directory that was lost.
     LostDirectory { cluster: ClusterId, node: NodeId, members: Vec<Address> },
+    /// Another node has to be started otherwise, or this one.
+    Mismatch(Mismatch),
 }
 
-/// What no waiting mends.
+/// Why nodes can't found a cluster together until one of them is started otherwise. The others need not be: they ask again and again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    #[error("the VIEWs differ: mine is {}, that of {other} is {}; start both with the same set of addresses", list(.mine), list(.theirs))]
+pub enum Mismatch {
+    #[error(
+        "waiting: the VIEWs differ: mine is {}, that of {other} is {}; restart one of the two, so that both have the same set of \
+         addresses", list(.mine), list(.theirs)
+    )]
     ViewsDiffer { mine: Vec<Address>, other: Address, theirs: Vec<Address> },
     #[error(
-        "{other} has promised to be founded by another data directory ({founder}); if that cluster was never founded, stop {other} and \
-         empty its data directory"
+        "waiting: {other} has promised to be founded by another data directory ({founder}); if that cluster was never founded, stop \
+         {other}, empty its data directory and start it again"
     )]
     PromisedElsewhere { other: Address, founder: DirectoryId },
-    #[error(transparent)]
-    TooOld(#[from] TooOld),
 }
 
 impl fmt::Display for Waiting {
@@ -103,6 +106,7 @@ impl fmt::Display for Waiting {
                  this one waits as a spare; members: {}",
                 list(members)
             ),
+            Waiting::Mismatch(mismatch) => mismatch.fmt(f),
         }
     }
 }
@@ -112,14 +116,14 @@ impl Waiting {
     pub fn members(&self) -> &[Address] {
         match self {
             Waiting::Spare { members, .. } | Waiting::LostDirectory { members, .. } => members,
-            Waiting::ForNodes(_) | Waiting::ForFounder { .. } | Waiting::ForCluster { .. } => &[],
+            Waiting::ForNodes(_) | Waiting::ForFounder { .. } | Waiting::ForCluster { .. } | Waiting::Mismatch(_) => &[],
         }
     }
 
     pub fn is_spare(&self) -> bool {
         match self {
             Waiting::Spare { .. } | Waiting::LostDirectory { .. } => true,
-            Waiting::ForNodes(_) | Waiting::ForFounder { .. } | Waiting::ForCluster { .. } => false,
+            Waiting::ForNodes(_) | Waiting::ForFounder { .. } | Waiting::ForCluster { .. } | Waiting::Mismatch(_) => false,
         }
     }
 
@@ -129,6 +133,8 @@ impl Waiting {
             Waiting::Spare { .. } | Waiting::LostDirectory { .. } => "spare",
             Waiting::ForCluster { .. } => "no-cluster",
             Waiting::ForNodes(_) | Waiting::ForFounder { .. } => "starting",
+            Waiting::Mismatch(Mismatch::ViewsDiffer { .. }) => "views-differ",
+            Waiting::Mismatch(Mismatch::PromisedElsewhere { .. }) => "promised-elsewhere",
         }
     }
 }
@@ -152,8 +158,8 @@ pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
     if own.join_only {
         return Step::Wait(Waiting::ForCluster { view: own.view.to_vec() });
     }
-    if let Some(refusal) = first_refusal(own, heard) {
-        return Step::Refuse(refusal);
+    if let Some(mismatch) = first_mismatch(own, heard) {
+        return Step::Wait(Waiting::Mismatch(mismatch));
     }
     let others = own.view.iter().filter(|address| *address != own.address);
     let silent: Vec<(Address, String)> = others.filter_map(|address| silence(address, heard)).collect();
@@ -166,7 +172,7 @@ pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
 
 /// Refuses a cluster whose leaders may propose what this program does not read.
 fn too_old(own: Own<'_>, view: &View) -> Option<Step> {
-    (view.level > own.speaks).then(|| Step::Refuse(TooOld::new(view.level, own.speaks).into()))
+    (view.level > own.speaks).then(|| Step::Refuse(TooOld::new(view.level, own.speaks)))
 }
 
 fn silence(address: &Address, heard: &BTreeMap<Address, Heard>) -> Option<(Address, String)> {
@@ -214,16 +220,16 @@ fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step>
     Some(Step::Wait(waiting))
 }
 
-fn first_refusal(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Refusal> {
+fn first_mismatch(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Mismatch> {
     let i_found = own.view.first() == Some(own.address);
     heard.iter().find_map(|(address, heard)| {
         let Heard::Identity(identity) = heard else { return None };
         match &identity.standing {
             Standing::Fresh { view } | Standing::Promised { view, .. } if view != own.view && view.contains(own.address) => {
-                Some(Refusal::ViewsDiffer { mine: own.view.to_vec(), other: address.clone(), theirs: view.clone() })
+                Some(Mismatch::ViewsDiffer { mine: own.view.to_vec(), other: address.clone(), theirs: view.clone() })
             }
             Standing::Promised { founder, .. } if i_found && *founder != own.directory => {
-                Some(Refusal::PromisedElsewhere { other: address.clone(), founder: *founder })
+                Some(Mismatch::PromisedElsewhere { other: address.clone(), founder: *founder })
             }
             Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Member { .. } | Standing::Retired { .. } => None,
         }
@@ -342,6 +348,20 @@ pub fn may_start(
         Some((at, theirs)) if !has_ours => Err(NoStart::OtherCluster { own: cluster, at: at.clone(), theirs: *theirs }),
         Some(_) | None => Ok(others),
     }
+}
+
+/// Returns what is to be said of a `VIEW` without this node's own address, of which it is not told otherwise who it is.
+pub fn unnamed(own: Own<'_>) -> Option<String> {
+    let is_new = matches!(own.stamp, Stamp::Fresh | Stamp::Promised { .. });
+    (is_new && !own.view.contains(own.address)).then(|| {
+        format!(
+            "the VIEW ({}) does not have this node's own address, {address}: it founds no cluster, and waits as a spare until a \
+             change of the view names it ('quorate cluster add {address}'). If it is to found a cluster with them, start every node \
+             with one and the same VIEW that has all of their addresses",
+            list(own.view),
+            address = own.address
+        )
+    })
 }
 
 /// Addresses as a list for people.
@@ -499,15 +519,22 @@ mod tests {
     }
 
     #[test]
-    fn views_that_differ_are_refused_naming_both() {
+    fn views_that_differ_are_waited_for_naming_both() {
         let mut actors = actors(3);
+        assert_eq!(unnamed(actors[0].own()), None);
+        let stranger = Own { address: &address(7), ..actors[0].own() };
+        assert!(unnamed(stranger).is_some_and(|said| said.contains("cluster add 10.0.0.7:1")));
         actors[1].view = vec![address(0), address(1)];
-        let Step::Refuse(refusal) = next_step(actors[0].own(), &heard(&actors, 0, |_| true)) else { panic!("not refused") };
-        let text = refusal.to_string();
+        let Step::Wait(waiting) = next_step(actors[0].own(), &heard(&actors, 0, |_| true)) else { panic!("it ends") };
+        assert_eq!((waiting.code(), waiting.is_spare()), ("views-differ", false));
+        let text = waiting.to_string();
         assert!(text.contains("10.0.0.0:1,10.0.0.1:1,10.0.0.2:1") && text.contains("is 10.0.0.0:1,10.0.0.1:1;"), "{text}");
         let request = PromiseRequest { view: actors[0].view.clone(), founder: DirectoryId(1), founder_address: address(0) };
         let reason = answer_promise(actors[1].own(), &request).expect_err("refused");
         assert!(reason.contains("10.0.0.0:1,10.0.0.1:1,10.0.0.2:1"), "{reason}");
+        // The other is started again as it should have been: this one need not be.
+        actors[1].view = actors[0].view.clone();
+        assert_eq!(next_step(actors[0].own(), &heard(&actors, 0, |_| true)), Step::AskPromises);
     }
 
     /// Where every directory is empty, whoever starts the nodes may not know that there was data once.

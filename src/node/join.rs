@@ -13,11 +13,12 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::bootstrap::{self, Heard, Own, Refusal, Step, Waiting};
+use super::bootstrap::{self, Heard, Own, Step, Waiting};
 use super::machine::Machine;
 use crate::client::peer::{FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
 use crate::config::NodeConfig;
 use crate::raft::lanes::{Acquaintances, Ousted};
+use crate::sm::level::TooOld;
 use crate::sm::placement::{PlacementError, first_view};
 use crate::sm::view::{self, View};
 use crate::storage::directory::{DataDirectory, DirectoryError, Stamp};
@@ -46,7 +47,7 @@ const TELL_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
     #[error(transparent)]
-    Refused(#[from] Refusal),
+    TooOld(#[from] TooOld),
     #[error("the cluster can't be founded as asked: {0}")]
     Placement(#[from] PlacementError),
     #[error(transparent)]
@@ -321,6 +322,9 @@ impl Joining {
     /// What no waiting mends.
     pub async fn join(self: &Arc<Self>, shutdown: &CancellationToken) -> Result<Option<Joined>, JoinError> {
         let mut told: Option<(Waiting, Instant)> = None;
+        if let Some(warning) = bootstrap::unnamed(self.own(&self.directory.stamp())) {
+            tracing::warn!("{warning}");
+        }
         loop {
             let belongs = matches!(self.directory.stamp(), Stamp::Member { .. } | Stamp::Founding { .. });
             let heard = if belongs { BTreeMap::new() } else { self.ask_everyone().await };
@@ -342,7 +346,10 @@ impl Joining {
                 Step::Wait(waiting) => waiting,
             };
             if told.as_ref().is_none_or(|(last, at)| *last != waiting || at.elapsed() >= TELL_INTERVAL) {
-                tracing::info!("{waiting}");
+                match &waiting {
+                    Waiting::Mismatch(_) => tracing::warn!("{waiting}"),
+                    waiting => tracing::info!("{waiting}"),
+                }
                 told = Some((waiting.clone(), Instant::now()));
             }
             let interval = if waiting.is_spare() { SPARE_INTERVAL } else { self.ask_interval() };
