@@ -158,6 +158,8 @@ impl Readiness for Face {
 
 impl MetricSource for Face {
     fn collect(&self, text: &mut Exposition) {
+        text.family("quorate_ready", Kind::Gauge, "1 where /readyz is 200.");
+        text.sample(&[], u8::from(self.node.ready().is_ok()));
         for family in self.node.families() {
             let kind = match family.kind {
                 FamilyKind::Counter => Kind::Counter,

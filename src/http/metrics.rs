@@ -1,7 +1,10 @@
 //! Counts and times requests, and writes `/metrics` in Prometheus' text format 0.0.4.
 //!
 //! A request costs a few relaxed atomic additions; nothing is allocated and nothing locked. What other parts count comes in through
-//! [`MetricSource`]. Series that never moved are left out.
+//! [`MetricSource`]. Series of requests that never came are left out.
+//!
+//! Names follow Prometheus' conventions, as `tests/promises/exposition.rs` holds them: base units, counters end in `_total`, histograms
+//! of time in `_duration_seconds`. A name is a contract: one that was wrong stays beside the right one until the next release but one.
 
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
@@ -15,8 +18,8 @@ use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::changes::Changes;
-use super::problem::Problem;
-use super::{charged, dialects};
+use super::problem::{Code, Coded, Problem};
+use super::{charged, dialects, process};
 use crate::budget::Budget;
 use crate::client::store::Failure;
 use crate::telemetry::Rarely;
@@ -98,13 +101,16 @@ pub trait MetricSource: Send + Sync + 'static {
 /// What the serving side counts, and everybody who counts too.
 pub struct Metrics {
     series: [[Series; METHODS.len()]; Dialect::ALL.len()],
+    /// By their places in [`Code::ALL`].
+    problems: [AtomicU64; Code::ALL.len()],
     in_flight: AtomicI64,
     sources: Vec<Arc<dyn MetricSource>>,
 }
 
 impl Metrics {
     pub fn new(sources: Vec<Arc<dyn MetricSource>>) -> Self {
-        Self { series: Default::default(), in_flight: AtomicI64::new(0), sources }
+        process::note_start();
+        Self { series: Default::default(), problems: Default::default(), in_flight: AtomicI64::new(0), sources }
     }
 
     /// Begins to time a request. It counts as cancelled unless its [`Watch`] is finished.
@@ -121,6 +127,7 @@ impl Metrics {
             client: None,
             key_hash: None,
             class: 0,
+            problem: None,
             answers: None,
             is_read,
         }
@@ -138,8 +145,26 @@ impl Metrics {
                 }
             }
         });
-        text.family("quorate_http_request_seconds", Kind::Histogram, "Time from a request's head to its answer.");
+        text.family(
+            "quorate_http_request_duration_seconds",
+            Kind::Histogram,
+            "Time from a request's head to its answer, by dialect and method.",
+        );
         self.each(|dialect, method, series| histogram(&mut text, dialect, method, series));
+        text.family(
+            "quorate_http_request_seconds",
+            Kind::Histogram,
+            "Deprecated, and to go after the next release: see quorate_http_request_duration_seconds.",
+        );
+        self.each(|dialect, method, series| histogram(&mut text, dialect, method, series));
+        text.family(
+            "quorate_http_problems_total",
+            Kind::Counter,
+            "Requests that were refused or failed, by the code that they were told. The fixed dialects have no codes.",
+        );
+        for (code, count) in Code::ALL.iter().zip(&self.problems) {
+            text.sample(&[("code", code.as_str())], count.load(Ordering::Relaxed));
+        }
         text.family("quorate_http_requests_in_flight", Kind::Gauge, "Requests being worked on.");
         text.sample(&[], self.in_flight.load(Ordering::Relaxed));
         text.family("quorate_http_body_bytes_in_flight", Kind::Gauge, "Bytes of request bodies being worked on.");
@@ -156,6 +181,7 @@ impl Metrics {
         text.sample(&[], changes.waiting());
         text.family("quorate_change_waiters_refused_total", Kind::Counter, "Clients for which there was no place to wait.");
         text.sample(&[], changes.refused());
+        process::collect(&mut text);
         for source in &self.sources {
             source.collect(&mut text);
         }
@@ -209,6 +235,7 @@ pub struct Watch<'a> {
     client: Option<SocketAddr>,
     key_hash: Option<u64>,
     class: usize,
+    problem: Option<usize>,
     /// What the answer is charged to.
     answers: Option<&'a Arc<Budget>>,
     is_read: bool,
@@ -260,6 +287,8 @@ impl<'a> Watch<'a> {
             Some(answers) => charged::charge(response, answers).unwrap_or_else(|unfit| self.refuse(*unfit, answers)),
             None => response,
         };
+        let code = response.extensions().get::<Coded>();
+        self.problem = code.and_then(|Coded(code)| Code::ALL.iter().position(|known| known.as_str() == *code));
         self.class = usize::from(response.status().as_u16() / 100).min(CLASSES.len() - 1);
         response
     }
@@ -289,6 +318,9 @@ impl Drop for Watch<'_> {
         let elapsed = self.started.elapsed();
         self.metrics.in_flight.fetch_sub(1, Ordering::Relaxed);
         self.metrics.series[self.dialect as usize][self.method].record(self.class, elapsed);
+        if let Some(problem) = self.problem {
+            self.metrics.problems[problem].fetch_add(1, Ordering::Relaxed);
+        }
         let (dialect, method, status) = (self.dialect.label(), METHODS[self.method], CLASSES[self.class]);
         let key_hash = self.key_hash.map(tracing::field::display);
         let client = self.client.map(tracing::field::display);
@@ -348,7 +380,12 @@ impl Exposition {
 }
 
 #[cfg(test)]
+#[path = "../../tests/promises/exposition.rs"]
+pub mod exposition;
+
+#[cfg(test)]
 mod tests {
+    use super::exposition::check;
     use super::*;
 
     struct Odd;
@@ -370,6 +407,8 @@ mod tests {
         *response.status_mut() = http::StatusCode::CREATED;
         watch.finish(response);
         drop(metrics.watch(Dialect::Native, &Method::PATCH, slow));
+        let refused = Problem::new(Code::Overloaded, "a queue").into_response();
+        metrics.watch(Dialect::Native, &Method::DELETE, slow).finish(refused);
         let text = metrics.render(&Budget::new(1), &Budget::new(1), &Changes::new(1));
         for line in [
             "# TYPE quorate_http_requests_total counter",
@@ -379,12 +418,19 @@ mod tests {
             r#"quorate_http_request_seconds_bucket{dialect="native",method="PUT",le="0.005"} 1"#,
             r#"quorate_http_request_seconds_bucket{dialect="native",method="PUT",le="+Inf"} 1"#,
             r#"quorate_http_request_seconds_sum{dialect="native",method="PUT"} 0.003"#,
+            r#"quorate_http_request_duration_seconds_bucket{dialect="native",method="PUT",le="0.005"} 1"#,
+            r#"quorate_http_problems_total{code="overloaded"} 1"#,
+            r#"quorate_http_problems_total{code="unavailable"} 0"#,
             r#"quorate_http_request_seconds_count{dialect="native",method="PUT"} 1"#,
             "quorate_http_requests_in_flight 0",
             r"# HELP odd Line one\nline two",
             r#"odd{name="a \"b\"\\\n"} 1.5"#,
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\nis not in\n{text}");
+        }
+        let families = check(&text).unwrap_or_else(|error| panic!("{error} in\n{text}"));
+        for name in ["process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds", "quorate_build_info"] {
+            assert!(families.iter().any(|family| family.name == name && !family.samples.is_empty()), "{name}\nis not in\n{text}");
         }
     }
 }

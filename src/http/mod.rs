@@ -32,6 +32,7 @@ mod outbox;
 mod paced;
 pub mod peer;
 pub mod problem;
+mod process;
 pub mod server;
 #[cfg(test)]
 mod smuggling_tests;

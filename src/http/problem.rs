@@ -65,6 +65,29 @@ pub enum Code {
 }
 
 impl Code {
+    pub const ALL: [Code; 20] = [
+        Code::InvalidRequest,
+        Code::InvalidKey,
+        Code::InvalidQuery,
+        Code::InvalidHeader,
+        Code::InvalidBody,
+        Code::KeyNotFound,
+        Code::UnknownRoute,
+        Code::UnknownOperation,
+        Code::MethodNotAllowed,
+        Code::BodyTimeout,
+        Code::ViewRefused,
+        Code::ConditionFailed,
+        Code::EpochChanged,
+        Code::TooLarge,
+        Code::IdempotencyKeyReused,
+        Code::NotApplied,
+        Code::Overloaded,
+        Code::Unavailable,
+        Code::NodeNotReady,
+        Code::UnknownOutcome,
+    ];
+
     pub fn status(self) -> StatusCode {
         match self {
             Code::InvalidRequest | Code::InvalidKey | Code::InvalidQuery | Code::InvalidHeader | Code::InvalidBody => {
@@ -269,9 +292,14 @@ impl IntoResponse for Problem {
         *response.status_mut() = self.status;
         response.headers_mut().extend(self.headers);
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+        response.extensions_mut().insert(Coded(self.code));
         response
     }
 }
+
+/// The code of the problem that a response tells of, for those who count.
+#[derive(Debug, Clone, Copy)]
+pub struct Coded(pub &'static str);
 
 /// The answer to a failed request for `uri`: a redirect or a problem.
 pub fn respond(failure: Failure, uri: &Uri) -> Response {

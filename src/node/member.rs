@@ -58,6 +58,8 @@ pub struct Member {
     pub moves: MoveCounters,
     pub failures: Failures,
     pub reports: FailureReports,
+    /// Since when this node has listened to others.
+    pub began_at: Instant,
     /// How often replicas of each shard that this node led were found to differ.
     differed: Mutex<BTreeMap<GroupId, u64>>,
     joining: Arc<Joining>,
@@ -212,6 +214,7 @@ impl Member {
             moves: MoveCounters::default(),
             failures: Failures::default(),
             reports: FailureReports::default(),
+            began_at: Instant::now(),
             differed: Mutex::default(),
             joining,
             views,

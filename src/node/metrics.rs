@@ -1,12 +1,13 @@
 //! What a node counts, as families of samples; how they look on a page is the business of `http`.
 
 use super::failures::FailureCounts;
+use super::group_metrics;
 use super::member::Member;
 use super::move_counters::Moved;
 use super::watchdog::Findings;
 use crate::budget::Budget;
 use crate::client::reply;
-use crate::raft::{Role, Room};
+use crate::raft::Room;
 use crate::sm::recovery::Cause;
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
 use crate::storage::state::{StateMetrics, StateStore};
@@ -45,18 +46,18 @@ pub fn families(member: &Member, log: &Log, states: &StateStore, findings: &Find
     all.extend(of_room);
     all.extend(of_moves(&member.moves.now()));
     all.extend(of_rooms(member));
-    all.extend(of_groups(member));
+    all.extend(group_metrics::families(member));
     all.extend(of_failures(&member.failures.counts()));
     all.push(of_level(member));
     all.extend(of_stalls(findings));
     all
 }
 
-fn family(name: &'static str, kind: FamilyKind, help: &'static str, samples: Vec<Sample>) -> Family {
+pub(super) fn family(name: &'static str, kind: FamilyKind, help: &'static str, samples: Vec<Sample>) -> Family {
     Family { name, kind, help, samples }
 }
 
-fn one(name: &'static str, kind: FamilyKind, help: &'static str, value: f64) -> Family {
+pub(super) fn one(name: &'static str, kind: FamilyKind, help: &'static str, value: f64) -> Family {
     family(name, kind, help, vec![Sample { suffix: "", labels: Vec::new(), value }])
 }
 
@@ -65,7 +66,13 @@ const SECONDS_PER_US: f64 = 1e-6;
 fn of_log(log: &LogMetrics) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
     vec![
-        syncs(log),
+        family("quorate_log_sync_duration_seconds", FamilyKind::Histogram, "How long the syncs of the log took.", syncs(log)),
+        family(
+            "quorate_log_sync_seconds",
+            FamilyKind::Histogram,
+            "Deprecated, and to go after the next release: see quorate_log_sync_duration_seconds.",
+            syncs(log),
+        ),
         one("quorate_log_batches_total", Counter, "Batches written to the log: one sync each.", log.batches as f64),
         one(
             "quorate_log_records_total",
@@ -90,7 +97,8 @@ fn seconds(us: u64) -> f64 {
     us as f64 * SECONDS_PER_US
 }
 
-fn syncs(log: &LogMetrics) -> Family {
+/// Returns the parts of a histogram of the log's syncs.
+fn syncs(log: &LogMetrics) -> Vec<Sample> {
     let mut samples = Vec::new();
     let mut sum = 0;
     for (index, count) in log.sync_buckets.iter().enumerate() {
@@ -100,7 +108,7 @@ fn syncs(log: &LogMetrics) -> Family {
     }
     samples.push(Sample { suffix: "_sum", labels: Vec::new(), value: seconds(log.sync_us_total) });
     samples.push(Sample { suffix: "_count", labels: Vec::new(), value: sum as f64 });
-    family("quorate_log_sync_seconds", FamilyKind::Histogram, "How long the syncs of the log took.", samples)
+    samples
 }
 
 /// Returns what is on the disk, by kind: how much of it is live says `quorate_log_live_bytes` and `quorate_map_bytes`.
@@ -230,20 +238,6 @@ fn of_rooms(member: &Member) -> Vec<Family> {
     ]
 }
 
-fn differences(member: &Member) -> Family {
-    let samples = member.differences().into_iter().map(|(group, count)| Sample {
-        suffix: "",
-        labels: vec![("group", group.0.to_string())],
-        value: count as f64,
-    });
-    family(
-        "quorate_replicas_differ_total",
-        FamilyKind::Counter,
-        "How often replicas of a shard that this node led were found to differ, since the start.",
-        samples.collect(),
-    )
-}
-
 /// Returns how many replicas do not run, by cause: as many samples as there are causes.
 fn of_failures(counts: &FailureCounts) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
@@ -303,73 +297,6 @@ fn of_stalls(findings: &Findings) -> Vec<Family> {
             Counter,
             "Leaderships that were handed over because the disk or a map of this node held them up.",
             findings.step_downs() as f64,
-        ),
-    ]
-}
-
-fn of_groups(member: &Member) -> Vec<Family> {
-    let mut leads = Vec::new();
-    let mut terms = Vec::new();
-    let mut applied = Vec::new();
-    let mut purged = Vec::new();
-    let mut failed = Vec::new();
-    let (mut read_only, mut rebuilt) = (Vec::new(), Vec::new());
-    for group in member.registry.groups() {
-        let status = group.status();
-        let labels = vec![("group", group.key().group.0.to_string())];
-        let sample = |value: f64| Sample { suffix: "", labels: labels.clone(), value };
-        leads.push(sample(if status.role == Role::Leader { 1.0 } else { 0.0 }));
-        terms.push(sample(status.term as f64));
-        applied.push(sample(status.applied.map_or(0, |id| id.index) as f64));
-        purged.push(sample(status.purged.map_or(0, |id| id.index) as f64));
-        failed.push(sample(if status.failed.is_some() { 1.0 } else { 0.0 }));
-        read_only.push(sample(if group.alarm().is_some() { 1.0 } else { 0.0 }));
-        rebuilt.push(sample(group.rebuilt() as f64));
-    }
-    let mut witness_bytes = Vec::new();
-    for witness in member.registry.witnesses() {
-        let labels = vec![("group", witness.key().group.0.to_string())];
-        let sample = |value: f64| Sample { suffix: "", labels: labels.clone(), value };
-        failed.push(sample(if witness.status().failed.is_some() { 1.0 } else { 0.0 }));
-        witness_bytes.push(sample(witness.log_bytes() as f64));
-    }
-    for failure in member.failures.now() {
-        let open = member.registry.get(failure.key.group).is_some();
-        if !open && member.registry.witness(failure.key.group).is_none() {
-            let labels = vec![("group", failure.key.group.0.to_string())];
-            failed.push(Sample { suffix: "", labels, value: 1.0 });
-        }
-    }
-    use FamilyKind::Gauge;
-    vec![
-        family(
-            "quorate_witness_log_bytes",
-            Gauge,
-            "Bytes of log that the group's witness here keeps for replicas that may lack them.",
-            witness_bytes,
-        ),
-        family("quorate_group_leads", Gauge, "1 where this node leads the group.", leads),
-        family("quorate_group_term", Gauge, "The group's term.", terms),
-        family("quorate_group_applied_index", Gauge, "Index of the last entry applied here.", applied),
-        family("quorate_group_purged_index", Gauge, "Index of the last entry that is no longer in the log here.", purged),
-        family(
-            "quorate_group_read_only",
-            Gauge,
-            "1 where the replicas of a shard hosted here differ without a majority of one mind: nothing is written to it.",
-            read_only,
-        ),
-        family(
-            "quorate_group_rebuilt_total",
-            FamilyKind::Counter,
-            "How often the map of the replica here differed from a majority and was rebuilt, since the start.",
-            rebuilt,
-        ),
-        differences(member),
-        family(
-            "quorate_group_failed",
-            Gauge,
-            "1 where the replica on this node could not be opened, or has stopped by itself.",
-            failed,
         ),
     ]
 }

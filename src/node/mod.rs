@@ -15,6 +15,7 @@ mod compactor;
 mod disk_watch;
 mod failure_reports;
 mod failures;
+mod group_metrics;
 mod introduction;
 mod janitor;
 mod join;

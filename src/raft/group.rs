@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use tokio::task::coop::unconstrained;
 use tokio::time::Instant;
 
+use super::elections::Elections;
 use super::errors::{OpenError, ProposeError, ReadError, SHUT_DOWN, TransferError};
 use super::feeds::Feeds;
 use super::log_store::LogStore;
@@ -110,8 +111,8 @@ impl Group {
         let propose = proposer.clone().run(raft.clone(), machine.clone(), shared.resolver.clone());
         supervisor.start(&mut tasks, "proposer", propose);
         supervisor.start(&mut tasks, "reads", reads.clone().run(raft.clone(), machine.clone()));
-        let (closing, stopping) = ((proposer.clone(), reads.clone()), is_stopping.clone());
-        let monitor = monitor(key, raft.clone(), machine.clone(), publish, closing.0, closing.1, stopping);
+        let (waiting, elections) = ((proposer.clone(), reads.clone()), shared.elections.clone());
+        let monitor = monitor(key, raft.clone(), machine.clone(), publish, waiting, elections, is_stopping.clone());
         supervisor.start(&mut tasks, "monitor of a replica", monitor);
         let group = Self {
             key,
@@ -404,6 +405,11 @@ impl Group {
         watch.failure.clone().or_else(|| self.machine.failure()).or_else(of_map)
     }
 
+    /// Returns how many writes wait to be proposed here, and how many reads to be confirmed.
+    pub fn queued(&self) -> (usize, usize) {
+        (self.proposer.queued(), self.reads.queued())
+    }
+
     /// What changes seldom: the leader, the membership, a failure.
     pub fn watch(&self) -> watch::Receiver<GroupWatch> {
         self.watch.clone()
@@ -577,6 +583,7 @@ impl Group {
             Due::Nothing => {}
             Due::Heartbeat => drop(unconstrained(self.raft.trigger().heartbeat()).now_or_never()),
             Due::Campaign => {
+                self.shared.elections.count_campaign();
                 self.end_lease_if_cut();
                 drop(unconstrained(self.raft.trigger().elect(true)).now_or_never());
             }
@@ -654,13 +661,20 @@ async fn monitor(
     raft: RaftHandle,
     machine: Arc<Machine>,
     publish: watch::Sender<GroupWatch>,
-    proposer: Arc<Proposer>,
-    reads: Arc<Reads>,
+    (proposer, reads): (Arc<Proposer>, Arc<Reads>),
+    elections: Arc<Elections>,
     is_stopping: Arc<AtomicBool>,
 ) {
     let mut changes = raft.server_metrics();
+    let mut led_by = None;
     loop {
         let now = look(&raft, None);
+        if let Some(leader) = now.leader.map(|leader| leader.replica) {
+            if led_by.is_some_and(|before| before != leader) {
+                elections.count_leader_change();
+            }
+            led_by = Some(leader);
+        }
         publish.send_if_modified(|before| {
             let changed = *before != now;
             *before = now;

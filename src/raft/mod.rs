@@ -14,6 +14,7 @@
 //! bounded; every wait has a deadline; an error of a proposal other than `Unknown` means that it certainly did not happen.
 //! Kept out: which replicas there should be, where slots are, and HTTP (which mounts [`lanes::serve_lane`]).
 
+mod elections;
 mod errors;
 mod feeds;
 mod fit;
@@ -42,6 +43,7 @@ mod types;
 mod wire;
 mod witness;
 
+pub use elections::Elections;
 pub use errors::{MembershipError, OpenError, ProposeError, ReadError, TransferError};
 pub use group::Group;
 pub use registry::{Registry, RegistryParts};

@@ -129,6 +129,11 @@ impl Proposer {
         }
     }
 
+    /// Returns how many writes wait for their entry.
+    pub fn queued(&self) -> usize {
+        self.lock().waiting.len()
+    }
+
     /// Refuses what waits and what comes.
     pub fn close(&self, reason: &str) {
         let waiting = {

@@ -85,6 +85,11 @@ impl Reads {
         Ok(receiver)
     }
 
+    /// Returns how many wait for the next round.
+    pub fn queued(&self) -> usize {
+        self.lock().waiting.len()
+    }
+
     pub fn close(&self, reason: &str) {
         let mut state = self.lock();
         state.closed.get_or_insert_with(|| reason.to_owned());

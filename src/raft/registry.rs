@@ -13,6 +13,7 @@ use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::elections::Elections;
 use super::errors::OpenError;
 use super::fit::fit_log;
 use super::group::Group;
@@ -61,6 +62,7 @@ pub(super) struct Shared {
     pub snapshot_turns: Semaphore,
     pub rooms: Arc<Rooms>,
     pub supervisor: Supervisor,
+    pub elections: Arc<Elections>,
 }
 
 /// What was opened, and whether more is.
@@ -113,6 +115,7 @@ impl Registry {
             snapshot_turns: Semaphore::new(SNAPSHOT_TURNS),
             rooms,
             supervisor: parts.supervisor,
+            elections: Arc::default(),
         });
         Arc::new(Self {
             identity: parts.identity,
@@ -140,6 +143,11 @@ impl Registry {
     /// The memory that the groups here have together.
     pub fn rooms(&self) -> &Rooms {
         &self.shared.rooms
+    }
+
+    /// How steadily the groups here are led.
+    pub fn elections(&self) -> &Elections {
+        &self.shared.elections
     }
 
     /// The lanes that are served.
