@@ -29,9 +29,11 @@ macro_rules! number_id {
         #[serde(transparent)]
         pub struct $name(pub u64);
 
+        /// With its letter, as in logs and names of files; by `{:#}` the number alone, as operators write it.
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, concat!($prefix, "{}"), self.0)
+                let prefix = if f.alternate() { "" } else { $prefix };
+                write!(f, "{prefix}{}", self.0)
             }
         }
     };
@@ -77,6 +79,11 @@ impl GroupId {
 
     pub fn is_meta(self) -> bool {
         self == Self::META
+    }
+
+    /// Returns what it is called before operators.
+    pub fn named(self) -> String {
+        if self.is_meta() { "the meta group".to_owned() } else { format!("shard {self:#}") }
     }
 }
 

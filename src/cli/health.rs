@@ -7,13 +7,13 @@ use tokio::time::timeout;
 
 use super::node_flags::{Given, given};
 use super::servers::seconds;
-use super::{CliError, EXIT_CODES, Exit, complain};
+use super::{CliError, Exit, complain};
 use crate::client::health;
 use crate::config::PORT_DEFAULT;
 use crate::types::{Address, ParseError};
 
 #[derive(Debug, Args)]
-#[command(after_help = EXIT_CODES)]
+#[command(after_help = "Exit codes: 0 it lives (with --ready: it is ready), 1 it does not, 2 usage.")]
 pub struct Arguments {
     /// The node or gateway to ask [default: the node of this machine, at the port of ADDRESS or 13800]
     #[arg(value_name = "HOST:PORT")]

@@ -33,6 +33,7 @@ enum Command {
     /// Write a key's value to standard output, byte for byte
     #[command(after_help = EXIT_CODES)]
     Get {
+        /// The key, as it is: nothing in it is escaped
         key: String,
         /// Read what the replica at hand has, however old
         #[arg(long)]
@@ -41,6 +42,7 @@ enum Command {
     /// Store a value under a key
     #[command(after_help = EXIT_CODES)]
     Put {
+        /// The key, as it is: nothing in it is escaped
         key: String,
         /// The value; `-` or nothing: standard input
         #[arg(conflicts_with = "file")]
@@ -57,6 +59,7 @@ enum Command {
     /// Delete a key
     #[command(after_help = EXIT_CODES)]
     Del {
+        /// The key, as it is: nothing in it is escaped
         key: String,
         #[command(flatten)]
         conditions: Conditions,

@@ -18,7 +18,7 @@ pub struct Servers {
     /// Any nodes of the cluster [default: those of ./.cluster, else 127.0.0.1:13800]
     #[arg(short, long, env = "QUORATE_SERVERS", value_name = "HOST:PORT,...", value_delimiter = ',', global = true)]
     server: Vec<Address>,
-    /// How long an answer is waited for, in seconds
+    /// How long an answer is waited for, in seconds: servers are asked in turn until then
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds, global = true)]
     timeout: Duration,
 }

@@ -276,6 +276,25 @@ async fn read_reply(
     Ok(body)
 }
 
+/// Returns why a node has not answered a request, for people.
+pub(super) fn silence(address: &Address, error: &reqwest::Error) -> String {
+    let what = if error.is_connect() { "no connection to" } else { "no answer from" };
+    let reason = match error.is_timeout() {
+        true => "it took too long".to_owned(),
+        false => innermost(error).to_string(),
+    };
+    format!("{what} {address}: {reason}")
+}
+
+/// Returns the last cause: "connection refused" says more than the chain that leads to it.
+fn innermost<'a>(error: &'a (dyn std::error::Error + 'static)) -> &'a (dyn std::error::Error + 'static) {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause
+}
+
 /// An error with its causes: reqwest's own text leaves out why a connection failed.
 pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();

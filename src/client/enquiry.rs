@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::call::{describe, failure_of};
+use super::call::{failure_of, silence};
 use super::peer::{Identity, Standing};
 use super::protocol::ClusterStatus;
 use super::reply::{self, VIEW_BYTES_MAX};
@@ -20,7 +20,7 @@ const TIMEOUT: Duration = Duration::from_millis(1500);
 pub async fn status(http: &reqwest::Client, address: &Address) -> Result<ClusterStatus, Failure> {
     let unavailable = |reason: String| Failure::Unavailable { reason, retry_after_ms: 1000 };
     let response = http.get(format!("http://{address}/v1/cluster")).timeout(TIMEOUT).send().await;
-    let response = response.map_err(|error| unavailable(describe(&error)))?;
+    let response = response.map_err(|error| unavailable(silence(address, &error)))?;
     if !response.status().is_success() {
         return Err(failure_of(response).await);
     }

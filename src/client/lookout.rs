@@ -132,10 +132,11 @@ fn owners(status: &ClusterStatus) -> impl Iterator<Item = &ShardStatus> {
 /// What is wrong with a cluster of which these nodes do not answer from here.
 fn judge(status: &ClusterStatus, silent: &BTreeSet<NodeId>) -> Option<Trouble> {
     owners(status).find_map(|shard| match shard.leader {
-        None => Some(Trouble { code: "no-leader", reason: format!("shard {} has no leader", shard.id) }),
+        None => Some(Trouble { code: "no-leader", reason: format!("shard {:#} has no leader", shard.id) }),
         Some(leader) if silent.contains(&leader) => {
             let node = status.nodes.iter().find(|node| node.id == leader).map(|node| format!(" ({})", node.public_address));
-            let reason = format!("shard {} is led by {leader}{}, which does not answer here", shard.id, node.unwrap_or_default());
+            let reason =
+                format!("shard {:#} is led by {leader}{}, which does not answer here", shard.id, node.unwrap_or_default());
             Some(Trouble { code: "unreachable", reason })
         }
         Some(_) => None,

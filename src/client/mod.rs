@@ -11,6 +11,7 @@ pub mod peer;
 pub mod problem;
 pub mod protocol;
 pub mod remote;
+pub mod repeat;
 pub mod reply;
 pub mod router;
 pub mod shard_map;

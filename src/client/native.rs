@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::problem;
 use super::protocol::ClusterStatus;
+use super::repeat::{Effect, LastWord, Speaker, server_timeout_ms};
 use super::store::Failure;
 use super::wire::Connection;
 use crate::types::{Address, Revision};
@@ -29,8 +30,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
 /// Redirects followed in a row: leaders change, but not that often.
 const REDIRECTS_MAX: usize = 5;
-/// The longest that a server lets itself be told to wait.
-const SERVER_TIMEOUT_MAX: Duration = Duration::from_secs(60);
 
 /// A client of some servers of one cluster.
 #[derive(Debug)]
@@ -58,6 +57,13 @@ pub struct WriteHeaders {
     pub if_match: Option<String>,
     pub if_none_match: Option<String>,
     pub idempotency_key: Option<String>,
+}
+
+impl WriteHeaders {
+    /// Returns what it does to send a write with these twice.
+    fn effect(&self) -> Effect {
+        if self.idempotency_key.is_some() { Effect::Idempotent } else { Effect::Once }
+    }
 }
 
 /// A value as it was read.
@@ -100,8 +106,9 @@ struct Exchange {
     path_and_query: String,
     headers: HeaderMap,
     body: Bytes,
-    /// Doing it twice does no harm.
-    repeatable: bool,
+    effect: Effect,
+    /// Whether an answer of this server is what was asked for; else another is asked, if it may be.
+    is_awaited: fn(&Response<Bytes>) -> bool,
 }
 
 /// What became of one attempt.
@@ -109,8 +116,8 @@ enum Attempt {
     Answer(Response<Bytes>),
     /// Certainly not done here: ask there, or the next server.
     Redirect(Address),
-    NotDone(Failure),
-    Unknown(Failure),
+    NotDone(Speaker, Failure),
+    Unknown(Speaker, Failure),
 }
 
 impl NativeClient {
@@ -125,7 +132,7 @@ impl NativeClient {
     /// When nobody could tell in time.
     pub async fn get(&mut self, key: &[u8], stale: bool) -> Result<Option<Value>, NativeError> {
         let consistency = if stale { "&consistency=stale" } else { "" };
-        let path = self.key_path(key, consistency);
+        let path = self.key_path(key, consistency, Effect::Safe);
         let response = self.exchange(Exchange::read(path)).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
@@ -145,7 +152,7 @@ impl NativeClient {
     ///
     /// When a condition does not hold, or the write failed; [`Failure::Unknown`] leaves open whether it happened.
     pub async fn put(&mut self, key: &[u8], value: Bytes, headers: &WriteHeaders) -> Result<WriteAnswer, NativeError> {
-        let exchange = Exchange::write(Method::PUT, self.key_path(key, ""), headers, value)?;
+        let exchange = Exchange::write(Method::PUT, self.key_path(key, "", headers.effect()), headers, value)?;
         read_json(&checked(self.exchange(exchange).await?)?)
     }
 
@@ -155,7 +162,7 @@ impl NativeClient {
     ///
     /// As of [`NativeClient::put`].
     pub async fn delete(&mut self, key: &[u8], headers: &WriteHeaders) -> Result<Option<WriteAnswer>, NativeError> {
-        let exchange = Exchange::write(Method::DELETE, self.key_path(key, ""), headers, Bytes::new())?;
+        let exchange = Exchange::write(Method::DELETE, self.key_path(key, "", headers.effect()), headers, Bytes::new())?;
         let response = self.exchange(exchange).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
@@ -168,7 +175,7 @@ impl NativeClient {
     /// When nobody could tell in time.
     pub async fn list(&mut self, query: &ListQuery) -> Result<ListPage, NativeError> {
         let prefix = percent_encode(&query.prefix, QUERY_ESCAPES);
-        let mut path = format!("/v1/kv?{}&prefix={prefix}&limit={}", self.wait(), query.limit);
+        let mut path = format!("/v1/kv?{}&prefix={prefix}&limit={}", self.wait(Effect::Safe), query.limit);
         let flags = [(query.reverse, "&reverse=true"), (query.keys_only, "&keys_only=true"), (query.stale, "&consistency=stale")];
         flags.into_iter().filter(|(set, _)| *set).for_each(|(_, flag)| path.push_str(flag));
         if let Some(cursor) = &query.cursor {
@@ -183,7 +190,11 @@ impl NativeClient {
     ///
     /// When no server answers in time.
     pub async fn cluster(&mut self) -> Result<ClusterStatus, NativeError> {
-        read_json(&checked(self.exchange(Exchange::read("/v1/cluster".into())).await?)?)
+        let is_awaited = |response: &Response<Bytes>| {
+            is_ours(response) && (!response.status().is_success() || read_json::<ClusterStatus>(response).is_ok())
+        };
+        let exchange = Exchange { is_awaited, ..Exchange::read("/v1/cluster".into()) };
+        read_json(&checked(self.exchange(exchange).await?)?)
     }
 
     /// Hands a shard's leadership to the replica on that node, or to its home; the address of the new leader.
@@ -197,45 +208,47 @@ impl NativeClient {
             leader: Address,
         }
         let body = to.map(|to| serde_json::json!({ "to": to }).to_string()).unwrap_or_default();
-        let path = format!("/v1/cluster/shards/{shard}/leader?{}", self.wait());
-        let exchange = Exchange::write(Method::POST, path, &WriteHeaders::default(), body.into())?;
+        // It names who is to lead: done twice it is done once.
+        let effect = Effect::Idempotent;
+        let path = format!("/v1/cluster/shards/{shard}/leader?{}", self.wait(effect));
+        let exchange = Exchange { effect, ..Exchange::write(Method::POST, path, &WriteHeaders::default(), body.into())? };
         let transferred: Transferred = read_json(&checked(self.exchange(exchange).await?)?)?;
         Ok(transferred.leader)
     }
 
-    fn key_path(&self, key: &[u8], more: &str) -> String {
-        format!("/v1/kv/{}?{}{more}", percent_encode(key, KEY_ESCAPES), self.wait())
+    fn key_path(&self, key: &[u8], more: &str, effect: Effect) -> String {
+        format!("/v1/kv/{}?{}{more}", percent_encode(key, KEY_ESCAPES), self.wait(effect))
     }
 
-    fn wait(&self) -> String {
-        format!("timeout={}ms", self.timeout.min(SERVER_TIMEOUT_MAX).as_millis().max(1))
+    /// Returns the parameter that tells a server how long to wait, which may be less than this client does.
+    fn wait(&self, effect: Effect) -> String {
+        format!("timeout={}ms", server_timeout_ms(effect.attempt_timeout(self.timeout)))
     }
 
     /// Asks server after server until one settles it, or the time is up.
     async fn exchange(&mut self, exchange: Exchange) -> Result<Response<Bytes>, Failure> {
         let deadline = Instant::now() + self.timeout;
-        let mut maybe_done = None;
+        let mut last = LastWord::new(exchange.effect);
         loop {
-            let mut last = Failure::Unavailable { reason: "no server is given".into(), retry_after_ms: 0 };
             for server in self.servers.clone() {
-                match self.follow(server, &exchange, deadline).await {
+                if Instant::now() >= deadline && last.failure().is_some() {
+                    break;
+                }
+                let (by, failure) = match self.follow(server, &exchange, deadline).await {
                     Attempt::Answer(response) => return Ok(response),
                     Attempt::Redirect(address) => {
-                        last = Failure::Unavailable {
-                            reason: format!("the leader is changing, perhaps to {address}"),
-                            retry_after_ms: 0,
-                        }
+                        (Speaker::Server, unavailable(format!("the leader is changing, perhaps to {address}")))
                     }
-                    Attempt::NotDone(failure) => last = failure,
-                    Attempt::Unknown(failure) if exchange.repeatable => {
-                        maybe_done = maybe_done.or(Some(failure.clone()));
-                        last = failure;
-                    }
-                    Attempt::Unknown(failure) => return Err(failure),
+                    Attempt::NotDone(by, failure) | Attempt::Unknown(by, failure) => (by, failure),
+                };
+                if !exchange.effect.goes_on_after(&failure) {
+                    return Err(failure);
                 }
+                last.hear(by, failure);
             }
             if self.servers.is_empty() || Instant::now() + PAUSE >= deadline {
-                return Err(maybe_done.unwrap_or(last));
+                let failure = last.failure().cloned();
+                return Err(failure.unwrap_or_else(|| unavailable("no server is given".into())));
             }
             sleep(PAUSE).await;
         }
@@ -253,37 +266,48 @@ impl NativeClient {
     }
 
     async fn attempt(&mut self, address: &Address, exchange: &Exchange, deadline: Instant) -> Attempt {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let give_up = Instant::now() + exchange.effect.attempt_timeout(left);
         let reusable = self.connection.take().filter(|(to, connection)| to == address && connection.is_open());
         let mut connection = match reusable {
             Some((_, connection)) => connection,
-            None => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                match Connection::open(address, left.min(CONNECT_TIMEOUT)).await {
-                    Ok(connection) => connection,
-                    Err(error) => return Attempt::NotDone(unavailable(format!("{address}: {error}"))),
+            None => match Connection::open(address, left.min(CONNECT_TIMEOUT)).await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    let failure = unavailable(format!("no connection to {address}: {error}"));
+                    return Attempt::NotDone(Speaker::Nobody, failure);
                 }
-            }
+            },
         };
         let request = match exchange.request(address) {
             Ok(request) => request,
-            Err(failure) => return Attempt::NotDone(failure),
+            Err(failure) => return Attempt::NotDone(Speaker::Nobody, failure),
         };
-        match timeout_at(deadline, connection.exchange(request)).await {
+        match timeout_at(give_up, connection.exchange(request)).await {
             Ok(Ok(response)) => {
                 self.connection = Some((address.clone(), connection));
-                judge(response)
+                judge(address, response, exchange)
             }
             // The kept connection was closed meanwhile: nothing was sent.
-            Ok(Err(error)) if error.is_not_sent() => Attempt::NotDone(unavailable(format!("{address}: {error}"))),
-            Ok(Err(error)) => Attempt::Unknown(Failure::Unknown { reason: format!("{address}: {error}") }),
-            Err(_) => Attempt::Unknown(Failure::Unknown { reason: format!("{address} did not answer in time") }),
+            Ok(Err(error)) if error.is_not_sent() => {
+                Attempt::NotDone(Speaker::Nobody, unavailable(format!("{address}: {error}")))
+            }
+            Ok(Err(error)) => unanswered(format!("no answer from {address}: {error}")),
+            Err(_) => unanswered(format!("{address} did not answer in time")),
         }
     }
 }
 
 impl Exchange {
     fn read(path_and_query: String) -> Self {
-        Self { method: Method::GET, path_and_query, headers: HeaderMap::new(), body: Bytes::new(), repeatable: true }
+        Self {
+            method: Method::GET,
+            path_and_query,
+            headers: HeaderMap::new(),
+            body: Bytes::new(),
+            effect: Effect::Safe,
+            is_awaited: is_ours,
+        }
     }
 
     fn write(method: Method, path_and_query: String, write: &WriteHeaders, body: Bytes) -> Result<Self, Failure> {
@@ -299,7 +323,7 @@ impl Exchange {
             let bad = |_| Failure::Invalid { reason: format!("'{value}' can't stand in the header {name}") };
             headers.insert(name.clone(), value.parse().map_err(bad)?);
         }
-        Ok(Self { method, path_and_query, headers, body, repeatable: write.idempotency_key.is_some() })
+        Ok(Self { method, path_and_query, headers, body, effect: write.effect(), is_awaited: is_ours })
     }
 
     fn request(&self, address: &Address) -> Result<Request<Full<Bytes>>, Failure> {
@@ -312,18 +336,34 @@ impl Exchange {
     }
 }
 
-fn judge(response: Response<Bytes>) -> Attempt {
+fn unanswered(reason: String) -> Attempt {
+    Attempt::Unknown(Speaker::Nobody, Failure::Unknown { reason })
+}
+
+fn judge(address: &Address, response: Response<Bytes>, exchange: &Exchange) -> Attempt {
     match response.status() {
         StatusCode::TEMPORARY_REDIRECT => match location(response.headers()) {
             Some(address) => Attempt::Redirect(address),
-            None => Attempt::NotDone(strange("a redirect without an address")),
+            None => Attempt::NotDone(Speaker::Server, unavailable(format!("{address} redirects without an address"))),
         },
         status if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT => match failure_of(&response) {
-            failure @ Failure::Unknown { .. } => Attempt::Unknown(failure),
-            failure => Attempt::NotDone(failure),
+            failure @ Failure::Unknown { .. } => Attempt::Unknown(Speaker::Server, failure),
+            failure => Attempt::NotDone(Speaker::Server, failure),
         },
+        _ if !(exchange.is_awaited)(&response) => {
+            let status = response.status();
+            let reason = format!("{address} answered {status} in a way that no quorate node does; is it one?");
+            Attempt::Unknown(Speaker::Server, Failure::Unknown { reason })
+        }
         _ => Attempt::Answer(response),
     }
+}
+
+/// Returns whether an answer looks like one of ours: errors are problems. What stands in front of a node, or in its place, may
+/// answer 404 to anything.
+fn is_ours(response: &Response<Bytes>) -> bool {
+    let is_bodiless = response.status() == StatusCode::NOT_MODIFIED;
+    response.status().is_success() || is_bodiless || problem::is_of_node(response.headers(), response.body())
 }
 
 /// The node that a `Location` names.
@@ -438,6 +478,33 @@ mod tests {
             put(status, true).await.expect("a node that refused it has not done it");
             assert_eq!(requests.load(Ordering::Relaxed), 2, "{status}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_read_goes_past_servers_that_drop_it_or_are_none() {
+        let reply = |status: u16, body: &'static str| async move {
+            let (address, listener) = bind().await;
+            serve(listener, move |_| async move { (status > 0).then(|| answer(status, body)) });
+            address
+        };
+        let dropping = reply(0, "").await;
+        let (page, missing) = (reply(200, "<h1>hello</h1>").await, reply(404, "<h1>not here</h1>").await);
+        let nodes = std::slice::from_ref(&dropping);
+        let status = serde_json::to_vec(&crate::client::testing::status(1, None, nodes)).expect("JSON");
+        let (node, listener) = bind().await;
+        serve(listener, move |request| {
+            let is_status = request.uri().path() == "/v1/cluster";
+            let answer = if is_status { answer(200, status.clone()) } else { problem(404, "there is no such key") };
+            async move { Some(answer) }
+        });
+        let mut told = client(&[&dropping, &page, &missing, &node]);
+        assert_eq!(told.cluster().await.expect("a status").epoch, crate::types::PlanEpoch(1));
+        let mut told = client(&[&dropping, &missing, &node]);
+        assert_eq!(told.get(b"k", false).await.expect("an answer"), None);
+
+        let mut none = NativeClient::new(vec![dropping, missing], Duration::from_millis(300));
+        let failed = none.get(b"k", false).await.expect_err("nobody can tell");
+        assert!(matches!(failed, NativeError::Failed(Failure::Unavailable { .. })), "{failed}");
     }
 
     #[tokio::test]

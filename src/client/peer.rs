@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
+use super::call::silence;
 use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
 use crate::sm::level::{LEVEL, TooOld};
 use crate::sm::meta;
@@ -198,7 +199,7 @@ impl NotedDigest {
 /// Why a node gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
-    #[error("no answer from {address}: {source}")]
+    #[error("{}", silence(.address, .source))]
     NoAnswer {
         address: Address,
         #[source]

@@ -5,6 +5,7 @@
 //! decision.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
@@ -12,22 +13,21 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
 use super::address_book::AddressBook;
-use super::call::{CallError, ShardCaller, describe, failure_of, time_to_answer_ms};
+use super::call::{CallError, ShardCaller, failure_of, silence, time_to_answer_ms};
 use super::contact::Contacts;
 use super::enquiry;
 use super::peer::SetUpError;
 use super::protocol::{ClusterStatus, ShardBody, ShardReply, ShardRequest};
+use super::repeat::{Effect, LastWord, Speaker};
 use super::reply::{self, SMALL_BYTES_MAX};
 use super::router::{Router, ShardAccess};
 use super::shard_map::ShardMap;
 use super::store::{Consistency, Failure, Options};
-use super::view_change::{self, ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use super::view_change::{self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure};
 use crate::budget::Budget;
 use crate::sm::kv::{Action, Write};
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
-/// How long one node is waited for where another could be asked, or half of the time that is left if that is more.
-const ATTEMPT_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 /// Nodes without a map that are asked for others.
 const REFERRING_MAX: usize = 20;
 /// The map is asked for at most this often: a lost leader makes every waiting request ask.
@@ -38,6 +38,9 @@ const HOPS_MAX: usize = 12;
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 /// Between two rounds over all members.
 const ROUND_PAUSE: Duration = Duration::from_millis(200);
+
+/// It names who is to lead: done twice it is done once.
+const TRANSFER: Effect = Effect::Idempotent;
 
 /// A cluster, by way of the network.
 pub type RemoteStore = Router<HttpAccess>;
@@ -134,11 +137,11 @@ impl HttpAccess {
     /// Asks node after node, as long as nothing can have been done.
     async fn ask(&self, map: &ShardMap, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
         let deadline = Instant::now() + options.timeout;
-        let kind = Kind::of(&body);
+        let effect = effect_of(&body);
         let mut request = ShardRequest { cluster: map.cluster, shard, timeout_ms: 0, body };
         let mut next = self.candidates(shard, map);
         let mut asked: Vec<Address> = Vec::new();
-        let mut last = unavailable(format!("no node of shard {shard} is known"));
+        let mut last = unavailable(format!("no node of shard {shard:#} is known"));
         while let Some(address) = next.pop_front() {
             if asked.contains(&address) {
                 continue;
@@ -147,7 +150,7 @@ impl HttpAccess {
             if left.is_zero() || asked.len() >= HOPS_MAX {
                 break;
             }
-            let timeout = kind.attempt_timeout(left);
+            let timeout = effect.attempt_timeout(left);
             request.timeout_ms = time_to_answer_ms(timeout);
             asked.push(address.clone());
             last = match self.caller.call(&address, &request, timeout).await {
@@ -162,10 +165,10 @@ impl HttpAccess {
                 }
                 Err(error @ CallError::NoAnswer { .. }) => {
                     self.remember(shard, Some(Hint::Silent(address)));
-                    match kind {
-                        Kind::Read => error.into(),
+                    match effect {
+                        Effect::Safe => effect.told(error.into()),
                         // Whether it may be done again is for the router to know.
-                        Kind::Write | Kind::RepeatableWrite => return ShardReply::Failed(error.into()),
+                        Effect::Once | Effect::Idempotent => return ShardReply::Failed(error.into()),
                     }
                 }
                 Err(CallError::Refused { failure: failure @ Failure::Unavailable { .. }, .. }) => failure,
@@ -178,7 +181,7 @@ impl HttpAccess {
         }
         ShardReply::Failed(match last {
             Failure::Elsewhere { shard, address } => {
-                unavailable(format!("shard {shard} is changing its leader, perhaps to {address}"))
+                unavailable(format!("shard {shard:#} is changing its leader, perhaps to {address}"))
             }
             last => last,
         })
@@ -248,8 +251,8 @@ impl HttpAccess {
         let url = format!("http://{address}/v1/cluster/shards/{}/leader", shard.0);
         let response = match self.caller.http().post(url).json(&Transfer { to }).timeout(timeout).send().await {
             Ok(response) => response,
-            Err(error) if error.is_connect() => return Err(unavailable(describe(&error))),
-            Err(error) => return Err(Failure::Unknown { reason: describe(&error) }),
+            Err(error) if error.is_connect() => return Err(unavailable(silence(address, &error))),
+            Err(error) => return Err(Failure::Unknown { reason: silence(address, &error) }),
         };
         if !response.status().is_success() {
             return Err(failure_of(response).await);
@@ -305,10 +308,10 @@ impl ShardAccess for HttpAccess {
         if map.shard(shard).is_none() {
             return Err(Failure::Invalid { reason: format!("there is no shard {}", shard.0) });
         }
-        let mut last = unavailable(format!("no node of shard {shard} is known"));
+        let mut last = unavailable(format!("no node of shard {shard:#} is known"));
         for address in self.candidates(shard, &map) {
             match self.post_transfer(&address, shard, to.clone(), options.timeout).await {
-                Err(failure @ Failure::Unavailable { .. }) => last = failure,
+                Err(failure) if TRANSFER.goes_on_after(&failure) => last = failure,
                 settled => return settled,
             }
         }
@@ -321,109 +324,165 @@ impl ShardAccess for HttpAccess {
         only_if: Option<PlanEpoch>,
         options: Options,
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
-        let http = self.caller.http();
-        self.first_to_answer(options, |address, options| view_change::change(http, address, &change, only_if, options)).await
+        let (http, effect) = (self.caller.http(), view_change::effect(only_if));
+        let ask = |address, options| view_change::change(http, address, &change, only_if, options);
+        let mut last = LastWord::new(effect);
+        match self.first_to_answer(options, &mut last, ask).await {
+            // An attempt that nobody answered may be what has changed it.
+            Err(ViewChangeFailure::EpochChanged { current }) if last.may_be_done() => {
+                self.what_was_done(&change, current, last, options).await
+            }
+            // That it is refused now says nothing of an attempt that may still be under way.
+            Err(refusal @ (ViewChangeFailure::Refused { .. } | ViewChangeFailure::NotReady { .. })) if last.may_be_done() => {
+                let reason = format!("{}; asked again, it was refused: {refusal}", unanswered(&last));
+                Err(ViewChangeFailure::Failed(Failure::Unknown { reason }))
+            }
+            settled => settled,
+        }
     }
 
     async fn plan_view(&self, change: ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
         let http = self.caller.http();
-        self.first_to_answer(options, |address, options| view_change::plan(http, address, &change, options)).await
+        let ask = |address, options| view_change::plan(http, address, &change, options);
+        self.first_to_answer(options, &mut LastWord::new(Effect::Safe), ask).await
     }
 
     async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
-        let deadline = Instant::now() + options.timeout;
-        let mut last = Ok(None);
-        for address in self.answering_first().await? {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left < TIMEOUT_MIN {
-                break;
-            }
-            let timeout = Kind::Read.attempt_timeout(left);
-            match view_change::operation(self.caller.http(), address, id, Options { timeout, ..options }).await {
-                Ok(Some(change)) => return Ok(Some(change)),
+        let http = self.caller.http();
+        let is_unknown = AtomicBool::new(false);
+        let ask = |address, options| {
+            let is_unknown = &is_unknown;
+            async move {
+                let found = view_change::operation(http, address, id, options).await?;
                 // A node that has left does not know it: the next one may.
-                Ok(None) => {}
-                Err(failure) => last = Err(failure.into()),
+                found.ok_or_else(|| {
+                    is_unknown.store(true, Ordering::Relaxed);
+                    let failure = ViewChangeFailure::Failed(unavailable(format!("there is no plan {id}")));
+                    Unsettled { by: Speaker::Server, failure }
+                })
             }
+        };
+        let mut last = LastWord::new(Effect::Safe);
+        let unknown = || is_unknown.load(Ordering::Relaxed);
+        match self.ask_in_rounds(options, &mut last, ask, unknown).await {
+            Err(_) if unknown() => Ok(None),
+            settled => Ok(settled.map(Some)?),
         }
-        last
     }
 }
 
 impl HttpAccess {
     /// Asks member after member, and all of them again, until one answers or the time is up: while the meta group changes its leader,
     /// nobody does.
-    async fn first_to_answer<'a, T, F>(
+    async fn first_to_answer<T, F>(
         &self,
         options: Options,
+        last: &mut LastWord,
         ask: impl Fn(Address, Options) -> F,
     ) -> Result<T, ViewChangeFailure>
     where
-        F: Future<Output = Result<T, ViewChangeFailure>> + 'a,
+        F: Future<Output = Result<T, Unsettled>>,
+    {
+        self.ask_in_rounds(options, last, ask, || false).await
+    }
+
+    /// The same, until a round has ended with `enough`.
+    async fn ask_in_rounds<T, F>(
+        &self,
+        options: Options,
+        last: &mut LastWord,
+        ask: impl Fn(Address, Options) -> F,
+        enough: impl Fn() -> bool,
+    ) -> Result<T, ViewChangeFailure>
+    where
+        F: Future<Output = Result<T, Unsettled>>,
     {
         let deadline = Instant::now() + options.timeout;
         loop {
-            let mut last = unavailable("no node is known".into());
             let members = self.answering_first().await.unwrap_or_else(|failure| {
-                last = failure;
+                last.hear(Speaker::Nobody, failure);
                 Vec::new()
             });
             for address in members {
-                let timeout = deadline.saturating_duration_since(Instant::now()).max(TIMEOUT_MIN);
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left < TIMEOUT_MIN && last.failure().is_some() {
+                    break;
+                }
+                let timeout = last.effect().attempt_timeout(left.max(TIMEOUT_MIN));
                 match ask(address, Options { timeout, ..options }).await {
-                    Err(ViewChangeFailure::Failed(failure @ Failure::Unavailable { .. })) => last = failure,
-                    settled => return settled,
+                    Err(Unsettled { by, failure: ViewChangeFailure::Failed(failure) })
+                        if last.effect().goes_on_after(&failure) =>
+                    {
+                        last.hear(by, failure);
+                    }
+                    Err(unsettled) => return Err(unsettled.failure),
+                    Ok(answer) => return Ok(answer),
                 }
             }
-            if Instant::now() + ROUND_PAUSE >= deadline {
-                return Err(ViewChangeFailure::Failed(last));
+            if enough() || Instant::now() + ROUND_PAUSE >= deadline {
+                let failure = last.failure().cloned();
+                return Err(ViewChangeFailure::Failed(failure.unwrap_or_else(|| unavailable("no node is known".into()))));
             }
             sleep(ROUND_PAUSE).await;
         }
     }
 
-    /// The members as of now, the one first that has just said so: a change of the view may be asked of any, and changes who they are.
+    /// Looks whether the view, which is that of plan `current`, is asked to be as this change has it, of which nobody said what became.
+    async fn what_was_done(
+        &self,
+        change: &ViewChange,
+        current: PlanEpoch,
+        last: LastWord,
+        options: Options,
+    ) -> Result<ChangeInProgress, ViewChangeFailure> {
+        let status = self.fetch_from_any().await.ok();
+        if status.is_some_and(|status| status.epoch == current && change.is_asked_of(&status))
+            && let Ok(Some(accepted)) = self.operation(current, options).await
+        {
+            return Ok(accepted);
+        }
+        let reason = format!("{}; the view is that of plan {current} by now", unanswered(&last));
+        Err(ViewChangeFailure::Failed(Failure::Unknown { reason }))
+    }
+
+    /// The members as of now, the one first that has just said so: a change of the view may be asked of any, and changes who they are. Those
+    /// that nobody reaches come last.
     async fn answering_first(&self) -> Result<Vec<Address>, Failure> {
         let status = self.fetch_from_any().await?;
-        let answered = status.nodes.iter().find(|node| node.id == status.answered_by).map(|node| &node.public_address);
+        let node =
+            |address: &Address| status.nodes.iter().find(|node| node.public_address == *address || node.address == *address);
         let mut members = self.members();
-        members.sort_by_key(|address| Some(address) != answered);
+        members.sort_by_cached_key(|address| match node(address) {
+            Some(node) if node.id == status.answered_by => 0,
+            Some(node) if node.reachable => 1,
+            Some(_) | None => 2,
+        });
         Ok(members)
     }
 }
 
-/// What it does to be done twice.
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    Read,
-    Write,
-    /// With an idempotency key, or of reads alone.
-    RepeatableWrite,
-}
-
-impl Kind {
-    fn of(body: &ShardBody) -> Self {
-        match body {
-            ShardBody::Get { .. }
-            | ShardBody::GetMany { .. }
-            | ShardBody::Scan { .. }
-            | ShardBody::Count
-            | ShardBody::MoveState { .. } => Kind::Read,
-            // Fenced by the move's id, but the driver looks again itself.
-            ShardBody::Move(_) => Kind::Write,
-            ShardBody::Write(Write { operations, idempotency_key }) => {
-                let repeatable = idempotency_key.is_some() || operations.iter().all(|operation| operation.action == Action::Get);
-                if repeatable { Kind::RepeatableWrite } else { Kind::Write }
-            }
+/// Returns what it does to send such a request twice.
+fn effect_of(body: &ShardBody) -> Effect {
+    match body {
+        ShardBody::Get { .. }
+        | ShardBody::GetMany { .. }
+        | ShardBody::Scan { .. }
+        | ShardBody::Count
+        | ShardBody::MoveState { .. } => Effect::Safe,
+        // Fenced by the move's id, but the driver looks again itself.
+        ShardBody::Move(_) => Effect::Once,
+        ShardBody::Write(Write { operations, idempotency_key }) => {
+            let only_reads = operations.iter().all(|operation| operation.action == Action::Get);
+            if idempotency_key.is_some() || only_reads { Effect::Idempotent } else { Effect::Once }
         }
     }
+}
 
-    /// One node gets all the time only if no other will be asked.
-    fn attempt_timeout(self, left: Duration) -> Duration {
-        match self {
-            Kind::Write => left,
-            Kind::Read | Kind::RepeatableWrite => left.min((left / 2).max(ATTEMPT_TIMEOUT_MIN)),
-        }
+/// Returns why it is not known what became of a request.
+fn unanswered(last: &LastWord) -> String {
+    match last.failure() {
+        Some(Failure::Unknown { reason }) => reason.clone(),
+        Some(_) | None => "nobody has answered it".to_owned(),
     }
 }
 

@@ -199,7 +199,7 @@ pub struct Item {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Failure {
     /// Ask there: the leader, or a node that knows it. `address` is what a client is sent to.
-    #[error("shard {shard} is led by {address}")]
+    #[error("shard {shard:#} is led by {address}")]
     Elsewhere { shard: GroupId, address: Address },
     /// A limit is reached; try again after a while.
     #[error("overloaded: {limit}")]

@@ -1,6 +1,7 @@
 //! What an operator asks to be changed about the view, what it would take, and how it gets on: the JSON of `PUT /v1/cluster/view` and
 //! `GET /v1/cluster/operations/<id>`.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use reqwest::StatusCode;
@@ -8,8 +9,10 @@ use reqwest::header::{HeaderMap, IF_MATCH};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::call::describe;
+use super::call::silence;
 use super::problem;
+use super::protocol::ClusterStatus;
+use super::repeat::{Effect, Speaker, server_timeout_ms};
 use super::reply::{self, VIEW_BYTES_MAX};
 use super::store::{Failure, Options};
 use crate::sm::view::Layout;
@@ -24,7 +27,7 @@ pub const EPOCH_CHANGED: &str = "epoch_changed";
 pub const NODES_MAX: usize = 1000;
 
 /// A node's own "not in time" is waited for this much longer.
-const PATIENCE: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_millis(400);
 
 /// A change of the view. A field left out stays as it was asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +54,24 @@ impl ViewChange {
             0..=NODES_MAX => Ok(()),
             named => Err(format!("a view has at most {NODES_MAX} nodes, and this change names {named}")),
         }
+    }
+
+    /// Returns whether the view is asked to be as this change would have it.
+    pub fn is_asked_of(&self, status: &ClusterStatus) -> bool {
+        let staying: BTreeSet<&Address> = status.nodes.iter().filter(|node| !node.leaving).map(|node| &node.address).collect();
+        let asked = &status.asked;
+        let replication_factor = self.replication_factor.map(|factor| match factor {
+            ReplicationFactor::Fixed(factor) => Some(factor),
+            ReplicationFactor::Default(Auto::Auto) => None,
+        });
+        let shards = self.shards.map(|shards| match shards {
+            Shards::Fixed(shards) => Some(shards),
+            Shards::Default(PerNode::PerNode) => None,
+        });
+        self.nodes.as_ref().is_none_or(|nodes| nodes.iter().collect::<BTreeSet<_>>() == staying)
+            && self.layout.is_none_or(|layout| layout == asked.layout)
+            && replication_factor.is_none_or(|factor| factor == asked.replication_factor)
+            && shards.is_none_or(|shards| shards == asked.shards)
     }
 }
 
@@ -161,7 +182,26 @@ impl From<ViewChangeFailure> for Failure {
     }
 }
 
-/// Asks the node at `address` for the change.
+/// Why a node has not done what it was asked for about the view, and whether it said so itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unsettled {
+    pub by: Speaker,
+    pub failure: ViewChangeFailure,
+}
+
+impl From<Unsettled> for ViewChangeFailure {
+    fn from(unsettled: Unsettled) -> Self {
+        unsettled.failure
+    }
+}
+
+impl From<Unsettled> for Failure {
+    fn from(unsettled: Unsettled) -> Self {
+        unsettled.failure.into()
+    }
+}
+
+/// Asks the node at `address` for the change. With `only_if` it may be asked for again.
 ///
 /// # Errors
 ///
@@ -172,12 +212,19 @@ pub async fn change(
     change: &ViewChange,
     only_if: Option<PlanEpoch>,
     options: Options,
-) -> Result<ChangeInProgress, ViewChangeFailure> {
-    let mut put = http.put(format!("http://{address}/v1/cluster/view?timeout={}ms", options.timeout.as_millis())).json(change);
+) -> Result<ChangeInProgress, Unsettled> {
+    let timeout_ms = server_timeout_ms(options.timeout);
+    let mut put = http.put(format!("http://{address}/v1/cluster/view?timeout={timeout_ms}ms")).json(change);
     if let Some(epoch) = only_if {
         put = put.header(IF_MATCH, format!("\"{epoch}\""));
     }
-    read(put.timeout(options.timeout + PATIENCE).send().await).await
+    let sent = put.timeout(options.timeout + PATIENCE).send().await;
+    read(sent, &address, effect(only_if)).await
+}
+
+/// Returns what it does to ask for a change twice: with a guard it is accepted once at most.
+pub fn effect(only_if: Option<PlanEpoch>) -> Effect {
+    if only_if.is_some() { Effect::Idempotent } else { Effect::Once }
 }
 
 /// Asks the node at `address` what the change would take.
@@ -190,9 +237,11 @@ pub async fn plan(
     address: Address,
     change: &ViewChange,
     options: Options,
-) -> Result<PlannedChange, ViewChangeFailure> {
-    let url = format!("http://{address}/v1/cluster/view?dry_run=true&timeout={}ms", options.timeout.as_millis());
-    read(http.put(url).json(change).timeout(options.timeout + PATIENCE).send().await).await
+) -> Result<PlannedChange, Unsettled> {
+    let timeout_ms = server_timeout_ms(options.timeout);
+    let url = format!("http://{address}/v1/cluster/view?dry_run=true&timeout={timeout_ms}ms");
+    let sent = http.put(url).json(change).timeout(options.timeout + PATIENCE).send().await;
+    read(sent, &address, Effect::Safe).await
 }
 
 /// Asks the node at `address` how a change gets on.
@@ -205,32 +254,48 @@ pub async fn operation(
     address: Address,
     id: PlanEpoch,
     options: Options,
-) -> Result<Option<ChangeInProgress>, ViewChangeFailure> {
-    let url = format!("http://{address}/v1/cluster/operations/{id}?timeout={}ms", options.timeout.as_millis());
+) -> Result<Option<ChangeInProgress>, Unsettled> {
+    let timeout_ms = server_timeout_ms(options.timeout);
+    let url = format!("http://{address}/v1/cluster/operations/{id}?timeout={timeout_ms}ms");
     match http.get(url).timeout(options.timeout + PATIENCE).send().await {
         Ok(response) if response.status() == StatusCode::NOT_FOUND => Ok(None),
-        sent => read(sent).await.map(Some),
+        sent => read(sent, &address, Effect::Safe).await.map(Some),
     }
 }
 
-async fn read<T: DeserializeOwned>(sent: reqwest::Result<reqwest::Response>) -> Result<T, ViewChangeFailure> {
-    let unknown = |error: reqwest::Error| ViewChangeFailure::Failed(Failure::Unknown { reason: describe(&error) });
+async fn read<T: DeserializeOwned>(
+    sent: reqwest::Result<reqwest::Response>,
+    address: &Address,
+    effect: Effect,
+) -> Result<T, Unsettled> {
+    let failed = |by: Speaker, failure: Failure| {
+        let failure = ViewChangeFailure::Failed(effect.told(failure));
+        Unsettled { by, failure }
+    };
     let response = match sent {
         Ok(response) => response,
-        Err(error) if error.is_connect() => {
-            return Err(ViewChangeFailure::Failed(Failure::Unavailable { reason: describe(&error), retry_after_ms: 1000 }));
+        Err(error) => {
+            let reason = silence(address, &error);
+            let failure = match error.is_connect() {
+                true => Failure::Unavailable { reason, retry_after_ms: 1000 },
+                false => Failure::Unknown { reason },
+            };
+            return Err(failed(Speaker::Nobody, failure));
         }
-        Err(error) => return Err(unknown(error)),
     };
     let status = response.status();
     if status.is_success() {
         // A plan names up to a thousand nodes, twice.
         let read = reply::read_json(response, VIEW_BYTES_MAX).await;
-        return read.map_err(|error| ViewChangeFailure::Failed(Failure::Unknown { reason: error.to_string() }));
+        let unknown = |error: reply::ReplyError| Failure::Unknown { reason: format!("{address}: {error}") };
+        return read.map_err(|error| failed(Speaker::Nobody, unknown(error)));
     }
     let headers = response.headers().clone();
     let body = reply::read_problem(response).await;
-    Err(refusal(status, &headers, &body))
+    Err(match refusal(status, &headers, &body) {
+        ViewChangeFailure::Failed(failure) => failed(Speaker::Server, failure),
+        failure => Unsettled { by: Speaker::Server, failure },
+    })
 }
 
 fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ViewChangeFailure {

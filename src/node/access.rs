@@ -17,10 +17,11 @@ use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 use crate::client::call::CallError;
 use crate::client::contact::Contacts;
 use crate::client::protocol::{ClusterStatus, ShardBody, ShardPage, ShardReply, ShardRequest};
+use crate::client::repeat::Speaker;
 use crate::client::router::{ShardAccess, check_operations};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Consistency, Failure, Found, Item, Options, Routing, Staleness};
-use crate::client::view_change::{self, ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::client::view_change::{self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure};
 use crate::raft::Group;
 use crate::raft::{ProposeError, ReadError};
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
@@ -208,7 +209,7 @@ impl Access {
     async fn forward(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
         let Some(peer) = self.member.peer_for(shard) else {
             return ShardReply::Failed(Failure::Unavailable {
-                reason: format!("no other node is known to have a replica of shard {shard}"),
+                reason: format!("no other node is known to have a replica of shard {shard:#}"),
                 retry_after_ms: RETRY_AFTER_MS,
             });
         };
@@ -236,30 +237,39 @@ impl Access {
     fn propose_failure(&self, shard: GroupId, error: ProposeError) -> Failure {
         match error {
             ProposeError::NotLeader { leader } => self.not_leader(shard, leader),
-            ProposeError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard}")),
-            ProposeError::Expired => unavailable(format!("shard {shard} had no time left to begin it")),
+            ProposeError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
+            ProposeError::Expired => {
+                unavailable(format!("shard {shard:#} had no time left to begin it{}", self.member.missing_of(shard)))
+            }
             ProposeError::Stopped { reason } => {
-                unavailable(format!("the replica of shard {shard} on this node has stopped: {reason}"))
+                unavailable(format!("the replica of shard {shard:#} on this node has stopped: {reason}"))
             }
             // Final for the caller, whose retries would find the same.
-            ProposeError::ReadOnly { reason } => overloaded(format!("shard {shard} is read-only: {reason}")),
+            ProposeError::ReadOnly { reason } => overloaded(format!("shard {shard:#} is read-only: {reason}")),
             // Waited for like a leader: it may be that another takes over, or that there is room again.
             ProposeError::NoRoom { reason } => Failure::Unavailable {
-                reason: format!("node {} ({}) takes no writes to shard {shard}: {reason}", self.member.node, self.member.address),
+                reason: format!(
+                    "node {} ({}) takes no writes to shard {shard:#}: {reason}",
+                    self.member.node, self.member.address
+                ),
                 retry_after_ms: NO_ROOM_RETRY_AFTER_MS,
             },
             error @ ProposeError::NotYet { .. } => unavailable(error.to_string()),
-            ProposeError::Unknown { reason } => Failure::Unknown { reason },
+            ProposeError::Unknown { reason } => {
+                Failure::Unknown { reason: format!("shard {shard:#}: {reason}{}", self.member.missing_of(shard)) }
+            }
         }
     }
 
     fn read_failure(&self, shard: GroupId, error: ReadError) -> Failure {
         match error {
             ReadError::NotLeader { leader } => self.not_leader(shard, leader),
-            ReadError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard}")),
-            ReadError::Expired => unavailable(format!("no quorum of shard {shard} is in reach")),
+            ReadError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
+            ReadError::Expired => {
+                unavailable(format!("no quorum of shard {shard:#} is in reach{}", self.member.missing_of(shard)))
+            }
             ReadError::Stopped { reason } => {
-                unavailable(format!("the replica of shard {shard} on this node has stopped: {reason}"))
+                unavailable(format!("the replica of shard {shard:#} on this node has stopped: {reason}"))
             }
         }
     }
@@ -273,7 +283,7 @@ impl Access {
         let leader = leader.filter(|leader| *leader != self.member.node && !self.member.registry.is_cut(*leader));
         match leader.and_then(|leader| map.node(leader)).map(|place| place.public.clone()) {
             Some(address) => Failure::Elsewhere { shard, address },
-            None => unavailable(format!("shard {shard} has no leader now")),
+            None => unavailable(format!("shard {shard:#} has no leader now{}", self.member.missing_of(shard))),
         }
     }
 
@@ -281,7 +291,7 @@ impl Access {
     fn elsewhere(&self, shard: GroupId) -> Failure {
         match self.member.peer_for(shard) {
             Some(peer) => Failure::Elsewhere { shard, address: peer.public },
-            None => unavailable(format!("shard {shard} is unknown here")),
+            None => unavailable(format!("shard {shard:#} is unknown here")),
         }
     }
 
@@ -305,7 +315,7 @@ impl Access {
             }
             self.member.forget_leader(shard, peer.node);
         }
-        unavailable(format!("no node with a replica of shard {shard} is in reach"))
+        unavailable(format!("no node with a replica of shard {shard:#} is in reach"))
     }
 }
 
@@ -356,7 +366,7 @@ impl ShardAccess for Access {
 
     async fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> Result<Address, Failure> {
         let view = self.member.view();
-        let group = view.groups.get(&shard).ok_or_else(|| Failure::Invalid { reason: format!("there is no shard {shard}") })?;
+        let group = view.groups.get(&shard).ok_or_else(|| Failure::Invalid { reason: format!("there is no shard {shard:#}") })?;
         let node = match &to {
             None => group.home,
             Some(address) => {
@@ -367,8 +377,9 @@ impl ShardAccess for Access {
             }
         };
         let replica = view.replica_on(shard, node);
-        let replica =
-            replica.ok_or_else(|| Failure::Invalid { reason: format!("node {node} has no replica of shard {shard}") })?;
+        let replica = replica.ok_or_else(|| Failure::Invalid {
+            reason: format!("{} has no replica of shard {shard:#}", to.as_ref().map_or("its home", Address::as_str)),
+        })?;
         let Some(local) = self.member.registry.get(shard) else { return Err(self.elsewhere(shard)) };
         let status = local.status();
         if status.leader != Some(self.member.node) {
@@ -382,7 +393,7 @@ impl ShardAccess for Access {
                 Err(_) => Some("it took too long".to_owned()),
             };
             if let Some(reason) = reason {
-                return Err(unavailable(format!("the leadership of shard {shard} was not handed over: {reason}")));
+                return Err(unavailable(format!("the leadership of shard {shard:#} was not handed over: {reason}")));
             }
         }
         Ok(view.nodes.get(&node).map_or_else(|| self.member.address.clone(), |node| node.public().clone()))
@@ -396,21 +407,30 @@ impl ShardAccess for Access {
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
         match self.meta_leader().map_err(ViewChangeFailure::Failed)? {
             None => self.operator.change(&change, only_if, options).await,
-            Some(leader) => view_change::change(self.member.caller.http(), leader, &change, only_if, options).await,
+            Some(leader) => {
+                let asked = view_change::change(self.member.caller.http(), leader, &change, only_if, options).await;
+                asked.map_err(|unsettled| self.of_meta_leader(unsettled))
+            }
         }
     }
 
     async fn plan_view(&self, change: ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
         match self.meta_leader().map_err(ViewChangeFailure::Failed)? {
             None => self.operator.preview(&change, options).await,
-            Some(leader) => view_change::plan(self.member.caller.http(), leader, &change, options).await,
+            Some(leader) => {
+                let asked = view_change::plan(self.member.caller.http(), leader, &change, options).await;
+                asked.map_err(|unsettled| self.of_meta_leader(unsettled))
+            }
         }
     }
 
     async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
         match self.meta_leader()? {
             None => self.operator.operation(id, options).await,
-            Some(leader) => Ok(view_change::operation(self.member.caller.http(), leader, id, options).await?),
+            Some(leader) => {
+                let asked = view_change::operation(self.member.caller.http(), leader, id, options).await;
+                Ok(asked.map_err(|unsettled| self.of_meta_leader(unsettled))?)
+            }
         }
     }
 
@@ -420,6 +440,17 @@ impl ShardAccess for Access {
 }
 
 impl Access {
+    /// Returns the failure as it is told. Where the leader of the meta group, as it is known here, says nothing, it may be gone: that is
+    /// not what was asked for, so what the group lacks is said beside it.
+    fn of_meta_leader(&self, unsettled: Unsettled) -> ViewChangeFailure {
+        match unsettled {
+            Unsettled { by: Speaker::Nobody, failure: ViewChangeFailure::Failed(failure) } => {
+                ViewChangeFailure::Failed(self.member.for_want_of_meta(failure))
+            }
+            Unsettled { failure, .. } => failure,
+        }
+    }
+
     /// Where the meta group is led; none: here.
     fn meta_leader(&self) -> Result<Option<Address>, Failure> {
         let meta = self.member.registry.get(GroupId::META);
@@ -427,9 +458,11 @@ impl Access {
         if meta.leads() {
             return Ok(None);
         }
-        let leader = meta.status().leader.filter(|leader| *leader != self.member.node);
+        let is_known = |leader: &NodeId| *leader != self.member.node && !self.member.registry.is_cut(*leader);
+        let leader = meta.status().leader.filter(is_known);
         let address = leader.and_then(|leader| self.member.view().nodes.get(&leader).map(|node| node.address.clone()));
-        address.map(Some).ok_or_else(|| unavailable("the meta group has no leader now".to_owned()))
+        let none = || format!("the meta group has no leader now{}", self.member.missing_of(GroupId::META));
+        address.map(Some).ok_or_else(|| unavailable(none()))
     }
 }
 

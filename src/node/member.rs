@@ -46,6 +46,9 @@ const STATUS_FRESH_FOR: Duration = Duration::from_millis(200);
 /// A replica that has applied less than its leader by more than this many entries is lagging.
 const LAGGING_ENTRIES: u64 = 1000;
 
+/// Plans of which it is remembered how they ended.
+const ENDS_MAX: usize = 256;
+
 /// A node of a cluster.
 pub struct Member {
     pub cluster: ClusterId,
@@ -78,6 +81,8 @@ pub struct Views {
     moved: RwLock<HashMap<DirectoryId, Address>>,
     /// Whether there is any: frames ask.
     any_moved: AtomicBool,
+    /// Of the last plans that another has taken the place of: whether everything was as they said by then.
+    ended: Mutex<BTreeMap<PlanEpoch, bool>>,
 }
 
 /// What was heard about a shard that this node has no replica of, or does not lead.
@@ -99,7 +104,14 @@ impl Views {
     pub fn new(view: View) -> Self {
         let map = RwLock::new(Arc::new(ShardMap::from_view(&view, |_| None)));
         let level = AtomicU16::new(view.level);
-        Self { view: watch::Sender::new(Arc::new(view)), level, map, moved: RwLock::default(), any_moved: AtomicBool::new(false) }
+        Self {
+            view: watch::Sender::new(Arc::new(view)),
+            level,
+            map,
+            moved: RwLock::default(),
+            any_moved: AtomicBool::new(false),
+            ended: Mutex::default(),
+        }
     }
 
     /// A directory has shown that it runs at this address. True: the view says another, or none.
@@ -161,12 +173,30 @@ impl Views {
         self.view.subscribe()
     }
 
+    /// Notes how the plan of a view ended, over which the next plan was accepted.
+    pub fn note_end(&self, last: &View) {
+        let mut ended = self.ended.lock().expect("no holder panics");
+        ended.insert(last.epoch, last.is_settled());
+        while ended.len() > ENDS_MAX {
+            ended.pop_first();
+        }
+    }
+
+    /// Returns whether a plan before this one was done when the next took over; none where this node was not there to see it.
+    pub fn was_done(&self, plan: PlanEpoch) -> Option<bool> {
+        self.ended.lock().expect("no holder panics").get(&plan).copied()
+    }
+
     /// Takes a view that is newer than the one known. True: it was.
     pub fn advance(&self, view: View) -> bool {
         let view = Arc::new(view);
         self.view.send_if_modified(|known| {
             if view.version <= known.version {
                 return false;
+            }
+            // With a version in between nobody knows how the one before stood when the plan was accepted.
+            if view.version.0 == known.version.0 + 1 && view.epoch > known.epoch {
+                self.note_end(known);
             }
             *self.map.write().expect("no holder panics") = Arc::new(ShardMap::from_view(&view, |_| None));
             self.level.fetch_max(view.level, Ordering::Relaxed);
@@ -420,7 +450,7 @@ impl Member {
     /// Where the leader of the meta group is.
     fn leader_of(&self, meta: &Group) -> Result<Address, Failure> {
         let leader = meta.status().leader.and_then(|leader| self.views.resolve(leader)).map(|peer| peer.address);
-        leader.ok_or_else(|| unavailable("the meta group has no leader".into()))
+        leader.ok_or_else(|| unavailable(format!("the meta group has no leader{}", self.missing_of(GroupId::META))))
     }
 
     /// What this node says of itself and its replicas.
@@ -644,5 +674,42 @@ fn health(hosted: Option<&HostedReplica>, leads: bool, applied_index: u64) -> Re
         Some(_) if leads => ReplicaHealth::Leading,
         Some(hosted) if index(hosted.applied) + LAGGING_ENTRIES < applied_index => ReplicaHealth::Lagging,
         Some(_) => ReplicaHealth::Following,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sm::placement::first_view;
+    use crate::sm::view::Asked;
+
+    #[test]
+    fn a_plan_that_was_taken_over_is_told_from_one_that_was_done() {
+        let node = |at: u128| Node {
+            address: format!("10.0.0.{at}:1").parse().expect("an address"),
+            public_address: None,
+            directory: DirectoryId(at),
+        };
+        let first = first_view(ClusterId(7), Asked::default(), (1..=3).map(node).collect()).expect("a view");
+        let next = |view: &View, epochs: u64, versions: u64| View {
+            epoch: PlanEpoch(view.epoch.0 + epochs),
+            version: MapVersion(view.version.0 + versions),
+            ..view.clone()
+        };
+        let views = Views::new(first.clone());
+        let mut running = next(&first, 1, 1);
+        let shard = running.groups.get_mut(&GroupId(1)).expect("a shard");
+        shard.ends = true;
+        assert!(first.is_settled() && !running.is_settled());
+        let taken_over = View { groups: first.groups.clone(), ..next(&running, 1, 1) };
+        let unseen = next(&taken_over, 1, 5);
+        for view in [running.clone(), taken_over.clone(), unseen] {
+            assert!(views.advance(view));
+        }
+        let ended = |view: &View| views.was_done(view.epoch);
+        assert_eq!([ended(&first), ended(&running), ended(&taken_over)], [Some(true), Some(false), None]);
+
+        (0..2 * ENDS_MAX as u64).for_each(|at| views.note_end(&next(&first, 10 + at, 10)));
+        assert_eq!(views.ended.lock().expect("no panic").len(), ENDS_MAX);
     }
 }

@@ -30,6 +30,7 @@ mod move_counters;
 mod news;
 mod openings;
 mod operator;
+mod quorum;
 mod reconciler;
 mod repair;
 mod running;

@@ -53,6 +53,20 @@ struct Watched {
     bytes_left: u64,
 }
 
+/// Nodes that a change names, and that have left and do not know it yet.
+#[derive(Debug)]
+struct LateLeavers {
+    /// Whether there was one.
+    any: bool,
+    until: Instant,
+}
+
+impl LateLeavers {
+    fn new(options: Options) -> Self {
+        Self { any: false, until: Instant::now() + options.timeout.mul_f32(0.7) }
+    }
+}
+
 impl Operator {
     pub fn new(member: Arc<Member>) -> Self {
         Self { member, watched: Mutex::default(), turns: Semaphore::new(CHANGES_AT_ONCE) }
@@ -68,26 +82,10 @@ impl Operator {
         change.ensure_bounded().map_err(|reason| ViewChangeFailure::Refused { reason })?;
         let _turn = self.turn(options).await?;
         let deadline = Instant::now() + options.timeout;
-        let patience = Instant::now() + options.timeout.mul_f32(0.7);
         let meta = self.meta()?;
-        let mut is_late = false;
+        let mut leavers = LateLeavers::new(options);
         loop {
-            let view = self.current(&meta, deadline).await?;
-            if only_if.is_some_and(|epoch| epoch != view.epoch) {
-                return Err(ViewChangeFailure::EpochChanged { current: view.epoch });
-            }
-            let planned = match self.plan(&view, change).await {
-                Err(ViewChangeFailure::NotReady { reason }) => {
-                    // A node that has just left notices in a moment, and is away for another while it starts again.
-                    is_late = is_late || self.is_leaving_late(&view, change).await;
-                    if !is_late || Instant::now() >= patience {
-                        return Err(ViewChangeFailure::NotReady { reason });
-                    }
-                    tokio::time::sleep(LATE_LEAVER_PAUSE).await;
-                    continue;
-                }
-                planned => planned?,
-            };
+            let (view, planned) = self.draw_up(&meta, change, only_if, deadline, &mut leavers).await?;
             if planned.is_same {
                 return Ok(self.describe(&view, view.epoch, &self.member.status().await));
             }
@@ -96,6 +94,7 @@ impl Operator {
             match meta.propose_meta(command, deadline).await {
                 Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
                     tracing::info!("plan {epoch} was accepted");
+                    self.member.views().note_end(&view);
                     // Whether this node still leads does not matter any more: the plan may well take that from it.
                     let unknown = |failure: Failure| Failure::Unknown { reason: failure.to_string() };
                     let now = read_applied_view(&meta).map_err(unknown).map_err(ViewChangeFailure::Failed)?;
@@ -107,8 +106,43 @@ impl Operator {
                     let reason = format!("the meta group does not accept the plan: {rejection:?}");
                     return Err(ViewChangeFailure::Refused { reason });
                 }
-                Err(ProposeError::Unknown { reason }) => return Err(ViewChangeFailure::Failed(Failure::Unknown { reason })),
-                Err(error) => return Err(unavailable(error.to_string())),
+                Err(ProposeError::Unknown { reason }) => {
+                    let failure = self.member.for_want_of_meta(Failure::Unknown { reason });
+                    return Err(ViewChangeFailure::Failed(failure));
+                }
+                Err(error) => {
+                    let failure = Failure::Unavailable { reason: error.to_string(), retry_after_ms: RETRY_AFTER_MS };
+                    return Err(ViewChangeFailure::Failed(self.member.for_want_of_meta(failure)));
+                }
+            }
+        }
+    }
+
+    /// Plans the change, from the view as it is. A node that has just left notices in a moment, and is away for another while it
+    /// starts again: it is waited for.
+    async fn draw_up(
+        &self,
+        meta: &Group,
+        change: &ViewChange,
+        only_if: Option<PlanEpoch>,
+        deadline: Instant,
+        leavers: &mut LateLeavers,
+    ) -> Result<(View, Planned), ViewChangeFailure> {
+        loop {
+            let view = self.current(meta, deadline).await?;
+            if only_if.is_some_and(|epoch| epoch != view.epoch) {
+                return Err(ViewChangeFailure::EpochChanged { current: view.epoch });
+            }
+            match self.plan(&view, change).await {
+                Ok(planned) => return Ok((view, planned)),
+                Err(ViewChangeFailure::NotReady { reason }) => {
+                    leavers.any = leavers.any || self.is_leaving_late(&view, change).await;
+                    if !leavers.any || Instant::now() >= leavers.until {
+                        return Err(ViewChangeFailure::NotReady { reason });
+                    }
+                    tokio::time::sleep(LATE_LEAVER_PAUSE).await;
+                }
+                Err(failure) => return Err(failure),
             }
         }
     }
@@ -136,9 +170,8 @@ impl Operator {
     pub async fn preview(&self, change: &ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
         change.ensure_bounded().map_err(|reason| ViewChangeFailure::Refused { reason })?;
         let _turn = self.turn(options).await?;
-        let meta = self.meta()?;
-        let view = self.current(&meta, Instant::now() + options.timeout).await?;
-        let planned = self.plan(&view, change).await?;
+        let (meta, deadline) = (self.meta()?, Instant::now() + options.timeout);
+        let (view, planned) = self.draw_up(&meta, change, None, deadline, &mut LateLeavers::new(options)).await?;
         Ok(compare(&view, &planned, &self.member.status().await))
     }
 
@@ -172,7 +205,8 @@ impl Operator {
 
     /// The view as it is, not as it may have been.
     async fn current(&self, meta: &Group, deadline: Instant) -> Result<View, ViewChangeFailure> {
-        read_view_now(meta, deadline).await.map_err(ViewChangeFailure::Failed)
+        let read = read_view_now(meta, deadline).await;
+        read.map_err(|failure| ViewChangeFailure::Failed(self.member.for_want_of_meta(failure)))
     }
 
     async fn plan(&self, view: &View, change: &ViewChange) -> Result<Planned, ViewChangeFailure> {
@@ -213,7 +247,7 @@ impl Operator {
                 (Ok(Some(identity)), _) => newcomer(view, address, identity)?,
                 (Ok(None), None) => return Err(unavailable(format!("{address} is this node, and not in the view"))),
                 (Err(error), None) => {
-                    return Err(ViewChangeFailure::NotReady { reason: format!("{address} does not answer: {error}") });
+                    return Err(ViewChangeFailure::NotReady { reason: format!("{address} can't be asked who it is: {error}") });
                 }
             });
         }
@@ -235,11 +269,13 @@ impl Operator {
             left_s: None,
             waiting_for: Vec::new(),
         };
-        if view.is_settled() {
-            return over(Phase::Done);
-        }
-        if id < view.epoch {
-            return over(Phase::Superseded);
+        let was_done = if id < view.epoch { self.member.views().was_done(id) } else { None };
+        match was_done {
+            Some(true) => return over(Phase::Done),
+            Some(false) => return over(Phase::Superseded),
+            None if view.is_settled() => return over(Phase::Done),
+            None if id < view.epoch => return over(Phase::Superseded),
+            None => {}
         }
         let slots_left = view.astray().count() as u64;
         let bytes_left = bytes_to_move(view, &view.targets, status);
@@ -269,7 +305,7 @@ impl Operator {
         let mut reasons = Vec::new();
         let unsettled = view.groups.iter().filter(|(_, group)| !group.is_settled());
         for (id, group) in unsettled.take(NAMES_MAX) {
-            let name = if id.is_meta() { "the meta group".to_owned() } else { format!("shard {id}") };
+            let name = id.named();
             let silent: Vec<String> = group
                 .wanted()
                 .filter(|(_, node)| !self.is_in_reach(*node))

@@ -178,7 +178,7 @@ impl Reconciler {
             let Some(group) = self.member.registry.get(key.group) else { return Some(format!("replica {key} is not open yet")) };
             unready_group(&group).or_else(|| {
                 let unclaimed = !key.group.is_meta() && !done.claimed.contains(&key.group);
-                unclaimed.then(|| format!("shard {} does not own its slots yet", key.group))
+                unclaimed.then(|| format!("shard {:#} does not own its slots yet", key.group))
             })
         });
         lack.map(Lack::Late)
@@ -491,7 +491,7 @@ fn unready_group(group: &Group) -> Option<String> {
         return Some(format!("replica {key} has stopped: {reason}"));
     }
     if status.leader.is_none() {
-        return Some(format!("group {} has no leader", key.group));
+        return Some(format!("{} has no leader", key.group.named()));
     }
     match group.staleness() {
         Some(age) if age <= FRESH => None,

@@ -4,8 +4,10 @@
 //! done, or nothing.
 
 use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use tokio::time::{Instant, sleep};
 
 use super::progress::Follower;
 use super::{CHANGE_EXIT_CODES, Cluster, as_json, bytes, print, tell};
@@ -19,6 +21,8 @@ use crate::types::Address;
 
 /// How often a plan is drawn up again because the view has changed meanwhile. Others would have to be quick to do that thrice.
 const DRAFTS_MAX: usize = 3;
+/// Between two looks at a node that is not ready to join.
+const NOT_READY_PAUSE: Duration = Duration::from_millis(300);
 
 /// What is to be changed.
 #[derive(Debug, Subcommand)]
@@ -26,6 +30,7 @@ pub enum Verb<O: Args> {
     /// Take started nodes into the cluster
     #[command(after_help = CHANGE_EXIT_CODES)]
     Add {
+        /// The addresses of started nodes that are in no cluster: spares
         #[arg(required = true, value_name = "HOST:PORT")]
         nodes: Vec<Address>,
         #[command(flatten)]
@@ -34,6 +39,7 @@ pub enum Verb<O: Args> {
     /// Take nodes out of the cluster, living or dead
     #[command(after_help = CHANGE_EXIT_CODES)]
     Remove {
+        /// The addresses of nodes, as `quorate cluster status` shows them
         #[arg(required = true, value_name = "HOST:PORT")]
         nodes: Vec<Address>,
         #[command(flatten)]
@@ -42,8 +48,10 @@ pub enum Verb<O: Args> {
     /// Give the place of a node, living or dead, to a started one
     #[command(after_help = CHANGE_EXIT_CODES)]
     Replace {
+        /// The address of the node that goes; the same as NEW if its disk was lost
         #[arg(value_name = "OLD")]
         old: Address,
+        /// The address of the node that takes its place
         #[arg(value_name = "NEW")]
         new: Address,
         #[command(flatten)]
@@ -207,19 +215,31 @@ fn began(accepted: &ChangeInProgress, json: bool) -> Result<Exit, CliError> {
     }
 }
 
-/// The change that the verb asks for, and its plan, both of the same view.
+/// The change that the verb asks for, and its plan, both of the same view. A node that is not ready to join, because it has just been
+/// started or has yet to notice that it left, is waited for until the timeout.
 async fn draft<O: Args>(cluster: &mut Cluster, verb: &Verb<O>) -> Result<(ViewChange, PlannedChange), CliError> {
-    let mut current = None;
-    for _ in 0..DRAFTS_MAX {
+    let deadline = Instant::now() + cluster.options.timeout;
+    let mut drafts = 0;
+    loop {
         let status = cluster.client.cluster().await?;
         let change = verb.change(&status)?;
-        let planned = cluster.store.plan_view(change.clone(), cluster.options).await?;
-        if planned.base == status.epoch {
-            return Ok((change, planned));
+        let failure = match cluster.store.plan_view(change.clone(), cluster.options).await {
+            Ok(planned) if planned.base == status.epoch => return Ok((change, planned)),
+            Ok(planned) => {
+                drafts += 1;
+                if drafts >= DRAFTS_MAX {
+                    return Err(ViewChangeFailure::EpochChanged { current: planned.base }.into());
+                }
+                continue;
+            }
+            Err(failure) => failure,
+        };
+        let is_worth_waiting = matches!(failure, ViewChangeFailure::NotReady { .. });
+        if !is_worth_waiting || Instant::now() + NOT_READY_PAUSE >= deadline {
+            return Err(failure.into());
         }
-        current = Some(planned.base);
+        sleep(NOT_READY_PAUSE).await;
     }
-    Err(ViewChangeFailure::EpochChanged { current: current.unwrap_or_default() }.into())
 }
 
 fn confirmed() -> Result<bool, CliError> {
@@ -413,6 +433,50 @@ mod tests {
         assert_eq!(ran("wait 9").await, Err((1, "there was no plan 9".into())));
         assert_eq!(ran("remove d:4 --yes").await, Err((1, "d:4 is no node of the cluster".into())));
         assert_eq!(accepted.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn a_wait_outlasts_servers_that_have_just_started() {
+        let (address, listener) = bind().await;
+        let (told, asked) = (status(2, Some(0), std::slice::from_ref(&address)), AtomicUsize::new(0));
+        serve(listener, move |request| {
+            let done =
+                object!({ "id": 1, "phase": "done", "replicas_left": 0, "slots_left": 0, "bytes_left": 0, "waiting_for": [] });
+            let starting = object!({ "code": "unavailable", "detail": "unavailable: the meta group has no leader now" });
+            let answer = match request.uri().path() {
+                "/v1/cluster" => json(&told),
+                _ if asked.fetch_add(1, Ordering::Relaxed) < 3 => answer(503, starting.to_string()),
+                _ => json(&done),
+            };
+            async move { Some(answer) }
+        });
+        let line = format!("--timeout 30 --server {address} wait");
+        assert_eq!(run(arguments(&line)).await.map_err(|error| error.to_string()), Ok(Exit::Done));
+    }
+
+    #[tokio::test]
+    async fn a_node_that_is_not_ready_to_join_is_waited_for() {
+        let (address, listener) = bind().await;
+        let (told, asked) = (status(1, Some(0), std::slice::from_ref(&address)), AtomicUsize::new(0));
+        serve(listener, move |request| {
+            let late = object!({ "code": "node_not_ready", "detail": "d:4 has yet to notice that it left the cluster" });
+            let same = object!({
+                "base": 1, "is_same": true, "nodes_added": [], "nodes_removed": [], "replicas_added": 0, "replicas_removed": 0,
+                "shards_added": 0, "shards_removed": 0, "slots_moved": 0, "slots_kept": 4096, "bytes_moved": 0
+            });
+            let answer = match request.uri().path() {
+                "/v1/cluster" => json(&told),
+                _ if asked.fetch_add(1, Ordering::Relaxed) < 2 => answer(503, late.to_string()),
+                _ => json(&same),
+            };
+            async move { Some(answer) }
+        });
+        let ran = async |timeout: &str| {
+            let line = format!("--timeout {timeout} --server {address} plan add d:4");
+            run(arguments(&line)).await.map_err(|error| error.code())
+        };
+        assert_eq!(ran("0.1").await, Err(1), "as long as there is time");
+        assert_eq!(ran("30").await, Ok(Exit::Done));
     }
 
     #[test]

@@ -10,6 +10,10 @@ use crate::client::peer::{HoldRequest, PeerCaller};
 use crate::client::protocol::{ClusterStatus, NodeStatus};
 use crate::client::store::Failure;
 
+/// Looks at the status, after the nodes were told, until it shows that.
+const LOOKS_MAX: usize = 20;
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
 /// How long one node is waited for.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -51,11 +55,25 @@ pub async fn hold(cluster: &mut Cluster, hold: bool) -> Result<(), CliError> {
     for reason in &silent {
         tell(&format!("not taken: {reason}"));
     }
+    await_news(cluster, hold, taken).await?;
     match (hold, taken, silent.is_empty()) {
         (true, 0, _) => Err(broken("no node took it: only one that runs the newer program can hold the level".into())),
         (false, _, false) => Err(broken("the level is still held where it was not taken: try again".into())),
         (true | false, _, _) => Ok(()),
     }
+}
+
+/// Waits until the status says that so many nodes hold the level, or that none does: it may be as old as a moment.
+async fn await_news(cluster: &mut Cluster, hold: bool, taken: usize) -> Result<(), CliError> {
+    for _ in 0..LOOKS_MAX {
+        let status = cluster.client.cluster().await?;
+        let holding = status.nodes.iter().filter(|node| node.holds_level).count();
+        if if hold { holding >= taken } else { holding == 0 } {
+            break;
+        }
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

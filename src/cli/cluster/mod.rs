@@ -37,6 +37,7 @@ pub struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Nodes, shards, what is under way, and how they are
+    #[command(after_help = EXIT_CODES)]
     Status {
         /// Print what `GET /v1/cluster` answers
         #[arg(long)]
@@ -50,7 +51,7 @@ enum Command {
     /// Show what a change would take, and change nothing
     #[command(subcommand, after_help = CHANGE_EXIT_CODES)]
     Plan(Verb<Planning>),
-    /// Wait for the end of a change
+    /// Wait for the end of a change, however long it takes
     #[command(after_help = CHANGE_EXIT_CODES)]
     Wait {
         /// The plan's number [default: that of the last plan]

@@ -10,15 +10,18 @@ use tokio::time::{Instant, sleep};
 
 use super::{Cluster, as_json, bytes, count, print, tell};
 use crate::cli::{CliError, Exit};
-use crate::client::store::{Failure, Store};
+use crate::client::store::{Failure, Options, Store};
 use crate::client::view_change::{ChangeInProgress, Phase};
 
 /// Between two looks: small changes are done in a moment.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(50);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(1);
+/// How long one look may take: the line should say soon that nobody answers.
+const LOOK_TIMEOUT_MAX: Duration = Duration::from_secs(3);
 /// Between two lines where they are not written over each other.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
-/// When nobody has told anything for so long, the wait is given up. An election takes a second, a restart less than a minute.
+/// When nobody has told anything for so long, or for the `--timeout` if that is longer, the wait is given up. An election takes a
+/// second, a restart less than a minute.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 /// Signs in a full bar.
 const BAR_WIDTH: u64 = 20;
@@ -70,23 +73,37 @@ impl<'a> Follower<'a> {
     }
 
     async fn wait_for_end(&mut self, mut change: ChangeInProgress) -> Result<ChangeInProgress, Failure> {
+        let asked_for = self.cluster.options.timeout;
+        let patience = SILENCE_MAX.max(asked_for);
+        let options = Options { timeout: LOOK_TIMEOUT_MAX.min(asked_for), ..self.cluster.options };
         let mut meter = Meter::default();
         let mut heard = Instant::now();
         let mut interval = LOOK_INTERVAL_MIN;
+        self.line.show(&meter.line(&change));
+
         while !change.is_over() {
-            self.line.show(&meter.line(&change));
             sleep(interval).await;
             interval = (interval * 2).min(LOOK_INTERVAL_MAX);
-            let silence = match self.cluster.store.operation(change.id, self.cluster.options).await {
+            let silence = match self.cluster.store.operation(change.id, options).await {
                 Ok(Some(newer)) => {
                     (change, heard) = (newer, Instant::now());
+                    self.line.show(&meter.line(&change));
                     continue;
                 }
-                Ok(None) => Failure::Unavailable { reason: "no node knows the plan".into(), retry_after_ms: 0 },
-                Err(failure) => failure,
+                Ok(None) => "no node knows the plan".to_owned(),
+                Err(Failure::Unavailable { reason, .. }) => reason,
+                Err(failure) => failure.to_string(),
             };
-            if heard.elapsed() > SILENCE_MAX {
-                return Err(silence);
+
+            let silent_s = heard.elapsed().as_secs();
+            self.line.show(&format!("plan {}: no answer for {silent_s} s ({silence})", change.id));
+            if heard.elapsed() > patience {
+                let reason = format!(
+                    "nobody has told of plan {} for {silent_s} s ({silence}); it is carried out by itself once its nodes are \
+                     back",
+                    change.id
+                );
+                return Err(Failure::Unavailable { reason, retry_after_ms: 0 });
             }
         }
         Ok(change)

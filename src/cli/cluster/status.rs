@@ -9,6 +9,9 @@ use crate::client::view_change::ChangeInProgress;
 use crate::sm::view::Layout;
 use crate::types::{Address, NodeId};
 
+/// Shards that are named in one line.
+const SHARDS_NAMED_MAX: usize = 8;
+
 /// The tables of nodes and shards, and what is under way. `running`: how the change of the last plan gets on, as far as that is known.
 pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> String {
     let addresses: BTreeMap<NodeId, &Address> = status.nodes.iter().map(|node| (node.id, &node.public_address)).collect();
@@ -44,7 +47,7 @@ pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> Str
         table(&["NODE", "ID", "REACHED", "LEADS", "REPLICAS", ""], nodes.collect()),
         table(&["SHARD", "HOME", "LEADER", "TERM", "KEYS", "BYTES", "SLOTS", "REPLICAS"], shards.collect()),
     );
-    tables + &failures(status) + &alarms(status) + &unwitnessed(status) + &under_way(status, running)
+    tables + &without_quorum(status) + &failures(status) + &alarms(status) + &unwitnessed(status) + &under_way(status, running)
 }
 
 /// Replicas named one by one; of more only the number is told.
@@ -67,6 +70,38 @@ fn failures(status: &ClusterStatus) -> String {
         text.push_str(&format!("\n{more} more replicas have failed\n"));
     }
     text
+}
+
+/// What can't be done now for want of a quorum, and who is missing.
+fn without_quorum(status: &ClusterStatus) -> String {
+    let mut lines = String::new();
+    let here = status.nodes.iter().filter(|node| node.reachable).count();
+    if status.meta_leader.is_none() || here * 2 <= status.nodes.len() {
+        let nodes = status.nodes.len();
+        lines.push_str(&format!("\nNO QUORUM: {here} of {nodes} nodes answer: the view can't be changed\n"));
+    }
+    let shards = status.shards.iter().filter(|shard| !shard.id.is_meta() && lacks_quorum(shard));
+    let shards: Vec<String> = shards.map(|shard| shard.id.0.to_string()).collect();
+    if !shards.is_empty() {
+        let first = shards.iter().take(SHARDS_NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let more = shards.len().saturating_sub(SHARDS_NAMED_MAX);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        lines.push_str(&format!("\nNO QUORUM of shard {first}{more}: its keys are neither read nor written\n"));
+    }
+    let away: Vec<String> =
+        status.nodes.iter().filter(|node| !node.reachable).map(|node| node.public_address.to_string()).collect();
+    if !lines.is_empty() && !away.is_empty() {
+        lines.push_str(&format!("No answer from {}\n", away.join(", ")));
+    }
+    lines
+}
+
+/// Whether nobody leads the shard, or half of those that vote are away. That a leader says so itself does not yet mean that anybody
+/// follows it.
+fn lacks_quorum(shard: &ShardStatus) -> bool {
+    let is_away = |replica: &&ReplicaStatus| matches!(replica.health, ReplicaHealth::Unreachable | ReplicaHealth::Failed);
+    let voters = || shard.replicas.iter().filter(|replica| !replica.leaving).chain(&shard.witness);
+    shard.leader.is_none() || voters().filter(is_away).count() * 2 >= voters().count()
 }
 
 /// Shards that take no writes, and why.
@@ -194,6 +229,27 @@ mod tests {
         status.nodes[1].failed = (0..1000).map(failed).collect();
         let shown = render(&status, None);
         assert!(shown.contains("\n980 more replicas have failed\n"), "{shown}");
+    }
+
+    #[test]
+    fn what_has_no_quorum_is_said_with_who_is_missing() {
+        let nodes = ["a:1", "b:2", "c:3"].map(|node| node.parse().expect("an address"));
+        let mut status = testing::status(1, Some(0), &nodes);
+        let lose = |at: usize, status: &mut ClusterStatus| {
+            status.nodes[at].reachable = false;
+            status.shards[0].replicas[at].health = ReplicaHealth::Unreachable;
+        };
+        lose(1, &mut status);
+        assert!(!render(&status, None).contains("QUORUM"), "two of three are one");
+        lose(2, &mut status);
+        let shown = render(&status, None);
+        for part in [
+            "\nNO QUORUM: 1 of 3 nodes answer: the view can't be changed\n",
+            "\nNO QUORUM of shard 1: its keys are neither read nor written\n",
+            "\nNo answer from b:2, c:3\n",
+        ] {
+            assert!(shown.contains(part), "{part}\nis not in\n{shown}");
+        }
     }
 
     #[test]

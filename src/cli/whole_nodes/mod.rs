@@ -17,6 +17,7 @@ mod host;
 mod levels;
 mod machine;
 mod old_view;
+mod operators;
 mod probe;
 mod retired;
 mod steps;

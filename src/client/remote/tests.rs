@@ -153,3 +153,102 @@ async fn calls_say_whether_they_can_have_done_anything() {
         assert_eq!(error.certainly_not_done(), certain, "{code}: {error}");
     }
 }
+
+const PLANNED: &str = r#"{"base":1,"is_same":false,"nodes_added":[],"nodes_removed":[],"replicas_added":1,"replicas_removed":0,
+    "shards_added":0,"shards_removed":0,"slots_moved":0,"slots_kept":4096,"bytes_moved":0}"#;
+
+/// Two members that tell their status, and answer what else is asked by its number, counted over both from 0.
+async fn two_members(
+    status: impl Fn(&[Address]) -> ClusterStatus,
+    reply: impl Fn(usize, &http::Request<Bytes>) -> Option<Response<Bytes>> + Send + Sync + 'static,
+) -> Vec<Address> {
+    let ((first, one), (second, two)) = (bind().await, bind().await);
+    let nodes = vec![first, second];
+    let (reply, asked) = (Arc::new(reply), Arc::new(AtomicUsize::new(0)));
+    for listener in [one, two] {
+        let (status, reply, asked) = (status(&nodes), Arc::clone(&reply), Arc::clone(&asked));
+        serve(listener, move |request| {
+            let answer = match request.uri().path() {
+                "/v1/cluster" => Some(json(&status)),
+                _ => reply(asked.fetch_add(1, Ordering::Relaxed), &request),
+            };
+            async move { answer }
+        });
+    }
+    nodes
+}
+
+#[tokio::test]
+async fn a_dry_run_that_one_server_drops_is_tried_at_the_next() {
+    let nodes = two_members(|nodes| status(1, None, nodes), |asked, _| (asked > 0).then(|| answer(200, PLANNED))).await;
+    let store = RemoteStore::connect(nodes).expect("a client");
+    let planned = store.plan_view(ViewChange::default(), options()).await;
+    assert_eq!(planned.map(|planned| planned.replicas_added), Ok(1));
+}
+
+#[tokio::test]
+async fn a_look_at_a_change_is_repeated_until_somebody_can_tell() {
+    let no_leader = "unavailable: the meta group has no leader now";
+    let reply = move |asked, _: &_| Some(if asked < 5 { problem(503, no_leader) } else { answer(200, DONE) });
+    let nodes = two_members(|nodes| status(1, None, nodes), reply).await;
+    let store = RemoteStore::connect(nodes).expect("a client");
+    let found = store.operation(PlanEpoch(4), options()).await.expect("an answer in the end").expect("it is known");
+    assert!(found.is_over());
+}
+
+#[tokio::test]
+async fn a_guarded_change_is_asked_for_again_and_known_by_what_the_view_is_asked_to_be() {
+    let changed = |nodes: &[Address]| ClusterStatus { epoch: PlanEpoch(4), ..status(2, None, nodes) };
+    let reply = |asked, request: &http::Request<Bytes>| {
+        let late = r#"{"code":"epoch_changed","detail":"the view is that of plan 4 by now","epoch":4}"#;
+        match (request.method(), asked) {
+            (&http::Method::PUT, 0) => None,
+            (&http::Method::PUT, _) => Some(answer(412, late)),
+            _ => Some(answer(200, DONE)),
+        }
+    };
+    let nodes = two_members(changed, reply).await;
+    let store = RemoteStore::connect(nodes.clone()).expect("a client");
+    let wanted = ViewChange { nodes: Some(nodes.clone()), ..ViewChange::default() };
+    let accepted = store.change_view(wanted, Some(PlanEpoch(3)), options()).await;
+    assert_eq!(accepted.map(|accepted| accepted.id), Ok(PlanEpoch(4)));
+
+    // Of another change nobody can say so.
+    for (only_if, fewer) in [(Some(PlanEpoch(3)), 1), (None, 2)] {
+        let nodes = two_members(changed, reply).await;
+        let store = RemoteStore::connect(nodes.clone()).expect("a client");
+        let wanted = ViewChange { nodes: Some(nodes[..fewer].to_vec()), ..ViewChange::default() };
+        let told = store.change_view(wanted, only_if, options()).await;
+        assert!(matches!(told, Err(ViewChangeFailure::Failed(Failure::Unknown { .. }))), "{told:?}");
+    }
+}
+
+#[tokio::test]
+async fn no_server_is_told_to_wait_for_longer_than_it_lets_itself_be_told() {
+    let reply = |_, request: &http::Request<Bytes>| {
+        let query = request.uri().query().unwrap_or_default().split('&');
+        let told = query.filter_map(|part| part.strip_prefix("timeout=")?.strip_suffix("ms")?.parse::<u64>().ok());
+        let fits = told.max().is_some_and(|ms| ms <= 60_000);
+        Some(if fits { answer(200, PLANNED) } else { answer(400, r#"{"code":"invalid_query"}"#) })
+    };
+    let nodes = two_members(|nodes| status(1, None, nodes), reply).await;
+    let store = RemoteStore::connect(nodes).expect("a client");
+    let options = Options { timeout: Duration::from_secs(300), ..options() };
+    assert!(store.plan_view(ViewChange::default(), options).await.is_ok());
+}
+
+#[tokio::test]
+async fn what_a_server_lacks_is_told_rather_than_that_another_is_dead() {
+    let (member, listener) = bind().await;
+    let nodes = [nobody().await, member.clone(), nobody().await];
+    let told = ClusterStatus { answered_by: NodeId(2), ..status(1, None, &nodes) };
+    serve(listener, move |request| {
+        let lacks = "unavailable: the meta group has no leader now";
+        let answer = if request.uri().path() == "/v1/cluster" { json(&told) } else { problem(503, lacks) };
+        async move { Some(answer) }
+    });
+    let store = RemoteStore::connect(vec![member]).expect("a client");
+    let options = Options { timeout: Duration::from_millis(700), ..options() };
+    let told = store.plan_view(ViewChange::default(), options).await.expect_err("no quorum").to_string();
+    assert_eq!(told, "unavailable: the meta group has no leader now");
+}

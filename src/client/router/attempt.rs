@@ -108,7 +108,9 @@ impl Course {
                 if self.options().routing == Routing::Redirect {
                     return Err(Failure::Elsewhere { shard, address });
                 }
-                Ok(Retry::certainly_not_done(unavailable(format!("shard {shard} is changing its leader, perhaps to {address}"))))
+                Ok(Retry::certainly_not_done(unavailable(format!(
+                    "shard {shard:#} is changing its leader, perhaps to {address}"
+                ))))
             }
             Failure::Unavailable { .. } => Ok(Retry::certainly_not_done(failure)),
             Failure::Unknown { .. } if self.repeatable => Ok(Retry { maybe_done: true, ..Retry::certainly_not_done(failure) }),

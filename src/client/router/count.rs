@@ -37,7 +37,7 @@ impl<A: ShardAccess> Router<A> {
             let map = self.access.map();
             let retry = match map.as_deref().map(|map| map.shard(shard)) {
                 None => Retry::no_map(),
-                Some(None) => return Err(Failure::Invalid { reason: format!("there is no shard {shard}") }),
+                Some(None) => return Err(Failure::Invalid { reason: format!("there is no shard {shard:#}") }),
                 Some(Some(_)) => match self.call(shard, ShardBody::Count, course.options()).await {
                     ShardReply::Counted { keys, .. } => return Ok(keys),
                     ShardReply::NotOwned { slot } => Retry::not_owned(slot),

@@ -398,5 +398,5 @@ fn version(map: Option<&ShardMap>) -> MapVersion {
 
 /// A reply of another kind than the request's: a bug, or another program. Nothing is known of what it did.
 fn misfit(shard: GroupId) -> Failure {
-    Failure::Unknown { reason: format!("shard {shard} sent a reply that does not fit the request") }
+    Failure::Unknown { reason: format!("shard {shard:#} sent a reply that does not fit the request") }
 }
