@@ -261,6 +261,11 @@ impl<'a> Watch<'a> {
         tracing::info!(client, "{what} was asked for, and is accepted");
     }
 
+    /// Returns who asks, as far as it is known.
+    pub fn client(&self) -> Option<SocketAddr> {
+        self.client
+    }
+
     /// The request changes nothing: where there is no room for its answer, it can be asked again.
     pub fn reads(&mut self) {
         self.is_read = true;

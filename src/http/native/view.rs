@@ -108,6 +108,8 @@ async fn put(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Res
         Err(failure) => return refused(failure, &parts.uri),
     };
     watch.log_change(&format_args!("the change of the view to plan {}", accepted.id));
+    let client = watch.client().map(tracing::field::display);
+    tracing::info!(client, plan = %accepted.id, "a change of the view was asked for and accepted");
     let location = format!("{OPERATIONS}{}", accepted.id);
     let last = match place {
         Some((place, wait)) => {
