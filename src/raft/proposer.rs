@@ -354,6 +354,10 @@ fn outcomes(outcome: Outcome, expected: usize) -> Result<Vec<kv::WriteOutcome>, 
 /// What openraft's refusal means for a proposal.
 pub fn propose_error(error: ClientWriteError<Types>) -> ProposeError {
     match error {
+        // It names the one to come, which does not lead yet and may never do.
+        ClientWriteError::ForwardToLeader(ForwardToLeader { reason: ForwardReason::LeadershipTransfer, .. }) => {
+            ProposeError::NotLeader { leader: None }
+        }
         ClientWriteError::ForwardToLeader(forward) => {
             ProposeError::NotLeader { leader: forward.leader_node.and_then(|member| member.serving_node()) }
         }

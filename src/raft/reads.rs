@@ -8,8 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use openraft::LinearizerOption;
-use openraft::errors::LinearizableReadError;
-use openraft::errors::RaftError;
+use openraft::errors::{ForwardReason, LinearizableReadError, RaftError};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
@@ -132,7 +131,9 @@ impl Reads {
         let index = match raft.get_read_linearizer(option).await {
             Ok(linearizer) => linearizer.read_log_id().index(),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
-                let leader = forward.leader_node.and_then(|member| member.serving_node());
+                // One that hands over names the one to come, which does not lead yet and may never do.
+                let names = forward.leader_node.filter(|_| forward.reason != ForwardReason::LeadershipTransfer);
+                let leader = names.and_then(|member| member.serving_node());
                 return Err(RoundError::Final(ReadError::NotLeader { leader }));
             }
             Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => return Err(RoundError::Again),

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::cluster::*;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{Head, Refusal, Reply, Request};
-use crate::raft::{Group, LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Role};
+use crate::raft::{Group, LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Role, TransferError};
 use crate::storage::log::Vote;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 
@@ -216,6 +216,33 @@ async fn leadership_is_handed_over_and_writes_go_on() {
     let leader = cluster.leader(1).await;
     cluster.nodes[&leader].registry.hand_over(Duration::from_secs(10)).await;
     assert!(!cluster.group(leader.0, 1).leads());
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn who_hands_over_names_nobody_until_another_leads() {
+    // Nobody campaigns before the old leader was asked.
+    let cluster = TestCluster::with_timings(3, RaftTimings::default().slower(5));
+    cluster.found(1).await;
+    cluster.put(1, "k", "v").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    let heir = NodeId(1 + leader.0 % 3);
+    until("the heir has caught up", || group.is_caught_up(ReplicaId(heir.0))).await;
+
+    // It is told to take over, and can ask nobody for a vote.
+    for other in cluster.nodes.keys().filter(|other| **other != heir) {
+        cluster.hub.cut(heir, *other);
+    }
+    let late = group.transfer_leader_within(ReplicaId(heir.0), Duration::from_millis(50)).await;
+    assert!(matches!(late, Err(TransferError::Late { .. })), "{late:?}");
+    if group.leads() {
+        let nobody = ProposeError::NotLeader { leader: None };
+        assert_eq!(group.propose(put("k", "w"), soon()).await, Err(nobody));
+        assert_eq!(group.read_barrier(soon()).await, Err(ReadError::NotLeader { leader: None }));
+    }
+    cluster.hub.heal();
+    cluster.put(1, "k", "x").await;
     cluster.stop_all().await;
 }
 
