@@ -14,7 +14,7 @@ use super::member::Member;
 use super::migrator;
 use super::operator::Operator;
 use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
-use crate::client::call::CallError;
+use crate::client::call::{CallError, time_to_answer_ms};
 use crate::client::contact::Contacts;
 use crate::client::protocol::{ClusterStatus, ShardBody, ShardPage, ShardReply, ShardRequest};
 use crate::client::repeat::Speaker;
@@ -216,15 +216,22 @@ impl Access {
         let writes = !body.is_read();
         // A node that says nothing must not use up the time of a read that another may answer. Of a write nobody knows what it did.
         let timeout = if writes { options.timeout } else { options.timeout.min((options.timeout / 2).max(READ_ATTEMPT_MIN)) };
-        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-        let request = ShardRequest { cluster: self.member.cluster, shard, timeout_ms, body };
+        let request = ShardRequest { cluster: self.member.cluster, shard, timeout_ms: time_to_answer_ms(timeout), body };
         match self.member.caller.call(&peer.address, &request, timeout).await {
             Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
                 self.member.learn_leader(shard, &address);
                 ShardReply::Failed(Failure::Elsewhere { shard, address })
             }
+            // It leads nobody, or has stopped: the others are asked before it.
+            Ok(ShardReply::Failed(failure @ Failure::Unavailable { .. })) => {
+                self.member.forget_leader(shard, peer.node);
+                ShardReply::Failed(failure)
+            }
             Ok(reply) => {
-                self.member.learn_leader(shard, &peer.address);
+                // Any replica answers a stale read.
+                if options.consistency == Consistency::Linearizable && !matches!(reply, ShardReply::Failed(_)) {
+                    self.member.learn_leader(shard, &peer.address);
+                }
                 reply
             }
             Err(error) => {
