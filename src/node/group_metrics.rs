@@ -310,7 +310,7 @@ mod tests {
     fn facts(group: u64) -> Facts {
         Facts {
             group: GroupId(group),
-            role: if group % 3 == 0 { Role::Leader } else { Role::Follower },
+            role: if group.is_multiple_of(3) { Role::Leader } else { Role::Follower },
             term: group,
             applied: 1 << 40,
             purged: 1 << 39,

@@ -196,7 +196,7 @@ fn check_samples(family: &Family) -> Result<(), String> {
         if !seen.insert((sample.name.clone(), labels.clone())) {
             return Err(format!("a series is there twice: {} {labels:?}", sample.name));
         }
-        if family.kind != "gauge" && !(sample.value >= 0.0) {
+        if family.kind != "gauge" && (sample.value.is_nan() || sample.value < 0.0) {
             return Err(format!("it has counted {}", sample.value));
         }
     }
