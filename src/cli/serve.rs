@@ -19,7 +19,7 @@ use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest,
     SetUpError,
 };
-use crate::client::protocol::{ShardReply, ShardRequest};
+use crate::client::protocol::{Hop, ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
 use crate::http::metrics::Kind;
@@ -184,8 +184,8 @@ impl PeerService for Face {
         }
     }
 
-    fn shard(&self, request: ShardRequest) -> BoxFuture<'_, ShardReply> {
-        Box::pin(self.node.answer(request))
+    fn shard(&self, request: ShardRequest, hop: Hop) -> BoxFuture<'_, ShardReply> {
+        Box::pin(self.node.answer(request, hop))
     }
 
     fn identity(&self) -> Identity {

@@ -13,7 +13,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::problem;
-use super::protocol::{ShardReply, ShardRequest};
+use super::protocol::{Hop, RELAY_QUERY, ShardReply, ShardRequest};
 use super::store::Failure;
 use crate::budget::{ANSWERS_BYTES_MAX, Budget, UNCHARGED_BYTES_MAX};
 use crate::descriptors::Shares;
@@ -129,10 +129,29 @@ impl ShardCaller {
     ///
     /// See [`CallError`]: not every one means that nothing was done.
     pub async fn call(&self, address: &Address, request: &ShardRequest, timeout: Duration) -> Result<ShardReply, CallError> {
+        self.call_by(Hop::Answer, address, request, timeout).await
+    }
+
+    /// As [`ShardCaller::call`], of a node that may be asked to pass the request on.
+    ///
+    /// # Errors
+    ///
+    /// See [`CallError`]: not every one means that nothing was done.
+    pub async fn call_by(
+        &self,
+        hop: Hop,
+        address: &Address,
+        request: &ShardRequest,
+        timeout: Duration,
+    ) -> Result<ShardReply, CallError> {
         let began = Instant::now();
         let _permits = self.room.enter(address, timeout).await?;
         let timeout = timeout.saturating_sub(began.elapsed());
-        let post = self.http.post(format!("http://{address}/peer/shard"));
+        let url = match hop {
+            Hop::Answer => format!("http://{address}/peer/shard"),
+            Hop::Relay => format!("http://{address}/peer/shard?{RELAY_QUERY}"),
+        };
+        let post = self.http.post(url);
         let post = post.header(CONTENT_TYPE, "application/octet-stream").body(codec::encode(request)).timeout(timeout);
         let response = match post.send().await {
             Ok(response) => response,

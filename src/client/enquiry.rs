@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
 use super::call::{failure_of, silence};
 use super::peer::{Identity, Standing};
 use super::protocol::ClusterStatus;
@@ -42,4 +45,10 @@ pub async fn referrals(http: &reqwest::Client, address: &Address) -> Vec<Address
 pub async fn lives(http: &reqwest::Client, address: &Address, timeout: Duration) -> bool {
     let asked = http.get(format!("http://{address}/healthz")).timeout(timeout).send().await;
     asked.is_ok_and(|answer| answer.status().is_success())
+}
+
+/// Whether a connection to a node can be made, within `at_most`. Nothing is sent over it.
+pub async fn takes_connections(address: &Address, at_most: Duration) -> bool {
+    let connected = timeout(at_most, TcpStream::connect(address.as_str())).await;
+    connected.is_ok_and(|connected| connected.is_ok())
 }

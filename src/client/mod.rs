@@ -3,7 +3,7 @@
 mod address_book;
 pub mod call;
 pub mod contact;
-mod enquiry;
+pub mod enquiry;
 pub mod health;
 pub mod lookout;
 pub mod native;

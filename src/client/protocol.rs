@@ -16,6 +16,18 @@ use crate::sm::kv::{Command, DestinationState, MoveOutcome, OperationOutcome, Re
 use crate::sm::view::{Asked, SlotTable};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
 
+/// What a node is asked to do with a request for a shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hop {
+    /// To answer it, or to say who would.
+    Answer,
+    /// To pass it on, once, if it does not lead the shard: who asks can't connect to the leader.
+    Relay,
+}
+
+/// What says so behind the path of the route. Programs that do not know it answer themselves.
+pub const RELAY_QUERY: &str = "relay=1";
+
 /// Asks the node that leads `shard` (or, for stale reads, one that has a replica).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardRequest {
@@ -90,6 +102,14 @@ impl ShardBody {
             | ShardBody::Count
             | ShardBody::MoveState { .. }
             | ShardBody::GetMany { .. } => true,
+        }
+    }
+
+    /// Returns whether it may be asked again where nobody knows whether it was done.
+    pub fn is_repeatable(&self) -> bool {
+        match self {
+            ShardBody::Write(write) => write.idempotency_key.is_some() || write.is_read(),
+            body => body.is_read(),
         }
     }
 }

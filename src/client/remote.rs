@@ -17,7 +17,7 @@ use super::call::{CallError, ShardCaller, failure_of, silence, time_to_answer_ms
 use super::contact::Contacts;
 use super::enquiry;
 use super::peer::SetUpError;
-use super::protocol::{ClusterStatus, ShardBody, ShardReply, ShardRequest};
+use super::protocol::{ClusterStatus, Hop, ShardBody, ShardReply, ShardRequest};
 use super::repeat::{Effect, LastWord, Speaker};
 use super::reply::{self, SMALL_BYTES_MAX};
 use super::router::{Router, ShardAccess};
@@ -36,6 +36,8 @@ const REFRESH_INTERVAL_MIN: Duration = Duration::from_millis(50);
 const HOPS_MAX: usize = 12;
 /// The shortest that a server can be told to wait.
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
+/// How long requests go by a node that passes them on, before the leader is tried again.
+const AROUND_FOR: Duration = Duration::from_secs(5);
 /// Between two rounds over all members.
 const ROUND_PAUSE: Duration = Duration::from_millis(200);
 
@@ -76,6 +78,8 @@ enum Hint {
     Leads(Address),
     /// It did not answer: the others first.
     Silent(Address),
+    /// The leader could not be connected to, and this node passed a request on to it then.
+    Around(Address, Instant),
 }
 
 #[derive(Serialize)]
@@ -102,18 +106,24 @@ impl HttpAccess {
 
     /// The nodes to ask about a shard, in order.
     fn candidates(&self, shard: GroupId, map: &ShardMap) -> VecDeque<Address> {
+        self.attempts(shard, map).into_iter().map(|(address, _)| address).collect()
+    }
+
+    /// As [`HttpAccess::candidates`], with what each is asked to do.
+    fn attempts(&self, shard: GroupId, map: &ShardMap) -> VecDeque<(Address, Hop)> {
         let hint = self.leaders.lock().expect("no panic with the lock held").get(&shard).cloned();
-        let mut addresses: VecDeque<Address> =
-            map.candidates(shard).into_iter().map(|node| self.book.address(node).clone()).collect();
+        let known = map.candidates(shard).into_iter().map(|node| self.book.address(node).clone());
+        let mut attempts: VecDeque<(Address, Hop)> = known.map(|address| (address, Hop::Answer)).collect();
         match hint {
-            Some(Hint::Leads(leader)) => addresses.push_front(leader),
+            Some(Hint::Leads(leader)) => attempts.push_front((leader, Hop::Answer)),
             Some(Hint::Silent(silent)) => {
-                addresses.retain(|address| *address != silent);
-                addresses.push_back(silent);
+                attempts.retain(|(address, _)| *address != silent);
+                attempts.push_back((silent, Hop::Answer));
             }
-            None => {}
+            Some(Hint::Around(relay, since)) if since.elapsed() < AROUND_FOR => attempts.push_front((relay, Hop::Relay)),
+            Some(Hint::Around(..)) | None => {}
         }
-        addresses
+        attempts
     }
 
     /// Who answered last for the shard.
@@ -122,7 +132,15 @@ impl HttpAccess {
             Some(Hint::Leads(address)) => {
                 map.nodes().find(|(_, place)| self.book.address(place) == address).map(|(node, _)| node)
             }
-            Some(Hint::Silent(_)) | None => map.shard(shard)?.leader,
+            Some(Hint::Silent(_) | Hint::Around(..)) | None => map.shard(shard)?.leader,
+        }
+    }
+
+    /// That a node passes requests on, since the first that it did: the leader is tried again after a while.
+    fn around(&self, shard: GroupId, relay: Address) -> Hint {
+        match self.leaders.lock().expect("no panic with the lock held").get(&shard) {
+            Some(Hint::Around(known, since)) if *known == relay && since.elapsed() < AROUND_FOR => Hint::Around(relay, *since),
+            Some(_) | None => Hint::Around(relay, Instant::now()),
         }
     }
 
@@ -139,11 +157,13 @@ impl HttpAccess {
         let deadline = Instant::now() + options.timeout;
         let effect = effect_of(&body);
         let mut request = ShardRequest { cluster: map.cluster, shard, timeout_ms: 0, body };
-        let mut next = self.candidates(shard, map);
-        let mut asked: Vec<Address> = Vec::new();
+        let mut next = self.attempts(shard, map);
+        let mut asked: Vec<(Address, Hop)> = Vec::new();
+        // To those no connection could be made.
+        let mut closed: Vec<Address> = Vec::new();
         let mut last = unavailable(format!("no node of shard {shard:#} is known"));
-        while let Some(address) = next.pop_front() {
-            if asked.contains(&address) {
+        while let Some((address, hop)) = next.pop_front() {
+            if asked.contains(&(address.clone(), hop)) {
                 continue;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -152,15 +172,23 @@ impl HttpAccess {
             }
             let timeout = effect.attempt_timeout(left);
             request.timeout_ms = time_to_answer_ms(timeout);
-            asked.push(address.clone());
-            last = match self.caller.call(&address, &request, timeout).await {
+            asked.push((address.clone(), hop));
+            last = match self.caller.call_by(hop, &address, &request, timeout).await {
                 Ok(ShardReply::Failed(Failure::Elsewhere { shard: at, address: leader })) => {
-                    next.push_front(self.book.of_public(map, leader.clone()));
+                    let named = self.book.of_public(map, leader.clone());
+                    next.push_front(match closed.contains(&named) {
+                        true => (address, Hop::Relay),
+                        false => (named, Hop::Answer),
+                    });
                     Failure::Elsewhere { shard: at, address: leader }
                 }
                 Ok(ShardReply::Failed(failure @ Failure::Unavailable { .. })) => failure,
                 Ok(reply) => {
-                    self.remember(shard, Some(Hint::Leads(address)).filter(|_| options.consistency == Consistency::Linearizable));
+                    let hint = match hop {
+                        Hop::Answer => Hint::Leads(address),
+                        Hop::Relay => self.around(shard, address),
+                    };
+                    self.remember(shard, Some(hint).filter(|_| options.consistency == Consistency::Linearizable));
                     return reply;
                 }
                 Err(error @ CallError::NoAnswer { .. }) => {
@@ -174,6 +202,7 @@ impl HttpAccess {
                 Err(CallError::Refused { failure: failure @ Failure::Unavailable { .. }, .. }) => failure,
                 Err(CallError::Refused { failure, .. }) => return ShardReply::Failed(failure),
                 Err(error @ CallError::NotConnected { .. }) => {
+                    closed.push(address.clone());
                     self.remember(shard, Some(Hint::Silent(address)));
                     error.into()
                 }

@@ -21,7 +21,9 @@ use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, Standing,
 };
-use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest, ShardStatus};
+use crate::client::protocol::{
+    ClusterStatus, Hop, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest, ShardStatus,
+};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::*;
 use crate::client::view_change::{ChangeInProgress, Phase, PlannedChange, ReplicationFactor, ViewChange, ViewChangeFailure};
@@ -577,7 +579,7 @@ impl PeerService for Echo {
         futures::stream::iter([hello]).chain(echoed).boxed()
     }
 
-    fn shard(&self, request: ShardRequest) -> BoxFuture<'_, ShardReply> {
+    fn shard(&self, request: ShardRequest, _: Hop) -> BoxFuture<'_, ShardReply> {
         Box::pin(ready(ShardReply::Counted { keys: request.timeout_ms, slots: vec![] }))
     }
 

@@ -10,13 +10,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::member::Member;
+use super::member::{Member, PeerPlace};
 use super::migrator;
 use super::operator::Operator;
 use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 use crate::client::call::{CallError, time_to_answer_ms};
 use crate::client::contact::Contacts;
-use crate::client::protocol::{ClusterStatus, ShardBody, ShardPage, ShardReply, ShardRequest};
+use crate::client::protocol::{ClusterStatus, Hop, ShardBody, ShardPage, ShardReply, ShardRequest};
 use crate::client::repeat::Speaker;
 use crate::client::router::{ShardAccess, check_operations};
 use crate::client::shard_map::ShardMap;
@@ -45,6 +45,9 @@ const RETRY_AFTER_MS: u64 = 500;
 /// How soon to try again when a disk is full.
 const NO_ROOM_RETRY_AFTER_MS: u64 = 5000;
 
+/// A node that has not answered after this time is looked for.
+const DOUBT_AFTER: Duration = Duration::from_millis(300);
+
 /// How long one node is waited for when another could answer, or half of the time that is left if that is more.
 const READ_ATTEMPT_MIN: Duration = Duration::from_secs(1);
 
@@ -62,14 +65,18 @@ impl Access {
         Self { member, contacts, operator }
     }
 
-    /// Answers a request of a peer or client for a shard that this node should lead.
-    pub async fn answer(&self, request: ShardRequest) -> ShardReply {
+    /// Answers a request of a peer or client for a shard that this node should lead. As a relay it
+    /// passes the request on if it does not.
+    pub async fn answer(&self, request: ShardRequest, hop: Hop) -> ShardReply {
         if let Err(refusal) = self.member.ensure_ours(request.cluster) {
             return ShardReply::Failed(refusal);
         }
         let deadline = Instant::now() + Duration::from_millis(request.timeout_ms);
-        match self.member.registry.get(request.shard) {
-            Some(group) if !request.shard.is_meta() => self.execute(&group, request.body, deadline).await,
+        let local = self.member.registry.get(request.shard).filter(|_| !request.shard.is_meta());
+        match (local, hop) {
+            (Some(group), Hop::Answer) => self.execute(&group, request.body, deadline).await,
+            (Some(group), Hop::Relay) if group.leads() => self.execute(&group, request.body, deadline).await,
+            (_, Hop::Relay) if !request.shard.is_meta() => self.relay(request).await,
             _ => ShardReply::Failed(self.elsewhere(request.shard)),
         }
     }
@@ -205,7 +212,7 @@ impl Access {
         }
     }
 
-    /// Sends the request to the node that leads the shard, as far as it is known.
+    /// Sends the request to the node that leads the shard, as far as it is known, or has it passed on.
     async fn forward(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
         let Some(peer) = self.member.peer_for(shard) else {
             return ShardReply::Failed(Failure::Unavailable {
@@ -217,7 +224,14 @@ impl Access {
         // A node that says nothing must not use up the time of a read that another may answer. Of a write nobody knows what it did.
         let timeout = if writes { options.timeout } else { options.timeout.min((options.timeout / 2).max(READ_ATTEMPT_MIN)) };
         let request = ShardRequest { cluster: self.member.cluster, shard, timeout_ms: time_to_answer_ms(timeout), body };
-        match self.member.caller.call(&peer.address, &request, timeout).await {
+        match self.call(&peer, &request, timeout).await {
+            Ok(reply) if peer.hop == Hop::Relay => {
+                // Whoever led has answered, and no more is known of who it is.
+                if let ShardReply::Failed(Failure::Unavailable { .. } | Failure::Elsewhere { .. }) = reply {
+                    self.member.forget_leader(shard, peer.node);
+                }
+                reply
+            }
             Ok(ShardReply::Failed(Failure::Elsewhere { address, .. })) => {
                 self.member.learn_leader(shard, &address);
                 ShardReply::Failed(Failure::Elsewhere { shard, address })
@@ -239,6 +253,50 @@ impl Access {
                 ShardReply::Failed(call_failure(error, writes))
             }
         }
+    }
+
+    /// Passes on what a node asks that can't connect to the leader. Only once: nodes of which none
+    /// can would send it in a circle.
+    async fn relay(&self, request: ShardRequest) -> ShardReply {
+        let ShardRequest { shard, timeout_ms, .. } = request;
+        let Some(peer) = self.member.peer_for(shard).filter(|peer| peer.hop == Hop::Answer) else {
+            return ShardReply::Failed(unavailable(format!("nor can the leader of shard {shard} be reached here")));
+        };
+        let (timeout, writes) = (Duration::from_millis(timeout_ms), !request.body.is_read());
+        // Perhaps nobody can, and then it should be told so soon.
+        self.member.registry.ways().doubt(peer.node);
+        match self.call(&peer, &request, timeout).await {
+            Ok(reply) => reply,
+            Err(error) => {
+                self.member.forget_leader(shard, peer.node);
+                ShardReply::Failed(call_failure(error, writes))
+            }
+        }
+    }
+
+    /// One attempt at a node. A node that is slow to answer, or not there, is looked for; what may
+    /// be done twice is not waited for once it is known that nobody can connect to it.
+    async fn call(&self, peer: &PeerPlace, request: &ShardRequest, timeout: Duration) -> Result<ShardReply, CallError> {
+        let ways = self.member.registry.ways();
+        let mut call = std::pin::pin!(self.member.caller.call_by(peer.hop, &peer.address, request, timeout));
+        let answered = match tokio::time::timeout(DOUBT_AFTER, &mut call).await {
+            Ok(answered) => answered,
+            Err(_) => {
+                ways.doubt(peer.node);
+                tokio::select! {
+                    biased;
+                    answered = &mut call => answered,
+                    () = ways.closed(peer.node), if request.body.is_repeatable() => {
+                        let reason = "no connection can be made to it any more".to_owned();
+                        Err(CallError::NoAnswer { address: peer.address.clone(), reason })
+                    }
+                }
+            }
+        };
+        if let Err(CallError::NotConnected { .. }) = answered {
+            ways.doubt(peer.node);
+        }
+        answered
     }
 
     fn propose_failure(&self, shard: GroupId, error: ProposeError) -> Failure {

@@ -63,7 +63,8 @@ impl Balancer {
                 self.steady.remove(&id);
                 continue;
             };
-            if !self.member.heard_within(home, HEARD_WITHIN) || !group.is_caught_up(replica) {
+            let is_in_reach = self.member.heard_within(home, HEARD_WITHIN) && !self.member.registry.ways().is_closed(home);
+            if !is_in_reach || !group.is_caught_up(replica) {
                 self.steady.remove(&id);
                 continue;
             }

@@ -18,7 +18,7 @@ use super::join::Joining;
 use super::move_counters::MoveCounters;
 use crate::client::call::ShardCaller;
 use crate::client::peer::{Announcement, FailedReplica, HostedReplica, Hosting, NotedDigest, PeerCaller, PeerError};
-use crate::client::protocol::{ClusterStatus, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::client::protocol::{ClusterStatus, Hop, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::Failure;
 use crate::raft::Group;
@@ -98,6 +98,8 @@ pub struct PeerPlace {
     pub node: NodeId,
     pub address: Address,
     pub public: Address,
+    /// As a relay while one that comes before it can't be connected to.
+    pub hop: Hop,
 }
 
 impl Views {
@@ -326,7 +328,7 @@ impl Member {
     }
 
     /// The node to ask about a shard that this one does not lead: its leader where that is known, else its home, else any with a replica;
-    /// one that did not answer a moment ago, or has just ended, only if there is no other.
+    /// one that did not answer a moment ago, has just ended, or can't be connected to, only if there is no other.
     pub fn peer_for(&self, shard: GroupId) -> Option<PeerPlace> {
         let map = self.map();
         let place = map.shard(shard)?;
@@ -334,11 +336,12 @@ impl Member {
         let hints = self.hints.lock().expect("no holder panics");
         let hint = hints.get(&shard);
         let hinted = hint.and_then(|hint| hint.leader);
+        let is_closed = |node: &NodeId| self.registry.ways().is_closed(*node);
         let suspect = |node: &NodeId| {
             let suspects = hint.map(|hint| hint.suspects.as_slice()).unwrap_or_default();
             let is_silent = suspects.iter().any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR);
             // Who showed that it leads is asked, whatever the lanes say.
-            is_silent || (hinted != Some(*node) && self.registry.is_cut(*node))
+            is_silent || is_closed(node) || (hinted != Some(*node) && self.registry.is_cut(*node))
         };
         let replicas = place.replicas.iter().copied();
         let candidates: Vec<NodeId> = local_leader
@@ -349,8 +352,10 @@ impl Member {
             .filter(|node| *node != self.node && map.node(*node).is_some())
             .collect();
         let chosen = candidates.iter().find(|node| !suspect(node)).or(candidates.first()).copied()?;
+        let is_around = candidates.iter().take_while(|node| **node != chosen).any(is_closed);
+        let hop = if is_around || is_closed(&chosen) { Hop::Relay } else { Hop::Answer };
         let place = map.node(chosen)?;
-        Some(PeerPlace { node: chosen, address: place.address.clone(), public: place.public.clone() })
+        Some(PeerPlace { node: chosen, address: place.address.clone(), public: place.public.clone(), hop })
     }
 
     /// Who leads the shard: this node, or who answered for it last, or whom its replica here follows.

@@ -2,7 +2,7 @@
 //!
 //! [`Node::open`] locks the data directory, so that the node can say who it is; [`Node::run`] then joins (`join`, decided by `bootstrap`),
 //! opens log, maps and replicas, and keeps what runs equal to the view (`reconciler`), until it is told to stop. The other rooms:
-//! `news` asks around when the meta group is silent, `member` is what the rest shares, `machine` what a node stands on, `access` reaches shards, `balancer` brings leaders home, `janitor` has snapshots written.
+//! `news` asks around when the meta group is silent, `member` is what the rest shares, `machine` what a node stands on, `access` reaches shards, `balancer` brings leaders home, `scout` finds peers that can't be connected to, `janitor` has snapshots written.
 //!
 //! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was done, and why.
 
@@ -34,6 +34,7 @@ mod quorum;
 mod reconciler;
 mod repair;
 mod running;
+mod scout;
 mod watchdog;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,7 +50,7 @@ use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PeerCaller, PromiseReply,
     PromiseRequest,
 };
-use crate::client::protocol::{ClusterStatus, ShardReply, ShardRequest};
+use crate::client::protocol::{ClusterStatus, Hop, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, WriteFailure, Written};
@@ -441,10 +442,10 @@ impl Node {
         }
     }
 
-    /// Answers for a shard that this node should lead.
-    pub async fn answer(&self, request: ShardRequest) -> ShardReply {
+    /// Answers for a shard that this node should lead, or has the request answered.
+    pub async fn answer(&self, request: ShardRequest, hop: Hop) -> ShardReply {
         match self.running.get() {
-            Some(running) => running.router().access().answer(request).await,
+            Some(running) => running.router().access().answer(request, hop).await,
             None => ShardReply::Failed(self.unavailable()),
         }
     }

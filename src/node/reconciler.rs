@@ -52,6 +52,8 @@ const ANNOUNCE_PAUSE_MIN: Duration = Duration::from_millis(200);
 const ANNOUNCE_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// How often the log repeats that an announcement is rejected.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
+/// A node that was last heard of longer ago passes nothing on.
+const HEARD: Duration = Duration::from_secs(10);
 /// A replica that knows how its leader stood within this time is caught up.
 const FRESH: Duration = Duration::from_secs(5);
 
@@ -176,12 +178,24 @@ impl Reconciler {
                 return None;
             }
             let Some(group) = self.member.registry.get(key.group) else { return Some(format!("replica {key} is not open yet")) };
-            unready_group(&group).or_else(|| {
+            unready_group(&group).or_else(|| self.out_of_reach(&group)).or_else(|| {
                 let unclaimed = !key.group.is_meta() && !done.claimed.contains(&key.group);
                 unclaimed.then(|| format!("shard {:#} does not own its slots yet", key.group))
             })
         });
         lack.map(Lack::Late)
+    }
+
+    /// Why what is asked for a group can't be passed to its leader, though that is heard of.
+    fn out_of_reach(&self, group: &Group) -> Option<String> {
+        let status = group.status();
+        let registry = &self.member.registry;
+        let leader = status.leader.filter(|leader| registry.ways().is_closed(*leader))?;
+        let mut others = status.membership.voters.values().filter(|node| **node != leader && **node != self.member.node);
+        // Another node passes it on.
+        let has_relay = others.any(|node| self.member.heard_within(*node, HEARD) && !registry.ways().is_closed(*node));
+        let group = group.key().group;
+        (!has_relay).then(|| format!("this node can't connect to {leader}, which leads group {group}"))
     }
 
     /// One round over everything. True: there was nothing to do.

@@ -31,6 +31,7 @@ use super::migrator::Migrator;
 use super::news::News;
 use super::reconciler::{Lack, Reconciler};
 use super::repair::Repair;
+use super::scout::Scout;
 use super::watchdog::{Findings, Watchdog};
 use crate::budget::Budget;
 use crate::client::call::ShardCaller;
@@ -169,6 +170,8 @@ impl Running {
         tasks.start("janitor", |stop| async move { janitor.run(&stop).await });
         let disk_watch = DiskWatch::new(member.clone(), storage.log.clone(), storage.states.clone());
         tasks.start("disk-watch", |stop| async move { disk_watch.run(&stop).await });
+        let scout = Scout::new(member.clone());
+        tasks.start("scout", |stop| async move { scout.run(&stop).await });
         let compactor = Compactor::new(storage.states.clone(), storage.log.clone());
         tasks.start("compactor", |stop| async move { compactor.run(&stop).await });
         let memberships = Memberships::new(member.clone(), joining.machine().clone());

@@ -514,15 +514,21 @@ impl Group {
         !self.timer.is_leased()
     }
 
-    /// Returns the voter with a map that has what is committed, was heard of most lately and has most of the log: whom to
-    /// hand over to when it does not matter to whom.
+    /// Returns whom to hand over to when it does not matter to whom.
     pub fn best_successor(&self) -> Option<ReplicaId> {
+        self.best_successor_among(|_| true)
+    }
+
+    /// Returns the voter with a map that has what is committed, was heard of most lately and has most of the log, among
+    /// those on nodes that `may_lead`.
+    pub fn best_successor_among(&self, may_lead: impl Fn(NodeId) -> bool) -> Option<ReplicaId> {
         let status = self.status();
         let others = status
             .membership
             .voters
             .iter()
-            .filter(|(replica, _)| **replica != self.key.replica && !status.membership.is_witness(**replica));
+            .filter(|(replica, _)| **replica != self.key.replica && !status.membership.is_witness(**replica))
+            .filter(|(_, node)| may_lead(**node));
         let candidates = others.filter(|(replica, _)| lag(&status, **replica) <= TRANSFER_LAG_MAX);
         // One whose disk hangs lacks little of a group that is idle, and can't be elected.
         let has_all = |replica: &ReplicaId| status.matched.get(replica).is_some_and(|matched| *matched >= status.committed);

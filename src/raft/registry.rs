@@ -17,7 +17,7 @@ use super::elections::Elections;
 use super::errors::OpenError;
 use super::fit::fit_log;
 use super::group::Group;
-use super::lanes::{Heard, Lanes, LanesParts, Seats};
+use super::lanes::{Heard, Lanes, LanesParts, Seats, Ways};
 use super::pulse;
 use super::room::Rooms;
 use super::state_machine::Keeps;
@@ -84,6 +84,7 @@ enum Kind {
 pub struct Registry {
     identity: Arc<Identity>,
     heard: Arc<Heard>,
+    ways: Arc<Ways>,
     seats: Arc<Seats>,
     large_frames: Arc<Semaphore>,
     shared: Arc<Shared>,
@@ -98,12 +99,14 @@ pub struct Registry {
 impl Registry {
     pub fn new(parts: RegistryParts) -> Arc<Self> {
         let heard = Arc::new(Heard::default());
+        let ways = Arc::new(Ways::default());
         let rooms = Arc::new(parts.rooms);
         let lanes = Arc::new(Lanes::new(LanesParts {
             identity: parts.identity.clone(),
             resolver: parts.resolver.clone(),
             dial: parts.dial,
             heard: heard.clone(),
+            ways: ways.clone(),
             rooms: rooms.clone(),
             supervisor: parts.supervisor.clone(),
         }));
@@ -120,6 +123,7 @@ impl Registry {
         Arc::new(Self {
             identity: parts.identity,
             heard,
+            ways,
             seats: Arc::default(),
             large_frames: Arc::new(Semaphore::new(LARGE_FRAMES_KIB)),
             shared,
@@ -138,6 +142,11 @@ impl Registry {
     /// When each peer was last heard of.
     pub fn heard(&self) -> &Heard {
         &self.heard
+    }
+
+    /// Returns which peers this node can't connect to, and which said that of it.
+    pub fn ways(&self) -> &Ways {
+        &self.ways
     }
 
     /// The memory that the groups here have together.

@@ -16,6 +16,7 @@ pub mod meta;
 pub mod moves;
 pub mod placement;
 pub mod ports;
+pub mod reach;
 pub mod recovery;
 pub mod repair;
 pub mod requests;

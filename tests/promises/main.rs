@@ -10,7 +10,7 @@
 //!
 //! `QUORATE_TEST_BIN` names another binary to be tested, such as a release build.
 //!
-//! What needs root (mounts) says so in a line and is left out where it can't be had.
+//! What needs root (mounts, iptables) says so in a line and is left out where it can't be had.
 
 mod alone;
 mod big;
@@ -40,4 +40,5 @@ mod scripts;
 mod space;
 mod tour;
 mod view_change;
+mod ways;
 mod witness;

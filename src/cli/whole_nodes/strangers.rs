@@ -8,7 +8,7 @@ use super::case::{hosts, until};
 use super::host::{Host, addresses};
 use super::machine::End;
 use crate::client::peer::{Announcement, PeerCaller, PeerError};
-use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
+use crate::client::protocol::{Hop, ShardBody, ShardReply, ShardRequest};
 use crate::client::store::{Consistency, Failure};
 use crate::node::Node;
 use crate::sm::meta;
@@ -29,7 +29,7 @@ async fn led_view(host: &Arc<Host>) -> View {
 
 async fn ask(node: &Node, cluster: ClusterId, shard: GroupId) -> ShardReply {
     let body = ShardBody::Get { key: "k".into(), consistency: Consistency::Linearizable };
-    node.answer(ShardRequest { cluster, shard, timeout_ms: 5000, body }).await
+    node.answer(ShardRequest { cluster, shard, timeout_ms: 5000, body }, Hop::Answer).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

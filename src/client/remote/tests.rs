@@ -73,6 +73,33 @@ async fn a_request_finds_the_leader_past_dead_nodes_and_old_hints() {
 }
 
 #[tokio::test]
+async fn a_leader_that_can_not_be_connected_to_is_asked_by_way_of_another_node() {
+    let (relay, relaying) = bind().await;
+    let leader = nobody().await;
+    let nodes = [leader.clone(), relay.clone()];
+    let status = status(1, Some(0), &nodes);
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    serve(relaying, move |request| {
+        let reply = match (request.uri().path(), request.uri().query()) {
+            ("/v1/cluster", _) => json(&status),
+            (_, Some("relay=1")) => Response::new(codec::encode(&written())),
+            _ => {
+                count.fetch_add(1, Ordering::Relaxed);
+                let elsewhere = Failure::Elsewhere { shard: GroupId(1), address: leader.clone() };
+                Response::new(codec::encode(&ShardReply::Failed(elsewhere)))
+            }
+        };
+        async move { Some(reply) }
+    });
+    let store = RemoteStore::connect(vec![relay]).expect("a client");
+    for _ in 0..3 {
+        assert!(store.write(put(), None, options()).await[0].is_ok());
+    }
+    assert_eq!(asked.load(Ordering::Relaxed), 1, "the way is remembered");
+}
+
+#[tokio::test]
 async fn an_unanswered_write_is_unknown_and_repeated_only_with_a_key() {
     let (address, listener) = bind().await;
     let asked = Arc::new(AtomicUsize::new(0));

@@ -29,7 +29,7 @@ use crate::budget::Share;
 use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest,
 };
-use crate::client::protocol::{ShardReply, ShardRequest};
+use crate::client::protocol::{Hop, RELAY_QUERY, ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::sm::view::View;
 use crate::sm::{codec, meta};
@@ -57,8 +57,8 @@ pub trait PeerService: Send + Sync + 'static {
     /// Serves a lane until the stream it returns ends. `incoming` ends, or fails, when the other side goes away.
     fn lane(&self, lane: &str, incoming: BoxStream<'static, io::Result<Bytes>>) -> BoxStream<'static, Bytes>;
 
-    /// Answers for a shard of which this node has a replica.
-    fn shard(&self, request: ShardRequest) -> BoxFuture<'_, ShardReply>;
+    /// Answers for a shard of which this node has a replica, or has the request answered.
+    fn shard(&self, request: ShardRequest, hop: Hop) -> BoxFuture<'_, ShardReply>;
 
     /// Who this node is.
     fn identity(&self) -> Identity;
@@ -140,6 +140,7 @@ async fn lane(app: Shared, peers: Arc<dyn PeerService>, lane: String, request: R
 
 async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
     let mut watch = app.watch(Dialect::Peer, &request);
+    let hop = if request.uri().query() == Some(RELAY_QUERY) { Hop::Relay } else { Hop::Answer };
     let ceiling = Ceiling { bytes_max: app.limits.body_bytes_max, what: "a body" };
     let answer = async {
         let body = read(&app, request, ceiling).await?;
@@ -148,7 +149,7 @@ async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Re
         if request.body.is_read() {
             watch.reads();
         }
-        let reply = peers.shard(request).await;
+        let reply = peers.shard(request, hop).await;
         let reply = aside::work(reply.value_bytes(), || codec::encode(&reply));
         Ok(([(header::CONTENT_TYPE, OCTETS)], Body::from(reply)).into_response())
     };

@@ -12,8 +12,8 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::Heard;
 use super::acquaintances::Session;
+use super::{Heard, Ways};
 use crate::raft::room::{Held, Place, Rooms};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Reply};
@@ -80,6 +80,7 @@ pub struct LanesParts {
     pub resolver: Arc<dyn Resolver>,
     pub dial: Arc<dyn Dial>,
     pub heard: Arc<Heard>,
+    pub ways: Arc<Ways>,
     pub rooms: Arc<Rooms>,
     pub supervisor: Supervisor,
 }
@@ -419,7 +420,7 @@ async fn deliver(shared: &LanesParts, lane: &PeerLane, peer: &Peer, generation: 
             return LaneError::Broken("a later start of the peer has taken its place".into());
         }
         loop {
-            match hand_out(lane, generation, &mut reader) {
+            match hand_out(lane, generation, &mut reader, &shared.ways) {
                 Ok(None) => break,
                 // Before its first reply: none of an old copy may count.
                 Ok(Some(starts)) => {
@@ -440,12 +441,16 @@ async fn deliver(shared: &LanesParts, lane: &PeerLane, peer: &Peer, generation: 
 
 /// Gives each reply that has arrived to its caller. A reply to the hello is a refusal of the whole lane, or tells the peer's starts: those
 /// are returned before anything else is read.
-fn hand_out(lane: &PeerLane, generation: u64, reader: &mut FrameReader) -> Result<Option<Starts>, LaneError> {
+fn hand_out(lane: &PeerLane, generation: u64, reader: &mut FrameReader, ways: &Ways) -> Result<Option<Starts>, LaneError> {
     let mut state = lane.lock();
     if state.generation != generation {
         return Err(LaneError::Broken("the peer has moved".into()));
     }
     while let Some(arrived) = reader.next()? {
+        if arrived.sequence == CANNOT_CONNECT_SEQUENCE {
+            ways.note_told(lane.to);
+            continue;
+        }
         if arrived.sequence == HELLO_SEQUENCE {
             read_reply(&arrived)?;
             match arrived.welcome()? {
@@ -465,3 +470,7 @@ fn hand_out(lane: &PeerLane, generation: u64, reader: &mut FrameReader) -> Resul
 
 /// The sequence under which a whole lane is refused.
 pub(super) const HELLO_SEQUENCE: u64 = u64::MAX;
+
+/// The sequence under which the serving side says that it can't connect to the one that dialled.
+/// No call ever has it: programs that do not know it find nobody who waits for it.
+pub(super) const CANNOT_CONNECT_SEQUENCE: u64 = u64::MAX - 1;

@@ -6,6 +6,7 @@
 //!   in the order in which they came, replies go out in the order in which they are ready, so a group that stalls holds up no other.
 //! - `http`: lanes as one long-lived `POST /peer/lane/{lane}` over HTTP/2, a connection per lane.
 //! - `seats`: how many lanes from others are served at once.
+//! - `ways`: which peers can't be connected to, though they may well have lanes to this node.
 //! - `memory`: lanes within the process, with partitions, for tests and simulation.
 //!
 //! The first frame of a lane is a hello, which names both ends and is checked once; behind it stand the starts of the one that dialled, and
@@ -20,6 +21,7 @@ pub mod http;
 pub mod memory;
 mod seats;
 mod serve;
+mod ways;
 
 pub use super::wire::Refusal;
 pub use acquaintances::{Acquaintances, Ousted};
@@ -27,3 +29,4 @@ pub use client::{Answer, Call, Lanes, LanesParts, read_reply};
 pub use heard::Heard;
 pub use seats::Seats;
 pub use serve::serve_lane;
+pub use ways::Ways;

@@ -22,7 +22,7 @@ use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, Sleep};
 
 use super::acquaintances::Session;
-use super::client::HELLO_SEQUENCE;
+use super::client::{CANNOT_CONNECT_SEQUENCE, HELLO_SEQUENCE};
 use super::seats::{Owner, Seat};
 use crate::raft::registry::Registry;
 use crate::raft::transport::Lane;
@@ -141,6 +141,9 @@ where
                 Poll::Ready(Some((sequence, reply))) => wire::encode_reply(&mut this.out, sequence, &reply),
                 Poll::Ready(None) | Poll::Pending => break,
             }
+        }
+        if !this.out.is_empty() && this.peer.is_some_and(|peer| this.registry.ways().is_closed(peer)) {
+            wire::encode_reply(&mut this.out, CANNOT_CONNECT_SEQUENCE, &Reply::Noted);
         }
         match (this.out.is_empty(), this.ended) {
             (false, _) => Poll::Ready(Some(this.out.split().freeze())),

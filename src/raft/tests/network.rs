@@ -155,6 +155,7 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
         resolver: Arc::new(Anywhere),
         dial: Arc::new(peer),
         heard: Arc::default(),
+        ways: Arc::default(),
         rooms: Arc::default(),
         supervisor: Supervisor::noting().0,
     }));

@@ -4,6 +4,7 @@
 pub mod cluster;
 pub mod damage;
 pub mod fill;
+pub mod firewall;
 pub mod history;
 pub mod http;
 pub mod linearizable;
