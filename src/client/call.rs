@@ -3,13 +3,13 @@
 //!
 //! Invariant: a [`CallError`] says "not done" only when the request was certainly not taken up.
 
-use std::hash::{BuildHasher, RandomState};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use reqwest::StatusCode;
 use reqwest::header::CONTENT_TYPE;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::problem;
@@ -27,9 +27,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Idle connections kept per node, and fewer where there are few descriptors. More are made when they are needed, and closed afterwards.
 const IDLE_CONNECTIONS_MAX: usize = 256;
 
-/// Queues for the calls to addresses, which are spread over them by chance: a node meets far fewer
-/// addresses, so seldom do two have a queue in common, and then they have one share of the calls.
-const QUEUES: usize = 1024;
+/// Calls that an address may have under way however many others hang.
+const CALLS_IN_ANY_CASE: usize = 2;
 
 /// Kept back from the time that a node is given, so that its own "not in time" still arrives.
 const REPLY_MARGIN_MAX: Duration = Duration::from_millis(100);
@@ -145,7 +144,7 @@ impl ShardCaller {
         timeout: Duration,
     ) -> Result<ShardReply, CallError> {
         let began = Instant::now();
-        let _permits = self.room.enter(address, timeout).await?;
+        let _place = self.room.enter(address, timeout).await?;
         let timeout = timeout.saturating_sub(began.elapsed());
         let url = match hop {
             Hop::Answer => format!("http://{address}/peer/shard"),
@@ -195,47 +194,150 @@ pub fn time_to_answer_ms(timeout: Duration) -> u64 {
 }
 
 /// The connections that calls may use at a time: each takes a descriptor, and log and maps need some
-/// too. A node that takes connections and does not answer keeps each for the whole time of a call, so
-/// no address gets more than half of them: the others are called all the same.
+/// too. A node that takes connections and does not answer keeps each for the whole time of a call.
+///
+/// So an address gets no more of them than are free besides, and a few in any case: however many
+/// nodes hang, the others are called all the same.
 #[derive(Debug)]
 struct CallRoom {
-    all: Semaphore,
-    /// Of the addresses. An array of fixed size needs no lock, and does not grow.
-    queues: Box<[Semaphore]>,
-    hasher: RandomState,
+    calls: usize,
+    /// Kept for the few that each address may have in any case.
+    kept: usize,
+    state: Mutex<RoomState>,
+}
+
+#[derive(Debug, Default)]
+struct RoomState {
+    used: usize,
+    addresses: HashMap<Address, AddressRoom>,
+}
+
+/// What one address has of the room. Forgotten when it has nothing and nobody waits.
+#[derive(Debug, Default)]
+struct AddressRoom {
+    used: usize,
+    waiting: usize,
+    /// Told when there may be room for one call more.
+    freed: Arc<Notify>,
+}
+
+/// One call's place.
+#[derive(Debug)]
+struct CallPlace<'a> {
+    room: &'a CallRoom,
+    address: &'a Address,
 }
 
 impl CallRoom {
     fn new(calls: usize) -> Self {
-        let queues = (0..QUEUES).map(|_| Semaphore::new((calls / 2).max(1))).collect();
-        Self { all: Semaphore::new(calls), queues, hasher: RandomState::new() }
-    }
-
-    fn queue(&self, address: &Address) -> &Semaphore {
-        let at = usize::try_from(self.hasher.hash_one(address) % QUEUES as u64).unwrap_or(0);
-        &self.queues[at]
+        Self { calls, kept: calls / 4, state: Mutex::default() }
     }
 
     /// Waits until there is a connection for one call more to this address.
-    async fn enter(&self, address: &Address, timeout: Duration) -> Result<[SemaphorePermit<'_>; 2], CallError> {
-        let queue = self.queue(address);
-        // Its own share first: who waits for that keeps nothing that others could use.
-        if let Ok(own) = queue.try_acquire()
-            && let Ok(room) = self.all.try_acquire()
-        {
-            return Ok([own, room]);
+    async fn enter<'a>(&'a self, address: &'a Address, timeout: Duration) -> Result<CallPlace<'a>, CallError> {
+        if let Some(place) = self.try_enter(address) {
+            return Ok(place);
         }
 
-        let both = async { Some([queue.acquire().await.ok()?, self.all.acquire().await.ok()?]) };
-        if let Ok(Some(permits)) = tokio::time::timeout(timeout, both).await {
-            return Ok(permits);
+        let waiting = Waiting::begin(self, address);
+        let entered = async {
+            loop {
+                if let Some(place) = self.try_enter(address) {
+                    return place;
+                }
+                waiting.freed.notified().await;
+            }
+        };
+        if let Ok(place) = tokio::time::timeout(timeout, entered).await {
+            return Ok(place);
         }
-        let limit = match queue.available_permits() {
-            0 => "the calls to one node, which are half of those that the limit of open files leaves room for",
-            _ => "the calls to other nodes that the limit of open files leaves room for",
+        let limit = match self.is_full() {
+            false => "the calls to one node, which are as many as are left for all others",
+            true => "the calls to other nodes that the limit of open files leaves room for",
         };
         let failure = Failure::Overloaded { limit: limit.to_owned(), retry_after_ms: 1000 };
         Err(CallError::Refused { address: address.clone(), failure })
+    }
+
+    fn try_enter<'a>(&'a self, address: &'a Address) -> Option<CallPlace<'a>> {
+        let mut state = self.lock();
+        let of_address = state.addresses.get(address).map_or(0, |room| room.used);
+        let free = (self.calls - self.kept).saturating_sub(state.used);
+        let is_free = of_address < free || (of_address < CALLS_IN_ANY_CASE && state.used < self.calls);
+        if !is_free {
+            return None;
+        }
+
+        state.used += 1;
+        match state.addresses.get_mut(address) {
+            Some(room) => room.used += 1,
+            None => {
+                let room = AddressRoom { used: 1, ..AddressRoom::default() };
+                state.addresses.insert(address.clone(), room);
+            }
+        }
+        Some(CallPlace { room: self, address })
+    }
+
+    fn is_full(&self) -> bool {
+        self.lock().used >= self.calls
+    }
+
+    fn lock(&self) -> MutexGuard<'_, RoomState> {
+        self.state.lock().expect("no holder panics")
+    }
+}
+
+impl RoomState {
+    fn forget_unused(&mut self, address: &Address) {
+        if self.addresses.get(address).is_some_and(|room| room.used == 0 && room.waiting == 0) {
+            self.addresses.remove(address);
+        }
+    }
+}
+
+impl Drop for CallPlace<'_> {
+    fn drop(&mut self) {
+        let mut state = self.room.lock();
+        state.used -= 1;
+        if let Some(room) = state.addresses.get_mut(self.address) {
+            room.used -= 1;
+        }
+        state.forget_unused(self.address);
+        // For each address the bound has grown.
+        for room in state.addresses.values().filter(|room| room.waiting > 0) {
+            room.freed.notify_one();
+        }
+    }
+}
+
+/// A call that waits for a place.
+struct Waiting<'a> {
+    room: &'a CallRoom,
+    address: &'a Address,
+    freed: Arc<Notify>,
+}
+
+impl<'a> Waiting<'a> {
+    fn begin(room: &'a CallRoom, address: &'a Address) -> Self {
+        let mut state = room.lock();
+        let of_address = state.addresses.entry(address.clone()).or_default();
+        of_address.waiting += 1;
+        let freed = Arc::clone(&of_address.freed);
+        drop(state);
+        Self { room, address, freed }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut state = self.room.lock();
+        if let Some(room) = state.addresses.get_mut(self.address) {
+            room.waiting -= 1;
+            // What it was told last may have been for the next one.
+            room.freed.notify_one();
+        }
+        state.forget_unused(self.address);
     }
 }
 
@@ -370,34 +472,59 @@ mod tests {
         let second = call(Duration::from_millis(20)).await.expect_err("there is no room");
         assert!(second.certainly_not_done(), "{second}");
         assert!(matches!(second, CallError::Refused { failure: Failure::Overloaded { .. }, .. }), "{second}");
-        assert_eq!(caller.room.all.available_permits(), 0);
+        assert_eq!(caller.room.lock().used, 1);
     }
 
     #[tokio::test]
-    async fn a_node_that_hangs_leaves_calls_for_the_others() {
-        const CALLS: usize = 8;
-        let (hung, listener) = bind().await;
-        serve(listener, |_| std::future::pending());
+    async fn nodes_that_hang_leave_calls_for_the_others_however_many_they_are() {
+        const CALLS: usize = 256;
+        const NODES: usize = 16;
         let caller = ShardCaller::with_room(CALLS).expect("a client");
-        let (well, listener) = loop {
+        let mut hung = Vec::new();
+        for _ in 1..NODES {
             let (address, listener) = bind().await;
-            if !std::ptr::eq(caller.room.queue(&address), caller.room.queue(&hung)) {
-                break (address, listener);
-            }
-        };
+            serve(listener, |_| std::future::pending());
+            hung.push(address);
+        }
+        let (well, listener) = bind().await;
         serve(listener, |_| async { Some(answer(200, codec::encode(&ShardReply::Counted { keys: 3, slots: vec![] }))) });
 
         let request = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 1, body: ShardBody::Count };
         let call = |address| caller.call(address, &request, Duration::from_secs(20));
-        let mut hanging: Vec<_> = (0..2 * CALLS).map(|_| Box::pin(call(&hung))).collect();
+        let mut hanging: Vec<_> = hung
+            .iter()
+            .flat_map(|address| std::iter::repeat_n(address, 2 * CALLS))
+            .map(|address| Box::pin(call(address)))
+            .collect();
         for call in &mut hanging {
             assert!(futures::poll!(call.as_mut()).is_pending());
         }
 
-        let reply = call(&well).await.expect("others are called");
-        assert!(matches!(reply, ShardReply::Counted { keys: 3, .. }), "{reply:?}");
+        let replies = futures::future::join_all((0..CALLS).map(|_| call(&well))).await;
+        assert!(replies.iter().all(Result::is_ok), "others are called: {replies:?}");
         drop(hanging);
-        assert_eq!((caller.room.all.available_permits(), caller.room.queue(&hung).available_permits()), (CALLS, CALLS / 2));
+        let state = caller.room.lock();
+        assert_eq!((state.used, state.addresses.len()), (0, 0), "nothing is left behind");
+    }
+
+    #[tokio::test]
+    async fn a_place_that_is_free_again_goes_to_a_call_that_waits() {
+        let room = CallRoom::new(8);
+        let [one, other]: [Address; 2] = ["a:1", "b:2"].map(|text| text.parse().expect("an address"));
+        let places: Vec<_> = std::iter::from_fn(|| room.try_enter(&one)).collect();
+        assert!(places.len() >= CALLS_IN_ANY_CASE && places.len() < 8, "some are left: {}", places.len());
+        let mut others: Vec<_> = std::iter::from_fn(|| room.try_enter(&other)).collect();
+        assert!(others.len() >= CALLS_IN_ANY_CASE);
+
+        let timeout = Duration::from_secs(20);
+        let mut waits: Vec<_> = [&one, &other].map(|address| Box::pin(room.enter(address, timeout))).into();
+        for wait in &mut waits {
+            assert!(futures::poll!(wait.as_mut()).is_pending());
+        }
+        drop(places);
+        others.clear();
+        let entered = futures::future::join_all(waits).await;
+        assert!(entered.iter().all(Result::is_ok));
     }
 
     #[tokio::test]

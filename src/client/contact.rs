@@ -1,9 +1,9 @@
 //! Whom a client is told to ask about a shard: its home, or, while that does not answer, the node that leads instead.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::call::ShardCaller;
@@ -24,11 +24,24 @@ const ALIVE_FOR: Duration = Duration::from_millis(300);
 #[derive(Debug)]
 pub struct Contacts {
     caller: ShardCaller,
-    /// Held while a home is asked: those who ask about it meanwhile share the answer.
-    heard: Mutex<HashMap<Address, Heard>>,
-    /// Who answered at all. Not held while one is asked.
-    alive: Mutex<HashMap<Address, Heard>>,
+    ask_timeout: Duration,
+    /// Which nodes are members.
+    members: Answers,
+    /// Who answered at all.
+    alive: Answers,
 }
+
+/// What nodes answered to one question, for a moment. Those who ask about one node meanwhile share
+/// the answer; a node that says nothing holds up nobody who asks about another.
+#[derive(Debug)]
+struct Answers {
+    /// How long a yes counts; a no counts for [`FRESH_FOR`].
+    yes_for: Duration,
+    nodes: Mutex<HashMap<Address, Arc<Cell>>>,
+}
+
+/// Held while its node is asked.
+type Cell = tokio::sync::Mutex<Option<Heard>>;
 
 #[derive(Debug, Clone, Copy)]
 struct Heard {
@@ -36,32 +49,45 @@ struct Heard {
     yes: bool,
 }
 
-impl Heard {
-    fn now(yes: bool) -> Self {
-        Self { at: Instant::now(), yes }
+impl Answers {
+    fn new(yes_for: Duration) -> Self {
+        Self { yes_for, nodes: Mutex::default() }
     }
-}
 
-/// What was found out about an address lately. What is older is forgotten: a yes after `yes_for`, a no after [`FRESH_FOR`].
-fn recall(heard: &mut HashMap<Address, Heard>, address: &Address, yes_for: Duration) -> Option<bool> {
-    heard.retain(|_, heard| heard.at.elapsed() < if heard.yes { yes_for } else { FRESH_FOR });
-    heard.get(address).map(|heard| heard.yes)
+    /// Returns what a node answered a moment ago, or asks it.
+    async fn recall(&self, address: &Address, ask: impl Future<Output = bool>) -> bool {
+        let cell = self.cell(address);
+        let mut heard = cell.lock().await;
+        if let Some(known) = heard.filter(|heard| self.is_fresh(heard)) {
+            return known.yes;
+        }
+
+        let yes = ask.await;
+        *heard = Some(Heard { at: Instant::now(), yes });
+        yes
+    }
+
+    fn cell(&self, address: &Address) -> Arc<Cell> {
+        let mut nodes = self.nodes.lock().expect("no holder panics");
+        // One that is locked is in use.
+        nodes.retain(|_, cell| cell.try_lock().map_or(true, |heard| heard.is_some_and(|heard| self.is_fresh(&heard))));
+        nodes.entry(address.clone()).or_default().clone()
+    }
+
+    fn is_fresh(&self, heard: &Heard) -> bool {
+        heard.at.elapsed() < if heard.yes { self.yes_for } else { FRESH_FOR }
+    }
 }
 
 impl Contacts {
     pub fn new(caller: ShardCaller) -> Self {
-        Self { caller, heard: Mutex::default(), alive: Mutex::default() }
+        Self { caller, ask_timeout: ASK_TIMEOUT, members: Answers::new(FRESH_FOR), alive: Answers::new(ALIVE_FOR) }
     }
 
     /// Whether a node answers, now or a moment ago: before a client is sent to it by one that has nothing else to do with it.
     pub async fn answers(&self, address: &Address) -> bool {
-        if let Some(answers) = recall(&mut *self.alive.lock().await, address, ALIVE_FOR) {
-            return answers;
-        }
-        let asked = self.caller.http().get(format!("http://{address}/healthz")).timeout(ASK_TIMEOUT).send().await;
-        let answers = asked.is_ok();
-        self.alive.lock().await.insert(address.clone(), Heard::now(answers));
-        answers
+        let get = self.caller.http().get(format!("http://{address}/healthz")).timeout(self.ask_timeout);
+        self.alive.recall(address, async { get.send().await.is_ok() }).await
     }
 
     /// What the node to ask about `shard` is called in the view. None: there is no such shard. `leader` is who answered for it last, if
@@ -84,18 +110,12 @@ impl Contacts {
     }
 
     async fn is_member(&self, address: &Address) -> bool {
-        let mut heard = self.heard.lock().await;
-        if let Some(is_member) = recall(&mut heard, address, FRESH_FOR) {
-            return is_member;
-        }
-        let is_member = self.ask(address).await;
-        heard.insert(address.clone(), Heard::now(is_member));
-        is_member
+        self.members.recall(address, self.ask(address)).await
     }
 
     /// A process at the address that belongs to no cluster is not the home.
     async fn ask(&self, address: &Address) -> bool {
-        let get = self.caller.http().get(format!("http://{address}/peer/identity")).timeout(ASK_TIMEOUT);
+        let get = self.caller.http().get(format!("http://{address}/peer/identity")).timeout(self.ask_timeout);
         let Ok(response) = get.send().await else { return false };
         let identity: Result<Identity, _> = reply::read_json(response, VIEW_BYTES_MAX).await;
         identity.is_ok_and(|identity| matches!(identity.standing, Standing::Member { .. }))
@@ -104,7 +124,6 @@ impl Contacts {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use tokio::net::TcpListener;
@@ -193,6 +212,24 @@ mod tests {
         assert!(contacts.answers(&address).await && contacts.answers(&address).await);
         assert_eq!(asked.load(Ordering::Relaxed), 1);
         assert!(!contacts.answers(&nobody().await).await);
+    }
+
+    #[tokio::test]
+    async fn a_home_that_hangs_holds_up_no_question_about_another() {
+        let (hung, listener) = bind().await;
+        serve(listener, |_| std::future::pending());
+        let (well, listener) = bind().await;
+        node(&well, listener, member);
+        let contacts = Contacts::new(ShardCaller::new().expect("a client"));
+        let contacts = Contacts { ask_timeout: Duration::from_secs(20), ..contacts };
+
+        let mut hanging = std::pin::pin!(contacts.is_member(&hung));
+        assert!(futures::poll!(hanging.as_mut()).is_pending());
+        tokio::select! {
+            biased;
+            _ = &mut hanging => panic!("it hangs"),
+            is_member = contacts.is_member(&well) => assert!(is_member),
+        }
     }
 
     #[tokio::test]
