@@ -81,11 +81,12 @@ pub struct Arguments {
     /// may be a mistake. All nodes should have the same
     #[arg(long, env = "LOST_DISK_AFTER", value_name = "SECONDS", default_value_t = 30)]
     pub lost_disk_after: u64,
-    /// Multiplies heartbeat and election times: for very many groups on few cores
+    /// Multiplies heartbeat and election times: for very many groups on few cores. All nodes should have the same
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
     pub timing_factor: u64,
     /// Read by the leader's lease, without a round to a quorum; clocks may drift by MS within an election timeout. The clock must not
-    /// stop (a suspended virtual machine breaks linearizability)
+    /// stop (a suspended virtual machine breaks linearizability). All nodes must have the same, with the same --timing-factor:
+    /// those with others are refused
     #[arg(long, value_name = "MS")]
     pub lease_reads: Option<u64>,
     /// Speak no later feature level than this, as an older program would: a cluster is not raised past it while this node is in it

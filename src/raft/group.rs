@@ -98,6 +98,7 @@ impl Group {
             feeds: Feeds::default(),
             append_timeout: timings.append_timeout(),
             snapshot_step_timeout: timings.snapshot_step_timeout(),
+            lease: timings.lease(),
         };
         let machine = Arc::new(Machine::new(keeps)?);
         let state_machine = StateMachine::new(machine.clone());

@@ -24,6 +24,7 @@ pub mod lanes;
 mod log_store;
 mod membership;
 mod network;
+mod pace;
 mod proposer;
 mod pulse;
 mod reads;

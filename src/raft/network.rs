@@ -57,6 +57,8 @@ pub struct Network {
     pub append_timeout: Duration,
     /// How long one step of a snapshot transfer may take.
     pub snapshot_step_timeout: Duration,
+    /// How long a lease is, where reads rest on leases.
+    pub lease: Option<Duration>,
 }
 
 impl RaftNetworkFactory<Types> for Network {
@@ -248,7 +250,17 @@ impl RaftNetworkV2<Types> for PeerClient {
         };
         let index = snapshot.applied().log_id.map_or(0, |id| id.index);
         let _feeding = self.network.feeds.begin(self.head.target, index, snapshot.bytes_len());
-        let send = snapshots::send(self, vote_from_raft(&vote), &snapshot, step_timeout);
+        let send = async {
+            let began = Instant::now();
+            let sent = snapshots::send(self, vote_from_raft(&vote), &snapshot, step_timeout).await;
+            // openraft takes it for a word of the follower as of the beginning, and leases run from
+            // such words; but a follower that answers about a snapshot gives no lease. So it is
+            // told when a lease as of then has run out.
+            if let (Ok(_), Some(lease)) = (&sent, self.network.lease) {
+                tokio::time::sleep_until(began + lease).await;
+            }
+            sent
+        };
         tokio::select! {
             biased;
             closed = cancel => Err(StreamingError::Closed(closed)),
@@ -504,7 +516,8 @@ fn rpc_error(error: LaneError) -> RPCError<Types> {
             | Refusal::Failed(_)
             | Refusal::Unreadable
             | Refusal::Outdated { .. }
-            | Refusal::Doubled,
+            | Refusal::Doubled
+            | Refusal::OtherPace(_),
         ) => RPCError::Unreachable(Unreachable::new(&error)),
     }
 }

@@ -18,6 +18,7 @@ use super::errors::OpenError;
 use super::fit::fit_log;
 use super::group::Group;
 use super::lanes::{Heard, Lanes, LanesParts, Seats, Ways};
+use super::pace::Pace;
 use super::pulse;
 use super::room::Rooms;
 use super::state_machine::Keeps;
@@ -108,6 +109,7 @@ impl Registry {
             heard: heard.clone(),
             ways: ways.clone(),
             rooms: rooms.clone(),
+            pace: Pace::from(&parts.timings),
             supervisor: parts.supervisor.clone(),
         }));
         let shared = Arc::new(Shared {
@@ -147,6 +149,11 @@ impl Registry {
     /// Returns which peers this node can't connect to, and which said that of it.
     pub fn ways(&self) -> &Ways {
         &self.ways
+    }
+
+    /// Returns the timings that peers have to share.
+    pub(super) fn pace(&self) -> Pace {
+        Pace::from(&self.shared.timings)
     }
 
     /// The memory that the groups here have together.

@@ -92,6 +92,14 @@ impl RaftTimings {
         }
     }
 
+    /// Returns how long a leader's lease is, where reads rest on leases.
+    pub fn lease(&self) -> Option<Duration> {
+        match self.lease {
+            LeaseReads::Off => None,
+            LeaseReads::On { .. } => Some(Duration::from_millis(self.election_ms_max)),
+        }
+    }
+
     pub fn witness_patience(&self) -> Duration {
         Duration::from_millis(self.witness_patience_ms)
     }

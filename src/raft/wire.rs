@@ -10,6 +10,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::pace::Pace;
 use crate::sm::starts::Starts;
 use crate::storage::log::{Entry, Payload, Vote};
 use crate::storage::state::Applied;
@@ -20,6 +21,8 @@ const FORMAT: u8 = 1;
 const LENGTH_BYTES: usize = 4;
 /// The format of the starts behind a hello.
 const STARTS_FORMAT: u8 = 1;
+/// The format of the pace behind the starts.
+const PACE_FORMAT: u8 = 1;
 /// Format and sequence.
 const PREFIX_BYTES: usize = 9;
 
@@ -209,6 +212,9 @@ pub enum Refusal {
     /// Said only to peers that tell their starts.
     #[error("another process runs with a copy of this data directory")]
     Doubled,
+    /// Said only to peers that tell theirs.
+    #[error("it runs {0}, which has to be the same on all nodes")]
+    OtherPace(Pace),
 }
 
 /// An encoded frame whose sequence is still to be given.
@@ -233,10 +239,14 @@ pub fn encode_hello(hello: &Hello) -> Bytes {
     buffer.freeze()
 }
 
-/// A hello behind which the sender tells its starts. Programs of the first release read the hello alone.
-pub fn encode_greeting(hello: &Hello, starts: &Starts) -> Bytes {
+/// A hello behind which the sender tells its starts, and its pace behind these. Programs of the first release read the hello alone, and later
+/// ones that know no pace nothing behind the starts.
+pub fn encode_greeting(hello: &Hello, starts: &Starts, pace: &Pace) -> Bytes {
     let mut buffer = BytesMut::with_capacity(2048);
-    write(&mut buffer, 0, hello, &[starts_tail(starts)]);
+    let mut tail = starts_tail(starts);
+    tail.push(PACE_FORMAT);
+    postcard::to_io(pace, &mut tail).expect("writing into memory fails for no type of this module");
+    write(&mut buffer, 0, hello, &[tail]);
     buffer.freeze()
 }
 
@@ -251,11 +261,16 @@ fn starts_tail(starts: &Starts) -> Vec<u8> {
     tail
 }
 
-/// The starts in the tail of a hello or of its answer; none if there are none, or of a kind that this version does not know.
-fn read_starts(tail: &[u8]) -> Result<Option<Starts>, WireError> {
+/// The starts in the tail of a hello or of its answer, and what is behind them; none if there are none, or of a kind that this version does not
+/// know.
+fn read_starts(tail: &[u8]) -> Result<Option<(Starts, &[u8])>, WireError> {
+    read_part(STARTS_FORMAT, tail)
+}
+
+fn read_part<T: DeserializeOwned>(format: u8, tail: &[u8]) -> Result<Option<(T, &[u8])>, WireError> {
     match tail.split_first() {
-        Some((&STARTS_FORMAT, body)) => match postcard::take_from_bytes(body) {
-            Ok((starts, _)) => Ok(Some(starts)),
+        Some((found, body)) if *found == format => match postcard::take_from_bytes(body) {
+            Ok(read) => Ok(Some(read)),
             Err(error) => Err(WireError::Malformed(error.to_string())),
         },
         Some(_) | None => Ok(None),
@@ -329,16 +344,18 @@ pub struct Arrived {
 }
 
 impl Arrived {
-    /// The hello, and the starts that its sender tells.
-    pub fn hello(&self) -> Result<(Hello, Option<Starts>), WireError> {
-        let (hello, tail) = self.envelope()?;
-        Ok((hello, read_starts(&tail)?))
+    /// The hello, and the starts and the pace that its sender tells.
+    pub fn hello(&self) -> Result<(Hello, Option<Starts>, Option<Pace>), WireError> {
+        let (hello, tail): (Hello, Bytes) = self.envelope()?;
+        let Some((starts, rest)) = read_starts(&tail)? else { return Ok((hello, None, None)) };
+        let pace = read_part(PACE_FORMAT, rest)?.map(|(pace, _)| pace);
+        Ok((hello, Some(starts), pace))
     }
 
     /// The starts in the answer to a hello.
     pub fn welcome(&self) -> Result<Option<Starts>, WireError> {
         let (_, tail): (Reply, Bytes) = self.envelope()?;
-        read_starts(&tail)
+        Ok(read_starts(&tail)?.map(|(starts, _)| starts))
     }
 
     /// The request and its tail.
@@ -502,13 +519,18 @@ mod tests {
             reader.push(frame);
             reader.next().expect("a frame").expect("a whole one")
         };
-        assert_eq!(arrived(encode_hello(&hello)).hello(), Ok((hello, None)));
-        let greeting = arrived(encode_greeting(&hello, &starts));
-        assert_eq!(greeting.hello(), Ok((hello, Some(starts.clone()))));
+        assert_eq!(arrived(encode_hello(&hello)).hello(), Ok((hello, None, None)));
+        let pace = Pace { lease_drift_ms: Some(50), election_ms_max: 420 };
+        let greeting = arrived(encode_greeting(&hello, &starts, &pace));
+        assert_eq!(greeting.hello(), Ok((hello, Some(starts.clone()), Some(pace))));
         // As programs of the first release read it: what stands behind is none of theirs.
         assert_eq!(postcard::take_from_bytes::<Hello>(&greeting.body).map(|(hello, _)| hello), Ok(hello));
-        let tail = &greeting.body[greeting.body.len() - 6..];
-        assert_eq!(tail, [STARTS_FORMAT, 1, 2, 6, 0xac, 2], "the encoding stands");
+        let tail = &greeting.body[greeting.body.len() - 11..];
+        assert_eq!(tail, [STARTS_FORMAT, 1, 2, 6, 0xac, 2, PACE_FORMAT, 1, 50, 0xa4, 3], "the encoding stands");
+        // As programs that know no pace wrote it, and as they read it.
+        let mut buffer = BytesMut::new();
+        write(&mut buffer, 0, &hello, &[starts_tail(&starts)]);
+        assert_eq!(arrived(buffer.freeze()).hello(), Ok((hello, Some(starts.clone()), None)));
 
         let mut buffer = BytesMut::new();
         encode_welcome(&mut buffer, 9, &starts);

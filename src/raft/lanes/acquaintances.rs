@@ -241,7 +241,8 @@ impl Acquaintances {
             | Refusal::Busy
             | Refusal::Leased
             | Refusal::Failed(_)
-            | Refusal::Unreadable => {}
+            | Refusal::Unreadable
+            | Refusal::OtherPace(_) => {}
         }
     }
 

@@ -14,11 +14,13 @@ use tokio::time::Instant;
 
 use super::acquaintances::Session;
 use super::{Heard, Ways};
+use crate::raft::pace::Pace;
 use crate::raft::room::{Held, Place, Rooms};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
-use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Reply};
+use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Refusal, Reply};
 use crate::sm::starts::Starts;
 use crate::supervisor::Supervisor;
+use crate::telemetry::Rarely;
 use crate::types::NodeId;
 
 /// Bytes that may wait in one lane's queue: several windows of appends of a few groups. What comes on top is refused, and Raft tries again.
@@ -43,6 +45,9 @@ const BYTES_PER_SECOND_MIN: u64 = 1 << 20;
 const CONNECTION_BYTES_MAX: usize = 8 << 20;
 /// How often silence and abandoned calls are looked for.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
+
+/// Each dial finds it again.
+static OTHER_PACE: Rarely = Rarely::new();
 
 /// What is heard of a call.
 pub type Answer = oneshot::Receiver<Result<Arrived, LaneError>>;
@@ -82,6 +87,7 @@ pub struct LanesParts {
     pub heard: Arc<Heard>,
     pub ways: Arc<Ways>,
     pub rooms: Arc<Rooms>,
+    pub pace: Pace,
     pub supervisor: Supervisor,
 }
 
@@ -367,7 +373,7 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
     };
     let acquaintances = shared.identity.acquaintances();
     let hello = match acquaintances {
-        Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own()),
+        Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own(), &shared.pace),
         None => wire::encode_hello(&hello),
     };
     let outbox = Outbox { lane: lane.clone(), generation, hello: Some(hello) };
@@ -376,6 +382,16 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
     match dialled {
         Ok(Ok(incoming)) => {
             let error = deliver(shared, lane, &peer, generation, incoming).await;
+            if let LaneError::Refused(Refusal::OtherPace(theirs)) = &error
+                && let Some(left_out) = OTHER_PACE.due()
+            {
+                let (peer, own) = (lane.to, shared.pace);
+                tracing::error!(
+                    left_out,
+                    "{peer} refuses this node: it runs {theirs}, and this node {own}; give all nodes the same \
+                     --lease-reads and --timing-factor"
+                );
+            }
             if let (Some(acquaintances), LaneError::Refused(refusal)) = (acquaintances, &error) {
                 acquaintances.refused_by(peer.address.as_str(), refusal);
             }

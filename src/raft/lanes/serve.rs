@@ -24,6 +24,7 @@ use tokio::time::{Instant, Sleep};
 use super::acquaintances::Session;
 use super::client::{CANNOT_CONNECT_SEQUENCE, HELLO_SEQUENCE};
 use super::seats::{Owner, Seat};
+use crate::raft::pace::Pace;
 use crate::raft::registry::Registry;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{self, Arrived, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, Refusal, Reply};
@@ -42,6 +43,8 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// Anybody can have these said.
 static NO_FRAME: Rarely = Rarely::new();
 static NO_REQUEST: Rarely = Rarely::new();
+/// Each lane finds it again.
+static OTHER_PACE: Rarely = Rarely::new();
 
 /// Serves one connection of a lane: `incoming` is what the peer sends, the stream that is returned goes back to it. It ends when `incoming`
 /// does, or with a refusal when the peer's first frame names other ends than itself and us.
@@ -271,8 +274,9 @@ impl<I> Serving<I> {
 
     fn begin(&mut self, arrived: &Arrived) {
         if self.peer.is_none() {
-            let greeted = arrived.hello().map_err(|_| Refusal::Unreadable).and_then(|(hello, starts)| {
+            let greeted = arrived.hello().map_err(|_| Refusal::Unreadable).and_then(|(hello, starts, pace)| {
                 let peer = self.seat_peer(&hello)?;
+                self.compare_pace(peer, pace)?;
                 Ok((peer, hello.from_directory, starts))
             });
             match greeted {
@@ -321,6 +325,22 @@ impl<I> Serving<I> {
         let seat = self.registry.seats().take(owner).ok_or(Refusal::Busy)?;
         self.seat = Some(Seated::new(seat));
         Ok(peer)
+    }
+
+    /// Refuses a peer whose leases would not be those of this node. Programs that tell no pace are taken as they are.
+    fn compare_pace(&self, peer: NodeId, pace: Option<Pace>) -> Result<(), Refusal> {
+        let own = self.registry.pace();
+        let Some(theirs) = pace.filter(|theirs| *theirs != own) else { return Ok(()) };
+        let fits = own.fits(&theirs);
+        if let Some(left_out) = OTHER_PACE.due() {
+            let what = if fits { "does not keep time with this node" } else { "is refused" };
+            tracing::error!(
+                left_out,
+                "{peer} {what}: it runs {theirs}, and this node {own}; give all nodes the same --lease-reads and \
+                 --timing-factor"
+            );
+        }
+        if fits { Ok(()) } else { Err(Refusal::OtherPace(own)) }
     }
 
     /// Whether the lane is from a node of our cluster to this very node.

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::stalling_disk::StallingDisk;
 use crate::raft::lanes::memory::MemoryHub;
+use crate::raft::pace::Pace;
 use crate::raft::transport::{Dial, Identity, Resolver};
 use crate::raft::{Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, Rooms, Witness};
 use crate::sm::kv::{self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome};
@@ -22,6 +23,9 @@ use crate::supervisor::Supervisor;
 use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 
 pub const CLUSTER: ClusterId = ClusterId(7);
+
+/// That of the default timings.
+pub const PACE: Pace = Pace { lease_drift_ms: None, election_ms_max: 420 };
 
 pub fn key(group: u64, replica: u64) -> ReplicaKey {
     ReplicaKey { group: GroupId(group), replica: ReplicaId(replica) }

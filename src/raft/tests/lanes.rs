@@ -16,12 +16,14 @@ use tokio::net::TcpListener;
 use super::cluster::*;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::lanes::{Lanes, LanesParts, serve_lane};
+use crate::raft::pace::Pace;
 use crate::raft::transport::{Dial, Identity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::wire::{self, AppendReply, FrameReader, Head, Hello, Refusal, Reply, Request};
-use crate::raft::{RaftTimings, Registry};
+use crate::raft::{LeaseReads, RaftTimings, Registry};
+use crate::sm::starts::Starts;
 use crate::storage::log::{Entry, Payload, Vote};
 use crate::supervisor::Supervisor;
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
+use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId, StartId};
 
 fn hello() -> Hello {
     let (from, to) = (NodeId(9), NodeId(1));
@@ -81,6 +83,52 @@ async fn frames_for_another_cluster_node_directory_group_or_replica_are_refused(
     assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
     assert!(registry.last_heard(NodeId(9)).is_some());
     drop(registry);
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn a_peer_with_other_leases_is_refused_and_one_that_tells_none_is_not() {
+    let starts = Starts::first(StartId(6));
+    let leased = Pace { lease_drift_ms: Some(50), ..PACE };
+    let timings = RaftTimings { lease: LeaseReads::On { drift_ms: 50 }, ..RaftTimings::default() };
+    for (timings, own) in [(RaftTimings::default(), PACE), (timings, leased)] {
+        let cluster = TestCluster::with_timings(1, timings);
+        cluster.nodes[&NodeId(1)].registry.open_replica(key(1, 1), true).await.expect("a replica");
+        let registry = cluster.nodes[&NodeId(1)].registry.clone();
+        let head = Head { group: GroupId(1), sender: ReplicaId(2), target: ReplicaId(9) };
+        let frame = || wire::encode_request(head, &Request::Held { index: 1 }, &[]).seal(1);
+        let taken = [Reply::Refused(Refusal::OtherReplica(ReplicaId(1)))];
+        for pace in [PACE, leased, Pace { lease_drift_ms: Some(60), ..PACE }, Pace { election_ms_max: 840, ..leased }] {
+            let greeting = wire::encode_greeting(&hello(), &starts, &pace);
+            let found = replies(&registry, vec![greeting, frame()]).await;
+            match pace == own {
+                true => assert_eq!(found, taken),
+                false => assert_eq!(found, [Reply::Refused(Refusal::OtherPace(own))], "{pace}"),
+            }
+        }
+        assert_eq!(replies(&registry, vec![wire::encode_hello(&hello()), frame()]).await, taken);
+        let slower = wire::encode_greeting(&hello(), &starts, &Pace { election_ms_max: 840, ..PACE });
+        let found = replies(&registry, vec![slower, frame()]).await;
+        assert_eq!(found == taken, own == PACE, "without leases other times are taken: {found:?}");
+        drop(registry);
+        cluster.stop_all().await;
+    }
+}
+
+/// The dialling side has no other way to know.
+#[tokio::test]
+async fn a_peer_that_can_not_be_connected_to_is_told_so_with_every_reply() {
+    let cluster = TestCluster::new(2);
+    cluster.found(1).await;
+    let leader = cluster.leader(1).await;
+    let follower = NodeId(3 - leader.0);
+    let (leading, following) = (cluster.nodes[&leader].registry.clone(), cluster.nodes[&follower].registry.clone());
+    assert!(leading.ways().telling().is_empty());
+    following.ways().set_closed(leader, true);
+    until("the leader is told", || leading.ways().telling() == [follower].into()).await;
+    following.ways().set_closed(leader, false);
+    until("it is told no more", || leading.ways().telling().is_empty()).await;
+    drop((leading, following));
     cluster.stop_all().await;
 }
 
@@ -303,6 +351,7 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
         heard: Arc::default(),
         ways: Arc::default(),
         rooms: Arc::default(),
+        pace: PACE,
         supervisor: Supervisor::noting().0,
     });
     let vote = Vote { term: 0, voted_for: Some(ReplicaId(2)), committed: false };

@@ -13,11 +13,12 @@ use openraft::errors::RPCError;
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 
-use super::cluster::{CLUSTER, directory, key};
+use super::cluster::{CLUSTER, PACE, TestCluster, directory, key};
 use crate::raft::feeds::Feeds;
 use crate::raft::lanes::{Lanes, LanesParts};
 use crate::raft::log_store::Tip;
 use crate::raft::network::Network;
+use crate::raft::state_machine::{Image, with_meta};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::types::{Member, Types, entry_to_raft, to_raft, vote_to_raft};
 use crate::raft::wire::{self, AppendReply, Arrived, FrameReader, Reply, Request};
@@ -69,6 +70,31 @@ impl Dial for Far {
                     let reply = Reply::Append(AppendReply::Success);
                     wire::encode_reply(&mut out, arrived.sequence, &reply);
                 }
+            }
+            Ok(out.freeze())
+        });
+        Box::pin(async move { Ok(Box::pin(replies) as Incoming) })
+    }
+}
+
+/// A witness that takes any mark, and answers at once.
+struct Marked;
+
+impl Dial for Marked {
+    fn dial(&self, _: NodeId, _: Peer, _: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<Incoming, LaneError>> {
+        let (mut reader, mut is_greeted) = (FrameReader::default(), false);
+        let replies = outgoing.map(move |chunk| {
+            reader.push(chunk);
+            let mut out = BytesMut::new();
+            while let Some(arrived) = reader.next()? {
+                if !std::mem::replace(&mut is_greeted, true) {
+                    continue;
+                }
+                let reply = match arrived.request()?.1 {
+                    Request::Mark { vote, .. } => Reply::SnapshotInstalled { vote },
+                    _ => Reply::MarkWanted,
+                };
+                wire::encode_reply(&mut out, arrived.sequence, &reply);
             }
             Ok(out.freeze())
         });
@@ -157,6 +183,7 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
         heard: Arc::default(),
         ways: Arc::default(),
         rooms: Arc::default(),
+        pace: PACE,
         supervisor: Supervisor::noting().0,
     }));
     let second = Duration::from_secs(1);
@@ -168,6 +195,7 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
         feeds: Feeds::default(),
         append_timeout: second,
         snapshot_step_timeout: second,
+        lease: None,
     };
     (network, lanes)
 }
@@ -355,4 +383,31 @@ async fn what_is_large_has_the_time_that_a_slow_way_takes() {
     assert!(gets_through(30, &[1; 16]).await, "a whole window of it");
     assert!(gets_through(10, &[32]).await, "longer than a lane may be silent");
     assert!(!gets_through(1, &[8]).await, "a way that nobody can live on");
+}
+
+/// A follower gives leases to those that it hears heartbeats and entries from.
+#[tokio::test]
+async fn an_answer_about_a_snapshot_is_told_when_it_can_renew_no_lease_any_more() {
+    let cluster = TestCluster::new(1);
+    cluster.found(1).await;
+    cluster.put(1, "k", "v").await;
+    let group = cluster.group(1, 1);
+    group.build_snapshot().await.expect("a snapshot");
+    let snapshot = group.state().current_snapshot().expect("it is there");
+    drop(group);
+
+    let member = Member { node: NodeId(2), is_witness: true };
+    let vote = vote_to_raft(&Vote { term: 1, voted_for: Some(ReplicaId(1)), committed: true }).expect("a vote for somebody");
+    for lease in [None, Some(Duration::from_millis(500))] {
+        let (network, lanes) = network_to(Marked);
+        let mut network = Network { lease, ..network };
+        let mut client = network.new_snapshot_client(ReplicaId(2), &member).await;
+        let snapshot = with_meta(Image::Map(snapshot.clone())).expect("a readable one");
+        let (began, option) = (tokio::time::Instant::now(), RPCOption::new(Duration::from_secs(20)));
+        let answered = client.full_snapshot(vote, snapshot, std::future::pending(), option).await;
+        assert_eq!(answered.expect("an answer").vote, vote);
+        assert!(began.elapsed() >= lease.unwrap_or_default(), "after {:?}", began.elapsed());
+        lanes.close().await;
+    }
+    cluster.stop_all().await;
 }
