@@ -61,6 +61,19 @@ impl Rarely {
     }
 }
 
+/// Says a line at once, and then at most once a minute, with how often it was left out since: what
+/// stands in a loop, or can be provoked by others. Takes the level, and then what the macro of
+/// `tracing` for it takes.
+macro_rules! rarely {
+    ($level:ident, $($line:tt)+) => {{
+        static LINE: $crate::telemetry::Rarely = $crate::telemetry::Rarely::new();
+        if let Some(left_out) = LINE.due() {
+            ::tracing::$level!(left_out, $($line)+);
+        }
+    }};
+}
+pub(crate) use rarely;
+
 impl Default for Rarely {
     fn default() -> Self {
         Self::new()

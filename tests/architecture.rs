@@ -72,6 +72,9 @@ const IMPURE: &[&[&str]] = &[
 /// A file past this wants to be two.
 const LINES_MAX: usize = 1000;
 
+/// Where what is logged is up to others.
+const PROVOKED: &[&str] = &["http/", "client/", "raft/lanes/", "raft/network.rs"];
+
 #[test]
 fn layers_import_only_those_below() {
     let mut wrong = Vec::new();
@@ -169,6 +172,31 @@ fn every_file_says_what_lives_in_it_and_is_of_a_size() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Requests and peers come as often as others like, and a line for each would fill the log.
+#[test]
+fn what_others_can_have_logged_is_said_rarely() {
+    let mut wrong = Vec::new();
+    for source in sources().iter().filter(|source| PROVOKED.iter().any(|room| source.path.starts_with(room))) {
+        let lines: Vec<&str> = source.text.lines().collect();
+        for (at, line) in lines.iter().enumerate() {
+            if !["tracing::warn!(", "tracing::error!("].iter().any(|macro_| line.contains(macro_)) {
+                continue;
+            }
+            let is_counted = lines[at..lines.len().min(at + 3)].iter().any(|line| line.contains("left_out"));
+            let is_once = lines[at.saturating_sub(3)..at].iter().any(|line| line.contains("// Said once"));
+            if !is_counted && !is_once {
+                wrong.push(format!("{}:{}: {}", source.path, at + 1, line.trim()));
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "these can fill the log; use telemetry::rarely!, or tell above them why they can't in a comment \
+         that begins with \"Said once\":\n{}",
+        wrong.join("\n")
+    );
 }
 
 /// A source file, without its test code.

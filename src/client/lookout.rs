@@ -5,6 +5,7 @@
 //! Asking for the verdict costs nothing; it is as old as the last look.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::protocol::{ClusterStatus, ShardStatus};
 use super::remote::RemoteStore;
 use super::store::Store;
+use crate::telemetry::Rarely;
 use crate::types::NodeId;
 
 /// Between two looks. Every request that fails has the map asked for besides.
@@ -48,11 +50,28 @@ pub struct Look {
 pub struct Lookout {
     store: Arc<RemoteStore>,
     last: RwLock<Option<Look>>,
+    /// What keeps each kind of trouble from being said with every look: its reason may be another
+    /// each time.
+    said: [(&'static str, Rarely); CODES.len()],
+    /// Trouble was said, and not yet that it is over.
+    is_trouble_said: AtomicBool,
+}
+
+/// The codes of trouble that looks find.
+const CODES: [&str; 2] = ["no-leader", "unreachable"];
+
+/// What is said of a look.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    /// With how often it was left out.
+    Trouble(String, u64),
+    Ready,
 }
 
 impl Lookout {
     pub fn new(store: Arc<RemoteStore>) -> Self {
-        Self { store, last: RwLock::default() }
+        let said = CODES.map(|code| (code, Rarely::new()));
+        Self { store, last: RwLock::default(), said, is_trouble_said: AtomicBool::new(false) }
     }
 
     /// What the last look found; none: the first is not over.
@@ -112,15 +131,26 @@ impl Lookout {
         }
     }
 
-    /// Keeps it, and says what has changed.
+    /// Keeps it, and says what is worth a line.
     fn note(&self, look: Look) {
-        let before = self.last().map(|look| look.trouble);
-        match (&look.trouble, before) {
-            (Some(trouble), before) if before.as_ref() != Some(&look.trouble) => tracing::warn!("not ready: {}", trouble.reason),
-            (None, None | Some(Some(_))) => tracing::info!(nodes = look.nodes, shards = look.shards, "ready"),
-            (Some(_) | None, _) => {}
+        match self.line(&look) {
+            Some(Line::Trouble(reason, left_out)) => tracing::warn!(left_out, "not ready: {reason}"),
+            Some(Line::Ready) => tracing::info!(nodes = look.nodes, shards = look.shards, "ready"),
+            None => {}
         }
         *self.last.write().expect("no panic with the lock held") = Some(look);
+    }
+
+    /// Returns what to say of a look: of each kind of trouble at first, and then once a minute.
+    fn line(&self, look: &Look) -> Option<Line> {
+        let Some(trouble) = &look.trouble else {
+            let was_said = self.is_trouble_said.swap(false, Ordering::Relaxed);
+            return (was_said || self.last().is_none()).then_some(Line::Ready);
+        };
+        let (_, said) = self.said.iter().find(|(code, _)| *code == trouble.code)?;
+        let left_out = said.due()?;
+        self.is_trouble_said.store(true, Ordering::Relaxed);
+        Some(Line::Trouble(trouble.reason.clone(), left_out))
     }
 }
 
@@ -147,7 +177,7 @@ fn judge(status: &ClusterStatus, silent: &BTreeSet<NodeId>) -> Option<Trouble> {
 mod tests {
     use super::*;
     use crate::client::testing::{answer, bind, json, nobody, serve, status};
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::AtomicU64;
 
     #[tokio::test]
     async fn a_cluster_is_ready_when_every_leader_can_be_reached() {
@@ -190,6 +220,27 @@ mod tests {
         lookout.note(lookout.look().await);
         let trouble = lookout.ready().expect_err("it is another cluster");
         assert!(trouble.reason.contains("00000002"), "{trouble:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn trouble_that_stays_is_said_once_however_its_reason_reads() {
+        let lookout = Lookout::new(Arc::new(RemoteStore::connect(Vec::new()).expect("a client")));
+        let look = |trouble: Option<(&'static str, String)>| {
+            let trouble = trouble.map(|(code, reason)| Trouble { code, reason });
+            Look { at: Instant::now(), trouble, nodes: 1, shards: 1, map_version: 1 }
+        };
+        let mut lines = Vec::new();
+        for member in 0..100 {
+            let look = look(Some(("unreachable", format!("member {member} does not answer"))));
+            lines.extend(lookout.line(&look));
+            lookout.note(look);
+        }
+        assert_eq!(lines, [Line::Trouble("member 0 does not answer".to_owned(), 0)]);
+        assert!(lookout.line(&look(Some(("no-leader", String::new())))).is_some(), "that is another");
+        assert_eq!(lookout.line(&look(None)), Some(Line::Ready));
+        assert_eq!(lookout.line(&look(Some(("unreachable", String::new())))), None, "it comes and goes");
+        lookout.note(look(None));
+        assert_eq!(lookout.line(&look(None)), None);
     }
 
     #[tokio::test(start_paused = true)]

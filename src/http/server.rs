@@ -30,6 +30,7 @@ use super::limits::Limits;
 use super::{App, router};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::descriptors::{self, Shares};
+use crate::telemetry::rarely;
 
 /// Connections that the kernel keeps for us between two accepts; it lowers this to its own limit.
 const BACKLOG: u32 = 4096;
@@ -235,9 +236,7 @@ impl Accepting {
                 }
                 Err(error) if is_of_the_connection(&error) => {}
                 Err(error) => {
-                    if pause == ACCEPT_PAUSE_MIN {
-                        tracing::warn!(%error, "cannot accept connections; trying again");
-                    }
+                    rarely!(warn, %error, "cannot accept connections; trying again");
                     self.serving.stats.accept_failed();
                     let waited = self.serving.shutdown.run_until_cancelled(sleep(pause)).await;
                     pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
@@ -253,6 +252,7 @@ impl Accepting {
         let drained = async { while connections.join_next().await.is_some() {} };
         let drained = timeout(serving.limits.drain_timeout, drained).await;
         if drained.is_err() {
+            // Said once, at the stop.
             tracing::warn!(connections = connections.len(), "connections did not end in time and are cut");
         }
         connections.shutdown().await;

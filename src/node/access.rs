@@ -27,6 +27,7 @@ use crate::raft::{ProposeError, ReadError};
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
 use crate::sm::ports::{Direction, StoreError};
 use crate::storage::state::{MapRead, ReadKind};
+use crate::telemetry::rarely;
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
 /// Keys of a long list that are read under one guard: entries can't be applied meanwhile.
@@ -783,7 +784,7 @@ pub fn tell_unreadable(group: &Group, error: &StoreError) {
     if group.state().is_wiped() {
         tracing::debug!("the map of {} is gone: {error}", group.key());
     } else {
-        tracing::error!("the map of {} cannot be read: {error}", group.key());
+        rarely!(error, "the map of {} cannot be read: {error}", group.key());
     }
 }
 

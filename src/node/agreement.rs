@@ -20,6 +20,7 @@ use crate::sm::agreement::{Verdict, is_majority_of_one_mind, judge};
 use crate::sm::kv::{Command, Outcome};
 use crate::sm::level::Feature;
 use crate::sm::view::Node;
+use crate::telemetry::rarely;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 
 /// Between two looks; more often where maps are compared more often.
@@ -183,7 +184,7 @@ impl Agreement {
                 }
                 self.member.differed(id);
                 let list = differing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                tracing::error!("at {} of shard {id} these replicas differ from a majority: {list}", told.at);
+                rarely!(error, "at {} of shard {id} these replicas differ from a majority: {list}", told.at);
                 if differing.contains(&own) {
                     self.hand_over(group, told, &differing).await;
                 } else {
@@ -235,10 +236,10 @@ impl Agreement {
         for replica in told.digests.keys().filter(|replica| !differing.contains(replica)) {
             match group.transfer_leader(*replica).await {
                 Ok(()) => {
-                    tracing::error!("the lead of shard {id} is handed over to replica {replica}: the one here differs");
+                    rarely!(error, "the lead of shard {id} is handed over to replica {replica}: the one here differs");
                     return;
                 }
-                Err(error) => tracing::warn!("the lead of shard {id} was not handed over to replica {replica}: {error}"),
+                Err(error) => rarely!(warn, "the lead of shard {id} was not handed over to replica {replica}: {error}"),
             }
         }
     }
@@ -247,7 +248,7 @@ impl Agreement {
         for replica in differing {
             let Some(node) = told.members.get(replica) else { continue };
             if let Err(error) = group.rebuild(*replica, *node).await {
-                tracing::warn!("replica {replica} of shard {} was not rebuilt: {error}", group.key().group);
+                rarely!(warn, "replica {replica} of shard {} was not rebuilt: {error}", group.key().group);
             }
         }
     }

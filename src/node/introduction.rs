@@ -18,6 +18,7 @@ use super::join::{Joined, Joining};
 use super::member::Member;
 use crate::client::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
 use crate::raft::lanes::Refusal;
+use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};
 
 /// How long a member is given to answer.
@@ -303,7 +304,7 @@ impl Greeter {
         if joining.has_aside()
             && let Err(error) = tokio::task::spawn_blocking(move || joining.clear_aside(&view)).await
         {
-            tracing::error!("deleting what was put aside was broken off: {error}");
+            rarely!(error, "deleting what was put aside was broken off: {error}");
         }
     }
 }

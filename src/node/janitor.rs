@@ -28,7 +28,7 @@ use crate::raft::{Group, GroupStatus, Witness};
 use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
-use crate::telemetry::Rarely;
+use crate::telemetry::{Rarely, rarely};
 use crate::types::LogId;
 
 const TICK: Duration = Duration::from_secs(1);
@@ -95,7 +95,7 @@ impl Janitor {
         join_all(groups.iter().map(|group| group.tell_witnesses())).await;
         for witness in self.member.registry.witnesses() {
             if let Err(error) = witness.let_go(held(witness.key()) != Held::Little).await {
-                tracing::warn!("the log of witness {} was not purged: {error}", witness.key());
+                rarely!(warn, "the log of witness {} was not purged: {error}", witness.key());
             }
             self.complain(&witness);
         }
@@ -167,7 +167,7 @@ impl Janitor {
         let started = tokio::time::Instant::now();
         match group.build_snapshot().await {
             Ok(()) => tracing::debug!("snapshot of {} written in {:?}", group.key(), started.elapsed()),
-            Err(error) => tracing::warn!("snapshot of {} was not written: {error}", group.key()),
+            Err(error) => rarely!(warn, "snapshot of {} was not written: {error}", group.key()),
         }
     }
 }

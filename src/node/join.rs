@@ -23,7 +23,7 @@ use crate::sm::placement::{PlacementError, first_view};
 use crate::sm::view::{self, View};
 use crate::storage::directory::{DataDirectory, DirectoryError, Stamp};
 use crate::supervisor::Supervisor;
-use crate::telemetry::Rarely;
+use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId, StartId};
 
 /// How long one node is waited for when it is asked who it is.
@@ -61,9 +61,6 @@ pub struct Joined {
     /// The newest view that this node's own disk, or the node it adopted from, knows.
     pub view: Box<View>,
 }
-
-/// Anybody can ask for a promise, as often as he likes.
-static REFUSED_PROMISE: Rarely = Rarely::new();
 
 /// A node's standing, before and after it joined.
 pub struct Joining {
@@ -272,9 +269,7 @@ impl Joining {
                 PromiseReply::Refused { reason: format!("{} can't write its promise: {error}", self.config.address) }
             }
             (Some(reason), _) => {
-                if let Some(left_out) = REFUSED_PROMISE.due() {
-                    tracing::warn!(left_out, "refused to promise {}: {reason}", request.founder_address);
-                }
+                rarely!(warn, "refused to promise {}: {reason}", request.founder_address);
                 PromiseReply::Refused { reason }
             }
         }

@@ -65,6 +65,7 @@ use crate::sm::view::View;
 use crate::storage::directory::DirectoryError;
 use crate::storage::sled_tree::SledError;
 use crate::supervisor::{self, Supervisor};
+use crate::telemetry::rarely;
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 pub use bootstrap::NoStart;
@@ -576,7 +577,7 @@ impl Store for Node {
         match RemoteStore::connect(seeds) {
             Ok(cluster) => Some(Arc::new(cluster)),
             Err(error) => {
-                tracing::warn!("the cluster can't be asked over the network: {error}");
+                rarely!(warn, "the cluster can't be asked over the network: {error}");
                 None
             }
         }

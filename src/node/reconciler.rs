@@ -33,6 +33,7 @@ use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
 use crate::storage::state::ReadKind;
 use crate::supervisor;
+use crate::telemetry::rarely;
 use crate::types::{GroupId, NodeId, ReplicaId, Slot};
 
 /// Between two ticks while something is still to be done.
@@ -244,7 +245,7 @@ impl Reconciler {
             Ok(Some(view)) => view,
             Ok(None) => return,
             Err(error) => {
-                tracing::error!("the view cannot be read: {error}");
+                rarely!(error, "the view cannot be read: {error}");
                 return;
             }
         };
@@ -252,8 +253,8 @@ impl Reconciler {
         let (joining, view, node) = (Arc::clone(&self.joining), self.member.view(), self.member.node);
         match tokio::task::spawn_blocking(move || joining.stamp_member(node, &view)).await {
             Ok(Ok(())) => self.done.lock().expect("no holder panics").meta_applied = applied,
-            Ok(Err(error)) => tracing::error!("the stamp cannot be written: {error}"),
-            Err(error) => tracing::error!("writing the stamp was broken off: {error}"),
+            Ok(Err(error)) => rarely!(error, "the stamp cannot be written: {error}"),
+            Err(error) => rarely!(error, "writing the stamp was broken off: {error}"),
         }
     }
 
@@ -309,7 +310,7 @@ impl Reconciler {
             && (first || self.started.elapsed() > INITIALIZE_AFTER)
             && let Err(error) = group.initialize(creation).await
         {
-            tracing::warn!("group {} was not initialized: {error}", key.group);
+            rarely!(warn, "group {} was not initialized: {error}", key.group);
         }
         false
     }
@@ -334,7 +335,7 @@ impl Reconciler {
             }
             Ok(Some(_)) => {}
             Err(error) => {
-                tracing::error!("the view cannot be read: {error}");
+                rarely!(error, "the view cannot be read: {error}");
                 return true;
             }
         }
@@ -428,8 +429,8 @@ impl Reconciler {
         match meta.propose_meta(command, Instant::now() + PROPOSE_TIMEOUT).await {
             Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {}
             Ok(meta::Outcome::Rejected(meta::Rejection::AlreadyFounded)) | Err(ProposeError::NotLeader { .. }) => {}
-            Ok(meta::Outcome::Rejected(rejection)) => tracing::warn!("the meta group rejected a command: {rejection:?}"),
-            Err(error) => tracing::warn!("a command to the meta group got no answer: {error}"),
+            Ok(meta::Outcome::Rejected(rejection)) => rarely!(warn, "the meta group rejected a command: {rejection:?}"),
+            Err(error) => rarely!(warn, "a command to the meta group got no answer: {error}"),
         }
     }
 
@@ -458,10 +459,10 @@ impl Reconciler {
             let command = kv::Command::Claim { slots: missing };
             match group.propose_command(command, Instant::now() + PROPOSE_TIMEOUT).await {
                 Ok(kv::Outcome::ClaimRejected { slot, generation }) => {
-                    tracing::warn!("shard {shard} cannot claim slot {slot}: it was moved by {generation}");
+                    rarely!(warn, "shard {shard} cannot claim slot {slot}: it was moved by {generation}");
                 }
                 Ok(_) | Err(ProposeError::NotLeader { .. }) => {}
-                Err(error) => tracing::warn!("the claim of shard {shard} got no answer: {error}"),
+                Err(error) => rarely!(warn, "the claim of shard {shard} got no answer: {error}"),
             }
         }
         false

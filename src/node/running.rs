@@ -56,6 +56,7 @@ use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
 use crate::storage::sled_tree::{SledError, SledOptions, is_condemned};
 use crate::storage::state::{StateOptions, StateStore};
 use crate::supervisor::Supervisor;
+use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId};
 
 /// Between two attempts to open the replica of the meta group while there is no descriptor for it.
@@ -218,7 +219,7 @@ impl Running {
             match member.registry.open_replica(key, may_create).await {
                 Ok(_) => break,
                 Err(error) if error.lacks_descriptors() => {
-                    tracing::warn!("the replica of the meta group is not open yet: {error}; it is tried again");
+                    rarely!(warn, "the replica of the meta group is not open yet: {error}; it is tried again");
                     tokio::time::sleep(OPEN_AGAIN_AFTER).await;
                 }
                 Err(error) if may_create || are_maps_condemned(joining.directory_path()) => {

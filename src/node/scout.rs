@@ -19,6 +19,7 @@ use crate::client::enquiry::takes_connections;
 use crate::raft::Group;
 use crate::raft::transport::Resolver as _;
 use crate::sm::reach::should_hand_over;
+use crate::telemetry::rarely;
 use crate::types::{GroupId, NodeId};
 
 /// Between two looks for a peer that can't be connected to.
@@ -88,11 +89,12 @@ impl Scout {
         let is_news = ways.set_closed(node, !is_open);
         let is_heard = self.member.heard_within(node, HEARD_WITHIN);
         match is_open {
-            false if is_news && is_heard => tracing::warn!(
+            false if is_news && is_heard => rarely!(
+                warn,
                 "no connection can be made to {node} at {}, though it is heard of: what is asked of it goes by others",
                 peer.address
             ),
-            true if is_news => tracing::info!("connections to {node} at {} can be made again", peer.address),
+            true if is_news => rarely!(info, "connections to {node} at {} can be made again", peer.address),
             true | false => {}
         }
     }
@@ -129,8 +131,8 @@ impl Scout {
         let id = group.key().group;
         let Some(to) = group.best_successor_among(|node| cut_off.contains(&node)) else { return };
         match group.transfer_leader_within(to, HAND_OVER_TIMEOUT).await {
-            Ok(()) => tracing::warn!("group {id} is led by another node now: most could not connect to this one"),
-            Err(error) => tracing::warn!("most can't connect to this node, and group {id} was not handed over: {error}"),
+            Ok(()) => rarely!(warn, "group {id} is led by another node now: most could not connect to this one"),
+            Err(error) => rarely!(warn, "most can't connect to this node, and group {id} was not handed over: {error}"),
         }
     }
 }

@@ -34,6 +34,7 @@ use super::transport::{Lane, LaneError};
 use super::types::{Member, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
 use super::wire::{self, AppendReply, Frame, Head, Refusal, Reply, Request, TransferReply};
 use crate::storage::ReplicaKey;
+use crate::telemetry::rarely;
 use crate::types::{NodeId, ReplicaId};
 
 /// Appends of one group to one peer that may be without a reply: enough to fill the way to the peer while its disk syncs.
@@ -418,7 +419,7 @@ where
         // Heartbeats follow what was acknowledged.
         let is_known = self.client.lane == Lane::Heartbeat || done.previous <= self.acknowledged;
         if matches!(response, AppendEntriesResponse::Conflict) && (is_known || done.follows_acked) {
-            tracing::warn!(to = %self.client.to, group = %self.client.head.group, previous = ?done.previous, "a conflict that can't be");
+            rarely!(warn, to = %self.client.to, group = %self.client.head.group, previous = ?done.previous, "a conflict that can't be");
             if done.follows_acked {
                 self.client.tell_missing();
             }

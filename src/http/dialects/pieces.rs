@@ -18,6 +18,7 @@ use crate::budget::{Budget, UNCHARGED_BYTES_MAX};
 use crate::client::store::{Failure, GetManyRequest, Item, ScanRange, ScanRequest, Store};
 use crate::http::charged::{AlreadyCharged, charge_piece};
 use crate::sm::kv::Record;
+use crate::telemetry::rarely;
 
 /// An answer up to this size is held back.
 const HELD_BACK_BYTES: usize = 8 << 20;
@@ -50,7 +51,7 @@ pub async fn respond(answers: &Arc<Budget>, pieces: impl Pieces) -> Result<Respo
         bytes += piece.len();
         held_back.push(piece);
         if bytes > HELD_BACK_BYTES {
-            let rest = rest.inspect_err(|failure| tracing::warn!(%failure, "a long answer is broken off"));
+            let rest = rest.inspect_err(|failure| rarely!(warn, %failure, "a long answer is broken off"));
             let whole = futures::stream::iter(held_back).map(Ok).chain(rest);
             return Ok(answer(StatusCode::OK, JSON, Body::from_stream(whole)));
         }

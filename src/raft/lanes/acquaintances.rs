@@ -186,6 +186,7 @@ impl Acquaintances {
             told.clear();
         }
         if told.insert((directory, starts.running().id)) {
+            // Said once for each start.
             tracing::warn!(
                 "refused data directory {directory}: it is an old copy, for its node was started later ({}) than this copy knows ({}); \
                  what it said since is not in there",
@@ -202,6 +203,7 @@ impl Acquaintances {
         if contact.is_over.swap(true, Ordering::Relaxed) {
             return;
         }
+        // Said once for each start.
         tracing::warn!(
             "data directory {directory} lacks entries that it has acknowledged: it is an old copy, from before them, and is refused"
         );
@@ -210,6 +212,7 @@ impl Acquaintances {
         let book = self.book.clone();
         tokio::task::spawn_blocking(move || {
             if let Err(error) = book.require(directory, start) {
+                // Said once for each start.
                 tracing::error!("that data directory {directory} is refused cannot be written down: {error}");
             }
         });

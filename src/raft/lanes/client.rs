@@ -20,7 +20,7 @@ use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing
 use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Refusal, Reply};
 use crate::sm::starts::Starts;
 use crate::supervisor::Supervisor;
-use crate::telemetry::Rarely;
+use crate::telemetry::rarely;
 use crate::types::NodeId;
 
 /// Bytes that may wait in one lane's queue: several windows of appends of a few groups. What comes on top is refused, and Raft tries again.
@@ -45,9 +45,6 @@ const BYTES_PER_SECOND_MIN: u64 = 1 << 20;
 const CONNECTION_BYTES_MAX: usize = 8 << 20;
 /// How often silence and abandoned calls are looked for.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
-
-/// Each dial finds it again.
-static OTHER_PACE: Rarely = Rarely::new();
 
 /// What is heard of a call.
 pub type Answer = oneshot::Receiver<Result<Arrived, LaneError>>;
@@ -382,12 +379,11 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
     match dialled {
         Ok(Ok(incoming)) => {
             let error = deliver(shared, lane, &peer, generation, incoming).await;
-            if let LaneError::Refused(Refusal::OtherPace(theirs)) = &error
-                && let Some(left_out) = OTHER_PACE.due()
-            {
+            if let LaneError::Refused(Refusal::OtherPace(theirs)) = &error {
                 let (peer, own) = (lane.to, shared.pace);
-                tracing::error!(
-                    left_out,
+                // Each dial finds it again.
+                rarely!(
+                    error,
                     "{peer} refuses this node: it runs {theirs}, and this node {own}; give all nodes the same \
                      --lease-reads and --timing-factor"
                 );

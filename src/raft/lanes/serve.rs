@@ -28,7 +28,7 @@ use crate::raft::pace::Pace;
 use crate::raft::registry::Registry;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{self, Arrived, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, Refusal, Reply};
-use crate::telemetry::Rarely;
+use crate::telemetry::rarely;
 use crate::types::NodeId;
 
 /// Frames of one lane that are being worked on. Reached only if hundreds of groups stall at once; then the lane waits for them.
@@ -39,12 +39,6 @@ const LARGE_FRAME_BYTES: usize = 4 << 20;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Replies go out in chunks of about this size.
 const CHUNK_BYTES: usize = 64 << 10;
-
-/// Anybody can have these said.
-static NO_FRAME: Rarely = Rarely::new();
-static NO_REQUEST: Rarely = Rarely::new();
-/// Each lane finds it again.
-static OTHER_PACE: Rarely = Rarely::new();
 
 /// Serves one connection of a lane: `incoming` is what the peer sends, the stream that is returned goes back to it. It ends when `incoming`
 /// does, or with a refusal when the peer's first frame names other ends than itself and us.
@@ -258,10 +252,8 @@ impl<I> Serving<I> {
                 Ok(Some(arrived)) => self.begin(&arrived),
                 Ok(None) => return,
                 Err(error) => {
-                    if let Some(left_out) = NO_FRAME.due() {
-                        let (lane, peer) = (self.lane.name(), self.peer);
-                        tracing::warn!(lane, ?peer, %error, left_out, "what a peer sent is no frame");
-                    }
+                    let (lane, peer) = (self.lane.name(), self.peer);
+                    rarely!(warn, lane, ?peer, %error, "what a peer sent is no frame");
                     self.ended = true;
                     return;
                 }
@@ -302,10 +294,8 @@ impl<I> Serving<I> {
                 self.registry.handle(self.lane, head, request, tail)
             }
             Err(error) => {
-                if let Some(left_out) = NO_REQUEST.due() {
-                    let (lane, peer) = (self.lane.name(), self.peer);
-                    tracing::warn!(lane, ?peer, %error, left_out, "a peer sent a request that can't be read");
-                }
+                let (lane, peer) = (self.lane.name(), self.peer);
+                rarely!(warn, lane, ?peer, %error, "a peer sent a request that can't be read");
                 Err(Refusal::Unreadable)
             }
         };
@@ -332,14 +322,13 @@ impl<I> Serving<I> {
         let own = self.registry.pace();
         let Some(theirs) = pace.filter(|theirs| *theirs != own) else { return Ok(()) };
         let fits = own.fits(&theirs);
-        if let Some(left_out) = OTHER_PACE.due() {
-            let what = if fits { "does not keep time with this node" } else { "is refused" };
-            tracing::error!(
-                left_out,
-                "{peer} {what}: it runs {theirs}, and this node {own}; give all nodes the same --lease-reads and \
-                 --timing-factor"
-            );
-        }
+        let what = if fits { "does not keep time with this node" } else { "is refused" };
+        // Each lane finds it again.
+        rarely!(
+            error,
+            "{peer} {what}: it runs {theirs}, and this node {own}; give all nodes the same --lease-reads and \
+             --timing-factor"
+        );
         if fits { Ok(()) } else { Err(Refusal::OtherPace(own)) }
     }
 
