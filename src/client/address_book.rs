@@ -48,9 +48,9 @@ impl AddressBook {
         if self.is_among_peers.load(Ordering::Relaxed) { &node.address } else { &node.public }
     }
 
-    /// How to reach the node that clients are sent to by this address.
-    pub fn of_public(&self, map: &ShardMap, public: Address) -> Address {
-        map.nodes().find(|(_, node)| node.public == public).map_or(public, |(_, node)| self.address(node).clone())
+    /// How to reach the node that others are sent to by this name.
+    pub fn of_name(&self, map: &ShardMap, name: Address) -> Address {
+        map.node_named(&name).and_then(|node| map.node(node)).map_or(name, |node| self.address(node).clone())
     }
 
     /// Every node that may answer for the cluster, each once, in the order to ask them: those of the map, then the seeds.
@@ -137,7 +137,7 @@ mod tests {
         let with_publics = map(|node| format!("127.0.0.1:1380{node}"));
         let book = AddressBook::new(vec![address("10.0.0.1:1")]);
         book.learn(&with_publics, &address("10.0.0.1:1"));
-        assert_eq!(book.of_public(&with_publics, address("127.0.0.1:13802")).as_str(), "10.0.0.2:1");
+        assert_eq!(book.of_name(&with_publics, address("127.0.0.1:13802")).as_str(), "10.0.0.2:1");
         // All nodes that it was started with are replaced.
         let replaced = map(|node| format!("127.0.0.1:1390{node}"));
         let later = AddressBook::new(vec![address("10.0.0.9:1")]);
@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(texts(&later.members(Some(&replaced))), ["10.0.0.0:1", "10.0.0.1:1", "10.0.0.2:1", "10.0.0.9:1"]);
         let outside = AddressBook::new(vec![address("127.0.0.1:13801")]);
         outside.learn(&with_publics, &address("127.0.0.1:13801"));
-        assert_eq!(outside.of_public(&with_publics, address("127.0.0.1:13802")).as_str(), "127.0.0.1:13802");
-        assert_eq!(outside.of_public(&with_publics, address("gone:1")).as_str(), "gone:1");
+        assert_eq!(outside.of_name(&with_publics, address("127.0.0.1:13802")).as_str(), "127.0.0.1:13802");
+        assert_eq!(outside.of_name(&with_publics, address("gone:1")).as_str(), "gone:1");
     }
 }

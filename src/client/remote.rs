@@ -130,7 +130,9 @@ impl HttpAccess {
     fn leader(&self, shard: GroupId, map: &ShardMap) -> Option<NodeId> {
         match self.leaders.lock().expect("no panic with the lock held").get(&shard) {
             Some(Hint::Leads(address)) => {
-                map.nodes().find(|(_, place)| self.book.address(place) == address).map(|(node, _)| node)
+                let mut named = map.nodes().filter(|(_, place)| self.book.address(place) == address);
+                let (node, _) = named.next()?;
+                if named.next().is_none() { Some(node) } else { map.shard(shard)?.leader }
             }
             Some(Hint::Silent(_) | Hint::Around(..)) | None => map.shard(shard)?.leader,
         }
@@ -175,8 +177,9 @@ impl HttpAccess {
             asked.push((address.clone(), hop));
             last = match self.caller.call_by(hop, &address, &request, timeout).await {
                 Ok(ShardReply::Failed(Failure::Elsewhere { shard: at, address: leader })) => {
-                    let named = self.book.of_public(map, leader.clone());
-                    next.push_front(match closed.contains(&named) {
+                    let named = self.book.of_name(map, leader.clone());
+                    // Several nodes may be behind one address.
+                    next.push_front(match closed.contains(&named) || named == address {
                         true => (address, Hop::Relay),
                         false => (named, Hop::Answer),
                     });

@@ -111,6 +111,28 @@ impl ShardMap {
         self.nodes.get(&id)
     }
 
+    /// What a node is called where others are sent to it: what clients call it, or what its peers do
+    /// where several nodes share that, as behind one load balancer.
+    pub fn name_of(&self, id: NodeId) -> Option<&Address> {
+        let place = self.node(id)?;
+        let is_shared = self.nodes().any(|(other, node)| other != id && node.public == place.public);
+        Some(if is_shared { &place.address } else { &place.public })
+    }
+
+    /// The one node that peers call so, or else clients; none where several are.
+    pub fn node_named(&self, name: &Address) -> Option<NodeId> {
+        let as_peer = self.nodes().find(|(_, node)| node.address == *name);
+        let mut as_public = self.nodes().filter(|(_, node)| node.public == *name);
+        let (found, _) = as_peer.or_else(|| as_public.next().filter(|_| as_public.next().is_none()))?;
+        Some(found)
+    }
+
+    /// Whether clients call a node so: a name of [`ShardMap::name_of`] that none of them does is for
+    /// peers alone.
+    pub fn is_public(&self, name: &Address) -> bool {
+        self.nodes().any(|(_, node)| node.public == *name)
+    }
+
     /// The nodes to ask about a shard, the likeliest leader first, each once.
     pub fn candidates(&self, shard: GroupId) -> Vec<&NodePlace> {
         let Some(place) = self.shard(shard) else { return Vec::new() };
@@ -194,6 +216,25 @@ mod tests {
         assert_eq!(map.shards().count(), 3);
         let key = b"some key";
         assert_eq!(map.owner_of(key), GroupId(1 + u64::from(slot_of(key).number() % 2)));
+    }
+
+    #[test]
+    fn nodes_that_share_a_public_address_are_called_by_their_own() {
+        let mut status = status();
+        let address = |text: &str| -> Address { text.parse().expect("an address") };
+        status.nodes[1].public_address = address("balancer:1");
+        status.nodes[2].public_address = address("balancer:1");
+        let map = ShardMap::from_status(&status);
+        let names = [1, 2, 3].map(|node| map.name_of(NodeId(node)).expect("a node").as_str());
+        assert_eq!(names, ["node-1:1", "10.0.0.2:1", "10.0.0.3:1"]);
+        for node in 1..=3 {
+            let name = map.name_of(NodeId(node)).expect("a node");
+            assert_eq!(map.node_named(name), Some(NodeId(node)));
+            assert_eq!(map.is_public(name), node == 1);
+        }
+        assert_eq!(map.node_named(&address("10.0.0.1:1")), Some(NodeId(1)));
+        assert_eq!(map.node_named(&address("balancer:1")), None, "it may be either");
+        assert_eq!(map.name_of(NodeId(9)), None);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::client::shard_map::ShardMap;
 use crate::client::store::{Consistency, Failure, Found, Item, Options, Routing, Staleness};
 use crate::client::view_change::{self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure};
 use crate::raft::Group;
+use crate::raft::transport::Resolver as _;
 use crate::raft::{ProposeError, ReadError};
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
 use crate::sm::ports::{Direction, StoreError};
@@ -245,7 +246,7 @@ impl Access {
             Ok(reply) => {
                 // Any replica answers a stale read.
                 if options.consistency == Consistency::Linearizable && !matches!(reply, ShardReply::Failed(_)) {
-                    self.member.learn_leader(shard, &peer.address);
+                    self.member.note_leader(shard, Some(peer.node));
                 }
                 reply
             }
@@ -347,7 +348,7 @@ impl Access {
     fn not_leader(&self, shard: GroupId, leader: Option<NodeId>) -> Failure {
         let map = self.member.map();
         let leader = leader.filter(|leader| *leader != self.member.node && !self.member.registry.is_cut(*leader));
-        match leader.and_then(|leader| map.node(leader)).map(|place| place.public.clone()) {
+        match leader.and_then(|leader| map.name_of(leader)).cloned() {
             Some(address) => Failure::Elsewhere { shard, address },
             None => unavailable(format!("shard {shard:#} has no leader now{}", self.member.missing_of(shard))),
         }
@@ -356,18 +357,21 @@ impl Access {
     /// For a shard without a replica here: who leads it, or at least has a replica.
     fn elsewhere(&self, shard: GroupId) -> Failure {
         match self.member.peer_for(shard) {
-            Some(peer) => Failure::Elsewhere { shard, address: peer.public },
+            Some(peer) => Failure::Elsewhere { shard, address: peer.name },
             None => unavailable(format!("shard {shard:#} is unknown here")),
         }
     }
 
-    /// Where a client that follows is sent with a request for a shard that this node does not lead.
-    async fn redirect(&self, shard: GroupId) -> Failure {
-        match self.member.staying_replica(shard) {
+    /// Where a client that follows is sent with a request for a shard that this node does not lead. None: several nodes share what
+    /// clients call that one, and they might come to any of them.
+    async fn redirect(&self, shard: GroupId) -> Option<Failure> {
+        let failure = match self.member.staying_replica(shard) {
             Some(group) if group.watch().borrow().failure.is_none() => self.not_leader(shard, group.status().leader),
             // One that has stopped does not hear who leads.
             Some(_) | None => self.elsewhere_in_reach(shard).await,
-        }
+        };
+        let is_shared = matches!(&failure, Failure::Elsewhere { address, .. } if !self.member.map().is_public(address));
+        (!is_shared).then_some(failure)
     }
 
     /// As [`Access::elsewhere`], for clients that follow: to a node that answers. This one has no replica of the shard, so nothing else tells it
@@ -377,7 +381,7 @@ impl Access {
         for _ in 0..=replicas {
             let Some(peer) = self.member.peer_for(shard) else { return self.elsewhere(shard) };
             if self.contacts.answers(&peer.address).await {
-                return Failure::Elsewhere { shard, address: peer.public };
+                return Failure::Elsewhere { shard, address: peer.name };
             }
             self.member.forget_leader(shard, peer.node);
         }
@@ -407,14 +411,17 @@ impl ShardAccess for Access {
                 self.execute(&group, body, deadline).await
             }
             (None, Routing::Proxy) => self.forward(shard, body, options).await,
-            (None, Routing::Redirect) => ShardReply::Failed(self.redirect(shard).await),
+            (None, Routing::Redirect) => match self.redirect(shard).await {
+                Some(failure) => ShardReply::Failed(failure),
+                None => self.forward(shard, body, options).await,
+            },
         }
     }
 
     async fn locate(&self, shard: GroupId) -> Result<(), Failure> {
         match self.member.registry.get(shard).is_some_and(|group| group.leads()) {
             true => Ok(()),
-            false => Err(self.redirect(shard).await),
+            false => self.redirect(shard).await.map_or(Ok(()), Err),
         }
     }
 
@@ -436,10 +443,8 @@ impl ShardAccess for Access {
         let node = match &to {
             None => group.home,
             Some(address) => {
-                view.nodes.iter().find(|(_, node)| node.address == *address || node.public() == address).map_or_else(
-                    || Err(Failure::Invalid { reason: format!("{address} is no node of the view") }),
-                    |(id, _)| Ok(*id),
-                )?
+                let named = self.member.map().node_named(address);
+                named.ok_or_else(|| Failure::Invalid { reason: format!("{address} is no node of the view, or several are") })?
             }
         };
         let replica = view.replica_on(shard, node);
@@ -526,7 +531,7 @@ impl Access {
         }
         let is_known = |leader: &NodeId| *leader != self.member.node && !self.member.registry.is_cut(*leader);
         let leader = meta.status().leader.filter(is_known);
-        let address = leader.and_then(|leader| self.member.view().nodes.get(&leader).map(|node| node.address.clone()));
+        let address = leader.and_then(|leader| self.member.views().resolve(leader)).map(|peer| peer.address);
         let none = || format!("the meta group has no leader now{}", self.member.missing_of(GroupId::META));
         address.map(Some).ok_or_else(|| unavailable(none()))
     }

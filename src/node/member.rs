@@ -97,7 +97,8 @@ struct Hint {
 pub struct PeerPlace {
     pub node: NodeId,
     pub address: Address,
-    pub public: Address,
+    /// What others are sent to.
+    pub name: Address,
     /// As a relay while one that comes before it can't be connected to.
     pub hop: Hop,
 }
@@ -354,8 +355,10 @@ impl Member {
         let chosen = candidates.iter().find(|node| !suspect(node)).or(candidates.first()).copied()?;
         let is_around = candidates.iter().take_while(|node| **node != chosen).any(is_closed);
         let hop = if is_around || is_closed(&chosen) { Hop::Relay } else { Hop::Answer };
-        let place = map.node(chosen)?;
-        Some(PeerPlace { node: chosen, address: place.address.clone(), public: place.public.clone(), hop })
+        // Where it was found, which the view may not say yet.
+        let address = self.views.resolve(chosen).map(|peer| peer.address);
+        let address = address.or_else(|| map.node(chosen).map(|place| place.address.clone()))?;
+        Some(PeerPlace { node: chosen, address, name: map.name_of(chosen)?.clone(), hop })
     }
 
     /// Who leads the shard: this node, or who answered for it last, or whom its replica here follows.
@@ -370,8 +373,12 @@ impl Member {
 
     /// Somebody said, or showed, that the node at this address leads the shard.
     pub fn learn_leader(&self, shard: GroupId, address: &Address) {
+        self.note_leader(shard, self.map().node_named(address));
+    }
+
+    /// As [`Member::learn_leader`], of a node that is known.
+    pub fn note_leader(&self, shard: GroupId, leader: Option<NodeId>) {
         let map = self.map();
-        let leader = map.nodes().find(|(_, place)| place.address == *address || place.public == *address).map(|(node, _)| node);
         let mut hints = self.hints.lock().expect("no holder panics");
         if hints.len() > map.shards().count() {
             hints.retain(|shard, _| map.shard(*shard).is_some());

@@ -87,3 +87,26 @@ async fn a_node_that_is_cut_off_from_the_leader_serves_by_another() {
     cluster.wait_ready().await;
     wait_served(&cluster, other).await;
 }
+
+/// As behind a load balancer, which sends whoever follows a redirect to any of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_share_a_public_address_redirect_nobody_to_it() {
+    let mut cluster = Cluster::prepare(Setup::nodes(3).arguments(&["--shards", "1"])).await;
+    let balancer = format!("127.0.0.1:{}", cluster.first_port() + 9);
+    for node in &mut cluster.nodes {
+        node.set_environment("PUBLIC_ADDRESS", &balancer);
+        node.start();
+    }
+    cluster.wait_ready().await;
+    for id in 0..3 {
+        let address = &cluster.nodes[id].address;
+        let path = format!("/v1/kv/at-{id}");
+        let served = eventually(LIMIT, async || {
+            let put = cluster.client.ask_only(address, &Request::put(path.as_str(), "here")).await.ok()?;
+            let get = cluster.client.ask_only(address, &Request::get(path.as_str())).await.ok()?;
+            assert!(put.status != 307 && get.status != 307, "node {id} redirects");
+            (matches!(put.status, 200 | 201) && get.status == 200).then_some(())
+        });
+        assert!(served.await.is_some(), "node {id} serves nothing for {LIMIT:?}");
+    }
+}

@@ -99,6 +99,28 @@ async fn a_leader_that_can_not_be_connected_to_is_asked_by_way_of_another_node()
     assert_eq!(asked.load(Ordering::Relaxed), 1, "the way is remembered");
 }
 
+/// Whoever answers there knows who leads, and has a connection to it.
+#[tokio::test]
+async fn a_cluster_behind_one_address_is_asked_to_pass_requests_on() {
+    let (balancer, balancing) = bind().await;
+    let mut status = status(1, None, &[nobody().await, nobody().await]);
+    for node in &mut status.nodes {
+        node.public_address = balancer.clone();
+    }
+    let named = status.nodes[1].address.clone();
+    serve(balancing, move |request| {
+        let elsewhere = Failure::Elsewhere { shard: GroupId(1), address: named.clone() };
+        let reply = match (request.uri().path(), request.uri().query()) {
+            ("/v1/cluster", _) => json(&status),
+            (_, Some("relay=1")) => Response::new(codec::encode(&written())),
+            _ => Response::new(codec::encode(&ShardReply::Failed(elsewhere))),
+        };
+        async move { Some(reply) }
+    });
+    let store = RemoteStore::connect(vec![balancer]).expect("a client");
+    assert!(store.write(put(), None, options()).await[0].is_ok());
+}
+
 #[tokio::test]
 async fn an_unanswered_write_is_unknown_and_repeated_only_with_a_key() {
     let (address, listener) = bind().await;
