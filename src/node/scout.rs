@@ -5,7 +5,7 @@
 //! one. Requests then go by the connections that there are: by another node, which passes them on,
 //! or, once most voters of a group say that they can't connect to its leader, to the next leader.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
 use crate::client::enquiry::takes_connections;
-use crate::raft::Group;
 use crate::raft::transport::Resolver as _;
+use crate::raft::{Group, TransferError};
 use crate::sm::reach::should_hand_over;
 use crate::telemetry::rarely;
 use crate::types::{GroupId, NodeId};
@@ -35,10 +35,10 @@ const ATTEMPTS: usize = 2;
 const ASKED_AT_ONCE: usize = 32;
 /// A peer that was last heard of longer ago is none to go on with.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
-const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
+const HAND_OVER_TIMEOUT: Duration = Duration::from_millis(150);
+/// How long it is waited for who leads now.
+const ASK_TIMEOUT: Duration = Duration::from_millis(300);
 const HANDED_OVER_AT_ONCE: usize = 16;
-/// A group whose lead could not be handed over is left alone for so long.
-const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// Looks for peers in doubt.
 pub struct Scout {
@@ -101,38 +101,57 @@ impl Scout {
 
     /// Hands leads over where most of the others can't connect to this node.
     async fn hand_over(&self) {
-        let mut tried: HashMap<GroupId, Instant> = HashMap::new();
+        let mut given_up: BTreeSet<GroupId> = BTreeSet::new();
         loop {
             tokio::time::sleep(TICK).await;
-            tried.retain(|_, at| at.elapsed() < RETRY_AFTER);
+            given_up.retain(|group| self.member.registry.get(*group).is_some_and(|group| group.leads()));
             let cut_off = self.member.registry.ways().telling();
-            if cut_off.is_empty() {
+            if cut_off.is_empty() && given_up.is_empty() {
                 continue;
             }
 
-            let is_due = |group: &Arc<Group>| group.leads() && !tried.contains_key(&group.key().group);
-            let groups = self.member.registry.groups().into_iter().filter(is_due);
-            let due: Vec<Arc<Group>> = groups
-                .filter(|group| {
-                    let voters = group.watch().borrow().membership.voters.clone();
-                    let others: Vec<NodeId> = voters.into_values().filter(|node| *node != self.member.node).collect();
-                    should_hand_over(&others, &cut_off, |node| self.member.heard_within(node, HEARD_WITHIN))
-                })
-                .collect();
-            tried.extend(due.iter().map(|group| (group.key().group, Instant::now())));
+            let led = self.member.registry.groups().into_iter().filter(|group| group.leads());
+            let (left, led): (Vec<_>, Vec<_>) = led.partition(|group| given_up.contains(&group.key().group));
+            for some in left.chunks(HANDED_OVER_AT_ONCE) {
+                join_all(some.iter().map(|group| self.find_successor(group))).await;
+            }
+            let due: Vec<Arc<Group>> = led.into_iter().filter(|group| self.is_cut_off(group, &cut_off)).collect();
             for some in due.chunks(HANDED_OVER_AT_ONCE) {
-                join_all(some.iter().map(|group| self.give_up(group, &cut_off))).await;
+                let ended = join_all(some.iter().map(|group| self.give_up(group, &cut_off))).await;
+                given_up.extend(ended.into_iter().flatten());
             }
         }
     }
 
+    fn is_cut_off(&self, group: &Group, cut_off: &BTreeSet<NodeId>) -> bool {
+        let voters = group.watch().borrow().membership.voters.clone();
+        let others: Vec<NodeId> = voters.into_values().filter(|node| *node != self.member.node).collect();
+        should_hand_over(&others, cut_off, |node| self.member.heard_within(node, HEARD_WITHIN))
+    }
+
     /// Hands a lead to one of those that can't connect to this node: another might bring it back.
-    async fn give_up(&self, group: &Group, cut_off: &BTreeSet<NodeId>) {
+    /// Returns the group if it was told to go on without this node.
+    async fn give_up(&self, group: &Group, cut_off: &BTreeSet<NodeId>) -> Option<GroupId> {
         let id = group.key().group;
-        let Some(to) = group.best_successor_among(|node| cut_off.contains(&node)) else { return };
+        let to = group.best_successor_among(|node| cut_off.contains(&node))?;
         match group.transfer_leader_within(to, HAND_OVER_TIMEOUT).await {
-            Ok(()) => rarely!(warn, "group {id} is led by another node now: most could not connect to this one"),
-            Err(error) => rarely!(warn, "most can't connect to this node, and group {id} was not handed over: {error}"),
+            // Late: it may have been taken over, and nobody can say so.
+            Ok(()) | Err(TransferError::Late { .. }) => {}
+            Err(error) => {
+                rarely!(warn, "most can't connect to this node, and group {id} is not handed over: {error}");
+                return None;
+            }
         }
+        rarely!(warn, "group {id} is handed over: most can't connect to this node");
+        self.find_successor(group).await;
+        Some(id)
+    }
+
+    /// Has this node's replica follow whoever leads now.
+    async fn find_successor(&self, group: &Group) {
+        let voters = group.watch().borrow().membership.voters.clone();
+        let deadline = Instant::now() + ASK_TIMEOUT;
+        let asked = voters.into_iter().filter(|(_, node)| *node != self.member.node);
+        join_all(asked.map(|(replica, node)| group.ask_for_successor(replica, node, deadline))).await;
     }
 }

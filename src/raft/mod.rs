@@ -36,6 +36,7 @@ mod snapshots;
 mod state_machine;
 mod status;
 mod step_down;
+mod successor;
 #[cfg(test)]
 mod tests;
 mod timings;

@@ -1,0 +1,31 @@
+//! How a leader that hands over, and that nobody can connect to, finds out who leads now.
+//!
+//! From the moment on that it hands over it sends nothing, so that no reply tells it of a later
+//! term, and whoever leads next can't send it anything either. It would take itself for the leader
+//! for as long as that lasts.
+
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::raft::AppendEntriesRequest;
+use tokio::time::Instant;
+
+use super::group::Group;
+use super::types::{Types, vote_from_raft, vote_to_raft};
+use super::wire::{Reply, Request};
+use crate::types::{NodeId, ReplicaId};
+
+impl Group {
+    /// Asks another voter how far elections are, and follows the leader of a later term that it
+    /// tells of, as if that had sent a heartbeat. Returns whether there is one.
+    pub async fn ask_for_successor(&self, replica: ReplicaId, node: NodeId, deadline: Instant) -> bool {
+        let own = vote_from_raft(&self.raft.server_metrics().borrow_watched().vote);
+        // Who answers with its vote grants nothing by that.
+        let request = Request::PreVote { vote: own, last: None };
+        let client = self.network.log_client(replica, node);
+        let Ok(Reply::Vote { vote, .. }) = client.ask(&request, &[], deadline).await else { return false };
+
+        let is_later = vote.committed && vote.term > own.term;
+        let Some(vote) = vote_to_raft(&vote).filter(|_| is_later) else { return false };
+        let heartbeat = AppendEntriesRequest::<Types> { vote, prev_log_id: None, entries: Vec::new(), leader_commit: None };
+        self.raft.append_entries(heartbeat).await.is_ok()
+    }
+}
