@@ -90,9 +90,6 @@ impl MetricSource for ServerStats {
             text.sample(&[], value.load(Ordering::Relaxed));
         }
 
-        text.family("quorate_tasks", Kind::Gauge, "Tasks of the runtime that have not ended.");
-        let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
-        text.sample(&[], u64::try_from(tasks).unwrap_or(u64::MAX));
         text.family("quorate_open_files_max", Kind::Gauge, "Descriptors that this process may have.");
         text.sample(&[], descriptors::limit());
         if let Some(count) = descriptors::in_use() {

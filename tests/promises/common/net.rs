@@ -19,7 +19,7 @@ pub enum Cut {
 
 /// The namespaces of some nodes, numbered from 0; removed when dropped.
 pub struct Network {
-    /// Part of every name, and of every address: two bytes.
+    /// Part of every name, and of every address: below 512.
     id: u16,
     nodes: usize,
 }
@@ -34,7 +34,7 @@ impl Network {
     /// Makes a bridge, and a namespace for each node. Returns why that can't be had here.
     pub fn new(nodes: usize) -> Result<Self, String> {
         // Dropped, and so cleared away, when a step fails.
-        let network = Self { id: rand::random(), nodes };
+        let network = Self { id: rand::random_range(0..512), nodes };
         // The bridge is in a namespace too: the packet filter of the machine may have rules for bridges.
         let (hub, root, inside) = (network.hub(), network.outside(nodes), network.inside(nodes));
         run("ip", &["netns", "add", &hub])?;
@@ -139,7 +139,7 @@ impl Network {
     /// From the range that is set apart for tests of networks.
     fn ip(&self, node: usize) -> String {
         let [high, low] = self.id.to_be_bytes();
-        format!("198.{}.{low}.{}", 18 + u16::from(high) % 2, node + 1)
+        format!("198.{}.{low}.{}", 18 + high, node + 1)
     }
 }
 
