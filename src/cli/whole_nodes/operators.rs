@@ -76,7 +76,6 @@ async fn the_metrics_of_a_node_follow_the_rules_and_tell_who_is_silent() {
     }
     assert_eq!(sum("quorate_ready", ("", "")), 3.0);
     assert_eq!(sum("quorate_groups", ("role", "leader")), 4.0, "of three shards and the meta group");
-    assert!(sum("quorate_elections_total", ("", "")) >= 4.0);
 
     let gone = hosts.iter().position(|host| !host.leads(crate::types::GroupId::META)).expect("one that does not lead");
     hosts[gone].end(End::Kill);
@@ -86,7 +85,10 @@ async fn the_metrics_of_a_node_follow_the_rules_and_tell_who_is_silent() {
         let pages = join_all(others.iter().map(|address| page(address))).await;
         let silence = |page: &Vec<Family>| value(page, "quorate_peer_silence_seconds", ("address", all[gone].as_str()));
         let changes: f64 = pages.iter().filter_map(|page| value(page, "quorate_leader_changes_total", ("", ""))).sum();
-        pages.iter().filter_map(silence).any(|silent| silent > 2.0) && changes >= 1.0
+        // The first leader of a group is elected as the group begins, and counts as no campaign.
+        let campaigns = pages.iter().filter_map(|page| value(page, "quorate_elections_total", ("", "")));
+        let is_silent = pages.iter().filter_map(silence).any(|silent| silent > 2.0);
+        is_silent && changes >= 1.0 && campaigns.sum::<f64>() >= 1.0
     })
     .await
     .expect("told");
