@@ -102,18 +102,22 @@ impl Group {
 
     async fn take_snapshot(&self, state: &ReplicaState, request: Request, tail: &Bytes) -> Handled {
         match request {
-            Request::SnapshotOpen { snapshot, .. } => self.inbox.open(state, snapshot),
+            Request::SnapshotOpen { snapshot, .. } => {
+                let opened = self.inbox.open(state, snapshot)?;
+                self.machine.hold.note_arriving(snapshot);
+                Ok(opened)
+            }
             Request::SnapshotChunk { snapshot, offset } => {
                 let (inbox, tail) = (self.inbox.clone(), tail.clone());
                 let written = tokio::task::spawn_blocking(move || inbox.write(snapshot, offset, &tail)).await;
+                self.machine.hold.renew();
                 written.unwrap_or_else(|error| Err(Refusal::Failed(format!("taking a snapshot panicked: {error}"))))
             }
             Request::SnapshotInstall { vote, snapshot } => {
                 let (raft, state) = (self.raft.clone(), state.clone());
                 let install = |receiver, done: snapshots::InstallSender| {
-                    if self.machine.hold.is_set() {
-                        return self.take_rebuilt(receiver, vote, done);
-                    }
+                    let ordinary = self.take_rebuilt(snapshot, receiver, vote, done);
+                    let Err((receiver, done)) = ordinary else { return };
                     self.supervise(async move {
                         let result = snapshots::install(raft, &state, receiver, vote).await;
                         done.send_replace(Some(result));

@@ -620,7 +620,7 @@ impl Group {
         self.proposer.close(SHUT_DOWN);
         self.reads.close(SHUT_DOWN);
         // Else openraft would wait for a map that does not come any more.
-        self.machine.hold.set(false);
+        self.machine.hold.clear();
         let _ = self.raft.shutdown().await;
         let tasks = self.tasks.lock().expect("no holder panics").take();
         if let Some(mut tasks) = tasks {

@@ -5,8 +5,11 @@
 //! ([`Hold`]), entries are appended and acknowledged as ever; those that the new map holds are passed over then.
 //! After an end in the middle the old map is still there, and the next comparison finds it again.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures::future::select;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -14,14 +17,17 @@ use super::group::Group;
 use super::snapshots;
 use super::state_machine::Machine;
 use super::types::vote_from_raft;
-use super::wire::{Refusal, Reply, Request};
+use super::wire::{Refusal, Reply, Request, SnapshotName};
 use crate::storage::background;
 use crate::storage::log::Vote;
-use crate::storage::snapshot::SnapshotReceiver;
+use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
 use crate::types::{NodeId, ReplicaId};
 
-/// How long a replica waits for another map before it goes on with its own.
+/// How long a replica waits for another map, or for the next piece of it, before it goes on with its
+/// own.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How often it is asked for more patience while its leader still writes the snapshot.
+const ASK_EVERY: Duration = Duration::from_secs(30);
 /// How long one request is waited for, and how long the log of a replica may be behind a snapshot.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 const LOG_PAUSE: Duration = Duration::from_millis(5);
@@ -32,31 +38,150 @@ const LOG_PAUSE: Duration = Duration::from_millis(5);
 pub struct RebuildError(String);
 
 /// Whether the map is held as it is, for another to take its place.
-pub struct Hold(watch::Sender<bool>);
+pub struct Hold(watch::Sender<Held>);
+
+#[derive(Default)]
+struct Held {
+    /// Of the last hold: whoever waited for one before it must not end it.
+    number: u64,
+    patience: Option<Patience>,
+    /// The last snapshot that began to arrive, if that was for a map that was held.
+    arriving: Option<SnapshotName>,
+}
+
+#[derive(Clone, Copy)]
+enum Patience {
+    Until(Instant),
+    /// All of another map is here, and takes its place as soon as it can.
+    Taking,
+}
 
 impl Default for Hold {
     fn default() -> Self {
-        Self(watch::Sender::new(false))
+        Self(watch::Sender::new(Held::default()))
     }
 }
 
 impl Hold {
-    pub fn set(&self, is_held: bool) {
-        self.0.send_replace(is_held);
+    /// Holds the map. Returns the number of a hold that begins; none if it was held already, and
+    /// then has new patience.
+    pub fn set(&self) -> Option<u64> {
+        if self.renew() {
+            return None;
+        }
+        let mut number = 0;
+        self.0.send_modify(|held| {
+            held.number += 1;
+            held.patience = Some(Patience::Until(Instant::now() + PATIENCE));
+            number = held.number;
+        });
+        Some(number)
+    }
+
+    /// Something came of what is waited for. Returns whether the map is held.
+    pub fn renew(&self) -> bool {
+        let mut is_held = false;
+        self.0.send_if_modified(|held| {
+            is_held = held.patience.is_some();
+            if let Some(Patience::Until(until)) = &mut held.patience {
+                *until = Instant::now() + PATIENCE;
+            }
+            false
+        });
+        is_held
+    }
+
+    /// A snapshot begins to arrive.
+    pub fn note_arriving(&self, name: SnapshotName) {
+        let is_held = self.renew();
+        self.0.send_if_modified(|held| {
+            held.arriving = is_held.then_some(name);
+            false
+        });
+    }
+
+    /// Returns whether this snapshot began to arrive for a map that was held.
+    pub fn expects(&self, name: SnapshotName) -> bool {
+        self.0.borrow().arriving == Some(name)
+    }
+
+    /// Has the hold last for as long as another map takes the place of this one. Returns its
+    /// number; none if the map is not held.
+    fn begin_taking(&self) -> Option<u64> {
+        let mut number = None;
+        self.0.send_if_modified(|held| {
+            if held.patience.is_some() {
+                held.patience = Some(Patience::Taking);
+                number = Some(held.number);
+            }
+            false
+        });
+        number
+    }
+
+    /// Ends that hold, and no later one.
+    fn end(&self, number: u64) {
+        self.0.send_if_modified(|held| held.number == number && held.patience.take().is_some());
+    }
+
+    /// Ends whatever hold there is.
+    pub fn clear(&self) {
+        self.0.send_if_modified(|held| held.patience.take().is_some());
     }
 
     pub fn is_set(&self) -> bool {
-        *self.0.borrow()
+        self.0.borrow().patience.is_some()
     }
 
-    /// Waits until the map is not held. Returns whether it was.
-    pub async fn wait(&self) -> bool {
-        if !self.is_set() {
-            return false;
+    /// Waits until the map is not held.
+    pub async fn wait(&self) {
+        if self.is_set() {
+            // The sender lives as long as this: it can't be gone.
+            drop(self.0.subscribe().wait_for(|held| held.patience.is_none()).await);
         }
-        // The sender lives as long as this: it can't be gone.
-        drop(self.0.subscribe().wait_for(|is_held| !is_held).await);
-        true
+    }
+
+    /// Waits until that hold is over, and ends it when its patience does. Returns whether it did.
+    async fn outlast(&self, number: u64) -> bool {
+        let mut seen = self.0.subscribe();
+        let over = seen.wait_for(|held| held.number != number || held.patience.is_none());
+        select(std::pin::pin!(over), std::pin::pin!(self.run_out(number))).await;
+        let mut ran_out = false;
+        self.0.send_if_modified(|held| {
+            let is_due = matches!(held.patience, Some(Patience::Until(until)) if until <= Instant::now());
+            ran_out = held.number == number && is_due;
+            if ran_out {
+                held.patience = None;
+            }
+            ran_out
+        });
+        ran_out
+    }
+
+    /// Waits until that hold has no patience left.
+    async fn run_out(&self, number: u64) {
+        loop {
+            let until = match *self.0.borrow() {
+                Held { number: now, patience: Some(Patience::Until(until)), .. } if now == number => until,
+                Held { .. } => Instant::now() + PATIENCE,
+            };
+            if until <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(until).await;
+        }
+    }
+}
+
+/// For as long as it lives the map stays held, while another takes its place.
+struct Taking {
+    machine: Arc<Machine>,
+    number: u64,
+}
+
+impl Drop for Taking {
+    fn drop(&mut self) {
+        self.machine.hold.end(self.number);
     }
 }
 
@@ -80,7 +205,16 @@ impl Group {
             Ok(other) => return Err(failed(format!("it answered {other:?}"))),
             Err(error) => return Err(failed(error.to_string())),
         }
-        self.build_snapshot().await.map_err(|error| failed(error.to_string()))?;
+        let mut building = std::pin::pin!(self.build_snapshot());
+        let built = loop {
+            match tokio::time::timeout(ASK_EVERY, &mut building).await {
+                Ok(built) => break built,
+                // Its patience must outlast a snapshot of any size. If it does not hear of it, it
+                // refuses what is sent.
+                Err(_) => drop(client.ask(&Request::Rebuild { vote }, &[], Instant::now() + ASK_TIMEOUT).await),
+            }
+        };
+        built.map_err(|error| failed(error.to_string()))?;
         let snapshot = self.state().current_snapshot().ok_or_else(|| failed("there is no snapshot".into()))?;
         let sent = snapshots::send(&client, vote, &snapshot, self.network.snapshot_step_timeout).await;
         sent.map(|_| ()).map_err(|error| failed(error.to_string()))
@@ -94,24 +228,41 @@ impl Group {
         if self.machine.keeps.map().is_none() {
             return Err(Refusal::Failed("a witness has no map".into()));
         }
+        let Some(number) = self.machine.hold.set() else { return Ok(Reply::Noted) };
         tracing::error!(
             "replica {} differs from a majority of its shard: its map is thrown away and rebuilt from its leader",
             self.key()
         );
-        self.machine.hold.set(true);
         let machine = self.machine.clone();
         self.supervise(async move {
-            if tokio::time::timeout(PATIENCE, machine.hold.wait()).await.is_err() {
+            if machine.hold.outlast(number).await {
                 tracing::error!("no other map came within {PATIENCE:?}: the replica goes on with its own");
-                machine.hold.set(false);
             }
         });
         Ok(Reply::Noted)
     }
 
-    /// Puts what has arrived in the place of the map that is held, once the log holds all that is in it.
-    pub(super) fn take_rebuilt(&self, receiver: SnapshotReceiver, vote: Vote, done: snapshots::InstallSender) {
+    /// Returns whether a snapshot that is to be installed takes the place of a map that is held, and
+    /// then has it do so, once the log holds all that is in it.
+    ///
+    /// One that was sent for a map which is held no more is refused: openraft would find nothing in
+    /// it to install, and the leader would be told that the map is rebuilt.
+    pub(super) fn take_rebuilt(
+        &self,
+        name: SnapshotName,
+        receiver: SnapshotReceiver,
+        vote: Vote,
+        done: snapshots::InstallSender,
+    ) -> Result<(), (SnapshotReceiver, snapshots::InstallSender)> {
         let (machine, log, key) = (self.machine.clone(), self.log.clone(), self.key());
+        let Some(number) = machine.hold.begin_taking() else {
+            if !machine.hold.expects(name) {
+                return Err((receiver, done));
+            }
+            done.send_replace(Some(Err("the map is held no more".into())));
+            return Ok(());
+        };
+        let taking = Taking { machine: machine.clone(), number };
         self.supervise(async move {
             let received = tokio::task::spawn_blocking(move || receiver.finish()).await;
             let result = async {
@@ -124,33 +275,84 @@ impl Group {
                     }
                     tokio::time::sleep(LOG_PAUSE).await;
                 }
+
                 let filling = machine.clone();
                 // An entry may just be applied to the one that is held.
                 let _turn = machine.turns.lock().await;
-                let filled = tokio::task::spawn_blocking(move || {
-                    let state = filling.keeps.map().ok_or("a witness has no map")?;
-                    let installed = background::run("fill-map", || state.install(&snapshot).and_then(|()| state.tidy()));
-                    installed.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
-                });
+                // It goes first: whoever has the turn next must not find a hold without a purpose.
+                let _taking = taking;
+                let filled = tokio::task::spawn_blocking(move || filling.exchange_map(&snapshot));
                 filled.await.map_err(|error| error.to_string())??;
                 Ok(vote)
             }
             .await;
+
             match &result {
-                Ok(_) => {
-                    machine.count_rebuilt();
-                    tracing::error!("replica {key} is rebuilt from its leader");
-                }
+                Ok(_) => tracing::error!("replica {key} is rebuilt from its leader"),
                 Err(reason) => tracing::error!("replica {key} was not rebuilt: {reason}"),
             }
-            machine.hold.set(false);
             done.send_replace(Some(result));
         });
+        Ok(())
     }
 }
 
 impl Machine {
-    fn count_rebuilt(&self) {
-        self.rebuilt.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    /// Puts a snapshot in the place of the map, whose turn the caller has. Blocking.
+    ///
+    /// It is counted as soon as it is so, and whoever applies the next entry looks at the count: a
+    /// hold may begin and end without being seen.
+    fn exchange_map(&self, snapshot: &Snapshot) -> Result<(), String> {
+        let state = self.keeps.map().ok_or("a witness has no map")?;
+        let filled = background::run("fill-map", || state.install(snapshot));
+        filled.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+        self.rebuilt.fetch_add(1, Ordering::Release);
+        self.follow_map().map_err(|error| error.to_string())?;
+
+        if let Err(error) = state.tidy() {
+            tracing::warn!(replica = %state.key(), %error, "an old map stays until the next start");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn patience_lasts_while_pieces_arrive_and_ends_no_other_hold() {
+        let hold = Arc::new(Hold::default());
+        let outlast = |number| {
+            let hold = hold.clone();
+            tokio::spawn(async move { hold.outlast(number).await })
+        };
+        let first = outlast(hold.set().expect("a hold"));
+        for _ in 0..5 {
+            tokio::time::sleep(PATIENCE / 2).await;
+            assert!(hold.renew(), "a piece came in time");
+        }
+        tokio::time::sleep(PATIENCE * 2).await;
+        assert!(!hold.is_set(), "no piece came any more");
+        assert!(first.await.expect("it ends"));
+
+        let second = outlast(hold.set().expect("a hold"));
+        tokio::time::sleep(PATIENCE / 2).await;
+        // Nobody sees that it is not held for a moment.
+        hold.clear();
+        let number = hold.set().expect("another hold");
+        tokio::time::sleep(PATIENCE / 4 * 3).await;
+        assert!(hold.is_set(), "the patience of another hold has ended it");
+        assert!(!second.await.expect("it ends"));
+
+        let third = outlast(number);
+        assert_eq!(hold.begin_taking(), Some(number));
+        tokio::time::sleep(PATIENCE * 5).await;
+        assert!(hold.is_set(), "it is being filled");
+        hold.end(number - 1);
+        assert!(hold.is_set(), "another has ended it");
+        hold.end(number);
+        assert!(!hold.is_set() && !third.await.expect("it ends"));
+        assert_eq!(hold.begin_taking(), None);
     }
 }

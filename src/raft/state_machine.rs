@@ -96,7 +96,7 @@ pub struct Machine {
     pub hold: Hold,
     /// Held while an entry is applied, and while another map takes the place of one that is held.
     pub turns: tokio::sync::Mutex<()>,
-    /// How often another map took the place of this one's, which differed.
+    /// How often another map took the place of this one's, which differed. Changed with the turn.
     pub rebuilt: AtomicU64,
     /// Since when an entry is being applied.
     applying: Mutex<Option<Instant>>,
@@ -136,6 +136,19 @@ impl Machine {
             self.clock.observe(requests::group_time_ms(&state.read())?);
             self.set_read_only(kv::read_only(&state.read())?);
         }
+        Ok(())
+    }
+
+    /// Tells what the map says that was put in the place of another.
+    pub fn follow_map(&self) -> Result<(), StoreError> {
+        self.read_map()?;
+        let Some(id) = self.keeps.applied().log_id else { return Ok(()) };
+        self.applied_term.fetch_max(id.term, Ordering::AcqRel);
+        self.applied.send_if_modified(|index| {
+            let is_further = id.index > *index;
+            *index = id.index.max(*index);
+            is_further
+        });
         Ok(())
     }
 
@@ -191,14 +204,12 @@ impl Machine {
     }
 
     /// Waits until the map is not held, and keeps it from being exchanged until the turn is given back.
-    /// Returns whether another may have taken its place.
-    async fn take_turn(&self) -> (bool, TurnGuard<'_, ()>) {
-        let mut was_held = false;
+    async fn take_turn(&self) -> TurnGuard<'_, ()> {
         loop {
-            was_held |= self.hold.wait().await;
+            self.hold.wait().await;
             let turn = self.turns.lock().await;
             if !self.hold.is_set() {
-                return (was_held, turn);
+                return turn;
             }
         }
     }
@@ -377,6 +388,8 @@ pub struct StateMachine {
     is_meta: bool,
     /// Kept encoded as it is written with every entry.
     membership: bytes::Bytes,
+    /// How often the map was another since, of what [`Machine::rebuilt`] counts.
+    rebuilt_seen: u64,
     /// The last entry that is in a map which took the place of another.
     rebuilt_upto: Option<u64>,
 }
@@ -384,7 +397,9 @@ pub struct StateMachine {
 impl StateMachine {
     pub fn new(machine: Arc<Machine>) -> Self {
         let membership = machine.keeps.applied().membership;
-        Self { is_meta: machine.keeps.key().group.is_meta(), machine, membership, rebuilt_upto: None }
+        let is_meta = machine.keeps.key().group.is_meta();
+        let rebuilt_seen = machine.rebuilt.load(Ordering::Acquire);
+        Self { machine, is_meta, membership, rebuilt_seen, rebuilt_upto: None }
     }
 
     /// Makes of an entry what is to be done with the map.
@@ -406,18 +421,8 @@ impl StateMachine {
     fn take_over_map(&mut self) -> io::Result<()> {
         let applied = self.machine.keeps.applied();
         self.membership = applied.membership;
-        let upto = applied.log_id.map(|id| id.index);
-        self.rebuilt_upto = upto;
-        self.machine.read_map().map_err(|error| self.machine.fatal(error))?;
-        if let Some(id) = applied.log_id {
-            self.machine.applied_term.fetch_max(id.term, Ordering::AcqRel);
-        }
-        self.machine.applied.send_if_modified(|index| {
-            let is_further = upto > Some(*index);
-            *index = upto.unwrap_or(0).max(*index);
-            is_further
-        });
-        Ok(())
+        self.rebuilt_upto = applied.log_id.map(|id| id.index);
+        self.machine.follow_map().map_err(|error| self.machine.fatal(error))
     }
 
     /// Returns whether an entry has its effects in the map already: it is in one that was put in the place of another.
@@ -450,9 +455,11 @@ impl RaftStateMachine<Types> for StateMachine {
                 state.wait_room().await;
             }
             let machine = self.machine.clone();
-            let (was_held, turn) = machine.take_turn().await;
-            if was_held {
+            let turn = machine.take_turn().await;
+            let rebuilt = machine.rebuilt.load(Ordering::Acquire);
+            if rebuilt != self.rebuilt_seen {
                 self.take_over_map()?;
+                self.rebuilt_seen = rebuilt;
             }
             let (entry_id, index) = (entry.log_id, entry.log_id.index());
             if self.is_in_map(index) {

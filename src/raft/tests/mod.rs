@@ -6,6 +6,7 @@ mod groups;
 mod lanes;
 mod network;
 mod opening;
+mod rebuild;
 mod slow_maps;
 mod snapshots;
 mod stalling_disk;

@@ -95,7 +95,8 @@ impl Shared {
 
     /// A table that becomes clean was counted before: so what there is decides.
     fn has_room_for_clean(&self) -> bool {
-        let tables = self.active_bytes.get() + self.frozen_bytes.get() + self.clean_bytes.get();
+        let unclean = self.active_bytes.get().saturating_add(self.frozen_bytes.get());
+        let tables = unclean.saturating_add(self.clean_bytes.get());
         tables <= self.options.node_bytes_max
     }
 
@@ -104,7 +105,7 @@ impl Shared {
         if !self.wants_clean_dropped() {
             return;
         }
-        let unclean = self.active_bytes.get() + self.frozen_bytes.get();
+        let unclean = self.active_bytes.get().saturating_add(self.frozen_bytes.get());
         let goal = (self.options.node_bytes_max / 8 * 7).saturating_sub(unclean);
         let mut replicas = self.open_replicas();
         replicas.sort_by_cached_key(|replica| Reverse(replica.clean_bytes()));

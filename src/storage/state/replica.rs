@@ -155,8 +155,10 @@ impl ReplicaState {
     /// Puts a batch into the map, as of `applied`. In memory: the log is what makes it durable. Never waits for the disk; the caller
     /// awaits [`ReplicaState::wait_room`] first, so that memory is bounded. An error is final: this replica has stopped.
     ///
+    /// `applied` must go forward: an entry that is in the map already is an error like any other.
+    ///
     /// # Panics
-    /// If a key begins with a zero byte or is empty, or `applied` goes backwards: going on would make replicas differ.
+    /// If a key begins with a zero byte or is empty: going on would make replicas differ.
     pub fn apply(&self, batch: WriteBatch, applied: Applied) -> Result<(), StoreError> {
         let replica = &self.replica;
         replica.check()?;
@@ -164,7 +166,9 @@ impl ReplicaState {
         assert!(!reserved, "{}: a change of a reserved key", replica.key);
         let frozen = {
             let mut tables = replica.write_tables();
-            assert!(applied.log_id >= tables.applied.log_id, "{}: applied goes backwards", replica.key);
+            if applied.log_id <= tables.applied.log_id {
+                return Err(StoreError::Damaged(format!("{}: an entry that is in the map was to be applied", replica.key)));
+            }
             let before = tables.active.bytes();
             tables.active.apply(batch);
             tables.applied = applied;
@@ -182,7 +186,10 @@ impl ReplicaState {
     /// Changes the map behind the back of the log, as a fault of program, machine or disk would.
     #[cfg(test)]
     pub fn spoil(&self, batch: WriteBatch) {
-        self.replica.write_tables().active.apply(batch);
+        let mut tables = self.replica.write_tables();
+        let before = tables.active.bytes();
+        tables.active.apply(batch);
+        self.replica.shared.active_bytes.replace(before, tables.active.bytes());
     }
 
     /// Has the digest of the map noted as it is after this entry, which is to be applied next: a table that the entry fills may be

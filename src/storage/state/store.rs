@@ -442,11 +442,9 @@ pub(super) struct Gauge(AtomicUsize);
 impl Gauge {
     /// A part of it was `before` and is now `after`.
     pub fn replace(&self, before: usize, after: usize) {
-        if after >= before {
-            self.0.fetch_add(after - before, Ordering::Relaxed);
-        } else {
-            self.0.fetch_sub(before - after, Ordering::Relaxed);
-        }
+        // It never wraps: a part that was not counted would make a full node of an empty one.
+        let replaced = |sum: usize| Some(sum.saturating_add(after).saturating_sub(before));
+        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, replaced);
     }
 
     pub fn get(&self) -> usize {
