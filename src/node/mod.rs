@@ -254,7 +254,10 @@ impl Node {
             result => result,
         };
         if let Err(NodeError::Retired) = result {
-            running.retire(&self.joining).await?;
+            tokio::select! {
+                retired = running.retire(&self.joining) => retired?,
+                never = running.give_up_room_at(shutdown) => match never {},
+            }
         }
         running.stop(result.is_ok()).await;
         result

@@ -338,6 +338,13 @@ impl Running {
         Ok(())
     }
 
+    /// Has the log wait for room no more once `shutdown` comes. Never resolves.
+    pub async fn give_up_room_at(&self, shutdown: &CancellationToken) -> std::convert::Infallible {
+        shutdown.cancelled().await;
+        self.storage.log.give_up_room();
+        std::future::pending().await
+    }
+
     /// Resolves, with the reason, when the log has failed.
     pub fn log_failure(&self) -> impl Future<Output = String> + use<> {
         let mut failed = self.storage.log.failed();
@@ -392,6 +399,8 @@ impl Running {
 
     /// Stops every group and closes log and maps. `is_clean`: with everything written down, for a quick start.
     pub async fn stop(&self, is_clean: bool) {
+        // First, since all that is awaited here may wait for the log, and the log for room.
+        self.storage.log.give_up_room();
         self.end_tasks().await;
         // Its group is all that keeps a map open.
         let maps = self.storage.states.open_maps();

@@ -2,7 +2,7 @@
 //!
 //! At most one replica of a group lives here at a time. Frames find their replica here; they never create one.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
@@ -70,8 +70,8 @@ pub(super) struct Shared {
 #[derive(Default)]
 struct Opening {
     is_closed: bool,
-    /// Replicas that this process has opened, or has tried to.
-    tried: BTreeSet<ReplicaKey>,
+    /// How often this process has opened replicas, or has tried to.
+    tried: BTreeMap<ReplicaKey, u64>,
 }
 
 /// What kind of replica is opened.
@@ -265,21 +265,31 @@ impl Registry {
 
     /// Of no kind in particular: of that which it was created as.
     async fn open(self: &Arc<Self>, key: ReplicaKey, kind: Option<Kind>, may_create: bool) -> Result<Arc<Group>, OpenError> {
-        let mut opening = self.opening.lock().await;
-        if opening.is_closed {
-            return Err(OpenError::ShuttingDown);
-        }
-        if let Some(open) = self.replica(key.group) {
-            return Err(OpenError::AlreadyOpen(open.key()));
-        }
-        let log = match self.shared.log.replica(key) {
-            Some(log) => log,
-            None if !may_create => return Err(OpenError::Missing(key)),
-            None => self.create(key, kind).await?,
-        };
-        if !opening.tried.insert(key) {
+        let mut synced = 0;
+        let (_opening, log) = loop {
+            let mut opening = self.opening.lock().await;
+            if opening.is_closed {
+                return Err(OpenError::ShuttingDown);
+            }
+            if let Some(open) = self.replica(key.group) {
+                return Err(OpenError::AlreadyOpen(open.key()));
+            }
+            let log = match self.shared.log.replica(key) {
+                Some(log) => log,
+                None if !may_create => return Err(OpenError::Missing(key)),
+                None => self.create(key, kind).await?,
+            };
+            let tried = opening.tried.entry(key).or_default();
+            if *tried == synced {
+                *tried += 1;
+                break (opening, log);
+            }
+            // The disk may take its time, and others are opened and closed meanwhile. If this one is,
+            // it is synced once more.
+            synced = *tried;
+            drop(opening);
             sync_vote(&log).await?;
-        }
+        };
         let keeps = self.open_state(key, log.clone()).await?;
         let found = if keeps.witness().is_some() { Kind::Witness } else { Kind::Map };
         if kind.is_some_and(|kind| kind != found) {

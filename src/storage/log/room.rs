@@ -20,6 +20,8 @@ pub(super) struct Room {
     level: AtomicU8,
     /// The writer has no room for a batch, and waits for it.
     pub is_waited_for: AtomicBool,
+    /// It does so no more: the node stops.
+    pub is_given_up: AtomicBool,
 }
 
 impl Room {
@@ -32,6 +34,7 @@ impl Room {
             reserve_bytes: AtomicU64::new(0),
             level: AtomicU8::new(DiskLevel::Ample as u8),
             is_waited_for: AtomicBool::new(false),
+            is_given_up: AtomicBool::new(false),
         }
     }
 
@@ -83,6 +86,12 @@ impl Log {
         }
         let (free, reserve) = self.free_bytes();
         Some(format!("its disk has {} MiB left, and {} MiB are kept free", free >> 20, reserve >> 20))
+    }
+
+    /// Has the writer wait for room no more: what does not fit fails, and the log with it. For a node
+    /// that stops, whose parts may all wait for the log before it is closed.
+    pub fn give_up_room(&self) {
+        self.shared().room.is_given_up.store(true, Ordering::Relaxed);
     }
 
     /// Returns whether the writer waits for room.

@@ -309,7 +309,8 @@ impl LogWriter {
     /// Returns whether an error says that the disk is full, and there is time to wait.
     fn may_wait_for_room(&self, error: &io::Error) -> bool {
         let is_full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
-        is_full && self.options.waits_for_room && !self.shared.queue.is_closing()
+        let is_ending = self.shared.queue.is_closing() || self.shared.room.is_given_up.load(Ordering::Relaxed);
+        is_full && self.options.waits_for_room && !is_ending
     }
 
     fn try_make_room(&mut self, bytes: u64) -> io::Result<()> {

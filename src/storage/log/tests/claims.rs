@@ -128,6 +128,27 @@ fn a_log_that_waits_for_room_can_be_closed() {
 }
 
 #[test]
+fn what_waits_for_room_fails_once_the_node_stops() {
+    let options = LogOptions { waits_for_room: true, ..small() };
+    let (disk, log, writer, replica, outcomes) = one(&options);
+    disk.set_capacity(Some(0));
+    let writer = std::thread::spawn(move || writer.run());
+    replica.append(vec![entry(1, 0, 100_000)], outcomes.done()).expect("taken");
+    while !log.waits_for_room() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+
+    // Those who wait for it are to end before it is closed.
+    log.give_up_room();
+    let began = std::time::Instant::now();
+    while !writer.is_finished() && began.elapsed() < std::time::Duration::from_secs(60) {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert_eq!(outcomes.bad(), [io::ErrorKind::StorageFull]);
+    writer.join().expect("it ended well");
+}
+
+#[test]
 fn a_replica_id_is_never_created_twice() {
     let options = small();
     let (disk, log, mut writer, replica, outcomes) = one(&options);
