@@ -259,12 +259,14 @@ impl Access {
 
     /// Passes on what a node asks that can't connect to the leader. Only once: nodes of which none
     /// can would send it in a circle.
-    async fn relay(&self, request: ShardRequest) -> ShardReply {
+    async fn relay(&self, mut request: ShardRequest) -> ShardReply {
         let ShardRequest { shard, timeout_ms, .. } = request;
         let Some(peer) = self.member.peer_for(shard).filter(|peer| peer.hop == Hop::Answer) else {
             return ShardReply::Failed(unavailable(format!("nor can the leader of shard {shard} be reached here")));
         };
         let (timeout, writes) = (Duration::from_millis(timeout_ms), !request.body.is_read());
+        // The leader's own "not in time" is to arrive before it is given up here.
+        request.timeout_ms = time_to_answer_ms(timeout);
         // Perhaps nobody can, and then it should be told so soon.
         self.member.registry.ways().doubt(peer.node);
         match self.call(&peer, &request, timeout).await {
