@@ -121,6 +121,11 @@ impl Refusal {
         Failure::Unknown { reason: "the store gave no answer".to_owned() }.into()
     }
 
+    /// Of a batch, some is stored and some may not be.
+    fn partly_stored() -> Self {
+        Failure::Unknown { reason: "some of the batch is not known to be stored".to_owned() }.into()
+    }
+
     /// `{"error":"...","message":"Error in PUT"}`
     fn respond(&self, method: &Method) -> Response {
         #[derive(Serialize)]

@@ -42,6 +42,8 @@ pub async fn set(app: &App, body: Held) -> Result<Response, Refusal> {
     let (pairs, _body) = list::apart(body.len(), move || read_pairs(&body, &limits).map(|pairs| (pairs, body))).await?;
     let written = batch::write(&*app.store, &pairs).await;
     match written.failure {
+        // What one pair failed for is not said of all where others are stored.
+        Some(_) if written.failed.len() < pairs.len() => Err(Refusal::partly_stored()),
         Some(failure) => Err(failure),
         None => Ok(answer(StatusCode::OK, TEXT, STORED.repeat(written.shards))),
     }
@@ -306,6 +308,18 @@ mod tests {
         assert_eq!(site.store.requests(), 0);
         let deep = format!(r#"[{{"key":"a","value":{}{}}}]"#, "[".repeat(500_000), "]".repeat(500_000));
         assert_eq!(site.ask("POST /set", deep).await.text(), STORED);
+        site.stop().await;
+    }
+
+    #[tokio::test]
+    async fn that_one_entry_is_refused_is_not_said_of_those_that_are_stored() {
+        let site = Site::start().await;
+        site.store.fail_next_write(Failure::TooLarge { limit: "an entry".into() });
+        let many: Vec<String> = (0..600).map(|n| format!(r#"{{"key":"k{n}","value":"v"}}"#)).collect();
+        assert_eq!(site.ask("POST /set", format!("[{}]", many.join(","))).await.status, 503);
+        assert!((0..600).any(|n| site.store.record(format!("k{n}").as_bytes()).is_some()));
+        site.store.fail_next_write(Failure::TooLarge { limit: "an entry".into() });
+        assert_eq!(site.ask("POST /set", r#"[{"key":"a","value":"v"}]"#).await.status, 413);
         site.stop().await;
     }
 
