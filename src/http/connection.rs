@@ -151,7 +151,7 @@ impl Serving {
         let (stats, outbox) = (Arc::clone(&self.stats), Arc::clone(&talk.outbox));
         let arrivals = Arrivals::new(Arc::clone(&talk.inbox), self.limits.head_arrival_timeout);
         let stream = Paced::new(stream, self.limits.write_timeout, stats, self.haste.clone(), outbox, arrivals);
-        let stream = Metered::new(stream, Arc::clone(&talk.meter), Arc::clone(&talk.outbox));
+        let stream = Metered::new(stream, Arc::clone(&talk.meter), Arc::clone(&talk.inbox), Arc::clone(&talk.outbox));
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
         let mut watch = Watch {
             // hyper's own timeout does not run until it knows which version of HTTP is spoken.

@@ -15,6 +15,7 @@ use std::task::{Context, Poll, ready};
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::inbox::Inbox;
 use super::outbox::Outbox;
 use super::paced::Paced;
 use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
@@ -42,8 +43,8 @@ impl HeadMeter {
         Self { bytes: zero(), in_flight: zero(), charged: zero(), share, bytes_max }
     }
 
-    /// Counts bytes that were read. False: there is no room for them. `is_busy` says whether requests
-    /// are under way that this does not know of.
+    /// Counts bytes that were read. False: there is no room for them. `is_busy` says whether they
+    /// are of requests that this does not know of, or of one that was answered before its end.
     pub fn read(&self, bytes: usize, is_busy: impl FnOnce() -> bool) -> bool {
         if self.in_flight.load(Ordering::Relaxed) > 0 {
             return true;
@@ -105,13 +106,14 @@ impl Drop for InFlight<'_> {
 pub struct Metered {
     stream: Paced,
     meter: Arc<HeadMeter>,
+    inbox: Arc<Inbox>,
     outbox: Arc<Outbox>,
 }
 
 impl Metered {
     /// Returns `stream`, of which `meter` knows what is head.
-    pub fn new(stream: Paced, meter: Arc<HeadMeter>, outbox: Arc<Outbox>) -> Self {
-        Self { stream, meter, outbox }
+    pub fn new(stream: Paced, meter: Arc<HeadMeter>, inbox: Arc<Inbox>, outbox: Arc<Outbox>) -> Self {
+        Self { stream, meter, inbox, outbox }
     }
 }
 
@@ -120,7 +122,8 @@ impl AsyncRead for Metered {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         let bytes = buffer.filled().len() - before;
-        if self.meter.read(bytes, || self.outbox.is_busy()) {
+        // The rest of a body whose request was answered early is no head either.
+        if self.meter.read(bytes, || self.outbox.is_busy() || self.inbox.reads_body()) {
             return Poll::Ready(Ok(()));
         }
         let reason = "there is no room for the heads of more requests";

@@ -67,7 +67,7 @@ impl Inbox {
     }
 
     /// Returns whether what comes now is of the body of a request that was read.
-    fn reads_body(&self) -> bool {
+    pub fn reads_body(&self) -> bool {
         self.is_asked() || self.discarded.load(Ordering::Relaxed) > 0
     }
 }

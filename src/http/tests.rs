@@ -227,6 +227,19 @@ async fn heads_on_their_way_are_bounded_together() {
 }
 
 #[tokio::test]
+async fn the_rest_of_a_body_that_was_answered_early_is_no_head() {
+    let limits = Limits { heads_bytes_max: 4 << 10, value_bytes_max: 1 << 10, ..Limits::default() };
+    let site = Site::with(limits).await;
+    let mut wire = site.connect().await;
+    wire.send(b"PUT /v1/kv/a HTTP/1.1\r\nhost: test\r\ncontent-length: 262144\r\n\r\n").await;
+    assert_eq!(wire.reply().await.status, 413);
+    wire.send(&[b'x'; 256 << 10]).await;
+    wire.send(&request("GET /healthz", b"")).await;
+    assert_eq!(wire.reply().await.status, 200, "the connection was cut");
+    site.stop().await;
+}
+
+#[tokio::test]
 async fn slow_heads_and_silent_connections_are_closed() {
     let site = Site::with(Limits { head_timeout: Duration::from_millis(50), ..Limits::default() }).await;
     for beginning in ["", "P", "PRI", "GET / HTTP/1.1\r\na:", "GET /healthz HTTP/1.1\r\n\r\n"] {
