@@ -235,6 +235,10 @@ impl NativeClient {
                     break;
                 }
                 let (by, failure) = match self.follow(server, &exchange, deadline).await {
+                    // It was refused here, which says nothing of who has not answered.
+                    Attempt::Answer(response) if last.may_be_done() && is_refusal(response.status()) => {
+                        return Err(last.settle(failure_of(&response)));
+                    }
                     Attempt::Answer(response) => return Ok(response),
                     Attempt::Redirect(address) => {
                         (Speaker::Server, unavailable(format!("the leader is changing, perhaps to {address}")))
@@ -242,7 +246,7 @@ impl NativeClient {
                     Attempt::NotDone(by, failure) | Attempt::Unknown(by, failure) => (by, failure),
                 };
                 if !exchange.effect.goes_on_after(&failure) {
-                    return Err(failure);
+                    return Err(last.settle(failure));
                 }
                 last.hear(by, failure);
             }
@@ -359,6 +363,11 @@ fn judge(address: &Address, response: Response<Bytes>, exchange: &Exchange) -> A
     }
 }
 
+/// Returns whether an answer says that nothing was done, and not because of what is stored.
+fn is_refusal(status: StatusCode) -> bool {
+    matches!(status, StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS)
+}
+
 /// Returns whether an answer looks like one of ours: errors are problems. What stands in front of a node, or in its place, may
 /// answer 404 to anything.
 fn is_ours(response: &Response<Bytes>) -> bool {
@@ -452,6 +461,21 @@ mod tests {
         let headers = WriteHeaders { idempotency_key: Some("once".into()), ..WriteHeaders::default() };
         client.put(b"k", Bytes::new(), &headers).await.expect("written in the end");
         assert_eq!(requests.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test]
+    async fn a_refusal_does_not_unsay_that_an_earlier_attempt_may_have_done_it() {
+        for status in [400, 413, 429] {
+            let (dropping, dropped) = bind().await;
+            serve(dropped, |_| async { None });
+            let (refusing, refused) = bind().await;
+            serve(refused, move |_| async move { Some(problem(status, "not here")) });
+            let headers = WriteHeaders { idempotency_key: Some("once".into()), ..WriteHeaders::default() };
+            let told = client(&[&dropping, &refusing]).put(b"k", Bytes::new(), &headers).await;
+            assert!(matches!(told, Err(NativeError::Failed(Failure::Unknown { .. }))), "{status}: {told:?}");
+            let told = client(&[&refusing, &dropping]).put(b"k", Bytes::new(), &headers).await;
+            assert!(!matches!(told, Err(NativeError::Failed(Failure::Unknown { .. }))), "{status}: {told:?}");
+        }
     }
 
     #[tokio::test]

@@ -101,6 +101,12 @@ impl LastWord {
         self.maybe_done.is_some()
     }
 
+    /// Returns what is told when `failure` ends the request: none unsays that it may have been done
+    /// before.
+    pub fn settle(&self, failure: Failure) -> Failure {
+        self.maybe_done.clone().unwrap_or(failure)
+    }
+
     /// Returns what it does to send the request twice.
     pub fn effect(&self) -> Effect {
         self.effect
