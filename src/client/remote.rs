@@ -279,19 +279,25 @@ impl HttpAccess {
         shard: GroupId,
         to: Option<Address>,
         timeout: Duration,
-    ) -> Result<Address, Failure> {
+    ) -> Result<Address, (Speaker, Failure)> {
         let url = format!("http://{address}/v1/cluster/shards/{}/leader", shard.0);
         let response = match self.caller.http().post(url).json(&Transfer { to }).timeout(timeout).send().await {
             Ok(response) => response,
-            Err(error) if error.is_connect() => return Err(unavailable(silence(address, &error))),
-            Err(error) => return Err(Failure::Unknown { reason: silence(address, &error) }),
+            Err(error) if error.is_connect() => {
+                return Err((Speaker::Nobody, unavailable(silence(address, &error))));
+            }
+            Err(error) => {
+                return Err((Speaker::Nobody, Failure::Unknown { reason: silence(address, &error) }));
+            }
         };
         if !response.status().is_success() {
-            return Err(failure_of(response).await);
+            return Err((Speaker::Server, failure_of(response).await));
         }
         let transferred: Result<Transferred, _> = reply::read_json(response, SMALL_BYTES_MAX).await;
-        let transferred = transferred.map_err(|error| Failure::Unknown { reason: error.to_string() })?;
-        Ok(transferred.leader)
+        match transferred {
+            Ok(transferred) => Ok(transferred.leader),
+            Err(error) => Err((Speaker::Server, Failure::Unknown { reason: error.to_string() })),
+        }
     }
 }
 
@@ -340,14 +346,21 @@ impl ShardAccess for HttpAccess {
         if map.shard(shard).is_none() {
             return Err(Failure::Invalid { reason: format!("there is no shard {}", shard.0) });
         }
-        let mut last = unavailable(format!("no node of shard {shard:#} is known"));
+        let deadline = Instant::now() + options.timeout;
+        let mut last = LastWord::new(TRANSFER);
         for address in self.candidates(shard, &map) {
-            match self.post_transfer(&address, shard, to.clone(), options.timeout).await {
-                Err(failure) if TRANSFER.goes_on_after(&failure) => last = failure,
-                settled => return settled,
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left < TIMEOUT_MIN && last.failure().is_some() {
+                break;
+            }
+            let timeout = TRANSFER.attempt_timeout(left.max(TIMEOUT_MIN));
+            match self.post_transfer(&address, shard, to.clone(), timeout).await {
+                Err((by, failure)) if TRANSFER.goes_on_after(&failure) => last.hear(by, failure),
+                Err((_, failure)) => return Err(last.settle(failure)),
+                Ok(leader) => return Ok(leader),
             }
         }
-        Err(last)
+        Err(last.failure().cloned().unwrap_or_else(|| unavailable(format!("no node of shard {shard:#} is known"))))
     }
 
     async fn change_view(

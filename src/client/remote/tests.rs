@@ -301,3 +301,39 @@ async fn what_a_server_lacks_is_told_rather_than_that_another_is_dead() {
     let told = store.plan_view(ViewChange::default(), options).await.expect_err("no quorum").to_string();
     assert_eq!(told, "unavailable: the meta group has no leader now");
 }
+
+/// A cluster of three of which the first knows everything and hangs when it is to hand over.
+async fn hanging_transfer(others: fn(usize) -> Option<Response<Bytes>>, timeout: Duration) -> (Result<Address, Failure>, usize) {
+    let bound = [bind().await, bind().await, bind().await];
+    let nodes = bound.each_ref().map(|(address, _)| address.clone());
+    let asked = Arc::new(AtomicUsize::new(0));
+    for (at, (_, listener)) in bound.into_iter().enumerate() {
+        let (told, asked) = (status(1, Some(0), &nodes), Arc::clone(&asked));
+        serve(listener, move |request| {
+            let (told, asked) = (told.clone(), Arc::clone(&asked));
+            async move {
+                if request.uri().path() == "/v1/cluster" {
+                    return Some(json(&told));
+                }
+                asked.fetch_add(1, Ordering::Relaxed);
+                if at == 0 {
+                    std::future::pending::<()>().await;
+                }
+                others(at)
+            }
+        });
+    }
+    let store = RemoteStore::connect(nodes.to_vec()).expect("a client");
+    let told = store.transfer_leader(GroupId(1), None, Options { timeout, ..options() }).await;
+    (told, asked.load(Ordering::Relaxed))
+}
+
+#[tokio::test]
+async fn a_hand_over_that_one_node_may_have_done_is_not_called_undone() {
+    let (others, timeout) = (|_| Some(problem(503, "no quorum")), Duration::from_secs(3));
+    let (told, asked) = hanging_transfer(others, timeout).await;
+    assert!(matches!(told, Err(Failure::Unknown { .. })), "{told:?}");
+    assert_eq!(asked, 3, "the others were asked in what time was left");
+    let (told, _) = hanging_transfer(|_| Some(problem(400, "no such replica")), timeout).await;
+    assert!(matches!(told, Err(Failure::Unknown { .. })), "{told:?}");
+}
