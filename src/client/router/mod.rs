@@ -194,11 +194,8 @@ impl<A: ShardAccess> Router<A> {
                 None => Retry::no_map(),
                 Some(GroupId::META) => Retry::unowned(),
                 Some(shard) => match self.access.locate(shard).await {
-                    Ok(()) => {
-                        // There is a leader: others need not wait until a whole body was read.
-                        self.queues.answered(shard);
-                        return Ok(());
-                    }
+                    // Not that there is a leader: those who wait for one go on waiting.
+                    Ok(()) => return Ok(()),
                     Err(failure) => course.judge(shard, failure)?,
                 },
             };

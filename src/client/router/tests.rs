@@ -707,6 +707,25 @@ async fn one_of_those_who_wait_for_a_leader_asks_for_all() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_waits_is_not_woken_by_a_client_that_need_not_go_elsewhere() {
+    const REQUESTS: usize = 1000;
+    let router = filled(1, 1).await;
+    router.access().state().is_leaderless = true;
+    let writes = (0..REQUESTS).map(|_| router.write(vec![put(key(0), "v")], None, options()));
+    let others = async {
+        for _ in 0..100 {
+            sleep(Duration::from_millis(20)).await;
+            router.locate(key(0), redirect()).await.expect("nobody is sent elsewhere");
+        }
+        router.access().state().is_leaderless = false;
+        calls(&router)
+    };
+    let (answers, asked) = futures::future::join(futures::future::join_all(writes), others).await;
+    assert!(answers.iter().flatten().all(Result::is_ok), "they were answered in the end");
+    assert!(asked <= REQUESTS + 70, "{REQUESTS} requests asked {asked} times");
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_waits_is_woken_by_a_leader_that_is_heard_of() {
     let (_, waited) = wait_for_leader(1, true).await;
     assert!(waited <= Duration::from_millis(1), "one waited for {waited:?} more");
