@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::queues::Want;
 use super::{PAUSE_MAX, PAUSE_MIN};
 use crate::client::store::{Failure, Options, Routing};
 use crate::types::{GroupId, Slot};
@@ -16,6 +17,8 @@ pub(super) struct Course {
     /// Doing it twice does no harm: a read, or a write with an idempotency key.
     repeatable: bool,
     single_key: bool,
+    /// What its shards are to do.
+    want: Want,
     attempts: u32,
     /// An earlier attempt ended unknown.
     maybe_done: bool,
@@ -70,7 +73,7 @@ impl Course {
     /// The deadline counts from now.
     pub fn new(options: Options) -> Self {
         let deadline = Instant::now() + options.timeout;
-        Self { options, deadline, repeatable: false, single_key: false, attempts: 0, maybe_done: false }
+        Self { options, deadline, repeatable: false, single_key: false, want: Want::Read, attempts: 0, maybe_done: false }
     }
 
     pub fn repeatable(self) -> Self {
@@ -79,6 +82,15 @@ impl Course {
 
     pub fn single_key(self) -> Self {
         Self { single_key: true, ..self }
+    }
+
+    /// It changes something, for which it is not enough that its shard is read.
+    pub fn writing(self) -> Self {
+        Self { want: Want::Write, ..self }
+    }
+
+    pub fn want(&self) -> Want {
+        self.want
     }
 
     pub fn deadline(&self) -> Instant {

@@ -28,13 +28,13 @@ use futures::future::BoxFuture;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use self::attempt::{Course, Retry};
-use self::queues::Queues;
+use self::queues::{Queues, Want};
 use super::protocol::{ClusterStatus, ShardBody, ShardReply};
 use super::shard_map::ShardMap;
 use super::store::{Consistency, Failure, Found, GetManyRequest, Options, Page, Routing, ScanRequest, Store, Written};
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
-use crate::sm::kv::{Operation, Record};
+use crate::sm::kv::{Operation, Record, WriteOutcome};
 use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion, NodeId, PlanEpoch};
 
 /// Requests that wait for another attempt at once. Past it they fail: a cluster without a quorum must not collect requests for ever.
@@ -151,9 +151,12 @@ impl<A: ShardAccess> Router<A> {
 
     /// One attempt at a shard. An answer is news to those who wait for one.
     async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
+        let writes = !body.is_read();
         let reply = self.access.call(shard, body, options).await;
         if options.consistency == Consistency::Linearizable && !matches!(reply, ShardReply::Failed(_)) {
-            self.queues.answered(shard);
+            // A shard that takes no writes reads, and may say all the same that a slot has moved.
+            let is_taken = matches!(reply, ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_)));
+            self.queues.answered(shard, if is_taken && writes { Want::Write } else { Want::Read });
         }
         reply
     }
@@ -229,7 +232,7 @@ impl<A: ShardAccess> Router<A> {
         retry: Retry,
         known: MapVersion,
     ) -> Result<(), Failure> {
-        let place = self.queues.enter(shard, course.attempts(), self.next_jitter());
+        let place = self.queues.enter((shard, course.want()), course.attempts(), self.next_jitter());
         course.failed_attempt(retry.maybe_done);
         let turn = place.wait(self.access.lead_changed(shard), self.next_jitter());
         // The map may know a leader that is not heard of otherwise. It is looked for on the side, now

@@ -18,10 +18,17 @@ use crate::types::GroupId;
 /// Those who go on together are spread by so much each, at random: the leader has just begun.
 const SPREAD_EACH: Duration = Duration::from_micros(10);
 
+/// What a shard is waited for to do. One whose disk is full may read, and not write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Want {
+    Read,
+    Write,
+}
+
 /// The queues of all shards that somebody waits for.
 #[derive(Debug, Default)]
 pub(super) struct Queues {
-    shards: Mutex<HashMap<GroupId, Arc<Queue>>>,
+    shards: Mutex<HashMap<(GroupId, Want), Arc<Queue>>>,
     /// How many wait, for whichever shard.
     waiting: AtomicUsize,
 }
@@ -47,27 +54,33 @@ struct State {
 /// A place in the queue of a shard.
 pub(super) struct Place<'a> {
     queues: &'a Queues,
-    shard: GroupId,
+    awaited: (GroupId, Want),
     queue: Arc<Queue>,
 }
 
 impl Queues {
     /// Begins to wait for a shard, at which so many attempts failed before the last.
-    pub fn enter(&self, shard: GroupId, attempts: u32, random: u64) -> Place<'_> {
+    pub fn enter(&self, awaited: (GroupId, Want), attempts: u32, random: u64) -> Place<'_> {
         let mut shards = self.shards.lock().expect("no holder panics");
-        let queue = Arc::clone(shards.entry(shard).or_insert_with(|| Arc::new(Queue::new(attempts, random))));
+        let queue = Arc::clone(shards.entry(awaited).or_insert_with(|| Arc::new(Queue::new(attempts, random))));
         queue.state.lock().expect("no holder panics").waiting += 1;
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        Place { queues: self, shard, queue }
+        Place { queues: self, awaited, queue }
     }
 
-    /// The shard has answered: whoever waits for it need wait no more.
-    pub fn answered(&self, shard: GroupId) {
+    /// The shard has done that: whoever waits for as much need wait no more. Where writes are taken,
+    /// reads are too.
+    pub fn answered(&self, shard: GroupId, done: Want) {
         if self.waiting.load(Ordering::Relaxed) == 0 {
             return;
         }
-        let queue = self.shards.lock().expect("no holder panics").get(&shard).cloned();
-        if let Some(queue) = queue {
+        let wants: &[Want] = match done {
+            Want::Read => &[Want::Read],
+            Want::Write => &[Want::Read, Want::Write],
+        };
+        for want in wants {
+            let queue = self.shards.lock().expect("no holder panics").get(&(shard, *want)).cloned();
+            let Some(queue) = queue else { continue };
             queue.state.lock().expect("no holder panics").attempts = 0;
             queue.answered.notify_waiters();
         }
@@ -130,7 +143,7 @@ impl Drop for Place<'_> {
         let mut state = self.queue.state.lock().expect("no holder panics");
         state.waiting -= 1;
         if state.waiting == 0 {
-            shards.remove(&self.shard);
+            shards.remove(&self.awaited);
         }
     }
 }

@@ -38,6 +38,8 @@ struct State {
     move_after: Option<(usize, Slot, GroupId)>,
     /// No shard has a leader.
     is_leaderless: bool,
+    /// Shards read, and take no writes.
+    is_full: bool,
 }
 
 #[derive(Default)]
@@ -175,7 +177,7 @@ impl ShardAccess for Fake {
         if let Some((_, slot, to)) = state.move_after.take_if(|(after, _, _)| calls > *after) {
             state.move_slot(slot, to);
         }
-        if state.is_leaderless {
+        if state.is_leaderless || (state.is_full && !body.is_read()) {
             return ShardReply::Failed(unavailable());
         }
         match state.scripts.get_mut(&shard).and_then(VecDeque::pop_front) {
@@ -723,6 +725,26 @@ async fn who_waits_is_not_woken_by_a_client_that_need_not_go_elsewhere() {
     let (answers, asked) = futures::future::join(futures::future::join_all(writes), others).await;
     assert!(answers.iter().flatten().all(Result::is_ok), "they were answered in the end");
     assert!(asked <= REQUESTS + 70, "{REQUESTS} requests asked {asked} times");
+}
+
+#[tokio::test(start_paused = true)]
+async fn those_whose_writes_are_refused_are_not_woken_by_reads() {
+    const WRITES: usize = 1000;
+    const READS: usize = 100;
+    let router = filled(1, 1).await;
+    router.access().state().is_full = true;
+    let writes = (0..WRITES).map(|_| router.write(vec![put(key(0), "v")], None, options()));
+    let reads = async {
+        for _ in 0..READS {
+            sleep(Duration::from_millis(20)).await;
+            router.get(key(0), options()).await.expect("it reads");
+        }
+        router.access().state().is_full = false;
+        calls(&router) - READS
+    };
+    let (answers, asked) = futures::future::join(futures::future::join_all(writes), reads).await;
+    assert!(answers.iter().flatten().all(Result::is_ok), "they were taken in the end");
+    assert!(asked <= WRITES + 70, "{WRITES} writes asked {asked} times");
 }
 
 #[tokio::test(start_paused = true)]

@@ -65,7 +65,11 @@ impl<A: ShardAccess> Router<A> {
     ) -> Result<Vec<Written>, WriteFailure> {
         operations.iter().try_for_each(|operation| check_key(&operation.key)).map_err(WriteFailure::Failed)?;
         let mut course = Course::new(options);
-        if key.is_some() || operations.iter().all(|operation| operation.action == Action::Get) {
+        let is_read = operations.iter().all(|operation| operation.action == Action::Get);
+        if !is_read {
+            course = course.writing();
+        }
+        if key.is_some() || is_read {
             course = course.repeatable();
         }
         if operations.len() == 1 {
