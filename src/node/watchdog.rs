@@ -17,8 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::member::Member;
 use crate::raft::Progress;
 use crate::sm::stalls::{
-    self, Cause, DISK_BEHIND_MS, MAP_STUCK_MS, ReplicaStalls, StepDowns, Still, Verdict, judge_apply, judge_checkpointer,
-    judge_writer,
+    self, Cause, DISK_BEHIND_MS, ReplicaStalls, StepDowns, Still, Verdict, judge_apply, judge_checkpointer, judge_writer,
 };
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, Phase};
@@ -199,9 +198,9 @@ impl Watchdog {
             self.step_down(key.group, cause, &held_up);
         }
 
-        let within_entry = replica.applying.is_some_and(|since| since >= Duration::from_millis(MAP_STUCK_MS));
         let ms = held_up.map_ms;
-        let verdict = judge_apply(ms, within_entry, log_hangs);
+        let still_ms = replica.applying.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+        let verdict = judge_apply(ms, still_ms, log_hangs);
         self.act(verdict, "apply", || format!("replica {key} has applied nothing of what is committed for {} s", ms / 1000))
     }
 

@@ -21,7 +21,7 @@ use tokio::sync::{MutexGuard as TurnGuard, watch};
 use tokio::time::Instant;
 
 use super::rebuild::Hold;
-use super::step_down::Applying;
+use super::step_down::{Applying, Stepping};
 use super::types::{
     Outcome, Proposal, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership, encode_stored_membership,
     from_raft, to_raft,
@@ -98,7 +98,7 @@ pub struct Machine {
     pub turns: tokio::sync::Mutex<()>,
     /// How often another map took the place of this one's, which differed. Changed with the turn.
     pub rebuilt: AtomicU64,
-    /// Since when an entry is being applied.
+    /// Since when an entry is being applied and has read nothing more of the map.
     applying: Mutex<Option<Instant>>,
     is_installing: AtomicBool,
     /// The term of the last applied entry.
@@ -152,7 +152,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Returns for how long one entry has been applied that is not done.
+    /// Returns for how long one entry has been applied that is not done, since its last read of the map.
     pub fn applying(&self) -> Option<Duration> {
         self.applying.lock().expect("no holder panics").map(|since| since.elapsed())
     }
@@ -219,25 +219,26 @@ impl Machine {
     /// One that panics would do so at every replica of the group, and again after each start: so it stops this
     /// replica, like one that can't be decoded, and not the process with all its others.
     async fn apply(self: &Arc<Self>, work: Work) -> Result<Outcome, StoreError> {
-        let _applying = Applying::begin(&self.applying);
         let id = work.applied.log_id;
         match self.keeps.map().filter(|state| state.reads_wait(ReadKind::Entry)) {
             Some(state) => {
                 let (machine, map) = (self.clone(), state.clone());
                 let apply = move || {
+                    // It has begun only now: threads to read on may have been waited for.
+                    let applying = Applying::begin(&machine.applying);
                     // What can't be decoded is told below.
                     if let Ok(Some(command)) = work.command() {
-                        map.preview(|read| command.clone().decide(read, &work));
+                        map.preview(|read| command.clone().decide(read, &work, &applying));
                     }
-                    machine.apply_now(work)
+                    machine.apply_now(work, &applying)
                 };
                 state.elsewhere(ReadKind::Entry, move || guarded(id, apply)).await
             }
-            None => guarded(id, || self.apply_now(work)),
+            None => guarded(id, || self.apply_now(work, &Applying::begin(&self.applying))),
         }
     }
 
-    fn apply_now(&self, work: Work) -> Result<Outcome, StoreError> {
+    fn apply_now(&self, work: Work, applying: &Applying<'_>) -> Result<Outcome, StoreError> {
         let state = match &self.keeps {
             Keeps::Map(state) => state,
             Keeps::Witness(witness) => {
@@ -255,7 +256,7 @@ impl Machine {
         }
         let notes = command.notes_digest();
         let read_only = command.read_only();
-        let (outcome, batch) = state.read_here(|read| command.decide(read, &work))?;
+        let (outcome, batch) = state.read_here(|read| command.decide(read, &work, applying))?;
         if let Some(log_id) = work.applied.log_id.filter(|_| notes) {
             state.want_digest(log_id);
         }
@@ -345,7 +346,8 @@ impl Command {
     }
 
     /// Returns its outcome, and what it changes in the map.
-    fn decide(self, read: &MapRead<'_>, work: &Work) -> Result<(Outcome, WriteBatch), StoreError> {
+    fn decide(self, read: &MapRead<'_>, work: &Work, applying: &Applying<'_>) -> Result<(Outcome, WriteBatch), StoreError> {
+        let read = &Stepping { read, applying };
         match self {
             Command::Meta(command) => {
                 let (outcome, batch) = meta::apply(read, work.index, command)?;

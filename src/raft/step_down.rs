@@ -9,6 +9,7 @@ use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::FutureExt;
 use openraft::async_runtime::watch::WatchReceiver;
 use tokio::task::coop::unconstrained;
@@ -19,6 +20,7 @@ use super::group::Group;
 use super::registry::Registry;
 use super::status::{GroupWatch, Role};
 use super::types::from_raft;
+use crate::sm::ports::{Direction, Items, KeyRange, Pairs, Read, StoreError, ValueStart};
 use crate::storage::ReplicaKey;
 use crate::types::{LogId, ReplicaId};
 
@@ -40,7 +42,7 @@ pub struct Progress {
     pub applied: u64,
     /// Nothing is to be applied: another map takes the place of this one, or the replica has failed, which is told elsewhere.
     pub is_held: bool,
-    /// For how long one entry has been applied that is not done.
+    /// For how long one entry has been applied that is not done, since it last read something of the map.
     pub applying: Option<Duration>,
 }
 
@@ -113,18 +115,93 @@ impl Group {
     }
 }
 
-/// Marks that an entry is being applied, until it is dropped.
+/// Marks that an entry is being applied, until it is dropped. Each read of the map counts as a step of
+/// it: a disk that is slow takes long for many, and a new start would begin with a cold cache.
 pub(super) struct Applying<'a>(&'a std::sync::Mutex<Option<Instant>>);
 
 impl<'a> Applying<'a> {
     pub fn begin(since: &'a std::sync::Mutex<Option<Instant>>) -> Self {
-        *since.lock().expect("no holder panics") = Some(Instant::now());
-        Self(since)
+        let applying = Self(since);
+        applying.step();
+        applying
+    }
+
+    fn step(&self) {
+        *self.0.lock().expect("no holder panics") = Some(Instant::now());
+    }
+
+    fn stepping<'b, V: 'b>(&'b self, items: Items<'b, V>) -> Items<'b, V> {
+        Box::new(items.inspect(|_| self.step()))
+    }
+}
+
+/// What an entry reads, each of which is a step of applying it.
+pub(super) struct Stepping<'a, R> {
+    pub read: &'a R,
+    pub applying: &'a Applying<'a>,
+}
+
+impl<R: Read> Read for Stepping<'_, R> {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        let value = self.read.get(key);
+        self.applying.step();
+        value
+    }
+
+    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
+        let start = self.read.start_of(key, bytes_max);
+        self.applying.step();
+        start
+    }
+
+    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
+        self.applying.stepping(self.read.scan(range, direction))
+    }
+
+    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+        self.applying.stepping(self.read.scan_starts(range, direction, bytes_max))
     }
 }
 
 impl Drop for Applying<'_> {
     fn drop(&mut self) {
         *self.0.lock().expect("no holder panics") = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_entry_that_reads_its_map_slowly_gets_further_with_each_read() {
+        let since = std::sync::Mutex::new(None);
+        let still = || since.lock().expect("no holder panics").map(|since: Instant| since.elapsed());
+        let map = ["a", "b"].map(|key| (Bytes::from(key), Bytes::from("v"))).into_iter().collect::<BTreeMap<_, _>>();
+        let later = Duration::from_secs(50);
+        let applying = Applying::begin(&since);
+        let read = Stepping { read: &map, applying: &applying };
+        let all = KeyRange { start: Bytes::new(), end: None };
+
+        tokio::time::advance(later).await;
+        assert_eq!(still(), Some(later));
+        read.get(b"a").expect("a map in memory");
+        assert_eq!(still(), Some(Duration::ZERO));
+        tokio::time::advance(later).await;
+        read.start_of(b"a", 1).expect("a map in memory");
+        assert_eq!(still(), Some(Duration::ZERO));
+        for _ in read.scan(&all, Direction::Forward) {
+            assert_eq!(still(), Some(Duration::ZERO));
+            tokio::time::advance(later).await;
+        }
+        for _ in read.scan_starts(&all, Direction::Reverse, 1) {
+            assert_eq!(still(), Some(Duration::ZERO));
+            tokio::time::advance(later).await;
+        }
+        assert_eq!(still(), Some(later));
+        drop(applying);
+        assert_eq!(still(), None);
     }
 }

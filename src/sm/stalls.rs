@@ -160,9 +160,10 @@ pub fn judge_checkpointer(ms: u64, log_hangs: bool) -> Verdict {
     verdict(ms, CHECKPOINTER_TOLD_MS, CHECKPOINTER_HANGS_MS, !log_hangs)
 }
 
-/// Judges a replica that applies nothing. `within_entry`: it has begun one, and waits for nothing but itself.
-pub fn judge_apply(ms: u64, within_entry: bool, log_hangs: bool) -> Verdict {
-    verdict(ms, MAP_STUCK_MS, APPLY_HANGS_MS, within_entry && !log_hangs)
+/// Judges a replica that applies nothing. `still_ms`: for how long the entry that it has begun has not
+/// even read anything of the map; a disk may be slow, and is no faster after a new start.
+pub fn judge_apply(ms: u64, still_ms: u64, log_hangs: bool) -> Verdict {
+    verdict(ms, MAP_STUCK_MS, APPLY_HANGS_MS, still_ms >= APPLY_HANGS_MS && !log_hangs)
 }
 
 #[cfg(test)]
@@ -229,7 +230,8 @@ mod tests {
         assert_eq!(judge_writer(600_000, true, false), Stalls, "of all disks, perhaps");
         assert_eq!([7_999, 8_000, 120_000].map(|ms| judge_checkpointer(ms, false)), [Works, Stalls, Hangs]);
         assert_eq!(judge_checkpointer(600_000, true), Stalls);
-        assert_eq!([4_999, 5_000, 60_000].map(|ms| judge_apply(ms, true, false)), [Works, Stalls, Hangs]);
-        assert_eq!([judge_apply(90_000, false, false), judge_apply(90_000, true, true)], [Stalls, Stalls]);
+        assert_eq!([4_999, 5_000, 60_000].map(|ms| judge_apply(ms, ms, false)), [Works, Stalls, Hangs]);
+        assert_eq!(judge_apply(90_000, 90_000, true), Stalls);
+        assert_eq!(judge_apply(900_000, 10_000, false), Stalls, "its map is read, slowly");
     }
 }
