@@ -17,10 +17,11 @@ use tokio_util::sync::CancellationToken;
 use super::member::Member;
 use crate::raft::Progress;
 use crate::sm::stalls::{
-    self, Cause, DISK_BEHIND_MS, ReplicaStalls, StepDowns, Still, Verdict, judge_apply, judge_checkpointer, judge_writer,
+    self, Cause, DISK_BEHIND_MS, ReplicaStalls, StepDowns, Still, Verdict, judge_apply, judge_checkpointer, judge_runtime,
+    judge_writer,
 };
 use crate::storage::ReplicaKey;
-use crate::storage::log::{Log, Phase};
+use crate::storage::log::{Log, Phase, Seen};
 use crate::storage::state::StateStore;
 use crate::supervisor::{Beat, Ended, Supervisor};
 use crate::types::GroupId;
@@ -39,11 +40,8 @@ const SLOW_ROUND_MAX_MS: u64 = 60 * 60_000;
 const TELL_EVERY: Duration = Duration::from_secs(60);
 /// What leaderships may take to be handed over before the process ends.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often the thread looks whether tasks run, after how many looks in a row without any it says so, and after how many it
-/// ends the process. Reads of a disk that hangs may block the threads of the tasks, and come back.
+/// How often the thread looks whether tasks run.
 const RUNTIME_LOOK: Duration = Duration::from_secs(1);
-const RUNTIME_TOLD_LOOKS: u32 = 4;
-const RUNTIME_HANGS_LOOKS: u32 = 30;
 
 /// What was found, for those who tell it.
 #[derive(Debug, Default)]
@@ -118,12 +116,13 @@ impl Watchdog {
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
-        let beat = Arc::new(Beat::default());
-        if let Err(error) = watch_runtime(&self.supervisor, &beat, RUNTIME_LOOK) {
+        let log = self.log.clone();
+        let watched = Arc::new(Watched { tasks: Beat::default(), log: Box::new(move || log.activity()) });
+        if let Err(error) = watch_runtime(&self.supervisor, &watched, RUNTIME_LOOK) {
             tracing::warn!("nothing watches whether tasks run: {error}");
         }
         while super::waited(shutdown, TICK).await {
-            beat.step();
+            watched.tasks.step();
             self.look();
             if let Some(ended) = self.ending.take() {
                 self.end(&ended).await;
@@ -276,24 +275,49 @@ impl Watchdog {
     }
 }
 
-/// Watches from a thread whether tasks run: `beat` counts what one of them does, until it is dropped. Looks are counted, and
-/// not time, because a process that is stopped for a while does not hang.
-fn watch_runtime(supervisor: &Supervisor, beat: &Arc<Beat>, look: Duration) -> io::Result<()> {
-    let (ending, beat) = (supervisor.clone(), Arc::downgrade(beat));
+/// What the thread that watches whether tasks run looks at.
+struct Watched {
+    /// Counts what one of the tasks does.
+    tasks: Beat,
+    /// Says what the writer of the log does.
+    log: Box<dyn Fn() -> Seen + Send + Sync>,
+}
+
+/// Watches from a thread whether tasks run, until `watched` is dropped. Looks are counted, and not
+/// time, because a process that is stopped for a while does not hang.
+fn watch_runtime(supervisor: &Supervisor, watched: &Arc<Watched>, look: Duration) -> io::Result<()> {
+    let (ending, watched) = (supervisor.clone(), Arc::downgrade(watched));
     let watch = move || {
-        let (mut before, mut looks) = (None, 0);
+        let (mut tasks, mut writer) = (None, None);
+        // In a row without a task, and those of them at which the disk did not hang.
+        let (mut looks, mut own) = (0, 0);
+        let mut is_told = false;
         loop {
             std::thread::sleep(look);
-            let Some(beat) = beat.upgrade() else { return };
-            let steps = Some(beat.steps());
-            looks = if steps == before { looks + 1 } else { 0 };
-            before = steps;
-            if looks == RUNTIME_TOLD_LOOKS {
-                tracing::error!("a part of this node stalls: no task has run for {looks} looks, {look:?} apart");
+            let Some(watched) = watched.upgrade() else { return };
+            let log = (watched.log)();
+            // Reads of a disk that hangs may block all threads of the tasks.
+            let disk_hangs = log.phase == Phase::Writes && writer == Some(log.steps);
+            writer = Some(log.steps);
+            let steps = Some(watched.tasks.steps());
+            if steps != tasks {
+                (tasks, looks, own, is_told) = (steps, 0, 0, false);
+                continue;
             }
-            if looks == RUNTIME_HANGS_LOOKS {
-                let reason = format!("no task has run for {looks} looks, {look:?} apart");
-                ending.end(&Ended { part: "runtime", reason });
+
+            looks += 1;
+            own += u64::from(!disk_hangs);
+            match judge_runtime(looks, own) {
+                Verdict::Works => {}
+                Verdict::Stalls => {
+                    if !std::mem::replace(&mut is_told, true) {
+                        tracing::error!("a part of this node stalls: no task has run for {looks} looks, {look:?} apart");
+                    }
+                }
+                Verdict::Hangs => {
+                    let reason = format!("no task has run for {looks} looks, {look:?} apart");
+                    ending.end(&Ended { part: "runtime", reason });
+                }
             }
         }
     };
@@ -304,31 +328,51 @@ fn watch_runtime(supervisor: &Supervisor, beat: &Arc<Beat>, look: Duration) -> i
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_runtime_whose_threads_all_hang_is_noticed_by_a_thread() {
+    const LOOK: Duration = Duration::from_millis(20);
+
+    /// Blocks the only thread of a runtime, with the log at what `log` says, until `is_over` or for long.
+    fn block(log: impl Fn() -> Seen + Send + Sync + 'static, is_over: impl Fn(Option<&Ended>) -> bool) -> Option<Ended> {
         let (supervisor, mut ended) = Supervisor::noting();
-        let look = Duration::from_millis(50);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
-            let beat = Arc::new(Beat::default());
-            watch_runtime(&supervisor, &beat, look).expect("a thread");
-            let ticking = beat.clone();
+            let watched = Arc::new(Watched { tasks: Beat::default(), log: Box::new(log) });
+            watch_runtime(&supervisor, &watched, LOOK).expect("a thread");
+            let ticking = watched.clone();
             let ticks = tokio::spawn(async move {
                 loop {
-                    ticking.step();
+                    ticking.tasks.step();
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
             });
-            tokio::time::sleep(look * 4).await;
+            tokio::time::sleep(LOOK * 4).await;
             assert_eq!(*ended.borrow_and_update(), None);
 
-            // The only thread of the runtime.
             let noticed = std::time::Instant::now();
-            while ended.borrow().is_none() && noticed.elapsed() < Duration::from_secs(60) {
+            while !is_over(ended.borrow().as_ref()) && noticed.elapsed() < Duration::from_secs(60) {
                 std::thread::sleep(Duration::from_millis(5));
             }
             ticks.abort();
         });
-        assert_eq!(ended.borrow().as_ref().map(|ended| ended.part), Some("runtime"));
+        ended.borrow().clone()
+    }
+
+    #[test]
+    fn a_runtime_whose_threads_all_hang_is_noticed_by_a_thread() {
+        let idle = || Seen { phase: Phase::Waits, steps: 7, has_work: true };
+        let ended = block(idle, |ended| ended.is_some());
+        assert_eq!(ended.map(|ended| ended.part), Some("runtime"));
+    }
+
+    #[test]
+    fn a_runtime_that_hangs_with_the_disk_ends_no_process() {
+        let looks = Arc::new(AtomicU64::new(0));
+        let counted = looks.clone();
+        let hangs = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+            Seen { phase: Phase::Writes, steps: 7, has_work: true }
+        };
+        let ended = block(hangs, |_| looks.load(Ordering::Relaxed) > 150);
+        assert!(looks.load(Ordering::Relaxed) > 150, "it was not looked at for long");
+        assert_eq!(ended, None);
     }
 }

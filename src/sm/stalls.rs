@@ -28,6 +28,8 @@ const DISK_HANGS_MS: u64 = 60_000;
 const CHECKPOINTER_TOLD_MS: u64 = 8_000;
 const CHECKPOINTER_HANGS_MS: u64 = 120_000;
 const APPLY_HANGS_MS: u64 = 60_000;
+const RUNTIME_TOLD_S: u64 = 4;
+const RUNTIME_HANGS_S: u64 = 60;
 
 /// For how long something that should get further has not.
 #[derive(Debug, Default, Clone, Copy)]
@@ -160,6 +162,12 @@ pub fn judge_checkpointer(ms: u64, log_hangs: bool) -> Verdict {
     verdict(ms, CHECKPOINTER_TOLD_MS, CHECKPOINTER_HANGS_MS, !log_hangs)
 }
 
+/// Judges the threads of the tasks, on which none has run for so many seconds; for `own_s` of them the
+/// log did not hang at the disk, which may be what they wait for.
+pub fn judge_runtime(s: u64, own_s: u64) -> Verdict {
+    verdict(s.max(own_s), RUNTIME_TOLD_S, RUNTIME_HANGS_S, own_s >= RUNTIME_HANGS_S)
+}
+
 /// Judges a replica that applies nothing. `still_ms`: for how long the entry that it has begun has not
 /// even read anything of the map; a disk may be slow, and is no faster after a new start.
 pub fn judge_apply(ms: u64, still_ms: u64, log_hangs: bool) -> Verdict {
@@ -232,6 +240,8 @@ mod tests {
         assert_eq!(judge_checkpointer(600_000, true), Stalls);
         assert_eq!([4_999, 5_000, 60_000].map(|ms| judge_apply(ms, ms, false)), [Works, Stalls, Hangs]);
         assert_eq!(judge_apply(90_000, 90_000, true), Stalls);
+        assert_eq!([3, 4, 60].map(|s| judge_runtime(s, s)), [Works, Stalls, Hangs]);
+        assert_eq!([judge_runtime(600, 59), judge_runtime(600, 60)], [Stalls, Hangs], "the disk hangs too");
         assert_eq!(judge_apply(900_000, 10_000, false), Stalls, "its map is read, slowly");
     }
 }
