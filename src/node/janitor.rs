@@ -110,13 +110,13 @@ impl Janitor {
             let held = held(group.key());
             match self.step(&group, is_quiet, held) {
                 Step::Nothing => {}
-                Step::Purge(upto) => group.purge_log(upto).await,
+                Step::Purge(upto) => purge(&group, upto, held).await,
                 Step::Snapshot => {
                     self.snapshot(&group).await;
                     // What is behind it is what was in the way. If openraft has not taken note of
                     // it yet, the next look finds it.
                     if let (true, Step::Purge(upto)) = (held != Held::Little, self.step(&group, is_quiet, held)) {
-                        group.purge_log(upto).await;
+                        purge(&group, upto, held).await;
                     }
                 }
             }
@@ -169,6 +169,13 @@ impl Janitor {
             Ok(()) => tracing::debug!("snapshot of {} written in {:?}", group.key(), started.elapsed()),
             Err(error) => rarely!(warn, "snapshot of {} was not written: {error}", group.key()),
         }
+    }
+}
+
+async fn purge(group: &Group, upto: u64, held: Held) {
+    match held {
+        Held::Little | Held::Much => group.purge_log(upto).await,
+        Held::TooMuch => group.purge_log_of_all(upto).await,
     }
 }
 

@@ -8,7 +8,7 @@
 //! Not at any price. It may weigh as much as the snapshot itself ([`LOG_BYTES_FLOOR`] at least): past
 //! that the follower takes a snapshot more slowly than writers write one, and sending the next is no
 //! more than the log would be. Each that a follower needs before it has caught up doubles what is kept for it, up to
-//! eight times.
+//! eight times. And nothing is kept for it where the node's log is at its bound, or its disk nearly full.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -113,18 +113,25 @@ impl Feeds {
 }
 
 impl Group {
-    /// Purges the log through `index`, but not past the last snapshot, nor past what a follower that is sent
-    /// a snapshot will need.
+    /// Purges the log through `index`, but not past the last snapshot, nor, while there is room for it,
+    /// past what a follower that is sent a snapshot will need.
     pub async fn purge_log(&self, index: u64) {
         let status = self.status();
         let last = status.last_log.map_or(0, |id| id.index);
         let matched = |replica| status.matched.get(&replica).copied().flatten();
         let purgeable = match status.role {
-            Role::Leader => self.network.feeds.purgeable(last, matched, |index| self.log.bytes_since(index)),
-            Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => u64::MAX,
+            Role::Leader if self.shared.log.lacks_room().is_none() => {
+                self.network.feeds.purgeable(last, matched, |index| self.log.bytes_since(index))
+            }
+            Role::Leader | Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => u64::MAX,
         };
-        let upto = index.min(purgeable);
-        if upto > status.purged.map_or(0, |id| id.index) {
+        self.purge_log_of_all(index.min(purgeable)).await;
+    }
+
+    /// Purges the log through `index`, but not past the last snapshot, whoever is sent one: for a log that
+    /// is at its bound.
+    pub async fn purge_log_of_all(&self, upto: u64) {
+        if upto > self.status().purged.map_or(0, |id| id.index) {
             let _ = self.raft.trigger().purge_log(upto).await;
         }
     }

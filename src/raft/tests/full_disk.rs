@@ -5,7 +5,7 @@ use std::path::Path;
 use super::cluster::{TestCluster, assert_put, put, read, soon, until};
 use crate::raft::{ProposeError, RaftTimings};
 use crate::storage::disk::{Disk, Open};
-use crate::types::NodeId;
+use crate::types::{NodeId, ReplicaId};
 
 /// What else is on the disk, so that a part of it is enough for what the log has on its way.
 const FILLER_BYTES: usize = 8 << 20;
@@ -43,6 +43,43 @@ async fn a_leader_whose_disk_is_nearly_full_takes_no_writes_and_reads_go_on() {
     assert_put(&group.propose(put("k", "3"), soon()).await.expect("there is room again"));
     assert_eq!(read(&group, "k").as_deref(), Some("3"));
     drop(group);
+    cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn log_is_kept_for_whom_a_snapshot_was_sent_only_where_there_is_room() {
+    let cluster = TestCluster::new(1);
+    cluster.found(1).await;
+    cluster.put(1, "k", "1").await;
+    let leader = cluster.leader(1).await;
+    let group = cluster.group(leader.0, 1);
+    let mut purged = group.status().purged;
+    let feeding = group.network.feeds.begin(ReplicaId(9), 1, 10);
+
+    for is_low in [false, true] {
+        cluster.put(1, "k", "2").await;
+        group.build_snapshot().await.expect("written");
+        let applied = group.status().applied.expect("it has applied something");
+        until("the snapshot is known", || group.status().snapshot >= Some(applied)).await;
+        leave(&cluster, leader, if is_low { LOW } else { None });
+        group.purge_log(applied.index).await;
+        if is_low {
+            until("nothing is kept", || group.status().purged == Some(applied)).await;
+        } else {
+            purged = purged.max(group.status().purged);
+            assert!(purged.is_none_or(|id| id.index <= 1), "{purged:?}");
+        }
+    }
+
+    // At the bound of the log it is the same.
+    leave(&cluster, leader, None);
+    cluster.put(1, "k", "3").await;
+    group.build_snapshot().await.expect("written");
+    let applied = group.status().applied.expect("it has applied something");
+    until("the snapshot is known", || group.status().snapshot >= Some(applied)).await;
+    group.purge_log_of_all(applied.index).await;
+    until("nothing is kept", || group.status().purged == Some(applied)).await;
+    drop((feeding, group));
     cluster.stop_all().await;
 }
 
