@@ -3,7 +3,9 @@
 //! Listens first, so that a busy port is named before anything is touched; then opens the data directory and runs the node while its
 //! routes are served. A stop hands leaderships over while requests are still answered, then drains, then closes log and maps.
 
+use std::ffi::OsString;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -134,11 +136,21 @@ fn restarts() -> u32 {
 fn restart(why: &NodeError, restarts: u32) -> ServeError {
     use std::os::unix::process::CommandExt;
     tracing::warn!("{why}: starting again");
-    let again = std::env::current_exe().map(|program| {
+    let again = program(std::env::current_exe(), std::env::args_os().next()).map(|program| {
         let mut command = std::process::Command::new(program);
         command.args(std::env::args_os().skip(1)).env(RESTARTS, restarts.to_string()).exec()
     });
     ServeError::Restart(again.unwrap_or_else(|error| error))
+}
+
+/// Returns the program to execute anew: the one that runs, or where another file took its place since
+/// the start, which leaves it no name, what it was started as.
+fn program(running: io::Result<PathBuf>, started_as: Option<OsString>) -> io::Result<PathBuf> {
+    match (running, started_as) {
+        (Ok(running), _) if running.exists() => Ok(running),
+        (_, Some(started_as)) => Ok(started_as.into()),
+        (running, None) => running,
+    }
 }
 
 /// A node as the HTTP side sees it.
@@ -222,5 +234,22 @@ impl PeerService for Face {
 
     fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
         Box::pin(self.node.announce(announcement))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_was_replaced_starts_again_as_what_it_was_started_as() {
+        let here = std::env::current_exe().expect("it runs");
+        let gone = PathBuf::from("/no/such/quorate (deleted)");
+        let started_as = || Some(OsString::from("./quorate"));
+        let found = |running, started_as| program(running, started_as).ok();
+        assert_eq!(found(Ok(here.clone()), started_as()), Some(here));
+        assert_eq!(found(Ok(gone.clone()), started_as()), Some("./quorate".into()));
+        assert_eq!(found(Err(io::ErrorKind::NotFound.into()), started_as()), Some("./quorate".into()));
+        assert_eq!(found(Ok(gone.clone()), None), Some(gone));
     }
 }
