@@ -1,6 +1,7 @@
 //! What a group does where a disk is nearly full: its leader takes no writes, a follower no entries, and both go on by themselves.
 
 use std::path::Path;
+use std::time::Duration;
 
 use super::cluster::{TestCluster, assert_put, put, read, soon, until};
 use crate::raft::{ProposeError, RaftTimings};
@@ -86,7 +87,9 @@ async fn log_is_kept_for_whom_a_snapshot_was_sent_only_where_there_is_room() {
 #[tokio::test]
 async fn a_follower_whose_disk_is_full_takes_no_entries_until_there_is_room() {
     // Nobody is to campaign because the machine is busy.
-    let cluster = TestCluster::with_timings(3, RaftTimings::default().slower(5));
+    let timings = RaftTimings::default().slower(5);
+    let heartbeat = Duration::from_millis(timings.heartbeat_ms);
+    let cluster = TestCluster::with_timings(3, timings);
     cluster.found(1).await;
     cluster.put(1, "k", "1").await;
     let leader = cluster.leader(1).await;
@@ -101,6 +104,9 @@ async fn a_follower_whose_disk_is_full_takes_no_entries_until_there_is_room() {
     leave(&cluster, full, SPENT);
     let before = follower.status().last_log;
     cluster.put(1, "k", "3").await;
+    // The other two acknowledge it at once: this one is sent it again and again meanwhile.
+    tokio::time::sleep(heartbeat * 5).await;
+    assert!(group.status().last_log > before, "it was not written");
     assert_eq!(follower.status().last_log, before, "it took an entry");
 
     leave(&cluster, full, None);
