@@ -52,6 +52,8 @@ pub struct NodeConfig {
     pub raise_level_after: Duration,
     /// The replicas of each shard compare their maps so often.
     pub compare_every: Duration,
+    /// What is on the disk is read again so often; never where it is zero.
+    pub scrub_every: Duration,
     /// How often this process has started again by itself in a row.
     pub restarts: u32,
 }
@@ -139,6 +141,7 @@ mod tests {
             level_max: None,
             raise_level_after: Duration::from_secs(60),
             compare_every: Duration::from_secs(600),
+            scrub_every: Duration::ZERO,
             restarts: 0,
         }
     }

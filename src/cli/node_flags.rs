@@ -103,6 +103,10 @@ pub struct Arguments {
     /// The replicas of each shard compare what they hold every so many seconds; one that differs from a majority is rebuilt
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     pub compare_every: u64,
+    /// What is on the disk is read again every so many seconds, at 16 MiB per second, and mended where it has rotted; 0 for
+    /// never
+    #[arg(long, value_name = "SECONDS", default_value_t = 604_800)]
+    pub scrub_every: u64,
     /// How long a stop may take to answer what is in flight, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub stop_timeout: u64,
@@ -143,6 +147,7 @@ impl Arguments {
             level_max: self.level_max,
             raise_level_after: Duration::from_secs(self.raise_level_after),
             compare_every: Duration::from_secs(self.compare_every),
+            scrub_every: Duration::from_secs(self.scrub_every),
             restarts: 0,
         })
     }

@@ -1,14 +1,18 @@
 //! What a node counts, as families of samples; how they look on a page is the business of `http`.
 
+use std::collections::BTreeMap;
+
 use super::failures::FailureCounts;
 use super::group_metrics;
 use super::member::Member;
 use super::move_counters::Moved;
+use super::scrub::ScrubCounts;
 use super::watchdog::Findings;
 use crate::budget::Budget;
 use crate::client::reply;
 use crate::raft::Room;
 use crate::sm::recovery::Cause;
+use crate::sm::scrub::Kind;
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
 use crate::storage::state::{StateMetrics, StateStore};
 
@@ -37,7 +41,7 @@ pub struct Sample {
 }
 
 /// Everything that the node counts.
-pub fn families(member: &Member, log: &Log, states: &StateStore, findings: &Findings) -> Vec<Family> {
+pub fn families(member: &Member, log: &Log, states: &StateStore, findings: &Findings, scrubs: &ScrubCounts) -> Vec<Family> {
     let of_room = of_disk_room(log);
     let (log, maps) = (log.metrics(), states.metrics());
     let mut all = of_log(&log);
@@ -50,7 +54,32 @@ pub fn families(member: &Member, log: &Log, states: &StateStore, findings: &Find
     all.extend(of_failures(&member.failures.counts()));
     all.push(of_level(member));
     all.extend(of_stalls(findings));
+    all.extend(of_scrubs(scrubs));
     all
+}
+
+/// Returns what scrubs have read and found.
+fn of_scrubs(scrubs: &ScrubCounts) -> Vec<Family> {
+    use FamilyKind::{Counter, Gauge};
+    let by_kind = |counts: &BTreeMap<Kind, u64>| {
+        let sample = |kind: Kind| {
+            let value = counts.get(&kind).copied().unwrap_or(0) as f64;
+            Sample { suffix: "", labels: vec![("kind", kind.name().to_owned())], value }
+        };
+        Kind::ALL.into_iter().map(sample).collect::<Vec<_>>()
+    };
+    vec![
+        one("quorate_scrubs_total", Counter, "Scrubs that have ended since the start.", scrubs.ended as f64),
+        one(
+            "quorate_scrub_last_end_timestamp_seconds",
+            Gauge,
+            "When the last scrub ended; zero before the first has.",
+            scrubs.last_end_seconds(),
+        ),
+        one("quorate_scrub_read_bytes_total", Counter, "Bytes that scrubs have read.", scrubs.bytes as f64),
+        family("quorate_scrub_damaged_total", Counter, "What scrubs found damaged.", by_kind(&scrubs.damaged)),
+        family("quorate_scrub_mended_total", Counter, "What was mended of that.", by_kind(&scrubs.mended)),
+    ]
 }
 
 pub(super) fn family(name: &'static str, kind: FamilyKind, help: &'static str, samples: Vec<Sample>) -> Family {

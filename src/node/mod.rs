@@ -35,6 +35,7 @@ mod reconciler;
 mod repair;
 mod running;
 mod scout;
+mod scrub;
 mod watchdog;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -32,6 +32,7 @@ use super::news::News;
 use super::reconciler::{Lack, Reconciler};
 use super::repair::Repair;
 use super::scout::Scout;
+use super::scrub::{Scrubber, Scrubs};
 use super::watchdog::{Findings, Watchdog};
 use crate::budget::Budget;
 use crate::client::call::ShardCaller;
@@ -106,6 +107,7 @@ pub struct Running {
     reconciler: Arc<Reconciler>,
     news: Arc<News>,
     findings: Arc<Findings>,
+    scrubs: Arc<Scrubs>,
     storage: Storage,
     stop: CancellationToken,
     tasks: Mutex<JoinSet<()>>,
@@ -189,6 +191,9 @@ impl Running {
         tasks.start("agreement", |stop| async move { agreement.run(&stop).await });
         let levels = Levels::new(member.clone(), config.speaks(), config.raise_level_after);
         tasks.start("levels", |stop| async move { levels.run(&stop).await });
+        let scrubs = Arc::new(Scrubs::default());
+        let scrubber = Scrubber::new(member.clone(), storage.log.clone(), scrubs.clone(), config.scrub_every);
+        tasks.start("scrubber", |stop| async move { scrubber.run(&stop).await });
         let findings = Arc::new(Findings::default());
         let parts = (storage.log.clone(), storage.states.clone(), joining.supervisor().clone());
         let watchdog = Watchdog::new(member.clone(), parts.0, parts.1, parts.2, findings.clone());
@@ -200,6 +205,7 @@ impl Running {
             reconciler,
             news,
             findings,
+            scrubs,
             storage,
             stop,
             tasks: Mutex::new(tasks.running),
@@ -257,7 +263,7 @@ impl Running {
     }
 
     pub fn families(&self) -> Vec<Family> {
-        metrics::families(&self.member, &self.storage.log, &self.storage.states, &self.findings)
+        metrics::families(&self.member, &self.storage.log, &self.storage.states, &self.findings, &self.scrubs.now())
     }
 
     /// Cancelled when a replica could not be opened because the map database is beyond mending in this process.

@@ -32,6 +32,7 @@ mod rebuild;
 mod registry;
 mod room;
 mod runtime;
+mod scrub;
 mod snapshots;
 mod state_machine;
 mod status;

@@ -23,9 +23,9 @@ use super::group::Group;
 use super::status::{GroupStatus, Role};
 use super::wire::Request;
 use crate::sm::ports::StoreError;
-use crate::storage::ReplicaKey;
 use crate::storage::state::{Applied, Synced};
 use crate::storage::witness::WitnessFiles;
+use crate::storage::{Checked, ReplicaKey};
 use crate::types::ReplicaId;
 
 /// Between two looks of a witness that leads at whether another is up to date.
@@ -93,6 +93,24 @@ impl WitnessState {
         Ok(())
     }
 
+    /// Reads the file again, and compares it with what it should say. Blocking.
+    pub(super) fn check_file(&self) -> Checked {
+        let marked = self.marked.lock().expect("no holder panics");
+        match self.files.read(self.key) {
+            Ok(Some(found)) if found == *marked => Checked::Whole,
+            Ok(found) => Checked::Damaged(format!("the file of witness {} says {found:?}, not {:?}", self.key, *marked)),
+            // Not of the file: the process may have no descriptor for it.
+            Err(StoreError::Io { .. }) => Checked::Unread,
+            Err(error) => Checked::Damaged(format!("witness {}: {error}", self.key)),
+        }
+    }
+
+    /// Has the file say again what it says. Blocking.
+    pub(super) fn rewrite_file(&self) -> Result<(), StoreError> {
+        let marked = self.marked.lock().expect("no holder panics");
+        self.files.write(self.key, &marked)
+    }
+
     /// Goes on from what a leader told, with nothing of the log before it. Durable when it returns. Blocking.
     pub fn install(&self, applied: &Applied) -> Result<(), StoreError> {
         self.mark(applied)?;
@@ -111,6 +129,7 @@ impl WitnessState {
 }
 
 /// A witness of this node.
+#[derive(Clone)]
 pub struct Witness(pub(super) Arc<Group>);
 
 impl Witness {

@@ -20,6 +20,7 @@ pub mod reach;
 pub mod recovery;
 pub mod repair;
 pub mod requests;
+pub mod scrub;
 pub mod slots;
 pub mod stalls;
 pub mod starts;

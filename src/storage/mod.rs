@@ -34,6 +34,19 @@ pub struct ReplicaKey {
     pub replica: ReplicaId,
 }
 
+/// What reading something again has shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Checked {
+    Whole,
+    /// Names the file or the replica, and says why.
+    Damaged(String),
+    /// It is not there any more, another has taken its place, or reading it was broken off.
+    Unread,
+}
+
+/// Is told of bytes that were read, and rests. Returns whether to go on.
+pub type Pace<'a> = dyn FnMut(u64) -> bool + Send + 'a;
+
 impl ReplicaKey {
     /// Reads what [`fmt::Display`] wrote, and nothing else.
     pub(crate) fn parse(text: &str) -> Option<Self> {

@@ -233,3 +233,50 @@ async fn a_node_whose_maps_take_no_more_writes_starts_again_by_itself() {
     cluster.write(round).await;
     cluster.end();
 }
+
+/// The value of a metric of the node, of one kind of what is scrubbed.
+fn scrubbed(node: &Node, name: &str, kind: &str) -> f64 {
+    let families = node.families();
+    let family = families.iter().find(|family| family.name == name).expect("there is such a metric");
+    let of_kind = family.samples.iter().filter(|sample| sample.labels.iter().any(|(_, value)| value == kind));
+    of_kind.map(|sample| sample.value).sum()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_rots_on_a_disk_is_found_by_a_scrub_and_mended() {
+    let cluster = Cluster::start(Duration::from_secs(600)).await;
+    let (host, key) = cluster.follower(SHARD).await;
+    let disks = host.disks();
+    // What was written before is in a sealed segment then.
+    host.end(End::Kill);
+    host.bury();
+    host.scrub_every(Duration::from_millis(300));
+    host.start();
+    until("its replica is there again", async || host.group(SHARD).is_some_and(|group| group.status().leader.is_some()))
+        .await
+        .expect("it is");
+    let node = host.node().expect("it is up");
+    let mended = async |kind: &str| {
+        let name = "quorate_scrub_mended_total";
+        until(kind, async || scrubbed(&node, name, kind) >= 1.0).await.unwrap_or_else(|error| {
+            panic!("{error}: {:?}", node.families().iter().filter(|family| family.name.contains("scrub")).collect::<Vec<_>>())
+        });
+        assert!(scrubbed(&node, "quorate_scrub_damaged_total", kind) >= 1.0);
+    };
+
+    let files = || disks.disk.files().into_iter().map(|(path, _)| path);
+    let segment = files().find(|path| path.extension().is_some_and(|kind| kind == "segment")).expect("a sealed one");
+    assert!(disks.disk.flip_bit(&segment, 40, 1));
+    mended("segment").await;
+    assert_eq!(disks.disk.contents(&segment), None, "it is gone");
+
+    host.group(SHARD).expect("a replica").build_snapshot().await.expect("a snapshot");
+    let prefix = format!("{key}-");
+    let is_its = |path: &std::path::PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix));
+    let snapshot = files().find(|path| is_its(path) && path.extension().is_some_and(|kind| kind == "snap"));
+    assert!(disks.disk.flip_bit(&snapshot.expect("it was just written"), 60, 1));
+    mended("snapshot").await;
+
+    cluster.write(7).await;
+    cluster.end();
+}

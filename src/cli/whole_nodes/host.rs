@@ -37,6 +37,7 @@ pub struct Host {
     faults: Arc<TreeFaults>,
     replace_after: Mutex<Option<Duration>>,
     compare_every: Mutex<Option<Duration>>,
+    scrub_every: Mutex<Duration>,
     watcher: Mutex<Option<Watcher>>,
     running: Mutex<Option<Incarnation>>,
     /// Why it stopped by itself, where it should not have.
@@ -89,6 +90,7 @@ impl Host {
             level_max: None,
             raise_level_after: Duration::from_millis(500),
             compare_every: Duration::from_millis(500),
+            scrub_every: Duration::ZERO,
             restarts: 0,
         };
         let disks = Disks { disk: SimDisk::new(seed), trees: MemTrees::new() };
@@ -103,6 +105,7 @@ impl Host {
             faults: Arc::default(),
             replace_after: Mutex::default(),
             compare_every: Mutex::default(),
+            scrub_every: Mutex::default(),
             watcher: Mutex::default(),
             running: Mutex::default(),
             failed: Arc::default(),
@@ -150,6 +153,11 @@ impl Host {
         *self.level_max.lock().expect("no holder panics") = level_max;
     }
 
+    /// From its next start on it scrubs so often.
+    pub fn scrub_every(&self, time: Duration) {
+        *self.scrub_every.lock().expect("no holder panics") = time;
+    }
+
     /// From its next start on it has replicas compared so often.
     pub fn compare_every(&self, time: Duration) {
         *self.compare_every.lock().expect("no holder panics") = Some(time);
@@ -183,8 +191,9 @@ impl Host {
         let replace_after = *self.replace_after.lock().expect("no holder panics");
         let replace_after = replace_after.unwrap_or(self.config.replace_after);
         let compare_every = *self.compare_every.lock().expect("no holder panics");
+        let scrub_every = *self.scrub_every.lock().expect("no holder panics");
         let compare_every = compare_every.unwrap_or(self.config.compare_every);
-        let config = NodeConfig { level_max, replace_after, compare_every, ..self.config.clone() };
+        let config = NodeConfig { level_max, replace_after, compare_every, scrub_every, ..self.config.clone() };
         let serving = serve(Arc::new(machine), config, node.clone());
         let (failed, is_on) = (self.failed.clone(), power.clone());
         runtime.spawn(async move {

@@ -216,7 +216,7 @@ pub(super) struct Shared {
     pub readers: Arc<Semaphore>,
     roster: Mutex<Roster>,
     counters: Mutex<LogMetrics>,
-    binding: u128,
+    pub binding: u128,
     queue_bytes_max: usize,
     pub room: Room,
 }

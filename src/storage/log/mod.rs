@@ -30,6 +30,7 @@ mod record;
 mod replay;
 mod replica;
 mod room;
+mod scrub;
 mod segment;
 #[cfg(test)]
 mod tests;

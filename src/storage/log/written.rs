@@ -114,6 +114,12 @@ impl Written {
         (self.first()..).zip(&self.entries)
     }
 
+    /// Returns the index of the last live entry in this segment or one before it.
+    pub fn last_through(&self, segment: u64) -> Option<u64> {
+        let count = self.entries.partition_point(|entry| entry.spot.segment <= segment) as u64;
+        (count > 0).then(|| self.first() + count - 1)
+    }
+
     pub fn live_bytes(&self) -> u64 {
         self.end_bytes - self.purged_bytes
     }

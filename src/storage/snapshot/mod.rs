@@ -65,6 +65,11 @@ impl Snapshot {
         Self { inner: Arc::new(Inner { file, head, trailer, files: files.clone(), place: Mutex::new(place) }) }
     }
 
+    /// Returns whether both are the same open file.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     pub fn applied(&self) -> &Applied {
         &self.inner.head.applied
     }

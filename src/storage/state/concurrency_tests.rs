@@ -10,7 +10,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::crash_tests::{ModelLog, donated};
-use super::scan::{Scanned, publish, scan};
+use super::scan::{Scanned, Trust, publish, scan};
 use super::tests::{KEY, Model, TestLog, applied, apply_to_model, assert_is, open, pairs, send, small_options, snapshot_pairs};
 use super::*;
 use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError, WriteBatch};
@@ -83,7 +83,7 @@ fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
     let (store, _checkpointer) = open(&trees, &shared);
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
     log.replay(&state, 100).expect("applied");
-    let Ok(Scanned::New(built)) = scan(&state.replica) else { panic!("there is none yet") };
+    let Ok(Scanned::New(built)) = scan(&state.replica, Trust::Current) else { panic!("there is none yet") };
     let received = send(&donated, &state);
 
     // What is built is published as soon as the other lets it, which is once the other is under its name.

@@ -35,6 +35,7 @@ mod record;
 mod redo;
 mod replica;
 mod scan;
+mod scrub;
 mod store;
 mod tables;
 
@@ -48,6 +49,8 @@ mod concurrency_tests;
 mod crash_tests;
 #[cfg(test)]
 mod reading_tests;
+#[cfg(test)]
+mod scrub_tests;
 #[cfg(test)]
 mod sled_tests;
 #[cfg(test)]

@@ -35,21 +35,39 @@ pub(super) enum Scanned {
 
 /// See [`super::ReplicaState::build_snapshot`].
 pub(super) fn build_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreError> {
-    match scan(replica)? {
+    match scan(replica, Trust::Current)? {
         Scanned::Current(snapshot) => Ok(snapshot),
         Scanned::New(snapshot) => publish(replica, snapshot),
     }
 }
 
+/// As [`build_snapshot`], also where the current one is as new: it takes the place of that one's file in one step.
+pub(super) fn rewrite_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreError> {
+    match scan(replica, Trust::Nothing)? {
+        Scanned::Current(snapshot) => Ok(snapshot),
+        Scanned::New(snapshot) => publish(replica, snapshot),
+    }
+}
+
+/// Whether the current snapshot will do where it is as new.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Trust {
+    Current,
+    Nothing,
+}
+
 /// Copies the map to a file.
-pub(super) fn scan(replica: &Arc<Replica>) -> Result<Scanned, StoreError> {
+pub(super) fn scan(replica: &Arc<Replica>, trust: Trust) -> Result<Scanned, StoreError> {
     let mut crowded_scans = 0;
     loop {
         let mut pen = replica.lock_pen_last();
         replica.freeze_rest();
         replica.checkpoint_ready(&mut pen)?;
         replica.check()?;
-        if let Some(current) = replica.lock_shelf().as_ref().filter(|current| *current.applied() == pen.record.applied) {
+        let is_as_new = |current: &&Snapshot| *current.applied() == pen.record.applied;
+        if trust == Trust::Current
+            && let Some(current) = replica.lock_shelf().as_ref().filter(is_as_new)
+        {
             return Ok(Scanned::Current(current.clone()));
         }
         let head = SnapshotHead { key: replica.key, applied: pen.record.applied.clone() };

@@ -4,6 +4,7 @@
 mod claims;
 mod damage;
 mod histories;
+mod scrub;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -1,0 +1,273 @@
+//! [`Scrubber`]: reads again what the node keeps on its disk, now and then: sealed segments of the log, snapshot files,
+//! and files of witnesses. What has rotted is told, counted, and mended while it can still be had
+//! from elsewhere. How fast and how often is decided in `sm::scrub`.
+//!
+//! It reads in a thread that steps back behind all others, and holds no lock that an append needs.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::member::Member;
+use crate::raft::Group;
+use crate::sm::scrub::{Kind, first_after_ms, next_after_ms, rest_ms};
+use crate::storage::log::Log;
+use crate::storage::{Checked, Pace, ReplicaKey, background};
+use crate::supervisor;
+
+/// Between two looks at whether a scrub is due.
+const TICK_MAX: Duration = Duration::from_secs(1);
+/// Bytes between two rests, and how long a rest is at most before a stop is looked for.
+const SLICE_BYTES: u64 = 64 << 10;
+const REST_MAX: Duration = Duration::from_millis(50);
+/// How often, and with what pause, a damaged segment is waited for to go.
+const LET_GO_TRIES: u32 = 20;
+const LET_GO_PAUSE: Duration = Duration::from_millis(500);
+
+/// What scrubs have found since the start.
+#[derive(Debug, Default)]
+pub struct Scrubs(Mutex<ScrubCounts>);
+
+/// The same, at one time.
+#[derive(Debug, Clone, Default)]
+pub struct ScrubCounts {
+    pub ended: u64,
+    pub last_end: Option<SystemTime>,
+    pub bytes: u64,
+    pub damaged: BTreeMap<Kind, u64>,
+    pub mended: BTreeMap<Kind, u64>,
+}
+
+impl Scrubs {
+    pub fn now(&self) -> ScrubCounts {
+        self.0.lock().expect("no holder panics").clone()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut ScrubCounts)) {
+        change(&mut self.0.lock().expect("no holder panics"));
+    }
+}
+
+impl ScrubCounts {
+    /// Returns when the last one ended, in seconds since 1970; zero before the first has.
+    pub fn last_end_seconds(&self) -> f64 {
+        let since = self.last_end.and_then(|end| end.duration_since(UNIX_EPOCH).ok());
+        since.map_or(0.0, |since| since.as_secs_f64())
+    }
+}
+
+/// Begins scrubs.
+pub struct Scrubber {
+    member: Arc<Member>,
+    log: Log,
+    scrubs: Arc<Scrubs>,
+    every: Duration,
+}
+
+impl Scrubber {
+    /// `every`: zero for never.
+    pub fn new(member: Arc<Member>, log: Log, scrubs: Arc<Scrubs>, every: Duration) -> Self {
+        Self { member, log, scrubs, every }
+    }
+
+    pub async fn run(self, shutdown: &CancellationToken) {
+        let every_ms = millis(self.every);
+        let mut due = first_after_ms(every_ms).map(after);
+        let tick = TICK_MAX.min(self.every.max(REST_MAX));
+        let mut running: Option<JoinHandle<bool>> = None;
+        while super::waited(shutdown, tick).await {
+            if let Some(ended) = running.take_if(|running| running.is_finished()) {
+                let is_all_mended = ended.await.unwrap_or(false);
+                due = Some(after(next_after_ms(every_ms, is_all_mended)));
+            }
+            if running.is_none() && due.is_some_and(|due| due <= Instant::now()) {
+                let parts = (self.member.clone(), self.log.clone(), self.scrubs.clone());
+                let pass = Pass { member: parts.0, log: parts.1, scrubs: parts.2, shutdown: shutdown.clone() };
+                running = Some(tokio::spawn(supervisor::inherit(pass.run())));
+            }
+        }
+        if let Some(running) = running {
+            let _ = running.await;
+        }
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn after(ms: u64) -> Instant {
+    // A flag may ask for more than the clock holds.
+    Instant::now() + Duration::from_millis(ms.min(1 << 40))
+}
+
+/// One scrub.
+struct Pass {
+    member: Arc<Member>,
+    log: Log,
+    scrubs: Arc<Scrubs>,
+    shutdown: CancellationToken,
+}
+
+impl Pass {
+    /// Returns whether nothing is left that is damaged.
+    async fn run(self) -> bool {
+        let mut is_all_mended = true;
+        for number in self.log.sealed_segments() {
+            let log = self.log.clone();
+            let Some(damage) = self.read(Kind::Segment, move |pace| log.check_segment(number, pace)).await else { continue };
+            is_all_mended &= self.conclude(Kind::Segment, &damage, self.let_go(number).await);
+        }
+        for witness in self.member.registry.witnesses() {
+            let reading = witness.clone();
+            let check = move |_: &mut Pace<'_>| reading.check_file();
+            let Some(damage) = self.read(Kind::Witness, check).await else { continue };
+            let rewritten = tokio::task::spawn_blocking(move || witness.rewrite_file().map_err(|error| error.to_string()));
+            let rewritten = rewritten.await.unwrap_or_else(|error| Err(error.to_string()));
+            is_all_mended &= self.conclude(Kind::Witness, &damage, rewritten);
+        }
+        for group in self.member.registry.groups() {
+            is_all_mended &= self.read_snapshot(&group).await;
+        }
+        if self.shutdown.is_cancelled() {
+            return true;
+        }
+        self.scrubs.change(|counts| {
+            counts.ended += 1;
+            counts.last_end = Some(SystemTime::now());
+        });
+        is_all_mended
+    }
+
+    async fn read_snapshot(&self, group: &Arc<Group>) -> bool {
+        let mut is_all_mended = true;
+        let state = group.state().clone();
+        if let Some(damage) = self.read(Kind::Snapshot, move |pace| state.check_snapshot(pace)).await {
+            let rewritten = group.rewrite_snapshot().await.map_err(|error| error.to_string());
+            is_all_mended &= self.conclude(Kind::Snapshot, &damage, rewritten);
+        }
+        is_all_mended
+    }
+
+    /// Reads one thing again. Returns what is wrong with it, having told of it.
+    async fn read(&self, kind: Kind, check: impl FnOnce(&mut Pace<'_>) -> Checked + Send + 'static) -> Option<String> {
+        if self.shutdown.is_cancelled() {
+            return None;
+        }
+        let (scrubs, shutdown) = (self.scrubs.clone(), self.shutdown.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            background::run("scrub", || {
+                let mut resting = Resting::new(&scrubs, &shutdown);
+                let checked = check(&mut |bytes| resting.read(bytes));
+                resting.count();
+                checked
+            })
+        });
+        match read.await.map(|read| read.unwrap_or(Checked::Unread)) {
+            Ok(Checked::Damaged(damage)) => {
+                self.scrubs.change(|counts| *counts.damaged.entry(kind).or_default() += 1);
+                tracing::error!("a scrub has found damage: {damage}; {}", kind.remedy());
+                Some(damage)
+            }
+            Ok(Checked::Whole | Checked::Unread) => None,
+            Err(error) => {
+                tracing::error!("a scrub of a {} was broken off: {error}", kind.name());
+                None
+            }
+        }
+    }
+
+    fn conclude(&self, kind: Kind, damage: &str, mended: Result<(), String>) -> bool {
+        match &mended {
+            Ok(()) => {
+                self.scrubs.change(|counts| *counts.mended.entry(kind).or_default() += 1);
+                tracing::warn!("that is done: {damage}");
+            }
+            Err(reason) => tracing::error!("that was not done, and is tried again by the next scrub: {damage}; {reason}"),
+        }
+        mended.is_ok()
+    }
+
+    /// Has the replicas that keep a segment let go of it. Those that lack what is in it are sent a snapshot.
+    async fn let_go(&self, number: u64) -> Result<(), String> {
+        let mut holders = Vec::new();
+        for _ in 0..LET_GO_TRIES {
+            if !self.log.has_segment(number) {
+                return Ok(());
+            }
+            holders = self.log.holders(number);
+            for (key, upto) in &holders {
+                self.let_go_of(*key, *upto).await;
+            }
+            if !super::waited(&self.shutdown, LET_GO_PAUSE).await {
+                break;
+            }
+        }
+        if !self.log.has_segment(number) {
+            return Ok(());
+        }
+        let list: Vec<String> = holders.iter().map(|(key, _)| key.to_string()).collect();
+        Err(format!("it is still kept by {}", list.join(", ")))
+    }
+
+    async fn let_go_of(&self, key: ReplicaKey, upto: u64) {
+        let registry = &self.member.registry;
+        if let Some(group) = registry.get(key.group).filter(|group| group.key() == key) {
+            let covers = || group.status().snapshot.is_some_and(|snapshot| snapshot.index >= upto);
+            if !covers()
+                && let Err(error) = group.build_snapshot().await
+            {
+                tracing::warn!("snapshot of {key} was not written: {error}");
+            }
+            if covers() {
+                group.purge_log(upto).await;
+            }
+        } else if let Some(witness) = registry.witness(key.group).filter(|witness| witness.key() == key)
+            && let Err(error) = witness.let_go(true).await
+        {
+            tracing::warn!("the log of witness {key} was not purged: {error}");
+        }
+    }
+}
+
+/// Rests after what was read.
+struct Resting<'a> {
+    scrubs: &'a Scrubs,
+    shutdown: &'a CancellationToken,
+    began: Instant,
+    bytes: u64,
+    uncounted: u64,
+}
+
+impl<'a> Resting<'a> {
+    fn new(scrubs: &'a Scrubs, shutdown: &'a CancellationToken) -> Self {
+        Self { scrubs, shutdown, began: Instant::now(), bytes: 0, uncounted: 0 }
+    }
+
+    fn read(&mut self, bytes: u64) -> bool {
+        self.bytes += bytes;
+        self.uncounted += bytes;
+        if self.uncounted < SLICE_BYTES {
+            return true;
+        }
+        self.count();
+        loop {
+            if self.shutdown.is_cancelled() {
+                return false;
+            }
+            match Duration::from_millis(rest_ms(self.bytes, millis(self.began.elapsed()))) {
+                Duration::ZERO => return true,
+                rest => std::thread::sleep(rest.min(REST_MAX)),
+            }
+        }
+    }
+
+    fn count(&mut self) {
+        let bytes = std::mem::take(&mut self.uncounted);
+        self.scrubs.change(|counts| counts.bytes += bytes);
+    }
+}
