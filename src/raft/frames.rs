@@ -117,7 +117,7 @@ impl Group {
                 let (raft, state) = (self.raft.clone(), state.clone());
                 let install = |receiver, done: snapshots::InstallSender| {
                     let ordinary = self.take_rebuilt(snapshot, receiver, vote, done);
-                    let Err((receiver, done)) = ordinary else { return };
+                    let Some((receiver, done)) = ordinary else { return };
                     self.supervise(async move {
                         let result = snapshots::install(raft, &state, receiver, vote).await;
                         done.send_replace(Some(result));

@@ -242,8 +242,8 @@ impl Group {
         Ok(Reply::Noted)
     }
 
-    /// Returns whether a snapshot that is to be installed takes the place of a map that is held, and
-    /// then has it do so, once the log holds all that is in it.
+    /// Has a snapshot take the place of a map that is held, once the log holds all that is in it.
+    /// Returns it where no map is held: it is to be installed in the ordinary way.
     ///
     /// One that was sent for a map which is held no more is refused: openraft would find nothing in
     /// it to install, and the leader would be told that the map is rebuilt.
@@ -253,14 +253,14 @@ impl Group {
         receiver: SnapshotReceiver,
         vote: Vote,
         done: snapshots::InstallSender,
-    ) -> Result<(), (SnapshotReceiver, snapshots::InstallSender)> {
+    ) -> Option<(SnapshotReceiver, snapshots::InstallSender)> {
         let (machine, log, key) = (self.machine.clone(), self.log.clone(), self.key());
         let Some(number) = machine.hold.begin_taking() else {
             if !machine.hold.expects(name) {
-                return Err((receiver, done));
+                return Some((receiver, done));
             }
             done.send_replace(Some(Err("the map is held no more".into())));
-            return Ok(());
+            return None;
         };
         let taking = Taking { machine: machine.clone(), number };
         self.supervise(async move {
@@ -293,7 +293,7 @@ impl Group {
             }
             done.send_replace(Some(result));
         });
-        Ok(())
+        None
     }
 }
 
