@@ -42,8 +42,8 @@ pub async fn set(app: &App, body: Held) -> Result<Response, Refusal> {
     let (pairs, _body) = list::apart(body.len(), move || read_pairs(&body, &limits).map(|pairs| (pairs, body))).await?;
     let written = batch::write(&*app.store, &pairs).await;
     match written.failure {
-        // What one pair failed for is not said of all where others are stored.
-        Some(_) if written.failed.len() < pairs.len() => Err(Refusal::partly_stored()),
+        // A 4xx says that nothing is stored: not of pairs of which others are.
+        Some(failure) if failure.status.is_client_error() && written.failed.len() < pairs.len() => Err(Refusal::partly_stored()),
         Some(failure) => Err(failure),
         None => Ok(answer(StatusCode::OK, TEXT, STORED.repeat(written.shards))),
     }
