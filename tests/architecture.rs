@@ -118,6 +118,7 @@ const SPAWNS: &[(&str, usize, &str)] = &[
     ("http/dialects/kvs/view_change.rs", 1, "one request, which awaits it"),
     ("client/wire.rs", 1, "one connection of a client, whose callers see it end"),
     ("node/chores.rs", 1, "one step of a view change, which is told and taken again"),
+    ("node/scrub.rs", 1, "one scrub, which inherits its supervisor and is awaited"),
     ("node/openings.rs", 1, "one replica to be opened or forgotten, which is tried again"),
     ("storage/background.rs", 1, "joined at once; its panic goes on in its caller"),
     ("storage/sled_database.rs", 1, "an attempt to open a database, which has a deadline"),
