@@ -11,8 +11,8 @@ use tokio::time::Instant;
 
 use super::cluster::*;
 use super::stalling_disk::StallingDisk;
+use crate::raft::Group;
 use crate::raft::log_store::LogStore;
-use crate::raft::{Group, OpenError};
 use crate::storage::log::{Entry, Log, LogOptions, Payload};
 use crate::storage::mem_trees::Gate;
 use crate::types::{LogId, NodeId};
@@ -87,31 +87,6 @@ async fn an_entry_that_waits_for_the_disk_of_its_map_holds_up_no_heartbeat() {
 
     reads.close(false);
     assert_put(&writing.await.expect("it ends").expect("written"));
-    cluster.stop_all().await;
-}
-
-/// A replica that is opened again first waits until all that it issued before is synced.
-#[tokio::test]
-async fn a_replica_that_waits_for_the_log_to_open_again_holds_up_no_stop() {
-    let cluster = TestCluster::new(1);
-    cluster.found(1).await;
-    let leader = cluster.leader(1).await;
-    let registry = cluster.nodes[&leader].registry.clone();
-    let key = cluster.group(leader.0, 1).key();
-    registry.close_replica(key).await;
-
-    let disk = cluster.disks[&leader].disk.clone();
-    disk.stall(true);
-    let opening = tokio::spawn({
-        let registry = registry.clone();
-        async move { registry.reopen(key).await }
-    });
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    let stopped = tokio::time::timeout(Duration::from_secs(10), registry.shutdown()).await;
-    disk.stall(false);
-    stopped.expect("the stop waits for the disk");
-    let opened = opening.await.expect("it ends");
-    assert!(matches!(opened, Err(OpenError::ShuttingDown)), "{opened:?}");
     cluster.stop_all().await;
 }
 
