@@ -1,24 +1,36 @@
 //! What happens to files: bits that flip, ends that are torn, directories that vanish. The node that owns them does not run meanwhile.
 
 use std::fs::{self, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rand::Rng;
 use rand::rngs::StdRng;
 
-/// Every file below `directory`, largest first.
+/// Lists every file below `directory`, largest first. A node that runs may create and remove some
+/// meanwhile: what is gone is left out, and each length is read once, since a sort needs one order.
 pub fn files(directory: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let mut open = vec![directory.to_owned()];
     while let Some(directory) = open.pop() {
-        for entry in fs::read_dir(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display())) {
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => panic!("{}: {error}", directory.display()),
+        };
+        for entry in entries {
             let path = entry.expect("a directory entry").path();
-            if path.is_dir() { open.push(path) } else { files.push(path) }
+            match fs::metadata(&path) {
+                Ok(data) if data.is_dir() => open.push(path),
+                Ok(data) => files.push((data.len(), path)),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => panic!("{}: {error}", path.display()),
+            }
         }
     }
-    files.sort_by_key(|path| std::cmp::Reverse((fs::metadata(path).map_or(0, |data| data.len()), path.clone())));
-    files
+    files.sort_by(|one, other| other.cmp(one));
+    files.into_iter().map(|(_, path)| path).collect()
 }
 
 /// The segment of the log that was written last.
