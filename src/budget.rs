@@ -32,7 +32,11 @@ pub struct Budget {
 impl Budget {
     /// Returns a budget of which nothing is used.
     pub fn new(bytes_max: usize) -> Arc<Self> {
-        Arc::new(Self { used: AtomicUsize::new(0), bytes_max, refused: AtomicU64::new(0) })
+        Arc::new(Self {
+            used: AtomicUsize::new(0),
+            bytes_max,
+            refused: AtomicU64::new(0),
+        })
     }
 
     /// Returns the bytes that are taken now.
@@ -58,12 +62,18 @@ impl Budget {
 
     /// Returns a share of nothing, which can grow.
     pub fn empty_share(self: &Arc<Self>) -> Share {
-        Share { budget: Arc::clone(self), bytes: 0 }
+        Share {
+            budget: Arc::clone(self),
+            bytes: 0,
+        }
     }
 
     fn try_add(&self, bytes: usize) -> bool {
         let add = |used: usize| used.checked_add(bytes).filter(|sum| *sum <= self.bytes_max);
-        let added = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).is_ok();
+        let added = self
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
+            .is_ok();
 
         if !added {
             self.refused.fetch_add(1, Ordering::Relaxed);
@@ -113,7 +123,10 @@ impl Share {
 
     /// Returns the same bytes, which stay charged until the last handle of them is dropped.
     pub fn hold(self, bytes: Bytes) -> Bytes {
-        Bytes::from_owner(Charged { bytes, _share: self })
+        Bytes::from_owner(Charged {
+            bytes,
+            _share: self,
+        })
     }
 }
 
@@ -138,7 +151,10 @@ impl<S> AsRef<[u8]> for Charged<S> {
 /// Returns the same bytes. Those that were given the same share keep it together, until the last of
 /// them is dropped.
 pub fn hold_together(bytes: Bytes, share: &Arc<Share>) -> Bytes {
-    Bytes::from_owner(Charged { bytes, _share: Arc::clone(share) })
+    Bytes::from_owner(Charged {
+        bytes,
+        _share: Arc::clone(share),
+    })
 }
 
 #[cfg(test)]

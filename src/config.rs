@@ -12,7 +12,8 @@ use crate::types::Address;
 /// The port of a node that was given none.
 pub const PORT_DEFAULT: u16 = 13800;
 
-/// The data directory of a node that was given none; with a port or an address given, a directory named by the port in it.
+/// The data directory of a node that was given none; with a port or an address given, a directory
+/// named by the port in it.
 pub const DATA_DIR_DEFAULT: &str = "quorate-data";
 
 /// How a node is to run.
@@ -32,19 +33,25 @@ pub struct NodeConfig {
     pub data_dir: PathBuf,
     /// Bytes of map held in memory by sled's cache.
     pub cache_bytes: u64,
-    /// What the log of all replicas together is to take on the disk: see [`LogSpace`](crate::sm::log_space::LogSpace).
+    /// What the log of all replicas together is to take on the disk: see
+    /// [`LogSpace`](crate::sm::log_space::LogSpace).
     pub log_bytes: u64,
-    /// So much of the disk is kept free: with less, no writes are taken. None: as [`DiskRoom`](crate::sm::disk_level::DiskRoom) says.
+    /// So much of the disk is kept free: with less, no writes are taken. None: as
+    /// [`DiskRoom`](crate::sm::disk_level::DiskRoom) says.
     pub disk_reserve_bytes: Option<u64>,
     /// How long a stop may take to hand leadership over and to answer what is in flight.
     pub stop_timeout: Duration,
-    /// A node that is out of reach for so long has its work given to others, where there are enough.
+    /// A node that is out of reach for so long has its work given to others, where there are
+    /// enough.
     pub replace_after: Duration,
-    /// An empty directory must answer in the place of a node for so long before that node's disk passes for lost.
+    /// An empty directory must answer in the place of a node for so long before that node's disk
+    /// passes for lost.
     pub lost_disk_after: Duration,
-    /// How many times longer than usual a silent leader is waited for, and heartbeats are apart: for thousands of groups on few cores.
+    /// How many times longer than usual a silent leader is waited for, and heartbeats are apart:
+    /// for thousands of groups on few cores.
     pub timing_factor: u64,
-    /// Reads rest on the leader's lease, without a round to a quorum. Clocks may drift apart by this within a lease.
+    /// Reads rest on the leader's lease, without a round to a quorum. Clocks may drift apart by
+    /// this within a lease.
     pub lease_drift_ms: Option<u64>,
     /// The level that this node speaks at most; none: all that its program knows.
     pub level_max: Option<u16>,
@@ -65,7 +72,10 @@ pub enum ConfigError {
     DuplicateInView(Address),
     #[error("VIEW is empty: name at least one address, or leave it out for a cluster of one")]
     EmptyView,
-    #[error("{0} can be listened on but is no address that others can call: give --address or --public-address")]
+    #[error(
+        "{0} can be listened on but is no address that others can call: give --address or \
+        --public-address"
+    )]
     Unspecified(Address),
 }
 
@@ -74,12 +84,17 @@ impl NodeConfig {
     ///
     /// What of it can't work, whatever the state of the disk and of other nodes.
     pub fn check(&self) -> Result<(), ConfigError> {
-        for address in std::iter::once(&self.address).chain(&self.public_address).chain(self.view.iter().flatten()) {
+        for address in std::iter::once(&self.address)
+            .chain(&self.public_address)
+            .chain(self.view.iter().flatten())
+        {
             if is_unspecified(address) {
                 return Err(ConfigError::Unspecified(address.clone()));
             }
         }
-        let Some(view) = &self.view else { return Ok(()) };
+        let Some(view) = &self.view else {
+            return Ok(());
+        };
         if view.is_empty() {
             return Err(ConfigError::EmptyView);
         }
@@ -98,7 +113,10 @@ impl NodeConfig {
 
     /// The `VIEW` as a set: sorted, without duplicates. Of a node without one: itself.
     pub fn view_set(&self) -> Vec<Address> {
-        let mut view = self.view.clone().unwrap_or_else(|| vec![self.address.clone()]);
+        let mut view = self
+            .view
+            .clone()
+            .unwrap_or_else(|| vec![self.address.clone()]);
         view.sort();
         view.dedup();
         view
@@ -113,7 +131,8 @@ impl NodeConfig {
 /// 0.0.0.0 and its like: fine to listen on, never advertised.
 pub fn is_unspecified(address: &Address) -> bool {
     let host = address.host().trim_start_matches('[').trim_end_matches(']');
-    host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_unspecified())
+    host.parse::<std::net::IpAddr>()
+        .is_ok_and(|ip| ip.is_unspecified())
 }
 
 #[cfg(test)]
@@ -148,8 +167,16 @@ mod tests {
 
     #[test]
     fn a_view_is_a_set() {
-        assert_eq!(config(Some(&["b:2", "127.0.0.1:1", "b:2"])).view_set().len(), 2);
-        assert_eq!(config(None).view_set(), vec!["127.0.0.1:1".parse().expect("an address")]);
+        assert_eq!(
+            config(Some(&["b:2", "127.0.0.1:1", "b:2"]))
+                .view_set()
+                .len(),
+            2
+        );
+        assert_eq!(
+            config(None).view_set(),
+            vec!["127.0.0.1:1".parse().expect("an address")]
+        );
         assert!(config(Some(&["b:2", "127.0.0.1:1"])).names_itself());
         assert!(!config(Some(&["b:2"])).names_itself());
     }
@@ -157,8 +184,14 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused() {
         assert_eq!(config(Some(&[])).check(), Err(ConfigError::EmptyView));
-        assert!(matches!(config(Some(&["b:2", "b:2"])).check(), Err(ConfigError::DuplicateInView(_))));
-        assert!(matches!(config(Some(&["0.0.0.0:2", "127.0.0.1:1"])).check(), Err(ConfigError::Unspecified(_))));
+        assert!(matches!(
+            config(Some(&["b:2", "b:2"])).check(),
+            Err(ConfigError::DuplicateInView(_))
+        ));
+        assert!(matches!(
+            config(Some(&["0.0.0.0:2", "127.0.0.1:1"])).check(),
+            Err(ConfigError::Unspecified(_))
+        ));
         assert_eq!(config(Some(&["b:2", "127.0.0.1:1"])).check(), Ok(()));
     }
 }

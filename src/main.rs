@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Trees, tables and frames are many small pieces that one thread allocates and another frees: the C library's allocator is slow at that.
+/// Trees, tables and frames are many small pieces that one thread allocates and another frees: the
+/// C library's allocator is slow at that.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -1,17 +1,20 @@
-//! [`Supervisor`]: sees the end of every thread and task that lives as long as the node, or as a replica.
+//! [`Supervisor`]: sees the end of every thread and task that lives as long as the node, or as a
+//! replica.
 //!
-//! A part that panics leaves the rest half dead: a leader that sends heartbeats and applies nothing, a queue that nobody
-//! empties, a lock that is poisoned. Nobody can say what of its state still holds. So a panic ends the process at once, with
-//! one line and [`EXIT_STATUS`], and the other nodes go on; whoever starts the process again finds what was synced. What may
-//! panic without that, because nothing rests on it, is not started here: one connection, one request, one step of a view
-//! change (`node/chores`). The panic of applying an entry would be the same on every replica: it stops the replica (see
-//! `raft/state_machine`).
+//! A part that panics leaves the rest half dead: a leader that sends heartbeats and applies
+//! nothing, a queue that nobody empties, a lock that is poisoned. Nobody can say what of its state
+//! still holds. So a panic ends the process at once, with one line and [`EXIT_STATUS`], and the
+//! other nodes go on; whoever starts the process again finds what was synced. What may panic
+//! without that, because nothing rests on it, is not started here: one connection, one request, one
+//! step of a view change (`node/chores`). The panic of applying an entry would be the same on every
+//! replica: it stops the replica (see `raft/state_machine`).
 //!
-//! All such threads and tasks are started by this room (held by `tests/architecture.rs`). Each has a [`Beat`] that counts
-//! what it does, so that others can see whether it hangs: who looks is `node/watchdog`.
+//! All such threads and tasks are started by this room (held by `tests/architecture.rs`). Each has
+//! a [`Beat`] that counts what it does, so that others can see whether it hangs: who looks is
+//! `node/watchdog`.
 //!
-//! A task that is started by a supervised one through [`inherit`] is supervised as well: that is how the tasks of openraft
-//! are, which it starts by itself.
+//! A task that is started by a supervised one through [`inherit`] is supervised as well: that is
+//! how the tasks of openraft are, which it starts by itself.
 
 use std::any::Any;
 use std::fmt;
@@ -26,7 +29,8 @@ use std::time::Duration;
 use futures::FutureExt;
 use tokio::task::JoinSet;
 
-/// With what the process ends when a part of it has panicked or hangs: starting it again is all that there is to do.
+/// With what the process ends when a part of it has panicked or hangs: starting it again is all
+/// that there is to do.
 pub const EXIT_STATUS: i32 = 4;
 
 /// How long the last line may take to be written: whoever reads it may hang too.
@@ -41,21 +45,29 @@ pub struct Ended {
 
 impl Ended {
     fn panicked(part: &'static str, panic: &(dyn Any + Send)) -> Self {
-        Self { part, reason: format!("it panicked: {}", message(panic)) }
+        Self {
+            part,
+            reason: format!("it panicked: {}", message(panic)),
+        }
     }
 }
 
 impl fmt::Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { part, reason } = self;
-        write!(f, "this node ends, because a part of it does not work: {part}: {reason}; what was acknowledged is kept")
+        write!(
+            f,
+            "this node ends, because a part of it does not work: {part}: {reason}; what was \
+            acknowledged is kept"
+        )
     }
 }
 
 /// Returns what a panic said.
 pub fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it did not say why")
+    text.or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("it did not say why")
 }
 
 /// What a part has done, for those who watch it.
@@ -123,14 +135,20 @@ impl Supervisor {
     /// # Errors
     ///
     /// When the system has none.
-    pub fn start_thread(&self, part: &'static str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    pub fn start_thread(
+        &self,
+        part: &'static str,
+        run: impl FnOnce() + Send + 'static,
+    ) -> io::Result<JoinHandle<()>> {
         let supervisor = self.clone();
-        std::thread::Builder::new().name(part.to_owned()).spawn(move || {
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
-                supervisor.end(&Ended::panicked(part, &*panic));
-                resume_unwind(panic);
-            }
-        })
+        std::thread::Builder::new()
+            .name(part.to_owned())
+            .spawn(move || {
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
+                    supervisor.end(&Ended::panicked(part, &*panic));
+                    resume_unwind(panic);
+                }
+            })
     }
 
     /// Starts a task that `tasks` owns.
@@ -162,23 +180,43 @@ impl Supervisor {
         beats.retain(|(_, beat)| beat.strong_count() > 0);
         beats.push((part, Arc::downgrade(&beat)));
         drop(beats);
-        guarded(Current { supervisor: self.clone(), part, beat }, task)
+        guarded(
+            Current {
+                supervisor: self.clone(),
+                part,
+                beat,
+            },
+            task,
+        )
     }
 
-    /// Does `work`, and has the tasks that it starts through [`inherit`] supervised as parts of this name.
+    /// Does `work`, and has the tasks that it starts through [`inherit`] supervised as parts of
+    /// this name.
     pub fn within<T>(&self, part: &'static str, work: impl FnOnce() -> T) -> T {
-        CURRENT.sync_scope(Current { supervisor: self.clone(), part, beat: Arc::default() }, work)
+        CURRENT.sync_scope(
+            Current {
+                supervisor: self.clone(),
+                part,
+                beat: Arc::default(),
+            },
+            work,
+        )
     }
 
     /// Returns the tasks that run, by name, with how many steps each has counted.
     pub fn beats(&self) -> Vec<(&'static str, Arc<Beat>)> {
         let beats = self.0.beats.lock().expect("no holder panics");
-        beats.iter().filter_map(|(part, beat)| Some((*part, beat.upgrade()?))).collect()
+        beats
+            .iter()
+            .filter_map(|(part, beat)| Some((*part, beat.upgrade()?)))
+            .collect()
     }
 }
 
 async fn guarded<T>(current: Current, task: impl Future<Output = T>) -> T {
-    let Current { supervisor, part, .. } = current.clone();
+    let Current {
+        supervisor, part, ..
+    } = current.clone();
     #[cfg(test)]
     let task = supervisor.0.faults.put_into(part, task);
     let task = CURRENT.scope(current, task);
@@ -212,7 +250,11 @@ fn end_process(ended: &Ended) -> ! {
         let _ = io::stderr().write_all(line.as_bytes());
         let _ = written.send(());
     };
-    if std::thread::Builder::new().name("last-line".to_owned()).spawn(write).is_ok() {
+    if std::thread::Builder::new()
+        .name("last-line".to_owned())
+        .spawn(write)
+        .is_ok()
+    {
         let _ = is_written.recv_timeout(LAST_LINE_TIMEOUT);
     }
     std::process::exit(EXIT_STATUS)
@@ -245,7 +287,11 @@ pub mod testing {
     }
 
     impl Faults {
-        pub(super) fn put_into<T, F>(&self, part: &'static str, task: F) -> impl Future<Output = T> + use<T, F>
+        pub(super) fn put_into<T, F>(
+            &self,
+            part: &'static str,
+            task: F,
+        ) -> impl Future<Output = T> + use<T, F>
         where
             F: Future<Output = T>,
         {
@@ -253,7 +299,11 @@ pub mod testing {
             async move {
                 let fault = async move {
                     // The supervisor may be gone: then there is no fault any more.
-                    if faults.wait_for(|faults| faults.contains_key(part)).await.is_err() {
+                    if faults
+                        .wait_for(|faults| faults.contains_key(part))
+                        .await
+                        .is_err()
+                    {
                         futures::future::pending::<()>().await;
                     }
                     faults.borrow().get(part).copied()
@@ -306,8 +356,18 @@ mod tests {
             let child = tokio::spawn(inherit(async { panic!("of the child") }));
             child.await.unwrap_or(())
         });
-        let first = ended.wait_for(Option::is_some).await.expect("it is told").clone();
-        assert_eq!(first, Some(Ended { part: "parent", reason: "it panicked: of the child".to_owned() }));
+        let first = ended
+            .wait_for(Option::is_some)
+            .await
+            .expect("it is told")
+            .clone();
+        assert_eq!(
+            first,
+            Some(Ended {
+                part: "parent",
+                reason: "it panicked: of the child".to_owned()
+            })
+        );
         assert!(tasks.join_next().await.expect("one task").is_ok());
 
         let (supervisor, mut ended) = Supervisor::noting();
@@ -319,9 +379,14 @@ mod tests {
     #[test]
     fn the_panic_of_a_thread_is_told_with_its_name() {
         let (supervisor, ended) = Supervisor::noting();
-        let thread = supervisor.start_thread("writer", || panic!("of the {}", "thread")).expect("a thread");
+        let thread = supervisor
+            .start_thread("writer", || panic!("of the {}", "thread"))
+            .expect("a thread");
         assert!(thread.join().is_err());
-        let expected = Ended { part: "writer", reason: "it panicked: of the thread".to_owned() };
+        let expected = Ended {
+            part: "writer",
+            reason: "it panicked: of the thread".to_owned(),
+        };
         assert_eq!(*ended.borrow(), Some(expected));
     }
 
@@ -350,6 +415,9 @@ mod tests {
         assert_eq!((ticking.steps(), ended.borrow().clone()), (steps, None));
         drop((tasks, ticking));
         tokio::task::yield_now().await;
-        assert!(supervisor.beats().is_empty(), "what has ended is not watched");
+        assert!(
+            supervisor.beats().is_empty(),
+            "what has ended is not watched"
+        );
     }
 }

@@ -14,19 +14,27 @@ pub enum LogFormat {
     Json,
 }
 
-/// What is logged where neither `--log` nor `QUORATE_LOG` says otherwise. openraft tells of every heartbeat that fails at levels that are
-/// ours to decide: what it means for a group is logged by us.
+/// What is logged where neither `--log` nor `QUORATE_LOG` says otherwise. openraft tells of every
+/// heartbeat that fails at levels that are ours to decide: what it means for a group is logged by
+/// us.
 const FILTER_DEFAULT: &str = "info,openraft=off,sled=warn,hyper=warn,h2=warn,reqwest=warn";
 
 /// Starts logging for this process. A second call changes nothing.
 pub fn start(filter: Option<&str>, format: LogFormat) {
     let filter = EnvFilter::try_new(filter.unwrap_or(FILTER_DEFAULT)).unwrap_or_else(|error| {
-        eprintln!("quorate: the log filter is not understood ({error}); logging at the default level");
+        eprintln!(
+            "quorate: the log filter is not understood ({error}); logging at the default level"
+        );
         EnvFilter::new(FILTER_DEFAULT)
     });
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false);
     let started = match format {
-        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).try_init(),
+        LogFormat::Text => builder
+            .with_ansi(std::io::stderr().is_terminal())
+            .try_init(),
         LogFormat::Json => builder.json().try_init(),
     };
     drop(started);
@@ -35,7 +43,8 @@ pub fn start(filter: Option<&str>, format: LogFormat) {
 /// How long nothing is said of what was said a moment ago.
 const RARELY: Duration = Duration::from_secs(60);
 
-/// Keeps a line that others can provoke from filling the log: it is said at once, and then each minute, with how often it was due since.
+/// Keeps a line that others can provoke from filling the log: it is said at once, and then each
+/// minute, with how often it was due since.
 #[derive(Debug)]
 pub struct Rarely(Mutex<Option<(Instant, u64)>>);
 

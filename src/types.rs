@@ -1,7 +1,8 @@
 //! The identifiers and small values that every layer shares.
 //!
-//! Newtypes only: no behaviour beyond parsing and printing. Kept out: anything that knows a protocol, a disk or a clock.
-//! The words are those of the glossary in ARCHITECTURE.md; one word, one meaning.
+//! Newtypes only: no behaviour beyond parsing and printing. Kept out: anything that knows a
+//! protocol, a disk or a clock. The words are those of the glossary in ARCHITECTURE.md; one word,
+//! one meaning.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,8 +15,9 @@ pub const SLOTS: u16 = 4096;
 /// Longest key in bytes; the shortest is one byte.
 pub const KEY_BYTES_MAX: usize = 4096;
 
-/// Keys that begin with these bytes, which are the last in key order, are the `binary` keys of the encoded batch's dialect. No text in
-/// UTF-8 begins so, and the native dialect, whose keys are any bytes, refuses and leaves out those that do.
+/// Keys that begin with these bytes, which are the last in key order, are the `binary` keys of the
+/// encoded batch's dialect. No text in UTF-8 begins so, and the native dialect, whose keys are any
+/// bytes, refuses and leaves out those that do.
 pub const RESERVED_PREFIX: [u8; 8] = [0xFF; 8];
 
 pub fn is_reserved(key: &[u8]) -> bool {
@@ -29,7 +31,8 @@ macro_rules! number_id {
         #[serde(transparent)]
         pub struct $name(pub u64);
 
-        /// With its letter, as in logs and names of files; by `{:#}` the number alone, as operators write it.
+        /// With its letter, as in logs and names of files; by `{:#}` the number alone, as operators
+        /// write it.
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 let prefix = if f.alternate() { "" } else { $prefix };
@@ -40,7 +43,8 @@ macro_rules! number_id {
 }
 
 number_id!(
-    /// A process with a data directory, as the meta group numbers it. Bound to the directory, not to an address.
+    /// A process with a data directory, as the meta group numbers it. Bound to the directory, not
+    /// to an address.
     NodeId, "n"
 );
 number_id!(
@@ -69,7 +73,9 @@ number_id!(
 );
 
 /// One start of a node, drawn at random: two copies of a data directory never start alike.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct StartId(pub u64);
 
@@ -83,12 +89,18 @@ impl GroupId {
 
     /// Returns what it is called before operators.
     pub fn named(self) -> String {
-        if self.is_meta() { "the meta group".to_owned() } else { format!("shard {self:#}") }
+        if self.is_meta() {
+            "the meta group".to_owned()
+        } else {
+            format!("shard {self:#}")
+        }
     }
 }
 
 /// One of the [`SLOTS`] parts of the key space.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(try_from = "u16", into = "u16")]
 pub struct Slot(u16);
 
@@ -132,7 +144,9 @@ impl fmt::Display for Slot {
 }
 
 /// A position in a group's log. Ordered by term, then index.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct LogId {
     pub term: u64,
     pub index: u64,
@@ -152,7 +166,8 @@ pub enum ParseError {
     #[error("'{0}' is not an address: expected host:port with a port from 1 to 65535")]
     Address(String),
     #[error(
-        "'{0}' has a zone ('%' and the name of an interface), which means nothing on another machine: use an address without one"
+        "'{0}' has a zone ('%' and the name of an interface), which means nothing on another \
+        machine: use an address without one"
     )]
     Zone(String),
 }
@@ -211,7 +226,8 @@ random_id!(
     DirectoryId
 );
 
-/// `host:port` as others call a node. Compared as text: two spellings of one host are two addresses.
+/// `host:port` as others call a node. Compared as text: two spellings of one host are two
+/// addresses.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Address(String);
@@ -222,11 +238,16 @@ impl Address {
     }
 
     pub fn host(&self) -> &str {
-        self.0.rsplit_once(':').map_or(self.0.as_str(), |(host, _)| host)
+        self.0
+            .rsplit_once(':')
+            .map_or(self.0.as_str(), |(host, _)| host)
     }
 
     pub fn port(&self) -> u16 {
-        self.0.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(0)
+        self.0
+            .rsplit_once(':')
+            .and_then(|(_, port)| port.parse().ok())
+            .unwrap_or(0)
     }
 }
 
@@ -255,7 +276,8 @@ impl TryFrom<String> for Address {
     fn try_from(text: String) -> Result<Self, ParseError> {
         let error = || ParseError::Address(text.clone());
         let (host, port) = text.rsplit_once(':').ok_or_else(error)?;
-        let port_ok = port.parse::<u16>().is_ok_and(|p| p > 0) && port.bytes().all(|b| b.is_ascii_digit());
+        let port_ok =
+            port.parse::<u16>().is_ok_and(|p| p > 0) && port.bytes().all(|b| b.is_ascii_digit());
         let bracketed = host.starts_with('[') && host.ends_with(']') && host.len() > 2;
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
         let in_brackets = |b: u8| b.is_ascii_hexdigit() || matches!(b, b':' | b'.' | b'%');
@@ -264,7 +286,11 @@ impl TryFrom<String> for Address {
         } else {
             !host.is_empty() && host.bytes().all(plain)
         };
-        if port_ok && host_ok { Ok(Address(text)) } else { Err(error()) }
+        if port_ok && host_ok {
+            Ok(Address(text))
+        } else {
+            Err(error())
+        }
     }
 }
 
@@ -280,18 +306,50 @@ mod tests {
 
     #[test]
     fn addresses_are_host_and_port() {
-        for good in ["127.0.0.1:13800", "node-1.example:80", "[::1]:9000", "a_b:1"] {
+        for good in [
+            "127.0.0.1:13800",
+            "node-1.example:80",
+            "[::1]:9000",
+            "a_b:1",
+        ] {
             let address: Address = good.parse().expect("a good address");
             assert_eq!(address.to_string(), good);
         }
-        for bad in ["", "a", "a:", ":1", "a:0", "a:65536", "a:+1", "a b:1", "a:1:2", "http://a:1", "[]:1", "a,b:1"] {
-            assert!(bad.parse::<Address>().is_err(), "{bad} was taken for an address");
+        for bad in [
+            "",
+            "a",
+            "a:",
+            ":1",
+            "a:0",
+            "a:65536",
+            "a:+1",
+            "a b:1",
+            "a:1:2",
+            "http://a:1",
+            "[]:1",
+            "a,b:1",
+        ] {
+            assert!(
+                bad.parse::<Address>().is_err(),
+                "{bad} was taken for an address"
+            );
         }
-        for zoned in ["[fe80::1%eth0]:9000", "[fe80::1%1]:9000", "fe80::1%eth0:9000", "fe80::1%1"] {
-            let error = zoned.parse::<Address>().expect_err("it is nobody else's").to_string();
+        for zoned in [
+            "[fe80::1%eth0]:9000",
+            "[fe80::1%1]:9000",
+            "fe80::1%eth0:9000",
+            "fe80::1%1",
+        ] {
+            let error = zoned
+                .parse::<Address>()
+                .expect_err("it is nobody else's")
+                .to_string();
             assert!(error.contains("a zone") && error.contains(zoned), "{error}");
         }
-        assert!(Address::try_from("[fe80::1%1]:9000".to_owned()).is_ok(), "a view may have it");
+        assert!(
+            Address::try_from("[fe80::1%1]:9000".to_owned()).is_ok(),
+            "a view may have it"
+        );
     }
 
     #[test]
@@ -300,7 +358,11 @@ mod tests {
         assert_eq!(id.to_string(), "0000000000000000000000000000001f");
         assert_eq!(id.to_string().parse(), Ok(id));
         assert!("1f".parse::<DirectoryId>().is_err());
-        assert!("+000000000000000000000000000001f".parse::<ClusterId>().is_err());
+        assert!(
+            "+000000000000000000000000000001f"
+                .parse::<ClusterId>()
+                .is_err()
+        );
     }
 
     #[test]

@@ -16,7 +16,9 @@ pub struct Arguments {
 ///
 /// When standard output can't be written.
 pub fn run(arguments: &Arguments) -> Result<Exit, CliError> {
-    io::stdout().write_all(&script(arguments.shell)).map_err(CliError::output)?;
+    io::stdout()
+        .write_all(&script(arguments.shell))
+        .map_err(CliError::output)?;
     Ok(Exit::Done)
 }
 
@@ -36,9 +38,18 @@ mod tests {
     fn every_shell_is_told_of_every_verb() {
         for shell in Shell::value_variants() {
             let script = String::from_utf8(script(*shell)).expect("a script is text");
-            for verb in ["set-replication", "rebalance", "plan", "status", "--no-wait"] {
+            for verb in [
+                "set-replication",
+                "rebalance",
+                "plan",
+                "status",
+                "--no-wait",
+            ] {
                 // Some shells are told of options without their dashes.
-                assert!(script.contains(verb.trim_start_matches('-')), "{shell} is not told of {verb}");
+                assert!(
+                    script.contains(verb.trim_start_matches('-')),
+                    "{shell} is not told of {verb}"
+                );
             }
         }
     }

@@ -1,7 +1,7 @@
 //! `quorate gateway`: serves a cluster's every dialect without keeping any data.
 //!
-//! It holds the shard map alone, so any number of them may run, and any may be lost. It fetches the answer where a node would redirect: its
-//! clients need not reach the nodes.
+//! It holds the shard map alone, so any number of them may run, and any may be lost. It fetches the
+//! answer where a node would redirect: its clients need not reach the nodes.
 
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -32,8 +32,13 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
 pub struct Arguments {
-    /// Any members of the cluster; the others are learned from them [default: those of ./.cluster, else 127.0.0.1:9000 and 9001]
-    #[arg(value_name = "HOST:PORT", env = "QUORATE_SERVERS", value_delimiter = ',')]
+    /// Any members of the cluster; the others are learned from them [default: those of ./.cluster,
+    /// else 127.0.0.1:9000 and 9001]
+    #[arg(
+        value_name = "HOST:PORT",
+        env = "QUORATE_SERVERS",
+        value_delimiter = ','
+    )]
     members: Vec<Address>,
     /// Listen here; may be given several times [default: 127.0.0.1:8080 and 127.0.0.1:8081]
     #[arg(long, value_name = "HOST:PORT")]
@@ -44,8 +49,8 @@ pub struct Arguments {
     /// Listen on this port instead; may be given several times
     #[arg(short, long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     port: Vec<u16>,
-    /// Connections of clients at a time: fewer where the limit of open files (ulimit -n) leaves no room for so many beside those to
-    /// the nodes
+    /// Connections of clients at a time: fewer where the limit of open files (ulimit -n) leaves no
+    /// room for so many beside those to the nodes
     #[arg(long, value_name = "N", default_value_t = CONNECTIONS_MAX, value_parser = connections)]
     max_connections: usize,
     /// How long a stop may take to answer what is in flight, in seconds
@@ -63,9 +68,17 @@ impl Arguments {
     fn listening_on(&self) -> Vec<String> {
         let mut listen: Vec<String> = self.listen.iter().map(ToString::to_string).collect();
         if listen.is_empty() || self.ip.is_some() || !self.port.is_empty() {
-            let ports = if self.port.is_empty() { &PORTS_DEFAULT[..] } else { &self.port };
+            let ports = if self.port.is_empty() {
+                &PORTS_DEFAULT[..]
+            } else {
+                &self.port
+            };
             let ip = self.ip.unwrap_or(LOOPBACK);
-            listen.extend(ports.iter().map(|port| SocketAddr::new(ip, *port).to_string()));
+            listen.extend(
+                ports
+                    .iter()
+                    .map(|port| SocketAddr::new(ip, *port).to_string()),
+            );
         }
         listen.sort();
         listen.dedup();
@@ -80,9 +93,14 @@ impl Arguments {
         let members = match (self.members.is_empty(), local.is_empty()) {
             (false, _) => self.members.clone(),
             (true, false) => local,
-            (true, true) => ports.map(|port| format!("127.0.0.1:{port}").parse()).collect::<Result<_, ParseError>>()?,
+            (true, true) => ports
+                .map(|port| format!("127.0.0.1:{port}").parse())
+                .collect::<Result<_, ParseError>>()?,
         };
-        match members.iter().find(|member| listen.iter().any(|listen| listen == member.as_str())) {
+        match members
+            .iter()
+            .find(|member| listen.iter().any(|listen| listen == member.as_str()))
+        {
             Some(member) => Err(ServeError::OwnMember(member.clone())),
             None => Ok(members),
         }
@@ -106,7 +124,11 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     };
     let told = signals::stop().map_err(ServeError::Signals)?;
     let names: Vec<&str> = members.iter().map(Address::as_str).collect();
-    tracing::info!("quorate {}, a gateway to the cluster of {}", env!("CARGO_PKG_VERSION"), names.join(", "));
+    tracing::info!(
+        "quorate {}, a gateway to the cluster of {}",
+        env!("CARGO_PKG_VERSION"),
+        names.join(", ")
+    );
     announce(&server.addresses());
     let store = Arc::new(RemoteStore::connect(members)?);
     let lookout = Arc::new(Watching(Lookout::new(Arc::clone(&store))));
@@ -117,7 +139,11 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
         tracing::info!("{}: stopping", told.await);
         stop.cancel();
     };
-    tokio::join!(server.serve_app(app, stop.clone(), &limits), lookout.0.run(&stop), stopping);
+    tokio::join!(
+        server.serve_app(app, stop.clone(), &limits),
+        lookout.0.run(&stop),
+        stopping
+    );
     tracing::info!("stopped");
     Ok(())
 }
@@ -127,7 +153,9 @@ fn announce(addresses: &[SocketAddr]) {
     let mut ports: Vec<u16> = addresses.iter().map(SocketAddr::port).collect();
     ports.dedup();
     let mut output = io::stdout().lock();
-    let written = ports.iter().try_for_each(|port| writeln!(output, "Listening on port {port}..."));
+    let written = ports
+        .iter()
+        .try_for_each(|port| writeln!(output, "Listening on port {port}..."));
     drop(written.and_then(|()| output.flush()));
 }
 
@@ -136,22 +164,41 @@ struct Watching(Lookout);
 
 impl Readiness for Watching {
     fn ready(&self) -> Result<(), NotReady> {
-        self.0.ready().map_err(|trouble| NotReady { code: trouble.code, reason: trouble.reason })
+        self.0.ready().map_err(|trouble| NotReady {
+            code: trouble.code,
+            reason: trouble.reason,
+        })
     }
 }
 
 impl MetricSource for Watching {
     fn collect(&self, text: &mut Exposition) {
-        text.family("quorate_gateway_ready", Kind::Gauge, "Whether every shard has a leader that answers here.");
+        text.family(
+            "quorate_gateway_ready",
+            Kind::Gauge,
+            "Whether every shard has a leader that answers here.",
+        );
         text.sample(&[], u8::from(self.0.ready().is_ok()));
         let Some(look) = self.0.last() else { return };
         text.family("quorate_gateway_nodes", Kind::Gauge, "Nodes of the view.");
         text.sample(&[], look.nodes);
-        text.family("quorate_gateway_shards", Kind::Gauge, "Shards that own keys.");
+        text.family(
+            "quorate_gateway_shards",
+            Kind::Gauge,
+            "Shards that own keys.",
+        );
         text.sample(&[], look.shards);
-        text.family("quorate_gateway_map_version", Kind::Gauge, "Version of the shard map as it was last told.");
+        text.family(
+            "quorate_gateway_map_version",
+            Kind::Gauge,
+            "Version of the shard map as it was last told.",
+        );
         text.sample(&[], look.map_version);
-        text.family("quorate_gateway_look_age_seconds", Kind::Gauge, "Time since the cluster was last looked at.");
+        text.family(
+            "quorate_gateway_look_age_seconds",
+            Kind::Gauge,
+            "Time since the cluster was last looked at.",
+        );
         text.sample(&[], look.at.elapsed().as_secs_f64());
     }
 }
@@ -179,8 +226,14 @@ mod tests {
             (&["-i", "0.0.0.0"], &["0.0.0.0:8080", "0.0.0.0:8081"]),
             (&["-p", "9090"], &["127.0.0.1:9090"]),
             (&["-i", "::", "-p", "1", "-p", "2"], &["[::]:1", "[::]:2"]),
-            (&["--listen", "0.0.0.0:80", "--listen", "[::1]:81"], &["0.0.0.0:80", "[::1]:81"]),
-            (&["--listen", "0.0.0.0:80", "-p", "90"], &["0.0.0.0:80", "127.0.0.1:90"]),
+            (
+                &["--listen", "0.0.0.0:80", "--listen", "[::1]:81"],
+                &["0.0.0.0:80", "[::1]:81"],
+            ),
+            (
+                &["--listen", "0.0.0.0:80", "-p", "90"],
+                &["0.0.0.0:80", "127.0.0.1:90"],
+            ),
         ];
         for (line, listen) in cases {
             assert_eq!(arguments(line).listening_on(), *listen, "{line:?}");
@@ -191,15 +244,32 @@ mod tests {
     fn members_are_those_named_or_those_at_hand_and_never_itself() {
         let members = |line: &[&str], local: &[&str]| {
             let arguments = arguments(line);
-            let local = local.iter().map(|text| text.parse().expect("an address")).collect();
+            let local = local
+                .iter()
+                .map(|text| text.parse().expect("an address"))
+                .collect();
             let members = arguments.members(local, &arguments.listening_on())?;
             Ok::<_, ServeError>(members.iter().map(ToString::to_string).collect::<Vec<_>>())
         };
-        assert_eq!(members(&["a:1", "b:2,c:3"], &["l:1"]).expect("members"), ["a:1", "b:2", "c:3"]);
-        assert_eq!(members(&["-p", "90", "a:1"], &[]).expect("members"), ["a:1"]);
-        assert_eq!(members(&[], &["l:1", "l:2"]).expect("members"), ["l:1", "l:2"]);
-        assert_eq!(members(&[], &[]).expect("members"), ["127.0.0.1:9000", "127.0.0.1:9001"]);
-        let error = members(&["127.0.0.1:8081"], &[]).expect_err("it is the gateway itself").to_string();
+        assert_eq!(
+            members(&["a:1", "b:2,c:3"], &["l:1"]).expect("members"),
+            ["a:1", "b:2", "c:3"]
+        );
+        assert_eq!(
+            members(&["-p", "90", "a:1"], &[]).expect("members"),
+            ["a:1"]
+        );
+        assert_eq!(
+            members(&[], &["l:1", "l:2"]).expect("members"),
+            ["l:1", "l:2"]
+        );
+        assert_eq!(
+            members(&[], &[]).expect("members"),
+            ["127.0.0.1:9000", "127.0.0.1:9001"]
+        );
+        let error = members(&["127.0.0.1:8081"], &[])
+            .expect_err("it is the gateway itself")
+            .to_string();
         assert!(error.contains("127.0.0.1:8081"), "{error}");
     }
 }

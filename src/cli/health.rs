@@ -1,4 +1,5 @@
-//! `quorate health`: asks one node or gateway how it is. For the health checks of containers, whose images need no curl.
+//! `quorate health`: asks one node or gateway how it is. For the health checks of containers, whose
+//! images need no curl.
 
 use std::time::Duration;
 
@@ -13,9 +14,12 @@ use crate::config::PORT_DEFAULT;
 use crate::types::{Address, ParseError};
 
 #[derive(Debug, Args)]
-#[command(after_help = "Exit codes: 0 it lives (with --ready: it is ready), 1 it does not, 2 usage.")]
+#[command(
+    after_help = "Exit codes: 0 it lives (with --ready: it is ready), 1 it does not, 2 usage."
+)]
 pub struct Arguments {
-    /// The node or gateway to ask [default: the node of this machine, at the port of ADDRESS or 13800]
+    /// The node or gateway to ask [default: the node of this machine, at the port of ADDRESS or
+    /// 13800]
     #[arg(value_name = "HOST:PORT")]
     asked: Option<Address>,
     /// What the node of this machine is called
@@ -30,8 +34,8 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Where to ask, one after the other. A node that listens on every address is asked by the loopback address first: the others come and go
-    /// with the networks.
+    /// Where to ask, one after the other. A node that listens on every address is asked by the
+    /// loopback address first: the others come and go with the networks.
     fn candidates(&self) -> Result<Vec<Address>, ParseError> {
         if let Some(asked) = &self.asked {
             return Ok(vec![asked.clone()]);
@@ -46,10 +50,21 @@ impl Arguments {
 ///
 /// When the address can't be made out.
 pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
-    let path = if arguments.ready { "/readyz" } else { "/healthz" };
-    let candidates = arguments.candidates().map_err(|error| CliError::Usage(error.to_string()))?;
+    let path = if arguments.ready {
+        "/readyz"
+    } else {
+        "/healthz"
+    };
+    let candidates = arguments
+        .candidates()
+        .map_err(|error| CliError::Usage(error.to_string()))?;
     for address in candidates {
-        let reason = match timeout(arguments.timeout, health::ask(&address, path, arguments.timeout)).await {
+        let reason = match timeout(
+            arguments.timeout,
+            health::ask(&address, path, arguments.timeout),
+        )
+        .await
+        {
             Ok(Ok(())) => return Ok(Exit::Done),
             Ok(Err(reason)) => reason,
             Err(_) => format!("no answer within {:?}", arguments.timeout),
@@ -73,12 +88,22 @@ mod tests {
     #[test]
     fn the_node_of_this_machine_is_asked_unless_another_is_named() {
         let candidates = |line: &[&str]| {
-            let line = Line::try_parse_from(std::iter::once(&"health").chain(line)).expect("a line that parses");
+            let line = Line::try_parse_from(std::iter::once(&"health").chain(line))
+                .expect("a line that parses");
             let candidates = line.arguments.candidates().expect("addresses");
-            candidates.iter().map(ToString::to_string).collect::<Vec<_>>()
+            candidates
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
         };
         assert_eq!(candidates(&["--address", ""]), ["127.0.0.1:13800"]);
-        assert_eq!(candidates(&["--address", "10.10.0.4:13801"]), ["127.0.0.1:13801", "10.10.0.4:13801"]);
-        assert_eq!(candidates(&["--address", "10.10.0.4:13801", "gateway:8080"]), ["gateway:8080"]);
+        assert_eq!(
+            candidates(&["--address", "10.10.0.4:13801"]),
+            ["127.0.0.1:13801", "10.10.0.4:13801"]
+        );
+        assert_eq!(
+            candidates(&["--address", "10.10.0.4:13801", "gateway:8080"]),
+            ["gateway:8080"]
+        );
     }
 }

@@ -94,7 +94,8 @@ struct Conditions {
     /// Only if the key is not at this revision (`*`: if it does not exist)
     #[arg(long, value_name = "REVISION")]
     if_none_match: Option<String>,
-    /// Makes it safe to repeat: the same request with the same key is done once, and is sent again until the timeout
+    /// Makes it safe to repeat: the same request with the same key is done once, and is sent again
+    /// until the timeout
     #[arg(long, value_name = "TEXT")]
     idempotency_key: Option<String>,
 }
@@ -123,29 +124,71 @@ pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
     let mut client = arguments.servers.client();
     match arguments.command {
         Command::Get { key, stale } => get(&mut client, &key, stale, arguments.json).await,
-        Command::Put { key, value, file, content_type, conditions } => {
+        Command::Put {
+            key,
+            value,
+            file,
+            content_type,
+            conditions,
+        } => {
             let value = read_value(value, file.as_deref())?;
-            let written = client.put(key.as_bytes(), value, &conditions.headers(content_type)).await?;
+            let written = client
+                .put(key.as_bytes(), value, &conditions.headers(content_type))
+                .await?;
             let created = written.created.unwrap_or(false);
-            let text = format!("revision {}{}", written.revision, if created { " (new)" } else { "" });
-            say(arguments.json, || json!({ "key": key, "revision": written.revision, "created": created }), &text)
+            let text = format!(
+                "revision {}{}",
+                written.revision,
+                if created { " (new)" } else { "" }
+            );
+            say(
+                arguments.json,
+                || json!({ "key": key, "revision": written.revision, "created": created }),
+                &text,
+            )
         }
-        Command::Del { key, conditions } => match client.delete(key.as_bytes(), &conditions.headers(None)).await? {
+        Command::Del { key, conditions } => match client
+            .delete(key.as_bytes(), &conditions.headers(None))
+            .await?
+        {
             None => missing(&key),
             Some(written) => {
                 let text = format!("deleted at revision {}", written.revision);
-                say(arguments.json, || json!({ "key": key, "revision": written.revision }), &text)
+                say(
+                    arguments.json,
+                    || json!({ "key": key, "revision": written.revision }),
+                    &text,
+                )
             }
         },
-        Command::Ls { prefix, limit, keys_only, reverse, stale } => {
-            let query = ListQuery { prefix: prefix.into(), reverse, keys_only, stale, ..ListQuery::default() };
+        Command::Ls {
+            prefix,
+            limit,
+            keys_only,
+            reverse,
+            stale,
+        } => {
+            let query = ListQuery {
+                prefix: prefix.into(),
+                reverse,
+                keys_only,
+                stale,
+                ..ListQuery::default()
+            };
             list(&mut client, query, limit, arguments.json).await
         }
     }
 }
 
-async fn get(client: &mut NativeClient, key: &str, stale: bool, as_json: bool) -> Result<Exit, CliError> {
-    let Some(value) = client.get(key.as_bytes(), stale).await? else { return missing(key) };
+async fn get(
+    client: &mut NativeClient,
+    key: &str,
+    stale: bool,
+    as_json: bool,
+) -> Result<Exit, CliError> {
+    let Some(value) = client.get(key.as_bytes(), stale).await? else {
+        return missing(key);
+    };
     if as_json {
         let (text, encoding) = match std::str::from_utf8(&value.bytes) {
             Ok(text) => (text.to_owned(), "utf8"),
@@ -159,14 +202,21 @@ async fn get(client: &mut NativeClient, key: &str, stale: bool, as_json: bool) -
             "revision": value.revision,
         });
         if let Some(staleness) = value.staleness {
-            object["staleness_ms"] = staleness.parse::<u64>().map_or(Value::String(staleness), Value::from);
+            object["staleness_ms"] = staleness
+                .parse::<u64>()
+                .map_or(Value::String(staleness), Value::from);
         }
         return print(format!("{object}\n").as_bytes());
     }
     print(&value.bytes)
 }
 
-async fn list(client: &mut NativeClient, mut query: ListQuery, limit: Option<usize>, as_json: bool) -> Result<Exit, CliError> {
+async fn list(
+    client: &mut NativeClient,
+    mut query: ListQuery,
+    limit: Option<usize>,
+    as_json: bool,
+) -> Result<Exit, CliError> {
     let mut left = limit.unwrap_or(usize::MAX);
     while left > 0 {
         query.limit = left.min(PAGE_ITEMS);
@@ -198,23 +248,37 @@ async fn list(client: &mut NativeClient, mut query: ListQuery, limit: Option<usi
 fn shown(text: &Value, encoding: &Value) -> Vec<u8> {
     let text = text.as_str().unwrap_or_default();
     if encoding == "base64" {
-        let bytes = STANDARD.decode(text).unwrap_or_else(|_| text.as_bytes().to_vec());
+        let bytes = STANDARD
+            .decode(text)
+            .unwrap_or_else(|_| text.as_bytes().to_vec());
         return bytes.escape_ascii().collect();
     }
-    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    let escape = |c: char| {
+        if c.is_control() {
+            c.escape_default().to_string()
+        } else {
+            c.to_string()
+        }
+    };
     text.chars().map(escape).collect::<String>().into_bytes()
 }
 
 fn read_value(value: Option<String>, file: Option<&Path>) -> Result<Bytes, CliError> {
     if let Some(path) = file {
-        let failed = |source| CliError::Io { what: path.display().to_string(), source };
+        let failed = |source| CliError::Io {
+            what: path.display().to_string(),
+            source,
+        };
         return std::fs::read(path).map(Bytes::from).map_err(failed);
     }
     match value.filter(|value| value != "-") {
         Some(value) => Ok(value.into()),
         None => {
             let mut bytes = Vec::new();
-            let failed = |source| CliError::Io { what: "standard input".into(), source };
+            let failed = |source| CliError::Io {
+                what: "standard input".into(),
+                source,
+            };
             io::stdin().read_to_end(&mut bytes).map_err(failed)?;
             Ok(bytes.into())
         }
@@ -227,13 +291,20 @@ fn missing(key: &str) -> Result<Exit, CliError> {
 }
 
 fn say(as_json: bool, object: impl FnOnce() -> Value, text: &str) -> Result<Exit, CliError> {
-    let line = if as_json { object().to_string() } else { text.to_owned() };
+    let line = if as_json {
+        object().to_string()
+    } else {
+        text.to_owned()
+    };
     print(format!("{line}\n").as_bytes())
 }
 
 fn print(bytes: &[u8]) -> Result<Exit, CliError> {
     let mut output = io::stdout().lock();
-    output.write_all(bytes).and_then(|()| output.flush()).map_err(CliError::output)?;
+    output
+        .write_all(bytes)
+        .and_then(|()| output.flush())
+        .map_err(CliError::output)?;
     Ok(Exit::Done)
 }
 
@@ -243,7 +314,10 @@ mod tests {
 
     #[test]
     fn what_is_listed_stays_on_its_line() {
-        assert_eq!(shown(&json!("a\tb\nc ü"), &Value::Null), "a\\tb\\nc ü".as_bytes());
+        assert_eq!(
+            shown(&json!("a\tb\nc ü"), &Value::Null),
+            "a\\tb\\nc ü".as_bytes()
+        );
         assert_eq!(shown(&json!("/wA="), &json!("base64")), b"\\xff\\x00");
     }
 

@@ -1,7 +1,8 @@
 //! The command line: what each subcommand is told, and what it does with the layers below.
 //!
-//! A command returns an [`Exit`] or a [`CliError`]; [`run`] turns both into an exit code and one line on standard error. Output goes through
-//! `io::Write`, never `println!`, which panics when a pipe is closed.
+//! A command returns an [`Exit`] or a [`CliError`]; [`run`] turns both into an exit code and one
+//! line on standard error. Output goes through `io::Write`, never `println!`, which panics when a
+//! pipe is closed.
 
 pub mod bench;
 pub mod cluster;
@@ -54,8 +55,9 @@ pub enum Command {
 }
 
 /// What the exit codes mean. In the help of every command.
-pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 no such key or a condition that does not hold, 2 usage, \
-3 unavailable or of unknown outcome, 4 (of serve) a part of the node panicked or hung: start it again.";
+pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 no such key or a condition that does not hold, \
+2 usage, 3 unavailable or of unknown outcome, 4 (of serve) a part of the node panicked or hung: \
+start it again.";
 
 /// How a command that did what it should ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,24 +102,28 @@ impl From<Failure> for CliError {
 impl CliError {
     /// Standard output could not be written.
     pub fn output(source: io::Error) -> Self {
-        CliError::Io { what: "standard output".into(), source }
+        CliError::Io {
+            what: "standard output".into(),
+            source,
+        }
     }
 
     fn code(&self) -> u8 {
         match self {
             CliError::Usage(_) => 2,
             CliError::Native(NativeError::ConditionFailed { .. }) => 1,
-            CliError::Native(NativeError::Failed(failure)) | CliError::ViewChange(ViewChangeFailure::Failed(failure)) => {
-                match failure {
-                    Failure::Invalid { .. } | Failure::TooLarge { .. } => 2,
-                    Failure::Elsewhere { .. }
-                    | Failure::Overloaded { .. }
-                    | Failure::Unavailable { .. }
-                    | Failure::Unknown { .. } => 3,
-                }
-            }
+            CliError::Native(NativeError::Failed(failure))
+            | CliError::ViewChange(ViewChangeFailure::Failed(failure)) => match failure {
+                Failure::Invalid { .. } | Failure::TooLarge { .. } => 2,
+                Failure::Elsewhere { .. }
+                | Failure::Overloaded { .. }
+                | Failure::Unavailable { .. }
+                | Failure::Unknown { .. } => 3,
+            },
             CliError::ViewChange(
-                ViewChangeFailure::Refused { .. } | ViewChangeFailure::NotReady { .. } | ViewChangeFailure::EpochChanged { .. },
+                ViewChangeFailure::Refused { .. }
+                | ViewChangeFailure::NotReady { .. }
+                | ViewChangeFailure::EpochChanged { .. },
             )
             | CliError::Refused(_) => 1,
             CliError::Serve(_) | CliError::Io { .. } => 3,
@@ -161,14 +167,26 @@ pub fn complain(error: &dyn std::fmt::Display) {
 
 /// For commands that wait for one answer after the other.
 fn on_one_thread(command: impl Future<Output = Result<Exit, CliError>>) -> Result<Exit, CliError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.map_err(|source| CliError::Io { what: "the runtime".into(), source })?.block_on(command)
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime
+        .map_err(|source| CliError::Io {
+            what: "the runtime".into(),
+            source,
+        })?
+        .block_on(command)
 }
 
 /// For a node, which answers many at once.
 fn on_all_threads(node: impl Future<Output = Result<(), ServeError>>) -> Result<Exit, CliError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.map_err(|source| CliError::Io { what: "the runtime".into(), source })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|source| CliError::Io {
+        what: "the runtime".into(),
+        source,
+    })?;
     runtime.block_on(node)?;
     Ok(Exit::Done)
 }
@@ -186,12 +204,42 @@ mod tests {
     #[test]
     fn exit_codes_tell_refused_from_unknown() {
         let failed = |failure| CliError::Native(NativeError::Failed(failure)).code();
-        assert_eq!(CliError::Native(NativeError::ConditionFailed { detail: String::new() }).code(), 1);
-        assert_eq!(failed(Failure::Invalid { reason: String::new() }), 2);
-        assert_eq!(failed(Failure::Unavailable { reason: String::new(), retry_after_ms: 0 }), 3);
-        assert_eq!(failed(Failure::Unknown { reason: String::new() }), 3);
-        assert_eq!(CliError::from(ViewChangeFailure::Refused { reason: String::new() }).code(), 1);
-        let unknown = Failure::Unknown { reason: String::new() };
+        assert_eq!(
+            CliError::Native(NativeError::ConditionFailed {
+                detail: String::new()
+            })
+            .code(),
+            1
+        );
+        assert_eq!(
+            failed(Failure::Invalid {
+                reason: String::new()
+            }),
+            2
+        );
+        assert_eq!(
+            failed(Failure::Unavailable {
+                reason: String::new(),
+                retry_after_ms: 0
+            }),
+            3
+        );
+        assert_eq!(
+            failed(Failure::Unknown {
+                reason: String::new()
+            }),
+            3
+        );
+        assert_eq!(
+            CliError::from(ViewChangeFailure::Refused {
+                reason: String::new()
+            })
+            .code(),
+            1
+        );
+        let unknown = Failure::Unknown {
+            reason: String::new(),
+        };
         assert_eq!(CliError::from(ViewChangeFailure::Failed(unknown)).code(), 3);
         assert!(CliError::output(io::ErrorKind::BrokenPipe.into()).is_closed_pipe());
     }

@@ -1,7 +1,8 @@
 //! What `quorate serve` is told, and the [`NodeConfig`] that it makes of it.
 //!
-//! Flags beat the environment; a variable that is set and empty, as compose files pass them on, counts as not set. The node is called by its
-//! address, and listens on it unless it is told otherwise. A wildcard such as 0.0.0.0 is listened on and never advertised.
+//! Flags beat the environment; a variable that is set and empty, as compose files pass them on,
+//! counts as not set. The node is called by its address, and listens on it unless it is told
+//! otherwise. A wildcard such as 0.0.0.0 is listened on and never advertised.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -31,23 +32,28 @@ pub const CONNECTIONS_MAX: usize = 20_000;
 /// What `quorate serve` is told.
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// What others call this node (host:port); it listens there unless told otherwise [default: 127.0.0.1:13800]
+    /// What others call this node (host:port); it listens there unless told otherwise [default:
+    /// 127.0.0.1:13800]
     #[arg(long, env = "ADDRESS", value_name = "HOST:PORT")]
     pub address: Option<Given<Address>>,
-    /// The nodes of the cluster to found or to join, this one among them, separated by commas [default: this node alone]
+    /// The nodes of the cluster to found or to join, this one among them, separated by commas
+    /// [default: this node alone]
     #[arg(short, long, env = "VIEW", value_name = "HOST:PORT,...")]
     pub view: Option<Given<Addresses>>,
-    /// Join a cluster and never found one: where every node of the view is empty, wait. For nodes of a cluster that is there
+    /// Join a cluster and never found one: where every node of the view is empty, wait. For nodes
+    /// of a cluster that is there
     #[arg(long, env = "JOIN_ONLY", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           value_parser = switch)]
     pub join_only: Option<bool>,
-    /// Nodes per shard. Without --shards each node then belongs to exactly one shard; else each has one shard with up to 3 replicas
+    /// Nodes per shard. Without --shards each node then belongs to exactly one shard; else each has
+    /// one shard with up to 3 replicas
     #[arg(long, env = "REPL_FACTOR", value_name = "R", value_parser = repl_factor)]
     pub repl_factor: Option<Given<u8>>,
     /// Number of shards [default: one per node]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub shards: Option<u16>,
-    /// Where the data is [default: ./quorate-data, or ./quorate-data/PORT where a port or address is given]
+    /// Where the data is [default: ./quorate-data, or ./quorate-data/PORT where a port or address
+    /// is given]
     #[arg(short, long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
     /// Listen here instead of on the address; may be given several times
@@ -65,46 +71,57 @@ pub struct Arguments {
     /// Memory for the cache of the map database, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub cache_mib: u64,
-    /// What the log takes on the disk, of all shards together, in MiB. It may grow as large as the snapshots of the node, up to eight
-    /// times this, and by what members that are behind still need, up to as much again
+    /// What the log takes on the disk, of all shards together, in MiB. It may grow as large as the
+    /// snapshots of the node, up to eight times this, and by what members that are behind still
+    /// need, up to as much again
     #[arg(long, value_name = "MIB", default_value_t = LOG_MIB_DEFAULT, value_parser = log_mib)]
     pub log_mib: u64,
-    /// So many MiB of the disk are kept free: with less, writes are refused (503) and leads go to other nodes, while reads go on
-    /// [default: 256, or a quarter of a disk of less than 1 GiB]
+    /// So many MiB of the disk are kept free: with less, writes are refused (503) and leads go to
+    /// other nodes, while reads go on [default: 256, or a quarter of a disk of less than 1 GiB]
     #[arg(long, value_name = "MIB")]
     pub disk_reserve_mib: Option<u64>,
-    /// A node that is out of reach for so many seconds has its replicas rebuilt on others, where there are enough; a replica that has
-    /// failed for so long on a node in reach is replaced there. All nodes should have the same
+    /// A node that is out of reach for so many seconds has its replicas rebuilt on others, where
+    /// there are enough; a replica that has failed for so long on a node in reach is replaced
+    /// there. All nodes should have the same
     #[arg(long, env = "REPLACE_AFTER", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
     pub replace_after: u64,
-    /// An empty data directory that answers at the address of a node that is away takes its place after so many seconds: until then it
-    /// may be a mistake. All nodes should have the same
-    #[arg(long, env = "LOST_DISK_AFTER", value_name = "SECONDS", default_value_t = 30)]
+    /// An empty data directory that answers at the address of a node that is away takes its place
+    /// after so many seconds: until then it may be a mistake. All nodes should have the same
+    #[arg(
+        long,
+        env = "LOST_DISK_AFTER",
+        value_name = "SECONDS",
+        default_value_t = 30
+    )]
     pub lost_disk_after: u64,
-    /// Multiplies heartbeat and election times: for very many groups on few cores. All nodes should have the same
+    /// Multiplies heartbeat and election times: for very many groups on few cores. All nodes should
+    /// have the same
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
     pub timing_factor: u64,
-    /// Read by the leader's lease, without a round to a quorum; clocks may drift by MS within an election timeout. The clock must not
-    /// stop (a suspended virtual machine breaks linearizability). All nodes must have the same, with the same --timing-factor:
-    /// those with others are refused
+    /// Read by the leader's lease, without a round to a quorum; clocks may drift by MS within an
+    /// election timeout. The clock must not stop (a suspended virtual machine breaks
+    /// linearizability). All nodes must have the same, with the same --timing-factor: those with
+    /// others are refused
     #[arg(long, value_name = "MS")]
     pub lease_reads: Option<u64>,
-    /// Speak no later feature level than this, as an older program would: a cluster is not raised past it while this node is in it
+    /// Speak no later feature level than this, as an older program would: a cluster is not raised
+    /// past it while this node is in it
     #[arg(long, value_name = "LEVEL")]
     pub level_max: Option<u16>,
-    /// Connections of clients at a time: fewer where the limit of open files (ulimit -n) leaves no room for so many beside log, maps
-    /// and other nodes
+    /// Connections of clients at a time: fewer where the limit of open files (ulimit -n) leaves no
+    /// room for so many beside log, maps and other nodes
     #[arg(long, value_name = "N", default_value_t = CONNECTIONS_MAX, value_parser = connections)]
     pub max_connections: usize,
-    /// The cluster's feature level is raised once every node has run a newer program for so many seconds; until then each can
-    /// go back to the older one
+    /// The cluster's feature level is raised once every node has run a newer program for so many
+    /// seconds; until then each can go back to the older one
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub raise_level_after: u64,
-    /// The replicas of each shard compare what they hold every so many seconds; one that differs from a majority is rebuilt
+    /// The replicas of each shard compare what they hold every so many seconds; one that differs
+    /// from a majority is rebuilt
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     pub compare_every: u64,
-    /// What is on the disk is read again every so many seconds, at 16 MiB per second, and mended where it has rotted; 0 for
-    /// never
+    /// What is on the disk is read again every so many seconds, at 16 MiB per second, and mended
+    /// where it has rotted; 0 for never
     #[arg(long, value_name = "SECONDS", default_value_t = 604_800)]
     pub scrub_every: u64,
     /// How long a stop may take to answer what is in flight, in seconds
@@ -130,7 +147,10 @@ impl Arguments {
         };
         Ok(NodeConfig {
             listen: self.listening_on(&address)?,
-            data_dir: self.data_dir.clone().unwrap_or_else(|| self.default_data_dir(&address)),
+            data_dir: self
+                .data_dir
+                .clone()
+                .unwrap_or_else(|| self.default_data_dir(&address)),
             address,
             public_address: given(self.public_address.as_ref()).cloned(),
             view,
@@ -152,17 +172,29 @@ impl Arguments {
         })
     }
 
-    /// What others call a node that nobody gave an address: where it listens, or a wildcard's loopback.
+    /// What others call a node that nobody gave an address: where it listens, or a wildcard's
+    /// loopback.
     fn unnamed(&self, view: Option<&[Address]>) -> Result<Address, ParseError> {
         let listened = match (self.ip, self.port, self.listen.first()) {
             (None, None, Some(listen)) => listen.clone(),
             (ip, port, _) => host_port(ip.unwrap_or(LOOPBACK), port.unwrap_or(PORT_DEFAULT))?,
         };
-        let called = if is_unspecified(&listened) { host_port(LOOPBACK, listened.port())? } else { listened };
+        let called = if is_unspecified(&listened) {
+            host_port(LOOPBACK, listened.port())?
+        } else {
+            listened
+        };
         // People write both, and addresses are compared as text.
         let localhost: Address = format!("localhost:{}", called.port()).parse()?;
-        let is_localhost = view.is_some_and(|view| !view.contains(&called) && view.contains(&localhost));
-        Ok(if is_localhost && called == host_port(LOOPBACK, called.port())? { localhost } else { called })
+        let is_localhost =
+            view.is_some_and(|view| !view.contains(&called) && view.contains(&localhost));
+        Ok(
+            if is_localhost && called == host_port(LOOPBACK, called.port())? {
+                localhost
+            } else {
+                called
+            },
+        )
     }
 
     fn listening_on(&self, address: &Address) -> Result<Vec<Address>, ParseError> {
@@ -172,7 +204,10 @@ impl Arguments {
             None if self.port.is_some() => Some(format!("{}:{port}", address.host()).parse()?),
             None => None,
         };
-        let mut listen: Vec<Address> = asked.into_iter().chain(self.listen.iter().cloned()).collect();
+        let mut listen: Vec<Address> = asked
+            .into_iter()
+            .chain(self.listen.iter().cloned())
+            .collect();
         if listen.is_empty() {
             listen.push(address.clone());
         }
@@ -183,9 +218,15 @@ impl Arguments {
 
     /// Several nodes may be started in one directory, each with a port.
     fn default_data_dir(&self, address: &Address) -> PathBuf {
-        let is_told = self.port.is_some() || !self.listen.is_empty() || given(self.address.as_ref()).is_some();
+        let is_told = self.port.is_some()
+            || !self.listen.is_empty()
+            || given(self.address.as_ref()).is_some();
         let dir = PathBuf::from(DATA_DIR_DEFAULT);
-        if is_told { dir.join(self.port.unwrap_or(address.port()).to_string()) } else { dir }
+        if is_told {
+            dir.join(self.port.unwrap_or(address.port()).to_string())
+        } else {
+            dir
+        }
     }
 }
 
@@ -202,7 +243,11 @@ impl<T: FromStr> FromStr for Given<T> {
 
     fn from_str(text: &str) -> Result<Self, T::Err> {
         let text = text.trim();
-        if text.is_empty() { Ok(Given(None)) } else { text.parse().map(|value| Given(Some(value))) }
+        if text.is_empty() {
+            Ok(Given(None))
+        } else {
+            text.parse().map(|value| Given(Some(value)))
+        }
     }
 }
 
@@ -219,20 +264,29 @@ impl FromStr for Addresses {
     type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        text.split(',').map(|address| address.trim().parse()).collect::<Result<_, _>>().map(Addresses)
+        text.split(',')
+            .map(|address| address.trim().parse())
+            .collect::<Result<_, _>>()
+            .map(Addresses)
     }
 }
 
 /// Reads a number of connections.
 pub fn connections(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "expected a number, at least 1".to_owned())
+    text.parse()
+        .ok()
+        .filter(|count| *count > 0)
+        .ok_or_else(|| "expected a number, at least 1".to_owned())
 }
 
 /// Reads the size of a log.
 fn log_mib(text: &str) -> Result<u64, String> {
     let least = LOG_BYTES_MIN >> 20;
     let expected = || format!("expected a number of MiB, at least {least}");
-    text.parse().ok().filter(|mib| *mib >= least).ok_or_else(expected)
+    text.parse()
+        .ok()
+        .filter(|mib| *mib >= least)
+        .ok_or_else(expected)
 }
 
 /// Reads the value of a switch. An empty one is off, as for all variables.
@@ -247,7 +301,14 @@ fn switch(text: &str) -> Result<bool, String> {
 fn repl_factor(text: &str) -> Result<Given<u8>, String> {
     let expected = || format!("expected a number from 1 to {REPL_FACTOR_MAX}");
     let factor: Given<u8> = text.parse().map_err(|_| expected())?;
-    if factor.0.is_none_or(|factor| (1..=REPL_FACTOR_MAX).contains(&factor)) { Ok(factor) } else { Err(expected()) }
+    if factor
+        .0
+        .is_none_or(|factor| (1..=REPL_FACTOR_MAX).contains(&factor))
+    {
+        Ok(factor)
+    } else {
+        Err(expected())
+    }
 }
 
 #[cfg(test)]
@@ -262,7 +323,8 @@ mod tests {
         arguments: Arguments,
     }
 
-    /// The environment of the tests must not configure what they look at: an empty flag is as good as none.
+    /// The environment of the tests must not configure what they look at: an empty flag is as good
+    /// as none.
     fn config(line: &[&str]) -> NodeConfig {
         let mut words = vec!["serve"];
         for flag in ["--address", "-v", "--repl-factor", "--public-address"] {
@@ -271,7 +333,11 @@ mod tests {
             }
         }
         words.extend(line);
-        Line::try_parse_from(words).unwrap_or_else(|error| panic!("{line:?}: {error}")).arguments.config().expect("addresses")
+        Line::try_parse_from(words)
+            .unwrap_or_else(|error| panic!("{line:?}: {error}"))
+            .arguments
+            .config()
+            .expect("addresses")
     }
 
     fn texts(addresses: &[Address]) -> Vec<&str> {
@@ -283,31 +349,110 @@ mod tests {
         type Case<'a> = (&'a [&'a str], &'a str, &'a [&'a str], &'a str);
         let cases: &[Case] = &[
             (&[], "127.0.0.1:13800", &["127.0.0.1:13800"], "quorate-data"),
-            (&["-p", "13801"], "127.0.0.1:13801", &["127.0.0.1:13801"], "quorate-data/13801"),
-            (&["-i", "0.0.0.0"], "127.0.0.1:13800", &["0.0.0.0:13800"], "quorate-data"),
-            (&["-i", "0.0.0.0", "-p", "13801"], "127.0.0.1:13801", &["0.0.0.0:13801"], "quorate-data/13801"),
-            (&["-i", "::", "-p", "13801"], "127.0.0.1:13801", &["[::]:13801"], "quorate-data/13801"),
-            (&["-i", "10.0.0.1"], "10.0.0.1:13800", &["10.0.0.1:13800"], "quorate-data"),
-            (&["-i", "::1", "-p", "81"], "[::1]:81", &["[::1]:81"], "quorate-data/81"),
-            (&["--address", "10.0.0.1:80"], "10.0.0.1:80", &["10.0.0.1:80"], "quorate-data/80"),
-            (&["--address", "kvs-1:80", "-i", "0.0.0.0"], "kvs-1:80", &["0.0.0.0:80"], "quorate-data/80"),
-            (&["--address", "10.0.0.1:80", "-p", "90"], "10.0.0.1:80", &["10.0.0.1:90"], "quorate-data/90"),
-            (&["--listen", "10.0.0.1:90"], "10.0.0.1:90", &["10.0.0.1:90"], "quorate-data/90"),
-            (&["--listen", "localhost:90"], "localhost:90", &["localhost:90"], "quorate-data/90"),
-            (&["--listen", "0.0.0.0:90"], "127.0.0.1:90", &["0.0.0.0:90"], "quorate-data/90"),
             (
-                &["--address", "a:80", "--listen", "0.0.0.0:8080", "--listen", "[::1]:8081"],
+                &["-p", "13801"],
+                "127.0.0.1:13801",
+                &["127.0.0.1:13801"],
+                "quorate-data/13801",
+            ),
+            (
+                &["-i", "0.0.0.0"],
+                "127.0.0.1:13800",
+                &["0.0.0.0:13800"],
+                "quorate-data",
+            ),
+            (
+                &["-i", "0.0.0.0", "-p", "13801"],
+                "127.0.0.1:13801",
+                &["0.0.0.0:13801"],
+                "quorate-data/13801",
+            ),
+            (
+                &["-i", "::", "-p", "13801"],
+                "127.0.0.1:13801",
+                &["[::]:13801"],
+                "quorate-data/13801",
+            ),
+            (
+                &["-i", "10.0.0.1"],
+                "10.0.0.1:13800",
+                &["10.0.0.1:13800"],
+                "quorate-data",
+            ),
+            (
+                &["-i", "::1", "-p", "81"],
+                "[::1]:81",
+                &["[::1]:81"],
+                "quorate-data/81",
+            ),
+            (
+                &["--address", "10.0.0.1:80"],
+                "10.0.0.1:80",
+                &["10.0.0.1:80"],
+                "quorate-data/80",
+            ),
+            (
+                &["--address", "kvs-1:80", "-i", "0.0.0.0"],
+                "kvs-1:80",
+                &["0.0.0.0:80"],
+                "quorate-data/80",
+            ),
+            (
+                &["--address", "10.0.0.1:80", "-p", "90"],
+                "10.0.0.1:80",
+                &["10.0.0.1:90"],
+                "quorate-data/90",
+            ),
+            (
+                &["--listen", "10.0.0.1:90"],
+                "10.0.0.1:90",
+                &["10.0.0.1:90"],
+                "quorate-data/90",
+            ),
+            (
+                &["--listen", "localhost:90"],
+                "localhost:90",
+                &["localhost:90"],
+                "quorate-data/90",
+            ),
+            (
+                &["--listen", "0.0.0.0:90"],
+                "127.0.0.1:90",
+                &["0.0.0.0:90"],
+                "quorate-data/90",
+            ),
+            (
+                &[
+                    "--address",
+                    "a:80",
+                    "--listen",
+                    "0.0.0.0:8080",
+                    "--listen",
+                    "[::1]:8081",
+                ],
                 "a:80",
                 &["0.0.0.0:8080", "[::1]:8081"],
                 "quorate-data/80",
             ),
             (
-                &["-p", "80", "--listen", "0.0.0.0:90", "--listen", "127.0.0.1:80"],
+                &[
+                    "-p",
+                    "80",
+                    "--listen",
+                    "0.0.0.0:90",
+                    "--listen",
+                    "127.0.0.1:80",
+                ],
                 "127.0.0.1:80",
                 &["0.0.0.0:90", "127.0.0.1:80"],
                 "quorate-data/80",
             ),
-            (&["-d", "/data", "-p", "80"], "127.0.0.1:80", &["127.0.0.1:80"], "/data"),
+            (
+                &["-d", "/data", "-p", "80"],
+                "127.0.0.1:80",
+                &["127.0.0.1:80"],
+                "/data",
+            ),
         ];
         for (line, address, listen, data_dir) in cases {
             let config = config(line);
@@ -321,7 +466,10 @@ mod tests {
     #[test]
     fn a_view_is_read_however_it_is_spaced_and_names_localhost() {
         let config = config(&["-p", "13801", "-v", " localhost:13800, localhost:13801 "]);
-        assert_eq!(texts(&config.view.clone().expect("a view")), ["localhost:13800", "localhost:13801"]);
+        assert_eq!(
+            texts(&config.view.clone().expect("a view")),
+            ["localhost:13800", "localhost:13801"]
+        );
         assert!(config.names_itself());
         assert_eq!(config.address.as_str(), "localhost:13801");
     }
@@ -329,14 +477,34 @@ mod tests {
     #[test]
     fn a_replication_factor_alone_puts_each_node_into_one_shard() {
         let asked = config(&["--repl-factor", "2"]).asked;
-        assert_eq!((asked.layout, asked.replication_factor), (Layout::Exclusive, Some(2)));
-        assert_eq!(config(&["--repl-factor", "2", "--shards", "4"]).asked.layout, Layout::Spread);
+        assert_eq!(
+            (asked.layout, asked.replication_factor),
+            (Layout::Exclusive, Some(2))
+        );
+        assert_eq!(
+            config(&["--repl-factor", "2", "--shards", "4"])
+                .asked
+                .layout,
+            Layout::Spread
+        );
     }
 
     #[test]
     fn what_is_set_and_empty_is_not_given() {
-        let config = config(&["--address", "", "-v", " ", "--repl-factor", "", "--public-address", ""]);
-        assert_eq!((config.address.as_str(), config.view, config.asked), ("127.0.0.1:13800", None, Asked::default()));
+        let config = config(&[
+            "--address",
+            "",
+            "-v",
+            " ",
+            "--repl-factor",
+            "",
+            "--public-address",
+            "",
+        ]);
+        assert_eq!(
+            (config.address.as_str(), config.view, config.asked),
+            ("127.0.0.1:13800", None, Asked::default())
+        );
         assert_eq!(config.public_address, None);
     }
 
@@ -354,7 +522,10 @@ mod tests {
             &["-p", "0"],
             &["-i", "localhost"],
         ] {
-            assert!(Line::try_parse_from(std::iter::once(&"serve").chain(line)).is_err(), "{line:?}");
+            assert!(
+                Line::try_parse_from(std::iter::once(&"serve").chain(line)).is_err(),
+                "{line:?}"
+            );
         }
         assert!(config(&["--address", "0.0.0.0:13800"]).check().is_err());
     }

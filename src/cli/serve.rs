@@ -1,7 +1,8 @@
 //! `quorate serve`: runs a node until it is told to stop.
 //!
-//! Listens first, so that a busy port is named before anything is touched; then opens the data directory and runs the node while its
-//! routes are served. A stop hands leaderships over while requests are still answered, then drains, then closes log and maps.
+//! Listens first, so that a busy port is named before anything is touched; then opens the data
+//! directory and runs the node while its routes are served. A stop hands leaderships over while
+//! requests are still answered, then drains, then closes log and maps.
 
 use std::ffi::OsString;
 use std::io;
@@ -18,14 +19,17 @@ use tokio_util::sync::CancellationToken;
 use super::node_flags::Arguments;
 use super::signals;
 use crate::client::peer::{
-    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest,
-    SetUpError,
+    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
+    PromiseReply, PromiseRequest, SetUpError,
 };
 use crate::client::protocol::{Hop, ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
 use crate::http::metrics::Kind;
-use crate::http::{App, BindError, Exposition, Limits, MetricSource, Metrics, NotReady, PeerService, Readiness, Server};
+use crate::http::{
+    App, BindError, Exposition, Limits, MetricSource, Metrics, NotReady, PeerService, Readiness,
+    Server,
+};
 use crate::node::{FamilyKind, Node, NodeError};
 use crate::raft::lanes::serve_lane;
 use crate::raft::transport::Lane;
@@ -69,13 +73,25 @@ pub enum ServeError {
 pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     telemetry::start(arguments.log.as_deref(), arguments.log_format);
     let started = Instant::now();
-    let config = NodeConfig { restarts: restarts(), ..arguments.config()? };
+    let config = NodeConfig {
+        restarts: restarts(),
+        ..arguments.config()?
+    };
     let restarts = config.restarts;
     let listen: Vec<String> = config.listen.iter().map(ToString::to_string).collect();
     let server = Server::bind(&listen).await?;
-    let limits = Limits { drain_timeout: config.stop_timeout, connections_max: arguments.max_connections, ..Limits::default() };
+    let limits = Limits {
+        drain_timeout: config.stop_timeout,
+        connections_max: arguments.max_connections,
+        ..Limits::default()
+    };
     let told = signals::stop().map_err(ServeError::Signals)?;
-    tracing::info!("quorate {} at {}, data in {}", env!("CARGO_PKG_VERSION"), config.address, config.data_dir.display());
+    tracing::info!(
+        "quorate {} at {}, data in {}",
+        env!("CARGO_PKG_VERSION"),
+        config.address,
+        config.data_dir.display()
+    );
     let node = Node::open(config)?;
     let app = app(&node, &server, limits.clone());
     let (stop_server, stop_node) = (CancellationToken::new(), CancellationToken::new());
@@ -97,7 +113,8 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     if ended.is_none() {
         node.hand_over(HAND_OVER_TIMEOUT).await;
     }
-    node.registry().inspect(|registry| registry.begin_to_close());
+    node.registry()
+        .inspect(|registry| registry.begin_to_close());
     stop_server.cancel();
     if let Err(error) = serving.await {
         tracing::error!("the server was broken off: {error}");
@@ -109,7 +126,11 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
     };
     match ended {
         Ok(Err(error)) if error.wants_restart() => {
-            let in_a_row = if started.elapsed() < LASTS { restarts } else { 0 };
+            let in_a_row = if started.elapsed() < LASTS {
+                restarts
+            } else {
+                0
+            };
             return Err(restart(&error, in_a_row.saturating_add(1)));
         }
         Ok(result) => result?,
@@ -128,23 +149,29 @@ pub(super) fn app(node: &Arc<Node>, server: &Server, limits: Limits) -> App {
 
 /// Returns how often the process has started again by itself in a row.
 fn restarts() -> u32 {
-    std::env::var(RESTARTS).ok().and_then(|count| count.parse().ok()).unwrap_or(0)
+    std::env::var(RESTARTS)
+        .ok()
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(0)
 }
 
-/// Starts this process again, with the same arguments and under the same id, so that whoever looks after it sees no
-/// end. `restarts`: how often that makes it in a row. Returns only if that fails.
+/// Starts this process again, with the same arguments and under the same id, so that whoever looks
+/// after it sees no end. `restarts`: how often that makes it in a row. Returns only if that fails.
 fn restart(why: &NodeError, restarts: u32) -> ServeError {
     use std::os::unix::process::CommandExt;
     tracing::warn!("{why}: starting again");
     let again = program(std::env::current_exe(), std::env::args_os().next()).map(|program| {
         let mut command = std::process::Command::new(program);
-        command.args(std::env::args_os().skip(1)).env(RESTARTS, restarts.to_string()).exec()
+        command
+            .args(std::env::args_os().skip(1))
+            .env(RESTARTS, restarts.to_string())
+            .exec()
     });
     ServeError::Restart(again.unwrap_or_else(|error| error))
 }
 
-/// Returns the program to execute anew: the one that runs, or where another file took its place since
-/// the start, which leaves it no name, what it was started as.
+/// Returns the program to execute anew: the one that runs, or where another file took its place
+/// since the start, which leaves it no name, what it was started as.
 fn program(running: io::Result<PathBuf>, started_as: Option<OsString>) -> io::Result<PathBuf> {
     match (running, started_as) {
         (Ok(running), _) if running.exists() => Ok(running),
@@ -160,7 +187,10 @@ struct Face {
 
 impl Readiness for Face {
     fn ready(&self) -> Result<(), NotReady> {
-        self.node.ready().map_err(|unready| NotReady { code: unready.code, reason: unready.reason })
+        self.node.ready().map_err(|unready| NotReady {
+            code: unready.code,
+            reason: unready.reason,
+        })
     }
 
     fn note(&self) -> Option<String> {
@@ -180,7 +210,11 @@ impl MetricSource for Face {
             };
             text.family(family.name, kind, family.help);
             for sample in &family.samples {
-                let labels: Vec<(&str, &str)> = sample.labels.iter().map(|(name, value)| (*name, value.as_str())).collect();
+                let labels: Vec<(&str, &str)> = sample
+                    .labels
+                    .iter()
+                    .map(|(name, value)| (*name, value.as_str()))
+                    .collect();
                 text.part(sample.suffix, &labels, sample.value);
             }
         }
@@ -188,7 +222,11 @@ impl MetricSource for Face {
 }
 
 impl PeerService for Face {
-    fn lane(&self, lane: &str, incoming: BoxStream<'static, io::Result<Bytes>>) -> BoxStream<'static, Bytes> {
+    fn lane(
+        &self,
+        lane: &str,
+        incoming: BoxStream<'static, io::Result<Bytes>>,
+    ) -> BoxStream<'static, Bytes> {
         match (Lane::from_name(lane), self.node.registry()) {
             (Some(lane), Some(registry)) => serve_lane(registry, lane, incoming).boxed(),
             // The peer sees its lane end at once, and dials again in a while.
@@ -232,7 +270,10 @@ impl PeerService for Face {
         self.node.failures_reported(report)
     }
 
-    fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
+    fn announce(
+        &self,
+        announcement: Announcement,
+    ) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
         Box::pin(self.node.announce(announcement))
     }
 }
@@ -248,8 +289,14 @@ mod tests {
         let started_as = || Some(OsString::from("./quorate"));
         let found = |running, started_as| program(running, started_as).ok();
         assert_eq!(found(Ok(here.clone()), started_as()), Some(here));
-        assert_eq!(found(Ok(gone.clone()), started_as()), Some("./quorate".into()));
-        assert_eq!(found(Err(io::ErrorKind::NotFound.into()), started_as()), Some("./quorate".into()));
+        assert_eq!(
+            found(Ok(gone.clone()), started_as()),
+            Some("./quorate".into())
+        );
+        assert_eq!(
+            found(Err(io::ErrorKind::NotFound.into()), started_as()),
+            Some("./quorate".into())
+        );
         assert_eq!(found(Ok(gone.clone()), None), Some(gone));
     }
 }

@@ -9,14 +9,22 @@ use crate::client::native::NativeClient;
 use crate::config::PORT_DEFAULT;
 use crate::types::Address;
 
-/// Where `cluster.sh` keeps its cluster, in the current directory, unless this variable names another.
+/// Where `cluster.sh` keeps its cluster, in the current directory, unless this variable names
+/// another.
 const CLUSTER_DIR: &str = ".cluster";
 const CLUSTER_DIR_VARIABLE: &str = "QUORATE_CLUSTER_DIR";
 
 #[derive(Debug, Args)]
 pub struct Servers {
     /// Any nodes of the cluster [default: those of ./.cluster, else 127.0.0.1:13800]
-    #[arg(short, long, env = "QUORATE_SERVERS", value_name = "HOST:PORT,...", value_delimiter = ',', global = true)]
+    #[arg(
+        short,
+        long,
+        env = "QUORATE_SERVERS",
+        value_name = "HOST:PORT,...",
+        value_delimiter = ',',
+        global = true
+    )]
     server: Vec<Address>,
     /// How long an answer is waited for, in seconds: servers are asked in turn until then
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds, global = true)]
@@ -29,7 +37,11 @@ impl Servers {
             return self.server.clone();
         }
         let local = local_cluster();
-        if local.is_empty() { default_server().into_iter().collect() } else { local }
+        if local.is_empty() {
+            default_server().into_iter().collect()
+        } else {
+            local
+        }
     }
 
     pub fn timeout(&self) -> Duration {
@@ -43,8 +55,14 @@ impl Servers {
 
 /// A positive number of seconds, perhaps with a fraction.
 pub fn seconds(text: &str) -> Result<Duration, String> {
-    let number: f64 = text.strip_suffix('s').unwrap_or(text).parse().map_err(|_| "expected a number of seconds".to_owned())?;
-    let duration = Duration::try_from_secs_f64(number).ok().filter(|duration| !duration.is_zero());
+    let number: f64 = text
+        .strip_suffix('s')
+        .unwrap_or(text)
+        .parse()
+        .map_err(|_| "expected a number of seconds".to_owned())?;
+    let duration = Duration::try_from_secs_f64(number)
+        .ok()
+        .filter(|duration| !duration.is_zero());
     duration.ok_or_else(|| "expected a number of seconds above 0".to_owned())
 }
 
@@ -59,8 +77,17 @@ pub fn local_cluster() -> Vec<Address> {
 }
 
 fn nodes_of(cluster: &Path) -> Vec<Address> {
-    let entries = std::fs::read_dir(cluster.join("nodes")).into_iter().flatten().flatten();
-    let address = |entry: std::fs::DirEntry| std::fs::read_to_string(entry.path().join("address")).ok()?.trim().parse().ok();
+    let entries = std::fs::read_dir(cluster.join("nodes"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let address = |entry: std::fs::DirEntry| {
+        std::fs::read_to_string(entry.path().join("address"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    };
     let mut addresses: Vec<Address> = entries.filter_map(address).collect();
     addresses.sort_by_key(Address::port);
     addresses
@@ -74,12 +101,19 @@ mod tests {
     fn the_nodes_of_a_local_cluster_are_found() {
         let dir = tempfile::tempdir().expect("a directory");
         assert!(nodes_of(&dir.path().join("none")).is_empty());
-        for (name, text) in [("13802", "127.0.0.1:13802\n"), ("13801", "127.0.0.1:13801"), ("odd", "nonsense")] {
+        for (name, text) in [
+            ("13802", "127.0.0.1:13802\n"),
+            ("13801", "127.0.0.1:13801"),
+            ("odd", "nonsense"),
+        ] {
             let node = dir.path().join("nodes").join(name);
             std::fs::create_dir_all(&node).expect("created");
             std::fs::write(node.join("address"), text).expect("written");
         }
-        let found: Vec<String> = nodes_of(dir.path()).iter().map(ToString::to_string).collect();
+        let found: Vec<String> = nodes_of(dir.path())
+            .iter()
+            .map(ToString::to_string)
+            .collect();
         assert_eq!(found, ["127.0.0.1:13801", "127.0.0.1:13802"]);
     }
 

@@ -5,7 +5,8 @@ use std::io;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Resolves with the name of the first signal that asks this process to stop. A second one ends it at once.
+/// Resolves with the name of the first signal that asks this process to stop. A second one ends it
+/// at once.
 ///
 /// # Errors
 ///

@@ -1,7 +1,9 @@
-//! Which nodes a remote client asks for the map, in what order, and by which of their two addresses.
+//! Which nodes a remote client asks for the map, in what order, and by which of their two
+//! addresses.
 //!
-//! Every look at the cluster begins with another node, so that none whose map stands still (it is cut off, or was removed and has not heard of
-//! it) is believed for long; one that did not answer a moment ago comes last. Nothing here is a promise: every address may be wrong.
+//! Every look at the cluster begins with another node, so that none whose map stands still (it is
+//! cut off, or was removed and has not heard of it) is believed for long; one that did not answer a
+//! moment ago comes last. Nothing here is a promise: every address may be wrong.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -28,16 +30,24 @@ pub struct AddressBook {
 
 impl AddressBook {
     pub fn new(seeds: Vec<Address>) -> Self {
-        Self { seeds, is_among_peers: AtomicBool::new(false), turn: AtomicUsize::new(0), suspects: Mutex::default() }
+        Self {
+            seeds,
+            is_among_peers: AtomicBool::new(false),
+            turn: AtomicUsize::new(0),
+            suspects: Mutex::default(),
+        }
     }
 
-    /// Sees by which of their addresses the nodes are known here: who was told a node's address among its peers, or was answered there, can
-    /// follow the others'.
+    /// Sees by which of their addresses the nodes are known here: who was told a node's address
+    /// among its peers, or was answered there, can follow the others'.
     pub fn learn(&self, map: &ShardMap, teller: &Address) {
         let is_known = |address: &Address| address == teller || self.seeds.contains(address);
-        let told = |address: fn(&NodePlace) -> &Address| map.nodes().any(|(_, node)| is_known(address(node)));
+        let told = |address: fn(&NodePlace) -> &Address| {
+            map.nodes().any(|(_, node)| is_known(address(node)))
+        };
         let (as_peer, as_public) = (told(|node| &node.address), told(|node| &node.public));
-        // Once all nodes that it was started with are replaced, neither is: what was seen before still holds.
+        // Once all nodes that it was started with are replaced, neither is: what was seen before
+        // still holds.
         if as_peer != as_public {
             self.is_among_peers.store(as_peer, Ordering::Relaxed);
         }
@@ -45,26 +55,53 @@ impl AddressBook {
 
     /// How to reach a node.
     pub fn address<'a>(&self, node: &'a NodePlace) -> &'a Address {
-        if self.is_among_peers.load(Ordering::Relaxed) { &node.address } else { &node.public }
+        if self.is_among_peers.load(Ordering::Relaxed) {
+            &node.address
+        } else {
+            &node.public
+        }
     }
 
     /// How to reach the node that others are sent to by this name.
     pub fn of_name(&self, map: &ShardMap, name: Address) -> Address {
-        map.node_named(&name).and_then(|node| map.node(node)).map_or(name, |node| self.address(node).clone())
+        map.node_named(&name)
+            .and_then(|node| map.node(node))
+            .map_or(name, |node| self.address(node).clone())
     }
 
-    /// Every node that may answer for the cluster, each once, in the order to ask them: those of the map, then the seeds.
+    /// Every node that may answer for the cluster, each once, in the order to ask them: those of
+    /// the map, then the seeds.
     pub fn members(&self, map: Option<&ShardMap>) -> Vec<Address> {
-        let mapped: Vec<&NodePlace> = map.iter().flat_map(|map| map.nodes()).map(|(_, node)| node).collect();
-        let mut members: Vec<Address> = mapped.iter().map(|node| self.address(node).clone()).collect();
+        let mapped: Vec<&NodePlace> = map
+            .iter()
+            .flat_map(|map| map.nodes())
+            .map(|(_, node)| node)
+            .collect();
+        let mut members: Vec<Address> = mapped
+            .iter()
+            .map(|node| self.address(node).clone())
+            .collect();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         rotate(&mut members, turn);
-        let is_mapped = |seed: &Address| mapped.iter().any(|node| node.address == *seed || node.public == *seed);
-        let mut seeds: Vec<Address> = self.seeds.iter().filter(|seed| !is_mapped(seed)).cloned().collect();
+        let is_mapped = |seed: &Address| {
+            mapped
+                .iter()
+                .any(|node| node.address == *seed || node.public == *seed)
+        };
+        let mut seeds: Vec<Address> = self
+            .seeds
+            .iter()
+            .filter(|seed| !is_mapped(seed))
+            .cloned()
+            .collect();
         rotate(&mut seeds, turn);
         members.extend(seeds);
         let suspects = self.suspects.lock().expect("no panic with the lock held");
-        members.sort_by_key(|member| suspects.get(member).is_some_and(|since| since.elapsed() < SUSPECT_FOR));
+        members.sort_by_key(|member| {
+            suspects
+                .get(member)
+                .is_some_and(|since| since.elapsed() < SUSPECT_FOR)
+        });
         members
     }
 
@@ -76,7 +113,10 @@ impl AddressBook {
     }
 
     pub fn has_answered(&self, address: &Address) {
-        self.suspects.lock().expect("no panic with the lock held").remove(address);
+        self.suspects
+            .lock()
+            .expect("no panic with the lock held")
+            .remove(address);
     }
 }
 
@@ -97,7 +137,9 @@ mod tests {
 
     /// A map of nodes 10.0.0.N:1, which clients call as `public` says.
     fn map(public: fn(usize) -> String) -> ShardMap {
-        let peers: Vec<Address> = (0..3).map(|node| address(&format!("10.0.0.{node}:1"))).collect();
+        let peers: Vec<Address> = (0..3)
+            .map(|node| address(&format!("10.0.0.{node}:1")))
+            .collect();
         let mut status = status(1, Some(0), &peers);
         for (at, node) in status.nodes.iter_mut().enumerate() {
             node.public_address = address(&public(at));
@@ -128,8 +170,15 @@ mod tests {
     #[tokio::test]
     async fn the_map_comes_before_the_seeds_and_names_no_node_twice() {
         let map = map(|node| format!("node-{node}:1"));
-        let book = AddressBook::new(vec![address("old:9"), address("node-1:1"), address("10.0.0.2:1")]);
-        assert_eq!(texts(&book.members(Some(&map))), ["node-0:1", "node-1:1", "node-2:1", "old:9"]);
+        let book = AddressBook::new(vec![
+            address("old:9"),
+            address("node-1:1"),
+            address("10.0.0.2:1"),
+        ]);
+        assert_eq!(
+            texts(&book.members(Some(&map))),
+            ["node-0:1", "node-1:1", "node-2:1", "old:9"]
+        );
     }
 
     #[tokio::test]
@@ -137,15 +186,30 @@ mod tests {
         let with_publics = map(|node| format!("127.0.0.1:1380{node}"));
         let book = AddressBook::new(vec![address("10.0.0.1:1")]);
         book.learn(&with_publics, &address("10.0.0.1:1"));
-        assert_eq!(book.of_name(&with_publics, address("127.0.0.1:13802")).as_str(), "10.0.0.2:1");
+        assert_eq!(
+            book.of_name(&with_publics, address("127.0.0.1:13802"))
+                .as_str(),
+            "10.0.0.2:1"
+        );
         // All nodes that it was started with are replaced.
         let replaced = map(|node| format!("127.0.0.1:1390{node}"));
         let later = AddressBook::new(vec![address("10.0.0.9:1")]);
         later.learn(&replaced, &address("10.0.0.0:1"));
-        assert_eq!(texts(&later.members(Some(&replaced))), ["10.0.0.0:1", "10.0.0.1:1", "10.0.0.2:1", "10.0.0.9:1"]);
+        assert_eq!(
+            texts(&later.members(Some(&replaced))),
+            ["10.0.0.0:1", "10.0.0.1:1", "10.0.0.2:1", "10.0.0.9:1"]
+        );
         let outside = AddressBook::new(vec![address("127.0.0.1:13801")]);
         outside.learn(&with_publics, &address("127.0.0.1:13801"));
-        assert_eq!(outside.of_name(&with_publics, address("127.0.0.1:13802")).as_str(), "127.0.0.1:13802");
-        assert_eq!(outside.of_name(&with_publics, address("gone:1")).as_str(), "gone:1");
+        assert_eq!(
+            outside
+                .of_name(&with_publics, address("127.0.0.1:13802"))
+                .as_str(),
+            "127.0.0.1:13802"
+        );
+        assert_eq!(
+            outside.of_name(&with_publics, address("gone:1")).as_str(),
+            "gone:1"
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! Calls the node that leads a shard: `POST /peer/shard`, postcard over pooled HTTP/1.1 connections. What nodes forward with, and what
-//! the remote client stands on.
+//! Calls the node that leads a shard: `POST /peer/shard`, postcard over pooled HTTP/1.1
+//! connections. What nodes forward with, and what the remote client stands on.
 //!
 //! Invariant: a [`CallError`] says "not done" only when the request was certainly not taken up.
 
@@ -22,9 +22,11 @@ use crate::types::Address;
 
 /// A node that does not even take a connection in this time is passed over.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(800);
-/// Shorter than servers wait for the next request of a connection, so that none meets a connection that is just being closed.
+/// Shorter than servers wait for the next request of a connection, so that none meets a connection
+/// that is just being closed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Idle connections kept per node, and fewer where there are few descriptors. More are made when they are needed, and closed afterwards.
+/// Idle connections kept per node, and fewer where there are few descriptors. More are made when
+/// they are needed, and closed afterwards.
 const IDLE_CONNECTIONS_MAX: usize = 256;
 
 /// An address gets no more calls than so many times those that are free besides. One that hangs
@@ -38,7 +40,8 @@ const CALLS_IN_ANY_CASE: usize = 2;
 /// Kept back from the time that a node is given, so that its own "not in time" still arrives.
 const REPLY_MARGIN_MAX: Duration = Duration::from_millis(100);
 
-/// A reply: what the gets of a batch return, or a page, with keys and one item more than was asked for.
+/// A reply: what the gets of a batch return, or a page, with keys and one item more than was asked
+/// for.
 const REPLY_BYTES_MAX: usize = 64 << 20;
 /// An error answer: a problem with its texts, or what a server that is no node says.
 const FAILURE_BYTES_MAX: usize = 1 << 20;
@@ -84,7 +87,10 @@ impl From<CallError> for Failure {
     fn from(error: CallError) -> Failure {
         let reason = describe(&error);
         match error {
-            CallError::NotConnected { .. } => Failure::Unavailable { reason, retry_after_ms: 1000 },
+            CallError::NotConnected { .. } => Failure::Unavailable {
+                reason,
+                retry_after_ms: 1000,
+            },
             CallError::Refused { failure, .. } => failure,
             CallError::NoAnswer { .. } => Failure::Unknown { reason },
         }
@@ -108,7 +114,11 @@ impl ShardCaller {
             .pool_max_idle_per_host((calls / 8).clamp(1, IDLE_CONNECTIONS_MAX))
             .no_proxy()
             .build()?;
-        Ok(Self { http, room: Arc::new(CallRoom::new(calls)), answers: Budget::new(ANSWERS_BYTES_MAX) })
+        Ok(Self {
+            http,
+            room: Arc::new(CallRoom::new(calls)),
+            answers: Budget::new(ANSWERS_BYTES_MAX),
+        })
     }
 
     /// Charges replies to a budget that others share.
@@ -126,13 +136,19 @@ impl ShardCaller {
         &self.http
     }
 
-    /// One attempt at the node at `address`. `timeout` is that of the whole call; `request.timeout_ms` should be a little below it, so that the
-    /// node's own "not in time" arrives.
+    /// One attempt at the node at `address`. `timeout` is that of the whole call;
+    /// `request.timeout_ms` should be a little below it, so that the node's own "not in time"
+    /// arrives.
     ///
     /// # Errors
     ///
     /// See [`CallError`]: not every one means that nothing was done.
-    pub async fn call(&self, address: &Address, request: &ShardRequest, timeout: Duration) -> Result<ShardReply, CallError> {
+    pub async fn call(
+        &self,
+        address: &Address,
+        request: &ShardRequest,
+        timeout: Duration,
+    ) -> Result<ShardReply, CallError> {
         self.call_by(Hop::Answer, address, request, timeout).await
     }
 
@@ -156,13 +172,29 @@ impl ShardCaller {
             Hop::Relay => format!("http://{address}/peer/shard?{RELAY_QUERY}"),
         };
         let post = self.http.post(url);
-        let post = post.header(CONTENT_TYPE, "application/octet-stream").body(codec::encode(request)).timeout(timeout);
+        let post = post
+            .header(CONTENT_TYPE, "application/octet-stream")
+            .body(codec::encode(request))
+            .timeout(timeout);
         let response = match post.send().await {
             Ok(response) => response,
-            Err(source) if source.is_connect() => return Err(CallError::NotConnected { address: address.clone(), source }),
-            Err(source) => return Err(CallError::NoAnswer { address: address.clone(), reason: describe(&source) }),
+            Err(source) if source.is_connect() => {
+                return Err(CallError::NotConnected {
+                    address: address.clone(),
+                    source,
+                });
+            }
+            Err(source) => {
+                return Err(CallError::NoAnswer {
+                    address: address.clone(),
+                    reason: describe(&source),
+                });
+            }
         };
-        let no_answer = |reason: String| CallError::NoAnswer { address: address.clone(), reason };
+        let no_answer = |reason: String| CallError::NoAnswer {
+            address: address.clone(),
+            reason,
+        };
         if response.status() != StatusCode::OK {
             return Err(refusal(address, response).await);
         }
@@ -175,34 +207,43 @@ impl ShardCaller {
         let body = match read_reply(response, REPLY_BYTES_MAX, charge).await {
             Ok(body) => body,
             Err(ReplyError::NoRoom) if request.body.is_read() => {
-                return Err(CallError::Refused { address: address.clone(), failure: Failure::no_room(&self.answers) });
+                return Err(CallError::Refused {
+                    address: address.clone(),
+                    failure: Failure::no_room(&self.answers),
+                });
             }
             Err(error) => return Err(no_answer(error.to_string())),
         };
-        // Until the body goes, everything is there twice. The answer to a write is kept all the same.
+        // Until the body goes, everything is there twice. The answer to a write is kept all the
+        // same.
         let bytes = body.len();
         if bytes > UNCHARGED_BYTES_MAX && !share.grow(bytes) && request.body.is_read() {
-            return Err(CallError::Refused { address: address.clone(), failure: Failure::no_room(&self.answers) });
+            return Err(CallError::Refused {
+                address: address.clone(),
+                failure: Failure::no_room(&self.answers),
+            });
         }
-        let reply: ShardReply = codec::decode(&body, "a shard's reply").map_err(|error| no_answer(error.to_string()))?;
+        let reply: ShardReply = codec::decode(&body, "a shard's reply")
+            .map_err(|error| no_answer(error.to_string()))?;
         drop(body);
         share.shrink_to(bytes);
         Ok(reply.held(share))
     }
 }
 
-/// Returns how long a node may take that is called for so long: its own "not done" is to arrive before the caller gives it up, and
-/// does not know what was done.
+/// Returns how long a node may take that is called for so long: its own "not done" is to arrive
+/// before the caller gives it up, and does not know what was done.
 pub fn time_to_answer_ms(timeout: Duration) -> u64 {
     let left = timeout.saturating_sub((timeout / 10).min(REPLY_MARGIN_MAX));
     u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
-/// The connections that calls may use at a time: each takes a descriptor, and log and maps need some
-/// too. A node that takes connections and does not answer keeps each for the whole time of a call.
+/// The connections that calls may use at a time: each takes a descriptor, and log and maps need
+/// some too. A node that takes connections and does not answer keeps each for the whole time of a
+/// call.
 ///
-/// So an address gets no more of them than twice those that are free besides, and a few in any case:
-/// however many nodes hang, the others are called all the same.
+/// So an address gets no more of them than twice those that are free besides, and a few in any
+/// case: however many nodes hang, the others are called all the same.
 #[derive(Debug)]
 struct CallRoom {
     calls: usize,
@@ -235,11 +276,19 @@ struct CallPlace<'a> {
 
 impl CallRoom {
     fn new(calls: usize) -> Self {
-        Self { calls, kept: calls / 4, state: Mutex::default() }
+        Self {
+            calls,
+            kept: calls / 4,
+            state: Mutex::default(),
+        }
     }
 
     /// Waits until there is a connection for one call more to this address.
-    async fn enter<'a>(&'a self, address: &'a Address, timeout: Duration) -> Result<CallPlace<'a>, CallError> {
+    async fn enter<'a>(
+        &'a self,
+        address: &'a Address,
+        timeout: Duration,
+    ) -> Result<CallPlace<'a>, CallError> {
         if let Some(place) = self.try_enter(address) {
             return Ok(place);
         }
@@ -260,15 +309,22 @@ impl CallRoom {
             false => "the calls to one node, which are as many as are left for all others",
             true => "the calls to other nodes that the limit of open files leaves room for",
         };
-        let failure = Failure::Overloaded { limit: limit.to_owned(), retry_after_ms: 1000 };
-        Err(CallError::Refused { address: address.clone(), failure })
+        let failure = Failure::Overloaded {
+            limit: limit.to_owned(),
+            retry_after_ms: 1000,
+        };
+        Err(CallError::Refused {
+            address: address.clone(),
+            failure,
+        })
     }
 
     fn try_enter<'a>(&'a self, address: &'a Address) -> Option<CallPlace<'a>> {
         let mut state = self.lock();
         let of_address = state.addresses.get(address).map_or(0, |room| room.used);
         let free = (self.calls - self.kept).saturating_sub(state.used);
-        let is_free = of_address < FREE_TIMES * free || (of_address < CALLS_IN_ANY_CASE && state.used < self.calls);
+        let is_free = of_address < FREE_TIMES * free
+            || (of_address < CALLS_IN_ANY_CASE && state.used < self.calls);
         if !is_free {
             return None;
         }
@@ -277,11 +333,17 @@ impl CallRoom {
         match state.addresses.get_mut(address) {
             Some(room) => room.used += 1,
             None => {
-                let room = AddressRoom { used: 1, ..AddressRoom::default() };
+                let room = AddressRoom {
+                    used: 1,
+                    ..AddressRoom::default()
+                };
                 state.addresses.insert(address.clone(), room);
             }
         }
-        Some(CallPlace { room: self, address })
+        Some(CallPlace {
+            room: self,
+            address,
+        })
     }
 
     fn is_full(&self) -> bool {
@@ -295,7 +357,11 @@ impl CallRoom {
 
 impl RoomState {
     fn forget_unused(&mut self, address: &Address) {
-        if self.addresses.get(address).is_some_and(|room| room.used == 0 && room.waiting == 0) {
+        if self
+            .addresses
+            .get(address)
+            .is_some_and(|room| room.used == 0 && room.waiting == 0)
+        {
             self.addresses.remove(address);
         }
     }
@@ -330,7 +396,11 @@ impl<'a> Waiting<'a> {
         of_address.waiting += 1;
         let freed = Arc::clone(&of_address.freed);
         drop(state);
-        Self { room, address, freed }
+        Self {
+            room,
+            address,
+            freed,
+        }
     }
 }
 
@@ -351,20 +421,34 @@ async fn refusal(address: &Address, response: reqwest::Response) -> CallError {
     let status = response.status();
     let failure = failure_of(response).await;
     match failure {
-        Failure::Unknown { reason } => CallError::NoAnswer { address: address.clone(), reason: format!("{status}: {reason}") },
+        Failure::Unknown { reason } => CallError::NoAnswer {
+            address: address.clone(),
+            reason: format!("{status}: {reason}"),
+        },
         // No peer route, so no node, or one of another version: others may be.
         Failure::Invalid { reason } if status == StatusCode::NOT_FOUND => {
-            let failure = Failure::Unavailable { reason, retry_after_ms: 1000 };
-            CallError::Refused { address: address.clone(), failure }
+            let failure = Failure::Unavailable {
+                reason,
+                retry_after_ms: 1000,
+            };
+            CallError::Refused {
+                address: address.clone(),
+                failure,
+            }
         }
-        failure => CallError::Refused { address: address.clone(), failure },
+        failure => CallError::Refused {
+            address: address.clone(),
+            failure,
+        },
     }
 }
 
 /// What an error answer means.
 pub(super) async fn failure_of(response: reqwest::Response) -> Failure {
     let (status, headers) = (response.status(), response.headers().clone());
-    let body = read_reply(response, FAILURE_BYTES_MAX, |_| true).await.unwrap_or_default();
+    let body = read_reply(response, FAILURE_BYTES_MAX, |_| true)
+        .await
+        .unwrap_or_default();
     problem::failure(status, &headers, &body)
 }
 
@@ -385,7 +469,10 @@ async fn read_reply(
     bytes_max: usize,
     mut charge: impl FnMut(usize) -> bool,
 ) -> Result<Vec<u8>, ReplyError> {
-    let declared = response.content_length().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0);
+    let declared = response
+        .content_length()
+        .and_then(|bytes| usize::try_from(bytes).ok())
+        .unwrap_or(0);
     if declared > bytes_max {
         return Err(ReplyError::TooLarge { bytes_max });
     }
@@ -404,7 +491,11 @@ async fn read_reply(
 
 /// Returns why a node has not answered a request, for people.
 pub(super) fn silence(address: &Address, error: &reqwest::Error) -> String {
-    let what = if error.is_connect() { "no connection to" } else { "no answer from" };
+    let what = if error.is_connect() {
+        "no connection to"
+    } else {
+        "no answer from"
+    };
     let reason = match error.is_timeout() {
         true => "it took too long".to_owned(),
         false => innermost(error).to_string(),
@@ -413,7 +504,9 @@ pub(super) fn silence(address: &Address, error: &reqwest::Error) -> String {
 }
 
 /// Returns the last cause: "connection refused" says more than the chain that leads to it.
-fn innermost<'a>(error: &'a (dyn std::error::Error + 'static)) -> &'a (dyn std::error::Error + 'static) {
+fn innermost<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> &'a (dyn std::error::Error + 'static) {
     let mut cause = error;
     while let Some(source) = cause.source() {
         cause = source;
@@ -444,15 +537,37 @@ mod tests {
 
     #[tokio::test]
     async fn only_a_node_says_that_it_has_not_done_it() {
-        for (is_of_node, status) in [(true, 503), (true, 408), (false, 503), (false, 408), (false, 429)] {
+        for (is_of_node, status) in [
+            (true, 503),
+            (true, 408),
+            (false, 503),
+            (false, 408),
+            (false, 429),
+        ] {
             let (address, listener) = bind().await;
             serve(listener, move |_| async move {
-                Some(if is_of_node { problem(status, "it stops") } else { answer(status, "<h1>try again</h1>") })
+                Some(if is_of_node {
+                    problem(status, "it stops")
+                } else {
+                    answer(status, "<h1>try again</h1>")
+                })
             });
             let caller = ShardCaller::with_room(1).expect("a client");
-            let request = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 1, body: ShardBody::Count };
-            let refused = caller.call(&address, &request, Duration::from_secs(20)).await.expect_err("no reply");
-            assert_eq!(refused.certainly_not_done(), is_of_node, "{status}: {refused}");
+            let request = ShardRequest {
+                cluster: ClusterId(1),
+                shard: GroupId(1),
+                timeout_ms: 1,
+                body: ShardBody::Count,
+            };
+            let refused = caller
+                .call(&address, &request, Duration::from_secs(20))
+                .await
+                .expect_err("no reply");
+            assert_eq!(
+                refused.certainly_not_done(),
+                is_of_node,
+                "{status}: {refused}"
+            );
         }
     }
 
@@ -460,7 +575,10 @@ mod tests {
     fn a_node_has_a_little_less_time_than_it_is_waited_for() {
         let times = [(5000, 4900), (1000, 900), (200, 180), (1, 1), (0, 1)];
         for (timeout_ms, expected) in times {
-            assert_eq!(time_to_answer_ms(Duration::from_millis(timeout_ms)), expected);
+            assert_eq!(
+                time_to_answer_ms(Duration::from_millis(timeout_ms)),
+                expected
+            );
         }
     }
 
@@ -469,14 +587,30 @@ mod tests {
         let (address, listener) = bind().await;
         serve(listener, |_| std::future::pending());
         let caller = ShardCaller::with_room(1).expect("a client");
-        let request = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 1, body: ShardBody::Count };
+        let request = ShardRequest {
+            cluster: ClusterId(1),
+            shard: GroupId(1),
+            timeout_ms: 1,
+            body: ShardBody::Count,
+        };
         let call = |timeout: Duration| caller.call(&address, &request, timeout);
 
         let mut first = std::pin::pin!(call(Duration::from_secs(20)));
         assert!(futures::poll!(first.as_mut()).is_pending());
-        let second = call(Duration::from_millis(20)).await.expect_err("there is no room");
+        let second = call(Duration::from_millis(20))
+            .await
+            .expect_err("there is no room");
         assert!(second.certainly_not_done(), "{second}");
-        assert!(matches!(second, CallError::Refused { failure: Failure::Overloaded { .. }, .. }), "{second}");
+        assert!(
+            matches!(
+                second,
+                CallError::Refused {
+                    failure: Failure::Overloaded { .. },
+                    ..
+                }
+            ),
+            "{second}"
+        );
         assert_eq!(caller.room.lock().used, 1);
     }
 
@@ -492,9 +626,22 @@ mod tests {
             hung.push(address);
         }
         let (well, listener) = bind().await;
-        serve(listener, |_| async { Some(answer(200, codec::encode(&ShardReply::Counted { keys: 3, slots: vec![] }))) });
+        serve(listener, |_| async {
+            Some(answer(
+                200,
+                codec::encode(&ShardReply::Counted {
+                    keys: 3,
+                    slots: vec![],
+                }),
+            ))
+        });
 
-        let request = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: 1, body: ShardBody::Count };
+        let request = ShardRequest {
+            cluster: ClusterId(1),
+            shard: GroupId(1),
+            timeout_ms: 1,
+            body: ShardBody::Count,
+        };
         let call = |address| caller.call(address, &request, Duration::from_secs(20));
         let mut hanging: Vec<_> = hung
             .iter()
@@ -506,23 +653,33 @@ mod tests {
         }
 
         let replies = futures::future::join_all((0..CALLS).map(|_| call(&well))).await;
-        assert!(replies.iter().all(Result::is_ok), "others are called: {replies:?}");
+        assert!(
+            replies.iter().all(Result::is_ok),
+            "others are called: {replies:?}"
+        );
         drop(hanging);
         let state = caller.room.lock();
-        assert_eq!((state.used, state.addresses.len()), (0, 0), "nothing is left behind");
+        assert_eq!(
+            (state.used, state.addresses.len()),
+            (0, 0),
+            "nothing is left behind"
+        );
     }
 
     #[tokio::test]
     async fn a_place_that_is_free_again_goes_to_a_call_that_waits() {
         let room = CallRoom::new(8);
-        let [one, other]: [Address; 2] = ["a:1", "b:2"].map(|text| text.parse().expect("an address"));
+        let [one, other]: [Address; 2] =
+            ["a:1", "b:2"].map(|text| text.parse().expect("an address"));
         let places: Vec<_> = std::iter::from_fn(|| room.try_enter(&one)).collect();
         assert_eq!(places.len(), 4, "one that is alone gets half of all");
         let mut others: Vec<_> = std::iter::from_fn(|| room.try_enter(&other)).collect();
         assert!(others.len() >= CALLS_IN_ANY_CASE);
 
         let timeout = Duration::from_secs(20);
-        let mut waits: Vec<_> = [&one, &other].map(|address| Box::pin(room.enter(address, timeout))).into();
+        let mut waits: Vec<_> = [&one, &other]
+            .map(|address| Box::pin(room.enter(address, timeout)))
+            .into();
         for wait in &mut waits {
             assert!(futures::poll!(wait.as_mut()).is_pending());
         }
@@ -536,22 +693,55 @@ mod tests {
     async fn small_replies_take_nothing_of_the_budget_and_large_ones_all_that_they_have() {
         let (address, listener) = bind().await;
         serve(listener, |request| async move {
-            let ShardRequest { timeout_ms, .. } = codec::decode(request.body(), "a request").expect("a request");
-            let slots = Slot::all().take(usize::try_from(timeout_ms).expect("few")).collect();
-            Some(answer(200, codec::encode(&ShardReply::Counted { keys: 3, slots })))
+            let ShardRequest { timeout_ms, .. } =
+                codec::decode(request.body(), "a request").expect("a request");
+            let slots = Slot::all()
+                .take(usize::try_from(timeout_ms).expect("few"))
+                .collect();
+            Some(answer(
+                200,
+                codec::encode(&ShardReply::Counted { keys: 3, slots }),
+            ))
         });
-        let caller = ShardCaller::with_room(8).expect("a client").charged_to(Budget::new(UNCHARGED_BYTES_MAX));
-        let spent = caller.answers.take(UNCHARGED_BYTES_MAX).expect("nothing is taken yet");
+        let caller = ShardCaller::with_room(8)
+            .expect("a client")
+            .charged_to(Budget::new(UNCHARGED_BYTES_MAX));
+        let spent = caller
+            .answers
+            .take(UNCHARGED_BYTES_MAX)
+            .expect("nothing is taken yet");
         let call = async |slots: u64| {
-            let request = ShardRequest { cluster: ClusterId(1), shard: GroupId(1), timeout_ms: slots, body: ShardBody::Count };
-            caller.call(&address, &request, Duration::from_secs(20)).await
+            let request = ShardRequest {
+                cluster: ClusterId(1),
+                shard: GroupId(1),
+                timeout_ms: slots,
+                body: ShardBody::Count,
+            };
+            caller
+                .call(&address, &request, Duration::from_secs(20))
+                .await
         };
 
-        assert!(matches!(call(10).await, Ok(ShardReply::Counted { keys: 3, .. })), "a small one");
+        assert!(
+            matches!(call(10).await, Ok(ShardReply::Counted { keys: 3, .. })),
+            "a small one"
+        );
         let refused = call(4000).await.expect_err("a large one has no room");
-        assert!(matches!(refused, CallError::Refused { failure: Failure::Overloaded { .. }, .. }), "{refused}");
+        assert!(
+            matches!(
+                refused,
+                CallError::Refused {
+                    failure: Failure::Overloaded { .. },
+                    ..
+                }
+            ),
+            "{refused}"
+        );
         drop(spent);
         let refused = call(4000).await.expect_err("it is larger than the budget");
-        assert!(refused.certainly_not_done() && caller.answers.used() == 0, "{refused}");
+        assert!(
+            refused.certainly_not_done() && caller.answers.used() == 0,
+            "{refused}"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Whom a client is told to ask about a shard: its home, or, while that does not answer, the node that leads instead.
+//! Whom a client is told to ask about a shard: its home, or, while that does not answer, the node
+//! that leads instead.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -51,7 +52,10 @@ struct Heard {
 
 impl Answers {
     fn new(yes_for: Duration) -> Self {
-        Self { yes_for, nodes: Mutex::default() }
+        Self {
+            yes_for,
+            nodes: Mutex::default(),
+        }
     }
 
     /// Returns what a node answered a moment ago, or asks it.
@@ -63,14 +67,21 @@ impl Answers {
         }
 
         let yes = ask.await;
-        *heard = Some(Heard { at: Instant::now(), yes });
+        *heard = Some(Heard {
+            at: Instant::now(),
+            yes,
+        });
         yes
     }
 
     fn cell(&self, address: &Address) -> Arc<Cell> {
         let mut nodes = self.nodes.lock().expect("no holder panics");
         // One that is locked is in use.
-        nodes.retain(|_, cell| cell.try_lock().map_or(true, |heard| heard.is_some_and(|heard| self.is_fresh(&heard))));
+        nodes.retain(|_, cell| {
+            cell.try_lock().map_or(true, |heard| {
+                heard.is_some_and(|heard| self.is_fresh(&heard))
+            })
+        });
         nodes.entry(address.clone()).or_default().clone()
     }
 
@@ -81,17 +92,30 @@ impl Answers {
 
 impl Contacts {
     pub fn new(caller: ShardCaller) -> Self {
-        Self { caller, ask_timeout: ASK_TIMEOUT, members: Answers::new(FRESH_FOR), alive: Answers::new(ALIVE_FOR) }
+        Self {
+            caller,
+            ask_timeout: ASK_TIMEOUT,
+            members: Answers::new(FRESH_FOR),
+            alive: Answers::new(ALIVE_FOR),
+        }
     }
 
-    /// Whether a node answers, now or a moment ago: before a client is sent to it by one that has nothing else to do with it.
+    /// Whether a node answers, now or a moment ago: before a client is sent to it by one that has
+    /// nothing else to do with it.
     pub async fn answers(&self, address: &Address) -> bool {
-        let get = self.caller.http().get(format!("http://{address}/healthz")).timeout(self.ask_timeout);
-        self.alive.recall(address, async { get.send().await.is_ok() }).await
+        let get = self
+            .caller
+            .http()
+            .get(format!("http://{address}/healthz"))
+            .timeout(self.ask_timeout);
+        self.alive
+            .recall(address, async { get.send().await.is_ok() })
+            .await
     }
 
-    /// What the node to ask about `shard` is called in the view. None: there is no such shard. `leader` is who answered for it last, if
-    /// that is known; only where it is not the home, the home is asked, by the address to reach it by, whether it is there.
+    /// What the node to ask about `shard` is called in the view. None: there is no such shard.
+    /// `leader` is who answered for it last, if that is known; only where it is not the home, the
+    /// home is asked, by the address to reach it by, whether it is there.
     pub async fn of(
         &self,
         map: &ShardMap,
@@ -101,7 +125,9 @@ impl Contacts {
     ) -> Option<Address> {
         let home = map.shard(shard)?.home;
         let at_home = map.node(home);
-        let instead = leader.filter(|leader| *leader != home).and_then(|leader| map.node(leader));
+        let instead = leader
+            .filter(|leader| *leader != home)
+            .and_then(|leader| map.node(leader));
         let named = match (at_home, instead) {
             (Some(at_home), Some(instead)) if !self.is_member(reach(at_home)).await => instead,
             (at_home, instead) => at_home.or(instead)?,
@@ -115,8 +141,14 @@ impl Contacts {
 
     /// A process at the address that belongs to no cluster is not the home.
     async fn ask(&self, address: &Address) -> bool {
-        let get = self.caller.http().get(format!("http://{address}/peer/identity")).timeout(self.ask_timeout);
-        let Ok(response) = get.send().await else { return false };
+        let get = self
+            .caller
+            .http()
+            .get(format!("http://{address}/peer/identity"))
+            .timeout(self.ask_timeout);
+        let Ok(response) = get.send().await else {
+            return false;
+        };
         let identity: Result<Identity, _> = reply::read_json(response, VIEW_BYTES_MAX).await;
         identity.is_ok_and(|identity| matches!(identity.standing, Standing::Member { .. }))
     }
@@ -133,7 +165,11 @@ mod tests {
     use crate::types::{ClusterId, DirectoryId};
 
     /// Who says that it was in a cluster once, or is in one; and how often it was asked.
-    fn node(address: &Address, listener: TcpListener, standing: fn() -> Standing) -> Arc<AtomicUsize> {
+    fn node(
+        address: &Address,
+        listener: TcpListener,
+        standing: fn() -> Standing,
+    ) -> Arc<AtomicUsize> {
         let asked = Arc::new(AtomicUsize::new(0));
         let (count, address) = (Arc::clone(&asked), address.clone());
         serve(listener, move |request| {
@@ -160,20 +196,34 @@ mod tests {
             public_address: None,
             directory: DirectoryId(u128::from(at)),
         };
-        let view = crate::sm::placement::first_view(ClusterId(1), Default::default(), vec![node(1)]).expect("a view");
-        Standing::Member { view: Box::new(view) }
+        let view =
+            crate::sm::placement::first_view(ClusterId(1), Default::default(), vec![node(1)])
+                .expect("a view");
+        Standing::Member {
+            view: Box::new(view),
+        }
     }
 
     fn retired() -> Standing {
-        Standing::Retired { cluster: ClusterId(1), members: Vec::new() }
+        Standing::Retired {
+            cluster: ClusterId(1),
+            members: Vec::new(),
+        }
     }
 
     async fn named(home: &Address, leader: Option<u64>) -> (Option<Address>, Address) {
         let other = nobody().await;
         let map = ShardMap::from_status(&status(1, None, &[home.clone(), other.clone()]));
         let contacts = Contacts::new(ShardCaller::new().expect("a client"));
-        let first = contacts.of(&map, GroupId(1), leader.map(NodeId), |node| &node.public).await;
-        assert_eq!(contacts.of(&map, GroupId(1), leader.map(NodeId), |node| &node.public).await, first);
+        let first = contacts
+            .of(&map, GroupId(1), leader.map(NodeId), |node| &node.public)
+            .await;
+        assert_eq!(
+            contacts
+                .of(&map, GroupId(1), leader.map(NodeId), |node| &node.public)
+                .await,
+            first
+        );
         (first, other)
     }
 
@@ -194,7 +244,11 @@ mod tests {
         for home in [left, nobody().await] {
             let (leader, other) = named(&home, Some(2)).await;
             assert_eq!(leader, Some(other));
-            assert_eq!(named(&home, None).await.0, Some(home), "nobody else is known");
+            assert_eq!(
+                named(&home, None).await.0,
+                Some(home),
+                "nobody else is known"
+            );
         }
     }
 
@@ -221,7 +275,10 @@ mod tests {
         let (well, listener) = bind().await;
         node(&well, listener, member);
         let contacts = Contacts::new(ShardCaller::new().expect("a client"));
-        let contacts = Contacts { ask_timeout: Duration::from_secs(20), ..contacts };
+        let contacts = Contacts {
+            ask_timeout: Duration::from_secs(20),
+            ..contacts
+        };
 
         let mut hanging = std::pin::pin!(contacts.is_member(&hung));
         assert!(futures::poll!(hanging.as_mut()).is_pending());
@@ -236,6 +293,11 @@ mod tests {
     async fn nobody_is_named_for_a_shard_that_is_not_there() {
         let map = ShardMap::from_status(&status(1, None, &[nobody().await]));
         let contacts = Contacts::new(ShardCaller::new().expect("a client"));
-        assert_eq!(contacts.of(&map, GroupId(9), Some(NodeId(1)), |node| &node.public).await, None);
+        assert_eq!(
+            contacts
+                .of(&map, GroupId(9), Some(NodeId(1)), |node| &node.public)
+                .await,
+            None
+        );
     }
 }

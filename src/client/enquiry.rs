@@ -1,4 +1,5 @@
-//! What a remote client asks a single node about the cluster: its status, whether it lives, who took its place.
+//! What a remote client asks a single node about the cluster: its status, whether it lives, who
+//! took its place.
 
 use std::time::Duration;
 
@@ -21,20 +22,39 @@ const TIMEOUT: Duration = Duration::from_millis(1500);
 ///
 /// Only such as mean that another node may be asked.
 pub async fn status(http: &reqwest::Client, address: &Address) -> Result<ClusterStatus, Failure> {
-    let unavailable = |reason: String| Failure::Unavailable { reason, retry_after_ms: 1000 };
-    let response = http.get(format!("http://{address}/v1/cluster")).timeout(TIMEOUT).send().await;
+    let unavailable = |reason: String| Failure::Unavailable {
+        reason,
+        retry_after_ms: 1000,
+    };
+    let response = http
+        .get(format!("http://{address}/v1/cluster"))
+        .timeout(TIMEOUT)
+        .send()
+        .await;
     let response = response.map_err(|error| unavailable(silence(address, &error)))?;
     if !response.status().is_success() {
         return Err(failure_of(response).await);
     }
-    reply::read_json(response, VIEW_BYTES_MAX).await.map_err(|error| unavailable(format!("{address}: {error}")))
+    reply::read_json(response, VIEW_BYTES_MAX)
+        .await
+        .map_err(|error| unavailable(format!("{address}: {error}")))
 }
 
-/// Whom a node names that can't tell of the cluster itself: the members that took its place, or those that it waits for.
+/// Whom a node names that can't tell of the cluster itself: the members that took its place, or
+/// those that it waits for.
 pub async fn referrals(http: &reqwest::Client, address: &Address) -> Vec<Address> {
-    let asked = http.get(format!("http://{address}/peer/identity")).timeout(TIMEOUT).send().await;
-    let Ok(response) = asked else { return Vec::new() };
-    match reply::read_json(response, VIEW_BYTES_MAX).await.map(|identity: Identity| identity.standing) {
+    let asked = http
+        .get(format!("http://{address}/peer/identity"))
+        .timeout(TIMEOUT)
+        .send()
+        .await;
+    let Ok(response) = asked else {
+        return Vec::new();
+    };
+    match reply::read_json(response, VIEW_BYTES_MAX)
+        .await
+        .map(|identity: Identity| identity.standing)
+    {
         Ok(Standing::Retired { members, .. }) => members,
         Ok(Standing::Fresh { view }) => view,
         Ok(Standing::Promised { .. } | Standing::Member { .. }) | Err(_) => Vec::new(),
@@ -43,7 +63,11 @@ pub async fn referrals(http: &reqwest::Client, address: &Address) -> Vec<Address
 
 /// Whether a node answers at all, within `timeout`.
 pub async fn lives(http: &reqwest::Client, address: &Address, timeout: Duration) -> bool {
-    let asked = http.get(format!("http://{address}/healthz")).timeout(timeout).send().await;
+    let asked = http
+        .get(format!("http://{address}/healthz"))
+        .timeout(timeout)
+        .send()
+        .await;
     asked.is_ok_and(|answer| answer.status().is_success())
 }
 

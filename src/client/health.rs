@@ -11,17 +11,24 @@ use super::problem;
 use super::wire::Connection;
 use crate::types::Address;
 
-/// Whether the answer to `GET` of this path is 200. The connection must be made `within` that time; the answer is waited for as long as the
-/// caller does.
+/// Whether the answer to `GET` of this path is 200. The connection must be made `within` that time;
+/// the answer is waited for as long as the caller does.
 ///
 /// # Errors
 ///
 /// What it is not well with, for people.
 pub async fn ask(address: &Address, path: &str, within: Duration) -> Result<(), String> {
-    let request = Request::get(path).header(HOST, address.as_str()).body(Full::new(Bytes::new()));
+    let request = Request::get(path)
+        .header(HOST, address.as_str())
+        .body(Full::new(Bytes::new()));
     let request = request.map_err(|error| error.to_string())?;
-    let mut connection = Connection::open(address, within).await.map_err(|error| error.to_string())?;
-    let response = connection.exchange(request).await.map_err(|error| error.to_string())?;
+    let mut connection = Connection::open(address, within)
+        .await
+        .map_err(|error| error.to_string())?;
+    let response = connection
+        .exchange(request)
+        .await
+        .map_err(|error| error.to_string())?;
     match response.status() {
         StatusCode::OK => Ok(()),
         status => Err(problem::detail(status, response.body())),
@@ -44,7 +51,10 @@ mod tests {
         });
         let within = Duration::from_secs(20);
         assert_eq!(ask(&address, "/healthz", within).await, Ok(()));
-        assert_eq!(ask(&address, "/readyz", within).await, Err("it waits for others".to_owned()));
+        assert_eq!(
+            ask(&address, "/readyz", within).await,
+            Err("it waits for others".to_owned())
+        );
         assert!(ask(&nobody().await, "/healthz", within).await.is_err());
     }
 }

@@ -1,8 +1,9 @@
 //! What a gateway knows of how its cluster is.
 //!
-//! [`Lookout::run`] looks at the cluster every so often: it asks a member for the status (each time another, which keeps the map and the list
-//! of members fresh, so that a gateway outlives every node that it was started with) and sees whether the leaders can be reached from here.
-//! Asking for the verdict costs nothing; it is as old as the last look.
+//! [`Lookout::run`] looks at the cluster every so often: it asks a member for the status (each time
+//! another, which keeps the map and the list of members fresh, so that a gateway outlives every
+//! node that it was started with) and sees whether the leaders can be reached from here. Asking for
+//! the verdict costs nothing; it is as old as the last look.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -71,12 +72,20 @@ enum Line {
 impl Lookout {
     pub fn new(store: Arc<RemoteStore>) -> Self {
         let said = CODES.map(|code| (code, Rarely::new()));
-        Self { store, last: RwLock::default(), said, is_trouble_said: AtomicBool::new(false) }
+        Self {
+            store,
+            last: RwLock::default(),
+            said,
+            is_trouble_said: AtomicBool::new(false),
+        }
     }
 
     /// What the last look found; none: the first is not over.
     pub fn last(&self) -> Option<Look> {
-        self.last.read().expect("no panic with the lock held").clone()
+        self.last
+            .read()
+            .expect("no panic with the lock held")
+            .clone()
     }
 
     /// # Errors
@@ -84,11 +93,18 @@ impl Lookout {
     /// Why not every request can be expected to be answered.
     pub fn ready(&self) -> Result<(), Trouble> {
         match self.last() {
-            None => Err(Trouble { code: "starting", reason: "no member has answered yet".into() }),
-            Some(Look { trouble: Some(trouble), .. }) => Err(trouble),
-            Some(look) if look.at.elapsed() > VERDICT_AGE_MAX => {
-                Err(Trouble { code: "unreachable", reason: "the members of the cluster answer too slowly".into() })
-            }
+            None => Err(Trouble {
+                code: "starting",
+                reason: "no member has answered yet".into(),
+            }),
+            Some(Look {
+                trouble: Some(trouble),
+                ..
+            }) => Err(trouble),
+            Some(look) if look.at.elapsed() > VERDICT_AGE_MAX => Err(Trouble {
+                code: "unreachable",
+                reason: "the members of the cluster answer too slowly".into(),
+            }),
             Some(_) => Ok(()),
         }
     }
@@ -98,7 +114,11 @@ impl Lookout {
         let looks = async {
             loop {
                 let look = self.look().await;
-                let pause = if look.trouble.is_none() { PAUSE } else { PAUSE_IN_TROUBLE };
+                let pause = if look.trouble.is_none() {
+                    PAUSE
+                } else {
+                    PAUSE_IN_TROUBLE
+                };
                 self.note(look);
                 sleep(pause).await;
             }
@@ -110,10 +130,21 @@ impl Lookout {
         let status = match self.store.status().await {
             Ok(status) => status,
             Err(failure) => {
-                let trouble = Trouble { code: "unreachable", reason: format!("no member of the cluster can tell: {failure}") };
+                let trouble = Trouble {
+                    code: "unreachable",
+                    reason: format!("no member of the cluster can tell: {failure}"),
+                };
                 let before = self.last();
-                let (nodes, shards, map_version) = before.map_or((0, 0, 0), |look| (look.nodes, look.shards, look.map_version));
-                return Look { at: Instant::now(), trouble: Some(trouble), nodes, shards, map_version };
+                let (nodes, shards, map_version) = before.map_or((0, 0, 0), |look| {
+                    (look.nodes, look.shards, look.map_version)
+                });
+                return Look {
+                    at: Instant::now(),
+                    trouble: Some(trouble),
+                    nodes,
+                    shards,
+                    map_version,
+                };
             }
         };
         let leaders: BTreeSet<NodeId> = owners(&status).filter_map(|shard| shard.leader).collect();
@@ -121,7 +152,12 @@ impl Lookout {
             let answers = self.store.access().answers(leader, PROBE_TIMEOUT).await;
             (leader, answers)
         });
-        let silent = join_all(probed).await.into_iter().filter(|(_, answers)| !answers).map(|(leader, _)| leader).collect();
+        let silent = join_all(probed)
+            .await
+            .into_iter()
+            .filter(|(_, answers)| !answers)
+            .map(|(leader, _)| leader)
+            .collect();
         Look {
             at: Instant::now(),
             trouble: judge(&status, &silent),
@@ -134,7 +170,9 @@ impl Lookout {
     /// Keeps it, and says what is worth a line.
     fn note(&self, look: Look) {
         match self.line(&look) {
-            Some(Line::Trouble(reason, left_out)) => tracing::warn!(left_out, "not ready: {reason}"),
+            Some(Line::Trouble(reason, left_out)) => {
+                tracing::warn!(left_out, "not ready: {reason}")
+            }
             Some(Line::Ready) => tracing::info!(nodes = look.nodes, shards = look.shards, "ready"),
             None => {}
         }
@@ -156,18 +194,34 @@ impl Lookout {
 
 /// The shards that own keys.
 fn owners(status: &ClusterStatus) -> impl Iterator<Item = &ShardStatus> {
-    status.shards.iter().filter(|shard| !shard.id.is_meta() && shard.slots > 0)
+    status
+        .shards
+        .iter()
+        .filter(|shard| !shard.id.is_meta() && shard.slots > 0)
 }
 
 /// What is wrong with a cluster of which these nodes do not answer from here.
 fn judge(status: &ClusterStatus, silent: &BTreeSet<NodeId>) -> Option<Trouble> {
     owners(status).find_map(|shard| match shard.leader {
-        None => Some(Trouble { code: "no-leader", reason: format!("shard {:#} has no leader", shard.id) }),
+        None => Some(Trouble {
+            code: "no-leader",
+            reason: format!("shard {:#} has no leader", shard.id),
+        }),
         Some(leader) if silent.contains(&leader) => {
-            let node = status.nodes.iter().find(|node| node.id == leader).map(|node| format!(" ({})", node.public_address));
-            let reason =
-                format!("shard {:#} is led by {leader}{}, which does not answer here", shard.id, node.unwrap_or_default());
-            Some(Trouble { code: "unreachable", reason })
+            let node = status
+                .nodes
+                .iter()
+                .find(|node| node.id == leader)
+                .map(|node| format!(" ({})", node.public_address));
+            let reason = format!(
+                "shard {:#} is led by {leader}{}, which does not answer here",
+                shard.id,
+                node.unwrap_or_default()
+            );
+            Some(Trouble {
+                code: "unreachable",
+                reason,
+            })
         }
         Some(_) => None,
     })
@@ -189,16 +243,30 @@ mod tests {
         serve(listener, move |request| {
             let led = told.load(Ordering::Relaxed);
             let status = status(led, [None, Some(1), Some(0)][led as usize], &nodes);
-            async move { Some(if request.uri().path() == "/healthz" { answer(200, "ok") } else { json(&status) }) }
+            async move {
+                Some(if request.uri().path() == "/healthz" {
+                    answer(200, "ok")
+                } else {
+                    json(&status)
+                })
+            }
         });
         let store = Arc::new(RemoteStore::connect(vec![address]).expect("a client"));
         let lookout = Lookout::new(store);
-        assert_eq!(lookout.ready().expect_err("it has not looked").code, "starting");
+        assert_eq!(
+            lookout.ready().expect_err("it has not looked").code,
+            "starting"
+        );
         for (led, code) in [(0, Some("no-leader")), (1, Some("unreachable")), (2, None)] {
             leader.store(led, Ordering::Relaxed);
             lookout.note(lookout.look().await);
             assert_eq!(lookout.ready().err().map(|trouble| trouble.code), code);
-            assert_eq!(lookout.last().map(|look| (look.nodes, look.shards, look.map_version)), Some((2, 1, led)));
+            assert_eq!(
+                lookout
+                    .last()
+                    .map(|look| (look.nodes, look.shards, look.map_version)),
+                Some((2, 1, led))
+            );
         }
     }
 
@@ -214,7 +282,9 @@ mod tests {
             }
             async move { Some(json(&status)) }
         });
-        let lookout = Lookout::new(Arc::new(RemoteStore::connect(vec![address]).expect("a client")));
+        let lookout = Lookout::new(Arc::new(
+            RemoteStore::connect(vec![address]).expect("a client"),
+        ));
         lookout.note(lookout.look().await);
         assert_eq!(lookout.ready(), Ok(()));
         lookout.note(lookout.look().await);
@@ -224,29 +294,60 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn trouble_that_stays_is_said_once_however_its_reason_reads() {
-        let lookout = Lookout::new(Arc::new(RemoteStore::connect(Vec::new()).expect("a client")));
+        let lookout = Lookout::new(Arc::new(
+            RemoteStore::connect(Vec::new()).expect("a client"),
+        ));
         let look = |trouble: Option<(&'static str, String)>| {
             let trouble = trouble.map(|(code, reason)| Trouble { code, reason });
-            Look { at: Instant::now(), trouble, nodes: 1, shards: 1, map_version: 1 }
+            Look {
+                at: Instant::now(),
+                trouble,
+                nodes: 1,
+                shards: 1,
+                map_version: 1,
+            }
         };
         let mut lines = Vec::new();
         for member in 0..100 {
-            let look = look(Some(("unreachable", format!("member {member} does not answer"))));
+            let look = look(Some((
+                "unreachable",
+                format!("member {member} does not answer"),
+            )));
             lines.extend(lookout.line(&look));
             lookout.note(look);
         }
-        assert_eq!(lines, [Line::Trouble("member 0 does not answer".to_owned(), 0)]);
-        assert!(lookout.line(&look(Some(("no-leader", String::new())))).is_some(), "that is another");
+        assert_eq!(
+            lines,
+            [Line::Trouble("member 0 does not answer".to_owned(), 0)]
+        );
+        assert!(
+            lookout
+                .line(&look(Some(("no-leader", String::new()))))
+                .is_some(),
+            "that is another"
+        );
         assert_eq!(lookout.line(&look(None)), Some(Line::Ready));
-        assert_eq!(lookout.line(&look(Some(("unreachable", String::new())))), None, "it comes and goes");
+        assert_eq!(
+            lookout.line(&look(Some(("unreachable", String::new())))),
+            None,
+            "it comes and goes"
+        );
         lookout.note(look(None));
         assert_eq!(lookout.line(&look(None)), None);
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_old_verdict_is_worth_nothing() {
-        let lookout = Lookout::new(Arc::new(RemoteStore::connect(Vec::new()).expect("a client")));
-        lookout.note(Look { at: Instant::now(), trouble: None, nodes: 1, shards: 1, map_version: 1 });
+        let lookout = Lookout::new(Arc::new(
+            RemoteStore::connect(Vec::new()).expect("a client"),
+        ));
+        lookout.note(Look {
+            at: Instant::now(),
+            trouble: None,
+            nodes: 1,
+            shards: 1,
+            map_version: 1,
+        });
         assert_eq!(lookout.ready(), Ok(()));
         tokio::time::advance(VERDICT_AGE_MAX + Duration::from_millis(1)).await;
         assert!(lookout.ready().is_err());

@@ -1,7 +1,9 @@
-//! A small client of the native dialect: what `curl -L` does, for any key and for more than one server.
+//! A small client of the native dialect: what `curl -L` does, for any key and for more than one
+//! server.
 //!
-//! It follows redirects to the leader, asks the next server when one can't be reached or can't help, and goes on until the timeout. A
-//! write that was sent and not answered is unknown; it is sent again only with an idempotency key.
+//! It follows redirects to the leader, asks the next server when one can't be reached or can't
+//! help, and goes on until the timeout. A write that was sent and not answered is unknown; it is
+//! sent again only with an idempotency key.
 
 use std::time::Duration;
 
@@ -21,7 +23,12 @@ use super::wire::Connection;
 use crate::types::{Address, Revision};
 
 /// What stands in a path as itself: unreserved characters (RFC 3986, section 2.3) and the slash.
-pub const KEY_ESCAPES: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~').remove(b'/');
+pub const KEY_ESCAPES: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'_')
+    .remove(b'.')
+    .remove(b'~')
+    .remove(b'/');
 /// In a query, slashes too are escaped.
 const QUERY_ESCAPES: &AsciiSet = &KEY_ESCAPES.add(b'/');
 
@@ -62,7 +69,11 @@ pub struct WriteHeaders {
 impl WriteHeaders {
     /// Returns what it does to send a write with these twice.
     fn effect(&self) -> Effect {
-        if self.idempotency_key.is_some() { Effect::Idempotent } else { Effect::Once }
+        if self.idempotency_key.is_some() {
+            Effect::Idempotent
+        } else {
+            Effect::Once
+        }
     }
 }
 
@@ -122,7 +133,11 @@ enum Attempt {
 
 impl NativeClient {
     pub fn new(servers: Vec<Address>, timeout: Duration) -> Self {
-        Self { servers, timeout, connection: None }
+        Self {
+            servers,
+            timeout,
+            connection: None,
+        }
     }
 
     /// The value of a key, if there is one.
@@ -138,11 +153,19 @@ impl NativeClient {
             return Ok(None);
         }
         let response = checked(response)?;
-        let header = |name: HeaderName| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let header = |name: HeaderName| {
+            response
+                .headers()
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+                .map(str::to_owned)
+        };
         let revision = header(ETAG).and_then(|tag| tag.trim_matches('"').parse().ok());
         Ok(Some(Value {
             content_type: header(CONTENT_TYPE).unwrap_or_default(),
-            revision: Revision(revision.ok_or_else(|| strange("an answer without a revision in its ETag"))?),
+            revision: Revision(
+                revision.ok_or_else(|| strange("an answer without a revision in its ETag"))?,
+            ),
             staleness: header(HeaderName::from_static("quorate-staleness")),
             bytes: response.into_body(),
         }))
@@ -150,9 +173,20 @@ impl NativeClient {
 
     /// # Errors
     ///
-    /// When a condition does not hold, or the write failed; [`Failure::Unknown`] leaves open whether it happened.
-    pub async fn put(&mut self, key: &[u8], value: Bytes, headers: &WriteHeaders) -> Result<WriteAnswer, NativeError> {
-        let exchange = Exchange::write(Method::PUT, self.key_path(key, "", headers.effect()), headers, value)?;
+    /// When a condition does not hold, or the write failed; [`Failure::Unknown`] leaves open
+    /// whether it happened.
+    pub async fn put(
+        &mut self,
+        key: &[u8],
+        value: Bytes,
+        headers: &WriteHeaders,
+    ) -> Result<WriteAnswer, NativeError> {
+        let exchange = Exchange::write(
+            Method::PUT,
+            self.key_path(key, "", headers.effect()),
+            headers,
+            value,
+        )?;
         read_json(&checked(self.exchange(exchange).await?)?)
     }
 
@@ -161,8 +195,17 @@ impl NativeClient {
     /// # Errors
     ///
     /// As of [`NativeClient::put`].
-    pub async fn delete(&mut self, key: &[u8], headers: &WriteHeaders) -> Result<Option<WriteAnswer>, NativeError> {
-        let exchange = Exchange::write(Method::DELETE, self.key_path(key, "", headers.effect()), headers, Bytes::new())?;
+    pub async fn delete(
+        &mut self,
+        key: &[u8],
+        headers: &WriteHeaders,
+    ) -> Result<Option<WriteAnswer>, NativeError> {
+        let exchange = Exchange::write(
+            Method::DELETE,
+            self.key_path(key, "", headers.effect()),
+            headers,
+            Bytes::new(),
+        )?;
         let response = self.exchange(exchange).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(None);
@@ -175,11 +218,25 @@ impl NativeClient {
     /// When nobody could tell in time.
     pub async fn list(&mut self, query: &ListQuery) -> Result<ListPage, NativeError> {
         let prefix = percent_encode(&query.prefix, QUERY_ESCAPES);
-        let mut path = format!("/v1/kv?{}&prefix={prefix}&limit={}", self.wait(Effect::Safe), query.limit);
-        let flags = [(query.reverse, "&reverse=true"), (query.keys_only, "&keys_only=true"), (query.stale, "&consistency=stale")];
-        flags.into_iter().filter(|(set, _)| *set).for_each(|(_, flag)| path.push_str(flag));
+        let mut path = format!(
+            "/v1/kv?{}&prefix={prefix}&limit={}",
+            self.wait(Effect::Safe),
+            query.limit
+        );
+        let flags = [
+            (query.reverse, "&reverse=true"),
+            (query.keys_only, "&keys_only=true"),
+            (query.stale, "&consistency=stale"),
+        ];
+        flags
+            .into_iter()
+            .filter(|(set, _)| *set)
+            .for_each(|(_, flag)| path.push_str(flag));
         if let Some(cursor) = &query.cursor {
-            path.push_str(&format!("&cursor={}", percent_encode(cursor.as_bytes(), QUERY_ESCAPES)));
+            path.push_str(&format!(
+                "&cursor={}",
+                percent_encode(cursor.as_bytes(), QUERY_ESCAPES)
+            ));
         }
         read_json(&checked(self.exchange(Exchange::read(path)).await?)?)
     }
@@ -191,38 +248,60 @@ impl NativeClient {
     /// When no server answers in time.
     pub async fn cluster(&mut self) -> Result<ClusterStatus, NativeError> {
         let is_awaited = |response: &Response<Bytes>| {
-            is_ours(response) && (!response.status().is_success() || read_json::<ClusterStatus>(response).is_ok())
+            is_ours(response)
+                && (!response.status().is_success() || read_json::<ClusterStatus>(response).is_ok())
         };
-        let exchange = Exchange { is_awaited, ..Exchange::read("/v1/cluster".into()) };
+        let exchange = Exchange {
+            is_awaited,
+            ..Exchange::read("/v1/cluster".into())
+        };
         read_json(&checked(self.exchange(exchange).await?)?)
     }
 
-    /// Hands a shard's leadership to the replica on that node, or to its home; the address of the new leader.
+    /// Hands a shard's leadership to the replica on that node, or to its home; the address of the
+    /// new leader.
     ///
     /// # Errors
     ///
     /// When there is no such shard or replica, or it did not happen in time.
-    pub async fn transfer_leader(&mut self, shard: u64, to: Option<&Address>) -> Result<Address, NativeError> {
+    pub async fn transfer_leader(
+        &mut self,
+        shard: u64,
+        to: Option<&Address>,
+    ) -> Result<Address, NativeError> {
         #[derive(Deserialize)]
         struct Transferred {
             leader: Address,
         }
-        let body = to.map(|to| serde_json::json!({ "to": to }).to_string()).unwrap_or_default();
+        let body = to
+            .map(|to| serde_json::json!({ "to": to }).to_string())
+            .unwrap_or_default();
         // It names who is to lead: done twice it is done once.
         let effect = Effect::Idempotent;
         let path = format!("/v1/cluster/shards/{shard}/leader?{}", self.wait(effect));
-        let exchange = Exchange { effect, ..Exchange::write(Method::POST, path, &WriteHeaders::default(), body.into())? };
+        let exchange = Exchange {
+            effect,
+            ..Exchange::write(Method::POST, path, &WriteHeaders::default(), body.into())?
+        };
         let transferred: Transferred = read_json(&checked(self.exchange(exchange).await?)?)?;
         Ok(transferred.leader)
     }
 
     fn key_path(&self, key: &[u8], more: &str, effect: Effect) -> String {
-        format!("/v1/kv/{}?{}{more}", percent_encode(key, KEY_ESCAPES), self.wait(effect))
+        format!(
+            "/v1/kv/{}?{}{more}",
+            percent_encode(key, KEY_ESCAPES),
+            self.wait(effect)
+        )
     }
 
-    /// Returns the parameter that tells a server how long to wait, which may be less than this client does.
+    /// Returns the parameter that tells a server how long to wait, which may be less than this
+    /// client does.
     fn wait(&self, effect: Effect) -> String {
-        format!("timeout={}ms", server_timeout_ms(effect.attempt_timeout(self.timeout)))
+        format!(
+            "timeout={}ms",
+            server_timeout_ms(effect.attempt_timeout(self.timeout))
+        )
     }
 
     /// Asks server after server until one settles it, or the time is up.
@@ -236,13 +315,16 @@ impl NativeClient {
                 }
                 let (by, failure) = match self.follow(server, &exchange, deadline).await {
                     // It was refused here, which says nothing of who has not answered.
-                    Attempt::Answer(response) if last.may_be_done() && is_refusal(response.status()) => {
+                    Attempt::Answer(response)
+                        if last.may_be_done() && is_refusal(response.status()) =>
+                    {
                         return Err(last.settle(failure_of(&response)));
                     }
                     Attempt::Answer(response) => return Ok(response),
-                    Attempt::Redirect(address) => {
-                        (Speaker::Server, unavailable(format!("the leader is changing, perhaps to {address}")))
-                    }
+                    Attempt::Redirect(address) => (
+                        Speaker::Server,
+                        unavailable(format!("the leader is changing, perhaps to {address}")),
+                    ),
                     Attempt::NotDone(by, failure) | Attempt::Unknown(by, failure) => (by, failure),
                 };
                 if !exchange.effect.goes_on_after(&failure) {
@@ -269,10 +351,18 @@ impl NativeClient {
         Attempt::Redirect(address)
     }
 
-    async fn attempt(&mut self, address: &Address, exchange: &Exchange, deadline: Instant) -> Attempt {
+    async fn attempt(
+        &mut self,
+        address: &Address,
+        exchange: &Exchange,
+        deadline: Instant,
+    ) -> Attempt {
         let left = deadline.saturating_duration_since(Instant::now());
         let give_up = Instant::now() + exchange.effect.attempt_timeout(left);
-        let reusable = self.connection.take().filter(|(to, connection)| to == address && connection.is_open());
+        let reusable = self
+            .connection
+            .take()
+            .filter(|(to, connection)| to == address && connection.is_open());
         let mut connection = match reusable {
             Some((_, connection)) => connection,
             None => match Connection::open(address, left.min(CONNECT_TIMEOUT)).await {
@@ -314,28 +404,50 @@ impl Exchange {
         }
     }
 
-    fn write(method: Method, path_and_query: String, write: &WriteHeaders, body: Bytes) -> Result<Self, Failure> {
+    fn write(
+        method: Method,
+        path_and_query: String,
+        write: &WriteHeaders,
+        body: Bytes,
+    ) -> Result<Self, Failure> {
         let mut headers = HeaderMap::new();
         let given = [
             (CONTENT_TYPE, &write.content_type),
             (IF_MATCH, &write.if_match),
             (IF_NONE_MATCH, &write.if_none_match),
-            (HeaderName::from_static("idempotency-key"), &write.idempotency_key),
+            (
+                HeaderName::from_static("idempotency-key"),
+                &write.idempotency_key,
+            ),
         ];
         for (name, value) in given {
             let Some(value) = value else { continue };
-            let bad = |_| Failure::Invalid { reason: format!("'{value}' can't stand in the header {name}") };
+            let bad = |_| Failure::Invalid {
+                reason: format!("'{value}' can't stand in the header {name}"),
+            };
             headers.insert(name.clone(), value.parse().map_err(bad)?);
         }
-        Ok(Self { method, path_and_query, headers, body, effect: write.effect(), is_awaited: is_ours })
+        Ok(Self {
+            method,
+            path_and_query,
+            headers,
+            body,
+            effect: write.effect(),
+            is_awaited: is_ours,
+        })
     }
 
     fn request(&self, address: &Address) -> Result<Request<Full<Bytes>>, Failure> {
-        let mut request = Request::builder().method(&self.method).uri(&self.path_and_query).header(HOST, address.as_str());
+        let mut request = Request::builder()
+            .method(&self.method)
+            .uri(&self.path_and_query)
+            .header(HOST, address.as_str());
         if let Some(headers) = request.headers_mut() {
             headers.extend(self.headers.clone());
         }
-        let invalid = |error: http::Error| Failure::Invalid { reason: error.to_string() };
+        let invalid = |error: http::Error| Failure::Invalid {
+            reason: error.to_string(),
+        };
         request.body(Full::new(self.body.clone())).map_err(invalid)
     }
 }
@@ -348,15 +460,22 @@ fn judge(address: &Address, response: Response<Bytes>, exchange: &Exchange) -> A
     match response.status() {
         StatusCode::TEMPORARY_REDIRECT => match location(response.headers()) {
             Some(address) => Attempt::Redirect(address),
-            None => Attempt::NotDone(Speaker::Server, unavailable(format!("{address} redirects without an address"))),
+            None => Attempt::NotDone(
+                Speaker::Server,
+                unavailable(format!("{address} redirects without an address")),
+            ),
         },
-        status if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT => match failure_of(&response) {
-            failure @ Failure::Unknown { .. } => Attempt::Unknown(Speaker::Server, failure),
-            failure => Attempt::NotDone(Speaker::Server, failure),
-        },
+        status if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT => {
+            match failure_of(&response) {
+                failure @ Failure::Unknown { .. } => Attempt::Unknown(Speaker::Server, failure),
+                failure => Attempt::NotDone(Speaker::Server, failure),
+            }
+        }
         _ if !(exchange.is_awaited)(&response) => {
             let status = response.status();
-            let reason = format!("{address} answered {status} in a way that no quorate node does; is it one?");
+            let reason = format!(
+                "{address} answered {status} in a way that no quorate node does; is it one?"
+            );
             Attempt::Unknown(Speaker::Server, Failure::Unknown { reason })
         }
         _ => Attempt::Answer(response),
@@ -365,28 +484,37 @@ fn judge(address: &Address, response: Response<Bytes>, exchange: &Exchange) -> A
 
 /// Returns whether an answer says that nothing was done, and not because of what is stored.
 fn is_refusal(status: StatusCode) -> bool {
-    matches!(status, StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS)
+    matches!(
+        status,
+        StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS
+    )
 }
 
-/// Returns whether an answer looks like one of ours: errors are problems. What stands in front of a node, or in its place, may
-/// answer 404 to anything.
+/// Returns whether an answer looks like one of ours: errors are problems. What stands in front of a
+/// node, or in its place, may answer 404 to anything.
 fn is_ours(response: &Response<Bytes>) -> bool {
     let is_bodiless = response.status() == StatusCode::NOT_MODIFIED;
-    response.status().is_success() || is_bodiless || problem::is_of_node(response.headers(), response.body())
+    response.status().is_success()
+        || is_bodiless
+        || problem::is_of_node(response.headers(), response.body())
 }
 
 /// The node that a `Location` names.
 pub fn location(headers: &HeaderMap) -> Option<Address> {
-    let location = headers.get(LOCATION)?.to_str().ok()?.strip_prefix("http://")?;
+    let location = headers
+        .get(LOCATION)?
+        .to_str()
+        .ok()?
+        .strip_prefix("http://")?;
     location.split(['/', '?']).next()?.parse().ok()
 }
 
 fn checked(response: Response<Bytes>) -> Result<Response<Bytes>, NativeError> {
     match response.status() {
         status if status.is_success() => Ok(response),
-        StatusCode::PRECONDITION_FAILED => {
-            Err(NativeError::ConditionFailed { detail: problem::detail(response.status(), response.body()) })
-        }
+        StatusCode::PRECONDITION_FAILED => Err(NativeError::ConditionFailed {
+            detail: problem::detail(response.status(), response.body()),
+        }),
         _ => Err(NativeError::Failed(failure_of(&response))),
     }
 }
@@ -396,16 +524,22 @@ fn failure_of(response: &Response<Bytes>) -> Failure {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(response: &Response<Bytes>) -> Result<T, NativeError> {
-    serde_json::from_slice(response.body()).map_err(|error| strange(&format!("an answer that can't be read: {error}")).into())
+    serde_json::from_slice(response.body())
+        .map_err(|error| strange(&format!("an answer that can't be read: {error}")).into())
 }
 
 /// An answer that no node gives: perhaps none was asked.
 fn strange(what: &str) -> Failure {
-    Failure::Unknown { reason: format!("the server gave {what}; is it a quorate node?") }
+    Failure::Unknown {
+        reason: format!("the server gave {what}; is it a quorate node?"),
+    }
 }
 
 fn unavailable(reason: String) -> Failure {
-    Failure::Unavailable { reason, retry_after_ms: 1000 }
+    Failure::Unavailable {
+        reason,
+        retry_after_ms: 1000,
+    }
 }
 
 #[cfg(test)]
@@ -417,7 +551,10 @@ mod tests {
     use crate::client::testing::{answer, bind, nobody, problem, serve};
 
     fn client(servers: &[&Address]) -> NativeClient {
-        NativeClient::new(servers.iter().copied().cloned().collect(), Duration::from_secs(20))
+        NativeClient::new(
+            servers.iter().copied().cloned().collect(),
+            Duration::from_secs(20),
+        )
     }
 
     #[tokio::test]
@@ -426,8 +563,16 @@ mod tests {
         let (follower, following) = bind().await;
         serve(leading, |request| async move {
             assert_eq!(request.method(), Method::PUT);
-            assert!(request.uri().path_and_query().is_some_and(|path| path.as_str().starts_with("/v1/kv/a%20b/../%FF?timeout=")));
-            assert_eq!((request.headers()[IF_MATCH].as_bytes(), &request.body()[..]), (&b"\"3\""[..], &b"value"[..]));
+            assert!(
+                request
+                    .uri()
+                    .path_and_query()
+                    .is_some_and(|path| path.as_str().starts_with("/v1/kv/a%20b/../%FF?timeout="))
+            );
+            assert_eq!(
+                (request.headers()[IF_MATCH].as_bytes(), &request.body()[..]),
+                (&b"\"3\""[..], &b"value"[..])
+            );
             Some(answer(200, r#"{"key":"x","revision":4,"created":false}"#))
         });
         serve(following, move |request| {
@@ -435,14 +580,28 @@ mod tests {
             async move {
                 let mut response = answer(307, "");
                 let location = format!("http://{leader}{}", request.uri());
-                response.headers_mut().insert(LOCATION, location.parse().expect("a header"));
+                response
+                    .headers_mut()
+                    .insert(LOCATION, location.parse().expect("a header"));
                 Some(response)
             }
         });
-        let headers = WriteHeaders { if_match: Some("\"3\"".into()), ..WriteHeaders::default() };
+        let headers = WriteHeaders {
+            if_match: Some("\"3\"".into()),
+            ..WriteHeaders::default()
+        };
         let mut client = client(&[&nobody().await, &follower]);
-        let written = client.put(b"a b/../\xff", Bytes::from_static(b"value"), &headers).await.expect("written");
-        assert_eq!(written, WriteAnswer { revision: Revision(4), created: Some(false) });
+        let written = client
+            .put(b"a b/../\xff", Bytes::from_static(b"value"), &headers)
+            .await
+            .expect("written");
+        assert_eq!(
+            written,
+            WriteAnswer {
+                revision: Revision(4),
+                created: Some(false)
+            }
+        );
     }
 
     #[tokio::test]
@@ -455,11 +614,22 @@ mod tests {
             async move { (!first).then(|| answer(201, r#"{"revision":1,"created":true}"#)) }
         });
         let mut client = client(&[&server]);
-        let lost = client.put(b"k", Bytes::new(), &WriteHeaders::default()).await;
-        assert!(matches!(lost, Err(NativeError::Failed(Failure::Unknown { .. }))), "{lost:?}");
+        let lost = client
+            .put(b"k", Bytes::new(), &WriteHeaders::default())
+            .await;
+        assert!(
+            matches!(lost, Err(NativeError::Failed(Failure::Unknown { .. }))),
+            "{lost:?}"
+        );
         assert_eq!(requests.load(Ordering::Relaxed), 1);
-        let headers = WriteHeaders { idempotency_key: Some("once".into()), ..WriteHeaders::default() };
-        client.put(b"k", Bytes::new(), &headers).await.expect("written in the end");
+        let headers = WriteHeaders {
+            idempotency_key: Some("once".into()),
+            ..WriteHeaders::default()
+        };
+        client
+            .put(b"k", Bytes::new(), &headers)
+            .await
+            .expect("written in the end");
         assert_eq!(requests.load(Ordering::Relaxed), 3);
     }
 
@@ -469,12 +639,27 @@ mod tests {
             let (dropping, dropped) = bind().await;
             serve(dropped, |_| async { None });
             let (refusing, refused) = bind().await;
-            serve(refused, move |_| async move { Some(problem(status, "not here")) });
-            let headers = WriteHeaders { idempotency_key: Some("once".into()), ..WriteHeaders::default() };
-            let told = client(&[&dropping, &refusing]).put(b"k", Bytes::new(), &headers).await;
-            assert!(matches!(told, Err(NativeError::Failed(Failure::Unknown { .. }))), "{status}: {told:?}");
-            let told = client(&[&refusing, &dropping]).put(b"k", Bytes::new(), &headers).await;
-            assert!(!matches!(told, Err(NativeError::Failed(Failure::Unknown { .. }))), "{status}: {told:?}");
+            serve(refused, move |_| async move {
+                Some(problem(status, "not here"))
+            });
+            let headers = WriteHeaders {
+                idempotency_key: Some("once".into()),
+                ..WriteHeaders::default()
+            };
+            let told = client(&[&dropping, &refusing])
+                .put(b"k", Bytes::new(), &headers)
+                .await;
+            assert!(
+                matches!(told, Err(NativeError::Failed(Failure::Unknown { .. }))),
+                "{status}: {told:?}"
+            );
+            let told = client(&[&refusing, &dropping])
+                .put(b"k", Bytes::new(), &headers)
+                .await;
+            assert!(
+                !matches!(told, Err(NativeError::Failed(Failure::Unknown { .. }))),
+                "{status}: {told:?}"
+            );
         }
     }
 
@@ -487,19 +672,38 @@ mod tests {
             count.store(0, Ordering::Relaxed);
             serve(listener, move |_| {
                 let first = count.fetch_add(1, Ordering::Relaxed) == 0;
-                let refusal = if is_of_node { problem(status, "no leader") } else { answer(status, "busy") };
-                let answer = if first { refusal } else { answer(201, r#"{"revision":1,"created":true}"#) };
+                let refusal = if is_of_node {
+                    problem(status, "no leader")
+                } else {
+                    answer(status, "busy")
+                };
+                let answer = if first {
+                    refusal
+                } else {
+                    answer(201, r#"{"revision":1,"created":true}"#)
+                };
                 async move { Some(answer) }
             });
-            client(&[&server]).put(b"k", Bytes::new(), &WriteHeaders::default()).await
+            client(&[&server])
+                .put(b"k", Bytes::new(), &WriteHeaders::default())
+                .await
         };
         for status in [408, 502, 503, 504] {
             let unknown = put(status, false).await;
-            assert!(matches!(unknown, Err(NativeError::Failed(Failure::Unknown { .. }))), "{status}: {unknown:?}");
-            assert_eq!(requests.load(Ordering::Relaxed), 1, "{status}: it was sent again");
+            assert!(
+                matches!(unknown, Err(NativeError::Failed(Failure::Unknown { .. }))),
+                "{status}: {unknown:?}"
+            );
+            assert_eq!(
+                requests.load(Ordering::Relaxed),
+                1,
+                "{status}: it was sent again"
+            );
         }
         for status in [408, 503] {
-            put(status, true).await.expect("a node that refused it has not done it");
+            put(status, true)
+                .await
+                .expect("a node that refused it has not done it");
             assert_eq!(requests.load(Ordering::Relaxed), 2, "{status}");
         }
     }
@@ -508,27 +712,43 @@ mod tests {
     async fn a_read_goes_past_servers_that_drop_it_or_are_none() {
         let reply = |status: u16, body: &'static str| async move {
             let (address, listener) = bind().await;
-            serve(listener, move |_| async move { (status > 0).then(|| answer(status, body)) });
+            serve(listener, move |_| async move {
+                (status > 0).then(|| answer(status, body))
+            });
             address
         };
         let dropping = reply(0, "").await;
-        let (page, missing) = (reply(200, "<h1>hello</h1>").await, reply(404, "<h1>not here</h1>").await);
+        let (page, missing) = (
+            reply(200, "<h1>hello</h1>").await,
+            reply(404, "<h1>not here</h1>").await,
+        );
         let nodes = std::slice::from_ref(&dropping);
-        let status = serde_json::to_vec(&crate::client::testing::status(1, None, nodes)).expect("JSON");
+        let status =
+            serde_json::to_vec(&crate::client::testing::status(1, None, nodes)).expect("JSON");
         let (node, listener) = bind().await;
         serve(listener, move |request| {
             let is_status = request.uri().path() == "/v1/cluster";
-            let answer = if is_status { answer(200, status.clone()) } else { problem(404, "there is no such key") };
+            let answer = if is_status {
+                answer(200, status.clone())
+            } else {
+                problem(404, "there is no such key")
+            };
             async move { Some(answer) }
         });
         let mut told = client(&[&dropping, &page, &missing, &node]);
-        assert_eq!(told.cluster().await.expect("a status").epoch, crate::types::PlanEpoch(1));
+        assert_eq!(
+            told.cluster().await.expect("a status").epoch,
+            crate::types::PlanEpoch(1)
+        );
         let mut told = client(&[&dropping, &missing, &node]);
         assert_eq!(told.get(b"k", false).await.expect("an answer"), None);
 
         let mut none = NativeClient::new(vec![dropping, missing], Duration::from_millis(300));
         let failed = none.get(b"k", false).await.expect_err("nobody can tell");
-        assert!(matches!(failed, NativeError::Failed(Failure::Unavailable { .. })), "{failed}");
+        assert!(
+            matches!(failed, NativeError::Failed(Failure::Unavailable { .. })),
+            "{failed}"
+        );
     }
 
     #[tokio::test]
@@ -544,17 +764,41 @@ mod tests {
             })
         });
         let mut client = client(&[&server]);
-        assert_eq!(client.get(b"missing", false).await.expect("an answer"), None);
+        assert_eq!(
+            client.get(b"missing", false).await.expect("an answer"),
+            None
+        );
         let headers = WriteHeaders::default();
-        assert_eq!(client.delete(b"missing", &headers).await.expect("an answer"), None);
-        let error = client.put(b"guarded", Bytes::new(), &headers).await.expect_err("412");
-        assert!(matches!(&error, NativeError::ConditionFailed { detail } if detail == "the key is at revision 9"));
+        assert_eq!(
+            client
+                .delete(b"missing", &headers)
+                .await
+                .expect("an answer"),
+            None
+        );
+        let error = client
+            .put(b"guarded", Bytes::new(), &headers)
+            .await
+            .expect_err("412");
+        assert!(
+            matches!(&error, NativeError::ConditionFailed { detail } if detail == "the key is at \
+                revision 9")
+        );
         let failure = |error| match error {
             Err(NativeError::Failed(failure)) => failure,
             other => panic!("{other:?}"),
         };
-        assert!(matches!(failure(client.put(b"long", Bytes::new(), &headers).await), Failure::Invalid { .. }));
-        assert!(matches!(failure(client.put(b"busy", Bytes::new(), &headers).await), Failure::Overloaded { .. }));
-        assert!(matches!(failure(client.put(b"x", Bytes::new(), &headers).await), Failure::Unknown { .. }));
+        assert!(matches!(
+            failure(client.put(b"long", Bytes::new(), &headers).await),
+            Failure::Invalid { .. }
+        ));
+        assert!(matches!(
+            failure(client.put(b"busy", Bytes::new(), &headers).await),
+            Failure::Overloaded { .. }
+        ));
+        assert!(matches!(
+            failure(client.put(b"x", Bytes::new(), &headers).await),
+            Failure::Unknown { .. }
+        ));
     }
 }

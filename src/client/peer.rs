@@ -1,7 +1,10 @@
-//! What nodes ask each other before they have a group in common: who are you, and do you promise to be founded by me.
+//! What nodes ask each other before they have a group in common: who are you, and do you promise to
+//! be founded by me.
 //!
-//! An address may have changed hands, so whatever counts says whose it is: the cluster, or the directory. JSON over the one port: `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`,
-//! `POST /peer/invite`, `POST /peer/greet`, `POST /peer/failures`.
+//! An address may have changed hands, so whatever counts says whose it is: the cluster, or the
+//! directory. JSON over the one port: `GET /peer/identity`, `POST /peer/promise`,
+//! `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`, `POST /peer/invite`,
+//! `POST /peer/greet`, `POST /peer/failures`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +27,8 @@ use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, Repl
 /// Nodes that are asked at once who they are: they must cost few descriptors.
 const IDENTITIES_AT_ONCE: usize = 32;
 
-/// A node that does not even take a connection in this time is given up: others wait for their turn.
+/// A node that does not even take a connection in this time is given up: others wait for their
+/// turn.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// What a node says of itself.
@@ -48,18 +52,25 @@ pub struct Identity {
     pub holds_level: bool,
 }
 
-/// How a node stands to clusters. Not internally tagged: serde would buffer the view, and lose that its keys are numbers.
+/// How a node stands to clusters. Not internally tagged: serde would buffer the view, and lose that
+/// its keys are numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Standing {
     /// It belongs to none and has promised nothing. `view`: its own `VIEW` as a set.
     Fresh { view: Vec<Address> },
     /// It will be founded by the node with that directory, with that `VIEW`, or not at all.
-    Promised { view: Vec<Address>, founder: DirectoryId },
+    Promised {
+        view: Vec<Address>,
+        founder: DirectoryId,
+    },
     /// It belongs to a cluster. `view`: the newest that it knows.
     Member { view: Box<View> },
     /// It belonged to one.
-    Retired { cluster: ClusterId, members: Vec<Address> },
+    Retired {
+        cluster: ClusterId,
+        members: Vec<Address>,
+    },
 }
 
 /// Asks a node for its durable, exclusive promise to be founded by the asker.
@@ -122,7 +133,8 @@ pub struct Hosting {
     /// Whose replicas they are.
     pub directory: DirectoryId,
     pub replicas: Vec<HostedReplica>,
-    /// Those that do not run. They are apart, as whoever finds a replica among the others may take it for a member.
+    /// Those that do not run. They are apart, as whoever finds a replica among the others may take
+    /// it for a member.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<FailedReplica>,
     /// As in [`Identity`].
@@ -146,7 +158,8 @@ pub struct FailedReplica {
     pub reason: String,
 }
 
-/// Says that replicas of a node have failed, and is repeated as long as that is so. Which they are, that node is asked.
+/// Says that replicas of a node have failed, and is repeated as long as that is so. Which they are,
+/// that node is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FailureReport {
     pub cluster: ClusterId,
@@ -192,7 +205,10 @@ pub struct NotedDigest {
 
 impl NotedDigest {
     pub fn new(at: LogId, pairs: u64, sum: u128) -> Self {
-        Self { at, digest: format!("{pairs}-{sum:032x}") }
+        Self {
+            at,
+            digest: format!("{pairs}-{sum:032x}"),
+        }
     }
 }
 
@@ -224,7 +240,8 @@ pub enum PeerError {
     Strange { address: Address, reason: String },
 }
 
-/// Reads what a node says of itself. Of one that can't be read the level is looked for, which says why.
+/// Reads what a node says of itself. Of one that can't be read the level is looked for, which says
+/// why.
 fn read_identity(address: &Address, text: &str) -> Result<Identity, PeerError> {
     #[derive(Deserialize)]
     struct Head {
@@ -232,8 +249,14 @@ fn read_identity(address: &Address, text: &str) -> Result<Identity, PeerError> {
         level: u16,
     }
     serde_json::from_str(text).map_err(|error| match serde_json::from_str::<Head>(text) {
-        Ok(Head { level }) if level > LEVEL => PeerError::TooOld { address: address.clone(), too_old: TooOld::new(level, LEVEL) },
-        Ok(_) | Err(_) => PeerError::Strange { address: address.clone(), reason: error.to_string() },
+        Ok(Head { level }) if level > LEVEL => PeerError::TooOld {
+            address: address.clone(),
+            too_old: TooOld::new(level, LEVEL),
+        },
+        Ok(_) | Err(_) => PeerError::Strange {
+            address: address.clone(),
+            reason: error.to_string(),
+        },
     })
 }
 
@@ -260,25 +283,42 @@ impl PeerCaller {
             .pool_idle_timeout(Duration::from_secs(10))
             .no_proxy()
             .build()?;
-        Ok(Self { http, identities: Arc::new(Semaphore::new(IDENTITIES_AT_ONCE)) })
+        Ok(Self {
+            http,
+            identities: Arc::new(Semaphore::new(IDENTITIES_AT_ONCE)),
+        })
     }
 
-    /// Returns a caller that asks so many at once who they are, and waits for nobody who asks with this
-    /// one: addresses out of requests may all be silent, and are no reason for a node not to know who
-    /// its peers are.
+    /// Returns a caller that asks so many at once who they are, and waits for nobody who asks with
+    /// this one: addresses out of requests may all be silent, and are no reason for a node not to
+    /// know who its peers are.
     pub fn with_turns(&self, identities_at_once: usize) -> Self {
-        Self { http: self.http.clone(), identities: Arc::new(Semaphore::new(identities_at_once)) }
+        Self {
+            http: self.http.clone(),
+            identities: Arc::new(Semaphore::new(identities_at_once)),
+        }
     }
 
-    /// Asks who is at an address, as one of a few at a time. `timeout` includes the wait for a turn, so that many can be asked together;
-    /// who gets none while there is time left for an answer is not asked.
-    pub async fn identity(&self, address: &Address, timeout: Duration) -> Result<Identity, PeerError> {
+    /// Asks who is at an address, as one of a few at a time. `timeout` includes the wait for a
+    /// turn, so that many can be asked together; who gets none while there is time left for an
+    /// answer is not asked.
+    pub async fn identity(
+        &self,
+        address: &Address,
+        timeout: Duration,
+    ) -> Result<Identity, PeerError> {
         let deadline = Instant::now() + timeout;
-        let Ok(Ok(_turn)) = timeout_at(deadline - timeout / 4, self.identities.acquire()).await else {
-            return Err(PeerError::NotAsked { address: address.clone() });
+        let Ok(Ok(_turn)) = timeout_at(deadline - timeout / 4, self.identities.acquire()).await
+        else {
+            return Err(PeerError::NotAsked {
+                address: address.clone(),
+            });
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        let get = self.http.get(format!("http://{address}/peer/identity")).timeout(left);
+        let get = self
+            .http
+            .get(format!("http://{address}/peer/identity"))
+            .timeout(left);
         let text: Box<RawValue> = self.answer(address, get, VIEW_BYTES_MAX).await?;
         read_identity(address, text.get())
     }
@@ -289,7 +329,11 @@ impl PeerCaller {
         request: &PromiseRequest,
         timeout: Duration,
     ) -> Result<PromiseReply, PeerError> {
-        let post = self.http.post(format!("http://{address}/peer/promise")).json(request).timeout(timeout);
+        let post = self
+            .http
+            .post(format!("http://{address}/peer/promise"))
+            .json(request)
+            .timeout(timeout);
         self.answer(address, post, VIEW_BYTES_MAX).await
     }
 
@@ -297,39 +341,73 @@ impl PeerCaller {
     pub async fn identity_of(&self, node: &Node, timeout: Duration) -> Result<Identity, PeerError> {
         let identity = self.identity(&node.address, timeout).await?;
         if identity.directory != node.directory {
-            return Err(PeerError::AnotherNode { address: node.address.clone() });
+            return Err(PeerError::AnotherNode {
+                address: node.address.clone(),
+            });
         }
         Ok(identity)
     }
 
-    /// Asks a node to hold the level of its cluster, or to do so no more. Done durably when it returns.
-    pub async fn hold_level(&self, address: &Address, request: &HoldRequest, timeout: Duration) -> Result<(), PeerError> {
-        let post = self.http.post(format!("http://{address}/peer/hold")).json(request).timeout(timeout);
+    /// Asks a node to hold the level of its cluster, or to do so no more. Done durably when it
+    /// returns.
+    pub async fn hold_level(
+        &self,
+        address: &Address,
+        request: &HoldRequest,
+        timeout: Duration,
+    ) -> Result<(), PeerError> {
+        let post = self
+            .http
+            .post(format!("http://{address}/peer/hold"))
+            .json(request)
+            .timeout(timeout);
         self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
     /// Asks the node with this directory for its replicas.
-    pub async fn replicas(&self, node: &Node, timeout: Duration) -> Result<Vec<HostedReplica>, PeerError> {
-        self.hosting(node, timeout).await.map(|hosting| hosting.replicas)
+    pub async fn replicas(
+        &self,
+        node: &Node,
+        timeout: Duration,
+    ) -> Result<Vec<HostedReplica>, PeerError> {
+        self.hosting(node, timeout)
+            .await
+            .map(|hosting| hosting.replicas)
     }
 
     /// As [`PeerCaller::replicas`], with what the node says of itself besides.
     pub async fn hosting(&self, node: &Node, timeout: Duration) -> Result<Hosting, PeerError> {
         let address = &node.address;
-        let get = self.http.get(format!("http://{address}/peer/replicas")).timeout(timeout);
+        let get = self
+            .http
+            .get(format!("http://{address}/peer/replicas"))
+            .timeout(timeout);
         let hosting: Hosting = self.answer(address, get, VIEW_BYTES_MAX).await?;
         if hosting.directory != node.directory {
-            return Err(PeerError::AnotherNode { address: address.clone() });
+            return Err(PeerError::AnotherNode {
+                address: address.clone(),
+            });
         }
         Ok(hosting)
     }
 
-    /// Asks the node that leads the meta group of the cluster for the view as it is now, not as it may have been.
-    pub async fn view(&self, address: &Address, cluster: ClusterId, timeout: Duration) -> Result<View, PeerError> {
-        let get = self.http.get(format!("http://{address}/peer/view")).timeout(timeout);
+    /// Asks the node that leads the meta group of the cluster for the view as it is now, not as it
+    /// may have been.
+    pub async fn view(
+        &self,
+        address: &Address,
+        cluster: ClusterId,
+        timeout: Duration,
+    ) -> Result<View, PeerError> {
+        let get = self
+            .http
+            .get(format!("http://{address}/peer/view"))
+            .timeout(timeout);
         let view: View = self.answer(address, get, VIEW_BYTES_MAX).await?;
         if view.cluster != cluster {
-            return Err(PeerError::AnotherNode { address: address.clone() });
+            return Err(PeerError::AnotherNode {
+                address: address.clone(),
+            });
         }
         Ok(view)
     }
@@ -341,25 +419,57 @@ impl PeerCaller {
         announcement: &Announcement,
         timeout: Duration,
     ) -> Result<meta::Outcome, PeerError> {
-        let post = self.http.post(format!("http://{address}/peer/announce")).json(announcement);
-        self.answer(address, post.timeout(timeout), SMALL_BYTES_MAX).await
+        let post = self
+            .http
+            .post(format!("http://{address}/peer/announce"))
+            .json(announcement);
+        self.answer(address, post.timeout(timeout), SMALL_BYTES_MAX)
+            .await
     }
 
     /// Tells a node that may lead the meta group that replicas have failed here.
-    pub async fn report_failures(&self, address: &Address, report: &FailureReport, timeout: Duration) -> Result<(), PeerError> {
-        let post = self.http.post(format!("http://{address}/peer/failures")).json(report).timeout(timeout);
+    pub async fn report_failures(
+        &self,
+        address: &Address,
+        report: &FailureReport,
+        timeout: Duration,
+    ) -> Result<(), PeerError> {
+        let post = self
+            .http
+            .post(format!("http://{address}/peer/failures"))
+            .json(report)
+            .timeout(timeout);
         self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
-    /// Greets a member. Programs of the first release answer with a status that says that they know no greetings.
-    pub async fn greet(&self, address: &Address, greeting: &Greeting, timeout: Duration) -> Result<GreetingReply, PeerError> {
-        let post = self.http.post(format!("http://{address}/peer/greet")).json(greeting).timeout(timeout);
+    /// Greets a member. Programs of the first release answer with a status that says that they know
+    /// no greetings.
+    pub async fn greet(
+        &self,
+        address: &Address,
+        greeting: &Greeting,
+        timeout: Duration,
+    ) -> Result<GreetingReply, PeerError> {
+        let post = self
+            .http
+            .post(format!("http://{address}/peer/greet"))
+            .json(greeting)
+            .timeout(timeout);
         self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
     /// Tells a node that waits whom to ask: a view names it.
-    pub async fn invite(&self, address: &Address, members: &[Address], timeout: Duration) -> Result<(), PeerError> {
-        let post = self.http.post(format!("http://{address}/peer/invite")).json(members).timeout(timeout);
+    pub async fn invite(
+        &self,
+        address: &Address,
+        members: &[Address],
+        timeout: Duration,
+    ) -> Result<(), PeerError> {
+        let post = self
+            .http
+            .post(format!("http://{address}/peer/invite"))
+            .json(members)
+            .timeout(timeout);
         self.answer(address, post, SMALL_BYTES_MAX).await
     }
 
@@ -370,13 +480,22 @@ impl PeerCaller {
         request: reqwest::RequestBuilder,
         bytes_max: usize,
     ) -> Result<T, PeerError> {
-        let no_answer = |source| PeerError::NoAnswer { address: address.clone(), source };
+        let no_answer = |source| PeerError::NoAnswer {
+            address: address.clone(),
+            source,
+        };
         let response = request.send().await.map_err(no_answer)?;
         if !response.status().is_success() {
-            return Err(PeerError::Status { address: address.clone(), status: response.status().as_u16() });
+            return Err(PeerError::Status {
+                address: address.clone(),
+                status: response.status().as_u16(),
+            });
         }
         let read = reply::read_json(response, bytes_max).await;
-        read.map_err(|source| PeerError::Unreadable { address: address.clone(), source })
+        read.map_err(|source| PeerError::Unreadable {
+            address: address.clone(),
+            source,
+        })
     }
 }
 
@@ -388,13 +507,19 @@ mod tests {
     use super::*;
     use crate::client::testing::nobody;
 
-    /// Each address of the loopback network is another node to who asks, and one listener to this test.
+    /// Each address of the loopback network is another node to who asks, and one listener to this
+    /// test.
     #[tokio::test]
     async fn of_many_addresses_few_are_dialled_at_once_and_all_are_done_with_in_time() {
         let listener = TcpListener::bind("0.0.0.0:0").await.expect("a free port");
         let port = listener.local_addr().expect("a bound address").port();
-        let addresses: Vec<Address> =
-            (1..=100).map(|node| format!("127.0.0.{node}:{port}").parse().expect("an address")).collect();
+        let addresses: Vec<Address> = (1..=100)
+            .map(|node| {
+                format!("127.0.0.{node}:{port}")
+                    .parse()
+                    .expect("an address")
+            })
+            .collect();
 
         let caller = PeerCaller::new().expect("a client");
         let (mut dialled, asked_for) = (Vec::new(), Duration::from_secs(1));
@@ -404,15 +529,25 @@ mod tests {
                 dialled.push(stream);
             }
         };
-        let asked = join_all(addresses.iter().map(|address| caller.identity(address, asked_for)));
+        let asked = join_all(
+            addresses
+                .iter()
+                .map(|address| caller.identity(address, asked_for)),
+        );
         let answers = tokio::select! {
             () = accept => unreachable!("a listener goes on"),
             answers = asked => answers,
         };
 
         assert!(answers.iter().all(Result::is_err));
-        let not_asked = answers.iter().filter(|answer| matches!(answer, Err(PeerError::NotAsked { .. }))).count();
-        assert_eq!((dialled.len(), not_asked), (IDENTITIES_AT_ONCE, 100 - IDENTITIES_AT_ONCE));
+        let not_asked = answers
+            .iter()
+            .filter(|answer| matches!(answer, Err(PeerError::NotAsked { .. })))
+            .count();
+        assert_eq!(
+            (dialled.len(), not_asked),
+            (IDENTITIES_AT_ONCE, 100 - IDENTITIES_AT_ONCE)
+        );
         assert_eq!(caller.identities.available_permits(), IDENTITIES_AT_ONCE);
     }
 
@@ -423,10 +558,16 @@ mod tests {
         let request = caller.with_turns(1);
         let _turn = request.identities.acquire().await.expect("it is open");
         let not_asked = request.identity(&silent, Duration::from_millis(20)).await;
-        assert!(matches!(not_asked, Err(PeerError::NotAsked { .. })), "{not_asked:?}");
+        assert!(
+            matches!(not_asked, Err(PeerError::NotAsked { .. })),
+            "{not_asked:?}"
+        );
         for other in [&caller, &caller.with_turns(1)] {
             let asked = other.identity(&silent, Duration::from_secs(20)).await;
-            assert!(matches!(asked, Err(PeerError::NoAnswer { .. })), "nobody listens there any more: {asked:?}");
+            assert!(
+                matches!(asked, Err(PeerError::NoAnswer { .. })),
+                "nobody listens there any more: {asked:?}"
+            );
         }
     }
 
@@ -434,14 +575,34 @@ mod tests {
     fn an_identity_of_a_later_level_says_so_and_one_of_the_first_programs_is_read() {
         let address: Address = "a:1".parse().expect("an address");
         let read = |text: &str| read_identity(&address, text).map_err(|error| error.to_string());
-        let text =
-            format!(r#"{{"directory":"{:032x}","address":"a:1","public_address":null,"standing":{{"fresh":{{"view":[]}}}}}}"#, 7);
+        let text = format!(
+            r#"{{"directory":"{:032x}","address":"a:1","public_address":null,"standing":{{"fresh":{{"view":[]}}}}}}"#,
+            7
+        );
         let first = read(&text).expect("of a first program");
-        assert_eq!((first.directory, first.speaks, first.level, first.holds_level), (DirectoryId(7), 0, 0, false));
-        let later = text.replace("fresh", "unheard-of").replacen('{', &format!("{{\"level\":{},", LEVEL + 3), 1);
-        let sentence = format!("a:1: this cluster uses level {}, this program knows {LEVEL}: start a newer one", LEVEL + 3);
+        assert_eq!(
+            (
+                first.directory,
+                first.speaks,
+                first.level,
+                first.holds_level
+            ),
+            (DirectoryId(7), 0, 0, false)
+        );
+        let later = text.replace("fresh", "unheard-of").replacen(
+            '{',
+            &format!("{{\"level\":{},", LEVEL + 3),
+            1,
+        );
+        let sentence = format!(
+            "a:1: this cluster uses level {}, this program knows {LEVEL}: start a newer one",
+            LEVEL + 3
+        );
         assert_eq!(read(&later), Err(sentence));
         let strange = read(&text.replace("fresh", "unheard-of")).expect_err("not readable");
-        assert!(strange.starts_with("a:1 says of itself what this program can't read: "), "{strange}");
+        assert!(
+            strange.starts_with("a:1 says of itself what this program can't read: "),
+            "{strange}"
+        );
     }
 }

@@ -1,7 +1,9 @@
-//! What an error answer of a server means: RFC 9457 problems of the native dialect, and whatever else stands in front of one.
+//! What an error answer of a server means: RFC 9457 problems of the native dialect, and whatever
+//! else stands in front of one.
 //!
-//! Invariant: that nothing was done is believed of a node alone, which says so in a problem of its own. A proxy between that gave up
-//! waiting (408, 429, 503) does not know what the node did with what it was sent.
+//! Invariant: that nothing was done is believed of a node alone, which says so in a problem of its
+//! own. A proxy between that gave up waiting (408, 429, 503) does not know what the node did with
+//! what it was sent.
 
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, StatusCode};
@@ -12,7 +14,13 @@ use super::store::Failure;
 const DETAIL_MAX: usize = 2000;
 
 /// How a server's text of a [`Failure`] begins: its meaning is in the status already.
-const PREFIXES: [&str; 5] = ["invalid request: ", "unavailable: ", "unknown outcome: ", "overloaded: ", "too large: "];
+const PREFIXES: [&str; 5] = [
+    "invalid request: ",
+    "unavailable: ",
+    "unknown outcome: ",
+    "overloaded: ",
+    "too large: ",
+];
 
 /// How the `type` of every problem of a node begins; every release has sent it.
 pub const TYPE_PREFIX: &str = "urn:quorate:problem:";
@@ -25,12 +33,24 @@ pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure 
         return foreign_failure(status, body);
     }
     let text = detail(status, body);
-    let reason = PREFIXES.iter().find_map(|prefix| text.strip_prefix(prefix)).unwrap_or(&text).to_owned();
-    let wait_s = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let reason = PREFIXES
+        .iter()
+        .find_map(|prefix| text.strip_prefix(prefix))
+        .unwrap_or(&text)
+        .to_owned();
+    let wait_s = headers
+        .get(RETRY_AFTER)
+        .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     let retry_after_ms = wait_s.unwrap_or(1).saturating_mul(1000);
     match status {
-        StatusCode::TOO_MANY_REQUESTS => Failure::Overloaded { limit: reason, retry_after_ms },
-        StatusCode::SERVICE_UNAVAILABLE | StatusCode::REQUEST_TIMEOUT => Failure::Unavailable { reason, retry_after_ms },
+        StatusCode::TOO_MANY_REQUESTS => Failure::Overloaded {
+            limit: reason,
+            retry_after_ms,
+        },
+        StatusCode::SERVICE_UNAVAILABLE | StatusCode::REQUEST_TIMEOUT => Failure::Unavailable {
+            reason,
+            retry_after_ms,
+        },
         StatusCode::PAYLOAD_TOO_LARGE => Failure::TooLarge { limit: reason },
         status if status.is_client_error() => Failure::Invalid { reason },
         _ => Failure::Unknown { reason },
@@ -39,17 +59,22 @@ pub fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure 
 
 /// Whether an answer is a problem that a node has written.
 pub(super) fn is_of_node(headers: &HeaderMap, body: &[u8]) -> bool {
-    let media_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let media_type = headers
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     if media_type.split(';').next().map(str::trim) != Some(MEDIA_TYPE) {
         return false;
     }
     let problem: Option<serde_json::Value> = serde_json::from_slice(body).ok();
-    let kind = problem.as_ref().and_then(|problem| problem.get("type")?.as_str());
+    let kind = problem
+        .as_ref()
+        .and_then(|problem| problem.get("type")?.as_str());
     kind.is_some_and(|kind| kind.starts_with(TYPE_PREFIX))
 }
 
-/// What the answer of somebody else means. Most refusals (4xx) say that the request is not wanted as it is, and so was not passed on;
-/// those that come with waiting say nothing of what was.
+/// What the answer of somebody else means. Most refusals (4xx) say that the request is not wanted
+/// as it is, and so was not passed on; those that come with waiting say nothing of what was.
 fn foreign_failure(status: StatusCode, body: &[u8]) -> Failure {
     let reason = match detail(status, body) {
         text if text == status.to_string() => format!("{status}, from a server that is no node"),
@@ -66,9 +91,16 @@ fn foreign_failure(status: StatusCode, body: &[u8]) -> Failure {
 /// The `detail` of a problem, else the body, else the status.
 pub fn detail(status: StatusCode, body: &[u8]) -> String {
     let problem: Option<serde_json::Value> = serde_json::from_slice(body).ok();
-    let detail = problem.as_ref().and_then(|problem| problem.get("detail")?.as_str()).map(str::to_owned);
+    let detail = problem
+        .as_ref()
+        .and_then(|problem| problem.get("detail")?.as_str())
+        .map(str::to_owned);
     let text = detail.unwrap_or_else(|| String::from_utf8_lossy(body).trim().to_owned());
-    if text.is_empty() { status.to_string() } else { text.chars().take(DETAIL_MAX).collect() }
+    if text.is_empty() {
+        status.to_string()
+    } else {
+        text.chars().take(DETAIL_MAX).collect()
+    }
 }
 
 #[cfg(test)]
@@ -77,33 +109,69 @@ mod tests {
 
     fn of_node(more: &[(http::HeaderName, &str)]) -> HeaderMap {
         let all = [&[(CONTENT_TYPE, MEDIA_TYPE)], more].concat();
-        all.into_iter().map(|(name, value)| (name, value.parse().expect("a header"))).collect()
+        all.into_iter()
+            .map(|(name, value)| (name, value.parse().expect("a header")))
+            .collect()
     }
 
     fn problem(detail: &str) -> Vec<u8> {
-        serde_json::json!({ "type": format!("{TYPE_PREFIX}x"), "detail": detail, "code": "x" }).to_string().into_bytes()
+        serde_json::json!({ "type": format!("{TYPE_PREFIX}x"), "detail": detail, "code": "x" })
+            .to_string()
+            .into_bytes()
     }
 
     #[test]
     fn a_problem_is_read_back_as_the_failure_that_it_was() {
         let headers = of_node(&[(RETRY_AFTER, "2")]);
         let failures = [
-            (400, Failure::Invalid { reason: "no such shard".into() }),
-            (413, Failure::TooLarge { limit: "8 MiB".into() }),
-            (429, Failure::Overloaded { limit: "queue".into(), retry_after_ms: 2000 }),
-            (503, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 2000 }),
-            (504, Failure::Unknown { reason: "no answer".into() }),
+            (
+                400,
+                Failure::Invalid {
+                    reason: "no such shard".into(),
+                },
+            ),
+            (
+                413,
+                Failure::TooLarge {
+                    limit: "8 MiB".into(),
+                },
+            ),
+            (
+                429,
+                Failure::Overloaded {
+                    limit: "queue".into(),
+                    retry_after_ms: 2000,
+                },
+            ),
+            (
+                503,
+                Failure::Unavailable {
+                    reason: "no quorum".into(),
+                    retry_after_ms: 2000,
+                },
+            ),
+            (
+                504,
+                Failure::Unknown {
+                    reason: "no answer".into(),
+                },
+            ),
         ];
         for (status, expected) in failures {
             let status = StatusCode::from_u16(status).expect("a status");
-            assert_eq!(failure(status, &headers, &problem(&expected.to_string())), expected);
+            assert_eq!(
+                failure(status, &headers, &problem(&expected.to_string())),
+                expected
+            );
         }
     }
 
     #[test]
     fn what_is_no_problem_is_told_as_it_is() {
         let failure = |body: &[u8]| failure(StatusCode::BAD_GATEWAY, &HeaderMap::new(), body);
-        let told = |text: &str| Failure::Unknown { reason: format!("502 Bad Gateway, from a server that is no node{text}") };
+        let told = |text: &str| Failure::Unknown {
+            reason: format!("502 Bad Gateway, from a server that is no node{text}"),
+        };
         assert_eq!(failure(b"<h1>proxy</h1>\n"), told(": <h1>proxy</h1>"));
         assert_eq!(failure(b""), told(""));
     }
@@ -123,13 +191,23 @@ mod tests {
             for status in [408, 429, 500, 502, 503, 504] {
                 let status = StatusCode::from_u16(status).expect("a status");
                 let failure = failure(status, &headers, &body);
-                assert!(matches!(failure, Failure::Unknown { .. }), "{status} {headers:?}: {failure:?}");
+                assert!(
+                    matches!(failure, Failure::Unknown { .. }),
+                    "{status} {headers:?}: {failure:?}"
+                );
             }
             let refused = failure(StatusCode::FORBIDDEN, &headers, &body);
             assert!(matches!(refused, Failure::Invalid { .. }), "{refused:?}");
         }
-        let with_charset = HeaderMap::from_iter([(CONTENT_TYPE, format!("{MEDIA_TYPE}; charset=utf-8").parse().expect("one"))]);
-        let ours = failure(StatusCode::SERVICE_UNAVAILABLE, &with_charset, &problem("no quorum"));
+        let with_charset = HeaderMap::from_iter([(
+            CONTENT_TYPE,
+            format!("{MEDIA_TYPE}; charset=utf-8").parse().expect("one"),
+        )]);
+        let ours = failure(
+            StatusCode::SERVICE_UNAVAILABLE,
+            &with_charset,
+            &problem("no quorum"),
+        );
         assert!(matches!(ours, Failure::Unavailable { .. }), "{ours:?}");
     }
 }

@@ -1,7 +1,9 @@
-//! What goes over the wire between a client, a gateway or a node and the node that leads a shard, apart from the native dialect.
+//! What goes over the wire between a client, a gateway or a node and the node that leads a shard,
+//! apart from the native dialect.
 //!
-//! [`ShardRequest`] and [`ShardReply`] travel as postcard behind the format byte of `sm::codec`, in the body of `POST /peer/shard`.
-//! [`ClusterStatus`] is the JSON of `GET /v1/cluster`: for people, for scripts, and the shard map of the typed client.
+//! [`ShardRequest`] and [`ShardReply`] travel as postcard behind the format byte of `sm::codec`, in
+//! the body of `POST /peer/shard`. [`ClusterStatus`] is the JSON of `GET /v1/cluster`: for people,
+//! for scripts, and the shard map of the typed client.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,9 +14,14 @@ use serde::{Deserialize, Serialize};
 use super::peer::FailedReplica;
 use super::store::{Consistency, Failure, Found, Item, ScanRange};
 use crate::budget::{Share, UNCHARGED_BYTES_MAX, hold_together};
-use crate::sm::kv::{Command, DestinationState, MoveOutcome, OperationOutcome, Record, Write, WriteOutcome};
+use crate::sm::kv::{
+    Command, DestinationState, MoveOutcome, OperationOutcome, Record, Write, WriteOutcome,
+};
 use crate::sm::view::{Asked, SlotTable};
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
+use crate::types::{
+    Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch,
+    ReplicaId, Slot,
+};
 
 /// What a node is asked to do with a request for a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,10 +130,20 @@ impl ShardReply {
         };
         match self {
             ShardReply::Got(found) => found.record.as_ref().map_or(0, |record| record.value.len()),
-            ShardReply::GotMany(records) => records.iter().flatten().map(|record| record.value.len()).sum(),
-            ShardReply::Page(page) => page.items.iter().map(|item| item.key.len() + item.record.value.len()).sum(),
+            ShardReply::GotMany(records) => records
+                .iter()
+                .flatten()
+                .map(|record| record.value.len())
+                .sum(),
+            ShardReply::Page(page) => page
+                .items
+                .iter()
+                .map(|item| item.key.len() + item.record.value.len())
+                .sum(),
             ShardReply::Written(WriteOutcome::Applied(outcomes)) => outcomes.iter().map(got).sum(),
-            ShardReply::Written(WriteOutcome::Mixed(results)) => results.iter().flatten().map(got).sum(),
+            ShardReply::Written(WriteOutcome::Mixed(results)) => {
+                results.iter().flatten().map(got).sum()
+            }
             ShardReply::Written(WriteOutcome::Rejected(_) | WriteOutcome::Unanswered)
             | ShardReply::NotOwned { .. }
             | ShardReply::Counted { .. }
@@ -136,7 +153,8 @@ impl ShardReply {
         }
     }
 
-    /// Returns the same reply, whose values stay charged to `share` until the last of them is dropped; those of a page with their keys.
+    /// Returns the same reply, whose values stay charged to `share` until the last of them is
+    /// dropped; those of a page with their keys.
     pub fn held(mut self, share: Share) -> Self {
         if share.bytes() <= UNCHARGED_BYTES_MAX {
             return self;
@@ -149,11 +167,21 @@ impl ShardReply {
             }
         };
         match &mut self {
-            ShardReply::Got(found) => found.record.iter_mut().for_each(|record| hold(&mut record.value)),
-            ShardReply::GotMany(records) => records.iter_mut().flatten().for_each(|record| hold(&mut record.value)),
+            ShardReply::Got(found) => found
+                .record
+                .iter_mut()
+                .for_each(|record| hold(&mut record.value)),
+            ShardReply::GotMany(records) => records
+                .iter_mut()
+                .flatten()
+                .for_each(|record| hold(&mut record.value)),
             ShardReply::Page(page) => page.items.iter_mut().for_each(|item| hold(&mut item.key)),
-            ShardReply::Written(WriteOutcome::Applied(outcomes)) => outcomes.iter_mut().for_each(hold_got),
-            ShardReply::Written(WriteOutcome::Mixed(results)) => results.iter_mut().flatten().for_each(hold_got),
+            ShardReply::Written(WriteOutcome::Applied(outcomes)) => {
+                outcomes.iter_mut().for_each(hold_got)
+            }
+            ShardReply::Written(WriteOutcome::Mixed(results)) => {
+                results.iter_mut().flatten().for_each(hold_got)
+            }
             ShardReply::Written(WriteOutcome::Rejected(_) | WriteOutcome::Unanswered)
             | ShardReply::NotOwned { .. }
             | ShardReply::Counted { .. }
@@ -233,7 +261,8 @@ pub struct ShardStatus {
     pub bytes: Option<u64>,
     pub slots: u64,
     pub replicas: Vec<ReplicaStatus>,
-    /// One that only keeps the log: it lets an even number of replicas survive the loss of half of them, and serves nothing.
+    /// One that only keeps the log: it lets an even number of replicas survive the loss of half of
+    /// them, and serves nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub witness: Option<ReplicaStatus>,
     /// Why nothing is written to it: its replicas differ, and no majority of them is of one mind.

@@ -1,8 +1,9 @@
-//! The remote cluster as a [`Store`](super::store::Store): a router over HTTP calls to the shards' leaders.
+//! The remote cluster as a [`Store`](super::store::Store): a router over HTTP calls to the shards'
+//! leaders.
 //!
-//! [`HttpAccess`] learns the shard map from `GET /v1/cluster` of any node that it knows, and leaders from the map and from nodes that say
-//! "elsewhere", and follows them: it sends nobody elsewhere itself. Nothing here retries what may have been done: that is the router's
-//! decision.
+//! [`HttpAccess`] learns the shard map from `GET /v1/cluster` of any node that it knows, and
+//! leaders from the map and from nodes that say "elsewhere", and follows them: it sends nobody
+//! elsewhere itself. Nothing here retries what may have been done: that is the router's decision.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +24,9 @@ use super::reply::{self, SMALL_BYTES_MAX};
 use super::router::{Router, ShardAccess};
 use super::shard_map::ShardMap;
 use super::store::{Consistency, Failure, Options};
-use super::view_change::{self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure};
+use super::view_change::{
+    self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure,
+};
 use crate::budget::Budget;
 use crate::sm::kv::{Action, Write};
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
@@ -95,9 +98,20 @@ struct Transferred {
 
 impl HttpAccess {
     pub fn new(seeds: Vec<Address>, caller: ShardCaller) -> Self {
-        let (map, leaders, contacts) = (RwLock::default(), Mutex::default(), Contacts::new(caller.clone()));
+        let (map, leaders, contacts) = (
+            RwLock::default(),
+            Mutex::default(),
+            Contacts::new(caller.clone()),
+        );
         let book = AddressBook::new(seeds);
-        Self { caller, book, map, leaders, contacts, refreshing: tokio::sync::Mutex::default() }
+        Self {
+            caller,
+            book,
+            map,
+            leaders,
+            contacts,
+            refreshing: tokio::sync::Mutex::default(),
+        }
     }
 
     fn members(&self) -> Vec<Address> {
@@ -106,21 +120,35 @@ impl HttpAccess {
 
     /// The nodes to ask about a shard, in order.
     fn candidates(&self, shard: GroupId, map: &ShardMap) -> VecDeque<Address> {
-        self.attempts(shard, map).into_iter().map(|(address, _)| address).collect()
+        self.attempts(shard, map)
+            .into_iter()
+            .map(|(address, _)| address)
+            .collect()
     }
 
     /// As [`HttpAccess::candidates`], with what each is asked to do.
     fn attempts(&self, shard: GroupId, map: &ShardMap) -> VecDeque<(Address, Hop)> {
-        let hint = self.leaders.lock().expect("no panic with the lock held").get(&shard).cloned();
-        let known = map.candidates(shard).into_iter().map(|node| self.book.address(node).clone());
-        let mut attempts: VecDeque<(Address, Hop)> = known.map(|address| (address, Hop::Answer)).collect();
+        let hint = self
+            .leaders
+            .lock()
+            .expect("no panic with the lock held")
+            .get(&shard)
+            .cloned();
+        let known = map
+            .candidates(shard)
+            .into_iter()
+            .map(|node| self.book.address(node).clone());
+        let mut attempts: VecDeque<(Address, Hop)> =
+            known.map(|address| (address, Hop::Answer)).collect();
         match hint {
             Some(Hint::Leads(leader)) => attempts.push_front((leader, Hop::Answer)),
             Some(Hint::Silent(silent)) => {
                 attempts.retain(|(address, _)| *address != silent);
                 attempts.push_back((silent, Hop::Answer));
             }
-            Some(Hint::Around(relay, since)) if since.elapsed() < AROUND_FOR => attempts.push_front((relay, Hop::Relay)),
+            Some(Hint::Around(relay, since)) if since.elapsed() < AROUND_FOR => {
+                attempts.push_front((relay, Hop::Relay))
+            }
             Some(Hint::Around(..)) | None => {}
         }
         attempts
@@ -128,20 +156,39 @@ impl HttpAccess {
 
     /// Who answered last for the shard.
     fn leader(&self, shard: GroupId, map: &ShardMap) -> Option<NodeId> {
-        match self.leaders.lock().expect("no panic with the lock held").get(&shard) {
+        match self
+            .leaders
+            .lock()
+            .expect("no panic with the lock held")
+            .get(&shard)
+        {
             Some(Hint::Leads(address)) => {
-                let mut named = map.nodes().filter(|(_, place)| self.book.address(place) == address);
+                let mut named = map
+                    .nodes()
+                    .filter(|(_, place)| self.book.address(place) == address);
                 let (node, _) = named.next()?;
-                if named.next().is_none() { Some(node) } else { map.shard(shard)?.leader }
+                if named.next().is_none() {
+                    Some(node)
+                } else {
+                    map.shard(shard)?.leader
+                }
             }
             Some(Hint::Silent(_) | Hint::Around(..)) | None => map.shard(shard)?.leader,
         }
     }
 
-    /// That a node passes requests on, since the first that it did: the leader is tried again after a while.
+    /// That a node passes requests on, since the first that it did: the leader is tried again after
+    /// a while.
     fn around(&self, shard: GroupId, relay: Address) -> Hint {
-        match self.leaders.lock().expect("no panic with the lock held").get(&shard) {
-            Some(Hint::Around(known, since)) if *known == relay && since.elapsed() < AROUND_FOR => Hint::Around(relay, *since),
+        match self
+            .leaders
+            .lock()
+            .expect("no panic with the lock held")
+            .get(&shard)
+        {
+            Some(Hint::Around(known, since)) if *known == relay && since.elapsed() < AROUND_FOR => {
+                Hint::Around(relay, *since)
+            }
             Some(_) | None => Hint::Around(relay, Instant::now()),
         }
     }
@@ -155,10 +202,21 @@ impl HttpAccess {
     }
 
     /// Asks node after node, as long as nothing can have been done.
-    async fn ask(&self, map: &ShardMap, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
+    async fn ask(
+        &self,
+        map: &ShardMap,
+        shard: GroupId,
+        body: ShardBody,
+        options: Options,
+    ) -> ShardReply {
         let deadline = Instant::now() + options.timeout;
         let effect = effect_of(&body);
-        let mut request = ShardRequest { cluster: map.cluster, shard, timeout_ms: 0, body };
+        let mut request = ShardRequest {
+            cluster: map.cluster,
+            shard,
+            timeout_ms: 0,
+            body,
+        };
         let mut next = self.attempts(shard, map);
         let mut asked: Vec<(Address, Hop)> = Vec::new();
         // To those no connection could be made.
@@ -176,14 +234,20 @@ impl HttpAccess {
             request.timeout_ms = time_to_answer_ms(timeout);
             asked.push((address.clone(), hop));
             last = match self.caller.call_by(hop, &address, &request, timeout).await {
-                Ok(ShardReply::Failed(Failure::Elsewhere { shard: at, address: leader })) => {
+                Ok(ShardReply::Failed(Failure::Elsewhere {
+                    shard: at,
+                    address: leader,
+                })) => {
                     let named = self.book.of_name(map, leader.clone());
                     // Several nodes may be behind one address.
                     next.push_front(match closed.contains(&named) || named == address {
                         true => (address, Hop::Relay),
                         false => (named, Hop::Answer),
                     });
-                    Failure::Elsewhere { shard: at, address: leader }
+                    Failure::Elsewhere {
+                        shard: at,
+                        address: leader,
+                    }
                 }
                 Ok(ShardReply::Failed(failure @ Failure::Unavailable { .. })) => failure,
                 Ok(reply) => {
@@ -191,7 +255,10 @@ impl HttpAccess {
                         Hop::Answer => Hint::Leads(address),
                         Hop::Relay => self.around(shard, address),
                     };
-                    self.remember(shard, Some(hint).filter(|_| options.consistency == Consistency::Linearizable));
+                    self.remember(
+                        shard,
+                        Some(hint).filter(|_| options.consistency == Consistency::Linearizable),
+                    );
                     return reply;
                 }
                 Err(error @ CallError::NoAnswer { .. }) => {
@@ -199,10 +266,15 @@ impl HttpAccess {
                     match effect {
                         Effect::Safe => effect.told(error.into()),
                         // Whether it may be done again is for the router to know.
-                        Effect::Once | Effect::Idempotent => return ShardReply::Failed(error.into()),
+                        Effect::Once | Effect::Idempotent => {
+                            return ShardReply::Failed(error.into());
+                        }
                     }
                 }
-                Err(CallError::Refused { failure: failure @ Failure::Unavailable { .. }, .. }) => failure,
+                Err(CallError::Refused {
+                    failure: failure @ Failure::Unavailable { .. },
+                    ..
+                }) => failure,
                 Err(CallError::Refused { failure, .. }) => return ShardReply::Failed(failure),
                 Err(error @ CallError::NotConnected { .. }) => {
                     closed.push(address.clone());
@@ -212,9 +284,9 @@ impl HttpAccess {
             };
         }
         ShardReply::Failed(match last {
-            Failure::Elsewhere { shard, address } => {
-                unavailable(format!("shard {shard:#} is changing its leader, perhaps to {address}"))
-            }
+            Failure::Elsewhere { shard, address } => unavailable(format!(
+                "shard {shard:#} is changing its leader, perhaps to {address}"
+            )),
             last => last,
         })
     }
@@ -228,7 +300,10 @@ impl HttpAccess {
             if asked.contains(&address) {
                 continue;
             }
-            last = match enquiry::status(self.caller.http(), &address).await.and_then(|status| self.learn(status, &address)) {
+            last = match enquiry::status(self.caller.http(), &address)
+                .await
+                .and_then(|status| self.learn(status, &address))
+            {
                 Ok(status) => {
                     self.book.has_answered(&address);
                     return Ok(status);
@@ -249,13 +324,23 @@ impl HttpAccess {
     ///
     /// # Errors
     ///
-    /// When it is that of another cluster. It may be empty, or hold other values under the same keys: it is never changed over to.
+    /// When it is that of another cluster. It may be empty, or hold other values under the same
+    /// keys: it is never changed over to.
     fn learn(&self, status: ClusterStatus, teller: &Address) -> Result<ClusterStatus, Failure> {
         let mut known = self.map.write().expect("no panic with the lock held");
-        if let Some(known) = known.as_ref().filter(|known| known.cluster != status.cluster) {
-            return Err(unavailable(format!("a node answers for cluster {}, not for {}", status.cluster, known.cluster)));
+        if let Some(known) = known
+            .as_ref()
+            .filter(|known| known.cluster != status.cluster)
+        {
+            return Err(unavailable(format!(
+                "a node answers for cluster {}, not for {}",
+                status.cluster, known.cluster
+            )));
         }
-        if known.as_ref().is_none_or(|known| known.version <= status.version) {
+        if known
+            .as_ref()
+            .is_none_or(|known| known.version <= status.version)
+        {
             let map = ShardMap::from_status(&status);
             self.book.learn(&map, teller);
             *known = Some(Arc::new(map));
@@ -265,7 +350,12 @@ impl HttpAccess {
 
     /// Whether the node answers at all, within `timeout`.
     pub async fn answers(&self, node: NodeId, timeout: Duration) -> bool {
-        let Some(address) = self.map().and_then(|map| Some(self.book.address(map.node(node)?).clone())) else { return false };
+        let Some(address) = self
+            .map()
+            .and_then(|map| Some(self.book.address(map.node(node)?).clone()))
+        else {
+            return false;
+        };
         let lives = enquiry::lives(self.caller.http(), &address, timeout).await;
         if !lives {
             self.book.was_silent(&address);
@@ -281,13 +371,26 @@ impl HttpAccess {
         timeout: Duration,
     ) -> Result<Address, (Speaker, Failure)> {
         let url = format!("http://{address}/v1/cluster/shards/{}/leader", shard.0);
-        let response = match self.caller.http().post(url).json(&Transfer { to }).timeout(timeout).send().await {
+        let response = match self
+            .caller
+            .http()
+            .post(url)
+            .json(&Transfer { to })
+            .timeout(timeout)
+            .send()
+            .await
+        {
             Ok(response) => response,
             Err(error) if error.is_connect() => {
                 return Err((Speaker::Nobody, unavailable(silence(address, &error))));
             }
             Err(error) => {
-                return Err((Speaker::Nobody, Failure::Unknown { reason: silence(address, &error) }));
+                return Err((
+                    Speaker::Nobody,
+                    Failure::Unknown {
+                        reason: silence(address, &error),
+                    },
+                ));
             }
         };
         if !response.status().is_success() {
@@ -296,7 +399,12 @@ impl HttpAccess {
         let transferred: Result<Transferred, _> = reply::read_json(response, SMALL_BYTES_MAX).await;
         match transferred {
             Ok(transferred) => Ok(transferred.leader),
-            Err(error) => Err((Speaker::Server, Failure::Unknown { reason: error.to_string() })),
+            Err(error) => Err((
+                Speaker::Server,
+                Failure::Unknown {
+                    reason: error.to_string(),
+                },
+            )),
         }
     }
 }
@@ -307,7 +415,10 @@ impl ShardAccess for HttpAccess {
     }
 
     fn map(&self) -> Option<Arc<ShardMap>> {
-        self.map.read().expect("no panic with the lock held").clone()
+        self.map
+            .read()
+            .expect("no panic with the lock held")
+            .clone()
     }
 
     async fn refresh(&self, older_than: MapVersion) {
@@ -325,26 +436,41 @@ impl ShardAccess for HttpAccess {
     async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
         match self.map() {
             Some(map) => self.ask(&map, shard, body, options).await,
-            None => ShardReply::Failed(unavailable("the shards of the cluster are not known yet".into())),
+            None => ShardReply::Failed(unavailable(
+                "the shards of the cluster are not known yet".into(),
+            )),
         }
     }
 
     async fn contact(&self, shard: GroupId) -> Option<Address> {
         let map = self.map()?;
-        self.contacts.of(&map, shard, self.leader(shard, &map), |node| self.book.address(node)).await
+        self.contacts
+            .of(&map, shard, self.leader(shard, &map), |node| {
+                self.book.address(node)
+            })
+            .await
     }
 
     async fn status(&self) -> Result<ClusterStatus, Failure> {
         self.fetch_from_any().await
     }
 
-    async fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> Result<Address, Failure> {
+    async fn transfer_leader(
+        &self,
+        shard: GroupId,
+        to: Option<Address>,
+        options: Options,
+    ) -> Result<Address, Failure> {
         if self.map().is_none() {
             self.fetch_from_any().await?;
         }
-        let Some(map) = self.map() else { return Err(unavailable("the cluster is not known".into())) };
+        let Some(map) = self.map() else {
+            return Err(unavailable("the cluster is not known".into()));
+        };
         if map.shard(shard).is_none() {
-            return Err(Failure::Invalid { reason: format!("there is no shard {}", shard.0) });
+            return Err(Failure::Invalid {
+                reason: format!("there is no shard {}", shard.0),
+            });
         }
         let deadline = Instant::now() + options.timeout;
         let mut last = LastWord::new(TRANSFER);
@@ -354,13 +480,19 @@ impl ShardAccess for HttpAccess {
                 break;
             }
             let timeout = TRANSFER.attempt_timeout(left.max(TIMEOUT_MIN));
-            match self.post_transfer(&address, shard, to.clone(), timeout).await {
+            match self
+                .post_transfer(&address, shard, to.clone(), timeout)
+                .await
+            {
                 Err((by, failure)) if TRANSFER.goes_on_after(&failure) => last.hear(by, failure),
                 Err((_, failure)) => return Err(last.settle(failure)),
                 Ok(leader) => return Ok(leader),
             }
         }
-        Err(last.failure().cloned().unwrap_or_else(|| unavailable(format!("no node of shard {shard:#} is known"))))
+        Err(last
+            .failure()
+            .cloned()
+            .unwrap_or_else(|| unavailable(format!("no node of shard {shard:#} is known"))))
     }
 
     async fn change_view(
@@ -378,21 +510,35 @@ impl ShardAccess for HttpAccess {
                 self.what_was_done(&change, current, last, options).await
             }
             // That it is refused now says nothing of an attempt that may still be under way.
-            Err(refusal @ (ViewChangeFailure::Refused { .. } | ViewChangeFailure::NotReady { .. })) if last.may_be_done() => {
-                let reason = format!("{}; asked again, it was refused: {refusal}", unanswered(&last));
+            Err(
+                refusal @ (ViewChangeFailure::Refused { .. } | ViewChangeFailure::NotReady { .. }),
+            ) if last.may_be_done() => {
+                let reason = format!(
+                    "{}; asked again, it was refused: {refusal}",
+                    unanswered(&last)
+                );
                 Err(ViewChangeFailure::Failed(Failure::Unknown { reason }))
             }
             settled => settled,
         }
     }
 
-    async fn plan_view(&self, change: ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
+    async fn plan_view(
+        &self,
+        change: ViewChange,
+        options: Options,
+    ) -> Result<PlannedChange, ViewChangeFailure> {
         let http = self.caller.http();
         let ask = |address, options| view_change::plan(http, address, &change, options);
-        self.first_to_answer(options, &mut LastWord::new(Effect::Safe), ask).await
+        self.first_to_answer(options, &mut LastWord::new(Effect::Safe), ask)
+            .await
     }
 
-    async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
+    async fn operation(
+        &self,
+        id: PlanEpoch,
+        options: Options,
+    ) -> Result<Option<ChangeInProgress>, Failure> {
         let http = self.caller.http();
         let is_unknown = AtomicBool::new(false);
         let ask = |address, options| {
@@ -402,8 +548,12 @@ impl ShardAccess for HttpAccess {
                 // A node that has left does not know it: the next one may.
                 found.ok_or_else(|| {
                     is_unknown.store(true, Ordering::Relaxed);
-                    let failure = ViewChangeFailure::Failed(unavailable(format!("there is no plan {id}")));
-                    Unsettled { by: Speaker::Server, failure }
+                    let failure =
+                        ViewChangeFailure::Failed(unavailable(format!("there is no plan {id}")));
+                    Unsettled {
+                        by: Speaker::Server,
+                        failure,
+                    }
                 })
             }
         };
@@ -417,8 +567,8 @@ impl ShardAccess for HttpAccess {
 }
 
 impl HttpAccess {
-    /// Asks member after member, and all of them again, until one answers or the time is up: while the meta group changes its leader,
-    /// nobody does.
+    /// Asks member after member, and all of them again, until one answers or the time is up: while
+    /// the meta group changes its leader, nobody does.
     async fn first_to_answer<T, F>(
         &self,
         options: Options,
@@ -455,9 +605,10 @@ impl HttpAccess {
                 }
                 let timeout = last.effect().attempt_timeout(left.max(TIMEOUT_MIN));
                 match ask(address, Options { timeout, ..options }).await {
-                    Err(Unsettled { by, failure: ViewChangeFailure::Failed(failure) })
-                        if last.effect().goes_on_after(&failure) =>
-                    {
+                    Err(Unsettled {
+                        by,
+                        failure: ViewChangeFailure::Failed(failure),
+                    }) if last.effect().goes_on_after(&failure) => {
                         last.hear(by, failure);
                     }
                     Err(unsettled) => return Err(unsettled.failure),
@@ -466,13 +617,16 @@ impl HttpAccess {
             }
             if enough() || Instant::now() + ROUND_PAUSE >= deadline {
                 let failure = last.failure().cloned();
-                return Err(ViewChangeFailure::Failed(failure.unwrap_or_else(|| unavailable("no node is known".into()))));
+                return Err(ViewChangeFailure::Failed(
+                    failure.unwrap_or_else(|| unavailable("no node is known".into())),
+                ));
             }
             sleep(ROUND_PAUSE).await;
         }
     }
 
-    /// Looks whether the view, which is that of plan `current`, is asked to be as this change has it, of which nobody said what became.
+    /// Looks whether the view, which is that of plan `current`, is asked to be as this change has
+    /// it, of which nobody said what became.
     async fn what_was_done(
         &self,
         change: &ViewChange,
@@ -486,16 +640,23 @@ impl HttpAccess {
         {
             return Ok(accepted);
         }
-        let reason = format!("{}; the view is that of plan {current} by now", unanswered(&last));
+        let reason = format!(
+            "{}; the view is that of plan {current} by now",
+            unanswered(&last)
+        );
         Err(ViewChangeFailure::Failed(Failure::Unknown { reason }))
     }
 
-    /// The members as of now, the one first that has just said so: a change of the view may be asked of any, and changes who they are. Those
-    /// that nobody reaches come last.
+    /// The members as of now, the one first that has just said so: a change of the view may be
+    /// asked of any, and changes who they are. Those that nobody reaches come last.
     async fn answering_first(&self) -> Result<Vec<Address>, Failure> {
         let status = self.fetch_from_any().await?;
-        let node =
-            |address: &Address| status.nodes.iter().find(|node| node.public_address == *address || node.address == *address);
+        let node = |address: &Address| {
+            status
+                .nodes
+                .iter()
+                .find(|node| node.public_address == *address || node.address == *address)
+        };
         let mut members = self.members();
         members.sort_by_cached_key(|address| match node(address) {
             Some(node) if node.id == status.answered_by => 0,
@@ -516,9 +677,18 @@ fn effect_of(body: &ShardBody) -> Effect {
         | ShardBody::MoveState { .. } => Effect::Safe,
         // Fenced by the move's id, but the driver looks again itself.
         ShardBody::Move(_) => Effect::Once,
-        ShardBody::Write(Write { operations, idempotency_key }) => {
-            let only_reads = operations.iter().all(|operation| operation.action == Action::Get);
-            if idempotency_key.is_some() || only_reads { Effect::Idempotent } else { Effect::Once }
+        ShardBody::Write(Write {
+            operations,
+            idempotency_key,
+        }) => {
+            let only_reads = operations
+                .iter()
+                .all(|operation| operation.action == Action::Get);
+            if idempotency_key.is_some() || only_reads {
+                Effect::Idempotent
+            } else {
+                Effect::Once
+            }
         }
     }
 }
@@ -532,7 +702,10 @@ fn unanswered(last: &LastWord) -> String {
 }
 
 fn unavailable(reason: String) -> Failure {
-    Failure::Unavailable { reason, retry_after_ms: 1000 }
+    Failure::Unavailable {
+        reason,
+        retry_after_ms: 1000,
+    }
 }
 
 #[cfg(test)]

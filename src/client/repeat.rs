@@ -1,16 +1,18 @@
-//! Which requests are sent again, and which failure is told in the end. One rule for every client here.
+//! Which requests are sent again, and which failure is told in the end. One rule for every client
+//! here.
 //!
-//! A request that changes nothing is tried at server after server until the time is up: that one of them
-//! broke the connection says nothing about the others, and leaves nothing open. The same goes for what
-//! does no harm when it is done twice, except that in the end it may have been done. Anything else ends
-//! with the first answer that does not come.
+//! A request that changes nothing is tried at server after server until the time is up: that one of
+//! them broke the connection says nothing about the others, and leaves nothing open. The same goes
+//! for what does no harm when it is done twice, except that in the end it may have been done.
+//! Anything else ends with the first answer that does not come.
 
 use std::time::Duration;
 
 use super::call::time_to_answer_ms;
 use super::store::Failure;
 
-/// How long one server is waited for where another could be asked, or half of the time that is left if that is more.
+/// How long one server is waited for where another could be asked, or half of the time that is left
+/// if that is more.
 const ATTEMPT_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 /// The longest that a server lets itself be told to wait. Who has more time asks again.
 const SERVER_TIMEOUT_MAX_MS: u64 = 60_000;
@@ -37,12 +39,14 @@ impl Effect {
         match failure {
             Failure::Elsewhere { .. } | Failure::Unavailable { .. } => true,
             Failure::Unknown { .. } => self != Effect::Once,
-            Failure::Overloaded { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => false,
+            Failure::Overloaded { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => {
+                false
+            }
         }
     }
 
-    /// Returns how long one server is waited for when so much time is left. It has all of that only if no
-    /// other will be asked.
+    /// Returns how long one server is waited for when so much time is left. It has all of that only
+    /// if no other will be asked.
     pub fn attempt_timeout(self, left: Duration) -> Duration {
         match self {
             Effect::Once => left,
@@ -53,7 +57,10 @@ impl Effect {
     /// Returns the failure as it is told: nothing was done by what changes nothing.
     pub fn told(self, failure: Failure) -> Failure {
         match (self, failure) {
-            (Effect::Safe, Failure::Unknown { reason }) => Failure::Unavailable { reason, retry_after_ms: 1000 },
+            (Effect::Safe, Failure::Unknown { reason }) => Failure::Unavailable {
+                reason,
+                retry_after_ms: 1000,
+            },
             (Effect::Safe | Effect::Idempotent | Effect::Once, failure) => failure,
         }
     }
@@ -79,13 +86,17 @@ pub struct LastWord {
 
 impl LastWord {
     pub fn new(effect: Effect) -> Self {
-        Self { effect, last: None, maybe_done: None }
+        Self {
+            effect,
+            last: None,
+            maybe_done: None,
+        }
     }
 
     /// Notes a failure that the request is not ended by.
     ///
-    /// That a server has no quorum is worth more than that another, which may be dead for weeks, takes no
-    /// connection; of two that are worth the same, the later counts.
+    /// That a server has no quorum is worth more than that another, which may be dead for weeks,
+    /// takes no connection; of two that are worth the same, the later counts.
     pub fn hear(&mut self, by: Speaker, failure: Failure) {
         let failure = self.effect.told(failure);
         if matches!(failure, Failure::Unknown { .. }) {
@@ -114,7 +125,9 @@ impl LastWord {
 
     /// Returns what is told when the time is up; none where nobody was asked.
     pub fn failure(&self) -> Option<&Failure> {
-        self.maybe_done.as_ref().or(self.last.as_ref().map(|(_, failure)| failure))
+        self.maybe_done
+            .as_ref()
+            .or(self.last.as_ref().map(|(_, failure)| failure))
     }
 }
 
@@ -123,11 +136,16 @@ mod tests {
     use super::*;
 
     fn unavailable(reason: &str) -> Failure {
-        Failure::Unavailable { reason: reason.into(), retry_after_ms: 1000 }
+        Failure::Unavailable {
+            reason: reason.into(),
+            retry_after_ms: 1000,
+        }
     }
 
     fn unknown(reason: &str) -> Failure {
-        Failure::Unknown { reason: reason.into() }
+        Failure::Unknown {
+            reason: reason.into(),
+        }
     }
 
     #[test]
@@ -137,36 +155,73 @@ mod tests {
             (Effect::Idempotent, true, unknown("reset")),
             (Effect::Once, false, unknown("reset")),
         ] {
-            assert_eq!(effect.goes_on_after(&unknown("reset")), goes_on, "{effect:?}");
+            assert_eq!(
+                effect.goes_on_after(&unknown("reset")),
+                goes_on,
+                "{effect:?}"
+            );
             assert_eq!(effect.told(unknown("reset")), told, "{effect:?}");
-            assert!(effect.goes_on_after(&unavailable("no quorum")), "{effect:?}");
-            assert!(!effect.goes_on_after(&Failure::Invalid { reason: String::new() }), "{effect:?}");
+            assert!(
+                effect.goes_on_after(&unavailable("no quorum")),
+                "{effect:?}"
+            );
+            assert!(
+                !effect.goes_on_after(&Failure::Invalid {
+                    reason: String::new()
+                }),
+                "{effect:?}"
+            );
         }
     }
 
     #[test]
     fn a_server_is_given_less_time_than_there_is_and_no_more_than_it_takes() {
         let half = |effect: Effect| effect.attempt_timeout(Duration::from_secs(8)).as_secs();
-        assert_eq!([Effect::Safe, Effect::Idempotent, Effect::Once].map(half), [4, 4, 8]);
-        assert_eq!(Effect::Safe.attempt_timeout(Duration::from_millis(900)).as_millis(), 900);
+        assert_eq!(
+            [Effect::Safe, Effect::Idempotent, Effect::Once].map(half),
+            [4, 4, 8]
+        );
+        assert_eq!(
+            Effect::Safe
+                .attempt_timeout(Duration::from_millis(900))
+                .as_millis(),
+            900
+        );
         let told = |ms: u64| server_timeout_ms(Duration::from_millis(ms));
-        assert_eq!([0, 1, 100, 5000, 60_000, 90_000].map(told), [1, 1, 90, 4900, 59_900, 60_000]);
+        assert_eq!(
+            [0, 1, 100, 5000, 60_000, 90_000].map(told),
+            [1, 1, 90, 4900, 59_900, 60_000]
+        );
     }
 
     #[test]
     fn what_a_server_says_counts_for_more_than_one_that_is_silent() {
         let told = |effect: Effect, heard: &[(Speaker, Failure)]| {
             let mut last = LastWord::new(effect);
-            heard.iter().for_each(|(by, failure)| last.hear(*by, failure.clone()));
+            heard
+                .iter()
+                .for_each(|(by, failure)| last.hear(*by, failure.clone()));
             last.failure().cloned()
         };
         let no_quorum = (Speaker::Server, unavailable("no quorum"));
         let dead = (Speaker::Nobody, unavailable("connection refused"));
         let reset = (Speaker::Nobody, unknown("reset"));
         assert_eq!(told(Effect::Safe, &[]), None);
-        assert_eq!(told(Effect::Safe, &[no_quorum.clone(), dead.clone()]), Some(no_quorum.1.clone()));
-        assert_eq!(told(Effect::Safe, &[reset.clone(), dead.clone()]), Some(dead.1.clone()));
-        assert_eq!(told(Effect::Safe, &[reset.clone(), no_quorum.clone()]), Some(no_quorum.1.clone()));
-        assert_eq!(told(Effect::Idempotent, &[reset.clone(), no_quorum.clone()]), Some(reset.1.clone()));
+        assert_eq!(
+            told(Effect::Safe, &[no_quorum.clone(), dead.clone()]),
+            Some(no_quorum.1.clone())
+        );
+        assert_eq!(
+            told(Effect::Safe, &[reset.clone(), dead.clone()]),
+            Some(dead.1.clone())
+        );
+        assert_eq!(
+            told(Effect::Safe, &[reset.clone(), no_quorum.clone()]),
+            Some(no_quorum.1.clone())
+        );
+        assert_eq!(
+            told(Effect::Idempotent, &[reset.clone(), no_quorum.clone()]),
+            Some(reset.1.clone())
+        );
     }
 }

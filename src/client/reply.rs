@@ -1,7 +1,8 @@
-//! Reads the bodies of replies, within limits: whoever answers at an address need not be who was meant, nor be well.
+//! Reads the bodies of replies, within limits: whoever answers at an address need not be who was
+//! meant, nor be well.
 //!
-//! Each kind of reply has its own bound, and what is read is charged to a budget that all replies of the process share, as it comes. How long
-//! a reply may take is set with its request.
+//! Each kind of reply has its own bound, and what is read is charged to a budget that all replies
+//! of the process share, as it comes. How long a reply may take is set with its request.
 
 use std::sync::{Arc, LazyLock};
 
@@ -12,13 +13,15 @@ use serde::de::DeserializeOwned;
 use super::call::describe;
 use crate::budget::{Budget, Share};
 
-/// A view, or what a node says of all its replicas: of a thousand nodes and some thousands of groups it is a few mebibytes of JSON.
+/// A view, or what a node says of all its replicas: of a thousand nodes and some thousands of
+/// groups it is a few mebibytes of JSON.
 pub const VIEW_BYTES_MAX: usize = 16 << 20;
 /// An outcome, a promise kept or refused, a leader's address.
 pub const SMALL_BYTES_MAX: usize = 256 << 10;
 /// What is kept of the text of an error.
 pub const PROBLEM_BYTES_MAX: usize = 64 << 10;
-/// The replies that are read at once: hundreds of pages of listings, or of the largest values some thirty.
+/// The replies that are read at once: hundreds of pages of listings, or of the largest values some
+/// thirty.
 const REPLIES_BYTES_MAX: usize = 256 << 20;
 
 static REPLIES: LazyLock<Arc<Budget>> = LazyLock::new(|| Budget::new(REPLIES_BYTES_MAX));
@@ -57,9 +60,16 @@ pub async fn read(response: Response, bytes_max: usize) -> Result<Reply, ReplyEr
     read_charged(response, bytes_max, budget()).await
 }
 
-async fn read_charged(mut response: Response, bytes_max: usize, budget: &Arc<Budget>) -> Result<Reply, ReplyError> {
+async fn read_charged(
+    mut response: Response,
+    bytes_max: usize,
+    budget: &Arc<Budget>,
+) -> Result<Reply, ReplyError> {
     let too_long = || ReplyError::TooLong { bytes_max };
-    if response.content_length().is_some_and(|length| length > bytes_max as u64) {
+    if response
+        .content_length()
+        .is_some_and(|length| length > bytes_max as u64)
+    {
         return Err(too_long());
     }
 
@@ -73,7 +83,10 @@ async fn read_charged(mut response: Response, bytes_max: usize, budget: &Arc<Bud
         }
         bytes.extend_from_slice(&chunk);
     }
-    Ok(Reply { bytes: bytes.freeze(), _share: share })
+    Ok(Reply {
+        bytes: bytes.freeze(),
+        _share: share,
+    })
 }
 
 /// Reads a reply in JSON that has at most so many bytes.
@@ -81,14 +94,20 @@ async fn read_charged(mut response: Response, bytes_max: usize, budget: &Arc<Bud
 /// # Errors
 ///
 /// As [`read`], and when it is not what is awaited.
-pub async fn read_json<T: DeserializeOwned>(response: Response, bytes_max: usize) -> Result<T, ReplyError> {
+pub async fn read_json<T: DeserializeOwned>(
+    response: Response,
+    bytes_max: usize,
+) -> Result<T, ReplyError> {
     let reply = read(response, bytes_max).await?;
     serde_json::from_slice(&reply.bytes).map_err(|error| ReplyError::Malformed(error.to_string()))
 }
 
 /// Reads the text of an error; nothing if it can't be read.
 pub async fn read_problem(response: Response) -> Bytes {
-    read(response, PROBLEM_BYTES_MAX).await.map(|reply| reply.bytes).unwrap_or_default()
+    read(response, PROBLEM_BYTES_MAX)
+        .await
+        .map(|reply| reply.bytes)
+        .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -99,22 +118,41 @@ mod tests {
     async fn get(body: &'static [u8]) -> Response {
         let (address, listener) = bind().await;
         serve(listener, move |_| async move { Some(answer(200, body)) });
-        let http = reqwest::Client::builder().no_proxy().build().expect("a client");
-        http.get(format!("http://{address}/")).send().await.expect("an answer")
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .build()
+            .expect("a client");
+        http.get(format!("http://{address}/"))
+            .send()
+            .await
+            .expect("an answer")
     }
 
     #[tokio::test]
     async fn a_reply_is_read_up_to_its_bound_and_within_the_budget() {
         let budget = Budget::new(10);
-        let reply = read_charged(get(b"12345678").await, 8, &budget).await.expect("it fits");
+        let reply = read_charged(get(b"12345678").await, 8, &budget)
+            .await
+            .expect("it fits");
         assert_eq!((&reply.bytes[..], budget.used()), (&b"12345678"[..], 8));
         let crowded = read_charged(get(b"123").await, 8, &budget).await;
-        assert!(matches!(crowded, Err(ReplyError::Overloaded)), "{crowded:?}");
+        assert!(
+            matches!(crowded, Err(ReplyError::Overloaded)),
+            "{crowded:?}"
+        );
         drop(reply);
         let long = read_charged(get(b"123456789").await, 8, &budget).await;
-        assert!(matches!(long, Err(ReplyError::TooLong { bytes_max: 8 })), "{long:?}");
+        assert!(
+            matches!(long, Err(ReplyError::TooLong { bytes_max: 8 })),
+            "{long:?}"
+        );
         assert_eq!(budget.used(), 0);
         assert!(read_json::<u64>(get(b"nonsense").await, 100).await.is_err());
-        assert_eq!(read_json::<u64>(get(b"12").await, 100).await.expect("a number"), 12);
+        assert_eq!(
+            read_json::<u64>(get(b"12").await, 100)
+                .await
+                .expect("a number"),
+            12
+        );
     }
 }

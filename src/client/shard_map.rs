@@ -1,7 +1,9 @@
-//! What a router knows of the cluster: which shard owns each slot, and where the replicas of each shard are.
+//! What a router knows of the cluster: which shard owns each slot, and where the replicas of each
+//! shard are.
 //!
-//! An immutable value, made from the view (on a node) or from `GET /v1/cluster` (elsewhere), and replaced as a whole. Newer is what has
-//! the higher version; leaders are hints, which come and go within one version.
+//! An immutable value, made from the view (on a node) or from `GET /v1/cluster` (elsewhere), and
+//! replaced as a whole. Newer is what has the higher version; leaders are hints, which come and go
+//! within one version.
 
 use std::collections::BTreeMap;
 
@@ -46,9 +48,19 @@ impl ShardMap {
     pub fn from_view(view: &View, leader: impl Fn(GroupId) -> Option<NodeId>) -> Self {
         let shards = view.shards().map(|(id, group)| {
             let replicas = group.replicas.values().copied().collect();
-            (id, ShardPlace { home: group.home, replicas, leader: leader(id) })
+            (
+                id,
+                ShardPlace {
+                    home: group.home,
+                    replicas,
+                    leader: leader(id),
+                },
+            )
         });
-        let place = |node: &crate::sm::view::Node| NodePlace { address: node.address.clone(), public: node.public().clone() };
+        let place = |node: &crate::sm::view::Node| NodePlace {
+            address: node.address.clone(),
+            public: node.public().clone(),
+        };
         Self {
             cluster: view.cluster,
             version: view.version,
@@ -56,18 +68,41 @@ impl ShardMap {
             slots: view.slots.clone(),
             owners: owners(&view.slots),
             shards: shards.collect(),
-            nodes: view.nodes.iter().map(|(id, node)| (*id, place(node))).collect(),
+            nodes: view
+                .nodes
+                .iter()
+                .map(|(id, node)| (*id, place(node)))
+                .collect(),
         }
     }
 
     /// The map of a client, as some node told it.
     pub fn from_status(status: &ClusterStatus) -> Self {
-        let shards = status.shards.iter().filter(|shard| !shard.id.is_meta()).map(|shard| {
-            let replicas = shard.replicas.iter().filter(|replica| !replica.leaving).map(|replica| replica.node).collect();
-            (shard.id, ShardPlace { home: shard.home, replicas, leader: shard.leader })
-        });
+        let shards = status
+            .shards
+            .iter()
+            .filter(|shard| !shard.id.is_meta())
+            .map(|shard| {
+                let replicas = shard
+                    .replicas
+                    .iter()
+                    .filter(|replica| !replica.leaving)
+                    .map(|replica| replica.node)
+                    .collect();
+                (
+                    shard.id,
+                    ShardPlace {
+                        home: shard.home,
+                        replicas,
+                        leader: shard.leader,
+                    },
+                )
+            });
         let nodes = status.nodes.iter().map(|node| {
-            let place = NodePlace { address: node.address.clone(), public: node.public_address.clone() };
+            let place = NodePlace {
+                address: node.address.clone(),
+                public: node.public_address.clone(),
+            };
             (node.id, place)
         });
         Self {
@@ -111,33 +146,47 @@ impl ShardMap {
         self.nodes.get(&id)
     }
 
-    /// What a node is called where others are sent to it: what clients call it, or what its peers do
-    /// where several nodes share that, as behind one load balancer.
+    /// What a node is called where others are sent to it: what clients call it, or what its peers
+    /// do where several nodes share that, as behind one load balancer.
     pub fn name_of(&self, id: NodeId) -> Option<&Address> {
         let place = self.node(id)?;
-        let is_shared = self.nodes().any(|(other, node)| other != id && node.public == place.public);
-        Some(if is_shared { &place.address } else { &place.public })
+        let is_shared = self
+            .nodes()
+            .any(|(other, node)| other != id && node.public == place.public);
+        Some(if is_shared {
+            &place.address
+        } else {
+            &place.public
+        })
     }
 
     /// The one node that peers call so, or else clients; none where several are.
     pub fn node_named(&self, name: &Address) -> Option<NodeId> {
         let as_peer = self.nodes().find(|(_, node)| node.address == *name);
         let mut as_public = self.nodes().filter(|(_, node)| node.public == *name);
-        let (found, _) = as_peer.or_else(|| as_public.next().filter(|_| as_public.next().is_none()))?;
+        let (found, _) =
+            as_peer.or_else(|| as_public.next().filter(|_| as_public.next().is_none()))?;
         Some(found)
     }
 
-    /// Whether clients call a node so: a name of [`ShardMap::name_of`] that none of them does is for
-    /// peers alone.
+    /// Whether clients call a node so: a name of [`ShardMap::name_of`] that none of them does is
+    /// for peers alone.
     pub fn is_public(&self, name: &Address) -> bool {
         self.nodes().any(|(_, node)| node.public == *name)
     }
 
     /// The nodes to ask about a shard, the likeliest leader first, each once.
     pub fn candidates(&self, shard: GroupId) -> Vec<&NodePlace> {
-        let Some(place) = self.shard(shard) else { return Vec::new() };
+        let Some(place) = self.shard(shard) else {
+            return Vec::new();
+        };
         let mut ids: Vec<NodeId> = Vec::with_capacity(place.replicas.len() + 1);
-        for id in place.leader.into_iter().chain([place.home]).chain(place.replicas.iter().copied()) {
+        for id in place
+            .leader
+            .into_iter()
+            .chain([place.home])
+            .chain(place.replicas.iter().copied())
+        {
             if !ids.contains(&id) {
                 ids.push(id);
             }
@@ -147,7 +196,10 @@ impl ShardMap {
 }
 
 fn owners(slots: &SlotTable) -> Vec<GroupId> {
-    let mut owners: Vec<GroupId> = Slot::all().map(|slot| slots.owner(slot)).filter(|owner| !owner.is_meta()).collect();
+    let mut owners: Vec<GroupId> = Slot::all()
+        .map(|slot| slots.owner(slot))
+        .filter(|owner| !owner.is_meta())
+        .collect();
     owners.sort_unstable();
     owners.dedup();
     owners
@@ -200,7 +252,12 @@ mod tests {
             answered_by: NodeId(1),
             meta_leader: None,
             nodes: vec![node(1), node(2), node(3)],
-            shards: vec![shard(0, 1, None), shard(1, 1, Some(3)), shard(2, 2, None), shard(3, 3, None)],
+            shards: vec![
+                shard(0, 1, None),
+                shard(1, 1, Some(3)),
+                shard(2, 2, None),
+                shard(3, 3, None),
+            ],
             moves: vec![],
             slots_astray: 0,
             settled: true,
@@ -212,10 +269,17 @@ mod tests {
     fn a_status_makes_a_map() {
         let map = ShardMap::from_status(&status());
         assert_eq!((map.cluster, map.version), (ClusterId(7), MapVersion(4)));
-        assert_eq!(map.owners(), [GroupId(1), GroupId(2)], "shard 3 owns nothing, the meta group is no shard");
+        assert_eq!(
+            map.owners(),
+            [GroupId(1), GroupId(2)],
+            "shard 3 owns nothing, the meta group is no shard"
+        );
         assert_eq!(map.shards().count(), 3);
         let key = b"some key";
-        assert_eq!(map.owner_of(key), GroupId(1 + u64::from(slot_of(key).number() % 2)));
+        assert_eq!(
+            map.owner_of(key),
+            GroupId(1 + u64::from(slot_of(key).number() % 2))
+        );
     }
 
     #[test]
@@ -233,14 +297,23 @@ mod tests {
             assert_eq!(map.is_public(name), node == 1);
         }
         assert_eq!(map.node_named(&address("10.0.0.1:1")), Some(NodeId(1)));
-        assert_eq!(map.node_named(&address("balancer:1")), None, "it may be either");
+        assert_eq!(
+            map.node_named(&address("balancer:1")),
+            None,
+            "it may be either"
+        );
         assert_eq!(map.name_of(NodeId(9)), None);
     }
 
     #[test]
     fn the_leader_is_asked_first_then_the_home_and_nobody_twice() {
         let map = ShardMap::from_status(&status());
-        let asked = |shard| map.candidates(GroupId(shard)).iter().map(|node| node.public.to_string()).collect::<Vec<_>>();
+        let asked = |shard| {
+            map.candidates(GroupId(shard))
+                .iter()
+                .map(|node| node.public.to_string())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(asked(1), ["node-3:1", "node-1:1", "node-2:1"]);
         assert_eq!(asked(2), ["node-2:1", "node-1:1", "node-3:1"]);
         assert!(asked(9).is_empty());

@@ -15,12 +15,19 @@ use tokio::net::TcpListener;
 use super::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use super::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
 use crate::sm::view::{Asked, SlotTable};
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId};
+use crate::types::{
+    Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId,
+};
 
 /// A listener on a port of its own, not yet served.
 pub async fn bind() -> (Address, TcpListener) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let address = listener.local_addr().expect("a bound address").to_string().parse().expect("an address");
+    let address = listener
+        .local_addr()
+        .expect("a bound address")
+        .to_string()
+        .parse()
+        .expect("an address");
     (address, listener)
 }
 
@@ -43,7 +50,11 @@ where
                 let handler = Arc::clone(&handler);
                 async move {
                     let (parts, body) = request.into_parts();
-                    let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+                    let body = body
+                        .collect()
+                        .await
+                        .map(|body| body.to_bytes())
+                        .unwrap_or_default();
                     match handler(Request::from_parts(parts, body)).await {
                         Some(response) => Ok(response.map(Full::new)),
                         None => Err("dropped"),
@@ -56,13 +67,19 @@ where
 }
 
 pub fn answer(status: u16, body: impl Into<Bytes>) -> Response<Bytes> {
-    Response::builder().status(status).body(body.into()).expect("a response")
+    Response::builder()
+        .status(status)
+        .body(body.into())
+        .expect("a response")
 }
 
 /// An error answer as nodes give it.
 pub fn problem(status: u16, detail: &str) -> Response<Bytes> {
-    let body = serde_json::json!({ "type": format!("{TYPE_PREFIX}x"), "code": "x", "detail": detail });
-    let problem = Response::builder().status(status).header(CONTENT_TYPE, MEDIA_TYPE);
+    let body =
+        serde_json::json!({ "type": format!("{TYPE_PREFIX}x"), "code": "x", "detail": detail });
+    let problem = Response::builder()
+        .status(status)
+        .header(CONTENT_TYPE, MEDIA_TYPE);
     problem.body(body.to_string().into()).expect("a response")
 }
 

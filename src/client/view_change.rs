@@ -1,5 +1,5 @@
-//! What an operator asks to be changed about the view, what it would take, and how it gets on: the JSON of `PUT /v1/cluster/view` and
-//! `GET /v1/cluster/operations/<id>`.
+//! What an operator asks to be changed about the view, what it would take, and how it gets on: the
+//! JSON of `PUT /v1/cluster/view` and `GET /v1/cluster/operations/<id>`.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -23,7 +23,8 @@ pub const VIEW_REFUSED: &str = "view_refused";
 pub const NODE_NOT_READY: &str = "node_not_ready";
 pub const EPOCH_CHANGED: &str = "epoch_changed";
 
-/// Nodes that a change may name: each is asked who it is, and gets a replica of the meta group. Ten times what was tried.
+/// Nodes that a change may name: each is asked who it is, and gets a replica of the meta group. Ten
+/// times what was tried.
 pub const NODES_MAX: usize = 1000;
 
 /// A node's own "not in time" is waited for this much longer.
@@ -44,7 +45,8 @@ pub struct ViewChange {
 }
 
 impl ViewChange {
-    /// Refuses to work on a list of nodes that no cluster has. Asked wherever a change comes in, before anything is done for it.
+    /// Refuses to work on a list of nodes that no cluster has. Asked wherever a change comes in,
+    /// before anything is done for it.
     ///
     /// # Errors
     ///
@@ -52,13 +54,20 @@ impl ViewChange {
     pub fn ensure_bounded(&self) -> Result<(), String> {
         match self.nodes.as_ref().map_or(0, Vec::len) {
             0..=NODES_MAX => Ok(()),
-            named => Err(format!("a view has at most {NODES_MAX} nodes, and this change names {named}")),
+            named => Err(format!(
+                "a view has at most {NODES_MAX} nodes, and this change names {named}"
+            )),
         }
     }
 
     /// Returns whether the view is asked to be as this change would have it.
     pub fn is_asked_of(&self, status: &ClusterStatus) -> bool {
-        let staying: BTreeSet<&Address> = status.nodes.iter().filter(|node| !node.leaving).map(|node| &node.address).collect();
+        let staying: BTreeSet<&Address> = status
+            .nodes
+            .iter()
+            .filter(|node| !node.leaving)
+            .map(|node| &node.address)
+            .collect();
         let asked = &status.asked;
         let replication_factor = self.replication_factor.map(|factor| match factor {
             ReplicationFactor::Fixed(factor) => Some(factor),
@@ -68,7 +77,9 @@ impl ViewChange {
             Shards::Fixed(shards) => Some(shards),
             Shards::Default(PerNode::PerNode) => None,
         });
-        self.nodes.as_ref().is_none_or(|nodes| nodes.iter().collect::<BTreeSet<_>>() == staying)
+        self.nodes
+            .as_ref()
+            .is_none_or(|nodes| nodes.iter().collect::<BTreeSet<_>>() == staying)
             && self.layout.is_none_or(|layout| layout == asked.layout)
             && replication_factor.is_none_or(|factor| factor == asked.replication_factor)
             && shards.is_none_or(|shards| shards == asked.shards)
@@ -133,7 +144,8 @@ pub struct ChangeInProgress {
     pub slots_left: u64,
     /// Keys and values in them, as far as it is known.
     pub bytes_left: u64,
-    /// Since the answering node has watched: what was moved per second, and how long the rest takes at that rate.
+    /// Since the answering node has watched: what was moved per second, and how long the rest takes
+    /// at that rate.
     pub bytes_per_s: Option<u64>,
     pub left_s: Option<u64>,
     /// What it waits for, in words.
@@ -156,7 +168,8 @@ impl ChangeInProgress {
     }
 }
 
-/// Why a change was not accepted. Nothing has changed, but after [`ViewChangeFailure::Failed`] with an unknown outcome.
+/// Why a change was not accepted. Nothing has changed, but after [`ViewChangeFailure::Failed`] with
+/// an unknown outcome.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum ViewChangeFailure {
     /// It can't be done as it was asked.
@@ -172,12 +185,16 @@ pub enum ViewChangeFailure {
     Failed(Failure),
 }
 
-/// Where nothing is changed, only [`ViewChangeFailure::Failed`] can come: the others say that nothing was done, and are told so.
+/// Where nothing is changed, only [`ViewChangeFailure::Failed`] can come: the others say that
+/// nothing was done, and are told so.
 impl From<ViewChangeFailure> for Failure {
     fn from(failure: ViewChangeFailure) -> Self {
         match failure {
             ViewChangeFailure::Failed(failure) => failure,
-            other => Failure::Unavailable { reason: other.to_string(), retry_after_ms: 1000 },
+            other => Failure::Unavailable {
+                reason: other.to_string(),
+                retry_after_ms: 1000,
+            },
         }
     }
 }
@@ -214,7 +231,11 @@ pub async fn change(
     options: Options,
 ) -> Result<ChangeInProgress, Unsettled> {
     let timeout_ms = server_timeout_ms(options.timeout);
-    let mut put = http.put(format!("http://{address}/v1/cluster/view?timeout={timeout_ms}ms")).json(change);
+    let mut put = http
+        .put(format!(
+            "http://{address}/v1/cluster/view?timeout={timeout_ms}ms"
+        ))
+        .json(change);
     if let Some(epoch) = only_if {
         put = put.header(IF_MATCH, format!("\"{epoch}\""));
     }
@@ -224,7 +245,11 @@ pub async fn change(
 
 /// Returns what it does to ask for a change twice: with a guard it is accepted once at most.
 pub fn effect(only_if: Option<PlanEpoch>) -> Effect {
-    if only_if.is_some() { Effect::Idempotent } else { Effect::Once }
+    if only_if.is_some() {
+        Effect::Idempotent
+    } else {
+        Effect::Once
+    }
 }
 
 /// Asks the node at `address` what the change would take.
@@ -240,7 +265,12 @@ pub async fn plan(
 ) -> Result<PlannedChange, Unsettled> {
     let timeout_ms = server_timeout_ms(options.timeout);
     let url = format!("http://{address}/v1/cluster/view?dry_run=true&timeout={timeout_ms}ms");
-    let sent = http.put(url).json(change).timeout(options.timeout + PATIENCE).send().await;
+    let sent = http
+        .put(url)
+        .json(change)
+        .timeout(options.timeout + PATIENCE)
+        .send()
+        .await;
     read(sent, &address, Effect::Safe).await
 }
 
@@ -257,7 +287,12 @@ pub async fn operation(
 ) -> Result<Option<ChangeInProgress>, Unsettled> {
     let timeout_ms = server_timeout_ms(options.timeout);
     let url = format!("http://{address}/v1/cluster/operations/{id}?timeout={timeout_ms}ms");
-    match http.get(url).timeout(options.timeout + PATIENCE).send().await {
+    match http
+        .get(url)
+        .timeout(options.timeout + PATIENCE)
+        .send()
+        .await
+    {
         Ok(response) if response.status() == StatusCode::NOT_FOUND => Ok(None),
         sent => read(sent, &address, Effect::Safe).await.map(Some),
     }
@@ -277,7 +312,10 @@ async fn read<T: DeserializeOwned>(
         Err(error) => {
             let reason = silence(address, &error);
             let failure = match error.is_connect() {
-                true => Failure::Unavailable { reason, retry_after_ms: 1000 },
+                true => Failure::Unavailable {
+                    reason,
+                    retry_after_ms: 1000,
+                },
                 false => Failure::Unknown { reason },
             };
             return Err(failed(Speaker::Nobody, failure));
@@ -287,22 +325,31 @@ async fn read<T: DeserializeOwned>(
     if status.is_success() {
         // A plan names up to a thousand nodes, twice.
         let read = reply::read_json(response, VIEW_BYTES_MAX).await;
-        let unknown = |error: reply::ReplyError| Failure::Unknown { reason: format!("{address}: {error}") };
+        let unknown = |error: reply::ReplyError| Failure::Unknown {
+            reason: format!("{address}: {error}"),
+        };
         return read.map_err(|error| failed(Speaker::Nobody, unknown(error)));
     }
     let headers = response.headers().clone();
     let body = reply::read_problem(response).await;
     Err(match refusal(status, &headers, &body) {
         ViewChangeFailure::Failed(failure) => failed(Speaker::Server, failure),
-        failure => Unsettled { by: Speaker::Server, failure },
+        failure => Unsettled {
+            by: Speaker::Server,
+            failure,
+        },
     })
 }
 
 fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> ViewChangeFailure {
     let told: Refusal = serde_json::from_slice(body).unwrap_or_default();
     match (told.code.as_str(), told.epoch) {
-        (VIEW_REFUSED, _) => ViewChangeFailure::Refused { reason: told.detail },
-        (NODE_NOT_READY, _) => ViewChangeFailure::NotReady { reason: told.detail },
+        (VIEW_REFUSED, _) => ViewChangeFailure::Refused {
+            reason: told.detail,
+        },
+        (NODE_NOT_READY, _) => ViewChangeFailure::NotReady {
+            reason: told.detail,
+        },
         (EPOCH_CHANGED, Some(current)) => ViewChangeFailure::EpochChanged { current },
         _ => ViewChangeFailure::Failed(problem::failure(status, headers, body)),
     }
@@ -326,13 +373,28 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<ViewChange>(text);
         assert_eq!(read("{}").expect("a change"), ViewChange::default());
         let change =
-            read(r#"{"nodes":["a:1"],"layout":"exclusive","replication_factor":"auto","shards":"per-node"}"#).expect("a change");
-        assert_eq!(change.replication_factor, Some(ReplicationFactor::Default(Auto::Auto)));
+            read(r#"{"nodes":["a:1"],"layout":"exclusive","replication_factor":"auto","shards":"per-node"}"#).expect("a \
+                change");
+        assert_eq!(
+            change.replication_factor,
+            Some(ReplicationFactor::Default(Auto::Auto))
+        );
         assert_eq!(change.shards, Some(Shards::Default(PerNode::PerNode)));
-        assert_eq!(read(&serde_json::to_string(&change).expect("JSON")).expect("a change"), change);
+        assert_eq!(
+            read(&serde_json::to_string(&change).expect("JSON")).expect("a change"),
+            change
+        );
         let change = read(r#"{"replication_factor":3,"shards":7}"#).expect("a change");
-        assert_eq!((change.replication_factor, change.shards), (Some(ReplicationFactor::Fixed(3)), Some(Shards::Fixed(7))));
-        for bad in [r#"{"replication_factor":"many"}"#, r#"{"shards":-1}"#, r#"{"node":[]}"#, r#"{"nodes":["a"]}"#] {
+        assert_eq!(
+            (change.replication_factor, change.shards),
+            (Some(ReplicationFactor::Fixed(3)), Some(Shards::Fixed(7)))
+        );
+        for bad in [
+            r#"{"replication_factor":"many"}"#,
+            r#"{"shards":-1}"#,
+            r#"{"node":[]}"#,
+            r#"{"nodes":["a"]}"#,
+        ] {
             assert!(read(bad).is_err(), "{bad}");
         }
     }

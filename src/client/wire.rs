@@ -1,6 +1,8 @@
-//! One HTTP/1.1 connection, kept as lean as hyper makes it: for the native client and the load generator, where each request counts.
+//! One HTTP/1.1 connection, kept as lean as hyper makes it: for the native client and the load
+//! generator, where each request counts.
 //!
-//! Paths go out as they are given: a key may be `..`, and a client that normalizes paths could not name it.
+//! Paths go out as they are given: a key may be `..`, and a client that normalizes paths could not
+//! name it.
 
 use std::io;
 use std::time::Duration;
@@ -17,7 +19,8 @@ use tokio::time::timeout;
 
 use crate::types::Address;
 
-/// The longest answer that is read: a listing of a thousand of the largest values would be longer, but none is made that long.
+/// The longest answer that is read: a listing of a thousand of the largest values would be longer,
+/// but none is made that long.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
 
 /// Why a request has no answer.
@@ -51,9 +54,13 @@ impl Connection {
         let opening = async {
             let stream = TcpStream::connect(address.as_str()).await?;
             stream.set_nodelay(true)?;
-            http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)
+            http1::handshake(TokioIo::new(stream))
+                .await
+                .map_err(io::Error::other)
         };
-        let (sender, connection) = timeout(within, opening).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        let (sender, connection) = timeout(within, opening)
+            .await
+            .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
         // How it ends shows in the request that is in flight then.
         let driver = tokio::spawn(async move { drop(connection.await) });
         Ok(Self { sender, driver })
@@ -64,27 +71,38 @@ impl Connection {
         !self.sender.is_closed()
     }
 
-    /// Sends a request and waits for the head of the answer. Its body is to be read, or the connection dropped, before the next one.
+    /// Sends a request and waits for the head of the answer. Its body is to be read, or the
+    /// connection dropped, before the next one.
     ///
     /// # Errors
     ///
     /// The request may have been taken up all the same.
-    pub async fn send(&mut self, request: Request<Full<Bytes>>) -> hyper::Result<Response<Incoming>> {
+    pub async fn send(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> hyper::Result<Response<Incoming>> {
         self.sender.ready().await?;
         self.sender.send_request(request).await
     }
 
-    /// As [`Connection::send`], with the whole body, which is longer than any answer of ours if it has more than `ANSWER_BYTES_MAX`.
+    /// As [`Connection::send`], with the whole body, which is longer than any answer of ours if it
+    /// has more than `ANSWER_BYTES_MAX`.
     ///
     /// # Errors
     ///
     /// The request may have been taken up all the same.
-    pub async fn exchange(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Bytes>, ExchangeError> {
+    pub async fn exchange(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Bytes>, ExchangeError> {
         let (parts, body) = self.send(request).await?.into_parts();
-        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| match error.downcast() {
-            Ok(error) => ExchangeError::Broken(*error),
-            Err(_) => ExchangeError::TooLong,
-        })?;
+        let body = Limited::new(body, ANSWER_BYTES_MAX)
+            .collect()
+            .await
+            .map_err(|error| match error.downcast() {
+                Ok(error) => ExchangeError::Broken(*error),
+                Err(_) => ExchangeError::TooLong,
+            })?;
         let body = body.to_bytes();
         Ok(Response::from_parts(parts, body))
     }

@@ -1,11 +1,14 @@
 //! Who is let in: clients up to a limit, and past it those of whom others depend.
 //!
-//! A connection counts as a client's until its first request shows otherwise. Nobody can tell a peer before it has asked for
-//! something, so once clients have taken all that is theirs, further connections wait at the door: for a moment, and only so many at
-//! a time, of whom the one that came first has to go when another comes. Whoever asks for a peer route there gets one of the places
-//! that are kept for peers, whoever asks how the node is gets an answer, and all others are told 503.
+//! A connection counts as a client's until its first request shows otherwise. Nobody can tell a
+//! peer before it has asked for something, so once clients have taken all that is theirs, further
+//! connections wait at the door: for a moment, and only so many at a time, of whom the one that
+//! came first has to go when another comes. Whoever asks for a peer route there gets one of the
+//! places that are kept for peers, whoever asks how the node is gets an answer, and all others are
+//! told 503.
 //!
-//! Lanes are what groups live by, so calls and questions of peers (and of gateways, which call like them) leave some places to them.
+//! Lanes are what groups live by, so calls and questions of peers (and of gateways, which call like
+//! them) leave some places to them.
 //!
 //! Counting costs a connection a few relaxed atomic additions, and a request one look at a byte.
 
@@ -22,11 +25,12 @@ use super::metrics::{Exposition, Kind, MetricSource};
 use super::peer::{self, LANE_PREFIX};
 use crate::descriptors::{self, Shares};
 
-/// Connections that may wait at the door for their first request. A peer's comes with the next packet, so that it gets in needs a
-/// crowd to open this many connections within a round trip.
+/// Connections that may wait at the door for their first request. A peer's comes with the next
+/// packet, so that it gets in needs a crowd to open this many connections within a round trip.
 const AT_THE_DOOR_MAX: usize = 32;
 
-/// What is answered at the door: those who watch over a node must not take it for dead because it is full.
+/// What is answered at the door: those who watch over a node must not take it for dead because it
+/// is full.
 const ANSWERED_AT_THE_DOOR: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 
 /// What a server counts.
@@ -58,42 +62,80 @@ impl ServerStats {
         self.refused.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Takes a place of those that `counter` counts, of which there are `max`. False: there is none.
+    /// Takes a place of those that `counter` counts, of which there are `max`. False: there is
+    /// none.
     fn take(counter: &AtomicU64, max: u64) -> bool {
         let more = |count: u64| (count < max).then_some(count + 1);
-        counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+        counter
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            .is_ok()
     }
 }
 
 impl MetricSource for ServerStats {
     fn collect(&self, text: &mut Exposition) {
-        let open = || [&self.clients, &self.peers, &self.at_the_door].map(|count| count.load(Ordering::Relaxed));
+        let open = || {
+            [&self.clients, &self.peers, &self.at_the_door]
+                .map(|count| count.load(Ordering::Relaxed))
+        };
         text.family("quorate_http_connections", Kind::Gauge, "Connections open.");
         text.sample(&[], open().iter().sum::<u64>());
-        text.family("quorate_http_peer_connections", Kind::Gauge, "Of these, connections of other nodes and of gateways.");
+        text.family(
+            "quorate_http_peer_connections",
+            Kind::Gauge,
+            "Of these, connections of other nodes and of gateways.",
+        );
         text.sample(&[], self.peers.load(Ordering::Relaxed));
 
         let families = [
-            ("quorate_http_connections_max", Kind::Gauge, "Connections that clients can have.", &self.clients_max),
-            ("quorate_http_connections_accepted_total", Kind::Counter, "Connections served.", &self.accepted),
-            ("quorate_http_connections_refused_total", Kind::Counter, "Connections past the limit.", &self.refused),
+            (
+                "quorate_http_connections_max",
+                Kind::Gauge,
+                "Connections that clients can have.",
+                &self.clients_max,
+            ),
+            (
+                "quorate_http_connections_accepted_total",
+                Kind::Counter,
+                "Connections served.",
+                &self.accepted,
+            ),
+            (
+                "quorate_http_connections_refused_total",
+                Kind::Counter,
+                "Connections past the limit.",
+                &self.refused,
+            ),
             (
                 "quorate_http_connections_stalled_total",
                 Kind::Counter,
                 "Connections ended because their client did not take its answers.",
                 &self.stalled,
             ),
-            ("quorate_http_accept_errors_total", Kind::Counter, "Failed accepts.", &self.accept_errors),
+            (
+                "quorate_http_accept_errors_total",
+                Kind::Counter,
+                "Failed accepts.",
+                &self.accept_errors,
+            ),
         ];
         for (name, kind, help, value) in families {
             text.family(name, kind, help);
             text.sample(&[], value.load(Ordering::Relaxed));
         }
 
-        text.family("quorate_open_files_max", Kind::Gauge, "Descriptors that this process may have.");
+        text.family(
+            "quorate_open_files_max",
+            Kind::Gauge,
+            "Descriptors that this process may have.",
+        );
         text.sample(&[], descriptors::limit());
         if let Some(count) = descriptors::in_use() {
-            text.family("quorate_open_files", Kind::Gauge, "Descriptors that this process has.");
+            text.family(
+                "quorate_open_files",
+                Kind::Gauge,
+                "Descriptors that this process has.",
+            );
             text.sample(&[], count);
         }
     }
@@ -110,11 +152,17 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// Returns one with the limits of `limits`, or lower ones where the limit of open files leaves no more.
+    /// Returns one with the limits of `limits`, or lower ones where the limit of open files leaves
+    /// no more.
     pub fn new(stats: Arc<ServerStats>, limits: &Limits, shares: Shares) -> Arc<Self> {
         let clients_max = limits.connections_max.min(shares.clients) as u64;
         stats.clients_max.store(clients_max, Ordering::Relaxed);
-        Arc::new(Self { stats, clients_max, peers_max: shares.peers as u64, door: Mutex::default() })
+        Arc::new(Self {
+            stats,
+            clients_max,
+            peers_max: shares.peers as u64,
+            door: Mutex::default(),
+        })
     }
 
     /// Returns how many places are kept for peers.
@@ -132,14 +180,17 @@ impl Admission {
         self.stats.clients.load(Ordering::Relaxed) > self.clients_max / 2
     }
 
-    /// Gives a place to the connection that has this descriptor. None: there is not even one at the door.
+    /// Gives a place to the connection that has this descriptor. None: there is not even one at the
+    /// door.
     pub fn admit(self: &Arc<Self>, descriptor: RawFd) -> Option<Place> {
         // The limit may be changed while we run.
         self.admit_by(&Shares::now(), descriptor)
     }
 
     fn admit_by(self: &Arc<Self>, shares: &Shares, descriptor: RawFd) -> Option<Place> {
-        if shares.leaves_enough(descriptor) && ServerStats::take(&self.stats.clients, self.clients_max) {
+        if shares.leaves_enough(descriptor)
+            && ServerStats::take(&self.stats.clients, self.clients_max)
+        {
             self.stats.accepted.fetch_add(1, Ordering::Relaxed);
             return Some(Place::new(self, Standing::Client, CancellationToken::new()));
         }
@@ -165,7 +216,11 @@ impl Admission {
     /// Takes a place that is kept for peers.
     fn take_as_peer(&self, path: &str) -> bool {
         let is_lane = path.starts_with(LANE_PREFIX);
-        let max = if is_lane { self.peers_max } else { self.peers_max / 2 };
+        let max = if is_lane {
+            self.peers_max
+        } else {
+            self.peers_max / 2
+        };
         ServerStats::take(&self.stats.peers, max)
     }
 }
@@ -212,7 +267,11 @@ pub struct Place {
 
 impl Place {
     fn new(admission: &Arc<Admission>, standing: Standing, leave: CancellationToken) -> Self {
-        Self { admission: Arc::clone(admission), standing: AtomicU8::new(standing as u8), leave }
+        Self {
+            admission: Arc::clone(admission),
+            standing: AtomicU8::new(standing as u8),
+            leave,
+        }
     }
 
     fn standing(&self) -> Standing {
@@ -229,7 +288,8 @@ impl Place {
         self.leave.cancelled().await;
     }
 
-    /// Says what becomes of a request for `path`. The first for a peer route makes a peer of the connection.
+    /// Says what becomes of a request for `path`. The first for a peer route makes a peer of the
+    /// connection.
     pub fn judge(&self, method: &Method, path: &str) -> Verdict {
         let is_of_peers = self.admission.peers_max > 0 && peer::is_asked(method, path);
         match self.standing() {
@@ -239,8 +299,12 @@ impl Place {
             }
             Standing::Client | Standing::Peer => Verdict::Serve,
             Standing::PeerAlone if is_of_peers => Verdict::Serve,
-            Standing::AtTheDoor if is_of_peers && self.become_peer(Standing::PeerAlone, path) => Verdict::Serve,
-            Standing::PeerAlone | Standing::AtTheDoor if ANSWERED_AT_THE_DOOR.contains(&path) => Verdict::ServeLast,
+            Standing::AtTheDoor if is_of_peers && self.become_peer(Standing::PeerAlone, path) => {
+                Verdict::Serve
+            }
+            Standing::PeerAlone | Standing::AtTheDoor if ANSWERED_AT_THE_DOOR.contains(&path) => {
+                Verdict::ServeLast
+            }
             Standing::PeerAlone | Standing::AtTheDoor => {
                 self.refuse();
                 Verdict::Refuse
@@ -253,7 +317,8 @@ impl Place {
         self.admission.stats.refuse();
     }
 
-    /// Moves to the peers, if they have a place left. Requests of one connection may come at the same time: one of them does it.
+    /// Moves to the peers, if they have a place left. Requests of one connection may come at the
+    /// same time: one of them does it.
     fn become_peer(&self, standing: Standing, path: &str) -> bool {
         let before = self.standing();
         if matches!(before, Standing::Peer | Standing::PeerAlone) {
@@ -262,7 +327,15 @@ impl Place {
         if !self.admission.take_as_peer(path) {
             return false;
         }
-        let moved = self.standing.compare_exchange(before as u8, standing as u8, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        let moved = self
+            .standing
+            .compare_exchange(
+                before as u8,
+                standing as u8,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            )
+            .is_ok();
         let stats = &self.admission.stats;
         match (moved, before) {
             (false, _) => stats.peers.fetch_sub(1, Ordering::Relaxed),
@@ -298,20 +371,33 @@ mod tests {
     const LOW: RawFd = 10;
 
     fn admission(clients: usize, peers: usize) -> Arc<Admission> {
-        let shares = Shares { limit: 1000, files: 1, calls: 1, peers, clients };
+        let shares = Shares {
+            limit: 1000,
+            files: 1,
+            calls: 1,
+            peers,
+            clients,
+        };
         Admission::new(Arc::default(), &Limits::default(), shares)
     }
 
     fn counts(admission: &Admission) -> [u64; 3] {
         let stats = &admission.stats;
-        [&stats.clients, &stats.peers, &stats.at_the_door].map(|count| count.load(Ordering::Relaxed))
+        [&stats.clients, &stats.peers, &stats.at_the_door]
+            .map(|count| count.load(Ordering::Relaxed))
     }
 
     #[test]
     fn past_the_limit_only_peers_get_in() {
         let admission = admission(2, 4);
-        let clients: Vec<Place> = (0..2).map(|_| admission.admit(LOW).expect("a client's place")).collect();
-        assert!(clients.iter().all(|place| place.judge(&Method::GET, "/v1/kv/a") == Verdict::Serve));
+        let clients: Vec<Place> = (0..2)
+            .map(|_| admission.admit(LOW).expect("a client's place"))
+            .collect();
+        assert!(
+            clients
+                .iter()
+                .all(|place| place.judge(&Method::GET, "/v1/kv/a") == Verdict::Serve)
+        );
 
         let late = admission.admit(LOW).expect("at the door");
         assert!(late.is_at_the_door());
@@ -322,7 +408,10 @@ mod tests {
         assert_eq!(peer.judge(&Method::GET, "/peer/identity"), Verdict::Serve);
         assert!(!peer.is_at_the_door());
         assert_eq!(
-            (peer.judge(&Method::POST, "/peer/shard"), peer.judge(&Method::GET, "/v1/kv/a")),
+            (
+                peer.judge(&Method::POST, "/peer/shard"),
+                peer.judge(&Method::GET, "/v1/kv/a")
+            ),
             (Verdict::Serve, Verdict::Refuse)
         );
         assert_eq!(counts(&admission), [2, 1, 1]);
@@ -352,7 +441,11 @@ mod tests {
             (Method::GET, "/peer/nothing"),
             (Method::POST, "/peer/identity"),
         ];
-        assert!(nothing_of_peers.iter().all(|(method, path)| client.judge(method, path) == Verdict::Serve));
+        assert!(
+            nothing_of_peers
+                .iter()
+                .all(|(method, path)| client.judge(method, path) == Verdict::Serve)
+        );
         assert_eq!(counts(&admission), [1, 0, 0]);
 
         let of_gateway = self::admission(1, 0);
@@ -379,7 +472,9 @@ mod tests {
     #[test]
     fn at_the_door_the_first_goes_when_another_comes() {
         let admission = admission(0, 4);
-        let crowd: Vec<Place> = (0..=AT_THE_DOOR_MAX).map(|_| admission.admit(LOW).expect("at the door")).collect();
+        let crowd: Vec<Place> = (0..=AT_THE_DOOR_MAX)
+            .map(|_| admission.admit(LOW).expect("at the door"))
+            .collect();
         assert!(crowd[0].leave.is_cancelled());
         assert!(crowd[1..].iter().all(|place| !place.leave.is_cancelled()));
     }
@@ -387,7 +482,15 @@ mod tests {
     #[test]
     fn where_descriptors_run_out_nobody_gets_in() {
         let (admission, shares) = (admission(100, 10), Shares::of(220));
-        let admit = |descriptor| admission.admit_by(&shares, descriptor).map(|place| place.is_at_the_door());
-        assert_eq!([100, 165, 200].map(admit), [Some(false), Some(true), None], "the last are for peers, and for files");
+        let admit = |descriptor| {
+            admission
+                .admit_by(&shares, descriptor)
+                .map(|place| place.is_at_the_door())
+        };
+        assert_eq!(
+            [100, 165, 200].map(admit),
+            [Some(false), Some(true), None],
+            "the last are for peers, and for files"
+        );
     }
 }

@@ -41,7 +41,10 @@ impl Apart {
     /// Returns one that is for no task yet.
     pub fn new() -> Self {
         let bell = Arc::new(Bell::default());
-        Self { waker: Waker::from(Arc::clone(&bell)), bell }
+        Self {
+            waker: Waker::from(Arc::clone(&bell)),
+            bell,
+        }
     }
 
     /// Has the next poll reach the future: for one that was not polled before.
@@ -102,7 +105,11 @@ mod tests {
             yield_now().await;
         }
         assert!(is_over, "it was not polled when it was woken");
-        assert_eq!(polls.load(Ordering::Relaxed), 2, "once at first, once when it was woken");
+        assert_eq!(
+            polls.load(Ordering::Relaxed),
+            2,
+            "once at first, once when it was woken"
+        );
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -115,7 +122,9 @@ mod tests {
             tokio::spawn(async move { other.notify_one() });
             let mut notified = pin!(notify.notified());
             let woken = poll_fn(|cx| apart.poll(cx, notified.as_mut()));
-            tokio::time::timeout(Duration::from_secs(60), woken).await.expect("a wake was lost");
+            tokio::time::timeout(Duration::from_secs(60), woken)
+                .await
+                .expect("a wake was lost");
         }
     }
 }

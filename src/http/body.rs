@@ -1,7 +1,8 @@
 //! Reads request bodies, within limits: of one body, of all that are in flight, and in time.
 //!
-//! Invariant: a byte of a body is charged to the common budget before it is kept, and given back when its [`Held`] is dropped.
-//! A body that is declared too large is refused before any of it is read, so a client that sent `Expect: 100-continue` never sends it.
+//! Invariant: a byte of a body is charged to the common budget before it is kept, and given back
+//! when its [`Held`] is dropped. A body that is declared too large is refused before any of it is
+//! read, so a client that sent `Expect: 100-continue` never sends it.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -20,20 +21,24 @@ use super::limits::Limits;
 use super::problem::{Code, Problem};
 use crate::budget::{Budget, Share};
 
-/// What is read and thrown away after a refusal, so that a client that sends first and reads then gets to see the answer.
+/// What is read and thrown away after a refusal, so that a client that sends first and reads then
+/// gets to see the answer.
 const DISCARD_BYTES_MAX: usize = 64 << 20;
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// So much of a body, or all that is left of it, comes within [`Limits::body_chunk_timeout`]: a byte now and then holds what came before it.
+/// So much of a body, or all that is left of it, comes within [`Limits::body_chunk_timeout`]: a
+/// byte now and then holds what came before it.
 const PACE_BYTES: usize = 16 << 10;
 
 /// A body that is longer than its first piece gets so much room at first, if it may be as long.
 const FIRST_BYTES: usize = 16 << 10;
 
-/// A body that was read. It stays charged until this is dropped: keep it as long as the request is worked on.
+/// A body that was read. It stays charged until this is dropped: keep it as long as the request is
+/// worked on.
 #[derive(Debug)]
 pub struct Held {
-    /// In an allocation of its own, not in the connection's read buffer: a small value that is kept would keep all of that.
+    /// In an allocation of its own, not in the connection's read buffer: a small value that is kept
+    /// would keep all of that.
     pub bytes: Bytes,
     share: Share,
 }
@@ -62,8 +67,11 @@ pub struct Ceiling {
 
 impl Ceiling {
     fn exceeded(self) -> Problem {
-        Problem::new(Code::TooLarge, format!("{} is at most {} bytes", self.what, self.bytes_max))
-            .extension("limit_bytes", self.bytes_max)
+        Problem::new(
+            Code::TooLarge,
+            format!("{} is at most {} bytes", self.what, self.bytes_max),
+        )
+        .extension("limit_bytes", self.bytes_max)
     }
 }
 
@@ -77,7 +85,13 @@ pub fn admit(parts: &Parts, body: Body, ceiling: Ceiling) -> Result<Body, Proble
 }
 
 /// Reads `body` to its end. A refused one is thrown away in the background, within bounds.
-pub async fn read(parts: &Parts, body: Body, ceiling: Ceiling, limits: &Limits, budget: &Arc<Budget>) -> Result<Held, Problem> {
+pub async fn read(
+    parts: &Parts,
+    body: Body,
+    ceiling: Ceiling,
+    limits: &Limits,
+    budget: &Arc<Budget>,
+) -> Result<Held, Problem> {
     let mut body = admit(parts, body, ceiling)?;
     let mut share = budget.empty_share();
     match collect(&mut body, ceiling, limits, &mut share).await {
@@ -90,19 +104,35 @@ pub async fn read(parts: &Parts, body: Body, ceiling: Ceiling, limits: &Limits, 
     }
 }
 
-async fn collect(body: &mut Body, ceiling: Ceiling, limits: &Limits, share: &mut Share) -> Result<Bytes, Problem> {
+async fn collect(
+    body: &mut Body,
+    ceiling: Ceiling,
+    limits: &Limits,
+    share: &mut Share,
+) -> Result<Bytes, Problem> {
     let mut buffer = Vec::new();
     let end = Instant::now() + limits.body_timeout;
     let mut pace = Pace::new(limits.body_chunk_timeout);
     loop {
         let slow = || {
             let (least, most) = (limits.body_chunk_timeout, limits.body_timeout);
-            let detail = format!("less than {PACE_BYTES} bytes, or what was left, in {least:?}, or not complete after {most:?}");
+            let detail = format!(
+                "less than {PACE_BYTES} bytes, or what was left, in {least:?}, or not complete \
+                after {most:?}"
+            );
             Problem::new(Code::BodyTimeout, detail)
         };
-        let data = match timeout_at(end.min(pace.deadline), body.frame()).await.map_err(|_| slow())? {
+        let data = match timeout_at(end.min(pace.deadline), body.frame())
+            .await
+            .map_err(|_| slow())?
+        {
             None => return Ok(Bytes::from(buffer.into_boxed_slice())),
-            Some(Err(error)) => return Err(Problem::new(Code::InvalidBody, format!("the body broke off: {error}"))),
+            Some(Err(error)) => {
+                return Err(Problem::new(
+                    Code::InvalidBody,
+                    format!("the body broke off: {error}"),
+                ));
+            }
             Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
         };
         let bytes = buffer.len() + data.len();
@@ -111,7 +141,8 @@ async fn collect(body: &mut Body, ceiling: Ceiling, limits: &Limits, share: &mut
         }
 
         if bytes > buffer.capacity() {
-            let left = usize::try_from(body.size_hint().upper().unwrap_or(u64::MAX)).unwrap_or(usize::MAX);
+            let left =
+                usize::try_from(body.size_hint().upper().unwrap_or(u64::MAX)).unwrap_or(usize::MAX);
             let capacity = capacity_for(bytes, buffer.len(), left.min(ceiling.bytes_max - bytes));
             if !share.grow(capacity - buffer.capacity()) {
                 return Err(overloaded(limits));
@@ -123,8 +154,8 @@ async fn collect(body: &mut Body, ceiling: Ceiling, limits: &Limits, share: &mut
     }
 }
 
-/// Returns what a buffer of `had` bytes should have room for, when it is to hold `bytes` and at most `left` may follow. All of it is paid for, so
-/// it grows by a quarter, not to the double.
+/// Returns what a buffer of `had` bytes should have room for, when it is to hold `bytes` and at
+/// most `left` may follow. All of it is paid for, so it grows by a quarter, not to the double.
 fn capacity_for(bytes: usize, had: usize, left: usize) -> usize {
     bytes + (had / 4).max(FIRST_BYTES.saturating_sub(bytes)).min(left)
 }
@@ -138,7 +169,11 @@ struct Pace {
 
 impl Pace {
     fn new(patience: Duration) -> Self {
-        Self { deadline: Instant::now() + patience, patience, bytes: 0 }
+        Self {
+            deadline: Instant::now() + patience,
+            patience,
+            bytes: 0,
+        }
     }
 
     fn note(&mut self, bytes: usize) {
@@ -151,19 +186,30 @@ impl Pace {
 
 /// There is no room in the common budget.
 pub fn overloaded(limits: &Limits) -> Problem {
-    let detail = format!("bodies in flight are at most {} bytes together", limits.bodies_bytes_max);
+    let detail = format!(
+        "bodies in flight are at most {} bytes together",
+        limits.bodies_bytes_max
+    );
     Problem::new(Code::Overloaded, detail).retry_after_ms(1000)
 }
 
-/// Reads on while the answer goes out: closing a connection with unread data resets it, and the client may lose the answer.
+/// Reads on while the answer goes out: closing a connection with unread data resets it, and the
+/// client may lose the answer.
 ///
-/// Not for HTTP/2, where a stream can be reset alone, nor for a client that waits for `100 Continue`, which it will not get. The task
-/// owns nothing but the body, and ends with the connection, or after a few seconds.
+/// Not for HTTP/2, where a stream can be reset alone, nor for a client that waits for
+/// `100 Continue`, which it will not get. The task owns nothing but the body, and ends with the
+/// connection, or after a few seconds.
 pub fn discard(parts: &Parts, mut body: Body) {
-    if parts.version >= Version::HTTP_2 || parts.headers.contains_key(header::EXPECT) || body.is_end_stream() {
+    if parts.version >= Version::HTTP_2
+        || parts.headers.contains_key(header::EXPECT)
+        || body.is_end_stream()
+    {
         return;
     }
-    let discarding = parts.extensions.get::<Caller>().map(|caller| caller.inbox.discard());
+    let discarding = parts
+        .extensions
+        .get::<Caller>()
+        .map(|caller| caller.inbox.discard());
     let drain = async move {
         let _discarding = discarding;
         let mut left = DISCARD_BYTES_MAX;
@@ -187,15 +233,25 @@ mod tests {
         http::Request::new(()).into_parts().0
     }
 
-    const SMALL: Ceiling = Ceiling { bytes_max: 10, what: "a test" };
+    const SMALL: Ceiling = Ceiling {
+        bytes_max: 10,
+        what: "a test",
+    };
 
     #[tokio::test]
     async fn the_budget_is_given_back_whatever_happens() {
-        let limits = Limits { bodies_bytes_max: 8, ..Limits::default() };
+        let limits = Limits {
+            bodies_bytes_max: 8,
+            ..Limits::default()
+        };
         let budget = Budget::new(8);
-        let held = read(&parts(), Body::from("12345"), SMALL, &limits, &budget).await.expect("it fits");
+        let held = read(&parts(), Body::from("12345"), SMALL, &limits, &budget)
+            .await
+            .expect("it fits");
         assert_eq!((&held[..], budget.used()), (&b"12345"[..], 5));
-        let refused = read(&parts(), Body::from("6789"), SMALL, &limits, &budget).await.expect_err("it does not fit");
+        let refused = read(&parts(), Body::from("6789"), SMALL, &limits, &budget)
+            .await
+            .expect_err("it does not fit");
         assert_eq!((refused.code(), budget.used()), ("overloaded", 5));
         drop(held);
         assert_eq!(budget.used(), 0);
@@ -204,19 +260,29 @@ mod tests {
     #[tokio::test]
     async fn a_ceiling_holds_with_and_without_a_declared_length() {
         let (limits, budget) = (Limits::default(), Budget::new(100));
-        let at_the_limit = read(&parts(), Body::from("0123456789"), SMALL, &limits, &budget).await.expect("it fits");
+        let at_the_limit = read(&parts(), Body::from("0123456789"), SMALL, &limits, &budget)
+            .await
+            .expect("it fits");
         assert_eq!(at_the_limit.len(), 10);
         let chunks = futures::stream::iter([Ok::<_, std::io::Error>("012345"), Ok("6789A")]);
         for body in [Body::from("0123456789A"), Body::from_stream(chunks)] {
-            let refused = read(&parts(), body, SMALL, &limits, &budget).await.expect_err("it is too large");
-            assert_eq!((refused.code(), refused.detail.as_str()), ("too_large", "a test is at most 10 bytes"));
+            let refused = read(&parts(), body, SMALL, &limits, &budget)
+                .await
+                .expect_err("it is too large");
+            assert_eq!(
+                (refused.code(), refused.detail.as_str()),
+                ("too_large", "a test is at most 10 bytes")
+            );
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_body_that_stops_coming_or_trickles_times_out() {
         let (limits, budget) = (Limits::default(), Budget::new(1 << 20));
-        let large = Ceiling { bytes_max: 1 << 20, what: "a test" };
+        let large = Ceiling {
+            bytes_max: 1 << 20,
+            what: "a test",
+        };
         let every = |wait: Duration, bytes: usize, count: usize| {
             let pieces = futures::stream::iter(0..count).then(move |_| async move {
                 tokio::time::sleep(wait).await;
@@ -225,29 +291,68 @@ mod tests {
             Body::from_stream(pieces)
         };
         let stuck = Body::from_stream(futures::stream::pending::<Result<Bytes, std::io::Error>>());
-        for body in [stuck, every(Duration::from_secs(9), 1, 1000), every(Duration::from_secs(9), PACE_BYTES / 2, 1000)] {
+        for body in [
+            stuck,
+            every(Duration::from_secs(9), 1, 1000),
+            every(Duration::from_secs(9), PACE_BYTES / 2, 1000),
+        ] {
             let began = Instant::now();
-            let refused = read(&parts(), body, large, &limits, &budget).await.expect_err("it is too slow");
-            assert_eq!((refused.code(), began.elapsed()), ("body_timeout", limits.body_chunk_timeout));
+            let refused = read(&parts(), body, large, &limits, &budget)
+                .await
+                .expect_err("it is too slow");
+            assert_eq!(
+                (refused.code(), began.elapsed()),
+                ("body_timeout", limits.body_chunk_timeout)
+            );
             assert_eq!(budget.used(), 0);
         }
         let slow = every(Duration::from_secs(9), PACE_BYTES, 20);
-        let held = read(&parts(), slow, large, &limits, &budget).await.expect("it comes in time");
+        let held = read(&parts(), slow, large, &limits, &budget)
+            .await
+            .expect("it comes in time");
         assert_eq!(held.len(), 20 * PACE_BYTES);
         let endless = every(Duration::from_secs(9), PACE_BYTES, 60);
-        assert_eq!(read(&parts(), endless, large, &limits, &budget).await.expect_err("it takes too long").code(), "body_timeout");
+        assert_eq!(
+            read(&parts(), endless, large, &limits, &budget)
+                .await
+                .expect_err("it takes too long")
+                .code(),
+            "body_timeout"
+        );
     }
 
     #[tokio::test]
     async fn all_that_is_allocated_for_a_body_is_paid_for() {
         let (limits, budget) = (Limits::default(), Budget::new(1 << 20));
-        let large = Ceiling { bytes_max: 1 << 20, what: "a test" };
-        let pieces = futures::stream::iter((0..100).map(|_| Ok::<_, std::io::Error>(vec![b'x'; 1000])));
-        let held = read(&parts(), Body::from_stream(pieces), large, &limits, &budget).await.expect("it fits");
-        assert!((held.len()..held.len() * 5 / 4 + 1000).contains(&budget.used()), "{}", budget.used());
+        let large = Ceiling {
+            bytes_max: 1 << 20,
+            what: "a test",
+        };
+        let pieces =
+            futures::stream::iter((0..100).map(|_| Ok::<_, std::io::Error>(vec![b'x'; 1000])));
+        let held = read(&parts(), Body::from_stream(pieces), large, &limits, &budget)
+            .await
+            .expect("it fits");
+        assert!(
+            (held.len()..held.len() * 5 / 4 + 1000).contains(&budget.used()),
+            "{}",
+            budget.used()
+        );
         drop(held);
-        let declared = read(&parts(), Body::from(vec![b'x'; 5000]), large, &limits, &budget).await.expect("it fits");
-        assert_eq!((declared.len(), budget.used()), (5000, 5000), "no more than it has");
+        let declared = read(
+            &parts(),
+            Body::from(vec![b'x'; 5000]),
+            large,
+            &limits,
+            &budget,
+        )
+        .await
+        .expect("it fits");
+        assert_eq!(
+            (declared.len(), budget.used()),
+            (5000, 5000),
+            "no more than it has"
+        );
     }
 
     #[test]
@@ -259,7 +364,11 @@ mod tests {
             ((100_000, 80_000, usize::MAX - 100_000), 120_000),
             ((100_000, 80_000, 5), 100_005),
         ] {
-            assert_eq!(capacity_for(bytes, had, left), room, "{bytes} after {had}, {left} left");
+            assert_eq!(
+                capacity_for(bytes, had, left),
+                room,
+                "{bytes} after {had}, {left} left"
+            );
         }
     }
 }

@@ -1,8 +1,10 @@
-//! [`Changes`]: those who wait for the end of a change of the view, and the look at it that they share.
+//! [`Changes`]: those who wait for the end of a change of the view, and the look at it that they
+//! share.
 //!
-//! A wait is long and costs its client nothing, so there are few at once, whoever asks: one more is refused before anything is done. They
-//! do not ask the leader of the meta group one by one. A node hears of the end by itself (`Store::await_change`); who then looks, or looks
-//! because nothing was heard for a while, does it for all.
+//! A wait is long and costs its client nothing, so there are few at once, whoever asks: one more is
+//! refused before anything is done. They do not ask the leader of the meta group one by one. A node
+//! hears of the end by itself (`Store::await_change`); who then looks, or looks because nothing was
+//! heard for a while, does it for all.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -18,7 +20,8 @@ use crate::types::PlanEpoch;
 /// Between two looks at a change: small changes are done in a moment, large ones take minutes.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(25);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(500);
-/// Between two looks while a view that is known here says that the change runs: this node may be leaving, and hear nothing more.
+/// Between two looks while a view that is known here says that the change runs: this node may be
+/// leaving, and hear nothing more.
 const LOOK_ANYWAY: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
@@ -50,28 +53,44 @@ pub struct Place<'a> {
 impl Changes {
     /// Returns one where so many can wait at once.
     pub fn new(places_max: usize) -> Self {
-        Self { places: Semaphore::new(places_max), places_max, refused: AtomicU64::new(0), last: Mutex::default() }
+        Self {
+            places: Semaphore::new(places_max),
+            places_max,
+            refused: AtomicU64::new(0),
+            last: Mutex::default(),
+        }
     }
 
-    /// Takes a place among those who wait. To be had before anything is done that is to be waited for.
+    /// Takes a place among those who wait. To be had before anything is done that is to be waited
+    /// for.
     ///
     /// # Errors
     ///
     /// When all places are taken.
     pub fn enter(&self) -> Result<Place<'_>, Failure> {
         match self.places.try_acquire() {
-            Ok(permit) => Ok(Place { changes: self, _permit: permit }),
+            Ok(permit) => Ok(Place {
+                changes: self,
+                _permit: permit,
+            }),
             Err(_) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
-                let limit = format!("{} requests wait for the end of a change of the view already", self.places_max);
-                Err(Failure::Overloaded { limit, retry_after_ms: 1000 })
+                let limit = format!(
+                    "{} requests wait for the end of a change of the view already",
+                    self.places_max
+                );
+                Err(Failure::Overloaded {
+                    limit,
+                    retry_after_ms: 1000,
+                })
             }
         }
     }
 
     /// Returns how many wait.
     pub fn waiting(&self) -> usize {
-        self.places_max.saturating_sub(self.places.available_permits())
+        self.places_max
+            .saturating_sub(self.places.available_permits())
     }
 
     /// Returns how many found no place.
@@ -82,28 +101,44 @@ impl Changes {
     /// Returns what a look found that did not begin before `since`.
     pub async fn look(&self, app: &App, id: PlanEpoch, since: Instant, options: Options) -> Found {
         let mut last = self.last.lock().await;
-        if let Some(look) = last.as_ref().filter(|look| look.id == id && look.began >= since) {
+        if let Some(look) = last
+            .as_ref()
+            .filter(|look| look.id == id && look.began >= since)
+        {
             return look.found.clone();
         }
 
         let began = Instant::now();
         let found = app.store.operation(id, options).await;
-        *last = Some(Look { began, id, found: found.clone() });
+        *last = Some(Look {
+            began,
+            id,
+            found: found.clone(),
+        });
         found
     }
 }
 
 impl Place<'_> {
-    /// Waits until the change is over, the time is up or this server stops, and returns what was last heard of it.
-    pub async fn follow(&self, app: &App, mut change: ChangeInProgress, wait: Duration, options: Options) -> ChangeInProgress {
+    /// Waits until the change is over, the time is up or this server stops, and returns what was
+    /// last heard of it.
+    pub async fn follow(
+        &self,
+        app: &App,
+        mut change: ChangeInProgress,
+        wait: Duration,
+        options: Options,
+    ) -> ChangeInProgress {
         let deadline = Instant::now() + wait;
         let mut rounds = Rounds::new(deadline);
 
         while !change.is_over()
             && let Some(since) = rounds.next(app, app.store.as_ref(), change.id).await
         {
-            // No answer now (an election, a node on its way out) says nothing about the change: it is asked for again.
-            let seen = timeout_at(deadline, self.changes.look(app, change.id, since, options)).await;
+            // No answer now (an election, a node on its way out) says nothing about the change: it
+            // is asked for again.
+            let seen =
+                timeout_at(deadline, self.changes.look(app, change.id, since, options)).await;
             change = seen.ok().and_then(|seen| seen.ok()?).unwrap_or(change);
         }
         change
@@ -121,11 +156,16 @@ pub struct Rounds {
 
 impl Rounds {
     pub fn new(deadline: Instant) -> Self {
-        Self { deadline, interval: LOOK_INTERVAL_MIN, looked: Instant::now(), was_told: false }
+        Self {
+            deadline,
+            interval: LOOK_INTERVAL_MIN,
+            looked: Instant::now(),
+            was_told: false,
+        }
     }
 
-    /// Waits until it is time for another look, and returns how old one may be that somebody else has had; none once the time is up or the
-    /// server stops.
+    /// Waits until it is time for another look, and returns how old one may be that somebody else
+    /// has had; none once the time is up or the server stops.
     pub async fn next(&mut self, app: &App, store: &dyn Store, id: PlanEpoch) -> Option<Instant> {
         while Instant::now() < self.deadline && !is_stopping(app) {
             let began = Instant::now();
@@ -154,7 +194,9 @@ impl Rounds {
 
 /// A wait must not hold up a clean stop.
 fn is_stopping(app: &App) -> bool {
-    app.readiness.ready().is_err_and(|unready| unready.code == "stopping")
+    app.readiness
+        .ready()
+        .is_err_and(|unready| unready.code == "stopping")
 }
 
 #[cfg(test)]
@@ -172,14 +214,28 @@ mod tests {
 
     fn app(store: &Arc<FakeStore>) -> App {
         let metrics = Arc::new(Metrics::new(Vec::new()));
-        App::new(store.clone(), Arc::new(Switch::default()), metrics, None, Limits::default())
+        App::new(
+            store.clone(),
+            Arc::new(Switch::default()),
+            metrics,
+            None,
+            Limits::default(),
+        )
     }
 
     /// Many clients that wait so long for a change that runs; what they are told.
     async fn follow(app: &App, wait: Duration) -> Vec<ChangeInProgress> {
-        let options =
-            Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: Duration::from_secs(1) };
-        let running = app.store.operation(PlanEpoch(2), options).await.expect("an answer").expect("a change");
+        let options = Options {
+            consistency: Consistency::Linearizable,
+            routing: Routing::Proxy,
+            timeout: Duration::from_secs(1),
+        };
+        let running = app
+            .store
+            .operation(PlanEpoch(2), options)
+            .await
+            .expect("an answer")
+            .expect("a change");
         assert!(!running.is_over());
         let one = || async {
             let place = app.changes.enter().expect("a place");
@@ -195,8 +251,16 @@ mod tests {
         let app = app(&store);
         let told = follow(&app, Duration::from_secs(60)).await;
         assert!(told.iter().all(|change| !change.is_over()));
-        assert!((100..=150).contains(&store.looks()), "{} looks in a minute", store.looks());
-        assert_eq!(app.changes.places.available_permits(), app.limits.change_waiters_max, "their places are free again");
+        assert!(
+            (100..=150).contains(&store.looks()),
+            "{} looks in a minute",
+            store.looks()
+        );
+        assert_eq!(
+            app.changes.places.available_permits(),
+            app.limits.change_waiters_max,
+            "their places are free again"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -215,19 +279,40 @@ mod tests {
         let (told, ()) = futures::join!(follow(&app, Duration::from_secs(3600)), ending);
         assert!(told.iter().all(ChangeInProgress::is_over));
         assert_eq!(began.elapsed(), ended_after);
-        assert!(store.looks() <= 10, "{} looks in ten seconds", store.looks());
+        assert!(
+            store.looks() <= 10,
+            "{} looks in ten seconds",
+            store.looks()
+        );
     }
 
     #[tokio::test]
     async fn one_more_than_may_wait_is_refused_before_anything_is_done() {
-        let site = Site::with(Limits { change_waiters_max: 0, ..Limits::default() }).await;
+        let site = Site::with(Limits {
+            change_waiters_max: 0,
+            ..Limits::default()
+        })
+        .await;
         site.store.take_time(u64::MAX);
-        let refused = site.put("/v1/cluster/view?wait=1s", r#"{"nodes":["x:1"]}"#).await;
-        assert_eq!((refused.verdict(), refused.header("retry-after")), ((429, "overloaded".into()), "1"));
+        let refused = site
+            .put("/v1/cluster/view?wait=1s", r#"{"nodes":["x:1"]}"#)
+            .await;
+        assert_eq!(
+            (refused.verdict(), refused.header("retry-after")),
+            ((429, "overloaded".into()), "1")
+        );
         let kvs = site.put("/kvs/view-change", r#"{"view":"x:1"}"#).await;
         assert_eq!(kvs.status, 503);
-        assert!(!site.get("/v1/cluster/view").await.json()["nodes"].to_string().contains("x:1"), "nothing was changed");
-        assert_eq!(site.get("/v1/cluster/operations/2?wait=1s").await.status, 429);
+        assert!(
+            !site.get("/v1/cluster/view").await.json()["nodes"]
+                .to_string()
+                .contains("x:1"),
+            "nothing was changed"
+        );
+        assert_eq!(
+            site.get("/v1/cluster/operations/2?wait=1s").await.status,
+            429
+        );
         assert_eq!(site.get("/v1/cluster/operations/2").await.status, 200);
         assert_eq!(site.put("/v1/cluster/view", "{}").await.status, 202);
         site.stop().await;

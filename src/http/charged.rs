@@ -27,14 +27,25 @@ pub struct AlreadyCharged;
 ///
 /// The answer again, where there is no room for it.
 pub fn charge(response: Response, answers: &Arc<Budget>) -> Result<Response, Box<Response>> {
-    let bytes = response.body().size_hint().exact().and_then(|bytes| usize::try_from(bytes).ok());
-    let Some(bytes) = bytes.filter(|bytes| *bytes > UNCHARGED_BYTES_MAX) else { return Ok(response) };
+    let bytes = response
+        .body()
+        .size_hint()
+        .exact()
+        .and_then(|bytes| usize::try_from(bytes).ok());
+    let Some(bytes) = bytes.filter(|bytes| *bytes > UNCHARGED_BYTES_MAX) else {
+        return Ok(response);
+    };
     if response.extensions().get::<AlreadyCharged>().is_some() {
         return Ok(response);
     }
     match answers.take(bytes) {
         Some(share) => {
-            let mut response = response.map(|inner| Body::new(ChargedBody { inner, share: Some(share) }));
+            let mut response = response.map(|inner| {
+                Body::new(ChargedBody {
+                    inner,
+                    share: Some(share),
+                })
+            });
             response.extensions_mut().insert(AlreadyCharged);
             Ok(response)
         }
@@ -51,7 +62,9 @@ pub fn charge_piece(piece: Bytes, answers: &Arc<Budget>) -> Result<Bytes, Failur
     if piece.len() <= UNCHARGED_BYTES_MAX {
         return Ok(piece);
     }
-    let share = answers.take(piece.len()).ok_or_else(|| Failure::no_room(answers))?;
+    let share = answers
+        .take(piece.len())
+        .ok_or_else(|| Failure::no_room(answers))?;
     Ok(share.hold(piece))
 }
 
@@ -66,7 +79,10 @@ impl HttpBody for ChargedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = &mut *self;
         let frame = ready!(Pin::new(&mut this.inner).poll_frame(context));
         let hold = |data: Bytes| match this.share.take() {
@@ -97,14 +113,26 @@ mod tests {
         let answer = |bytes: usize| Response::new(Body::from(vec![b'x'; bytes]));
         let small = charge(answer(UNCHARGED_BYTES_MAX), &answers).expect("it is small");
         let large = charge(answer(8000), &answers).expect("there is room");
-        assert_eq!((answers.used(), large.body().size_hint().exact()), (8000, Some(8000)));
+        assert_eq!(
+            (answers.used(), large.body().size_hint().exact()),
+            (8000, Some(8000))
+        );
         assert!(charge(answer(5000), &answers).is_err());
         let mut valued = answer(5000);
         valued.extensions_mut().insert(AlreadyCharged);
         assert!(charge(valued, &answers).is_ok());
 
-        let bytes = large.into_body().collect().await.expect("a body").to_bytes();
-        assert_eq!((bytes.len(), answers.used()), (8000, 8000), "the body is gone, and its bytes are not");
+        let bytes = large
+            .into_body()
+            .collect()
+            .await
+            .expect("a body")
+            .to_bytes();
+        assert_eq!(
+            (bytes.len(), answers.used()),
+            (8000, 8000),
+            "the body is gone, and its bytes are not"
+        );
         drop((bytes, small));
         assert_eq!(answers.used(), 0);
         assert!(charge_piece(Bytes::from(vec![0; 20_000]), &answers).is_err());

@@ -1,9 +1,11 @@
 //! One connection, from its first byte to its end.
 //!
-//! It ends by itself when its client says nothing for too long, does not take what it asked for, or has no place here; and in order
-//! when the server stops. HTTP/1 is timed by hyper between requests, HTTP/2, where streams come and go, is timed here.
+//! It ends by itself when its client says nothing for too long, does not take what it asked for, or
+//! has no place here; and in order when the server stops. HTTP/1 is timed by hyper between
+//! requests, HTTP/2, where streams come and go, is timed here.
 //!
-//! What a connection is watched by is asked only when it has something to say ([`Apart`]), not with every request.
+//! What a connection is watched by is asked only when it has something to say ([`Apart`]), not with
+//! every request.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -44,8 +46,9 @@ use super::server::BUFFER_BYTES_MIN;
 use super::{body, framing};
 use crate::budget::Budget;
 
-/// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One that is idle, or was only just made, may be used
-/// just then, and its client could not tell whether that request was done if it were closed: so it is closed only after this.
+/// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One
+/// that is idle, or was only just made, may be used just then, and its client could not tell
+/// whether that request was done if it were closed: so it is closed only after this.
 const IDLE_KEPT_FOR: Duration = Duration::from_millis(300);
 
 /// How long a connection may stand at the door without a request: peers send theirs at once.
@@ -107,7 +110,11 @@ struct Talk {
 impl Serving {
     /// Serves one connection until it ends.
     pub async fn serve(&self, stream: TcpStream, address: SocketAddr, admitted: Admitted) {
-        let Admitted { place, attending, is_crowded } = admitted;
+        let Admitted {
+            place,
+            attending,
+            is_crowded,
+        } = admitted;
         let is_at_the_door = place.is_at_the_door();
         if is_at_the_door && !self.speaks(&stream, &place).await {
             place.refuse();
@@ -127,7 +134,10 @@ impl Serving {
             may_be_reused: AtomicBool::new(false),
             inbox: Arc::default(),
             outbox: Arc::default(),
-            meter: Arc::new(HeadMeter::new(&self.heads, self.limits.head_bytes_max.max(BUFFER_BYTES_MIN))),
+            meter: Arc::new(HeadMeter::new(
+                &self.heads,
+                self.limits.head_bytes_max.max(BUFFER_BYTES_MIN),
+            )),
             address,
             streams: Notify::new(),
             over: Notify::new(),
@@ -147,11 +157,25 @@ impl Serving {
     }
 
     async fn talk(&self, stream: TcpStream, talk: &Arc<Talk>, first_request: Duration) {
-        let service = service_fn(|request: Request<Incoming>| Arc::clone(talk).answer(self.router.clone(), request));
+        let service = service_fn(|request: Request<Incoming>| {
+            Arc::clone(talk).answer(self.router.clone(), request)
+        });
         let (stats, outbox) = (Arc::clone(&self.stats), Arc::clone(&talk.outbox));
         let arrivals = Arrivals::new(Arc::clone(&talk.inbox), self.limits.head_arrival_timeout);
-        let stream = Paced::new(stream, self.limits.write_timeout, stats, self.haste.clone(), outbox, arrivals);
-        let stream = Metered::new(stream, Arc::clone(&talk.meter), Arc::clone(&talk.inbox), Arc::clone(&talk.outbox));
+        let stream = Paced::new(
+            stream,
+            self.limits.write_timeout,
+            stats,
+            self.haste.clone(),
+            outbox,
+            arrivals,
+        );
+        let stream = Metered::new(
+            stream,
+            Arc::clone(&talk.meter),
+            Arc::clone(&talk.inbox),
+            Arc::clone(&talk.outbox),
+        );
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
         let mut watch = Watch {
             // hyper's own timeout does not run until it knows which version of HTTP is spoken.
@@ -243,7 +267,8 @@ impl Serving {
     }
 
     fn is_stalled(&self, talk: &Talk) -> bool {
-        let is_stalled = talk.outbox.is_stuck(self.limits.write_timeout) || talk.outbox.misses(&self.haste);
+        let is_stalled =
+            talk.outbox.is_stuck(self.limits.write_timeout) || talk.outbox.misses(&self.haste);
         if is_stalled {
             self.stats.stalled();
             tracing::debug!("a connection is cut: its client does not take what it asked for");
@@ -252,7 +277,9 @@ impl Serving {
     }
 
     fn is_idle(&self, talk: &Talk) -> bool {
-        talk.outbox.idle_since().is_some_and(|since| since.elapsed() > self.limits.head_timeout)
+        talk.outbox
+            .idle_since()
+            .is_some_and(|since| since.elapsed() > self.limits.head_timeout)
     }
 }
 
@@ -299,7 +326,11 @@ impl Talk {
     }
 
     /// Answers one request of this connection.
-    async fn answer(self: Arc<Self>, mut router: Router, mut request: Request<Incoming>) -> Result<Response, Infallible> {
+    async fn answer(
+        self: Arc<Self>,
+        mut router: Router,
+        mut request: Request<Incoming>,
+    ) -> Result<Response, Infallible> {
         self.spoke.store(true, Ordering::Relaxed);
         // HTTP/2 has a word for a connection that takes no more requests.
         let is_old = request.version() <= Version::HTTP_11;
@@ -307,7 +338,10 @@ impl Talk {
 
         let in_flight = self.meter.begin(&request);
         let verdict = self.place.judge(request.method(), request.uri().path());
-        request.extensions_mut().insert(Caller { address: self.address, inbox: Arc::clone(&self.inbox) });
+        request.extensions_mut().insert(Caller {
+            address: self.address,
+            inbox: Arc::clone(&self.inbox),
+        });
         if !is_old {
             return Ok(self.answer_stream(router, request, verdict).await);
         }
@@ -316,34 +350,50 @@ impl Talk {
         let is_last = verdict != Verdict::Serve || checked.is_err();
         let mut response = match (checked, verdict) {
             (Err(problem), _) => {
-                tracing::debug!(client = %self.address, %problem.detail, "a request's head is refused");
+                tracing::debug!(client = %self.address, %problem.detail, "a request's head is \
+                    refused");
                 let (parts, body) = request.into_parts();
                 body::discard(&parts, Body::new(body));
                 problem.into_response()
             }
-            (Ok(()), Verdict::Serve | Verdict::ServeLast) => router.call(request).await.unwrap_or_else(|never| match never {}),
+            (Ok(()), Verdict::Serve | Verdict::ServeLast) => router
+                .call(request)
+                .await
+                .unwrap_or_else(|never| match never {}),
             (Ok(()), Verdict::Refuse) => too_many().into_response(),
         };
         drop(in_flight);
         if is_last || self.shutdown.is_cancelled() {
-            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            response
+                .headers_mut()
+                .insert(CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(response)
     }
 
     /// Answers a request over HTTP/2.
-    async fn answer_stream(&self, mut router: Router, request: Request<Incoming>, verdict: Verdict) -> Response<Body> {
+    async fn answer_stream(
+        &self,
+        mut router: Router,
+        request: Request<Incoming>,
+        verdict: Verdict,
+    ) -> Response<Body> {
         self.streams.notify_one();
         let exchange = self.outbox.begin();
         let Some(_head) = self.meter.take(&request) else {
-            return no_room_for_heads().into_response().map(|body| exchange.answer(body, true));
+            return no_room_for_heads()
+                .into_response()
+                .map(|body| exchange.answer(body, true));
         };
         let is_lane = request.uri().path().starts_with(super::peer::LANE_PREFIX);
         if is_lane {
             self.attending.carries_lanes();
         }
         let response = match verdict {
-            Verdict::Serve | Verdict::ServeLast => router.call(request).await.unwrap_or_else(|never| match never {}),
+            Verdict::Serve | Verdict::ServeLast => router
+                .call(request)
+                .await
+                .unwrap_or_else(|never| match never {}),
             Verdict::Refuse => too_many().into_response(),
         };
         if verdict != Verdict::Serve {
@@ -355,19 +405,25 @@ impl Talk {
 
 /// What a request is told whose head there is no room for.
 fn no_room_for_heads() -> Problem {
-    Problem::new(Code::Overloaded, "the heads of requests in flight take all that they may together").retry_after_ms(1000)
+    Problem::new(
+        Code::Overloaded,
+        "the heads of requests in flight take all that they may together",
+    )
+    .retry_after_ms(1000)
 }
 
 fn too_many() -> Problem {
     Problem::new(Code::Unavailable, "too many connections").retry_after_ms(1000)
 }
 
-/// Tells a connection that nothing was read of that there is no place for it. Best effort, and never waited for: the socket's buffer is
-/// empty, so it takes this or is broken.
+/// Tells a connection that nothing was read of that there is no place for it. Best effort, and
+/// never waited for: the socket's buffer is empty, so it takes this or is broken.
 pub fn tell_too_many(stream: TcpStream) {
     let body = too_many().body().to_string();
-    let head =
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close";
+    let head = "HTTP/1.1 503 Service Unavailable\r\ncontent-type: \
+        application/problem+json\r\nretry-after: 1\r\nconnection: close";
     let told = format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
-    let _ = stream.into_std().and_then(|mut stream| stream.write_all(told.as_bytes()));
+    let _ = stream
+        .into_std()
+        .and_then(|mut stream| stream.write_all(told.as_bytes()));
 }

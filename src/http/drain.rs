@@ -19,7 +19,12 @@ impl Attendance {
     /// Returns one, and what is cancelled when the last of its clones is gone.
     pub fn new() -> (Self, CancellationToken) {
         let over = CancellationToken::new();
-        (Self { _guard: Arc::new(over.clone().drop_guard()) }, over)
+        (
+            Self {
+                _guard: Arc::new(over.clone().drop_guard()),
+            },
+            over,
+        )
     }
 }
 
@@ -46,7 +51,10 @@ mod tests {
     #[test]
     fn lanes_end_when_all_else_is_over() {
         let (listener, over) = Attendance::new();
-        let (client, peer) = (Attending::new(listener.clone()), Attending::new(listener.clone()));
+        let (client, peer) = (
+            Attending::new(listener.clone()),
+            Attending::new(listener.clone()),
+        );
         peer.carries_lanes();
         drop(listener);
         assert!(!over.is_cancelled(), "a client is still there");

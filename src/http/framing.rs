@@ -20,7 +20,11 @@ pub fn check(version: Version, headers: &HeaderMap) -> Result<(), Problem> {
         (Some(host), None) if is_host(host.as_bytes()) => {}
         (None, None) if version < Version::HTTP_11 => {}
         (None, None) => return Err(invalid("an HTTP/1.1 request has a Host header")),
-        (Some(_), None) => return Err(invalid("the Host header is not a host with or without a port")),
+        (Some(_), None) => {
+            return Err(invalid(
+                "the Host header is not a host with or without a port",
+            ));
+        }
         (_, Some(_)) => return Err(invalid("a request has one Host header")),
     }
     let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
@@ -43,5 +47,7 @@ fn invalid(detail: &str) -> Problem {
 /// Whether these are characters of a host and a port. An empty one is for requests without an
 /// authority, and means nothing.
 fn is_host(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| byte.is_ascii_graphic() && !b"/?#@\\<>\"{}|^`,".contains(byte))
+    bytes
+        .iter()
+        .all(|byte| byte.is_ascii_graphic() && !b"/?#@\\<>\"{}|^`,".contains(byte))
 }

@@ -26,7 +26,10 @@ pub struct Haste {
 impl Haste {
     /// Returns one for `answers` and a rate of so many bytes in a second.
     pub fn new(answers: Arc<Budget>, rate_bytes: u64) -> Self {
-        Self { answers, rate_bytes }
+        Self {
+            answers,
+            rate_bytes,
+        }
     }
 
     /// Returns whether there is haste, and an answer that went so is too slow.
@@ -45,7 +48,10 @@ pub struct Course {
 impl Course {
     /// Returns that of an answer that begins now.
     pub fn new() -> Self {
-        Self { since: Instant::now(), taken_bytes: 0 }
+        Self {
+            since: Instant::now(),
+            taken_bytes: 0,
+        }
     }
 
     /// Counts what was taken.

@@ -40,7 +40,13 @@ impl HeadMeter {
     pub fn new(heads: &Arc<Budget>, bytes_max: usize) -> Self {
         let share = Mutex::new(heads.empty_share());
         let zero = || AtomicUsize::new(0);
-        Self { bytes: zero(), in_flight: zero(), charged: zero(), share, bytes_max }
+        Self {
+            bytes: zero(),
+            in_flight: zero(),
+            charged: zero(),
+            share,
+            bytes_max,
+        }
     }
 
     /// Counts bytes that were read. False: there is no room for them. `is_busy` says whether they
@@ -76,7 +82,11 @@ impl HeadMeter {
         self.bytes.store(0, Ordering::Relaxed);
         if self.charged.load(Ordering::Relaxed) > 0 {
             let bytes = bytes_of(request);
-            let kept = if bytes <= UNCHARGED_BYTES_MAX { 0 } else { bytes };
+            let kept = if bytes <= UNCHARGED_BYTES_MAX {
+                0
+            } else {
+                bytes
+            };
             let mut share = self.share.lock().expect("no holder panics");
             share.shrink_to(kept);
             self.charged.store(share.bytes(), Ordering::Relaxed);
@@ -112,18 +122,35 @@ pub struct Metered {
 
 impl Metered {
     /// Returns `stream`, of which `meter` knows what is head.
-    pub fn new(stream: Paced, meter: Arc<HeadMeter>, inbox: Arc<Inbox>, outbox: Arc<Outbox>) -> Self {
-        Self { stream, meter, inbox, outbox }
+    pub fn new(
+        stream: Paced,
+        meter: Arc<HeadMeter>,
+        inbox: Arc<Inbox>,
+        outbox: Arc<Outbox>,
+    ) -> Self {
+        Self {
+            stream,
+            meter,
+            inbox,
+            outbox,
+        }
     }
 }
 
 impl AsyncRead for Metered {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         let bytes = buffer.filled().len() - before;
         // The rest of a body whose request was answered early is no head either.
-        if self.meter.read(bytes, || self.outbox.is_busy() || self.inbox.reads_body()) {
+        if self
+            .meter
+            .read(bytes, || self.outbox.is_busy() || self.inbox.reads_body())
+        {
             return Poll::Ready(Ok(()));
         }
         let reason = "there is no room for the heads of more requests";
@@ -132,11 +159,19 @@ impl AsyncRead for Metered {
 }
 
 impl AsyncWrite for Metered {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
     }
 
@@ -155,8 +190,15 @@ impl AsyncWrite for Metered {
 
 /// Returns what a head takes, nearly.
 fn bytes_of<B>(request: &Request<B>) -> usize {
-    let path = request.uri().path_and_query().map_or(0, |path| path.as_str().len());
-    path + request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>()
+    let path = request
+        .uri()
+        .path_and_query()
+        .map_or(0, |path| path.as_str().len());
+    path + request
+        .headers()
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len())
+        .sum::<usize>()
 }
 
 #[cfg(test)]
@@ -166,7 +208,10 @@ mod tests {
     const KIB: usize = 1 << 10;
 
     fn request(bytes: usize) -> Request<()> {
-        Request::get("/").header("a", "b".repeat(bytes)).body(()).expect("a request")
+        Request::get("/")
+            .header("a", "b".repeat(bytes))
+            .body(())
+            .expect("a request")
     }
 
     #[test]
@@ -190,11 +235,17 @@ mod tests {
         let in_flight = meter.begin(&request(60 * KIB));
         assert!(read(1 << 30), "that is a body");
         drop(in_flight);
-        assert!((60 * KIB..61 * KIB).contains(&heads.used()), "the buffer is as large as before");
+        assert!(
+            (60 * KIB..61 * KIB).contains(&heads.used()),
+            "the buffer is as large as before"
+        );
         assert!(read(100));
         drop(meter.begin(&request(90)));
         assert_eq!(heads.used(), 0, "a small one came");
-        assert!(meter.read(1 << 30, || true), "frames of streams that are under way");
+        assert!(
+            meter.read(1 << 30, || true),
+            "frames of streams that are under way"
+        );
         assert_eq!(heads.used(), 0);
     }
 }

@@ -44,14 +44,23 @@ pub(super) async fn readyz(State(app): State<Shared>) -> Response {
             Some(note) => format!("ready, but {note}\n").into_response(),
         },
         Err(NotReady { code, reason }) => {
-            Problem::with_code(code, StatusCode::SERVICE_UNAVAILABLE, "Not ready", reason).retry_after_ms(1000).into_response()
+            Problem::with_code(code, StatusCode::SERVICE_UNAVAILABLE, "Not ready", reason)
+                .retry_after_ms(1000)
+                .into_response()
         }
     }
 }
 
 pub(super) async fn metrics(State(app): State<Shared>) -> Response {
-    let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    (content_type, app.metrics.render(&app.bodies, &app.answers, &app.changes)).into_response()
+    let content_type = [(
+        header::CONTENT_TYPE,
+        "text/plain; version=0.0.4; charset=utf-8",
+    )];
+    (
+        content_type,
+        app.metrics.render(&app.bodies, &app.answers, &app.changes),
+    )
+        .into_response()
 }
 
 /// What a browser is shown.
@@ -59,11 +68,13 @@ pub(super) const FRONT_PAGE: &str = concat!(
     "Quorate ",
     env!("CARGO_PKG_VERSION"),
     ", a sharded, linearizable key-value store\n\n",
-    "GET PUT DELETE /v1/kv/<key>             a value, as raw bytes; ETag, If-Match, If-None-Match, Idempotency-Key\n",
+    "GET PUT DELETE /v1/kv/<key>             a value, as raw bytes; ETag, If-Match, If-None-Match, \
+    Idempotency-Key\n",
     "GET  /v1/kv?prefix=&start=&end=&limit=  pages of keys and values, in key order\n",
     "POST /v1/batch                          several operations, atomic per shard\n",
     "GET  /v1/cluster                        the view, its shards and how they are\n",
-    "GET PUT /v1/cluster/view                what was asked of the view; ask for another: ?dry_run=true, ?wait=60s\n",
+    "GET PUT /v1/cluster/view                what was asked of the view; ask for another: \
+    ?dry_run=true, ?wait=60s\n",
     "GET  /v1/cluster/operations/<id>        how a change of the view gets on\n",
     "POST /v1/cluster/shards/<id>/leader     hand a shard's leadership over\n",
     "GET  /healthz /readyz /metrics\n\n",
@@ -71,6 +82,7 @@ pub(super) const FRONT_PAGE: &str = concat!(
     "PUT  /set, POST /fetch, GET /fetch, POST /query   lists of encoded keys and values\n",
     "POST /set, POST /get                              lists of plain ones\n",
     "POST /set/<key>, GET /get/<key>                   a JSON value\n",
-    "GET PUT DELETE /kvs/keys/<key>                    a JSON value; /kvs/key-count, /kvs/shards, /kvs/view-change\n\n",
+    "GET PUT DELETE /kvs/keys/<key>                    a JSON value; /kvs/key-count, /kvs/shards, \
+    /kvs/view-change\n\n",
     "A request for a key that another node leads is answered 307: use curl -L, or ?proxy=true.\n",
 );

@@ -1,4 +1,5 @@
-//! Finds the process that holds a port, for the message of a failed bind. Best effort: Linux's `/proc` or nothing.
+//! Finds the process that holds a port, for the message of a failed bind. Best effort: Linux's
+//! `/proc` or nothing.
 
 use std::fmt;
 use std::fs;
@@ -18,7 +19,8 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Who listens on `address`, or on a wildcard that covers it. None if that is nobody, or another user's process.
+/// Who listens on `address`, or on a wildcard that covers it. None if that is nobody, or another
+/// user's process.
 pub fn find(address: SocketAddr) -> Option<Holder> {
     let sockets: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .into_iter()
@@ -31,7 +33,10 @@ pub fn find(address: SocketAddr) -> Option<Holder> {
     }
     fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
         let pid = process.file_name().to_str()?.parse().ok()?;
-        holds(&process.path(), &sockets).then(|| Holder { pid, command: command(&process.path()) })
+        holds(&process.path(), &sockets).then(|| Holder {
+            pid,
+            command: command(&process.path()),
+        })
     })
 }
 
@@ -39,19 +44,28 @@ pub fn find(address: SocketAddr) -> Option<Holder> {
 fn listening(table: &str, address: SocketAddr) -> Vec<u64> {
     let inode = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        // sl local_address rem_address st tx_queue:rx_queue tr:tm->when retrnsmt uid timeout inode; 0A is LISTEN.
+        // sl local_address rem_address st tx_queue:rx_queue tr:tm->when retrnsmt uid timeout inode;
+        // 0A is LISTEN.
         let (local, state, inode) = (fields.get(1)?, fields.get(3)?, fields.get(9)?);
         let (ip, port) = local.split_once(':')?;
         let (ip, port) = (parse_ip(ip)?, u16::from_str_radix(port, 16).ok()?);
         let overlaps = ip == address.ip() || ip.is_unspecified() || address.ip().is_unspecified();
-        if *state == "0A" && port == address.port() && overlaps { inode.parse().ok() } else { None }
+        if *state == "0A" && port == address.port() && overlaps {
+            inode.parse().ok()
+        } else {
+            None
+        }
     };
     table.lines().skip(1).filter_map(inode).collect()
 }
 
 /// Addresses stand there as 32-bit words in the machine's byte order.
 fn parse_ip(hex: &str) -> Option<IpAddr> {
-    let word = |at: usize| u32::from_str_radix(hex.get(at..at + 8)?, 16).ok().map(u32::to_ne_bytes);
+    let word = |at: usize| {
+        u32::from_str_radix(hex.get(at..at + 8)?, 16)
+            .ok()
+            .map(u32::to_ne_bytes)
+    };
     match hex.len() {
         8 => Some(IpAddr::V4(Ipv4Addr::from(word(0)?))),
         32 => {
@@ -64,11 +78,17 @@ fn parse_ip(hex: &str) -> Option<IpAddr> {
 }
 
 fn holds(process: &Path, sockets: &[String]) -> bool {
-    let Ok(files) = fs::read_dir(process.join("fd")) else { return false };
+    let Ok(files) = fs::read_dir(process.join("fd")) else {
+        return false;
+    };
     files
         .flatten()
         .filter_map(|file| fs::read_link(file.path()).ok())
-        .any(|target| target.to_str().is_some_and(|target| sockets.iter().any(|socket| socket == target)))
+        .any(|target| {
+            target
+                .to_str()
+                .is_some_and(|target| sockets.iter().any(|socket| socket == target))
+        })
 }
 
 /// The command line, shortened.
@@ -87,11 +107,12 @@ mod tests {
 
     #[test]
     fn a_table_is_searched_for_listeners_in_the_way() {
-        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
-            0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 111 1 0 100 0 0 10 0\n\
-            1: 00000000:1F91 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 222 1 0 100 0 0 10 0\n\
-            2: 0100007F:1F90 0100007F:9999 01 00000000:00000000 00:00000000 00000000     0        0 333 1 0 100 0 0 10 0\n\
-            cut short\n";
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   \
+            uid  timeout inode\n0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 \
+            00000000     0        0 111 1 0 100 0 0 10 0\n1: 00000000:1F91 00000000:0000 0A \
+            00000000:00000000 00:00000000 00000000     0        0 222 1 0 100 0 0 10 0\n2: \
+            0100007F:1F90 0100007F:9999 01 00000000:00000000 00:00000000 00000000     0        0 \
+            333 1 0 100 0 0 10 0\ncut short\n";
         let found = |address: &str| listening(table, address.parse().expect("an address"));
         if cfg!(target_endian = "little") {
             assert_eq!(found("127.0.0.1:8080"), [111]);

@@ -7,8 +7,8 @@
 //! A client may close its sending side once it has sent its request (`nc -N` does), and is owed the
 //! answer all the same (RFC 9112, section 9.6). A client that is gone looks the same, and what it
 //! asked for would be worked on for nobody. So who has closed that side is sent `100 Continue` now
-//! and then while it waits, which any client of HTTP/1.1 passes over (RFC 9110, section 15.2.1), and
-//! which a machine without that client answers by a reset.
+//! and then while it waits, which any client of HTTP/1.1 passes over (RFC 9110, section 15.2.1),
+//! and which a machine without that client answers by a reset.
 
 use std::io;
 use std::pin::Pin;
@@ -50,7 +50,8 @@ pub struct Inbox {
 impl Inbox {
     /// Notes a request, which has no answer until what this returns is dropped.
     pub fn begin(self: &Arc<Self>, version: Version) -> Asked {
-        self.is_plain.store(version < Version::HTTP_11, Ordering::Relaxed);
+        self.is_plain
+            .store(version < Version::HTTP_11, Ordering::Relaxed);
         self.is_asked.store(true, Ordering::Relaxed);
         self.heads.fetch_add(1, Ordering::Relaxed);
         Asked(Arc::clone(self))
@@ -103,9 +104,15 @@ enum Spoken {
 
 impl Spoken {
     fn after(self, bytes: &[u8]) -> Self {
-        let Self::Unknown(matched) = self else { return self };
+        let Self::Unknown(matched) = self else {
+            return self;
+        };
         let expected = &PREFACE[matched..];
-        let common = expected.iter().zip(bytes).take_while(|(expected, byte)| expected == byte).count();
+        let common = expected
+            .iter()
+            .zip(bytes)
+            .take_while(|(expected, byte)| expected == byte)
+            .count();
         match () {
             () if common == expected.len() => Self::Http2,
             () if common == bytes.len() => Self::Unknown(matched + common),
@@ -141,7 +148,15 @@ impl Arrivals {
     /// Returns those of a new connection. A head has to be complete within `head_limit`.
     pub fn new(inbox: Arc<Inbox>, head_limit: Duration) -> Self {
         let spoken = Spoken::Unknown(0);
-        Self { inbox, head_limit, spoken, heads: 0, has_begun: false, head: None, ended: None }
+        Self {
+            inbox,
+            head_limit,
+            spoken,
+            heads: 0,
+            has_begun: false,
+            head: None,
+            ended: None,
+        }
     }
 
     /// Notes what came.
@@ -204,7 +219,11 @@ impl Arrivals {
 
 impl Ended {
     fn now() -> Self {
-        Self { since: Instant::now(), pause: PROBE_MIN, probe: Box::pin(sleep(PROBE_MIN)) }
+        Self {
+            since: Instant::now(),
+            pause: PROBE_MIN,
+            probe: Box::pin(sleep(PROBE_MIN)),
+        }
     }
 
     /// Asks whether the client is there, and looks at what became of it the last time.
@@ -239,13 +258,18 @@ mod tests {
     fn the_first_bytes_tell_what_is_spoken() {
         for (pieces, spoken) in [
             (&[PREFACE][..], Spoken::Http2),
-            (&[b"PRI * HT", b"TP/2.0\r\n\r\nSM\r\n\r\nmore"], Spoken::Http2),
+            (
+                &[b"PRI * HT", b"TP/2.0\r\n\r\nSM\r\n\r\nmore"],
+                Spoken::Http2,
+            ),
             (&[b"P"], Spoken::Unknown(1)),
             (&[b"P", b"UT /"], Spoken::Http1),
             (&[b"PRI * HTTP/1.1\r\n"], Spoken::Http1),
             (&[b"GET /", PREFACE], Spoken::Http1),
         ] {
-            let found = pieces.iter().fold(Spoken::Unknown(0), |spoken, bytes| spoken.after(bytes));
+            let found = pieces
+                .iter()
+                .fold(Spoken::Unknown(0), |spoken, bytes| spoken.after(bytes));
             assert_eq!(found, spoken, "{pieces:?}");
         }
     }
@@ -286,7 +310,10 @@ mod tests {
         }
         tokio::time::advance(Duration::from_millis(10)).await;
         arrivals.came(b"a");
-        assert!(is_late(&mut arrivals).await, "a byte now and then is not enough");
+        assert!(
+            is_late(&mut arrivals).await,
+            "a byte now and then is not enough"
+        );
 
         let mut streams = Arrivals::new(inbox, limit);
         streams.came(PREFACE);

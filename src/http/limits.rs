@@ -1,13 +1,16 @@
-//! Every limit of the serving side, in one value. All are configurable; the defaults are what the documentation promises.
+//! Every limit of the serving side, in one value. All are configurable; the defaults are what the
+//! documentation promises.
 
 use std::time::Duration;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections of clients served at once, if the limit of open files leaves room for so many. One more is answered 503 and closed.
+    /// Connections of clients served at once, if the limit of open files leaves room for so many.
+    /// One more is answered 503 and closed.
     pub connections_max: usize,
-    /// A connection that has not sent a whole request head in this time, idle or slow, is closed. Longer than the idle time of common
-    /// client pools (reqwest: 90 s), so that it is the client who closes, and no request meets a connection that is just going away.
+    /// A connection that has not sent a whole request head in this time, idle or slow, is closed.
+    /// Longer than the idle time of common client pools (reqwest: 90 s), so that it is the client
+    /// who closes, and no request meets a connection that is just going away.
     pub head_timeout: Duration,
     /// How long a request's head may take from its first byte to its last, over HTTP/1.
     pub head_arrival_timeout: Duration,
@@ -21,10 +24,10 @@ pub struct Limits {
     pub body_bytes_max: usize,
     /// The bodies of all requests in flight together.
     pub bodies_bytes_max: usize,
-    /// The time in which a client has to take more of its answer: 64 KiB of each stream over HTTP/2,
-    /// and over HTTP/1 what the kernel waits for before it takes more, also about 64 KiB. Then its
-    /// connection is cut, and the memory of its answers comes back. Streams of HTTP/2 that share a
-    /// slow line have up to ten times as long, as long as their turn has not come.
+    /// The time in which a client has to take more of its answer: 64 KiB of each stream over
+    /// HTTP/2, and over HTTP/1 what the kernel waits for before it takes more, also about 64 KiB.
+    /// Then its connection is cut, and the memory of its answers comes back. Streams of HTTP/2 that
+    /// share a slow line have up to ten times as long, as long as their turn has not come.
     pub write_timeout: Duration,
     /// While more than half of the room for answers is taken, large ones have to go out at this
     /// rate, in bytes a second. Clients that are slower are cut.

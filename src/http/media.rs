@@ -1,7 +1,9 @@
-//! Between a `Content-Type` and the media type of a value; and what JSON answers make of a value's or key's bytes.
+//! Between a `Content-Type` and the media type of a value; and what JSON answers make of a value's
+//! or key's bytes.
 //!
-//! Invariant: a value stored as [`Media::Text`] is valid UTF-8, one stored as [`Media::Json`] is JSON that `serde_json` reads back. Bytes
-//! that aren't what their sender calls them keep the name, as [`Media::Other`]: nothing is refused, and no reader is misled.
+//! Invariant: a value stored as [`Media::Text`] is valid UTF-8, one stored as [`Media::Json`] is
+//! JSON that `serde_json` reads back. Bytes that aren't what their sender calls them keep the name,
+//! as [`Media::Other`]: nothing is refused, and no reader is misled.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -26,14 +28,26 @@ pub fn of_request(headers: &HeaderMap, value: &[u8]) -> Result<Media, Problem> {
     let mut given = headers.get_all(header::CONTENT_TYPE).iter();
     let name = match (given.next(), given.next()) {
         (None, _) => return Ok(guess(value)),
-        (Some(_), Some(_)) => return Err(Problem::new(Code::InvalidHeader, "Content-Type is given more than once")),
+        (Some(_), Some(_)) => {
+            return Err(Problem::new(
+                Code::InvalidHeader,
+                "Content-Type is given more than once",
+            ));
+        }
         (Some(name), None) => name,
     };
-    let name = name.to_str().map_err(|_| Problem::new(Code::InvalidHeader, "Content-Type holds bytes beyond visible ASCII"))?;
-    named(name, value).map_err(|reason| Problem::new(Code::InvalidHeader, format!("Content-Type {reason}")))
+    let name = name.to_str().map_err(|_| {
+        Problem::new(
+            Code::InvalidHeader,
+            "Content-Type holds bytes beyond visible ASCII",
+        )
+    })?;
+    named(name, value)
+        .map_err(|reason| Problem::new(Code::InvalidHeader, format!("Content-Type {reason}")))
 }
 
-/// The media type called `name`, of this value. An error is the end of a sentence that begins with where the name is from.
+/// The media type called `name`, of this value. An error is the end of a sentence that begins with
+/// where the name is from.
 pub fn named(name: &str, value: &[u8]) -> Result<Media, String> {
     let name = name.trim();
     if name.is_empty() || essence(name).eq_ignore_ascii_case(FORM) {
@@ -43,7 +57,11 @@ pub fn named(name: &str, value: &[u8]) -> Result<Media, String> {
         return Err(format!("is longer than {MEDIA_BYTES_MAX} bytes"));
     }
     let visible = name.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-    if !visible || !essence(name).split_once('/').is_some_and(|(kind, rest)| !kind.is_empty() && !rest.is_empty()) {
+    if !visible
+        || !essence(name)
+            .split_once('/')
+            .is_some_and(|(kind, rest)| !kind.is_empty() && !rest.is_empty())
+    {
         return Err("is not a media type".into());
     }
     Ok(match name {
@@ -56,7 +74,11 @@ pub fn named(name: &str, value: &[u8]) -> Result<Media, String> {
 
 /// The media type of a value whose sender gave none.
 pub fn guess(value: &[u8]) -> Media {
-    if std::str::from_utf8(value).is_ok() { Media::Text } else { Media::Octets }
+    if std::str::from_utf8(value).is_ok() {
+        Media::Text
+    } else {
+        Media::Octets
+    }
 }
 
 /// Whether `value` is one JSON text, not nested deeper than `serde_json` reads.
@@ -78,17 +100,21 @@ pub fn name(media: &Media) -> &str {
     }
 }
 
-/// The `Content-Type` of a stored value. A name that another dialect stored and that fits no header is shown as octets.
+/// The `Content-Type` of a stored value. A name that another dialect stored and that fits no header
+/// is shown as octets.
 pub fn content_type(media: &Media) -> HeaderValue {
     match media {
         Media::Text => HeaderValue::from_static(TEXT),
         Media::Octets => HeaderValue::from_static(OCTETS),
         Media::Json => HeaderValue::from_static(JSON),
-        Media::Other(name) => HeaderValue::from_str(name).unwrap_or(HeaderValue::from_static(OCTETS)),
+        Media::Other(name) => {
+            HeaderValue::from_str(name).unwrap_or(HeaderValue::from_static(OCTETS))
+        }
     }
 }
 
-/// How bytes stand in a JSON string: as they are if they are UTF-8, else in base64 (RFC 4648, section 4). Lossless either way.
+/// How bytes stand in a JSON string: as they are if they are UTF-8, else in base64 (RFC 4648,
+/// section 4). Lossless either way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Encoding {
@@ -108,7 +134,10 @@ impl Encoding {
     pub fn decode(self, text: String) -> Result<Bytes, String> {
         match self {
             Encoding::Utf8 => Ok(Bytes::from(text)),
-            Encoding::Base64 => STANDARD.decode(text).map(Bytes::from).map_err(|error| format!("is not base64: {error}")),
+            Encoding::Base64 => STANDARD
+                .decode(text)
+                .map(Bytes::from)
+                .map_err(|error| format!("is not base64: {error}")),
         }
     }
 }
@@ -125,21 +154,45 @@ mod tests {
 
     #[test]
     fn no_type_and_a_form_type_are_guessed_from_the_bytes() {
-        assert_eq!(of_request(&HeaderMap::new(), "grüße".as_bytes()), Ok(Media::Text));
+        assert_eq!(
+            of_request(&HeaderMap::new(), "grüße".as_bytes()),
+            Ok(Media::Text)
+        );
         assert_eq!(of_request(&HeaderMap::new(), b"\xff"), Ok(Media::Octets));
-        assert_eq!(request("application/x-www-form-urlencoded", b"a"), Ok(Media::Text));
-        assert_eq!(request("Application/X-WWW-Form-Urlencoded; charset=utf-8", b"\xff"), Ok(Media::Octets));
+        assert_eq!(
+            request("application/x-www-form-urlencoded", b"a"),
+            Ok(Media::Text)
+        );
+        assert_eq!(
+            request("Application/X-WWW-Form-Urlencoded; charset=utf-8", b"\xff"),
+            Ok(Media::Octets)
+        );
     }
 
     #[test]
     fn a_type_is_kept_as_given_and_trusted_only_where_it_is_true() {
         assert_eq!(request("text/plain", b"a"), Ok(Media::Text));
-        assert_eq!(request("text/plain", b"\xff"), Ok(Media::Other("text/plain".into())));
-        assert_eq!(request("application/json", b"{\"a\":1e999}"), Ok(Media::Json));
-        assert_eq!(request("application/json", b"{"), Ok(Media::Other("application/json".into())));
+        assert_eq!(
+            request("text/plain", b"\xff"),
+            Ok(Media::Other("text/plain".into()))
+        );
+        assert_eq!(
+            request("application/json", b"{\"a\":1e999}"),
+            Ok(Media::Json)
+        );
+        assert_eq!(
+            request("application/json", b"{"),
+            Ok(Media::Other("application/json".into()))
+        );
         let deep = "[".repeat(100_000);
-        assert_eq!(request("application/json", deep.as_bytes()), Ok(Media::Other("application/json".into())));
-        assert_eq!(request("image/png; x=1", b""), Ok(Media::Other("image/png; x=1".into())));
+        assert_eq!(
+            request("application/json", deep.as_bytes()),
+            Ok(Media::Other("application/json".into()))
+        );
+        assert_eq!(
+            request("image/png; x=1", b""),
+            Ok(Media::Other("image/png; x=1".into()))
+        );
         for bad in ["png", "/png", "image/"] {
             assert_eq!(request(bad, b""), Err("invalid_header"), "{bad}");
         }

@@ -1,10 +1,12 @@
 //! Counts and times requests, and writes `/metrics` in Prometheus' text format 0.0.4.
 //!
-//! A request costs a few relaxed atomic additions; nothing is allocated and nothing locked. What other parts count comes in through
-//! [`MetricSource`]. Series of requests that never came are left out.
+//! A request costs a few relaxed atomic additions; nothing is allocated and nothing locked. What
+//! other parts count comes in through [`MetricSource`]. Series of requests that never came are left
+//! out.
 //!
-//! Names follow Prometheus' conventions, as `tests/promises/exposition.rs` holds them: base units, counters end in `_total`, histograms
-//! of time in `_duration_seconds`. A name is a contract: one that was wrong stays beside the right one until the next release but one.
+//! Names follow Prometheus' conventions, as `tests/promises/exposition.rs` holds them: base units,
+//! counters end in `_total`, histograms of time in `_duration_seconds`. A name is a contract: one
+//! that was wrong stays beside the right one until the next release but one.
 
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
@@ -25,8 +27,10 @@ use crate::client::store::Failure;
 use crate::telemetry::Rarely;
 
 /// Upper bounds of the latency buckets, in microseconds. From a cached read to the longest timeout.
-const BUCKETS_US: [u64; 15] =
-    [100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 5_000_000, 60_000_000];
+const BUCKETS_US: [u64; 15] = [
+    100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000,
+    1_000_000, 5_000_000, 60_000_000,
+];
 
 /// Whose contract a request follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +73,10 @@ impl Dialect {
 const METHODS: [&str; 6] = ["GET", "HEAD", "PUT", "POST", "DELETE", "other"];
 
 fn method_index(method: &Method) -> usize {
-    METHODS.iter().position(|name| *name == method.as_str()).unwrap_or(METHODS.len() - 1)
+    METHODS
+        .iter()
+        .position(|name| *name == method.as_str())
+        .unwrap_or(METHODS.len() - 1)
 }
 
 /// Status classes; the first is a request whose client went away before the answer.
@@ -110,7 +117,12 @@ pub struct Metrics {
 impl Metrics {
     pub fn new(sources: Vec<Arc<dyn MetricSource>>) -> Self {
         process::note_start();
-        Self { series: Default::default(), problems: Default::default(), in_flight: AtomicI64::new(0), sources }
+        Self {
+            series: Default::default(),
+            problems: Default::default(),
+            in_flight: AtomicI64::new(0),
+            sources,
+        }
     }
 
     /// Begins to time a request. It counts as cancelled unless its [`Watch`] is finished.
@@ -136,12 +148,19 @@ impl Metrics {
     /// The text of `/metrics`.
     pub fn render(&self, bodies: &Budget, answers: &Budget, changes: &Changes) -> String {
         let mut text = Exposition::default();
-        text.family("quorate_http_requests_total", Kind::Counter, "Requests answered, by dialect, method and class of status.");
+        text.family(
+            "quorate_http_requests_total",
+            Kind::Counter,
+            "Requests answered, by dialect, method and class of status.",
+        );
         self.each(|dialect, method, series| {
             for (class, count) in CLASSES.iter().zip(&series.classes) {
                 let count = count.load(Ordering::Relaxed);
                 if count > 0 {
-                    text.sample(&[("dialect", dialect), ("method", method), ("status", class)], count);
+                    text.sample(
+                        &[("dialect", dialect), ("method", method), ("status", class)],
+                        count,
+                    );
                 }
             }
         });
@@ -154,32 +173,66 @@ impl Metrics {
         text.family(
             "quorate_http_request_seconds",
             Kind::Histogram,
-            "Deprecated, and to go after the next release: see quorate_http_request_duration_seconds.",
+            "Deprecated, and to go after the next release: see \
+            quorate_http_request_duration_seconds.",
         );
         self.each(|dialect, method, series| histogram(&mut text, dialect, method, series));
         text.family(
             "quorate_http_problems_total",
             Kind::Counter,
-            "Requests that were refused or failed, by the code that they were told. The fixed dialects have no codes.",
+            "Requests that were refused or failed, by the code that they were told. The fixed \
+            dialects have no codes.",
         );
         for (code, count) in Code::ALL.iter().zip(&self.problems) {
             text.sample(&[("code", code.as_str())], count.load(Ordering::Relaxed));
         }
-        text.family("quorate_http_requests_in_flight", Kind::Gauge, "Requests being worked on.");
+        text.family(
+            "quorate_http_requests_in_flight",
+            Kind::Gauge,
+            "Requests being worked on.",
+        );
         text.sample(&[], self.in_flight.load(Ordering::Relaxed));
-        text.family("quorate_http_body_bytes_in_flight", Kind::Gauge, "Bytes of request bodies being worked on.");
+        text.family(
+            "quorate_http_body_bytes_in_flight",
+            Kind::Gauge,
+            "Bytes of request bodies being worked on.",
+        );
         text.sample(&[], bodies.used());
-        text.family("quorate_http_body_refusals_total", Kind::Counter, "Bodies that were refused for want of room.");
+        text.family(
+            "quorate_http_body_refusals_total",
+            Kind::Counter,
+            "Bodies that were refused for want of room.",
+        );
         text.sample(&[], bodies.refused());
-        text.family("quorate_answer_bytes_in_flight", Kind::Gauge, "Bytes of values and answers that are charged now.");
+        text.family(
+            "quorate_answer_bytes_in_flight",
+            Kind::Gauge,
+            "Bytes of values and answers that are charged now.",
+        );
         text.sample(&[], answers.used());
-        text.family("quorate_answer_bytes_max", Kind::Gauge, "Bytes that values and answers may have together.");
+        text.family(
+            "quorate_answer_bytes_max",
+            Kind::Gauge,
+            "Bytes that values and answers may have together.",
+        );
         text.sample(&[], answers.bytes_max());
-        text.family("quorate_answer_refusals_total", Kind::Counter, "Times that there was no room for a value or an answer.");
+        text.family(
+            "quorate_answer_refusals_total",
+            Kind::Counter,
+            "Times that there was no room for a value or an answer.",
+        );
         text.sample(&[], answers.refused());
-        text.family("quorate_change_waiters", Kind::Gauge, "Clients that wait for the end of a change of the view.");
+        text.family(
+            "quorate_change_waiters",
+            Kind::Gauge,
+            "Clients that wait for the end of a change of the view.",
+        );
         text.sample(&[], changes.waiting());
-        text.family("quorate_change_waiters_refused_total", Kind::Counter, "Clients for which there was no place to wait.");
+        text.family(
+            "quorate_change_waiters_refused_total",
+            Kind::Counter,
+            "Clients for which there was no place to wait.",
+        );
         text.sample(&[], changes.refused());
         process::collect(&mut text);
         for source in &self.sources {
@@ -199,12 +252,18 @@ impl Metrics {
 
 impl fmt::Debug for Metrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Metrics").field("sources", &self.sources.len()).finish_non_exhaustive()
+        f.debug_struct("Metrics")
+            .field("sources", &self.sources.len())
+            .finish_non_exhaustive()
     }
 }
 
 fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &Series) {
-    let counts: Vec<u64> = series.buckets.iter().map(|count| count.load(Ordering::Relaxed)).collect();
+    let counts: Vec<u64> = series
+        .buckets
+        .iter()
+        .map(|count| count.load(Ordering::Relaxed))
+        .collect();
     let total: u64 = counts.iter().sum();
     if total == 0 {
         return;
@@ -213,15 +272,24 @@ fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &Series
     for (bound, count) in BUCKETS_US.iter().zip(&counts) {
         below += count;
         let bound = (*bound as f64 / 1e6).to_string();
-        text.part("_bucket", &[("dialect", dialect), ("method", method), ("le", &bound)], below);
+        text.part(
+            "_bucket",
+            &[("dialect", dialect), ("method", method), ("le", &bound)],
+            below,
+        );
     }
-    text.part("_bucket", &[("dialect", dialect), ("method", method), ("le", "+Inf")], total);
+    text.part(
+        "_bucket",
+        &[("dialect", dialect), ("method", method), ("le", "+Inf")],
+        total,
+    );
     let sum = series.total_us.load(Ordering::Relaxed) as f64 / 1e6;
     text.part("_sum", &[("dialect", dialect), ("method", method)], sum);
     text.part("_count", &[("dialect", dialect), ("method", method)], total);
 }
 
-/// A client decides how many of its requests are slow: one of each dialect is told a minute, and the number of the others.
+/// A client decides how many of its requests are slow: one of each dialect is told a minute, and
+/// the number of the others.
 static SLOW: [Rarely; Dialect::ALL.len()] = [const { Rarely::new() }; Dialect::ALL.len()];
 
 /// One request being timed.
@@ -289,31 +357,44 @@ impl<'a> Watch<'a> {
     /// Ends the request with its answer, or with a refusal where there is no room for that.
     pub fn finish(mut self, response: Response) -> Response {
         let response = match self.answers {
-            Some(answers) => charged::charge(response, answers).unwrap_or_else(|unfit| self.refuse(*unfit, answers)),
+            Some(answers) => charged::charge(response, answers)
+                .unwrap_or_else(|unfit| self.refuse(*unfit, answers)),
             None => response,
         };
         let code = response.extensions().get::<Coded>();
-        self.problem = code.and_then(|Coded(code)| Code::ALL.iter().position(|known| known.as_str() == *code));
+        self.problem =
+            code.and_then(|Coded(code)| Code::ALL.iter().position(|known| known.as_str() == *code));
         self.class = usize::from(response.status().as_u16() / 100).min(CLASSES.len() - 1);
         response
     }
 }
 
 impl Watch<'_> {
-    /// What is answered in the place of an answer for which there is no room. That of a write says that it may have been done; where the
-    /// contract has no word for it, and the answer holds no values, it is given all the same.
+    /// What is answered in the place of an answer for which there is no room. That of a write says
+    /// that it may have been done; where the contract has no word for it, and the answer holds no
+    /// values, it is given all the same.
     fn refuse(&self, unfit: Response, answers: &Budget) -> Response {
         let no_room = Failure::no_room(answers);
         match (self.dialect, self.is_read) {
-            (Dialect::Native | Dialect::Peer | Dialect::Other, true) => Problem::from(no_room).into_response(),
+            (Dialect::Native | Dialect::Peer | Dialect::Other, true) => {
+                Problem::from(no_room).into_response()
+            }
             (Dialect::Native | Dialect::Peer, false) => {
                 let reason = format!("there was no room to tell the answer: {no_room}");
                 Problem::from(Failure::Unknown { reason }).into_response()
             }
-            (Dialect::Kvs | Dialect::LoadBalancer | Dialect::PlainBatch | Dialect::EncodedBatch, true) => {
-                dialects::no_room(self.dialect, no_room)
-            }
-            (Dialect::Kvs | Dialect::LoadBalancer | Dialect::PlainBatch | Dialect::EncodedBatch | Dialect::Other, false) => unfit,
+            (
+                Dialect::Kvs | Dialect::LoadBalancer | Dialect::PlainBatch | Dialect::EncodedBatch,
+                true,
+            ) => dialects::no_room(self.dialect, no_room),
+            (
+                Dialect::Kvs
+                | Dialect::LoadBalancer
+                | Dialect::PlainBatch
+                | Dialect::EncodedBatch
+                | Dialect::Other,
+                false,
+            ) => unfit,
         }
     }
 }
@@ -326,14 +407,39 @@ impl Drop for Watch<'_> {
         if let Some(problem) = self.problem {
             self.metrics.problems[problem].fetch_add(1, Ordering::Relaxed);
         }
-        let (dialect, method, status) = (self.dialect.label(), METHODS[self.method], CLASSES[self.class]);
+        let (dialect, method, status) = (
+            self.dialect.label(),
+            METHODS[self.method],
+            CLASSES[self.class],
+        );
         let key_hash = self.key_hash.map(tracing::field::display);
         let client = self.client.map(tracing::field::display);
-        let left_out = if elapsed > self.slow { SLOW[self.dialect as usize].due() } else { None };
-        if let Some(left_out) = left_out {
-            tracing::warn!(dialect, method, status, client, key_hash, ?elapsed, left_out, "slow request");
+        let left_out = if elapsed > self.slow {
+            SLOW[self.dialect as usize].due()
         } else {
-            tracing::debug!(dialect, method, status, client, key_hash, ?elapsed, "request");
+            None
+        };
+        if let Some(left_out) = left_out {
+            tracing::warn!(
+                dialect,
+                method,
+                status,
+                client,
+                key_hash,
+                ?elapsed,
+                left_out,
+                "slow request"
+            );
+        } else {
+            tracing::debug!(
+                dialect,
+                method,
+                status,
+                client,
+                key_hash,
+                ?elapsed,
+                "request"
+            );
         }
     }
 }
@@ -371,16 +477,29 @@ impl Exposition {
 
     /// A sample of a histogram: `suffix` is `_bucket`, `_sum` or `_count`.
     pub fn part(&mut self, suffix: &str, labels: &[(&str, &str)], value: impl fmt::Display) {
-        let escape = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-        let labels: Vec<String> = labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escape(value))).collect();
-        let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+        let escape = |text: &str| {
+            text.replace('\\', "\\\\")
+                .replace('"', "\\\"")
+                .replace('\n', "\\n")
+        };
+        let labels: Vec<String> = labels
+            .iter()
+            .map(|(name, value)| format!("{name}=\"{}\"", escape(value)))
+            .collect();
+        let labels = if labels.is_empty() {
+            String::new()
+        } else {
+            format!("{{{}}}", labels.join(","))
+        };
         let family = std::mem::take(&mut self.family);
         self.push(format_args!("{family}{suffix}{labels} {value}\n"));
         self.family = family;
     }
 
     fn push(&mut self, text: fmt::Arguments<'_>) {
-        self.text.write_fmt(text).expect("writing to a string does not fail");
+        self.text
+            .write_fmt(text)
+            .expect("writing to a string does not fail");
     }
 }
 
@@ -413,7 +532,9 @@ mod tests {
         watch.finish(response);
         drop(metrics.watch(Dialect::Native, &Method::PATCH, slow));
         let refused = Problem::new(Code::Overloaded, "a queue").into_response();
-        metrics.watch(Dialect::Native, &Method::DELETE, slow).finish(refused);
+        metrics
+            .watch(Dialect::Native, &Method::DELETE, slow)
+            .finish(refused);
         let text = metrics.render(&Budget::new(1), &Budget::new(1), &Changes::new(1));
         for line in [
             "# TYPE quorate_http_requests_total counter",
@@ -431,11 +552,24 @@ mod tests {
             r"# HELP odd Line one\nline two",
             r#"odd{name="a \"b\"\\\n"} 1.5"#,
         ] {
-            assert!(text.lines().any(|found| found == line), "{line}\nis not in\n{text}");
+            assert!(
+                text.lines().any(|found| found == line),
+                "{line}\nis not in\n{text}"
+            );
         }
         let families = check(&text).unwrap_or_else(|error| panic!("{error} in\n{text}"));
-        for name in ["process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds", "quorate_build_info"] {
-            assert!(families.iter().any(|family| family.name == name && !family.samples.is_empty()), "{name}\nis not in\n{text}");
+        for name in [
+            "process_cpu_seconds_total",
+            "process_resident_memory_bytes",
+            "process_open_fds",
+            "quorate_build_info",
+        ] {
+            assert!(
+                families
+                    .iter()
+                    .any(|family| family.name == name && !family.samples.is_empty()),
+                "{name}\nis not in\n{text}"
+            );
         }
     }
 }

@@ -1,11 +1,13 @@
 //! The serving side: the route table, and what every dialect shares.
 //!
-//! [`router`] makes an `axum::Router` of an [`App`]; [`server::Server`] serves it. A request goes: `server` (connection, head) → the
-//! route table here → a dialect (`native`) → [`Store`] → an answer, or [`problem`], the one map from an error to a response. Node-to-node
-//! routes are in [`peer`]. axum is named here alone.
+//! [`router`] makes an `axum::Router` of an [`App`]; [`server::Server`] serves it. A request goes:
+//! `server` (connection, head) → the route table here → a dialect (`native`) → [`Store`] → an
+//! answer, or [`problem`], the one map from an error to a response. Node-to-node routes are in
+//! [`peer`]. axum is named here alone.
 //!
-//! Keys stand in paths as any bytes. axum decodes path parameters lossily, so a key route is told by its prefix in the fallback, and its key
-//! taken from the raw path. That is the hot path too: it goes through no middleware and no parameter extraction.
+//! Keys stand in paths as any bytes. axum decodes path parameters lossily, so a key route is told
+//! by its prefix in the fallback, and its key taken from the raw path. That is the hot path too: it
+//! goes through no middleware and no parameter extraction.
 
 mod admission;
 mod apart;
@@ -107,8 +109,13 @@ impl App {
     }
 
     fn watch(&self, dialect: Dialect, request: &Request) -> metrics::Watch<'_> {
-        let client = request.extensions().get::<Caller>().map(|caller| caller.address);
-        let watch = self.metrics.watch(dialect, request.method(), self.limits.slow_request);
+        let client = request
+            .extensions()
+            .get::<Caller>()
+            .map(|caller| caller.address);
+        let watch = self
+            .metrics
+            .watch(dialect, request.method(), self.limits.slow_request);
         watch.charged_to(&self.answers).asked_by(client)
     }
 }
@@ -124,12 +131,18 @@ pub fn router(app: App) -> Router {
         .route("/v1/cluster", get(native::cluster))
         .route("/v1/cluster/view", get(native::view).put(native::change))
         .route("/v1/cluster/operations/{id}", get(native::operation))
-        .route("/v1/cluster/shards/{id}/leader", post(native::transfer_leader));
+        .route(
+            "/v1/cluster/shards/{id}/leader",
+            post(native::transfer_leader),
+        );
     if let Some(peers) = &app.peers {
         router = router.merge(peer::routes(Arc::clone(peers)));
     }
     router = router.merge(dialects::routes());
-    router.method_not_allowed_fallback(method_not_allowed).fallback(by_prefix).with_state(Arc::new(app))
+    router
+        .method_not_allowed_fallback(method_not_allowed)
+        .fallback(by_prefix)
+        .with_state(Arc::new(app))
 }
 
 /// Routes whose rest is a key, and everything unknown.
@@ -156,11 +169,16 @@ async fn method_not_allowed(State(app): State<Shared>, request: Request) -> Resp
 }
 
 fn refuse_method(method: &Method) -> Response {
-    let detail = format!("{} is not a method of this path", shortened(method.as_str()));
+    let detail = format!(
+        "{} is not a method of this path",
+        shortened(method.as_str())
+    );
     Problem::new(Code::MethodNotAllowed, detail).into_response()
 }
 
 /// What a client sent, for an answer: long enough to be recognized.
 fn shortened(text: &str) -> &str {
-    text.char_indices().nth(200).map_or(text, |(end, _)| &text[..end])
+    text.char_indices()
+        .nth(200)
+        .map_or(text, |(end, _)| &text[..end])
 }

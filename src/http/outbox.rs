@@ -1,13 +1,15 @@
 //! What was answered over one HTTP/2 connection and has not gone out yet.
 //!
-//! Each stream of HTTP/2 has a window of its own: a client can keep a thousand answers from going out while its connection is alive
-//! and well, so the socket does not show it. Answers go out in pieces, and each is noted here until it is on the wire. The connection
-//! looks now and then how old they are, and ends if one is too old: HTTP/2 as we have it knows no way to end one stream.
+//! Each stream of HTTP/2 has a window of its own: a client can keep a thousand answers from going
+//! out while its connection is alive and well, so the socket does not show it. Answers go out in
+//! pieces, and each is noted here until it is on the wire. The connection looks now and then how
+//! old they are, and ends if one is too old: HTTP/2 as we have it knows no way to end one stream.
 //!
-//! Many streams over a slow line are slow together, and nobody is to blame: there a piece is too old only once so much else has gone
-//! out that its turn must have come.
+//! Many streams over a slow line are slow together, and nobody is to blame: there a piece is too
+//! old only once so much else has gone out that its turn must have come.
 //!
-//! Lanes are left out: their peers watch them, and a lane that has nothing to say is no sign of anything.
+//! Lanes are left out: their peers watch them, and a lane that has nothing to say is no sign of
+//! anything.
 
 use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
@@ -27,10 +29,12 @@ use crate::budget::UNCHARGED_BYTES_MAX;
 /// What is handed over at once, to wait for the stream's window.
 const PIECE_BYTES: usize = 64 << 10;
 
-/// What HTTP/2 may have in its hands of a stream, our pieces included: it sends all streams in turn.
+/// What HTTP/2 may have in its hands of a stream, our pieces included: it sends all streams in
+/// turn.
 const BUFFERED_BYTES_MAX: u64 = 512 << 10;
 
-/// A connection that takes less of all its answers within the time for a piece is not slow, but stuck.
+/// A connection that takes less of all its answers within the time for a piece is not slow, but
+/// stuck.
 const TAKEN_BYTES_MIN: u128 = 64 << 10;
 
 /// However many share a line, a piece is out within so many times the time for one.
@@ -68,7 +72,13 @@ struct State {
 impl State {
     fn wait(&mut self, written_before: u64) -> u64 {
         self.last_id += 1;
-        self.waiting.insert(self.last_id, Waiting { since: Instant::now(), written_before });
+        self.waiting.insert(
+            self.last_id,
+            Waiting {
+                since: Instant::now(),
+                written_before,
+            },
+        );
         self.last_id
     }
 }
@@ -80,7 +90,8 @@ impl Outbox {
         Exchange(Arc::clone(self))
     }
 
-    /// Returns since when there is nothing under way. None: there is something, or there was never anything.
+    /// Returns since when there is nothing under way. None: there is something, or there was never
+    /// anything.
     pub fn idle_since(&self) -> Option<Instant> {
         let state = self.lock();
         state.idle_since.filter(|_| state.streams == 0)
@@ -88,7 +99,8 @@ impl Outbox {
 
     /// Counts what the socket has taken.
     pub fn wrote(&self, bytes: usize) {
-        self.written_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.written_bytes
+            .fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     /// Returns whether the client keeps a piece from going out for longer than `limit`.
@@ -98,9 +110,14 @@ impl Outbox {
         let all_had_their_turn = BUFFERED_BYTES_MAX * state.streams.max(1) as u64;
 
         state.waiting.values().any(|piece| {
-            let (age, written) = (piece.since.elapsed(), written.saturating_sub(piece.written_before));
-            let is_idle = || u128::from(written) * limit.as_millis() < TAKEN_BYTES_MIN * age.as_millis();
-            age > limit && (is_idle() || written >= all_had_their_turn || age > limit * PATIENCE_MAX)
+            let (age, written) = (
+                piece.since.elapsed(),
+                written.saturating_sub(piece.written_before),
+            );
+            let is_idle =
+                || u128::from(written) * limit.as_millis() < TAKEN_BYTES_MIN * age.as_millis();
+            age > limit
+                && (is_idle() || written >= all_had_their_turn || age > limit * PATIENCE_MAX)
         })
     }
 
@@ -121,7 +138,10 @@ impl Outbox {
 
     /// Returns whether an answer is taken too slowly.
     pub fn misses(&self, haste: &Haste) -> bool {
-        self.lock().courses.values().any(|course| haste.is_missed_by(course))
+        self.lock()
+            .courses
+            .values()
+            .any(|course| haste.is_missed_by(course))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -134,9 +154,13 @@ impl Outbox {
 pub struct Exchange(Arc<Outbox>);
 
 impl Exchange {
-    /// Returns the answer's body, which takes this with it. `is_timed`: the client has to take it in time.
+    /// Returns the answer's body, which takes this with it. `is_timed`: the client has to take it
+    /// in time.
     pub fn answer(self, body: Body, is_timed: bool) -> Body {
-        let is_small = body.size_hint().upper().is_some_and(|bytes| bytes <= UNCHARGED_BYTES_MAX as u64);
+        let is_small = body
+            .size_hint()
+            .upper()
+            .is_some_and(|bytes| bytes <= UNCHARGED_BYTES_MAX as u64);
         let (mut waits, mut course) = (None, None);
         if is_timed {
             let mut state = self.0.lock();
@@ -147,7 +171,14 @@ impl Exchange {
             }
             waits = Some(id);
         }
-        Body::new(Answer { body, rest: Bytes::new(), is_timed, waits, course, exchange: self })
+        Body::new(Answer {
+            body,
+            rest: Bytes::new(),
+            is_timed,
+            waits,
+            course,
+            exchange: self,
+        })
     }
 }
 
@@ -197,7 +228,12 @@ impl Answer {
         self.waits = Some(state.wait(written_before));
         let id = state.wait(written_before);
         drop(state);
-        Bytes::from_owner(Piece { bytes, id, course: self.course, outbox: Arc::clone(outbox) })
+        Bytes::from_owner(Piece {
+            bytes,
+            id,
+            course: self.course,
+            outbox: Arc::clone(outbox),
+        })
     }
 }
 
@@ -205,7 +241,10 @@ impl HttpBody for Answer {
     type Data = Bytes;
     type Error = axum::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         self.waits_no_more();
         while self.rest.is_empty() {
             let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
@@ -269,7 +308,9 @@ impl Drop for Piece {
         let mut state = self.outbox.lock();
         state.waiting.remove(&self.id);
         let course = self.course.and_then(|id| state.courses.get_mut(&id));
-        course.into_iter().for_each(|course| course.take(self.bytes.len()));
+        course
+            .into_iter()
+            .for_each(|course| course.take(self.bytes.len()));
     }
 }
 
@@ -316,7 +357,8 @@ mod tests {
         let mut answers = answers(&outbox, 60).await;
         let (mut oldest, mut rounds) = (Duration::ZERO, 0);
         while answers.iter().any(|(_, pieces)| !pieces.is_empty()) {
-            // 128 KiB a second, in frames of 16 KiB: a piece of each stream is out when its last frame is.
+            // 128 KiB a second, in frames of 16 KiB: a piece of each stream is out when its last
+            // frame is.
             for is_last in [false, false, false, true] {
                 for answer in &mut answers {
                     outbox.wrote(16 << 10);
@@ -326,7 +368,11 @@ mod tests {
                         hand_over(answer).await;
                     }
                 }
-                oldest = oldest.max(outbox.oldest().map_or(Duration::ZERO, |since| since.elapsed()));
+                oldest = oldest.max(
+                    outbox
+                        .oldest()
+                        .map_or(Duration::ZERO, |since| since.elapsed()),
+                );
                 assert!(!outbox.is_stuck(LIMIT), "cut after {rounds} rounds");
             }
             rounds += 1;
@@ -344,7 +390,10 @@ mod tests {
             answers[0].1.pop_front();
             hand_over(&mut answers[0]).await;
         }
-        assert!(outbox.is_stuck(LIMIT), "one stream had a turn after the other");
+        assert!(
+            outbox.is_stuck(LIMIT),
+            "one stream had a turn after the other"
+        );
 
         drop(answers);
         let outbox = Arc::new(Outbox::default());
@@ -369,14 +418,35 @@ mod tests {
         assert_eq!(outbox.oldest(), Some(began), "nobody has asked for it yet");
 
         tokio::time::advance(std::time::Duration::from_secs(1)).await;
-        let first = body.frame().await.expect("a frame").expect("no error").into_data().expect("data");
-        assert_eq!((first.len(), outbox.oldest()), (PIECE_BYTES, Some(Instant::now())));
-        assert_eq!((body.size_hint().exact(), body.is_end_stream()), (Some(1), false));
-        let rest = body.frame().await.expect("a frame").expect("no error").into_data().expect("data");
+        let first = body
+            .frame()
+            .await
+            .expect("a frame")
+            .expect("no error")
+            .into_data()
+            .expect("data");
+        assert_eq!(
+            (first.len(), outbox.oldest()),
+            (PIECE_BYTES, Some(Instant::now()))
+        );
+        assert_eq!(
+            (body.size_hint().exact(), body.is_end_stream()),
+            (Some(1), false)
+        );
+        let rest = body
+            .frame()
+            .await
+            .expect("a frame")
+            .expect("no error")
+            .into_data()
+            .expect("data");
         assert!(body.frame().await.is_none());
         assert_eq!(Bytes::from([&first[..], &rest[..]].concat()), whole);
         drop(rest);
-        assert!(outbox.oldest().is_some(), "the first piece has not gone out");
+        assert!(
+            outbox.oldest().is_some(),
+            "the first piece has not gone out"
+        );
         drop(first);
         assert_eq!((outbox.oldest(), outbox.idle_since()), (None, None));
         drop(body);

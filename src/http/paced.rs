@@ -1,11 +1,13 @@
-//! A socket whose other side has to take what it asked for, and to send what it begins ([`Arrivals`]).
+//! A socket whose other side has to take what it asked for, and to send what it begins
+//! ([`Arrivals`]).
 //!
-//! A client that asks and does not read holds its answers in our memory. Once the kernel takes no more, the client has a time in
-//! which it must take some; else writing fails, and the connection ends with all that it held. Nothing is timed while the kernel takes
-//! what it is given, so this costs a connection in use nothing.
+//! A client that asks and does not read holds its answers in our memory. Once the kernel takes no
+//! more, the client has a time in which it must take some; else writing fails, and the connection
+//! ends with all that it held. Nothing is timed while the kernel takes what it is given, so this
+//! costs a connection in use nothing.
 //!
-//! While answers have little room, one over HTTP/1 has to be taken at a rate too ([`Haste`]). Streams of HTTP/2 have
-//! theirs in [`Outbox`].
+//! While answers have little room, one over HTTP/1 has to be taken at a rate too ([`Haste`]).
+//! Streams of HTTP/2 have theirs in [`Outbox`].
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -22,15 +24,16 @@ use super::haste::{Course, Haste};
 use super::inbox::Arrivals;
 use super::outbox::Outbox;
 
-/// What must be taken within the time. Linux says that a socket takes more once half of what is kept
-/// unsent (`server::UNSENT_BYTES_MAX`) is gone, so who is slow has to take 64 KiB: over the slowest
-/// lines in use this takes a few seconds.
+/// What must be taken within the time. Linux says that a socket takes more once half of what is
+/// kept unsent (`server::UNSENT_BYTES_MAX`) is gone, so who is slow has to take 64 KiB: over the
+/// slowest lines in use this takes a few seconds.
 const TAKEN_BYTES_MIN: usize = 16 << 10;
 
 /// How often a stalled socket is looked at within the time for [`TAKEN_BYTES_MIN`].
 const LOOKS: u32 = 4;
 
-/// Once all was taken, what is written after this is another answer. Pieces of one follow each other at once.
+/// Once all was taken, what is written after this is another answer. Pieces of one follow each
+/// other at once.
 const ANSWERS_APART: Duration = Duration::from_secs(1);
 
 /// A socket under a time limit for writing.
@@ -60,7 +63,13 @@ struct Stall {
 impl Stall {
     fn new(look: Duration) -> Self {
         let timer = Box::pin(sleep(look));
-        Self { timer, since: Instant::now(), taken_bytes: 0, course: Course::new(), over: None }
+        Self {
+            timer,
+            since: Instant::now(),
+            taken_bytes: 0,
+            course: Course::new(),
+            over: None,
+        }
     }
 
     /// Begins the time for [`TAKEN_BYTES_MIN`].
@@ -79,11 +88,24 @@ impl Paced {
         outbox: Arc<Outbox>,
         arrivals: Arrivals,
     ) -> Self {
-        Self { stream, limit, stats, haste, outbox, arrivals, stall: None }
+        Self {
+            stream,
+            limit,
+            stats,
+            haste,
+            outbox,
+            arrivals,
+            stall: None,
+        }
     }
 
     /// Notes what became of an attempt to write `wanted` bytes.
-    fn note(&mut self, cx: &mut Context<'_>, wanted: usize, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    fn note(
+        &mut self,
+        cx: &mut Context<'_>,
+        wanted: usize,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
         match written {
             Poll::Ready(Ok(bytes)) => {
                 self.outbox.wrote(bytes);
@@ -117,12 +139,20 @@ impl Paced {
             None => {}
         }
         while stall.timer.as_mut().poll(cx).is_ready() {
-            let is_silent = stall.since.elapsed() >= self.limit && stall.taken_bytes < TAKEN_BYTES_MIN;
+            let is_silent =
+                stall.since.elapsed() >= self.limit && stall.taken_bytes < TAKEN_BYTES_MIN;
             let is_slow = !self.outbox.has_streams() && self.haste.is_missed_by(&stall.course);
             if is_silent || is_slow {
                 self.stats.stalled();
-                let reason = if is_silent { "too little" } else { "too slowly, and others wait for room" };
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, format!("its answer is taken {reason}"))));
+                let reason = if is_silent {
+                    "too little"
+                } else {
+                    "too slowly, and others wait for room"
+                };
+                return Poll::Ready(Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!("its answer is taken {reason}"),
+                )));
             }
             if stall.since.elapsed() >= self.limit {
                 stall.restart();
@@ -134,7 +164,11 @@ impl Paced {
 }
 
 impl AsyncRead for Paced {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         match Pin::new(&mut self.stream).poll_read(cx, buffer) {
             Poll::Ready(Ok(())) => {
@@ -148,12 +182,20 @@ impl AsyncRead for Paced {
 }
 
 impl AsyncWrite for Paced {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.note(cx, bytes.len(), written)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let wanted = slices.iter().map(|slice| slice.len()).sum();
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
         self.note(cx, wanted, written)
@@ -189,11 +231,23 @@ mod tests {
     /// A socket that was given more than the kernels take, and its other side, which reads nothing.
     async fn stalled(answers: &Arc<Budget>) -> (Paced, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let client = TcpStream::connect(listener.local_addr().expect("an address")).await.expect("it listens");
+        let client = TcpStream::connect(listener.local_addr().expect("an address"))
+            .await
+            .expect("it listens");
         let (stream, _) = listener.accept().await.expect("a connection");
         let haste = Haste::new(Arc::clone(answers), 64 << 10);
-        let (hour, arrivals) = (Duration::from_secs(3600), Arrivals::new(Arc::default(), Duration::MAX));
-        let mut paced = Paced::new(stream, hour, Arc::default(), haste, Arc::default(), arrivals);
+        let (hour, arrivals) = (
+            Duration::from_secs(3600),
+            Arrivals::new(Arc::default(), Duration::MAX),
+        );
+        let mut paced = Paced::new(
+            stream,
+            hour,
+            Arc::default(),
+            haste,
+            Arc::default(),
+            arrivals,
+        );
         while write(&mut paced).await.is_ready() {}
         (paced, client)
     }
@@ -211,6 +265,8 @@ mod tests {
         assert!(write(&mut paced).await.is_pending(), "there is room");
         let _share = answers.take(51).expect("there is room");
         tokio::time::advance(Duration::from_secs(1000)).await;
-        assert!(matches!(write(&mut paced).await, Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut));
+        assert!(
+            matches!(write(&mut paced).await, Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut)
+        );
     }
 }

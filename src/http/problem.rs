@@ -1,4 +1,5 @@
-//! The one map from an error to a response: RFC 9457 `application/problem+json` with a stable `code`.
+//! The one map from an error to a response: RFC 9457 `application/problem+json` with a stable
+//! `code`.
 //!
 //! Kept out: the fixed dialects' own error bodies; they match on [`Code`] and write their own.
 //!
@@ -25,8 +26,8 @@
 //! | `node_not_ready` | 503 | a node that is to join does not answer, or belongs to another cluster; nothing was changed |
 //! | `unknown_outcome` | 504 | it may have happened, or may yet happen |
 //!
-//! A request for a shard that another node leads is not an error: it is answered 307 with a `Location` (see [`redirect`]). `/readyz` has
-//! codes of its own, given by what is not ready.
+//! A request for a shard that another node leads is not an error: it is answered 307 with a
+//! `Location` (see [`redirect`]). `/readyz` has codes of its own, given by what is not ready.
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
@@ -90,10 +91,14 @@ impl Code {
 
     pub fn status(self) -> StatusCode {
         match self {
-            Code::InvalidRequest | Code::InvalidKey | Code::InvalidQuery | Code::InvalidHeader | Code::InvalidBody => {
-                StatusCode::BAD_REQUEST
+            Code::InvalidRequest
+            | Code::InvalidKey
+            | Code::InvalidQuery
+            | Code::InvalidHeader
+            | Code::InvalidBody => StatusCode::BAD_REQUEST,
+            Code::KeyNotFound | Code::UnknownRoute | Code::UnknownOperation => {
+                StatusCode::NOT_FOUND
             }
-            Code::KeyNotFound | Code::UnknownRoute | Code::UnknownOperation => StatusCode::NOT_FOUND,
             Code::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Code::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Code::ViewRefused => StatusCode::CONFLICT,
@@ -176,8 +181,20 @@ impl Problem {
     }
 
     /// One whose code is not of the table: `/readyz` alone has such.
-    pub fn with_code(code: &'static str, status: StatusCode, title: &'static str, detail: impl Into<String>) -> Self {
-        Self { code, status, title, detail: detail.into(), extensions: Map::new(), headers: Vec::new() }
+    pub fn with_code(
+        code: &'static str,
+        status: StatusCode,
+        title: &'static str,
+        detail: impl Into<String>,
+    ) -> Self {
+        Self {
+            code,
+            status,
+            title,
+            detail: detail.into(),
+            extensions: Map::new(),
+            headers: Vec::new(),
+        }
     }
 
     pub fn status(&self) -> StatusCode {
@@ -196,7 +213,10 @@ impl Problem {
 
     /// Seconds that the client should wait, if this problem passes.
     pub fn wait_s(&self) -> Option<u64> {
-        let header = self.headers.iter().rfind(|(name, _)| *name == header::RETRY_AFTER);
+        let header = self
+            .headers
+            .iter()
+            .rfind(|(name, _)| *name == header::RETRY_AFTER);
         header.and_then(|(_, value)| value.to_str().ok()?.parse().ok())
     }
 
@@ -206,14 +226,20 @@ impl Problem {
     }
 
     pub fn retry_after_ms(self, wait_ms: u64) -> Self {
-        self.header(header::RETRY_AFTER, HeaderValue::from(retry_after_s(wait_ms)))
+        self.header(
+            header::RETRY_AFTER,
+            HeaderValue::from(retry_after_s(wait_ms)),
+        )
     }
 
     pub fn condition_failed(current: Option<Revision>) -> Self {
         match current {
-            Some(revision) => Problem::new(Code::ConditionFailed, format!("the key is at revision {revision}"))
-                .extension("current_revision", revision.0)
-                .header(header::ETAG, etag(revision)),
+            Some(revision) => Problem::new(
+                Code::ConditionFailed,
+                format!("the key is at revision {revision}"),
+            )
+            .extension("current_revision", revision.0)
+            .header(header::ETAG, etag(revision)),
             None => Problem::new(Code::ConditionFailed, "the key does not exist"),
         }
     }
@@ -231,15 +257,20 @@ impl Problem {
 }
 
 impl From<Failure> for Problem {
-    /// [`Failure::Elsewhere`] becomes `unavailable` here: where a redirect is possible, [`respond`] makes one first.
+    /// [`Failure::Elsewhere`] becomes `unavailable` here: where a redirect is possible, [`respond`]
+    /// makes one first.
     fn from(failure: Failure) -> Self {
         let text = failure.to_string();
         match failure {
-            Failure::Elsewhere { address, .. } => {
-                Problem::new(Code::Unavailable, text).extension("leader", address.as_str()).retry_after_ms(1000)
+            Failure::Elsewhere { address, .. } => Problem::new(Code::Unavailable, text)
+                .extension("leader", address.as_str())
+                .retry_after_ms(1000),
+            Failure::Overloaded { retry_after_ms, .. } => {
+                Problem::new(Code::Overloaded, text).retry_after_ms(retry_after_ms)
             }
-            Failure::Overloaded { retry_after_ms, .. } => Problem::new(Code::Overloaded, text).retry_after_ms(retry_after_ms),
-            Failure::Unavailable { retry_after_ms, .. } => Problem::new(Code::Unavailable, text).retry_after_ms(retry_after_ms),
+            Failure::Unavailable { retry_after_ms, .. } => {
+                Problem::new(Code::Unavailable, text).retry_after_ms(retry_after_ms)
+            }
             Failure::Unknown { .. } => Problem::new(Code::UnknownOutcome, text),
             Failure::Invalid { .. } => Problem::new(Code::InvalidRequest, text),
             Failure::TooLarge { .. } => Problem::new(Code::TooLarge, text),
@@ -252,10 +283,12 @@ impl From<ViewChangeFailure> for Problem {
         let text = failure.to_string();
         match failure {
             ViewChangeFailure::Refused { .. } => Problem::new(Code::ViewRefused, text),
-            ViewChangeFailure::NotReady { .. } => Problem::new(Code::NodeNotReady, text).retry_after_ms(1000),
-            ViewChangeFailure::EpochChanged { current } => {
-                Problem::new(Code::EpochChanged, text).extension("epoch", current.0).header(header::ETAG, epoch_etag(current))
+            ViewChangeFailure::NotReady { .. } => {
+                Problem::new(Code::NodeNotReady, text).retry_after_ms(1000)
             }
+            ViewChangeFailure::EpochChanged { current } => Problem::new(Code::EpochChanged, text)
+                .extension("epoch", current.0)
+                .header(header::ETAG, epoch_etag(current)),
             ViewChangeFailure::Failed(failure) => failure.into(),
         }
     }
@@ -263,25 +296,32 @@ impl From<ViewChangeFailure> for Problem {
 
 impl From<Rejection> for Problem {
     fn from(rejection: Rejection) -> Self {
-        // A store tries again elsewhere, or waits, on the first two. One that has given up has changed nothing.
+        // A store tries again elsewhere, or waits, on the first two. One that has given up has
+        // changed nothing.
         match rejection {
-            Rejection::WrongOwner { slot, .. } => {
-                Problem::new(Code::Unavailable, format!("slot {slot} is on its way to another shard")).retry_after_ms(1000)
-            }
-            Rejection::Frozen { slot } => {
-                Problem::new(Code::Unavailable, format!("slot {slot} is frozen by a move")).retry_after_ms(1000)
-            }
+            Rejection::WrongOwner { slot, .. } => Problem::new(
+                Code::Unavailable,
+                format!("slot {slot} is on its way to another shard"),
+            )
+            .retry_after_ms(1000),
+            Rejection::Frozen { slot } => Problem::new(
+                Code::Unavailable,
+                format!("slot {slot} is frozen by a move"),
+            )
+            .retry_after_ms(1000),
             Rejection::ConditionFailed { current, .. } => Problem::condition_failed(current),
             Rejection::KeyReused { .. } => {
-                let detail = "this Idempotency-Key was used in the last 10 minutes for a request with other content to a key of the \
-                              same slot: a new request takes a new one";
+                let detail = "this Idempotency-Key was used in the last 10 minutes for a request \
+                              with other content to a key of the same slot: a new request takes a \
+                              new one";
                 Problem::new(Code::IdempotencyKeyReused, detail)
             }
             Rejection::AnswerTooLarge { bytes } => Failure::of_answer(bytes).into(),
-            Rejection::RequestsFull { slot } => {
-                Problem::new(Code::Overloaded, format!("slot {slot} remembers as many idempotency keys as it may"))
-                    .retry_after_ms(10_000)
-            }
+            Rejection::RequestsFull { slot } => Problem::new(
+                Code::Overloaded,
+                format!("slot {slot} remembers as many idempotency keys as it may"),
+            )
+            .retry_after_ms(10_000),
         }
     }
 }
@@ -291,7 +331,9 @@ impl IntoResponse for Problem {
         let mut response = Response::new(Body::from(format!("{}\n", self.body())));
         *response.status_mut() = self.status;
         response.headers_mut().extend(self.headers);
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+        response
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
         response.extensions_mut().insert(Coded(self.code));
         response
     }
@@ -323,7 +365,11 @@ pub fn redirect(address: &Address, uri: &Uri) -> Response {
             response
         }
         // An URI that was received holds no byte that a header may not.
-        Err(error) => Problem::new(Code::InvalidRequest, format!("the path fits no Location header: {error}")).into_response(),
+        Err(error) => Problem::new(
+            Code::InvalidRequest,
+            format!("the path fits no Location header: {error}"),
+        )
+        .into_response(),
     }
 }
 
@@ -338,7 +384,8 @@ pub fn epoch_etag(epoch: PlanEpoch) -> HeaderValue {
 }
 
 fn quoted(number: u64) -> HeaderValue {
-    HeaderValue::try_from(format!("\"{number}\"")).expect("digits between quotes are a header value")
+    HeaderValue::try_from(format!("\"{number}\""))
+        .expect("digits between quotes are a header value")
 }
 
 /// `Retry-After` counts whole seconds, and 0 would invite a client to spin.
@@ -355,12 +402,51 @@ mod tests {
     fn a_failure_keeps_its_status_and_says_when_to_come_back() {
         let address: Address = "b:2".parse().expect("an address");
         let cases = [
-            (Failure::Overloaded { limit: "queue".into(), retry_after_ms: 1 }, 429, Some(1)),
-            (Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1500 }, 503, Some(2)),
-            (Failure::Unknown { reason: "lost".into() }, 504, None),
-            (Failure::Invalid { reason: "no such shard".into() }, 400, None),
-            (Failure::TooLarge { limit: "8 MiB".into() }, 413, None),
-            (Failure::Elsewhere { shard: GroupId(1), address }, 503, Some(1)),
+            (
+                Failure::Overloaded {
+                    limit: "queue".into(),
+                    retry_after_ms: 1,
+                },
+                429,
+                Some(1),
+            ),
+            (
+                Failure::Unavailable {
+                    reason: "no quorum".into(),
+                    retry_after_ms: 1500,
+                },
+                503,
+                Some(2),
+            ),
+            (
+                Failure::Unknown {
+                    reason: "lost".into(),
+                },
+                504,
+                None,
+            ),
+            (
+                Failure::Invalid {
+                    reason: "no such shard".into(),
+                },
+                400,
+                None,
+            ),
+            (
+                Failure::TooLarge {
+                    limit: "8 MiB".into(),
+                },
+                413,
+                None,
+            ),
+            (
+                Failure::Elsewhere {
+                    shard: GroupId(1),
+                    address,
+                },
+                503,
+                Some(1),
+            ),
         ];
         for (failure, status, retry_after) in cases {
             let problem = Problem::from(failure);
@@ -373,9 +459,14 @@ mod tests {
     #[test]
     fn a_redirect_keeps_path_and_query_as_they_were_sent() {
         let address: Address = "b:2".parse().expect("an address");
-        let uri: Uri = "http://a:1/v1/kv/a%2Fb//c%20?timeout=1s".parse().expect("an uri");
+        let uri: Uri = "http://a:1/v1/kv/a%2Fb//c%20?timeout=1s"
+            .parse()
+            .expect("an uri");
         let response = redirect(&address, &uri);
         assert_eq!(response.status(), 307);
-        assert_eq!(response.headers()[header::LOCATION], "http://b:2/v1/kv/a%2Fb//c%20?timeout=1s");
+        assert_eq!(
+            response.headers()[header::LOCATION],
+            "http://b:2/v1/kv/a%2Fb//c%20?timeout=1s"
+        );
     }
 }

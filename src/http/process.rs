@@ -1,4 +1,5 @@
-//! What the process takes of the machine, under the names that every Prometheus client library uses, and what it is.
+//! What the process takes of the machine, under the names that every Prometheus client library
+//! uses, and what it is.
 //!
 //! Of Linux's `/proc`; what that does not tell is left out.
 
@@ -13,7 +14,8 @@ use crate::sm::level::LEVEL;
 /// What the kernel counts time in before programs, on whatever machine (`USER_HZ`).
 const TICKS_PER_S: f64 = 100.0;
 
-/// When this program began. Not the kernel's word for it, which stays the same when a node starts itself again: counters begin anew then.
+/// When this program began. Not the kernel's word for it, which stays the same when a node starts
+/// itself again: counters begin anew then.
 static STARTED_AT: LazyLock<SystemTime> = LazyLock::new(SystemTime::now);
 
 /// Notes that the program has begun, if that was not yet noted.
@@ -34,8 +36,13 @@ impl Held {
     fn parse(status: &str) -> Self {
         let mut held = Held::default();
         for line in status.lines() {
-            let Some((name, rest)) = line.split_once(':') else { continue };
-            let number = rest.split_whitespace().next().and_then(|number| number.parse::<u64>().ok());
+            let Some((name, rest)) = line.split_once(':') else {
+                continue;
+            };
+            let number = rest
+                .split_whitespace()
+                .next()
+                .and_then(|number| number.parse::<u64>().ok());
             let bytes = number.and_then(|kib| kib.checked_mul(1024));
             match name {
                 "VmRSS" => held.resident_bytes = bytes,
@@ -50,39 +57,88 @@ impl Held {
 
 /// Writes the families of the process and its runtime.
 pub fn collect(text: &mut Exposition) {
-    text.family("quorate_build_info", Kind::Gauge, "1; what runs is told by the labels.");
+    text.family(
+        "quorate_build_info",
+        Kind::Gauge,
+        "1; what runs is told by the labels.",
+    );
     let level = LEVEL.to_string();
-    text.sample(&[("version", env!("CARGO_PKG_VERSION")), ("level_max", &level)], 1);
+    text.sample(
+        &[
+            ("version", env!("CARGO_PKG_VERSION")),
+            ("level_max", &level),
+        ],
+        1,
+    );
 
     let mut gauge = |name: &str, help: &str, value: Option<f64>| {
         let Some(value) = value else { return };
         text.family(name, Kind::Gauge, help);
         text.sample(&[], value);
     };
-    let started = STARTED_AT.duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs_f64());
-    gauge("process_start_time_seconds", "When the program began, since the epoch; later if it started itself again.", started);
+    let started = STARTED_AT
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .map(|since| since.as_secs_f64());
+    gauge(
+        "process_start_time_seconds",
+        "When the program began, since the epoch; later if it started itself again.",
+        started,
+    );
     let held = Held::parse(&fs::read_to_string("/proc/self/status").unwrap_or_default());
     let number = |count: Option<u64>| count.map(|count| count as f64);
-    gauge("process_resident_memory_bytes", "Memory that the process has resident.", number(held.resident_bytes));
-    gauge("process_virtual_memory_bytes", "Address space of the process.", number(held.virtual_bytes));
-    gauge("process_open_fds", "Descriptors that the process has.", descriptors::in_use().map(|count| count as f64));
-    gauge("process_max_fds", "Descriptors that the process may have.", Some(descriptors::limit() as f64));
-    gauge("quorate_threads", "Threads of the process.", number(held.threads));
+    gauge(
+        "process_resident_memory_bytes",
+        "Memory that the process has resident.",
+        number(held.resident_bytes),
+    );
+    gauge(
+        "process_virtual_memory_bytes",
+        "Address space of the process.",
+        number(held.virtual_bytes),
+    );
+    gauge(
+        "process_open_fds",
+        "Descriptors that the process has.",
+        descriptors::in_use().map(|count| count as f64),
+    );
+    gauge(
+        "process_max_fds",
+        "Descriptors that the process may have.",
+        Some(descriptors::limit() as f64),
+    );
+    gauge(
+        "quorate_threads",
+        "Threads of the process.",
+        number(held.threads),
+    );
     if let Ok(runtime) = tokio::runtime::Handle::try_current() {
         let runtime = runtime.metrics();
-        gauge("quorate_runtime_tasks", "Tasks that have not ended.", Some(runtime.num_alive_tasks() as f64));
+        gauge(
+            "quorate_runtime_tasks",
+            "Tasks that have not ended.",
+            Some(runtime.num_alive_tasks() as f64),
+        );
         let queued = runtime.global_queue_depth() as f64;
-        gauge("quorate_runtime_queued_tasks", "Tasks that are ready and that no thread has taken yet.", Some(queued));
+        gauge(
+            "quorate_runtime_queued_tasks",
+            "Tasks that are ready and that no thread has taken yet.",
+            Some(queued),
+        );
     }
 
     if let Some(ticks) = cpu_ticks(&fs::read_to_string("/proc/self/stat").unwrap_or_default()) {
-        text.family("process_cpu_seconds_total", Kind::Counter, "Time that the process has had a processor.");
+        text.family(
+            "process_cpu_seconds_total",
+            Kind::Counter,
+            "Time that the process has had a processor.",
+        );
         text.sample(&[], ticks as f64 / TICKS_PER_S);
     }
 }
 
-/// Reads the time of `/proc/self/stat` that was spent in the program and for it in the kernel, the 14th and the 15th field. The second, a
-/// name in parentheses, may hold anything.
+/// Reads the time of `/proc/self/stat` that was spent in the program and for it in the kernel, the
+/// 14th and the 15th field. The second, a name in parentheses, may hold anything.
 fn cpu_ticks(stat: &str) -> Option<u64> {
     let (_, behind_name) = stat.rsplit_once(')')?;
     let mut fields = behind_name.split_whitespace().skip(11);
@@ -96,11 +152,17 @@ mod tests {
 
     #[test]
     fn what_the_kernel_tells_is_read() {
-        let status = "Name:\tquorate: x\nVmSize:\t  2048 kB\nVmRSS:\t    12 kB\nThreads:\t7\nVmHWM: odd\n";
-        let held = Held { resident_bytes: Some(12 << 10), virtual_bytes: Some(2 << 20), threads: Some(7) };
+        let status =
+            "Name:\tquorate: x\nVmSize:\t  2048 kB\nVmRSS:\t    12 kB\nThreads:\t7\nVmHWM: odd\n";
+        let held = Held {
+            resident_bytes: Some(12 << 10),
+            virtual_bytes: Some(2 << 20),
+            threads: Some(7),
+        };
         assert_eq!(Held::parse(status), held);
         assert_eq!(Held::parse(""), Held::default());
-        let stat = "7 (a ) b) S 1 7 7 0 -1 4194560 9 0 0 0 250 50 0 0 20 0 7 0 99 2048 3 18446744073709551615";
+        let stat = "7 (a ) b) S 1 7 7 0 -1 4194560 9 0 0 0 250 50 0 0 20 0 7 0 99 2048 3 \
+            18446744073709551615";
         assert_eq!((cpu_ticks(stat), cpu_ticks("")), (Some(300), None));
     }
 }

@@ -1,10 +1,12 @@
 //! Listens, accepts and serves: HTTP/1.1 and HTTP/2 with prior knowledge on the same ports.
 //!
-//! Kept out: routes. Every connection is a task of the accept loop that took it; when the shutdown token is cancelled, a loop takes what
-//! the kernel has accepted already and stops listening, lets its connections finish what is in flight for [`Limits::drain_timeout`], and then
-//! drops them. So a client that was let in gets an answer. Lanes of peers end last (`drain`).
+//! Kept out: routes. Every connection is a task of the accept loop that took it; when the shutdown
+//! token is cancelled, a loop takes what the kernel has accepted already and stops listening, lets
+//! its connections finish what is in flight for [`Limits::drain_timeout`], and then drops them. So
+//! a client that was let in gets an answer. Lanes of peers end last (`drain`).
 //!
-//! Lanes of peers need their small frames sent at once and many of them in flight, hence no Nagle's algorithm and large windows.
+//! Lanes of peers need their small frames sent at once and many of them in flight, hence no Nagle's
+//! algorithm and large windows.
 
 use std::io;
 use std::net::SocketAddr;
@@ -39,15 +41,18 @@ const BACKLOG: u32 = 4096;
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 
-/// What the kernel keeps of an answer that its client does not take: it would take megabytes of each, which no budget of ours
-/// sees. What is on its way does not count, so this slows nobody down. Connections have it from the socket that they came in by.
+/// What the kernel keeps of an answer that its client does not take: it would take megabytes of
+/// each, which no budget of ours sees. What is on its way does not count, so this slows nobody
+/// down. Connections have it from the socket that they came in by.
 const UNSENT_BYTES_MAX: u32 = 128 << 10;
 
-/// How often a silent HTTP/2 connection is asked whether it still lives, and how long that may take.
+/// How often a silent HTTP/2 connection is asked whether it still lives, and how long that may
+/// take.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Waits after a failed accept. The usual cause is that file descriptors ran out, which only time cures.
+/// Waits after a failed accept. The usual cause is that file descriptors ran out, which only time
+/// cures.
 const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -65,7 +70,8 @@ pub enum BindError {
     },
     #[error("'{listen}' resolves to no address")]
     NoAddress { listen: String },
-    #[error("cannot listen on {address}: {source}{}", .holder.as_ref().map(|holder| format!("; it is held by {holder}")).unwrap_or_default())]
+    #[error("cannot listen on {address}: {source}{}", .holder.as_ref().map(|holder| format!("; it \
+        is held by {holder}")).unwrap_or_default())]
     Listen {
         address: SocketAddr,
         /// Who has the port, where that can be found out.
@@ -83,14 +89,18 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens on every address that each `host:port` of `listen` resolves to, and lets the process have as many open files as it may.
-    /// Of a name with several addresses, those of a family that this machine does not have are left out.
+    /// Listens on every address that each `host:port` of `listen` resolves to, and lets the process
+    /// have as many open files as it may. Of a name with several addresses, those of a family that
+    /// this machine does not have are left out.
     pub async fn bind<A: AsRef<str>>(listen: &[A]) -> Result<Server, BindError> {
         descriptors::raise();
         let mut listeners: Vec<TcpListener> = Vec::new();
         for listen in listen.iter().map(AsRef::as_ref) {
             let resolved = lookup_host(listen).await;
-            let resolved = resolved.map_err(|source| BindError::Resolve { listen: listen.to_owned(), source })?;
+            let resolved = resolved.map_err(|source| BindError::Resolve {
+                listen: listen.to_owned(),
+                source,
+            })?;
             let (mut bound, mut missing) = (0, None);
             for address in resolved {
                 match self::listen(address) {
@@ -98,23 +108,41 @@ impl Server {
                         listeners.push(listener);
                         bound += 1;
                     }
-                    Err(source) if is_missing(&source) => missing = Some(BindError::Listen { address, holder: None, source }),
+                    Err(source) if is_missing(&source) => {
+                        missing = Some(BindError::Listen {
+                            address,
+                            holder: None,
+                            source,
+                        })
+                    }
                     Err(source) => {
                         let busy = source.kind() == io::ErrorKind::AddrInUse;
-                        return Err(BindError::Listen { address, holder: busy.then(|| holder::find(address)).flatten(), source });
+                        return Err(BindError::Listen {
+                            address,
+                            holder: busy.then(|| holder::find(address)).flatten(),
+                            source,
+                        });
                     }
                 }
             }
             if bound == 0 {
-                return Err(missing.unwrap_or_else(|| BindError::NoAddress { listen: listen.to_owned() }));
+                return Err(missing.unwrap_or_else(|| BindError::NoAddress {
+                    listen: listen.to_owned(),
+                }));
             }
         }
-        Ok(Server { listeners, stats: Arc::default() })
+        Ok(Server {
+            listeners,
+            stats: Arc::default(),
+        })
     }
 
     /// Where it listens: the ports that were chosen, where port 0 was asked for.
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
+        self.listeners
+            .iter()
+            .filter_map(|listener| listener.local_addr().ok())
+            .collect()
     }
 
     /// To be given to [`super::Metrics`].
@@ -122,12 +150,18 @@ impl Server {
         Arc::clone(&self.stats)
     }
 
-    /// Serves an app until `shutdown` is cancelled and what was in flight has ended, or the drain timeout has.
+    /// Serves an app until `shutdown` is cancelled and what was in flight has ended, or the drain
+    /// timeout has.
     pub async fn serve_app(self, mut app: App, shutdown: CancellationToken, limits: &Limits) {
         let (answers, has_peers) = (Arc::clone(&app.answers), app.peers.is_some());
         let (attendance, over) = Attendance::new();
         app.lanes_end = over;
-        let routes = Routes { router: router(app), answers, has_peers, attendance };
+        let routes = Routes {
+            router: router(app),
+            answers,
+            has_peers,
+            attendance,
+        };
         self.serve_routes(routes, shutdown, limits).await;
     }
 
@@ -135,19 +169,30 @@ impl Server {
     pub async fn serve(self, router: Router, shutdown: CancellationToken, limits: &Limits) {
         let (attendance, _) = Attendance::new();
         let answers = Budget::new(ANSWERS_BYTES_MAX);
-        let routes = Routes { router, answers, has_peers: true, attendance };
+        let routes = Routes {
+            router,
+            answers,
+            has_peers: true,
+            attendance,
+        };
         self.serve_routes(routes, shutdown, limits).await;
     }
 
     async fn serve_routes(self, routes: Routes, shutdown: CancellationToken, limits: &Limits) {
-        let Routes { router, answers, has_peers, attendance } = routes;
+        let Routes {
+            router,
+            answers,
+            has_peers,
+            attendance,
+        } = routes;
         let mut shares = Shares::now();
         if !has_peers {
             shares.peers = 0;
         }
         let admission = Admission::new(Arc::clone(&self.stats), limits, shares);
         tracing::info!(
-            "connections: up to {} of clients, and {} more of other nodes; the limit of open files is {}",
+            "connections: up to {} of clients, and {} more of other nodes; the limit of open files \
+            is {}",
             admission.clients_max(),
             admission.peers_max(),
             shares.limit
@@ -155,10 +200,23 @@ impl Server {
         let haste = Haste::new(answers, limits.answer_rate_min);
         let heads = Budget::new(limits.heads_bytes_max);
         let (http, limits) = (protocol(limits), limits.clone());
-        let serving = Arc::new(Serving { router, http, stats: self.stats, shutdown, limits, haste, heads });
+        let serving = Arc::new(Serving {
+            router,
+            http,
+            stats: self.stats,
+            shutdown,
+            limits,
+            haste,
+            heads,
+        });
         let accepting = |listener| {
             let (serving, admission) = (Arc::clone(&serving), Arc::clone(&admission));
-            Accepting { serving, admission, attendance: attendance.clone() }.run(listener)
+            Accepting {
+                serving,
+                admission,
+                attendance: attendance.clone(),
+            }
+            .run(listener)
         };
         let loops: Vec<_> = self.listeners.into_iter().map(accepting).collect();
         drop(attendance);
@@ -176,7 +234,11 @@ struct Routes {
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()
+    } else {
+        TcpSocket::new_v6()
+    }?;
     // A restarted server must not wait for the old connections' TIME_WAIT to pass.
     socket.set_reuseaddr(true)?;
     #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
@@ -187,9 +249,10 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// Whether this machine lacks the address, rather than somebody having it.
 fn is_missing(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported) || {
-        error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error())
-    }
+    matches!(
+        error.kind(),
+        io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported
+    ) || { error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) }
 }
 
 fn protocol(limits: &Limits) -> Builder<TokioExecutor> {
@@ -238,7 +301,11 @@ impl Accepting {
                 Err(error) => {
                     rarely!(warn, %error, "cannot accept connections; trying again");
                     self.serving.stats.accept_failed();
-                    let waited = self.serving.shutdown.run_until_cancelled(sleep(pause)).await;
+                    let waited = self
+                        .serving
+                        .shutdown
+                        .run_until_cancelled(sleep(pause))
+                        .await;
                     pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
                     if waited.is_none() {
                         break;
@@ -247,13 +314,20 @@ impl Accepting {
             }
         }
         self.accept_rest(listener, &mut connections);
-        let Self { serving, attendance, .. } = self;
+        let Self {
+            serving,
+            attendance,
+            ..
+        } = self;
         drop(attendance);
         let drained = async { while connections.join_next().await.is_some() {} };
         let drained = timeout(serving.limits.drain_timeout, drained).await;
         if drained.is_err() {
             // Said once, at the stop.
-            tracing::warn!(connections = connections.len(), "connections did not end in time and are cut");
+            tracing::warn!(
+                connections = connections.len(),
+                "connections did not end in time and are cut"
+            );
         }
         connections.shutdown().await;
     }
@@ -261,7 +335,9 @@ impl Accepting {
     /// Takes the connections that the kernel has made already: with the listener it would reset
     /// them, and their clients could not tell whether their requests were done.
     fn accept_rest(&self, listener: TcpListener, connections: &mut JoinSet<()>) {
-        let Ok(listener) = listener.into_std() else { return };
+        let Ok(listener) = listener.into_std() else {
+            return;
+        };
         for _ in 0..BACKLOG {
             let taken = listener.accept().and_then(|(stream, address)| {
                 // One that is accepted by hand blocks, unless it is told not to.
@@ -286,7 +362,11 @@ impl Accepting {
         };
         let (serving, is_crowded) = (Arc::clone(&self.serving), self.admission.is_crowded());
         let attending = Attending::new(self.attendance.clone());
-        let admitted = Admitted { place, attending, is_crowded };
+        let admitted = Admitted {
+            place,
+            attending,
+            is_crowded,
+        };
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         connections.spawn(async move { serving.serve(stream, address, admitted).await });
     }
@@ -295,7 +375,10 @@ impl Accepting {
 /// Whether an error of accept is that of the one connection, which went away while it waited.
 fn is_of_the_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
-    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted
+    )
 }
 
 #[cfg(test)]
@@ -306,13 +389,22 @@ mod tests {
     async fn a_busy_port_is_named_with_its_holder() {
         let first = Server::bind(&["127.0.0.1:0"]).await.expect("a free port");
         let address = first.addresses()[0].to_string();
-        let error = Server::bind(&[&address]).await.expect_err("the port is taken").to_string();
+        let error = Server::bind(&[&address])
+            .await
+            .expect_err("the port is taken")
+            .to_string();
         assert!(error.contains(&address), "{error}");
         if cfg!(target_os = "linux") {
-            assert!(error.contains(&format!("process {} (", std::process::id())), "{error}");
+            assert!(
+                error.contains(&format!("process {} (", std::process::id())),
+                "{error}"
+            );
         }
         for bad in ["nonsense", "127.0.0.1:99999", "host.invalid:1"] {
-            let error = Server::bind(&[bad]).await.expect_err("it is no address").to_string();
+            let error = Server::bind(&[bad])
+                .await
+                .expect_err("it is no address")
+                .to_string();
             assert!(error.contains(bad), "{error}");
         }
     }

@@ -14,7 +14,10 @@ async fn answers(site: &Site, sent: &str) -> (Vec<u16>, String) {
     wire.close_sending().await;
     let text = wire.rest().await;
     let status = |line: &str| line.get(..3).and_then(|status| status.parse().ok());
-    (text.split("HTTP/1.1 ").skip(1).filter_map(status).collect(), text)
+    (
+        text.split("HTTP/1.1 ").skip(1).filter_map(status).collect(),
+        text,
+    )
 }
 
 #[tokio::test]
@@ -51,30 +54,83 @@ async fn a_head_that_leaves_open_whom_it_is_for_or_where_it_ends_is_refused() {
         ("GET /healthz HTTP/1.1\r\nhost: a\r\nb: c\rd\r\n", 400),
         ("GET /healthz HTTP/1.1\r\nhost: a\r\nb: c\0d\r\n", 400),
         // How long it is.
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\ncontent-length: 0\r\n", 201),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\ncontent-length: 1\r\n", 400),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 0, 0\r\n", 400),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: +0\r\n", 400),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 0x0\r\n", 400),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length:\r\n", 400),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 18446744073709551616\r\n", 400),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: identity\r\n", 400),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: xchunked\r\n", 400),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, identity\r\n", 400),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n", 501),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, chunked\r\n", 501),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n", 501),
-        ("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding:\u{b}chunked\r\n", 400),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\ncontent-length: 0\r\n",
+            201,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\ncontent-length: 1\r\n",
+            400,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 0, 0\r\n",
+            400,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: +0\r\n",
+            400,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 0x0\r\n",
+            400,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length:\r\n",
+            400,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 18446744073709551616\r\n",
+            400,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: identity\r\n",
+            400,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: xchunked\r\n",
+            400,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, identity\r\n",
+            400,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n",
+            501,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, chunked\r\n",
+            501,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip\r\ntransfer-encoding: \
+            chunked\r\n",
+            501,
+        ),
+        (
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding:\u{b}chunked\r\n",
+            400,
+        ),
     ] {
         let site_before = site.store.requests();
         let (found, text) = answers(&site, &format!("{head}\r\n")).await;
         assert_eq!(found, [expected], "{head:?}: {text:.300}");
-        assert!(expected < 300 || site.store.requests() == site_before, "{head:?} reached the store");
-        assert!(expected < 300 || text.contains("connection: close"), "{head:?} leaves it open: {text:.300}");
+        assert!(
+            expected < 300 || site.store.requests() == site_before,
+            "{head:?} reached the store"
+        );
+        assert!(
+            expected < 300 || text.contains("connection: close"),
+            "{head:?} leaves it open: {text:.300}"
+        );
     }
     let (_, old) = answers(&site, "GET /healthz HTTP/1.0\r\n\r\n").await;
     assert!(old.starts_with("HTTP/1.0 200"), "{old}");
-    let (_, old) = answers(&site, "PUT /v1/kv/a HTTP/1.0\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n").await;
+    let (_, old) = answers(
+        &site,
+        "PUT /v1/kv/a HTTP/1.0\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    )
+    .await;
     assert!(old.contains(" 400 "), "{old}");
     site.stop().await;
 }
@@ -85,10 +141,15 @@ async fn chunks_win_over_a_length_and_nothing_is_read_behind_them() {
     let (chunked, length) = ("transfer-encoding: chunked\r\n", "content-length: 200\r\n");
     let behind = "GET /v1/kv/a HTTP/1.1\r\nhost: a\r\n\r\n";
     for headers in [format!("{chunked}{length}"), format!("{length}{chunked}")] {
-        let sent = format!("PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\n{headers}\r\n3\r\nabc\r\n0\r\n\r\n{behind}");
+        let sent = format!(
+            "PUT /v1/kv/a HTTP/1.1\r\nhost: a\r\n{headers}\r\n3\r\nabc\r\n0\r\n\r\n{behind}"
+        );
         let (found, text) = answers(&site, &sent).await;
         assert_eq!(found.len(), 1, "{text}");
-        assert!(matches!(found[..], [200 | 201]) && text.contains("connection: close"), "{text}");
+        assert!(
+            matches!(found[..], [200 | 201]) && text.contains("connection: close"),
+            "{text}"
+        );
         assert_eq!(site.store.record(b"a").expect("it was stored").value, "abc");
     }
     site.stop().await;
@@ -124,12 +185,26 @@ async fn chunks_that_are_none_store_nothing() {
 async fn a_body_is_never_read_as_a_request() {
     let site = Site::start().await;
     let inner = "PUT /v1/kv/inner HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\n\r\nx";
-    let (length, last) = (inner.len(), "GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
-    for line in ["GET /healthz", "GET /v1/kv", "GET /v1/kv/a", "DELETE /v1/kv/a", "POST /v1/kv/a", "CONNECT a:1", "GET /x"] {
+    let (length, last) = (
+        inner.len(),
+        "GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n",
+    );
+    for line in [
+        "GET /healthz",
+        "GET /v1/kv",
+        "GET /v1/kv/a",
+        "DELETE /v1/kv/a",
+        "POST /v1/kv/a",
+        "CONNECT a:1",
+        "GET /x",
+    ] {
         let head = format!("{line} HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n");
         let (found, text) = answers(&site, &format!("{head}{inner}{last}")).await;
         assert!((1..=2).contains(&found.len()), "{line}: {text}");
-        assert!(site.store.record(b"inner").is_none(), "the body of {line} was read as a request");
+        assert!(
+            site.store.record(b"inner").is_none(),
+            "the body of {line} was read as a request"
+        );
     }
     site.stop().await;
 }
@@ -139,7 +214,9 @@ async fn requests_in_a_row_are_answered_in_their_order_also_when_the_client_has_
     let site = Site::start().await;
     let mut sent = String::new();
     for (value, path) in [("1", "a"), ("2", "b"), ("3", "a")] {
-        sent.push_str(&format!("PUT /v1/kv/{path} HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\n\r\n{value}"));
+        sent.push_str(&format!(
+            "PUT /v1/kv/{path} HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\n\r\n{value}"
+        ));
         sent.push_str(&format!("GET /v1/kv/{path} HTTP/1.1\r\nhost: a\r\n\r\n"));
     }
     site.store.slow_down_writes(Duration::from_millis(20));
@@ -151,7 +228,8 @@ async fn requests_in_a_row_are_answered_in_their_order_also_when_the_client_has_
 /// A client that has sent all and closed its sending side, as `nc -N` does.
 async fn half_closed(site: &Site, head: &str) -> Wire {
     let mut wire = site.connect().await;
-    wire.send(format!("{head}\r\nhost: a\r\n\r\n").as_bytes()).await;
+    wire.send(format!("{head}\r\nhost: a\r\n\r\n").as_bytes())
+        .await;
     wire.close_sending().await;
     wire
 }
@@ -160,17 +238,33 @@ async fn half_closed(site: &Site, head: &str) -> Wire {
 async fn a_client_that_has_closed_its_sending_side_is_answered() {
     let site = Site::start().await;
     site.store.slow_down_reads(Duration::from_millis(200));
-    let answer = half_closed(&site, "GET /v1/kv/a HTTP/1.1").await.rest().await;
+    let answer = half_closed(&site, "GET /v1/kv/a HTTP/1.1")
+        .await
+        .rest()
+        .await;
     assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
 
     // It is asked whether it is there, in a way that clients pass over.
     site.store.slow_down_reads(Duration::from_millis(2500));
-    let answer = half_closed(&site, "GET /v1/kv/a HTTP/1.1").await.rest().await;
-    let (interim, last) = answer.rsplit_once("\r\n\r\nHTTP/1.1 ").expect("more than one answer");
-    assert!(interim.split("\r\n\r\n").all(|answer| answer == "HTTP/1.1 100 Continue"), "{answer}");
+    let answer = half_closed(&site, "GET /v1/kv/a HTTP/1.1")
+        .await
+        .rest()
+        .await;
+    let (interim, last) = answer
+        .rsplit_once("\r\n\r\nHTTP/1.1 ")
+        .expect("more than one answer");
+    assert!(
+        interim
+            .split("\r\n\r\n")
+            .all(|answer| answer == "HTTP/1.1 100 Continue"),
+        "{answer}"
+    );
     assert!(last.starts_with("404"), "{answer}");
 
-    let old = half_closed(&site, "GET /v1/kv/a HTTP/1.0").await.rest().await;
+    let old = half_closed(&site, "GET /v1/kv/a HTTP/1.0")
+        .await
+        .rest()
+        .await;
     assert!(old.starts_with("HTTP/1.0 404"), "{old}");
     site.stop().await;
 }
@@ -181,17 +275,24 @@ async fn a_client_that_is_gone_is_noticed_whether_it_says_so_or_not() {
     site.store.slow_down_reads(Duration::from_secs(3600));
     let waits = half_closed(&site, "GET /v1/kv/a?timeout=60s HTTP/1.1").await;
     let mut resets = site.connect().await;
-    resets.send(b"GET /v1/kv/a?timeout=60s HTTP/1.1\r\nhost: a\r\n\r\n").await;
-    site.wait_for_metric("quorate_http_requests_in_flight 2").await;
+    resets
+        .send(b"GET /v1/kv/a?timeout=60s HTTP/1.1\r\nhost: a\r\n\r\n")
+        .await;
+    site.wait_for_metric("quorate_http_requests_in_flight 2")
+        .await;
     drop(waits);
     resets.reset();
-    site.wait_for_metric("quorate_http_requests_in_flight 0").await;
+    site.wait_for_metric("quorate_http_requests_in_flight 0")
+        .await;
     site.stop().await;
 }
 
 #[tokio::test]
 async fn a_head_that_comes_byte_by_byte_has_a_total_time() {
-    let limits = Limits { head_arrival_timeout: Duration::from_millis(300), ..Limits::default() };
+    let limits = Limits {
+        head_arrival_timeout: Duration::from_millis(300),
+        ..Limits::default()
+    };
     let site = Site::with(limits).await;
     for beginning in ["", "GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"] {
         let mut wire = site.connect().await;
@@ -208,7 +309,9 @@ async fn a_head_that_comes_byte_by_byte_has_a_total_time() {
                 }
             }
         };
-        tokio::time::timeout(super::testing::PATIENCE, sending).await.expect("it is cut in time");
+        tokio::time::timeout(super::testing::PATIENCE, sending)
+            .await
+            .expect("it is cut in time");
     }
     site.stop().await;
 }

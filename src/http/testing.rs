@@ -1,4 +1,5 @@
-//! What the tests of the serving side stand on: a store in memory, a server over it on a port of its own, and a client that sends raw bytes.
+//! What the tests of the serving side stand on: a store in memory, a server over it on a port of
+//! its own, and a client that sends raw bytes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
@@ -19,21 +20,27 @@ use tokio_util::sync::CancellationToken;
 use super::{App, Limits, Metrics, NotReady, PeerService, Readiness, Server};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{
-    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest, Standing,
+    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
+    PromiseReply, PromiseRequest, Standing,
 };
 use crate::client::protocol::{
-    ClusterStatus, Hop, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest, ShardStatus,
+    ClusterStatus, Hop, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest,
+    ShardStatus,
 };
 use crate::client::shard_map::ShardMap;
 use crate::client::store::*;
-use crate::client::view_change::{ChangeInProgress, Phase, PlannedChange, ReplicationFactor, ViewChange, ViewChangeFailure};
+use crate::client::view_change::{
+    ChangeInProgress, Phase, PlannedChange, ReplicationFactor, ViewChange, ViewChangeFailure,
+};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, Rejection};
 use crate::sm::level::LEVEL;
 use crate::sm::meta;
 use crate::sm::placement::first_view;
 use crate::sm::slots::slot_of;
 use crate::sm::view::{Asked, Group, Node, View};
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Revision};
+use crate::types::{
+    Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Revision,
+};
 
 /// Longest wait of a test for something that should come at once.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -41,7 +48,8 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// Values of a page together.
 const PAGE_BYTES_MAX: usize = 8 << 20;
 
-/// A store of two shards in memory: keys whose first byte is below `n` are in shard 1, the others in shard 2.
+/// A store of two shards in memory: keys whose first byte is below `n` are in shard 1, the others
+/// in shard 2.
 pub struct FakeStore {
     state: Mutex<State>,
     /// Of changes of the view, as far as it knows without being asked.
@@ -52,7 +60,11 @@ pub struct FakeStore {
 impl Default for FakeStore {
     fn default() -> Self {
         let answers = Budget::new(ANSWERS_BYTES_MAX);
-        let store = FakeStore { state: Mutex::default(), are_over: watch::Sender::new(None), answers };
+        let store = FakeStore {
+            state: Mutex::default(),
+            are_over: watch::Sender::new(None),
+            answers,
+        };
         store.set_nodes(&["a:1", "b:2", "c:3"]);
         store
     }
@@ -84,13 +96,21 @@ struct State {
 }
 
 fn shard(key: &[u8]) -> GroupId {
-    GroupId(if key.first().is_none_or(|first| *first < b'n') { 1 } else { 2 })
+    GroupId(if key.first().is_none_or(|first| *first < b'n') {
+        1
+    } else {
+        2
+    })
 }
 
 impl FakeStore {
     /// Everything that shard is asked fails so from now on.
     pub fn fail(&self, shard: u64, failure: Failure) {
-        self.state.lock().expect("no panic").failing.insert(GroupId(shard), failure);
+        self.state
+            .lock()
+            .expect("no panic")
+            .failing
+            .insert(GroupId(shard), failure);
     }
 
     /// Returns how often somebody asked how a change gets on.
@@ -142,7 +162,13 @@ impl FakeStore {
 
     /// The options of the last request.
     pub fn last_options(&self) -> Options {
-        *self.state.lock().expect("no panic").asked.last().expect("a request came")
+        *self
+            .state
+            .lock()
+            .expect("no panic")
+            .asked
+            .last()
+            .expect("a request came")
     }
 
     /// The options of all requests, in their order.
@@ -204,17 +230,31 @@ impl FakeStore {
 
     /// The nodes of [`Store::map`]: with up to three, each shard has a replica on every one.
     pub fn set_nodes(&self, addresses: &[&str]) {
-        let nodes = addresses.iter().map(|address| address.parse().expect("an address")).collect();
+        let nodes = addresses
+            .iter()
+            .map(|address| address.parse().expect("an address"))
+            .collect();
         self.state.lock().expect("no panic").nodes = nodes;
     }
 
     pub fn nodes(&self) -> Vec<String> {
-        self.state.lock().expect("no panic").nodes.iter().map(ToString::to_string).collect()
+        self.state
+            .lock()
+            .expect("no panic")
+            .nodes
+            .iter()
+            .map(ToString::to_string)
+            .collect()
     }
 
     /// The shard of [`Store::map`] that owns the slot of `key`.
     pub fn owner(&self, key: &[u8]) -> GroupId {
-        self.state.lock().expect("no panic").view().slots.owner(slot_of(key))
+        self.state
+            .lock()
+            .expect("no panic")
+            .view()
+            .slots
+            .owner(slot_of(key))
     }
 
     fn adopt(&self, change: &ViewChange) {
@@ -228,20 +268,32 @@ impl FakeStore {
     }
 
     pub fn record(&self, key: &[u8]) -> Option<Record> {
-        self.state.lock().expect("no panic").records.get(key).cloned()
+        self.state
+            .lock()
+            .expect("no panic")
+            .records
+            .get(key)
+            .cloned()
     }
 }
 
 impl State {
     fn view(&self) -> View {
-        let node = |(address, id): (Address, u128)| Node { address, public_address: None, directory: DirectoryId(id) };
+        let node = |(address, id): (Address, u128)| Node {
+            address,
+            public_address: None,
+            directory: DirectoryId(id),
+        };
         let nodes = self.nodes.iter().cloned().zip(1..).map(node).collect();
         first_view(ClusterId(7), self.asked_of_view, nodes).expect("a view")
     }
 
     fn keys_of(&self, shard: GroupId) -> u64 {
         let view = self.view();
-        self.records.keys().filter(|key| view.slots.owner(slot_of(key)) == shard).count() as u64
+        self.records
+            .keys()
+            .filter(|key| view.slots.owner(slot_of(key)) == shard)
+            .count() as u64
     }
 
     fn ask(&mut self, shard: GroupId, options: Options) -> Result<(), Failure> {
@@ -254,17 +306,24 @@ impl State {
         if self.serves_stale && options.consistency == Consistency::Stale {
             return Ok(());
         }
-        self.failing.get(&shard).map_or(Ok(()), |failure| Err(failure.clone()))
+        self.failing
+            .get(&shard)
+            .map_or(Ok(()), |failure| Err(failure.clone()))
     }
 
     fn holds(&self, operation: &Operation) -> Result<(), Option<Revision>> {
-        let current = self.records.get(&operation.key).map(|record| record.revision);
+        let current = self
+            .records
+            .get(&operation.key)
+            .map(|record| record.revision);
         let holds = match &operation.condition {
             Condition::None => true,
             Condition::Absent => current.is_none(),
             Condition::Present => current.is_some(),
             Condition::RevisionIn(these) => current.is_some_and(|current| these.contains(&current)),
-            Condition::RevisionNotIn(these) => current.is_none_or(|current| !these.contains(&current)),
+            Condition::RevisionNotIn(these) => {
+                current.is_none_or(|current| !these.contains(&current))
+            }
         };
         if holds { Ok(()) } else { Err(current) }
     }
@@ -276,14 +335,23 @@ impl State {
             Action::Put { media, value } => {
                 self.revision += 1;
                 let revision = Revision(self.revision);
-                let record = Record { revision, media: media.clone(), value: value.clone() };
+                let record = Record {
+                    revision,
+                    media: media.clone(),
+                    value: value.clone(),
+                };
                 self.records.insert(operation.key.clone(), record);
-                OperationOutcome::Put { revision, created: !exists }
+                OperationOutcome::Put {
+                    revision,
+                    created: !exists,
+                }
             }
             Action::Delete if exists => {
                 self.revision += 1;
                 self.records.remove(&operation.key);
-                OperationOutcome::Deleted { revision: Some(Revision(self.revision)) }
+                OperationOutcome::Deleted {
+                    revision: Some(Revision(self.revision)),
+                }
             }
             Action::Delete => OperationOutcome::Deleted { revision: None },
         }
@@ -295,15 +363,21 @@ impl State {
             let shard = shard(&operation.key);
             let failure = match (self.ask(shard, options), self.holds(operation)) {
                 (Err(failure), _) => WriteFailure::Failed(failure),
-                (Ok(()), Err(current)) => WriteFailure::Rejected(Rejection::ConditionFailed { operation: position, current }),
+                (Ok(()), Err(current)) => WriteFailure::Rejected(Rejection::ConditionFailed {
+                    operation: position,
+                    current,
+                }),
                 (Ok(()), Ok(())) => continue,
             };
             verdicts.entry(shard).or_insert(failure);
         }
-        let written = operations.iter().map(|operation| match verdicts.get(&shard(&operation.key)) {
-            Some(failure) => Err(failure.clone()),
-            None => Ok(self.apply(operation)),
-        });
+        let written =
+            operations
+                .iter()
+                .map(|operation| match verdicts.get(&shard(&operation.key)) {
+                    Some(failure) => Err(failure.clone()),
+                    None => Ok(self.apply(operation)),
+                });
         written.collect()
     }
 }
@@ -315,16 +389,33 @@ impl Store for FakeStore {
 
     fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
         let mut state = self.state.lock().expect("no panic");
-        let staleness = (options.consistency == Consistency::Stale).then_some(Staleness::AtMost { age_ms: 12 });
-        let found = state.ask(shard(&key), options).map(|()| Found { record: state.records.get(&key).cloned(), staleness });
+        let staleness =
+            (options.consistency == Consistency::Stale).then_some(Staleness::AtMost { age_ms: 12 });
+        let found = state.ask(shard(&key), options).map(|()| Found {
+            record: state.records.get(&key).cloned(),
+            staleness,
+        });
         let takes = state.reads_take;
         Box::pin(async move {
-            let late = || Err(Failure::Unavailable { reason: "not in time".into(), retry_after_ms: 1000 });
-            if in_time(takes, options).await { found } else { late() }
+            let late = || {
+                Err(Failure::Unavailable {
+                    reason: "not in time".into(),
+                    retry_after_ms: 1000,
+                })
+            };
+            if in_time(takes, options).await {
+                found
+            } else {
+                late()
+            }
         })
     }
 
-    fn get_many(&self, request: GetManyRequest, options: Options) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
+    fn get_many(
+        &self,
+        request: GetManyRequest,
+        options: Options,
+    ) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
         let mut state = self.state.lock().expect("no panic");
         let (mut records, mut bytes) = (Vec::new(), 0);
         for key in &request.keys {
@@ -344,16 +435,32 @@ impl Store for FakeStore {
         Box::pin(ready(Ok(records)))
     }
 
-    fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {
+    fn write(
+        &self,
+        operations: Vec<Operation>,
+        idempotency_key: Option<Bytes>,
+        options: Options,
+    ) -> BoxFuture<'_, Vec<Written>> {
         let mut state = self.state.lock().expect("no panic");
         let Some(key) = idempotency_key else {
             let count = operations.len();
             let failed = move |failure| vec![Err(WriteFailure::Failed(failure)); count];
-            let written = state.failing_write.take().map_or_else(|| state.write(&operations, options), failed);
+            let written = state
+                .failing_write
+                .take()
+                .map_or_else(|| state.write(&operations, options), failed);
             let takes = state.writes_take;
             return Box::pin(async move {
-                let late = || failed(Failure::Unknown { reason: "not in time".into() });
-                if in_time(takes, options).await { written } else { late() }
+                let late = || {
+                    failed(Failure::Unknown {
+                        reason: "not in time".into(),
+                    })
+                };
+                if in_time(takes, options).await {
+                    written
+                } else {
+                    late()
+                }
             });
         };
         let written = match state.answered.get(&key) {
@@ -385,11 +492,26 @@ impl Store for FakeStore {
         let mut state = self.state.lock().expect("no panic");
         let asked = state.ask(GroupId(1), options);
         let range = request.range;
-        let inside = |key: &Bytes| *key >= range.start && range.end.as_ref().is_none_or(|end| key < end);
-        let items = state.records.iter().filter(|(key, _)| inside(key)).map(|(key, record)| {
-            let value = if request.keys_only { Bytes::new() } else { record.value.clone() };
-            Item { key: key.clone(), record: Record { value, ..record.clone() } }
-        });
+        let inside =
+            |key: &Bytes| *key >= range.start && range.end.as_ref().is_none_or(|end| key < end);
+        let items = state
+            .records
+            .iter()
+            .filter(|(key, _)| inside(key))
+            .map(|(key, record)| {
+                let value = if request.keys_only {
+                    Bytes::new()
+                } else {
+                    record.value.clone()
+                };
+                Item {
+                    key: key.clone(),
+                    record: Record {
+                        value,
+                        ..record.clone()
+                    },
+                }
+            });
         let mut items: Vec<Item> = items.collect();
         if request.reverse {
             items.reverse();
@@ -408,13 +530,19 @@ impl Store for FakeStore {
 
     fn count(&self, _: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>> {
         let state = self.state.lock().expect("no panic");
-        let counts = state.view().shards().map(|(shard, _)| (shard, state.keys_of(shard))).collect();
+        let counts = state
+            .view()
+            .shards()
+            .map(|(shard, _)| (shard, state.keys_of(shard)))
+            .collect();
         Box::pin(ready(Ok(counts)))
     }
 
     fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>> {
         let mut state = self.state.lock().expect("no panic");
-        Box::pin(ready(state.ask(shard, options).map(|()| state.keys_of(shard))))
+        Box::pin(ready(
+            state.ask(shard, options).map(|()| state.keys_of(shard)),
+        ))
     }
 
     fn this_node(&self) -> Option<NodeId> {
@@ -423,7 +551,10 @@ impl Store for FakeStore {
 
     fn contact(&self, shard: GroupId) -> BoxFuture<'_, Option<Address>> {
         let view = self.state.lock().expect("no panic").view();
-        let home = view.groups.get(&shard).and_then(|group| view.nodes.get(&group.home));
+        let home = view
+            .groups
+            .get(&shard)
+            .and_then(|group| view.nodes.get(&group.home));
         Box::pin(ready(home.map(|home| home.address.clone())))
     }
 
@@ -432,7 +563,8 @@ impl Store for FakeStore {
         Some(cluster)
     }
 
-    /// Shards as they would be at the nodes, which has nothing to do with where this store keeps its keys.
+    /// Shards as they would be at the nodes, which has nothing to do with where this store keeps
+    /// its keys.
     fn map(&self, _: Options) -> BoxFuture<'_, Result<Arc<ShardMap>, Failure>> {
         let state = self.state.lock().expect("no panic");
         let map = ShardMap::from_view(&state.view(), |_| None);
@@ -440,7 +572,13 @@ impl Store for FakeStore {
     }
 
     fn status(&self) -> BoxFuture<'_, Result<ClusterStatus, Failure>> {
-        let View { nodes, groups, asked, slots, .. } = self.state.lock().expect("no panic").view();
+        let View {
+            nodes,
+            groups,
+            asked,
+            slots,
+            ..
+        } = self.state.lock().expect("no panic").view();
         let node = |(id, node): (NodeId, Node)| NodeStatus {
             id,
             public_address: node.public().clone(),
@@ -473,14 +611,23 @@ impl Store for FakeStore {
         };
         Box::pin(ready(Ok(ClusterStatus {
             cluster: ClusterId(7),
-            epoch: self.state.lock().expect("no panic").epoch.unwrap_or(PlanEpoch(1)),
+            epoch: self
+                .state
+                .lock()
+                .expect("no panic")
+                .epoch
+                .unwrap_or(PlanEpoch(1)),
             version: MapVersion(2),
             level: 0,
             asked,
             answered_by: NodeId(1),
             meta_leader: None,
             nodes: nodes.into_iter().map(node).collect(),
-            shards: groups.iter().filter(|(id, _)| !id.is_meta()).map(shard).collect(),
+            shards: groups
+                .iter()
+                .filter(|(id, _)| !id.is_meta())
+                .map(shard)
+                .collect(),
             moves: vec![],
             slots_astray: 0,
             settled: true,
@@ -488,11 +635,18 @@ impl Store for FakeStore {
         })))
     }
 
-    fn transfer_leader(&self, shard: GroupId, to: Option<Address>, _: Options) -> BoxFuture<'_, Result<Address, Failure>> {
+    fn transfer_leader(
+        &self,
+        shard: GroupId,
+        to: Option<Address>,
+        _: Options,
+    ) -> BoxFuture<'_, Result<Address, Failure>> {
         let home = || "home:1".parse().expect("an address");
         Box::pin(ready(match shard {
             GroupId(1) => Ok(to.unwrap_or_else(home)),
-            other => Err(Failure::Invalid { reason: format!("there is no shard {other}") }),
+            other => Err(Failure::Invalid {
+                reason: format!("there is no shard {other}"),
+            }),
         }))
     }
 
@@ -504,11 +658,15 @@ impl Store for FakeStore {
     ) -> BoxFuture<'_, Result<ChangeInProgress, ViewChangeFailure>> {
         let current = PlanEpoch(1);
         let answer = match (change.nodes.as_deref(), only_if) {
-            (_, Some(epoch)) if epoch != current => Err(ViewChangeFailure::EpochChanged { current }),
-            (Some([]), _) => Err(ViewChangeFailure::Refused { reason: "there are no nodes".into() }),
-            (Some([node, ..]), _) if node.host() == "silent" => {
-                Err(ViewChangeFailure::NotReady { reason: format!("{node} does not answer") })
+            (_, Some(epoch)) if epoch != current => {
+                Err(ViewChangeFailure::EpochChanged { current })
             }
+            (Some([]), _) => Err(ViewChangeFailure::Refused {
+                reason: "there are no nodes".into(),
+            }),
+            (Some([node, ..]), _) if node.host() == "silent" => Err(ViewChangeFailure::NotReady {
+                reason: format!("{node} does not answer"),
+            }),
             _ => {
                 self.adopt(&change);
                 Ok(self.in_progress(PlanEpoch(2)))
@@ -517,7 +675,11 @@ impl Store for FakeStore {
         Box::pin(ready(answer))
     }
 
-    fn plan_view(&self, _: ViewChange, _: Options) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>> {
+    fn plan_view(
+        &self,
+        _: ViewChange,
+        _: Options,
+    ) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>> {
         Box::pin(ready(Ok(PlannedChange {
             base: PlanEpoch(1),
             is_same: true,
@@ -533,7 +695,11 @@ impl Store for FakeStore {
         })))
     }
 
-    fn operation(&self, id: PlanEpoch, _: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
+    fn operation(
+        &self,
+        id: PlanEpoch,
+        _: Options,
+    ) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
         let newest = {
             let mut state = self.state.lock().expect("no panic");
             state.looks += 1;
@@ -545,13 +711,18 @@ impl Store for FakeStore {
     fn await_change(&self, _: PlanEpoch, at_most: Duration) -> BoxFuture<'_, Option<bool>> {
         let mut are_over = self.are_over.subscribe();
         Box::pin(async move {
-            let told = timeout(at_most, are_over.wait_for(|are_over| *are_over == Some(true))).await;
+            let told = timeout(
+                at_most,
+                are_over.wait_for(|are_over| *are_over == Some(true)),
+            )
+            .await;
             told.map_or_else(|_| *self.are_over.borrow(), |_| Some(true))
         })
     }
 }
 
-/// Whether what takes so long is done before a caller has waited enough. Returns when it is, or he has.
+/// Whether what takes so long is done before a caller has waited enough. Returns when it is, or he
+/// has.
 async fn in_time(takes: Duration, options: Options) -> bool {
     if !takes.is_zero() {
         tokio::time::sleep(takes.min(options.timeout)).await;
@@ -573,14 +744,23 @@ impl Readiness for Switch {
 struct Echo;
 
 impl PeerService for Echo {
-    fn lane(&self, lane: &str, incoming: BoxStream<'static, std::io::Result<Bytes>>) -> BoxStream<'static, Bytes> {
+    fn lane(
+        &self,
+        lane: &str,
+        incoming: BoxStream<'static, std::io::Result<Bytes>>,
+    ) -> BoxStream<'static, Bytes> {
         let hello = Bytes::from(format!("lane {lane}\n"));
-        let echoed = incoming.filter_map(|data| ready(data.ok())).map(|data| Bytes::from(data.to_ascii_uppercase()));
+        let echoed = incoming
+            .filter_map(|data| ready(data.ok()))
+            .map(|data| Bytes::from(data.to_ascii_uppercase()));
         futures::stream::iter([hello]).chain(echoed).boxed()
     }
 
     fn shard(&self, request: ShardRequest, _: Hop) -> BoxFuture<'_, ShardReply> {
-        Box::pin(ready(ShardReply::Counted { keys: request.timeout_ms, slots: vec![] }))
+        Box::pin(ready(ShardReply::Counted {
+            keys: request.timeout_ms,
+            slots: vec![],
+        }))
     }
 
     fn identity(&self) -> Identity {
@@ -590,16 +770,29 @@ impl PeerService for Echo {
     fn invite(&self, _: Vec<Address>) {}
 
     fn hold_level(&self, request: HoldRequest) -> BoxFuture<'_, Result<(), Failure>> {
-        let other = || Err(Failure::Invalid { reason: "another cluster".into() });
-        Box::pin(ready(if request.cluster == ClusterId(7) { Ok(()) } else { other() }))
+        let other = || {
+            Err(Failure::Invalid {
+                reason: "another cluster".into(),
+            })
+        };
+        Box::pin(ready(if request.cluster == ClusterId(7) {
+            Ok(())
+        } else {
+            other()
+        }))
     }
 
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>> {
-        Box::pin(ready(Err(Failure::Unavailable { reason: "it leads nothing".to_owned(), retry_after_ms: 1 })))
+        Box::pin(ready(Err(Failure::Unavailable {
+            reason: "it leads nothing".to_owned(),
+            retry_after_ms: 1,
+        })))
     }
 
     fn promise(&self, request: PromiseRequest) -> BoxFuture<'_, PromiseReply> {
-        Box::pin(ready(PromiseReply::Refused { reason: format!("not to {}", request.founder_address) }))
+        Box::pin(ready(PromiseReply::Refused {
+            reason: format!("not to {}", request.founder_address),
+        }))
     }
 
     fn hosting(&self) -> BoxFuture<'_, Hosting> {
@@ -616,7 +809,9 @@ impl PeerService for Echo {
     fn failures_reported(&self, report: FailureReport) -> Result<(), Failure> {
         match report.cluster {
             ClusterId(7) => Ok(()),
-            _ => Err(Failure::Invalid { reason: "another cluster".into() }),
+            _ => Err(Failure::Invalid {
+                reason: "another cluster".into(),
+            }),
         }
     }
 
@@ -624,10 +819,16 @@ impl PeerService for Echo {
         Box::pin(ready(GreetingReply::Welcome(greeting)))
     }
 
-    fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
+    fn announce(
+        &self,
+        announcement: Announcement,
+    ) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
         Box::pin(ready(match announcement.command {
             meta::Command::Announce { .. } => Ok(meta::Outcome::Done),
-            _ => Err(Failure::Unavailable { reason: "not the meta leader".into(), retry_after_ms: 1 }),
+            _ => Err(Failure::Unavailable {
+                reason: "not the meta leader".into(),
+                retry_after_ms: 1,
+            }),
         }))
     }
 }
@@ -635,9 +836,15 @@ impl PeerService for Echo {
 /// A member's, whose view has maps with numbers for keys.
 pub fn identity() -> Identity {
     let address: Address = "a:1".parse().expect("an address");
-    let node = Node { address: address.clone(), public_address: None, directory: DirectoryId(5) };
+    let node = Node {
+        address: address.clone(),
+        public_address: None,
+        directory: DirectoryId(5),
+    };
     let view = first_view(ClusterId(7), Asked::default(), vec![node]).expect("a view of one node");
-    let standing = Standing::Member { view: Box::new(view) };
+    let standing = Standing::Member {
+        view: Box::new(view),
+    };
     Identity {
         directory: DirectoryId(5),
         address,
@@ -668,16 +875,31 @@ impl Site {
         let server = Server::bind(&["127.0.0.1:0"]).await.expect("a free port");
         let (store, readiness) = (Arc::new(FakeStore::default()), Arc::new(Switch::default()));
         let metrics = Arc::new(Metrics::new(vec![server.stats()]));
-        let app = App::new(store.clone(), readiness.clone(), metrics, Some(Arc::new(Echo)), limits.clone());
+        let app = App::new(
+            store.clone(),
+            readiness.clone(),
+            metrics,
+            Some(Arc::new(Echo)),
+            limits.clone(),
+        );
         let (address, shutdown) = (server.addresses()[0], CancellationToken::new());
         let stopped = shutdown.clone();
         let serving = tokio::spawn(async move { server.serve_app(app, stopped, &limits).await });
-        Site { address, store, readiness, shutdown, serving }
+        Site {
+            address,
+            store,
+            readiness,
+            shutdown,
+            serving,
+        }
     }
 
     pub async fn stop(self) {
         self.shutdown.cancel();
-        timeout(PATIENCE, self.serving).await.expect("it stops in time").expect("it does not panic");
+        timeout(PATIENCE, self.serving)
+            .await
+            .expect("it stops in time")
+            .expect("it does not panic");
     }
 
     pub fn begin_stop(&self) {
@@ -687,29 +909,45 @@ impl Site {
     /// Waits until the metrics have this line.
     pub async fn wait_for_metric(&self, line: &str) {
         let found = async {
-            while !self.get("/metrics").await.text().lines().any(|found| found == line) {
+            while !self
+                .get("/metrics")
+                .await
+                .text()
+                .lines()
+                .any(|found| found == line)
+            {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
-        timeout(PATIENCE, found).await.unwrap_or_else(|_| panic!("never: {line}"));
+        timeout(PATIENCE, found)
+            .await
+            .unwrap_or_else(|_| panic!("never: {line}"));
     }
 
     pub async fn connect(&self) -> Wire {
-        Wire { stream: TcpStream::connect(self.address).await.expect("it listens"), read: Vec::new() }
+        Wire {
+            stream: TcpStream::connect(self.address).await.expect("it listens"),
+            read: Vec::new(),
+        }
     }
 
     /// As [`Site::connect`], without giving the server a chance to do anything meanwhile.
     pub fn connect_at_once(&self) -> Wire {
         let stream = std::net::TcpStream::connect(self.address).expect("it listens");
         stream.set_nonblocking(true).expect("a socket");
-        Wire { stream: TcpStream::from_std(stream).expect("a socket"), read: Vec::new() }
+        Wire {
+            stream: TcpStream::from_std(stream).expect("a socket"),
+            read: Vec::new(),
+        }
     }
 
-    /// Sends one request on a connection of its own. `head` is the request line and header lines, parted by newlines.
+    /// Sends one request on a connection of its own. `head` is the request line and header lines,
+    /// parted by newlines.
     pub async fn ask(&self, head: &str, body: impl AsRef<[u8]>) -> Reply {
         let mut wire = self.connect().await;
         wire.send(&request(head, body.as_ref())).await;
-        wire.reply_to(head.split(' ').next().unwrap_or_default()).await
+        wire.reply_to(head.split(' ').next().unwrap_or_default())
+            .await
     }
 
     pub async fn get(&self, path: &str) -> Reply {
@@ -727,7 +965,9 @@ impl Site {
 
 /// The bytes of a request with a declared length.
 pub fn request(head: &str, body: &[u8]) -> Vec<u8> {
-    let (line, headers) = head.split_once('\n').map_or((head, None), |(line, headers)| (line, Some(headers)));
+    let (line, headers) = head
+        .split_once('\n')
+        .map_or((head, None), |(line, headers)| (line, Some(headers)));
     let mut text = format!("{line} HTTP/1.1\r\nhost: test\r\n");
     for header in headers.into_iter().flat_map(str::lines) {
         text.push_str(&format!("{header}\r\n"));
@@ -751,7 +991,10 @@ impl Wire {
     }
 
     pub async fn close_sending(&mut self) {
-        self.stream.shutdown().await.expect("the connection is open");
+        self.stream
+            .shutdown()
+            .await
+            .expect("the connection is open");
     }
 
     /// Ends the connection as a machine does that knows nothing of it any more.
@@ -773,7 +1016,9 @@ impl Wire {
     }
 
     async fn more(&mut self) -> bool {
-        let read = timeout(PATIENCE, self.stream.read_buf(&mut self.read)).await.expect("something comes in time");
+        let read = timeout(PATIENCE, self.stream.read_buf(&mut self.read))
+            .await
+            .expect("something comes in time");
         read.is_ok_and(|bytes| bytes > 0)
     }
 
@@ -785,8 +1030,16 @@ impl Wire {
 
     /// Reads until `text` has come.
     pub async fn expect(&mut self, text: &str) {
-        while !self.read.windows(text.len()).any(|window| window == text.as_bytes()) {
-            assert!(self.more().await, "closed before '{text}', after {:?}", String::from_utf8_lossy(&self.read));
+        while !self
+            .read
+            .windows(text.len())
+            .any(|window| window == text.as_bytes())
+        {
+            assert!(
+                self.more().await,
+                "closed before '{text}', after {:?}",
+                String::from_utf8_lossy(&self.read)
+            );
         }
     }
 
@@ -796,20 +1049,39 @@ impl Wire {
 
     pub async fn reply_to(&mut self, method: &str) -> Reply {
         self.expect("\r\n\r\n").await;
-        let end = self.read.windows(4).position(|window| window == b"\r\n\r\n").expect("it was found") + 4;
+        let end = self
+            .read
+            .windows(4)
+            .position(|window| window == b"\r\n\r\n")
+            .expect("it was found")
+            + 4;
         let head = String::from_utf8(self.read.drain(..end).collect()).expect("a head is text");
         let mut lines = head.lines();
-        let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|code| code.parse().ok()).expect("a status");
+        let status = lines
+            .next()
+            .and_then(|line| line.split(' ').nth(1))
+            .and_then(|code| code.parse().ok())
+            .expect("a status");
         let headers: HashMap<String, String> = lines
             .filter_map(|line| line.split_once(": "))
             .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
             .collect();
-        let length = headers.get("content-length").map_or(0, |length| length.parse().expect("a number"));
-        let length = if method == "HEAD" || status == 304 || status == 100 { 0 } else { length };
+        let length = headers
+            .get("content-length")
+            .map_or(0, |length| length.parse().expect("a number"));
+        let length = if method == "HEAD" || status == 304 || status == 100 {
+            0
+        } else {
+            length
+        };
         while self.read.len() < length {
             assert!(self.more().await, "closed within a body");
         }
-        Reply { status, headers, body: self.read.drain(..length).collect() }
+        Reply {
+            status,
+            headers,
+            body: self.read.drain(..length).collect(),
+        }
     }
 }
 
@@ -836,8 +1108,14 @@ impl Reply {
         }
         let body = self.json();
         assert_eq!(body["status"], self.status);
-        assert!(body["title"].is_string() && body["type"].is_string() && body["detail"].is_string(), "{body}");
-        (self.status, body["code"].as_str().expect("a code").to_owned())
+        assert!(
+            body["title"].is_string() && body["type"].is_string() && body["detail"].is_string(),
+            "{body}"
+        );
+        (
+            self.status,
+            body["code"].as_str().expect("a code").to_owned(),
+        )
     }
 
     pub fn text(&self) -> String {

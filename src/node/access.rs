@@ -1,8 +1,10 @@
-//! How a node reaches shards: it answers for those that it leads (or, for stale reads, has a replica of), and forwards the rest.
+//! How a node reaches shards: it answers for those that it leads (or, for stale reads, has a
+//! replica of), and forwards the rest.
 //!
-//! [`Access`] is the [`ShardAccess`] under a node's router; [`Access::answer`] also answers `POST /peer/shard`. The invariant: a
-//! linearizable read looks at the map only after a quorum round that began after the request came, and looks at the slot's ownership and
-//! at the data under one guard. What may wait for the disk is read on another thread.
+//! [`Access`] is the [`ShardAccess`] under a node's router; [`Access::answer`] also answers
+//! `POST /peer/shard`. The invariant: a linearizable read looks at the map only after a quorum
+//! round that began after the request came, and looks at the slot's ownership and at the data under
+//! one guard. What may wait for the disk is read on another thread.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +23,9 @@ use crate::client::repeat::Speaker;
 use crate::client::router::{ShardAccess, check_operations};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Consistency, Failure, Found, Item, Options, Routing, Staleness};
-use crate::client::view_change::{self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure};
+use crate::client::view_change::{
+    self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure,
+};
 use crate::raft::Group;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{ProposeError, ReadError};
@@ -34,7 +38,8 @@ use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 /// Keys of a long list that are read under one guard: entries can't be applied meanwhile.
 const KEYS_PER_GUARD: usize = 64;
 
-/// How long a page keeps entries from being applied at a time, and between how many keys it looks at the clock.
+/// How long a page keeps entries from being applied at a time, and between how many keys it looks
+/// at the clock.
 const TIME_PER_GUARD: Duration = Duration::from_millis(2);
 const LOOKS_PER_CLOCK: u32 = 16;
 
@@ -50,7 +55,8 @@ const NO_ROOM_RETRY_AFTER_MS: u64 = 5000;
 /// A node that has not answered after this time is looked for.
 const DOUBT_AFTER: Duration = Duration::from_millis(300);
 
-/// How long one node is waited for when another could answer, or half of the time that is left if that is more.
+/// How long one node is waited for when another could answer, or half of the time that is left if
+/// that is more.
 const READ_ATTEMPT_MIN: Duration = Duration::from_secs(1);
 
 /// How a node reaches shards.
@@ -64,7 +70,11 @@ impl Access {
     pub fn new(member: Arc<Member>) -> Self {
         let contacts = Contacts::new(member.caller.clone());
         let operator = Operator::new(member.clone());
-        Self { member, contacts, operator }
+        Self {
+            member,
+            contacts,
+            operator,
+        }
     }
 
     /// Answers a request of a peer or client for a shard that this node should lead. As a relay it
@@ -74,10 +84,16 @@ impl Access {
             return ShardReply::Failed(refusal);
         }
         let deadline = Instant::now() + Duration::from_millis(request.timeout_ms);
-        let local = self.member.registry.get(request.shard).filter(|_| !request.shard.is_meta());
+        let local = self
+            .member
+            .registry
+            .get(request.shard)
+            .filter(|_| !request.shard.is_meta());
         match (local, hop) {
             (Some(group), Hop::Answer) => self.execute(&group, request.body, deadline).await,
-            (Some(group), Hop::Relay) if group.leads() => self.execute(&group, request.body, deadline).await,
+            (Some(group), Hop::Relay) if group.leads() => {
+                self.execute(&group, request.body, deadline).await
+            }
             (_, Hop::Relay) if !request.shard.is_meta() => self.relay(request).await,
             _ => ShardReply::Failed(self.elsewhere(request.shard)),
         }
@@ -88,28 +104,56 @@ impl Access {
         let shard = group.key().group;
         match body {
             ShardBody::Write(write) => self.write(group, write, deadline).await,
-            ShardBody::Get { key, consistency } => match self.before_read(group, consistency, deadline).await {
-                Ok(staleness) => {
-                    let (of, answers) = (group.clone(), self.answers().clone());
-                    let read = move |read: &MapRead<'_>| read_key(&of, &answers, read, &key, staleness);
-                    read_map(group, ReadKind::Keys, deadline, read).await
-                }
-                Err(failure) => ShardReply::Failed(failure),
-            },
-            ShardBody::GetMany { keys, bytes_max, keys_only, consistency } => {
+            ShardBody::Get { key, consistency } => {
                 match self.before_read(group, consistency, deadline).await {
-                    Ok(_) => {
-                        let bytes_max = bytes_max.min(ANSWER_BYTES_MAX);
-                        let many = ManyKeys { keys, bytes_max, keys_only };
-                        read_keys(group, self.answers(), many, deadline).await
+                    Ok(staleness) => {
+                        let (of, answers) = (group.clone(), self.answers().clone());
+                        let read = move |read: &MapRead<'_>| {
+                            read_key(&of, &answers, read, &key, staleness)
+                        };
+                        read_map(group, ReadKind::Keys, deadline, read).await
                     }
                     Err(failure) => ShardReply::Failed(failure),
                 }
             }
-            ShardBody::Scan { range, reverse, limit, bytes_max, keys_only, consistency } => {
-                let direction = if reverse { Direction::Reverse } else { Direction::Forward };
+            ShardBody::GetMany {
+                keys,
+                bytes_max,
+                keys_only,
+                consistency,
+            } => match self.before_read(group, consistency, deadline).await {
+                Ok(_) => {
+                    let bytes_max = bytes_max.min(ANSWER_BYTES_MAX);
+                    let many = ManyKeys {
+                        keys,
+                        bytes_max,
+                        keys_only,
+                    };
+                    read_keys(group, self.answers(), many, deadline).await
+                }
+                Err(failure) => ShardReply::Failed(failure),
+            },
+            ShardBody::Scan {
+                range,
+                reverse,
+                limit,
+                bytes_max,
+                keys_only,
+                consistency,
+            } => {
+                let direction = if reverse {
+                    Direction::Reverse
+                } else {
+                    Direction::Forward
+                };
                 let (limit, bytes_max) = (limit.min(KEYS_MAX), bytes_max.min(ANSWER_BYTES_MAX));
-                let request = PageRequest { range: range.into(), direction, limit, bytes_max, keys_only };
+                let request = PageRequest {
+                    range: range.into(),
+                    direction,
+                    limit,
+                    bytes_max,
+                    keys_only,
+                };
                 match self.before_read(group, consistency, deadline).await {
                     Ok(_) => read_page(group, self.answers(), request, deadline).await,
                     Err(failure) => ShardReply::Failed(failure),
@@ -117,24 +161,40 @@ impl Access {
             }
             ShardBody::Move(command) if migrator::is_step(&command) => {
                 migrator::wait_ample_room(group, &command).await;
-                match group.propose_command(migrator::timed(command, group), deadline).await {
+                match group
+                    .propose_command(migrator::timed(command, group), deadline)
+                    .await
+                {
                     Ok(kv::Outcome::Moved(outcome)) => ShardReply::Moved(outcome),
-                    Ok(other) => ShardReply::Failed(Failure::Unknown { reason: format!("a step was answered by {other:?}") }),
+                    Ok(other) => ShardReply::Failed(Failure::Unknown {
+                        reason: format!("a step was answered by {other:?}"),
+                    }),
                     Err(error) => ShardReply::Failed(self.propose_failure(shard, error)),
                 }
             }
-            ShardBody::Move(_) => ShardReply::Failed(Failure::Invalid { reason: "this is no step of a move".into() }),
-            ShardBody::MoveState { id, slots } => match self.before_read(group, Consistency::Linearizable, deadline).await {
+            ShardBody::Move(_) => ShardReply::Failed(Failure::Invalid {
+                reason: "this is no step of a move".into(),
+            }),
+            ShardBody::MoveState { id, slots } => match self
+                .before_read(group, Consistency::Linearizable, deadline)
+                .await
+            {
                 Ok(_) => match migrator::destination_state(group, id, slots).await {
                     Ok(state) => ShardReply::MoveState(state),
                     Err(error) => ShardReply::Failed(broken(group, &error)),
                 },
                 Err(failure) => ShardReply::Failed(failure),
             },
-            ShardBody::Count => match self.before_read(group, Consistency::Linearizable, deadline).await {
+            ShardBody::Count => match self
+                .before_read(group, Consistency::Linearizable, deadline)
+                .await
+            {
                 Ok(_) => {
                     let of = group.clone();
-                    read_map(group, ReadKind::Page, deadline, move |read| read_count(&of, read)).await
+                    read_map(group, ReadKind::Page, deadline, move |read| {
+                        read_count(&of, read)
+                    })
+                    .await
                 }
                 Err(failure) => ShardReply::Failed(failure),
             },
@@ -151,7 +211,10 @@ impl Access {
             return ShardReply::Failed(failure);
         }
         if write.is_read() {
-            return match self.before_read(group, Consistency::Linearizable, deadline).await {
+            return match self
+                .before_read(group, Consistency::Linearizable, deadline)
+                .await
+            {
                 Ok(_) => {
                     let (of, answers) = (group.clone(), self.answers().clone());
                     let read = move |read: &MapRead<'_>| answer_gets(&of, &answers, read, &write);
@@ -179,23 +242,35 @@ impl Access {
         }
     }
 
-    /// Of a shard that ends: what it does not have any more. Its replicas stop as soon as nothing is left, and the outcome of a write that
-    /// is proposed just before would not be known.
+    /// Of a shard that ends: what it does not have any more. Its replicas stop as soon as nothing
+    /// is left, and the outcome of a write that is proposed just before would not be known.
     async fn gone(&self, group: &Group, write: &kv::Write) -> Option<kv::Rejection> {
-        if self.member.view().groups.get(&group.key().group).is_some_and(|of| !of.ends) {
+        if self
+            .member
+            .view()
+            .groups
+            .get(&group.key().group)
+            .is_some_and(|of| !of.ends)
+        {
             return None;
         }
         let write = write.clone();
         let look = move |read: &MapRead<'_>| {
-            write.operations.iter().find_map(|operation| match kv::find(read, &operation.key) {
-                Ok(FindOutcome::NotOwned { slot, moved_to }) => Some(kv::Rejection::WrongOwner { slot, moved_to }),
-                Ok(FindOutcome::Owned(_)) | Err(_) => None,
-            })
+            write
+                .operations
+                .iter()
+                .find_map(|operation| match kv::find(read, &operation.key) {
+                    Ok(FindOutcome::NotOwned { slot, moved_to }) => {
+                        Some(kv::Rejection::WrongOwner { slot, moved_to })
+                    }
+                    Ok(FindOutcome::Owned(_)) | Err(_) => None,
+                })
         };
         group.state().read_in(ReadKind::Keys, look).await
     }
 
-    /// Makes sure that what the replica has applied is as new as asked. For a stale read: how old it may be.
+    /// Makes sure that what the replica has applied is as new as asked. For a stale read: how old
+    /// it may be.
     async fn before_read(
         &self,
         group: &Group,
@@ -205,16 +280,20 @@ impl Access {
         match consistency {
             Consistency::Stale => Ok(Some(match group.staleness() {
                 None => Staleness::Unknown,
-                Some(age) => Staleness::AtMost { age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX) },
+                Some(age) => Staleness::AtMost {
+                    age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+                },
             })),
             Consistency::Linearizable => {
                 let read = group.read_barrier(deadline).await;
-                read.map(|()| None).map_err(|error| self.read_failure(group.key().group, error))
+                read.map(|()| None)
+                    .map_err(|error| self.read_failure(group.key().group, error))
             }
         }
     }
 
-    /// Sends the request to the node that leads the shard, as far as it is known, or has it passed on.
+    /// Sends the request to the node that leads the shard, as far as it is known, or has it passed
+    /// on.
     async fn forward(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
         let Some(peer) = self.member.peer_for(shard) else {
             return ShardReply::Failed(Failure::Unavailable {
@@ -223,13 +302,27 @@ impl Access {
             });
         };
         let writes = !body.is_read();
-        // A node that says nothing must not use up the time of a read that another may answer. Of a write nobody knows what it did.
-        let timeout = if writes { options.timeout } else { options.timeout.min((options.timeout / 2).max(READ_ATTEMPT_MIN)) };
-        let request = ShardRequest { cluster: self.member.cluster, shard, timeout_ms: time_to_answer_ms(timeout), body };
+        // A node that says nothing must not use up the time of a read that another may answer. Of a
+        // write nobody knows what it did.
+        let timeout = if writes {
+            options.timeout
+        } else {
+            options
+                .timeout
+                .min((options.timeout / 2).max(READ_ATTEMPT_MIN))
+        };
+        let request = ShardRequest {
+            cluster: self.member.cluster,
+            shard,
+            timeout_ms: time_to_answer_ms(timeout),
+            body,
+        };
         match self.call(&peer, &request, timeout).await {
             Ok(reply) if peer.hop == Hop::Relay => {
                 // Whoever led has answered, and no more is known of who it is.
-                if let ShardReply::Failed(Failure::Unavailable { .. } | Failure::Elsewhere { .. }) = reply {
+                if let ShardReply::Failed(Failure::Unavailable { .. } | Failure::Elsewhere { .. }) =
+                    reply
+                {
                     self.member.forget_leader(shard, peer.node);
                 }
                 reply
@@ -245,7 +338,9 @@ impl Access {
             }
             Ok(reply) => {
                 // Any replica answers a stale read.
-                if options.consistency == Consistency::Linearizable && !matches!(reply, ShardReply::Failed(_)) {
+                if options.consistency == Consistency::Linearizable
+                    && !matches!(reply, ShardReply::Failed(_))
+                {
                     self.member.note_leader(shard, Some(peer.node));
                 }
                 reply
@@ -260,9 +355,17 @@ impl Access {
     /// Passes on what a node asks that can't connect to the leader. Only once: nodes of which none
     /// can would send it in a circle.
     async fn relay(&self, mut request: ShardRequest) -> ShardReply {
-        let ShardRequest { shard, timeout_ms, .. } = request;
-        let Some(peer) = self.member.peer_for(shard).filter(|peer| peer.hop == Hop::Answer) else {
-            return ShardReply::Failed(unavailable(format!("nor can the leader of shard {shard} be reached here")));
+        let ShardRequest {
+            shard, timeout_ms, ..
+        } = request;
+        let Some(peer) = self
+            .member
+            .peer_for(shard)
+            .filter(|peer| peer.hop == Hop::Answer)
+        else {
+            return ShardReply::Failed(unavailable(format!(
+                "nor can the leader of shard {shard} be reached here"
+            )));
         };
         let (timeout, writes) = (Duration::from_millis(timeout_ms), !request.body.is_read());
         // The leader's own "not in time" is to arrive before it is given up here.
@@ -280,9 +383,19 @@ impl Access {
 
     /// One attempt at a node. A node that is slow to answer, or not there, is looked for; what may
     /// be done twice is not waited for once it is known that nobody can connect to it.
-    async fn call(&self, peer: &PeerPlace, request: &ShardRequest, timeout: Duration) -> Result<ShardReply, CallError> {
+    async fn call(
+        &self,
+        peer: &PeerPlace,
+        request: &ShardRequest,
+        timeout: Duration,
+    ) -> Result<ShardReply, CallError> {
         let ways = self.member.registry.ways();
-        let mut call = std::pin::pin!(self.member.caller.call_by(peer.hop, &peer.address, request, timeout));
+        let mut call = std::pin::pin!(self.member.caller.call_by(
+            peer.hop,
+            &peer.address,
+            request,
+            timeout
+        ));
         let answered = match tokio::time::timeout(DOUBT_AFTER, &mut call).await {
             Ok(answered) => answered,
             Err(_) => {
@@ -307,15 +420,19 @@ impl Access {
         match error {
             ProposeError::NotLeader { leader } => self.not_leader(shard, leader),
             ProposeError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
-            ProposeError::Expired => {
-                unavailable(format!("shard {shard:#} had no time left to begin it{}", self.member.missing_of(shard)))
-            }
-            ProposeError::Stopped { reason } => {
-                unavailable(format!("the replica of shard {shard:#} on this node has stopped: {reason}"))
-            }
+            ProposeError::Expired => unavailable(format!(
+                "shard {shard:#} had no time left to begin it{}",
+                self.member.missing_of(shard)
+            )),
+            ProposeError::Stopped { reason } => unavailable(format!(
+                "the replica of shard {shard:#} on this node has stopped: {reason}"
+            )),
             // Final for the caller, whose retries would find the same.
-            ProposeError::ReadOnly { reason } => overloaded(format!("shard {shard:#} is read-only: {reason}")),
-            // Waited for like a leader: it may be that another takes over, or that there is room again.
+            ProposeError::ReadOnly { reason } => {
+                overloaded(format!("shard {shard:#} is read-only: {reason}"))
+            }
+            // Waited for like a leader: it may be that another takes over, or that there is room
+            // again.
             ProposeError::NoRoom { reason } => Failure::Unavailable {
                 reason: format!(
                     "node {} ({}) takes no writes to shard {shard:#}: {reason}",
@@ -324,9 +441,9 @@ impl Access {
                 retry_after_ms: NO_ROOM_RETRY_AFTER_MS,
             },
             error @ ProposeError::NotYet { .. } => unavailable(error.to_string()),
-            ProposeError::Unknown { reason } => {
-                Failure::Unknown { reason: format!("shard {shard:#}: {reason}{}", self.member.missing_of(shard)) }
-            }
+            ProposeError::Unknown { reason } => Failure::Unknown {
+                reason: format!("shard {shard:#}: {reason}{}", self.member.missing_of(shard)),
+            },
         }
     }
 
@@ -334,41 +451,52 @@ impl Access {
         match error {
             ReadError::NotLeader { leader } => self.not_leader(shard, leader),
             ReadError::Overloaded { limit } => overloaded(format!("{limit} of shard {shard:#}")),
-            ReadError::Expired => {
-                unavailable(format!("no quorum of shard {shard:#} is in reach{}", self.member.missing_of(shard)))
-            }
-            ReadError::Stopped { reason } => {
-                unavailable(format!("the replica of shard {shard:#} on this node has stopped: {reason}"))
-            }
+            ReadError::Expired => unavailable(format!(
+                "no quorum of shard {shard:#} is in reach{}",
+                self.member.missing_of(shard)
+            )),
+            ReadError::Stopped { reason } => unavailable(format!(
+                "the replica of shard {shard:#} on this node has stopped: {reason}"
+            )),
         }
     }
 
-    /// A leader that has just ended is none, though the replica here still follows it: nobody is sent to a closed port, the router waits
-    /// for the next leader instead.
+    /// A leader that has just ended is none, though the replica here still follows it: nobody is
+    /// sent to a closed port, the router waits for the next leader instead.
     ///
-    /// Nor is anybody sent back here: a replica that has stopped may still take itself for the leader.
+    /// Nor is anybody sent back here: a replica that has stopped may still take itself for the
+    /// leader.
     fn not_leader(&self, shard: GroupId, leader: Option<NodeId>) -> Failure {
         let map = self.member.map();
-        let leader = leader.filter(|leader| *leader != self.member.node && !self.member.registry.is_cut(*leader));
+        let leader = leader
+            .filter(|leader| *leader != self.member.node && !self.member.registry.is_cut(*leader));
         match leader.and_then(|leader| map.name_of(leader)).cloned() {
             Some(address) => Failure::Elsewhere { shard, address },
-            None => unavailable(format!("shard {shard:#} has no leader now{}", self.member.missing_of(shard))),
+            None => unavailable(format!(
+                "shard {shard:#} has no leader now{}",
+                self.member.missing_of(shard)
+            )),
         }
     }
 
     /// For a shard without a replica here: who leads it, or at least has a replica.
     fn elsewhere(&self, shard: GroupId) -> Failure {
         match self.member.peer_for(shard) {
-            Some(peer) => Failure::Elsewhere { shard, address: peer.name },
+            Some(peer) => Failure::Elsewhere {
+                shard,
+                address: peer.name,
+            },
             None => unavailable(format!("shard {shard:#} is unknown here")),
         }
     }
 
-    /// Where a client that follows is sent with a request for a shard that this node does not lead. None: several nodes share what
-    /// clients call that one, and they might come to any of them.
+    /// Where a client that follows is sent with a request for a shard that this node does not lead.
+    /// None: several nodes share what clients call that one, and they might come to any of them.
     async fn redirect(&self, shard: GroupId) -> Option<Failure> {
         let failure = match self.member.staying_replica(shard) {
-            Some(group) if group.watch().borrow().failure.is_none() => self.not_leader(shard, group.status().leader),
+            Some(group) if group.watch().borrow().failure.is_none() => {
+                self.not_leader(shard, group.status().leader)
+            }
             // One that has stopped does not hear who leads.
             Some(_) | None => self.elsewhere_in_reach(shard).await,
         };
@@ -376,18 +504,30 @@ impl Access {
         (!is_shared).then_some(failure)
     }
 
-    /// As [`Access::elsewhere`], for clients that follow: to a node that answers. This one has no replica of the shard, so nothing else tells it
-    /// that the home is gone; any other replica knows who leads.
+    /// As [`Access::elsewhere`], for clients that follow: to a node that answers. This one has no
+    /// replica of the shard, so nothing else tells it that the home is gone; any other replica
+    /// knows who leads.
     async fn elsewhere_in_reach(&self, shard: GroupId) -> Failure {
-        let replicas = self.member.map().shard(shard).map_or(0, |place| place.replicas.len());
+        let replicas = self
+            .member
+            .map()
+            .shard(shard)
+            .map_or(0, |place| place.replicas.len());
         for _ in 0..=replicas {
-            let Some(peer) = self.member.peer_for(shard) else { return self.elsewhere(shard) };
+            let Some(peer) = self.member.peer_for(shard) else {
+                return self.elsewhere(shard);
+            };
             if self.contacts.answers(&peer.address).await {
-                return Failure::Elsewhere { shard, address: peer.name };
+                return Failure::Elsewhere {
+                    shard,
+                    address: peer.name,
+                };
             }
             self.member.forget_leader(shard, peer.node);
         }
-        unavailable(format!("no node with a replica of shard {shard:#} is in reach"))
+        unavailable(format!(
+            "no node with a replica of shard {shard:#} is in reach"
+        ))
     }
 }
 
@@ -406,7 +546,11 @@ impl ShardAccess for Access {
 
     async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
         let stale = options.consistency == Consistency::Stale;
-        let local = self.member.registry.get(shard).filter(|group| stale || group.leads());
+        let local = self
+            .member
+            .registry
+            .get(shard)
+            .filter(|group| stale || group.leads());
         match (local, options.routing) {
             (Some(group), _) => {
                 let deadline = Instant::now() + options.timeout;
@@ -421,7 +565,12 @@ impl ShardAccess for Access {
     }
 
     async fn locate(&self, shard: GroupId) -> Result<(), Failure> {
-        match self.member.registry.get(shard).is_some_and(|group| group.leads()) {
+        match self
+            .member
+            .registry
+            .get(shard)
+            .is_some_and(|group| group.leads())
+        {
             true => Ok(()),
             false => self.redirect(shard).await.map_or(Ok(()), Err),
         }
@@ -432,44 +581,71 @@ impl ShardAccess for Access {
     }
 
     async fn contact(&self, shard: GroupId) -> Option<Address> {
-        self.contacts.of(&self.member.map(), shard, self.member.known_leader(shard), |node| &node.address).await
+        self.contacts
+            .of(
+                &self.member.map(),
+                shard,
+                self.member.known_leader(shard),
+                |node| &node.address,
+            )
+            .await
     }
 
     async fn status(&self) -> Result<ClusterStatus, Failure> {
         Ok(self.member.status().await)
     }
 
-    async fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> Result<Address, Failure> {
+    async fn transfer_leader(
+        &self,
+        shard: GroupId,
+        to: Option<Address>,
+        options: Options,
+    ) -> Result<Address, Failure> {
         let view = self.member.view();
-        let group = view.groups.get(&shard).ok_or_else(|| Failure::Invalid { reason: format!("there is no shard {shard:#}") })?;
+        let group = view.groups.get(&shard).ok_or_else(|| Failure::Invalid {
+            reason: format!("there is no shard {shard:#}"),
+        })?;
         let node = match &to {
             None => group.home,
             Some(address) => {
                 let named = self.member.map().node_named(address);
-                named.ok_or_else(|| Failure::Invalid { reason: format!("{address} is no node of the view, or several are") })?
+                named.ok_or_else(|| Failure::Invalid {
+                    reason: format!("{address} is no node of the view, or several are"),
+                })?
             }
         };
         let replica = view.replica_on(shard, node);
         let replica = replica.ok_or_else(|| Failure::Invalid {
-            reason: format!("{} has no replica of shard {shard:#}", to.as_ref().map_or("its home", Address::as_str)),
+            reason: format!(
+                "{} has no replica of shard {shard:#}",
+                to.as_ref().map_or("its home", Address::as_str)
+            ),
         })?;
-        let Some(local) = self.member.registry.get(shard) else { return Err(self.elsewhere(shard)) };
+        let Some(local) = self.member.registry.get(shard) else {
+            return Err(self.elsewhere(shard));
+        };
         let status = local.status();
         if status.leader != Some(self.member.node) {
             return Err(self.not_leader(shard, status.leader));
         }
         if node != self.member.node {
-            let transferred = tokio::time::timeout(options.timeout, local.transfer_leader(replica)).await;
+            let transferred =
+                tokio::time::timeout(options.timeout, local.transfer_leader(replica)).await;
             let reason = match transferred {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(error.to_string()),
                 Err(_) => Some("it took too long".to_owned()),
             };
             if let Some(reason) = reason {
-                return Err(unavailable(format!("the leadership of shard {shard:#} was not handed over: {reason}")));
+                return Err(unavailable(format!(
+                    "the leadership of shard {shard:#} was not handed over: {reason}"
+                )));
             }
         }
-        Ok(view.nodes.get(&node).map_or_else(|| self.member.address.clone(), |node| node.public().clone()))
+        Ok(view
+            .nodes
+            .get(&node)
+            .map_or_else(|| self.member.address.clone(), |node| node.public().clone()))
     }
 
     async fn change_view(
@@ -481,27 +657,44 @@ impl ShardAccess for Access {
         match self.meta_leader().map_err(ViewChangeFailure::Failed)? {
             None => self.operator.change(&change, only_if, options).await,
             Some(leader) => {
-                let asked = view_change::change(self.member.caller.http(), leader, &change, only_if, options).await;
+                let asked = view_change::change(
+                    self.member.caller.http(),
+                    leader,
+                    &change,
+                    only_if,
+                    options,
+                )
+                .await;
                 asked.map_err(|unsettled| self.of_meta_leader(unsettled))
             }
         }
     }
 
-    async fn plan_view(&self, change: ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
+    async fn plan_view(
+        &self,
+        change: ViewChange,
+        options: Options,
+    ) -> Result<PlannedChange, ViewChangeFailure> {
         match self.meta_leader().map_err(ViewChangeFailure::Failed)? {
             None => self.operator.preview(&change, options).await,
             Some(leader) => {
-                let asked = view_change::plan(self.member.caller.http(), leader, &change, options).await;
+                let asked =
+                    view_change::plan(self.member.caller.http(), leader, &change, options).await;
                 asked.map_err(|unsettled| self.of_meta_leader(unsettled))
             }
         }
     }
 
-    async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
+    async fn operation(
+        &self,
+        id: PlanEpoch,
+        options: Options,
+    ) -> Result<Option<ChangeInProgress>, Failure> {
         match self.meta_leader()? {
             None => self.operator.operation(id, options).await,
             Some(leader) => {
-                let asked = view_change::operation(self.member.caller.http(), leader, id, options).await;
+                let asked =
+                    view_change::operation(self.member.caller.http(), leader, id, options).await;
                 Ok(asked.map_err(|unsettled| self.of_meta_leader(unsettled))?)
             }
         }
@@ -513,13 +706,15 @@ impl ShardAccess for Access {
 }
 
 impl Access {
-    /// Returns the failure as it is told. Where the leader of the meta group, as it is known here, says nothing, it may be gone: that is
-    /// not what was asked for, so what the group lacks is said beside it.
+    /// Returns the failure as it is told. Where the leader of the meta group, as it is known here,
+    /// says nothing, it may be gone: that is not what was asked for, so what the group lacks is
+    /// said beside it.
     fn of_meta_leader(&self, unsettled: Unsettled) -> ViewChangeFailure {
         match unsettled {
-            Unsettled { by: Speaker::Nobody, failure: ViewChangeFailure::Failed(failure) } => {
-                ViewChangeFailure::Failed(self.member.for_want_of_meta(failure))
-            }
+            Unsettled {
+                by: Speaker::Nobody,
+                failure: ViewChangeFailure::Failed(failure),
+            } => ViewChangeFailure::Failed(self.member.for_want_of_meta(failure)),
             Unsettled { failure, .. } => failure,
         }
     }
@@ -531,26 +726,38 @@ impl Access {
         if meta.leads() {
             return Ok(None);
         }
-        let is_known = |leader: &NodeId| *leader != self.member.node && !self.member.registry.is_cut(*leader);
+        let is_known =
+            |leader: &NodeId| *leader != self.member.node && !self.member.registry.is_cut(*leader);
         let leader = meta.status().leader.filter(is_known);
-        let address = leader.and_then(|leader| self.member.views().resolve(leader)).map(|peer| peer.address);
-        let none = || format!("the meta group has no leader now{}", self.member.missing_of(GroupId::META));
+        let address = leader
+            .and_then(|leader| self.member.views().resolve(leader))
+            .map(|peer| peer.address);
+        let none = || {
+            format!(
+                "the meta group has no leader now{}",
+                self.member.missing_of(GroupId::META)
+            )
+        };
         address.map(Some).ok_or_else(|| unavailable(none()))
     }
 }
 
-/// Returns what became of a write, as others are told. What its gets return stays charged to `share`.
+/// Returns what became of a write, as others are told. What its gets return stays charged to
+/// `share`.
 fn told(outcome: kv::WriteOutcome, share: Option<Share>) -> ShardReply {
     match outcome {
         kv::WriteOutcome::Unanswered => {
             let reason = "it was done, and what its gets return is too large to be told".to_owned();
             ShardReply::Failed(Failure::Unknown { reason })
         }
-        kv::WriteOutcome::Rejected(kv::Rejection::AnswerTooLarge { bytes }) => ShardReply::Failed(Failure::of_answer(bytes)),
+        kv::WriteOutcome::Rejected(kv::Rejection::AnswerTooLarge { bytes }) => {
+            ShardReply::Failed(Failure::of_answer(bytes))
+        }
         outcome => match share {
             None => ShardReply::Written(outcome),
             Some(mut share) => {
-                // Values may have grown since they were weighed. What was done must be told all the same.
+                // Values may have grown since they were weighed. What was done must be told all the
+                // same.
                 let bytes = bytes_got(&outcome);
                 share.grow(bytes.saturating_sub(share.bytes()));
                 share.shrink_to(bytes);
@@ -563,7 +770,9 @@ fn told(outcome: kv::WriteOutcome, share: Option<Share>) -> ShardReply {
 fn bytes_got(outcome: &kv::WriteOutcome) -> usize {
     let got = |outcome: &kv::OperationOutcome| match outcome {
         kv::OperationOutcome::Got(Some(record)) => record.value.len(),
-        kv::OperationOutcome::Got(None) | kv::OperationOutcome::Put { .. } | kv::OperationOutcome::Deleted { .. } => 0,
+        kv::OperationOutcome::Got(None)
+        | kv::OperationOutcome::Put { .. }
+        | kv::OperationOutcome::Deleted { .. } => 0,
     };
     match outcome {
         kv::WriteOutcome::Applied(outcomes) => outcomes.iter().map(got).sum(),
@@ -594,22 +803,36 @@ fn waited_too_long(group: &Group) -> Failure {
 }
 
 /// Charges what the gets of a write return, if that is not more than they may.
-async fn charge_gets(group: &Group, answers: &Arc<Budget>, write: &kv::Write) -> Result<Share, Failure> {
+async fn charge_gets(
+    group: &Group,
+    answers: &Arc<Budget>,
+    write: &kv::Write,
+) -> Result<Share, Failure> {
     let weigh = |read: &MapRead<'_>, write: &kv::Write| kv::weigh_gets(read, write);
     let weighed = match group.state().reads_wait(ReadKind::Keys) {
         false => group.state().read_here(|read| weigh(read, write)),
         true => {
             let write = write.clone();
-            group.state().read_elsewhere(ReadKind::Keys, move |read| weigh(read, &write)).await
+            group
+                .state()
+                .read_elsewhere(ReadKind::Keys, move |read| weigh(read, &write))
+                .await
         }
     };
     let weight = weighed.map_err(|error| broken(group, &error))?;
     Failure::of_gets(weight)?;
-    answers.take(weight.bytes).ok_or_else(|| Failure::no_room(answers))
+    answers
+        .take(weight.bytes)
+        .ok_or_else(|| Failure::no_room(answers))
 }
 
 /// Answers a write that only reads, all of it from the map as it is at one moment.
-fn answer_gets(group: &Group, answers: &Arc<Budget>, read: &MapRead<'_>, write: &kv::Write) -> ShardReply {
+fn answer_gets(
+    group: &Group,
+    answers: &Arc<Budget>,
+    read: &MapRead<'_>,
+    write: &kv::Write,
+) -> ShardReply {
     let mut share = answers.empty_share();
     let mut refusal = Failure::no_room(answers);
     let charge = |bytes: usize| {
@@ -627,10 +850,21 @@ fn answer_gets(group: &Group, answers: &Arc<Budget>, read: &MapRead<'_>, write: 
     }
 }
 
-fn read_key(group: &Group, answers: &Arc<Budget>, read: &MapRead<'_>, key: &Bytes, staleness: Option<Staleness>) -> ShardReply {
+fn read_key(
+    group: &Group,
+    answers: &Arc<Budget>,
+    read: &MapRead<'_>,
+    key: &Bytes,
+    staleness: Option<Staleness>,
+) -> ShardReply {
     let found = match kv::find(read, key) {
         Ok(FindOutcome::Owned(Some(found))) => found,
-        Ok(FindOutcome::Owned(None)) => return ShardReply::Got(Found { record: None, staleness }),
+        Ok(FindOutcome::Owned(None)) => {
+            return ShardReply::Got(Found {
+                record: None,
+                staleness,
+            });
+        }
         Ok(FindOutcome::NotOwned { slot, .. }) => return ShardReply::NotOwned { slot },
         Err(error) => return ShardReply::Failed(broken(group, &error)),
     };
@@ -642,8 +876,15 @@ fn read_key(group: &Group, answers: &Arc<Budget>, read: &MapRead<'_>, key: &Byte
         },
     };
     match (found.load(read, false), share) {
-        (Ok(record), None) => ShardReply::Got(Found { record: Some(record), staleness }),
-        (Ok(record), Some(share)) => ShardReply::Got(Found { record: Some(record), staleness }).held(share),
+        (Ok(record), None) => ShardReply::Got(Found {
+            record: Some(record),
+            staleness,
+        }),
+        (Ok(record), Some(share)) => ShardReply::Got(Found {
+            record: Some(record),
+            staleness,
+        })
+        .held(share),
         (Err(error), _) => ShardReply::Failed(broken(group, &error)),
     }
 }
@@ -656,21 +897,37 @@ struct ManyKeys {
 }
 
 /// Returns the records of keys, read on another thread where that may wait for the disk.
-async fn read_keys(group: &Arc<Group>, answers: &Arc<Budget>, many: ManyKeys, deadline: Instant) -> ShardReply {
+async fn read_keys(
+    group: &Arc<Group>,
+    answers: &Arc<Budget>,
+    many: ManyKeys,
+    deadline: Instant,
+) -> ShardReply {
     let state = group.state();
     if !state.reads_wait(ReadKind::Keys) {
         return read_runs(group, answers, &many, false);
     }
     let (of, answers) = (group.clone(), answers.clone());
-    let read = state.elsewhere(ReadKind::Keys, move || read_runs(&of, &answers, &many, true));
+    let read = state.elsewhere(ReadKind::Keys, move || {
+        read_runs(&of, &answers, &many, true)
+    });
     let read = tokio::time::timeout_at(deadline, read).await;
     read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
 }
 
-/// Keys up to the first that is not owned here: the router looks for its owner when it asks for the rest. So it does where the answer is
-/// full, or there is no room for more.
-fn read_runs(group: &Group, answers: &Arc<Budget>, many: &ManyKeys, looks_ahead: bool) -> ShardReply {
-    let ManyKeys { keys, bytes_max, keys_only } = many;
+/// Keys up to the first that is not owned here: the router looks for its owner when it asks for the
+/// rest. So it does where the answer is full, or there is no room for more.
+fn read_runs(
+    group: &Group,
+    answers: &Arc<Budget>,
+    many: &ManyKeys,
+    looks_ahead: bool,
+) -> ShardReply {
+    let ManyKeys {
+        keys,
+        bytes_max,
+        keys_only,
+    } = many;
     let keys = &keys[..keys.len().min(KEYS_MAX)];
     let (mut records, mut share) = (Vec::with_capacity(keys.len()), answers.empty_share());
     for run in keys.chunks(KEYS_PER_GUARD) {
@@ -681,11 +938,16 @@ fn read_runs(group: &Group, answers: &Arc<Budget>, many: &ManyKeys, looks_ahead:
             for key in run {
                 let found = match kv::find(read, key) {
                     Ok(FindOutcome::Owned(found)) => found,
-                    Ok(FindOutcome::NotOwned { slot, .. }) if records.is_empty() => return Err(ShardReply::NotOwned { slot }),
+                    Ok(FindOutcome::NotOwned { slot, .. }) if records.is_empty() => {
+                        return Err(ShardReply::NotOwned { slot });
+                    }
                     Ok(FindOutcome::NotOwned { .. }) => return Ok(true),
                     Err(error) => return Err(ShardReply::Failed(broken(group, &error))),
                 };
-                let bytes = found.as_ref().filter(|_| !keys_only).map_or(0, |found| found.bytes());
+                let bytes = found
+                    .as_ref()
+                    .filter(|_| !keys_only)
+                    .map_or(0, |found| found.bytes());
                 if share.bytes() + bytes > *bytes_max && !records.is_empty() {
                     return Ok(true);
                 }
@@ -722,7 +984,12 @@ fn look_at(read: &MapRead<'_>, keys: &[Bytes], keys_only: bool) {
 }
 
 /// Returns a page, read on another thread where that may wait for the disk.
-async fn read_page(group: &Arc<Group>, answers: &Arc<Budget>, request: PageRequest, deadline: Instant) -> ShardReply {
+async fn read_page(
+    group: &Arc<Group>,
+    answers: &Arc<Budget>,
+    request: PageRequest,
+    deadline: Instant,
+) -> ShardReply {
     let state = group.state();
     if !state.reads_wait(ReadKind::Page) {
         return read_steps(group, answers, &request);
@@ -730,7 +997,8 @@ async fn read_page(group: &Arc<Group>, answers: &Arc<Budget>, request: PageReque
     let (of, answers) = (group.clone(), answers.clone());
     let read = move || {
         let mut ahead = answers.empty_share();
-        of.state().preview(|read| kv::scan_page_charged(read, &request, |bytes| ahead.grow(bytes)));
+        of.state()
+            .preview(|read| kv::scan_page_charged(read, &request, |bytes| ahead.grow(bytes)));
         drop(ahead);
         read_steps(&of, &answers, &request)
     };
@@ -738,8 +1006,8 @@ async fn read_page(group: &Arc<Group>, answers: &Arc<Budget>, request: PageReque
     read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
 }
 
-/// A page, which ends early where there is no room for more. Entries are applied between its steps; where a slot changes hands meanwhile, all
-/// of it is read at one moment.
+/// A page, which ends early where there is no room for more. Entries are applied between its steps;
+/// where a slot changes hands meanwhile, all of it is read at one moment.
 fn read_steps(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> ShardReply {
     let state = group.state();
     let (mut share, mut scan) = (answers.empty_share(), kv::PageScan::new(request));
@@ -755,7 +1023,8 @@ fn read_steps(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> Sh
             Err(error) => return ShardReply::Failed(broken(group, &error)),
         }
     }
-    let owns = scan.steps() == 1 || matches!(state.read_here(|read| scan.still_owns(read)), Ok(true));
+    let owns =
+        scan.steps() == 1 || matches!(state.read_here(|read| scan.still_owns(read)), Ok(true));
     let read = match owns {
         true => Ok(scan.into_page()),
         false => {
@@ -764,10 +1033,21 @@ fn read_steps(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> Sh
         }
     };
     match read {
-        Ok(page) if page.items.is_empty() && page.more => ShardReply::Failed(Failure::no_room(answers)),
+        Ok(page) if page.items.is_empty() && page.more => {
+            ShardReply::Failed(Failure::no_room(answers))
+        }
         Ok(page) => {
-            let items = page.items.into_iter().map(|(key, record)| Item { key, record }).collect();
-            ShardReply::Page(ShardPage { items, more: page.more, slots: page.slots }).held(share)
+            let items = page
+                .items
+                .into_iter()
+                .map(|(key, record)| Item { key, record })
+                .collect();
+            ShardReply::Page(ShardPage {
+                items,
+                more: page.more,
+                slots: page.slots,
+            })
+            .held(share)
         }
         Err(error) => ShardReply::Failed(broken(group, &error)),
     }
@@ -775,7 +1055,10 @@ fn read_steps(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> Sh
 
 fn read_count(group: &Group, read: &MapRead<'_>) -> ShardReply {
     match kv::count(read) {
-        Ok(count) => ShardReply::Counted { keys: count.keys, slots: count.slots },
+        Ok(count) => ShardReply::Counted {
+            keys: count.keys,
+            slots: count.slots,
+        },
         Err(error) => ShardReply::Failed(broken(group, &error)),
     }
 }
@@ -783,7 +1066,10 @@ fn read_count(group: &Group, read: &MapRead<'_>) -> ShardReply {
 /// A map that can't be read: the replica stops serving, and says why.
 fn broken(group: &Group, error: &StoreError) -> Failure {
     tell_unreadable(group, error);
-    unavailable(format!("the map of {} cannot be read: {error}", group.key()))
+    unavailable(format!(
+        "the map of {} cannot be read: {error}",
+        group.key()
+    ))
 }
 
 /// Somebody should look at it, unless the replica has just been retired.
@@ -796,11 +1082,17 @@ pub fn tell_unreadable(group: &Group, error: &StoreError) {
 }
 
 fn unavailable(reason: String) -> Failure {
-    Failure::Unavailable { reason, retry_after_ms: RETRY_AFTER_MS }
+    Failure::Unavailable {
+        reason,
+        retry_after_ms: RETRY_AFTER_MS,
+    }
 }
 
 fn overloaded(limit: String) -> Failure {
-    Failure::Overloaded { limit, retry_after_ms: RETRY_AFTER_MS }
+    Failure::Overloaded {
+        limit,
+        retry_after_ms: RETRY_AFTER_MS,
+    }
 }
 
 /// A read that got no answer can be asked again; a write that got none may have been done.

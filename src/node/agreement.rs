@@ -1,9 +1,10 @@
-//! Has the replicas of each shard that is led here compare their maps now and then, and does what follows: who differs
-//! from a majority is rebuilt, a leader that differs hands over first, and without a majority of one mind nothing is
-//! written any more. Decided in `sm::agreement`.
+//! Has the replicas of each shard that is led here compare their maps now and then, and does what
+//! follows: who differs from a majority is rebuilt, a leader that differs hands over first, and
+//! without a majority of one mind nothing is written any more. Decided in `sm::agreement`.
 //!
-//! An entry has every replica note the digest of its map as of that entry, which its next checkpoint knows anyway; nothing is
-//! read for it, and nothing waits. What is noted is told with what a node says of its replicas.
+//! An entry has every replica note the digest of its map as of that entry, which its next
+//! checkpoint knows anyway; nothing is read for it, and nothing waits. What is noted is told with
+//! what a node says of its replicas.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -26,10 +27,11 @@ use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 /// Between two looks; more often where maps are compared more often.
 const TICK_MAX: Duration = Duration::from_secs(1);
 const TICK_MIN: Duration = Duration::from_millis(50);
-/// A comparison that not all have answered after so many intervals is judged by those who have; a replica that is filled, or away,
-/// has nothing to tell of that entry.
+/// A comparison that not all have answered after so many intervals is judged by those who have; a
+/// replica that is filled, or away, has nothing to tell of that entry.
 const PATIENCE: u32 = 2;
-/// After something was found, and under a new leader, maps are compared again after this part of the interval.
+/// After something was found, and under a new leader, maps are compared again after this part of
+/// the interval.
 const SOON: u32 = 10;
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
@@ -46,10 +48,15 @@ pub struct Agreement {
 /// Where the comparison of one shard is.
 #[derive(Debug, Clone, Copy)]
 enum Comparing {
-    /// The next begins then. `settled`: the entry of the one before, if it found nothing that must be looked at again.
+    /// The next begins then. `settled`: the entry of the one before, if it found nothing that must
+    /// be looked at again.
     Due { at: Instant, settled: Option<LogId> },
-    /// The entry is proposed. `before`: that of the last digest that was noted here until then, which is none of this comparison.
-    Asked { since: Instant, before: Option<LogId> },
+    /// The entry is proposed. `before`: that of the last digest that was noted here until then,
+    /// which is none of this comparison.
+    Asked {
+        since: Instant,
+        before: Option<LogId>,
+    },
 }
 
 /// What members told of the comparison at one entry.
@@ -61,7 +68,12 @@ struct Told {
 
 impl Agreement {
     pub fn new(member: Arc<Member>, every: Duration) -> Self {
-        Self { member, every, shards: BTreeMap::new(), heard: BTreeMap::new() }
+        Self {
+            member,
+            every,
+            shards: BTreeMap::new(),
+            heard: BTreeMap::new(),
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -75,16 +87,25 @@ impl Agreement {
 
     async fn look(&mut self) {
         self.heard.clear();
-        let shards = self.member.registry.groups().into_iter().filter(|group| !group.key().group.is_meta());
+        let shards = self
+            .member
+            .registry
+            .groups()
+            .into_iter()
+            .filter(|group| !group.key().group.is_meta());
         let (led, followed): (Vec<_>, Vec<_>) = shards.partition(|group| group.leads());
         for group in followed {
             // Whoever leads says so, and the log.
             group.set_alarm(None);
         }
-        self.shards.retain(|id, _| led.iter().any(|group| group.key().group == *id));
+        self.shards
+            .retain(|id, _| led.iter().any(|group| group.key().group == *id));
         for group in led {
             let id = group.key().group;
-            let first = Comparing::Due { at: Instant::now() + self.every / SOON, settled: None };
+            let first = Comparing::Due {
+                at: Instant::now() + self.every / SOON,
+                settled: None,
+            };
             let now = self.shards.get(&id).copied().unwrap_or(first);
             let next = self.step(&group, now).await;
             self.shards.insert(id, next);
@@ -95,13 +116,21 @@ impl Agreement {
         match now {
             Comparing::Due { at, .. } if Instant::now() < at => now,
             // Of an idle shard nothing new is to be found.
-            Comparing::Due { settled, .. } if settled.is_some() && settled == group.status().applied => {
-                Comparing::Due { at: Instant::now() + self.every, settled }
+            Comparing::Due { settled, .. }
+                if settled.is_some() && settled == group.status().applied =>
+            {
+                Comparing::Due {
+                    at: Instant::now() + self.every,
+                    settled,
+                }
             }
             Comparing::Due { .. } => self.begin(group).await,
             Comparing::Asked { since, before } => {
                 let is_late = since.elapsed() > self.every * PATIENCE;
-                let noted = group.state().noted_digest().filter(|(at, _)| Some(*at) > before);
+                let noted = group
+                    .state()
+                    .noted_digest()
+                    .filter(|(at, _)| Some(*at) > before);
                 let Some((at, _)) = noted else {
                     return if is_late { self.due_soon() } else { now };
                 };
@@ -110,7 +139,10 @@ impl Agreement {
                     return now;
                 }
                 match self.conclude(group, &told).await {
-                    true => Comparing::Due { at: Instant::now() + self.every, settled: Some(at) },
+                    true => Comparing::Due {
+                        at: Instant::now() + self.every,
+                        settled: Some(at),
+                    },
                     false => self.due_soon(),
                 }
             }
@@ -118,14 +150,23 @@ impl Agreement {
     }
 
     fn due_soon(&self) -> Comparing {
-        Comparing::Due { at: Instant::now() + self.every / SOON, settled: None }
+        Comparing::Due {
+            at: Instant::now() + self.every / SOON,
+            settled: None,
+        }
     }
 
     /// Proposes the entry of a comparison.
     async fn begin(&self, group: &Group) -> Comparing {
         let before = group.state().noted_digest().map(|(at, _)| at);
-        match group.propose_command(Command::Compare, Instant::now() + PROPOSE_TIMEOUT).await {
-            Ok(Outcome::Compared) => Comparing::Asked { since: Instant::now(), before },
+        match group
+            .propose_command(Command::Compare, Instant::now() + PROPOSE_TIMEOUT)
+            .await
+        {
+            Ok(Outcome::Compared) => Comparing::Asked {
+                since: Instant::now(),
+                before,
+            },
             Ok(_) | Err(_) => self.due_soon(),
         }
     }
@@ -134,27 +175,61 @@ impl Agreement {
     async fn ask(&mut self, group: &Group, at: LogId) -> Told {
         let (id, own) = (group.key().group, group.key().replica);
         let membership = group.status().membership;
-        let all = membership.voters.iter().chain(&membership.learners).map(|(replica, node)| (*replica, *node));
-        let members: BTreeMap<ReplicaId, NodeId> = all.filter(|(replica, _)| !membership.is_witness(*replica)).collect();
+        let all = membership
+            .voters
+            .iter()
+            .chain(&membership.learners)
+            .map(|(replica, node)| (*replica, *node));
+        let members: BTreeMap<ReplicaId, NodeId> = all
+            .filter(|(replica, _)| !membership.is_witness(*replica))
+            .collect();
         self.hear(members.values().copied().collect()).await;
-        let answers = members.iter().filter(|(replica, _)| **replica != own).filter_map(|(replica, node)| {
-            let told = self.heard.get(node)?.iter().find(|hosted| hosted.group == id && hosted.replica == *replica)?;
-            Some((*replica, told.digest.clone()?))
-        });
-        let own = group.state().noted_digest().map(|(at, digest)| (own, NotedDigest::new(at, digest.pairs, digest.sum)));
+        let answers = members
+            .iter()
+            .filter(|(replica, _)| **replica != own)
+            .filter_map(|(replica, node)| {
+                let told = self
+                    .heard
+                    .get(node)?
+                    .iter()
+                    .find(|hosted| hosted.group == id && hosted.replica == *replica)?;
+                Some((*replica, told.digest.clone()?))
+            });
+        let own = group
+            .state()
+            .noted_digest()
+            .map(|(at, digest)| (own, NotedDigest::new(at, digest.pairs, digest.sum)));
         let noted = answers.chain(own).filter(|(_, noted)| noted.at == at);
-        let digests = noted.map(|(replica, noted)| (replica, noted.digest)).collect();
-        Told { at, members, digests }
+        let digests = noted
+            .map(|(replica, noted)| (replica, noted.digest))
+            .collect();
+        Told {
+            at,
+            members,
+            digests,
+        }
     }
 
     /// Asks those of the nodes that were not asked in this look.
     async fn hear(&mut self, nodes: BTreeSet<NodeId>) {
         let view = self.member.view();
-        let new = nodes.into_iter().filter(|node| *node != self.member.node && !self.heard.contains_key(node));
-        let new: Vec<(NodeId, Node)> = new.filter_map(|id| Some((id, view.nodes.get(&id)?.clone()))).collect();
+        let new = nodes
+            .into_iter()
+            .filter(|node| *node != self.member.node && !self.heard.contains_key(node));
+        let new: Vec<(NodeId, Node)> = new
+            .filter_map(|id| Some((id, view.nodes.get(&id)?.clone())))
+            .collect();
         let member = &self.member;
-        let asked =
-            new.iter().map(|(id, node)| async move { (*id, member.peers.replicas(node, ASK_TIMEOUT).await.unwrap_or_default()) });
+        let asked = new.iter().map(|(id, node)| async move {
+            (
+                *id,
+                member
+                    .peers
+                    .replicas(node, ASK_TIMEOUT)
+                    .await
+                    .unwrap_or_default(),
+            )
+        });
         let heard = join_all(asked).await;
         self.heard.extend(heard);
     }
@@ -173,7 +248,9 @@ impl Agreement {
                 }
                 let is_recorded = self.record(group, None).await;
                 if is_recorded {
-                    tracing::warn!("the replicas of shard {id} are of one mind again: it takes writes");
+                    tracing::warn!(
+                        "the replicas of shard {id} are of one mind again: it takes writes"
+                    );
                     group.set_alarm(None);
                 }
                 is_recorded
@@ -183,8 +260,16 @@ impl Agreement {
                     group.set_alarm(None);
                 }
                 self.member.differed(id);
-                let list = differing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                rarely!(error, "at {} of shard {id} these replicas differ from a majority: {list}", told.at);
+                let list = differing
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join(", ");
+                rarely!(
+                    error,
+                    "at {} of shard {id} these replicas differ from a majority: {list}",
+                    told.at
+                );
                 if differing.contains(&own) {
                     self.hand_over(group, told, &differing).await;
                 } else {
@@ -194,8 +279,8 @@ impl Agreement {
             }
             Verdict::NoMajority => {
                 let reason = format!(
-                    "its replicas differ as of entry {}, and no majority is of one mind ({} of {} answered); bring the others back, \
-                     or restore the shard",
+                    "its replicas differ as of entry {}, and no majority is of one mind ({} of {} \
+                     answered); bring the others back, or restore the shard",
                     told.at,
                     told.digests.len(),
                     told.members.len()
@@ -213,18 +298,25 @@ impl Agreement {
         }
     }
 
-    /// Has the log say that nothing is written, for that reason, or that it is again: for the leaders to come. Returns whether that is
-    /// so, which it is at once where programs of the cluster do not know such entries yet, and the next leader has to find out itself.
+    /// Has the log say that nothing is written, for that reason, or that it is again: for the
+    /// leaders to come. Returns whether that is so, which it is at once where programs of the
+    /// cluster do not know such entries yet, and the next leader has to find out itself.
     async fn record(&self, group: &Group, reason: Option<String>) -> bool {
         if !self.member.allows(Feature::ReadOnlyEntries) {
             return true;
         }
         let command = Command::SetReadOnly { reason };
-        match group.propose_command(command, Instant::now() + PROPOSE_TIMEOUT).await {
+        match group
+            .propose_command(command, Instant::now() + PROPOSE_TIMEOUT)
+            .await
+        {
             Ok(Outcome::ReadOnlySet) => true,
             Ok(_) => false,
             Err(error) => {
-                tracing::warn!("whether shard {} is read-only is not in its log yet: {error}", group.key().group);
+                tracing::warn!(
+                    "whether shard {} is read-only is not in its log yet: {error}",
+                    group.key().group
+                );
                 false
             }
         }
@@ -233,22 +325,39 @@ impl Agreement {
     /// This replica differs itself: one that does not is to lead, and has this one rebuilt.
     async fn hand_over(&self, group: &Group, told: &Told, differing: &BTreeSet<ReplicaId>) {
         let id = group.key().group;
-        for replica in told.digests.keys().filter(|replica| !differing.contains(replica)) {
+        for replica in told
+            .digests
+            .keys()
+            .filter(|replica| !differing.contains(replica))
+        {
             match group.transfer_leader(*replica).await {
                 Ok(()) => {
-                    rarely!(error, "the lead of shard {id} is handed over to replica {replica}: the one here differs");
+                    rarely!(
+                        error,
+                        "the lead of shard {id} is handed over to replica {replica}: the one here \
+                        differs"
+                    );
                     return;
                 }
-                Err(error) => rarely!(warn, "the lead of shard {id} was not handed over to replica {replica}: {error}"),
+                Err(error) => rarely!(
+                    warn,
+                    "the lead of shard {id} was not handed over to replica {replica}: {error}"
+                ),
             }
         }
     }
 
     async fn rebuild(&self, group: &Group, told: &Told, differing: &BTreeSet<ReplicaId>) {
         for replica in differing {
-            let Some(node) = told.members.get(replica) else { continue };
+            let Some(node) = told.members.get(replica) else {
+                continue;
+            };
             if let Err(error) = group.rebuild(*replica, *node).await {
-                rarely!(warn, "replica {replica} of shard {} was not rebuilt: {error}", group.key().group);
+                rarely!(
+                    warn,
+                    "replica {replica} of shard {} was not rebuilt: {error}",
+                    group.key().group
+                );
             }
         }
     }

@@ -1,7 +1,8 @@
-//! Leaders drift home: a node that leads a shard whose home is another node hands it over, once the home replica has caught up.
+//! Leaders drift home: a node that leads a shard whose home is another node hands it over, once the
+//! home replica has caught up.
 //!
-//! Only the leader acts, one shard at a time, and only for a home that was heard of lately: a transfer to a replica that is not there
-//! stops the shard until an election.
+//! Only the leader acts, one shard at a time, and only for a home that was heard of lately: a
+//! transfer to a replica that is not there stops the shard until an election.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,7 +16,8 @@ use crate::raft::Group;
 use crate::types::{GroupId, LogId, ReplicaId};
 
 const TICK: Duration = Duration::from_secs(1);
-/// How long the home must have been in reach before it is given the lead: a node that comes and goes should not lead.
+/// How long the home must have been in reach before it is given the lead: a node that comes and
+/// goes should not lead.
 const STEADY_FOR: Duration = Duration::from_secs(3);
 /// After a transfer that failed, this shard is left alone for so long.
 const RETRY_AFTER: Duration = Duration::from_secs(30);
@@ -28,7 +30,8 @@ const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 /// Hands leaderships over to their homes, unless these lack room on their disks.
 pub struct Balancer {
     member: Arc<Member>,
-    /// The homes of shards that this node leads that have been good enough to lead, without a break.
+    /// The homes of shards that this node leads that have been good enough to lead, without a
+    /// break.
     steady: HashMap<GroupId, Steady>,
     not_before: HashMap<GroupId, Instant>,
 }
@@ -43,7 +46,11 @@ struct Steady {
 
 impl Balancer {
     pub fn new(member: Arc<Member>) -> Self {
-        Self { member, steady: HashMap::new(), not_before: HashMap::new() }
+        Self {
+            member,
+            steady: HashMap::new(),
+            not_before: HashMap::new(),
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -57,27 +64,39 @@ impl Balancer {
         let mut due = None;
         for group in self.member.registry.groups() {
             let id = group.key().group;
-            let home = view.groups.get(&id).map(|of| of.home).filter(|home| *home != self.member.node && !id.is_meta());
+            let home = view
+                .groups
+                .get(&id)
+                .map(|of| of.home)
+                .filter(|home| *home != self.member.node && !id.is_meta());
             let target = home.and_then(|home| Some((home, view.replica_on(id, home)?)));
             let Some((home, replica)) = target.filter(|_| group.leads()) else {
                 self.steady.remove(&id);
                 continue;
             };
-            let is_in_reach = self.member.heard_within(home, HEARD_WITHIN) && !self.member.registry.ways().is_closed(home);
+            let is_in_reach = self.member.heard_within(home, HEARD_WITHIN)
+                && !self.member.registry.ways().is_closed(home);
             if !is_in_reach || !group.is_caught_up(replica) {
                 self.steady.remove(&id);
                 continue;
             }
             let status = group.status();
-            let steady = self.steady.entry(id).or_insert(Steady { since: Instant::now(), committed: None });
-            // One whose disk hangs, or is slow, would hand the shard back at once, if it could be elected at all.
+            let steady = self.steady.entry(id).or_insert(Steady {
+                since: Instant::now(),
+                committed: None,
+            });
+            // One whose disk hangs, or is slow, would hand the shard back at once, if it could be
+            // elected at all.
             if status.matched.get(&replica).copied().flatten() < steady.committed {
                 self.steady.remove(&id);
                 continue;
             }
             steady.committed = status.committed;
             let since = steady.since;
-            let held_back = self.not_before.get(&id).is_some_and(|at| Instant::now() < *at);
+            let held_back = self
+                .not_before
+                .get(&id)
+                .is_some_and(|at| Instant::now() < *at);
             if since.elapsed() >= STEADY_FOR && !held_back && due.is_none() {
                 due = Some((group, replica));
             }
@@ -99,14 +118,15 @@ impl Balancer {
             return;
         }
 
-        let reason = match tokio::time::timeout(TRANSFER_TIMEOUT, group.transfer_leader(replica)).await {
-            Ok(Ok(())) => {
-                tracing::info!("shard {id} is led by its home again");
-                return;
-            }
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => "it took too long".to_owned(),
-        };
+        let reason =
+            match tokio::time::timeout(TRANSFER_TIMEOUT, group.transfer_leader(replica)).await {
+                Ok(Ok(())) => {
+                    tracing::info!("shard {id} is led by its home again");
+                    return;
+                }
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "it took too long".to_owned(),
+            };
         tracing::info!("shard {id} was not handed over to its home: {reason}");
         self.not_before.insert(id, Instant::now() + RETRY_AFTER);
     }

@@ -1,9 +1,12 @@
-//! How a node with a data directory comes to belong to a cluster: it goes on from its data, founds, adopts, or waits as a spare.
+//! How a node with a data directory comes to belong to a cluster: it goes on from its data, founds,
+//! adopts, or waits as a spare.
 //!
-//! Decisions only: [`next_step`] says what to do after the nodes of the `VIEW` were asked who they are, and [`answer_promise`] what to say
-//! to a node that wants to found. `node::join` performs them. The invariant: **a cluster is founded only by the first node of the sorted
-//! `VIEW`, and only with a durable, exclusive promise from the data directory of every node in it.** So two nodes never found two clusters
-//! out of one `VIEW`, and a node that lost its disk never founds a second one: its peers promised another directory, or belong already.
+//! Decisions only: [`next_step`] says what to do after the nodes of the `VIEW` were asked who they
+//! are, and [`answer_promise`] what to say to a node that wants to found. `node::join` performs
+//! them. The invariant: **a cluster is founded only by the first node of the sorted `VIEW`, and
+//! only with a durable, exclusive promise from the data directory of every node in it.** So two
+//! nodes never found two clusters out of one `VIEW`, and a node that lost its disk never founds a
+//! second one: its peers promised another directory, or belong already.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -60,50 +63,86 @@ pub enum Waiting {
     /// It was told to found nothing, and no node of the `VIEW` knows of a cluster.
     ForCluster { view: Vec<Address> },
     /// A cluster exists that does not name this node: a view change may.
-    Spare { cluster: Option<ClusterId>, members: Vec<Address> },
+    Spare {
+        cluster: Option<ClusterId>,
+        members: Vec<Address>,
+    },
     /// The cluster names this address, with the data directory that was lost.
-    LostDirectory { cluster: ClusterId, node: NodeId, members: Vec<Address> },
+    LostDirectory {
+        cluster: ClusterId,
+        node: NodeId,
+        members: Vec<Address>,
+    },
     /// Another node has to be started otherwise, or this one.
     Mismatch(Mismatch),
 }
 
-/// Why nodes can't found a cluster together until one of them is started otherwise. The others need not be: they ask again and again.
+/// Why nodes can't found a cluster together until one of them is started otherwise. The others need
+/// not be: they ask again and again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
     #[error(
-        "waiting: the VIEWs differ: mine is {}, that of {other} is {}; restart one of the two, so that both have the same set of \
-         addresses", list(.mine), list(.theirs)
+        "waiting: the VIEWs differ: mine is {}, that of {other} is {}; restart one of the two, so \
+         that both have the same set of addresses", list(.mine), list(.theirs)
     )]
-    ViewsDiffer { mine: Vec<Address>, other: Address, theirs: Vec<Address> },
+    ViewsDiffer {
+        mine: Vec<Address>,
+        other: Address,
+        theirs: Vec<Address>,
+    },
     #[error(
-        "waiting: {other} has promised to be founded by another data directory ({founder}); if that cluster was never founded, stop \
-         {other}, empty its data directory and start it again"
+        "waiting: {other} has promised to be founded by another data directory ({founder}); if \
+         that cluster was never founded, stop {other}, empty its data directory and start it \
+         again"
     )]
-    PromisedElsewhere { other: Address, founder: DirectoryId },
+    PromisedElsewhere {
+        other: Address,
+        founder: DirectoryId,
+    },
 }
 
 impl fmt::Display for Waiting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Waiting::ForNodes(nodes) => {
-                let nodes: Vec<String> = nodes.iter().map(|(address, reason)| format!("{address} ({reason})")).collect();
-                write!(f, "waiting to found the cluster: no answer yet from {}", nodes.join(", "))
+                let nodes: Vec<String> = nodes
+                    .iter()
+                    .map(|(address, reason)| format!("{address} ({reason})"))
+                    .collect();
+                write!(
+                    f,
+                    "waiting to found the cluster: no answer yet from {}",
+                    nodes.join(", ")
+                )
             }
             Waiting::ForCluster { view } => write!(
                 f,
-                "waiting for a cluster to join: of {} none that answers belongs to one, and with --join-only this node founds none. \
-                 If a cluster was here, start a node that still has its data; to found a new one, start every node without --join-only",
+                "waiting for a cluster to join: of {} none that answers belongs to one, and with \
+                 --join-only this node founds none. If a cluster was here, start a node that still \
+                 has its data; to found a new one, start every node without --join-only",
                 list(view)
             ),
-            Waiting::ForFounder { founder } => write!(f, "waiting for {founder}, the first of the VIEW, to found the cluster"),
-            Waiting::Spare { cluster, members } => {
-                let cluster = cluster.map_or("the cluster".to_owned(), |id| format!("cluster {id}"));
-                write!(f, "spare: waiting for a view change of {cluster} to name this node; members: {}", list(members))
-            }
-            Waiting::LostDirectory { cluster, node, members } => write!(
+            Waiting::ForFounder { founder } => write!(
                 f,
-                "cluster {cluster} knows this address as node {node} with another data directory, which counts as lost; \
-                 this one waits as a spare; members: {}",
+                "waiting for {founder}, the first of the VIEW, to found the cluster"
+            ),
+            Waiting::Spare { cluster, members } => {
+                let cluster =
+                    cluster.map_or("the cluster".to_owned(), |id| format!("cluster {id}"));
+                write!(
+                    f,
+                    "spare: waiting for a view change of {cluster} to name this node; members: {}",
+                    list(members)
+                )
+            }
+            Waiting::LostDirectory {
+                cluster,
+                node,
+                members,
+            } => write!(
+                f,
+                "cluster {cluster} knows this address as node {node} with another data directory, \
+                 which counts as lost; this one waits as a spare; members: {}",
                 list(members)
             ),
             Waiting::Mismatch(mismatch) => mismatch.fmt(f),
@@ -116,14 +155,20 @@ impl Waiting {
     pub fn members(&self) -> &[Address] {
         match self {
             Waiting::Spare { members, .. } | Waiting::LostDirectory { members, .. } => members,
-            Waiting::ForNodes(_) | Waiting::ForFounder { .. } | Waiting::ForCluster { .. } | Waiting::Mismatch(_) => &[],
+            Waiting::ForNodes(_)
+            | Waiting::ForFounder { .. }
+            | Waiting::ForCluster { .. }
+            | Waiting::Mismatch(_) => &[],
         }
     }
 
     pub fn is_spare(&self) -> bool {
         match self {
             Waiting::Spare { .. } | Waiting::LostDirectory { .. } => true,
-            Waiting::ForNodes(_) | Waiting::ForFounder { .. } | Waiting::ForCluster { .. } | Waiting::Mismatch(_) => false,
+            Waiting::ForNodes(_)
+            | Waiting::ForFounder { .. }
+            | Waiting::ForCluster { .. }
+            | Waiting::Mismatch(_) => false,
         }
     }
 
@@ -142,9 +187,16 @@ impl Waiting {
 /// What the node with `own` should do, having heard this from the other nodes of its `VIEW`.
 pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
     match own.stamp {
-        Stamp::Member { view, .. } | Stamp::Founding { view } => return too_old(own, view).unwrap_or(Step::Start),
-        Stamp::Retired { cluster, members, .. } => {
-            let spare = Waiting::Spare { cluster: Some(*cluster), members: members.clone() };
+        Stamp::Member { view, .. } | Stamp::Founding { view } => {
+            return too_old(own, view).unwrap_or(Step::Start);
+        }
+        Stamp::Retired {
+            cluster, members, ..
+        } => {
+            let spare = Waiting::Spare {
+                cluster: Some(*cluster),
+                members: members.clone(),
+            };
             return known_cluster(own, heard).unwrap_or(Step::Wait(spare));
         }
         Stamp::Fresh | Stamp::Promised { .. } => {}
@@ -153,18 +205,27 @@ pub fn next_step(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Step {
         return step;
     }
     if !own.view.contains(own.address) {
-        return Step::Wait(Waiting::Spare { cluster: None, members: own.view.to_vec() });
+        return Step::Wait(Waiting::Spare {
+            cluster: None,
+            members: own.view.to_vec(),
+        });
     }
     if own.join_only {
-        return Step::Wait(Waiting::ForCluster { view: own.view.to_vec() });
+        return Step::Wait(Waiting::ForCluster {
+            view: own.view.to_vec(),
+        });
     }
     if let Some(mismatch) = first_mismatch(own, heard) {
         return Step::Wait(Waiting::Mismatch(mismatch));
     }
     let others = own.view.iter().filter(|address| *address != own.address);
-    let silent: Vec<(Address, String)> = others.filter_map(|address| silence(address, heard)).collect();
+    let silent: Vec<(Address, String)> = others
+        .filter_map(|address| silence(address, heard))
+        .collect();
     match own.view.first() {
-        Some(founder) if founder != own.address => Step::Wait(Waiting::ForFounder { founder: founder.clone() }),
+        Some(founder) if founder != own.address => Step::Wait(Waiting::ForFounder {
+            founder: founder.clone(),
+        }),
         _ if silent.is_empty() => Step::AskPromises,
         _ => Step::Wait(Waiting::ForNodes(silent)),
     }
@@ -183,7 +244,8 @@ fn silence(address: &Address, heard: &BTreeMap<Address, Heard>) -> Option<(Addre
     }
 }
 
-/// What follows from a cluster that a node of the `VIEW` belongs, or belonged, to. The newest view that anyone knows counts.
+/// What follows from a cluster that a node of the `VIEW` belongs, or belonged, to. The newest view
+/// that anyone knows counts.
 fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step> {
     let standings = || {
         heard.values().filter_map(|heard| match heard {
@@ -197,25 +259,51 @@ fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step>
     });
     let Some(view) = views.max_by_key(|view| view.version) else {
         return standings().find_map(|standing| match standing {
-            Standing::Retired { cluster, members } => {
-                Some(Step::Wait(Waiting::Spare { cluster: Some(*cluster), members: members.clone() }))
-            }
+            Standing::Retired { cluster, members } => Some(Step::Wait(Waiting::Spare {
+                cluster: Some(*cluster),
+                members: members.clone(),
+            })),
             Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Member { .. } => None,
         });
     };
-    // A retired id is final: a view that has it is an old one, of a node that has yet to hear the news.
+    // A retired id is final: a view that has it is an old one, of a node that has yet to hear the
+    // news.
     let retired = match own.stamp {
         Stamp::Retired { cluster, node, .. } if *cluster == view.cluster => Some(*node),
-        Stamp::Retired { .. } | Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. } | Stamp::Member { .. } => None,
+        Stamp::Retired { .. }
+        | Stamp::Fresh
+        | Stamp::Promised { .. }
+        | Stamp::Founding { .. }
+        | Stamp::Member { .. } => None,
     };
     let is_new = |id: &NodeId| retired.is_none_or(|retired| *id > retired);
-    if let Some((node, _)) = view.nodes.iter().find(|(id, node)| node.directory == own.directory && is_new(id)) {
-        return too_old(own, view).or_else(|| Some(Step::Adopt { view: view.clone(), node: *node }));
+    if let Some((node, _)) = view
+        .nodes
+        .iter()
+        .find(|(id, node)| node.directory == own.directory && is_new(id))
+    {
+        return too_old(own, view).or_else(|| {
+            Some(Step::Adopt {
+                view: view.clone(),
+                node: *node,
+            })
+        });
     }
-    let members = view.nodes.values().map(|node| node.address.clone()).collect();
+    let members = view
+        .nodes
+        .values()
+        .map(|node| node.address.clone())
+        .collect();
     let waiting = match view.node_at(own.address).filter(is_new) {
-        Some(node) => Waiting::LostDirectory { cluster: view.cluster, node, members },
-        None => Waiting::Spare { cluster: Some(view.cluster), members },
+        Some(node) => Waiting::LostDirectory {
+            cluster: view.cluster,
+            node,
+            members,
+        },
+        None => Waiting::Spare {
+            cluster: Some(view.cluster),
+            members,
+        },
     };
     Some(Step::Wait(waiting))
 }
@@ -223,58 +311,96 @@ fn known_cluster(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Step>
 fn first_mismatch(own: Own<'_>, heard: &BTreeMap<Address, Heard>) -> Option<Mismatch> {
     let i_found = own.view.first() == Some(own.address);
     heard.iter().find_map(|(address, heard)| {
-        let Heard::Identity(identity) = heard else { return None };
+        let Heard::Identity(identity) = heard else {
+            return None;
+        };
         match &identity.standing {
-            Standing::Fresh { view } | Standing::Promised { view, .. } if view != own.view && view.contains(own.address) => {
-                Some(Mismatch::ViewsDiffer { mine: own.view.to_vec(), other: address.clone(), theirs: view.clone() })
+            Standing::Fresh { view } | Standing::Promised { view, .. }
+                if view != own.view && view.contains(own.address) =>
+            {
+                Some(Mismatch::ViewsDiffer {
+                    mine: own.view.to_vec(),
+                    other: address.clone(),
+                    theirs: view.clone(),
+                })
             }
             Standing::Promised { founder, .. } if i_found && *founder != own.directory => {
-                Some(Mismatch::PromisedElsewhere { other: address.clone(), founder: *founder })
+                Some(Mismatch::PromisedElsewhere {
+                    other: address.clone(),
+                    founder: *founder,
+                })
             }
-            Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Member { .. } | Standing::Retired { .. } => None,
+            Standing::Fresh { .. }
+            | Standing::Promised { .. }
+            | Standing::Member { .. }
+            | Standing::Retired { .. } => None,
         }
     })
 }
 
-/// Whether to promise, and the stamp that must be durable before the promise is sent (none: it already is).
+/// Whether to promise, and the stamp that must be durable before the promise is sent (none: it
+/// already is).
 ///
-/// A promise holds for one founding directory for ever. The same directory may ask again with another `VIEW`: had it founded with the
-/// first, it would not ask.
+/// A promise holds for one founding directory for ever. The same directory may ask again with
+/// another `VIEW`: had it founded with the first, it would not ask.
 ///
 /// # Errors
 ///
 /// Why not, for the operator of the asking node.
 pub fn answer_promise(own: Own<'_>, request: &PromiseRequest) -> Result<Option<Stamp>, String> {
     if request.view != own.view {
-        return Err(format!("the VIEWs differ: mine is {}, yours is {}", list(own.view), list(&request.view)));
+        return Err(format!(
+            "the VIEWs differ: mine is {}, yours is {}",
+            list(own.view),
+            list(&request.view)
+        ));
     }
-    let promise = Stamp::Promised { view: request.view.clone(), founder: request.founder };
+    let promise = Stamp::Promised {
+        view: request.view.clone(),
+        founder: request.founder,
+    };
     match own.stamp {
         Stamp::Fresh if own.join_only => Err(format!(
-            "{} was started with --join-only: it joins a cluster that is there, and helps to found none",
+            "{} was started with --join-only: it joins a cluster that is there, and helps to found \
+            none",
             own.address
         )),
         Stamp::Fresh => Ok(Some(promise)),
         Stamp::Promised { founder, .. } if *founder != request.founder => Err(format!(
-            "{} has promised to be founded by the data directory {founder}, not by {}; if that cluster was never founded, empty the data \
-             directory of {}",
+            "{} has promised to be founded by the data directory {founder}, not by {}; if that \
+             cluster was never founded, empty the data directory of {}",
             own.address, request.founder, own.address
         )),
         Stamp::Promised { view, .. } => Ok((*view != request.view).then_some(promise)),
-        Stamp::Founding { view } | Stamp::Member { view, .. } => {
-            Err(format!("{} belongs to cluster {}", own.address, view.cluster))
+        Stamp::Founding { view } | Stamp::Member { view, .. } => Err(format!(
+            "{} belongs to cluster {}",
+            own.address, view.cluster
+        )),
+        Stamp::Retired { cluster, .. } => {
+            Err(format!("{} belonged to cluster {cluster}", own.address))
         }
-        Stamp::Retired { cluster, .. } => Err(format!("{} belonged to cluster {cluster}", own.address)),
     }
 }
 
 /// What a node says of itself to others.
 pub fn standing(own: Own<'_>) -> Standing {
     match own.stamp {
-        Stamp::Fresh => Standing::Fresh { view: own.view.to_vec() },
-        Stamp::Promised { view, founder } => Standing::Promised { view: view.clone(), founder: *founder },
-        Stamp::Founding { view } | Stamp::Member { view, .. } => Standing::Member { view: view.clone() },
-        Stamp::Retired { cluster, members, .. } => Standing::Retired { cluster: *cluster, members: members.clone() },
+        Stamp::Fresh => Standing::Fresh {
+            view: own.view.to_vec(),
+        },
+        Stamp::Promised { view, founder } => Standing::Promised {
+            view: view.clone(),
+            founder: *founder,
+        },
+        Stamp::Founding { view } | Stamp::Member { view, .. } => {
+            Standing::Member { view: view.clone() }
+        }
+        Stamp::Retired {
+            cluster, members, ..
+        } => Standing::Retired {
+            cluster: *cluster,
+            members: members.clone(),
+        },
     }
 }
 
@@ -305,21 +431,26 @@ pub enum Met {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoStart {
     #[error(
-        "this data directory is of cluster {own}, but {at}, which --view names, belongs to cluster {theirs}, and no address of the view \
-         answers as one of {own}: give this node the directory that goes with its flags, or the flags that go with its directory"
+        "this data directory is of cluster {own}, but {at}, which --view names, belongs to cluster \
+         {theirs}, and no address of the view answers as one of {own}: give this node the \
+         directory that goes with its flags, or the flags that go with its directory"
     )]
-    OtherCluster { own: ClusterId, at: Address, theirs: ClusterId },
+    OtherCluster {
+        own: ClusterId,
+        at: Address,
+        theirs: ClusterId,
+    },
     #[error(
-        "a node runs at {at} with a copy of this data directory: stop that one first, or give this node an empty directory; it then \
-         joins as a new node"
+        "a node runs at {at} with a copy of this data directory: stop that one first, or give this \
+         node an empty directory; it then joins as a new node"
     )]
     Doubled { at: Address },
     #[error("{by} knows of start {number} of this data directory, which is not in it")]
     Outdated { by: Address, number: u64 },
 }
 
-/// Whether a node may start from data of `cluster`, having met this at other addresses. Returns what is to be said of a `VIEW` that names
-/// others as well.
+/// Whether a node may start from data of `cluster`, having met this at other addresses. Returns
+/// what is to be said of a `VIEW` that names others as well.
 ///
 /// # Errors
 ///
@@ -332,32 +463,52 @@ pub fn may_start(
     for (address, met) in met {
         match met {
             Met::Doubled { at } => return Err(NoStart::Doubled { at: at.clone() }),
-            Met::Outdated { number } => return Err(NoStart::Outdated { by: address.clone(), number: *number }),
+            Met::Outdated { number } => {
+                return Err(NoStart::Outdated {
+                    by: address.clone(),
+                    number: *number,
+                });
+            }
             Met::Silent | Met::Ours { .. } | Met::Stranger { .. } => {}
         }
     }
-    let named = || view.iter().filter_map(|address| Some((address, met.get(address)?)));
+    let named = || {
+        view.iter()
+            .filter_map(|address| Some((address, met.get(address)?)))
+    };
     let others: Vec<(Address, ClusterId)> = named()
         .filter_map(|(address, met)| match met {
-            Met::Stranger { cluster: Some(theirs) } if *theirs != cluster => Some((address.clone(), *theirs)),
-            Met::Stranger { .. } | Met::Silent | Met::Ours { .. } | Met::Outdated { .. } | Met::Doubled { .. } => None,
+            Met::Stranger {
+                cluster: Some(theirs),
+            } if *theirs != cluster => Some((address.clone(), *theirs)),
+            Met::Stranger { .. }
+            | Met::Silent
+            | Met::Ours { .. }
+            | Met::Outdated { .. }
+            | Met::Doubled { .. } => None,
         })
         .collect();
     let has_ours = named().any(|(_, met)| matches!(met, Met::Ours { .. }));
     match others.first() {
-        Some((at, theirs)) if !has_ours => Err(NoStart::OtherCluster { own: cluster, at: at.clone(), theirs: *theirs }),
+        Some((at, theirs)) if !has_ours => Err(NoStart::OtherCluster {
+            own: cluster,
+            at: at.clone(),
+            theirs: *theirs,
+        }),
         Some(_) | None => Ok(others),
     }
 }
 
-/// Returns what is to be said of a `VIEW` without this node's own address, of which it is not told otherwise who it is.
+/// Returns what is to be said of a `VIEW` without this node's own address, of which it is not told
+/// otherwise who it is.
 pub fn unnamed(own: Own<'_>) -> Option<String> {
     let is_new = matches!(own.stamp, Stamp::Fresh | Stamp::Promised { .. });
     (is_new && !own.view.contains(own.address)).then(|| {
         format!(
-            "the VIEW ({}) does not have this node's own address, {address}: it founds no cluster, and waits as a spare until a \
-             change of the view names it ('quorate cluster add {address}'). If it is to found a cluster with them, start every node \
-             with one and the same VIEW that has all of their addresses",
+            "the VIEW ({}) does not have this node's own address, {address}: it founds no cluster, \
+             and waits as a spare until a change of the view names it ('quorate cluster add \
+             {address}'). If it is to found a cluster with them, start every node with one and the \
+             same VIEW that has all of their addresses",
             list(own.view),
             address = own.address
         )
@@ -366,7 +517,11 @@ pub fn unnamed(own: Own<'_>) -> Option<String> {
 
 /// Addresses as a list for people.
 pub fn list(addresses: &[Address]) -> String {
-    addresses.iter().map(Address::as_str).collect::<Vec<_>>().join(",")
+    addresses
+        .iter()
+        .map(Address::as_str)
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 #[cfg(test)]
@@ -430,40 +585,93 @@ mod tests {
         (0..n).map(actor).collect()
     }
 
-    fn heard(actors: &[Actor], by: usize, reachable: impl Fn(usize) -> bool) -> BTreeMap<Address, Heard> {
+    fn heard(
+        actors: &[Actor],
+        by: usize,
+        reachable: impl Fn(usize) -> bool,
+    ) -> BTreeMap<Address, Heard> {
         let others = actors.iter().enumerate().filter(|(i, _)| *i != by);
         let hear = |(i, actor): (usize, &Actor)| {
-            let silent = Heard::Silent { reason: "connection refused".into() };
-            (actor.address.clone(), if reachable(i) { Heard::Identity(actor.identity()) } else { silent })
+            let silent = Heard::Silent {
+                reason: "connection refused".into(),
+            };
+            (
+                actor.address.clone(),
+                if reachable(i) {
+                    Heard::Identity(actor.identity())
+                } else {
+                    silent
+                },
+            )
         };
         others.map(hear).collect()
     }
 
     fn found(actors: &[Actor]) -> View {
-        let node = |actor: &Actor| Node { address: actor.address.clone(), public_address: None, directory: actor.directory };
-        first_view(ClusterId(7), Asked::default(), actors.iter().map(node).collect()).expect("a view")
+        let node = |actor: &Actor| Node {
+            address: actor.address.clone(),
+            public_address: None,
+            directory: actor.directory,
+        };
+        first_view(
+            ClusterId(7),
+            Asked::default(),
+            actors.iter().map(node).collect(),
+        )
+        .expect("a view")
     }
 
     #[test]
     fn the_first_of_the_view_founds_once_everyone_answers() {
         let actors = actors(3);
         let step = next_step(actors[0].own(), &heard(&actors, 0, |i| i != 2));
-        assert_eq!(step, Step::Wait(Waiting::ForNodes(vec![(address(2), "connection refused".into())])));
-        assert_eq!(next_step(actors[0].own(), &heard(&actors, 0, |_| true)), Step::AskPromises);
-        let waits = Step::Wait(Waiting::ForFounder { founder: address(0) });
-        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), waits);
+        assert_eq!(
+            step,
+            Step::Wait(Waiting::ForNodes(vec![(
+                address(2),
+                "connection refused".into()
+            )]))
+        );
+        assert_eq!(
+            next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
+            Step::AskPromises
+        );
+        let waits = Step::Wait(Waiting::ForFounder {
+            founder: address(0),
+        });
+        assert_eq!(
+            next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
+            waits
+        );
     }
 
     #[test]
     fn a_program_that_knows_less_than_the_cluster_uses_is_refused() {
         let mut actors = actors(3);
-        let view = Box::new(View { level: 4, ..found(&actors) });
+        let view = Box::new(View {
+            level: 4,
+            ..found(&actors)
+        });
         actors[0].stamp = Stamp::Founding { view };
         let heard = heard(&actors, 1, |_| true);
         for (stamp, by) in [(Stamp::Fresh, 1), (actors[0].stamp.clone(), 0)] {
-            let step = |speaks| next_step(Own { stamp: &stamp, speaks, ..actors[by].own() }, &heard);
-            let Step::Refuse(refusal) = step(3) else { panic!("not refused") };
-            assert_eq!(refusal.to_string(), "this cluster uses level 4, this program knows 3: start a newer one");
+            let step = |speaks| {
+                next_step(
+                    Own {
+                        stamp: &stamp,
+                        speaks,
+                        ..actors[by].own()
+                    },
+                    &heard,
+                )
+            };
+            let Step::Refuse(refusal) = step(3) else {
+                panic!("not refused")
+            };
+            assert_eq!(
+                refusal.to_string(),
+                "this cluster uses level 4, this program knows 3: start a newer one"
+            );
             assert!(matches!(step(4), Step::Start | Step::Adopt { .. }));
         }
     }
@@ -474,7 +682,10 @@ mod tests {
         let view = Box::new(found(&actors));
         actors[0].stamp = Stamp::Founding { view: view.clone() };
         let node = view.node_at(&address(1)).expect("a member");
-        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), Step::Adopt { view, node });
+        assert_eq!(
+            next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
+            Step::Adopt { view, node }
+        );
     }
 
     /// Others of those that left with it may not have heard the news yet.
@@ -484,25 +695,55 @@ mod tests {
         let view = Box::new(found(&actors));
         let node = view.node_at(&address(1)).expect("a member");
         actors[0].stamp = Stamp::Founding { view: view.clone() };
-        actors[1].stamp = Stamp::Retired { cluster: view.cluster, node, members: vec![address(9)] };
+        actors[1].stamp = Stamp::Retired {
+            cluster: view.cluster,
+            node,
+            members: vec![address(9)],
+        };
         let step = next_step(actors[1].own(), &heard(&actors, 1, |_| true));
-        assert!(matches!(&step, Step::Wait(Waiting::Spare { .. })), "{step:?}");
+        assert!(
+            matches!(&step, Step::Wait(Waiting::Spare { .. })),
+            "{step:?}"
+        );
         // Under another id it is a newcomer.
         let mut later = view.clone();
         let place = later.nodes.remove(&node).expect("it was there");
         later.nodes.insert(NodeId(9), place);
-        actors[0].stamp = Stamp::Founding { view: later.clone() };
-        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), Step::Adopt { view: later, node: NodeId(9) });
+        actors[0].stamp = Stamp::Founding {
+            view: later.clone(),
+        };
+        assert_eq!(
+            next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
+            Step::Adopt {
+                view: later,
+                node: NodeId(9)
+            }
+        );
     }
 
     #[test]
     fn a_retired_node_knows_where_it_belonged_and_tells_others() {
         let mut actors = actors(2);
         let members = vec![address(8), address(9)];
-        actors[1].stamp = Stamp::Retired { cluster: ClusterId(7), node: NodeId(3), members: members.clone() };
-        let spare = Step::Wait(Waiting::Spare { cluster: Some(ClusterId(7)), members });
-        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| false)), spare, "by itself");
-        assert_eq!(next_step(actors[0].own(), &heard(&actors, 0, |_| true)), spare, "a fresh node that hears of nobody else");
+        actors[1].stamp = Stamp::Retired {
+            cluster: ClusterId(7),
+            node: NodeId(3),
+            members: members.clone(),
+        };
+        let spare = Step::Wait(Waiting::Spare {
+            cluster: Some(ClusterId(7)),
+            members,
+        });
+        assert_eq!(
+            next_step(actors[1].own(), &heard(&actors, 1, |_| false)),
+            spare,
+            "by itself"
+        );
+        assert_eq!(
+            next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
+            spare,
+            "a fresh node that hears of nobody else"
+        );
     }
 
     #[test]
@@ -512,82 +753,167 @@ mod tests {
         actors[1].stamp = Stamp::Founding { view };
         actors[0].directory = DirectoryId(99);
         let step = next_step(actors[0].own(), &heard(&actors, 0, |_| true));
-        assert!(matches!(step, Step::Wait(Waiting::LostDirectory { .. })), "{step:?}");
+        assert!(
+            matches!(step, Step::Wait(Waiting::LostDirectory { .. })),
+            "{step:?}"
+        );
         actors[0].address = address(9);
         let step = next_step(actors[0].own(), &heard(&actors, 0, |_| true));
-        assert!(matches!(step, Step::Wait(Waiting::Spare { .. })), "{step:?}");
+        assert!(
+            matches!(step, Step::Wait(Waiting::Spare { .. })),
+            "{step:?}"
+        );
     }
 
     #[test]
     fn views_that_differ_are_waited_for_naming_both() {
         let mut actors = actors(3);
         assert_eq!(unnamed(actors[0].own()), None);
-        let stranger = Own { address: &address(7), ..actors[0].own() };
+        let stranger = Own {
+            address: &address(7),
+            ..actors[0].own()
+        };
         assert!(unnamed(stranger).is_some_and(|said| said.contains("cluster add 10.0.0.7:1")));
         actors[1].view = vec![address(0), address(1)];
-        let Step::Wait(waiting) = next_step(actors[0].own(), &heard(&actors, 0, |_| true)) else { panic!("it ends") };
-        assert_eq!((waiting.code(), waiting.is_spare()), ("views-differ", false));
+        let Step::Wait(waiting) = next_step(actors[0].own(), &heard(&actors, 0, |_| true)) else {
+            panic!("it ends")
+        };
+        assert_eq!(
+            (waiting.code(), waiting.is_spare()),
+            ("views-differ", false)
+        );
         let text = waiting.to_string();
-        assert!(text.contains("10.0.0.0:1,10.0.0.1:1,10.0.0.2:1") && text.contains("is 10.0.0.0:1,10.0.0.1:1;"), "{text}");
-        let request = PromiseRequest { view: actors[0].view.clone(), founder: DirectoryId(1), founder_address: address(0) };
+        assert!(
+            text.contains("10.0.0.0:1,10.0.0.1:1,10.0.0.2:1")
+                && text.contains("is 10.0.0.0:1,10.0.0.1:1;"),
+            "{text}"
+        );
+        let request = PromiseRequest {
+            view: actors[0].view.clone(),
+            founder: DirectoryId(1),
+            founder_address: address(0),
+        };
         let reason = answer_promise(actors[1].own(), &request).expect_err("refused");
-        assert!(reason.contains("10.0.0.0:1,10.0.0.1:1,10.0.0.2:1"), "{reason}");
+        assert!(
+            reason.contains("10.0.0.0:1,10.0.0.1:1,10.0.0.2:1"),
+            "{reason}"
+        );
         // The other is started again as it should have been: this one need not be.
         actors[1].view = actors[0].view.clone();
-        assert_eq!(next_step(actors[0].own(), &heard(&actors, 0, |_| true)), Step::AskPromises);
+        assert_eq!(
+            next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
+            Step::AskPromises
+        );
     }
 
-    /// Where every directory is empty, whoever starts the nodes may not know that there was data once.
+    /// Where every directory is empty, whoever starts the nodes may not know that there was data
+    /// once.
     #[test]
     fn a_node_that_only_joins_founds_nothing_and_helps_to_found_nothing() {
         let mut actors = actors(3);
         actors.iter_mut().for_each(|actor| actor.join_only = true);
         for i in 0..3 {
             let step = next_step(actors[i].own(), &heard(&actors, i, |_| true));
-            assert_eq!(step, Step::Wait(Waiting::ForCluster { view: actors[i].view.clone() }), "node {i}");
+            assert_eq!(
+                step,
+                Step::Wait(Waiting::ForCluster {
+                    view: actors[i].view.clone()
+                }),
+                "node {i}"
+            );
         }
         actors[0].join_only = false;
-        assert_eq!(next_step(actors[0].own(), &heard(&actors, 0, |_| true)), Step::AskPromises);
-        let request = PromiseRequest { view: actors[0].view.clone(), founder: DirectoryId(1), founder_address: address(0) };
+        assert_eq!(
+            next_step(actors[0].own(), &heard(&actors, 0, |_| true)),
+            Step::AskPromises
+        );
+        let request = PromiseRequest {
+            view: actors[0].view.clone(),
+            founder: DirectoryId(1),
+            founder_address: address(0),
+        };
         let reason = answer_promise(actors[1].own(), &request).expect_err("refused");
         assert!(reason.contains("--join-only"), "{reason}");
 
         let view = Box::new(found(&actors));
         actors[0].stamp = Stamp::Founding { view: view.clone() };
         let node = view.node_at(&address(1)).expect("a member");
-        assert_eq!(next_step(actors[1].own(), &heard(&actors, 1, |_| true)), Step::Adopt { view, node }, "it joins");
+        assert_eq!(
+            next_step(actors[1].own(), &heard(&actors, 1, |_| true)),
+            Step::Adopt { view, node },
+            "it joins"
+        );
     }
 
     #[test]
     fn a_directory_starts_where_its_cluster_is_and_not_among_others() {
         let (own, other) = (ClusterId(1), ClusterId(2));
         let view: Vec<Address> = (0..3).map(address).collect();
-        let ours = Met::Ours { directory: DirectoryId(7), address: address(0) };
+        let ours = Met::Ours {
+            directory: DirectoryId(7),
+            address: address(0),
+        };
         let stranger = |cluster| Met::Stranger { cluster };
         let decide = |met: &[(usize, Met)]| {
-            let met = met.iter().map(|(at, met)| (address(*at), met.clone())).collect();
+            let met = met
+                .iter()
+                .map(|(at, met)| (address(*at), met.clone()))
+                .collect();
             may_start(own, &view, &met)
         };
         assert_eq!(decide(&[]), Ok(Vec::new()));
-        assert_eq!(decide(&[(0, Met::Silent), (1, stranger(None))]), Ok(Vec::new()), "nobody who knows better");
-        let among_others = NoStart::OtherCluster { own, at: address(1), theirs: other };
-        assert_eq!(decide(&[(0, Met::Silent), (1, stranger(Some(other)))]), Err(among_others.clone()));
-        assert_eq!(decide(&[(9, ours.clone()), (1, stranger(Some(other)))]), Err(among_others), "an address of the VIEW counts");
-        assert_eq!(decide(&[(0, ours.clone()), (1, stranger(Some(other)))]), Ok(vec![(address(1), other)]), "it is said");
-        assert_eq!(decide(&[(0, ours.clone()), (9, stranger(Some(other)))]), Ok(Vec::new()));
+        assert_eq!(
+            decide(&[(0, Met::Silent), (1, stranger(None))]),
+            Ok(Vec::new()),
+            "nobody who knows better"
+        );
+        let among_others = NoStart::OtherCluster {
+            own,
+            at: address(1),
+            theirs: other,
+        };
+        assert_eq!(
+            decide(&[(0, Met::Silent), (1, stranger(Some(other)))]),
+            Err(among_others.clone())
+        );
+        assert_eq!(
+            decide(&[(9, ours.clone()), (1, stranger(Some(other)))]),
+            Err(among_others),
+            "an address of the VIEW counts"
+        );
+        assert_eq!(
+            decide(&[(0, ours.clone()), (1, stranger(Some(other)))]),
+            Ok(vec![(address(1), other)]),
+            "it is said"
+        );
+        assert_eq!(
+            decide(&[(0, ours.clone()), (9, stranger(Some(other)))]),
+            Ok(Vec::new())
+        );
         let doubled = decide(&[(0, ours.clone()), (2, Met::Doubled { at: address(5) })]);
         assert_eq!(doubled, Err(NoStart::Doubled { at: address(5) }));
         let outdated = decide(&[(0, ours), (2, Met::Outdated { number: 9 })]);
-        assert_eq!(outdated, Err(NoStart::Outdated { by: address(2), number: 9 }));
+        assert_eq!(
+            outdated,
+            Err(NoStart::Outdated {
+                by: address(2),
+                number: 9
+            })
+        );
     }
 
     #[test]
     fn a_promise_is_exclusive() {
         let mut actors = actors(2);
-        let request =
-            |founder| PromiseRequest { view: actors[0].view.clone(), founder: DirectoryId(founder), founder_address: address(0) };
+        let request = |founder| PromiseRequest {
+            view: actors[0].view.clone(),
+            founder: DirectoryId(founder),
+            founder_address: address(0),
+        };
         let (first, second) = (request(1), request(2));
-        let stamp = answer_promise(actors[1].own(), &first).expect("promised").expect("a stamp");
+        let stamp = answer_promise(actors[1].own(), &first)
+            .expect("promised")
+            .expect("a stamp");
         actors[1].stamp = stamp;
         assert_eq!(answer_promise(actors[1].own(), &first), Ok(None));
         assert!(answer_promise(actors[1].own(), &second).is_err());
@@ -611,11 +937,14 @@ mod tests {
         }
         let mut view = found(actors);
         view.cluster = ClusterId(u128::from(random.random::<u64>()));
-        actors[founder].stamp = Stamp::Founding { view: Box::new(view) };
+        actors[founder].stamp = Stamp::Founding {
+            view: Box::new(view),
+        };
         true
     }
 
-    /// Random schedules with wiped disks, lost answers and silent nodes: no directory ever belongs to two clusters.
+    /// Random schedules with wiped disks, lost answers and silent nodes: no directory ever belongs
+    /// to two clusters.
     #[test]
     fn a_lost_disk_never_founds_a_second_cluster() {
         let mut clusters = 0;
@@ -646,8 +975,15 @@ mod tests {
             directories.sort();
             let all = directories.len();
             directories.dedup();
-            assert_eq!(directories.len(), all, "seed {seed}: a directory in two clusters: {founded:?}");
+            assert_eq!(
+                directories.len(),
+                all,
+                "seed {seed}: a directory in two clusters: {founded:?}"
+            );
         }
-        assert!(clusters > 100, "the schedules found too few clusters to show anything: {clusters}");
+        assert!(
+            clusters > 100,
+            "the schedules found too few clusters to show anything: {clusters}"
+        );
     }
 }

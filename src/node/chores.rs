@@ -24,11 +24,16 @@ pub struct Chores {
 impl Chores {
     /// `tick` is how long nothing may be looked at while nothing changes.
     pub fn new(member: &Member, tick: Duration) -> Self {
-        Self { views: member.views().subscribe(), tick, running: JoinSet::new(), busy: HashMap::new() }
+        Self {
+            views: member.views().subscribe(),
+            tick,
+            running: JoinSet::new(),
+            busy: HashMap::new(),
+        }
     }
 
-    /// Waits until there may be something to do: a task has ended, the view has changed, or a tick has passed. False: `shutdown` came first,
-    /// and the tasks are ended.
+    /// Waits until there may be something to do: a task has ended, the view has changed, or a tick
+    /// has passed. False: `shutdown` came first, and the tasks are ended.
     pub async fn are_due(&mut self, shutdown: &CancellationToken) -> bool {
         supervisor::beat();
         tokio::select! {
@@ -57,16 +62,22 @@ impl Chores {
         self.busy.insert(id, group);
     }
 
-    /// Also of a task that has panicked: it kept nothing in memory that another could not find out, so it is begun again
-    /// with the next look, and a view change that meets it at every node ends none of them.
+    /// Also of a task that has panicked: it kept nothing in memory that another could not find out,
+    /// so it is begun again with the next look, and a view change that meets it at every node ends
+    /// none of them.
     fn put_down(&mut self, ended: Result<(Id, ()), JoinError>) {
-        let id = ended.as_ref().map_or_else(|error| error.id(), |(id, ())| *id);
+        let id = ended
+            .as_ref()
+            .map_or_else(|error| error.id(), |(id, ())| *id);
         let group = self.busy.remove(&id);
         if let Err(error) = ended
             && let Ok(panic) = error.try_into_panic()
         {
             let group = group.map_or_else(String::new, |group| format!(" of group {group}"));
-            tracing::error!("a step{group} panicked, and is taken again: {}", supervisor::message(&*panic));
+            tracing::error!(
+                "a step{group} panicked, and is taken again: {}",
+                supervisor::message(&*panic)
+            );
         }
     }
 }

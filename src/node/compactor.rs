@@ -1,4 +1,5 @@
-//! [`Compactor`]: has the maps give back the space of what was overwritten and deleted, where there is much of it.
+//! [`Compactor`]: has the maps give back the space of what was overwritten and deleted, where there
+//! is much of it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,8 @@ use crate::storage::state::StateStore;
 
 /// Between two looks at how much the maps take.
 const TICK: Duration = Duration::from_secs(3);
-/// How much longer than a look the pause after it is: with many large values there are many files to look at.
+/// How much longer than a look the pause after it is: with many large values there are many files
+/// to look at.
 const PAUSE_FACTOR: u32 = 100;
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// After a failure, as for want of room on the disk: an attempt may write much in vain.
@@ -37,7 +39,10 @@ impl Compactor {
             let ticked = self.tick(shutdown.clone()).await;
             pause = TICK.max((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX));
             if let Err(error) = ticked {
-                tracing::warn!("the maps were not copied, and keep the space of what was overwritten and deleted: {error}");
+                tracing::warn!(
+                    "the maps were not copied, and keep the space of what was overwritten and \
+                    deleted: {error}"
+                );
                 pause = PAUSE_AFTER_FAILURE;
             }
         }
@@ -50,10 +55,16 @@ impl Compactor {
                 return Ok(());
             }
             let compact = || states.compact(&stored, &|| !shutdown.is_cancelled());
-            let no_thread = |source| StoreError::Io { context: "copying the maps".into(), source };
+            let no_thread = |source| StoreError::Io {
+                context: "copying the maps".into(),
+                source,
+            };
             background::run("compact-maps", compact).map_err(no_thread)?
         });
-        let broken_off = |error| StoreError::Io { context: "copying the maps".into(), source: std::io::Error::other(error) };
+        let broken_off = |error| StoreError::Io {
+            context: "copying the maps".into(),
+            source: std::io::Error::other(error),
+        };
         work.await.map_err(broken_off)?
     }
 }

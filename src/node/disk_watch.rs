@@ -20,7 +20,8 @@ use crate::storage::state::StateStore;
 use crate::telemetry::Rarely;
 use crate::types::{GroupId, NodeId};
 
-/// At the rate of a fast disk, so long takes what is left some way below the reserve and no further.
+/// At the rate of a fast disk, so long takes what is left some way below the reserve and no
+/// further.
 const TICK: Duration = Duration::from_millis(500);
 /// Between two attempts to hand a shard over.
 const HAND_OVER_EVERY: Duration = Duration::from_secs(30);
@@ -41,7 +42,14 @@ pub struct DiskWatch {
 
 impl DiskWatch {
     pub fn new(member: Arc<Member>, log: Log, states: Arc<StateStore>) -> Self {
-        Self { member, log, states, level: DiskLevel::Ample, not_before: HashMap::new(), unseen: Rarely::new() }
+        Self {
+            member,
+            log,
+            states,
+            level: DiskLevel::Ample,
+            not_before: HashMap::new(),
+            unseen: Rarely::new(),
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -79,12 +87,22 @@ impl DiskWatch {
         let (free, reserve) = self.log.free_bytes();
         let (free_mib, reserve_mib) = (free >> 20, reserve >> 20);
         match level {
-            DiskLevel::Ample => tracing::info!(free_mib, "the disk has room again: writes are taken"),
+            DiskLevel::Ample => {
+                tracing::info!(free_mib, "the disk has room again: writes are taken")
+            }
             DiskLevel::Low => {
-                tracing::error!(free_mib, reserve_mib, "the disk is nearly full: writes are refused here, reads go on");
+                tracing::error!(
+                    free_mib,
+                    reserve_mib,
+                    "the disk is nearly full: writes are refused here, reads go on"
+                );
             }
             DiskLevel::Spent => {
-                tracing::error!(free_mib, reserve_mib, "the disk is full: this node takes no entries of others either");
+                tracing::error!(
+                    free_mib,
+                    reserve_mib,
+                    "the disk is full: this node takes no entries of others either"
+                );
             }
         }
     }
@@ -94,7 +112,10 @@ impl DiskWatch {
         let mut asked: HashMap<NodeId, bool> = HashMap::new();
         for group in self.member.registry.groups() {
             let id = group.key().group;
-            let is_due = self.not_before.get(&id).is_none_or(|at| Instant::now() >= *at);
+            let is_due = self
+                .not_before
+                .get(&id)
+                .is_none_or(|at| Instant::now() >= *at);
             if id.is_meta() || !group.leads() || !is_due {
                 continue;
             }
@@ -107,7 +128,10 @@ impl DiskWatch {
         let (id, status) = (group.key().group, group.status());
         for (replica, node) in &status.membership.voters {
             let is_other = *node != self.member.node && !status.membership.is_witness(*replica);
-            if !is_other || !self.member.heard_within(*node, HEARD_WITHIN) || !group.is_caught_up(*replica) {
+            if !is_other
+                || !self.member.heard_within(*node, HEARD_WITHIN)
+                || !group.is_caught_up(*replica)
+            {
                 continue;
             }
             let has_room = match asked.get(node) {
@@ -119,9 +143,17 @@ impl DiskWatch {
                 continue;
             }
             match tokio::time::timeout(TRANSFER_TIMEOUT, group.transfer_leader(*replica)).await {
-                Ok(Ok(())) => return tracing::info!("shard {id} was handed over to node {node}, whose disk has room"),
-                Ok(Err(error)) => tracing::info!("shard {id} was not handed over to node {node}: {error}"),
-                Err(_) => tracing::info!("shard {id} was not handed over to node {node}: it took too long"),
+                Ok(Ok(())) => {
+                    return tracing::info!(
+                        "shard {id} was handed over to node {node}, whose disk has room"
+                    );
+                }
+                Ok(Err(error)) => {
+                    tracing::info!("shard {id} was not handed over to node {node}: {error}")
+                }
+                Err(_) => tracing::info!(
+                    "shard {id} was not handed over to node {node}: it took too long"
+                ),
             }
         }
     }

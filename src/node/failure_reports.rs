@@ -1,9 +1,9 @@
-//! [`FailureReports`]: which nodes say that replicas have failed there, and [`Reporter`], which says so
-//! of this one.
+//! [`FailureReports`]: which nodes say that replicas have failed there, and [`Reporter`], which
+//! says so of this one.
 //!
-//! A node with failed replicas tells every node that votes in the meta group, again and again: whoever
-//! leads it then, `repair` asks that node what has failed, and believes only its answer. No other node
-//! is asked, so a healthy cluster pays nothing.
+//! A node with failed replicas tells every node that votes in the meta group, again and again:
+//! whoever leads it then, `repair` asks that node what has failed, and believes only its answer. No
+//! other node is asked, so a healthy cluster pays nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -55,11 +55,17 @@ pub type Told = BTreeMap<NodeId, Vec<FailedReplica>>;
 
 /// Returns what was told of replicas that the view has where they were told of.
 pub fn failing_replicas(view: &View, told: &Told) -> BTreeMap<(GroupId, ReplicaId), Failing> {
-    let all = told.iter().flat_map(|(node, failed)| failed.iter().map(|replica| (*node, replica)));
-    let here = all.filter(|(node, replica)| view.node_of(replica.group, replica.replica) == Some(*node));
+    let all = told
+        .iter()
+        .flat_map(|(node, failed)| failed.iter().map(|replica| (*node, replica)));
+    let here =
+        all.filter(|(node, replica)| view.node_of(replica.group, replica.replica) == Some(*node));
     let failing = here.map(|(_, replica)| {
         let is_of_the_node = replica.cause.is_of_the_node();
-        let failing = Failing { for_ms: replica.for_ms, is_of_the_node };
+        let failing = Failing {
+            for_ms: replica.for_ms,
+            is_of_the_node,
+        };
         ((replica.group, replica.replica), failing)
     });
     failing.collect()
@@ -67,8 +73,12 @@ pub fn failing_replicas(view: &View, told: &Told) -> BTreeMap<(GroupId, ReplicaI
 
 /// Returns the nodes on which replicas fail for a reason that is the node's.
 pub fn failing_nodes(told: &Told) -> BTreeSet<NodeId> {
-    let fails = |failed: &Vec<FailedReplica>| failed.iter().any(|replica| replica.cause.is_of_the_node());
-    told.iter().filter(|(_, failed)| fails(failed)).map(|(node, _)| *node).collect()
+    let fails =
+        |failed: &Vec<FailedReplica>| failed.iter().any(|replica| replica.cause.is_of_the_node());
+    told.iter()
+        .filter(|(_, failed)| fails(failed))
+        .map(|(node, _)| *node)
+        .collect()
 }
 
 /// Says that replicas have failed here.
@@ -93,10 +103,17 @@ impl Reporter {
     async fn report(&self) {
         let view = self.member.view();
         self.member.reports.take(&view, self.directory);
-        let report = FailureReport { cluster: self.member.cluster, directory: self.directory };
+        let report = FailureReport {
+            cluster: self.member.cluster,
+            directory: self.directory,
+        };
         let voters = meta_voters(&view, self.member.node);
         let told = voters.iter().map(|address| async {
-            let told = self.member.peers.report_failures(address, &report, REPORT_TIMEOUT).await;
+            let told = self
+                .member
+                .peers
+                .report_failures(address, &report, REPORT_TIMEOUT)
+                .await;
             if let Err(error) = told {
                 tracing::debug!("the failures of this node were not reported: {error}");
             }
@@ -110,10 +127,14 @@ fn meta_voters(view: &View, but: NodeId) -> Vec<Address> {
     let meta = view.groups.get(&GroupId::META);
     let voters = meta.into_iter().flat_map(|meta| {
         let voters = meta.voters();
-        meta.replicas.iter().filter(move |(replica, _)| voters.contains(replica))
+        meta.replicas
+            .iter()
+            .filter(move |(replica, _)| voters.contains(replica))
     });
     let nodes = voters.map(|(_, node)| *node).filter(|node| *node != but);
-    nodes.filter_map(|node| Some(view.nodes.get(&node)?.address.clone())).collect()
+    nodes
+        .filter_map(|node| Some(view.nodes.get(&node)?.address.clone()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -137,7 +158,13 @@ mod tests {
     }
 
     fn failed(replica: ReplicaId, cause: Cause) -> FailedReplica {
-        FailedReplica { group: SHARD, replica, cause, for_ms: 7, reason: "why".to_owned() }
+        FailedReplica {
+            group: SHARD,
+            replica,
+            cause,
+            for_ms: 7,
+            reason: "why".to_owned(),
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -157,7 +184,10 @@ mod tests {
         let on = |node| view.replica_on(SHARD, NodeId(node)).expect("it has one");
         let all = vec![failed(on(2), Cause::Damaged), failed(on(3), Cause::Damaged)];
         let told = Told::from([(NodeId(2), all)]);
-        let expected = Failing { for_ms: 7, is_of_the_node: false };
+        let expected = Failing {
+            for_ms: 7,
+            is_of_the_node: false,
+        };
         let failing = failing_replicas(&view, &told);
         assert_eq!(failing, BTreeMap::from([((SHARD, on(2)), expected)]));
         assert!(failing_nodes(&told).is_empty());

@@ -1,6 +1,6 @@
 //! [`Failures`]: which replicas of this node do not run, why and since when, and when each is tried
-//! again. How long that takes is decided in `sm::recovery`; `reconciler` notes here what it meets, and
-//! status, metrics and readiness are told from here.
+//! again. How long that takes is decided in `sm::recovery`; `reconciler` notes here what it meets,
+//! and status, metrics and readiness are told from here.
 //!
 //! The log is told of the first failures at once, and then once a minute of how many there are.
 
@@ -18,7 +18,8 @@ use crate::storage::ReplicaKey;
 const RECOVERED_AFTER: Duration = Duration::from_secs(60);
 /// How often the log repeats how many replicas have failed.
 const TELL_EVERY: Duration = Duration::from_secs(60);
-/// Failures that are told at once within that time. A disk that fails takes a thousand replicas along.
+/// Failures that are told at once within that time. A disk that fails takes a thousand replicas
+/// along.
 const TOLD_AT_ONCE_MAX: u32 = 16;
 
 /// The replicas of this node that do not run, or have begun to again.
@@ -93,7 +94,10 @@ impl Failures {
         let pause = Duration::from_millis(retry_pause_ms(cause, row.failures));
         row.retry_at = now + pause;
         if is_news && ledger.telling.may_tell(now) {
-            tracing::error!("replica {key} has failed: {reason}; it is tried again in {pause:?}{}", advice(cause));
+            tracing::error!(
+                "replica {key} has failed: {reason}; it is tried again in {pause:?}{}",
+                advice(cause)
+            );
         }
     }
 
@@ -101,7 +105,9 @@ impl Failures {
     pub fn runs(&self, key: ReplicaKey) {
         let now = Instant::now();
         let mut ledger = self.lock();
-        let Some(row) = ledger.rows.get_mut(&key) else { return };
+        let Some(row) = ledger.rows.get_mut(&key) else {
+            return;
+        };
         match row.runs_since {
             None => {
                 row.runs_since = Some(now);
@@ -125,7 +131,10 @@ impl Failures {
 
     /// Returns whether a replica may be opened, or closed and opened again, now.
     pub fn is_due(&self, key: ReplicaKey) -> bool {
-        self.lock().rows.get(&key).is_none_or(|row| row.retry_at <= Instant::now())
+        self.lock()
+            .rows
+            .get(&key)
+            .is_none_or(|row| row.retry_at <= Instant::now())
     }
 
     /// Returns whether a replica was opened before and failed.
@@ -139,7 +148,11 @@ impl Failures {
 
     /// Returns every replica that does not run, in order.
     pub fn now(&self) -> Vec<Failure> {
-        self.lock().rows.iter().filter_map(|(key, row)| row.failure(*key)).collect()
+        self.lock()
+            .rows
+            .iter()
+            .filter_map(|(key, row)| row.failure(*key))
+            .collect()
     }
 
     /// The same, as other nodes are told of it.
@@ -173,15 +186,25 @@ impl Failures {
         let failing = self.now();
         let mut ledger = self.lock();
         let now = Instant::now();
-        let is_due = ledger.telling.since.is_some_and(|since| now.duration_since(since) >= TELL_EVERY);
-        let Some(longest) = failing.iter().max_by_key(|failure| failure.for_time) else { return };
+        let is_due = ledger
+            .telling
+            .since
+            .is_some_and(|since| now.duration_since(since) >= TELL_EVERY);
+        let Some(longest) = failing.iter().max_by_key(|failure| failure.for_time) else {
+            return;
+        };
         if !is_due {
             return;
         }
         let left_out = std::mem::take(&mut ledger.telling.left_out);
-        ledger.telling = Telling { since: Some(now), told: 1, left_out: 0 };
+        ledger.telling = Telling {
+            since: Some(now),
+            told: 1,
+            left_out: 0,
+        };
         tracing::error!(
-            "{} of this node's replicas do not run; replica {} for {:.0?}: {}{}; {left_out} lines were left out",
+            "{} of this node's replicas do not run; replica {} for {:.0?}: {}{}; {left_out} lines \
+            were left out",
             failing.len(),
             longest.key,
             longest.for_time,
@@ -210,8 +233,15 @@ impl Row {
 impl Telling {
     /// Returns whether one more line may be written now.
     fn may_tell(&mut self, now: Instant) -> bool {
-        if self.since.is_none_or(|since| now.duration_since(since) >= TELL_EVERY) {
-            *self = Self { since: Some(now), told: 0, left_out: self.left_out };
+        if self
+            .since
+            .is_none_or(|since| now.duration_since(since) >= TELL_EVERY)
+        {
+            *self = Self {
+                since: Some(now),
+                told: 0,
+                left_out: self.left_out,
+            };
         }
         let may = self.told < TOLD_AT_ONCE_MAX;
         match may {
@@ -239,7 +269,10 @@ mod tests {
     use super::*;
     use crate::types::{GroupId, ReplicaId};
 
-    const KEY: ReplicaKey = ReplicaKey { group: GroupId(3), replica: ReplicaId(7) };
+    const KEY: ReplicaKey = ReplicaKey {
+        group: GroupId(3),
+        replica: ReplicaId(7),
+    };
 
     async fn pass(ms: u64) {
         tokio::time::advance(Duration::from_millis(ms)).await;
@@ -257,9 +290,15 @@ mod tests {
             assert!(failures.is_due(KEY), "{pause_ms}");
         }
         let failure = failures.of(KEY).expect("it has failed");
-        assert_eq!((failure.reason.as_str(), failure.for_time), ("why", Duration::from_millis(3750)));
+        assert_eq!(
+            (failure.reason.as_str(), failure.for_time),
+            ("why", Duration::from_millis(3750))
+        );
         let counts = failures.counts();
-        assert_eq!((counts.now, counts.failed_total), (BTreeMap::from([(Cause::Other, 1)]), 4));
+        assert_eq!(
+            (counts.now, counts.failed_total),
+            (BTreeMap::from([(Cause::Other, 1)]), 4)
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -274,7 +313,11 @@ mod tests {
         failures.runs(KEY);
         failures.failed(KEY, Cause::Other, "again".to_owned());
         let failure = failures.of(KEY).expect("it has failed");
-        assert_eq!(failure.retry_in, Duration::from_secs(4), "the fifth in a row");
+        assert_eq!(
+            failure.retry_in,
+            Duration::from_secs(4),
+            "the fifth in a row"
+        );
         assert_eq!(failure.for_time, Duration::from_secs(10), "since the first");
 
         failures.runs(KEY);
@@ -282,14 +325,19 @@ mod tests {
         failures.runs(KEY);
         failures.failed(KEY, Cause::Other, "much later".to_owned());
         let failure = failures.of(KEY).expect("it has failed");
-        assert_eq!((failure.retry_in, failure.for_time), (Duration::from_millis(250), Duration::ZERO));
+        assert_eq!(
+            (failure.retry_in, failure.for_time),
+            (Duration::from_millis(250), Duration::ZERO)
+        );
         assert_eq!(failures.counts().recovered_total, 2);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_thousand_failures_are_few_lines() {
         let mut telling = Telling::default();
-        let lines = (0..1000).filter(|_| telling.may_tell(Instant::now())).count();
+        let lines = (0..1000)
+            .filter(|_| telling.may_tell(Instant::now()))
+            .count();
         assert_eq!((lines, telling.left_out), (16, 984));
         pass(60_000).await;
         assert!(telling.may_tell(Instant::now()));

@@ -1,8 +1,10 @@
-//! What a node counts of its groups and of their peers, in a number of series that does not grow with the number of shards.
+//! What a node counts of its groups and of their peers, in a number of series that does not grow
+//! with the number of shards.
 //!
-//! A thousand shards with a series each for everything would be a page of half a mebibyte at every scrape, and more series than a small
-//! Prometheus holds of ten such nodes. So most of it is summed up over the groups; what has a series per group has it for at most
-//! [`SERIES_MAX`] of them: what an operator is woken for, for those in trouble first.
+//! A thousand shards with a series each for everything would be a page of half a mebibyte at every
+//! scrape, and more series than a small Prometheus holds of ten such nodes. So most of it is summed
+//! up over the groups; what has a series per group has it for at most [`SERIES_MAX`] of them: what
+//! an operator is woken for, for those in trouble first.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -52,12 +54,19 @@ struct Silence {
 pub fn families(member: &Member) -> Vec<Family> {
     let groups = member.registry.groups();
     let witnesses = member.registry.witnesses();
-    let facts: Vec<Facts> = groups.iter().map(|group| of_group(group)).chain(witnesses.iter().map(of_witness)).collect();
+    let facts: Vec<Facts> = groups
+        .iter()
+        .map(|group| of_group(group))
+        .chain(witnesses.iter().map(of_witness))
+        .collect();
     let failures = member.failures.now();
-    let not_open = failures.iter().map(|failure| failure.key.group).filter(|group| {
-        let is_open = |facts: &Facts| facts.group == *group;
-        !facts.iter().any(is_open)
-    });
+    let not_open = failures
+        .iter()
+        .map(|failure| failure.key.group)
+        .filter(|group| {
+            let is_open = |facts: &Facts| facts.group == *group;
+            !facts.iter().any(is_open)
+        });
     let mut all = of_facts(&facts, &not_open.collect(), &member.differences());
 
     let elections = member.registry.elections();
@@ -70,7 +79,8 @@ pub fn families(member: &Member) -> Vec<Family> {
     all.push(one(
         "quorate_leader_changes_total",
         FamilyKind::Counter,
-        "Times that a replica here saw another leader of its group than before; hand-overs are among them.",
+        "Times that a replica here saw another leader of its group than before; hand-overs are \
+        among them.",
         elections.leader_changes() as f64,
     ));
     let view = member.view();
@@ -89,7 +99,10 @@ fn of_group(group: &Group) -> Facts {
         term: status.term,
         applied,
         purged: status.purged.map_or(0, |id| id.index),
-        unapplied: status.committed.map_or(0, |id| id.index).saturating_sub(applied),
+        unapplied: status
+            .committed
+            .map_or(0, |id| id.index)
+            .saturating_sub(applied),
         leader: status.leader,
         members: nodes_of(&status.membership),
         has_failed: status.failed.is_some(),
@@ -122,42 +135,80 @@ fn of_witness(witness: &Witness) -> Facts {
 }
 
 fn nodes_of(membership: &GroupMembership) -> BTreeSet<NodeId> {
-    membership.voters.values().chain(membership.learners.values()).copied().collect()
+    membership
+        .voters
+        .values()
+        .chain(membership.learners.values())
+        .copied()
+        .collect()
 }
 
 fn sample(labels: Vec<(&'static str, String)>, value: u64) -> Sample {
-    Sample { suffix: "", labels, value: value as f64 }
+    Sample {
+        suffix: "",
+        labels,
+        value: value as f64,
+    }
 }
 
-/// A series for each of these groups: at most [`SERIES_MAX`], those with the largest values where there are more.
+/// A series for each of these groups: at most [`SERIES_MAX`], those with the largest values where
+/// there are more.
 fn largest(mut values: Vec<(GroupId, u64)>) -> Vec<Sample> {
     if values.len() > SERIES_MAX {
         values.sort_by_key(|(group, value)| (Reverse(*value), *group));
         values.truncate(SERIES_MAX);
         values.sort();
     }
-    values.into_iter().map(|(group, value)| sample(vec![("group", group.0.to_string())], value)).collect()
+    values
+        .into_iter()
+        .map(|(group, value)| sample(vec![("group", group.0.to_string())], value))
+        .collect()
 }
 
-/// A series for each of these groups: at most [`SERIES_MAX`], those with the lowest numbers where there are more.
+/// A series for each of these groups: at most [`SERIES_MAX`], those with the lowest numbers where
+/// there are more.
 fn first(mut values: Vec<(GroupId, u64)>) -> Vec<Sample> {
     values.sort();
     values.truncate(SERIES_MAX);
     largest(values)
 }
 
-/// Returns what is counted of the groups. Of those in `not_open` no replica runs here, though one should.
-fn of_facts(facts: &[Facts], not_open: &BTreeSet<GroupId>, differences: &BTreeMap<GroupId, u64>) -> Vec<Family> {
+/// Returns what is counted of the groups. Of those in `not_open` no replica runs here, though one
+/// should.
+fn of_facts(
+    facts: &[Facts],
+    not_open: &BTreeSet<GroupId>,
+    differences: &BTreeMap<GroupId, u64>,
+) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
     let maps = || facts.iter().filter(|facts| facts.witness_bytes.is_none());
-    let each = |value: fn(&Facts) -> u64| maps().map(|facts| (facts.group, value(facts))).collect::<Vec<_>>();
-    let all = |value: fn(&Facts) -> u64| facts.iter().map(|facts| (facts.group, value(facts))).collect::<Vec<_>>();
+    let each = |value: fn(&Facts) -> u64| {
+        maps()
+            .map(|facts| (facts.group, value(facts)))
+            .collect::<Vec<_>>()
+    };
+    let all = |value: fn(&Facts) -> u64| {
+        facts
+            .iter()
+            .map(|facts| (facts.group, value(facts)))
+            .collect::<Vec<_>>()
+    };
     let sum = |value: fn(&Facts) -> u64| facts.iter().map(value).sum::<u64>() as f64;
     let max = |value: fn(&Facts) -> u64| facts.iter().map(value).max().unwrap_or(0) as f64;
-    let failed = all(|facts| u64::from(facts.has_failed)).into_iter().chain(not_open.iter().map(|group| (*group, 1)));
-    let witness_bytes = facts.iter().filter_map(|facts| Some((facts.group, facts.witness_bytes?))).collect();
+    let failed = all(|facts| u64::from(facts.has_failed))
+        .into_iter()
+        .chain(not_open.iter().map(|group| (*group, 1)));
+    let witness_bytes = facts
+        .iter()
+        .filter_map(|facts| Some((facts.group, facts.witness_bytes?)))
+        .collect();
     vec![
-        family("quorate_groups", Gauge, "Replicas here, witnesses among them, by what they are in their group.", by_role(facts)),
+        family(
+            "quorate_groups",
+            Gauge,
+            "Replicas here, witnesses among them, by what they are in their group.",
+            by_role(facts),
+        ),
         one(
             "quorate_groups_leaderless",
             Gauge,
@@ -170,15 +221,30 @@ fn of_facts(facts: &[Facts], not_open: &BTreeSet<GroupId>, differences: &BTreeMa
             "Shards with a replica here that take no writes: see quorate_group_read_only.",
             sum(|facts| u64::from(facts.is_read_only)),
         ),
-        one("quorate_writes_queued", Gauge, "Writes that wait to be proposed here.", sum(|facts| facts.queued_writes)),
+        one(
+            "quorate_writes_queued",
+            Gauge,
+            "Writes that wait to be proposed here.",
+            sum(|facts| facts.queued_writes),
+        ),
         one(
             "quorate_writes_queued_max",
             Gauge,
             "Of these, those of the shard with the most. At 8192 more are refused.",
             max(|facts| facts.queued_writes),
         ),
-        one("quorate_reads_queued", Gauge, "Reads that wait for a quorum here.", sum(|facts| facts.queued_reads)),
-        one("quorate_unapplied_entries", Gauge, "Committed entries to be applied here.", sum(|facts| facts.unapplied)),
+        one(
+            "quorate_reads_queued",
+            Gauge,
+            "Reads that wait for a quorum here.",
+            sum(|facts| facts.queued_reads),
+        ),
+        one(
+            "quorate_unapplied_entries",
+            Gauge,
+            "Committed entries to be applied here.",
+            sum(|facts| facts.unapplied),
+        ),
         one(
             "quorate_unapplied_entries_max",
             Gauge,
@@ -188,16 +254,23 @@ fn of_facts(facts: &[Facts], not_open: &BTreeSet<GroupId>, differences: &BTreeMa
         family(
             "quorate_witness_log_bytes",
             Gauge,
-            "Bytes of log that the group's witness here keeps for replicas that may lack them. The 100 largest.",
+            "Bytes of log that the group's witness here keeps for replicas that may lack them. The \
+            100 largest.",
             largest(witness_bytes),
         ),
         family(
             "quorate_group_leads",
             Gauge,
-            "1 where this node leads the group. Of the first 100 groups here; for all: quorate_groups.",
+            "1 where this node leads the group. Of the first 100 groups here; for all: \
+            quorate_groups.",
             first(each(|facts| u64::from(facts.role == Role::Leader))),
         ),
-        family("quorate_group_term", Gauge, "The group's term. Of the first 100 groups here.", first(each(|facts| facts.term))),
+        family(
+            "quorate_group_term",
+            Gauge,
+            "The group's term. Of the first 100 groups here.",
+            first(each(|facts| facts.term)),
+        ),
         family(
             "quorate_group_applied_index",
             Gauge,
@@ -207,32 +280,41 @@ fn of_facts(facts: &[Facts], not_open: &BTreeSet<GroupId>, differences: &BTreeMa
         family(
             "quorate_group_purged_index",
             Gauge,
-            "Index of the last entry that is no longer in the log here. Of the first 100 groups here.",
+            "Index of the last entry that is no longer in the log here. Of the first 100 groups \
+            here.",
             first(each(|facts| facts.purged)),
         ),
         family(
             "quorate_group_read_only",
             Gauge,
-            "1 where the replicas of a shard hosted here differ without a majority of one mind: nothing is written to it. Of 100 \
-             groups, such first.",
+            "1 where the replicas of a shard hosted here differ without a majority of one mind: \
+             nothing is written to it. Of 100 groups, such first.",
             largest(each(|facts| u64::from(facts.is_read_only))),
         ),
         family(
             "quorate_group_rebuilt_total",
             Counter,
-            "How often the map of the replica here differed from a majority and was rebuilt, since the start. Of 100 groups, such first.",
+            "How often the map of the replica here differed from a majority and was rebuilt, since \
+            the start. Of 100 groups, such first.",
             largest(each(|facts| facts.rebuilt)),
         ),
         family(
             "quorate_replicas_differ_total",
             Counter,
-            "How often replicas of a shard that this node led were found to differ, since the start. Of 100 groups at most.",
-            largest(differences.iter().map(|(group, count)| (*group, *count)).collect()),
+            "How often replicas of a shard that this node led were found to differ, since the \
+            start. Of 100 groups at most.",
+            largest(
+                differences
+                    .iter()
+                    .map(|(group, count)| (*group, *count))
+                    .collect(),
+            ),
         ),
         family(
             "quorate_group_failed",
             Gauge,
-            "1 where the replica on this node could not be opened, or has stopped by itself. Of 100 groups, such first.",
+            "1 where the replica on this node could not be opened, or has stopped by itself. Of \
+            100 groups, such first.",
             largest(failed.collect()),
         ),
     ]
@@ -247,11 +329,15 @@ fn by_role(facts: &[Facts]) -> Vec<Sample> {
         ("stopped", Role::Stopped),
     ];
     let count = |role: Role| facts.iter().filter(|facts| facts.role == role).count() as u64;
-    roles.into_iter().map(|(name, role)| sample(vec![("role", name.to_owned())], count(role))).collect()
+    roles
+        .into_iter()
+        .map(|(name, role)| sample(vec![("role", name.to_owned())], count(role)))
+        .collect()
 }
 
-/// Returns the peers that should be heard of all the time: members of groups that are led here answer heartbeats, leaders send some, and
-/// where nobody leads all are asked for their votes. Others may well be silent.
+/// Returns the peers that should be heard of all the time: members of groups that are led here
+/// answer heartbeats, leaders send some, and where nobody leads all are asked for their votes.
+/// Others may well be silent.
 fn talkative(facts: &[Facts], own: NodeId) -> BTreeSet<NodeId> {
     let mut nodes = BTreeSet::new();
     for facts in facts {
@@ -267,26 +353,42 @@ fn talkative(facts: &[Facts], own: NodeId) -> BTreeSet<NodeId> {
 
 fn silences(member: &Member, facts: &[Facts], view: &View) -> Vec<Silence> {
     let now = Instant::now();
-    let silent = |node: NodeId| now.saturating_duration_since(member.registry.last_heard(node).unwrap_or(member.began_at));
+    let silent = |node: NodeId| {
+        now.saturating_duration_since(member.registry.last_heard(node).unwrap_or(member.began_at))
+    };
     let named = |node: NodeId| {
         let address = view.nodes.get(&node)?.address.to_string();
-        Some(Silence { node, address, silent: silent(node) })
+        Some(Silence {
+            node,
+            address,
+            silent: silent(node),
+        })
     };
-    talkative(facts, member.node).into_iter().filter_map(named).collect()
+    talkative(facts, member.node)
+        .into_iter()
+        .filter_map(named)
+        .collect()
 }
 
 fn of_silences(mut silences: Vec<Silence>) -> Family {
     silences.sort_by_key(|silence| (Reverse(silence.silent), silence.node));
     silences.truncate(SERIES_MAX);
-    let samples = silences.into_iter().map(|Silence { node, address, silent }| Sample {
-        suffix: "",
-        labels: vec![("node", node.to_string()), ("address", address)],
-        value: silent.as_secs_f64(),
-    });
+    let samples = silences.into_iter().map(
+        |Silence {
+             node,
+             address,
+             silent,
+         }| Sample {
+            suffix: "",
+            labels: vec![("node", node.to_string()), ("address", address)],
+            value: silent.as_secs_f64(),
+        },
+    );
     family(
         "quorate_peer_silence_seconds",
         FamilyKind::Gauge,
-        "Time since a node was last heard of that leads a group here or has a replica of one led here. The 100 most silent.",
+        "Time since a node was last heard of that leads a group here or has a replica of one led \
+        here. The 100 most silent.",
         samples.collect(),
     )
 }
@@ -295,11 +397,36 @@ fn of_silences(mut silences: Vec<Silence>) -> Family {
 fn of_view(view: &View) -> Vec<Family> {
     use FamilyKind::Gauge;
     vec![
-        one("quorate_view_epoch", Gauge, "The last plan, as this node knows it.", view.epoch.0 as f64),
-        one("quorate_view_nodes", Gauge, "Nodes of the view.", view.nodes.len() as f64),
-        one("quorate_view_shards", Gauge, "Shards of the view.", view.shards().count() as f64),
-        one("quorate_view_settled", Gauge, "1 where everything is as the last plan says.", f64::from(view.is_settled())),
-        one("quorate_view_slots_astray", Gauge, "Slots that are to move.", view.astray().count() as f64),
+        one(
+            "quorate_view_epoch",
+            Gauge,
+            "The last plan, as this node knows it.",
+            view.epoch.0 as f64,
+        ),
+        one(
+            "quorate_view_nodes",
+            Gauge,
+            "Nodes of the view.",
+            view.nodes.len() as f64,
+        ),
+        one(
+            "quorate_view_shards",
+            Gauge,
+            "Shards of the view.",
+            view.shards().count() as f64,
+        ),
+        one(
+            "quorate_view_settled",
+            Gauge,
+            "1 where everything is as the last plan says.",
+            f64::from(view.is_settled()),
+        ),
+        one(
+            "quorate_view_slots_astray",
+            Gauge,
+            "Slots that are to move.",
+            view.astray().count() as f64,
+        ),
     ]
 }
 
@@ -310,7 +437,11 @@ mod tests {
     fn facts(group: u64) -> Facts {
         Facts {
             group: GroupId(group),
-            role: if group.is_multiple_of(3) { Role::Leader } else { Role::Follower },
+            role: if group.is_multiple_of(3) {
+                Role::Leader
+            } else {
+                Role::Follower
+            },
             term: group,
             applied: 1 << 40,
             purged: 1 << 39,
@@ -328,7 +459,12 @@ mod tests {
 
     fn value(families: &[Family], name: &str, label: &str) -> Option<f64> {
         let family = families.iter().find(|family| family.name == name)?;
-        let is_it = |sample: &&Sample| sample.labels.first().is_none_or(|(_, value)| value == label);
+        let is_it = |sample: &&Sample| {
+            sample
+                .labels
+                .first()
+                .is_none_or(|(_, value)| value == label)
+        };
         family.samples.iter().find(is_it).map(|sample| sample.value)
     }
 
@@ -338,34 +474,84 @@ mod tests {
             let facts: Vec<Facts> = (0..groups).map(facts).collect();
             let differences = facts.iter().map(|facts| (facts.group, 1)).collect();
             let mut families = of_facts(&facts, &[GroupId(1_000_000)].into(), &differences);
-            let silence = |node| Silence { node: NodeId(node), address: format!("n{node}:1"), silent: Duration::from_secs(node) };
+            let silence = |node| Silence {
+                node: NodeId(node),
+                address: format!("n{node}:1"),
+                silent: Duration::from_secs(node),
+            };
             families.push(of_silences((1..=groups).map(silence).collect()));
             families
         };
-        let count = |families: &[Family]| families.iter().map(|family| family.samples.len()).sum::<usize>();
+        let count = |families: &[Family]| {
+            families
+                .iter()
+                .map(|family| family.samples.len())
+                .sum::<usize>()
+        };
         let (many, more) = (series(1001), series(4001));
-        assert!(count(&many) == count(&more) && count(&many) < 1100, "{} and {} series", count(&many), count(&more));
+        assert!(
+            count(&many) == count(&more) && count(&many) < 1100,
+            "{} and {} series",
+            count(&many),
+            count(&more)
+        );
 
-        assert_eq!(value(&many, "quorate_group_failed", "999"), Some(1.0), "what an operator is woken for is there");
-        assert_eq!(value(&many, "quorate_group_failed", "1000000"), Some(1.0), "also of one that is not open");
+        assert_eq!(
+            value(&many, "quorate_group_failed", "999"),
+            Some(1.0),
+            "what an operator is woken for is there"
+        );
+        assert_eq!(
+            value(&many, "quorate_group_failed", "1000000"),
+            Some(1.0),
+            "also of one that is not open"
+        );
         assert_eq!(value(&many, "quorate_group_read_only", "998"), Some(1.0));
         assert_eq!(value(&many, "quorate_group_leads", "0"), Some(1.0));
         assert_eq!(value(&many, "quorate_groups", "leader"), Some(334.0));
         assert_eq!(value(&many, "quorate_groups_read_only", ""), Some(1.0));
         assert_eq!(value(&many, "quorate_writes_queued", ""), Some(2002.0));
-        assert_eq!(value(&many, "quorate_unapplied_entries_max", ""), Some(1000.0));
-        assert_eq!(value(&many, "quorate_peer_silence_seconds", "n1001"), Some(1001.0));
+        assert_eq!(
+            value(&many, "quorate_unapplied_entries_max", ""),
+            Some(1000.0)
+        );
+        assert_eq!(
+            value(&many, "quorate_peer_silence_seconds", "n1001"),
+            Some(1001.0)
+        );
         assert_eq!(value(&many, "quorate_peer_silence_seconds", "n1"), None);
     }
 
     #[test]
     fn only_who_should_be_heard_of_counts_as_silent() {
-        let follower = Facts { role: Role::Follower, ..facts(1) };
-        assert_eq!(talkative(std::slice::from_ref(&follower), NodeId(2)), [NodeId(1)].into(), "other followers say nothing");
-        let leader = Facts { role: Role::Leader, ..facts(1) };
+        let follower = Facts {
+            role: Role::Follower,
+            ..facts(1)
+        };
+        assert_eq!(
+            talkative(std::slice::from_ref(&follower), NodeId(2)),
+            [NodeId(1)].into(),
+            "other followers say nothing"
+        );
+        let leader = Facts {
+            role: Role::Leader,
+            ..facts(1)
+        };
         assert_eq!(talkative(&[leader], NodeId(1)), [2, 3].map(NodeId).into());
-        let lost = Facts { leader: None, ..follower.clone() };
+        let lost = Facts {
+            leader: None,
+            ..follower.clone()
+        };
         assert_eq!(talkative(&[lost], NodeId(2)), [1, 3].map(NodeId).into());
-        assert!(talkative(&[Facts { role: Role::Stopped, ..follower }], NodeId(2)).is_empty());
+        assert!(
+            talkative(
+                &[Facts {
+                    role: Role::Stopped,
+                    ..follower
+                }],
+                NodeId(2)
+            )
+            .is_empty()
+        );
     }
 }

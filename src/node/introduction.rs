@@ -1,8 +1,11 @@
-//! A member introduces itself: before it starts from its data, and to each member that has not heard of this start yet.
+//! A member introduces itself: before it starts from its data, and to each member that has not
+//! heard of this start yet.
 //!
-//! It tells where it runs and which starts its directory remembers. By the answers it learns that its directory is an old copy, that
-//! another process runs with a copy of it, or that it is among nodes of another cluster, before anything of it is opened; and where the
-//! others run, which its view may not know. Nothing waits for a quorum: who does not answer is asked again while the node runs.
+//! It tells where it runs and which starts its directory remembers. By the answers it learns that
+//! its directory is an old copy, that another process runs with a copy of it, or that it is among
+//! nodes of another cluster, before anything of it is opened; and where the others run, which its
+//! view may not know. Nothing waits for a quorum: who does not answer is asked again while the node
+//! runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,7 +26,8 @@ use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};
 
 /// How long a member is given to answer.
 const GREET_TIMEOUT: Duration = Duration::from_secs(1);
-/// Rounds before a start, while nobody of the `VIEW` has answered as a member of any cluster: nodes may be started together.
+/// Rounds before a start, while nobody of the `VIEW` has answered as a member of any cluster: nodes
+/// may be started together.
 const ROUNDS: usize = 4;
 const BETWEEN_ROUNDS: Duration = Duration::from_millis(200);
 /// Addresses that are asked in one round: all members of a usual cluster.
@@ -37,15 +41,21 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 const SILENCE: Duration = Duration::from_secs(2);
 
 impl Joining {
-    /// Begins another start of this directory, and tells the members of it before anything is opened. Returns where members were found.
+    /// Begins another start of this directory, and tells the members of it before anything is
+    /// opened. Returns where members were found.
     ///
     /// # Errors
     ///
     /// Why this node must not start from its data.
-    pub async fn introduce(self: &Arc<Self>, joined: &Joined) -> Result<Vec<(DirectoryId, Address)>, NodeError> {
+    pub async fn introduce(
+        self: &Arc<Self>,
+        joined: &Joined,
+    ) -> Result<Vec<(DirectoryId, Address)>, NodeError> {
         let was_member = self.is_stamped_member();
         let beginning = Arc::clone(self);
-        let begun = tokio::task::spawn_blocking(move || beginning.begin_start(StartId(rand::random()))).await;
+        let begun =
+            tokio::task::spawn_blocking(move || beginning.begin_start(StartId(rand::random())))
+                .await;
         match begun {
             Ok(begun) => begun?,
             Err(error) => return Err(NodeError::LogFailed(error.to_string())),
@@ -54,7 +64,9 @@ impl Joining {
             return Ok(Vec::new());
         }
         let cluster = joined.view.cluster;
-        let Some(greeting) = self.greeting(cluster, joined.node) else { return Ok(Vec::new()) };
+        let Some(greeting) = self.greeting(cluster, joined.node) else {
+            return Ok(Vec::new());
+        };
         let known = joined.view.nodes.values().map(|node| node.address.clone());
         let mut silent: BTreeSet<Address> = self.view_set().iter().cloned().chain(known).collect();
         // At its own address nobody but this node answers.
@@ -65,7 +77,10 @@ impl Joining {
             if round > 0 {
                 tokio::time::sleep(BETWEEN_ROUNDS).await;
             }
-            let asked = silent.iter().take(ASKED_MAX).map(|address| self.greet(address, &greeting));
+            let asked = silent
+                .iter()
+                .take(ASKED_MAX)
+                .map(|address| self.greet(address, &greeting));
             let answers = join_all(asked).await;
             let asked: Vec<Address> = silent.iter().take(ASKED_MAX).cloned().collect();
             for (address, answer) in asked.into_iter().zip(answers) {
@@ -74,14 +89,22 @@ impl Joining {
                 }
                 met.insert(address, answer);
             }
-            let told =
-                |address: &Address| matches!(met.get(address), Some(Met::Ours { .. } | Met::Stranger { cluster: Some(_) }));
-            if silent.is_empty() || self.view_set().iter().any(told) || met.values().any(is_refusal) {
+            let told = |address: &Address| {
+                matches!(
+                    met.get(address),
+                    Some(Met::Ours { .. } | Met::Stranger { cluster: Some(_) })
+                )
+            };
+            if silent.is_empty() || self.view_set().iter().any(told) || met.values().any(is_refusal)
+            {
                 break;
             }
         }
         for (address, theirs) in may_start(cluster, self.view_set(), &met)? {
-            tracing::warn!("{address}, which --view names, belongs to cluster {theirs}, and this node to {cluster}");
+            tracing::warn!(
+                "{address}, which --view names, belongs to cluster {theirs}, and this node to \
+                {cluster}"
+            );
         }
         let found = met.into_values().filter_map(|met| match met {
             Met::Ours { directory, address } => Some((directory, address)),
@@ -113,18 +136,25 @@ impl Joining {
                 Met::Silent
             }
             // It knows no greetings, but says who it is.
-            Err(PeerError::Status { .. }) => match self.caller().identity(address, GREET_TIMEOUT).await {
-                Ok(identity) => match identity.standing {
-                    Standing::Member { view } if view.cluster == greeting.cluster => {
-                        Met::Ours { directory: identity.directory, address: address.clone() }
-                    }
-                    Standing::Member { view } => Met::Stranger { cluster: Some(view.cluster) },
-                    Standing::Fresh { .. } | Standing::Promised { .. } | Standing::Retired { .. } => {
-                        Met::Stranger { cluster: None }
-                    }
-                },
-                Err(_) => Met::Silent,
-            },
+            Err(PeerError::Status { .. }) => {
+                match self.caller().identity(address, GREET_TIMEOUT).await {
+                    Ok(identity) => match identity.standing {
+                        Standing::Member { view } if view.cluster == greeting.cluster => {
+                            Met::Ours {
+                                directory: identity.directory,
+                                address: address.clone(),
+                            }
+                        }
+                        Standing::Member { view } => Met::Stranger {
+                            cluster: Some(view.cluster),
+                        },
+                        Standing::Fresh { .. }
+                        | Standing::Promised { .. }
+                        | Standing::Retired { .. } => Met::Stranger { cluster: None },
+                    },
+                    Err(_) => Met::Silent,
+                }
+            }
             Err(
                 PeerError::NoAnswer { .. }
                 | PeerError::NotAsked { .. }
@@ -139,11 +169,18 @@ impl Joining {
     /// Judges a member by what it has answered.
     async fn met(&self, cluster: ClusterId, other: Greeting) -> Met {
         if other.cluster != cluster {
-            return Met::Stranger { cluster: Some(other.cluster) };
+            return Met::Stranger {
+                cluster: Some(other.cluster),
+            };
         }
-        let Some(acquaintances) = self.acquaintances() else { return Met::Silent };
+        let Some(acquaintances) = self.acquaintances() else {
+            return Met::Silent;
+        };
         match acquaintances.hear(other.directory, &other.starts).await {
-            Ok(()) => Met::Ours { directory: other.directory, address: other.address },
+            Ok(()) => Met::Ours {
+                directory: other.directory,
+                address: other.address,
+            },
             // It is told so when it greets this node.
             Err(_) => Met::Stranger { cluster: None },
         }
@@ -151,20 +188,30 @@ impl Joining {
 
     /// Answers a greeting. `runs`: this node has started. `is_news`: lanes go elsewhere so far.
     ///
-    /// Anybody can send a greeting. What is new in it counts once the node at the address that it names has
-    /// confirmed it: that it runs there, with this directory, in this start.
+    /// Anybody can send a greeting. What is new in it counts once the node at the address that it
+    /// names has confirmed it: that it runs there, with this directory, in this start.
     pub async fn greeted(&self, greeting: &Greeting, runs: bool, is_news: bool) -> GreetingReply {
-        let Some((cluster, node, view)) = self.membership() else { return GreetingReply::Stranger { cluster: None } };
+        let Some((cluster, node, view)) = self.membership() else {
+            return GreetingReply::Stranger { cluster: None };
+        };
         if greeting.cluster != cluster {
-            return GreetingReply::Stranger { cluster: Some(cluster) };
+            return GreetingReply::Stranger {
+                cluster: Some(cluster),
+            };
         }
         let Some(own) = self.greeting(cluster, node) else {
-            return GreetingReply::Failed { reason: "it is starting".to_owned() };
+            return GreetingReply::Failed {
+                reason: "it is starting".to_owned(),
+            };
         };
         if greeting.directory == own.directory {
             let is_self = greeting.starts == own.starts;
             // Of two that start at once the one at the address in the view goes first.
-            let is_first = runs || view.nodes.get(&node).is_some_and(|known| known.address != greeting.address);
+            let is_first = runs
+                || view
+                    .nodes
+                    .get(&node)
+                    .is_some_and(|known| known.address != greeting.address);
             if !is_self && is_first {
                 self.tell_double(&greeting.address);
                 return GreetingReply::Doubled { at: own.address };
@@ -172,7 +219,9 @@ impl Joining {
             return GreetingReply::Welcome(own);
         }
         let Some(acquaintances) = self.acquaintances() else {
-            return GreetingReply::Failed { reason: "it is starting".to_owned() };
+            return GreetingReply::Failed {
+                reason: "it is starting".to_owned(),
+            };
         };
         if let Err(refusal) = acquaintances.weigh(greeting.directory, &greeting.starts) {
             return refused(&refusal);
@@ -181,10 +230,16 @@ impl Joining {
             return GreetingReply::Welcome(own);
         }
         if !self.is_confirmed(greeting).await {
-            let reason = format!("{} did not confirm this greeting when it was asked", greeting.address);
+            let reason = format!(
+                "{} did not confirm this greeting when it was asked",
+                greeting.address
+            );
             return GreetingReply::Failed { reason };
         }
-        match acquaintances.hear(greeting.directory, &greeting.starts).await {
+        match acquaintances
+            .hear(greeting.directory, &greeting.starts)
+            .await
+        {
             Ok(()) => GreetingReply::Welcome(own),
             Err(refusal) => refused(&refusal),
         }
@@ -197,7 +252,10 @@ impl Joining {
                 && identity.start == Some(greeting.starts.running())
         };
         // Less than who greets waits for.
-        self.caller().identity(&greeting.address, GREET_TIMEOUT * 3 / 4).await.is_ok_and(confirms)
+        self.caller()
+            .identity(&greeting.address, GREET_TIMEOUT * 3 / 4)
+            .await
+            .is_ok_and(confirms)
     }
 }
 
@@ -205,7 +263,9 @@ fn refused(refusal: &Refusal) -> GreetingReply {
     match refusal {
         Refusal::Outdated { number } => GreetingReply::Outdated { number: *number },
         // The process that was there before may have ended a moment ago: the lanes find out.
-        refusal => GreetingReply::Failed { reason: refusal.to_string() },
+        refusal => GreetingReply::Failed {
+            reason: refusal.to_string(),
+        },
     }
 }
 
@@ -222,13 +282,19 @@ pub struct Greeter {
     joining: Arc<Joining>,
     /// Members that have heard of this start.
     told: BTreeSet<DirectoryId>,
-    /// When an address that did not answer is asked again, and how long it is left in peace after that.
+    /// When an address that did not answer is asked again, and how long it is left in peace after
+    /// that.
     later: BTreeMap<Address, (Instant, Duration)>,
 }
 
 impl Greeter {
     pub fn new(member: Arc<Member>, joining: Arc<Joining>) -> Self {
-        Self { member, joining, told: BTreeSet::new(), later: BTreeMap::new() }
+        Self {
+            member,
+            joining,
+            told: BTreeSet::new(),
+            later: BTreeMap::new(),
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -239,18 +305,32 @@ impl Greeter {
     }
 
     async fn greet_round(&mut self) {
-        let Some(greeting) = self.joining.greeting(self.member.cluster, self.member.node) else { return };
+        let Some(greeting) = self.joining.greeting(self.member.cluster, self.member.node) else {
+            return;
+        };
         let targets = self.targets();
-        let greeted = targets.iter().map(|address| self.joining.greet(address, &greeting));
+        let greeted = targets
+            .iter()
+            .map(|address| self.joining.greet(address, &greeting));
         for (address, met) in targets.iter().zip(join_all(greeted).await) {
-            let (now, before) = (Instant::now(), self.later.get(address).map_or(PAUSE_MIN, |(_, pause)| *pause));
-            self.later.insert(address.clone(), (now + before, (before * 2).min(PAUSE_MAX)));
+            let (now, before) = (
+                Instant::now(),
+                self.later
+                    .get(address)
+                    .map_or(PAUSE_MIN, |(_, pause)| *pause),
+            );
+            self.later
+                .insert(address.clone(), (now + before, (before * 2).min(PAUSE_MAX)));
             match met {
-                Met::Ours { directory, address: at } => {
+                Met::Ours {
+                    directory,
+                    address: at,
+                } => {
                     self.told.insert(directory);
                     if self.member.views().found_at(directory, &at) {
                         tracing::info!(
-                            "the member with data directory {directory} runs at {at}, where the view does not have it yet"
+                            "the member with data directory {directory} runs at {at}, where the \
+                            view does not have it yet"
                         );
                     }
                 }
@@ -267,10 +347,12 @@ impl Greeter {
         }
     }
 
-    /// Where to ask: members that have not heard of this start; and while nothing is heard of the meta group, wherever one may be.
+    /// Where to ask: members that have not heard of this start; and while nothing is heard of the
+    /// meta group, wherever one may be.
     fn targets(&mut self) -> Vec<Address> {
         let view = self.member.view();
-        self.told.retain(|directory| view.nodes.values().any(|node| node.directory == *directory));
+        self.told
+            .retain(|directory| view.nodes.values().any(|node| node.directory == *directory));
         let is_silent = self.is_silent();
         let others = view.nodes.iter().filter(|(id, _)| **id != self.member.node);
         let untold = others.filter(|(_, node)| is_silent || !self.told.contains(&node.directory));
@@ -286,15 +368,28 @@ impl Greeter {
         let now = Instant::now();
         self.later.retain(|address, _| targets.contains(address));
         let pause_max = if is_silent { TICK } else { PAUSE_MAX };
-        let is_due =
-            |address: &Address| self.later.get(address).is_none_or(|(due, pause)| *due <= now + pause.saturating_sub(pause_max));
-        targets.into_iter().filter(|address| is_due(address)).take(ASKED_MAX).collect()
+        let is_due = |address: &Address| {
+            self.later
+                .get(address)
+                .is_none_or(|(due, pause)| *due <= now + pause.saturating_sub(pause_max))
+        };
+        targets
+            .into_iter()
+            .filter(|address| is_due(address))
+            .take(ASKED_MAX)
+            .collect()
     }
 
     fn is_silent(&self) -> bool {
-        let Some(meta) = self.member.registry.get(GroupId::META) else { return true };
+        let Some(meta) = self.member.registry.get(GroupId::META) else {
+            return true;
+        };
         let status = meta.status();
-        let heard = if meta.leads() { status.quorum_acked } else { status.leader_heard };
+        let heard = if meta.leads() {
+            status.quorum_acked
+        } else {
+            status.leader_heard
+        };
         heard.is_none_or(|ago| ago > SILENCE)
     }
 
@@ -302,7 +397,8 @@ impl Greeter {
     async fn clear_aside(&self) {
         let (joining, view) = (self.joining.clone(), self.member.view());
         if joining.has_aside()
-            && let Err(error) = tokio::task::spawn_blocking(move || joining.clear_aside(&view)).await
+            && let Err(error) =
+                tokio::task::spawn_blocking(move || joining.clear_aside(&view)).await
         {
             rarely!(error, "deleting what was put aside was broken off: {error}");
         }

@@ -3,8 +3,8 @@
 //!
 //! A snapshot is due when the log since the last outweighs it, or when the replica holds back old
 //! segments of the log. One that holds them back must also let them go: of what a snapshot covers
-//! openraft keeps thousands of entries, however large they are. How much it may hold back is decided
-//! for the node ([`LogSpace`]), whatever the number of its replicas.
+//! openraft keeps thousands of entries, however large they are. How much it may hold back is
+//! decided for the node ([`LogSpace`]), whatever the number of its replicas.
 //!
 //! A replica that nobody writes to gives back the rest: its table is written down, the log since
 //! its snapshot and behind it is let go of where it is worth a snapshot, and a snapshot file of
@@ -12,8 +12,9 @@
 //!
 //! One snapshot at a time on a node: it reads the whole map, and the log is purged behind it.
 //!
-//! Witnesses have no snapshot: each purges what the leader of its group says that every replica with a map has. When one of those stays away,
-//! the log of the witness grows until it is back, or a plan has replaced it (`repair`); past a limit that is said.
+//! Witnesses have no snapshot: each purges what the leader of its group says that every replica
+//! with a map has. When one of those stays away, the log of the witness grows until it is back, or
+//! a plan has replaced it (`repair`); past a limit that is said.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -51,12 +52,14 @@ const QUIET_BYTES_FLOOR: u64 = 1 << 20;
 /// that is written to now and then must not write its few changes each time.
 const WRITE_DOWN_EVERY: Duration = Duration::from_secs(20);
 
-/// A witness that keeps more log than this is waiting for a replica that has been away for too long.
+/// A witness that keeps more log than this is waiting for a replica that has been away for too
+/// long.
 const WITNESS_LOG_BYTES_MAX: u64 = 1 << 30;
 /// Between two words about that.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(600);
 
-/// For a node that was heard of within this the log is kept: it comes by itself. For one that is gone longer it isn't.
+/// For a node that was heard of within this the log is kept: it comes by itself. For one that is
+/// gone longer it isn't.
 const HEARD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Triggers snapshots and purges.
@@ -73,13 +76,24 @@ pub struct Janitor {
 
 impl Janitor {
     pub fn new(member: Arc<Member>, log: Log, log_bytes: u64) -> Self {
-        Self { member, log, log_bytes, quiet: HashMap::new(), complained: HashMap::new(), no_room: Rarely::new() }
+        Self {
+            member,
+            log,
+            log_bytes,
+            quiet: HashMap::new(),
+            complained: HashMap::new(),
+            no_room: Rarely::new(),
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let mut pause = TICK;
         while super::waited(shutdown, pause).await {
-            pause = if self.tick().await { TICK_UNDER_PRESSURE } else { TICK };
+            pause = if self.tick().await {
+                TICK_UNDER_PRESSURE
+            } else {
+                TICK
+            };
         }
     }
 
@@ -87,22 +101,38 @@ impl Janitor {
     async fn tick(&mut self) -> bool {
         let groups = self.member.registry.groups();
         // On a full disk the log is what can be given back.
-        let log_bytes = if self.log.lacks_room().is_some() { LOG_BYTES_MIN } else { self.log_bytes };
+        let log_bytes = if self.log.lacks_room().is_some() {
+            LOG_BYTES_MIN
+        } else {
+            self.log_bytes
+        };
         let space = LogSpace::of(log_bytes, groups.iter().map(|group| group.snapshot_bytes()));
-        let pinned: HashMap<ReplicaKey, Held> =
-            self.log.pinning().into_iter().map(|pin| (pin.key, Held::of(space, pin.held_bytes))).collect();
+        let pinned: HashMap<ReplicaKey, Held> = self
+            .log
+            .pinning()
+            .into_iter()
+            .map(|pin| (pin.key, Held::of(space, pin.held_bytes)))
+            .collect();
         let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(Held::Little);
         join_all(groups.iter().map(|group| group.tell_witnesses())).await;
         for witness in self.member.registry.witnesses() {
             if let Err(error) = witness.let_go(held(witness.key()) != Held::Little).await {
-                rarely!(warn, "the log of witness {} was not purged: {error}", witness.key());
+                rarely!(
+                    warn,
+                    "the log of witness {} was not purged: {error}",
+                    witness.key()
+                );
             }
             self.complain(&witness);
         }
-        self.quiet.retain(|key, _| groups.iter().any(|group| group.key() == *key));
+        self.quiet
+            .retain(|key, _| groups.iter().any(|group| group.key() == *key));
         for group in groups {
             let now = Instant::now();
-            let quiet = self.quiet.entry(group.key()).or_insert_with(|| Quiet::new(now));
+            let quiet = self
+                .quiet
+                .entry(group.key())
+                .or_insert_with(|| Quiet::new(now));
             let is_quiet = quiet.observe(group.state().applied().log_id, now);
             if is_quiet && quiet.is_to_be_written_down(now) {
                 group.state().write_down();
@@ -115,7 +145,9 @@ impl Janitor {
                     self.snapshot(&group).await;
                     // What is behind it is what was in the way. If openraft has not taken note of
                     // it yet, the next look finds it.
-                    if let (true, Step::Purge(upto)) = (held != Held::Little, self.step(&group, is_quiet, held)) {
+                    if let (true, Step::Purge(upto)) =
+                        (held != Held::Little, self.step(&group, is_quiet, held))
+                    {
                         purge(&group, upto, held).await;
                     }
                 }
@@ -133,7 +165,8 @@ impl Janitor {
         if !pins && !weights.want_purge(is_quiet) {
             return Step::Nothing;
         }
-        let is_kept_for = |node| held != Held::TooMuch && self.member.heard_within(node, HEARD_WITHIN);
+        let is_kept_for =
+            |node| held != Held::TooMuch && self.member.heard_within(node, HEARD_WITHIN);
         let status = group.status();
         match let_go(&status, status.purgeable(is_kept_for)) {
             // A snapshot would only move what is behind it.
@@ -146,7 +179,8 @@ impl Janitor {
         let (key, bytes) = (witness.key(), witness.log_bytes());
         if is_to_be_told(bytes, self.complained.get(&key).map(Instant::elapsed)) {
             tracing::warn!(
-                "witness {key} keeps {} MiB of log for a replica that has been away for long: bring its node back, or replace it",
+                "witness {key} keeps {} MiB of log for a replica that has been away for long: \
+                bring its node back, or replace it",
                 bytes >> 20
             );
             self.complained.insert(key, Instant::now());
@@ -160,13 +194,18 @@ impl Janitor {
         if free < reserve / 4 + map + map / 8 {
             if let Some(more) = self.no_room.due() {
                 let (group, free_mib, map_mib) = (group.key().group, free >> 20, map >> 20);
-                tracing::warn!(%group, free_mib, map_mib, more, "a snapshot waits for room on the disk");
+                tracing::warn!(%group, free_mib, map_mib, more, "a snapshot waits for room on the \
+                    disk");
             }
             return;
         }
         let started = tokio::time::Instant::now();
         match group.build_snapshot().await {
-            Ok(()) => tracing::debug!("snapshot of {} written in {:?}", group.key(), started.elapsed()),
+            Ok(()) => tracing::debug!(
+                "snapshot of {} written in {:?}",
+                group.key(),
+                started.elapsed()
+            ),
             Err(error) => rarely!(warn, "snapshot of {} was not written: {error}", group.key()),
         }
     }
@@ -207,17 +246,21 @@ enum Step {
     Purge(u64),
 }
 
-/// How a replica comes to let go of old segments: it purges what its snapshot covers, or writes a snapshot that covers more. While others
-/// need what it has (`purgeable` is less than its snapshot), another snapshot would not help.
+/// How a replica comes to let go of old segments: it purges what its snapshot covers, or writes a
+/// snapshot that covers more. While others need what it has (`purgeable` is less than its
+/// snapshot), another snapshot would not help.
 fn let_go(status: &GroupStatus, purgeable: Option<u64>) -> Step {
     match purgeable {
         Some(upto) => Step::Purge(upto),
-        None if status.snapshot > status.purged || status.applied <= status.snapshot => Step::Nothing,
+        None if status.snapshot > status.purged || status.applied <= status.snapshot => {
+            Step::Nothing
+        }
         None => Step::Snapshot,
     }
 }
 
-/// Whether somebody is to be told, again, of so large a log of a witness. `last`: how long ago somebody was.
+/// Whether somebody is to be told, again, of so large a log of a witness. `last`: how long ago
+/// somebody was.
 fn is_to_be_told(bytes: u64, last: Option<Duration>) -> bool {
     bytes > WITNESS_LOG_BYTES_MAX && last.is_none_or(|ago| ago >= COMPLAIN_EVERY)
 }
@@ -245,8 +288,8 @@ impl Weights {
         }
     }
 
-    /// Returns whether the log since the last snapshot outweighs that snapshot, or would be worth one on a
-    /// quiet replica, or the map that it is of is not half as large any more.
+    /// Returns whether the log since the last snapshot outweighs that snapshot, or would be worth
+    /// one on a quiet replica, or the map that it is of is not half as large any more.
     ///
     /// A quiet replica weighs the snapshot against four times the log: one that was away is sent
     /// the snapshot where the log is gone.
@@ -259,7 +302,11 @@ impl Weights {
 
     /// Returns whether more log is kept behind the snapshot than helps replicas that were away.
     fn want_purge(self, is_quiet: bool) -> bool {
-        let floor = if is_quiet { QUIET_BYTES_FLOOR } else { TAIL_BYTES_FLOOR };
+        let floor = if is_quiet {
+            QUIET_BYTES_FLOOR
+        } else {
+            TAIL_BYTES_FLOOR
+        };
         self.log_behind > (self.snapshot / 8).clamp(floor, LOG_BYTES_CEILING)
     }
 }
@@ -276,7 +323,12 @@ struct Quiet {
 
 impl Quiet {
     fn new(now: Instant) -> Self {
-        Self { applied: None, since: now, is_written_down: false, written_down: None }
+        Self {
+            applied: None,
+            since: now,
+            is_written_down: false,
+            written_down: None,
+        }
     }
 
     /// Returns whether the replica, which has applied through `applied` now, is quiet.
@@ -289,7 +341,9 @@ impl Quiet {
 
     /// Returns whether the table of a quiet replica is to be written down now, which is then noted.
     fn is_to_be_written_down(&mut self, now: Instant) -> bool {
-        let is_due = self.written_down.is_none_or(|last| now - last >= WRITE_DOWN_EVERY);
+        let is_due = self
+            .written_down
+            .is_none_or(|last| now - last >= WRITE_DOWN_EVERY);
         if self.is_written_down || !is_due {
             return false;
         }
@@ -308,8 +362,15 @@ mod tests {
 
     #[test]
     fn a_snapshot_is_due_when_the_log_outweighs_it() {
-        let is_due =
-            |log_since, snapshot| Weights { log_since, snapshot, map: snapshot, ..Weights::default() }.want_snapshot(false);
+        let is_due = |log_since, snapshot| {
+            Weights {
+                log_since,
+                snapshot,
+                map: snapshot,
+                ..Weights::default()
+            }
+            .want_snapshot(false)
+        };
         assert!(!is_due(LOG_BYTES_FLOOR, 0));
         assert!(is_due(LOG_BYTES_FLOOR + 1, 0));
         assert!(!is_due(100 << 20, 200 << 20));
@@ -320,8 +381,16 @@ mod tests {
     #[test]
     fn a_quiet_replica_is_snapshotted_for_less_log_and_when_its_map_has_shrunk() {
         let wants = |log_since, snapshot, map| {
-            let weights = Weights { log_since, snapshot, map, ..Weights::default() };
-            assert!(!weights.want_snapshot(false), "a busy one waits: {weights:?}");
+            let weights = Weights {
+                log_since,
+                snapshot,
+                map,
+                ..Weights::default()
+            };
+            assert!(
+                !weights.want_snapshot(false),
+                "a busy one waits: {weights:?}"
+            );
             weights.want_snapshot(true)
         };
         assert!(!wants(QUIET_BYTES_FLOOR, 0, 0));
@@ -336,10 +405,20 @@ mod tests {
 
     #[test]
     fn what_is_kept_behind_a_snapshot_is_bounded_in_bytes() {
-        let wants = |log_behind, snapshot, is_quiet| Weights { log_behind, snapshot, ..Weights::default() }.want_purge(is_quiet);
+        let wants = |log_behind, snapshot, is_quiet| {
+            Weights {
+                log_behind,
+                snapshot,
+                ..Weights::default()
+            }
+            .want_purge(is_quiet)
+        };
         assert!(!wants(TAIL_BYTES_FLOOR, 1 << 20, false));
         assert!(wants(TAIL_BYTES_FLOOR + 1, 1 << 20, false));
-        assert!(!wants(TAIL_BYTES_FLOOR + 1, 1 << 30, false), "sending the snapshot would be far more");
+        assert!(
+            !wants(TAIL_BYTES_FLOOR + 1, 1 << 30, false),
+            "sending the snapshot would be far more"
+        );
         assert!(!wants(QUIET_BYTES_FLOOR, 1 << 20, true));
         assert!(wants(QUIET_BYTES_FLOOR + 1, 1 << 20, true));
         assert!(wants(LOG_BYTES_CEILING + 1, 1 << 50, true));
@@ -355,7 +434,10 @@ mod tests {
         assert!(!quiet.observe(id(1), at(9)));
         assert!(quiet.observe(id(1), at(10)));
         assert!(quiet.is_to_be_written_down(at(10)));
-        assert!(!quiet.is_to_be_written_down(at(60)), "nothing has come since");
+        assert!(
+            !quiet.is_to_be_written_down(at(60)),
+            "nothing has come since"
+        );
 
         assert!(!quiet.observe(id(2), at(61)));
         assert!(quiet.observe(id(2), at(71)));
@@ -363,7 +445,10 @@ mod tests {
 
         assert!(!quiet.observe(id(3), at(72)));
         assert!(quiet.observe(id(3), at(82)));
-        assert!(!quiet.is_to_be_written_down(at(82)), "the last time was just now");
+        assert!(
+            !quiet.is_to_be_written_down(at(82)),
+            "the last time was just now"
+        );
         assert!(quiet.is_to_be_written_down(at(91)));
     }
 
@@ -371,8 +456,14 @@ mod tests {
     fn a_large_log_of_a_witness_is_told_of_now_and_then() {
         assert!(!is_to_be_told(WITNESS_LOG_BYTES_MAX, None));
         assert!(is_to_be_told(WITNESS_LOG_BYTES_MAX + 1, None));
-        assert!(!is_to_be_told(WITNESS_LOG_BYTES_MAX + 1, Some(COMPLAIN_EVERY - Duration::from_secs(1))));
-        assert!(is_to_be_told(WITNESS_LOG_BYTES_MAX + 1, Some(COMPLAIN_EVERY)));
+        assert!(!is_to_be_told(
+            WITNESS_LOG_BYTES_MAX + 1,
+            Some(COMPLAIN_EVERY - Duration::from_secs(1))
+        ));
+        assert!(is_to_be_told(
+            WITNESS_LOG_BYTES_MAX + 1,
+            Some(COMPLAIN_EVERY)
+        ));
     }
 
     #[test]
@@ -380,19 +471,38 @@ mod tests {
         let step = |snapshot: Option<u64>, purged: Option<u64>, applied: Option<u64>, purgeable| {
             let id = |index| LogId { term: 1, index };
             let (snapshot, purged, applied) = (snapshot.map(id), purged.map(id), applied.map(id));
-            let_go(&GroupStatus { snapshot, purged, applied, ..status() }, purgeable)
+            let_go(
+                &GroupStatus {
+                    snapshot,
+                    purged,
+                    applied,
+                    ..status()
+                },
+                purgeable,
+            )
         };
         assert_eq!(step(None, None, Some(9), None), Step::Snapshot);
         assert_eq!(step(Some(9), None, Some(9), Some(9)), Step::Purge(9));
         assert_eq!(step(Some(9), Some(3), Some(12), Some(5)), Step::Purge(5));
-        assert_eq!(step(Some(9), Some(5), Some(12), None), Step::Nothing, "a follower needs what is left");
+        assert_eq!(
+            step(Some(9), Some(5), Some(12), None),
+            Step::Nothing,
+            "a follower needs what is left"
+        );
         assert_eq!(step(Some(9), Some(9), Some(12), None), Step::Snapshot);
-        assert_eq!(step(Some(9), Some(9), Some(9), None), Step::Nothing, "nothing more is applied");
+        assert_eq!(
+            step(Some(9), Some(9), Some(9), None),
+            Step::Nothing,
+            "nothing more is applied"
+        );
     }
 
     fn status() -> GroupStatus {
         GroupStatus {
-            key: ReplicaKey { group: GroupId(1), replica: ReplicaId(1) },
+            key: ReplicaKey {
+                group: GroupId(1),
+                replica: ReplicaId(1),
+            },
             role: Role::Follower,
             leader: None,
             leader_replica: None,

@@ -1,7 +1,8 @@
-//! Performs what [`bootstrap`](super::bootstrap) decides: asks the nodes of the `VIEW`, promises, founds, adopts, or waits as a spare.
+//! Performs what [`bootstrap`](super::bootstrap) decides: asks the nodes of the `VIEW`, promises,
+//! founds, adopts, or waits as a spare.
 //!
-//! [`Joining`] also answers the questions of others while this node itself still waits. The stamp is durable before anything is said or
-//! done that rests on it.
+//! [`Joining`] also answers the questions of others while this node itself still waits. The stamp
+//! is durable before anything is said or done that rests on it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,7 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::bootstrap::{self, Heard, Own, Step, Waiting};
 use super::machine::Machine;
-use crate::client::peer::{FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest};
+use crate::client::peer::{
+    FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
+};
 use crate::config::NodeConfig;
 use crate::raft::lanes::{Acquaintances, Ousted};
 use crate::sm::level::TooOld;
@@ -30,8 +33,8 @@ use crate::types::{Address, ClusterId, DirectoryId, NodeId, StartId};
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two rounds of asking, while something may change soon and there are few to ask.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
-/// As many as that. Nodes of a larger `VIEW` ask less often, or a hundred on one machine would do nothing but answer each other. The founder
-/// is but one, and all wait for it.
+/// As many as that. Nodes of a larger `VIEW` ask less often, or a hundred on one machine would do
+/// nothing but answer each other. The founder is but one, and all wait for it.
 const FEW_NODES: usize = 10;
 const FEW_NODES_OF_FOUNDER: usize = 50;
 /// Between two rounds of asking, for a spare: it may wait for days.
@@ -84,7 +87,12 @@ pub struct Joining {
 }
 
 impl Joining {
-    pub fn new(config: NodeConfig, machine: Arc<dyn Machine>, directory: DataDirectory, caller: PeerCaller) -> Self {
+    pub fn new(
+        config: NodeConfig,
+        machine: Arc<dyn Machine>,
+        directory: DataDirectory,
+        caller: PeerCaller,
+    ) -> Self {
         let view_set = config.view_set();
         let directory_id = directory.id();
         let supervisor = machine.supervisor();
@@ -140,12 +148,14 @@ impl Joining {
         &self.caller
     }
 
-    /// Returns what this node knows of starts, its own among them; none before it begins to start as a member.
+    /// Returns what this node knows of starts, its own among them; none before it begins to start
+    /// as a member.
     pub fn acquaintances(&self) -> Option<&Arc<Acquaintances>> {
         self.acquaintances.get()
     }
 
-    /// Begins another start of this directory's node, once. Blocks on the disk: it is durable when it returns.
+    /// Begins another start of this directory's node, once. Blocks on the disk: it is durable when
+    /// it returns.
     ///
     /// # Errors
     ///
@@ -160,7 +170,10 @@ impl Joining {
 
     /// Resolves when this directory turns out to be none to go on with.
     pub fn ousted(&self) -> impl Future<Output = Ousted> + use<> {
-        let ousted = self.acquaintances.get().map(|acquaintances| acquaintances.ousted());
+        let ousted = self
+            .acquaintances
+            .get()
+            .map(|acquaintances| acquaintances.ousted());
         async move {
             match ousted {
                 Some(ousted) => ousted.await,
@@ -188,11 +201,20 @@ impl Joining {
         self.directory.clear_aside(view);
     }
 
-    /// The cluster and node that this directory is of, with the view as it knows it; none if it is of none.
+    /// The cluster and node that this directory is of, with the view as it knows it; none if it is
+    /// of none.
     pub fn membership(&self) -> Option<(ClusterId, NodeId, Box<View>)> {
         match self.directory.stamp() {
-            Stamp::Member { cluster, node, view, .. } => Some((cluster, node, view)),
-            Stamp::Founding { .. } | Stamp::Fresh | Stamp::Promised { .. } | Stamp::Retired { .. } => None,
+            Stamp::Member {
+                cluster,
+                node,
+                view,
+                ..
+            } => Some((cluster, node, view)),
+            Stamp::Founding { .. }
+            | Stamp::Fresh
+            | Stamp::Promised { .. }
+            | Stamp::Retired { .. } => None,
         }
     }
 
@@ -200,7 +222,10 @@ impl Joining {
     pub fn tell_double(&self, address: &Address) {
         let mut doubles = self.doubles.lock().expect("no holder panics");
         if doubles.len() < DOUBLES_MAX && doubles.insert(address.clone()) {
-            tracing::warn!("a process at {address} was started with a copy of this data directory: it is refused");
+            tracing::warn!(
+                "a process at {address} was started with a copy of this data directory: it is \
+                refused"
+            );
         }
     }
 
@@ -218,7 +243,9 @@ impl Joining {
         Identity {
             speaks: self.config.speaks(),
             level: stamp.level(),
-            start: self.acquaintances().map(|acquaintances| acquaintances.own().running()),
+            start: self
+                .acquaintances()
+                .map(|acquaintances| acquaintances.own().running()),
             holds_level: self.holds_level(stamp),
             directory: self.directory_id,
             address: self.config.address.clone(),
@@ -228,9 +255,21 @@ impl Joining {
     }
 
     /// Says what this node hosts.
-    pub fn hosting(&self, replicas: Vec<HostedReplica>, failed: Vec<FailedReplica>, lacks_room: bool) -> Hosting {
+    pub fn hosting(
+        &self,
+        replicas: Vec<HostedReplica>,
+        failed: Vec<FailedReplica>,
+        lacks_room: bool,
+    ) -> Hosting {
         let (speaks, holds_level) = (self.config.speaks(), self.is_level_held());
-        Hosting { directory: self.directory_id, replicas, failed, speaks, holds_level, lacks_room }
+        Hosting {
+            directory: self.directory_id,
+            replicas,
+            failed,
+            speaks,
+            holds_level,
+            lacks_room,
+        }
     }
 
     /// Returns whether this node holds the level of the cluster that it is a member of.
@@ -241,11 +280,15 @@ impl Joining {
     fn holds_level(&self, stamp: &Stamp) -> bool {
         match stamp {
             Stamp::Member { cluster, .. } => self.directory.holds_level(*cluster),
-            Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. } | Stamp::Retired { .. } => false,
+            Stamp::Fresh
+            | Stamp::Promised { .. }
+            | Stamp::Founding { .. }
+            | Stamp::Retired { .. } => false,
         }
     }
 
-    /// Holds the level of the cluster where it is, or does so no more. Blocks on the disk: it is durable when it returns.
+    /// Holds the level of the cluster where it is, or does so no more. Blocks on the disk: it is
+    /// durable when it returns.
     ///
     /// # Errors
     ///
@@ -254,7 +297,8 @@ impl Joining {
         self.directory.hold_level(cluster, hold)
     }
 
-    /// Answers a node that wants to found. Blocks on the disk: the promise is durable when it is given.
+    /// Answers a node that wants to found. Blocks on the disk: the promise is durable when it is
+    /// given.
     pub fn promise(&self, request: &PromiseRequest) -> PromiseReply {
         let mut refusal = None;
         let stamped = self.directory.update_stamp(|stamp| {
@@ -264,25 +308,39 @@ impl Joining {
             })
         });
         match (refusal, stamped) {
-            (None, Ok(stamp)) => PromiseReply::Promised { identity: self.identity_of(&stamp) },
-            (None, Err(error)) => {
-                PromiseReply::Refused { reason: format!("{} can't write its promise: {error}", self.config.address) }
-            }
+            (None, Ok(stamp)) => PromiseReply::Promised {
+                identity: self.identity_of(&stamp),
+            },
+            (None, Err(error)) => PromiseReply::Refused {
+                reason: format!("{} can't write its promise: {error}", self.config.address),
+            },
             (Some(reason), _) => {
-                rarely!(warn, "refused to promise {}: {reason}", request.founder_address);
+                rarely!(
+                    warn,
+                    "refused to promise {}: {reason}",
+                    request.founder_address
+                );
                 PromiseReply::Refused { reason }
             }
         }
     }
 
-    /// Records on disk that this node is `node` of the cluster with this view. Call it whenever the view has changed.
+    /// Records on disk that this node is `node` of the cluster with this view. Call it whenever the
+    /// view has changed.
     ///
     /// # Errors
     ///
     /// When the stamp can't be written: the node may not go on as a member.
     pub fn stamp_member(&self, node: NodeId, view: &View) -> Result<(), DirectoryError> {
-        let meta_replica = view.runs_on(crate::types::GroupId::META, node).unwrap_or_default();
-        let stamp = Stamp::Member { cluster: view.cluster, node, meta_replica, view: Box::new(view.clone()) };
+        let meta_replica = view
+            .runs_on(crate::types::GroupId::META, node)
+            .unwrap_or_default();
+        let stamp = Stamp::Member {
+            cluster: view.cluster,
+            node,
+            meta_replica,
+            view: Box::new(view.clone()),
+        };
         self.directory.set_stamp(stamp)
     }
 
@@ -292,11 +350,19 @@ impl Joining {
     ///
     /// When the stamp can't be written: the node is still a member then.
     pub fn stamp_retired(&self, node: NodeId, view: &View) -> Result<(), DirectoryError> {
-        let members = view.staying().map(|(_, node)| node.address.clone()).collect();
-        self.directory.set_stamp(Stamp::Retired { cluster: view.cluster, node, members })
+        let members = view
+            .staying()
+            .map(|(_, node)| node.address.clone())
+            .collect();
+        self.directory.set_stamp(Stamp::Retired {
+            cluster: view.cluster,
+            node,
+            members,
+        })
     }
 
-    /// Members of a cluster have called: they are asked too from now on. What they say counts, not who calls.
+    /// Members of a cluster have called: they are asked too from now on. What they say counts, not
+    /// who calls.
     pub fn invited(&self, members: Vec<Address>) {
         let mut invited = self.invited.lock().expect("no holder panics");
         invited.clear();
@@ -305,7 +371,8 @@ impl Joining {
         self.called.notify_one();
     }
 
-    /// Whether this directory was a member when it was opened, or has become one: its log must hold its meta replica.
+    /// Whether this directory was a member when it was opened, or has become one: its log must hold
+    /// its meta replica.
     pub fn is_stamped_member(&self) -> bool {
         matches!(self.directory.stamp(), Stamp::Member { .. })
     }
@@ -315,14 +382,24 @@ impl Joining {
     /// # Errors
     ///
     /// What no waiting mends.
-    pub async fn join(self: &Arc<Self>, shutdown: &CancellationToken) -> Result<Option<Joined>, JoinError> {
+    pub async fn join(
+        self: &Arc<Self>,
+        shutdown: &CancellationToken,
+    ) -> Result<Option<Joined>, JoinError> {
         let mut told: Option<(Waiting, Instant)> = None;
         if let Some(warning) = bootstrap::unnamed(self.own(&self.directory.stamp())) {
             tracing::warn!("{warning}");
         }
         loop {
-            let belongs = matches!(self.directory.stamp(), Stamp::Member { .. } | Stamp::Founding { .. });
-            let heard = if belongs { BTreeMap::new() } else { self.ask_everyone().await };
+            let belongs = matches!(
+                self.directory.stamp(),
+                Stamp::Member { .. } | Stamp::Founding { .. }
+            );
+            let heard = if belongs {
+                BTreeMap::new()
+            } else {
+                self.ask_everyone().await
+            };
             let step = bootstrap::next_step(self.own(&self.directory.stamp()), &heard);
             let waiting = match step {
                 Step::Start => return Ok(Some(self.as_stamped())),
@@ -340,14 +417,21 @@ impl Joining {
                 Step::Refuse(refusal) => return Err(refusal.into()),
                 Step::Wait(waiting) => waiting,
             };
-            if told.as_ref().is_none_or(|(last, at)| *last != waiting || at.elapsed() >= TELL_INTERVAL) {
+            if told
+                .as_ref()
+                .is_none_or(|(last, at)| *last != waiting || at.elapsed() >= TELL_INTERVAL)
+            {
                 match &waiting {
                     Waiting::Mismatch(_) => tracing::warn!("{waiting}"),
                     waiting => tracing::info!("{waiting}"),
                 }
                 told = Some((waiting.clone(), Instant::now()));
             }
-            let interval = if waiting.is_spare() { SPARE_INTERVAL } else { self.ask_interval() };
+            let interval = if waiting.is_spare() {
+                SPARE_INTERVAL
+            } else {
+                self.ask_interval()
+            };
             self.waiting.send_replace(Some(waiting));
             tokio::select! {
                 biased;
@@ -367,17 +451,35 @@ impl Joining {
         match self.directory.stamp() {
             Stamp::Member { node, view, .. } => Joined { node, view },
             Stamp::Founding { view } => {
-                let node = view.nodes.iter().find(|(_, node)| node.directory == self.directory_id).map(|(id, _)| *id);
-                Joined { node: node.unwrap_or_default(), view }
+                let node = view
+                    .nodes
+                    .iter()
+                    .find(|(_, node)| node.directory == self.directory_id)
+                    .map(|(id, _)| *id);
+                Joined {
+                    node: node.unwrap_or_default(),
+                    view,
+                }
             }
-            Stamp::Fresh | Stamp::Promised { .. } | Stamp::Retired { .. } => unreachable!("only a member starts from its stamp"),
+            Stamp::Fresh | Stamp::Promised { .. } | Stamp::Retired { .. } => {
+                unreachable!("only a member starts from its stamp")
+            }
         }
     }
 
     async fn ask_everyone(&self) -> BTreeMap<Address, Heard> {
-        let members = self.waiting().map(|waiting| waiting.members().to_vec()).unwrap_or_default();
+        let members = self
+            .waiting()
+            .map(|waiting| waiting.members().to_vec())
+            .unwrap_or_default();
         let mut asked: Vec<Address> = self.view_set.iter().chain(&members).cloned().collect();
-        asked.extend(self.invited.lock().expect("no holder panics").iter().cloned());
+        asked.extend(
+            self.invited
+                .lock()
+                .expect("no holder panics")
+                .iter()
+                .cloned(),
+        );
         asked.sort();
         asked.dedup();
         asked.retain(|address| *address != self.config.address);
@@ -389,21 +491,27 @@ impl Joining {
         let answers = asked.into_iter().map(|address| async move {
             let heard = match self.caller.identity(&address, ASK_TIMEOUT).await {
                 Ok(identity) => Heard::Identity(identity),
-                Err(error) => Heard::Silent { reason: short_reason(&error) },
+                Err(error) => Heard::Silent {
+                    reason: short_reason(&error),
+                },
             };
             (address, heard)
         });
         join_all(answers).await.into_iter().collect()
     }
 
-    /// Asks every node for its promise; with all of them, stamps the first view. The inner error: who refused, and why.
+    /// Asks every node for its promise; with all of them, stamps the first view. The inner error:
+    /// who refused, and why.
     async fn found(self: &Arc<Self>) -> Result<Result<Joined, Vec<(Address, String)>>, JoinError> {
         let request = PromiseRequest {
             view: self.view_set.clone(),
             founder: self.directory_id,
             founder_address: self.config.address.clone(),
         };
-        let promises = self.view_set.iter().map(|address| self.ask_promise(address, &request));
+        let promises = self
+            .view_set
+            .iter()
+            .map(|address| self.ask_promise(address, &request));
         let mut nodes = Vec::new();
         let mut level = self.config.speaks();
         let mut refused = Vec::new();
@@ -424,19 +532,36 @@ impl Joining {
             return Ok(Err(refused));
         }
         let cluster = ClusterId(rand::random());
-        let view = Box::new(View { level, ..first_view(cluster, self.config.asked, nodes)? });
+        let view = Box::new(View {
+            level,
+            ..first_view(cluster, self.config.asked, nodes)?
+        });
         let node = view.node_at(&self.config.address).unwrap_or_default();
-        self.directory.set_stamp(Stamp::Founding { view: view.clone() })?;
-        tracing::info!("founded cluster {cluster}: {} nodes, {} shards", view.nodes.len(), view.shards().count());
+        self.directory
+            .set_stamp(Stamp::Founding { view: view.clone() })?;
+        tracing::info!(
+            "founded cluster {cluster}: {} nodes, {} shards",
+            view.nodes.len(),
+            view.shards().count()
+        );
         Ok(Ok(Joined { node, view }))
     }
 
-    async fn ask_promise(self: &Arc<Self>, address: &Address, request: &PromiseRequest) -> Result<Identity, String> {
+    async fn ask_promise(
+        self: &Arc<Self>,
+        address: &Address,
+        request: &PromiseRequest,
+    ) -> Result<Identity, String> {
         let reply = if *address == self.config.address {
             let (own, request) = (Arc::clone(self), request.clone());
-            tokio::task::spawn_blocking(move || own.promise(&request)).await.map_err(|error| error.to_string())?
+            tokio::task::spawn_blocking(move || own.promise(&request))
+                .await
+                .map_err(|error| error.to_string())?
         } else {
-            self.caller.promise(address, request, ASK_TIMEOUT).await.map_err(|error| short_reason(&error))?
+            self.caller
+                .promise(address, request, ASK_TIMEOUT)
+                .await
+                .map_err(|error| short_reason(&error))?
         };
         match reply {
             PromiseReply::Promised { identity } => Ok(identity),
@@ -467,7 +592,11 @@ fn short_reason(error: &(dyn std::error::Error + 'static)) -> String {
 
 /// How long a node of a `VIEW` of so many waits between two rounds of asking them all.
 fn ask_interval(nodes: usize, founds: bool) -> Duration {
-    let few = if founds { FEW_NODES_OF_FOUNDER } else { FEW_NODES };
+    let few = if founds {
+        FEW_NODES_OF_FOUNDER
+    } else {
+        FEW_NODES
+    };
     ASK_INTERVAL * u32::try_from(nodes.div_ceil(few).max(1)).unwrap_or(u32::MAX)
 }
 
@@ -478,7 +607,13 @@ mod tests {
     #[test]
     fn nodes_of_a_large_view_ask_less_often() {
         let ms = |nodes: usize, founds: bool| ask_interval(nodes, founds).as_millis();
-        assert_eq!([0, 3, 10, 11, 100].map(|nodes| ms(nodes, false)), [200, 200, 200, 400, 2000]);
-        assert_eq!([0, 3, 50, 100].map(|nodes| ms(nodes, true)), [200, 200, 200, 400]);
+        assert_eq!(
+            [0, 3, 10, 11, 100].map(|nodes| ms(nodes, false)),
+            [200, 200, 200, 400, 2000]
+        );
+        assert_eq!(
+            [0, 3, 50, 100].map(|nodes| ms(nodes, true)),
+            [200, 200, 200, 400]
+        );
     }
 }

@@ -1,14 +1,20 @@
-//! Whose data a directory holds, and what becomes of that of another cluster, or of an earlier life in this one.
+//! Whose data a directory holds, and what becomes of that of another cluster, or of an earlier life
+//! in this one.
 //!
-//! A node that was retired stamps its directory, forgets its replicas and waits as a spare. It may be killed between the two, and it may
-//! join another cluster, whose groups and replicas have the same small numbers: votes, entries and maps that are left would pass for its
-//! own. So a directory that is not stamped a member is looked at before anything in it is opened. A small file, `owner`, says for which
-//! cluster it was cleared since its stamp was written; where that is another, or there is none, it is cleared first:
-//! - of another cluster nothing is kept, not even which ids were used: the log is removed, file by file;
+//! A node that was retired stamps its directory, forgets its replicas and waits as a spare. It may
+//! be killed between the two, and it may join another cluster, whose groups and replicas have the
+//! same small numbers: votes, entries and maps that are left would pass for its own. So a directory
+//! that is not stamped a member is looked at before anything in it is opened. A small file,
+//! `owner`, says for which cluster it was cleared since its stamp was written; where that is
+//! another, or there is none, it is cleared first:
+//! - of another cluster nothing is kept, not even which ids were used: the log is removed, file by
+//!   file;
 //! - of this one the log keeps which ids were used, and forgets all replicas.
 //!
-//! A retirement that was cut short is finished by the next start, also if the node is to wait for long. Maps, snapshots and marks of replicas that the log does not have are removed at every start. The file is written last, so what a crash
-//! cuts short is done again; and with it there, what is found belongs to the cluster that is joined, and is kept.
+//! A retirement that was cut short is finished by the next start, also if the node is to wait for
+//! long. Maps, snapshots and marks of replicas that the log does not have are removed at every
+//! start. The file is written last, so what a crash cuts short is done again; and with it there,
+//! what is found belongs to the cluster that is joined, and is kept.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -34,7 +40,8 @@ const FORMAT: u64 = 1;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Owner {
     cluster: ClusterId,
-    /// What its stamp said then that it had left. Where the stamp says something else now, this file is out of date.
+    /// What its stamp said then that it had left. Where the stamp says something else now, this
+    /// file is out of date.
     left: Option<Left>,
 }
 
@@ -64,15 +71,21 @@ fn clearing(stamp: &Stamp, cluster: ClusterId, owner: Option<Owner>) -> Clearing
         (Some(_), _) => Clearing::Everything,
         (None, Some(left)) if left.cluster == cluster => Clearing::Replicas,
         (None, Some(_)) => Clearing::Everything,
-        // Never in a cluster, or of an earlier version that was ended before it could stamp itself a member: of this one, then.
+        // Never in a cluster, or of an earlier version that was ended before it could stamp itself
+        // a member: of this one, then.
         (None, None) => Clearing::Nothing,
     }
 }
 
 fn left(stamp: &Stamp) -> Option<Left> {
     match stamp {
-        Stamp::Retired { cluster, node, .. } => Some(Left { cluster: *cluster, node: *node }),
-        Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. } | Stamp::Member { .. } => None,
+        Stamp::Retired { cluster, node, .. } => Some(Left {
+            cluster: *cluster,
+            node: *node,
+        }),
+        Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. } | Stamp::Member { .. } => {
+            None
+        }
     }
 }
 
@@ -82,21 +95,32 @@ fn left(stamp: &Stamp) -> Option<Left> {
 ///
 /// When the file can't be read.
 pub fn is_cleared(disk: &dyn Disk, directory: &Path, stamp: &Stamp) -> Result<bool, StartError> {
-    let owner: Option<Owner> = sealed::read(disk, &directory.join(OWNER), FORMAT).map_err(sealed_error)?;
+    let owner: Option<Owner> =
+        sealed::read(disk, &directory.join(OWNER), FORMAT).map_err(sealed_error)?;
     Ok(owner.is_some_and(|owner| owner.left == left(stamp)))
 }
 
-/// Says that the directory was cleared for `cluster` since this stamp was written; durable when it returns.
+/// Says that the directory was cleared for `cluster` since this stamp was written; durable when it
+/// returns.
 ///
 /// # Errors
 ///
 /// When the disk fails.
-pub fn note_cleared(disk: &dyn Disk, directory: &Path, stamp: &Stamp, cluster: ClusterId) -> Result<(), StartError> {
-    let owner = Owner { cluster, left: left(stamp) };
+pub fn note_cleared(
+    disk: &dyn Disk,
+    directory: &Path,
+    stamp: &Stamp,
+    cluster: ClusterId,
+) -> Result<(), StartError> {
+    let owner = Owner {
+        cluster,
+        left: left(stamp),
+    };
     sealed::write(disk, directory, OWNER, FORMAT, &owner).map_err(sealed_error)
 }
 
-/// Opens the log of a directory that is to serve `cluster`, with nothing of another life in it. Blocking: reads the log back.
+/// Opens the log of a directory that is to serve `cluster`, with nothing of another life in it.
+/// Blocking: reads the log back.
 ///
 /// # Errors
 ///
@@ -108,12 +132,16 @@ pub fn open_log(
     cluster: ClusterId,
     options: LogOptions,
 ) -> Result<(Log, LogWriter), StartError> {
-    let owner: Option<Owner> = sealed::read(&**disk, &directory.join(OWNER), FORMAT).map_err(sealed_error)?;
+    let owner: Option<Owner> =
+        sealed::read(&**disk, &directory.join(OWNER), FORMAT).map_err(sealed_error)?;
     let path = directory.join(LOG);
     let clearing = clearing(stamp, cluster, owner);
     if clearing == Clearing::Everything {
         tracing::info!("this directory served another cluster: what is left of that is removed");
-        let failed = |source| OpenLogError::Io { context: format!("remove the log in {}", path.display()), source };
+        let failed = |source| OpenLogError::Io {
+            context: format!("remove the log in {}", path.display()),
+            source,
+        };
         log::discard(disk.clone(), &path).map_err(failed)?;
     }
 
@@ -122,7 +150,13 @@ pub fn open_log(
         tracing::info!("this node was retired: the replicas that it had are forgotten");
         forget_all(&log, &mut writer)?;
     }
-    if owner != Some(Owner { cluster, left: left(stamp) }) && !matches!(stamp, Stamp::Member { .. }) {
+    if owner
+        != Some(Owner {
+            cluster,
+            left: left(stamp),
+        })
+        && !matches!(stamp, Stamp::Member { .. })
+    {
         note_cleared(&**disk, directory, stamp, cluster)?;
     }
     Ok((log, writer))
@@ -137,7 +171,11 @@ fn forget_all(log: &Log, writer: &mut LogWriter) -> Result<(), StartError> {
         None => Ok(()),
         Some(failure) => {
             let source = io::Error::new(failure.kind, failure.clone());
-            Err(OpenLogError::Io { context: "forget the replicas of an earlier life".to_owned(), source }.into())
+            Err(OpenLogError::Io {
+                context: "forget the replicas of an earlier life".to_owned(),
+                source,
+            }
+            .into())
         }
     }
 }
@@ -168,9 +206,18 @@ mod tests {
     use crate::types::{GroupId, LogId, ReplicaId};
 
     const DIRECTORY: &str = "/data";
-    const META: ReplicaKey = ReplicaKey { group: GroupId(0), replica: ReplicaId(1) };
-    const WITNESS: ReplicaKey = ReplicaKey { group: GroupId(1), replica: ReplicaId(2) };
-    const LATER: ReplicaKey = ReplicaKey { group: GroupId(0), replica: ReplicaId(9) };
+    const META: ReplicaKey = ReplicaKey {
+        group: GroupId(0),
+        replica: ReplicaId(1),
+    };
+    const WITNESS: ReplicaKey = ReplicaKey {
+        group: GroupId(1),
+        replica: ReplicaId(2),
+    };
+    const LATER: ReplicaKey = ReplicaKey {
+        group: GroupId(0),
+        replica: ReplicaId(9),
+    };
 
     struct AlwaysSynced;
 
@@ -181,36 +228,73 @@ mod tests {
     }
 
     fn retired(cluster: u128) -> Stamp {
-        Stamp::Retired { cluster: ClusterId(cluster), node: NodeId(3), members: Vec::new() }
+        Stamp::Retired {
+            cluster: ClusterId(cluster),
+            node: NodeId(3),
+            members: Vec::new(),
+        }
     }
 
-    fn open(disk: &SimDisk, trees: &MemTrees, stamp: &Stamp, cluster: u128) -> Result<(Log, LogWriter, StateStore), StartError> {
+    fn open(
+        disk: &SimDisk,
+        trees: &MemTrees,
+        stamp: &Stamp,
+        cluster: u128,
+    ) -> Result<(Log, LogWriter, StateStore), StartError> {
         let shared: Arc<dyn Disk> = Arc::new(disk.clone());
-        let options =
-            LogOptions { expect: Expect::NewOrExisting, segment_bytes: 4000, grow_bytes: 1000, ..LogOptions::default() };
-        let (log, writer) = open_log(&shared, Path::new(DIRECTORY), stamp, ClusterId(cluster), options)?;
-        let (states, _) = StateStore::open(Arc::new(trees.clone()), shared, Path::new(DIRECTORY), StateOptions::default())?;
+        let options = LogOptions {
+            expect: Expect::NewOrExisting,
+            segment_bytes: 4000,
+            grow_bytes: 1000,
+            ..LogOptions::default()
+        };
+        let (log, writer) = open_log(
+            &shared,
+            Path::new(DIRECTORY),
+            stamp,
+            ClusterId(cluster),
+            options,
+        )?;
+        let (states, _) = StateStore::open(
+            Arc::new(trees.clone()),
+            shared,
+            Path::new(DIRECTORY),
+            StateOptions::default(),
+        )?;
         clear_maps(&log, &states)?;
         Ok((log, writer, states))
     }
 
     fn create(log: &Log, writer: &mut LogWriter, key: ReplicaKey) -> io::Result<()> {
         let (sender, created) = std::sync::mpsc::channel();
-        log.create(key, Box::new(move |result| sender.send(result).expect("it is waited for")));
+        log.create(
+            key,
+            Box::new(move |result| sender.send(result).expect("it is waited for")),
+        );
         while writer.pump() {}
         created.recv().expect("an outcome")
     }
 
-    /// Serves a cluster with a replica of the meta group, which votes and has a snapshot, and with a witness.
+    /// Serves a cluster with a replica of the meta group, which votes and has a snapshot, and with
+    /// a witness.
     fn live(disk: &SimDisk, trees: &MemTrees, stamp: &Stamp, cluster: u128) {
         let (log, mut writer, states) = open(disk, trees, stamp, cluster).expect("opened");
-        let applied = Applied { log_id: Some(LogId { term: 1, index: 5 }), ..Applied::default() };
+        let applied = Applied {
+            log_id: Some(LogId { term: 1, index: 5 }),
+            ..Applied::default()
+        };
         states.witnesses().write(WITNESS, &applied).expect("marked");
         for key in [META, WITNESS] {
             create(&log, &mut writer, key).expect("created");
         }
-        let vote = Vote { term: 7, voted_for: None, committed: true };
-        log.replica(META).expect("it was created").save_vote(vote, Box::new(|saved| saved.expect("saved")));
+        let vote = Vote {
+            term: 7,
+            voted_for: None,
+            committed: true,
+        };
+        log.replica(META)
+            .expect("it was created")
+            .save_vote(vote, Box::new(|saved| saved.expect("saved")));
         while writer.pump() {}
         let state = states.replica(META, Arc::new(AlwaysSynced)).expect("a map");
         let mut batch = WriteBatch::default();
@@ -223,7 +307,11 @@ mod tests {
     /// Nothing of an earlier life is there: not in the log, nor beside it.
     fn assert_new(log: &Log, states: &StateStore, context: &str) {
         assert!(log.replicas().is_empty(), "{context}: {:?}", log.replicas());
-        assert_eq!(states.witnesses().read(WITNESS).expect("readable"), None, "{context}");
+        assert_eq!(
+            states.witnesses().read(WITNESS).expect("readable"),
+            None,
+            "{context}"
+        );
         let state = states.replica(META, Arc::new(AlwaysSynced)).expect("a map");
         assert_eq!(state.opened().origin, Origin::New, "{context}");
     }
@@ -255,7 +343,8 @@ mod tests {
         for cluster in [1, 2] {
             let (disk, trees) = (SimDisk::new(1), MemTrees::new());
             live(&disk, &trees, &Stamp::Fresh, 1);
-            let (log, mut writer, states) = open(&disk, &trees, &retired(1), cluster).expect("opened");
+            let (log, mut writer, states) =
+                open(&disk, &trees, &retired(1), cluster).expect("opened");
             create(&log, &mut writer, LATER).expect("created");
             drop((log, writer, states));
             let (log, ..) = open(&disk, &trees, &retired(1), cluster).expect("opened");
@@ -273,8 +362,14 @@ mod tests {
             directory: crate::types::DirectoryId(7),
         };
         let asked = crate::sm::view::Asked::default();
-        let view = crate::sm::placement::first_view(ClusterId(2), asked, vec![of]).expect("a view of one node");
-        let stamp = Stamp::Member { cluster: ClusterId(2), node: NodeId(1), meta_replica: META.replica, view: Box::new(view) };
+        let view = crate::sm::placement::first_view(ClusterId(2), asked, vec![of])
+            .expect("a view of one node");
+        let stamp = Stamp::Member {
+            cluster: ClusterId(2),
+            node: NodeId(1),
+            meta_replica: META.replica,
+            view: Box::new(view),
+        };
         let (log, ..) = open(&disk, &trees, &stamp, 2).expect("opened");
         assert_eq!(log.replicas(), [META, WITNESS]);
     }
@@ -286,25 +381,45 @@ mod tests {
             let mut whole = 0;
             for syncs in 0.. {
                 for is_power_cut in [false, true] {
-                    let context = format!("cluster {cluster}, {syncs} syncs, power cut: {is_power_cut}");
+                    let context =
+                        format!("cluster {cluster}, {syncs} syncs, power cut: {is_power_cut}");
                     let (disk, trees) = (SimDisk::new(syncs), MemTrees::new());
                     live(&disk, &trees, &Stamp::Fresh, 1);
                     disk.fail_sync_after(syncs);
                     let opened = open(&disk, &trees, &retired(1), cluster);
                     let created = opened.and_then(|(log, mut writer, _states)| {
-                        create(&log, &mut writer, LATER)
-                            .map_err(|source| StartError::Log(OpenLogError::Io { context: "create".to_owned(), source }))
+                        create(&log, &mut writer, LATER).map_err(|source| {
+                            StartError::Log(OpenLogError::Io {
+                                context: "create".to_owned(),
+                                source,
+                            })
+                        })
                     });
                     disk.heal();
-                    trees.crash(if is_power_cut { Crash::Power } else { Crash::Kill }, syncs);
+                    trees.crash(
+                        if is_power_cut {
+                            Crash::Power
+                        } else {
+                            Crash::Kill
+                        },
+                        syncs,
+                    );
                     if is_power_cut {
                         disk.crash();
                     }
-                    let (log, _writer, states) =
-                        open(&disk, &trees, &retired(1), cluster).unwrap_or_else(|error| panic!("{context}: {error}"));
+                    let (log, _writer, states) = open(&disk, &trees, &retired(1), cluster)
+                        .unwrap_or_else(|error| panic!("{context}: {error}"));
                     assert!(!log.replicas().contains(&META), "{context}");
-                    assert!(created.is_err() || log.replicas() == [LATER], "{context}: {:?}", log.replicas());
-                    assert_eq!(states.witnesses().read(WITNESS).expect("readable"), None, "{context}");
+                    assert!(
+                        created.is_err() || log.replicas() == [LATER],
+                        "{context}: {:?}",
+                        log.replicas()
+                    );
+                    assert_eq!(
+                        states.witnesses().read(WITNESS).expect("readable"),
+                        None,
+                        "{context}"
+                    );
                     whole += u32::from(created.is_ok());
                 }
                 if whole > 0 {

@@ -1,9 +1,9 @@
-//! Raises the level of the cluster, where the meta group is led: once every node of the view has said
-//! for a while that its program knows a later one, and none of them holds it.
+//! Raises the level of the cluster, where the meta group is led: once every node of the view has
+//! said for a while that its program knows a later one, and none of them holds it.
 //!
-//! Until then each node can go back to its older program. A hold is kept in data directories and not
-//! by the meta group, because at level 0 there may be programs that can't read such an entry; one
-//! node that holds is enough. A new leader begins to count anew.
+//! Until then each node can go back to its older program. A hold is kept in data directories and
+//! not by the meta group, because at level 0 there may be programs that can't read such an entry;
+//! one node that holds is enough. A new leader begins to count anew.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -54,51 +54,94 @@ impl Heard {
     fn take(&mut self, now: Instant, answers: BTreeMap<NodeId, (u16, bool)>) {
         self.0.retain(|node, _| answers.contains_key(node));
         for (node, (speaks, holds)) in answers {
-            let said = self.0.entry(node).or_insert(Said { speaks, holds, since: now });
-            let since = if said.speaks == speaks { said.since } else { now };
-            *said = Said { speaks, holds, since };
+            let said = self.0.entry(node).or_insert(Said {
+                speaks,
+                holds,
+                since: now,
+            });
+            let since = if said.speaks == speaks {
+                said.since
+            } else {
+                now
+            };
+            *said = Said {
+                speaks,
+                holds,
+                since,
+            };
         }
     }
 
     /// Returns the level to which that of the view can be raised.
     fn reached(&self, now: Instant, view: &View, after: Duration) -> Option<u16> {
-        let said = view.nodes.keys().map(|node| self.0.get(node)).collect::<Option<Vec<_>>>()?;
-        let reached = said.iter().map(|said| said.speaks).min().filter(|level| *level > view.level)?;
-        let is_settled = said.iter().all(|said| !said.holds && now.duration_since(said.since) >= after);
+        let said = view
+            .nodes
+            .keys()
+            .map(|node| self.0.get(node))
+            .collect::<Option<Vec<_>>>()?;
+        let reached = said
+            .iter()
+            .map(|said| said.speaks)
+            .min()
+            .filter(|level| *level > view.level)?;
+        let is_settled = said
+            .iter()
+            .all(|said| !said.holds && now.duration_since(said.since) >= after);
         is_settled.then_some(reached)
     }
 }
 
 impl Levels {
     pub fn new(member: Arc<Member>, speaks: u16, raise_after: Duration) -> Self {
-        Self { member, speaks, raise_after, heard: Heard::default() }
+        Self {
+            member,
+            speaks,
+            raise_after,
+            heard: Heard::default(),
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let tick = (self.raise_after / 4).clamp(TICK_MIN, TICK_MAX);
         while super::waited(shutdown, tick).await {
-            let meta = self.member.registry.get(GroupId::META).filter(|meta| meta.leads());
+            let meta = self
+                .member
+                .registry
+                .get(GroupId::META)
+                .filter(|meta| meta.leads());
             let Some(meta) = meta.filter(|_| self.member.view().level < self.speaks) else {
                 self.heard.0.clear();
                 continue;
             };
-            let Ok(view) = read_applied_view(&meta) else { continue };
+            let Ok(view) = read_applied_view(&meta) else {
+                continue;
+            };
             let answers = self.ask(&view).await;
             let now = Instant::now();
             self.heard.take(now, answers);
             if let Some(level) = self.heard.reached(now, &view, self.raise_after) {
-                self.raise(&meta, level.min(self.speaks), view.version).await;
+                self.raise(&meta, level.min(self.speaks), view.version)
+                    .await;
             }
         }
     }
 
     /// Asks every node of the view what it speaks, and whether it holds the level.
     async fn ask(&self, view: &View) -> BTreeMap<NodeId, (u16, bool)> {
-        let nodes: Vec<(NodeId, Node)> = view.nodes.iter().map(|(id, node)| (*id, node.clone())).collect();
+        let nodes: Vec<(NodeId, Node)> = view
+            .nodes
+            .iter()
+            .map(|(id, node)| (*id, node.clone()))
+            .collect();
         let mut answers = BTreeMap::new();
         for some in nodes.chunks(ASKED_AT_ONCE) {
             let asked = some.iter().map(|(id, node)| async move {
-                let identity = self.member.peers.identity_of(node, ASK_TIMEOUT).await.ok()?;
+                let identity = self
+                    .member
+                    .peers
+                    .identity_of(node, ASK_TIMEOUT)
+                    .await
+                    .ok()?;
                 Some((*id, (identity.speaks, identity.holds_level)))
             });
             answers.extend(join_all(asked).await.into_iter().flatten());
@@ -108,12 +151,18 @@ impl Levels {
 
     async fn raise(&self, meta: &Group, level: u16, over: MapVersion) {
         let command = meta::Command::RaiseLevel { level, over };
-        match meta.propose_meta(command, Instant::now() + PROPOSE_TIMEOUT).await {
+        match meta
+            .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
+            .await
+        {
             Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => tracing::info!(
-                "the cluster is at level {level} now: every node knows it. An older program can't take part any more"
+                "the cluster is at level {level} now: every node knows it. An older program can't \
+                take part any more"
             ),
             // The view has changed meanwhile: all are asked again.
-            Ok(meta::Outcome::Rejected(rejection)) => tracing::debug!("the level was not raised: {rejection:?}"),
+            Ok(meta::Outcome::Rejected(rejection)) => {
+                tracing::debug!("the level was not raised: {rejection:?}")
+            }
             Err(error) => tracing::debug!("the level was not raised: {error}"),
         }
     }
@@ -121,7 +170,10 @@ impl Levels {
 
 /// Resolves when the view is of a level that this node does not speak.
 pub async fn outgrown(mut views: watch::Receiver<Arc<View>>, speaks: u16) -> TooOld {
-    let outgrown = views.wait_for(|view| view.level > speaks).await.map(|view| TooOld::new(view.level, speaks));
+    let outgrown = views
+        .wait_for(|view| view.level > speaks)
+        .await
+        .map(|view| TooOld::new(view.level, speaks));
     match outgrown {
         Ok(too_old) => too_old,
         // The node is stopping.
@@ -153,26 +205,58 @@ mod tests {
         let mut heard = Heard::default();
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let mut round = |seconds: u64, said: &[(u64, u16, bool)]| {
-            heard.take(at(seconds), said.iter().map(|(node, speaks, holds)| (NodeId(*node), (*speaks, *holds))).collect());
+            heard.take(
+                at(seconds),
+                said.iter()
+                    .map(|(node, speaks, holds)| (NodeId(*node), (*speaks, *holds)))
+                    .collect(),
+            );
             heard.reached(at(seconds), &view, AFTER)
         };
-        assert_eq!(round(0, &[(1, 2, false), (2, 0, false)]), None, "one is old");
-        assert_eq!(round(100, &[(1, 2, false), (2, 1, false)]), None, "it was old a moment ago");
+        assert_eq!(
+            round(0, &[(1, 2, false), (2, 0, false)]),
+            None,
+            "one is old"
+        );
+        assert_eq!(
+            round(100, &[(1, 2, false), (2, 1, false)]),
+            None,
+            "it was old a moment ago"
+        );
         assert_eq!(round(159, &[(1, 2, false), (2, 1, false)]), None);
-        assert_eq!(round(160, &[(1, 2, false), (2, 1, false)]), Some(1), "the least of them");
-        assert_eq!(round(170, &[(1, 2, false), (2, 1, true)]), None, "it is held");
+        assert_eq!(
+            round(160, &[(1, 2, false), (2, 1, false)]),
+            Some(1),
+            "the least of them"
+        );
+        assert_eq!(
+            round(170, &[(1, 2, false), (2, 1, true)]),
+            None,
+            "it is held"
+        );
         assert_eq!(round(180, &[(1, 2, false), (2, 1, false)]), Some(1));
         assert_eq!(round(190, &[(1, 2, false)]), None, "one is silent");
-        assert_eq!(round(200, &[(1, 2, false), (2, 1, false)]), None, "it was silent a moment ago");
+        assert_eq!(
+            round(200, &[(1, 2, false), (2, 1, false)]),
+            None,
+            "it was silent a moment ago"
+        );
         assert_eq!(round(260, &[(1, 2, false), (2, 1, false)]), Some(1));
-        assert_eq!(round(270, &[(1, 2, false), (2, 0, false)]), None, "it went back");
+        assert_eq!(
+            round(270, &[(1, 2, false), (2, 0, false)]),
+            None,
+            "it went back"
+        );
     }
 
     #[test]
     fn a_level_that_is_reached_is_not_raised_again() {
         let (view, now) = (View { level: 1, ..view() }, Instant::now());
         let mut heard = Heard::default();
-        heard.take(now, BTreeMap::from([(NodeId(1), (1, false)), (NodeId(2), (1, false))]));
+        heard.take(
+            now,
+            BTreeMap::from([(NodeId(1), (1, false)), (NodeId(2), (1, false))]),
+        );
         assert_eq!(heard.reached(now, &view, Duration::ZERO), None);
     }
 }

@@ -1,5 +1,5 @@
-//! [`Machine`]: what a node stands on. The real one is [`RealMachine`]; a simulated one lets a test end a node at any step of a view
-//! change, and start it again from what its disk had kept by then.
+//! [`Machine`]: what a node stands on. The real one is [`RealMachine`]; a simulated one lets a test
+//! end a node at any step of a view change, and start it again from what its disk had kept by then.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,12 +24,18 @@ pub trait Machine: Send + Sync + 'static {
     fn disk(&self) -> Arc<dyn Disk>;
 
     /// The map database. `is_expected`: there were replicas, so it should be there.
-    fn open_trees(&self, path: &Path, options: SledOptions, is_expected: bool) -> Result<Arc<dyn Trees>, SledError>;
+    fn open_trees(
+        &self,
+        path: &Path,
+        options: SledOptions,
+        is_expected: bool,
+    ) -> Result<Arc<dyn Trees>, SledError>;
 
     /// Who is told when a part of the node panics or hangs.
     fn supervisor(&self) -> Supervisor;
 
-    /// Told of each step of a view change that this node has taken; the next one waits for the end of what this returns.
+    /// Told of each step of a view change that this node has taken; the next one waits for the end
+    /// of what this returns.
     fn stepped(&self, _step: Stepped<'_>) -> BoxFuture<'static, ()> {
         Box::pin(ready(()))
     }
@@ -39,7 +45,10 @@ pub trait Machine: Send + Sync + 'static {
 #[derive(Debug, Clone, Copy)]
 pub enum Stepped<'a> {
     /// Towards the members that the view wants.
-    Members { group: GroupId, step: &'a membership::Step },
+    Members {
+        group: GroupId,
+        step: &'a membership::Step,
+    },
     /// A move was opened.
     Opened { from: GroupId, to: GroupId },
     /// Of a move that is open.
@@ -65,9 +74,18 @@ impl Machine for RealMachine {
         Supervisor::of_the_process()
     }
 
-    fn open_trees(&self, path: &Path, options: SledOptions, is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
+    fn open_trees(
+        &self,
+        path: &Path,
+        options: SledOptions,
+        is_expected: bool,
+    ) -> Result<Arc<dyn Trees>, SledError> {
         if is_expected && !is_there(path) {
-            tracing::warn!("the map database {} is missing: every map is rebuilt from its snapshot and the log", path.display());
+            tracing::warn!(
+                "the map database {} is missing: every map is rebuilt from its snapshot and the \
+                log",
+                path.display()
+            );
         }
         Ok(Arc::new(SledTrees::open(path, &options)?))
     }

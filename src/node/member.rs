@@ -1,7 +1,9 @@
-//! A node that belongs to a cluster: the view as it knows it, its replicas, and whom to ask about the others.
+//! A node that belongs to a cluster: the view as it knows it, its replicas, and whom to ask about
+//! the others.
 //!
-//! [`Member`] is what the other parts of `node` share. It decides nothing: the view comes from the node's own meta replica (set by
-//! `reconciler`), leaders from its own replicas, or from what others answered (hints, which may be wrong and are only tried first).
+//! [`Member`] is what the other parts of `node` share. It decides nothing: the view comes from the
+//! node's own meta replica (set by `reconciler`), leaders from its own replicas, or from what
+//! others answered (hints, which may be wrong and are only tried first).
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
@@ -17,8 +19,12 @@ use super::failures::Failures;
 use super::join::Joining;
 use super::move_counters::MoveCounters;
 use crate::client::call::ShardCaller;
-use crate::client::peer::{Announcement, FailedReplica, HostedReplica, Hosting, NotedDigest, PeerCaller, PeerError};
-use crate::client::protocol::{ClusterStatus, Hop, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::client::peer::{
+    Announcement, FailedReplica, HostedReplica, Hosting, NotedDigest, PeerCaller, PeerError,
+};
+use crate::client::protocol::{
+    ClusterStatus, Hop, MoveStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus,
+};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::Failure;
 use crate::raft::Group;
@@ -29,7 +35,10 @@ use crate::sm::level::Feature;
 use crate::sm::view::{Node, View, Witness as Seat};
 use crate::sm::{kv, meta};
 use crate::storage::state::ReadKind;
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, ParseError, PlanEpoch, ReplicaId};
+use crate::types::{
+    Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, ParseError, PlanEpoch,
+    ReplicaId,
+};
 
 /// How soon to try a meta leader again that was none.
 const META_RETRY_AFTER_MS: u64 = 500;
@@ -41,7 +50,8 @@ const SUSPECT_FOR: Duration = Duration::from_secs(1);
 const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
 /// Nodes that are asked at once: a connection each.
 const STATUS_ASKED_AT_ONCE: usize = 64;
-/// An answer about all nodes is shared by who asks within this time: watching a cluster must not load it.
+/// An answer about all nodes is shared by who asks within this time: watching a cluster must not
+/// load it.
 const STATUS_FRESH_FOR: Duration = Duration::from_millis(200);
 /// A replica that has applied less than its leader by more than this many entries is lagging.
 const LAGGING_ENTRIES: u64 = 1000;
@@ -81,7 +91,8 @@ pub struct Views {
     moved: RwLock<HashMap<DirectoryId, Address>>,
     /// Whether there is any: frames ask.
     any_moved: AtomicBool,
-    /// Of the last plans that another has taken the place of: whether everything was as they said by then.
+    /// Of the last plans that another has taken the place of: whether everything was as they said
+    /// by then.
     ended: Mutex<BTreeMap<PlanEpoch, bool>>,
 }
 
@@ -120,7 +131,9 @@ impl Views {
     /// A directory has shown that it runs at this address. True: the view says another, or none.
     pub fn found_at(&self, directory: DirectoryId, address: &Address) -> bool {
         let view = self.view();
-        let Some(node) = view.nodes.values().find(|node| node.directory == directory) else { return false };
+        let Some(node) = view.nodes.values().find(|node| node.directory == directory) else {
+            return false;
+        };
         let is_elsewhere = node.address != *address;
         let mut moved = self.moved.write().expect("no holder panics");
         match is_elsewhere {
@@ -134,7 +147,11 @@ impl Views {
     /// Returns whether lanes to this directory of a member go to another address than this.
     pub fn leads_elsewhere(&self, directory: DirectoryId, address: &Address) -> bool {
         let view = self.view();
-        let known = view.nodes.values().find(|node| node.directory == directory).map(|node| node.address.clone());
+        let known = view
+            .nodes
+            .values()
+            .find(|node| node.directory == directory)
+            .map(|node| node.address.clone());
         known.is_some_and(|known| self.moved_to(directory).unwrap_or(known) != *address)
     }
 
@@ -143,22 +160,30 @@ impl Views {
         if !self.any_moved.load(Ordering::Relaxed) {
             return None;
         }
-        self.moved.read().expect("no holder panics").get(&directory).cloned()
+        self.moved
+            .read()
+            .expect("no holder panics")
+            .get(&directory)
+            .cloned()
     }
 
-    /// Forgets where nodes were found whose address in the view has changed: that is newer. That a node was given a place holder is no
-    /// news of it.
+    /// Forgets where nodes were found whose address in the view has changed: that is newer. That a
+    /// node was given a place holder is no news of it.
     fn forget_moved(&self, before: &View, after: &View) {
         if !self.any_moved.load(Ordering::Relaxed) {
             return;
         }
         let mut moved = self.moved.write().expect("no holder panics");
         let address_in = |view: &View, directory: &DirectoryId| {
-            view.nodes.values().find(|node| node.directory == *directory).map(|node| node.address.clone())
+            view.nodes
+                .values()
+                .find(|node| node.directory == *directory)
+                .map(|node| node.address.clone())
         };
         moved.retain(|directory, address| {
             let now = address_in(after, directory);
-            let is_same = now == address_in(before, directory) || now.as_ref().is_some_and(is_place_holder);
+            let is_same =
+                now == address_in(before, directory) || now.as_ref().is_some_and(is_place_holder);
             now.is_some_and(|now| now != *address) && is_same
         });
         self.any_moved.store(!moved.is_empty(), Ordering::Relaxed);
@@ -185,9 +210,14 @@ impl Views {
         }
     }
 
-    /// Returns whether a plan before this one was done when the next took over; none where this node was not there to see it.
+    /// Returns whether a plan before this one was done when the next took over; none where this
+    /// node was not there to see it.
     pub fn was_done(&self, plan: PlanEpoch) -> Option<bool> {
-        self.ended.lock().expect("no holder panics").get(&plan).copied()
+        self.ended
+            .lock()
+            .expect("no holder panics")
+            .get(&plan)
+            .copied()
     }
 
     /// Takes a view that is newer than the one known. True: it was.
@@ -197,11 +227,13 @@ impl Views {
             if view.version <= known.version {
                 return false;
             }
-            // With a version in between nobody knows how the one before stood when the plan was accepted.
+            // With a version in between nobody knows how the one before stood when the plan was
+            // accepted.
             if view.version.0 == known.version.0 + 1 && view.epoch > known.epoch {
                 self.note_end(known);
             }
-            *self.map.write().expect("no holder panics") = Arc::new(ShardMap::from_view(&view, |_| None));
+            *self.map.write().expect("no holder panics") =
+                Arc::new(ShardMap::from_view(&view, |_| None));
             self.level.fetch_max(view.level, Ordering::Relaxed);
             self.forget_moved(known, &view);
             *known = view.clone();
@@ -262,7 +294,12 @@ impl Member {
 
     /// Counts that replicas of a shard which this node leads differ.
     pub fn differed(&self, shard: GroupId) {
-        *self.differed.lock().expect("no holder panics").entry(shard).or_default() += 1;
+        *self
+            .differed
+            .lock()
+            .expect("no holder panics")
+            .entry(shard)
+            .or_default() += 1;
     }
 
     /// Returns how often replicas of each shard that this node led were found to differ.
@@ -285,10 +322,13 @@ impl Member {
 
     /// Whether a peer was heard of lately, on any lane.
     pub fn heard_within(&self, node: NodeId, time: Duration) -> bool {
-        self.registry.last_heard(node).is_some_and(|at| at.elapsed() < time)
+        self.registry
+            .last_heard(node)
+            .is_some_and(|at| at.elapsed() < time)
     }
 
-    /// Asks another node whether its disk has room for writes. None: it did not answer. Programs that do not say are taken to have some.
+    /// Asks another node whether its disk has room for writes. None: it did not answer. Programs
+    /// that do not say are taken to have some.
     pub async fn has_room(&self, node: NodeId, timeout: Duration) -> Option<bool> {
         let place = self.view().nodes.get(&node).cloned()?;
         let hosting = self.peers.hosting(&place, timeout).await.ok()?;
@@ -303,21 +343,31 @@ impl Member {
     /// Waits a moment for a map newer than this one.
     pub async fn wait_for_map(&self, older_than: MapVersion) {
         let mut views = self.views.subscribe();
-        // Neither a moment without news nor a node that is stopping is an error: the router goes on with the map it has.
-        drop(tokio::time::timeout(MAP_WAIT, views.wait_for(|view| view.version > older_than)).await);
+        // Neither a moment without news nor a node that is stopping is an error: the router goes on
+        // with the map it has.
+        drop(
+            tokio::time::timeout(MAP_WAIT, views.wait_for(|view| view.version > older_than)).await,
+        );
     }
 
-    /// Waits until the view that is known here says that the change of this plan is over, for at most so long. True: it does.
+    /// Waits until the view that is known here says that the change of this plan is over, for at
+    /// most so long. True: it does.
     pub async fn hears_of_end(&self, id: PlanEpoch, at_most: Duration) -> bool {
         let mut views = self.views.subscribe();
         let is_over = |view: &Arc<View>| view.epoch > id || (view.epoch == id && view.is_settled());
-        matches!(tokio::time::timeout(at_most, views.wait_for(is_over)).await, Ok(Ok(_)))
+        matches!(
+            tokio::time::timeout(at_most, views.wait_for(is_over)).await,
+            Ok(Ok(_))
+        )
     }
 
-    /// The replica of the shard here, if it is to stay: one on its way out is told nothing any more, also not who leads.
+    /// The replica of the shard here, if it is to stay: one on its way out is told nothing any
+    /// more, also not who leads.
     pub fn staying_replica(&self, shard: GroupId) -> Option<Arc<Group>> {
         let stays = self.view().replica_on(shard, self.node)?;
-        self.registry.get(shard).filter(|group| group.key().replica == stays)
+        self.registry
+            .get(shard)
+            .filter(|group| group.key().replica == stays)
     }
 
     /// Refuses what comes from a node of another cluster, at an address that was somebody else's.
@@ -325,22 +375,34 @@ impl Member {
         if cluster == self.cluster {
             return Ok(());
         }
-        Err(Failure::Invalid { reason: format!("this node belongs to cluster {}, not to {cluster}", self.cluster) })
+        Err(Failure::Invalid {
+            reason: format!(
+                "this node belongs to cluster {}, not to {cluster}",
+                self.cluster
+            ),
+        })
     }
 
-    /// The node to ask about a shard that this one does not lead: its leader where that is known, else its home, else any with a replica;
-    /// one that did not answer a moment ago, has just ended, or can't be connected to, only if there is no other.
+    /// The node to ask about a shard that this one does not lead: its leader where that is known,
+    /// else its home, else any with a replica; one that did not answer a moment ago, has just
+    /// ended, or can't be connected to, only if there is no other.
     pub fn peer_for(&self, shard: GroupId) -> Option<PeerPlace> {
         let map = self.map();
         let place = map.shard(shard)?;
-        let local_leader = self.staying_replica(shard).and_then(|group| group.status().leader);
+        let local_leader = self
+            .staying_replica(shard)
+            .and_then(|group| group.status().leader);
         let hints = self.hints.lock().expect("no holder panics");
         let hint = hints.get(&shard);
         let hinted = hint.and_then(|hint| hint.leader);
         let is_closed = |node: &NodeId| self.registry.ways().is_closed(*node);
         let suspect = |node: &NodeId| {
-            let suspects = hint.map(|hint| hint.suspects.as_slice()).unwrap_or_default();
-            let is_silent = suspects.iter().any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR);
+            let suspects = hint
+                .map(|hint| hint.suspects.as_slice())
+                .unwrap_or_default();
+            let is_silent = suspects
+                .iter()
+                .any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR);
             // Who showed that it leads is asked, whatever the lanes say.
             is_silent || is_closed(node) || (hinted != Some(*node) && self.registry.is_cut(*node))
         };
@@ -352,22 +414,44 @@ impl Member {
             .chain(replicas)
             .filter(|node| *node != self.node && map.node(*node).is_some())
             .collect();
-        let chosen = candidates.iter().find(|node| !suspect(node)).or(candidates.first()).copied()?;
-        let is_around = candidates.iter().take_while(|node| **node != chosen).any(is_closed);
-        let hop = if is_around || is_closed(&chosen) { Hop::Relay } else { Hop::Answer };
+        let chosen = candidates
+            .iter()
+            .find(|node| !suspect(node))
+            .or(candidates.first())
+            .copied()?;
+        let is_around = candidates
+            .iter()
+            .take_while(|node| **node != chosen)
+            .any(is_closed);
+        let hop = if is_around || is_closed(&chosen) {
+            Hop::Relay
+        } else {
+            Hop::Answer
+        };
         // Where it was found, which the view may not say yet.
         let address = self.views.resolve(chosen).map(|peer| peer.address);
         let address = address.or_else(|| map.node(chosen).map(|place| place.address.clone()))?;
-        Some(PeerPlace { node: chosen, address, name: map.name_of(chosen)?.clone(), hop })
+        Some(PeerPlace {
+            node: chosen,
+            address,
+            name: map.name_of(chosen)?.clone(),
+            hop,
+        })
     }
 
-    /// Who leads the shard: this node, or who answered for it last, or whom its replica here follows.
+    /// Who leads the shard: this node, or who answered for it last, or whom its replica here
+    /// follows.
     pub fn known_leader(&self, shard: GroupId) -> Option<NodeId> {
         let local = self.registry.get(shard);
         if local.as_ref().is_some_and(|group| group.leads()) {
             return Some(self.node);
         }
-        let hinted = self.hints.lock().expect("no holder panics").get(&shard).and_then(|hint| hint.leader);
+        let hinted = self
+            .hints
+            .lock()
+            .expect("no holder panics")
+            .get(&shard)
+            .and_then(|hint| hint.leader);
         hinted.or_else(|| local.and_then(|group| group.status().leader))
     }
 
@@ -385,7 +469,8 @@ impl Member {
         }
         let hint = hints.entry(shard).or_default();
         hint.leader = leader;
-        hint.suspects.retain(|(node, since)| Some(*node) != leader && since.elapsed() < SUSPECT_FOR);
+        hint.suspects
+            .retain(|(node, since)| Some(*node) != leader && since.elapsed() < SUSPECT_FOR);
     }
 
     /// A node did not answer for the shard.
@@ -395,7 +480,8 @@ impl Member {
         if hint.leader == Some(node) {
             hint.leader = None;
         }
-        hint.suspects.retain(|(suspect, since)| *suspect != node && since.elapsed() < SUSPECT_FOR);
+        hint.suspects
+            .retain(|(suspect, since)| *suspect != node && since.elapsed() < SUSPECT_FOR);
         hint.suspects.push((node, Instant::now()));
     }
 
@@ -404,7 +490,11 @@ impl Member {
     /// # Errors
     ///
     /// Why there is no answer. After [`Failure::Unknown`] it may have been applied.
-    pub async fn tell_meta(&self, command: meta::Command, timeout: Duration) -> Result<meta::Outcome, Failure> {
+    pub async fn tell_meta(
+        &self,
+        command: meta::Command,
+        timeout: Duration,
+    ) -> Result<meta::Outcome, Failure> {
         let meta = self.meta()?;
         if meta.leads() {
             return match meta.propose_meta(command, Instant::now() + timeout).await {
@@ -414,34 +504,71 @@ impl Member {
             };
         }
         let leader = self.leader_of(&meta)?;
-        let announcement = Announcement { cluster: self.cluster, command };
-        self.peers.announce(&leader, &announcement, timeout).await.map_err(|error| match error {
-            PeerError::NoAnswer { source, .. } if source.is_connect() => unavailable(source.to_string()),
-            error => Failure::Unknown { reason: error.to_string() },
-        })
+        let announcement = Announcement {
+            cluster: self.cluster,
+            command,
+        };
+        self.peers
+            .announce(&leader, &announcement, timeout)
+            .await
+            .map_err(|error| match error {
+                PeerError::NoAnswer { source, .. } if source.is_connect() => {
+                    unavailable(source.to_string())
+                }
+                error => Failure::Unknown {
+                    reason: error.to_string(),
+                },
+            })
     }
 
-    /// Has the meta group, which this node leads, take the address that a node announces. Where another node had it that was found
-    /// elsewhere since, that one gives it up: two nodes that have changed places could announce nothing else.
+    /// Has the meta group, which this node leads, take the address that a node announces. Where
+    /// another node had it that was found elsewhere since, that one gives it up: two nodes that
+    /// have changed places could announce nothing else.
     ///
     /// # Errors
     ///
     /// As of [`Member::tell_meta`].
-    pub async fn take_address(&self, announce: meta::Command, timeout: Duration) -> Result<meta::Outcome, Failure> {
+    pub async fn take_address(
+        &self,
+        announce: meta::Command,
+        timeout: Duration,
+    ) -> Result<meta::Outcome, Failure> {
         let outcome = self.tell_meta(announce.clone(), timeout).await?;
-        let meta::Outcome::Rejected(meta::Rejection::AddressTaken { address, by }) = &outcome else { return Ok(outcome) };
-        let Some(directory) = self.view().nodes.get(by).map(|node| node.directory) else { return Ok(outcome) };
-        let Some(found) = self.views.moved_to(directory).filter(|found| found != address) else { return Ok(outcome) };
-        tracing::info!("node {by} is at {found} now: its old address {address} is given to the node that runs there");
+        let meta::Outcome::Rejected(meta::Rejection::AddressTaken { address, by }) = &outcome
+        else {
+            return Ok(outcome);
+        };
+        let Some(directory) = self.view().nodes.get(by).map(|node| node.directory) else {
+            return Ok(outcome);
+        };
+        let Some(found) = self
+            .views
+            .moved_to(directory)
+            .filter(|found| found != address)
+        else {
+            return Ok(outcome);
+        };
+        tracing::info!(
+            "node {by} is at {found} now: its old address {address} is given to the node that runs \
+            there"
+        );
         let place_holder = place_holder(*by).map_err(|error| unavailable(error.to_string()))?;
-        let away = meta::Command::Announce { node: *by, directory, address: place_holder, public_address: None };
+        let away = meta::Command::Announce {
+            node: *by,
+            directory,
+            address: place_holder,
+            public_address: None,
+        };
         match self.tell_meta(away, timeout).await? {
-            meta::Outcome::Done | meta::Outcome::MoveOpened { .. } => self.tell_meta(announce, timeout).await,
+            meta::Outcome::Done | meta::Outcome::MoveOpened { .. } => {
+                self.tell_meta(announce, timeout).await
+            }
             rejected @ meta::Outcome::Rejected(_) => Ok(rejected),
         }
     }
 
-    /// The view as it is now, wherever the meta group is led, and not as this node may still know it.
+    /// The view as it is now, wherever the meta group is led, and not as this node may still know
+    /// it.
     ///
     /// # Errors
     ///
@@ -452,22 +579,37 @@ impl Member {
             return read_view_now(&meta, Instant::now() + timeout).await;
         }
         let leader = self.leader_of(&meta)?;
-        self.peers.view(&leader, self.cluster, timeout).await.map_err(|error| unavailable(error.to_string()))
+        self.peers
+            .view(&leader, self.cluster, timeout)
+            .await
+            .map_err(|error| unavailable(error.to_string()))
     }
 
     fn meta(&self) -> Result<Arc<Group>, Failure> {
-        self.registry.get(GroupId::META).ok_or_else(|| unavailable("the meta group is not open here".into()))
+        self.registry
+            .get(GroupId::META)
+            .ok_or_else(|| unavailable("the meta group is not open here".into()))
     }
 
     /// Where the leader of the meta group is.
     fn leader_of(&self, meta: &Group) -> Result<Address, Failure> {
-        let leader = meta.status().leader.and_then(|leader| self.views.resolve(leader)).map(|peer| peer.address);
-        leader.ok_or_else(|| unavailable(format!("the meta group has no leader{}", self.missing_of(GroupId::META))))
+        let leader = meta
+            .status()
+            .leader
+            .and_then(|leader| self.views.resolve(leader))
+            .map(|peer| peer.address);
+        leader.ok_or_else(|| {
+            unavailable(format!(
+                "the meta group has no leader{}",
+                self.missing_of(GroupId::META)
+            ))
+        })
     }
 
     /// What this node says of itself and its replicas.
     pub async fn hosting(&self, lacks_room: bool) -> Hosting {
-        self.joining.hosting(self.hosted().await, self.failures.told(), lacks_room)
+        self.joining
+            .hosting(self.hosted().await, self.failures.told(), lacks_room)
     }
 
     async fn hosted(&self) -> Vec<HostedReplica> {
@@ -496,8 +638,14 @@ impl Member {
             }
             (id, self.peers.hosting(&node, STATUS_TIMEOUT).await.ok())
         };
-        let nodes: Vec<(NodeId, Node)> = view.nodes.iter().map(|(id, node)| (*id, node.clone())).collect();
-        let asked = futures::stream::iter(nodes).map(ask).buffer_unordered(STATUS_ASKED_AT_ONCE);
+        let nodes: Vec<(NodeId, Node)> = view
+            .nodes
+            .iter()
+            .map(|(id, node)| (*id, node.clone()))
+            .collect();
+        let asked = futures::stream::iter(nodes)
+            .map(ask)
+            .buffer_unordered(STATUS_ASKED_AT_ONCE);
         let answers: HashMap<NodeId, Option<Hosting>> = asked.collect().await;
         let status = self.describe(&view, &answers);
         *cached = Some((Instant::now(), status.clone()));
@@ -515,7 +663,9 @@ impl Member {
             leaving: view.leaving.contains(id),
             speaks: told(id).map(|hosting| hosting.speaks),
             holds_level: told(id).is_some_and(|hosting| hosting.holds_level),
-            failed: told(id).map(|hosting| hosting.failed.clone()).unwrap_or_default(),
+            failed: told(id)
+                .map(|hosting| hosting.failed.clone())
+                .unwrap_or_default(),
         });
         let moves = view.moves.iter().map(|(id, held)| MoveStatus {
             id: *id,
@@ -523,7 +673,9 @@ impl Member {
             to: held.to,
             slots: held.slots.len() as u64,
         });
-        let shards = view.shards().map(|(id, group)| describe_shard(view, id, group, answers));
+        let shards = view
+            .shards()
+            .map(|(id, group)| describe_shard(view, id, group, answers));
         ClusterStatus {
             cluster: view.cluster,
             epoch: view.epoch,
@@ -531,7 +683,10 @@ impl Member {
             level: view.level,
             asked: view.asked,
             answered_by: self.node,
-            meta_leader: self.registry.get(GroupId::META).and_then(|meta| meta.status().leader),
+            meta_leader: self
+                .registry
+                .get(GroupId::META)
+                .and_then(|meta| meta.status().leader),
             nodes: nodes.collect(),
             shards: shards.collect(),
             moves: moves.collect(),
@@ -555,7 +710,10 @@ fn is_place_holder(address: &Address) -> bool {
 }
 
 fn unavailable(reason: String) -> Failure {
-    Failure::Unavailable { reason, retry_after_ms: META_RETRY_AFTER_MS }
+    Failure::Unavailable {
+        reason,
+        retry_after_ms: META_RETRY_AFTER_MS,
+    }
 }
 
 /// The view as it is now, from the replica that leads the meta group.
@@ -564,7 +722,9 @@ fn unavailable(reason: String) -> Failure {
 ///
 /// When no quorum confirms in time that it does, or there is no view yet.
 pub async fn read_view_now(meta: &Group, deadline: Instant) -> Result<View, Failure> {
-    meta.read_barrier(deadline).await.map_err(|error| unavailable(error.to_string()))?;
+    meta.read_barrier(deadline)
+        .await
+        .map_err(|error| unavailable(error.to_string()))?;
     read_applied_view(meta)
 }
 
@@ -583,7 +743,10 @@ async fn hosted(group: &Group) -> HostedReplica {
     let status = group.status();
     let key = group.key();
     // A map that can't be read is told by `failed`, and has no counts.
-    let read = group.state().read_in(ReadKind::Page, |read| kv::count(read)).await;
+    let read = group
+        .state()
+        .read_in(ReadKind::Page, |read| kv::count(read))
+        .await;
     let (count, damage) = match read {
         Ok(count) => (Some(count), None),
         Err(error) => (None, Some(error.to_string())),
@@ -598,7 +761,10 @@ async fn hosted(group: &Group) -> HostedReplica {
         bytes: count.as_ref().map_or(0, |count| count.bytes),
         failed: status.failed.or(damage),
         is_witness: false,
-        digest: group.state().noted_digest().map(|(at, digest)| NotedDigest::new(at, digest.pairs, digest.sum)),
+        digest: group
+            .state()
+            .noted_digest()
+            .map(|(at, digest)| NotedDigest::new(at, digest.pairs, digest.sum)),
         alarm: group.alarm(),
     }
 }
@@ -627,7 +793,12 @@ fn describe_shard(
     answers: &HashMap<NodeId, Option<Hosting>>,
 ) -> ShardStatus {
     let told = |replica: ReplicaId, node: NodeId| -> Option<&HostedReplica> {
-        answers.get(&node)?.as_ref()?.replicas.iter().find(|hosted| hosted.group == id && hosted.replica == replica)
+        answers
+            .get(&node)?
+            .as_ref()?
+            .replicas
+            .iter()
+            .find(|hosted| hosted.group == id && hosted.replica == replica)
     };
     let has_failed = |replica: ReplicaId, node: NodeId| {
         let hosting = answers.get(&node).and_then(Option::as_ref);
@@ -638,29 +809,46 @@ fn describe_shard(
     let is_witness = |replica: ReplicaId, hosted: Option<&HostedReplica>| {
         group.is_witness(replica) || hosted.is_some_and(|hosted| hosted.is_witness)
     };
-    let all: Vec<(ReplicaId, NodeId, Option<&HostedReplica>)> =
-        group.hosted().map(with_told).filter(|(replica, _, hosted)| !is_witness(*replica, *hosted)).collect();
+    let all: Vec<(ReplicaId, NodeId, Option<&HostedReplica>)> = group
+        .hosted()
+        .map(with_told)
+        .filter(|(replica, _, hosted)| !is_witness(*replica, *hosted))
+        .collect();
     // The leader is who says so itself, in the highest term: what others say may be out of date.
     let leading = all
         .iter()
-        .filter_map(|(_, node, hosted)| hosted.filter(|hosted| hosted.leader == Some(*node)).map(|hosted| (*node, hosted)))
+        .filter_map(|(_, node, hosted)| {
+            hosted
+                .filter(|hosted| hosted.leader == Some(*node))
+                .map(|hosted| (*node, hosted))
+        })
         .max_by_key(|(_, hosted)| hosted.term);
-    let newest =
-        leading.map(|(_, hosted)| hosted).or_else(|| all.iter().filter_map(|(_, _, hosted)| *hosted).max_by_key(|h| h.applied));
+    let newest = leading.map(|(_, hosted)| hosted).or_else(|| {
+        all.iter()
+            .filter_map(|(_, _, hosted)| *hosted)
+            .max_by_key(|h| h.applied)
+    });
     let leader = leading.map(|(node, _)| node);
-    let applied_index = newest.and_then(|hosted| hosted.applied).map_or(0, |applied| applied.index);
-    let describe = |replica: ReplicaId, node: NodeId, hosted: Option<&HostedReplica>| ReplicaStatus {
-        id: replica,
-        node,
-        health: match has_failed(replica, node) {
-            true => ReplicaHealth::Failed,
-            false => health(hosted, leader == Some(node), applied_index),
-        },
-        applied: hosted.and_then(|hosted| hosted.applied),
-        leaving: group.leaving.contains_key(&replica),
-    };
-    let replicas = all.iter().map(|(replica, node, hosted)| describe(*replica, *node, *hosted));
-    let witness = group.witness.map(|Seat { replica, node }| describe(replica, node, told(replica, node)));
+    let applied_index = newest
+        .and_then(|hosted| hosted.applied)
+        .map_or(0, |applied| applied.index);
+    let describe =
+        |replica: ReplicaId, node: NodeId, hosted: Option<&HostedReplica>| ReplicaStatus {
+            id: replica,
+            node,
+            health: match has_failed(replica, node) {
+                true => ReplicaHealth::Failed,
+                false => health(hosted, leader == Some(node), applied_index),
+            },
+            applied: hosted.and_then(|hosted| hosted.applied),
+            leaving: group.leaving.contains_key(&replica),
+        };
+    let replicas = all
+        .iter()
+        .map(|(replica, node, hosted)| describe(*replica, *node, *hosted));
+    let witness = group
+        .witness
+        .map(|Seat { replica, node }| describe(replica, node, told(replica, node)));
     ShardStatus {
         id,
         home: group.home,
@@ -671,10 +859,13 @@ fn describe_shard(
         slots: view.slots.of(id).count() as u64,
         replicas: replicas.collect(),
         witness,
-        alarm: leading.and_then(|(_, hosted)| hosted.alarm.clone()).or_else(|| {
-            // It is in the log, and so known while nobody leads.
-            all.iter().find_map(|(_, _, hosted)| hosted.and_then(|hosted| hosted.alarm.clone()))
-        }),
+        alarm: leading
+            .and_then(|(_, hosted)| hosted.alarm.clone())
+            .or_else(|| {
+                // It is in the log, and so known while nobody leads.
+                all.iter()
+                    .find_map(|(_, _, hosted)| hosted.and_then(|hosted| hosted.alarm.clone()))
+            }),
     }
 }
 
@@ -684,7 +875,9 @@ fn health(hosted: Option<&HostedReplica>, leads: bool, applied_index: u64) -> Re
         None => ReplicaHealth::Unreachable,
         Some(hosted) if hosted.failed.is_some() => ReplicaHealth::Failed,
         Some(_) if leads => ReplicaHealth::Leading,
-        Some(hosted) if index(hosted.applied) + LAGGING_ENTRIES < applied_index => ReplicaHealth::Lagging,
+        Some(hosted) if index(hosted.applied) + LAGGING_ENTRIES < applied_index => {
+            ReplicaHealth::Lagging
+        }
         Some(_) => ReplicaHealth::Following,
     }
 }
@@ -702,7 +895,8 @@ mod tests {
             public_address: None,
             directory: DirectoryId(at),
         };
-        let first = first_view(ClusterId(7), Asked::default(), (1..=3).map(node).collect()).expect("a view");
+        let first = first_view(ClusterId(7), Asked::default(), (1..=3).map(node).collect())
+            .expect("a view");
         let next = |view: &View, epochs: u64, versions: u64| View {
             epoch: PlanEpoch(view.epoch.0 + epochs),
             version: MapVersion(view.version.0 + versions),
@@ -713,13 +907,19 @@ mod tests {
         let shard = running.groups.get_mut(&GroupId(1)).expect("a shard");
         shard.ends = true;
         assert!(first.is_settled() && !running.is_settled());
-        let taken_over = View { groups: first.groups.clone(), ..next(&running, 1, 1) };
+        let taken_over = View {
+            groups: first.groups.clone(),
+            ..next(&running, 1, 1)
+        };
         let unseen = next(&taken_over, 1, 5);
         for view in [running.clone(), taken_over.clone(), unseen] {
             assert!(views.advance(view));
         }
         let ended = |view: &View| views.was_done(view.epoch);
-        assert_eq!([ended(&first), ended(&running), ended(&taken_over)], [Some(true), Some(false), None]);
+        assert_eq!(
+            [ended(&first), ended(&running), ended(&taken_over)],
+            [Some(true), Some(false), None]
+        );
 
         (0..2 * ENDS_MAX as u64).for_each(|at| views.note_end(&next(&first, 10 + at, 10)));
         assert_eq!(views.ended.lock().expect("no panic").len(), ENDS_MAX);

@@ -1,5 +1,6 @@
-//! Brings the members of the groups that this node leads to what the view wants. The steps are decided in `sm::membership`; here they are
-//! taken, one at a time per group, each under a limit of time, and looked at anew after it.
+//! Brings the members of the groups that this node leads to what the view wants. The steps are
+//! decided in `sm::membership`; here they are taken, one at a time per group, each under a limit of
+//! time, and looked at anew after it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -49,7 +50,14 @@ struct Shared {
 impl Memberships {
     pub fn new(member: Arc<Member>, machine: Arc<dyn Machine>) -> Self {
         let chores = Chores::new(&member, TICK);
-        Self { shared: Arc::new(Shared { member, machine, refused: Mutex::default() }), chores }
+        Self {
+            shared: Arc::new(Shared {
+                member,
+                machine,
+                refused: Mutex::default(),
+            }),
+            chores,
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
@@ -57,7 +65,9 @@ impl Memberships {
             let view = self.shared.member.view();
             for group in self.shared.member.registry.groups() {
                 let id = group.key().group;
-                let Some(of) = view.groups.get(&id).filter(|_| group.leads()) else { continue };
+                let Some(of) = view.groups.get(&id).filter(|_| group.leads()) else {
+                    continue;
+                };
                 if is_as_wanted(of, &group) || self.chores.is_busy(id) {
                     continue;
                 }
@@ -82,26 +92,44 @@ fn is_as_wanted(of: &view::Group, group: &Group) -> bool {
         && watch.membership.log_id == membership.log_id
         && of.is_settled()
         && membership.voters.keys().copied().eq(of.electorate())
-        && membership.learners.keys().copied().eq(of.learners.iter().copied())
+        && membership
+            .learners
+            .keys()
+            .copied()
+            .eq(of.learners.iter().copied())
 }
 
 impl Shared {
     /// Takes the next step of a group. True: there is something to wait for.
     async fn step(&self, view: &View, group: &Group) -> bool {
         let id = group.key().group;
-        let Some(of) = view.groups.get(&id) else { return true };
-        let Some(observed) = self.observe(of, group) else { return true };
+        let Some(of) = view.groups.get(&id) else {
+            return true;
+        };
+        let Some(observed) = self.observe(of, group) else {
+            return true;
+        };
         let step = next_step(of, &observed);
         match &step {
             Step::Nothing | Step::Wait => return true,
-            Step::AddLearner(_) | Step::SetVoters(_) | Step::RemoveLearners(_) | Step::HandOver(_) | Step::Report(_) => {
+            Step::AddLearner(_)
+            | Step::SetVoters(_)
+            | Step::RemoveLearners(_)
+            | Step::HandOver(_)
+            | Step::Report(_) => {
                 tracing::debug!("group {id}: {step:?}");
             }
         }
-        let taken = tokio::time::timeout(STEP_TIMEOUT, self.take(view, of, group, step.clone())).await;
+        let taken =
+            tokio::time::timeout(STEP_TIMEOUT, self.take(view, of, group, step.clone())).await;
         let reason = match taken {
             Ok(Ok(())) => {
-                self.machine.stepped(Stepped::Members { group: id, step: &step }).await;
+                self.machine
+                    .stepped(Stepped::Members {
+                        group: id,
+                        step: &step,
+                    })
+                    .await;
                 return false;
             }
             Ok(Err(reason)) => reason,
@@ -118,37 +146,66 @@ impl Shared {
         let membership = watch.membership;
         let mut refused = self.refused.lock().expect("no holder panics");
         refused.retain(|_, at| at.elapsed() < REFUSED_FOR);
-        // Of a node that is no member of anything yet nothing was heard: it is asked when it is to be added.
+        // Of a node that is no member of anything yet nothing was heard: it is asked when it is to
+        // be added.
         let is_up = |replica: &ReplicaId, node: &NodeId| {
             let heard = || self.member.heard_within(*node, HEARD_WITHIN);
-            *replica == me || heard() || !membership.is_member(*replica) && !refused.contains_key(replica)
+            *replica == me
+                || heard()
+                || !membership.is_member(*replica) && !refused.contains_key(replica)
         };
-        let members = membership.voters.iter().chain(&membership.learners).map(|(replica, node)| (*replica, *node));
+        let members = membership
+            .voters
+            .iter()
+            .chain(&membership.learners)
+            .map(|(replica, node)| (*replica, *node));
         let known = of.hosted().chain(members);
-        let alive = known.filter(|(replica, node)| is_up(replica, node)).map(|(replica, _)| replica).collect();
+        let alive = known
+            .filter(|(replica, node)| is_up(replica, node))
+            .map(|(replica, _)| replica)
+            .collect();
         let members = membership.voters.keys().chain(membership.learners.keys());
         Some(Observed {
             me,
             log_id: membership.log_id?,
-            is_settled: membership.is_uniform && membership.log_id == watch.committed_membership.log_id,
+            is_settled: membership.is_uniform
+                && membership.log_id == watch.committed_membership.log_id,
             alive,
-            caught_up: members.clone().copied().filter(|replica| group.is_caught_up(*replica)).collect(),
+            caught_up: members
+                .clone()
+                .copied()
+                .filter(|replica| group.is_caught_up(*replica))
+                .collect(),
             complete: group.complete(),
-            witnesses: members.copied().filter(|replica| membership.is_witness(*replica)).collect(),
+            witnesses: members
+                .copied()
+                .filter(|replica| membership.is_witness(*replica))
+                .collect(),
             voters: membership.voters.keys().copied().collect(),
             learners: membership.learners.keys().copied().collect(),
         })
     }
 
-    async fn take(&self, view: &View, of: &view::Group, group: &Group, step: Step) -> Result<(), String> {
+    async fn take(
+        &self,
+        view: &View,
+        of: &view::Group,
+        group: &Group,
+        step: Step,
+    ) -> Result<(), String> {
         let id = group.key().group;
         match step {
             Step::Nothing | Step::Wait => Ok(()),
             Step::AddLearner(replica) => {
                 let wanted = of.wanted().find(|(wanted, _)| *wanted == replica);
-                let node = wanted.map(|(_, node)| node).ok_or("the replica is not in the view")?;
+                let node = wanted
+                    .map(|(_, node)| node)
+                    .ok_or("the replica is not in the view")?;
                 if let Err(reason) = self.ensure_created(view, id, replica, node).await {
-                    self.refused.lock().expect("no holder panics").insert(replica, Instant::now());
+                    self.refused
+                        .lock()
+                        .expect("no holder panics")
+                        .insert(replica, Instant::now());
                     return Err(reason);
                 }
                 let term = group.watch().borrow().term;
@@ -162,17 +219,34 @@ impl Shared {
                 };
                 added.map_err(|error| error.to_string())
             }
-            Step::SetVoters(voters) => group.change_voters(voters).await.map_err(|error| error.to_string()),
-            Step::RemoveLearners(learners) => group.remove_learners(learners).await.map_err(|error| error.to_string()),
-            Step::HandOver(successor) => group.transfer_leader(successor).await.map_err(|error| error.to_string()),
+            Step::SetVoters(voters) => group
+                .change_voters(voters)
+                .await
+                .map_err(|error| error.to_string()),
+            Step::RemoveLearners(learners) => group
+                .remove_learners(learners)
+                .await
+                .map_err(|error| error.to_string()),
+            Step::HandOver(successor) => group
+                .transfer_leader(successor)
+                .await
+                .map_err(|error| error.to_string()),
             Step::Report(reported) => {
-                // Only a leader that a quorum follows still knows the members; by now it knew this plan.
-                group.read_barrier(Instant::now() + STEP_TIMEOUT).await.map_err(|error| error.to_string())?;
+                // Only a leader that a quorum follows still knows the members; by now it knew this
+                // plan.
+                group
+                    .read_barrier(Instant::now() + STEP_TIMEOUT)
+                    .await
+                    .map_err(|error| error.to_string())?;
                 if group.watch().borrow().committed_membership.log_id != Some(reported.log_id) {
                     return Err("the members have changed meanwhile".into());
                 }
                 let known = view.version;
-                let report = meta::Command::Report { group: id, reported, plan: view.epoch };
+                let report = meta::Command::Report {
+                    group: id,
+                    reported,
+                    plan: view.epoch,
+                };
                 match self.member.tell_meta(report, STEP_TIMEOUT).await {
                     Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
                         self.member.wait_for_map(known).await;
@@ -185,31 +259,74 @@ impl Shared {
         }
     }
 
-    /// This node's view may be an old one, and the replica retired since: its node forgets it, votes and all. It is wanted still when the
-    /// meta group says so now. What retires it later is the report of a leader that knew a later plan, with a quorum behind it: that is
-    /// of a later term, in which this one adds nobody any more.
-    async fn ensure_wanted(&self, group: GroupId, replica: ReplicaId, node: NodeId) -> Result<(), String> {
-        let now = self.member.view_now(ASK_TIMEOUT).await.map_err(|error| error.to_string())?;
-        let is_wanted = now.groups.get(&group).is_some_and(|of| of.wanted().any(|wanted| wanted == (replica, node)));
+    /// This node's view may be an old one, and the replica retired since: its node forgets it,
+    /// votes and all. It is wanted still when the meta group says so now. What retires it later is
+    /// the report of a leader that knew a later plan, with a quorum behind it: that is of a later
+    /// term, in which this one adds nobody any more.
+    async fn ensure_wanted(
+        &self,
+        group: GroupId,
+        replica: ReplicaId,
+        node: NodeId,
+    ) -> Result<(), String> {
+        let now = self
+            .member
+            .view_now(ASK_TIMEOUT)
+            .await
+            .map_err(|error| error.to_string())?;
+        let is_wanted = now
+            .groups
+            .get(&group)
+            .is_some_and(|of| of.wanted().any(|wanted| wanted == (replica, node)));
         self.member.views().advance(now);
-        if is_wanted { Ok(()) } else { Err(format!("replica {replica} of group {group} is not wanted any more")) }
+        if is_wanted {
+            Ok(())
+        } else {
+            Err(format!(
+                "replica {replica} of group {group} is not wanted any more"
+            ))
+        }
     }
 
-    /// A replica is counted as a member only after its node has said that it has created it: one that was counted is never created again.
-    async fn ensure_created(&self, view: &View, group: GroupId, replica: ReplicaId, node: NodeId) -> Result<(), String> {
+    /// A replica is counted as a member only after its node has said that it has created it: one
+    /// that was counted is never created again.
+    async fn ensure_created(
+        &self,
+        view: &View,
+        group: GroupId,
+        replica: ReplicaId,
+        node: NodeId,
+    ) -> Result<(), String> {
         if node == self.member.node {
             return Ok(());
         }
         let there = view.nodes.get(&node).ok_or("the node is not in the view")?;
         let address = &there.address;
-        let hosted = self.member.peers.replicas(there, ASK_TIMEOUT).await.map_err(|error| error.to_string())?;
-        if hosted.iter().any(|held: &HostedReplica| held.group == group && held.replica == replica) {
+        let hosted = self
+            .member
+            .peers
+            .replicas(there, ASK_TIMEOUT)
+            .await
+            .map_err(|error| error.to_string())?;
+        if hosted
+            .iter()
+            .any(|held: &HostedReplica| held.group == group && held.replica == replica)
+        {
             return Ok(());
         }
         // It may not know yet that it is in the view.
-        let members: Vec<Address> = view.staying().map(|(_, node)| node.address.clone()).collect();
-        self.member.peers.invite(address, &members, ASK_TIMEOUT).await.map_err(|error| error.to_string())?;
-        Err(format!("{address} has not created replica {replica} of group {group} yet"))
+        let members: Vec<Address> = view
+            .staying()
+            .map(|(_, node)| node.address.clone())
+            .collect();
+        self.member
+            .peers
+            .invite(address, &members, ASK_TIMEOUT)
+            .await
+            .map_err(|error| error.to_string())?;
+        Err(format!(
+            "{address} has not created replica {replica} of group {group} yet"
+        ))
     }
 }
 
@@ -217,17 +334,44 @@ impl Shared {
 impl Memberships {
     /// Reports the members of a group as a leader that goes by `view` does.
     pub async fn report(&self, view: &View, group: GroupId) -> Result<(), String> {
-        let led = self.shared.member.registry.get(group).ok_or("it is not open here")?;
-        let of = view.groups.get(&group).ok_or("the view has no such group")?;
-        let observed = self.shared.observe(of, &led).ok_or("the membership is unknown")?;
-        let reported = Reported { log_id: observed.log_id, voters: observed.voters, learners: observed.learners };
-        self.shared.take(view, of, &led, Step::Report(reported)).await
+        let led = self
+            .shared
+            .member
+            .registry
+            .get(group)
+            .ok_or("it is not open here")?;
+        let of = view
+            .groups
+            .get(&group)
+            .ok_or("the view has no such group")?;
+        let observed = self
+            .shared
+            .observe(of, &led)
+            .ok_or("the membership is unknown")?;
+        let reported = Reported {
+            log_id: observed.log_id,
+            voters: observed.voters,
+            learners: observed.learners,
+        };
+        self.shared
+            .take(view, of, &led, Step::Report(reported))
+            .await
     }
 
     /// Adds a replica as a leader that goes by `view` does.
     pub async fn add(&self, view: &View, group: GroupId, replica: ReplicaId) -> Result<(), String> {
-        let led = self.shared.member.registry.get(group).ok_or("it is not open here")?;
-        let of = view.groups.get(&group).ok_or("the view has no such group")?;
-        self.shared.take(view, of, &led, Step::AddLearner(replica)).await
+        let led = self
+            .shared
+            .member
+            .registry
+            .get(group)
+            .ok_or("it is not open here")?;
+        let of = view
+            .groups
+            .get(&group)
+            .ok_or("the view has no such group")?;
+        self.shared
+            .take(view, of, &led, Step::AddLearner(replica))
+            .await
     }
 }

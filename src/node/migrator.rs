@@ -1,7 +1,9 @@
-//! Moves slots to where the view wants them: the leader of the shard that has them opens moves and drives them.
+//! Moves slots to where the view wants them: the leader of the shard that has them opens moves and
+//! drives them.
 //!
-//! What to do next is decided in `sm::moves`, from what source and destination are observed to be; here it is done. A driver keeps nothing
-//! that another could not find out, so a new leader of the source takes a move up at any point, and two drivers do no harm.
+//! What to do next is decided in `sm::moves`, from what source and destination are observed to be;
+//! here it is done. A driver keeps nothing that another could not find out, so a new leader of the
+//! source takes a move up at any point, and two drivers do no harm.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -19,7 +21,9 @@ use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
 use crate::client::store::{Consistency, Options, Routing};
 use crate::raft::{Group, ProposeError};
-use crate::sm::kv::{self, Command, DestinationState, MoveOutcome, MoveStep, Progress, Remaining, SourceState};
+use crate::sm::kv::{
+    self, Command, DestinationState, MoveOutcome, MoveStep, Progress, Remaining, SourceState,
+};
 use crate::sm::meta;
 use crate::sm::moves::{Budget, CLEAR_KEYS_MAX, Move, Side, Step, next_step};
 use crate::sm::ports::StoreError;
@@ -38,7 +42,8 @@ const BYTES_PER_MOVE: u64 = 8 << 20;
 const CHUNK_BYTES: usize = 128 << 10;
 /// With so little left to copy the slots are frozen: what one chunk carries in a few milliseconds.
 const FREEZE_BYTES_MAX: u64 = 64 << 10;
-/// When nothing but changes has been copied for so long, the slots are frozen with a little more left.
+/// When nothing but changes has been copied for so long, the slots are frozen with a little more
+/// left.
 const FREEZE_NOW_AFTER: Duration = Duration::from_secs(20);
 /// A freeze is given up after this: writes have waited.
 const FREEZE_TIME_MAX: Duration = Duration::from_secs(1);
@@ -48,21 +53,26 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(3);
 const WAIT: Duration = Duration::from_millis(25);
 /// How long a chunk waits for the disk to have caught up with those before it.
 const AMPLE_ROOM_TIMEOUT: Duration = Duration::from_millis(500);
-/// A driver rests after a chunk for as long as that took, so that a machine that is busy already has at least half of its time for others;
-/// but no longer than this. Not once only changes are left: they come in meanwhile.
+/// A driver rests after a chunk for as long as that took, so that a machine that is busy already
+/// has at least half of its time for others; but no longer than this. Not once only changes are
+/// left: they come in meanwhile.
 const REST_MAX: Duration = Duration::from_millis(500);
-/// Moves of a node that copy, or rest from it, at once. The others wait with their chunks, but not with what is left of them after the pairs.
+/// Moves of a node that copy, or rest from it, at once. The others wait with their chunks, but not
+/// with what is left of them after the pairs.
 const COPYING_MAX: usize = 2;
-/// After some of what moves have left over was deleted, it rests so much longer than that took. Nobody waits for it.
+/// After some of what moves have left over was deleted, it rests so much longer than that took.
+/// Nobody waits for it.
 const CLEAR_RESTS: u32 = 3;
-/// After a move that was aborted, this shard opens no other for so long; nor deletes it more, after a deletion that failed.
+/// After a move that was aborted, this shard opens no other for so long; nor deletes it more, after
+/// a deletion that failed.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// Opens and drives the moves of the shards that this node leads.
 pub struct Migrator {
     shared: Arc<Shared>,
     chores: Chores,
-    /// The shards with slots that should be elsewhere, by the view of this version: looked up once per view, not per shard and tick.
+    /// The shards with slots that should be elsewhere, by the view of this version: looked up once
+    /// per view, not per shard and tick.
     sources: (MapVersion, BTreeSet<GroupId>),
     /// The shards that moves under way go to, by that view.
     destinations: BTreeSet<GroupId>,
@@ -90,14 +100,22 @@ impl Migrator {
             clean: Mutex::default(),
             copying: Semaphore::new(COPYING_MAX),
         };
-        Self { shared: Arc::new(shared), chores, sources: Default::default(), destinations: BTreeSet::new() }
+        Self {
+            shared: Arc::new(shared),
+            chores,
+            sources: Default::default(),
+            destinations: BTreeSet::new(),
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         while self.chores.are_due(shutdown).await {
             let view = self.shared.member.view();
             if self.sources.0 != view.version {
-                self.sources = (view.version, view.astray().map(|slot| view.slots.owner(slot)).collect());
+                self.sources = (
+                    view.version,
+                    view.astray().map(|slot| view.slots.owner(slot)).collect(),
+                );
                 // A move that was taken back leaves something at its destination.
                 let destinations = view.moves.values().map(|open| open.to).collect();
                 for shard in std::mem::replace(&mut self.destinations, destinations) {
@@ -120,12 +138,19 @@ impl Migrator {
         let open = view.moves.iter().find(|(_, open)| open.from == id);
         let shared = self.shared.clone();
         if let Some((move_id, open)) = open {
-            let of = Move { id: *move_id, slots: open.slots.clone(), from: open.from, to: open.to };
+            let of = Move {
+                id: *move_id,
+                slots: open.slots.clone(),
+                from: open.from,
+                to: open.to,
+            };
             shared.lock_clean().remove(&id);
-            self.chores.begin(id, async move { shared.drive(&group, &of).await });
+            self.chores
+                .begin(id, async move { shared.drive(&group, &of).await });
         } else if self.sources.1.contains(&id) && shared.may_open(id) {
             shared.lock_clean().remove(&id);
-            self.chores.begin(id, async move { shared.open(&group).await });
+            self.chores
+                .begin(id, async move { shared.open(&group).await });
         } else if shared.lock_clean().get(&id) != Some(&term) {
             self.chores.begin(id, async move {
                 if shared.clear(&group).await {
@@ -173,7 +198,9 @@ struct Drive {
 impl Shared {
     fn may_open(&self, shard: GroupId) -> bool {
         let not_before = self.not_before.lock().expect("no holder panics");
-        not_before.get(&shard).is_none_or(|until| Instant::now() >= *until)
+        not_before
+            .get(&shard)
+            .is_none_or(|until| Instant::now() >= *until)
     }
 
     fn lock_clean(&self) -> MutexGuard<'_, BTreeMap<GroupId, u64>> {
@@ -181,7 +208,10 @@ impl Shared {
     }
 
     fn pause(&self, shard: GroupId) {
-        self.not_before.lock().expect("no holder panics").insert(shard, Instant::now() + PAUSE_AFTER_FAILURE);
+        self.not_before
+            .lock()
+            .expect("no holder panics")
+            .insert(shard, Instant::now() + PAUSE_AFTER_FAILURE);
     }
 
     /// Opens a move of slots that should be elsewhere.
@@ -193,7 +223,11 @@ impl Shared {
             Ok(None) => return,
             Err(error) => return tell_unreadable(group, &error),
         };
-        match self.member.tell_meta(meta::Command::OpenMove { slots, from, to }, STEP_TIMEOUT).await {
+        match self
+            .member
+            .tell_meta(meta::Command::OpenMove { slots, from, to }, STEP_TIMEOUT)
+            .await
+        {
             Ok(meta::Outcome::MoveOpened { id }) => {
                 tracing::debug!("move {id} from shard {from} to {to} is open");
                 self.machine.stepped(Stepped::Opened { from, to }).await;
@@ -214,7 +248,11 @@ impl Shared {
 
     /// Takes steps until the move has ended, or this replica leads no more.
     async fn drive(&self, group: &Group, of: &Move) {
-        let mut drive = Drive { catching_up: None, frozen: None, destination: None };
+        let mut drive = Drive {
+            catching_up: None,
+            frozen: None,
+            destination: None,
+        };
         loop {
             let hitch = match self.step(group, of, &mut drive).await {
                 Ok(true) => return,
@@ -245,7 +283,9 @@ impl Shared {
         };
         let waited = begun.elapsed();
         let has_ended = self.take(group, of, &step, drive).await?;
-        self.machine.stepped(Stepped::Moved { of, step: &step }).await;
+        self.machine
+            .stepped(Stepped::Moved { of, step: &step })
+            .await;
         if turn.is_some() {
             tokio::time::sleep((begun.elapsed() - waited).min(REST_MAX)).await;
         }
@@ -259,10 +299,13 @@ impl Shared {
 
     async fn decide(&self, group: &Group, of: &Move, drive: &mut Drive) -> Result<Step, Hitch> {
         // What is read here must be what a leader has applied.
-        group.read_barrier(Instant::now() + STEP_TIMEOUT).await.map_err(|error| match group.leads() {
-            true => Hitch::Later(error.to_string()),
-            false => Hitch::NotLeader,
-        })?;
+        group
+            .read_barrier(Instant::now() + STEP_TIMEOUT)
+            .await
+            .map_err(|error| match group.leads() {
+                true => Hitch::Later(error.to_string()),
+                false => Hitch::NotLeader,
+            })?;
         if drive.destination.is_none() {
             drive.destination = self.observe(of).await;
         }
@@ -281,16 +324,29 @@ impl Shared {
             SourceState::Released => {}
             _ => drive.frozen = None,
         }
-        Ok(next_step(&source, drive.destination.as_ref(), self.budget(of, drive)))
+        Ok(next_step(
+            &source,
+            drive.destination.as_ref(),
+            self.budget(of, drive),
+        ))
     }
 
     /// True: the move has ended.
-    async fn take(&self, group: &Group, of: &Move, step: &Step, drive: &mut Drive) -> Result<bool, Hitch> {
+    async fn take(
+        &self,
+        group: &Group,
+        of: &Move,
+        step: &Step,
+        drive: &mut Drive,
+    ) -> Result<bool, Hitch> {
         match step {
             Step::Copy(progress) => self.copy(group, of, progress, drive).await?,
             Step::Complete { chunk } => self.complete(group, of, *chunk, drive).await?,
             Step::Commit => {
-                if self.end(of, meta::Command::CommitMove { id: of.id }).await? {
+                if self
+                    .end(of, meta::Command::CommitMove { id: of.id })
+                    .await?
+                {
                     self.member.moves.count_move(of.slots.len());
                 }
                 return Ok(true);
@@ -304,7 +360,12 @@ impl Shared {
             Step::Wait(reason) => return Err(Hitch::Later(format!("{reason:?}"))),
             step => {
                 if let Step::Abort(reason) = step {
-                    tracing::info!("move {} of {} slots to shard {} is taken back: {reason:?}", of.id, of.slots.len(), of.to);
+                    tracing::info!(
+                        "move {} of {} slots to shard {} is taken back: {reason:?}",
+                        of.id,
+                        of.slots.len(),
+                        of.to
+                    );
                 }
                 if *step == Step::Freeze {
                     drive.frozen = Some(Instant::now());
@@ -324,37 +385,80 @@ impl Shared {
         let view = self.member.view();
         Budget {
             freeze_bytes_max: FREEZE_BYTES_MAX,
-            freeze_now: drive.catching_up.is_some_and(|since| since.elapsed() > FREEZE_NOW_AFTER),
-            freeze_overdue: drive.frozen.is_some_and(|since| since.elapsed() > FREEZE_TIME_MAX),
-            give_up: of.slots.iter().all(|slot| view.targets.owner(*slot) != of.to),
+            freeze_now: drive
+                .catching_up
+                .is_some_and(|since| since.elapsed() > FREEZE_NOW_AFTER),
+            freeze_overdue: drive
+                .frozen
+                .is_some_and(|since| since.elapsed() > FREEZE_TIME_MAX),
+            give_up: of
+                .slots
+                .iter()
+                .all(|slot| view.targets.owner(*slot) != of.to),
         }
     }
 
-    async fn copy(&self, group: &Group, of: &Move, progress: &Progress, drive: &mut Drive) -> Result<(), Hitch> {
+    async fn copy(
+        &self,
+        group: &Group,
+        of: &Move,
+        progress: &Progress,
+        drive: &mut Drive,
+    ) -> Result<(), Hitch> {
         let (id, cursor) = (of.id, progress.cursor.clone());
         let look = move |read: &MapRead<'_>| kv::move_chunk(read, id, &cursor, CHUNK_BYTES);
         let chunk = group.state().read_in(ReadKind::Page, look).await?;
-        let Some(chunk) = chunk else { return Err(Hitch::Later("the move is not open here yet".into())) };
+        let Some(chunk) = chunk else {
+            return Err(Hitch::Later("the move is not open here yet".into()));
+        };
         let install = chunk.install(of.id, progress.chunk);
         let bytes = install.bytes();
-        self.send(group, of, Side::Destination, Command::Install { time_ms: 0, install }, drive).await?;
+        self.send(
+            group,
+            of,
+            Side::Destination,
+            Command::Install {
+                time_ms: 0,
+                install,
+            },
+            drive,
+        )
+        .await?;
         self.member.moves.count_chunk(bytes);
         Ok(())
     }
 
-    async fn complete(&self, group: &Group, of: &Move, chunk: u64, drive: &mut Drive) -> Result<(), Hitch> {
+    async fn complete(
+        &self,
+        group: &Group,
+        of: &Move,
+        chunk: u64,
+        drive: &mut Drive,
+    ) -> Result<(), Hitch> {
         let id = of.id;
         let look = move |read: &MapRead<'_>| kv::final_contents(read, id);
         let contents = group.state().read_in(ReadKind::Page, look).await?;
-        let Some(contents) = contents else { return Err(Hitch::Later("the move is not frozen here yet".into())) };
+        let Some(contents) = contents else {
+            return Err(Hitch::Later("the move is not frozen here yet".into()));
+        };
         let step = MoveStep::Complete { chunk, contents }.of(of.id, &of.slots);
         self.send(group, of, Side::Destination, step, drive).await
     }
 
     /// Has one side apply an entry, and goes on from what it answered.
-    async fn send(&self, group: &Group, of: &Move, side: Side, command: Command, drive: &mut Drive) -> Result<(), Hitch> {
+    async fn send(
+        &self,
+        group: &Group,
+        of: &Move,
+        side: Side,
+        command: Command,
+        drive: &mut Drive,
+    ) -> Result<(), Hitch> {
         let outcome = match side {
-            Side::Source => match group.propose_command(command, Instant::now() + STEP_TIMEOUT).await? {
+            Side::Source => match group
+                .propose_command(command, Instant::now() + STEP_TIMEOUT)
+                .await?
+            {
                 kv::Outcome::Moved(outcome) => outcome,
                 other => return Err(Hitch::Later(format!("a step was answered by {other:?}"))),
             },
@@ -369,17 +473,22 @@ impl Shared {
         };
         match outcome {
             MoveOutcome::Done => {}
-            MoveOutcome::Installing(progress) => drive.destination = Some(DestinationState::Installing(progress)),
+            MoveOutcome::Installing(progress) => {
+                drive.destination = Some(DestinationState::Installing(progress))
+            }
             MoveOutcome::Cleared { .. } => drive.destination = None,
             MoveOutcome::Rejected(kv::MoveRejection::Differs { slot, source, here }) => {
                 tracing::error!(
-                    "move {} is taken back: slot {slot} holds {source:?} in shard {}, and {here:?} was counted in shard {}",
+                    "move {} is taken back: slot {slot} holds {source:?} in shard {}, and {here:?} \
+                    was counted in shard {}",
                     of.id,
                     of.from,
                     of.to
                 );
                 let abort = MoveStep::Abort.of(of.id, &of.slots);
-                group.propose_command(abort, Instant::now() + STEP_TIMEOUT).await?;
+                group
+                    .propose_command(abort, Instant::now() + STEP_TIMEOUT)
+                    .await?;
             }
             MoveOutcome::Rejected(rejection) => {
                 drive.destination = None;
@@ -398,38 +507,65 @@ impl Shared {
             Ok(other) => return Err(Hitch::Later(format!("the meta group answered {other:?}"))),
             Err(failure) => return Err(Hitch::Later(failure.to_string())),
         };
-        tracing::debug!("move {} of {} slots to shard {} has ended", of.id, of.slots.len(), of.to);
+        tracing::debug!(
+            "move {} of {} slots to shard {} has ended",
+            of.id,
+            of.slots.len(),
+            of.to
+        );
         self.member.wait_for_map(known).await;
         Ok(is_news)
     }
 
     /// What the destination says that it has of the move.
     async fn observe(&self, of: &Move) -> Option<DestinationState> {
-        match self.call(of.to, ShardBody::MoveState { id: of.id, slots: of.slots.clone() }).await {
+        match self
+            .call(
+                of.to,
+                ShardBody::MoveState {
+                    id: of.id,
+                    slots: of.slots.clone(),
+                },
+            )
+            .await
+        {
             ShardReply::MoveState(state) => Some(state),
             other => {
-                tracing::debug!("move {}: shard {} does not say how far it is: {other:?}", of.id, of.to);
+                tracing::debug!(
+                    "move {}: shard {} does not say how far it is: {other:?}",
+                    of.id,
+                    of.to
+                );
                 None
             }
         }
     }
 
     async fn call(&self, shard: GroupId, body: ShardBody) -> ShardReply {
-        let options = Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: STEP_TIMEOUT };
+        let options = Options {
+            consistency: Consistency::Linearizable,
+            routing: Routing::Proxy,
+            timeout: STEP_TIMEOUT,
+        };
         self.access.call(shard, body, options).await
     }
 
     fn has_more_to_move(&self, shard: GroupId) -> bool {
         let view = self.member.view();
-        view.moves.values().any(|open| open.from == shard) || view.astray().any(|slot| view.slots.owner(slot) == shard)
+        view.moves.values().any(|open| open.from == shard)
+            || view.astray().any(|slot| view.slots.owner(slot) == shard)
     }
 
-    /// Deletes, step by step, what moves that have ended have left in the shard's map; until there is something to move again. True:
-    /// nothing is left that this replica could delete.
+    /// Deletes, step by step, what moves that have ended have left in the shard's map; until there
+    /// is something to move again. True: nothing is left that this replica could delete.
     async fn clear(&self, group: &Group) -> bool {
         let shard = group.key().group;
         while group.leads() && !self.has_more_to_move(shard) {
-            let left = match group.state().read_in(ReadKind::Page, |read| kv::leftovers(read)).await {
+            let left = match group
+                .state()
+                .read_in(ReadKind::Page, |read| kv::leftovers(read))
+                .await
+            {
                 Ok(left) => left,
                 Err(error) => {
                     tell_unreadable(group, &error);
@@ -437,10 +573,16 @@ impl Shared {
                 }
             };
             let Some((id, slots)) = left else { return true };
-            let step = MoveStep::Clear { limit: CLEAR_KEYS_MAX }.of(id, &slots);
+            let step = MoveStep::Clear {
+                limit: CLEAR_KEYS_MAX,
+            }
+            .of(id, &slots);
             wait_ample_room(group, &step).await;
             let begun = Instant::now();
-            match group.propose_command(step, Instant::now() + STEP_TIMEOUT).await {
+            match group
+                .propose_command(step, Instant::now() + STEP_TIMEOUT)
+                .await
+            {
                 Ok(kv::Outcome::Moved(MoveOutcome::Cleared { .. })) => {
                     self.machine.stepped(Stepped::Cleared { shard }).await;
                     tokio::time::sleep((begun.elapsed() * CLEAR_RESTS).min(REST_MAX)).await;
@@ -455,10 +597,17 @@ impl Shared {
     }
 }
 
-/// The next slots to be moved from the group's shard, and where to. As many as one move takes along.
-async fn next_slots(group: &Group, view: &View) -> Result<Option<(GroupId, BTreeSet<Slot>)>, StoreError> {
+/// The next slots to be moved from the group's shard, and where to. As many as one move takes
+/// along.
+async fn next_slots(
+    group: &Group,
+    view: &View,
+) -> Result<Option<(GroupId, BTreeSet<Slot>)>, StoreError> {
     let from = group.key().group;
-    let states = group.state().read_in(ReadKind::Page, |read| SlotState::read_all(read)).await?;
+    let states = group
+        .state()
+        .read_in(ReadKind::Page, |read| SlotState::read_all(read))
+        .await?;
     let states: BTreeMap<Slot, SlotState> = states.into_iter().collect();
     let mut chosen: Option<(GroupId, BTreeSet<Slot>)> = None;
     let mut bytes = 0;
@@ -473,7 +622,10 @@ async fn next_slots(group: &Group, view: &View) -> Result<Option<(GroupId, BTree
             Some(_) => continue,
         }
         bytes += held;
-        if chosen.as_ref().is_some_and(|(_, slots)| slots.len() >= SLOTS_PER_MOVE) {
+        if chosen
+            .as_ref()
+            .is_some_and(|(_, slots)| slots.len() >= SLOTS_PER_MOVE)
+        {
             break;
         }
     }
@@ -512,13 +664,20 @@ pub async fn wait_ample_room(group: &Group, command: &Command) {
 /// What the leader of a destination proposes: a chunk carries its group time.
 pub fn timed(command: Command, group: &Group) -> Command {
     match command {
-        Command::Install { install, .. } => Command::Install { time_ms: group.time_ms(), install },
+        Command::Install { install, .. } => Command::Install {
+            time_ms: group.time_ms(),
+            install,
+        },
         other => other,
     }
 }
 
 /// What the map of a destination says of a move.
-pub async fn destination_state(group: &Group, id: MoveId, slots: BTreeSet<Slot>) -> Result<DestinationState, StoreError> {
+pub async fn destination_state(
+    group: &Group,
+    id: MoveId,
+    slots: BTreeSet<Slot>,
+) -> Result<DestinationState, StoreError> {
     let look = move |read: &MapRead<'_>| kv::destination_state(read, id, &slots);
     group.state().read_in(ReadKind::Page, look).await
 }
@@ -529,8 +688,16 @@ mod tests {
 
     #[test]
     fn a_step_for_which_there_is_no_room_now_is_taken_later() {
-        let full = ProposeError::Overloaded { limit: "the proposals of this node".to_owned() };
-        assert!(matches!(Hitch::from(full), Hitch::Later(reason) if reason.contains("the proposals of this node")));
-        assert!(matches!(Hitch::from(ProposeError::NotLeader { leader: None }), Hitch::NotLeader));
+        let full = ProposeError::Overloaded {
+            limit: "the proposals of this node".to_owned(),
+        };
+        assert!(
+            matches!(Hitch::from(full), Hitch::Later(reason) if reason.contains("the proposals of \
+                this node"))
+        );
+        assert!(matches!(
+            Hitch::from(ProposeError::NotLeader { leader: None }),
+            Hitch::NotLeader
+        ));
     }
 }

@@ -1,10 +1,15 @@
-//! What runs: how a node comes to belong to a cluster, makes its groups match the view, and answers for the shards that it leads.
+//! What runs: how a node comes to belong to a cluster, makes its groups match the view, and answers
+//! for the shards that it leads.
 //!
-//! [`Node::open`] locks the data directory, so that the node can say who it is; [`Node::run`] then joins (`join`, decided by `bootstrap`),
-//! opens log, maps and replicas, and keeps what runs equal to the view (`reconciler`), until it is told to stop. The other rooms:
-//! `news` asks around when the meta group is silent, `member` is what the rest shares, `machine` what a node stands on, `access` reaches shards, `balancer` brings leaders home, `scout` finds peers that can't be connected to, `janitor` has snapshots written.
+//! [`Node::open`] locks the data directory, so that the node can say who it is; [`Node::run`] then
+//! joins (`join`, decided by `bootstrap`), opens log, maps and replicas, and keeps what runs equal
+//! to the view (`reconciler`), until it is told to stop. The other rooms: `news` asks around when
+//! the meta group is silent, `member` is what the rest shares, `machine` what a node stands on,
+//! `access` reaches shards, `balancer` brings leaders home, `scout` finds peers that can't be
+//! connected to, `janitor` has snapshots written.
 //!
-//! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was done, and why.
+//! A node is a [`Store`] from the start: until it belongs to a cluster it answers that nothing was
+//! done, and why.
 
 pub mod access;
 mod agreement;
@@ -48,13 +53,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::client::peer::{
-    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PeerCaller, PromiseReply,
-    PromiseRequest,
+    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
+    PeerCaller, PromiseReply, PromiseRequest,
 };
 use crate::client::protocol::{ClusterStatus, Hop, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
 use crate::client::shard_map::ShardMap;
-use crate::client::store::{Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, WriteFailure, Written};
+use crate::client::store::{
+    Failure, Found, GetManyRequest, Options, Page, ScanRequest, Store, WriteFailure, Written,
+};
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
 use crate::raft::lanes::Ousted;
@@ -112,21 +119,24 @@ pub enum NodeError {
     Start(#[from] StartError),
     #[error(transparent)]
     NoStart(#[from] NoStart),
-    /// The process must be started again: the directory is that of a lost disk by then, and the node waits as a spare.
+    /// The process must be started again: the directory is that of a lost disk by then, and the
+    /// node waits as a spare.
     #[error(
-        "this data directory is an old copy: {reason}, so it lacks what its node has said since. It counts as a lost disk: its replicas \
-         are put aside, and rebuilt from the others once the cluster has noticed"
+        "this data directory is an old copy: {reason}, so it lacks what its node has said since. \
+         It counts as a lost disk: its replicas are put aside, and rebuilt from the others once \
+         the cluster has noticed"
     )]
     Outdated { reason: String },
     /// Which of the two is right is for people to say.
     #[error(
-        "another process runs with a copy of this data directory: {by} is in contact with it. Stop that one first, or give this node an \
-         empty directory; it then joins as a new node"
+        "another process runs with a copy of this data directory: {by} is in contact with it. Stop \
+         that one first, or give this node an empty directory; it then joins as a new node"
     )]
     Doubled { by: String },
     /// Every group of the node has stopped: nothing is acknowledged any more.
     #[error(
-        "the log has failed, so this node stops: {0}; what it acknowledged is kept. Free or mend the disk, then start it again"
+        "the log has failed, so this node stops: {0}; what it acknowledged is kept. Free or mend \
+        the disk, then start it again"
     )]
     LogFailed(String),
     /// The level of the cluster was raised past what this program knows.
@@ -148,7 +158,9 @@ impl NodeError {
     fn may_come_back(&self) -> bool {
         matches!(
             self,
-            NodeError::MapsDamaged | NodeError::MapsFailed(_) | NodeError::Start(StartError::Maps(SledError::Hangs { .. }))
+            NodeError::MapsDamaged
+                | NodeError::MapsFailed(_)
+                | NodeError::Start(StartError::Maps(SledError::Hangs { .. }))
         )
     }
 
@@ -195,7 +207,12 @@ impl Node {
         let caller = PeerCaller::new().map_err(NodeError::Client)?;
         let joining = Arc::new(Joining::new(config, machine, directory, caller));
         let answers = Budget::new(ANSWERS_BYTES_MAX);
-        Ok(Arc::new(Self { joining, running: OnceLock::new(), is_stopping: AtomicBool::new(false), answers }))
+        Ok(Arc::new(Self {
+            joining,
+            running: OnceLock::new(),
+            is_stopping: AtomicBool::new(false),
+            answers,
+        }))
     }
 
     /// Joins, serves, and returns after `shutdown`, with everything closed.
@@ -208,26 +225,41 @@ impl Node {
         match tokio::task::spawn_blocking(move || running::finish_retirement(&finishing)).await {
             Ok(Ok(true)) => return Err(NodeError::Retired),
             Ok(Ok(false)) => {}
-            Ok(Err(error)) => tracing::warn!("what this node had before it was retired is not forgotten yet: {error}"),
-            Err(error) => tracing::warn!("forgetting what this node had before it was retired was broken off: {error}"),
+            Ok(Err(error)) => tracing::warn!(
+                "what this node had before it was retired is not forgotten yet: {error}"
+            ),
+            Err(error) => tracing::warn!(
+                "forgetting what this node had before it was retired was broken off: {error}"
+            ),
         }
-        let Some(joined) = self.joining.join(shutdown).await? else { return Ok(()) };
+        let Some(joined) = self.joining.join(shutdown).await? else {
+            return Ok(());
+        };
         let found = match self.joining.introduce(&joined).await {
             Ok(found) => found,
             Err(NodeError::NoStart(NoStart::Outdated { by, number })) => {
-                return Err(self.outdated(format!("{by} knows of start {number} of it, which is not in it")).await);
+                return Err(self
+                    .outdated(format!(
+                        "{by} knows of start {number} of it, which is not in it"
+                    ))
+                    .await);
             }
             Err(error) => return Err(error),
         };
-        let running = match Running::start(&self.joining, joined, &found, Arc::clone(&self.answers)).await {
-            Ok(running) => running,
-            Err(error) => {
-                let is_condemned = running::are_maps_condemned(self.joining.directory_path());
-                let error = if is_condemned { NodeError::MapsDamaged } else { error.into() };
-                let is_rested = !error.may_come_back() || self.rested(shutdown).await;
-                return if is_rested { Err(error) } else { Ok(()) };
-            }
-        };
+        let running =
+            match Running::start(&self.joining, joined, &found, Arc::clone(&self.answers)).await {
+                Ok(running) => running,
+                Err(error) => {
+                    let is_condemned = running::are_maps_condemned(self.joining.directory_path());
+                    let error = if is_condemned {
+                        NodeError::MapsDamaged
+                    } else {
+                        error.into()
+                    };
+                    let is_rested = !error.may_come_back() || self.rested(shutdown).await;
+                    return if is_rested { Err(error) } else { Ok(()) };
+                }
+            };
         let failed = running.log_failure();
         let condemned = running.condemned();
         let given_up = running.given_up();
@@ -251,7 +283,9 @@ impl Node {
             }),
         };
         let result = match result {
-            Err(error) if error.may_come_back() => self.prepare_restart(running, error, shutdown).await,
+            Err(error) if error.may_come_back() => {
+                self.prepare_restart(running, error, shutdown).await
+            }
             result => result,
         };
         if let Err(NodeError::Retired) = result {
@@ -264,9 +298,14 @@ impl Node {
         result
     }
 
-    /// Hands over what this node leads, and waits until the process may start again: what still runs here runs on until then. Returns
-    /// why the node stops, if it was not told to meanwhile.
-    async fn prepare_restart(&self, running: &Running, error: NodeError, shutdown: &CancellationToken) -> Result<(), NodeError> {
+    /// Hands over what this node leads, and waits until the process may start again: what still
+    /// runs here runs on until then. Returns why the node stops, if it was not told to meanwhile.
+    async fn prepare_restart(
+        &self,
+        running: &Running,
+        error: NodeError,
+        shutdown: &CancellationToken,
+    ) -> Result<(), NodeError> {
         tracing::error!("{error}; the process starts again by itself");
         running.registry().hand_over(HAND_OVER_TIMEOUT).await;
         tokio::select! {
@@ -291,7 +330,10 @@ impl Node {
         let restarts = self.joining.config().restarts;
         let pause = Duration::from_millis(restart_pause_ms(restarts));
         if !pause.is_zero() {
-            tracing::warn!("this process has started again by itself {restarts} times in a row: the next start is in {pause:?}");
+            tracing::warn!(
+                "this process has started again by itself {restarts} times in a row: the next \
+                start is in {pause:?}"
+            );
         }
         waited(shutdown, pause).await
     }
@@ -309,8 +351,12 @@ impl Node {
     /// Hears a member of this cluster, or of another.
     pub async fn greeted(&self, greeting: Greeting) -> GreetingReply {
         let views = self.running.get().map(|running| running.member().views());
-        let is_news = views.is_some_and(|views| views.leads_elsewhere(greeting.directory, &greeting.address));
-        let reply = self.joining.greeted(&greeting, views.is_some(), is_news).await;
+        let is_news =
+            views.is_some_and(|views| views.leads_elsewhere(greeting.directory, &greeting.address));
+        let reply = self
+            .joining
+            .greeted(&greeting, views.is_some(), is_news)
+            .await;
         if let (GreetingReply::Welcome(_), Some(views)) = (&reply, views) {
             views.found_at(greeting.directory, &greeting.address);
         }
@@ -322,8 +368,8 @@ impl Node {
         self.joining.supervisor()
     }
 
-    /// Hands every leadership over to another replica, as far as there is one within the time: the first step of a clean stop, while
-    /// requests are still answered.
+    /// Hands every leadership over to another replica, as far as there is one within the time: the
+    /// first step of a clean stop, while requests are still answered.
     pub async fn hand_over(&self, timeout: Duration) {
         self.is_stopping.store(true, Ordering::Relaxed);
         if let Some(running) = self.running.get() {
@@ -349,29 +395,48 @@ impl Node {
         }
     }
 
-    /// Returns what is to be said of a node that is ready: why it takes no writes, if it takes none, and which shards with a
-    /// replica here take none. They are read, so the node is to be given requests.
+    /// Returns what is to be said of a node that is ready: why it takes no writes, if it takes
+    /// none, and which shards with a replica here take none. They are read, so the node is to be
+    /// given requests.
     pub fn note(&self) -> Option<String> {
         let room = self.running.get().and_then(|running| running.lacks_room());
         let room = room.map(|reason| format!("it takes no writes: {reason}"));
-        let notes: Vec<String> = room.into_iter().chain(self.warnings()).take(NOTES_MAX).collect();
+        let notes: Vec<String> = room
+            .into_iter()
+            .chain(self.warnings())
+            .take(NOTES_MAX)
+            .collect();
         (!notes.is_empty()).then(|| notes.join("; "))
     }
 
     /// Returns which shards with a replica here take no writes, and why.
     pub fn warnings(&self) -> Vec<String> {
-        let groups = self.running.get().map(|running| running.registry().groups()).unwrap_or_default();
-        let warning =
-            |group: &Arc<crate::raft::Group>| Some(format!("shard {} is read-only: {}", group.key().group.0, group.alarm()?));
+        let groups = self
+            .running
+            .get()
+            .map(|running| running.registry().groups())
+            .unwrap_or_default();
+        let warning = |group: &Arc<crate::raft::Group>| {
+            Some(format!(
+                "shard {} is read-only: {}",
+                group.key().group.0,
+                group.alarm()?
+            ))
+        };
         groups.iter().filter_map(warning).collect()
     }
 
     fn waiting_code(&self) -> &'static str {
-        self.joining.waiting().map_or("starting", |waiting| waiting.code())
+        self.joining
+            .waiting()
+            .map_or("starting", |waiting| waiting.code())
     }
 
     fn waiting_reason(&self) -> String {
-        self.joining.waiting().map_or_else(|| "this node is starting".to_owned(), |waiting| waiting.to_string())
+        self.joining.waiting().map_or_else(
+            || "this node is starting".to_owned(),
+            |waiting| waiting.to_string(),
+        )
     }
 
     /// Who this node is.
@@ -383,10 +448,13 @@ impl Node {
     pub async fn promise(&self, request: PromiseRequest) -> PromiseReply {
         let joining = Arc::clone(&self.joining);
         let promised = tokio::task::spawn_blocking(move || joining.promise(&request)).await;
-        promised.unwrap_or_else(|error| PromiseReply::Refused { reason: error.to_string() })
+        promised.unwrap_or_else(|error| PromiseReply::Refused {
+            reason: error.to_string(),
+        })
     }
 
-    /// Is told whom to ask: a node that waits what cluster there is, a member that may have missed something how it stands.
+    /// Is told whom to ask: a node that waits what cluster there is, a member that may have missed
+    /// something how it stands.
     pub fn invited(&self, members: Vec<Address>) {
         match self.running.get() {
             Some(running) => running.called_by(members),
@@ -397,7 +465,12 @@ impl Node {
     /// What this node says of its own replicas.
     pub async fn hosting(&self) -> Hosting {
         match self.running.get() {
-            Some(running) => running.member().hosting(running.lacks_room().is_some()).await,
+            Some(running) => {
+                running
+                    .member()
+                    .hosting(running.lacks_room().is_some())
+                    .await
+            }
             None => self.joining.hosting(Vec::new(), Vec::new(), false),
         }
     }
@@ -408,12 +481,16 @@ impl Node {
     ///
     /// When this node is none of that cluster, or can't write it down.
     pub async fn hold_level(&self, request: HoldRequest) -> Result<(), Failure> {
-        let Some(running) = self.running.get() else { return Err(self.unavailable()) };
+        let Some(running) = self.running.get() else {
+            return Err(self.unavailable());
+        };
         running.member().ensure_ours(request.cluster)?;
         let (joining, HoldRequest { cluster, hold }) = (Arc::clone(&self.joining), request);
         let written = tokio::task::spawn_blocking(move || joining.hold_level(cluster, hold)).await;
         let failed = |reason: String| Failure::Unknown { reason };
-        written.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
+        written
+            .map_err(|error| failed(error.to_string()))?
+            .map_err(|error| failed(error.to_string()))
     }
 
     /// Hears that replicas have failed on another node.
@@ -422,12 +499,16 @@ impl Node {
     ///
     /// When that node is none of this cluster, as far as is known here.
     pub fn failures_reported(&self, report: FailureReport) -> Result<(), Failure> {
-        let Some(running) = self.running.get() else { return Err(self.unavailable()) };
+        let Some(running) = self.running.get() else {
+            return Err(self.unavailable());
+        };
         let member = running.member();
         member.ensure_ours(report.cluster)?;
         match member.reports.take(&member.view(), report.directory) {
             true => Ok(()),
-            false => Err(Failure::Invalid { reason: "the view has no node with that directory".to_owned() }),
+            false => Err(Failure::Invalid {
+                reason: "the view has no node with that directory".to_owned(),
+            }),
         }
     }
 
@@ -457,23 +538,36 @@ impl Node {
 
     /// Its replicas, for the lanes of peers. None: it has none yet.
     pub fn registry(&self) -> Option<Arc<crate::raft::Registry>> {
-        self.running.get().map(|running| Arc::clone(running.registry()))
+        self.running
+            .get()
+            .map(|running| Arc::clone(running.registry()))
     }
 
     /// What this node counts, for the metrics page.
     pub fn families(&self) -> Vec<Family> {
-        self.running.get().map(|running| running.families()).unwrap_or_default()
+        self.running
+            .get()
+            .map(|running| running.families())
+            .unwrap_or_default()
     }
 
     fn unavailable(&self) -> Failure {
-        Failure::Unavailable { reason: self.waiting_reason(), retry_after_ms: RETRY_AFTER_MS }
+        Failure::Unavailable {
+            reason: self.waiting_reason(),
+            retry_after_ms: RETRY_AFTER_MS,
+        }
     }
 }
 
 #[cfg(test)]
 impl Node {
     /// Adds a replica to a group that this node leads, as if `view` were the newest that it knows.
-    pub async fn add_by(&self, view: &View, group: GroupId, replica: crate::types::ReplicaId) -> Result<(), String> {
+    pub async fn add_by(
+        &self,
+        view: &View,
+        group: GroupId,
+        replica: crate::types::ReplicaId,
+    ) -> Result<(), String> {
         self.memberships()?.add(view, group, replica).await
     }
 
@@ -483,8 +577,16 @@ impl Node {
     }
 
     fn memberships(&self) -> Result<memberships::Memberships, String> {
-        let member = self.running.get().ok_or("it belongs to no cluster")?.member().clone();
-        Ok(memberships::Memberships::new(member, self.joining.machine().clone()))
+        let member = self
+            .running
+            .get()
+            .ok_or("it belongs to no cluster")?
+            .member()
+            .clone();
+        Ok(memberships::Memberships::new(
+            member,
+            self.joining.machine().clone(),
+        ))
     }
 }
 
@@ -510,17 +612,28 @@ impl Store for Node {
         }
     }
 
-    fn get_many(&self, request: GetManyRequest, options: Options) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
+    fn get_many(
+        &self,
+        request: GetManyRequest,
+        options: Options,
+    ) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
         match self.running.get() {
             Some(running) => running.router().get_many(request, options),
             None => Box::pin(async { Err(self.unavailable()) }),
         }
     }
 
-    fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {
+    fn write(
+        &self,
+        operations: Vec<Operation>,
+        idempotency_key: Option<Bytes>,
+        options: Options,
+    ) -> BoxFuture<'_, Vec<Written>> {
         match self.running.get() {
             Some(running) => running.router().write(operations, idempotency_key, options),
-            None => Box::pin(async move { vec![Err(WriteFailure::Failed(self.unavailable())); operations.len()] }),
+            None => Box::pin(async move {
+                vec![Err(WriteFailure::Failed(self.unavailable())); operations.len()]
+            }),
         }
     }
 
@@ -560,7 +673,9 @@ impl Store for Node {
     }
 
     fn this_node(&self) -> Option<NodeId> {
-        self.running.get().and_then(|running| running.router().this_node())
+        self.running
+            .get()
+            .and_then(|running| running.router().this_node())
     }
 
     fn contact(&self, shard: GroupId) -> BoxFuture<'_, Option<Address>> {
@@ -574,10 +689,26 @@ impl Store for Node {
         let own = &self.joining.config().address;
         let known = match self.running.get() {
             Some(_) if nodes.contains(own) => return None,
-            Some(running) => running.member().view().nodes.values().map(|node| node.address.clone()).collect(),
-            None => self.joining.waiting().filter(Waiting::is_spare)?.members().to_vec(),
+            Some(running) => running
+                .member()
+                .view()
+                .nodes
+                .values()
+                .map(|node| node.address.clone())
+                .collect(),
+            None => self
+                .joining
+                .waiting()
+                .filter(Waiting::is_spare)?
+                .members()
+                .to_vec(),
         };
-        let seeds = nodes.iter().chain(&known).filter(|address| *address != own).cloned().collect();
+        let seeds = nodes
+            .iter()
+            .chain(&known)
+            .filter(|address| *address != own)
+            .cloned()
+            .collect();
         match RemoteStore::connect(seeds) {
             Ok(cluster) => Some(Arc::new(cluster)),
             Err(error) => {
@@ -594,7 +725,12 @@ impl Store for Node {
         }
     }
 
-    fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> BoxFuture<'_, Result<Address, Failure>> {
+    fn transfer_leader(
+        &self,
+        shard: GroupId,
+        to: Option<Address>,
+        options: Options,
+    ) -> BoxFuture<'_, Result<Address, Failure>> {
         match self.running.get() {
             Some(running) => running.router().transfer_leader(shard, to, options),
             None => Box::pin(async { Err(self.unavailable()) }),
@@ -613,14 +749,22 @@ impl Store for Node {
         }
     }
 
-    fn plan_view(&self, change: ViewChange, options: Options) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>> {
+    fn plan_view(
+        &self,
+        change: ViewChange,
+        options: Options,
+    ) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>> {
         match self.running.get() {
             Some(running) => running.router().plan_view(change, options),
             None => Box::pin(async { Err(ViewChangeFailure::Failed(self.unavailable())) }),
         }
     }
 
-    fn operation(&self, id: PlanEpoch, options: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
+    fn operation(
+        &self,
+        id: PlanEpoch,
+        options: Options,
+    ) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
         match self.running.get() {
             Some(running) => running.router().operation(id, options),
             None => Box::pin(async { Err(self.unavailable()) }),

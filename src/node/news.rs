@@ -1,8 +1,10 @@
-//! What a node hears of its cluster when its own replica of the meta group hears nothing any more: that the others were replaced while it
-//! was away, that its replica was, or that it was taken out of the view itself.
+//! What a node hears of its cluster when its own replica of the meta group hears nothing any more:
+//! that the others were replaced while it was away, that its replica was, or that it was taken out
+//! of the view itself.
 //!
-//! Only silence makes it ask. What it believes is a view of its own cluster that is newer than its own: views are told only when they are
-//! committed. A node that such a view does not have is retired: that is final for its id.
+//! Only silence makes it ask. What it believes is a view of its own cluster that is newer than its
+//! own: views are told only when they are committed. A node that such a view does not have is
+//! retired: that is final for its id.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -24,8 +26,9 @@ const SILENCE: Duration = Duration::from_secs(3);
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Nodes asked at once. Any one that is up to date will do.
 const ASKED_MAX: usize = 16;
-/// Addresses kept of those that callers and retired nodes told of. Anybody can call: what is more is left out, and fewer of them are asked
-/// at once than can be, so that the nodes of the view have their turn too.
+/// Addresses kept of those that callers and retired nodes told of. Anybody can call: what is more
+/// is left out, and fewer of them are asked at once than can be, so that the nodes of the view have
+/// their turn too.
 const ELSEWHERE_MAX: usize = ASKED_MAX / 2;
 
 /// Asks around when the meta group is silent.
@@ -77,38 +80,57 @@ impl News {
         }
     }
 
-    /// Members of the cluster have called: they are asked at once. What they say counts, not who calls.
+    /// Members of the cluster have called: they are asked at once. What they say counts, not who
+    /// calls.
     pub fn called_by(&self, members: Vec<Address>) {
         self.add_elsewhere(members);
         self.called.notify_one();
     }
 
     fn is_silent(&self) -> bool {
-        let Some(meta) = self.member.registry.get(GroupId::META) else { return true };
+        let Some(meta) = self.member.registry.get(GroupId::META) else {
+            return true;
+        };
         let status = meta.status();
         let is_member = status.membership.is_member(status.key.replica);
-        let heard = if meta.leads() { status.quorum_acked } else { status.leader_heard };
+        let heard = if meta.leads() {
+            status.quorum_acked
+        } else {
+            status.leader_heard
+        };
         !is_member || heard.is_none_or(|ago| ago > SILENCE)
     }
 
     async fn ask(&self) {
         let known = self.member.view();
         let elsewhere = std::mem::take(&mut *self.elsewhere.lock().expect("no holder panics"));
-        let others = known.nodes.iter().filter(|(id, _)| **id != self.member.node).map(|(_, node)| node.address.clone());
+        let others = known
+            .nodes
+            .iter()
+            .filter(|(id, _)| **id != self.member.node)
+            .map(|(_, node)| node.address.clone());
         let asked = choose(elsewhere, others.collect());
-        let answers = asked.iter().map(|address| self.member.peers.identity(address, ASK_TIMEOUT));
+        let answers = asked
+            .iter()
+            .map(|address| self.member.peers.identity(address, ASK_TIMEOUT));
         let mut newest: Option<Box<View>> = None;
         for identity in join_all(answers).await.into_iter().flatten() {
             match identity.standing {
                 Standing::Member { view } if view.cluster == self.member.cluster => {
-                    if newest.as_ref().is_none_or(|newest| view.version > newest.version) {
+                    if newest
+                        .as_ref()
+                        .is_none_or(|newest| view.version > newest.version)
+                    {
                         newest = Some(view);
                     }
                 }
                 Standing::Retired { cluster, members } if cluster == self.member.cluster => {
                     self.add_elsewhere(members);
                 }
-                Standing::Member { .. } | Standing::Retired { .. } | Standing::Fresh { .. } | Standing::Promised { .. } => {}
+                Standing::Member { .. }
+                | Standing::Retired { .. }
+                | Standing::Fresh { .. }
+                | Standing::Promised { .. } => {}
             }
         }
         if let Some(view) = newest.filter(|view| view.version > known.version) {
@@ -124,18 +146,24 @@ impl News {
 
     fn take(&self, view: Box<View>) {
         if view.nodes.contains_key(&self.member.node) {
-            tracing::info!("heard of a newer view, version {}, from another node", view.version);
+            tracing::info!(
+                "heard of a newer view, version {}, from another node",
+                view.version
+            );
             self.member.views().advance(*view);
             return;
         }
-        tracing::warn!("this node is not in the view any more (version {}): it is retired", view.version);
+        tracing::warn!(
+            "this node is not in the view any more (version {}): it is retired",
+            view.version
+        );
         *self.without_us.lock().expect("no holder panics") = Some(view);
         self.retired.cancel();
     }
 }
 
-/// Whom to ask: all that was told of elsewhere, and of the others as many as there is room for. Which of many does not matter, but it should
-/// not be the same ones for ever.
+/// Whom to ask: all that was told of elsewhere, and of the others as many as there is room for.
+/// Which of many does not matter, but it should not be the same ones for ever.
 fn choose(elsewhere: BTreeSet<Address>, mut others: Vec<Address>) -> Vec<Address> {
     others.retain(|address| !elsewhere.contains(address));
     let room = ASKED_MAX.saturating_sub(elsewhere.len());
@@ -153,12 +181,22 @@ mod tests {
 
     #[test]
     fn who_calls_often_keeps_nobody_from_being_asked() {
-        let address = |host: &str, node: usize| -> Address { format!("{host}{node}:1").parse().expect("an address") };
+        let address = |host: &str, node: usize| -> Address {
+            format!("{host}{node}:1").parse().expect("an address")
+        };
         let others: Vec<Address> = (0..100).map(|node| address("member", node)).collect();
-        let elsewhere: BTreeSet<Address> = (0..ELSEWHERE_MAX).map(|node| address("caller", node)).collect();
+        let elsewhere: BTreeSet<Address> = (0..ELSEWHERE_MAX)
+            .map(|node| address("caller", node))
+            .collect();
         let asked = choose(elsewhere.clone(), others.clone());
         assert_eq!(asked.len(), ASKED_MAX);
-        assert_eq!(asked.iter().filter(|address| others.contains(address)).count(), ASKED_MAX - ELSEWHERE_MAX);
+        assert_eq!(
+            asked
+                .iter()
+                .filter(|address| others.contains(address))
+                .count(),
+            ASKED_MAX - ELSEWHERE_MAX
+        );
 
         let few = choose(elsewhere.clone(), elsewhere.iter().cloned().collect());
         assert_eq!(few.len(), ELSEWHERE_MAX, "nobody twice");

@@ -1,7 +1,8 @@
-//! [`Openings`]: opens the replicas that the view gives this node; one that could not be opened, or has
-//! stopped, again after a pause. `failures` knows which those are, and how long each rests.
+//! [`Openings`]: opens the replicas that the view gives this node; one that could not be opened, or
+//! has stopped, again after a pause. `failures` knows which those are, and how long each rests.
 //!
-//! What has failed before is opened beside everything else, since it may read a whole map each time.
+//! What has failed before is opened beside everything else, since it may read a whole map each
+//! time.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -79,8 +80,14 @@ enum Found {
 }
 
 impl Openings {
-    /// Opens what is due, but for replicas that are being `wiped`. Returns whether there was nothing to do.
-    pub async fn open(&mut self, member: &Member, view: &View, is_wiped: impl Fn(ReplicaKey) -> bool) -> bool {
+    /// Opens what is due, but for replicas that are being `wiped`. Returns whether there was
+    /// nothing to do.
+    pub async fn open(
+        &mut self,
+        member: &Member,
+        view: &View,
+        is_wiped: impl Fn(ReplicaKey) -> bool,
+    ) -> bool {
         let failures = &member.failures;
         while let Some((key, ended)) = self.tasks.try_ended() {
             let opened = ended.unwrap_or_else(|error| Err(OpenError::Raft(error.to_string())));
@@ -94,7 +101,9 @@ impl Openings {
             if self.tasks.has(key) || is_wiped(key) || !is_to_be_opened(member, failures, key) {
                 continue;
             }
-            let Some(group) = view.groups.get(&key.group) else { continue };
+            let Some(group) = view.groups.get(&key.group) else {
+                continue;
+            };
             let kind = As::of(group, key);
             is_idle = false;
             if !failures.has_failed_before(key) {
@@ -104,7 +113,8 @@ impl Openings {
             let registry = Arc::clone(&member.registry);
             self.tasks.begin(key, async move {
                 let closed = tokio::time::timeout(CLOSE_TIMEOUT, registry.close_failed(key)).await;
-                closed.map_err(|_| OpenError::Raft("what is left of it does not end".to_owned()))?;
+                closed
+                    .map_err(|_| OpenError::Raft("what is left of it does not end".to_owned()))?;
                 kind.open(&registry, key).await
             });
         }
@@ -133,7 +143,11 @@ fn is_to_be_opened(member: &Member, failures: &Failures, key: ReplicaKey) -> boo
         Found::InTheWay => false,
         Found::Stopped(reason) if failures.of(key).is_none() => {
             let is_given_up = member.registry.maps_given_up().is_some();
-            let cause = if is_given_up { Cause::Database } else { Cause::Other };
+            let cause = if is_given_up {
+                Cause::Database
+            } else {
+                Cause::Other
+            };
             failures.failed(key, cause, format!("it has stopped: {reason}"));
             false
         }
@@ -142,7 +156,9 @@ fn is_to_be_opened(member: &Member, failures: &Failures, key: ReplicaKey) -> boo
 }
 
 fn look(registry: &Registry, key: ReplicaKey) -> Found {
-    let map = registry.get(key.group).map(|group| (group.key(), group.failure()));
+    let map = registry
+        .get(key.group)
+        .map(|group| (group.key(), group.failure()));
     let witness = || {
         let witness = registry.witness(key.group)?;
         Some((witness.key(), witness.status().failed))
@@ -162,15 +178,22 @@ fn note(member: &Member, key: ReplicaKey, opened: Result<(), OpenError>) {
         Err(error) => error,
     };
     let cause = match error.cause() {
-        Cause::DiskFull | Cause::Other if member.registry.maps_given_up().is_some() => Cause::Database,
+        Cause::DiskFull | Cause::Other if member.registry.maps_given_up().is_some() => {
+            Cause::Database
+        }
         cause => cause,
     };
-    member.failures.failed(key, cause, format!("it cannot be opened: {error}"));
+    member
+        .failures
+        .failed(key, cause, format!("it cannot be opened: {error}"));
 }
 
 impl<T> Default for ReplicaTasks<T> {
     fn default() -> Self {
-        Self { tasks: JoinSet::new(), keys: HashMap::new() }
+        Self {
+            tasks: JoinSet::new(),
+            keys: HashMap::new(),
+        }
     }
 }
 
@@ -192,7 +215,10 @@ impl<T: Send + 'static> ReplicaTasks<T> {
     pub fn try_ended(&mut self) -> Option<(ReplicaKey, Result<T, JoinError>)> {
         let ended = self.tasks.try_join_next_with_id()?;
         let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
-        let key = self.keys.remove(&id).expect("each task is noted with its replica");
+        let key = self
+            .keys
+            .remove(&id)
+            .expect("each task is noted with its replica");
         Some((key, ended.map(|(_, result)| result)))
     }
 

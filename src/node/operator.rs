@@ -1,5 +1,6 @@
-//! Changes of the view that an operator asks for, as the leader of the meta group carries them out: who the nodes are, what the plan is, and
-//! that the meta group accepts it. What the plan then takes is done by every node by itself (`reconciler`, `memberships`, `migrator`).
+//! Changes of the view that an operator asks for, as the leader of the meta group carries them out:
+//! who the nodes are, what the plan is, and that the meta group accepts it. What the plan then
+//! takes is done by every node by itself (`reconciler`, `memberships`, `migrator`).
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -14,7 +15,8 @@ use crate::client::peer::{Identity, Standing};
 use crate::client::protocol::ClusterStatus;
 use crate::client::store::{Failure, Options};
 use crate::client::view_change::{
-    ChangeInProgress, Phase, PlannedChange, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
+    ChangeInProgress, Phase, PlannedChange, ReplicationFactor, Shards, ViewChange,
+    ViewChangeFailure,
 };
 use crate::raft::{Group, ProposeError};
 use crate::sm::level::TooOld;
@@ -27,11 +29,12 @@ use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two looks at a node that has left and does not know yet.
 const LATE_LEAVER_PAUSE: Duration = Duration::from_millis(200);
-/// Changes and dry runs that are planned at once: each asks every node, and holds a whole view or two.
+/// Changes and dry runs that are planned at once: each asks every node, and holds a whole view or
+/// two.
 const CHANGES_AT_ONCE: usize = 4;
-/// Nodes that one change asks at once who they are. Its addresses come out of a request: they must be
-/// no way to have a whole network dialled in a moment, nor to keep other changes and what this node
-/// asks for itself waiting.
+/// Nodes that one change asks at once who they are. Its addresses come out of a request: they must
+/// be no way to have a whole network dialled in a moment, nor to keep other changes and what this
+/// node asks for itself waiting.
 const ASKED_AT_ONCE: usize = 8;
 /// How soon to try again.
 const RETRY_AFTER_MS: u64 = 500;
@@ -63,13 +66,20 @@ struct LateLeavers {
 
 impl LateLeavers {
     fn new(options: Options) -> Self {
-        Self { any: false, until: Instant::now() + options.timeout.mul_f32(0.7) }
+        Self {
+            any: false,
+            until: Instant::now() + options.timeout.mul_f32(0.7),
+        }
     }
 }
 
 impl Operator {
     pub fn new(member: Arc<Member>) -> Self {
-        Self { member, watched: Mutex::default(), turns: Semaphore::new(CHANGES_AT_ONCE) }
+        Self {
+            member,
+            watched: Mutex::default(),
+            turns: Semaphore::new(CHANGES_AT_ONCE),
+        }
     }
 
     /// Has the meta group accept another plan.
@@ -79,25 +89,37 @@ impl Operator {
         only_if: Option<PlanEpoch>,
         options: Options,
     ) -> Result<ChangeInProgress, ViewChangeFailure> {
-        change.ensure_bounded().map_err(|reason| ViewChangeFailure::Refused { reason })?;
+        change
+            .ensure_bounded()
+            .map_err(|reason| ViewChangeFailure::Refused { reason })?;
         let _turn = self.turn(options).await?;
         let deadline = Instant::now() + options.timeout;
         let meta = self.meta()?;
         let mut leavers = LateLeavers::new(options);
         loop {
-            let (view, planned) = self.draw_up(&meta, change, only_if, deadline, &mut leavers).await?;
+            let (view, planned) = self
+                .draw_up(&meta, change, only_if, deadline, &mut leavers)
+                .await?;
             if planned.is_same {
                 return Ok(self.describe(&view, view.epoch, &self.member.status().await));
             }
             let epoch = planned.view.epoch;
-            let command = meta::Command::InstallPlan { base: view.version, next: Box::new(planned.view) };
+            let command = meta::Command::InstallPlan {
+                base: view.version,
+                next: Box::new(planned.view),
+            };
             match meta.propose_meta(command, deadline).await {
                 Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
                     tracing::info!("plan {epoch} was accepted");
                     self.member.views().note_end(&view);
-                    // Whether this node still leads does not matter any more: the plan may well take that from it.
-                    let unknown = |failure: Failure| Failure::Unknown { reason: failure.to_string() };
-                    let now = read_applied_view(&meta).map_err(unknown).map_err(ViewChangeFailure::Failed)?;
+                    // Whether this node still leads does not matter any more: the plan may well
+                    // take that from it.
+                    let unknown = |failure: Failure| Failure::Unknown {
+                        reason: failure.to_string(),
+                    };
+                    let now = read_applied_view(&meta)
+                        .map_err(unknown)
+                        .map_err(ViewChangeFailure::Failed)?;
                     return Ok(self.describe(&now, epoch, &self.member.status().await));
                 }
                 // Something else has changed the view meanwhile: the plan is drawn up anew.
@@ -111,15 +133,20 @@ impl Operator {
                     return Err(ViewChangeFailure::Failed(failure));
                 }
                 Err(error) => {
-                    let failure = Failure::Unavailable { reason: error.to_string(), retry_after_ms: RETRY_AFTER_MS };
-                    return Err(ViewChangeFailure::Failed(self.member.for_want_of_meta(failure)));
+                    let failure = Failure::Unavailable {
+                        reason: error.to_string(),
+                        retry_after_ms: RETRY_AFTER_MS,
+                    };
+                    return Err(ViewChangeFailure::Failed(
+                        self.member.for_want_of_meta(failure),
+                    ));
                 }
             }
         }
     }
 
-    /// Plans the change, from the view as it is. A node that has just left notices in a moment, and is away for another while it
-    /// starts again: it is waited for.
+    /// Plans the change, from the view as it is. A node that has just left notices in a moment, and
+    /// is away for another while it starts again: it is waited for.
     async fn draw_up(
         &self,
         meta: &Group,
@@ -131,7 +158,9 @@ impl Operator {
         loop {
             let view = self.current(meta, deadline).await?;
             if only_if.is_some_and(|epoch| epoch != view.epoch) {
-                return Err(ViewChangeFailure::EpochChanged { current: view.epoch });
+                return Err(ViewChangeFailure::EpochChanged {
+                    current: view.epoch,
+                });
             }
             match self.plan(&view, change).await {
                 Ok(planned) => return Ok((view, planned)),
@@ -147,10 +176,18 @@ impl Operator {
         }
     }
 
-    /// Whether a node that is to be in the view has left it, and does not know yet. Such a node is told to look.
+    /// Whether a node that is to be in the view has left it, and does not know yet. Such a node is
+    /// told to look.
     async fn is_leaving_late(&self, view: &View, change: &ViewChange) -> bool {
-        let members: Vec<Address> = view.staying().map(|(_, node)| node.address.clone()).collect();
-        let strangers = change.nodes.iter().flatten().filter(|address| view.node_at(address).is_none());
+        let members: Vec<Address> = view
+            .staying()
+            .map(|(_, node)| node.address.clone())
+            .collect();
+        let strangers = change
+            .nodes
+            .iter()
+            .flatten()
+            .filter(|address| view.node_at(address).is_none());
         let peers = &self.member.peers.with_turns(ASKED_AT_ONCE);
         let asked = strangers.map(|address| {
             let members = &members;
@@ -167,18 +204,38 @@ impl Operator {
     }
 
     /// What such a change would take.
-    pub async fn preview(&self, change: &ViewChange, options: Options) -> Result<PlannedChange, ViewChangeFailure> {
-        change.ensure_bounded().map_err(|reason| ViewChangeFailure::Refused { reason })?;
+    pub async fn preview(
+        &self,
+        change: &ViewChange,
+        options: Options,
+    ) -> Result<PlannedChange, ViewChangeFailure> {
+        change
+            .ensure_bounded()
+            .map_err(|reason| ViewChangeFailure::Refused { reason })?;
         let _turn = self.turn(options).await?;
         let (meta, deadline) = (self.meta()?, Instant::now() + options.timeout);
-        let (view, planned) = self.draw_up(&meta, change, None, deadline, &mut LateLeavers::new(options)).await?;
+        let (view, planned) = self
+            .draw_up(
+                &meta,
+                change,
+                None,
+                deadline,
+                &mut LateLeavers::new(options),
+            )
+            .await?;
         Ok(compare(&view, &planned, &self.member.status().await))
     }
 
     /// How the change that was accepted as plan `id` gets on; none: there was no such plan.
-    pub async fn operation(&self, id: PlanEpoch, options: Options) -> Result<Option<ChangeInProgress>, Failure> {
+    pub async fn operation(
+        &self,
+        id: PlanEpoch,
+        options: Options,
+    ) -> Result<Option<ChangeInProgress>, Failure> {
         let meta = self.meta()?;
-        let view = self.current(&meta, Instant::now() + options.timeout).await?;
+        let view = self
+            .current(&meta, Instant::now() + options.timeout)
+            .await?;
         if id > view.epoch || id.0 == 0 {
             return Ok(None);
         }
@@ -199,7 +256,11 @@ impl Operator {
 
     /// The meta group, if this node leads it.
     fn meta(&self) -> Result<Arc<Group>, ViewChangeFailure> {
-        let meta = self.member.registry.get(GroupId::META).filter(|meta| meta.leads());
+        let meta = self
+            .member
+            .registry
+            .get(GroupId::META)
+            .filter(|meta| meta.leads());
         meta.ok_or_else(|| unavailable("this node does not lead the meta group".into()))
     }
 
@@ -212,21 +273,36 @@ impl Operator {
     async fn plan(&self, view: &View, change: &ViewChange) -> Result<Planned, ViewChangeFailure> {
         let wanted = self.identify(view, change).await?;
         // A node that is out of reach now is not given anything again.
-        let out: BTreeSet<NodeId> = view.out.iter().filter(|id| !self.is_in_reach(**id)).copied().collect();
-        plan(view, merged(view.asked, change), &wanted, &out)
-            .map_err(|error| ViewChangeFailure::Refused { reason: error.to_string() })
+        let out: BTreeSet<NodeId> = view
+            .out
+            .iter()
+            .filter(|id| !self.is_in_reach(**id))
+            .copied()
+            .collect();
+        plan(view, merged(view.asked, change), &wanted, &out).map_err(|error| {
+            ViewChangeFailure::Refused {
+                reason: error.to_string(),
+            }
+        })
     }
 
     fn is_in_reach(&self, node: NodeId) -> bool {
         self.member.is_in_reach(node, ASK_TIMEOUT)
     }
 
-    /// The nodes that the view is to have. One that is in it already need not answer; but if another directory answers under its address, its
-    /// own is lost.
-    async fn identify(&self, view: &View, change: &ViewChange) -> Result<Vec<view::Node>, ViewChangeFailure> {
+    /// The nodes that the view is to have. One that is in it already need not answer; but if
+    /// another directory answers under its address, its own is lost.
+    async fn identify(
+        &self,
+        view: &View,
+        change: &ViewChange,
+    ) -> Result<Vec<view::Node>, ViewChangeFailure> {
         let mut addresses: Vec<Address> = match &change.nodes {
             Some(nodes) => nodes.clone(),
-            None => view.staying().map(|(_, node)| node.address.clone()).collect(),
+            None => view
+                .staying()
+                .map(|(_, node)| node.address.clone())
+                .collect(),
         };
         // Newcomers have to answer, so they have their turn before members, which may be away.
         addresses.sort_by_cached_key(|address| view.node_at(address).is_some());
@@ -243,11 +319,19 @@ impl Operator {
             let known = view.node_at(address).and_then(|id| view.nodes.get(&id));
             wanted.push(match (answer, known) {
                 (Ok(None), Some(known)) | (Err(_), Some(known)) => known.clone(),
-                (Ok(Some(identity)), Some(known)) if identity.directory == known.directory => known.clone(),
+                (Ok(Some(identity)), Some(known)) if identity.directory == known.directory => {
+                    known.clone()
+                }
                 (Ok(Some(identity)), _) => newcomer(view, address, identity)?,
-                (Ok(None), None) => return Err(unavailable(format!("{address} is this node, and not in the view"))),
+                (Ok(None), None) => {
+                    return Err(unavailable(format!(
+                        "{address} is this node, and not in the view"
+                    )));
+                }
                 (Err(error), None) => {
-                    return Err(ViewChangeFailure::NotReady { reason: format!("{address} can't be asked who it is: {error}") });
+                    return Err(ViewChangeFailure::NotReady {
+                        reason: format!("{address} can't be asked who it is: {error}"),
+                    });
                 }
             });
         }
@@ -255,7 +339,9 @@ impl Operator {
     }
 
     fn own_address(&self, view: &View) -> Address {
-        view.nodes.get(&self.member.node).map_or_else(|| self.member.address.clone(), |node| node.address.clone())
+        view.nodes
+            .get(&self.member.node)
+            .map_or_else(|| self.member.address.clone(), |node| node.address.clone())
     }
 
     fn describe(&self, view: &View, id: PlanEpoch, status: &ClusterStatus) -> ChangeInProgress {
@@ -269,7 +355,11 @@ impl Operator {
             left_s: None,
             waiting_for: Vec::new(),
         };
-        let was_done = if id < view.epoch { self.member.views().was_done(id) } else { None };
+        let was_done = if id < view.epoch {
+            self.member.views().was_done(id)
+        } else {
+            None
+        };
         match was_done {
             Some(true) => return over(Phase::Done),
             Some(false) => return over(Phase::Superseded),
@@ -285,7 +375,9 @@ impl Operator {
             slots_left,
             bytes_left,
             bytes_per_s: rate,
-            left_s: rate.filter(|rate| *rate > 0).map(|rate| bytes_left.div_ceil(rate)),
+            left_s: rate
+                .filter(|rate| *rate > 0)
+                .map(|rate| bytes_left.div_ceil(rate)),
             waiting_for: self.waiting_for(view),
             ..over(Phase::Running)
         }
@@ -295,10 +387,15 @@ impl Operator {
         let mut watched = self.watched.lock().expect("no holder panics");
         let first = match *watched {
             Some(first) if first.id == id && first.bytes_left >= bytes_left => first,
-            _ => *watched.insert(Watched { id, since: Instant::now(), bytes_left }),
+            _ => *watched.insert(Watched {
+                id,
+                since: Instant::now(),
+                bytes_left,
+            }),
         };
         let elapsed_ms = u64::try_from(first.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        (elapsed_ms >= 1000).then(|| (first.bytes_left - bytes_left).saturating_mul(1000) / elapsed_ms)
+        (elapsed_ms >= 1000)
+            .then(|| (first.bytes_left - bytes_left).saturating_mul(1000) / elapsed_ms)
     }
 
     fn waiting_for(&self, view: &View) -> Vec<String> {
@@ -322,7 +419,10 @@ impl Operator {
         if slots > 0 {
             reasons.push(format!(
                 "{slots} slots to move, {} under way",
-                view.moves.values().map(|open| open.slots.len()).sum::<usize>()
+                view.moves
+                    .values()
+                    .map(|open| open.slots.len())
+                    .sum::<usize>()
             ));
         }
         reasons
@@ -330,27 +430,45 @@ impl Operator {
 }
 
 /// A node that the view does not know under this address.
-fn newcomer(view: &View, address: &Address, identity: Identity) -> Result<view::Node, ViewChangeFailure> {
+fn newcomer(
+    view: &View,
+    address: &Address,
+    identity: Identity,
+) -> Result<view::Node, ViewChangeFailure> {
     if identity.speaks < view.level {
-        let reason = format!("{address} can't be added: {}", TooOld::new(view.level, identity.speaks));
+        let reason = format!(
+            "{address} can't be added: {}",
+            TooOld::new(view.level, identity.speaks)
+        );
         return Err(ViewChangeFailure::Refused { reason });
     }
     let not_ready = |reason: String| Err(ViewChangeFailure::NotReady { reason });
-    let is_known = view.nodes.values().any(|node| node.directory == identity.directory);
+    let is_known = view
+        .nodes
+        .values()
+        .any(|node| node.directory == identity.directory);
     match identity.standing {
         Standing::Member { view: other } if other.cluster != view.cluster => {
             return not_ready(format!("{address} belongs to cluster {}", other.cluster));
         }
         Standing::Promised { founder, .. } => {
-            return not_ready(format!("{address} has promised to be founded by the node with directory {founder}"));
+            return not_ready(format!(
+                "{address} has promised to be founded by the node with directory {founder}"
+            ));
         }
         // It was one of ours, and has not noticed yet that it is retired.
         Standing::Member { .. } if !is_known => {
-            return not_ready(format!("{address} has yet to notice that it left the cluster: try again in some seconds"));
+            return not_ready(format!(
+                "{address} has yet to notice that it left the cluster: try again in some seconds"
+            ));
         }
         Standing::Member { .. } | Standing::Fresh { .. } | Standing::Retired { .. } => {}
     }
-    Ok(view::Node { address: address.clone(), public_address: identity.public_address, directory: identity.directory })
+    Ok(view::Node {
+        address: address.clone(),
+        public_address: identity.public_address,
+        directory: identity.directory,
+    })
 }
 
 /// What is asked for now. What the change leaves out stays.
@@ -370,17 +488,23 @@ fn merged(asked: Asked, change: &ViewChange) -> Asked {
     }
 }
 
-/// Replicas of the plan that are not members yet, or not as they should be, and replicas out of it that are not retired.
+/// Replicas of the plan that are not members yet, or not as they should be, and replicas out of it
+/// that are not retired.
 fn replicas_left(group: &view::Group) -> u64 {
     let settled = |replica: &crate::types::ReplicaId| match &group.reported {
         None => group.creation.contains_key(replica),
         Some(reported) if group.learners.contains(replica) => reported.learners.contains(replica),
         Some(reported) => reported.voters.contains(replica),
     };
-    (group.wanted().filter(|(replica, _)| !settled(replica)).count() + group.leaving.len()) as u64
+    (group
+        .wanted()
+        .filter(|(replica, _)| !settled(replica))
+        .count()
+        + group.leaving.len()) as u64
 }
 
-/// Keys and values in the slots that are not where `targets` has them: a slot counts for its share of its shard.
+/// Keys and values in the slots that are not where `targets` has them: a slot counts for its share
+/// of its shard.
 fn bytes_to_move(view: &View, targets: &view::SlotTable, status: &ClusterStatus) -> u64 {
     let mut bytes = 0;
     for (id, _) in view.shards() {
@@ -389,7 +513,12 @@ fn bytes_to_move(view: &View, targets: &view::SlotTable, status: &ClusterStatus)
             owned += 1;
             leaving += u64::from(targets.owner(slot) != id);
         }
-        let held = status.shards.iter().find(|shard| shard.id == id).and_then(|shard| shard.bytes).unwrap_or(0);
+        let held = status
+            .shards
+            .iter()
+            .find(|shard| shard.id == id)
+            .and_then(|shard| shard.bytes)
+            .unwrap_or(0);
         bytes += held.saturating_mul(leaving) / owned.max(1);
     }
     bytes
@@ -397,15 +526,28 @@ fn bytes_to_move(view: &View, targets: &view::SlotTable, status: &ClusterStatus)
 
 fn compare(view: &View, planned: &Planned, status: &ClusterStatus) -> PlannedChange {
     let next = &planned.view;
-    let replicas = |of: &View| -> BTreeSet<_> { of.groups.values().flat_map(|group| group.replicas.keys().copied()).collect() };
-    let shards = |of: &View| -> BTreeSet<_> { of.shards().filter(|(_, group)| !group.ends).map(|(id, _)| id).collect() };
+    let replicas = |of: &View| -> BTreeSet<_> {
+        of.groups
+            .values()
+            .flat_map(|group| group.replicas.keys().copied())
+            .collect()
+    };
+    let shards = |of: &View| -> BTreeSet<_> {
+        of.shards()
+            .filter(|(_, group)| !group.ends)
+            .map(|(id, _)| id)
+            .collect()
+    };
     let nodes = |of: &View| -> BTreeSet<NodeId> { of.staying().map(|(id, _)| id).collect() };
     let addresses = |of: &View, ids: &mut dyn Iterator<Item = NodeId>| -> Vec<Address> {
-        ids.filter_map(|id| of.nodes.get(&id)).map(|node| node.address.clone()).collect()
+        ids.filter_map(|id| of.nodes.get(&id))
+            .map(|node| node.address.clone())
+            .collect()
     };
     let (had, has) = (nodes(view), nodes(next));
-    let slots_moved =
-        crate::types::Slot::all().filter(|slot| view.slots.owner(*slot) != next.targets.owner(*slot)).count() as u64;
+    let slots_moved = crate::types::Slot::all()
+        .filter(|slot| view.slots.owner(*slot) != next.targets.owner(*slot))
+        .count() as u64;
     PlannedChange {
         base: view.epoch,
         is_same: planned.is_same,
@@ -422,5 +564,8 @@ fn compare(view: &View, planned: &Planned, status: &ClusterStatus) -> PlannedCha
 }
 
 fn unavailable(reason: String) -> ViewChangeFailure {
-    ViewChangeFailure::Failed(Failure::Unavailable { reason, retry_after_ms: RETRY_AFTER_MS })
+    ViewChangeFailure::Failed(Failure::Unavailable {
+        reason,
+        retry_after_ms: RETRY_AFTER_MS,
+    })
 }

@@ -1,7 +1,8 @@
-//! What a group lacks when it has no leader or no quorum: which of its voters this node hears nothing of.
+//! What a group lacks when it has no leader or no quorum: which of its voters this node hears
+//! nothing of.
 //!
-//! For people, in the texts of failures: that "the meta group has no leader" helps nobody who does not
-//! know whom to bring back.
+//! For people, in the texts of failures: that "the meta group has no leader" helps nobody who does
+//! not know whom to bring back.
 
 use std::time::Duration;
 
@@ -10,51 +11,79 @@ use crate::client::store::Failure;
 use crate::sm::view::{Group, View};
 use crate::types::{GroupId, NodeId};
 
-/// How long a node may have been silent and still pass for one that is there. Longer than an election.
+/// How long a node may have been silent and still pass for one that is there. Longer than an
+/// election.
 const SILENCE_MAX: Duration = Duration::from_secs(2);
 /// Addresses in one text.
 const NAMES_MAX: usize = 8;
 
 impl Member {
-    /// Returns who is missing of a group, to be put behind what follows from it; nothing where all are there.
+    /// Returns who is missing of a group, to be put behind what follows from it; nothing where all
+    /// are there.
     pub fn missing_of(&self, group: GroupId) -> String {
         let view = self.view();
         let is_there = |node| self.is_in_reach(node, SILENCE_MAX) && !self.registry.is_cut(node);
-        view.groups.get(&group).map(|of| missing(&view, group, of, is_there)).unwrap_or_default()
+        view.groups
+            .get(&group)
+            .map(|of| missing(&view, group, of, is_there))
+            .unwrap_or_default()
     }
 
-    /// Returns the failure with who is missing of the meta group, if it says that something was not to be had.
+    /// Returns the failure with who is missing of the meta group, if it says that something was not
+    /// to be had.
     pub fn for_want_of_meta(&self, failure: Failure) -> Failure {
         let missing = self.missing_of(GroupId::META);
         match failure {
-            Failure::Unavailable { reason, retry_after_ms } => {
-                Failure::Unavailable { reason: format!("the meta group: {reason}{missing}"), retry_after_ms }
-            }
-            Failure::Unknown { reason } => Failure::Unknown { reason: format!("the meta group: {reason}{missing}") },
+            Failure::Unavailable {
+                reason,
+                retry_after_ms,
+            } => Failure::Unavailable {
+                reason: format!("the meta group: {reason}{missing}"),
+                retry_after_ms,
+            },
+            Failure::Unknown { reason } => Failure::Unknown {
+                reason: format!("the meta group: {reason}{missing}"),
+            },
             other => other,
         }
     }
 }
 
-/// Names the voters of a group that are not there, and says how many of the others a majority takes.
+/// Names the voters of a group that are not there, and says how many of the others a majority
+/// takes.
 fn missing(view: &View, id: GroupId, group: &Group, is_there: impl Fn(NodeId) -> bool) -> String {
     let voters = match &group.reported {
         Some(reported) => reported.voters.clone(),
         None => group.creation.keys().copied().collect(),
     };
-    let nodes: Vec<NodeId> = voters.iter().filter_map(|voter| view.node_of(id, *voter)).collect();
-    let silent: Vec<NodeId> = nodes.iter().copied().filter(|node| !is_there(*node)).collect();
+    let nodes: Vec<NodeId> = voters
+        .iter()
+        .filter_map(|voter| view.node_of(id, *voter))
+        .collect();
+    let silent: Vec<NodeId> = nodes
+        .iter()
+        .copied()
+        .filter(|node| !is_there(*node))
+        .collect();
     if silent.is_empty() {
         return String::new();
     }
 
-    let address = |node: &NodeId| view.nodes.get(node).map_or_else(|| node.to_string(), |node| node.address.to_string());
+    let address = |node: &NodeId| {
+        view.nodes
+            .get(node)
+            .map_or_else(|| node.to_string(), |node| node.address.to_string())
+    };
     let mut names: Vec<String> = silent.iter().take(NAMES_MAX).map(address).collect();
     if silent.len() > NAMES_MAX {
         names.push(format!("{} more", silent.len() - NAMES_MAX));
     }
     let (there, all) = (voters.len() - silent.len(), voters.len());
-    format!(": no sign of {}; {there} of its {all} voters left, {} needed", names.join(", "), all / 2 + 1)
+    format!(
+        ": no sign of {}; {there} of its {all} voters left, {} needed",
+        names.join(", "),
+        all / 2 + 1
+    )
 }
 
 #[cfg(test)]
@@ -71,14 +100,21 @@ mod tests {
             public_address: None,
             directory: DirectoryId(at),
         };
-        let view = first_view(ClusterId(7), Asked::default(), (1..=3).map(node).collect()).expect("a view");
+        let view = first_view(ClusterId(7), Asked::default(), (1..=3).map(node).collect())
+            .expect("a view");
         let told = |there: &[u64]| {
             let of = view.groups.get(&GroupId::META).expect("there is one");
             missing(&view, GroupId::META, of, |node| there.contains(&node.0))
         };
         let ids: Vec<u64> = view.nodes.keys().map(|id| id.0).collect();
         assert_eq!(told(&ids), "");
-        assert_eq!(told(&ids[..1]), ": no sign of 10.0.0.2:1, 10.0.0.3:1; 1 of its 3 voters left, 2 needed");
-        assert_eq!(told(&ids[..2]), ": no sign of 10.0.0.3:1; 2 of its 3 voters left, 2 needed");
+        assert_eq!(
+            told(&ids[..1]),
+            ": no sign of 10.0.0.2:1, 10.0.0.3:1; 1 of its 3 voters left, 2 needed"
+        );
+        assert_eq!(
+            told(&ids[..2]),
+            ": no sign of 10.0.0.3:1; 2 of its 3 voters left, 2 needed"
+        );
     }
 }

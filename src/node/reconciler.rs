@@ -1,11 +1,14 @@
-//! Makes what runs on this node match the view: opens the replicas that the view gives it, and does for each group that it leads what
-//! the group still needs.
+//! Makes what runs on this node match the view: opens the replicas that the view gives it, and does
+//! for each group that it leads what the group still needs.
 //!
-//! It makes no choices: every step says "ensure", reads what is there, and may be repeated. What it ensures, each tick:
+//! It makes no choices: every step says "ensure", reads what is there, and may be repeated. What it
+//! ensures, each tick:
 //! - the view of this node is that of its meta replica, and its stamp says so;
-//! - every replica of the view that is this node's is open (`openings`); a new one is created only from the group's creation record, and
-//!   only if this node's log has never held it (▸ no frame ever creates a replica); one that fails is tried again;
-//! - a group that was never initialized is, from its creation record: the same on every member, so it doesn't matter who does it;
+//! - every replica of the view that is this node's is open (`openings`); a new one is created only
+//!   from the group's creation record, and only if this node's log has never held it (▸ no frame
+//!   ever creates a replica); one that fails is tried again;
+//! - a group that was never initialized is, from its creation record: the same on every member, so
+//!   it doesn't matter who does it;
 //! - a replica that the view has retired is forgotten;
 //! - a meta group without a view gets the first one;
 //! - a shard that owns nothing claims the slots that the view gives it and that were never moved;
@@ -48,7 +51,8 @@ const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const INITIALIZE_AFTER: Duration = Duration::from_secs(3);
 /// How long a retired replica rests that could not be wiped.
 const WIPE_AGAIN_AFTER: Duration = Duration::from_secs(10);
-/// Between two announcements of an address that the view does not take; doubled from the first to the last.
+/// Between two announcements of an address that the view does not take; doubled from the first to
+/// the last.
 const ANNOUNCE_PAUSE_MIN: Duration = Duration::from_millis(200);
 const ANNOUNCE_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// How often the log repeats that an announcement is rejected.
@@ -89,7 +93,8 @@ struct Done {
     claimed: BTreeSet<GroupId>,
 }
 
-/// Replicas that are being forgotten, which takes a while for a large map: nothing else waits for it.
+/// Replicas that are being forgotten, which takes a while for a large map: nothing else waits for
+/// it.
 #[derive(Default)]
 struct Wipes {
     tasks: ReplicaTasks<Result<(), OpenError>>,
@@ -143,7 +148,11 @@ impl Reconciler {
             supervisor::beat();
             let idle = self.tick(&mut under_way).await;
             let interval = if idle { TICK_IDLE } else { TICK_BUSY };
-            let meta = self.member.registry.get(GroupId::META).map(|meta| meta.watch_applied());
+            let meta = self
+                .member
+                .registry
+                .get(GroupId::META)
+                .map(|meta| meta.watch_applied());
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => {
@@ -160,14 +169,23 @@ impl Reconciler {
 
     /// Through where the meta group's entries are in the view that this node goes by.
     fn seen_index(&self) -> u64 {
-        self.done.lock().expect("no holder panics").meta_applied.map_or(0, |applied| applied.index)
+        self.done
+            .lock()
+            .expect("no holder panics")
+            .meta_applied
+            .map_or(0, |applied| applied.index)
     }
 
     /// Why this node should not be given requests yet; none: it is ready.
     pub fn unready(&self) -> Option<Lack> {
         let view = self.member.view();
         let done = self.done.lock().expect("no holder panics");
-        let failed = self.member.failures.now().into_iter().max_by_key(|failure| failure.for_time);
+        let failed = self
+            .member
+            .failures
+            .now()
+            .into_iter()
+            .max_by_key(|failure| failure.for_time);
         if let Some(failure) = failed {
             return Some(Lack::Failed(format!(
                 "replica {} has failed {:.0?} ago: {}; it is tried again in {:.0?}",
@@ -178,11 +196,15 @@ impl Reconciler {
             if self.member.registry.witness(key.group).is_some() {
                 return None;
             }
-            let Some(group) = self.member.registry.get(key.group) else { return Some(format!("replica {key} is not open yet")) };
-            unready_group(&group).or_else(|| self.out_of_reach(&group)).or_else(|| {
-                let unclaimed = !key.group.is_meta() && !done.claimed.contains(&key.group);
-                unclaimed.then(|| format!("shard {:#} does not own its slots yet", key.group))
-            })
+            let Some(group) = self.member.registry.get(key.group) else {
+                return Some(format!("replica {key} is not open yet"));
+            };
+            unready_group(&group)
+                .or_else(|| self.out_of_reach(&group))
+                .or_else(|| {
+                    let unclaimed = !key.group.is_meta() && !done.claimed.contains(&key.group);
+                    unclaimed.then(|| format!("shard {:#} does not own its slots yet", key.group))
+                })
         });
         lack.map(Lack::Late)
     }
@@ -191,12 +213,21 @@ impl Reconciler {
     fn out_of_reach(&self, group: &Group) -> Option<String> {
         let status = group.status();
         let registry = &self.member.registry;
-        let leader = status.leader.filter(|leader| registry.ways().is_closed(*leader))?;
-        let mut others = status.membership.voters.values().filter(|node| **node != leader && **node != self.member.node);
+        let leader = status
+            .leader
+            .filter(|leader| registry.ways().is_closed(*leader))?;
+        let mut others = status
+            .membership
+            .voters
+            .values()
+            .filter(|node| **node != leader && **node != self.member.node);
         // Another node passes it on.
-        let has_relay = others.any(|node| self.member.heard_within(*node, HEARD) && !registry.ways().is_closed(*node));
+        let has_relay = others.any(|node| {
+            self.member.heard_within(*node, HEARD) && !registry.ways().is_closed(*node)
+        });
         let group = group.key().group;
-        (!has_relay).then(|| format!("this node can't connect to {leader}, which leads group {group}"))
+        (!has_relay)
+            .then(|| format!("this node can't connect to {leader}, which leads group {group}"))
     }
 
     /// One round over everything. True: there was nothing to do.
@@ -205,7 +236,9 @@ impl Reconciler {
         let view = self.member.view();
         let UnderWay { wipes, openings } = under_way;
         let mut idle = self.wipe_retired(&view, wipes, openings);
-        idle &= openings.open(&self.member, &view, |key| wipes.tasks.has(key)).await;
+        idle &= openings
+            .open(&self.member, &view, |key| wipes.tasks.has(key))
+            .await;
         self.look_at_maps();
         for group in self.member.registry.groups() {
             idle &= self.ensure_initialized(&view, &group).await;
@@ -235,7 +268,9 @@ impl Reconciler {
 
     /// Takes the view that the meta replica of this node has applied.
     async fn follow_view(&self) {
-        let Some(meta) = self.member.registry.get(GroupId::META) else { return };
+        let Some(meta) = self.member.registry.get(GroupId::META) else {
+            return;
+        };
         let applied = meta.status().applied;
         if self.done.lock().expect("no holder panics").meta_applied == applied {
             return;
@@ -250,7 +285,11 @@ impl Reconciler {
             }
         };
         self.member.views().advance(view);
-        let (joining, view, node) = (Arc::clone(&self.joining), self.member.view(), self.member.node);
+        let (joining, view, node) = (
+            Arc::clone(&self.joining),
+            self.member.view(),
+            self.member.node,
+        );
         match tokio::task::spawn_blocking(move || joining.stamp_member(node, &view)).await {
             Ok(Ok(())) => self.done.lock().expect("no holder panics").meta_applied = applied,
             Ok(Err(error)) => rarely!(error, "the stamp cannot be written: {error}"),
@@ -258,7 +297,8 @@ impl Reconciler {
         }
     }
 
-    /// Forgets the replicas that the view has retired. One that it does not know yet stays: this view may be an old one.
+    /// Forgets the replicas that the view has retired. One that it does not know yet stays: this
+    /// view may be an old one.
     fn wipe_retired(&self, view: &View, wipes: &mut Wipes, openings: &Openings) -> bool {
         while let Some((key, ended)) = wipes.tasks.try_ended() {
             let mut done = self.done.lock().expect("no holder panics");
@@ -272,15 +312,23 @@ impl Reconciler {
                 }
                 Err(error) => {
                     wipes.failed.insert(key, Instant::now());
-                    tracing::warn!("retired replica {key} could not be wiped: {error}; it is tried again");
+                    tracing::warn!(
+                        "retired replica {key} could not be wiped: {error}; it is tried again"
+                    );
                 }
             }
         }
         let hosted: BTreeSet<ReplicaKey> = replicas_of(view, self.member.node).collect();
-        let rests = |key: &ReplicaKey| wipes.failed.get(key).is_some_and(|at| at.elapsed() < WIPE_AGAIN_AFTER);
+        let rests = |key: &ReplicaKey| {
+            wipes
+                .failed
+                .get(key)
+                .is_some_and(|at| at.elapsed() < WIPE_AGAIN_AFTER)
+        };
         let is_to_go = |key: &ReplicaKey| {
             // The last replica of the meta group goes with the node, not before.
-            let is_last_of_meta = key.group.is_meta() && !hosted.iter().any(|other| other.group.is_meta());
+            let is_last_of_meta =
+                key.group.is_meta() && !hosted.iter().any(|other| other.group.is_meta());
             let is_busy = wipes.tasks.has(*key) || openings.are_busy_with(*key) || rests(key);
             is_retired(view, *key) && !is_last_of_meta && !is_busy
         };
@@ -288,24 +336,39 @@ impl Reconciler {
         let to_go: Vec<ReplicaKey> = stored.into_iter().filter(is_to_go).collect();
         for key in to_go {
             let registry = self.member.registry.clone();
-            wipes.tasks.begin(key, async move { registry.wipe_replica(key).await });
+            wipes
+                .tasks
+                .begin(key, async move { registry.wipe_replica(key).await });
         }
         wipes.tasks.is_empty()
     }
 
     async fn ensure_initialized(&self, view: &View, group: &Group) -> bool {
         let key = group.key();
-        if self.done.lock().expect("no holder panics").initialized.contains(&key.group) {
+        if self
+            .done
+            .lock()
+            .expect("no holder panics")
+            .initialized
+            .contains(&key.group)
+        {
             return true;
         }
         if group.is_initialized() {
-            self.done.lock().expect("no holder panics").initialized.insert(key.group);
+            self.done
+                .lock()
+                .expect("no holder panics")
+                .initialized
+                .insert(key.group);
             return true;
         }
-        let Some(creation) = view.groups.get(&key.group).map(|group| &group.creation) else { return true };
+        let Some(creation) = view.groups.get(&key.group).map(|group| &group.creation) else {
+            return true;
+        };
         let home = view.groups.get(&key.group).map(|group| group.home);
         let mine = creation.contains_key(&key.replica);
-        let first = home == Some(self.member.node) || home.is_none_or(|home| !creation.values().any(|node| *node == home));
+        let first = home == Some(self.member.node)
+            || home.is_none_or(|home| !creation.values().any(|node| *node == home));
         if mine
             && (first || self.started.elapsed() > INITIALIZE_AFTER)
             && let Err(error) = group.initialize(creation).await
@@ -329,7 +392,9 @@ impl Reconciler {
         let read = meta::read_view(&meta.state().read());
         match read {
             Ok(None) => {
-                let command = meta::Command::Found { view: self.first_view.clone() };
+                let command = meta::Command::Found {
+                    view: self.first_view.clone(),
+                };
                 self.propose_meta(meta, command).await;
                 return false;
             }
@@ -340,9 +405,15 @@ impl Reconciler {
             }
         }
         if !self.announced(view) && self.may_announce() {
-            match self.member.take_address(self.announcement(), PROPOSE_TIMEOUT).await {
+            match self
+                .member
+                .take_address(self.announcement(), PROPOSE_TIMEOUT)
+                .await
+            {
                 Ok(outcome) => self.announced_with(view, &outcome),
-                Err(error) => tracing::debug!("the address of this node could not be announced yet: {error}"),
+                Err(error) => {
+                    tracing::debug!("the address of this node could not be announced yet: {error}")
+                }
             }
             return false;
         }
@@ -353,7 +424,9 @@ impl Reconciler {
     fn announced(&self, view: &View) -> bool {
         let config = self.joining.config();
         let named = view.nodes.get(&self.member.node);
-        let is_named = named.is_some_and(|node| node.address == config.address && node.public_address == config.public_address);
+        let is_named = named.is_some_and(|node| {
+            node.address == config.address && node.public_address == config.public_address
+        });
         if is_named {
             *self.announcing.lock().expect("no holder panics") = Announcing::default();
         }
@@ -362,11 +435,23 @@ impl Reconciler {
 
     /// Has the meta leader put this node's new address into the view.
     async fn announce(&self, view: &View, leader: NodeId) {
-        let Some(leader) = self.member.views().resolve(leader) else { return };
-        let announcement = Announcement { cluster: self.member.cluster, command: self.announcement() };
-        match self.member.peers.announce(&leader.address, &announcement, PROPOSE_TIMEOUT).await {
+        let Some(leader) = self.member.views().resolve(leader) else {
+            return;
+        };
+        let announcement = Announcement {
+            cluster: self.member.cluster,
+            command: self.announcement(),
+        };
+        match self
+            .member
+            .peers
+            .announce(&leader.address, &announcement, PROPOSE_TIMEOUT)
+            .await
+        {
             Ok(outcome) => self.announced_with(view, &outcome),
-            Err(error) => tracing::debug!("the address of this node could not be announced yet: {error}"),
+            Err(error) => {
+                tracing::debug!("the address of this node could not be announced yet: {error}")
+            }
         }
     }
 
@@ -382,7 +467,10 @@ impl Reconciler {
         };
         let mut announcing = self.announcing.lock().expect("no holder panics");
         announcing.rejected += 1;
-        if announcing.told.is_some_and(|told| told.elapsed() < TELL_AGAIN) {
+        if announcing
+            .told
+            .is_some_and(|told| told.elapsed() < TELL_AGAIN)
+        {
             return;
         }
         announcing.told = Some(Instant::now());
@@ -390,20 +478,26 @@ impl Reconciler {
         drop(announcing);
         match rejection {
             meta::Rejection::AddressTaken { address, by } => tracing::warn!(
-                "the view has node {by} at {address}, where this node ({}) runs now: {times} announcements were rejected. Start {by} \
-                 where it is to be; if it is gone for good, remove it with 'quorate cluster remove {address}'",
+                "the view has node {by} at {address}, where this node ({}) runs now: {times} \
+                 announcements were rejected. Start {by} where it is to be; if it is gone for \
+                 good, remove it with 'quorate cluster remove {address}'",
                 self.member.node
             ),
             rejection => {
-                let known = view.nodes.get(&self.member.node).map_or("no address", |node| node.address.as_str());
+                let known = view
+                    .nodes
+                    .get(&self.member.node)
+                    .map_or("no address", |node| node.address.as_str());
                 tracing::warn!(
-                    "the view has this node at {known} and not at {own}: {times} announcements were rejected: {rejection:?}"
+                    "the view has this node at {known} and not at {own}: {times} announcements \
+                    were rejected: {rejection:?}"
                 );
             }
         }
     }
 
-    /// Returns whether it is time to announce this node's address, again if it was announced before.
+    /// Returns whether it is time to announce this node's address, again if it was announced
+    /// before.
     fn may_announce(&self) -> bool {
         let mut announcing = self.announcing.lock().expect("no holder panics");
         let pause = announcing.pause;
@@ -426,10 +520,16 @@ impl Reconciler {
     }
 
     async fn propose_meta(&self, meta: &Group, command: meta::Command) {
-        match meta.propose_meta(command, Instant::now() + PROPOSE_TIMEOUT).await {
+        match meta
+            .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
+            .await
+        {
             Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {}
-            Ok(meta::Outcome::Rejected(meta::Rejection::AlreadyFounded)) | Err(ProposeError::NotLeader { .. }) => {}
-            Ok(meta::Outcome::Rejected(rejection)) => rarely!(warn, "the meta group rejected a command: {rejection:?}"),
+            Ok(meta::Outcome::Rejected(meta::Rejection::AlreadyFounded))
+            | Err(ProposeError::NotLeader { .. }) => {}
+            Ok(meta::Outcome::Rejected(rejection)) => {
+                rarely!(warn, "the meta group rejected a command: {rejection:?}")
+            }
             Err(error) => rarely!(warn, "a command to the meta group got no answer: {error}"),
         }
     }
@@ -437,12 +537,23 @@ impl Reconciler {
     /// Every slot that the view gives the shard, and that no move ever touched, is owned by it.
     async fn ensure_claimed(&self, view: &View, group: &Group) -> bool {
         let shard = group.key().group;
-        if self.done.lock().expect("no holder panics").claimed.contains(&shard) {
+        if self
+            .done
+            .lock()
+            .expect("no holder panics")
+            .claimed
+            .contains(&shard)
+        {
             return true;
         }
-        let read = group.state().read_in(ReadKind::Page, |read| SlotState::read_all(read)).await;
+        let read = group
+            .state()
+            .read_in(ReadKind::Page, |read| SlotState::read_all(read))
+            .await;
         let held: BTreeSet<Slot> = match read {
-            Ok(states) => states.into_iter().filter(|(_, state)| state.serves_reads() || state.generation.0 > 0),
+            Ok(states) => states
+                .into_iter()
+                .filter(|(_, state)| state.serves_reads() || state.generation.0 > 0),
             Err(error) => {
                 tell_unreadable(group, &error);
                 return true;
@@ -450,16 +561,30 @@ impl Reconciler {
         }
         .map(|(slot, _)| slot)
         .collect();
-        let missing: Vec<Slot> = view.slots.of(shard).filter(|slot| !held.contains(slot)).collect();
+        let missing: Vec<Slot> = view
+            .slots
+            .of(shard)
+            .filter(|slot| !held.contains(slot))
+            .collect();
         if missing.is_empty() {
-            self.done.lock().expect("no holder panics").claimed.insert(shard);
+            self.done
+                .lock()
+                .expect("no holder panics")
+                .claimed
+                .insert(shard);
             return true;
         }
         if group.leads() {
             let command = kv::Command::Claim { slots: missing };
-            match group.propose_command(command, Instant::now() + PROPOSE_TIMEOUT).await {
+            match group
+                .propose_command(command, Instant::now() + PROPOSE_TIMEOUT)
+                .await
+            {
                 Ok(kv::Outcome::ClaimRejected { slot, generation }) => {
-                    rarely!(warn, "shard {shard} cannot claim slot {slot}: it was moved by {generation}");
+                    rarely!(
+                        warn,
+                        "shard {shard} cannot claim slot {slot}: it was moved by {generation}"
+                    );
                 }
                 Ok(_) | Err(ProposeError::NotLeader { .. }) => {}
                 Err(error) => rarely!(warn, "the claim of shard {shard} got no answer: {error}"),
@@ -469,9 +594,12 @@ impl Reconciler {
     }
 }
 
-/// Resolves when the meta group has applied an entry after this one. A little later, so that what comes together is taken together.
+/// Resolves when the meta group has applied an entry after this one. A little later, so that what
+/// comes together is taken together.
 async fn another_entry(applied: Option<watch::Receiver<u64>>, seen: u64) {
-    let Some(mut applied) = applied else { return std::future::pending().await };
+    let Some(mut applied) = applied else {
+        return std::future::pending().await;
+    };
     if applied.wait_for(|index| *index > seen).await.is_err() {
         // The replica is closed: time will tell of another.
         return std::future::pending().await;
@@ -483,20 +611,29 @@ async fn another_entry(applied: Option<watch::Receiver<u64>>, seen: u64) {
 pub(super) fn replicas_of(view: &View, node: NodeId) -> impl Iterator<Item = ReplicaKey> {
     view.groups.keys().filter_map(move |group| {
         let replica = view.runs_on(*group, node)?;
-        Some(ReplicaKey { group: *group, replica })
+        Some(ReplicaKey {
+            group: *group,
+            replica,
+        })
     })
 }
 
-/// Whether a replica that this node has stored is to be forgotten: the view has had its id, and has it no more.
+/// Whether a replica that this node has stored is to be forgotten: the view has had its id, and has
+/// it no more.
 fn is_retired(view: &View, key: ReplicaKey) -> bool {
     key.replica < view.next_replica && view.node_of(key.group, key.replica).is_none()
 }
 
-/// Whether a replica that this node's log does not hold may be created with nothing in it: only while its group has never counted it as a
-/// member. The creation record counts its voters from the first moment, and is what they are made from.
+/// Whether a replica that this node's log does not hold may be created with nothing in it: only
+/// while its group has never counted it as a member. The creation record counts its voters from the
+/// first moment, and is what they are made from.
 pub(super) fn may_create(group: &view::Group, replica: ReplicaId) -> bool {
-    let was_counted = group.reported.as_ref().is_some_and(|reported| reported.is_member(replica));
-    group.wanted().any(|(wanted, _)| wanted == replica) && (group.creation.contains_key(&replica) || !was_counted)
+    let was_counted = group
+        .reported
+        .as_ref()
+        .is_some_and(|reported| reported.is_member(replica));
+    group.wanted().any(|(wanted, _)| wanted == replica)
+        && (group.creation.contains_key(&replica) || !was_counted)
 }
 
 fn unready_group(group: &Group) -> Option<String> {
@@ -529,7 +666,12 @@ mod tests {
             public_address: None,
             directory: DirectoryId(u128::from(number)),
         };
-        first_view(ClusterId(9), Asked::default(), vec![node(1), node(2), node(3)]).expect("a view")
+        first_view(
+            ClusterId(9),
+            Asked::default(),
+            vec![node(1), node(2), node(3)],
+        )
+        .expect("a view")
     }
 
     #[test]
@@ -550,7 +692,11 @@ mod tests {
         assert!(may_create(&group, new), "the group has not counted it");
         for counted in [reported(&[first, new], &[]), reported(&[first], &[new])] {
             group.reported = Some(counted);
-            assert!(!may_create(&group, new), "it was counted: {:?}", group.reported);
+            assert!(
+                !may_create(&group, new),
+                "it was counted: {:?}",
+                group.reported
+            );
         }
         group.reported = None;
         group.replicas.remove(&new);
@@ -566,11 +712,27 @@ mod tests {
         let group = view.groups.get_mut(&SHARD).expect("a shard");
         let (replica, node) = group.replicas.pop_first().expect("a replica");
         assert!(is_retired(&view, of(SHARD, replica)));
-        view.groups.get_mut(&SHARD).expect("a shard").leaving.insert(replica, node);
-        assert!(!is_retired(&view, of(SHARD, replica)), "it is on its way out");
-        let (hosted, _) = view.groups[&SHARD].replicas.first_key_value().expect("another replica");
+        view.groups
+            .get_mut(&SHARD)
+            .expect("a shard")
+            .leaving
+            .insert(replica, node);
+        assert!(
+            !is_retired(&view, of(SHARD, replica)),
+            "it is on its way out"
+        );
+        let (hosted, _) = view.groups[&SHARD]
+            .replicas
+            .first_key_value()
+            .expect("another replica");
         assert!(!is_retired(&view, of(SHARD, *hosted)));
-        assert!(!is_retired(&view, of(SHARD, next)), "this view may be an old one, from before its id was given out");
-        assert!(is_retired(&view, of(GroupId(99), replica)), "its group is gone");
+        assert!(
+            !is_retired(&view, of(SHARD, next)),
+            "this view may be an old one, from before its id was given out"
+        );
+        assert!(
+            is_retired(&view, of(GroupId(99), replica)),
+            "its group is gone"
+        );
     }
 }

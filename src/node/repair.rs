@@ -1,11 +1,13 @@
-//! Gives the work of nodes that stay away, or have lost their disks, to others, and has replicas replaced that have failed. Decided in
-//! `sm::repair` from what the leader of the meta group sees, and is told (`failure_reports`); a new leader begins to count anew how long
-//! nodes are away, but not how long replicas have failed: that is told by their nodes.
+//! Gives the work of nodes that stay away, or have lost their disks, to others, and has replicas
+//! replaced that have failed. Decided in `sm::repair` from what the leader of the meta group sees,
+//! and is told (`failure_reports`); a new leader begins to count anew how long nodes are away, but
+//! not how long replicas have failed: that is told by their nodes.
 //!
 //! A node on which replicas fail because of the node itself, as of its full disk, counts as away.
 //!
-//! That a disk is lost is believed only of a node that stays away while another data directory answers in its place: under the address
-//! that was asked, as one that means to be of this cluster, and the same one for the whole of a grace.
+//! That a disk is lost is believed only of a node that stays away while another data directory
+//! answers in its place: under the address that was asked, as one that means to be of this cluster,
+//! and the same one for the whole of a grace.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,14 +31,16 @@ const TICK: Duration = Duration::from_secs(1);
 const HEARD_WITHIN: Duration = Duration::from_secs(3);
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// A directory in a node's place that has said nothing for so long has to begin anew: it may have been a passing mistake.
+/// A directory in a node's place that has said nothing for so long has to begin anew: it may have
+/// been a passing mistake.
 const CLAIM_SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// Watches the nodes, and plans without those that stay away.
 pub struct Repair {
     member: Arc<Member>,
     replace_after: Duration,
-    /// How long another directory must answer in the place of a node before that node's disk passes for lost.
+    /// How long another directory must answer in the place of a node before that node's disk passes
+    /// for lost.
     lost_disk_after: Duration,
     /// How each node is seen, and since when.
     seen: BTreeMap<NodeId, Sight>,
@@ -59,7 +63,8 @@ enum Found {
     Nothing,
     /// One that takes nobody's place.
     Other,
-    /// A data directory that means to be of this cluster and is of none: that of a node which lost its disk.
+    /// A data directory that means to be of this cluster and is of none: that of a node which lost
+    /// its disk.
     Empty(DirectoryId),
 }
 
@@ -74,12 +79,22 @@ struct Claim {
 
 impl Repair {
     pub fn new(member: Arc<Member>, replace_after: Duration, lost_disk_after: Duration) -> Self {
-        Self { member, replace_after, lost_disk_after, seen: BTreeMap::new(), failed: Told::new() }
+        Self {
+            member,
+            replace_after,
+            lost_disk_after,
+            seen: BTreeMap::new(),
+            failed: Told::new(),
+        }
     }
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         while super::waited(shutdown, TICK).await {
-            let meta = self.member.registry.get(GroupId::META).filter(|meta| meta.leads());
+            let meta = self
+                .member
+                .registry
+                .get(GroupId::META)
+                .filter(|meta| meta.leads());
             let Some(meta) = meta else {
                 self.seen.clear();
                 continue;
@@ -92,7 +107,8 @@ impl Repair {
                 continue;
             }
             let failing = failing_replicas(&view, &self.failed);
-            if let Some((next, replaced)) = replace_failed(&view, &seen, &failing, replace_after_ms) {
+            if let Some((next, replaced)) = replace_failed(&view, &seen, &failing, replace_after_ms)
+            {
                 replace(&meta, &view, next, &replaced).await;
             }
         }
@@ -114,7 +130,9 @@ impl Repair {
 
         // One that does not answer in time still says that something has failed.
         let mut before = std::mem::take(&mut self.failed);
-        let failed = told.into_iter().filter_map(|(id, failed)| Some((id, failed.or_else(|| before.remove(&id))?)));
+        let failed = told
+            .into_iter()
+            .filter_map(|(id, failed)| Some((id, failed.or_else(|| before.remove(&id))?)));
         self.failed = failed.collect();
     }
 
@@ -124,28 +142,47 @@ impl Repair {
         self.seen.retain(|node, _| view.nodes.contains_key(node));
         self.ask_failing(view).await;
         let failing = failing_nodes(&self.failed);
-        let is_here = |id: &NodeId| self.member.is_in_reach(*id, HEARD_WITHIN) && !failing.contains(id);
-        let (here, away): (Vec<NodeId>, Vec<NodeId>) = view.staying().map(|(id, _)| id).partition(is_here);
+        let is_here =
+            |id: &NodeId| self.member.is_in_reach(*id, HEARD_WITHIN) && !failing.contains(id);
+        let (here, away): (Vec<NodeId>, Vec<NodeId>) =
+            view.staying().map(|(id, _)| id).partition(is_here);
         let peers = &self.member.peers;
-        let asked = away.iter().filter_map(|id| Some((*id, view.nodes.get(id)?))).map(|(id, node)| async move {
-            let found = match peers.identity(&node.address, ASK_TIMEOUT).await {
-                Ok(identity) => found_at(view, id, &node.address, &identity),
-                Err(_) => Found::Nothing,
-            };
-            (id, found)
-        });
+        let asked = away
+            .iter()
+            .filter_map(|id| Some((*id, view.nodes.get(id)?)))
+            .map(|(id, node)| async move {
+                let found = match peers.identity(&node.address, ASK_TIMEOUT).await {
+                    Ok(identity) => found_at(view, id, &node.address, &identity),
+                    Err(_) => Found::Nothing,
+                };
+                (id, found)
+            });
         let found: BTreeMap<NodeId, Found> = join_all(asked).await.into_iter().collect();
 
-        let sights = here.into_iter().map(|id| (id, true)).chain(away.into_iter().map(|id| (id, false)));
+        let sights = here
+            .into_iter()
+            .map(|id| (id, true))
+            .chain(away.into_iter().map(|id| (id, false)));
         for (id, is_here) in sights {
-            let sight = self.seen.entry(id).or_insert(Sight { is_here, since: now, claim: None });
+            let sight = self.seen.entry(id).or_insert(Sight {
+                is_here,
+                since: now,
+                claim: None,
+            });
             let before = sight.claim;
             if sight.is_here != is_here {
-                *sight = Sight { is_here, since: now, claim: None };
+                *sight = Sight {
+                    is_here,
+                    since: now,
+                    claim: None,
+                };
             }
             let found = found.get(&id).copied().unwrap_or(Found::Other);
             sight.claim = next_claim(sight.claim, found, Instant::now());
-            let address = view.nodes.get(&id).map_or_else(|| id.to_string(), |node| node.address.to_string());
+            let address = view
+                .nodes
+                .get(&id)
+                .map_or_else(|| id.to_string(), |node| node.address.to_string());
             tell_claim(&address, before, sight.claim, self.lost_disk_after);
         }
     }
@@ -154,31 +191,47 @@ impl Repair {
         let told = |sight: &Sight| {
             let for_ms = as_ms(sight.since.elapsed());
             match sight.claim {
-                Some(claim) if claim.last.duration_since(claim.since) >= self.lost_disk_after => Seen::Lost { to: claim.by },
+                Some(claim) if claim.last.duration_since(claim.since) >= self.lost_disk_after => {
+                    Seen::Lost { to: claim.by }
+                }
                 Some(_) | None if sight.is_here => Seen::Here { for_ms },
                 Some(_) | None => Seen::Away { for_ms },
             }
         };
-        self.seen.iter().map(|(id, sight)| (*id, told(sight))).collect()
+        self.seen
+            .iter()
+            .map(|(id, sight)| (*id, told(sight)))
+            .collect()
     }
 
     async fn install(&self, meta: &Group, view: &View, next: View) {
         let named = |ids: &mut dyn Iterator<Item = &NodeId>| -> Vec<String> {
-            ids.filter_map(|id| next.nodes.get(id)).map(|node| node.address.to_string()).collect()
+            ids.filter_map(|id| next.nodes.get(id))
+                .map(|node| node.address.to_string())
+                .collect()
         };
         let out = named(&mut next.out.difference(&view.out));
         let back = named(&mut view.out.difference(&next.out));
         let lost = named(&mut next.leaving.difference(&view.leaving));
         let epoch = next.epoch;
-        let command = meta::Command::InstallPlan { base: view.version, next: Box::new(next) };
-        match meta.propose_meta(command, Instant::now() + PROPOSE_TIMEOUT).await {
+        let command = meta::Command::InstallPlan {
+            base: view.version,
+            next: Box::new(next),
+        };
+        match meta
+            .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
+            .await
+        {
             Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => tracing::warn!(
-                "plan {epoch}: the work of nodes that stay away ({}) or lost their disk ({}) goes to others; back at work: {}",
+                "plan {epoch}: the work of nodes that stay away ({}) or lost their disk ({}) goes \
+                to others; back at work: {}",
                 in_words(&out),
                 in_words(&lost),
                 in_words(&back)
             ),
-            Ok(meta::Outcome::Rejected(rejection)) => tracing::debug!("a repair was not accepted: {rejection:?}"),
+            Ok(meta::Outcome::Rejected(rejection)) => {
+                tracing::debug!("a repair was not accepted: {rejection:?}")
+            }
             Err(error) => tracing::debug!("a repair was not accepted: {error}"),
         }
     }
@@ -187,38 +240,64 @@ impl Repair {
 /// Has failed replicas replaced by new ones.
 async fn replace(meta: &Group, view: &View, next: View, replaced: &[Replacement]) {
     let epoch = next.epoch;
-    let command = meta::Command::InstallPlan { base: view.version, next: Box::new(next) };
-    match meta.propose_meta(command, Instant::now() + PROPOSE_TIMEOUT).await {
+    let command = meta::Command::InstallPlan {
+        base: view.version,
+        next: Box::new(next),
+    };
+    match meta
+        .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
+        .await
+    {
         Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
-            for Replacement { group, node, failed, new } in replaced {
-                let address = view.nodes.get(node).map_or_else(|| node.to_string(), |node| node.address.to_string());
+            for Replacement {
+                group,
+                node,
+                failed,
+                new,
+            } in replaced
+            {
+                let address = view
+                    .nodes
+                    .get(node)
+                    .map_or_else(|| node.to_string(), |node| node.address.to_string());
                 tracing::warn!(
-                    "plan {epoch}: replica {failed} of group {group} has failed at {address} for too long: {new} takes its place there"
+                    "plan {epoch}: replica {failed} of group {group} has failed at {address} for \
+                    too long: {new} takes its place there"
                 );
             }
         }
-        Ok(meta::Outcome::Rejected(rejection)) => tracing::debug!("a replacement was not accepted: {rejection:?}"),
+        Ok(meta::Outcome::Rejected(rejection)) => {
+            tracing::debug!("a replacement was not accepted: {rejection:?}")
+        }
         Err(error) => tracing::debug!("a replacement was not accepted: {error}"),
     }
 }
 
 /// Returns what the answer of whoever sits at the address of a node that is away says of that node.
 fn found_at(view: &View, node: NodeId, asked: &Address, identity: &Identity) -> Found {
-    let is_known = view.nodes.values().any(|known| known.directory == identity.directory);
+    let is_known = view
+        .nodes
+        .values()
+        .any(|known| known.directory == identity.directory);
     if is_known || identity.address != *asked {
         return Found::Other;
     }
-    // Only one that belongs nowhere takes the place: another cluster's node at the same address is a mistake.
+    // Only one that belongs nowhere takes the place: another cluster's node at the same address is
+    // a mistake.
     let is_free = match &identity.standing {
         Standing::Fresh { view: named } => means_us(view, node, named),
         Standing::Retired { cluster, .. } => *cluster == view.cluster,
         Standing::Promised { .. } | Standing::Member { .. } => false,
     };
-    if is_free { Found::Empty(identity.directory) } else { Found::Other }
+    if is_free {
+        Found::Empty(identity.directory)
+    } else {
+        Found::Other
+    }
 }
 
-/// Whether a `VIEW` is one of this cluster: it names another node of it than the one whose address was asked. That of a cluster of one
-/// names nobody else.
+/// Whether a `VIEW` is one of this cluster: it names another node of it than the one whose address
+/// was asked. That of a cluster of one names nobody else.
 fn means_us(view: &View, asked: NodeId, named: &[Address]) -> bool {
     let mut others = view.staying().filter(|(id, _)| *id != asked).peekable();
     others.peek().is_none() || others.any(|(_, node)| named.contains(&node.address))
@@ -228,11 +307,19 @@ fn means_us(view: &View, asked: NodeId, named: &[Address]) -> bool {
 fn next_claim(claim: Option<Claim>, found: Found, now: Instant) -> Option<Claim> {
     match (claim, found) {
         (_, Found::Other) => None,
-        (Some(claim), Found::Empty(by)) if claim.by == by && now.duration_since(claim.last) < CLAIM_SILENCE_MAX => {
+        (Some(claim), Found::Empty(by))
+            if claim.by == by && now.duration_since(claim.last) < CLAIM_SILENCE_MAX =>
+        {
             Some(Claim { last: now, ..claim })
         }
-        (_, Found::Empty(by)) => Some(Claim { by, since: now, last: now }),
-        (claim, Found::Nothing) => claim.filter(|claim| now.duration_since(claim.last) < CLAIM_SILENCE_MAX),
+        (_, Found::Empty(by)) => Some(Claim {
+            by,
+            since: now,
+            last: now,
+        }),
+        (claim, Found::Nothing) => {
+            claim.filter(|claim| now.duration_since(claim.last) < CLAIM_SILENCE_MAX)
+        }
     }
 }
 
@@ -240,20 +327,28 @@ fn next_claim(claim: Option<Claim>, found: Found, now: Instant) -> Option<Claim>
 fn tell_claim(address: &str, before: Option<Claim>, now: Option<Claim>, lost_disk_after: Duration) {
     let grace = lost_disk_after.as_secs();
     match (before, now) {
-        (before, Some(claim)) if before.is_none_or(|before| before.since != claim.since) => tracing::warn!(
-            "an empty data directory ({}) answers at {address} in the place of the node there: if it still does in {grace} s and the \
-             node stays away, its disk counts as lost, and its replicas are rebuilt",
-            claim.by
-        ),
+        (before, Some(claim)) if before.is_none_or(|before| before.since != claim.since) => {
+            tracing::warn!(
+                "an empty data directory ({}) answers at {address} in the place of the node there: \
+             if it still does in {grace} s and the node stays away, its disk counts as lost, and \
+             its replicas are rebuilt",
+                claim.by
+            )
+        }
         (Some(before), Some(claim)) => {
             let passed = |claim: &Claim| claim.last.duration_since(claim.since) >= lost_disk_after;
             if passed(&claim) && !passed(&before) {
-                tracing::warn!("the disk of the node at {address} counts as lost: data directory {} takes its place", claim.by);
+                tracing::warn!(
+                    "the disk of the node at {address} counts as lost: data directory {} takes its \
+                    place",
+                    claim.by
+                );
             }
         }
         (Some(before), None) => {
             tracing::info!(
-                "the empty data directory {} does not answer at {address} any more: it takes nobody's place",
+                "the empty data directory {} does not answer at {address} any more: it takes \
+                nobody's place",
                 before.by
             );
         }
@@ -262,7 +357,11 @@ fn tell_claim(address: &str, before: Option<Claim>, now: Option<Claim>, lost_dis
 }
 
 fn in_words(names: &[String]) -> String {
-    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    if names.is_empty() {
+        "none".to_owned()
+    } else {
+        names.join(", ")
+    }
 }
 
 fn as_ms(duration: Duration) -> u64 {
@@ -281,8 +380,17 @@ mod tests {
     }
 
     fn view(nodes: u32) -> View {
-        let node = |number| Node { address: address(number), public_address: None, directory: DirectoryId(u128::from(number)) };
-        first_view(ClusterId(9), Asked::default(), (1..=nodes).map(node).collect()).expect("a view")
+        let node = |number| Node {
+            address: address(number),
+            public_address: None,
+            directory: DirectoryId(u128::from(number)),
+        };
+        first_view(
+            ClusterId(9),
+            Asked::default(),
+            (1..=nodes).map(node).collect(),
+        )
+        .expect("a view")
     }
 
     fn identity(at: u32, directory: u128, standing: Standing) -> Identity {
@@ -298,27 +406,74 @@ mod tests {
         }
     }
 
-    /// Whoever got the address, or says another, or is of something else, is no reason to give a node up.
+    /// Whoever got the address, or says another, or is of something else, is no reason to give a
+    /// node up.
     #[test]
     fn a_disk_is_lost_only_to_one_that_says_so_under_the_address_that_was_asked() {
         let view = view(3);
-        let fresh = |named: &[u32]| Standing::Fresh { view: named.iter().copied().map(address).collect() };
-        let retired = |cluster| Standing::Retired { cluster: ClusterId(cluster), members: Vec::new() };
-        let member = Standing::Member { view: Box::new(view.clone()) };
-        let promised = Standing::Promised { view: vec![address(1)], founder: DirectoryId(1) };
+        let fresh = |named: &[u32]| Standing::Fresh {
+            view: named.iter().copied().map(address).collect(),
+        };
+        let retired = |cluster| Standing::Retired {
+            cluster: ClusterId(cluster),
+            members: Vec::new(),
+        };
+        let member = Standing::Member {
+            view: Box::new(view.clone()),
+        };
+        let promised = Standing::Promised {
+            view: vec![address(1)],
+            founder: DirectoryId(1),
+        };
         let table = [
-            (identity(3, 77, fresh(&[1, 2, 3])), Found::Empty(DirectoryId(77)), "with the flags of the node"),
-            (identity(3, 77, retired(9)), Found::Empty(DirectoryId(77)), "that was of this cluster"),
-            (identity(4, 77, fresh(&[1, 2, 3])), Found::Other, "that is called otherwise"),
-            (identity(3, 77, fresh(&[3, 8])), Found::Other, "that is to be of another cluster"),
-            (identity(3, 77, fresh(&[3])), Found::Other, "that is to be a cluster of its own"),
-            (identity(3, 77, retired(8)), Found::Other, "that was of another cluster"),
-            (identity(3, 77, member), Found::Other, "that belongs to a cluster"),
+            (
+                identity(3, 77, fresh(&[1, 2, 3])),
+                Found::Empty(DirectoryId(77)),
+                "with the flags of the node",
+            ),
+            (
+                identity(3, 77, retired(9)),
+                Found::Empty(DirectoryId(77)),
+                "that was of this cluster",
+            ),
+            (
+                identity(4, 77, fresh(&[1, 2, 3])),
+                Found::Other,
+                "that is called otherwise",
+            ),
+            (
+                identity(3, 77, fresh(&[3, 8])),
+                Found::Other,
+                "that is to be of another cluster",
+            ),
+            (
+                identity(3, 77, fresh(&[3])),
+                Found::Other,
+                "that is to be a cluster of its own",
+            ),
+            (
+                identity(3, 77, retired(8)),
+                Found::Other,
+                "that was of another cluster",
+            ),
+            (
+                identity(3, 77, member),
+                Found::Other,
+                "that belongs to a cluster",
+            ),
             (identity(3, 77, promised), Found::Other, "that has promised"),
-            (identity(3, 2, fresh(&[1, 2, 3])), Found::Other, "that the view knows"),
+            (
+                identity(3, 2, fresh(&[1, 2, 3])),
+                Found::Other,
+                "that the view knows",
+            ),
         ];
         for (identity, expected, what) in table {
-            assert_eq!(found_at(&view, NodeId(3), &address(3), &identity), expected, "a directory {what}");
+            assert_eq!(
+                found_at(&view, NodeId(3), &address(3), &identity),
+                expected,
+                "a directory {what}"
+            );
         }
     }
 
@@ -335,10 +490,18 @@ mod tests {
         assert_eq!(step(Found::Nothing, 0), None);
         assert_eq!(step(one, 1), Some((1, 1)));
         assert_eq!(step(one, 2), Some((1, 1)));
-        assert_eq!(step(Found::Nothing, 4), Some((1, 1)), "one answer may be lost");
+        assert_eq!(
+            step(Found::Nothing, 4),
+            Some((1, 1)),
+            "one answer may be lost"
+        );
         assert_eq!(step(one, 6), Some((1, 1)));
         assert_eq!(step(two, 7), Some((2, 7)), "another directory");
-        assert_eq!(step(Found::Other, 8), None, "the node itself, or nobody's successor");
+        assert_eq!(
+            step(Found::Other, 8),
+            None,
+            "the node itself, or nobody's successor"
+        );
         assert_eq!(step(two, 9), Some((2, 9)));
         assert_eq!(step(Found::Nothing, 14), None, "silence");
         assert_eq!(step(two, 20), Some((2, 20)));

@@ -1,7 +1,9 @@
-//! [`Running`]: everything of a node that belongs to a cluster, brought up in order and closed in the reverse one.
+//! [`Running`]: everything of a node that belongs to a cluster, brought up in order and closed in
+//! the reverse one.
 //!
-//! The order matters. The log opens first, and must not be new where the stamp says that this node was a member: a replica whose log was
-//! lost has forgotten its votes. The meta replica is marked in the log before the stamp calls the node a member.
+//! The order matters. The log opens first, and must not be new where the stamp says that this node
+//! was a member: a replica whose log was lost has forgotten its votes. The meta replica is marked
+//! in the log before the stamp calls the node a member.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -122,7 +124,8 @@ struct Storage {
 }
 
 impl Running {
-    /// `found`: where members were found to run, which the view may not say yet. Answers are charged to `answers`.
+    /// `found`: where members were found to run, which the view may not say yet. Answers are
+    /// charged to `answers`.
     pub async fn start(
         joining: &Arc<Joining>,
         joined: Joined,
@@ -153,33 +156,56 @@ impl Running {
             log: storage.log.clone(),
             states: storage.states.clone(),
         });
-        let caller = ShardCaller::new().map_err(|error| StartError::Client(error.to_string()))?.charged_to(answers);
+        let caller = ShardCaller::new()
+            .map_err(|error| StartError::Client(error.to_string()))?
+            .charged_to(answers);
         let peers = PeerCaller::new().map_err(|error| StartError::Client(error.to_string()))?;
-        let member =
-            Member::new(joined.node, joining.clone(), views, registry, caller, peers).ok_or(StartError::NoMetaReplica)?;
+        let member = Member::new(joined.node, joining.clone(), views, registry, caller, peers)
+            .ok_or(StartError::NoMetaReplica)?;
         let member = Arc::new(member);
         Self::join_meta(joining, &member).await?;
         tracing::info!("this is node {} of cluster {}", member.node, member.cluster);
-        let reconciler = Arc::new(Reconciler::new(member.clone(), joining.clone(), joined.view));
+        let reconciler = Arc::new(Reconciler::new(
+            member.clone(),
+            joining.clone(),
+            joined.view,
+        ));
         let stop = CancellationToken::new();
         let news = Arc::new(News::new(member.clone()));
-        let mut tasks = Tasks { supervisor: joining.supervisor().clone(), stop: stop.clone(), running: JoinSet::new() };
+        let mut tasks = Tasks {
+            supervisor: joining.supervisor().clone(),
+            stop: stop.clone(),
+            running: JoinSet::new(),
+        };
         let (reconciling, asking) = (reconciler.clone(), news.clone());
-        tasks.start("reconciler", |stop| async move { reconciling.run(&stop).await });
+        tasks.start(
+            "reconciler",
+            |stop| async move { reconciling.run(&stop).await },
+        );
         tasks.start("news", |stop| async move { asking.run(&stop).await });
         let balancer = Balancer::new(member.clone());
         let janitor = Janitor::new(member.clone(), storage.log.clone(), config.log_bytes);
         tasks.start("balancer", |stop| async move { balancer.run(&stop).await });
         tasks.start("janitor", |stop| async move { janitor.run(&stop).await });
-        let disk_watch = DiskWatch::new(member.clone(), storage.log.clone(), storage.states.clone());
-        tasks.start("disk-watch", |stop| async move { disk_watch.run(&stop).await });
+        let disk_watch =
+            DiskWatch::new(member.clone(), storage.log.clone(), storage.states.clone());
+        tasks.start(
+            "disk-watch",
+            |stop| async move { disk_watch.run(&stop).await },
+        );
         let scout = Scout::new(member.clone());
         tasks.start("scout", |stop| async move { scout.run(&stop).await });
         let compactor = Compactor::new(storage.states.clone(), storage.log.clone());
-        tasks.start("compactor", |stop| async move { compactor.run(&stop).await });
+        tasks.start(
+            "compactor",
+            |stop| async move { compactor.run(&stop).await },
+        );
         let memberships = Memberships::new(member.clone(), joining.machine().clone());
         let migrator = Migrator::new(member.clone(), joining.machine().clone());
-        tasks.start("memberships", |stop| async move { memberships.run(&stop).await });
+        tasks.start(
+            "memberships",
+            |stop| async move { memberships.run(&stop).await },
+        );
         tasks.start("migrator", |stop| async move { migrator.run(&stop).await });
         let greeter = Greeter::new(member.clone(), joining.clone());
         tasks.start("greeter", |stop| async move { greeter.run(&stop).await });
@@ -188,14 +214,26 @@ impl Running {
         let reporter = Reporter::new(member.clone(), joining.directory_id());
         tasks.start("reporter", |stop| async move { reporter.run(&stop).await });
         let agreement = Agreement::new(member.clone(), config.compare_every);
-        tasks.start("agreement", |stop| async move { agreement.run(&stop).await });
+        tasks.start(
+            "agreement",
+            |stop| async move { agreement.run(&stop).await },
+        );
         let levels = Levels::new(member.clone(), config.speaks(), config.raise_level_after);
         tasks.start("levels", |stop| async move { levels.run(&stop).await });
         let scrubs = Arc::new(Scrubs::default());
-        let scrubber = Scrubber::new(member.clone(), storage.log.clone(), scrubs.clone(), config.scrub_every);
+        let scrubber = Scrubber::new(
+            member.clone(),
+            storage.log.clone(),
+            scrubs.clone(),
+            config.scrub_every,
+        );
         tasks.start("scrubber", |stop| async move { scrubber.run(&stop).await });
         let findings = Arc::new(Findings::default());
-        let parts = (storage.log.clone(), storage.states.clone(), joining.supervisor().clone());
+        let parts = (
+            storage.log.clone(),
+            storage.states.clone(),
+            joining.supervisor().clone(),
+        );
         let watchdog = Watchdog::new(member.clone(), parts.0, parts.1, parts.2, findings.clone());
         tasks.start("watchdog", |stop| async move { watchdog.run(&stop).await });
         let router = Router::new(Access::new(member.clone()), rand::random());
@@ -213,26 +251,39 @@ impl Running {
         })
     }
 
-    /// Opens the replica of the meta group, and only then calls this directory a member. One that was a member goes on without it where
-    /// it can't be opened: it has its view in its stamp and hears newer ones from others, is told of as failed, and replaced.
+    /// Opens the replica of the meta group, and only then calls this directory a member. One that
+    /// was a member goes on without it where it can't be opened: it has its view in its stamp and
+    /// hears newer ones from others, is told of as failed, and replaced.
     async fn join_meta(joining: &Arc<Joining>, member: &Member) -> Result<(), StartError> {
         let view = member.view();
-        let replica = view.runs_on(GroupId::META, member.node).ok_or(StartError::NoMetaReplica)?;
-        let key = ReplicaKey { group: GroupId::META, replica };
+        let replica = view
+            .runs_on(GroupId::META, member.node)
+            .ok_or(StartError::NoMetaReplica)?;
+        let key = ReplicaKey {
+            group: GroupId::META,
+            replica,
+        };
         // Once stamped a member, the directory has had its meta replica: it is never begun anew.
         let may_create = !joining.is_stamped_member();
         loop {
             match member.registry.open_replica(key, may_create).await {
                 Ok(_) => break,
                 Err(error) if error.lacks_descriptors() => {
-                    rarely!(warn, "the replica of the meta group is not open yet: {error}; it is tried again");
+                    rarely!(
+                        warn,
+                        "the replica of the meta group is not open yet: {error}; it is tried again"
+                    );
                     tokio::time::sleep(OPEN_AGAIN_AFTER).await;
                 }
                 Err(error) if may_create || are_maps_condemned(joining.directory_path()) => {
                     return Err(StartError::Meta(error));
                 }
                 Err(error) => {
-                    member.failures.failed(key, error.cause(), format!("it cannot be opened: {error}"));
+                    member.failures.failed(
+                        key,
+                        error.cause(),
+                        format!("it cannot be opened: {error}"),
+                    );
                     return Ok(());
                 }
             }
@@ -259,24 +310,40 @@ impl Running {
     }
 
     pub fn unready(&self) -> Option<Lack> {
-        self.findings.stalled().map(Lack::Late).or_else(|| self.reconciler.unready())
+        self.findings
+            .stalled()
+            .map(Lack::Late)
+            .or_else(|| self.reconciler.unready())
     }
 
     pub fn families(&self) -> Vec<Family> {
-        metrics::families(&self.member, &self.storage.log, &self.storage.states, &self.findings, &self.scrubs.now())
+        metrics::families(
+            &self.member,
+            &self.storage.log,
+            &self.storage.states,
+            &self.findings,
+            &self.scrubs.now(),
+        )
     }
 
-    /// Cancelled when a replica could not be opened because the map database is beyond mending in this process.
+    /// Cancelled when a replica could not be opened because the map database is beyond mending in
+    /// this process.
     pub fn condemned(&self) -> CancellationToken {
         self.reconciler.condemned().clone()
     }
 
-    /// Resolves, with the reason, when a replica has failed because this process cannot write to the maps any more.
+    /// Resolves, with the reason, when a replica has failed because this process cannot write to
+    /// the maps any more.
     pub fn given_up(&self) -> impl Future<Output = String> + use<> {
-        let (given_up, states) = (self.reconciler.given_up().clone(), self.storage.states.clone());
+        let (given_up, states) = (
+            self.reconciler.given_up().clone(),
+            self.storage.states.clone(),
+        );
         async move {
             given_up.cancelled().await;
-            states.given_up().unwrap_or_else(|| "it is not known why".to_owned())
+            states
+                .given_up()
+                .unwrap_or_else(|| "it is not known why".to_owned())
         }
     }
 
@@ -307,17 +374,21 @@ impl Running {
         self.news.retired().clone()
     }
 
-    /// Says on disk that this node is retired, and then forgets its replicas: the view has none of them.
+    /// Says on disk that this node is retired, and then forgets its replicas: the view has none of
+    /// them.
     ///
     /// # Errors
     ///
     /// When that can't be said on disk: then nothing is forgotten.
     pub async fn retire(&self, joining: &Arc<Joining>) -> Result<(), DirectoryError> {
-        let Some(view) = self.news.view_without_us() else { return Ok(()) };
+        let Some(view) = self.news.view_without_us() else {
+            return Ok(());
+        };
         // Nothing may stamp or open anything as a member from here on.
         self.end_tasks().await;
         let (stamping, node) = (Arc::clone(joining), self.member.node);
-        let stamped = tokio::task::spawn_blocking(move || stamping.stamp_retired(node, &view)).await;
+        let stamped =
+            tokio::task::spawn_blocking(move || stamping.stamp_retired(node, &view)).await;
         match stamped {
             Ok(stamped) => stamped?,
             Err(error) => {
@@ -328,7 +399,9 @@ impl Running {
         let mut is_cleared = true;
         for key in self.registry().stored() {
             if let Err(error) = self.registry().wipe_replica(key).await {
-                tracing::warn!("retired replica {key} could not be wiped: {error}; the next start tries again");
+                tracing::warn!(
+                    "retired replica {key} could not be wiped: {error}; the next start tries again"
+                );
                 is_cleared = false;
             }
         }
@@ -355,8 +428,11 @@ impl Running {
     pub fn log_failure(&self) -> impl Future<Output = String> + use<> {
         let mut failed = self.storage.log.failed();
         async move {
-            let failure =
-                failed.wait_for(Option::is_some).await.ok().and_then(|failure| failure.as_ref().map(ToString::to_string));
+            let failure = failed
+                .wait_for(Option::is_some)
+                .await
+                .ok()
+                .and_then(|failure| failure.as_ref().map(ToString::to_string));
             match failure {
                 Some(reason) => reason,
                 // The log is closed: that is no failure.
@@ -376,10 +452,14 @@ impl Running {
             | meta::Command::AbortMove { .. }
             | meta::Command::Report { .. } => {}
             meta::Command::Found { .. } | meta::Command::InstallPlan { .. } => {
-                return Err(Failure::Invalid { reason: "views are not taken from a peer".to_owned() });
+                return Err(Failure::Invalid {
+                    reason: "views are not taken from a peer".to_owned(),
+                });
             }
             meta::Command::RaiseLevel { .. } => {
-                return Err(Failure::Invalid { reason: "a level is not taken from a peer".to_owned() });
+                return Err(Failure::Invalid {
+                    reason: "a level is not taken from a peer".to_owned(),
+                });
             }
         }
         self.led_meta()?;
@@ -392,9 +472,15 @@ impl Running {
     }
 
     fn led_meta(&self) -> Result<Arc<Group>, Failure> {
-        let meta = self.registry().get(GroupId::META).filter(|meta| meta.leads());
+        let meta = self
+            .registry()
+            .get(GroupId::META)
+            .filter(|meta| meta.leads());
         let reason = || "this node does not lead the meta group".to_owned();
-        meta.ok_or_else(|| Failure::Unavailable { reason: reason(), retry_after_ms: RETRY_AFTER_MS })
+        meta.ok_or_else(|| Failure::Unavailable {
+            reason: reason(),
+            retry_after_ms: RETRY_AFTER_MS,
+        })
     }
 
     async fn end_tasks(&self) {
@@ -403,7 +489,8 @@ impl Running {
         while tasks.join_next().await.is_some() {}
     }
 
-    /// Stops every group and closes log and maps. `is_clean`: with everything written down, for a quick start.
+    /// Stops every group and closes log and maps. `is_clean`: with everything written down, for a
+    /// quick start.
     pub async fn stop(&self, is_clean: bool) {
         // First, since all that is awaited here may wait for the log, and the log for room.
         self.storage.log.give_up_room();
@@ -416,7 +503,10 @@ impl Running {
         let threads = std::mem::take(&mut *self.storage.threads.lock().expect("no holder panics"));
         let closed = tokio::task::spawn_blocking(move || {
             if is_clean && let Err(error) = states.close() {
-                tracing::warn!("the maps were not written down at the stop: {error}; the next start takes longer");
+                tracing::warn!(
+                    "the maps were not written down at the stop: {error}; the next start takes \
+                    longer"
+                );
             }
             drop(maps);
             log.close();
@@ -434,15 +524,18 @@ impl Running {
     }
 }
 
-/// Forgets what a retirement left that the end of the process has cut short. Returns whether it did: the process must be started again then,
-/// since a log and a database were open in it. Blocking.
+/// Forgets what a retirement left that the end of the process has cut short. Returns whether it
+/// did: the process must be started again then, since a log and a database were open in it.
+/// Blocking.
 ///
 /// # Errors
 ///
 /// When the log or the database does not open: the next start tries again.
 pub fn finish_retirement(joining: &Joining) -> Result<bool, StartError> {
     let stamp = joining.stamp();
-    let Stamp::Retired { cluster, .. } = &stamp else { return Ok(false) };
+    let Stamp::Retired { cluster, .. } = &stamp else {
+        return Ok(false);
+    };
     if leftovers::is_cleared(&*joining.machine().disk(), joining.directory_path(), &stamp)? {
         return Ok(false);
     }
@@ -462,7 +555,8 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.supervisor.start(&mut self.running, part, run(self.stop.clone()));
+        self.supervisor
+            .start(&mut self.running, part, run(self.stop.clone()));
     }
 }
 
@@ -472,8 +566,13 @@ pub fn are_maps_condemned(data_dir: &Path) -> bool {
 }
 
 fn timings(config: &NodeConfig) -> RaftTimings {
-    let lease = config.lease_drift_ms.map_or(LeaseReads::Off, |drift_ms| LeaseReads::On { drift_ms });
-    RaftTimings { lease, ..RaftTimings::default().slower(config.timing_factor) }
+    let lease = config
+        .lease_drift_ms
+        .map_or(LeaseReads::Off, |drift_ms| LeaseReads::On { drift_ms });
+    RaftTimings {
+        lease,
+        ..RaftTimings::default().slower(config.timing_factor)
+    }
 }
 
 impl Storage {
@@ -482,7 +581,11 @@ impl Storage {
         let config = joining.config();
         let disk = joining.machine().disk();
         let path = joining.directory_path();
-        let expect = if joining.is_stamped_member() { Expect::Existing } else { Expect::NewOrExisting };
+        let expect = if joining.is_stamped_member() {
+            Expect::Existing
+        } else {
+            Expect::NewOrExisting
+        };
         let segment_bytes = segment_bytes(config.log_bytes);
         let options = LogOptions {
             expect,
@@ -494,15 +597,31 @@ impl Storage {
         };
         let (log, writer) = leftovers::open_log(&disk, path, &joining.stamp(), cluster, options)?;
         let is_expected = !log.replicas().is_empty();
-        let options = SledOptions { cache_bytes: config.cache_bytes, cluster, ..SledOptions::default() };
-        let trees = joining.machine().open_trees(&path.join(MAPS_DIR), options, is_expected)?;
-        let options = StateOptions { cache_bytes: config.cache_bytes, ..StateOptions::default() };
+        let options = SledOptions {
+            cache_bytes: config.cache_bytes,
+            cluster,
+            ..SledOptions::default()
+        };
+        let trees = joining
+            .machine()
+            .open_trees(&path.join(MAPS_DIR), options, is_expected)?;
+        let options = StateOptions {
+            cache_bytes: config.cache_bytes,
+            ..StateOptions::default()
+        };
         let (states, checkpointer) = StateStore::open(trees, disk, path, options)?;
         leftovers::clear_maps(&log, &states)?;
-        let thread = |part, run: Box<dyn FnOnce() + Send>| joining.supervisor().start_thread(part, run);
-        let writer = thread("log-writer", Box::new(move || writer.run())).map_err(StartError::Thread)?;
-        let checkpointer = thread("checkpointer", Box::new(move || checkpointer.run())).map_err(StartError::Thread)?;
-        Ok(Self { log, states: Arc::new(states), threads: std::sync::Mutex::new(vec![writer, checkpointer]) })
+        let thread =
+            |part, run: Box<dyn FnOnce() + Send>| joining.supervisor().start_thread(part, run);
+        let writer =
+            thread("log-writer", Box::new(move || writer.run())).map_err(StartError::Thread)?;
+        let checkpointer = thread("checkpointer", Box::new(move || checkpointer.run()))
+            .map_err(StartError::Thread)?;
+        Ok(Self {
+            log,
+            states: Arc::new(states),
+            threads: std::sync::Mutex::new(vec![writer, checkpointer]),
+        })
     }
 
     /// Closes it when nothing of it is in use. Blocking.

@@ -69,8 +69,14 @@ impl Scout {
                 () = ways.doubted() => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
-            let looks = ways.take_doubts().into_iter().map(|node| self.look_for(node));
-            futures::stream::iter(looks).buffer_unordered(ASKED_AT_ONCE).collect::<()>().await;
+            let looks = ways
+                .take_doubts()
+                .into_iter()
+                .map(|node| self.look_for(node));
+            futures::stream::iter(looks)
+                .buffer_unordered(ASKED_AT_ONCE)
+                .collect::<()>()
+                .await;
             tokio::time::sleep(LOOK_PAUSE).await;
         }
     }
@@ -91,10 +97,15 @@ impl Scout {
         match is_open {
             false if is_news && is_heard => rarely!(
                 warn,
-                "no connection can be made to {node} at {}, though it is heard of: what is asked of it goes by others",
+                "no connection can be made to {node} at {}, though it is heard of: what is asked \
+                of it goes by others",
                 peer.address
             ),
-            true if is_news => rarely!(info, "connections to {node} at {} can be made again", peer.address),
+            true if is_news => rarely!(
+                info,
+                "connections to {node} at {} can be made again",
+                peer.address
+            ),
             true | false => {}
         }
     }
@@ -104,18 +115,32 @@ impl Scout {
         let mut given_up: BTreeSet<GroupId> = BTreeSet::new();
         loop {
             tokio::time::sleep(TICK).await;
-            given_up.retain(|group| self.member.registry.get(*group).is_some_and(|group| group.leads()));
+            given_up.retain(|group| {
+                self.member
+                    .registry
+                    .get(*group)
+                    .is_some_and(|group| group.leads())
+            });
             let cut_off = self.member.registry.ways().telling();
             if cut_off.is_empty() && given_up.is_empty() {
                 continue;
             }
 
-            let led = self.member.registry.groups().into_iter().filter(|group| group.leads());
-            let (left, led): (Vec<_>, Vec<_>) = led.partition(|group| given_up.contains(&group.key().group));
+            let led = self
+                .member
+                .registry
+                .groups()
+                .into_iter()
+                .filter(|group| group.leads());
+            let (left, led): (Vec<_>, Vec<_>) =
+                led.partition(|group| given_up.contains(&group.key().group));
             for some in left.chunks(HANDED_OVER_AT_ONCE) {
                 join_all(some.iter().map(|group| self.find_successor(group))).await;
             }
-            let due: Vec<Arc<Group>> = led.into_iter().filter(|group| self.is_cut_off(group, &cut_off)).collect();
+            let due: Vec<Arc<Group>> = led
+                .into_iter()
+                .filter(|group| self.is_cut_off(group, &cut_off))
+                .collect();
             for some in due.chunks(HANDED_OVER_AT_ONCE) {
                 let ended = join_all(some.iter().map(|group| self.give_up(group, &cut_off))).await;
                 given_up.extend(ended.into_iter().flatten());
@@ -125,8 +150,13 @@ impl Scout {
 
     fn is_cut_off(&self, group: &Group, cut_off: &BTreeSet<NodeId>) -> bool {
         let voters = group.watch().borrow().membership.voters.clone();
-        let others: Vec<NodeId> = voters.into_values().filter(|node| *node != self.member.node).collect();
-        should_hand_over(&others, cut_off, |node| self.member.heard_within(node, HEARD_WITHIN))
+        let others: Vec<NodeId> = voters
+            .into_values()
+            .filter(|node| *node != self.member.node)
+            .collect();
+        should_hand_over(&others, cut_off, |node| {
+            self.member.heard_within(node, HEARD_WITHIN)
+        })
     }
 
     /// Hands a lead to one of those that can't connect to this node: another might bring it back.
@@ -138,11 +168,17 @@ impl Scout {
             // Late: it may have been taken over, and nobody can say so.
             Ok(()) | Err(TransferError::Late { .. }) => {}
             Err(error) => {
-                rarely!(warn, "most can't connect to this node, and group {id} is not handed over: {error}");
+                rarely!(
+                    warn,
+                    "most can't connect to this node, and group {id} is not handed over: {error}"
+                );
                 return None;
             }
         }
-        rarely!(warn, "group {id} is handed over: most can't connect to this node");
+        rarely!(
+            warn,
+            "group {id} is handed over: most can't connect to this node"
+        );
         self.find_successor(group).await;
         Some(id)
     }
@@ -151,7 +187,10 @@ impl Scout {
     async fn find_successor(&self, group: &Group) {
         let voters = group.watch().borrow().membership.voters.clone();
         let deadline = Instant::now() + ASK_TIMEOUT;
-        let asked = voters.into_iter().filter(|(_, node)| *node != self.member.node);
-        join_all(asked.map(|(replica, node)| group.ask_for_successor(replica, node, deadline))).await;
+        let asked = voters
+            .into_iter()
+            .filter(|(_, node)| *node != self.member.node);
+        join_all(asked.map(|(replica, node)| group.ask_for_successor(replica, node, deadline)))
+            .await;
     }
 }

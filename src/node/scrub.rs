@@ -1,6 +1,6 @@
-//! [`Scrubber`]: reads again what the node keeps on its disk, now and then: sealed segments of the log, snapshot files,
-//! and files of witnesses. What has rotted is told, counted, and mended while it can still be had
-//! from elsewhere. How fast and how often is decided in `sm::scrub`.
+//! [`Scrubber`]: reads again what the node keeps on its disk, now and then: sealed segments of the
+//! log, snapshot files, and files of witnesses. What has rotted is told, counted, and mended while
+//! it can still be had from elsewhere. How fast and how often is decided in `sm::scrub`.
 //!
 //! It reads in a thread that steps back behind all others, and holds no lock that an append needs.
 
@@ -55,7 +55,9 @@ impl Scrubs {
 impl ScrubCounts {
     /// Returns when the last one ended, in seconds since 1970; zero before the first has.
     pub fn last_end_seconds(&self) -> f64 {
-        let since = self.last_end.and_then(|end| end.duration_since(UNIX_EPOCH).ok());
+        let since = self
+            .last_end
+            .and_then(|end| end.duration_since(UNIX_EPOCH).ok());
         since.map_or(0.0, |since| since.as_secs_f64())
     }
 }
@@ -71,7 +73,12 @@ pub struct Scrubber {
 impl Scrubber {
     /// `every`: zero for never.
     pub fn new(member: Arc<Member>, log: Log, scrubs: Arc<Scrubs>, every: Duration) -> Self {
-        Self { member, log, scrubs, every }
+        Self {
+            member,
+            log,
+            scrubs,
+            every,
+        }
     }
 
     pub async fn run(self, shutdown: &CancellationToken) {
@@ -86,7 +93,12 @@ impl Scrubber {
             }
             if running.is_none() && due.is_some_and(|due| due <= Instant::now()) {
                 let parts = (self.member.clone(), self.log.clone(), self.scrubs.clone());
-                let pass = Pass { member: parts.0, log: parts.1, scrubs: parts.2, shutdown: shutdown.clone() };
+                let pass = Pass {
+                    member: parts.0,
+                    log: parts.1,
+                    scrubs: parts.2,
+                    shutdown: shutdown.clone(),
+                };
                 running = Some(tokio::spawn(supervisor::inherit(pass.run())));
             }
         }
@@ -119,15 +131,26 @@ impl Pass {
         let mut is_all_mended = true;
         for number in self.log.sealed_segments() {
             let log = self.log.clone();
-            let Some(damage) = self.read(Kind::Segment, move |pace| log.check_segment(number, pace)).await else { continue };
+            let Some(damage) = self
+                .read(Kind::Segment, move |pace| log.check_segment(number, pace))
+                .await
+            else {
+                continue;
+            };
             is_all_mended &= self.conclude(Kind::Segment, &damage, self.let_go(number).await);
         }
         for witness in self.member.registry.witnesses() {
             let reading = witness.clone();
             let check = move |_: &mut Pace<'_>| reading.check_file();
-            let Some(damage) = self.read(Kind::Witness, check).await else { continue };
-            let rewritten = tokio::task::spawn_blocking(move || witness.rewrite_file().map_err(|error| error.to_string()));
-            let rewritten = rewritten.await.unwrap_or_else(|error| Err(error.to_string()));
+            let Some(damage) = self.read(Kind::Witness, check).await else {
+                continue;
+            };
+            let rewritten = tokio::task::spawn_blocking(move || {
+                witness.rewrite_file().map_err(|error| error.to_string())
+            });
+            let rewritten = rewritten
+                .await
+                .unwrap_or_else(|error| Err(error.to_string()));
             is_all_mended &= self.conclude(Kind::Witness, &damage, rewritten);
         }
         for group in self.member.registry.groups() {
@@ -146,15 +169,25 @@ impl Pass {
     async fn read_snapshot(&self, group: &Arc<Group>) -> bool {
         let mut is_all_mended = true;
         let state = group.state().clone();
-        if let Some(damage) = self.read(Kind::Snapshot, move |pace| state.check_snapshot(pace)).await {
-            let rewritten = group.rewrite_snapshot().await.map_err(|error| error.to_string());
+        if let Some(damage) = self
+            .read(Kind::Snapshot, move |pace| state.check_snapshot(pace))
+            .await
+        {
+            let rewritten = group
+                .rewrite_snapshot()
+                .await
+                .map_err(|error| error.to_string());
             is_all_mended &= self.conclude(Kind::Snapshot, &damage, rewritten);
         }
         is_all_mended
     }
 
     /// Reads one thing again. Returns what is wrong with it, having told of it.
-    async fn read(&self, kind: Kind, check: impl FnOnce(&mut Pace<'_>) -> Checked + Send + 'static) -> Option<String> {
+    async fn read(
+        &self,
+        kind: Kind,
+        check: impl FnOnce(&mut Pace<'_>) -> Checked + Send + 'static,
+    ) -> Option<String> {
         if self.shutdown.is_cancelled() {
             return None;
         }
@@ -169,7 +202,8 @@ impl Pass {
         });
         match read.await.map(|read| read.unwrap_or(Checked::Unread)) {
             Ok(Checked::Damaged(damage)) => {
-                self.scrubs.change(|counts| *counts.damaged.entry(kind).or_default() += 1);
+                self.scrubs
+                    .change(|counts| *counts.damaged.entry(kind).or_default() += 1);
                 tracing::error!("a scrub has found damage: {damage}; {}", kind.remedy());
                 Some(damage)
             }
@@ -184,15 +218,19 @@ impl Pass {
     fn conclude(&self, kind: Kind, damage: &str, mended: Result<(), String>) -> bool {
         match &mended {
             Ok(()) => {
-                self.scrubs.change(|counts| *counts.mended.entry(kind).or_default() += 1);
+                self.scrubs
+                    .change(|counts| *counts.mended.entry(kind).or_default() += 1);
                 tracing::warn!("that is done: {damage}");
             }
-            Err(reason) => tracing::error!("that was not done, and is tried again by the next scrub: {damage}; {reason}"),
+            Err(reason) => tracing::error!(
+                "that was not done, and is tried again by the next scrub: {damage}; {reason}"
+            ),
         }
         mended.is_ok()
     }
 
-    /// Has the replicas that keep a segment let go of it. Those that lack what is in it are sent a snapshot.
+    /// Has the replicas that keep a segment let go of it. Those that lack what is in it are sent a
+    /// snapshot.
     async fn let_go(&self, number: u64) -> Result<(), String> {
         let mut holders = Vec::new();
         for _ in 0..LET_GO_TRIES {
@@ -217,7 +255,12 @@ impl Pass {
     async fn let_go_of(&self, key: ReplicaKey, upto: u64) {
         let registry = &self.member.registry;
         if let Some(group) = registry.get(key.group).filter(|group| group.key() == key) {
-            let covers = || group.status().snapshot.is_some_and(|snapshot| snapshot.index >= upto);
+            let covers = || {
+                group
+                    .status()
+                    .snapshot
+                    .is_some_and(|snapshot| snapshot.index >= upto)
+            };
             if !covers()
                 && let Err(error) = group.build_snapshot().await
             {
@@ -226,7 +269,9 @@ impl Pass {
             if covers() {
                 group.purge_log(upto).await;
             }
-        } else if let Some(witness) = registry.witness(key.group).filter(|witness| witness.key() == key)
+        } else if let Some(witness) = registry
+            .witness(key.group)
+            .filter(|witness| witness.key() == key)
             && let Err(error) = witness.let_go(true).await
         {
             tracing::warn!("the log of witness {key} was not purged: {error}");
@@ -245,7 +290,13 @@ struct Resting<'a> {
 
 impl<'a> Resting<'a> {
     fn new(scrubs: &'a Scrubs, shutdown: &'a CancellationToken) -> Self {
-        Self { scrubs, shutdown, began: Instant::now(), bytes: 0, uncounted: 0 }
+        Self {
+            scrubs,
+            shutdown,
+            began: Instant::now(),
+            bytes: 0,
+            uncounted: 0,
+        }
     }
 
     fn read(&mut self, bytes: u64) -> bool {

@@ -1,8 +1,10 @@
-//! [`Watchdog`]: notices what does not get any further on this node, and does what `sm/stalls` decides.
+//! [`Watchdog`]: notices what does not get any further on this node, and does what `sm/stalls`
+//! decides.
 //!
-//! It looks at the writer of the log, the checkpointer, every replica and the controllers. What it finds is told at once in the
-//! log, in `/readyz` and in the metrics; a leader that is held up steps down; and where a new start is all that helps, the
-//! process ends. A thread of its own watches whether tasks run at all, since this is one of them.
+//! It looks at the writer of the log, the checkpointer, every replica and the controllers. What it
+//! finds is told at once in the log, in `/readyz` and in the metrics; a leader that is held up
+//! steps down; and where a new start is all that helps, the process ends. A thread of its own
+//! watches whether tasks run at all, since this is one of them.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 use super::member::Member;
 use crate::raft::Progress;
 use crate::sm::stalls::{
-    self, Cause, DISK_BEHIND_MS, ReplicaStalls, StepDowns, Still, Verdict, judge_apply, judge_checkpointer, judge_runtime,
-    judge_writer,
+    self, Cause, DISK_BEHIND_MS, ReplicaStalls, StepDowns, Still, Verdict, judge_apply,
+    judge_checkpointer, judge_runtime, judge_writer,
 };
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, Phase, Seen};
@@ -27,7 +29,8 @@ use crate::supervisor::{Beat, Ended, Supervisor};
 use crate::types::GroupId;
 
 const TICK: Duration = Duration::from_millis(250);
-/// Time beyond this between two looks is not counted: the whole node did not run, and nothing hangs because of that.
+/// Time beyond this between two looks is not counted: the whole node did not run, and nothing hangs
+/// because of that.
 const TICK_MAX: Duration = Duration::from_secs(1);
 /// The controllers are looked at once in so many ticks.
 const CONTROLLERS_EVERY: u64 = 40;
@@ -58,10 +61,14 @@ impl Findings {
         self.stalled.lock().expect("no holder panics").clone()
     }
 
-    /// Returns for how long each thread of the storage has not got any further though it should have, in milliseconds.
+    /// Returns for how long each thread of the storage has not got any further though it should
+    /// have, in milliseconds.
     pub fn threads_ms(&self) -> [(&'static str, u64); 2] {
         let ms = |ms: &AtomicU64| ms.load(Ordering::Relaxed);
-        [("log-writer", ms(&self.writer_ms)), ("checkpointer", ms(&self.checkpointer_ms))]
+        [
+            ("log-writer", ms(&self.writer_ms)),
+            ("checkpointer", ms(&self.checkpointer_ms)),
+        ]
     }
 
     /// Returns how often a leader here has stepped down because this node held it up.
@@ -94,7 +101,13 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    pub fn new(member: Arc<Member>, log: Log, states: Arc<StateStore>, supervisor: Supervisor, findings: Arc<Findings>) -> Self {
+    pub fn new(
+        member: Arc<Member>,
+        log: Log,
+        states: Arc<StateStore>,
+        supervisor: Supervisor,
+        findings: Arc<Findings>,
+    ) -> Self {
         Self {
             member,
             log,
@@ -117,7 +130,10 @@ impl Watchdog {
 
     pub async fn run(mut self, shutdown: &CancellationToken) {
         let log = self.log.clone();
-        let watched = Arc::new(Watched { tasks: Beat::default(), log: Box::new(move || log.activity()) });
+        let watched = Arc::new(Watched {
+            tasks: Beat::default(),
+            log: Box::new(move || log.activity()),
+        });
         if let Err(error) = watch_runtime(&self.supervisor, &watched, RUNTIME_LOOK) {
             tracing::warn!("nothing watches whether tasks run: {error}");
         }
@@ -153,7 +169,8 @@ impl Watchdog {
             let of_replica = self.look_at_replica(replica, log_hangs);
             stalled = stalled.or(of_replica);
         }
-        self.replicas.retain(|key, _| progress.iter().any(|replica| replica.key == *key));
+        self.replicas
+            .retain(|key, _| progress.iter().any(|replica| replica.key == *key));
         *self.findings.stalled.lock().expect("no holder panics") = stalled;
 
         if self.ticks.is_multiple_of(CONTROLLERS_EVERY) {
@@ -164,13 +181,25 @@ impl Watchdog {
     /// Returns what is to be said of the log, and whether it hangs at the disk.
     fn look_at_log(&mut self, progress: &[Progress]) -> (Option<String>, bool) {
         let writer = self.log.activity();
-        let ms = self.writer.observe(self.now_ms, writer.steps, writer.has_work || writer.phase != Phase::Waits);
+        let ms = self.writer.observe(
+            self.now_ms,
+            writer.steps,
+            writer.has_work || writer.phase != Phase::Waits,
+        );
         self.findings.writer_ms.store(ms, Ordering::Relaxed);
         let is_at_disk = writer.phase == Phase::Writes;
-        let others_go_on = progress.iter().any(|replica| replica.committed > replica.synced);
-        let what = if is_at_disk { "the disk has not written or synced what the log gave it" } else { "it does nothing" };
+        let others_go_on = progress
+            .iter()
+            .any(|replica| replica.committed > replica.synced);
+        let what = if is_at_disk {
+            "the disk has not written or synced what the log gave it"
+        } else {
+            "it does nothing"
+        };
         let verdict = judge_writer(ms, is_at_disk, others_go_on);
-        let said = self.act(verdict, "log-writer", || format!("{what} for {} s", ms / 1000));
+        let said = self.act(verdict, "log-writer", || {
+            format!("{what} for {} s", ms / 1000)
+        });
         (said, is_at_disk && ms >= DISK_BEHIND_MS)
     }
 
@@ -179,7 +208,9 @@ impl Watchdog {
         let ms = self.checkpointer.observe(self.now_ms, steps, has_work);
         self.findings.checkpointer_ms.store(ms, Ordering::Relaxed);
         let verdict = judge_checkpointer(ms, log_hangs);
-        self.act(verdict, "checkpointer", || format!("no table was written down for {} s", ms / 1000))
+        self.act(verdict, "checkpointer", || {
+            format!("no table was written down for {} s", ms / 1000)
+        })
     }
 
     fn look_at_replica(&mut self, replica: &Progress, log_hangs: bool) -> Option<String> {
@@ -198,13 +229,25 @@ impl Watchdog {
         }
 
         let ms = held_up.map_ms;
-        let still_ms = replica.applying.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+        let still_ms = replica.applying.map_or(0, |since| {
+            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        });
         let verdict = judge_apply(ms, still_ms, log_hangs);
-        self.act(verdict, "apply", || format!("replica {key} has applied nothing of what is committed for {} s", ms / 1000))
+        self.act(verdict, "apply", || {
+            format!(
+                "replica {key} has applied nothing of what is committed for {} s",
+                ms / 1000
+            )
+        })
     }
 
     /// Does what the verdict says. Returns what there is to say.
-    fn act(&mut self, verdict: Verdict, part: &'static str, reason: impl FnOnce() -> String) -> Option<String> {
+    fn act(
+        &mut self,
+        verdict: Verdict,
+        part: &'static str,
+        reason: impl FnOnce() -> String,
+    ) -> Option<String> {
         match verdict {
             Verdict::Works => None,
             Verdict::Stalls => {
@@ -213,7 +256,10 @@ impl Watchdog {
                 Some(line)
             }
             Verdict::Hangs => {
-                let ended = Ended { part, reason: reason() };
+                let ended = Ended {
+                    part,
+                    reason: reason(),
+                };
                 let line = ended.to_string();
                 self.ending = Some(ended);
                 Some(line)
@@ -222,7 +268,11 @@ impl Watchdog {
     }
 
     fn tell(&mut self, about: &'static str, line: &str) {
-        if self.told.get(about).is_none_or(|last| last.elapsed() >= TELL_EVERY) {
+        if self
+            .told
+            .get(about)
+            .is_none_or(|last| last.elapsed() >= TELL_EVERY)
+        {
             self.told.insert(about, Instant::now());
             tracing::error!("a part of this node stalls: {line}");
         }
@@ -231,7 +281,9 @@ impl Watchdog {
     /// Has another replica lead the group, if one is known to be faster.
     fn step_down(&mut self, id: GroupId, cause: Cause, held_up: &ReplicaStalls) {
         // A witness that leads hands over anyway.
-        let Some(group) = self.member.registry.get(id) else { return };
+        let Some(group) = self.member.registry.get(id) else {
+            return;
+        };
         let successor = match cause {
             Cause::Disk => group.faster_successor(),
             Cause::Map => group.faster_successor().or_else(|| group.best_successor()),
@@ -241,8 +293,14 @@ impl Watchdog {
             return;
         }
         let why = match cause {
-            Cause::Disk => format!("the disk lacks what others synced {} ms ago", held_up.disk_ms),
-            Cause::Map => format!("nothing of what is committed was applied for {} ms", held_up.map_ms),
+            Cause::Disk => format!(
+                "the disk lacks what others synced {} ms ago",
+                held_up.disk_ms
+            ),
+            Cause::Map => format!(
+                "nothing of what is committed was applied for {} ms",
+                held_up.map_ms
+            ),
         };
         tracing::warn!("group {id} is handed over to replica {to}: {why}");
         self.findings.step_downs.fetch_add(1, Ordering::Relaxed);
@@ -251,7 +309,8 @@ impl Watchdog {
                 tracing::warn!("group {id} was not handed over, and is led on: {error}");
             }
         };
-        self.supervisor.start(&mut self.stepping_down, "step-down", step_down);
+        self.supervisor
+            .start(&mut self.stepping_down, "step-down", step_down);
     }
 
     /// Those that hang hold up no client, so that it is enough to tell of them.
@@ -266,9 +325,16 @@ impl Watchdog {
             let mut still = self.controllers.get(&place).copied().unwrap_or_default();
             let ms = still.observe(self.now_ms, beat.steps(), true);
             seen.insert(place, still);
-            let max = if SLOW_CONTROLLERS.contains(&part) { SLOW_ROUND_MAX_MS } else { ROUND_MAX_MS };
+            let max = if SLOW_CONTROLLERS.contains(&part) {
+                SLOW_ROUND_MAX_MS
+            } else {
+                ROUND_MAX_MS
+            };
             if ms >= max {
-                self.tell(part, &format!("the {part} has been at one round for {} s", ms / 1000));
+                self.tell(
+                    part,
+                    &format!("the {part} has been at one round for {} s", ms / 1000),
+                );
             }
         }
         self.controllers = seen;
@@ -285,7 +351,11 @@ struct Watched {
 
 /// Watches from a thread whether tasks run, until `watched` is dropped. Looks are counted, and not
 /// time, because a process that is stopped for a while does not hang.
-fn watch_runtime(supervisor: &Supervisor, watched: &Arc<Watched>, look: Duration) -> io::Result<()> {
+fn watch_runtime(
+    supervisor: &Supervisor,
+    watched: &Arc<Watched>,
+    look: Duration,
+) -> io::Result<()> {
     let (ending, watched) = (supervisor.clone(), Arc::downgrade(watched));
     let watch = move || {
         let (mut tasks, mut writer) = (None, None);
@@ -294,7 +364,9 @@ fn watch_runtime(supervisor: &Supervisor, watched: &Arc<Watched>, look: Duration
         let mut is_told = false;
         loop {
             std::thread::sleep(look);
-            let Some(watched) = watched.upgrade() else { return };
+            let Some(watched) = watched.upgrade() else {
+                return;
+            };
             let log = (watched.log)();
             // Reads of a disk that hangs may block all threads of the tasks.
             let disk_hangs = log.phase == Phase::Writes && writer == Some(log.steps);
@@ -311,12 +383,18 @@ fn watch_runtime(supervisor: &Supervisor, watched: &Arc<Watched>, look: Duration
                 Verdict::Works => {}
                 Verdict::Stalls => {
                     if !std::mem::replace(&mut is_told, true) {
-                        tracing::error!("a part of this node stalls: no task has run for {looks} looks, {look:?} apart");
+                        tracing::error!(
+                            "a part of this node stalls: no task has run for {looks} looks, \
+                            {look:?} apart"
+                        );
                     }
                 }
                 Verdict::Hangs => {
                     let reason = format!("no task has run for {looks} looks, {look:?} apart");
-                    ending.end(&Ended { part: "runtime", reason });
+                    ending.end(&Ended {
+                        part: "runtime",
+                        reason,
+                    });
                 }
             }
         }
@@ -330,12 +408,22 @@ mod tests {
 
     const LOOK: Duration = Duration::from_millis(20);
 
-    /// Blocks the only thread of a runtime, with the log at what `log` says, until `is_over` or for long.
-    fn block(log: impl Fn() -> Seen + Send + Sync + 'static, is_over: impl Fn(Option<&Ended>) -> bool) -> Option<Ended> {
+    /// Blocks the only thread of a runtime, with the log at what `log` says, until `is_over` or for
+    /// long.
+    fn block(
+        log: impl Fn() -> Seen + Send + Sync + 'static,
+        is_over: impl Fn(Option<&Ended>) -> bool,
+    ) -> Option<Ended> {
         let (supervisor, mut ended) = Supervisor::noting();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
         runtime.block_on(async {
-            let watched = Arc::new(Watched { tasks: Beat::default(), log: Box::new(log) });
+            let watched = Arc::new(Watched {
+                tasks: Beat::default(),
+                log: Box::new(log),
+            });
             watch_runtime(&supervisor, &watched, LOOK).expect("a thread");
             let ticking = watched.clone();
             let ticks = tokio::spawn(async move {
@@ -358,7 +446,11 @@ mod tests {
 
     #[test]
     fn a_runtime_whose_threads_all_hang_is_noticed_by_a_thread() {
-        let idle = || Seen { phase: Phase::Waits, steps: 7, has_work: true };
+        let idle = || Seen {
+            phase: Phase::Waits,
+            steps: 7,
+            has_work: true,
+        };
         let ended = block(idle, |ended| ended.is_some());
         assert_eq!(ended.map(|ended| ended.part), Some("runtime"));
     }
@@ -369,10 +461,17 @@ mod tests {
         let counted = looks.clone();
         let hangs = move || {
             counted.fetch_add(1, Ordering::Relaxed);
-            Seen { phase: Phase::Writes, steps: 7, has_work: true }
+            Seen {
+                phase: Phase::Writes,
+                steps: 7,
+                has_work: true,
+            }
         };
         let ended = block(hangs, |_| looks.load(Ordering::Relaxed) > 150);
-        assert!(looks.load(Ordering::Relaxed) > 150, "it was not looked at for long");
+        assert!(
+            looks.load(Ordering::Relaxed) > 150,
+            "it was not looked at for long"
+        );
         assert_eq!(ended, None);
     }
 }

@@ -25,7 +25,8 @@ impl Elections {
         self.campaigns.load(Ordering::Relaxed)
     }
 
-    /// Returns how often a replica here saw another leader than the one before. That there is none for a while is not counted.
+    /// Returns how often a replica here saw another leader than the one before. That there is none
+    /// for a while is not counted.
     pub fn leader_changes(&self) -> u64 {
         self.leader_changes.load(Ordering::Relaxed)
     }

@@ -8,7 +8,8 @@ use crate::sm::ports::StoreError;
 use crate::sm::recovery::Cause;
 use crate::types::{NodeId, ReplicaId};
 
-/// Why a proposal was not answered. Only [`ProposeError::Unknown`] leaves open whether it was, or will yet be, applied.
+/// Why a proposal was not answered. Only [`ProposeError::Unknown`] leaves open whether it was, or
+/// will yet be, applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProposeError {
     /// Another replica leads, if any.
@@ -37,7 +38,9 @@ pub enum ProposeError {
 
 impl ProposeError {
     pub(super) fn unknown(reason: impl Into<String>) -> Self {
-        Self::Unknown { reason: reason.into() }
+        Self::Unknown {
+            reason: reason.into(),
+        }
     }
 }
 
@@ -48,7 +51,8 @@ pub enum ReadError {
     NotLeader { leader: Option<NodeId> },
     #[error("overloaded: {limit}")]
     Overloaded { limit: String },
-    /// No quorum confirmed in time that this replica still leads, or what is committed could not be applied in time.
+    /// No quorum confirmed in time that this replica still leads, or what is committed could not be
+    /// applied in time.
     #[error("no quorum confirmed it in time")]
     Expired,
     #[error("this replica has stopped: {reason}")]
@@ -96,17 +100,27 @@ pub enum MembershipError {
 pub enum OpenError {
     /// Its map can't be rebuilt here. The other replicas of the group have all of it.
     #[error(
-        "replica {key} is lost: what it had cannot be rebuilt, because the log begins behind {purged} and the snapshot before that is not \
-         usable ({reason}); the other replicas of the group serve on"
+        "replica {key} is lost: what it had cannot be rebuilt, because the log begins behind \
+         {purged} and the snapshot before that is not usable ({reason}); the other replicas of the \
+         group serve on"
     )]
-    Lost { key: crate::storage::ReplicaKey, purged: crate::types::LogId, reason: String },
+    Lost {
+        key: crate::storage::ReplicaKey,
+        purged: crate::types::LogId,
+        reason: String,
+    },
     /// Its log is not the one that its map was applied from.
     #[error(
-        "replica {key} does not open: its log {log}, and its map has applied {applied}. The log was replaced by an older copy, or has lost \
-         its end, and with it what this replica had promised: it takes no part. Put the whole data directory back as it was, or give this \
+        "replica {key} does not open: its log {log}, and its map has applied {applied}. The log \
+         was replaced by an older copy, or has lost its end, and with it what this replica had \
+         promised: it takes no part. Put the whole data directory back as it was, or give this \
          node an empty one, so that the cluster replaces its replicas"
     )]
-    OtherLog { key: crate::storage::ReplicaKey, log: String, applied: crate::types::LogId },
+    OtherLog {
+        key: crate::storage::ReplicaKey,
+        log: String,
+        applied: crate::types::LogId,
+    },
     /// A replica that has a map is to be opened as a witness, or the other way round.
     #[error("{0} is on this node as another kind of replica than it should be")]
     OtherKind(crate::storage::ReplicaKey),
@@ -129,30 +143,41 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// Whether there was no descriptor left to open a file by: that passes, and nothing is wrong with what was to be opened.
+    /// Whether there was no descriptor left to open a file by: that passes, and nothing is wrong
+    /// with what was to be opened.
     pub fn lacks_descriptors(&self) -> bool {
         match self {
-            OpenError::Log(source) | OpenError::State(StoreError::Io { source, .. }) => descriptors::are_exhausted(source),
+            OpenError::Log(source) | OpenError::State(StoreError::Io { source, .. }) => {
+                descriptors::are_exhausted(source)
+            }
             _ => false,
         }
     }
-    /// Returns what kept the replica from being opened, as far as that decides what is done about it.
+    /// Returns what kept the replica from being opened, as far as that decides what is done about
+    /// it.
     pub fn cause(&self) -> Cause {
         use std::io::ErrorKind::{InvalidData, QuotaExceeded, StorageFull, UnexpectedEof};
         match self {
             error if error.lacks_descriptors() => Cause::Descriptors,
-            OpenError::Log(source) | OpenError::State(StoreError::Io { source, .. }) => match source.kind() {
-                StorageFull | QuotaExceeded => Cause::DiskFull,
-                InvalidData | UnexpectedEof => Cause::Damaged,
-                _ => Cause::Other,
-            },
-            OpenError::State(StoreError::TooOld { .. } | StoreError::Undecodable { .. }) => Cause::Program,
+            OpenError::Log(source) | OpenError::State(StoreError::Io { source, .. }) => {
+                match source.kind() {
+                    StorageFull | QuotaExceeded => Cause::DiskFull,
+                    InvalidData | UnexpectedEof => Cause::Damaged,
+                    _ => Cause::Other,
+                }
+            }
+            OpenError::State(StoreError::TooOld { .. } | StoreError::Undecodable { .. }) => {
+                Cause::Program
+            }
             OpenError::State(StoreError::Damaged(_))
             | OpenError::Lost { .. }
             | OpenError::OtherLog { .. }
             | OpenError::OtherKind(_)
             | OpenError::Missing(_) => Cause::Damaged,
-            OpenError::AlreadyOpen(_) | OpenError::ShuttingDown | OpenError::Timings(_) | OpenError::Raft(_) => Cause::Other,
+            OpenError::AlreadyOpen(_)
+            | OpenError::ShuttingDown
+            | OpenError::Timings(_)
+            | OpenError::Raft(_) => Cause::Other,
         }
     }
 }

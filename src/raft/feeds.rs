@@ -1,14 +1,16 @@
-//! [`Feeds`]: which followers are being sent a snapshot, and what of the log they will need after it.
+//! [`Feeds`]: which followers are being sent a snapshot, and what of the log they will need after
+//! it.
 //!
-//! Openraft purges the log without regard to them: a follower that takes longer to install a snapshot
-//! than writers take to bring about the next would find, when it is done, that the log goes on
-//! elsewhere, and would be sent another, for ever. So a leader keeps the log from the snapshot on
-//! that a follower was sent until that has caught up.
+//! Openraft purges the log without regard to them: a follower that takes longer to install a
+//! snapshot than writers take to bring about the next would find, when it is done, that the log
+//! goes on elsewhere, and would be sent another, for ever. So a leader keeps the log from the
+//! snapshot on that a follower was sent until that has caught up.
 //!
-//! Not at any price. It may weigh as much as the snapshot itself ([`LOG_BYTES_FLOOR`] at least): past
-//! that the follower takes a snapshot more slowly than writers write one, and sending the next is no
-//! more than the log would be. Each that a follower needs before it has caught up doubles what is kept for it, up to
-//! eight times. And nothing is kept for it where the node's log is at its bound, or its disk nearly full.
+//! Not at any price. It may weigh as much as the snapshot itself ([`LOG_BYTES_FLOOR`] at least):
+//! past that the follower takes a snapshot more slowly than writers write one, and sending the next
+//! is no more than the log would be. Each that a follower needs before it has caught up doubles
+//! what is kept for it, up to eight times. And nothing is kept for it where the node's log is at
+//! its bound, or its disk nearly full.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -28,7 +30,8 @@ const DOUBLINGS_MAX: u32 = 3;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Entries behind a snapshot that are kept for followers that were away for a moment.
 const ENTRIES_BEHIND: u64 = 4096;
-/// Log for followers that are near and lack what a new snapshot holds: sending it is no more than this.
+/// Log for followers that are near and lack what a new snapshot holds: sending it is no more than
+/// this.
 const NEAR_BYTES_MAX: u64 = 64 << 20;
 /// A follower that was heard of within this is near: it comes by itself.
 const NEAR_WITHIN: Duration = Duration::from_secs(2);
@@ -90,18 +93,35 @@ impl Feeds {
             Some(before) => before.times + 1,
             None => 1,
         };
-        feeds.insert(to, Feed { index, snapshot_bytes, ended: None, times });
-        Feeding { feeds: self.clone(), to }
+        feeds.insert(
+            to,
+            Feed {
+                index,
+                snapshot_bytes,
+                ended: None,
+                times,
+            },
+        );
+        Feeding {
+            feeds: self.clone(),
+            to,
+        }
     }
 
     /// Returns through where the log may be purged for the sake of those that are sent snapshots.
-    /// `matched` says how far the log of a follower is known to be the leader's, `bytes_since` how many bytes
-    /// of log there are after an entry.
-    fn purgeable(&self, last: u64, matched: impl Fn(ReplicaId) -> Option<LogId>, bytes_since: impl Fn(u64) -> u64) -> u64 {
+    /// `matched` says how far the log of a follower is known to be the leader's, `bytes_since` how
+    /// many bytes of log there are after an entry.
+    fn purgeable(
+        &self,
+        last: u64,
+        matched: impl Fn(ReplicaId) -> Option<LogId>,
+        bytes_since: impl Fn(u64) -> u64,
+    ) -> u64 {
         let mut upto = u64::MAX;
         self.lock().retain(|replica, feed| {
             let has = matched(*replica).map_or(0, |id| id.index).max(feed.index);
-            let has_caught_up = feed.ended.is_some() && has > feed.index && has + ENTRIES_BEHIND > last;
+            let has_caught_up =
+                feed.ended.is_some() && has > feed.index && has + ENTRIES_BEHIND > last;
             let needs_it = !has_caught_up && !feed.is_over();
             if needs_it && bytes_since(has) <= feed.log_bytes_max() {
                 upto = upto.min(has);
@@ -113,31 +133,35 @@ impl Feeds {
 }
 
 impl Group {
-    /// Purges the log through `index`, but not past the last snapshot, nor, while there is room for it,
-    /// past what a follower that is sent a snapshot will need.
+    /// Purges the log through `index`, but not past the last snapshot, nor, while there is room for
+    /// it, past what a follower that is sent a snapshot will need.
     pub async fn purge_log(&self, index: u64) {
         let status = self.status();
         let last = status.last_log.map_or(0, |id| id.index);
         let matched = |replica| status.matched.get(&replica).copied().flatten();
         let purgeable = match status.role {
             Role::Leader if self.shared.log.lacks_room().is_none() => {
-                self.network.feeds.purgeable(last, matched, |index| self.log.bytes_since(index))
+                self.network
+                    .feeds
+                    .purgeable(last, matched, |index| self.log.bytes_since(index))
             }
-            Role::Leader | Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => u64::MAX,
+            Role::Leader | Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => {
+                u64::MAX
+            }
         };
         self.purge_log_of_all(index.min(purgeable)).await;
     }
 
-    /// Purges the log through `index`, but not past the last snapshot, whoever is sent one: for a log that
-    /// is at its bound.
+    /// Purges the log through `index`, but not past the last snapshot, whoever is sent one: for a
+    /// log that is at its bound.
     pub async fn purge_log_of_all(&self, upto: u64) {
         if upto > self.status().purged.map_or(0, |id| id.index) {
             let _ = self.raft.trigger().purge_log(upto).await;
         }
     }
 
-    /// Purges what a snapshot that was just written, as of `snapshot`, covers, but for what followers
-    /// that are near may need.
+    /// Purges what a snapshot that was just written, as of `snapshot`, covers, but for what
+    /// followers that are near may need.
     pub(super) async fn purge_behind(&self, snapshot: LogId) {
         let deadline = Instant::now() + SNAPSHOT_PATIENCE;
         while self.status().snapshot < Some(snapshot) {
@@ -150,13 +174,20 @@ impl Group {
         let status = self.status();
         let lanes = &self.shared.lanes;
         let is_near = |node| {
-            let heard = lanes.last_heard(node).is_some_and(|at| at.elapsed() < NEAR_WITHIN);
+            let heard = lanes
+                .last_heard(node)
+                .is_some_and(|at| at.elapsed() < NEAR_WITHIN);
             heard && !lanes.is_cut(node)
         };
         let behind = snapshot.index.saturating_sub(ENTRIES_BEHIND);
         let needed = status.purgeable(is_near).unwrap_or(0);
         let is_worth_it = self.log.bytes_since(needed) <= NEAR_BYTES_MAX;
-        self.purge_log(if is_worth_it { behind.min(needed) } else { behind }).await;
+        self.purge_log(if is_worth_it {
+            behind.min(needed)
+        } else {
+            behind
+        })
+        .await;
     }
 }
 
@@ -177,7 +208,11 @@ mod tests {
         assert_eq!(upto(5000, None), u64::MAX, "nobody is sent one");
         let feeding = feeds.begin(FOLLOWER, 1000, 10);
         tokio::time::advance(PATIENCE * 100).await;
-        assert_eq!(upto(50_000, None), 1000, "it is on its way for as long as it takes");
+        assert_eq!(
+            upto(50_000, None),
+            1000,
+            "it is on its way for as long as it takes"
+        );
         drop(feeding);
         assert_eq!(upto(60_000, id(1000)), 1000, "it has just been installed");
         assert_eq!(upto(60_000, id(20_000)), 20_000, "it is being sent the log");

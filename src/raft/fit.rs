@@ -1,10 +1,13 @@
-//! [`fit_log`]: whether the log of a replica and what it applied belong together, looked at before the replica opens.
+//! [`fit_log`]: whether the log of a replica and what it applied belong together, looked at before
+//! the replica opens.
 //!
-//! A map is written down only when the log is durable through what it holds, so a log that ends below it was put there by somebody, or
-//! has lost its end: such a replica has forgotten what it promised, and takes no part. There is one exception. A snapshot of another
-//! replica becomes durable before the log that it replaces is purged; a process that ends between the two leaves a log that ends too
-//! early, or holds entries that the group never committed. That log makes way for the snapshot here, before openraft reads it: it would
-//! take what it compares by term first for newer than the snapshot, and stop.
+//! A map is written down only when the log is durable through what it holds, so a log that ends
+//! below it was put there by somebody, or has lost its end: such a replica has forgotten what it
+//! promised, and takes no part. There is one exception. A snapshot of another replica becomes
+//! durable before the log that it replaces is purged; a process that ends between the two leaves a
+//! log that ends too early, or holds entries that the group never committed. That log makes way for
+//! the snapshot here, before openraft reads it: it would take what it compares by term first for
+//! newer than the snapshot, and stop.
 
 use tokio::sync::oneshot;
 
@@ -14,7 +17,8 @@ use crate::storage::ReplicaKey;
 use crate::storage::log::{LogState, ReplicaLog};
 use crate::types::LogId;
 
-/// Has the log begin behind what an installed snapshot holds, where a crash has kept that from being done. Durable when it returns.
+/// Has the log begin behind what an installed snapshot holds, where a crash has kept that from
+/// being done. Durable when it returns.
 ///
 /// # Errors
 ///
@@ -22,12 +26,22 @@ use crate::types::LogId;
 pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result<(), OpenError> {
     let LogState { purged, last, .. } = log.state();
     let applied = keeps.applied().log_id;
-    if let Some(purged) = purged.filter(|purged| applied.is_none_or(|applied| applied.index < purged.index)) {
-        let damaged = keeps.map().and_then(|state| state.opened().damaged_snapshot.clone());
+    if let Some(purged) =
+        purged.filter(|purged| applied.is_none_or(|applied| applied.index < purged.index))
+    {
+        let damaged = keeps
+            .map()
+            .and_then(|state| state.opened().damaged_snapshot.clone());
         let reason = damaged.unwrap_or_else(|| "its snapshot file is missing".to_owned());
-        return Err(OpenError::Lost { key, purged, reason });
+        return Err(OpenError::Lost {
+            key,
+            purged,
+            reason,
+        });
     }
-    let Some(applied) = applied else { return Ok(()) };
+    let Some(applied) = applied else {
+        return Ok(());
+    };
     let found = log.entry_id(applied.index);
     if found == Some(applied) {
         return Ok(());
@@ -51,9 +65,9 @@ pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result
         // Which of the two it is, its mark does not tell.
         Keeps::Witness(_) => tracing::warn!(
             replica = %key, %applied, ?last,
-            "the log of a witness ends before its mark, and makes way for it: the process ended while it took over the mark \
-             from its leader, or the log was replaced by an older copy or has lost its end, and this witness has forgotten \
-             what it promised since"
+            "the log of a witness ends before its mark, and makes way for it: the process ended \
+             while it took over the mark from its leader, or the log was replaced by an older copy \
+             or has lost its end, and this witness has forgotten what it promised since"
         ),
     }
     if found.is_some() {
@@ -62,12 +76,13 @@ pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result
     ended(|done| log.purge(applied, done)).await
 }
 
-/// Returns whether what is applied came as a whole from another replica, and not entry by entry from the log.
+/// Returns whether what is applied came as a whole from another replica, and not entry by entry
+/// from the log.
 fn is_installed(keeps: &Keeps, applied: LogId) -> bool {
     match keeps {
-        Keeps::Map(state) => state
-            .current_snapshot()
-            .is_some_and(|snapshot| snapshot.applied().log_id == Some(applied) && snapshot.written_by() != state.key()),
+        Keeps::Map(state) => state.current_snapshot().is_some_and(|snapshot| {
+            snapshot.applied().log_id == Some(applied) && snapshot.written_by() != state.key()
+        }),
         // Its mark does not tell which.
         Keeps::Witness(_) => true,
     }

@@ -1,7 +1,7 @@
 //! What a replica does with the requests of others: from frame to openraft and back.
 //!
-//! A frame is charged to the node's room for frames for as long as it is worked on. What openraft was given of a frame whose lane
-//! broke meanwhile waits in the log's queue, and is seen there.
+//! A frame is charged to the node's room for frames for as long as it is worked on. What openraft
+//! was given of a frame whose lane broke meanwhile waits in the log's queue, and is seen there.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +10,8 @@ use bytes::Bytes;
 use futures::future::{BoxFuture, Either, select};
 use openraft::errors::RaftError;
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, TransferLeaderError, TransferLeaderRequest, VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, TransferLeaderError, TransferLeaderRequest,
+    VoteRequest, VoteResponse,
 };
 
 use super::group::Group;
@@ -24,14 +25,15 @@ use crate::storage::log::{Entry, Vote};
 use crate::storage::state::ReplicaState;
 use crate::types::{LogId, ReplicaId};
 
-/// Frames of one group that may be worked on at a time: a few windows, as what was given up there may be sent again.
+/// Frames of one group that may be worked on at a time: a few windows, as what was given up there
+/// may be sent again.
 const FRAMES_MAX: usize = 64;
 
 type Handled = Result<Reply, Refusal>;
 
 impl Group {
-    /// Begins to work on a request for this replica. An append has its place in openraft's queue when the future was polled once, if that
-    /// poll was not subject to tokio's budget.
+    /// Begins to work on a request for this replica. An append has its place in openraft's queue
+    /// when the future was polled once, if that poll was not subject to tokio's budget.
     pub(super) fn handle(
         self: Arc<Self>,
         lane: Lane,
@@ -40,18 +42,25 @@ impl Group {
         tail: Bytes,
     ) -> Result<BoxFuture<'static, Reply>, Refusal> {
         let turn = Turn::take(&self.frames)?;
-        let place = self.shared.rooms.frames.take(&self.frame_bytes, tail.len()).ok_or(Refusal::Busy)?;
+        let place = self
+            .shared
+            .rooms
+            .frames
+            .take(&self.frame_bytes, tail.len())
+            .ok_or(Refusal::Busy)?;
         if self.is_behind_disk(&request) {
             return Err(Refusal::Busy);
         }
         Ok(Box::pin(async move {
             let _held = (turn, place);
-            self.answer(lane, sender, request, tail).await.unwrap_or_else(Reply::Refused)
+            self.answer(lane, sender, request, tail)
+                .await
+                .unwrap_or_else(Reply::Refused)
         }))
     }
 
-    /// Whether more entries would only pile up before a disk that does not keep up, or is full. Of each group some may wait all the
-    /// same, unless it is full.
+    /// Whether more entries would only pile up before a disk that does not keep up, or is full. Of
+    /// each group some may wait all the same, unless it is full.
     fn is_behind_disk(&self, request: &Request) -> bool {
         let has_entries = matches!(request, Request::Append { entries, .. } if !entries.is_empty());
         let log = &self.shared.log;
@@ -59,13 +68,28 @@ impl Group {
         has_entries && (log.overloaded() && self.has_unsynced() || is_full())
     }
 
-    async fn answer(&self, lane: Lane, sender: ReplicaId, request: Request, tail: Bytes) -> Handled {
+    async fn answer(
+        &self,
+        lane: Lane,
+        sender: ReplicaId,
+        request: Request,
+        tail: Bytes,
+    ) -> Handled {
         match request {
-            Request::Append { vote, previous, commit, entries } => {
+            Request::Append {
+                vote,
+                previous,
+                commit,
+                entries,
+            } => {
                 let entries = wire::entries(&entries, tail).map_err(|_| Refusal::Unreadable)?;
                 self.append(lane, vote, previous, commit, entries).await
             }
-            Request::Vote { vote, last, leadership_transfer } => self.vote(vote, last, leadership_transfer).await,
+            Request::Vote {
+                vote,
+                last,
+                leadership_transfer,
+            } => self.vote(vote, last, leadership_transfer).await,
             Request::PreVote { vote, last } => self.pre_vote(vote, last).await,
             Request::TransferLeader { from, to, last } => self.take_over(from, to, last).await,
             request @ (Request::SnapshotOpen { .. }
@@ -92,12 +116,21 @@ impl Group {
         }
     }
 
-    /// Says with whom this replica goes now, and not when the snapshot was installed, which may be long ago: the sender takes the answer for a
-    /// word of one that follows it, and confirms reads by it.
+    /// Says with whom this replica goes now, and not when the snapshot was installed, which may be
+    /// long ago: the sender takes the answer for a word of one that follows it, and confirms reads
+    /// by it.
     async fn with_vote(&self, reply: Reply) -> Handled {
-        let Reply::SnapshotInstalled { .. } = reply else { return Ok(reply) };
-        let vote = self.raft.with_raft_state(|state| *state.vote_ref()).await.map_err(|_| Refusal::Stopped)?;
-        Ok(Reply::SnapshotInstalled { vote: vote_from_raft(&vote) })
+        let Reply::SnapshotInstalled { .. } = reply else {
+            return Ok(reply);
+        };
+        let vote = self
+            .raft
+            .with_raft_state(|state| *state.vote_ref())
+            .await
+            .map_err(|_| Refusal::Stopped)?;
+        Ok(Reply::SnapshotInstalled {
+            vote: vote_from_raft(&vote),
+        })
     }
 
     async fn take_snapshot(&self, state: &ReplicaState, request: Request, tail: &Bytes) -> Handled {
@@ -109,15 +142,22 @@ impl Group {
             }
             Request::SnapshotChunk { snapshot, offset } => {
                 let (inbox, tail) = (self.inbox.clone(), tail.clone());
-                let written = tokio::task::spawn_blocking(move || inbox.write(snapshot, offset, &tail)).await;
+                let written =
+                    tokio::task::spawn_blocking(move || inbox.write(snapshot, offset, &tail)).await;
                 self.machine.hold.renew();
-                written.unwrap_or_else(|error| Err(Refusal::Failed(format!("taking a snapshot panicked: {error}"))))
+                written.unwrap_or_else(|error| {
+                    Err(Refusal::Failed(format!(
+                        "taking a snapshot panicked: {error}"
+                    )))
+                })
             }
             Request::SnapshotInstall { vote, snapshot } => {
                 let (raft, state) = (self.raft.clone(), state.clone());
                 let install = |receiver, done: snapshots::InstallSender| {
                     let ordinary = self.take_rebuilt(snapshot, receiver, vote, done);
-                    let Some((receiver, done)) = ordinary else { return };
+                    let Some((receiver, done)) = ordinary else {
+                        return;
+                    };
                     self.supervise(async move {
                         let result = snapshots::install(raft, &state, receiver, vote).await;
                         done.send_replace(Some(result));
@@ -130,7 +170,8 @@ impl Group {
         }
     }
 
-    /// Of a snapshot a witness takes only how far it is. Where its log holds that entry, and so all that it needs, it keeps what it has.
+    /// Of a snapshot a witness takes only how far it is. Where its log holds that entry, and so all
+    /// that it needs, it keeps what it has.
     async fn take_mark(&self, request: Request) -> Handled {
         match request {
             Request::SnapshotOpen { .. } => Ok(Reply::MarkWanted),
@@ -140,7 +181,9 @@ impl Group {
                     return Ok(Reply::SnapshotInstalled { vote });
                 }
                 let installed = snapshots::install_mark(self.raft.clone(), applied, vote).await;
-                installed.map(|vote| Reply::SnapshotInstalled { vote }).map_err(Refusal::Failed)
+                installed
+                    .map(|vote| Reply::SnapshotInstalled { vote })
+                    .map_err(Refusal::Failed)
             }
             _ => Err(other_kind()),
         }
@@ -158,7 +201,10 @@ impl Group {
         if self.is_current(&vote) {
             self.timer.heard_leader(vote.term);
         }
-        let entries = entries.into_iter().map(entry_to_raft).collect::<Result<Vec<_>, _>>();
+        let entries = entries
+            .into_iter()
+            .map(entry_to_raft)
+            .collect::<Result<Vec<_>, _>>();
         let request = AppendEntriesRequest::<Types> {
             vote: read(&vote)?,
             prev_log_id: previous.map(to_raft),
@@ -172,18 +218,27 @@ impl Group {
             false => append_reply(self.raft.append_entries(request).await)?,
         };
         if matches!(reply, AppendReply::Success) {
-            self.freshness.heard(commit.map_or(0, |id| id.index), *self.machine.applied.borrow());
+            self.freshness.heard(
+                commit.map_or(0, |id| id.index),
+                *self.machine.applied.borrow(),
+            );
         }
         Ok(Reply::Append(reply))
     }
 
-    /// Answers a heartbeat without waiting for what is being synced or installed, as openraft would. To the leader it says no more than that this
-    /// replica follows it: so it is enough that openraft has taken the heartbeat and that its vote for this leader is durable. Else reads
-    /// would wait for the disks of followers, and a disk that stalls for a while would cost a leader its lease.
-    async fn heartbeat(&self, request: AppendEntriesRequest<Types>) -> Result<AppendReply, Refusal> {
+    /// Answers a heartbeat without waiting for what is being synced or installed, as openraft
+    /// would. To the leader it says no more than that this replica follows it: so it is enough that
+    /// openraft has taken the heartbeat and that its vote for this leader is durable. Else reads
+    /// would wait for the disks of followers, and a disk that stalls for a while would cost a
+    /// leader its lease.
+    async fn heartbeat(
+        &self,
+        request: AppendEntriesRequest<Types>,
+    ) -> Result<AppendReply, Refusal> {
         let (vote, log) = (request.vote, self.log.clone());
         let append = std::pin::pin!(self.raft.append_entries(request));
-        // Openraft takes it after the heartbeat. It saves a vote before it does anything else: what the log has of it is durable then.
+        // Openraft takes it after the heartbeat. It saves a vote before it does anything else: what
+        // the log has of it is durable then.
         let follows = self.raft.with_raft_state(move |state| {
             let saved = log.state().vote.as_ref().and_then(vote_to_raft);
             *state.vote_ref() == vote && saved == Some(vote)
@@ -200,14 +255,26 @@ impl Group {
         if self.may_be_leased() || (!self.end_lease_if_cut() && !leadership_transfer) {
             return Err(Refusal::Leased);
         }
-        let request = VoteRequest::<Types> { vote: read(&vote)?, last_log_id: last.map(to_raft), leadership_transfer };
-        let response = self.raft.vote(request).await.map_err(|_| Refusal::Stopped)?;
+        let request = VoteRequest::<Types> {
+            vote: read(&vote)?,
+            last_log_id: last.map(to_raft),
+            leadership_transfer,
+        };
+        let response = self
+            .raft
+            .vote(request)
+            .await
+            .map_err(|_| Refusal::Stopped)?;
         if response.vote_granted {
             self.timer.granted_vote();
         }
         self.notice_older_log(&response, last);
         let last = response.last_log_id.as_ref().map(from_raft);
-        Ok(Reply::Vote { vote: vote_from_raft(&response.vote), last, granted: response.vote_granted })
+        Ok(Reply::Vote {
+            vote: vote_from_raft(&response.vote),
+            last,
+            granted: response.vote_granted,
+        })
     }
 
     async fn pre_vote(&self, vote: Vote, last: Option<LogId>) -> Handled {
@@ -215,10 +282,18 @@ impl Group {
             return Err(Refusal::Leased);
         }
         let request = VoteRequest::<Types>::new(read(&vote)?, last.map(to_raft));
-        let response = self.raft.pre_vote(request).await.map_err(|_| Refusal::Stopped)?;
+        let response = self
+            .raft
+            .pre_vote(request)
+            .await
+            .map_err(|_| Refusal::Stopped)?;
         self.notice_older_log(&response, last);
         let last = response.last_log_id.as_ref().map(from_raft);
-        Ok(Reply::Vote { vote: vote_from_raft(&response.vote), last, granted: response.vote_granted })
+        Ok(Reply::Vote {
+            vote: vote_from_raft(&response.vote),
+            last,
+            granted: response.vote_granted,
+        })
     }
 
     /// A candidate whose log ends at `last` was told this.
@@ -233,24 +308,37 @@ impl Group {
             return Err(Refusal::Leased);
         }
         let request = TransferLeaderRequest::<Types>::new(read(&from)?, to, last.map(to_raft));
-        let response = self.raft.handle_transfer_leader(request).await.map_err(|_| Refusal::Stopped)?;
+        let response = self
+            .raft
+            .handle_transfer_leader(request)
+            .await
+            .map_err(|_| Refusal::Stopped)?;
         Ok(Reply::TransferLeader(match response {
             Ok(()) => TransferReply::Accepted,
             Err(TransferLeaderError::VoteChanged { expected, actual }) => {
-                TransferReply::VoteChanged { expected: vote_from_raft(&expected), actual: vote_from_raft(&actual) }
+                TransferReply::VoteChanged {
+                    expected: vote_from_raft(&expected),
+                    actual: vote_from_raft(&actual),
+                }
             }
-            Err(TransferLeaderError::LogNotFlushed { expected, actual }) => TransferReply::LogNotFlushed {
-                expected: expected.as_ref().map(from_raft),
-                actual: actual.as_ref().map(from_raft),
-            },
+            Err(TransferLeaderError::LogNotFlushed { expected, actual }) => {
+                TransferReply::LogNotFlushed {
+                    expected: expected.as_ref().map(from_raft),
+                    actual: actual.as_ref().map(from_raft),
+                }
+            }
         }))
     }
 }
 
-fn append_reply(response: Result<AppendEntriesResponse<Types>, RaftError<Types>>) -> Result<AppendReply, Refusal> {
+fn append_reply(
+    response: Result<AppendEntriesResponse<Types>, RaftError<Types>>,
+) -> Result<AppendReply, Refusal> {
     Ok(match response.map_err(|_| Refusal::Stopped)? {
         AppendEntriesResponse::Success => AppendReply::Success,
-        AppendEntriesResponse::PartialSuccess(last) => AppendReply::Partial(last.as_ref().map(from_raft)),
+        AppendEntriesResponse::PartialSuccess(last) => {
+            AppendReply::Partial(last.as_ref().map(from_raft))
+        }
         AppendEntriesResponse::Conflict => AppendReply::Conflict,
         AppendEntriesResponse::HigherVote(vote) => AppendReply::HigherVote(vote_from_raft(&vote)),
     })
@@ -270,7 +358,11 @@ struct Turn(Arc<AtomicUsize>);
 impl Turn {
     fn take(frames: &Arc<AtomicUsize>) -> Result<Self, Refusal> {
         let turn = Turn(frames.clone());
-        if frames.fetch_add(1, Ordering::Relaxed) < FRAMES_MAX { Ok(turn) } else { Err(Refusal::Busy) }
+        if frames.fetch_add(1, Ordering::Relaxed) < FRAMES_MAX {
+            Ok(turn)
+        } else {
+            Err(Refusal::Busy)
+        }
     }
 }
 

@@ -1,7 +1,9 @@
-//! [`Group`]: one replica of one group, alive: its log, its map, openraft between them, and what callers may ask.
+//! [`Group`]: one replica of one group, alive: its log, its map, openraft between them, and what
+//! callers may ask.
 //!
-//! Around openraft's own tasks a group has three: the proposer, the reads, and a monitor that publishes changes and says once why a replica
-//! stopped. They end with the group. Who leads is always as this replica knows it.
+//! Around openraft's own tasks a group has three: the proposer, the reads, and a monitor that
+//! publishes changes and says once why a replica stopped. They end with the group. Who leads is
+//! always as this replica knows it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -45,7 +47,8 @@ use crate::types::{LogId, NodeId, ReplicaId};
 
 pub(super) type RaftHandle = openraft::Raft<Types, StateMachine>;
 
-/// A target this close to the end of the log may be handed the leadership: openraft lets it catch up while nothing is written.
+/// A target this close to the end of the log may be handed the leadership: openraft lets it catch
+/// up while nothing is written.
 const TRANSFER_LAG_MAX: u64 = 256;
 /// How long a transfer is waited for by default.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -85,11 +88,17 @@ pub struct Group {
 
 impl Group {
     /// Brings a replica to life from its log and what it keeps besides. It takes part at once.
-    pub(super) async fn open(shared: Arc<Shared>, log: ReplicaLog, keeps: Keeps) -> Result<Arc<Self>, OpenError> {
+    pub(super) async fn open(
+        shared: Arc<Shared>,
+        log: ReplicaLog,
+        keeps: Keeps,
+    ) -> Result<Arc<Self>, OpenError> {
         let key = log.key();
         let timings = shared.timings.clone();
         let is_witness = keeps.witness().is_some();
-        let config = timings.config(key).map_err(|error| OpenError::Timings(error.to_string()))?;
+        let config = timings
+            .config(key)
+            .map_err(|error| OpenError::Timings(error.to_string()))?;
         let store = LogStore::new(log.clone());
         let network = Network {
             key,
@@ -102,18 +111,36 @@ impl Group {
         };
         let machine = Arc::new(Machine::new(keeps)?);
         let state_machine = StateMachine::new(machine.clone());
-        let raft = RaftHandle::build(key.replica, config, network.clone(), store, state_machine).await;
+        let raft =
+            RaftHandle::build(key.replica, config, network.clone(), store, state_machine).await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
-        let (proposer, reads) = (Proposer::new(shared.rooms.clone()), Reads::new(timings.lease_age_max()));
+        let (proposer, reads) = (
+            Proposer::new(shared.rooms.clone()),
+            Reads::new(timings.lease_age_max()),
+        );
         let is_stopping = Arc::new(AtomicBool::new(false));
         let (publish, watch) = watch::channel(look(&raft, None));
         let mut tasks = JoinSet::new();
         let supervisor = shared.supervisor.clone();
-        let propose = proposer.clone().run(raft.clone(), machine.clone(), shared.resolver.clone());
+        let propose = proposer
+            .clone()
+            .run(raft.clone(), machine.clone(), shared.resolver.clone());
         supervisor.start(&mut tasks, "proposer", propose);
-        supervisor.start(&mut tasks, "reads", reads.clone().run(raft.clone(), machine.clone()));
+        supervisor.start(
+            &mut tasks,
+            "reads",
+            reads.clone().run(raft.clone(), machine.clone()),
+        );
         let (waiting, elections) = ((proposer.clone(), reads.clone()), shared.elections.clone());
-        let monitor = monitor(key, raft.clone(), machine.clone(), publish, waiting, elections, is_stopping.clone());
+        let monitor = monitor(
+            key,
+            raft.clone(),
+            machine.clone(),
+            publish,
+            waiting,
+            elections,
+            is_stopping.clone(),
+        );
         supervisor.start(&mut tasks, "monitor of a replica", monitor);
         let group = Self {
             key,
@@ -159,7 +186,10 @@ impl Group {
 
     /// The map. For a linearizable read await [`Group::read_barrier`] first.
     pub fn state(&self) -> &ReplicaState {
-        self.machine.keeps.map().expect("the registry gives no witness out as a group")
+        self.machine
+            .keeps
+            .map()
+            .expect("the registry gives no witness out as a group")
     }
 
     /// Group time: what entries that are proposed now carry.
@@ -167,22 +197,39 @@ impl Group {
         self.machine.clock.now_ms()
     }
 
-    /// Begins a new group with these voters, of which this replica must be one. Fine if it has begun: each may do it, with the same ones.
+    /// Begins a new group with these voters, of which this replica must be one. Fine if it has
+    /// begun: each may do it, with the same ones.
     pub async fn initialize(&self, voters: &BTreeMap<ReplicaId, NodeId>) -> Result<(), OpenError> {
-        let members: BTreeMap<ReplicaId, Member> =
-            voters.iter().map(|(id, node)| (*id, Member { node: *node, is_witness: false })).collect();
+        let members: BTreeMap<ReplicaId, Member> = voters
+            .iter()
+            .map(|(id, node)| {
+                (
+                    *id,
+                    Member {
+                        node: *node,
+                        is_witness: false,
+                    },
+                )
+            })
+            .collect();
         match self.raft.initialize(members).await {
             Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
             Err(error) => Err(OpenError::Raft(error.to_string())),
         }
     }
 
-    /// Writes, as part of an entry with what else waits. `Unknown` is the only error after which it may have happened.
-    pub async fn propose(&self, write: kv::Write, deadline: Instant) -> Result<kv::WriteOutcome, ProposeError> {
+    /// Writes, as part of an entry with what else waits. `Unknown` is the only error after which it
+    /// may have happened.
+    pub async fn propose(
+        &self,
+        write: kv::Write,
+        deadline: Instant,
+    ) -> Result<kv::WriteOutcome, ProposeError> {
         self.propose_with_gets(write, 0, deadline).await
     }
 
-    /// As [`Group::propose`], for a write whose gets return about so many bytes: an entry is filled by these too.
+    /// As [`Group::propose`], for a write whose gets return about so many bytes: an entry is filled
+    /// by these too.
     pub async fn propose_with_gets(
         &self,
         write: kv::Write,
@@ -193,13 +240,19 @@ impl Group {
         self.await_own_term(deadline).await?;
         self.ensure_writable()?;
         if self.shared.log.overloaded() {
-            return Err(ProposeError::Overloaded { limit: "the log's disk does not keep up".into() });
+            return Err(ProposeError::Overloaded {
+                limit: "the log's disk does not keep up".into(),
+            });
         }
         self.proposer.propose(write, answer_bytes, deadline).await
     }
 
     /// Proposes a command of a shard as an entry of its own.
-    pub async fn propose_command(&self, command: kv::Command, deadline: Instant) -> Result<kv::Outcome, ProposeError> {
+    pub async fn propose_command(
+        &self,
+        command: kv::Command,
+        deadline: Instant,
+    ) -> Result<kv::Outcome, ProposeError> {
         self.ensure_allowed(command.needs())?;
         if !command.is_of_agreement() {
             self.await_own_term(deadline).await?;
@@ -207,16 +260,24 @@ impl Group {
         }
         match self.propose_entry(command.encode(), deadline).await? {
             Outcome::Shard(outcome) => Ok(outcome),
-            other => Err(ProposeError::unknown(format!("a command of a shard was answered by {other:?}"))),
+            other => Err(ProposeError::unknown(format!(
+                "a command of a shard was answered by {other:?}"
+            ))),
         }
     }
 
     /// Proposes a command of the meta group.
-    pub async fn propose_meta(&self, command: meta::Command, deadline: Instant) -> Result<meta::Outcome, ProposeError> {
+    pub async fn propose_meta(
+        &self,
+        command: meta::Command,
+        deadline: Instant,
+    ) -> Result<meta::Outcome, ProposeError> {
         self.ensure_allowed(command.needs())?;
         match self.propose_entry(command.encode(), deadline).await? {
             Outcome::Meta(outcome) => Ok(outcome),
-            other => Err(ProposeError::unknown(format!("a command of the meta group was answered by {other:?}"))),
+            other => Err(ProposeError::unknown(format!(
+                "a command of the meta group was answered by {other:?}"
+            ))),
         }
     }
 
@@ -232,8 +293,9 @@ impl Group {
         }
     }
 
-    /// Waits until a leader has applied an entry of its own term, and with it all that was decided before: until then its map may not say
-    /// yet that nothing is written. That entry is under way, and a write would be applied only after it anyway.
+    /// Waits until a leader has applied an entry of its own term, and with it all that was decided
+    /// before: until then its map may not say yet that nothing is written. That entry is under way,
+    /// and a write would be applied only after it anyway.
     async fn await_own_term(&self, deadline: Instant) -> Result<(), ProposeError> {
         if !self.allows(Feature::ReadOnlyEntries) {
             return Ok(());
@@ -255,8 +317,8 @@ impl Group {
         }
     }
 
-    /// Has nothing written from now on as long as this replica leads, for that reason, or lets it be written again, unless the map says
-    /// that nothing is.
+    /// Has nothing written from now on as long as this replica leads, for that reason, or lets it
+    /// be written again, unless the map says that nothing is.
     pub fn set_alarm(&self, alarm: Option<String>) {
         let mut now = self.alarm.lock().expect("no holder panics");
         self.is_read_only.store(alarm.is_some(), Ordering::Relaxed);
@@ -281,7 +343,9 @@ impl Group {
         if !self.is_read_only.load(Ordering::Relaxed) && !self.machine.is_read_only() {
             return Ok(());
         }
-        Err(ProposeError::ReadOnly { reason: self.alarm().unwrap_or_default() })
+        Err(ProposeError::ReadOnly {
+            reason: self.alarm().unwrap_or_default(),
+        })
     }
 
     /// Returns how often another map took the place of this replica's, which differed.
@@ -292,10 +356,18 @@ impl Group {
     /// A witness proposes nothing, also when it leads; nor does a leader that has stepped down.
     fn ensure_proposes(&self) -> Result<(), ProposeError> {
         let is_none = self.is_witness() || self.has_stepped_down(&self.watch.borrow());
-        if is_none { Err(ProposeError::NotLeader { leader: None }) } else { Ok(()) }
+        if is_none {
+            Err(ProposeError::NotLeader { leader: None })
+        } else {
+            Ok(())
+        }
     }
 
-    async fn propose_entry(&self, entry: bytes::Bytes, deadline: Instant) -> Result<Outcome, ProposeError> {
+    async fn propose_entry(
+        &self,
+        entry: bytes::Bytes,
+        deadline: Instant,
+    ) -> Result<Outcome, ProposeError> {
         self.ensure_proposes()?;
         loop {
             if Instant::now() >= deadline {
@@ -307,13 +379,21 @@ impl Group {
                 drop(place);
                 drop(sender.send(result));
             }));
-            if self.raft.client_write_ff(Proposal(entry.clone()), Some(answer)).await.is_err() {
-                return Err(ProposeError::Stopped { reason: self.stop_reason() });
+            if self
+                .raft
+                .client_write_ff(Proposal(entry.clone()), Some(answer))
+                .await
+                .is_err()
+            {
+                return Err(ProposeError::Stopped {
+                    reason: self.stop_reason(),
+                });
             }
             match tokio::time::timeout_at(deadline, answered).await {
                 Ok(Ok(Ok(response))) => return Ok(response.data),
                 Ok(Ok(Err(ClientWriteError::ForwardToLeader(ForwardToLeader {
-                    reason: ForwardReason::LeaseExpired, ..
+                    reason: ForwardReason::LeaseExpired,
+                    ..
                 })))) => {
                     tokio::time::sleep(LEASE_PAUSE).await;
                 }
@@ -332,32 +412,50 @@ impl Group {
         self.reads.confirm(deadline).await
     }
 
-    /// Returns how long ago the map was last known to hold all that its leader had committed; none if that was not since the start.
+    /// Returns how long ago the map was last known to hold all that its leader had committed; none
+    /// if that was not since the start.
     ///
-    /// A leader's own is complete for as long as nobody else can lead: for ever where it is the only voter, and for the length of its
-    /// lease where reads rest on leases. Else it is as old as the last answer of a quorum: one that is cut off must not pass for fresh.
+    /// A leader's own is complete for as long as nobody else can lead: for ever where it is the
+    /// only voter, and for the length of its lease where reads rest on leases. Else it is as old as
+    /// the last answer of a quorum: one that is cut off must not pass for fresh.
     pub fn staleness(&self) -> Option<Duration> {
-        let fresh = self.freshness.fresh_at(*self.machine.applied.borrow()).map(|at| at.elapsed());
+        let fresh = self
+            .freshness
+            .fresh_at(*self.machine.applied.borrow())
+            .map(|at| at.elapsed());
         let watch = self.watch.borrow();
         match watch.role {
             Role::Leader => {
-                let acked = self.raft.data_metrics().borrow_watched().last_quorum_acked.map(|at| at.elapsed());
+                let acked = self
+                    .raft
+                    .data_metrics()
+                    .borrow_watched()
+                    .last_quorum_acked
+                    .map(|at| at.elapsed());
                 let acked = self.quorum_acked(&watch, acked).or(fresh)?;
-                let is_leased = self.timings.lease_age_max().is_some_and(|lease| acked < lease);
+                let is_leased = self
+                    .timings
+                    .lease_age_max()
+                    .is_some_and(|lease| acked < lease);
                 Some(if is_leased { Duration::ZERO } else { acked })
             }
             Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => fresh,
         }
     }
 
-    /// Returns how long ago a quorum answered what this replica, which leads, sent then: `acked`, as openraft has it. The only voter is
-    /// its own quorum, and openraft notes no time for that.
+    /// Returns how long ago a quorum answered what this replica, which leads, sent then: `acked`,
+    /// as openraft has it. The only voter is its own quorum, and openraft notes no time for that.
     ///
-    /// It is given what it needs of the metrics, because its caller may be reading them: a second read would wait for ever, behind a
-    /// writer that waits for the first.
+    /// It is given what it needs of the metrics, because its caller may be reading them: a second
+    /// read would wait for ever, behind a writer that waits for the first.
     fn quorum_acked(&self, watch: &GroupWatch, acked: Option<Duration>) -> Option<Duration> {
-        let is_alone = watch.role == Role::Leader && watch.membership.voters.keys().eq([&self.key.replica]);
-        if is_alone { Some(Duration::ZERO) } else { acked }
+        let is_alone =
+            watch.role == Role::Leader && watch.membership.voters.keys().eq([&self.key.replica]);
+        if is_alone {
+            Some(Duration::ZERO)
+        } else {
+            acked
+        }
     }
 
     pub fn status(&self) -> GroupStatus {
@@ -365,10 +463,17 @@ impl Group {
         let data = data.borrow_watched();
         let watch = self.watch.borrow();
         let matched = data.replication.as_ref().map(|replication| {
-            replication.iter().map(|(replica, matched)| (*replica, matched.as_ref().map(from_raft))).collect()
+            replication
+                .iter()
+                .map(|(replica, matched)| (*replica, matched.as_ref().map(from_raft)))
+                .collect()
         });
         let has_stepped_down = self.has_stepped_down(&watch);
-        let role = if has_stepped_down { Role::Follower } else { watch.role };
+        let role = if has_stepped_down {
+            Role::Follower
+        } else {
+            watch.role
+        };
         let leader = watch.leader.filter(|_| !has_stepped_down);
         let leader_heard = match role {
             Role::Leader => Some(Duration::ZERO),
@@ -395,15 +500,19 @@ impl Group {
         }
     }
 
-    /// Returns why this replica applies nothing more, if it was not asked to stop. A map may have failed that is
-    /// applied to only with the next entry.
+    /// Returns why this replica applies nothing more, if it was not asked to stop. A map may have
+    /// failed that is applied to only with the next entry.
     pub fn failure(&self) -> Option<String> {
         self.failure_of(&self.watch.borrow())
     }
 
     fn failure_of(&self, watch: &GroupWatch) -> Option<String> {
         let of_map = || self.machine.keeps.map().and_then(ReplicaState::failure);
-        watch.failure.clone().or_else(|| self.machine.failure()).or_else(of_map)
+        watch
+            .failure
+            .clone()
+            .or_else(|| self.machine.failure())
+            .or_else(of_map)
     }
 
     /// Returns how many writes wait to be proposed here, and how many reads to be confirmed.
@@ -437,30 +546,44 @@ impl Group {
         self.watch.borrow().membership.log_id.is_some()
     }
 
-    /// Whether this replica leads and knows of the other that it has, but for a few entries, the same log.
+    /// Whether this replica leads and knows of the other that it has, but for a few entries, the
+    /// same log.
     pub fn is_caught_up(&self, replica: ReplicaId) -> bool {
         let status = self.status();
-        let is_known = replica == self.key.replica || status.matched.get(&replica).is_some_and(Option::is_some);
+        let is_known = replica == self.key.replica
+            || status.matched.get(&replica).is_some_and(Option::is_some);
         status.role == Role::Leader && is_known && lag(&status, replica) <= TRANSFER_LAG_MAX
     }
 
     /// The members that have all that is committed, as far as this replica knows, which leads.
     pub fn complete(&self) -> BTreeSet<ReplicaId> {
         let status = self.status();
-        let has_all = |matched: &Option<LogId>| status.role == Role::Leader && *matched >= status.committed;
-        status.matched.iter().filter(|(_, matched)| has_all(matched)).map(|(replica, _)| *replica).collect()
+        let has_all =
+            |matched: &Option<LogId>| status.role == Role::Leader && *matched >= status.committed;
+        status
+            .matched
+            .iter()
+            .filter(|(_, matched)| has_all(matched))
+            .map(|(replica, _)| *replica)
+            .collect()
     }
 
-    /// Hands the leadership to a voter with a map that has, but for a few entries, what this replica has, and waits until it leads. From the first
-    /// moment on nothing is written here.
+    /// Hands the leadership to a voter with a map that has, but for a few entries, what this
+    /// replica has, and waits until it leads. From the first moment on nothing is written here.
     pub async fn transfer_leader(&self, to: ReplicaId) -> Result<(), TransferError> {
         self.transfer_leader_within(to, TRANSFER_TIMEOUT).await
     }
 
-    pub async fn transfer_leader_within(&self, to: ReplicaId, timeout: Duration) -> Result<(), TransferError> {
+    pub async fn transfer_leader_within(
+        &self,
+        to: ReplicaId,
+        timeout: Duration,
+    ) -> Result<(), TransferError> {
         let status = self.status();
         if status.role != Role::Leader {
-            return Err(TransferError::NotLeader { leader: status.leader });
+            return Err(TransferError::NotLeader {
+                leader: status.leader,
+            });
         }
         if to == self.key.replica {
             return Ok(());
@@ -470,11 +593,20 @@ impl Group {
         }
         let entries = lag(&status, to);
         if entries > TRANSFER_LAG_MAX {
-            return Err(TransferError::Behind { replica: to, entries });
+            return Err(TransferError::Behind {
+                replica: to,
+                entries,
+            });
         }
         let mut watch = self.watch();
-        self.raft.trigger().transfer_leader(to).await.map_err(|_| TransferError::Stopped)?;
-        let taken = watch.wait_for(|now| now.failure.is_some() || now.leader.is_some_and(|leader| leader.replica == to));
+        self.raft
+            .trigger()
+            .transfer_leader(to)
+            .await
+            .map_err(|_| TransferError::Stopped)?;
+        let taken = watch.wait_for(|now| {
+            now.failure.is_some() || now.leader.is_some_and(|leader| leader.replica == to)
+        });
         match tokio::time::timeout(timeout, taken).await {
             Ok(Ok(now)) if now.failure.is_none() => Ok(()),
             Ok(_) => Err(TransferError::Stopped),
@@ -482,30 +614,43 @@ impl Group {
         }
     }
 
-    /// All lanes from this node broke. If it leads, it has probably just ended, and another is elected soon, unless it is heard of before.
-    /// Not where reads rest on leases.
+    /// All lanes from this node broke. If it leads, it has probably just ended, and another is
+    /// elected soon, unless it is heard of before. Not where reads rest on leases.
     pub(super) fn leader_cut(&self, node: NodeId) {
         if self.timings.lease != LeaseReads::Off {
             return;
         }
         let watch = self.watch.borrow();
-        let leader = watch.leader.filter(|leader| leader.replica != self.key.replica);
-        if let Some(leader) = leader.filter(|leader| watch.membership.node_of(leader.replica) == Some(node)) {
-            self.timer.leader_cut(watch.membership.rank_after(leader.replica, self.key));
+        let leader = watch
+            .leader
+            .filter(|leader| leader.replica != self.key.replica);
+        if let Some(leader) =
+            leader.filter(|leader| watch.membership.node_of(leader.replica) == Some(node))
+        {
+            self.timer
+                .leader_cut(watch.membership.rank_after(leader.replica, self.key));
         }
     }
 
-    /// Takes the lease of a leader that has probably just ended for ended too, so that this replica may campaign, and may vote. Were the
-    /// leader alive after all, an election would cost the group a moment, and nothing that was acknowledged.
+    /// Takes the lease of a leader that has probably just ended for ended too, so that this replica
+    /// may campaign, and may vote. Were the leader alive after all, an election would cost the
+    /// group a moment, and nothing that was acknowledged.
     ///
-    /// False if it is not, and holds a lease: then there is no vote for others. openraft would say the same, but renews no lease that it was once
-    /// told to take for ended.
+    /// False if it is not, and holds a lease: then there is no vote for others. openraft would say
+    /// the same, but renews no lease that it was once told to take for ended.
     pub(super) fn end_lease_if_cut(&self) -> bool {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
         let membership = GroupMembership::from(&*metrics.membership_config);
-        let Some(leader) = metrics.current_leader.filter(|leader| *leader != self.key.replica) else { return true };
-        let is_cut = membership.node_of(leader).is_some_and(|node| self.shared.lanes.is_cut(node));
+        let Some(leader) = metrics
+            .current_leader
+            .filter(|leader| *leader != self.key.replica)
+        else {
+            return true;
+        };
+        let is_cut = membership
+            .node_of(leader)
+            .is_some_and(|node| self.shared.lanes.is_cut(node));
         if is_cut && self.timings.lease == LeaseReads::Off {
             // A replica that is told of another's lead than its own does no more than that.
             let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
@@ -520,27 +665,38 @@ impl Group {
         self.best_successor_among(|_| true)
     }
 
-    /// Returns the voter with a map that has what is committed, was heard of most lately and has most of the log, among
-    /// those on nodes that `may_lead`.
+    /// Returns the voter with a map that has what is committed, was heard of most lately and has
+    /// most of the log, among those on nodes that `may_lead`.
     pub fn best_successor_among(&self, may_lead: impl Fn(NodeId) -> bool) -> Option<ReplicaId> {
         let status = self.status();
         let others = status
             .membership
             .voters
             .iter()
-            .filter(|(replica, _)| **replica != self.key.replica && !status.membership.is_witness(**replica))
+            .filter(|(replica, _)| {
+                **replica != self.key.replica && !status.membership.is_witness(**replica)
+            })
             .filter(|(_, node)| may_lead(**node));
         let candidates = others.filter(|(replica, _)| lag(&status, **replica) <= TRANSFER_LAG_MAX);
         // One whose disk hangs lacks little of a group that is idle, and can't be elected.
-        let has_all = |replica: &ReplicaId| status.matched.get(replica).is_some_and(|matched| *matched >= status.committed);
+        let has_all = |replica: &ReplicaId| {
+            status
+                .matched
+                .get(replica)
+                .is_some_and(|matched| *matched >= status.committed)
+        };
         let best = candidates.max_by_key(|(replica, node)| {
-            (has_all(replica), self.shared.lanes.last_heard(**node), std::cmp::Reverse(lag(&status, **replica)))
+            (
+                has_all(replica),
+                self.shared.lanes.last_heard(**node),
+                std::cmp::Reverse(lag(&status, **replica)),
+            )
         });
         best.map(|(replica, _)| *replica)
     }
 
-    /// Writes a snapshot file of what is applied, and purges what it covers but for a tail. At most one replica of a node
-    /// does this at a time; an error leaves everything as it was.
+    /// Writes a snapshot file of what is applied, and purges what it covers but for a tail. At most
+    /// one replica of a node does this at a time; an error leaves everything as it was.
     pub async fn build_snapshot(&self) -> Result<(), StoreError> {
         let _turn = self.shared.snapshot_turns.acquire().await;
         let snapshot = state_machine::build(self.state()).await?;
@@ -555,22 +711,32 @@ impl Group {
     /// Bytes in the log that no snapshot covers.
     pub fn log_bytes_since_snapshot(&self) -> u64 {
         let snapshot = self.state().current_snapshot();
-        self.log.bytes_since(snapshot.and_then(|snapshot| snapshot.applied().log_id).map_or(0, |id| id.index))
+        self.log.bytes_since(
+            snapshot
+                .and_then(|snapshot| snapshot.applied().log_id)
+                .map_or(0, |id| id.index),
+        )
     }
 
     /// Bytes in the log that the last snapshot covers.
     pub fn log_bytes_behind_snapshot(&self) -> u64 {
         let purged = self.log.state().purged.map_or(0, |id| id.index);
-        self.log.bytes_since(purged).saturating_sub(self.log_bytes_since_snapshot())
+        self.log
+            .bytes_since(purged)
+            .saturating_sub(self.log_bytes_since_snapshot())
     }
 
     /// Bytes of the last snapshot file; zero if there is none.
     pub fn snapshot_bytes(&self) -> u64 {
-        self.state().current_snapshot().map_or(0, |snapshot| snapshot.bytes_len())
+        self.state()
+            .current_snapshot()
+            .map_or(0, |snapshot| snapshot.bytes_len())
     }
 
     fn stop_reason(&self) -> String {
-        self.machine.failure().unwrap_or_else(|| SHUT_DOWN.to_owned())
+        self.machine
+            .failure()
+            .unwrap_or_else(|| SHUT_DOWN.to_owned())
     }
 
     /// It may have promised a leader, before it was started, not to vote for another yet.
@@ -582,9 +748,14 @@ impl Group {
     pub(super) fn pulse(&self) {
         let due = {
             let watch = self.watch.borrow();
-            let is_voter = |membership: &GroupMembership| membership.voters.contains_key(&self.key.replica);
+            let is_voter =
+                |membership: &GroupMembership| membership.voters.contains_key(&self.key.replica);
             let is_voter = is_voter(&watch.membership) || is_voter(&watch.committed_membership);
-            self.timer.take_due(Standing::of(watch.role, is_voter, watch.membership.voters.len()))
+            self.timer.take_due(Standing::of(
+                watch.role,
+                is_voter,
+                watch.membership.voters.len(),
+            ))
         };
         match due {
             Due::Nothing => {}
@@ -649,7 +820,9 @@ fn look(raft: &RaftHandle, failure: Option<String>) -> GroupWatch {
         ServerState::Shutdown => Role::Stopped,
     };
     let leader = metrics.current_leader.map(|replica| {
-        let node = membership.node_of(replica).filter(|_| !membership.is_witness(replica));
+        let node = membership
+            .node_of(replica)
+            .filter(|_| !membership.is_witness(replica));
         Leader { replica, node }
     });
     GroupWatch {
@@ -697,8 +870,12 @@ async fn monitor(
         Err(error @ (Fatal::StorageError(_) | Fatal::Panicked)) => Some(error.to_string()),
     };
     if !is_stopping.load(Ordering::Relaxed) || stopped.is_some() {
-        let reason = machine.failure().or(stopped).unwrap_or_else(|| "its core ended".into());
-        tracing::error!(group = %key.group, replica = %key.replica, %reason, "a replica has stopped");
+        let reason = machine
+            .failure()
+            .or(stopped)
+            .unwrap_or_else(|| "its core ended".into());
+        tracing::error!(group = %key.group, replica = %key.replica, %reason, "a replica has \
+            stopped");
         machine.fail(reason.clone());
         publish.send_modify(|now| {
             now.role = Role::Stopped;

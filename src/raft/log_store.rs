@@ -1,8 +1,10 @@
 //! [`LogStore`]: the shared log as openraft sees it, one replica's part of it.
 //!
-//! The log keeps the order of a replica's operations, in memory at once and on the disk later. So votes and truncations are waited for;
-//! an append tells openraft by its callback, and a purge needs no word: nothing that follows it can become durable before it, and a
-//! failed sync fails everything after it. A truncation is waited for because a snapshot may follow it, whose file is not in the log.
+//! The log keeps the order of a replica's operations, in memory at once and on the disk later. So
+//! votes and truncations are waited for; an append tells openraft by its callback, and a purge
+//! needs no word: nothing that follows it can become durable before it, and a failed sync fails
+//! everything after it. A truncation is waited for because a snapshot may follow it, whose file is
+//! not in the log.
 
 use std::fmt::Debug;
 use std::io;
@@ -17,13 +19,15 @@ use tokio::sync::futures::OwnedNotified;
 use tokio::sync::{Notify, oneshot};
 
 use super::types::{
-    RaftEntry, RaftLogId, RaftVoteOf, Types, entry_from_raft, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft,
+    RaftEntry, RaftLogId, RaftVoteOf, Types, entry_from_raft, entry_to_raft, from_raft, to_raft,
+    vote_from_raft, vote_to_raft,
 };
 use crate::storage::log::{Done, ReplicaLog};
 use crate::storage::state::{OnSynced, Synced};
 use crate::types::LogId;
 
-/// Bytes of entries in one append to a follower, and in one step of reading for apply. One entry at least is always read.
+/// Bytes of entries in one append to a follower, and in one step of reading for apply. One entry at
+/// least is always read.
 const READ_BYTES_MAX: usize = 1 << 20;
 
 /// The log of one replica. Clones are the same log.
@@ -43,13 +47,17 @@ pub struct Tip {
 
 impl Tip {
     pub fn new(last: Option<u64>) -> Arc<Self> {
-        let tip = Self { next: AtomicU64::new(0), grown: Arc::default() };
+        let tip = Self {
+            next: AtomicU64::new(0),
+            grown: Arc::default(),
+        };
         tip.set(last);
         Arc::new(tip)
     }
 
     pub fn set(&self, last: Option<u64>) {
-        self.next.store(last.map_or(0, |last| last + 1), Ordering::Release);
+        self.next
+            .store(last.map_or(0, |last| last + 1), Ordering::Release);
         self.grown.notify_waiters();
     }
 
@@ -78,10 +86,17 @@ impl LogStore {
         let mut entries = Vec::new();
         let mut next = range.start;
         while next < range.end {
-            let part = self.log.read_elsewhere(next..range.end, READ_BYTES_MAX).await?;
+            let part = self
+                .log
+                .read_elsewhere(next..range.end, READ_BYTES_MAX)
+                .await?;
             let Some(last) = part.last() else { break };
             next = last.id.index + 1;
-            entries.extend(part.into_iter().map(readable).collect::<io::Result<Vec<_>>>()?);
+            entries.extend(
+                part.into_iter()
+                    .map(readable)
+                    .collect::<io::Result<Vec<_>>>()?,
+            );
         }
         Ok(entries)
     }
@@ -108,10 +123,13 @@ impl LogStore {
 async fn ended(operation: impl FnOnce(Done)) -> io::Result<()> {
     let (done, ended) = oneshot::channel();
     operation(Box::new(move |result| drop(done.send(result))));
-    ended.await.map_err(|_| io::Error::other("the log was closed before that was done"))?
+    ended
+        .await
+        .map_err(|_| io::Error::other("the log was closed before that was done"))?
 }
 
-/// Issues an operation whose end need not be waited for. An error that is there at once is a refusal.
+/// Issues an operation whose end need not be waited for. An error that is there at once is a
+/// refusal.
 fn issued(operation: impl FnOnce(Done)) -> io::Result<()> {
     let (done, mut ended) = oneshot::channel();
     operation(Box::new(move |result| drop(done.send(result))));
@@ -134,24 +152,42 @@ impl RaftLogReader<Types> for LogStore {
         Ok(self.log.state().vote.as_ref().and_then(vote_to_raft))
     }
 
-    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<RaftEntry>> {
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> io::Result<Vec<RaftEntry>> {
         let entries = self.log.read_elsewhere(start..end, READ_BYTES_MAX).await?;
         entries.into_iter().map(readable).collect()
     }
 
     /// Reads as it goes, so that a long way to catch up is never in memory at once.
-    async fn entries_stream<R>(&mut self, range: R) -> impl Stream<Item = io::Result<RaftEntry>> + OptionalSend
+    async fn entries_stream<R>(
+        &mut self,
+        range: R,
+    ) -> impl Stream<Item = io::Result<RaftEntry>> + OptionalSend
     where
         R: RangeBounds<u64> + Clone + Debug + OptionalSend,
     {
-        let parts = stream::try_unfold((self.clone(), self.clamp(&range)), |(store, rest)| async move {
-            if rest.is_empty() {
-                return Ok(None);
-            }
-            let part = store.log.read_elsewhere(rest.clone(), READ_BYTES_MAX).await?;
-            let Some(next) = part.last().map(|last| last.id.index + 1) else { return Ok(None) };
-            Ok::<_, io::Error>(Some((stream::iter(part.into_iter().map(readable)), (store, next..rest.end))))
-        });
+        let parts = stream::try_unfold(
+            (self.clone(), self.clamp(&range)),
+            |(store, rest)| async move {
+                if rest.is_empty() {
+                    return Ok(None);
+                }
+                let part = store
+                    .log
+                    .read_elsewhere(rest.clone(), READ_BYTES_MAX)
+                    .await?;
+                let Some(next) = part.last().map(|last| last.id.index + 1) else {
+                    return Ok(None);
+                };
+                Ok::<_, io::Error>(Some((
+                    stream::iter(part.into_iter().map(readable)),
+                    (store, next..rest.end),
+                )))
+            },
+        );
         Box::pin(parts.try_flatten())
     }
 }
@@ -161,7 +197,10 @@ impl RaftLogStorage<Types> for LogStore {
 
     async fn get_log_state(&mut self) -> io::Result<LogState<Types>> {
         let state = self.log.state();
-        Ok(LogState { last_purged_log_id: state.purged.map(to_raft), last_log_id: state.last.or(state.purged).map(to_raft) })
+        Ok(LogState {
+            last_purged_log_id: state.purged.map(to_raft),
+            last_log_id: state.last.or(state.purged).map(to_raft),
+        })
     }
 
     async fn get_log_reader(&mut self) -> Self {
@@ -188,7 +227,10 @@ impl RaftLogStorage<Types> for LogStore {
     {
         let entries: Vec<_> = entries.into_iter().map(entry_from_raft).collect();
         let last = entries.last().map(|last| last.id.index);
-        self.log.append(entries, Box::new(move |result| callback.io_completed(result)))?;
+        self.log.append(
+            entries,
+            Box::new(move |result| callback.io_completed(result)),
+        )?;
         if last.is_some() {
             self.tip.set(last);
         }

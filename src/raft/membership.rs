@@ -1,5 +1,5 @@
-//! Changes of a group's membership. Each waits for its commit, but not for ever: a leader that has lost its quorum commits nothing, and
-//! does not say so.
+//! Changes of a group's membership. Each waits for its commit, but not for ever: a leader that has
+//! lost its quorum commits nothing, and does not say so.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -17,14 +17,38 @@ use crate::types::{NodeId, ReplicaId};
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Group {
-    /// Adds a replica that applies and has no vote. Returns when that is committed. Fine if it is a member already.
-    pub async fn add_learner(&self, replica: ReplicaId, node: NodeId) -> Result<(), MembershipError> {
-        self.add(replica, Member { node, is_witness: false }).await
+    /// Adds a replica that applies and has no vote. Returns when that is committed. Fine if it is a
+    /// member already.
+    pub async fn add_learner(
+        &self,
+        replica: ReplicaId,
+        node: NodeId,
+    ) -> Result<(), MembershipError> {
+        self.add(
+            replica,
+            Member {
+                node,
+                is_witness: false,
+            },
+        )
+        .await
     }
 
-    /// Adds a replica that only keeps the log, and has no vote yet. Otherwise like [`Group::add_learner`].
-    pub async fn add_witness(&self, replica: ReplicaId, node: NodeId) -> Result<(), MembershipError> {
-        self.add(replica, Member { node, is_witness: true }).await
+    /// Adds a replica that only keeps the log, and has no vote yet. Otherwise like
+    /// [`Group::add_learner`].
+    pub async fn add_witness(
+        &self,
+        replica: ReplicaId,
+        node: NodeId,
+    ) -> Result<(), MembershipError> {
+        self.add(
+            replica,
+            Member {
+                node,
+                is_witness: true,
+            },
+        )
+        .await
     }
 
     async fn add(&self, replica: ReplicaId, member: Member) -> Result<(), MembershipError> {
@@ -37,21 +61,33 @@ impl Group {
 
     /// A witness that leads leaves that to the one that it hands over to.
     fn ensure_changes(&self) -> Result<(), MembershipError> {
-        if self.is_witness() { Err(MembershipError::NotLeader { leader: None }) } else { Ok(()) }
+        if self.is_witness() {
+            Err(MembershipError::NotLeader { leader: None })
+        } else {
+            Ok(())
+        }
     }
 
-    /// Makes these the voters, all of which must be members. Voters that are none of them go on as learners. Returns when that is committed.
-    /// Does not look at whether learners among them have caught up. After `Unknown` the group may be left between the old voters and the
-    /// new, and the change is to be asked for again.
+    /// Makes these the voters, all of which must be members. Voters that are none of them go on as
+    /// learners. Returns when that is committed. Does not look at whether learners among them have
+    /// caught up. After `Unknown` the group may be left between the old voters and the new, and the
+    /// change is to be asked for again.
     pub async fn change_voters(&self, voters: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
         self.ensure_changes()?;
         committed(self.raft.change_membership(voters, true)).await
     }
 
     /// Takes learners out of the group.
-    pub async fn remove_learners(&self, learners: BTreeSet<ReplicaId>) -> Result<(), MembershipError> {
+    pub async fn remove_learners(
+        &self,
+        learners: BTreeSet<ReplicaId>,
+    ) -> Result<(), MembershipError> {
         self.ensure_changes()?;
-        committed(self.raft.change_membership(ChangeMembers::RemoveNodes(learners), false)).await
+        committed(
+            self.raft
+                .change_membership(ChangeMembers::RemoveNodes(learners), false),
+        )
+        .await
     }
 }
 
@@ -61,7 +97,9 @@ async fn committed<T>(
 ) -> Result<(), MembershipError> {
     match tokio::time::timeout(CHANGE_TIMEOUT, change).await {
         Ok(changed) => changed.map(|_| ()).map_err(membership_error),
-        Err(_) => Err(MembershipError::Unknown(format!("it was not committed within {CHANGE_TIMEOUT:?}, and may still be"))),
+        Err(_) => Err(MembershipError::Unknown(format!(
+            "it was not committed within {CHANGE_TIMEOUT:?}, and may still be"
+        ))),
     }
 }
 
@@ -70,14 +108,22 @@ fn membership_error(error: RaftError<Types, ClientWriteError<Types>>) -> Members
     match error {
         RaftError::Fatal(_) => MembershipError::Stopped,
         RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
-            MembershipError::NotLeader { leader: forward.leader_node.and_then(|member| member.serving_node()) }
+            MembershipError::NotLeader {
+                leader: forward.leader_node.and_then(|member| member.serving_node()),
+            }
         }
-        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => MembershipError::Unknown("the leader changed".into()),
+        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => {
+            MembershipError::Unknown("the leader changed".into())
+        }
         RaftError::APIError(ClientWriteError::ChangeMembershipError(
             error @ (Refused::InProgress(_) | Refused::UncommittedLeaderLog(_)),
         )) => MembershipError::Conflict(error.to_string()),
-        RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => MembershipError::Invalid(error.to_string()),
-        RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => MembershipError::Conflict(error.to_string()),
+        RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => {
+            MembershipError::Invalid(error.to_string())
+        }
+        RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => {
+            MembershipError::Conflict(error.to_string())
+        }
     }
 }
 
@@ -90,6 +136,9 @@ mod tests {
         let never = std::future::pending::<Result<(), RaftError<Types, ClientWriteError<Types>>>>();
         let error = committed(never).await.expect_err("it was not committed");
         assert!(matches!(error, MembershipError::Unknown(_)), "{error}");
-        assert_eq!(error.to_string(), "its outcome is unknown: it was not committed within 10s, and may still be");
+        assert_eq!(
+            error.to_string(),
+            "its outcome is unknown: it was not committed within 10s, and may still be"
+        );
     }
 }

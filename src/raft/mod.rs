@@ -1,18 +1,24 @@
-//! Everything that knows openraft: replicas of groups over the log and the maps of `storage`, and the way to their peers.
+//! Everything that knows openraft: replicas of groups over the log and the maps of `storage`, and
+//! the way to their peers.
 //!
 //! A write, step by step:
 //! 1. [`Group::propose`] queues it; the `proposer` merges what waits into one entry, encoded once.
-//! 2. openraft appends it: the `log_store` hands it to the log, whose writer syncs it; at the same time
-//! 3. openraft sends it to each follower: a `network` client turns it into a frame (`wire`), and the `lanes` carry it.
-//! 4. The follower's lane hands the frame to its [`Registry`], which finds the replica (`frames`); that appends it likewise and answers
-//!    when it is synced.
-//! 5. With a quorum synced it is committed; the `state_machine` decodes it, applies it by the core, and answers the callers of step 1.
+//! 2. openraft appends it: the `log_store` hands it to the log, whose writer syncs it; at the same
+//!    time
+//! 3. openraft sends it to each follower: a `network` client turns it into a frame (`wire`), and
+//!    the `lanes` carry it.
+//! 4. The follower's lane hands the frame to its [`Registry`], which finds the replica (`frames`);
+//!    that appends it likewise and answers when it is synced.
+//! 5. With a quorum synced it is committed; the `state_machine` decodes it, applies it by the core,
+//!    and answers the callers of step 1.
 //!
-//! A read: [`Group::read_barrier`] joins the next round of `reads`; then [`Group::state`] may be read.
+//! A read: [`Group::read_barrier`] joins the next round of `reads`; then [`Group::state`] may be
+//! read.
 //!
-//! What holds here: no frame creates a replica; a frame for another cluster, directory, group or replica is refused; every queue is
-//! bounded; every wait has a deadline; an error of a proposal other than `Unknown` means that it certainly did not happen.
-//! Kept out: which replicas there should be, where slots are, and HTTP (which mounts [`lanes::serve_lane`]).
+//! What holds here: no frame creates a replica; a frame for another cluster, directory, group or
+//! replica is refused; every queue is bounded; every wait has a deadline; an error of a proposal
+//! other than `Unknown` means that it certainly did not happen. Kept out: which replicas there
+//! should be, where slots are, and HTTP (which mounts [`lanes::serve_lane`]).
 
 mod elections;
 mod errors;

@@ -1,7 +1,9 @@
-//! What openraft calls its network: one [`PeerClient`] per group, target and lane, which turns openraft's calls into frames.
+//! What openraft calls its network: one [`PeerClient`] per group, target and lane, which turns
+//! openraft's calls into frames.
 //!
-//! Every wait has a deadline here, because openraft sets none on streams. A failure to reach the peer is `Unreachable`, which makes
-//! openraft pause; a lost or late reply is `Network` or `Timeout`, after which it tries again soon.
+//! Every wait has a deadline here, because openraft sets none on streams. A failure to reach the
+//! peer is `Unreachable`, which makes openraft pause; a lost or late reply is `Network` or
+//! `Timeout`, after which it tries again soon.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -16,8 +18,8 @@ use openraft::base::{BoxFuture, BoxStream};
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
-    TransferLeaderResponse, VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
+    TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::type_config::alias::SnapshotOf;
 use openraft::{AnyError, OptionalSend};
@@ -31,13 +33,17 @@ use super::room::Rooms;
 use super::snapshots;
 use super::state_machine::Image;
 use super::transport::{Lane, LaneError};
-use super::types::{Member, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
+use super::types::{
+    Member, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft,
+    vote_to_raft,
+};
 use super::wire::{self, AppendReply, Frame, Head, Refusal, Reply, Request, TransferReply};
 use crate::storage::ReplicaKey;
 use crate::telemetry::rarely;
 use crate::types::{NodeId, ReplicaId};
 
-/// Appends of one group to one peer that may be without a reply: enough to fill the way to the peer while its disk syncs.
+/// Appends of one group to one peer that may be without a reply: enough to fill the way to the peer
+/// while its disk syncs.
 const WINDOW: usize = 16;
 /// How often a follower must say that it lacks what it has acknowledged.
 const MISSING_TIMES: u32 = 3;
@@ -53,8 +59,8 @@ pub struct Network {
     /// The end of the group's log here.
     pub tip: Arc<Tip>,
     pub feeds: Feeds,
-    /// How long an append may be without a reply, beside the time that its bytes and those before them take on a slow
-    /// way. A follower that syncs slowly is not a follower that is gone.
+    /// How long an append may be without a reply, beside the time that its bytes and those before
+    /// them take on a slow way. A follower that syncs slowly is not a follower that is gone.
     pub append_timeout: Duration,
     /// How long one step of a snapshot transfer may take.
     pub snapshot_step_timeout: Duration,
@@ -90,13 +96,25 @@ impl Network {
     }
 
     fn client(&self, target: ReplicaId, to: NodeId, lane: Lane) -> PeerClient {
-        let head = Head { group: self.key.group, sender: self.key.replica, target };
-        PeerClient { lanes: self.lanes.clone(), to, lane, head, network: self.clone(), acked: Acked::default() }
+        let head = Head {
+            group: self.key.group,
+            sender: self.key.replica,
+            target,
+        };
+        PeerClient {
+            lanes: self.lanes.clone(),
+            to,
+            lane,
+            head,
+            network: self.clone(),
+            acked: Acked::default(),
+        }
     }
 }
 
-/// What a follower has acknowledged to this leader, over all the streams of one client. It is on the follower's disk, and only another
-/// leader could have had it cut off, whose vote the follower would answer with: where it is missing, the disk is an older one.
+/// What a follower has acknowledged to this leader, over all the streams of one client. It is on
+/// the follower's disk, and only another leader could have had it cut off, whose vote the follower
+/// would answer with: where it is missing, the disk is an older one.
 #[derive(Default)]
 struct Acked {
     /// Of the vote under which it was acknowledged.
@@ -111,7 +129,8 @@ impl Acked {
     /// Returns whether the entry at this place is known to be on the follower's disk.
     fn has(&self, term: u64, previous: Option<RaftLogId>) -> bool {
         let end = self.end.load(Ordering::Relaxed);
-        self.term.load(Ordering::Relaxed) == term && previous.is_some_and(|previous| previous.index < end)
+        self.term.load(Ordering::Relaxed) == term
+            && previous.is_some_and(|previous| previous.index < end)
     }
 
     fn note(&self, term: u64, matching: Option<RaftLogId>) {
@@ -141,7 +160,8 @@ impl PeerClient {
         self.lanes.rooms()
     }
 
-    /// The follower lacks what it has acknowledged. It is believed when it has said so several times.
+    /// The follower lacks what it has acknowledged. It is believed when it has said so several
+    /// times.
     fn tell_missing(&self) {
         if self.acked.missing.fetch_add(1, Ordering::Relaxed) + 1 >= MISSING_TIMES {
             self.lanes.lost_acknowledged(self.to);
@@ -149,8 +169,14 @@ impl PeerClient {
     }
 
     /// Sends a request and waits for its reply until `deadline`.
-    pub async fn ask(&self, request: &Request, tail: &[u8], deadline: Instant) -> Result<Reply, LaneError> {
-        self.wait(wire::encode_request(self.head, request, tail), deadline).await
+    pub async fn ask(
+        &self,
+        request: &Request,
+        tail: &[u8],
+        deadline: Instant,
+    ) -> Result<Reply, LaneError> {
+        self.wait(wire::encode_request(self.head, request, tail), deadline)
+            .await
     }
 
     async fn wait(&self, frame: Frame, deadline: Instant) -> Result<Reply, LaneError> {
@@ -169,19 +195,42 @@ impl PeerClient {
     }
 
     async fn ask_raft(&self, request: Request, option: &RPCOption) -> Answered<Reply> {
-        self.ask(&request, &[], Instant::now() + option.soft_ttl()).await.map_err(rpc_error)
+        self.ask(&request, &[], Instant::now() + option.soft_ttl())
+            .await
+            .map_err(rpc_error)
     }
 
     fn append_frame(&self, request: &mut AppendEntriesRequest<Types>) -> Frame {
-        let entries: Vec<_> = std::mem::take(&mut request.entries).into_iter().map(entry_from_raft).collect();
+        let entries: Vec<_> = std::mem::take(&mut request.entries)
+            .into_iter()
+            .map(entry_from_raft)
+            .collect();
         let previous = request.prev_log_id.as_ref().map(from_raft);
         let commit = request.leader_commit.as_ref().map(from_raft);
-        wire::encode_append(self.head, vote_from_raft(&request.vote), previous, commit, &entries)
+        wire::encode_append(
+            self.head,
+            vote_from_raft(&request.vote),
+            previous,
+            commit,
+            &entries,
+        )
     }
 
-    async fn ask_vote(&self, request: Request, option: &RPCOption) -> Answered<VoteResponse<Types>> {
+    async fn ask_vote(
+        &self,
+        request: Request,
+        option: &RPCOption,
+    ) -> Answered<VoteResponse<Types>> {
         match self.ask_raft(request, option).await? {
-            Reply::Vote { vote, last, granted } => Ok(VoteResponse::new(read_vote(&vote)?, last.map(to_raft), granted)),
+            Reply::Vote {
+                vote,
+                last,
+                granted,
+            } => Ok(VoteResponse::new(
+                read_vote(&vote)?,
+                last.map(to_raft),
+                granted,
+            )),
             other => Err(unexpected(&other)),
         }
     }
@@ -196,7 +245,10 @@ impl RaftNetworkV2<Types> for PeerClient {
         option: RPCOption,
     ) -> Answered<AppendEntriesResponse<Types>> {
         let frame = self.append_frame(&mut request);
-        let reply = self.wait(frame, Instant::now() + option.soft_ttl()).await.map_err(rpc_error)?;
+        let reply = self
+            .wait(frame, Instant::now() + option.soft_ttl())
+            .await
+            .map_err(rpc_error)?;
         read_append_reply(&reply)
     }
 
@@ -209,7 +261,11 @@ impl RaftNetworkV2<Types> for PeerClient {
         S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
     {
         // Heartbeats come this way too, and openraft gives those up after its own time.
-        let timeout = if self.lane == Lane::Log { self.network.append_timeout } else { option.soft_ttl() };
+        let timeout = if self.lane == Lane::Log {
+            self.network.append_timeout
+        } else {
+            option.soft_ttl()
+        };
         let stream = Appends {
             client: self,
             input: Some(input),
@@ -225,15 +281,38 @@ impl RaftNetworkV2<Types> for PeerClient {
         Box::pin(async move { Ok(Box::pin(stream) as BoxStream<'s, _>) })
     }
 
-    async fn vote(&mut self, request: VoteRequest<Types>, option: RPCOption) -> Answered<VoteResponse<Types>> {
+    async fn vote(
+        &mut self,
+        request: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Answered<VoteResponse<Types>> {
         let last = request.last_log_id.as_ref().map(from_raft);
         let vote = vote_from_raft(&request.vote);
-        self.ask_vote(Request::Vote { vote, last, leadership_transfer: request.leadership_transfer }, &option).await
+        self.ask_vote(
+            Request::Vote {
+                vote,
+                last,
+                leadership_transfer: request.leadership_transfer,
+            },
+            &option,
+        )
+        .await
     }
 
-    async fn pre_vote(&mut self, request: VoteRequest<Types>, option: RPCOption) -> Answered<VoteResponse<Types>> {
+    async fn pre_vote(
+        &mut self,
+        request: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Answered<VoteResponse<Types>> {
         let last = request.last_log_id.as_ref().map(from_raft);
-        self.ask_vote(Request::PreVote { vote: vote_from_raft(&request.vote), last }, &option).await
+        self.ask_vote(
+            Request::PreVote {
+                vote: vote_from_raft(&request.vote),
+                last,
+            },
+            &option,
+        )
+        .await
     }
 
     async fn full_snapshot(
@@ -245,12 +324,16 @@ impl RaftNetworkV2<Types> for PeerClient {
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
         let step_timeout = self.network.snapshot_step_timeout;
         let Image::Map(snapshot) = snapshot.snapshot else {
-            // Pauses before it is tried again. By then this witness has handed over to a replica that has one.
+            // Pauses before it is tried again. By then this witness has handed over to a replica
+            // that has one.
             let reason = AnyError::error("a witness has no snapshot");
             return Err(StreamingError::Unreachable(Unreachable::new(&reason)));
         };
         let index = snapshot.applied().log_id.map_or(0, |id| id.index);
-        let _feeding = self.network.feeds.begin(self.head.target, index, snapshot.bytes_len());
+        let _feeding = self
+            .network
+            .feeds
+            .begin(self.head.target, index, snapshot.bytes_len());
         let send = async {
             let began = Instant::now();
             let sent = snapshots::send(self, vote_from_raft(&vote), &snapshot, step_timeout).await;
@@ -280,27 +363,41 @@ impl RaftNetworkV2<Types> for PeerClient {
         use openraft::raft::TransferLeaderError::{LogNotFlushed, VoteChanged};
         let last = request.last_log_id().map(from_raft);
         let from = vote_from_raft(request.from_leader());
-        let request = Request::TransferLeader { from, to: *request.to_node_id(), last };
+        let request = Request::TransferLeader {
+            from,
+            to: *request.to_node_id(),
+            last,
+        };
         match self.ask_raft(request, &option).await? {
             Reply::TransferLeader(TransferReply::Accepted) => Ok(Ok(())),
             Reply::TransferLeader(TransferReply::VoteChanged { expected, actual }) => {
-                Ok(Err(VoteChanged { expected: read_vote(&expected)?, actual: read_vote(&actual)? }))
+                Ok(Err(VoteChanged {
+                    expected: read_vote(&expected)?,
+                    actual: read_vote(&actual)?,
+                }))
             }
             Reply::TransferLeader(TransferReply::LogNotFlushed { expected, actual }) => {
-                Ok(Err(LogNotFlushed { expected: expected.map(to_raft), actual: actual.map(to_raft) }))
+                Ok(Err(LogNotFlushed {
+                    expected: expected.map(to_raft),
+                    actual: actual.map(to_raft),
+                }))
             }
             other => Err(unexpected(&other)),
         }
     }
 }
 
-/// Pipelined appends: requests leave as they come, up to a window; results are handed back in the order of the requests.
+/// Pipelined appends: requests leave as they come, up to a window; results are handed back in the
+/// order of the requests.
 ///
-/// openraft notes when it made a request, and takes that for the time of the follower's answer once a result says that the follower has all up
-/// to the end of the request. A request without entries ends where the one before it does: that one's answer, given perhaps before, would pass
-/// for the answer to it, and a leader that was paused and deposed would confirm a read by what a follower said before it voted for another.
-/// So none is asked for while others are on their way, which also saves as many frames as there are entries: the next one with entries tells
-/// what is committed as well. And where one slips through, a result waits until everything is answered that it would speak for.
+/// openraft notes when it made a request, and takes that for the time of the follower's answer once
+/// a result says that the follower has all up to the end of the request. A request without entries
+/// ends where the one before it does: that one's answer, given perhaps before, would pass for the
+/// answer to it, and a leader that was paused and deposed would confirm a read by what a follower
+/// said before it voted for another. So none is asked for while others are on their way, which also
+/// saves as many frames as there are entries: the next one with entries tells what is committed as
+/// well. And where one slips through, a result waits until everything is answered that it would
+/// speak for.
 struct Appends<'s, S> {
     client: &'s PeerClient,
     input: Option<S>,
@@ -340,7 +437,11 @@ where
 {
     fn send(&mut self, mut request: AppendEntriesRequest<Types>) {
         let previous = request.prev_log_id;
-        let last = request.entries.last().map(|entry| entry.log_id).or(previous);
+        let last = request
+            .entries
+            .last()
+            .map(|entry| entry.log_id)
+            .or(previous);
         self.taken = last;
         let term = vote_from_raft(&request.vote).term;
         let follows_acked = match self.client.lane {
@@ -351,7 +452,11 @@ where
         };
         let frame = self.client.append_frame(&mut request);
         let bytes = frame.bytes_len();
-        match self.client.lanes.call(self.client.to, self.client.lane, frame) {
+        match self
+            .client
+            .lanes
+            .call(self.client.to, self.client.lane, frame)
+        {
             Ok(call) => {
                 let allowance = match self.client.lane {
                     Lane::Log => call.allowance(),
@@ -364,7 +469,16 @@ where
                 }
                 self.window_bytes += bytes;
                 let answer = call.answer;
-                self.window.push_back(InFlight { answer, bytes, timeout, due, previous, last, term, follows_acked });
+                self.window.push_back(InFlight {
+                    answer,
+                    bytes,
+                    timeout,
+                    due,
+                    previous,
+                    last,
+                    term,
+                    follows_acked,
+                });
             }
             Err(error) => {
                 self.failed = Some(error);
@@ -387,7 +501,8 @@ where
         }
     }
 
-    /// Whether the log has entries that were not taken yet. If not, this is polled again when it has.
+    /// Whether the log has entries that were not taken yet. If not, this is polled again when it
+    /// has.
     fn has_entries(&mut self, context: &mut Context<'_>) -> bool {
         while self.grown.as_mut().poll(context).is_ready() {
             self.grown = Box::pin(self.client.network.tip.grown());
@@ -395,7 +510,8 @@ where
         self.client.network.tip.last() > self.taken.map(|id| id.index)
     }
 
-    /// Whether openraft would take a result that the follower matches up to here for the answer to a request that it has not answered.
+    /// Whether openraft would take a result that the follower matches up to here for the answer to
+    /// a request that it has not answered.
     fn speaks_for_others(&self, matching: Option<RaftLogId>) -> bool {
         let is_failed = self.failed.is_some() && self.taken <= matching;
         is_failed || self.window.iter().any(|later| later.last <= matching)
@@ -411,19 +527,23 @@ where
         Some(done)
     }
 
-    /// The result of an append that was answered. A conflict where the follower is known to match can't be: nothing that was acknowledged
-    /// is lost, and a lane keeps the order of its frames. openraft does not look: it would search below what matches, and where the log
-    /// is purged up to there, send snapshots without end. So it is an error, and tried again.
+    /// The result of an append that was answered. A conflict where the follower is known to match
+    /// can't be: nothing that was acknowledged is lost, and a lane keeps the order of its frames.
+    /// openraft does not look: it would search below what matches, and where the log is purged up
+    /// to there, send snapshots without end. So it is an error, and tried again.
     fn read(&mut self, done: &InFlight, reply: &Reply) -> Answered<StreamAppendResult<Types>> {
         let response = read_append_reply(reply)?;
         // Heartbeats follow what was acknowledged.
         let is_known = self.client.lane == Lane::Heartbeat || done.previous <= self.acknowledged;
         if matches!(response, AppendEntriesResponse::Conflict) && (is_known || done.follows_acked) {
-            rarely!(warn, to = %self.client.to, group = %self.client.head.group, previous = ?done.previous, "a conflict that can't be");
+            rarely!(warn, to = %self.client.to, group = %self.client.head.group, previous = ?done.previous, "a \
+                conflict that can't be");
             if done.follows_acked {
                 self.client.tell_missing();
             }
-            return Err(network_error("a conflict where the logs are known to match"));
+            return Err(network_error(
+                "a conflict where the logs are known to match",
+            ));
         }
         let result = response.into_stream_result(done.previous, done.last);
         if let Ok(matching) = &result {
@@ -460,7 +580,9 @@ where
                 },
             };
             let done = this.pop().expect("the window was not empty");
-            let result = reply.map_err(rpc_error).and_then(|reply| this.read(&done, &reply));
+            let result = reply
+                .map_err(rpc_error)
+                .and_then(|reply| this.read(&done, &reply));
             if matches!(result, Ok(Ok(matching)) if this.speaks_for_others(matching)) {
                 continue;
             }
@@ -477,9 +599,13 @@ where
 fn read_append_reply(reply: &Reply) -> Answered<AppendEntriesResponse<Types>> {
     match reply {
         Reply::Append(AppendReply::Success) => Ok(AppendEntriesResponse::Success),
-        Reply::Append(AppendReply::Partial(last)) => Ok(AppendEntriesResponse::PartialSuccess(last.map(to_raft))),
+        Reply::Append(AppendReply::Partial(last)) => {
+            Ok(AppendEntriesResponse::PartialSuccess(last.map(to_raft)))
+        }
         Reply::Append(AppendReply::Conflict) => Ok(AppendEntriesResponse::Conflict),
-        Reply::Append(AppendReply::HigherVote(vote)) => Ok(AppendEntriesResponse::HigherVote(read_vote(vote)?)),
+        Reply::Append(AppendReply::HigherVote(vote)) => {
+            Ok(AppendEntriesResponse::HigherVote(read_vote(vote)?))
+        }
         other => Err(unexpected(other)),
     }
 }

@@ -1,8 +1,8 @@
 //! [`Pace`]: the timings that leases rest on, which nodes compare before anything else.
 //!
-//! A leader that reads by its lease counts on followers that vote for no other for as long. Were the
-//! times not the same on both sides, it could read what another leader has changed, and nobody would
-//! see it.
+//! A leader that reads by its lease counts on followers that vote for no other for as long. Were
+//! the times not the same on both sides, it could read what another leader has changed, and nobody
+//! would see it.
 
 use std::fmt::{self, Display, Formatter};
 
@@ -20,8 +20,8 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Returns whether two nodes can be in one cluster. Without leases other times cost no more than
-    /// elections.
+    /// Returns whether two nodes can be in one cluster. Without leases other times cost no more
+    /// than elections.
     pub fn fits(&self, other: &Pace) -> bool {
         self == other || (self.lease_drift_ms.is_none() && other.lease_drift_ms.is_none())
     }
@@ -33,7 +33,10 @@ impl From<&RaftTimings> for Pace {
             LeaseReads::Off => None,
             LeaseReads::On { drift_ms } => Some(drift_ms),
         };
-        Self { lease_drift_ms, election_ms_max: timings.election_ms_max }
+        Self {
+            lease_drift_ms,
+            election_ms_max: timings.election_ms_max,
+        }
     }
 }
 
@@ -43,7 +46,11 @@ impl Display for Pace {
             Some(drift_ms) => write!(to, "with --lease-reads {drift_ms}")?,
             None => write!(to, "without --lease-reads")?,
         }
-        write!(to, " and an election timeout of {} ms", self.election_ms_max)
+        write!(
+            to,
+            " and an election timeout of {} ms",
+            self.election_ms_max
+        )
     }
 }
 
@@ -53,13 +60,22 @@ mod tests {
 
     #[test]
     fn leases_need_the_same_times_on_both_sides() {
-        let pace = |lease_drift_ms, election_ms_max| Pace { lease_drift_ms, election_ms_max };
-        assert!(pace(None, 420).fits(&pace(None, 840)), "no lease rests on them");
+        let pace = |lease_drift_ms, election_ms_max| Pace {
+            lease_drift_ms,
+            election_ms_max,
+        };
+        assert!(
+            pace(None, 420).fits(&pace(None, 840)),
+            "no lease rests on them"
+        );
         assert!(pace(Some(50), 420).fits(&pace(Some(50), 420)));
         let leased = pace(Some(50), 420);
         for other in [pace(None, 420), pace(Some(60), 420), pace(Some(50), 840)] {
             assert!(!leased.fits(&other) && !other.fits(&leased), "{other}");
         }
-        assert_eq!(leased.to_string(), "with --lease-reads 50 and an election timeout of 420 ms");
+        assert_eq!(
+            leased.to_string(),
+            "with --lease-reads 50 and an election timeout of 420 ms"
+        );
     }
 }

@@ -1,15 +1,17 @@
 //! [`Proposer`]: merges concurrent writes into entries.
 //!
-//! An entry costs about the same whether it carries one write or two hundred: a record and its share of a sync on every replica, two
-//! frames and their replies, and openraft's bookkeeping. So a write that finds [`ENTRIES_EAGER`] entries under way waits, and goes with
-//! all others that came meanwhile in the next one. An idle group therefore answers at the latency of one entry; a busy one makes its
-//! entries as large as its load, without a timer. Full entries gain nothing by waiting: of these [`ENTRIES_MAX`] may be under way.
+//! An entry costs about the same whether it carries one write or two hundred: a record and its
+//! share of a sync on every replica, two frames and their replies, and openraft's bookkeeping. So a
+//! write that finds [`ENTRIES_EAGER`] entries under way waits, and goes with all others that came
+//! meanwhile in the next one. An idle group therefore answers at the latency of one entry; a busy
+//! one makes its entries as large as its load, without a timer. Full entries gain nothing by
+//! waiting: of these [`ENTRIES_MAX`] may be under way.
 //!
-//! What waits and what is under way is charged to the node's room for proposals: also when nobody waits for it any more, because openraft
-//! keeps an entry until it is committed or another leads.
+//! What waits and what is under way is charged to the node's room for proposals: also when nobody
+//! waits for it any more, because openraft keeps an entry until it is committed or another leads.
 //!
-//! Every write ends in exactly one of three ways: an outcome, a certain no, or unknown. A write is unknown from the moment its entry is
-//! handed to openraft until openraft says what became of it.
+//! Every write ends in exactly one of three ways: an outcome, a certain no, or unknown. A write is
+//! unknown from the moment its entry is handed to openraft until openraft says what became of it.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -34,7 +36,8 @@ use crate::sm::level::Feature;
 const WRITES_PER_ENTRY: usize = 256;
 /// Bytes of keys and values in one entry; a larger write goes alone.
 const ENTRY_BYTES: usize = 1 << 20;
-/// Entries that may be under way before writes begin to wait for one another: one being synced, one behind it.
+/// Entries that may be under way before writes begin to wait for one another: one being synced, one
+/// behind it.
 const ENTRIES_EAGER: usize = 2;
 /// Full entries that may be under way: enough for a long way to the followers.
 const ENTRIES_MAX: usize = 8;
@@ -45,7 +48,8 @@ const QUEUE_BYTES_MAX: usize = 32 << 20;
 const WRITE_OVERHEAD_BYTES: usize = 64;
 /// Between attempts while the leader's lease has run out, as it has right after an election.
 const LEASE_PAUSE: Duration = Duration::from_millis(5);
-/// A caller waits this much longer than its deadline, so that a write that was never proposed gets a certain answer.
+/// A caller waits this much longer than its deadline, so that a write that was never proposed gets
+/// a certain answer.
 const GRACE: Duration = Duration::from_millis(50);
 
 type WriteAnswer = Result<kv::WriteOutcome, ProposeError>;
@@ -89,7 +93,11 @@ impl Queue {
     }
 
     fn may_propose(&self) -> bool {
-        let limit = if self.is_entry_full() { ENTRIES_MAX } else { ENTRIES_EAGER };
+        let limit = if self.is_entry_full() {
+            ENTRIES_MAX
+        } else {
+            ENTRIES_EAGER
+        };
         !self.waiting.is_empty() && self.under_way < limit
     }
 }
@@ -104,7 +112,12 @@ pub struct Proposer {
 
 impl Proposer {
     pub fn new(rooms: Arc<Rooms>) -> Arc<Self> {
-        Arc::new(Self { queue: Mutex::default(), changed: Notify::new(), rooms, held: Held::default() })
+        Arc::new(Self {
+            queue: Mutex::default(),
+            changed: Notify::new(),
+            rooms,
+            held: Held::default(),
+        })
     }
 
     /// Takes room for a proposal of this group.
@@ -114,14 +127,32 @@ impl Proposer {
     /// [`ProposeError::Overloaded`] where this node holds as much as it may.
     pub fn take_place(&self, bytes: usize) -> Result<Place, ProposeError> {
         let limit = "the proposals of this node that wait or are under way, those";
-        self.rooms.proposals.take(&self.held, bytes).ok_or_else(|| ProposeError::Overloaded { limit: limit.to_owned() })
+        self.rooms
+            .proposals
+            .take(&self.held, bytes)
+            .ok_or_else(|| ProposeError::Overloaded {
+                limit: limit.to_owned(),
+            })
     }
 
-    pub async fn propose(&self, write: kv::Write, answer_bytes: usize, deadline: Instant) -> WriteAnswer {
+    pub async fn propose(
+        &self,
+        write: kv::Write,
+        answer_bytes: usize,
+        deadline: Instant,
+    ) -> WriteAnswer {
         let (answer, answered) = oneshot::channel();
         let own_bytes = write.size_hint() + WRITE_OVERHEAD_BYTES;
         let (bytes, place) = (own_bytes + answer_bytes, self.take_place(own_bytes)?);
-        self.push(Waiting { write, waiter: Waiter { bytes, deadline, answer, place } })?;
+        self.push(Waiting {
+            write,
+            waiter: Waiter {
+                bytes,
+                deadline,
+                answer,
+                place,
+            },
+        })?;
         match tokio::time::timeout_at(deadline + GRACE, answered).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(ProposeError::unknown("the replica stopped")),
@@ -143,7 +174,9 @@ impl Proposer {
             std::mem::take(&mut queue.waiting)
         };
         for write in waiting {
-            write.waiter.tell(Err(ProposeError::Stopped { reason: reason.to_owned() }));
+            write.waiter.tell(Err(ProposeError::Stopped {
+                reason: reason.to_owned(),
+            }));
         }
         self.changed.notify_one();
     }
@@ -154,10 +187,14 @@ impl Proposer {
             return Err(ProposeError::Stopped { reason });
         }
         if queue.waiting.len() >= QUEUE_WRITES_MAX {
-            return Err(ProposeError::Overloaded { limit: format!("{QUEUE_WRITES_MAX} writes wait") });
+            return Err(ProposeError::Overloaded {
+                limit: format!("{QUEUE_WRITES_MAX} writes wait"),
+            });
         }
         if queue.bytes + write.waiter.bytes > QUEUE_BYTES_MAX && !queue.waiting.is_empty() {
-            return Err(ProposeError::Overloaded { limit: format!("{QUEUE_BYTES_MAX} bytes of writes wait") });
+            return Err(ProposeError::Overloaded {
+                limit: format!("{QUEUE_BYTES_MAX} bytes of writes wait"),
+            });
         }
         queue.bytes += write.waiter.bytes;
         queue.waiting.push_back(write);
@@ -174,13 +211,19 @@ impl Proposer {
     }
 
     /// Proposes what waits until the queue is closed.
-    pub async fn run(self: Arc<Self>, raft: RaftHandle, machine: Arc<Machine>, resolver: Arc<dyn Resolver>) {
+    pub async fn run(
+        self: Arc<Self>,
+        raft: RaftHandle,
+        machine: Arc<Machine>,
+        resolver: Arc<dyn Resolver>,
+    ) {
         loop {
             match self.next_step() {
                 Step::End => return,
                 Step::Propose(writes) => {
                     let is_bounded = resolver.level() >= Feature::BoundedAnswers.level();
-                    self.propose_entry(&raft, &machine, writes, is_bounded).await;
+                    self.propose_entry(&raft, &machine, writes, is_bounded)
+                        .await;
                 }
                 Step::Wait { until: None } => self.changed.notified().await,
                 Step::Wait { until: Some(until) } => {
@@ -208,7 +251,8 @@ impl Proposer {
         }
         expire(&mut queue, now);
         let first_deadline = queue.waiting.front().map(|write| write.waiter.deadline);
-        // An entry that ends, or a write that makes the next one full, tells us. Only time does not.
+        // An entry that ends, or a write that makes the next one full, tells us. Only time does
+        // not.
         let until = match (paused, first_deadline) {
             (Some(pause), Some(deadline)) => Some(pause.min(deadline)),
             (pause, deadline) => pause.or(deadline),
@@ -217,7 +261,13 @@ impl Proposer {
     }
 
     /// `is_bounded`: every replica knows an entry that rejects writes whose gets return too much.
-    async fn propose_entry(self: &Arc<Self>, raft: &RaftHandle, machine: &Machine, writes: Vec<Waiting>, is_bounded: bool) {
+    async fn propose_entry(
+        self: &Arc<Self>,
+        raft: &RaftHandle,
+        machine: &Machine,
+        writes: Vec<Waiting>,
+        is_bounded: bool,
+    ) {
         let mut answers = Vec::with_capacity(writes.len());
         let writes = writes.into_iter().map(|waiting| {
             answers.push(waiting.waiter);
@@ -229,7 +279,11 @@ impl Proposer {
             false => kv::Command::Write { time_ms, writes },
         };
         let entry = command.encode();
-        let under_way = UnderWay { proposer: self.clone(), entry: entry.clone(), answers };
+        let under_way = UnderWay {
+            proposer: self.clone(),
+            entry: entry.clone(),
+            answers,
+        };
         let answer = Answer(Box::new(move |result| under_way.end(result)));
         // If it fails the answer is dropped, which tells the answers.
         let _ = raft.client_write_ff(Proposal(entry), Some(answer)).await;
@@ -248,14 +302,18 @@ impl Proposer {
     /// Puts writes that were certainly not proposed back to the front.
     fn put_back(&self, entry: &Bytes, answers: Vec<Waiter>) {
         let writes = match kv::Command::decode(entry) {
-            Ok(kv::Command::Write { writes, .. } | kv::Command::BoundedWrite { writes, .. }) => writes,
+            Ok(kv::Command::Write { writes, .. } | kv::Command::BoundedWrite { writes, .. }) => {
+                writes
+            }
             Ok(_) | Err(_) => Vec::new(),
         };
         let mut queue = self.lock();
         if let Some(reason) = queue.closed.clone() {
             drop(queue);
             for waiter in answers {
-                waiter.tell(Err(ProposeError::Stopped { reason: reason.clone() }));
+                waiter.tell(Err(ProposeError::Stopped {
+                    reason: reason.clone(),
+                }));
             }
             return;
         }
@@ -275,7 +333,8 @@ enum Step {
     End,
 }
 
-/// Takes the writes of the next entry. Those whose time has run out, or whose caller has gone, are not in it.
+/// Takes the writes of the next entry. Those whose time has run out, or whose caller has gone, are
+/// not in it.
 fn take_entry(queue: &mut Queue, now: Instant) -> Vec<Waiting> {
     let mut writes = Vec::with_capacity(queue.waiting.len().min(WRITES_PER_ENTRY));
     let mut bytes = 0;
@@ -295,10 +354,13 @@ fn take_entry(queue: &mut Queue, now: Instant) -> Vec<Waiting> {
     writes
 }
 
-/// Answers those at the front whose time has run out. Deadlines come about in order; one that is hidden behind a later one is found when
-/// its entry is made.
+/// Answers those at the front whose time has run out. Deadlines come about in order; one that is
+/// hidden behind a later one is found when its entry is made.
 fn expire(queue: &mut Queue, now: Instant) {
-    while queue.waiting.front().is_some_and(|write| write.waiter.deadline <= now)
+    while queue
+        .waiting
+        .front()
+        .is_some_and(|write| write.waiter.deadline <= now)
         && let Some(write) = queue.waiting.pop_front()
     {
         queue.bytes -= write.waiter.bytes;
@@ -306,7 +368,8 @@ fn expire(queue: &mut Queue, now: Instant) {
     }
 }
 
-/// An entry that openraft has. Dropped without an end, its answers learn that its outcome is unknown.
+/// An entry that openraft has. Dropped without an end, its answers learn that its outcome is
+/// unknown.
 struct UnderWay {
     proposer: Arc<Proposer>,
     entry: Bytes,
@@ -318,7 +381,10 @@ impl UnderWay {
         let answers = std::mem::take(&mut self.answers);
         let outcomes = match result {
             Ok(response) => outcomes(response.data, answers.len()),
-            Err(ClientWriteError::ForwardToLeader(ForwardToLeader { reason: ForwardReason::LeaseExpired, .. })) => {
+            Err(ClientWriteError::ForwardToLeader(ForwardToLeader {
+                reason: ForwardReason::LeaseExpired,
+                ..
+            })) => {
                 return self.proposer.put_back(&self.entry, answers);
             }
             Err(error) => Err(propose_error(error)),
@@ -346,8 +412,12 @@ impl Drop for UnderWay {
 
 fn outcomes(outcome: Outcome, expected: usize) -> Result<Vec<kv::WriteOutcome>, ProposeError> {
     match outcome {
-        Outcome::Shard(kv::Outcome::Written(outcomes)) if outcomes.len() == expected => Ok(outcomes),
-        other => Err(ProposeError::unknown(format!("writes were answered by {other:?}"))),
+        Outcome::Shard(kv::Outcome::Written(outcomes)) if outcomes.len() == expected => {
+            Ok(outcomes)
+        }
+        other => Err(ProposeError::unknown(format!(
+            "writes were answered by {other:?}"
+        ))),
     }
 }
 
@@ -355,12 +425,13 @@ fn outcomes(outcome: Outcome, expected: usize) -> Result<Vec<kv::WriteOutcome>, 
 pub fn propose_error(error: ClientWriteError<Types>) -> ProposeError {
     match error {
         // It names the one to come, which does not lead yet and may never do.
-        ClientWriteError::ForwardToLeader(ForwardToLeader { reason: ForwardReason::LeadershipTransfer, .. }) => {
-            ProposeError::NotLeader { leader: None }
-        }
-        ClientWriteError::ForwardToLeader(forward) => {
-            ProposeError::NotLeader { leader: forward.leader_node.and_then(|member| member.serving_node()) }
-        }
+        ClientWriteError::ForwardToLeader(ForwardToLeader {
+            reason: ForwardReason::LeadershipTransfer,
+            ..
+        }) => ProposeError::NotLeader { leader: None },
+        ClientWriteError::ForwardToLeader(forward) => ProposeError::NotLeader {
+            leader: forward.leader_node.and_then(|member| member.serving_node()),
+        },
         ClientWriteError::LogEntryDiscarded(_) => ProposeError::unknown("the leader changed"),
         ClientWriteError::ChangeMembershipError(error) => ProposeError::unknown(error.to_string()),
         ClientWriteError::PreconditionFailed(error) => ProposeError::unknown(error.to_string()),

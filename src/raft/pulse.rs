@@ -1,12 +1,15 @@
-//! The pulse of a node: one timer that makes leaders send heartbeats and followers campaign, for every group.
+//! The pulse of a node: one timer that makes leaders send heartbeats and followers campaign, for
+//! every group.
 //!
-//! Openraft's own ticks would wake each replica about forty times a second to find that nothing is due; with a thousand replicas that
-//! alone takes most of a core. So they are off, and [`beat`] looks at all groups in one go. What a replica then does is openraft's: it
-//! refuses to campaign while the lease of a leader holds, and asks for pre-votes first.
+//! Openraft's own ticks would wake each replica about forty times a second to find that nothing is
+//! due; with a thousand replicas that alone takes most of a core. So they are off, and [`beat`]
+//! looks at all groups in one go. What a replica then does is openraft's: it refuses to campaign
+//! while the lease of a leader holds, and asks for pre-votes first.
 //!
-//! On a machine that has more to do than it can, a leader that is only slow must not pass for one that is gone. So
-//! silence counts only while this node ran: its own timer comes late too ([`Timer::was_away`]). And where the words of
-//! a leader that goes on leading come late, they are waited for longer for a while ([`Strain`]).
+//! On a machine that has more to do than it can, a leader that is only slow must not pass for one
+//! that is gone. So silence counts only while this node ran: its own timer comes late too
+//! ([`Timer::was_away`]). And where the words of a leader that goes on leading come late, they are
+//! waited for longer for a while ([`Strain`]).
 
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
@@ -41,8 +44,8 @@ struct State {
     strain: Strain,
 }
 
-/// How much later than they should the words of a leader come that goes on leading: the worst of them, forgotten by
-/// half in each [`STRAIN_HALF_LIFE`]. Zero on a machine that is not overloaded.
+/// How much later than they should the words of a leader come that goes on leading: the worst of
+/// them, forgotten by half in each [`STRAIN_HALF_LIFE`]. Zero on a machine that is not overloaded.
 #[derive(Debug, Clone, Copy)]
 struct Strain {
     worst: Duration,
@@ -58,7 +61,10 @@ const STRAIN_MARGIN: u32 = 2;
 
 impl Strain {
     fn none(now: Instant) -> Self {
-        Self { worst: Duration::ZERO, at: now }
+        Self {
+            worst: Duration::ZERO,
+            at: now,
+        }
     }
 
     fn at(&self, now: Instant) -> Duration {
@@ -68,7 +74,10 @@ impl Strain {
 
     fn note(&mut self, delay: Duration, now: Instant) {
         if delay > self.at(now) {
-            *self = Self { worst: delay.min(STRAIN_MAX), at: now };
+            *self = Self {
+                worst: delay.min(STRAIN_MAX),
+                at: now,
+            };
         }
     }
 }
@@ -108,13 +117,21 @@ impl Standing {
 }
 
 impl Timer {
-    /// A witness campaigns at once after it has refused its vote to one with an older log ([`Timer::refused_older_log`]): the others need what it
-    /// has. Else it gives those that can serve much time to do so first, but not for ever: one of them may have a vote and not know it,
-    /// when it lacks the entry that says so.
+    /// A witness campaigns at once after it has refused its vote to one with an older log
+    /// ([`Timer::refused_older_log`]): the others need what it has. Else it gives those that can
+    /// serve much time to do so first, but not for ever: one of them may have a vote and not know
+    /// it, when it lacks the entry that says so.
     pub fn new(timings: &RaftTimings, is_witness: bool) -> Self {
         let now = Instant::now();
-        let bounds = (Duration::from_millis(timings.election_ms_min), Duration::from_millis(timings.election_ms_max));
-        let patience = if is_witness { timings.witness_patience() } else { Duration::ZERO };
+        let bounds = (
+            Duration::from_millis(timings.election_ms_min),
+            Duration::from_millis(timings.election_ms_max),
+        );
+        let patience = if is_witness {
+            timings.witness_patience()
+        } else {
+            Duration::ZERO
+        };
         // It may have given a lease before it was started, and does not know.
         let from = now + timings.forgotten_lease();
         let state = State {
@@ -126,18 +143,26 @@ impl Timer {
             strain: Strain::none(now),
         };
         let heartbeat = Duration::from_millis(timings.heartbeat_ms);
-        Self { heartbeat, lease: bounds.1, election: bounds, patience, state: Mutex::new(state) }
+        Self {
+            heartbeat,
+            lease: bounds.1,
+            election: bounds,
+            patience,
+            state: Mutex::new(state),
+        }
     }
 
-    /// The leader of this term has sent something. What an earlier one drew no longer counts: the latest of many draws
-    /// would always be a long one.
+    /// The leader of this term has sent something. What an earlier one drew no longer counts: the
+    /// latest of many draws would always be a long one.
     pub fn heard_leader(&self, term: u64) {
         let now = Instant::now();
         let mut state = self.lock();
 
         // The first word of another leader tells nothing of how late words come.
         if let Some((_, since)) = state.silent.filter(|(before, _)| *before == term) {
-            let late = now.saturating_duration_since(since).saturating_sub(self.heartbeat * 2);
+            let late = now
+                .saturating_duration_since(since)
+                .saturating_sub(self.heartbeat * 2);
             state.strain.note(late, now);
         }
         state.campaign_at = now + self.lease + self.draw(&state, now);
@@ -145,8 +170,8 @@ impl Timer {
         state.silent = Some((term, now));
     }
 
-    /// This node did not run, or not this part of it, for so long. Words of the leader may wait to be read, so that time
-    /// was no silence, and there is a moment to read them.
+    /// This node did not run, or not this part of it, for so long. Words of the leader may wait to
+    /// be read, so that time was no silence, and there is a moment to read them.
     pub fn was_away(&self, away: Duration) {
         let now = Instant::now();
         let mut state = self.lock();
@@ -165,11 +190,14 @@ impl Timer {
 
     /// Whether a leader has sent something so lately that it holds a lease.
     pub fn is_leased(&self) -> bool {
-        self.lock().heard.is_some_and(|heard| heard.elapsed() < self.lease)
+        self.lock()
+            .heard
+            .is_some_and(|heard| heard.elapsed() < self.lease)
     }
 
-    /// The leader has probably just ended: no silence need tell so. The others are left a moment to notice it too, and those before this
-    /// one in the succession the time to win: chance would have two campaign at once now and then, and neither win.
+    /// The leader has probably just ended: no silence need tell so. The others are left a moment to
+    /// notice it too, and those before this one in the succession the time to win: chance would
+    /// have two campaign at once now and then, and neither win.
     pub fn leader_cut(&self, rank: u32) {
         if self.patience.is_zero() {
             let moment = self.heartbeat / 4;
@@ -189,7 +217,8 @@ impl Timer {
         state.campaign_at = state.campaign_at.max(now + self.draw(&state, now));
     }
 
-    /// Another wants to lead that lacks entries which this replica has: it will not, while the entries are needed for a majority.
+    /// Another wants to lead that lacks entries which this replica has: it will not, while the
+    /// entries are needed for a majority.
     pub fn refused_older_log(&self) {
         if !self.patience.is_zero() {
             self.lock().campaign_at = Instant::now();
@@ -230,7 +259,9 @@ impl Timer {
 }
 
 fn between((min, max): (Duration, Duration)) -> Duration {
-    min + Duration::from_micros(Random.below(u64::try_from((max - min).as_micros()).unwrap_or(u64::MAX)))
+    min + Duration::from_micros(
+        Random.below(u64::try_from((max - min).as_micros()).unwrap_or(u64::MAX)),
+    )
 }
 
 /// Looks at every group in turn, for as long as the registry lives.
@@ -240,7 +271,9 @@ pub async fn beat(registry: Weak<Registry>, every: Duration) {
     let mut last = Instant::now();
     loop {
         ticks.tick().await;
-        let Some(registry) = Weak::upgrade(&registry) else { return };
+        let Some(registry) = Weak::upgrade(&registry) else {
+            return;
+        };
 
         let away = away(last.elapsed(), every);
         last = Instant::now();
@@ -253,7 +286,8 @@ pub async fn beat(registry: Weak<Registry>, every: Duration) {
     }
 }
 
-/// Returns for how long this node did not run, when its timer took so long to come; none where that is nothing much.
+/// Returns for how long this node did not run, when its timer took so long to come; none where that
+/// is nothing much.
 fn away(took: Duration, every: Duration) -> Option<Duration> {
     Some(took.saturating_sub(every)).filter(|late| *late > every)
 }
@@ -284,7 +318,10 @@ mod tests {
         assert!((210..=430).contains(&first), "the first after {first} ms");
         timer.heard_leader(1);
         let (silent, _) = wait(&timer, Standing::Voter).await;
-        assert!((630..=850).contains(&silent), "after {silent} ms of silence");
+        assert!(
+            (630..=850).contains(&silent),
+            "after {silent} ms of silence"
+        );
         timer.granted_vote();
         let (next, _) = wait(&timer, Standing::Voter).await;
         assert!((210..=430).contains(&next), "the next after {next} ms");
@@ -303,7 +340,10 @@ mod tests {
         assert_eq!(wait(&timer, Standing::Voter).await, (0, Due::Campaign));
         timer.refused_older_log();
         let (next, _) = wait(&timer, Standing::Voter).await;
-        assert!((210..=430).contains(&next), "one campaign has its time before the next: {next} ms");
+        assert!(
+            (210..=430).contains(&next),
+            "one campaign has its time before the next: {next} ms"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -321,7 +361,10 @@ mod tests {
         timer.leader_cut(0);
         let (first, due) = wait(&timer, Standing::Voter).await;
         assert_eq!(due, Due::Campaign);
-        assert!((30..=70).contains(&first), "the first heir after {first} ms");
+        assert!(
+            (30..=70).contains(&first),
+            "the first heir after {first} ms"
+        );
         tokio::time::advance(Duration::from_secs(1)).await;
         timer.heard_leader(1);
         timer.leader_cut(2);
@@ -336,7 +379,10 @@ mod tests {
         witness.heard_leader(1);
         witness.leader_cut(0);
         let (late, _) = wait(&witness, Standing::Voter).await;
-        assert!(late >= 630 + 4 * 420, "a witness leaves it to the others for {late} ms");
+        assert!(
+            late >= 630 + 4 * 420,
+            "a witness leaves it to the others for {late} ms"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -344,19 +390,26 @@ mod tests {
         let timer = Timer::new(&RaftTimings::default(), false);
         timer.heard_leader(1);
         tokio::time::advance(Duration::from_millis(300)).await;
-        // It is stopped for longer than any timeout, and does not know yet that the leader has spoken meanwhile.
+        // It is stopped for longer than any timeout, and does not know yet that the leader has
+        // spoken meanwhile.
         tokio::time::advance(Duration::from_secs(5)).await;
         timer.was_away(Duration::from_secs(5));
         let (more, due) = wait(&timer, Standing::Voter).await;
         assert_eq!(due, Due::Campaign);
-        assert!((330..=550).contains(&more), "it campaigns {more} ms after it went on");
+        assert!(
+            (330..=550).contains(&more),
+            "it campaigns {more} ms after it went on"
+        );
 
         // However little was left, there is a moment to hear what waits to be read.
         timer.heard_leader(2);
         tokio::time::advance(Duration::from_secs(2)).await;
         timer.was_away(Duration::from_millis(50));
         let (more, _) = wait(&timer, Standing::Voter).await;
-        assert!((120..=140).contains(&more), "it campaigns {more} ms after it went on");
+        assert!(
+            (120..=140).contains(&more),
+            "it campaigns {more} ms after it went on"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -368,14 +421,20 @@ mod tests {
         }
         timer.heard_leader(1);
         let (silent, _) = wait(&timer, Standing::Voter).await;
-        assert!((1330..=1570).contains(&silent), "after {silent} ms of silence");
+        assert!(
+            (1330..=1570).contains(&silent),
+            "after {silent} ms of silence"
+        );
         // Once it has certainly ended, there is nothing to wait for.
         tokio::time::advance(Duration::from_secs(2)).await;
         timer.heard_leader(1);
         timer.leader_cut(0);
         assert!((30..=70).contains(&wait(&timer, Standing::Voter).await.0));
         let (next, _) = wait(&timer, Standing::Voter).await;
-        assert!((210..=430).contains(&next), "the next campaign after {next} ms");
+        assert!(
+            (210..=430).contains(&next),
+            "the next campaign after {next} ms"
+        );
 
         timer.heard_leader(2);
         tokio::time::advance(Duration::from_millis(600)).await;
@@ -383,16 +442,23 @@ mod tests {
         tokio::time::advance(STRAIN_HALF_LIFE * 8).await;
         timer.heard_leader(3);
         let (silent, _) = wait(&timer, Standing::Voter).await;
-        assert!((630..=860).contains(&silent), "it has forgotten: after {silent} ms of silence");
+        assert!(
+            (630..=860).contains(&silent),
+            "it has forgotten: after {silent} ms of silence"
+        );
 
-        // A leader that was gone for long, and another after it, are no sign of strain, nor is what this node itself missed.
+        // A leader that was gone for long, and another after it, are no sign of strain, nor is what
+        // this node itself missed.
         tokio::time::advance(Duration::from_secs(3)).await;
         timer.heard_leader(4);
         tokio::time::advance(Duration::from_secs(3)).await;
         timer.was_away(Duration::from_secs(3));
         timer.heard_leader(4);
         let (silent, _) = wait(&timer, Standing::Voter).await;
-        assert!((630..=860).contains(&silent), "after {silent} ms of silence");
+        assert!(
+            (630..=860).contains(&silent),
+            "after {silent} ms of silence"
+        );
     }
 
     #[test]
@@ -405,7 +471,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_lease_that_may_have_been_forgotten_is_waited_for() {
-        let timings = RaftTimings { lease: LeaseReads::On { drift_ms: 100 }, ..RaftTimings::default() };
+        let timings = RaftTimings {
+            lease: LeaseReads::On { drift_ms: 100 },
+            ..RaftTimings::default()
+        };
         let timer = Timer::new(&timings, false);
         timer.granted_vote();
         let (first, _) = wait(&timer, Standing::Voter).await;

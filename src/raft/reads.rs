@@ -1,8 +1,9 @@
 //! [`Reads`]: confirms linearizable reads, many by one round.
 //!
-//! A round asks a quorum whether this replica still leads, and then waits until all that was committed when it began is applied here
-//! (ReadIndex: Ongaro's thesis, section 6.4). Reads that come while a round is under way share the next one. A read never joins a round
-//! that was begun before it: what was acknowledged in between might be missing from it.
+//! A round asks a quorum whether this replica still leads, and then waits until all that was
+//! committed when it began is applied here (ReadIndex: Ongaro's thesis, section 6.4). Reads that
+//! come while a round is under way share the next one. A read never joins a round that was begun
+//! before it: what was acknowledged in between might be missing from it.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -48,7 +49,11 @@ pub struct Reads {
 
 impl Reads {
     pub fn new(lease_age_max: Option<Duration>) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), came: Notify::new(), lease_age_max })
+        Arc::new(Self {
+            state: Mutex::default(),
+            came: Notify::new(),
+            lease_age_max,
+        })
     }
 
     /// Returns when whatever was acknowledged before the call can be read here.
@@ -72,7 +77,9 @@ impl Reads {
             return Err(ReadError::Stopped { reason });
         }
         if state.waiting.len() >= WAITING_MAX {
-            return Err(ReadError::Overloaded { limit: format!("{WAITING_MAX} reads wait") });
+            return Err(ReadError::Overloaded {
+                limit: format!("{WAITING_MAX} reads wait"),
+            });
         }
         let (sender, receiver) = oneshot::channel();
         let first = state.waiting.is_empty();
@@ -98,7 +105,13 @@ impl Reads {
     }
 
     fn stopped(&self) -> ReadError {
-        ReadError::Stopped { reason: self.lock().closed.clone().unwrap_or_else(|| SHUT_DOWN.to_owned()) }
+        ReadError::Stopped {
+            reason: self
+                .lock()
+                .closed
+                .clone()
+                .unwrap_or_else(|| SHUT_DOWN.to_owned()),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -127,20 +140,28 @@ impl Reads {
     }
 
     async fn round(&self, raft: &RaftHandle, machine: &Machine) -> Confirmed {
-        let option = LinearizerOption::new(Some(self.lease_age_max.unwrap_or(Duration::ZERO)), true);
+        let option =
+            LinearizerOption::new(Some(self.lease_age_max.unwrap_or(Duration::ZERO)), true);
         let index = match raft.get_read_linearizer(option).await {
             Ok(linearizer) => linearizer.read_log_id().index(),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
-                // One that hands over names the one to come, which does not lead yet and may never do.
-                let names = forward.leader_node.filter(|_| forward.reason != ForwardReason::LeadershipTransfer);
+                // One that hands over names the one to come, which does not lead yet and may never
+                // do.
+                let names = forward
+                    .leader_node
+                    .filter(|_| forward.reason != ForwardReason::LeadershipTransfer);
                 let leader = names.and_then(|member| member.serving_node());
                 return Err(RoundError::Final(ReadError::NotLeader { leader }));
             }
-            Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => return Err(RoundError::Again),
+            Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => {
+                return Err(RoundError::Again);
+            }
             Err(RaftError::Fatal(_)) => return Err(RoundError::Final(self.stopped())),
         };
         let mut applied = machine.applied.subscribe();
-        let reached = tokio::time::timeout(APPLY_TIMEOUT, applied.wait_for(|applied| *applied >= index)).await;
+        let reached =
+            tokio::time::timeout(APPLY_TIMEOUT, applied.wait_for(|applied| *applied >= index))
+                .await;
         match reached {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err(RoundError::Final(self.stopped())),

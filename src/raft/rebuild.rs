@@ -1,9 +1,11 @@
-//! Rebuilding the map of a replica that differs from the others: it stops applying, takes a snapshot of the
-//! leader's map in place of its own, and goes on from there. Its log and its votes stay: they were not in doubt.
+//! Rebuilding the map of a replica that differs from the others: it stops applying, takes a
+//! snapshot of the leader's map in place of its own, and goes on from there. Its log and its votes
+//! stay: they were not in doubt.
 //!
-//! openraft has no part in it, and does not install what a replica has applied already. While the map is held
-//! ([`Hold`]), entries are appended and acknowledged as ever; those that the new map holds are passed over then.
-//! After an end in the middle the old map is still there, and the next comparison finds it again.
+//! openraft has no part in it, and does not install what a replica has applied already. While the
+//! map is held ([`Hold`]), entries are appended and acknowledged as ever; those that the new map
+//! holds are passed over then. After an end in the middle the old map is still there, and the next
+//! comparison finds it again.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,8 +25,8 @@ use crate::storage::log::Vote;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
 use crate::types::{NodeId, ReplicaId};
 
-/// How long a replica waits for another map, or for the next piece of it, before it goes on with its
-/// own.
+/// How long a replica waits for another map, or for the next piece of it, before it goes on with
+/// its own.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How often it is asked for more patience while its leader still writes the snapshot.
 const ASK_EVERY: Duration = Duration::from_secs(30);
@@ -121,12 +123,14 @@ impl Hold {
 
     /// Ends that hold, and no later one.
     fn end(&self, number: u64) {
-        self.0.send_if_modified(|held| held.number == number && held.patience.take().is_some());
+        self.0
+            .send_if_modified(|held| held.number == number && held.patience.take().is_some());
     }
 
     /// Ends whatever hold there is.
     pub fn clear(&self) {
-        self.0.send_if_modified(|held| held.patience.take().is_some());
+        self.0
+            .send_if_modified(|held| held.patience.take().is_some());
     }
 
     pub fn is_set(&self) -> bool {
@@ -137,7 +141,12 @@ impl Hold {
     pub async fn wait(&self) {
         if self.is_set() {
             // The sender lives as long as this: it can't be gone.
-            drop(self.0.subscribe().wait_for(|held| held.patience.is_none()).await);
+            drop(
+                self.0
+                    .subscribe()
+                    .wait_for(|held| held.patience.is_none())
+                    .await,
+            );
         }
     }
 
@@ -148,7 +157,8 @@ impl Hold {
         select(std::pin::pin!(over), std::pin::pin!(self.run_out(number))).await;
         let mut ran_out = false;
         self.0.send_if_modified(|held| {
-            let is_due = matches!(held.patience, Some(Patience::Until(until)) if until <= Instant::now());
+            let is_due =
+                matches!(held.patience, Some(Patience::Until(until)) if until <= Instant::now());
             ran_out = held.number == number && is_due;
             if ran_out {
                 held.patience = None;
@@ -162,7 +172,11 @@ impl Hold {
     async fn run_out(&self, number: u64) {
         loop {
             let until = match *self.0.borrow() {
-                Held { number: now, patience: Some(Patience::Until(until)), .. } if now == number => until,
+                Held {
+                    number: now,
+                    patience: Some(Patience::Until(until)),
+                    ..
+                } if now == number => until,
                 Held { .. } => Instant::now() + PATIENCE,
             };
             if until <= Instant::now() {
@@ -186,7 +200,8 @@ impl Drop for Taking {
 }
 
 impl Group {
-    /// Has the replica on that node, which is not the one that leads, take this replica's map in place of its own.
+    /// Has the replica on that node, which is not the one that leads, take this replica's map in
+    /// place of its own.
     ///
     /// # Errors
     ///
@@ -196,7 +211,11 @@ impl Group {
         if !self.leads() {
             return Err(failed("this replica does not lead".into()));
         }
-        let vote = self.raft.with_raft_state(|state| *state.vote_ref()).await.map_err(|error| failed(error.to_string()))?;
+        let vote = self
+            .raft
+            .with_raft_state(|state| *state.vote_ref())
+            .await
+            .map_err(|error| failed(error.to_string()))?;
         let vote = vote_from_raft(&vote);
         let client = self.network.snapshot_client(replica, node);
         let deadline = Instant::now() + ASK_TIMEOUT;
@@ -211,12 +230,24 @@ impl Group {
                 Ok(built) => break built,
                 // Its patience must outlast a snapshot of any size. If it does not hear of it, it
                 // refuses what is sent.
-                Err(_) => drop(client.ask(&Request::Rebuild { vote }, &[], Instant::now() + ASK_TIMEOUT).await),
+                Err(_) => drop(
+                    client
+                        .ask(
+                            &Request::Rebuild { vote },
+                            &[],
+                            Instant::now() + ASK_TIMEOUT,
+                        )
+                        .await,
+                ),
             }
         };
         built.map_err(|error| failed(error.to_string()))?;
-        let snapshot = self.state().current_snapshot().ok_or_else(|| failed("there is no snapshot".into()))?;
-        let sent = snapshots::send(&client, vote, &snapshot, self.network.snapshot_step_timeout).await;
+        let snapshot = self
+            .state()
+            .current_snapshot()
+            .ok_or_else(|| failed("there is no snapshot".into()))?;
+        let sent =
+            snapshots::send(&client, vote, &snapshot, self.network.snapshot_step_timeout).await;
         sent.map(|_| ()).map_err(|error| failed(error.to_string()))
     }
 
@@ -228,15 +259,20 @@ impl Group {
         if self.machine.keeps.map().is_none() {
             return Err(Refusal::Failed("a witness has no map".into()));
         }
-        let Some(number) = self.machine.hold.set() else { return Ok(Reply::Noted) };
+        let Some(number) = self.machine.hold.set() else {
+            return Ok(Reply::Noted);
+        };
         tracing::error!(
-            "replica {} differs from a majority of its shard: its map is thrown away and rebuilt from its leader",
+            "replica {} differs from a majority of its shard: its map is thrown away and rebuilt \
+            from its leader",
             self.key()
         );
         let machine = self.machine.clone();
         self.supervise(async move {
             if machine.hold.outlast(number).await {
-                tracing::error!("no other map came within {PATIENCE:?}: the replica goes on with its own");
+                tracing::error!(
+                    "no other map came within {PATIENCE:?}: the replica goes on with its own"
+                );
             }
         });
         Ok(Reply::Noted)
@@ -262,11 +298,16 @@ impl Group {
             done.send_replace(Some(Err("the map is held no more".into())));
             return None;
         };
-        let taking = Taking { machine: machine.clone(), number };
+        let taking = Taking {
+            machine: machine.clone(),
+            number,
+        };
         self.supervise(async move {
             let received = tokio::task::spawn_blocking(move || receiver.finish()).await;
             let result = async {
-                let snapshot = received.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+                let snapshot = received
+                    .map_err(|error| error.to_string())?
+                    .map_err(|error| error.to_string())?;
                 let upto = snapshot.applied().log_id.ok_or("a snapshot of nothing")?;
                 let deadline = Instant::now() + ASK_TIMEOUT;
                 while log.state().last < Some(upto) {
@@ -305,7 +346,9 @@ impl Machine {
     fn exchange_map(&self, snapshot: &Snapshot) -> Result<(), String> {
         let state = self.keeps.map().ok_or("a witness has no map")?;
         let filled = background::run("fill-map", || state.install(snapshot));
-        filled.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+        filled
+            .map_err(|error| error.to_string())?
+            .map_err(|error| error.to_string())?;
         self.rebuilt.fetch_add(1, Ordering::Release);
         self.follow_map().map_err(|error| error.to_string())?;
 

@@ -1,6 +1,8 @@
-//! [`Registry`]: the replicas of this node that are alive, by group; and what they share: the log, the maps, the lanes.
+//! [`Registry`]: the replicas of this node that are alive, by group; and what they share: the log,
+//! the maps, the lanes.
 //!
-//! At most one replica of a group lives here at a time. Frames find their replica here; they never create one.
+//! At most one replica of a group lives here at a time. Frames find their replica here; they never
+//! create one.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,7 +38,8 @@ use crate::types::{DirectoryId, GroupId, NodeId};
 /// Snapshots that are written at a time: each reads a whole map and syncs a large file.
 const SNAPSHOT_TURNS: usize = 1;
 
-/// KiB of frames that are being received and are so large that not all can be at once. The largest frame fits.
+/// KiB of frames that are being received and are so large that not all can be at once. The largest
+/// frame fits.
 const LARGE_FRAMES_KIB: usize = 128 << 10;
 
 /// How long a replica that has failed may take to hand over what it leads, before it is closed.
@@ -91,7 +94,8 @@ pub struct Registry {
     shared: Arc<Shared>,
     states: Arc<StateStore>,
     groups: RwLock<BTreeMap<GroupId, Arc<Group>>>,
-    /// Held while a replica is opened or closed: they take their time, and two of a group must not meet.
+    /// Held while a replica is opened or closed: they take their time, and two of a group must not
+    /// meet.
     opening: Mutex<Opening>,
     pulse: OnceLock<AbortOnDropHandle<()>>,
     closing: AtomicBool,
@@ -178,7 +182,10 @@ impl Registry {
 
     /// Returns whether the view that is known here has a node with this directory.
     pub(super) fn knows(&self, node: NodeId, directory: DirectoryId) -> bool {
-        self.shared.resolver.resolve(node).is_some_and(|peer| peer.directory == directory)
+        self.shared
+            .resolver
+            .resolve(node)
+            .is_some_and(|peer| peer.directory == directory)
     }
 
     /// The replica of a group that lives here, if it has a map.
@@ -188,30 +195,52 @@ impl Registry {
 
     /// Every live replica that has a map, by group.
     pub fn groups(&self) -> Vec<Arc<Group>> {
-        self.replicas().into_iter().filter(|group| !group.is_witness()).collect()
+        self.replicas()
+            .into_iter()
+            .filter(|group| !group.is_witness())
+            .collect()
     }
 
     /// The witness of a group that lives here.
     pub fn witness(&self, group: GroupId) -> Option<Witness> {
-        self.replica(group).filter(|group| group.is_witness()).map(Witness)
+        self.replica(group)
+            .filter(|group| group.is_witness())
+            .map(Witness)
     }
 
     /// Every live witness, by group.
     pub fn witnesses(&self) -> Vec<Witness> {
-        self.replicas().into_iter().filter(|group| group.is_witness()).map(Witness).collect()
+        self.replicas()
+            .into_iter()
+            .filter(|group| group.is_witness())
+            .map(Witness)
+            .collect()
     }
 
     fn replica(&self, group: GroupId) -> Option<Arc<Group>> {
-        self.groups.read().expect("no holder panics").get(&group).cloned()
+        self.groups
+            .read()
+            .expect("no holder panics")
+            .get(&group)
+            .cloned()
     }
 
     fn replicas(&self) -> Vec<Arc<Group>> {
-        self.groups.read().expect("no holder panics").values().cloned().collect()
+        self.groups
+            .read()
+            .expect("no holder panics")
+            .values()
+            .cloned()
+            .collect()
     }
 
     /// Shows each live replica to `visit`, which must be quick.
     pub(super) fn with_groups(&self, visit: impl FnMut(&Arc<Group>)) {
-        self.groups.read().expect("no holder panics").values().for_each(visit);
+        self.groups
+            .read()
+            .expect("no holder panics")
+            .values()
+            .for_each(visit);
     }
 
     /// Opens every replica that the log knows. One that does not open is left out, and said.
@@ -230,7 +259,8 @@ impl Registry {
         self.heard.last(node)
     }
 
-    /// From now on that lanes break says nothing of who is at their other end: this node is about to cut them itself.
+    /// From now on that lanes break says nothing of who is at their other end: this node is about
+    /// to cut them itself.
     pub fn begin_to_close(&self) {
         self.closing.store(true, Ordering::Relaxed);
     }
@@ -242,20 +272,31 @@ impl Registry {
         }
     }
 
-    /// Whether this peer has probably just ended: all of its lanes broke, and nothing was heard of it since.
+    /// Whether this peer has probably just ended: all of its lanes broke, and nothing was heard of
+    /// it since.
     pub fn is_cut(&self, node: NodeId) -> bool {
         self.heard.is_cut(node)
     }
 
-    /// Opens a replica with a map. Where the log does not know it, it is created if it may be: the mark of that is synced before its first
-    /// answer.
-    pub async fn open_replica(self: &Arc<Self>, key: ReplicaKey, may_create: bool) -> Result<Arc<Group>, OpenError> {
+    /// Opens a replica with a map. Where the log does not know it, it is created if it may be: the
+    /// mark of that is synced before its first answer.
+    pub async fn open_replica(
+        self: &Arc<Self>,
+        key: ReplicaKey,
+        may_create: bool,
+    ) -> Result<Arc<Group>, OpenError> {
         self.open(key, Some(Kind::Map), may_create).await
     }
 
     /// Opens a witness, otherwise like [`Registry::open_replica`].
-    pub async fn open_witness(self: &Arc<Self>, key: ReplicaKey, may_create: bool) -> Result<Witness, OpenError> {
-        self.open(key, Some(Kind::Witness), may_create).await.map(Witness)
+    pub async fn open_witness(
+        self: &Arc<Self>,
+        key: ReplicaKey,
+        may_create: bool,
+    ) -> Result<Witness, OpenError> {
+        self.open(key, Some(Kind::Witness), may_create)
+            .await
+            .map(Witness)
     }
 
     /// Opens a replica that this node has, whatever its kind.
@@ -264,7 +305,12 @@ impl Registry {
     }
 
     /// Of no kind in particular: of that which it was created as.
-    async fn open(self: &Arc<Self>, key: ReplicaKey, kind: Option<Kind>, may_create: bool) -> Result<Arc<Group>, OpenError> {
+    async fn open(
+        self: &Arc<Self>,
+        key: ReplicaKey,
+        kind: Option<Kind>,
+        may_create: bool,
+    ) -> Result<Arc<Group>, OpenError> {
         let mut synced = 0;
         let (_opening, log) = loop {
             let mut opening = self.opening.lock().await;
@@ -284,20 +330,27 @@ impl Registry {
                 *tried += 1;
                 break (opening, log);
             }
-            // The disk may take its time, and others are opened and closed meanwhile. If this one is,
-            // it is synced once more.
+            // The disk may take its time, and others are opened and closed meanwhile. If this one
+            // is, it is synced once more.
             synced = *tried;
             drop(opening);
             sync_vote(&log).await?;
         };
         let keeps = self.open_state(key, log.clone()).await?;
-        let found = if keeps.witness().is_some() { Kind::Witness } else { Kind::Map };
+        let found = if keeps.witness().is_some() {
+            Kind::Witness
+        } else {
+            Kind::Map
+        };
         if kind.is_some_and(|kind| kind != found) {
             return Err(OpenError::OtherKind(key));
         }
         fit_log(key, &log, &keeps).await?;
         let group = Group::open(self.shared.clone(), log, keeps).await?;
-        self.groups.write().expect("no holder panics").insert(key.group, group.clone());
+        self.groups
+            .write()
+            .expect("no holder panics")
+            .insert(key.group, group.clone());
         self.pulse.get_or_init(|| {
             let beat = pulse::beat(Arc::downgrade(self), self.shared.timings.pulse());
             AbortOnDropHandle::new(self.shared.supervisor.start_alone("election timer", beat))
@@ -305,28 +358,43 @@ impl Registry {
         Ok(group)
     }
 
-    /// The file of a witness is there before its log is: else a crash between the two would leave a replica of another kind.
+    /// The file of a witness is there before its log is: else a crash between the two would leave a
+    /// replica of another kind.
     async fn create(&self, key: ReplicaKey, kind: Option<Kind>) -> Result<ReplicaLog, OpenError> {
         let files = self.states.witnesses().clone();
         let begun = tokio::task::spawn_blocking(move || match kind {
             Some(Kind::Witness) => files.write(key, &Applied::default()),
             Some(Kind::Map) | None => files.remove(key),
         });
-        begun.await.map_err(|error| OpenError::Raft(format!("creating a replica panicked: {error}")))??;
+        begun
+            .await
+            .map_err(|error| OpenError::Raft(format!("creating a replica panicked: {error}")))??;
         let (done, created) = oneshot::channel();
-        self.shared.log.create(key, Box::new(move |result| drop(done.send(result))));
+        self.shared
+            .log
+            .create(key, Box::new(move |result| drop(done.send(result))));
         let closed = || OpenError::Log(std::io::Error::other("it was closed"));
-        created.await.map_err(|_| closed())?.map_err(OpenError::Log)?;
+        created
+            .await
+            .map_err(|_| closed())?
+            .map_err(OpenError::Log)?;
         self.shared.log.replica(key).ok_or_else(closed)
     }
 
     async fn open_state(&self, key: ReplicaKey, log: ReplicaLog) -> Result<Keeps, OpenError> {
         let states = self.states.clone();
         let opened = tokio::task::spawn_blocking(move || match states.witnesses().read(key)? {
-            Some(marked) => Ok(Keeps::Witness(WitnessState::new(key, states.witnesses().clone(), Arc::new(log), marked))),
+            Some(marked) => Ok(Keeps::Witness(WitnessState::new(
+                key,
+                states.witnesses().clone(),
+                Arc::new(log),
+                marked,
+            ))),
             None => states.replica(key, Arc::new(log)).map(Keeps::Map),
         });
-        let opened = opened.await.map_err(|error| OpenError::Raft(format!("opening the map panicked: {error}")))?;
+        let opened = opened
+            .await
+            .map_err(|error| OpenError::Raft(format!("opening the map panicked: {error}")))?;
         Ok(opened?)
     }
 
@@ -336,17 +404,26 @@ impl Registry {
         let group = self.replica(key.group).filter(|group| group.key() == key);
         if let Some(group) = group {
             group.shutdown().await;
-            self.groups.write().expect("no holder panics").remove(&key.group);
+            self.groups
+                .write()
+                .expect("no holder panics")
+                .remove(&key.group);
         }
     }
 
-    /// Closes a replica that has failed, if it is open; first it hands over what it leads: others can go on.
+    /// Closes a replica that has failed, if it is open; first it hands over what it leads: others
+    /// can go on.
     pub async fn close_failed(&self, key: ReplicaKey) {
-        let Some(group) = self.replica(key.group).filter(|group| group.key() == key) else { return };
+        let Some(group) = self.replica(key.group).filter(|group| group.key() == key) else {
+            return;
+        };
         if let (true, Some(to)) = (group.leads(), group.best_successor())
-            && let Err(error) = group.transfer_leader_within(to, FAILED_HAND_OVER_TIMEOUT).await
+            && let Err(error) = group
+                .transfer_leader_within(to, FAILED_HAND_OVER_TIMEOUT)
+                .await
         {
-            tracing::info!(group = %key.group, %error, "the leadership of a replica that failed was not handed over");
+            tracing::info!(group = %key.group, %error, "the leadership of a replica that failed \
+                was not handed over");
         }
         drop(group);
         self.close_replica(key).await;
@@ -362,21 +439,33 @@ impl Registry {
         self.shared.log.replicas()
     }
 
-    /// Stops a replica and forgets what it had, but not that its id was used. Only for one that is retired: it takes its vote with it.
+    /// Stops a replica and forgets what it had, but not that its id was used. Only for one that is
+    /// retired: it takes its vote with it.
     pub async fn wipe_replica(&self, key: ReplicaKey) -> Result<(), OpenError> {
         self.close_replica(key).await;
         let states = self.states.clone();
-        let wiped = tokio::task::spawn_blocking(move || background::run("wipe-map", || states.wipe(key))).await;
-        wiped.map_err(|error| OpenError::Raft(format!("wiping the map panicked: {error}")))?.map_err(OpenError::Log)??;
+        let wiped =
+            tokio::task::spawn_blocking(move || background::run("wipe-map", || states.wipe(key)))
+                .await;
+        wiped
+            .map_err(|error| OpenError::Raft(format!("wiping the map panicked: {error}")))?
+            .map_err(OpenError::Log)??;
         let (done, forgotten) = oneshot::channel();
-        self.shared.log.wipe(key, Box::new(move |result| drop(done.send(result))));
+        self.shared
+            .log
+            .wipe(key, Box::new(move |result| drop(done.send(result))));
         let closed = || OpenError::Log(std::io::Error::other("it was closed"));
-        forgotten.await.map_err(|_| closed())?.map_err(OpenError::Log)?;
+        forgotten
+            .await
+            .map_err(|_| closed())?
+            .map_err(OpenError::Log)?;
 
         // Last: a witness whose log is there without its mark would open as a replica with a map.
         let witnesses = self.states.witnesses().clone();
         let unmarked = tokio::task::spawn_blocking(move || witnesses.remove(key)).await;
-        unmarked.map_err(|error| OpenError::Raft(format!("wiping a mark panicked: {error}")))?.map_err(OpenError::State)
+        unmarked
+            .map_err(|error| OpenError::Raft(format!("wiping a mark panicked: {error}")))?
+            .map_err(OpenError::State)
     }
 
     /// Hands over every leadership that somebody can take, all at a time.
@@ -384,13 +473,15 @@ impl Registry {
         let led = self.replicas().into_iter().filter(|group| group.leads());
         let handed = led.filter_map(|group| group.best_successor().map(|to| (group, to))).map(|(group, to)| async move {
             if let Err(error) = group.transfer_leader_within(to, timeout).await {
-                tracing::info!(group = %group.key().group, %error, "the leadership was not handed over");
+                tracing::info!(group = %group.key().group, %error, "the leadership was not handed \
+                    over");
             }
         });
         join_all(handed).await;
     }
 
-    /// Stops every replica and cuts the lanes. Hand over first where others are to go on without a pause.
+    /// Stops every replica and cuts the lanes. Hand over first where others are to go on without a
+    /// pause.
     pub async fn shutdown(&self) {
         self.opening.lock().await.is_closed = true;
         let groups = std::mem::take(&mut *self.groups.write().expect("no holder panics"));
@@ -406,7 +497,9 @@ impl Registry {
         request: Request,
         tail: Bytes,
     ) -> Result<BoxFuture<'static, Reply>, Refusal> {
-        let group = self.replica(head.group).ok_or(Refusal::NoReplica(head.group))?;
+        let group = self
+            .replica(head.group)
+            .ok_or(Refusal::NoReplica(head.group))?;
         if group.key().replica != head.target {
             return Err(Refusal::OtherReplica(group.key().replica));
         }
@@ -414,11 +507,14 @@ impl Registry {
     }
 }
 
-/// Waits until the log of a replica that has run before in this process is durable, votes and all. What
-/// is opened from a log takes all that is in it for synced, and answers others on the strength of that.
+/// Waits until the log of a replica that has run before in this process is durable, votes and all.
+/// What is opened from a log takes all that is in it for synced, and answers others on the strength
+/// of that.
 async fn sync_vote(log: &ReplicaLog) -> Result<(), OpenError> {
     // Everything that was issued before it is synced before it.
-    let Some(vote) = log.state().vote else { return Ok(()) };
+    let Some(vote) = log.state().vote else {
+        return Ok(());
+    };
     let (done, synced) = oneshot::channel();
     log.save_vote(vote, Box::new(move |result| drop(done.send(result))));
     let closed = || OpenError::Log(std::io::Error::other("it was closed"));

@@ -1,10 +1,12 @@
 //! [`Room`]: memory that the groups of a node, or its lanes, have together for one purpose.
 //!
-//! Bounds of each group alone don't bound a node: a thousand of them on a disk that stalls would hold gigabytes. So what is held is charged to
-//! a budget of the node. And no group may use all of it up, or one without a quorum would stop the others: each may hold as much as is free
-//! besides (Choudhury and Hahne, "Dynamic queue length thresholds", 1998). One holds at most half, two at most a third each; something
-//! is always free for the next. A little of each group is never refused, so that elections and changes of its members go on; and where
-//! nothing at all is held, anything is taken, so that whatever is valid can be done.
+//! Bounds of each group alone don't bound a node: a thousand of them on a disk that stalls would
+//! hold gigabytes. So what is held is charged to a budget of the node. And no group may use all of
+//! it up, or one without a quorum would stop the others: each may hold as much as is free besides
+//! (Choudhury and Hahne, "Dynamic queue length thresholds", 1998). One holds at most half, two at
+//! most a third each; something is always free for the next. A little of each group is never
+//! refused, so that elections and changes of its members go on; and where nothing at all is held,
+//! anything is taken, so that whatever is valid can be done.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -35,7 +37,9 @@ pub struct Place {
 
 impl Room {
     pub fn new(bytes_max: usize) -> Self {
-        Self { budget: Budget::new(bytes_max) }
+        Self {
+            budget: Budget::new(bytes_max),
+        }
     }
 
     /// Returns the budget behind it, to be looked at.
@@ -53,14 +57,22 @@ impl Room {
             wanted => Some(self.share(wanted, bytes)?),
         };
         held.fetch_add(bytes, Ordering::Relaxed);
-        Some(Place { held: held.clone(), bytes, _share: share })
+        Some(Place {
+            held: held.clone(),
+            bytes,
+            _share: share,
+        })
     }
 
     fn share(&self, wanted: usize, bytes: usize) -> Option<Share> {
         let (used, bytes_max) = (self.budget.used(), self.budget.bytes_max());
         let is_fair = used == 0 || wanted <= bytes_max.saturating_sub(used);
         // More than there is takes all of it. Past what is free, this refuses, and counts that.
-        let asked = if is_fair { bytes.min(bytes_max) } else { usize::MAX };
+        let asked = if is_fair {
+            bytes.min(bytes_max)
+        } else {
+            usize::MAX
+        };
         self.budget.take(asked)
     }
 }
@@ -100,12 +112,21 @@ impl Rooms {
     pub fn new(bytes_max: usize) -> Self {
         let room = || Room::new(bytes_max);
         let snapshot_pieces = Semaphore::new(SNAPSHOT_PIECES);
-        Self { proposals: room(), frames: room(), outbox: room(), snapshot_pieces }
+        Self {
+            proposals: room(),
+            frames: room(),
+            outbox: room(),
+            snapshot_pieces,
+        }
     }
 
     /// Returns each with its name, as metrics call it.
     pub fn named(&self) -> [(&'static str, &Room); 3] {
-        [("proposals", &self.proposals), ("frames", &self.frames), ("outbox", &self.outbox)]
+        [
+            ("proposals", &self.proposals),
+            ("frames", &self.frames),
+            ("outbox", &self.outbox),
+        ]
     }
 }
 
@@ -116,22 +137,41 @@ mod tests {
     #[test]
     fn groups_that_hold_much_leave_room_for_others() {
         let room = Room::new(1 << 20);
-        let fill = |held: &Held| -> Vec<Place> { std::iter::from_fn(|| room.take(held, 1 << 10)).collect() };
+        let fill = |held: &Held| -> Vec<Place> {
+            std::iter::from_fn(|| room.take(held, 1 << 10)).collect()
+        };
         let groups: Vec<Held> = (0..4).map(|_| Held::default()).collect();
         let mut places: Vec<Vec<Place>> = groups.iter().map(fill).collect();
-        let held: Vec<usize> = groups.iter().map(|held| held.load(Ordering::Relaxed) >> 10).collect();
-        assert!(held[0] <= 520 && held[1] >= 240 && held[3] >= 60, "{held:?} KiB");
+        let held: Vec<usize> = groups
+            .iter()
+            .map(|held| held.load(Ordering::Relaxed) >> 10)
+            .collect();
+        assert!(
+            held[0] <= 520 && held[1] >= 240 && held[3] >= 60,
+            "{held:?} KiB"
+        );
         assert!(room.budget().used() <= 1 << 20 && room.budget().refused() >= 4);
 
-        assert!(room.take(&groups[0], 0).is_some(), "what costs nothing always passes");
+        assert!(
+            room.take(&groups[0], 0).is_some(),
+            "what costs nothing always passes"
+        );
         let (late, small) = (Held::default(), ALWAYS_BYTES);
         assert!(room.take(&late, 1 << 20).is_none());
-        let always: Vec<Option<Place>> = (0..1000).map(|_| room.take(&Held::default(), small)).collect();
-        assert!(always.iter().all(Option::is_some), "a little is never refused");
+        let always: Vec<Option<Place>> = (0..1000)
+            .map(|_| room.take(&Held::default(), small))
+            .collect();
+        assert!(
+            always.iter().all(Option::is_some),
+            "a little is never refused"
+        );
 
         places.clear();
         drop(always);
-        assert_eq!((room.budget().used(), groups[0].load(Ordering::Relaxed)), (0, 0));
+        assert_eq!(
+            (room.budget().used(), groups[0].load(Ordering::Relaxed)),
+            (0, 0)
+        );
         let all = room.take(&late, 5 << 20);
         assert!(all.is_some(), "where nothing is held anything is taken");
         assert!(room.take(&Held::default(), 1 << 17).is_none());

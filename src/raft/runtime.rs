@@ -1,8 +1,9 @@
 //! The runtime seam: [`Runtime`], what openraft spawns, sleeps and draws random numbers with.
 //!
-//! It is tokio, of any flavour: a current-thread runtime with paused time makes every timer of openraft deterministic. What tokio
-//! lacks is a random source that a simulation can seed: [`seed_this_thread`] gives this thread one. Without it the numbers
-//! (election timeouts, the phase of ticks) come from the system. Nothing else of the layer draws random numbers.
+//! It is tokio, of any flavour: a current-thread runtime with paused time makes every timer of
+//! openraft deterministic. What tokio lacks is a random source that a simulation can seed:
+//! [`seed_this_thread`] gives this thread one. Without it the numbers (election timeouts, the phase
+//! of ticks) come from the system. Nothing else of the layer draws random numbers.
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -51,11 +52,17 @@ impl AsyncRuntime for Runtime {
         Tokio::sleep_until(deadline)
     }
 
-    fn timeout<R, F: Future<Output = R> + OptionalSend>(duration: Duration, future: F) -> Self::Timeout<R, F> {
+    fn timeout<R, F: Future<Output = R> + OptionalSend>(
+        duration: Duration,
+        future: F,
+    ) -> Self::Timeout<R, F> {
         Tokio::timeout(duration, future)
     }
 
-    fn timeout_at<R, F: Future<Output = R> + OptionalSend>(deadline: Self::Instant, future: F) -> Self::Timeout<R, F> {
+    fn timeout_at<R, F: Future<Output = R> + OptionalSend>(
+        deadline: Self::Instant,
+        future: F,
+    ) -> Self::Timeout<R, F> {
         Tokio::timeout_at(deadline, future)
     }
 
@@ -83,7 +90,8 @@ thread_local! {
     static SEED: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Makes every later random number of this thread follow from `seed`; `None` gives the thread back to the system's source.
+/// Makes every later random number of this thread follow from `seed`; `None` gives the thread back
+/// to the system's source.
 pub fn seed_this_thread(seed: Option<u64>) {
     SEED.with(|cell| cell.set(seed));
 }
@@ -110,7 +118,8 @@ impl Random {
     }
 }
 
-/// One step of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators"): the next state and its number.
+/// One step of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators"):
+/// the next state and its number.
 fn split_mix(state: u64) -> (u64, u64) {
     let state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -6,7 +6,8 @@ use crate::sm::ports::StoreError;
 use crate::storage::{Checked, background};
 
 impl Group {
-    /// Writes the snapshot file anew, though it is of the same entry: what is on the disk has rotted.
+    /// Writes the snapshot file anew, though it is of the same entry: what is on the disk has
+    /// rotted.
     ///
     /// # Errors
     ///
@@ -15,9 +16,17 @@ impl Group {
         let _turn = self.shared.snapshot_turns.acquire().await;
         self.state().settle().await;
         let state = self.state().clone();
-        let failed = |source| StoreError::Io { context: "writing a snapshot anew".into(), source };
-        let written = tokio::task::spawn_blocking(move || background::run("scrub", || state.rewrite_snapshot())).await;
-        written.map_err(|error| failed(std::io::Error::other(error)))?.map_err(failed)??;
+        let failed = |source| StoreError::Io {
+            context: "writing a snapshot anew".into(),
+            source,
+        };
+        let written = tokio::task::spawn_blocking(move || {
+            background::run("scrub", || state.rewrite_snapshot())
+        })
+        .await;
+        written
+            .map_err(|error| failed(std::io::Error::other(error)))?
+            .map_err(failed)??;
         // It takes the file that was just written.
         let _ = self.raft.trigger().snapshot().await;
         Ok(())
@@ -27,11 +36,19 @@ impl Group {
 impl Witness {
     /// Reads its file again. Blocking.
     pub fn check_file(&self) -> Checked {
-        self.0.machine.keeps.witness().map_or(Checked::Unread, |state| state.check_file())
+        self.0
+            .machine
+            .keeps
+            .witness()
+            .map_or(Checked::Unread, |state| state.check_file())
     }
 
     /// Has its file say again what it says. Blocking.
     pub fn rewrite_file(&self) -> Result<(), StoreError> {
-        self.0.machine.keeps.witness().map_or(Ok(()), |state| state.rewrite_file())
+        self.0
+            .machine
+            .keeps
+            .witness()
+            .map_or(Ok(()), |state| state.rewrite_file())
     }
 }

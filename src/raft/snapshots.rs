@@ -1,10 +1,13 @@
 //! Snapshots on their way between replicas: [`send`], and [`Inbox`], where one arrives.
 //!
-//! The file travels in chunks, each answered with how much has arrived, so a broken transfer goes on where it broke, also under a new
-//! leader that has the same file. Installing takes as long as it takes; the sender asks again until it is done. A sender of another term
-//! than the one that began an installation is not told of its result: it must never take another's installation for its own.
+//! The file travels in chunks, each answered with how much has arrived, so a broken transfer goes
+//! on where it broke, also under a new leader that has the same file. Installing takes as long as
+//! it takes; the sender asks again until it is done. A sender of another term than the one that
+//! began an installation is not told of its result: it must never take another's installation for
+//! its own.
 //!
-//! A witness asks for the mark instead: how far the snapshot is, and the membership then. Nothing of a map travels to it.
+//! A witness asks for the mark instead: how far the snapshot is, and the membership then. Nothing
+//! of a map travels to it.
 
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
@@ -27,19 +30,38 @@ use crate::storage::{ReplicaKey, background};
 
 /// Bytes of the file in one frame.
 const CHUNK_BYTES: usize = 512 << 10;
-/// How long a request to install waits for the end before it says "not yet". Below every deadline for a step.
+/// How long a request to install waits for the end before it says "not yet". Below every deadline
+/// for a step.
 const INSTALL_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How long, and how often, an election is waited for before what was received is given up.
 const VOTE_PAUSE: Duration = Duration::from_millis(50);
 const VOTE_LOOKS_MAX: usize = 200;
 
-/// Sends a snapshot, and waits until it is installed. Returns the receiver's vote. Each step must succeed within `step_timeout`.
-pub async fn send(client: &PeerClient, vote: Vote, snapshot: &Snapshot, step_timeout: Duration) -> Result<Vote, LaneError> {
+/// Sends a snapshot, and waits until it is installed. Returns the receiver's vote. Each step must
+/// succeed within `step_timeout`.
+pub async fn send(
+    client: &PeerClient,
+    vote: Vote,
+    snapshot: &Snapshot,
+    step_timeout: Duration,
+) -> Result<Vote, LaneError> {
     let name = name_of(snapshot);
-    let opened = client.ask(&Request::SnapshotOpen { vote, snapshot: name }, &[], deadline(step_timeout)).await?;
+    let opened = client
+        .ask(
+            &Request::SnapshotOpen {
+                vote,
+                snapshot: name,
+            },
+            &[],
+            deadline(step_timeout),
+        )
+        .await?;
     if let Reply::MarkWanted = opened {
-        let mark = Request::Mark { vote, applied: snapshot.applied().clone() };
+        let mark = Request::Mark {
+            vote,
+            applied: snapshot.applied().clone(),
+        };
         return match client.ask(&mark, &[], deadline(step_timeout)).await? {
             Reply::SnapshotInstalled { vote } => Ok(vote),
             other => Err(unexpected(&other)),
@@ -47,18 +69,38 @@ pub async fn send(client: &PeerClient, vote: Vote, snapshot: &Snapshot, step_tim
     }
     let mut has = bytes_had(opened)?;
     while has < name.bytes_len {
-        let turn = client.rooms().snapshot_pieces.acquire().await.map_err(|_| LaneError::Closed)?;
+        let turn = client
+            .rooms()
+            .snapshot_pieces
+            .acquire()
+            .await
+            .map_err(|_| LaneError::Closed)?;
         let chunk = read_chunk(snapshot, has).await?;
-        let request = Request::SnapshotChunk { snapshot: name, offset: has };
+        let request = Request::SnapshotChunk {
+            snapshot: name,
+            offset: has,
+        };
         let now_has = bytes_had(client.ask(&request, &chunk, deadline(step_timeout)).await?)?;
         drop((turn, chunk));
         if now_has <= has {
-            return Err(LaneError::Refused(Refusal::Failed(format!("the snapshot does not grow past {has} bytes there"))));
+            return Err(LaneError::Refused(Refusal::Failed(format!(
+                "the snapshot does not grow past {has} bytes there"
+            ))));
         }
         has = now_has;
     }
     loop {
-        match client.ask(&Request::SnapshotInstall { vote, snapshot: name }, &[], deadline(step_timeout)).await? {
+        match client
+            .ask(
+                &Request::SnapshotInstall {
+                    vote,
+                    snapshot: name,
+                },
+                &[],
+                deadline(step_timeout),
+            )
+            .await?
+        {
             Reply::SnapshotInstalled { vote } => return Ok(vote),
             Reply::SnapshotHas { .. } => {}
             other => return Err(unexpected(&other)),
@@ -72,7 +114,11 @@ fn deadline(timeout: Duration) -> Instant {
 
 fn name_of(snapshot: &Snapshot) -> SnapshotName {
     let applied = snapshot.applied().log_id;
-    SnapshotName { written_by: snapshot.written_by().replica, applied, bytes_len: snapshot.bytes_len() }
+    SnapshotName {
+        written_by: snapshot.written_by().replica,
+        applied,
+        bytes_len: snapshot.bytes_len(),
+    }
 }
 
 async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneError> {
@@ -83,8 +129,11 @@ async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneErr
         chunk.truncate(read);
         Ok::<_, StoreError>(chunk)
     });
-    let failed = |reason: String| LaneError::Down(format!("the snapshot can't be read here: {reason}"));
-    read.await.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
+    let failed =
+        |reason: String| LaneError::Down(format!("the snapshot can't be read here: {reason}"));
+    read.await
+        .map_err(|error| failed(error.to_string()))?
+        .map_err(|error| failed(error.to_string()))
 }
 
 fn bytes_had(reply: Reply) -> Result<u64, LaneError> {
@@ -95,7 +144,9 @@ fn bytes_had(reply: Reply) -> Result<u64, LaneError> {
 }
 
 fn unexpected(reply: &Reply) -> LaneError {
-    LaneError::Unreadable(WireError::Malformed(format!("a reply of another kind: {reply:?}")))
+    LaneError::Unreadable(WireError::Malformed(format!(
+        "a reply of another kind: {reply:?}"
+    )))
 }
 
 /// Where a snapshot for one replica arrives. At most one at a time.
@@ -123,18 +174,31 @@ impl Inbox {
     pub fn open(&self, state: &ReplicaState, name: SnapshotName) -> Result<Reply, Refusal> {
         let mut arriving = self.try_lock()?;
         match &*arriving {
-            Arriving::Some { name: known, receiver } if *known == name => {
-                return Ok(Reply::SnapshotHas { bytes_len: receiver.bytes_len() });
+            Arriving::Some {
+                name: known,
+                receiver,
+            } if *known == name => {
+                return Ok(Reply::SnapshotHas {
+                    bytes_len: receiver.bytes_len(),
+                });
             }
-            Arriving::Installing { name: known, result, .. } if *known == name && !has_failed(result) => {
-                return Ok(Reply::SnapshotHas { bytes_len: name.bytes_len });
+            Arriving::Installing {
+                name: known,
+                result,
+                ..
+            } if *known == name && !has_failed(result) => {
+                return Ok(Reply::SnapshotHas {
+                    bytes_len: name.bytes_len,
+                });
             }
             Arriving::Installing { result, .. } if is_running(result) => return Err(Refusal::Busy),
             Arriving::Nothing | Arriving::Some { .. } | Arriving::Installing { .. } => {}
         }
         // The file of the one before goes first: two might not fit on the disk.
         *arriving = Arriving::Nothing;
-        let receiver = state.begin_receive().map_err(|error| Refusal::Failed(error.to_string()))?;
+        let receiver = state
+            .begin_receive()
+            .map_err(|error| Refusal::Failed(error.to_string()))?;
         *arriving = Arriving::Some { name, receiver };
         Ok(Reply::SnapshotHas { bytes_len: 0 })
     }
@@ -142,12 +206,20 @@ impl Inbox {
     /// Blocking.
     pub fn write(&self, name: SnapshotName, offset: u64, chunk: &Bytes) -> Result<Reply, Refusal> {
         let mut arriving = self.lock();
-        let Arriving::Some { name: known, receiver } = &mut *arriving else { return Err(not_arriving()) };
+        let Arriving::Some {
+            name: known,
+            receiver,
+        } = &mut *arriving
+        else {
+            return Err(not_arriving());
+        };
         if *known != name {
             return Err(not_arriving());
         }
         match receiver.write_at(offset, chunk) {
-            Ok(()) => Ok(Reply::SnapshotHas { bytes_len: receiver.bytes_len() }),
+            Ok(()) => Ok(Reply::SnapshotHas {
+                bytes_len: receiver.bytes_len(),
+            }),
             Err(error) => {
                 *arriving = Arriving::Nothing;
                 Err(Refusal::Failed(error.to_string()))
@@ -155,7 +227,8 @@ impl Inbox {
         }
     }
 
-    /// Begins to install what has arrived, or waits a while for that to end. `start` runs the installation.
+    /// Begins to install what has arrived, or waits a while for that to end. `start` runs the
+    /// installation.
     pub async fn install(
         &self,
         name: SnapshotName,
@@ -163,10 +236,15 @@ impl Inbox {
         start: impl FnOnce(SnapshotReceiver, InstallSender),
     ) -> Result<Reply, Refusal> {
         let mut result = self.begin_install(name, vote, start)?;
-        let done = match tokio::time::timeout(INSTALL_PATIENCE, result.wait_for(Option::is_some)).await {
-            Err(_) => return Ok(Reply::SnapshotHas { bytes_len: name.bytes_len }),
-            Ok(done) => done.ok().and_then(|done| done.clone()),
-        };
+        let done =
+            match tokio::time::timeout(INSTALL_PATIENCE, result.wait_for(Option::is_some)).await {
+                Err(_) => {
+                    return Ok(Reply::SnapshotHas {
+                        bytes_len: name.bytes_len,
+                    });
+                }
+                Ok(done) => done.ok().and_then(|done| done.clone()),
+            };
         match done {
             Some(Ok(vote)) => Ok(Reply::SnapshotInstalled { vote }),
             Some(Err(reason)) => Err(Refusal::Failed(reason)),
@@ -182,18 +260,37 @@ impl Inbox {
     ) -> Result<InstallResult, Refusal> {
         let mut arriving = self.try_lock()?;
         match std::mem::take(&mut *arriving) {
-            Arriving::Some { name: known, receiver } if known == name && receiver.bytes_len() == name.bytes_len => {
+            Arriving::Some {
+                name: known,
+                receiver,
+            } if known == name && receiver.bytes_len() == name.bytes_len => {
                 let (sender, result) = watch::channel(None);
-                *arriving = Arriving::Installing { name, vote, result: result.clone() };
+                *arriving = Arriving::Installing {
+                    name,
+                    vote,
+                    result: result.clone(),
+                };
                 start(receiver, sender);
                 Ok(result)
             }
-            Arriving::Installing { name: known, vote: by, result } => {
+            Arriving::Installing {
+                name: known,
+                vote: by,
+                result,
+            } => {
                 let same = (known, by) == (name, vote);
                 if same || is_running(&result) {
-                    *arriving = Arriving::Installing { name: known, vote: by, result: result.clone() };
+                    *arriving = Arriving::Installing {
+                        name: known,
+                        vote: by,
+                        result: result.clone(),
+                    };
                 }
-                if same { Ok(result) } else { Err(not_arriving()) }
+                if same {
+                    Ok(result)
+                } else {
+                    Err(not_arriving())
+                }
             }
             other => {
                 *arriving = other;
@@ -232,27 +329,39 @@ fn not_arriving() -> Refusal {
     Refusal::Failed("another snapshot, or none, is arriving: begin anew".into())
 }
 
-/// Verifies what arrived, fills a map with it, and hands it to openraft, which decides whether it is wanted.
+/// Verifies what arrived, fills a map with it, and hands it to openraft, which decides whether it
+/// is wanted.
 ///
-/// Openraft answers nobody from then on until it is installed: neither its leader, who would lose a follower for
-/// so long, nor who asks for its vote. So what takes long is done before.
-pub async fn install(raft: RaftHandle, state: &ReplicaState, receiver: SnapshotReceiver, vote: Vote) -> Result<Vote, String> {
+/// Openraft answers nobody from then on until it is installed: neither its leader, who would lose a
+/// follower for so long, nor who asks for its vote. So what takes long is done before.
+pub async fn install(
+    raft: RaftHandle,
+    state: &ReplicaState,
+    receiver: SnapshotReceiver,
+    vote: Vote,
+) -> Result<Vote, String> {
     let (key, state) = (state.key(), state.clone());
     let prepare = move || {
         let snapshot = receiver.finish()?;
         let prepared = background::run("fill-map", || state.prepare(&snapshot));
-        let failed = |source| StoreError::Io { context: "filling a map".into(), source };
+        let failed = |source| StoreError::Io {
+            context: "filling a map".into(),
+            source,
+        };
         prepared.unwrap_or_else(|source| Err(failed(source)))?;
         Ok::<_, StoreError>(snapshot)
     };
-    let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|error| error.to_string())?;
+    let prepared = tokio::task::spawn_blocking(prepare)
+        .await
+        .map_err(|error| error.to_string())?;
     let snapshot = prepared.map_err(|error| error.to_string())?;
     let vote = vote_now(&raft, key, vote).await?;
     hand_over(raft, vote, Image::Map(snapshot)).await
 }
 
-/// Returns the vote of the leader that this replica follows now: another may have been elected since `vote`, which
-/// that of the sender was. It has all that was committed, and so all that a snapshot holds: it might have sent it.
+/// Returns the vote of the leader that this replica follows now: another may have been elected
+/// since `vote`, which that of the sender was. It has all that was committed, and so all that a
+/// snapshot holds: it might have sent it.
 async fn vote_now(raft: &RaftHandle, key: ReplicaKey, vote: Vote) -> Result<RaftVoteOf, String> {
     for _ in 0..VOTE_LOOKS_MAX {
         let now = raft.with_raft_state(|state| *state.vote_ref()).await;
@@ -262,7 +371,9 @@ async fn vote_now(raft: &RaftHandle, key: ReplicaKey, vote: Vote) -> Result<Raft
                 return vote_to_raft(&vote).ok_or_else(|| "a vote for nobody".to_owned());
             }
             Vote { voted_for, .. } if voted_for == Some(key.replica) => break,
-            Vote { committed: true, .. } => return Ok(now),
+            Vote {
+                committed: true, ..
+            } => return Ok(now),
             Vote { .. } => tokio::time::sleep(VOTE_PAUSE).await,
         }
     }
@@ -274,8 +385,12 @@ pub async fn tidy(state: ReplicaState) {
     let key = state.key();
     match tokio::task::spawn_blocking(move || state.tidy()).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(replica = %key, %error, "an old map stays until the next start"),
-        Err(error) => tracing::debug!(replica = %key, %error, "an old map stays until the next start"),
+        Ok(Err(error)) => {
+            tracing::debug!(replica = %key, %error, "an old map stays until the next start")
+        }
+        Err(error) => {
+            tracing::debug!(replica = %key, %error, "an old map stays until the next start")
+        }
     }
 }
 
@@ -287,6 +402,9 @@ pub async fn install_mark(raft: RaftHandle, applied: Applied, vote: Vote) -> Res
 
 async fn hand_over(raft: RaftHandle, vote: RaftVoteOf, image: Image) -> Result<Vote, String> {
     let snapshot = with_meta(image).map_err(|error| error.to_string())?;
-    let response = raft.install_full_snapshot(vote, snapshot).await.map_err(|error| error.to_string())?;
+    let response = raft
+        .install_full_snapshot(vote, snapshot)
+        .await
+        .map_err(|error| error.to_string())?;
     Ok(vote_from_raft(&response.vote))
 }

@@ -1,11 +1,13 @@
-//! [`StateMachine`]: the map of a replica as openraft sees it. Decodes entries, applies them by the core, and answers. That of a witness
-//! notes only how far it is, and the membership.
+//! [`StateMachine`]: the map of a replica as openraft sees it. Decodes entries, applies them by the
+//! core, and answers. That of a witness notes only how far it is, and the membership.
 //!
-//! Each entry is applied on its own: its changes, its log id and the membership go into the map in one step, and the next entry sees
-//! them. Openraft holds the answers until the whole stream is read; here each goes out as soon as its entry is applied.
-//! While what entries change must be read from the disk, they are applied on threads that hold up nobody else.
+//! Each entry is applied on its own: its changes, its log id and the membership go into the map in
+//! one step, and the next entry sees them. Openraft holds the answers until the whole stream is
+//! read; here each goes out as soon as its entry is applied. While what entries change must be read
+//! from the disk, they are applied on threads that hold up nobody else.
 //!
-//! An error is final: the replica has met a broken disk or an entry that it can't decode, and going on would make replicas differ.
+//! An error is final: the replica has met a broken disk or an entry that it can't decode, and going
+//! on would make replicas differ.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,8 +25,8 @@ use tokio::time::Instant;
 use super::rebuild::Hold;
 use super::step_down::{Applying, Stepping};
 use super::types::{
-    Outcome, Proposal, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership, encode_stored_membership,
-    from_raft, to_raft,
+    Outcome, Proposal, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership,
+    encode_stored_membership, from_raft, to_raft,
 };
 use super::witness::WitnessState;
 use crate::sm::ports::{StoreError, WriteBatch};
@@ -38,7 +40,8 @@ use crate::types::LogId;
 
 type Payload = EntryPayload<Proposal, crate::types::ReplicaId, super::types::Member>;
 
-/// After this many entries others get a turn on the thread: an entry holds up to a few hundred writes.
+/// After this many entries others get a turn on the thread: an entry holds up to a few hundred
+/// writes.
 const ENTRIES_PER_TURN: usize = 8;
 
 /// What a replica keeps of what it applies.
@@ -132,7 +135,11 @@ impl Machine {
 
     /// The map knows the time of the last entry, and whether anything is written.
     pub fn read_map(&self) -> Result<(), StoreError> {
-        if let Some(state) = self.keeps.map().filter(|state| !state.key().group.is_meta()) {
+        if let Some(state) = self
+            .keeps
+            .map()
+            .filter(|state| !state.key().group.is_meta())
+        {
             self.clock.observe(requests::group_time_ms(&state.read())?);
             self.set_read_only(kv::read_only(&state.read())?);
         }
@@ -142,7 +149,9 @@ impl Machine {
     /// Tells what the map says that was put in the place of another.
     pub fn follow_map(&self) -> Result<(), StoreError> {
         self.read_map()?;
-        let Some(id) = self.keeps.applied().log_id else { return Ok(()) };
+        let Some(id) = self.keeps.applied().log_id else {
+            return Ok(());
+        };
         self.applied_term.fetch_max(id.term, Ordering::AcqRel);
         self.applied.send_if_modified(|index| {
             let is_further = id.index > *index;
@@ -152,9 +161,13 @@ impl Machine {
         Ok(())
     }
 
-    /// Returns for how long one entry has been applied that is not done, since its last read of the map.
+    /// Returns for how long one entry has been applied that is not done, since its last read of the
+    /// map.
     pub fn applying(&self) -> Option<Duration> {
-        self.applying.lock().expect("no holder panics").map(|since| since.elapsed())
+        self.applying
+            .lock()
+            .expect("no holder panics")
+            .map(|since| since.elapsed())
     }
 
     /// Returns whether a snapshot is being installed: openraft answers nothing that comes after it.
@@ -195,7 +208,10 @@ impl Machine {
 
     /// Keeps the first reason.
     pub fn fail(&self, reason: String) {
-        self.failure.lock().expect("no holder panics").get_or_insert(reason);
+        self.failure
+            .lock()
+            .expect("no holder panics")
+            .get_or_insert(reason);
     }
 
     fn fatal(&self, error: StoreError) -> io::Error {
@@ -203,7 +219,8 @@ impl Machine {
         io::Error::other(error)
     }
 
-    /// Waits until the map is not held, and keeps it from being exchanged until the turn is given back.
+    /// Waits until the map is not held, and keeps it from being exchanged until the turn is given
+    /// back.
     async fn take_turn(&self) -> TurnGuard<'_, ()> {
         loop {
             self.hold.wait().await;
@@ -214,13 +231,18 @@ impl Machine {
         }
     }
 
-    /// Applies an entry: where it holds up nobody, if what it changes may have to be read from the disk.
+    /// Applies an entry: where it holds up nobody, if what it changes may have to be read from the
+    /// disk.
     ///
-    /// One that panics would do so at every replica of the group, and again after each start: so it stops this
-    /// replica, like one that can't be decoded, and not the process with all its others.
+    /// One that panics would do so at every replica of the group, and again after each start: so it
+    /// stops this replica, like one that can't be decoded, and not the process with all its others.
     async fn apply(self: &Arc<Self>, work: Work) -> Result<Outcome, StoreError> {
         let id = work.applied.log_id;
-        match self.keeps.map().filter(|state| state.reads_wait(ReadKind::Entry)) {
+        match self
+            .keeps
+            .map()
+            .filter(|state| state.reads_wait(ReadKind::Entry))
+        {
             Some(state) => {
                 let (machine, map) = (self.clone(), state.clone());
                 let apply = move || {
@@ -232,9 +254,13 @@ impl Machine {
                     }
                     machine.apply_now(work, &applying)
                 };
-                state.elsewhere(ReadKind::Entry, move || guarded(id, apply)).await
+                state
+                    .elsewhere(ReadKind::Entry, move || guarded(id, apply))
+                    .await
             }
-            None => guarded(id, || self.apply_now(work, &Applying::begin(&self.applying))),
+            None => guarded(id, || {
+                self.apply_now(work, &Applying::begin(&self.applying))
+            }),
         }
     }
 
@@ -272,10 +298,16 @@ impl Machine {
 }
 
 /// Makes a failure of the replica of a panic.
-fn guarded(id: Option<crate::types::LogId>, apply: impl FnOnce() -> Result<Outcome, StoreError>) -> Result<Outcome, StoreError> {
+fn guarded(
+    id: Option<crate::types::LogId>,
+    apply: impl FnOnce() -> Result<Outcome, StoreError>,
+) -> Result<Outcome, StoreError> {
     catch_unwind(AssertUnwindSafe(apply)).unwrap_or_else(|panic| {
         let id = id.map(|id| id.to_string()).unwrap_or_default();
-        let reason = format!("applying entry {id} panicked: {}", supervisor::message(&*panic));
+        let reason = format!(
+            "applying entry {id} panicked: {}",
+            supervisor::message(&*panic)
+        );
         Err(StoreError::Damaged(reason))
     })
 }
@@ -309,7 +341,9 @@ struct Work {
 
 impl Work {
     fn command(&self) -> Result<Option<Command>, StoreError> {
-        let Some(Proposal(bytes)) = &self.proposal else { return Ok(None) };
+        let Some(Proposal(bytes)) = &self.proposal else {
+            return Ok(None);
+        };
         Ok(Some(match self.is_meta {
             true => Command::Meta(meta::Command::decode(bytes)?),
             false => Command::Shard(kv::Command::decode(bytes)?),
@@ -346,7 +380,12 @@ impl Command {
     }
 
     /// Returns its outcome, and what it changes in the map.
-    fn decide(self, read: &MapRead<'_>, work: &Work, applying: &Applying<'_>) -> Result<(Outcome, WriteBatch), StoreError> {
+    fn decide(
+        self,
+        read: &MapRead<'_>,
+        work: &Work,
+        applying: &Applying<'_>,
+    ) -> Result<(Outcome, WriteBatch), StoreError> {
         let read = &Stepping { read, applying };
         match self {
             Command::Meta(command) => {
@@ -361,8 +400,8 @@ impl Command {
     }
 }
 
-/// Group time in milliseconds: that of the last applied entry plus what has passed here since. No wall clock is read; while every
-/// replica is down it stands still.
+/// Group time in milliseconds: that of the last applied entry plus what has passed here since. No
+/// wall clock is read; while every replica is down it stands still.
 pub struct GroupClock(Mutex<(u64, Instant)>);
 
 impl GroupClock {
@@ -401,7 +440,13 @@ impl StateMachine {
         let membership = machine.keeps.applied().membership;
         let is_meta = machine.keeps.key().group.is_meta();
         let rebuilt_seen = machine.rebuilt.load(Ordering::Acquire);
-        Self { machine, is_meta, membership, rebuilt_seen, rebuilt_upto: None }
+        Self {
+            machine,
+            is_meta,
+            membership,
+            rebuilt_seen,
+            rebuilt_upto: None,
+        }
     }
 
     /// Makes of an entry what is to be done with the map.
@@ -415,8 +460,17 @@ impl StateMachine {
                 None
             }
         };
-        let applied = Applied { log_id: Some(from_raft(&id)), membership: self.membership.clone() };
-        Work { index: id.index(), applied, proposal, is_meta: self.is_meta, audience }
+        let applied = Applied {
+            log_id: Some(from_raft(&id)),
+            membership: self.membership.clone(),
+        };
+        Work {
+            index: id.index(),
+            applied,
+            proposal,
+            is_meta: self.is_meta,
+            audience,
+        }
     }
 
     /// Goes on from the map that was put in the place of the one that was held.
@@ -424,16 +478,22 @@ impl StateMachine {
         let applied = self.machine.keeps.applied();
         self.membership = applied.membership;
         self.rebuilt_upto = applied.log_id.map(|id| id.index);
-        self.machine.follow_map().map_err(|error| self.machine.fatal(error))
+        self.machine
+            .follow_map()
+            .map_err(|error| self.machine.fatal(error))
     }
 
-    /// Returns whether an entry has its effects in the map already: it is in one that was put in the place of another.
+    /// Returns whether an entry has its effects in the map already: it is in one that was put in
+    /// the place of another.
     fn is_in_map(&self, index: u64) -> bool {
         self.rebuilt_upto.is_some_and(|upto| index <= upto)
     }
 
     fn builder(&self, made: Option<Image>) -> SnapshotBuilder {
-        SnapshotBuilder { machine: self.machine.clone(), made }
+        SnapshotBuilder {
+            machine: self.machine.clone(),
+            made,
+        }
     }
 }
 
@@ -470,9 +530,16 @@ impl RaftStateMachine<Types> for StateMachine {
                 }
                 continue;
             }
-            let audience = if responder.is_some() { kv::Audience::Caller } else { kv::Audience::Nobody };
+            let audience = if responder.is_some() {
+                kv::Audience::Caller
+            } else {
+                kv::Audience::Nobody
+            };
             let work = self.work(entry.log_id, entry.payload, audience);
-            let outcome = machine.apply(work).await.map_err(|error| machine.fatal(error))?;
+            let outcome = machine
+                .apply(work)
+                .await
+                .map_err(|error| machine.fatal(error))?;
             drop(turn);
             self.machine.note_applied(from_raft(&entry_id));
             if let Some(responder) = responder {
@@ -487,10 +554,14 @@ impl RaftStateMachine<Types> for StateMachine {
         Ok(())
     }
 
-    /// Openraft is given the snapshot that `Group::build_snapshot` has made: building is ours to decide, and an error of it must not
-    /// stop the group.
+    /// Openraft is given the snapshot that `Group::build_snapshot` has made: building is ours to
+    /// decide, and an error of it must not stop the group.
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
-        let made = if force { None } else { current(&self.machine.keeps) };
+        let made = if force {
+            None
+        } else {
+            current(&self.machine.keeps)
+        };
         (force || made.is_some()).then(|| self.builder(made))
     }
 
@@ -498,24 +569,37 @@ impl RaftStateMachine<Types> for StateMachine {
         self.builder(None)
     }
 
-    /// Openraft answers nobody until it is done: what takes long was done before, by `snapshots::install`.
+    /// Openraft answers nobody until it is done: what takes long was done before, by
+    /// `snapshots::install`.
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, image: Image) -> io::Result<()> {
         let _installing = Installing::begin(self.machine.clone());
         let machine = self.machine.clone();
         let installed = tokio::task::spawn_blocking(move || match (&machine.keeps, &image) {
             (Keeps::Map(state), Image::Map(snapshot)) => {
                 let filled = background::run("fill-map", || state.install(snapshot));
-                filled.unwrap_or_else(|source| Err(StoreError::Io { context: "installing a snapshot".into(), source }))
+                filled.unwrap_or_else(|source| {
+                    Err(StoreError::Io {
+                        context: "installing a snapshot".into(),
+                        source,
+                    })
+                })
             }
             (Keeps::Witness(state), Image::Mark(applied)) => state.install(applied),
             (Keeps::Map(_), Image::Mark(_)) | (Keeps::Witness(_), Image::Map(_)) => {
-                Err(StoreError::Damaged("a snapshot for another kind of replica was to be installed".into()))
+                Err(StoreError::Damaged(
+                    "a snapshot for another kind of replica was to be installed".into(),
+                ))
             }
         });
-        installed.await.map_err(io::Error::other)?.map_err(|error| self.machine.fatal(error))?;
+        installed
+            .await
+            .map_err(io::Error::other)?
+            .map_err(|error| self.machine.fatal(error))?;
         let applied = self.machine.keeps.applied();
         self.membership = applied.membership;
-        self.machine.read_map().map_err(|error| self.machine.fatal(error))?;
+        self.machine
+            .read_map()
+            .map_err(|error| self.machine.fatal(error))?;
         if let Some(id) = applied.log_id {
             self.machine.note_applied(id);
         }
@@ -531,7 +615,9 @@ impl RaftStateMachine<Types> for StateMachine {
 fn current(keeps: &Keeps) -> Option<Image> {
     match keeps {
         Keeps::Map(state) => state.current_snapshot().map(Image::Map),
-        Keeps::Witness(state) => Some(state.marked()).filter(|marked| marked.log_id.is_some()).map(Image::Mark),
+        Keeps::Witness(state) => Some(state.marked())
+            .filter(|marked| marked.log_id.is_some())
+            .map(Image::Mark),
     }
 }
 
@@ -548,7 +634,9 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
         let image = match (self.made.take(), &self.machine.keeps) {
             (Some(made), _) => made,
             (None, Keeps::Map(state)) => Image::Map(build(state).await.map_err(io::Error::other)?),
-            (None, Keeps::Witness(_)) => Image::Mark(mark(&self.machine).await.map_err(io::Error::other)?),
+            (None, Keeps::Witness(_)) => {
+                Image::Mark(mark(&self.machine).await.map_err(io::Error::other)?)
+            }
         };
         with_meta(image)
     }
@@ -559,22 +647,33 @@ pub async fn build(state: &ReplicaState) -> Result<Snapshot, StoreError> {
     state.settle().await;
     let state = state.clone();
     let built = tokio::task::spawn_blocking(move || state.build_snapshot()).await;
-    built.map_err(|error| StoreError::Io { context: "building a snapshot".into(), source: io::Error::other(error) })?
+    built.map_err(|error| StoreError::Io {
+        context: "building a snapshot".into(),
+        source: io::Error::other(error),
+    })?
 }
 
-/// Has the file of a witness say what it has applied, once its log holds that durably: else a power cut could leave a file that claims
-/// entries which the log has lost.
+/// Has the file of a witness say what it has applied, once its log holds that durably: else a power
+/// cut could leave a file that claims entries which the log has lost.
 pub async fn mark(machine: &Arc<Machine>) -> Result<Applied, StoreError> {
     let applied = match &machine.keeps {
         Keeps::Witness(state) => state.settled().await?,
-        Keeps::Map(state) => return Err(StoreError::Damaged(format!("{} is no witness", state.key()))),
+        Keeps::Map(state) => {
+            return Err(StoreError::Damaged(format!(
+                "{} is no witness",
+                state.key()
+            )));
+        }
     };
     let machine = machine.clone();
     let marked = tokio::task::spawn_blocking(move || match &machine.keeps {
         Keeps::Witness(state) => state.mark(&applied).map(|()| state.marked()),
         Keeps::Map(_) => Ok(applied),
     });
-    marked.await.map_err(|error| StoreError::Io { context: "marking a witness".into(), source: io::Error::other(error) })?
+    marked.await.map_err(|error| StoreError::Io {
+        context: "marking a witness".into(),
+        source: io::Error::other(error),
+    })?
 }
 
 /// A snapshot with what openraft wants to know of it.
@@ -583,7 +682,14 @@ pub fn with_meta(image: Image) -> io::Result<SnapshotOf<Types, Image>> {
         Image::Map(snapshot) => snapshot.applied(),
         Image::Mark(applied) => applied,
     };
-    let last_membership = decode_stored_membership(&applied.membership).map_err(io::Error::other)?;
-    let meta = SnapshotMeta { last_log_id: applied.log_id.map(to_raft), last_membership };
-    Ok(SnapshotOf::<Types, Image> { meta, snapshot: image })
+    let last_membership =
+        decode_stored_membership(&applied.membership).map_err(io::Error::other)?;
+    let meta = SnapshotMeta {
+        last_log_id: applied.log_id.map(to_raft),
+        last_membership,
+    };
+    Ok(SnapshotOf::<Types, Image> {
+        meta,
+        snapshot: image,
+    })
 }

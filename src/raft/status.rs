@@ -1,4 +1,5 @@
-//! What a group says of itself: [`GroupStatus`] at a moment, [`GroupWatch`] as it changes, [`Freshness`] of its map.
+//! What a group says of itself: [`GroupStatus`] at a moment, [`GroupWatch`] as it changes,
+//! [`Freshness`] of its map.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -26,7 +27,8 @@ pub enum Role {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leader {
     pub replica: ReplicaId,
-    /// None if the membership that is known here does not name it, or it is a witness, which serves nobody.
+    /// None if the membership that is known here does not name it, or it is a witness, which serves
+    /// nobody.
     pub node: Option<NodeId>,
 }
 
@@ -56,22 +58,41 @@ pub struct GroupStatus {
 }
 
 impl GroupStatus {
-    /// Through where the log may be purged at no cost to others: up to the snapshot, but a leader keeps what a member that is near still
-    /// lacks, because past that only a whole snapshot would bring it up to date. None: it may not be purged further than it is.
+    /// Through where the log may be purged at no cost to others: up to the snapshot, but a leader
+    /// keeps what a member that is near still lacks, because past that only a whole snapshot would
+    /// bring it up to date. None: it may not be purged further than it is.
     pub fn purgeable(&self, is_near: impl Fn(NodeId) -> bool) -> Option<u64> {
         let snapshot = self.snapshot?.index;
-        let members = self.membership.voters.iter().chain(&self.membership.learners);
-        let kept_for =
-            members.filter(|(replica, node)| self.role == Role::Leader && **replica != self.key.replica && is_near(**node));
-        let matched = |replica| self.matched.get(replica).copied().flatten().map_or(0, |id| id.index);
-        let upto = kept_for.map(|(replica, _)| matched(replica)).fold(snapshot, u64::min);
+        let members = self
+            .membership
+            .voters
+            .iter()
+            .chain(&self.membership.learners);
+        let kept_for = members.filter(|(replica, node)| {
+            self.role == Role::Leader && **replica != self.key.replica && is_near(**node)
+        });
+        let matched = |replica| {
+            self.matched
+                .get(replica)
+                .copied()
+                .flatten()
+                .map_or(0, |id| id.index)
+        };
+        let upto = kept_for
+            .map(|(replica, _)| matched(replica))
+            .fold(snapshot, u64::min);
         (upto > self.purged.map_or(0, |id| id.index)).then_some(upto)
     }
 
-    /// Through where everything is committed, and durable on every member that has a map: what a witness need not keep. None where that is not
-    /// known, as of a member that was not heard of in this term.
+    /// Through where everything is committed, and durable on every member that has a map: what a
+    /// witness need not keep. None where that is not known, as of a member that was not heard of in
+    /// this term.
     pub fn held_by_all(&self) -> Option<u64> {
-        let members = self.membership.voters.keys().chain(self.membership.learners.keys());
+        let members = self
+            .membership
+            .voters
+            .keys()
+            .chain(self.membership.learners.keys());
         let mut upto = self.committed?.index;
         for replica in members.filter(|replica| !self.membership.is_witness(**replica)) {
             upto = upto.min(self.matched.get(replica).copied().flatten()?.index);
@@ -94,24 +115,39 @@ pub struct GroupMembership {
 }
 
 impl GroupMembership {
-    /// How many come before `key` among the voters that may lead after `leader`, in an order that all of them know. It begins with another for
-    /// each group, so that not all groups of a node that ended come to the same.
+    /// How many come before `key` among the voters that may lead after `leader`, in an order that
+    /// all of them know. It begins with another for each group, so that not all groups of a node
+    /// that ended come to the same.
     pub fn rank_after(&self, leader: ReplicaId, key: ReplicaKey) -> u32 {
-        let mut heirs: Vec<ReplicaId> = self.voters.keys().copied().filter(|id| *id != leader && !self.is_witness(*id)).collect();
+        let mut heirs: Vec<ReplicaId> = self
+            .voters
+            .keys()
+            .copied()
+            .filter(|id| *id != leader && !self.is_witness(*id))
+            .collect();
         let first = key.group.0 % (heirs.len() as u64).max(1);
         heirs.rotate_left(usize::try_from(first).unwrap_or(0));
         let place = heirs.iter().position(|id| *id == key.replica);
-        place.and_then(|place| u32::try_from(place).ok()).unwrap_or(0)
+        place
+            .and_then(|place| u32::try_from(place).ok())
+            .unwrap_or(0)
     }
 
     /// Where a member is.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
-        self.voters.get(&replica).or_else(|| self.learners.get(&replica)).copied()
+        self.voters
+            .get(&replica)
+            .or_else(|| self.learners.get(&replica))
+            .copied()
     }
 
     /// Voters and learners.
     pub fn members(&self) -> BTreeSet<ReplicaId> {
-        self.voters.keys().chain(self.learners.keys()).copied().collect()
+        self.voters
+            .keys()
+            .chain(self.learners.keys())
+            .copied()
+            .collect()
     }
 
     pub fn is_member(&self, replica: ReplicaId) -> bool {
@@ -126,11 +162,23 @@ impl GroupMembership {
 impl From<&StoredMembership> for GroupMembership {
     fn from(stored: &StoredMembership) -> Self {
         let voter_ids: BTreeSet<ReplicaId> = stored.voter_ids().collect();
-        let witnesses = stored.nodes().filter(|(_, member)| member.is_witness).map(|(replica, _)| *replica).collect();
-        let members = stored.nodes().map(|(replica, member)| (*replica, member.node));
+        let witnesses = stored
+            .nodes()
+            .filter(|(_, member)| member.is_witness)
+            .map(|(replica, _)| *replica)
+            .collect();
+        let members = stored
+            .nodes()
+            .map(|(replica, member)| (*replica, member.node));
         let (voters, learners) = members.partition(|(replica, _)| voter_ids.contains(replica));
         let is_uniform = stored.get_joint_config().len() <= 1;
-        Self { log_id: stored.log_id().as_ref().map(from_raft), voters, learners, witnesses, is_uniform }
+        Self {
+            log_id: stored.log_id().as_ref().map(from_raft),
+            voters,
+            learners,
+            witnesses,
+            is_uniform,
+        }
     }
 }
 
@@ -147,7 +195,8 @@ pub struct GroupWatch {
     pub failure: Option<String>,
 }
 
-/// How old a follower's map may be: when it was last known to hold all that its leader had committed.
+/// How old a follower's map may be: when it was last known to hold all that its leader had
+/// committed.
 #[derive(Debug, Default)]
 pub struct Freshness(Mutex<Heard>);
 
@@ -155,7 +204,8 @@ pub struct Freshness(Mutex<Heard>);
 struct Heard {
     /// When an append of a leader was last taken.
     last: Option<Instant>,
-    /// A commit that was heard of, and when. Kept until it is applied, or it would never be while commits go on.
+    /// A commit that was heard of, and when. Kept until it is applied, or it would never be while
+    /// commits go on.
     awaited: Option<(Instant, u64)>,
     /// The map held all that was committed at this time.
     fresh: Option<Instant>,
@@ -202,20 +252,54 @@ mod tests {
     fn each_heir_has_a_rank_of_its_own_and_groups_begin_with_different_ones() {
         let voters = (1..=5).map(|id| (ReplicaId(id), NodeId(id))).collect();
         let witnesses = [ReplicaId(4)].into();
-        let membership = GroupMembership { voters, witnesses, ..GroupMembership::default() };
-        let ranks = |group| [1, 3, 5].map(|id| membership.rank_after(ReplicaId(2), ReplicaKey { group, replica: ReplicaId(id) }));
-        assert_eq!([0, 1, 2, 3].map(|group| ranks(GroupId(group))), [[0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 1, 2]]);
-        let alone = GroupMembership { voters: [(ReplicaId(2), NodeId(2))].into(), ..GroupMembership::default() };
-        assert_eq!(alone.rank_after(ReplicaId(2), ReplicaKey { group: GroupId(1), replica: ReplicaId(9) }), 0);
+        let membership = GroupMembership {
+            voters,
+            witnesses,
+            ..GroupMembership::default()
+        };
+        let ranks = |group| {
+            [1, 3, 5].map(|id| {
+                membership.rank_after(
+                    ReplicaId(2),
+                    ReplicaKey {
+                        group,
+                        replica: ReplicaId(id),
+                    },
+                )
+            })
+        };
+        assert_eq!(
+            [0, 1, 2, 3].map(|group| ranks(GroupId(group))),
+            [[0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 1, 2]]
+        );
+        let alone = GroupMembership {
+            voters: [(ReplicaId(2), NodeId(2))].into(),
+            ..GroupMembership::default()
+        };
+        assert_eq!(
+            alone.rank_after(
+                ReplicaId(2),
+                ReplicaKey {
+                    group: GroupId(1),
+                    replica: ReplicaId(9)
+                }
+            ),
+            0
+        );
     }
 
     #[test]
     fn a_leader_keeps_what_members_that_are_near_still_lack() {
         let at = |index| Some(LogId { term: 1, index });
-        let members = [(1, 10), (2, 20), (3, 30)].map(|(replica, node)| (ReplicaId(replica), NodeId(node)));
-        let matched = [(1, at(90)), (2, at(50)), (3, None)].map(|(replica, matched)| (ReplicaId(replica), matched));
+        let members =
+            [(1, 10), (2, 20), (3, 30)].map(|(replica, node)| (ReplicaId(replica), NodeId(node)));
+        let matched = [(1, at(90)), (2, at(50)), (3, None)]
+            .map(|(replica, matched)| (ReplicaId(replica), matched));
         let status = |role, purged| GroupStatus {
-            key: ReplicaKey { group: GroupId(1), replica: ReplicaId(1) },
+            key: ReplicaKey {
+                group: GroupId(1),
+                replica: ReplicaId(1),
+            },
             role,
             leader: None,
             leader_replica: None,
@@ -225,20 +309,45 @@ mod tests {
             applied: at(90),
             snapshot: at(70),
             purged,
-            membership: GroupMembership { voters: members.into(), ..GroupMembership::default() },
+            membership: GroupMembership {
+                voters: members.into(),
+                ..GroupMembership::default()
+            },
             failed: None,
             quorum_acked: None,
             leader_heard: None,
             matched: matched.into(),
         };
         let leader = status(Role::Leader, at(10));
-        assert_eq!(leader.purgeable(|_| false), Some(70), "nobody is near: up to the snapshot");
+        assert_eq!(
+            leader.purgeable(|_| false),
+            Some(70),
+            "nobody is near: up to the snapshot"
+        );
         assert_eq!(leader.purgeable(|node| node == NodeId(20)), Some(50));
-        assert_eq!(leader.purgeable(|_| true), None, "of one it is not known what it has");
-        assert_eq!(status(Role::Leader, at(50)).purgeable(|node| node == NodeId(20)), None);
-        assert_eq!(status(Role::Follower, at(10)).purgeable(|_| true), Some(70), "a follower sends nobody its log");
+        assert_eq!(
+            leader.purgeable(|_| true),
+            None,
+            "of one it is not known what it has"
+        );
+        assert_eq!(
+            status(Role::Leader, at(50)).purgeable(|node| node == NodeId(20)),
+            None
+        );
+        assert_eq!(
+            status(Role::Follower, at(10)).purgeable(|_| true),
+            Some(70),
+            "a follower sends nobody its log"
+        );
         assert_eq!(status(Role::Follower, at(70)).purgeable(|_| true), None);
-        assert_eq!(GroupStatus { snapshot: None, ..status(Role::Follower, None) }.purgeable(|_| true), None);
+        assert_eq!(
+            GroupStatus {
+                snapshot: None,
+                ..status(Role::Follower, None)
+            }
+            .purgeable(|_| true),
+            None
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -250,7 +359,11 @@ mod tests {
         assert_eq!(freshness.fresh_at(3), None);
         tokio::time::advance(Duration::from_secs(1)).await;
         freshness.heard(9, 4);
-        assert_eq!(freshness.fresh_at(5), Some(start), "what was committed a second ago is applied now");
+        assert_eq!(
+            freshness.fresh_at(5),
+            Some(start),
+            "what was committed a second ago is applied now"
+        );
         tokio::time::advance(Duration::from_secs(1)).await;
         freshness.heard(9, 9);
         assert_eq!(freshness.fresh_at(9), Some(Instant::now()));

@@ -1,9 +1,10 @@
 //! How a leader that is held up by its own node gives its group to a replica that is not.
 //!
-//! openraft saves its vote before it does anything else, and a disk that hangs never saves it: once another replica asks
-//! for the vote of this one, its core waits for the disk, and what it says of itself is of before. So a leader that steps
-//! down says that it leads no more from the moment on at which it has asked another to lead, for as long as its term is
-//! the same; clients are then sent away at once instead of waiting for a core that does not answer.
+//! openraft saves its vote before it does anything else, and a disk that hangs never saves it: once
+//! another replica asks for the vote of this one, its core waits for the disk, and what it says of
+//! itself is of before. So a leader that steps down says that it leads no more from the moment on
+//! at which it has asked another to lead, for as long as its term is the same; clients are then
+//! sent away at once instead of waiting for a core that does not answer.
 
 use std::pin::pin;
 use std::sync::atomic::Ordering;
@@ -40,9 +41,11 @@ pub struct Progress {
     /// On the disk of this node.
     pub synced: u64,
     pub applied: u64,
-    /// Nothing is to be applied: another map takes the place of this one, or the replica has failed, which is told elsewhere.
+    /// Nothing is to be applied: another map takes the place of this one, or the replica has
+    /// failed, which is told elsewhere.
     pub is_held: bool,
-    /// For how long one entry has been applied that is not done, since it last read something of the map.
+    /// For how long one entry has been applied that is not done, since it last read something of
+    /// the map.
     pub applying: Option<Duration>,
 }
 
@@ -58,14 +61,22 @@ impl Registry {
 impl Group {
     fn progress(&self) -> Progress {
         let index = |id: Option<LogId>| id.map_or(0, |id| id.index);
-        let committed = self.raft.data_metrics().borrow_watched().local_committed.as_ref().map(from_raft);
+        let committed = self
+            .raft
+            .data_metrics()
+            .borrow_watched()
+            .local_committed
+            .as_ref()
+            .map(from_raft);
         Progress {
             key: self.key(),
             leads: self.leads(),
             committed: index(committed),
             synced: index(self.log.synced()),
             applied: index(self.machine.keeps.applied().log_id),
-            is_held: self.machine.hold.is_set() || self.machine.is_installing() || self.machine.failure().is_some(),
+            is_held: self.machine.hold.is_set()
+                || self.machine.is_installing()
+                || self.machine.failure().is_some(),
             applying: self.machine.applying(),
         }
     }
@@ -75,24 +86,31 @@ impl Group {
         watch.role == Role::Leader && self.stepped_down.load(Ordering::Relaxed) == watch.term
     }
 
-    /// Returns the voter with a map that has synced all that is committed and was heard of most lately, if one was.
+    /// Returns the voter with a map that has synced all that is committed and was heard of most
+    /// lately, if one was.
     pub fn faster_successor(&self) -> Option<ReplicaId> {
         let complete = self.complete();
         let (key, watch) = (self.key(), self.watch.borrow());
         let membership = &watch.membership;
-        let others = membership
-            .voters
-            .iter()
-            .filter(|(replica, _)| **replica != key.replica && !membership.is_witness(**replica) && complete.contains(replica));
-        let heard = others.filter_map(|(replica, node)| Some((self.shared.lanes.last_heard(*node)?, *replica)));
-        heard.filter(|(at, _)| at.elapsed() < HEARD_WITHIN).max().map(|(_, replica)| replica)
+        let others = membership.voters.iter().filter(|(replica, _)| {
+            **replica != key.replica
+                && !membership.is_witness(**replica)
+                && complete.contains(replica)
+        });
+        let heard = others
+            .filter_map(|(replica, node)| Some((self.shared.lanes.last_heard(*node)?, *replica)));
+        heard
+            .filter(|(at, _)| at.elapsed() < HEARD_WITHIN)
+            .max()
+            .map(|(_, replica)| replica)
     }
 
     /// Has that replica lead, and leads no more itself from here on.
     ///
     /// # Errors
     ///
-    /// When it is not known to lead within some time. This replica then leads on, if its core still answers.
+    /// When it is not known to lead within some time. This replica then leads on, if its core still
+    /// answers.
     pub async fn step_down(&self, to: ReplicaId) -> Result<(), TransferError> {
         let term = self.watch.borrow().term;
         let mut transfer = pin!(self.transfer_leader_within(to, STEP_DOWN_TIMEOUT));
@@ -101,9 +119,12 @@ impl Group {
             return ended;
         }
         self.stepped_down.store(term, Ordering::Relaxed);
-        let Err(error) = transfer.await else { return Ok(()) };
+        let Err(error) = transfer.await else {
+            return Ok(());
+        };
 
-        // It waits for the disk, or has failed to hand over. In the first case nobody hears of it until the disk is back.
+        // It waits for the disk, or has failed to hand over. In the first case nobody hears of it
+        // until the disk is back.
         let _ = self.raft.with_raft_state(|_| ()).await;
         tokio::time::sleep(SEEN_AFTER).await;
         let now = self.watch.borrow().clone();
@@ -115,8 +136,8 @@ impl Group {
     }
 }
 
-/// Marks that an entry is being applied, until it is dropped. Each read of the map counts as a step of
-/// it: a disk that is slow takes long for many, and a new start would begin with a cold cache.
+/// Marks that an entry is being applied, until it is dropped. Each read of the map counts as a step
+/// of it: a disk that is slow takes long for many, and a new start would begin with a cold cache.
 pub(super) struct Applying<'a>(&'a std::sync::Mutex<Option<Instant>>);
 
 impl<'a> Applying<'a> {
@@ -158,8 +179,14 @@ impl<R: Read> Read for Stepping<'_, R> {
         self.applying.stepping(self.read.scan(range, direction))
     }
 
-    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
-        self.applying.stepping(self.read.scan_starts(range, direction, bytes_max))
+    fn scan_starts<'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        bytes_max: usize,
+    ) -> Items<'a, ValueStart> {
+        self.applying
+            .stepping(self.read.scan_starts(range, direction, bytes_max))
     }
 }
 
@@ -178,12 +205,26 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_entry_that_reads_its_map_slowly_gets_further_with_each_read() {
         let since = std::sync::Mutex::new(None);
-        let still = || since.lock().expect("no holder panics").map(|since: Instant| since.elapsed());
-        let map = ["a", "b"].map(|key| (Bytes::from(key), Bytes::from("v"))).into_iter().collect::<BTreeMap<_, _>>();
+        let still = || {
+            since
+                .lock()
+                .expect("no holder panics")
+                .map(|since: Instant| since.elapsed())
+        };
+        let map = ["a", "b"]
+            .map(|key| (Bytes::from(key), Bytes::from("v")))
+            .into_iter()
+            .collect::<BTreeMap<_, _>>();
         let later = Duration::from_secs(50);
         let applying = Applying::begin(&since);
-        let read = Stepping { read: &map, applying: &applying };
-        let all = KeyRange { start: Bytes::new(), end: None };
+        let read = Stepping {
+            read: &map,
+            applying: &applying,
+        };
+        let all = KeyRange {
+            start: Bytes::new(),
+            end: None,
+        };
 
         tokio::time::advance(later).await;
         assert_eq!(still(), Some(later));

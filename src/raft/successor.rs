@@ -16,16 +16,33 @@ use crate::types::{NodeId, ReplicaId};
 impl Group {
     /// Asks another voter how far elections are, and follows the leader of a later term that it
     /// tells of, as if that had sent a heartbeat. Returns whether there is one.
-    pub async fn ask_for_successor(&self, replica: ReplicaId, node: NodeId, deadline: Instant) -> bool {
+    pub async fn ask_for_successor(
+        &self,
+        replica: ReplicaId,
+        node: NodeId,
+        deadline: Instant,
+    ) -> bool {
         let own = vote_from_raft(&self.raft.server_metrics().borrow_watched().vote);
         // Who answers with its vote grants nothing by that.
-        let request = Request::PreVote { vote: own, last: None };
+        let request = Request::PreVote {
+            vote: own,
+            last: None,
+        };
         let client = self.network.log_client(replica, node);
-        let Ok(Reply::Vote { vote, .. }) = client.ask(&request, &[], deadline).await else { return false };
+        let Ok(Reply::Vote { vote, .. }) = client.ask(&request, &[], deadline).await else {
+            return false;
+        };
 
         let is_later = vote.committed && vote.term > own.term;
-        let Some(vote) = vote_to_raft(&vote).filter(|_| is_later) else { return false };
-        let heartbeat = AppendEntriesRequest::<Types> { vote, prev_log_id: None, entries: Vec::new(), leader_commit: None };
+        let Some(vote) = vote_to_raft(&vote).filter(|_| is_later) else {
+            return false;
+        };
+        let heartbeat = AppendEntriesRequest::<Types> {
+            vote,
+            prev_log_id: None,
+            entries: Vec::new(),
+            leader_commit: None,
+        };
         self.raft.append_entries(heartbeat).await.is_ok()
     }
 }

@@ -1,12 +1,16 @@
-//! [`RaftTimings`]: how fast a group notices that its leader is gone, and what that costs when it is not.
+//! [`RaftTimings`]: how fast a group notices that its leader is gone, and what that costs when it
+//! is not.
 //!
-//! A leader whose process has ended is known by its broken lanes, and replaced after a round of votes: well below 0.1 s. One that falls silent
-//! otherwise is replaced after the lease that its followers gave it (`election_ms_max`, counted from its last heartbeat)
-//! plus the shorter of the survivors' random timeouts (`election_ms_min` to `election_ms_max`), a pre-vote and a vote. With the
-//! defaults: 420 + about 280 − 60 + 50, so about 0.7 s. A leader must be silent for at least 630 ms to be replaced, which a loaded
-//! machine that syncs its disk does not reach: heartbeats wait for no disk of the leader.
+//! A leader whose process has ended is known by its broken lanes, and replaced after a round of
+//! votes: well below 0.1 s. One that falls silent otherwise is replaced after the lease that its
+//! followers gave it (`election_ms_max`, counted from its last heartbeat) plus the shorter of the
+//! survivors' random timeouts (`election_ms_min` to `election_ms_max`), a pre-vote and a vote. With
+//! the defaults: 420 + about 280 − 60 + 50, so about 0.7 s. A leader must be silent for at least
+//! 630 ms to be replaced, which a loaded machine that syncs its disk does not reach: heartbeats
+//! wait for no disk of the leader.
 //!
-//! An idle group costs its heartbeats and no more (see `pulse`). With thousands of groups on a small machine take longer times.
+//! An idle group costs its heartbeats and no more (see `pulse`). With thousands of groups on a
+//! small machine take longer times.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +32,8 @@ pub struct RaftTimings {
     pub append_timeout_ms: u64,
     /// How long one step of sending a snapshot may take.
     pub snapshot_step_ms: u64,
-    /// How much longer than others a witness waits before it campaigns of its own accord: those that can serve go first.
+    /// How much longer than others a witness waits before it campaigns of its own accord: those
+    /// that can serve go first.
     pub witness_patience_ms: u64,
     pub lease: LeaseReads,
 }
@@ -38,8 +43,9 @@ pub struct RaftTimings {
 pub enum LeaseReads {
     /// Every read is confirmed by a quorum.
     Off,
-    /// A read needs no round while a quorum has answered within the lease less this margin, for clocks that drift apart. A replica that
-    /// starts neither votes nor campaigns for a lease and this margin: it may have given a lease before.
+    /// A read needs no round while a quorum has answered within the lease less this margin, for
+    /// clocks that drift apart. A replica that starts neither votes nor campaigns for a lease and
+    /// this margin: it may have given a lease before.
     On { drift_ms: u64 },
 }
 
@@ -88,7 +94,9 @@ impl RaftTimings {
     pub fn lease_age_max(&self) -> Option<Duration> {
         match self.lease {
             LeaseReads::Off => None,
-            LeaseReads::On { drift_ms } => Some(Duration::from_millis(self.election_ms_max.saturating_sub(drift_ms))),
+            LeaseReads::On { drift_ms } => Some(Duration::from_millis(
+                self.election_ms_max.saturating_sub(drift_ms),
+            )),
         }
     }
 
@@ -123,7 +131,8 @@ impl RaftTimings {
             enable_pre_vote: Some(true),
             // A restarted leader must be elected: it can't know what was committed since.
             enable_leader_restore: Some(false),
-            // Without it a leader that reaches its followers but is not reached by them would lead for ever (openraft #2080).
+            // Without it a leader that reaches its followers but is not reached by them would lead
+            // for ever (openraft #2080).
             quorum_loss_probe_interval: Some(self.election_ms_max * 3),
             install_snapshot_timeout: self.snapshot_step_ms,
             // How many entries an append holds is bounded in bytes by the log store.
@@ -132,8 +141,9 @@ impl RaftTimings {
             enable_tick: false,
             // When a snapshot is due is the node's to decide: it weighs bytes.
             snapshot_policy: SnapshotPolicy::Never,
-            // It would take no notice of snapshots that are under way to followers, who need what follows them (`feeds`). And a witness purges
-            // only what it is told to: it has nothing else to bring others up to date with.
+            // It would take no notice of snapshots that are under way to followers, who need what
+            // follows them (`feeds`). And a witness purges only what it is told to: it has nothing
+            // else to bring others up to date with.
             max_in_snapshot_log_to_keep: u64::MAX,
             // "Caught up" for a learner that is added.
             replication_lag_threshold: 1024,
@@ -156,13 +166,26 @@ mod tests {
 
     #[test]
     fn the_defaults_are_valid_and_stay_so_when_slowed_down() {
-        let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(1) };
+        let key = ReplicaKey {
+            group: GroupId(1),
+            replica: ReplicaId(1),
+        };
         for factor in [1, 2, 5, 10] {
-            RaftTimings::default().slower(factor).config(key).expect("valid timings");
+            RaftTimings::default()
+                .slower(factor)
+                .config(key)
+                .expect("valid timings");
         }
         let config = RaftTimings::default().config(key).expect("valid timings");
-        assert_eq!(config.max_in_snapshot_log_to_keep, u64::MAX, "nothing is purged that nobody asked for");
-        let bad = RaftTimings { election_ms_min: 100, ..RaftTimings::default() };
+        assert_eq!(
+            config.max_in_snapshot_log_to_keep,
+            u64::MAX,
+            "nothing is purged that nobody asked for"
+        );
+        let bad = RaftTimings {
+            election_ms_min: 100,
+            ..RaftTimings::default()
+        };
         assert!(bad.config(key).is_err());
     }
 }

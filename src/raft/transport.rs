@@ -1,8 +1,8 @@
 //! The seam between replicas and the way to their peers.
 //!
-//! [`Dial`] opens a stream of bytes each way to a peer: over HTTP/2 (`lanes::http`) or within the process (`lanes::memory`, for tests and
-//! simulation). [`Resolver`] says where a node is, by the newest view. [`Identity`] is who we are. What flows over the streams is the
-//! business of `lanes`.
+//! [`Dial`] opens a stream of bytes each way to a peer: over HTTP/2 (`lanes::http`) or within the
+//! process (`lanes::memory`, for tests and simulation). [`Resolver`] says where a node is, by the
+//! newest view. [`Identity`] is who we are. What flows over the streams is the business of `lanes`.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -66,11 +66,19 @@ pub type Outgoing = BoxStream<'static, Bytes>;
 
 /// Opens lanes.
 pub trait Dial: Send + Sync + 'static {
-    /// Sends `outgoing` to the peer's serving side, and returns what that sends back. Bounded in time by the caller.
-    fn dial(&self, to: NodeId, peer: Peer, lane: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<Incoming, LaneError>>;
+    /// Sends `outgoing` to the peer's serving side, and returns what that sends back. Bounded in
+    /// time by the caller.
+    fn dial(
+        &self,
+        to: NodeId,
+        peer: Peer,
+        lane: Lane,
+        outgoing: Outgoing,
+    ) -> BoxFuture<'static, Result<Incoming, LaneError>>;
 }
 
-/// Why a frame got no reply. Whether it arrived is not known, except after `Refused`, `Unresolved` and `Down`.
+/// Why a frame got no reply. Whether it arrived is not known, except after `Refused`, `Unresolved`
+/// and `Down`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LaneError {
     #[error("no address is known of {0}")]
@@ -104,16 +112,27 @@ pub struct Identity {
 impl Identity {
     /// A node that belongs to no cluster yet.
     pub fn new(directory: DirectoryId) -> Self {
-        Self { directory, member: RwLock::new(None), acquaintances: None }
+        Self {
+            directory,
+            member: RwLock::new(None),
+            acquaintances: None,
+        }
     }
 
     pub fn member(directory: DirectoryId, cluster: ClusterId, node: NodeId) -> Self {
-        Self { directory, member: RwLock::new(Some((cluster, node))), acquaintances: None }
+        Self {
+            directory,
+            member: RwLock::new(Some((cluster, node))),
+            acquaintances: None,
+        }
     }
 
     /// A node that tells its starts, and judges those of others.
     pub fn with_acquaintances(self, acquaintances: Arc<Acquaintances>) -> Self {
-        Self { acquaintances: Some(acquaintances), ..self }
+        Self {
+            acquaintances: Some(acquaintances),
+            ..self
+        }
     }
 
     pub fn acquaintances(&self) -> Option<&Arc<Acquaintances>> {
@@ -126,7 +145,10 @@ impl Identity {
     /// If it belonged to another, or as another node: a directory is bound to both for ever.
     pub fn join(&self, cluster: ClusterId, node: NodeId) {
         let mut member = self.member.write().expect("no holder panics");
-        assert!(member.is_none_or(|known| known == (cluster, node)), "a directory never changes its cluster or its node");
+        assert!(
+            member.is_none_or(|known| known == (cluster, node)),
+            "a directory never changes its cluster or its node"
+        );
         *member = Some((cluster, node));
     }
 

@@ -1,7 +1,8 @@
 //! openraft's type config, [`Types`], and the conversions between its values and ours.
 //!
-//! A proposal travels as the bytes of its encoded command: the log and the peers carry them as they are, and only apply decodes them.
-//! Members name a node by its id, never by its address: addresses change, memberships are a disk format.
+//! A proposal travels as the bytes of its encoded command: the log and the peers carry them as they
+//! are, and only apply decodes them. Members name a node by its id, never by its address: addresses
+//! change, memberships are a disk format.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -91,7 +92,8 @@ impl Member {
     }
 }
 
-/// Hands a result on in place: an answer wakes whoever waits for it without a task or a channel of its own between.
+/// Hands a result on in place: an answer wakes whoever waits for it without a task or a channel of
+/// its own between.
 pub struct Answer<T>(pub Box<dyn FnOnce(T) + Send>);
 
 impl<T: OptionalSend + 'static> Responder<Types, T> for Answer<T> {
@@ -101,7 +103,10 @@ impl<T: OptionalSend + 'static> Responder<Types, T> for Answer<T> {
 }
 
 pub fn from_raft(id: &RaftLogId) -> LogId {
-    LogId { term: id.committed_leader_id().term, index: id.index() }
+    LogId {
+        term: id.committed_leader_id().term,
+        index: id.index(),
+    }
 }
 
 pub fn to_raft(id: LogId) -> RaftLogId {
@@ -110,7 +115,11 @@ pub fn to_raft(id: LogId) -> RaftLogId {
 
 pub fn vote_from_raft(vote: &RaftVoteOf) -> log::Vote {
     let leader = vote.leader_id();
-    log::Vote { term: leader.term, voted_for: Some(leader.voted_for), committed: RaftVote::is_committed(vote) }
+    log::Vote {
+        term: leader.term,
+        voted_for: Some(leader.voted_for),
+        committed: RaftVote::is_committed(vote),
+    }
 }
 
 /// None of a vote for nobody, which is never written here.
@@ -122,7 +131,8 @@ pub fn vote_to_raft(vote: &log::Vote) -> Option<RaftVoteOf> {
     })
 }
 
-/// A membership as it is written to logs, snapshots and frames: a format of ours, so that it stays when openraft's changes.
+/// A membership as it is written to logs, snapshots and frames: a format of ours, so that it stays
+/// when openraft's changes.
 #[derive(Serialize, Deserialize)]
 struct MembershipRecord {
     /// One set of voters; two while a change is under way (joint consensus).
@@ -131,14 +141,19 @@ struct MembershipRecord {
     members: BTreeMap<ReplicaId, NodeId>,
 }
 
-/// The format of memberships in which the members that are witnesses follow. Those without any are written in the first.
+/// The format of memberships in which the members that are witnesses follow. Those without any are
+/// written in the first.
 const WITH_WITNESSES: u8 = 2;
 
 type Witnesses = BTreeSet<ReplicaId>;
 
 pub fn encode_membership(membership: &RaftMembership) -> Bytes {
     let (record, witnesses) = record(membership);
-    if witnesses.is_empty() { codec::encode(&record) } else { codec::encode_as(WITH_WITNESSES, &(record, witnesses)) }
+    if witnesses.is_empty() {
+        codec::encode(&record)
+    } else {
+        codec::encode_as(WITH_WITNESSES, &(record, witnesses))
+    }
 }
 
 pub fn decode_membership(bytes: &[u8]) -> Result<RaftMembership, StoreError> {
@@ -150,11 +165,18 @@ pub fn decode_membership(bytes: &[u8]) -> Result<RaftMembership, StoreError> {
     membership(record, &witnesses)
 }
 
-/// With the log id that it was written under. Empty bytes stand for the membership of a group that has none yet.
+/// With the log id that it was written under. Empty bytes stand for the membership of a group that
+/// has none yet.
 pub fn encode_stored_membership(stored: &StoredMembership) -> Bytes {
-    let Some(id) = stored.log_id() else { return Bytes::new() };
+    let Some(id) = stored.log_id() else {
+        return Bytes::new();
+    };
     let (id, (record, witnesses)) = (from_raft(id), record(stored.membership()));
-    if witnesses.is_empty() { codec::encode(&(id, record)) } else { codec::encode_as(WITH_WITNESSES, &(id, record, witnesses)) }
+    if witnesses.is_empty() {
+        codec::encode(&(id, record))
+    } else {
+        codec::encode_as(WITH_WITNESSES, &(id, record, witnesses))
+    }
 }
 
 pub fn decode_stored_membership(bytes: &[u8]) -> Result<StoredMembership, StoreError> {
@@ -162,29 +184,54 @@ pub fn decode_stored_membership(bytes: &[u8]) -> Result<StoredMembership, StoreE
         return Ok(StoredMembership::default());
     }
     let what = "a stored membership";
-    let (id, record, witnesses): (LogId, MembershipRecord, Witnesses) = match codec::split(bytes, WITH_WITNESSES, what)? {
-        (codec::FORMAT, body) => {
-            let (id, record) = codec::decode_body(body, what)?;
-            (id, record, Witnesses::new())
-        }
-        (_, body) => codec::decode_body(body, what)?,
-    };
-    Ok(StoredMembership::new(Some(to_raft(id)), membership(record, &witnesses)?))
+    let (id, record, witnesses): (LogId, MembershipRecord, Witnesses) =
+        match codec::split(bytes, WITH_WITNESSES, what)? {
+            (codec::FORMAT, body) => {
+                let (id, record) = codec::decode_body(body, what)?;
+                (id, record, Witnesses::new())
+            }
+            (_, body) => codec::decode_body(body, what)?,
+        };
+    Ok(StoredMembership::new(
+        Some(to_raft(id)),
+        membership(record, &witnesses)?,
+    ))
 }
 
 fn record(membership: &RaftMembership) -> (MembershipRecord, Witnesses) {
-    let witnesses = membership.nodes().filter(|(_, member)| member.is_witness).map(|(replica, _)| *replica).collect();
+    let witnesses = membership
+        .nodes()
+        .filter(|(_, member)| member.is_witness)
+        .map(|(replica, _)| *replica)
+        .collect();
     let record = MembershipRecord {
         voters: membership.get_joint_config().clone(),
-        members: membership.nodes().map(|(replica, member)| (*replica, member.node)).collect(),
+        members: membership
+            .nodes()
+            .map(|(replica, member)| (*replica, member.node))
+            .collect(),
     };
     (record, witnesses)
 }
 
-fn membership(record: MembershipRecord, witnesses: &Witnesses) -> Result<RaftMembership, StoreError> {
-    let member = |(id, node)| (id, Member { node, is_witness: witnesses.contains(&id) });
+fn membership(
+    record: MembershipRecord,
+    witnesses: &Witnesses,
+) -> Result<RaftMembership, StoreError> {
+    let member = |(id, node)| {
+        (
+            id,
+            Member {
+                node,
+                is_witness: witnesses.contains(&id),
+            },
+        )
+    };
     let members: BTreeMap<ReplicaId, Member> = record.members.into_iter().map(member).collect();
-    let undecodable = |reason: String| StoreError::Undecodable { what: "a membership", reason };
+    let undecodable = |reason: String| StoreError::Undecodable {
+        what: "a membership",
+        reason,
+    };
     RaftMembership::new(record.voters, members).map_err(|error| undecodable(error.to_string()))
 }
 
@@ -194,7 +241,10 @@ pub fn entry_from_raft(entry: RaftEntry) -> log::Entry {
         EntryPayload::Normal(proposal) => Payload::Normal(proposal.0),
         EntryPayload::Membership(membership) => Payload::Membership(encode_membership(&membership)),
     };
-    log::Entry { id: from_raft(&entry.log_id), payload }
+    log::Entry {
+        id: from_raft(&entry.log_id),
+        payload,
+    }
 }
 
 pub fn entry_to_raft(entry: log::Entry) -> Result<RaftEntry, StoreError> {
@@ -203,7 +253,10 @@ pub fn entry_to_raft(entry: log::Entry) -> Result<RaftEntry, StoreError> {
         Payload::Normal(bytes) => EntryPayload::Normal(Proposal(bytes)),
         Payload::Membership(bytes) => EntryPayload::Membership(decode_membership(&bytes)?),
     };
-    Ok(RaftEntry { log_id: to_raft(entry.id), payload })
+    Ok(RaftEntry {
+        log_id: to_raft(entry.id),
+        payload,
+    })
 }
 
 #[cfg(test)]
@@ -212,10 +265,22 @@ mod tests {
 
     #[test]
     fn memberships_keep_their_encoding() {
-        let member = |(replica, node)| (ReplicaId(replica), Member { node: NodeId(node), is_witness: false });
+        let member = |(replica, node)| {
+            (
+                ReplicaId(replica),
+                Member {
+                    node: NodeId(node),
+                    is_witness: false,
+                },
+            )
+        };
         let members = [(1, 10), (2, 20), (3, 30)].map(member);
-        let voters = vec![BTreeSet::from([ReplicaId(1), ReplicaId(2)]), BTreeSet::from([ReplicaId(2)])];
-        let membership = RaftMembership::new(voters, BTreeMap::from(members)).expect("a valid membership");
+        let voters = vec![
+            BTreeSet::from([ReplicaId(1), ReplicaId(2)]),
+            BTreeSet::from([ReplicaId(2)]),
+        ];
+        let membership =
+            RaftMembership::new(voters, BTreeMap::from(members)).expect("a valid membership");
         let bytes = encode_membership(&membership);
         assert_eq!(&bytes[..], [1, 2, 2, 1, 2, 1, 2, 3, 1, 10, 2, 20, 3, 30]);
         assert_eq!(decode_membership(&bytes).expect("own encoding"), membership);
@@ -223,24 +288,47 @@ mod tests {
         let stored = StoredMembership::new(Some(to_raft(LogId { term: 3, index: 4 })), membership);
         let bytes = encode_stored_membership(&stored);
         assert_eq!(&bytes[..5], [1, 3, 4, 2, 2]);
-        assert_eq!(decode_stored_membership(&bytes).expect("own encoding"), stored);
-        assert_eq!(decode_stored_membership(b"").expect("no membership"), StoredMembership::default());
+        assert_eq!(
+            decode_stored_membership(&bytes).expect("own encoding"),
+            stored
+        );
+        assert_eq!(
+            decode_stored_membership(b"").expect("no membership"),
+            StoredMembership::default()
+        );
         assert!(decode_stored_membership(b"\x01").is_err());
     }
 
     #[test]
     fn memberships_with_a_witness_keep_theirs() {
-        let member = |(replica, node)| (ReplicaId(replica), Member { node: NodeId(node), is_witness: replica == 3 });
+        let member = |(replica, node)| {
+            (
+                ReplicaId(replica),
+                Member {
+                    node: NodeId(node),
+                    is_witness: replica == 3,
+                },
+            )
+        };
         let members = [(1, 10), (2, 20), (3, 30)].map(member);
         let voters = vec![BTreeSet::from([ReplicaId(1), ReplicaId(2), ReplicaId(3)])];
-        let membership = RaftMembership::new(voters, BTreeMap::from(members)).expect("a valid membership");
+        let membership =
+            RaftMembership::new(voters, BTreeMap::from(members)).expect("a valid membership");
         let bytes = encode_membership(&membership);
         assert_eq!(&bytes[..], [2, 1, 3, 1, 2, 3, 3, 1, 10, 2, 20, 3, 30, 1, 3]);
         assert_eq!(decode_membership(&bytes).expect("own encoding"), membership);
         let stored = StoredMembership::new(Some(to_raft(LogId { term: 3, index: 4 })), membership);
         let bytes = encode_stored_membership(&stored);
         assert_eq!(&bytes[..5], [2, 3, 4, 1, 3]);
-        assert_eq!(decode_stored_membership(&bytes).expect("own encoding"), stored);
-        assert!(decode_membership(&[3, 1, 0, 0, 0]).expect_err("a newer one").to_string().contains("format 3"));
+        assert_eq!(
+            decode_stored_membership(&bytes).expect("own encoding"),
+            stored
+        );
+        assert!(
+            decode_membership(&[3, 1, 0, 0, 0])
+                .expect_err("a newer one")
+                .to_string()
+                .contains("format 3")
+        );
     }
 }

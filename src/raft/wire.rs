@@ -1,10 +1,12 @@
-//! The frames between peers, as bytes. What they mean is in `network`, `snapshots` and `group`; how they travel, in `lanes`.
+//! The frames between peers, as bytes. What they mean is in `network`, `snapshots` and `group`; how
+//! they travel, in `lanes`.
 //!
 //! ```text
 //! length u32 LE (of all that follows) | format u8 | sequence u64 LE | envelope (postcard) | tail
 //! ```
-//! The tail carries the payloads of log entries, or a chunk of a snapshot, as raw bytes: they are encoded once, by whoever made them, and
-//! never again. Everything here comes from the network: reading it yields an error or a valid value, and allocates no more than arrived.
+//! The tail carries the payloads of log entries, or a chunk of a snapshot, as raw bytes: they are
+//! encoded once, by whoever made them, and never again. Everything here comes from the network:
+//! reading it yields an error or a valid value, and allocates no more than arrived.
 
 use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
@@ -28,8 +30,8 @@ const PREFIX_BYTES: usize = 9;
 
 const NO_TAIL: &[Bytes] = &[];
 
-/// Longest frame in bytes. An append carries about 1 MiB of entries, and at least one; an entry is as large as a command may be, which
-/// the largest HTTP body bounds.
+/// Longest frame in bytes. An append carries about 1 MiB of entries, and at least one; an entry is
+/// as large as a command may be, which the largest HTTP body bounds.
 pub const FRAME_BYTES_MAX: usize = 80 << 20;
 
 /// Longest hello in bytes. Who has not said who it is must not have this node keep more.
@@ -108,11 +110,13 @@ pub enum Request {
         vote: Vote,
         applied: Applied,
     },
-    /// To a witness: every replica with a map has the entries through this one durably, and they are committed.
+    /// To a witness: every replica with a map has the entries through this one durably, and they
+    /// are committed.
     Held {
         index: u64,
     },
-    /// To a replica whose map differs from a majority: hold it as it is, for a snapshot of the leader's to take its place. From level 1 on.
+    /// To a replica whose map differs from a majority: hold it as it is, for a snapshot of the
+    /// leader's to take its place. From level 1 on.
     Rebuild {
         vote: Vote,
     },
@@ -177,8 +181,14 @@ pub enum AppendReply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TransferReply {
     Accepted,
-    VoteChanged { expected: Vote, actual: Vote },
-    LogNotFlushed { expected: Option<LogId>, actual: Option<LogId> },
+    VoteChanged {
+        expected: Vote,
+        actual: Vote,
+    },
+    LogNotFlushed {
+        expected: Option<LogId>,
+        actual: Option<LogId>,
+    },
 }
 
 /// Why a frame was not even looked at.
@@ -207,7 +217,10 @@ pub enum Refusal {
     #[error("it could not read the frame")]
     Unreadable,
     /// Said only to peers that tell their starts.
-    #[error("it knows start {number} of this data directory, which is not in it: the directory is an old copy")]
+    #[error(
+        "it knows start {number} of this data directory, which is not in it: the directory is an \
+        old copy"
+    )]
     Outdated { number: u64 },
     /// Said only to peers that tell their starts.
     #[error("another process runs with a copy of this data directory")]
@@ -228,7 +241,8 @@ impl Frame {
 
     /// Gives it its sequence.
     pub fn seal(mut self, sequence: u64) -> Bytes {
-        self.0[LENGTH_BYTES + 1..LENGTH_BYTES + PREFIX_BYTES].copy_from_slice(&sequence.to_le_bytes());
+        self.0[LENGTH_BYTES + 1..LENGTH_BYTES + PREFIX_BYTES]
+            .copy_from_slice(&sequence.to_le_bytes());
         self.0.freeze()
     }
 }
@@ -239,8 +253,8 @@ pub fn encode_hello(hello: &Hello) -> Bytes {
     buffer.freeze()
 }
 
-/// A hello behind which the sender tells its starts, and its pace behind these. Programs of the first release read the hello alone, and later
-/// ones that know no pace nothing behind the starts.
+/// A hello behind which the sender tells its starts, and its pace behind these. Programs of the
+/// first release read the hello alone, and later ones that know no pace nothing behind the starts.
 pub fn encode_greeting(hello: &Hello, starts: &Starts, pace: &Pace) -> Bytes {
     let mut buffer = BytesMut::with_capacity(2048);
     let mut tail = starts_tail(starts);
@@ -257,17 +271,21 @@ pub fn encode_welcome(buffer: &mut BytesMut, sequence: u64, starts: &Starts) {
 
 fn starts_tail(starts: &Starts) -> Vec<u8> {
     let mut tail = vec![STARTS_FORMAT];
-    postcard::to_io(starts, &mut tail).expect("writing into memory fails for no type of this module");
+    postcard::to_io(starts, &mut tail)
+        .expect("writing into memory fails for no type of this module");
     tail
 }
 
-/// The starts in the tail of a hello or of its answer, and what is behind them; none if there are none, or of a kind that this version does not
-/// know.
+/// The starts in the tail of a hello or of its answer, and what is behind them; none if there are
+/// none, or of a kind that this version does not know.
 fn read_starts(tail: &[u8]) -> Result<Option<(Starts, &[u8])>, WireError> {
     read_part(STARTS_FORMAT, tail)
 }
 
-fn read_part<T: DeserializeOwned>(format: u8, tail: &[u8]) -> Result<Option<(T, &[u8])>, WireError> {
+fn read_part<T: DeserializeOwned>(
+    format: u8,
+    tail: &[u8],
+) -> Result<Option<(T, &[u8])>, WireError> {
     match tail.split_first() {
         Some((found, body)) if *found == format => match postcard::take_from_bytes(body) {
             Ok(read) => Ok(Some(read)),
@@ -285,7 +303,13 @@ pub fn encode_request(head: Head, request: &Request, tail: &[u8]) -> Frame {
 }
 
 /// An append of these entries.
-pub fn encode_append(head: Head, vote: Vote, previous: Option<LogId>, commit: Option<LogId>, entries: &[Entry]) -> Frame {
+pub fn encode_append(
+    head: Head,
+    vote: Vote,
+    previous: Option<LogId>,
+    commit: Option<LogId>,
+    entries: &[Entry],
+) -> Frame {
     let payload = |entry: &Entry| match &entry.payload {
         Payload::Blank => (PayloadKind::Blank, Bytes::new()),
         Payload::Normal(bytes) => (PayloadKind::Normal, bytes.clone()),
@@ -296,12 +320,29 @@ pub fn encode_append(head: Head, vote: Vote, previous: Option<LogId>, commit: Op
     for entry in entries {
         let (kind, bytes) = payload(entry);
         let bytes_len = u32::try_from(bytes.len()).expect("a log record is far below 4 GiB");
-        heads.push(EntryHead { id: entry.id, kind, bytes_len });
+        heads.push(EntryHead {
+            id: entry.id,
+            kind,
+            bytes_len,
+        });
         payloads.push(bytes);
     }
     let tail_bytes: usize = payloads.iter().map(Bytes::len).sum();
     let mut buffer = BytesMut::with_capacity(128 + 24 * heads.len() + tail_bytes);
-    write(&mut buffer, 0, &(head, Request::Append { vote, previous, commit, entries: heads }), &payloads);
+    write(
+        &mut buffer,
+        0,
+        &(
+            head,
+            Request::Append {
+                vote,
+                previous,
+                commit,
+                entries: heads,
+            },
+        ),
+        &payloads,
+    );
     Frame(buffer)
 }
 
@@ -310,16 +351,23 @@ pub fn encode_reply(buffer: &mut BytesMut, sequence: u64, reply: &Reply) {
     write(buffer, sequence, reply, NO_TAIL);
 }
 
-fn write(buffer: &mut BytesMut, sequence: u64, envelope: &impl Serialize, tail: &[impl AsRef<[u8]>]) {
+fn write(
+    buffer: &mut BytesMut,
+    sequence: u64,
+    envelope: &impl Serialize,
+    tail: &[impl AsRef<[u8]>],
+) {
     let start = buffer.len();
     buffer.extend_from_slice(&[0; LENGTH_BYTES]);
     buffer.extend_from_slice(&[FORMAT]);
     buffer.extend_from_slice(&sequence.to_le_bytes());
-    postcard::to_io(envelope, Writer(buffer)).expect("writing into memory fails for no type of this module");
+    postcard::to_io(envelope, Writer(buffer))
+        .expect("writing into memory fails for no type of this module");
     for part in tail {
         buffer.extend_from_slice(part.as_ref());
     }
-    let length = u32::try_from(buffer.len() - start - LENGTH_BYTES).expect("a frame is far below 4 GiB");
+    let length =
+        u32::try_from(buffer.len() - start - LENGTH_BYTES).expect("a frame is far below 4 GiB");
     buffer[start..start + LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
 }
 
@@ -347,7 +395,9 @@ impl Arrived {
     /// The hello, and the starts and the pace that its sender tells.
     pub fn hello(&self) -> Result<(Hello, Option<Starts>, Option<Pace>), WireError> {
         let (hello, tail): (Hello, Bytes) = self.envelope()?;
-        let Some((starts, rest)) = read_starts(&tail)? else { return Ok((hello, None, None)) };
+        let Some((starts, rest)) = read_starts(&tail)? else {
+            return Ok((hello, None, None));
+        };
         let pace = read_part(PACE_FORMAT, rest)?.map(|(pace, _)| pace);
         Ok((hello, Some(starts), pace))
     }
@@ -382,7 +432,10 @@ pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<Entry>, WireE
     for head in heads {
         let bytes_len = head.bytes_len as usize;
         if tail.len() < bytes_len {
-            return Err(WireError::Malformed(format!("the payload of entry {} is cut off", head.id)));
+            return Err(WireError::Malformed(format!(
+                "the payload of entry {} is cut off",
+                head.id
+            )));
         }
         let bytes = tail.split_to(bytes_len);
         let payload = match head.kind {
@@ -390,10 +443,16 @@ pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<Entry>, WireE
             PayloadKind::Normal => Payload::Normal(bytes),
             PayloadKind::Membership => Payload::Membership(bytes),
         };
-        entries.push(Entry { id: head.id, payload });
+        entries.push(Entry {
+            id: head.id,
+            payload,
+        });
     }
     if tail.has_remaining() {
-        return Err(WireError::Malformed(format!("{} bytes too many", tail.len())));
+        return Err(WireError::Malformed(format!(
+            "{} bytes too many",
+            tail.len()
+        )));
     }
     Ok(entries)
 }
@@ -419,7 +478,11 @@ impl Default for FrameReader {
 impl FrameReader {
     /// Returns one for frames that are at most so long.
     pub fn with_limit(frame_bytes_max: usize) -> Self {
-        Self { frame_bytes_max, partial: BytesMut::new(), rest: Bytes::new() }
+        Self {
+            frame_bytes_max,
+            partial: BytesMut::new(),
+            rest: Bytes::new(),
+        }
     }
 
     /// Frames may be so long from now on.
@@ -427,7 +490,8 @@ impl FrameReader {
         self.frame_bytes_max = frame_bytes_max;
     }
 
-    /// Returns the length of the frame whose beginning has arrived; none where none has, or all of it.
+    /// Returns the length of the frame whose beginning has arrived; none where none has, or all of
+    /// it.
     pub fn awaited_bytes(&self) -> Option<usize> {
         let length = self.partial.first_chunk::<LENGTH_BYTES>()?;
         Some(LENGTH_BYTES + u32::from_le_bytes(*length) as usize)
@@ -437,7 +501,8 @@ impl FrameReader {
         if self.partial.is_empty() && self.rest.is_empty() {
             self.rest = chunk;
         } else {
-            self.partial.extend_from_slice(&std::mem::take(&mut self.rest));
+            self.partial
+                .extend_from_slice(&std::mem::take(&mut self.rest));
             self.partial.extend_from_slice(&chunk);
         }
     }
@@ -446,7 +511,8 @@ impl FrameReader {
     pub fn next(&mut self) -> Result<Option<Arrived>, WireError> {
         if self.partial.is_empty() {
             let Some(total) = frame_bytes(&self.rest, self.frame_bytes_max)? else {
-                self.partial.extend_from_slice(&std::mem::take(&mut self.rest));
+                self.partial
+                    .extend_from_slice(&std::mem::take(&mut self.rest));
                 return Ok(None);
             };
             return parse(self.rest.split_to(total)).map(Some);
@@ -460,7 +526,9 @@ impl FrameReader {
 
 /// Length of the frame that `bytes` begin with, if all of it is there.
 fn frame_bytes(bytes: &[u8], bytes_max: usize) -> Result<Option<usize>, WireError> {
-    let Some(length) = bytes.first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
+    let Some(length) = bytes.first_chunk::<LENGTH_BYTES>() else {
+        return Ok(None);
+    };
     let length = u32::from_le_bytes(*length) as usize;
     if length > bytes_max {
         return Err(WireError::TooLong(length));
@@ -472,10 +540,16 @@ fn frame_bytes(bytes: &[u8], bytes_max: usize) -> Result<Option<usize>, WireErro
 fn parse(mut frame: Bytes) -> Result<Arrived, WireError> {
     frame.advance(LENGTH_BYTES);
     if frame.len() < PREFIX_BYTES {
-        return Err(WireError::Malformed(format!("{} bytes are too few", frame.len())));
+        return Err(WireError::Malformed(format!(
+            "{} bytes are too few",
+            frame.len()
+        )));
     }
     match frame.get_u8() {
-        FORMAT => Ok(Arrived { sequence: frame.get_u64_le(), body: frame }),
+        FORMAT => Ok(Arrived {
+            sequence: frame.get_u64_le(),
+            body: frame,
+        }),
         version => Err(WireError::Format(version)),
     }
 }
@@ -486,16 +560,27 @@ mod tests {
 
     use crate::types::StartId;
 
-    const HEAD: Head = Head { group: GroupId(3), sender: ReplicaId(1), target: ReplicaId(2) };
+    const HEAD: Head = Head {
+        group: GroupId(3),
+        sender: ReplicaId(1),
+        target: ReplicaId(2),
+    };
 
     fn append() -> (Vec<Entry>, Bytes) {
-        let entry = |index, payload| Entry { id: LogId { term: 2, index }, payload };
+        let entry = |index, payload| Entry {
+            id: LogId { term: 2, index },
+            payload,
+        };
         let entries = vec![
             entry(5, Payload::Blank),
             entry(6, Payload::Normal(Bytes::from_static(b"six"))),
             entry(7, Payload::Membership(Bytes::from_static(b"seven"))),
         ];
-        let vote = Vote { term: 2, voted_for: Some(ReplicaId(1)), committed: true };
+        let vote = Vote {
+            term: 2,
+            voted_for: Some(ReplicaId(1)),
+            committed: true,
+        };
         let previous = Some(LogId { term: 1, index: 4 });
         let frame = encode_append(HEAD, vote, previous, None, &entries).seal(77);
         (entries, frame)
@@ -505,40 +590,74 @@ mod tests {
         assert_eq!(arrived.sequence, 77);
         let (head, request, tail) = arrived.request().expect("a request");
         assert_eq!(head, HEAD);
-        let Request::Append { entries: heads, .. } = request else { panic!("not an append: {request:?}") };
+        let Request::Append { entries: heads, .. } = request else {
+            panic!("not an append: {request:?}")
+        };
         assert_eq!(entries(&heads, tail).expect("whole payloads"), expected);
     }
 
     #[test]
     fn a_hello_with_starts_is_read_by_who_knows_none_and_one_without_by_who_knows_them() {
         let ids = (ClusterId(1), DirectoryId(2), DirectoryId(3));
-        let hello = Hello { cluster: ids.0, from: NodeId(4), from_directory: ids.1, to: NodeId(5), to_directory: ids.2 };
+        let hello = Hello {
+            cluster: ids.0,
+            from: NodeId(4),
+            from_directory: ids.1,
+            to: NodeId(5),
+            to_directory: ids.2,
+        };
         let starts = Starts::first(StartId(6)).followed_by(StartId(300));
         let arrived = |frame: Bytes| {
             let mut reader = FrameReader::default();
             reader.push(frame);
             reader.next().expect("a frame").expect("a whole one")
         };
-        assert_eq!(arrived(encode_hello(&hello)).hello(), Ok((hello, None, None)));
-        let pace = Pace { lease_drift_ms: Some(50), election_ms_max: 420 };
+        assert_eq!(
+            arrived(encode_hello(&hello)).hello(),
+            Ok((hello, None, None))
+        );
+        let pace = Pace {
+            lease_drift_ms: Some(50),
+            election_ms_max: 420,
+        };
         let greeting = arrived(encode_greeting(&hello, &starts, &pace));
-        assert_eq!(greeting.hello(), Ok((hello, Some(starts.clone()), Some(pace))));
+        assert_eq!(
+            greeting.hello(),
+            Ok((hello, Some(starts.clone()), Some(pace)))
+        );
         // As programs of the first release read it: what stands behind is none of theirs.
-        assert_eq!(postcard::take_from_bytes::<Hello>(&greeting.body).map(|(hello, _)| hello), Ok(hello));
+        assert_eq!(
+            postcard::take_from_bytes::<Hello>(&greeting.body).map(|(hello, _)| hello),
+            Ok(hello)
+        );
         let tail = &greeting.body[greeting.body.len() - 11..];
-        assert_eq!(tail, [STARTS_FORMAT, 1, 2, 6, 0xac, 2, PACE_FORMAT, 1, 50, 0xa4, 3], "the encoding stands");
+        assert_eq!(
+            tail,
+            [STARTS_FORMAT, 1, 2, 6, 0xac, 2, PACE_FORMAT, 1, 50, 0xa4, 3],
+            "the encoding stands"
+        );
         // As programs that know no pace wrote it, and as they read it.
         let mut buffer = BytesMut::new();
         write(&mut buffer, 0, &hello, &[starts_tail(&starts)]);
-        assert_eq!(arrived(buffer.freeze()).hello(), Ok((hello, Some(starts.clone()), None)));
+        assert_eq!(
+            arrived(buffer.freeze()).hello(),
+            Ok((hello, Some(starts.clone()), None))
+        );
 
         let mut buffer = BytesMut::new();
         encode_welcome(&mut buffer, 9, &starts);
         let welcome = arrived(buffer.freeze());
-        assert_eq!((welcome.reply(), welcome.welcome()), (Ok(Reply::Noted), Ok(Some(starts))));
+        assert_eq!(
+            (welcome.reply(), welcome.welcome()),
+            (Ok(Reply::Noted), Ok(Some(starts)))
+        );
         let mut buffer = BytesMut::new();
         write(&mut buffer, 9, &Reply::Noted, &[[STARTS_FORMAT + 1, 7, 7]]);
-        assert_eq!(arrived(buffer.freeze()).welcome(), Ok(None), "of a later version");
+        assert_eq!(
+            arrived(buffer.freeze()).welcome(),
+            Ok(None),
+            "of a later version"
+        );
         let mut buffer = BytesMut::new();
         write(&mut buffer, 9, &hello, &[[STARTS_FORMAT, 0, 0]]);
         assert!(arrived(buffer.freeze()).hello().is_err(), "unsound starts");

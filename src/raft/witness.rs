@@ -1,15 +1,18 @@
-//! Witnesses: replicas that vote and keep the log, and have no map. A group of two replicas with a witness survives the loss of any one of
-//! the three.
+//! Witnesses: replicas that vote and keep the log, and have no map. A group of two replicas with a
+//! witness survives the loss of any one of the three.
 //!
 //! What holds, so that a witness may vote for entries that it could never serve:
-//! - It is in a group only while it has, or a majority of the replicas with a map has, every entry that one of those may lack: it becomes a
-//!   voter, and others become voters beside it, only when each replica with a map has all that is committed (`sm::membership`), and it
-//!   purges only what each has durably ([`Group::tell_witnesses`] says how far that is).
-//! - It never sends a snapshot, having none: a replica that lacks what the witness no longer has must be brought up to date by another
-//!   that has a map, and refuses a witness's snapshot. A witness that lacks what its leader no longer has is told how far that is, and what
-//!   the membership was; that is its snapshot.
-//! - When it leads, which it does only when no other voter can (see [`Timer`](super::pulse::Timer)), it takes no requests, changes nothing,
-//!   brings the others up to date and hands over to the first that is ([`hand_over_soon`]).
+//! - It is in a group only while it has, or a majority of the replicas with a map has, every entry
+//!   that one of those may lack: it becomes a voter, and others become voters beside it, only when
+//!   each replica with a map has all that is committed (`sm::membership`), and it purges only what
+//!   each has durably ([`Group::tell_witnesses`] says how far that is).
+//! - It never sends a snapshot, having none: a replica that lacks what the witness no longer has
+//!   must be brought up to date by another that has a map, and refuses a witness's snapshot. A
+//!   witness that lacks what its leader no longer has is told how far that is, and what the
+//!   membership was; that is its snapshot.
+//! - When it leads, which it does only when no other voter can (see
+//!   [`Timer`](super::pulse::Timer)), it takes no requests, changes nothing, brings the others up
+//!   to date and hands over to the first that is ([`hand_over_soon`]).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -50,9 +53,22 @@ pub struct WitnessState {
 }
 
 impl WitnessState {
-    /// A witness as its file says, from which openraft goes on. `synced` is the log of the same replica.
-    pub fn new(key: ReplicaKey, files: WitnessFiles, synced: Arc<dyn Synced>, marked: Applied) -> Self {
-        Self { key, files, synced, applied: Mutex::new(marked.clone()), marked: Mutex::new(marked), held: AtomicU64::new(0) }
+    /// A witness as its file says, from which openraft goes on. `synced` is the log of the same
+    /// replica.
+    pub fn new(
+        key: ReplicaKey,
+        files: WitnessFiles,
+        synced: Arc<dyn Synced>,
+        marked: Applied,
+    ) -> Self {
+        Self {
+            key,
+            files,
+            synced,
+            applied: Mutex::new(marked.clone()),
+            marked: Mutex::new(marked),
+            held: AtomicU64::new(0),
+        }
     }
 
     pub fn key(&self) -> ReplicaKey {
@@ -75,15 +91,25 @@ impl WitnessState {
     /// What is applied, once the log holds it durably.
     pub async fn settled(&self) -> Result<Applied, StoreError> {
         let applied = self.applied();
-        let Some(log_id) = applied.log_id else { return Ok(applied) };
+        let Some(log_id) = applied.log_id else {
+            return Ok(applied);
+        };
         let (done, synced) = oneshot::channel();
-        self.synced.on_synced(log_id, Box::new(move |result| drop(done.send(result))));
-        let failed = |source| StoreError::Io { context: "waiting for the log of a witness".into(), source };
-        synced.await.map_err(|_| failed(std::io::Error::other("it was closed")))?.map_err(failed)?;
+        self.synced
+            .on_synced(log_id, Box::new(move |result| drop(done.send(result))));
+        let failed = |source| StoreError::Io {
+            context: "waiting for the log of a witness".into(),
+            source,
+        };
+        synced
+            .await
+            .map_err(|_| failed(std::io::Error::other("it was closed")))?
+            .map_err(failed)?;
         Ok(applied)
     }
 
-    /// Has the file say this, unless it says something newer. The log must be synced through it, or begin after it. Blocking.
+    /// Has the file say this, unless it says something newer. The log must be synced through it, or
+    /// begin after it. Blocking.
     pub fn mark(&self, applied: &Applied) -> Result<(), StoreError> {
         let mut marked = self.marked.lock().expect("no holder panics");
         if marked.log_id < applied.log_id {
@@ -98,7 +124,10 @@ impl WitnessState {
         let marked = self.marked.lock().expect("no holder panics");
         match self.files.read(self.key) {
             Ok(Some(found)) if found == *marked => Checked::Whole,
-            Ok(found) => Checked::Damaged(format!("the file of witness {} says {found:?}, not {:?}", self.key, *marked)),
+            Ok(found) => Checked::Damaged(format!(
+                "the file of witness {} says {found:?}, not {:?}",
+                self.key, *marked
+            )),
             // Not of the file: the process may have no descriptor for it.
             Err(StoreError::Io { .. }) => Checked::Unread,
             Err(error) => Checked::Damaged(format!("witness {}: {error}", self.key)),
@@ -111,7 +140,8 @@ impl WitnessState {
         self.files.write(self.key, &marked)
     }
 
-    /// Goes on from what a leader told, with nothing of the log before it. Durable when it returns. Blocking.
+    /// Goes on from what a leader told, with nothing of the log before it. Durable when it returns.
+    /// Blocking.
     pub fn install(&self, applied: &Applied) -> Result<(), StoreError> {
         self.mark(applied)?;
         self.apply(applied.clone());
@@ -143,19 +173,32 @@ impl Witness {
 
     /// Bytes of the log that it keeps: many, when a replica with a map has been away for long.
     pub fn log_bytes(&self) -> u64 {
-        self.0.log.bytes_since(self.0.log.state().purged.map_or(0, |id| id.index))
+        self.0
+            .log
+            .bytes_since(self.0.log.state().purged.map_or(0, |id| id.index))
     }
 
-    /// Takes one step towards purging what it need not keep: first its file must say that that was applied. `is_pressed`: also if it is little.
-    /// Something that is no voter keeps everything: it is measured by its log's beginning whether it may become one.
+    /// Takes one step towards purging what it need not keep: first its file must say that that was
+    /// applied. `is_pressed`: also if it is little. Something that is no voter keeps everything: it
+    /// is measured by its log's beginning whether it may become one.
     pub async fn let_go(&self, is_pressed: bool) -> Result<(), StoreError> {
         let group = &self.0;
-        let Some(state) = group.machine.keeps.witness() else { return Ok(()) };
+        let Some(state) = group.machine.keeps.witness() else {
+            return Ok(());
+        };
         let status = group.status();
-        let is_voter = group.watch.borrow().committed_membership.voters.contains_key(&self.key().replica);
+        let is_voter = group
+            .watch
+            .borrow()
+            .committed_membership
+            .voters
+            .contains_key(&self.key().replica);
         let upto = state.held().min(status.applied.map_or(0, |id| id.index));
         let purged = status.purged.map_or(0, |id| id.index);
-        let freed = group.log.bytes_since(purged).saturating_sub(group.log.bytes_since(upto));
+        let freed = group
+            .log
+            .bytes_since(purged)
+            .saturating_sub(group.log.bytes_since(upto));
         if !is_voter || upto <= purged || !(is_pressed || freed >= PURGE_BYTES_MIN) {
             return Ok(());
         }
@@ -171,24 +214,44 @@ impl Witness {
 }
 
 impl Group {
-    /// Tells the witnesses of the group how much of the log every replica with a map has durably, so that they need not keep it. Does
-    /// nothing unless this replica leads and there is something new to tell. Whoever is not told now is told later.
+    /// Tells the witnesses of the group how much of the log every replica with a map has durably,
+    /// so that they need not keep it. Does nothing unless this replica leads and there is something
+    /// new to tell. Whoever is not told now is told later.
     pub async fn tell_witnesses(&self) {
-        if self.is_witness() || self.watch.borrow().membership.witnesses.is_empty() || !self.leads() {
+        if self.is_witness() || self.watch.borrow().membership.witnesses.is_empty() || !self.leads()
+        {
             return;
         }
         let status = self.status();
-        let Some(upto) = status.held_by_all().filter(|upto| *upto > self.told.load(Ordering::Relaxed)) else { return };
-        let members = status.membership.voters.iter().chain(&status.membership.learners);
+        let Some(upto) = status
+            .held_by_all()
+            .filter(|upto| *upto > self.told.load(Ordering::Relaxed))
+        else {
+            return;
+        };
+        let members = status
+            .membership
+            .voters
+            .iter()
+            .chain(&status.membership.learners);
         let witnesses = members.filter(|(replica, _)| status.membership.is_witness(**replica));
         let told = witnesses.map(|(replica, node)| {
             let client = self.network.log_client(*replica, *node);
-            async move { client.ask(&Request::Held { index: upto }, &[], Instant::now() + TELL_TIMEOUT).await }
+            async move {
+                client
+                    .ask(
+                        &Request::Held { index: upto },
+                        &[],
+                        Instant::now() + TELL_TIMEOUT,
+                    )
+                    .await
+            }
         });
         match join_all(told).await.into_iter().find_map(Result::err) {
             None => self.told.store(upto, Ordering::Relaxed),
             Some(error) => {
-                tracing::debug!(group = %self.key().group, %error, "a witness was not told what it need not keep");
+                tracing::debug!(group = %self.key().group, %error, "a witness was not told what it \
+                    need not keep");
             }
         }
     }
@@ -198,24 +261,41 @@ impl Group {
         let status = self.status();
         let last = status.last_log;
         let is_heir = |replica: &ReplicaId| {
-            !status.membership.is_witness(*replica) && status.matched.get(replica).is_some_and(|matched| *matched == last)
+            !status.membership.is_witness(*replica)
+                && status
+                    .matched
+                    .get(replica)
+                    .is_some_and(|matched| *matched == last)
         };
-        let mut voters = status.membership.voters.keys().copied().filter(|_| status.role == Role::Leader);
+        let mut voters = status
+            .membership
+            .voters
+            .keys()
+            .copied()
+            .filter(|_| status.role == Role::Leader);
         voters.find(is_heir)
     }
 }
 
-/// Whenever the witness leads, hands over to the first voter with a map that has all that it has. Ends with the group.
+/// Whenever the witness leads, hands over to the first voter with a map that has all that it has.
+/// Ends with the group.
 pub async fn hand_over_soon(group: Weak<Group>) {
-    let Some(mut watch) = group.upgrade().map(|group| group.watch()) else { return };
+    let Some(mut watch) = group.upgrade().map(|group| group.watch()) else {
+        return;
+    };
     loop {
-        if watch.wait_for(|now| now.role == Role::Leader).await.is_err() {
+        if watch
+            .wait_for(|now| now.role == Role::Leader)
+            .await
+            .is_err()
+        {
             return;
         }
         let Some(group) = group.upgrade() else { return };
         if let Some(heir) = group.heir() {
             let handed = group.transfer_leader_within(heir, HAND_OVER_TIMEOUT).await;
-            tracing::info!(group = %group.key().group, to = %heir, ?handed, "a witness that led hands over");
+            tracing::info!(group = %group.key().group, to = %heir, ?handed, "a witness that led \
+                hands over");
         }
         drop(group);
         tokio::time::sleep(LOOK_INTERVAL).await;

@@ -1,8 +1,10 @@
-//! What follows from the digests that the replicas of a shard have of their maps at one entry of its log.
+//! What follows from the digests that the replicas of a shard have of their maps at one entry of
+//! its log.
 //!
-//! Replicas that apply the same entries have the same map; where they do not, a program, a machine or a
-//! disk has erred, and every answer depends on whom one asks. Decided where the shard is led. The rule:
-//! only those are rebuilt that differ from a majority of one mind, and without one nobody is believed.
+//! Replicas that apply the same entries have the same map; where they do not, a program, a machine
+//! or a disk has erred, and every answer depends on whom one asks. Decided where the shard is led.
+//! The rule: only those are rebuilt that differ from a majority of one mind, and without one nobody
+//! is believed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,15 +21,21 @@ pub enum Verdict {
     NoMajority,
 }
 
-/// Returns whether more than half of all `members` that have a map have told the same. Only they can end
-/// what [`Verdict::NoMajority`] began: that nobody contradicts may mean that nobody has answered.
-pub fn is_majority_of_one_mind<D: Ord>(members: &BTreeSet<ReplicaId>, told: &BTreeMap<ReplicaId, D>) -> bool {
+/// Returns whether more than half of all `members` that have a map have told the same. Only they
+/// can end what [`Verdict::NoMajority`] began: that nobody contradicts may mean that nobody has
+/// answered.
+pub fn is_majority_of_one_mind<D: Ord>(
+    members: &BTreeSet<ReplicaId>,
+    told: &BTreeMap<ReplicaId, D>,
+) -> bool {
     let told = told.iter().filter(|(replica, _)| members.contains(replica));
     let mut minds: BTreeMap<&D, usize> = BTreeMap::new();
     for (_, digest) in told {
         *minds.entry(digest).or_default() += 1;
     }
-    minds.values().any(|of_one_mind| of_one_mind * 2 > members.len())
+    minds
+        .values()
+        .any(|of_one_mind| of_one_mind * 2 > members.len())
 }
 
 /// Compares what replicas have told, of all `members` that have a map.
@@ -39,10 +47,19 @@ pub fn judge<D: Ord>(members: &BTreeSet<ReplicaId>, told: &BTreeMap<ReplicaId, D
     if minds.len() <= 1 {
         return Verdict::Agree;
     }
-    let majority = minds.values().find(|of_one_mind| of_one_mind.len() * 2 > members.len());
+    let majority = minds
+        .values()
+        .find(|of_one_mind| of_one_mind.len() * 2 > members.len());
     match majority {
         None => Verdict::NoMajority,
-        Some(majority) => Verdict::Minority(minds.values().flatten().filter(|id| !majority.contains(id)).copied().collect()),
+        Some(majority) => Verdict::Minority(
+            minds
+                .values()
+                .flatten()
+                .filter(|id| !majority.contains(id))
+                .copied()
+                .collect(),
+        ),
     }
 }
 
@@ -50,9 +67,14 @@ pub fn judge<D: Ord>(members: &BTreeSet<ReplicaId>, told: &BTreeMap<ReplicaId, D
 mod tests {
     use super::*;
 
-    /// The verdict on so many members, of which the first ones have told these digests, `-` for none.
+    /// The verdict on so many members, of which the first ones have told these digests, `-` for
+    /// none.
     fn verdict(members: u64, told: &str) -> Verdict {
-        let told = (1..).map(ReplicaId).zip(told.chars()).filter(|(_, digest)| *digest != '-').collect();
+        let told = (1..)
+            .map(ReplicaId)
+            .zip(told.chars())
+            .filter(|(_, digest)| *digest != '-')
+            .collect();
         judge(&(1..=members).map(ReplicaId).collect(), &told)
     }
 
@@ -63,13 +85,23 @@ mod tests {
     #[test]
     fn few_that_agree_are_no_majority() {
         let is_majority = |members: u64, told: &str| {
-            let told = (1..).map(ReplicaId).zip(told.chars()).filter(|(_, digest)| *digest != '-');
+            let told = (1..)
+                .map(ReplicaId)
+                .zip(told.chars())
+                .filter(|(_, digest)| *digest != '-');
             is_majority_of_one_mind(&(1..=members).map(ReplicaId).collect(), &told.collect())
         };
         for (members, told) in [(3, "aa-"), (3, "aba"), (2, "aa"), (1, "a"), (5, "aaab-")] {
             assert!(is_majority(members, told), "{told} of {members}");
         }
-        for (members, told) in [(3, "a--"), (3, "abc"), (2, "ab"), (2, "a-"), (4, "aabb"), (3, "---")] {
+        for (members, told) in [
+            (3, "a--"),
+            (3, "abc"),
+            (2, "ab"),
+            (2, "a-"),
+            (4, "aabb"),
+            (3, "---"),
+        ] {
             assert!(!is_majority(members, told), "{told} of {members}");
         }
     }
@@ -83,9 +115,24 @@ mod tests {
         assert_eq!(verdict(3, "baa"), minority(&[1]));
         assert_eq!(verdict(5, "aabca"), minority(&[3, 4]));
         assert_eq!(verdict(5, "aab-a"), minority(&[3]));
-        for (members, told) in [(2, "ab"), (3, "abc"), (3, "ab-"), (4, "aabb"), (5, "aab--"), (5, "aabbc")] {
-            assert_eq!(verdict(members, told), Verdict::NoMajority, "{told} of {members}");
+        for (members, told) in [
+            (2, "ab"),
+            (3, "abc"),
+            (3, "ab-"),
+            (4, "aabb"),
+            (5, "aab--"),
+            (5, "aabbc"),
+        ] {
+            assert_eq!(
+                verdict(members, told),
+                Verdict::NoMajority,
+                "{told} of {members}"
+            );
         }
-        assert_eq!(verdict(2, "aab"), Verdict::Agree, "the third is none of them any more");
+        assert_eq!(
+            verdict(2, "aab"),
+            Verdict::Agree,
+            "the third is none of them any more"
+        );
     }
 }

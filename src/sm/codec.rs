@@ -1,7 +1,8 @@
-//! The versioned encodings of everything that the core writes to disk or log: one format-version byte, then postcard.
+//! The versioned encodings of everything that the core writes to disk or log: one format-version
+//! byte, then postcard.
 //!
-//! What is written once is read for ever: a new version adds an arm to the reader of its type and keeps the old one. Golden-bytes
-//! tests beside each type hold its encoding.
+//! What is written once is read for ever: a new version adds an arm to the reader of its type and
+//! keeps the old one. Golden-bytes tests beside each type hold its encoding.
 
 use bytes::Bytes;
 use postcard::de_flavors::Flavor;
@@ -30,7 +31,8 @@ pub fn encode<T: Serialize>(value: &T) -> Bytes {
 pub fn encode_sized<T: Serialize>(value: &T, capacity: usize) -> Bytes {
     let mut buffer = Vec::with_capacity(capacity);
     buffer.push(FORMAT);
-    let bytes = postcard::to_extend(value, buffer).expect("encoding into memory fails for no type of the core");
+    let bytes = postcard::to_extend(value, buffer)
+        .expect("encoding into memory fails for no type of the core");
     Bytes::from(bytes)
 }
 
@@ -45,17 +47,27 @@ pub fn encode_as<T: Serialize>(format: u8, value: &T) -> Bytes {
 pub fn encode_leveled<T: Serialize>(level: u16, value: &T, capacity: usize) -> Bytes {
     let mut buffer = Vec::with_capacity(capacity + 4);
     buffer.push(LEVELED);
-    let encoded = postcard::to_extend(&level, buffer).and_then(|buffer| postcard::to_extend(value, buffer));
+    let encoded =
+        postcard::to_extend(&level, buffer).and_then(|buffer| postcard::to_extend(value, buffer));
     Bytes::from(encoded.expect("encoding into memory fails for no type of the core"))
 }
 
-/// Returns the level of an encoding in the format [`LEVELED`], and what follows it. None: it has none.
+/// Returns the level of an encoding in the format [`LEVELED`], and what follows it. None: it has
+/// none.
 ///
 /// # Errors
 ///
 /// When it is of a level or a format that this program does not know.
-pub fn split_leveled<'a>(bytes: &'a [u8], what: &'static str) -> Result<Option<(u16, &'a [u8])>, StoreError> {
-    let Some((&format, body)) = bytes.split_first().filter(|(format, _)| **format >= LEVELED) else { return Ok(None) };
+pub fn split_leveled<'a>(
+    bytes: &'a [u8],
+    what: &'static str,
+) -> Result<Option<(u16, &'a [u8])>, StoreError> {
+    let Some((&format, body)) = bytes
+        .split_first()
+        .filter(|(format, _)| **format >= LEVELED)
+    else {
+        return Ok(None);
+    };
     let (uses, rest): (u16, _) = take_body(body, what)?;
     level::ensure_known(what, uses)?;
     if format > LEVELED {
@@ -65,27 +77,43 @@ pub fn split_leveled<'a>(bytes: &'a [u8], what: &'static str) -> Result<Option<(
     Ok(Some((uses, rest)))
 }
 
-/// The format of an encoding, and what it is without its format byte: for a type whose newest format is `newest`.
-pub fn split<'a>(bytes: &'a [u8], newest: u8, what: &'static str) -> Result<(u8, &'a [u8]), StoreError> {
+/// The format of an encoding, and what it is without its format byte: for a type whose newest
+/// format is `newest`.
+pub fn split<'a>(
+    bytes: &'a [u8],
+    newest: u8,
+    what: &'static str,
+) -> Result<(u8, &'a [u8]), StoreError> {
     let undecodable = |reason: String| StoreError::Undecodable { what, reason };
     match bytes.split_first() {
         Some((&format, body)) if (FORMAT..=newest).contains(&format) => Ok((format, body)),
-        Some((format, _)) => Err(undecodable(format!("format {format} is unknown to this version"))),
+        Some((format, _)) => Err(undecodable(format!(
+            "format {format} is unknown to this version"
+        ))),
         None => Err(undecodable("it is empty".into())),
     }
 }
 
 /// Reads the whole of what [`split`] has cut off.
-pub fn decode_body<'a, T: Deserialize<'a>>(body: &'a [u8], what: &'static str) -> Result<T, StoreError> {
+pub fn decode_body<'a, T: Deserialize<'a>>(
+    body: &'a [u8],
+    what: &'static str,
+) -> Result<T, StoreError> {
     let (value, rest) = take_body(body, what)?;
     if rest.is_empty() {
         return Ok(value);
     }
-    Err(StoreError::Undecodable { what, reason: format!("{} bytes too many", rest.len()) })
+    Err(StoreError::Undecodable {
+        what,
+        reason: format!("{} bytes too many", rest.len()),
+    })
 }
 
 /// Reads what [`encode`] wrote. `what` names it in the error.
-pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<T, StoreError> {
+pub fn decode<'a, T: Deserialize<'a>>(
+    bytes: &'a [u8],
+    what: &'static str,
+) -> Result<T, StoreError> {
     decode_body(split(bytes, FORMAT, what)?.1, what)
 }
 
@@ -107,13 +135,23 @@ pub fn decode_charged<T: DeserializeOwned>(
     what: &'static str,
     charge: &mut dyn FnMut(usize) -> bool,
 ) -> Result<T, StoreError> {
-    let undecodable = |error: postcard::Error| StoreError::Undecodable { what, reason: error.to_string() };
-    let metered = Metered { rest: split(bytes, FORMAT, what)?.1, owed: 0, charge };
+    let undecodable = |error: postcard::Error| StoreError::Undecodable {
+        what,
+        reason: error.to_string(),
+    };
+    let metered = Metered {
+        rest: split(bytes, FORMAT, what)?.1,
+        owed: 0,
+        charge,
+    };
     let mut deserializer = postcard::Deserializer::from_flavor(metered);
     let value = T::deserialize(&mut deserializer).map_err(undecodable)?;
     match deserializer.finalize().map_err(undecodable)? {
         0 => Ok(value),
-        left => Err(StoreError::Undecodable { what, reason: format!("{left} bytes too many") }),
+        left => Err(StoreError::Undecodable {
+            what,
+            reason: format!("{left} bytes too many"),
+        }),
     }
 }
 
@@ -132,7 +170,11 @@ impl Metered<'_> {
             return Ok(());
         }
         let owed = std::mem::take(&mut self.owed);
-        if (self.charge)(owed) { Ok(()) } else { Err(postcard::Error::SerdeDeCustom) }
+        if (self.charge)(owed) {
+            Ok(())
+        } else {
+            Err(postcard::Error::SerdeDeCustom)
+        }
     }
 }
 
@@ -141,7 +183,10 @@ impl<'de> Flavor<'de> for Metered<'de> {
     type Source = &'de [u8];
 
     fn pop(&mut self) -> postcard::Result<u8> {
-        let (first, rest) = self.rest.split_first().ok_or(postcard::Error::DeserializeUnexpectedEnd)?;
+        let (first, rest) = self
+            .rest
+            .split_first()
+            .ok_or(postcard::Error::DeserializeUnexpectedEnd)?;
         self.rest = rest;
         self.owe(MADE_PER_BYTE)?;
         Ok(*first)
@@ -152,7 +197,10 @@ impl<'de> Flavor<'de> for Metered<'de> {
     }
 
     fn try_take_n(&mut self, count: usize) -> postcard::Result<&'de [u8]> {
-        let (taken, rest) = self.rest.split_at_checked(count).ok_or(postcard::Error::DeserializeUnexpectedEnd)?;
+        let (taken, rest) = self
+            .rest
+            .split_at_checked(count)
+            .ok_or(postcard::Error::DeserializeUnexpectedEnd)?;
         self.rest = rest;
         self.owe(count)?;
         Ok(taken)
@@ -163,13 +211,23 @@ impl<'de> Flavor<'de> for Metered<'de> {
     }
 }
 
-/// Reads the first fields of what [`encode`] wrote, as many as `T` has, and returns the bytes after them.
-pub fn decode_first<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &'static str) -> Result<(T, &'a [u8]), StoreError> {
+/// Reads the first fields of what [`encode`] wrote, as many as `T` has, and returns the bytes after
+/// them.
+pub fn decode_first<'a, T: Deserialize<'a>>(
+    bytes: &'a [u8],
+    what: &'static str,
+) -> Result<(T, &'a [u8]), StoreError> {
     take_body(split(bytes, FORMAT, what)?.1, what)
 }
 
-fn take_body<'a, T: Deserialize<'a>>(body: &'a [u8], what: &'static str) -> Result<(T, &'a [u8]), StoreError> {
-    postcard::take_from_bytes(body).map_err(|error| StoreError::Undecodable { what, reason: error.to_string() })
+fn take_body<'a, T: Deserialize<'a>>(
+    body: &'a [u8],
+    what: &'static str,
+) -> Result<(T, &'a [u8]), StoreError> {
+    postcard::take_from_bytes(body).map_err(|error| StoreError::Undecodable {
+        what,
+        reason: error.to_string(),
+    })
 }
 
 #[cfg(test)]
@@ -180,8 +238,15 @@ mod tests {
     fn what_is_encoded_decodes_and_nothing_else_does() {
         let bytes = encode(&(7u32, "seven"));
         assert_eq!(&bytes[..], b"\x01\x07\x05seven");
-        assert_eq!(decode::<(u32, String)>(&bytes, "a pair").expect("own encoding"), (7, "seven".to_owned()));
-        let error = |bytes: &[u8]| decode::<(u32, String)>(bytes, "a pair").expect_err("not an encoding").to_string();
+        assert_eq!(
+            decode::<(u32, String)>(&bytes, "a pair").expect("own encoding"),
+            (7, "seven".to_owned())
+        );
+        let error = |bytes: &[u8]| {
+            decode::<(u32, String)>(bytes, "a pair")
+                .expect_err("not an encoding")
+                .to_string()
+        };
         assert!(error(b"").contains("empty"));
         assert!(error(b"\x02\x07\x05seven").contains("format 2"));
         assert!(error(b"\x01\x07\x05seve").contains("cannot decode a pair"));
@@ -202,14 +267,23 @@ mod tests {
         let empty = vec![Bytes::new(); 10_000];
         let (decoded, paid) = decode(&encode(&empty), usize::MAX);
         assert_eq!(decoded.expect("own encoding"), empty);
-        assert!(paid + CHARGE_STEP_BYTES > 10_000 * 2 * size_of::<Bytes>(), "{paid}");
+        assert!(
+            paid + CHARGE_STEP_BYTES > 10_000 * 2 * size_of::<Bytes>(),
+            "{paid}"
+        );
         let (decoded, paid) = decode(&encode(&empty), 100_000);
-        assert!(decoded.is_err() && paid < 100_000 + 2 * CHARGE_STEP_BYTES, "{paid}");
+        assert!(
+            decoded.is_err() && paid < 100_000 + 2 * CHARGE_STEP_BYTES,
+            "{paid}"
+        );
 
         let few = vec![Bytes::from(vec![1; 100]); 3];
         let (decoded, paid) = decode(&encode(&few), 0);
         assert_eq!((decoded.expect("it is small"), paid), (few.clone(), 0));
         let whole = encode(&few);
-        assert!(decode(&whole[..whole.len() - 1], 0).0.is_err() && decode(&[&whole[..], b"x"].concat(), 0).0.is_err());
+        assert!(
+            decode(&whole[..whole.len() - 1], 0).0.is_err()
+                && decode(&[&whole[..], b"x"].concat(), 0).0.is_err()
+        );
     }
 }

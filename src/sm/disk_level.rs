@@ -22,7 +22,10 @@ pub struct DiskRoom {
 
 impl DiskRoom {
     /// That of a disk that never fills up.
-    pub const ENDLESS: Self = Self { free_bytes: u64::MAX, total_bytes: u64::MAX };
+    pub const ENDLESS: Self = Self {
+        free_bytes: u64::MAX,
+        total_bytes: u64::MAX,
+    };
 
     /// Returns below how many free bytes writes are refused; `asked` is what the operator said.
     pub fn reserve_bytes(self, asked: Option<u64>) -> u64 {
@@ -45,7 +48,8 @@ impl DiskLevel {
     /// Returns the next level. It takes some more to be back than not to go, so that a disk at the
     /// limit does not go to and fro.
     pub fn next(self, free_bytes: u64, reserve_bytes: u64) -> Self {
-        let is_below = |limit: u64, was: bool| free_bytes < if was { limit + limit / 8 } else { limit };
+        let is_below =
+            |limit: u64, was: bool| free_bytes < if was { limit + limit / 8 } else { limit };
         if is_below(reserve_bytes / 2, self >= Self::Spent) {
             Self::Spent
         } else if is_below(reserve_bytes, self >= Self::Low) {
@@ -66,20 +70,42 @@ mod tests {
     fn writes_are_refused_below_the_reserve_and_taken_again_when_there_is_a_little_more() {
         use DiskLevel::{Ample, Low, Spent};
         let mut level = Ample;
-        let seen = [300, 256, 255, 256, 287, 288, 255, 128, 127, 128, 143, 144, 0, 300].map(|mib| {
+        let seen = [
+            300, 256, 255, 256, 287, 288, 255, 128, 127, 128, 143, 144, 0, 300,
+        ]
+        .map(|mib| {
             level = level.next(mib * MIB, 256 * MIB);
             level
         });
-        let expected = [Ample, Ample, Low, Low, Low, Ample, Low, Low, Spent, Spent, Spent, Low, Spent, Ample];
+        let expected = [
+            Ample, Ample, Low, Low, Low, Ample, Low, Low, Spent, Spent, Spent, Low, Spent, Ample,
+        ];
         assert_eq!(seen, expected);
-        assert_eq!(Ample.next(0, 0), Ample, "without a reserve nothing is refused");
+        assert_eq!(
+            Ample.next(0, 0),
+            Ample,
+            "without a reserve nothing is refused"
+        );
     }
 
     #[test]
     fn a_small_disk_has_a_small_reserve() {
-        let of = |mib: u64, asked| DiskRoom { free_bytes: 0, total_bytes: mib * MIB }.reserve_bytes(asked) / MIB;
-        assert_eq!((of(160, None), of(1024, None), of(1 << 20, None)), (40, 256, 256));
+        let of = |mib: u64, asked| {
+            DiskRoom {
+                free_bytes: 0,
+                total_bytes: mib * MIB,
+            }
+            .reserve_bytes(asked)
+                / MIB
+        };
+        assert_eq!(
+            (of(160, None), of(1024, None), of(1 << 20, None)),
+            (40, 256, 256)
+        );
         assert_eq!(of(160, Some(100 * MIB)), 100);
-        assert_eq!(DiskLevel::Ample.next(DiskRoom::ENDLESS.free_bytes, 256 * MIB), DiskLevel::Ample);
+        assert_eq!(
+            DiskLevel::Ample.next(DiskRoom::ENDLESS.free_bytes, 256 * MIB),
+            DiskLevel::Ample
+        );
     }
 }

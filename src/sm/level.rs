@@ -1,11 +1,13 @@
-//! Feature levels: what every node of a cluster must be able to read before a leader may propose it.
+//! Feature levels: what every node of a cluster must be able to read before a leader may propose
+//! it.
 //!
 //! The view carries a level. Level 0 is the program of the first release, which knew none. A leader
 //! proposes a variant of a later level only once [`View::allows`](super::view::View::allows) it;
 //! until then it does what the programs of the level before did, and those can take its place.
 //!
 //! # To add something that older programs do not read
-//! 1. Add a [`Feature`] with its level: [`LEVEL`], or one more if a release with that is out already.
+//! 1. Add a [`Feature`] with its level: [`LEVEL`], or one more if a release with that is out
+//!    already.
 //! 2. Add the variant of the command at the end of its enum, and name the feature in its `needs`.
 //! 3. Propose it only where `allows(feature)`, as `Group` and `Member` have it; keep the old way
 //!    for a lower level, also in `apply`: what is in a log is applied as it was meant.
@@ -28,7 +30,11 @@ pub enum Feature {
 }
 
 impl Feature {
-    pub const ALL: [Feature; 3] = [Feature::CompareDigests, Feature::BoundedAnswers, Feature::ReadOnlyEntries];
+    pub const ALL: [Feature; 3] = [
+        Feature::CompareDigests,
+        Feature::BoundedAnswers,
+        Feature::ReadOnlyEntries,
+    ];
 
     /// Returns the first level whose programs all know it.
     pub const fn level(self) -> u16 {
@@ -50,7 +56,14 @@ impl Feature {
 
 /// Returns an error if what says that it is of level `uses` may not be readable here.
 pub(super) fn ensure_known(what: &'static str, uses: u16) -> Result<(), StoreError> {
-    if uses <= LEVEL { Ok(()) } else { Err(StoreError::TooOld { what, too_old: TooOld::new(uses, LEVEL) }) }
+    if uses <= LEVEL {
+        Ok(())
+    } else {
+        Err(StoreError::TooOld {
+            what,
+            too_old: TooOld::new(uses, LEVEL),
+        })
+    }
 }
 
 /// This program knows less than the cluster uses.
@@ -77,7 +90,10 @@ mod tests {
             assert!((1..=LEVEL).contains(&feature.level()), "{feature:?}");
         }
         for level in 1..=LEVEL {
-            assert!(Feature::ALL.iter().any(|feature| feature.level() == level), "{level}");
+            assert!(
+                Feature::ALL.iter().any(|feature| feature.level() == level),
+                "{level}"
+            );
         }
     }
 }

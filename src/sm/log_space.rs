@@ -41,7 +41,14 @@ impl LogSpace {
         let bytes_max = bytes.clamp(log_bytes, log_bytes.saturating_mul(GROWTH_MAX));
         // The rest is for the segments that are written next, and for the time that snapshots take.
         let is_cheap = cost <= bytes_max / 16;
-        Self { bytes_max, pinned_bytes_max: if is_cheap { bytes_max / 4 } else { bytes_max / 2 } }
+        Self {
+            bytes_max,
+            pinned_bytes_max: if is_cheap {
+                bytes_max / 4
+            } else {
+                bytes_max / 2
+            },
+        }
     }
 
     /// Returns whether a replica that holds back so much must let go also of what members that are
@@ -83,7 +90,10 @@ mod tests {
         assert_eq!(of(&[10, 10, 10]), (256, 128));
         assert_eq!(of(&[300, 200]), (500, 250));
         assert_eq!(of(&[100_000]), (2048, 1024));
-        assert_eq!(LogSpace::of(u64::MAX, [u64::MAX, u64::MAX]).bytes_max, u64::MAX);
+        assert_eq!(
+            LogSpace::of(u64::MAX, [u64::MAX, u64::MAX]).bytes_max,
+            u64::MAX
+        );
     }
 
     #[test]
@@ -95,6 +105,9 @@ mod tests {
 
     #[test]
     fn a_small_log_has_small_segments() {
-        assert_eq!([1, 16, 64, 256, 10_000].map(|mib| segment_bytes(mib * MIB) / MIB), [1, 1, 4, 16, 16]);
+        assert_eq!(
+            [1, 16, 64, 256, 10_000].map(|mib| segment_bytes(mib * MIB) / MIB),
+            [1, 1, 4, 16, 16]
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! What the meta group understands: its commands, what it answers, and [`apply`].
 //!
-//! Its map holds the [`View`] under one key. Kept out: planning (`placement`). Called by the state machine of group 0, and by whoever
-//! reads the view from a replica of it.
+//! Its map holds the [`View`] under one key. Kept out: planning (`placement`). Called by the state
+//! machine of group 0, and by whoever reads the view from a replica of it.
 
 use std::collections::BTreeSet;
 
@@ -12,28 +12,48 @@ use super::codec;
 use super::level::Feature;
 use super::ports::{Read, StoreError, WriteBatch};
 use super::view::{self, Inconsistency, Node, Reported, SlotMove, View};
-use crate::types::{Address, DirectoryId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
+use crate::types::{
+    Address, DirectoryId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot,
+};
 
-/// One entry of the meta group's log. Part of the disk format: variants are only ever added, at the end.
+/// One entry of the meta group's log. Part of the disk format: variants are only ever added, at the
+/// end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     /// The first view, by the founder. Accepted once.
     Found { view: Box<View> },
-    /// A node says under which address it now runs. Accepted only from the directory that the view names.
-    Announce { node: NodeId, directory: DirectoryId, address: Address, public_address: Option<Address> },
-    /// Another plan: the view `next`, drawn up from the view of version `base`. Accepted only while that is still the view, and only if
-    /// nothing that is there is taken away by it: owners of slots, open moves and replicas end otherwise.
+    /// A node says under which address it now runs. Accepted only from the directory that the view
+    /// names.
+    Announce {
+        node: NodeId,
+        directory: DirectoryId,
+        address: Address,
+        public_address: Option<Address>,
+    },
+    /// Another plan: the view `next`, drawn up from the view of version `base`. Accepted only while
+    /// that is still the view, and only if nothing that is there is taken away by it: owners of
+    /// slots, open moves and replicas end otherwise.
     InstallPlan { base: MapVersion, next: Box<View> },
     /// The leader of `from` begins to move slots to where they should be.
-    OpenMove { slots: BTreeSet<Slot>, from: GroupId, to: GroupId },
+    OpenMove {
+        slots: BTreeSet<Slot>,
+        from: GroupId,
+        to: GroupId,
+    },
     /// `to` serves the slots of the move.
     CommitMove { id: MoveId },
     /// `from` goes on serving the slots of the move.
     AbortMove { id: MoveId },
-    /// The leader of a group tells of a membership that is committed and uniform. Replicas on their way out that are not in it are retired.
-    /// Accepted only from one that knew this plan when it looked: what an earlier look did not find may have joined since.
-    Report { group: GroupId, reported: Reported, plan: PlanEpoch },
-    /// Every node of the view of this version reads all up to this level. Accepted only over that version.
+    /// The leader of a group tells of a membership that is committed and uniform. Replicas on their
+    /// way out that are not in it are retired. Accepted only from one that knew this plan when it
+    /// looked: what an earlier look did not find may have joined since.
+    Report {
+        group: GroupId,
+        reported: Reported,
+        plan: PlanEpoch,
+    },
+    /// Every node of the view of this version reads all up to this level. Accepted only over that
+    /// version.
     RaiseLevel { level: u16, over: MapVersion },
 }
 
@@ -91,19 +111,36 @@ pub enum Misstep {
     Node(NodeId),
 }
 
-/// Where the meta group keeps the view. Its first byte is none that `slots` reserves for the storage layer.
+/// Where the meta group keeps the view. Its first byte is none that `slots` reserves for the
+/// storage layer.
 const VIEW_KEY: &[u8] = b"\x01view";
 
 /// What `command` does to the meta group's map, and what it answers. The index has no part in it.
 ///
-/// A rejection is an answer, the same on every replica; an error is a broken disk or an undecodable map and stops the group.
-pub fn apply(read: &impl Read, _index: u64, command: Command) -> Result<(Outcome, WriteBatch), StoreError> {
+/// A rejection is an answer, the same on every replica; an error is a broken disk or an undecodable
+/// map and stops the group.
+pub fn apply(
+    read: &impl Read,
+    _index: u64,
+    command: Command,
+) -> Result<(Outcome, WriteBatch), StoreError> {
     let view = read_view(read)?;
     let decided = match command {
         Command::Found { view: first } => found(view, *first).map(Some),
-        Command::Announce { node, directory, address, public_address } => {
-            announce(view, node, Node { address, public_address, directory })
-        }
+        Command::Announce {
+            node,
+            directory,
+            address,
+            public_address,
+        } => announce(
+            view,
+            node,
+            Node {
+                address,
+                public_address,
+                directory,
+            },
+        ),
         Command::InstallPlan { base, next } => install(view, base, *next).map(Some),
         Command::OpenMove { slots, from, to } => {
             let opened = open_move(view, SlotMove { slots, from, to });
@@ -114,7 +151,11 @@ pub fn apply(read: &impl Read, _index: u64, command: Command) -> Result<(Outcome
         }
         Command::CommitMove { id } => end_move(view, id, true).map(Some),
         Command::AbortMove { id } => end_move(view, id, false).map(Some),
-        Command::Report { group, reported, plan } => report(view, group, reported, plan),
+        Command::Report {
+            group,
+            reported,
+            plan,
+        } => report(view, group, reported, plan),
         Command::RaiseLevel { level, over } => raise_level(view, level, over),
     };
     Ok(match decided {
@@ -133,7 +174,9 @@ fn written(view: Option<View>) -> WriteBatch {
 
 /// The view in the meta group's map; none before the cluster is founded.
 pub fn read_view(read: &impl Read) -> Result<Option<View>, StoreError> {
-    read.get(VIEW_KEY)?.map(|bytes| View::decode(&bytes)).transpose()
+    read.get(VIEW_KEY)?
+        .map(|bytes| View::decode(&bytes))
+        .transpose()
 }
 
 fn found(view: Option<View>, first: View) -> Result<View, Rejection> {
@@ -147,13 +190,25 @@ fn found(view: Option<View>, first: View) -> Result<View, Rejection> {
 /// The view with `node` as it says it is; none if it is so already.
 fn announce(view: Option<View>, node: NodeId, now: Node) -> Result<Option<View>, Rejection> {
     let mut view = view.ok_or(Rejection::NotFounded)?;
-    let taken = view.staying().find(|(id, other)| *id != node && other.address == now.address).map(|(id, _)| id);
-    let known = view.nodes.get_mut(&node).ok_or(Rejection::UnknownNode(node))?;
+    let taken = view
+        .staying()
+        .find(|(id, other)| *id != node && other.address == now.address)
+        .map(|(id, _)| id);
+    let known = view
+        .nodes
+        .get_mut(&node)
+        .ok_or(Rejection::UnknownNode(node))?;
     if known.directory != now.directory {
-        return Err(Rejection::OtherDirectory { node, directory: known.directory });
+        return Err(Rejection::OtherDirectory {
+            node,
+            directory: known.directory,
+        });
     }
     if let Some(by) = taken {
-        return Err(Rejection::AddressTaken { address: now.address, by });
+        return Err(Rejection::AddressTaken {
+            address: now.address,
+            by,
+        });
     }
     if *known == now {
         return Ok(None);
@@ -166,7 +221,9 @@ fn announce(view: Option<View>, node: NodeId, now: Node) -> Result<Option<View>,
 fn install(view: Option<View>, base: MapVersion, next: View) -> Result<View, Rejection> {
     let view = view.ok_or(Rejection::NotFounded)?;
     if view.version != base {
-        return Err(Rejection::Outdated { version: view.version });
+        return Err(Rejection::Outdated {
+            version: view.version,
+        });
     }
     next.check().map_err(Rejection::Inconsistent)?;
     check_successor(&view, &next).map_err(Rejection::NotASuccessor)?;
@@ -177,7 +234,9 @@ fn install(view: Option<View>, base: MapVersion, next: View) -> Result<View, Rej
 
 /// Whether `next` takes nothing away from `view` that must end otherwise.
 fn check_successor(view: &View, next: &View) -> Result<(), Misstep> {
-    let follows = next.cluster == view.cluster && next.epoch.0 == view.epoch.0 + 1 && next.version.0 == view.version.0 + 1;
+    let follows = next.cluster == view.cluster
+        && next.epoch.0 == view.epoch.0 + 1
+        && next.version.0 == view.version.0 + 1;
     if !follows || next.level != view.level {
         return Err(Misstep::Numbers);
     }
@@ -197,11 +256,16 @@ fn check_successor(view: &View, next: &View) -> Result<(), Misstep> {
         }
     }
     for (id, group) in &view.groups {
-        let Some(of) = next.groups.get(id) else { return Err(Misstep::Group(*id)) };
+        let Some(of) = next.groups.get(id) else {
+            return Err(Misstep::Group(*id));
+        };
         if of.creation != group.creation || of.reported != group.reported {
             return Err(Misstep::Group(*id));
         }
-        if let Some((replica, _)) = group.hosted().find(|(replica, node)| next.node_of(*id, *replica) != Some(*node)) {
+        if let Some((replica, _)) = group
+            .hosted()
+            .find(|(replica, node)| next.node_of(*id, *replica) != Some(*node))
+        {
             return Err(Misstep::Replica(replica));
         }
     }
@@ -218,22 +282,33 @@ fn check_new_ids(view: &View, next: &View) -> Result<(), Misstep> {
         if *id < view.next_group && !view.groups.contains_key(id) {
             return Err(Misstep::Group(*id));
         }
-        let old = |replica: ReplicaId| replica < view.next_replica && view.node_of(*id, replica).is_none();
+        let old = |replica: ReplicaId| {
+            replica < view.next_replica && view.node_of(*id, replica).is_none()
+        };
         if let Some((replica, _)) = group.hosted().find(|(replica, _)| old(*replica)) {
             return Err(Misstep::Replica(replica));
         }
-        // Of a replica that is on its way out, only what is known to have a map comes back, and as that.
+        // Of a replica that is on its way out, only what is known to have a map comes back, and as
+        // that.
         let back = |replica: ReplicaId| {
-            let was_leaving = view.groups.get(id).filter(|before| before.leaving.contains_key(&replica));
-            was_leaving.is_some_and(|before| group.is_witness(replica) || !before.can_come_back(replica))
+            let was_leaving = view
+                .groups
+                .get(id)
+                .filter(|before| before.leaving.contains_key(&replica));
+            was_leaving
+                .is_some_and(|before| group.is_witness(replica) || !before.can_come_back(replica))
         };
         // Nor does one that has a map become a witness, or the other way round.
         let turned = |replica: ReplicaId| {
             view.groups.get(id).is_some_and(|before| {
-                before.is_witness(replica) != group.is_witness(replica) && before.wanted().any(|(known, _)| known == replica)
+                before.is_witness(replica) != group.is_witness(replica)
+                    && before.wanted().any(|(known, _)| known == replica)
             })
         };
-        if let Some((replica, _)) = group.wanted().find(|(replica, _)| back(*replica) || turned(*replica)) {
+        if let Some((replica, _)) = group
+            .wanted()
+            .find(|(replica, _)| back(*replica) || turned(*replica))
+        {
             return Err(Misstep::Replica(replica));
         }
     }
@@ -241,10 +316,16 @@ fn check_new_ids(view: &View, next: &View) -> Result<(), Misstep> {
 }
 
 /// The view at the level; none if it has reached that already.
-fn raise_level(view: Option<View>, level: u16, over: MapVersion) -> Result<Option<View>, Rejection> {
+fn raise_level(
+    view: Option<View>,
+    level: u16,
+    over: MapVersion,
+) -> Result<Option<View>, Rejection> {
     let mut view = view.ok_or(Rejection::NotFounded)?;
     if view.version != over {
-        return Err(Rejection::Outdated { version: view.version });
+        return Err(Rejection::Outdated {
+            version: view.version,
+        });
     }
     if view.level >= level {
         return Ok(None);
@@ -256,9 +337,18 @@ fn raise_level(view: Option<View>, level: u16, over: MapVersion) -> Result<Optio
 
 fn open_move(view: Option<View>, open: SlotMove) -> Result<(MoveId, View), Rejection> {
     let mut view = view.ok_or(Rejection::NotFounded)?;
-    let moving: BTreeSet<Slot> = view.moves.values().flat_map(|open| open.slots.iter().copied()).collect();
-    let is_due = |slot: Slot| view.slots.owner(slot) == open.from && view.targets.owner(slot) == open.to;
-    if let Some(slot) = open.slots.iter().find(|slot| !is_due(**slot) || moving.contains(slot)) {
+    let moving: BTreeSet<Slot> = view
+        .moves
+        .values()
+        .flat_map(|open| open.slots.iter().copied())
+        .collect();
+    let is_due =
+        |slot: Slot| view.slots.owner(slot) == open.from && view.targets.owner(slot) == open.to;
+    if let Some(slot) = open
+        .slots
+        .iter()
+        .find(|slot| !is_due(**slot) || moving.contains(slot))
+    {
         return Err(Rejection::NotToBeMoved(*slot));
     }
     if open.from == open.to || open.slots.is_empty() {
@@ -285,21 +375,41 @@ fn end_move(view: Option<View>, id: MoveId, committed: bool) -> Result<View, Rej
 }
 
 /// The view with what a leader tells of its group; none if that is nothing new.
-fn report(view: Option<View>, group: GroupId, reported: Reported, plan: PlanEpoch) -> Result<Option<View>, Rejection> {
+fn report(
+    view: Option<View>,
+    group: GroupId,
+    reported: Reported,
+    plan: PlanEpoch,
+) -> Result<Option<View>, Rejection> {
     let mut view = view.ok_or(Rejection::NotFounded)?;
     if view.epoch != plan {
-        return Err(Rejection::Outdated { version: view.version });
+        return Err(Rejection::Outdated {
+            version: view.version,
+        });
     }
-    let known = view.groups.get_mut(&group).ok_or(Rejection::UnknownGroup(group))?;
-    if known.reported.as_ref().is_some_and(|known| known.log_id > reported.log_id) {
+    let known = view
+        .groups
+        .get_mut(&group)
+        .ok_or(Rejection::UnknownGroup(group))?;
+    if known
+        .reported
+        .as_ref()
+        .is_some_and(|known| known.log_id > reported.log_id)
+    {
         return Ok(None);
     }
-    // A replica that was planned in and out again may never have become a member: then the report is not a newer one.
-    let retires = known.leaving.keys().any(|replica| !reported.is_member(*replica));
+    // A replica that was planned in and out again may never have become a member: then the report
+    // is not a newer one.
+    let retires = known
+        .leaving
+        .keys()
+        .any(|replica| !reported.is_member(*replica));
     if !retires && known.reported.as_ref() == Some(&reported) {
         return Ok(None);
     }
-    known.leaving.retain(|replica, _| reported.is_member(*replica));
+    known
+        .leaving
+        .retain(|replica, _| reported.is_member(*replica));
     known.reported = Some(reported);
     view.clear_away();
     view.version.0 += 1;
@@ -323,7 +433,8 @@ impl Command {
         }
     }
 
-    /// Those that end with a view are written in its format, later ones with the level that must be known, the others in the first.
+    /// Those that end with a view are written in its format, later ones with the level that must be
+    /// known, the others in the first.
     pub fn encode(&self) -> Bytes {
         if let Some(feature) = self.needs() {
             return codec::encode_leveled(feature.level(), self, 0);
@@ -342,10 +453,14 @@ impl Command {
 
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
         let what = "a command of the meta group";
-        /// How the commands begin that end with a view, behind their format: their places in [`Command`].
+        /// How the commands begin that end with a view, behind their format: their places in
+        /// [`Command`].
         const FOUND: u8 = 0;
         const INSTALL_PLAN: u8 = 2;
-        if matches!(bytes, [codec::FORMAT | view::FORMAT, FOUND | INSTALL_PLAN, ..]) {
+        if matches!(
+            bytes,
+            [codec::FORMAT | view::FORMAT, FOUND | INSTALL_PLAN, ..]
+        ) {
             return view::decode_ending(bytes, what);
         }
         match codec::split_leveled(bytes, what)? {

@@ -1,7 +1,9 @@
-//! The pure core: what a shard and the meta group do with a command, decided without a clock, a disk, a network or a random number.
+//! The pure core: what a shard and the meta group do with a command, decided without a clock, a
+//! disk, a network or a random number.
 //!
-//! Everything here is a function of its arguments, so that every replica that applies the same log holds the same map.
-//! Effects (proposing, storing, sending) live in the layers above; `tests/architecture.rs` holds that.
+//! Everything here is a function of its arguments, so that every replica that applies the same log
+//! holds the same map. Effects (proposing, storing, sending) live in the layers above;
+//! `tests/architecture.rs` holds that.
 
 pub mod agreement;
 pub mod codec;

@@ -1,20 +1,24 @@
-//! Which step of a slot move comes next. Decided from what is observed of source and destination, and from nothing else: whoever leads
-//! the source can take a move up at any point.
+//! Which step of a slot move comes next. Decided from what is observed of source and destination,
+//! and from nothing else: whoever leads the source can take a move up at any point.
 //!
-//! The driver observes both, asks [`next_step`], takes the step, and observes again; it goes on from the outcome of a step, never from the
-//! fact that it was proposed. What the driver saw may be old, of the source because its own replica is behind, of the destination because
-//! the answer was under way. Then a step comes too late, is rejected or changes nothing, and the next look is better. Where the two
-//! contradict each other, one of them is behind, and the driver waits.
+//! The driver observes both, asks [`next_step`], takes the step, and observes again; it goes on
+//! from the outcome of a step, never from the fact that it was proposed. What the driver saw may be
+//! old, of the source because its own replica is behind, of the destination because the answer was
+//! under way. Then a step comes too late, is rejected or changes nothing, and the next look is
+//! better. Where the two contradict each other, one of them is behind, and the driver waits.
 //!
-//! Never is a slot given up at the source before everything is at the destination, nor served there before: a release follows on
-//! [`DestinationState::Installing`] that is complete, an activation on [`SourceState::Released`], and a cancellation on
-//! [`SourceState::Aborted`], each as it was applied.
+//! Never is a slot given up at the source before everything is at the destination, nor served there
+//! before: a release follows on [`DestinationState::Installing`] that is complete, an activation on
+//! [`SourceState::Released`], and a cancellation on [`SourceState::Aborted`], each as it was
+//! applied.
 
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::kv::{CHANGES_BYTES_MAX, Command, DestinationState, MoveStep, Progress, Remaining, SourceState};
+use super::kv::{
+    CHANGES_BYTES_MAX, Command, DestinationState, MoveStep, Progress, Remaining, SourceState,
+};
 use crate::types::{GroupId, MoveId, Slot};
 
 /// A move as it was opened.
@@ -29,10 +33,12 @@ pub struct Move {
 /// How long the driver has been patient, by its own clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
-    /// With changes of so many bytes left, or fewer, the slots are frozen. Below [`CHANGES_BYTES_MAX`]; a chunk's worth.
+    /// With changes of so many bytes left, or fewer, the slots are frozen. Below
+    /// [`CHANGES_BYTES_MAX`]; a chunk's worth.
     pub freeze_bytes_max: u64,
-    /// Freeze with a few chunks' worth of changes left: they come about as fast as they are copied. With more than can be counted
-    /// ([`CHANGES_BYTES_MAX`]) writes would wait for too long, and in vain.
+    /// Freeze with a few chunks' worth of changes left: they come about as fast as they are copied.
+    /// With more than can be counted ([`CHANGES_BYTES_MAX`]) writes would wait for too long, and in
+    /// vain.
     pub freeze_now: bool,
     /// The slots have been frozen for too long.
     pub freeze_overdue: bool,
@@ -94,7 +100,11 @@ pub enum Side {
 }
 
 /// The next step. `destination` is what it answered just now; none: it did not.
-pub fn next_step(source: &SourceState, destination: Option<&DestinationState>, budget: Budget) -> Step {
+pub fn next_step(
+    source: &SourceState,
+    destination: Option<&DestinationState>,
+    budget: Budget,
+) -> Step {
     match source {
         SourceState::Ready | SourceState::NotReady | SourceState::Copying(_) if budget.give_up => {
             Step::Abort(AbortReason::GivenUp)
@@ -111,12 +121,15 @@ pub fn next_step(source: &SourceState, destination: Option<&DestinationState>, b
 
 fn before_begin(destination: Option<&DestinationState>) -> Step {
     match destination {
-        Some(DestinationState::Installing(progress)) if *progress == Progress::default() => Step::Begin,
+        Some(DestinationState::Installing(progress)) if *progress == Progress::default() => {
+            Step::Begin
+        }
         other => prepared(other).unwrap_or(Step::Wait(Waiting::Behind)),
     }
 }
 
-/// What has to be done, or awaited, before the destination installs anything; none where it does, or has done so.
+/// What has to be done, or awaited, before the destination installs anything; none where it does,
+/// or has done so.
 fn prepared(destination: Option<&DestinationState>) -> Option<Step> {
     match destination {
         None => Some(Step::Wait(Waiting::Destination)),
@@ -131,14 +144,21 @@ fn prepared(destination: Option<&DestinationState>) -> Option<Step> {
 
 fn while_copying(left: Remaining, destination: Option<&DestinationState>, budget: Budget) -> Step {
     match (destination, left) {
-        (Some(DestinationState::Installing(progress)), _) if progress.complete => Step::Wait(Waiting::Behind),
-        (Some(DestinationState::Installing(progress)), Remaining::Pairs) => Step::Copy(progress.clone()),
+        (Some(DestinationState::Installing(progress)), _) if progress.complete => {
+            Step::Wait(Waiting::Behind)
+        }
+        (Some(DestinationState::Installing(progress)), Remaining::Pairs) => {
+            Step::Copy(progress.clone())
+        }
         (Some(DestinationState::Installing(_)), Remaining::Changes { bytes })
-            if bytes <= budget.freeze_bytes_max || budget.freeze_now && bytes < CHANGES_BYTES_MAX =>
+            if bytes <= budget.freeze_bytes_max
+                || budget.freeze_now && bytes < CHANGES_BYTES_MAX =>
         {
             Step::Freeze
         }
-        (Some(DestinationState::Installing(progress)), Remaining::Changes { .. }) => Step::Copy(progress.clone()),
+        (Some(DestinationState::Installing(progress)), Remaining::Changes { .. }) => {
+            Step::Copy(progress.clone())
+        }
         (other, _) => prepared(other).unwrap_or(Step::Wait(Waiting::Behind)),
     }
 }
@@ -151,7 +171,9 @@ fn while_frozen(left: Remaining, destination: Option<&DestinationState>, budget:
         _ if budget.give_up => Step::Abort(AbortReason::GivenUp),
         _ if budget.freeze_overdue => Step::Abort(AbortReason::FrozenTooLong),
         (Some(DestinationState::Installing(progress)), Remaining::Changes { bytes: 0 }) => {
-            Step::Complete { chunk: progress.chunk }
+            Step::Complete {
+                chunk: progress.chunk,
+            }
         }
         (Some(DestinationState::Installing(progress)), _) => Step::Copy(progress.clone()),
         (other, _) => prepared(other).unwrap_or(Step::Wait(Waiting::Behind)),
@@ -174,7 +196,8 @@ fn after_release(destination: Option<&DestinationState>) -> Step {
     }
 }
 
-/// A destination that does not answer keeps no move open: a later move of the slots clears there what this one left.
+/// A destination that does not answer keeps no move open: a later move of the slots clears there
+/// what this one left.
 fn after_abort(destination: Option<&DestinationState>) -> Step {
     match destination {
         Some(DestinationState::Installing(_)) => Step::Cancel,
@@ -194,11 +217,16 @@ fn after_abort(destination: Option<&DestinationState>) -> Step {
 pub const CLEAR_KEYS_MAX: u32 = 1000;
 
 impl Step {
-    /// The entry that takes the step, and whose it is. None for the steps that first need to read something, that are the meta group's, or
-    /// that are no step.
+    /// The entry that takes the step, and whose it is. None for the steps that first need to read
+    /// something, that are the meta group's, or that are no step.
     pub fn command(&self, of: &Move) -> Option<(Side, Command)> {
         let (side, step) = match self {
-            Step::Clear => (Side::Destination, MoveStep::Clear { limit: CLEAR_KEYS_MAX }),
+            Step::Clear => (
+                Side::Destination,
+                MoveStep::Clear {
+                    limit: CLEAR_KEYS_MAX,
+                },
+            ),
             Step::Prepare => (Side::Destination, MoveStep::Prepare { from: of.from }),
             Step::Activate => (Side::Destination, MoveStep::Activate),
             Step::Cancel => (Side::Destination, MoveStep::Cancel),
@@ -206,7 +234,12 @@ impl Step {
             Step::Freeze => (Side::Source, MoveStep::Freeze),
             Step::Release => (Side::Source, MoveStep::Release),
             Step::Abort(_) => (Side::Source, MoveStep::Abort),
-            Step::Copy(_) | Step::Complete { .. } | Step::Commit | Step::End | Step::Wait(_) | Step::Over => return None,
+            Step::Copy(_)
+            | Step::Complete { .. }
+            | Step::Commit
+            | Step::End
+            | Step::Wait(_)
+            | Step::Over => return None,
         };
         Some((side, step.of(of.id, &of.slots)))
     }
@@ -220,16 +253,30 @@ mod tests {
 
     fn sources() -> Vec<SourceState> {
         let changes = |bytes| Remaining::Changes { bytes };
-        let left = [Remaining::Pairs, changes(CHANGES_BYTES_MAX), changes(900), changes(0)];
-        let mut all =
-            vec![SourceState::Ready, SourceState::NotReady, SourceState::Aborted, SourceState::Released, SourceState::Overtaken];
+        let left = [
+            Remaining::Pairs,
+            changes(CHANGES_BYTES_MAX),
+            changes(900),
+            changes(0),
+        ];
+        let mut all = vec![
+            SourceState::Ready,
+            SourceState::NotReady,
+            SourceState::Aborted,
+            SourceState::Released,
+            SourceState::Overtaken,
+        ];
         all.extend(left.map(SourceState::Copying));
         all.extend(left.map(SourceState::Frozen));
         all
     }
 
     fn installing(chunk: u64, complete: bool) -> DestinationState {
-        DestinationState::Installing(Progress { chunk, cursor: Bytes::from_static(b"c"), complete })
+        DestinationState::Installing(Progress {
+            chunk,
+            cursor: Bytes::from_static(b"c"),
+            complete,
+        })
     }
 
     fn destinations() -> Vec<Option<DestinationState>> {
@@ -254,7 +301,12 @@ mod tests {
         for freeze_now in flags {
             for freeze_overdue in flags {
                 for give_up in flags {
-                    all.push(Budget { freeze_bytes_max: 500, freeze_now, freeze_overdue, give_up });
+                    all.push(Budget {
+                        freeze_bytes_max: 500,
+                        freeze_now,
+                        freeze_overdue,
+                        give_up,
+                    });
                 }
             }
         }
@@ -262,10 +314,18 @@ mod tests {
     }
 
     /// Whether a step may be taken at all when things are as they were seen to be.
-    fn allowed(step: &Step, source: &SourceState, destination: Option<&DestinationState>, budget: Budget) -> bool {
+    fn allowed(
+        step: &Step,
+        source: &SourceState,
+        destination: Option<&DestinationState>,
+        budget: Budget,
+    ) -> bool {
         use DestinationState as D;
         use SourceState as S;
-        let before_release = matches!(source, S::Ready | S::NotReady | S::Copying(_) | S::Frozen(_));
+        let before_release = matches!(
+            source,
+            S::Ready | S::NotReady | S::Copying(_) | S::Frozen(_)
+        );
         match step {
             Step::Clear => before_release && destination == Some(&D::Leftovers),
             Step::Prepare => before_release && destination == Some(&D::Free),
@@ -279,20 +339,31 @@ mod tests {
                 left && !progress.complete && destination == Some(&D::Installing(progress.clone()))
             }
             Step::Freeze => {
-                let enough = if budget.freeze_now { CHANGES_BYTES_MAX - 1 } else { 500 };
-                let few = matches!(source, S::Copying(Remaining::Changes { bytes }) if *bytes <= enough);
+                let enough = if budget.freeze_now {
+                    CHANGES_BYTES_MAX - 1
+                } else {
+                    500
+                };
+                let few =
+                    matches!(source, S::Copying(Remaining::Changes { bytes }) if *bytes <= enough);
                 few && matches!(destination, Some(D::Installing(_)))
             }
             Step::Complete { chunk } => {
                 let here = matches!(destination, Some(D::Installing(progress)) if progress.chunk == *chunk && !progress.complete);
                 here && *source == S::Frozen(Remaining::Changes { bytes: 0 })
             }
-            Step::Release => matches!(source, S::Frozen(_)) && destination == Some(&installing(3, true)),
+            Step::Release => {
+                matches!(source, S::Frozen(_)) && destination == Some(&installing(3, true))
+            }
             Step::Activate => *source == S::Released && destination == Some(&installing(3, true)),
             Step::Commit => *source == S::Released && destination == Some(&D::Active),
-            Step::Abort(AbortReason::FrozenTooLong) => matches!(source, S::Frozen(_)) && budget.freeze_overdue,
+            Step::Abort(AbortReason::FrozenTooLong) => {
+                matches!(source, S::Frozen(_)) && budget.freeze_overdue
+            }
             Step::Abort(AbortReason::GivenUp) => before_release && budget.give_up,
-            Step::Abort(AbortReason::Cancelled) => before_release && destination == Some(&D::Cancelled),
+            Step::Abort(AbortReason::Cancelled) => {
+                before_release && destination == Some(&D::Cancelled)
+            }
             Step::Cancel => *source == S::Aborted && matches!(destination, Some(D::Installing(_))),
             Step::End => *source == S::Aborted && !matches!(destination, Some(D::Installing(_))),
             Step::Wait(Waiting::Destination) => destination.is_none(),
@@ -309,7 +380,10 @@ mod tests {
                 for budget in budgets() {
                     let step = next_step(&source, destination.as_ref(), budget);
                     let right = allowed(&step, &source, destination.as_ref(), budget);
-                    assert!(right, "{step:?} of {source:?} and {destination:?} with {budget:?}");
+                    assert!(
+                        right,
+                        "{step:?} of {source:?} and {destination:?} with {budget:?}"
+                    );
                 }
             }
         }
@@ -322,12 +396,17 @@ mod tests {
                 let step = next_step(&source, None, budget);
                 let patient = !budget.give_up && !budget.freeze_overdue;
                 let right = match &source {
-                    SourceState::Ready | SourceState::Copying(_) if budget.give_up => matches!(step, Step::Abort(_)),
-                    SourceState::Frozen(_) if !patient => matches!(step, Step::Abort(_)),
-                    SourceState::Ready | SourceState::Copying(_) | SourceState::Frozen(_) | SourceState::Released => {
-                        step == Step::Wait(Waiting::Destination)
+                    SourceState::Ready | SourceState::Copying(_) if budget.give_up => {
+                        matches!(step, Step::Abort(_))
                     }
-                    SourceState::NotReady => matches!(step, Step::Wait(Waiting::Source) | Step::Abort(_)),
+                    SourceState::Frozen(_) if !patient => matches!(step, Step::Abort(_)),
+                    SourceState::Ready
+                    | SourceState::Copying(_)
+                    | SourceState::Frozen(_)
+                    | SourceState::Released => step == Step::Wait(Waiting::Destination),
+                    SourceState::NotReady => {
+                        matches!(step, Step::Wait(Waiting::Source) | Step::Abort(_))
+                    }
                     SourceState::Aborted => step == Step::End,
                     SourceState::Overtaken => step == Step::Over,
                 };
@@ -338,33 +417,78 @@ mod tests {
 
     #[test]
     fn a_freeze_past_its_time_ends() {
-        let budget = Budget { freeze_bytes_max: 500, freeze_now: false, freeze_overdue: true, give_up: false };
-        for left in [Remaining::Pairs, Remaining::Changes { bytes: 9 }, Remaining::Changes { bytes: 0 }] {
+        let budget = Budget {
+            freeze_bytes_max: 500,
+            freeze_now: false,
+            freeze_overdue: true,
+            give_up: false,
+        };
+        for left in [
+            Remaining::Pairs,
+            Remaining::Changes { bytes: 9 },
+            Remaining::Changes { bytes: 0 },
+        ] {
             let frozen = SourceState::Frozen(left);
             let step = next_step(&frozen, Some(&installing(3, false)), budget);
             assert_eq!(step, Step::Abort(AbortReason::FrozenTooLong));
-            assert_eq!(next_step(&frozen, Some(&installing(3, true)), budget), Step::Release, "as soon done as an abort");
+            assert_eq!(
+                next_step(&frozen, Some(&installing(3, true)), budget),
+                Step::Release,
+                "as soon done as an abort"
+            );
         }
         let copying = SourceState::Copying(Remaining::Pairs);
-        assert!(matches!(next_step(&copying, Some(&installing(3, false)), budget), Step::Copy(_)), "nothing is frozen");
+        assert!(
+            matches!(
+                next_step(&copying, Some(&installing(3, false)), budget),
+                Step::Copy(_)
+            ),
+            "nothing is frozen"
+        );
     }
 
     #[test]
     fn steps_go_to_the_side_that_takes_them() {
         let slots = BTreeSet::from([Slot::default()]);
-        let of = Move { id: MoveId(5), slots: slots.clone(), from: GroupId(1), to: GroupId(2) };
+        let of = Move {
+            id: MoveId(5),
+            slots: slots.clone(),
+            from: GroupId(1),
+            to: GroupId(2),
+        };
         let table = [
-            (Step::Clear, Side::Destination, MoveStep::Clear { limit: CLEAR_KEYS_MAX }),
-            (Step::Prepare, Side::Destination, MoveStep::Prepare { from: GroupId(1) }),
-            (Step::Begin, Side::Source, MoveStep::Begin { to: GroupId(2) }),
+            (
+                Step::Clear,
+                Side::Destination,
+                MoveStep::Clear {
+                    limit: CLEAR_KEYS_MAX,
+                },
+            ),
+            (
+                Step::Prepare,
+                Side::Destination,
+                MoveStep::Prepare { from: GroupId(1) },
+            ),
+            (
+                Step::Begin,
+                Side::Source,
+                MoveStep::Begin { to: GroupId(2) },
+            ),
             (Step::Freeze, Side::Source, MoveStep::Freeze),
             (Step::Release, Side::Source, MoveStep::Release),
             (Step::Activate, Side::Destination, MoveStep::Activate),
-            (Step::Abort(AbortReason::GivenUp), Side::Source, MoveStep::Abort),
+            (
+                Step::Abort(AbortReason::GivenUp),
+                Side::Source,
+                MoveStep::Abort,
+            ),
             (Step::Cancel, Side::Destination, MoveStep::Cancel),
         ];
         for (step, side, command) in table {
-            assert_eq!(step.command(&of), Some((side, command.of(MoveId(5), &slots))));
+            assert_eq!(
+                step.command(&of),
+                Some((side, command.of(MoveId(5), &slots)))
+            );
         }
         assert_eq!(Step::Commit.command(&of), None);
     }

@@ -1,7 +1,9 @@
-//! What the core asks of the world: reading a map ([`Read`]) and handing back what to change in it ([`WriteBatch`]).
+//! What the core asks of the world: reading a map ([`Read`]) and handing back what to change in it
+//! ([`WriteBatch`]).
 //!
-//! A map is an ordered set of byte keys with byte values. The storage layer implements [`Read`] over its tables; [`Overlay`] shows a
-//! map with a batch over it, so that an entry sees the effects of the earlier ones of its batch.
+//! A map is an ordered set of byte keys with byte values. The storage layer implements [`Read`]
+//! over its tables; [`Overlay`] shows a map with a batch over it, so that an entry sees the effects
+//! of the earlier ones of its batch.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -38,12 +40,18 @@ pub struct KeyRange {
 
 impl KeyRange {
     pub fn all() -> Self {
-        Self { start: Bytes::new(), end: None }
+        Self {
+            start: Bytes::new(),
+            end: None,
+        }
     }
 
     /// Every key that begins with `prefix`.
     pub fn prefix(prefix: &[u8]) -> Self {
-        Self { start: Bytes::copy_from_slice(prefix), end: after_prefix(prefix) }
+        Self {
+            start: Bytes::copy_from_slice(prefix),
+            end: after_prefix(prefix),
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -51,7 +59,10 @@ impl KeyRange {
     }
 
     pub fn bounds(&self) -> (Bound<&[u8]>, Bound<&[u8]>) {
-        let end = self.end.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
+        let end = self
+            .end
+            .as_deref()
+            .map_or(Bound::Unbounded, Bound::Excluded);
         (Bound::Included(&self.start), end)
     }
 }
@@ -86,7 +97,10 @@ pub struct ValueStart {
 impl ValueStart {
     /// Returns the first `bytes_max` bytes of `value`, and its length.
     pub fn of(value: &Bytes, bytes_max: usize) -> Self {
-        Self { start: value.slice(..value.len().min(bytes_max)), len: value.len() }
+        Self {
+            start: value.slice(..value.len().min(bytes_max)),
+            len: value.len(),
+        }
     }
 
     /// Returns the value, if all of it is here.
@@ -97,8 +111,8 @@ impl ValueStart {
 
 /// An ordered map of bytes at one point in time.
 ///
-/// A value may be large, and many of them larger than memory: whoever does not need a value asks for its start and length alone, which
-/// costs no more than that.
+/// A value may be large, and many of them larger than memory: whoever does not need a value asks
+/// for its start and length alone, which costs no more than that.
 pub trait Read {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
 
@@ -109,7 +123,12 @@ pub trait Read {
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a>;
 
     /// As [`Read::scan`], with no more of each value than [`Read::start_of`] gives.
-    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart>;
+    fn scan_starts<'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        bytes_max: usize,
+    ) -> Items<'a, ValueStart>;
 }
 
 /// Changes to a map, applied all at once. At most one change per key: the last wins.
@@ -170,7 +189,10 @@ impl WriteBatch {
         self.changes.iter()
     }
 
-    pub fn range(&self, range: &KeyRange) -> std::collections::btree_map::Range<'_, Bytes, Option<Bytes>> {
+    pub fn range(
+        &self,
+        range: &KeyRange,
+    ) -> std::collections::btree_map::Range<'_, Bytes, Option<Bytes>> {
         self.changes.range::<[u8], _>(range.bounds())
     }
 }
@@ -191,7 +213,8 @@ pub struct Overlay<'a, R> {
 }
 
 impl<R: Read> Overlay<'_, R> {
-    /// Lays the changes in `range` over what is below them. `seen` makes of a value of the batch what the caller is to see of it.
+    /// Lays the changes in `range` over what is below them. `seen` makes of a value of the batch
+    /// what the caller is to see of it.
     fn layered<'a, V: 'a>(
         &'a self,
         range: &KeyRange,
@@ -202,7 +225,10 @@ impl<R: Read> Overlay<'_, R> {
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }
-        let changes = self.batch.range(range).map(move |(key, value)| (key.clone(), value.as_ref().map(&seen)));
+        let changes = self
+            .batch
+            .range(range)
+            .map(move |(key, value)| (key.clone(), value.as_ref().map(&seen)));
         let changes: Changes<'a, V> = match direction {
             Direction::Forward => Box::new(changes),
             Direction::Reverse => Box::new(changes.rev()),
@@ -221,25 +247,37 @@ impl<R: Read> Read for Overlay<'_, R> {
 
     fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
         match self.batch.get(key) {
-            Some(change) => Ok(change.as_ref().map(|value| ValueStart::of(value, bytes_max))),
+            Some(change) => Ok(change
+                .as_ref()
+                .map(|value| ValueStart::of(value, bytes_max))),
             None => self.base.start_of(key, bytes_max),
         }
     }
 
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
-        self.layered(range, direction, Bytes::clone, |base| base.scan(range, direction))
+        self.layered(range, direction, Bytes::clone, |base| {
+            base.scan(range, direction)
+        })
     }
 
-    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+    fn scan_starts<'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        bytes_max: usize,
+    ) -> Items<'a, ValueStart> {
         let start = move |value: &Bytes| ValueStart::of(value, bytes_max);
-        self.layered(range, direction, start, |base| base.scan_starts(range, direction, bytes_max))
+        self.layered(range, direction, start, |base| {
+            base.scan_starts(range, direction, bytes_max)
+        })
     }
 }
 
 /// Changes, as far as their values are looked at.
 pub type Changes<'a, V = Bytes> = Box<dyn Iterator<Item = (Bytes, Option<V>)> + 'a>;
 
-/// Merges changes over the pairs below them; both in the same order. A deletion hides the pair below.
+/// Merges changes over the pairs below them; both in the same order. A deletion hides the pair
+/// below.
 pub struct Layered<'a, V = Bytes> {
     above: std::iter::Peekable<Changes<'a, V>>,
     below: std::iter::Peekable<Items<'a, V>>,
@@ -248,7 +286,11 @@ pub struct Layered<'a, V = Bytes> {
 
 impl<'a, V> Layered<'a, V> {
     pub fn new(above: Changes<'a, V>, below: Items<'a, V>, direction: Direction) -> Self {
-        Self { above: above.peekable(), below: below.peekable(), direction }
+        Self {
+            above: above.peekable(),
+            below: below.peekable(),
+            direction,
+        }
     }
 }
 
@@ -292,21 +334,30 @@ impl Read for BTreeMap<Bytes, Bytes> {
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }
-        let pairs = self.range::<[u8], _>(range.bounds()).map(|(key, value)| Ok((key.clone(), value.clone())));
+        let pairs = self
+            .range::<[u8], _>(range.bounds())
+            .map(|(key, value)| Ok((key.clone(), value.clone())));
         match direction {
             Direction::Forward => Box::new(pairs),
             Direction::Reverse => Box::new(pairs.rev()),
         }
     }
 
-    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+    fn scan_starts<'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        bytes_max: usize,
+    ) -> Items<'a, ValueStart> {
         starts(self.scan(range, direction), bytes_max)
     }
 }
 
 /// Returns what [`Read::scan_starts`] gives, of pairs that are in memory anyway.
 pub fn starts(pairs: Pairs<'_>, bytes_max: usize) -> Items<'_, ValueStart> {
-    Box::new(pairs.map(move |pair| pair.map(|(key, value)| (key, ValueStart::of(&value, bytes_max)))))
+    Box::new(
+        pairs.map(move |pair| pair.map(|(key, value)| (key, ValueStart::of(&value, bytes_max)))),
+    )
 }
 
 #[cfg(test)]
@@ -314,12 +365,24 @@ mod tests {
     use super::*;
 
     fn map(pairs: &[(&'static str, &'static str)]) -> BTreeMap<Bytes, Bytes> {
-        pairs.iter().map(|(k, v)| (Bytes::from_static(k.as_bytes()), Bytes::from_static(v.as_bytes()))).collect()
+        pairs
+            .iter()
+            .map(|(k, v)| {
+                (
+                    Bytes::from_static(k.as_bytes()),
+                    Bytes::from_static(v.as_bytes()),
+                )
+            })
+            .collect()
     }
 
     fn keys(read: &impl Read, range: &KeyRange, direction: Direction) -> Vec<String> {
-        let pairs = read.scan(range, direction).map(|pair| pair.expect("a readable pair"));
-        pairs.map(|(key, value)| format!("{}={}", key.escape_ascii(), value.escape_ascii())).collect()
+        let pairs = read
+            .scan(range, direction)
+            .map(|pair| pair.expect("a readable pair"));
+        pairs
+            .map(|(key, value)| format!("{}={}", key.escape_ascii(), value.escape_ascii()))
+            .collect()
     }
 
     #[test]
@@ -330,13 +393,28 @@ mod tests {
         batch.delete("c");
         batch.put("d", "2");
         batch.delete("x");
-        let overlay = Overlay { base: &base, batch: &batch };
-        assert_eq!(keys(&overlay, &KeyRange::all(), Direction::Forward), ["a=1", "b=2", "d=2"]);
-        assert_eq!(keys(&overlay, &KeyRange::all(), Direction::Reverse), ["d=2", "b=2", "a=1"]);
+        let overlay = Overlay {
+            base: &base,
+            batch: &batch,
+        };
+        assert_eq!(
+            keys(&overlay, &KeyRange::all(), Direction::Forward),
+            ["a=1", "b=2", "d=2"]
+        );
+        assert_eq!(
+            keys(&overlay, &KeyRange::all(), Direction::Reverse),
+            ["d=2", "b=2", "a=1"]
+        );
         assert_eq!(overlay.get(b"c").expect("readable"), None);
-        let range = KeyRange { start: "b".into(), end: Some("d".into()) };
+        let range = KeyRange {
+            start: "b".into(),
+            end: Some("d".into()),
+        };
         assert_eq!(keys(&overlay, &range, Direction::Forward), ["b=2"]);
-        let nothing = KeyRange { start: "d".into(), end: Some("b".into()) };
+        let nothing = KeyRange {
+            start: "d".into(),
+            end: Some("b".into()),
+        };
         assert!(keys(&overlay, &nothing, Direction::Forward).is_empty());
     }
 
@@ -346,23 +424,41 @@ mod tests {
         let mut batch = WriteBatch::default();
         batch.put("b", "above");
         batch.delete("c");
-        let overlay = Overlay { base: &base, batch: &batch };
+        let overlay = Overlay {
+            base: &base,
+            batch: &batch,
+        };
 
         for direction in [Direction::Forward, Direction::Reverse] {
             for bytes_max in [0, 2, 5, 9] {
-                let pairs = overlay.scan(&KeyRange::all(), direction).map(|pair| pair.expect("readable"));
-                let cut: Vec<_> = pairs.map(|(key, value)| (key, ValueStart::of(&value, bytes_max))).collect();
-                let starts: Result<Vec<_>, _> = overlay.scan_starts(&KeyRange::all(), direction, bytes_max).collect();
+                let pairs = overlay
+                    .scan(&KeyRange::all(), direction)
+                    .map(|pair| pair.expect("readable"));
+                let cut: Vec<_> = pairs
+                    .map(|(key, value)| (key, ValueStart::of(&value, bytes_max)))
+                    .collect();
+                let starts: Result<Vec<_>, _> = overlay
+                    .scan_starts(&KeyRange::all(), direction, bytes_max)
+                    .collect();
                 assert_eq!(starts.expect("readable"), cut);
                 for (key, start) in cut {
-                    assert_eq!(overlay.start_of(&key, bytes_max).expect("readable"), Some(start));
+                    assert_eq!(
+                        overlay.start_of(&key, bytes_max).expect("readable"),
+                        Some(start)
+                    );
                 }
             }
         }
         assert_eq!(overlay.start_of(b"c", 9).expect("readable"), None);
         let whole = ValueStart::of(&Bytes::from_static(b"above"), 5);
-        assert_eq!((whole.whole().map(|bytes| &bytes[..]), whole.len), (Some(&b"above"[..]), 5));
-        assert_eq!(ValueStart::of(&Bytes::from_static(b"above"), 4).whole(), None);
+        assert_eq!(
+            (whole.whole().map(|bytes| &bytes[..]), whole.len),
+            (Some(&b"above"[..]), 5)
+        );
+        assert_eq!(
+            ValueStart::of(&Bytes::from_static(b"above"), 4).whole(),
+            None
+        );
     }
 
     #[test]

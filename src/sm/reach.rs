@@ -13,8 +13,15 @@ use crate::types::NodeId;
 ///
 /// `others` are the nodes of the other voters. A node that only some can't connect to goes on: the
 /// others pass on what is asked of it.
-pub fn should_hand_over(others: &[NodeId], cannot_connect: &BTreeSet<NodeId>, is_heard: impl Fn(NodeId) -> bool) -> bool {
-    let cut_off = others.iter().filter(|node| cannot_connect.contains(node)).count();
+pub fn should_hand_over(
+    others: &[NodeId],
+    cannot_connect: &BTreeSet<NodeId>,
+    is_heard: impl Fn(NodeId) -> bool,
+) -> bool {
+    let cut_off = others
+        .iter()
+        .filter(|node| cannot_connect.contains(node))
+        .count();
     let heard = others.iter().filter(|node| is_heard(**node)).count();
     let voters = others.len() + 1;
     let quorum = voters / 2 + 1;
@@ -30,16 +37,24 @@ mod tests {
     fn decide(others: &[u64], cannot_connect: &[u64], heard: &[u64]) -> bool {
         let nodes = |ids: &[u64]| ids.iter().copied().map(NodeId).collect::<Vec<_>>();
         let cannot_connect = nodes(cannot_connect).into_iter().collect();
-        should_hand_over(&nodes(others), &cannot_connect, |node| heard.contains(&node.0))
+        should_hand_over(&nodes(others), &cannot_connect, |node| {
+            heard.contains(&node.0)
+        })
     }
 
     #[test]
     fn a_leader_hands_over_when_most_of_the_others_cannot_connect_to_it() {
         assert!(decide(&[2, 3], &[2, 3], &[2, 3]));
-        assert!(!decide(&[2, 3], &[2], &[2, 3]), "the other one passes requests on");
+        assert!(
+            !decide(&[2, 3], &[2], &[2, 3]),
+            "the other one passes requests on"
+        );
         assert!(decide(&[2, 3, 4, 5], &[2, 3, 4], &[2, 3, 4, 5]));
         assert!(!decide(&[2, 3, 4, 5], &[2, 3], &[2, 3, 4, 5]));
-        assert!(!decide(&[2, 3], &[7, 8, 9], &[2, 3]), "those are of other groups");
+        assert!(
+            !decide(&[2, 3], &[7, 8, 9], &[2, 3]),
+            "those are of other groups"
+        );
     }
 
     #[test]

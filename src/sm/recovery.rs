@@ -38,8 +38,14 @@ pub enum Cause {
 }
 
 impl Cause {
-    pub const ALL: [Cause; 6] =
-        [Cause::Descriptors, Cause::DiskFull, Cause::Database, Cause::Damaged, Cause::Program, Cause::Other];
+    pub const ALL: [Cause; 6] = [
+        Cause::Descriptors,
+        Cause::DiskFull,
+        Cause::Database,
+        Cause::Damaged,
+        Cause::Program,
+        Cause::Other,
+    ];
 
     /// Returns a name for metrics and for people.
     pub const fn name(self) -> &'static str {
@@ -91,16 +97,29 @@ mod tests {
 
     #[test]
     fn a_replica_is_tried_again_soon_and_then_more_and_more_rarely() {
-        let pauses = |cause| [1, 2, 3, 6, 10, 20, 1000].map(|failures| retry_pause_ms(cause, failures));
-        assert_eq!(pauses(Cause::Descriptors), [250, 500, 1000, 5000, 5000, 5000, 5000]);
-        assert_eq!(pauses(Cause::Other), [250, 500, 1000, 8000, 60_000, 60_000, 60_000]);
-        assert_eq!(pauses(Cause::Damaged), [250, 500, 1000, 8000, 128_000, 300_000, 300_000]);
+        let pauses =
+            |cause| [1, 2, 3, 6, 10, 20, 1000].map(|failures| retry_pause_ms(cause, failures));
+        assert_eq!(
+            pauses(Cause::Descriptors),
+            [250, 500, 1000, 5000, 5000, 5000, 5000]
+        );
+        assert_eq!(
+            pauses(Cause::Other),
+            [250, 500, 1000, 8000, 60_000, 60_000, 60_000]
+        );
+        assert_eq!(
+            pauses(Cause::Damaged),
+            [250, 500, 1000, 8000, 128_000, 300_000, 300_000]
+        );
         assert_eq!(retry_pause_ms(Cause::Other, 0), 250);
     }
 
     #[test]
     fn a_process_that_starts_again_and_again_does_so_more_and_more_rarely() {
-        assert_eq!([0, 1, 2, 3, 7, 1000].map(restart_pause_ms), [0, 1000, 2000, 4000, 60_000, 60_000]);
+        assert_eq!(
+            [0, 1, 2, 3, 7, 1000].map(restart_pause_ms),
+            [0, 1000, 2000, 4000, 60_000, 60_000]
+        );
     }
 
     #[test]

@@ -1,12 +1,15 @@
-//! Which nodes are given up, and taken back: from how each was seen to the plan that follows, if one is due.
+//! Which nodes are given up, and taken back: from how each was seen to the plan that follows, if
+//! one is due.
 //!
-//! Decided where the meta group is led, from what that node sees; the meta group then agrees on the plan like on any other. Kept out: looking
-//! at nodes, and time. What always holds: a node is given up only while others enough are left for what is asked, and never when most are
-//! away at once, since then it is rather the deciding node that is cut off.
+//! Decided where the meta group is led, from what that node sees; the meta group then agrees on the
+//! plan like on any other. Kept out: looking at nodes, and time. What always holds: a node is given
+//! up only while others enough are left for what is asked, and never when most are away at once,
+//! since then it is rather the deciding node that is cut off.
 //!
-//! Which replicas are replaced is decided here too: those that their nodes say have failed for long. The new one comes to the same node,
-//! under another id. Where it is the node that fails, it counts as away instead. A replica is replaced only while the voters of
-//! its group that are left can change who its members are, and one at a time in each group.
+//! Which replicas are replaced is decided here too: those that their nodes say have failed for
+//! long. The new one comes to the same node, under another id. Where it is the node that fails, it
+//! counts as away instead. A replica is replaced only while the voters of its group that are left
+//! can change who its members are, and one at a time in each group.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,8 +28,13 @@ pub enum Seen {
     Lost { to: DirectoryId },
 }
 
-/// The nodes that a plan should not count on: those away for `replace_after_ms`, and those already out that are still away.
-pub fn out_of_reach(view: &View, seen: &BTreeMap<NodeId, Seen>, replace_after_ms: u64) -> BTreeSet<NodeId> {
+/// The nodes that a plan should not count on: those away for `replace_after_ms`, and those already
+/// out that are still away.
+pub fn out_of_reach(
+    view: &View,
+    seen: &BTreeMap<NodeId, Seen>,
+    replace_after_ms: u64,
+) -> BTreeSet<NodeId> {
     let is_out = |id: &NodeId| match seen.get(id) {
         Some(Seen::Away { for_ms }) => *for_ms >= replace_after_ms || view.out.contains(id),
         Some(Seen::Lost { to }) => is_fresh(view, *to),
@@ -36,16 +44,24 @@ pub fn out_of_reach(view: &View, seen: &BTreeMap<NodeId, Seen>, replace_after_ms
     view.nodes.keys().filter(|id| is_out(id)).copied().collect()
 }
 
-/// The plan by which lost nodes are replaced at once, nodes that were away for `replace_after_ms` give up their work, and those that have
-/// been back as long get some; none if there is nothing to do, or when that should be left to people.
-pub fn next_plan(view: &View, seen: &BTreeMap<NodeId, Seen>, replace_after_ms: u64) -> Option<Planned> {
+/// The plan by which lost nodes are replaced at once, nodes that were away for `replace_after_ms`
+/// give up their work, and those that have been back as long get some; none if there is nothing to
+/// do, or when that should be left to people.
+pub fn next_plan(
+    view: &View,
+    seen: &BTreeMap<NodeId, Seen>,
+    replace_after_ms: u64,
+) -> Option<Planned> {
     if are_most_away(view, seen) {
         return None;
     }
     let mut out = out_of_reach(view, seen, replace_after_ms);
     let is_back = |id: &NodeId| matches!(seen.get(id), Some(Seen::Here { for_ms }) if *for_ms >= replace_after_ms);
     out.extend(view.out.iter().filter(|id| !is_back(id)));
-    let wanted: Vec<Node> = view.staying().map(|(id, node)| successor(view, node, seen.get(&id))).collect();
+    let wanted: Vec<Node> = view
+        .staying()
+        .map(|(id, node)| successor(view, node, seen.get(&id)))
+        .collect();
     let planned = plan(view, view.asked, &wanted, &out).ok()?;
     (!planned.is_same).then_some(planned)
 }
@@ -68,8 +84,8 @@ pub struct Replacement {
     pub new: ReplicaId,
 }
 
-/// Returns the view in which replicas that have failed for `replace_after_ms` are replaced, and which
-/// those are; none if there is nothing to do, or when that could do harm.
+/// Returns the view in which replicas that have failed for `replace_after_ms` are replaced, and
+/// which those are; none if there is nothing to do, or when that could do harm.
 pub fn replace_failed(
     view: &View,
     seen: &BTreeMap<NodeId, Seen>,
@@ -80,16 +96,20 @@ pub fn replace_failed(
         return None;
     }
     let is_due = |id: GroupId, group: &Group, replica: ReplicaId, node: NodeId| {
-        let has_failed =
-            failing.get(&(id, replica)).is_some_and(|failing| !failing.is_of_the_node && failing.for_ms >= replace_after_ms);
+        let has_failed = failing
+            .get(&(id, replica))
+            .is_some_and(|failing| !failing.is_of_the_node && failing.for_ms >= replace_after_ms);
         // Another step of this group is under way: it ends first.
         has_failed && is_here(seen, node) && group.leaving.is_empty() && !group.ends
     };
     let mut next = view.clone();
     let mut replaced = Vec::new();
     for (id, group) in &view.groups {
-        let due = group.wanted().find(|(replica, node)| is_due(*id, group, *replica, *node));
-        let Some((failed, node)) = due.filter(|_| has_able_majority(*id, group, seen, failing)) else {
+        let due = group
+            .wanted()
+            .find(|(replica, node)| is_due(*id, group, *replica, *node));
+        let Some((failed, node)) = due.filter(|_| has_able_majority(*id, group, seen, failing))
+        else {
             continue;
         };
         let new = next.next_replica;
@@ -97,7 +117,12 @@ pub fn replace_failed(
         if let Some(group) = next.groups.get_mut(id) {
             replace(group, failed, new, node);
         }
-        replaced.push(Replacement { group: *id, node, failed, new });
+        replaced.push(Replacement {
+            group: *id,
+            node,
+            failed,
+            new,
+        });
     }
     next.epoch.0 += 1;
     next.version.0 += 1;
@@ -129,8 +154,10 @@ fn has_able_majority(
         None => group.creation.keys().copied().collect(),
     };
     let nodes: BTreeMap<ReplicaId, NodeId> = group.hosted().collect();
-    let is_able =
-        |voter: &&ReplicaId| nodes.get(voter).is_some_and(|node| is_here(seen, *node)) && !failing.contains_key(&(id, **voter));
+    let is_able = |voter: &&ReplicaId| {
+        nodes.get(voter).is_some_and(|node| is_here(seen, *node))
+            && !failing.contains_key(&(id, **voter))
+    };
     voters.iter().filter(is_able).count() * 2 > voters.len()
 }
 
@@ -140,7 +167,11 @@ fn is_here(seen: &BTreeMap<NodeId, Seen>, node: NodeId) -> bool {
 
 /// Whether more than half of the nodes that have work are away or lost.
 fn are_most_away(view: &View, seen: &BTreeMap<NodeId, Seen>) -> bool {
-    let working: Vec<NodeId> = view.staying().map(|(id, _)| id).filter(|id| !view.out.contains(id)).collect();
+    let working: Vec<NodeId> = view
+        .staying()
+        .map(|(id, _)| id)
+        .filter(|id| !view.out.contains(id))
+        .collect();
     let is_away = |id: &&NodeId| match seen.get(id) {
         Some(Seen::Away { .. }) => true,
         Some(Seen::Lost { to }) => is_fresh(view, *to),
@@ -153,15 +184,22 @@ fn are_most_away(view: &View, seen: &BTreeMap<NodeId, Seen>) -> bool {
 fn successor(view: &View, node: &Node, seen: Option<&Seen>) -> Node {
     match seen {
         Some(Seen::Lost { to }) if !view.nodes.values().any(|known| known.directory == *to) => {
-            Node { directory: *to, ..node.clone() }
+            Node {
+                directory: *to,
+                ..node.clone()
+            }
         }
         Some(Seen::Lost { .. } | Seen::Here { .. } | Seen::Away { .. }) | None => node.clone(),
     }
 }
 
-/// Whether the view does not know this directory. One that it knows is a node that runs elsewhere than it last said.
+/// Whether the view does not know this directory. One that it knows is a node that runs elsewhere
+/// than it last said.
 fn is_fresh(view: &View, directory: DirectoryId) -> bool {
-    !view.nodes.values().any(|known| known.directory == directory)
+    !view
+        .nodes
+        .values()
+        .any(|known| known.directory == directory)
 }
 
 #[cfg(test)]
@@ -172,21 +210,33 @@ mod tests {
     use crate::types::ClusterId;
 
     const REPLACE_AFTER_MS: u64 = 300_000;
-    const LONG: Seen = Seen::Away { for_ms: REPLACE_AFTER_MS };
-    const SHORT: Seen = Seen::Away { for_ms: REPLACE_AFTER_MS - 1 };
+    const LONG: Seen = Seen::Away {
+        for_ms: REPLACE_AFTER_MS,
+    };
+    const SHORT: Seen = Seen::Away {
+        for_ms: REPLACE_AFTER_MS - 1,
+    };
 
     fn cluster(count: u32, asked: Asked) -> View {
         let node = |number: u32| {
             let address = format!("n{number}:1").parse().expect("an address");
-            Node { address, public_address: None, directory: DirectoryId(u128::from(number)) }
+            Node {
+                address,
+                public_address: None,
+                directory: DirectoryId(u128::from(number)),
+            }
         };
         first_view(ClusterId(1), asked, (1..=count).map(node).collect()).expect("a view")
     }
 
     /// All nodes are here, but for these.
     fn seen(view: &View, others: &[(u64, Seen)]) -> BTreeMap<NodeId, Seen> {
-        let here = view.nodes.keys().map(|id| (*id, Seen::Here { for_ms: 1000 }));
-        here.chain(others.iter().map(|(id, seen)| (NodeId(*id), *seen))).collect()
+        let here = view
+            .nodes
+            .keys()
+            .map(|id| (*id, Seen::Here { for_ms: 1000 }));
+        here.chain(others.iter().map(|(id, seen)| (NodeId(*id), *seen)))
+            .collect()
     }
 
     fn next(view: &View, others: &[(u64, Seen)]) -> Option<View> {
@@ -200,7 +250,8 @@ mod tests {
     }
 
     fn works(view: &View, node: u64) -> bool {
-        view.shards().any(|(_, group)| group.replicas.values().any(|at| *at == NodeId(node)))
+        view.shards()
+            .any(|(_, group)| group.replicas.values().any(|at| *at == NodeId(node)))
     }
 
     #[test]
@@ -212,16 +263,32 @@ mod tests {
         assert_eq!(out(&after), [2]);
         assert!(!works(&after, 2) && works(&after, 3));
         assert_eq!(next(&after, &[(2, LONG)]), None, "once");
-        assert_eq!(next(&after, &[(2, SHORT)]), None, "also after whoever decides has begun to count anew");
+        assert_eq!(
+            next(&after, &[(2, SHORT)]),
+            None,
+            "also after whoever decides has begun to count anew"
+        );
     }
 
     #[test]
     fn a_node_is_kept_when_there_are_not_others_enough() {
-        assert_eq!(next(&cluster(3, Asked::default()), &[(2, LONG)]), None, "three replicas need three nodes");
-        assert_eq!(next(&cluster(6, Asked::from_flags(Some(3), None)), &[(2, LONG)]), None, "two shards of three need six");
+        assert_eq!(
+            next(&cluster(3, Asked::default()), &[(2, LONG)]),
+            None,
+            "three replicas need three nodes"
+        );
+        assert_eq!(
+            next(&cluster(6, Asked::from_flags(Some(3), None)), &[(2, LONG)]),
+            None,
+            "two shards of three need six"
+        );
         let view = cluster(4, Asked::default());
         let after = next(&view, &[(2, LONG)]).expect("a plan");
-        assert_eq!(next(&after, &[(2, LONG), (3, LONG)]), None, "nor does the second go");
+        assert_eq!(
+            next(&after, &[(2, LONG), (3, LONG)]),
+            None,
+            "nor does the second go"
+        );
         let both = next(&view, &[(2, LONG), (3, LONG)]).expect("a plan");
         assert_eq!(both.out.len(), 1, "one of the two is counted on");
     }
@@ -233,7 +300,8 @@ mod tests {
         assert_eq!(next(&view, &[(1, LONG), (2, LONG), (3, SHORT)]), None);
         let after = next(&view, &[(1, LONG), (2, LONG)]).expect("a plan");
         assert_eq!(out(&after), [1, 2]);
-        let after = next(&after, &[(1, LONG), (2, LONG), (3, LONG)]).expect("one of three at work is not most of them");
+        let after = next(&after, &[(1, LONG), (2, LONG), (3, LONG)])
+            .expect("one of three at work is not most of them");
         assert_eq!(out(&after), [1, 2, 3]);
     }
 
@@ -246,7 +314,9 @@ mod tests {
             BTreeSet::new(),
             "a plan of the operator's takes it"
         );
-        let back = Seen::Here { for_ms: REPLACE_AFTER_MS };
+        let back = Seen::Here {
+            for_ms: REPLACE_AFTER_MS,
+        };
         let after = next(&view, &[(2, back)]).expect("a plan");
         assert!(after.out.is_empty() && works(&after, 2));
     }
@@ -254,15 +324,31 @@ mod tests {
     #[test]
     fn a_lost_directory_is_replaced_at_once() {
         let view = cluster(3, Asked::default());
-        let lost = [(2, Seen::Lost { to: DirectoryId(22) })];
+        let lost = [(
+            2,
+            Seen::Lost {
+                to: DirectoryId(22),
+            },
+        )];
         let after = next(&view, &lost).expect("a plan");
         assert_eq!(after.leaving, BTreeSet::from([NodeId(2)]));
         assert_eq!(after.nodes[&NodeId(4)].directory, DirectoryId(22));
-        assert!(after.shards().all(|(_, group)| group.ends || (group.replicas.len() == 3 && !works(&after, 2))));
-        assert_eq!(after.node_at(&view.nodes[&NodeId(2)].address), Some(NodeId(4)));
+        assert!(
+            after
+                .shards()
+                .all(|(_, group)| group.ends || (group.replicas.len() == 3 && !works(&after, 2)))
+        );
+        assert_eq!(
+            after.node_at(&view.nodes[&NodeId(2)].address),
+            Some(NodeId(4))
+        );
         assert_eq!(next(&after, &lost), None, "once");
         let swapped = [(2, Seen::Lost { to: DirectoryId(3) })];
-        assert_eq!(next(&view, &swapped), None, "node 3 runs there, and has not said so yet");
+        assert_eq!(
+            next(&view, &swapped),
+            None,
+            "node 3 runs there, and has not said so yet"
+        );
         assert_eq!(next(&cluster(5, Asked::default()), &swapped), None);
     }
 
@@ -270,8 +356,13 @@ mod tests {
     fn a_node_that_dies_on_its_way_out_is_not_waited_for() {
         let view = cluster(5, Asked::default());
         let wanted: Vec<Node> = view.nodes.values().take(4).cloned().collect();
-        let leaving = plan(&view, view.asked, &wanted, &BTreeSet::new()).expect("a plan").view;
-        let held = |view: &View| view.shards().any(|(_, group)| group.replicas.values().any(|node| *node == NodeId(5)));
+        let leaving = plan(&view, view.asked, &wanted, &BTreeSet::new())
+            .expect("a plan")
+            .view;
+        let held = |view: &View| {
+            view.shards()
+                .any(|(_, group)| group.replicas.values().any(|node| *node == NodeId(5)))
+        };
         assert!(held(&leaving), "its shard goes where it is");
         assert_eq!(next(&leaving, &[]), None);
         let after = next(&leaving, &[(5, LONG)]).expect("a plan");
@@ -281,9 +372,16 @@ mod tests {
     const SHARD: GroupId = GroupId(1);
 
     fn failing(of: &[(GroupId, ReplicaId, u64, bool)]) -> BTreeMap<(GroupId, ReplicaId), Failing> {
-        let failing = |(group, replica, for_ms, is_of_the_node): &(GroupId, ReplicaId, u64, bool)| {
-            ((*group, *replica), Failing { for_ms: *for_ms, is_of_the_node: *is_of_the_node })
-        };
+        let failing =
+            |(group, replica, for_ms, is_of_the_node): &(GroupId, ReplicaId, u64, bool)| {
+                (
+                    (*group, *replica),
+                    Failing {
+                        for_ms: *for_ms,
+                        is_of_the_node: *is_of_the_node,
+                    },
+                )
+            };
         of.iter().map(failing).collect()
     }
 
@@ -292,7 +390,11 @@ mod tests {
         view.replica_on(SHARD, NodeId(node)).expect("it has one")
     }
 
-    fn replaced(view: &View, others: &[(u64, Seen)], of: &[(GroupId, ReplicaId, u64, bool)]) -> Option<View> {
+    fn replaced(
+        view: &View,
+        others: &[(u64, Seen)],
+        of: &[(GroupId, ReplicaId, u64, bool)],
+    ) -> Option<View> {
         let seen = seen(view, others);
         let (next, replaced) = replace_failed(view, &seen, &failing(of), REPLACE_AFTER_MS)?;
         next.check().expect("the parts fit together");
@@ -305,14 +407,20 @@ mod tests {
         let view = cluster(3, Asked::default());
         let failed = on(&view, 2);
         assert_eq!(replaced(&view, &[], &[]), None);
-        assert_eq!(replaced(&view, &[], &[(SHARD, failed, REPLACE_AFTER_MS - 1, false)]), None);
+        assert_eq!(
+            replaced(&view, &[], &[(SHARD, failed, REPLACE_AFTER_MS - 1, false)]),
+            None
+        );
         let of = [(SHARD, failed, REPLACE_AFTER_MS, false)];
         let after = replaced(&view, &[], &of).expect("a plan");
         let group = &after.groups[&SHARD];
         assert_eq!(on(&after, 2), view.next_replica, "never given out before");
         assert_eq!(group.leaving, BTreeMap::from([(failed, NodeId(2))]));
         assert!(group.voters().contains(&view.next_replica));
-        assert_eq!((after.epoch.0, after.version.0), (view.epoch.0 + 1, view.version.0 + 1));
+        assert_eq!(
+            (after.epoch.0, after.version.0),
+            (view.epoch.0 + 1, view.version.0 + 1)
+        );
         assert_eq!(replaced(&after, &[], &of), None, "once");
         let mut others = (after.groups.clone(), view.groups.clone());
         others.0.remove(&SHARD);
@@ -324,13 +432,23 @@ mod tests {
     fn a_replica_is_replaced_only_while_a_majority_of_its_group_is_able() {
         let view = cluster(3, Asked::default());
         let (one, two) = (on(&view, 1), on(&view, 2));
-        let of = [(SHARD, one, REPLACE_AFTER_MS, false), (SHARD, two, 0, false)];
+        let of = [
+            (SHARD, one, REPLACE_AFTER_MS, false),
+            (SHARD, two, 0, false),
+        ];
         assert_eq!(replaced(&view, &[], &of), None, "two of three have failed");
-        assert_eq!(replaced(&view, &[(3, SHORT)], &of[..1]), None, "one has failed, one is away");
+        assert_eq!(
+            replaced(&view, &[(3, SHORT)], &of[..1]),
+            None,
+            "one has failed, one is away"
+        );
         let of_one = Asked::from_flags(Some(1), Some(1));
         let alone = cluster(3, of_one);
         let (replica, _) = alone.groups[&SHARD].wanted().next().expect("a replica");
-        assert_eq!(replaced(&alone, &[], &[(SHARD, replica, REPLACE_AFTER_MS, false)]), None);
+        assert_eq!(
+            replaced(&alone, &[], &[(SHARD, replica, REPLACE_AFTER_MS, false)]),
+            None
+        );
     }
 
     #[test]
@@ -343,7 +461,10 @@ mod tests {
         let of: Vec<_> = of.collect();
         let after = replaced(&view, &[], &of).expect("a plan");
         assert!(after.groups.values().all(|group| group.leaving.len() == 1));
-        assert!(after.groups[&GroupId::META].leaving.len() == 1, "the meta group's too");
+        assert!(
+            after.groups[&GroupId::META].leaving.len() == 1,
+            "the meta group's too"
+        );
     }
 
     #[test]

@@ -1,15 +1,20 @@
-//! The memory of answered requests: a write with an idempotency key is done once, however often it is sent.
+//! The memory of answered requests: a write with an idempotency key is done once, however often it
+//! is sent.
 //!
-//! For each slot that such a write touched, the map holds a [`RequestRecord`]: a fingerprint of what the request asked of that slot, and
-//! the answer of the slot's operations. Per slot, because a slot moves with its memory: a batch that was one write at the first try may
-//! be cut otherwise at the next, when its slots are in other shards. For the same reason neither fingerprint nor answer holds a position
-//! in the write.
+//! For each slot that such a write touched, the map holds a [`RequestRecord`]: a fingerprint of
+//! what the request asked of that slot, and the answer of the slot's operations. Per slot, because
+//! a slot moves with its memory: a batch that was one write at the first try may be cut otherwise
+//! at the next, when its slots are in other shards. For the same reason neither fingerprint nor
+//! answer holds a position in the write.
 //!
-//! A record is forgotten [`REMEMBERED_MS`] of group time after it was written, and counts as absent from that moment, even while it is
-//! still in the map. Group time is the highest time that an applied entry carried; it never goes back. Expired records are deleted while
-//! entries are applied, a bounded number each: some of a slot that gets a new record, and some by a sweep that goes around all slots.
+//! A record is forgotten [`REMEMBERED_MS`] of group time after it was written, and counts as absent
+//! from that moment, even while it is still in the map. Group time is the highest time that an
+//! applied entry carried; it never goes back. Expired records are deleted while entries are
+//! applied, a bounded number each: some of a slot that gets a new record, and some by a sweep that
+//! goes around all slots.
 //!
-//! A slot's records take at most [`REQUESTS_BYTES_MAX`]. A full slot refuses requests with keys, and forgets none early.
+//! A slot's records take at most [`REQUESTS_BYTES_MAX`]. A full slot refuses requests with keys,
+//! and forgets none early.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -19,27 +24,33 @@ use super::codec;
 use super::kv::{Entry, Operation, OperationOutcome};
 use super::ports::{Read, StoreError};
 use super::slots::{
-    CLOCK_KEY, RequestsUsed, expiry_key, expiry_range, expiry_range_from, misplaced, parse_expiry_key, request_key,
+    CLOCK_KEY, RequestsUsed, expiry_key, expiry_range, expiry_range_from, misplaced,
+    parse_expiry_key, request_key,
 };
 use crate::types::{Revision, Slot};
 
-/// For how long, in group time, an answer is remembered: longer than any client of ours goes on retrying.
+/// For how long, in group time, an answer is remembered: longer than any client of ours goes on
+/// retrying.
 pub const REMEMBERED_MS: u64 = 10 * 60 * 1000;
 
-/// Most bytes that the records of one slot may take. A small record takes about 130, so one slot remembers some 8,000 requests, 13 a
-/// second for as long as they are remembered; all slots together, 55,000 a second, which is more than a cluster of this kind writes. The
-/// worst case is 4 GiB in the maps of a whole cluster: disk, not memory, and no more than the writes that brought it about.
-/// A move carries a slot's records over while the slot is frozen: one MiB is a chunk or two.
+/// Most bytes that the records of one slot may take. A small record takes about 130, so one slot
+/// remembers some 8,000 requests, 13 a second for as long as they are remembered; all slots
+/// together, 55,000 a second, which is more than a cluster of this kind writes. The worst case is 4
+/// GiB in the maps of a whole cluster: disk, not memory, and no more than the writes that brought
+/// it about. A move carries a slot's records over while the slot is frozen: one MiB is a chunk or
+/// two.
 pub const REQUESTS_BYTES_MAX: u64 = 1 << 20;
 
-/// Most expired records deleted for the sake of one new one, unless more are needed to make room for it: two, so that deletion is faster
-/// than what it follows.
+/// Most expired records deleted for the sake of one new one, unless more are needed to make room
+/// for it: two, so that deletion is faster than what it follows.
 const FORGET_PER_RECORD_MAX: usize = 2;
 
-/// How often, in group time, the clock is stored when nothing else asks for it, and the sweep goes on.
+/// How often, in group time, the clock is stored when nothing else asks for it, and the sweep goes
+/// on.
 const SWEEP_EVERY_MS: u64 = 1000;
 
-/// Most slots that a sweep looks at. Each costs a seek of some microseconds, and at 64 the whole shard is seen in about a minute.
+/// Most slots that a sweep looks at. Each costs a seek of some microseconds, and at 64 the whole
+/// shard is seen in about a minute.
 const SWEEP_SLOTS_MAX: usize = 64;
 
 /// Most records that a sweep deletes, so that no entry stalls its group.
@@ -55,23 +66,30 @@ struct Clock {
 
 impl Clock {
     fn read(get: Option<Bytes>) -> Result<Self, StoreError> {
-        get.map_or(Ok(Self::default()), |bytes| codec::decode(&bytes, "the clock of a shard"))
+        get.map_or(Ok(Self::default()), |bytes| {
+            codec::decode(&bytes, "the clock of a shard")
+        })
     }
 }
 
-/// The group time that a shard's map has stored. A new leader goes on from here. Entries that wrote no record may have carried a later
-/// one, by less than a second of applied entries: then records live that much longer, never shorter.
+/// The group time that a shard's map has stored. A new leader goes on from here. Entries that wrote
+/// no record may have carried a later one, by less than a second of applied entries: then records
+/// live that much longer, never shorter.
 pub fn group_time_ms(read: &impl Read) -> Result<u64, StoreError> {
     Clock::read(read.get(CLOCK_KEY)?).map(|clock| clock.time_ms)
 }
 
-/// What tells one request from another under the same key: `xxh3_128` of the encoding of the slot's operations, in order.
+/// What tells one request from another under the same key: `xxh3_128` of the encoding of the slot's
+/// operations, in order.
 pub type Fingerprint = [u8; 16];
 
 pub(super) fn fingerprint<'a>(operations: impl IntoIterator<Item = &'a Operation>) -> Fingerprint {
-    let encoded = operations.into_iter().fold(Vec::new(), |buffer, operation| {
-        postcard::to_extend(operation, buffer).expect("encoding into memory fails for no type of the core")
-    });
+    let encoded = operations
+        .into_iter()
+        .fold(Vec::new(), |buffer, operation| {
+            postcard::to_extend(operation, buffer)
+                .expect("encoding into memory fails for no type of the core")
+        });
     xxh3_128(&encoded).to_be_bytes()
 }
 
@@ -88,8 +106,13 @@ pub struct RequestRecord {
 pub enum Answer {
     /// One per operation of the slot, in order.
     Applied(Vec<OperationOutcome>),
-    /// A condition did not hold: that of the `nth` operation of `slot`, which need not be the slot of the record.
-    ConditionFailed { slot: Slot, nth: usize, current: Option<Revision> },
+    /// A condition did not hold: that of the `nth` operation of `slot`, which need not be the slot
+    /// of the record.
+    ConditionFailed {
+        slot: Slot,
+        nth: usize,
+        current: Option<Revision>,
+    },
 }
 
 impl RequestRecord {
@@ -119,10 +142,21 @@ impl FoundRequest {
     /// A format byte, a time and a fingerprint are no longer than this.
     const START_BYTES: usize = 1 + 10 + size_of::<Fingerprint>();
 
-    fn read<R: Read>(entry: &Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<Option<Self>, StoreError> {
-        let Some(record) = entry.start_of(&request_key(slot, key), Self::START_BYTES)? else { return Ok(None) };
-        let ((time_ms, fingerprint), _) = codec::decode_first(&record.start, "the record of a request")?;
-        Ok(Some(Self { time_ms, fingerprint, bytes: record.len }))
+    fn read<R: Read>(
+        entry: &Entry<'_, R>,
+        slot: Slot,
+        key: &[u8],
+    ) -> Result<Option<Self>, StoreError> {
+        let Some(record) = entry.start_of(&request_key(slot, key), Self::START_BYTES)? else {
+            return Ok(None);
+        };
+        let ((time_ms, fingerprint), _) =
+            codec::decode_first(&record.start, "the record of a request")?;
+        Ok(Some(Self {
+            time_ms,
+            fingerprint,
+            bytes: record.len,
+        }))
     }
 }
 
@@ -137,8 +171,14 @@ fn cost(idempotency_key: &[u8], value_bytes: usize) -> u64 {
 }
 
 /// Deletes the record of a request, if there is one.
-pub(super) fn forget<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<(), StoreError> {
-    let Some(record) = FoundRequest::read(entry, slot, key)? else { return Ok(()) };
+pub(super) fn forget<R: Read>(
+    entry: &mut Entry<'_, R>,
+    slot: Slot,
+    key: &[u8],
+) -> Result<(), StoreError> {
+    let Some(record) = FoundRequest::read(entry, slot, key)? else {
+        return Ok(());
+    };
     entry.delete(request_key(slot, key));
     entry.delete(expiry_key(slot, record.time_ms, key));
     let used = &mut entry.state_mut(slot)?.requests;
@@ -153,12 +193,16 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Lets group time go on to `time_ms`, if that is later. Every so often, goes on with the sweep.
+    /// Lets group time go on to `time_ms`, if that is later. Every so often, goes on with the
+    /// sweep.
     pub fn open<R: Read>(entry: &mut Entry<'_, R>, time_ms: u64) -> Result<Self, StoreError> {
         let mut clock = Clock::read(entry.get(CLOCK_KEY)?)?;
         let due = time_ms >= clock.time_ms.saturating_add(SWEEP_EVERY_MS);
         clock.time_ms = clock.time_ms.max(time_ms);
-        let mut memory = Self { clock, changed: due };
+        let mut memory = Self {
+            clock,
+            changed: due,
+        };
         if due {
             memory.sweep(entry)?;
         }
@@ -176,9 +220,17 @@ impl Memory {
         self.clock.time_ms
     }
 
-    /// What is remembered of the request with this key in `slot`, but for its answer. An expired record is deleted on the way.
-    pub fn find<R: Read>(&self, entry: &mut Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<Option<FoundRequest>, StoreError> {
-        let Some(found) = FoundRequest::read(entry, slot, key)? else { return Ok(None) };
+    /// What is remembered of the request with this key in `slot`, but for its answer. An expired
+    /// record is deleted on the way.
+    pub fn find<R: Read>(
+        &self,
+        entry: &mut Entry<'_, R>,
+        slot: Slot,
+        key: &[u8],
+    ) -> Result<Option<FoundRequest>, StoreError> {
+        let Some(found) = FoundRequest::read(entry, slot, key)? else {
+            return Ok(None);
+        };
         if !expired(found.time_ms, self.now_ms()) {
             return Ok(Some(found));
         }
@@ -187,13 +239,20 @@ impl Memory {
     }
 
     /// Reads the answer that [`Memory::find`] has found.
-    pub fn answer<R: Read>(entry: &Entry<'_, R>, slot: Slot, key: &[u8]) -> Result<Option<Answer>, StoreError> {
+    pub fn answer<R: Read>(
+        entry: &Entry<'_, R>,
+        slot: Slot,
+        key: &[u8],
+    ) -> Result<Option<Answer>, StoreError> {
         let record = entry.get(&request_key(slot, key))?;
-        record.map(|bytes| RequestRecord::decode(&bytes).map(|record| record.answer)).transpose()
+        record
+            .map(|bytes| RequestRecord::decode(&bytes).map(|record| record.answer))
+            .transpose()
     }
 
-    /// Takes what a move brings of a request: its record at the source, where it was `source_ms`, or that there is none any more. The
-    /// record keeps its age, as far as this shard's time goes back: it may live longer here, and never shorter.
+    /// Takes what a move brings of a request: its record at the source, where it was `source_ms`,
+    /// or that there is none any more. The record keeps its age, as far as this shard's time goes
+    /// back: it may live longer here, and never shorter.
     pub fn adopt<R: Read>(
         &mut self,
         entry: &mut Entry<'_, R>,
@@ -203,15 +262,20 @@ impl Memory {
         source_ms: u64,
     ) -> Result<(), StoreError> {
         forget(entry, slot, key)?;
-        let Some(mut record) = brought else { return Ok(()) };
+        let Some(mut record) = brought else {
+            return Ok(());
+        };
         if record.expired(source_ms) {
             return Ok(());
         }
-        record.time_ms = self.now_ms().saturating_sub(source_ms.saturating_sub(record.time_ms));
+        record.time_ms = self
+            .now_ms()
+            .saturating_sub(source_ms.saturating_sub(record.time_ms));
         self.store(entry, slot, key, record.time_ms, record.encode())
     }
 
-    /// Whether `slot` has room for a record of `value_bytes`; deletes expired ones where it has not.
+    /// Whether `slot` has room for a record of `value_bytes`; deletes expired ones where it has
+    /// not.
     pub fn make_room<R: Read>(
         &self,
         entry: &mut Entry<'_, R>,
@@ -223,11 +287,17 @@ impl Memory {
         if needed > REQUESTS_BYTES_MAX {
             return Ok(false);
         }
-        self.forget_expired(entry, slot, FORGET_PER_RECORD_MAX, REQUESTS_BYTES_MAX - needed)?;
+        self.forget_expired(
+            entry,
+            slot,
+            FORGET_PER_RECORD_MAX,
+            REQUESTS_BYTES_MAX - needed,
+        )?;
         Ok(entry.state(slot)?.requests.bytes <= REQUESTS_BYTES_MAX - needed)
     }
 
-    /// Puts the record of a request, of which there must be none; [`Memory::make_room`] said that it fits.
+    /// Puts the record of a request, of which there must be none; [`Memory::make_room`] said that
+    /// it fits.
     pub fn remember<R: Read>(
         &mut self,
         entry: &mut Entry<'_, R>,
@@ -248,7 +318,11 @@ impl Memory {
     ) -> Result<(), StoreError> {
         let cost = cost(key, record.len());
         let used = &mut entry.state_mut(slot)?.requests;
-        used.since_ms = if used.bytes == 0 { time_ms } else { used.since_ms.min(time_ms) };
+        used.since_ms = if used.bytes == 0 {
+            time_ms
+        } else {
+            used.since_ms.min(time_ms)
+        };
         used.bytes += cost;
         entry.put(request_key(slot, key), record);
         entry.put(expiry_key(slot, time_ms, key), codec::encode(&cost));
@@ -256,8 +330,8 @@ impl Memory {
         Ok(())
     }
 
-    /// Deletes expired records of `slot`, oldest first: `count_max` of them, and on while the rest takes more than `bytes_max`.
-    /// Returns how many it deleted.
+    /// Deletes expired records of `slot`, oldest first: `count_max` of them, and on while the rest
+    /// takes more than `bytes_max`. Returns how many it deleted.
     fn forget_expired<R: Read>(
         &self,
         entry: &mut Entry<'_, R>,
@@ -273,8 +347,11 @@ impl Memory {
         let mut left = before;
         let mut oldest = None;
         entry.scan(&expiry_range(slot), |index_key, cost| {
-            let (_, time_ms, key) = parse_expiry_key(&index_key).ok_or_else(|| misplaced(&index_key))?;
-            if !expired(time_ms, self.now_ms()) || (gone.len() >= count_max && left.bytes <= bytes_max) {
+            let (_, time_ms, key) =
+                parse_expiry_key(&index_key).ok_or_else(|| misplaced(&index_key))?;
+            if !expired(time_ms, self.now_ms())
+                || (gone.len() >= count_max && left.bytes <= bytes_max)
+            {
                 oldest = Some(time_ms);
                 return Ok(false);
             }
@@ -336,16 +413,46 @@ mod tests {
             fingerprint: *b"0123456789abcdef",
             answer: Answer::Applied(vec![
                 OperationOutcome::Got(None),
-                OperationOutcome::Put { revision: Revision(1), created: true },
-                OperationOutcome::Deleted { revision: Some(Revision(2)) },
+                OperationOutcome::Put {
+                    revision: Revision(1),
+                    created: true,
+                },
+                OperationOutcome::Deleted {
+                    revision: Some(Revision(2)),
+                },
             ]),
         };
-        assert_eq!(&applied.encode()[..], b"\x01\xac\x020123456789abcdef\x00\x03\x00\x00\x01\x01\x01\x02\x01\x02");
-        assert_eq!(RequestRecord::decode(&applied.encode()).expect("own encoding"), applied);
-        let failed = RequestRecord { answer: Answer::ConditionFailed { slot, nth: 1, current: None }, ..applied };
-        assert_eq!(&failed.encode()[..], b"\x01\xac\x020123456789abcdef\x01\xac\x02\x01\x00");
-        assert_eq!(RequestRecord::decode(&failed.encode()).expect("own encoding"), failed);
-        assert_eq!(&codec::encode(&Clock { time_ms: 5, sweep: slot })[..], b"\x01\x05\xac\x02");
+        assert_eq!(
+            &applied.encode()[..],
+            b"\x01\xac\x020123456789abcdef\x00\x03\x00\x00\x01\x01\x01\x02\x01\x02"
+        );
+        assert_eq!(
+            RequestRecord::decode(&applied.encode()).expect("own encoding"),
+            applied
+        );
+        let failed = RequestRecord {
+            answer: Answer::ConditionFailed {
+                slot,
+                nth: 1,
+                current: None,
+            },
+            ..applied
+        };
+        assert_eq!(
+            &failed.encode()[..],
+            b"\x01\xac\x020123456789abcdef\x01\xac\x02\x01\x00"
+        );
+        assert_eq!(
+            RequestRecord::decode(&failed.encode()).expect("own encoding"),
+            failed
+        );
+        assert_eq!(
+            &codec::encode(&Clock {
+                time_ms: 5,
+                sweep: slot
+            })[..],
+            b"\x01\x05\xac\x02"
+        );
     }
 
     #[test]
@@ -353,13 +460,20 @@ mod tests {
         let operation = |key: &str, value: &str| Operation {
             key: Bytes::copy_from_slice(key.as_bytes()),
             condition: Condition::None,
-            action: Action::Put { media: crate::sm::kv::Media::Text, value: Bytes::copy_from_slice(value.as_bytes()) },
+            action: Action::Put {
+                media: crate::sm::kv::Media::Text,
+                value: Bytes::copy_from_slice(value.as_bytes()),
+            },
         };
         let (ab, a_b) = (operation("a", "b"), operation("", "ab"));
         assert_ne!(fingerprint([&ab]), fingerprint([&a_b]));
         assert_ne!(fingerprint([&ab, &a_b]), fingerprint([&a_b, &ab]));
         assert_eq!(fingerprint([&ab, &a_b]), fingerprint(&[ab, a_b]));
         let empty: [&Operation; 0] = [];
-        assert_eq!(fingerprint(empty), 0x99aa_06d3_0147_98d8_6001_c324_468d_497f_u128.to_be_bytes(), "part of the disk format");
+        assert_eq!(
+            fingerprint(empty),
+            0x99aa_06d3_0147_98d8_6001_c324_468d_497f_u128.to_be_bytes(),
+            "part of the disk format"
+        );
     }
 }

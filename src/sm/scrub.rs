@@ -2,8 +2,8 @@
 
 /// Bytes that a scrub reads in a second.
 pub const BYTES_PER_SECOND: u64 = 16 << 20;
-/// The first scrub of a process begins so long after its start, or sooner where scrubs are more frequent: one that is
-/// started anew each day must not put it off for ever.
+/// The first scrub of a process begins so long after its start, or sooner where scrubs are more
+/// frequent: one that is started anew each day must not put it off for ever.
 const FIRST_AFTER_MS: u64 = 3_600_000;
 /// After damage that could not be mended the next begins so soon.
 const AGAIN_AFTER_MS: u64 = 600_000;
@@ -39,10 +39,13 @@ impl Kind {
     }
 }
 
-/// Returns how long to rest, having read `bytes` in `elapsed_ms`, so as not to read faster than [`BYTES_PER_SECOND`].
+/// Returns how long to rest, having read `bytes` in `elapsed_ms`, so as not to read faster than
+/// [`BYTES_PER_SECOND`].
 pub fn rest_ms(bytes: u64, elapsed_ms: u64) -> u64 {
     let due_ms = u128::from(bytes) * 1000 / u128::from(BYTES_PER_SECOND);
-    u64::try_from(due_ms).unwrap_or(u64::MAX).saturating_sub(elapsed_ms)
+    u64::try_from(due_ms)
+        .unwrap_or(u64::MAX)
+        .saturating_sub(elapsed_ms)
 }
 
 /// Returns how long after the start of the process the first scrub begins; none: there are none.
@@ -52,7 +55,11 @@ pub fn first_after_ms(every_ms: u64) -> Option<u64> {
 
 /// Returns how long after the end of a scrub the next begins.
 pub fn next_after_ms(every_ms: u64, is_all_mended: bool) -> u64 {
-    if is_all_mended { every_ms } else { every_ms.min(AGAIN_AFTER_MS) }
+    if is_all_mended {
+        every_ms
+    } else {
+        every_ms.min(AGAIN_AFTER_MS)
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Which slot a key is in, how the map of a shard is laid out, and what a shard knows of each slot.
 //!
-//! Every key of a shard's map begins with a one-byte tag, most go on with the slot (two bytes, big-endian), so that all of a slot
-//! lies together and a move can copy and clear it range by range:
+//! Every key of a shard's map begins with a one-byte tag, most go on with the slot (two bytes,
+//! big-endian), so that all of a slot lies together and a move can copy and clear it range by
+//! range:
 //!
 //! | tag | key | value |
 //! | --- | --- | --- |
@@ -15,7 +16,8 @@
 //! | 0x07 | why nothing is written to the shard, if nothing is | text |
 //! | 0x10 | slot, user key | `kv::Record` |
 //!
-//! Kept out: what is done with any of it (`kv`, `requests`). The hash, the layout and [`SlotState`] are part of the disk format.
+//! Kept out: what is done with any of it (`kv`, `requests`). The hash, the layout and [`SlotState`]
+//! are part of the disk format.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -45,15 +47,17 @@ pub const READ_ONLY_KEY: &[u8] = &[TAG_READ_ONLY];
 /// Length of a tag and a slot.
 const HEAD: usize = 3;
 
-/// The slot of a key: `xxh3_64` of the key, or of its hash tag where it has one, modulo the number of slots.
+/// The slot of a key: `xxh3_64` of the key, or of its hash tag where it has one, modulo the number
+/// of slots.
 pub fn slot_of(key: &[u8]) -> Slot {
     let hash = xxh3_64(hash_tag(key).unwrap_or(key)) % u64::from(SLOTS);
     let number = u16::try_from(hash).ok().and_then(Slot::new);
     number.expect("a remainder is below its divisor")
 }
 
-/// What stands between the first `{` and the first `}` after it, if anything: the rule of Redis Cluster. Keys with the same tag are in
-/// the same slot, and so can be written together in one entry.
+/// What stands between the first `{` and the first `}` after it, if anything: the rule of Redis
+/// Cluster. Keys with the same tag are in the same slot, and so can be written together in one
+/// entry.
 fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     let open = key.iter().position(|byte| *byte == b'{')?;
     let rest = &key[open + 1..];
@@ -61,11 +65,13 @@ fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     (close > 0).then(|| &rest[..close])
 }
 
-/// What a shard knows of a slot. Part of the disk format. Absent in the map is the default: not owned, never held.
+/// What a shard knows of a slot. Part of the disk format. Absent in the map is the default: not
+/// owned, never held.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SlotState {
     pub ownership: Ownership,
-    /// The highest move id that the shard ever held for the slot; it outlives the drop of the slot. 0: no move ever touched it.
+    /// The highest move id that the shard ever held for the slot; it outlives the drop of the slot.
+    /// 0: no move ever touched it.
     pub generation: MoveId,
     /// Who got it by the last move seen here: a hint for whoever asks.
     pub moved_to: Option<(MoveId, GroupId)>,
@@ -73,9 +79,11 @@ pub struct SlotState {
     pub requests: RequestsUsed,
 }
 
-/// A shard's hold on a slot. Owned and leaving slots are read and written, frozen ones are read, the others neither.
+/// A shard's hold on a slot. Owned and leaving slots are read and written, frozen ones are read,
+/// the others neither.
 ///
-/// A leaving, frozen or arriving slot is in a move that is open in this shard: its id is the slot's generation.
+/// A leaving, frozen or arriving slot is in a move that is open in this shard: its id is the slot's
+/// generation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ownership {
     #[default]
@@ -92,7 +100,8 @@ pub enum Ownership {
 /// What is in a slot, counted exactly.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Contents {
-    /// The revision of the last change, deletions included: the next change gets the next one, so none is ever used twice.
+    /// The revision of the last change, deletions included: the next change gets the next one, so
+    /// none is ever used twice.
     pub revision: Revision,
     pub keys: u64,
     /// Bytes of all user keys and stored records.
@@ -108,8 +117,14 @@ pub struct RequestsUsed {
 }
 
 impl Contents {
-    /// Counts a key whose record had `before` bytes and will have `after`. None where less was counted than there was.
-    pub fn recount(&mut self, key_bytes: usize, before: Option<usize>, after: Option<usize>) -> Option<()> {
+    /// Counts a key whose record had `before` bytes and will have `after`. None where less was
+    /// counted than there was.
+    pub fn recount(
+        &mut self,
+        key_bytes: usize,
+        before: Option<usize>,
+        after: Option<usize>,
+    ) -> Option<()> {
         if let Some(before) = before {
             self.keys = self.keys.checked_sub(1)?;
             self.bytes = self.bytes.checked_sub((key_bytes + before) as u64)?;
@@ -149,10 +164,12 @@ impl SlotState {
 
     /// The state of `slot` in a shard's map.
     pub fn read(read: &impl Read, slot: Slot) -> Result<Self, StoreError> {
-        read.get(&state_key(slot))?.map_or(Ok(Self::default()), |bytes| Self::decode(&bytes))
+        read.get(&state_key(slot))?
+            .map_or(Ok(Self::default()), |bytes| Self::decode(&bytes))
     }
 
-    /// Every state in a shard's map, in slot order, by one scan. Slots that the shard never held are left out.
+    /// Every state in a shard's map, in slot order, by one scan. Slots that the shard never held
+    /// are left out.
     pub fn read_all(read: &impl Read) -> Result<Vec<(Slot, SlotState)>, StoreError> {
         let pairs = read.scan(&KeyRange::prefix(&[TAG_STATE]), Direction::Forward);
         let states = pairs.map(|pair| {
@@ -166,7 +183,10 @@ impl SlotState {
 
 /// The error for a key that is not laid out as its tag says.
 pub(super) fn misplaced(key: &[u8]) -> StoreError {
-    StoreError::Damaged(format!("the map holds a key of unknown form: {}", key.escape_ascii()))
+    StoreError::Damaged(format!(
+        "the map holds a key of unknown form: {}",
+        key.escape_ascii()
+    ))
 }
 
 fn head(tag: u8, slot: Slot) -> [u8; HEAD] {
@@ -206,8 +226,15 @@ pub fn all_data() -> KeyRange {
 
 /// The data keys of `slot` whose user keys are in `range`.
 pub fn data_range(slot: Slot, range: &KeyRange) -> KeyRange {
-    let end = range.end.as_ref().map(|end| data_key(slot, end)).or_else(|| after_prefix(&head(TAG_DATA, slot)));
-    KeyRange { start: data_key(slot, &range.start), end }
+    let end = range
+        .end
+        .as_ref()
+        .map(|end| data_key(slot, end))
+        .or_else(|| after_prefix(&head(TAG_DATA, slot)));
+    KeyRange {
+        start: data_key(slot, &range.start),
+        end,
+    }
 }
 
 /// Where a shard keeps the [`SlotState`] of a slot.
@@ -257,10 +284,14 @@ pub fn expiry_range(slot: Slot) -> KeyRange {
 
 /// The index by age of the requests answered in `slot` and those after it.
 pub fn expiry_range_from(slot: Slot) -> KeyRange {
-    KeyRange { start: Bytes::copy_from_slice(&head(TAG_EXPIRY, slot)), end: after_prefix(&[TAG_EXPIRY]) }
+    KeyRange {
+        start: Bytes::copy_from_slice(&head(TAG_EXPIRY, slot)),
+        end: after_prefix(&[TAG_EXPIRY]),
+    }
 }
 
-/// The mark that `map_key` was changed by the entry at `index`, for a move. The marks of a move are in the order of its log.
+/// The mark that `map_key` was changed by the entry at `index`, for a move. The marks of a move are
+/// in the order of its log.
 pub fn change_key(id: MoveId, index: u64, map_key: &[u8]) -> Bytes {
     let mut key = BytesMut::with_capacity(17 + map_key.len());
     key.put_u8(TAG_CHANGE);
@@ -284,9 +315,11 @@ pub fn change_value(bytes: usize) -> Bytes {
 /// What a mark costs besides the change itself, about.
 const CHANGE_OVERHEAD_BYTES: u64 = 64;
 
-/// What it weighs to carry over the change of a mark: its bytes and something for the mark, so that many small changes weigh too.
+/// What it weighs to carry over the change of a mark: its bytes and something for the mark, so that
+/// many small changes weigh too.
 pub fn change_weight(value: &[u8]) -> Result<u64, StoreError> {
-    codec::decode(value, "the mark of a change").map(|bytes: u64| bytes.saturating_add(CHANGE_OVERHEAD_BYTES))
+    codec::decode(value, "the mark of a change")
+        .map(|bytes: u64| bytes.saturating_add(CHANGE_OVERHEAD_BYTES))
 }
 
 /// The marks of a move.
@@ -298,7 +331,10 @@ pub fn change_range(id: MoveId) -> KeyRange {
 
 /// The marks of this move and of those with higher ids.
 pub fn change_range_from(id: MoveId) -> KeyRange {
-    KeyRange { start: change_range(id).start, end: after_prefix(&[TAG_CHANGE]) }
+    KeyRange {
+        start: change_range(id).start,
+        end: after_prefix(&[TAG_CHANGE]),
+    }
 }
 
 /// Where a shard keeps an open move.
@@ -334,7 +370,13 @@ mod tests {
 
     #[test]
     fn the_hash_is_part_of_the_disk_format() {
-        let table: [(&[u8], u16); 5] = [(b"", 1218), (b"a", 3615), (b"k1", 1733), (b"hello", 3325), ("ключ".as_bytes(), 3806)];
+        let table: [(&[u8], u16); 5] = [
+            (b"", 1218),
+            (b"a", 3615),
+            (b"k1", 1733),
+            (b"hello", 3325),
+            ("ключ".as_bytes(), 3806),
+        ];
         let found = table.map(|(key, _)| (key, slot_of(key).number()));
         assert_eq!(found, table);
     }
@@ -346,7 +388,10 @@ mod tests {
         assert!(same("x{user1}y", "user1"));
         assert!(same("{a}{b}", "a"));
         assert!(same("{{a}", "{a"), "the tag runs from the first brace");
-        assert!(same("}{a}", "a"), "a closing brace before the opening one is not its end");
+        assert!(
+            same("}{a}", "a"),
+            "a closing brace before the opening one is not its end"
+        );
         for whole in ["{}a", "{a", "a}", "}a{"] {
             assert_eq!(hash_tag(whole.as_bytes()), None, "{whole} has no tag");
         }
@@ -358,20 +403,40 @@ mod tests {
             let s = slot(number);
             for user in [&b""[..], b"k", b"\xff\xff", b"\x00"] {
                 let data = data_key(s, user);
-                assert_eq!(parse_data_key(&data), Some((s, Bytes::copy_from_slice(user))));
+                assert_eq!(
+                    parse_data_key(&data),
+                    Some((s, Bytes::copy_from_slice(user)))
+                );
                 let range = data_range(s, &KeyRange::all());
                 assert!(range.start <= data && range.end.is_some_and(|end| data < end));
                 let request = request_key(s, user);
-                assert_eq!(parse_request_key(&request), Some((s, Bytes::copy_from_slice(user))));
+                assert_eq!(
+                    parse_request_key(&request),
+                    Some((s, Bytes::copy_from_slice(user)))
+                );
                 let expiry = expiry_key(s, 7, user);
-                assert_eq!(parse_expiry_key(&expiry), Some((s, 7, Bytes::copy_from_slice(user))));
+                assert_eq!(
+                    parse_expiry_key(&expiry),
+                    Some((s, 7, Bytes::copy_from_slice(user)))
+                );
                 assert!(parse_data_key(&request).is_none() && parse_request_key(&expiry).is_none());
             }
             assert_eq!(parse_state_key(&state_key(s)), Some(s));
         }
-        assert_eq!(parse_state_key(&[TAG_STATE, 0x10, 0x00]), None, "past the last slot");
-        assert_eq!(parse_expiry_key(&Bytes::from_static(&[TAG_EXPIRY, 0, 0, 1])), None, "cut short");
-        assert!(expiry_key(slot(1), 255, b"z") < expiry_key(slot(1), 256, b"a"), "older ones come first");
+        assert_eq!(
+            parse_state_key(&[TAG_STATE, 0x10, 0x00]),
+            None,
+            "past the last slot"
+        );
+        assert_eq!(
+            parse_expiry_key(&Bytes::from_static(&[TAG_EXPIRY, 0, 0, 1])),
+            None,
+            "cut short"
+        );
+        assert!(
+            expiry_key(slot(1), 255, b"z") < expiry_key(slot(1), 256, b"a"),
+            "older ones come first"
+        );
     }
 
     #[test]
@@ -380,12 +445,28 @@ mod tests {
             ownership: Ownership::Frozen,
             generation: MoveId(5),
             moved_to: Some((MoveId(6), GroupId(7))),
-            contents: Contents { revision: Revision(300), keys: 2, bytes: 3 },
-            requests: RequestsUsed { bytes: 4, since_ms: 1 },
+            contents: Contents {
+                revision: Revision(300),
+                keys: 2,
+                bytes: 3,
+            },
+            requests: RequestsUsed {
+                bytes: 4,
+                since_ms: 1,
+            },
         };
-        assert_eq!(&state.encode()[..], b"\x01\x02\x05\x01\x06\x07\xac\x02\x02\x03\x04\x01");
-        assert_eq!(SlotState::decode(&state.encode()).expect("own encoding"), state);
-        assert_eq!(&SlotState::default().encode()[..], b"\x01\x00\x00\x00\x00\x00\x00\x00\x00");
+        assert_eq!(
+            &state.encode()[..],
+            b"\x01\x02\x05\x01\x06\x07\xac\x02\x02\x03\x04\x01"
+        );
+        assert_eq!(
+            SlotState::decode(&state.encode()).expect("own encoding"),
+            state
+        );
+        assert_eq!(
+            &SlotState::default().encode()[..],
+            b"\x01\x00\x00\x00\x00\x00\x00\x00\x00"
+        );
         assert!(SlotState::decode(b"\x02").is_err());
         let table = [
             (Ownership::NotOwned, 0, false, None),
@@ -397,7 +478,10 @@ mod tests {
         for (ownership, byte, serves_reads, marked_for) in table {
             let state = SlotState { ownership, ..state };
             assert_eq!(state.encode()[1], byte);
-            assert_eq!((state.serves_reads(), state.marked_for()), (serves_reads, marked_for));
+            assert_eq!(
+                (state.serves_reads(), state.marked_for()),
+                (serves_reads, marked_for)
+            );
         }
     }
 }

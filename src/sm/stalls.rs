@@ -1,11 +1,15 @@
-//! Decides what is to be done about a part of a node that does not get any further. Who looks is `node/watchdog`.
+//! Decides what is to be done about a part of a node that does not get any further. Who looks is
+//! `node/watchdog`.
 //!
-//! A leader needs its own disk for nothing while a quorum of others has synced what it proposed: so a disk that hangs is
-//! noticed by nobody until the log's queue is full and every write is refused. The rules:
-//! - A leader steps down when others have had committed entries on their disks for [`DISK_BEHIND_MS`] that its own has not, or
-//!   when it has applied nothing of what is committed for [`MAP_STUCK_MS`]; of a group at most once in [`STEP_DOWN_EVERY_MS`].
-//! - A process ends when a part of it hangs by itself. A disk that hangs is mended by no new start: then it ends late, and only
-//!   where the others have committed something without it, so that a disk which all share ends none of them.
+//! A leader needs its own disk for nothing while a quorum of others has synced what it proposed: so
+//! a disk that hangs is noticed by nobody until the log's queue is full and every write is refused.
+//! The rules:
+//! - A leader steps down when others have had committed entries on their disks for
+//!   [`DISK_BEHIND_MS`] that its own has not, or when it has applied nothing of what is committed
+//!   for [`MAP_STUCK_MS`]; of a group at most once in [`STEP_DOWN_EVERY_MS`].
+//! - A process ends when a part of it hangs by itself. A disk that hangs is mended by no new start:
+//!   then it ends late, and only where the others have committed something without it, so that a
+//!   disk which all share ends none of them.
 //!
 //! Times are those while the node ran: one that was suspended has not hung.
 
@@ -13,12 +17,13 @@ use std::collections::BTreeMap;
 
 use crate::types::GroupId;
 
-/// For how long the disk of a leader may lack what is committed. Longer than a busy disk takes, and short enough that the log's
-/// queue seldom fills up before.
+/// For how long the disk of a leader may lack what is committed. Longer than a busy disk takes, and
+/// short enough that the log's queue seldom fills up before.
 pub const DISK_BEHIND_MS: u64 = 2_000;
 /// For how long a replica may apply nothing while there is something to apply.
 pub const MAP_STUCK_MS: u64 = 5_000;
-/// A group is handed over for such a reason once in this time, so that slow nodes do not play ball with it.
+/// A group is handed over for such a reason once in this time, so that slow nodes do not play ball
+/// with it.
 pub const STEP_DOWN_EVERY_MS: u64 = 60_000;
 
 /// What is told, and what ends the process, by part.
@@ -36,8 +41,8 @@ const RUNTIME_HANGS_S: u64 = 60;
 pub struct Still(Option<(u64, u64)>);
 
 impl Still {
-    /// Notes that it is at `value` now, and whether it `should_move`. Returns for how long it should have and did not, in
-    /// milliseconds.
+    /// Notes that it is at `value` now, and whether it `should_move`. Returns for how long it
+    /// should have and did not, in milliseconds.
     pub fn observe(&mut self, now_ms: u64, value: u64, should_move: bool) -> u64 {
         match self.0 {
             Some((before, since)) if should_move && before == value => now_ms.saturating_sub(since),
@@ -54,7 +59,8 @@ impl Still {
 pub struct Behind(Option<(u64, u64)>);
 
 impl Behind {
-    /// Notes that it has `reached` what it has now, of what is `wanted`. Returns the age of what it lacks, in milliseconds.
+    /// Notes that it has `reached` what it has now, of what is `wanted`. Returns the age of what it
+    /// lacks, in milliseconds.
     pub fn observe(&mut self, now_ms: u64, wanted: u64, reached: u64) -> u64 {
         if let Some((index, since)) = self.0
             && reached < index
@@ -99,7 +105,9 @@ pub struct ReplicaStalls {
 
 impl ReplicaStalls {
     pub fn observe(&mut self, now_ms: u64, progress: &Progress) {
-        self.disk_ms = self.disk.observe(now_ms, progress.committed, progress.synced);
+        self.disk_ms = self
+            .disk
+            .observe(now_ms, progress.committed, progress.synced);
         let should_apply = progress.applied < progress.committed && !progress.is_held;
         self.map_ms = self.map.observe(now_ms, progress.applied, should_apply);
     }
@@ -121,7 +129,10 @@ pub struct StepDowns(BTreeMap<GroupId, u64>);
 impl StepDowns {
     /// Returns whether the group may be handed over now, which is then taken for done.
     pub fn take(&mut self, now_ms: u64, group: GroupId) -> bool {
-        let is_due = self.0.get(&group).is_none_or(|last| now_ms.saturating_sub(*last) >= STEP_DOWN_EVERY_MS);
+        let is_due = self
+            .0
+            .get(&group)
+            .is_none_or(|last| now_ms.saturating_sub(*last) >= STEP_DOWN_EVERY_MS);
         if is_due {
             self.0.insert(group, now_ms);
         }
@@ -149,7 +160,8 @@ fn verdict(ms: u64, told_ms: u64, hangs_ms: u64, may_end: bool) -> Verdict {
 
 /// Judges the writer of the log, which has come no further for so long.
 ///
-/// `is_at_disk`: it writes or syncs. `others_go_on`: something is committed that this node's disk lacks.
+/// `is_at_disk`: it writes or syncs. `others_go_on`: something is committed that this node's disk
+/// lacks.
 pub fn judge_writer(ms: u64, is_at_disk: bool, others_go_on: bool) -> Verdict {
     match is_at_disk {
         true => verdict(ms, WRITER_TOLD_MS, DISK_HANGS_MS, others_go_on),
@@ -162,29 +174,52 @@ pub fn judge_checkpointer(ms: u64, log_hangs: bool) -> Verdict {
     verdict(ms, CHECKPOINTER_TOLD_MS, CHECKPOINTER_HANGS_MS, !log_hangs)
 }
 
-/// Judges the threads of the tasks, on which none has run for so many seconds; for `own_s` of them the
-/// log did not hang at the disk, which may be what they wait for.
+/// Judges the threads of the tasks, on which none has run for so many seconds; for `own_s` of them
+/// the log did not hang at the disk, which may be what they wait for.
 pub fn judge_runtime(s: u64, own_s: u64) -> Verdict {
-    verdict(s.max(own_s), RUNTIME_TOLD_S, RUNTIME_HANGS_S, own_s >= RUNTIME_HANGS_S)
+    verdict(
+        s.max(own_s),
+        RUNTIME_TOLD_S,
+        RUNTIME_HANGS_S,
+        own_s >= RUNTIME_HANGS_S,
+    )
 }
 
-/// Judges a replica that applies nothing. `still_ms`: for how long the entry that it has begun has not
-/// even read anything of the map; a disk may be slow, and is no faster after a new start.
+/// Judges a replica that applies nothing. `still_ms`: for how long the entry that it has begun has
+/// not even read anything of the map; a disk may be slow, and is no faster after a new start.
 pub fn judge_apply(ms: u64, still_ms: u64, log_hangs: bool) -> Verdict {
-    verdict(ms, MAP_STUCK_MS, APPLY_HANGS_MS, still_ms >= APPLY_HANGS_MS && !log_hangs)
+    verdict(
+        ms,
+        MAP_STUCK_MS,
+        APPLY_HANGS_MS,
+        still_ms >= APPLY_HANGS_MS && !log_hangs,
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const FINE: Progress = Progress { committed: 10, synced: 10, applied: 10, is_held: false };
+    const FINE: Progress = Progress {
+        committed: 10,
+        synced: 10,
+        applied: 10,
+        is_held: false,
+    };
 
     #[test]
     fn a_leader_steps_down_when_others_have_long_synced_what_it_has_not() {
         let mut stalls = ReplicaStalls::default();
         let mut at = |now_ms, committed, synced| {
-            stalls.observe(now_ms, &Progress { committed, synced, applied: committed, ..FINE });
+            stalls.observe(
+                now_ms,
+                &Progress {
+                    committed,
+                    synced,
+                    applied: committed,
+                    ..FINE
+                },
+            );
             stalls.cause()
         };
         assert_eq!(at(0, 10, 10), None);
@@ -198,14 +233,25 @@ mod tests {
         // One that takes three seconds for what others take milliseconds for is not.
         assert_eq!(at(100_000, 10_100, 10_099), None);
         assert_eq!(at(102_000, 10_300, 10_099), Some(Cause::Disk));
-        assert_eq!(at(103_000, 10_400, 10_300), None, "it has what it lacked then");
+        assert_eq!(
+            at(103_000, 10_400, 10_300),
+            None,
+            "it has what it lacked then"
+        );
     }
 
     #[test]
     fn a_leader_steps_down_when_it_applies_nothing_unless_another_map_is_coming() {
         let mut stalls = ReplicaStalls::default();
         let mut at = |now_ms, applied, is_held| {
-            stalls.observe(now_ms, &Progress { applied, is_held, ..FINE });
+            stalls.observe(
+                now_ms,
+                &Progress {
+                    applied,
+                    is_held,
+                    ..FINE
+                },
+            );
             stalls.cause()
         };
         assert_eq!(at(0, 5, false), None);
@@ -233,15 +279,42 @@ mod tests {
         assert_eq!(writer.observe(9_000, 7, true), 9_000);
         assert_eq!(writer.observe(9_500, 8, true), 0, "it has come further");
         assert_eq!(writer.observe(99_500, 8, false), 0, "it has nothing to do");
-        assert_eq!([0, 2_000, 30_000].map(|ms| judge_writer(ms, false, false)), [Works, Stalls, Hangs]);
-        assert_eq!([1_999, 2_000, 59_999, 60_000].map(|ms| judge_writer(ms, true, true)), [Works, Stalls, Stalls, Hangs]);
-        assert_eq!(judge_writer(600_000, true, false), Stalls, "of all disks, perhaps");
-        assert_eq!([7_999, 8_000, 120_000].map(|ms| judge_checkpointer(ms, false)), [Works, Stalls, Hangs]);
+        assert_eq!(
+            [0, 2_000, 30_000].map(|ms| judge_writer(ms, false, false)),
+            [Works, Stalls, Hangs]
+        );
+        assert_eq!(
+            [1_999, 2_000, 59_999, 60_000].map(|ms| judge_writer(ms, true, true)),
+            [Works, Stalls, Stalls, Hangs]
+        );
+        assert_eq!(
+            judge_writer(600_000, true, false),
+            Stalls,
+            "of all disks, perhaps"
+        );
+        assert_eq!(
+            [7_999, 8_000, 120_000].map(|ms| judge_checkpointer(ms, false)),
+            [Works, Stalls, Hangs]
+        );
         assert_eq!(judge_checkpointer(600_000, true), Stalls);
-        assert_eq!([4_999, 5_000, 60_000].map(|ms| judge_apply(ms, ms, false)), [Works, Stalls, Hangs]);
+        assert_eq!(
+            [4_999, 5_000, 60_000].map(|ms| judge_apply(ms, ms, false)),
+            [Works, Stalls, Hangs]
+        );
         assert_eq!(judge_apply(90_000, 90_000, true), Stalls);
-        assert_eq!([3, 4, 60].map(|s| judge_runtime(s, s)), [Works, Stalls, Hangs]);
-        assert_eq!([judge_runtime(600, 59), judge_runtime(600, 60)], [Stalls, Hangs], "the disk hangs too");
-        assert_eq!(judge_apply(900_000, 10_000, false), Stalls, "its map is read, slowly");
+        assert_eq!(
+            [3, 4, 60].map(|s| judge_runtime(s, s)),
+            [Works, Stalls, Hangs]
+        );
+        assert_eq!(
+            [judge_runtime(600, 59), judge_runtime(600, 60)],
+            [Stalls, Hangs],
+            "the disk hangs too"
+        );
+        assert_eq!(
+            judge_apply(900_000, 10_000, false),
+            Stalls,
+            "its map is read, slowly"
+        );
     }
 }

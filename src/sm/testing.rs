@@ -1,4 +1,5 @@
-//! For the tests of the core: a meta group that is one map, and whose groups do what the view says when they are told to.
+//! For the tests of the core: a meta group that is one map, and whose groups do what the view says
+//! when they are told to.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,12 +17,20 @@ pub struct Meta {
 
 impl Meta {
     pub fn empty() -> Self {
-        Self { map: BTreeMap::new(), index: 0 }
+        Self {
+            map: BTreeMap::new(),
+            index: 0,
+        }
     }
 
     pub fn founded(view: View) -> Self {
         let mut meta = Self::empty();
-        assert_eq!(meta.run(Command::Found { view: Box::new(view) }), Outcome::Done);
+        assert_eq!(
+            meta.run(Command::Found {
+                view: Box::new(view)
+            }),
+            Outcome::Done
+        );
         meta
     }
 
@@ -40,12 +49,20 @@ impl Meta {
     }
 
     pub fn view(&self) -> View {
-        meta::read_view(&self.map).expect("readable").expect("founded")
+        meta::read_view(&self.map)
+            .expect("readable")
+            .expect("founded")
     }
 
     pub fn install(&mut self, next: View) {
         let base = self.view().version;
-        assert_eq!(self.run(Command::InstallPlan { base, next: Box::new(next) }), Outcome::Done);
+        assert_eq!(
+            self.run(Command::InstallPlan {
+                base,
+                next: Box::new(next)
+            }),
+            Outcome::Done
+        );
     }
 
     /// Every group of which the view knows less tells that its members are those of the view.
@@ -53,10 +70,29 @@ impl Meta {
         let mut view = self.view();
         for group in self.view().groups.into_keys() {
             // What an earlier one told may have changed it, or taken it away.
-            let Some(now) = view.groups.remove(&group).filter(|now| !now.is_settled()) else { continue };
-            let log_id = LogId { term: 1, index: now.reported.as_ref().map_or(1, |known| known.log_id.index + 1) };
-            let reported = Reported { log_id, voters: now.electorate(), learners: now.learners };
-            assert_eq!(self.run(Command::Report { group, reported, plan: view.epoch }), Outcome::Done);
+            let Some(now) = view.groups.remove(&group).filter(|now| !now.is_settled()) else {
+                continue;
+            };
+            let log_id = LogId {
+                term: 1,
+                index: now
+                    .reported
+                    .as_ref()
+                    .map_or(1, |known| known.log_id.index + 1),
+            };
+            let reported = Reported {
+                log_id,
+                voters: now.electorate(),
+                learners: now.learners,
+            };
+            assert_eq!(
+                self.run(Command::Report {
+                    group,
+                    reported,
+                    plan: view.epoch
+                }),
+                Outcome::Done
+            );
             view = self.view();
         }
     }
@@ -64,10 +100,20 @@ impl Meta {
     /// Opens moves of up to so many slots that are astray, and not on the move.
     pub fn open_moves(&mut self, count: usize) -> Vec<MoveId> {
         let view = self.view();
-        let moving: BTreeSet<Slot> = view.moves.values().flat_map(|open| open.slots.clone()).collect();
+        let moving: BTreeSet<Slot> = view
+            .moves
+            .values()
+            .flat_map(|open| open.slots.clone())
+            .collect();
         let mut runs: BTreeMap<(GroupId, GroupId), BTreeSet<Slot>> = BTreeMap::new();
-        for slot in view.astray().filter(|slot| !moving.contains(slot)).take(count) {
-            runs.entry((view.slots.owner(slot), view.targets.owner(slot))).or_default().insert(slot);
+        for slot in view
+            .astray()
+            .filter(|slot| !moving.contains(slot))
+            .take(count)
+        {
+            runs.entry((view.slots.owner(slot), view.targets.owner(slot)))
+                .or_default()
+                .insert(slot);
         }
         let open = |((from, to), slots)| match self.run(Command::OpenMove { slots, from, to }) {
             Outcome::MoveOpened { id } => id,
@@ -85,7 +131,8 @@ impl Meta {
 
     /// Carries out all that is planned.
     pub fn settle(&mut self) {
-        // Moves that were open, those to where the slots should be, members, then the nodes that only the last of these set free.
+        // Moves that were open, those to where the slots should be, members, then the nodes that
+        // only the last of these set free.
         for _ in 0..4 {
             if self.view().is_settled() {
                 return;

@@ -1,7 +1,9 @@
-//! The view: what the operator asked for, the nodes, the groups with their replicas, and which shard owns which slot.
+//! The view: what the operator asked for, the nodes, the groups with their replicas, and which
+//! shard owns which slot.
 //!
-//! The meta group holds it; each node reads it from its own replica. A plain value: planning is in `placement`, changing it in `meta`.
-//! [`View::check`] says what must hold of every view; the meta group accepts no other.
+//! The meta group holds it; each node reads it from its own replica. A plain value: planning is in
+//! `placement`, changing it in `meta`. [`View::check`] says what must hold of every view; the meta
+//! group accepts no other.
 
 mod record;
 
@@ -13,21 +15,31 @@ use serde::{Deserialize, Serialize};
 use super::codec;
 use super::level::Feature;
 use super::ports::StoreError;
-use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot};
+use crate::types::{
+    Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch,
+    ReplicaId, Slot,
+};
 
 /// The format of views of level 0, and of commands that end with one. The first format ended before
 /// the witnesses. Views of a later level are in the format [`codec::LEVELED`].
 pub(super) const FORMAT: u8 = 2;
 
 /// Reads what ends with a view in any of its formats: a view itself, or such a command.
-pub(super) fn decode_ending<T: for<'a> Deserialize<'a>>(bytes: &[u8], what: &'static str) -> Result<T, StoreError> {
+pub(super) fn decode_ending<T: for<'a> Deserialize<'a>>(
+    bytes: &[u8],
+    what: &'static str,
+) -> Result<T, StoreError> {
     const NO_WITNESSES: u8 = 0;
     const LEVEL_0: u8 = 0;
     if let Some((_, body)) = codec::split_leveled(bytes, what)? {
         return codec::decode_body(body, what);
     }
     let (format, body) = codec::split(bytes, FORMAT, what)?;
-    let missing: &[u8] = if format == codec::FORMAT { &[NO_WITNESSES, LEVEL_0] } else { &[LEVEL_0] };
+    let missing: &[u8] = if format == codec::FORMAT {
+        &[NO_WITNESSES, LEVEL_0]
+    } else {
+        &[LEVEL_0]
+    };
     codec::decode_body(&[body, missing].concat(), what)
 }
 
@@ -52,7 +64,8 @@ pub struct View {
     pub nodes: BTreeMap<NodeId, Node>,
     /// Nodes on their way out: each stays in `nodes` until the last of its replicas is retired.
     pub leaving: BTreeSet<NodeId>,
-    /// Nodes that stay, but whose replicas were given to others because they were out of reach. A plan that finds one again gives it work.
+    /// Nodes that stay, but whose replicas were given to others because they were out of reach. A
+    /// plan that finds one again gives it work.
     pub out: BTreeSet<NodeId>,
     /// Every group, the meta group among them.
     pub groups: BTreeMap<GroupId, Group>,
@@ -98,12 +111,21 @@ pub enum Layout {
 }
 
 impl Asked {
-    /// What an operator asks for by a replication factor, a number of shards, both or neither: a replication factor without a number
-    /// of shards means that each node is a replica of exactly one shard.
+    /// What an operator asks for by a replication factor, a number of shards, both or neither: a
+    /// replication factor without a number of shards means that each node is a replica of exactly
+    /// one shard.
     pub fn from_flags(replication_factor: Option<u8>, shards: Option<u16>) -> Self {
         let exclusive = replication_factor.is_some() && shards.is_none();
-        let layout = if exclusive { Layout::Exclusive } else { Layout::Spread };
-        Self { layout, replication_factor, shards }
+        let layout = if exclusive {
+            Layout::Exclusive
+        } else {
+            Layout::Spread
+        };
+        Self {
+            layout,
+            replication_factor,
+            shards,
+        }
     }
 }
 
@@ -130,10 +152,12 @@ pub struct Group {
     pub replicas: BTreeMap<ReplicaId, NodeId>,
     /// Those of `replicas` that should have no vote.
     pub learners: BTreeSet<ReplicaId>,
-    /// One that votes as well, and keeps the log and no map: none of `replicas`. Written beside the groups, not within.
+    /// One that votes as well, and keeps the log and no map: none of `replicas`. Written beside the
+    /// groups, not within.
     #[serde(skip)]
     pub witness: Option<Witness>,
-    /// Replicas that are planned out, until they are retired: until the group is known to have committed a membership without them.
+    /// Replicas that are planned out, until they are retired: until the group is known to have
+    /// committed a membership without them.
     pub leaving: BTreeMap<ReplicaId, NodeId>,
     /// The voters it was created with. Never changed: a group is only ever initialized from this.
     pub creation: BTreeMap<ReplicaId, NodeId>,
@@ -143,7 +167,8 @@ pub struct Group {
     pub ends: bool,
 }
 
-/// A replica without a map: with an even number of others it lets their group survive the loss of half of them.
+/// A replica without a map: with an even number of others it lets their group survive the loss of
+/// half of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Witness {
     pub replica: ReplicaId,
@@ -167,26 +192,55 @@ impl Reported {
 
 impl Group {
     /// A group that begins with these replicas, of which those of `voters` vote.
-    pub fn new(home: NodeId, replicas: BTreeMap<ReplicaId, NodeId>, voters: &BTreeSet<ReplicaId>) -> Self {
-        let creation = replicas.iter().filter(|(id, _)| voters.contains(id)).map(|(id, node)| (*id, *node)).collect();
-        let learners = replicas.keys().filter(|id| !voters.contains(id)).copied().collect();
-        Self { home, replicas, learners, witness: None, leaving: BTreeMap::new(), creation, reported: None, ends: false }
+    pub fn new(
+        home: NodeId,
+        replicas: BTreeMap<ReplicaId, NodeId>,
+        voters: &BTreeSet<ReplicaId>,
+    ) -> Self {
+        let creation = replicas
+            .iter()
+            .filter(|(id, _)| voters.contains(id))
+            .map(|(id, node)| (*id, *node))
+            .collect();
+        let learners = replicas
+            .keys()
+            .filter(|id| !voters.contains(id))
+            .copied()
+            .collect();
+        Self {
+            home,
+            replicas,
+            learners,
+            witness: None,
+            leaving: BTreeMap::new(),
+            creation,
+            reported: None,
+            ends: false,
+        }
     }
 
     /// Every replica that is not retired, with its node: the witness too.
     pub fn hosted(&self) -> impl Iterator<Item = (ReplicaId, NodeId)> {
-        self.wanted().chain(self.leaving.iter().map(|(replica, node)| (*replica, *node)))
+        self.wanted()
+            .chain(self.leaving.iter().map(|(replica, node)| (*replica, *node)))
     }
 
     /// Every replica that is, or should come to be, with its node: the witness too.
     pub fn wanted(&self) -> impl Iterator<Item = (ReplicaId, NodeId)> {
-        let witness = self.witness.iter().map(|witness| (witness.replica, witness.node));
-        self.replicas.iter().map(|(replica, node)| (*replica, *node)).chain(witness)
+        let witness = self
+            .witness
+            .iter()
+            .map(|witness| (witness.replica, witness.node));
+        self.replicas
+            .iter()
+            .map(|(replica, node)| (*replica, *node))
+            .chain(witness)
     }
 
     /// Whether that is the replica without a map.
     pub fn is_witness(&self, replica: ReplicaId) -> bool {
-        self.witness.is_some_and(|witness| witness.replica == replica)
+        self.witness
+            .is_some_and(|witness| witness.replica == replica)
     }
 
     /// All that should vote: the voters, and the witness.
@@ -195,27 +249,38 @@ impl Group {
         self.voters().into_iter().chain(witness).collect()
     }
 
-    /// Whether a replica on its way out may be wanted again: one that the group began with. Of another the view does not say whether it has
-    /// a map or is a witness.
+    /// Whether a replica on its way out may be wanted again: one that the group began with. Of
+    /// another the view does not say whether it has a map or is a witness.
     pub(super) fn can_come_back(&self, replica: ReplicaId) -> bool {
         self.leaving.contains_key(&replica) && self.creation.contains_key(&replica)
     }
 
-    /// Gives the node a replica: the one on its way out that it has and that can come back, else a new one. A node runs one replica of a group at
-    /// a time, so a new one would wait until the other is gone, and that one perhaps for the new one to take its place.
+    /// Gives the node a replica: the one on its way out that it has and that can come back, else a
+    /// new one. A node runs one replica of a group at a time, so a new one would wait until the
+    /// other is gone, and that one perhaps for the new one to take its place.
     pub(super) fn take_on(&mut self, node: NodeId, next_replica: &mut ReplicaId) {
-        let mut leaving = self.leaving.iter().filter(|(_, at)| **at == node).map(|(replica, _)| *replica);
-        let replica = leaving.find(|replica| self.can_come_back(*replica)).unwrap_or_else(|| {
-            next_replica.0 += 1;
-            ReplicaId(next_replica.0 - 1)
-        });
+        let mut leaving = self
+            .leaving
+            .iter()
+            .filter(|(_, at)| **at == node)
+            .map(|(replica, _)| *replica);
+        let replica = leaving
+            .find(|replica| self.can_come_back(*replica))
+            .unwrap_or_else(|| {
+                next_replica.0 += 1;
+                ReplicaId(next_replica.0 - 1)
+            });
         self.leaving.remove(&replica);
         self.replicas.insert(replica, node);
     }
 
     /// The replicas with a map that should vote.
     pub fn voters(&self) -> BTreeSet<ReplicaId> {
-        self.replicas.keys().filter(|id| !self.learners.contains(id)).copied().collect()
+        self.replicas
+            .keys()
+            .filter(|id| !self.learners.contains(id))
+            .copied()
+            .collect()
     }
 
     /// Whether the group is known to have the members that it should have.
@@ -227,7 +292,9 @@ impl Group {
                     && self.witness.is_none()
                     && self.voters().iter().eq(self.creation.keys())
             }
-            Some(reported) => reported.voters == self.electorate() && reported.learners == self.learners,
+            Some(reported) => {
+                reported.voters == self.electorate() && reported.learners == self.learners
+            }
         };
         told && self.leaving.is_empty() && !self.ends
     }
@@ -261,14 +328,24 @@ impl SlotTable {
 impl From<SlotTable> for Vec<(u16, GroupId)> {
     fn from(table: SlotTable) -> Self {
         let runs = table.0.chunk_by(|a, b| a == b);
-        runs.map(|run| (u16::try_from(run.len()).expect("a run is at most all slots"), run[0])).collect()
+        runs.map(|run| {
+            (
+                u16::try_from(run.len()).expect("a run is at most all slots"),
+                run[0],
+            )
+        })
+        .collect()
     }
 }
 
 impl From<Vec<(u16, GroupId)>> for SlotTable {
-    /// Runs that do not add up to all slots leave the rest with the meta group, which owns no keys: nothing is served there.
+    /// Runs that do not add up to all slots leave the rest with the meta group, which owns no keys:
+    /// nothing is served there.
     fn from(runs: Vec<(u16, GroupId)>) -> Self {
-        let mut owners: Vec<GroupId> = runs.iter().flat_map(|(n, owner)| std::iter::repeat_n(*owner, usize::from(*n))).collect();
+        let mut owners: Vec<GroupId> = runs
+            .iter()
+            .flat_map(|(n, owner)| std::iter::repeat_n(*owner, usize::from(*n)))
+            .collect();
         owners.resize(usize::from(crate::types::SLOTS), GroupId::META);
         Self(owners)
     }
@@ -289,37 +366,65 @@ impl View {
     }
 
     pub fn shards(&self) -> impl Iterator<Item = (GroupId, &Group)> {
-        self.groups.iter().filter(|(id, _)| !id.is_meta()).map(|(id, group)| (*id, group))
+        self.groups
+            .iter()
+            .filter(|(id, _)| !id.is_meta())
+            .map(|(id, group)| (*id, group))
     }
 
     pub fn node_of(&self, group: GroupId, replica: ReplicaId) -> Option<NodeId> {
-        self.groups.get(&group)?.hosted().find(|(hosted, _)| *hosted == replica).map(|(_, node)| node)
+        self.groups
+            .get(&group)?
+            .hosted()
+            .find(|(hosted, _)| *hosted == replica)
+            .map(|(_, node)| node)
     }
 
     /// The replica with a map that `node` has of `group`, or should come to have.
     pub fn replica_on(&self, group: GroupId, node: NodeId) -> Option<ReplicaId> {
         let group = self.groups.get(&group)?;
-        group.replicas.iter().find(|(_, at)| **at == node).map(|(replica, _)| *replica)
+        group
+            .replicas
+            .iter()
+            .find(|(_, at)| **at == node)
+            .map(|(replica, _)| *replica)
     }
 
-    /// The replica of `group` that `node` is to run now: one on its way out as long as it is not retired, else the one that it
-    /// should come to have, be it a witness.
+    /// The replica of `group` that `node` is to run now: one on its way out as long as it is not
+    /// retired, else the one that it should come to have, be it a witness.
     pub fn runs_on(&self, group: GroupId, node: NodeId) -> Option<ReplicaId> {
         let group = self.groups.get(&group)?;
-        let leaving = group.leaving.iter().find(|(_, at)| **at == node).map(|(replica, _)| *replica);
-        leaving.or_else(|| group.wanted().find(|(_, at)| *at == node).map(|(replica, _)| replica))
+        let leaving = group
+            .leaving
+            .iter()
+            .find(|(_, at)| **at == node)
+            .map(|(replica, _)| *replica);
+        leaving.or_else(|| {
+            group
+                .wanted()
+                .find(|(_, at)| *at == node)
+                .map(|(replica, _)| replica)
+        })
     }
 
     /// The node that is called so, and stays; else one that leaves.
     pub fn node_at(&self, address: &Address) -> Option<NodeId> {
-        let mut called = self.nodes.iter().filter(|(_, node)| node.address == *address).map(|(id, _)| *id).collect::<Vec<_>>();
+        let mut called = self
+            .nodes
+            .iter()
+            .filter(|(_, node)| node.address == *address)
+            .map(|(id, _)| *id)
+            .collect::<Vec<_>>();
         called.sort_by_key(|id| self.leaving.contains(id));
         called.first().copied()
     }
 
     /// The nodes that the view is to have.
     pub fn staying(&self) -> impl Iterator<Item = (NodeId, &Node)> {
-        self.nodes.iter().filter(|(id, _)| !self.leaving.contains(id)).map(|(id, node)| (*id, node))
+        self.nodes
+            .iter()
+            .filter(|(id, _)| !self.leaving.contains(id))
+            .map(|(id, node)| (*id, node))
     }
 
     /// Slots that are not where they should be.
@@ -333,24 +438,48 @@ impl View {
         groups_are && self.leaving.is_empty() && self.moves.is_empty() && self.slots == self.targets
     }
 
-    /// Takes away what nothing holds any more: groups that end and own nothing, and nodes that leave and have no replica but the meta
-    /// group's, then that one, then the node.
+    /// Takes away what nothing holds any more: groups that end and own nothing, and nodes that
+    /// leave and have no replica but the meta group's, then that one, then the node.
     pub(super) fn clear_away(&mut self) {
-        let moving: BTreeSet<GroupId> = self.moves.values().flat_map(|held| [held.from, held.to]).collect();
-        let owning: BTreeSet<GroupId> = Slot::all().flat_map(|slot| [self.slots.owner(slot), self.targets.owner(slot)]).collect();
-        self.groups.retain(|id, group| !group.ends || moving.contains(id) || owning.contains(id));
-        let busy: BTreeSet<NodeId> = self.shards().flat_map(|(_, group)| group.hosted().map(|(_, node)| node)).collect();
-        let free: BTreeSet<NodeId> = self.leaving.iter().filter(|node| !busy.contains(node)).copied().collect();
-        let Some(meta) = self.groups.get_mut(&GroupId::META) else { return };
-        let out: Vec<ReplicaId> = meta.replicas.iter().filter(|(_, node)| free.contains(node)).map(|(id, _)| *id).collect();
+        let moving: BTreeSet<GroupId> = self
+            .moves
+            .values()
+            .flat_map(|held| [held.from, held.to])
+            .collect();
+        let owning: BTreeSet<GroupId> = Slot::all()
+            .flat_map(|slot| [self.slots.owner(slot), self.targets.owner(slot)])
+            .collect();
+        self.groups
+            .retain(|id, group| !group.ends || moving.contains(id) || owning.contains(id));
+        let busy: BTreeSet<NodeId> = self
+            .shards()
+            .flat_map(|(_, group)| group.hosted().map(|(_, node)| node))
+            .collect();
+        let free: BTreeSet<NodeId> = self
+            .leaving
+            .iter()
+            .filter(|node| !busy.contains(node))
+            .copied()
+            .collect();
+        let Some(meta) = self.groups.get_mut(&GroupId::META) else {
+            return;
+        };
+        let out: Vec<ReplicaId> = meta
+            .replicas
+            .iter()
+            .filter(|(_, node)| free.contains(node))
+            .map(|(id, _)| *id)
+            .collect();
         for replica in out {
             meta.learners.remove(&replica);
             let node = meta.replicas.remove(&replica);
             meta.leaving.extend(node.map(|node| (replica, node)));
         }
         let held: BTreeSet<NodeId> = meta.hosted().map(|(_, node)| node).collect();
-        self.leaving.retain(|node| !free.contains(node) || held.contains(node));
-        self.nodes.retain(|node, _| !free.contains(node) || held.contains(node));
+        self.leaving
+            .retain(|node| !free.contains(node) || held.contains(node));
+        self.nodes
+            .retain(|node, _| !free.contains(node) || held.contains(node));
     }
 
     /// Whether the parts of the view fit together; if not, the first that does not.
@@ -365,7 +494,10 @@ impl View {
                 return Err(Inconsistency::GroupIdNotGivenOut(*id));
             }
             self.check_group(*id, group)?;
-            if let Some((replica, _)) = group.hosted().find(|(replica, _)| !replicas.insert(*replica)) {
+            if let Some((replica, _)) = group
+                .hosted()
+                .find(|(replica, _)| !replicas.insert(*replica))
+            {
                 return Err(Inconsistency::ReplicaTwice(replica));
             }
         }
@@ -378,7 +510,10 @@ impl View {
             }
             let target = self.targets.owner(slot);
             if self.groups.get(&target).is_some_and(|group| group.ends) {
-                return Err(Inconsistency::SlotWithoutShard { slot, owner: target });
+                return Err(Inconsistency::SlotWithoutShard {
+                    slot,
+                    owner: target,
+                });
             }
         }
         Ok(())
@@ -387,9 +522,14 @@ impl View {
     fn check_moves(&self) -> Result<(), Inconsistency> {
         let mut moving = BTreeSet::new();
         for (id, held) in &self.moves {
-            let sound =
-                *id < self.next_move && self.groups.contains_key(&held.to) && held.from != held.to && !held.slots.is_empty();
-            let owned = held.slots.iter().all(|slot| self.slots.owner(*slot) == held.from && moving.insert(*slot));
+            let sound = *id < self.next_move
+                && self.groups.contains_key(&held.to)
+                && held.from != held.to
+                && !held.slots.is_empty();
+            let owned = held
+                .slots
+                .iter()
+                .all(|slot| self.slots.owner(*slot) == held.from && moving.insert(*slot));
             if !sound || !owned {
                 return Err(Inconsistency::UnsoundMove(*id));
             }
@@ -398,7 +538,12 @@ impl View {
     }
 
     fn check_nodes(&self) -> Result<(), Inconsistency> {
-        if let Some(id) = self.leaving.iter().chain(&self.out).find(|id| !self.nodes.contains_key(id)) {
+        if let Some(id) = self
+            .leaving
+            .iter()
+            .chain(&self.out)
+            .find(|id| !self.nodes.contains_key(id))
+        {
             return Err(Inconsistency::UnknownNode(*id));
         }
         let mut addresses = BTreeSet::new();
@@ -422,7 +567,11 @@ impl View {
         let mut nodes = BTreeSet::new();
         for (replica, node) in group.hosted() {
             if !self.nodes.contains_key(&node) {
-                return Err(Inconsistency::ReplicaOnUnknownNode { group: id, replica, node });
+                return Err(Inconsistency::ReplicaOnUnknownNode {
+                    group: id,
+                    replica,
+                    node,
+                });
             }
         }
         if id.is_meta() && group.witness.is_some() {
@@ -433,11 +582,20 @@ impl View {
                 return Err(Inconsistency::NodeTwiceInGroup { group: id, node });
             }
         }
-        if group.voters().is_empty() || !group.learners.iter().all(|replica| group.replicas.contains_key(replica)) {
+        if group.voters().is_empty()
+            || !group
+                .learners
+                .iter()
+                .all(|replica| group.replicas.contains_key(replica))
+        {
             return Err(Inconsistency::GroupWithoutVoters(id));
         }
-        // The node that a group was created on may have left since: of the creation record only the ids are looked at.
-        let mut known = group.hosted().map(|(replica, _)| replica).chain(group.creation.keys().copied());
+        // The node that a group was created on may have left since: of the creation record only the
+        // ids are looked at.
+        let mut known = group
+            .hosted()
+            .map(|(replica, _)| replica)
+            .chain(group.creation.keys().copied());
         if let Some(replica) = known.find(|replica| *replica >= self.next_replica) {
             return Err(Inconsistency::ReplicaIdNotGivenOut(replica));
         }
@@ -445,7 +603,10 @@ impl View {
             return Err(Inconsistency::GroupWithoutVoters(id));
         }
         if !group.replicas.values().any(|node| *node == group.home) {
-            return Err(Inconsistency::HomeWithoutReplica { group: id, home: group.home });
+            return Err(Inconsistency::HomeWithoutReplica {
+                group: id,
+                home: group.home,
+            });
         }
         Ok(())
     }
@@ -473,7 +634,11 @@ pub enum Inconsistency {
     #[error("replica {0} is in two groups")]
     ReplicaTwice(ReplicaId),
     #[error("replica {replica} of group {group} is on node {node}, which is not in the view")]
-    ReplicaOnUnknownNode { group: GroupId, replica: ReplicaId, node: NodeId },
+    ReplicaOnUnknownNode {
+        group: GroupId,
+        replica: ReplicaId,
+        node: NodeId,
+    },
     #[error("group {group} has two replicas on node {node}")]
     NodeTwiceInGroup { group: GroupId, node: NodeId },
     #[error("group {0} was created without voters")]

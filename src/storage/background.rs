@@ -1,20 +1,27 @@
-//! Work that nobody waits for with a request: it takes the processor when there is nothing else to do.
+//! Work that nobody waits for with a request: it takes the processor when there is nothing else to
+//! do.
 
 use std::io;
 
-/// What Linux takes from a thread's claim to the processor: a third of another's is left. Not less: a map that others write to meanwhile must
-/// be filled before the log that it goes on from is purged.
+/// What Linux takes from a thread's claim to the processor: a third of another's is left. Not less:
+/// a map that others write to meanwhile must be filled before the log that it goes on from is
+/// purged.
 #[cfg(target_os = "linux")]
 const NICENESS: i32 = 5;
 
-/// Does `work` in a thread of its own that steps back behind all others of the machine, and waits for it. Blocking. A panic of `work` goes on here.
+/// Does `work` in a thread of its own that steps back behind all others of the machine, and waits
+/// for it. Blocking. A panic of `work` goes on here.
 pub fn run<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, || {
-            step_back();
-            work()
-        })?;
-        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn_scoped(scope, || {
+                step_back();
+                work()
+            })?;
+        Ok(thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
 }
 
@@ -39,7 +46,10 @@ mod tests {
 
     #[test]
     fn only_the_thread_of_the_work_steps_back() {
-        let niceness = || rustix::process::getpriority_process(Some(rustix::thread::gettid())).expect("a thread has one");
+        let niceness = || {
+            rustix::process::getpriority_process(Some(rustix::thread::gettid()))
+                .expect("a thread has one")
+        };
         let before = niceness();
         let within = run("test", niceness).expect("there can be one more thread");
         assert_eq!((within, niceness()), ((before + NICENESS).min(19), before));

@@ -1,8 +1,10 @@
-//! [`DataDirectory`]: who a node is, and that it is alone with its data: the lock, the random identity and the stamp.
+//! [`DataDirectory`]: who a node is, and that it is alone with its data: the lock, the random
+//! identity and the stamp.
 //!
-//! Both are [`sealed`] files. The stamp is written before the identity, so a directory with an identity always has a stamp: one that is missing or
-//! damaged is an error and never taken for a fresh start, because a node that forgot its cluster could found a second one.
-//! Files that are not ours are left alone.
+//! Both are [`sealed`] files. The stamp is written before the identity, so a directory with an
+//! identity always has a stamp: one that is missing or damaged is an error and never taken for a
+//! fresh start, because a node that forgot its cluster could found a second one. Files that are not
+//! ours are left alone.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -30,9 +32,11 @@ const FORMAT: u64 = 1;
 const LEVELED_FORMAT: u64 = 2;
 /// Says that this directory is an old copy, which its node may not go on with.
 const OUTDATED: &str = "outdated";
-/// Where the replicas of a directory that was refused are kept until their cluster goes on without them.
+/// Where the replicas of a directory that was refused are kept until their cluster goes on without
+/// them.
 const ASIDE: &str = "set-aside";
-/// What is put there, and all databases of maps. The stamp goes on, as that of a node that is retired.
+/// What is put there, and all databases of maps. The stamp goes on, as that of a node that is
+/// retired.
 const PUT_ASIDE: [&str; 5] = ["log", "redo", "snapshots", "witnesses", STARTS];
 /// The first database of maps.
 const MAPS: &str = "state";
@@ -51,7 +55,10 @@ pub enum Stamp {
     #[default]
     Fresh,
     /// It answered a founder: it helps to found with no other.
-    Promised { view: Vec<Address>, founder: DirectoryId },
+    Promised {
+        view: Vec<Address>,
+        founder: DirectoryId,
+    },
     /// The founder, before the meta group has the view.
     Founding { view: Box<View> },
     Member {
@@ -62,7 +69,11 @@ pub enum Stamp {
         view: Box<View>,
     },
     /// It left its cluster, and still says where that is.
-    Retired { cluster: ClusterId, node: NodeId, members: Vec<Address> },
+    Retired {
+        cluster: ClusterId,
+        node: NodeId,
+        members: Vec<Address>,
+    },
 }
 
 impl Stamp {
@@ -84,13 +95,17 @@ pub enum DirectoryError {
         #[source]
         source: io::Error,
     },
-    #[error("the data directory {path} is in use by {}", pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}")))]
+    #[error("the data directory {path} is in use by {}", pid.map_or_else(|| "another process".to_owned(), |pid| format!("process \
+        {pid}")))]
     Locked { path: PathBuf, pid: Option<u32> },
-    #[error("{path} is damaged: {reason}. Restore it, or give this node an empty data directory; it then joins as a new node")]
+    #[error(
+        "{path} is damaged: {reason}. Restore it, or give this node an empty data directory; it \
+        then joins as a new node"
+    )]
     Damaged { path: PathBuf, reason: String },
     #[error(
-        "{path} was written by a newer version of this program ({reason}): start this node with that version. \
-         Nothing is wrong with its data"
+        "{path} was written by a newer version of this program ({reason}): start this node with \
+         that version. Nothing is wrong with its data"
     )]
     Newer { path: PathBuf, reason: String },
 }
@@ -111,7 +126,8 @@ pub struct DataDirectory {
     path: PathBuf,
     id: DirectoryId,
     stamp: Mutex<Stamp>,
-    /// Held while a file is replaced, which takes as long as the disk does: who reads what is in it waits for none.
+    /// Held while a file is replaced, which takes as long as the disk does: who reads what is in it
+    /// waits for none.
     writing: Mutex<()>,
     /// The cluster whose level is not to be raised.
     held: Mutex<Option<ClusterId>>,
@@ -123,37 +139,72 @@ impl DataDirectory {
     /// Opens the directory, creating it with a new identity where there is none, and locks it.
     pub fn open(path: &Path) -> Result<Self, DirectoryError> {
         if !path.is_dir() {
-            ensure_dir(&RealDisk, path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
+            ensure_dir(&RealDisk, path).map_err(|source| DirectoryError::Io {
+                path: path.to_owned(),
+                source,
+            })?;
         }
         // As an absolute path, so that messages can be acted on.
-        let path = std::fs::canonicalize(path).map_err(|source| DirectoryError::Io { path: path.to_owned(), source })?;
+        let path = std::fs::canonicalize(path).map_err(|source| DirectoryError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
         let lock = lock(&path)?;
         set_aside_if_outdated(&path)?;
-        Self::open_on(Arc::new(RealDisk), &path, DirectoryId(rand::random()), Some(lock))
+        Self::open_on(
+            Arc::new(RealDisk),
+            &path,
+            DirectoryId(rand::random()),
+            Some(lock),
+        )
     }
 
-    /// Opens the directory on any disk, without a lock. `id_if_new` is its identity if it has none yet.
-    pub fn open_unlocked(disk: Arc<dyn Disk>, path: &Path, id_if_new: DirectoryId) -> Result<Self, DirectoryError> {
+    /// Opens the directory on any disk, without a lock. `id_if_new` is its identity if it has none
+    /// yet.
+    pub fn open_unlocked(
+        disk: Arc<dyn Disk>,
+        path: &Path,
+        id_if_new: DirectoryId,
+    ) -> Result<Self, DirectoryError> {
         Self::open_on(disk, path, id_if_new, None)
     }
 
-    fn open_on(disk: Arc<dyn Disk>, path: &Path, id_if_new: DirectoryId, lock: Option<File>) -> Result<Self, DirectoryError> {
-        let io_error = |source| DirectoryError::Io { path: path.to_owned(), source };
+    fn open_on(
+        disk: Arc<dyn Disk>,
+        path: &Path,
+        id_if_new: DirectoryId,
+        lock: Option<File>,
+    ) -> Result<Self, DirectoryError> {
+        let io_error = |source| DirectoryError::Io {
+            path: path.to_owned(),
+            source,
+        };
         match disk.list(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => ensure_dir(&*disk, path).map_err(io_error)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                ensure_dir(&*disk, path).map_err(io_error)?
+            }
             listed => drop(listed.map_err(io_error)?),
         }
         let identity: Option<DirectoryId> = sealed::read(&*disk, &path.join(IDENTITY), FORMAT)?;
         let stamp: Option<Stamp> = sealed::read(&*disk, &path.join(STAMP), LEVELED_FORMAT)?;
         let held: Option<ClusterId> = sealed::read(&*disk, &path.join(HOLD), FORMAT)?;
-        let missing = |name: &str| DirectoryError::Damaged { path: path.join(name), reason: "it is missing".into() };
+        let missing = |name: &str| DirectoryError::Damaged {
+            path: path.join(name),
+            reason: "it is missing".into(),
+        };
         let (id, stamp) = match (identity, stamp) {
             (Some(id), Some(stamp)) => (id, stamp),
             (Some(_), None) => return Err(missing(STAMP)),
             // New, or its creation was interrupted: nobody has heard of it.
             (None, None | Some(Stamp::Fresh)) => {
-                if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-                    disk.sync_dir(parent).map_err(|source| DirectoryError::Io { path: parent.to_owned(), source })?;
+                if let Some(parent) = path
+                    .parent()
+                    .filter(|parent| !parent.as_os_str().is_empty())
+                {
+                    disk.sync_dir(parent).map_err(|source| DirectoryError::Io {
+                        path: parent.to_owned(),
+                        source,
+                    })?;
                 }
                 sealed::write(&*disk, path, STAMP, FORMAT, &Stamp::Fresh)?;
                 sealed::write(&*disk, path, IDENTITY, FORMAT, &id_if_new)?;
@@ -184,22 +235,35 @@ impl DataDirectory {
         self.stamp.lock().expect("no holder panics").clone()
     }
 
-    /// Replaces the stamp; durable when it returns. After an error the next start may find the old one or the new. Blocking.
+    /// Replaces the stamp; durable when it returns. After an error the next start may find the old
+    /// one or the new. Blocking.
     pub fn set_stamp(&self, stamp: Stamp) -> Result<(), DirectoryError> {
         self.update_stamp(|_| Some(stamp)).map(|_| ())
     }
 
-    /// Replaces the stamp by what `change` makes of it, if anything, with nobody between; durable when it returns. Returns the stamp
-    /// as it is then. Blocking.
-    pub fn update_stamp(&self, change: impl FnOnce(&Stamp) -> Option<Stamp>) -> Result<Stamp, DirectoryError> {
+    /// Replaces the stamp by what `change` makes of it, if anything, with nobody between; durable
+    /// when it returns. Returns the stamp as it is then. Blocking.
+    pub fn update_stamp(
+        &self,
+        change: impl FnOnce(&Stamp) -> Option<Stamp>,
+    ) -> Result<Stamp, DirectoryError> {
         let _writing = self.writing.lock().expect("no holder panics");
         let mut current = self.stamp();
         if let Some(stamp) = change(&current).filter(|stamp| *stamp != current) {
             match stamp.level() {
                 0 => sealed::write(&*self.disk, &self.path, STAMP, FORMAT, &stamp)?,
-                level => sealed::write_leveled(&*self.disk, &self.path, STAMP, (LEVELED_FORMAT, level), &stamp)?,
+                level => sealed::write_leveled(
+                    &*self.disk,
+                    &self.path,
+                    STAMP,
+                    (LEVELED_FORMAT, level),
+                    &stamp,
+                )?,
             }
-            self.stamp.lock().expect("no holder panics").clone_from(&stamp);
+            self.stamp
+                .lock()
+                .expect("no holder panics")
+                .clone_from(&stamp);
             current = stamp;
         }
         Ok(current)
@@ -210,7 +274,8 @@ impl DataDirectory {
         *self.held.lock().expect("no holder panics") == Some(cluster)
     }
 
-    /// Holds the level of this cluster where it is, or does so no more; durable when it returns. Blocking.
+    /// Holds the level of this cluster where it is, or does so no more; durable when it returns.
+    /// Blocking.
     pub fn hold_level(&self, cluster: ClusterId, holds: bool) -> Result<(), DirectoryError> {
         let _writing = self.writing.lock().expect("no holder panics");
         let is_held = self.held.lock().expect("no holder panics").is_some();
@@ -219,7 +284,10 @@ impl DataDirectory {
             *self.held.lock().expect("no holder panics") = Some(cluster);
         } else if is_held {
             let path = self.path.join(HOLD);
-            let removed = self.disk.remove(&path).and_then(|()| self.disk.sync_dir(&self.path));
+            let removed = self
+                .disk
+                .remove(&path)
+                .and_then(|()| self.disk.sync_dir(&self.path));
             removed.map_err(|source| DirectoryError::Io { path, source })?;
             *self.held.lock().expect("no holder panics") = None;
         }
@@ -237,14 +305,23 @@ impl DataDirectory {
         Ok(StartBook::open(self.disk.clone(), &self.path, id)?)
     }
 
-    /// Says on disk that this directory is an old copy: what opens it next puts its replicas aside. Durable when it returns. Blocking.
+    /// Says on disk that this directory is an old copy: what opens it next puts its replicas aside.
+    /// Durable when it returns. Blocking.
     ///
     /// # Errors
     ///
     /// When that can't be written.
     pub fn mark_outdated(&self, reason: &str) -> Result<(), DirectoryError> {
-        let outdated = Outdated { reason: reason.to_owned() };
-        Ok(sealed::write(&*self.disk, &self.path, OUTDATED, FORMAT, &outdated)?)
+        let outdated = Outdated {
+            reason: reason.to_owned(),
+        };
+        Ok(sealed::write(
+            &*self.disk,
+            &self.path,
+            OUTDATED,
+            FORMAT,
+            &outdated,
+        )?)
     }
 
     /// Returns whether anything was put aside of old copies.
@@ -252,20 +329,30 @@ impl DataDirectory {
         self.path.join(ASIDE).exists()
     }
 
-    /// Deletes what was put aside of directories that this view, which is that of their cluster, has no more: every group has committed a
-    /// membership without them. Blocking.
+    /// Deletes what was put aside of directories that this view, which is that of their cluster,
+    /// has no more: every group has committed a membership without them. Blocking.
     pub fn clear_aside(&self, view: &View) {
         let aside = self.path.join(ASIDE);
-        for (id, _) in asides(&aside, view.cluster).into_iter().filter(|(id, _)| is_gone(view, *id)) {
+        for (id, _) in asides(&aside, view.cluster)
+            .into_iter()
+            .filter(|(id, _)| is_gone(view, *id))
+        {
             let path = aside.join(aside_name(view.cluster, id));
             match std::fs::remove_dir_all(&path) {
-                Ok(()) => tracing::info!("the cluster goes on without the old copy in {}: it is deleted", path.display()),
+                Ok(()) => tracing::info!(
+                    "the cluster goes on without the old copy in {}: it is deleted",
+                    path.display()
+                ),
                 Err(error) => tracing::warn!("{} cannot be deleted: {error}", path.display()),
             }
         }
         // Others may be in it: then it stays.
         let is_left = std::fs::remove_dir(&aside).is_err();
-        tracing::trace!("{} {}", aside.display(), if is_left { "stays" } else { "is gone" });
+        tracing::trace!(
+            "{} {}",
+            aside.display(),
+            if is_left { "stays" } else { "is gone" }
+        );
     }
 }
 
@@ -279,7 +366,9 @@ fn aside_name(cluster: ClusterId, directory: DirectoryId) -> String {
 
 /// The directories of this cluster that were put aside.
 fn asides(aside: &Path, cluster: ClusterId) -> Vec<(DirectoryId, PathBuf)> {
-    let Ok(entries) = std::fs::read_dir(aside) else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir(aside) else {
+        return Vec::new();
+    };
     let of_cluster = entries.flatten().filter_map(|entry| {
         let name = entry.file_name().into_string().ok()?;
         let id = name.strip_prefix(&format!("{cluster}-"))?.parse().ok()?;
@@ -288,19 +377,42 @@ fn asides(aside: &Path, cluster: ClusterId) -> Vec<(DirectoryId, PathBuf)> {
     of_cluster.collect()
 }
 
-/// Makes a directory that was found to be an old copy that of a node which lost its disk: with another identity, and the replicas put
-/// aside. Each step may be the last before a crash, and is done again by the next start: the mark goes last.
+/// Makes a directory that was found to be an old copy that of a node which lost its disk: with
+/// another identity, and the replicas put aside. Each step may be the last before a crash, and is
+/// done again by the next start: the mark goes last.
 fn set_aside_if_outdated(path: &Path) -> Result<(), DirectoryError> {
     let disk = RealDisk;
-    let Some(outdated) = sealed::read::<Outdated>(&disk, &path.join(OUTDATED), FORMAT)? else { return Ok(()) };
+    let Some(outdated) = sealed::read::<Outdated>(&disk, &path.join(OUTDATED), FORMAT)? else {
+        return Ok(());
+    };
     let stamp: Option<Stamp> = sealed::read(&disk, &path.join(STAMP), LEVELED_FORMAT)?;
     let id: Option<DirectoryId> = sealed::read(&disk, &path.join(IDENTITY), FORMAT)?;
     let retired = match stamp {
-        Some(Stamp::Member { cluster, node, view, .. }) => {
-            let members = view.staying().map(|(_, node)| node.address.clone()).collect();
-            Some(Stamp::Retired { cluster, node, members })
+        Some(Stamp::Member {
+            cluster,
+            node,
+            view,
+            ..
+        }) => {
+            let members = view
+                .staying()
+                .map(|(_, node)| node.address.clone())
+                .collect();
+            Some(Stamp::Retired {
+                cluster,
+                node,
+                members,
+            })
         }
-        Some(Stamp::Retired { cluster, node, members }) => Some(Stamp::Retired { cluster, node, members }),
+        Some(Stamp::Retired {
+            cluster,
+            node,
+            members,
+        }) => Some(Stamp::Retired {
+            cluster,
+            node,
+            members,
+        }),
         Some(Stamp::Fresh | Stamp::Promised { .. } | Stamp::Founding { .. }) | None => None,
     };
     if let (Some(stamp @ Stamp::Retired { cluster, .. }), Some(id)) = (&retired, id) {
@@ -311,21 +423,36 @@ fn set_aside_if_outdated(path: &Path) -> Result<(), DirectoryError> {
         );
         sealed::write(&disk, path, STAMP, FORMAT, stamp)?;
         let aside = path.join(ASIDE).join(aside_name(*cluster, id));
-        put_aside(path, &aside).map_err(|source| DirectoryError::Io { path: aside.clone(), source })?;
+        put_aside(path, &aside).map_err(|source| DirectoryError::Io {
+            path: aside.clone(),
+            source,
+        })?;
         sealed::write(&disk, path, IDENTITY, FORMAT, &DirectoryId(rand::random()))?;
     }
-    let removed = disk.remove(&path.join(OUTDATED)).and_then(|()| disk.sync_dir(path));
-    removed.map_err(|source| DirectoryError::Io { path: path.join(OUTDATED), source })
+    let removed = disk
+        .remove(&path.join(OUTDATED))
+        .and_then(|()| disk.sync_dir(path));
+    removed.map_err(|source| DirectoryError::Io {
+        path: path.join(OUTDATED),
+        source,
+    })
 }
 
 fn put_aside(path: &Path, aside: &Path) -> io::Result<()> {
-    let mut found: Vec<PathBuf> = PUT_ASIDE.iter().map(|name| path.join(name)).filter(|path| path.exists()).collect();
+    let mut found: Vec<PathBuf> = PUT_ASIDE
+        .iter()
+        .map(|name| path.join(name))
+        .filter(|path| path.exists())
+        .collect();
     found.extend(numbered(&path.join(MAPS)).into_iter().map(|(_, path)| path));
     if found.is_empty() {
         return Ok(());
     }
     std::fs::create_dir_all(aside)?;
-    for (from, name) in found.iter().filter_map(|from| Some((from, from.file_name()?))) {
+    for (from, name) in found
+        .iter()
+        .filter_map(|from| Some((from, from.file_name()?)))
+    {
         std::fs::rename(from, aside.join(name))?;
     }
     for changed in [aside, &path.join(ASIDE), path] {
@@ -337,20 +464,36 @@ fn put_aside(path: &Path, aside: &Path) -> io::Result<()> {
 /// Takes the lock file, and writes the process id into it for whoever meets it.
 fn lock(path: &Path) -> Result<File, DirectoryError> {
     let lock_path = path.join(LOCK);
-    let io_error = |source| DirectoryError::Io { path: lock_path.clone(), source };
-    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock_path);
+    let io_error = |source| DirectoryError::Io {
+        path: lock_path.clone(),
+        source,
+    };
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&lock_path);
     let mut file = opened.map_err(io_error)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(std::fs::TryLockError::WouldBlock) => {
             let mut text = String::new();
             // Only for the message: what can't be read is left out of it.
-            let pid = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-            return Err(DirectoryError::Locked { path: path.to_owned(), pid });
+            let pid = file
+                .read_to_string(&mut text)
+                .ok()
+                .and_then(|_| text.trim().parse().ok());
+            return Err(DirectoryError::Locked {
+                path: path.to_owned(),
+                pid,
+            });
         }
         Err(std::fs::TryLockError::Error(source)) => return Err(io_error(source)),
     }
-    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(io_error)?;
+    file.set_len(0)
+        .and_then(|()| writeln!(file, "{}", std::process::id()))
+        .map_err(io_error)?;
     Ok(file)
 }
 
@@ -372,19 +515,44 @@ mod tests {
     fn member() -> Stamp {
         let address: Address = "127.0.0.1:1".parse().expect("an address");
         let (node, replica) = (NodeId(1), ReplicaId(u64::MAX));
-        let of = Node { address, public_address: None, directory: DirectoryId(7) };
-        let view = first_view(ClusterId(u128::MAX), Asked::default(), vec![of]).expect("a view of one node");
-        Stamp::Member { cluster: view.cluster, node, meta_replica: replica, view: Box::new(view) }
+        let of = Node {
+            address,
+            public_address: None,
+            directory: DirectoryId(7),
+        };
+        let view = first_view(ClusterId(u128::MAX), Asked::default(), vec![of])
+            .expect("a view of one node");
+        Stamp::Member {
+            cluster: view.cluster,
+            node,
+            meta_replica: replica,
+            view: Box::new(view),
+        }
     }
 
     fn stamps() -> Vec<Stamp> {
         let address: Address = "127.0.0.1:1".parse().expect("an address");
-        let Stamp::Member { view, cluster, node, .. } = member() else { unreachable!("it is one") };
+        let Stamp::Member {
+            view,
+            cluster,
+            node,
+            ..
+        } = member()
+        else {
+            unreachable!("it is one")
+        };
         vec![
-            Stamp::Promised { view: vec![address.clone()], founder: DirectoryId(3) },
+            Stamp::Promised {
+                view: vec![address.clone()],
+                founder: DirectoryId(3),
+            },
             Stamp::Founding { view },
             member(),
-            Stamp::Retired { cluster, node, members: vec![address] },
+            Stamp::Retired {
+                cluster,
+                node,
+                members: vec![address],
+            },
             Stamp::Fresh,
         ]
     }
@@ -412,20 +580,44 @@ mod tests {
     #[test]
     fn a_stamp_of_a_level_is_of_another_format_and_a_hold_is_of_one_cluster() {
         let disk = SimDisk::new(1);
-        let open = || DataDirectory::open_unlocked(Arc::new(disk.clone()), Path::new("/data"), DirectoryId(7));
+        let open = || {
+            DataDirectory::open_unlocked(Arc::new(disk.clone()), Path::new("/data"), DirectoryId(7))
+        };
         let directory = open().expect("created");
-        let Stamp::Member { cluster, node, meta_replica, view } = member() else { unreachable!("it is one") };
+        let Stamp::Member {
+            cluster,
+            node,
+            meta_replica,
+            view,
+        } = member()
+        else {
+            unreachable!("it is one")
+        };
         let view = Box::new(View { level: 1, ..*view });
-        let stamp = Stamp::Member { cluster, node, meta_replica, view };
+        let stamp = Stamp::Member {
+            cluster,
+            node,
+            meta_replica,
+            view,
+        };
         directory.set_stamp(stamp.clone()).expect("stamped");
-        let text = String::from_utf8(disk.contents(Path::new("/data/stamp")).expect("there")).expect("text");
-        assert!(text.starts_with("{\n  \"format\": 2,\n  \"level\": 1,\n"), "{text}");
+        let text = String::from_utf8(disk.contents(Path::new("/data/stamp")).expect("there"))
+            .expect("text");
+        assert!(
+            text.starts_with("{\n  \"format\": 2,\n  \"level\": 1,\n"),
+            "{text}"
+        );
         assert_eq!(open().expect("opened").stamp(), stamp);
         directory.set_stamp(member()).expect("stamped");
-        let text = String::from_utf8(disk.contents(Path::new("/data/stamp")).expect("there")).expect("text");
-        assert!(text.starts_with("{\n  \"format\": 1,\n  \"checksum\""), "{text}");
+        let text = String::from_utf8(disk.contents(Path::new("/data/stamp")).expect("there"))
+            .expect("text");
+        assert!(
+            text.starts_with("{\n  \"format\": 1,\n  \"checksum\""),
+            "{text}"
+        );
 
-        let holds = || [cluster, ClusterId(5)].map(|cluster| open().expect("opened").holds_level(cluster));
+        let holds =
+            || [cluster, ClusterId(5)].map(|cluster| open().expect("opened").holds_level(cluster));
         directory.hold_level(cluster, false).expect("nothing to do");
         assert_eq!(holds(), [false, false]);
         directory.hold_level(cluster, true).expect("held");
@@ -438,8 +630,13 @@ mod tests {
     fn an_update_sees_the_stamp_and_may_leave_it() {
         let temporary = tempfile::tempdir().expect("a directory");
         let directory = DataDirectory::open(temporary.path()).expect("created");
-        let promised = |founder| Stamp::Promised { view: Vec::new(), founder: DirectoryId(founder) };
-        let promise = |founder| directory.update_stamp(|now| (*now == Stamp::Fresh).then(|| promised(founder)));
+        let promised = |founder| Stamp::Promised {
+            view: Vec::new(),
+            founder: DirectoryId(founder),
+        };
+        let promise = |founder| {
+            directory.update_stamp(|now| (*now == Stamp::Fresh).then(|| promised(founder)))
+        };
         assert_eq!(promise(1).expect("stamped"), promised(1));
         assert_eq!(promise(2).expect("left"), promised(1));
     }
@@ -448,9 +645,18 @@ mod tests {
     fn a_directory_in_use_is_refused_by_name_and_process() {
         let temporary = tempfile::tempdir().expect("a directory");
         let directory = DataDirectory::open(temporary.path()).expect("created");
-        let error = DataDirectory::open(temporary.path()).err().expect("it is locked").to_string();
-        assert!(error.contains(&directory.path().display().to_string()), "{error}");
-        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        let error = DataDirectory::open(temporary.path())
+            .err()
+            .expect("it is locked")
+            .to_string();
+        assert!(
+            error.contains(&directory.path().display().to_string()),
+            "{error}"
+        );
+        assert!(
+            error.contains(&format!("process {}", std::process::id())),
+            "{error}"
+        );
         drop(directory);
         DataDirectory::open(temporary.path()).expect("the lock went with its holder");
     }
@@ -461,36 +667,71 @@ mod tests {
         let temporary = tempfile::tempdir().expect("a directory");
         let path = temporary.path();
         let directory = DataDirectory::open(path).expect("created");
-        let (id, Stamp::Member { cluster, node, view, .. }) = (directory.id(), member()) else { unreachable!("it is one") };
+        let (
+            id,
+            Stamp::Member {
+                cluster,
+                node,
+                view,
+                ..
+            },
+        ) = (directory.id(), member())
+        else {
+            unreachable!("it is one")
+        };
         directory.set_stamp(member()).expect("stamped");
         for name in ["log", "state", "state.1"] {
             std::fs::create_dir(path.join(name)).expect("created");
             std::fs::write(path.join(name).join("file"), name).expect("written");
         }
         directory.begin_start(StartId(1)).expect("begun");
-        directory.mark_outdated("a later start is known").expect("marked");
+        directory
+            .mark_outdated("a later start is known")
+            .expect("marked");
         drop(directory);
 
         let mut ids = vec![id];
         for _ in 0..3 {
             let directory = DataDirectory::open(path).expect("opened");
-            assert!(!ids.contains(&directory.id()), "it is the old directory still");
+            assert!(
+                !ids.contains(&directory.id()),
+                "it is the old directory still"
+            );
             ids.push(directory.id());
-            let members = view.staying().map(|(_, node)| node.address.clone()).collect();
-            assert_eq!(directory.stamp(), Stamp::Retired { cluster, node, members });
-            assert!(numbered(&path.join("state")).is_empty(), "a database was left");
+            let members = view
+                .staying()
+                .map(|(_, node)| node.address.clone())
+                .collect();
+            assert_eq!(
+                directory.stamp(),
+                Stamp::Retired {
+                    cluster,
+                    node,
+                    members
+                }
+            );
+            assert!(
+                numbered(&path.join("state")).is_empty(),
+                "a database was left"
+            );
             assert!(!path.join("log").exists() && !path.join(STARTS).exists());
             // As if it had been broken off before the end.
             directory.mark_outdated("again").expect("marked");
         }
         let directory = DataDirectory::open(path).expect("opened");
-        let kept = path.join(ASIDE).join(aside_name(cluster, id)).join("log/file");
+        let kept = path
+            .join(ASIDE)
+            .join(aside_name(cluster, id))
+            .join("log/file");
         let mut view = *view;
         view.nodes.get_mut(&node).expect("a node").directory = id;
         directory.clear_aside(&view);
         assert_eq!(std::fs::read(&kept).expect("still there"), b"log");
         view.nodes.get_mut(&node).expect("a node").directory = directory.id();
-        directory.clear_aside(&View { cluster: ClusterId(1), ..view.clone() });
+        directory.clear_aside(&View {
+            cluster: ClusterId(1),
+            ..view.clone()
+        });
         assert!(kept.exists(), "another cluster does not decide");
         directory.clear_aside(&view);
         assert!(!path.join(ASIDE).exists());
@@ -505,20 +746,24 @@ mod tests {
         assert_eq!(std::fs::read(&foreign).expect("still there"), b"mine");
     }
 
-    /// A bit that changes nothing of what is read (in white space, say) is no damage; any other is an error.
+    /// A bit that changes nothing of what is read (in white space, say) is no damage; any other is
+    /// an error.
     #[test]
     fn damage_is_an_error_and_never_a_fresh_start() {
         let disk = SimDisk::new(1);
         let path = Path::new("/data");
         let open = || {
-            let directory = DataDirectory::open_unlocked(Arc::new(disk.clone()), path, DirectoryId(7))?;
+            let directory =
+                DataDirectory::open_unlocked(Arc::new(disk.clone()), path, DirectoryId(7))?;
             Ok::<_, DirectoryError>((directory.id(), directory.stamp(), directory))
         };
         let (_, _, directory) = open().expect("created");
         directory.set_stamp(member()).expect("stamped");
         let whole = (directory.id(), directory.stamp());
         let rewrite = |file: &Path, bytes: &[u8]| {
-            let written = disk.open(file, Open::Truncated).and_then(|file| file.write_at(bytes, 0));
+            let written = disk
+                .open(file, Open::Truncated)
+                .and_then(|file| file.write_at(bytes, 0));
             written.expect("written");
         };
         for name in [STAMP, IDENTITY] {
@@ -529,7 +774,11 @@ mod tests {
                 bytes[bit / 8] ^= 1 << (bit % 8);
                 rewrite(&file, &bytes);
                 if let Ok((id, stamp, _)) = open() {
-                    assert_eq!((id, stamp), whole, "bit {bit} of {name} changed what is read");
+                    assert_eq!(
+                        (id, stamp),
+                        whole,
+                        "bit {bit} of {name} changed what is read"
+                    );
                 }
             }
             for len in 0..good.len() - 1 {
@@ -537,11 +786,22 @@ mod tests {
                 assert!(open().is_err(), "{name} cut to {len} bytes was believed");
             }
             disk.remove(&file).expect("removed");
-            assert!(open().is_err(), "a directory without its {name} was believed");
-            let newer = String::from_utf8(good.clone()).expect("text").replacen("\"format\": 1", "\"format\": 3", 1);
+            assert!(
+                open().is_err(),
+                "a directory without its {name} was believed"
+            );
+            let newer = String::from_utf8(good.clone()).expect("text").replacen(
+                "\"format\": 1",
+                "\"format\": 3",
+                1,
+            );
             rewrite(&file, newer.as_bytes());
             let error = open().err().expect("of a newer version");
-            assert!(matches!(error, DirectoryError::Newer { .. }) && error.to_string().contains("format is 3"), "{error}");
+            assert!(
+                matches!(error, DirectoryError::Newer { .. })
+                    && error.to_string().contains("format is 3"),
+                "{error}"
+            );
             rewrite(&file, &good);
         }
         let (id, stamp, _) = open().expect("whole again");
@@ -554,7 +814,8 @@ mod tests {
         for seed in 0..100 {
             let disk = SimDisk::new(seed);
             let path = Path::new("/data");
-            let open = |id| DataDirectory::open_unlocked(Arc::new(disk.clone()), path, DirectoryId(id));
+            let open =
+                |id| DataDirectory::open_unlocked(Arc::new(disk.clone()), path, DirectoryId(id));
             disk.fail_sync_after(seed % 7);
             let created = open(1).is_ok();
             disk.crash();
@@ -578,7 +839,9 @@ mod tests {
         let (disk, path) = (SimDisk::new(1), Path::new("/data"));
         disk.create_dir(path).expect("created");
         for (name, bytes) in [(IDENTITY, IDENTITY_GOLDEN), (STAMP, stamp)] {
-            disk.open(&path.join(name), Open::Truncated).and_then(|file| file.write_at(bytes, 0)).expect("written");
+            disk.open(&path.join(name), Open::Truncated)
+                .and_then(|file| file.write_at(bytes, 0))
+                .expect("written");
         }
         disk
     }
@@ -591,19 +854,36 @@ mod tests {
     fn what_earlier_versions_wrote_opens_and_says_what_it_said() {
         for (golden, nodes, has_witness) in [(BEFORE_WITNESSES, 2, false), (MEMBER, 3, true)] {
             let directory = opened(&written(golden)).expect("it opens");
-            assert_eq!(directory.id().to_string(), "4c6628cc4df64c97f91b094c3118373e");
-            let Stamp::Member { node, meta_replica, view, .. } = directory.stamp() else { panic!("no member") };
-            assert_eq!((node, meta_replica, view.nodes.len()), (NodeId(1), ReplicaId(1), nodes));
+            assert_eq!(
+                directory.id().to_string(),
+                "4c6628cc4df64c97f91b094c3118373e"
+            );
+            let Stamp::Member {
+                node,
+                meta_replica,
+                view,
+                ..
+            } = directory.stamp()
+            else {
+                panic!("no member")
+            };
+            assert_eq!(
+                (node, meta_replica, view.nodes.len()),
+                (NodeId(1), ReplicaId(1), nodes)
+            );
             assert_eq!(view.groups[&GroupId(1)].witness.is_some(), has_witness);
             assert_eq!(view.check(), Ok(()));
         }
-        let Stamp::Retired { node, members, .. } = opened(&written(RETIRED)).expect("it opens").stamp() else {
+        let Stamp::Retired { node, members, .. } =
+            opened(&written(RETIRED)).expect("it opens").stamp()
+        else {
             panic!("not retired")
         };
         assert_eq!((node, members.len()), (NodeId(2), 2));
     }
 
-    /// Commit 0bbd823 sums up what it would write itself, so that a byte more would be damage to it.
+    /// Commit 0bbd823 sums up what it would write itself, so that a byte more would be damage to
+    /// it.
     #[test]
     fn what_is_written_is_what_the_version_before_reads() {
         for golden in [MEMBER, RETIRED] {
@@ -612,17 +892,47 @@ mod tests {
             let stamp = directory.stamp();
             directory.set_stamp(Stamp::Fresh).expect("stamped");
             directory.set_stamp(stamp).expect("stamped back");
-            let bytes = disk.contents(&Path::new("/data").join(STAMP)).expect("there");
-            assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(golden));
+            let bytes = disk
+                .contents(&Path::new("/data").join(STAMP))
+                .expect("there");
+            assert_eq!(
+                String::from_utf8_lossy(&bytes),
+                String::from_utf8_lossy(golden)
+            );
         }
         let disk = written(MEMBER);
         let directory = opened(&disk).expect("it opens");
-        let Stamp::Member { cluster, node, meta_replica, mut view } = directory.stamp() else { panic!("no member") };
+        let Stamp::Member {
+            cluster,
+            node,
+            meta_replica,
+            mut view,
+        } = directory.stamp()
+        else {
+            panic!("no member")
+        };
         view.level = 1;
-        directory.set_stamp(Stamp::Member { cluster, node, meta_replica, view }).expect("stamped");
-        let bytes = disk.contents(&Path::new("/data").join(STAMP)).expect("there");
-        assert!(String::from_utf8_lossy(&bytes).contains("\"format\": 2"), "the version before would call it damaged");
+        directory
+            .set_stamp(Stamp::Member {
+                cluster,
+                node,
+                meta_replica,
+                view,
+            })
+            .expect("stamped");
+        let bytes = disk
+            .contents(&Path::new("/data").join(STAMP))
+            .expect("there");
+        assert!(
+            String::from_utf8_lossy(&bytes).contains("\"format\": 2"),
+            "the version before would call it damaged"
+        );
         assert_eq!(opened(&disk).expect("it opens").stamp(), directory.stamp());
-        assert_eq!(written(MEMBER).contents(&Path::new("/data").join(IDENTITY)).expect("there"), IDENTITY_GOLDEN);
+        assert_eq!(
+            written(MEMBER)
+                .contents(&Path::new("/data").join(IDENTITY))
+                .expect("there"),
+            IDENTITY_GOLDEN
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! The disk seam: every byte of the log, the snapshot files and the stamp goes through [`Disk`], so that a simulated disk can drop,
-//! tear, rot or refuse it. [`RealDisk`] is the file system; the simulated one is in `sim_disk`.
+//! The disk seam: every byte of the log, the snapshot files and the stamp goes through [`Disk`], so
+//! that a simulated disk can drop, tear, rot or refuse it. [`RealDisk`] is the file system; the
+//! simulated one is in `sim_disk`.
 //!
 //! Durable means: [`DiskFile::sync`] returned for the bytes, and [`Disk::sync_dir`] for the name.
 
@@ -28,8 +29,8 @@ pub trait Disk: Send + Sync + 'static {
     /// Replaces `to` in one step. Durable only after [`Disk::sync_dir`] of the parent.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     fn remove(&self, path: &Path) -> io::Result<()>;
-    /// Creates the directory in its parent, which must exist. Fine if it exists. Durable only after [`Disk::sync_dir`] of the parent:
-    /// see [`ensure_dir`].
+    /// Creates the directory in its parent, which must exist. Fine if it exists. Durable only after
+    /// [`Disk::sync_dir`] of the parent: see [`ensure_dir`].
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// Names of the files in a directory, sorted.
@@ -40,15 +41,22 @@ pub trait Disk: Send + Sync + 'static {
     }
 }
 
-/// Creates the directory and those above it that are missing, each durable under its name when this returns. Of one that exists the name
-/// is made durable too: who created it may have ended before that.
+/// Creates the directory and those above it that are missing, each durable under its name when this
+/// returns. Of one that exists the name is made durable too: who created it may have ended before
+/// that.
 ///
 /// # Errors
 ///
 /// When the disk fails.
 pub fn ensure_dir(disk: &dyn Disk, path: &Path) -> io::Result<()> {
-    let Some(parent) = path.parent() else { return Ok(()) };
-    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let Some(parent) = path.parent() else {
+        return Ok(());
+    };
+    let parent = if parent.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        parent
+    };
 
     match disk.create_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -75,8 +83,8 @@ pub trait DiskFile: Send + Sync {
     fn sync(&self) -> io::Result<()>;
 }
 
-/// The file system of this machine. While there is no descriptor left, it waits for one: the disk is well, and who has the descriptors
-/// will give some back.
+/// The file system of this machine. While there is no descriptor left, it waits for one: the disk
+/// is well, and who has the descriptors will give some back.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RealDisk;
 
@@ -118,7 +126,9 @@ impl Disk for RealDisk {
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
-        let entries = patiently(&format!("list {}", path.display()), || std::fs::read_dir(path))?;
+        let entries = patiently(&format!("list {}", path.display()), || {
+            std::fs::read_dir(path)
+        })?;
         for entry in entries {
             let entry = entry?;
             if entry.file_type()?.is_file()
@@ -134,7 +144,10 @@ impl Disk for RealDisk {
     fn room(&self, path: &Path) -> io::Result<DiskRoom> {
         let disk = rustix::fs::statvfs(path)?;
         let bytes = |blocks: u64| blocks.saturating_mul(disk.f_frsize);
-        Ok(DiskRoom { free_bytes: bytes(disk.f_bavail), total_bytes: bytes(disk.f_blocks) })
+        Ok(DiskRoom {
+            free_bytes: bytes(disk.f_bavail),
+            total_bytes: bytes(disk.f_blocks),
+        })
     }
 }
 

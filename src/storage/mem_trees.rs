@@ -1,9 +1,10 @@
 //! [`MemTrees`]: trees in memory that forget like sled does, for tests and simulation.
 //!
-//! A crash takes back the last changes, a seeded number of them, over all trees in the order in which they were written: never more
-//! than [`Trees::sync`] made durable, and after the mere end of the process never more than a flush did. [`Crash::Torn`] also takes
-//! single pairs, as a power cut does to sled's unsynced files; only the digest tells. A handle from before a crash is dead: it can
-//! neither read nor write what came after.
+//! A crash takes back the last changes, a seeded number of them, over all trees in the order in
+//! which they were written: never more than [`Trees::sync`] made durable, and after the mere end of
+//! the process never more than a flush did. [`Crash::Torn`] also takes single pairs, as a power cut
+//! does to sled's unsynced files; only the digest tells. A handle from before a crash is dead: it
+//! can neither read nor write what came after.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -16,7 +17,8 @@ use rand::{Rng, SeedableRng};
 use super::tree::{Tree, Trees, Walk};
 use crate::sm::ports::{Direction, KeyRange, Pairs, Read, StoreError};
 
-/// Changes that can be taken back. Older ones count as synced, so that a long simulation does not keep every value it ever wrote.
+/// Changes that can be taken back. Older ones count as synced, so that a long simulation does not
+/// keep every value it ever wrote.
 const UNDO_MAX: usize = 16 << 10;
 
 /// How a crash treats what was not synced.
@@ -53,7 +55,10 @@ impl Gate {
     pub fn pass(&self) {
         let mut state = self.state.lock().expect("no holder panics");
         state.waiting += 1;
-        let mut state = self.changed.wait_while(state, |state| state.is_closed).expect("no holder panics");
+        let mut state = self
+            .changed
+            .wait_while(state, |state| state.is_closed)
+            .expect("no holder panics");
         state.waiting -= 1;
     }
 
@@ -104,9 +109,18 @@ struct Inner {
 }
 
 enum Undo {
-    Written { tree: Arc<str>, key: Bytes, before: Option<Bytes> },
-    Created { tree: String },
-    Dropped { tree: String, pairs: BTreeMap<Bytes, Bytes> },
+    Written {
+        tree: Arc<str>,
+        key: Bytes,
+        before: Option<Bytes>,
+    },
+    Created {
+        tree: String,
+    },
+    Dropped {
+        tree: String,
+        pairs: BTreeMap<Bytes, Bytes>,
+    },
 }
 
 impl MemTrees {
@@ -138,11 +152,22 @@ impl MemTrees {
     pub fn crash(&self, crash: Crash, seed: u64) {
         let mut inner = self.lock();
         let mut random = StdRng::seed_from_u64(seed);
-        let least = if crash == Crash::Kill { inner.flushed } else { 0 };
-        let most = if crash == Crash::Worst { 0 } else { inner.undo.len() };
+        let least = if crash == Crash::Kill {
+            inner.flushed
+        } else {
+            0
+        };
+        let most = if crash == Crash::Worst {
+            0
+        } else {
+            inner.undo.len()
+        };
         let kept = random.random_range(least..=most);
         while inner.undo.len() > kept {
-            let undo = inner.undo.pop_back().expect("the loop holds while there is one");
+            let undo = inner
+                .undo
+                .pop_back()
+                .expect("the loop holds while there is one");
             inner.take_back(undo);
         }
         if crash == Crash::Torn {
@@ -157,12 +182,21 @@ impl MemTrees {
         inner.fault = None;
     }
 
-    /// Flips a bit of one value, as a disk might. `at` picks pair and bit. False if there is nothing to flip.
+    /// Flips a bit of one value, as a disk might. `at` picks pair and bit. False if there is
+    /// nothing to flip.
     pub fn flip(&self, tree: &str, at: usize) -> bool {
         let mut inner = self.lock();
-        let Some(pairs) = inner.trees.get_mut(tree).filter(|pairs| !pairs.is_empty()) else { return false };
+        let Some(pairs) = inner.trees.get_mut(tree).filter(|pairs| !pairs.is_empty()) else {
+            return false;
+        };
         let nth = at % pairs.len();
-        let Some(value) = pairs.values_mut().nth(nth).filter(|value| !value.is_empty()) else { return false };
+        let Some(value) = pairs
+            .values_mut()
+            .nth(nth)
+            .filter(|value| !value.is_empty())
+        else {
+            return false;
+        };
         let mut bytes = value.to_vec();
         let byte = (at / 8) % bytes.len();
         bytes[byte] ^= 1 << (at % 8);
@@ -219,10 +253,18 @@ impl Inner {
     fn fault(&self, step: &str) -> Result<(), StoreError> {
         if let Some(reason) = &self.given_up {
             let source = io::Error::other(reason.clone());
-            return Err(StoreError::Io { context: format!("{step} of a tree"), source });
+            return Err(StoreError::Io {
+                context: format!("{step} of a tree"),
+                source,
+            });
         }
-        let Some(fault) = &self.fault else { return Ok(()) };
-        fault(step).map_err(|source| StoreError::Io { context: format!("{step} of a tree"), source })
+        let Some(fault) = &self.fault else {
+            return Ok(());
+        };
+        fault(step).map_err(|source| StoreError::Io {
+            context: format!("{step} of a tree"),
+            source,
+        })
     }
 }
 
@@ -233,16 +275,25 @@ impl Trees for MemTrees {
             inner.fault("create")?;
             inner.outdated.remove(name);
             inner.trees.insert(name.to_owned(), BTreeMap::new());
-            inner.step(Undo::Created { tree: name.to_owned() });
+            inner.step(Undo::Created {
+                tree: name.to_owned(),
+            });
         }
-        Ok(Arc::new(MemTree { trees: self.clone(), name: name.into(), epoch: inner.epoch }))
+        Ok(Arc::new(MemTree {
+            trees: self.clone(),
+            name: name.into(),
+            epoch: inner.epoch,
+        }))
     }
 
     fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
         let mut inner = self.lock();
         inner.fault("drop")?;
         if let Some(pairs) = inner.trees.remove(name) {
-            inner.step(Undo::Dropped { tree: name.to_owned(), pairs });
+            inner.step(Undo::Dropped {
+                tree: name.to_owned(),
+                pairs,
+            });
         }
         Ok(())
     }
@@ -268,18 +319,33 @@ impl Trees for MemTrees {
             return Ok(());
         }
         let source = io::ErrorKind::StorageFull.into();
-        Err(StoreError::Io { context: "looking for room".to_owned(), source })
+        Err(StoreError::Io {
+            context: "looking for room".to_owned(),
+            source,
+        })
     }
 
     fn outdated(&self) -> Result<Vec<String>, StoreError> {
         let inner = self.lock();
-        Ok(inner.outdated.keys().filter(|name| inner.trees.contains_key(*name)).cloned().collect())
+        Ok(inner
+            .outdated
+            .keys()
+            .filter(|name| inner.trees.contains_key(*name))
+            .cloned()
+            .collect())
     }
 
     fn disk_bytes(&self) -> u64 {
         let inner = self.lock();
-        let is_used = |place: u64| place == inner.place || inner.trees.keys().any(|name| inner.place_of(name) == place);
-        inner.written.iter().filter(|(place, _)| is_used(**place)).map(|(_, bytes)| bytes).sum()
+        let is_used = |place: u64| {
+            place == inner.place || inner.trees.keys().any(|name| inner.place_of(name) == place)
+        };
+        inner
+            .written
+            .iter()
+            .filter(|(place, _)| is_used(**place))
+            .map(|(_, bytes)| bytes)
+            .sum()
     }
 
     fn sync(&self) -> Result<(), StoreError> {
@@ -312,7 +378,10 @@ impl MemTree {
             return Ok(inner);
         }
         let source = io::Error::other("the tree was dropped, or its process is dead");
-        Err(StoreError::Io { context: format!("tree {}", self.name), source })
+        Err(StoreError::Io {
+            context: format!("tree {}", self.name),
+            source,
+        })
     }
 }
 
@@ -339,8 +408,14 @@ impl Tree for MemTree {
                 && let Some((last, _)) = pairs.last()
             {
                 rest = Some(match direction {
-                    Direction::Forward => KeyRange { start: [last, &[0][..]].concat().into(), end: range.end },
-                    Direction::Reverse => KeyRange { start: range.start, end: Some(last.clone()) },
+                    Direction::Forward => KeyRange {
+                        start: [last, &[0][..]].concat().into(),
+                        end: range.end,
+                    },
+                    Direction::Reverse => KeyRange {
+                        start: range.start,
+                        end: Some(last.clone()),
+                    },
                 });
             }
             Some(page)
@@ -356,14 +431,19 @@ impl Tree for MemTree {
         let mut inner = self.lock()?;
         inner.fault("write")?;
         let place = inner.place_of(&self.name);
-        *inner.written.entry(place).or_default() += (key.len() + change.map_or(0, <[u8]>::len)) as u64;
+        *inner.written.entry(place).or_default() +=
+            (key.len() + change.map_or(0, <[u8]>::len)) as u64;
         let pairs = inner.trees.get_mut(&*self.name).expect("looked up by lock");
         let key = Bytes::copy_from_slice(key);
         let before = match change {
             Some(value) => pairs.insert(key.clone(), Bytes::copy_from_slice(value)),
             None => pairs.remove(&key),
         };
-        inner.step(Undo::Written { tree: self.name.clone(), key, before });
+        inner.step(Undo::Written {
+            tree: self.name.clone(),
+            key,
+            before,
+        });
         Ok(())
     }
 
@@ -390,7 +470,8 @@ mod tests {
     use super::*;
 
     fn put(tree: &Arc<dyn Tree>, key: &'static str, value: &'static str) {
-        tree.write(key.as_bytes(), Some(value.as_bytes())).expect("written");
+        tree.write(key.as_bytes(), Some(value.as_bytes()))
+            .expect("written");
     }
 
     #[test]
@@ -403,13 +484,20 @@ mod tests {
             put(&tree, "b", "1");
             tree.flush().expect("flushed");
             put(&tree, "c", "1");
-            let crash = if seed % 2 == 0 { Crash::Kill } else { Crash::Power };
+            let crash = if seed % 2 == 0 {
+                Crash::Kill
+            } else {
+                Crash::Power
+            };
             trees.crash(crash, seed);
             assert!(tree.get(b"a").is_err(), "a handle outlived its process");
             let tree = trees.open("t").expect("opened again");
             let has = |key: &str| tree.get(key.as_bytes()).expect("readable").is_some();
             assert!(has("a"), "seed {seed}");
-            assert!(has("b") || (crash == Crash::Power && !has("c")), "seed {seed}");
+            assert!(
+                has("b") || (crash == Crash::Power && !has("c")),
+                "seed {seed}"
+            );
         }
     }
 
@@ -421,9 +509,15 @@ mod tests {
             tree.write(&n.to_be_bytes(), Some(b"v")).expect("written");
         }
         let keys = |direction| {
-            let range = KeyRange { start: 5u32.to_be_bytes().to_vec().into(), end: Some(900u32.to_be_bytes().to_vec().into()) };
-            let keys = tree.scan(&range, direction).map(|pair| pair.expect("readable").0);
-            keys.map(|key| u32::from_be_bytes(key[..].try_into().expect("four bytes"))).collect::<Vec<_>>()
+            let range = KeyRange {
+                start: 5u32.to_be_bytes().to_vec().into(),
+                end: Some(900u32.to_be_bytes().to_vec().into()),
+            };
+            let keys = tree
+                .scan(&range, direction)
+                .map(|pair| pair.expect("readable").0);
+            keys.map(|key| u32::from_be_bytes(key[..].try_into().expect("four bytes")))
+                .collect::<Vec<_>>()
         };
         assert_eq!(keys(Direction::Forward), (5..900).collect::<Vec<_>>());
         assert_eq!(keys(Direction::Reverse), (5..900).rev().collect::<Vec<_>>());

@@ -1,5 +1,6 @@
-//! What is durable: the shared log and the snapshot files; and the map of each replica, a memtable over sled, which is rebuilt from them. Of a
-//! witness, which has no map, a file that says how far its log was applied.
+//! What is durable: the shared log and the snapshot files; and the map of each replica, a memtable
+//! over sled, which is rebuilt from them. Of a witness, which has no map, a file that says how far
+//! its log was applied.
 
 pub mod background;
 pub mod directory;
@@ -27,7 +28,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{GroupId, ReplicaId};
 
-/// What every record, tree and snapshot file is keyed by: a group that comes back to a node never meets what an earlier replica left.
+/// What every record, tree and snapshot file is keyed by: a group that comes back to a node never
+/// meets what an earlier replica left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ReplicaKey {
     pub group: GroupId,
@@ -51,7 +53,10 @@ impl ReplicaKey {
     /// Reads what [`fmt::Display`] wrote, and nothing else.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (group, replica) = text.strip_prefix('g')?.split_once("-r")?;
-        let key = Self { group: GroupId(group.parse().ok()?), replica: ReplicaId(replica.parse().ok()?) };
+        let key = Self {
+            group: GroupId(group.parse().ok()?),
+            replica: ReplicaId(replica.parse().ok()?),
+        };
         (key.to_string() == text).then_some(key)
     }
 }

@@ -1,14 +1,15 @@
-//! How a large value lies in a tree of sled: cut into pieces, under keys of their own, with a stub in its place.
+//! How a large value lies in a tree of sled: cut into pieces, under keys of their own, with a stub
+//! in its place.
 //!
-//! sled writes a page that outgrows an eighth of a mebibyte to a file of its own, and counts it in its
-//! cache for the few bytes of that file's name: large values stayed in memory for ever, all of them.
-//! Sixteen values make a page, so no value in a tree is larger than [`PIECE_BYTES`].
+//! sled writes a page that outgrows an eighth of a mebibyte to a file of its own, and counts it in
+//! its cache for the few bytes of that file's name: large values stayed in memory for ever, all of
+//! them. Sixteen values make a page, so no value in a tree is larger than [`PIECE_BYTES`].
 //!
-//! Each value that is cut gets a set of pieces of its own, written before its stub; those of the value
-//! that was there before are deleted after it. So whatever sled loses from the end of its log, a stub has
-//! all of its pieces. A reader that finds a piece gone looks at the stub again: there is a newer one.
-//! Values that were written whole by earlier programs are read as they are. Kept out: what reads and
-//! writes trees (`sled_tree`).
+//! Each value that is cut gets a set of pieces of its own, written before its stub; those of the
+//! value that was there before are deleted after it. So whatever sled loses from the end of its
+//! log, a stub has all of its pieces. A reader that finds a piece gone looks at the stub again:
+//! there is a newer one. Values that were written whole by earlier programs are read as they are.
+//! Kept out: what reads and writes trees (`sled_tree`).
 
 use bytes::Bytes;
 
@@ -57,7 +58,11 @@ pub fn first_piece() -> &'static [u8] {
 impl Stub {
     pub fn new(set: u64, value: &[u8]) -> Self {
         let start = Bytes::copy_from_slice(&value[..value.len().min(START_BYTES)]);
-        Self { set, len: value.len(), start }
+        Self {
+            set,
+            len: value.len(),
+            start,
+        }
     }
 
     pub fn encode(&self) -> Vec<u8> {
@@ -71,11 +76,17 @@ impl Stub {
 
     /// None: it is a value.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let (set, rest) = bytes.strip_prefix(&[MARK, FORMAT])?.split_first_chunk::<8>()?;
+        let (set, rest) = bytes
+            .strip_prefix(&[MARK, FORMAT])?
+            .split_first_chunk::<8>()?;
         let (len, start) = rest.split_first_chunk::<8>()?;
         let len = usize::try_from(u64::from_be_bytes(*len)).ok()?;
         let is_whole = start.len() == len.min(START_BYTES);
-        is_whole.then(|| Self { set: u64::from_be_bytes(*set), len, start: Bytes::copy_from_slice(start) })
+        is_whole.then(|| Self {
+            set: u64::from_be_bytes(*set),
+            len,
+            start: Bytes::copy_from_slice(start),
+        })
     }
 
     /// Returns the keys of its pieces, in the order of the value.
@@ -95,22 +106,43 @@ mod tests {
         let value = [b"start".repeat(2000), vec![7; 5000]].concat();
         let stub = Stub::new(0x0102_0304_0506_0708, &value);
         let bytes = stub.encode();
-        assert_eq!(bytes[..18], *b"\xff\x01\x01\x02\x03\x04\x05\x06\x07\x08\0\0\0\0\0\0\x3a\x98");
+        assert_eq!(
+            bytes[..18],
+            *b"\xff\x01\x01\x02\x03\x04\x05\x06\x07\x08\0\0\0\0\0\0\x3a\x98"
+        );
         assert_eq!(bytes[18..], value[..512]);
         assert_eq!(Stub::decode(&bytes).as_ref(), Some(&stub));
         let keys: Vec<Vec<u8>> = stub.piece_keys().collect();
         assert_eq!(keys.len(), 3);
         assert_eq!(keys[1], b"\0\xfe\x01\x02\x03\x04\x05\x06\x07\x08\0\0\0\x01");
-        assert!(keys.iter().all(|key| is_piece(key) && key[..] < AFTER_PIECES[..]));
+        assert!(
+            keys.iter()
+                .all(|key| is_piece(key) && key[..] < AFTER_PIECES[..])
+        );
     }
 
     #[test]
     fn a_value_is_taken_for_no_stub() {
-        for value in [&b""[..], b"v", b"\x01record", b"\xff", b"\xff\x01", &[0xff; 600]] {
+        for value in [
+            &b""[..],
+            b"v",
+            b"\x01record",
+            b"\xff",
+            b"\xff\x01",
+            &[0xff; 600],
+        ] {
             assert_eq!(Stub::decode(value), None, "{value:?}");
         }
         let small = Stub::new(1, b"\xff").encode();
-        assert!(is_cut(b"\xff") && is_cut(&small) && is_cut(&[0; PIECE_BYTES + 1]) && !is_cut(&[0; PIECE_BYTES]));
-        assert_eq!(Stub::decode(&small).map(|stub| (stub.len, stub.piece_keys().count())), Some((1, 1)));
+        assert!(
+            is_cut(b"\xff")
+                && is_cut(&small)
+                && is_cut(&[0; PIECE_BYTES + 1])
+                && !is_cut(&[0; PIECE_BYTES])
+        );
+        assert_eq!(
+            Stub::decode(&small).map(|stub| (stub.len, stub.piece_keys().count())),
+            Some((1, 1))
+        );
     }
 }

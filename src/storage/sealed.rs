@@ -1,9 +1,11 @@
-//! Small files of JSON that say by themselves whether they are whole: a format, a checksum, and a value.
+//! Small files of JSON that say by themselves whether they are whole: a format, a checksum, and a
+//! value.
 //!
-//! A file is replaced in one step: written beside, synced, renamed, directory synced. The checksum is over the text of the value as it
-//! was written, without the white space between its parts; so it holds whatever this version would write, and a field that this version
-//! does not know, or that came later, makes no file damaged. It is what every version has written: earlier ones summed up the value as
-//! compact JSON, which is the same text.
+//! A file is replaced in one step: written beside, synced, renamed, directory synced. The checksum
+//! is over the text of the value as it was written, without the white space between its parts; so
+//! it holds whatever this version would write, and a field that this version does not know, or that
+//! came later, makes no file damaged. It is what every version has written: earlier ones summed up
+//! the value as compact JSON, which is the same text.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -28,8 +30,8 @@ pub enum SealedError {
     #[error("{path} is damaged: {reason}")]
     Damaged { path: PathBuf, reason: String },
     #[error(
-        "{path} was written by a newer version of this program ({reason}): start this node with that version. \
-         Nothing is wrong with its data"
+        "{path} was written by a newer version of this program ({reason}): start this node with \
+         that version. Nothing is wrong with its data"
     )]
     Newer { path: PathBuf, reason: String },
 }
@@ -50,21 +52,36 @@ fn is_zero(level: &u16) -> bool {
     *level == 0
 }
 
-/// Reads what [`write()`] wrote, in any format up to `newest_format`. Returns none if there is no such file.
+/// Reads what [`write()`] wrote, in any format up to `newest_format`. Returns none if there is no
+/// such file.
 ///
 /// # Errors
 ///
 /// When the file can't be read, does not match its checksum, or is of a newer version.
-pub fn read<T: DeserializeOwned>(disk: &dyn Disk, path: &Path, newest_format: u64) -> Result<Option<T>, SealedError> {
-    let io_error = |source| SealedError::Io { path: path.to_owned(), source };
-    let damaged = |reason: String| SealedError::Damaged { path: path.to_owned(), reason };
-    let newer = |reason: String| SealedError::Newer { path: path.to_owned(), reason };
+pub fn read<T: DeserializeOwned>(
+    disk: &dyn Disk,
+    path: &Path,
+    newest_format: u64,
+) -> Result<Option<T>, SealedError> {
+    let io_error = |source| SealedError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let damaged = |reason: String| SealedError::Damaged {
+        path: path.to_owned(),
+        reason,
+    };
+    let newer = |reason: String| SealedError::Newer {
+        path: path.to_owned(),
+        reason,
+    };
 
     let file = match disk.open(path, Open::Existing) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened.map_err(io_error)?,
     };
-    let bytes_len = usize::try_from(file.len().map_err(io_error)?).map_err(|error| damaged(error.to_string()))?;
+    let bytes_len = usize::try_from(file.len().map_err(io_error)?)
+        .map_err(|error| damaged(error.to_string()))?;
     let mut bytes = vec![0; bytes_len];
     let read = file.read_at(&mut bytes, 0).map_err(io_error)?;
     bytes.truncate(read);
@@ -76,20 +93,28 @@ pub fn read<T: DeserializeOwned>(disk: &dyn Disk, path: &Path, newest_format: u6
         #[serde(default)]
         level: u16,
     }
-    let format: Format = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    let format: Format =
+        serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
     match format.format {
         None | Some(0) => return Err(damaged("it does not say its format".into())),
-        Some(_) if format.level > LEVEL => return Err(newer(TooOld::new(format.level, LEVEL).to_string())),
-        Some(format) if format > newest_format => return Err(newer(format!("its format is {format}"))),
+        Some(_) if format.level > LEVEL => {
+            return Err(newer(TooOld::new(format.level, LEVEL).to_string()));
+        }
+        Some(format) if format > newest_format => {
+            return Err(newer(format!("its format is {format}")));
+        }
         Some(_) => {}
     }
 
-    let sealed: Sealed<&RawValue> = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    let sealed: Sealed<&RawValue> =
+        serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
     if checksum(sealed.value.get()) != sealed.checksum {
         return Err(damaged("it does not match its checksum".into()));
     }
     // It is as somebody wrote it, so what can't be understood is no damage.
-    serde_json::from_str(sealed.value.get()).map(Some).map_err(|error| newer(error.to_string()))
+    serde_json::from_str(sealed.value.get())
+        .map(Some)
+        .map_err(|error| newer(error.to_string()))
 }
 
 /// Replaces a file in one step; durable when it returns.
@@ -97,7 +122,13 @@ pub fn read<T: DeserializeOwned>(disk: &dyn Disk, path: &Path, newest_format: u6
 /// # Errors
 ///
 /// When the disk fails: the file is then as it was, or as it should be.
-pub fn write<T: Serialize>(disk: &dyn Disk, directory: &Path, name: &str, format: u64, value: &T) -> Result<(), SealedError> {
+pub fn write<T: Serialize>(
+    disk: &dyn Disk,
+    directory: &Path,
+    name: &str,
+    format: u64,
+    value: &T,
+) -> Result<(), SealedError> {
     write_leveled(disk, directory, name, (format, 0), value)
 }
 
@@ -116,7 +147,12 @@ pub fn write_leveled<T: Serialize>(
     let path = directory.join(name);
     let beside = directory.join(format!("{name}.part"));
     let compact = serde_json::to_string(value).expect("JSON of our own types, in memory");
-    let sealed = Sealed { format, level, checksum: checksum(&compact), value };
+    let sealed = Sealed {
+        format,
+        level,
+        checksum: checksum(&compact),
+        value,
+    };
     let mut bytes = serde_json::to_vec_pretty(&sealed).expect("JSON of our own types, in memory");
     bytes.push(b'\n');
 
@@ -168,7 +204,9 @@ mod tests {
     }
 
     fn put(disk: &SimDisk, path: &Path, bytes: &[u8]) {
-        disk.open(path, Open::Truncated).and_then(|file| file.write_at(bytes, 0)).expect("written");
+        disk.open(path, Open::Truncated)
+            .and_then(|file| file.write_at(bytes, 0))
+            .expect("written");
     }
 
     #[test]
@@ -176,14 +214,27 @@ mod tests {
         let (disk, path) = directory();
         let nasty = "a \" b \\ c\n\t\\\" {\"x\": 1} ü";
         for later in [None, Some(3)] {
-            let more = serde_json::json!({ "unheard-of": { "a": [1, 2] }, "text": nasty, "later": later });
+            let more =
+                serde_json::json!({ "unheard-of": { "a": [1, 2] }, "text": nasty, "later": later });
             write(&disk, path, "file", 1, &more).expect("written");
             let read: Option<Known> = read(&disk, &path.join("file"), 1).expect("read");
-            assert_eq!(read, Some(Known { text: nasty.to_owned(), later }));
+            assert_eq!(
+                read,
+                Some(Known {
+                    text: nasty.to_owned(),
+                    later
+                })
+            );
         }
         write(&disk, path, "file", 1, &BTreeMap::from([("text", nasty)])).expect("written");
         let read: Option<Known> = read(&disk, &path.join("file"), 1).expect("read");
-        assert_eq!(read, Some(Known { text: nasty.to_owned(), later: None }));
+        assert_eq!(
+            read,
+            Some(Known {
+                text: nasty.to_owned(),
+                later: None
+            })
+        );
     }
 
     #[test]
@@ -193,11 +244,17 @@ mod tests {
         let read_it = || read::<Known>(&disk, &file, 1);
         write(&disk, path, "file", 2, &"anything").expect("written");
         let error = read_it().expect_err("a newer format");
-        assert!(matches!(error, SealedError::Newer { .. }) && error.to_string().contains("format is 2"), "{error}");
+        assert!(
+            matches!(error, SealedError::Newer { .. }) && error.to_string().contains("format is 2"),
+            "{error}"
+        );
 
         write_leveled(&disk, path, "file", (1, LEVEL + 3), &"anything").expect("written");
         let error = read_it().expect_err("a later level").to_string();
-        let sentence = format!("this cluster uses level {}, this program knows {LEVEL}: start a newer one", LEVEL + 3);
+        let sentence = format!(
+            "this cluster uses level {}, this program knows {LEVEL}: start a newer one",
+            LEVEL + 3
+        );
         assert!(error.contains(&sentence), "{error}");
 
         // Another frame around the value.
@@ -218,6 +275,9 @@ mod tests {
         put(&disk, &file, text.replace('\n', " \t\r\n").as_bytes());
         assert!(read::<Known>(&disk, &file, 1).expect("read").is_some());
         put(&disk, &file, text.replace("a b", "a  b").as_bytes());
-        assert!(matches!(read::<Known>(&disk, &file, 1), Err(SealedError::Damaged { .. })));
+        assert!(matches!(
+            read::<Known>(&disk, &file, 1),
+            Err(SealedError::Damaged { .. })
+        ));
     }
 }

@@ -1,11 +1,15 @@
-//! A disk in memory that fails like a real one, from a seed: the simulated implementation of [`Disk`].
+//! A disk in memory that fails like a real one, from a seed: the simulated implementation of
+//! [`Disk`].
 //!
-//! It keeps apart what was written and what was synced, for contents and for names. [`SimDisk::crash`] is a power cut: of what was
-//! not synced each 512-byte sector is found as it was at some moment since the last sync, lengths and names likewise, and every
-//! file that was open gives errors from then on. A killed process is simulated by dropping its files: nothing is lost then.
-//! A sync that fails loses writes as the Linux page cache does: they can still be read, and no later sync makes them durable.
+//! It keeps apart what was written and what was synced, for contents and for names.
+//! [`SimDisk::crash`] is a power cut: of what was not synced each 512-byte sector is found as it
+//! was at some moment since the last sync, lengths and names likewise, and every file that was open
+//! gives errors from then on. A killed process is simulated by dropping its files: nothing is lost
+//! then. A sync that fails loses writes as the Linux page cache does: they can still be read, and
+//! no later sync makes them durable.
 //!
-//! Directories are names like those of files: one whose parent was not synced may be gone after a crash, with all that is in it.
+//! Directories are names like those of files: one whose parent was not synced may be gone after a
+//! crash, with all that is in it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -56,11 +60,15 @@ struct Names {
 
 impl Names {
     fn root() -> Self {
-        Self { files: BTreeMap::new(), directories: BTreeSet::from([PathBuf::from("/")]) }
+        Self {
+            files: BTreeMap::new(),
+            directories: BTreeSet::from([PathBuf::from("/")]),
+        }
     }
 
     fn has_parent(&self, path: &Path) -> bool {
-        path.parent().is_some_and(|parent| self.directories.contains(parent))
+        path.parent()
+            .is_some_and(|parent| self.directories.contains(parent))
     }
 
     /// Forgets what is in directories that are not there.
@@ -72,7 +80,10 @@ impl Names {
             }
         }
         let Self { files, directories } = self;
-        files.retain(|path, _| path.parent().is_some_and(|parent| directories.contains(parent)));
+        files.retain(|path, _| {
+            path.parent()
+                .is_some_and(|parent| directories.contains(parent))
+        });
     }
 }
 
@@ -101,10 +112,21 @@ enum Change {
 
 #[derive(Clone)]
 enum NameChange {
-    Directory { path: PathBuf },
-    Link { path: PathBuf, inode: u64 },
-    Unlink { path: PathBuf },
-    Rename { from: PathBuf, to: PathBuf, inode: u64 },
+    Directory {
+        path: PathBuf,
+    },
+    Link {
+        path: PathBuf,
+        inode: u64,
+    },
+    Unlink {
+        path: PathBuf,
+    },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+        inode: u64,
+    },
 }
 
 impl SimDisk {
@@ -121,16 +143,23 @@ impl SimDisk {
             counts: SimCounts::default(),
             faults: Faults::default(),
         };
-        Self { state: Arc::new(Mutex::new(state)) }
+        Self {
+            state: Arc::new(Mutex::new(state)),
+        }
     }
 
-    /// A copy of this disk as it is now, what is not synced included, that goes its own way from here. No file of it is open and no
-    /// fault is set.
+    /// A copy of this disk as it is now, what is not synced included, that goes its own way from
+    /// here. No file of it is open and no fault is set.
     pub fn fork(&self) -> Self {
         let mut state = self.lock().clone();
         state.faults = Faults::default();
-        state.inodes.values_mut().for_each(|inode| inode.handles = 0);
-        Self { state: Arc::new(Mutex::new(state)) }
+        state
+            .inodes
+            .values_mut()
+            .for_each(|inode| inode.handles = 0);
+        Self {
+            state: Arc::new(Mutex::new(state)),
+        }
     }
 
     /// A power cut: drops or tears what was not synced, closes every file, and clears the faults.
@@ -148,7 +177,11 @@ impl SimDisk {
         let kept_first = state.random.random_range(0..=pending.len());
         let journal = state.random.random_bool(0.5);
         for (i, change) in pending.into_iter().enumerate() {
-            if if journal { i < kept_first } else { state.random.random_bool(0.5) } {
+            if if journal {
+                i < kept_first
+            } else {
+                state.random.random_bool(0.5)
+            } {
                 change.apply(&mut state.names_synced);
             }
         }
@@ -173,7 +206,8 @@ impl SimDisk {
         state.faults.unreadable.extend(state.names.files.get(path));
     }
 
-    /// Writes that would make all files together longer than this fail as on a full disk, having written what fits.
+    /// Writes that would make all files together longer than this fail as on a full disk, having
+    /// written what fits.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.lock().faults.capacity_bytes = bytes;
     }
@@ -183,13 +217,20 @@ impl SimDisk {
         self.lock().faults = Faults::default();
     }
 
-    /// Rots one bit, of what is read now and what is found after a crash. False if the file has no such byte.
+    /// Rots one bit, of what is read now and what is found after a crash. False if the file has no
+    /// such byte.
     pub fn flip_bit(&self, path: &Path, offset: u64, bit: u8) -> bool {
         let mut state = self.lock();
-        let Some(inode) = state.inode_of(path) else { return false };
+        let Some(inode) = state.inode_of(path) else {
+            return false;
+        };
         let at = offset as usize;
         let mask = 1u8 << (bit % 8);
-        let found = inode.current.get_mut(at).map(|byte| *byte ^= mask).is_some();
+        let found = inode
+            .current
+            .get_mut(at)
+            .map(|byte| *byte ^= mask)
+            .is_some();
         if let Some(byte) = inode.synced.get_mut(at) {
             *byte ^= mask;
         }
@@ -206,14 +247,26 @@ impl SimDisk {
 
     /// The contents of a file as they are read now.
     pub fn contents(&self, path: &Path) -> Option<Vec<u8>> {
-        self.lock().inode_of(path).map(|inode| inode.current.clone())
+        self.lock()
+            .inode_of(path)
+            .map(|inode| inode.current.clone())
     }
 
     /// Every file and its length, in path order.
     pub fn files(&self) -> Vec<(PathBuf, u64)> {
         let state = self.lock();
-        let len = |inode: &u64| state.inodes.get(inode).map_or(0, |inode| inode.current.len() as u64);
-        state.names.files.iter().map(|(path, inode)| (path.clone(), len(inode))).collect()
+        let len = |inode: &u64| {
+            state
+                .inodes
+                .get(inode)
+                .map_or(0, |inode| inode.current.len() as u64)
+        };
+        state
+            .names
+            .files
+            .iter()
+            .map(|(path, inode)| (path.clone(), len(inode)))
+            .collect()
     }
 
     pub fn counts(&self) -> SimCounts {
@@ -221,7 +274,9 @@ impl SimDisk {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no code panics while it holds the simulated disk")
+        self.state
+            .lock()
+            .expect("no code panics while it holds the simulated disk")
     }
 }
 
@@ -242,7 +297,10 @@ impl Disk for SimDisk {
                 let inode = state.inode_next;
                 state.inode_next += 1;
                 state.inodes.insert(inode, Inode::default());
-                state.change_name(NameChange::Link { path: path.to_owned(), inode });
+                state.change_name(NameChange::Link {
+                    path: path.to_owned(),
+                    inode,
+                });
                 inode
             }
         };
@@ -250,16 +308,27 @@ impl Disk for SimDisk {
             inode.handles += 1;
         }
         let power_cuts = state.power_cuts;
-        Ok(Box::new(SimFile { disk: self.clone(), inode, power_cuts }))
+        Ok(Box::new(SimFile {
+            disk: self.clone(),
+            inode,
+            power_cuts,
+        }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut state = self.lock();
         if from.parent() != to.parent() {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "the simulated disk renames within a directory only"));
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the simulated disk renames within a directory only",
+            ));
         }
         let inode = *state.names.files.get(from).ok_or(io::ErrorKind::NotFound)?;
-        state.change_name(NameChange::Rename { from: from.to_owned(), to: to.to_owned(), inode });
+        state.change_name(NameChange::Rename {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            inode,
+        });
         Ok(())
     }
 
@@ -268,7 +337,9 @@ impl Disk for SimDisk {
         if !state.names.files.contains_key(path) {
             return Err(io::Error::from(io::ErrorKind::NotFound));
         }
-        state.change_name(NameChange::Unlink { path: path.to_owned() });
+        state.change_name(NameChange::Unlink {
+            path: path.to_owned(),
+        });
         Ok(())
     }
 
@@ -278,7 +349,9 @@ impl Disk for SimDisk {
             return Ok(());
         }
         state.need_directory(path)?;
-        state.change_name(NameChange::Directory { path: path.to_owned() });
+        state.change_name(NameChange::Directory {
+            path: path.to_owned(),
+        });
         Ok(())
     }
 
@@ -305,15 +378,30 @@ impl Disk for SimDisk {
         if !state.names.directories.contains(path) {
             return Err(io::Error::from(io::ErrorKind::NotFound));
         }
-        let here = state.names.files.keys().filter(|file| file.parent() == Some(path));
-        Ok(here.filter_map(|file| file.file_name()?.to_str().map(str::to_owned)).collect())
+        let here = state
+            .names
+            .files
+            .keys()
+            .filter(|file| file.parent() == Some(path));
+        Ok(here
+            .filter_map(|file| file.file_name()?.to_str().map(str::to_owned))
+            .collect())
     }
 
     fn room(&self, _path: &Path) -> io::Result<DiskRoom> {
         let state = self.lock();
-        let Some(total_bytes) = state.faults.capacity_bytes else { return Ok(DiskRoom::ENDLESS) };
-        let used: u64 = state.inodes.values().map(|inode| inode.current.len() as u64).sum();
-        Ok(DiskRoom { free_bytes: total_bytes.saturating_sub(used), total_bytes })
+        let Some(total_bytes) = state.faults.capacity_bytes else {
+            return Ok(DiskRoom::ENDLESS);
+        };
+        let used: u64 = state
+            .inodes
+            .values()
+            .map(|inode| inode.current.len() as u64)
+            .sum();
+        Ok(DiskRoom {
+            free_bytes: total_bytes.saturating_sub(used),
+            total_bytes,
+        })
     }
 }
 
@@ -329,7 +417,9 @@ impl SimFile {
         if state.power_cuts == self.power_cuts {
             Ok(state)
         } else {
-            Err(io::Error::other("the power was cut since this file was opened"))
+            Err(io::Error::other(
+                "the power was cut since this file was opened",
+            ))
         }
     }
 }
@@ -369,7 +459,13 @@ impl DiskFile for SimFile {
         } else {
             state.room_for(self.inode, offset, bytes.len())?
         };
-        state.change(self.inode, Change::Write { offset, bytes: bytes[..fits].to_vec() });
+        state.change(
+            self.inode,
+            Change::Write {
+                offset,
+                bytes: bytes[..fits].to_vec(),
+            },
+        );
         result
     }
 
@@ -389,7 +485,9 @@ impl DiskFile for SimFile {
         let State { random, inodes, .. } = &mut *state;
         let inode = inodes.get_mut(&self.inode).ok_or(io::ErrorKind::NotFound)?;
         match &result {
-            Ok(()) => std::mem::take(&mut inode.pending).iter().for_each(|change| change.apply(&mut inode.synced)),
+            Ok(()) => std::mem::take(&mut inode.pending)
+                .iter()
+                .for_each(|change| change.apply(&mut inode.synced)),
             Err(_) => inode.tear(random),
         }
         result
@@ -407,7 +505,11 @@ impl State {
     }
 
     fn need_directory(&self, path: &Path) -> io::Result<()> {
-        if self.names.has_parent(path) { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) }
+        if self.names.has_parent(path) {
+            Ok(())
+        } else {
+            Err(io::Error::from(io::ErrorKind::NotFound))
+        }
     }
 
     fn change(&mut self, inode: u64, change: Change) {
@@ -424,31 +526,58 @@ impl State {
 
     fn count_sync(&mut self) -> io::Result<()> {
         self.counts.syncs += 1;
-        if count_down(&mut self.faults.syncs_left) { Err(error_io()) } else { Ok(()) }
+        if count_down(&mut self.faults.syncs_left) {
+            Err(error_io())
+        } else {
+            Ok(())
+        }
     }
 
     /// How many of `len` bytes fit on the disk at `offset` of a file, and what to answer.
-    fn room_for(&mut self, inode: u64, offset: u64, len: usize) -> io::Result<(usize, io::Result<()>)> {
-        let Some(capacity) = self.faults.capacity_bytes else { return Ok((len, Ok(()))) };
-        let used: u64 = self.inodes.values().map(|inode| inode.current.len() as u64).sum();
+    fn room_for(
+        &mut self,
+        inode: u64,
+        offset: u64,
+        len: usize,
+    ) -> io::Result<(usize, io::Result<()>)> {
+        let Some(capacity) = self.faults.capacity_bytes else {
+            return Ok((len, Ok(())));
+        };
+        let used: u64 = self
+            .inodes
+            .values()
+            .map(|inode| inode.current.len() as u64)
+            .sum();
         let file_len = self.inode(inode)?.current.len() as u64;
         let file_len_max = file_len + capacity.saturating_sub(used);
         let fits = file_len_max.saturating_sub(offset).min(len as u64) as usize;
-        let result = if fits < len { Err(io::Error::from(io::ErrorKind::StorageFull)) } else { Ok(()) };
+        let result = if fits < len {
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        } else {
+            Ok(())
+        };
         Ok((fits, result))
     }
 
-    /// Forgets the contents of files that are neither open nor found under a name, now or after a crash.
+    /// Forgets the contents of files that are neither open nor found under a name, now or after a
+    /// crash.
     fn drop_unnamed(&mut self) {
-        let mut named: BTreeSet<u64> = self.names.files.values().chain(self.names_synced.files.values()).copied().collect();
+        let mut named: BTreeSet<u64> = self
+            .names
+            .files
+            .values()
+            .chain(self.names_synced.files.values())
+            .copied()
+            .collect();
         named.extend(self.names_pending.iter().filter_map(NameChange::inode));
-        self.inodes.retain(|number, inode| inode.handles > 0 || named.contains(number));
+        self.inodes
+            .retain(|number, inode| inode.handles > 0 || named.contains(number));
     }
 }
 
 impl Inode {
-    /// Makes a part of what is pending durable, and forgets the rest: each sector is as it was at some moment since the last sync,
-    /// and so is the length.
+    /// Makes a part of what is pending durable, and forgets the rest: each sector is as it was at
+    /// some moment since the last sync, and so is the length.
     fn tear(&mut self, random: &mut StdRng) {
         let pending = std::mem::take(&mut self.pending);
         if pending.is_empty() {
@@ -457,7 +586,11 @@ impl Inode {
         let moments = pending.len();
         match random.random_range(0..4) {
             0 => return,
-            1 => return pending.iter().for_each(|change| change.apply(&mut self.synced)),
+            1 => {
+                return pending
+                    .iter()
+                    .for_each(|change| change.apply(&mut self.synced));
+            }
             _ => {}
         }
         let len_kept = random.random_range(0..=moments);
@@ -465,7 +598,9 @@ impl Inode {
         let mut len = self.synced.len() as u64;
         for (i, change) in pending.iter().enumerate() {
             change.apply_by_sector(&mut self.synced, |sector| {
-                i < *kept.entry(sector).or_insert_with(|| random.random_range(0..=moments))
+                i < *kept
+                    .entry(sector)
+                    .or_insert_with(|| random.random_range(0..=moments))
             });
             if i < len_kept {
                 len = change.len_after(len);
@@ -481,7 +616,8 @@ impl Change {
         contents.resize(self.len_after(contents.len() as u64) as usize, 0);
     }
 
-    /// Applies the change to the sectors that `keep` names, and leaves the length too long rather than too short.
+    /// Applies the change to the sectors that `keep` names, and leaves the length too long rather
+    /// than too short.
     fn apply_by_sector(&self, contents: &mut Vec<u8>, mut keep: impl FnMut(u64) -> bool) {
         match self {
             Change::Write { offset, bytes } => {
@@ -535,7 +671,10 @@ impl NameChange {
     }
 
     fn apply(&self, names: &mut Names) {
-        let Names { files: names, directories } = names;
+        let Names {
+            files: names,
+            directories,
+        } = names;
         match self {
             NameChange::Directory { path } => {
                 directories.insert(path.clone());
@@ -600,8 +739,17 @@ mod tests {
             disk.crash();
             let found = disk.contents(path).expect("the name was synced");
             assert_eq!(found[..1024], [1; 1024], "seed {seed}");
-            tails.insert(found[1024..].iter().step_by(512).copied().collect::<Vec<u8>>());
-            assert!(file.read_at(&mut [0], 0).is_err(), "a file open before the crash still serves");
+            tails.insert(
+                found[1024..]
+                    .iter()
+                    .step_by(512)
+                    .copied()
+                    .collect::<Vec<u8>>(),
+            );
+            assert!(
+                file.read_at(&mut [0], 0).is_err(),
+                "a file open before the crash still serves"
+            );
         }
         assert!(tails.len() >= 4, "tails: {tails:?}");
     }
@@ -612,7 +760,10 @@ mod tests {
         let mut found = BTreeSet::new();
         for seed in 0..64 {
             let disk = disk(seed);
-            disk.open(old, Open::New).expect("a new file").sync().expect("a sync");
+            disk.open(old, Open::New)
+                .expect("a new file")
+                .sync()
+                .expect("a sync");
             disk.sync_dir(Path::new("/d")).expect("a sync");
             disk.rename(old, new).expect("a rename");
             disk.crash();
@@ -632,8 +783,13 @@ mod tests {
         let (outer, inner) = (Path::new("/d/outer"), Path::new("/d/outer/inner"));
         let file = inner.join("file");
         let fill = |disk: &SimDisk| {
-            disk.create_dir(outer).and_then(|()| disk.create_dir(inner)).expect("directories");
-            disk.open(&file, Open::New).expect("a new file").sync().expect("a sync");
+            disk.create_dir(outer)
+                .and_then(|()| disk.create_dir(inner))
+                .expect("directories");
+            disk.open(&file, Open::New)
+                .expect("a new file")
+                .sync()
+                .expect("a sync");
             disk.sync_dir(inner).expect("a sync");
         };
         let mut found = BTreeSet::new();
@@ -642,16 +798,24 @@ mod tests {
             fill(&disk);
             disk.crash();
             let is_file = disk.contents(&file).is_some();
-            assert!(!is_file || disk.list(inner).is_ok(), "a file in no directory");
+            assert!(
+                !is_file || disk.list(inner).is_ok(),
+                "a file in no directory"
+            );
             found.insert((disk.list(outer).is_ok(), disk.list(inner).is_ok(), is_file));
         }
         assert_eq!(found.len(), 3, "{found:?}");
         let disk = disk(0);
         fill(&disk);
-        ensure_dir(&disk, outer).and_then(|()| ensure_dir(&disk, inner)).expect("durable");
+        ensure_dir(&disk, outer)
+            .and_then(|()| ensure_dir(&disk, inner))
+            .expect("durable");
         disk.crash();
         assert!(disk.contents(&file).is_some());
-        assert!(disk.create_dir(Path::new("/e/f")).is_err(), "a directory in none");
+        assert!(
+            disk.create_dir(Path::new("/e/f")).is_err(),
+            "a directory in none"
+        );
     }
 
     #[test]
@@ -676,11 +840,14 @@ mod tests {
     #[test]
     fn a_full_disk_takes_what_fits() {
         let disk = disk(0);
-        let file = disk.open(Path::new("/d/file"), Open::New).expect("a new file");
+        let file = disk
+            .open(Path::new("/d/file"), Open::New)
+            .expect("a new file");
         disk.set_capacity(Some(10));
         let error = file.write_at(&[1; 16], 0).expect_err("a full disk");
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert_eq!(file.len().expect("a length"), 10);
-        file.write_at(&[2; 10], 0).expect("what is there can be written over");
+        file.write_at(&[2; 10], 0)
+            .expect("what is there can be written over");
     }
 }

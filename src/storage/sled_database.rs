@@ -1,6 +1,8 @@
-//! [`Database`]: one sled database and its directory: how it is opened, trusted, set aside and removed.
+//! [`Database`]: one sled database and its directory: how it is opened, trusted, set aside and
+//! removed.
 //!
-//! Which trees are in which database is the business of `sled_tree`, which also says what is known about sled.
+//! Which trees are in which database is the business of `sled_tree`, which also says what is known
+//! about sled.
 
 use std::any::Any;
 use std::fs::File;
@@ -20,8 +22,9 @@ use crate::types::ClusterId;
 /// The file in the database's directory that has the next start move it aside.
 const CONDEMNED: &str = "CONDEMNED";
 
-/// The file in the directory of a database that was begun beside another: the cluster whose maps are in it. Programs that know
-/// of one database pass over it, and may have served another cluster meanwhile, in which the ids of replicas begin anew.
+/// The file in the directory of a database that was begun beside another: the cluster whose maps
+/// are in it. Programs that know of one database pass over it, and may have served another cluster
+/// meanwhile, in which the ids of replicas begin anew.
 const OWNER: &str = "owner";
 const OWNER_FORMAT: u64 = 1;
 
@@ -35,7 +38,8 @@ const SLED_FILE: &str = "db";
 #[derive(Debug, Clone)]
 pub struct SledOptions {
     pub cache_bytes: u64,
-    /// How long opening, or one step of a walk, may take; opening has a second more for every 16 MiB of files.
+    /// How long opening, or one step of a walk, may take; opening has a second more for every 16
+    /// MiB of files.
     pub patience: Duration,
     /// Whose maps are in it.
     pub cluster: ClusterId,
@@ -43,7 +47,11 @@ pub struct SledOptions {
 
 impl Default for SledOptions {
     fn default() -> Self {
-        Self { cache_bytes: 64 << 20, patience: Duration::from_secs(60), cluster: ClusterId(0) }
+        Self {
+            cache_bytes: 64 << 20,
+            patience: Duration::from_secs(60),
+            cluster: ClusterId(0),
+        }
     }
 }
 
@@ -52,9 +60,11 @@ impl Default for SledOptions {
 pub enum SledError {
     #[error("the map database {path} cannot be used: {source}")]
     Io { path: PathBuf, source: io::Error },
-    /// A thread of this process still hangs in the damaged files, which are out of the way now: start the process again.
+    /// A thread of this process still hangs in the damaged files, which are out of the way now:
+    /// start the process again.
     #[error(
-        "the map database did not open in time and was moved to {moved_to}, or removed for want of room; the process must be started again"
+        "the map database did not open in time and was moved to {moved_to}, or removed for want of \
+        room; the process must be started again"
     )]
     Hangs { moved_to: PathBuf },
     #[error("a fresh map database {path} does not open: {reason}")]
@@ -63,7 +73,9 @@ pub enum SledError {
 
 /// Returns whether the next start will set the databases at `path` aside.
 pub fn is_condemned(path: &Path) -> bool {
-    numbered(path).iter().any(|(_, path)| path.join(CONDEMNED).exists())
+    numbered(path)
+        .iter()
+        .any(|(_, path)| path.join(CONDEMNED).exists())
 }
 
 /// Returns whether there is a database at `path`.
@@ -82,7 +94,12 @@ pub(super) struct Database {
 
 impl Database {
     /// Opens the database `number` of those at `base`, or sets it aside where that fails.
-    pub fn open(base: &Path, number: u64, options: &SledOptions, open: Opener) -> Result<Option<Self>, SledError> {
+    pub fn open(
+        base: &Path,
+        number: u64,
+        options: &SledOptions,
+        open: Opener,
+    ) -> Result<Option<Self>, SledError> {
         let path = &path_of(base, number);
         let condemned = std::fs::read_to_string(path.join(CONDEMNED)).ok();
         let failure = match condemned {
@@ -96,17 +113,35 @@ impl Database {
         let (reason, hangs) = match failure {
             Attempt::Opened(db) => return Ok(Some(Self::new(db, number, path))),
             Attempt::Failed(reason) => (reason, false),
-            Attempt::Refused(source) => return Err(SledError::Io { path: path.to_owned(), source }),
+            Attempt::Refused(source) => {
+                return Err(SledError::Io {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
             Attempt::Hangs => ("it did not open in time".to_owned(), true),
         };
-        let moved_to = move_aside(path, base).map_err(|source| SledError::Io { path: path.to_owned(), source })?;
-        tracing::warn!(path = %path.display(), moved_to = %moved_to.display(), %reason, "the map database was moved aside: all trees are rebuilt");
-        if hangs { Err(SledError::Hangs { moved_to }) } else { Ok(None) }
+        let moved_to = move_aside(path, base).map_err(|source| SledError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        tracing::warn!(path = %path.display(), moved_to = %moved_to.display(), %reason, "the map \
+            database was moved aside: all trees are rebuilt");
+        if hangs {
+            Err(SledError::Hangs { moved_to })
+        } else {
+            Ok(None)
+        }
     }
 
-    /// Begins the database `number` of those at `base`, where there is none. A failure leaves nothing, unless a thread of sled still
-    /// hangs in it.
-    pub fn create(base: &Path, number: u64, options: &SledOptions, open: Opener) -> Result<Self, SledError> {
+    /// Begins the database `number` of those at `base`, where there is none. A failure leaves
+    /// nothing, unless a thread of sled still hangs in it.
+    pub fn create(
+        base: &Path,
+        number: u64,
+        options: &SledOptions,
+        open: Opener,
+    ) -> Result<Self, SledError> {
         let path = &path_of(base, number);
         let attempted = match begin_directory(path, number, options.cluster) {
             Ok(()) => attempt(path, options, open),
@@ -114,14 +149,27 @@ impl Database {
         };
         let error = match attempted {
             Attempt::Opened(db) => return Ok(Self::new(db, number, path)),
-            Attempt::Failed(reason) => SledError::Fresh { path: path.to_owned(), reason },
-            Attempt::Refused(source) => SledError::Io { path: path.to_owned(), source },
-            Attempt::Hangs => return Err(SledError::Fresh { path: path.to_owned(), reason: "it hangs".into() }),
+            Attempt::Failed(reason) => SledError::Fresh {
+                path: path.to_owned(),
+                reason,
+            },
+            Attempt::Refused(source) => SledError::Io {
+                path: path.to_owned(),
+                source,
+            },
+            Attempt::Hangs => {
+                return Err(SledError::Fresh {
+                    path: path.to_owned(),
+                    reason: "it hangs".into(),
+                });
+            }
         };
-        // sled makes directories before it finds that it cannot go on, and the next attempt takes another number.
+        // sled makes directories before it finds that it cannot go on, and the next attempt takes
+        // another number.
         match std::fs::remove_dir_all(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "what was begun of a map database stays");
+                tracing::warn!(path = %path.display(), %error, "what was begun of a map database \
+                    stays");
             }
             Ok(()) | Err(_) => {}
         }
@@ -130,14 +178,27 @@ impl Database {
 
     fn new(db: sled::Db, number: u64, path: &Path) -> Self {
         begin_io_threads(&db);
-        let trust = Trust { db: db.clone(), lost: Arc::default() };
-        Self { db, path: path.to_owned(), number, trust }
+        let trust = Trust {
+            db: db.clone(),
+            lost: Arc::default(),
+        };
+        Self {
+            db,
+            path: path.to_owned(),
+            number,
+            trust,
+        }
     }
 
     /// Names of its trees, sorted.
     pub fn names(&self) -> Result<Vec<String>, StoreError> {
-        let names = self.trust.read("listing the trees", || Ok(self.db.tree_names()))?;
-        let mut names: Vec<String> = names.iter().filter_map(|name| String::from_utf8(name.to_vec()).ok()).collect();
+        let names = self
+            .trust
+            .read("listing the trees", || Ok(self.db.tree_names()))?;
+        let mut names: Vec<String> = names
+            .iter()
+            .filter_map(|name| String::from_utf8(name.to_vec()).ok())
+            .collect();
         names.retain(|name| name != DEFAULT_TREE);
         names.sort();
         Ok(names)
@@ -150,7 +211,10 @@ impl Database {
     /// Makes all that was written survive a power cut.
     pub fn sync(&self) -> Result<(), StoreError> {
         self.trust.write("flushing the trees", || self.db.flush())?;
-        let io_error = |source| StoreError::Io { context: format!("syncing {}", self.path.display()), source };
+        let io_error = |source| StoreError::Io {
+            context: format!("syncing {}", self.path.display()),
+            source,
+        };
         for file in files_below(&self.path) {
             let opened = patiently("sync the maps", || File::open(&file));
             match opened.and_then(|file| file.sync_all()) {
@@ -160,19 +224,23 @@ impl Database {
             }
         }
         let opened = patiently("sync the maps", || File::open(&self.path));
-        opened.and_then(|directory| directory.sync_all()).map_err(io_error)
+        opened
+            .and_then(|directory| directory.sync_all())
+            .map_err(io_error)
     }
 
     /// Has the next start set it aside.
     pub fn condemn(&self, reason: &str) {
         let path = self.path.join(CONDEMNED);
-        tracing::error!(path = %self.path.display(), %reason, "the map database is given up: the next start begins a fresh one");
+        tracing::error!(path = %self.path.display(), %reason, "the map database is given up: the \
+            next start begins a fresh one");
         let written = File::create(&path).and_then(|mut file| {
             io::Write::write_all(&mut file, reason.as_bytes())?;
             file.sync_all()
         });
         if let Err(error) = written {
-            tracing::error!(path = %path.display(), %error, "cannot mark the map database: remove its directory by hand");
+            tracing::error!(path = %path.display(), %error, "cannot mark the map database: remove \
+                its directory by hand");
         }
     }
 
@@ -180,17 +248,27 @@ impl Database {
         bytes_below(&self.path)
     }
 
-    /// Removes its directory: nobody needs a tree of it any more. What is left of it after a crash is found by the next start.
+    /// Removes its directory: nobody needs a tree of it any more. What is left of it after a crash
+    /// is found by the next start.
     pub fn remove(self: Arc<Self>) -> io::Result<()> {
-        // Closing it syncs its file, which would hold up the syncs of the log for as long as the file is large.
-        let _ = File::options().write(true).open(self.path.join(SLED_FILE)).and_then(|file| file.set_len(0));
+        // Closing it syncs its file, which would hold up the syncs of the log for as long as the
+        // file is large.
+        let _ = File::options()
+            .write(true)
+            .open(self.path.join(SLED_FILE))
+            .and_then(|file| file.set_len(0));
         std::fs::remove_dir_all(&self.path)
     }
 }
 
-/// The directories of databases at `path`, by their numbers: it is the first itself, the others are `<path>.<number>`.
+/// The directories of databases at `path`, by their numbers: it is the first itself, the others are
+/// `<path>.<number>`.
 pub(super) fn numbered(path: &Path) -> Vec<(u64, PathBuf)> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let number_of = |found: &str| match found.strip_prefix(&name)? {
         "" => Some(0),
         rest => {
@@ -198,10 +276,17 @@ pub(super) fn numbered(path: &Path) -> Vec<(u64, PathBuf)> {
             (path_of(path, number).file_name()?.to_str() == Some(found)).then_some(number)
         }
     };
-    let entries = path.parent().map(std::fs::read_dir).into_iter().flatten().flatten().flatten();
+    let entries = path
+        .parent()
+        .map(std::fs::read_dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .flatten();
     let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    let mut numbered: Vec<(u64, PathBuf)> =
-        directories.filter_map(|entry| Some((number_of(entry.file_name().to_str()?)?, entry.path()))).collect();
+    let mut numbered: Vec<(u64, PathBuf)> = directories
+        .filter_map(|entry| Some((number_of(entry.file_name().to_str()?)?, entry.path())))
+        .collect();
     numbered.sort();
     numbered
 }
@@ -223,14 +308,19 @@ fn foreign(path: &Path, number: u64, cluster: ClusterId) -> io::Result<Option<St
     }
     match sealed::read::<ClusterId>(&RealDisk, &path.join(OWNER), OWNER_FORMAT) {
         Ok(Some(owner)) if owner == cluster => Ok(None),
-        Ok(Some(owner)) => Ok(Some(format!("it was begun for cluster {owner}, and this is {cluster}"))),
+        Ok(Some(owner)) => Ok(Some(format!(
+            "it was begun for cluster {owner}, and this is {cluster}"
+        ))),
         Ok(None) => Ok(Some("it does not say of which cluster it is".to_owned())),
         Err(SealedError::Io { source, .. }) => Err(source),
-        Err(error @ (SealedError::Damaged { .. } | SealedError::Newer { .. })) => Ok(Some(error.to_string())),
+        Err(error @ (SealedError::Damaged { .. } | SealedError::Newer { .. })) => {
+            Ok(Some(error.to_string()))
+        }
     }
 }
 
-/// Makes the directory of a database beside another, and says whose it is before there is anything in it.
+/// Makes the directory of a database beside another, and says whose it is before there is anything
+/// in it.
 fn begin_directory(path: &Path, number: u64, cluster: ClusterId) -> io::Result<()> {
     if number == 0 {
         return Ok(());
@@ -248,8 +338,13 @@ pub(super) struct Trust {
 }
 
 impl Trust {
-    /// Reads. That there is no descriptor to open a file by says nothing of the disk, and a read leaves nothing half done.
-    pub fn read<T>(&self, doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
+    /// Reads. That there is no descriptor to open a file by says nothing of the disk, and a read
+    /// leaves nothing half done.
+    pub fn read<T>(
+        &self,
+        doing: &str,
+        call: impl FnOnce() -> sled::Result<T>,
+    ) -> Result<T, StoreError> {
         let noting = || {
             call().inspect_err(|error| {
                 if !lacks_descriptors(error) {
@@ -280,12 +375,19 @@ impl Trust {
         }
     }
 
-    pub fn write<T>(&self, doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
+    pub fn write<T>(
+        &self,
+        doing: &str,
+        call: impl FnOnce() -> sled::Result<T>,
+    ) -> Result<T, StoreError> {
         match self.lost.get() {
             Some((kind, error)) => {
                 let reason = format!("the database is not written to any more, since {error}");
                 let source = io::Error::new(*kind, reason);
-                Err(StoreError::Io { context: doing.to_owned(), source })
+                Err(StoreError::Io {
+                    context: doing.to_owned(),
+                    source,
+                })
             }
             None => guarded(doing, || call().inspect_err(|error| self.note(error))),
         }
@@ -308,12 +410,19 @@ enum Attempt {
 pub(super) type Opener = fn(&Path, u64) -> sled::Result<sled::Db>;
 
 pub(super) fn open_database(path: &Path, cache_bytes: u64) -> sled::Result<sled::Db> {
-    let config = sled::Config::new().path(path).cache_capacity(cache_bytes).mode(sled::Mode::HighThroughput);
-    config.flush_every_ms(None).print_profile_on_drop(false).open()
+    let config = sled::Config::new()
+        .path(path)
+        .cache_capacity(cache_bytes)
+        .mode(sled::Mode::HighThroughput);
+    config
+        .flush_every_ms(None)
+        .print_profile_on_drop(false)
+        .open()
 }
 
-/// sled starts its threads when it first writes, and they stay. They are to have the priority of this thread, and not that of one which steps
-/// back: everybody waits for them. What fails here fails at the next write too.
+/// sled starts its threads when it first writes, and they stay. They are to have the priority of
+/// this thread, and not that of one which steps back: everybody waits for them. What fails here
+/// fails at the next write too.
 fn begin_io_threads(db: &sled::Db) {
     if let Err(error) = db.insert("opened", "").and_then(|_| db.flush()) {
         tracing::warn!(%error, "the map database was not written to after it was opened");
@@ -330,7 +439,10 @@ fn attempt(path: &Path, options: &SledOptions, open: Opener) -> Attempt {
         let _ = sender.send(opened);
     };
     let limit = options.patience + Duration::from_secs(bytes_below(path) >> 24);
-    if let Err(error) = std::thread::Builder::new().name("open-trees".into()).spawn(run) {
+    if let Err(error) = std::thread::Builder::new()
+        .name("open-trees".into())
+        .spawn(run)
+    {
         return Attempt::Failed(format!("no thread to open it in: {error}"));
     }
     match receiver.recv_timeout(limit) {
@@ -343,11 +455,16 @@ fn attempt(path: &Path, options: &SledOptions, open: Opener) -> Attempt {
     }
 }
 
-/// Whether an error says something of the files, and not of the system around them or of another handle that still has them.
+/// Whether an error says something of the files, and not of the system around them or of another
+/// handle that still has them.
 fn is_of_the_files(error: &io::Error) -> bool {
-    use io::ErrorKind::{OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    let around = matches!(error.kind(), OutOfMemory | PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
-        || descriptors::are_exhausted(error);
+    use io::ErrorKind::{
+        OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull,
+    };
+    let around = matches!(
+        error.kind(),
+        OutOfMemory | PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull
+    ) || descriptors::are_exhausted(error);
     // sled gives the error of its lock a text and no kind.
     !around && !error.to_string().contains("acquire lock")
 }
@@ -365,18 +482,20 @@ fn aside_of(base: &Path) -> PathBuf {
     base.with_file_name(name)
 }
 
-/// What must be free on the disk beside room for the maps that are rebuilt, for a damaged database to
-/// be kept: the log goes on, and sled writes values several times.
+/// What must be free on the disk beside room for the maps that are rebuilt, for a damaged database
+/// to be kept: the log goes on, and sled writes values several times.
 const ROOM_BESIDE_DAMAGED_BYTES: u64 = 64 << 20;
 
 /// Returns whether a database of so many bytes that did not open may be kept for people to look at,
 /// with so many bytes free. Maps of about its size will be rebuilt beside it.
 fn has_room_for_damaged(free: u64, bytes: u64) -> bool {
-    free >= bytes.saturating_mul(2).saturating_add(ROOM_BESIDE_DAMAGED_BYTES)
+    free >= bytes
+        .saturating_mul(2)
+        .saturating_add(ROOM_BESIDE_DAMAGED_BYTES)
 }
 
-/// Has the directory out of the way: moved into the place of an earlier one, so that one is kept of the
-/// same base at most, or removed where there is no room for it.
+/// Has the directory out of the way: moved into the place of an earlier one, so that one is kept of
+/// the same base at most, or removed where there is no room for it.
 fn move_aside(path: &Path, base: &Path) -> io::Result<PathBuf> {
     let aside = aside_of(base);
     remove_if_there(&aside)?;
@@ -391,7 +510,8 @@ fn move_aside(path: &Path, base: &Path) -> io::Result<PathBuf> {
     Ok(aside)
 }
 
-/// Removes the database that an earlier start set aside, where the disk has no room for it any more.
+/// Removes the database that an earlier start set aside, where the disk has no room for it any
+/// more.
 pub(super) fn trim_damaged(base: &Path) {
     let aside = aside_of(base);
     let has_room = || free_bytes(base).is_ok_and(|free| has_room_for_damaged(free, 0));
@@ -405,7 +525,8 @@ pub(super) fn trim_damaged(base: &Path) {
 
 fn give_up_damaged(aside: &Path) -> io::Result<()> {
     remove_if_there(aside)?;
-    tracing::warn!(path = %aside.display(), "a damaged map database is not kept: the disk has no room for it");
+    tracing::warn!(path = %aside.display(), "a damaged map database is not kept: the disk has no \
+        room for it");
     Ok(())
 }
 
@@ -418,21 +539,33 @@ fn remove_if_there(directory: &Path) -> io::Result<()> {
 
 /// Returns what is left on the disk of a file or directory, or of the one that it will be in.
 pub(super) fn free_bytes(path: &Path) -> io::Result<u64> {
-    let found = if path.exists() { path } else { path.parent().unwrap_or(path) };
+    let found = if path.exists() {
+        path
+    } else {
+        path.parent().unwrap_or(path)
+    };
     let disk = rustix::fs::statvfs(found)?;
     Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 /// Bytes of the files in and below a directory, as far as they can be seen.
 fn bytes_below(path: &Path) -> u64 {
-    files_below(path).iter().filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+    files_below(path)
+        .iter()
+        .filter_map(|file| file.metadata().ok())
+        .map(|metadata| metadata.len())
+        .sum()
 }
 
 /// The files in and below a directory.
 fn files_below(path: &Path) -> Vec<PathBuf> {
     let (mut files, mut directories) = (Vec::new(), vec![path.to_owned()]);
     while let Some(directory) = directories.pop() {
-        for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(&directory)
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             match entry.file_type() {
                 Ok(kind) if kind.is_dir() => directories.push(entry.path()),
                 Ok(_) => files.push(entry.path()),
@@ -443,8 +576,8 @@ fn files_below(path: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Calls sled; its errors and its panics become ours. The database may be left in any state by a panic: the callers stop using what
-/// failed, and what is on disk is checked at the next start.
+/// Calls sled; its errors and its panics become ours. The database may be left in any state by a
+/// panic: the callers stop using what failed, and what is on disk is checked at the next start.
 fn guarded<T>(doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
     let source = match std::panic::catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(value)) => return Ok(value),
@@ -452,12 +585,16 @@ fn guarded<T>(doing: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
         Ok(Err(error)) => io::Error::new(io::ErrorKind::InvalidData, error),
         Err(panic) => io::Error::other(format!("sled panicked: {}", panic_text(&*panic))),
     };
-    Err(StoreError::Io { context: doing.to_owned(), source })
+    Err(StoreError::Io {
+        context: doing.to_owned(),
+        source,
+    })
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "for a reason that is no text".into())
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "for a reason that is no text".into())
 }
 
 #[cfg(test)]

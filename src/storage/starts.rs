@@ -1,7 +1,9 @@
-//! [`StartBook`]: the starts of this node that its directory remembers, and the last start of each peer that it has heard of.
+//! [`StartBook`]: the starts of this node that its directory remembers, and the last start of each
+//! peer that it has heard of.
 //!
-//! Two [`sealed`] files beside the stamp, which programs of the first release pass over. What is remembered of peers is
-//! durable before a frame of theirs is looked at, so that no end of this process makes it forget.
+//! Two [`sealed`] files beside the stamp, which programs of the first release pass over. What is
+//! remembered of peers is durable before a frame of theirs is looked at, so that no end of this
+//! process makes it forget.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,7 +20,8 @@ use crate::types::{DirectoryId, StartId};
 pub const STARTS: &str = "starts";
 const PEERS: &str = "peers";
 const FORMAT: u64 = 1;
-/// Directories that are remembered. Far more than a cluster has nodes: what comes later is taken, and not remembered.
+/// Directories that are remembered. Far more than a cluster has nodes: what comes later is taken,
+/// and not remembered.
 const PEERS_MAX: usize = 4096;
 
 /// What is known of starts.
@@ -27,8 +30,8 @@ pub struct StartBook {
     path: PathBuf,
     own: Starts,
     known: Mutex<Known>,
-    /// Held while the file is replaced, which takes as long as the disk does. Who only judges does not wait for it:
-    /// that happens on threads which carry heartbeats.
+    /// Held while the file is replaced, which takes as long as the disk does. Who only judges does
+    /// not wait for it: that happens on threads which carry heartbeats.
     writing: Mutex<()>,
 }
 
@@ -48,12 +51,14 @@ struct PeersFile {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lacking {
     pub start: Start,
-    /// It is no copy that lacks it: its process was started again, and this is what it said before, read late.
+    /// It is no copy that lacks it: its process was started again, and this is what it said before,
+    /// read late.
     pub is_late: bool,
 }
 
 impl StartBook {
-    /// Opens the book of the data directory at `path` and begins another start of its node. Durable when it returns. Blocking.
+    /// Opens the book of the data directory at `path` and begins another start of its node. Durable
+    /// when it returns. Blocking.
     ///
     /// # Errors
     ///
@@ -63,8 +68,17 @@ impl StartBook {
         let known: PeersFile = sealed::read(&*disk, &path.join(PEERS), FORMAT)?.unwrap_or_default();
         let own = before.map_or_else(|| Starts::first(id), |before| before.followed_by(id));
         sealed::write(&*disk, path, STARTS, FORMAT, &own)?;
-        let known = Mutex::new(Known { starts: known.known, told: BTreeMap::new() });
-        Ok(Self { disk, path: path.to_owned(), own, known, writing: Mutex::new(()) })
+        let known = Mutex::new(Known {
+            starts: known.known,
+            told: BTreeMap::new(),
+        });
+        Ok(Self {
+            disk,
+            path: path.to_owned(),
+            own,
+            known,
+            writing: Mutex::new(()),
+        })
     }
 
     pub fn own(&self) -> &Starts {
@@ -90,12 +104,17 @@ impl StartBook {
         self.lock().judge(directory, starts)
     }
 
-    /// Remembers the running start of a directory, unless that lacks what was heard of it before. Durable when it returns. Blocking.
+    /// Remembers the running start of a directory, unless that lacks what was heard of it before.
+    /// Durable when it returns. Blocking.
     ///
     /// # Errors
     ///
     /// When it can't be written; the inner error, when the directory is refused.
-    pub fn learn(&self, directory: DirectoryId, starts: &Starts) -> Result<Result<(), Lacking>, SealedError> {
+    pub fn learn(
+        &self,
+        directory: DirectoryId,
+        starts: &Starts,
+    ) -> Result<Result<(), Lacking>, SealedError> {
         let _writing = self.writing.lock().expect("no holder panics");
         if let Err(lacking) = self.judge(directory, starts) {
             return Ok(Err(lacking));
@@ -109,7 +128,8 @@ impl StartBook {
         Ok(Ok(()))
     }
 
-    /// Remembers a start that the directory must have been through to be taken. Durable when it returns. Blocking.
+    /// Remembers a start that the directory must have been through to be taken. Durable when it
+    /// returns. Blocking.
     ///
     /// # Errors
     ///
@@ -147,8 +167,14 @@ impl Known {
     fn judge(&self, directory: DirectoryId, starts: &Starts) -> Result<(), Lacking> {
         match self.starts.get(&directory) {
             Some(start) if !starts.may_include(*start) => {
-                let is_late = self.told.get(&directory).is_some_and(|told| told.has(starts.running()));
-                Err(Lacking { start: *start, is_late })
+                let is_late = self
+                    .told
+                    .get(&directory)
+                    .is_some_and(|told| told.has(starts.running()));
+                Err(Lacking {
+                    start: *start,
+                    is_late,
+                })
             }
             Some(_) | None => Ok(()),
         }
@@ -165,12 +191,16 @@ mod tests {
         let path = Path::new("/data");
         // As whoever opens a data directory does: synced, and never created anew.
         if disk.list(path).is_err() {
-            ensure_dir(disk, path).map_err(|source| SealedError::Io { path: path.to_owned(), source })?;
+            ensure_dir(disk, path).map_err(|source| SealedError::Io {
+                path: path.to_owned(),
+                source,
+            })?;
         }
         StartBook::open(Arc::new(disk.clone()), path, StartId(id))
     }
 
-    /// Whatever a power cut leaves: no start that may have been told of is ever missing, and nothing is forgotten of peers.
+    /// Whatever a power cut leaves: no start that may have been told of is ever missing, and
+    /// nothing is forgotten of peers.
     #[test]
     fn a_power_cut_loses_no_start_that_was_told_of_and_none_that_was_heard_of() {
         for seed in 0..200 {
@@ -180,20 +210,31 @@ mod tests {
             for id in 1..20 {
                 disk.fail_sync_after((seed + id * 3) % 11);
                 if let Ok(book) = open(&disk, id) {
-                    assert!(told.iter().all(|told| book.own().may_include(*told)), "seed {seed}: a start is missing");
+                    assert!(
+                        told.iter().all(|told| book.own().may_include(*told)),
+                        "seed {seed}: a start is missing"
+                    );
                     told.push(book.own().running());
                     if let Some(heard) = heard {
-                        assert_eq!(book.lock().starts.get(&DirectoryId(5)), Some(&heard), "seed {seed}");
+                        assert_eq!(
+                            book.lock().starts.get(&DirectoryId(5)),
+                            Some(&heard),
+                            "seed {seed}"
+                        );
                     }
                     let next = peer.followed_by(StartId(1000 + id));
-                    if book.learn(DirectoryId(5), &next).is_ok_and(|learned| learned.is_ok()) {
+                    if book
+                        .learn(DirectoryId(5), &next)
+                        .is_ok_and(|learned| learned.is_ok())
+                    {
                         (heard, peer) = (Some(next.running()), next);
                     } else {
                         // It may be there or not; the peer goes on with the same start.
                         disk.crash();
                         let known = open(&disk, id + 100).ok();
                         told.extend(known.as_ref().map(|book| book.own().running()));
-                        let known = known.and_then(|book| book.lock().starts.get(&DirectoryId(5)).copied());
+                        let known =
+                            known.and_then(|book| book.lock().starts.get(&DirectoryId(5)).copied());
                         if known == Some(next.running()) {
                             (heard, peer) = (known, next);
                         }
@@ -210,17 +251,30 @@ mod tests {
         let disk = SimDisk::new(1);
         let book = open(&disk, 1).expect("opened");
         let starts = Starts::first(StartId(1));
-        book.learn(DirectoryId(u128::MAX), &starts).expect("written").expect("taken");
+        book.learn(DirectoryId(u128::MAX), &starts)
+            .expect("written")
+            .expect("taken");
         {
             let mut known = book.lock();
-            known.starts.extend((1..PEERS_MAX as u128).map(|id| (DirectoryId(id), starts.running())));
+            known
+                .starts
+                .extend((1..PEERS_MAX as u128).map(|id| (DirectoryId(id), starts.running())));
         }
-        assert_eq!(book.learn(DirectoryId(1 << 100), &starts).expect("nothing is written"), Ok(()));
+        assert_eq!(
+            book.learn(DirectoryId(1 << 100), &starts)
+                .expect("nothing is written"),
+            Ok(())
+        );
         assert_eq!(
             book.judge(DirectoryId(u128::MAX), &Starts::first(StartId(2))),
-            Err(Lacking { start: starts.running(), is_late: false })
+            Err(Lacking {
+                start: starts.running(),
+                is_late: false
+            })
         );
-        book.learn(DirectoryId(5), &starts.followed_by(StartId(3))).expect("written").expect("taken");
+        book.learn(DirectoryId(5), &starts.followed_by(StartId(3)))
+            .expect("written")
+            .expect("taken");
         assert!(book.is_known(DirectoryId(5), &starts.followed_by(StartId(3))));
     }
 
@@ -236,11 +290,20 @@ mod tests {
         drop(book);
         let book = open(&disk, 2).expect("opened again");
         for starts in [&old, &fork, &fork.followed_by(StartId(4))] {
-            let lacking = Lacking { start: later.running(), is_late: false };
+            let lacking = Lacking {
+                start: later.running(),
+                is_late: false,
+            };
             assert_eq!(book.judge(directory, starts), Err(lacking));
-            assert_eq!(book.learn(directory, starts).expect("nothing is written"), Err(lacking));
+            assert_eq!(
+                book.learn(directory, starts).expect("nothing is written"),
+                Err(lacking)
+            );
         }
-        assert_eq!(book.judge(directory, &later.followed_by(StartId(5))), Ok(()));
+        assert_eq!(
+            book.judge(directory, &later.followed_by(StartId(5))),
+            Ok(())
+        );
         assert!(book.is_known(directory, &later) && !book.is_known(DirectoryId(6), &later));
     }
 
@@ -250,8 +313,14 @@ mod tests {
         let book = open(&SimDisk::new(1), 1).expect("opened");
         let old = Starts::first(StartId(1)).followed_by(StartId(2));
         let (again, fork) = (old.followed_by(StartId(3)), old.followed_by(StartId(4)));
-        book.learn(DirectoryId(5), &again).expect("written").expect("taken");
-        let late = |starts: &Starts| book.judge(DirectoryId(5), starts).expect_err("it is over").is_late;
+        book.learn(DirectoryId(5), &again)
+            .expect("written")
+            .expect("taken");
+        let late = |starts: &Starts| {
+            book.judge(DirectoryId(5), starts)
+                .expect_err("it is over")
+                .is_late
+        };
         assert!(late(&old) && late(&Starts::first(StartId(1))) && !late(&fork));
     }
 }

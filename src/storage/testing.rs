@@ -12,5 +12,8 @@ pub fn hex(bytes: &[u8]) -> String {
 /// If it is something else.
 pub fn unhex(text: &str) -> Vec<u8> {
     let digits = |at: usize| text.get(at..at + 2).expect("two digits for every byte");
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(digits(at), 16).expect("hexadecimal digits")).collect()
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(digits(at), 16).expect("hexadecimal digits"))
+        .collect()
 }

@@ -35,7 +35,10 @@ struct WatchedFile {
 
 impl WatchedDisk {
     pub fn new(disk: SimDisk) -> Self {
-        Self { disk, watcher: Arc::default() }
+        Self {
+            disk,
+            watcher: Arc::default(),
+        }
     }
 
     /// Has `watcher` told of every change from now on, but for those that it makes itself.
@@ -47,7 +50,10 @@ impl WatchedDisk {
         let watcher = self.watcher.lock().expect("no holder panics").take();
         if let Some(mut watcher) = watcher {
             watcher(change);
-            self.watcher.lock().expect("no holder panics").get_or_insert(watcher);
+            self.watcher
+                .lock()
+                .expect("no holder panics")
+                .get_or_insert(watcher);
         }
     }
 }
@@ -57,7 +63,10 @@ impl Disk for WatchedDisk {
         if how != Open::Existing {
             self.tell(Change::Create(path));
         }
-        Ok(Box::new(WatchedFile { file: self.disk.open(path, how)?, disk: self.clone() }))
+        Ok(Box::new(WatchedFile {
+            file: self.disk.open(path, how)?,
+            disk: self.clone(),
+        }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

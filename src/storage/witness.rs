@@ -1,8 +1,10 @@
-//! [`WitnessFiles`]: what a witness has instead of a map. A witness keeps its group's log and no data; all that it applies is how far the log
-//! was committed, and what the membership was then. Its file says both, so that the log before it can be purged.
+//! [`WitnessFiles`]: what a witness has instead of a map. A witness keeps its group's log and no
+//! data; all that it applies is how far the log was committed, and what the membership was then.
+//! Its file says both, so that the log before it can be purged.
 //!
-//! The file is there before the log knows the replica, and as long as it does: that is how a node tells, when it starts, which of its
-//! replicas are witnesses. Named `<group>-<replica>.mark`, it is replaced by one that was written beside it, synced and renamed.
+//! The file is there before the log knows the replica, and as long as it does: that is how a node
+//! tells, when it starts, which of its replicas are witnesses. Named `<group>-<replica>.mark`, it
+//! is replaced by one that was written beside it, synced and renamed.
 //!
 //! ```text
 //! magic "QRTMARK\0" · mark (versioned postcard) · CRC-32 of all before, little-endian
@@ -43,13 +45,18 @@ pub struct WitnessFiles {
 }
 
 impl WitnessFiles {
-    /// Opens the directory, creating it where needed. What a crash left half written is overwritten by the next.
+    /// Opens the directory, creating it where needed. What a crash left half written is overwritten
+    /// by the next.
     pub fn open(disk: Arc<dyn Disk>, directory: &Path) -> Result<Self, StoreError> {
         ensure_dir(&*disk, directory).map_err(|source| io_error("creating", directory, source))?;
-        Ok(Self { disk, directory: directory.to_owned() })
+        Ok(Self {
+            disk,
+            directory: directory.to_owned(),
+        })
     }
 
-    /// What the witness had applied when it was last written; none if `key` is no witness. Blocking.
+    /// What the witness had applied when it was last written; none if `key` is no witness.
+    /// Blocking.
     pub fn read(&self, key: ReplicaKey) -> Result<Option<Applied>, StoreError> {
         let path = self.path(key, MARK);
         let file = match self.disk.open(&path, Open::Existing) {
@@ -58,16 +65,25 @@ impl WitnessFiles {
             Err(source) => return Err(io_error("opening", &path, source)),
         };
         let damaged = |reason: &str| StoreError::Damaged(format!("{}: {reason}", path.display()));
-        let length = file.len().map_err(|source| io_error("reading", &path, source))?;
-        let length = usize::try_from(length.min(FILE_BYTES_MAX)).map_err(|_| damaged("it is too long"))?;
+        let length = file
+            .len()
+            .map_err(|source| io_error("reading", &path, source))?;
+        let length =
+            usize::try_from(length.min(FILE_BYTES_MAX)).map_err(|_| damaged("it is too long"))?;
         let mut bytes = vec![0; length];
-        let read = file.read_at(&mut bytes, 0).map_err(|source| io_error("reading", &path, source))?;
+        let read = file
+            .read_at(&mut bytes, 0)
+            .map_err(|source| io_error("reading", &path, source))?;
         bytes.truncate(read);
-        let (checked, checksum) = bytes.split_last_chunk::<CRC_BYTES>().ok_or_else(|| damaged("it is too short"))?;
+        let (checked, checksum) = bytes
+            .split_last_chunk::<CRC_BYTES>()
+            .ok_or_else(|| damaged("it is too short"))?;
         if crc32fast::hash(checked) != u32::from_le_bytes(*checksum) {
             return Err(damaged("it does not match its checksum"));
         }
-        let body = checked.strip_prefix(MAGIC).ok_or_else(|| damaged("it does not begin like one"))?;
+        let body = checked
+            .strip_prefix(MAGIC)
+            .ok_or_else(|| damaged("it does not begin like one"))?;
         let mark: Mark = codec::decode(body, "the file of a witness")?;
         if mark.key != key {
             return Err(damaged("it is another's"));
@@ -79,14 +95,22 @@ impl WitnessFiles {
     pub fn write(&self, key: ReplicaKey, applied: &Applied) -> Result<(), StoreError> {
         let (path, temporary) = (self.path(key, MARK), self.path(key, TEMPORARY));
         let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&codec::encode(&Mark { key, applied: applied.clone() }));
+        bytes.extend_from_slice(&codec::encode(&Mark {
+            key,
+            applied: applied.clone(),
+        }));
         bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
-        let written = self.disk.open(&temporary, Open::Truncated).and_then(|file| {
-            file.write_at(&bytes, 0)?;
-            file.sync()
-        });
+        let written = self
+            .disk
+            .open(&temporary, Open::Truncated)
+            .and_then(|file| {
+                file.write_at(&bytes, 0)?;
+                file.sync()
+            });
         written.map_err(|source| io_error("writing", &temporary, source))?;
-        self.disk.rename(&temporary, &path).map_err(|source| io_error("publishing", &path, source))?;
+        self.disk
+            .rename(&temporary, &path)
+            .map_err(|source| io_error("publishing", &path, source))?;
         self.sync_directory()
     }
 
@@ -102,13 +126,21 @@ impl WitnessFiles {
 
     /// Forgets every witness that is not among `known`. Blocking.
     pub(crate) fn remove_unknown(&self, known: &BTreeSet<ReplicaKey>) -> Result<(), StoreError> {
-        let names = self.disk.list(&self.directory).map_err(|source| io_error("listing", &self.directory, source))?;
-        let keys = names.iter().filter_map(|name| ReplicaKey::parse(name.strip_suffix(MARK)?));
-        keys.filter(|key| !known.contains(key)).try_for_each(|key| self.remove(key))
+        let names = self
+            .disk
+            .list(&self.directory)
+            .map_err(|source| io_error("listing", &self.directory, source))?;
+        let keys = names
+            .iter()
+            .filter_map(|name| ReplicaKey::parse(name.strip_suffix(MARK)?));
+        keys.filter(|key| !known.contains(key))
+            .try_for_each(|key| self.remove(key))
     }
 
     fn sync_directory(&self) -> Result<(), StoreError> {
-        self.disk.sync_dir(&self.directory).map_err(|source| io_error("syncing", &self.directory, source))
+        self.disk
+            .sync_dir(&self.directory)
+            .map_err(|source| io_error("syncing", &self.directory, source))
     }
 
     fn path(&self, key: ReplicaKey, ending: &str) -> PathBuf {
@@ -117,7 +149,10 @@ impl WitnessFiles {
 }
 
 fn io_error(doing: &str, path: &Path, source: io::Error) -> StoreError {
-    StoreError::Io { context: format!("{doing} {}", path.display()), source }
+    StoreError::Io {
+        context: format!("{doing} {}", path.display()),
+        source,
+    }
 }
 
 #[cfg(test)]
@@ -129,10 +164,16 @@ mod tests {
     use crate::storage::testing::{hex, unhex};
     use crate::types::{GroupId, LogId, ReplicaId};
 
-    const KEY: ReplicaKey = ReplicaKey { group: GroupId(3), replica: ReplicaId(7) };
+    const KEY: ReplicaKey = ReplicaKey {
+        group: GroupId(3),
+        replica: ReplicaId(7),
+    };
 
     fn applied(index: u64) -> Applied {
-        Applied { log_id: Some(LogId { term: 2, index }), membership: Bytes::from_static(b"members") }
+        Applied {
+            log_id: Some(LogId { term: 2, index }),
+            membership: Bytes::from_static(b"members"),
+        }
     }
 
     fn open(disk: &SimDisk) -> WitnessFiles {
@@ -147,9 +188,15 @@ mod tests {
         for index in [4, 9] {
             files.write(KEY, &applied(index)).expect("written");
             disk.crash();
-            assert_eq!(open(&disk).read(KEY).expect("readable"), Some(applied(index)));
+            assert_eq!(
+                open(&disk).read(KEY).expect("readable"),
+                Some(applied(index))
+            );
         }
-        let other = ReplicaKey { replica: ReplicaId(8), ..KEY };
+        let other = ReplicaKey {
+            replica: ReplicaId(8),
+            ..KEY
+        };
         assert_eq!(files.read(other).expect("readable"), None);
         for _ in 0..2 {
             files.remove(KEY).expect("removed");
@@ -166,7 +213,11 @@ mod tests {
         let files = open(&disk);
         files.write(KEY, &applied(300)).expect("written");
         let path = files.path(KEY, MARK);
-        assert_eq!(hex(&disk.contents(&path).expect("it is there")), GOLDEN, "write a new format beside the old one");
+        assert_eq!(
+            hex(&disk.contents(&path).expect("it is there")),
+            GOLDEN,
+            "write a new format beside the old one"
+        );
 
         let file = disk.open(&path, Open::Truncated).expect("opened");
         file.write_at(&unhex(GOLDEN), 0).expect("written");
@@ -185,7 +236,10 @@ mod tests {
             let mut byte = [0];
             file.read_at(&mut byte, offset).expect("a byte");
             file.write_at(&[byte[0] ^ 4], offset).expect("another");
-            assert!(matches!(files.read(KEY), Err(StoreError::Damaged(_))), "byte {offset}");
+            assert!(
+                matches!(files.read(KEY), Err(StoreError::Damaged(_))),
+                "byte {offset}"
+            );
             file.write_at(&byte, offset).expect("as before");
         }
         assert_eq!(files.read(KEY).expect("readable"), Some(applied(4)));

@@ -1,5 +1,5 @@
-//! Descriptors run out, by a crowd of connections or by a limit that somebody lowers: no node stops or forgets, clients past the limit are
-//! told so in time, and all serve when it is over.
+//! Descriptors run out, by a crowd of connections or by a limit that somebody lowers: no node stops
+//! or forgets, clients past the limit are told so in time, and all serve when it is over.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -42,7 +42,9 @@ async fn a_crowd_of_connections_takes_nothing_from_log_maps_and_peers() {
 
     let mut crowd = Vec::new();
     for node in &cluster.nodes {
-        crowd.extend((0..CROWD).map(|_| TcpStream::connect(&node.address).expect("the kernel takes it")));
+        crowd.extend(
+            (0..CROWD).map(|_| TcpStream::connect(&node.address).expect("the kernel takes it")),
+        );
     }
     for n in 0..PUTS {
         put(&mut client, n);
@@ -59,38 +61,71 @@ async fn a_crowd_of_connections_takes_nothing_from_log_maps_and_peers() {
             other => panic!("neither told, closed nor open: {other:?}"),
         }
     }
-    say(&format!("descriptors: {PUTS} puts of 1 MiB beside {open} idle connections; {told} were told of it, {closed} closed"));
+    say(&format!(
+        "descriptors: {PUTS} puts of 1 MiB beside {open} idle connections; {told} were told of it, \
+        {closed} closed"
+    ));
     assert!(told > 0);
     for node in &cluster.nodes {
-        let asked = cluster.client.ask_only(&node.address, &Request::get("/readyz")).await;
-        assert_eq!(asked.map(|answer| answer.status).ok(), Some(200), "{} is not ready", node.address);
-        assert!(!node.log_text().contains("Too many open files"), "{} had none left", node.address);
+        let asked = cluster
+            .client
+            .ask_only(&node.address, &Request::get("/readyz"))
+            .await;
+        assert_eq!(
+            asked.map(|answer| answer.status).ok(),
+            Some(200),
+            "{} is not ready",
+            node.address
+        );
+        assert!(
+            !node.log_text().contains("Too many open files"),
+            "{} had none left",
+            node.address
+        );
     }
 
     drop(crowd);
     for n in 0..3 {
         let path = format!("/v1/kv/key-{n}?proxy=true");
         let served = eventually(LIMIT, async || {
-            let answer = cluster.client.ask(&cluster.nodes[n].address, &Request::get(&path)).await.ok()?;
+            let answer = cluster
+                .client
+                .ask(&cluster.nodes[n].address, &Request::get(&path))
+                .await
+                .ok()?;
             (answer.status == 200 && answer.body.len() == VALUE_BYTES).then_some(())
         });
-        served.await.unwrap_or_else(|| panic!("node {n} does not serve when it is over"));
+        served
+            .await
+            .unwrap_or_else(|| panic!("node {n} does not serve when it is over"));
     }
 }
 
 /// Writes one value on a connection of its own, and waits for the answer.
 fn put(stream: &mut TcpStream, n: usize) {
     stream.set_read_timeout(Some(LIMIT)).expect("a socket");
-    let head = format!("PUT /v1/kv/key-{n} HTTP/1.1\r\nhost: x\r\ncontent-length: {VALUE_BYTES}\r\n\r\n");
-    stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&vec![b'v'; VALUE_BYTES])).expect("it is sent");
+    let head =
+        format!("PUT /v1/kv/key-{n} HTTP/1.1\r\nhost: x\r\ncontent-length: {VALUE_BYTES}\r\n\r\n");
+    stream
+        .write_all(head.as_bytes())
+        .and_then(|()| stream.write_all(&vec![b'v'; VALUE_BYTES]))
+        .expect("it is sent");
     let mut answer = Vec::new();
     let mut piece = [0; 1024];
     while !answer.ends_with(b"}\n") {
         let bytes = stream.read(&mut piece).expect("an answer in time");
-        assert!(bytes > 0, "closed after {}", String::from_utf8_lossy(&answer));
+        assert!(
+            bytes > 0,
+            "closed after {}",
+            String::from_utf8_lossy(&answer)
+        );
         answer.extend_from_slice(&piece[..bytes]);
     }
-    assert!(answer.starts_with(b"HTTP/1.1 20"), "{}", String::from_utf8_lossy(&answer));
+    assert!(
+        answer.starts_with(b"HTTP/1.1 20"),
+        "{}",
+        String::from_utf8_lossy(&answer)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -101,26 +136,44 @@ async fn a_node_that_has_none_left_waits_and_goes_on() {
     load.writes(100).await;
     for victim in [leader, (leader + 1) % 3] {
         let before = limit_open_files(cluster.nodes[victim].pid(), LOWERED);
-        let said = cluster.nodes[victim].log_text().matches("no descriptor is left").count();
+        let said = cluster.nodes[victim]
+            .log_text()
+            .matches("no descriptor is left")
+            .count();
         let mut filled = 0;
         let waits = eventually(LIMIT, async || {
             let body = vec![b'f'; VALUE_BYTES];
             let request = Request::put(format!("/v1/kv/filler-{}?proxy=true", filled % 50), body);
             let other = &cluster.nodes[(victim + 2) % 3].address;
             // Any answer is fine: the node may be the leader.
-            let _ = cluster.client.ask(other, &request.timeout(Duration::from_secs(5))).await;
+            let _ = cluster
+                .client
+                .ask(other, &request.timeout(Duration::from_secs(5)))
+                .await;
             filled += 1;
-            (cluster.nodes[victim].log_text().matches("no descriptor is left").count() > said).then_some(())
+            (cluster.nodes[victim]
+                .log_text()
+                .matches("no descriptor is left")
+                .count()
+                > said)
+                .then_some(())
         });
         let waits = waits.await.is_some();
         limit_open_files(cluster.nodes[victim].pid(), before);
         assert!(waits, "node {victim} says nothing of it after {filled} MiB");
-        say(&format!("descriptors: node {victim} has waited for one after {filled} MiB"));
+        say(&format!(
+            "descriptors: node {victim} has waited for one after {filled} MiB"
+        ));
         load.writes(100).await;
     }
     let mut cluster = cluster;
     for node in &mut cluster.nodes {
-        assert!(node.exited().is_none(), "{} has ended:\n{}", node.address, node.log_text());
+        assert!(
+            node.exited().is_none(),
+            "{} has ended:\n{}",
+            node.address,
+            node.log_text()
+        );
     }
     cluster.wait_ready().await;
     load.writes(100).await;
@@ -135,6 +188,16 @@ async fn a_node_that_has_none_left_waits_and_goes_on() {
 /// Sets the limit of a process, and returns what it was.
 fn limit_open_files(pid: u32, limit: u64) -> u64 {
     let pid = Pid::from_raw(i32::try_from(pid).expect("a process id"));
-    let maximum = prlimit(pid, Resource::Nofile, Rlimit { current: Some(limit), maximum: Some(20_000) });
-    maximum.expect("the limit of a child of ours").current.expect("there was one")
+    let maximum = prlimit(
+        pid,
+        Resource::Nofile,
+        Rlimit {
+            current: Some(limit),
+            maximum: Some(20_000),
+        },
+    );
+    maximum
+        .expect("the limit of a child of ours")
+        .current
+        .expect("there was one")
 }

@@ -1,5 +1,6 @@
-//! Each dialect while leaders are killed in the middle of its batches, asked of nodes and of a gateway: what was acknowledged is there, what
-//! failed may or may not be, and nothing else has changed, as another dialect tells.
+//! Each dialect while leaders are killed in the middle of its batches, asked of nodes and of a
+//! gateway: what was acknowledged is there, what failed may or may not be, and nothing else has
+//! changed, as another dialect tells.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -55,11 +56,14 @@ enum Fate {
 }
 
 impl Dialect {
-    /// Keys that are written together: enough for more than one entry in each shard, where there are batches.
+    /// Keys that are written together: enough for more than one entry in each shard, where there
+    /// are batches.
     fn keys(self) -> usize {
         match self {
             Dialect::EncodedBatch | Dialect::PlainBatch => 4500,
-            Dialect::LoadBalancer | Dialect::Kvs | Dialect::KvsReplicated | Dialect::KvsByProxy => 60,
+            Dialect::LoadBalancer | Dialect::Kvs | Dialect::KvsReplicated | Dialect::KvsByProxy => {
+                60
+            }
         }
     }
 
@@ -67,17 +71,34 @@ impl Dialect {
     async fn write(self, client: &Client, address: &str, pairs: &[(String, String)]) -> Vec<Fate> {
         match self {
             Dialect::EncodedBatch => {
-                let body: Vec<Value> =
-                    pairs.iter().map(|(key, value)| json!({"key": encoded(key), "value": encoded(value)})).collect();
-                fates_of_encoded(send(client, address, "PUT", "/set", json!(body)).await, pairs)
+                let body: Vec<Value> = pairs
+                    .iter()
+                    .map(|(key, value)| json!({"key": encoded(key), "value": encoded(value)}))
+                    .collect();
+                fates_of_encoded(
+                    send(client, address, "PUT", "/set", json!(body)).await,
+                    pairs,
+                )
             }
             Dialect::PlainBatch => {
-                let body: Vec<Value> = pairs.iter().map(|(key, value)| json!({"key": key, "value": value})).collect();
-                vec![fate(send(client, address, "POST", "/set", json!(body)).await, &[200], &[503]); pairs.len()]
+                let body: Vec<Value> = pairs
+                    .iter()
+                    .map(|(key, value)| json!({"key": key, "value": value}))
+                    .collect();
+                vec![
+                    fate(
+                        send(client, address, "POST", "/set", json!(body)).await,
+                        &[200],
+                        &[503]
+                    );
+                    pairs.len()
+                ]
             }
             Dialect::LoadBalancer | Dialect::Kvs | Dialect::KvsReplicated | Dialect::KvsByProxy => {
-                let write =
-                    |(key, value): &'_ (String, String)| self.write_one(client, address, key.clone(), value.clone()).boxed();
+                let write = |(key, value): &'_ (String, String)| {
+                    self.write_one(client, address, key.clone(), value.clone())
+                        .boxed()
+                };
                 let writes: Vec<BoxFuture<'_, Fate>> = pairs.iter().map(write).collect();
                 stream::iter(writes).buffered(CONCURRENCY).collect().await
             }
@@ -86,7 +107,18 @@ impl Dialect {
 
     async fn write_one(self, client: &Client, address: &str, key: String, value: String) -> Fate {
         if self == Dialect::LoadBalancer {
-            return fate(send(client, address, "POST", &format!("/set/{key}"), json!(value)).await, &[200], &[503]);
+            return fate(
+                send(
+                    client,
+                    address,
+                    "POST",
+                    &format!("/set/{key}"),
+                    json!(value),
+                )
+                .await,
+                &[200],
+                &[503],
+            );
         }
         let mut body = json!({"value": value});
         if self == Dialect::KvsReplicated {
@@ -94,7 +126,12 @@ impl Dialect {
         }
         let answer = send(client, address, "PUT", &format!("/kvs/keys/{key}"), body).await;
         if let (Dialect::KvsReplicated, Ok(answer)) = (self, &answer) {
-            assert_eq!(json_of(answer)["causal-context"], json!({"after": key}), "{}", answer.text());
+            assert_eq!(
+                json_of(answer)["causal-context"],
+                json!({"after": key}),
+                "{}",
+                answer.text()
+            );
         }
         fate(answer, &[200, 201], &[503])
     }
@@ -108,14 +145,22 @@ impl Dialect {
         match self {
             Dialect::EncodedBatch => {
                 let found = json_of(&read(client, address, "POST", "/fetch", json!(asked)).await);
-                let values = found.as_array().expect("a list").iter().map(|pair| &pair["value"]);
-                values.map(|value| (value["encoding"] == "string").then(|| text(&value["data"]))).collect()
+                let values = found
+                    .as_array()
+                    .expect("a list")
+                    .iter()
+                    .map(|pair| &pair["value"]);
+                values
+                    .map(|value| (value["encoding"] == "string").then(|| text(&value["data"])))
+                    .collect()
             }
             Dialect::PlainBatch => {
                 let found = json_of(&read(client, address, "POST", "/get", json!(asked)).await);
                 let pairs = found["existedKey"].as_array().cloned().unwrap_or_default();
-                let mut values: BTreeMap<String, String> =
-                    pairs.iter().map(|pair| (text(&pair["key"]), text(&pair["value"]))).collect();
+                let mut values: BTreeMap<String, String> = pairs
+                    .iter()
+                    .map(|pair| (text(&pair["key"]), text(&pair["value"])))
+                    .collect();
                 keys.iter().map(|key| values.remove(key)).collect()
             }
             Dialect::LoadBalancer | Dialect::Kvs | Dialect::KvsReplicated | Dialect::KvsByProxy => {
@@ -127,11 +172,20 @@ impl Dialect {
 
     async fn read_one(self, client: &Client, address: &str, key: &str) -> Option<String> {
         if self == Dialect::LoadBalancer {
-            let told = read(client, address, "GET", &format!("/get/{key}"), Value::Null).await.text();
+            let told = read(client, address, "GET", &format!("/get/{key}"), Value::Null)
+                .await
+                .text();
             let value = told.strip_prefix(r#"response from server:"retrived key value is "#);
             return value.map(|value| value.trim_end_matches('"').to_owned());
         }
-        let found = read(client, address, "GET", &format!("/kvs/keys/{key}"), Value::Null).await;
+        let found = read(
+            client,
+            address,
+            "GET",
+            &format!("/kvs/keys/{key}"),
+            Value::Null,
+        )
+        .await;
         (found.status == 200).then(|| text(&json_of(&found)["value"]))
     }
 }
@@ -141,17 +195,35 @@ fn encoded(data: &str) -> Value {
 }
 
 fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_else(|| panic!("{value} is no text")).to_owned()
+    value
+        .as_str()
+        .unwrap_or_else(|| panic!("{value} is no text"))
+        .to_owned()
 }
 
 fn json_of(answer: &Answer) -> Value {
     serde_json::from_slice(&answer.body).unwrap_or_else(|error| panic!("{error}: {answer:?}"))
 }
 
-async fn send(client: &Client, address: &str, method: &str, path: &str, body: Value) -> Result<Answer, Failure> {
-    let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
-    let request = Request { body, ..Request::new(method.parse::<Method>().expect("a method"), path) };
-    client.ask_only(address, &request.timeout(FAILOVER_LIMIT)).await
+async fn send(
+    client: &Client,
+    address: &str,
+    method: &str,
+    path: &str,
+    body: Value,
+) -> Result<Answer, Failure> {
+    let body = if body.is_null() {
+        Vec::new()
+    } else {
+        body.to_string().into_bytes()
+    };
+    let request = Request {
+        body,
+        ..Request::new(method.parse::<Method>().expect("a method"), path)
+    };
+    client
+        .ask_only(address, &request.timeout(FAILOVER_LIMIT))
+        .await
 }
 
 /// Asks until there is an answer other than that there is none now.
@@ -162,7 +234,9 @@ async fn read(client: &Client, address: &str, method: &str, path: &str, body: Va
         last = format!("{answer:?}");
         answer.ok().filter(|answer| answer.status != 503)
     });
-    answer.await.unwrap_or_else(|| panic!("{method} {path}: {last:.500}"))
+    answer
+        .await
+        .unwrap_or_else(|| panic!("{method} {path}: {last:.500}"))
 }
 
 fn fate(answer: Result<Answer, Failure>, done: &[u16], unable: &[u16]) -> Fate {
@@ -181,11 +255,27 @@ fn fates_of_encoded(answer: Result<Answer, Failure>, pairs: &[(String, String)])
         Ok(answer) if matches!(answer.status, 200 | 206) => json_of(answer),
         _ => return vec![fate(answer, &[], &[]); pairs.len()],
     };
-    let failed: BTreeSet<String> =
-        all[0]["keys_failed"].as_array().expect("a list").iter().map(|key| text(&key["data"])).collect();
+    let failed: BTreeSet<String> = all[0]["keys_failed"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|key| text(&key["data"]))
+        .collect();
     assert_eq!(all[0]["keys_added"], json!(pairs.len() - failed.len()));
-    assert_eq!(answer.map(|answer| answer.status).ok(), Some(if failed.is_empty() { 200 } else { 206 }));
-    pairs.iter().map(|(key, _)| if failed.contains(key) { Fate::Unknown } else { Fate::Acknowledged }).collect()
+    assert_eq!(
+        answer.map(|answer| answer.status).ok(),
+        Some(if failed.is_empty() { 200 } else { 206 })
+    );
+    pairs
+        .iter()
+        .map(|(key, _)| {
+            if failed.contains(key) {
+                Fate::Unknown
+            } else {
+                Fate::Acknowledged
+            }
+        })
+        .collect()
 }
 
 /// What each key may hold: the last acknowledged value, and those that may have been stored since.
@@ -243,12 +333,25 @@ impl Writer {
             if self.stop.load(Ordering::Relaxed) {
                 break;
             }
-            let pairs: Vec<(String, String)> =
-                ledger.keys.iter().map(|key| (key.clone(), format!("{key} in round {round}"))).collect();
+            let pairs: Vec<(String, String)> = ledger
+                .keys
+                .iter()
+                .map(|key| (key.clone(), format!("{key} in round {round}")))
+                .collect();
             self.begun.fetch_add(1, Ordering::Relaxed);
-            let fates = self.dialect.write(&self.client, &self.addresses[round % self.addresses.len()], &pairs).await;
+            let fates = self
+                .dialect
+                .write(
+                    &self.client,
+                    &self.addresses[round % self.addresses.len()],
+                    &pairs,
+                )
+                .await;
             unknown += fates.iter().filter(|fate| **fate == Fate::Unknown).count();
-            self.whole.fetch_add(usize::from(fates.iter().all(|fate| *fate == Fate::Acknowledged)), Ordering::Relaxed);
+            self.whole.fetch_add(
+                usize::from(fates.iter().all(|fate| *fate == Fate::Acknowledged)),
+                Ordering::Relaxed,
+            );
             ledger.note(&pairs, &fates);
         }
         (ledger, unknown)
@@ -258,7 +361,10 @@ impl Writer {
 /// Waits until `count` has grown by so much.
 async fn grown(count: &AtomicUsize, by: usize) {
     let from = count.load(Ordering::Relaxed);
-    let grown = eventually(FAILOVER_LIMIT, async || (count.load(Ordering::Relaxed) >= from + by).then_some(())).await;
+    let grown = eventually(FAILOVER_LIMIT, async || {
+        (count.load(Ordering::Relaxed) >= from + by).then_some(())
+    })
+    .await;
     grown.unwrap_or_else(|| panic!("stuck; seed {}", seed()));
 }
 
@@ -280,7 +386,11 @@ async fn play(
         begun: Arc::default(),
         whole: Arc::default(),
     };
-    let (stop, begun, whole) = (Arc::clone(&writer.stop), Arc::clone(&writer.begun), Arc::clone(&writer.whole));
+    let (stop, begun, whole) = (
+        Arc::clone(&writer.stop),
+        Arc::clone(&writer.begun),
+        Arc::clone(&writer.whole),
+    );
     let writing = tokio::spawn(writer.run(ledger));
     grown(&whole, 1).await;
     let shards = cluster.status().await.shards.len();
@@ -295,34 +405,66 @@ async fn play(
     grown(&whole, 2).await;
     stop.store(true, Ordering::Relaxed);
     let (ledger, unknown) = writing.await.expect("the writer does not panic");
-    let asked = cluster.nodes.iter().position(|node| node.address != cluster.nodes[victim].address).expect("another");
-    let found = reader.read(&cluster.client, &cluster.nodes[asked].address, &ledger.keys).await;
+    let asked = cluster
+        .nodes
+        .iter()
+        .position(|node| node.address != cluster.nodes[victim].address)
+        .expect("another");
+    let found = reader
+        .read(&cluster.client, &cluster.nodes[asked].address, &ledger.keys)
+        .await;
     ledger.judge(&found, reader);
     let rounds = begun.load(Ordering::Relaxed);
     say(&format!(
-        "dialect kills: {name}, read by {reader:?}: node {victim} killed; {rounds} rounds of {} keys, {unknown} writes of unknown outcome; {:.1?}",
+        "dialect kills: {name}, read by {reader:?}: node {victim} killed; {rounds} rounds of {} \
+        keys, {unknown} writes of unknown outcome; {:.1?}",
         ledger.keys.len(),
         began.elapsed()
     ));
     cluster.nodes[victim].start();
     cluster.wait_ready().await;
-    let found = reader.read(&cluster.client, &cluster.nodes[victim].address, &ledger.keys).await;
+    let found = reader
+        .read(
+            &cluster.client,
+            &cluster.nodes[victim].address,
+            &ledger.keys,
+        )
+        .await;
     ledger.judge(&found, reader);
 }
 
 /// The view change of one who says it to every node, with one of them down.
 async fn the_same_view_is_fine(cluster: &Cluster, down: usize) {
     let body = json!({"view": cluster.addresses().join(",")});
-    let living = cluster.nodes.iter().enumerate().find(|(id, _)| *id != down).expect("another").1;
-    let answer = read(&cluster.client, &living.address, "PUT", "/proxy/view-change", body).await;
+    let living = cluster
+        .nodes
+        .iter()
+        .enumerate()
+        .find(|(id, _)| *id != down)
+        .expect("another")
+        .1;
+    let answer = read(
+        &cluster.client,
+        &living.address,
+        "PUT",
+        "/proxy/view-change",
+        body,
+    )
+    .await;
     assert_eq!((answer.status, answer.text().as_str()), (200, "{}"));
 }
 
 /// Keys that nobody writes any more, and what they hold.
 async fn bystanders(cluster: &Cluster) -> Ledger {
     let mut ledger = Ledger::new((0..50).map(|n| format!("bystander{n}")).collect());
-    let pairs: Vec<(String, String)> = ledger.keys.iter().map(|key| (key.clone(), format!("{key} stays"))).collect();
-    let fates = Dialect::EncodedBatch.write(&cluster.client, &cluster.nodes[0].address, &pairs).await;
+    let pairs: Vec<(String, String)> = ledger
+        .keys
+        .iter()
+        .map(|key| (key.clone(), format!("{key} stays")))
+        .collect();
+    let fates = Dialect::EncodedBatch
+        .write(&cluster.client, &cluster.nodes[0].address, &pairs)
+        .await;
     assert!(fates.iter().all(|fate| *fate == Fate::Acknowledged));
     ledger.note(&pairs, &fates);
     ledger
@@ -330,9 +472,22 @@ async fn bystanders(cluster: &Cluster) -> Ledger {
 
 /// Nothing is stored under keys that nobody wrote.
 async fn assert_only_known(cluster: &Cluster, known: &BTreeSet<String>) {
-    let all = json_of(&read(&cluster.client, &cluster.nodes[0].address, "GET", "/fetch", Value::Null).await);
+    let all = json_of(
+        &read(
+            &cluster.client,
+            &cluster.nodes[0].address,
+            "GET",
+            "/fetch",
+            Value::Null,
+        )
+        .await,
+    );
     for pair in all.as_array().expect("a list") {
-        assert!(known.contains(&text(&pair["key"]["data"])), "nobody wrote {pair}; seed {}", seed());
+        assert!(
+            known.contains(&text(&pair["key"]["data"])),
+            "nobody wrote {pair}; seed {}",
+            seed()
+        );
     }
 }
 
@@ -344,15 +499,30 @@ async fn play_all(setup: Setup, replicated: bool) {
     let members: Vec<&str> = nodes.iter().map(String::as_str).collect();
     let mut gateway = cluster.gateway(0, &members);
     gateway.start();
-    let served = read(&cluster.client, &gateway.address, "GET", "/get/bystander0", Value::Null);
+    let served = read(
+        &cluster.client,
+        &gateway.address,
+        "GET",
+        "/get/bystander0",
+        Value::Null,
+    );
     assert_eq!(served.await.status, 200);
     let mut known: BTreeSet<String> = bystanders.keys.iter().cloned().collect();
-    for row in TABLE.into_iter().filter(|(dialect, _)| (*dialect == Dialect::KvsReplicated) == replicated) {
-        for (way, addresses) in [("ByNodes", nodes.clone()), ("ByGateway", vec![gateway.address.clone()])] {
+    for row in TABLE
+        .into_iter()
+        .filter(|(dialect, _)| (*dialect == Dialect::KvsReplicated) == replicated)
+    {
+        for (way, addresses) in [
+            ("ByNodes", nodes.clone()),
+            ("ByGateway", vec![gateway.address.clone()]),
+        ] {
             play(&mut cluster, &mut random, row, way, &addresses).await;
             known.extend((0..row.0.keys()).map(|n| format!("{:?}{way}{n}", row.0)));
         }
-        let found = row.1.read(&cluster.client, &gateway.address, &bystanders.keys).await;
+        let found = row
+            .1
+            .read(&cluster.client, &gateway.address, &bystanders.keys)
+            .await;
         bystanders.judge(&found, row.1);
     }
     assert_only_known(&cluster, &known).await;
@@ -373,7 +543,8 @@ fn the_ledger_tells_lost_and_foreign_values_from_possible_ones() {
     let mut ledger = Ledger::new(vec!["k".to_owned()]);
     let mut write = |fate: Fate, value: &str| {
         ledger.note(&[("k".to_owned(), value.to_owned())], &[fate]);
-        [None, Some("one"), Some("two"), Some("other")].map(|found| ledger.wrong(&[found.map(str::to_owned)]).is_some())
+        [None, Some("one"), Some("two"), Some("other")]
+            .map(|found| ledger.wrong(&[found.map(str::to_owned)]).is_some())
     };
     assert_eq!(write(Fate::NotSent, "one"), [false, true, true, true]);
     assert_eq!(write(Fate::Unknown, "one"), [false, false, true, true]);

@@ -1,4 +1,5 @@
-//! A node whose disk is full takes no writes, and says so; it ends nothing, the others serve, and with room again it goes on by itself.
+//! A node whose disk is full takes no writes, and says so; it ends nothing, the others serve, and
+//! with room again it goes on by itself.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -63,31 +64,53 @@ fn mount(place: &Path) -> Option<Mount> {
 /// Waits until a node says of itself that it takes writes, or that it takes none.
 async fn wait_takes_writes(cluster: &Cluster, id: usize, takes: bool) {
     let said = eventually(LIMIT, async || {
-        let answer = cluster.client.ask_only(&cluster.nodes[id].address, &Request::get("/readyz")).await.ok()?;
+        let answer = cluster
+            .client
+            .ask_only(&cluster.nodes[id].address, &Request::get("/readyz"))
+            .await
+            .ok()?;
         let is_so = answer.status == 200 && answer.text().contains("takes no writes") != takes;
         is_so.then_some(())
     });
-    assert!(said.await.is_some(), "node {id} never says that it {}", if takes { "takes writes" } else { "takes none" });
+    assert!(
+        said.await.is_some(),
+        "node {id} never says that it {}",
+        if takes { "takes writes" } else { "takes none" }
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_ends_no_node_and_the_others_serve() {
     // The home of the only shard, which leads it, and another.
     for victim in [0, 1] {
-        let place = tempfile::TempDir::with_prefix_in("small-", env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-        let Some(small) = mount(place.path()) else { return };
-        let setup = Setup { data: vec![(victim, small.path.join("data"))], ..Setup::nodes(3).arguments(&["--shards", "1"]) };
+        let place = tempfile::TempDir::with_prefix_in("small-", env!("CARGO_TARGET_TMPDIR"))
+            .expect("a directory");
+        let Some(small) = mount(place.path()) else {
+            return;
+        };
+        let setup = Setup {
+            data: vec![(victim, small.path.join("data"))],
+            ..Setup::nodes(3).arguments(&["--shards", "1"])
+        };
         let mut cluster = Cluster::start(setup).await;
         let load = Load::new("disk").start(&cluster);
         load.writes(100).await;
 
         let low = Filler::leaving(&small.path, LOW_BYTES);
         wait_takes_writes(&cluster, victim, false).await;
-        let led_elsewhere = eventually(LIMIT, async || (cluster.leader(0).await != victim).then_some(()));
-        assert!(led_elsewhere.await.is_some(), "node {victim} keeps the lead of a shard that it takes no writes to");
+        let led_elsewhere = eventually(LIMIT, async || {
+            (cluster.leader(0).await != victim).then_some(())
+        });
+        assert!(
+            led_elsewhere.await.is_some(),
+            "node {victim} keeps the lead of a shard that it takes no writes to"
+        );
         load.next_write(LIMIT).await;
         load.writes(100).await;
-        assert_eq!(cluster.metric(victim, "quorate_disk_takes_writes").await, 0.0);
+        assert_eq!(
+            cluster.metric(victim, "quorate_disk_takes_writes").await,
+            0.0
+        );
         assert!(cluster.metric(victim, "quorate_disk_free_bytes").await < 2.0 * LOW_BYTES as f64);
 
         drop(low);
@@ -107,19 +130,33 @@ async fn a_full_disk_ends_no_node_and_the_others_serve() {
         load.writes(100).await;
         let history = load.stop().await;
         let lost = history.acknowledged_ledger().lost(&cluster, victim).await;
-        assert!(lost.is_empty(), "not in the map of node {victim}: {lost:#?}");
+        assert!(
+            lost.is_empty(),
+            "not in the map of node {victim}: {lost:#?}"
+        );
         history.judge(&cluster).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn where_no_disk_has_room_writes_are_refused_with_the_reason_and_go_on_by_themselves() {
-    let place = tempfile::TempDir::with_prefix_in("small-", env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-    let Some(small) = mount(place.path()) else { return };
-    let setup = Setup { data: vec![(0, small.path.join("data"))], no_view: true, ..Setup::nodes(1) };
+    let place = tempfile::TempDir::with_prefix_in("small-", env!("CARGO_TARGET_TMPDIR"))
+        .expect("a directory");
+    let Some(small) = mount(place.path()) else {
+        return;
+    };
+    let setup = Setup {
+        data: vec![(0, small.path.join("data"))],
+        no_view: true,
+        ..Setup::nodes(1)
+    };
     let cluster = Cluster::start(setup).await;
     let ask = async |request: Request| {
-        let answer = cluster.client.ask_only(&cluster.nodes[0].address, &request.timeout(LIMIT)).await.expect("an answer");
+        let answer = cluster
+            .client
+            .ask_only(&cluster.nodes[0].address, &request.timeout(LIMIT))
+            .await
+            .expect("an answer");
         (answer.status, answer.text())
     };
     let put = || Request::put("/v1/kv/a?timeout=1s", b"1".to_vec());
@@ -128,11 +165,27 @@ async fn where_no_disk_has_room_writes_are_refused_with_the_reason_and_go_on_by_
     let low = Filler::leaving(&small.path, LOW_BYTES);
     wait_takes_writes(&cluster, 0, false).await;
     let (status, told) = ask(put()).await;
-    assert!(status == 503 && told.contains("MiB left") && told.contains("40 MiB are kept free"), "{status} {told}");
-    let kvs = Request { body: r#"{"value":1}"#.into(), ..Request::put("/kvs/keys/a", Vec::new()) };
+    assert!(
+        status == 503 && told.contains("MiB left") && told.contains("40 MiB are kept free"),
+        "{status} {told}"
+    );
+    let kvs = Request {
+        body: r#"{"value":1}"#.into(),
+        ..Request::put("/kvs/keys/a", Vec::new())
+    };
     let (status, told) = ask(kvs).await;
-    assert_eq!((status, told.trim()), (503, r#"{"error":"Unable to satisfy request","message":"Error in PUT"}"#));
-    assert_eq!(ask(Request::get("/v1/kv/a")).await, (200, "1".to_owned()), "reads go on");
+    assert_eq!(
+        (status, told.trim()),
+        (
+            503,
+            r#"{"error":"Unable to satisfy request","message":"Error in PUT"}"#
+        )
+    );
+    assert_eq!(
+        ask(Request::get("/v1/kv/a")).await,
+        (200, "1".to_owned()),
+        "reads go on"
+    );
 
     drop(low);
     let written = eventually(LIMIT, async || (ask(put()).await.0 == 200).then_some(()));

@@ -1,7 +1,8 @@
-//! A strict reader of Prometheus' text format 0.0.4, and the conventions that names have to follow. For tests of the library and of whole
-//! processes alike: it uses nothing but the standard library.
+//! A strict reader of Prometheus' text format 0.0.4, and the conventions that names have to follow.
+//! For tests of the library and of whole processes alike: it uses nothing but the standard library.
 //!
-//! <https://prometheus.io/docs/instrumenting/exposition_formats/>, <https://prometheus.io/docs/practices/naming/>
+//! <https://prometheus.io/docs/instrumenting/exposition_formats/>,
+//! <https://prometheus.io/docs/practices/naming/>
 
 use std::collections::BTreeSet;
 
@@ -25,7 +26,10 @@ pub struct Sample {
 
 impl Sample {
     pub fn label(&self, name: &str) -> Option<&str> {
-        self.labels.iter().find(|(label, _)| label == name).map(|(_, value)| value.as_str())
+        self.labels
+            .iter()
+            .find(|(label, _)| label == name)
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -76,11 +80,16 @@ fn parse(page: &str) -> Result<Vec<Family>, String> {
         let told = |what: &str| format!("line {}: {what}: {line}", at + 1);
         if let Some(rest) = line.strip_prefix("# HELP ") {
             let (name, help) = rest.split_once(' ').ok_or_else(|| told("no help"))?;
-            families.push(Family { name: name.to_owned(), help: help.to_owned(), ..Family::default() });
+            families.push(Family {
+                name: name.to_owned(),
+                help: help.to_owned(),
+                ..Family::default()
+            });
         } else if let Some(rest) = line.strip_prefix("# TYPE ") {
             let (name, kind) = rest.split_once(' ').ok_or_else(|| told("no type"))?;
             let family = families.last_mut().filter(|family| family.name == name);
-            let family = family.filter(|family| family.kind.is_empty() && family.samples.is_empty());
+            let family =
+                family.filter(|family| family.kind.is_empty() && family.samples.is_empty());
             let family = family.ok_or_else(|| told("a type not right behind its help"))?;
             if !["counter", "gauge", "histogram"].contains(&kind) {
                 return Err(told("an unknown type"));
@@ -102,7 +111,10 @@ fn parse(page: &str) -> Result<Vec<Family>, String> {
 }
 
 fn belongs(sample: &str, family: &Family) -> bool {
-    match (family.kind.as_str(), sample.strip_prefix(family.name.as_str())) {
+    match (
+        family.kind.as_str(),
+        sample.strip_prefix(family.name.as_str()),
+    ) {
         ("histogram", Some(suffix)) => ["_bucket", "_sum", "_count"].contains(&suffix),
         (_, Some(suffix)) => suffix.is_empty(),
         (_, None) => false,
@@ -130,8 +142,16 @@ fn parse_sample(line: &str) -> Option<Sample> {
         }
     }
     let value = rest.strip_prefix(' ')?;
-    let value = if value == "+Inf" { f64::INFINITY } else { value.parse().ok()? };
-    Some(Sample { name: name.to_owned(), labels, value })
+    let value = if value == "+Inf" {
+        f64::INFINITY
+    } else {
+        value.parse().ok()?
+    };
+    Some(Sample {
+        name: name.to_owned(),
+        labels,
+        value,
+    })
 }
 
 /// The value of a label up to its closing quote, and what stands behind that.
@@ -157,7 +177,9 @@ fn check_name(family: &Family) -> Result<(), String> {
     let is_word = |name: &str| {
         !name.starts_with(|first: char| first.is_ascii_digit())
             && !name.is_empty()
-            && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == ':')
+            && name
+                .chars()
+                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == ':')
     };
     if !is_word(name) {
         return Err("it is no name".into());
@@ -168,10 +190,18 @@ fn check_name(family: &Family) -> Result<(), String> {
     let is_deprecated = family.help.starts_with("Deprecated");
     match family.kind.as_str() {
         "counter" if !name.ends_with("_total") => return Err("a counter ends in _total".into()),
-        "gauge" if ["_total", "_sum", "_count", "_bucket"].iter().any(|suffix| name.ends_with(suffix)) => {
+        "gauge"
+            if ["_total", "_sum", "_count", "_bucket"]
+                .iter()
+                .any(|suffix| name.ends_with(suffix)) =>
+        {
             return Err("a gauge is called as if it were something else".into());
         }
-        "histogram" if name.ends_with("_seconds") && !name.ends_with("_duration_seconds") && !is_deprecated => {
+        "histogram"
+            if name.ends_with("_seconds")
+                && !name.ends_with("_duration_seconds")
+                && !is_deprecated =>
+        {
             return Err("a histogram of times ends in _duration_seconds".into());
         }
         _ => {}
@@ -190,11 +220,16 @@ fn check_samples(family: &Family) -> Result<(), String> {
         if labels.windows(2).any(|pair| pair[0].0 == pair[1].0) {
             return Err(format!("a label is there twice: {labels:?}"));
         }
-        if labels.iter().any(|(name, _)| !name.chars().all(|c| c.is_ascii_lowercase() || c == '_') || name.starts_with("__")) {
+        if labels.iter().any(|(name, _)| {
+            !name.chars().all(|c| c.is_ascii_lowercase() || c == '_') || name.starts_with("__")
+        }) {
             return Err(format!("a label has no name: {labels:?}"));
         }
         if !seen.insert((sample.name.clone(), labels.clone())) {
-            return Err(format!("a series is there twice: {} {labels:?}", sample.name));
+            return Err(format!(
+                "a series is there twice: {} {labels:?}",
+                sample.name
+            ));
         }
         if family.kind != "gauge" && (sample.value.is_nan() || sample.value < 0.0) {
             return Err(format!("it has counted {}", sample.value));
@@ -206,7 +241,11 @@ fn check_samples(family: &Family) -> Result<(), String> {
 /// The buckets of each series grow up to the count, and end with one for everything.
 fn check_histogram(family: &Family) -> Result<(), String> {
     let without_bound = |sample: &Sample| {
-        let labels = sample.labels.iter().filter(|(name, _)| name != "le").cloned();
+        let labels = sample
+            .labels
+            .iter()
+            .filter(|(name, _)| name != "le")
+            .cloned();
         labels.collect::<BTreeSet<_>>()
     };
     let all: BTreeSet<_> = family.samples.iter().map(without_bound).collect();
@@ -223,14 +262,21 @@ fn check_histogram(family: &Family) -> Result<(), String> {
         };
         let buckets = part("_bucket");
         let bounds: Vec<f64> = buckets.iter().filter_map(bound).collect();
-        let grows =
-            bounds.windows(2).all(|pair| pair[0] < pair[1]) && buckets.windows(2).all(|pair| pair[0].value <= pair[1].value);
+        let grows = bounds.windows(2).all(|pair| pair[0] < pair[1])
+            && buckets
+                .windows(2)
+                .all(|pair| pair[0].value <= pair[1].value);
         if bounds.len() != buckets.len() || bounds.last() != Some(&f64::INFINITY) || !grows {
             return Err(format!("the buckets of {labels:?} do not grow up to +Inf"));
         }
         let (sums, counts) = (part("_sum"), part("_count"));
-        if sums.len() != 1 || counts.len() != 1 || counts[0].value != buckets[buckets.len() - 1].value {
-            return Err(format!("{labels:?} has no sum, or another count than its buckets"));
+        if sums.len() != 1
+            || counts.len() != 1
+            || counts[0].value != buckets[buckets.len() - 1].value
+        {
+            return Err(format!(
+                "{labels:?} has no sum, or another count than its buckets"
+            ));
         }
     }
     Ok(())
@@ -238,13 +284,17 @@ fn check_histogram(family: &Family) -> Result<(), String> {
 
 #[test]
 fn a_page_that_breaks_a_rule_is_told_from_one_that_does_not() {
-    let head = |name: &str, kind: &str| format!("# HELP {name} What it is.\n# TYPE {name} {kind}\n");
+    let head =
+        |name: &str, kind: &str| format!("# HELP {name} What it is.\n# TYPE {name} {kind}\n");
     let good = [
-        format!("{}a_total{{x=\"1,\\\"}}\"}} 1\na_total{{x=\"2\"}} 2\n", head("a_total", "counter")),
+        format!(
+            "{}a_total{{x=\"1,\\\"}}\"}} 1\na_total{{x=\"2\"}} 2\n",
+            head("a_total", "counter")
+        ),
         format!("{}a_bytes -1.5\n", head("a_bytes", "gauge")),
         format!(
-            "{}a_duration_seconds_bucket{{le=\"0.1\"}} 1\na_duration_seconds_bucket{{le=\"+Inf\"}} 2\na_duration_seconds_sum 3\n\
-             a_duration_seconds_count 2\n",
+            "{}a_duration_seconds_bucket{{le=\"0.1\"}} 1\na_duration_seconds_bucket{{le=\"+Inf\"}} \
+             2\na_duration_seconds_sum 3\na_duration_seconds_count 2\n",
             head("a_duration_seconds", "histogram")
         ),
     ];

@@ -2,8 +2,9 @@
 //! both, reset or slow, disks that fill up, and view changes in the middle of it. Nothing that was
 //! acknowledged is lost, and no register tells two stories.
 //!
-//! A campaign is made of episodes. Each has a cluster of its own, whose shape and faults follow from
-//! the seed. `QUORATE_TEST_SECONDS` says how long the campaign lasts (one episode if it is not set).
+//! A campaign is made of episodes. Each has a cluster of its own, whose shape and faults follow
+//! from the seed. `QUORATE_TEST_SECONDS` says how long the campaign lasts (one episode if it is not
+//! set).
 
 use std::time::{Duration, Instant};
 
@@ -80,25 +81,57 @@ struct Shape {
 }
 
 const SHAPES: [Shape; 5] = [
-    Shape { nodes: 3, replicas: 3, shards: 2, lease_reads: false },
-    Shape { nodes: 3, replicas: 3, shards: 3, lease_reads: true },
-    Shape { nodes: 5, replicas: 5, shards: 1, lease_reads: false },
-    Shape { nodes: 5, replicas: 3, shards: 5, lease_reads: false },
+    Shape {
+        nodes: 3,
+        replicas: 3,
+        shards: 2,
+        lease_reads: false,
+    },
+    Shape {
+        nodes: 3,
+        replicas: 3,
+        shards: 3,
+        lease_reads: true,
+    },
+    Shape {
+        nodes: 5,
+        replicas: 5,
+        shards: 1,
+        lease_reads: false,
+    },
+    Shape {
+        nodes: 5,
+        replicas: 3,
+        shards: 5,
+        lease_reads: false,
+    },
     // An even number of replicas has a witness.
-    Shape { nodes: 4, replicas: 2, shards: 2, lease_reads: false },
+    Shape {
+        nodes: 4,
+        replicas: 2,
+        shards: 2,
+        lease_reads: false,
+    },
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_every_kind_lose_nothing() {
     let start = Instant::now();
-    let limit = from_environment("QUORATE_TEST_SECONDS").map_or(Duration::ZERO, Duration::from_secs);
+    let limit =
+        from_environment("QUORATE_TEST_SECONDS").map_or(Duration::ZERO, Duration::from_secs);
     for episode in 0.. {
         let shape_seed = seed().wrapping_add(episode);
         if let Err(reason) = Episode::run(shape_seed).await {
-            return say(&format!("faults: left out, no network of its own for a node: {reason}"));
+            return say(&format!(
+                "faults: left out, no network of its own for a node: {reason}"
+            ));
         }
         if start.elapsed() >= limit {
-            return say(&format!("faults: {} episodes in {:?}", episode + 1, start.elapsed()));
+            return say(&format!(
+                "faults: {} episodes in {:?}",
+                episode + 1,
+                start.elapsed()
+            ));
         }
     }
 }
@@ -122,7 +155,8 @@ impl Episode {
         let network = Network::new(shape.nodes + 1)?;
         let place = tempfile::TempDir::with_prefix_in("faults-", env!("CARGO_TARGET_TMPDIR"));
         let place = place.expect("a directory");
-        let disk = |node: usize| Mount::tmpfs(&place.path().join(node.to_string()), DISK_BYTES).ok();
+        let disk =
+            |node: usize| Mount::tmpfs(&place.path().join(node.to_string()), DISK_BYTES).ok();
         let disks: Vec<_> = (0..shape.nodes).map(disk).collect();
 
         let mut cluster = Cluster::prepare(setup(shape, &network, &disks)).await;
@@ -138,7 +172,16 @@ impl Episode {
         cluster.wait_up(spare).await;
 
         let (told, change) = (Vec::new(), None);
-        let mut episode = Self { random, cluster, network, disks, shape, is_extended: false, change, told };
+        let mut episode = Self {
+            random,
+            cluster,
+            network,
+            disks,
+            shape,
+            is_extended: false,
+            change,
+            told,
+        };
         episode.attack(seed).await;
         Ok(())
     }
@@ -161,14 +204,21 @@ impl Episode {
             self.start_if_ended(node);
         }
         self.end_change().await;
-        say(&format!("faults: seed {seed}, {:?}: {}", self.shape, self.told.join(", ")));
+        say(&format!(
+            "faults: seed {seed}, {:?}: {}",
+            self.shape,
+            self.told.join(", ")
+        ));
         for node in 0..self.cluster.nodes.len() {
             self.cluster.wait_up(node).await;
         }
         load.writes(50).await;
         // A spare serves nothing.
         let members = self.shape.nodes + usize::from(self.is_extended);
-        load.stop().await.judge_at(&self.cluster.addresses()[..members]).await;
+        load.stop()
+            .await
+            .judge_at(&self.cluster.addresses()[..members])
+            .await;
     }
 
     /// Makes a fault, waits for as long as it lasts, and takes it away.
@@ -178,8 +228,11 @@ impl Episode {
         let other = (node + self.random.random_range(1..count)) % count;
         let others = (0..=count).filter(|other| *other != node);
         let lasts = Duration::from_millis(self.random.random_range(LASTS_MS));
-        self.told.push(format!("{fault:?} {node} {other} {} ms", lasts.as_millis()));
-        let Self { network, cluster, .. } = self;
+        self.told
+            .push(format!("{fault:?} {node} {other} {} ms", lasts.as_millis()));
+        let Self {
+            network, cluster, ..
+        } = self;
         match fault {
             Fault::Kill => cluster.nodes[node].kill(),
             Fault::Pause => {
@@ -222,7 +275,9 @@ impl Episode {
 
     /// Takes all room from the disk of a node for a while. Where it has none of its own, nothing.
     async fn fill_disk(&mut self, node: usize, lasts: Duration) {
-        let Some(disk) = &self.disks[node] else { return };
+        let Some(disk) = &self.disks[node] else {
+            return;
+        };
         let filler = disk.path.join("filler");
         let wanted = usize::try_from(DISK_BYTES).expect("a size in memory");
         // Ends with an error when the disk is full, which is what is wanted.
@@ -234,7 +289,11 @@ impl Episode {
 
     /// Adds the spare to the view, or removes it, while the next faults are made.
     async fn change_view(&mut self) {
-        if self.change.as_ref().is_some_and(|change| !change.is_finished()) {
+        if self
+            .change
+            .as_ref()
+            .is_some_and(|change| !change.is_finished())
+        {
             return;
         }
         self.end_change().await;
@@ -242,19 +301,25 @@ impl Episode {
         let spare = self.cluster.nodes[self.shape.nodes].address.clone();
         let verb = if self.is_extended { "remove" } else { "add" };
         self.is_extended = !self.is_extended;
-        self.change = Some(tokio::spawn(async move { operate(&servers, &[verb, &spare, "--yes"]).await }));
+        self.change = Some(tokio::spawn(async move {
+            operate(&servers, &[verb, &spare, "--yes"]).await
+        }));
     }
 
     async fn end_change(&mut self) {
-        let Some(change) = self.change.take() else { return };
+        let Some(change) = self.change.take() else {
+            return;
+        };
         let ended = tokio::time::timeout(CHANGE_LIMIT, change).await;
-        let ended = ended.unwrap_or_else(|_| panic!("a change of the view is stuck: {:?}", self.told));
+        let ended =
+            ended.unwrap_or_else(|_| panic!("a change of the view is stuck: {:?}", self.told));
         let (code, text) = ended.expect("a command that does not panic");
         // In the middle of faults it may fail, or end with an unknown outcome: what the view is now
         // is asked for.
         if code != 0 {
             let last = text.lines().last().unwrap_or_default().to_owned();
-            self.told.push(format!("the change of the view ended with {code}: {last}"));
+            self.told
+                .push(format!("the change of the view ended with {code}: {last}"));
             let spare = self.cluster.nodes[self.shape.nodes].address.clone();
             let status = self.cluster.status().await;
             self.is_extended = status.nodes.iter().any(|node| node.address == spare);
@@ -271,7 +336,8 @@ impl Episode {
 }
 
 fn setup(shape: Shape, network: &Network, disks: &[Option<Mount>]) -> Setup {
-    let data = |(node, disk): (usize, &Option<Mount>)| Some((node, disk.as_ref()?.path.join("data")));
+    let data =
+        |(node, disk): (usize, &Option<Mount>)| Some((node, disk.as_ref()?.path.join("data")));
     let (replicas, shards) = (shape.replicas.to_string(), shape.shards.to_string());
     let mut arguments = vec!["--repl-factor", &replicas, "--shards", &shards];
     if shape.lease_reads {

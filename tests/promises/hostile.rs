@@ -1,5 +1,6 @@
-//! No request of whatever bytes, to whatever route of whatever dialect, through a node or a gateway, makes a server fail, hang or forget:
-//! every route times every kind of hostile body and path.
+//! No request of whatever bytes, to whatever route of whatever dialect, through a node or a
+//! gateway, makes a server fail, hang or forget: every route times every kind of hostile body and
+//! path.
 
 use std::time::Duration;
 
@@ -48,14 +49,38 @@ const ROUTES: [&str; 28] = [
 /// Instead of a key: more of it, less of it, and what is no text.
 fn paths() -> Vec<String> {
     let numbers = ["0", "-1", "1e999", "18446744073709551616"].map(str::to_owned);
-    let texts = ["%ff", "%FF%FE%00", "%", "%zz", "%c3%28", "..", "../../etc/passwd", "a%2Fb", "a//b", "%ED%A0%80", "'\"<>"];
+    let texts = [
+        "%ff",
+        "%FF%FE%00",
+        "%",
+        "%zz",
+        "%c3%28",
+        "..",
+        "../../etc/passwd",
+        "a%2Fb",
+        "a//b",
+        "%ED%A0%80",
+        "'\"<>",
+    ];
     let long = [50, 51, 4096, 4097, 60_000].map(|length| "k".repeat(length));
     let escaped = "%C3%BC".repeat(3000);
-    numbers.into_iter().chain(texts.map(str::to_owned)).chain(long).chain([String::new(), "9".repeat(300), escaped]).collect()
+    numbers
+        .into_iter()
+        .chain(texts.map(str::to_owned))
+        .chain(long)
+        .chain([String::new(), "9".repeat(300), escaped])
+        .collect()
 }
 
 fn bodies() -> Vec<(&'static str, Vec<u8>)> {
-    let deep = |open: &str, inner: &str, close: &str| [open.repeat(100_000), inner.to_owned(), close.repeat(100_000)].concat();
+    let deep = |open: &str, inner: &str, close: &str| {
+        [
+            open.repeat(100_000),
+            inner.to_owned(),
+            close.repeat(100_000),
+        ]
+        .concat()
+    };
     let number = "9".repeat(300);
     let long_key = "k".repeat(5000);
     let texts: Vec<(&'static str, String)> = vec![
@@ -105,15 +130,28 @@ fn bodies() -> Vec<(&'static str, Vec<u8>)> {
         ("control characters", "{\"value\":\"\u{0}\u{1}\n\"}".into()),
         ("a byte order mark", "\u{feff}[]".into()),
     ];
-    let mut bodies: Vec<(&'static str, Vec<u8>)> = texts.into_iter().map(|(name, text)| (name, text.into_bytes())).collect();
+    let mut bodies: Vec<(&'static str, Vec<u8>)> = texts
+        .into_iter()
+        .map(|(name, text)| (name, text.into_bytes()))
+        .collect();
     bodies.push(("no text", b"\xff\xfe\x00\x80".to_vec()));
-    bodies.push(("a text that is none", b"{\"value\":\"\xff\",\"view\":\"\xc3\x28\",\"to\":\"\xff\"}".to_vec()));
-    bodies.push(("pairs that are no text", b"[{\"key\":\"\xff\",\"value\":\"\xed\xa0\x80\"}]".to_vec()));
-    bodies.push(("encoded pairs that are none", b"[{\"key\":{\"encoding\":\"string\",\"data\":\"\xff\"}}]".to_vec()));
+    bodies.push((
+        "a text that is none",
+        b"{\"value\":\"\xff\",\"view\":\"\xc3\x28\",\"to\":\"\xff\"}".to_vec(),
+    ));
+    bodies.push((
+        "pairs that are no text",
+        b"[{\"key\":\"\xff\",\"value\":\"\xed\xa0\x80\"}]".to_vec(),
+    ));
+    bodies.push((
+        "encoded pairs that are none",
+        b"[{\"key\":{\"encoding\":\"string\",\"data\":\"\xff\"}}]".to_vec(),
+    ));
     bodies
 }
 
-/// A request as it goes over the wire, what is wrong with it, and whether its sender hangs up in the middle.
+/// A request as it goes over the wire, what is wrong with it, and whether its sender hangs up in
+/// the middle.
 struct Attack {
     name: String,
     bytes: Vec<u8>,
@@ -124,11 +162,18 @@ impl Attack {
     fn new(route: &str, key: &str, headers: &str, body: &[u8], what: &str) -> Self {
         let route = route.replace("KEY", key);
         let head = format!("{route} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n");
-        Self { name: format!("{what}: {route:.80}"), bytes: [head.as_bytes(), body].concat(), cut_off: false }
+        Self {
+            name: format!("{what}: {route:.80}"),
+            bytes: [head.as_bytes(), body].concat(),
+            cut_off: false,
+        }
     }
 
     fn cut_off(self) -> Self {
-        Self { cut_off: true, ..self }
+        Self {
+            cut_off: true,
+            ..self
+        }
     }
 }
 
@@ -141,28 +186,83 @@ fn attacks(route: &str) -> Vec<Attack> {
     if route.contains("KEY") {
         for key in paths() {
             let body = br#"{"value":1}"#;
-            attacks.push(Attack::new(route, &key, &format!("content-length: {}\r\n", body.len()), body, "a path"));
+            attacks.push(Attack::new(
+                route,
+                &key,
+                &format!("content-length: {}\r\n", body.len()),
+                body,
+                "a path",
+            ));
         }
     }
     let chunked = "transfer-encoding: chunked\r\n";
     let declared = "content-length: 1000\r\n";
     attacks.extend([
         // Announced alone: the refusal does not wait for the bytes.
-        Attack::new(route, "hostile", &format!("content-length: {}\r\n", (64 << 20) + 1), b"", "a body that is too large")
-            .cut_off(),
-        Attack::new(route, "hostile", &format!("content-length: {}\r\n", u64::MAX), b"", "a body without end").cut_off(),
-        Attack::new(route, "hostile", chunked, b"5\r\n[{\"ke\r\n", "chunks that are cut off").cut_off(),
-        Attack::new(route, "hostile", chunked, b"ff", "a chunk's length that is cut off").cut_off(),
-        Attack::new(route, "hostile", chunked, b"zz\r\n[]\r\n0\r\n\r\n", "chunks without a length"),
-        Attack::new(route, "hostile", chunked, b"ffffffffffffffffff\r\n[]\r\n", "a chunk of more bytes than there are").cut_off(),
-        Attack::new(route, "hostile", declared, b"{\"value\":1}", "less than was declared").cut_off(),
+        Attack::new(
+            route,
+            "hostile",
+            &format!("content-length: {}\r\n", (64 << 20) + 1),
+            b"",
+            "a body that is too large",
+        )
+        .cut_off(),
+        Attack::new(
+            route,
+            "hostile",
+            &format!("content-length: {}\r\n", u64::MAX),
+            b"",
+            "a body without end",
+        )
+        .cut_off(),
+        Attack::new(
+            route,
+            "hostile",
+            chunked,
+            b"5\r\n[{\"ke\r\n",
+            "chunks that are cut off",
+        )
+        .cut_off(),
+        Attack::new(
+            route,
+            "hostile",
+            chunked,
+            b"ff",
+            "a chunk's length that is cut off",
+        )
+        .cut_off(),
+        Attack::new(
+            route,
+            "hostile",
+            chunked,
+            b"zz\r\n[]\r\n0\r\n\r\n",
+            "chunks without a length",
+        ),
+        Attack::new(
+            route,
+            "hostile",
+            chunked,
+            b"ffffffffffffffffff\r\n[]\r\n",
+            "a chunk of more bytes than there are",
+        )
+        .cut_off(),
+        Attack::new(
+            route,
+            "hostile",
+            declared,
+            b"{\"value\":1}",
+            "less than was declared",
+        )
+        .cut_off(),
     ]);
     attacks
 }
 
 /// What is answered; none: the connection was closed without an answer.
 async fn answer(address: &str, attack: &Attack) -> Option<u16> {
-    let mut stream = TcpStream::connect(address).await.unwrap_or_else(|error| panic!("{}: {error}", attack.name));
+    let mut stream = TcpStream::connect(address)
+        .await
+        .unwrap_or_else(|error| panic!("{}: {error}", attack.name));
     // It may be refused and closed before all is sent: what counts is the answer.
     let _ = stream.write_all(&attack.bytes).await;
     if attack.cut_off {
@@ -173,36 +273,72 @@ async fn answer(address: &str, attack: &Attack) -> Option<u16> {
         answer.extend_from_slice(&piece[..bytes]);
     }
     let head = String::from_utf8_lossy(&answer[..answer.len().min(20)]).into_owned();
-    (!head.is_empty()).then(|| head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0))
+    (!head.is_empty()).then(|| {
+        head.split(' ')
+            .nth(1)
+            .and_then(|status| status.parse().ok())
+            .unwrap_or(0)
+    })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_makes_a_server_fail_or_hang() {
-    let mut cluster = Cluster::start(Setup { no_view: true, ..Setup::nodes(1) }).await;
+    let mut cluster = Cluster::start(Setup {
+        no_view: true,
+        ..Setup::nodes(1)
+    })
+    .await;
     let mut gateway = cluster.gateway(0, &[&cluster.nodes[0].address]);
     gateway.start();
     let kept = Request::put("/v1/kv/kept?proxy=true", "value");
     let stored = eventually(READY_LIMIT, async || {
         let answer = cluster.client.ask_only(&gateway.address, &kept).await;
-        answer.is_ok_and(|answer| answer.status == 201 || answer.status == 200).then_some(())
+        answer
+            .is_ok_and(|answer| answer.status == 201 || answer.status == 200)
+            .then_some(())
     });
     stored.await.expect("the gateway serves");
     let mut count = 0;
     for address in [cluster.nodes[0].address.clone(), gateway.address.clone()] {
         for attack in ROUTES.iter().flat_map(|route| attacks(route)) {
             let status = tokio::time::timeout(HANG_LIMIT, answer(&address, &attack)).await;
-            let status = status.unwrap_or_else(|_| panic!("no answer at {address} to {}", attack.name));
+            let status =
+                status.unwrap_or_else(|_| panic!("no answer at {address} to {}", attack.name));
             match status {
-                Some(status) => assert!((200..500).contains(&status), "{status} at {address} to {}", attack.name),
-                None => assert!(attack.cut_off, "the connection was closed at {address} on {}", attack.name),
+                Some(status) => assert!(
+                    (200..500).contains(&status),
+                    "{status} at {address} to {}",
+                    attack.name
+                ),
+                None => assert!(
+                    attack.cut_off,
+                    "the connection was closed at {address} on {}",
+                    attack.name
+                ),
             }
             count += 1;
         }
-        let got = cluster.client.ask_only(&address, &Request::get("/v1/kv/kept?proxy=true")).await.expect("an answer");
-        assert_eq!((got.status, got.text().as_str()), (200, "value"), "at {address}");
+        let got = cluster
+            .client
+            .ask_only(&address, &Request::get("/v1/kv/kept?proxy=true"))
+            .await
+            .expect("an answer");
+        assert_eq!(
+            (got.status, got.text().as_str()),
+            (200, "value"),
+            "at {address}"
+        );
     }
-    assert_eq!((cluster.nodes[0].exited(), gateway.exited()), (None, None), "both live");
+    assert_eq!(
+        (cluster.nodes[0].exited(), gateway.exited()),
+        (None, None),
+        "both live"
+    );
     let status = cluster.status().await;
-    assert_eq!((status.epoch, status.nodes.len()), (1, 1), "the view has not changed");
+    assert_eq!(
+        (status.epoch, status.nodes.len()),
+        (1, 1),
+        "the view has not changed"
+    );
     say(&format!("hostile: {count} requests answered"));
 }

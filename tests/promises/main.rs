@@ -1,7 +1,8 @@
 //! The real binary in a real cluster: one file per promise.
 //!
-//! All are one program, so that it is built once; `cargo test --test promises kill` runs one file. Each test has its cluster to itself, one
-//! after another. What is random follows from one seed, which is printed: `QUORATE_TEST_SEED=n` repeats it. Longer campaigns:
+//! All are one program, so that it is built once; `cargo test --test promises kill` runs one file.
+//! Each test has its cluster to itself, one after another. What is random follows from one seed,
+//! which is printed: `QUORATE_TEST_SEED=n` repeats it. Longer campaigns:
 //! - `QUORATE_TEST_ROUNDS`: how often a fault is repeated (`kill`, `crash`, `pause`);
 //! - `QUORATE_TEST_WRITES`: how much a follower misses (`lagging`);
 //! - `QUORATE_TEST_KEYS`: how much one node holds (`big`);

@@ -30,7 +30,10 @@ impl Group {
     /// None where it can't be made: no root, or no such controller.
     fn new(name: &str) -> Option<Self> {
         let name = format!("quorate-test-{}-{name}", std::process::id());
-        let (old, new) = (PathBuf::from("/sys/fs/cgroup/memory"), PathBuf::from("/sys/fs/cgroup"));
+        let (old, new) = (
+            PathBuf::from("/sys/fs/cgroup/memory"),
+            PathBuf::from("/sys/fs/cgroup"),
+        );
         let (dir, limit) = match old.is_dir() {
             true => (old.join(name), "memory.limit_in_bytes"),
             false => (new.join(name), "memory.max"),
@@ -60,7 +63,11 @@ fn large_values() -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_ends_a_node_of_its_own() {
-    feed_everything(Setup { no_view: true, ..Setup::nodes(1) }).await;
+    feed_everything(Setup {
+        no_view: true,
+        ..Setup::nodes(1)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -70,9 +77,14 @@ async fn no_request_ends_a_node_of_three() {
 
 async fn feed_everything(setup: Setup) {
     let mut cluster = Cluster::prepare(setup).await;
-    let groups: Vec<_> = (0..cluster.nodes.len()).map_while(|id| Group::new(&id.to_string())).collect();
+    let groups: Vec<_> = (0..cluster.nodes.len())
+        .map_while(|id| Group::new(&id.to_string()))
+        .collect();
     if groups.len() < cluster.nodes.len() {
-        say("memory: no control group can be made here, so the peak of each process is looked at instead of a limit");
+        say(
+            "memory: no control group can be made here, so the peak of each process is looked at \
+            instead of a limit",
+        );
     }
     for (node, group) in cluster.nodes.iter_mut().zip(&groups) {
         node.wrapper = group.wrapper();
@@ -80,7 +92,10 @@ async fn feed_everything(setup: Setup) {
     cluster.nodes.iter_mut().for_each(|node| node.start());
     cluster.wait_ready().await;
 
-    let mut victim = Victim { cluster, large: large_values() };
+    let mut victim = Victim {
+        cluster,
+        large: large_values(),
+    };
     victim.fill().await;
     victim.batches_of_gets().await;
     victim.lists().await;
@@ -102,7 +117,11 @@ impl Victim {
     }
 
     async fn ask(&self, request: Request) -> (u16, String) {
-        let answer = self.cluster.client.ask(self.address(), &request.clone().timeout(LIMIT)).await;
+        let answer = self
+            .cluster
+            .client
+            .ask(self.address(), &request.clone().timeout(LIMIT))
+            .await;
         let answer = answer.unwrap_or_else(|failure| panic!("{}: {failure:?}", request.path));
         (answer.status, answer.text())
     }
@@ -113,7 +132,12 @@ impl Victim {
     }
 
     async fn put(&self, key: &str, value: Vec<u8>) {
-        let (status, told) = self.ask(Request::put(format!("/v1/kv/{key}?proxy=true&timeout=60s"), value)).await;
+        let (status, told) = self
+            .ask(Request::put(
+                format!("/v1/kv/{key}?proxy=true&timeout=60s"),
+                value,
+            ))
+            .await;
         assert!(matches!(status, 200 | 201), "{key}: {status} {told}");
     }
 
@@ -123,9 +147,19 @@ impl Victim {
         for node in &mut self.cluster.nodes {
             assert_eq!(node.exited(), None, "{} ended after {after}", node.address);
             let peak = memory_peak_bytes(node.pid());
-            assert!(peak < MEMORY_BYTES_MAX, "{} took {peak} bytes after {after}", node.address);
+            assert!(
+                peak < MEMORY_BYTES_MAX,
+                "{} took {peak} bytes after {after}",
+                node.address
+            );
         }
-        let peak = self.cluster.nodes.iter().map(|node| memory_peak_bytes(node.pid())).max().unwrap_or(0);
+        let peak = self
+            .cluster
+            .nodes
+            .iter()
+            .map(|node| memory_peak_bytes(node.pid()))
+            .max()
+            .unwrap_or(0);
         say(&format!("memory: {after}: at most {} MiB", peak >> 20));
         self.assert_kept().await;
 
@@ -184,21 +218,41 @@ impl Victim {
     }
 
     async fn lists(&mut self) {
-        for query in ["limit=1000", "limit=1000&reverse=true", "limit=1&keys_only=true", "limit=1000&keys_only=true"] {
-            let asked = (0..16).map(|_| self.ask(Request::get(format!("/v1/kv?{query}&timeout=60s"))));
+        for query in [
+            "limit=1000",
+            "limit=1000&reverse=true",
+            "limit=1&keys_only=true",
+            "limit=1000&keys_only=true",
+        ] {
+            let asked =
+                (0..16).map(|_| self.ask(Request::get(format!("/v1/kv?{query}&timeout=60s"))));
             for (status, told) in futures::future::join_all(asked).await {
                 // A small machine may have no time left for all of them.
-                assert!(matches!(status, 200 | 429 | 503), "{query}: {status} {told:.300}");
+                assert!(
+                    matches!(status, 200 | 429 | 503),
+                    "{query}: {status} {told:.300}"
+                );
             }
         }
-        let (status, told) = self.ask(Request::get("/v1/kv?limit=1000&keys_only=true&timeout=60s")).await;
-        assert_eq!((status, told.matches("{m}").count() > self.large.min(900)), (200, true), "{told:.300}");
+        let (status, told) = self
+            .ask(Request::get("/v1/kv?limit=1000&keys_only=true&timeout=60s"))
+            .await;
+        assert_eq!(
+            (status, told.matches("{m}").count() > self.large.min(900)),
+            (200, true),
+            "{told:.300}"
+        );
         self.assert_well("listings").await;
     }
 
     async fn dialects(&mut self) {
         let plain = |count: usize| format!("[{}]", vec![r#"{"key":"{m}0"}"#; count].join(","));
-        let encoded = |count: usize| format!("[{}]", vec![r#"{"encoding":"string","data":"{m}0"}"#; count].join(","));
+        let encoded = |count: usize| {
+            format!(
+                "[{}]",
+                vec![r#"{"encoding":"string","data":"{m}0"}"#; count].join(",")
+            )
+        };
         let bodies = [
             ("POST /get", plain(100)),
             ("POST /fetch", encoded(100)),
@@ -207,22 +261,32 @@ impl Victim {
         ];
         for (route, body) in bodies {
             let length = body.len();
-            let request = format!("{route} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}");
+            let request = format!(
+                "{route} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: \
+                {length}\r\n\r\n{body}"
+            );
             let (status, bytes) = read_through(self.address(), &request).await;
             assert_eq!(status, 200, "{route}");
             say(&format!("memory: {route}: {} MiB", bytes >> 20));
         }
         let value = "w".repeat(MIB);
-        let pairs: Vec<String> = (0..20).map(|n| format!(r#"{{"key":"{{m}}{n}","value":"{value}"}}"#)).collect();
-        let (status, told) = self.ask(post("/set", format!("[{}]", pairs.join(",")))).await;
+        let pairs: Vec<String> = (0..20)
+            .map(|n| format!(r#"{{"key":"{{m}}{n}","value":"{value}"}}"#))
+            .collect();
+        let (status, told) = self
+            .ask(post("/set", format!("[{}]", pairs.join(","))))
+            .await;
         assert_eq!(status, 200, "{told:.300}");
         self.assert_well("the batches of the dialects").await;
     }
 
     async fn conditions(&mut self) {
         let revisions = format!("1{}", ",1".repeat(12_000_000));
-        let (status, told) =
-            self.batch(&[format!(r#"{{"op":"put","key":"{{m}}side","value":"x","if_revision":[{revisions}]}}"#)]).await;
+        let (status, told) = self
+            .batch(&[format!(
+                r#"{{"op":"put","key":"{{m}}side","value":"x","if_revision":[{revisions}]}}"#
+            )])
+            .await;
         assert!((400..500).contains(&status), "{status} {told:.300}");
         self.assert_well("twelve million revisions").await;
     }
@@ -242,28 +306,41 @@ impl Victim {
             });
             assert!(served.await.is_some(), "others are served meanwhile");
             drop(silent);
-            self.assert_well(&format!("{SILENT_CLIENTS} silent clients of {route}")).await;
+            self.assert_well(&format!("{SILENT_CLIENTS} silent clients of {route}"))
+                .await;
         }
     }
 
     async fn batches_that_change_much(&mut self) {
         let keys = |count: usize| (0..count).map(|n| format!("{{m}}{n}"));
-        let puts: Vec<String> =
-            keys(7000.min(self.large)).map(|key| format!(r#"{{"op":"put","key":"{key}","value":"x"}}"#)).collect();
+        let puts: Vec<String> = keys(7000.min(self.large))
+            .map(|key| format!(r#"{{"op":"put","key":"{key}","value":"x"}}"#))
+            .collect();
         let (status, told) = self.batch(&puts[..puts.len() / 2]).await;
         assert_eq!(status, 200, "{told:.300}");
         self.assert_well("overwriting").await;
-        let deletes: Vec<String> = keys(7000).map(|key| format!(r#"{{"op":"delete","key":"{key}"}}"#)).collect();
+        let deletes: Vec<String> = keys(7000)
+            .map(|key| format!(r#"{{"op":"delete","key":"{key}"}}"#))
+            .collect();
         let (status, told) = self.batch(&deletes).await;
         assert_eq!(status, 200, "{told:.300}");
         self.assert_well("7000 deletions").await;
-        let (status, told) = self.ask(Request::get("/v1/kv?limit=10&keys_only=true&timeout=60s")).await;
-        assert_eq!((status, told.matches("{m}").count()), (200, 2), "what is left: {told:.300}");
+        let (status, told) = self
+            .ask(Request::get("/v1/kv?limit=10&keys_only=true&timeout=60s"))
+            .await;
+        assert_eq!(
+            (status, told.matches("{m}").count()),
+            (200, 2),
+            "what is left: {told:.300}"
+        );
     }
 }
 
 fn post(path: &str, body: String) -> Request {
-    Request { body: body.into(), ..Request::new(reqwest::Method::POST, path) }
+    Request {
+        body: body.into(),
+        ..Request::new(reqwest::Method::POST, path)
+    }
 }
 
 /// Asks for a large answer over a connection that takes in little, and does not read it.
@@ -271,7 +348,9 @@ async fn ask_and_stay_silent(address: &str, path: &str) -> std::io::Result<TcpSt
     let socket = TcpSocket::new_v4()?;
     socket.set_recv_buffer_size(4096)?;
     let mut stream = socket.connect(address.parse().expect("an address")).await?;
-    stream.write_all(format!("GET {path}?proxy=true HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await?;
+    stream
+        .write_all(format!("GET {path}?proxy=true HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes())
+        .await?;
     Ok(stream)
 }
 
@@ -281,13 +360,20 @@ async fn read_through(address: &str, request: &str) -> (u16, usize) {
     stream.write_all(request.as_bytes()).await.expect("sent");
     let (mut status, mut bytes, mut piece) = (0, 0, vec![0; 64 << 10]);
     loop {
-        let read = tokio::time::timeout(LIMIT, stream.read(&mut piece)).await.expect("an answer in time").expect("an answer");
+        let read = tokio::time::timeout(LIMIT, stream.read(&mut piece))
+            .await
+            .expect("an answer in time")
+            .expect("an answer");
         if read == 0 {
             return (status, bytes);
         }
         if bytes == 0 {
             let head = String::from_utf8_lossy(&piece[..read.min(20)]).into_owned();
-            status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+            status = head
+                .split(' ')
+                .nth(1)
+                .and_then(|status| status.parse().ok())
+                .unwrap_or(0);
         }
         bytes += read;
     }

@@ -1,4 +1,5 @@
-//! A leader that is paused, and goes on believing that it leads, serves nothing stale and loses nothing.
+//! A leader that is paused, and goes on believing that it leads, serves nothing stale and loses
+//! nothing.
 
 use std::time::Duration;
 

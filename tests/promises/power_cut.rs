@@ -1,8 +1,10 @@
-//! What was acknowledged is on the disk: a node that starts from what a power cut leaves has all of it.
+//! What was acknowledged is on the disk: a node that starts from what a power cut leaves has all of
+//! it.
 //!
-//! The disk is an image file behind a loop device. The node is stopped for a moment, and the image copied while nothing is written to it:
-//! the copy holds what was synced, and not what the kernel still held in memory. The node that starts from it believes in another boot of
-//! the machine, as it would after a power cut.
+//! The disk is an image file behind a loop device. The node is stopped for a moment, and the image
+//! copied while nothing is written to it: the copy holds what was synced, and not what the kernel
+//! still held in memory. The node that starts from it believes in another boot of the machine, as
+//! it would after a power cut.
 
 use std::fs;
 use std::path::Path;
@@ -17,13 +19,26 @@ const IMAGE_BYTES: u64 = 2 << 30;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_survives_a_power_cut() {
-    let place = tempfile::TempDir::with_prefix_in("power-", env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-    let (image, copy, mounted) = (place.path().join("image"), place.path().join("copy"), place.path().join("mounted"));
+    let place = tempfile::TempDir::with_prefix_in("power-", env!("CARGO_TARGET_TMPDIR"))
+        .expect("a directory");
+    let (image, copy, mounted) = (
+        place.path().join("image"),
+        place.path().join("copy"),
+        place.path().join("mounted"),
+    );
     let disk = match format(&image).and_then(|()| Mount::image(&mounted, &image)) {
         Ok(disk) => disk,
-        Err(reason) => return say(&format!("power_cut: left out, can't mount an image: {reason}")),
+        Err(reason) => {
+            return say(&format!(
+                "power_cut: left out, can't mount an image: {reason}"
+            ));
+        }
     };
-    let setup = Setup { data: vec![(0, mounted.join("data"))], no_view: true, ..Setup::nodes(1) };
+    let setup = Setup {
+        data: vec![(0, mounted.join("data"))],
+        no_view: true,
+        ..Setup::nodes(1)
+    };
     let mut cluster = Cluster::start(setup).await;
     let load = Load::new("power").start(&cluster);
     load.writes(1000).await;
@@ -42,15 +57,22 @@ async fn what_was_acknowledged_survives_a_power_cut() {
     cluster.nodes[0].start();
     cluster.wait_ready().await;
     let lost = acknowledged.lost(&cluster, 0).await;
-    say(&format!("power_cut: {} keys acknowledged before the cut", acknowledged.len()));
+    say(&format!(
+        "power_cut: {} keys acknowledged before the cut",
+        acknowledged.len()
+    ));
     assert!(acknowledged.len() > 50, "too few keys to prove anything");
-    assert!(lost.is_empty(), "acknowledged before the cut, and lost: {lost:?}");
+    assert!(
+        lost.is_empty(),
+        "acknowledged before the cut, and lost: {lost:?}"
+    );
     cluster.nodes[0].kill();
 }
 
 fn format(image: &Path) -> Result<(), String> {
     let file = fs::File::create(image).map_err(|error| error.to_string())?;
-    file.set_len(IMAGE_BYTES).map_err(|error| error.to_string())?;
+    file.set_len(IMAGE_BYTES)
+        .map_err(|error| error.to_string())?;
     run("mkfs.ext4", &["-q", "-F", &image.display().to_string()]).map(drop)
 }
 
@@ -61,16 +83,31 @@ async fn copy_when_quiet(disk: &Mount, image: &Path, copy: &Path) {
     let counters = || fs::read_to_string(&statistics).expect("the counters of a loop device");
     let copied = eventually(Duration::from_secs(60), async || {
         let before = counters();
-        run("cp", &["--sparse=always", &image.display().to_string(), &copy.display().to_string()]).expect("a copy");
+        run(
+            "cp",
+            &[
+                "--sparse=always",
+                &image.display().to_string(),
+                &copy.display().to_string(),
+            ],
+        )
+        .expect("a copy");
         (counters() == before).then_some(())
     });
-    copied.await.expect("a moment in which nothing is written to the image");
+    copied
+        .await
+        .expect("a moment in which nothing is written to the image");
 }
 
 /// Runs the node with another boot id of the machine.
 fn other_boot(place: &Path) -> Vec<String> {
     let boot = place.join("boot_id");
     fs::write(&boot, "00000000-1111-2222-3333-444444444444\n").expect("a boot id");
-    let script = format!("mount --bind '{}' /proc/sys/kernel/random/boot_id && exec \"$@\"", boot.display());
-    ["unshare", "--mount", "sh", "-c", &script, "sh"].map(str::to_owned).to_vec()
+    let script = format!(
+        "mount --bind '{}' /proc/sys/kernel/random/boot_id && exec \"$@\"",
+        boot.display()
+    );
+    ["unshare", "--mount", "sh", "-c", &script, "sh"]
+        .map(str::to_owned)
+        .to_vec()
 }

@@ -7,7 +7,8 @@ use crate::common::firewall::Firewall;
 use crate::common::http::Request;
 use crate::common::{eventually, say};
 
-/// How long requests may take to find another way. The promise is two seconds; a busy machine gets more.
+/// How long requests may take to find another way. The promise is two seconds; a busy machine gets
+/// more.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// A cluster whose nodes are in groups of their own.
@@ -34,7 +35,10 @@ async fn wait_served(cluster: &Cluster, id: usize) {
         let get = cluster.client.ask_only(address, &get).await.ok()?;
         (matches!(put.status, 200 | 201) && get.status == 200).then_some(())
     });
-    assert!(served.await.is_some(), "node {id} serves nothing for {LIMIT:?}");
+    assert!(
+        served.await.is_some(),
+        "node {id} serves nothing for {LIMIT:?}"
+    );
     say(&format!("node {id} serves after {:?}", began.elapsed()));
 }
 
@@ -52,7 +56,11 @@ async fn a_leader_that_nobody_can_connect_to_hands_over() {
         wait_served(&cluster, others[0]).await;
         for other in &others {
             let address = &cluster.nodes[leader].address;
-            let cut = if round == 0 { firewall.refuse(group(*other), address) } else { firewall.lose(group(*other), address) };
+            let cut = if round == 0 {
+                firewall.refuse(group(*other), address)
+            } else {
+                firewall.lose(group(*other), address)
+            };
             cut.expect("a rule");
         }
         for other in &others {
@@ -62,7 +70,12 @@ async fn a_leader_that_nobody_can_connect_to_hands_over() {
         wait_served(&cluster, leader).await;
         firewall.heal();
         cluster.wait_ready().await;
-        assert!(eventually(READY_LIMIT, async || (cluster.leader(0).await == leader).then_some(())).await.is_some());
+        assert!(
+            eventually(READY_LIMIT, async || (cluster.leader(0).await == leader)
+                .then_some(()))
+            .await
+            .is_some()
+        );
     }
 }
 
@@ -76,11 +89,15 @@ async fn a_node_that_is_cut_off_from_the_leader_serves_by_another() {
     let (mut cluster, group) = start(3).await;
     let leader = cluster.leader(0).await;
     let other = (leader + 1) % 3;
-    firewall.lose(group(other), &cluster.nodes[leader].address).expect("a rule");
+    firewall
+        .lose(group(other), &cluster.nodes[leader].address)
+        .expect("a rule");
     wait_served(&cluster, other).await;
     assert_eq!(cluster.leader(0).await, leader, "most can connect to it");
 
-    firewall.lose(group(leader), &cluster.nodes[other].address).expect("a rule");
+    firewall
+        .lose(group(leader), &cluster.nodes[other].address)
+        .expect("a rule");
     wait_served(&cluster, other).await;
     wait_served(&cluster, leader).await;
     firewall.heal();
@@ -102,11 +119,25 @@ async fn nodes_that_share_a_public_address_redirect_nobody_to_it() {
         let address = &cluster.nodes[id].address;
         let path = format!("/v1/kv/at-{id}");
         let served = eventually(LIMIT, async || {
-            let put = cluster.client.ask_only(address, &Request::put(path.as_str(), "here")).await.ok()?;
-            let get = cluster.client.ask_only(address, &Request::get(path.as_str())).await.ok()?;
-            assert!(put.status != 307 && get.status != 307, "node {id} redirects");
+            let put = cluster
+                .client
+                .ask_only(address, &Request::put(path.as_str(), "here"))
+                .await
+                .ok()?;
+            let get = cluster
+                .client
+                .ask_only(address, &Request::get(path.as_str()))
+                .await
+                .ok()?;
+            assert!(
+                put.status != 307 && get.status != 307,
+                "node {id} redirects"
+            );
             (matches!(put.status, 200 | 201) && get.status == 200).then_some(())
         });
-        assert!(served.await.is_some(), "node {id} serves nothing for {LIMIT:?}");
+        assert!(
+            served.await.is_some(),
+            "node {id} serves nothing for {LIMIT:?}"
+        );
     }
 }

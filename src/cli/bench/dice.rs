@@ -20,7 +20,8 @@ impl Dice {
         z ^ (z >> 31)
     }
 
-    /// From 0 on, below `bound`, which is above 0. The bias of the multiplication is below 2^-32 for what is used here.
+    /// From 0 on, below `bound`, which is above 0. The bias of the multiplication is below 2^-32
+    /// for what is used here.
     pub fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.roll()) * u128::from(bound)) >> 64) as u64
     }
@@ -67,11 +68,20 @@ impl fmt::Display for Distribution {
     }
 }
 
-/// Draws key numbers. Zipfian by the method of Gray et al., "Quickly Generating Billion-Record Synthetic Databases" (1994), as in YCSB.
+/// Draws key numbers. Zipfian by the method of Gray et al., "Quickly Generating Billion-Record
+/// Synthetic Databases" (1994), as in YCSB.
 #[derive(Debug, Clone)]
 pub enum Chooser {
-    Uniform { keys: u64 },
-    Zipfian { keys: u64, theta: f64, alpha: f64, zeta: f64, eta: f64 },
+    Uniform {
+        keys: u64,
+    },
+    Zipfian {
+        keys: u64,
+        theta: f64,
+        alpha: f64,
+        zeta: f64,
+        eta: f64,
+    },
 }
 
 impl Chooser {
@@ -83,7 +93,13 @@ impl Chooser {
                 let zeta: f64 = (1..=keys).map(|rank| (rank as f64).powf(-theta)).sum();
                 let zeta_2 = 1.0 + 0.5f64.powf(theta);
                 let eta = (1.0 - (2.0 / keys as f64).powf(1.0 - theta)) / (1.0 - zeta_2 / zeta);
-                Chooser::Zipfian { keys, theta, alpha: 1.0 / (1.0 - theta), zeta, eta }
+                Chooser::Zipfian {
+                    keys,
+                    theta,
+                    alpha: 1.0 / (1.0 - theta),
+                    zeta,
+                    eta,
+                }
             }
         }
     }
@@ -91,7 +107,13 @@ impl Chooser {
     pub fn choose(&self, dice: &mut Dice) -> u64 {
         match *self {
             Chooser::Uniform { keys } => dice.below(keys),
-            Chooser::Zipfian { keys, theta, alpha, zeta, eta } => {
+            Chooser::Zipfian {
+                keys,
+                theta,
+                alpha,
+                zeta,
+                eta,
+            } => {
                 let u = dice.fraction();
                 let uz = u * zeta;
                 if uz < 1.0 {
@@ -121,7 +143,10 @@ mod tests {
     #[test]
     fn uniform_hits_every_key_alike() {
         let counts = counts(Distribution::Uniform, 10, 100_000);
-        assert!(counts.iter().all(|count| (9_000..11_000).contains(count)), "{counts:?}");
+        assert!(
+            counts.iter().all(|count| (9_000..11_000).contains(count)),
+            "{counts:?}"
+        );
     }
 
     #[test]
@@ -130,11 +155,21 @@ mod tests {
         let zeta: f64 = (1..=1000).map(|rank| f64::from(rank).powf(-0.99)).sum();
         for rank in [0usize, 1] {
             let expected = 200_000.0 * ((rank + 1) as f64).powf(-0.99) / zeta;
-            assert!((counts[rank] as f64 / expected - 1.0).abs() < 0.05, "rank {rank}: {} of {expected}", counts[rank]);
+            assert!(
+                (counts[rank] as f64 / expected - 1.0).abs() < 0.05,
+                "rank {rank}: {} of {expected}",
+                counts[rank]
+            );
         }
-        let halves = (counts[..500].iter().sum::<u64>(), counts[500..].iter().sum::<u64>());
+        let halves = (
+            counts[..500].iter().sum::<u64>(),
+            counts[500..].iter().sum::<u64>(),
+        );
         assert!(halves.0 > 5 * halves.1 && halves.1 > 0, "{halves:?}");
-        assert_eq!(super::tests::counts(Distribution::Zipfian(0.5), 1, 10), [10]);
+        assert_eq!(
+            super::tests::counts(Distribution::Zipfian(0.5), 1, 10),
+            [10]
+        );
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! `quorate bench`: a load generator.
 //!
-//! Workers, each a task with connections of its own, send one request at a time: in a closed loop, or in an open one at a rate, where
-//! latency counts from when a request was due. It speaks the native dialect, to the leader of each key's shard, or whatever a template says.
-//! The generator competes with the servers for the same cores, so the loop is lean: bare hyper connections, values made beforehand,
-//! histograms per worker that are merged at the end.
+//! Workers, each a task with connections of its own, send one request at a time: in a closed loop,
+//! or in an open one at a rate, where latency counts from when a request was due. It speaks the
+//! native dialect, to the leader of each key's shard, or whatever a template says. The generator
+//! competes with the servers for the same cores, so the loop is lean: bare hyper connections,
+//! values made beforehand, histograms per worker that are merged at the end.
 
 mod dice;
 mod options;
@@ -41,16 +42,29 @@ pub fn run(arguments: Arguments) -> Result<Exit, CliError> {
     let threads = arguments.threads;
     let plan = Plan::check(arguments)?;
     let report = runtime(threads)?.block_on(measure(plan))?;
-    let text = if json { report.json() } else { report.to_string() };
+    let text = if json {
+        report.json()
+    } else {
+        report.to_string()
+    };
     let mut output = io::stdout().lock();
-    writeln!(output, "{text}").and_then(|()| output.flush()).map_err(CliError::output)?;
+    writeln!(output, "{text}")
+        .and_then(|()| output.flush())
+        .map_err(CliError::output)?;
     Ok(Exit::Done)
 }
 
 fn runtime(threads: usize) -> Result<Runtime, CliError> {
-    let mut builder = if threads == 1 { Builder::new_current_thread() } else { Builder::new_multi_thread() };
+    let mut builder = if threads == 1 {
+        Builder::new_current_thread()
+    } else {
+        Builder::new_multi_thread()
+    };
     let built = builder.worker_threads(threads).enable_all().build();
-    built.map_err(|source| CliError::Io { what: "the runtime".into(), source })
+    built.map_err(|source| CliError::Io {
+        what: "the runtime".into(),
+        source,
+    })
 }
 
 async fn measure(plan: Plan) -> Result<Report, CliError> {
@@ -74,7 +88,8 @@ async fn measure(plan: Plan) -> Result<Report, CliError> {
     hide(showing);
     let mut total = Tally::new();
     for tally in tallies {
-        let tally = tally.map_err(|error| CliError::Usage(format!("a worker ended early: {error}")))?;
+        let tally =
+            tally.map_err(|error| CliError::Usage(format!("a worker ended early: {error}")))?;
         total.merge(&tally);
     }
     total.errors_of(Trouble::Unsent, pace.unsent());
@@ -90,12 +105,19 @@ async fn preload(shared: &Arc<Shared>) -> Result<(), CliError> {
     });
     let workers: Vec<JoinHandle<Result<(), String>>> = workers.collect();
     let start = Instant::now();
-    let showing = tokio::spawn(show(Arc::clone(&progress), start, start + Duration::from_secs(1 << 30)));
+    let showing = tokio::spawn(show(
+        Arc::clone(&progress),
+        start,
+        start + Duration::from_secs(1 << 30),
+    ));
     let ended = join_all(workers).await;
     hide(showing);
     for worker in ended {
-        let result = worker.map_err(|error| CliError::Usage(format!("a worker ended early: {error}")))?;
-        result.map_err(|reason| CliError::Usage(format!("the keys could not be written first: {reason}")))?;
+        let result =
+            worker.map_err(|error| CliError::Usage(format!("a worker ended early: {error}")))?;
+        result.map_err(|reason| {
+            CliError::Usage(format!("the keys could not be written first: {reason}"))
+        })?;
     }
     Ok(())
 }
@@ -110,7 +132,11 @@ fn hide(showing: JoinHandle<()>) {
 /// A line each second: overwritten on a terminal, one below the other elsewhere.
 async fn show(progress: Arc<Progress>, start: Instant, measured_from: Instant) {
     let terminal = io::stderr().is_terminal();
-    let (before, after) = if terminal { ("\r\x1b[K", "") } else { ("", "\n") };
+    let (before, after) = if terminal {
+        ("\r\x1b[K", "")
+    } else {
+        ("", "\n")
+    };
     let mut ticks = interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     ticks.tick().await;
@@ -120,9 +146,16 @@ async fn show(progress: Arc<Progress>, start: Instant, measured_from: Instant) {
         let done = progress.done.load(Ordering::Relaxed);
         let rate = (done - last) as f64 / (now - last_at).as_secs_f64().max(0.001);
         (last, last_at) = (done, now);
-        let phase = if now < measured_from { "before" } else { "      " };
+        let phase = if now < measured_from {
+            "before"
+        } else {
+            "      "
+        };
         let errors = progress.errors.load(Ordering::Relaxed);
-        let line = format!("{:>5}s {phase} {rate:>10.0} requests/s  {done} done  {errors} errors", (now - start).as_secs());
+        let line = format!(
+            "{:>5}s {phase} {rate:>10.0} requests/s  {done} done  {errors} errors",
+            (now - start).as_secs()
+        );
         drop(write!(io::stderr(), "{before}{line}{after}"));
     }
 }
@@ -157,7 +190,9 @@ mod tests {
                 }
                 let mut response = answer(307, "");
                 let location = format!("http://{leader}{}", request.uri());
-                response.headers_mut().insert(http::header::LOCATION, location.parse().expect("a header"));
+                response
+                    .headers_mut()
+                    .insert(http::header::LOCATION, location.parse().expect("a header"));
                 Some(response)
             }
         });
@@ -166,17 +201,38 @@ mod tests {
             assert!(path.starts_with("/v1/kv/bench-00000000"), "{path}");
             let put = request.method() == Method::PUT;
             assert_eq!(request.body().len(), if put { 10 } else { 0 });
-            Some(if put { answer(200, "{}") } else { answer(404, "{}") })
+            Some(if put {
+                answer(200, "{}")
+            } else {
+                answer(404, "{}")
+            })
         });
         let server = first.to_string();
-        let line =
-            ["--server", &server, "-w", "mixed=50", "-c", "4", "--keys", "5", "--value-size", "10", "-d", "0.2", "--preload"];
+        let line = [
+            "--server",
+            &server,
+            "-w",
+            "mixed=50",
+            "-c",
+            "4",
+            "--keys",
+            "5",
+            "--value-size",
+            "10",
+            "-d",
+            "0.2",
+            "--preload",
+        ];
         let report = measure(plan(&line)).await.expect("a report");
         let result: serde_json::Value = serde_json::from_str(&report.json()).expect("json");
         assert_eq!(result["errors"], serde_json::json!({}), "{result}");
         let (requests, missing) = (result["requests"].as_u64(), result["missing"].as_u64());
         assert!(missing > Some(0) && requests > missing, "{result}");
-        assert_eq!(result["redirects"].as_u64(), requests, "the map never changes: {result}");
+        assert_eq!(
+            result["redirects"].as_u64(),
+            requests,
+            "the map never changes: {result}"
+        );
         assert!(report.to_string().contains("p99.9"));
     }
 
@@ -185,9 +241,23 @@ mod tests {
         let (server, listener) = bind().await;
         serve(listener, |_| async move { Some(answer(503, "busy")) });
         let url = format!("http://{server}/{{key}}");
-        let report = measure(plan(&["--url-template", &url, "-c", "2", "-d", "0.1", "--rate", "100"])).await.expect("a report");
+        let report = measure(plan(&[
+            "--url-template",
+            &url,
+            "-c",
+            "2",
+            "-d",
+            "0.1",
+            "--rate",
+            "100",
+        ]))
+        .await
+        .expect("a report");
         let result: serde_json::Value = serde_json::from_str(&report.json()).expect("json");
         assert_eq!(result["requests"], 0);
-        assert!(result["errors"]["status 503"].as_u64() > Some(0), "{result}");
+        assert!(
+            result["errors"]["status 503"].as_u64() > Some(0),
+            "{result}"
+        );
     }
 }

@@ -27,7 +27,8 @@ pub struct Arguments {
     /// Workers, each with a request in flight and a connection per node
     #[arg(short, long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     connections: u32,
-    /// Requests per second of all workers together, latency counted from when each was due [default: as fast as they are answered]
+    /// Requests per second of all workers together, latency counted from when each was due
+    /// [default: as fast as they are answered]
     #[arg(short, long)]
     rate: Option<f64>,
     /// How many different keys
@@ -60,7 +61,8 @@ pub struct Arguments {
     /// Threads of the generator
     #[arg(long, default_value_t = 1, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64))]
     pub threads: usize,
-    /// Drive any HTTP server: the URL of each request, with {server} (each worker takes one), {key}, {key_b64}, {value}, {value_b64} replaced
+    /// Drive any HTTP server: the URL of each request, with {server} (each worker takes one),
+    /// {key}, {key_b64}, {value}, {value_b64} replaced
     #[arg(long, value_name = "URL")]
     url_template: Option<String>,
     /// The method that goes with --url-template [default: POST with a body, else GET]
@@ -70,7 +72,12 @@ pub struct Arguments {
     #[arg(long, requires = "url_template", value_name = "TEXT")]
     body_template: Option<String>,
     /// The Content-Type that goes with --body-template
-    #[arg(long, requires = "url_template", default_value = "application/json", value_name = "TYPE")]
+    #[arg(
+        long,
+        requires = "url_template",
+        default_value = "application/json",
+        value_name = "TYPE"
+    )]
     content_type: String,
 }
 
@@ -146,21 +153,36 @@ impl Plan {
     /// When the arguments do not fit together.
     pub fn check(arguments: Arguments) -> Result<Self, CliError> {
         let usage = |text: &str| Err(CliError::Usage(text.to_owned()));
-        if arguments.rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
+        if arguments
+            .rate
+            .is_some_and(|rate| !rate.is_finite() || rate <= 0.0)
+        {
             return usage("--rate is above 0");
         }
         if arguments.value_size > VALUE_BYTES_MAX {
             return usage(&format!("--value-size is at most {VALUE_BYTES_MAX}"));
         }
         if arguments.url_template.is_some() && arguments.preload {
-            return usage("--preload can't be used with --url-template: run it once with a template that writes");
+            return usage(
+                "--preload can't be used with --url-template: run it once with a template that \
+                writes",
+            );
         }
         let servers = arguments.servers.addresses();
         let (kind, name) = match &arguments.url_template {
-            None => (Kind::Native(arguments.workload), arguments.workload.to_string()),
+            None => (
+                Kind::Native(arguments.workload),
+                arguments.workload.to_string(),
+            ),
             Some(url) => {
                 let body = arguments.body_template.as_deref();
-                let template = Template::new(url, arguments.method.clone(), body, &arguments.content_type, &servers);
+                let template = Template::new(
+                    url,
+                    arguments.method.clone(),
+                    body,
+                    &arguments.content_type,
+                    &servers,
+                );
                 let template = template.map_err(CliError::Usage)?;
                 (Kind::Template(template), url.clone())
             }
@@ -185,7 +207,11 @@ impl Plan {
 }
 
 fn seconds_or_none(text: &str) -> Result<Duration, String> {
-    if matches!(text, "0" | "0s") { Ok(Duration::ZERO) } else { seconds(text) }
+    if matches!(text, "0" | "0s") {
+        Ok(Duration::ZERO)
+    } else {
+        seconds(text)
+    }
 }
 
 #[cfg(test)]
@@ -197,7 +223,10 @@ mod tests {
         assert_eq!("mixed=95%".parse(), Ok(Workload::Mixed(95)));
         assert_eq!("mixed".parse(), Ok(Workload::Mixed(50)));
         assert_eq!("stale-get".parse(), Ok(Workload::StaleGet));
-        assert_eq!(Workload::Mixed(95).to_string().parse(), Ok(Workload::Mixed(95)));
+        assert_eq!(
+            Workload::Mixed(95).to_string().parse(),
+            Ok(Workload::Mixed(95))
+        );
         for bad in ["mixed=101", "get=5", "delete", ""] {
             assert!(bad.parse::<Workload>().is_err(), "{bad}");
         }

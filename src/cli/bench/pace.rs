@@ -12,7 +12,8 @@ pub struct Pace {
     end: Instant,
     /// None: as soon as the worker is free.
     rate: Option<f64>,
-    /// When what was due and could not be sent is given up: a rate above what the servers take would never end.
+    /// When what was due and could not be sent is given up: a rate above what the servers take
+    /// would never end.
     give_up: Instant,
     given: AtomicU64,
     sent: AtomicU64,
@@ -21,23 +22,35 @@ pub struct Pace {
 impl Pace {
     /// `patience`: how long after the end late requests are still sent.
     pub fn new(start: Instant, end: Instant, rate: Option<f64>, patience: Duration) -> Self {
-        Self { start, end, rate, give_up: end + patience, given: AtomicU64::new(0), sent: AtomicU64::new(0) }
+        Self {
+            start,
+            end,
+            rate,
+            give_up: end + patience,
+            given: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+        }
     }
 
     /// How many requests were due and never sent.
     pub fn unsent(&self) -> u64 {
-        let due = self.rate.map_or(0.0, |rate| (rate * (self.end - self.start).as_secs_f64()).ceil());
+        let due = self.rate.map_or(0.0, |rate| {
+            (rate * (self.end - self.start).as_secs_f64()).ceil()
+        });
         (due as u64).saturating_sub(self.sent.load(Ordering::Relaxed))
     }
 
-    /// Waits until the next request is due, and says from when its latency counts; none when the time is up.
+    /// Waits until the next request is due, and says from when its latency counts; none when the
+    /// time is up.
     ///
-    /// In an open loop a request that finds every worker busy counts from when it was due, so that a stall shows in all that it held
-    /// up. One that a free worker waited for counts from when the worker woke: timers are late by up to a millisecond, which is not the
-    /// server's.
+    /// In an open loop a request that finds every worker busy counts from when it was due, so that
+    /// a stall shows in all that it held up. One that a free worker waited for counts from when the
+    /// worker woke: timers are late by up to a millisecond, which is not the server's.
     pub async fn next(&self) -> Option<Instant> {
         let now = Instant::now();
-        let Some(rate) = self.rate else { return (now < self.end).then_some(now) };
+        let Some(rate) = self.rate else {
+            return (now < self.end).then_some(now);
+        };
         let ticket = self.given.fetch_add(1, Ordering::Relaxed);
         let due = self.start + Duration::from_secs_f64(ticket as f64 / rate);
         if due >= self.end || now >= self.give_up {
@@ -59,10 +72,19 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_open_loop_counts_from_when_a_request_was_due() {
         let start = Instant::now();
-        let pace = Pace::new(start, start + Duration::from_secs(1), Some(10.0), Duration::from_secs(100));
+        let pace = Pace::new(
+            start,
+            start + Duration::from_secs(1),
+            Some(10.0),
+            Duration::from_secs(100),
+        );
         let due = |n: u64| start + Duration::from_millis(100 * n);
         let close = |at: Instant, expected: Instant| {
-            assert!(at >= expected && at - expected < Duration::from_millis(3), "{:?}", at - expected);
+            assert!(
+                at >= expected && at - expected < Duration::from_millis(3),
+                "{:?}",
+                at - expected
+            );
         };
         close(pace.next().await.expect("time is left"), due(0));
         close(pace.next().await.expect("time is left"), due(1));
@@ -84,7 +106,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_rate_that_nobody_can_keep_comes_to_an_end() {
         let start = Instant::now();
-        let pace = Pace::new(start, start + Duration::from_secs(1), Some(100.0), Duration::from_secs(5));
+        let pace = Pace::new(
+            start,
+            start + Duration::from_secs(1),
+            Some(100.0),
+            Duration::from_secs(5),
+        );
         assert!(pace.next().await.is_some());
         tokio::time::advance(Duration::from_secs(7)).await;
         assert_eq!((pace.next().await, pace.unsent()), (None, 99));

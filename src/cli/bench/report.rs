@@ -62,7 +62,11 @@ impl Report {
             requests_per_s: total.count() as f64 / took.as_secs_f64(),
             missing: total.missing,
             redirects: total.redirects,
-            errors: total.errors.iter().map(|(trouble, count)| (trouble.name(), *count)).collect(),
+            errors: total
+                .errors
+                .iter()
+                .map(|(trouble, count)| (trouble.name(), *count))
+                .collect(),
             latency_us,
         }
     }
@@ -74,15 +78,32 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let loop_kind = self.rate.map_or_else(|| "closed loop".to_owned(), |rate| format!("open loop at {rate}/s"));
+        let loop_kind = self.rate.map_or_else(
+            || "closed loop".to_owned(),
+            |rate| format!("open loop at {rate}/s"),
+        );
         writeln!(
             f,
             "{}: {} connections, {loop_kind}, {} keys {}, values of {} bytes, {:.1} s, seed {}",
-            self.workload, self.connections, self.keys, self.distribution, self.value_bytes, self.duration_s, self.seed
+            self.workload,
+            self.connections,
+            self.keys,
+            self.distribution,
+            self.value_bytes,
+            self.duration_s,
+            self.seed
         )?;
-        writeln!(f, "requests   {} ({:.1}/s)", self.requests, self.requests_per_s)?;
+        writeln!(
+            f,
+            "requests   {} ({:.1}/s)",
+            self.requests, self.requests_per_s
+        )?;
         if self.missing > 0 {
-            writeln!(f, "missing    {} were answered that there is no such key", self.missing)?;
+            writeln!(
+                f,
+                "missing    {} were answered that there is no such key",
+                self.missing
+            )?;
         }
         if self.redirects > 0 {
             writeln!(f, "redirects  {}", self.redirects)?;
@@ -93,7 +114,14 @@ impl fmt::Display for Report {
             writeln!(f, "           {count} {name}")?;
         }
         let ms = |us: u64| us as f64 / 1000.0;
-        let Latencies { mean, p50, p90, p99, p99_9, max } = &self.latency_us;
+        let Latencies {
+            mean,
+            p50,
+            p90,
+            p99,
+            p99_9,
+            max,
+        } = &self.latency_us;
         write!(
             f,
             "latency    mean {:.3} ms, p50 {:.3}, p90 {:.3}, p99 {:.3}, p99.9 {:.3}, max {:.3}",

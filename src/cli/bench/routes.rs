@@ -30,11 +30,25 @@ impl Routes {
 
     pub fn of(map: &ShardMap) -> Self {
         let owners = map.owners();
-        let mut nodes: Vec<Vec<Address>> =
-            owners.iter().map(|shard| map.candidates(*shard).into_iter().map(|node| node.public.clone()).collect()).collect();
+        let mut nodes: Vec<Vec<Address>> = owners
+            .iter()
+            .map(|shard| {
+                map.candidates(*shard)
+                    .into_iter()
+                    .map(|node| node.public.clone())
+                    .collect()
+            })
+            .collect();
         nodes.push(Vec::new());
-        let list = |slot| owners.binary_search(&map.owner(slot)).unwrap_or(owners.len());
-        Self { lists: Slot::all().map(list).collect(), nodes }
+        let list = |slot| {
+            owners
+                .binary_search(&map.owner(slot))
+                .unwrap_or(owners.len())
+        };
+        Self {
+            lists: Slot::all().map(list).collect(),
+            nodes,
+        }
     }
 }
 
@@ -49,7 +63,11 @@ pub struct Atlas {
 impl Atlas {
     pub fn new(routes: Routes, client: NativeClient) -> Self {
         let refreshing = Mutex::new((client, Instant::now()));
-        Self { current: RwLock::new(Arc::new(routes)), generation: AtomicU64::new(0), refreshing }
+        Self {
+            current: RwLock::new(Arc::new(routes)),
+            generation: AtomicU64::new(0),
+            refreshing,
+        }
     }
 
     /// Changes when the routes do.
@@ -61,7 +79,8 @@ impl Atlas {
         Arc::clone(&self.current.read().expect("no panic with the lock held"))
     }
 
-    /// Asks for newer routes than those of `generation`. One worker asks; the others that want them wait for it.
+    /// Asks for newer routes than those of `generation`. One worker asks; the others that want them
+    /// wait for it.
     pub async fn refresh(&self, generation: u64) {
         let mut refreshing = self.refreshing.lock().await;
         if self.generation() != generation || refreshing.1.elapsed() < REFRESH_INTERVAL_MIN {

@@ -60,11 +60,17 @@ pub struct Tally {
 impl Tally {
     pub fn new() -> Self {
         let latencies_us = Histogram::new_with_bounds(1, LATENCY_US_MAX, SIGNIFICANT_DIGITS);
-        Self { latencies_us: latencies_us.expect("fixed bounds"), errors: BTreeMap::new(), missing: 0, redirects: 0 }
+        Self {
+            latencies_us: latencies_us.expect("fixed bounds"),
+            errors: BTreeMap::new(),
+            missing: 0,
+            redirects: 0,
+        }
     }
 
     pub fn done(&mut self, latency: Duration) {
-        self.latencies_us.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+        self.latencies_us
+            .saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
     }
 
     pub fn error(&mut self, trouble: Trouble) {
@@ -78,7 +84,9 @@ impl Tally {
     }
 
     pub fn merge(&mut self, other: &Tally) {
-        self.latencies_us.add(&other.latencies_us).expect("all have the same bounds");
+        self.latencies_us
+            .add(&other.latencies_us)
+            .expect("all have the same bounds");
         for (trouble, count) in &other.errors {
             self.errors_of(*trouble, *count);
         }
@@ -122,7 +130,10 @@ mod tests {
             let off = a.latency_us(quantile).abs_diff(ms * 1000);
             assert!(off <= ms, "p{quantile} is off by {off} us");
         }
-        assert_eq!(a.errors, BTreeMap::from([(Trouble::Timeout, 2), (Trouble::Status(503), 1)]));
+        assert_eq!(
+            a.errors,
+            BTreeMap::from([(Trouble::Timeout, 2), (Trouble::Status(503), 1)])
+        );
     }
 
     #[test]

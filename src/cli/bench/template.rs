@@ -34,8 +34,12 @@ enum Piece {
     ValueBase64,
 }
 
-const PLACES: [(&str, Piece); 4] =
-    [("{key}", Piece::Key), ("{key_b64}", Piece::KeyBase64), ("{value}", Piece::Value), ("{value_b64}", Piece::ValueBase64)];
+const PLACES: [(&str, Piece); 4] = [
+    ("{key}", Piece::Key),
+    ("{key_b64}", Piece::KeyBase64),
+    ("{value}", Piece::Value),
+    ("{value_b64}", Piece::ValueBase64),
+];
 
 impl Template {
     /// # Errors
@@ -49,14 +53,26 @@ impl Template {
         servers: &[Address],
     ) -> Result<Self, String> {
         let urls: Vec<String> = match url.contains("{server}") {
-            true => servers.iter().map(|server| url.replace("{server}", server.as_str())).collect(),
+            true => servers
+                .iter()
+                .map(|server| url.replace("{server}", server.as_str()))
+                .collect(),
             false => vec![url.to_owned()],
         };
-        let targets = urls.iter().map(|url| target(url)).collect::<Result<Vec<_>, String>>()?;
-        let body_default = if body.is_some() { Method::POST } else { Method::GET };
+        let targets = urls
+            .iter()
+            .map(|url| target(url))
+            .collect::<Result<Vec<_>, String>>()?;
+        let body_default = if body.is_some() {
+            Method::POST
+        } else {
+            Method::GET
+        };
         Ok(Self {
             method: method.unwrap_or(body_default),
-            content_type: content_type.parse().map_err(|_| format!("'{content_type}' is no content type"))?,
+            content_type: content_type
+                .parse()
+                .map_err(|_| format!("'{content_type}' is no content type"))?,
             targets,
             body: body.map(Pieces::parse),
         })
@@ -70,24 +86,46 @@ impl Template {
     /// # Errors
     ///
     /// When what is filled in makes no URI.
-    pub fn request(&self, worker: usize, key: &[u8], value: &[u8]) -> Result<Request<Full<Bytes>>, http::Error> {
+    pub fn request(
+        &self,
+        worker: usize,
+        key: &[u8],
+        value: &[u8],
+    ) -> Result<Request<Full<Bytes>>, http::Error> {
         let (_, host, path) = &self.targets[worker % self.targets.len()];
         let escaped = percent_encode(key, KEY_ESCAPES).to_string();
         let uri = Uri::from_maybe_shared(Bytes::from(path.fill(escaped.as_bytes(), key, value)))?;
-        let request = Request::builder().method(self.method.clone()).uri(uri).header(HOST, host.clone());
-        let Some(body) = &self.body else { return request.body(Full::default()) };
+        let request = Request::builder()
+            .method(self.method.clone())
+            .uri(uri)
+            .header(HOST, host.clone());
+        let Some(body) = &self.body else {
+            return request.body(Full::default());
+        };
         let request = request.header(CONTENT_TYPE, self.content_type.clone());
         request.body(Full::new(Bytes::from(body.fill(key, key, value))))
     }
 }
 
 fn target(url: &str) -> Result<(Address, HeaderValue, Pieces), String> {
-    let rest = url.strip_prefix("http://").ok_or_else(|| format!("'{url}' does not begin with http://"))?;
+    let rest = url
+        .strip_prefix("http://")
+        .ok_or_else(|| format!("'{url}' does not begin with http://"))?;
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let with_port = if authority.contains(':') { authority.to_owned() } else { format!("{authority}:80") };
-    let address: Address = with_port.parse().map_err(|error| format!("'{url}': {error}"))?;
+    let with_port = if authority.contains(':') {
+        authority.to_owned()
+    } else {
+        format!("{authority}:80")
+    };
+    let address: Address = with_port
+        .parse()
+        .map_err(|error| format!("'{url}': {error}"))?;
     let host = HeaderValue::from_str(authority).map_err(|error| format!("'{url}': {error}"))?;
-    Ok((address, host, Pieces::parse(if path.is_empty() { "/" } else { path })))
+    Ok((
+        address,
+        host,
+        Pieces::parse(if path.is_empty() { "/" } else { path }),
+    ))
 }
 
 impl Pieces {
@@ -96,7 +134,9 @@ impl Pieces {
         let mut pieces = Vec::new();
         let mut rest = text;
         let next = |rest: &str| {
-            let found = PLACES.into_iter().filter_map(|(name, piece)| rest.find(name).map(|at| (at, name.len(), piece)));
+            let found = PLACES
+                .into_iter()
+                .filter_map(|(name, piece)| rest.find(name).map(|at| (at, name.len(), piece)));
             found.min_by_key(|(at, _, _)| *at)
         };
         while let Some((at, length, piece)) = next(rest) {
@@ -136,22 +176,53 @@ mod tests {
     #[tokio::test]
     async fn a_template_drives_the_json_gateway_of_etcd() {
         let body = Some(r#"{"key":"{key_b64}","value":"{value_b64}"}"#);
-        let template = Template::new("http://127.0.0.1:2379/v3/kv/put", None, body, "application/json", &[]).expect("a template");
+        let template = Template::new(
+            "http://127.0.0.1:2379/v3/kv/put",
+            None,
+            body,
+            "application/json",
+            &[],
+        )
+        .expect("a template");
         assert_eq!(template.server(5).as_str(), "127.0.0.1:2379");
         let request = template.request(0, b"foo", b"bar").expect("a request");
-        assert_eq!((request.method(), request.uri().to_string().as_str()), (&Method::POST, "/v3/kv/put"));
+        assert_eq!(
+            (request.method(), request.uri().to_string().as_str()),
+            (&Method::POST, "/v3/kv/put")
+        );
         assert_eq!(request.headers()[HOST], "127.0.0.1:2379");
-        let body = request.into_body().collect().await.expect("in memory").to_bytes();
+        let body = request
+            .into_body()
+            .collect()
+            .await
+            .expect("in memory")
+            .to_bytes();
         assert_eq!(body, r#"{"key":"Zm9v","value":"YmFy"}"#);
     }
 
     #[test]
     fn workers_share_the_servers_and_keys_are_escaped_in_urls() {
-        let servers: Vec<Address> = ["a:1", "b:2"].iter().map(|text| text.parse().expect("an address")).collect();
-        let template = Template::new("http://{server}/kv/{key}?x={value}", None, None, "a/b", &servers).expect("a template");
-        assert_eq!((template.server(0).as_str(), template.server(3).as_str()), ("a:1", "b:2"));
+        let servers: Vec<Address> = ["a:1", "b:2"]
+            .iter()
+            .map(|text| text.parse().expect("an address"))
+            .collect();
+        let template = Template::new(
+            "http://{server}/kv/{key}?x={value}",
+            None,
+            None,
+            "a/b",
+            &servers,
+        )
+        .expect("a template");
+        assert_eq!(
+            (template.server(0).as_str(), template.server(3).as_str()),
+            ("a:1", "b:2")
+        );
         let request = template.request(1, b"a b", b"v").expect("a request");
-        assert_eq!((request.method(), request.uri().to_string().as_str()), (&Method::GET, "/kv/a%20b?x=v"));
+        assert_eq!(
+            (request.method(), request.uri().to_string().as_str()),
+            (&Method::GET, "/kv/a%20b?x=v")
+        );
         assert_eq!(request.headers()[HOST], "b:2");
         for bad in ["https://a:1/", "a:1/x", "http://a:b/", "http:///x"] {
             assert!(Template::new(bad, None, None, "a/b", &[]).is_err(), "{bad}");

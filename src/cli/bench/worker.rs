@@ -29,7 +29,8 @@ use crate::types::Address;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Redirects followed in a row, without a pause.
 const REDIRECTS_MAX: u32 = 3;
-/// After a request that could not be sent, so that a dead server does not make a busy loop of errors.
+/// After a request that could not be sent, so that a dead server does not make a busy loop of
+/// errors.
 const ERROR_PAUSE: Duration = Duration::from_millis(10);
 /// Values are cut from this many bytes more than one needs, so that they differ.
 const VALUE_SPREAD_BYTES: usize = 64 << 10;
@@ -58,8 +59,15 @@ impl Shared {
         };
         let mut dice = Dice::new(plan.seed);
         let letters = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_";
-        let values: Vec<u8> = (0..plan.value_size + VALUE_SPREAD_BYTES).map(|_| letters[dice.below(64) as usize]).collect();
-        Ok(Self { chooser: Chooser::new(plan.distribution, plan.keys), values: values.into(), atlas, plan })
+        let values: Vec<u8> = (0..plan.value_size + VALUE_SPREAD_BYTES)
+            .map(|_| letters[dice.below(64) as usize])
+            .collect();
+        Ok(Self {
+            chooser: Chooser::new(plan.distribution, plan.keys),
+            values: values.into(),
+            atlas,
+            plan,
+        })
     }
 
     fn key(&self, number: u64) -> String {
@@ -106,9 +114,19 @@ enum Answered {
 impl Worker {
     pub fn new(number: u32, shared: Arc<Shared>, progress: Arc<Progress>) -> Self {
         // Far apart in the sequence, whatever the seed.
-        let mut dice = Dice::new(shared.plan.seed ^ (u64::from(number) + 1).wrapping_mul(0xD134_2543_DE82_EF95));
+        let mut dice = Dice::new(
+            shared.plan.seed ^ (u64::from(number) + 1).wrapping_mul(0xD134_2543_DE82_EF95),
+        );
         dice.roll();
-        Self { number: number as usize, shared, progress, dice, tally: Tally::new(), connections: BTreeMap::new(), routes: None }
+        Self {
+            number: number as usize,
+            shared,
+            progress,
+            dice,
+            tally: Tally::new(),
+            connections: BTreeMap::new(),
+            routes: None,
+        }
     }
 
     /// Sends requests as they are due; counts those due from `measured_from` on.
@@ -165,7 +183,11 @@ impl Worker {
             Kind::Native(Workload::Get) => self.native(number, Ask::Get).await,
             Kind::Native(Workload::StaleGet) => self.native(number, Ask::StaleGet).await,
             Kind::Native(Workload::Mixed(reads)) => {
-                let ask = if self.dice.below(100) < u64::from(*reads) { Ask::Get } else { Ask::Put };
+                let ask = if self.dice.below(100) < u64::from(*reads) {
+                    Ask::Get
+                } else {
+                    Ask::Put
+                };
                 self.native(number, ask).await
             }
         }
@@ -176,9 +198,11 @@ impl Worker {
         self.refresh().await;
         match trouble {
             Trouble::Timeout => {}
-            Trouble::Connect | Trouble::Broken | Trouble::Redirects | Trouble::Status(_) | Trouble::Unsent => {
-                sleep(ERROR_PAUSE).await
-            }
+            Trouble::Connect
+            | Trouble::Broken
+            | Trouble::Redirects
+            | Trouble::Status(_)
+            | Trouble::Unsent => sleep(ERROR_PAUSE).await,
         }
     }
 
@@ -186,23 +210,49 @@ impl Worker {
         let deadline = Instant::now() + self.shared.plan.timeout;
         let (key, value) = (self.shared.key(number), self.shared.value(&mut self.dice));
         let address = template.server(self.number).clone();
-        let request = template.request(self.number, key.as_bytes(), &value).map_err(|_| Trouble::Status(0))?;
-        let status = self.exchange(&address, deadline, |_| request).await?.status();
-        if status.is_success() { Ok(Answered::Done) } else { Err(Trouble::Status(status.as_u16())) }
+        let request = template
+            .request(self.number, key.as_bytes(), &value)
+            .map_err(|_| Trouble::Status(0))?;
+        let status = self
+            .exchange(&address, deadline, |_| request)
+            .await?
+            .status();
+        if status.is_success() {
+            Ok(Answered::Done)
+        } else {
+            Err(Trouble::Status(status.as_u16()))
+        }
     }
 
     async fn native(&mut self, number: u64, ask: Ask) -> Result<Answered, Trouble> {
         let deadline = Instant::now() + self.shared.plan.timeout;
         let key = self.shared.key(number);
         let mut address = self.route(key.as_bytes(), ask).ok_or(Trouble::Connect)?;
-        let query = if ask == Ask::StaleGet { "?consistency=stale" } else { "" };
-        let uri = Bytes::from(format!("/v1/kv/{}{query}", percent_encode(key.as_bytes(), KEY_ESCAPES)));
+        let query = if ask == Ask::StaleGet {
+            "?consistency=stale"
+        } else {
+            ""
+        };
+        let uri = Bytes::from(format!(
+            "/v1/kv/{}{query}",
+            percent_encode(key.as_bytes(), KEY_ESCAPES)
+        ));
         let uri = Uri::from_maybe_shared(uri).map_err(|_| Trouble::Status(0))?;
-        let value = if ask == Ask::Put { self.shared.value(&mut self.dice) } else { Bytes::new() };
+        let value = if ask == Ask::Put {
+            self.shared.value(&mut self.dice)
+        } else {
+            Bytes::new()
+        };
         let mut hops = 0;
         loop {
-            // What was not sent, or was sent elsewhere, is certainly not done: a client goes on, and what it waits for shows as latency.
-            let trouble = match self.exchange(&address, deadline, |host| native_request(&uri, ask, &value, host)).await {
+            // What was not sent, or was sent elsewhere, is certainly not done: a client goes on,
+            // and what it waits for shows as latency.
+            let trouble = match self
+                .exchange(&address, deadline, |host| {
+                    native_request(&uri, ask, &value, host)
+                })
+                .await
+            {
                 Err(Trouble::Connect) => Trouble::Connect,
                 Err(trouble) => return Err(trouble),
                 Ok(response) => match response.status() {
@@ -220,7 +270,9 @@ impl Worker {
             };
             if trouble == Trouble::Connect {
                 self.refresh().await;
-                address = self.route_past(key.as_bytes(), &address).ok_or(Trouble::Connect)?;
+                address = self
+                    .route_past(key.as_bytes(), &address)
+                    .ok_or(Trouble::Connect)?;
             }
             if trouble == Trouble::Connect || hops > REDIRECTS_MAX {
                 hops = 0;
@@ -241,7 +293,10 @@ impl Worker {
     /// Another node of the key's shard than one that can't be reached.
     fn route_past(&mut self, key: &[u8], unreachable: &Address) -> Option<Address> {
         let nodes = self.routes()?.nodes(slot_of(key));
-        let at = nodes.iter().position(|node| node == unreachable).map_or(0, |at| at + 1);
+        let at = nodes
+            .iter()
+            .position(|node| node == unreachable)
+            .map_or(0, |at| at + 1);
         nodes.get(at % nodes.len().max(1)).cloned()
     }
 
@@ -259,7 +314,11 @@ impl Worker {
     fn routes(&mut self) -> Option<&Routes> {
         let atlas = self.shared.atlas.as_ref()?;
         let generation = atlas.generation();
-        if self.routes.as_ref().is_none_or(|(known, _)| *known != generation) {
+        if self
+            .routes
+            .as_ref()
+            .is_none_or(|(known, _)| *known != generation)
+        {
             self.routes = Some((generation, atlas.routes()));
         }
         self.routes.as_ref().map(|(_, routes)| routes.as_ref())
@@ -272,17 +331,26 @@ impl Worker {
         deadline: Instant,
         request: impl FnOnce(&HeaderValue) -> Request<Full<Bytes>>,
     ) -> Result<Response<()>, Trouble> {
-        let mut link = match self.connections.remove(address).filter(|link| link.connection.is_open()) {
+        let mut link = match self
+            .connections
+            .remove(address)
+            .filter(|link| link.connection.is_open())
+        {
             Some(link) => link,
             None => {
-                let connection = Connection::open(address, CONNECT_TIMEOUT).await.map_err(|_| Trouble::Connect)?;
+                let connection = Connection::open(address, CONNECT_TIMEOUT)
+                    .await
+                    .map_err(|_| Trouble::Connect)?;
                 let host = HeaderValue::from_str(address.as_str()).map_err(|_| Trouble::Connect)?;
                 Link { connection, host }
             }
         };
         let request = request(&link.host);
         let answered = async { drain(link.connection.send(request).await?).await };
-        let response = timeout_at(deadline, answered).await.map_err(|_| Trouble::Timeout)?.map_err(|_| Trouble::Broken)?;
+        let response = timeout_at(deadline, answered)
+            .await
+            .map_err(|_| Trouble::Timeout)?
+            .map_err(|_| Trouble::Broken)?;
         self.connections.insert(address.clone(), link);
         Ok(response)
     }
@@ -303,7 +371,10 @@ fn native_request(uri: &Uri, ask: Ask, value: &Bytes, host: &HeaderValue) -> Req
     request.headers_mut().insert(HOST, host.clone());
     if ask == Ask::Put {
         *request.method_mut() = Method::PUT;
-        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        request.headers_mut().insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("application/octet-stream"),
+        );
     }
     request
 }

@@ -1,7 +1,8 @@
-//! The verbs that change the view: what each asks for, what that would take, and having it accepted.
+//! The verbs that change the view: what each asks for, what that would take, and having it
+//! accepted.
 //!
-//! A change is drawn up from the status, shown as a plan and sent with the epoch of the plan that was shown: what was confirmed is what is
-//! done, or nothing.
+//! A change is drawn up from the status, shown as a plan and sent with the epoch of the plan that
+//! was shown: what was confirmed is what is done, or nothing.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
@@ -15,11 +16,13 @@ use crate::cli::{CliError, Exit};
 use crate::client::protocol::ClusterStatus;
 use crate::client::store::Store;
 use crate::client::view_change::{
-    Auto, ChangeInProgress, PerNode, PlannedChange, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
+    Auto, ChangeInProgress, PerNode, PlannedChange, ReplicationFactor, Shards, ViewChange,
+    ViewChangeFailure,
 };
 use crate::types::Address;
 
-/// How often a plan is drawn up again because the view has changed meanwhile. Others would have to be quick to do that thrice.
+/// How often a plan is drawn up again because the view has changed meanwhile. Others would have to
+/// be quick to do that thrice.
 const DRAFTS_MAX: usize = 3;
 /// Between two looks at a node that is not ready to join.
 const NOT_READY_PAUSE: Duration = Duration::from_millis(300);
@@ -75,7 +78,8 @@ pub enum Verb<O: Args> {
         #[command(flatten)]
         options: O,
     },
-    /// Plan again what was asked for already: replicas, leaders and slots are spread evenly over the nodes that are there
+    /// Plan again what was asked for already: replicas, leaders and slots are spread evenly over
+    /// the nodes that are there
     #[command(after_help = CHANGE_EXIT_CODES)]
     Rebalance {
         #[command(flatten)]
@@ -125,38 +129,60 @@ impl<O: Args> Verb<O> {
             Verb::Remove { nodes, .. } => nodes.iter().try_for_each(|node| members.remove(node))?,
             Verb::Replace { old, new, .. } => members.replace(old, new)?,
             Verb::SetReplication { replicas, .. } => {
-                return Ok(ViewChange { replication_factor: Some(*replicas), ..ViewChange::default() });
+                return Ok(ViewChange {
+                    replication_factor: Some(*replicas),
+                    ..ViewChange::default()
+                });
             }
-            Verb::SetShards { shards, .. } => return Ok(ViewChange { shards: Some(*shards), ..ViewChange::default() }),
+            Verb::SetShards { shards, .. } => {
+                return Ok(ViewChange {
+                    shards: Some(*shards),
+                    ..ViewChange::default()
+                });
+            }
             Verb::Rebalance { .. } => return Ok(ViewChange::default()),
         }
-        Ok(ViewChange { nodes: Some(members.addresses()), ..ViewChange::default() })
+        Ok(ViewChange {
+            nodes: Some(members.addresses()),
+            ..ViewChange::default()
+        })
     }
 }
 
-/// The nodes that are to stay, each by the address that the view knows it by and the one that clients use.
+/// The nodes that are to stay, each by the address that the view knows it by and the one that
+/// clients use.
 struct Members(Vec<(Address, Address)>);
 
 impl Members {
     fn of(status: &ClusterStatus) -> Self {
         let staying = status.nodes.iter().filter(|node| !node.leaving);
-        Self(staying.map(|node| (node.address.clone(), node.public_address.clone())).collect())
+        Self(
+            staying
+                .map(|node| (node.address.clone(), node.public_address.clone()))
+                .collect(),
+        )
     }
 
     fn position(&self, node: &Address) -> Option<usize> {
-        self.0.iter().position(|(address, public)| address == node || public == node)
+        self.0
+            .iter()
+            .position(|(address, public)| address == node || public == node)
     }
 
     fn add(&mut self, node: &Address) -> Result<(), CliError> {
         if self.position(node).is_some() {
-            return Err(CliError::Refused(format!("{node} is a node of the cluster already")));
+            return Err(CliError::Refused(format!(
+                "{node} is a node of the cluster already"
+            )));
         }
         self.0.push((node.clone(), node.clone()));
         Ok(())
     }
 
     fn remove(&mut self, node: &Address) -> Result<(), CliError> {
-        let at = self.position(node).ok_or_else(|| CliError::Refused(format!("{node} is no node of the cluster")))?;
+        let at = self
+            .position(node)
+            .ok_or_else(|| CliError::Refused(format!("{node} is no node of the cluster")))?;
         self.0.remove(at);
         Ok(())
     }
@@ -179,7 +205,11 @@ impl Members {
 /// When the change is refused, or nobody answers.
 pub async fn plan(cluster: &mut Cluster, verb: &Verb<Planning>) -> Result<Exit, CliError> {
     let (_, planned) = draft(cluster, verb).await?;
-    if verb.options().json { print(&as_json(&planned)) } else { print(&describe(&planned)) }
+    if verb.options().json {
+        print(&as_json(&planned))
+    } else {
+        print(&describe(&planned))
+    }
 }
 
 /// Plans the change, asks for confirmation, sends it and waits for its end.
@@ -190,16 +220,22 @@ pub async fn plan(cluster: &mut Cluster, verb: &Verb<Planning>) -> Result<Exit, 
 pub async fn carry_out(cluster: &mut Cluster, verb: &Verb<Carrying>) -> Result<Exit, CliError> {
     let options = verb.options();
     if !options.yes && !io::stdin().is_terminal() {
-        let reason = "there is no terminal to ask for confirmation: say --yes, or look first with 'quorate cluster plan'";
+        let reason = "there is no terminal to ask for confirmation: say --yes, or look first with \
+            'quorate cluster plan'";
         return Err(CliError::Usage(reason.into()));
     }
     let (change, planned) = draft(cluster, verb).await?;
     tell(describe(&planned).trim_end());
     // What changes nothing but the asking needs no second thought.
     if !options.yes && !planned.is_same && !confirmed()? {
-        return Err(CliError::Refused("not confirmed: nothing was changed".into()));
+        return Err(CliError::Refused(
+            "not confirmed: nothing was changed".into(),
+        ));
     }
-    let accepted = cluster.store.change_view(change, Some(planned.base), cluster.options).await?;
+    let accepted = cluster
+        .store
+        .change_view(change, Some(planned.base), cluster.options)
+        .await?;
     if options.no_wait {
         return began(&accepted, options.json);
     }
@@ -211,24 +247,37 @@ fn began(accepted: &ChangeInProgress, json: bool) -> Result<Exit, CliError> {
     if json {
         print(&as_json(accepted))
     } else {
-        print(&format!("plan {id} is accepted; to follow it: quorate cluster wait {id}\n"))
+        print(&format!(
+            "plan {id} is accepted; to follow it: quorate cluster wait {id}\n"
+        ))
     }
 }
 
-/// The change that the verb asks for, and its plan, both of the same view. A node that is not ready to join, because it has just been
-/// started or has yet to notice that it left, is waited for until the timeout.
-async fn draft<O: Args>(cluster: &mut Cluster, verb: &Verb<O>) -> Result<(ViewChange, PlannedChange), CliError> {
+/// The change that the verb asks for, and its plan, both of the same view. A node that is not ready
+/// to join, because it has just been started or has yet to notice that it left, is waited for until
+/// the timeout.
+async fn draft<O: Args>(
+    cluster: &mut Cluster,
+    verb: &Verb<O>,
+) -> Result<(ViewChange, PlannedChange), CliError> {
     let deadline = Instant::now() + cluster.options.timeout;
     let mut drafts = 0;
     loop {
         let status = cluster.client.cluster().await?;
         let change = verb.change(&status)?;
-        let failure = match cluster.store.plan_view(change.clone(), cluster.options).await {
+        let failure = match cluster
+            .store
+            .plan_view(change.clone(), cluster.options)
+            .await
+        {
             Ok(planned) if planned.base == status.epoch => return Ok((change, planned)),
             Ok(planned) => {
                 drafts += 1;
                 if drafts >= DRAFTS_MAX {
-                    return Err(ViewChangeFailure::EpochChanged { current: planned.base }.into());
+                    return Err(ViewChangeFailure::EpochChanged {
+                        current: planned.base,
+                    }
+                    .into());
                 }
                 continue;
             }
@@ -243,7 +292,10 @@ async fn draft<O: Args>(cluster: &mut Cluster, verb: &Verb<O>) -> Result<(ViewCh
 }
 
 fn confirmed() -> Result<bool, CliError> {
-    let failed = |source| CliError::Io { what: "standard input".into(), source };
+    let failed = |source| CliError::Io {
+        what: "standard input".into(),
+        source,
+    };
     drop(write!(io::stderr(), "Go ahead? [y/N] "));
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).map_err(failed)?;
@@ -252,24 +304,52 @@ fn confirmed() -> Result<bool, CliError> {
 
 fn describe(planned: &PlannedChange) -> String {
     if planned.is_same {
-        return format!("Nothing would move: the view is as it should be, after plan {}.\n", planned.base);
+        return format!(
+            "Nothing would move: the view is as it should be, after plan {}.\n",
+            planned.base
+        );
     }
     let mut text = format!("A change of plan {}:\n", planned.base);
     let mut line = |what: &str, words: String| text.push_str(&format!("  {what:<9} {words}\n"));
-    let named = |sign: &str, nodes: &[Address]| nodes.iter().map(|node| format!("{sign}{node}")).collect::<Vec<_>>();
-    let nodes = [named("+", &planned.nodes_added), named("-", &planned.nodes_removed)].concat();
+    let named = |sign: &str, nodes: &[Address]| {
+        nodes
+            .iter()
+            .map(|node| format!("{sign}{node}"))
+            .collect::<Vec<_>>()
+    };
+    let nodes = [
+        named("+", &planned.nodes_added),
+        named("-", &planned.nodes_removed),
+    ]
+    .concat();
     if !nodes.is_empty() {
         line("nodes", nodes.join(" "));
     }
     if planned.shards_added + planned.shards_removed > 0 {
-        line("shards", format!("{} new, {} to end", planned.shards_added, planned.shards_removed));
+        line(
+            "shards",
+            format!(
+                "{} new, {} to end",
+                planned.shards_added, planned.shards_removed
+            ),
+        );
     }
-    line("replicas", format!("{} to fill, {} to take away", planned.replicas_added, planned.replicas_removed));
+    line(
+        "replicas",
+        format!(
+            "{} to fill, {} to take away",
+            planned.replicas_added, planned.replicas_removed
+        ),
+    );
     line(
         "slots",
         match planned.slots_moved {
             0 => "all stay where they are".into(),
-            moved => format!("{moved} of {} to move, {}", moved + planned.slots_kept, bytes(planned.bytes_moved)),
+            moved => format!(
+                "{moved} of {} to move, {}",
+                moved + planned.slots_kept,
+                bytes(planned.bytes_moved)
+            ),
         },
     );
     text
@@ -278,14 +358,20 @@ fn describe(planned: &PlannedChange) -> String {
 fn replication_factor(text: &str) -> Result<ReplicationFactor, String> {
     match text {
         "auto" => Ok(ReplicationFactor::Default(Auto::Auto)),
-        number => number.parse().map(ReplicationFactor::Fixed).map_err(|_| "expected a number of replicas, or auto".to_owned()),
+        number => number
+            .parse()
+            .map(ReplicationFactor::Fixed)
+            .map_err(|_| "expected a number of replicas, or auto".to_owned()),
     }
 }
 
 fn shards(text: &str) -> Result<Shards, String> {
     match text {
         "per-node" => Ok(Shards::Default(PerNode::PerNode)),
-        number => number.parse().map(Shards::Fixed).map_err(|_| "expected a number of shards, or per-node".to_owned()),
+        number => number
+            .parse()
+            .map(Shards::Fixed)
+            .map_err(|_| "expected a number of shards, or per-node".to_owned()),
     }
 }
 
@@ -305,7 +391,9 @@ mod tests {
     use crate::client::testing::{answer, bind, json, serve, status};
 
     fn arguments(line: &str) -> Arguments {
-        match Cli::try_parse_from(["quorate", "cluster"].into_iter().chain(line.split(' '))).map(|cli| cli.command) {
+        match Cli::try_parse_from(["quorate", "cluster"].into_iter().chain(line.split(' ')))
+            .map(|cli| cli.command)
+        {
             Ok(crate::cli::Command::Cluster(arguments)) => arguments,
             other => panic!("{line}: {other:?}"),
         }
@@ -317,7 +405,9 @@ mod tests {
         let mut status = status(1, Some(0), &nodes);
         status.nodes[1].public_address = "public:2".parse().expect("an address");
         status.nodes[2].leaving = true;
-        let Command::Change(verb) = arguments(line).command else { panic!("{line} changes nothing") };
+        let Command::Change(verb) = arguments(line).command else {
+            panic!("{line} changes nothing")
+        };
         let change = verb.change(&status).map_err(|error| error.to_string())?;
         Ok(serde_json::to_string(&change).expect("JSON"))
     }
@@ -346,7 +436,11 @@ mod tests {
             ("replace d:4 e:5", "d:4 is no node of the cluster"),
             ("replace a:1 b:2", "b:2 is a node of the cluster already"),
         ] {
-            assert_eq!(asked(line).map_err(|error| error.to_string()), Err(expected.to_owned()), "{line}");
+            assert_eq!(
+                asked(line).map_err(|error| error.to_string()),
+                Err(expected.to_owned()),
+                "{line}"
+            );
         }
     }
 
@@ -365,8 +459,8 @@ mod tests {
             slots_kept: 4000,
             bytes_moved: 1 << 20,
         };
-        let expected = "A change of plan 3:\n  nodes     +d:4 -a:1\n  replicas  3 to fill, 2 to take away\n  \
-                        slots     96 of 4096 to move, 1.0 MiB\n";
+        let expected = "A change of plan 3:\n  nodes     +d:4 -a:1\n  replicas  3 to fill, 2 to \
+                        take away\n  slots     96 of 4096 to move, 1.0 MiB\n";
         assert_eq!(describe(&planned), expected);
         planned.shards_added = 1;
         assert!(describe(&planned).contains("  shards    1 new, 0 to end\n"));
@@ -376,21 +470,31 @@ mod tests {
         assert!(describe(&planned).starts_with("Nothing would move"));
     }
 
-    /// A node that plans and accepts changes of plan 1; a change is done when it was looked at twice. Its address, and how many it accepted.
+    /// A node that plans and accepts changes of plan 1; a change is done when it was looked at
+    /// twice. Its address, and how many it accepted.
     async fn node() -> (Address, Arc<AtomicUsize>) {
         let (address, listener) = bind().await;
         let (accepted, looks) = (Arc::new(AtomicUsize::new(0)), AtomicUsize::new(0));
-        let (count, status) = (Arc::clone(&accepted), status(1, Some(0), std::slice::from_ref(&address)));
+        let (count, status) = (
+            Arc::clone(&accepted),
+            status(1, Some(0), std::slice::from_ref(&address)),
+        );
         let operation = |phase: &str| object!({ "id": 2, "phase": phase, "replicas_left": 1, "slots_left": 0, "bytes_left": 0, "waiting_for": [] });
         serve(listener, move |request| {
-            let path = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
+            let path = request
+                .uri()
+                .path_and_query()
+                .map(ToString::to_string)
+                .unwrap_or_default();
             let reply = match (request.method(), path.split('?').next().unwrap_or_default()) {
                 (&Method::GET, "/v1/cluster") => json(&status),
-                (&Method::PUT, "/v1/cluster/view") if path.contains("dry_run=true") => json(&object!({
-                    "base": 1, "is_same": false, "nodes_added": [], "nodes_removed": [], "replicas_added": 1,
-                    "replicas_removed": 0, "shards_added": 0, "shards_removed": 0, "slots_moved": 0, "slots_kept": 4096,
-                    "bytes_moved": 0
-                })),
+                (&Method::PUT, "/v1/cluster/view") if path.contains("dry_run=true") => {
+                    json(&object!({
+                        "base": 1, "is_same": false, "nodes_added": [], "nodes_removed": [], "replicas_added": 1,
+                        "replicas_removed": 0, "shards_added": 0, "shards_removed": 0, "slots_moved": 0, "slots_kept": 4096,
+                        "bytes_moved": 0
+                    }))
+                }
                 (&Method::PUT, "/v1/cluster/view") => {
                     assert_eq!(request.headers()[IF_MATCH], "\"1\"");
                     let refused = object!({ "code": "view_refused", "detail": "too few nodes" });
@@ -402,10 +506,12 @@ mod tests {
                         }
                     }
                 }
-                (&Method::GET, "/v1/cluster/operations/2") => match looks.fetch_add(1, Ordering::Relaxed) {
-                    0 => json(&operation("running")),
-                    _ => json(&operation("done")),
-                },
+                (&Method::GET, "/v1/cluster/operations/2") => {
+                    match looks.fetch_add(1, Ordering::Relaxed) {
+                        0 => json(&operation("running")),
+                        _ => json(&operation("done")),
+                    }
+                }
                 (&Method::GET, "/v1/cluster/operations/3") => json(&operation("superseded")),
                 other => answer(404, format!("{other:?}")),
             };
@@ -422,27 +528,43 @@ mod tests {
             ran.map_err(|error| (error.code(), error.to_string()))
         };
         assert_eq!(ran("plan add d:4").await, Ok(Exit::Done));
-        assert_eq!(accepted.load(Ordering::Relaxed), 0, "a plan changes nothing");
+        assert_eq!(
+            accepted.load(Ordering::Relaxed),
+            0,
+            "a plan changes nothing"
+        );
         assert_eq!(ran("add d:4 --yes --no-wait").await, Ok(Exit::Done));
         assert_eq!(ran("add d:4 --yes").await, Ok(Exit::Done));
         assert_eq!(accepted.load(Ordering::Relaxed), 2);
-        assert_eq!(ran("set-replication 7 --yes").await, Err((1, "too few nodes".into())));
+        assert_eq!(
+            ran("set-replication 7 --yes").await,
+            Err((1, "too few nodes".into()))
+        );
         assert_eq!(ran("wait 2 --json").await, Ok(Exit::Done));
         let overtaken = ran("wait 3").await.expect_err("another plan took over");
-        assert!(overtaken.0 == 1 && overtaken.1.contains("later plan"), "{overtaken:?}");
+        assert!(
+            overtaken.0 == 1 && overtaken.1.contains("later plan"),
+            "{overtaken:?}"
+        );
         assert_eq!(ran("wait 9").await, Err((1, "there was no plan 9".into())));
-        assert_eq!(ran("remove d:4 --yes").await, Err((1, "d:4 is no node of the cluster".into())));
+        assert_eq!(
+            ran("remove d:4 --yes").await,
+            Err((1, "d:4 is no node of the cluster".into()))
+        );
         assert_eq!(accepted.load(Ordering::Relaxed), 2);
     }
 
     #[tokio::test]
     async fn a_wait_outlasts_servers_that_have_just_started() {
         let (address, listener) = bind().await;
-        let (told, asked) = (status(2, Some(0), std::slice::from_ref(&address)), AtomicUsize::new(0));
+        let (told, asked) = (
+            status(2, Some(0), std::slice::from_ref(&address)),
+            AtomicUsize::new(0),
+        );
         serve(listener, move |request| {
-            let done =
-                object!({ "id": 1, "phase": "done", "replicas_left": 0, "slots_left": 0, "bytes_left": 0, "waiting_for": [] });
-            let starting = object!({ "code": "unavailable", "detail": "unavailable: the meta group has no leader now" });
+            let done = object!({ "id": 1, "phase": "done", "replicas_left": 0, "slots_left": 0, "bytes_left": 0, "waiting_for": [] });
+            let starting = object!({ "code": "unavailable", "detail": "unavailable: the meta group \
+                has no leader now" });
             let answer = match request.uri().path() {
                 "/v1/cluster" => json(&told),
                 _ if asked.fetch_add(1, Ordering::Relaxed) < 3 => answer(503, starting.to_string()),
@@ -451,15 +573,24 @@ mod tests {
             async move { Some(answer) }
         });
         let line = format!("--timeout 30 --server {address} wait");
-        assert_eq!(run(arguments(&line)).await.map_err(|error| error.to_string()), Ok(Exit::Done));
+        assert_eq!(
+            run(arguments(&line))
+                .await
+                .map_err(|error| error.to_string()),
+            Ok(Exit::Done)
+        );
     }
 
     #[tokio::test]
     async fn a_node_that_is_not_ready_to_join_is_waited_for() {
         let (address, listener) = bind().await;
-        let (told, asked) = (status(1, Some(0), std::slice::from_ref(&address)), AtomicUsize::new(0));
+        let (told, asked) = (
+            status(1, Some(0), std::slice::from_ref(&address)),
+            AtomicUsize::new(0),
+        );
         serve(listener, move |request| {
-            let late = object!({ "code": "node_not_ready", "detail": "d:4 has yet to notice that it left the cluster" });
+            let late = object!({ "code": "node_not_ready", "detail": "d:4 has yet to notice that \
+                it left the cluster" });
             let same = object!({
                 "base": 1, "is_same": true, "nodes_added": [], "nodes_removed": [], "replicas_added": 0, "replicas_removed": 0,
                 "shards_added": 0, "shards_removed": 0, "slots_moved": 0, "slots_kept": 4096, "bytes_moved": 0
@@ -481,7 +612,15 @@ mod tests {
 
     #[test]
     fn words_and_numbers_are_told_apart() {
-        for bad in ["set-replication many", "set-replication 256", "set-shards -1", "add", "add a", "plan", "plan status"] {
+        for bad in [
+            "set-replication many",
+            "set-replication 256",
+            "set-shards -1",
+            "add",
+            "add a",
+            "plan",
+            "plan status",
+        ] {
             let line = ["quorate", "cluster"].into_iter().chain(bad.split(' '));
             assert!(Cli::try_parse_from(line).is_err(), "{bad}");
         }

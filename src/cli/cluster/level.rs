@@ -20,16 +20,32 @@ const HOLD_TIMEOUT: Duration = Duration::from_secs(5);
 /// Returns what the level is, and what becomes of it.
 pub fn render(status: &ClusterStatus) -> String {
     let level = status.level;
-    let next = status.nodes.iter().map(|node| node.speaks.unwrap_or(0)).min().unwrap_or(0);
+    let next = status
+        .nodes
+        .iter()
+        .map(|node| node.speaks.unwrap_or(0))
+        .min()
+        .unwrap_or(0);
     let named = |pick: &dyn Fn(&NodeStatus) -> bool| {
-        let picked = status.nodes.iter().filter(|node| pick(node)).map(|node| node.address.to_string());
+        let picked = status
+            .nodes
+            .iter()
+            .filter(|node| pick(node))
+            .map(|node| node.address.to_string());
         picked.collect::<Vec<_>>().join(", ")
     };
-    let (holding, behind) = (named(&|node| node.holds_level), named(&|node| node.speaks.unwrap_or(0) <= level));
+    let (holding, behind) = (
+        named(&|node| node.holds_level),
+        named(&|node| node.speaks.unwrap_or(0) <= level),
+    );
     let becomes = match (holding.is_empty(), next > level, behind.is_empty()) {
         (false, _, _) => format!("it is held by {holding}"),
-        (true, true, _) => format!("it is raised to {next} once every node has spoken that for a while"),
-        (true, false, false) => format!("it stays while {behind} know no later one, or do not answer"),
+        (true, true, _) => {
+            format!("it is raised to {next} once every node has spoken that for a while")
+        }
+        (true, false, false) => {
+            format!("it stays while {behind} know no later one, or do not answer")
+        }
         (true, false, true) => "it has no nodes".to_owned(),
     };
     format!("level {level}: {becomes}\n")
@@ -37,11 +53,22 @@ pub fn render(status: &ClusterStatus) -> String {
 
 /// Has every node hold the level, or do so no more. One that holds is enough to hold it.
 pub async fn hold(cluster: &mut Cluster, hold: bool) -> Result<(), CliError> {
-    let broken = |reason: String| CliError::from(Failure::Unavailable { reason, retry_after_ms: 0 });
+    let broken = |reason: String| {
+        CliError::from(Failure::Unavailable {
+            reason,
+            retry_after_ms: 0,
+        })
+    };
     let peers = PeerCaller::new().map_err(|error| broken(error.to_string()))?;
     let status = cluster.client.cluster().await?;
-    let request = HoldRequest { cluster: status.cluster, hold };
-    let asked = status.nodes.iter().map(|node| peers.hold_level(&node.address, &request, HOLD_TIMEOUT));
+    let request = HoldRequest {
+        cluster: status.cluster,
+        hold,
+    };
+    let asked = status
+        .nodes
+        .iter()
+        .map(|node| peers.hold_level(&node.address, &request, HOLD_TIMEOUT));
     let answers = join_all(asked).await;
     let (mut taken, mut silent) = (0, Vec::new());
     for (node, answer) in status.nodes.iter().zip(answers) {
@@ -57,13 +84,18 @@ pub async fn hold(cluster: &mut Cluster, hold: bool) -> Result<(), CliError> {
     }
     await_news(cluster, hold, taken).await?;
     match (hold, taken, silent.is_empty()) {
-        (true, 0, _) => Err(broken("no node took it: only one that runs the newer program can hold the level".into())),
-        (false, _, false) => Err(broken("the level is still held where it was not taken: try again".into())),
+        (true, 0, _) => Err(broken(
+            "no node took it: only one that runs the newer program can hold the level".into(),
+        )),
+        (false, _, false) => Err(broken(
+            "the level is still held where it was not taken: try again".into(),
+        )),
         (true | false, _, _) => Ok(()),
     }
 }
 
-/// Waits until the status says that so many nodes hold the level, or that none does: it may be as old as a moment.
+/// Waits until the status says that so many nodes hold the level, or that none does: it may be as
+/// old as a moment.
 async fn await_news(cluster: &mut Cluster, hold: bool, taken: usize) -> Result<(), CliError> {
     for _ in 0..LOOKS_MAX {
         let status = cluster.client.cluster().await?;
@@ -86,11 +118,20 @@ mod tests {
         let nodes = ["a:1", "b:2"].map(|node| node.parse().expect("an address"));
         let mut status = testing::status(1, Some(0), &nodes);
         let shown = |status: &ClusterStatus| render(status);
-        assert_eq!(shown(&status), "level 0: it stays while a:1, b:2 know no later one, or do not answer\n");
+        assert_eq!(
+            shown(&status),
+            "level 0: it stays while a:1, b:2 know no later one, or do not answer\n"
+        );
         status.nodes[0].speaks = Some(1);
-        assert_eq!(shown(&status), "level 0: it stays while b:2 know no later one, or do not answer\n");
+        assert_eq!(
+            shown(&status),
+            "level 0: it stays while b:2 know no later one, or do not answer\n"
+        );
         status.nodes[1].speaks = Some(2);
-        assert_eq!(shown(&status), "level 0: it is raised to 1 once every node has spoken that for a while\n");
+        assert_eq!(
+            shown(&status),
+            "level 0: it is raised to 1 once every node has spoken that for a while\n"
+        );
         status.nodes[1].holds_level = true;
         assert_eq!(shown(&status), "level 0: it is held by b:2\n");
     }

@@ -1,6 +1,7 @@
 //! `quorate cluster`: how a cluster is, changing its view, and handing leaderships over.
 //!
-//! `status` shows, `change` says what is to be changed and has it accepted, `progress` waits for its end.
+//! `status` shows, `change` says what is to be changed and has it accepted, `progress` waits for
+//! its end.
 
 mod change;
 mod level;
@@ -22,8 +23,9 @@ use crate::client::store::{Consistency, Failure, Options, Routing, Store};
 use crate::types::{Address, PlanEpoch};
 
 /// What the exit codes of a change mean.
-const CHANGE_EXIT_CODES: &str = "Exit codes: 0 done, 1 refused, not confirmed or overtaken by a later change, 2 usage, \
-3 unavailable or of unknown outcome, 130 interrupted: a change that was accepted goes on by itself.";
+const CHANGE_EXIT_CODES: &str = "Exit codes: 0 done, 1 refused, not confirmed or overtaken by a \
+later change, 2 usage, 3 unavailable or of unknown outcome, 130 interrupted: a change that was \
+accepted goes on by itself.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
@@ -60,7 +62,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// The feature level: what all nodes can read. Shows it, or holds it where it is during an upgrade
+    /// The feature level: what all nodes can read. Shows it, or holds it where it is during an
+    /// upgrade
     #[command(after_help = EXIT_CODES)]
     Level {
         /// Do not raise it, so that every node can still go back to its older program
@@ -92,10 +95,21 @@ struct Cluster {
 
 impl Cluster {
     fn new(servers: &Servers) -> Result<Self, CliError> {
-        let broken = |error| Failure::Unavailable { reason: format!("no HTTP client: {error}"), retry_after_ms: 0 };
+        let broken = |error| Failure::Unavailable {
+            reason: format!("no HTTP client: {error}"),
+            retry_after_ms: 0,
+        };
         let store = RemoteStore::connect(servers.addresses()).map_err(broken)?;
-        let options = Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: servers.timeout() };
-        Ok(Self { client: servers.client(), store, options })
+        let options = Options {
+            consistency: Consistency::Linearizable,
+            routing: Routing::Proxy,
+            timeout: servers.timeout(),
+        };
+        Ok(Self {
+            client: servers.client(),
+            store,
+            options,
+        })
     }
 }
 
@@ -116,11 +130,18 @@ pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
             print(&level::render(&cluster.client.cluster().await?))
         }
         Command::Status { json, watch: None } => print(&show(&mut cluster, json).await?),
-        Command::Status { json, watch: Some(pause) } => loop {
+        Command::Status {
+            json,
+            watch: Some(pause),
+        } => loop {
             match show(&mut cluster, json).await {
                 Ok(text) => {
                     // Home, and clear the rest: less flicker than clearing first.
-                    let clear = if io::stdout().is_terminal() { "\x1b[H\x1b[J" } else { "" };
+                    let clear = if io::stdout().is_terminal() {
+                        "\x1b[H\x1b[J"
+                    } else {
+                        ""
+                    };
                     print(&format!("{clear}{text}\n"))?;
                 }
                 Err(error) => complain(&error),
@@ -150,18 +171,27 @@ async fn show(cluster: &mut Cluster, json: bool) -> Result<String, CliError> {
     // Without it the status is shown all the same.
     let running = match status.settled {
         true => None,
-        false => cluster.store.operation(status.epoch, cluster.options).await.ok().flatten(),
+        false => cluster
+            .store
+            .operation(status.epoch, cluster.options)
+            .await
+            .ok()
+            .flatten(),
     };
     Ok(status::render(&status, running.as_ref()))
 }
 
 fn as_json(value: &impl serde::Serialize) -> String {
-    serde_json::to_string_pretty(value).map_or_else(|error| format!("{error}\n"), |text| format!("{text}\n"))
+    serde_json::to_string_pretty(value)
+        .map_or_else(|error| format!("{error}\n"), |text| format!("{text}\n"))
 }
 
 fn print(text: &str) -> Result<Exit, CliError> {
     let mut output = io::stdout().lock();
-    output.write_all(text.as_bytes()).and_then(|()| output.flush()).map_err(CliError::output)?;
+    output
+        .write_all(text.as_bytes())
+        .and_then(|()| output.flush())
+        .map_err(CliError::output)?;
     Ok(Exit::Done)
 }
 
@@ -189,7 +219,10 @@ mod tests {
 
     #[test]
     fn sizes_are_readable() {
-        assert_eq!([bytes(7), bytes(1536), bytes(3 << 30)], ["7 B", "1.5 KiB", "3.0 GiB"]);
+        assert_eq!(
+            [bytes(7), bytes(1536), bytes(3 << 30)],
+            ["7 B", "1.5 KiB", "3.0 GiB"]
+        );
         assert_eq!([count(1, "slot"), count(0, "slot")], ["1 slot", "0 slots"]);
     }
 }

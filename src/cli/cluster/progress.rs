@@ -1,5 +1,5 @@
-//! Waits for the end of a change of the view, and shows how it gets on: a line on a terminal that is written anew, elsewhere a line now
-//! and then.
+//! Waits for the end of a change of the view, and shows how it gets on: a line on a terminal that
+//! is written anew, elsewhere a line now and then.
 //!
 //! The change needs nobody to wait for it: an interrupt ends the wait alone, and says so.
 
@@ -20,12 +20,13 @@ const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(1);
 const LOOK_TIMEOUT_MAX: Duration = Duration::from_secs(3);
 /// Between two lines where they are not written over each other.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
-/// When nobody has told anything for so long, or for the `--timeout` if that is longer, the wait is given up. An election takes a
-/// second, a restart less than a minute.
+/// When nobody has told anything for so long, or for the `--timeout` if that is longer, the wait is
+/// given up. An election takes a second, a restart less than a minute.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 /// Signs in a full bar.
 const BAR_WIDTH: u64 = 20;
-/// A line must not wrap, or it can't be written anew; where the terminal does not say how wide it is, it is so wide.
+/// A line must not wrap, or it can't be written anew; where the terminal does not say how wide it
+/// is, it is so wide.
 const COLUMNS_DEFAULT: u16 = 80;
 
 /// Waits for one change.
@@ -37,7 +38,11 @@ pub struct Follower<'a> {
 
 impl<'a> Follower<'a> {
     pub fn new(cluster: &'a Cluster, json: bool) -> Self {
-        Self { cluster, json, line: Line::new(io::stderr().is_terminal()) }
+        Self {
+            cluster,
+            json,
+            line: Line::new(io::stderr().is_terminal()),
+        }
     }
 
     /// # Errors
@@ -55,7 +60,10 @@ impl<'a> Follower<'a> {
         self.line.clear();
         match ended {
             None => {
-                tell(&format!("plan {id} is carried out all the same; to follow it: quorate cluster wait {id}"));
+                tell(&format!(
+                    "plan {id} is carried out all the same; to follow it: quorate cluster wait \
+                    {id}"
+                ));
                 Ok(Exit::Interrupted)
             }
             Some(Err(failure)) => Err(failure.into()),
@@ -64,7 +72,9 @@ impl<'a> Follower<'a> {
                     print(&as_json(&change))?;
                 }
                 match change.phase {
-                    Phase::Superseded => Err(CliError::Refused(format!("a later plan has taken over before plan {id} was done"))),
+                    Phase::Superseded => Err(CliError::Refused(format!(
+                        "a later plan has taken over before plan {id} was done"
+                    ))),
                     Phase::Running | Phase::Done if self.json => Ok(Exit::Done),
                     Phase::Running | Phase::Done => print(&format!("plan {id} is done\n")),
                 }
@@ -72,10 +82,16 @@ impl<'a> Follower<'a> {
         }
     }
 
-    async fn wait_for_end(&mut self, mut change: ChangeInProgress) -> Result<ChangeInProgress, Failure> {
+    async fn wait_for_end(
+        &mut self,
+        mut change: ChangeInProgress,
+    ) -> Result<ChangeInProgress, Failure> {
         let asked_for = self.cluster.options.timeout;
         let patience = SILENCE_MAX.max(asked_for);
-        let options = Options { timeout: LOOK_TIMEOUT_MAX.min(asked_for), ..self.cluster.options };
+        let options = Options {
+            timeout: LOOK_TIMEOUT_MAX.min(asked_for),
+            ..self.cluster.options
+        };
         let mut meter = Meter::default();
         let mut heard = Instant::now();
         let mut interval = LOOK_INTERVAL_MIN;
@@ -96,14 +112,20 @@ impl<'a> Follower<'a> {
             };
 
             let silent_s = heard.elapsed().as_secs();
-            self.line.show(&format!("plan {}: no answer for {silent_s} s ({silence})", change.id));
+            self.line.show(&format!(
+                "plan {}: no answer for {silent_s} s ({silence})",
+                change.id
+            ));
             if heard.elapsed() > patience {
                 let reason = format!(
-                    "nobody has told of plan {} for {silent_s} s ({silence}); it is carried out by itself once its nodes are \
-                     back",
+                    "nobody has told of plan {} for {silent_s} s ({silence}); it is carried out by \
+                     itself once its nodes are back",
                     change.id
                 );
-                return Err(Failure::Unavailable { reason, retry_after_ms: 0 });
+                return Err(Failure::Unavailable {
+                    reason,
+                    retry_after_ms: 0,
+                });
             }
         }
         Ok(change)
@@ -123,10 +145,20 @@ impl Meter {
         let done = self.most - left;
         let signs = (done * BAR_WIDTH).checked_div(self.most).unwrap_or(0);
         let (full, empty) = (signs as usize, (BAR_WIDTH - signs) as usize);
-        let mut line = format!("plan {} [{}{}] {}", change.id, "#".repeat(full), "-".repeat(empty), what_is_left(change));
+        let mut line = format!(
+            "plan {} [{}{}] {}",
+            change.id,
+            "#".repeat(full),
+            "-".repeat(empty),
+            what_is_left(change)
+        );
         if let Some(reason) = change.waiting_for.first() {
             let more = change.waiting_for.len() - 1;
-            let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
+            let more = if more > 0 {
+                format!(" (and {more} more)")
+            } else {
+                String::new()
+            };
             line.push_str(&format!("; waits for {reason}{more}"));
         }
         line
@@ -140,7 +172,11 @@ pub fn what_is_left(change: &ChangeInProgress) -> String {
         parts.push(count(change.replicas_left, "replica"));
     }
     if change.slots_left > 0 {
-        parts.push(format!("{} ({})", count(change.slots_left, "slot"), bytes(change.bytes_left)));
+        parts.push(format!(
+            "{} ({})",
+            count(change.slots_left, "slot"),
+            bytes(change.bytes_left)
+        ));
     }
     if parts.is_empty() {
         return "nothing left to move".into();
@@ -164,7 +200,11 @@ struct Line {
 
 impl Line {
     fn new(is_terminal: bool) -> Self {
-        Self { is_terminal, shown: String::new(), shown_at: None }
+        Self {
+            is_terminal,
+            shown: String::new(),
+            shown_at: None,
+        }
     }
 
     fn show(&mut self, text: &str) {
@@ -172,7 +212,10 @@ impl Line {
             return;
         }
         if self.is_terminal {
-            let line: String = text.chars().take(columns().saturating_sub(1).into()).collect();
+            let line: String = text
+                .chars()
+                .take(columns().saturating_sub(1).into())
+                .collect();
             drop(write!(io::stderr(), "\r\x1b[K{line}"));
         } else if self.shown_at.is_none_or(|at| at.elapsed() >= LINE_INTERVAL) {
             tell(text);
@@ -192,7 +235,10 @@ impl Line {
 
 fn columns() -> u16 {
     let size = rustix::termios::tcgetwinsize(io::stderr());
-    size.ok().map(|size| size.ws_col).filter(|columns| *columns > 0).unwrap_or(COLUMNS_DEFAULT)
+    size.ok()
+        .map(|size| size.ws_col)
+        .filter(|columns| *columns > 0)
+        .unwrap_or(COLUMNS_DEFAULT)
 }
 
 #[cfg(test)]
@@ -216,13 +262,30 @@ mod tests {
     #[test]
     fn the_bar_fills_as_less_is_left() {
         let mut meter = Meter::default();
-        assert_eq!(meter.line(&change(2, 98)), "plan 4 [--------------------] 2 replicas and 98 slots (98.0 KiB) left");
-        let mut half = ChangeInProgress { bytes_per_s: Some(2048), left_s: Some(24), ..change(1, 49) };
-        let line = "plan 4 [##########----------] 1 replica and 49 slots (49.0 KiB) left, 2.0 KiB/s, about 24 s";
+        assert_eq!(
+            meter.line(&change(2, 98)),
+            "plan 4 [--------------------] 2 replicas and 98 slots (98.0 KiB) left"
+        );
+        let mut half = ChangeInProgress {
+            bytes_per_s: Some(2048),
+            left_s: Some(24),
+            ..change(1, 49)
+        };
+        let line = "plan 4 [##########----------] 1 replica and 49 slots (49.0 KiB) left, 2.0 \
+            KiB/s, about 24 s";
         assert_eq!(meter.line(&half), line);
         half.waiting_for = vec!["n4 to answer".into(), "n5 to answer".into()];
-        assert_eq!(meter.line(&half), format!("{line}; waits for n4 to answer (and 1 more)"));
-        assert_eq!(meter.line(&change(0, 0)), "plan 4 [####################] nothing left to move");
-        assert_eq!(Meter::default().line(&change(0, 0)), "plan 4 [--------------------] nothing left to move");
+        assert_eq!(
+            meter.line(&half),
+            format!("{line}; waits for n4 to answer (and 1 more)")
+        );
+        assert_eq!(
+            meter.line(&change(0, 0)),
+            "plan 4 [####################] nothing left to move"
+        );
+        assert_eq!(
+            Meter::default().line(&change(0, 0)),
+            "plan 4 [--------------------] nothing left to move"
+        );
     }
 }

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use super::progress::what_is_left;
 use super::{bytes, count};
-use crate::client::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
+use crate::client::protocol::{
+    ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus,
+};
 use crate::client::view_change::ChangeInProgress;
 use crate::sm::view::Layout;
 use crate::types::{Address, NodeId};
@@ -12,27 +14,73 @@ use crate::types::{Address, NodeId};
 /// Shards that are named in one line.
 const SHARDS_NAMED_MAX: usize = 8;
 
-/// The tables of nodes and shards, and what is under way. `running`: how the change of the last plan gets on, as far as that is known.
+/// The tables of nodes and shards, and what is under way. `running`: how the change of the last
+/// plan gets on, as far as that is known.
 pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> String {
-    let addresses: BTreeMap<NodeId, &Address> = status.nodes.iter().map(|node| (node.id, &node.public_address)).collect();
-    let name = |id: NodeId| addresses.get(&id).map_or_else(|| id.to_string(), |address| address.to_string());
-    let led = |id: NodeId| status.shards.iter().filter(|shard| !shard.id.is_meta() && shard.leader == Some(id)).count();
+    let addresses: BTreeMap<NodeId, &Address> = status
+        .nodes
+        .iter()
+        .map(|node| (node.id, &node.public_address))
+        .collect();
+    let name = |id: NodeId| {
+        addresses
+            .get(&id)
+            .map_or_else(|| id.to_string(), |address| address.to_string())
+    };
+    let led = |id: NodeId| {
+        status
+            .shards
+            .iter()
+            .filter(|shard| !shard.id.is_meta() && shard.leader == Some(id))
+            .count()
+    };
     let held = |id: NodeId| {
-        let replicas = status.shards.iter().filter(|shard| !shard.id.is_meta()).flat_map(|shard| &shard.replicas);
+        let replicas = status
+            .shards
+            .iter()
+            .filter(|shard| !shard.id.is_meta())
+            .flat_map(|shard| &shard.replicas);
         replicas.filter(|replica| replica.node == id).count()
     };
     let nodes = status.nodes.iter().map(|node| {
         let reachable = if node.reachable { "yes" } else { "NO" };
-        let cells = [node.public_address.to_string(), node.id.to_string(), reachable.into(), led(node.id).to_string()];
-        cells.into_iter().chain([held(node.id).to_string(), remarks(status, node)]).collect()
+        let cells = [
+            node.public_address.to_string(),
+            node.id.to_string(),
+            reachable.into(),
+            led(node.id).to_string(),
+        ];
+        cells
+            .into_iter()
+            .chain([held(node.id).to_string(), remarks(status, node)])
+            .collect()
     });
-    let shards = status.shards.iter().filter(|shard| !shard.id.is_meta()).map(|shard| {
-        let number = |number: Option<u64>| number.map_or_else(|| "?".to_owned(), |number| number.to_string());
-        let leader = shard.leader.map_or_else(|| "NONE".to_owned(), name);
-        let cells = [shard.id.0.to_string(), name(shard.home), leader, number(shard.term), number(shard.keys)];
-        let replicas = replicas(shard, &name);
-        cells.into_iter().chain([shard.bytes.map_or_else(|| "?".into(), bytes), shard.slots.to_string(), replicas]).collect()
-    });
+    let shards = status
+        .shards
+        .iter()
+        .filter(|shard| !shard.id.is_meta())
+        .map(|shard| {
+            let number = |number: Option<u64>| {
+                number.map_or_else(|| "?".to_owned(), |number| number.to_string())
+            };
+            let leader = shard.leader.map_or_else(|| "NONE".to_owned(), name);
+            let cells = [
+                shard.id.0.to_string(),
+                name(shard.home),
+                leader,
+                number(shard.term),
+                number(shard.keys),
+            ];
+            let replicas = replicas(shard, &name);
+            cells
+                .into_iter()
+                .chain([
+                    shard.bytes.map_or_else(|| "?".into(), bytes),
+                    shard.slots.to_string(),
+                    replicas,
+                ])
+                .collect()
+        });
     let layout = match status.asked.layout {
         Layout::Spread => "spread",
         Layout::Exclusive => "exclusive",
@@ -44,10 +92,23 @@ pub fn render(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> Str
         status.version,
         status.level,
         name(status.answered_by),
-        table(&["NODE", "ID", "REACHED", "LEADS", "REPLICAS", ""], nodes.collect()),
-        table(&["SHARD", "HOME", "LEADER", "TERM", "KEYS", "BYTES", "SLOTS", "REPLICAS"], shards.collect()),
+        table(
+            &["NODE", "ID", "REACHED", "LEADS", "REPLICAS", ""],
+            nodes.collect()
+        ),
+        table(
+            &[
+                "SHARD", "HOME", "LEADER", "TERM", "KEYS", "BYTES", "SLOTS", "REPLICAS"
+            ],
+            shards.collect()
+        ),
     );
-    tables + &without_quorum(status) + &failures(status) + &alarms(status) + &unwitnessed(status) + &under_way(status, running)
+    tables
+        + &without_quorum(status)
+        + &failures(status)
+        + &alarms(status)
+        + &unwitnessed(status)
+        + &under_way(status, running)
 }
 
 /// Replicas named one by one; of more only the number is told.
@@ -55,14 +116,20 @@ const FAILURES_NAMED_MAX: usize = 20;
 
 /// Replicas that do not run, since when and why.
 fn failures(status: &ClusterStatus) -> String {
-    let all = status.nodes.iter().flat_map(|node| node.failed.iter().map(move |failed| (node, failed)));
+    let all = status
+        .nodes
+        .iter()
+        .flat_map(|node| node.failed.iter().map(move |failed| (node, failed)));
     let named = all.clone().take(FAILURES_NAMED_MAX).map(|(node, failed)| {
         let group = match failed.group.is_meta() {
             true => "the meta group".to_owned(),
             false => format!("shard {}", failed.group.0),
         };
         let (address, seconds) = (&node.public_address, failed.for_ms / 1000);
-        format!("\nREPLICA {} OF {group} AT {address} HAS FAILED, {seconds} s ago: {}\n", failed.replica, failed.reason)
+        format!(
+            "\nREPLICA {} OF {group} AT {address} HAS FAILED, {seconds} s ago: {}\n",
+            failed.replica, failed.reason
+        )
     });
     let mut text: String = named.collect();
     let more = all.count().saturating_sub(FAILURES_NAMED_MAX);
@@ -78,60 +145,112 @@ fn without_quorum(status: &ClusterStatus) -> String {
     let here = status.nodes.iter().filter(|node| node.reachable).count();
     if status.meta_leader.is_none() || here * 2 <= status.nodes.len() {
         let nodes = status.nodes.len();
-        lines.push_str(&format!("\nNO QUORUM: {here} of {nodes} nodes answer: the view can't be changed\n"));
+        lines.push_str(&format!(
+            "\nNO QUORUM: {here} of {nodes} nodes answer: the view can't be changed\n"
+        ));
     }
-    let shards = status.shards.iter().filter(|shard| !shard.id.is_meta() && lacks_quorum(shard));
+    let shards = status
+        .shards
+        .iter()
+        .filter(|shard| !shard.id.is_meta() && lacks_quorum(shard));
     let shards: Vec<String> = shards.map(|shard| shard.id.0.to_string()).collect();
     if !shards.is_empty() {
-        let first = shards.iter().take(SHARDS_NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let first = shards
+            .iter()
+            .take(SHARDS_NAMED_MAX)
+            .map(String::as_str)
+            .collect::<Vec<_>>()
+            .join(", ");
         let more = shards.len().saturating_sub(SHARDS_NAMED_MAX);
-        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        lines.push_str(&format!("\nNO QUORUM of shard {first}{more}: its keys are neither read nor written\n"));
+        let more = if more > 0 {
+            format!(" and {more} more")
+        } else {
+            String::new()
+        };
+        lines.push_str(&format!(
+            "\nNO QUORUM of shard {first}{more}: its keys are neither read nor written\n"
+        ));
     }
-    let away: Vec<String> =
-        status.nodes.iter().filter(|node| !node.reachable).map(|node| node.public_address.to_string()).collect();
+    let away: Vec<String> = status
+        .nodes
+        .iter()
+        .filter(|node| !node.reachable)
+        .map(|node| node.public_address.to_string())
+        .collect();
     if !lines.is_empty() && !away.is_empty() {
         lines.push_str(&format!("No answer from {}\n", away.join(", ")));
     }
     lines
 }
 
-/// Whether nobody leads the shard, or half of those that vote are away. That a leader says so itself does not yet mean that anybody
-/// follows it.
+/// Whether nobody leads the shard, or half of those that vote are away. That a leader says so
+/// itself does not yet mean that anybody follows it.
 fn lacks_quorum(shard: &ShardStatus) -> bool {
-    let is_away = |replica: &&ReplicaStatus| matches!(replica.health, ReplicaHealth::Unreachable | ReplicaHealth::Failed);
-    let voters = || shard.replicas.iter().filter(|replica| !replica.leaving).chain(&shard.witness);
+    let is_away = |replica: &&ReplicaStatus| {
+        matches!(
+            replica.health,
+            ReplicaHealth::Unreachable | ReplicaHealth::Failed
+        )
+    };
+    let voters = || {
+        shard
+            .replicas
+            .iter()
+            .filter(|replica| !replica.leaving)
+            .chain(&shard.witness)
+    };
     shard.leader.is_none() || voters().filter(is_away).count() * 2 >= voters().count()
 }
 
 /// Shards that take no writes, and why.
 fn alarms(status: &ClusterStatus) -> String {
-    let alarm = |shard: &ShardStatus| Some(format!("\nSHARD {} IS READ-ONLY: {}\n", shard.id.0, shard.alarm.as_ref()?));
+    let alarm = |shard: &ShardStatus| {
+        Some(format!(
+            "\nSHARD {} IS READ-ONLY: {}\n",
+            shard.id.0,
+            shard.alarm.as_ref()?
+        ))
+    };
     status.shards.iter().filter_map(alarm).collect()
 }
 
 /// What an even number of replicas without a witness means.
 fn unwitnessed(status: &ClusterStatus) -> String {
     let is_even = |shard: &&ShardStatus| {
-        let replicas = shard.replicas.iter().filter(|replica| !replica.leaving).count();
+        let replicas = shard
+            .replicas
+            .iter()
+            .filter(|replica| !replica.leaving)
+            .count();
         !shard.id.is_meta() && shard.witness.is_none() && replicas > 0 && replicas % 2 == 0
     };
-    let Some(shard) = status.shards.iter().find(is_even).filter(|_| status.settled) else { return String::new() };
+    let Some(shard) = status
+        .shards
+        .iter()
+        .find(is_even)
+        .filter(|_| status.settled)
+    else {
+        return String::new();
+    };
     let replicas = shard.replicas.len();
     let lost = match replicas {
         2 => "either of them is".to_owned(),
         _ => format!("{} of them are", replicas / 2),
     };
     format!(
-        "\nShards of {replicas} replicas without a witness: there is no node for one. While {lost} away, writes wait; reads with \
-         consistency=stale go on.\n"
+        "\nShards of {replicas} replicas without a witness: there is no node for one. While {lost} \
+         away, writes wait; reads with consistency=stale go on.\n"
     )
 }
 
 fn remarks(status: &ClusterStatus, node: &NodeStatus) -> String {
     let leads = (status.meta_leader == Some(node.id)).then_some("meta leader");
     let leaves = node.leaving.then_some("leaving");
-    leads.into_iter().chain(leaves).collect::<Vec<_>>().join(", ")
+    leads
+        .into_iter()
+        .chain(leaves)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// Nothing, where everything is as the plan says.
@@ -140,7 +259,11 @@ fn under_way(status: &ClusterStatus, running: Option<&ChangeInProgress>) -> Stri
         return String::new();
     }
     let mut text = match running {
-        Some(change) => format!("\nplan {} is carried out: {}\n", change.id, what_is_left(change)),
+        Some(change) => format!(
+            "\nplan {} is carried out: {}\n",
+            change.id,
+            what_is_left(change)
+        ),
         None => format!("\nplan {} is carried out\n", status.epoch),
     };
     for held in &status.moves {
@@ -168,11 +291,24 @@ fn replicas(shard: &ShardStatus, name: &dyn Fn(NodeId) -> String) -> String {
     };
     let with = |replica: &ReplicaStatus, role: Option<&'static str>| {
         let remarks: Vec<&str> = role.into_iter().chain(remark(replica)).collect();
-        let remarks = if remarks.is_empty() { String::new() } else { format!(" ({})", remarks.join(", ")) };
+        let remarks = if remarks.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", remarks.join(", "))
+        };
         format!("{}{remarks}", name(replica.node))
     };
-    let witness = shard.witness.iter().map(|witness| with(witness, Some("witness")));
-    shard.replicas.iter().map(|replica| with(replica, None)).chain(witness).collect::<Vec<_>>().join(" ")
+    let witness = shard
+        .witness
+        .iter()
+        .map(|witness| with(witness, Some("witness")));
+    shard
+        .replicas
+        .iter()
+        .map(|replica| with(replica, None))
+        .chain(witness)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Columns as wide as their widest cell; the last is not padded.
@@ -184,7 +320,10 @@ fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     };
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let line = |row: &Vec<String>| {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"));
         format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
     };
     std::iter::once(&head).chain(&rows).map(line).collect()
@@ -202,8 +341,14 @@ mod tests {
 
     #[test]
     fn columns_line_up() {
-        let rows = vec![vec!["a".into(), "long one".into()], vec!["wider".into(), String::new()]];
-        assert_eq!(table(&["X", "Y"], rows), "X      Y\na      long one\nwider\n");
+        let rows = vec![
+            vec!["a".into(), "long one".into()],
+            vec!["wider".into(), String::new()],
+        ];
+        assert_eq!(
+            table(&["X", "Y"], rows),
+            "X      Y\na      long one\nwider\n"
+        );
     }
 
     #[test]
@@ -228,7 +373,10 @@ mod tests {
         }
         status.nodes[1].failed = (0..1000).map(failed).collect();
         let shown = render(&status, None);
-        assert!(shown.contains("\n980 more replicas have failed\n"), "{shown}");
+        assert!(
+            shown.contains("\n980 more replicas have failed\n"),
+            "{shown}"
+        );
     }
 
     #[test]
@@ -240,7 +388,10 @@ mod tests {
             status.shards[0].replicas[at].health = ReplicaHealth::Unreachable;
         };
         lose(1, &mut status);
-        assert!(!render(&status, None).contains("QUORUM"), "two of three are one");
+        assert!(
+            !render(&status, None).contains("QUORUM"),
+            "two of three are one"
+        );
         lose(2, &mut status);
         let shown = render(&status, None);
         for part in [
@@ -257,12 +408,23 @@ mod tests {
         let nodes = ["a:1", "b:2"].map(|node| node.parse().expect("an address"));
         let mut status = testing::status(1, Some(0), &nodes);
         let settled = render(&status, None);
-        assert!(settled.contains("4096   a:1 b:2\n") && settled.contains("  meta leader\n"), "{settled}");
-        assert!(settled.contains("\nShards of 2 replicas without a witness"), "{settled}");
+        assert!(
+            settled.contains("4096   a:1 b:2\n") && settled.contains("  meta leader\n"),
+            "{settled}"
+        );
+        assert!(
+            settled.contains("\nShards of 2 replicas without a witness"),
+            "{settled}"
+        );
         status.settled = false;
         status.nodes[0].leaving = true;
         status.shards[0].replicas[0].leaving = true;
-        status.moves = vec![MoveStatus { id: MoveId(7), from: GroupId(1), to: GroupId(2), slots: 1 }];
+        status.moves = vec![MoveStatus {
+            id: MoveId(7),
+            from: GroupId(1),
+            to: GroupId(2),
+            slots: 1,
+        }];
         let change = ChangeInProgress {
             id: PlanEpoch(4),
             phase: Phase::Running,
@@ -277,7 +439,8 @@ mod tests {
         for part in [
             "  meta leader, leaving\n",
             "  a:1 (leaves) b:2\n",
-            "\nplan 4 is carried out: 1 replica and 2 slots (2.0 KiB) left\n  move m7: 1 slot from shard 1 to 2\n  waits for b:2 to answer\n",
+            "\nplan 4 is carried out: 1 replica and 2 slots (2.0 KiB) left\n  move m7: 1 slot from \
+            shard 1 to 2\n  waits for b:2 to answer\n",
         ] {
             assert!(shown.contains(part), "{part}\nis not in\n{shown}");
         }

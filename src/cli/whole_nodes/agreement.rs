@@ -1,5 +1,5 @@
-//! Replicas whose maps were changed behind the back of the log: what differs from a majority is rebuilt, and without a majority
-//! nothing is written.
+//! Replicas whose maps were changed behind the back of the log: what differs from a majority is
+//! rebuilt, and without a majority nothing is written.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,8 +22,15 @@ use crate::types::{GroupId, Revision};
 const KEY: &str = "key";
 
 fn put(value: &str) -> Operation {
-    let action = Action::Put { media: Media::Text, value: Bytes::copy_from_slice(value.as_bytes()) };
-    Operation { key: KEY.into(), condition: Condition::None, action }
+    let action = Action::Put {
+        media: Media::Text,
+        value: Bytes::copy_from_slice(value.as_bytes()),
+    };
+    Operation {
+        key: KEY.into(),
+        condition: Condition::None,
+        action,
+    }
 }
 
 struct Cluster {
@@ -42,19 +49,35 @@ impl Cluster {
             host.start();
         }
         let store = RemoteStore::connect(all).expect("a client");
-        until("it is founded", async || store.status().await.is_ok_and(|status| status.level > 0)).await.expect("founded");
+        until("it is founded", async || {
+            store.status().await.is_ok_and(|status| status.level > 0)
+        })
+        .await
+        .expect("founded");
         let slots = store.status().await.expect("a status").slots;
-        let cluster = Self { hosts, store, shard: slots.owner(slot_of(KEY.as_bytes())) };
+        let cluster = Self {
+            hosts,
+            store,
+            shard: slots.owner(slot_of(KEY.as_bytes())),
+        };
         cluster.write("right").await;
         cluster
     }
 
     async fn try_write(&self, value: &str) -> Result<(), WriteFailure> {
-        self.store.write(vec![put(value)], None, options()).await.remove(0).map(|_| ())
+        self.store
+            .write(vec![put(value)], None, options())
+            .await
+            .remove(0)
+            .map(|_| ())
     }
 
     async fn write(&self, value: &str) {
-        until("it is written", async || self.try_write(value).await.is_ok()).await.expect("written");
+        until("it is written", async || {
+            self.try_write(value).await.is_ok()
+        })
+        .await
+        .expect("written");
     }
 
     /// The host that leads the shard.
@@ -70,9 +93,16 @@ impl Cluster {
 
     /// Puts a wrong value under a key that is never written again.
     async fn spoil(&self, host: usize, value: &'static str) {
-        let record = Record { revision: Revision(1), media: Media::Text, value: Bytes::from_static(value.as_bytes()) };
+        let record = Record {
+            revision: Revision(1),
+            media: Media::Text,
+            value: Bytes::from_static(value.as_bytes()),
+        };
         let mut batch = WriteBatch::default();
-        batch.put(data_key(slot_of(KEY.as_bytes()), b"odd"), kv::encode_record(&record));
+        batch.put(
+            data_key(slot_of(KEY.as_bytes()), b"odd"),
+            kv::encode_record(&record),
+        );
         let group = self.hosts[host].group(self.shard).expect("a replica");
         group.state().spoil(batch);
     }
@@ -92,7 +122,11 @@ impl Cluster {
             host.compare_every(compare_every);
             host.start();
         }
-        let has_all = async || self.hosts.iter().all(|host| host.group(self.shard).is_some());
+        let has_all = async || {
+            self.hosts
+                .iter()
+                .all(|host| host.group(self.shard).is_some())
+        };
         until("all are back", has_all).await.expect("all");
         self.leader().await;
     }
@@ -101,19 +135,24 @@ impl Cluster {
     async fn make_read_only(&self) {
         let mut refused = None;
         let read_only = until("it is read-only", async || {
-            // Again, as a comparison that was under way may have seen but one of them, and had it rebuilt.
+            // Again, as a comparison that was under way may have seen but one of them, and had it
+            // rebuilt.
             self.spoil(0, "wrong").await;
             self.spoil(1, "also wrong").await;
             refused = self.try_write("more").await.err();
             refused.as_ref().is_some_and(is_read_only)
         });
-        read_only.await.unwrap_or_else(|error| panic!("{error}: {refused:?}"));
+        read_only
+            .await
+            .unwrap_or_else(|error| panic!("{error}: {refused:?}"));
     }
 
     fn shows_odd(&self, host: usize) -> bool {
         let group = self.hosts[host].group(self.shard).expect("a replica");
         let state = group.state().read();
-        crate::sm::ports::Read::get(&state, &data_key(slot_of(KEY.as_bytes()), b"odd")).expect("readable").is_some()
+        crate::sm::ports::Read::get(&state, &data_key(slot_of(KEY.as_bytes()), b"odd"))
+            .expect("readable")
+            .is_some()
     }
 
     fn value(&self, host: usize) -> Option<Bytes> {
@@ -138,21 +177,31 @@ async fn a_replica_that_differs_from_a_majority_is_rebuilt_and_hands_over_first_
     for (round, leads) in [(1u64, false), (2, true)] {
         let leader = cluster.leader().await;
         let odd = if leads { leader } else { (leader + 1) % 3 };
-        let before = cluster.hosts[odd].group(cluster.shard).expect("a replica").rebuilt();
+        let before = cluster.hosts[odd]
+            .group(cluster.shard)
+            .expect("a replica")
+            .rebuilt();
         cluster.spoil(odd, "wrong").await;
         assert!(cluster.shows_odd(odd));
         let rebuilt = until("it is rebuilt", async || {
             // An idle shard is not compared again and again.
             cluster.write(&format!("round {round}")).await;
-            cluster.hosts[odd].group(cluster.shard).is_some_and(|group| group.rebuilt() > before)
+            cluster.hosts[odd]
+                .group(cluster.shard)
+                .is_some_and(|group| group.rebuilt() > before)
         });
         rebuilt.await.expect("rebuilt");
         assert!(!cluster.shows_odd(odd), "what was wrong is gone");
         let value = format!("last of {round}");
         cluster.write(&value).await;
-        let has_it = until("it goes on applying", async || cluster.value(odd).as_deref() == Some(value.as_bytes()));
+        let has_it = until("it goes on applying", async || {
+            cluster.value(odd).as_deref() == Some(value.as_bytes())
+        });
         has_it.await.expect("applied");
-        assert!((0..3).all(|host| !cluster.shows_odd(host)), "and nobody else took it over");
+        assert!(
+            (0..3).all(|host| !cluster.shows_odd(host)),
+            "and nobody else took it over"
+        );
     }
     cluster.end();
 }
@@ -166,33 +215,56 @@ fn is_read_only(refused: &WriteFailure) -> bool {
 async fn a_shard_stays_read_only_under_its_next_leaders_until_its_replicas_agree() {
     let cluster = Cluster::start().await;
     let raised = until("entries may say so", async || {
-        cluster.store.status().await.is_ok_and(|status| status.level >= Feature::ReadOnlyEntries.level())
+        cluster
+            .store
+            .status()
+            .await
+            .is_ok_and(|status| status.level >= Feature::ReadOnlyEntries.level())
     });
     raised.await.expect("raised");
     cluster.make_read_only().await;
     let recorded = until("every replica has it in its map", async || {
-        let groups = cluster.hosts.iter().filter_map(|host| host.group(cluster.shard));
-        groups.filter(|group| group.recorded_alarm().is_some()).count() == 3
+        let groups = cluster
+            .hosts
+            .iter()
+            .filter_map(|host| host.group(cluster.shard));
+        groups
+            .filter(|group| group.recorded_alarm().is_some())
+            .count()
+            == 3
     });
     recorded.await.expect("recorded");
     cluster.restart(Duration::from_secs(3600)).await;
     let mut is_written = false;
-    let answered = until("the next leader answers", async || match cluster.try_write("again").await {
-        Ok(()) => {
-            is_written = true;
-            true
+    let answered = until("the next leader answers", async || {
+        match cluster.try_write("again").await {
+            Ok(()) => {
+                is_written = true;
+                true
+            }
+            Err(failure) => is_read_only(&failure),
         }
-        Err(failure) => is_read_only(&failure),
     });
     answered.await.expect("it answers");
-    assert!(!is_written, "the next leader has forgotten that nothing may be written");
+    assert!(
+        !is_written,
+        "the next leader has forgotten that nothing may be written"
+    );
     let told = until("each node warns of it", async || {
         let nodes = cluster.hosts.iter().filter_map(|host| host.node());
-        nodes.filter(|node| node.ready().is_ok() && !node.warnings().is_empty()).count() == 3
+        nodes
+            .filter(|node| node.ready().is_ok() && !node.warnings().is_empty())
+            .count()
+            == 3
     });
     told.await.expect("told");
     let status = cluster.store.status().await.expect("a status");
-    assert!(status.shards.iter().any(|shard| shard.id == cluster.shard && shard.alarm.is_some()));
+    assert!(
+        status
+            .shards
+            .iter()
+            .any(|shard| shard.id == cluster.shard && shard.alarm.is_some())
+    );
 
     cluster.restart(Duration::from_millis(500)).await;
     let agreed = until("its replicas agree, and it is written", async || {
@@ -215,10 +287,19 @@ async fn without_a_majority_of_one_mind_a_shard_is_read_only_and_says_so() {
     cluster.make_read_only().await;
     let told = until("the status tells", async || {
         let status = cluster.store.status().await;
-        status.is_ok_and(|status| status.shards.iter().any(|shard| shard.id == cluster.shard && shard.alarm.is_some()))
+        status.is_ok_and(|status| {
+            status
+                .shards
+                .iter()
+                .any(|shard| shard.id == cluster.shard && shard.alarm.is_some())
+        })
     });
     told.await.expect("told");
-    let found = cluster.store.get(KEY.into(), options()).await.expect("it is read");
+    let found = cluster
+        .store
+        .get(KEY.into(), options())
+        .await
+        .expect("it is read");
     assert!(found.record.is_some());
     cluster.end();
 }

@@ -1,4 +1,5 @@
-//! One run: a cluster is founded and filled, its view is changed while clients write and read, and one node ends after a step.
+//! One run: a cluster is founded and filled, its view is changed while clients write and read, and
+//! one node ends after a step.
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -57,8 +58,16 @@ pub enum Victim {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 8] =
-        [Kind::Grow, Kind::Shrink, Kind::Replace, Kind::Replicas, Kind::Shards, Kind::ReplaceAll, Kind::TakeBack, Kind::Even];
+    pub const ALL: [Kind; 8] = [
+        Kind::Grow,
+        Kind::Shrink,
+        Kind::Replace,
+        Kind::Replicas,
+        Kind::Shards,
+        Kind::ReplaceAll,
+        Kind::TakeBack,
+        Kind::Even,
+    ];
 
     /// The nodes at first, and the nodes after all changes, of six.
     fn nodes(self) -> (&'static [usize], &'static [usize]) {
@@ -74,12 +83,23 @@ impl Kind {
     fn changes(self, all: &[Address]) -> Vec<ViewChange> {
         let nodes = |nodes: &[usize]| {
             let nodes = nodes.iter().map(|n| all[*n].clone()).collect();
-            ViewChange { nodes: Some(nodes), ..ViewChange::default() }
+            ViewChange {
+                nodes: Some(nodes),
+                ..ViewChange::default()
+            }
         };
-        let factor = |factor| ViewChange { replication_factor: Some(ReplicationFactor::Fixed(factor)), ..ViewChange::default() };
-        let shards = |shards| ViewChange { shards: Some(Shards::Fixed(shards)), ..ViewChange::default() };
+        let factor = |factor| ViewChange {
+            replication_factor: Some(ReplicationFactor::Fixed(factor)),
+            ..ViewChange::default()
+        };
+        let shards = |shards| ViewChange {
+            shards: Some(Shards::Fixed(shards)),
+            ..ViewChange::default()
+        };
         match self {
-            Kind::Grow | Kind::Shrink | Kind::Replace | Kind::ReplaceAll => vec![nodes(self.nodes().1)],
+            Kind::Grow | Kind::Shrink | Kind::Replace | Kind::ReplaceAll => {
+                vec![nodes(self.nodes().1)]
+            }
             Kind::Replicas => vec![factor(1), factor(3)],
             Kind::Even => vec![factor(2), factor(3)],
             Kind::Shards => vec![shards(5), shards(2)],
@@ -100,7 +120,11 @@ pub struct Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}, {:?} ends after step {}, seed {}", self.kind, self.victim, self.step, self.seed)
+        write!(
+            f,
+            "{:?}, {:?} ends after step {}, seed {}",
+            self.kind, self.victim, self.step, self.seed
+        )
     }
 }
 
@@ -181,14 +205,19 @@ impl Plot {
             Stepped::Opened { to, .. } => self.leader(*to),
             Stepped::Cleared { shard } => self.leader(*shard),
             Stepped::Members { group, step } => {
-                let replica = |id: ReplicaId| (0..self.hosts.len()).find(|n| self.hosts[*n].has(*group, id));
+                let replica =
+                    |id: ReplicaId| (0..self.hosts.len()).find(|n| self.hosts[*n].has(*group, id));
                 match step {
-                    membership::Step::AddLearner(id) | membership::Step::HandOver(id) => replica(*id),
+                    membership::Step::AddLearner(id) | membership::Step::HandOver(id) => {
+                        replica(*id)
+                    }
                     // The youngest: who came last, or is the last to go.
                     membership::Step::SetVoters(ids) | membership::Step::RemoveLearners(ids) => {
                         ids.iter().rev().find_map(|id| replica(*id))
                     }
-                    membership::Step::Report(told) => told.voters.iter().rev().find_map(|id| replica(*id)),
+                    membership::Step::Report(told) => {
+                        told.voters.iter().rev().find_map(|id| replica(*id))
+                    }
                     _ => None,
                 }
             }
@@ -208,7 +237,12 @@ fn describe(step: &Stepped<'_>) -> String {
 /// A node for each address, to found a cluster of `view`. None is started.
 pub fn hosts(all: &[Address], view: &[Address], seed: u64) -> Vec<Arc<Host>> {
     let host = |(n, address): (usize, &Address)| {
-        Host::new(address.clone(), view.to_vec(), Asked::default(), seed.wrapping_mul(1000) + n as u64)
+        Host::new(
+            address.clone(),
+            view.to_vec(),
+            Asked::default(),
+            seed.wrapping_mul(1000) + n as u64,
+        )
     };
     all.iter().enumerate().map(host).collect()
 }
@@ -223,14 +257,28 @@ pub async fn run(case: Case) -> Result<Ran, String> {
     let (first, last) = case.kind.nodes();
     let view: Vec<Address> = first.iter().map(|n| all[*n].clone()).collect();
     let hosts = hosts(&all, &view, case.seed);
-    let end = if random.random_bool(0.3) { End::Kill } else { End::PowerCut { seed: random.random() } };
-    let plot = Arc::new(Plot { case, hosts: hosts.clone(), end, state: Mutex::default(), struck: Notify::new() });
+    let end = if random.random_bool(0.3) {
+        End::Kill
+    } else {
+        End::PowerCut {
+            seed: random.random(),
+        }
+    };
+    let plot = Arc::new(Plot {
+        case,
+        hosts: hosts.clone(),
+        end,
+        state: Mutex::default(),
+        struck: Notify::new(),
+    });
     for (n, host) in hosts.iter().enumerate() {
         let weak = Arc::downgrade(&plot);
-        host.watch(Arc::new(move |step| match weak.upgrade().is_none_or(|plot| plot.stepped(n, &step)) {
-            true => Box::pin(ready(())),
-            // The driver is dead.
-            false => Box::pin(pending()),
+        host.watch(Arc::new(move |step| {
+            match weak.upgrade().is_none_or(|plot| plot.stepped(n, &step)) {
+                true => Box::pin(ready(())),
+                // The driver is dead.
+                false => Box::pin(pending()),
+            }
         }));
         if first.contains(&n) || last.contains(&n) || case.kind == Kind::TakeBack {
             host.start();
@@ -243,18 +291,36 @@ pub async fn run(case: Case) -> Result<Ran, String> {
     }
     ran.map_err(|reason| {
         let state = plot.state.lock().expect("no holder panics");
-        format!("{case} ({end:?}): {reason}\nvictim: {:?}\n{}", state.victim, state.steps.join("\n"))
+        format!(
+            "{case} ({end:?}): {reason}\nvictim: {:?}\n{}",
+            state.victim,
+            state.steps.join("\n")
+        )
     })
 }
 
-async fn drive(plot: &Arc<Plot>, all: &[Address], last: &[usize], random: &mut StdRng) -> Result<Ran, String> {
+async fn drive(
+    plot: &Arc<Plot>,
+    all: &[Address],
+    last: &[usize],
+    random: &mut StdRng,
+) -> Result<Ran, String> {
     let (case, hosts) = (plot.case, &plot.hosts);
-    let members: Vec<Address> = case.kind.nodes().0.iter().map(|n| all[*n].clone()).collect();
+    let members: Vec<Address> = case
+        .kind
+        .nodes()
+        .0
+        .iter()
+        .map(|n| all[*n].clone())
+        .collect();
     let store = Arc::new(RemoteStore::connect(members).map_err(|error| error.to_string())?);
     let history = Arc::new(History::default());
     let old_keys: Vec<String> = (0..OLD_KEYS).map(|n| format!("old-{n}")).collect();
     for key in &old_keys {
-        until(&format!("{key} is written"), async || history.put(&*store, key, &format!("of {key}")).await).await?;
+        until(&format!("{key} is written"), async || {
+            history.put(&*store, key, &format!("of {key}")).await
+        })
+        .await?;
     }
     let (over, trouble) = (CancellationToken::new(), Arc::new(Mutex::new(None)));
     let mut tasks = tokio::task::JoinSet::new();
@@ -277,24 +343,45 @@ async fn drive(plot: &Arc<Plot>, all: &[Address], last: &[usize], random: &mut S
     over.cancel();
     while tasks.join_next().await.is_some() {}
     changed?;
-    trouble.lock().expect("no holder panics").take().map_or(Ok(()), Err)?;
+    trouble
+        .lock()
+        .expect("no holder panics")
+        .take()
+        .map_or(Ok(()), Err)?;
     for key in old_keys.iter().map(String::as_str).chain(BUSY_KEYS) {
-        until(&format!("{key} is read"), async || history.get(&*store, key).await).await?;
+        until(&format!("{key} is read"), async || {
+            history.get(&*store, key).await
+        })
+        .await?;
     }
     history.check()?;
     let served = AtomicUsize::new(0);
-    until("every slot is served", async || match probe::check(hosts).await {
-        Ok(count) => served.fetch_max(count, Ordering::Relaxed).max(count) == usize::from(SLOTS),
-        Err(_) => false,
+    until("every slot is served", async || {
+        match probe::check(hosts).await {
+            Ok(count) => {
+                served.fetch_max(count, Ordering::Relaxed).max(count) == usize::from(SLOTS)
+            }
+            Err(_) => false,
+        }
     })
     .await
     .map_err(|error| format!("{error}: {served:?} of {SLOTS}"))?;
-    if let Some(failed) = hosts.iter().find_map(|host| host.failed.lock().expect("no holder panics").clone()) {
+    if let Some(failed) = hosts
+        .iter()
+        .find_map(|host| host.failed.lock().expect("no holder panics").clone())
+    {
         return Err(format!("a node stopped by itself: {failed}"));
     }
     let state = plot.state.lock().expect("no holder panics");
-    let ended_after = state.victim.as_ref().map(|(victim, step)| format!("{step}; node {victim} ended"));
-    Ok(Ran { steps: state.steps.len(), ended_after, acknowledged: history.acknowledged() })
+    let ended_after = state
+        .victim
+        .as_ref()
+        .map(|(victim, step)| format!("{step}; node {victim} ended"));
+    Ok(Ran {
+        steps: state.steps.len(),
+        ended_after,
+        acknowledged: history.acknowledged(),
+    })
 }
 
 /// What becomes of the victim.
@@ -307,8 +394,15 @@ struct Fate {
 
 impl Fate {
     fn draw(random: &mut StdRng) -> Self {
-        let back_after = Duration::from_millis(if random.random_bool(0.5) { 0 } else { random.random_range(500..2500) });
-        Self { back_after, stays_dead: random.random_bool(0.5) }
+        let back_after = Duration::from_millis(if random.random_bool(0.5) {
+            0
+        } else {
+            random.random_range(500..2500)
+        });
+        Self {
+            back_after,
+            stays_dead: random.random_bool(0.5),
+        }
     }
 }
 
@@ -327,28 +421,46 @@ pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) -> Result<(
 /// Has the change accepted. Returns the epoch of its plan.
 pub async fn accept(store: &RemoteStore, change: &ViewChange) -> Result<PlanEpoch, String> {
     let (said, epoch) = (Mutex::new(String::new()), Mutex::new(PlanEpoch::default()));
-    let accepted = until("the change is accepted", async || match store.change_view(change.clone(), None, options()).await {
-        Ok(accepted) => {
-            *epoch.lock().expect("no holder panics") = accepted.id;
-            true
-        }
-        Err(error) => {
-            *said.lock().expect("no holder panics") = error.to_string();
-            false
+    let accepted = until("the change is accepted", async || {
+        match store.change_view(change.clone(), None, options()).await {
+            Ok(accepted) => {
+                *epoch.lock().expect("no holder panics") = accepted.id;
+                true
+            }
+            Err(error) => {
+                *said.lock().expect("no holder panics") = error.to_string();
+                false
+            }
         }
     });
-    accepted.await.map_err(|error| format!("{error}: {said:?}"))?;
+    accepted
+        .await
+        .map_err(|error| format!("{error}: {said:?}"))?;
     Ok(epoch.into_inner().expect("no holder panics"))
 }
 
 /// Has the change accepted, and waits for its end.
-async fn carry_out(plot: &Plot, store: &RemoteStore, change: &ViewChange, is_first: bool) -> Result<(), String> {
+async fn carry_out(
+    plot: &Plot,
+    store: &RemoteStore,
+    change: &ViewChange,
+    is_first: bool,
+) -> Result<(), String> {
     let epoch = accept(store, change).await?;
     if is_first && plot.case.step == 0 {
         let by = plot.leader(GroupId::META).unwrap_or(0);
-        plot.strike(&mut plot.state.lock().expect("no holder panics"), by, None, "the change was accepted".to_owned());
+        plot.strike(
+            &mut plot.state.lock().expect("no holder panics"),
+            by,
+            None,
+            "the change was accepted".to_owned(),
+        );
     }
-    if is_first && plot.case.kind == Kind::TakeBack { plot.until_struck(store, epoch).await } else { settle(store, epoch).await }
+    if is_first && plot.case.kind == Kind::TakeBack {
+        plot.until_struck(store, epoch).await
+    } else {
+        settle(store, epoch).await
+    }
 }
 
 /// Waits until everything is as this plan, or a later one, says.
@@ -364,11 +476,18 @@ pub async fn settle(store: &RemoteStore, epoch: PlanEpoch) -> Result<(), String>
             false
         }
     });
-    settled.await.map_err(|error| format!("{error}: {}", said.lock().expect("no holder panics")))
+    settled
+        .await
+        .map_err(|error| format!("{error}: {}", said.lock().expect("no holder panics")))
 }
 
 /// A client that writes and reads until it is over.
-async fn work(client: usize, store: Arc<RemoteStore>, history: Arc<History>, over: CancellationToken) {
+async fn work(
+    client: usize,
+    store: Arc<RemoteStore>,
+    history: Arc<History>,
+    over: CancellationToken,
+) {
     let mut random = StdRng::seed_from_u64(client as u64);
     for n in 0.. {
         if over.is_cancelled() {
@@ -385,10 +504,17 @@ async fn work(client: usize, store: Arc<RemoteStore>, history: Arc<History>, ove
 }
 
 /// Looks for slots that are served twice.
-async fn watch(hosts: Vec<Arc<Host>>, over: CancellationToken, trouble: Arc<Mutex<Option<String>>>) {
+async fn watch(
+    hosts: Vec<Arc<Host>>,
+    over: CancellationToken,
+    trouble: Arc<Mutex<Option<String>>>,
+) {
     while !over.is_cancelled() {
         if let Err(error) = probe::check(&hosts).await {
-            trouble.lock().expect("no holder panics").get_or_insert(error);
+            trouble
+                .lock()
+                .expect("no holder panics")
+                .get_or_insert(error);
         }
         sleep(Duration::from_millis(40)).await;
     }
@@ -396,7 +522,11 @@ async fn watch(hosts: Vec<Arc<Host>>, over: CancellationToken, trouble: Arc<Mute
 
 /// Takes down what is left of the victim, and starts it again.
 async fn mourn(plot: Arc<Plot>, last: Vec<usize>, fate: Fate, over: CancellationToken) {
-    if over.run_until_cancelled(plot.struck.notified()).await.is_none() {
+    if over
+        .run_until_cancelled(plot.struck.notified())
+        .await
+        .is_none()
+    {
         return;
     }
     let victim = plot.state.lock().expect("no holder panics").victim.clone();

@@ -1,4 +1,5 @@
-//! A node that has no descriptor for its maps: it goes on without them, sends nobody back to itself, and opens them by itself once it has.
+//! A node that has no descriptor for its maps: it goes on without them, sends nobody back to
+//! itself, and opens them by itself once it has.
 
 use std::sync::Arc;
 
@@ -19,18 +20,41 @@ async fn a_replica_that_found_no_descriptor_is_opened_once_there_is_one() {
         host.start();
     }
     let shard = GroupId(1);
-    until("a shard is led", async || hosts.iter().any(|host| host.leads(shard))).await.expect("a leader");
-    until("all have it", async || hosts.iter().all(|host| host.group(shard).is_some())).await.expect("all");
-    let victim = hosts.iter().find(|host| host.leads(shard)).expect("a leader");
+    until("a shard is led", async || {
+        hosts.iter().any(|host| host.leads(shard))
+    })
+    .await
+    .expect("a leader");
+    until("all have it", async || {
+        hosts.iter().all(|host| host.group(shard).is_some())
+    })
+    .await
+    .expect("all");
+    let victim = hosts
+        .iter()
+        .find(|host| host.leads(shard))
+        .expect("a leader");
 
     victim.end(End::Kill);
     victim.bury();
     victim.take_descriptors(true);
     victim.start();
-    let others: Vec<_> = hosts.iter().filter(|host| host.address() != victim.address()).collect();
-    until("another leads", async || others.iter().any(|host| host.leads(shard))).await.expect("a leader");
-    until("it is back", async || victim.group(GroupId::META).is_some()).await.expect("it is back");
-    let options = Options { routing: Routing::Redirect, ..super::history::options() };
+    let others: Vec<_> = hosts
+        .iter()
+        .filter(|host| host.address() != victim.address())
+        .collect();
+    until("another leads", async || {
+        others.iter().any(|host| host.leads(shard))
+    })
+    .await
+    .expect("a leader");
+    until("it is back", async || victim.group(GroupId::META).is_some())
+        .await
+        .expect("it is back");
+    let options = Options {
+        routing: Routing::Redirect,
+        ..super::history::options()
+    };
     let mut asked = 0;
     until("it sends clients to another", async || {
         let node = victim.node().expect("it is up");
@@ -46,12 +70,22 @@ async fn a_replica_that_found_no_descriptor_is_opened_once_there_is_one() {
     })
     .await
     .expect("a redirect");
-    assert!(victim.group(shard).is_none(), "there was no descriptor for it");
+    assert!(
+        victim.group(shard).is_none(),
+        "there was no descriptor for it"
+    );
 
     victim.take_descriptors(false);
-    until("it opens its map", async || victim.group(shard).is_some()).await.expect("the map");
+    until("it opens its map", async || victim.group(shard).is_some())
+        .await
+        .expect("the map");
     for host in &hosts {
-        assert_eq!(*host.failed.lock().expect("no holder panics"), None, "{} has stopped", host.address());
+        assert_eq!(
+            *host.failed.lock().expect("no holder panics"),
+            None,
+            "{} has stopped",
+            host.address()
+        );
         host.end(End::Kill);
         host.bury();
     }

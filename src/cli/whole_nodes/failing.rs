@@ -1,5 +1,5 @@
-//! Replicas that stop, or cannot be opened: they are opened again, or replaced, and told of meanwhile. A
-//! node whose map database gives up starts again by itself.
+//! Replicas that stop, or cannot be opened: they are opened again, or replaced, and told of
+//! meanwhile. A node whose map database gives up starts again by itself.
 
 use std::io;
 use std::sync::Arc;
@@ -42,18 +42,26 @@ impl Cluster {
         let store = RemoteStore::connect(all).expect("a client");
         let cluster = Self { hosts, store };
         // Replicas compare from then on, and have their tables written down for it.
-        cluster.status_when("it is founded", |status| status.level > 0).await;
+        cluster
+            .status_when("it is founded", |status| status.level > 0)
+            .await;
         cluster.write(0).await;
         cluster
     }
 
-    async fn status_when(&self, what: &str, holds: impl Fn(&ClusterStatus) -> bool) -> ClusterStatus {
+    async fn status_when(
+        &self,
+        what: &str,
+        holds: impl Fn(&ClusterStatus) -> bool,
+    ) -> ClusterStatus {
         let mut last = None;
         let found = until(what, async || {
             last = self.store.status().await.ok();
             last.as_ref().is_some_and(&holds)
         });
-        found.await.unwrap_or_else(|error| panic!("{error}: {last:?}"));
+        found
+            .await
+            .unwrap_or_else(|error| panic!("{error}: {last:?}"));
         last.expect("it was just there")
     }
 
@@ -61,9 +69,16 @@ impl Cluster {
     async fn write(&self, round: u32) {
         for n in 0..30 {
             let value = Bytes::from(format!("{round}"));
-            let action = Action::Put { media: Media::Text, value };
+            let action = Action::Put {
+                media: Media::Text,
+                value,
+            };
             let key = Bytes::from(format!("key {n}"));
-            let put = Operation { key, condition: Condition::None, action };
+            let put = Operation {
+                key,
+                condition: Condition::None,
+                action,
+            };
             let write = async || {
                 let written = self.store.write(vec![put.clone()], None, options()).await;
                 written.iter().all(Result::is_ok)
@@ -76,7 +91,10 @@ impl Cluster {
     async fn follower(&self, id: GroupId) -> (&Arc<Host>, ReplicaKey) {
         let mut found = None;
         let all = until("all have a replica", async || {
-            found = self.hosts.iter().find(|host| !host.leads(id) && host.group(id).is_some());
+            found = self
+                .hosts
+                .iter()
+                .find(|host| !host.leads(id) && host.group(id).is_some());
             found.is_some() && self.hosts.iter().any(|host| host.leads(id))
         });
         all.await.expect("replicas");
@@ -97,13 +115,20 @@ impl Cluster {
 /// What a status says of the replica.
 fn health(status: &ClusterStatus, key: ReplicaKey) -> Option<ReplicaHealth> {
     let shard = status.shards.iter().find(|shard| shard.id == key.group)?;
-    shard.replicas.iter().find(|replica| replica.id == key.replica).map(|replica| replica.health)
+    shard
+        .replicas
+        .iter()
+        .find(|replica| replica.id == key.replica)
+        .map(|replica| replica.health)
 }
 
 /// The value of a metric of the node, all samples together.
 fn metric(node: &Node, name: &str) -> f64 {
     let families = node.families();
-    let family = families.iter().find(|family| family.name == name).expect("there is such a metric");
+    let family = families
+        .iter()
+        .find(|family| family.name == name)
+        .expect("there is such a metric");
     family.samples.iter().map(|sample| sample.value).sum()
 }
 
@@ -125,23 +150,34 @@ async fn a_replica_that_stopped_is_told_of_and_opened_again() {
     let stopped = until("its replica has stopped", async || {
         cluster.write(round).await;
         round += 1;
-        node.hosting().await.failed.iter().any(|failed| failed.group == SHARD)
+        node.hosting()
+            .await
+            .failed
+            .iter()
+            .any(|failed| failed.group == SHARD)
     });
     stopped.await.expect("stopped");
-    let unready =
-        until("it says that it is not ready", async || node.ready().is_err_and(|unready| unready.code == "replica-failed"));
+    let unready = until("it says that it is not ready", async || {
+        node.ready()
+            .is_err_and(|unready| unready.code == "replica-failed")
+    });
     unready.await.expect("not ready");
     // It runs for moments.
-    let counted = until("it is counted", async || metric(&node, "quorate_replicas_failed") > 0.0);
+    let counted = until("it is counted", async || {
+        metric(&node, "quorate_replicas_failed") > 0.0
+    });
     counted.await.expect("counted");
     cluster
         .status_when("the status tells", |status| {
-            health(status, key) == Some(ReplicaHealth::Failed) && status.nodes.iter().any(|node| !node.failed.is_empty())
+            health(status, key) == Some(ReplicaHealth::Failed)
+                && status.nodes.iter().any(|node| !node.failed.is_empty())
         })
         .await;
 
     is_broken.store(false, Ordering::Relaxed);
-    until("it is well again", async || node.ready().is_ok()).await.expect("ready");
+    until("it is well again", async || node.ready().is_ok())
+        .await
+        .expect("ready");
     assert!(metric(&node, "quorate_replicas_recovered_total") > 0.0);
     assert_eq!(metric(&node, "quorate_replicas_failed"), 0.0);
     cluster
@@ -150,7 +186,10 @@ async fn a_replica_that_stopped_is_told_of_and_opened_again() {
             health == Some(ReplicaHealth::Following) || health == Some(ReplicaHealth::Leading)
         })
         .await;
-    assert!(Arc::ptr_eq(&node, &host.node().expect("it is up")), "the node has not started again");
+    assert!(
+        Arc::ptr_eq(&node, &host.node().expect("it is up")),
+        "the node has not started again"
+    );
     cluster.write(round).await;
     cluster.end();
 }
@@ -164,25 +203,48 @@ async fn a_replica_that_cannot_be_opened_is_replaced_on_its_node_under_a_new_id(
     host.damage(Some(key));
     host.start();
     let told = cluster.status_when("it is told", |status| {
-        status
-            .nodes
-            .iter()
-            .any(|node| node.failed.iter().any(|failed| failed.replica == key.replica && failed.cause == Cause::Damaged))
+        status.nodes.iter().any(|node| {
+            node.failed
+                .iter()
+                .any(|failed| failed.replica == key.replica && failed.cause == Cause::Damaged)
+        })
     });
     told.await;
     let node = told_node(&cluster, host).await;
     let after = cluster.status_when("another takes its place", |status| {
         let replica = status.shards.iter().find(|shard| shard.id == SHARD);
-        let here = replica.and_then(|shard| shard.replicas.iter().find(|replica| replica.node == node));
-        status.settled && here.is_some_and(|here| here.id > key.replica && here.health == ReplicaHealth::Following)
+        let here =
+            replica.and_then(|shard| shard.replicas.iter().find(|replica| replica.node == node));
+        status.settled
+            && here.is_some_and(|here| {
+                here.id > key.replica && here.health == ReplicaHealth::Following
+            })
     });
     let after = after.await;
-    let shard = after.shards.iter().find(|shard| shard.id == SHARD).expect("the shard");
+    let shard = after
+        .shards
+        .iter()
+        .find(|shard| shard.id == SHARD)
+        .expect("the shard");
     assert_eq!(shard.replicas.len(), 3);
-    assert!(after.nodes.iter().all(|node| node.failed.is_empty()), "{after:?}");
-    assert_eq!(after.shards.iter().map(|shard| shard.slots).sum::<u64>(), u64::from(SLOTS));
-    until("it is ready", async || host.node().is_some_and(|node| node.ready().is_ok())).await.expect("ready");
-    let stored = host.node().and_then(|node| node.registry()).expect("its replicas").stored();
+    assert!(
+        after.nodes.iter().all(|node| node.failed.is_empty()),
+        "{after:?}"
+    );
+    assert_eq!(
+        after.shards.iter().map(|shard| shard.slots).sum::<u64>(),
+        u64::from(SLOTS)
+    );
+    until("it is ready", async || {
+        host.node().is_some_and(|node| node.ready().is_ok())
+    })
+    .await
+    .expect("ready");
+    let stored = host
+        .node()
+        .and_then(|node| node.registry())
+        .expect("its replicas")
+        .stored();
     assert!(!stored.contains(&key), "what it had is gone");
     cluster.write(1).await;
     cluster.end();
@@ -198,14 +260,31 @@ async fn a_replica_of_the_meta_group_that_cannot_be_opened_is_replaced_too() {
     host.damage(Some(key));
     host.start();
     let is_told = async || {
-        let Some(node) = host.node() else { return false };
-        node.hosting().await.failed.iter().any(|failed| failed.replica == key.replica)
+        let Some(node) = host.node() else {
+            return false;
+        };
+        node.hosting()
+            .await
+            .failed
+            .iter()
+            .any(|failed| failed.replica == key.replica)
     };
     until("it is told", is_told).await.expect("told");
-    let is_replaced = async || host.group(GroupId::META).is_some_and(|group| group.key() != key);
-    until("another takes its place", is_replaced).await.expect("replaced");
-    until("it is ready", async || host.node().is_some_and(|node| node.ready().is_ok())).await.expect("ready");
-    cluster.status_when("all is settled", |status| status.settled).await;
+    let is_replaced = async || {
+        host.group(GroupId::META)
+            .is_some_and(|group| group.key() != key)
+    };
+    until("another takes its place", is_replaced)
+        .await
+        .expect("replaced");
+    until("it is ready", async || {
+        host.node().is_some_and(|node| node.ready().is_ok())
+    })
+    .await
+    .expect("ready");
+    cluster
+        .status_when("all is settled", |status| status.settled)
+        .await;
     cluster.write(1).await;
     cluster.end();
 }
@@ -219,7 +298,11 @@ async fn told_node(cluster: &Cluster, host: &Host) -> NodeId {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_whose_maps_take_no_more_writes_starts_again_by_itself() {
     let cluster = Cluster::start(Duration::from_secs(600)).await;
-    let host = cluster.hosts.iter().find(|host| host.leads(SHARD)).unwrap_or(&cluster.hosts[0]);
+    let host = cluster
+        .hosts
+        .iter()
+        .find(|host| host.leads(SHARD))
+        .unwrap_or(&cluster.hosts[0]);
     let before = host.node().expect("it is up");
     host.disks().trees.give_up("I/O error");
     let mut round = 1;
@@ -229,7 +312,11 @@ async fn a_node_whose_maps_take_no_more_writes_starts_again_by_itself() {
         host.node().is_some_and(|node| !Arc::ptr_eq(&node, &before))
     });
     again.await.expect("again");
-    until("it is ready", async || host.node().is_some_and(|node| node.ready().is_ok())).await.expect("ready");
+    until("it is ready", async || {
+        host.node().is_some_and(|node| node.ready().is_ok())
+    })
+    .await
+    .expect("ready");
     cluster.write(round).await;
     cluster.end();
 }
@@ -237,8 +324,14 @@ async fn a_node_whose_maps_take_no_more_writes_starts_again_by_itself() {
 /// The value of a metric of the node, of one kind of what is scrubbed.
 fn scrubbed(node: &Node, name: &str, kind: &str) -> f64 {
     let families = node.families();
-    let family = families.iter().find(|family| family.name == name).expect("there is such a metric");
-    let of_kind = family.samples.iter().filter(|sample| sample.labels.iter().any(|(_, value)| value == kind));
+    let family = families
+        .iter()
+        .find(|family| family.name == name)
+        .expect("there is such a metric");
+    let of_kind = family
+        .samples
+        .iter()
+        .filter(|sample| sample.labels.iter().any(|(_, value)| value == kind));
     of_kind.map(|sample| sample.value).sum()
 }
 
@@ -252,29 +345,54 @@ async fn what_rots_on_a_disk_is_found_by_a_scrub_and_mended() {
     host.bury();
     host.scrub_every(Duration::from_millis(300));
     host.start();
-    until("its replica is there again", async || host.group(SHARD).is_some_and(|group| group.status().leader.is_some()))
-        .await
-        .expect("it is");
+    until("its replica is there again", async || {
+        host.group(SHARD)
+            .is_some_and(|group| group.status().leader.is_some())
+    })
+    .await
+    .expect("it is");
     let node = host.node().expect("it is up");
     let mended = async |kind: &str| {
         let name = "quorate_scrub_mended_total";
-        until(kind, async || scrubbed(&node, name, kind) >= 1.0).await.unwrap_or_else(|error| {
-            panic!("{error}: {:?}", node.families().iter().filter(|family| family.name.contains("scrub")).collect::<Vec<_>>())
-        });
+        until(kind, async || scrubbed(&node, name, kind) >= 1.0)
+            .await
+            .unwrap_or_else(|error| {
+                panic!(
+                    "{error}: {:?}",
+                    node.families()
+                        .iter()
+                        .filter(|family| family.name.contains("scrub"))
+                        .collect::<Vec<_>>()
+                )
+            });
         assert!(scrubbed(&node, "quorate_scrub_damaged_total", kind) >= 1.0);
     };
 
     let files = || disks.disk.files().into_iter().map(|(path, _)| path);
-    let segment = files().find(|path| path.extension().is_some_and(|kind| kind == "segment")).expect("a sealed one");
+    let segment = files()
+        .find(|path| path.extension().is_some_and(|kind| kind == "segment"))
+        .expect("a sealed one");
     assert!(disks.disk.flip_bit(&segment, 40, 1));
     mended("segment").await;
     assert_eq!(disks.disk.contents(&segment), None, "it is gone");
 
-    host.group(SHARD).expect("a replica").build_snapshot().await.expect("a snapshot");
+    host.group(SHARD)
+        .expect("a replica")
+        .build_snapshot()
+        .await
+        .expect("a snapshot");
     let prefix = format!("{key}-");
-    let is_its = |path: &std::path::PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix));
-    let snapshot = files().find(|path| is_its(path) && path.extension().is_some_and(|kind| kind == "snap"));
-    assert!(disks.disk.flip_bit(&snapshot.expect("it was just written"), 60, 1));
+    let is_its = |path: &std::path::PathBuf| {
+        path.file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+    };
+    let snapshot =
+        files().find(|path| is_its(path) && path.extension().is_some_and(|kind| kind == "snap"));
+    assert!(
+        disks
+            .disk
+            .flip_bit(&snapshot.expect("it was just written"), 60, 1)
+    );
     mended("snapshot").await;
 
     cluster.write(7).await;

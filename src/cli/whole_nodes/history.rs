@@ -1,4 +1,5 @@
-//! What clients wrote and read, and whether it can all be true: each key a register, each slot with one row of revisions.
+//! What clients wrote and read, and whether it can all be true: each key a register, each slot with
+//! one row of revisions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -34,36 +35,71 @@ pub struct History {
 }
 
 pub fn options() -> Options {
-    Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: TIMEOUT }
+    Options {
+        consistency: Consistency::Linearizable,
+        routing: Routing::Proxy,
+        timeout: TIMEOUT,
+    }
 }
 
 impl History {
     /// Writes, and remembers what was told of it. True: it was acknowledged.
     pub async fn put(&self, store: &impl Store, key: &str, value: &str) -> bool {
-        let action = Action::Put { media: Media::Text, value: Bytes::copy_from_slice(value.as_bytes()) };
-        let operation = Operation { key: Bytes::copy_from_slice(key.as_bytes()), condition: Condition::None, action };
+        let action = Action::Put {
+            media: Media::Text,
+            value: Bytes::copy_from_slice(value.as_bytes()),
+        };
+        let operation = Operation {
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            condition: Condition::None,
+            action,
+        };
         // Before it is sent: a reader may see it before its writer hears of it.
-        self.unknown.lock().expect("no holder panics").insert((key.to_owned(), value.to_owned()));
+        self.unknown
+            .lock()
+            .expect("no holder panics")
+            .insert((key.to_owned(), value.to_owned()));
         let begun = Instant::now();
         let written = store.write(vec![operation], None, options()).await;
         let ended = Instant::now();
-        let Some(Ok(OperationOutcome::Put { revision, .. })) = written.first() else { return false };
+        let Some(Ok(OperationOutcome::Put { revision, .. })) = written.first() else {
+            return false;
+        };
         let (key, value) = (key.to_owned(), value.to_owned());
-        self.tell(Told { key, begun, ended, revision: revision.0, value, is_write: true });
+        self.tell(Told {
+            key,
+            begun,
+            ended,
+            revision: revision.0,
+            value,
+            is_write: true,
+        });
         true
     }
 
     /// Reads, and remembers what was told. True: there was an answer.
     pub async fn get(&self, store: &impl Store, key: &str) -> bool {
         let begun = Instant::now();
-        let found = store.get(Bytes::copy_from_slice(key.as_bytes()), options()).await;
+        let found = store
+            .get(Bytes::copy_from_slice(key.as_bytes()), options())
+            .await;
         let ended = Instant::now();
         let Ok(found) = found else { return false };
         let (revision, value) = match found.record {
             None => (0, String::new()),
-            Some(record) => (record.revision.0, String::from_utf8_lossy(&record.value).into_owned()),
+            Some(record) => (
+                record.revision.0,
+                String::from_utf8_lossy(&record.value).into_owned(),
+            ),
         };
-        self.tell(Told { key: key.to_owned(), begun, ended, revision, value, is_write: false });
+        self.tell(Told {
+            key: key.to_owned(),
+            begun,
+            ended,
+            revision,
+            value,
+            is_write: false,
+        });
         true
     }
 
@@ -72,7 +108,12 @@ impl History {
     }
 
     pub fn acknowledged(&self) -> usize {
-        self.told.lock().expect("no holder panics").iter().filter(|told| told.is_write).count()
+        self.told
+            .lock()
+            .expect("no holder panics")
+            .iter()
+            .filter(|told| told.is_write)
+            .count()
     }
 
     /// What can't be, if anything.
@@ -84,22 +125,32 @@ impl History {
         for one in &told {
             keys.entry(&one.key).or_default().push(one);
             if one.is_write {
-                slots.entry(slot_of(one.key.as_bytes())).or_default().push(one);
+                slots
+                    .entry(slot_of(one.key.as_bytes()))
+                    .or_default()
+                    .push(one);
             }
         }
         slots.values().try_for_each(|writes| check_order(writes))?;
         keys.values().try_for_each(|of| check_order(of))?;
-        keys.iter().try_for_each(|(key, of)| check_values(key, of, &unknown))
+        keys.iter()
+            .try_for_each(|(key, of)| check_values(key, of, &unknown))
     }
 }
 
-/// Of two where one had ended before the other began, the later has no lower revision, and a higher one if it is a write. Two writes never
-/// have one revision.
+/// Of two where one had ended before the other began, the later has no lower revision, and a higher
+/// one if it is a write. Two writes never have one revision.
 fn check_order(told: &[&Told]) -> Result<(), String> {
-    for (earlier, later) in told.iter().flat_map(|earlier| told.iter().map(move |later| (earlier, later))) {
-        let goes_back = later.revision < earlier.revision || later.is_write && later.revision == earlier.revision;
+    for (earlier, later) in told
+        .iter()
+        .flat_map(|earlier| told.iter().map(move |later| (earlier, later)))
+    {
+        let goes_back = later.revision < earlier.revision
+            || later.is_write && later.revision == earlier.revision;
         if earlier.ended < later.begun && goes_back {
-            return Err(format!("revisions go back: {earlier:?}, and after it {later:?}"));
+            return Err(format!(
+                "revisions go back: {earlier:?}, and after it {later:?}"
+            ));
         }
     }
     let mut written = BTreeMap::new();
@@ -111,7 +162,11 @@ fn check_order(told: &[&Told]) -> Result<(), String> {
 }
 
 /// What is read at a revision is what was written there, or what may have been.
-fn check_values(key: &str, told: &[&Told], unknown: &BTreeSet<(String, String)>) -> Result<(), String> {
+fn check_values(
+    key: &str,
+    told: &[&Told],
+    unknown: &BTreeSet<(String, String)>,
+) -> Result<(), String> {
     let mut at: BTreeMap<u64, &Told> = BTreeMap::new();
     for one in told {
         if let Some(other) = at.insert(one.revision, one)
@@ -125,7 +180,10 @@ fn check_values(key: &str, told: &[&Told], unknown: &BTreeSet<(String, String)>)
     }
     let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
     for one in told.iter().filter(|one| one.revision > 0) {
-        if seen.insert(&one.value, one.revision).is_some_and(|revision| revision != one.revision) {
+        if seen
+            .insert(&one.value, one.revision)
+            .is_some_and(|revision| revision != one.revision)
+        {
             return Err(format!("one write at two revisions: {one:?}"));
         }
     }
@@ -144,8 +202,19 @@ mod tests {
         for (key, begun, ended, revision, value, is_write) in told {
             let at = |ms: &u64| start + Duration::from_millis(*ms);
             let (key, value) = ((*key).to_owned(), (*value).to_owned());
-            history.unknown.lock().expect("no holder panics").insert((key.clone(), value.clone()));
-            history.tell(Told { key, begun: at(begun), ended: at(ended), revision: *revision, value, is_write: *is_write });
+            history
+                .unknown
+                .lock()
+                .expect("no holder panics")
+                .insert((key.clone(), value.clone()));
+            history.tell(Told {
+                key,
+                begun: at(begun),
+                ended: at(ended),
+                revision: *revision,
+                value,
+                is_write: *is_write,
+            });
         }
         history
     }
@@ -160,13 +229,34 @@ mod tests {
         ];
         assert_eq!(history(good).check(), Ok(()));
         for (bad, why) in [
-            (vec![("{a}1", 0, 5, 2, "x", true), ("{a}2", 6, 9, 1, "y", true)], "a later write of the slot, and a lower revision"),
-            (vec![("{a}1", 0, 5, 2, "x", true), ("{a}2", 0, 5, 2, "y", true)], "one revision twice"),
-            (vec![("{a}1", 0, 5, 1, "x", true), ("{a}1", 6, 9, 0, "", false)], "an acknowledged write is lost"),
-            (vec![("{a}1", 0, 5, 2, "x", false), ("{a}1", 6, 9, 1, "y", false)], "reads go back"),
-            (vec![("{a}1", 6, 9, 2, "x", true), ("{a}1", 0, 5, 2, "x", false)], "read before it was written"),
-            (vec![("{a}1", 0, 9, 2, "x", true), ("{a}1", 0, 9, 2, "y", false)], "two values at one revision"),
-            (vec![("{a}1", 0, 9, 1, "x", true), ("{a}1", 0, 9, 2, "x", false)], "one write at two revisions"),
+            (
+                vec![("{a}1", 0, 5, 2, "x", true), ("{a}2", 6, 9, 1, "y", true)],
+                "a later write of the slot, and a lower revision",
+            ),
+            (
+                vec![("{a}1", 0, 5, 2, "x", true), ("{a}2", 0, 5, 2, "y", true)],
+                "one revision twice",
+            ),
+            (
+                vec![("{a}1", 0, 5, 1, "x", true), ("{a}1", 6, 9, 0, "", false)],
+                "an acknowledged write is lost",
+            ),
+            (
+                vec![("{a}1", 0, 5, 2, "x", false), ("{a}1", 6, 9, 1, "y", false)],
+                "reads go back",
+            ),
+            (
+                vec![("{a}1", 6, 9, 2, "x", true), ("{a}1", 0, 5, 2, "x", false)],
+                "read before it was written",
+            ),
+            (
+                vec![("{a}1", 0, 9, 2, "x", true), ("{a}1", 0, 9, 2, "y", false)],
+                "two values at one revision",
+            ),
+            (
+                vec![("{a}1", 0, 9, 1, "x", true), ("{a}1", 0, 9, 2, "x", false)],
+                "one write at two revisions",
+            ),
         ] {
             assert!(history(&bad).check().is_err(), "{why}");
         }

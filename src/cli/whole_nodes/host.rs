@@ -1,5 +1,6 @@
-//! [`Host`]: a node with all that belongs to it, on a machine of its own and in a runtime of its own. Nodes speak to one another over the
-//! loopback interface, each with an address of its own there; when one is ended, its runtime goes with its tasks and sockets.
+//! [`Host`]: a node with all that belongs to it, on a machine of its own and in a runtime of its
+//! own. Nodes speak to one another over the loopback interface, each with an address of its own
+//! there; when one is ended, its runtime goes with its tasks and sockets.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
@@ -66,7 +67,13 @@ pub fn addresses(count: usize) -> Vec<Address> {
     let cluster = CLUSTERS.fetch_add(1, Ordering::Relaxed);
     let process = 1 + std::process::id() % 250;
     let (high, low) = (process, cluster % 250);
-    (1..=count).map(|n| format!("127.{high}.{low}.{n}:{PORT}").parse().expect("an address")).collect()
+    (1..=count)
+        .map(|n| {
+            format!("127.{high}.{low}.{n}:{PORT}")
+                .parse()
+                .expect("an address")
+        })
+        .collect()
 }
 
 impl Host {
@@ -93,7 +100,10 @@ impl Host {
             scrub_every: Duration::ZERO,
             restarts: 0,
         };
-        let disks = Disks { disk: SimDisk::new(seed), trees: MemTrees::new() };
+        let disks = Disks {
+            disk: SimDisk::new(seed),
+            trees: MemTrees::new(),
+        };
         Arc::new(Self {
             config,
             level_max: Mutex::default(),
@@ -128,14 +138,17 @@ impl Host {
         *self.watcher.lock().expect("no holder panics") = Some(watcher);
     }
 
-    /// From now on the node can't say anything new of itself on its disk, and waits with what rests on that.
+    /// From now on the node can't say anything new of itself on its disk, and waits with what rests
+    /// on that.
     pub fn hold(&self) {
         self.is_held.store(true, Ordering::Relaxed);
     }
 
     /// Whether there is no descriptor for the maps of shards from now on.
     pub fn take_descriptors(&self, are_gone: bool) {
-        self.faults.lacks_descriptors.store(are_gone, Ordering::Relaxed);
+        self.faults
+            .lacks_descriptors
+            .store(are_gone, Ordering::Relaxed);
     }
 
     /// The trees of this replica, if any, can't be opened any more, nor can new ones of it.
@@ -170,22 +183,52 @@ impl Host {
 
     /// Who supervises what runs since the last start.
     pub fn supervisor(&self) -> Supervisor {
-        self.supervised.lock().expect("no holder panics").as_ref().expect("it was started").0.clone()
+        self.supervised
+            .lock()
+            .expect("no holder panics")
+            .as_ref()
+            .expect("it was started")
+            .0
+            .clone()
     }
 
     /// What has ended it since the last start.
     pub fn ended(&self) -> watch::Receiver<Option<Ended>> {
-        self.supervised.lock().expect("no holder panics").as_ref().expect("it was started").1.clone()
+        self.supervised
+            .lock()
+            .expect("no holder panics")
+            .as_ref()
+            .expect("it was started")
+            .1
+            .clone()
     }
 
     pub fn start(&self) {
-        let power = Power::on(self.is_held.clone(), self.faults.clone(), self.disk_fault.clone());
+        let power = Power::on(
+            self.is_held.clone(),
+            self.faults.clone(),
+            self.disk_fault.clone(),
+        );
         let (supervisor, ended) = Supervisor::noting();
         *self.supervised.lock().expect("no holder panics") = Some((supervisor.clone(), ended));
-        let watcher = self.watcher.lock().expect("no holder panics").clone().expect("it is watched");
-        let machine =
-            SimMachine { disks: self.disks.clone(), power: power.clone(), directory_if_new: self.directory, watcher, supervisor };
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let watcher = self
+            .watcher
+            .lock()
+            .expect("no holder panics")
+            .clone()
+            .expect("it is watched");
+        let machine = SimMachine {
+            disks: self.disks.clone(),
+            power: power.clone(),
+            directory_if_new: self.directory,
+            watcher,
+            supervisor,
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
         let node: Arc<Mutex<Option<Arc<Node>>>> = Arc::default();
         let level_max = *self.level_max.lock().expect("no holder panics");
         let replace_after = *self.replace_after.lock().expect("no holder panics");
@@ -193,56 +236,99 @@ impl Host {
         let compare_every = *self.compare_every.lock().expect("no holder panics");
         let scrub_every = *self.scrub_every.lock().expect("no holder panics");
         let compare_every = compare_every.unwrap_or(self.config.compare_every);
-        let config = NodeConfig { level_max, replace_after, compare_every, scrub_every, ..self.config.clone() };
+        let config = NodeConfig {
+            level_max,
+            replace_after,
+            compare_every,
+            scrub_every,
+            ..self.config.clone()
+        };
         let serving = serve(Arc::new(machine), config, node.clone());
         let (failed, is_on) = (self.failed.clone(), power.clone());
         runtime.spawn(async move {
             let error = serving.await;
             if is_on.is_on() {
-                failed.lock().expect("no holder panics").get_or_insert(error);
+                failed
+                    .lock()
+                    .expect("no holder panics")
+                    .get_or_insert(error);
             }
         });
-        let before = self.running.lock().expect("no holder panics").replace(Incarnation { power, node, runtime: Some(runtime) });
-        assert!(before.is_none_or(|before| !before.power.is_on()), "two of a node");
+        let before = self
+            .running
+            .lock()
+            .expect("no holder panics")
+            .replace(Incarnation {
+                power,
+                node,
+                runtime: Some(runtime),
+            });
+        assert!(
+            before.is_none_or(|before| !before.power.is_on()),
+            "two of a node"
+        );
     }
 
-    /// Ends the node at once: from here on it changes nothing on its disk. What runs of it is taken down by [`Host::bury`].
+    /// Ends the node at once: from here on it changes nothing on its disk. What runs of it is taken
+    /// down by [`Host::bury`].
     pub fn end(&self, end: End) -> bool {
         let running = self.running.lock().expect("no holder panics");
-        running.as_ref().is_some_and(|incarnation| incarnation.power.cut(&self.disks, end))
+        running
+            .as_ref()
+            .is_some_and(|incarnation| incarnation.power.cut(&self.disks, end))
     }
 
     /// Takes down what is left of a node that was ended. Not from within its own runtime.
     pub fn bury(&self) {
         let mut running = self.running.lock().expect("no holder panics");
-        if running.as_ref().is_some_and(|incarnation| !incarnation.power.is_on()) {
+        if running
+            .as_ref()
+            .is_some_and(|incarnation| !incarnation.power.is_on())
+        {
             *running = None;
         }
     }
 
     pub fn is_up(&self) -> bool {
-        self.running.lock().expect("no holder panics").as_ref().is_some_and(|incarnation| incarnation.power.is_on())
+        self.running
+            .lock()
+            .expect("no holder panics")
+            .as_ref()
+            .is_some_and(|incarnation| incarnation.power.is_on())
     }
 
     pub fn node(&self) -> Option<Arc<Node>> {
         let running = self.running.lock().expect("no holder panics");
-        let incarnation = running.as_ref().filter(|incarnation| incarnation.power.is_on())?;
+        let incarnation = running
+            .as_ref()
+            .filter(|incarnation| incarnation.power.is_on())?;
         incarnation.node.lock().expect("no holder panics").clone()
     }
 
     pub fn groups(&self) -> Vec<Arc<Group>> {
-        self.node().and_then(|node| node.registry()).map(|registry| registry.groups()).unwrap_or_default()
+        self.node()
+            .and_then(|node| node.registry())
+            .map(|registry| registry.groups())
+            .unwrap_or_default()
     }
 
     pub fn group(&self, id: GroupId) -> Option<Arc<Group>> {
-        self.groups().into_iter().find(|group| group.key().group == id)
+        self.groups()
+            .into_iter()
+            .find(|group| group.key().group == id)
     }
 
     /// Whether the replica, or witness, is open here.
     pub fn has(&self, group: GroupId, replica: ReplicaId) -> bool {
         let key = ReplicaKey { group, replica };
-        let Some(registry) = self.node().and_then(|node| node.registry()) else { return false };
-        registry.get(group).map(|group| group.key()).or_else(|| registry.witness(group).map(|witness| witness.key())) == Some(key)
+        let Some(registry) = self.node().and_then(|node| node.registry()) else {
+            return false;
+        };
+        registry
+            .get(group)
+            .map(|group| group.key())
+            .or_else(|| registry.witness(group).map(|witness| witness.key()))
+            == Some(key)
     }
 
     pub fn leads(&self, id: GroupId) -> bool {
@@ -250,8 +336,13 @@ impl Host {
     }
 }
 
-/// Runs the node as `quorate serve` does, and again where it wants to be started again. Returns why it does not run any more.
-async fn serve(machine: Arc<SimMachine>, config: NodeConfig, place: Arc<Mutex<Option<Arc<Node>>>>) -> String {
+/// Runs the node as `quorate serve` does, and again where it wants to be started again. Returns why
+/// it does not run any more.
+async fn serve(
+    machine: Arc<SimMachine>,
+    config: NodeConfig,
+    place: Arc<Mutex<Option<Arc<Node>>>>,
+) -> String {
     loop {
         match serve_once(machine.clone(), config.clone(), &place).await {
             Err(error) if error.wants_restart() => {}
@@ -261,7 +352,11 @@ async fn serve(machine: Arc<SimMachine>, config: NodeConfig, place: Arc<Mutex<Op
     }
 }
 
-async fn serve_once(machine: Arc<SimMachine>, config: NodeConfig, place: &Mutex<Option<Arc<Node>>>) -> Result<(), NodeError> {
+async fn serve_once(
+    machine: Arc<SimMachine>,
+    config: NodeConfig,
+    place: &Mutex<Option<Arc<Node>>>,
+) -> Result<(), NodeError> {
     // What ran there before may still have the port for a moment.
     let server = loop {
         match Server::bind(&[config.address.as_str()]).await {
@@ -269,7 +364,10 @@ async fn serve_once(machine: Arc<SimMachine>, config: NodeConfig, place: &Mutex<
             Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
         }
     };
-    let limits = Limits { drain_timeout: Duration::from_millis(500), ..Limits::default() };
+    let limits = Limits {
+        drain_timeout: Duration::from_millis(500),
+        ..Limits::default()
+    };
     let node = Node::open_on(machine, config)?;
     let stop = CancellationToken::new();
     let app = serve::app(&node, &server, limits.clone());
@@ -280,7 +378,8 @@ async fn serve_once(machine: Arc<SimMachine>, config: NodeConfig, place: &Mutex<
     });
     let ended = node.run(&CancellationToken::new()).await;
     *place.lock().expect("no holder panics") = None;
-    node.registry().inspect(|registry| registry.begin_to_close());
+    node.registry()
+        .inspect(|registry| registry.begin_to_close());
     stop.cancel();
     if let Err(error) = serving.await {
         tracing::debug!("the server was broken off: {error}");

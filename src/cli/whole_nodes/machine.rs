@@ -1,5 +1,5 @@
-//! [`SimMachine`]: a machine with a simulated disk and database. When it is switched off, whatever still runs on it can change nothing
-//! any more, and reads nothing.
+//! [`SimMachine`]: a machine with a simulated disk and database. When it is switched off, whatever
+//! still runs on it can change nothing any more, and reads nothing.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -64,7 +64,9 @@ impl TreeFaults {
         }
         let damaged = self.damaged.lock().expect("no holder panics");
         match *damaged {
-            Some(key) if name.starts_with(&format!("{key}.")) => Err(io::ErrorKind::InvalidData.into()),
+            Some(key) if name.starts_with(&format!("{key}.")) => {
+                Err(io::ErrorKind::InvalidData.into())
+            }
             _ => Ok(()),
         }
     }
@@ -84,8 +86,17 @@ pub enum Trouble {
 }
 
 impl Power {
-    pub fn on(is_held: Arc<AtomicBool>, faults: Arc<TreeFaults>, disk_fault: DiskFault) -> Arc<Self> {
-        Arc::new(Self { is_on: RwLock::new(true), is_held, faults, disk_fault })
+    pub fn on(
+        is_held: Arc<AtomicBool>,
+        faults: Arc<TreeFaults>,
+        disk_fault: DiskFault,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            is_on: RwLock::new(true),
+            is_held,
+            faults,
+            disk_fault,
+        })
     }
 
     /// What stands in the way of a write to that path, or a sync of it.
@@ -117,7 +128,14 @@ impl Power {
             End::Kill => disks.trees.crash(Crash::Kill, 0),
             End::PowerCut { seed } => {
                 disks.disk.crash();
-                disks.trees.crash(if seed.is_multiple_of(2) { Crash::Power } else { Crash::Torn }, seed);
+                disks.trees.crash(
+                    if seed.is_multiple_of(2) {
+                        Crash::Power
+                    } else {
+                        Crash::Torn
+                    },
+                    seed,
+                );
             }
         }
         true
@@ -126,7 +144,11 @@ impl Power {
     /// While what is returned lives, the power stays on.
     fn need(&self) -> io::Result<RwLockReadGuard<'_, bool>> {
         let is_on = self.is_on.read().expect("no holder panics");
-        if *is_on { Ok(is_on) } else { Err(io::Error::other("this machine is off")) }
+        if *is_on {
+            Ok(is_on)
+        } else {
+            Err(io::Error::other("this machine is off"))
+        }
     }
 }
 
@@ -148,12 +170,23 @@ impl Machine for SimMachine {
     }
 
     fn disk(&self) -> Arc<dyn Disk> {
-        Arc::new(PoweredDisk { disk: self.disks.disk.clone(), power: self.power.clone() })
+        Arc::new(PoweredDisk {
+            disk: self.disks.disk.clone(),
+            power: self.power.clone(),
+        })
     }
 
-    fn open_trees(&self, _path: &Path, _options: SledOptions, _is_expected: bool) -> Result<Arc<dyn Trees>, SledError> {
+    fn open_trees(
+        &self,
+        _path: &Path,
+        _options: SledOptions,
+        _is_expected: bool,
+    ) -> Result<Arc<dyn Trees>, SledError> {
         self.disks.trees.begin();
-        Ok(Arc::new(PoweredTrees { trees: self.disks.trees.clone(), power: self.power.clone() }))
+        Ok(Arc::new(PoweredTrees {
+            trees: self.disks.trees.clone(),
+            power: self.power.clone(),
+        }))
     }
 
     fn supervisor(&self) -> Supervisor {
@@ -174,11 +207,18 @@ impl Disk for PoweredDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
         let _on = self.power.need()?;
         let file = self.disk.open(path, how)?;
-        Ok(Box::new(PoweredFile { file, path: path.to_owned(), power: self.power.clone() }))
+        Ok(Box::new(PoweredFile {
+            file,
+            path: path.to_owned(),
+            power: self.power.clone(),
+        }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        while to.ends_with("stamp") && self.power.is_held.load(Ordering::Relaxed) && self.power.is_on() {
+        while to.ends_with("stamp")
+            && self.power.is_held.load(Ordering::Relaxed)
+            && self.power.is_on()
+        {
             std::thread::sleep(Duration::from_millis(5));
         }
         let _on = self.power.need()?;
@@ -254,14 +294,20 @@ struct PoweredTrees {
 
 impl PoweredTrees {
     fn need(&self) -> Result<RwLockReadGuard<'_, bool>, StoreError> {
-        self.power.need().map_err(|source| StoreError::Io { context: "the map database".to_owned(), source })
+        self.power.need().map_err(|source| StoreError::Io {
+            context: "the map database".to_owned(),
+            source,
+        })
     }
 }
 
 impl Trees for PoweredTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
         let _on = self.need()?;
-        let refused = |source| StoreError::Io { context: "opening a tree".to_owned(), source };
+        let refused = |source| StoreError::Io {
+            context: "opening a tree".to_owned(),
+            source,
+        };
         self.power.faults.check(name).map_err(refused)?;
         self.trees.open(name)
     }

@@ -1,5 +1,5 @@
-//! What a leader must not do that goes by an old view, or that nobody follows any more: add a replica that was retired since, or tell the meta
-//! group who the members are.
+//! What a leader must not do that goes by an old view, or that nobody follows any more: add a
+//! replica that was retired since, or tell the meta group who the members are.
 
 use std::sync::Arc;
 
@@ -22,16 +22,25 @@ fn view_of(host: &Host) -> Option<View> {
     }
 }
 
-/// What the leaders answer that are asked to add the replicas of `node`, by `view`, while it has them.
+/// What the leaders answer that are asked to add the replicas of `node`, by `view`, while it has
+/// them.
 async fn add_all(hosts: &[Arc<Host>], view: &View, node: NodeId) -> Vec<Result<(), String>> {
     let mut answers = Vec::new();
     let replicas: Vec<(GroupId, ReplicaId)> = view
         .groups
         .iter()
-        .flat_map(|(id, of)| of.replicas.iter().filter(|(_, at)| **at == node).map(|(r, _)| (*id, *r)))
+        .flat_map(|(id, of)| {
+            of.replicas
+                .iter()
+                .filter(|(_, at)| **at == node)
+                .map(|(r, _)| (*id, *r))
+        })
         .collect();
     for (group, replica) in replicas {
-        let leader = hosts.iter().find(|host| host.leads(group)).and_then(|host| host.node());
+        let leader = hosts
+            .iter()
+            .find(|host| host.leads(group))
+            .and_then(|host| host.node());
         if let Some(leader) = leader {
             answers.push(leader.add_by(view, group, replica).await);
         }
@@ -39,8 +48,8 @@ async fn add_all(hosts: &[Arc<Host>], view: &View, node: NodeId) -> Vec<Result<(
     answers
 }
 
-/// A fourth node is added, stops, and is taken out again meanwhile. It comes back, and has its replicas until it has put down that they are
-/// retired.
+/// A fourth node is added, stops, and is taken out again meanwhile. It comes back, and has its
+/// replicas until it has put down that they are retired.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_retired_replica_is_not_added_by_a_leader_that_has_not_heard() {
     let all = addresses(4);
@@ -51,7 +60,10 @@ async fn a_retired_replica_is_not_added_by_a_leader_that_has_not_heard() {
     }
     let store = RemoteStore::connect(all[..3].to_vec()).expect("a client");
     let change = async |nodes: &[Address]| {
-        let change = ViewChange { nodes: Some(nodes.to_vec()), ..ViewChange::default() };
+        let change = ViewChange {
+            nodes: Some(nodes.to_vec()),
+            ..ViewChange::default()
+        };
         let epoch = accept(&store, &change).await.expect("accepted");
         settle(&store, epoch).await.expect("settled");
     };
@@ -59,7 +71,10 @@ async fn a_retired_replica_is_not_added_by_a_leader_that_has_not_heard() {
     // Also to the fourth, which must have nothing to put down when it starts again.
     let known = async || {
         let views = [view_of(&hosts[0]), view_of(&hosts[3])];
-        views[0] == views[1] && views[0].as_ref().is_some_and(|view| view.is_settled() && view.node_at(&all[3]).is_some())
+        views[0] == views[1]
+            && views[0]
+                .as_ref()
+                .is_some_and(|view| view.is_settled() && view.node_at(&all[3]).is_some())
     };
     until("the view is known", known).await.expect("known");
     let old = view_of(&hosts[3]).expect("it is a member");
@@ -72,9 +87,16 @@ async fn a_retired_replica_is_not_added_by_a_leader_that_has_not_heard() {
     let mut told = Vec::new();
     let looked = until("a leader has looked for it", async || {
         told = add_all(&hosts[..3], &old, node).await;
-        told.iter().any(|answer| answer.as_ref().err().is_none_or(|reason| reason.contains("not wanted any more")))
+        told.iter().any(|answer| {
+            answer
+                .as_ref()
+                .err()
+                .is_none_or(|reason| reason.contains("not wanted any more"))
+        })
     });
-    looked.await.unwrap_or_else(|error| panic!("{error}: {told:?}"));
+    looked
+        .await
+        .unwrap_or_else(|error| panic!("{error}: {told:?}"));
     assert!(told.iter().all(Result::is_err), "{told:?}");
     for host in &hosts {
         host.end(End::Kill);
@@ -101,11 +123,21 @@ async fn a_leader_that_no_quorum_follows_reports_nothing() {
     let view = known.expect("it was known");
     // Not the meta group's majority: that is still there to be told.
     let (group, of) = view.shards().next().expect("a shard");
-    let leader = hosts.iter().position(|host| host.leads(group)).expect("it was led");
+    let leader = hosts
+        .iter()
+        .position(|host| host.leads(group))
+        .expect("it was led");
     let node = hosts[leader].node().expect("it is up");
-    until("with a quorum it tells", async || node.report(&view, group).await.is_ok()).await.expect("told");
-    let others =
-        of.replicas.values().filter_map(|node| hosts.iter().position(|host| view.node_at(host.address()) == Some(*node)));
+    until("with a quorum it tells", async || {
+        node.report(&view, group).await.is_ok()
+    })
+    .await
+    .expect("told");
+    let others = of.replicas.values().filter_map(|node| {
+        hosts
+            .iter()
+            .position(|host| view.node_at(host.address()) == Some(*node))
+    });
     let others: Vec<usize> = others.filter(|n| *n != leader).collect();
     assert_eq!(others.len(), 2);
     for n in others {

@@ -32,7 +32,9 @@ fn start(hosts: &[Arc<Host>]) {
 
 async fn ready_all(hosts: &[Arc<Host>]) {
     let is_ready = |host: &Arc<Host>| host.node().is_some_and(|node| node.ready().is_ok());
-    until("all are ready", async || hosts.iter().all(is_ready)).await.expect("ready");
+    until("all are ready", async || hosts.iter().all(is_ready))
+        .await
+        .expect("ready");
 }
 
 fn stop(hosts: &[Arc<Host>]) {
@@ -43,12 +45,20 @@ fn stop(hosts: &[Arc<Host>]) {
 }
 
 fn naming(nodes: &[Address]) -> ViewChange {
-    ViewChange { nodes: Some(nodes.to_vec()), ..ViewChange::default() }
+    ViewChange {
+        nodes: Some(nodes.to_vec()),
+        ..ViewChange::default()
+    }
 }
 
 async fn page(address: &Address) -> Vec<Family> {
-    let request = Request::get("/metrics").header(HOST, address.as_str()).body(Full::new(Bytes::new())).expect("a request");
-    let mut connection = Connection::open(address, PATIENCE).await.expect("a connection");
+    let request = Request::get("/metrics")
+        .header(HOST, address.as_str())
+        .body(Full::new(Bytes::new()))
+        .expect("a request");
+    let mut connection = Connection::open(address, PATIENCE)
+        .await
+        .expect("a connection");
     let answer = connection.exchange(request).await.expect("an answer");
     let text = String::from_utf8(answer.body().to_vec()).expect("text");
     exposition::check(&text).unwrap_or_else(|error| panic!("{error} in\n{text}"))
@@ -56,7 +66,11 @@ async fn page(address: &Address) -> Vec<Family> {
 
 fn value(families: &[Family], name: &str, label: (&str, &str)) -> Option<f64> {
     let family = families.iter().find(|family| family.name == name)?;
-    family.samples.iter().find(|sample| sample.label(label.0).is_none_or(|of| of == label.1)).map(|sample| sample.value)
+    family
+        .samples
+        .iter()
+        .find(|sample| sample.label(label.0).is_none_or(|of| of == label.1))
+        .map(|sample| sample.value)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -66,30 +80,64 @@ async fn the_metrics_of_a_node_follow_the_rules_and_tell_who_is_silent() {
     start(&hosts);
     ready_all(&hosts).await;
     let pages = join_all(all.iter().map(page)).await;
-    let sum = |name: &str, label: (&str, &str)| pages.iter().filter_map(|page| value(page, name, label)).sum::<f64>();
+    let sum = |name: &str, label: (&str, &str)| {
+        pages
+            .iter()
+            .filter_map(|page| value(page, name, label))
+            .sum::<f64>()
+    };
     for page in &pages {
-        for name in
-            ["quorate_ready", "quorate_build_info", "process_open_fds", "quorate_view_settled", "process_cpu_seconds_total"]
-        {
+        for name in [
+            "quorate_ready",
+            "quorate_build_info",
+            "process_open_fds",
+            "quorate_view_settled",
+            "process_cpu_seconds_total",
+        ] {
             assert!(value(page, name, ("", "")).is_some(), "{name}");
         }
     }
     assert_eq!(sum("quorate_ready", ("", "")), 3.0);
-    assert_eq!(sum("quorate_groups", ("role", "leader")), 4.0, "of three shards and the meta group");
+    assert_eq!(
+        sum("quorate_groups", ("role", "leader")),
+        4.0,
+        "of three shards and the meta group"
+    );
 
-    let gone = hosts.iter().position(|host| !host.leads(crate::types::GroupId::META)).expect("one that does not lead");
+    let gone = hosts
+        .iter()
+        .position(|host| !host.leads(crate::types::GroupId::META))
+        .expect("one that does not lead");
     hosts[gone].end(End::Kill);
     hosts[gone].bury();
-    let others: Vec<&Address> = all.iter().filter(|address| **address != all[gone]).collect();
-    until("its silence is told, and by whom it was replaced", async || {
-        let pages = join_all(others.iter().map(|address| page(address))).await;
-        let silence = |page: &Vec<Family>| value(page, "quorate_peer_silence_seconds", ("address", all[gone].as_str()));
-        let changes: f64 = pages.iter().filter_map(|page| value(page, "quorate_leader_changes_total", ("", ""))).sum();
-        // The first leader of a group is elected as the group begins, and counts as no campaign.
-        let campaigns = pages.iter().filter_map(|page| value(page, "quorate_elections_total", ("", "")));
-        let is_silent = pages.iter().filter_map(silence).any(|silent| silent > 2.0);
-        is_silent && changes >= 1.0 && campaigns.sum::<f64>() >= 1.0
-    })
+    let others: Vec<&Address> = all
+        .iter()
+        .filter(|address| **address != all[gone])
+        .collect();
+    until(
+        "its silence is told, and by whom it was replaced",
+        async || {
+            let pages = join_all(others.iter().map(|address| page(address))).await;
+            let silence = |page: &Vec<Family>| {
+                value(
+                    page,
+                    "quorate_peer_silence_seconds",
+                    ("address", all[gone].as_str()),
+                )
+            };
+            let changes: f64 = pages
+                .iter()
+                .filter_map(|page| value(page, "quorate_leader_changes_total", ("", "")))
+                .sum();
+            // The first leader of a group is elected as the group begins, and counts as no
+            // campaign.
+            let campaigns = pages
+                .iter()
+                .filter_map(|page| value(page, "quorate_elections_total", ("", "")));
+            let is_silent = pages.iter().filter_map(silence).any(|silent| silent > 2.0);
+            is_silent && changes >= 1.0 && campaigns.sum::<f64>() >= 1.0
+        },
+    )
     .await
     .expect("told");
     stop(&hosts);
@@ -103,17 +151,24 @@ async fn a_change_without_a_quorum_names_who_is_missing() {
     ready_all(&hosts).await;
     stop(&hosts[1..]);
     let store = RemoteStore::connect(all.clone()).expect("a client");
-    let options = Options { timeout: Duration::from_secs(4), ..options() };
+    let options = Options {
+        timeout: Duration::from_secs(4),
+        ..options()
+    };
     let told = std::sync::Mutex::new(String::new());
     let named = until("both that are missing are named", async || {
-        let Err(failure) = store.plan_view(naming(&all[..2]), options).await else { return false };
+        let Err(failure) = store.plan_view(naming(&all[..2]), options).await else {
+            return false;
+        };
         let text = failure.to_string();
         let names_both = all[1..].iter().all(|gone| text.contains(gone.as_str()));
         let is_said = text.contains("the meta group") && text.contains("2 needed") && names_both;
         *told.lock().expect("no panic") = text;
         is_said
     });
-    named.await.unwrap_or_else(|error| panic!("{error}: {}", told.lock().expect("no panic")));
+    named
+        .await
+        .unwrap_or_else(|error| panic!("{error}: {}", told.lock().expect("no panic")));
     stop(&hosts[..1]);
 }
 
@@ -122,7 +177,10 @@ async fn a_change_without_a_quorum_names_who_is_missing() {
 async fn a_node_that_has_just_left_is_waited_for_by_a_dry_run_too() {
     let all = addresses(2);
     // One shard: nothing has to be moved away.
-    let asked = Asked { shards: Some(1), ..Asked::default() };
+    let asked = Asked {
+        shards: Some(1),
+        ..Asked::default()
+    };
     let host = |at: usize| Host::new(all[at].clone(), all.clone(), asked, 1000 + at as u64);
     let hosts = [host(0), host(1)];
     start(&hosts);
@@ -130,8 +188,14 @@ async fn a_node_that_has_just_left_is_waited_for_by_a_dry_run_too() {
     let store = RemoteStore::connect(all.clone()).expect("a client");
     let epoch = accept(&store, &naming(&all[..1])).await.expect("accepted");
     settle(&store, epoch).await.expect("settled");
-    let options = Options { timeout: PATIENCE, ..options() };
+    let options = Options {
+        timeout: PATIENCE,
+        ..options()
+    };
     let planned = store.plan_view(naming(&all), options).await;
-    assert_eq!(planned.map(|planned| planned.nodes_added), Ok(all[1..].to_vec()));
+    assert_eq!(
+        planned.map(|planned| planned.nodes_added),
+        Ok(all[1..].to_vec())
+    );
     stop(&hosts);
 }

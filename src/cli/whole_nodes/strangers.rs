@@ -1,4 +1,5 @@
-//! What comes from a node of another cluster, at an address that was somebody else's, changes nothing and is answered by nothing.
+//! What comes from a node of another cluster, at an address that was somebody else's, changes
+//! nothing and is answered by nothing.
 
 use std::sync::Arc;
 
@@ -19,7 +20,9 @@ use crate::types::{ClusterId, DirectoryId, GroupId};
 async fn led_view(host: &Arc<Host>) -> View {
     let mut view = None;
     let led = until("it leads", async || {
-        let Some(node) = host.node() else { return false };
+        let Some(node) = host.node() else {
+            return false;
+        };
         view = node.view().await.ok();
         view.is_some()
     });
@@ -28,8 +31,20 @@ async fn led_view(host: &Arc<Host>) -> View {
 }
 
 async fn ask(node: &Node, cluster: ClusterId, shard: GroupId) -> ShardReply {
-    let body = ShardBody::Get { key: "k".into(), consistency: Consistency::Linearizable };
-    node.answer(ShardRequest { cluster, shard, timeout_ms: 5000, body }, Hop::Answer).await
+    let body = ShardBody::Get {
+        key: "k".into(),
+        consistency: Consistency::Linearizable,
+    };
+    node.answer(
+        ShardRequest {
+            cluster,
+            shard,
+            timeout_ms: 5000,
+            body,
+        },
+        Hop::Answer,
+    )
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -42,9 +57,16 @@ async fn a_stranger_changes_nothing_and_is_told_nothing() {
     let node = hosts[0].node().expect("it is up");
     let shard = ours.shards().map(|(id, _)| id).next().expect("a shard");
     let id = *ours.nodes.keys().next().expect("a node");
-    until("it serves", async || matches!(ask(&node, ours.cluster, shard).await, ShardReply::Got(_))).await.expect("it serves");
+    until("it serves", async || {
+        matches!(ask(&node, ours.cluster, shard).await, ShardReply::Got(_))
+    })
+    .await
+    .expect("it serves");
     let answer = ask(&node, stranger, shard).await;
-    assert!(matches!(&answer, ShardReply::Failed(Failure::Invalid { reason }) if reason.contains("cluster")), "{answer:?}");
+    assert!(
+        matches!(&answer, ShardReply::Failed(Failure::Invalid { reason }) if reason.contains("cluster")),
+        "{answer:?}"
+    );
 
     // What the cluster itself may say, in the name of another.
     let command = meta::Command::Announce {
@@ -53,20 +75,57 @@ async fn a_stranger_changes_nothing_and_is_told_nothing() {
         address: "elsewhere:1".parse().expect("an address"),
         public_address: None,
     };
-    let answer = node.announce(Announcement { cluster: stranger, command: command.clone() }).await;
-    assert!(matches!(&answer, Err(Failure::Invalid { reason }) if reason.contains("cluster")), "{answer:?}");
+    let answer = node
+        .announce(Announcement {
+            cluster: stranger,
+            command: command.clone(),
+        })
+        .await;
+    assert!(
+        matches!(&answer, Err(Failure::Invalid { reason }) if reason.contains("cluster")),
+        "{answer:?}"
+    );
     assert_eq!(node.view().await.expect("it leads").nodes, ours.nodes);
-    assert_eq!(node.announce(Announcement { cluster: ours.cluster, command }).await, Ok(meta::Outcome::Done));
+    assert_eq!(
+        node.announce(Announcement {
+            cluster: ours.cluster,
+            command
+        })
+        .await,
+        Ok(meta::Outcome::Done)
+    );
 
-    let (caller, wait) = (PeerCaller::new().expect("a client"), super::history::options().timeout);
-    assert_eq!(caller.view(&all[0], ours.cluster, wait).await.expect("an answer").cluster, ours.cluster);
+    let (caller, wait) = (
+        PeerCaller::new().expect("a client"),
+        super::history::options().timeout,
+    );
+    assert_eq!(
+        caller
+            .view(&all[0], ours.cluster, wait)
+            .await
+            .expect("an answer")
+            .cluster,
+        ours.cluster
+    );
     let view = caller.view(&all[0], stranger, wait).await;
-    assert!(matches!(view, Err(PeerError::AnotherNode { .. })), "{view:?}");
+    assert!(
+        matches!(view, Err(PeerError::AnotherNode { .. })),
+        "{view:?}"
+    );
     let mut there = ours.nodes[&id].clone();
-    assert!(!caller.replicas(&there, wait).await.expect("an answer").is_empty());
+    assert!(
+        !caller
+            .replicas(&there, wait)
+            .await
+            .expect("an answer")
+            .is_empty()
+    );
     there.directory = DirectoryId(7);
     let replicas = caller.replicas(&there, wait).await;
-    assert!(matches!(replicas, Err(PeerError::AnotherNode { .. })), "{replicas:?}");
+    assert!(
+        matches!(replicas, Err(PeerError::AnotherNode { .. })),
+        "{replicas:?}"
+    );
     hosts[0].end(End::Kill);
     hosts[0].bury();
 }

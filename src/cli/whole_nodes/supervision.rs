@@ -1,5 +1,5 @@
-//! Nodes of which a part panics or hangs, and nodes whose disk hangs or is slow: it is noticed, by what is said here, and
-//! nothing that others need stays with them.
+//! Nodes of which a part panics or hangs, and nodes whose disk hangs or is slow: it is noticed, by
+//! what is said here, and nothing that others need stays with them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,17 +39,34 @@ impl Cluster {
             host.start();
         }
         let store = RemoteStore::connect(all).expect("a client");
-        until("it is founded", async || store.status().await.is_ok()).await.expect("founded");
+        until("it is founded", async || store.status().await.is_ok())
+            .await
+            .expect("founded");
         let slots = store.status().await.expect("a status").slots;
-        let cluster = Self { hosts, store, shard: slots.owner(slot_of(KEY.as_bytes())) };
+        let cluster = Self {
+            hosts,
+            store,
+            shard: slots.owner(slot_of(KEY.as_bytes())),
+        };
         cluster.write(PATIENCE).await;
         cluster
     }
 
     async fn try_write(&self, store: &impl Store, options: Options) -> bool {
-        let action = Action::Put { media: Media::Text, value: Bytes::from_static(b"value") };
-        let put = Operation { key: KEY.into(), condition: Condition::None, action };
-        store.write(vec![put], None, options).await.remove(0).is_ok()
+        let action = Action::Put {
+            media: Media::Text,
+            value: Bytes::from_static(b"value"),
+        };
+        let put = Operation {
+            key: KEY.into(),
+            condition: Condition::None,
+            action,
+        };
+        store
+            .write(vec![put], None, options)
+            .await
+            .remove(0)
+            .is_ok()
     }
 
     /// Writes until it is acknowledged. Returns how long that took.
@@ -60,13 +77,22 @@ impl Cluster {
                 sleep(Duration::from_millis(20)).await;
             }
         };
-        timeout(patience, written).await.expect("a write is acknowledged");
+        timeout(patience, written)
+            .await
+            .expect("a write is acknowledged");
         began.elapsed()
     }
 
     async fn leader(&self) -> Arc<Host> {
-        let leads = || self.hosts.iter().find(|host| host.leads(self.shard)).cloned();
-        until("it is led", async || leads().is_some()).await.expect("led");
+        let leads = || {
+            self.hosts
+                .iter()
+                .find(|host| host.leads(self.shard))
+                .cloned()
+        };
+        until("it is led", async || leads().is_some())
+            .await
+            .expect("led");
         leads().expect("it was just led")
     }
 
@@ -106,7 +132,11 @@ async fn a_panic_in_any_part_of_a_node_ends_it_with_the_name_of_the_part() {
     let threads = [("log-writer", "log"), ("checkpointer", "redo")];
     let victim = &cluster.hosts[0];
     for part in tasks.into_iter().chain(threads.map(|(thread, _)| thread)) {
-        until("it takes part", async || victim.group(cluster.shard).is_some()).await.expect("a replica");
+        until("it takes part", async || {
+            victim.group(cluster.shard).is_some()
+        })
+        .await
+        .expect("a replica");
         let mut ended = victim.ended();
         match threads.iter().find(|(thread, _)| *thread == part) {
             Some((_, directory)) => victim.set_disk_fault(Some((Trouble::Panics, directory))),
@@ -115,10 +145,18 @@ async fn a_panic_in_any_part_of_a_node_ends_it_with_the_name_of_the_part() {
         // Some of what is to panic has nothing to do else.
         let noticed = async {
             while ended.borrow_and_update().is_none() {
-                drop(timeout(Duration::from_secs(1), cluster.try_write(&cluster.store, options())).await);
+                drop(
+                    timeout(
+                        Duration::from_secs(1),
+                        cluster.try_write(&cluster.store, options()),
+                    )
+                    .await,
+                );
             }
         };
-        timeout(PATIENCE, noticed).await.unwrap_or_else(|_| panic!("the panic of {part} is not noticed"));
+        timeout(PATIENCE, noticed)
+            .await
+            .unwrap_or_else(|_| panic!("the panic of {part} is not noticed"));
         assert_eq!(ended.borrow().as_ref().map(|ended| ended.part), Some(part));
 
         // As the process does.
@@ -138,7 +176,10 @@ async fn a_leader_whose_disk_hangs_steps_down_and_is_not_given_the_lead_back() {
     let began = Instant::now();
     until("another leads", async || {
         cluster.write(PATIENCE).await;
-        cluster.hosts.iter().any(|host| !Arc::ptr_eq(host, &victim) && host.leads(cluster.shard))
+        cluster
+            .hosts
+            .iter()
+            .any(|host| !Arc::ptr_eq(host, &victim) && host.leads(cluster.shard))
     })
     .await
     .expect("it steps down");
@@ -146,14 +187,26 @@ async fn a_leader_whose_disk_hangs_steps_down_and_is_not_given_the_lead_back() {
     let next = cluster.write(PATIENCE).await;
     println!("it stepped down after {gone_after:?}, and the next write took {next:?}");
     assert!(!victim.leads(cluster.shard), "it says that it leads");
-    let said = victim.node().expect("it is up").ready().expect_err("it is not ready").reason;
+    let said = victim
+        .node()
+        .expect("it is up")
+        .ready()
+        .expect_err("it is not ready")
+        .reason;
     assert!(said.contains("log-writer"), "{said}");
 
     // Who asks it is sent away, and need not wait for a disk.
     let node = victim.node().expect("it is up");
-    let redirect = Options { routing: Routing::Redirect, timeout: Duration::from_secs(5), ..options() };
+    let redirect = Options {
+        routing: Routing::Redirect,
+        timeout: Duration::from_secs(5),
+        ..options()
+    };
     let answer = timeout(PATIENCE, cluster.try_write(&*node, redirect)).await;
-    assert!(answer.is_ok_and(|is_written| !is_written), "it has not answered that it does not lead");
+    assert!(
+        answer.is_ok_and(|is_written| !is_written),
+        "it has not answered that it does not lead"
+    );
 
     // The balancer has had time to bring it home.
     for _ in 0..8 {
@@ -164,7 +217,11 @@ async fn a_leader_whose_disk_hangs_steps_down_and_is_not_given_the_lead_back() {
     assert_eq!(*victim.ended().borrow(), None, "a disk may come back");
 
     victim.set_disk_fault(None);
-    until("it is ready again", async || victim.node().is_some_and(|node| node.ready().is_ok())).await.expect("ready");
+    until("it is ready again", async || {
+        victim.node().is_some_and(|node| node.ready().is_ok())
+    })
+    .await
+    .expect("ready");
     cluster.write(PATIENCE).await;
     cluster.end();
 }
@@ -176,7 +233,10 @@ async fn a_leader_whose_disk_is_slow_steps_down() {
     victim.set_disk_fault(Some((Trouble::IsSlow, "log")));
     until("another leads", async || {
         cluster.write(PATIENCE).await;
-        cluster.hosts.iter().any(|host| !Arc::ptr_eq(host, &victim) && host.leads(cluster.shard))
+        cluster
+            .hosts
+            .iter()
+            .any(|host| !Arc::ptr_eq(host, &victim) && host.leads(cluster.shard))
     })
     .await
     .expect("it steps down");

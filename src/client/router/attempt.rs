@@ -1,4 +1,5 @@
-//! What an attempt calls for: to give its failure to the caller, or to try again. Decided here, done in the router.
+//! What an attempt calls for: to give its failure to the caller, or to try again. Decided here,
+//! done in the router.
 
 use std::time::Duration;
 
@@ -42,30 +43,56 @@ pub(super) struct Retry {
 
 impl Retry {
     fn certainly_not_done(failure: Failure) -> Self {
-        Self { failure, refresh: true, map_is_old: false, maybe_done: false, hint: None, leader_of: None }
+        Self {
+            failure,
+            refresh: true,
+            map_is_old: false,
+            maybe_done: false,
+            hint: None,
+            leader_of: None,
+        }
     }
 
     pub fn no_map() -> Self {
         let failure = unavailable("the shards of the cluster are not known yet".into());
-        Self { map_is_old: true, ..Self::certainly_not_done(failure) }
+        Self {
+            map_is_old: true,
+            ..Self::certainly_not_done(failure)
+        }
     }
 
     pub fn unowned() -> Self {
         let failure = unavailable("no shard owns the slot of this key".into());
-        Self { map_is_old: true, ..Self::certainly_not_done(failure) }
+        Self {
+            map_is_old: true,
+            ..Self::certainly_not_done(failure)
+        }
     }
 
     pub fn not_owned(slot: Slot) -> Self {
-        Self { map_is_old: true, ..Self::certainly_not_done(unavailable(format!("slot {slot} is moving to another shard"))) }
+        Self {
+            map_is_old: true,
+            ..Self::certainly_not_done(unavailable(format!(
+                "slot {slot} is moving to another shard"
+            )))
+        }
     }
 
     pub fn moved(slot: Slot, to: Option<GroupId>) -> Self {
-        Self { hint: to.map(|to| (slot, to)), ..Self::not_owned(slot) }
+        Self {
+            hint: to.map(|to| (slot, to)),
+            ..Self::not_owned(slot)
+        }
     }
 
     pub fn frozen(slot: Slot) -> Self {
-        let failure = unavailable(format!("slot {slot} is moving to another shard, which holds writes back"));
-        Self { refresh: false, ..Self::certainly_not_done(failure) }
+        let failure = unavailable(format!(
+            "slot {slot} is moving to another shard, which holds writes back"
+        ));
+        Self {
+            refresh: false,
+            ..Self::certainly_not_done(failure)
+        }
     }
 }
 
@@ -73,20 +100,37 @@ impl Course {
     /// The deadline counts from now.
     pub fn new(options: Options) -> Self {
         let deadline = Instant::now() + options.timeout;
-        Self { options, deadline, repeatable: false, single_key: false, want: Want::Read, attempts: 0, maybe_done: false }
+        Self {
+            options,
+            deadline,
+            repeatable: false,
+            single_key: false,
+            want: Want::Read,
+            attempts: 0,
+            maybe_done: false,
+        }
     }
 
     pub fn repeatable(self) -> Self {
-        Self { repeatable: true, ..self }
+        Self {
+            repeatable: true,
+            ..self
+        }
     }
 
     pub fn single_key(self) -> Self {
-        Self { single_key: true, ..self }
+        Self {
+            single_key: true,
+            ..self
+        }
     }
 
     /// It changes something, for which it is not enough that its shard is read.
     pub fn writing(self) -> Self {
-        Self { want: Want::Write, ..self }
+        Self {
+            want: Want::Write,
+            ..self
+        }
     }
 
     pub fn want(&self) -> Want {
@@ -97,11 +141,20 @@ impl Course {
         self.deadline
     }
 
-    /// The options of the next attempt: with the time that is left. A client is sent elsewhere only with a single key, and only while
-    /// nothing can have happened: what it hears there need not be true of an attempt made here.
+    /// The options of the next attempt: with the time that is left. A client is sent elsewhere only
+    /// with a single key, and only while nothing can have happened: what it hears there need not be
+    /// true of an attempt made here.
     pub fn options(&self) -> Options {
-        let routing = if self.single_key && !self.maybe_done { self.options.routing } else { Routing::Proxy };
-        Options { timeout: self.deadline.saturating_duration_since(Instant::now()), routing, ..self.options }
+        let routing = if self.single_key && !self.maybe_done {
+            self.options.routing
+        } else {
+            Routing::Proxy
+        };
+        Options {
+            timeout: self.deadline.saturating_duration_since(Instant::now()),
+            routing,
+            ..self.options
+        }
     }
 
     /// Decides what the failure of an attempt at `shard` calls for.
@@ -111,7 +164,10 @@ impl Course {
     /// What to tell the caller, when another attempt would not help or not be safe.
     pub fn judge(&self, shard: GroupId, failure: Failure) -> Result<Retry, Failure> {
         let retry = self.weigh(failure)?;
-        Ok(Retry { leader_of: Some(shard), ..retry })
+        Ok(Retry {
+            leader_of: Some(shard),
+            ..retry
+        })
     }
 
     fn weigh(&self, failure: Failure) -> Result<Retry, Failure> {
@@ -125,18 +181,26 @@ impl Course {
                 ))))
             }
             Failure::Unavailable { .. } => Ok(Retry::certainly_not_done(failure)),
-            Failure::Unknown { .. } if self.repeatable => Ok(Retry { maybe_done: true, ..Retry::certainly_not_done(failure) }),
+            Failure::Unknown { .. } if self.repeatable => Ok(Retry {
+                maybe_done: true,
+                ..Retry::certainly_not_done(failure)
+            }),
             Failure::Unknown { .. } => Err(failure),
-            Failure::Overloaded { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => Err(self.settle(failure)),
+            Failure::Overloaded { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => {
+                Err(self.settle(failure))
+            }
         }
     }
 
-    /// What to tell the caller in the end: no attempt's failure unsays that an earlier one may have happened.
+    /// What to tell the caller in the end: no attempt's failure unsays that an earlier one may have
+    /// happened.
     pub fn settle(&self, failure: Failure) -> Failure {
         match failure {
             Failure::Unknown { .. } => failure,
             _ if !self.maybe_done => failure,
-            other => Failure::Unknown { reason: format!("an attempt got no answer; the last one: {other}") },
+            other => Failure::Unknown {
+                reason: format!("an attempt got no answer; the last one: {other}"),
+            },
         }
     }
 
@@ -155,8 +219,8 @@ impl Course {
         self.maybe_done
     }
 
-    /// How long to wait before the next attempt: doubling, with half of it random, so that those who failed together don't come back
-    /// together.
+    /// How long to wait before the next attempt: doubling, with half of it random, so that those
+    /// who failed together don't come back together.
     pub fn next_pause(&mut self, maybe_done: bool, random: u64) -> Duration {
         let pause = pause_after(self.attempts, random);
         self.failed_attempt(maybe_done);
@@ -166,14 +230,19 @@ impl Course {
 
 /// Returns how long to wait after so many attempts, and the one that has just failed.
 pub(super) fn pause_after(attempts: u32, random: u64) -> Duration {
-    let whole = PAUSE_MIN.saturating_mul(1 << attempts.min(16)).min(PAUSE_MAX);
+    let whole = PAUSE_MIN
+        .saturating_mul(1 << attempts.min(16))
+        .min(PAUSE_MAX);
     let half = whole / 2;
     let half_us = u64::try_from(half.as_micros()).unwrap_or(u64::MAX).max(1);
     half + Duration::from_micros(random % half_us)
 }
 
 fn unavailable(reason: String) -> Failure {
-    Failure::Unavailable { reason, retry_after_ms: 1000 }
+    Failure::Unavailable {
+        reason,
+        retry_after_ms: 1000,
+    }
 }
 
 #[cfg(test)]
@@ -182,15 +251,24 @@ mod tests {
     use crate::client::store::Consistency;
 
     fn options(routing: Routing) -> Options {
-        Options { consistency: Consistency::Linearizable, routing, timeout: Duration::from_secs(5) }
+        Options {
+            consistency: Consistency::Linearizable,
+            routing,
+            timeout: Duration::from_secs(5),
+        }
     }
 
     fn elsewhere() -> Failure {
-        Failure::Elsewhere { shard: GroupId(1), address: "a:1".parse().expect("an address") }
+        Failure::Elsewhere {
+            shard: GroupId(1),
+            address: "a:1".parse().expect("an address"),
+        }
     }
 
     fn unknown() -> Failure {
-        Failure::Unknown { reason: "no answer".into() }
+        Failure::Unknown {
+            reason: "no answer".into(),
+        }
     }
 
     #[tokio::test]
@@ -206,37 +284,84 @@ mod tests {
             (proxy.clone().repeatable(), unknown()),
         ];
         for (course, failure) in again {
-            assert!(course.judge(GroupId(1), failure.clone()).is_ok(), "{failure:?} of {course:?}");
+            assert!(
+                course.judge(GroupId(1), failure.clone()).is_ok(),
+                "{failure:?} of {course:?}"
+            );
         }
         let given_up = [
             (redirect.clone().single_key(), elsewhere()),
             (proxy.clone(), unknown()),
-            (proxy.clone().repeatable(), Failure::Overloaded { limit: String::new(), retry_after_ms: 1 }),
-            (proxy.clone().repeatable(), Failure::Invalid { reason: String::new() }),
-            (proxy.clone().repeatable(), Failure::TooLarge { limit: String::new() }),
+            (
+                proxy.clone().repeatable(),
+                Failure::Overloaded {
+                    limit: String::new(),
+                    retry_after_ms: 1,
+                },
+            ),
+            (
+                proxy.clone().repeatable(),
+                Failure::Invalid {
+                    reason: String::new(),
+                },
+            ),
+            (
+                proxy.clone().repeatable(),
+                Failure::TooLarge {
+                    limit: String::new(),
+                },
+            ),
         ];
         for (course, failure) in given_up {
-            assert_eq!(course.judge(GroupId(1), failure.clone()), Err(failure), "{course:?}");
+            assert_eq!(
+                course.judge(GroupId(1), failure.clone()),
+                Err(failure),
+                "{course:?}"
+            );
         }
     }
 
     #[tokio::test]
     async fn once_unknown_a_write_stays_unknown_until_it_is_answered() {
-        let mut course = Course::new(options(Routing::Redirect)).repeatable().single_key();
-        let retry = course.judge(GroupId(1), unknown()).expect("it is repeatable");
+        let mut course = Course::new(options(Routing::Redirect))
+            .repeatable()
+            .single_key();
+        let retry = course
+            .judge(GroupId(1), unknown())
+            .expect("it is repeatable");
         assert!(retry.maybe_done);
         course.next_pause(retry.maybe_done, 0);
-        assert!(matches!(course.settle(unavailable(String::new())), Failure::Unknown { .. }));
-        assert!(matches!(course.judge(GroupId(1), Failure::TooLarge { limit: String::new() }), Err(Failure::Unknown { .. })));
-        assert!(course.judge(GroupId(1), elsewhere()).is_ok(), "the client is not sent away with what may have happened here");
+        assert!(matches!(
+            course.settle(unavailable(String::new())),
+            Failure::Unknown { .. }
+        ));
+        assert!(matches!(
+            course.judge(
+                GroupId(1),
+                Failure::TooLarge {
+                    limit: String::new()
+                }
+            ),
+            Err(Failure::Unknown { .. })
+        ));
+        assert!(
+            course.judge(GroupId(1), elsewhere()).is_ok(),
+            "the client is not sent away with what may have happened here"
+        );
         assert_eq!(course.options().routing, Routing::Proxy);
     }
 
     #[tokio::test]
     async fn pauses_grow_to_a_bound() {
         let mut course = Course::new(options(Routing::Proxy));
-        let pauses: Vec<_> = (0..40).map(|n| course.next_pause(false, u64::MAX / 41 * n)).collect();
+        let pauses: Vec<_> = (0..40)
+            .map(|n| course.next_pause(false, u64::MAX / 41 * n))
+            .collect();
         assert!(pauses[0] >= PAUSE_MIN / 2 && pauses[0] <= PAUSE_MIN);
-        assert!(pauses[10..].iter().all(|pause| *pause >= PAUSE_MAX / 2 && *pause <= PAUSE_MAX));
+        assert!(
+            pauses[10..]
+                .iter()
+                .all(|pause| *pause >= PAUSE_MAX / 2 && *pause <= PAUSE_MAX)
+        );
     }
 }

@@ -15,7 +15,10 @@ const PARALLEL_MAX: usize = 32;
 
 impl<A: ShardAccess> Router<A> {
     /// Counts anew when a slot was counted twice or not at all, because it moved in between.
-    pub(super) async fn count_shards(&self, options: Options) -> Result<Vec<(GroupId, u64)>, Failure> {
+    pub(super) async fn count_shards(
+        &self,
+        options: Options,
+    ) -> Result<Vec<(GroupId, u64)>, Failure> {
         let mut course = Course::new(options).repeatable();
         loop {
             let map = self.access.map();
@@ -26,7 +29,8 @@ impl<A: ShardAccess> Router<A> {
                     Err(retry) => retry,
                 },
             };
-            self.pause(&mut course, retry, version(map.as_deref())).await?;
+            self.pause(&mut course, retry, version(map.as_deref()))
+                .await?;
         }
     }
 
@@ -37,7 +41,11 @@ impl<A: ShardAccess> Router<A> {
             let map = self.access.map();
             let retry = match map.as_deref().map(|map| map.shard(shard)) {
                 None => Retry::no_map(),
-                Some(None) => return Err(Failure::Invalid { reason: format!("there is no shard {shard:#}") }),
+                Some(None) => {
+                    return Err(Failure::Invalid {
+                        reason: format!("there is no shard {shard:#}"),
+                    });
+                }
                 Some(Some(_)) => match self.call(shard, ShardBody::Count, course.options()).await {
                     ShardReply::Counted { keys, .. } => return Ok(keys),
                     ShardReply::NotOwned { slot } => Retry::not_owned(slot),
@@ -50,14 +58,22 @@ impl<A: ShardAccess> Router<A> {
                     | ShardReply::MoveState(_) => return Err(misfit(shard)),
                 },
             };
-            self.pause(&mut course, retry, version(map.as_deref())).await?;
+            self.pause(&mut course, retry, version(map.as_deref()))
+                .await?;
         }
     }
 
-    async fn count_once(&self, map: &ShardMap, course: &Course) -> Result<Result<Vec<(GroupId, u64)>, Retry>, Failure> {
+    async fn count_once(
+        &self,
+        map: &ShardMap,
+        course: &Course,
+    ) -> Result<Result<Vec<(GroupId, u64)>, Retry>, Failure> {
         let ask = |shard: GroupId| self.call(shard, ShardBody::Count, course.options());
-        let replies: Vec<ShardReply> =
-            futures::stream::iter(map.owners().to_vec()).map(ask).buffered(PARALLEL_MAX).collect().await;
+        let replies: Vec<ShardReply> = futures::stream::iter(map.owners().to_vec())
+            .map(ask)
+            .buffered(PARALLEL_MAX)
+            .collect()
+            .await;
         let mut coverage = Coverage::none();
         // A shard without slots has no keys, and need not be asked.
         let mut counts: Vec<(GroupId, u64)> = map.shards().map(|(shard, _)| (shard, 0)).collect();

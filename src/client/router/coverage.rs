@@ -10,7 +10,9 @@ pub(super) struct Coverage {
 
 impl Coverage {
     pub fn none() -> Self {
-        Self { words: [0; SLOTS as usize / 64] }
+        Self {
+            words: [0; SLOTS as usize / 64],
+        }
     }
 
     pub fn contains(&self, slot: Slot) -> bool {
@@ -39,7 +41,10 @@ mod tests {
         for slot in Slot::all().skip(1) {
             assert!(coverage.insert(slot) && !coverage.insert(slot));
         }
-        assert_eq!(coverage.missing().map(Slot::number).collect::<Vec<_>>(), [0]);
+        assert_eq!(
+            coverage.missing().map(Slot::number).collect::<Vec<_>>(),
+            [0]
+        );
         assert!(Slot::new(0).is_some_and(|slot| coverage.insert(slot)));
         assert_eq!(coverage.missing().count(), 0);
     }

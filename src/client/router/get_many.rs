@@ -1,7 +1,8 @@
 //! Reads of many keys: one call, and so one quorum round, per shard.
 //!
-//! Each shard answers for the first of its keys, as many as fit. What counts is the beginning of the caller's list that is then complete;
-//! what lies after a gap is dropped, so that an answer is never larger than was asked for.
+//! Each shard answers for the first of its keys, as many as fit. What counts is the beginning of
+//! the caller's list that is then complete; what lies after a gap is dropped, so that an answer is
+//! never larger than was asked for.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +17,8 @@ use crate::client::store::{Failure, GetManyRequest, Options};
 use crate::sm::kv::Record;
 use crate::types::GroupId;
 
-/// Shards asked at once. Each gives one record at least, which may have 8 MiB: so fewer are asked for values than for keys.
+/// Shards asked at once. Each gives one record at least, which may have 8 MiB: so fewer are asked
+/// for values than for keys.
 const PARALLEL_MAX: usize = 8;
 const PARALLEL_KEYS_MAX: usize = 32;
 /// The least that a shard is asked for, so that many shards make no tiny answers.
@@ -43,14 +45,20 @@ impl<A: ShardAccess> Router<A> {
         let mut places: Vec<usize> = (0..request.keys.len()).collect();
         while !places.is_empty() {
             let map = self.map_in_time(&mut course).await?;
-            let Some((left, retry)) = self.ask_parts(&request, &map, &course, places, &mut answers).await? else { break };
+            let Some((left, retry)) = self
+                .ask_parts(&request, &map, &course, places, &mut answers)
+                .await?
+            else {
+                break;
+            };
             places = left;
             self.pause(&mut course, retry, version(Some(&map))).await?;
         }
         Ok(answers.into_iter().map_while(|answer| answer).collect())
     }
 
-    /// Asks the owners of the keys at `places`. What it returns are those whose shard has to be asked again.
+    /// Asks the owners of the keys at `places`. What it returns are those whose shard has to be
+    /// asked again.
     async fn ask_parts(
         &self,
         request: &GetManyRequest,
@@ -65,20 +73,40 @@ impl<A: ShardAccess> Router<A> {
             if part.shard.is_meta() {
                 return (part, None);
             }
-            let keys: Vec<Bytes> = part.places.iter().map(|place| request.keys[*place].clone()).collect();
+            let keys: Vec<Bytes> = part
+                .places
+                .iter()
+                .map(|place| request.keys[*place].clone())
+                .collect();
             let options = course.options();
-            let body = ShardBody::GetMany { keys, bytes_max, keys_only: request.keys_only, consistency: options.consistency };
+            let body = ShardBody::GetMany {
+                keys,
+                bytes_max,
+                keys_only: request.keys_only,
+                consistency: options.consistency,
+            };
             let reply = self.call(part.shard, body, options).await;
             (part, Some(reply))
         };
-        let parallel = if request.keys_only { PARALLEL_KEYS_MAX } else { PARALLEL_MAX };
-        let mut replies = futures::stream::iter(parts).map(ask).buffer_unordered(parallel);
+        let parallel = if request.keys_only {
+            PARALLEL_KEYS_MAX
+        } else {
+            PARALLEL_MAX
+        };
+        let mut replies = futures::stream::iter(parts)
+            .map(ask)
+            .buffer_unordered(parallel);
         let mut again: Option<(Vec<usize>, Retry)> = None;
         while let Some((part, reply)) = replies.next().await {
             let retry = match reply {
                 None => Retry::unowned(),
-                Some(ShardReply::GotMany(records)) if (1..=part.places.len()).contains(&records.len()) => {
-                    part.places.iter().zip(records).for_each(|(place, record)| answers[*place] = Some(record));
+                Some(ShardReply::GotMany(records))
+                    if (1..=part.places.len()).contains(&records.len()) =>
+                {
+                    part.places
+                        .iter()
+                        .zip(records)
+                        .for_each(|(place, record)| answers[*place] = Some(record));
                     continue;
                 }
                 Some(ShardReply::NotOwned { slot }) => Retry::not_owned(slot),
@@ -107,7 +135,13 @@ fn split(keys: &[Bytes], mut places: Vec<usize>, map: &ShardMap) -> Vec<Part> {
     places.sort_unstable();
     let mut parts: BTreeMap<GroupId, Vec<usize>> = BTreeMap::new();
     for place in places {
-        parts.entry(map.owner_of(&keys[place])).or_default().push(place);
+        parts
+            .entry(map.owner_of(&keys[place]))
+            .or_default()
+            .push(place);
     }
-    parts.into_iter().map(|(shard, places)| Part { shard, places }).collect()
+    parts
+        .into_iter()
+        .map(|(shard, places)| Part { shard, places })
+        .collect()
 }

@@ -1,10 +1,13 @@
-//! Routes requests to shards: key → slot → shard by the map, a write split over shards, the pages of a scan merged, counts summed.
+//! Routes requests to shards: key → slot → shard by the map, a write split over shards, the pages
+//! of a scan merged, counts summed.
 //!
-//! Generic over [`ShardAccess`], which knows how to reach a shard: a node answers for the shards that it leads and forwards the rest,
-//! a remote client calls the leader. What is certainly not done is tried again until the deadline; an unknown write never is, unless it
-//! has an idempotency key. What an attempt calls for is decided in `attempt`, apart from doing it.
+//! Generic over [`ShardAccess`], which knows how to reach a shard: a node answers for the shards
+//! that it leads and forwards the rest, a remote client calls the leader. What is certainly not
+//! done is tried again until the deadline; an unknown write never is, unless it has an idempotency
+//! key. What an attempt calls for is decided in `attempt`, apart from doing it.
 //!
-//! Invariant: an answer that says "certainly nothing happened" is only given when no attempt of that write ended unknown.
+//! Invariant: an answer that says "certainly nothing happened" is only given when no attempt of
+//! that write ended unknown.
 
 mod attempt;
 mod count;
@@ -31,20 +34,26 @@ use self::attempt::{Course, Retry};
 use self::queues::{Queues, Want};
 use super::protocol::{ClusterStatus, ShardBody, ShardReply};
 use super::shard_map::ShardMap;
-use super::store::{Consistency, Failure, Found, GetManyRequest, Options, Page, Routing, ScanRequest, Store, Written};
+use super::store::{
+    Consistency, Failure, Found, GetManyRequest, Options, Page, Routing, ScanRequest, Store,
+    Written,
+};
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
 use crate::sm::kv::{Operation, Record, WriteOutcome};
 use crate::types::{Address, GroupId, KEY_BYTES_MAX, MapVersion, NodeId, PlanEpoch};
 
-/// Requests that wait for another attempt at once. Past it they fail: a cluster without a quorum must not collect requests for ever.
+/// Requests that wait for another attempt at once. Past it they fail: a cluster without a quorum
+/// must not collect requests for ever.
 const WAITING_MAX: usize = 10_000;
 
-/// The first and the longest pause between attempts. A leader is elected within a second, so there is no point in longer ones.
+/// The first and the longest pause between attempts. A leader is elected within a second, so there
+/// is no point in longer ones.
 const PAUSE_MIN: Duration = Duration::from_millis(4);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
-/// An attempt with less time than this would hardly end before the deadline, and its outcome not be known.
+/// An attempt with less time than this would hardly end before the deadline, and its outcome not be
+/// known.
 const ATTEMPT_MIN: Duration = Duration::from_millis(5);
 
 /// Every so many attempts a newer map is waited for in earnest.
@@ -55,14 +64,22 @@ pub trait ShardAccess: Send + Sync + 'static {
     /// The newest map that is known.
     fn map(&self) -> Option<Arc<ShardMap>>;
 
-    /// Tries to get a map newer than this one. Returns soon, whether or not there is one; may be dropped before.
+    /// Tries to get a map newer than this one. Returns soon, whether or not there is one; may be
+    /// dropped before.
     fn refresh(&self, older_than: MapVersion) -> impl Future<Output = ()> + Send;
 
-    /// One attempt (or a few, of what is certainly not done) at the shard's leader, or for stale reads at any of its replicas. Answers
-    /// within `options.timeout`; a future that is dropped before leaves the outcome unknown.
-    fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> impl Future<Output = ShardReply> + Send;
+    /// One attempt (or a few, of what is certainly not done) at the shard's leader, or for stale
+    /// reads at any of its replicas. Answers within `options.timeout`; a future that is dropped
+    /// before leaves the outcome unknown.
+    fn call(
+        &self,
+        shard: GroupId,
+        body: ShardBody,
+        options: Options,
+    ) -> impl Future<Output = ShardReply> + Send;
 
-    /// Returns when somebody else leads the shard than before, as far as that is heard of without asking.
+    /// Returns when somebody else leads the shard than before, as far as that is heard of without
+    /// asking.
     fn lead_changed(&self, _: GroupId) -> impl Future<Output = ()> + Send {
         std::future::pending()
     }
@@ -122,7 +139,11 @@ pub trait ShardAccess: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Option<ChangeInProgress>, Failure>> + Send;
 
     /// As [`Store::await_change`], for who knows no more than what it asks others.
-    fn await_change(&self, _: PlanEpoch, at_most: Duration) -> impl Future<Output = Option<bool>> + Send {
+    fn await_change(
+        &self,
+        _: PlanEpoch,
+        at_most: Duration,
+    ) -> impl Future<Output = Option<bool>> + Send {
         async move {
             sleep(at_most).await;
             None
@@ -142,7 +163,12 @@ pub struct Router<A> {
 impl<A: ShardAccess> Router<A> {
     /// `seed` is that of the jitter in the pauses between attempts.
     pub fn new(access: A, seed: u64) -> Self {
-        Self { access, waiting: AtomicUsize::new(0), queues: Queues::default(), jitter: AtomicU64::new(seed) }
+        Self {
+            access,
+            waiting: AtomicUsize::new(0),
+            queues: Queues::default(),
+            jitter: AtomicU64::new(seed),
+        }
     }
 
     pub fn access(&self) -> &A {
@@ -153,10 +179,22 @@ impl<A: ShardAccess> Router<A> {
     async fn call(&self, shard: GroupId, body: ShardBody, options: Options) -> ShardReply {
         let writes = !body.is_read();
         let reply = self.access.call(shard, body, options).await;
-        if options.consistency == Consistency::Linearizable && !matches!(reply, ShardReply::Failed(_)) {
+        if options.consistency == Consistency::Linearizable
+            && !matches!(reply, ShardReply::Failed(_))
+        {
             // A shard that takes no writes reads, and may say all the same that a slot has moved.
-            let is_taken = matches!(reply, ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_)));
-            self.queues.answered(shard, if is_taken && writes { Want::Write } else { Want::Read });
+            let is_taken = matches!(
+                reply,
+                ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_))
+            );
+            self.queues.answered(
+                shard,
+                if is_taken && writes {
+                    Want::Write
+                } else {
+                    Want::Read
+                },
+            );
         }
         reply
     }
@@ -170,7 +208,10 @@ impl<A: ShardAccess> Router<A> {
                 None => Retry::no_map(),
                 Some(GroupId::META) => Retry::unowned(),
                 Some(shard) => {
-                    let body = ShardBody::Get { key: key.clone(), consistency: options.consistency };
+                    let body = ShardBody::Get {
+                        key: key.clone(),
+                        consistency: options.consistency,
+                    };
                     match self.call(shard, body, course.options()).await {
                         ShardReply::Got(found) => return Ok(found),
                         ShardReply::NotOwned { slot } => Retry::not_owned(slot),
@@ -184,7 +225,8 @@ impl<A: ShardAccess> Router<A> {
                     }
                 }
             };
-            self.pause(&mut course, retry, version(map.as_deref())).await?;
+            self.pause(&mut course, retry, version(map.as_deref()))
+                .await?;
         }
     }
 
@@ -202,21 +244,29 @@ impl<A: ShardAccess> Router<A> {
                     Err(failure) => course.judge(shard, failure)?,
                 },
             };
-            self.pause(&mut course, retry, version(map.as_deref())).await?;
+            self.pause(&mut course, retry, version(map.as_deref()))
+                .await?;
         }
     }
 
-    /// Waits before the next attempt, and asks for a map newer than `known` where the last one may be to blame.
+    /// Waits before the next attempt, and asks for a map newer than `known` where the last one may
+    /// be to blame.
     ///
     /// # Errors
     ///
     /// What to tell the caller when there is no time left, or too many wait already.
-    async fn pause(&self, course: &mut Course, retry: Retry, known: MapVersion) -> Result<(), Failure> {
+    async fn pause(
+        &self,
+        course: &mut Course,
+        retry: Retry,
+        known: MapVersion,
+    ) -> Result<(), Failure> {
         let Some(_waiting) = Waiting::enter(&self.waiting) else {
             course.failed_attempt(retry.maybe_done);
-            return Err(
-                course.settle(Failure::Overloaded { limit: "requests waiting for another attempt".into(), retry_after_ms: 1000 })
-            );
+            return Err(course.settle(Failure::Overloaded {
+                limit: "requests waiting for another attempt".into(),
+                retry_after_ms: 1000,
+            }));
         };
         match retry.leader_of {
             Some(shard) => self.pause_for_leader(course, shard, retry, known).await,
@@ -232,11 +282,15 @@ impl<A: ShardAccess> Router<A> {
         retry: Retry,
         known: MapVersion,
     ) -> Result<(), Failure> {
-        let place = self.queues.enter((shard, course.want()), course.attempts(), self.next_jitter());
+        let place = self.queues.enter(
+            (shard, course.want()),
+            course.attempts(),
+            self.next_jitter(),
+        );
         course.failed_attempt(retry.maybe_done);
         let turn = place.wait(self.access.lead_changed(shard), self.next_jitter());
-        // The map may know a leader that is not heard of otherwise. It is looked for on the side, now
-        // and then for as long as it takes: the network may be slower than the pauses are long.
+        // The map may know a leader that is not heard of otherwise. It is looked for on the side,
+        // now and then for as long as it takes: the network may be slower than the pauses are long.
         let is_patient = course.attempts().is_multiple_of(PATIENT_EVERY);
         let in_time = timeout_at(course.deadline(), async {
             let mut refresh = std::pin::pin!(self.access.refresh(known));
@@ -257,14 +311,25 @@ impl<A: ShardAccess> Router<A> {
     }
 
     /// Waits where no news can be had but a newer map: twice as long each time.
-    async fn pause_alone(&self, course: &mut Course, retry: Retry, known: MapVersion) -> Result<(), Failure> {
+    async fn pause_alone(
+        &self,
+        course: &mut Course,
+        retry: Retry,
+        known: MapVersion,
+    ) -> Result<(), Failure> {
         let step = course.next_pause(retry.maybe_done, self.next_jitter());
         let until = Instant::now() + step;
-        // Where the map is to blame there is nothing better to do than to wait for a newer one. Else it is looked for on the side; but
-        // now and then for as long as it takes, because the network may be slower than the pauses are long.
-        let patient = (retry.map_is_old && retry.hint.is_none()) || course.attempts().is_multiple_of(PATIENT_EVERY);
+        // Where the map is to blame there is nothing better to do than to wait for a newer one.
+        // Else it is looked for on the side; but now and then for as long as it takes, because the
+        // network may be slower than the pauses are long.
+        let patient = (retry.map_is_old && retry.hint.is_none())
+            || course.attempts().is_multiple_of(PATIENT_EVERY);
         if retry.refresh {
-            let look_until = if patient { course.deadline() } else { until.min(course.deadline()) };
+            let look_until = if patient {
+                course.deadline()
+            } else {
+                until.min(course.deadline())
+            };
             drop(timeout_at(look_until, self.access.refresh(known)).await);
         }
         if Instant::now().max(until) >= course.deadline() {
@@ -279,7 +344,9 @@ impl<A: ShardAccess> Router<A> {
 
     /// SplitMix64: cheap, and the same from the same seed.
     fn next_jitter(&self) -> u64 {
-        let mut z = self.jitter.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed);
+        let mut z = self
+            .jitter
+            .fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed);
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
@@ -291,11 +358,20 @@ impl<A: ShardAccess> Store for Router<A> {
         Box::pin(self.get_from_shard(key, options))
     }
 
-    fn get_many(&self, request: GetManyRequest, options: Options) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
+    fn get_many(
+        &self,
+        request: GetManyRequest,
+        options: Options,
+    ) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
         Box::pin(self.get_many_from_shards(request, options))
     }
 
-    fn write(&self, operations: Vec<Operation>, idempotency_key: Option<Bytes>, options: Options) -> BoxFuture<'_, Vec<Written>> {
+    fn write(
+        &self,
+        operations: Vec<Operation>,
+        idempotency_key: Option<Bytes>,
+        options: Options,
+    ) -> BoxFuture<'_, Vec<Written>> {
         Box::pin(self.write_to_shards(operations, idempotency_key, options))
     }
 
@@ -342,7 +418,12 @@ impl<A: ShardAccess> Store for Router<A> {
         Box::pin(self.access.status())
     }
 
-    fn transfer_leader(&self, shard: GroupId, to: Option<Address>, options: Options) -> BoxFuture<'_, Result<Address, Failure>> {
+    fn transfer_leader(
+        &self,
+        shard: GroupId,
+        to: Option<Address>,
+        options: Options,
+    ) -> BoxFuture<'_, Result<Address, Failure>> {
         Box::pin(self.access.transfer_leader(shard, to, options))
     }
 
@@ -355,11 +436,19 @@ impl<A: ShardAccess> Store for Router<A> {
         Box::pin(self.access.change_view(change, only_if, options))
     }
 
-    fn plan_view(&self, change: ViewChange, options: Options) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>> {
+    fn plan_view(
+        &self,
+        change: ViewChange,
+        options: Options,
+    ) -> BoxFuture<'_, Result<PlannedChange, ViewChangeFailure>> {
         Box::pin(self.access.plan_view(change, options))
     }
 
-    fn operation(&self, id: PlanEpoch, options: Options) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
+    fn operation(
+        &self,
+        id: PlanEpoch,
+        options: Options,
+    ) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
         Box::pin(self.access.operation(id, options))
     }
 
@@ -386,7 +475,10 @@ impl Drop for Waiting<'_> {
 
 fn check_key(key: &[u8]) -> Result<(), Failure> {
     if key.is_empty() || key.len() > KEY_BYTES_MAX {
-        let reason = format!("a key is 1 to {KEY_BYTES_MAX} bytes long, this one {}", key.len());
+        let reason = format!(
+            "a key is 1 to {KEY_BYTES_MAX} bytes long, this one {}",
+            key.len()
+        );
         return Err(Failure::Invalid { reason });
     }
     Ok(())
@@ -396,7 +488,10 @@ fn version(map: Option<&ShardMap>) -> MapVersion {
     map.map_or(MapVersion(0), |map| map.version)
 }
 
-/// A reply of another kind than the request's: a bug, or another program. Nothing is known of what it did.
+/// A reply of another kind than the request's: a bug, or another program. Nothing is known of what
+/// it did.
 fn misfit(shard: GroupId) -> Failure {
-    Failure::Unknown { reason: format!("shard {shard:#} sent a reply that does not fit the request") }
+    Failure::Unknown {
+        reason: format!("shard {shard:#} sent a reply that does not fit the request"),
+    }
 }

@@ -1,8 +1,8 @@
 //! Requests that wait for the leader of a shard: one of them asks for all.
 //!
-//! Each of thousands that wait would otherwise ask ten times a second, when an answer to any of them
-//! says what all want to know. So the attempts at a shard that does not answer are spaced as those
-//! of one request are; when one is answered, or the leader is heard of otherwise, all go on.
+//! Each of thousands that wait would otherwise ask ten times a second, when an answer to any of
+//! them says what all want to know. So the attempts at a shard that does not answer are spaced as
+//! those of one request are; when one is answered, or the leader is heard of otherwise, all go on.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -62,14 +62,22 @@ impl Queues {
     /// Begins to wait for a shard, at which so many attempts failed before the last.
     pub fn enter(&self, awaited: (GroupId, Want), attempts: u32, random: u64) -> Place<'_> {
         let mut shards = self.shards.lock().expect("no holder panics");
-        let queue = Arc::clone(shards.entry(awaited).or_insert_with(|| Arc::new(Queue::new(attempts, random))));
+        let queue = Arc::clone(
+            shards
+                .entry(awaited)
+                .or_insert_with(|| Arc::new(Queue::new(attempts, random))),
+        );
         queue.state.lock().expect("no holder panics").waiting += 1;
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        Place { queues: self, awaited, queue }
+        Place {
+            queues: self,
+            awaited,
+            queue,
+        }
     }
 
-    /// The shard has done that: whoever waits for as much need wait no more. Where writes are taken,
-    /// reads are too.
+    /// The shard has done that: whoever waits for as much need wait no more. Where writes are
+    /// taken, reads are too.
     pub fn answered(&self, shard: GroupId, done: Want) {
         if self.waiting.load(Ordering::Relaxed) == 0 {
             return;
@@ -79,7 +87,12 @@ impl Queues {
             Want::Write => &[Want::Read, Want::Write],
         };
         for want in wants {
-            let queue = self.shards.lock().expect("no holder panics").get(&(shard, *want)).cloned();
+            let queue = self
+                .shards
+                .lock()
+                .expect("no holder panics")
+                .get(&(shard, *want))
+                .cloned();
             let Some(queue) = queue else { continue };
             queue.state.lock().expect("no holder panics").attempts = 0;
             queue.answered.notify_waiters();
@@ -90,8 +103,16 @@ impl Queues {
 impl Queue {
     fn new(attempts: u32, random: u64) -> Self {
         let next = Instant::now() + pause_after(attempts, random);
-        let state = State { waiting: 0, attempts: attempts.saturating_add(1), next };
-        Self { state: Mutex::new(state), scout: tokio::sync::Mutex::default(), answered: Notify::new() }
+        let state = State {
+            waiting: 0,
+            attempts: attempts.saturating_add(1),
+            next,
+        };
+        Self {
+            state: Mutex::new(state),
+            scout: tokio::sync::Mutex::default(),
+            answered: Notify::new(),
+        }
     }
 
     /// Takes the next attempt, if it may be made now; else the time when it may.
@@ -108,8 +129,8 @@ impl Queue {
 }
 
 impl Place<'_> {
-    /// Returns when an attempt may be made: it is this one's turn, or the shard has answered another.
-    /// `lead_changed` ends the wait too.
+    /// Returns when an attempt may be made: it is this one's turn, or the shard has answered
+    /// another. `lead_changed` ends the wait too.
     pub async fn wait(&self, lead_changed: impl Future<Output = ()>, random: u64) {
         let mut answered = std::pin::pin!(self.queue.answered.notified());
         answered.as_mut().enable();
@@ -128,7 +149,8 @@ impl Place<'_> {
 
     async fn spread(&self, random: u64) {
         let waiting = self.queue.state.lock().expect("no holder panics").waiting;
-        let span = SPREAD_EACH.saturating_mul(u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX));
+        let span = SPREAD_EACH
+            .saturating_mul(u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX));
         let span_us = u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
         if span_us > 0 {
             tokio::time::sleep(Duration::from_micros(random % span_us)).await;

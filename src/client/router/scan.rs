@@ -1,8 +1,9 @@
 //! Scans: pages of all shards, merged in key order.
 //!
-//! A scan goes by rounds. In each, every shard is asked for a page from the same key on; what lies before the end of the shortest page is
-//! complete, and the next round begins there. A slot's keys are taken from one page alone: a slot that moves while it is scanned may be
-//! in two of them, or in none, and then its owner is asked again.
+//! A scan goes by rounds. In each, every shard is asked for a page from the same key on; what lies
+//! before the end of the shortest page is complete, and the next round begins there. A slot's keys
+//! are taken from one page alone: a slot that moves while it is scanned may be in two of them, or
+//! in none, and then its owner is asked again.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::StreamExt;
@@ -17,36 +18,53 @@ use crate::client::store::{Failure, Item, Options, Page, ScanRange, ScanRequest}
 use crate::sm::slots::slot_of;
 use crate::types::GroupId;
 
-/// Keys and values of a page together; a page has at least one item, however large. It bounds what a scan holds in memory.
+/// Keys and values of a page together; a page has at least one item, however large. It bounds what
+/// a scan holds in memory.
 const PAGE_BYTES_MAX: usize = 8 << 20;
 /// The least that a shard is asked for, so that many shards make no tiny pages.
 const SHARD_PAGE_BYTES_MIN: usize = 16 << 10;
-/// Shards asked at once: with more, memory and connections would grow with the number of shards. Each gives one item at least, which
-/// may have 8 MiB, and is there twice while a reply is read: so fewer are asked for values than for keys.
+/// Shards asked at once: with more, memory and connections would grow with the number of shards.
+/// Each gives one item at least, which may have 8 MiB, and is there twice while a reply is read: so
+/// fewer are asked for values than for keys.
 const PARALLEL_MAX: usize = 8;
 const PARALLEL_KEYS_MAX: usize = 32;
 
 impl<A: ShardAccess> Router<A> {
-    pub(super) async fn scan_shards(&self, request: ScanRequest, options: Options) -> Result<Page, Failure> {
+    pub(super) async fn scan_shards(
+        &self,
+        request: ScanRequest,
+        options: Options,
+    ) -> Result<Page, Failure> {
         let mut course = Course::new(options).repeatable();
         let limit = request.limit.max(1);
         let mut range = Some(request.range);
         let mut items: Vec<Item> = Vec::new();
         let mut bytes = 0;
         while let Some(asked) = range.take().filter(|range| !is_empty(range)) {
-            let plan =
-                RoundPlan { range: asked, reverse: request.reverse, limit: limit - items.len(), keys_only: request.keys_only };
+            let plan = RoundPlan {
+                range: asked,
+                reverse: request.reverse,
+                limit: limit - items.len(),
+                keys_only: request.keys_only,
+            };
             let round = self.scan_round(&plan, &mut course).await?;
             let complete = round.take(request.reverse);
             range = complete.rest(&plan);
-            bytes += complete.items.iter().map(|item| item.key.len() + item.record.value.len()).sum::<usize>();
+            bytes += complete
+                .items
+                .iter()
+                .map(|item| item.key.len() + item.record.value.len())
+                .sum::<usize>();
             items.extend(complete.items);
             if items.len() > limit {
                 items.truncate(limit);
                 return Ok(Page { items, more: true });
             }
             if items.len() == limit || (bytes >= PAGE_BYTES_MAX && !items.is_empty()) {
-                return Ok(Page { items, more: range.is_some() });
+                return Ok(Page {
+                    items,
+                    more: range.is_some(),
+                });
             }
         }
         Ok(Page { items, more: false })
@@ -76,22 +94,37 @@ impl<A: ShardAccess> Router<A> {
         course: &Course,
         round: &mut Round,
     ) -> Result<Option<Retry>, Failure> {
-        let mut shards: Vec<GroupId> = round.coverage.missing().map(|slot| map.owner(slot)).filter(|id| !id.is_meta()).collect();
+        let mut shards: Vec<GroupId> = round
+            .coverage
+            .missing()
+            .map(|slot| map.owner(slot))
+            .filter(|id| !id.is_meta())
+            .collect();
         shards.sort_unstable();
         shards.dedup();
         let count = map.owners().len();
         let ask = |shard: GroupId| {
-            let call = self.call(shard, plan.body(count, course.options().consistency), course.options());
+            let call = self.call(
+                shard,
+                plan.body(count, course.options().consistency),
+                course.options(),
+            );
             async move { (shard, call.await) }
         };
         let mut retry = None;
         let mut rest = shards.into_iter();
-        let parallel = if plan.keys_only { PARALLEL_KEYS_MAX } else { PARALLEL_MAX };
+        let parallel = if plan.keys_only {
+            PARALLEL_KEYS_MAX
+        } else {
+            PARALLEL_MAX
+        };
         let mut running: FuturesUnordered<_> = rest.by_ref().take(parallel).map(ask).collect();
         while let Some((shard, reply)) = running.next().await {
             running.extend(rest.by_ref().take(1).map(ask));
             match reply {
-                ShardReply::Page(page) if page.items.is_empty() && page.more => return Err(misfit(shard)),
+                ShardReply::Page(page) if page.items.is_empty() && page.more => {
+                    return Err(misfit(shard));
+                }
                 ShardReply::Page(page) => round.add(page, plan.reverse),
                 ShardReply::NotOwned { slot } => retry = Some(Retry::not_owned(slot)),
                 ShardReply::Failed(failure) => retry = Some(course.judge(shard, failure)?),
@@ -117,13 +150,25 @@ struct RoundPlan {
 }
 
 impl RoundPlan {
-    /// Keys are spread evenly by their hash, so a shard is asked for its share, and enough above it that one round nearly always does.
+    /// Keys are spread evenly by their hash, so a shard is asked for its share, and enough above it
+    /// that one round nearly always does.
     fn body(&self, shards: usize, consistency: crate::client::store::Consistency) -> ShardBody {
         let share = self.limit.div_ceil(shards.max(1));
-        let limit = if shards <= 1 { self.limit } else { self.limit.min(share + 4 * share.isqrt() + 8) };
+        let limit = if shards <= 1 {
+            self.limit
+        } else {
+            self.limit.min(share + 4 * share.isqrt() + 8)
+        };
         let bytes_max = (PAGE_BYTES_MAX / shards.max(1)).max(SHARD_PAGE_BYTES_MIN);
         let (range, reverse, keys_only) = (self.range.clone(), self.reverse, self.keys_only);
-        ShardBody::Scan { range, reverse, limit, bytes_max, keys_only, consistency }
+        ShardBody::Scan {
+            range,
+            reverse,
+            limit,
+            bytes_max,
+            keys_only,
+            consistency,
+        }
     }
 }
 
@@ -136,7 +181,11 @@ struct Round {
 
 impl Default for Round {
     fn default() -> Self {
-        Self { coverage: Coverage::none(), items: Vec::new(), bound: None }
+        Self {
+            coverage: Coverage::none(),
+            items: Vec::new(),
+            bound: None,
+        }
     }
 }
 
@@ -149,10 +198,17 @@ impl Round {
                 (a, b) => a.or(b),
             };
         }
-        // What lies beyond is asked for again by the next round. Of many shards with large values it would be more than all else.
+        // What lies beyond is asked for again by the next round. Of many shards with large values
+        // it would be more than all else.
         let mut items = page.items;
         if let Some(bound) = &self.bound {
-            let is_complete = |item: &Item| if reverse { item.key >= *bound } else { item.key <= *bound };
+            let is_complete = |item: &Item| {
+                if reverse {
+                    item.key >= *bound
+                } else {
+                    item.key <= *bound
+                }
+            };
             items.retain(is_complete);
             if page.more {
                 self.items.retain(is_complete);
@@ -169,18 +225,37 @@ impl Round {
         fresh.into_iter().for_each(|slot| {
             taken.insert(slot);
         });
-        self.items.extend(items.into_iter().filter(|item| taken.contains(slot_of(&item.key))));
+        self.items.extend(
+            items
+                .into_iter()
+                .filter(|item| taken.contains(slot_of(&item.key))),
+        );
     }
 
     /// What is complete, in order.
     fn take(mut self, reverse: bool) -> Complete {
         // Stable: the pages are sorted runs, which it merges.
-        self.items.sort_by(|a, b| if reverse { b.key.cmp(&a.key) } else { a.key.cmp(&b.key) });
+        self.items.sort_by(|a, b| {
+            if reverse {
+                b.key.cmp(&a.key)
+            } else {
+                a.key.cmp(&b.key)
+            }
+        });
         if let Some(bound) = &self.bound {
-            let complete = self.items.partition_point(|item| if reverse { item.key >= *bound } else { item.key <= *bound });
+            let complete = self.items.partition_point(|item| {
+                if reverse {
+                    item.key >= *bound
+                } else {
+                    item.key <= *bound
+                }
+            });
             self.items.truncate(complete);
         }
-        Complete { items: self.items, bound: self.bound }
+        Complete {
+            items: self.items,
+            bound: self.bound,
+        }
     }
 }
 
@@ -194,8 +269,14 @@ impl Complete {
     fn rest(&self, plan: &RoundPlan) -> Option<ScanRange> {
         let bound = self.bound.as_ref()?;
         let rest = match plan.reverse {
-            true => ScanRange { start: plan.range.start.clone(), end: Some(bound.clone()) },
-            false => ScanRange { start: after(bound), end: plan.range.end.clone() },
+            true => ScanRange {
+                start: plan.range.start.clone(),
+                end: Some(bound.clone()),
+            },
+            false => ScanRange {
+                start: after(bound),
+                end: plan.range.end.clone(),
+            },
         };
         Some(rest).filter(|rest| !is_empty(rest))
     }
@@ -221,9 +302,17 @@ mod tests {
 
     /// A page of one key, of a shard with one slot.
     fn page(n: u16, more: bool) -> ShardPage {
-        let record = Record { revision: Revision(1), media: Media::Text, value: Bytes::from_static(b"large") };
+        let record = Record {
+            revision: Revision(1),
+            media: Media::Text,
+            value: Bytes::from_static(b"large"),
+        };
         let key = Bytes::from(format!("k{n:02}"));
-        ShardPage { slots: Slot::new(n).into_iter().collect(), items: vec![Item { key, record }], more }
+        ShardPage {
+            slots: Slot::new(n).into_iter().collect(),
+            items: vec![Item { key, record }],
+            more,
+        }
     }
 
     #[test]
@@ -239,7 +328,10 @@ mod tests {
             round.add(page(5, false), reverse);
             assert_eq!(round.items.len(), 2);
             let complete = round.take(reverse);
-            assert!(complete.items.iter().any(|item| item.key == first), "{reverse}");
+            assert!(
+                complete.items.iter().any(|item| item.key == first),
+                "{reverse}"
+            );
         }
     }
 }

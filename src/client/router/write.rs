@@ -1,4 +1,5 @@
-//! Writes: one part per shard, in parallel, each tried again on its own; answers at the positions of the caller's list.
+//! Writes: one part per shard, in parallel, each tried again on its own; answers at the positions
+//! of the caller's list.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +29,8 @@ struct Part {
     /// Where each is in the caller's list.
     positions: Vec<usize>,
     course: Course,
-    /// Who the last shard asked said it gave a slot to. Believed where the map says nothing newer; the shard named checks it itself.
+    /// Who the last shard asked said it gave a slot to. Believed where the map says nothing newer;
+    /// the shard named checks it itself.
     hint: Option<Hint>,
 }
 
@@ -49,9 +51,16 @@ struct Progress {
 }
 
 impl<A: ShardAccess> Router<A> {
-    pub(super) async fn write_to_shards(&self, operations: Vec<Operation>, key: Option<Bytes>, options: Options) -> Vec<Written> {
+    pub(super) async fn write_to_shards(
+        &self,
+        operations: Vec<Operation>,
+        key: Option<Bytes>,
+        options: Options,
+    ) -> Vec<Written> {
         let count = operations.len();
-        self.write_checked(operations, key, options).await.unwrap_or_else(|failure| vec![Err(failure); count])
+        self.write_checked(operations, key, options)
+            .await
+            .unwrap_or_else(|failure| vec![Err(failure); count])
     }
 
     /// # Errors
@@ -63,9 +72,14 @@ impl<A: ShardAccess> Router<A> {
         key: Option<Bytes>,
         options: Options,
     ) -> Result<Vec<Written>, WriteFailure> {
-        operations.iter().try_for_each(|operation| check_key(&operation.key)).map_err(WriteFailure::Failed)?;
+        operations
+            .iter()
+            .try_for_each(|operation| check_key(&operation.key))
+            .map_err(WriteFailure::Failed)?;
         let mut course = Course::new(options);
-        let is_read = operations.iter().all(|operation| operation.action == Action::Get);
+        let is_read = operations
+            .iter()
+            .all(|operation| operation.action == Action::Get);
         if !is_read {
             course = course.writing();
         }
@@ -75,10 +89,21 @@ impl<A: ShardAccess> Router<A> {
         if operations.len() == 1 {
             course = course.single_key();
         }
-        let map = self.map_in_time(&mut course).await.map_err(WriteFailure::Failed)?;
-        let whole = Part { positions: (0..operations.len()).collect(), operations, course, hint: None };
+        let map = self
+            .map_in_time(&mut course)
+            .await
+            .map_err(WriteFailure::Failed)?;
+        let whole = Part {
+            positions: (0..operations.len()).collect(),
+            operations,
+            course,
+            hint: None,
+        };
         let parts = split(whole, Some(&map));
-        parts.iter().try_for_each(|(_, part)| check_operations(&part.operations)).map_err(WriteFailure::Failed)?;
+        parts
+            .iter()
+            .try_for_each(|(_, part)| check_operations(&part.operations))
+            .map_err(WriteFailure::Failed)?;
         Ok(self.write_parts(parts, key).await)
     }
 
@@ -91,12 +116,23 @@ impl<A: ShardAccess> Router<A> {
         }
     }
 
-    async fn write_parts(&self, mut parts: Vec<(GroupId, Part)>, key: Option<Bytes>) -> Vec<Written> {
+    async fn write_parts(
+        &self,
+        mut parts: Vec<(GroupId, Part)>,
+        key: Option<Bytes>,
+    ) -> Vec<Written> {
         let count = parts.iter().map(|(_, part)| part.positions.len()).sum();
-        let mut answers: Vec<Written> = vec![Err(WriteFailure::Failed(misfit(GroupId::META))); count];
+        let mut answers: Vec<Written> =
+            vec![Err(WriteFailure::Failed(misfit(GroupId::META))); count];
         let mut fill = |progress: Progress| -> Vec<(GroupId, Part)> {
-            progress.answered.into_iter().for_each(|(at, written)| answers[at] = written);
-            progress.left.map(|part| split(part, self.access.map().as_deref())).unwrap_or_default()
+            progress
+                .answered
+                .into_iter()
+                .for_each(|(at, written)| answers[at] = written);
+            progress
+                .left
+                .map(|part| split(part, self.access.map().as_deref()))
+                .unwrap_or_default()
         };
         // The hot path: one shard, in place.
         while parts.len() == 1 {
@@ -112,25 +148,51 @@ impl<A: ShardAccess> Router<A> {
     }
 
     /// One attempt at one shard, and the pause after it where another may follow.
-    async fn write_part(&self, shard: GroupId, part: Part, idempotency_key: Option<Bytes>) -> Progress {
+    async fn write_part(
+        &self,
+        shard: GroupId,
+        part: Part,
+        idempotency_key: Option<Bytes>,
+    ) -> Progress {
         let known = version(self.access.map().as_deref());
         let verdict = if shard.is_meta() {
             Verdict::retry(Retry::unowned(), &part)
         } else {
-            // The operations are kept for another attempt; their keys and values are shared, not copied.
-            let write = Write { operations: part.operations.clone(), idempotency_key };
-            let reply = self.call(shard, ShardBody::Write(write), part.course.options()).await;
+            // The operations are kept for another attempt; their keys and values are shared, not
+            // copied.
+            let write = Write {
+                operations: part.operations.clone(),
+                idempotency_key,
+            };
+            let reply = self
+                .call(shard, ShardBody::Write(write), part.course.options())
+                .await;
             read_reply(reply, shard, &part)
         };
         let (mut answered, mut left) = part.divide(verdict.answers);
-        let Some(retry) = verdict.retry else { return Progress { answered, left: None } };
-        left.hint = retry.hint.map(|(slot, owner)| Hint { slot, owner, instead_of: shard });
+        let Some(retry) = verdict.retry else {
+            return Progress {
+                answered,
+                left: None,
+            };
+        };
+        left.hint = retry.hint.map(|(slot, owner)| Hint {
+            slot,
+            owner,
+            instead_of: shard,
+        });
         match self.pause(&mut left.course, retry, known).await {
-            Ok(()) => Progress { answered, left: Some(left) },
+            Ok(()) => Progress {
+                answered,
+                left: Some(left),
+            },
             Err(failure) => {
                 let failed = Err(WriteFailure::Failed(failure));
                 answered.extend(left.positions.into_iter().map(|at| (at, failed.clone())));
-                Progress { answered, left: None }
+                Progress {
+                    answered,
+                    left: None,
+                }
             }
         }
     }
@@ -148,9 +210,15 @@ impl Part {
 
     /// What is answered, and the part of what is not.
     fn divide(self, answers: Vec<Option<Written>>) -> (Vec<(usize, Written)>, Part) {
-        let mut left = Part { operations: Vec::new(), positions: Vec::new(), ..self };
+        let mut left = Part {
+            operations: Vec::new(),
+            positions: Vec::new(),
+            ..self
+        };
         let mut answered = Vec::with_capacity(answers.len());
-        for ((operation, at), answer) in self.operations.into_iter().zip(self.positions).zip(answers) {
+        for ((operation, at), answer) in
+            self.operations.into_iter().zip(self.positions).zip(answers)
+        {
             match answer {
                 Some(written) => answered.push((at, written)),
                 None => {
@@ -163,7 +231,8 @@ impl Part {
     }
 }
 
-/// What a reply says of each operation of a part, and whether those without an answer may be tried again.
+/// What a reply says of each operation of a part, and whether those without an answer may be tried
+/// again.
 struct Verdict {
     answers: Vec<Option<Written>>,
     /// Present if and only if an answer is missing.
@@ -172,26 +241,47 @@ struct Verdict {
 
 impl Verdict {
     fn retry(retry: Retry, part: &Part) -> Self {
-        Self { answers: vec![None; part.operations.len()], retry: Some(retry) }
+        Self {
+            answers: vec![None; part.operations.len()],
+            retry: Some(retry),
+        }
     }
 
     /// The same for all operations of the part.
     fn of_all(judged: Result<Retry, WriteFailure>, part: &Part) -> Self {
         match judged {
             Ok(retry) => Self::retry(retry, part),
-            Err(failure) => Self { answers: vec![Some(Err(failure)); part.operations.len()], retry: None },
+            Err(failure) => Self {
+                answers: vec![Some(Err(failure)); part.operations.len()],
+                retry: None,
+            },
         }
     }
 }
 
 fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
     match reply {
-        ShardReply::Written(WriteOutcome::Applied(outcomes)) if outcomes.len() == part.operations.len() => {
-            Verdict { answers: outcomes.into_iter().map(|outcome| Some(Ok(outcome))).collect(), retry: None }
+        ShardReply::Written(WriteOutcome::Applied(outcomes))
+            if outcomes.len() == part.operations.len() =>
+        {
+            Verdict {
+                answers: outcomes
+                    .into_iter()
+                    .map(|outcome| Some(Ok(outcome)))
+                    .collect(),
+                retry: None,
+            }
         }
-        ShardReply::Written(WriteOutcome::Rejected(rejection)) => Verdict::of_all(judge_rejection(rejection, shard, part), part),
-        ShardReply::Written(WriteOutcome::Mixed(results)) if results.len() == part.operations.len() => {
-            let mut verdict = Verdict { answers: Vec::with_capacity(results.len()), retry: None };
+        ShardReply::Written(WriteOutcome::Rejected(rejection)) => {
+            Verdict::of_all(judge_rejection(rejection, shard, part), part)
+        }
+        ShardReply::Written(WriteOutcome::Mixed(results))
+            if results.len() == part.operations.len() =>
+        {
+            let mut verdict = Verdict {
+                answers: Vec::with_capacity(results.len()),
+                retry: None,
+            };
             for result in results {
                 let judged = result.map_err(|rejection| judge_rejection(rejection, shard, part));
                 verdict.answers.push(match judged {
@@ -206,42 +296,82 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
             verdict
         }
         ShardReply::NotOwned { slot } => Verdict::retry(Retry::not_owned(slot), part),
-        ShardReply::Failed(failure) => Verdict::of_all(part.course.judge(shard, failure).map_err(WriteFailure::Failed), part),
-        ShardReply::Written(WriteOutcome::Applied(_) | WriteOutcome::Mixed(_) | WriteOutcome::Unanswered)
+        ShardReply::Failed(failure) => Verdict::of_all(
+            part.course
+                .judge(shard, failure)
+                .map_err(WriteFailure::Failed),
+            part,
+        ),
+        ShardReply::Written(
+            WriteOutcome::Applied(_) | WriteOutcome::Mixed(_) | WriteOutcome::Unanswered,
+        )
         | ShardReply::Got(_)
         | ShardReply::GotMany(_)
         | ShardReply::Page(_)
         | ShardReply::Counted { .. }
         | ShardReply::Moved(_)
-        | ShardReply::MoveState(_) => Verdict::of_all(Err(WriteFailure::Failed(misfit(shard))), part),
+        | ShardReply::MoveState(_) => {
+            Verdict::of_all(Err(WriteFailure::Failed(misfit(shard))), part)
+        }
     }
 }
 
-fn judge_rejection(rejection: Rejection, shard: GroupId, part: &Part) -> Result<Retry, WriteFailure> {
+fn judge_rejection(
+    rejection: Rejection,
+    shard: GroupId,
+    part: &Part,
+) -> Result<Retry, WriteFailure> {
     match rejection {
-        Rejection::WrongOwner { slot, moved_to } => Ok(Retry::moved(slot, moved_to.map(|(_, to)| to))),
+        Rejection::WrongOwner { slot, moved_to } => {
+            Ok(Retry::moved(slot, moved_to.map(|(_, to)| to)))
+        }
         Rejection::Frozen { slot } => Ok(Retry::frozen(slot)),
-        Rejection::ConditionFailed { operation, current } => Err(match part.positions.get(operation) {
-            Some(at) => WriteFailure::Rejected(Rejection::ConditionFailed { operation: *at, current }),
-            None => WriteFailure::Failed(misfit(shard)),
-        }),
+        Rejection::ConditionFailed { operation, current } => {
+            Err(match part.positions.get(operation) {
+                Some(at) => WriteFailure::Rejected(Rejection::ConditionFailed {
+                    operation: *at,
+                    current,
+                }),
+                None => WriteFailure::Failed(misfit(shard)),
+            })
+        }
         Rejection::RequestsFull { .. } if part.course.maybe_done() => {
-            let full = Failure::Overloaded { limit: "remembered requests".into(), retry_after_ms: 1000 };
+            let full = Failure::Overloaded {
+                limit: "remembered requests".into(),
+                retry_after_ms: 1000,
+            };
             Err(WriteFailure::Failed(part.course.settle(full)))
         }
-        Rejection::AnswerTooLarge { bytes } => Err(WriteFailure::Failed(part.course.settle(Failure::of_answer(bytes)))),
-        Rejection::KeyReused { .. } | Rejection::RequestsFull { .. } => Err(WriteFailure::Rejected(rejection)),
+        Rejection::AnswerTooLarge { bytes } => Err(WriteFailure::Failed(
+            part.course.settle(Failure::of_answer(bytes)),
+        )),
+        Rejection::KeyReused { .. } | Rejection::RequestsFull { .. } => {
+            Err(WriteFailure::Rejected(rejection))
+        }
     }
 }
 
 /// By owner, each in the order of the caller's list.
 fn split(whole: Part, map: Option<&ShardMap>) -> Vec<(GroupId, Part)> {
     let mut parts: BTreeMap<GroupId, Part> = BTreeMap::new();
-    let owners: Vec<GroupId> = whole.operations.iter().map(|operation| whole.owner(&operation.key, map)).collect();
+    let owners: Vec<GroupId> = whole
+        .operations
+        .iter()
+        .map(|operation| whole.owner(&operation.key, map))
+        .collect();
     if owners.windows(2).all(|pair| pair[0] == pair[1]) {
-        return owners.first().map(|owner| (*owner, whole)).into_iter().collect();
+        return owners
+            .first()
+            .map(|owner| (*owner, whole))
+            .into_iter()
+            .collect();
     }
-    for ((operation, position), owner) in whole.operations.into_iter().zip(whole.positions).zip(owners) {
+    for ((operation, position), owner) in whole
+        .operations
+        .into_iter()
+        .zip(whole.positions)
+        .zip(owners)
+    {
         let part = parts.entry(owner).or_insert_with(|| Part {
             operations: Vec::new(),
             positions: Vec::new(),
@@ -269,8 +399,10 @@ pub fn check_operations(operations: &[Operation]) -> Result<(), Failure> {
     }
     let bytes: usize = operations.iter().map(bytes_of).sum();
     if bytes > SHARD_BYTES_MAX {
-        let limit =
-            format!("a write has at most {SHARD_BYTES_MAX} bytes of keys, values and conditions per shard, this one {bytes}");
+        let limit = format!(
+            "a write has at most {SHARD_BYTES_MAX} bytes of keys, values and conditions per shard, \
+            this one {bytes}"
+        );
         return too_large(limit);
     }
     Ok(())
@@ -278,13 +410,21 @@ pub fn check_operations(operations: &[Operation]) -> Result<(), Failure> {
 
 fn bytes_of(operation: &Operation) -> usize {
     let value = match &operation.action {
-        Action::Put { media: Media::Other(name), value } => name.len() + value.len(),
-        Action::Put { media: Media::Text | Media::Octets | Media::Json, value } => value.len(),
+        Action::Put {
+            media: Media::Other(name),
+            value,
+        } => name.len() + value.len(),
+        Action::Put {
+            media: Media::Text | Media::Octets | Media::Json,
+            value,
+        } => value.len(),
         Action::Get | Action::Delete => 0,
     };
     let condition = match &operation.condition {
         Condition::None | Condition::Absent | Condition::Present => 0,
-        Condition::RevisionIn(revisions) | Condition::RevisionNotIn(revisions) => size_of_val(&revisions[..]),
+        Condition::RevisionIn(revisions) | Condition::RevisionNotIn(revisions) => {
+            size_of_val(&revisions[..])
+        }
     };
     operation.key.len() + value + condition
 }

@@ -1,12 +1,14 @@
 //! Writes of many pairs: shard by shard, in log entries of up to a mebibyte.
 //!
-//! A batch is not atomic. The pairs of one shard are written in their order, one entry after the other, so that of pairs with the same key
-//! the last wins; shards are written side by side.
+//! A batch is not atomic. The pairs of one shard are written in their order, one entry after the
+//! other, so that of pairs with the same key the last wins; shards are written side by side.
 //!
-//! A batch has no deadline of its own: it may be long. Each entry is waited for as long as its shard is seen to have a quorum, within
-//! bounds; where it has none, that is found out by a read, and the rest of the shard is given up in the time in which the contracts promise
-//! a word. What was certainly not done is tried again; of what may have been done nothing is, it is reported. Entries begin small and
-//! grow while they are taken quickly, so that a machine that is overloaded takes a little at a time instead of nothing.
+//! A batch has no deadline of its own: it may be long. Each entry is waited for as long as its
+//! shard is seen to have a quorum, within bounds; where it has none, that is found out by a read,
+//! and the rest of the shard is given up in the time in which the contracts promise a word. What
+//! was certainly not done is tried again; of what may have been done nothing is, it is reported.
+//! Entries begin small and grow while they are taken quickly, so that a machine that is overloaded
+//! takes a little at a time instead of nothing.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::pin::pin;
@@ -22,22 +24,27 @@ use crate::client::store::{Failure, Options, Store, WriteFailure, Written as Ans
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::GroupId;
 
-/// What goes into one entry: enough to be worth its fsync, and too little to hold up what comes after it.
+/// What goes into one entry: enough to be worth its fsync, and too little to hold up what comes
+/// after it.
 const ENTRY_BYTES: usize = 1 << 20;
 
-/// Small pairs are bounded by their number: it is what an entry takes to be applied. The first entry of a shard has this many at most, those
-/// after it more or fewer, as quickly as it takes them.
+/// Small pairs are bounded by their number: it is what an entry takes to be applied. The first
+/// entry of a shard has this many at most, those after it more or fewer, as quickly as it takes
+/// them.
 const OPERATIONS_AT_FIRST: usize = 500;
 const OPERATIONS_MIN: usize = 50;
 const OPERATIONS_MAX: usize = 2000;
-/// An entry that is taken within the first is followed by a larger one, one that takes longer than the second by a smaller one.
+/// An entry that is taken within the first is followed by a larger one, one that takes longer than
+/// the second by a smaller one.
 const QUICK: Duration = Duration::from_millis(250);
 const SLOW: Duration = Duration::from_secs(1);
 
-/// An entry without an answer for so long makes us look for the quorum, and how long that is waited for: together [`PATIENCE`].
+/// An entry without an answer for so long makes us look for the quorum, and how long that is waited
+/// for: together [`PATIENCE`].
 const LOOK_AFTER: Duration = Duration::from_millis(3500);
 const LOOK_PATIENCE: Duration = Duration::from_millis(1000);
-/// Then it is not known what became of the entry. Its leader may be lost, although there is a quorum.
+/// Then it is not known what became of the entry. Its leader may be lost, although there is a
+/// quorum.
 const ENTRY_PATIENCE: Duration = Duration::from_secs(10);
 /// A shard that has taken nothing for so long is given up, though it has a quorum.
 const STALL_MAX: Duration = Duration::from_secs(20);
@@ -74,15 +81,27 @@ pub struct Written {
 pub async fn write(store: &dyn Store, pairs: &[Pair]) -> Written {
     let map = match store.map(options()).await {
         Ok(map) => map,
-        Err(failure) => return Written { failed: (0..pairs.len()).collect(), failure: Some(failure.into()), shards: 0 },
+        Err(failure) => {
+            return Written {
+                failed: (0..pairs.len()).collect(),
+                failure: Some(failure.into()),
+                shards: 0,
+            };
+        }
     };
     let mut shards: BTreeMap<GroupId, Vec<usize>> = BTreeMap::new();
     for (place, pair) in pairs.iter().enumerate() {
-        shards.entry(map.owner_of(&pair.key)).or_default().push(place);
+        shards
+            .entry(map.owner_of(&pair.key))
+            .or_default()
+            .push(place);
     }
-    let shards = shards.into_values().map(|places| write_shard(store, pairs, places));
+    let shards = shards
+        .into_values()
+        .map(|places| write_shard(store, pairs, places));
     let mut whole = Written::default();
-    // All at once: where there is no quorum they all wait the same time. Together they hold no more than the batch does.
+    // All at once: where there is no quorum they all wait the same time. Together they hold no more
+    // than the batch does.
     let mut parts: FuturesUnordered<_> = shards.collect();
     while let Some(part) = parts.next().await {
         whole.failed.extend(part.failed);
@@ -115,8 +134,12 @@ async fn write_shard(store: &dyn Store, pairs: &[Pair], places: Vec<usize>) -> W
         };
         let Some(next) = rest.front() else { break };
         let patience = PATIENCE.saturating_sub(taken.elapsed()).max(LOOK_PATIENCE);
-        if !has_answered || taken.elapsed() > STALL_MAX || !has_quorum(store, &pairs[*next].key, patience).await {
-            rest.drain(..).for_each(|place| written.fail(place, failure.clone().into()));
+        if !has_answered
+            || taken.elapsed() > STALL_MAX
+            || !has_quorum(store, &pairs[*next].key, patience).await
+        {
+            rest.drain(..)
+                .for_each(|place| written.fail(place, failure.clone().into()));
         } else {
             sleep(PAUSE).await;
         }
@@ -124,11 +147,22 @@ async fn write_shard(store: &dyn Store, pairs: &[Pair], places: Vec<usize>) -> W
     written
 }
 
-/// Writes one entry, and waits for it as long as its shard has a quorum. None: it has none, and nobody knows what became of the entry.
-async fn write_entry<'a>(store: &dyn Store, pairs: impl Iterator<Item = &'a Pair>) -> Option<Vec<Answer>> {
+/// Writes one entry, and waits for it as long as its shard has a quorum. None: it has none, and
+/// nobody knows what became of the entry.
+async fn write_entry<'a>(
+    store: &dyn Store,
+    pairs: impl Iterator<Item = &'a Pair>,
+) -> Option<Vec<Answer>> {
     let operations: Vec<Operation> = pairs.map(Pair::operation).collect();
     let key = operations.first()?.key.clone();
-    let mut write = pin!(store.write(operations, None, Options { timeout: ENTRY_PATIENCE, ..options() }));
+    let mut write = pin!(store.write(
+        operations,
+        None,
+        Options {
+            timeout: ENTRY_PATIENCE,
+            ..options()
+        }
+    ));
     loop {
         match timeout(LOOK_AFTER, &mut write).await {
             Ok(answers) => return Some(answers),
@@ -140,7 +174,16 @@ async fn write_entry<'a>(store: &dyn Store, pairs: impl Iterator<Item = &'a Pair
 
 /// Whether the shard of a key answers a linearizable read, or has too much to do to answer it.
 async fn has_quorum(store: &dyn Store, key: &Bytes, patience: Duration) -> bool {
-    match store.get(key.clone(), Options { timeout: patience, ..options() }).await {
+    match store
+        .get(
+            key.clone(),
+            Options {
+                timeout: patience,
+                ..options()
+            },
+        )
+        .await
+    {
         Ok(_) | Err(Failure::Overloaded { .. }) => true,
         Err(_) => false,
     }
@@ -156,8 +199,13 @@ struct Told {
 
 impl Written {
     fn note(&mut self, entry: &[usize], answers: Vec<Answer>) -> Told {
-        let mut told = Told { again: Vec::new(), unfinished: None };
-        let unanswered = || Failure::Unknown { reason: "there was no answer".to_owned() };
+        let mut told = Told {
+            again: Vec::new(),
+            unfinished: None,
+        };
+        let unanswered = || Failure::Unknown {
+            reason: "there was no answer".to_owned(),
+        };
         for (at, place) in entry.iter().enumerate() {
             let failure = match answers.get(at) {
                 Some(Ok(_)) => {
@@ -168,7 +216,9 @@ impl Written {
                 Some(Err(WriteFailure::Rejected(_))) | None => unanswered(),
             };
             match &failure {
-                Failure::Overloaded { .. } | Failure::Unavailable { .. } | Failure::Elsewhere { .. } => told.again.push(*place),
+                Failure::Overloaded { .. }
+                | Failure::Unavailable { .. }
+                | Failure::Elsewhere { .. } => told.again.push(*place),
                 Failure::Unknown { .. } | Failure::Invalid { .. } | Failure::TooLarge { .. } => {
                     self.fail(*place, failure.clone().into());
                 }
@@ -190,12 +240,20 @@ impl Pair {
             Kind::Text => Media::Text,
             Kind::Bits => bits::media(),
         };
-        let action = Action::Put { media, value: self.value.clone() };
-        Operation { key: self.key.clone(), condition: Condition::None, action }
+        let action = Action::Put {
+            media,
+            value: self.value.clone(),
+        };
+        Operation {
+            key: self.key.clone(),
+            condition: Condition::None,
+            action,
+        }
     }
 }
 
-/// How many operations the next entry may have, after one of `now` that was taken, or not, in so long.
+/// How many operations the next entry may have, after one of `now` that was taken, or not, in so
+/// long.
 fn next_size(now: usize, took: Duration, taken: bool) -> usize {
     let next = match took {
         _ if !taken => now / 2,
@@ -207,13 +265,21 @@ fn next_size(now: usize, took: Duration, taken: bool) -> usize {
 }
 
 /// How many of the pairs at `places` make the next entry: one at least.
-fn entry_len<'a>(pairs: &[Pair], places: impl Iterator<Item = &'a usize>, operations_max: usize) -> usize {
+fn entry_len<'a>(
+    pairs: &[Pair],
+    places: impl Iterator<Item = &'a usize>,
+    operations_max: usize,
+) -> usize {
     let mut bytes = 0;
     let fits = |place: &usize| {
         bytes += pairs[*place].key.len() + pairs[*place].value.len();
         bytes <= ENTRY_BYTES
     };
-    let fitting = places.take(operations_max).map(fits).take_while(|fits| *fits).count();
+    let fitting = places
+        .take(operations_max)
+        .map(fits)
+        .take_while(|fits| *fits)
+        .count();
     fitting.max(1)
 }
 
@@ -223,18 +289,28 @@ mod tests {
     use crate::http::testing::FakeStore;
 
     fn pairs(values: &[usize]) -> Vec<Pair> {
-        let pair = |bytes: &usize| Pair { key: Bytes::from_static(b"k"), value: vec![b'v'; *bytes].into(), kind: Kind::Text };
+        let pair = |bytes: &usize| Pair {
+            key: Bytes::from_static(b"k"),
+            value: vec![b'v'; *bytes].into(),
+            kind: Kind::Text,
+        };
         values.iter().map(pair).collect()
     }
 
     #[test]
     fn an_entry_is_about_a_mebibyte_and_has_one_pair_at_least() {
         let half = ENTRY_BYTES / 2 - 1;
-        for (values, len) in
-            [(vec![half, half, 1], 2), (vec![8 << 20, 1], 1), (vec![1, 8 << 20], 1), (vec![0; 20_000], OPERATIONS_MAX)]
-        {
+        for (values, len) in [
+            (vec![half, half, 1], 2),
+            (vec![8 << 20, 1], 1),
+            (vec![1, 8 << 20], 1),
+            (vec![0; 20_000], OPERATIONS_MAX),
+        ] {
             let places: Vec<usize> = (0..values.len()).collect();
-            assert_eq!(entry_len(&pairs(&values), places.iter(), OPERATIONS_MAX), len);
+            assert_eq!(
+                entry_len(&pairs(&values), places.iter(), OPERATIONS_MAX),
+                len
+            );
         }
     }
 
@@ -251,12 +327,20 @@ mod tests {
         };
         assert_eq!(sizes(&[1, 1, 1, 1]), [500, 1000, 2000, 2000]);
         assert_eq!(next_size(500, ms(1), false), 250);
-        assert_eq!(sizes(&[500, 4000, 4000, 500, 4000, 4000, 1]), [500, 500, 250, 125, 125, 62, 50]);
+        assert_eq!(
+            sizes(&[500, 4000, 4000, 500, 4000, 4000, 1]),
+            [500, 500, 250, 125, 125, 62, 50]
+        );
     }
 
-    /// So many pairs of keys of one shard, each with its number for a value; the keys come round again after `keys`.
+    /// So many pairs of keys of one shard, each with its number for a value; the keys come round
+    /// again after `keys`.
     fn numbered(count: usize, keys: usize) -> Vec<Pair> {
-        let pair = |n: usize| Pair { key: format!("k{}", n % keys).into(), value: n.to_string().into(), kind: Kind::Text };
+        let pair = |n: usize| Pair {
+            key: format!("k{}", n % keys).into(),
+            value: n.to_string().into(),
+            kind: Kind::Text,
+        };
         (0..count).map(pair).collect()
     }
 
@@ -286,7 +370,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn without_a_quorum_it_is_given_up_in_the_promised_time() {
-        let no_quorum = Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 };
+        let no_quorum = Failure::Unavailable {
+            reason: "no quorum".into(),
+            retry_after_ms: 1000,
+        };
         let store = one_shard();
         store.slow_down_writes(Duration::from_secs(3600));
         store.slow_down_reads(Duration::from_secs(3600));
@@ -295,7 +382,13 @@ mod tests {
         let store = one_shard();
         store.fail(1, no_quorum);
         let (all, _) = written(&store, &numbered(3000, 3000)).await;
-        assert_eq!((all.failed.len(), all.failure.map(|failure| failure.status.as_u16())), (3000, Some(503)));
+        assert_eq!(
+            (
+                all.failed.len(),
+                all.failure.map(|failure| failure.status.as_u16())
+            ),
+            (3000, Some(503))
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -310,8 +403,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_was_certainly_not_done_is_done_in_its_turn() {
         for failure in [
-            Failure::Overloaded { limit: "all".into(), retry_after_ms: 1000 },
-            Failure::Unavailable { reason: "no leader".into(), retry_after_ms: 1000 },
+            Failure::Overloaded {
+                limit: "all".into(),
+                retry_after_ms: 1000,
+            },
+            Failure::Unavailable {
+                reason: "no leader".into(),
+                retry_after_ms: 1000,
+            },
         ] {
             let store = one_shard();
             store.fail_next_write(failure);
@@ -325,7 +424,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_may_have_been_done_is_reported_and_not_repeated() {
         let store = one_shard();
-        store.fail_next_write(Failure::Unknown { reason: "the leader was lost".into() });
+        store.fail_next_write(Failure::Unknown {
+            reason: "the leader was lost".into(),
+        });
         let (all, _) = written(&store, &numbered(2500, 2500)).await;
         assert_eq!(all.failed, (0..OPERATIONS_AT_FIRST).collect::<Vec<_>>());
         assert!(store.record(b"k0").is_none() && store.record(b"k500").is_some());

@@ -1,4 +1,5 @@
-//! Dialect A, "encoded batch": lists of keys and values that say how they are encoded, `{"encoding":"string"|"binary","data":"..."}`.
+//! Dialect A, "encoded batch": lists of keys and values that say how they are encoded,
+//! `{"encoding":"string"|"binary","data":"..."}`.
 //!
 //! | request | answer |
 //! | --- | --- |
@@ -7,12 +8,15 @@
 //! | `GET /fetch` | 200, every pair in the store |
 //! | `POST /query` `[K, ...]` | 200 `[{"key":K,"value":true}, ...]` |
 //!
-//! - `string` data is the key or value of the other dialects, `binary` data is in [`bits`]. What others stored is shown as `string` where it
-//!   is UTF-8, and else as `binary`, 8 characters to the byte; a key of theirs that is shown so is not the `binary` key of that name.
-//! - A key in `keys_failed` stands as it was sent. Where there was no quorum, or an answer was lost, its pair may be stored all the same.
-//! - A batch is written in many steps, and is not atomic. Every pair counts in `keys_added` that was stored, also if a later one of the
-//!   same key took its place.
-//! - A key that can't exist, because of its encoding or its length, is missing. An element that is no object is a 400.
+//! - `string` data is the key or value of the other dialects, `binary` data is in [`bits`]. What
+//!   others stored is shown as `string` where it is UTF-8, and else as `binary`, 8 characters to
+//!   the byte; a key of theirs that is shown so is not the `binary` key of that name.
+//! - A key in `keys_failed` stands as it was sent. Where there was no quorum, or an answer was
+//!   lost, its pair may be stored all the same.
+//! - A batch is written in many steps, and is not atomic. Every pair counts in `keys_added` that
+//!   was stored, also if a later one of the same key took its place.
+//! - A key that can't exist, because of its encoding or its length, is missing. An element that is
+//!   no object is a 400.
 
 use std::sync::Arc;
 
@@ -37,7 +41,8 @@ use crate::types::KEY_BYTES_MAX;
 /// What stands for a key that was not sent and a value that does not exist.
 const NOTHING: &str = r#"{"encoding":"","data":""}"#;
 
-/// Elements of a list: one of 64 MiB has no more keys than this, but could have more of `{}`, each of which makes a longer answer.
+/// Elements of a list: one of 64 MiB has no more keys than this, but could have more of `{}`, each
+/// of which makes a longer answer.
 const ELEMENTS_MAX: usize = 2_200_000;
 
 /// `{"encoding": ..., "data": ...}`
@@ -70,7 +75,9 @@ impl<'a> Sent<'a> {
     /// What such a key is stored under; none: it can't exist.
     fn into_key(self, body: &Bytes) -> Option<Bytes> {
         match self {
-            Sent::String(text) => Some(text.into_bytes(body)).filter(|key| (1..=KEY_BYTES_MAX).contains(&key.len())),
+            Sent::String(text) => {
+                Some(text.into_bytes(body)).filter(|key| (1..=KEY_BYTES_MAX).contains(&key.len()))
+            }
             Sent::Bits(data) => bits::key(&data.0),
         }
     }
@@ -87,12 +94,22 @@ struct Batch {
 
 impl Batch {
     fn read(body: &Held, limits: &Limits) -> Result<Self, Refusal> {
-        let mut batch = Self { pairs: Kept::new(body), keys: Kept::new(body), failed: Kept::new(body) };
+        let mut batch = Self {
+            pairs: Kept::new(body),
+            keys: Kept::new(body),
+            failed: Kept::new(body),
+        };
         let mut count = 0;
         list::read(body, |pair: Object<'_, KeyValue>| {
             check_count(&mut count)?;
-            let key = pair.first.map_or(Bytes::from_static(NOTHING.as_bytes()), |key| as_sent(&body.bytes, key));
-            match sent_pair(&pair, &body.bytes).filter(|pair| pair.value.len() <= limits.value_bytes_max) {
+            let key = pair
+                .first
+                .map_or(Bytes::from_static(NOTHING.as_bytes()), |key| {
+                    as_sent(&body.bytes, key)
+                });
+            match sent_pair(&pair, &body.bytes)
+                .filter(|pair| pair.value.len() <= limits.value_bytes_max)
+            {
                 Some(pair) => {
                     batch.pairs.push(pair, limits)?;
                     batch.keys.push(key, limits)
@@ -107,15 +124,26 @@ impl Batch {
 fn sent_pair(pair: &Object<'_, KeyValue>, body: &Bytes) -> Option<Pair> {
     let key = Sent::read(pair.first?)?.into_key(body)?;
     Some(match Sent::read(pair.second?)? {
-        Sent::String(text) => Pair { key, value: text.into_bytes(body), kind: Kind::Text },
-        Sent::Bits(data) => Pair { key, value: data.into_bytes(body), kind: Kind::Bits },
+        Sent::String(text) => Pair {
+            key,
+            value: text.into_bytes(body),
+            kind: Kind::Text,
+        },
+        Sent::Bits(data) => Pair {
+            key,
+            value: data.into_bytes(body),
+            kind: Kind::Bits,
+        },
     })
 }
 
 fn check_count(count: &mut usize) -> Result<(), Refusal> {
     *count += 1;
     if *count > ELEMENTS_MAX {
-        return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("a list has at most {ELEMENTS_MAX} elements")));
+        return Err(Refusal::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            format!("a list has at most {ELEMENTS_MAX} elements"),
+        ));
     }
     Ok(())
 }
@@ -128,12 +156,24 @@ fn as_sent(body: &Bytes, json: &RawValue) -> Bytes {
 /// `PUT /set`
 pub async fn set(app: &App, body: Held) -> Result<Response, Refusal> {
     let limits = app.limits.clone();
-    let batch = list::apart(body.len(), move || Batch::read(&body, &limits).map(|batch| (batch, body))).await;
+    let batch = list::apart(body.len(), move || {
+        Batch::read(&body, &limits).map(|batch| (batch, body))
+    })
+    .await;
     let (batch, _body) = batch?;
     let written = batch::write(&*app.store, &batch.pairs).await;
-    let failed: Vec<&[u8]> =
-        written.failed.iter().map(|place| &batch.keys[*place]).chain(&*batch.failed).map(|key| &key[..]).collect();
-    let status = if failed.is_empty() { StatusCode::OK } else { StatusCode::PARTIAL_CONTENT };
+    let failed: Vec<&[u8]> = written
+        .failed
+        .iter()
+        .map(|place| &batch.keys[*place])
+        .chain(&*batch.failed)
+        .map(|key| &key[..])
+        .collect();
+    let status = if failed.is_empty() {
+        StatusCode::OK
+    } else {
+        StatusCode::PARTIAL_CONTENT
+    };
     let added = batch.pairs.len() - written.failed.len();
     let mut json = format!(r#"[{{"keys_added":{added},"keys_failed":["#).into_bytes();
     json.extend(failed.join(&b","[..]));
@@ -154,8 +194,15 @@ pub async fn query(State(app): State<Shared>, request: Request) -> Response {
 /// `GET /fetch`
 pub async fn everything(State(app): State<Shared>, request: Request) -> Response {
     let watch = app.watch(Dialect::EncodedBatch, &request);
-    let listing = Listing { all: Everything::new(Arc::clone(&app.store)), opening: Some("[") };
-    watch.finish(pieces::respond(&app.answers, listing).await.unwrap_or_else(|refusal| refusal.respond(request.method())))
+    let listing = Listing {
+        all: Everything::new(Arc::clone(&app.store)),
+        opening: Some("["),
+    };
+    watch.finish(
+        pieces::respond(&app.answers, listing)
+            .await
+            .unwrap_or_else(|refusal| refusal.respond(request.method())),
+    )
 }
 
 /// What is asked of keys.
@@ -173,10 +220,28 @@ async fn look_up(app: &App, request: Request, wanted: Wanted) -> Response {
         let body = read_body(app, &parts, body).await?;
         let limits = app.limits.clone();
         let asked = list::apart(body.len(), move || Asked::read(body, &limits)).await?;
-        let lookup = Lookup::new(Arc::clone(&app.store), asked.keys, wanted == Wanted::Existence);
-        pieces::respond(&app.answers, Found { lookup, wanted, sent: asked.sent, opening: Some("["), _body: asked.body }).await
+        let lookup = Lookup::new(
+            Arc::clone(&app.store),
+            asked.keys,
+            wanted == Wanted::Existence,
+        );
+        pieces::respond(
+            &app.answers,
+            Found {
+                lookup,
+                wanted,
+                sent: asked.sent,
+                opening: Some("["),
+                _body: asked.body,
+            },
+        )
+        .await
     };
-    watch.finish(found.await.unwrap_or_else(|refusal| refusal.respond(&parts.method)))
+    watch.finish(
+        found
+            .await
+            .unwrap_or_else(|refusal| refusal.respond(&parts.method)),
+    )
 }
 
 /// The keys of a request.
@@ -198,7 +263,12 @@ impl Asked {
                 return Err(Refusal::bad_request("Bad json format: a key is an object"));
             }
             sent.push(as_sent(&body.bytes, key), limits)?;
-            keys.push(Sent::read(key).and_then(|key| key.into_key(&body.bytes)).unwrap_or_default(), limits)
+            keys.push(
+                Sent::read(key)
+                    .and_then(|key| key.into_key(&body.bytes))
+                    .unwrap_or_default(),
+                limits,
+            )
         })?;
         Ok(Self { body, sent, keys })
     }
@@ -287,7 +357,9 @@ fn push_key(json: &mut Vec<u8>, key: &[u8]) {
 
 fn push_value(json: &mut Vec<u8>, record: &Record) {
     match Shown::new(&record.media, &record.value) {
-        Shown::Text(text) if bits::are_stored(&record.media, text) => push_encoded(json, "binary", text),
+        Shown::Text(text) if bits::are_stored(&record.media, text) => {
+            push_encoded(json, "binary", text)
+        }
         Shown::Text(text) | Shown::Json(text) => push_encoded(json, "string", text),
         Shown::Bytes(bytes) => push_encoded(json, "binary", &bits::spell(bytes)),
     }
@@ -329,8 +401,16 @@ mod tests {
     async fn play(site: &Site, script: &[(&str, String, u16, String)]) {
         for (head, body, status, expected) in script {
             let reply = site.ask(head, body).await;
-            assert_eq!((reply.status, reply.text()), (*status, expected.clone()), "{head} {body}");
-            assert_eq!(reply.header("content-type"), "application/json", "{head} {body}");
+            assert_eq!(
+                (reply.status, reply.text()),
+                (*status, expected.clone()),
+                "{head} {body}"
+            );
+            assert_eq!(
+                reply.header("content-type"),
+                "application/json",
+                "{head} {body}"
+            );
         }
     }
 
@@ -344,29 +424,62 @@ mod tests {
             &[
                 ("PUT /set", "[]".into(), 200, added(0)),
                 ("GET /fetch", String::new(), 200, "[]".into()),
-                ("PUT /set", list(&[pair(K1, &t), pair(B1, &b)]), 200, added(2)),
-                ("POST /set", list(&[pair(&text("k2"), &b), pair(&text("k2"), &text(""))]), 200, added(2)),
+                (
+                    "PUT /set",
+                    list(&[pair(K1, &t), pair(B1, &b)]),
+                    200,
+                    added(2),
+                ),
+                (
+                    "POST /set",
+                    list(&[pair(&text("k2"), &b), pair(&text("k2"), &text(""))]),
+                    200,
+                    added(2),
+                ),
                 ("POST /fetch", "[]".into(), 200, "[]".into()),
                 (
                     "POST /fetch",
                     list(&[K1.into(), B1.into(), K1.into(), text("no")]),
                     200,
-                    list(&[pair(K1, &text("hällo")), pair(B1, &b), pair(K1, &text("hällo")), pair(&text("no"), NOTHING)]),
+                    list(&[
+                        pair(K1, &text("hällo")),
+                        pair(B1, &b),
+                        pair(K1, &text("hällo")),
+                        pair(&text("no"), NOTHING),
+                    ]),
                 ),
                 (
                     "PUT /fetch",
                     list(&[text("k2"), bits("01100"), text("0110")]),
                     200,
-                    list(&[pair(&text("k2"), &text("")), pair(&bits("01100"), NOTHING), pair(&text("0110"), NOTHING)]),
+                    list(&[
+                        pair(&text("k2"), &text("")),
+                        pair(&bits("01100"), NOTHING),
+                        pair(&text("0110"), NOTHING),
+                    ]),
                 ),
                 ("POST /query", "[]".into(), 200, "[]".into()),
                 (
                     "POST /query",
                     list(&[B1.into(), text("k2"), text("no"), B1.into()]),
                     200,
-                    list(&[pair(B1, "true"), pair(&text("k2"), "true"), pair(&text("no"), "false"), pair(B1, "true")]),
+                    list(&[
+                        pair(B1, "true"),
+                        pair(&text("k2"), "true"),
+                        pair(&text("no"), "false"),
+                        pair(B1, "true"),
+                    ]),
                 ),
-                ("GET /fetch", String::new(), 200, list(&[pair(K1, &text("hällo")), pair(&text("k2"), &text("")), pair(B1, &b)])),
+                (
+                    "GET /fetch",
+                    String::new(),
+                    200,
+                    list(&[
+                        pair(K1, &text("hällo")),
+                        pair(&text("k2"), &text("")),
+                        pair(B1, &b),
+                    ]),
+                ),
             ],
         )
         .await;
@@ -393,7 +506,13 @@ mod tests {
         pairs.insert(0, pair(K1, &v));
         pairs.push(pair(B1, &v));
         let reply = site.ask("PUT /set", list(&pairs)).await;
-        assert_eq!((reply.status, reply.text()), (206, format!(r#"[{{"keys_added":2,"keys_failed":{}}}]"#, list(&bad_keys))));
+        assert_eq!(
+            (reply.status, reply.text()),
+            (
+                206,
+                format!(r#"[{{"keys_added":2,"keys_failed":{}}}]"#, list(&bad_keys))
+            )
+        );
         let mut failed = Vec::new();
         for value in [
             unknown,
@@ -408,13 +527,30 @@ mod tests {
             pairs = failed.iter().map(|key| pair(key, value)).collect();
         }
         let reply = site.ask("PUT /set", list(&pairs)).await;
-        assert_eq!((reply.status, reply.text()), (206, format!(r#"[{{"keys_added":0,"keys_failed":{}}}]"#, list(&failed))));
-        let reply = site.ask("PUT /set", format!(r#"[{{"key":{K1}}},{{"value":{v}}},{{}}]"#)).await;
+        assert_eq!(
+            (reply.status, reply.text()),
+            (
+                206,
+                format!(r#"[{{"keys_added":0,"keys_failed":{}}}]"#, list(&failed))
+            )
+        );
+        let reply = site
+            .ask(
+                "PUT /set",
+                format!(r#"[{{"key":{K1}}},{{"value":{v}}},{{}}]"#),
+            )
+            .await;
         assert_eq!(
             reply.text(),
-            format!(r#"[{{"keys_added":0,"keys_failed":{}}}]"#, list(&[K1.into(), NOTHING.into(), NOTHING.into()]))
+            format!(
+                r#"[{{"keys_added":0,"keys_failed":{}}}]"#,
+                list(&[K1.into(), NOTHING.into(), NOTHING.into()])
+            )
         );
-        assert_eq!(site.ask("GET /fetch", "").await.text(), list(&[pair(K1, &v), pair(B1, &v)]));
+        assert_eq!(
+            site.ask("GET /fetch", "").await.text(),
+            list(&[pair(K1, &v), pair(B1, &v)])
+        );
         site.stop().await;
     }
 
@@ -427,10 +563,15 @@ mod tests {
             ("image/png", b"\x00\xff"),
             ("application/vnd.quorate.bits", b"no bits"),
         ] {
-            site.ask(&format!("PUT /v1/kv/{}\ncontent-type: {kind}", &kind[..4]), value).await;
+            site.ask(
+                &format!("PUT /v1/kv/{}\ncontent-type: {kind}", &kind[..4]),
+                value,
+            )
+            .await;
         }
         site.ask("PUT /v1/kv/%ff", "v").await;
-        site.ask("PUT /set", list(&[pair(B1, &text("hidden"))])).await;
+        site.ask("PUT /set", list(&[pair(B1, &text("hidden"))]))
+            .await;
         let all = list(&[
             pair(&text("appl"), &text("no bits")),
             pair(&text("imag"), &bits("0000000011111111")),
@@ -439,34 +580,100 @@ mod tests {
             pair(B1, &text("hidden")),
         ]);
         assert_eq!(site.get("/fetch").await.text(), all);
-        site.ask("PUT /v1/kv/appl\ncontent-type: application/json", "[1, 2]").await;
-        assert_eq!(site.ask("POST /fetch", list(&[text("appl")])).await.text(), list(&[pair(&text("appl"), &text("[1, 2]"))]));
+        site.ask("PUT /v1/kv/appl\ncontent-type: application/json", "[1, 2]")
+            .await;
+        assert_eq!(
+            site.ask("POST /fetch", list(&[text("appl")])).await.text(),
+            list(&[pair(&text("appl"), &text("[1, 2]"))])
+        );
         site.ask("PUT /set", list(&[pair(K1, &bits("01"))])).await;
         let native = site.get("/v1/kv/k1").await;
-        assert_eq!((native.text().as_str(), native.header("content-type")), ("01", "application/vnd.quorate.bits"));
+        assert_eq!(
+            (native.text().as_str(), native.header("content-type")),
+            ("01", "application/vnd.quorate.bits")
+        );
         let listed = site.get("/v1/kv").await.json();
-        assert_eq!(listed["items"].as_array().map(Vec::len), Some(5), "{listed}");
+        assert_eq!(
+            listed["items"].as_array().map(Vec::len),
+            Some(5),
+            "{listed}"
+        );
         let raw = super::bits::key("0110").expect("a key");
         let path: String = raw.iter().map(|byte| format!("%{byte:02x}")).collect();
         for (method, body) in [("GET", ""), ("PUT", "x"), ("DELETE", "")] {
-            assert_eq!(site.ask(&format!("{method} /v1/kv/{path}"), body).await.verdict(), (400, "invalid_key".into()));
+            assert_eq!(
+                site.ask(&format!("{method} /v1/kv/{path}"), body)
+                    .await
+                    .verdict(),
+                (400, "invalid_key".into())
+            );
         }
-        for (method, body, status) in [("GET", "", 404), ("PUT", r#"{"value":1}"#, 400), ("DELETE", "", 404)] {
-            assert_eq!(site.ask(&format!("{method} /kvs/keys/{path}"), body).await.status, status, "{method}");
+        for (method, body, status) in [
+            ("GET", "", 404),
+            ("PUT", r#"{"value":1}"#, 400),
+            ("DELETE", "", 404),
+        ] {
+            assert_eq!(
+                site.ask(&format!("{method} /kvs/keys/{path}"), body)
+                    .await
+                    .status,
+                status,
+                "{method}"
+            );
         }
-        assert_eq!(site.get(&format!("/v1/kv?prefix={path}")).await.json()["items"].as_array().map(Vec::len), Some(0));
-        assert_eq!(site.get("/v1/kv?reverse=true&limit=1").await.json()["items"][0]["key_encoding"], "base64");
+        assert_eq!(
+            site.get(&format!("/v1/kv?prefix={path}")).await.json()["items"]
+                .as_array()
+                .map(Vec::len),
+            Some(0)
+        );
+        assert_eq!(
+            site.get("/v1/kv?reverse=true&limit=1").await.json()["items"][0]["key_encoding"],
+            "base64"
+        );
         site.stop().await;
     }
 
     #[tokio::test]
     async fn hostile_input_is_refused() {
-        let site = Site::with(Limits { body_bytes_max: 3 << 20, value_bytes_max: 1 << 20, ..Limits::default() }).await;
-        let deep = format!(r#"[{{"key":{K1},"value":{}{}}}]"#, "[".repeat(500_000), "]".repeat(500_000));
-        assert_eq!(site.ask("PUT /set", deep).await.text(), format!(r#"[{{"keys_added":0,"keys_failed":[{K1}]}}]"#));
-        let large = list(&[pair(K1, &text(&"v".repeat((1 << 20) + 1))), pair(&text("k2"), &text("v"))]);
-        assert_eq!(site.ask("PUT /set", large).await.text(), format!(r#"[{{"keys_added":1,"keys_failed":[{K1}]}}]"#));
-        for body in ["", "{", "[", "null", "{}", "[1]", "[[]]", "[null]", "\"a\"", "[{}", "[{},]", "[{}]]", "[{\"key\":{}}"] {
+        let site = Site::with(Limits {
+            body_bytes_max: 3 << 20,
+            value_bytes_max: 1 << 20,
+            ..Limits::default()
+        })
+        .await;
+        let deep = format!(
+            r#"[{{"key":{K1},"value":{}{}}}]"#,
+            "[".repeat(500_000),
+            "]".repeat(500_000)
+        );
+        assert_eq!(
+            site.ask("PUT /set", deep).await.text(),
+            format!(r#"[{{"keys_added":0,"keys_failed":[{K1}]}}]"#)
+        );
+        let large = list(&[
+            pair(K1, &text(&"v".repeat((1 << 20) + 1))),
+            pair(&text("k2"), &text("v")),
+        ]);
+        assert_eq!(
+            site.ask("PUT /set", large).await.text(),
+            format!(r#"[{{"keys_added":1,"keys_failed":[{K1}]}}]"#)
+        );
+        for body in [
+            "",
+            "{",
+            "[",
+            "null",
+            "{}",
+            "[1]",
+            "[[]]",
+            "[null]",
+            "\"a\"",
+            "[{}",
+            "[{},]",
+            "[{}]]",
+            "[{\"key\":{}}",
+        ] {
             for head in ["PUT /set", "POST /fetch", "POST /query"] {
                 let reply = site.ask(head, body).await;
                 assert_eq!(reply.status, 400, "{head} {body}");
@@ -476,18 +683,46 @@ mod tests {
         let none = format!(r#"[{{"key":{{}},"value":{NOTHING}}}]"#);
         assert_eq!(site.ask("POST /fetch", "[{}]").await.text(), none);
         for head in ["PUT /set", "POST /fetch", "POST /query"] {
-            assert_eq!(site.ask(head, " ".repeat((3 << 20) + 1)).await.status, 413, "{head}");
-            assert_eq!(site.ask(head, b"[{\"key\":{\"encoding\":\"\xff\"}}]").await.status, 400, "{head}");
+            assert_eq!(
+                site.ask(head, " ".repeat((3 << 20) + 1)).await.status,
+                413,
+                "{head}"
+            );
+            assert_eq!(
+                site.ask(head, b"[{\"key\":{\"encoding\":\"\xff\"}}]")
+                    .await
+                    .status,
+                400,
+                "{head}"
+            );
         }
-        for head in ["GET /set", "DELETE /set", "DELETE /fetch", "GET /query", "PATCH /query"] {
-            assert_eq!(site.ask(head, "").await.verdict(), (405, "method_not_allowed".into()), "{head}");
+        for head in [
+            "GET /set",
+            "DELETE /set",
+            "DELETE /fetch",
+            "GET /query",
+            "PATCH /query",
+        ] {
+            assert_eq!(
+                site.ask(head, "").await.verdict(),
+                (405, "method_not_allowed".into()),
+                "{head}"
+            );
         }
         site.stop().await;
-        let site = Site::with(Limits { bodies_bytes_max: 100_000, ..Limits::default() }).await;
+        let site = Site::with(Limits {
+            bodies_bytes_max: 100_000,
+            ..Limits::default()
+        })
+        .await;
         let many = format!("[{}{{}}]", "{},".repeat(20_000));
         for head in ["PUT /set", "POST /fetch"] {
             let reply = site.ask(head, &many).await;
-            assert_eq!((reply.status, reply.header("retry-after")), (429, "1"), "{head}");
+            assert_eq!(
+                (reply.status, reply.header("retry-after")),
+                (429, "1"),
+                "{head}"
+            );
         }
         site.stop().await;
     }
@@ -495,19 +730,37 @@ mod tests {
     #[tokio::test]
     async fn without_a_quorum_it_says_so() {
         let site = Site::start().await;
-        site.ask("PUT /set", list(&[pair(&text("a"), &text("v")), pair(&text("z"), &text("v"))])).await;
+        site.ask(
+            "PUT /set",
+            list(&[pair(&text("a"), &text("v")), pair(&text("z"), &text("v"))]),
+        )
+        .await;
         for failure in [
-            Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 },
-            Failure::Unknown { reason: "lost".into() },
+            Failure::Unavailable {
+                reason: "no quorum".into(),
+                retry_after_ms: 1000,
+            },
+            Failure::Unknown {
+                reason: "lost".into(),
+            },
         ] {
             site.store.fail(1, failure);
             let reply = site.ask("PUT /set", list(&[pair(K1, &text("w"))])).await;
-            assert_eq!((reply.status, reply.text()), (206, format!(r#"[{{"keys_added":0,"keys_failed":[{K1}]}}]"#)));
-            for (head, body) in
-                [("POST /fetch", list(&[K1.into()])), ("POST /query", list(&[K1.into()])), ("GET /fetch", String::new())]
-            {
+            assert_eq!(
+                (reply.status, reply.text()),
+                (206, format!(r#"[{{"keys_added":0,"keys_failed":[{K1}]}}]"#))
+            );
+            for (head, body) in [
+                ("POST /fetch", list(&[K1.into()])),
+                ("POST /query", list(&[K1.into()])),
+                ("GET /fetch", String::new()),
+            ] {
                 let reply = site.ask(head, body).await;
-                assert_eq!((reply.status, reply.json()["error"].as_str()), (503, Some("Unable to satisfy request")), "{head}");
+                assert_eq!(
+                    (reply.status, reply.json()["error"].as_str()),
+                    (503, Some("Unable to satisfy request")),
+                    "{head}"
+                );
             }
         }
         assert!(site.store.last_options().timeout < std::time::Duration::from_secs(5));
@@ -518,20 +771,42 @@ mod tests {
     async fn a_long_answer_streams_and_breaks_off_where_it_fails() {
         let site = Site::start().await;
         let value = text(&"v".repeat(1 << 20));
-        let pairs: Vec<String> = (0..20).map(|n| pair(&text(&format!("k{n:02}")), &value)).collect();
+        let pairs: Vec<String> = (0..20)
+            .map(|n| pair(&text(&format!("k{n:02}")), &value))
+            .collect();
         assert_eq!(site.ask("PUT /set", list(&pairs)).await.status, 200);
         let keys: Vec<String> = (0..20).map(|n| text(&format!("k{n:02}"))).collect();
-        for (head, body, questions) in [("GET /fetch", String::new(), 1), ("POST /fetch", list(&keys), 8)] {
+        for (head, body, questions) in [
+            ("GET /fetch", String::new(), 1),
+            ("POST /fetch", list(&keys), 8),
+        ] {
             let mut wire = site.connect().await;
-            wire.send(&crate::http::testing::request(&format!("{head}\nconnection: close"), body.as_bytes())).await;
+            wire.send(&crate::http::testing::request(
+                &format!("{head}\nconnection: close"),
+                body.as_bytes(),
+            ))
+            .await;
             let whole = wire.rest().await;
-            assert!(whole.contains("transfer-encoding: chunked") && whole.ends_with("\r\n0\r\n\r\n"), "{head}");
+            assert!(
+                whole.contains("transfer-encoding: chunked") && whole.ends_with("\r\n0\r\n\r\n"),
+                "{head}"
+            );
             assert!(whole.len() > 20 << 20);
-            site.store.fail_after(questions, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
+            site.store.fail_after(
+                questions,
+                Failure::Unavailable {
+                    reason: "no quorum".into(),
+                    retry_after_ms: 1000,
+                },
+            );
             let mut wire = site.connect().await;
-            wire.send(&crate::http::testing::request(head, body.as_bytes())).await;
+            wire.send(&crate::http::testing::request(head, body.as_bytes()))
+                .await;
             let broken = wire.rest().await;
-            assert!(broken.starts_with("HTTP/1.1 200") && !broken.ends_with("0\r\n\r\n"), "{head}");
+            assert!(
+                broken.starts_with("HTTP/1.1 200") && !broken.ends_with("0\r\n\r\n"),
+                "{head}"
+            );
             site.store.heal();
         }
         site.stop().await;

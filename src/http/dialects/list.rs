@@ -1,4 +1,5 @@
-//! Reads the JSON lists that the batch dialects are sent: once through, without copies, whatever is nested in an element.
+//! Reads the JSON lists that the batch dialects are sent: once through, without copies, whatever is
+//! nested in an element.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -53,7 +54,11 @@ impl<'de: 'a, 'a, N: Names> serde::Deserialize<'de> for Object<'a, N> {
             }
 
             fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
-                let mut object = Object { first: None, second: None, names: PhantomData };
+                let mut object = Object {
+                    first: None,
+                    second: None,
+                    names: PhantomData,
+                };
                 while let Some(Text(name)) = map.next_key()? {
                     if name == N::FIRST {
                         object.first = Some(map.next_value()?);
@@ -76,11 +81,20 @@ impl<'de: 'a, 'a, N: Names> serde::Deserialize<'de> for Object<'a, N> {
 /// # Errors
 ///
 /// That of `each`; or 400 where it is not a list of such elements.
-pub fn read<'a, T: serde::Deserialize<'a>>(json: &'a [u8], each: impl FnMut(T) -> Result<(), Refusal>) -> Result<(), Refusal> {
+pub fn read<'a, T: serde::Deserialize<'a>>(
+    json: &'a [u8],
+    each: impl FnMut(T) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
     let mut refusal = None;
-    let list = List { each, refusal: &mut refusal, elements: PhantomData };
+    let list = List {
+        each,
+        refusal: &mut refusal,
+        elements: PhantomData,
+    };
     let mut deserializer = serde_json::Deserializer::from_slice(json);
-    let read = list.deserialize(&mut deserializer).and_then(|()| deserializer.end());
+    let read = list
+        .deserialize(&mut deserializer)
+        .and_then(|()| deserializer.end());
     let bad = |error: serde_json::Error| Refusal::bad_request(format!("Bad json format: {error}"));
     read.map_err(|error| refusal.unwrap_or_else(|| bad(error)))
 }
@@ -91,7 +105,9 @@ struct List<'m, T, F> {
     elements: PhantomData<T>,
 }
 
-impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> DeserializeSeed<'de> for List<'_, T, F> {
+impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> DeserializeSeed<'de>
+    for List<'_, T, F>
+{
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -99,7 +115,9 @@ impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> Deseri
     }
 }
 
-impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> Visitor<'de> for List<'_, T, F> {
+impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> Visitor<'de>
+    for List<'_, T, F>
+{
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -117,7 +135,8 @@ impl<'de, T: serde::Deserialize<'de>, F: FnMut(T) -> Result<(), Refusal>> Visito
     }
 }
 
-/// The first element of a list, whatever comes after it. None: there is none, or it is no such element.
+/// The first element of a list, whatever comes after it. None: there is none, or it is no such
+/// element.
 pub fn first<'a, T: serde::Deserialize<'a>>(json: &'a [u8]) -> Option<T> {
     struct First<'m, T>(&'m mut Option<T>);
 
@@ -140,7 +159,8 @@ pub fn first<'a, T: serde::Deserialize<'a>>(json: &'a [u8]) -> Option<T> {
     first
 }
 
-/// What is kept of a list. Its memory is paid for from the budget that the bodies share: a small element grows when it is read.
+/// What is kept of a list. Its memory is paid for from the budget that the bodies share: a small
+/// element grows when it is read.
 #[derive(Debug)]
 pub struct Kept<T> {
     list: Vec<T>,
@@ -149,7 +169,10 @@ pub struct Kept<T> {
 
 impl<T> Kept<T> {
     pub fn new(body: &Held) -> Self {
-        Self { list: Vec::new(), share: body.new_share() }
+        Self {
+            list: Vec::new(),
+            share: body.new_share(),
+        }
     }
 
     /// # Errors
@@ -176,12 +199,18 @@ impl<T> Deref for Kept<T> {
     }
 }
 
-/// Does what takes long with a large body where it holds nobody up: threads that serve carry heartbeats too.
-pub async fn apart<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
+/// Does what takes long with a large body where it holds nobody up: threads that serve carry
+/// heartbeats too.
+pub async fn apart<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
     if bytes < LARGE_BYTES {
         return work();
     }
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
 #[cfg(test)]
@@ -196,18 +225,37 @@ mod tests {
         let mut count = 0;
         let each = |_| {
             count += 1;
-            if count <= 3 { Ok(()) } else { Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "")) }
+            if count <= 3 {
+                Ok(())
+            } else {
+                Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, ""))
+            }
         };
-        read::<Pair<'_>>(json, each).map(|()| count).map_err(|refusal| refusal.status.as_u16())
+        read::<Pair<'_>>(json, each)
+            .map(|()| count)
+            .map_err(|refusal| refusal.status.as_u16())
     }
 
     #[test]
     fn a_list_of_objects_is_read_and_nothing_else() {
         assert_eq!(count(b" [ ] "), Ok(0));
-        assert_eq!(count(br#"[{}, {"other": [{}]}, {"key": 1, "value": null}]"#), Ok(3));
+        assert_eq!(
+            count(br#"[{}, {"other": [{}]}, {"key": 1, "value": null}]"#),
+            Ok(3)
+        );
         assert_eq!(count(b"[{},{},{},{}]"), Err(413));
-        let bads: [&[u8]; 10] =
-            [b"", b"[", b"[{}", b"[{},]", b"[{}] x", b"{}", b"null", b"[1]", br#"[["k","v"]]"#, b"[{\"\xff\":1}]"];
+        let bads: [&[u8]; 10] = [
+            b"",
+            b"[",
+            b"[{}",
+            b"[{},]",
+            b"[{}] x",
+            b"{}",
+            b"null",
+            b"[1]",
+            br#"[["k","v"]]"#,
+            b"[{\"\xff\":1}]",
+        ];
         for bad in bads {
             assert_eq!(count(bad), Err(400), "{}", bad.escape_ascii());
         }
@@ -231,7 +279,10 @@ mod tests {
         let mut seen = Vec::new();
         let json = br#"[{"key":"a","k\u0065y":"b","value":[ 1 ]}]"#;
         let see = |pair: Pair<'static>| {
-            seen.push((pair.first.map(RawValue::get), pair.second.map(RawValue::get)));
+            seen.push((
+                pair.first.map(RawValue::get),
+                pair.second.map(RawValue::get),
+            ));
             Ok(())
         };
         read(json, see).expect("a list");
@@ -240,9 +291,17 @@ mod tests {
 
     #[test]
     fn the_first_element_is_seen_whatever_comes_after() {
-        for json in [r#"[{"key":"a"}]"#, r#" [ {"key":"a"} , nonsense"#, r#"[{"key":"a"}"#] {
+        for json in [
+            r#"[{"key":"a"}]"#,
+            r#" [ {"key":"a"} , nonsense"#,
+            r#"[{"key":"a"}"#,
+        ] {
             let pair: Option<Pair<'_>> = first(json.as_bytes());
-            assert_eq!(pair.and_then(|pair| pair.first).map(RawValue::get), Some(r#""a""#), "{json}");
+            assert_eq!(
+                pair.and_then(|pair| pair.first).map(RawValue::get),
+                Some(r#""a""#),
+                "{json}"
+            );
         }
         for json in ["", "[]", "[1]", "{}", "[{", "nonsense"] {
             assert!(first::<Pair<'_>>(json.as_bytes()).is_none(), "{json}");

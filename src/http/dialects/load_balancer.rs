@@ -22,7 +22,9 @@ use http::request::Parts;
 use http::{Method, StatusCode, header};
 use serde_json::value::RawValue;
 
-use super::{Refusal, Shown, TEXT, Text, answer, list, method_not_allowed, options, python, read_body};
+use super::{
+    Refusal, Shown, TEXT, Text, answer, list, method_not_allowed, options, python, read_body,
+};
 use crate::client::store::{Consistency, Failure, Found, Options, WriteFailure};
 use crate::http::metrics::Dialect;
 use crate::http::native::{STALENESS, staleness, unescape};
@@ -36,8 +38,8 @@ const GET: &str = "/get/";
 /// Flask's: without the charset, clients take text for Latin-1.
 const HTML: &str = "text/html; charset=utf-8";
 
-/// How long a linearizable answer is waited for where a copy may answer instead, and how long that copy is given: together less than
-/// the 2 s that are promised.
+/// How long a linearizable answer is waited for where a copy may answer instead, and how long that
+/// copy is given: together less than the 2 s that are promised.
 const QUORUM_PATIENCE: Duration = Duration::from_millis(1500);
 const COPY_PATIENCE: Duration = Duration::from_millis(400);
 
@@ -61,7 +63,9 @@ pub async fn by_key(app: &App, request: Request) -> Response {
         (method, _) => {
             body::discard(&parts, body);
             match (method, sets) {
-                (Method::GET | Method::HEAD, true) => Err(Refusal::new(StatusCode::FORBIDDEN, "Use POST to set a key")),
+                (Method::GET | Method::HEAD, true) => {
+                    Err(Refusal::new(StatusCode::FORBIDDEN, "Use POST to set a key"))
+                }
                 (_, true) => Ok(method_not_allowed(&parts, "POST")),
                 (_, false) => Ok(method_not_allowed(&parts, "GET,HEAD")),
             }
@@ -80,24 +84,40 @@ async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> 
     };
     let body = read_body(app, parts, body).await?;
     let given = body.bytes.clone();
-    let read =
-        list::apart(given.len(), move || parse(&given).map(|(media, value)| (printed(&media, &value), media, value))).await;
+    let read = list::apart(given.len(), move || {
+        parse(&given).map(|(media, value)| (printed(&media, &value), media, value))
+    })
+    .await;
     let (printed, media, value) = read?;
     if value.len() > app.limits.value_bytes_max {
         let error = format!("a value is at most {} bytes", app.limits.value_bytes_max);
         return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));
     }
-    write(app, Operation { key, condition: Condition::None, action: Action::Put { media, value } }).await?;
+    write(
+        app,
+        Operation {
+            key,
+            condition: Condition::None,
+            action: Action::Put { media, value },
+        },
+    )
+    .await?;
     Ok(from_server(&format!("stored key:value is {printed}")))
 }
 
-/// While the quorum is silent it is asked by a read first: that fails soon, and leaves nothing behind that might yet happen.
+/// While the quorum is silent it is asked by a read first: that fails soon, and leaves nothing
+/// behind that might yet happen.
 async fn write(app: &App, operation: Operation) -> Result<(), Refusal> {
     let pair = pair_of(app, &operation.key).await?;
     if let Some(shard) = pair.filter(|shard| app.quorums.is_silent(*shard)) {
         ask_quorum(app, shard, operation.key.clone()).await?;
     }
-    match app.store.write(vec![operation], None, options()).await.pop() {
+    match app
+        .store
+        .write(vec![operation], None, options())
+        .await
+        .pop()
+    {
         Some(Ok(_)) => Ok(()),
         Some(Err(WriteFailure::Failed(failure))) => {
             if let Some(shard) = pair.filter(|_| is_silence(&failure)) {
@@ -112,7 +132,9 @@ async fn write(app: &App, operation: Operation) -> Result<(), Refusal> {
 /// The value that a body gives, as it is stored.
 fn parse(body: &Bytes) -> Result<(Media, Bytes), Refusal> {
     let bad = |error: serde_json::Error| Refusal::bad_request(format!("Bad json format: {error}"));
-    let json = serde_json::from_slice::<&RawValue>(body).map_err(bad)?.get();
+    let json = serde_json::from_slice::<&RawValue>(body)
+        .map_err(bad)?
+        .get();
     let value = match json.as_bytes() {
         [b'"', ..] => {
             let text: Text<'_> = serde_json::from_str(json).map_err(bad)?;
@@ -125,14 +147,20 @@ fn parse(body: &Bytes) -> Result<(Media, Bytes), Refusal> {
         _ => value.1.is_empty(),
     };
     if is_empty {
-        return Err(Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, "The value is empty"));
+        return Err(Refusal::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "The value is empty",
+        ));
     }
     Ok(value)
 }
 
 async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> {
     body::discard(parts, body);
-    let Found { record, staleness: age } = find(app, key(parts.uri.path())?).await?;
+    let Found {
+        record,
+        staleness: age,
+    } = find(app, key(parts.uri.path())?).await?;
     let mut response = match record {
         Some(record) => {
             let bytes = record.value.len();
@@ -147,13 +175,19 @@ async fn get(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> 
     Ok(response)
 }
 
-/// The value of a key. Two nodes are no quorum when one of them is down; then the other answers from what it has, and says how old
-/// that is.
+/// The value of a key. Two nodes are no quorum when one of them is down; then the other answers
+/// from what it has, and says how old that is.
 async fn find(app: &App, key: Bytes) -> Result<Found, Failure> {
-    let Some(shard) = pair_of(app, &key).await? else { return app.store.get(key, options()).await };
+    let Some(shard) = pair_of(app, &key).await? else {
+        return app.store.get(key, options()).await;
+    };
     match ask_quorum(app, shard, key.clone()).await {
         Err(failure) if is_silence(&failure) => {
-            let stale = Options { consistency: Consistency::Stale, timeout: COPY_PATIENCE, ..options() };
+            let stale = Options {
+                consistency: Consistency::Stale,
+                timeout: COPY_PATIENCE,
+                ..options()
+            };
             app.store.get(key, stale).await.map_err(|_| failure)
         }
         settled => settled,
@@ -168,10 +202,24 @@ async fn pair_of(app: &App, key: &[u8]) -> Result<Option<GroupId>, Failure> {
     Ok((map.nodes().count() == 2 || copies == 2).then_some(shard))
 }
 
-/// What a quorum of two nodes has of a key, waited for less patiently where somebody has just done so in vain.
+/// What a quorum of two nodes has of a key, waited for less patiently where somebody has just done
+/// so in vain.
 async fn ask_quorum(app: &App, shard: GroupId, key: Bytes) -> Result<Found, Failure> {
-    let timeout = if app.quorums.is_silent(shard) { SILENT_QUORUM_PATIENCE } else { QUORUM_PATIENCE };
-    let found = app.store.get(key, Options { timeout, ..options() }).await;
+    let timeout = if app.quorums.is_silent(shard) {
+        SILENT_QUORUM_PATIENCE
+    } else {
+        QUORUM_PATIENCE
+    };
+    let found = app
+        .store
+        .get(
+            key,
+            Options {
+                timeout,
+                ..options()
+            },
+        )
+        .await;
     match &found {
         Ok(_) => app.quorums.answered(shard),
         Err(failure) if is_silence(failure) => app.quorums.waited_in_vain(shard),
@@ -190,12 +238,20 @@ fn is_silence(failure: &Failure) -> bool {
 
 /// The key that a path ends in.
 fn key(path: &str) -> Result<Bytes, Refusal> {
-    let escaped = path.strip_prefix(SET).or_else(|| path.strip_prefix(GET)).unwrap_or_default();
-    let key = unescape(escaped.as_bytes(), false).ok().and_then(|key| String::from_utf8(key).ok());
+    let escaped = path
+        .strip_prefix(SET)
+        .or_else(|| path.strip_prefix(GET))
+        .unwrap_or_default();
+    let key = unescape(escaped.as_bytes(), false)
+        .ok()
+        .and_then(|key| String::from_utf8(key).ok());
     match key {
-        Some(key) if python::is_alphanumeric(&key) && key.len() <= KEY_BYTES_MAX => Ok(Bytes::from(key)),
+        Some(key) if python::is_alphanumeric(&key) && key.len() <= KEY_BYTES_MAX => {
+            Ok(Bytes::from(key))
+        }
         Some(_) | None => {
-            let error = format!("A key is letters and digits, at most {KEY_BYTES_MAX} bytes of them");
+            let error =
+                format!("A key is letters and digits, at most {KEY_BYTES_MAX} bytes of them");
             Err(Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error))
         }
     }
@@ -211,7 +267,11 @@ fn printed(media: &Media, value: &[u8]) -> String {
 }
 
 fn from_server(text: &str) -> Response {
-    answer(StatusCode::OK, HTML, format!("response from server:\"{text}\""))
+    answer(
+        StatusCode::OK,
+        HTML,
+        format!("response from server:\"{text}\""),
+    )
 }
 
 pub fn respond(refusal: &Refusal, method: &Method) -> Response {
@@ -227,7 +287,11 @@ pub fn respond(refusal: &Refusal, method: &Method) -> Response {
 pub async fn front_page(State(app): State<Shared>, request: Request) -> Response {
     let watch = app.watch(Dialect::LoadBalancer, &request);
     let accepted = request.headers().get_all(header::ACCEPT);
-    let is_browser = accepted.iter().any(|accept| accept.to_str().is_ok_and(|accept| accept.contains("text/html")));
+    let is_browser = accepted.iter().any(|accept| {
+        accept
+            .to_str()
+            .is_ok_and(|accept| accept.contains("text/html"))
+    });
     if is_browser {
         return watch.finish(answer(StatusCode::OK, TEXT, health::FRONT_PAGE));
     }
@@ -256,10 +320,14 @@ mod tests {
     async fn the_contract_is_kept_to_the_letter() {
         let site = Site::start().await;
         let stored = |value: &str| format!(r#"response from server:"stored key:value is {value}""#);
-        let retrieved = |value: &str| format!(r#"response from server:"retrived key value is {value}""#);
+        let retrieved =
+            |value: &str| format!(r#"response from server:"retrived key value is {value}""#);
         for (value, printed) in [
             (r#"{"hello": "world"}"#, "{'hello': 'world'}"),
-            (r#" {"a":[1,2.50,null,true],"b":{"a":1,"a":2}} "#, "{'a': [1, 2.5, None, True], 'b': {'a': 2}}"),
+            (
+                r#" {"a":[1,2.50,null,true],"b":{"a":1,"a":2}} "#,
+                "{'a': [1, 2.5, None, True], 'b': {'a': 2}}",
+            ),
             (r#""plain""#, "plain"),
             (r#"" ""#, " "),
             (r#""it's \u00fc""#, "it's ü"),
@@ -268,50 +336,157 @@ mod tests {
             ("false", "False"),
             ("[[]]", "[[]]"),
             ("1e999", "inf"),
-            ("123456789012345678901234567890", "123456789012345678901234567890"),
+            (
+                "123456789012345678901234567890",
+                "123456789012345678901234567890",
+            ),
         ] {
             let set = site.ask("POST /set/key1", value).await;
             assert_eq!((set.status, set.text()), (200, stored(printed)), "{value}");
             assert_eq!(set.header("content-type"), "text/html; charset=utf-8");
             let got = site.get("/get/key1").await;
-            assert_eq!((got.status, got.text()), (200, retrieved(printed)), "{value}");
+            assert_eq!(
+                (got.status, got.text()),
+                (200, retrieved(printed)),
+                "{value}"
+            );
         }
         let missing = site.get("/get/key2").await;
-        assert_eq!((missing.status, missing.text().as_str()), (200, r#"response from server:"No such key on any server""#));
+        assert_eq!(
+            (missing.status, missing.text().as_str()),
+            (200, r#"response from server:"No such key on any server""#)
+        );
         for (head, body, status, answer) in [
-            ("POST /set/key1", r#""""#, 422, refused("The value is empty", "POST")),
-            ("POST /set/key1", "[ ]", 422, refused("The value is empty", "POST")),
-            ("POST /set/key1", " {}\n", 422, refused("The value is empty", "POST")),
-            ("GET /set/key1", "", 403, refused("Use POST to set a key", "GET")),
-            ("PUT /set/key1", "1", 405, refused("Method not allowed", "PUT")),
-            ("DELETE /get/key1", "", 405, refused("Method not allowed", "DELETE")),
-            ("POST /get/key1", "1", 405, refused("Method not allowed", "POST")),
-            ("POST /set/a-b", "1", 422, refused("A key is letters and digits, at most 4096 bytes of them", "POST")),
-            ("GET /get/a%20b", "", 422, refused("A key is letters and digits, at most 4096 bytes of them", "GET")),
+            (
+                "POST /set/key1",
+                r#""""#,
+                422,
+                refused("The value is empty", "POST"),
+            ),
+            (
+                "POST /set/key1",
+                "[ ]",
+                422,
+                refused("The value is empty", "POST"),
+            ),
+            (
+                "POST /set/key1",
+                " {}\n",
+                422,
+                refused("The value is empty", "POST"),
+            ),
+            (
+                "GET /set/key1",
+                "",
+                403,
+                refused("Use POST to set a key", "GET"),
+            ),
+            (
+                "PUT /set/key1",
+                "1",
+                405,
+                refused("Method not allowed", "PUT"),
+            ),
+            (
+                "DELETE /get/key1",
+                "",
+                405,
+                refused("Method not allowed", "DELETE"),
+            ),
+            (
+                "POST /get/key1",
+                "1",
+                405,
+                refused("Method not allowed", "POST"),
+            ),
+            (
+                "POST /set/a-b",
+                "1",
+                422,
+                refused(
+                    "A key is letters and digits, at most 4096 bytes of them",
+                    "POST",
+                ),
+            ),
+            (
+                "GET /get/a%20b",
+                "",
+                422,
+                refused(
+                    "A key is letters and digits, at most 4096 bytes of them",
+                    "GET",
+                ),
+            ),
         ] {
             let reply = site.ask(head, body).await;
-            assert_eq!((reply.status, reply.text()), (status, answer), "{head} {body}");
+            assert_eq!(
+                (reply.status, reply.text()),
+                (status, answer),
+                "{head} {body}"
+            );
         }
-        assert_eq!(site.get("/get/key1").await.text(), retrieved("123456789012345678901234567890"), "refusals change nothing");
+        assert_eq!(
+            site.get("/get/key1").await.text(),
+            retrieved("123456789012345678901234567890"),
+            "refusals change nothing"
+        );
         site.stop().await;
     }
 
     #[tokio::test]
     async fn hostile_input_is_refused() {
-        let site = Site::with(Limits { value_bytes_max: 100, body_bytes_max: 200, ..Limits::default() }).await;
-        for body in ["", " ", "{", "nope", "NaN", "1 2", "'a'", r#""\ud800""#, "[1,]", "\u{feff}1"] {
+        let site = Site::with(Limits {
+            value_bytes_max: 100,
+            body_bytes_max: 200,
+            ..Limits::default()
+        })
+        .await;
+        for body in [
+            "",
+            " ",
+            "{",
+            "nope",
+            "NaN",
+            "1 2",
+            "'a'",
+            r#""\ud800""#,
+            "[1,]",
+            "\u{feff}1",
+        ] {
             assert_eq!(site.ask("POST /set/a", body).await.status, 400, "{body}");
         }
         assert_eq!(site.ask("POST /set/a", b"\"\xff\"").await.status, 400);
-        assert_eq!(site.ask("POST /set/a", format!("[{}]", "1".repeat(100))).await.status, 413);
+        assert_eq!(
+            site.ask("POST /set/a", format!("[{}]", "1".repeat(100)))
+                .await
+                .status,
+            413
+        );
         assert_eq!(site.ask("POST /set/a", "1".repeat(201)).await.status, 413);
         let long = "k".repeat(5000);
-        for key in ["%", "%zz", "%ff", "%00", "..", "a%2Fb", "a+b", long.as_str()] {
-            assert_eq!(site.ask(&format!("POST /set/{key}"), "1").await.status, 422, "{key}");
+        for key in [
+            "%",
+            "%zz",
+            "%ff",
+            "%00",
+            "..",
+            "a%2Fb",
+            "a+b",
+            long.as_str(),
+        ] {
+            assert_eq!(
+                site.ask(&format!("POST /set/{key}"), "1").await.status,
+                422,
+                "{key}"
+            );
             assert_eq!(site.get(&format!("/get/{key}")).await.status, 422, "{key}");
         }
         for path in ["/set/", "/get/", "/set/a/b", "/get/a/"] {
-            assert_eq!(site.get(path).await.verdict(), (404, "unknown_route".into()), "{path}");
+            assert_eq!(
+                site.get(path).await.verdict(),
+                (404, "unknown_route".into()),
+                "{path}"
+            );
         }
         assert_eq!(site.store.requests(), 0);
         assert_eq!(site.ask("POST /set/gr%C3%BC%C3%9Fe", "1").await.status, 200);
@@ -322,7 +497,10 @@ mod tests {
     #[tokio::test]
     async fn what_others_stored_is_printed_too() {
         let site = Site::start().await;
-        let put = async |kind: &str, value: &[u8]| site.ask(&format!("PUT /v1/kv/a\ncontent-type: {kind}"), value).await;
+        let put = async |kind: &str, value: &[u8]| {
+            site.ask(&format!("PUT /v1/kv/a\ncontent-type: {kind}"), value)
+                .await
+        };
         for (kind, value, printed) in [
             ("text/plain", &b"it's"[..], "it's"),
             ("application/json", br#"{"a": null}"#, "{'a': None}"),
@@ -332,12 +510,26 @@ mod tests {
         ] {
             put(kind, value).await;
             let expected = format!(r#"response from server:"retrived key value is {printed}""#);
-            assert_eq!(site.get("/get/a").await.text(), expected, "{kind} {value:?}");
+            assert_eq!(
+                site.get("/get/a").await.text(),
+                expected,
+                "{kind} {value:?}"
+            );
         }
         site.ask("POST /set/a", r#""a\"b""#).await;
-        assert_eq!(site.store.record(b"a").map(|record| (record.media, record.value)), Some((Media::Text, "a\"b".into())));
+        assert_eq!(
+            site.store
+                .record(b"a")
+                .map(|record| (record.media, record.value)),
+            Some((Media::Text, "a\"b".into()))
+        );
         site.ask("POST /set/a", " [1, 2] ").await;
-        assert_eq!(site.store.record(b"a").map(|record| (record.media, record.value)), Some((Media::Json, "[1, 2]".into())));
+        assert_eq!(
+            site.store
+                .record(b"a")
+                .map(|record| (record.media, record.value)),
+            Some((Media::Json, "[1, 2]".into()))
+        );
         site.stop().await;
     }
 
@@ -347,22 +539,48 @@ mod tests {
         site.store.set_nodes(&["a:1", "b:2", "c:3"]);
         site.ask("POST /set/key1", "1").await;
         for failure in [
-            Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 },
-            Failure::Unknown { reason: "lost".into() },
-            Failure::Overloaded { limit: "all".into(), retry_after_ms: 1000 },
+            Failure::Unavailable {
+                reason: "no quorum".into(),
+                retry_after_ms: 1000,
+            },
+            Failure::Unknown {
+                reason: "lost".into(),
+            },
+            Failure::Overloaded {
+                limit: "all".into(),
+                retry_after_ms: 1000,
+            },
         ] {
             site.store.fail(1, failure);
-            for reply in [site.ask("POST /set/key1", "2").await, site.get("/get/key1").await] {
-                assert_eq!((reply.status, reply.text().as_str()), (503, "No server is available"));
+            for reply in [
+                site.ask("POST /set/key1", "2").await,
+                site.get("/get/key1").await,
+            ] {
+                assert_eq!(
+                    (reply.status, reply.text().as_str()),
+                    (503, "No server is available")
+                );
             }
         }
         assert!(site.store.last_options().timeout < Duration::from_secs(5));
         site.store.set_nodes(&["a:1", "b:2"]);
-        site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
+        site.store.fail(
+            1,
+            Failure::Unavailable {
+                reason: "no quorum".into(),
+                retry_after_ms: 1000,
+            },
+        );
         site.store.serve_stale();
         let stale = site.get("/get/key1").await;
-        assert_eq!((stale.status, stale.header("quorate-staleness")), (200, "12"));
-        assert_eq!(stale.text(), r#"response from server:"retrived key value is 1""#);
+        assert_eq!(
+            (stale.status, stale.header("quorate-staleness")),
+            (200, "12")
+        );
+        assert_eq!(
+            stale.text(),
+            r#"response from server:"retrived key value is 1""#
+        );
         assert_eq!(site.store.last_options().routing, Routing::Proxy);
         assert_eq!(site.ask("POST /set/key1", "2").await.status, 503);
         site.stop().await;
@@ -379,7 +597,13 @@ mod tests {
             let before = site.store.requests();
             let reply = site.ask(head, body).await;
             let options = site.store.asked().split_off(before);
-            (reply.status, options.iter().map(|options| (options.consistency, options.timeout)).collect::<Vec<_>>())
+            (
+                reply.status,
+                options
+                    .iter()
+                    .map(|options| (options.consistency, options.timeout))
+                    .collect::<Vec<_>>(),
+            )
         };
         let quorum = |patience: Duration| (Consistency::Linearizable, patience);
         let copy = (Consistency::Stale, COPY_PATIENCE);
@@ -387,25 +611,74 @@ mod tests {
         let writes = quorum(options().timeout);
         assert_eq!(asked("GET /get/key1", "").await, (200, vec![patient]));
         for failure in [
-            Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 },
-            Failure::Unknown { reason: "lost".into() },
+            Failure::Unavailable {
+                reason: "no quorum".into(),
+                retry_after_ms: 1000,
+            },
+            Failure::Unknown {
+                reason: "lost".into(),
+            },
         ] {
             site.store.fail(1, failure);
             assert_eq!(asked("GET /get/key1", "").await, (200, vec![patient, copy]));
-            assert_eq!(asked("GET /get/key1", "").await, (200, vec![impatient, copy]));
-            assert_eq!(asked("POST /set/key1", "2").await, (503, vec![impatient]), "it was not even tried");
+            assert_eq!(
+                asked("GET /get/key1", "").await,
+                (200, vec![impatient, copy])
+            );
+            assert_eq!(
+                asked("POST /set/key1", "2").await,
+                (503, vec![impatient]),
+                "it was not even tried"
+            );
             site.store.heal();
-            assert_eq!(asked("POST /set/key1", "3").await, (200, vec![impatient, writes]));
-            assert_eq!(asked("GET /get/key1", "").await, (200, vec![patient]), "it is well again");
+            assert_eq!(
+                asked("POST /set/key1", "3").await,
+                (200, vec![impatient, writes])
+            );
+            assert_eq!(
+                asked("GET /get/key1", "").await,
+                (200, vec![patient]),
+                "it is well again"
+            );
         }
-        site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
+        site.store.fail(
+            1,
+            Failure::Unavailable {
+                reason: "no quorum".into(),
+                retry_after_ms: 1000,
+            },
+        );
         assert_eq!(asked("POST /set/key1", "4").await, (503, vec![writes]));
-        assert_eq!(asked("GET /get/key1", "").await, (200, vec![impatient, copy]), "a write has waited too");
-        site.store.fail(1, Failure::Overloaded { limit: "all".into(), retry_after_ms: 1000 });
-        assert_eq!(asked("GET /get/key1", "").await, (503, vec![impatient]), "overload is no silence");
+        assert_eq!(
+            asked("GET /get/key1", "").await,
+            (200, vec![impatient, copy]),
+            "a write has waited too"
+        );
+        site.store.fail(
+            1,
+            Failure::Overloaded {
+                limit: "all".into(),
+                retry_after_ms: 1000,
+            },
+        );
+        assert_eq!(
+            asked("GET /get/key1", "").await,
+            (503, vec![impatient]),
+            "overload is no silence"
+        );
         site.store.set_nodes(&["a:1", "b:2", "c:3"]);
-        site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
-        assert_eq!(asked("GET /get/key1", "").await, (503, vec![writes]), "three nodes have no copy to fall back on");
+        site.store.fail(
+            1,
+            Failure::Unavailable {
+                reason: "no quorum".into(),
+                retry_after_ms: 1000,
+            },
+        );
+        assert_eq!(
+            asked("GET /get/key1", "").await,
+            (503, vec![writes]),
+            "three nodes have no copy to fall back on"
+        );
         site.stop().await;
     }
 
@@ -415,11 +688,19 @@ mod tests {
         site.store.set_nodes(&["a:1", "b:2"]);
         for accept in ["", "\naccept: */*"] {
             let page = site.ask(&format!("GET /{accept}"), "").await;
-            assert_eq!((page.status, page.text().as_str()), (200, "servers are ['a:1', 'b:2']"));
+            assert_eq!(
+                (page.status, page.text().as_str()),
+                (200, "servers are ['a:1', 'b:2']")
+            );
         }
-        let page = site.ask("GET /\naccept: text/html,application/xhtml+xml;q=0.9", "").await;
+        let page = site
+            .ask("GET /\naccept: text/html,application/xhtml+xml;q=0.9", "")
+            .await;
         assert!(page.text().starts_with("Quorate "));
-        assert_eq!(site.ask("POST /", "").await.verdict(), (405, "method_not_allowed".into()));
+        assert_eq!(
+            site.ask("POST /", "").await.verdict(),
+            (405, "method_not_allowed".into())
+        );
         site.stop().await;
     }
 }

@@ -1,4 +1,5 @@
-//! The fixed dialects: the HTTP of other stores, spoken over this one, so that their clients and scripts go on working.
+//! The fixed dialects: the HTTP of other stores, spoken over this one, so that their clients and
+//! scripts go on working.
 //!
 //! | module | dialect | paths |
 //! | --- | --- | --- |
@@ -7,11 +8,14 @@
 //! | [`kvs`] | C, "kvs", C4, "kvs replicated", and D, "kvs by proxy" | `/kvs/...`, `PUT /proxy/view-change` |
 //! | [`plain_batch`] | E, "plain batch" | `POST /set`, `POST /get` |
 //!
-//! A value written through one dialect is read through every other: a stored value is bytes and a media type, and [`Shown`] is what the
-//! dialects make of it. They all proxy: the node asked fetches the answer. An answer that nobody can give comes within five seconds, as
-//! 503 in the dialect's own form; a write may have happened all the same, which these dialects have no word for.
+//! A value written through one dialect is read through every other: a stored value is bytes and a
+//! media type, and [`Shown`] is what the dialects make of it. They all proxy: the node asked
+//! fetches the answer. An answer that nobody can give comes within five seconds, as 503 in the
+//! dialect's own form; a write may have happened all the same, which these dialects have no word
+//! for.
 //!
-//! Kept here is what they share. Paths that end in a key are told by their prefix ([`key_route`]), for the reason given in `http`.
+//! Kept here is what they share. Paths that end in a key are told by their prefix ([`key_route`]),
+//! for the reason given in `http`.
 
 mod batch;
 mod bits;
@@ -45,7 +49,8 @@ use super::{App, Shared, media};
 use crate::client::store::{Consistency, Failure, Options, Routing};
 use crate::sm::kv::Media;
 
-/// How long an answer is waited for. The contracts promise a word within 5 s when there is no quorum.
+/// How long an answer is waited for. The contracts promise a word within 5 s when there is no
+/// quorum.
 const PATIENCE: Duration = Duration::from_millis(4500);
 
 /// Dialects with a key at the end of the path.
@@ -60,8 +65,16 @@ pub(super) fn routes() -> Router<Shared> {
     Router::new()
         .route("/", get(load_balancer::front_page))
         .route("/set", put(set::set).post(set::set))
-        .route("/fetch", get(encoded_batch::everything).put(encoded_batch::fetch).post(encoded_batch::fetch))
-        .route("/query", put(encoded_batch::query).post(encoded_batch::query))
+        .route(
+            "/fetch",
+            get(encoded_batch::everything)
+                .put(encoded_batch::fetch)
+                .post(encoded_batch::fetch),
+        )
+        .route(
+            "/query",
+            put(encoded_batch::query).post(encoded_batch::query),
+        )
         .route("/get", put(plain_batch::get).post(plain_batch::get))
 }
 
@@ -83,20 +96,31 @@ pub(super) async fn by_key(route: KeyRoute, app: &App, request: Request) -> Resp
 /// The answer to a read for whose answer there is no room.
 pub(super) fn no_room(dialect: super::metrics::Dialect, failure: Failure) -> Response {
     match dialect {
-        super::metrics::Dialect::LoadBalancer => load_balancer::respond(&failure.into(), &Method::GET),
+        super::metrics::Dialect::LoadBalancer => {
+            load_balancer::respond(&failure.into(), &Method::GET)
+        }
         _ => Refusal::from(failure).respond(&Method::GET),
     }
 }
 
 /// How every request of a fixed dialect is done.
 fn options() -> Options {
-    Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: PATIENCE }
+    Options {
+        consistency: Consistency::Linearizable,
+        routing: Routing::Proxy,
+        timeout: PATIENCE,
+    }
 }
 
 /// The whole body, whatever its type is called.
 async fn read_body(app: &App, parts: &Parts, body: Body) -> Result<Held, Refusal> {
-    let ceiling = Ceiling { bytes_max: app.limits.body_bytes_max, what: "a body" };
-    body::read(parts, body, ceiling, &app.limits, &app.bodies).await.map_err(Refusal::from)
+    let ceiling = Ceiling {
+        bytes_max: app.limits.body_bytes_max,
+        what: "a body",
+    };
+    body::read(parts, body, ceiling, &app.limits, &app.bodies)
+        .await
+        .map_err(Refusal::from)
 }
 
 /// A request that is not done, or not known to be.
@@ -109,21 +133,32 @@ struct Refusal {
 
 impl Refusal {
     fn new(status: StatusCode, error: impl Into<String>) -> Self {
-        Self { status, error: error.into(), retry_after_s: None }
+        Self {
+            status,
+            error: error.into(),
+            retry_after_s: None,
+        }
     }
 
     fn bad_request(error: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, error)
     }
 
-    /// A store that leaves a request without an answer has broken its promise, and nobody knows what happened.
+    /// A store that leaves a request without an answer has broken its promise, and nobody knows
+    /// what happened.
     fn unanswered() -> Self {
-        Failure::Unknown { reason: "the store gave no answer".to_owned() }.into()
+        Failure::Unknown {
+            reason: "the store gave no answer".to_owned(),
+        }
+        .into()
     }
 
     /// Of a batch, some is stored and some may not be.
     fn partly_stored() -> Self {
-        Failure::Unknown { reason: "some of the batch is not known to be stored".to_owned() }.into()
+        Failure::Unknown {
+            reason: "some of the batch is not known to be stored".to_owned(),
+        }
+        .into()
     }
 
     /// `{"error":"...","message":"Error in PUT"}`
@@ -133,42 +168,65 @@ impl Refusal {
             error: &'a str,
             message: String,
         }
-        let mut response = json(self.status, &ErrorJson { error: &self.error, message: format!("Error in {method}") });
+        let mut response = json(
+            self.status,
+            &ErrorJson {
+                error: &self.error,
+                message: format!("Error in {method}"),
+            },
+        );
         self.add_retry_after(&mut response);
         response
     }
 
     fn add_retry_after(&self, response: &mut Response) {
         if let Some(wait_s) = self.retry_after_s {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(wait_s));
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from(wait_s));
         }
     }
 }
 
 impl From<Problem> for Refusal {
     fn from(problem: Problem) -> Self {
-        Self { status: problem.status(), retry_after_s: problem.wait_s(), error: problem.detail }
+        Self {
+            status: problem.status(),
+            retry_after_s: problem.wait_s(),
+            error: problem.detail,
+        }
     }
 }
 
 impl From<Failure> for Refusal {
-    /// That nobody can do it, that it is too much now and that the outcome is not known are all one to these dialects.
+    /// That nobody can do it, that it is too much now and that the outcome is not known are all one
+    /// to these dialects.
     fn from(failure: Failure) -> Self {
         let retry_after_s = Problem::from(failure.clone()).wait_s();
         match failure {
-            Failure::Elsewhere { .. } | Failure::Overloaded { .. } | Failure::Unavailable { .. } | Failure::Unknown { .. } => {
-                Self { status: StatusCode::SERVICE_UNAVAILABLE, error: "Unable to satisfy request".to_owned(), retry_after_s }
-            }
+            Failure::Elsewhere { .. }
+            | Failure::Overloaded { .. }
+            | Failure::Unavailable { .. }
+            | Failure::Unknown { .. } => Self {
+                status: StatusCode::SERVICE_UNAVAILABLE,
+                error: "Unable to satisfy request".to_owned(),
+                retry_after_s,
+            },
             Failure::Invalid { .. } => Self::bad_request(failure.to_string()),
-            Failure::TooLarge { .. } => Self::new(StatusCode::PAYLOAD_TOO_LARGE, failure.to_string()),
+            Failure::TooLarge { .. } => {
+                Self::new(StatusCode::PAYLOAD_TOO_LARGE, failure.to_string())
+            }
         }
     }
 }
 
 /// 405, with what the path allows.
 fn method_not_allowed(parts: &Parts, allowed: &'static str) -> Response {
-    let mut response = Refusal::new(Code::MethodNotAllowed.status(), "Method not allowed").respond(&parts.method);
-    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
+    let mut response =
+        Refusal::new(Code::MethodNotAllowed.status(), "Method not allowed").respond(&parts.method);
+    response
+        .headers_mut()
+        .insert(header::ALLOW, HeaderValue::from_static(allowed));
     response
 }
 
@@ -216,13 +274,16 @@ const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; charset=utf-8";
 
 fn json(status: StatusCode, body: &impl Serialize) -> Response {
-    let text = serde_json::to_vec(body).expect("maps with text keys, numbers and strings always serialize");
+    let text = serde_json::to_vec(body)
+        .expect("maps with text keys, numbers and strings always serialize");
     answer(status, JSON, text)
 }
 
 fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Body>) -> Response {
     let mut response = Response::new(body.into());
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }

@@ -1,7 +1,8 @@
-//! Answers that are made while they are sent, piece by piece, so that memory does not grow with them.
+//! Answers that are made while they are sent, piece by piece, so that memory does not grow with
+//! them.
 //!
-//! An answer that is short is held back until it is complete: then a failure on the way is still a 503. A long one that fails is broken
-//! off, and never ends well-formed.
+//! An answer that is short is held back until it is complete: then a failure on the way is still a
+//! 503. A long one that fails is broken off, and never ends well-formed.
 
 use std::sync::Arc;
 
@@ -41,7 +42,9 @@ pub trait Pieces: Send + 'static {
 pub async fn respond(answers: &Arc<Budget>, pieces: impl Pieces) -> Result<Response, Refusal> {
     let begun = (pieces, Arc::clone(answers));
     let mut rest = futures::stream::try_unfold(begun, |(mut pieces, answers)| async move {
-        let Some(piece) = pieces.next().await? else { return Ok::<_, Failure>(None) };
+        let Some(piece) = pieces.next().await? else {
+            return Ok::<_, Failure>(None);
+        };
         let piece = charge_piece(piece, &answers)?;
         Ok(Some((piece, (pieces, answers))))
     })
@@ -51,7 +54,8 @@ pub async fn respond(answers: &Arc<Budget>, pieces: impl Pieces) -> Result<Respo
         bytes += piece.len();
         held_back.push(piece);
         if bytes > HELD_BACK_BYTES {
-            let rest = rest.inspect_err(|failure| rarely!(warn, %failure, "a long answer is broken off"));
+            let rest =
+                rest.inspect_err(|failure| rarely!(warn, %failure, "a long answer is broken off"));
             let whole = futures::stream::iter(held_back).map(Ok).chain(rest);
             return Ok(answer(StatusCode::OK, JSON, Body::from_stream(whole)));
         }
@@ -70,7 +74,9 @@ fn join(mut pieces: Vec<Bytes>, answers: &Arc<Budget>) -> Result<Bytes, Failure>
     if bytes <= UNCHARGED_BYTES_MAX {
         return Ok(Bytes::from(pieces.concat()));
     }
-    let share = answers.take(bytes).ok_or_else(|| Failure::no_room(answers))?;
+    let share = answers
+        .take(bytes)
+        .ok_or_else(|| Failure::no_room(answers))?;
     Ok(share.hold(Bytes::from(pieces.concat())))
 }
 
@@ -93,7 +99,14 @@ pub struct Lookup {
 impl Lookup {
     /// An empty key stands for one that can't exist.
     pub fn new(store: Arc<dyn Store>, keys: Kept<Bytes>, keys_only: bool) -> Self {
-        Self { store, keys, keys_only, window: READ_KEYS_MAX, read: Vec::new().into_iter(), next: 0 }
+        Self {
+            store,
+            keys,
+            keys_only,
+            window: READ_KEYS_MAX,
+            read: Vec::new().into_iter(),
+            next: 0,
+        }
     }
 
     pub fn key(&self, place: usize) -> &Bytes {
@@ -103,7 +116,9 @@ impl Lookup {
     /// The place of the next key, and what is stored under it.
     pub async fn next(&mut self) -> Result<Option<(usize, Option<Record>)>, Failure> {
         let place = self.next;
-        let Some(key) = self.keys.get(place) else { return Ok(None) };
+        let Some(key) = self.keys.get(place) else {
+            return Ok(None);
+        };
         self.next += 1;
         if key.is_empty() {
             return Ok(Some((place, None)));
@@ -111,7 +126,9 @@ impl Lookup {
         if self.read.len() == 0 {
             self.read_from(place).await?;
         }
-        let unanswered = || Failure::Unknown { reason: "the store gave no answer".to_owned() };
+        let unanswered = || Failure::Unknown {
+            reason: "the store gave no answer".to_owned(),
+        };
         let record = self.read.next().ok_or_else(unanswered)?;
         Ok(Some((place, record)))
     }
@@ -129,9 +146,17 @@ impl Lookup {
             .cloned()
             .collect();
         let asked = keys.len();
-        let request = GetManyRequest { keys, bytes_max: READ_BYTES, keys_only: self.keys_only };
+        let request = GetManyRequest {
+            keys,
+            bytes_max: READ_BYTES,
+            keys_only: self.keys_only,
+        };
         let records = self.store.get_many(request, options()).await?;
-        self.window = if records.len() < asked { 2 * records.len() } else { 2 * self.window };
+        self.window = if records.len() < asked {
+            2 * records.len()
+        } else {
+            2 * self.window
+        };
         self.window = self.window.clamp(READ_KEYS_MIN, READ_KEYS_MAX);
         self.read = records.into_iter();
         Ok(())
@@ -148,7 +173,11 @@ pub struct Everything {
 
 impl Everything {
     pub fn new(store: Arc<dyn Store>) -> Self {
-        Self { store, page: Vec::new().into_iter(), start: Some(Bytes::new()) }
+        Self {
+            store,
+            page: Vec::new().into_iter(),
+            start: Some(Bytes::new()),
+        }
     }
 
     pub async fn next(&mut self) -> Result<Option<Item>, Failure> {
@@ -156,16 +185,26 @@ impl Everything {
             if let Some(item) = self.page.next() {
                 return Ok(Some(item));
             }
-            let Some(start) = self.start.take() else { return Ok(None) };
+            let Some(start) = self.start.take() else {
+                return Ok(None);
+            };
             let range = ScanRange { start, end: None };
-            let request = ScanRequest { range, reverse: false, limit: PAGE_ITEMS, keys_only: false };
+            let request = ScanRequest {
+                range,
+                reverse: false,
+                limit: PAGE_ITEMS,
+                keys_only: false,
+            };
             let page = self.store.scan(request, options()).await?;
             self.start = match (page.more, page.items.last()) {
                 (false, _) => None,
                 (true, Some(last)) => Some(Bytes::from([&last.key[..], &[0]].concat())),
                 // Nothing to go on from. To end here would hide keys.
                 (true, None) => {
-                    return Err(Failure::Unavailable { reason: "no shard gave a page".to_owned(), retry_after_ms: 1000 });
+                    return Err(Failure::Unavailable {
+                        reason: "no shard gave a page".to_owned(),
+                        retry_after_ms: 1000,
+                    });
                 }
             };
             self.page = page.items.into_iter();

@@ -5,10 +5,14 @@
 //! | `POST /set` `[{"key":"hi","value":"hello"}, ...]` | 200 `Success to set key`, once for each shard written to |
 //! | `POST /get` `[{"key":"hi"}, ...]` | 200 `{"existedKey":[{"key":"hi","value":"hello"}],"notExistedKey":[{"key":"hi6","value":""}]}` |
 //!
-//! - Of several pairs with one key the last wins. A value that is missing or no string is stored as `""`.
-//! - `notExistedKey` is left out when it is empty, `existedKey` is null when no key exists. A key asked twice is answered twice.
-//! - A key that is empty, missing or longer than 4096 bytes is a 400, a value past the limit a 413; then nothing is stored.
-//! - A batch is written in many steps, and is not atomic: 503 says that some of it is not known to be stored.
+//! - Of several pairs with one key the last wins. A value that is missing or no string is stored as
+//!   `""`.
+//! - `notExistedKey` is left out when it is empty, `existedKey` is null when no key exists. A key
+//!   asked twice is answered twice.
+//! - A key that is empty, missing or longer than 4096 bytes is a 400, a value past the limit a 413;
+//!   then nothing is stored.
+//! - A batch is written in many steps, and is not atomic: 503 says that some of it is not known to
+//!   be stored.
 //! - JSON that others stored is shown as its text, and what is not UTF-8 in base64.
 
 use std::borrow::Cow;
@@ -39,11 +43,16 @@ const STORED: &str = "Success to set key";
 /// `POST /set`
 pub async fn set(app: &App, body: Held) -> Result<Response, Refusal> {
     let limits = app.limits.clone();
-    let (pairs, _body) = list::apart(body.len(), move || read_pairs(&body, &limits).map(|pairs| (pairs, body))).await?;
+    let (pairs, _body) = list::apart(body.len(), move || {
+        read_pairs(&body, &limits).map(|pairs| (pairs, body))
+    })
+    .await?;
     let written = batch::write(&*app.store, &pairs).await;
     match written.failure {
         // A 4xx says that nothing is stored: not of pairs of which others are.
-        Some(failure) if failure.status.is_client_error() && written.failed.len() < pairs.len() => Err(Refusal::partly_stored()),
+        Some(failure) if failure.status.is_client_error() && written.failed.len() < pairs.len() => {
+            Err(Refusal::partly_stored())
+        }
         Some(failure) => Err(failure),
         None => Ok(answer(StatusCode::OK, TEXT, STORED.repeat(written.shards))),
     }
@@ -61,7 +70,14 @@ fn read_pairs(body: &Held, limits: &Limits) -> Result<Kept<Pair>, Refusal> {
             let error = format!("a value is at most {} bytes", limits.value_bytes_max);
             return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));
         }
-        pairs.push(Pair { key, value, kind: Kind::Text }, limits)
+        pairs.push(
+            Pair {
+                key,
+                value,
+                kind: Kind::Text,
+            },
+            limits,
+        )
     })?;
     Ok(pairs)
 }
@@ -72,14 +88,18 @@ fn read_key(pair: &Object<'_, KeyValue>, body: &Bytes) -> Result<Bytes, Refusal>
         Some(_) | None => Bytes::new(),
     };
     if !(1..=KEY_BYTES_MAX).contains(&key.len()) {
-        return Err(Refusal::bad_request(format!("a key is a string of 1 to {KEY_BYTES_MAX} bytes")));
+        return Err(Refusal::bad_request(format!(
+            "a key is a string of 1 to {KEY_BYTES_MAX} bytes"
+        )));
     }
     Ok(key)
 }
 
 fn read_text(json: &RawValue, body: &Bytes) -> Result<Bytes, Refusal> {
     let bad = |error: serde_json::Error| Refusal::bad_request(format!("Bad json format: {error}"));
-    serde_json::from_str::<Text<'_>>(json.get()).map(|text| text.into_bytes(body)).map_err(bad)
+    serde_json::from_str::<Text<'_>>(json.get())
+        .map(|text| text.into_bytes(body))
+        .map_err(bad)
 }
 
 /// `POST /get`
@@ -90,17 +110,34 @@ pub async fn get(State(app): State<Shared>, request: Request) -> Response {
     let found = async {
         let body = read_body(&app, &parts, body).await?;
         let limits = app.limits.clone();
-        let (keys, body) = list::apart(body.len(), move || read_keys(&body, &limits).map(|keys| (keys, body))).await?;
+        let (keys, body) = list::apart(body.len(), move || {
+            read_keys(&body, &limits).map(|keys| (keys, body))
+        })
+        .await?;
         let lookup = Lookup::new(Arc::clone(&app.store), keys, false);
-        pieces::respond(&app.answers, Found { lookup, missing: Vec::new(), stage: Stage::Existing { count: 0 }, _body: body })
-            .await
+        pieces::respond(
+            &app.answers,
+            Found {
+                lookup,
+                missing: Vec::new(),
+                stage: Stage::Existing { count: 0 },
+                _body: body,
+            },
+        )
+        .await
     };
-    watch.finish(found.await.unwrap_or_else(|refusal| refusal.respond(&parts.method)))
+    watch.finish(
+        found
+            .await
+            .unwrap_or_else(|refusal| refusal.respond(&parts.method)),
+    )
 }
 
 fn read_keys(body: &Held, limits: &Limits) -> Result<Kept<Bytes>, Refusal> {
     let mut keys = Kept::new(body);
-    list::read(body, |pair: Object<'_, KeyValue>| keys.push(read_key(&pair, &body.bytes)?, limits))?;
+    list::read(body, |pair: Object<'_, KeyValue>| {
+        keys.push(read_key(&pair, &body.bytes)?, limits)
+    })?;
     Ok(keys)
 }
 
@@ -147,7 +184,11 @@ impl Found {
     async fn push_existing(&mut self, json: &mut Vec<u8>, count: usize) -> Result<Stage, Failure> {
         match self.lookup.next().await? {
             Some((place, Some(record))) => {
-                json.extend_from_slice(if count == 0 { br#"{"existedKey":["# } else { b"," });
+                json.extend_from_slice(if count == 0 {
+                    br#"{"existedKey":["#
+                } else {
+                    b","
+                });
                 push_pair(json, self.lookup.key(place), &shown(&record));
                 Ok(Stage::Existing { count: count + 1 })
             }
@@ -156,7 +197,11 @@ impl Found {
                 Ok(Stage::Existing { count })
             }
             None => {
-                json.extend_from_slice(if count == 0 { br#"{"existedKey":null"# } else { b"]" });
+                json.extend_from_slice(if count == 0 {
+                    br#"{"existedKey":null"#
+                } else {
+                    b"]"
+                });
                 Ok(Stage::Missing { at: 0 })
             }
         }
@@ -165,7 +210,11 @@ impl Found {
     fn push_missing(&self, json: &mut Vec<u8>, at: usize) -> Stage {
         match self.missing.get(at) {
             Some(place) => {
-                json.extend_from_slice(if at == 0 { br#","notExistedKey":["# } else { b"," });
+                json.extend_from_slice(if at == 0 {
+                    br#","notExistedKey":["#
+                } else {
+                    b","
+                });
                 push_pair(json, self.lookup.key(*place), "");
                 Stage::Missing { at: at + 1 }
             }
@@ -206,9 +255,21 @@ mod tests {
         let script = [
             (set("[]"), text, ""),
             (get("[]"), json, r#"{"existedKey":null}"#),
-            (set(r#"[{"key":"hi","value":"hello"}]"#), text, "Success to set key"),
-            (get(r#"[{"key":"hi"}]"#), json, r#"{"existedKey":[{"key":"hi","value":"hello"}]}"#),
-            (get(r#"[{"key":"hi6"}]"#), json, r#"{"existedKey":null,"notExistedKey":[{"key":"hi6","value":""}]}"#),
+            (
+                set(r#"[{"key":"hi","value":"hello"}]"#),
+                text,
+                "Success to set key",
+            ),
+            (
+                get(r#"[{"key":"hi"}]"#),
+                json,
+                r#"{"existedKey":[{"key":"hi","value":"hello"}]}"#,
+            ),
+            (
+                get(r#"[{"key":"hi6"}]"#),
+                json,
+                r#"{"existedKey":null,"notExistedKey":[{"key":"hi6","value":""}]}"#,
+            ),
             (
                 get(r#"[{"key":"no"},{"key":"hi","value":"x"},{"key":"no"},{"key":"hi"}]"#),
                 json,
@@ -217,19 +278,56 @@ mod tests {
                     r#""notExistedKey":[{"key":"no","value":""},{"key":"no","value":""}]}"#
                 ),
             ),
-            (set(r#"[{"key":"hi","value":"1"},{"key":"hi","value":"\u00fc\"\n"}]"#), text, "Success to set key"),
-            (get(r#"[{"key":"hi"}]"#), json, r#"{"existedKey":[{"key":"hi","value":"ü\"\n"}]}"#),
+            (
+                set(r#"[{"key":"hi","value":"1"},{"key":"hi","value":"\u00fc\"\n"}]"#),
+                text,
+                "Success to set key",
+            ),
+            (
+                get(r#"[{"key":"hi"}]"#),
+                json,
+                r#"{"existedKey":[{"key":"hi","value":"ü\"\n"}]}"#,
+            ),
             (set(r#"[{"key":"hi"}]"#), text, "Success to set key"),
-            (get(r#"[{"key":"hi"}]"#), json, r#"{"existedKey":[{"key":"hi","value":""}]}"#),
-            (set(r#"[{"key":"hi","value":[1e999]}]"#), text, "Success to set key"),
-            (get(r#"[{"key":"hi"}]"#), json, r#"{"existedKey":[{"key":"hi","value":""}]}"#),
-            (("PUT /set", r#"[{"key":"hi","value":"put"}]"#.to_owned()), text, "Success to set key"),
-            (("PUT /get", r#"[{"key":"hi"}]"#.to_owned()), json, r#"{"existedKey":[{"key":"hi","value":"put"}]}"#),
+            (
+                get(r#"[{"key":"hi"}]"#),
+                json,
+                r#"{"existedKey":[{"key":"hi","value":""}]}"#,
+            ),
+            (
+                set(r#"[{"key":"hi","value":[1e999]}]"#),
+                text,
+                "Success to set key",
+            ),
+            (
+                get(r#"[{"key":"hi"}]"#),
+                json,
+                r#"{"existedKey":[{"key":"hi","value":""}]}"#,
+            ),
+            (
+                ("PUT /set", r#"[{"key":"hi","value":"put"}]"#.to_owned()),
+                text,
+                "Success to set key",
+            ),
+            (
+                ("PUT /get", r#"[{"key":"hi"}]"#.to_owned()),
+                json,
+                r#"{"existedKey":[{"key":"hi","value":"put"}]}"#,
+            ),
         ];
         for ((head, body), kind, expected) in script {
-            let reply = site.ask(&format!("{head}\ncontent-type: application/x-www-form-urlencoded"), &body).await;
+            let reply = site
+                .ask(
+                    &format!("{head}\ncontent-type: application/x-www-form-urlencoded"),
+                    &body,
+                )
+                .await;
             assert_eq!(
-                (reply.status, reply.text().as_str(), reply.header("content-type")),
+                (
+                    reply.status,
+                    reply.text().as_str(),
+                    reply.header("content-type")
+                ),
                 (200, expected, kind),
                 "{head} {body}"
             );
@@ -240,12 +338,22 @@ mod tests {
     #[tokio::test]
     async fn success_is_told_once_for_each_shard() {
         let site = Site::start().await;
-        let map = crate::client::store::Store::map(&*site.store, crate::http::dialects::options()).await.expect("a map");
-        let key_of =
-            |shard: usize| (0..).map(|n| format!("k{n}")).find(|key| map.owner_of(key.as_bytes()) == map.owners()[shard]);
+        let map = crate::client::store::Store::map(&*site.store, crate::http::dialects::options())
+            .await
+            .expect("a map");
+        let key_of = |shard: usize| {
+            (0..)
+                .map(|n| format!("k{n}"))
+                .find(|key| map.owner_of(key.as_bytes()) == map.owners()[shard])
+        };
         let keys: Vec<String> = [0, 1, 0].into_iter().filter_map(key_of).collect();
-        let pairs: Vec<String> = keys.iter().map(|key| format!(r#"{{"key":"{key}","value":"v"}}"#)).collect();
-        let reply = site.ask("POST /set", format!("[{}]", pairs.join(","))).await;
+        let pairs: Vec<String> = keys
+            .iter()
+            .map(|key| format!(r#"{{"key":"{key}","value":"v"}}"#))
+            .collect();
+        let reply = site
+            .ask("POST /set", format!("[{}]", pairs.join(",")))
+            .await;
         assert_eq!(reply.text(), "Success to set keySuccess to set key");
         site.stop().await;
     }
@@ -259,17 +367,30 @@ mod tests {
             ("image/png", b"text", "text"),
             ("application/vnd.quorate.bits", b"0110", "0110"),
         ] {
-            site.ask(&format!("PUT /v1/kv/a\ncontent-type: {kind}"), value).await;
+            site.ask(&format!("PUT /v1/kv/a\ncontent-type: {kind}"), value)
+                .await;
             let expected = format!(r#"{{"existedKey":[{{"key":"a","value":"{shown}"}}]}}"#);
-            assert_eq!(site.ask("POST /get", r#"[{"key":"a"}]"#).await.text(), expected, "{kind}");
+            assert_eq!(
+                site.ask("POST /get", r#"[{"key":"a"}]"#).await.text(),
+                expected,
+                "{kind}"
+            );
         }
         site.stop().await;
     }
 
     #[tokio::test]
     async fn hostile_input_is_refused_and_nothing_is_stored() {
-        let site = Site::with(Limits { body_bytes_max: 3 << 20, value_bytes_max: 1 << 20, ..Limits::default() }).await;
-        let long = format!(r#"[{{"key":"a","value":"v"}},{{"key":"{}"}}]"#, "k".repeat(4097));
+        let site = Site::with(Limits {
+            body_bytes_max: 3 << 20,
+            value_bytes_max: 1 << 20,
+            ..Limits::default()
+        })
+        .await;
+        let long = format!(
+            r#"[{{"key":"a","value":"v"}},{{"key":"{}"}}]"#,
+            "k".repeat(4097)
+        );
         let bads = [
             "",
             "{",
@@ -298,15 +419,36 @@ mod tests {
                 assert!(reply.json()["error"].is_string(), "{head} {body:.50}");
             }
         }
-        assert_eq!(site.ask("POST /set", r#"[{"key":"a","value":"\ud800"}]"#).await.status, 400);
-        let large = format!(r#"[{{"key":"a","value":"v"}},{{"key":"b","value":"{}"}}]"#, "v".repeat((1 << 20) + 1));
+        assert_eq!(
+            site.ask("POST /set", r#"[{"key":"a","value":"\ud800"}]"#)
+                .await
+                .status,
+            400
+        );
+        let large = format!(
+            r#"[{{"key":"a","value":"v"}},{{"key":"b","value":"{}"}}]"#,
+            "v".repeat((1 << 20) + 1)
+        );
         assert_eq!(site.ask("POST /set", large).await.status, 413);
-        assert_eq!(site.ask("POST /get", " ".repeat((3 << 20) + 1)).await.status, 413);
+        assert_eq!(
+            site.ask("POST /get", " ".repeat((3 << 20) + 1))
+                .await
+                .status,
+            413
+        );
         for head in ["GET /get", "DELETE /get"] {
-            assert_eq!(site.ask(head, "").await.verdict(), (405, "method_not_allowed".into()), "{head}");
+            assert_eq!(
+                site.ask(head, "").await.verdict(),
+                (405, "method_not_allowed".into()),
+                "{head}"
+            );
         }
         assert_eq!(site.store.requests(), 0);
-        let deep = format!(r#"[{{"key":"a","value":{}{}}}]"#, "[".repeat(500_000), "]".repeat(500_000));
+        let deep = format!(
+            r#"[{{"key":"a","value":{}{}}}]"#,
+            "[".repeat(500_000),
+            "]".repeat(500_000)
+        );
         assert_eq!(site.ask("POST /set", deep).await.text(), STORED);
         site.stop().await;
     }
@@ -314,24 +456,52 @@ mod tests {
     #[tokio::test]
     async fn that_one_entry_is_refused_is_not_said_of_those_that_are_stored() {
         let site = Site::start().await;
-        site.store.fail_next_write(Failure::TooLarge { limit: "an entry".into() });
-        let many: Vec<String> = (0..600).map(|n| format!(r#"{{"key":"k{n}","value":"v"}}"#)).collect();
-        assert_eq!(site.ask("POST /set", format!("[{}]", many.join(","))).await.status, 503);
+        site.store.fail_next_write(Failure::TooLarge {
+            limit: "an entry".into(),
+        });
+        let many: Vec<String> = (0..600)
+            .map(|n| format!(r#"{{"key":"k{n}","value":"v"}}"#))
+            .collect();
+        assert_eq!(
+            site.ask("POST /set", format!("[{}]", many.join(",")))
+                .await
+                .status,
+            503
+        );
         assert!((0..600).any(|n| site.store.record(format!("k{n}").as_bytes()).is_some()));
-        site.store.fail_next_write(Failure::TooLarge { limit: "an entry".into() });
-        assert_eq!(site.ask("POST /set", r#"[{"key":"a","value":"v"}]"#).await.status, 413);
+        site.store.fail_next_write(Failure::TooLarge {
+            limit: "an entry".into(),
+        });
+        assert_eq!(
+            site.ask("POST /set", r#"[{"key":"a","value":"v"}]"#)
+                .await
+                .status,
+            413
+        );
         site.stop().await;
     }
 
     #[tokio::test]
     async fn without_a_quorum_it_says_so() {
         let site = Site::start().await;
-        site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
-        for (head, body) in [("POST /set", r#"[{"key":"zz"},{"key":"a"}]"#), ("POST /get", r#"[{"key":"zz"},{"key":"a"}]"#)] {
+        site.store.fail(
+            1,
+            Failure::Unavailable {
+                reason: "no quorum".into(),
+                retry_after_ms: 1000,
+            },
+        );
+        for (head, body) in [
+            ("POST /set", r#"[{"key":"zz"},{"key":"a"}]"#),
+            ("POST /get", r#"[{"key":"zz"},{"key":"a"}]"#),
+        ] {
             let reply = site.ask(head, body).await;
             assert_eq!(
                 (reply.status, reply.text().as_str()),
-                (503, r#"{"error":"Unable to satisfy request","message":"Error in POST"}"#)
+                (
+                    503,
+                    r#"{"error":"Unable to satisfy request","message":"Error in POST"}"#
+                )
             );
             assert_eq!(reply.header("retry-after"), "1");
         }

@@ -1,7 +1,7 @@
 //! How Python prints a JSON value: what `print(json.loads(text))` writes.
 //!
-//! Nothing here recurses, and each step takes time in proportion to the text: a value may be nested as deeply as its length allows, and
-//! may name a member as often as it likes.
+//! Nothing here recurses, and each step takes time in proportion to the text: a value may be nested
+//! as deeply as its length allows, and may name a member as often as it likes.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -14,10 +14,18 @@ pub fn print(json: &str) -> Option<String> {
     serde_json::from_str::<IgnoredAny>(json).ok()?;
     let json = json.trim_ascii();
     if json.starts_with('"') {
-        let text = code_points(json).map(|point| char::from_u32(point).unwrap_or(char::REPLACEMENT_CHARACTER));
+        let text = code_points(json)
+            .map(|point| char::from_u32(point).unwrap_or(char::REPLACEMENT_CHARACTER));
         return Some(text.collect());
     }
-    Some(Printer { json, tape: tape(json), out: String::with_capacity(json.len()) }.run())
+    Some(
+        Printer {
+            json,
+            tape: tape(json),
+            out: String::with_capacity(json.len()),
+        }
+        .run(),
+    )
 }
 
 /// The list of these texts, as Python prints it.
@@ -33,7 +41,12 @@ pub fn print_list<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
 
 /// `str.isalnum`: letters and digits of any script, one at least.
 pub fn is_alphanumeric(text: &str) -> bool {
-    let counts = |c: char| matches!(c.general_category_group(), GeneralCategoryGroup::Letter | GeneralCategoryGroup::Number);
+    let counts = |c: char| {
+        matches!(
+            c.general_category_group(),
+            GeneralCategoryGroup::Letter | GeneralCategoryGroup::Number
+        )
+    };
     !text.is_empty() && text.chars().all(counts)
 }
 
@@ -86,7 +99,12 @@ fn scalar(text: &str) -> &str {
         }
         end += 1;
     } else {
-        while bytes.get(end).is_some_and(|byte| !matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | b',' | b':' | b']' | b'}')) {
+        while bytes.get(end).is_some_and(|byte| {
+            !matches!(
+                byte,
+                b' ' | b'\t' | b'\n' | b'\r' | b',' | b':' | b']' | b'}'
+            )
+        }) {
             end += 1;
         }
     }
@@ -95,8 +113,15 @@ fn scalar(text: &str) -> &str {
 
 /// What is left of a container that is being printed.
 enum Frame {
-    List { next: usize, end: usize, is_first: bool },
-    Object { members: std::vec::IntoIter<Member>, is_first: bool },
+    List {
+        next: usize,
+        end: usize,
+        is_first: bool,
+    },
+    Object {
+        members: std::vec::IntoIter<Member>,
+        is_first: bool,
+    },
 }
 
 /// A name and the value that counts, by their tokens.
@@ -131,11 +156,18 @@ impl Printer<'_> {
         match self.json.as_bytes().get(token.at)? {
             b'[' => {
                 self.out.push('[');
-                Some(Frame::List { next: index + 1, end: token.next, is_first: true })
+                Some(Frame::List {
+                    next: index + 1,
+                    end: token.next,
+                    is_first: true,
+                })
             }
             b'{' => {
                 self.out.push('{');
-                Some(Frame::Object { members: self.members(index, token.next).into_iter(), is_first: true })
+                Some(Frame::Object {
+                    members: self.members(index, token.next).into_iter(),
+                    is_first: true,
+                })
             }
             b'"' => {
                 let literal = scalar(&self.json[token.at..]);
@@ -149,11 +181,17 @@ impl Printer<'_> {
         }
     }
 
-    /// Prints what comes before the next value of a container, and returns that; none: it printed the closing.
+    /// Prints what comes before the next value of a container, and returns that; none: it printed
+    /// the closing.
     fn step(&mut self, frame: &mut Frame) -> Option<usize> {
         match frame {
-            Frame::List { next, end, is_first } if *next < *end => {
-                self.out.push_str(if std::mem::take(is_first) { "" } else { ", " });
+            Frame::List {
+                next,
+                end,
+                is_first,
+            } if *next < *end => {
+                self.out
+                    .push_str(if std::mem::take(is_first) { "" } else { ", " });
                 let value = *next;
                 *next = self.tape[value].next;
                 Some(value)
@@ -164,7 +202,8 @@ impl Printer<'_> {
             }
             Frame::Object { members, is_first } => match members.next() {
                 Some(member) => {
-                    self.out.push_str(if std::mem::take(is_first) { "" } else { ", " });
+                    self.out
+                        .push_str(if std::mem::take(is_first) { "" } else { ", " });
                     self.begin(member.name);
                     self.out.push_str(": ");
                     Some(member.value)
@@ -177,7 +216,8 @@ impl Printer<'_> {
         }
     }
 
-    /// The members of the object at `index`: of those with one name the last value, at the place of the first.
+    /// The members of the object at `index`: of those with one name the last value, at the place of
+    /// the first.
     fn members(&self, index: usize, end: usize) -> Vec<Member> {
         let mut places: HashMap<Vec<u32>, usize> = HashMap::new();
         let mut members: Vec<Member> = Vec::new();
@@ -198,9 +238,13 @@ impl Printer<'_> {
     }
 }
 
-/// The code points that a JSON string literal stands for. Surrogates without their other half are kept, as Python does.
+/// The code points that a JSON string literal stands for. Surrogates without their other half are
+/// kept, as Python does.
 fn code_points(literal: &str) -> impl Iterator<Item = u32> {
-    let inner = literal.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).unwrap_or(literal);
+    let inner = literal
+        .strip_prefix('"')
+        .and_then(|rest| rest.strip_suffix('"'))
+        .unwrap_or(literal);
     let mut chars = inner.chars();
     std::iter::from_fn(move || match chars.next()? {
         '\\' => Some(match chars.next()? {
@@ -234,10 +278,15 @@ fn take_unit(chars: &mut std::str::Chars<'_>) -> Option<u32> {
     (0..4).try_fold(0, |unit, _| Some(unit << 4 | chars.next()?.to_digit(16)?))
 }
 
-/// `repr` of a string: in double quotes if it holds a single one and no double one, with what does not print escaped.
+/// `repr` of a string: in double quotes if it holds a single one and no double one, with what does
+/// not print escaped.
 fn push_repr<I: Iterator<Item = u32>>(out: &mut String, points: impl Fn() -> I) {
     let holds = |quote: char| points().any(|point| point == u32::from(quote));
-    let quote = if holds('\'') && !holds('"') { '"' } else { '\'' };
+    let quote = if holds('\'') && !holds('"') {
+        '"'
+    } else {
+        '\''
+    };
     out.push(quote);
     for point in points() {
         push_point(out, point, quote);
@@ -289,16 +338,22 @@ fn push_word(out: &mut String, word: &str) {
     }
 }
 
-/// The shortest digits that give the same number back. Rust's own form has the same bounds between fixed and scientific notation, and
-/// differs in the exponent, which Python writes with a sign and two digits at least.
+/// The shortest digits that give the same number back. Rust's own form has the same bounds between
+/// fixed and scientific notation, and differs in the exponent, which Python writes with a sign and
+/// two digits at least.
 fn push_float(out: &mut String, number: &str) {
-    let Ok(float) = number.parse::<f64>() else { return out.push_str(number) };
+    let Ok(float) = number.parse::<f64>() else {
+        return out.push_str(number);
+    };
     let text = format!("{float:?}");
     match text.split_once('e') {
         None => out.push_str(&text),
         Some((digits, exponent)) => {
-            let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |exponent| ('-', exponent));
-            write!(out, "{digits}e{sign}{exponent:0>2}").expect("writing to a string does not fail");
+            let (sign, exponent) = exponent
+                .strip_prefix('-')
+                .map_or(('+', exponent), |exponent| ('-', exponent));
+            write!(out, "{digits}e{sign}{exponent:0>2}")
+                .expect("writing to a string does not fail");
         }
     }
 }
@@ -313,23 +368,48 @@ mod tests {
             ("null", "None"),
             (" [true, false,null ] ", "[True, False, None]"),
             (r#"{"hello": "world"}"#, "{'hello': 'world'}"),
-            (r#"{"a":[],"b":{},"c":[{"d":[1]},[2]]}"#, "{'a': [], 'b': {}, 'c': [{'d': [1]}, [2]]}"),
+            (
+                r#"{"a":[],"b":{},"c":[{"d":[1]},[2]]}"#,
+                "{'a': [], 'b': {}, 'c': [{'d': [1]}, [2]]}",
+            ),
             (r#""it's""#, "it's"),
-            (r#"["it's", "\"", "it's \"so\"", "\\"]"#, r#"["it's", '"', 'it\'s "so"', '\\']"#),
-            (r#"["\n\r\t\b\f\u0000\u007f/\/"]"#, r"['\n\r\t\x08\x0c\x00\x7f//']"),
+            (
+                r#"["it's", "\"", "it's \"so\"", "\\"]"#,
+                r#"["it's", '"', 'it\'s "so"', '\\']"#,
+            ),
+            (
+                r#"["\n\r\t\b\f\u0000\u007f/\/"]"#,
+                r"['\n\r\t\x08\x0c\x00\x7f//']",
+            ),
             (
                 r#"["grüße","\u00fc","\u00a0","\u200b","\ud83d\ude00","\ue000","\u0378"]"#,
                 r"['grüße', 'ü', '\xa0', '\u200b', '😀', '\ue000', '\u0378']",
             ),
-            ("[\"\u{e0001}\", \"\u{301}\", \"\u{3000}\"]", "['\\U000e0001', '\u{301}', '\\u3000']"),
-            (r#"["\ud800", "\udc00\ud800", "\ud83d\u0041"]"#, r"['\ud800', '\udc00\ud800', '\ud83dA']"),
-            ("[0,-0,-5,123456789012345678901234567890]", "[0, 0, -5, 123456789012345678901234567890]"),
+            (
+                "[\"\u{e0001}\", \"\u{301}\", \"\u{3000}\"]",
+                "['\\U000e0001', '\u{301}', '\\u3000']",
+            ),
+            (
+                r#"["\ud800", "\udc00\ud800", "\ud83d\u0041"]"#,
+                r"['\ud800', '\udc00\ud800', '\ud83dA']",
+            ),
+            (
+                "[0,-0,-5,123456789012345678901234567890]",
+                "[0, 0, -5, 123456789012345678901234567890]",
+            ),
             (
                 "[1.0,1e16,1E5,1e-5,0.0001,1.5e-7,-0.0,1e22,1e15,123456789012345678.0]",
-                "[1.0, 1e+16, 100000.0, 1e-05, 0.0001, 1.5e-07, -0.0, 1e+22, 1000000000000000.0, 1.2345678901234568e+17]",
+                "[1.0, 1e+16, 100000.0, 1e-05, 0.0001, 1.5e-07, -0.0, 1e+22, 1000000000000000.0, \
+                1.2345678901234568e+17]",
             ),
-            ("[1e999,-1e999,1e-999,0.1,1e100]", "[inf, -inf, 0.0, 0.1, 1e+100]"),
-            (r#"{"a":1,"b":2,"a":{"c":3,"\u0063":4}}"#, "{'a': {'c': 4}, 'b': 2}"),
+            (
+                "[1e999,-1e999,1e-999,0.1,1e100]",
+                "[inf, -inf, 0.0, 0.1, 1e+100]",
+            ),
+            (
+                r#"{"a":1,"b":2,"a":{"c":3,"\u0063":4}}"#,
+                "{'a': {'c': 4}, 'b': 2}",
+            ),
             (r#"{"":""}"#, "{'': ''}"),
         ] {
             assert_eq!(print(json).as_deref(), Some(printed), "{json}");
@@ -344,8 +424,18 @@ mod tests {
         let depth = 1_000_000;
         let lists = ["[".repeat(depth), "]".repeat(depth)].concat();
         assert_eq!(print(&lists).as_ref(), Some(&lists));
-        let objects = [r#"{"a":0,"a":"#.repeat(depth / 10), "1".to_owned(), "}".repeat(depth / 10)].concat();
-        let printed = ["{'a': ".repeat(depth / 10), "1".to_owned(), "}".repeat(depth / 10)].concat();
+        let objects = [
+            r#"{"a":0,"a":"#.repeat(depth / 10),
+            "1".to_owned(),
+            "}".repeat(depth / 10),
+        ]
+        .concat();
+        let printed = [
+            "{'a': ".repeat(depth / 10),
+            "1".to_owned(),
+            "}".repeat(depth / 10),
+        ]
+        .concat();
         assert_eq!(print(&objects), Some(printed));
     }
 
@@ -354,7 +444,19 @@ mod tests {
         for good in ["a", "Z9", "grüße", "キー", "ключ٣", "²Ⅷ½"] {
             assert!(is_alphanumeric(good), "{good}");
         }
-        for bad in ["", " ", "a b", "a_b", "a-b", "a/b", "%", "हिन्दी", "ⓐ", "😀", "e\u{301}"] {
+        for bad in [
+            "",
+            " ",
+            "a b",
+            "a_b",
+            "a-b",
+            "a/b",
+            "%",
+            "हिन्दी",
+            "ⓐ",
+            "😀",
+            "e\u{301}",
+        ] {
             assert!(!is_alphanumeric(bad), "{bad}");
         }
     }

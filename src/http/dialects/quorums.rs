@@ -1,7 +1,9 @@
-//! Remembers which shards had no quorum lately, so that one client waits for that to show and not every one after it.
+//! Remembers which shards had no quorum lately, so that one client waits for that to show and not
+//! every one after it.
 //!
-//! It is a memory of waits in vain, not a verdict: each request asks the quorum again, only less patiently, and the first that hears from it
-//! ends the memory. So an answer is as new as it would be without it wherever a quorum answers at all.
+//! It is a memory of waits in vain, not a verdict: each request asks the quorum again, only less
+//! patiently, and the first that hears from it ends the memory. So an answer is as new as it would
+//! be without it wherever a quorum answers at all.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
@@ -11,7 +13,8 @@ use tokio::time::Instant;
 
 use crate::types::GroupId;
 
-/// How long one wait in vain makes others impatient. Each renews it; a store that nobody asks for so long may be back.
+/// How long one wait in vain makes others impatient. Each renews it; a store that nobody asks for
+/// so long may be back.
 const REMEMBERED_FOR: Duration = Duration::from_secs(10);
 
 /// When a request last waited in vain for the quorum of a shard.
@@ -23,7 +26,9 @@ pub struct SilentQuorums {
 impl SilentQuorums {
     /// Whether somebody has just waited in vain, and nobody has heard from it since.
     pub fn is_silent(&self, shard: GroupId) -> bool {
-        self.lock().get(&shard).is_some_and(|waited| waited.elapsed() < REMEMBERED_FOR)
+        self.lock()
+            .get(&shard)
+            .is_some_and(|waited| waited.elapsed() < REMEMBERED_FOR)
     }
 
     pub fn waited_in_vain(&self, shard: GroupId) {
@@ -52,14 +57,20 @@ mod tests {
         let (one, two) = (GroupId(1), GroupId(2));
         assert!(!quorums.is_silent(one));
         quorums.waited_in_vain(one);
-        assert_eq!([one, two].map(|shard| quorums.is_silent(shard)), [true, false]);
+        assert_eq!(
+            [one, two].map(|shard| quorums.is_silent(shard)),
+            [true, false]
+        );
         tokio::time::advance(REMEMBERED_FOR / 2).await;
         quorums.waited_in_vain(one);
         quorums.waited_in_vain(two);
         tokio::time::advance(REMEMBERED_FOR / 2).await;
         assert!(quorums.is_silent(one), "it was renewed");
         quorums.answered(two);
-        assert_eq!([one, two].map(|shard| quorums.is_silent(shard)), [true, false]);
+        assert_eq!(
+            [one, two].map(|shard| quorums.is_silent(shard)),
+            [true, false]
+        );
         tokio::time::advance(REMEMBERED_FOR).await;
         assert!(!quorums.is_silent(one));
         quorums.waited_in_vain(two);

@@ -1,7 +1,8 @@
 //! `/set`, which two dialects have: the `key` of the first element tells whose it is.
 //!
-//! An object is the encoded batch's, a string the plain batch's. Where neither can be told, because the list is empty or unreadable or its
-//! first element is none of theirs, PUT is the former and POST the latter.
+//! An object is the encoded batch's, a string the plain batch's. Where neither can be told, because
+//! the list is empty or unreadable or its first element is none of theirs, PUT is the former and
+//! POST the latter.
 
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -31,7 +32,10 @@ pub async fn set(State(app): State<Shared>, request: Request) -> Response {
 /// Looks at the first element alone.
 fn dialect(body: &[u8], method: &Method) -> Dialect {
     let first: Option<Object<'_, KeyValue>> = list::first(body);
-    match first.and_then(|pair| pair.first).map(|key| key.get().as_bytes()) {
+    match first
+        .and_then(|pair| pair.first)
+        .map(|key| key.get().as_bytes())
+    {
         Some([b'{', ..]) => Dialect::EncodedBatch,
         Some([b'"', ..]) => Dialect::PlainBatch,
         _ if method == Method::POST => Dialect::PlainBatch,
@@ -45,15 +49,41 @@ mod tests {
 
     #[test]
     fn the_first_key_tells_and_else_the_method() {
-        let either = [(Method::PUT, Dialect::EncodedBatch), (Method::POST, Dialect::PlainBatch)];
-        for json in ["", "[]", "{", "[", "null", r#"[{"value":1}]"#, r#"[{"key":1}]"#, r#"[1]"#, r#"[{"key":{}"#] {
+        let either = [
+            (Method::PUT, Dialect::EncodedBatch),
+            (Method::POST, Dialect::PlainBatch),
+        ];
+        for json in [
+            "",
+            "[]",
+            "{",
+            "[",
+            "null",
+            r#"[{"value":1}]"#,
+            r#"[{"key":1}]"#,
+            r#"[1]"#,
+            r#"[{"key":{}"#,
+        ] {
             for (method, expected) in &either {
-                assert_eq!(dialect(json.as_bytes(), method), *expected, "{method} {json}");
+                assert_eq!(
+                    dialect(json.as_bytes(), method),
+                    *expected,
+                    "{method} {json}"
+                );
             }
         }
         for (method, _) in &either {
-            assert_eq!(dialect(br#" [ {"value":1, "key": {"encoding":1}}, {"key":"a"}]"#, method), Dialect::EncodedBatch);
-            assert_eq!(dialect(br#"[{"key":"a"}, {"key":{}}"#, method), Dialect::PlainBatch);
+            assert_eq!(
+                dialect(
+                    br#" [ {"value":1, "key": {"encoding":1}}, {"key":"a"}]"#,
+                    method
+                ),
+                Dialect::EncodedBatch
+            );
+            assert_eq!(
+                dialect(br#"[{"key":"a"}, {"key":{}}"#, method),
+                Dialect::PlainBatch
+            );
         }
     }
 }

@@ -9,19 +9,23 @@
 //! ]}
 //! ```
 //!
-//! An operation has at most one condition: `if_absent` or `if_present` (`true`), `if_revision` or `if_none_match` (a revision or a list of
-//! at most 1000 of them). The answer has a result per operation, in order, each with a `status` of its own: 200 or 201 done; 404 nothing to get or delete;
-//! 412 its condition failed; 424 that of another operation of its shard did; 429 and 503 certainly not done; 504 unknown.
+//! An operation has at most one condition: `if_absent` or `if_present` (`true`), `if_revision` or
+//! `if_none_match` (a revision or a list of at most 1000 of them). The answer has a result per
+//! operation, in order, each with a `status` of its own: 200 or 201 done; 404 nothing to get or
+//! delete; 412 its condition failed; 424 that of another operation of its shard did; 429 and 503
+//! certainly not done; 504 unknown.
 //!
 //! The answer's own status is that of the worst case a client must act on:
 //! - 200: every operation has an answer, be it applied or refused by a condition;
 //! - 504: the outcome of one or more is unknown;
 //! - 207: some have an answer, and others were certainly not done;
-//! - 429, 503, 413, ...: certainly nothing was done, for the same reason everywhere (503 where the reasons differ).
+//! - 429, 503, 413, ...: certainly nothing was done, for the same reason everywhere (503 where the
+//!   reasons differ).
 //!
-//! A batch of gets alone is a read: it makes no entry in the log, so an `Idempotency-Key` remembers nothing of it (what an earlier program
-//! has remembered is answered again). The gets of a batch return at most 16 MiB per shard: 413 says that they would return more, and
-//! that nothing was done.
+//! A batch of gets alone is a read: it makes no entry in the log, so an `Idempotency-Key` remembers
+//! nothing of it (what an earlier program has remembered is answered again). The gets of a batch
+//! return at most 16 MiB per shard: 413 says that they would return more, and that nothing was
+//! done.
 //!
 //! Anything but 200 and 207 is a problem (`application/problem+json`) that has `results` too.
 
@@ -55,7 +59,8 @@ struct BatchJson {
     operations: Operations,
 }
 
-/// The operations, no more of them kept than [`PARSED_MAX`]: they are ten times as large as what they are read from.
+/// The operations, no more of them kept than [`PARSED_MAX`]: they are ten times as large as what
+/// they are read from.
 struct Operations {
     list: Vec<OperationJson>,
     /// How many there were.
@@ -65,14 +70,17 @@ struct Operations {
 /// No limit of operations is above this.
 const PARSED_MAX: usize = 10_000;
 
-/// Revisions of one condition, as in a header: each is kept in a log entry, and read when that is applied.
+/// Revisions of one condition, as in a header: each is kept in a log entry, and read when that is
+/// applied.
 const REVISIONS_MAX: usize = 1000;
 /// Revisions of all conditions of a batch.
 const REVISIONS_IN_ALL_MAX: usize = 100_000;
 
-/// What is made of a body beside copies of its texts, for each of its bytes, and at most: an operation is read from 20 bytes or more.
+/// What is made of a body beside copies of its texts, for each of its bytes, and at most: an
+/// operation is read from 20 bytes or more.
 const MADE_PER_BYTE: usize = 2 * size_of::<OperationJson>() / 20;
-const MADE_MAX: usize = 2 * PARSED_MAX * size_of::<OperationJson>() + REVISIONS_IN_ALL_MAX * size_of::<Revision>();
+const MADE_MAX: usize =
+    2 * PARSED_MAX * size_of::<OperationJson>() + REVISIONS_IN_ALL_MAX * size_of::<Revision>();
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -108,7 +116,10 @@ impl<'de> Deserialize<'de> for Revisions {
             type Value = Revisions;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a revision or a list of at most {REVISIONS_MAX} revisions")
+                write!(
+                    f,
+                    "a revision or a list of at most {REVISIONS_MAX} revisions"
+                )
             }
 
             fn visit_u64<E: Error>(self, number: u64) -> Result<Revisions, E> {
@@ -119,7 +130,9 @@ impl<'de> Deserialize<'de> for Revisions {
                 let mut revisions = Vec::new();
                 while let Some(number) = items.next_element()? {
                     if revisions.len() == REVISIONS_MAX {
-                        return Err(A::Error::custom(format!("a condition has at most {REVISIONS_MAX} revisions")));
+                        return Err(A::Error::custom(format!(
+                            "a condition has at most {REVISIONS_MAX} revisions"
+                        )));
                     }
                     revisions.push(Revision(number));
                 }
@@ -132,7 +145,11 @@ impl<'de> Deserialize<'de> for Revisions {
 
 impl OperationJson {
     fn revisions(&self) -> usize {
-        [&self.if_revision, &self.if_none_match].into_iter().flatten().map(|revisions| revisions.0.len()).sum()
+        [&self.if_revision, &self.if_none_match]
+            .into_iter()
+            .flatten()
+            .map(|revisions| revisions.0.len())
+            .sum()
     }
 }
 
@@ -151,12 +168,18 @@ impl<'de> Deserialize<'de> for Operations {
                 let mut revisions = 0;
                 while list.len() < PARSED_MAX {
                     let Some(item) = items.next_element()? else {
-                        return Ok(Operations { count: list.len(), list });
+                        return Ok(Operations {
+                            count: list.len(),
+                            list,
+                        });
                     };
                     list.push(item);
                     revisions += list.last().map_or(0, OperationJson::revisions);
                     if revisions > REVISIONS_IN_ALL_MAX {
-                        let reason = format!("the conditions of a batch have at most {REVISIONS_IN_ALL_MAX} revisions");
+                        let reason = format!(
+                            "the conditions of a batch have at most {REVISIONS_IN_ALL_MAX} \
+                            revisions"
+                        );
                         return Err(A::Error::custom(reason));
                     }
                 }
@@ -174,12 +197,22 @@ impl<'de> Deserialize<'de> for Operations {
 pub async fn batch(State(app): State<Shared>, request: Request) -> Response {
     let mut watch = app.watch(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
-    let answer = run(&app, &parts, body, &mut watch).await.unwrap_or_else(Problem::into_response);
+    let answer = run(&app, &parts, body, &mut watch)
+        .await
+        .unwrap_or_else(Problem::into_response);
     watch.finish(answer)
 }
 
-async fn run(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Result<Response, Problem> {
-    let ceiling = Ceiling { bytes_max: app.limits.body_bytes_max, what: "a body" };
+async fn run(
+    app: &App,
+    parts: &Parts,
+    body: Body,
+    watch: &mut Watch<'_>,
+) -> Result<Response, Problem> {
+    let ceiling = Ceiling {
+        bytes_max: app.limits.body_bytes_max,
+        what: "a body",
+    };
     let body = body::read(parts, body, ceiling, &app.limits, &app.bodies).await?;
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let idempotency_key = idempotency_key(&parts.headers)?;
@@ -188,22 +221,41 @@ async fn run(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Res
         return Err(body::overloaded(&app.limits));
     }
     let operations = aside::work(body.len(), || parse(&body, &app.limits))?;
-    if operations.iter().all(|operation| operation.action == Action::Get) {
+    if operations
+        .iter()
+        .all(|operation| operation.action == Action::Get)
+    {
         watch.reads();
     }
-    let keys: Vec<Bytes> = operations.iter().map(|operation| operation.key.clone()).collect();
-    // A batch may span shards, and no single node leads them all: this one gathers the answers, whatever `proxy` says.
-    let options = Options { routing: Routing::Proxy, ..query.options };
-    let mut written =
-        if operations.is_empty() { Vec::new() } else { app.store.write(operations, idempotency_key, options).await };
-    // A store that leaves operations without an answer has broken its promise, and nobody knows what happened to them.
-    let broken = || Err(WriteFailure::Failed(Failure::Unknown { reason: "the store gave no answer".into() }));
+    let keys: Vec<Bytes> = operations
+        .iter()
+        .map(|operation| operation.key.clone())
+        .collect();
+    // A batch may span shards, and no single node leads them all: this one gathers the answers,
+    // whatever `proxy` says.
+    let options = Options {
+        routing: Routing::Proxy,
+        ..query.options
+    };
+    let mut written = if operations.is_empty() {
+        Vec::new()
+    } else {
+        app.store.write(operations, idempotency_key, options).await
+    };
+    // A store that leaves operations without an answer has broken its promise, and nobody knows
+    // what happened to them.
+    let broken = || {
+        Err(WriteFailure::Failed(Failure::Unknown {
+            reason: "the store gave no answer".into(),
+        }))
+    };
     written.resize_with(keys.len(), broken);
     Ok(aside::work(got_bytes(&written), || answer(&keys, &written)))
 }
 
 fn parse(body: &[u8], limits: &Limits) -> Result<Vec<Operation>, Problem> {
-    let batch: BatchJson = serde_json::from_slice(body).map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))?;
+    let batch: BatchJson = serde_json::from_slice(body)
+        .map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))?;
     let Operations { list, count } = batch.operations;
     let count_max = limits.batch_operations_max.min(PARSED_MAX);
     if count > count_max {
@@ -211,7 +263,9 @@ fn parse(body: &[u8], limits: &Limits) -> Result<Vec<Operation>, Problem> {
         return Err(Problem::new(Code::TooLarge, detail).extension("limit_operations", count_max));
     }
     let operations = list.into_iter().enumerate();
-    operations.map(|(position, item)| operation(item, limits).map_err(|problem| at(problem, position))).collect()
+    operations
+        .map(|(position, item)| operation(item, limits).map_err(|problem| at(problem, position)))
+        .collect()
 }
 
 fn at(mut problem: Problem, position: usize) -> Problem {
@@ -222,30 +276,54 @@ fn at(mut problem: Problem, position: usize) -> Problem {
 fn operation(mut item: OperationJson, limits: &Limits) -> Result<Operation, Problem> {
     let invalid = |detail: String| Problem::new(Code::InvalidBody, detail);
     let condition = condition(&mut item)?;
-    let key = item.key_encoding.decode(item.key).map_err(|reason| invalid(format!("key {reason}")))?;
+    let key = item
+        .key_encoding
+        .decode(item.key)
+        .map_err(|reason| invalid(format!("key {reason}")))?;
     key::check(&key)?;
     let action = match (item.op, item.value) {
         (Op::Put, Some(value)) => put(value, item.encoding, item.media_type, limits)?,
         (Op::Put, None) => return Err(invalid("put without a value".into())),
-        (Op::Get | Op::Delete, None) if item.encoding.is_none() && item.media_type.is_none() => match item.op {
-            Op::Get => Action::Get,
-            Op::Put | Op::Delete => Action::Delete,
-        },
-        (Op::Get | Op::Delete, _) => return Err(invalid("value, encoding and media_type are for put alone".into())),
+        (Op::Get | Op::Delete, None) if item.encoding.is_none() && item.media_type.is_none() => {
+            match item.op {
+                Op::Get => Action::Get,
+                Op::Put | Op::Delete => Action::Delete,
+            }
+        }
+        (Op::Get | Op::Delete, _) => {
+            return Err(invalid(
+                "value, encoding and media_type are for put alone".into(),
+            ));
+        }
     };
-    Ok(Operation { key, condition, action })
+    Ok(Operation {
+        key,
+        condition,
+        action,
+    })
 }
 
-fn put(value: String, encoding: Option<Encoding>, media_type: Option<String>, limits: &Limits) -> Result<Action, Problem> {
+fn put(
+    value: String,
+    encoding: Option<Encoding>,
+    media_type: Option<String>,
+    limits: &Limits,
+) -> Result<Action, Problem> {
     let invalid = |detail: String| Problem::new(Code::InvalidBody, detail);
     let encoding = encoding.unwrap_or_default();
-    let value = encoding.decode(value).map_err(|reason| invalid(format!("value {reason}")))?;
+    let value = encoding
+        .decode(value)
+        .map_err(|reason| invalid(format!("value {reason}")))?;
     if value.len() > limits.value_bytes_max {
         let detail = format!("a value is at most {} bytes", limits.value_bytes_max);
-        return Err(Problem::new(Code::TooLarge, detail).extension("limit_bytes", limits.value_bytes_max));
+        return Err(
+            Problem::new(Code::TooLarge, detail).extension("limit_bytes", limits.value_bytes_max)
+        );
     }
     let media = match media_type {
-        Some(name) => media::named(&name, &value).map_err(|reason| invalid(format!("media_type {reason}")))?,
+        Some(name) => {
+            media::named(&name, &value).map_err(|reason| invalid(format!("media_type {reason}")))?
+        }
         None => media::guess(&value),
     };
     Ok(Action::Put { media, value })
@@ -253,21 +331,31 @@ fn put(value: String, encoding: Option<Encoding>, media_type: Option<String>, li
 
 fn condition(item: &mut OperationJson) -> Result<Condition, Problem> {
     let flag = |name: &str, given: Option<bool>, condition: Condition| match given {
-        Some(false) => Err(Problem::new(Code::InvalidBody, format!("{name} is true or left out"))),
+        Some(false) => Err(Problem::new(
+            Code::InvalidBody,
+            format!("{name} is true or left out"),
+        )),
         Some(true) => Ok(Some(condition)),
         None => Ok(None),
     };
     let given = [
         flag("if_absent", item.if_absent, Condition::Absent)?,
         flag("if_present", item.if_present, Condition::Present)?,
-        item.if_revision.take().map(|revisions| Condition::RevisionIn(revisions.0)),
-        item.if_none_match.take().map(|revisions| Condition::RevisionNotIn(revisions.0)),
+        item.if_revision
+            .take()
+            .map(|revisions| Condition::RevisionIn(revisions.0)),
+        item.if_none_match
+            .take()
+            .map(|revisions| Condition::RevisionNotIn(revisions.0)),
     ];
     let mut given = given.into_iter().flatten();
     match (given.next(), given.next()) {
         (None, _) => Ok(Condition::None),
         (Some(condition), None) => Ok(condition),
-        (Some(_), Some(_)) => Err(Problem::new(Code::InvalidBody, "an operation has at most one condition")),
+        (Some(_), Some(_)) => Err(Problem::new(
+            Code::InvalidBody,
+            "an operation has at most one condition",
+        )),
     }
 }
 
@@ -284,34 +372,59 @@ struct ResultsJson<'a> {
 fn got_bytes(written: &[Written]) -> usize {
     let got = |written: &Written| match written {
         Ok(OperationOutcome::Got(Some(record))) => record.value.len(),
-        Ok(OperationOutcome::Got(None) | OperationOutcome::Put { .. } | OperationOutcome::Deleted { .. }) | Err(_) => 0,
+        Ok(
+            OperationOutcome::Got(None)
+            | OperationOutcome::Put { .. }
+            | OperationOutcome::Deleted { .. },
+        )
+        | Err(_) => 0,
     };
     written.iter().map(got).sum()
 }
 
 /// The whole answer: a result each, and the status that says what a client must do.
 fn answer(keys: &[Bytes], written: &[Written]) -> Response {
-    let make = |place: usize, written: &Written| result(place, keys.get(place).unwrap_or(&Bytes::new()), written);
-    let body = ResultsJson { atomic: ATOMIC, results: Each { items: written, make: &make } };
+    let make = |place: usize, written: &Written| {
+        result(place, keys.get(place).unwrap_or(&Bytes::new()), written)
+    };
+    let body = ResultsJson {
+        atomic: ATOMIC,
+        results: Each {
+            items: written,
+            make: &make,
+        },
+    };
     let undone: Vec<Problem> = written.iter().filter_map(undone).collect();
-    let unknown = undone.iter().find(|problem| problem.code() == Code::UnknownOutcome.as_str());
+    let unknown = undone
+        .iter()
+        .find(|problem| problem.code() == Code::UnknownOutcome.as_str());
     let mut problem = match (unknown, undone.first()) {
         (_, None) => return json(StatusCode::OK, &body),
         (Some(unknown), _) => unknown.clone(),
-        (None, Some(_)) if undone.len() < written.len() => return json(StatusCode::MULTI_STATUS, &body),
-        (None, Some(first)) if undone.iter().all(|problem| problem.code() == first.code()) => first.clone(),
-        (None, Some(_)) => {
-            Problem::new(Code::Unavailable, "no operation was done: see the results for the reasons").retry_after_ms(1000)
+        (None, Some(_)) if undone.len() < written.len() => {
+            return json(StatusCode::MULTI_STATUS, &body);
         }
+        (None, Some(first)) if undone.iter().all(|problem| problem.code() == first.code()) => {
+            first.clone()
+        }
+        (None, Some(_)) => Problem::new(
+            Code::Unavailable,
+            "no operation was done: see the results for the reasons",
+        )
+        .retry_after_ms(1000),
     };
     if let Some(longest_s) = undone.iter().filter_map(Problem::wait_s).max() {
         problem = problem.retry_after_ms(longest_s * 1000);
     }
     let results = serde_json::to_value(&body.results).unwrap_or_default();
-    problem.extension("atomic", ATOMIC).extension("results", results).into_response()
+    problem
+        .extension("atomic", ATOMIC)
+        .extension("results", results)
+        .into_response()
 }
 
-/// The problem of an operation that has no answer, as opposed to one that was applied, or refused by a condition.
+/// The problem of an operation that has no answer, as opposed to one that was applied, or refused
+/// by a condition.
 fn undone(written: &Written) -> Option<Problem> {
     match written {
         Ok(_) | Err(WriteFailure::Rejected(Rejection::ConditionFailed { .. })) => None,
@@ -323,20 +436,34 @@ fn undone(written: &Written) -> Option<Problem> {
 fn result(position: usize, key: &Bytes, written: &Written) -> Value {
     match written {
         Ok(OperationOutcome::Got(Some(record))) => {
-            let item = ItemJson::new(&Item { key: key.clone(), record: record.clone() }, false);
+            let item = ItemJson::new(
+                &Item {
+                    key: key.clone(),
+                    record: record.clone(),
+                },
+                false,
+            );
             merged(200, serde_json::to_value(item).unwrap_or_default())
         }
-        Ok(OperationOutcome::Got(None) | OperationOutcome::Deleted { revision: None }) => failed(Code::KeyNotFound, Value::Null),
-        Ok(OperationOutcome::Put { revision, created }) => {
-            merged(if *created { 201 } else { 200 }, object!({ "revision": revision, "created": created }))
+        Ok(OperationOutcome::Got(None) | OperationOutcome::Deleted { revision: None }) => {
+            failed(Code::KeyNotFound, Value::Null)
         }
-        Ok(OperationOutcome::Deleted { revision: Some(revision) }) => merged(200, object!({ "revision": revision })),
-        Err(WriteFailure::Rejected(Rejection::ConditionFailed { operation, .. })) if *operation != position => {
+        Ok(OperationOutcome::Put { revision, created }) => merged(
+            if *created { 201 } else { 200 },
+            object!({ "revision": revision, "created": created }),
+        ),
+        Ok(OperationOutcome::Deleted {
+            revision: Some(revision),
+        }) => merged(200, object!({ "revision": revision })),
+        Err(WriteFailure::Rejected(Rejection::ConditionFailed { operation, .. }))
+            if *operation != position =>
+        {
             failed(Code::NotApplied, object!({ "failed_operation": operation }))
         }
-        Err(WriteFailure::Rejected(Rejection::ConditionFailed { current, .. })) => {
-            failed(Code::ConditionFailed, object!({ "current_revision": current }))
-        }
+        Err(WriteFailure::Rejected(Rejection::ConditionFailed { current, .. })) => failed(
+            Code::ConditionFailed,
+            object!({ "current_revision": current }),
+        ),
         Err(WriteFailure::Rejected(rejection)) => item_problem(rejection.clone().into()),
         Err(WriteFailure::Failed(failure)) => item_problem(failure.clone().into()),
     }

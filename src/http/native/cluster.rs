@@ -16,7 +16,10 @@ use crate::http::{App, Shared};
 use crate::types::{Address, GroupId};
 
 /// The body of a leader transfer names one address.
-const TRANSFER_BODY: Ceiling = Ceiling { bytes_max: 64 << 10, what: "the body of this request" };
+const TRANSFER_BODY: Ceiling = Ceiling {
+    bytes_max: 64 << 10,
+    what: "the body of this request",
+};
 
 /// Around the shard's number in the path of a leader transfer.
 const SHARD_PREFIX: &str = "/v1/cluster/shards/";
@@ -35,7 +38,9 @@ pub async fn cluster(State(app): State<Shared>, request: Request) -> Response {
         Ok(_) => match app.store.status().await {
             Ok(status) => {
                 let mut response = json(StatusCode::OK, &status);
-                response.headers_mut().insert(header::ETAG, problem::epoch_etag(status.epoch));
+                response
+                    .headers_mut()
+                    .insert(header::ETAG, problem::epoch_etag(status.epoch));
                 response
             }
             Err(failure) => problem::respond(failure, request.uri()),
@@ -48,20 +53,32 @@ pub async fn cluster(State(app): State<Shared>, request: Request) -> Response {
 pub async fn transfer_leader(State(app): State<Shared>, request: Request) -> Response {
     let watch = app.watch(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
-    let answer = transfer(&app, &parts, body, &watch).await.unwrap_or_else(Problem::into_response);
+    let answer = transfer(&app, &parts, body, &watch)
+        .await
+        .unwrap_or_else(Problem::into_response);
     watch.finish(answer)
 }
 
-async fn transfer(app: &App, parts: &Parts, body: axum::body::Body, watch: &Watch<'_>) -> Result<Response, Problem> {
+async fn transfer(
+    app: &App,
+    parts: &Parts,
+    body: axum::body::Body,
+    watch: &Watch<'_>,
+) -> Result<Response, Problem> {
     let body = body::read(parts, body, TRANSFER_BODY, &app.limits, &app.bodies).await?;
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let shard = shard(parts.uri.path())?;
     let transfer: Transfer = if body.is_empty() {
         Transfer::default()
     } else {
-        serde_json::from_slice(&body).map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))?
+        serde_json::from_slice(&body)
+            .map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))?
     };
-    match app.store.transfer_leader(shard, transfer.to, query.options).await {
+    match app
+        .store
+        .transfer_leader(shard, transfer.to, query.options)
+        .await
+    {
         Ok(leader) => {
             watch.log_change(&format_args!("the transfer of shard {shard} to {leader}"));
             Ok(json(StatusCode::OK, &object!({ "leader": leader })))
@@ -71,8 +88,16 @@ async fn transfer(app: &App, parts: &Parts, body: axum::body::Body, watch: &Watc
 }
 
 fn shard(path: &str) -> Result<GroupId, Problem> {
-    let name = path.strip_prefix(SHARD_PREFIX).and_then(|rest| rest.strip_suffix(LEADER_SUFFIX)).unwrap_or_default();
+    let name = path
+        .strip_prefix(SHARD_PREFIX)
+        .and_then(|rest| rest.strip_suffix(LEADER_SUFFIX))
+        .unwrap_or_default();
     let digits = name.bytes().all(|byte| byte.is_ascii_digit());
     let number = if digits { name.parse().ok() } else { None };
-    number.map(GroupId).ok_or_else(|| Problem::new(Code::InvalidRequest, "a shard's id is a number: see /v1/cluster"))
+    number.map(GroupId).ok_or_else(|| {
+        Problem::new(
+            Code::InvalidRequest,
+            "a shard's id is a number: see /v1/cluster",
+        )
+    })
 }

@@ -1,7 +1,8 @@
-//! `If-Match` and `If-None-Match` (RFC 9110, sections 13.1.1 and 13.1.2): parsed, evaluated for reads, and turned into a condition for
-//! writes.
+//! `If-Match` and `If-None-Match` (RFC 9110, sections 13.1.1 and 13.1.2): parsed, evaluated for
+//! reads, and turned into a condition for writes.
 //!
-//! An entity tag of ours is a revision's digits between quotes. Another tag is legal and matches nothing.
+//! An entity tag of ours is a revision's digits between quotes. Another tag is legal and matches
+//! nothing.
 
 use http::{HeaderMap, HeaderName, header};
 
@@ -37,13 +38,18 @@ pub enum Verdict {
 
 impl Conditions {
     pub fn of_request(headers: &HeaderMap) -> Result<Self, Problem> {
-        // `If-Match` compares strongly: a weak tag matches nothing. `If-None-Match` compares weakly.
+        // `If-Match` compares strongly: a weak tag matches nothing. `If-None-Match` compares
+        // weakly.
         let matches = tags(headers, header::IF_MATCH, Weak::MatchNothing)?;
         let none_matches = tags(headers, header::IF_NONE_MATCH, Weak::AreTheSame)?;
-        Ok(Self { matches, none_matches })
+        Ok(Self {
+            matches,
+            none_matches,
+        })
     }
 
-    /// Of a read of a key at `revision`. Of a missing key nothing is asked: the answer would be 404 anyway (RFC 9110, section 13.2.1).
+    /// Of a read of a key at `revision`. Of a missing key nothing is asked: the answer would be 404
+    /// anyway (RFC 9110, section 13.2.1).
     pub fn verdict(&self, revision: Revision) -> Verdict {
         let named = |tags: &Tags| match tags {
             Tags::Any => true,
@@ -65,7 +71,8 @@ impl Conditions {
             (Some(Tags::These(tags)), None) if tags.len() == 1 => Ok(Some(PlanEpoch(tags[0].0))),
             _ => Err(Problem::new(
                 Code::InvalidHeader,
-                "the condition of a change of the view is If-Match with one epoch in quotes, as in the ETag of /v1/cluster",
+                "the condition of a change of the view is If-Match with one epoch in quotes, as in \
+                the ETag of /v1/cluster",
             )),
         }
     }
@@ -115,10 +122,13 @@ fn tags(headers: &HeaderMap, name: HeaderName, weak: Weak) -> Result<Option<Tags
                 continue;
             }
             let tag;
-            (tag, rest) = tag_at(rest).ok_or_else(|| bad("is neither * nor a list of quoted entity tags"))?;
+            (tag, rest) =
+                tag_at(rest).ok_or_else(|| bad("is neither * nor a list of quoted entity tags"))?;
             match tag {
                 Tag::Any => any = true,
-                Tag::Entity { opaque, is_weak } if !is_weak || weak == Weak::AreTheSame => revisions.extend(revision(opaque)),
+                Tag::Entity { opaque, is_weak } if !is_weak || weak == Weak::AreTheSame => {
+                    revisions.extend(revision(opaque))
+                }
                 Tag::Entity { .. } => {}
             }
             count += 1;
@@ -148,7 +158,10 @@ fn tag_at(text: &[u8]) -> Option<(Tag<'_>, &[u8])> {
         return Some((Tag::Any, after));
     }
     let strong = text.strip_prefix(b"W/");
-    let (is_weak, quoted) = (strong.is_some(), strong.unwrap_or(text).strip_prefix(b"\"")?);
+    let (is_weak, quoted) = (
+        strong.is_some(),
+        strong.unwrap_or(text).strip_prefix(b"\"")?,
+    );
     let end = quoted.iter().position(|byte| *byte == b'"')?;
     let (opaque, after) = (&quoted[..end], &quoted[end + 1..]);
     // etagc = %x21 / %x23-7E / obs-text
@@ -177,7 +190,10 @@ mod tests {
     }
 
     fn write(lines: &[(&'static str, &'static str)]) -> Condition {
-        parse(lines).expect("good headers").condition().expect("expressible")
+        parse(lines)
+            .expect("good headers")
+            .condition()
+            .expect("expressible")
     }
 
     fn revisions(numbers: &[u64]) -> Vec<Revision> {
@@ -189,17 +205,43 @@ mod tests {
         assert_eq!(write(&[]), Condition::None);
         assert_eq!(write(&[("if-match", "*")]), Condition::Present);
         assert_eq!(write(&[("if-none-match", " * ")]), Condition::Absent);
-        assert_eq!(write(&[("if-match", "\"3\", \"5\"")]), Condition::RevisionIn(revisions(&[3, 5])));
-        assert_eq!(write(&[("if-match", "\"3\""), ("if-match", ",,\"5\",")]), Condition::RevisionIn(revisions(&[3, 5])));
-        assert_eq!(write(&[("if-none-match", "W/\"3\"")]), Condition::RevisionNotIn(revisions(&[3])));
-        // Weak tags never match strongly, and foreign ones match nothing; a condition that can't hold is still a condition.
-        for never in ["W/\"3\"", "\"abc\"", "\"03\"", "\"+3\"", "\"\"", "\"99999999999999999999999\"", "\"a,b\""] {
-            assert_eq!(write(&[("if-match", never)]), Condition::RevisionIn(vec![]), "{never}");
+        assert_eq!(
+            write(&[("if-match", "\"3\", \"5\"")]),
+            Condition::RevisionIn(revisions(&[3, 5]))
+        );
+        assert_eq!(
+            write(&[("if-match", "\"3\""), ("if-match", ",,\"5\",")]),
+            Condition::RevisionIn(revisions(&[3, 5]))
+        );
+        assert_eq!(
+            write(&[("if-none-match", "W/\"3\"")]),
+            Condition::RevisionNotIn(revisions(&[3]))
+        );
+        // Weak tags never match strongly, and foreign ones match nothing; a condition that can't
+        // hold is still a condition.
+        for never in [
+            "W/\"3\"",
+            "\"abc\"",
+            "\"03\"",
+            "\"+3\"",
+            "\"\"",
+            "\"99999999999999999999999\"",
+            "\"a,b\"",
+        ] {
+            assert_eq!(
+                write(&[("if-match", never)]),
+                Condition::RevisionIn(vec![]),
+                "{never}"
+            );
         }
         let both = [("if-match", "\"3\",\"4\""), ("if-none-match", "\"4\"")];
         assert_eq!(write(&both), Condition::RevisionIn(revisions(&[3])));
-        assert_eq!(write(&[("if-match", "*"), ("if-none-match", "*")]), Condition::RevisionIn(vec![]));
-        let inexpressible = parse(&[("if-match", "*"), ("if-none-match", "\"4\"")]).expect("good headers");
+        assert_eq!(
+            write(&[("if-match", "*"), ("if-none-match", "*")]),
+            Condition::RevisionIn(vec![])
+        );
+        let inexpressible =
+            parse(&[("if-match", "*"), ("if-none-match", "\"4\"")]).expect("good headers");
         assert!(inexpressible.condition().is_err());
     }
 
@@ -211,28 +253,54 @@ mod tests {
         assert_eq!(verdict(&[("if-match", "\"4\"")]), Verdict::Failed);
         assert_eq!(verdict(&[("if-match", "W/\"3\"")]), Verdict::Failed);
         assert_eq!(verdict(&[("if-none-match", "*")]), Verdict::NotModified);
-        assert_eq!(verdict(&[("if-none-match", "\"1\", W/\"3\"")]), Verdict::NotModified);
+        assert_eq!(
+            verdict(&[("if-none-match", "\"1\", W/\"3\"")]),
+            Verdict::NotModified
+        );
         assert_eq!(verdict(&[("if-none-match", "\"4\"")]), Verdict::Answer);
-        assert_eq!(verdict(&[("if-match", "\"4\""), ("if-none-match", "\"3\"")]), Verdict::Failed);
+        assert_eq!(
+            verdict(&[("if-match", "\"4\""), ("if-none-match", "\"3\"")]),
+            Verdict::Failed
+        );
     }
 
     #[test]
     fn a_change_of_the_view_is_guarded_by_one_epoch() {
         let epoch = |lines: &[(&'static str, &'static str)]| {
-            parse(lines).expect("good headers").epoch().map_err(|problem| problem.code())
+            parse(lines)
+                .expect("good headers")
+                .epoch()
+                .map_err(|problem| problem.code())
         };
         assert_eq!(epoch(&[]), Ok(None));
         assert_eq!(epoch(&[("if-match", "*")]), Ok(None));
         assert_eq!(epoch(&[("if-match", "\"3\"")]), Ok(Some(PlanEpoch(3))));
         for vague in ["\"3\", \"4\"", "W/\"3\"", "\"abc\""] {
-            assert_eq!(epoch(&[("if-match", vague)]), Err("invalid_header"), "{vague}");
+            assert_eq!(
+                epoch(&[("if-match", vague)]),
+                Err("invalid_header"),
+                "{vague}"
+            );
         }
         assert_eq!(epoch(&[("if-none-match", "*")]), Err("invalid_header"));
     }
 
     #[test]
     fn bad_syntax_is_refused() {
-        for bad in ["", ",", "3", "\"3", "3\"", "\"3\" \"4\"", "\"3\"x", "*, \"3\"", "**", "w/\"3\"", "W/3", "\"a b\""] {
+        for bad in [
+            "",
+            ",",
+            "3",
+            "\"3",
+            "3\"",
+            "\"3\" \"4\"",
+            "\"3\"x",
+            "*, \"3\"",
+            "**",
+            "w/\"3\"",
+            "W/3",
+            "\"a b\"",
+        ] {
             assert!(parse(&[("if-match", bad)]).is_err(), "{bad} was taken");
         }
     }

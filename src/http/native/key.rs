@@ -8,30 +8,39 @@ use crate::types::{KEY_BYTES_MAX, RESERVED_PREFIX, is_reserved};
 /// What comes before a key in a path.
 pub const PREFIX: &str = "/v1/kv/";
 
-/// The key that a raw path names: everything after [`PREFIX`], percent-decoded, and nothing else done to it.
+/// The key that a raw path names: everything after [`PREFIX`], percent-decoded, and nothing else
+/// done to it.
 pub fn of_path(path: &str) -> Result<Bytes, Problem> {
     let rest = path.strip_prefix(PREFIX).unwrap_or_default();
-    let key = unescape(rest.as_bytes(), false).map_err(|reason| Problem::new(Code::InvalidKey, reason))?;
+    let key = unescape(rest.as_bytes(), false)
+        .map_err(|reason| Problem::new(Code::InvalidKey, reason))?;
     check(&key)?;
     Ok(Bytes::from(key))
 }
 
-/// That a key has a length that a store takes, and is not of those that another dialect has to itself.
+/// That a key has a length that a store takes, and is not of those that another dialect has to
+/// itself.
 pub fn check(key: &[u8]) -> Result<(), Problem> {
     match key.len() {
-        _ if is_reserved(key) => {
-            Err(Problem::new(Code::InvalidKey, format!("keys that begin with {} bytes FF are reserved", RESERVED_PREFIX.len())))
-        }
+        _ if is_reserved(key) => Err(Problem::new(
+            Code::InvalidKey,
+            format!(
+                "keys that begin with {} bytes FF are reserved",
+                RESERVED_PREFIX.len()
+            ),
+        )),
         0 => Err(Problem::new(Code::InvalidKey, "the key is empty")),
         1..=KEY_BYTES_MAX => Ok(()),
         bytes => {
-            let detail = format!("a key is at most {KEY_BYTES_MAX} bytes, and this one has {bytes}");
+            let detail =
+                format!("a key is at most {KEY_BYTES_MAX} bytes, and this one has {bytes}");
             Err(Problem::new(Code::InvalidKey, detail).extension("limit_bytes", KEY_BYTES_MAX))
         }
     }
 }
 
-/// RFC 3986 percent-decoding, strictly: a `%` without two hexadecimal digits is an error. With `plus_is_space`, as forms are encoded.
+/// RFC 3986 percent-decoding, strictly: a `%` without two hexadecimal digits is an error. With
+/// `plus_is_space`, as forms are encoded.
 pub fn unescape(text: &[u8], plus_is_space: bool) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text;
@@ -52,7 +61,9 @@ pub fn unescape(text: &[u8], plus_is_space: bool) -> Result<Vec<u8>, String> {
 }
 
 fn hex(digit: u8) -> Option<u8> {
-    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
+    char::from(digit)
+        .to_digit(16)
+        .and_then(|value| u8::try_from(value).ok())
 }
 
 fn bad_escape(at: &[u8]) -> String {
@@ -77,14 +88,29 @@ mod tests {
         ] {
             assert_eq!(of_path(path).as_deref(), Ok(key), "{path}");
         }
-        for path in ["/v1/kv/", "/v1/kv/%", "/v1/kv/%2", "/v1/kv/a%zz", "/v1/kv/%+1", "/v1/kv/%2ü"] {
+        for path in [
+            "/v1/kv/",
+            "/v1/kv/%",
+            "/v1/kv/%2",
+            "/v1/kv/a%zz",
+            "/v1/kv/%+1",
+            "/v1/kv/%2ü",
+        ] {
             assert_eq!(of_path(path).expect_err(path).code(), "invalid_key");
         }
         assert!(of_path("/v1/kv/%ff%ff%ff%ff%ff%ff%ff").is_ok());
         for rest in ["", "a", "%ff"] {
-            assert_eq!(of_path(&format!("/v1/kv/%ff%FF%ff%ff%ff%ff%ff%ff{rest}")).expect_err(rest).code(), "invalid_key");
+            assert_eq!(
+                of_path(&format!("/v1/kv/%ff%FF%ff%ff%ff%ff%ff%ff{rest}"))
+                    .expect_err(rest)
+                    .code(),
+                "invalid_key"
+            );
         }
-        assert_eq!(of_path(&format!("{PREFIX}{}", "%41".repeat(KEY_BYTES_MAX))).map(|key| key.len()), Ok(KEY_BYTES_MAX));
+        assert_eq!(
+            of_path(&format!("{PREFIX}{}", "%41".repeat(KEY_BYTES_MAX))).map(|key| key.len()),
+            Ok(KEY_BYTES_MAX)
+        );
         assert!(of_path(&format!("{PREFIX}{}", "a".repeat(KEY_BYTES_MAX + 1))).is_err());
     }
 }

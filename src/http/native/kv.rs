@@ -50,7 +50,10 @@ pub async fn kv(app: &App, request: Request) -> Response {
         _ => {
             body::discard(&parts, body);
             let mut response = refuse_method(&parts.method);
-            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET,HEAD,PUT,DELETE"));
+            response.headers_mut().insert(
+                header::ALLOW,
+                HeaderValue::from_static("GET,HEAD,PUT,DELETE"),
+            );
             Ok(response)
         }
     };
@@ -58,7 +61,11 @@ pub async fn kv(app: &App, request: Request) -> Response {
 }
 
 async fn get(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> {
-    let query = Query::parse(parts.uri.query(), &["proxy", "consistency", "timeout"], &app.limits)?;
+    let query = Query::parse(
+        parts.uri.query(),
+        &["proxy", "consistency", "timeout"],
+        &app.limits,
+    )?;
     let conditions = Conditions::of_request(&parts.headers)?;
     let found = match app.store.get(key, query.options).await {
         Ok(found) => found,
@@ -68,11 +75,16 @@ async fn get(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> 
         None => missing().into_response(),
         Some(record) => match conditions.verdict(record.revision) {
             Verdict::Failed => Problem::condition_failed(Some(record.revision)).into_response(),
-            Verdict::NotModified => tagged(StatusCode::NOT_MODIFIED, record.revision, Body::empty()),
+            Verdict::NotModified => {
+                tagged(StatusCode::NOT_MODIFIED, record.revision, Body::empty())
+            }
             Verdict::Answer => {
                 let large = record.value.len() > UNCHARGED_BYTES_MAX;
-                let mut response = tagged(StatusCode::OK, record.revision, Body::from(record.value));
-                response.headers_mut().insert(header::CONTENT_TYPE, media::content_type(&record.media));
+                let mut response =
+                    tagged(StatusCode::OK, record.revision, Body::from(record.value));
+                response
+                    .headers_mut()
+                    .insert(header::CONTENT_TYPE, media::content_type(&record.media));
                 if large {
                     response.extensions_mut().insert(AlreadyCharged);
                 }
@@ -81,7 +93,9 @@ async fn get(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> 
         },
     };
     if query.options.consistency == Consistency::Stale {
-        response.headers_mut().insert(STALENESS, staleness(found.staleness));
+        response
+            .headers_mut()
+            .insert(STALENESS, staleness(found.staleness));
     }
     Ok(response)
 }
@@ -111,7 +125,10 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
             return Err(problem);
         }
     };
-    let value_max = Ceiling { bytes_max: app.limits.value_bytes_max.min(app.limits.body_bytes_max), what: "a value" };
+    let value_max = Ceiling {
+        bytes_max: app.limits.value_bytes_max.min(app.limits.body_bytes_max),
+        what: "a value",
+    };
     let body = body::admit(parts, body, value_max)?;
     let options = match route(app, key.clone(), head.options).await {
         Ok(options) => options,
@@ -122,16 +139,30 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
     };
     let value = body::read(parts, body, value_max, &app.limits, &app.bodies).await?;
     let media = aside::work(value.len(), || media::of_request(&parts.headers, &value))?;
-    let action = Action::Put { media, value: value.bytes.clone() };
-    let operation = Operation { key: key.clone(), condition: head.condition, action };
-    let written = app.store.write(vec![operation], head.idempotency_key, options).await;
+    let action = Action::Put {
+        media,
+        value: value.bytes.clone(),
+    };
+    let operation = Operation {
+        key: key.clone(),
+        condition: head.condition,
+        action,
+    };
+    let written = app
+        .store
+        .write(vec![operation], head.idempotency_key, options)
+        .await;
     let outcome = match only(written) {
         Ok(outcome) => outcome,
         Err(failure) => return refused(failure, parts),
     };
     match outcome {
         OperationOutcome::Put { revision, created } => {
-            let status = if created { StatusCode::CREATED } else { StatusCode::OK };
+            let status = if created {
+                StatusCode::CREATED
+            } else {
+                StatusCode::OK
+            };
             Ok(done(status, &key, revision, Some(created)))
         }
         other => Err(mismatched(&other)),
@@ -148,31 +179,55 @@ async fn route(app: &App, key: Bytes, options: Options) -> Result<Options, Failu
     let began = Instant::now();
     app.store.locate(key, options).await?;
     let timeout = options.timeout.saturating_sub(began.elapsed());
-    Ok(Options { routing: Routing::Proxy, timeout, ..options })
+    Ok(Options {
+        routing: Routing::Proxy,
+        timeout,
+        ..options
+    })
 }
 
 async fn delete(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> {
     let head = WriteHead::of_request(app, parts)?;
-    let operation = Operation { key: key.clone(), condition: head.condition, action: Action::Delete };
-    let written = app.store.write(vec![operation], head.idempotency_key, head.options).await;
+    let operation = Operation {
+        key: key.clone(),
+        condition: head.condition,
+        action: Action::Delete,
+    };
+    let written = app
+        .store
+        .write(vec![operation], head.idempotency_key, head.options)
+        .await;
     match only(written) {
-        Ok(OperationOutcome::Deleted { revision: Some(revision) }) => Ok(done(StatusCode::OK, &key, revision, None)),
+        Ok(OperationOutcome::Deleted {
+            revision: Some(revision),
+        }) => Ok(done(StatusCode::OK, &key, revision, None)),
         Ok(OperationOutcome::Deleted { revision: None }) => Err(missing()),
-        // Without the condition this would be 404, so the condition is not asked (RFC 9110, section 13.2.1).
-        Err(WriteFailure::Rejected(Rejection::ConditionFailed { current: None, .. })) => Err(missing()),
+        // Without the condition this would be 404, so the condition is not asked (RFC 9110, section
+        // 13.2.1).
+        Err(WriteFailure::Rejected(Rejection::ConditionFailed { current: None, .. })) => {
+            Err(missing())
+        }
         Ok(other) => Err(mismatched(&other)),
         Err(failure) => refused(failure, parts),
     }
 }
 
-/// The one answer to a write of one operation. A store that gives none has broken its promise, and nobody knows what happened.
+/// The one answer to a write of one operation. A store that gives none has broken its promise, and
+/// nobody knows what happened.
 fn only(mut written: Vec<Written>) -> Written {
-    let broken = || Err(WriteFailure::Failed(Failure::Unknown { reason: "the store gave no answer".into() }));
+    let broken = || {
+        Err(WriteFailure::Failed(Failure::Unknown {
+            reason: "the store gave no answer".into(),
+        }))
+    };
     written.pop().unwrap_or_else(broken)
 }
 
 fn mismatched(outcome: &OperationOutcome) -> Problem {
-    Problem::new(Code::UnknownOutcome, format!("the store answered another operation than was asked: {outcome:?}"))
+    Problem::new(
+        Code::UnknownOutcome,
+        format!("the store answered another operation than was asked: {outcome:?}"),
+    )
 }
 
 fn refused(failure: WriteFailure, parts: &Parts) -> Result<Response, Problem> {
@@ -189,14 +244,25 @@ fn missing() -> Problem {
 fn tagged(status: StatusCode, revision: Revision, body: Body) -> Response {
     let mut response = Response::new(body);
     *response.status_mut() = status;
-    response.headers_mut().insert(header::ETAG, problem::etag(revision));
+    response
+        .headers_mut()
+        .insert(header::ETAG, problem::etag(revision));
     response
 }
 
 fn done(status: StatusCode, key: &[u8], revision: Revision, created: Option<bool>) -> Response {
-    let mut response = json(status, &WrittenJson { key: KeyJson::new(key), revision: revision.0, created });
+    let mut response = json(
+        status,
+        &WrittenJson {
+            key: KeyJson::new(key),
+            revision: revision.0,
+            created,
+        },
+    );
     if created.is_some() {
-        response.headers_mut().insert(header::ETAG, problem::etag(revision));
+        response
+            .headers_mut()
+            .insert(header::ETAG, problem::etag(revision));
     }
     response
 }

@@ -1,6 +1,7 @@
 //! Query parameters: parsed strictly, each route naming those it takes.
 //!
-//! Names and values are percent-decoded as forms are (`+` is a space). Values are bytes: a prefix of keys need not be text.
+//! Names and values are percent-decoded as forms are (`+` is a space). Values are bytes: a prefix
+//! of keys need not be text.
 
 use std::time::Duration;
 
@@ -29,10 +30,14 @@ pub struct Query {
 }
 
 impl Query {
-    /// Parses `query`; a parameter that is not one of `known`, or is given twice, is an error that names it.
+    /// Parses `query`; a parameter that is not one of `known`, or is given twice, is an error that
+    /// names it.
     pub fn parse(query: Option<&str>, known: &[&str], limits: &Limits) -> Result<Self, Problem> {
-        let options =
-            Options { consistency: Consistency::default(), routing: Routing::default(), timeout: limits.request_timeout_default };
+        let options = Options {
+            consistency: Consistency::default(),
+            routing: Routing::default(),
+            timeout: limits.request_timeout_default,
+        };
         let mut parsed = Self {
             options,
             prefix: Bytes::new(),
@@ -46,17 +51,30 @@ impl Query {
             dry_run: false,
         };
         let mut seen: Vec<&str> = Vec::new();
-        for pair in query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
+        for pair in query
+            .unwrap_or_default()
+            .split('&')
+            .filter(|pair| !pair.is_empty())
+        {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let decode = |text: &str| unescape(text.as_bytes(), true).map_err(|reason| Problem::new(Code::InvalidQuery, reason));
+            let decode = |text: &str| {
+                unescape(text.as_bytes(), true)
+                    .map_err(|reason| Problem::new(Code::InvalidQuery, reason))
+            };
             let (name, value) = (decode(name)?, Bytes::from(decode(value)?));
-            let Some(name) = known.iter().find(|known| known.as_bytes() == name) else { return Err(unknown(&name, known)) };
+            let Some(name) = known.iter().find(|known| known.as_bytes() == name) else {
+                return Err(unknown(&name, known));
+            };
             if seen.contains(name) {
-                return Err(Problem::new(Code::InvalidQuery, format!("'{name}' is given more than once")));
+                return Err(Problem::new(
+                    Code::InvalidQuery,
+                    format!("'{name}' is given more than once"),
+                ));
             }
             seen.push(name);
             parsed.set(name, value, limits).map_err(|expected| {
-                Problem::new(Code::InvalidQuery, format!("'{name}' is wrong: {expected}")).extension("parameter", *name)
+                Problem::new(Code::InvalidQuery, format!("'{name}' is wrong: {expected}"))
+                    .extension("parameter", *name)
             })?;
         }
         Ok(parsed)
@@ -65,7 +83,13 @@ impl Query {
     /// An error says what was expected.
     fn set(&mut self, name: &str, value: Bytes, limits: &Limits) -> Result<(), String> {
         match name {
-            "proxy" => self.options.routing = if flag(&value)? { Routing::Proxy } else { Routing::Redirect },
+            "proxy" => {
+                self.options.routing = if flag(&value)? {
+                    Routing::Proxy
+                } else {
+                    Routing::Redirect
+                }
+            }
             "consistency" => self.options.consistency = consistency(&value)?,
             "timeout" => self.options.timeout = duration(&value, limits.request_timeout_max)?,
             "prefix" => self.prefix = value,
@@ -86,9 +110,16 @@ impl Query {
 fn unknown(name: &[u8], known: &[&str]) -> Problem {
     let name = String::from_utf8_lossy(name);
     let name = shortened(&name);
-    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-    Problem::new(Code::InvalidQuery, format!("'{name}' is not a parameter of this request; it takes: {known}"))
-        .extension("parameter", name)
+    let known = if known.is_empty() {
+        "none".to_owned()
+    } else {
+        known.join(", ")
+    };
+    Problem::new(
+        Code::InvalidQuery,
+        format!("'{name}' is not a parameter of this request; it takes: {known}"),
+    )
+    .extension("parameter", name)
 }
 
 fn flag(value: &[u8]) -> Result<bool, String> {
@@ -109,7 +140,9 @@ fn consistency(value: &[u8]) -> Result<Consistency, String> {
 
 fn number(value: &[u8], max: usize) -> Result<usize, String> {
     let parsed = digits(value).and_then(|number| usize::try_from(number).ok());
-    parsed.filter(|number| (1..=max).contains(number)).ok_or_else(|| format!("expected a number from 1 to {max}"))
+    parsed
+        .filter(|number| (1..=max).contains(number))
+        .ok_or_else(|| format!("expected a number from 1 to {max}"))
 }
 
 fn duration(value: &[u8], max: Duration) -> Result<Duration, String> {
@@ -119,13 +152,19 @@ fn duration(value: &[u8], max: Duration) -> Result<Duration, String> {
         _ => None,
     };
     let in_range = parsed.filter(|wait| !wait.is_zero() && *wait <= max);
-    in_range.ok_or_else(|| format!("expected seconds or milliseconds, such as 2s or 500ms, up to {max:?}"))
+    in_range.ok_or_else(|| {
+        format!("expected seconds or milliseconds, such as 2s or 500ms, up to {max:?}")
+    })
 }
 
 /// A number of digits alone: Rust's own parser takes a plus sign too.
 pub fn digits(text: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(text).ok()?;
-    if text.bytes().all(|byte| byte.is_ascii_digit()) { text.parse().ok() } else { None }
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        text.parse().ok()
+    } else {
+        None
+    }
 }
 
 #[cfg(test)]
@@ -143,11 +182,19 @@ mod tests {
 
     #[test]
     fn parameters_are_read() {
-        let query = parse("proxy=true&consistency=stale&timeout=1500ms&&prefix=a%2Fb+%FF&limit=1000").expect("a good query");
-        assert_eq!((query.options.routing, query.options.consistency), (Routing::Proxy, Consistency::Stale));
+        let query =
+            parse("proxy=true&consistency=stale&timeout=1500ms&&prefix=a%2Fb+%FF&limit=1000")
+                .expect("a good query");
+        assert_eq!(
+            (query.options.routing, query.options.consistency),
+            (Routing::Proxy, Consistency::Stale)
+        );
         assert_eq!(query.options.timeout, Duration::from_millis(1500));
         assert_eq!((&query.prefix[..], query.limit), (&b"a/b \xff"[..], 1000));
-        assert_eq!(parse("timeout=60s").expect("the longest").options.timeout, Duration::from_secs(60));
+        assert_eq!(
+            parse("timeout=60s").expect("the longest").options.timeout,
+            Duration::from_secs(60)
+        );
         assert_eq!(parse("").expect("an empty query").limit, 100);
     }
 

@@ -1,13 +1,17 @@
-//! `/v1/cluster/view` and `/v1/cluster/operations/<id>`: what was asked of the view, changing it, and how a change gets on.
+//! `/v1/cluster/view` and `/v1/cluster/operations/<id>`: what was asked of the view, changing it,
+//! and how a change gets on.
 //!
-//! - `PUT /v1/cluster/view` takes a [`ViewChange`]; a field left out stays as it was asked for. It is answered 202 when the plan is
-//!   accepted, with the operation and its `Location`. `?wait=60s` waits for its end: 200, or 202 where the time is up before.
+//! - `PUT /v1/cluster/view` takes a [`ViewChange`]; a field left out stays as it was asked for. It
+//!   is answered 202 when the plan is accepted, with the operation and its `Location`. `?wait=60s`
+//!   waits for its end: 200, or 202 where the time is up before.
 //! - `?dry_run=true` answers 200 with what it would take, and changes nothing.
-//! - `If-Match: "<epoch>"`, the ETag of `/v1/cluster` and `/v1/cluster/view`, guards against a change in between: 412 `epoch_changed`.
-//! - What can't be done is 409 `view_refused`: whether the same body can be depends on the view as it is. A newcomer that is not there
-//!   is 503 `node_not_ready`.
+//! - `If-Match: "<epoch>"`, the ETag of `/v1/cluster` and `/v1/cluster/view`, guards against a
+//!   change in between: 412 `epoch_changed`.
+//! - What can't be done is 409 `view_refused`: whether the same body can be depends on the view as
+//!   it is. A newcomer that is not there is 503 `node_not_ready`.
 //!
-//! Nodes carry a change out by themselves: a client that hangs up, or a wait that ends, stops nothing.
+//! Nodes carry a change out by themselves: a client that hangs up, or a wait that ends, stops
+//! nothing.
 
 use std::sync::Arc;
 
@@ -21,7 +25,9 @@ use super::conditions::Conditions;
 use super::json;
 use super::query::{Query, digits};
 use crate::client::store::{Failure, Options, Routing};
-use crate::client::view_change::{Auto, ChangeInProgress, PerNode, ReplicationFactor, Shards, ViewChange, ViewChangeFailure};
+use crate::client::view_change::{
+    Auto, ChangeInProgress, PerNode, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
+};
 use crate::http::body::{self, Ceiling};
 use crate::http::metrics::{Dialect, Watch};
 use crate::http::problem::{self, Code, Problem};
@@ -29,7 +35,10 @@ use crate::http::{App, Shared, aside};
 use crate::types::{ParseError, PlanEpoch};
 
 /// Room for tens of thousands of addresses.
-const CHANGE_BODY: Ceiling = Ceiling { bytes_max: 1 << 20, what: "the body of a change of the view" };
+const CHANGE_BODY: Ceiling = Ceiling {
+    bytes_max: 1 << 20,
+    what: "the body of a change of the view",
+};
 
 /// Before the id in the path of an operation.
 const OPERATIONS: &str = "/v1/cluster/operations/";
@@ -37,7 +46,11 @@ const OPERATIONS: &str = "/v1/cluster/operations/";
 /// What was asked of the view, in the form in which a change is asked for.
 pub async fn view(State(app): State<Shared>, request: Request) -> Response {
     let watch = app.watch(Dialect::Native, &request);
-    watch.finish(asked(&app, request.uri()).await.unwrap_or_else(Problem::into_response))
+    watch.finish(
+        asked(&app, request.uri())
+            .await
+            .unwrap_or_else(Problem::into_response),
+    )
 }
 
 async fn asked(app: &App, uri: &Uri) -> Result<Response, Problem> {
@@ -48,26 +61,47 @@ async fn asked(app: &App, uri: &Uri) -> Result<Response, Problem> {
     };
     let replication_factor = status.asked.replication_factor;
     let asked = ViewChange {
-        nodes: Some(status.nodes.into_iter().filter(|node| !node.leaving).map(|node| node.address).collect()),
+        nodes: Some(
+            status
+                .nodes
+                .into_iter()
+                .filter(|node| !node.leaving)
+                .map(|node| node.address)
+                .collect(),
+        ),
         layout: Some(status.asked.layout),
-        replication_factor: Some(replication_factor.map_or(ReplicationFactor::Default(Auto::Auto), ReplicationFactor::Fixed)),
-        shards: Some(status.asked.shards.map_or(Shards::Default(PerNode::PerNode), Shards::Fixed)),
+        replication_factor: Some(replication_factor.map_or(
+            ReplicationFactor::Default(Auto::Auto),
+            ReplicationFactor::Fixed,
+        )),
+        shards: Some(
+            status
+                .asked
+                .shards
+                .map_or(Shards::Default(PerNode::PerNode), Shards::Fixed),
+        ),
     };
     let mut response = json(StatusCode::OK, &asked);
-    response.headers_mut().insert(header::ETAG, problem::epoch_etag(status.epoch));
+    response
+        .headers_mut()
+        .insert(header::ETAG, problem::epoch_etag(status.epoch));
     Ok(response)
 }
 
 pub async fn change(State(app): State<Shared>, request: Request) -> Response {
     let mut watch = app.watch(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
-    let answer = put(&app, &parts, body, &mut watch).await.unwrap_or_else(Problem::into_response);
+    let answer = put(&app, &parts, body, &mut watch)
+        .await
+        .unwrap_or_else(Problem::into_response);
     watch.finish(answer)
 }
 
 pub async fn operation(State(app): State<Shared>, request: Request) -> Response {
     let mut watch = app.watch(Dialect::Native, &request);
-    let answer = look(&app, request.uri(), &mut watch).await.unwrap_or_else(Problem::into_response);
+    let answer = look(&app, request.uri(), &mut watch)
+        .await
+        .unwrap_or_else(Problem::into_response);
     watch.finish(answer)
 }
 
@@ -79,16 +113,28 @@ struct ChangeHead {
 
 impl ChangeHead {
     fn of_request(app: &App, parts: &Parts) -> Result<Self, Problem> {
-        let query = Query::parse(parts.uri.query(), &["dry_run", "wait", "timeout"], &app.limits)?;
+        let query = Query::parse(
+            parts.uri.query(),
+            &["dry_run", "wait", "timeout"],
+            &app.limits,
+        )?;
         if query.dry_run && query.wait.is_some() {
-            return Err(Problem::new(Code::InvalidQuery, "a dry run has no end to wait for").extension("parameter", "wait"));
+            return Err(
+                Problem::new(Code::InvalidQuery, "a dry run has no end to wait for")
+                    .extension("parameter", "wait"),
+            );
         }
         let only_if = Conditions::of_request(&parts.headers)?.epoch()?;
         Ok(Self { query, only_if })
     }
 }
 
-async fn put(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Result<Response, Problem> {
+async fn put(
+    app: &App,
+    parts: &Parts,
+    body: Body,
+    watch: &mut Watch<'_>,
+) -> Result<Response, Problem> {
     let ChangeHead { query, only_if } = match ChangeHead::of_request(app, parts) {
         Ok(head) => head,
         Err(problem) => {
@@ -98,16 +144,25 @@ async fn put(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Res
     };
     let body = body::read(parts, body, CHANGE_BODY, &app.limits, &app.bodies).await?;
     let change = aside::work(body.len(), || parse(&body))?;
-    let options = Options { routing: Routing::Proxy, ..query.options };
+    let options = Options {
+        routing: Routing::Proxy,
+        ..query.options
+    };
     if query.dry_run {
         return plan(app, &parts.uri, change, only_if, options).await;
     }
-    let place = query.wait.map(|wait| Ok::<_, Failure>((app.changes.enter()?, wait))).transpose()?;
+    let place = query
+        .wait
+        .map(|wait| Ok::<_, Failure>((app.changes.enter()?, wait)))
+        .transpose()?;
     let accepted = match accept(app, change, only_if, options).await {
         Ok(accepted) => accepted,
         Err(failure) => return refused(failure, &parts.uri),
     };
-    watch.log_change(&format_args!("the change of the view to plan {}", accepted.id));
+    watch.log_change(&format_args!(
+        "the change of the view to plan {}",
+        accepted.id
+    ));
     let client = watch.client().map(tracing::field::display);
     tracing::info!(client, plan = %accepted.id, "a change of the view was asked for and accepted");
     let location = format!("{OPERATIONS}{}", accepted.id);
@@ -118,7 +173,11 @@ async fn put(app: &App, parts: &Parts, body: Body, watch: &mut Watch<'_>) -> Res
         }
         None => accepted,
     };
-    let status = if last.is_over() { StatusCode::OK } else { StatusCode::ACCEPTED };
+    let status = if last.is_over() {
+        StatusCode::OK
+    } else {
+        StatusCode::ACCEPTED
+    };
     let mut response = json(status, &last);
     let location = HeaderValue::try_from(location).expect("a path of ASCII is a header value");
     response.headers_mut().insert(header::LOCATION, location);
@@ -129,12 +188,19 @@ fn parse(body: &[u8]) -> Result<ViewChange, Problem> {
     let invalid = |detail: String| Problem::new(Code::InvalidBody, detail);
     // serde would take a list for the fields in their order.
     if !body.trim_ascii_start().starts_with(b"{") {
-        return Err(invalid("a change of the view is a JSON object: {} plans again".into()));
+        return Err(invalid(
+            "a change of the view is a JSON object: {} plans again".into(),
+        ));
     }
-    let change: ViewChange = serde_json::from_slice(body).map_err(|error| invalid(error.to_string()))?;
+    let change: ViewChange =
+        serde_json::from_slice(body).map_err(|error| invalid(error.to_string()))?;
     change.ensure_bounded().map_err(invalid)?;
     // Views that are stored may have such addresses, so reading JSON does not refuse them.
-    let zoned = change.nodes.iter().flatten().find(|node| node.as_str().contains('%'));
+    let zoned = change
+        .nodes
+        .iter()
+        .flatten()
+        .find(|node| node.as_str().contains('%'));
     if let Some(node) = zoned {
         return Err(invalid(ParseError::Zone(node.to_string()).to_string()));
     }
@@ -149,15 +215,19 @@ async fn plan(
     options: Options,
 ) -> Result<Response, Problem> {
     match app.store.plan_view(change, options).await {
-        Ok(planned) if only_if.is_some_and(|epoch| epoch != planned.base) => {
-            refused(ViewChangeFailure::EpochChanged { current: planned.base }, uri)
-        }
+        Ok(planned) if only_if.is_some_and(|epoch| epoch != planned.base) => refused(
+            ViewChangeFailure::EpochChanged {
+                current: planned.base,
+            },
+            uri,
+        ),
         Ok(planned) => Ok(json(StatusCode::OK, &planned)),
         Err(failure) => refused(failure, uri),
     }
 }
 
-/// Has the change accepted, in a task of its own: a client that hangs up must not break it off halfway.
+/// Has the change accepted, in a task of its own: a client that hangs up must not break it off
+/// halfway.
 async fn accept(
     app: &App,
     change: ViewChange,
@@ -167,7 +237,9 @@ async fn accept(
     let store = Arc::clone(&app.store);
     let accepting = tokio::spawn(async move { store.change_view(change, only_if, options).await });
     let lost = |error: tokio::task::JoinError| {
-        Err(ViewChangeFailure::Failed(Failure::Unknown { reason: format!("the change broke off: {error}") }))
+        Err(ViewChangeFailure::Failed(Failure::Unknown {
+            reason: format!("the change broke off: {error}"),
+        }))
     };
     accepting.await.unwrap_or_else(lost)
 }
@@ -181,7 +253,10 @@ fn refused(failure: ViewChangeFailure, uri: &Uri) -> Result<Response, Problem> {
 
 async fn look(app: &App, uri: &Uri, watch: &mut Watch<'_>) -> Result<Response, Problem> {
     let query = Query::parse(uri.query(), &["wait", "timeout"], &app.limits)?;
-    let options = Options { routing: Routing::Proxy, ..query.options };
+    let options = Options {
+        routing: Routing::Proxy,
+        ..query.options
+    };
     let id = uri.path().strip_prefix(OPERATIONS).unwrap_or_default();
     let found = match digits(id.as_bytes()) {
         Some(number) => app.store.operation(PlanEpoch(number), options).await,
@@ -190,10 +265,19 @@ async fn look(app: &App, uri: &Uri, watch: &mut Watch<'_>) -> Result<Response, P
     match (found, query.wait) {
         (Ok(Some(change)), Some(wait)) if !change.is_over() => {
             watch.allow(wait);
-            Ok(json(StatusCode::OK, &app.changes.enter()?.follow(app, change, wait, options).await))
+            Ok(json(
+                StatusCode::OK,
+                &app.changes
+                    .enter()?
+                    .follow(app, change, wait, options)
+                    .await,
+            ))
         }
         (Ok(Some(change)), _) => Ok(json(StatusCode::OK, &change)),
-        (Ok(None), _) => Err(Problem::new(Code::UnknownOperation, "no change of the view was accepted under this id")),
+        (Ok(None), _) => Err(Problem::new(
+            Code::UnknownOperation,
+            "no change of the view was accepted under this id",
+        )),
         (Err(failure), _) => Ok(problem::respond(failure, uri)),
     }
 }
@@ -216,15 +300,47 @@ mod tests {
     async fn a_change_is_accepted_and_followed() {
         let site = Site::start().await;
         site.store.take_time(3);
-        let accepted = site.put("/v1/cluster/view", r#"{"nodes":["a:1","b:2"],"replication_factor":"auto"}"#).await;
-        assert_eq!((accepted.status, accepted.header("location")), (202, "/v1/cluster/operations/2"));
-        assert_eq!((&accepted.json()["id"], &accepted.json()["phase"]), (&json!(2), &json!("running")));
+        let accepted = site
+            .put(
+                "/v1/cluster/view",
+                r#"{"nodes":["a:1","b:2"],"replication_factor":"auto"}"#,
+            )
+            .await;
+        assert_eq!(
+            (accepted.status, accepted.header("location")),
+            (202, "/v1/cluster/operations/2")
+        );
+        assert_eq!(
+            (&accepted.json()["id"], &accepted.json()["phase"]),
+            (&json!(2), &json!("running"))
+        );
         let running = site.get("/v1/cluster/operations/2").await;
-        assert_eq!((running.status, &running.json()["phase"]), (200, &json!("running")));
+        assert_eq!(
+            (running.status, &running.json()["phase"]),
+            (200, &json!("running"))
+        );
         let waited = site.get("/v1/cluster/operations/2?wait=20s").await;
-        assert_eq!((waited.status, &waited.json()["phase"]), (200, &json!("done")));
-        for unknown in ["3", "x", "-1", "+2", "%32", "", "99999999999999999999", "1/2"] {
-            assert_eq!(site.get(&format!("/v1/cluster/operations/{unknown}")).await.status, 404, "{unknown}");
+        assert_eq!(
+            (waited.status, &waited.json()["phase"]),
+            (200, &json!("done"))
+        );
+        for unknown in [
+            "3",
+            "x",
+            "-1",
+            "+2",
+            "%32",
+            "",
+            "99999999999999999999",
+            "1/2",
+        ] {
+            assert_eq!(
+                site.get(&format!("/v1/cluster/operations/{unknown}"))
+                    .await
+                    .status,
+                404,
+                "{unknown}"
+            );
         }
         site.stop().await;
     }
@@ -237,12 +353,28 @@ mod tests {
         assert_eq!((done.status, &done.json()["phase"]), (200, &json!("done")));
         site.store.take_time(u64::MAX);
         let in_vain = site.put("/v1/cluster/view?wait=60ms", "{}").await;
-        assert_eq!((in_vain.status, in_vain.header("location")), (202, "/v1/cluster/operations/2"));
+        assert_eq!(
+            (in_vain.status, in_vain.header("location")),
+            (202, "/v1/cluster/operations/2")
+        );
         assert_eq!(in_vain.json()["phase"], "running");
-        assert_eq!(site.get("/v1/cluster/operations/1?wait=60ms").await.json()["phase"], "running");
-        *site.readiness.0.lock().expect("no panic") = Some(NotReady { code: "stopping", reason: String::new() });
-        assert_eq!(site.put("/v1/cluster/view?wait=1h", "{}").await.status, 400, "hours are no unit");
-        assert_eq!(site.put("/v1/cluster/view?wait=3600s", "{}").await.status, 202);
+        assert_eq!(
+            site.get("/v1/cluster/operations/1?wait=60ms").await.json()["phase"],
+            "running"
+        );
+        *site.readiness.0.lock().expect("no panic") = Some(NotReady {
+            code: "stopping",
+            reason: String::new(),
+        });
+        assert_eq!(
+            site.put("/v1/cluster/view?wait=1h", "{}").await.status,
+            400,
+            "hours are no unit"
+        );
+        assert_eq!(
+            site.put("/v1/cluster/view?wait=3600s", "{}").await.status,
+            202
+        );
         site.stop().await;
     }
 
@@ -263,19 +395,35 @@ mod tests {
         let site = Site::start().await;
         for query in ["", "?dry_run=true"] {
             let path = format!("/v1/cluster/view{query}");
-            let late = site.ask(&format!("PUT {path}\nif-match: \"7\""), "{}").await;
-            assert_eq!((late.verdict(), late.header("etag")), ((412, "epoch_changed".into()), "\"1\""));
+            let late = site
+                .ask(&format!("PUT {path}\nif-match: \"7\""), "{}")
+                .await;
+            assert_eq!(
+                (late.verdict(), late.header("etag")),
+                ((412, "epoch_changed".into()), "\"1\"")
+            );
             assert_eq!(late.json()["epoch"], 1);
             for guard in ["\"1\"", "*"] {
-                let taken = site.ask(&format!("PUT {path}\nif-match: {guard}"), "{}").await;
+                let taken = site
+                    .ask(&format!("PUT {path}\nif-match: {guard}"), "{}")
+                    .await;
                 assert!(matches!(taken.status, 200 | 202), "{taken:?}");
             }
         }
         for header in ["if-match: 1", "if-match: \"1\", \"2\"", "if-none-match: *"] {
-            let answer = site.ask(&format!("PUT /v1/cluster/view\n{header}"), "{}").await;
+            let answer = site
+                .ask(&format!("PUT /v1/cluster/view\n{header}"), "{}")
+                .await;
             assert_eq!(answer.verdict(), (400, "invalid_header".into()), "{header}");
         }
-        for query in ["proxy=true", "wait=0s", "wait=3601s", "dry_run=1", "dry_run=true&wait=1s", "if_match=1"] {
+        for query in [
+            "proxy=true",
+            "wait=0s",
+            "wait=3601s",
+            "dry_run=1",
+            "dry_run=true&wait=1s",
+            "if_match=1",
+        ] {
             let answer = site.put(&format!("/v1/cluster/view?{query}"), "{}").await;
             assert_eq!(answer.verdict(), (400, "invalid_query".into()), "{query}");
         }
@@ -298,12 +446,19 @@ mod tests {
         let (all, fewer) = (json!({ "nodes": many }), json!({ "nodes": many[1..] }));
         for query in ["", "?dry_run=true"] {
             let path = format!("/v1/cluster/view{query}");
-            assert_eq!(site.put(&path, all.to_string()).await.verdict(), (400, "invalid_body".into()), "{query}");
+            assert_eq!(
+                site.put(&path, all.to_string()).await.verdict(),
+                (400, "invalid_body".into()),
+                "{query}"
+            );
             let taken = site.put(&path, fewer.to_string()).await;
             assert!(matches!(taken.status, 200 | 202), "{query}: {taken:?}");
         }
         let large = format!("{{}}{}", " ".repeat(1 << 20));
-        assert_eq!(site.put("/v1/cluster/view", large).await.verdict(), (413, "too_large".into()));
+        assert_eq!(
+            site.put("/v1/cluster/view", large).await.verdict(),
+            (413, "too_large".into())
+        );
         site.stop().await;
     }
 
@@ -311,12 +466,23 @@ mod tests {
     #[tokio::test]
     async fn the_client_reads_what_the_route_writes() {
         let site = Site::start().await;
-        let client = RemoteStore::connect(vec![site.address.to_string().parse().expect("an address")]).expect("a client");
-        let options =
-            Options { consistency: Consistency::Linearizable, routing: Routing::Proxy, timeout: Duration::from_secs(20) };
+        let client =
+            RemoteStore::connect(vec![site.address.to_string().parse().expect("an address")])
+                .expect("a client");
+        let options = Options {
+            consistency: Consistency::Linearizable,
+            routing: Routing::Proxy,
+            timeout: Duration::from_secs(20),
+        };
         let naming = |nodes: &[&str]| {
-            let nodes = nodes.iter().map(|node| node.parse::<Address>().expect("an address")).collect();
-            ViewChange { nodes: Some(nodes), ..ViewChange::default() }
+            let nodes = nodes
+                .iter()
+                .map(|node| node.parse::<Address>().expect("an address"))
+                .collect();
+            ViewChange {
+                nodes: Some(nodes),
+                ..ViewChange::default()
+            }
         };
         for (change, only_if) in [
             (naming(&[]), None),
@@ -324,18 +490,41 @@ mod tests {
             (ViewChange::default(), Some(PlanEpoch(7))),
             (naming(&["a:1", "b:2"]), Some(PlanEpoch(1))),
         ] {
-            let said = site.store.change_view(change.clone(), only_if, options).await;
+            let said = site
+                .store
+                .change_view(change.clone(), only_if, options)
+                .await;
             assert_eq!(client.change_view(change, only_if, options).await, said);
         }
         site.store.set_nodes(&[&site.address.to_string()]);
-        let planned: PlannedChange = client.plan_view(ViewChange::default(), options).await.expect("a plan");
-        assert_eq!(Ok(planned), site.store.plan_view(ViewChange::default(), options).await);
-        let done = client.operation(PlanEpoch(2), options).await.expect("an answer").expect("there was such a plan");
+        let planned: PlannedChange = client
+            .plan_view(ViewChange::default(), options)
+            .await
+            .expect("a plan");
+        assert_eq!(
+            Ok(planned),
+            site.store.plan_view(ViewChange::default(), options).await
+        );
+        let done = client
+            .operation(PlanEpoch(2), options)
+            .await
+            .expect("an answer")
+            .expect("there was such a plan");
         assert_eq!(done.phase, Phase::Done);
         assert_eq!(client.operation(PlanEpoch(3), options).await, Ok(None));
-        let silent = site.put("/v1/cluster/view", r#"{"nodes":["silent:1"]}"#).await;
-        assert_eq!((silent.verdict(), silent.header("retry-after")), ((503, "node_not_ready".into()), "1"));
-        assert_eq!(site.put("/v1/cluster/view", r#"{"nodes":[]}"#).await.verdict(), (409, "view_refused".into()));
+        let silent = site
+            .put("/v1/cluster/view", r#"{"nodes":["silent:1"]}"#)
+            .await;
+        assert_eq!(
+            (silent.verdict(), silent.header("retry-after")),
+            ((503, "node_not_ready".into()), "1")
+        );
+        assert_eq!(
+            site.put("/v1/cluster/view", r#"{"nodes":[]}"#)
+                .await
+                .verdict(),
+            (409, "view_refused".into())
+        );
         site.stop().await;
     }
 }

@@ -1,10 +1,12 @@
-//! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`, `GET /peer/identity`, `POST /peer/promise`,
-//! `GET /peer/replicas`, `GET /peer/view`, `POST /peer/announce`, `POST /peer/invite`, `POST /peer/greet`,
-//! `POST /peer/hold`, `POST /peer/failures`. The messages are those of `client::peer` and `client::protocol`.
+//! Where nodes talk to each other: `POST /peer/lane/{lane}`, `POST /peer/shard`,
+//! `GET /peer/identity`, `POST /peer/promise`, `GET /peer/replicas`, `GET /peer/view`,
+//! `POST /peer/announce`, `POST /peer/invite`, `POST /peer/greet`, `POST /peer/hold`,
+//! `POST /peer/failures`. The messages are those of `client::peer` and `client::protocol`.
 //!
-//! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing of HTTP. A lane is one request whose
-//! body and answer both stream for as long as it lives, frame by frame; it ends when either side ends its stream, and after all other
-//! requests when the server stops. Bodies of lanes have no limit and no time limit here.
+//! Only the mount points: what is said on them is a [`PeerService`]'s business, which knows nothing
+//! of HTTP. A lane is one request whose body and answer both stream for as long as it lives, frame
+//! by frame; it ends when either side ends its stream, and after all other requests when the server
+//! stops. Bodies of lanes have no limit and no time limit here.
 
 use std::io;
 use std::sync::Arc;
@@ -27,7 +29,8 @@ use super::problem::{Code, Problem};
 use super::{App, Limits, Shared, aside};
 use crate::budget::Share;
 use crate::client::peer::{
-    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity, PromiseReply, PromiseRequest,
+    Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
+    PromiseReply, PromiseRequest,
 };
 use crate::client::protocol::{Hop, RELAY_QUERY, ShardReply, ShardRequest};
 use crate::client::store::Failure;
@@ -41,21 +44,37 @@ const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream")
 pub(super) const LANE_PREFIX: &str = "/peer/lane/";
 
 /// The other routes of peers, by method.
-const POSTED: [&str; 7] =
-    ["/peer/shard", "/peer/promise", "/peer/announce", "/peer/hold", "/peer/greet", "/peer/invite", "/peer/failures"];
+const POSTED: [&str; 7] = [
+    "/peer/shard",
+    "/peer/promise",
+    "/peer/announce",
+    "/peer/hold",
+    "/peer/greet",
+    "/peer/invite",
+    "/peer/failures",
+];
 const GOT: [&str; 3] = ["/peer/identity", "/peer/replicas", "/peer/view"];
 
 /// The largest is a view.
-const JSON_BODY: Ceiling = Ceiling { bytes_max: 1 << 20, what: "the body of this request" };
+const JSON_BODY: Ceiling = Ceiling {
+    bytes_max: 1 << 20,
+    what: "the body of this request",
+};
 
-/// What can be made of the body of a request to a shard. Its operations have some 8 MiB at most, and
-/// with all that they may tell beside (10,000 operations, 100,000 revisions) they take half of this.
+/// What can be made of the body of a request to a shard. Its operations have some 8 MiB at most,
+/// and with all that they may tell beside (10,000 operations, 100,000 revisions) they take half of
+/// this.
 const SHARD_REQUEST_MADE_MAX: usize = 128 << 20;
 
 /// What other nodes ask of this one.
 pub trait PeerService: Send + Sync + 'static {
-    /// Serves a lane until the stream it returns ends. `incoming` ends, or fails, when the other side goes away.
-    fn lane(&self, lane: &str, incoming: BoxStream<'static, io::Result<Bytes>>) -> BoxStream<'static, Bytes>;
+    /// Serves a lane until the stream it returns ends. `incoming` ends, or fails, when the other
+    /// side goes away.
+    fn lane(
+        &self,
+        lane: &str,
+        incoming: BoxStream<'static, io::Result<Bytes>>,
+    ) -> BoxStream<'static, Bytes>;
 
     /// Answers for a shard of which this node has a replica, or has the request answered.
     fn shard(&self, request: ShardRequest, hop: Hop) -> BoxFuture<'_, ShardReply>;
@@ -85,7 +104,8 @@ pub trait PeerService: Send + Sync + 'static {
     fn failures_reported(&self, report: FailureReport) -> Result<(), Failure>;
 
     /// Has the meta group, if this node leads it, apply what another node has to tell.
-    fn announce(&self, announcement: Announcement) -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
+    fn announce(&self, announcement: Announcement)
+    -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
 }
 
 /// Returns whether it is a peer who asks this: nobody else is given the place of one.
@@ -116,36 +136,89 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
         to_failures,
     ] = std::array::from_fn(|_| Arc::clone(&peers));
     Router::new()
-        .route("/peer/lane/{lane}", post(move |State(app), Path(name), request| lane(app, to_lane, name, request)))
-        .route("/peer/shard", post(move |State(app), request| shard(app, to_shard, request)))
-        .route("/peer/identity", get(move || async move { in_json(&to_identity.identity()) }))
-        .route("/peer/promise", post(move |State(app), request| promise(app, to_promise, request)))
-        .route("/peer/replicas", get(move || async move { in_json(&to_replicas.hosting().await) }))
+        .route(
+            "/peer/lane/{lane}",
+            post(move |State(app), Path(name), request| lane(app, to_lane, name, request)),
+        )
+        .route(
+            "/peer/shard",
+            post(move |State(app), request| shard(app, to_shard, request)),
+        )
+        .route(
+            "/peer/identity",
+            get(move || async move { in_json(&to_identity.identity()) }),
+        )
+        .route(
+            "/peer/promise",
+            post(move |State(app), request| promise(app, to_promise, request)),
+        )
+        .route(
+            "/peer/replicas",
+            get(move || async move { in_json(&to_replicas.hosting().await) }),
+        )
         .route("/peer/view", get(move || view(to_view)))
-        .route("/peer/announce", post(move |State(app), request| announce(app, to_announce, request)))
-        .route("/peer/hold", post(move |State(app), request| hold(app, to_hold, request)))
-        .route("/peer/greet", post(move |State(app), request| greet(app, to_greet, request)))
-        .route("/peer/failures", post(move |State(app), request| failures(app, to_failures, request)))
-        .route("/peer/invite", post(move |State(app), request| invite(app, to_invite, request)))
+        .route(
+            "/peer/announce",
+            post(move |State(app), request| announce(app, to_announce, request)),
+        )
+        .route(
+            "/peer/hold",
+            post(move |State(app), request| hold(app, to_hold, request)),
+        )
+        .route(
+            "/peer/greet",
+            post(move |State(app), request| greet(app, to_greet, request)),
+        )
+        .route(
+            "/peer/failures",
+            post(move |State(app), request| failures(app, to_failures, request)),
+        )
+        .route(
+            "/peer/invite",
+            post(move |State(app), request| invite(app, to_invite, request)),
+        )
 }
 
-async fn lane(app: Shared, peers: Arc<dyn PeerService>, lane: String, request: Request) -> Response {
+async fn lane(
+    app: Shared,
+    peers: Arc<dyn PeerService>,
+    lane: String,
+    request: Request,
+) -> Response {
     // HTTP/2 ends a body with an empty frame, which is none of the lane's.
-    let incoming = request.into_body().into_data_stream().map_err(io::Error::other);
+    let incoming = request
+        .into_body()
+        .into_data_stream()
+        .map_err(io::Error::other);
     let incoming = incoming.try_filter(|data| ready(!data.is_empty())).boxed();
-    let outgoing = peers.lane(&lane, incoming).take_until(app.lanes_end.clone().cancelled_owned());
+    let outgoing = peers
+        .lane(&lane, incoming)
+        .take_until(app.lanes_end.clone().cancelled_owned());
     let outgoing = outgoing.map(Ok::<_, std::convert::Infallible>);
-    ([(header::CONTENT_TYPE, OCTETS)], Body::from_stream(outgoing)).into_response()
+    (
+        [(header::CONTENT_TYPE, OCTETS)],
+        Body::from_stream(outgoing),
+    )
+        .into_response()
 }
 
 async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
     let mut watch = app.watch(Dialect::Peer, &request);
-    let hop = if request.uri().query() == Some(RELAY_QUERY) { Hop::Relay } else { Hop::Answer };
-    let ceiling = Ceiling { bytes_max: app.limits.body_bytes_max, what: "a body" };
+    let hop = if request.uri().query() == Some(RELAY_QUERY) {
+        Hop::Relay
+    } else {
+        Hop::Answer
+    };
+    let ceiling = Ceiling {
+        bytes_max: app.limits.body_bytes_max,
+        what: "a body",
+    };
     let answer = async {
         let body = read(&app, request, ceiling).await?;
         let mut made = body.new_share();
-        let request = aside::work(body.len(), || read_shard_request(&body, &app.limits, &mut made))?;
+        let request = aside::work(body.len(), || {
+            read_shard_request(&body, &app.limits, &mut made)
+        })?;
         if request.body.is_read() {
             watch.reads();
         }
@@ -153,17 +226,25 @@ async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Re
         let reply = aside::work(reply.value_bytes(), || codec::encode(&reply));
         Ok(([(header::CONTENT_TYPE, OCTETS)], Body::from(reply)).into_response())
     };
-    let answer = answer.await.unwrap_or_else(|problem: Problem| problem.into_response());
+    let answer = answer
+        .await
+        .unwrap_or_else(|problem: Problem| problem.into_response());
     watch.finish(answer)
 }
 
 /// Reads a request, and has `made` pay for what is made of it.
-fn read_shard_request(body: &[u8], limits: &Limits, made: &mut Share) -> Result<ShardRequest, Problem> {
+fn read_shard_request(
+    body: &[u8],
+    limits: &Limits,
+    made: &mut Share,
+) -> Result<ShardRequest, Problem> {
     let mut refusal = None;
     let mut charge = |bytes: usize| {
         if made.bytes() + bytes > SHARD_REQUEST_MADE_MAX {
-            let detail =
-                format!("a request to a shard takes at most {SHARD_REQUEST_MADE_MAX} bytes in memory: send fewer operations");
+            let detail = format!(
+                "a request to a shard takes at most {SHARD_REQUEST_MADE_MAX} bytes in memory: send \
+                fewer operations"
+            );
             refusal = Some(Problem::new(Code::TooLarge, detail));
         } else if !made.grow(bytes) {
             refusal = Some(body::overloaded(limits));
@@ -171,7 +252,9 @@ fn read_shard_request(body: &[u8], limits: &Limits, made: &mut Share) -> Result<
         refusal.is_none()
     };
     let request = codec::decode_charged(body, "a shard request", &mut charge);
-    request.map_err(|error| refusal.unwrap_or_else(|| Problem::new(Code::InvalidBody, error.to_string())))
+    request.map_err(|error| {
+        refusal.unwrap_or_else(|| Problem::new(Code::InvalidBody, error.to_string()))
+    })
 }
 
 async fn promise(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
@@ -202,7 +285,10 @@ async fn hold(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Res
 }
 
 async fn failures(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
-    match read_json(&app, request).await.and_then(|report| Ok(peers.failures_reported(report)?)) {
+    match read_json(&app, request)
+        .await
+        .and_then(|report| Ok(peers.failures_reported(report)?))
+    {
         Ok(()) => in_json(&()),
         Err(problem) => problem.into_response(),
     }
@@ -234,7 +320,8 @@ async fn invite(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> R
 
 async fn read_json<T: DeserializeOwned>(app: &App, request: Request) -> Result<T, Problem> {
     let body = read(app, request, JSON_BODY).await?;
-    serde_json::from_slice(&body).map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))
+    serde_json::from_slice(&body)
+        .map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))
 }
 
 async fn read(app: &App, request: Request, ceiling: Ceiling) -> Result<Held, Problem> {
@@ -244,6 +331,7 @@ async fn read(app: &App, request: Request, ceiling: Ceiling) -> Result<Held, Pro
 
 fn in_json(answer: &impl Serialize) -> Response {
     let json = HeaderValue::from_static("application/json");
-    let text = serde_json::to_vec(answer).expect("peer messages have keys that are text or numbers");
+    let text =
+        serde_json::to_vec(answer).expect("peer messages have keys that are text or numbers");
     ([(header::CONTENT_TYPE, json)], text).into_response()
 }

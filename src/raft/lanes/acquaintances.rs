@@ -1,8 +1,11 @@
-//! [`Acquaintances`]: whether a peer's data directory is the one that this node has heard of, and not an old copy or a second one.
+//! [`Acquaintances`]: whether a peer's data directory is the one that this node has heard of, and
+//! not an old copy or a second one.
 //!
-//! Both ends of a lane say their starts (`sm::starts`) before anything else, and each judges the other's: one that lacks a start that was
-//! heard of is refused, and none of its frames counts. What is heard is durable before a frame is looked at. A directory that runs twice
-//! is told by this: while a start of it is in contact, another is refused, for as long as the first goes on speaking.
+//! Both ends of a lane say their starts (`sm::starts`) before anything else, and each judges the
+//! other's: one that lacks a start that was heard of is refused, and none of its frames counts.
+//! What is heard is durable before a frame is looked at. A directory that runs twice is told by
+//! this: while a start of it is in contact, another is refused, for as long as the first goes on
+//! speaking.
 //!
 //! Peers of the first release say nothing of their starts, and are taken as they are.
 
@@ -19,10 +22,11 @@ use crate::sm::starts::{Start, Starts};
 use crate::storage::starts::{Lacking, StartBook};
 use crate::types::{DirectoryId, StartId};
 
-/// A start that was heard of within this time still runs. One whose process has ended says nothing more, and its lanes break.
+/// A start that was heard of within this time still runs. One whose process has ended says nothing
+/// more, and its lanes break.
 const RUNS_FOR: Duration = Duration::from_secs(3);
-/// After so long of being refused because another process runs with the same directory, it is one that goes on: what was only late has
-/// been read by then.
+/// After so long of being refused because another process runs with the same directory, it is one
+/// that goes on: what was only late has been read by then.
 const DOUBLE_AFTER: Duration = Duration::from_secs(10);
 /// Refusals further apart than this have nothing to do with one another.
 const DOUBLE_PAUSE_MAX: Duration = Duration::from_secs(5);
@@ -69,9 +73,12 @@ pub struct Session {
 }
 
 impl Session {
-    /// Notes that the peer has spoken. False: a later start has taken its place, and it is not listened to any more.
+    /// Notes that the peer has spoken. False: a later start has taken its place, and it is not
+    /// listened to any more.
     pub fn note(&self) -> bool {
-        self.contact.heard_ms.store(ms_since(self.began), Ordering::Relaxed);
+        self.contact
+            .heard_ms
+            .store(ms_since(self.began), Ordering::Relaxed);
         !self.contact.is_over.load(Ordering::Relaxed)
     }
 }
@@ -99,7 +106,8 @@ impl Acquaintances {
         self.book.own()
     }
 
-    /// Takes or refuses the directory of a peer, and counts a lane with it. What is heard is durable when it returns.
+    /// Takes or refuses the directory of a peer, and counts a lane with it. What is heard is
+    /// durable when it returns.
     ///
     /// # Errors
     ///
@@ -110,13 +118,18 @@ impl Acquaintances {
         // Another start may have come in between.
         self.judge(&contacts, directory, starts)?;
         let running = starts.running();
-        let contact = contacts.entry(directory).or_insert_with(|| Arc::new(Contact::new(running)));
+        let contact = contacts
+            .entry(directory)
+            .or_insert_with(|| Arc::new(Contact::new(running)));
         if contact.start != running {
             contact.is_over.store(true, Ordering::Relaxed);
             *contact = Arc::new(Contact::new(running));
         }
         contact.lanes.fetch_add(1, Ordering::Relaxed);
-        let session = Session { contact: contact.clone(), began: self.began };
+        let session = Session {
+            contact: contact.clone(),
+            began: self.began,
+        };
         session.note();
         Ok(session)
     }
@@ -146,7 +159,8 @@ impl Acquaintances {
         self.book.is_known(directory, starts)
     }
 
-    /// Refuses a directory as [`Acquaintances::hear`] does, and remembers nothing of it: anybody could have said so.
+    /// Refuses a directory as [`Acquaintances::hear`] does, and remembers nothing of it: anybody
+    /// could have said so.
     ///
     /// # Errors
     ///
@@ -161,16 +175,21 @@ impl Acquaintances {
         directory: DirectoryId,
         starts: &Starts,
     ) -> Result<(), Refusal> {
-        self.book.judge(directory, starts).map_err(|lacking| self.refuse(directory, starts, lacking))?;
+        self.book
+            .judge(directory, starts)
+            .map_err(|lacking| self.refuse(directory, starts, lacking))?;
         match contacts.get(&directory) {
-            Some(contact) if contact.start != starts.running() && self.runs(contact) => Err(Refusal::Doubled),
+            Some(contact) if contact.start != starts.running() && self.runs(contact) => {
+                Err(Refusal::Doubled)
+            }
             Some(_) | None => Ok(()),
         }
     }
 
     fn runs(&self, contact: &Contact) -> bool {
         let heard = Duration::from_millis(contact.heard_ms.load(Ordering::Relaxed));
-        contact.lanes.load(Ordering::Relaxed) > 0 && self.began.elapsed().saturating_sub(heard) < RUNS_FOR
+        contact.lanes.load(Ordering::Relaxed) > 0
+            && self.began.elapsed().saturating_sub(heard) < RUNS_FOR
     }
 
     /// Refuses a directory, and says so once for each start of it.
@@ -178,8 +197,13 @@ impl Acquaintances {
         let known = lacking.start;
         // What its process said before it was started again may be read late, and is no copy's.
         if lacking.is_late {
-            tracing::debug!("start {} of data directory {directory} is over: it is not listened to", starts.running().number);
-            return Refusal::Outdated { number: known.number };
+            tracing::debug!(
+                "start {} of data directory {directory} is over: it is not listened to",
+                starts.running().number
+            );
+            return Refusal::Outdated {
+                number: known.number,
+            };
         }
         let mut told = self.told.lock().expect("no holder panics");
         if told.len() >= TOLD_MAX {
@@ -188,32 +212,42 @@ impl Acquaintances {
         if told.insert((directory, starts.running().id)) {
             // Said once for each start.
             tracing::warn!(
-                "refused data directory {directory}: it is an old copy, for its node was started later ({}) than this copy knows ({}); \
-                 what it said since is not in there",
+                "refused data directory {directory}: it is an old copy, for its node was started \
+                 later ({}) than this copy knows ({}); what it said since is not in there",
                 known.number,
                 starts.running().number
             );
         }
-        Refusal::Outdated { number: known.number }
+        Refusal::Outdated {
+            number: known.number,
+        }
     }
 
     /// Refuses a directory from now on, whatever it says: it lacks what its node has acknowledged.
     pub fn give_up(&self, directory: DirectoryId) {
-        let Some(contact) = self.contacts().get(&directory).cloned() else { return };
+        let Some(contact) = self.contacts().get(&directory).cloned() else {
+            return;
+        };
         if contact.is_over.swap(true, Ordering::Relaxed) {
             return;
         }
         // Said once for each start.
         tracing::warn!(
-            "data directory {directory} lacks entries that it has acknowledged: it is an old copy, from before them, and is refused"
+            "data directory {directory} lacks entries that it has acknowledged: it is an old copy, \
+            from before them, and is refused"
         );
         // A start that it never made.
-        let start = Start { number: contact.start.number, id: StartId(rand::random()) };
+        let start = Start {
+            number: contact.start.number,
+            id: StartId(rand::random()),
+        };
         let book = self.book.clone();
         tokio::task::spawn_blocking(move || {
             if let Err(error) = book.require(directory, start) {
                 // Said once for each start.
-                tracing::error!("that data directory {directory} is refused cannot be written down: {error}");
+                tracing::error!(
+                    "that data directory {directory} is refused cannot be written down: {error}"
+                );
             }
         });
     }
@@ -221,7 +255,10 @@ impl Acquaintances {
     /// Takes notice of how a peer has refused this node.
     pub fn refused_by(&self, peer: &str, refusal: &Refusal) {
         match refusal {
-            Refusal::Outdated { number } => self.oust(Ousted::Outdated { by: peer.to_owned(), number: *number }),
+            Refusal::Outdated { number } => self.oust(Ousted::Outdated {
+                by: peer.to_owned(),
+                number: *number,
+            }),
             Refusal::Doubled => {
                 let now = Instant::now();
                 let mut doubled = self.doubled.lock().expect("no holder panics");
@@ -231,7 +268,9 @@ impl Acquaintances {
                 };
                 *doubled = Some((since, now));
                 if now.duration_since(since) >= DOUBLE_AFTER {
-                    self.oust(Ousted::Doubled { by: peer.to_owned() });
+                    self.oust(Ousted::Doubled {
+                        by: peer.to_owned(),
+                    });
                 }
             }
             Refusal::OtherCluster
@@ -261,7 +300,12 @@ impl Acquaintances {
     pub fn ousted(&self) -> impl Future<Output = Ousted> + use<> {
         let mut ousted = self.ousted.subscribe();
         async move {
-            match ousted.wait_for(Option::is_some).await.ok().and_then(|ousted| ousted.clone()) {
+            match ousted
+                .wait_for(Option::is_some)
+                .await
+                .ok()
+                .and_then(|ousted| ousted.clone())
+            {
                 Some(ousted) => ousted,
                 None => std::future::pending().await,
             }
@@ -275,13 +319,20 @@ impl Acquaintances {
 
 impl std::fmt::Debug for Acquaintances {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Acquaintances").field("own", self.own()).finish_non_exhaustive()
+        f.debug_struct("Acquaintances")
+            .field("own", self.own())
+            .finish_non_exhaustive()
     }
 }
 
 impl Contact {
     fn new(start: Start) -> Self {
-        Self { start, lanes: AtomicUsize::new(0), heard_ms: AtomicU64::new(0), is_over: AtomicBool::new(false) }
+        Self {
+            start,
+            lanes: AtomicUsize::new(0),
+            heard_ms: AtomicU64::new(0),
+            is_over: AtomicBool::new(false),
+        }
     }
 }
 
@@ -301,25 +352,45 @@ mod tests {
     fn acquaintances() -> Arc<Acquaintances> {
         let disk = SimDisk::new(1);
         disk.create_dir(Path::new("/data")).expect("created");
-        Acquaintances::new(StartBook::open(Arc::new(disk), Path::new("/data"), StartId(1)).expect("opened"))
+        Acquaintances::new(
+            StartBook::open(Arc::new(disk), Path::new("/data"), StartId(1)).expect("opened"),
+        )
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_second_process_with_a_directory_is_refused_while_the_first_speaks() {
         let known = acquaintances();
         let first = Starts::first(StartId(10));
-        let (again, copy) = (first.followed_by(StartId(11)), first.followed_by(StartId(12)));
+        let (again, copy) = (
+            first.followed_by(StartId(11)),
+            first.followed_by(StartId(12)),
+        );
         let lane = known.meet(DIRECTORY, &first).await.expect("taken");
-        assert_eq!(known.meet(DIRECTORY, &copy).await.expect_err("the first runs"), Refusal::Doubled);
+        assert_eq!(
+            known
+                .meet(DIRECTORY, &copy)
+                .await
+                .expect_err("the first runs"),
+            Refusal::Doubled
+        );
         assert!(lane.note() && known.meet(DIRECTORY, &first).await.is_ok());
         // Its process ends: its lanes break, or say nothing more.
         drop(lane);
         let lane = known.meet(DIRECTORY, &again).await.expect("started again");
         tokio::time::advance(RUNS_FOR).await;
         let later = again.followed_by(StartId(13));
-        let second = known.meet(DIRECTORY, &later).await.expect("the machine of the one before has gone");
-        assert!(!lane.note() && second.note(), "it is not listened to any more");
-        assert_eq!(known.meet(DIRECTORY, &copy).await.expect_err("a copy"), Refusal::Outdated { number: 3 });
+        let second = known
+            .meet(DIRECTORY, &later)
+            .await
+            .expect("the machine of the one before has gone");
+        assert!(
+            !lane.note() && second.note(),
+            "it is not listened to any more"
+        );
+        assert_eq!(
+            known.meet(DIRECTORY, &copy).await.expect_err("a copy"),
+            Refusal::Outdated { number: 3 }
+        );
     }
 
     /// One made-up greeting must not keep the true node out, now or after a restart.
@@ -328,18 +399,35 @@ mod tests {
         let known = acquaintances();
         let first = Starts::first(StartId(10));
         drop(known.meet(DIRECTORY, &first).await.expect("taken"));
-        let made_up = (0..5).fold(first.clone(), |starts, id| starts.followed_by(StartId(20 + id)));
+        let made_up = (0..5).fold(first.clone(), |starts, id| {
+            starts.followed_by(StartId(20 + id))
+        });
         assert_eq!(known.weigh(DIRECTORY, &made_up), Ok(()));
-        assert_eq!(known.weigh(DIRECTORY, &Starts::first(StartId(9))), Err(Refusal::Outdated { number: 1 }));
-        assert!(known.meet(DIRECTORY, &first.followed_by(StartId(11))).await.is_ok());
+        assert_eq!(
+            known.weigh(DIRECTORY, &Starts::first(StartId(9))),
+            Err(Refusal::Outdated { number: 1 })
+        );
+        assert!(
+            known
+                .meet(DIRECTORY, &first.followed_by(StartId(11)))
+                .await
+                .is_ok()
+        );
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_node_whose_directory_is_an_old_copy_learns_so_and_one_that_runs_twice_after_a_while() {
+    async fn a_node_whose_directory_is_an_old_copy_learns_so_and_one_that_runs_twice_after_a_while()
+    {
         let outdated = acquaintances();
         outdated.refused_by("a:1", &Refusal::Busy);
         outdated.refused_by("a:1", &Refusal::Outdated { number: 7 });
-        assert_eq!(outdated.ousted().await, Ousted::Outdated { by: "a:1".into(), number: 7 });
+        assert_eq!(
+            outdated.ousted().await,
+            Ousted::Outdated {
+                by: "a:1".into(),
+                number: 7
+            }
+        );
 
         let doubled = acquaintances();
         for _ in 0..10 {
@@ -355,6 +443,10 @@ mod tests {
             late.refused_by("a:1", &Refusal::Doubled);
             tokio::time::advance(DOUBLE_PAUSE_MAX).await;
         }
-        assert_eq!(*late.ousted.borrow(), None, "each time it was something late");
+        assert_eq!(
+            *late.ousted.borrow(),
+            None,
+            "each time it was something late"
+        );
     }
 }

@@ -23,21 +23,23 @@ use crate::supervisor::Supervisor;
 use crate::telemetry::rarely;
 use crate::types::NodeId;
 
-/// Bytes that may wait in one lane's queue: several windows of appends of a few groups. What comes on top is refused, and Raft tries again.
+/// Bytes that may wait in one lane's queue: several windows of appends of a few groups. What comes
+/// on top is refused, and Raft tries again.
 const QUEUE_BYTES_MAX: usize = 64 << 20;
 /// Calls without a reply on one lane. Each group has at most a window of them.
 const CALLS_MAX: usize = 32 << 10;
-/// Frames that wait together go out in chunks of about this size, and large ones in pieces of it: each that the
-/// connection takes shows that the peer takes what came before.
+/// Frames that wait together go out in chunks of about this size, and large ones in pieces of it:
+/// each that the connection takes shows that the peer takes what came before.
 const CHUNK_BYTES: usize = 256 << 10;
 /// A frame of at least this size is its own chunk: not worth copying.
 const ALONE_BYTES: usize = 16 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Between attempts to reach a peer; doubled from the first to the last. Calls in between fail at once.
+/// Between attempts to reach a peer; doubled from the first to the last. Calls in between fail at
+/// once.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// A lane that is silent for this long while a call waits, beyond the time that what it has taken may take, is cut: the peer or the way to
-/// it is gone, and TCP would not say so for minutes.
+/// A lane that is silent for this long while a call waits, beyond the time that what it has taken
+/// may take, is cut: the peer or the way to it is gone, and TCP would not say so for minutes.
 const SILENCE_MAX: Duration = Duration::from_secs(3);
 /// A way that carries less is not one that groups can live on: 8 Mbit/s.
 const BYTES_PER_SECOND_MIN: u64 = 1 << 20;
@@ -90,20 +92,35 @@ pub struct LanesParts {
 
 impl Lanes {
     pub fn new(parts: LanesParts) -> Self {
-        Self { shared: Arc::new(parts), lanes: Mutex::default(), tasks: Mutex::new(Some(JoinSet::new())) }
+        Self {
+            shared: Arc::new(parts),
+            lanes: Mutex::default(),
+            tasks: Mutex::new(Some(JoinSet::new())),
+        }
     }
 
-    /// Sends a frame. Frames of one lane leave in the order of the calls. The reply is [`read_reply`]'s to read; how long to wait for it
-    /// is the caller's business.
+    /// Sends a frame. Frames of one lane leave in the order of the calls. The reply is
+    /// [`read_reply`]'s to read; how long to wait for it is the caller's business.
     pub fn call(&self, to: NodeId, lane: Lane, frame: Frame) -> Result<Call, LaneError> {
-        let peer = self.shared.resolver.resolve(to).ok_or(LaneError::Unresolved(to))?;
+        let peer = self
+            .shared
+            .resolver
+            .resolve(to)
+            .ok_or(LaneError::Unresolved(to))?;
         let lane = self.lane(to, lane)?;
-        // Taken before the lane is locked; what is then not queued gives it back. Heartbeats wait for nobody's entries, and are few bytes.
+        // Taken before the lane is locked; what is then not queued gives it back. Heartbeats wait
+        // for nobody's entries, and are few bytes.
         let place = match lane.lane {
             Lane::Heartbeat => None,
             Lane::Log | Lane::Snapshot => {
                 let bytes = frame.bytes_len();
-                Some(self.shared.rooms.outbox.take(&lane.queued, bytes).ok_or(LaneError::Full(bytes))?)
+                Some(
+                    self.shared
+                        .rooms
+                        .outbox
+                        .take(&lane.queued, bytes)
+                        .ok_or(LaneError::Full(bytes))?,
+                )
             }
         };
         lane.call(&peer, frame, place)
@@ -123,9 +140,12 @@ impl Lanes {
         self.shared.heard.is_cut(node)
     }
 
-    /// A peer lacks what it has acknowledged: its directory is an old copy, and none of it is taken any more.
+    /// A peer lacks what it has acknowledged: its directory is an old copy, and none of it is taken
+    /// any more.
     pub fn lost_acknowledged(&self, node: NodeId) {
-        let Some(peer) = self.shared.resolver.resolve(node) else { return };
+        let Some(peer) = self.shared.resolver.resolve(node) else {
+            return;
+        };
         if let Some(acquaintances) = self.shared.identity.acquaintances() {
             acquaintances.give_up(peer.directory);
         }
@@ -150,8 +170,16 @@ impl Lanes {
         }
         let mut tasks = self.tasks.lock().expect("no holder panics");
         let tasks = tasks.as_mut().ok_or(LaneError::Closed)?;
-        let new = Arc::new(PeerLane { to, lane, state: Mutex::default(), called: Notify::new(), queued: Held::default() });
-        self.shared.supervisor.start(tasks, "lane", keep_up(self.shared.clone(), new.clone()));
+        let new = Arc::new(PeerLane {
+            to,
+            lane,
+            state: Mutex::default(),
+            called: Notify::new(),
+            queued: Held::default(),
+        });
+        self.shared
+            .supervisor
+            .start(tasks, "lane", keep_up(self.shared.clone(), new.clone()));
         lanes.insert((to, lane), new.clone());
         Ok(new)
     }
@@ -212,7 +240,8 @@ enum Link {
 }
 
 impl LaneState {
-    /// The connection has taken so many bytes. It takes more than it holds itself only while the peer takes them.
+    /// The connection has taken so many bytes. It takes more than it holds itself only while the
+    /// peer takes them.
     fn note_taken(&mut self, bytes: usize) {
         self.taken_bytes += bytes;
         if self.taken_bytes > CONNECTION_BYTES_MAX && self.waiting_since.is_some() {
@@ -254,7 +283,9 @@ impl PeerLane {
             Link::Closed => return Err(LaneError::Closed),
             Link::Idle | Link::Up(_) => {}
         }
-        if state.queue_bytes + frame.bytes_len() > QUEUE_BYTES_MAX && !state.queue.is_empty() || state.calls.len() >= CALLS_MAX {
+        if state.queue_bytes + frame.bytes_len() > QUEUE_BYTES_MAX && !state.queue.is_empty()
+            || state.calls.len() >= CALLS_MAX
+        {
             return Err(LaneError::Full(state.queue_bytes));
         }
         let sequence = state.next_sequence;
@@ -362,7 +393,13 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
     let Some(peer) = shared.resolver.resolve(lane.to) else {
         return LaneError::Unresolved(lane.to);
     };
-    let hello = Hello { cluster, from, from_directory: shared.identity.directory, to: lane.to, to_directory: peer.directory };
+    let hello = Hello {
+        cluster,
+        from,
+        from_directory: shared.identity.directory,
+        to: lane.to,
+        to_directory: peer.directory,
+    };
     let generation = {
         let mut state = lane.lock();
         state.link = Link::Up(peer.clone());
@@ -373,9 +410,17 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
         Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own(), &shared.pace),
         None => wire::encode_hello(&hello),
     };
-    let outbox = Outbox { lane: lane.clone(), generation, hello: Some(hello) };
+    let outbox = Outbox {
+        lane: lane.clone(),
+        generation,
+        hello: Some(hello),
+    };
     let outgoing: Outgoing = Box::pin(outbox);
-    let dialled = tokio::time::timeout(CONNECT_TIMEOUT, shared.dial.dial(lane.to, peer.clone(), lane.lane, outgoing)).await;
+    let dialled = tokio::time::timeout(
+        CONNECT_TIMEOUT,
+        shared.dial.dial(lane.to, peer.clone(), lane.lane, outgoing),
+    )
+    .await;
     match dialled {
         Ok(Ok(incoming)) => {
             let error = deliver(shared, lane, &peer, generation, incoming).await;
@@ -384,8 +429,8 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
                 // Each dial finds it again.
                 rarely!(
                     error,
-                    "{peer} refuses this node: it runs {theirs}, and this node {own}; give all nodes the same \
-                     --lease-reads and --timing-factor"
+                    "{peer} refuses this node: it runs {theirs}, and this node {own}; give all \
+                     nodes the same --lease-reads and --timing-factor"
                 );
             }
             if let (Some(acquaintances), LaneError::Refused(refusal)) = (acquaintances, &error) {
@@ -398,7 +443,13 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
     }
 }
 
-async fn deliver(shared: &LanesParts, lane: &PeerLane, peer: &Peer, generation: u64, mut incoming: Incoming) -> LaneError {
+async fn deliver(
+    shared: &LanesParts,
+    lane: &PeerLane,
+    peer: &Peer,
+    generation: u64,
+    mut incoming: Incoming,
+) -> LaneError {
     let mut reader = FrameReader::default();
     let mut session: Option<Session> = None;
     let mut check = tokio::time::interval(CHECK_EVERY);
@@ -439,7 +490,11 @@ async fn deliver(shared: &LanesParts, lane: &PeerLane, peer: &Peer, generation: 
                     if let Some(acquaintances) = shared.identity.acquaintances() {
                         match acquaintances.meet(peer.directory, &starts).await {
                             Ok(met) => session = Some(met),
-                            Err(refusal) => return LaneError::Broken(format!("the peer is not taken: {refusal}")),
+                            Err(refusal) => {
+                                return LaneError::Broken(format!(
+                                    "the peer is not taken: {refusal}"
+                                ));
+                            }
                         }
                     }
                 }
@@ -451,9 +506,14 @@ async fn deliver(shared: &LanesParts, lane: &PeerLane, peer: &Peer, generation: 
     }
 }
 
-/// Gives each reply that has arrived to its caller. A reply to the hello is a refusal of the whole lane, or tells the peer's starts: those
-/// are returned before anything else is read.
-fn hand_out(lane: &PeerLane, generation: u64, reader: &mut FrameReader, ways: &Ways) -> Result<Option<Starts>, LaneError> {
+/// Gives each reply that has arrived to its caller. A reply to the hello is a refusal of the whole
+/// lane, or tells the peer's starts: those are returned before anything else is read.
+fn hand_out(
+    lane: &PeerLane,
+    generation: u64,
+    reader: &mut FrameReader,
+    ways: &Ways,
+) -> Result<Option<Starts>, LaneError> {
     let mut state = lane.lock();
     if state.generation != generation {
         return Err(LaneError::Broken("the peer has moved".into()));

@@ -1,4 +1,5 @@
-//! [`Heard`]: when each peer was last heard of, on any lane and from either side, and whether it has probably just ended.
+//! [`Heard`]: when each peer was last heard of, on any lane and from either side, and whether it
+//! has probably just ended.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
@@ -8,7 +9,8 @@ use tokio::time::Instant;
 
 use crate::types::NodeId;
 
-/// How long a peer whose lanes broke passes for ended, unless it is heard of. By then a group has another leader or none.
+/// How long a peer whose lanes broke passes for ended, unless it is heard of. By then a group has
+/// another leader or none.
 const CUT_FOR: Duration = Duration::from_secs(5);
 
 /// Bounded by the number of nodes that proved to be of our cluster.
@@ -34,7 +36,8 @@ impl Heard {
         signs.cut = None;
     }
 
-    /// A peer has replied. If its own lanes broke before, this may be the last that it said, and be read late.
+    /// A peer has replied. If its own lanes broke before, this may be the last that it said, and be
+    /// read late.
     pub fn note_reply(&self, node: NodeId) {
         self.lock().entry(node).or_default().last = Some(Instant::now());
     }
@@ -44,8 +47,8 @@ impl Heard {
         self.lock().entry(node).or_default().lanes += 1;
     }
 
-    /// A lane from a peer broke. True if it was the last: one alone may break for many reasons, but a process that ends breaks all of its
-    /// lanes at once.
+    /// A lane from a peer broke. True if it was the last: one alone may break for many reasons, but
+    /// a process that ends breaks all of its lanes at once.
     pub fn lane_ended(&self, node: NodeId) -> bool {
         let mut peers = self.lock();
         let signs = peers.entry(node).or_default();
@@ -62,7 +65,10 @@ impl Heard {
 
     /// Whether a peer has probably just ended.
     pub fn is_cut(&self, node: NodeId) -> bool {
-        self.lock().get(&node).and_then(|signs| signs.cut).is_some_and(|cut| cut.elapsed() < CUT_FOR)
+        self.lock()
+            .get(&node)
+            .and_then(|signs| signs.cut)
+            .is_some_and(|cut| cut.elapsed() < CUT_FOR)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Signs>> {
@@ -81,7 +87,10 @@ mod tests {
             heard.lane_began(peer);
             heard.note(peer);
         }
-        assert!(!heard.lane_ended(peer) && !heard.is_cut(peer), "another lane is up");
+        assert!(
+            !heard.lane_ended(peer) && !heard.is_cut(peer),
+            "another lane is up"
+        );
         assert!(heard.lane_ended(peer) && heard.is_cut(peer));
         assert!(heard.last(peer).is_some() && !heard.is_cut(NodeId(3)));
         heard.note_reply(peer);
@@ -91,6 +100,9 @@ mod tests {
         heard.lane_began(peer);
         assert!(heard.lane_ended(peer) && heard.is_cut(peer));
         tokio::time::advance(CUT_FOR).await;
-        assert!(!heard.is_cut(peer), "nobody waits for ever for what it may never say to this node");
+        assert!(
+            !heard.is_cut(peer),
+            "nobody waits for ever for what it may never say to this node"
+        );
     }
 }

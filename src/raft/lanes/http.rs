@@ -1,7 +1,9 @@
-//! [`HttpDial`]: a lane as one long-lived `POST /peer/lane/{lane}` over HTTP/2 with prior knowledge, a streaming body each way.
+//! [`HttpDial`]: a lane as one long-lived `POST /peer/lane/{lane}` over HTTP/2 with prior
+//! knowledge, a streaming body each way.
 //!
-//! Every dial makes a connection of its own, so that lanes never share one and a dead connection is never used again. The serving side
-//! mounts `serve_lane` at that path, answers 200 at once, and must have nodelay set on its sockets.
+//! Every dial makes a connection of its own, so that lanes never share one and a dead connection is
+//! never used again. The serving side mounts `serve_lane` at that path, answers 200 at once, and
+//! must have nodelay set on its sockets.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -26,16 +28,32 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 pub struct HttpDial;
 
 impl Dial for HttpDial {
-    fn dial(&self, _to: NodeId, peer: Peer, lane: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<Incoming, LaneError>> {
+    fn dial(
+        &self,
+        _to: NodeId,
+        peer: Peer,
+        lane: Lane,
+        outgoing: Outgoing,
+    ) -> BoxFuture<'static, Result<Incoming, LaneError>> {
         Box::pin(async move {
             let client = connection().map_err(|error| LaneError::Down(error.to_string()))?;
             let body = reqwest::Body::wrap_stream(outgoing.map(Ok::<Bytes, Infallible>));
-            let request = client.post(format!("http://{}/peer/lane/{}", peer.address, lane.name())).body(body);
-            let response = request.send().await.map_err(|error| LaneError::Down(with_causes(&error)))?;
+            let request = client
+                .post(format!("http://{}/peer/lane/{}", peer.address, lane.name()))
+                .body(body);
+            let response = request
+                .send()
+                .await
+                .map_err(|error| LaneError::Down(with_causes(&error)))?;
             if !response.status().is_success() {
-                return Err(LaneError::Down(format!("the peer answered {}", response.status())));
+                return Err(LaneError::Down(format!(
+                    "the peer answered {}",
+                    response.status()
+                )));
             }
-            let chunks = response.bytes_stream().map(|chunk| chunk.map_err(|error| LaneError::Broken(with_causes(&error))));
+            let chunks = response
+                .bytes_stream()
+                .map(|chunk| chunk.map_err(|error| LaneError::Broken(with_causes(&error))));
             Ok(Box::pin(chunks) as Incoming)
         })
     }

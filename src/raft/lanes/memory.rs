@@ -1,7 +1,9 @@
-//! [`MemoryHub`]: lanes between registries of one process, for tests and simulation. Ways between nodes can be cut and healed, and nodes taken away.
+//! [`MemoryHub`]: lanes between registries of one process, for tests and simulation. Ways between
+//! nodes can be cut and healed, and nodes taken away.
 //!
-//! A lane in memory is the serving side's stream itself, polled by the caller's delivery task: the same bytes as over HTTP, no sockets, and no
-//! task or clock of its own, so a seeded single-threaded run is repeatable.
+//! A lane in memory is the serving side's stream itself, polled by the caller's delivery task: the
+//! same bytes as over HTTP, no sockets, and no task or clock of its own, so a seeded
+//! single-threaded run is repeatable.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -31,7 +33,10 @@ struct HubState {
 
 impl MemoryHub {
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), changed: watch::Sender::new(0) })
+        Arc::new(Self {
+            state: Mutex::default(),
+            changed: watch::Sender::new(0),
+        })
     }
 
     /// Puts a node in the place of whatever had its id.
@@ -53,8 +58,17 @@ impl MemoryHub {
     /// Cuts every way between this node and the others.
     pub fn isolate(&self, node: NodeId) {
         self.change(|state| {
-            let others: Vec<NodeId> = state.nodes.keys().copied().filter(|other| *other != node).collect();
-            state.cut.extend(others.iter().flat_map(|other| [(node, *other), (*other, node)]));
+            let others: Vec<NodeId> = state
+                .nodes
+                .keys()
+                .copied()
+                .filter(|other| *other != node)
+                .collect();
+            state.cut.extend(
+                others
+                    .iter()
+                    .flat_map(|other| [(node, *other), (*other, node)]),
+            );
         });
     }
 
@@ -64,7 +78,10 @@ impl MemoryHub {
 
     /// What `from` dials with.
     pub fn dial_from(self: &Arc<Self>, from: NodeId) -> Arc<dyn Dial> {
-        Arc::new(MemoryDial { hub: self.clone(), from })
+        Arc::new(MemoryDial {
+            hub: self.clone(),
+            from,
+        })
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut HubState) -> T) {
@@ -75,13 +92,17 @@ impl MemoryHub {
     fn target(&self, from: NodeId, to: NodeId) -> Option<Arc<Registry>> {
         let state = self.state.lock().expect("no holder panics");
         let open = !state.cut.contains(&(from, to));
-        open.then(|| state.nodes.get(&to).map(|(_, registry)| registry.clone())).flatten()
+        open.then(|| state.nodes.get(&to).map(|(_, registry)| registry.clone()))
+            .flatten()
     }
 
     /// Returns when the way to this very registry is no longer open.
     async fn broken(self: Arc<Self>, from: NodeId, to: NodeId, registry: Arc<Registry>) {
         let mut changed = self.changed.subscribe();
-        while self.target(from, to).is_some_and(|now| Arc::ptr_eq(&now, &registry)) {
+        while self
+            .target(from, to)
+            .is_some_and(|now| Arc::ptr_eq(&now, &registry))
+        {
             if changed.changed().await.is_err() {
                 return;
             }
@@ -97,8 +118,13 @@ impl Resolver for MemoryHub {
     fn resolve(&self, node: NodeId) -> Option<Peer> {
         let state = self.state.lock().expect("no holder panics");
         let (directory, _) = state.nodes.get(&node)?;
-        let address: Address = format!("node-{}:1", node.0).parse().expect("a valid address");
-        Some(Peer { address, directory: *directory })
+        let address: Address = format!("node-{}:1", node.0)
+            .parse()
+            .expect("a valid address");
+        Some(Peer {
+            address,
+            directory: *directory,
+        })
     }
 }
 
@@ -108,13 +134,20 @@ struct MemoryDial {
 }
 
 impl Dial for MemoryDial {
-    fn dial(&self, to: NodeId, _peer: Peer, lane: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<Incoming, LaneError>> {
+    fn dial(
+        &self,
+        to: NodeId,
+        _peer: Peer,
+        lane: Lane,
+        outgoing: Outgoing,
+    ) -> BoxFuture<'static, Result<Incoming, LaneError>> {
         let (hub, from) = (self.hub.clone(), self.from);
         Box::pin(async move {
             let Some(registry) = hub.target(from, to) else {
                 return Err(LaneError::Down("the way is cut".into()));
             };
-            let replies = serve_lane(registry.clone(), lane, outgoing.map(Ok::<_, LaneError>)).map(Ok);
+            let replies =
+                serve_lane(registry.clone(), lane, outgoing.map(Ok::<_, LaneError>)).map(Ok);
             Ok(Box::pin(replies.take_until(Box::pin(hub.broken(from, to, registry)))) as Incoming)
         })
     }

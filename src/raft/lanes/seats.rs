@@ -1,8 +1,10 @@
 //! [`Seats`]: how many lanes from others are served at once.
 //!
-//! Anybody who reaches the port can begin a lane, and names himself in its hello. So those that have said nothing yet, those of nodes that
-//! the view does not know (it may be an older one) and those of one member each have a number that they cannot exceed. Who says nothing
-//! makes room first: a node that is alive is never kept out by connections that are not, and its own do not add up.
+//! Anybody who reaches the port can begin a lane, and names himself in its hello. So those that
+//! have said nothing yet, those of nodes that the view does not know (it may be an older one) and
+//! those of one member each have a number that they cannot exceed. Who says nothing makes room
+//! first: a node that is alive is never kept out by connections that are not, and its own do not
+//! add up.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,11 +17,14 @@ use tokio_util::sync::CancellationToken;
 use crate::raft::transport::Lane;
 use crate::types::NodeId;
 
-/// Lanes whose hello has not come. It comes with the first bytes, so the oldest of them is the least likely to be one of ours.
+/// Lanes whose hello has not come. It comes with the first bytes, so the oldest of them is the
+/// least likely to be one of ours.
 const UNKNOWN_MAX: usize = 256;
-/// Lanes of nodes that the view here does not know: newcomers are called by leaders that know more than they do.
+/// Lanes of nodes that the view here does not know: newcomers are called by leaders that know more
+/// than they do.
 const STRANGERS_MAX: usize = 192;
-/// Connections of one lane of one member: the one that is used, and what is left of those that broke on its side alone.
+/// Connections of one lane of one member: the one that is used, and what is left of those that
+/// broke on its side alone.
 const OF_MEMBER_MAX: usize = 4;
 /// A lane that is silent for so long makes room for another of its kind.
 const SILENCE: Duration = Duration::from_secs(5);
@@ -72,9 +77,24 @@ impl Seats {
         let mut taken = self.lock();
         self.make_room(&mut taken, owner)?;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let (heard, ended) = (Arc::new(Mutex::new(Instant::now())), CancellationToken::new());
-        taken.insert(number, Taken { owner, heard: heard.clone(), ended: ended.clone() });
-        Some(Seat { seats: self.clone(), number, heard, ended })
+        let (heard, ended) = (
+            Arc::new(Mutex::new(Instant::now())),
+            CancellationToken::new(),
+        );
+        taken.insert(
+            number,
+            Taken {
+                owner,
+                heard: heard.clone(),
+                ended: ended.clone(),
+            },
+        );
+        Some(Seat {
+            seats: self.clone(),
+            number,
+            heard,
+            ended,
+        })
     }
 
     /// Returns how many lanes are served.
@@ -94,7 +114,9 @@ impl Seats {
         }
 
         self.refused.fetch_add(1, Ordering::Relaxed);
-        let (heard, number) = of_owner().map(|(number, taken)| (heard_at(&taken.heard), *number)).min()?;
+        let (heard, number) = of_owner()
+            .map(|(number, taken)| (heard_at(&taken.heard), *number))
+            .min()?;
         if owner != Owner::Unknown && heard.elapsed() < SILENCE {
             return None;
         }
@@ -133,20 +155,36 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn who_is_silent_makes_room_and_who_is_not_keeps_its_seat() {
         let seats = Arc::new(Seats::default());
-        let unknown: Vec<Seat> = (0..=UNKNOWN_MAX).map(|_| seats.take(Owner::Unknown).expect("always")).collect();
-        assert!(unknown[0].ended.is_cancelled() && !unknown[1].ended.is_cancelled(), "the oldest makes room");
+        let unknown: Vec<Seat> = (0..=UNKNOWN_MAX)
+            .map(|_| seats.take(Owner::Unknown).expect("always"))
+            .collect();
+        assert!(
+            unknown[0].ended.is_cancelled() && !unknown[1].ended.is_cancelled(),
+            "the oldest makes room"
+        );
         assert_eq!((seats.used(), seats.refused()), (UNKNOWN_MAX, 1));
         drop(unknown);
         assert_eq!(seats.used(), 0);
 
         let owner = Owner::Member(NodeId(7), Lane::Log);
-        let held: Vec<Seat> = (0..OF_MEMBER_MAX).map(|_| seats.take(owner).expect("a seat")).collect();
+        let held: Vec<Seat> = (0..OF_MEMBER_MAX)
+            .map(|_| seats.take(owner).expect("a seat"))
+            .collect();
         assert!(seats.take(owner).is_none(), "all were heard of just now");
-        assert!(seats.take(Owner::Member(NodeId(7), Lane::Heartbeat)).is_some(), "another lane");
+        assert!(
+            seats
+                .take(Owner::Member(NodeId(7), Lane::Heartbeat))
+                .is_some(),
+            "another lane"
+        );
         tokio::time::advance(SILENCE).await;
         held[0].note();
         assert!(seats.take(owner).is_some());
         let ended: Vec<bool> = held.iter().map(|seat| seat.ended.is_cancelled()).collect();
-        assert_eq!(ended, [false, true, false, false], "the one that was silent for longest");
+        assert_eq!(
+            ended,
+            [false, true, false, false],
+            "the one that was silent for longest"
+        );
     }
 }

@@ -1,11 +1,14 @@
-//! [`serve_lane`], the serving side of a lane: a stream of replies that reads the frames as it is polled.
+//! [`serve_lane`], the serving side of a lane: a stream of replies that reads the frames as it is
+//! polled.
 //!
-//! No task and no channel stands between the connection and the groups. Frames are begun in the order in which they came: for each an
-//! append is in the group's own queue before the next is looked at. Replies go out as they are ready. A group that stalls holds its own
-//! frames only, and past a bound further ones of it are refused ([`Refusal::Busy`]), so it can't fill the lane.
+//! No task and no channel stands between the connection and the groups. Frames are begun in the
+//! order in which they came: for each an append is in the group's own queue before the next is
+//! looked at. Replies go out as they are ready. A group that stalls holds its own frames only, and
+//! past a bound further ones of it are refused ([`Refusal::Busy`]), so it can't fill the lane.
 //!
-//! Before its hello a lane is anybody's: only so much is read as a hello takes, and only for a while. Large frames are received a few at a
-//! time on the whole node; the others wait on their way.
+//! Before its hello a lane is anybody's: only so much is read as a hello takes, and only for a
+//! while. Large frames are received a few at a time on the whole node; the others wait on their
+//! way.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -27,22 +30,31 @@ use super::seats::{Owner, Seat};
 use crate::raft::pace::Pace;
 use crate::raft::registry::Registry;
 use crate::raft::transport::Lane;
-use crate::raft::wire::{self, Arrived, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, Refusal, Reply};
+use crate::raft::wire::{
+    self, Arrived, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, Refusal, Reply,
+};
 use crate::telemetry::rarely;
 use crate::types::NodeId;
 
-/// Frames of one lane that are being worked on. Reached only if hundreds of groups stall at once; then the lane waits for them.
+/// Frames of one lane that are being worked on. Reached only if hundreds of groups stall at once;
+/// then the lane waits for them.
 const FRAMES_MAX: usize = 8 << 10;
-/// Frames that are larger wait for their turn to be received. An append has about a mebibyte, unless an entry alone is larger.
+/// Frames that are larger wait for their turn to be received. An append has about a mebibyte,
+/// unless an entry alone is larger.
 const LARGE_FRAME_BYTES: usize = 4 << 20;
 /// How long a hello, or the next piece of a large frame, is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Replies go out in chunks of about this size.
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// Serves one connection of a lane: `incoming` is what the peer sends, the stream that is returned goes back to it. It ends when `incoming`
-/// does, or with a refusal when the peer's first frame names other ends than itself and us.
-pub fn serve_lane<I, E>(registry: Arc<Registry>, lane: Lane, incoming: I) -> impl Stream<Item = Bytes> + Send + 'static
+/// Serves one connection of a lane: `incoming` is what the peer sends, the stream that is returned
+/// goes back to it. It ends when `incoming` does, or with a refusal when the peer's first frame
+/// names other ends than itself and us.
+pub fn serve_lane<I, E>(
+    registry: Arc<Registry>,
+    lane: Lane,
+    incoming: I,
+) -> impl Stream<Item = Bytes> + Send + 'static
 where
     I: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: std::fmt::Display + Send + 'static,
@@ -122,11 +134,16 @@ where
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let this = self.get_mut();
         this.ended |= this.has_lost_patience(context);
-        while !this.ended && this.working.len() < FRAMES_MAX && this.is_greeted(context) && this.may_receive(context) {
+        while !this.ended
+            && this.working.len() < FRAMES_MAX
+            && this.is_greeted(context)
+            && this.may_receive(context)
+        {
             match this.incoming.poll_next_unpin(context) {
                 Poll::Ready(Some(Ok(chunk))) => this.take(chunk),
                 Poll::Ready(Some(Err(error))) => {
-                    tracing::debug!(lane = this.lane.name(), peer = ?this.peer, %error, "a lane from a peer broke");
+                    tracing::debug!(lane = this.lane.name(), peer = ?this.peer, %error, "a lane \
+                        from a peer broke");
                     this.ended = true;
                 }
                 Poll::Ready(None) => this.ended = true,
@@ -135,11 +152,17 @@ where
         }
         while this.out.len() < CHUNK_BYTES {
             match this.working.poll_next_unpin(context) {
-                Poll::Ready(Some((sequence, reply))) => wire::encode_reply(&mut this.out, sequence, &reply),
+                Poll::Ready(Some((sequence, reply))) => {
+                    wire::encode_reply(&mut this.out, sequence, &reply)
+                }
                 Poll::Ready(None) | Poll::Pending => break,
             }
         }
-        if !this.out.is_empty() && this.peer.is_some_and(|peer| this.registry.ways().is_closed(peer)) {
+        if !this.out.is_empty()
+            && this
+                .peer
+                .is_some_and(|peer| this.registry.ways().is_closed(peer))
+        {
             wire::encode_reply(&mut this.out, CANNOT_CONNECT_SEQUENCE, &Reply::Noted);
         }
         match (this.out.is_empty(), this.ended) {
@@ -165,7 +188,8 @@ impl<I> Serving<I> {
         if let Some(seat) = &mut self.seat
             && seat.ended.as_mut().poll(context).is_ready()
         {
-            tracing::debug!(lane = self.lane.name(), peer = ?self.peer, "a silent lane makes room for another");
+            tracing::debug!(lane = self.lane.name(), peer = ?self.peer, "a silent lane makes room \
+                for another");
             return true;
         }
 
@@ -173,21 +197,30 @@ impl<I> Serving<I> {
         owes && !self.ended && self.patience.as_mut().poll(context).is_ready()
     }
 
-    /// Whether the next piece may be taken. Not while it is one of a large frame whose turn has not come: then this is polled again when
-    /// it has.
+    /// Whether the next piece may be taken. Not while it is one of a large frame whose turn has not
+    /// come: then this is polled again when it has.
     fn may_receive(&mut self, context: &mut Context<'_>) -> bool {
-        let Some(bytes) = self.reader.awaited_bytes().filter(|bytes| *bytes > LARGE_FRAME_BYTES) else {
+        let Some(bytes) = self
+            .reader
+            .awaited_bytes()
+            .filter(|bytes| *bytes > LARGE_FRAME_BYTES)
+        else {
             self.turn = Turn::None;
             return true;
         };
 
         if let Turn::None = self.turn {
-            let kib = u32::try_from(bytes.min(FRAME_BYTES_MAX).div_ceil(1 << 10)).unwrap_or(u32::MAX);
+            let kib =
+                u32::try_from(bytes.min(FRAME_BYTES_MAX).div_ceil(1 << 10)).unwrap_or(u32::MAX);
             let turns = self.registry.large_frames().clone();
-            self.turn = Turn::Awaited(Box::pin(async move { turns.acquire_many_owned(kib).await.ok() }));
+            self.turn = Turn::Awaited(Box::pin(
+                async move { turns.acquire_many_owned(kib).await.ok() },
+            ));
         }
         if let Turn::Awaited(turn) = &mut self.turn {
-            let Poll::Ready(permit) = turn.as_mut().poll(context) else { return false };
+            let Poll::Ready(permit) = turn.as_mut().poll(context) else {
+                return false;
+            };
             let Some(_permit) = permit else { return true };
             self.turn = Turn::Taken { _permit };
             self.patience.as_mut().reset(Instant::now() + PATIENCE);
@@ -199,8 +232,12 @@ impl<I> Serving<I> {
 
     /// Returns whether no hello is being judged, and none was refused.
     fn is_greeted(&mut self, context: &mut Context<'_>) -> bool {
-        let Some(greeting) = &mut self.greeting else { return true };
-        let Poll::Ready((peer, met)) = greeting.poll_unpin(context) else { return false };
+        let Some(greeting) = &mut self.greeting else {
+            return true;
+        };
+        let Poll::Ready((peer, met)) = greeting.poll_unpin(context) else {
+            return false;
+        };
         self.greeting = None;
         match met {
             Ok(session) => {
@@ -266,19 +303,24 @@ impl<I> Serving<I> {
 
     fn begin(&mut self, arrived: &Arrived) {
         if self.peer.is_none() {
-            let greeted = arrived.hello().map_err(|_| Refusal::Unreadable).and_then(|(hello, starts, pace)| {
-                let peer = self.seat_peer(&hello)?;
-                self.compare_pace(peer, pace)?;
-                Ok((peer, hello.from_directory, starts))
-            });
-            match greeted {
-                Ok((peer, directory, Some(starts))) => match self.registry.identity().acquaintances().cloned() {
-                    Some(acquaintances) => {
-                        let met = async move { (peer, acquaintances.meet(directory, &starts).await) };
-                        self.greeting = Some(Box::pin(met));
-                    }
-                    None => self.accept(peer),
+            let greeted = arrived.hello().map_err(|_| Refusal::Unreadable).and_then(
+                |(hello, starts, pace)| {
+                    let peer = self.seat_peer(&hello)?;
+                    self.compare_pace(peer, pace)?;
+                    Ok((peer, hello.from_directory, starts))
                 },
+            );
+            match greeted {
+                Ok((peer, directory, Some(starts))) => {
+                    match self.registry.identity().acquaintances().cloned() {
+                        Some(acquaintances) => {
+                            let met =
+                                async move { (peer, acquaintances.meet(directory, &starts).await) };
+                            self.greeting = Some(Box::pin(met));
+                        }
+                        None => self.accept(peer),
+                    }
+                }
                 Ok((peer, _, None)) => self.accept(peer),
                 Err(refusal) => self.refuse(refusal),
             }
@@ -287,8 +329,12 @@ impl<I> Serving<I> {
         let sequence = arrived.sequence;
         let begun = match arrived.request() {
             Ok((head, request, tail)) => {
-                // One that is good for a hello only would break again and again, and its peer pass for ended each time.
-                if let Some(peer) = self.peer.filter(|_| !std::mem::replace(&mut self.is_used, true)) {
+                // One that is good for a hello only would break again and again, and its peer pass
+                // for ended each time.
+                if let Some(peer) = self
+                    .peer
+                    .filter(|_| !std::mem::replace(&mut self.is_used, true))
+                {
                     self.registry.heard().lane_began(peer);
                 }
                 self.registry.handle(self.lane, head, request, tail)
@@ -300,9 +346,14 @@ impl<I> Serving<I> {
             }
         };
         match begun {
-            // Tokio makes a task that has done much wait, and wakes what waited last first: appends would overtake one another on their way
-            // to the group, and a follower would refuse what it is about to have.
-            Ok(reply) => self.working.push(Box::pin(unconstrained(async move { (sequence, reply.await) }))),
+            // Tokio makes a task that has done much wait, and wakes what waited last first: appends
+            // would overtake one another on their way to the group, and a follower would refuse
+            // what it is about to have.
+            Ok(reply) => {
+                self.working.push(Box::pin(unconstrained(
+                    async move { (sequence, reply.await) },
+                )))
+            }
             Err(refusal) => wire::encode_reply(&mut self.out, sequence, &Reply::Refused(refusal)),
         }
     }
@@ -311,25 +362,40 @@ impl<I> Serving<I> {
     fn seat_peer(&mut self, hello: &Hello) -> Result<NodeId, Refusal> {
         let peer = self.greet(hello)?;
         let is_known = self.registry.knows(peer, hello.from_directory);
-        let owner = if is_known { Owner::Member(peer, self.lane) } else { Owner::Stranger };
+        let owner = if is_known {
+            Owner::Member(peer, self.lane)
+        } else {
+            Owner::Stranger
+        };
         let seat = self.registry.seats().take(owner).ok_or(Refusal::Busy)?;
         self.seat = Some(Seated::new(seat));
         Ok(peer)
     }
 
-    /// Refuses a peer whose leases would not be those of this node. Programs that tell no pace are taken as they are.
+    /// Refuses a peer whose leases would not be those of this node. Programs that tell no pace are
+    /// taken as they are.
     fn compare_pace(&self, peer: NodeId, pace: Option<Pace>) -> Result<(), Refusal> {
         let own = self.registry.pace();
-        let Some(theirs) = pace.filter(|theirs| *theirs != own) else { return Ok(()) };
+        let Some(theirs) = pace.filter(|theirs| *theirs != own) else {
+            return Ok(());
+        };
         let fits = own.fits(&theirs);
-        let what = if fits { "does not keep time with this node" } else { "is refused" };
+        let what = if fits {
+            "does not keep time with this node"
+        } else {
+            "is refused"
+        };
         // Each lane finds it again.
         rarely!(
             error,
-            "{peer} {what}: it runs {theirs}, and this node {own}; give all nodes the same --lease-reads and \
-             --timing-factor"
+            "{peer} {what}: it runs {theirs}, and this node {own}; give all nodes the same \
+             --lease-reads and --timing-factor"
         );
-        if fits { Ok(()) } else { Err(Refusal::OtherPace(own)) }
+        if fits {
+            Ok(())
+        } else {
+            Err(Refusal::OtherPace(own))
+        }
     }
 
     /// Whether the lane is from a node of our cluster to this very node.

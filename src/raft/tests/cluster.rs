@@ -1,4 +1,5 @@
-//! The harness: [`TestNode`]s that can be killed and started again from their disks, and what tests say to their groups.
+//! The harness: [`TestNode`]s that can be killed and started again from their disks, and what tests
+//! say to their groups.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,8 +14,12 @@ use super::stalling_disk::StallingDisk;
 use crate::raft::lanes::memory::MemoryHub;
 use crate::raft::pace::Pace;
 use crate::raft::transport::{Dial, Identity, Resolver};
-use crate::raft::{Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, Rooms, Witness};
-use crate::sm::kv::{self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome};
+use crate::raft::{
+    Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, Rooms, Witness,
+};
+use crate::sm::kv::{
+    self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome,
+};
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, LogOptions};
 use crate::storage::mem_trees::MemTrees;
@@ -25,10 +30,16 @@ use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 pub const CLUSTER: ClusterId = ClusterId(7);
 
 /// That of the default timings.
-pub const PACE: Pace = Pace { lease_drift_ms: None, election_ms_max: 420 };
+pub const PACE: Pace = Pace {
+    lease_drift_ms: None,
+    election_ms_max: 420,
+};
 
 pub fn key(group: u64, replica: u64) -> ReplicaKey {
-    ReplicaKey { group: GroupId(group), replica: ReplicaId(replica) }
+    ReplicaKey {
+        group: GroupId(group),
+        replica: ReplicaId(replica),
+    }
 }
 
 pub fn directory(node: NodeId) -> DirectoryId {
@@ -51,7 +62,11 @@ pub struct Disks {
 
 impl Disks {
     pub fn new(seed: u64) -> Self {
-        Self { disk: StallingDisk::new(seed), trees: MemTrees::new(), room_bytes: 128 << 20 }
+        Self {
+            disk: StallingDisk::new(seed),
+            trees: MemTrees::new(),
+            room_bytes: 128 << 20,
+        }
     }
 }
 
@@ -63,13 +78,27 @@ pub struct TestNode {
 }
 
 impl TestNode {
-    pub fn start(node: NodeId, disks: &Disks, resolver: Arc<dyn Resolver>, dial: Arc<dyn Dial>, timings: RaftTimings) -> Self {
+    pub fn start(
+        node: NodeId,
+        disks: &Disks,
+        resolver: Arc<dyn Resolver>,
+        dial: Arc<dyn Dial>,
+        timings: RaftTimings,
+    ) -> Self {
         let disk = Arc::new(disks.disk.clone());
-        let options = LogOptions { segment_bytes: 64 << 10, grow_bytes: 16 << 10, ..LogOptions::default() };
+        let options = LogOptions {
+            segment_bytes: 64 << 10,
+            grow_bytes: 16 << 10,
+            ..LogOptions::default()
+        };
         let (log, writer) = Log::open(disk.clone(), Path::new("/log"), options).expect("a log");
         let trees = Arc::new(disks.trees.clone());
-        let (states, checkpointer) = StateStore::open(trees, disk, Path::new("/"), StateOptions::default()).expect("maps");
-        let threads = vec![std::thread::spawn(move || writer.run()), std::thread::spawn(move || checkpointer.run())];
+        let (states, checkpointer) =
+            StateStore::open(trees, disk, Path::new("/"), StateOptions::default()).expect("maps");
+        let threads = vec![
+            std::thread::spawn(move || writer.run()),
+            std::thread::spawn(move || checkpointer.run()),
+        ];
         let identity = Arc::new(Identity::member(directory(node), CLUSTER, node));
         let states = Arc::new(states);
         let parts = RegistryParts {
@@ -82,18 +111,28 @@ impl TestNode {
             rooms: Rooms::new(disks.room_bytes),
             supervisor: Supervisor::noting().0,
         };
-        Self { registry: Registry::new(parts), log, states, threads }
+        Self {
+            registry: Registry::new(parts),
+            log,
+            states,
+            threads,
+        }
     }
 
-    /// Stops it as a kill would as far as others can see; what was written stays written. No handle of its registry may be left.
+    /// Stops it as a kill would as far as others can see; what was written stays written. No handle
+    /// of its registry may be left.
     pub async fn stop(self) {
         self.registry.shutdown().await;
         self.log.close();
         drop((self.registry, self.log, self.states));
         let threads = self.threads;
-        tokio::task::spawn_blocking(move || threads.into_iter().for_each(|thread| thread.join().expect("it ended well")))
-            .await
-            .expect("joined");
+        tokio::task::spawn_blocking(move || {
+            threads
+                .into_iter()
+                .for_each(|thread| thread.join().expect("it ended well"))
+        })
+        .await
+        .expect("joined");
     }
 }
 
@@ -105,7 +144,9 @@ impl TestNode {
         let close = move || {
             states.close().expect("a clean stop");
             log.close();
-            threads.into_iter().for_each(|thread| thread.join().expect("it ended well"));
+            threads
+                .into_iter()
+                .for_each(|thread| thread.join().expect("it ended well"));
         };
         tokio::task::spawn_blocking(close).await.expect("closed");
     }
@@ -125,18 +166,37 @@ impl TestCluster {
     }
 
     pub fn with_timings(nodes: u64, timings: RaftTimings) -> Self {
-        Self::with_disks((1..=nodes).map(|id| (NodeId(id), Disks::new(id))).collect(), timings)
+        Self::with_disks(
+            (1..=nodes).map(|id| (NodeId(id), Disks::new(id))).collect(),
+            timings,
+        )
     }
 
     /// Returns a cluster of nodes of whose rooms each has so many bytes.
-    pub fn with_rooms<const NODES: usize>(room_bytes: [usize; NODES], timings: RaftTimings) -> Self {
-        let disks = |(id, room_bytes)| (NodeId(id), Disks { room_bytes, ..Disks::new(id) });
+    pub fn with_rooms<const NODES: usize>(
+        room_bytes: [usize; NODES],
+        timings: RaftTimings,
+    ) -> Self {
+        let disks = |(id, room_bytes)| {
+            (
+                NodeId(id),
+                Disks {
+                    room_bytes,
+                    ..Disks::new(id)
+                },
+            )
+        };
         Self::with_disks((1..).zip(room_bytes).map(disks).collect(), timings)
     }
 
     fn with_disks(disks: BTreeMap<NodeId, Disks>, timings: RaftTimings) -> Self {
         let ids: Vec<NodeId> = disks.keys().copied().collect();
-        let mut cluster = Self { hub: MemoryHub::new(), nodes: BTreeMap::new(), disks, timings };
+        let mut cluster = Self {
+            hub: MemoryHub::new(),
+            nodes: BTreeMap::new(),
+            disks,
+            timings,
+        };
         for id in ids {
             cluster.start(id);
         }
@@ -145,7 +205,13 @@ impl TestCluster {
 
     /// Starts a node on its disks. Its replicas are not open yet.
     pub fn start(&mut self, id: NodeId) {
-        let node = TestNode::start(id, &self.disks[&id], self.hub.clone(), self.hub.dial_from(id), self.timings.clone());
+        let node = TestNode::start(
+            id,
+            &self.disks[&id],
+            self.hub.clone(),
+            self.hub.dial_from(id),
+            self.timings.clone(),
+        );
         self.hub.add(id, node.registry.clone());
         self.nodes.insert(id, node);
     }
@@ -170,50 +236,90 @@ impl TestCluster {
     /// Opens replica r of `group` on every node r, and begins the group.
     pub async fn found(&self, group: u64) {
         for (id, node) in &self.nodes {
-            node.registry.open_replica(key(group, id.0), true).await.expect("a replica");
+            node.registry
+                .open_replica(key(group, id.0), true)
+                .await
+                .expect("a replica");
         }
-        let voters: BTreeMap<ReplicaId, NodeId> = self.nodes.keys().map(|id| (ReplicaId(id.0), *id)).collect();
+        let voters: BTreeMap<ReplicaId, NodeId> =
+            self.nodes.keys().map(|id| (ReplicaId(id.0), *id)).collect();
         // Spread over the nodes: whoever begins usually leads.
         let first = 1 + group % self.nodes.len() as u64;
-        self.group(first, group).initialize(&voters).await.expect("a new group");
+        self.group(first, group)
+            .initialize(&voters)
+            .await
+            .expect("a new group");
         self.claim_all(group).await;
     }
 
     /// Begins `group` with replicas 1 and 2, and replica 3 on node 3 as their witness.
     pub async fn found_with_witness(&self, group: u64) {
-        let voters: BTreeMap<ReplicaId, NodeId> = (1..=2).map(|id| (ReplicaId(id), NodeId(id))).collect();
+        let voters: BTreeMap<ReplicaId, NodeId> =
+            (1..=2).map(|id| (ReplicaId(id), NodeId(id))).collect();
         for node in voters.values() {
-            self.nodes[node].registry.open_replica(key(group, node.0), true).await.expect("a replica");
+            self.nodes[node]
+                .registry
+                .open_replica(key(group, node.0), true)
+                .await
+                .expect("a replica");
         }
-        self.group(1, group).initialize(&voters).await.expect("a new group");
+        self.group(1, group)
+            .initialize(&voters)
+            .await
+            .expect("a new group");
         self.claim_all(group).await;
-        self.nodes[&NodeId(3)].registry.open_witness(key(group, 3), true).await.expect("a witness");
+        self.nodes[&NodeId(3)]
+            .registry
+            .open_witness(key(group, 3), true)
+            .await
+            .expect("a witness");
         self.join_witness(group, 3).await;
     }
 
     /// Has replica r on node r, which is open, become the witness of the group of replicas 1 and 2.
     pub async fn join_witness(&self, group: u64, witness: u64) {
         let leader = self.group(self.leader(group).await.0, group);
-        leader.add_witness(ReplicaId(witness), NodeId(witness)).await.expect("a learner");
-        until("the witness catches up", || leader.is_caught_up(ReplicaId(witness))).await;
-        leader.change_voters([1, 2, witness].map(ReplicaId).into()).await.expect("a voter");
+        leader
+            .add_witness(ReplicaId(witness), NodeId(witness))
+            .await
+            .expect("a learner");
+        until("the witness catches up", || {
+            leader.is_caught_up(ReplicaId(witness))
+        })
+        .await;
+        leader
+            .change_voters([1, 2, witness].map(ReplicaId).into())
+            .await
+            .expect("a voter");
     }
 
     pub fn witness(&self, group: u64) -> Witness {
-        self.nodes[&NodeId(3)].registry.witness(GroupId(group)).expect("an open witness")
+        self.nodes[&NodeId(3)]
+            .registry
+            .witness(GroupId(group))
+            .expect("an open witness")
     }
 
     async fn claim_all(&self, group: u64) {
-        let claim = kv::Command::Claim { slots: Slot::all().collect() };
+        let claim = kv::Command::Claim {
+            slots: Slot::all().collect(),
+        };
         let leader = self.leader(group).await;
-        match self.group(leader.0, group).propose_command(claim, soon()).await {
+        match self
+            .group(leader.0, group)
+            .propose_command(claim, soon())
+            .await
+        {
             Ok(kv::Outcome::Claimed) => {}
             other => panic!("the slots were not claimed: {other:?}"),
         }
     }
 
     pub fn group(&self, node: u64, group: u64) -> Arc<Group> {
-        self.nodes[&NodeId(node)].registry.get(GroupId(group)).expect("an open replica")
+        self.nodes[&NodeId(node)]
+            .registry
+            .get(GroupId(group))
+            .expect("an open replica")
     }
 
     /// Waits until a running node leads, confirmed by a quorum.
@@ -221,9 +327,15 @@ impl TestCluster {
         let deadline = soon();
         loop {
             for (id, node) in &self.nodes {
-                let group = node.registry.get(GroupId(group)).filter(|group| group.leads());
+                let group = node
+                    .registry
+                    .get(GroupId(group))
+                    .filter(|group| group.leads());
                 if let Some(group) = group
-                    && group.read_barrier(Instant::now() + Duration::from_secs(1)).await.is_ok()
+                    && group
+                        .read_barrier(Instant::now() + Duration::from_secs(1))
+                        .await
+                        .is_ok()
                 {
                     return *id;
                 }
@@ -238,11 +350,17 @@ impl TestCluster {
         let deadline = soon();
         loop {
             let leader = self.leader(group).await;
-            match self.group(leader.0, group).propose(put(key, value), deadline).await {
+            match self
+                .group(leader.0, group)
+                .propose(put(key, value), deadline)
+                .await
+            {
                 Ok(outcome) => return assert_put(&outcome),
                 Err(ProposeError::NotLeader { .. }) => {}
                 // Until others are done with: certainly not done, so a client would try again too.
-                Err(ProposeError::Overloaded { .. } | ProposeError::NoRoom { .. }) if Instant::now() < deadline => {
+                Err(ProposeError::Overloaded { .. } | ProposeError::NoRoom { .. })
+                    if Instant::now() < deadline =>
+                {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
                 Err(error) => panic!("the put of {key} failed: {error}"),
@@ -266,14 +384,25 @@ impl TestCluster {
 }
 
 pub fn put(key: &str, value: &str) -> Write {
-    let action = Action::Put { media: Media::Text, value: Bytes::copy_from_slice(value.as_bytes()) };
-    let operation = Operation { key: Bytes::copy_from_slice(key.as_bytes()), condition: Condition::None, action };
-    Write { operations: vec![operation], idempotency_key: None }
+    let action = Action::Put {
+        media: Media::Text,
+        value: Bytes::copy_from_slice(value.as_bytes()),
+    };
+    let operation = Operation {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        condition: Condition::None,
+        action,
+    };
+    Write {
+        operations: vec![operation],
+        idempotency_key: None,
+    }
 }
 
 pub fn assert_put(outcome: &WriteOutcome) {
     match outcome {
-        WriteOutcome::Applied(outcomes) if matches!(outcomes[..], [OperationOutcome::Put { .. }]) => {}
+        WriteOutcome::Applied(outcomes)
+            if matches!(outcomes[..], [OperationOutcome::Put { .. }]) => {}
         other => panic!("not a put: {other:?}"),
     }
 }
@@ -281,7 +410,9 @@ pub fn assert_put(outcome: &WriteOutcome) {
 /// What a replica's map holds now.
 pub fn read(group: &Group, key: &str) -> Option<String> {
     match kv::read(&group.state().read(), key.as_bytes()).expect("a readable map") {
-        kv::ReadOutcome::Owned(record) => record.map(|record| String::from_utf8(record.value.to_vec()).expect("text")),
+        kv::ReadOutcome::Owned(record) => {
+            record.map(|record| String::from_utf8(record.value.to_vec()).expect("text"))
+        }
         // A follower may not have applied the claim yet.
         kv::ReadOutcome::NotOwned { .. } => None,
     }

@@ -1,4 +1,5 @@
-//! What a group does where a disk is nearly full: its leader takes no writes, a follower no entries, and both go on by themselves.
+//! What a group does where a disk is nearly full: its leader takes no writes, a follower no
+//! entries, and both go on by themselves.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,15 +12,21 @@ use crate::types::{NodeId, ReplicaId};
 /// What else is on the disk, so that a part of it is enough for what the log has on its way.
 const FILLER_BYTES: usize = 8 << 20;
 
-/// Leaves `part` of what is in use on the disk of a node, or takes its limit away, and has the node look.
+/// Leaves `part` of what is in use on the disk of a node, or takes its limit away, and has the node
+/// look.
 fn leave(cluster: &TestCluster, node: NodeId, part: Option<u64>) {
     let disk = &cluster.disks[&node].disk.disk;
     disk.set_capacity(None);
-    let filler = disk.open(Path::new("/filler"), Open::Truncated).expect("a file");
+    let filler = disk
+        .open(Path::new("/filler"), Open::Truncated)
+        .expect("a file");
     filler.write_at(&vec![0; FILLER_BYTES], 0).expect("written");
     let used: u64 = disk.files().iter().map(|(_, len)| *len).sum();
     disk.set_capacity(part.map(|part| used + used / part));
-    cluster.nodes[&node].log.look_for_room().expect("a simulated disk");
+    cluster.nodes[&node]
+        .log
+        .look_for_room()
+        .expect("a simulated disk");
 }
 
 /// A sixth of what is used is a seventh of the disk: less than a quarter, and more than an eighth.
@@ -36,12 +43,23 @@ async fn a_leader_whose_disk_is_nearly_full_takes_no_writes_and_reads_go_on() {
 
     leave(&cluster, leader, LOW);
     let refused = group.propose(put("k", "2"), soon()).await;
-    assert!(matches!(refused, Err(ProposeError::NoRoom { .. })), "{refused:?}");
-    group.read_barrier(soon()).await.expect("reads need no room");
+    assert!(
+        matches!(refused, Err(ProposeError::NoRoom { .. })),
+        "{refused:?}"
+    );
+    group
+        .read_barrier(soon())
+        .await
+        .expect("reads need no room");
     assert_eq!(read(&group, "k").as_deref(), Some("1"));
 
     leave(&cluster, leader, None);
-    assert_put(&group.propose(put("k", "3"), soon()).await.expect("there is room again"));
+    assert_put(
+        &group
+            .propose(put("k", "3"), soon())
+            .await
+            .expect("there is room again"),
+    );
     assert_eq!(read(&group, "k").as_deref(), Some("3"));
     drop(group);
     cluster.stop_all().await;
@@ -61,7 +79,10 @@ async fn log_is_kept_for_whom_a_snapshot_was_sent_only_where_there_is_room() {
         cluster.put(1, "k", "2").await;
         group.build_snapshot().await.expect("written");
         let applied = group.status().applied.expect("it has applied something");
-        until("the snapshot is known", || group.status().snapshot >= Some(applied)).await;
+        until("the snapshot is known", || {
+            group.status().snapshot >= Some(applied)
+        })
+        .await;
         leave(&cluster, leader, if is_low { LOW } else { None });
         group.purge_log(applied.index).await;
         if is_low {
@@ -77,7 +98,10 @@ async fn log_is_kept_for_whom_a_snapshot_was_sent_only_where_there_is_room() {
     cluster.put(1, "k", "3").await;
     group.build_snapshot().await.expect("written");
     let applied = group.status().applied.expect("it has applied something");
-    until("the snapshot is known", || group.status().snapshot >= Some(applied)).await;
+    until("the snapshot is known", || {
+        group.status().snapshot >= Some(applied)
+    })
+    .await;
     group.purge_log_of_all(applied.index).await;
     until("nothing is kept", || group.status().purged == Some(applied)).await;
     drop((feeding, group));
@@ -95,11 +119,17 @@ async fn a_follower_whose_disk_is_full_takes_no_entries_until_there_is_room() {
     let leader = cluster.leader(1).await;
     let full = NodeId(1 + leader.0 % 3);
     let (group, follower) = (cluster.group(leader.0, 1), cluster.group(full.0, 1));
-    until("the follower has everything", || follower.status().last_log == group.status().last_log).await;
+    until("the follower has everything", || {
+        follower.status().last_log == group.status().last_log
+    })
+    .await;
 
     leave(&cluster, full, LOW);
     cluster.put(1, "k", "2").await;
-    until("a follower goes on for a while", || follower.status().last_log == group.status().last_log).await;
+    until("a follower goes on for a while", || {
+        follower.status().last_log == group.status().last_log
+    })
+    .await;
 
     leave(&cluster, full, SPENT);
     let before = follower.status().last_log;
@@ -110,7 +140,10 @@ async fn a_follower_whose_disk_is_full_takes_no_entries_until_there_is_room() {
     assert_eq!(follower.status().last_log, before, "it took an entry");
 
     leave(&cluster, full, None);
-    until("the follower catches up", || read(&follower, "k").as_deref() == Some("3")).await;
+    until("the follower catches up", || {
+        read(&follower, "k").as_deref() == Some("3")
+    })
+    .await;
     drop((group, follower));
     cluster.stop_all().await;
 }

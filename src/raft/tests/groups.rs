@@ -11,7 +11,10 @@ use tokio::time::Instant;
 use super::cluster::*;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{Head, Refusal, Reply, Request};
-use crate::raft::{Group, LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Role, TransferError};
+use crate::raft::{
+    Group, LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Role,
+    TransferError,
+};
 use crate::storage::log::Vote;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 
@@ -22,7 +25,10 @@ async fn a_group_of_one_serves() {
     cluster.put(1, "k", "v").await;
     assert_eq!(cluster.get(1, "k").await.as_deref(), Some("v"));
     let status = cluster.group(1, 1).status();
-    assert_eq!((status.role, status.leader), (Role::Leader, Some(NodeId(1))));
+    assert_eq!(
+        (status.role, status.leader),
+        (Role::Leader, Some(NodeId(1)))
+    );
     cluster.stop_all().await;
 }
 
@@ -42,7 +48,10 @@ async fn three_groups_serve_through_the_loss_of_a_leader_and_all_come_back_from_
     cluster.restart(lost).await;
     for group in 1..=3 {
         let replica = cluster.group(lost.0, group);
-        until("the one that was away catches up", || read(&replica, "during") == Some(group.to_string())).await;
+        until("the one that was away catches up", || {
+            read(&replica, "during") == Some(group.to_string())
+        })
+        .await;
     }
     for id in 1..=3 {
         cluster.stop(NodeId(id)).await;
@@ -69,13 +78,19 @@ async fn acknowledged_writes_survive_a_power_cut_of_all_nodes() {
         for id in (1..=3).map(NodeId) {
             cluster.stop(id).await;
             cluster.disks[&id].disk.disk.crash();
-            cluster.disks[&id].trees.crash(crate::storage::mem_trees::Crash::Power, round);
+            cluster.disks[&id]
+                .trees
+                .crash(crate::storage::mem_trees::Crash::Power, round);
         }
         for id in (1..=3).map(NodeId) {
             cluster.restart(id).await;
         }
         for n in 0..20 {
-            assert_eq!(cluster.get(1, &format!("{round}-{n}")).await.as_deref(), Some("v"), "round {round}, key {n}");
+            assert_eq!(
+                cluster.get(1, &format!("{round}-{n}")).await.as_deref(),
+                Some("v"),
+                "round {round}, key {n}"
+            );
         }
     }
     cluster.stop_all().await;
@@ -97,22 +112,38 @@ async fn a_follower_that_was_away_is_brought_back_by_a_snapshot() {
     for id in cluster.nodes.keys() {
         let group = cluster.group(id.0, 1);
         group.build_snapshot().await.expect("a snapshot");
-        until("openraft knows of the snapshot", || group.status().snapshot.is_some()).await;
+        until("openraft knows of the snapshot", || {
+            group.status().snapshot.is_some()
+        })
+        .await;
         let snapshot = group.status().snapshot.expect("it is there");
         group.purge_log(snapshot.index).await;
-        until("the log is purged", || group.status().purged == Some(snapshot)).await;
+        until("the log is purged", || {
+            group.status().purged == Some(snapshot)
+        })
+        .await;
         assert_eq!(group.log_bytes_since_snapshot(), 0);
         assert!(group.snapshot_bytes() > 1 << 20);
     }
     cluster.restart(away).await;
     let replica = cluster.group(away.0, 1);
-    until("the snapshot is installed", || read(&replica, "large-11").as_deref() == Some(&large)).await;
+    until("the snapshot is installed", || {
+        read(&replica, "large-11").as_deref() == Some(&large)
+    })
+    .await;
     cluster.put(1, "new", "2").await;
-    until("and the log goes on after it", || read(&replica, "new").as_deref() == Some("2")).await;
+    until("and the log goes on after it", || {
+        read(&replica, "new").as_deref() == Some("2")
+    })
+    .await;
     cluster.stop(away).await;
     cluster.restart(away).await;
     let replica = cluster.group(away.0, 1);
-    assert_eq!(read(&replica, "large-0").as_deref(), Some(&large[..]), "it came back from its own disk");
+    assert_eq!(
+        read(&replica, "large-0").as_deref(),
+        Some(&large[..]),
+        "it came back from its own disk"
+    );
     cluster.stop_all().await;
 }
 
@@ -124,8 +155,15 @@ async fn concurrent_writes_are_merged_into_few_entries() {
     let group = cluster.group(leader.0, 1);
     let before = group.status().last_log.expect("a log").index;
     let writes: Vec<String> = (0..2000).map(|n| format!("k{n}")).collect();
-    let outcomes = join_all(writes.iter().map(|name| group.propose(put(name, "v"), soon()))).await;
-    outcomes.iter().for_each(|outcome| assert_put(outcome.as_ref().expect("written")));
+    let outcomes = join_all(
+        writes
+            .iter()
+            .map(|name| group.propose(put(name, "v"), soon())),
+    )
+    .await;
+    outcomes
+        .iter()
+        .for_each(|outcome| assert_put(outcome.as_ref().expect("written")));
     let entries = group.status().last_log.expect("a log").index - before;
     assert!(entries <= 20, "2000 writes made {entries} entries");
     for name in ["k0", "k999", "k1999"] {
@@ -143,24 +181,49 @@ async fn without_a_quorum_nothing_is_acknowledged_and_what_was_never_proposed_sa
     let group = cluster.group(leader.0, 1);
     cluster.hub.isolate(leader);
     let brief = || Instant::now() + Duration::from_millis(900);
-    assert_eq!(group.propose(put("k", "late"), Instant::now()).await, Err(ProposeError::Expired));
+    assert_eq!(
+        group.propose(put("k", "late"), Instant::now()).await,
+        Err(ProposeError::Expired)
+    );
     let read = group.read_barrier(brief()).await;
-    assert!(matches!(read, Err(ReadError::Expired | ReadError::NotLeader { .. })), "{read:?}");
+    assert!(
+        matches!(read, Err(ReadError::Expired | ReadError::NotLeader { .. })),
+        "{read:?}"
+    );
     let lease = Duration::from_millis(cluster.timings.election_ms_max);
     let is_over = || !group.leads() || group.status().quorum_acked.is_none_or(|ago| ago > lease);
     until("the lease has run out", is_over).await;
     // openraft takes nothing any more, and this is a certain no.
     let written = group.propose(put("k", "2"), brief()).await;
-    assert!(matches!(written, Err(ProposeError::Expired | ProposeError::NotLeader { .. })), "{written:?}");
+    assert!(
+        matches!(
+            written,
+            Err(ProposeError::Expired | ProposeError::NotLeader { .. })
+        ),
+        "{written:?}"
+    );
     // The others elect one of them.
-    let others: Vec<_> = (1..=3).filter(|id| *id != leader.0).map(|id| cluster.group(id, 1)).collect();
-    until("the others have a leader", || others.iter().any(|group| group.leads())).await;
-    let new = others.iter().find(|group| group.leads()).expect("it leads").clone();
+    let others: Vec<_> = (1..=3)
+        .filter(|id| *id != leader.0)
+        .map(|id| cluster.group(id, 1))
+        .collect();
+    until("the others have a leader", || {
+        others.iter().any(|group| group.leads())
+    })
+    .await;
+    let new = others
+        .iter()
+        .find(|group| group.leads())
+        .expect("it leads")
+        .clone();
     new.read_barrier(soon()).await.expect("a quorum");
     assert_eq!(super::cluster::read(&new, "k").as_deref(), Some("1"));
     assert_put(&new.propose(put("k", "3"), soon()).await.expect("written"));
     cluster.hub.heal();
-    until("the old leader follows", || super::cluster::read(&group, "k").as_deref() == Some("3")).await;
+    until("the old leader follows", || {
+        super::cluster::read(&group, "k").as_deref() == Some("3")
+    })
+    .await;
     assert!(!group.leads());
     cluster.stop_all().await;
 }
@@ -179,7 +242,10 @@ async fn a_deposed_leader_confirms_no_read() {
             let mut confirmed = Vec::new();
             loop {
                 let begun = Instant::now();
-                match group.read_barrier(begun + Duration::from_millis(1500)).await {
+                match group
+                    .read_barrier(begun + Duration::from_millis(1500))
+                    .await
+                {
                     Ok(()) => confirmed.push((begun, read(&group, "k"))),
                     Err(_) => return confirmed,
                 }
@@ -188,13 +254,26 @@ async fn a_deposed_leader_confirms_no_read() {
     });
     tokio::time::sleep(Duration::from_millis(20)).await;
     cluster.hub.isolate(leader);
-    let others: Vec<_> = (1..=3).filter(|id| *id != leader.0).map(|id| cluster.group(id, 1)).collect();
-    until("the others have a leader", || others.iter().any(|group| group.leads())).await;
-    let new = others.iter().find(|group| group.leads()).expect("it leads").clone();
+    let others: Vec<_> = (1..=3)
+        .filter(|id| *id != leader.0)
+        .map(|id| cluster.group(id, 1))
+        .collect();
+    until("the others have a leader", || {
+        others.iter().any(|group| group.leads())
+    })
+    .await;
+    let new = others
+        .iter()
+        .find(|group| group.leads())
+        .expect("it leads")
+        .clone();
     assert_put(&new.propose(put("k", "new"), soon()).await.expect("written"));
     let acknowledged = Instant::now();
     for (begun, value) in reader.await.expect("the reader ends") {
-        assert!(begun < acknowledged || value.as_deref() == Some("new"), "a stale read was confirmed");
+        assert!(
+            begun < acknowledged || value.as_deref() == Some("new"),
+            "a stale read was confirmed"
+        );
     }
     cluster.stop_all().await;
 }
@@ -214,7 +293,10 @@ async fn leadership_is_handed_over_and_writes_go_on() {
         cluster.put(1, &format!("after-{n}"), "v").await;
     }
     let leader = cluster.leader(1).await;
-    cluster.nodes[&leader].registry.hand_over(Duration::from_secs(10)).await;
+    cluster.nodes[&leader]
+        .registry
+        .hand_over(Duration::from_secs(10))
+        .await;
     assert!(!cluster.group(leader.0, 1).leads());
     cluster.stop_all().await;
 }
@@ -228,18 +310,26 @@ async fn who_hands_over_names_nobody_until_another_leads() {
     let leader = cluster.leader(1).await;
     let group = cluster.group(leader.0, 1);
     let heir = NodeId(1 + leader.0 % 3);
-    until("the heir has caught up", || group.is_caught_up(ReplicaId(heir.0))).await;
+    until("the heir has caught up", || {
+        group.is_caught_up(ReplicaId(heir.0))
+    })
+    .await;
 
     // It is told to take over, and can ask nobody for a vote.
     for other in cluster.nodes.keys().filter(|other| **other != heir) {
         cluster.hub.cut(heir, *other);
     }
-    let late = group.transfer_leader_within(ReplicaId(heir.0), Duration::from_millis(50)).await;
+    let late = group
+        .transfer_leader_within(ReplicaId(heir.0), Duration::from_millis(50))
+        .await;
     assert!(matches!(late, Err(TransferError::Late { .. })), "{late:?}");
     if group.leads() {
         let nobody = ProposeError::NotLeader { leader: None };
         assert_eq!(group.propose(put("k", "w"), soon()).await, Err(nobody));
-        assert_eq!(group.read_barrier(soon()).await, Err(ReadError::NotLeader { leader: None }));
+        assert_eq!(
+            group.read_barrier(soon()).await,
+            Err(ReadError::NotLeader { leader: None })
+        );
     }
     cluster.hub.heal();
     cluster.put(1, "k", "x").await;
@@ -251,29 +341,58 @@ async fn members_come_and_go() {
     let cluster = TestCluster::new(4);
     // Replicas on nodes 1 to 3; the fourth joins later.
     for id in 1..=4 {
-        cluster.nodes[&NodeId(id)].registry.open_replica(key(1, id), true).await.expect("a replica");
+        cluster.nodes[&NodeId(id)]
+            .registry
+            .open_replica(key(1, id), true)
+            .await
+            .expect("a replica");
     }
     let voters = (1..=3).map(|id| (ReplicaId(id), NodeId(id))).collect();
     assert!(!cluster.group(1, 1).is_initialized());
     for id in 1..=3 {
-        cluster.group(id, 1).initialize(&voters).await.expect("each may begin it");
+        cluster
+            .group(id, 1)
+            .initialize(&voters)
+            .await
+            .expect("each may begin it");
     }
     let leader = cluster.leader(1).await;
     let group = cluster.group(leader.0, 1);
     assert!(group.is_initialized());
-    group.add_learner(ReplicaId(4), NodeId(4)).await.expect("added");
-    group.add_learner(ReplicaId(4), NodeId(4)).await.expect("it is a member already");
-    until("the learner has caught up", || group.is_caught_up(ReplicaId(4))).await;
+    group
+        .add_learner(ReplicaId(4), NodeId(4))
+        .await
+        .expect("added");
+    group
+        .add_learner(ReplicaId(4), NodeId(4))
+        .await
+        .expect("it is a member already");
+    until("the learner has caught up", || {
+        group.is_caught_up(ReplicaId(4))
+    })
+    .await;
     assert_eq!(cluster.group(4, 1).status().role, Role::Learner);
     let leaving = ReplicaId(1 + leader.0 % 3);
     let voters: BTreeSet<ReplicaId> = (1..=4).map(ReplicaId).filter(|id| *id != leaving).collect();
     group.change_voters(voters.clone()).await.expect("changed");
     let committed = group.watch().borrow().committed_membership.clone();
     assert!(committed.is_uniform);
-    assert_eq!(committed.voters.keys().copied().collect::<BTreeSet<_>>(), voters);
-    assert!(committed.learners.contains_key(&leaving), "who has lost its vote goes on as a learner");
-    group.remove_learners(BTreeSet::from([leaving])).await.expect("removed");
-    assert_eq!(group.watch().borrow().committed_membership.members(), voters);
+    assert_eq!(
+        committed.voters.keys().copied().collect::<BTreeSet<_>>(),
+        voters
+    );
+    assert!(
+        committed.learners.contains_key(&leaving),
+        "who has lost its vote goes on as a learner"
+    );
+    group
+        .remove_learners(BTreeSet::from([leaving]))
+        .await
+        .expect("removed");
+    assert_eq!(
+        group.watch().borrow().committed_membership.members(),
+        voters
+    );
     cluster.stop_all().await;
 }
 
@@ -286,15 +405,34 @@ async fn a_replica_whose_disk_fails_stops_and_says_why_and_the_others_go_on() {
     let group = cluster.group(leader.0, 1);
     cluster.disks[&leader].disk.disk.fail_sync_after(0);
     let written = group.propose(put("k", "2"), soon()).await;
-    assert!(matches!(written, Err(ProposeError::Unknown { .. }) | Ok(_)), "{written:?}");
+    assert!(
+        matches!(written, Err(ProposeError::Unknown { .. }) | Ok(_)),
+        "{written:?}"
+    );
     until("the failure is known", || group.status().failed.is_some()).await;
     assert_eq!(group.status().role, Role::Stopped);
     let refused = group.propose(put("k", "3"), soon()).await;
-    assert!(matches!(refused, Err(ProposeError::Stopped { .. })), "{refused:?}");
-    assert!(matches!(group.read_barrier(soon()).await, Err(ReadError::Stopped { .. })));
-    let others: Vec<_> = (1..=3).filter(|id| *id != leader.0).map(|id| cluster.group(id, 1)).collect();
-    until("the others have a leader", || others.iter().any(|group| group.leads())).await;
-    let new = others.iter().find(|group| group.leads()).expect("it leads").clone();
+    assert!(
+        matches!(refused, Err(ProposeError::Stopped { .. })),
+        "{refused:?}"
+    );
+    assert!(matches!(
+        group.read_barrier(soon()).await,
+        Err(ReadError::Stopped { .. })
+    ));
+    let others: Vec<_> = (1..=3)
+        .filter(|id| *id != leader.0)
+        .map(|id| cluster.group(id, 1))
+        .collect();
+    until("the others have a leader", || {
+        others.iter().any(|group| group.leads())
+    })
+    .await;
+    let new = others
+        .iter()
+        .find(|group| group.leads())
+        .expect("it leads")
+        .clone();
     assert_put(&new.propose(put("k", "4"), soon()).await.expect("written"));
     cluster.stop_all().await;
 }
@@ -306,9 +444,22 @@ async fn a_follower_knows_how_old_its_map_is() {
     cluster.put(1, "k", "v").await;
     let leader = cluster.leader(1).await;
     let follower = cluster.group(1 + leader.0 % 3, 1);
-    until("it is fresh", || follower.staleness().is_some_and(|age| age < Duration::from_secs(1))).await;
-    assert_eq!(cluster.group(leader.0, 1).status().leader_heard, Some(Duration::ZERO));
-    assert!(cluster.nodes[&leader].registry.last_heard(NodeId(1 + leader.0 % 3)).is_some());
+    until("it is fresh", || {
+        follower
+            .staleness()
+            .is_some_and(|age| age < Duration::from_secs(1))
+    })
+    .await;
+    assert_eq!(
+        cluster.group(leader.0, 1).status().leader_heard,
+        Some(Duration::ZERO)
+    );
+    assert!(
+        cluster.nodes[&leader]
+            .registry
+            .last_heard(NodeId(1 + leader.0 % 3))
+            .is_some()
+    );
     cluster.stop_all().await;
 }
 
@@ -319,8 +470,14 @@ async fn a_leader_without_others_to_ask_is_never_stale() {
     cluster.put(1, "k", "v").await;
     let leader = cluster.leader(1).await;
     let (group, own) = (cluster.group(leader.0, 1), ReplicaId(leader.0));
-    group.change_voters(BTreeSet::from([own])).await.expect("the other is a learner now");
-    until("it is the only voter", || group.status().membership.voters.len() == 1).await;
+    group
+        .change_voters(BTreeSet::from([own]))
+        .await
+        .expect("the other is a learner now");
+    until("it is the only voter", || {
+        group.status().membership.voters.len() == 1
+    })
+    .await;
     let learner = ReplicaId(3 - own.0);
     for step in ["with a learner", "alone"] {
         tokio::time::pause();
@@ -328,7 +485,10 @@ async fn a_leader_without_others_to_ask_is_never_stale() {
         let seen = (group.staleness(), group.status().quorum_acked);
         tokio::time::resume();
         assert_eq!(seen, (Some(Duration::ZERO), Some(Duration::ZERO)), "{step}");
-        group.remove_learners(BTreeSet::from([learner])).await.expect("removed");
+        group
+            .remove_learners(BTreeSet::from([learner]))
+            .await
+            .expect("removed");
     }
     cluster.stop_all().await;
 }
@@ -342,7 +502,9 @@ async fn a_leader_that_is_cut_off_says_since_when() {
     cluster.hub.isolate(leader);
     let cut = Instant::now();
     until("it cannot know what others have written since", || {
-        group.staleness().is_none_or(|age| age > Duration::from_secs(1) && age >= cut.elapsed().mul_f32(0.5))
+        group
+            .staleness()
+            .is_none_or(|age| age > Duration::from_secs(1) && age >= cut.elapsed().mul_f32(0.5))
     })
     .await;
     cluster.stop_all().await;
@@ -358,17 +520,25 @@ async fn proposals_past_a_bound_are_refused() {
     let value: Arc<str> = "x".repeat(1 << 20).into();
     let deadline = Instant::now() + Duration::from_secs(1);
     let outcomes = join_all((0..60).map(|_| group.propose(put("k", &value), deadline))).await;
-    let refused = outcomes.iter().filter(|outcome| matches!(outcome, Err(ProposeError::Overloaded { .. }))).count();
+    let refused = outcomes
+        .iter()
+        .filter(|outcome| matches!(outcome, Err(ProposeError::Overloaded { .. })))
+        .count();
     assert!(refused >= 10, "{refused} of 60 MiB were refused");
     assert!(outcomes.iter().all(Result::is_err));
     cluster.stop_all().await;
 }
 
-/// An hour: whoever waits for silence waits for longer than any test. The heirs of a leader have one
-/// attempt each in that time, so they are given seconds between them (see `Timer::leader_cut`): on a
-/// busy machine two at once would split the votes for good.
+/// An hour: whoever waits for silence waits for longer than any test. The heirs of a leader have
+/// one attempt each in that time, so they are given seconds between them (see `Timer::leader_cut`):
+/// on a busy machine two at once would split the votes for good.
 fn long_election() -> RaftTimings {
-    RaftTimings { heartbeat_ms: 2000, election_ms_min: 3_600_000, election_ms_max: 7_200_000, ..RaftTimings::default() }
+    RaftTimings {
+        heartbeat_ms: 2000,
+        election_ms_min: 3_600_000,
+        election_ms_max: 7_200_000,
+        ..RaftTimings::default()
+    }
 }
 
 /// Timings at which a machine that does not come round to heartbeats for seconds deposes no leader.
@@ -378,7 +548,12 @@ fn patient() -> RaftTimings {
 
 /// The nodes besides this one.
 fn others(cluster: &TestCluster, than: NodeId) -> Vec<&Arc<Registry>> {
-    cluster.nodes.iter().filter(|(id, _)| **id != than).map(|(_, node)| &node.registry).collect()
+    cluster
+        .nodes
+        .iter()
+        .filter(|(id, _)| **id != than)
+        .map(|(_, node)| &node.registry)
+        .collect()
 }
 
 #[tokio::test]
@@ -405,7 +580,11 @@ async fn a_leader_that_lives_though_its_lanes_broke_costs_nothing_acknowledged()
     for n in 0..10 {
         let leader = cluster.leader(1).await;
         let key = format!("k{n}");
-        match cluster.group(leader.0, 1).propose(put(&key, "v"), soon()).await {
+        match cluster
+            .group(leader.0, 1)
+            .propose(put(&key, "v"), soon())
+            .await
+        {
             Ok(outcome) => {
                 assert_put(&outcome);
                 acknowledged.push(key);
@@ -416,7 +595,10 @@ async fn a_leader_that_lives_though_its_lanes_broke_costs_nothing_acknowledged()
         }
         cluster.hub.isolate(leader);
         let others = others(&cluster, leader);
-        until("the others miss it", || others.iter().all(|registry| registry.is_cut(leader))).await;
+        until("the others miss it", || {
+            others.iter().all(|registry| registry.is_cut(leader))
+        })
+        .await;
         cluster.hub.heal();
     }
     assert!(!acknowledged.is_empty());
@@ -428,7 +610,13 @@ async fn a_leader_that_lives_though_its_lanes_broke_costs_nothing_acknowledged()
 
 #[tokio::test]
 async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break() {
-    let cluster = TestCluster::with_timings(3, RaftTimings { heartbeat_ms: 60_000, ..long_election() });
+    let cluster = TestCluster::with_timings(
+        3,
+        RaftTimings {
+            heartbeat_ms: 60_000,
+            ..long_election()
+        },
+    );
     cluster.found(1).await;
     cluster.put(1, "k", "v").await;
     let leader = cluster.leader(1).await;
@@ -441,17 +629,30 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
         assert!(!registry.is_cut(leader));
     }
     cluster.hub.isolate(leader);
-    until("the others miss it", || others.iter().all(|registry| registry.is_cut(leader))).await;
+    until("the others miss it", || {
+        others.iter().all(|registry| registry.is_cut(leader))
+    })
+    .await;
     for registry in &others {
         let group = registry.get(GroupId(1)).expect("an open replica");
-        assert!(group.end_lease_if_cut(), "the leader of {} holds no lease while it is missed", group.key());
+        assert!(
+            group.end_lease_if_cut(),
+            "the leader of {} holds no lease while it is missed",
+            group.key()
+        );
     }
     cluster.hub.heal();
     // It is heard of before the first heir's time, which is a quarter of a heartbeat.
     let deadline = soon();
     while others.iter().any(|registry| registry.is_cut(leader)) {
         assert!(Instant::now() < deadline, "it is never heard of");
-        cluster.group(leader.0, 1).raft.trigger().heartbeat().await.expect("a running replica");
+        cluster
+            .group(leader.0, 1)
+            .raft
+            .trigger()
+            .heartbeat()
+            .await
+            .expect("a running replica");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     cluster.put(1, "k", "w").await;
@@ -459,13 +660,40 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
         let group = registry.get(GroupId(1)).expect("an open replica");
         until("it follows again", || !group.end_lease_if_cut()).await;
         let me = group.key().replica;
-        let vote = Vote { term: term + 1, voted_for: Some(ReplicaId(6 - leader.0 - me.0)), committed: false };
-        let head = Head { group: GroupId(1), sender: ReplicaId(6 - leader.0 - me.0), target: me };
-        let request = Request::PreVote { vote, last: Some(LogId { term: term + 1, index: 1000 }) };
-        let reply = registry.handle(Lane::Log, head, request, Bytes::new()).expect("a replica that is up").await;
-        assert_eq!(reply, Reply::Refused(Refusal::Leased), "what was missed once holds a lease again");
+        let vote = Vote {
+            term: term + 1,
+            voted_for: Some(ReplicaId(6 - leader.0 - me.0)),
+            committed: false,
+        };
+        let head = Head {
+            group: GroupId(1),
+            sender: ReplicaId(6 - leader.0 - me.0),
+            target: me,
+        };
+        let request = Request::PreVote {
+            vote,
+            last: Some(LogId {
+                term: term + 1,
+                index: 1000,
+            }),
+        };
+        let reply = registry
+            .handle(Lane::Log, head, request, Bytes::new())
+            .expect("a replica that is up")
+            .await;
+        assert_eq!(
+            reply,
+            Reply::Refused(Refusal::Leased),
+            "what was missed once holds a lease again"
+        );
     }
-    assert_eq!((cluster.leader(1).await, cluster.group(leader.0, 1).status().term), (leader, term));
+    assert_eq!(
+        (
+            cluster.leader(1).await,
+            cluster.group(leader.0, 1).status().term
+        ),
+        (leader, term)
+    );
     cluster.stop_all().await;
 }
 
@@ -484,14 +712,21 @@ async fn where_reads_rest_on_leases_a_broken_lane_ends_none() {
     cluster.stop(leader).await;
     // Many times longer than an election took that did not respect it.
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!((1..=3).filter(|node| *node != leader.0).all(|node| cluster.group(node, 1).status().leader == Some(leader)));
+    assert!(
+        (1..=3)
+            .filter(|node| *node != leader.0)
+            .all(|node| cluster.group(node, 1).status().leader == Some(leader))
+    );
     cluster.put(1, "k", "w").await;
     cluster.stop_all().await;
 }
 
 #[tokio::test]
 async fn with_lease_reads_a_restarted_replica_waits_before_it_votes() {
-    let timings = RaftTimings { lease: LeaseReads::On { drift_ms: 100 }, ..RaftTimings::default() };
+    let timings = RaftTimings {
+        lease: LeaseReads::On { drift_ms: 100 },
+        ..RaftTimings::default()
+    };
     let mut cluster = TestCluster::with_timings(3, timings);
     cluster.found(1).await;
     cluster.put(1, "k", "v").await;
@@ -517,12 +752,30 @@ async fn with_lease_reads_a_restarted_replica_waits_before_it_votes() {
 async fn a_replica_is_created_only_when_it_may_be_and_only_once() {
     let mut cluster = TestCluster::new(1);
     let registry = &cluster.nodes[&NodeId(1)].registry;
-    assert!(matches!(registry.open_replica(key(1, 5), false).await, Err(OpenError::Missing(_))));
-    registry.open_replica(key(1, 5), true).await.expect("created");
-    assert!(matches!(registry.open_replica(key(1, 5), true).await, Err(OpenError::AlreadyOpen(_))));
-    assert!(matches!(registry.open_replica(key(1, 6), true).await, Err(OpenError::AlreadyOpen(_))));
+    assert!(matches!(
+        registry.open_replica(key(1, 5), false).await,
+        Err(OpenError::Missing(_))
+    ));
+    registry
+        .open_replica(key(1, 5), true)
+        .await
+        .expect("created");
+    assert!(matches!(
+        registry.open_replica(key(1, 5), true).await,
+        Err(OpenError::AlreadyOpen(_))
+    ));
+    assert!(matches!(
+        registry.open_replica(key(1, 6), true).await,
+        Err(OpenError::AlreadyOpen(_))
+    ));
     registry.close_replica(key(1, 5)).await;
-    assert!(matches!(registry.open_replica(key(1, 4), true).await, Err(OpenError::Log(_))), "an id is never used again");
+    assert!(
+        matches!(
+            registry.open_replica(key(1, 4), true).await,
+            Err(OpenError::Log(_))
+        ),
+        "an id is never used again"
+    );
     cluster.stop(NodeId(1)).await;
     cluster.restart(NodeId(1)).await;
     assert_eq!(cluster.group(1, 1).key(), key(1, 5));
@@ -537,26 +790,49 @@ async fn reads_and_the_lead_do_not_wait_for_the_disks_of_followers() {
     let leader = cluster.leader(1).await;
     let group = cluster.group(leader.0, 1);
     let term = group.status().term;
-    let followers: Vec<NodeId> = cluster.nodes.keys().copied().filter(|id| *id != leader).collect();
-    followers.iter().for_each(|id| cluster.disks[id].disk.stall(true));
+    let followers: Vec<NodeId> = cluster
+        .nodes
+        .keys()
+        .copied()
+        .filter(|id| *id != leader)
+        .collect();
+    followers
+        .iter()
+        .for_each(|id| cluster.disks[id].disk.stall(true));
     let write = tokio::spawn({
         let group = group.clone();
         async move { group.propose(put("k", "2"), soon()).await }
     });
     for id in &followers {
         let follower = cluster.group(id.0, 1);
-        until("the write waits for the follower's disk", || follower.has_unsynced()).await;
+        until("the write waits for the follower's disk", || {
+            follower.has_unsynced()
+        })
+        .await;
     }
     let stalled = Instant::now();
     while stalled.elapsed() < Duration::from_millis(1200) {
-        group.read_barrier(Instant::now() + Duration::from_millis(400)).await.expect("it does not wait for a disk");
-        assert_eq!(read(&group, "k").as_deref(), Some("1"), "and shows nothing that is not committed");
+        group
+            .read_barrier(Instant::now() + Duration::from_millis(400))
+            .await
+            .expect("it does not wait for a disk");
+        assert_eq!(
+            read(&group, "k").as_deref(),
+            Some("1"),
+            "and shows nothing that is not committed"
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(!write.is_finished(), "one disk is no quorum");
-    followers.iter().for_each(|id| cluster.disks[id].disk.stall(false));
+    followers
+        .iter()
+        .for_each(|id| cluster.disks[id].disk.stall(false));
     assert_put(&write.await.expect("it ends").expect("written"));
-    assert_eq!((group.leads(), group.status().term), (true, term), "nobody campaigned");
+    assert_eq!(
+        (group.leads(), group.status().term),
+        (true, term),
+        "nobody campaigned"
+    );
     cluster.stop_all().await;
 }
 
@@ -567,44 +843,79 @@ async fn a_replica_without_its_map_and_without_the_log_that_leads_to_it_is_lost_
     cluster.put(1, "k", "v").await;
     let group = cluster.group(1, 1);
     group.build_snapshot().await.expect("a snapshot");
-    until("openraft knows of the snapshot", || group.status().snapshot.is_some()).await;
+    until("openraft knows of the snapshot", || {
+        group.status().snapshot.is_some()
+    })
+    .await;
     let snapshot = group.status().snapshot.expect("it is there");
     group.purge_log(snapshot.index).await;
-    until("the log is purged", || group.status().purged == Some(snapshot)).await;
+    until("the log is purged", || {
+        group.status().purged == Some(snapshot)
+    })
+    .await;
     drop(group);
     let node = NodeId(1);
     cluster.stop(node).await;
-    cluster.disks.get_mut(&node).expect("its disks").trees = crate::storage::mem_trees::MemTrees::new();
+    cluster.disks.get_mut(&node).expect("its disks").trees =
+        crate::storage::mem_trees::MemTrees::new();
     cluster.restart(node).await;
-    assert_eq!(cluster.get(1, "k").await.as_deref(), Some("v"), "the snapshot alone brings the map back");
+    assert_eq!(
+        cluster.get(1, "k").await.as_deref(),
+        Some("v"),
+        "the snapshot alone brings the map back"
+    );
     cluster.stop(node).await;
     let disks = cluster.disks.get_mut(&node).expect("its disks");
     disks.trees = crate::storage::mem_trees::MemTrees::new();
-    let files: Vec<_> = disks.disk.disk.files().into_iter().filter(|(path, _)| path.starts_with("/snapshots")).collect();
+    let files: Vec<_> = disks
+        .disk
+        .disk
+        .files()
+        .into_iter()
+        .filter(|(path, _)| path.starts_with("/snapshots"))
+        .collect();
     assert!(!files.is_empty());
     for (file, _) in files {
         assert!(disks.disk.disk.flip_bit(&file, 60, 3));
     }
     cluster.start(node);
     let failed = cluster.nodes[&node].registry.open_all().await;
-    assert!(matches!(&failed[..], [(_, OpenError::Lost { .. })]), "{failed:?}");
-    assert!(cluster.nodes[&node].registry.groups().is_empty(), "it takes no part");
+    assert!(
+        matches!(&failed[..], [(_, OpenError::Lost { .. })]),
+        "{failed:?}"
+    );
+    assert!(
+        cluster.nodes[&node].registry.groups().is_empty(),
+        "it takes no part"
+    );
     cluster.stop_all().await;
 }
 
-/// Else a node could forget, in a crash, that it had the replica, and create it again without its votes.
+/// Else a node could forget, in a crash, that it had the replica, and create it again without its
+/// votes.
 #[tokio::test]
 async fn a_new_replica_answers_nobody_before_the_log_has_it_for_good() {
     let cluster = TestCluster::new(1);
-    let (registry, disk) = (cluster.nodes[&NodeId(1)].registry.clone(), &cluster.disks[&NodeId(1)].disk);
+    let (registry, disk) = (
+        cluster.nodes[&NodeId(1)].registry.clone(),
+        &cluster.disks[&NodeId(1)].disk,
+    );
     disk.stall(true);
     let opening = tokio::spawn({
         let registry = registry.clone();
-        async move { registry.open_replica(key(1, 1), true).await.map(|group| group.key()) }
+        async move {
+            registry
+                .open_replica(key(1, 1), true)
+                .await
+                .map(|group| group.key())
+        }
     });
     until("the log is told of it", || !registry.stored().is_empty()).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert!(!opening.is_finished() && registry.get(key(1, 1).group).is_none(), "it is open before the log was synced");
+    assert!(
+        !opening.is_finished() && registry.get(key(1, 1).group).is_none(),
+        "it is open before the log was synced"
+    );
     disk.stall(false);
     assert_eq!(opening.await.expect("no panic").expect("opened"), key(1, 1));
     drop(registry);
@@ -624,27 +935,41 @@ async fn complete_are_only_those_that_have_all_that_is_committed() {
     cluster.hub.isolate(away);
     cluster.put(1, "k", "v").await;
     assert!(leader.leads(), "nobody else was asked to lead");
-    let rest = all.iter().copied().filter(|replica| replica.0 != away.0).collect();
+    let rest = all
+        .iter()
+        .copied()
+        .filter(|replica| replica.0 != away.0)
+        .collect();
     until("only two have it", || leader.complete() == rest).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(leader.complete(), rest);
-    assert!(cluster.group(1 + away.0 % 3, 1).complete().is_empty() || 1 + away.0 % 3 == leading.0, "only a leader knows");
+    assert!(
+        cluster.group(1 + away.0 % 3, 1).complete().is_empty() || 1 + away.0 % 3 == leading.0,
+        "only a leader knows"
+    );
     cluster.hub.heal();
-    until("all have everything again", || leader.complete() == all || !leader.leads()).await;
+    until("all have everything again", || {
+        leader.complete() == all || !leader.leads()
+    })
+    .await;
     drop(leader);
     cluster.stop_all().await;
 }
 
 /// Returns what the rooms of a node hold now, and their bound.
 fn held(registry: &Registry) -> Vec<(usize, usize)> {
-    registry.rooms().named().map(|(_, room)| (room.budget().used(), room.budget().bytes_max())).into()
+    registry
+        .rooms()
+        .named()
+        .map(|(_, room)| (room.budget().used(), room.budget().bytes_max()))
+        .into()
 }
 
 #[tokio::test]
 async fn many_groups_before_a_disk_that_stalls_hold_no_more_than_the_node_may_and_catch_up() {
     const GROUPS: u64 = 12;
-    // What the leaders on the other nodes send at once is more than node 3 may hold: the lanes to it
-    // break after some seconds of a stall, and what they brought no longer counts.
+    // What the leaders on the other nodes send at once is more than node 3 may hold: the lanes to
+    // it break after some seconds of a stall, and what they brought no longer counts.
     let cluster = TestCluster::with_rooms([4 << 20, 4 << 20, 1 << 20], patient());
     for group in 1..=GROUPS {
         cluster.found(group).await;
@@ -660,14 +985,23 @@ async fn many_groups_before_a_disk_that_stalls_hold_no_more_than_the_node_may_an
             assert!(held.iter().all(|(used, max)| used <= max), "{held:?}");
         }
     }
-    assert!(stalled.rooms().frames.budget().refused() > 0, "less was sent than it can hold");
+    assert!(
+        stalled.rooms().frames.budget().refused() > 0,
+        "less was sent than it can hold"
+    );
 
     cluster.disks[&NodeId(3)].disk.stall(false);
     for group in 1..=GROUPS {
         let replica = cluster.group(3, group);
-        until("what was refused is sent again", || read(&replica, "k5").is_some()).await;
+        until("what was refused is sent again", || {
+            read(&replica, "k5").is_some()
+        })
+        .await;
     }
-    until("nothing is held any more", || held(&stalled).iter().all(|(used, _)| *used == 0)).await;
+    until("nothing is held any more", || {
+        held(&stalled).iter().all(|(used, _)| *used == 0)
+    })
+    .await;
     drop(stalled);
     cluster.stop_all().await;
 }
@@ -680,22 +1014,39 @@ async fn groups_without_a_quorum_leave_room_for_the_proposals_of_others() {
         cluster.found(group).await;
     }
     let node = cluster.leader(1).await;
-    let mut led: Vec<_> = (1..=GROUPS).map(|group| cluster.group(node.0, group)).filter(|group| group.leads()).collect();
+    let mut led: Vec<_> = (1..=GROUPS)
+        .map(|group| cluster.group(node.0, group))
+        .filter(|group| group.leads())
+        .collect();
     let other = led.pop().expect("group 1, if no other");
     assert!(!led.is_empty(), "leaders are spread over the nodes");
     cluster.hub.isolate(node);
     let value: Arc<str> = "x".repeat(700 << 10).into();
-    let proposals = cluster.nodes[&node].registry.rooms().proposals.budget().clone();
+    let proposals = cluster.nodes[&node]
+        .registry
+        .rooms()
+        .proposals
+        .budget()
+        .clone();
     let ask = |group: &Arc<Group>| {
         let (group, write) = (group.clone(), put("k", &value));
         tokio::spawn(async move { group.propose(write, soon()).await })
     };
-    let large: Vec<_> = led.iter().flat_map(|group| (0..12).map(|_| ask(group))).collect();
+    let large: Vec<_> = led
+        .iter()
+        .flat_map(|group| (0..12).map(|_| ask(group)))
+        .collect();
     let fit = proposals.bytes_max() / value.len();
-    until("what does not fit is refused", || proposals.refused() >= (large.len() - fit) as u64).await;
+    until("what does not fit is refused", || {
+        proposals.refused() >= (large.len() - fit) as u64
+    })
+    .await;
     for proposal in large {
         proposal.abort();
-        assert!(!matches!(proposal.await, Ok(Ok(_))), "written without a quorum");
+        assert!(
+            !matches!(proposal.await, Ok(Ok(_))),
+            "written without a quorum"
+        );
     }
 
     // Also what nobody waits for any more.
@@ -704,8 +1055,16 @@ async fn groups_without_a_quorum_leave_room_for_the_proposals_of_others() {
         "entries under way are held: {}",
         proposals.used()
     );
-    let taken = other.propose(put("k", &value[..100 << 10]), Instant::now() + Duration::from_millis(100)).await;
-    assert!(!matches!(taken, Err(ProposeError::Overloaded { .. })), "another group is served: {taken:?}");
+    let taken = other
+        .propose(
+            put("k", &value[..100 << 10]),
+            Instant::now() + Duration::from_millis(100),
+        )
+        .await;
+    assert!(
+        !matches!(taken, Err(ProposeError::Overloaded { .. })),
+        "another group is served: {taken:?}"
+    );
     drop((led, other));
     cluster.hub.heal();
     cluster.stop_all().await;

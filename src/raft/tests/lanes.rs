@@ -17,7 +17,9 @@ use super::cluster::*;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::lanes::{Lanes, LanesParts, serve_lane};
 use crate::raft::pace::Pace;
-use crate::raft::transport::{Dial, Identity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver};
+use crate::raft::transport::{
+    Dial, Identity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver,
+};
 use crate::raft::wire::{self, AppendReply, FrameReader, Head, Hello, Refusal, Reply, Request};
 use crate::raft::{LeaseReads, RaftTimings, Registry};
 use crate::sm::starts::Starts;
@@ -27,7 +29,13 @@ use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, Repl
 
 fn hello() -> Hello {
     let (from, to) = (NodeId(9), NodeId(1));
-    Hello { cluster: CLUSTER, from, from_directory: directory(from), to, to_directory: directory(to) }
+    Hello {
+        cluster: CLUSTER,
+        from,
+        from_directory: directory(from),
+        to,
+        to_directory: directory(to),
+    }
 }
 
 /// The first reply to what is sent, if there is one before the lane ends.
@@ -37,12 +45,16 @@ async fn replies(registry: &Arc<Registry>, sent: Vec<Bytes>) -> Vec<Reply> {
 
 /// So many replies to what is sent, in the order in which they come; fewer if the lane ends before.
 async fn first_replies(registry: &Arc<Registry>, sent: Vec<Bytes>, count: usize) -> Vec<Reply> {
-    let incoming = stream::iter(sent).map(Ok::<_, Infallible>).chain(stream::pending());
+    let incoming = stream::iter(sent)
+        .map(Ok::<_, Infallible>)
+        .chain(stream::pending());
     let mut outgoing = Box::pin(serve_lane(registry.clone(), Lane::Log, incoming));
     let mut reader = FrameReader::default();
     let mut found = Vec::new();
     while found.len() < count {
-        let Some(chunk) = outgoing.next().await else { break };
+        let Some(chunk) = outgoing.next().await else {
+            break;
+        };
         reader.push(chunk);
         while let Some(arrived) = reader.next().expect("frames") {
             found.push(arrived.reply().expect("a reply"));
@@ -57,27 +69,68 @@ async fn frames_for_another_cluster_node_directory_group_or_replica_are_refused(
     cluster.found(1).await;
     let registry = cluster.nodes[&NodeId(1)].registry.clone();
     let refused_hello = [
-        (Hello { cluster: ClusterId(8), ..hello() }, Refusal::OtherCluster),
-        (Hello { to: NodeId(2), ..hello() }, Refusal::OtherNode(NodeId(1))),
-        (Hello { to_directory: DirectoryId(5), ..hello() }, Refusal::OtherDirectory(directory(NodeId(1)))),
+        (
+            Hello {
+                cluster: ClusterId(8),
+                ..hello()
+            },
+            Refusal::OtherCluster,
+        ),
+        (
+            Hello {
+                to: NodeId(2),
+                ..hello()
+            },
+            Refusal::OtherNode(NodeId(1)),
+        ),
+        (
+            Hello {
+                to_directory: DirectoryId(5),
+                ..hello()
+            },
+            Refusal::OtherDirectory(directory(NodeId(1))),
+        ),
     ];
     for (hello, refusal) in refused_hello {
         let found = replies(&registry, vec![wire::encode_hello(&hello)]).await;
         assert_eq!(found, [Reply::Refused(refusal)]);
     }
-    let head = Head { group: GroupId(1), sender: ReplicaId(2), target: ReplicaId(1) };
+    let head = Head {
+        group: GroupId(1),
+        sender: ReplicaId(2),
+        target: ReplicaId(1),
+    };
     let refused_frames = [
-        (Head { group: GroupId(2), ..head }, Refusal::NoReplica(GroupId(2))),
-        (Head { target: ReplicaId(3), ..head }, Refusal::OtherReplica(ReplicaId(1))),
+        (
+            Head {
+                group: GroupId(2),
+                ..head
+            },
+            Refusal::NoReplica(GroupId(2)),
+        ),
+        (
+            Head {
+                target: ReplicaId(3),
+                ..head
+            },
+            Refusal::OtherReplica(ReplicaId(1)),
+        ),
     ];
-    let vote = Vote { term: 0, voted_for: Some(ReplicaId(2)), committed: false };
+    let vote = Vote {
+        term: 0,
+        voted_for: Some(ReplicaId(2)),
+        committed: false,
+    };
     let request = Request::PreVote { vote, last: None };
     for (head, refusal) in refused_frames {
         let frame = wire::encode_request(head, &request, &[]).seal(1);
         let found = replies(&registry, vec![wire::encode_hello(&hello()), frame]).await;
         assert_eq!(found, [Reply::Refused(refusal)]);
     }
-    assert!(registry.get(GroupId(2)).is_none(), "no frame creates a replica");
+    assert!(
+        registry.get(GroupId(2)).is_none(),
+        "no frame creates a replica"
+    );
     let frame = wire::encode_request(head, &request, &[]).seal(1);
     let found = replies(&registry, vec![wire::encode_hello(&hello()), frame]).await;
     assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
@@ -89,16 +142,41 @@ async fn frames_for_another_cluster_node_directory_group_or_replica_are_refused(
 #[tokio::test]
 async fn a_peer_with_other_leases_is_refused_and_one_that_tells_none_is_not() {
     let starts = Starts::first(StartId(6));
-    let leased = Pace { lease_drift_ms: Some(50), ..PACE };
-    let timings = RaftTimings { lease: LeaseReads::On { drift_ms: 50 }, ..RaftTimings::default() };
+    let leased = Pace {
+        lease_drift_ms: Some(50),
+        ..PACE
+    };
+    let timings = RaftTimings {
+        lease: LeaseReads::On { drift_ms: 50 },
+        ..RaftTimings::default()
+    };
     for (timings, own) in [(RaftTimings::default(), PACE), (timings, leased)] {
         let cluster = TestCluster::with_timings(1, timings);
-        cluster.nodes[&NodeId(1)].registry.open_replica(key(1, 1), true).await.expect("a replica");
+        cluster.nodes[&NodeId(1)]
+            .registry
+            .open_replica(key(1, 1), true)
+            .await
+            .expect("a replica");
         let registry = cluster.nodes[&NodeId(1)].registry.clone();
-        let head = Head { group: GroupId(1), sender: ReplicaId(2), target: ReplicaId(9) };
+        let head = Head {
+            group: GroupId(1),
+            sender: ReplicaId(2),
+            target: ReplicaId(9),
+        };
         let frame = || wire::encode_request(head, &Request::Held { index: 1 }, &[]).seal(1);
         let taken = [Reply::Refused(Refusal::OtherReplica(ReplicaId(1)))];
-        for pace in [PACE, leased, Pace { lease_drift_ms: Some(60), ..PACE }, Pace { election_ms_max: 840, ..leased }] {
+        for pace in [
+            PACE,
+            leased,
+            Pace {
+                lease_drift_ms: Some(60),
+                ..PACE
+            },
+            Pace {
+                election_ms_max: 840,
+                ..leased
+            },
+        ] {
             let greeting = wire::encode_greeting(&hello(), &starts, &pace);
             let found = replies(&registry, vec![greeting, frame()]).await;
             match pace == own {
@@ -106,10 +184,24 @@ async fn a_peer_with_other_leases_is_refused_and_one_that_tells_none_is_not() {
                 false => assert_eq!(found, [Reply::Refused(Refusal::OtherPace(own))], "{pace}"),
             }
         }
-        assert_eq!(replies(&registry, vec![wire::encode_hello(&hello()), frame()]).await, taken);
-        let slower = wire::encode_greeting(&hello(), &starts, &Pace { election_ms_max: 840, ..PACE });
+        assert_eq!(
+            replies(&registry, vec![wire::encode_hello(&hello()), frame()]).await,
+            taken
+        );
+        let slower = wire::encode_greeting(
+            &hello(),
+            &starts,
+            &Pace {
+                election_ms_max: 840,
+                ..PACE
+            },
+        );
         let found = replies(&registry, vec![slower, frame()]).await;
-        assert_eq!(found == taken, own == PACE, "without leases other times are taken: {found:?}");
+        assert_eq!(
+            found == taken,
+            own == PACE,
+            "without leases other times are taken: {found:?}"
+        );
         drop(registry);
         cluster.stop_all().await;
     }
@@ -122,10 +214,16 @@ async fn a_peer_that_can_not_be_connected_to_is_told_so_with_every_reply() {
     cluster.found(1).await;
     let leader = cluster.leader(1).await;
     let follower = NodeId(3 - leader.0);
-    let (leading, following) = (cluster.nodes[&leader].registry.clone(), cluster.nodes[&follower].registry.clone());
+    let (leading, following) = (
+        cluster.nodes[&leader].registry.clone(),
+        cluster.nodes[&follower].registry.clone(),
+    );
     assert!(leading.ways().telling().is_empty());
     following.ways().set_closed(leader, true);
-    until("the leader is told", || leading.ways().telling() == [follower].into()).await;
+    until("the leader is told", || {
+        leading.ways().telling() == [follower].into()
+    })
+    .await;
     following.ways().set_closed(leader, false);
     until("it is told no more", || leading.ways().telling().is_empty()).await;
     drop((leading, following));
@@ -143,7 +241,8 @@ async fn a_lane_ends_at_what_is_no_frame() {
     cluster.stop_all().await;
 }
 
-/// A lane that has not said whose it is has nothing more read than a hello takes, however much it announces and sends.
+/// A lane that has not said whose it is has nothing more read than a hello takes, however much it
+/// announces and sends.
 #[tokio::test(start_paused = true)]
 async fn before_the_hello_only_a_hello_is_read() {
     let cluster = TestCluster::new(1);
@@ -157,15 +256,27 @@ async fn before_the_hello_only_a_hello_is_read() {
             Ok::<_, Infallible>(Bytes::from(vec![1; 1 << 10]))
         });
         let head = stream::iter([Ok(Bytes::copy_from_slice(&announced.to_le_bytes()))]);
-        serve_lane(registry.clone(), Lane::Log, head.chain(pieces).take(1 << 10))
+        serve_lane(
+            registry.clone(),
+            Lane::Log,
+            head.chain(pieces).take(1 << 10),
+        )
     };
     let replies: Vec<Bytes> = serve(70 << 20).collect().await;
-    assert!(replies.is_empty() && sent.load(Ordering::Relaxed) <= 1 << 10, "{} bytes were read", sent.load(Ordering::Relaxed));
+    assert!(
+        replies.is_empty() && sent.load(Ordering::Relaxed) <= 1 << 10,
+        "{} bytes were read",
+        sent.load(Ordering::Relaxed)
+    );
     let refused: Vec<Bytes> = serve(1 << 10).collect().await;
     assert!(!refused.is_empty(), "it is told that this was no hello");
 
     // Who says nothing at all is not waited for.
-    let silent = serve_lane(registry.clone(), Lane::Log, stream::pending::<Result<Bytes, Infallible>>());
+    let silent = serve_lane(
+        registry.clone(),
+        Lane::Log,
+        stream::pending::<Result<Bytes, Infallible>>(),
+    );
     assert_eq!(registry.seats().used(), 1);
     assert!(silent.collect::<Vec<_>>().await.is_empty());
     assert_eq!(registry.seats().used(), 0);
@@ -173,7 +284,8 @@ async fn before_the_hello_only_a_hello_is_read() {
     cluster.stop_all().await;
 }
 
-/// Frames of tens of mebibytes, of which each is sent but for its end: as many are received as have room together.
+/// Frames of tens of mebibytes, of which each is sent but for its end: as many are received as have
+/// room together.
 #[tokio::test]
 async fn large_frames_are_received_a_few_at_a_time() {
     const LARGE: usize = 60 << 20;
@@ -182,14 +294,21 @@ async fn large_frames_are_received_a_few_at_a_time() {
     let taken = Arc::new(AtomicUsize::new(0));
     let lanes = (0..8).map(|from| {
         let from = NodeId(10 + from);
-        let hello = wire::encode_hello(&Hello { from, from_directory: directory(from), ..hello() });
+        let hello = wire::encode_hello(&Hello {
+            from,
+            from_directory: directory(from),
+            ..hello()
+        });
         let head = Bytes::copy_from_slice(&u32::try_from(LARGE).expect("small").to_le_bytes());
         let count = taken.clone();
         let piece = stream::iter([()]).map(move |()| {
             count.fetch_add(1, Ordering::Relaxed);
             Bytes::from_static(&[0; 1 << 10])
         });
-        let incoming = stream::iter([hello, head]).chain(piece).map(Ok::<_, Infallible>).chain(stream::pending());
+        let incoming = stream::iter([hello, head])
+            .chain(piece)
+            .map(Ok::<_, Infallible>)
+            .chain(stream::pending());
         Box::pin(serve_lane(registry.clone(), Lane::Log, incoming))
     });
     let mut lanes: Vec<_> = lanes.collect();
@@ -216,8 +335,16 @@ impl Resolver for Addresses {
     }
 
     fn resolve(&self, node: NodeId) -> Option<Peer> {
-        let address = self.0.lock().expect("no holder panics").get(&node).cloned()?;
-        Some(Peer { address, directory: directory(node) })
+        let address = self
+            .0
+            .lock()
+            .expect("no holder panics")
+            .get(&node)
+            .cloned()?;
+        Some(Peer {
+            address,
+            directory: directory(node),
+        })
     }
 }
 
@@ -228,18 +355,26 @@ async fn serve_http(listener: TcpListener, registry: Arc<Registry>) {
         socket.set_nodelay(true).expect("nodelay");
         let registry = registry.clone();
         let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
-            let lane = request.uri().path().strip_prefix("/peer/lane/").and_then(Lane::from_name).expect("a lane");
-            let incoming = BodyStream::new(request.into_body().map_frame(|frame| frame)).filter_map(|frame| async move {
-                match frame {
-                    Ok(frame) => frame.into_data().ok().map(Ok),
-                    Err(error) => Some(Err(error)),
-                }
-            });
-            let outgoing = serve_lane(registry.clone(), lane, incoming).map(|chunk| Ok::<_, Infallible>(Frame::data(chunk)));
+            let lane = request
+                .uri()
+                .path()
+                .strip_prefix("/peer/lane/")
+                .and_then(Lane::from_name)
+                .expect("a lane");
+            let incoming = BodyStream::new(request.into_body().map_frame(|frame| frame))
+                .filter_map(|frame| async move {
+                    match frame {
+                        Ok(frame) => frame.into_data().ok().map(Ok),
+                        Err(error) => Some(Err(error)),
+                    }
+                });
+            let outgoing = serve_lane(registry.clone(), lane, incoming)
+                .map(|chunk| Ok::<_, Infallible>(Frame::data(chunk)));
             async move { Ok::<_, Infallible>(http::Response::new(StreamBody::new(outgoing))) }
         });
         tokio::spawn(
-            hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), service),
+            hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(socket), service),
         );
     }
 }
@@ -251,9 +386,24 @@ async fn groups_work_over_http_2() {
     let mut servers = Vec::new();
     for id in (1..=3).map(NodeId) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let address = listener.local_addr().expect("bound").to_string().parse().expect("an address");
-        addresses.0.lock().expect("no holder panics").insert(id, address);
-        let node = TestNode::start(id, &Disks::new(id.0), addresses.clone(), Arc::new(HttpDial), RaftTimings::default());
+        let address = listener
+            .local_addr()
+            .expect("bound")
+            .to_string()
+            .parse()
+            .expect("an address");
+        addresses
+            .0
+            .lock()
+            .expect("no holder panics")
+            .insert(id, address);
+        let node = TestNode::start(
+            id,
+            &Disks::new(id.0),
+            addresses.clone(),
+            Arc::new(HttpDial),
+            RaftTimings::default(),
+        );
         servers.push(tokio::spawn(serve_http(listener, node.registry.clone())));
         nodes.insert(id, node);
     }
@@ -267,7 +417,10 @@ async fn groups_work_over_http_2() {
     }
     for id in 1..=3 {
         let replica = cluster.group(id, 2);
-        until("every replica has it", || read(&replica, "large").is_some_and(|value| value.len() == 3 << 20)).await;
+        until("every replica has it", || {
+            read(&replica, "large").is_some_and(|value| value.len() == 3 << 20)
+        })
+        .await;
     }
     servers.iter().for_each(|server| server.abort());
     for (_, node) in std::mem::take(&mut cluster.nodes) {
@@ -282,26 +435,51 @@ async fn a_group_that_stalls_holds_up_no_other_and_can_not_fill_the_lane() {
     cluster.found(1).await;
     cluster.found(2).await;
     let registry = cluster.nodes[&NodeId(1)].registry.clone();
-    let vote = Vote { term: 0, voted_for: Some(ReplicaId(2)), committed: false };
+    let vote = Vote {
+        term: 0,
+        voted_for: Some(ReplicaId(2)),
+        committed: false,
+    };
     let request = |group| {
-        let head = Head { group: GroupId(group), sender: ReplicaId(2), target: ReplicaId(1) };
+        let head = Head {
+            group: GroupId(group),
+            sender: ReplicaId(2),
+            target: ReplicaId(1),
+        };
         wire::encode_request(head, &Request::PreVote { vote, last: None }, &[])
     };
     // Group 1 looks as if so many of its frames were being worked on that it takes no more.
     let stalled = registry.get(GroupId(1)).expect("open");
-    stalled.frames.fetch_add(1000, std::sync::atomic::Ordering::Relaxed);
-    let found = replies(&registry, vec![wire::encode_hello(&hello()), request(1).seal(1)]).await;
+    stalled
+        .frames
+        .fetch_add(1000, std::sync::atomic::Ordering::Relaxed);
+    let found = replies(
+        &registry,
+        vec![wire::encode_hello(&hello()), request(1).seal(1)],
+    )
+    .await;
     assert_eq!(found, [Reply::Refused(Refusal::Busy)]);
-    let found = replies(&registry, vec![wire::encode_hello(&hello()), request(2).seal(1)]).await;
+    let found = replies(
+        &registry,
+        vec![wire::encode_hello(&hello()), request(2).seal(1)],
+    )
+    .await;
     assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
-    stalled.frames.fetch_sub(1000, std::sync::atomic::Ordering::Relaxed);
-    let found = replies(&registry, vec![wire::encode_hello(&hello()), request(1).seal(1)]).await;
+    stalled
+        .frames
+        .fetch_sub(1000, std::sync::atomic::Ordering::Relaxed);
+    let found = replies(
+        &registry,
+        vec![wire::encode_hello(&hello()), request(1).seal(1)],
+    )
+    .await;
     assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
     drop((registry, stalled));
     cluster.stop_all().await;
 }
 
-/// More than tokio lets a task do in one go: what is then put off must not overtake what came before it.
+/// More than tokio lets a task do in one go: what is then put off must not overtake what came
+/// before it.
 #[tokio::test]
 async fn appends_that_arrive_together_are_taken_in_their_order() {
     const GROUPS: u64 = 8;
@@ -309,17 +487,34 @@ async fn appends_that_arrive_together_are_taken_in_their_order() {
     let cluster = TestCluster::new(1);
     let registry = cluster.nodes[&NodeId(1)].registry.clone();
     for group in 1..=GROUPS {
-        registry.open_replica(key(group, 1), true).await.expect("a replica");
+        registry
+            .open_replica(key(group, 1), true)
+            .await
+            .expect("a replica");
     }
-    let vote = Vote { term: 1, voted_for: Some(ReplicaId(2)), committed: true };
+    let vote = Vote {
+        term: 1,
+        voted_for: Some(ReplicaId(2)),
+        committed: true,
+    };
     let append = |group, index| {
-        let head = Head { group: GroupId(group), sender: ReplicaId(2), target: ReplicaId(1) };
+        let head = Head {
+            group: GroupId(group),
+            sender: ReplicaId(2),
+            target: ReplicaId(1),
+        };
         let id = |index| LogId { term: 1, index };
-        let entry = Entry { id: id(index), payload: Payload::Blank };
-        wire::encode_append(head, vote, index.checked_sub(1).map(id), None, &[entry]).seal(group * APPENDS + index)
+        let entry = Entry {
+            id: id(index),
+            payload: Payload::Blank,
+        };
+        wire::encode_append(head, vote, index.checked_sub(1).map(id), None, &[entry])
+            .seal(group * APPENDS + index)
     };
     let mut sent = BytesMut::from(&wire::encode_hello(&hello())[..]);
-    for (index, group) in (0..APPENDS).flat_map(|index| (1..=GROUPS).map(move |group| (index, group))) {
+    for (index, group) in
+        (0..APPENDS).flat_map(|index| (1..=GROUPS).map(move |group| (index, group)))
+    {
         sent.extend_from_slice(&append(group, index));
     }
     let count = (GROUPS * APPENDS) as usize;
@@ -333,7 +528,13 @@ async fn appends_that_arrive_together_are_taken_in_their_order() {
 struct Silent;
 
 impl Dial for Silent {
-    fn dial(&self, _: NodeId, _: Peer, _: Lane, outgoing: Outgoing) -> BoxFuture<'static, Result<FromPeer, LaneError>> {
+    fn dial(
+        &self,
+        _: NodeId,
+        _: Peer,
+        _: Lane,
+        outgoing: Outgoing,
+    ) -> BoxFuture<'static, Result<FromPeer, LaneError>> {
         let silence = outgoing.filter_map(|_| async { None::<Result<Bytes, LaneError>> });
         Box::pin(async move { Ok(Box::pin(silence) as FromPeer) })
     }
@@ -342,7 +543,11 @@ impl Dial for Silent {
 #[tokio::test(start_paused = true)]
 async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
     let addresses = Arc::new(Addresses::default());
-    addresses.0.lock().expect("no holder panics").insert(NodeId(2), "b:1".parse().expect("an address"));
+    addresses
+        .0
+        .lock()
+        .expect("no holder panics")
+        .insert(NodeId(2), "b:1".parse().expect("an address"));
     let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
     let lanes = Lanes::new(LanesParts {
         identity,
@@ -354,23 +559,54 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
         pace: PACE,
         supervisor: Supervisor::noting().0,
     });
-    let vote = Vote { term: 0, voted_for: Some(ReplicaId(2)), committed: false };
-    let head = Head { group: GroupId(1), sender: ReplicaId(1), target: ReplicaId(2) };
+    let vote = Vote {
+        term: 0,
+        voted_for: Some(ReplicaId(2)),
+        committed: false,
+    };
+    let head = Head {
+        group: GroupId(1),
+        sender: ReplicaId(1),
+        target: ReplicaId(2),
+    };
     let frame = || wire::encode_request(head, &Request::PreVote { vote, last: None }, &[]);
     let call = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
     let answer = call.answer.await.expect("it is told");
     assert!(matches!(answer, Err(LaneError::Late(_))), "{answer:?}");
     // For a while calls fail at once, and then the lane is tried again.
-    assert!(matches!(lanes.call(NodeId(2), Lane::Log, frame()), Err(LaneError::Down(_))));
+    assert!(matches!(
+        lanes.call(NodeId(2), Lane::Log, frame()),
+        Err(LaneError::Down(_))
+    ));
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     let call = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
     tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     // The peer moves: what was sent to its old place is given up.
-    addresses.0.lock().expect("no holder panics").insert(NodeId(2), "c:1".parse().expect("an address"));
+    addresses
+        .0
+        .lock()
+        .expect("no holder panics")
+        .insert(NodeId(2), "c:1".parse().expect("an address"));
     let second = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
-    assert!(matches!(call.answer.await.expect("it is told"), Err(LaneError::Broken(_))));
+    assert!(matches!(
+        call.answer.await.expect("it is told"),
+        Err(LaneError::Broken(_))
+    ));
     lanes.close().await;
-    assert_eq!(second.answer.await.expect("it is told").expect_err("closed"), LaneError::Closed);
-    assert!(matches!(lanes.call(NodeId(2), Lane::Log, frame()), Err(LaneError::Closed)));
-    assert!(matches!(lanes.call(NodeId(3), Lane::Log, frame()), Err(LaneError::Unresolved(_))));
+    assert_eq!(
+        second
+            .answer
+            .await
+            .expect("it is told")
+            .expect_err("closed"),
+        LaneError::Closed
+    );
+    assert!(matches!(
+        lanes.call(NodeId(2), Lane::Log, frame()),
+        Err(LaneError::Closed)
+    ));
+    assert!(matches!(
+        lanes.call(NodeId(3), Lane::Log, frame()),
+        Err(LaneError::Unresolved(_))
+    ));
 }

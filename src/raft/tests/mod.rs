@@ -1,4 +1,5 @@
-//! Groups in one process: nodes with a simulated disk and maps in memory, lanes in memory or over loopback.
+//! Groups in one process: nodes with a simulated disk and maps in memory, lanes in memory or over
+//! loopback.
 
 mod cluster;
 mod full_disk;

@@ -31,15 +31,32 @@ impl<'a> CutOff<'a> {
         let leading = cluster.leader(1).await;
         let node = NodeId(1 + leading.0 % 3);
         let (leader, follower) = (cluster.group(leading.0, 1), cluster.group(node.0, 1));
-        let vote = leader.raft.with_raft_state(|state| *state.vote_ref()).await.expect("it runs");
-        until("it has applied all", || applied(&follower) == applied(&leader)).await;
+        let vote = leader
+            .raft
+            .with_raft_state(|state| *state.vote_ref())
+            .await
+            .expect("it runs");
+        until("it has applied all", || {
+            applied(&follower) == applied(&leader)
+        })
+        .await;
         cluster.hub.isolate(node);
-        Self { cluster, leader, follower, node, vote: vote_from_raft(&vote) }
+        Self {
+            cluster,
+            leader,
+            follower,
+            node,
+            vote: vote_from_raft(&vote),
+        }
     }
 
     async fn ask(&self, lane: Lane, request: Request, tail: Vec<u8>) -> Reply {
         let (sender, target) = (self.leader.key().replica, self.follower.key().replica);
-        let head = Head { group: GroupId(1), sender, target };
+        let head = Head {
+            group: GroupId(1),
+            sender,
+            target,
+        };
         let registry = &self.cluster.nodes[&self.node].registry;
         match registry.handle(lane, head, request, Bytes::from(tail)) {
             Ok(reply) => reply.await,
@@ -52,16 +69,35 @@ impl<'a> CutOff<'a> {
         let upto = applied(&self.leader).expect("entries").index;
         let previous = self.follower.log.state().last;
         let first = previous.map_or(0, |id| id.index + 1);
-        let missing = self.leader.log.read_elsewhere(first..upto + 1, 1 << 20).await.expect("entries");
+        let missing = self
+            .leader
+            .log
+            .read_elsewhere(first..upto + 1, 1 << 20)
+            .await
+            .expect("entries");
         let (mut entries, mut tail) = (Vec::new(), Vec::new());
         for entry in missing {
-            let Payload::Normal(bytes) = &entry.payload else { panic!("no write: {entry:?}") };
+            let Payload::Normal(bytes) = &entry.payload else {
+                panic!("no write: {entry:?}")
+            };
             let bytes_len = u32::try_from(bytes.len()).expect("short");
-            entries.push(EntryHead { id: entry.id, kind: PayloadKind::Normal, bytes_len });
+            entries.push(EntryHead {
+                id: entry.id,
+                kind: PayloadKind::Normal,
+                bytes_len,
+            });
             tail.extend_from_slice(bytes);
         }
-        let append = Request::Append { vote: self.vote, previous, commit: None, entries };
-        assert_eq!(self.ask(Lane::Log, append, tail).await, Reply::Append(AppendReply::Success));
+        let append = Request::Append {
+            vote: self.vote,
+            previous,
+            commit: None,
+            entries,
+        };
+        assert_eq!(
+            self.ask(Lane::Log, append, tail).await,
+            Reply::Append(AppendReply::Success)
+        );
     }
 
     /// Sends it the map of the leader as it is now.
@@ -70,11 +106,20 @@ impl<'a> CutOff<'a> {
         let snapshot = self.leader.state().current_snapshot().expect("it is there");
         let name = name_of(&snapshot);
         let mut file = vec![0; usize::try_from(name.bytes_len).expect("small")];
-        assert_eq!(snapshot.read_at(0, &mut file).expect("readable"), file.len());
-        let open = Request::SnapshotOpen { vote: self.vote, snapshot: name };
+        assert_eq!(
+            snapshot.read_at(0, &mut file).expect("readable"),
+            file.len()
+        );
+        let open = Request::SnapshotOpen {
+            vote: self.vote,
+            snapshot: name,
+        };
         let opened = self.ask(Lane::Snapshot, open, Vec::new()).await;
         assert_eq!(opened, Reply::SnapshotHas { bytes_len: 0 });
-        let chunk = Request::SnapshotChunk { snapshot: name, offset: 0 };
+        let chunk = Request::SnapshotChunk {
+            snapshot: name,
+            offset: 0,
+        };
         let written = self.ask(Lane::Snapshot, chunk, file).await;
         (name, written)
     }
@@ -82,7 +127,10 @@ impl<'a> CutOff<'a> {
     async fn install(&self, name: SnapshotName) -> Reply {
         let deadline = soon();
         loop {
-            let install = Request::SnapshotInstall { vote: self.vote, snapshot: name };
+            let install = Request::SnapshotInstall {
+                vote: self.vote,
+                snapshot: name,
+            };
             match self.ask(Lane::Snapshot, install, Vec::new()).await {
                 Reply::SnapshotHas { .. } => assert!(tokio::time::Instant::now() < deadline),
                 other => return other,
@@ -92,13 +140,20 @@ impl<'a> CutOff<'a> {
 
     async fn hold(&self) {
         let rebuild = Request::Rebuild { vote: self.vote };
-        assert_eq!(self.ask(Lane::Snapshot, rebuild, Vec::new()).await, Reply::Noted);
+        assert_eq!(
+            self.ask(Lane::Snapshot, rebuild, Vec::new()).await,
+            Reply::Noted
+        );
     }
 }
 
 fn name_of(snapshot: &Snapshot) -> SnapshotName {
     let (written_by, applied) = (snapshot.written_by().replica, snapshot.applied().log_id);
-    SnapshotName { written_by, applied, bytes_len: snapshot.bytes_len() }
+    SnapshotName {
+        written_by,
+        applied,
+        bytes_len: snapshot.bytes_len(),
+    }
 }
 
 fn applied(group: &Group) -> Option<LogId> {
@@ -106,9 +161,16 @@ fn applied(group: &Group) -> Option<LogId> {
 }
 
 fn odd_value() -> WriteBatch {
-    let record = Record { revision: Revision(1), media: Media::Text, value: Bytes::from_static(b"odd") };
+    let record = Record {
+        revision: Revision(1),
+        media: Media::Text,
+        value: Bytes::from_static(b"odd"),
+    };
     let mut batch = WriteBatch::default();
-    batch.put(data_key(slot_of(b"odd"), b"odd"), kv::encode_record(&record));
+    batch.put(
+        data_key(slot_of(b"odd"), b"odd"),
+        kv::encode_record(&record),
+    );
     batch
 }
 
@@ -129,15 +191,27 @@ async fn entries_that_a_rebuilt_map_holds_are_not_applied_again() {
         cut_off.append().await;
         let (name, _) = cut_off.send_map().await;
         let installed = cut_off.install(name).await;
-        assert!(matches!(installed, Reply::SnapshotInstalled { .. }), "{installed:?}");
-        assert_eq!((follower.rebuilt(), applied(follower)), (1, applied(&cut_off.leader)));
-        assert_eq!(*follower.machine.applied.borrow(), name.applied.expect("entries").index);
+        assert!(
+            matches!(installed, Reply::SnapshotInstalled { .. }),
+            "{installed:?}"
+        );
+        assert_eq!(
+            (follower.rebuilt(), applied(follower)),
+            (1, applied(&cut_off.leader))
+        );
+        assert_eq!(
+            *follower.machine.applied.borrow(),
+            name.applied.expect("entries").index
+        );
 
         cluster.hub.heal();
         cluster.put(1, "after", "v").await;
         let leader = cluster.group(cluster.leader(1).await.0, 1);
         let compared = leader.propose_command(kv::Command::Compare, soon()).await;
-        assert!(matches!(compared, Ok(kv::Outcome::Compared)), "{compared:?}");
+        assert!(
+            matches!(compared, Ok(kv::Outcome::Compared)),
+            "{compared:?}"
+        );
         until("both have told their digests", || {
             let told = [&leader, follower].map(|group| group.state().noted_digest());
             assert_eq!(follower.machine.failure(), None, "{entries} entries");
@@ -168,7 +242,10 @@ async fn a_map_that_arrives_for_a_hold_that_is_over_is_refused() {
     // A snapshot of the same name that openraft sends is its own affair.
     let (name, _) = cut_off.send_map().await;
     let installed = cut_off.install(name).await;
-    assert!(matches!(installed, Reply::SnapshotInstalled { .. }), "{installed:?}");
+    assert!(
+        matches!(installed, Reply::SnapshotInstalled { .. }),
+        "{installed:?}"
+    );
     drop(cut_off);
     cluster.stop_all().await;
 }

@@ -46,7 +46,10 @@ impl Watchdog {
 async fn read_for_a_while(leader: &Group) {
     let end = Instant::now() + FOR_A_WHILE;
     while Instant::now() < end {
-        leader.read_barrier(soon()).await.expect("a majority follows");
+        leader
+            .read_barrier(soon())
+            .await
+            .expect("a majority follows");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -54,7 +57,10 @@ async fn read_for_a_while(leader: &Group) {
 /// Has the log begin behind a new snapshot, as far as that may be.
 async fn compact(group: &Group) -> LogId {
     group.build_snapshot().await.expect("a snapshot");
-    until("openraft knows of the snapshot", || group.status().snapshot.is_some()).await;
+    until("openraft knows of the snapshot", || {
+        group.status().snapshot.is_some()
+    })
+    .await;
     let snapshot = group.status().snapshot.expect("it is there");
     group.purge_log(snapshot.index).await;
     snapshot
@@ -80,10 +86,17 @@ async fn an_entry_that_waits_for_the_disk_of_its_map_holds_up_no_heartbeat() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     tokio::time::sleep(FOR_A_WHILE).await;
-    assert!(!watchdog.was_needed(), "the thread that all share waited for the disk");
+    assert!(
+        !watchdog.was_needed(),
+        "the thread that all share waited for the disk"
+    );
     let follower = cluster.group(1 + leader.0 % 3, 1);
     let seen = [group.status().term, follower.status().term];
-    assert_eq!((seen, group.leads()), ([term; 2], true), "the leader has changed");
+    assert_eq!(
+        (seen, group.leads()),
+        ([term; 2], true),
+        "the leader has changed"
+    );
 
     reads.close(false);
     assert_put(&writing.await.expect("it ends").expect("written"));
@@ -94,13 +107,19 @@ async fn an_entry_that_waits_for_the_disk_of_its_map_holds_up_no_heartbeat() {
 #[tokio::test]
 async fn old_entries_are_read_where_they_hold_up_nobody() {
     let disk = StallingDisk::new(1);
-    let options = LogOptions { cache_bytes: 0, ..LogOptions::default() };
+    let options = LogOptions {
+        cache_bytes: 0,
+        ..LogOptions::default()
+    };
     let opened = Log::open(Arc::new(disk.clone()), Path::new("/log"), options);
     let (log, writer) = opened.expect("a log");
     let writing = std::thread::spawn(move || writer.run());
     log.create(key(1, 1), Box::new(|_| ()));
     let replica = log.replica(key(1, 1)).expect("it was created");
-    let entry = |index| Entry { id: LogId { term: 1, index }, payload: Payload::Blank };
+    let entry = |index| Entry {
+        id: LogId { term: 1, index },
+        payload: Payload::Blank,
+    };
     for index in 0..20 {
         let (done, ended) = tokio::sync::oneshot::channel();
         let done = Box::new(move |_| {
@@ -116,7 +135,10 @@ async fn old_entries_are_read_where_they_hold_up_nobody() {
     let reading = tokio::spawn(async move { store.limited_get_log_entries(0, 5).await });
     let is_waited_for = || disk.reads.waiting() > 0 || watchdog.was_needed();
     until("the disk is waited for", is_waited_for).await;
-    assert!(!watchdog.was_needed(), "the thread that all share waited for the disk");
+    assert!(
+        !watchdog.was_needed(),
+        "the thread that all share waited for the disk"
+    );
     disk.reads.close(false);
     assert_eq!(reading.await.expect("it ends").expect("readable").len(), 5);
     log.close();
@@ -138,7 +160,10 @@ async fn a_voter_that_installs_a_snapshot_answers_its_leader() {
     for id in [leader, other] {
         let group = cluster.group(id.0, 1);
         let snapshot = compact(&group).await;
-        until("the log is purged", || group.status().purged == Some(snapshot)).await;
+        until("the log is purged", || {
+            group.status().purged == Some(snapshot)
+        })
+        .await;
     }
 
     let writes = cluster.disks[&away].trees.writes.clone();
@@ -147,20 +172,33 @@ async fn a_voter_that_installs_a_snapshot_answers_its_leader() {
     until("the map is being filled", || writes.waiting() > 0).await;
     // From now on it takes the one that installs to make a majority.
     let leader = cluster.leader(1).await;
-    let other = [leader, other].into_iter().find(|id| *id != leader).unwrap_or(other);
+    let other = [leader, other]
+        .into_iter()
+        .find(|id| *id != leader)
+        .unwrap_or(other);
     let group = cluster.group(leader.0, 1);
     let term = group.status().term;
     cluster.hub.isolate(other);
     read_for_a_while(&group).await;
     assert!(writes.waiting() > 0, "it is still being filled");
-    assert_eq!((group.status().term, group.leads()), (term, true), "the leader has changed");
+    assert_eq!(
+        (group.status().term, group.leads()),
+        (term, true),
+        "the leader has changed"
+    );
 
     writes.close(false);
     let installed = cluster.group(away.0, 1);
-    until("the snapshot is installed", || read(&installed, "k19").as_deref() == Some("v")).await;
+    until("the snapshot is installed", || {
+        read(&installed, "k19").as_deref() == Some("v")
+    })
+    .await;
     cluster.hub.heal();
     cluster.put(1, "after", "v").await;
-    until("the log goes on after it", || read(&installed, "after").as_deref() == Some("v")).await;
+    until("the log goes on after it", || {
+        read(&installed, "after").as_deref() == Some("v")
+    })
+    .await;
     cluster.stop_all().await;
 }
 
@@ -175,7 +213,10 @@ async fn a_follower_that_installs_slowly_finds_the_log_that_follows() {
     for id in cluster.nodes.keys().filter(|id| **id != away) {
         let group = cluster.group(id.0, 1);
         let snapshot = compact(&group).await;
-        until("the log is purged", || group.status().purged == Some(snapshot)).await;
+        until("the log is purged", || {
+            group.status().purged == Some(snapshot)
+        })
+        .await;
     }
     let writes = cluster.disks[&away].trees.writes.clone();
     writes.close(true);
@@ -198,6 +239,9 @@ async fn a_follower_that_installs_slowly_finds_the_log_that_follows() {
         assert!(Instant::now() < deadline, "it never catches up");
     }
     let metrics = cluster.nodes[&away].states.metrics();
-    assert_eq!(metrics.snapshots_installed, 1, "the log was purged from under it");
+    assert_eq!(
+        metrics.snapshots_installed, 1,
+        "the log was purged from under it"
+    );
     cluster.stop_all().await;
 }

@@ -1,4 +1,5 @@
-//! [`StallingDisk`]: a simulated disk whose syncs and reads can be made to take as long as the test wants.
+//! [`StallingDisk`]: a simulated disk whose syncs and reads can be made to take as long as the test
+//! wants.
 
 use std::io;
 use std::path::Path;
@@ -26,13 +27,21 @@ struct Gate {
 impl Gate {
     fn pass(&self) {
         let is_closed = self.is_closed.lock().expect("no holder panics");
-        drop(self.opened.wait_while(is_closed, |is_closed| *is_closed).expect("no holder panics"));
+        drop(
+            self.opened
+                .wait_while(is_closed, |is_closed| *is_closed)
+                .expect("no holder panics"),
+        );
     }
 }
 
 impl StallingDisk {
     pub fn new(seed: u64) -> Self {
-        Self { disk: SimDisk::new(seed), gate: Arc::default(), reads: Arc::default() }
+        Self {
+            disk: SimDisk::new(seed),
+            gate: Arc::default(),
+            reads: Arc::default(),
+        }
     }
 
     /// Syncs wait from now on, or no longer.
@@ -44,7 +53,11 @@ impl StallingDisk {
 
 impl Disk for StallingDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
-        let (file, gate, reads) = (self.disk.open(path, how)?, self.gate.clone(), self.reads.clone());
+        let (file, gate, reads) = (
+            self.disk.open(path, how)?,
+            self.gate.clone(),
+            self.reads.clone(),
+        );
         Ok(Box::new(StallingFile { file, gate, reads }))
     }
 

@@ -1,6 +1,8 @@
-//! openraft's own suite for stores, over the real log and maps on a real directory, and over their doubles.
+//! openraft's own suite for stores, over the real log and maps on a real directory, and over their
+//! doubles.
 //!
-//! The suite begins logs at index 1, as no group ever does, and our log refuses a hole. [`Hiding`] fills it and hides what it filled in.
+//! The suite begins logs at index 1, as no group ever does, and our log refuses a hole. [`Hiding`]
+//! fills it and hides what it filled in.
 
 use std::fmt::Debug;
 use std::io;
@@ -47,7 +49,9 @@ impl Drop for Guard {
     fn drop(&mut self) {
         self.log.close();
         self.states.close().expect("a clean stop");
-        self.threads.drain(..).for_each(|thread| thread.join().expect("it ended well"));
+        self.threads
+            .drain(..)
+            .for_each(|thread| thread.join().expect("it ended well"));
     }
 }
 
@@ -58,22 +62,51 @@ fn store(
     keep: Option<tempfile::TempDir>,
     is_witness: bool,
 ) -> (Guard, Hiding, StateMachine) {
-    let options = LogOptions { segment_bytes: 64 << 10, grow_bytes: 16 << 10, ..LogOptions::default() };
+    let options = LogOptions {
+        segment_bytes: 64 << 10,
+        grow_bytes: 16 << 10,
+        ..LogOptions::default()
+    };
     let (log, writer) = Log::open(disk.clone(), &directory.join("log"), options).expect("a log");
-    let (states, checkpointer) = StateStore::open(trees, disk, directory, StateOptions::default()).expect("maps");
-    let threads = vec![std::thread::spawn(move || writer.run()), std::thread::spawn(move || checkpointer.run())];
+    let (states, checkpointer) =
+        StateStore::open(trees, disk, directory, StateOptions::default()).expect("maps");
+    let threads = vec![
+        std::thread::spawn(move || writer.run()),
+        std::thread::spawn(move || checkpointer.run()),
+    ];
     log.create(key(1, 1), Box::new(|created| created.expect("created")));
     let replica = log.replica(key(1, 1)).expect("it was created");
     let keeps = match is_witness {
-        false => Keeps::Map(states.replica(key(1, 1), Arc::new(AlwaysSynced)).expect("a map")),
+        false => Keeps::Map(
+            states
+                .replica(key(1, 1), Arc::new(AlwaysSynced))
+                .expect("a map"),
+        ),
         true => {
             let files = states.witnesses().clone();
-            Keeps::Witness(WitnessState::new(key(1, 1), files, Arc::new(AlwaysSynced), Applied::default()))
+            Keeps::Witness(WitnessState::new(
+                key(1, 1),
+                files,
+                Arc::new(AlwaysSynced),
+                Applied::default(),
+            ))
         }
     };
     let machine = Arc::new(Machine::new(keeps).expect("a readable map"));
-    let guard = Guard { log, states: Arc::new(states), threads, _directory: keep };
-    (guard, Hiding { store: LogStore::new(replica), first_seen: Arc::default() }, StateMachine::new(machine))
+    let guard = Guard {
+        log,
+        states: Arc::new(states),
+        threads,
+        _directory: keep,
+    };
+    (
+        guard,
+        Hiding {
+            store: LogStore::new(replica),
+            first_seen: Arc::default(),
+        },
+        StateMachine::new(machine),
+    )
 }
 
 /// The suite applies what it never appended.
@@ -103,7 +136,9 @@ impl Hiding {
 
     /// Makes room for this first entry, if the log looks empty.
     async fn make_room(&mut self, first: RaftLogId) {
-        let (index, id) = (first.index(), |index| RaftLogId::new(*first.committed_leader_id(), index));
+        let (index, id) = (first.index(), |index| {
+            RaftLogId::new(*first.committed_leader_id(), index)
+        });
         let state = self.store.get_log_state().await.expect("a state");
         if state.last_purged_log_id.is_some() || self.seen(state.last_log_id).is_some() {
             return;
@@ -113,9 +148,14 @@ impl Hiding {
             let keep = index.checked_sub(1).map(id);
             self.store.truncate_after(keep).await.expect("truncated");
         }
-        let fill: Vec<RaftEntry> = (last..index).map(|index| RaftEntry::new(id(index), EntryPayload::Blank)).collect();
+        let fill: Vec<RaftEntry> = (last..index)
+            .map(|index| RaftEntry::new(id(index), EntryPayload::Blank))
+            .collect();
         if !fill.is_empty() {
-            self.store.append(fill, IOFlushed::noop()).await.expect("appended");
+            self.store
+                .append(fill, IOFlushed::noop())
+                .await
+                .expect("appended");
         }
         self.first_seen.store(index, Ordering::Relaxed);
     }
@@ -135,11 +175,18 @@ impl RaftLogReader<Types> for Hiding {
         self.store.read_vote().await
     }
 
-    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<RaftEntry>> {
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> io::Result<Vec<RaftEntry>> {
         self.store.limited_get_log_entries(start, end).await
     }
 
-    async fn entries_stream<R>(&mut self, range: R) -> impl Stream<Item = io::Result<RaftEntry>> + OptionalSend
+    async fn entries_stream<R>(
+        &mut self,
+        range: R,
+    ) -> impl Stream<Item = io::Result<RaftEntry>> + OptionalSend
     where
         R: RangeBounds<u64> + Clone + Debug + OptionalSend,
     {
@@ -152,8 +199,15 @@ impl RaftLogStorage<Types> for Hiding {
 
     async fn get_log_state(&mut self) -> io::Result<LogState<Types>> {
         let state = self.store.get_log_state().await?;
-        let last = if state.last_purged_log_id.is_some() { state.last_log_id } else { self.seen(state.last_log_id) };
-        Ok(LogState { last_log_id: last, ..state })
+        let last = if state.last_purged_log_id.is_some() {
+            state.last_log_id
+        } else {
+            self.seen(state.last_log_id)
+        };
+        Ok(LogState {
+            last_log_id: last,
+            ..state
+        })
     }
 
     async fn get_log_reader(&mut self) -> Self {
@@ -198,7 +252,13 @@ struct InMemory;
 impl StoreBuilder<Types, Hiding, StateMachine, Guard> for InMemory {
     async fn build(&self) -> Result<(Guard, Hiding, StateMachine), StorageError<Types>> {
         let disks = Disks::new(1);
-        Ok(store(Arc::new(disks.disk), Arc::new(disks.trees), Path::new("/"), None, false))
+        Ok(store(
+            Arc::new(disks.disk),
+            Arc::new(disks.trees),
+            Path::new("/"),
+            None,
+            false,
+        ))
     }
 }
 
@@ -209,7 +269,13 @@ impl StoreBuilder<Types, Hiding, StateMachine, Guard> for OnDisk {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().to_owned();
         let trees = SledTrees::open(&path.join("sled"), &SledOptions::default()).expect("sled");
-        Ok(store(Arc::new(RealDisk), Arc::new(trees), &path, Some(directory), false))
+        Ok(store(
+            Arc::new(RealDisk),
+            Arc::new(trees),
+            &path,
+            Some(directory),
+            false,
+        ))
     }
 }
 
@@ -218,7 +284,13 @@ struct OfWitness;
 impl StoreBuilder<Types, Hiding, StateMachine, Guard> for OfWitness {
     async fn build(&self) -> Result<(Guard, Hiding, StateMachine), StorageError<Types>> {
         let disks = Disks::new(1);
-        Ok(store(Arc::new(disks.disk), Arc::new(disks.trees), Path::new("/"), None, true))
+        Ok(store(
+            Arc::new(disks.disk),
+            Arc::new(disks.trees),
+            Path::new("/"),
+            None,
+            true,
+        ))
     }
 }
 

@@ -41,12 +41,19 @@ impl Room {
     /// Room for an entry of which gets never keep a write from being done: what they found beyond
     /// it is not told.
     pub fn told(audience: Audience) -> Self {
-        Self { left: ANSWER_BYTES_MAX, audience, is_strict: false }
+        Self {
+            left: ANSWER_BYTES_MAX,
+            audience,
+            is_strict: false,
+        }
     }
 
     /// Room for an entry in which writes are rejected whose gets return more.
     pub fn strict(audience: Audience) -> Self {
-        Self { is_strict: true, ..Self::told(audience) }
+        Self {
+            is_strict: true,
+            ..Self::told(audience)
+        }
     }
 
     /// Returns whether there is room for `bytes`, and takes it. The same on every replica.
@@ -89,8 +96,14 @@ enum Source {
 impl Gets {
     /// Adds what the operation at a place among the outcomes found under `key`.
     pub fn add(&mut self, at: usize, key: Bytes, stored: &ValueStart) {
-        let source = stored.whole().map_or(Source::Map(key), |record| Source::Here(record.clone()));
-        self.found.push(Found { at, bytes: stored.len, source });
+        let source = stored
+            .whole()
+            .map_or(Source::Map(key), |record| Source::Here(record.clone()));
+        self.found.push(Found {
+            at,
+            bytes: stored.len,
+            source,
+        });
         self.bytes += stored.len;
     }
 
@@ -104,7 +117,9 @@ impl Gets {
     }
 
     pub fn too_large(&self) -> Rejection {
-        Rejection::AnswerTooLarge { bytes: self.bytes as u64 }
+        Rejection::AnswerTooLarge {
+            bytes: self.bytes as u64,
+        }
     }
 
     /// Returns the first slot, in their order, in which more than `bytes_max` were found. `slot_of`
@@ -117,7 +132,9 @@ impl Gets {
         for found in &self.found {
             *bytes.entry(slot_of(found.at)).or_default() += found.bytes as u64;
         }
-        bytes.into_iter().find_map(|(slot, bytes)| (bytes > bytes_max).then_some(slot))
+        bytes
+            .into_iter()
+            .find_map(|(slot, bytes)| (bytes > bytes_max).then_some(slot))
     }
 
     /// Reads what was found at the places that are `wanted`, and puts it among the outcomes. Before

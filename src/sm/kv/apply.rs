@@ -1,17 +1,22 @@
 //! What an entry does to a shard's map.
 //!
-//! Each write of an entry sees what the earlier ones did. Within a write everything is decided before anything is done, in this order:
+//! Each write of an entry sees what the earlier ones did. Within a write everything is decided
+//! before anything is done, in this order:
 //! 1. ownership: the shard owns the slots of all operations, or the write is rejected;
-//! 2. the memory of requests: slots in which the write was answered before are answered again, and take no part in what follows;
+//! 2. the memory of requests: slots in which the write was answered before are answered again, and
+//!    take no part in what follows;
 //! 3. freeze: no move holds back writes to the other slots, or the write is rejected;
-//! 4. conditions: all of them hold of the map as it is before the write, or none of the operations is done;
+//! 4. conditions: all of them hold of the map as it is before the write, or none of the operations
+//!    is done;
 //! 5. room for the answers in the memory of requests, or the write is rejected.
 //!
-//! Then the operations are done in order, each seeing the earlier ones of its write. What was decided by (4) or done is remembered for a
-//! write with a key; rejections by (1), (3) and (5) are not, since the same write may well be accepted later.
+//! Then the operations are done in order, each seeing the earlier ones of its write. What was
+//! decided by (4) or done is remembered for a write with a key; rejections by (1), (3) and (5) are
+//! not, since the same write may well be accepted later.
 //!
-//! Of what is stored under the keys of a write only revision and length are looked at. Values are read for gets alone, and no more of
-//! them than fit into the answers of an entry (`answers`): what is overwritten or deleted may be larger than memory.
+//! Of what is stored under the keys of a write only revision and length are looked at. Values are
+//! read for gets alone, and no more of them than fit into the answers of an entry (`answers`): what
+//! is overwritten or deleted may be larger than memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,24 +26,33 @@ use super::answers::{Audience, Gets, REVISION_BYTES, Room, START_BYTES};
 use super::entry::Entry;
 use super::record::{encode_record, stored_revision};
 use super::{
-    Action, Command, MoveOutcome, MoveStep, Operation, OperationOutcome, Outcome, Record, Rejection, Write, WriteOutcome,
+    Action, Command, MoveOutcome, MoveStep, Operation, OperationOutcome, Outcome, Record,
+    Rejection, Write, WriteOutcome,
 };
 use super::{clear, destination, source};
 use crate::sm::codec;
 use crate::sm::ports::{Read, StoreError, ValueStart, WriteBatch};
-use crate::sm::requests::{Answer, Fingerprint, Memory, REQUESTS_BYTES_MAX, RequestRecord, fingerprint};
+use crate::sm::requests::{
+    Answer, Fingerprint, Memory, REQUESTS_BYTES_MAX, RequestRecord, fingerprint,
+};
 use crate::sm::slots::{Contents, Ownership, READ_ONLY_KEY, data_key, slot_of};
 use crate::types::{MoveId, Revision, Slot};
 
-/// What `command` at `index` of the log does to the map of a shard, and what it answers. The index has a part only in the marks of
-/// changes in slots that a move copies.
+/// What `command` at `index` of the log does to the map of a shard, and what it answers. The index
+/// has a part only in the marks of changes in slots that a move copies.
 ///
-/// A rejection is an answer, the same on every replica; an error is a broken disk or an undecodable map and stops the group.
-pub fn apply(read: &impl Read, index: u64, command: Command) -> Result<(Outcome, WriteBatch), StoreError> {
+/// A rejection is an answer, the same on every replica; an error is a broken disk or an undecodable
+/// map and stops the group.
+pub fn apply(
+    read: &impl Read,
+    index: u64,
+    command: Command,
+) -> Result<(Outcome, WriteBatch), StoreError> {
     apply_for(read, index, command, Audience::Caller)
 }
 
-/// As [`apply`]. The batch is the same whoever waits; where nobody does, no value is read for the outcome.
+/// As [`apply`]. The batch is the same whoever waits; where nobody does, no value is read for the
+/// outcome.
 pub fn apply_for(
     read: &impl Read,
     index: u64,
@@ -47,13 +61,21 @@ pub fn apply_for(
 ) -> Result<(Outcome, WriteBatch), StoreError> {
     let mut entry = Entry::new(read);
     let outcome = match command {
-        Command::Write { time_ms, writes } => apply_writes(&mut entry, Room::told(audience), time_ms, &writes)?,
-        Command::BoundedWrite { time_ms, writes } => apply_writes(&mut entry, Room::strict(audience), time_ms, &writes)?,
+        Command::Write { time_ms, writes } => {
+            apply_writes(&mut entry, Room::told(audience), time_ms, &writes)?
+        }
+        Command::BoundedWrite { time_ms, writes } => {
+            apply_writes(&mut entry, Room::strict(audience), time_ms, &writes)?
+        }
         Command::Claim { slots } => claim(&mut entry, &slots)?,
         Command::Compare => Outcome::Compared,
         Command::SetReadOnly { reason } => set_read_only(&mut entry, reason),
-        Command::Move { id, slots, step } => Outcome::Moved(apply_step(&mut entry, id, slots, step)?),
-        Command::Install { time_ms, install } => Outcome::Moved(destination::install(&mut entry, time_ms, install)?),
+        Command::Move { id, slots, step } => {
+            Outcome::Moved(apply_step(&mut entry, id, slots, step)?)
+        }
+        Command::Install { time_ms, install } => {
+            Outcome::Moved(destination::install(&mut entry, time_ms, install)?)
+        }
     };
     Ok((outcome, entry.into_batch(index)?))
 }
@@ -65,7 +87,10 @@ fn apply_writes<R: Read>(
     writes: &[Write],
 ) -> Result<Outcome, StoreError> {
     let mut memory = Memory::open(entry, time_ms)?;
-    let outcomes = writes.iter().map(|write| apply_write(entry, &mut memory, &mut room, write)).collect::<Result<_, _>>()?;
+    let outcomes = writes
+        .iter()
+        .map(|write| apply_write(entry, &mut memory, &mut room, write))
+        .collect::<Result<_, _>>()?;
     memory.close(entry);
     Ok(Outcome::Written(outcomes))
 }
@@ -82,19 +107,25 @@ fn apply_step<R: Read>(
         MoveStep::Release => source::release(entry, id, &slots),
         MoveStep::Abort => source::abort(entry, id, &slots),
         MoveStep::Prepare { from } => destination::prepare(entry, id, slots, from),
-        MoveStep::Complete { chunk, contents } => destination::complete(entry, id, &slots, chunk, &contents),
+        MoveStep::Complete { chunk, contents } => {
+            destination::complete(entry, id, &slots, chunk, &contents)
+        }
         MoveStep::Activate => destination::activate(entry, id, &slots),
         MoveStep::Cancel => destination::cancel(entry, id, &slots),
         MoveStep::Clear { limit } => clear::clear(entry, id, &slots, limit),
     }
 }
 
-/// First ownership of `slots`: all of them, or none if a move has ever touched one that is not owned. What is owned already stays so.
+/// First ownership of `slots`: all of them, or none if a move has ever touched one that is not
+/// owned. What is owned already stays so.
 fn claim<R: Read>(entry: &mut Entry<'_, R>, slots: &[Slot]) -> Result<Outcome, StoreError> {
     for slot in slots {
         let state = entry.state(*slot)?;
         if !state.serves_reads() && state.generation.0 > 0 {
-            return Ok(Outcome::ClaimRejected { slot: *slot, generation: state.generation });
+            return Ok(Outcome::ClaimRejected {
+                slot: *slot,
+                generation: state.generation,
+            });
         }
     }
     for slot in slots {
@@ -123,22 +154,35 @@ struct Placed<'a> {
 
 fn place(write: &Write) -> Vec<Placed<'_>> {
     let operations = write.operations.iter().enumerate();
-    operations.map(|(position, operation)| Placed { position, slot: slot_of(&operation.key), operation }).collect()
+    operations
+        .map(|(position, operation)| Placed {
+            position,
+            slot: slot_of(&operation.key),
+            operation,
+        })
+        .collect()
 }
 
 /// Returns why the shard may not answer for all of the slots, if so.
-fn wrong_owner<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Option<Rejection>, StoreError> {
+fn wrong_owner<R: Read>(
+    entry: &mut Entry<'_, R>,
+    placed: &[Placed<'_>],
+) -> Result<Option<Rejection>, StoreError> {
     for Placed { slot, .. } in placed {
         let state = entry.state(*slot)?;
         if !state.serves_reads() {
-            return Ok(Some(Rejection::WrongOwner { slot: *slot, moved_to: state.moved_to }));
+            return Ok(Some(Rejection::WrongOwner {
+                slot: *slot,
+                moved_to: state.moved_to,
+            }));
         }
     }
     Ok(None)
 }
 
-/// Returns why the map as it is refuses a write because of where its slots are, or are going: an entry with it would be answered so, and
-/// need not be made. None says nothing: whether the write is done is for [`apply`] to decide.
+/// Returns why the map as it is refuses a write because of where its slots are, or are going: an
+/// entry with it would be answered so, and need not be made. None says nothing: whether the write
+/// is done is for [`apply`] to decide.
 pub fn refused_by_place(read: &impl Read, write: &Write) -> Result<Option<Rejection>, StoreError> {
     let mut entry = Entry::new(read);
     let placed = place(write);
@@ -156,7 +200,10 @@ pub fn refused_by_place(read: &impl Read, write: &Write) -> Result<Option<Reject
 }
 
 /// Returns that a move holds back writes to one of the slots, if so.
-fn frozen<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Option<Rejection>, StoreError> {
+fn frozen<R: Read>(
+    entry: &mut Entry<'_, R>,
+    placed: &[Placed<'_>],
+) -> Result<Option<Rejection>, StoreError> {
     for Placed { slot, .. } in placed {
         if entry.state(*slot)?.ownership == Ownership::Frozen {
             return Ok(Some(Rejection::Frozen { slot: *slot }));
@@ -192,13 +239,19 @@ fn apply_write<R: Read>(
         draft.gets.load(entry, |_| true, &mut draft.outcomes)?;
     }
     let outcomes = draft.commit(entry)?;
-    Ok(if is_answered { WriteOutcome::Applied(outcomes) } else { WriteOutcome::Unanswered })
+    Ok(if is_answered {
+        WriteOutcome::Applied(outcomes)
+    } else {
+        WriteOutcome::Unanswered
+    })
 }
 
-/// Answers gets alone from the map as it is, as their write would be answered in an entry; but what a move holds back can be read, and
-/// nothing is remembered: a read may be done again. What was remembered of it is answered again, as is a key that was used otherwise.
+/// Answers gets alone from the map as it is, as their write would be answered in an entry; but what
+/// a move holds back can be read, and nothing is remembered: a read may be done again. What was
+/// remembered of it is answered again, as is a key that was used otherwise.
 ///
-/// `charge` is told how many bytes of records the answer holds, before any of them is read; where it says no, there is no answer.
+/// `charge` is told how many bytes of records the answer holds, before any of them is read; where
+/// it says no, there is no answer.
 pub fn answer_gets(
     read: &impl Read,
     write: &Write,
@@ -219,7 +272,10 @@ pub fn answer_gets(
     let mut decided = match look_up(&mut entry, &fresh)? {
         Ok(draft) => Ok(draft),
         Err((position, current)) if parts.is_empty() => {
-            let rejection = Rejection::ConditionFailed { operation: position, current };
+            let rejection = Rejection::ConditionFailed {
+                operation: position,
+                current,
+            };
             return Ok(Some(WriteOutcome::Rejected(rejection)));
         }
         Err(failed) => Err(failed),
@@ -235,7 +291,10 @@ pub fn answer_gets(
     let key = match (&write.idempotency_key, decided) {
         (None, Ok(draft)) => return Ok(Some(WriteOutcome::Applied(draft.outcomes))),
         (None, Err((operation, current))) => {
-            return Ok(Some(WriteOutcome::Rejected(Rejection::ConditionFailed { operation, current })));
+            return Ok(Some(WriteOutcome::Rejected(Rejection::ConditionFailed {
+                operation,
+                current,
+            })));
         }
         (Some(key), decided) => {
             for (slot, answer) in fresh_answers(&parts, &fresh, &decided) {
@@ -262,7 +321,8 @@ pub struct GetsWeight {
 /// What an operation takes in the record of an answered request besides what it got, at most.
 const REMEMBERED_PER_OPERATION: usize = 32;
 
-/// Returns what the gets of a write would return by the map as it is, without those of slots in which the write was answered before.
+/// Returns what the gets of a write would return by the map as it is, without those of slots in
+/// which the write was answered before.
 pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<GetsWeight, StoreError> {
     let mut entry = Entry::new(read);
     let placed = place(write);
@@ -275,11 +335,16 @@ pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<GetsWeight, StoreEr
     let mut of_slots = BTreeMap::<Slot, usize>::new();
     // A get finds what an operation before it has written.
     let mut written = BTreeMap::<&Bytes, usize>::new();
-    for Placed { slot, operation, .. } in &fresh {
+    for Placed {
+        slot, operation, ..
+    } in &fresh
+    {
         let bytes = match &operation.action {
             Action::Get => match written.get(&operation.key) {
                 Some(bytes) => *bytes,
-                None => read.start_of(&data_key(*slot, &operation.key), 0)?.map_or(0, |stored| stored.len),
+                None => read
+                    .start_of(&data_key(*slot, &operation.key), 0)?
+                    .map_or(0, |stored| stored.len),
             },
             Action::Put { value, .. } => {
                 written.insert(&operation.key, value.len() + REVISION_BYTES);
@@ -326,11 +391,20 @@ impl Part {
 
 /// The operations in slots in which the write was not answered before.
 fn fresh_of<'a>(parts: &BTreeMap<Slot, Part>, placed: &[Placed<'a>]) -> Vec<Placed<'a>> {
-    let is_remembered = |slot: &Slot| parts.get(slot).is_some_and(|part| part.remembered.is_some());
-    placed.iter().filter(|item| !is_remembered(&item.slot)).copied().collect()
+    let is_remembered = |slot: &Slot| {
+        parts
+            .get(slot)
+            .is_some_and(|part| part.remembered.is_some())
+    };
+    placed
+        .iter()
+        .filter(|item| !is_remembered(&item.slot))
+        .copied()
+        .collect()
 }
 
-/// A write with an idempotency key: what it was answered before, it is answered again; the rest is done, and remembered.
+/// A write with an idempotency key: what it was answered before, it is answered again; the rest is
+/// done, and remembered.
 fn apply_once<R: Read>(
     entry: &mut Entry<'_, R>,
     memory: &mut Memory,
@@ -350,23 +424,36 @@ fn apply_once<R: Read>(
             Err(rejection) => return Ok(WriteOutcome::Rejected(rejection)),
             Ok(draft) => Ok(draft),
         };
-        // A record that is larger than the memory of its slot is never made. That of a slot before it is, because room is made for it.
+        // A record that is larger than the memory of its slot is never made. That of a slot before
+        // it is, because room is made for it.
         let mut unfit = None;
         if let Ok(draft) = &mut decided {
             fits = room.take(draft.gets.bytes());
             if !fits && room.is_strict() {
                 return Ok(WriteOutcome::Rejected(draft.gets.too_large()));
             }
-            unfit = draft.gets.first_beyond(REQUESTS_BYTES_MAX, |at| fresh[at].slot);
-            draft.gets.load(entry, |at| unfit.is_none_or(|slot| fresh[at].slot < slot), &mut draft.outcomes)?;
+            unfit = draft
+                .gets
+                .first_beyond(REQUESTS_BYTES_MAX, |at| fresh[at].slot);
+            draft.gets.load(
+                entry,
+                |at| unfit.is_none_or(|slot| fresh[at].slot < slot),
+                &mut draft.outcomes,
+            )?;
         }
 
         let answers = fresh_answers(&parts, &fresh, &decided);
         let mut records = Vec::with_capacity(answers.len());
         for (slot, answer) in answers {
-            let Some(part) = parts.get_mut(&slot) else { continue };
+            let Some(part) = parts.get_mut(&slot) else {
+                continue;
+            };
             let (time_ms, fingerprint) = (memory.now_ms(), part.fingerprint);
-            let record = RequestRecord { time_ms, fingerprint, answer };
+            let record = RequestRecord {
+                time_ms,
+                fingerprint,
+                answer,
+            };
             let bytes = record.encode();
             if unfit == Some(slot) || !memory.make_room(entry, slot, key, bytes.len())? {
                 return Ok(WriteOutcome::Rejected(Rejection::RequestsFull { slot }));
@@ -406,7 +493,8 @@ fn recall_if_keyed<R: Read>(
     }
 }
 
-/// The slots of the write, each with what is remembered of it; a rejection if the key was used for something else.
+/// The slots of the write, each with what is remembered of it; a rejection if the key was used for
+/// something else.
 fn recall<R: Read>(
     entry: &mut Entry<'_, R>,
     memory: &Memory,
@@ -425,12 +513,23 @@ fn recall<R: Read>(
             return Ok(Err(Rejection::KeyReused { slot }));
         }
         let remembered = found.map(|found| Remembered::Stored(found.bytes));
-        parts.insert(slot, Part { positions, fingerprint, remembered });
+        parts.insert(
+            slot,
+            Part {
+                positions,
+                fingerprint,
+                remembered,
+            },
+        );
     }
     Ok(Ok(parts))
 }
 
-fn load_remembered<R: Read>(entry: &Entry<'_, R>, key: &[u8], parts: &mut BTreeMap<Slot, Part>) -> Result<(), StoreError> {
+fn load_remembered<R: Read>(
+    entry: &Entry<'_, R>,
+    key: &[u8],
+    parts: &mut BTreeMap<Slot, Part>,
+) -> Result<(), StoreError> {
     for (slot, part) in parts {
         if let Some(Remembered::Stored(_)) = part.remembered {
             part.remembered = Memory::answer(entry, *slot, key)?.map(Remembered::Here);
@@ -439,7 +538,8 @@ fn load_remembered<R: Read>(entry: &Entry<'_, R>, key: &[u8], parts: &mut BTreeM
     Ok(())
 }
 
-/// What is to be remembered for each slot of `fresh`: its outcomes, or the operation whose condition failed and that key's revision.
+/// What is to be remembered for each slot of `fresh`: its outcomes, or the operation whose
+/// condition failed and that key's revision.
 fn fresh_answers(
     parts: &BTreeMap<Slot, Part>,
     fresh: &[Placed<'_>],
@@ -449,16 +549,24 @@ fn fresh_answers(
     match decided {
         Ok(draft) => {
             for (item, outcome) in fresh.iter().zip(&draft.outcomes) {
-                let answer = answers.entry(item.slot).or_insert_with(|| Answer::Applied(Vec::new()));
+                let answer = answers
+                    .entry(item.slot)
+                    .or_insert_with(|| Answer::Applied(Vec::new()));
                 if let Answer::Applied(outcomes) = answer {
                     outcomes.push(outcome.clone());
                 }
             }
         }
         Err((operation, current)) => {
-            let failed = parts.iter().find_map(|(slot, part)| Some((*slot, part.positions.binary_search(operation).ok()?)));
+            let failed = parts.iter().find_map(|(slot, part)| {
+                Some((*slot, part.positions.binary_search(operation).ok()?))
+            });
             let (slot, nth) = failed.expect("the operation that failed is one of a part");
-            let answer = Answer::ConditionFailed { slot, nth, current: *current };
+            let answer = Answer::ConditionFailed {
+                slot,
+                nth,
+                current: *current,
+            };
             answers.extend(fresh.iter().map(|item| (item.slot, answer.clone())));
         }
     }
@@ -466,30 +574,44 @@ fn fresh_answers(
 }
 
 /// One outcome of the whole write from the answers of its slots.
-fn merge_answers(parts: &BTreeMap<Slot, Part>, operations: usize) -> Result<WriteOutcome, StoreError> {
+fn merge_answers(
+    parts: &BTreeMap<Slot, Part>,
+    operations: usize,
+) -> Result<WriteOutcome, StoreError> {
     let mut results: Vec<Option<Result<OperationOutcome, Rejection>>> = vec![None; operations];
     for (slot, part) in parts {
         match &part.remembered {
-            Some(Remembered::Here(Answer::Applied(outcomes))) if outcomes.len() == part.positions.len() => {
+            Some(Remembered::Here(Answer::Applied(outcomes)))
+                if outcomes.len() == part.positions.len() =>
+            {
                 for (position, outcome) in part.positions.iter().zip(outcomes) {
                     results[*position] = Some(Ok(outcome.clone()));
                 }
             }
             Some(Remembered::Here(Answer::ConditionFailed { slot, nth, current })) => {
-                // The operation may now be in another shard's part of the batch: then the first of this slot stands for it.
+                // The operation may now be in another shard's part of the batch: then the first of
+                // this slot stands for it.
                 let named = parts.get(slot).and_then(|part| part.positions.get(*nth));
-                let rejection = Rejection::ConditionFailed { operation: *named.unwrap_or(&part.positions[0]), current: *current };
+                let rejection = Rejection::ConditionFailed {
+                    operation: *named.unwrap_or(&part.positions[0]),
+                    current: *current,
+                };
                 for position in &part.positions {
                     results[*position] = Some(Err(rejection.clone()));
                 }
             }
             Some(Remembered::Here(Answer::Applied(_)) | Remembered::Stored(_)) | None => {
-                return Err(StoreError::Damaged(format!("the record of a request in slot {slot} does not fit the request")));
+                return Err(StoreError::Damaged(format!(
+                    "the record of a request in slot {slot} does not fit the request"
+                )));
             }
         }
     }
     let results: Vec<_> = results.into_iter().flatten().collect();
-    let outcomes: Option<Vec<OperationOutcome>> = results.iter().map(|result| result.as_ref().ok().cloned()).collect();
+    let outcomes: Option<Vec<OperationOutcome>> = results
+        .iter()
+        .map(|result| result.as_ref().ok().cloned())
+        .collect();
     Ok(match (outcomes, results.first()) {
         (Some(outcomes), _) => WriteOutcome::Applied(outcomes),
         (None, Some(Err(first))) if results.iter().all(|result| result.as_ref() == Err(first)) => {
@@ -510,7 +632,10 @@ struct Draft {
 }
 
 impl Draft {
-    fn commit<R: Read>(self, entry: &mut Entry<'_, R>) -> Result<Vec<OperationOutcome>, StoreError> {
+    fn commit<R: Read>(
+        self,
+        entry: &mut Entry<'_, R>,
+    ) -> Result<Vec<OperationOutcome>, StoreError> {
         entry.merge(self.changes);
         for (slot, contents) in self.contents {
             entry.state_mut(slot)?.contents = contents;
@@ -520,7 +645,10 @@ impl Draft {
 }
 
 /// What the operations will do, or why nothing may be done. Ownership is the caller's to check.
-fn decide<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Result<Draft, Rejection>, StoreError> {
+fn decide<R: Read>(
+    entry: &mut Entry<'_, R>,
+    placed: &[Placed<'_>],
+) -> Result<Result<Draft, Rejection>, StoreError> {
     if let Some(rejection) = frozen(entry, placed)? {
         return Ok(Err(rejection));
     }
@@ -528,7 +656,8 @@ fn decide<R: Read>(entry: &mut Entry<'_, R>, placed: &[Placed<'_>]) -> Result<Re
     Ok(decided.map_err(|(operation, current)| Rejection::ConditionFailed { operation, current }))
 }
 
-/// Returns what the operations will do, or the position of the first whose condition does not hold, and the revision of its key.
+/// Returns what the operations will do, or the position of the first whose condition does not hold,
+/// and the revision of its key.
 fn look_up<R: Read>(
     entry: &mut Entry<'_, R>,
     placed: &[Placed<'_>],
@@ -537,9 +666,16 @@ fn look_up<R: Read>(
     for item in placed {
         let data_key = data_key(item.slot, &item.operation.key);
         // A small value that is asked for is had at once.
-        let start_bytes = if item.operation.action == Action::Get { START_BYTES } else { REVISION_BYTES };
+        let start_bytes = if item.operation.action == Action::Get {
+            START_BYTES
+        } else {
+            REVISION_BYTES
+        };
         let stored = entry.start_of(&data_key, start_bytes)?;
-        let current = stored.as_ref().map(|stored| stored_revision(&stored.start)).transpose()?;
+        let current = stored
+            .as_ref()
+            .map(|stored| stored_revision(&stored.start))
+            .transpose()?;
         if !item.operation.condition.holds(current) {
             return Ok(Err((item.position, current)));
         }
@@ -554,7 +690,9 @@ fn look_up<R: Read>(
     };
     for (item, (data_key, stored)) in placed.iter().zip(found) {
         let stored = match draft.changes.get(&data_key) {
-            Some(change) => change.as_ref().map(|value| ValueStart::of(value, usize::MAX)),
+            Some(change) => change
+                .as_ref()
+                .map(|value| ValueStart::of(value, usize::MAX)),
             None => stored,
         };
         let outcome = draft.perform(entry, *item, data_key, stored)?;
@@ -581,19 +719,42 @@ impl Draft {
             (Action::Delete, None) => return Ok(OperationOutcome::Deleted { revision: None }),
             (Action::Delete, Some(_)) => {
                 let revision = self.next_revision(entry, item.slot)?;
-                (None, OperationOutcome::Deleted { revision: Some(revision) })
+                (
+                    None,
+                    OperationOutcome::Deleted {
+                        revision: Some(revision),
+                    },
+                )
             }
             (Action::Put { media, value }, _) => {
                 let revision = self.next_revision(entry, item.slot)?;
-                let record = Record { revision, media: media.clone(), value: value.clone() };
-                (Some(encode_record(&record)), OperationOutcome::Put { revision, created: stored.is_none() })
+                let record = Record {
+                    revision,
+                    media: media.clone(),
+                    value: value.clone(),
+                };
+                (
+                    Some(encode_record(&record)),
+                    OperationOutcome::Put {
+                        revision,
+                        created: stored.is_none(),
+                    },
+                )
             }
         };
-        let (before, now) = (stored.map(|stored| stored.len), after.as_ref().map(Bytes::len));
+        let (before, now) = (
+            stored.map(|stored| stored.len),
+            after.as_ref().map(Bytes::len),
+        );
         let contents = self.contents_mut(entry, item.slot)?;
         contents
             .recount(item.operation.key.len(), before, now)
-            .ok_or_else(|| StoreError::Damaged(format!("slot {} holds more than was counted in it", item.slot)))?;
+            .ok_or_else(|| {
+                StoreError::Damaged(format!(
+                    "slot {} holds more than was counted in it",
+                    item.slot
+                ))
+            })?;
         match after {
             Some(bytes) => self.changes.put(data_key, bytes),
             None => self.changes.delete(data_key),
@@ -601,7 +762,11 @@ impl Draft {
         Ok(outcome)
     }
 
-    fn contents_mut<R: Read>(&mut self, entry: &mut Entry<'_, R>, slot: Slot) -> Result<&mut Contents, StoreError> {
+    fn contents_mut<R: Read>(
+        &mut self,
+        entry: &mut Entry<'_, R>,
+        slot: Slot,
+    ) -> Result<&mut Contents, StoreError> {
         use std::collections::btree_map::Entry as Place;
         match self.contents.entry(slot) {
             Place::Occupied(place) => Ok(place.into_mut()),
@@ -609,7 +774,11 @@ impl Draft {
         }
     }
 
-    fn next_revision<R: Read>(&mut self, entry: &mut Entry<'_, R>, slot: Slot) -> Result<Revision, StoreError> {
+    fn next_revision<R: Read>(
+        &mut self,
+        entry: &mut Entry<'_, R>,
+        slot: Slot,
+    ) -> Result<Revision, StoreError> {
         let contents = self.contents_mut(entry, slot)?;
         contents.revision.0 += 1;
         Ok(contents.revision)

@@ -1,16 +1,18 @@
-//! What the source of a move reads for its destination: chunk after chunk, first every pair of the slots in key order, then what was
-//! changed since the move began, in the order of the log.
+//! What the source of a move reads for its destination: chunk after chunk, first every pair of the
+//! slots in key order, then what was changed since the move began, in the order of the log.
 //!
-//! Any replica of the source may read, at any time, as far as it has applied the beginning of the move; a replica that is behind, or
-//! whose leader was deposed, does no harm:
-//! - the destination takes only the chunk that follows on the one it has, so each chunk is read from the cursor that the chunks before
-//!   it led to, and no part is left out;
-//! - every change after the beginning is marked. Whatever a chunk of the first reading missed, or read in an older form, is among the
-//!   changes that come after it;
-//! - a chunk of changes holds values at least as new as its marks, and its cursor goes no further than them. A change that the reader had
-//!   not applied has a mark with a higher index, behind the cursor. An older value can overwrite a newer one only until that mark is read;
-//! - the install is complete only when a replica that has applied the freeze finds no mark after the cursor, for just that number of
-//!   chunks: by then every mark was read by someone after the change it stands for.
+//! Any replica of the source may read, at any time, as far as it has applied the beginning of the
+//! move; a replica that is behind, or whose leader was deposed, does no harm:
+//! - the destination takes only the chunk that follows on the one it has, so each chunk is read
+//!   from the cursor that the chunks before it led to, and no part is left out;
+//! - every change after the beginning is marked. Whatever a chunk of the first reading missed, or
+//!   read in an older form, is among the changes that come after it;
+//! - a chunk of changes holds values at least as new as its marks, and its cursor goes no further
+//!   than them. A change that the reader had not applied has a mark with a higher index, behind the
+//!   cursor. An older value can overwrite a newer one only until that mark is read;
+//! - the install is complete only when a replica that has applied the freeze finds no mark after
+//!   the cursor, for just that number of chunks: by then every mark was read by someone after the
+//!   change it stands for.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,11 +24,13 @@ use crate::sm::codec;
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::requests::group_time_ms;
 use crate::sm::slots::{
-    Contents, SlotState, change_range, change_weight, data_range, misplaced, parse_change_key, request_range,
+    Contents, SlotState, change_range, change_weight, data_range, misplaced, parse_change_key,
+    request_range,
 };
 use crate::types::{MoveId, Slot};
 
-/// Where the reading goes on. It travels in chunks, and is kept by the destination: the driver needs no memory. Part of the disk format.
+/// Where the reading goes on. It travels in chunks, and is kept by the destination: the driver
+/// needs no memory. Part of the disk format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Cursor {
     /// In the pairs of the slots, after this key of the map; empty: at the start.
@@ -39,7 +43,9 @@ impl Cursor {
     /// The cursor that a destination has kept. It has none before the first chunk.
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
         match bytes {
-            [] => Ok(Cursor::Pairs { after: Bytes::new() }),
+            [] => Ok(Cursor::Pairs {
+                after: Bytes::new(),
+            }),
             bytes => codec::decode(bytes, "the cursor of a move"),
         }
     }
@@ -64,24 +70,48 @@ pub struct Chunk {
 impl Chunk {
     /// As what the destination is to install as number `chunk`.
     pub fn install(self, id: MoveId, chunk: u64) -> Install {
-        Install { id, chunk, cursor: self.cursor, source_ms: self.source_ms, pairs: self.pairs }
+        Install {
+            id,
+            chunk,
+            cursor: self.cursor,
+            source_ms: self.source_ms,
+            pairs: self.pairs,
+        }
     }
 }
 
-/// The chunk from `cursor` on, of about `bytes_max`: it ends with the pair or mark that reaches it. None where the map does not have the
-/// move open as its source.
-pub fn move_chunk(read: &impl Read, id: MoveId, cursor: &[u8], bytes_max: usize) -> Result<Option<Chunk>, StoreError> {
-    let Some(OpenMove { slots, phase: MovePhase::Copying { .. } | MovePhase::Frozen { .. } }) = OpenMove::read(read, id)? else {
+/// The chunk from `cursor` on, of about `bytes_max`: it ends with the pair or mark that reaches it.
+/// None where the map does not have the move open as its source.
+pub fn move_chunk(
+    read: &impl Read,
+    id: MoveId,
+    cursor: &[u8],
+    bytes_max: usize,
+) -> Result<Option<Chunk>, StoreError> {
+    let Some(OpenMove {
+        slots,
+        phase: MovePhase::Copying { .. } | MovePhase::Frozen { .. },
+    }) = OpenMove::read(read, id)?
+    else {
         return Ok(None);
     };
-    let mut reading = Reading { read, bytes_left: bytes_max.max(1), pairs: BTreeMap::new() };
+    let mut reading = Reading {
+        read,
+        bytes_left: bytes_max.max(1),
+        pairs: BTreeMap::new(),
+    };
     let mut cursor = Cursor::decode(cursor)?;
     let mut done = false;
     while !done && reading.bytes_left > 0 {
         (cursor, done) = match cursor {
             Cursor::Pairs { after } => match reading.read_pairs(&slots, after)? {
                 Some(after) => (Cursor::Pairs { after }, false),
-                None => (Cursor::Changes { after: Bytes::new() }, false),
+                None => (
+                    Cursor::Changes {
+                        after: Bytes::new(),
+                    },
+                    false,
+                ),
             },
             Cursor::Changes { after } => {
                 let (after, done) = reading.read_changes(id, after)?;
@@ -90,7 +120,12 @@ pub fn move_chunk(read: &impl Read, id: MoveId, cursor: &[u8], bytes_max: usize)
         };
     }
     let pairs = reading.pairs.into_iter().collect();
-    Ok(Some(Chunk { pairs, cursor: cursor.encode(), source_ms: group_time_ms(read)?, done }))
+    Ok(Some(Chunk {
+        pairs,
+        cursor: cursor.encode(),
+        source_ms: group_time_ms(read)?,
+        done,
+    }))
 }
 
 struct Reading<'a, R> {
@@ -105,8 +140,13 @@ impl<R: Read> Reading<'_, R> {
         self.bytes_left = self.bytes_left.saturating_sub(bytes.max(1));
     }
 
-    /// Reads on in the pairs of `slots`. The last key where there is no more room; none when all were read.
-    fn read_pairs(&mut self, slots: &BTreeSet<Slot>, after: Bytes) -> Result<Option<Bytes>, StoreError> {
+    /// Reads on in the pairs of `slots`. The last key where there is no more room; none when all
+    /// were read.
+    fn read_pairs(
+        &mut self,
+        slots: &BTreeSet<Slot>,
+        after: Bytes,
+    ) -> Result<Option<Bytes>, StoreError> {
         let requests = slots.iter().map(|slot| request_range(*slot));
         let data = slots.iter().map(|slot| data_range(*slot, &KeyRange::all()));
         for range in requests.chain(data) {
@@ -129,7 +169,10 @@ impl<R: Read> Reading<'_, R> {
     /// Reads on in the marks. The last one, and whether it is the last of all.
     fn read_changes(&mut self, id: MoveId, after: Bytes) -> Result<(Bytes, bool), StoreError> {
         let mut last = after.clone();
-        for mark in self.read.scan(&rest_of(change_range(id), &after), Direction::Forward) {
+        for mark in self
+            .read
+            .scan(&rest_of(change_range(id), &after), Direction::Forward)
+        {
             if self.bytes_left == 0 {
                 return Ok((last, false));
             }
@@ -155,12 +198,23 @@ fn rest_of(range: KeyRange, after: &[u8]) -> KeyRange {
     let mut start = BytesMut::with_capacity(after.len() + 1);
     start.put_slice(after);
     start.put_u8(0);
-    KeyRange { start: start.freeze(), end: range.end }
+    KeyRange {
+        start: start.freeze(),
+        end: range.end,
+    }
 }
 
-/// What the changes after a cursor weigh; counted until it is `bytes_max` or more. None while the pairs are not all read.
-pub(super) fn changes_left(read: &impl Read, id: MoveId, cursor: &Cursor, bytes_max: u64) -> Result<Option<u64>, StoreError> {
-    let Cursor::Changes { after } = cursor else { return Ok(None) };
+/// What the changes after a cursor weigh; counted until it is `bytes_max` or more. None while the
+/// pairs are not all read.
+pub(super) fn changes_left(
+    read: &impl Read,
+    id: MoveId,
+    cursor: &Cursor,
+    bytes_max: u64,
+) -> Result<Option<u64>, StoreError> {
+    let Cursor::Changes { after } = cursor else {
+        return Ok(None);
+    };
     let mut bytes = 0;
     for mark in read.scan(&rest_of(change_range(id), after), Direction::Forward) {
         bytes += change_weight(&mark?.1)?;
@@ -171,9 +225,21 @@ pub(super) fn changes_left(read: &impl Read, id: MoveId, cursor: &Cursor, bytes_
     Ok(Some(bytes))
 }
 
-/// What the source has in each slot of the move, where the map has it frozen: nothing of it changes any more.
-pub fn final_contents(read: &impl Read, id: MoveId) -> Result<Option<BTreeMap<Slot, Contents>>, StoreError> {
-    let Some(OpenMove { slots, phase: MovePhase::Frozen { .. } }) = OpenMove::read(read, id)? else { return Ok(None) };
-    let contents = slots.into_iter().map(|slot| Ok((slot, SlotState::read(read, slot)?.contents)));
+/// What the source has in each slot of the move, where the map has it frozen: nothing of it changes
+/// any more.
+pub fn final_contents(
+    read: &impl Read,
+    id: MoveId,
+) -> Result<Option<BTreeMap<Slot, Contents>>, StoreError> {
+    let Some(OpenMove {
+        slots,
+        phase: MovePhase::Frozen { .. },
+    }) = OpenMove::read(read, id)?
+    else {
+        return Ok(None);
+    };
+    let contents = slots
+        .into_iter()
+        .map(|slot| Ok((slot, SlotState::read(read, slot)?.contents)));
     contents.collect::<Result<_, StoreError>>().map(Some)
 }

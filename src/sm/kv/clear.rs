@@ -1,7 +1,8 @@
-//! Deletes, a bounded number of keys and bytes per entry, what moves leave behind: at a source the slots it released, at a destination those whose
-//! install was given up, and marks of changes.
+//! Deletes, a bounded number of keys and bytes per entry, what moves leave behind: at a source the
+//! slots it released, at a destination those whose install was given up, and marks of changes.
 //!
-//! It touches no slot that this shard serves, that a newer move installs, or that the move itself has open.
+//! It touches no slot that this shard serves, that a newer move installs, or that the move itself
+//! has open.
 
 use std::collections::BTreeSet;
 
@@ -12,10 +13,14 @@ use super::entry::Entry;
 use super::{MoveOutcome, MoveRejection};
 use crate::sm::ports::{KeyRange, Read, StoreError};
 use crate::sm::requests::forget;
-use crate::sm::slots::{Ownership, change_range, data_range, misplaced, parse_data_key, parse_request_key, request_range};
+use crate::sm::slots::{
+    Ownership, change_range, data_range, misplaced, parse_data_key, parse_request_key,
+    request_range,
+};
 use crate::types::{MoveId, Slot};
 
-/// With so many bytes of keys and values deleted an entry ends, whatever its limit of keys: nothing else is applied meanwhile. Part of what an entry means: replicas must agree on it.
+/// With so many bytes of keys and values deleted an entry ends, whatever its limit of keys: nothing
+/// else is applied meanwhile. Part of what an entry means: replicas must agree on it.
 const BYTES_MAX: usize = 1 << 20;
 
 /// What one entry may still delete.
@@ -48,7 +53,11 @@ pub(super) fn clear<R: Read>(
     for slot in slots {
         let state = entry.state(*slot)?;
         if state.generation > id {
-            return Ok(MoveRejection::Overtaken { slot: *slot, generation: state.generation }.into());
+            return Ok(MoveRejection::Overtaken {
+                slot: *slot,
+                generation: state.generation,
+            }
+            .into());
         }
         if state.serves_reads() {
             return Ok(MoveRejection::Owned { slot: *slot }.into());
@@ -57,23 +66,33 @@ pub(super) fn clear<R: Read>(
             overtaken.insert(state.generation);
         }
     }
-    // A move is only opened when the ones before it of its slots have ended: what an older one installs here will never be served.
+    // A move is only opened when the ones before it of its slots have ended: what an older one
+    // installs here will never be served.
     for older in overtaken {
         if let Some(open) = entry.open_move(older)? {
             give_up(entry, older, &open.slots)?;
         }
     }
-    let mut left = Left { keys: limit as usize, bytes: BYTES_MAX };
+    let mut left = Left {
+        keys: limit as usize,
+        bytes: BYTES_MAX,
+    };
     clear_changes(entry, id, &mut left)?;
     for slot in slots {
         clear_requests(entry, *slot, &mut left)?;
         clear_data(entry, *slot, &mut left)?;
     }
-    Ok(MoveOutcome::Cleared { more: left.is_used_up() })
+    Ok(MoveOutcome::Cleared {
+        more: left.is_used_up(),
+    })
 }
 
 /// Returns as many keys of `range` as are left to be deleted, and the length of what each has.
-fn take<R: Read>(entry: &Entry<'_, R>, range: &KeyRange, left: &mut Left) -> Result<Vec<(Bytes, usize)>, StoreError> {
+fn take<R: Read>(
+    entry: &Entry<'_, R>,
+    range: &KeyRange,
+    left: &mut Left,
+) -> Result<Vec<(Bytes, usize)>, StoreError> {
     let mut found = Vec::new();
     if !left.is_used_up() {
         entry.scan_lengths(range, |key, len| {
@@ -85,14 +104,22 @@ fn take<R: Read>(entry: &Entry<'_, R>, range: &KeyRange, left: &mut Left) -> Res
     Ok(found)
 }
 
-fn clear_changes<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, left: &mut Left) -> Result<(), StoreError> {
+fn clear_changes<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    left: &mut Left,
+) -> Result<(), StoreError> {
     for (key, _) in take(entry, &change_range(id), left)? {
         entry.delete(key);
     }
     Ok(())
 }
 
-fn clear_requests<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut Left) -> Result<(), StoreError> {
+fn clear_requests<R: Read>(
+    entry: &mut Entry<'_, R>,
+    slot: Slot,
+    left: &mut Left,
+) -> Result<(), StoreError> {
     for (key, _) in take(entry, &request_range(slot), left)? {
         let (_, key) = parse_request_key(&key).ok_or_else(|| misplaced(&key))?;
         forget(entry, slot, &key)?;
@@ -100,11 +127,17 @@ fn clear_requests<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut Left
     Ok(())
 }
 
-fn clear_data<R: Read>(entry: &mut Entry<'_, R>, slot: Slot, left: &mut Left) -> Result<(), StoreError> {
+fn clear_data<R: Read>(
+    entry: &mut Entry<'_, R>,
+    slot: Slot,
+    left: &mut Left,
+) -> Result<(), StoreError> {
     for (key, len) in take(entry, &data_range(slot, &KeyRange::all()), left)? {
         let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
         let contents = &mut entry.state_mut(slot)?.contents;
-        contents.recount(user_key.len(), Some(len), None).ok_or_else(|| miscounted(slot))?;
+        contents
+            .recount(user_key.len(), Some(len), None)
+            .ok_or_else(|| miscounted(slot))?;
         entry.delete(key);
     }
     Ok(())

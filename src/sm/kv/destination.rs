@@ -1,8 +1,9 @@
-//! What the steps of a move do at its destination: the slots are prepared, filled chunk by chunk, compared with the source, served; or
-//! given up, after an abort.
+//! What the steps of a move do at its destination: the slots are prepared, filled chunk by chunk,
+//! compared with the source, served; or given up, after an abort.
 //!
-//! Chunks are taken strictly in turn, each with the cursor from which the source goes on. So whoever drives, and however often it is
-//! sent, what is installed is one unbroken reading of the source; a driver that comes late is told where the install stands.
+//! Chunks are taken strictly in turn, each with the cursor from which the source goes on. So
+//! whoever drives, and however often it is sent, what is installed is one unbroken reading of the
+//! source; a driver that comes late is told where the install stands.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,19 +16,27 @@ use super::source::{OTHER_SLOTS, change_all, every, not_open, unfit};
 use super::{Install, MoveOutcome, MovePhase, MoveRejection, OpenMove, Progress};
 use crate::sm::ports::{Read, StoreError};
 use crate::sm::requests::{Memory, RequestRecord};
-use crate::sm::slots::{Contents, Ownership, RequestsUsed, parse_data_key, parse_request_key, slot_of};
+use crate::sm::slots::{
+    Contents, Ownership, RequestsUsed, parse_data_key, parse_request_key, slot_of,
+};
 use crate::types::{GroupId, MoveId, Slot};
 
 type Decided = Result<MoveOutcome, StoreError>;
 
 const NOT_THE_DESTINATION: &str = "this shard is the source of the move";
 
-pub(super) fn prepare<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: BTreeSet<Slot>, from: GroupId) -> Decided {
+pub(super) fn prepare<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: BTreeSet<Slot>,
+    from: GroupId,
+) -> Decided {
     if let Some(open) = entry.open_move(id)? {
         return Ok(match open.phase {
-            MovePhase::Installing { from: begun, progress } if begun == from && open.slots == slots => {
-                MoveOutcome::Installing(progress)
-            }
+            MovePhase::Installing {
+                from: begun,
+                progress,
+            } if begun == from && open.slots == slots => MoveOutcome::Installing(progress),
             _ => unfit("another move was opened here under this id"),
         });
     }
@@ -37,10 +46,17 @@ pub(super) fn prepare<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: BTre
     for slot in &slots {
         let state = entry.state(*slot)?;
         let rejection = match state.ownership {
-            _ if state.generation >= id => MoveRejection::Overtaken { slot: *slot, generation: state.generation },
-            Ownership::Owned | Ownership::Leaving | Ownership::Frozen => MoveRejection::Owned { slot: *slot },
+            _ if state.generation >= id => MoveRejection::Overtaken {
+                slot: *slot,
+                generation: state.generation,
+            },
+            Ownership::Owned | Ownership::Leaving | Ownership::Frozen => {
+                MoveRejection::Owned { slot: *slot }
+            }
             Ownership::Arriving => MoveRejection::Leftovers { slot: *slot },
-            Ownership::NotOwned if holds_anything(entry.map(), *slot)? => MoveRejection::Leftovers { slot: *slot },
+            Ownership::NotOwned if holds_anything(entry.map(), *slot)? => {
+                MoveRejection::Leftovers { slot: *slot }
+            }
             Ownership::NotOwned => continue,
         };
         return Ok(rejection.into());
@@ -52,17 +68,38 @@ pub(super) fn prepare<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: BTre
         state.requests = RequestsUsed::default();
     })?;
     let progress = Progress::default();
-    entry.put_move(id, &OpenMove { slots, phase: MovePhase::Installing { from, progress: progress.clone() } });
+    entry.put_move(
+        id,
+        &OpenMove {
+            slots,
+            phase: MovePhase::Installing {
+                from,
+                progress: progress.clone(),
+            },
+        },
+    );
     Ok(MoveOutcome::Installing(progress))
 }
 
-pub(super) fn install<R: Read>(entry: &mut Entry<'_, R>, time_ms: u64, install: Install) -> Decided {
-    let Some(open) = entry.open_move(install.id)? else { return Ok(MoveRejection::NotOpen.into()) };
-    let MovePhase::Installing { from, mut progress } = open.phase else { return Ok(unfit(NOT_THE_DESTINATION)) };
+pub(super) fn install<R: Read>(
+    entry: &mut Entry<'_, R>,
+    time_ms: u64,
+    install: Install,
+) -> Decided {
+    let Some(open) = entry.open_move(install.id)? else {
+        return Ok(MoveRejection::NotOpen.into());
+    };
+    let MovePhase::Installing { from, mut progress } = open.phase else {
+        return Ok(unfit(NOT_THE_DESTINATION));
+    };
     if progress.complete || install.chunk != progress.chunk {
         return Ok(MoveOutcome::Installing(progress));
     }
-    let pairs: Result<Vec<Brought>, String> = install.pairs.iter().map(|pair| read_pair(&open.slots, pair)).collect();
+    let pairs: Result<Vec<Brought>, String> = install
+        .pairs
+        .iter()
+        .map(|pair| read_pair(&open.slots, pair))
+        .collect();
     let pairs = match pairs {
         Ok(pairs) => pairs,
         Err(why) => return Ok(MoveRejection::Unfit { why }.into()),
@@ -70,42 +107,87 @@ pub(super) fn install<R: Read>(entry: &mut Entry<'_, R>, time_ms: u64, install: 
     let mut memory = Memory::open(entry, time_ms)?;
     for pair in pairs {
         match pair {
-            Brought::Data { slot, user_key, map_key, value } => put_data(entry, slot, &user_key, map_key, value)?,
-            Brought::Request { slot, key, record } => memory.adopt(entry, slot, &key, record, install.source_ms)?,
+            Brought::Data {
+                slot,
+                user_key,
+                map_key,
+                value,
+            } => put_data(entry, slot, &user_key, map_key, value)?,
+            Brought::Request { slot, key, record } => {
+                memory.adopt(entry, slot, &key, record, install.source_ms)?
+            }
         }
     }
     memory.close(entry);
     progress.chunk += 1;
     progress.cursor = install.cursor;
-    let phase = MovePhase::Installing { from, progress: progress.clone() };
-    entry.put_move(install.id, &OpenMove { slots: open.slots, phase });
+    let phase = MovePhase::Installing {
+        from,
+        progress: progress.clone(),
+    };
+    entry.put_move(
+        install.id,
+        &OpenMove {
+            slots: open.slots,
+            phase,
+        },
+    );
     Ok(MoveOutcome::Installing(progress))
 }
 
 /// A pair of a chunk, understood.
 enum Brought {
-    Data { slot: Slot, user_key: Bytes, map_key: Bytes, value: Option<Bytes> },
-    Request { slot: Slot, key: Bytes, record: Option<RequestRecord> },
+    Data {
+        slot: Slot,
+        user_key: Bytes,
+        map_key: Bytes,
+        value: Option<Bytes>,
+    },
+    Request {
+        slot: Slot,
+        key: Bytes,
+        record: Option<RequestRecord>,
+    },
 }
 
-/// What a pair says, if it is one of a move of `slots`: a peer's mistake must not become an error of this shard.
-fn read_pair(slots: &BTreeSet<Slot>, (map_key, value): &(Bytes, Option<Bytes>)) -> Result<Brought, String> {
+/// What a pair says, if it is one of a move of `slots`: a peer's mistake must not become an error
+/// of this shard.
+fn read_pair(
+    slots: &BTreeSet<Slot>,
+    (map_key, value): &(Bytes, Option<Bytes>),
+) -> Result<Brought, String> {
     let unfit = |why: &str| format!("{why}: {}", map_key.escape_ascii());
     if let Some((slot, user_key)) = parse_data_key(map_key) {
         if !slots.contains(&slot) || slot_of(&user_key) != slot {
             return Err(unfit("a key of another slot"));
         }
-        if value.as_ref().is_some_and(|value| decode_record(value).is_err()) {
+        if value
+            .as_ref()
+            .is_some_and(|value| decode_record(value).is_err())
+        {
             return Err(unfit("an undecodable record"));
         }
-        return Ok(Brought::Data { slot, user_key, map_key: map_key.clone(), value: value.clone() });
+        return Ok(Brought::Data {
+            slot,
+            user_key,
+            map_key: map_key.clone(),
+            value: value.clone(),
+        });
     }
-    let (slot, key) = parse_request_key(map_key).ok_or_else(|| unfit("neither data nor a request"))?;
+    let (slot, key) =
+        parse_request_key(map_key).ok_or_else(|| unfit("neither data nor a request"))?;
     if !slots.contains(&slot) {
         return Err(unfit("a request of another slot"));
     }
-    let record = value.as_ref().map(|value| RequestRecord::decode(value)).transpose();
-    Ok(Brought::Request { slot, key, record: record.map_err(|_| unfit("an undecodable request"))? })
+    let record = value
+        .as_ref()
+        .map(|value| RequestRecord::decode(value))
+        .transpose();
+    Ok(Brought::Request {
+        slot,
+        key,
+        record: record.map_err(|_| unfit("an undecodable request"))?,
+    })
 }
 
 fn put_data<R: Read>(
@@ -117,7 +199,9 @@ fn put_data<R: Read>(
 ) -> Result<(), StoreError> {
     let before = entry.start_of(&map_key, 0)?.map(|stored| stored.len);
     let contents = &mut entry.state_mut(slot)?.contents;
-    contents.recount(user_key.len(), before, value.as_ref().map(Bytes::len)).ok_or_else(|| miscounted(slot))?;
+    contents
+        .recount(user_key.len(), before, value.as_ref().map(Bytes::len))
+        .ok_or_else(|| miscounted(slot))?;
     match value {
         Some(value) => entry.put(map_key, value),
         None => entry.delete(map_key),
@@ -129,8 +213,8 @@ pub(super) fn miscounted(slot: Slot) -> StoreError {
     StoreError::Damaged(format!("slot {slot} holds more than was counted in it"))
 }
 
-/// Compares what was installed with what the frozen source counts. Then nothing is installed any more, and the slots go on counting
-/// revisions where the source stopped.
+/// Compares what was installed with what the frozen source counts. Then nothing is installed any
+/// more, and the slots go on counting revisions where the source stopped.
 pub(super) fn complete<R: Read>(
     entry: &mut Entry<'_, R>,
     id: MoveId,
@@ -138,8 +222,12 @@ pub(super) fn complete<R: Read>(
     chunk: u64,
     contents: &BTreeMap<Slot, Contents>,
 ) -> Decided {
-    let Some(open) = entry.open_move(id)? else { return not_open(entry, id, slots) };
-    let MovePhase::Installing { from, mut progress } = open.phase else { return Ok(unfit(NOT_THE_DESTINATION)) };
+    let Some(open) = entry.open_move(id)? else {
+        return not_open(entry, id, slots);
+    };
+    let MovePhase::Installing { from, mut progress } = open.phase else {
+        return Ok(unfit(NOT_THE_DESTINATION));
+    };
     if open.slots != *slots || !contents.keys().eq(slots) {
         return Ok(unfit(OTHER_SLOTS));
     }
@@ -149,27 +237,53 @@ pub(super) fn complete<R: Read>(
     for (slot, source) in contents {
         let here = entry.state(*slot)?.contents;
         if (here.keys, here.bytes) != (source.keys, source.bytes) {
-            return Ok(MoveRejection::Differs { slot: *slot, source: *source, here }.into());
+            return Ok(MoveRejection::Differs {
+                slot: *slot,
+                source: *source,
+                here,
+            }
+            .into());
         }
     }
     for (slot, source) in contents {
         entry.state_mut(*slot)?.contents.revision = source.revision;
     }
     progress.complete = true;
-    let phase = MovePhase::Installing { from, progress: progress.clone() };
-    entry.put_move(id, &OpenMove { slots: open.slots, phase });
+    let phase = MovePhase::Installing {
+        from,
+        progress: progress.clone(),
+    };
+    entry.put_move(
+        id,
+        &OpenMove {
+            slots: open.slots,
+            phase,
+        },
+    );
     Ok(MoveOutcome::Installing(progress))
 }
 
-pub(super) fn activate<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTreeSet<Slot>) -> Decided {
+pub(super) fn activate<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+) -> Decided {
     let Some(open) = entry.open_move(id)? else {
-        let active = every(entry, slots, |state| state.generation == id && state.ownership == Ownership::Owned)?;
-        return if active { Ok(MoveOutcome::Done) } else { not_open(entry, id, slots) };
+        let active = every(entry, slots, |state| {
+            state.generation == id && state.ownership == Ownership::Owned
+        })?;
+        return if active {
+            Ok(MoveOutcome::Done)
+        } else {
+            not_open(entry, id, slots)
+        };
     };
     match open.phase {
         _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
         MovePhase::Copying { .. } | MovePhase::Frozen { .. } => Ok(unfit(NOT_THE_DESTINATION)),
-        MovePhase::Installing { progress, .. } if !progress.complete => Ok(MoveRejection::Incomplete.into()),
+        MovePhase::Installing { progress, .. } if !progress.complete => {
+            Ok(MoveRejection::Incomplete.into())
+        }
         MovePhase::Installing { .. } => {
             change_all(entry, slots, |state| {
                 state.ownership = Ownership::Owned;
@@ -182,7 +296,11 @@ pub(super) fn activate<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BT
 }
 
 /// Gives up an install. What it brought is left to be cleared.
-pub(super) fn cancel<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTreeSet<Slot>) -> Decided {
+pub(super) fn cancel<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+) -> Decided {
     let Some(open) = entry.open_move(id)? else {
         for slot in slots {
             let state = entry.state(*slot)?;
@@ -202,7 +320,11 @@ pub(super) fn cancel<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTre
 }
 
 /// Closes the install of `slots`.
-pub(super) fn give_up<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTreeSet<Slot>) -> Result<(), StoreError> {
+pub(super) fn give_up<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+) -> Result<(), StoreError> {
     change_all(entry, slots, |state| state.ownership = Ownership::NotOwned)?;
     entry.close_move(id);
     Ok(())

@@ -1,7 +1,9 @@
-//! The map as an entry sees it while it is applied: what was there, and over it what the entry has done so far.
+//! The map as an entry sees it while it is applied: what was there, and over it what the entry has
+//! done so far.
 //!
-//! The state of each slot that the entry touches is read once, changed here, and written once, by [`Entry::into_batch`]. There too every
-//! change in a slot that a move copies is marked, whoever made it.
+//! The state of each slot that the entry touches is read once, changed here, and written once, by
+//! [`Entry::into_batch`]. There too every change in a slot that a move copies is marked, whoever
+//! made it.
 
 use std::collections::{BTreeMap, BTreeSet, btree_map};
 
@@ -9,7 +11,9 @@ use bytes::Bytes;
 
 use super::OpenMove;
 use crate::sm::ports::{Direction, KeyRange, Overlay, Read, StoreError, ValueStart, WriteBatch};
-use crate::sm::slots::{SlotState, change_key, change_value, move_key, parse_request_key, slot_of_copied, state_key};
+use crate::sm::slots::{
+    SlotState, change_key, change_value, move_key, parse_request_key, slot_of_copied, state_key,
+};
 use crate::types::{MoveId, Slot};
 
 pub(in crate::sm) struct Entry<'a, R> {
@@ -26,7 +30,11 @@ struct Touched {
 
 impl<'a, R: Read> Entry<'a, R> {
     pub fn new(read: &'a R) -> Self {
-        Self { read, batch: WriteBatch::default(), states: BTreeMap::new() }
+        Self {
+            read,
+            batch: WriteBatch::default(),
+            states: BTreeMap::new(),
+        }
     }
 
     /// The map as it was before the entry.
@@ -35,21 +43,33 @@ impl<'a, R: Read> Entry<'a, R> {
     }
 
     pub fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        Overlay { base: self.read, batch: &self.batch }.get(key)
+        Overlay {
+            base: self.read,
+            batch: &self.batch,
+        }
+        .get(key)
     }
 
     /// Returns the first bytes of a value, and its length.
     pub fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
-        Overlay { base: self.read, batch: &self.batch }.start_of(key, bytes_max)
+        Overlay {
+            base: self.read,
+            batch: &self.batch,
+        }
+        .start_of(key, bytes_max)
     }
 
-    /// Visits the keys of `range` in their order, with the length of each value, for as long as `take` says so.
+    /// Visits the keys of `range` in their order, with the length of each value, for as long as
+    /// `take` says so.
     pub fn scan_lengths(
         &self,
         range: &KeyRange,
         mut take: impl FnMut(Bytes, usize) -> Result<bool, StoreError>,
     ) -> Result<(), StoreError> {
-        let overlay = Overlay { base: self.read, batch: &self.batch };
+        let overlay = Overlay {
+            base: self.read,
+            batch: &self.batch,
+        };
         for item in overlay.scan_starts(range, Direction::Forward, 0) {
             let (key, value) = item?;
             if !take(key, value.len)? {
@@ -65,7 +85,10 @@ impl<'a, R: Read> Entry<'a, R> {
         range: &KeyRange,
         mut take: impl FnMut(Bytes, Bytes) -> Result<bool, StoreError>,
     ) -> Result<(), StoreError> {
-        let overlay = Overlay { base: self.read, batch: &self.batch };
+        let overlay = Overlay {
+            base: self.read,
+            batch: &self.batch,
+        };
         for pair in overlay.scan(range, Direction::Forward) {
             let (key, value) = pair?;
             if !take(key, value)? {
@@ -104,14 +127,23 @@ impl<'a, R: Read> Entry<'a, R> {
             btree_map::Entry::Occupied(entry) => Ok(entry.into_mut()),
             btree_map::Entry::Vacant(entry) => {
                 let state = SlotState::read(self.read, slot)?;
-                Ok(entry.insert(Touched { state, changed: false }))
+                Ok(entry.insert(Touched {
+                    state,
+                    changed: false,
+                }))
             }
         }
     }
 
     /// The move with this id, if it is open here.
     pub fn open_move(&self, id: MoveId) -> Result<Option<OpenMove>, StoreError> {
-        OpenMove::read(&Overlay { base: self.read, batch: &self.batch }, id)
+        OpenMove::read(
+            &Overlay {
+                base: self.read,
+                batch: &self.batch,
+            },
+            id,
+        )
     }
 
     pub fn put_move(&mut self, id: MoveId, open: &OpenMove) {
@@ -124,10 +156,15 @@ impl<'a, R: Read> Entry<'a, R> {
 
     /// Marks what the entry changes in slots that a move copies.
     ///
-    /// The mark holds the index of the entry: marks are in the order of the log, and one that was read is never behind a new one. That a
-    /// request's record was deleted is not marked: only expired ones are, and the destination forgets them by the ages it was given.
+    /// The mark holds the index of the entry: marks are in the order of the log, and one that was
+    /// read is never behind a new one. That a request's record was deleted is not marked: only
+    /// expired ones are, and the destination forgets them by the ages it was given.
     fn mark_changes(&mut self, index: u64) -> Result<(), StoreError> {
-        let slots: BTreeSet<Slot> = self.batch.iter().filter_map(|(key, _)| slot_of_copied(key)).collect();
+        let slots: BTreeSet<Slot> = self
+            .batch
+            .iter()
+            .filter_map(|(key, _)| slot_of_copied(key))
+            .collect();
         let mut copied = BTreeMap::new();
         for slot in slots {
             copied.extend(self.state(slot)?.marked_for().map(|id| (slot, id)));
@@ -153,7 +190,10 @@ impl<'a, R: Read> Entry<'a, R> {
         let mut batch = self.batch;
         for (slot, touched) in self.states {
             if touched.changed {
-                batch.put(Bytes::copy_from_slice(&state_key(slot)), touched.state.encode());
+                batch.put(
+                    Bytes::copy_from_slice(&state_key(slot)),
+                    touched.state.encode(),
+                );
             }
         }
         Ok(batch)

@@ -1,10 +1,12 @@
-//! What a shard understands: its commands, what it answers, and [`apply`], which turns an entry into an answer and a batch.
+//! What a shard understands: its commands, what it answers, and [`apply`], which turns an entry
+//! into an answer and a batch.
 //!
-//! `record` is how a value is stored, `entry` the map as an entry sees it while it is applied, `apply` what an entry does, `answers`
-//! what its gets return, `read` what is read outside of the log. Where things are in the map is in `slots`, the memory of answered requests in `requests`.
+//! `record` is how a value is stored, `entry` the map as an entry sees it while it is applied,
+//! `apply` what an entry does, `answers` what its gets return, `read` what is read outside of the
+//! log. Where things are in the map is in `slots`, the memory of answered requests in `requests`.
 //!
-//! Slot moves: `moves` has their words, `source`, `destination` and `clear` what their steps do, `chunk` what the source reads for the
-//! destination, `observed` how far a shard is with a move.
+//! Slot moves: `moves` has their words, `source`, `destination` and `clear` what their steps do,
+//! `chunk` what the source reads for the destination, `observed` how far a shard is with a move.
 
 mod answers;
 mod apply;
@@ -37,13 +39,16 @@ pub use self::answers::{ANSWER_BYTES_MAX, Audience};
 pub use self::apply::{GetsWeight, answer_gets, apply, apply_for, refused_by_place, weigh_gets};
 pub use self::chunk::{Chunk, final_contents, move_chunk};
 pub(super) use self::entry::Entry;
-pub use self::moves::{Install, MoveOutcome, MovePhase, MoveRejection, MoveStep, OpenMove, Progress};
+pub use self::moves::{
+    Install, MoveOutcome, MovePhase, MoveRejection, MoveStep, OpenMove, Progress,
+};
 pub use self::observed::{
-    CHANGES_BYTES_MAX, DestinationState, Remaining, SourceState, destination_state, leftovers, source_state,
+    CHANGES_BYTES_MAX, DestinationState, Remaining, SourceState, destination_state, leftovers,
+    source_state,
 };
 pub use self::read::{
-    Counts, FindOutcome, FoundKey, PageRequest, PageScan, ReadOutcome, ScanPage, count, find, read, read_only, scan_page,
-    scan_page_charged,
+    Counts, FindOutcome, FoundKey, PageRequest, PageScan, ReadOutcome, ScanPage, count, find, read,
+    read_only, scan_page, scan_page_charged,
 };
 pub use self::record::{decode_record, encode_record};
 use super::codec;
@@ -54,21 +59,28 @@ use crate::types::{GroupId, MoveId, Revision, Slot};
 /// One entry of a shard's log. Part of the disk format: variants are only ever added, at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
-    /// Independent writes that were proposed together: each is applied, or rejected, on its own, in order.
+    /// Independent writes that were proposed together: each is applied, or rejected, on its own, in
+    /// order.
     Write { time_ms: u64, writes: Vec<Write> },
-    /// First ownership of slots that no move has ever touched (generation 0), from the group's creation record.
+    /// First ownership of slots that no move has ever touched (generation 0), from the group's
+    /// creation record.
     Claim { slots: Vec<Slot> },
     /// A step of a move of slots between two shards.
-    Move { id: MoveId, slots: BTreeSet<Slot>, step: MoveStep },
-    /// A chunk of a move, for its destination. `time_ms` is the destination's own group time, from the leader that proposes it.
+    Move {
+        id: MoveId,
+        slots: BTreeSet<Slot>,
+        step: MoveStep,
+    },
+    /// A chunk of a move, for its destination. `time_ms` is the destination's own group time, from
+    /// the leader that proposes it.
     Install { time_ms: u64, install: Install },
-    /// As [`Command::Write`], but a write whose gets return more than is left of [`ANSWER_BYTES_MAX`] for the entry is rejected. From
-    /// level 1 on.
+    /// As [`Command::Write`], but a write whose gets return more than is left of
+    /// [`ANSWER_BYTES_MAX`] for the entry is rejected. From level 1 on.
     BoundedWrite { time_ms: u64, writes: Vec<Write> },
     /// Changes nothing: replicas note the digest of their maps as of this entry. From level 1 on.
     Compare,
-    /// Leaders let nothing be written from here on, for that reason; with none, it is written again. The map says so, for the leaders to
-    /// come: apply refuses nothing. From level 2 on.
+    /// Leaders let nothing be written from here on, for that reason; with none, it is written
+    /// again. The map says so, for the leaders to come: apply refuses nothing. From level 2 on.
     SetReadOnly { reason: Option<String> },
 }
 
@@ -154,10 +166,12 @@ pub enum WriteOutcome {
     Applied(Vec<OperationOutcome>),
     /// This write changed nothing.
     Rejected(Rejection),
-    /// Only of a retry: operations of some slots are answered from the memory of requests, the others were decided now, and not all of
-    /// them alike. It comes about when slots that were in different shards at the first try are in one shard now. One per operation.
+    /// Only of a retry: operations of some slots are answered from the memory of requests, the
+    /// others were decided now, and not all of them alike. It comes about when slots that were in
+    /// different shards at the first try are in one shard now. One per operation.
     Mixed(Vec<Result<OperationOutcome, Rejection>>),
-    /// It was done, now or before, and what its gets return is not at hand: nobody waits for it, or it is too large. Never sent.
+    /// It was done, now or before, and what its gets return is not at hand: nobody waits for it, or
+    /// it is too large. Never sent.
     Unanswered,
 }
 
@@ -179,16 +193,24 @@ pub enum OperationOutcome {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Rejection {
     /// This shard does not own the slot. `moved_to`: who got it by the last move seen here.
-    WrongOwner { slot: Slot, moved_to: Option<(MoveId, GroupId)> },
+    WrongOwner {
+        slot: Slot,
+        moved_to: Option<(MoveId, GroupId)>,
+    },
     /// A move holds writes to the slot back.
     Frozen { slot: Slot },
-    /// The condition of the operation at this position did not hold; `current` is the key's revision, if it exists.
-    ConditionFailed { operation: usize, current: Option<Revision> },
+    /// The condition of the operation at this position did not hold; `current` is the key's
+    /// revision, if it exists.
+    ConditionFailed {
+        operation: usize,
+        current: Option<Revision>,
+    },
     /// The idempotency key was used for another request.
     KeyReused { slot: Slot },
     /// The memory of answered requests is full: try again when some have expired.
     RequestsFull { slot: Slot },
-    /// Its gets return so many bytes: more than [`ANSWER_BYTES_MAX`], or than other writes of its entry have left of them. Never sent.
+    /// Its gets return so many bytes: more than [`ANSWER_BYTES_MAX`], or than other writes of its
+    /// entry have left of them. Never sent.
     AnswerTooLarge { bytes: u64 },
 }
 
@@ -196,7 +218,10 @@ impl Command {
     /// Returns what a view must allow before it is proposed; none: every program reads it.
     pub fn needs(&self) -> Option<Feature> {
         match self {
-            Command::Write { .. } | Command::Claim { .. } | Command::Move { .. } | Command::Install { .. } => None,
+            Command::Write { .. }
+            | Command::Claim { .. }
+            | Command::Move { .. }
+            | Command::Install { .. } => None,
             Command::BoundedWrite { .. } => Some(Feature::BoundedAnswers),
             Command::Compare => Some(Feature::CompareDigests),
             Command::SetReadOnly { .. } => Some(Feature::ReadOnlyEntries),
@@ -233,7 +258,8 @@ impl Command {
         }
     }
 
-    /// Returns whether it is about whether anything is written: a leader may propose it while nothing is.
+    /// Returns whether it is about whether anything is written: a leader may propose it while
+    /// nothing is.
     pub fn is_of_agreement(&self) -> bool {
         match self {
             Command::Compare | Command::SetReadOnly { .. } => true,
@@ -248,10 +274,13 @@ impl Command {
     /// The group time that it carries, if it does.
     pub fn time_ms(&self) -> Option<u64> {
         match self {
-            Command::Write { time_ms, .. } | Command::BoundedWrite { time_ms, .. } | Command::Install { time_ms, .. } => {
-                Some(*time_ms)
-            }
-            Command::Claim { .. } | Command::Move { .. } | Command::Compare | Command::SetReadOnly { .. } => None,
+            Command::Write { time_ms, .. }
+            | Command::BoundedWrite { time_ms, .. }
+            | Command::Install { time_ms, .. } => Some(*time_ms),
+            Command::Claim { .. }
+            | Command::Move { .. }
+            | Command::Compare
+            | Command::SetReadOnly { .. } => None,
         }
     }
 }
@@ -259,18 +288,27 @@ impl Command {
 impl Write {
     /// Returns whether it changes nothing: a read, which needs no entry.
     pub fn is_read(&self) -> bool {
-        self.operations.iter().all(|operation| operation.action == Action::Get)
+        self.operations
+            .iter()
+            .all(|operation| operation.action == Action::Get)
     }
 
     /// Returns whether it reads any values.
     pub fn has_gets(&self) -> bool {
-        self.operations.iter().any(|operation| operation.action == Action::Get)
+        self.operations
+            .iter()
+            .any(|operation| operation.action == Action::Get)
     }
 
     /// About as many bytes as the encoding takes.
     pub fn size_hint(&self) -> usize {
         let key = self.idempotency_key.as_ref().map_or(0, Bytes::len);
-        8 + key + self.operations.iter().map(Operation::size_hint).sum::<usize>()
+        8 + key
+            + self
+                .operations
+                .iter()
+                .map(Operation::size_hint)
+                .sum::<usize>()
     }
 }
 
@@ -279,7 +317,9 @@ impl Operation {
     pub fn size_hint(&self) -> usize {
         let condition = match &self.condition {
             Condition::None | Condition::Absent | Condition::Present => 0,
-            Condition::RevisionIn(revisions) | Condition::RevisionNotIn(revisions) => 1 + 4 * revisions.len(),
+            Condition::RevisionIn(revisions) | Condition::RevisionNotIn(revisions) => {
+                1 + 4 * revisions.len()
+            }
         };
         let action = match &self.action {
             Action::Get | Action::Delete => 0,

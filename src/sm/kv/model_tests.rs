@@ -66,14 +66,26 @@ impl Model {
             Action::Put { media, value } => {
                 *counter += 1;
                 let revision = Revision(*counter);
-                self.keys.insert(operation.key.clone(), Record { revision, media: media.clone(), value: value.clone() });
-                OperationOutcome::Put { revision, created: existing.is_none() }
+                self.keys.insert(
+                    operation.key.clone(),
+                    Record {
+                        revision,
+                        media: media.clone(),
+                        value: value.clone(),
+                    },
+                );
+                OperationOutcome::Put {
+                    revision,
+                    created: existing.is_none(),
+                }
             }
             Action::Delete if existing.is_none() => OperationOutcome::Deleted { revision: None },
             Action::Delete => {
                 *counter += 1;
                 self.keys.remove(&operation.key);
-                OperationOutcome::Deleted { revision: Some(Revision(*counter)) }
+                OperationOutcome::Deleted {
+                    revision: Some(Revision(*counter)),
+                }
             }
         }
     }
@@ -81,16 +93,29 @@ impl Model {
     pub fn write(&mut self, write: &Write) -> WriteOutcome {
         let slot = |operation: &Operation| slot_of(&operation.key);
         let operations = &write.operations;
-        if let Some(operation) = operations.iter().find(|operation| self.hold(slot(operation)) == Ownership::NotOwned) {
-            return WriteOutcome::Rejected(Rejection::WrongOwner { slot: slot(operation), moved_to: None });
+        if let Some(operation) = operations
+            .iter()
+            .find(|operation| self.hold(slot(operation)) == Ownership::NotOwned)
+        {
+            return WriteOutcome::Rejected(Rejection::WrongOwner {
+                slot: slot(operation),
+                moved_to: None,
+            });
         }
-        let of_slot = |slot: Slot| operations.iter().filter(move |operation| slot_of(&operation.key) == slot).cloned();
+        let of_slot = |slot: Slot| {
+            operations
+                .iter()
+                .filter(move |operation| slot_of(&operation.key) == slot)
+                .cloned()
+        };
         let slots: BTreeSet<Slot> = operations.iter().map(slot).collect();
         let mut results: BTreeMap<Slot, Vec<Result<OperationOutcome, Failed>>> = BTreeMap::new();
         if let Some(key) = &write.idempotency_key {
             for slot in &slots {
                 let answered = self.answered.get(&(*slot, key.clone()));
-                let Some(answered) = answered.filter(|answered| self.time_ms - answered.time_ms < REMEMBERED_MS) else {
+                let Some(answered) =
+                    answered.filter(|answered| self.time_ms - answered.time_ms < REMEMBERED_MS)
+                else {
                     continue;
                 };
                 if answered.operations != of_slot(*slot).collect::<Vec<_>>() {
@@ -99,10 +124,18 @@ impl Model {
                 results.insert(*slot, answered.results.clone());
             }
         }
-        let fresh: Vec<Operation> =
-            operations.iter().filter(|operation| !results.contains_key(&slot(operation))).cloned().collect();
-        if let Some(operation) = fresh.iter().find(|operation| self.hold(slot(operation)) == Ownership::Frozen) {
-            return WriteOutcome::Rejected(Rejection::Frozen { slot: slot(operation) });
+        let fresh: Vec<Operation> = operations
+            .iter()
+            .filter(|operation| !results.contains_key(&slot(operation)))
+            .cloned()
+            .collect();
+        if let Some(operation) = fresh
+            .iter()
+            .find(|operation| self.hold(slot(operation)) == Ownership::Frozen)
+        {
+            return WriteOutcome::Rejected(Rejection::Frozen {
+                slot: slot(operation),
+            });
         }
         let mut nths: BTreeMap<Slot, usize> = BTreeMap::new();
         let mut failed = None;
@@ -110,7 +143,11 @@ impl Model {
             let nth = nths.entry(slot(operation)).or_default();
             let current = self.revision(&operation.key);
             if failed.is_none() && !holds(&operation.condition, current) {
-                failed = Some(Failed { slot: slot(operation), nth: *nth, current });
+                failed = Some(Failed {
+                    slot: slot(operation),
+                    nth: *nth,
+                    current,
+                });
             }
             *nth += 1;
         }
@@ -122,7 +159,14 @@ impl Model {
         if let Some(key) = &write.idempotency_key {
             for slot in fresh_slots {
                 let (results, operations) = (results[&slot].clone(), of_slot(slot).collect());
-                self.answered.insert((slot, key.clone()), Answered { time_ms: self.time_ms, operations, results });
+                self.answered.insert(
+                    (slot, key.clone()),
+                    Answered {
+                        time_ms: self.time_ms,
+                        operations,
+                        results,
+                    },
+                );
                 self.time_ms_min = self.time_ms;
             }
         }
@@ -145,9 +189,14 @@ fn holds(condition: &Condition, current: Option<Revision>) -> bool {
     }
 }
 
-fn outcome(operations: &[Operation], results: BTreeMap<Slot, Vec<Result<OperationOutcome, Failed>>>) -> WriteOutcome {
+fn outcome(
+    operations: &[Operation],
+    results: BTreeMap<Slot, Vec<Result<OperationOutcome, Failed>>>,
+) -> WriteOutcome {
     let positions = |slot: Slot| -> Vec<usize> {
-        (0..operations.len()).filter(|position| slot_of(&operations[*position].key) == slot).collect()
+        (0..operations.len())
+            .filter(|position| slot_of(&operations[*position].key) == slot)
+            .collect()
     };
     let mut nths: BTreeMap<Slot, usize> = BTreeMap::new();
     let mut all = Vec::new();
@@ -155,8 +204,14 @@ fn outcome(operations: &[Operation], results: BTreeMap<Slot, Vec<Result<Operatio
         let slot = slot_of(&operation.key);
         let nth = nths.entry(slot).or_default();
         let result = results[&slot][*nth].clone().map_err(|failed| {
-            let named = positions(failed.slot).get(failed.nth).copied().unwrap_or(positions(slot)[0]);
-            Rejection::ConditionFailed { operation: named, current: failed.current }
+            let named = positions(failed.slot)
+                .get(failed.nth)
+                .copied()
+                .unwrap_or(positions(slot)[0]);
+            Rejection::ConditionFailed {
+                operation: named,
+                current: failed.current,
+            }
         });
         all.push(result);
         *nth += 1;
@@ -165,7 +220,9 @@ fn outcome(operations: &[Operation], results: BTreeMap<Slot, Vec<Result<Operatio
         return WriteOutcome::Applied(all.into_iter().flatten().collect());
     }
     match &all[0] {
-        Err(rejection) if all.iter().all(|result| *result == all[0]) => WriteOutcome::Rejected(rejection.clone()),
+        Err(rejection) if all.iter().all(|result| *result == all[0]) => {
+            WriteOutcome::Rejected(rejection.clone())
+        }
         _ => WriteOutcome::Mixed(all),
     }
 }
@@ -179,34 +236,50 @@ pub(super) fn operation() -> impl Strategy<Value = Operation> {
         1 => revisions().prop_map(Condition::RevisionIn),
         1 => revisions().prop_map(Condition::RevisionNotIn),
     ];
-    let media = prop_oneof![Just(Media::Text), Just(Media::Json), Just(Media::Other("m".into()))];
+    let media = prop_oneof![
+        Just(Media::Text),
+        Just(Media::Json),
+        Just(Media::Other("m".into()))
+    ];
     let put = (media, proptest::collection::vec(any::<u8>(), 0..5));
     let action = prop_oneof![
         1 => Just(Action::Get),
         3 => put.prop_map(|(media, value)| Action::Put { media, value: value.into() }),
         2 => Just(Action::Delete),
     ];
-    (proptest::sample::select(&KEYS[..]), condition, action).prop_map(|(key, condition, action)| Operation {
-        key: Bytes::from_static(key.as_bytes()),
-        condition,
-        action,
+    (proptest::sample::select(&KEYS[..]), condition, action).prop_map(|(key, condition, action)| {
+        Operation {
+            key: Bytes::from_static(key.as_bytes()),
+            condition,
+            action,
+        }
     })
 }
 
-/// Writes out of a small pool of requests, so that retries come; sometimes with an operation more or less, as another batch would have.
+/// Writes out of a small pool of requests, so that retries come; sometimes with an operation more
+/// or less, as another batch would have.
 pub(super) fn write(pool: Vec<Vec<Operation>>) -> impl Strategy<Value = Write> {
     let count = pool.len();
-    (0..count, proptest::option::weighted(0.7, 0..count), operation(), 0..8usize).prop_map(move |(which, key, extra, cut)| {
-        let mut operations = pool[key.unwrap_or(which)].clone();
-        match cut {
-            0 => operations.push(extra),
-            1 => operations.truncate(1),
-            2 => operations.retain(|operation| operation.key.starts_with(b"{a}")),
-            _ => {}
-        }
-        let idempotency_key = key.map(|number| Bytes::from(format!("k{number}")));
-        Write { operations, idempotency_key }
-    })
+    (
+        0..count,
+        proptest::option::weighted(0.7, 0..count),
+        operation(),
+        0..8usize,
+    )
+        .prop_map(move |(which, key, extra, cut)| {
+            let mut operations = pool[key.unwrap_or(which)].clone();
+            match cut {
+                0 => operations.push(extra),
+                1 => operations.truncate(1),
+                2 => operations.retain(|operation| operation.key.starts_with(b"{a}")),
+                _ => {}
+            }
+            let idempotency_key = key.map(|number| Bytes::from(format!("k{number}")));
+            Write {
+                operations,
+                idempotency_key,
+            }
+        })
 }
 
 fn slot() -> impl Strategy<Value = Slot> {
@@ -244,10 +317,22 @@ fn scanned(shard: &Shard, direction: Direction, limit: usize) -> Vec<(Bytes, Rec
     loop {
         let range = match (direction, items.last()) {
             (_, None) => KeyRange::all(),
-            (Direction::Forward, Some((last, _))) => KeyRange { start: [last, &b"\0"[..]].concat().into(), end: None },
-            (Direction::Reverse, Some((last, _))) => KeyRange { start: Bytes::new(), end: Some(last.clone()) },
+            (Direction::Forward, Some((last, _))) => KeyRange {
+                start: [last, &b"\0"[..]].concat().into(),
+                end: None,
+            },
+            (Direction::Reverse, Some((last, _))) => KeyRange {
+                start: Bytes::new(),
+                end: Some(last.clone()),
+            },
         };
-        let request = PageRequest { range, direction, limit, bytes_max: 20, keys_only: false };
+        let request = PageRequest {
+            range,
+            direction,
+            limit,
+            bytes_max: 20,
+            keys_only: false,
+        };
         let page = scan_page(&shard.map, &request).expect("readable");
         assert!(page.items.len() <= limit && (!page.items.is_empty() || !page.more));
         items.extend(page.items);
@@ -260,25 +345,38 @@ fn scanned(shard: &Shard, direction: Direction, limit: usize) -> Vec<(Bytes, Rec
 fn check(shard: &Shard, model: &Model, limit: usize) {
     shard.assert_counted();
     let owned = |key: &Bytes| model.hold(slot_of(key)) != Ownership::NotOwned;
-    let expected: Vec<(Bytes, Record)> =
-        model.keys.iter().filter(|(key, _)| owned(key)).map(|(key, record)| (key.clone(), record.clone())).collect();
+    let expected: Vec<(Bytes, Record)> = model
+        .keys
+        .iter()
+        .filter(|(key, _)| owned(key))
+        .map(|(key, record)| (key.clone(), record.clone()))
+        .collect();
     assert_eq!(scanned(shard, Direction::Forward, limit), expected);
     let mut reversed = scanned(shard, Direction::Reverse, limit);
     reversed.reverse();
     assert_eq!(reversed, expected);
     let counts = count(&shard.map).expect("readable");
     assert_eq!(counts.keys, expected.len() as u64);
-    let slots = model.holds.iter().filter(|(_, hold)| **hold != Ownership::NotOwned).map(|(slot, _)| *slot);
+    let slots = model
+        .holds
+        .iter()
+        .filter(|(_, hold)| **hold != Ownership::NotOwned)
+        .map(|(slot, _)| *slot);
     assert_eq!(counts.slots, slots.collect::<Vec<_>>());
     for key in KEYS.map(|key| Bytes::from_static(key.as_bytes())) {
         let outcome = match owned(&key) {
             true => ReadOutcome::Owned(model.keys.get(&key).cloned()),
-            false => ReadOutcome::NotOwned { slot: slot_of(&key), moved_to: None },
+            false => ReadOutcome::NotOwned {
+                slot: slot_of(&key),
+                moved_to: None,
+            },
         };
         assert_eq!(read(&shard.map, &key).expect("readable"), outcome);
     }
     let stored = group_time_ms(&shard.map).expect("readable");
-    assert!(stored >= model.time_ms_min && stored <= model.time_ms && model.time_ms - stored < 1000);
+    assert!(
+        stored >= model.time_ms_min && stored <= model.time_ms && model.time_ms - stored < 1000
+    );
 }
 
 fn run_event(shard: &mut Shard, model: &mut Model, event: &Event) {
@@ -288,8 +386,14 @@ fn run_event(shard: &mut Shard, model: &mut Model, event: &Event) {
             model.holds.insert(*slot, *hold);
         }
         Event::Entry(command) => {
-            let Command::Write { time_ms, writes } = command else { unreachable!("only writes are drawn") };
-            assert_eq!(shard.apply(command.clone()), model.entry(*time_ms, writes), "{command:?}");
+            let Command::Write { time_ms, writes } = command else {
+                unreachable!("only writes are drawn")
+            };
+            assert_eq!(
+                shard.apply(command.clone()),
+                model.entry(*time_ms, writes),
+                "{command:?}"
+            );
         }
     }
 }
@@ -297,7 +401,9 @@ fn run_event(shard: &mut Shard, model: &mut Model, event: &Event) {
 fn claimed() -> (Shard, Model) {
     let (mut shard, mut model) = (Shard::default(), Model::default());
     let slots: Vec<Slot> = TAGS.iter().map(|tag| slot_of(tag.as_bytes())).collect();
-    model.holds.extend(slots.iter().map(|slot| (*slot, Ownership::Owned)));
+    model
+        .holds
+        .extend(slots.iter().map(|slot| (*slot, Ownership::Owned)));
     assert_eq!(shard.apply(Command::Claim { slots }), Outcome::Claimed);
     (shard, model)
 }

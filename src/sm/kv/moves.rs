@@ -1,15 +1,17 @@
-//! The words of a slot move: its steps, what they answer, and what a shard keeps of a move that is open in it.
+//! The words of a slot move: its steps, what they answer, and what a shard keeps of a move that is
+//! open in it.
 //!
-//! A move takes slots from a source shard to a destination shard. Each step is an entry of one of the two, fenced by the move's id: a
-//! step of a move that was overtaken, or has ended, changes nothing. What the steps do is in `source`, `destination` and `clear`, which
-//! step comes next in `sm::moves`.
+//! A move takes slots from a source shard to a destination shard. Each step is an entry of one of
+//! the two, fenced by the move's id: a step of a move that was overtaken, or has ended, changes
+//! nothing. What the steps do is in `source`, `destination` and `clear`, which step comes next in
+//! `sm::moves`.
 //!
 //! ```text
 //! source       Begin ............. Freeze .................... Release ............. Clear
 //! destination         Install ...          Install, Complete            Activate
 //! ```
-//! The destination is cleared and prepared (`Clear`, `Prepare`) before `Begin`. Up to `Release`, `Abort` at the source and then `Cancel` at
-//! the destination end the move instead.
+//! The destination is cleared and prepared (`Clear`, `Prepare`) before `Begin`. Up to `Release`,
+//! `Abort` at the source and then `Cancel` at the destination end the move instead.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,7 +25,8 @@ use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::slots::{Contents, all_moves, misplaced, move_key, parse_move_key};
 use crate::types::{GroupId, MoveId, Slot};
 
-/// A step of a move, for the source or the destination. Part of the disk format: variants are only ever added, at the end.
+/// A step of a move, for the source or the destination. Part of the disk format: variants are only
+/// ever added, at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MoveStep {
     /// Source: from now on the changes in the slots are marked. All slots or none.
@@ -36,14 +39,19 @@ pub enum MoveStep {
     Abort,
     /// Destination: opens the move. All slots or none; they must be empty.
     Prepare { from: GroupId },
-    /// Destination: everything is here. `chunk` counts the chunks, `contents` is what the frozen source has in each slot.
-    Complete { chunk: u64, contents: BTreeMap<Slot, Contents> },
+    /// Destination: everything is here. `chunk` counts the chunks, `contents` is what the frozen
+    /// source has in each slot.
+    Complete {
+        chunk: u64,
+        contents: BTreeMap<Slot, Contents>,
+    },
     /// Destination: serves the slots. Only after the release was applied.
     Activate,
     /// Destination: gives up an install. Only after the abort was applied.
     Cancel,
-    /// Either: deletes what is left in slots that this shard does not hold, and the marks of the move, at most `limit` keys, and about a
-    /// mebibyte. Of no slots: the marks alone. At the destination it comes before [`MoveStep::Prepare`] and ends an older install.
+    /// Either: deletes what is left in slots that this shard does not hold, and the marks of the
+    /// move, at most `limit` keys, and about a mebibyte. Of no slots: the marks alone. At the
+    /// destination it comes before [`MoveStep::Prepare`] and ends an older install.
     Clear { limit: u32 },
 }
 
@@ -64,7 +72,10 @@ pub struct Install {
 impl Install {
     /// What it weighs: keys and values.
     pub fn bytes(&self) -> usize {
-        self.pairs.iter().map(|(key, value)| key.len() + value.as_ref().map_or(0, Bytes::len)).sum()
+        self.pairs
+            .iter()
+            .map(|(key, value)| key.len() + value.as_ref().map_or(0, Bytes::len))
+            .sum()
     }
 
     /// Whether more pairs of the slots come after it, so that no frozen slot waits for it.
@@ -91,8 +102,8 @@ pub enum MoveOutcome {
     Done,
     /// Of [`MoveStep::Clear`]. `more`: something is left.
     Cleared { more: bool },
-    /// Of [`MoveStep::Prepare`], [`MoveStep::Complete`] and [`Install`]: where the install now stands, whether by this entry or because
-    /// another driver has come further. Go on from there.
+    /// Of [`MoveStep::Prepare`], [`MoveStep::Complete`] and [`Install`]: where the install now
+    /// stands, whether by this entry or because another driver has come further. Go on from there.
     Installing(Progress),
     /// Nothing was changed.
     Rejected(MoveRejection),
@@ -119,9 +130,15 @@ pub enum MoveRejection {
     Leftovers { slot: Slot },
     /// An activation before everything was there.
     Incomplete,
-    /// The destination counts something else in the slot than the source: nothing of this install may be served.
-    Differs { slot: Slot, source: Contents, here: Contents },
-    /// The step does not fit the move as it was opened here, or a pair does not fit the map. The text says which; it is for people.
+    /// The destination counts something else in the slot than the source: nothing of this install
+    /// may be served.
+    Differs {
+        slot: Slot,
+        source: Contents,
+        here: Contents,
+    },
+    /// The step does not fit the move as it was opened here, or a pair does not fit the map. The
+    /// text says which; it is for people.
     Unfit { why: String },
 }
 
@@ -134,7 +151,10 @@ impl From<MoveRejection> for MoveOutcome {
 impl Install {
     /// About as many bytes as the encoding takes.
     pub fn size_hint(&self) -> usize {
-        let pairs = self.pairs.iter().map(|(key, value)| 12 + key.len() + value.as_ref().map_or(0, Bytes::len));
+        let pairs = self
+            .pairs
+            .iter()
+            .map(|(key, value)| 12 + key.len() + value.as_ref().map_or(0, Bytes::len));
         48 + self.cursor.len() + pairs.sum::<usize>()
     }
 }
@@ -142,7 +162,11 @@ impl Install {
 impl MoveStep {
     /// The entry that takes this step.
     pub fn of(self, id: MoveId, slots: &BTreeSet<Slot>) -> Command {
-        Command::Move { id, slots: slots.clone(), step: self }
+        Command::Move {
+            id,
+            slots: slots.clone(),
+            step: self,
+        }
     }
 
     pub(super) fn size_hint(&self) -> usize {
@@ -153,8 +177,8 @@ impl MoveStep {
     }
 }
 
-/// A move that is open in a shard. It is in the map for exactly as long; what outlives it is in the states of the slots, whose
-/// generation is the move's id. Part of the disk format.
+/// A move that is open in a shard. It is in the map for exactly as long; what outlives it is in the
+/// states of the slots, whose generation is the move's id. Part of the disk format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenMove {
     pub slots: BTreeSet<Slot>,
@@ -182,7 +206,9 @@ impl OpenMove {
 
     /// The move with this id, if it is open in a shard's map.
     pub fn read(read: &impl Read, id: MoveId) -> Result<Option<Self>, StoreError> {
-        read.get(&move_key(id))?.map(|bytes| Self::decode(&bytes)).transpose()
+        read.get(&move_key(id))?
+            .map(|bytes| Self::decode(&bytes))
+            .transpose()
     }
 
     /// Every move that is open in a shard's map.

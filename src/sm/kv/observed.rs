@@ -1,7 +1,9 @@
-//! How far a shard is with a move, read from its map: what the driver of a move decides by. And what moves have left to be cleared.
+//! How far a shard is with a move, read from its map: what the driver of a move decides by. And
+//! what moves have left to be cleared.
 //!
-//! A map may be behind its log, so what is observed was so, and may have gone on since. The steps are fenced, so a decision on it does no
-//! harm. States follow one another in one direction only, as they are ordered here.
+//! A map may be behind its log, so what is observed was so, and may have gone on since. The steps
+//! are fenced, so a decision on it does no harm. States follow one another in one direction only,
+//! as they are ordered here.
 
 use std::collections::BTreeSet;
 
@@ -12,7 +14,8 @@ use super::source::is_released;
 use super::{MovePhase, OpenMove, Progress};
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::slots::{
-    Ownership, SlotState, change_range_from, data_range, expiry_range, misplaced, parse_change_key, request_range,
+    Ownership, SlotState, change_range_from, data_range, expiry_range, misplaced, parse_change_key,
+    request_range,
 };
 use crate::types::{MoveId, Slot};
 
@@ -36,7 +39,8 @@ pub enum SourceState {
 pub enum Remaining {
     /// Some or all of what the slots hold, and the changes since.
     Pairs,
-    /// Changes alone, of about so many bytes; counted up to [`CHANGES_BYTES_MAX`]. 0: nothing at all.
+    /// Changes alone, of about so many bytes; counted up to [`CHANGES_BYTES_MAX`]. 0: nothing at
+    /// all.
     Changes { bytes: u64 },
 }
 
@@ -58,11 +62,18 @@ pub enum DestinationState {
     Overtaken,
 }
 
-/// Up to where the bytes of changes are counted: enough to see that they are few, and some thousand marks at most.
+/// Up to where the bytes of changes are counted: enough to see that they are few, and some thousand
+/// marks at most.
 pub const CHANGES_BYTES_MAX: u64 = 1 << 18;
 
-/// What the map of a source has of a move of `slots`. `cursor` is that of the destination's progress; empty where there is none.
-pub fn source_state(read: &impl Read, id: MoveId, slots: &BTreeSet<Slot>, cursor: &[u8]) -> Result<SourceState, StoreError> {
+/// What the map of a source has of a move of `slots`. `cursor` is that of the destination's
+/// progress; empty where there is none.
+pub fn source_state(
+    read: &impl Read,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+    cursor: &[u8],
+) -> Result<SourceState, StoreError> {
     if let Some(open) = OpenMove::read(read, id)? {
         let left = changes_left(read, id, &Cursor::decode(cursor)?, CHANGES_BYTES_MAX)?;
         let remaining = left.map_or(Remaining::Pairs, |bytes| Remaining::Changes { bytes });
@@ -88,8 +99,16 @@ pub fn source_state(read: &impl Read, id: MoveId, slots: &BTreeSet<Slot>, cursor
 }
 
 /// What the map of a destination has of a move of `slots`.
-pub fn destination_state(read: &impl Read, id: MoveId, slots: &BTreeSet<Slot>) -> Result<DestinationState, StoreError> {
-    if let Some(OpenMove { phase: MovePhase::Installing { progress, .. }, .. }) = OpenMove::read(read, id)? {
+pub fn destination_state(
+    read: &impl Read,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+) -> Result<DestinationState, StoreError> {
+    if let Some(OpenMove {
+        phase: MovePhase::Installing { progress, .. },
+        ..
+    }) = OpenMove::read(read, id)?
+    {
         return Ok(DestinationState::Installing(progress));
     }
     let mut leftovers = false;
@@ -97,21 +116,40 @@ pub fn destination_state(read: &impl Read, id: MoveId, slots: &BTreeSet<Slot>) -
         let state = SlotState::read(read, *slot)?;
         match state.generation.cmp(&id) {
             std::cmp::Ordering::Greater => return Ok(DestinationState::Overtaken),
-            std::cmp::Ordering::Equal if state.serves_reads() => return Ok(DestinationState::Active),
+            std::cmp::Ordering::Equal if state.serves_reads() => {
+                return Ok(DestinationState::Active);
+            }
             std::cmp::Ordering::Equal => return Ok(DestinationState::Cancelled),
-            std::cmp::Ordering::Less if state.serves_reads() => return Ok(DestinationState::StillOwned),
+            std::cmp::Ordering::Less if state.serves_reads() => {
+                return Ok(DestinationState::StillOwned);
+            }
             std::cmp::Ordering::Less => {
-                leftovers = leftovers || state.ownership == Ownership::Arriving || holds_anything(read, *slot)?;
+                leftovers = leftovers
+                    || state.ownership == Ownership::Arriving
+                    || holds_anything(read, *slot)?;
             }
         }
     }
-    Ok(if leftovers { DestinationState::Leftovers } else { DestinationState::Free })
+    Ok(if leftovers {
+        DestinationState::Leftovers
+    } else {
+        DestinationState::Free
+    })
 }
 
 /// Whether the map holds anything in `slot`, looked up in the map itself and not in its counters.
 pub(super) fn holds_anything(read: &impl Read, slot: Slot) -> Result<bool, StoreError> {
-    for range in [data_range(slot, &KeyRange::all()), request_range(slot), expiry_range(slot)] {
-        if read.scan_starts(&range, Direction::Forward, 0).next().transpose()?.is_some() {
+    for range in [
+        data_range(slot, &KeyRange::all()),
+        request_range(slot),
+        expiry_range(slot),
+    ] {
+        if read
+            .scan_starts(&range, Direction::Forward, 0)
+            .next()
+            .transpose()?
+            .is_some()
+        {
             return Ok(true);
         }
     }
@@ -121,17 +159,28 @@ pub(super) fn holds_anything(read: &impl Read, slot: Slot) -> Result<bool, Store
 /// Most slots named by [`leftovers`] at once.
 const LEFTOVER_SLOTS_MAX: usize = 64;
 
-/// Something that ended moves have left in the map, as the move and slots of a [`super::MoveStep::Clear`] that deletes some of it: the
-/// marks of a move, or what is in slots that the shard does not hold. To be asked again after each such step, by the shard's leader.
+/// Something that ended moves have left in the map, as the move and slots of a
+/// [`super::MoveStep::Clear`] that deletes some of it: the marks of a move, or what is in slots
+/// that the shard does not hold. To be asked again after each such step, by the shard's leader.
 pub fn leftovers(read: &impl Read) -> Result<Option<(MoveId, BTreeSet<Slot>)>, StoreError> {
     if let Some(id) = ended_with_marks(read)? {
         return Ok(Some((id, BTreeSet::new())));
     }
     let mut states = SlotState::read_all(read)?;
-    states.retain(|(_, state)| state.ownership == Ownership::NotOwned && (state.contents.keys > 0 || state.requests.bytes > 0));
-    let Some((_, first)) = states.first().copied() else { return Ok(None) };
-    let alike = states.into_iter().filter(|(_, state)| state.generation == first.generation);
-    let slots = alike.map(|(slot, _)| slot).take(LEFTOVER_SLOTS_MAX).collect();
+    states.retain(|(_, state)| {
+        state.ownership == Ownership::NotOwned
+            && (state.contents.keys > 0 || state.requests.bytes > 0)
+    });
+    let Some((_, first)) = states.first().copied() else {
+        return Ok(None);
+    };
+    let alike = states
+        .into_iter()
+        .filter(|(_, state)| state.generation == first.generation);
+    let slots = alike
+        .map(|(slot, _)| slot)
+        .take(LEFTOVER_SLOTS_MAX)
+        .collect();
     Ok(Some((first.generation, slots)))
 }
 
@@ -139,7 +188,11 @@ pub fn leftovers(read: &impl Read) -> Result<Option<(MoveId, BTreeSet<Slot>)>, S
 fn ended_with_marks(read: &impl Read) -> Result<Option<MoveId>, StoreError> {
     let mut from = MoveId(0);
     loop {
-        let Some((mark, _)) = read.scan(&change_range_from(from), Direction::Forward).next().transpose()? else {
+        let Some((mark, _)) = read
+            .scan(&change_range_from(from), Direction::Forward)
+            .next()
+            .transpose()?
+        else {
             return Ok(None);
         };
         let (id, _) = parse_change_key(&mark).ok_or_else(|| misplaced(&mark))?;

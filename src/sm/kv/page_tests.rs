@@ -7,7 +7,13 @@ use super::*;
 use crate::sm::ports::{Direction, KeyRange};
 
 fn request(direction: Direction, limit: usize) -> PageRequest {
-    PageRequest { range: KeyRange::all(), direction, limit, bytes_max: 10_000, keys_only: false }
+    PageRequest {
+        range: KeyRange::all(),
+        direction,
+        limit,
+        bytes_max: 10_000,
+        keys_only: false,
+    }
 }
 
 fn shard() -> Shard {
@@ -20,11 +26,18 @@ fn shard() -> Shard {
 
 fn shown(page: &ScanPage) -> Vec<String> {
     let text = |bytes: &Bytes| bytes.escape_ascii().to_string();
-    page.items.iter().map(|(key, record)| format!("{}={}", text(key), text(&record.value))).collect()
+    page.items
+        .iter()
+        .map(|(key, record)| format!("{}={}", text(key), text(&record.value)))
+        .collect()
 }
 
 /// Reads a page with a pause after each key, and changes the shard in each.
-fn paused(shard: &mut Shard, request: &PageRequest, mut between: impl FnMut(&mut Shard, u32)) -> (ScanPage, bool) {
+fn paused(
+    shard: &mut Shard,
+    request: &PageRequest,
+    mut between: impl FnMut(&mut Shard, u32),
+) -> (ScanPage, bool) {
     let mut scan = PageScan::new(request);
     while !scan.step(&shard.map, |_| true, || true).expect("readable") {
         between(shard, scan.steps());

@@ -1,4 +1,5 @@
-//! What is read of a shard's map outside of its log. Ownership and data come from the same [`Read`], so both are of one point in time.
+//! What is read of a shard's map outside of its log. Ownership and data come from the same
+//! [`Read`], so both are of one point in time.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -10,13 +11,18 @@ use super::answers::START_BYTES;
 use super::record::{decode_head, decode_record};
 use crate::sm::codec;
 use crate::sm::ports::{Direction, Items, KeyRange, Read, StoreError, ValueStart};
-use crate::sm::slots::{READ_ONLY_KEY, SlotState, data_key, data_range, misplaced, parse_data_key, slot_of};
+use crate::sm::slots::{
+    READ_ONLY_KEY, SlotState, data_key, data_range, misplaced, parse_data_key, slot_of,
+};
 use crate::types::{GroupId, MoveId, Slot};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReadOutcome {
     /// `moved_to`: who got the slot by the last move seen here.
-    NotOwned { slot: Slot, moved_to: Option<(MoveId, GroupId)> },
+    NotOwned {
+        slot: Slot,
+        moved_to: Option<(MoveId, GroupId)>,
+    },
     /// The key's record, if there is one.
     Owned(Option<Record>),
 }
@@ -24,21 +30,28 @@ pub enum ReadOutcome {
 /// Returns why nothing is written to the shard, if its map says so.
 pub fn read_only(read: &impl Read) -> Result<Option<String>, StoreError> {
     let stored = read.get(READ_ONLY_KEY)?;
-    stored.map(|stored| codec::decode(&stored, "why a shard is read-only")).transpose()
+    stored
+        .map(|stored| codec::decode(&stored, "why a shard is read-only"))
+        .transpose()
 }
 
 /// The record of `key`, if the shard owns its slot.
 pub fn read(read: &impl Read, key: &[u8]) -> Result<ReadOutcome, StoreError> {
     Ok(match find(read, key)? {
         FindOutcome::NotOwned { slot, moved_to } => ReadOutcome::NotOwned { slot, moved_to },
-        FindOutcome::Owned(found) => ReadOutcome::Owned(found.map(|found| found.load(read, false)).transpose()?),
+        FindOutcome::Owned(found) => {
+            ReadOutcome::Owned(found.map(|found| found.load(read, false)).transpose()?)
+        }
     })
 }
 
 /// As [`ReadOutcome`], before a value is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FindOutcome {
-    NotOwned { slot: Slot, moved_to: Option<(MoveId, GroupId)> },
+    NotOwned {
+        slot: Slot,
+        moved_to: Option<(MoveId, GroupId)>,
+    },
     Owned(Option<FoundKey>),
 }
 
@@ -69,11 +82,16 @@ pub fn find(read: &impl Read, key: &[u8]) -> Result<FindOutcome, StoreError> {
     let slot = slot_of(key);
     let state = SlotState::read(read, slot)?;
     if !state.serves_reads() {
-        return Ok(FindOutcome::NotOwned { slot, moved_to: state.moved_to });
+        return Ok(FindOutcome::NotOwned {
+            slot,
+            moved_to: state.moved_to,
+        });
     }
     let data_key = data_key(slot, key);
     let stored = read.start_of(&data_key, FIND_BYTES)?;
-    Ok(FindOutcome::Owned(stored.map(|stored| FoundKey { data_key, stored })))
+    Ok(FindOutcome::Owned(
+        stored.map(|stored| FoundKey { data_key, stored }),
+    ))
 }
 
 /// What a shard holds.
@@ -126,15 +144,17 @@ pub struct ScanPage {
     pub slots: Vec<Slot>,
 }
 
-/// A page of the keys in the slots that the shard owns: a merge of the slots that have any, each read as far as the page reaches.
+/// A page of the keys in the slots that the shard owns: a merge of the slots that have any, each
+/// read as far as the page reaches.
 ///
-/// Of a slot whose turn has not come the next key is known, and the beginning of what is stored there; a value is read only when it
-/// is certain that the page has room for it.
+/// Of a slot whose turn has not come the next key is known, and the beginning of what is stored
+/// there; a value is read only when it is certain that the page has room for it.
 pub fn scan_page(read: &impl Read, request: &PageRequest) -> Result<ScanPage, StoreError> {
     scan_page_charged(read, request, |_| true)
 }
 
-/// As [`scan_page`]. `charge` is told the bytes of each item before it is read; where it says no, the page ends, with more to come.
+/// As [`scan_page`]. `charge` is told the bytes of each item before it is read; where it says no,
+/// the page ends, with more to come.
 pub fn scan_page_charged(
     read: &impl Read,
     request: &PageRequest,
@@ -145,12 +165,12 @@ pub fn scan_page_charged(
     Ok(scan.into_page())
 }
 
-/// A page that is read step by step, each step of the map as it is then: so nobody need keep the map
-/// still for all of it.
+/// A page that is read step by step, each step of the map as it is then: so nobody need keep the
+/// map still for all of it.
 ///
-/// An item is as it was at some moment of the scan, and what was there all the time is in the page. The slots
-/// are the shard's from the first step on; whether they still are is for [`PageScan::still_owns`] to say after the
-/// last.
+/// An item is as it was at some moment of the scan, and what was there all the time is in the page.
+/// The slots are the shard's from the first step on; whether they still are is for
+/// [`PageScan::still_owns`] to say after the last.
 pub struct PageScan<'a> {
     request: &'a PageRequest,
     /// None before the first step.
@@ -168,7 +188,15 @@ impl<'a> PageScan<'a> {
     /// Begins a page.
     pub fn new(request: &'a PageRequest) -> Self {
         let bytes_left = request.bytes_max;
-        Self { request, owned: None, entered: 0, heads: BinaryHeap::new(), items: Vec::new(), bytes_left, steps: 0 }
+        Self {
+            request,
+            owned: None,
+            entered: 0,
+            heads: BinaryHeap::new(),
+            items: Vec::new(),
+            bytes_left,
+            steps: 0,
+        }
     }
 
     /// Returns how many steps were taken.
@@ -176,8 +204,8 @@ impl<'a> PageScan<'a> {
         self.steps
     }
 
-    /// Goes on with the page, until `pauses` says that it is enough for now; it is asked between any two keys. Returns whether the page is
-    /// complete. `charge`: see [`scan_page_charged`].
+    /// Goes on with the page, until `pauses` says that it is enough for now; it is asked between
+    /// any two keys. Returns whether the page is complete. `charge`: see [`scan_page_charged`].
     pub fn step(
         &mut self,
         read: &impl Read,
@@ -189,7 +217,13 @@ impl<'a> PageScan<'a> {
             self.owned = Some(owned_states(read)?);
         }
         let owned = self.owned.as_deref().unwrap_or_default();
-        let mut merge = Merge { read, request: self.request, heads: &mut self.heads, last: None, step: self.steps };
+        let mut merge = Merge {
+            read,
+            request: self.request,
+            heads: &mut self.heads,
+            last: None,
+            step: self.steps,
+        };
         while let Some((slot, state)) = owned.get(self.entered) {
             self.entered += 1;
             if state.contents.keys == 0 {
@@ -205,7 +239,9 @@ impl<'a> PageScan<'a> {
             if !merge.refresh()? {
                 break;
             }
-            let Some(head) = merge.heads.peek() else { break };
+            let Some(head) = merge.heads.peek() else {
+                break;
+            };
             let bytes = merge.bytes_of(head);
             if (bytes > self.bytes_left && !self.items.is_empty()) || !charge(bytes) {
                 break;
@@ -219,18 +255,30 @@ impl<'a> PageScan<'a> {
         Ok(true)
     }
 
-    /// Returns whether the shard owns the slots of the page as it did when it was begun: none has been elsewhere in between.
+    /// Returns whether the shard owns the slots of the page as it did when it was begun: none has
+    /// been elsewhere in between.
     pub fn still_owns(&self, read: &impl Read) -> Result<bool, StoreError> {
         let now: BTreeMap<Slot, SlotState> = owned_states(read)?.into_iter().collect();
-        let is_as_before =
-            |(slot, before): &(Slot, SlotState)| now.get(slot).is_some_and(|state| state.generation == before.generation);
+        let is_as_before = |(slot, before): &(Slot, SlotState)| {
+            now.get(slot)
+                .is_some_and(|state| state.generation == before.generation)
+        };
         Ok(self.owned.iter().flatten().all(is_as_before))
     }
 
     /// Returns the page, which is complete.
     pub fn into_page(self) -> ScanPage {
-        let slots = self.owned.into_iter().flatten().map(|(slot, _)| slot).collect();
-        ScanPage { items: self.items, more: !self.heads.is_empty(), slots }
+        let slots = self
+            .owned
+            .into_iter()
+            .flatten()
+            .map(|(slot, _)| slot)
+            .collect();
+        ScanPage {
+            items: self.items,
+            more: !self.heads.is_empty(),
+            slots,
+        }
     }
 }
 
@@ -239,8 +287,8 @@ struct Merge<'a, 'h, R> {
     read: &'a R,
     request: &'a PageRequest,
     heads: &'h mut BinaryHeap<Head>,
-    /// Where the keys of a slot come from after the one that was taken last. Not kept for every slot: what a scan has at hand of its
-    /// tree may be as large as many values.
+    /// Where the keys of a slot come from after the one that was taken last. Not kept for every
+    /// slot: what a scan has at hand of its tree may be as large as many values.
     last: Option<(Slot, Items<'a, ValueStart>)>,
     step: u32,
 }
@@ -260,17 +308,24 @@ impl<'a, R: Read> Merge<'a, '_, R> {
         Ok(())
     }
 
-    /// Has the first of the heads be as it is now: the key may have been written or deleted since it was found. Returns false when there
-    /// is none.
+    /// Has the first of the heads be as it is now: the key may have been written or deleted since
+    /// it was found. Returns false when there is none.
     fn refresh(&mut self) -> Result<bool, StoreError> {
         while let Some(head) = self.heads.peek().filter(|head| head.step != self.step) {
             let (slot, user_key) = (head.slot, head.user_key.clone());
-            let stored = self.read.start_of(&data_key(slot, &user_key), START_BYTES)?;
+            let stored = self
+                .read
+                .start_of(&data_key(slot, &user_key), START_BYTES)?;
             let Some(head) = self.heads.pop() else { break };
             match stored {
-                Some(stored) => self.heads.push(Head { stored, step: self.step, ..head }),
+                Some(stored) => self.heads.push(Head {
+                    stored,
+                    step: self.step,
+                    ..head
+                }),
                 None => {
-                    let range = rest_of(slot, &self.request.range, &user_key, self.request.direction);
+                    let range =
+                        rest_of(slot, &self.request.range, &user_key, self.request.direction);
                     let mut rest = self.scan(&range);
                     self.heads.extend(self.next_of(slot, &mut rest)?);
                 }
@@ -281,27 +336,57 @@ impl<'a, R: Read> Merge<'a, '_, R> {
 
     /// The bytes of an item.
     fn bytes_of(&self, head: &Head) -> usize {
-        let value = if self.request.keys_only { 0 } else { head.stored.len };
+        let value = if self.request.keys_only {
+            0
+        } else {
+            head.stored.len
+        };
         head.user_key.len() + value
     }
 
     /// Takes the next item, and looks for the one after it in its slot.
     fn next(&mut self) -> Result<Option<(Bytes, Record)>, StoreError> {
-        let Some(Head { slot, user_key, stored, direction, .. }) = self.heads.pop() else { return Ok(None) };
+        let Some(Head {
+            slot,
+            user_key,
+            stored,
+            direction,
+            ..
+        }) = self.heads.pop()
+        else {
+            return Ok(None);
+        };
         let mut rest = match self.last.take() {
             Some((last, rest)) if last == slot => rest,
             Some(_) | None => self.scan(&rest_of(slot, &self.request.range, &user_key, direction)),
         };
         self.heads.extend(self.next_of(slot, &mut rest)?);
         self.last = Some((slot, rest));
-        let record = record(self.read, &data_key(slot, &user_key), &stored, self.request.keys_only)?;
+        let record = record(
+            self.read,
+            &data_key(slot, &user_key),
+            &stored,
+            self.request.keys_only,
+        )?;
         Ok(Some((user_key, record)))
     }
 
-    fn next_of(&self, slot: Slot, items: &mut Items<'_, ValueStart>) -> Result<Option<Head>, StoreError> {
-        let Some((key, stored)) = items.next().transpose()? else { return Ok(None) };
+    fn next_of(
+        &self,
+        slot: Slot,
+        items: &mut Items<'_, ValueStart>,
+    ) -> Result<Option<Head>, StoreError> {
+        let Some((key, stored)) = items.next().transpose()? else {
+            return Ok(None);
+        };
         let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
-        Ok(Some(Head { slot, user_key, stored, direction: self.request.direction, step: self.step }))
+        Ok(Some(Head {
+            slot,
+            user_key,
+            stored,
+            direction: self.request.direction,
+            step: self.step,
+        }))
     }
 }
 
@@ -310,24 +395,55 @@ fn rest_of(slot: Slot, range: &KeyRange, user_key: &Bytes, direction: Direction)
     match direction {
         Direction::Forward => {
             let after = Bytes::from([user_key, &[0][..]].concat());
-            data_range(slot, &KeyRange { start: after, end: range.end.clone() })
+            data_range(
+                slot,
+                &KeyRange {
+                    start: after,
+                    end: range.end.clone(),
+                },
+            )
         }
-        Direction::Reverse => data_range(slot, &KeyRange { start: range.start.clone(), end: Some(user_key.clone()) }),
+        Direction::Reverse => data_range(
+            slot,
+            &KeyRange {
+                start: range.start.clone(),
+                end: Some(user_key.clone()),
+            },
+        ),
     }
 }
 
 /// The record that begins so, read as far as it is wanted.
-fn record(read: &impl Read, data_key: &[u8], stored: &ValueStart, keys_only: bool) -> Result<Record, StoreError> {
+fn record(
+    read: &impl Read,
+    data_key: &[u8],
+    stored: &ValueStart,
+    keys_only: bool,
+) -> Result<Record, StoreError> {
     if let Some(record) = stored.whole() {
         let record = decode_record(record)?;
-        return Ok(if keys_only { Record { value: Bytes::new(), ..record } } else { record });
+        return Ok(if keys_only {
+            Record {
+                value: Bytes::new(),
+                ..record
+            }
+        } else {
+            record
+        });
     }
     if keys_only && let Some(head) = decode_head(&stored.start)? {
         return Ok(head);
     }
     let whole = read.get(data_key)?.ok_or_else(|| misplaced(data_key))?;
     let record = decode_record(&whole)?;
-    Ok(if keys_only { Record { value: Bytes::new(), ..record } } else { record })
+    Ok(if keys_only {
+        Record {
+            value: Bytes::new(),
+            ..record
+        }
+    } else {
+        record
+    })
 }
 
 /// The next key of a slot in a merge. The greatest comes first.

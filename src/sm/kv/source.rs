@@ -1,7 +1,9 @@
-//! What the steps of a move do at its source: the slots are marked, frozen, released; or stay, after an abort.
+//! What the steps of a move do at its source: the slots are marked, frozen, released; or stay,
+//! after an abort.
 //!
-//! Before the release this shard serves the slots, after it no more: there is no state between, and the release comes only out of the
-//! freeze. A move that has ended here, whichever way, never begins again: its id stays as the generation of its slots.
+//! Before the release this shard serves the slots, after it no more: there is no state between, and
+//! the release comes only out of the freeze. A move that has ended here, whichever way, never
+//! begins again: its id stays as the generation of its slots.
 
 use std::collections::BTreeSet;
 
@@ -13,10 +15,19 @@ use crate::types::{GroupId, MoveId, Slot};
 
 type Decided = Result<MoveOutcome, StoreError>;
 
-pub(super) fn begin<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: BTreeSet<Slot>, to: GroupId) -> Decided {
+pub(super) fn begin<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: BTreeSet<Slot>,
+    to: GroupId,
+) -> Decided {
     if let Some(open) = entry.open_move(id)? {
         let same = matches!(open.phase, MovePhase::Copying { to: begun } | MovePhase::Frozen { to: begun } if begun == to);
-        return Ok(if same && open.slots == slots { MoveOutcome::Done } else { unfit("another move began here under this id") });
+        return Ok(if same && open.slots == slots {
+            MoveOutcome::Done
+        } else {
+            unfit("another move began here under this id")
+        });
     }
     if slots.is_empty() {
         return Ok(unfit("a move of no slots"));
@@ -24,9 +35,14 @@ pub(super) fn begin<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: BTreeS
     for slot in &slots {
         let state = entry.state(*slot)?;
         let rejection = match state.ownership {
-            _ if state.generation >= id => MoveRejection::Overtaken { slot: *slot, generation: state.generation },
+            _ if state.generation >= id => MoveRejection::Overtaken {
+                slot: *slot,
+                generation: state.generation,
+            },
             Ownership::NotOwned => MoveRejection::NotOwned { slot: *slot },
-            Ownership::Leaving | Ownership::Frozen | Ownership::Arriving => MoveRejection::Open { id: state.generation },
+            Ownership::Leaving | Ownership::Frozen | Ownership::Arriving => MoveRejection::Open {
+                id: state.generation,
+            },
             Ownership::Owned => continue,
         };
         return Ok(rejection.into());
@@ -36,28 +52,54 @@ pub(super) fn begin<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: BTreeS
         state.generation = id;
         state.ownership = Ownership::Leaving;
     }
-    entry.put_move(id, &OpenMove { slots, phase: MovePhase::Copying { to } });
+    entry.put_move(
+        id,
+        &OpenMove {
+            slots,
+            phase: MovePhase::Copying { to },
+        },
+    );
     Ok(MoveOutcome::Done)
 }
 
-pub(super) fn freeze<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTreeSet<Slot>) -> Decided {
-    let Some(open) = entry.open_move(id)? else { return not_open(entry, id, slots) };
+pub(super) fn freeze<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+) -> Decided {
+    let Some(open) = entry.open_move(id)? else {
+        return not_open(entry, id, slots);
+    };
     match open.phase {
         _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
         MovePhase::Installing { .. } => Ok(unfit(NOT_THE_SOURCE)),
         MovePhase::Frozen { .. } => Ok(MoveOutcome::Done),
         MovePhase::Copying { to } => {
             change_all(entry, slots, |state| state.ownership = Ownership::Frozen)?;
-            entry.put_move(id, &OpenMove { slots: open.slots, phase: MovePhase::Frozen { to } });
+            entry.put_move(
+                id,
+                &OpenMove {
+                    slots: open.slots,
+                    phase: MovePhase::Frozen { to },
+                },
+            );
             Ok(MoveOutcome::Done)
         }
     }
 }
 
-pub(super) fn release<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTreeSet<Slot>) -> Decided {
+pub(super) fn release<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+) -> Decided {
     let Some(open) = entry.open_move(id)? else {
         let released = every(entry, slots, |state| is_released(state, id))?;
-        return if released { Ok(MoveOutcome::Done) } else { not_open(entry, id, slots) };
+        return if released {
+            Ok(MoveOutcome::Done)
+        } else {
+            not_open(entry, id, slots)
+        };
     };
     match open.phase {
         _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
@@ -75,7 +117,11 @@ pub(super) fn release<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTr
 }
 
 /// Ends the move before its release. One that never began here is kept from ever beginning.
-pub(super) fn abort<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTreeSet<Slot>) -> Decided {
+pub(super) fn abort<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+) -> Decided {
     if let Some(open) = entry.open_move(id)? {
         return match open.phase {
             _ if open.slots != *slots => Ok(unfit(OTHER_SLOTS)),
@@ -95,14 +141,21 @@ pub(super) fn abort<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTree
         let older = state.generation < id;
         match state.ownership {
             // First ownership may be on its way, and is only accepted where no move ever was.
-            Ownership::NotOwned if state.generation == MoveId(0) => return Ok(MoveRejection::NotOwned { slot: *slot }.into()),
+            Ownership::NotOwned if state.generation == MoveId(0) => {
+                return Ok(MoveRejection::NotOwned { slot: *slot }.into());
+            }
             Ownership::Leaving | Ownership::Frozen | Ownership::Arriving if older => {
-                return Ok(MoveRejection::Open { id: state.generation }.into());
+                return Ok(MoveRejection::Open {
+                    id: state.generation,
+                }
+                .into());
             }
             _ => {}
         }
     }
-    change_all(entry, slots, |state| state.generation = state.generation.max(id))?;
+    change_all(entry, slots, |state| {
+        state.generation = state.generation.max(id)
+    })?;
     Ok(MoveOutcome::Done)
 }
 
@@ -116,15 +169,26 @@ pub(super) fn is_released(state: &SlotState, id: MoveId) -> bool {
 }
 
 pub(super) fn unfit(why: &str) -> MoveOutcome {
-    MoveRejection::Unfit { why: why.to_owned() }.into()
+    MoveRejection::Unfit {
+        why: why.to_owned(),
+    }
+    .into()
 }
 
 /// The rejection of a step of a move that is not open here.
-pub(super) fn not_open<R: Read>(entry: &mut Entry<'_, R>, id: MoveId, slots: &BTreeSet<Slot>) -> Decided {
+pub(super) fn not_open<R: Read>(
+    entry: &mut Entry<'_, R>,
+    id: MoveId,
+    slots: &BTreeSet<Slot>,
+) -> Decided {
     for slot in slots {
         let generation = entry.state(*slot)?.generation;
         if generation > id {
-            return Ok(MoveRejection::Overtaken { slot: *slot, generation }.into());
+            return Ok(MoveRejection::Overtaken {
+                slot: *slot,
+                generation,
+            }
+            .into());
         }
     }
     Ok(MoveRejection::NotOpen.into())

@@ -1,9 +1,11 @@
 //! Scripts that read like the protocol: a line is an entry and what it answers.
 //!
-//! `t=MS key=K op; op | op -> outcomes`: writes are parted by `|`, operations by `;`. Operations are `get K`, `put K V`, `del K`, the last
-//! two with a condition: `absent`, `present`, `at:1,2`, `not-at:1,2`. Outcomes: `@3+` put at revision 3 and created, `@3` put, `-@3`
-//! deleted, `-` nothing to delete, `V@3` got, `none` got nothing. `claim TAG..`, `freeze TAG`, `thaw TAG` and `lose TAG` change the
-//! slot of a hash tag, `all` claims every slot. The counters of all slots are checked after each line.
+//! `t=MS key=K op; op | op -> outcomes`: writes are parted by `|`, operations by `;`. Operations
+//! are `get K`, `put K V`, `del K`, the last two with a condition: `absent`, `present`, `at:1,2`,
+//! `not-at:1,2`. Outcomes: `@3+` put at revision 3 and created, `@3` put, `-@3` deleted, `-`
+//! nothing to delete, `V@3` got, `none` got nothing. `claim TAG..`, `freeze TAG`, `thaw TAG` and
+//! `lose TAG` change the slot of a hash tag, `all` claims every slot. The counters of all slots are
+//! checked after each line.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,8 +13,8 @@ use super::*;
 use crate::sm::ports::{Direction, KeyRange, Read};
 use crate::sm::requests::{REMEMBERED_MS, REQUESTS_BYTES_MAX, RequestRecord, group_time_ms};
 use crate::sm::slots::{
-    Contents, Ownership, SlotState, all_data, data_key, expiry_range, parse_data_key, parse_expiry_key, parse_request_key,
-    request_range, slot_of, state_key,
+    Contents, Ownership, SlotState, all_data, data_key, expiry_range, parse_data_key,
+    parse_expiry_key, parse_request_key, request_range, slot_of, state_key,
 };
 
 /// A shard's map, by itself.
@@ -23,10 +25,13 @@ pub(super) struct Shard {
     pub index: u64,
 }
 
-/// Asserts that a write which was refused before it became an entry would have been answered so by one, and no other was refused.
+/// Asserts that a write which was refused before it became an entry would have been answered so by
+/// one, and no other was refused.
 fn assert_refused_alike(write: &Write, refused: Option<Rejection>, outcome: &WriteOutcome) {
     let by_place = match outcome {
-        WriteOutcome::Rejected(rejection @ (Rejection::WrongOwner { .. } | Rejection::Frozen { .. })) => Some(rejection),
+        WriteOutcome::Rejected(
+            rejection @ (Rejection::WrongOwner { .. } | Rejection::Frozen { .. }),
+        ) => Some(rejection),
         _ => None,
     };
     // What is remembered of a request may just have been forgotten when it is applied.
@@ -39,7 +44,12 @@ impl Shard {
     /// A shard that owns every slot.
     pub fn owning_all() -> Self {
         let mut shard = Self::default();
-        assert_eq!(shard.apply(Command::Claim { slots: Slot::all().collect() }), Outcome::Claimed);
+        assert_eq!(
+            shard.apply(Command::Claim {
+                slots: Slot::all().collect()
+            }),
+            Outcome::Claimed
+        );
         shard
     }
 
@@ -49,9 +59,10 @@ impl Shard {
         assert_eq!(decoded, command);
         self.index += 1;
         let refused = match &command {
-            Command::Write { writes, .. } if writes.len() == 1 => {
-                Some((&writes[0], refused_by_place(&self.map, &writes[0]).expect("readable")))
-            }
+            Command::Write { writes, .. } if writes.len() == 1 => Some((
+                &writes[0],
+                refused_by_place(&self.map, &writes[0]).expect("readable"),
+            )),
             _ => None,
         };
         let (outcome, batch) = apply(&self.map, self.index, decoded).expect("applied");
@@ -74,7 +85,8 @@ impl Shard {
     pub fn set_state(&mut self, slot: Slot, change: impl FnOnce(&mut SlotState)) {
         let mut state = self.state(slot);
         change(&mut state);
-        self.map.insert(Bytes::copy_from_slice(&state_key(slot)), state.encode());
+        self.map
+            .insert(Bytes::copy_from_slice(&state_key(slot)), state.encode());
     }
 
     /// The records of requests in `slot`.
@@ -86,7 +98,8 @@ impl Shard {
     /// The index by age of `slot`.
     fn indexed(&self, slot: Slot) -> BTreeSet<(u64, Bytes)> {
         let pairs = self.map.scan(&expiry_range(slot), Direction::Forward);
-        let entries = pairs.map(|pair| parse_expiry_key(&pair.expect("readable").0).expect("an index key"));
+        let entries =
+            pairs.map(|pair| parse_expiry_key(&pair.expect("readable").0).expect("an index key"));
         entries.map(|(_, time_ms, key)| (time_ms, key)).collect()
     }
 
@@ -103,26 +116,57 @@ impl Shard {
         }
         for (slot, state) in SlotState::read_all(&self.map).expect("readable") {
             let counted = contents.remove(&slot).unwrap_or_default();
-            assert_eq!((state.contents.keys, state.contents.bytes), (counted.keys, counted.bytes), "slot {slot}");
+            assert_eq!(
+                (state.contents.keys, state.contents.bytes),
+                (counted.keys, counted.bytes),
+                "slot {slot}"
+            );
             let requests = self.requests(slot);
-            let cost = requests.iter().map(|(key, value)| 2 * key.len() + 8 + value.len()).sum::<usize>();
+            let cost = requests
+                .iter()
+                .map(|(key, value)| 2 * key.len() + 8 + value.len())
+                .sum::<usize>();
             assert_eq!(state.requests.bytes, cost as u64, "requests of slot {slot}");
             let times = requests.iter().map(|(key, value)| {
                 let (_, key) = parse_request_key(key).expect("a request key");
-                (RequestRecord::decode(value).expect("own encoding").time_ms, key)
+                (
+                    RequestRecord::decode(value).expect("own encoding").time_ms,
+                    key,
+                )
             });
             let times: BTreeSet<(u64, Bytes)> = times.collect();
-            assert!(times.first().is_none_or(|(oldest_ms, _)| *oldest_ms >= state.requests.since_ms));
-            assert_eq!(self.indexed(slot), times, "an index entry for each record, and no other");
+            assert!(
+                times
+                    .first()
+                    .is_none_or(|(oldest_ms, _)| *oldest_ms >= state.requests.since_ms)
+            );
+            assert_eq!(
+                self.indexed(slot),
+                times,
+                "an index entry for each record, and no other"
+            );
         }
-        assert!(contents.is_empty(), "keys in slots without a state: {contents:?}");
-        assert!(self.map.keys().all(|key| key[0] != crate::sm::slots::TAG_RESERVED));
+        assert!(
+            contents.is_empty(),
+            "keys in slots without a state: {contents:?}"
+        );
+        assert!(
+            self.map
+                .keys()
+                .all(|key| key[0] != crate::sm::slots::TAG_RESERVED)
+        );
     }
 
     /// Runs the lines of a script against it.
     pub fn run(&mut self, script: &str) {
-        for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
-            let (step, expected) = line.split_once("->").map_or((line, ""), |(step, expected)| (step, expected.trim()));
+        for line in script
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+        {
+            let (step, expected) = line
+                .split_once("->")
+                .map_or((line, ""), |(step, expected)| (step, expected.trim()));
             assert_eq!(self.step(step.trim()), expected, "{line}");
             self.assert_counted();
         }
@@ -136,8 +180,12 @@ impl Shard {
             String::new()
         };
         match verb {
-            "all" => show(&self.apply(Command::Claim { slots: Slot::all().collect() })),
-            "claim" => show(&self.apply(Command::Claim { slots: tags().collect() })),
+            "all" => show(&self.apply(Command::Claim {
+                slots: Slot::all().collect(),
+            })),
+            "claim" => show(&self.apply(Command::Claim {
+                slots: tags().collect(),
+            })),
             "freeze" => set(|state| state.ownership = Ownership::Frozen),
             "thaw" => set(|state| state.ownership = Ownership::Owned),
             "lose" => set(|state| {
@@ -152,20 +200,35 @@ impl Shard {
 
 fn parse_entry(mut line: &str) -> Command {
     let mut time_ms = 0;
-    if let Some((time, rest)) = line.strip_prefix("t=").and_then(|rest| rest.split_once(' ')) {
+    if let Some((time, rest)) = line
+        .strip_prefix("t=")
+        .and_then(|rest| rest.split_once(' '))
+    {
         time_ms = time.parse().expect("a time");
         line = rest;
     }
-    Command::Write { time_ms, writes: line.split('|').map(|write| parse_write(write.trim())).collect() }
+    Command::Write {
+        time_ms,
+        writes: line
+            .split('|')
+            .map(|write| parse_write(write.trim()))
+            .collect(),
+    }
 }
 
 fn parse_write(mut text: &str) -> Write {
     let mut idempotency_key = None;
-    if let Some((key, rest)) = text.strip_prefix("key=").and_then(|rest| rest.split_once(' ')) {
+    if let Some((key, rest)) = text
+        .strip_prefix("key=")
+        .and_then(|rest| rest.split_once(' '))
+    {
         idempotency_key = Some(Bytes::copy_from_slice(key.as_bytes()));
         text = rest;
     }
-    Write { operations: text.split(';').map(parse_operation).collect(), idempotency_key }
+    Write {
+        operations: text.split(';').map(parse_operation).collect(),
+        idempotency_key,
+    }
 }
 
 fn parse_operation(text: &str) -> Operation {
@@ -173,12 +236,25 @@ fn parse_operation(text: &str) -> Operation {
     let bytes = |word: &str| Bytes::copy_from_slice(word.as_bytes());
     let (action, condition) = match words[..] {
         ["get", _, ref rest @ ..] => (Action::Get, rest),
-        ["put", _, value, ref rest @ ..] => (Action::Put { media: Media::Text, value: bytes(value) }, rest),
+        ["put", _, value, ref rest @ ..] => (
+            Action::Put {
+                media: Media::Text,
+                value: bytes(value),
+            },
+            rest,
+        ),
         ["del", _, ref rest @ ..] => (Action::Delete, rest),
         _ => panic!("no operation: {text}"),
     };
-    let revisions = |list: &str| list.split(',').map(|number| Revision(number.parse().expect("a revision"))).collect();
-    let condition = match condition.first().map(|word| word.split_once(':').unwrap_or((word, ""))) {
+    let revisions = |list: &str| {
+        list.split(',')
+            .map(|number| Revision(number.parse().expect("a revision")))
+            .collect()
+    };
+    let condition = match condition
+        .first()
+        .map(|word| word.split_once(':').unwrap_or((word, "")))
+    {
         None => Condition::None,
         Some(("absent", _)) => Condition::Absent,
         Some(("present", _)) => Condition::Present,
@@ -186,12 +262,20 @@ fn parse_operation(text: &str) -> Operation {
         Some(("not-at", list)) => Condition::RevisionNotIn(revisions(list)),
         Some(other) => panic!("no condition: {other:?}"),
     };
-    Operation { key: bytes(words[1]), condition, action }
+    Operation {
+        key: bytes(words[1]),
+        condition,
+        action,
+    }
 }
 
 fn show(outcome: &Outcome) -> String {
     match outcome {
-        Outcome::Written(writes) => writes.iter().map(show_write).collect::<Vec<_>>().join(" | "),
+        Outcome::Written(writes) => writes
+            .iter()
+            .map(show_write)
+            .collect::<Vec<_>>()
+            .join(" | "),
         Outcome::Claimed => "claimed".into(),
         Outcome::Compared => "compared".into(),
         Outcome::ClaimRejected { generation, .. } => format!("moved by {generation}"),
@@ -207,7 +291,8 @@ fn show_write(outcome: &WriteOutcome) -> String {
         WriteOutcome::Rejected(rejection) => show_rejection(rejection),
         WriteOutcome::Unanswered => "unanswered".into(),
         WriteOutcome::Mixed(results) => {
-            let show = |result: &Result<_, _>| result.as_ref().map_or_else(show_rejection, show_operation);
+            let show =
+                |result: &Result<_, _>| result.as_ref().map_or_else(show_rejection, show_operation);
             format!("mixed: {}", joined(results.iter().map(show).collect()))
         }
     }
@@ -216,9 +301,15 @@ fn show_write(outcome: &WriteOutcome) -> String {
 fn show_operation(outcome: &OperationOutcome) -> String {
     match outcome {
         OperationOutcome::Got(None) => "none".into(),
-        OperationOutcome::Got(Some(record)) => format!("{}@{}", record.value.escape_ascii(), record.revision),
-        OperationOutcome::Put { revision, created } => format!("@{revision}{}", if *created { "+" } else { "" }),
-        OperationOutcome::Deleted { revision: Some(revision) } => format!("-@{revision}"),
+        OperationOutcome::Got(Some(record)) => {
+            format!("{}@{}", record.value.escape_ascii(), record.revision)
+        }
+        OperationOutcome::Put { revision, created } => {
+            format!("@{revision}{}", if *created { "+" } else { "" })
+        }
+        OperationOutcome::Deleted {
+            revision: Some(revision),
+        } => format!("-@{revision}"),
         OperationOutcome::Deleted { revision: None } => "-".into(),
     }
 }
@@ -226,10 +317,19 @@ fn show_operation(outcome: &OperationOutcome) -> String {
 fn show_rejection(rejection: &Rejection) -> String {
     match rejection {
         Rejection::WrongOwner { moved_to: None, .. } => "wrong owner".into(),
-        Rejection::WrongOwner { moved_to: Some((by, to)), .. } => format!("wrong owner, {to} by {by}"),
+        Rejection::WrongOwner {
+            moved_to: Some((by, to)),
+            ..
+        } => format!("wrong owner, {to} by {by}"),
         Rejection::Frozen { .. } => "frozen".into(),
-        Rejection::ConditionFailed { operation, current: None } => format!("failed {operation} none"),
-        Rejection::ConditionFailed { operation, current: Some(current) } => format!("failed {operation} @{current}"),
+        Rejection::ConditionFailed {
+            operation,
+            current: None,
+        } => format!("failed {operation} none"),
+        Rejection::ConditionFailed {
+            operation,
+            current: Some(current),
+        } => format!("failed {operation} @{current}"),
         Rejection::KeyReused { .. } => "key reused".into(),
         Rejection::RequestsFull { .. } => "full".into(),
         Rejection::AnswerTooLarge { bytes } => format!("{bytes} bytes"),
@@ -307,10 +407,12 @@ fn conditions_look_at_the_map_before_the_write_and_gets_at_the_write_so_far() {
 
 #[test]
 fn writes_of_one_entry_see_each_other_and_fail_alone() {
-    run("all                                                 -> claimed
+    run(
+        "all                                                 -> claimed
          put {a} x absent | put {a} y absent | get {a}       -> @1+ | failed 0 @1 | x@1
          del {a} | put {a} z absent | put {a} w at:3; del {b} -> -@2 | @3+ | @4; -
-         key=k put {b} x | key=k put {b} x | key=k put {b} y  -> @1+ | @1+ | key reused");
+         key=k put {b} x | key=k put {b} x | key=k put {b} y  -> @1+ | @1+ | key reused",
+    );
 }
 
 #[test]
@@ -347,7 +449,10 @@ fn a_frozen_slot_holds_writes_back() {
          put {b} y; put {a} y  -> frozen
          get {b}               -> none
          put {a} y absent      -> frozen");
-    assert!(matches!(read(&shard.map, b"{a}"), Ok(ReadOutcome::Owned(Some(_)))), "reads go on");
+    assert!(
+        matches!(read(&shard.map, b"{a}"), Ok(ReadOutcome::Owned(Some(_)))),
+        "reads go on"
+    );
 }
 
 #[test]
@@ -460,11 +565,24 @@ fn fill_with_requests(shard: &mut Shard, time_ms: u64) -> usize {
     let put = Operation {
         key: Bytes::from_static(b"{a}"),
         condition: Condition::None,
-        action: Action::Put { media: Media::Octets, value },
+        action: Action::Put {
+            media: Media::Octets,
+            value,
+        },
     };
-    shard.apply(Command::Write { time_ms, writes: vec![Write { operations: vec![put], idempotency_key: None }] });
-    let attempt = |shard: &mut Shard, number: usize| shard.step(&format!("t={time_ms} key=fill{number} get {{a}}"));
-    let filled = (0..).find(|number| attempt(shard, *number) == "full").expect("full at last");
+    shard.apply(Command::Write {
+        time_ms,
+        writes: vec![Write {
+            operations: vec![put],
+            idempotency_key: None,
+        }],
+    });
+    let attempt = |shard: &mut Shard, number: usize| {
+        shard.step(&format!("t={time_ms} key=fill{number} get {{a}}"))
+    };
+    let filled = (0..)
+        .find(|number| attempt(shard, *number) == "full")
+        .expect("full at last");
     shard.assert_counted();
     filled
 }
@@ -478,14 +596,22 @@ fn a_full_slot_refuses_requests_and_forgets_none() {
     let used = shard.state(slot).requests.bytes;
     assert!(used <= REQUESTS_BYTES_MAX && used > REQUESTS_BYTES_MAX - 110_000);
     for number in 0..filled {
-        assert!(shard.step(&format!("key=fill{number} get {{a}}")).starts_with("vvv"), "request {number} is remembered");
+        assert!(
+            shard
+                .step(&format!("key=fill{number} get {{a}}"))
+                .starts_with("vvv"),
+            "request {number} is remembered"
+        );
     }
     let before = shard.clone();
     shard.run(
         "t=1000 key=more put {b} x; get {a} -> full
          t=1000 key=more get {a}; put {b} x -> full",
     );
-    assert_eq!(shard.map, before.map, "a refused request changes nothing, in no slot");
+    assert_eq!(
+        shard.map, before.map,
+        "a refused request changes nothing, in no slot"
+    );
     shard.run("t=1000 put {a} small -> @2");
     shard.run("t=1000 key=small put {a} x -> @3");
     // When the records have expired there is room at once.
@@ -500,9 +626,22 @@ fn a_full_slot_refuses_requests_and_forgets_none() {
 fn an_answer_that_fits_in_no_memory_is_refused() {
     let mut shard = Shard::owning_all();
     let value = Bytes::from(vec![b'v'; REQUESTS_BYTES_MAX as usize]);
-    let action = Action::Put { media: Media::Octets, value };
-    let put = Operation { key: Bytes::from_static(b"{a}"), condition: Condition::None, action };
-    shard.apply(Command::Write { time_ms: 0, writes: vec![Write { operations: vec![put], idempotency_key: None }] });
+    let action = Action::Put {
+        media: Media::Octets,
+        value,
+    };
+    let put = Operation {
+        key: Bytes::from_static(b"{a}"),
+        condition: Condition::None,
+        action,
+    };
+    shard.apply(Command::Write {
+        time_ms: 0,
+        writes: vec![Write {
+            operations: vec![put],
+            idempotency_key: None,
+        }],
+    });
     shard.run(
         "key=k get {a}            -> full
          key=k get {a}; put {a} x -> full
@@ -517,7 +656,11 @@ fn the_sweep_deletes_what_expired_in_slots_that_nothing_touches() {
         shard.step(&format!("t=1000 key=k{number} put key{number} x"));
         shard.step(&format!("t=1000 key=l{number} put {{a}} x"));
     }
-    let remembered = |shard: &Shard| Slot::all().map(|slot| shard.requests(slot).len()).sum::<usize>();
+    let remembered = |shard: &Shard| {
+        Slot::all()
+            .map(|slot| shard.requests(slot).len())
+            .sum::<usize>()
+    };
     assert_eq!(remembered(&shard), 600);
     let start = 1000 + REMEMBERED_MS;
     shard.step(&format!("t={} put other x", start - 1));
@@ -526,7 +669,10 @@ fn the_sweep_deletes_what_expired_in_slots_that_nothing_touches() {
         let before = remembered(&shard);
         shard.step(&format!("t={} put other x", start + second * 1000));
         shard.assert_counted();
-        assert!(before - remembered(&shard) <= 256, "a bounded number per entry");
+        assert!(
+            before - remembered(&shard) <= 256,
+            "a bounded number per entry"
+        );
     }
     assert_eq!(remembered(&shard), 0);
 }
@@ -535,21 +681,58 @@ fn the_sweep_deletes_what_expired_in_slots_that_nothing_touches() {
 fn a_read_says_who_owns_the_slot() {
     let mut shard = run("claim a -> claimed
                          put {a} x -> @1+");
-    let record = Record { revision: Revision(1), media: Media::Text, value: Bytes::from_static(b"x") };
-    assert_eq!(read(&shard.map, b"{a}").expect("readable"), ReadOutcome::Owned(Some(record)));
-    assert_eq!(read(&shard.map, b"{a}none").expect("readable"), ReadOutcome::Owned(None));
+    let record = Record {
+        revision: Revision(1),
+        media: Media::Text,
+        value: Bytes::from_static(b"x"),
+    };
+    assert_eq!(
+        read(&shard.map, b"{a}").expect("readable"),
+        ReadOutcome::Owned(Some(record))
+    );
+    assert_eq!(
+        read(&shard.map, b"{a}none").expect("readable"),
+        ReadOutcome::Owned(None)
+    );
     let slot = slot_of(b"b");
-    assert_eq!(read(&shard.map, b"{b}").expect("readable"), ReadOutcome::NotOwned { slot, moved_to: None });
+    assert_eq!(
+        read(&shard.map, b"{b}").expect("readable"),
+        ReadOutcome::NotOwned {
+            slot,
+            moved_to: None
+        }
+    );
     shard.run("lose a");
     let moved_to = Some((MoveId(4), GroupId(2)));
-    assert_eq!(read(&shard.map, b"{a}").expect("readable"), ReadOutcome::NotOwned { slot: slot_of(b"a"), moved_to });
+    assert_eq!(
+        read(&shard.map, b"{a}").expect("readable"),
+        ReadOutcome::NotOwned {
+            slot: slot_of(b"a"),
+            moved_to
+        }
+    );
 }
 
-fn page(shard: &Shard, range: KeyRange, direction: Direction, limit: usize, bytes_max: usize) -> (String, bool) {
-    let request = PageRequest { range, direction, limit, bytes_max, keys_only: false };
+fn page(
+    shard: &Shard,
+    range: KeyRange,
+    direction: Direction,
+    limit: usize,
+    bytes_max: usize,
+) -> (String, bool) {
+    let request = PageRequest {
+        range,
+        direction,
+        limit,
+        bytes_max,
+        keys_only: false,
+    };
     let page = scan_page(&shard.map, &request).expect("readable");
-    let items: Vec<String> =
-        page.items.iter().map(|(key, record)| format!("{}={}", key.escape_ascii(), record.value.escape_ascii())).collect();
+    let items: Vec<String> = page
+        .items
+        .iter()
+        .map(|(key, record)| format!("{}={}", key.escape_ascii(), record.value.escape_ascii()))
+        .collect();
     (items.join(" "), page.more)
 }
 
@@ -560,25 +743,74 @@ fn a_page_is_in_key_order_and_leaves_out_what_is_not_owned() {
         shard.step(&format!("put {key} {key}{key}"));
     }
     let all = KeyRange::all;
-    assert_eq!(page(&shard, all(), Direction::Forward, 9, 999), ("a=aa b=bb c=cc d=dd e=ee".into(), false));
-    assert_eq!(page(&shard, all(), Direction::Forward, 5, 999), ("a=aa b=bb c=cc d=dd e=ee".into(), false));
-    assert_eq!(page(&shard, all(), Direction::Forward, 2, 999), ("a=aa b=bb".into(), true));
-    assert_eq!(page(&shard, all(), Direction::Reverse, 2, 999), ("e=ee d=dd".into(), true));
-    assert_eq!(page(&shard, all(), Direction::Forward, 9, 14), ("a=aa b=bb".into(), true), "a record has four bytes more");
-    assert_eq!(page(&shard, all(), Direction::Forward, 9, 13), ("a=aa".into(), true));
-    assert_eq!(page(&shard, all(), Direction::Forward, 9, 0), ("a=aa".into(), true));
-    let range = KeyRange { start: "b".into(), end: Some("d".into()) };
-    assert_eq!(page(&shard, range.clone(), Direction::Forward, 9, 999), ("b=bb c=cc".into(), false));
-    assert_eq!(page(&shard, range, Direction::Reverse, 1, 999), ("c=cc".into(), true));
-    let nothing = KeyRange { start: "d".into(), end: Some("b".into()) };
-    assert_eq!(page(&shard, nothing, Direction::Forward, 9, 999), (String::new(), false));
+    assert_eq!(
+        page(&shard, all(), Direction::Forward, 9, 999),
+        ("a=aa b=bb c=cc d=dd e=ee".into(), false)
+    );
+    assert_eq!(
+        page(&shard, all(), Direction::Forward, 5, 999),
+        ("a=aa b=bb c=cc d=dd e=ee".into(), false)
+    );
+    assert_eq!(
+        page(&shard, all(), Direction::Forward, 2, 999),
+        ("a=aa b=bb".into(), true)
+    );
+    assert_eq!(
+        page(&shard, all(), Direction::Reverse, 2, 999),
+        ("e=ee d=dd".into(), true)
+    );
+    assert_eq!(
+        page(&shard, all(), Direction::Forward, 9, 14),
+        ("a=aa b=bb".into(), true),
+        "a record has four bytes more"
+    );
+    assert_eq!(
+        page(&shard, all(), Direction::Forward, 9, 13),
+        ("a=aa".into(), true)
+    );
+    assert_eq!(
+        page(&shard, all(), Direction::Forward, 9, 0),
+        ("a=aa".into(), true)
+    );
+    let range = KeyRange {
+        start: "b".into(),
+        end: Some("d".into()),
+    };
+    assert_eq!(
+        page(&shard, range.clone(), Direction::Forward, 9, 999),
+        ("b=bb c=cc".into(), false)
+    );
+    assert_eq!(
+        page(&shard, range, Direction::Reverse, 1, 999),
+        ("c=cc".into(), true)
+    );
+    let nothing = KeyRange {
+        start: "d".into(),
+        end: Some("b".into()),
+    };
+    assert_eq!(
+        page(&shard, nothing, Direction::Forward, 9, 999),
+        (String::new(), false)
+    );
     shard.run("lose c");
-    assert_eq!(page(&shard, all(), Direction::Forward, 9, 999), ("a=aa b=bb d=dd e=ee".into(), false));
+    assert_eq!(
+        page(&shard, all(), Direction::Forward, 9, 999),
+        ("a=aa b=bb d=dd e=ee".into(), false)
+    );
     let counts = count(&shard.map).expect("readable");
     assert_eq!((counts.keys, counts.slots.len()), (4, 4095));
-    let request = PageRequest { range: all(), direction: Direction::Forward, limit: 1, bytes_max: 999, keys_only: true };
+    let request = PageRequest {
+        range: all(),
+        direction: Direction::Forward,
+        limit: 1,
+        bytes_max: 999,
+        keys_only: true,
+    };
     let page = scan_page(&shard.map, &request).expect("readable");
-    assert_eq!((&page.items[0].1.value[..], page.items[0].1.revision), (&b""[..], Revision(1)));
+    assert_eq!(
+        (&page.items[0].1.value[..], page.items[0].1.revision),
+        (&b""[..], Revision(1))
+    );
     assert_eq!(page.slots, counts.slots);
 }
 
@@ -593,39 +825,74 @@ fn damage_is_an_error_and_not_an_answer() {
     assert!(read(&damaged, b"{a}").is_err());
     let mut damaged = shard.clone();
     damaged.set_state(slot, |state| state.contents.keys = 0);
-    assert!(apply(&damaged.map, 1, parse_entry("del {a}")).is_err(), "fewer keys than there are");
+    assert!(
+        apply(&damaged.map, 1, parse_entry("del {a}")).is_err(),
+        "fewer keys than there are"
+    );
 }
 
 #[test]
 fn the_encodings_of_commands_and_outcomes_stand() {
-    let command = parse_entry("t=300 key=k put a v at:1,2; del b absent; get c | put d w present; put e x not-at:3");
+    let command = parse_entry(
+        "t=300 key=k put a v at:1,2; del b absent; get c | put d w present; put e x not-at:3",
+    );
     let golden: &[u8] = b"\x01\x00\xac\x02\x02\
         \x03\x01a\x03\x02\x01\x02\x01\x00\x01v\x01b\x01\x02\x01c\x00\x00\x01\x01k\
         \x02\x01d\x02\x01\x00\x01w\x01e\x04\x01\x03\x01\x00\x01x\x00";
     assert_eq!(&command.encode()[..], golden);
-    let Command::Write { time_ms, writes } = command else { panic!("a line is a write") };
+    let Command::Write { time_ms, writes } = command else {
+        panic!("a line is a write")
+    };
     let bounded = Command::BoundedWrite { time_ms, writes };
-    assert_eq!(bounded.encode()[..], [b"\x03\x01\x04", &golden[2..]].concat(), "format, level and variant differ");
-    assert_eq!(Command::decode(&bounded.encode()).expect("own encoding"), bounded);
-    let slots = [1, 300].map(|number| Slot::new(number).expect("a slot")).to_vec();
-    assert_eq!(&Command::Claim { slots }.encode()[..], b"\x01\x01\x02\x01\xac\x02");
+    assert_eq!(
+        bounded.encode()[..],
+        [b"\x03\x01\x04", &golden[2..]].concat(),
+        "format, level and variant differ"
+    );
+    assert_eq!(
+        Command::decode(&bounded.encode()).expect("own encoding"),
+        bounded
+    );
+    let slots = [1, 300]
+        .map(|number| Slot::new(number).expect("a slot"))
+        .to_vec();
+    assert_eq!(
+        &Command::Claim { slots }.encode()[..],
+        b"\x01\x01\x02\x01\xac\x02"
+    );
 
     let slot = Slot::new(300).expect("a slot");
-    let record = Record { revision: Revision(1), media: Media::Other("m".into()), value: Bytes::from_static(b"v") };
+    let record = Record {
+        revision: Revision(1),
+        media: Media::Other("m".into()),
+        value: Bytes::from_static(b"v"),
+    };
     let outcomes = vec![
         OperationOutcome::Got(Some(record)),
-        OperationOutcome::Put { revision: Revision(2), created: true },
+        OperationOutcome::Put {
+            revision: Revision(2),
+            created: true,
+        },
         OperationOutcome::Deleted { revision: None },
     ];
     let rejected = WriteOutcome::Rejected;
     let outcome = Outcome::Written(vec![
         WriteOutcome::Applied(outcomes.clone()),
-        rejected(Rejection::WrongOwner { slot, moved_to: Some((MoveId(1), GroupId(2))) }),
+        rejected(Rejection::WrongOwner {
+            slot,
+            moved_to: Some((MoveId(1), GroupId(2))),
+        }),
         rejected(Rejection::Frozen { slot }),
-        rejected(Rejection::ConditionFailed { operation: 1, current: Some(Revision(2)) }),
+        rejected(Rejection::ConditionFailed {
+            operation: 1,
+            current: Some(Revision(2)),
+        }),
         rejected(Rejection::KeyReused { slot }),
         rejected(Rejection::RequestsFull { slot }),
-        WriteOutcome::Mixed(vec![Ok(outcomes[2].clone()), Err(Rejection::Frozen { slot })]),
+        WriteOutcome::Mixed(vec![
+            Ok(outcomes[2].clone()),
+            Err(Rejection::Frozen { slot }),
+        ]),
     ]);
     let golden: &[u8] = b"\x01\x00\x07\x00\x03\x00\x01\x01\x03\x01m\x01v\x01\x02\x01\x02\x00\
         \x01\x00\xac\x02\x01\x01\x02\x01\x01\xac\x02\x01\x02\x01\x01\x02\x01\x03\xac\x02\x01\x04\xac\x02\
@@ -633,7 +900,10 @@ fn the_encodings_of_commands_and_outcomes_stand() {
     assert_eq!(&outcome.encode()[..], golden);
     assert_eq!(Outcome::decode(golden).expect("own encoding"), outcome);
     assert_eq!(&Outcome::Claimed.encode()[..], b"\x01\x01");
-    let rejected = Outcome::ClaimRejected { slot, generation: MoveId(1) };
+    let rejected = Outcome::ClaimRejected {
+        slot,
+        generation: MoveId(1),
+    };
     assert_eq!(&rejected.encode()[..], b"\x01\x02\xac\x02\x01");
 }
 
@@ -643,5 +913,8 @@ fn request_keys_parse_back() {
                      key=k put {a} x -> @1+");
     let slot = slot_of(b"a");
     let (key, _) = shard.requests(slot).remove(0);
-    assert_eq!(parse_request_key(&key), Some((slot, Bytes::from_static(b"k"))));
+    assert_eq!(
+        parse_request_key(&key),
+        Some((slot, Bytes::from_static(b"k")))
+    );
 }

@@ -1,4 +1,5 @@
-//! What the first programs could write: every command and step, met by every state that it may find.
+//! What the first programs could write: every command and step, met by every state that it may
+//! find.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,15 +7,18 @@ use bytes::Bytes;
 
 use super::{Kind, Map, Script};
 use crate::sm::kv::{
-    Action, Command, Condition, Install, Media, MovePhase, MoveStep, OpenMove, Operation, Progress, Write, final_contents,
-    move_chunk,
+    Action, Command, Condition, Install, Media, MovePhase, MoveStep, OpenMove, Operation, Progress,
+    Write, final_contents, move_chunk,
 };
 use crate::sm::meta;
 use crate::sm::placement::{first_view, plan};
 use crate::sm::requests::{REMEMBERED_MS, REQUESTS_BYTES_MAX};
 use crate::sm::slots::{SlotState, slot_of, state_key};
 use crate::sm::view::{Asked, Node, Reported, View};
-use crate::types::{ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Revision, Slot};
+use crate::types::{
+    ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId,
+    Revision, Slot,
+};
 
 const SOURCE: GroupId = GroupId(1);
 const DESTINATION: GroupId = GroupId(2);
@@ -24,16 +28,30 @@ fn slots(tags: &[&str]) -> BTreeSet<Slot> {
 }
 
 fn operation(key: &str, condition: Condition, action: Action) -> Operation {
-    Operation { key: Bytes::copy_from_slice(key.as_bytes()), condition, action }
+    Operation {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        condition,
+        action,
+    }
 }
 
 fn value(value: impl Into<Bytes>) -> Action {
-    Action::Put { media: Media::Text, value: value.into() }
+    Action::Put {
+        media: Media::Text,
+        value: value.into(),
+    }
 }
 
 fn write(time_ms: u64, key: Option<&'static str>, operations: Vec<Operation>) -> Bytes {
-    let write = Write { operations, idempotency_key: key.map(|key| Bytes::from_static(key.as_bytes())) };
-    Command::Write { time_ms, writes: vec![write] }.encode()
+    let write = Write {
+        operations,
+        idempotency_key: key.map(|key| Bytes::from_static(key.as_bytes())),
+    };
+    Command::Write {
+        time_ms,
+        writes: vec![write],
+    }
+    .encode()
 }
 
 fn put(key: &str, text: &'static str) -> Bytes {
@@ -42,7 +60,9 @@ fn put(key: &str, text: &'static str) -> Bytes {
 
 pub fn shard() -> Script {
     let mut script = Script::new(Kind::Shard);
-    script.text = "# What commit 0bbd823 answered to each entry, and changed. Never written again.\n".to_owned();
+    script.text =
+        "# What commit 0bbd823 answered to each entry, and changed. Never written again.\n"
+            .to_owned();
     claims(&mut script);
     writes(&mut script);
     requests(&mut script);
@@ -53,24 +73,57 @@ pub fn shard() -> Script {
 }
 
 fn claims(script: &mut Script) {
-    let claim = |tags: &[&str]| Command::Claim { slots: slots(tags).into_iter().collect() }.encode();
+    let claim = |tags: &[&str]| {
+        Command::Claim {
+            slots: slots(tags).into_iter().collect(),
+        }
+        .encode()
+    };
     script.attempt("c", &claim(&[]));
     script.run("c", &claim(&["a", "b"]));
     script.run("c", &claim(&["b", "c"]));
-    script.run("c", &MoveStep::Begin { to: DESTINATION }.of(MoveId(3), &slots(&["a"])).encode());
+    script.run(
+        "c",
+        &MoveStep::Begin { to: DESTINATION }
+            .of(MoveId(3), &slots(&["a"]))
+            .encode(),
+    );
     script.attempt("c", &claim(&["a", "d"]));
-    script.attempt("c", &Command::Claim { slots: Slot::all().collect() }.encode());
+    script.attempt(
+        "c",
+        &Command::Claim {
+            slots: Slot::all().collect(),
+        }
+        .encode(),
+    );
 }
 
 fn own(script: &mut Script, name: &'static str, tags: &[&str]) {
-    script.run(name, &Command::Claim { slots: slots(tags).into_iter().collect() }.encode());
+    script.run(
+        name,
+        &Command::Claim {
+            slots: slots(tags).into_iter().collect(),
+        }
+        .encode(),
+    );
 }
 
 fn writes(script: &mut Script) {
     own(script, "w", &["a", "b", "e"]);
-    for media in [Media::Text, Media::Octets, Media::Json, Media::Other("image/png".into())] {
-        let put = Action::Put { media, value: Bytes::from_static(b"\x00v") };
-        script.run("w", &write(5, None, vec![operation("{a}1", Condition::None, put)]));
+    for media in [
+        Media::Text,
+        Media::Octets,
+        Media::Json,
+        Media::Other("image/png".into()),
+    ] {
+        let put = Action::Put {
+            media,
+            value: Bytes::from_static(b"\x00v"),
+        };
+        script.run(
+            "w",
+            &write(5, None, vec![operation("{a}1", Condition::None, put)]),
+        );
     }
     script.run("w", &put("{a}2", ""));
     script.run("w", &put("", "the empty key"));
@@ -89,7 +142,10 @@ fn writes(script: &mut Script) {
     for condition in conditions {
         for key in ["{a}1", "{a}2", "{a}3"] {
             for action in [Action::Get, Action::Delete, value("x")] {
-                script.attempt("w", &write(6, None, vec![operation(key, condition.clone(), action)]));
+                script.attempt(
+                    "w",
+                    &write(6, None, vec![operation(key, condition.clone(), action)]),
+                );
             }
         }
     }
@@ -109,17 +165,65 @@ fn writes(script: &mut Script) {
     script.run("w", &write(7, None, mixed(Condition::Present)));
     script.run("w", &write(7, None, vec![]));
     let several = ["{a}1", "{z}1", "{a}1"].map(|key| Write {
-        operations: vec![operation(key, Condition::RevisionIn(vec![Revision(6)]), value("once"))],
+        operations: vec![operation(
+            key,
+            Condition::RevisionIn(vec![Revision(6)]),
+            value("once"),
+        )],
         idempotency_key: None,
     });
-    script.run("w", &Command::Write { time_ms: 8, writes: several.into() }.encode());
-    script.run("w", &Command::Write { time_ms: 9, writes: vec![] }.encode());
-    script.run("w", &write(0, None, vec![operation("{e}big", Condition::None, value(vec![7; 300_000]))]));
-    script.attempt("w", &write(0, None, vec![operation("{e}big", Condition::None, value(vec![8; 300_000]))]));
-    script.attempt("w", &write(0, None, vec![operation("{e}big", Condition::None, Action::Delete)]));
+    script.run(
+        "w",
+        &Command::Write {
+            time_ms: 8,
+            writes: several.into(),
+        }
+        .encode(),
+    );
+    script.run(
+        "w",
+        &Command::Write {
+            time_ms: 9,
+            writes: vec![],
+        }
+        .encode(),
+    );
+    script.run(
+        "w",
+        &write(
+            0,
+            None,
+            vec![operation(
+                "{e}big",
+                Condition::None,
+                value(vec![7; 300_000]),
+            )],
+        ),
+    );
+    script.attempt(
+        "w",
+        &write(
+            0,
+            None,
+            vec![operation(
+                "{e}big",
+                Condition::None,
+                value(vec![8; 300_000]),
+            )],
+        ),
+    );
+    script.attempt(
+        "w",
+        &write(
+            0,
+            None,
+            vec![operation("{e}big", Condition::None, Action::Delete)],
+        ),
+    );
 }
 
-/// Answered requests: retries, other requests under the same key, what is forgotten, and a full memory.
+/// Answered requests: retries, other requests under the same key, what is forgotten, and a full
+/// memory.
 fn requests(script: &mut Script) {
     own(script, "r", &["a", "b", "f"]);
     let two = || {
@@ -131,36 +235,112 @@ fn requests(script: &mut Script) {
     };
     script.run("r", &write(1000, Some("k"), two()));
     script.run("r", &write(1001, Some("k"), two()));
-    script.attempt("r", &write(1002, Some("k"), vec![operation("{a}1", Condition::None, value("other"))]));
+    script.attempt(
+        "r",
+        &write(
+            1002,
+            Some("k"),
+            vec![operation("{a}1", Condition::None, value("other"))],
+        ),
+    );
     script.attempt("r", &write(1002, Some(""), two()));
-    let failing = || vec![operation("{b}1", Condition::Absent, value("3")), operation("{b}2", Condition::None, Action::Delete)];
+    let failing = || {
+        vec![
+            operation("{b}1", Condition::Absent, value("3")),
+            operation("{b}2", Condition::None, Action::Delete),
+        ]
+    };
     script.run("r", &write(1003, Some("l"), failing()));
     script.run("r", &write(1004, Some("l"), failing()));
     // Slots that come together only at the second try: one is remembered, the other decided now.
-    script.run("r", &write(1005, Some("m"), vec![operation("{a}5", Condition::None, value("5"))]));
-    let mixed = vec![operation("{a}5", Condition::None, value("5")), operation("{b}1", Condition::Absent, value("5"))];
+    script.run(
+        "r",
+        &write(
+            1005,
+            Some("m"),
+            vec![operation("{a}5", Condition::None, value("5"))],
+        ),
+    );
+    let mixed = vec![
+        operation("{a}5", Condition::None, value("5")),
+        operation("{b}1", Condition::Absent, value("5")),
+    ];
     script.attempt("r", &write(1006, Some("m"), mixed));
     script.run("r", &put("{a}1", "between"));
-    for time_ms in [900, 2000, 1000 + REMEMBERED_MS - 1, 1000 + REMEMBERED_MS, 2000 + 2 * REMEMBERED_MS] {
+    for time_ms in [
+        900,
+        2000,
+        1000 + REMEMBERED_MS - 1,
+        1000 + REMEMBERED_MS,
+        2000 + 2 * REMEMBERED_MS,
+    ] {
         script.attempt("r", &write(time_ms, Some("k"), two()));
-        script.attempt("r", &write(time_ms, Some("n"), vec![operation("{a}6", Condition::None, Action::Get)]));
-        script.attempt("r", &write(time_ms, None, vec![operation("{a}6", Condition::None, value("6"))]));
+        script.attempt(
+            "r",
+            &write(
+                time_ms,
+                Some("n"),
+                vec![operation("{a}6", Condition::None, Action::Get)],
+            ),
+        );
+        script.attempt(
+            "r",
+            &write(
+                time_ms,
+                None,
+                vec![operation("{a}6", Condition::None, value("6"))],
+            ),
+        );
     }
-    script.run("r", &write(1003 + REMEMBERED_MS, Some("o"), vec![operation("{a}7", Condition::None, value("7"))]));
-    script.run("r", &write(9000 + 3 * REMEMBERED_MS, None, vec![operation("{a}7", Condition::None, value("8"))]));
+    script.run(
+        "r",
+        &write(
+            1003 + REMEMBERED_MS,
+            Some("o"),
+            vec![operation("{a}7", Condition::None, value("7"))],
+        ),
+    );
+    script.run(
+        "r",
+        &write(
+            9000 + 3 * REMEMBERED_MS,
+            None,
+            vec![operation("{a}7", Condition::None, value("8"))],
+        ),
+    );
 
     let full = slot_of(b"f");
     let mut state = SlotState::read(script.map("r"), full).expect("readable");
     state.requests.bytes = REQUESTS_BYTES_MAX - 100;
-    script.pair("r", Bytes::copy_from_slice(&state_key(full)), state.encode());
-    script.attempt("r", &write(9001 + 3 * REMEMBERED_MS, Some("p"), vec![operation("{f}1", Condition::None, value("1"))]));
-    script.attempt("r", &write(9001 + 3 * REMEMBERED_MS, None, vec![operation("{f}1", Condition::None, value("1"))]));
+    script.pair(
+        "r",
+        Bytes::copy_from_slice(&state_key(full)),
+        state.encode(),
+    );
+    script.attempt(
+        "r",
+        &write(
+            9001 + 3 * REMEMBERED_MS,
+            Some("p"),
+            vec![operation("{f}1", Condition::None, value("1"))],
+        ),
+    );
+    script.attempt(
+        "r",
+        &write(
+            9001 + 3 * REMEMBERED_MS,
+            None,
+            vec![operation("{f}1", Condition::None, value("1"))],
+        ),
+    );
 }
 
 /// Tries every step, of this move and of others, on both sides as they are.
 fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
     let (source, destination) = ("s", "d");
-    let contents = final_contents(script.map(source), of).expect("readable").unwrap_or_default();
+    let contents = final_contents(script.map(source), of)
+        .expect("readable")
+        .unwrap_or_default();
     let others = slots(&["a"]);
     for side in [source, destination] {
         for id in [of, MoveId(of.0 - 1), MoveId(of.0 + 1)] {
@@ -171,7 +351,10 @@ fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
                     MoveStep::Release,
                     MoveStep::Abort,
                     MoveStep::Prepare { from: SOURCE },
-                    MoveStep::Complete { chunk: 2, contents: contents.clone() },
+                    MoveStep::Complete {
+                        chunk: 2,
+                        contents: contents.clone(),
+                    },
                     MoveStep::Activate,
                     MoveStep::Cancel,
                     MoveStep::Clear { limit: 3 },
@@ -188,18 +371,44 @@ fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
             }
         }
         for key in ["{a}1", "{b}9"] {
-            script.attempt(side, &write(50, Some("q"), vec![operation(key, Condition::None, value("now"))]));
-            script.attempt(side, &write(50, None, vec![operation(key, Condition::None, Action::Get)]));
+            script.attempt(
+                side,
+                &write(
+                    50,
+                    Some("q"),
+                    vec![operation(key, Condition::None, value("now"))],
+                ),
+            );
+            script.attempt(
+                side,
+                &write(50, None, vec![operation(key, Condition::None, Action::Get)]),
+            );
         }
         let pairs = vec![(Bytes::from_static(b"\x07odd"), Some(Bytes::new()))];
-        let odd = Install { id: of, chunk: 0, cursor: Bytes::new(), source_ms: 7, pairs };
-        script.attempt(side, &Command::Install { time_ms: 50, install: odd }.encode());
+        let odd = Install {
+            id: of,
+            chunk: 0,
+            cursor: Bytes::new(),
+            source_ms: 7,
+            pairs,
+        };
+        script.attempt(
+            side,
+            &Command::Install {
+                time_ms: 50,
+                install: odd,
+            }
+            .encode(),
+        );
     }
 }
 
 fn progress(map: &Map, id: MoveId) -> Progress {
     match OpenMove::read(map, id).expect("readable") {
-        Some(OpenMove { phase: MovePhase::Installing { progress, .. }, .. }) => progress,
+        Some(OpenMove {
+            phase: MovePhase::Installing { progress, .. },
+            ..
+        }) => progress,
         Some(_) | None => Progress::default(),
     }
 }
@@ -207,22 +416,51 @@ fn progress(map: &Map, id: MoveId) -> Progress {
 /// Reads the next chunk at the source and installs it; also too early, too late and twice.
 fn copy(script: &mut Script, id: MoveId, bytes_max: usize) {
     let progress = progress(script.map("d"), id);
-    let chunk = move_chunk(script.map("s"), id, &progress.cursor, bytes_max).expect("readable").expect("it is open");
+    let chunk = move_chunk(script.map("s"), id, &progress.cursor, bytes_max)
+        .expect("readable")
+        .expect("it is open");
     let install = chunk.install(id, progress.chunk);
     for chunk in [progress.chunk + 1, progress.chunk.saturating_sub(1)] {
-        let other = Install { chunk, ..install.clone() };
-        script.attempt("d", &Command::Install { time_ms: 60, install: other }.encode());
+        let other = Install {
+            chunk,
+            ..install.clone()
+        };
+        script.attempt(
+            "d",
+            &Command::Install {
+                time_ms: 60,
+                install: other,
+            }
+            .encode(),
+        );
     }
-    script.attempt("s", &Command::Install { time_ms: 60, install: install.clone() }.encode());
-    let entry = Command::Install { time_ms: 60, install }.encode();
+    script.attempt(
+        "s",
+        &Command::Install {
+            time_ms: 60,
+            install: install.clone(),
+        }
+        .encode(),
+    );
+    let entry = Command::Install {
+        time_ms: 60,
+        install,
+    }
+    .encode();
     script.run("d", &entry);
     script.attempt("d", &entry);
 }
 
 fn begin(script: &mut Script, id: MoveId, moved: &BTreeSet<Slot>) {
     script.run("d", &MoveStep::Clear { limit: 100 }.of(id, moved).encode());
-    script.run("d", &MoveStep::Prepare { from: SOURCE }.of(id, moved).encode());
-    script.run("s", &MoveStep::Begin { to: DESTINATION }.of(id, moved).encode());
+    script.run(
+        "d",
+        &MoveStep::Prepare { from: SOURCE }.of(id, moved).encode(),
+    );
+    script.run(
+        "s",
+        &MoveStep::Begin { to: DESTINATION }.of(id, moved).encode(),
+    );
 }
 
 fn whole_move(script: &mut Script) {
@@ -230,19 +468,35 @@ fn whole_move(script: &mut Script) {
     own(script, "s", &["a", "b", "c"]);
     own(script, "d", &["d"]);
     for key in ["{a}1", "{a}2", "{a}3", "{b}1", "{c}1"] {
-        script.run("s", &write(10, Some("kept"), vec![operation(key, Condition::None, value("first"))]));
+        script.run(
+            "s",
+            &write(
+                10,
+                Some("kept"),
+                vec![operation(key, Condition::None, value("first"))],
+            ),
+        );
     }
     try_all(script, id, &moved);
     begin(script, id, &moved);
     try_all(script, id, &moved);
     copy(script, id, 10);
     script.run("s", &put("{a}2", "changed"));
-    script.run("s", &write(20, Some("late"), vec![operation("{a}3", Condition::None, Action::Delete)]));
+    script.run(
+        "s",
+        &write(
+            20,
+            Some("late"),
+            vec![operation("{a}3", Condition::None, Action::Delete)],
+        ),
+    );
     script.run("s", &put("{b}9", "new"));
     try_all(script, id, &moved);
     loop {
         let cursor = progress(script.map("d"), id).cursor;
-        let chunk = move_chunk(script.map("s"), id, &cursor, 60).expect("readable").expect("it is open");
+        let chunk = move_chunk(script.map("s"), id, &cursor, 60)
+            .expect("readable")
+            .expect("it is open");
         if chunk.done {
             break;
         }
@@ -251,15 +505,38 @@ fn whole_move(script: &mut Script) {
     script.run("s", &MoveStep::Freeze.of(id, &moved).encode());
     try_all(script, id, &moved);
     copy(script, id, 1 << 20);
-    let contents = final_contents(script.map("s"), id).expect("readable").expect("frozen");
+    let contents = final_contents(script.map("s"), id)
+        .expect("readable")
+        .expect("frozen");
     let chunk = progress(script.map("d"), id).chunk;
     let mut wrong = contents.clone();
     if let Some(first) = wrong.values_mut().next() {
         first.keys += 1;
     }
-    script.attempt("d", &MoveStep::Complete { chunk, contents: wrong }.of(id, &moved).encode());
-    script.attempt("d", &MoveStep::Complete { chunk: chunk + 1, contents: contents.clone() }.of(id, &moved).encode());
-    script.run("d", &MoveStep::Complete { chunk, contents }.of(id, &moved).encode());
+    script.attempt(
+        "d",
+        &MoveStep::Complete {
+            chunk,
+            contents: wrong,
+        }
+        .of(id, &moved)
+        .encode(),
+    );
+    script.attempt(
+        "d",
+        &MoveStep::Complete {
+            chunk: chunk + 1,
+            contents: contents.clone(),
+        }
+        .of(id, &moved)
+        .encode(),
+    );
+    script.run(
+        "d",
+        &MoveStep::Complete { chunk, contents }
+            .of(id, &moved)
+            .encode(),
+    );
     try_all(script, id, &moved);
     script.run("s", &MoveStep::Release.of(id, &moved).encode());
     try_all(script, id, &moved);
@@ -274,7 +551,14 @@ fn whole_move(script: &mut Script) {
 fn aborted_move(script: &mut Script) {
     let (id, moved) = (MoveId(9), slots(&["c"]));
     for key in ["{c}2", "{c}3"] {
-        script.run("s", &write(2_000, Some("again"), vec![operation(key, Condition::None, value("more"))]));
+        script.run(
+            "s",
+            &write(
+                2_000,
+                Some("again"),
+                vec![operation(key, Condition::None, value("more"))],
+            ),
+        );
     }
     begin(script, id, &moved);
     copy(script, id, 20);
@@ -290,7 +574,10 @@ fn aborted_move(script: &mut Script) {
     begin(script, MoveId(11), &moved);
     copy(script, MoveId(11), 20);
     script.run("s", &MoveStep::Abort.of(MoveId(11), &moved).encode());
-    script.run("d", &MoveStep::Clear { limit: 100 }.of(newer, &moved).encode());
+    script.run(
+        "d",
+        &MoveStep::Clear { limit: 100 }.of(newer, &moved).encode(),
+    );
     try_all(script, newer, &moved);
 }
 
@@ -300,63 +587,137 @@ fn clears(script: &mut Script) {
     own(script, "g", &["g", "h"]);
     for n in 0..9 {
         let text = vec![n; 200_000];
-        script.run("g", &write(30, None, vec![operation(&format!("{{g}}{n}"), Condition::None, value(text))]));
+        script.run(
+            "g",
+            &write(
+                30,
+                None,
+                vec![operation(
+                    &format!("{{g}}{n}"),
+                    Condition::None,
+                    value(text),
+                )],
+            ),
+        );
     }
     for n in 0..4 {
-        script.run("g", &write(30, Some("c"), vec![operation(&format!("{{h}}{n}"), Condition::None, value("small"))]));
+        script.run(
+            "g",
+            &write(
+                30,
+                Some("c"),
+                vec![operation(
+                    &format!("{{h}}{n}"),
+                    Condition::None,
+                    value("small"),
+                )],
+            ),
+        );
     }
-    script.run("g", &MoveStep::Begin { to: DESTINATION }.of(id, &moved).encode());
+    script.run(
+        "g",
+        &MoveStep::Begin { to: DESTINATION }.of(id, &moved).encode(),
+    );
     script.run("g", &put("{h}1", "marked"));
     script.run("g", &MoveStep::Freeze.of(id, &moved).encode());
     script.run("g", &MoveStep::Release.of(id, &moved).encode());
     for limit in [0, 1, 2, 3, 5, 7, 1000] {
         script.attempt("g", &MoveStep::Clear { limit }.of(id, &moved).encode());
-        script.attempt("g", &MoveStep::Clear { limit }.of(id, &slots(&["h"])).encode());
+        script.attempt(
+            "g",
+            &MoveStep::Clear { limit }.of(id, &slots(&["h"])).encode(),
+        );
     }
     for _ in 0..5 {
-        script.run("g", &MoveStep::Clear { limit: 1000 }.of(id, &moved).encode());
+        script.run(
+            "g",
+            &MoveStep::Clear { limit: 1000 }.of(id, &moved).encode(),
+        );
     }
 }
 
 fn node(number: u32) -> Node {
     let address = format!("n{number}:1").parse().expect("an address");
-    Node { address, public_address: None, directory: DirectoryId(u128::from(number)) }
+    Node {
+        address,
+        public_address: None,
+        directory: DirectoryId(u128::from(number)),
+    }
 }
 
 fn founding(nodes: &[u32], asked: Asked) -> View {
-    first_view(ClusterId(9), asked, nodes.iter().copied().map(node).collect()).expect("a view")
+    first_view(
+        ClusterId(9),
+        asked,
+        nodes.iter().copied().map(node).collect(),
+    )
+    .expect("a view")
 }
 
 fn announce(number: u64, directory: u128, address: &str) -> Bytes {
     let address = address.parse().expect("an address");
-    meta::Command::Announce { node: NodeId(number), directory: DirectoryId(directory), address, public_address: None }.encode()
+    meta::Command::Announce {
+        node: NodeId(number),
+        directory: DirectoryId(directory),
+        address,
+        public_address: None,
+    }
+    .encode()
 }
 
 fn view(script: &mut Script) -> View {
-    meta::read_view(script.map("m")).expect("readable").expect("founded")
+    meta::read_view(script.map("m"))
+        .expect("readable")
+        .expect("founded")
 }
 
 fn next(view: &View, asked: Asked, nodes: &[u32]) -> View {
     let wanted: Vec<Node> = nodes.iter().copied().map(node).collect();
-    plan(view, asked, &wanted, &BTreeSet::new()).expect("a plan").view
+    plan(view, asked, &wanted, &BTreeSet::new())
+        .expect("a plan")
+        .view
 }
 
 fn install(base: MapVersion, next: &View) -> Bytes {
-    meta::Command::InstallPlan { base, next: Box::new(next.clone()) }.encode()
+    meta::Command::InstallPlan {
+        base,
+        next: Box::new(next.clone()),
+    }
+    .encode()
 }
 
-/// Every group tells that its members are those of the view; first one of them tells what is outdated, or of nothing.
+/// Every group tells that its members are those of the view; first one of them tells what is
+/// outdated, or of nothing.
 fn report_all(script: &mut Script) {
     for group in view(script).groups.into_keys().collect::<Vec<_>>() {
         let now = view(script);
-        let Some(of) = now.groups.get(&group) else { continue };
-        let index = of.reported.as_ref().map_or(10, |known| known.log_id.index + 10);
-        let told = |index| Reported { log_id: LogId { term: 1, index }, voters: of.electorate(), learners: of.learners.clone() };
-        let report = |group, reported, plan| meta::Command::Report { group, reported, plan }.encode();
+        let Some(of) = now.groups.get(&group) else {
+            continue;
+        };
+        let index = of
+            .reported
+            .as_ref()
+            .map_or(10, |known| known.log_id.index + 10);
+        let told = |index| Reported {
+            log_id: LogId { term: 1, index },
+            voters: of.electorate(),
+            learners: of.learners.clone(),
+        };
+        let report = |group, reported, plan| {
+            meta::Command::Report {
+                group,
+                reported,
+                plan,
+            }
+            .encode()
+        };
         script.attempt("m", &report(group, told(index), PlanEpoch(now.epoch.0 - 1)));
         script.attempt("m", &report(group, told(1), now.epoch));
         script.attempt("m", &report(GroupId(77), told(index), now.epoch));
-        let some = Reported { voters: BTreeSet::from([ReplicaId(1)]), ..told(index) };
+        let some = Reported {
+            voters: BTreeSet::from([ReplicaId(1)]),
+            ..told(index)
+        };
         script.attempt("m", &report(group, some, now.epoch));
         script.run("m", &report(group, told(index), now.epoch));
     }
@@ -366,20 +727,39 @@ fn move_all(script: &mut Script) {
     let now = view(script);
     let mut runs: BTreeMap<(GroupId, GroupId), BTreeSet<Slot>> = BTreeMap::new();
     for slot in now.astray() {
-        runs.entry((now.slots.owner(slot), now.targets.owner(slot))).or_default().insert(slot);
+        runs.entry((now.slots.owner(slot), now.targets.owner(slot)))
+            .or_default()
+            .insert(slot);
     }
     for ((from, to), slots) in runs {
-        let open = |from, to, slots: &BTreeSet<Slot>| meta::Command::OpenMove { from, to, slots: slots.clone() }.encode();
+        let open = |from, to, slots: &BTreeSet<Slot>| {
+            meta::Command::OpenMove {
+                from,
+                to,
+                slots: slots.clone(),
+            }
+            .encode()
+        };
         script.attempt("m", &open(to, from, &slots));
         script.attempt("m", &open(from, to, &BTreeSet::new()));
         for abort in [true, false] {
             let id = view(script).next_move;
             script.run("m", &open(from, to, &slots));
             script.attempt("m", &open(from, to, &slots));
-            script.attempt("m", &meta::Command::CommitMove { id: MoveId(id.0 + 1) }.encode());
+            script.attempt(
+                "m",
+                &meta::Command::CommitMove {
+                    id: MoveId(id.0 + 1),
+                }
+                .encode(),
+            );
             script.attempt("m", &meta::Command::CommitMove { id }.encode());
             script.attempt("m", &meta::Command::AbortMove { id }.encode());
-            let end = if abort { meta::Command::AbortMove { id } } else { meta::Command::CommitMove { id } };
+            let end = if abort {
+                meta::Command::AbortMove { id }
+            } else {
+                meta::Command::CommitMove { id }
+            };
             script.run("m", &end.encode());
             script.attempt("m", &end.encode());
         }
@@ -388,23 +768,43 @@ fn move_all(script: &mut Script) {
 
 pub fn meta() -> Script {
     let mut script = Script::new(Kind::Meta);
-    script.text = "# What commit 0bbd823 answered to each entry, and changed. Never written again.\n".to_owned();
-    let found = |view: &View| meta::Command::Found { view: Box::new(view.clone()) }.encode();
+    script.text =
+        "# What commit 0bbd823 answered to each entry, and changed. Never written again.\n"
+            .to_owned();
+    let found = |view: &View| {
+        meta::Command::Found {
+            view: Box::new(view.clone()),
+        }
+        .encode()
+    };
     let first = founding(&[1, 2, 3], Asked::default());
     for entry in [
         announce(1, 1, "n1:1"),
         install(MapVersion(1), &first),
-        meta::Command::OpenMove { slots: slots(&["a"]), from: SOURCE, to: DESTINATION }.encode(),
+        meta::Command::OpenMove {
+            slots: slots(&["a"]),
+            from: SOURCE,
+            to: DESTINATION,
+        }
+        .encode(),
         meta::Command::CommitMove { id: MoveId(1) }.encode(),
-        found(&View { next_node: NodeId(2), ..first.clone() }),
+        found(&View {
+            next_node: NodeId(2),
+            ..first.clone()
+        }),
     ] {
         script.attempt("m", &entry);
     }
     script.run("m", &found(&first));
     script.attempt("m", &found(&first));
-    for (number, directory, address) in
-        [(1, 1, "n1:1"), (1, 2, "n1:1"), (9, 9, "n9:1"), (1, 1, "n2:1"), (1, 1, "elsewhere:1"), (2, 2, "n2:2")]
-    {
+    for (number, directory, address) in [
+        (1, 1, "n1:1"),
+        (1, 2, "n1:1"),
+        (9, 9, "n9:1"),
+        (1, 1, "n2:1"),
+        (1, 1, "elsewhere:1"),
+        (2, 2, "n2:2"),
+    ] {
         script.attempt("m", &announce(number, directory, address));
     }
     script.run("m", &announce(2, 2, "n2:1"));
@@ -412,18 +812,64 @@ pub fn meta() -> Script {
     let asked = Asked::default();
     let steps: [(&[u32], Asked); 5] = [
         (&[1, 2, 3, 4], asked),
-        (&[1, 2, 3, 4], Asked { replication_factor: Some(2), shards: Some(2), ..asked }),
+        (
+            &[1, 2, 3, 4],
+            Asked {
+                replication_factor: Some(2),
+                shards: Some(2),
+                ..asked
+            },
+        ),
         (&[1, 2, 3], asked),
-        (&[4, 5, 6], Asked { shards: Some(3), ..asked }),
-        (&[4], Asked { replication_factor: Some(1), ..asked }),
+        (
+            &[4, 5, 6],
+            Asked {
+                shards: Some(3),
+                ..asked
+            },
+        ),
+        (
+            &[4],
+            Asked {
+                replication_factor: Some(1),
+                ..asked
+            },
+        ),
     ];
     for (nodes, asked) in steps {
         let now = view(&mut script);
         let planned = next(&now, asked, nodes);
         script.attempt("m", &install(MapVersion(now.version.0 + 1), &planned));
-        script.attempt("m", &install(now.version, &View { epoch: PlanEpoch(planned.epoch.0 + 1), ..planned.clone() }));
-        script.attempt("m", &install(now.version, &View { next_move: MoveId(planned.next_move.0 + 1), ..planned.clone() }));
-        script.attempt("m", &install(now.version, &View { slots: planned.targets.clone(), ..planned.clone() }));
+        script.attempt(
+            "m",
+            &install(
+                now.version,
+                &View {
+                    epoch: PlanEpoch(planned.epoch.0 + 1),
+                    ..planned.clone()
+                },
+            ),
+        );
+        script.attempt(
+            "m",
+            &install(
+                now.version,
+                &View {
+                    next_move: MoveId(planned.next_move.0 + 1),
+                    ..planned.clone()
+                },
+            ),
+        );
+        script.attempt(
+            "m",
+            &install(
+                now.version,
+                &View {
+                    slots: planned.targets.clone(),
+                    ..planned.clone()
+                },
+            ),
+        );
         script.run("m", &install(now.version, &planned));
         script.attempt("m", &install(now.version, &planned));
         report_all(&mut script);

@@ -33,7 +33,9 @@ fn bounded_as_plain(script: &mut Script) {
             ["pair", key, value] => script.pair(name, bytes(key), bytes(value)),
             [verb, _, entry, ..] => {
                 let entry = match kv::Command::decode(&bytes(entry)).expect("an entry") {
-                    kv::Command::Write { time_ms, writes } => kv::Command::BoundedWrite { time_ms, writes },
+                    kv::Command::Write { time_ms, writes } => {
+                        kv::Command::BoundedWrite { time_ms, writes }
+                    }
                     other => other,
                 };
                 match verb {
@@ -47,12 +49,31 @@ fn bounded_as_plain(script: &mut Script) {
 }
 
 fn answers_past_the_bound(script: &mut Script) {
-    script.run("b", &kv::Command::Claim { slots: vec![slot_of(b"b")] }.encode());
+    script.run(
+        "b",
+        &kv::Command::Claim {
+            slots: vec![slot_of(b"b")],
+        }
+        .encode(),
+    );
     let large = |n: u8| Bytes::from(vec![n; 3_000_000]);
-    let of = |action: Action| Operation { key: "{b}large".into(), condition: Condition::None, action };
-    let write = |operations: Vec<Operation>| Write { operations, idempotency_key: None };
+    let of = |action: Action| Operation {
+        key: "{b}large".into(),
+        condition: Condition::None,
+        action,
+    };
+    let write = |operations: Vec<Operation>| Write {
+        operations,
+        idempotency_key: None,
+    };
     let entry = |writes: Vec<Write>| kv::Command::BoundedWrite { time_ms: 7, writes }.encode();
-    script.run("b", &entry(vec![write(vec![of(Action::Put { media: Media::Octets, value: large(1) })])]));
+    script.run(
+        "b",
+        &entry(vec![write(vec![of(Action::Put {
+            media: Media::Octets,
+            value: large(1),
+        })])]),
+    );
     let gets = |count: usize, then: Action| {
         let gets = std::iter::repeat_n(of(Action::Get), count);
         write(gets.chain([of(then)]).collect())
@@ -61,23 +82,61 @@ fn answers_past_the_bound(script: &mut Script) {
         script.attempt("b", &entry(vec![gets(count, Action::Delete)]));
     }
     // What the first took is not left for the second, and one that is rejected takes nothing.
-    let put = || Action::Put { media: Media::Text, value: "small".into() };
-    script.attempt("b", &entry(vec![gets(3, Action::Get), gets(3, put()), gets(1, put())]));
-    script.attempt("b", &entry(vec![gets(6, put()), gets(4, put()), gets(5, Action::Delete)]));
+    let put = || Action::Put {
+        media: Media::Text,
+        value: "small".into(),
+    };
+    script.attempt(
+        "b",
+        &entry(vec![gets(3, Action::Get), gets(3, put()), gets(1, put())]),
+    );
+    script.attempt(
+        "b",
+        &entry(vec![
+            gets(6, put()),
+            gets(4, put()),
+            gets(5, Action::Delete),
+        ]),
+    );
 }
 
 fn node(number: u32) -> Node {
     let address = format!("n{number}:1").parse().expect("an address");
-    Node { address, public_address: None, directory: DirectoryId(u128::from(number)) }
+    Node {
+        address,
+        public_address: None,
+        directory: DirectoryId(u128::from(number)),
+    }
 }
 
 pub fn meta() -> Script {
     let mut script = Script::new(Kind::Meta);
-    let raise = |level, over| Command::RaiseLevel { level, over: MapVersion(over) }.encode();
+    let raise = |level, over| {
+        Command::RaiseLevel {
+            level,
+            over: MapVersion(over),
+        }
+        .encode()
+    };
     script.attempt("m", &raise(1, 0));
     let first = first_view(ClusterId(9), Asked::default(), vec![node(1), node(2)]).expect("a view");
-    script.attempt("m", &Command::Found { view: Box::new(View { level: 1, ..first.clone() }) }.encode());
-    script.run("m", &Command::Found { view: Box::new(first) }.encode());
+    script.attempt(
+        "m",
+        &Command::Found {
+            view: Box::new(View {
+                level: 1,
+                ..first.clone()
+            }),
+        }
+        .encode(),
+    );
+    script.run(
+        "m",
+        &Command::Found {
+            view: Box::new(first),
+        }
+        .encode(),
+    );
     for (level, over) in [(0, 1), (1, 0), (1, 2), (1, 1)] {
         script.attempt("m", &raise(level, over));
     }
@@ -85,11 +144,27 @@ pub fn meta() -> Script {
     for (level, over) in [(0, 2), (1, 2), (1, 1)] {
         script.attempt("m", &raise(level, over));
     }
-    let view = meta::read_view(script.map("m")).expect("readable").expect("founded");
+    let view = meta::read_view(script.map("m"))
+        .expect("readable")
+        .expect("founded");
     let wanted = [1, 2, 3].map(node);
-    let next = plan(&view, view.asked, &wanted, &BTreeSet::new()).expect("a plan").view;
-    let install = |next: &View| Command::InstallPlan { base: MapVersion(2), next: Box::new(next.clone()) }.encode();
-    script.attempt("m", &install(&View { level: 0, ..next.clone() }));
+    let next = plan(&view, view.asked, &wanted, &BTreeSet::new())
+        .expect("a plan")
+        .view;
+    let install = |next: &View| {
+        Command::InstallPlan {
+            base: MapVersion(2),
+            next: Box::new(next.clone()),
+        }
+        .encode()
+    };
+    script.attempt(
+        "m",
+        &install(&View {
+            level: 0,
+            ..next.clone()
+        }),
+    );
     script.run("m", &install(&next));
     script
 }

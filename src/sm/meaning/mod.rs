@@ -1,15 +1,20 @@
-//! The meaning of entries, held for ever: for each entry and the map that it met, what `apply` answered and changed.
+//! The meaning of entries, held for ever: for each entry and the map that it met, what `apply`
+//! answered and changed.
 //!
-//! What is in a log was acknowledged for what it meant when it was written, and a replica that applies it anew must come to the same map
-//! as the others. So no line of a golden file is ever changed. `goldens/*-level-0.txt` were written by the code of commit 0bbd823
-//! (`level_0.rs` ran there), and hold since. A changed meaning is a new variant, of a new level, with lines of its own.
+//! What is in a log was acknowledged for what it meant when it was written, and a replica that
+//! applies it anew must come to the same map as the others. So no line of a golden file is ever
+//! changed. `goldens/*-level-0.txt` were written by the code of commit 0bbd823 (`level_0.rs` ran
+//! there), and hold since. A changed meaning is a new variant, of a new level, with lines of its
+//! own.
 //!
-//! To add lines for a new variant: add a scenario to `level_1.rs` (or that of a later level), and write its file with
-//! `QUORATE_MEANING=kv-level-1 cargo test --lib meaning` (or another name without `.txt`); look at what is in it, and commit it. The file
-//! of a level whose program is out is never written again.
+//! To add lines for a new variant: add a scenario to `level_1.rs` (or that of a later level), and
+//! write its file with `QUORATE_MEANING=kv-level-1 cargo test --lib meaning` (or another name
+//! without `.txt`); look at what is in it, and commit it. The file of a level whose program is out
+//! is never written again.
 //!
-//! A line is `map pair KEY VALUE`, or `map do|try INDEX ENTRY -> OUTCOME BATCH` with bytes in hexadecimal; what is tried is not kept. A
-//! run of equal bytes is written `(xx*count)`. A batch is `key=value` or `key-` for each key, or of a long one its count and hash.
+//! A line is `map pair KEY VALUE`, or `map do|try INDEX ENTRY -> OUTCOME BATCH` with bytes in
+//! hexadecimal; what is tried is not kept. A run of equal bytes is written `(xx*count)`. A batch is
+//! `key=value` or `key-` for each key, or of a long one its count and hash.
 
 mod level_0;
 mod level_1;
@@ -68,7 +73,12 @@ struct Script {
 
 impl Script {
     fn new(kind: Kind) -> Self {
-        Self { kind, maps: BTreeMap::new(), index: 0, text: String::new() }
+        Self {
+            kind,
+            maps: BTreeMap::new(),
+            index: 0,
+            text: String::new(),
+        }
     }
 
     fn map(&mut self, name: &'static str) -> &mut Map {
@@ -98,7 +108,12 @@ impl Script {
         self.index += 1;
         let (index, kind) = (self.index, self.kind);
         let (outcome, batch) = kind.apply(self.map(name), index, entry);
-        let line = format!("{name} {verb} {index} {} -> {} {}\n", hex(entry), hex(&outcome), batch_text(&batch));
+        let line = format!(
+            "{name} {verb} {index} {} -> {} {}\n",
+            hex(entry),
+            hex(&outcome),
+            batch_text(&batch)
+        );
         self.text.push_str(&line);
         (outcome, batch)
     }
@@ -130,11 +145,17 @@ fn hex(bytes: &[u8]) -> String {
     let mut text = String::new();
     for run in bytes.chunk_by(|one, next| one == next) {
         match run.len() {
-            count if count >= RUN_MIN => write!(text, "({:02x}*{count})", run[0]).expect("to memory"),
+            count if count >= RUN_MIN => {
+                write!(text, "({:02x}*{count})", run[0]).expect("to memory")
+            }
             count => text.push_str(&format!("{:02x}", run[0]).repeat(count)),
         }
     }
-    if text.is_empty() { "none".to_owned() } else { text }
+    if text.is_empty() {
+        "none".to_owned()
+    } else {
+        text
+    }
 }
 
 fn bytes(text: &str) -> Bytes {
@@ -144,7 +165,10 @@ fn bytes(text: &str) -> Bytes {
         if let Some(run) = rest.strip_prefix('(') {
             let (run, after) = run.split_once(')').expect("a run ends");
             let (byte, count) = run.split_once('*').expect("a run has a count");
-            bytes.extend(std::iter::repeat_n(digit(byte), count.parse().expect("a count")));
+            bytes.extend(std::iter::repeat_n(
+                digit(byte),
+                count.parse().expect("a count"),
+            ));
             rest = after;
         } else {
             bytes.push(digit(&rest[..2]));
@@ -157,7 +181,10 @@ fn bytes(text: &str) -> Bytes {
 /// Applies every line of a golden file, and returns the entries.
 fn check(kind: Kind, name: &str, text: &str) -> Vec<Bytes> {
     let (mut maps, mut entries): (BTreeMap<&str, Map>, _) = (BTreeMap::new(), Vec::new());
-    for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+    for line in text
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+    {
         let words: Vec<&str> = line.split(' ').collect();
         let map = maps.entry(words[0]).or_default();
         match words[1..] {
@@ -189,10 +216,16 @@ fn describe(kind: Kind, entry: &[u8]) -> String {
 
 /// Checks a golden file, or writes it if that was asked for.
 fn hold(kind: Kind, name: &str, text: &str, scenario: fn() -> Script) -> Vec<Bytes> {
-    if std::env::var("QUORATE_MEANING").is_ok_and(|asked| asked.split(',').any(|asked| asked == name)) {
-        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("src/sm/meaning/goldens/{name}.txt"));
+    if std::env::var("QUORATE_MEANING")
+        .is_ok_and(|asked| asked.split(',').any(|asked| asked == name))
+    {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+            .join(format!("src/sm/meaning/goldens/{name}.txt"));
         std::fs::write(&path, scenario().text).expect("written");
-        panic!("{} is written: look at what is in it, and build anew", path.display());
+        panic!(
+            "{} is written: look at what is in it, and build anew",
+            path.display()
+        );
     }
     assert!(!text.is_empty(), "{name} is empty");
     check(kind, name, text)
@@ -240,8 +273,16 @@ fn shard_kind(command: &kv::Command) -> &'static str {
 }
 
 /// Those of the meta group.
-const META_KINDS: [&str; 8] =
-    ["found", "announce", "install plan", "open move", "commit move", "abort move", "report", "raise level"];
+const META_KINDS: [&str; 8] = [
+    "found",
+    "announce",
+    "install plan",
+    "open move",
+    "commit move",
+    "abort move",
+    "report",
+    "raise level",
+];
 
 fn meta_kind(command: &meta::Command) -> &'static str {
     match command {
@@ -258,24 +299,61 @@ fn meta_kind(command: &meta::Command) -> &'static str {
 
 #[test]
 fn every_entry_of_a_shard_means_what_it_meant() {
-    let mut entries = hold(Kind::Shard, "kv-level-0", include_str!("goldens/kv-level-0.txt"), level_0::shard);
-    entries.extend(hold(Kind::Shard, "kv-level-1", include_str!("goldens/kv-level-1.txt"), level_1::shard));
-    entries.extend(hold(Kind::Shard, "kv-level-2", include_str!("goldens/kv-level-2.txt"), level_2::shard));
-    let kinds: BTreeSet<&str> = entries.iter().map(|entry| shard_kind(&kv::Command::decode(entry).expect("an entry"))).collect();
+    let mut entries = hold(
+        Kind::Shard,
+        "kv-level-0",
+        include_str!("goldens/kv-level-0.txt"),
+        level_0::shard,
+    );
+    entries.extend(hold(
+        Kind::Shard,
+        "kv-level-1",
+        include_str!("goldens/kv-level-1.txt"),
+        level_1::shard,
+    ));
+    entries.extend(hold(
+        Kind::Shard,
+        "kv-level-2",
+        include_str!("goldens/kv-level-2.txt"),
+        level_2::shard,
+    ));
+    let kinds: BTreeSet<&str> = entries
+        .iter()
+        .map(|entry| shard_kind(&kv::Command::decode(entry).expect("an entry")))
+        .collect();
     assert_eq!(kinds, SHARD_KINDS.into_iter().collect());
 }
 
 #[test]
 fn every_entry_of_the_meta_group_means_what_it_meant() {
-    let mut entries = hold(Kind::Meta, "meta-level-0", include_str!("goldens/meta-level-0.txt"), level_0::meta);
-    entries.extend(hold(Kind::Meta, "meta-level-1", include_str!("goldens/meta-level-1.txt"), level_1::meta));
-    let kinds: BTreeSet<&str> = entries.iter().map(|entry| meta_kind(&meta::Command::decode(entry).expect("an entry"))).collect();
+    let mut entries = hold(
+        Kind::Meta,
+        "meta-level-0",
+        include_str!("goldens/meta-level-0.txt"),
+        level_0::meta,
+    );
+    entries.extend(hold(
+        Kind::Meta,
+        "meta-level-1",
+        include_str!("goldens/meta-level-1.txt"),
+        level_1::meta,
+    ));
+    let kinds: BTreeSet<&str> = entries
+        .iter()
+        .map(|entry| meta_kind(&meta::Command::decode(entry).expect("an entry")))
+        .collect();
     assert_eq!(kinds, META_KINDS.into_iter().collect());
 }
 
 #[test]
 fn bytes_are_written_as_they_are() {
-    for of in [&b""[..], b"\x00", b"\x00\x00\x00\x00\x00\x00\x00\x00", b"ab(\x10\x10", &[7; 3000]] {
+    for of in [
+        &b""[..],
+        b"\x00",
+        b"\x00\x00\x00\x00\x00\x00\x00\x00",
+        b"ab(\x10\x10",
+        &[7; 3000],
+    ] {
         assert_eq!(bytes(&hex(of)), of);
     }
 }

@@ -1,12 +1,15 @@
-//! Which step brings the members of a group nearer to those that the view wants. Asked by the leader of the group, again after each step.
+//! Which step brings the members of a group nearer to those that the view wants. Asked by the
+//! leader of the group, again after each step.
 //!
-//! A replica is added without a vote, catches up, and then votes. Voters are exchanged so that as many vote as before wherever that can
-//! be, and never for a set of which a majority is not up and caught up. A leader that is to go hands over first. Members that the view does
-//! not want, or does not know, leave in the end; the report of that to the meta group is what retires them.
+//! A replica is added without a vote, catches up, and then votes. Voters are exchanged so that as
+//! many vote as before wherever that can be, and never for a set of which a majority is not up and
+//! caught up. A leader that is to go hands over first. Members that the view does not want, or does
+//! not know, leave in the end; the report of that to the meta group is what retires them.
 //!
-//! A witness votes for entries that it can bring others only from its log. So it becomes a voter only when every voter with a map has all that
-//! is committed, and one with a map becomes a voter beside it only when it has that too: its log, wherever it begins, then reaches back to
-//! where each of them is. There is never more than one that votes, and none is handed the lead.
+//! A witness votes for entries that it can bring others only from its log. So it becomes a voter
+//! only when every voter with a map has all that is committed, and one with a map becomes a voter
+//! beside it only when it has that too: its log, wherever it begins, then reaches back to where
+//! each of them is. There is never more than one that votes, and none is handed the lead.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -62,7 +65,9 @@ pub fn next_step(group: &Group, now: &Observed) -> Step {
         let voters = next_voters(group, now).unwrap_or_else(|| now.voters.clone());
         return Step::SetVoters(with_me(voters, now));
     }
-    if let Some(replica) = missing().find(|replica| now.alive.contains(replica) && !blocked.contains_key(replica)) {
+    if let Some(replica) =
+        missing().find(|replica| now.alive.contains(replica) && !blocked.contains_key(replica))
+    {
         return Step::AddLearner(*replica);
     }
     if let Some(voters) = next_voters(group, now) {
@@ -72,19 +77,30 @@ pub fn next_step(group: &Group, now: &Observed) -> Step {
     if !surplus.is_empty() {
         return Step::RemoveLearners(surplus);
     }
-    let here = Reported { log_id: now.log_id, voters: now.voters.clone(), learners: now.learners.clone() };
+    let here = Reported {
+        log_id: now.log_id,
+        voters: now.voters.clone(),
+        learners: now.learners.clone(),
+    };
     if is_news(group, &here) {
         return Step::Report(here);
     }
-    if group.is_settled() || group.ends && missing().next().is_none() { Step::Nothing } else { Step::Wait }
+    if group.is_settled() || group.ends && missing().next().is_none() {
+        Step::Nothing
+    } else {
+        Step::Wait
+    }
 }
 
 fn exchange(voters: Replicas, now: &Observed) -> Step {
     if voters.contains(&now.me) {
         return Step::SetVoters(voters);
     }
-    let able =
-        |replica: &&ReplicaId| now.caught_up.contains(replica) && now.alive.contains(replica) && !now.witnesses.contains(replica);
+    let able = |replica: &&ReplicaId| {
+        now.caught_up.contains(replica)
+            && now.alive.contains(replica)
+            && !now.witnesses.contains(replica)
+    };
     match voters.intersection(&now.voters).find(able) {
         Some(successor) => Step::HandOver(*successor),
         None => Step::SetVoters(with_me(voters, now)),
@@ -96,13 +112,24 @@ fn with_me(mut voters: Replicas, now: &Observed) -> Replicas {
     voters
 }
 
-/// The wanted replicas that can't come yet, each with the one in its way: a node runs one replica of a group at a time.
+/// The wanted replicas that can't come yet, each with the one in its way: a node runs one replica
+/// of a group at a time.
 fn blocked(group: &Group) -> BTreeMap<ReplicaId, ReplicaId> {
-    let before = |node: NodeId| group.leaving.iter().find(|(_, at)| **at == node).map(|(replica, _)| *replica);
-    group.wanted().filter_map(|(replica, node)| Some((replica, before(node)?))).collect()
+    let before = |node: NodeId| {
+        group
+            .leaving
+            .iter()
+            .find(|(_, at)| **at == node)
+            .map(|(replica, _)| *replica)
+    };
+    group
+        .wanted()
+        .filter_map(|(replica, node)| Some((replica, before(node)?)))
+        .collect()
 }
 
-/// The voter that goes before its successor comes, because that is to be on its node: one at a time, and only when nobody else comes.
+/// The voter that goes before its successor comes, because that is to be on its node: one at a
+/// time, and only when nobody else comes.
 fn makes_way(blocked: &BTreeMap<ReplicaId, ReplicaId>, now: &Observed) -> Option<ReplicaId> {
     let all_vote = blocked.values().all(|replica| now.voters.contains(replica));
     let mut in_the_way: Vec<ReplicaId> = blocked.values().copied().collect();
@@ -113,10 +140,17 @@ fn makes_way(blocked: &BTreeMap<ReplicaId, ReplicaId>, now: &Observed) -> Option
 /// Whether a replica may begin to vote.
 fn is_ready(replica: ReplicaId, group: &Group, now: &Observed) -> bool {
     let has_map = |voter: &ReplicaId| !now.witnesses.contains(voter) && !group.is_witness(*voter);
-    let is_safe = match (has_map(&replica), group.witness.is_some() || now.voters.iter().any(|voter| !has_map(voter))) {
+    let is_safe = match (
+        has_map(&replica),
+        group.witness.is_some() || now.voters.iter().any(|voter| !has_map(voter)),
+    ) {
         (true, false) => true,
         (true, true) => now.complete.contains(&replica),
-        (false, _) => now.voters.iter().filter(|voter| has_map(voter)).all(|voter| now.complete.contains(voter)),
+        (false, _) => now
+            .voters
+            .iter()
+            .filter(|voter| has_map(voter))
+            .all(|voter| now.complete.contains(voter)),
     };
     is_safe && now.caught_up.contains(&replica) && now.alive.contains(&replica)
 }
@@ -124,23 +158,40 @@ fn is_ready(replica: ReplicaId, group: &Group, now: &Observed) -> bool {
 /// The voters to go on with; none: those of now.
 fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
     let wanted = group.electorate();
-    let (staying, rest): (Replicas, Replicas) = now.voters.iter().copied().partition(|voter| wanted.contains(voter));
-    let (ready, behind): (Replicas, Replicas) =
-        wanted.difference(&now.voters).copied().partition(|voter| is_ready(*voter, group, now));
+    let (staying, rest): (Replicas, Replicas) = now
+        .voters
+        .iter()
+        .copied()
+        .partition(|voter| wanted.contains(voter));
+    let (ready, behind): (Replicas, Replicas) = wanted
+        .difference(&now.voters)
+        .copied()
+        .partition(|voter| is_ready(*voter, group, now));
     let mut next: Replicas = staying.union(&ready).copied().collect();
     if !behind.is_empty() {
         let is_whole = now.voters.is_subset(&now.alive);
         let blocked = blocked(group);
-        let some_come = behind.iter().any(|replica| now.alive.contains(replica) && !blocked.contains_key(replica));
+        let some_come = behind
+            .iter()
+            .any(|replica| now.alive.contains(replica) && !blocked.contains_key(replica));
         if is_whole && some_come {
             return None;
         }
-        // Those that are still to go stand in for those that are not there yet, the live ones first.
+        // Those that are still to go stand in for those that are not there yet, the live ones
+        // first.
         let gone = makes_way(&blocked, now).filter(|_| !some_come);
         let has_witness = next.iter().any(|replica| group.is_witness(*replica));
-        let may = |replica: &ReplicaId| Some(*replica) != gone && !(has_witness && now.witnesses.contains(replica));
+        let may = |replica: &ReplicaId| {
+            Some(*replica) != gone && !(has_witness && now.witnesses.contains(replica))
+        };
         let mut standing_in: Vec<ReplicaId> = rest.into_iter().filter(may).collect();
-        standing_in.sort_by_key(|replica| (*replica != now.me, !now.alive.contains(replica), now.witnesses.contains(replica)));
+        standing_in.sort_by_key(|replica| {
+            (
+                *replica != now.me,
+                !now.alive.contains(replica),
+                now.witnesses.contains(replica),
+            )
+        });
         let missing = wanted.len().saturating_sub(next.len());
         next.extend(standing_in.into_iter().take(missing));
         // An even number survives no more than the odd one below.
@@ -148,7 +199,10 @@ fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
             return None;
         }
     }
-    let up = next.iter().filter(|replica| now.alive.contains(replica) && now.caught_up.contains(replica)).count();
+    let up = next
+        .iter()
+        .filter(|replica| now.alive.contains(replica) && now.caught_up.contains(replica))
+        .count();
     (next != now.voters && !next.is_empty() && up * 2 > next.len()).then_some(next)
 }
 
@@ -158,7 +212,11 @@ fn is_news(group: &Group, here: &Reported) -> bool {
         Some(reported) => reported.voters == here.voters && reported.learners == here.learners,
         None => here.learners.is_empty() && here.voters.iter().eq(group.creation.keys()),
     };
-    !known || group.leaving.keys().any(|replica| !here.is_member(*replica))
+    !known
+        || group
+            .leaving
+            .keys()
+            .any(|replica| !here.is_member(*replica))
 }
 
 #[cfg(test)]
@@ -174,14 +232,25 @@ mod tests {
 
     /// Replica n is on node n; the first ids of `created` began the group, `wanted` are to vote.
     fn group(created: &[u64], wanted: &[u64]) -> Group {
-        let place = |ids: &[u64]| -> BTreeMap<ReplicaId, NodeId> { ids.iter().map(|id| (ReplicaId(*id), NodeId(*id))).collect() };
+        let place = |ids: &[u64]| -> BTreeMap<ReplicaId, NodeId> {
+            ids.iter().map(|id| (ReplicaId(*id), NodeId(*id))).collect()
+        };
         let mut group = Group::new(NodeId(wanted[0]), place(wanted), &set(wanted));
         group.creation = place(created);
-        group.leaving = place(created).into_iter().filter(|(id, _)| !wanted.contains(&id.0)).collect();
+        group.leaving = place(created)
+            .into_iter()
+            .filter(|(id, _)| !wanted.contains(&id.0))
+            .collect();
         group
     }
 
-    fn now(me: u64, voters: &[u64], learners: &[u64], alive: &[u64], caught_up: &[u64]) -> Observed {
+    fn now(
+        me: u64,
+        voters: &[u64],
+        learners: &[u64],
+        alive: &[u64],
+        caught_up: &[u64],
+    ) -> Observed {
         Observed {
             me: ReplicaId(me),
             log_id: LogId::default(),
@@ -197,36 +266,73 @@ mod tests {
 
     /// With these as witnesses, and these with all that is committed.
     fn with(now: Observed, witnesses: &[u64], complete: &[u64]) -> Observed {
-        Observed { witnesses: set(witnesses), complete: set(complete), ..now }
+        Observed {
+            witnesses: set(witnesses),
+            complete: set(complete),
+            ..now
+        }
     }
 
     fn with_witness(mut group: Group, witness: u64) -> Group {
         group.leaving.remove(&ReplicaId(witness));
-        Group { witness: Some(Witness { replica: ReplicaId(witness), node: NodeId(witness) }), ..group }
+        Group {
+            witness: Some(Witness {
+                replica: ReplicaId(witness),
+                node: NodeId(witness),
+            }),
+            ..group
+        }
     }
 
     #[test]
     fn a_witness_votes_once_both_replicas_have_all_that_is_committed() {
         let group = with_witness(group(&[1, 2], &[1, 2]), 3);
         let all = [1, 2, 3];
-        assert_eq!(next(&group, &now(1, &[1, 2], &[], &all, &[1, 2])), Step::AddLearner(ReplicaId(3)));
-        let learns =
-            |caught_up: &[u64], complete: &[u64]| next(&group, &with(now(1, &[1, 2], &[3], &all, caught_up), &[3], complete));
+        assert_eq!(
+            next(&group, &now(1, &[1, 2], &[], &all, &[1, 2])),
+            Step::AddLearner(ReplicaId(3))
+        );
+        let learns = |caught_up: &[u64], complete: &[u64]| {
+            next(
+                &group,
+                &with(now(1, &[1, 2], &[3], &all, caught_up), &[3], complete),
+            )
+        };
         assert_eq!(learns(&[1, 2], &[1, 2]), Step::Wait, "it has not caught up");
-        assert_eq!(learns(&all, &[1, 3]), Step::Wait, "its log may begin behind what 2 has");
+        assert_eq!(
+            learns(&all, &[1, 3]),
+            Step::Wait,
+            "its log may begin behind what 2 has"
+        );
         assert_eq!(learns(&all, &[1, 2]), Step::SetVoters(set(&all)));
-        assert_eq!(next(&group, &with(now(1, &all, &[], &all, &all), &[3], &all)), Step::Nothing);
+        assert_eq!(
+            next(&group, &with(now(1, &all, &[], &all, &all), &[3], &all)),
+            Step::Nothing
+        );
     }
 
     #[test]
     fn a_replica_votes_beside_a_witness_once_it_has_all_that_is_committed() {
         let group = with_witness(group(&[1, 2], &[1, 4]), 3);
-        let step = |complete: &[u64]| next(&group, &with(now(1, &[1, 2, 3], &[4], &[1, 2, 3, 4], &[1, 2, 3, 4]), &[3], complete));
+        let step = |complete: &[u64]| {
+            next(
+                &group,
+                &with(
+                    now(1, &[1, 2, 3], &[4], &[1, 2, 3, 4], &[1, 2, 3, 4]),
+                    &[3],
+                    complete,
+                ),
+            )
+        };
         assert_eq!(step(&[1, 2, 3]), Step::Wait);
         assert_eq!(step(&[1, 2, 3, 4]), Step::SetVoters(set(&[1, 3, 4])));
         // Without a witness a few entries behind are few enough.
         let plain = super::tests::group(&[1, 2, 5], &[1, 4, 5]);
-        let observed = with(now(1, &[1, 2, 5], &[4], &[1, 2, 4, 5], &[1, 2, 4, 5]), &[], &[1, 2, 5]);
+        let observed = with(
+            now(1, &[1, 2, 5], &[4], &[1, 2, 4, 5], &[1, 2, 4, 5]),
+            &[],
+            &[1, 2, 5],
+        );
         assert_eq!(next(&plain, &observed), Step::SetVoters(set(&[1, 4, 5])));
     }
 
@@ -236,28 +342,61 @@ mod tests {
         group.leaving.insert(ReplicaId(3), NodeId(3));
         let all = [1, 2, 3, 4];
         let step = |voters: &[u64], learners: &[u64], caught_up: &[u64]| {
-            next(&group, &with(now(1, voters, learners, &all, caught_up), &[3, 4], caught_up))
+            next(
+                &group,
+                &with(
+                    now(1, voters, learners, &all, caught_up),
+                    &[3, 4],
+                    caught_up,
+                ),
+            )
         };
-        assert_eq!(step(&[1, 2, 3], &[], &[1, 2, 3]), Step::AddLearner(ReplicaId(4)));
+        assert_eq!(
+            step(&[1, 2, 3], &[], &[1, 2, 3]),
+            Step::AddLearner(ReplicaId(4))
+        );
         assert_eq!(step(&[1, 2, 3], &[4], &[1, 2, 3]), Step::Wait);
-        assert_eq!(step(&[1, 2, 3], &[4], &all), Step::SetVoters(set(&[1, 2, 4])));
-        assert_eq!(step(&[1, 2, 4], &[3], &all), Step::RemoveLearners(set(&[3])));
+        assert_eq!(
+            step(&[1, 2, 3], &[4], &all),
+            Step::SetVoters(set(&[1, 2, 4]))
+        );
+        assert_eq!(
+            step(&[1, 2, 4], &[3], &all),
+            Step::RemoveLearners(set(&[3]))
+        );
         // With one of the replicas to be replaced as well, and its successor not there yet.
         let mut both = group.clone();
         both.replicas = BTreeMap::from([(ReplicaId(1), NodeId(1)), (ReplicaId(5), NodeId(5))]);
         both.leaving.insert(ReplicaId(2), NodeId(2));
         let alive = [1, 3, 4, 5];
-        let observed = with(now(1, &[1, 2, 3], &[4, 5], &alive, &[1, 3, 4]), &[3, 4], &[1, 2, 3, 4]);
-        assert_eq!(next(&both, &observed), Step::SetVoters(set(&[1, 2, 4])), "2 stands in, and not the old witness");
+        let observed = with(
+            now(1, &[1, 2, 3], &[4, 5], &alive, &[1, 3, 4]),
+            &[3, 4],
+            &[1, 2, 3, 4],
+        );
+        assert_eq!(
+            next(&both, &observed),
+            Step::SetVoters(set(&[1, 2, 4])),
+            "2 stands in, and not the old witness"
+        );
     }
 
     #[test]
     fn no_witness_is_handed_the_lead() {
         let group = with_witness(group(&[1, 2], &[2, 4]), 3);
         let all = [1, 2, 3, 4];
-        let step = |caught_up: &[u64]| next(&group, &with(now(1, &[1, 2, 3], &[4], &all, caught_up), &[3], &all));
+        let step = |caught_up: &[u64]| {
+            next(
+                &group,
+                &with(now(1, &[1, 2, 3], &[4], &all, caught_up), &[3], &all),
+            )
+        };
         assert_eq!(step(&all), Step::HandOver(ReplicaId(2)));
-        assert_eq!(step(&[1, 3, 4]), Step::SetVoters(set(&[1, 2, 3, 4])), "this one stays until another can take over");
+        assert_eq!(
+            step(&[1, 3, 4]),
+            Step::SetVoters(set(&[1, 2, 3, 4])),
+            "this one stays until another can take over"
+        );
     }
 
     #[test]
@@ -265,21 +404,42 @@ mod tests {
         let mut group = group(&[1, 2], &[1, 2, 4]);
         group.leaving.insert(ReplicaId(3), NodeId(3));
         let all = [1, 2, 3, 4];
-        let step = |caught_up: &[u64]| next(&group, &with(now(1, &[1, 2, 3], &[4], &all, caught_up), &[3], caught_up));
+        let step = |caught_up: &[u64]| {
+            next(
+                &group,
+                &with(now(1, &[1, 2, 3], &[4], &all, caught_up), &[3], caught_up),
+            )
+        };
         assert_eq!(step(&[1, 2, 3]), Step::Wait);
         assert_eq!(step(&all), Step::SetVoters(set(&[1, 2, 4])));
         // On its own node it goes first.
         group.replicas.insert(ReplicaId(4), NodeId(3));
-        let observed = with(now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3]), &[3], &[1, 2, 3]);
+        let observed = with(
+            now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3]),
+            &[3],
+            &[1, 2, 3],
+        );
         assert_eq!(next(&group, &observed), Step::SetVoters(set(&[1, 2])));
     }
 
     /// The next step where the meta group knows the members as they are.
     fn next(group: &Group, now: &Observed) -> Step {
-        let reported = Reported { log_id: now.log_id, voters: now.voters.clone(), learners: now.learners.clone() };
+        let reported = Reported {
+            log_id: now.log_id,
+            voters: now.voters.clone(),
+            learners: now.learners.clone(),
+        };
         let mut group = group.clone();
-        group.leaving.retain(|replica, _| reported.is_member(*replica));
-        next_step(&Group { reported: Some(reported), ..group }, now)
+        group
+            .leaving
+            .retain(|replica, _| reported.is_member(*replica));
+        next_step(
+            &Group {
+                reported: Some(reported),
+                ..group
+            },
+            now,
+        )
     }
 
     #[test]
@@ -287,22 +447,53 @@ mod tests {
         let group = group(&[1, 2, 3], &[4, 5, 6]);
         let all = [1, 2, 3, 4, 5, 6];
         let step = |observed| next(&group, &observed);
-        assert_eq!(step(now(1, &[1, 2, 3], &[], &all, &[1, 2, 3])), Step::AddLearner(ReplicaId(4)));
-        assert_eq!(step(now(1, &[1, 2, 3], &[4, 5, 6], &all, &[1, 2, 3, 4])), Step::Wait);
-        assert_eq!(step(now(1, &[1, 2, 3], &[4, 5, 6], &all, &all)), Step::SetVoters(set(&[1, 4, 5, 6])));
-        assert_eq!(step(now(1, &[1, 4, 5, 6], &[2, 3], &all, &all)), Step::HandOver(ReplicaId(4)));
-        assert_eq!(step(now(4, &[1, 4, 5, 6], &[2, 3], &all, &all)), Step::SetVoters(set(&[4, 5, 6])));
-        assert_eq!(step(now(4, &[4, 5, 6], &[1, 2, 3], &all, &all)), Step::RemoveLearners(set(&[1, 2, 3])));
-        let report = Reported { log_id: LogId::default(), voters: set(&[4, 5, 6]), learners: set(&[]) };
-        assert_eq!(next_step(&group, &now(4, &[4, 5, 6], &[], &all, &all)), Step::Report(report));
+        assert_eq!(
+            step(now(1, &[1, 2, 3], &[], &all, &[1, 2, 3])),
+            Step::AddLearner(ReplicaId(4))
+        );
+        assert_eq!(
+            step(now(1, &[1, 2, 3], &[4, 5, 6], &all, &[1, 2, 3, 4])),
+            Step::Wait
+        );
+        assert_eq!(
+            step(now(1, &[1, 2, 3], &[4, 5, 6], &all, &all)),
+            Step::SetVoters(set(&[1, 4, 5, 6]))
+        );
+        assert_eq!(
+            step(now(1, &[1, 4, 5, 6], &[2, 3], &all, &all)),
+            Step::HandOver(ReplicaId(4))
+        );
+        assert_eq!(
+            step(now(4, &[1, 4, 5, 6], &[2, 3], &all, &all)),
+            Step::SetVoters(set(&[4, 5, 6]))
+        );
+        assert_eq!(
+            step(now(4, &[4, 5, 6], &[1, 2, 3], &all, &all)),
+            Step::RemoveLearners(set(&[1, 2, 3]))
+        );
+        let report = Reported {
+            log_id: LogId::default(),
+            voters: set(&[4, 5, 6]),
+            learners: set(&[]),
+        };
+        assert_eq!(
+            next_step(&group, &now(4, &[4, 5, 6], &[], &all, &all)),
+            Step::Report(report)
+        );
         assert_eq!(step(now(4, &[4, 5, 6], &[], &all, &all)), Step::Nothing);
     }
 
     #[test]
     fn a_dead_voter_is_replaced_as_soon_as_there_is_one_for_it() {
         let group = group(&[1, 2, 3], &[1, 2, 4]);
-        assert_eq!(next(&group, &now(1, &[1, 2, 3], &[4], &[1, 2, 4], &[1, 2])), Step::Wait);
-        assert_eq!(next(&group, &now(1, &[1, 2, 3], &[4], &[1, 2, 4], &[1, 2, 4])), Step::SetVoters(set(&[1, 2, 4])));
+        assert_eq!(
+            next(&group, &now(1, &[1, 2, 3], &[4], &[1, 2, 4], &[1, 2])),
+            Step::Wait
+        );
+        assert_eq!(
+            next(&group, &now(1, &[1, 2, 3], &[4], &[1, 2, 4], &[1, 2, 4])),
+            Step::SetVoters(set(&[1, 2, 4]))
+        );
         let dead_newcomer = now(1, &[1, 2, 3], &[4], &[1, 2, 3], &[1, 2, 3]);
         assert_eq!(next(&group, &dead_newcomer), Step::Wait);
     }
@@ -310,34 +501,74 @@ mod tests {
     #[test]
     fn one_grows_to_three_and_back_without_two() {
         let grown = group(&[1], &[1, 2, 3]);
-        assert_eq!(next(&grown, &now(1, &[1], &[2, 3], &[1, 2, 3], &[1, 2])), Step::Wait);
-        assert_eq!(next(&grown, &now(1, &[1], &[2, 3], &[1, 2], &[1, 2])), Step::Wait, "two voters survive no more than one");
-        assert_eq!(next(&grown, &now(1, &[1], &[2, 3], &[1, 2, 3], &[1, 2, 3])), Step::SetVoters(set(&[1, 2, 3])));
+        assert_eq!(
+            next(&grown, &now(1, &[1], &[2, 3], &[1, 2, 3], &[1, 2])),
+            Step::Wait
+        );
+        assert_eq!(
+            next(&grown, &now(1, &[1], &[2, 3], &[1, 2], &[1, 2])),
+            Step::Wait,
+            "two voters survive no more than one"
+        );
+        assert_eq!(
+            next(&grown, &now(1, &[1], &[2, 3], &[1, 2, 3], &[1, 2, 3])),
+            Step::SetVoters(set(&[1, 2, 3]))
+        );
         let shrunk = group(&[1, 2, 3], &[1]);
-        assert_eq!(next(&shrunk, &now(2, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::HandOver(ReplicaId(1)));
-        assert_eq!(next(&shrunk, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::SetVoters(set(&[1])));
+        assert_eq!(
+            next(&shrunk, &now(2, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])),
+            Step::HandOver(ReplicaId(1))
+        );
+        assert_eq!(
+            next(&shrunk, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])),
+            Step::SetVoters(set(&[1]))
+        );
     }
 
-    /// A plan took 2 and 3 away, and the next one wants replicas on their nodes again before they are gone.
+    /// A plan took 2 and 3 away, and the next one wants replicas on their nodes again before they
+    /// are gone.
     #[test]
     fn replicas_make_way_one_by_one_for_others_on_their_nodes() {
         let mut group = group(&[1, 2, 3], &[1]);
-        group.replicas.extend([(ReplicaId(4), NodeId(2)), (ReplicaId(5), NodeId(3))]);
+        group
+            .replicas
+            .extend([(ReplicaId(4), NodeId(2)), (ReplicaId(5), NodeId(3))]);
         let all = [1, 2, 3, 4, 5];
         let step = |group: &Group, voters: &[u64], learners: &[u64], caught_up: &[u64]| {
             next(group, &now(1, voters, learners, &all, caught_up))
         };
-        assert_eq!(step(&group, &[1, 2, 3], &[], &[1, 2, 3]), Step::SetVoters(set(&[1, 3])));
-        assert_eq!(step(&group, &[1, 3], &[2], &[1, 2, 3]), Step::RemoveLearners(set(&[2])));
+        assert_eq!(
+            step(&group, &[1, 2, 3], &[], &[1, 2, 3]),
+            Step::SetVoters(set(&[1, 3]))
+        );
+        assert_eq!(
+            step(&group, &[1, 3], &[2], &[1, 2, 3]),
+            Step::RemoveLearners(set(&[2]))
+        );
         let known = now(1, &[1, 3], &[], &all, &[1, 3]);
-        assert!(matches!(next_step(&group, &known), Step::Report(_)), "so that 2 is retired");
+        assert!(
+            matches!(next_step(&group, &known), Step::Report(_)),
+            "so that 2 is retired"
+        );
         group.leaving.remove(&ReplicaId(2));
-        assert_eq!(step(&group, &[1, 3], &[], &[1, 3]), Step::AddLearner(ReplicaId(4)));
+        assert_eq!(
+            step(&group, &[1, 3], &[], &[1, 3]),
+            Step::AddLearner(ReplicaId(4))
+        );
         assert_eq!(step(&group, &[1, 3], &[4], &[1, 3]), Step::Wait);
-        assert_eq!(step(&group, &[1, 3], &[4], &[1, 3, 4]), Step::SetVoters(set(&[1, 4])));
-        assert_eq!(step(&group, &[1, 4], &[3], &[1, 3, 4]), Step::RemoveLearners(set(&[3])));
+        assert_eq!(
+            step(&group, &[1, 3], &[4], &[1, 3, 4]),
+            Step::SetVoters(set(&[1, 4]))
+        );
+        assert_eq!(
+            step(&group, &[1, 4], &[3], &[1, 3, 4]),
+            Step::RemoveLearners(set(&[3]))
+        );
         group.leaving.remove(&ReplicaId(3));
-        assert_eq!(step(&group, &[1, 4], &[5], &[1, 4, 5]), Step::SetVoters(set(&[1, 4, 5])));
+        assert_eq!(
+            step(&group, &[1, 4], &[5], &[1, 4, 5]),
+            Step::SetVoters(set(&[1, 4, 5]))
+        );
         // With nobody else to stand in, the last one stays.
         let mut single = super::tests::group(&[1], &[6]);
         single.replicas = BTreeMap::from([(ReplicaId(6), NodeId(1))]);
@@ -354,9 +585,15 @@ mod tests {
     #[test]
     fn what_was_created_so_is_no_news_and_a_replica_that_never_joined_is() {
         let whole = group(&[1, 2, 3], &[1, 2, 3]);
-        assert_eq!(next_step(&whole, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::Nothing);
+        assert_eq!(
+            next_step(&whole, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])),
+            Step::Nothing
+        );
         let mut unborn = whole.clone();
         unborn.leaving.insert(ReplicaId(9), NodeId(9));
-        assert!(matches!(next_step(&unborn, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])), Step::Report(_)));
+        assert!(matches!(
+            next_step(&unborn, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])),
+            Step::Report(_)
+        ));
     }
 }

@@ -1,9 +1,11 @@
-//! Groups whose members are changed step by step while nodes crash and come back, leaders change, views are seen late and reports arrive
-//! late or twice. A small Raft stands in for the real one: logs are lists of entries, of which only terms and memberships count.
+//! Groups whose members are changed step by step while nodes crash and come back, leaders change,
+//! views are seen late and reports arrive late or twice. A small Raft stands in for the real one:
+//! logs are lists of entries, of which only terms and memberships count.
 //!
-//! What is held: nothing that was committed is ever missing from a leader's log; no replica is wiped that still votes; a change never takes
-//! its majority from a group that has one; a witness never lacks what half of the others could need of it, never takes a step and gives its
-//! lead to another; and in the end, when all nodes are up, every group has the members that the view wants.
+//! What is held: nothing that was committed is ever missing from a leader's log; no replica is
+//! wiped that still votes; a change never takes its majority from a group that has one; a witness
+//! never lacks what half of the others could need of it, never takes a step and gives its lead to
+//! another; and in the end, when all nodes are up, every group has the members that the view wants.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -40,9 +42,16 @@ impl Members {
     /// With these voters after or beside those of now; who votes no more goes on as a learner.
     fn with_voters(&self, voters: &Replicas) -> Self {
         let last = self.configs.last().expect("a config").clone();
-        let configs = if self.configs.contains(voters) { vec![voters.clone()] } else { vec![last, voters.clone()] };
+        let configs = if self.configs.contains(voters) {
+            vec![voters.clone()]
+        } else {
+            vec![last, voters.clone()]
+        };
         let voting: Replicas = configs.iter().flatten().copied().collect();
-        Self { learners: self.all().difference(&voting).copied().collect(), configs }
+        Self {
+            learners: self.all().difference(&voting).copied().collect(),
+            configs,
+        }
     }
 }
 
@@ -55,7 +64,8 @@ struct Entry {
 /// A group as it is, on all its replicas.
 #[derive(Debug)]
 struct Raft {
-    /// Those that have no map, and where the log of each begins: what is before, it has no more, or never had.
+    /// Those that have no map, and where the log of each begins: what is before, it has no more, or
+    /// never had.
     starts: BTreeMap<ReplicaId, usize>,
     /// Of every replica that was created and not wiped.
     logs: BTreeMap<ReplicaId, Vec<Entry>>,
@@ -70,19 +80,40 @@ struct Raft {
 
 /// The last membership of a log, and where it stands.
 fn effective(log: &[Entry]) -> Option<(usize, &Members)> {
-    log.iter().enumerate().rev().find_map(|(index, entry)| Some((index, entry.members.as_ref()?)))
+    log.iter()
+        .enumerate()
+        .rev()
+        .find_map(|(index, entry)| Some((index, entry.members.as_ref()?)))
 }
 
 fn has_majority(configs: &[Replicas], of: &Replicas) -> bool {
-    configs.iter().all(|config| config.intersection(of).count() * 2 > config.len())
+    configs
+        .iter()
+        .all(|config| config.intersection(of).count() * 2 > config.len())
 }
 
 impl Raft {
     fn new(group: &Group) -> Self {
-        let members = Members { configs: vec![group.creation.keys().copied().collect()], learners: Replicas::new() };
-        let log = vec![Entry { term: 0, members: Some(members) }];
-        let begun = |replica: &ReplicaId| if group.creation.contains_key(replica) { log.clone() } else { Vec::new() };
-        let logs = group.replicas.keys().map(|replica| (*replica, begun(replica))).collect();
+        let members = Members {
+            configs: vec![group.creation.keys().copied().collect()],
+            learners: Replicas::new(),
+        };
+        let log = vec![Entry {
+            term: 0,
+            members: Some(members),
+        }];
+        let begun = |replica: &ReplicaId| {
+            if group.creation.contains_key(replica) {
+                log.clone()
+            } else {
+                Vec::new()
+            }
+        };
+        let logs = group
+            .replicas
+            .keys()
+            .map(|replica| (*replica, begun(replica)))
+            .collect();
         Self {
             starts: BTreeMap::new(),
             logs,
@@ -100,30 +131,49 @@ impl Raft {
 
     /// How much of the leader's log a replica has.
     fn matched(&self, leader: ReplicaId, replica: ReplicaId) -> usize {
-        self.log(leader).iter().zip(self.log(replica)).take_while(|(a, b)| a == b).count()
+        self.log(leader)
+            .iter()
+            .zip(self.log(replica))
+            .take_while(|(a, b)| a == b)
+            .count()
     }
 
     fn append(&mut self, members: Option<Members>) {
         let Some(leader) = self.leader else { return };
-        let entry = Entry { term: self.term, members };
-        self.logs.get_mut(&leader).expect("the leader has a log").push(entry);
+        let entry = Entry {
+            term: self.term,
+            members,
+        };
+        self.logs
+            .get_mut(&leader)
+            .expect("the leader has a log")
+            .push(entry);
         self.commit();
     }
 
     fn replicate(&mut self, to: ReplicaId, count: usize) {
         let Some(leader) = self.leader else { return };
-        if to == leader || !self.logs.contains_key(&to) || self.promised.get(&to).is_some_and(|term| *term > self.term) {
+        if to == leader
+            || !self.logs.contains_key(&to)
+            || self.promised.get(&to).is_some_and(|term| *term > self.term)
+        {
             return;
         }
         let matched = self.matched(leader, to);
-        if self.starts.get(&leader).is_some_and(|start| matched < *start) {
+        if self
+            .starts
+            .get(&leader)
+            .is_some_and(|start| matched < *start)
+        {
             // It has no snapshot to send.
             return;
         }
         let upto = (matched + count).min(self.log(leader).len());
         let log = self.log(leader)[..upto].to_vec();
         // What is there already is not taken away by an append that ends before it.
-        if log.len() > self.log(to).len() || self.log(to)[matched..] != log[matched..] && matched < upto {
+        if log.len() > self.log(to).len()
+            || self.log(to)[matched..] != log[matched..] && matched < upto
+        {
             self.logs.insert(to, log);
         }
         self.commit();
@@ -132,21 +182,40 @@ impl Raft {
     fn commit(&mut self) {
         let Some(leader) = self.leader else { return };
         let log = self.log(leader).to_vec();
-        let Some((_, members)) = effective(&log) else { return };
+        let Some((_, members)) = effective(&log) else {
+            return;
+        };
         for upto in (self.committed.len() + 1..=log.len()).rev() {
-            let holds: Replicas = members.all().into_iter().filter(|replica| self.matched(leader, *replica) >= upto).collect();
+            let holds: Replicas = members
+                .all()
+                .into_iter()
+                .filter(|replica| self.matched(leader, *replica) >= upto)
+                .collect();
             if log[upto - 1].term == self.term && has_majority(&members.configs, &holds) {
-                assert!(log.starts_with(&self.committed), "the leader's log lacks what was committed");
+                assert!(
+                    log.starts_with(&self.committed),
+                    "the leader's log lacks what was committed"
+                );
                 self.committed = log[..upto].to_vec();
                 return;
             }
         }
     }
 
-    /// The leader has purged its log, or else sends a witness that lacks much only the mark: its log then begins there.
+    /// The leader has purged its log, or else sends a witness that lacks much only the mark: its
+    /// log then begins there.
     fn mark(&mut self, witness: ReplicaId) {
-        let Some(leader) = self.leader.filter(|leader| !self.starts.contains_key(leader)) else { return };
-        let may = self.promised.get(&witness).is_none_or(|term| *term <= self.term) && self.logs.contains_key(&witness);
+        let Some(leader) = self
+            .leader
+            .filter(|leader| !self.starts.contains_key(leader))
+        else {
+            return;
+        };
+        let may = self
+            .promised
+            .get(&witness)
+            .is_none_or(|term| *term <= self.term)
+            && self.logs.contains_key(&witness);
         // What the leader knows to be committed. The simulation knows it at once.
         let upto = self.committed.len();
         if may
@@ -162,11 +231,27 @@ impl Raft {
 
     /// A witness that votes purges what every replica with a map holds.
     fn purge(&mut self, witness: ReplicaId) {
-        let Some((_, members)) = effective(&self.committed) else { return };
-        let Some(leader) = self.leader.filter(|leader| !self.starts.contains_key(leader)) else { return };
-        let Some((_, known)) = effective(self.log(leader)) else { return };
-        let mapped = known.all().into_iter().filter(|replica| !self.starts.contains_key(replica));
-        let held = mapped.map(|replica| self.matched(leader, replica)).min().unwrap_or(0).min(self.committed.len());
+        let Some((_, members)) = effective(&self.committed) else {
+            return;
+        };
+        let Some(leader) = self
+            .leader
+            .filter(|leader| !self.starts.contains_key(leader))
+        else {
+            return;
+        };
+        let Some((_, known)) = effective(self.log(leader)) else {
+            return;
+        };
+        let mapped = known
+            .all()
+            .into_iter()
+            .filter(|replica| !self.starts.contains_key(replica));
+        let held = mapped
+            .map(|replica| self.matched(leader, replica))
+            .min()
+            .unwrap_or(0)
+            .min(self.committed.len());
         if members.voters().contains(&witness)
             && let Some(start) = self.starts.get_mut(&witness)
         {
@@ -174,43 +259,70 @@ impl Raft {
         }
     }
 
-    /// Every majority with a witness in it has a replica that the witness can bring up to date, from which the others come up to date.
+    /// Every majority with a witness in it has a replica that the witness can bring up to date,
+    /// from which the others come up to date.
     fn check_witnesses(&self) {
-        let Some((_, members)) = effective(&self.committed) else { return };
+        let Some((_, members)) = effective(&self.committed) else {
+            return;
+        };
         for config in &members.configs {
-            let (witnesses, mapped): (Vec<&ReplicaId>, Vec<&ReplicaId>) =
-                config.iter().partition(|voter| self.starts.contains_key(*voter));
+            let (witnesses, mapped): (Vec<&ReplicaId>, Vec<&ReplicaId>) = config
+                .iter()
+                .partition(|voter| self.starts.contains_key(*voter));
             assert!(witnesses.len() <= 1, "two witnesses vote: {members:?}");
-            let Some(witness) = witnesses.first() else { continue };
+            let Some(witness) = witnesses.first() else {
+                continue;
+            };
             let start = self.starts[*witness];
             // Logs with the same entry in a place are the same up to there.
-            let last = start.checked_sub(1).map(|last| (last, &self.committed[last]));
-            let reached = |replica: &&&ReplicaId| last.is_none_or(|(at, entry)| self.log(***replica).get(at) == Some(entry));
+            let last = start
+                .checked_sub(1)
+                .map(|last| (last, &self.committed[last]));
+            let reached = |replica: &&&ReplicaId| {
+                last.is_none_or(|(at, entry)| self.log(***replica).get(at) == Some(entry))
+            };
             // As many as can be left with it when as many are lost as may be.
             let lost_max = (config.len() - 1) / 2;
             let reach = mapped.iter().filter(reached).count();
-            assert!(reach > lost_max, "the log of {witness} begins at {start}: {reach} of {mapped:?} reach it");
+            assert!(
+                reach > lost_max,
+                "the log of {witness} begins at {start}: {reach} of {mapped:?} reach it"
+            );
         }
     }
 
     /// Whether the leader knows that its effective membership is committed.
     fn is_membership_committed(&self) -> bool {
-        let Some(leader) = self.leader else { return false };
+        let Some(leader) = self.leader else {
+            return false;
+        };
         effective(self.log(leader)).is_some_and(|(index, _)| index < self.committed.len())
     }
 
-    /// The candidate leads if it can: it has the votes of those who are up and have no more than it.
+    /// The candidate leads if it can: it has the votes of those who are up and have no more than
+    /// it.
     fn elect(&mut self, candidate: ReplicaId, up: &Replicas) {
-        let Some((_, members)) = effective(self.log(candidate)) else { return };
+        let Some((_, members)) = effective(self.log(candidate)) else {
+            return;
+        };
         if !up.contains(&candidate) || !members.voters().contains(&candidate) {
             return;
         }
         let members = members.clone();
-        let last = |replica| (self.log(replica).last().map_or(0, |entry| entry.term), self.log(replica).len());
+        let last = |replica| {
+            (
+                self.log(replica).last().map_or(0, |entry| entry.term),
+                self.log(replica).len(),
+            )
+        };
         let votes: Replicas = members
             .voters()
             .into_iter()
-            .filter(|voter| up.contains(voter) && self.logs.contains_key(voter) && last(*voter) <= last(candidate))
+            .filter(|voter| {
+                up.contains(voter)
+                    && self.logs.contains_key(voter)
+                    && last(*voter) <= last(candidate)
+            })
             .collect();
         self.term += 1;
         for voter in &votes {
@@ -221,7 +333,10 @@ impl Raft {
             self.leader = self.leader.filter(|leader| !votes.contains(leader));
             return;
         }
-        assert!(self.log(candidate).starts_with(&self.committed), "a leader without what was committed");
+        assert!(
+            self.log(candidate).starts_with(&self.committed),
+            "a leader without what was committed"
+        );
         self.leader = Some(candidate);
         self.is_changing = false;
         self.append(None);
@@ -253,11 +368,27 @@ impl Sim {
         let nodes: Vec<Node> = (1..=count).map(node).collect();
         let factor = rng.random_range(1..=5.min(count as u8));
         let view = first_view(ClusterId(1), asked(factor), nodes.clone()).expect("a view");
-        let groups = view.groups.iter().map(|(id, group)| (*id, Raft::new(group))).collect();
+        let groups = view
+            .groups
+            .iter()
+            .map(|(id, group)| (*id, Raft::new(group)))
+            .collect();
         let up = view.nodes.keys().copied().collect();
         let seen = view.nodes.keys().map(|id| (*id, view.clone())).collect();
         let (meta, places, reports) = (Meta::founded(view.clone()), places(&view), Vec::new());
-        Self { rng, meta, groups, nodes, next_directory: 100, up, view, places, seen, reports, factor }
+        Self {
+            rng,
+            meta,
+            groups,
+            nodes,
+            next_directory: 100,
+            up,
+            view,
+            places,
+            seen,
+            reports,
+            factor,
+        }
     }
 
     fn follow_meta(&mut self) {
@@ -271,7 +402,8 @@ impl Sim {
         raft.logs.keys().copied().filter(is_up).collect()
     }
 
-    /// The view is changed: a node comes, goes or loses its disk, or another number of replicas is asked for.
+    /// The view is changed: a node comes, goes or loses its disk, or another number of replicas is
+    /// asked for.
     fn plan(&mut self) {
         self.next_directory += 1;
         match self.rng.random_range(0..4) {
@@ -284,9 +416,20 @@ impl Sim {
             _ => {}
         }
         let view = self.view.clone();
-        let away: BTreeSet<NodeId> = view.nodes.keys().filter(|id| !self.up.contains(id)).copied().collect();
-        let out = if self.rng.random_bool(0.5) { away } else { BTreeSet::new() };
-        let next = plan(&view, asked(self.factor), &self.nodes, &out).expect("a plan").view;
+        let away: BTreeSet<NodeId> = view
+            .nodes
+            .keys()
+            .filter(|id| !self.up.contains(id))
+            .copied()
+            .collect();
+        let out = if self.rng.random_bool(0.5) {
+            away
+        } else {
+            BTreeSet::new()
+        };
+        let next = plan(&view, asked(self.factor), &self.nodes, &out)
+            .expect("a plan")
+            .view;
         for id in next.nodes.keys().filter(|id| !view.nodes.contains_key(id)) {
             self.up.insert(*id);
         }
@@ -302,24 +445,42 @@ impl Sim {
         }
         let before = self.seen.insert(node, view.clone());
         let hosted = |view: &View| -> BTreeSet<(GroupId, ReplicaId)> {
-            let all = view.groups.iter().flat_map(|(id, group)| group.hosted().map(move |(replica, at)| (*id, replica, at)));
-            all.filter(|(.., at)| *at == node).map(|(group, replica, _)| (group, replica)).collect()
+            let all = view.groups.iter().flat_map(|(id, group)| {
+                group.hosted().map(move |(replica, at)| (*id, replica, at))
+            });
+            all.filter(|(.., at)| *at == node)
+                .map(|(group, replica, _)| (group, replica))
+                .collect()
         };
-        let (now, before) = (hosted(&view), before.map(|view| hosted(&view)).unwrap_or_default());
+        let (now, before) = (
+            hosted(&view),
+            before.map(|view| hosted(&view)).unwrap_or_default(),
+        );
         for (group, replica) in before.difference(&now) {
             let raft = self.groups.get_mut(group).expect("a group");
             raft.logs.remove(replica);
             if raft.leader == Some(*replica) {
                 raft.leader = None;
             }
-            let votes = effective(&raft.committed).is_some_and(|(_, members)| members.voters().contains(replica));
+            let votes = effective(&raft.committed)
+                .is_some_and(|(_, members)| members.voters().contains(replica));
             assert!(!votes, "replica {replica} of {group} is wiped, and votes");
         }
         for (group, replica) in now.difference(&before) {
             if view.groups[group].is_witness(*replica) {
-                self.groups.get_mut(group).expect("a group").starts.entry(*replica).or_insert(0);
+                self.groups
+                    .get_mut(group)
+                    .expect("a group")
+                    .starts
+                    .entry(*replica)
+                    .or_insert(0);
             }
-            self.groups.get_mut(group).expect("a group").logs.entry(*replica).or_default();
+            self.groups
+                .get_mut(group)
+                .expect("a group")
+                .logs
+                .entry(*replica)
+                .or_default();
         }
     }
 
@@ -328,28 +489,52 @@ impl Sim {
         let (index, members) = effective(raft.log(me)).expect("a membership");
         let up = self.up_replicas(id);
         let length = raft.log(me).len();
-        let caught_up = members.all().into_iter().filter(|replica| raft.matched(me, *replica) + LAG_MAX >= length);
+        let caught_up = members
+            .all()
+            .into_iter()
+            .filter(|replica| raft.matched(me, *replica) + LAG_MAX >= length);
         Observed {
             me,
-            log_id: LogId { term: raft.log(me)[index].term, index: index as u64 },
+            log_id: LogId {
+                term: raft.log(me)[index].term,
+                index: index as u64,
+            },
             voters: members.voters(),
             learners: members.learners.clone(),
             is_settled: members.configs.len() == 1 && raft.is_membership_committed(),
             alive: up
                 .into_iter()
-                .filter(|id| members.all().contains(id) || group.wanted().any(|(wanted, _)| wanted == *id))
+                .filter(|id| {
+                    members.all().contains(id) || group.wanted().any(|(wanted, _)| wanted == *id)
+                })
                 .collect(),
-            caught_up: caught_up.filter(|replica| raft.logs.contains_key(replica)).collect(),
-            complete: members.all().into_iter().filter(|replica| raft.matched(me, *replica) >= raft.committed.len()).collect(),
-            witnesses: members.all().into_iter().filter(|replica| raft.starts.contains_key(replica)).collect(),
+            caught_up: caught_up
+                .filter(|replica| raft.logs.contains_key(replica))
+                .collect(),
+            complete: members
+                .all()
+                .into_iter()
+                .filter(|replica| raft.matched(me, *replica) >= raft.committed.len())
+                .collect(),
+            witnesses: members
+                .all()
+                .into_iter()
+                .filter(|replica| raft.starts.contains_key(replica))
+                .collect(),
         }
     }
 
     /// The leader of the group takes the next step.
     fn step(&mut self, id: GroupId) {
-        let Some(me) = self.groups[&id].leader else { return };
-        let Some(view) = self.seen.get(&self.places[&me]) else { return };
-        let Some(group) = view.groups.get(&id) else { return };
+        let Some(me) = self.groups[&id].leader else {
+            return;
+        };
+        let Some(view) = self.seen.get(&self.places[&me]) else {
+            return;
+        };
+        let Some(group) = view.groups.get(&id) else {
+            return;
+        };
         let now = self.observe(id, me, group);
         let step = next_step(group, &now);
         // Those that can't come before others have gone do not count yet.
@@ -361,7 +546,9 @@ impl Sim {
             // A witness only hands over, to one that has all that it has.
             let whole = raft.log(me).len();
             let heir =
-                now.voters.iter().copied().find(|voter| !now.witnesses.contains(voter) && raft.matched(me, *voter) == whole);
+                now.voters.iter().copied().find(|voter| {
+                    !now.witnesses.contains(voter) && raft.matched(me, *voter) == whole
+                });
             if let Some(heir) = heir {
                 raft.elect(heir, &up);
             }
@@ -369,14 +556,25 @@ impl Sim {
         }
         let members = effective(raft.log(me)).expect("a membership").1.clone();
         if let Step::HandOver(to) = step {
-            assert!(members.voters().contains(&to) && now.caught_up.contains(&to) && !now.witnesses.contains(&to));
+            assert!(
+                members.voters().contains(&to)
+                    && now.caught_up.contains(&to)
+                    && !now.witnesses.contains(&to)
+            );
             raft.elect(to, &up);
             return;
         }
         if let Step::Report(reported) = step {
             assert!(now.is_settled);
             let copies = self.rng.random_range(1..=3);
-            self.reports.extend(vec![Command::Report { group: id, reported, plan: view.epoch }; copies]);
+            self.reports.extend(vec![
+                Command::Report {
+                    group: id,
+                    reported,
+                    plan: view.epoch
+                };
+                copies
+            ]);
             return;
         }
         if !raft.is_membership_committed() {
@@ -390,15 +588,28 @@ impl Sim {
                 next.learners.insert(replica);
             }
             Step::SetVoters(voters) => {
-                assert!(voters.is_subset(&members.all()) && voters.contains(&me), "{voters:?} of {members:?}");
-                let newcomers = voters.difference(&members.voters()).copied().collect::<Replicas>();
-                assert!(newcomers.is_subset(&now.caught_up), "voters before they have caught up");
+                assert!(
+                    voters.is_subset(&members.all()) && voters.contains(&me),
+                    "{voters:?} of {members:?}"
+                );
+                let newcomers = voters
+                    .difference(&members.voters())
+                    .copied()
+                    .collect::<Replicas>();
+                assert!(
+                    newcomers.is_subset(&now.caught_up),
+                    "voters before they have caught up"
+                );
                 if has_majority(&members.configs, &up) {
                     let live = |of: &Replicas| of.intersection(&up).count();
-                    assert!(has_majority(std::slice::from_ref(&voters), &up), "{voters:?} of {members:?}, up {up:?}");
+                    assert!(
+                        has_majority(std::slice::from_ref(&voters), &up),
+                        "{voters:?} of {members:?}, up {up:?}"
+                    );
                     assert!(
                         live(&voters) >= live(&members.voters()).min(live(&wanted)),
-                        "fewer live voters than before: {voters:?} of {members:?}, wanted {wanted:?}, up {up:?}, {now:?}"
+                        "fewer live voters than before: {voters:?} of {members:?}, wanted \
+                        {wanted:?}, up {up:?}, {now:?}"
                     );
                 }
                 next = members.with_voters(&voters);
@@ -415,7 +626,12 @@ impl Sim {
     /// The second half of a change of voters.
     fn finish(&mut self, id: GroupId) {
         let raft = self.groups.get_mut(&id).expect("a group");
-        let Some(leader) = raft.leader.filter(|_| raft.is_changing && raft.is_membership_committed()) else { return };
+        let Some(leader) = raft
+            .leader
+            .filter(|_| raft.is_changing && raft.is_membership_committed())
+        else {
+            return;
+        };
         let members = effective(raft.log(leader)).expect("a membership").1.clone();
         let last = members.configs.last().expect("a config").clone();
         raft.is_changing = false;
@@ -425,7 +641,11 @@ impl Sim {
     fn replicate(&mut self, id: GroupId) {
         let up = self.up_replicas(id);
         let raft = self.groups.get_mut(&id).expect("a group");
-        let Some(members) = raft.leader.and_then(|leader| effective(raft.log(leader))).map(|(_, members)| members.all()) else {
+        let Some(members) = raft
+            .leader
+            .and_then(|leader| effective(raft.log(leader)))
+            .map(|(_, members)| members.all())
+        else {
             return;
         };
         let to = members.intersection(&up).copied().choose(&mut self.rng);
@@ -437,7 +657,10 @@ impl Sim {
     fn elect(&mut self, id: GroupId) {
         let up = self.up_replicas(id);
         if let Some(candidate) = up.iter().copied().choose(&mut self.rng) {
-            self.groups.get_mut(&id).expect("a group").elect(candidate, &up);
+            self.groups
+                .get_mut(&id)
+                .expect("a group")
+                .elect(candidate, &up);
         }
     }
 
@@ -451,10 +674,16 @@ impl Sim {
 
     /// A node crashes, if every group keeps the majorities that it has.
     fn crash(&mut self) {
-        let Some(node) = self.up.iter().copied().choose(&mut self.rng) else { return };
+        let Some(node) = self.up.iter().copied().choose(&mut self.rng) else {
+            return;
+        };
         self.up.remove(&node);
         let is_safe = self.groups.iter().all(|(id, raft)| {
-            let mut memberships = raft.logs.values().filter_map(|log| effective(log)).chain(effective(&raft.committed));
+            let mut memberships = raft
+                .logs
+                .values()
+                .filter_map(|log| effective(log))
+                .chain(effective(&raft.committed));
             memberships.all(|(_, members)| has_majority(&members.configs, &self.up_replicas(*id)))
         });
         if !is_safe {
@@ -476,14 +705,28 @@ impl Sim {
     fn trim(&mut self, id: GroupId) {
         let up = self.up_replicas(id);
         let raft = self.groups.get_mut(&id).expect("a group");
-        let witness = raft.starts.keys().copied().filter(|witness| up.contains(witness)).choose(&mut self.rng);
+        let witness = raft
+            .starts
+            .keys()
+            .copied()
+            .filter(|witness| up.contains(witness))
+            .choose(&mut self.rng);
         let Some(witness) = witness else { return };
-        if self.rng.random_bool(0.5) { raft.mark(witness) } else { raft.purge(witness) }
+        if self.rng.random_bool(0.5) {
+            raft.mark(witness)
+        } else {
+            raft.purge(witness)
+        }
     }
 
     /// One thing happens, of those that always may.
     fn tick(&mut self) {
-        let id = self.groups.keys().copied().choose(&mut self.rng).expect("a group");
+        let id = self
+            .groups
+            .keys()
+            .copied()
+            .choose(&mut self.rng)
+            .expect("a group");
         match self.rng.random_range(0..20) {
             0..8 => self.replicate(id),
             8..12 => self.step(id),
@@ -492,7 +735,13 @@ impl Sim {
             15 if self.reports.len() < 4 => self.step(id),
             16 if self.rng.random_bool(0.3) => self.trim(id),
             16..18 => {
-                let nodes: BTreeSet<NodeId> = self.view.nodes.keys().chain(self.seen.keys()).copied().collect();
+                let nodes: BTreeSet<NodeId> = self
+                    .view
+                    .nodes
+                    .keys()
+                    .chain(self.seen.keys())
+                    .copied()
+                    .collect();
                 let node = nodes.into_iter().choose(&mut self.rng).expect("a node");
                 self.look(node);
             }
@@ -500,7 +749,10 @@ impl Sim {
             // A witness proposes nothing.
             _ => {
                 let raft = self.groups.get_mut(&id).expect("a group");
-                if raft.leader.is_some_and(|leader| !raft.starts.contains_key(&leader)) {
+                if raft
+                    .leader
+                    .is_some_and(|leader| !raft.starts.contains_key(&leader))
+                {
                     raft.append(None);
                 }
             }
@@ -509,7 +761,12 @@ impl Sim {
     }
 
     fn trouble(&mut self) {
-        let id = self.groups.keys().copied().choose(&mut self.rng).expect("a group");
+        let id = self
+            .groups
+            .keys()
+            .copied()
+            .choose(&mut self.rng)
+            .expect("a group");
         match self.rng.random_range(0..8) {
             0 | 1 => self.crash(),
             2 | 3 => {
@@ -524,8 +781,20 @@ impl Sim {
 
     /// Everything is up and goes on until the view is as planned.
     fn settle(&mut self) {
-        self.up = self.seen.keys().chain(self.view.nodes.keys()).copied().collect();
-        let last = plan(&self.view, asked(self.factor), &self.nodes, &BTreeSet::new()).expect("a plan").view;
+        self.up = self
+            .seen
+            .keys()
+            .chain(self.view.nodes.keys())
+            .copied()
+            .collect();
+        let last = plan(
+            &self.view,
+            asked(self.factor),
+            &self.nodes,
+            &BTreeSet::new(),
+        )
+        .expect("a plan")
+        .view;
         self.meta.install(last);
         self.follow_meta();
         for _ in 0..20_000 {
@@ -535,8 +804,13 @@ impl Sim {
             self.tick();
         }
         for (id, raft) in &self.groups {
-            let leader = raft.leader.map(|leader| (leader, effective(raft.log(leader))));
-            println!("{id}: {:?}, led by {leader:?}, {:?}", self.view.groups[id], raft.starts);
+            let leader = raft
+                .leader
+                .map(|leader| (leader, effective(raft.log(leader))));
+            println!(
+                "{id}: {:?}, led by {leader:?}, {:?}",
+                self.view.groups[id], raft.starts
+            );
         }
         panic!("not settled");
     }
@@ -548,11 +822,19 @@ fn places(view: &View) -> BTreeMap<ReplicaId, NodeId> {
 
 fn node(number: u128) -> Node {
     let address = format!("n{number}:1").parse().expect("an address");
-    Node { address, public_address: None, directory: DirectoryId(number) }
+    Node {
+        address,
+        public_address: None,
+        directory: DirectoryId(number),
+    }
 }
 
 fn asked(factor: u8) -> Asked {
-    Asked { layout: Layout::Spread, replication_factor: Some(factor), shards: Some(1) }
+    Asked {
+        layout: Layout::Spread,
+        replication_factor: Some(factor),
+        shards: Some(1),
+    }
 }
 
 #[test]
@@ -571,17 +853,27 @@ fn members_come_to_be_what_the_view_wants_whatever_happens_on_the_way() {
     }
 }
 
-/// A plan puts every replica elsewhere; the newcomers never start; the next plan takes it back. Nobody but those that were there is needed.
+/// A plan puts every replica elsewhere; the newcomers never start; the next plan takes it back.
+/// Nobody but those that were there is needed.
 #[test]
 fn what_is_taken_back_comes_to_its_end_though_no_newcomer_ever_started() {
     for seed in 0..40 {
         let mut sim = Sim::new(seed);
         let newcomers: Vec<Node> = (201..).take(sim.nodes.len()).map(node).collect();
         for nodes in [newcomers, sim.nodes.clone()] {
-            sim.meta.install(plan(&sim.view, asked(sim.factor), &nodes, &BTreeSet::new()).expect("a plan").view);
+            sim.meta.install(
+                plan(&sim.view, asked(sim.factor), &nodes, &BTreeSet::new())
+                    .expect("a plan")
+                    .view,
+            );
             sim.follow_meta();
             // One that had left already comes back by another id.
-            let old = sim.view.nodes.iter().filter(|(_, node)| node.directory.0 <= 200).map(|(id, _)| *id);
+            let old = sim
+                .view
+                .nodes
+                .iter()
+                .filter(|(_, node)| node.directory.0 <= 200)
+                .map(|(id, _)| *id);
             sim.up.extend(old);
             for _ in 0..sim.rng.random_range(0..400) {
                 sim.tick();

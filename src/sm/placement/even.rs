@@ -1,9 +1,11 @@
-//! Who takes what: items that each take a number of bins, so that all bins are taken about equally often, and as cheaply as that allows.
+//! Who takes what: items that each take a number of bins, so that all bins are taken about equally
+//! often, and as cheaply as that allows.
 //!
-//! Replicas are dealt out so (a shard takes nodes), and homes (a shard takes one of its voters). It is a flow of least cost: a change of the
-//! assignment that makes it better is a cycle among the bins, on which each bin hands an item on to the next. Cancelling cycles until
-//! there is none that gains (Klein 1967) ends with the most even assignment, and the cheapest among those. What is there already is
-//! cheapest and is where the search begins, so few cycles are left to find.
+//! Replicas are dealt out so (a shard takes nodes), and homes (a shard takes one of its voters). It
+//! is a flow of least cost: a change of the assignment that makes it better is a cycle among the
+//! bins, on which each bin hands an item on to the next. Cancelling cycles until there is none that
+//! gains (Klein 1967) ends with the most even assignment, and the cheapest among those. What is
+//! there already is cheapest and is where the search begins, so few cycles are left to find.
 
 /// One that takes bins.
 #[derive(Debug, Clone)]
@@ -28,7 +30,11 @@ pub fn assign(items: &[Item], bins: usize) -> Vec<Vec<usize>> {
             }
         }
     }
-    taken.by_item.iter().map(|is_taken| (0..bins).filter(|bin| is_taken[*bin]).collect()).collect()
+    taken
+        .by_item
+        .iter()
+        .map(|is_taken| (0..bins).filter(|bin| is_taken[*bin]).collect())
+        .collect()
 }
 
 struct Taken<'a> {
@@ -44,21 +50,39 @@ struct Taken<'a> {
 enum Step {
     /// This item takes the other bin for the first.
     Hand(usize),
-    /// The first may be taken once more, the other once less: the end of a cycle that changes the loads.
+    /// The first may be taken once more, the other once less: the end of a cycle that changes the
+    /// loads.
     Weigh,
 }
 
 type Edge = Option<(i64, Step)>;
 
 impl<'a> Taken<'a> {
-    /// Every item takes what it has already, then gives up the dearest and fullest bins or takes the emptiest until it has its number.
+    /// Every item takes what it has already, then gives up the dearest and fullest bins or takes
+    /// the emptiest until it has its number.
     fn first(items: &'a [Item], bins: usize) -> Self {
-        let by_item: Vec<Vec<bool>> =
-            items.iter().map(|item| item.costs.iter().map(|cost| cost.is_some_and(|cost| cost <= 0)).collect()).collect();
-        let loads = (0..bins).map(|bin| by_item.iter().filter(|taken| taken[bin]).count() as i64).collect();
-        let mut taken = Self { items, by_item, loads };
+        let by_item: Vec<Vec<bool>> = items
+            .iter()
+            .map(|item| {
+                item.costs
+                    .iter()
+                    .map(|cost| cost.is_some_and(|cost| cost <= 0))
+                    .collect()
+            })
+            .collect();
+        let loads = (0..bins)
+            .map(|bin| by_item.iter().filter(|taken| taken[bin]).count() as i64)
+            .collect();
+        let mut taken = Self {
+            items,
+            by_item,
+            loads,
+        };
         for (index, item) in items.iter().enumerate() {
-            let mut count = taken.by_item[index].iter().filter(|is_taken| **is_taken).count();
+            let mut count = taken.by_item[index]
+                .iter()
+                .filter(|is_taken| **is_taken)
+                .count();
             while count > item.takes {
                 let has = (0..bins).filter(|bin| taken.by_item[index][*bin]);
                 let fullest = has.max_by_key(|bin| (item.costs[*bin], taken.loads[*bin]));
@@ -67,11 +91,17 @@ impl<'a> Taken<'a> {
             }
         }
         for (index, item) in items.iter().enumerate() {
-            let count = taken.by_item[index].iter().filter(|is_taken| **is_taken).count();
+            let count = taken.by_item[index]
+                .iter()
+                .filter(|is_taken| **is_taken)
+                .count();
             for _ in count..item.takes {
                 let free = (0..bins).filter(|bin| !taken.by_item[index][*bin]);
-                let allowed = free.filter_map(|bin| item.costs[bin].map(|cost| (taken.loads[bin], cost, bin)));
-                let Some((_, _, emptiest)) = allowed.min() else { break };
+                let allowed = free
+                    .filter_map(|bin| item.costs[bin].map(|cost| (taken.loads[bin], cost, bin)));
+                let Some((_, _, emptiest)) = allowed.min() else {
+                    break;
+                };
                 taken.set(index, emptiest, true);
             }
         }
@@ -95,18 +125,24 @@ impl<'a> Taken<'a> {
         Some(costs[to].filter(|_| may)? - costs[from]?)
     }
 
-    /// From the fullest bin to the emptiest while an item can change between them: the short way through most of the work.
+    /// From the fullest bin to the emptiest while an item can change between them: the short way
+    /// through most of the work.
     fn level(&mut self) {
         let bins = self.loads.len();
         loop {
             let fullest = (0..bins).max_by_key(|bin| self.loads[*bin]);
             let emptiest = (0..bins).min_by_key(|bin| self.loads[*bin]);
-            let (Some(from), Some(to)) = (fullest, emptiest) else { return };
+            let (Some(from), Some(to)) = (fullest, emptiest) else {
+                return;
+            };
             if self.loads[from] - self.loads[to] <= 1 {
                 return;
             }
-            let prices = (0..self.items.len()).filter_map(|item| Some((self.price(item, from, to)?, item)));
-            let Some((_, item)) = prices.min() else { return };
+            let prices =
+                (0..self.items.len()).filter_map(|item| Some((self.price(item, from, to)?, item)));
+            let Some((_, item)) = prices.min() else {
+                return;
+            };
             self.hand_on(item, from, to);
         }
     }
@@ -114,15 +150,22 @@ impl<'a> Taken<'a> {
     /// The cheapest step from each bin (row) to each other.
     fn edges(&self) -> Vec<Vec<Edge>> {
         let bins = self.loads.len();
-        // One more in the first and one less in the other changes the sum of the squares of their loads by this.
+        // One more in the first and one less in the other changes the sum of the squares of their
+        // loads by this.
         let weigh = |from: usize, to: usize| 2 * EVEN * (self.loads[from] - self.loads[to] + 1);
         let may_weigh = |from: usize, to: usize| self.loads[from] < self.loads[to];
-        let row = |from: usize| (0..bins).map(|to| may_weigh(from, to).then(|| (weigh(from, to), Step::Weigh))).collect();
+        let row = |from: usize| {
+            (0..bins)
+                .map(|to| may_weigh(from, to).then(|| (weigh(from, to), Step::Weigh)))
+                .collect()
+        };
         let mut edges: Vec<Vec<Edge>> = (0..bins).map(row).collect();
         for (item, taken) in self.by_item.iter().enumerate() {
             for from in (0..bins).filter(|bin| taken[*bin]) {
                 for (to, edge) in edges[from].iter_mut().enumerate() {
-                    let Some(price) = self.price(item, from, to) else { continue };
+                    let Some(price) = self.price(item, from, to) else {
+                        continue;
+                    };
                     if edge.is_none_or(|(cost, _)| price < cost) {
                         *edge = Some((price, Step::Hand(item)));
                     }
@@ -132,7 +175,8 @@ impl<'a> Taken<'a> {
         edges
     }
 
-    /// A cycle of steps that makes the assignment better (Bellman and Ford's search); none when it is the best.
+    /// A cycle of steps that makes the assignment better (Bellman and Ford's search); none when it
+    /// is the best.
     fn gaining_cycle(&self) -> Option<Vec<(usize, usize, Step)>> {
         let bins = self.loads.len();
         let edges = self.edges();
@@ -162,7 +206,10 @@ impl<'a> Taken<'a> {
 }
 
 /// The cycle that one gets back to `bin` by, if the ways back from it lead there again.
-fn cycle_through(before: &[Option<(usize, Step)>], bin: usize) -> Option<Vec<(usize, usize, Step)>> {
+fn cycle_through(
+    before: &[Option<(usize, Step)>],
+    bin: usize,
+) -> Option<Vec<(usize, usize, Step)>> {
     let mut cycle = Vec::new();
     let mut at = bin;
     while cycle.len() < before.len() {
@@ -189,7 +236,9 @@ mod tests {
             (0, _) => vec![Vec::new()],
             (_, []) => Vec::new(),
             (_, [bin, rest @ ..]) => {
-                let with = choices(takes - 1, rest).into_iter().map(|more| [vec![*bin], more].concat());
+                let with = choices(takes - 1, rest)
+                    .into_iter()
+                    .map(|more| [vec![*bin], more].concat());
                 with.chain(choices(takes, rest)).collect()
             }
         }
@@ -198,13 +247,21 @@ mod tests {
     /// How uneven an assignment is (the squares of the loads), and what it costs.
     fn score(items: &[Item], bins: usize, taken: &[Vec<usize>]) -> (usize, i64) {
         let load = |bin| taken.iter().flatten().filter(|one| **one == bin).count();
-        let costs = items.iter().zip(taken).flat_map(|(item, taken)| taken.iter().map(|bin| item.costs[*bin].expect("allowed")));
-        ((0..bins).map(|bin| load(bin) * load(bin)).sum(), costs.sum())
+        let costs = items
+            .iter()
+            .zip(taken)
+            .flat_map(|(item, taken)| taken.iter().map(|bin| item.costs[*bin].expect("allowed")));
+        (
+            (0..bins).map(|bin| load(bin) * load(bin)).sum(),
+            costs.sum(),
+        )
     }
 
     /// The best score of all assignments, one by one.
     fn best(items: &[Item], bins: usize, taken: &mut Vec<Vec<usize>>) -> (usize, i64) {
-        let Some(item) = items.get(taken.len()) else { return score(items, bins, taken) };
+        let Some(item) = items.get(taken.len()) else {
+            return score(items, bins, taken);
+        };
         let allowed: Vec<usize> = (0..bins).filter(|bin| item.costs[*bin].is_some()).collect();
         let scores = choices(item.takes, &allowed).into_iter().map(|choice| {
             taken.push(choice);
@@ -222,16 +279,30 @@ mod tests {
             let bins = rng.random_range(1..=4);
             let items: Vec<Item> = (0..rng.random_range(1..=4))
                 .map(|_| {
-                    let cost = |rng: &mut StdRng| rng.random_bool(0.8).then(|| rng.random_range(-1..=3));
+                    let cost =
+                        |rng: &mut StdRng| rng.random_bool(0.8).then(|| rng.random_range(-1..=3));
                     let mut costs: Vec<Option<i64>> = (0..bins).map(|_| cost(&mut rng)).collect();
                     costs[rng.random_range(0..bins)] = Some(2);
                     let allowed = costs.iter().flatten().count();
-                    Item { takes: rng.random_range(1..=allowed), costs }
+                    Item {
+                        takes: rng.random_range(1..=allowed),
+                        costs,
+                    }
                 })
                 .collect();
             let taken = assign(&items, bins);
-            assert!(items.iter().zip(&taken).all(|(item, taken)| item.takes == taken.len()), "seed {seed}");
-            assert_eq!(score(&items, bins, &taken), best(&items, bins, &mut Vec::new()), "seed {seed}: {items:?}");
+            assert!(
+                items
+                    .iter()
+                    .zip(&taken)
+                    .all(|(item, taken)| item.takes == taken.len()),
+                "seed {seed}"
+            );
+            assert_eq!(
+                score(&items, bins, &taken),
+                best(&items, bins, &mut Vec::new()),
+                "seed {seed}: {items:?}"
+            );
         }
     }
 }

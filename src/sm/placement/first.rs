@@ -5,13 +5,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::sizes::{Sizes, check_nodes, exclusive_voters, meta_voters};
 use super::{PlacementError, witnesses};
 use crate::sm::view::{Asked, Group, Layout, Node, SlotTable, View};
-use crate::types::{ClusterId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot};
+use crate::types::{
+    ClusterId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot,
+};
 
-/// The view with which a cluster begins: nodes are numbered from 1 in the order of their addresses, shards and replicas from 1.
+/// The view with which a cluster begins: nodes are numbered from 1 in the order of their addresses,
+/// shards and replicas from 1.
 ///
-/// The meta group has a replica on every node; a shard's creation record names the replicas that are voters from the start, which
-/// is all of them but where exclusive leaves an even number over. A witness is none of those: it joins the group that has begun.
-pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Result<View, PlacementError> {
+/// The meta group has a replica on every node; a shard's creation record names the replicas that
+/// are voters from the start, which is all of them but where exclusive leaves an even number over.
+/// A witness is none of those: it joins the group that has begun.
+pub fn first_view(
+    cluster: ClusterId,
+    asked: Asked,
+    mut nodes: Vec<Node>,
+) -> Result<View, PlacementError> {
     nodes.sort_by(|a, b| a.address.cmp(&b.address));
     check_nodes(&nodes)?;
     let sizes = Sizes::of(nodes.len(), asked)?;
@@ -19,7 +27,11 @@ pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Res
         Layout::Spread => spread(nodes.len(), sizes),
         Layout::Exclusive => exclusive(nodes.len(), sizes),
     };
-    let meta = Members { nodes: (0..nodes.len()).collect(), home: 0, voters: meta_voters(nodes.len()) };
+    let meta = Members {
+        nodes: (0..nodes.len()).collect(),
+        home: 0,
+        voters: meta_voters(nodes.len()),
+    };
     let slots = even_slots(shards.len());
 
     let mut next_replica = ReplicaId(1);
@@ -29,7 +41,11 @@ pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Res
     }
     let next_group = GroupId(groups.len() as u64);
     let next_node = node_id(nodes.len());
-    let nodes = nodes.into_iter().enumerate().map(|(index, node)| (node_id(index), node)).collect();
+    let nodes = nodes
+        .into_iter()
+        .enumerate()
+        .map(|(index, node)| (node_id(index), node))
+        .collect();
     let (epoch, version) = (PlanEpoch(1), MapVersion(1));
     let (leaving, out, moves) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
     let (targets, next_move) = (slots.clone(), MoveId(1));
@@ -51,7 +67,10 @@ pub fn first_view(cluster: ClusterId, asked: Asked, mut nodes: Vec<Node>) -> Res
         next_replica,
         next_move,
     };
-    let (shards, working) = (view.shards().map(|(id, _)| id).collect(), view.nodes.keys().copied().collect());
+    let (shards, working) = (
+        view.shards().map(|(id, _)| id).collect(),
+        view.nodes.keys().copied().collect(),
+    );
     witnesses::deal(&mut view, &shards, &working);
     Ok(view)
 }
@@ -67,8 +86,10 @@ struct Members {
 impl Members {
     fn into_group(self, next_replica: &mut ReplicaId) -> Group {
         let ids = next_replica.0..;
-        let replicas: BTreeMap<ReplicaId, NodeId> =
-            ids.map(ReplicaId).zip(self.nodes.iter().map(|index| node_id(*index))).collect();
+        let replicas: BTreeMap<ReplicaId, NodeId> = ids
+            .map(ReplicaId)
+            .zip(self.nodes.iter().map(|index| node_id(*index)))
+            .collect();
         next_replica.0 += replicas.len() as u64;
         let voters = replicas.keys().take(self.voters).copied().collect();
         Group::new(node_id(self.home), replicas, &voters)
@@ -79,17 +100,32 @@ fn node_id(index: usize) -> NodeId {
     NodeId(index as u64 + 1)
 }
 
-/// One shard per node at home on it, or as many as asked; replicas dealt out round and round like cards, which is even to ±1.
+/// One shard per node at home on it, or as many as asked; replicas dealt out round and round like
+/// cards, which is even to ±1.
 ///
-/// The hand of shard k begins at node k·R mod N. That is a multiple of g = gcd(R, N), and the same one again N/g shards later, so the
-/// home is the card whose place in the hand is the number of such rounds, modulo g: any N shards in a row have N different homes.
-fn spread(nodes: usize, Sizes { factor, shards: count, .. }: Sizes) -> Vec<Members> {
+/// The hand of shard k begins at node k·R mod N. That is a multiple of g = gcd(R, N), and the same
+/// one again N/g shards later, so the home is the card whose place in the hand is the number of
+/// such rounds, modulo g: any N shards in a row have N different homes.
+fn spread(
+    nodes: usize,
+    Sizes {
+        factor,
+        shards: count,
+        ..
+    }: Sizes,
+) -> Vec<Members> {
     let step = gcd(factor, nodes);
     let mut shards: Vec<Members> = (0..count)
         .map(|shard| {
-            let hand: Vec<usize> = (0..factor).map(|card| (shard * factor + card) % nodes).collect();
+            let hand: Vec<usize> = (0..factor)
+                .map(|card| (shard * factor + card) % nodes)
+                .collect();
             let home = hand[shard / (nodes / step) % step];
-            Members { nodes: hand, home, voters: factor }
+            Members {
+                nodes: hand,
+                home,
+                voters: factor,
+            }
         })
         .collect();
     // Shard k is at home on node k, and again after each N shards.
@@ -103,12 +139,24 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Each node in exactly one shard, in runs of the sorted list; those left over make some shards larger.
-fn exclusive(nodes: usize, Sizes { factor, shards: count, .. }: Sizes) -> Vec<Members> {
+/// Each node in exactly one shard, in runs of the sorted list; those left over make some shards
+/// larger.
+fn exclusive(
+    nodes: usize,
+    Sizes {
+        factor,
+        shards: count,
+        ..
+    }: Sizes,
+) -> Vec<Members> {
     let shards = (0..count).map(|shard| {
         let run = shard * nodes / count..(shard + 1) * nodes / count;
         let voters = exclusive_voters(run.len(), factor);
-        Members { home: run.start, nodes: run.collect(), voters }
+        Members {
+            home: run.start,
+            nodes: run.collect(),
+            voters,
+        }
     });
     shards.collect()
 }
@@ -116,7 +164,8 @@ fn exclusive(nodes: usize, Sizes { factor, shards: count, .. }: Sizes) -> Vec<Me
 /// Shards from 1, each with one run of slots.
 fn even_slots(shards: usize) -> SlotTable {
     let slots = usize::from(SLOTS);
-    // Shard i begins at ⌊i·slots/shards⌋; the last shard that begins at or before a slot is ⌊((slot+1)·shards − 1) / slots⌋.
+    // Shard i begins at ⌊i·slots/shards⌋; the last shard that begins at or before a slot is
+    // ⌊((slot+1)·shards − 1) / slots⌋.
     SlotTable::new(|slot: Slot| GroupId((((slot.index() + 1) * shards - 1) / slots) as u64 + 1))
 }
 
@@ -126,8 +175,14 @@ mod tests {
     use crate::types::DirectoryId;
 
     fn node(number: usize) -> Node {
-        let address = format!("node-{number:02}:13800").parse().expect("an address");
-        Node { address, public_address: None, directory: DirectoryId(number as u128) }
+        let address = format!("node-{number:02}:13800")
+            .parse()
+            .expect("an address");
+        Node {
+            address,
+            public_address: None,
+            directory: DirectoryId(number as u128),
+        }
     }
 
     fn nodes(count: usize) -> Vec<Node> {
@@ -142,30 +197,58 @@ mod tests {
         Asked::from_flags(replication_factor, shards)
     }
 
-    /// Whether no count is more than one above another; every one of `of` is counted, also those that never come.
+    /// Whether no count is more than one above another; every one of `of` is counted, also those
+    /// that never come.
     fn even<T: Ord>(of: impl IntoIterator<Item = T>, seen: impl IntoIterator<Item = T>) -> bool {
         let mut counts: BTreeMap<T, usize> = of.into_iter().map(|item| (item, 0)).collect();
         for item in seen {
             *counts.entry(item).or_default() += 1;
         }
-        let (min, max) = (counts.values().min().expect("some"), counts.values().max().expect("some"));
+        let (min, max) = (
+            counts.values().min().expect("some"),
+            counts.values().max().expect("some"),
+        );
         max - min <= 1
     }
 
     fn assert_sound(view: &View, count: usize) {
         view.check().expect("a consistent view");
-        assert_eq!(view.nodes.keys().copied().collect::<Vec<_>>(), (0..count).map(node_id).collect::<Vec<_>>());
-        let replicas = || view.shards().flat_map(|(_, group)| group.replicas.values().copied());
+        assert_eq!(
+            view.nodes.keys().copied().collect::<Vec<_>>(),
+            (0..count).map(node_id).collect::<Vec<_>>()
+        );
+        let replicas = || {
+            view.shards()
+                .flat_map(|(_, group)| group.replicas.values().copied())
+        };
         let nodes = || view.nodes.keys().copied();
         assert!(even(nodes(), replicas()), "replicas: {view:?}");
-        assert!(even(nodes(), view.shards().map(|(_, group)| group.home)), "homes: {view:?}");
+        assert!(
+            even(nodes(), view.shards().map(|(_, group)| group.home)),
+            "homes: {view:?}"
+        );
         let shards = view.shards().map(|(id, _)| id);
-        assert!(even(shards, Slot::all().map(|slot| view.slots.owner(slot))), "slots: {view:?}");
+        assert!(
+            even(shards, Slot::all().map(|slot| view.slots.owner(slot))),
+            "slots: {view:?}"
+        );
         for group in view.groups.values() {
-            assert!(group.creation.iter().all(|(replica, node)| group.replicas.get(replica) == Some(node)));
-            assert!(group.creation.values().any(|node| *node == group.home), "the home votes");
+            assert!(
+                group
+                    .creation
+                    .iter()
+                    .all(|(replica, node)| group.replicas.get(replica) == Some(node))
+            );
+            assert!(
+                group.creation.values().any(|node| *node == group.home),
+                "the home votes"
+            );
         }
-        let ids: BTreeSet<ReplicaId> = view.groups.values().flat_map(|group| group.hosted().map(|(id, _)| id)).collect();
+        let ids: BTreeSet<ReplicaId> = view
+            .groups
+            .values()
+            .flat_map(|group| group.hosted().map(|(id, _)| id))
+            .collect();
         assert_eq!(ids.first(), Some(&ReplicaId(1)));
         assert_eq!(ids.last().map(|id| id.0 + 1), Some(view.next_replica.0));
     }
@@ -175,7 +258,11 @@ mod tests {
         for count in 1..=30 {
             for factor in [None].into_iter().chain((1..=7).map(Some)) {
                 for shards in [1, 2, 3, 7, 16, 31, 64].map(Some).into_iter().chain([None]) {
-                    let asked = Asked { layout: Layout::Spread, replication_factor: factor, shards };
+                    let asked = Asked {
+                        layout: Layout::Spread,
+                        replication_factor: factor,
+                        shards,
+                    };
                     let Ok(view) = plan(count, asked) else {
                         assert!(usize::from(factor.unwrap_or(1)) > count);
                         continue;
@@ -183,8 +270,14 @@ mod tests {
                     assert_sound(&view, count);
                     assert_eq!(view.shards().count(), shards.map_or(count, usize::from));
                     let expected = factor.map_or(count.min(3), usize::from);
-                    assert!(view.shards().all(|(_, group)| group.replicas.len() == expected));
-                    assert!(view.shards().all(|(_, group)| group.creation == group.replicas));
+                    assert!(
+                        view.shards()
+                            .all(|(_, group)| group.replicas.len() == expected)
+                    );
+                    assert!(
+                        view.shards()
+                            .all(|(_, group)| group.creation == group.replicas)
+                    );
                 }
             }
         }
@@ -194,9 +287,16 @@ mod tests {
     fn one_shard_per_node_is_at_home_on_it() {
         for count in 1..=30 {
             for factor in 1..=7u8.min(count as u8) {
-                let asked = Asked { layout: Layout::Spread, replication_factor: Some(factor), shards: None };
+                let asked = Asked {
+                    layout: Layout::Spread,
+                    replication_factor: Some(factor),
+                    shards: None,
+                };
                 let view = plan(count, asked).expect("a view");
-                assert!(view.shards().all(|(id, group)| group.home.0 == id.0), "{count} nodes, {factor} replicas");
+                assert!(
+                    view.shards().all(|(id, group)| group.home.0 == id.0),
+                    "{count} nodes, {factor} replicas"
+                );
             }
         }
     }
@@ -212,29 +312,66 @@ mod tests {
                 assert_sound(&view, count);
                 let factor = usize::from(factor);
                 assert_eq!(view.shards().count(), (count / factor).max(1));
-                let members: Vec<NodeId> = view.shards().flat_map(|(_, group)| group.replicas.values().copied()).collect();
+                let members: Vec<NodeId> = view
+                    .shards()
+                    .flat_map(|(_, group)| group.replicas.values().copied())
+                    .collect();
                 let distinct: BTreeSet<NodeId> = members.iter().copied().collect();
-                assert_eq!((members.len(), distinct.len()), (count, count), "each node once");
-                assert!(view.shards().all(|(_, group)| group.replicas.len() >= factor));
-                assert!(view.shards().all(|(_, group)| group.creation.len() >= factor));
+                assert_eq!(
+                    (members.len(), distinct.len()),
+                    (count, count),
+                    "each node once"
+                );
+                assert!(
+                    view.shards()
+                        .all(|(_, group)| group.replicas.len() >= factor)
+                );
+                assert!(
+                    view.shards()
+                        .all(|(_, group)| group.creation.len() >= factor)
+                );
             }
         }
     }
 
     #[test]
     fn voters_are_odd_where_that_costs_no_survivor() {
-        let meta: Vec<usize> =
-            (1..=7).map(|count| plan(count, Asked::default()).expect("a view").groups[&GroupId::META].creation.len()).collect();
+        let meta: Vec<usize> = (1..=7)
+            .map(|count| {
+                plan(count, Asked::default()).expect("a view").groups[&GroupId::META]
+                    .creation
+                    .len()
+            })
+            .collect();
         assert_eq!(meta, [1, 2, 3, 3, 5, 5, 5]);
-        let shard = |count, factor| plan(count, asked(Some(factor), None)).expect("a view").groups[&GroupId(1)].creation.len();
-        assert_eq!([shard(2, 2), shard(3, 2), shard(4, 3), shard(5, 3), shard(4, 4), shard(13, 7)], [2, 3, 3, 5, 4, 7]);
+        let shard = |count, factor| {
+            plan(count, asked(Some(factor), None))
+                .expect("a view")
+                .groups[&GroupId(1)]
+                .creation
+                .len()
+        };
+        assert_eq!(
+            [
+                shard(2, 2),
+                shard(3, 2),
+                shard(4, 3),
+                shard(5, 3),
+                shard(4, 4),
+                shard(13, 7)
+            ],
+            [2, 3, 3, 5, 4, 7]
+        );
     }
 
     #[test]
     fn the_meta_group_has_a_replica_on_every_node() {
         let view = plan(9, Asked::default()).expect("a view");
         let meta = &view.groups[&GroupId::META];
-        assert_eq!(meta.replicas.values().copied().collect::<Vec<_>>(), (1..=9).map(NodeId).collect::<Vec<_>>());
+        assert_eq!(
+            meta.replicas.values().copied().collect::<Vec<_>>(),
+            (1..=9).map(NodeId).collect::<Vec<_>>()
+        );
     }
 
     #[test]
@@ -242,25 +379,60 @@ mod tests {
         let mut turned = nodes(7);
         turned.reverse();
         turned.swap(1, 4);
-        assert_eq!(first_view(ClusterId(9), Asked::default(), turned), plan(7, Asked::default()));
+        assert_eq!(
+            first_view(ClusterId(9), Asked::default(), turned),
+            plan(7, Asked::default())
+        );
     }
 
     #[test]
     fn what_cannot_be_placed_says_why() {
         assert_eq!(plan(0, Asked::default()), Err(PlacementError::NoNodes));
-        assert_eq!(plan(2, asked(Some(3), None)), Err(PlacementError::TooFewNodes { needed: 3, nodes: 2 }));
-        assert_eq!(plan(9, asked(Some(0), None)), Err(PlacementError::ReplicationFactorOutOfRange(0)));
-        assert_eq!(plan(9, asked(Some(8), Some(1))), Err(PlacementError::ReplicationFactorOutOfRange(8)));
-        assert_eq!(plan(9, asked(None, Some(0))), Err(PlacementError::ShardsOutOfRange(0)));
-        assert_eq!(plan(9, asked(None, Some(4097))), Err(PlacementError::ShardsOutOfRange(4097)));
+        assert_eq!(
+            plan(2, asked(Some(3), None)),
+            Err(PlacementError::TooFewNodes {
+                needed: 3,
+                nodes: 2
+            })
+        );
+        assert_eq!(
+            plan(9, asked(Some(0), None)),
+            Err(PlacementError::ReplicationFactorOutOfRange(0))
+        );
+        assert_eq!(
+            plan(9, asked(Some(8), Some(1))),
+            Err(PlacementError::ReplicationFactorOutOfRange(8))
+        );
+        assert_eq!(
+            plan(9, asked(None, Some(0))),
+            Err(PlacementError::ShardsOutOfRange(0))
+        );
+        assert_eq!(
+            plan(9, asked(None, Some(4097))),
+            Err(PlacementError::ShardsOutOfRange(4097))
+        );
         assert!(plan(3, asked(None, Some(4096))).is_ok());
-        let crowded = Asked { layout: Layout::Exclusive, replication_factor: Some(2), shards: Some(3) };
-        assert_eq!(plan(5, crowded), Err(PlacementError::TooFewNodes { needed: 6, nodes: 5 }));
+        let crowded = Asked {
+            layout: Layout::Exclusive,
+            replication_factor: Some(2),
+            shards: Some(3),
+        };
+        assert_eq!(
+            plan(5, crowded),
+            Err(PlacementError::TooFewNodes {
+                needed: 6,
+                nodes: 5
+            })
+        );
         let twice = vec![node(1), node(2), node(1)];
         let error = first_view(ClusterId(9), Asked::default(), twice).expect_err("a node twice");
         assert_eq!(error, PlacementError::DuplicateAddress(node(1).address));
-        let moved = Node { directory: DirectoryId(1), ..node(2) };
-        let error = first_view(ClusterId(9), Asked::default(), vec![node(1), moved]).expect_err("a directory twice");
+        let moved = Node {
+            directory: DirectoryId(1),
+            ..node(2)
+        };
+        let error = first_view(ClusterId(9), Asked::default(), vec![node(1), moved])
+            .expect_err("a directory twice");
         assert_eq!(error, PlacementError::DuplicateDirectory(DirectoryId(1)));
     }
 

@@ -1,9 +1,12 @@
-//! Which shards there are, which node has a replica of what, where each shard is at home, and which slots it owns.
+//! Which shards there are, which node has a replica of what, where each shard is at home, and which
+//! slots it owns.
 //!
-//! Pure and deterministic: the same asking and the same nodes give the same view, whatever the order in which the nodes are listed.
-//! What is even is even to ±1: replicas per node, homes per node, slots per shard; witnesses per node where that can be. No node has two replicas of one group.
-//! [`first_view`] is the view with which a cluster is founded, [`plan`] the one that follows another. A plan only says where everything is
-//! to come to; the way there (`membership`, `moves`) is not planned, but found step by step.
+//! Pure and deterministic: the same asking and the same nodes give the same view, whatever the
+//! order in which the nodes are listed. What is even is even to ±1: replicas per node, homes per
+//! node, slots per shard; witnesses per node where that can be. No node has two replicas of one
+//! group. [`first_view`] is the view with which a cluster is founded, [`plan`] the one that follows
+//! another. A plan only says where everything is to come to; the way there (`membership`, `moves`)
+//! is not planned, but found step by step.
 
 mod even;
 mod first;
@@ -19,7 +22,8 @@ pub use plan::{Planned, plan};
 
 use crate::types::{Address, DirectoryId, SLOTS};
 
-/// Most replicas of a shard that can be asked for: seven voters survive the loss of three, and each costs every write a copy.
+/// Most replicas of a shard that can be asked for: seven voters survive the loss of three, and each
+/// costs every write a copy.
 pub const REPLICATION_FACTOR_MAX: u8 = 7;
 
 /// Why there is no placement for what is asked.

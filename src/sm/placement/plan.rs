@@ -15,27 +15,43 @@ pub struct Planned {
     pub is_same: bool,
 }
 
-/// The view that follows `view` when `asked` is asked for on the `wanted` nodes, with the fewest changes.
+/// The view that follows `view` when `asked` is asked for on the `wanted` nodes, with the fewest
+/// changes.
 ///
-/// Nodes are known by their data directories; one that the view knows stays as the view has it, whatever address it is given here, and
-/// one that is not wanted leaves. `out` are the nodes of the view that are out of reach for good: they get no replicas if there are others
-/// enough, and no vote in the meta group. A shard that is to end keeps its replicas, but for those on nodes that are `out` or lost.
+/// Nodes are known by their data directories; one that the view knows stays as the view has it,
+/// whatever address it is given here, and one that is not wanted leaves. `out` are the nodes of the
+/// view that are out of reach for good: they get no replicas if there are others enough, and no
+/// vote in the meta group. A shard that is to end keeps its replicas, but for those on nodes that
+/// are `out` or lost.
 ///
 /// # Errors
 ///
 /// Why it can't be done.
-pub fn plan(view: &View, asked: Asked, wanted: &[Node], out: &BTreeSet<NodeId>) -> Result<Planned, PlacementError> {
+pub fn plan(
+    view: &View,
+    asked: Asked,
+    wanted: &[Node],
+    out: &BTreeSet<NodeId>,
+) -> Result<Planned, PlacementError> {
     let mut next = view.clone();
     next.asked = asked;
     let lost = roster::enrol(&mut next, wanted)?;
     let sizes = Sizes::of(next.staying().count(), asked)?;
     let working = roster::at_work(&next, out, sizes.needed);
-    next.out = next.staying().map(|(id, _)| id).filter(|id| !working.contains(id)).collect();
+    next.out = next
+        .staying()
+        .map(|(id, _)| id)
+        .filter(|id| !working.contains(id))
+        .collect();
 
     let staying = shards::choose(&mut next, sizes.shards, &working);
     shards::deal(&mut next, &staying, sizes, &working);
     shards::settle_homes(view, &mut next, &staying, &working);
-    let dead: BTreeSet<NodeId> = out.union(&lost).filter(|id| !working.contains(id)).copied().collect();
+    let dead: BTreeSet<NodeId> = out
+        .union(&lost)
+        .filter(|id| !working.contains(id))
+        .copied()
+        .collect();
     witnesses::dismiss_dead(&mut next, &dead);
     shards::relieve(&mut next, &dead, &working);
     witnesses::deal(&mut next, &staying, &working);
@@ -45,24 +61,43 @@ pub fn plan(view: &View, asked: Asked, wanted: &[Node], out: &BTreeSet<NodeId>) 
     let is_same = next == *view;
     next.epoch.0 += 1;
     next.version.0 += 1;
-    Ok(Planned { view: next, is_same })
+    Ok(Planned {
+        view: next,
+        is_same,
+    })
 }
 
-/// Every node that stays has a replica of the meta group, and one that leaves keeps its own until the last of its others is retired. Up to
-/// five of those at work vote, rather those that do.
+/// Every node that stays has a replica of the meta group, and one that leaves keeps its own until
+/// the last of its others is retired. Up to five of those at work vote, rather those that do.
 fn seat_meta(next: &mut View, working: &BTreeSet<NodeId>) {
     let staying: Vec<NodeId> = next.staying().map(|(id, _)| id).collect();
-    let Some(meta) = next.groups.get_mut(&GroupId::META) else { return };
+    let Some(meta) = next.groups.get_mut(&GroupId::META) else {
+        return;
+    };
     let voted = meta.voters();
     let held: BTreeSet<NodeId> = meta.replicas.values().copied().collect();
     for node in staying.into_iter().filter(|node| !held.contains(node)) {
         meta.take_on(node, &mut next.next_replica);
     }
-    let mut able: Vec<ReplicaId> = meta.replicas.iter().filter(|(_, node)| working.contains(node)).map(|(id, _)| *id).collect();
+    let mut able: Vec<ReplicaId> = meta
+        .replicas
+        .iter()
+        .filter(|(_, node)| working.contains(node))
+        .map(|(id, _)| *id)
+        .collect();
     able.sort_by_key(|replica| (!voted.contains(replica), *replica));
     able.truncate(meta_voters(able.len()));
-    meta.learners = meta.replicas.keys().filter(|replica| !able.contains(replica)).copied().collect();
-    let homes: Vec<NodeId> = able.iter().filter_map(|replica| meta.replicas.get(replica)).copied().collect();
+    meta.learners = meta
+        .replicas
+        .keys()
+        .filter(|replica| !able.contains(replica))
+        .copied()
+        .collect();
+    let homes: Vec<NodeId> = able
+        .iter()
+        .filter_map(|replica| meta.replicas.get(replica))
+        .copied()
+        .collect();
     if !homes.contains(&meta.home) {
         meta.home = homes.first().copied().unwrap_or(meta.home);
     }

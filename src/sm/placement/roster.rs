@@ -1,4 +1,5 @@
-//! Which nodes a view is to have: those wanted, known by their data directories, and those on their way out.
+//! Which nodes a view is to have: those wanted, known by their data directories, and those on their
+//! way out.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -8,13 +9,19 @@ use super::sizes::check_nodes;
 use crate::sm::view::{Node, View};
 use crate::types::NodeId;
 
-/// Makes the nodes of `next` the wanted ones and those that leave, and returns the leaving ones that are lost: another data directory is
-/// wanted under the address of each.
+/// Makes the nodes of `next` the wanted ones and those that leave, and returns the leaving ones
+/// that are lost: another data directory is wanted under the address of each.
 ///
-/// A node that the view knows keeps its id and is called as the view calls it; others get ids in the order of their addresses.
+/// A node that the view knows keeps its id and is called as the view calls it; others get ids in
+/// the order of their addresses.
 pub fn enrol(next: &mut View, wanted: &[Node]) -> Result<BTreeSet<NodeId>, PlacementError> {
     check_nodes(wanted)?;
-    let known = |node: &Node| next.nodes.iter().find(|(_, known)| known.directory == node.directory).map(|(id, _)| *id);
+    let known = |node: &Node| {
+        next.nodes
+            .iter()
+            .find(|(_, known)| known.directory == node.directory)
+            .map(|(id, _)| *id)
+    };
     let mut staying: BTreeSet<NodeId> = wanted.iter().filter_map(known).collect();
     let mut newcomers: Vec<&Node> = wanted.iter().filter(|node| known(node).is_none()).collect();
     newcomers.sort_by(|a, b| a.address.cmp(&b.address));
@@ -23,22 +30,44 @@ pub fn enrol(next: &mut View, wanted: &[Node]) -> Result<BTreeSet<NodeId>, Place
         next.nodes.insert(next.next_node, node.clone());
         next.next_node.0 += 1;
     }
-    next.leaving = next.nodes.keys().filter(|id| !staying.contains(id)).copied().collect();
+    next.leaving = next
+        .nodes
+        .keys()
+        .filter(|id| !staying.contains(id))
+        .copied()
+        .collect();
     let mut addresses = BTreeSet::new();
-    if let Some((_, node)) = next.staying().find(|(_, node)| !addresses.insert(&node.address)) {
+    if let Some((_, node)) = next
+        .staying()
+        .find(|(_, node)| !addresses.insert(&node.address))
+    {
         return Err(PlacementError::DuplicateAddress(node.address.clone()));
     }
-    let is_lost = |id: &NodeId| next.nodes.get(id).is_some_and(|node| addresses.contains(&node.address));
+    let is_lost = |id: &NodeId| {
+        next.nodes
+            .get(id)
+            .is_some_and(|node| addresses.contains(&node.address))
+    };
     Ok(next.leaving.iter().copied().filter(is_lost).collect())
 }
 
-/// The nodes that are given work: those that stay and are not out of reach; and of the others, those with most replicas first, as many as
-/// it takes to be `needed`.
+/// The nodes that are given work: those that stay and are not out of reach; and of the others,
+/// those with most replicas first, as many as it takes to be `needed`.
 pub fn at_work(next: &View, out: &BTreeSet<NodeId>, needed: usize) -> BTreeSet<NodeId> {
-    let replicas = |id: NodeId| next.shards().filter(|(_, group)| group.replicas.values().any(|node| *node == id)).count();
-    let (resting, here): (Vec<NodeId>, Vec<NodeId>) = next.staying().map(|(id, _)| id).partition(|id| out.contains(id));
+    let replicas = |id: NodeId| {
+        next.shards()
+            .filter(|(_, group)| group.replicas.values().any(|node| *node == id))
+            .count()
+    };
+    let (resting, here): (Vec<NodeId>, Vec<NodeId>) = next
+        .staying()
+        .map(|(id, _)| id)
+        .partition(|id| out.contains(id));
     let mut working: BTreeSet<NodeId> = here.into_iter().collect();
-    let mut resting: Vec<(Reverse<usize>, NodeId)> = resting.into_iter().map(|id| (Reverse(replicas(id)), id)).collect();
+    let mut resting: Vec<(Reverse<usize>, NodeId)> = resting
+        .into_iter()
+        .map(|id| (Reverse(replicas(id)), id))
+        .collect();
     resting.sort();
     let missing = needed.saturating_sub(working.len());
     working.extend(resting.into_iter().take(missing).map(|(_, id)| id));

@@ -8,20 +8,23 @@ use super::sizes::{Sizes, exclusive_voters};
 use crate::sm::view::{Group, Layout, View};
 use crate::types::{GroupId, NodeId, ReplicaId, SLOTS, Slot};
 
-/// What it costs to put something where it is not: more than all that the finer points below can add up to.
+/// What it costs to put something where it is not: more than all that the finer points below can
+/// add up to.
 pub(super) const CHANGE: i64 = 1 << 16;
 /// A replica that is still on its way out is called back: cheaper than a new one.
 const CALL_BACK: i64 = CHANGE - 1;
-/// A new replica where one of its group is still on its way out and can't be called back, or its witness is; a home whose replica is new.
+/// A new replica where one of its group is still on its way out and can't be called back, or its
+/// witness is; a home whose replica is new.
 pub(super) const AWKWARD: i64 = CHANGE + 1;
 /// What is there already, and a replica at home, which would rather stay than others.
 pub(super) const STAY: i64 = 0;
 const STAY_HOME: i64 = -1;
 
-/// Has as many shards stay as are wanted: those too many are to end, those that are missing get ids. Returns which stay or begin.
+/// Has as many shards stay as are wanted: those too many are to end, those that are missing get
+/// ids. Returns which stay or begin.
 ///
-/// Those end whose slots, times the replicas of them that could have stayed, are fewest; then those that are at home nowhere any more,
-/// then the youngest.
+/// Those end whose slots, times the replicas of them that could have stayed, are fewest; then those
+/// that are at home nowhere any more, then the youngest.
 pub fn choose(next: &mut View, count: usize, working: &BTreeSet<NodeId>) -> BTreeSet<GroupId> {
     let mut slots: BTreeMap<GroupId, usize> = BTreeMap::new();
     for slot in Slot::all() {
@@ -29,12 +32,25 @@ pub fn choose(next: &mut View, count: usize, working: &BTreeSet<NodeId>) -> BTre
     }
     let share = usize::from(SLOTS) / next.shards().count().max(1);
     let worth = |(id, group): (GroupId, &Group)| {
-        let kept = group.replicas.values().filter(|node| working.contains(node)).count();
+        let kept = group
+            .replicas
+            .values()
+            .filter(|node| working.contains(node))
+            .count();
         // What some own above an even share is chance, and not worth a home.
         let owned = slots.get(&id).copied().unwrap_or(0).min(share);
-        (Reverse(owned * kept), Reverse(working.contains(&group.home)), Reverse(kept), id)
+        (
+            Reverse(owned * kept),
+            Reverse(working.contains(&group.home)),
+            Reverse(kept),
+            id,
+        )
     };
-    let mut present: Vec<_> = next.shards().filter(|(_, group)| !group.ends).map(worth).collect();
+    let mut present: Vec<_> = next
+        .shards()
+        .filter(|(_, group)| !group.ends)
+        .map(worth)
+        .collect();
     present.sort();
     let mut chosen: BTreeSet<GroupId> = present.iter().take(count).map(|(.., id)| *id).collect();
     for (.., id) in present.iter().skip(count) {
@@ -49,25 +65,40 @@ pub fn choose(next: &mut View, count: usize, working: &BTreeSet<NodeId>) -> BTre
     chosen
 }
 
-/// Gives each of the shards its replicas and voters. Homes are left where they were, if they can be.
+/// Gives each of the shards its replicas and voters. Homes are left where they were, if they can
+/// be.
 pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: &BTreeSet<NodeId>) {
     let nodes: Vec<NodeId> = working.iter().copied().collect();
     let ids: Vec<GroupId> = shards.iter().copied().collect();
-    let standing: Vec<BTreeMap<NodeId, i64>> =
-        ids.iter().map(|id| next.groups.get(id).map(standing).unwrap_or_default()).collect();
-    let cost = |shard: usize, node: usize| Some(standing[shard].get(&nodes[node]).copied().unwrap_or(CHANGE));
+    let standing: Vec<BTreeMap<NodeId, i64>> = ids
+        .iter()
+        .map(|id| next.groups.get(id).map(standing).unwrap_or_default())
+        .collect();
+    let cost = |shard: usize, node: usize| {
+        Some(standing[shard].get(&nodes[node]).copied().unwrap_or(CHANGE))
+    };
     let mut members: BTreeMap<GroupId, BTreeSet<NodeId>> = BTreeMap::new();
     match next.asked.layout {
         Layout::Spread => {
             let costs = |shard| (0..nodes.len()).map(|node| cost(shard, node)).collect();
-            let items: Vec<Item> = (0..ids.len()).map(|shard| Item { takes: sizes.factor, costs: costs(shard) }).collect();
+            let items: Vec<Item> = (0..ids.len())
+                .map(|shard| Item {
+                    takes: sizes.factor,
+                    costs: costs(shard),
+                })
+                .collect();
             for (id, taken) in ids.iter().zip(assign(&items, nodes.len())) {
                 members.insert(*id, taken.into_iter().map(|index| nodes[index]).collect());
             }
         }
         Layout::Exclusive => {
             let costs = |node| (0..ids.len()).map(|shard| cost(shard, node)).collect();
-            let items: Vec<Item> = (0..nodes.len()).map(|node| Item { takes: 1, costs: costs(node) }).collect();
+            let items: Vec<Item> = (0..nodes.len())
+                .map(|node| Item {
+                    takes: 1,
+                    costs: costs(node),
+                })
+                .collect();
             for (node, taken) in nodes.iter().zip(assign(&items, ids.len())) {
                 members.entry(ids[taken[0]]).or_default().insert(*node);
             }
@@ -82,19 +113,35 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: 
     }
 }
 
-/// What a replica of the group costs on nodes where it has, or had, one; elsewhere it costs a [`CHANGE`].
+/// What a replica of the group costs on nodes where it has, or had, one; elsewhere it costs a
+/// [`CHANGE`].
 fn standing(group: &Group) -> BTreeMap<NodeId, i64> {
     let stay = |node: &NodeId| if group.home == *node { STAY_HOME } else { STAY };
-    let cost = |replica: &ReplicaId| if group.can_come_back(*replica) { CALL_BACK } else { AWKWARD };
-    let leaving = group.leaving.iter().map(|(replica, node)| (*node, cost(replica)));
+    let cost = |replica: &ReplicaId| {
+        if group.can_come_back(*replica) {
+            CALL_BACK
+        } else {
+            AWKWARD
+        }
+    };
+    let leaving = group
+        .leaving
+        .iter()
+        .map(|(replica, node)| (*node, cost(replica)));
     let leaving = leaving.chain(group.witness.map(|witness| (witness.node, AWKWARD)));
-    leaving.chain(group.replicas.values().map(|node| (*node, stay(node)))).collect()
+    leaving
+        .chain(group.replicas.values().map(|node| (*node, stay(node))))
+        .collect()
 }
 
-/// Has the group `id` consist of one replica on each of these nodes, of which so many vote: rather those that did, the home's first.
+/// Has the group `id` consist of one replica on each of these nodes, of which so many vote: rather
+/// those that did, the home's first.
 fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
     let Some(group) = next.groups.get_mut(&id) else {
-        let replicas: BTreeMap<ReplicaId, NodeId> = (next.next_replica.0..).map(ReplicaId).zip(nodes.iter().copied()).collect();
+        let replicas: BTreeMap<ReplicaId, NodeId> = (next.next_replica.0..)
+            .map(ReplicaId)
+            .zip(nodes.iter().copied())
+            .collect();
         next.next_replica.0 += replicas.len() as u64;
         let voters = replicas.keys().take(voters).copied().collect();
         let home = nodes.first().copied().unwrap_or_default();
@@ -102,7 +149,9 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
         return;
     };
     let voted = group.voters();
-    let (kept, leaving) = std::mem::take(&mut group.replicas).into_iter().partition(|(_, node)| nodes.contains(node));
+    let (kept, leaving) = std::mem::take(&mut group.replicas)
+        .into_iter()
+        .partition(|(_, node)| nodes.contains(node));
     group.replicas = kept;
     let leaving: BTreeMap<ReplicaId, NodeId> = leaving;
     group.leaving.extend(leaving);
@@ -113,7 +162,11 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
     let mut ranked: Vec<ReplicaId> = group.replicas.keys().copied().collect();
     ranked.sort_by_key(|replica| {
         let votes = voted.contains(replica);
-        (!(votes && group.replicas.get(replica) == Some(&group.home)), !votes, *replica)
+        (
+            !(votes && group.replicas.get(replica) == Some(&group.home)),
+            !votes,
+            *replica,
+        )
     });
     group.learners = ranked.into_iter().skip(voters).collect();
     rehome(group);
@@ -122,27 +175,52 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
 /// Has the home be a node of a voter.
 fn rehome(group: &mut Group) {
     let voters = group.voters();
-    let mut at = group.replicas.iter().filter(|(replica, _)| voters.contains(replica)).map(|(_, node)| *node);
+    let mut at = group
+        .replicas
+        .iter()
+        .filter(|(replica, _)| voters.contains(replica))
+        .map(|(_, node)| *node);
     if !at.clone().any(|node| node == group.home) {
         group.home = at.next().unwrap_or(group.home);
     }
 }
 
 /// Spreads the homes of the shards over the nodes. `before` is the view that is planned from.
-pub fn settle_homes(before: &View, next: &mut View, shards: &BTreeSet<GroupId>, working: &BTreeSet<NodeId>) {
+pub fn settle_homes(
+    before: &View,
+    next: &mut View,
+    shards: &BTreeSet<GroupId>,
+    working: &BTreeSet<NodeId>,
+) {
     let nodes: Vec<NodeId> = working.iter().copied().collect();
     let costs = |id: &GroupId| {
         let (now, was) = (next.groups.get(id), before.groups.get(id));
-        let voters = now.iter().flat_map(|group| group.replicas.iter().filter(|(replica, _)| !group.learners.contains(replica)));
+        let voters = now.iter().flat_map(|group| {
+            group
+                .replicas
+                .iter()
+                .filter(|(replica, _)| !group.learners.contains(replica))
+        });
         let cost = |replica: &ReplicaId, node: &NodeId| match was {
             Some(was) if was.home == *node => STAY,
             Some(was) if !was.replicas.contains_key(replica) => AWKWARD,
             Some(_) | None => CHANGE,
         };
-        let by_node: BTreeMap<NodeId, i64> = voters.map(|(replica, node)| (*node, cost(replica, node))).collect();
-        nodes.iter().map(|node| by_node.get(node).copied()).collect()
+        let by_node: BTreeMap<NodeId, i64> = voters
+            .map(|(replica, node)| (*node, cost(replica, node)))
+            .collect();
+        nodes
+            .iter()
+            .map(|node| by_node.get(node).copied())
+            .collect()
     };
-    let items: Vec<Item> = shards.iter().map(|id| Item { takes: 1, costs: costs(id) }).collect();
+    let items: Vec<Item> = shards
+        .iter()
+        .map(|id| Item {
+            takes: 1,
+            costs: costs(id),
+        })
+        .collect();
     for (id, taken) in shards.iter().zip(assign(&items, nodes.len())) {
         if let (Some(group), Some(index)) = (next.groups.get_mut(id), taken.first()) {
             group.home = nodes[*index];
@@ -150,19 +228,26 @@ pub fn settle_homes(before: &View, next: &mut View, shards: &BTreeSet<GroupId>, 
     }
 }
 
-/// Gives others the replicas that `dead` nodes have of shards that end: they serve until their last slot has moved away. What is on a node
-/// that only leaves stays there so long.
+/// Gives others the replicas that `dead` nodes have of shards that end: they serve until their last
+/// slot has moved away. What is on a node that only leaves stays there so long.
 pub fn relieve(next: &mut View, dead: &BTreeSet<NodeId>, working: &BTreeSet<NodeId>) {
     let mut loads: BTreeMap<NodeId, usize> = working.iter().map(|node| (*node, 0)).collect();
     for (_, node) in next.shards().flat_map(|(_, group)| group.hosted()) {
         loads.entry(node).and_modify(|load| *load += 1);
     }
     for group in next.groups.values_mut().filter(|group| group.ends) {
-        let lost: Vec<(ReplicaId, NodeId)> =
-            group.replicas.iter().filter(|(_, node)| dead.contains(node)).map(|(replica, node)| (*replica, *node)).collect();
+        let lost: Vec<(ReplicaId, NodeId)> = group
+            .replicas
+            .iter()
+            .filter(|(_, node)| dead.contains(node))
+            .map(|(replica, node)| (*replica, *node))
+            .collect();
         for (replica, node) in lost {
             let hosts: BTreeSet<NodeId> = group.hosted().map(|(_, node)| node).collect();
-            let free = loads.iter_mut().filter(|(node, _)| !hosts.contains(node)).min_by_key(|(node, load)| (**load, **node));
+            let free = loads
+                .iter_mut()
+                .filter(|(node, _)| !hosts.contains(node))
+                .min_by_key(|(node, load)| (**load, **node));
             let Some((by, load)) = free else { break };
             *load += 1;
             group.replicas.remove(&replica);

@@ -9,7 +9,8 @@ use crate::types::SLOTS;
 /// Replicas of a shard where no number is asked for and there are nodes enough.
 const REPLICATION_FACTOR_DEFAULT: usize = 3;
 
-/// Most voters of the meta group: five survive the loss of two, and more would only make its writes slower.
+/// Most voters of the meta group: five survive the loss of two, and more would only make its writes
+/// slower.
 const META_VOTERS_MAX: usize = 5;
 
 /// What an asking comes to with a number of nodes.
@@ -32,7 +33,15 @@ impl Sizes {
                 (shards, shards * factor)
             }
         };
-        if needed > nodes { Err(PlacementError::TooFewNodes { needed, nodes }) } else { Ok(Self { factor, shards, needed }) }
+        if needed > nodes {
+            Err(PlacementError::TooFewNodes { needed, nodes })
+        } else {
+            Ok(Self {
+                factor,
+                shards,
+                needed,
+            })
+        }
     }
 }
 
@@ -54,8 +63,9 @@ fn shard_count(asked: Asked, default: usize) -> Result<usize, PlacementError> {
     }
 }
 
-/// How many of `nodes` vote in the meta group: an odd number, since one more adds a copy to wait for and no loss to survive. Two nodes
-/// both vote all the same: a lone voter's lost disk would take acknowledged entries with it.
+/// How many of `nodes` vote in the meta group: an odd number, since one more adds a copy to wait
+/// for and no loss to survive. Two nodes both vote all the same: a lone voter's lost disk would
+/// take acknowledged entries with it.
 pub fn meta_voters(nodes: usize) -> usize {
     match nodes.min(META_VOTERS_MAX) {
         2 => 2,
@@ -64,10 +74,15 @@ pub fn meta_voters(nodes: usize) -> usize {
     }
 }
 
-/// Voters of a shard with `size` replicas of which `factor` were asked for: all, but never more than [`REPLICATION_FACTOR_MAX`], and of
-/// an even number with one left over the odd one below, which survives as many losses.
+/// Voters of a shard with `size` replicas of which `factor` were asked for: all, but never more
+/// than [`REPLICATION_FACTOR_MAX`], and of an even number with one left over the odd one below,
+/// which survives as many losses.
 pub fn exclusive_voters(size: usize, factor: usize) -> usize {
-    let odd = if size > factor && size.is_multiple_of(2) { size - 1 } else { size };
+    let odd = if size > factor && size.is_multiple_of(2) {
+        size - 1
+    } else {
+        size
+    };
     odd.min(usize::from(REPLICATION_FACTOR_MAX))
 }
 

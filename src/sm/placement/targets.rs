@@ -5,20 +5,27 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::sm::view::{SlotTable, View};
 use crate::types::{GroupId, SLOTS, Slot};
 
-/// The slots dealt out evenly to `shards`: each slot stays with its owner where that is even, else it goes where it already was to go,
-/// else to whoever lacks some, in runs.
+/// The slots dealt out evenly to `shards`: each slot stays with its owner where that is even, else
+/// it goes where it already was to go, else to whoever lacks some, in runs.
 ///
-/// The owner of a slot that is being moved is the shard that it is moved to: that is where it most likely is before anything else is done.
+/// The owner of a slot that is being moved is the shard that it is moved to: that is where it most
+/// likely is before anything else is done.
 pub fn even_targets(view: &View, shards: &BTreeSet<GroupId>) -> SlotTable {
     let mut owners = view.slots.clone();
     for open in view.moves.values() {
-        open.slots.iter().for_each(|slot| owners.set_owner(*slot, open.to));
+        open.slots
+            .iter()
+            .for_each(|slot| owners.set_owner(*slot, open.to));
     }
     let (owned, aimed) = (by_owner(&owners), by_owner(&view.targets));
     let count = |of: &BTreeMap<GroupId, Vec<Slot>>, id: &GroupId| of.get(id).map_or(0, Vec::len);
 
-    let (least, over) = (usize::from(SLOTS) / shards.len(), usize::from(SLOTS) % shards.len());
-    // One slot more goes to shards that have it already, and of those to the ones that were to have it.
+    let (least, over) = (
+        usize::from(SLOTS) / shards.len(),
+        usize::from(SLOTS) % shards.len(),
+    );
+    // One slot more goes to shards that have it already, and of those to the ones that were to have
+    // it.
     let mut ranked: Vec<GroupId> = shards.iter().copied().collect();
     ranked.sort_by_key(|id| (count(&owned, id) <= least, count(&aimed, id) <= least, *id));
 
@@ -34,10 +41,19 @@ pub fn even_targets(view: &View, shards: &BTreeSet<GroupId>) -> SlotTable {
         room.insert(id, share - own.len());
         kept.extend(own);
     }
-    let mut take = |id: GroupId| room.get_mut(&id).filter(|left| **left > 0).map(|left| *left -= 1).is_some();
-    let homeless: Vec<Slot> =
-        Slot::all().filter(|slot| !kept.contains(slot)).filter(|slot| !take(targets.owner(*slot))).collect();
-    let takers = room.iter().flat_map(|(id, left)| std::iter::repeat_n(*id, *left));
+    let mut take = |id: GroupId| {
+        room.get_mut(&id)
+            .filter(|left| **left > 0)
+            .map(|left| *left -= 1)
+            .is_some()
+    };
+    let homeless: Vec<Slot> = Slot::all()
+        .filter(|slot| !kept.contains(slot))
+        .filter(|slot| !take(targets.owner(*slot)))
+        .collect();
+    let takers = room
+        .iter()
+        .flat_map(|(id, left)| std::iter::repeat_n(*id, *left));
     for (slot, id) in homeless.into_iter().zip(takers) {
         targets.set_owner(slot, id);
     }

@@ -13,8 +13,14 @@ use crate::sm::view::{Asked, Group, Layout, Node, View, Witness};
 use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 
 fn node(address: usize, directory: u128) -> Node {
-    let address = format!("node-{address:03}:13800").parse().expect("an address");
-    Node { address, public_address: None, directory: DirectoryId(directory) }
+    let address = format!("node-{address:03}:13800")
+        .parse()
+        .expect("an address");
+    Node {
+        address,
+        public_address: None,
+        directory: DirectoryId(directory),
+    }
 }
 
 fn nodes(numbers: std::ops::RangeInclusive<usize>) -> Vec<Node> {
@@ -22,7 +28,11 @@ fn nodes(numbers: std::ops::RangeInclusive<usize>) -> Vec<Node> {
 }
 
 fn spread(factor: u8, shards: Option<u16>) -> Asked {
-    Asked { layout: Layout::Spread, replication_factor: Some(factor), shards }
+    Asked {
+        layout: Layout::Spread,
+        replication_factor: Some(factor),
+        shards,
+    }
 }
 
 fn exclusive(factor: u8) -> Asked {
@@ -37,10 +47,12 @@ fn planned(view: &View, asked: Asked, wanted: &[Node]) -> Planned {
     plan(view, asked, wanted, &BTreeSet::new()).expect("a plan")
 }
 
-/// The difference between the highest and the lowest count; every one of `of` is counted, also those that never come.
+/// The difference between the highest and the lowest count; every one of `of` is counted, also
+/// those that never come.
 fn unevenness<T: Ord>(of: impl IntoIterator<Item = T>, seen: impl IntoIterator<Item = T>) -> usize {
     let mut counts: BTreeMap<T, usize> = of.into_iter().map(|item| (item, 0)).collect();
-    seen.into_iter().for_each(|item| *counts.entry(item).or_default() += 1);
+    seen.into_iter()
+        .for_each(|item| *counts.entry(item).or_default() += 1);
     counts.values().max().expect("some") - counts.values().min().expect("some")
 }
 
@@ -58,50 +70,100 @@ fn assert_plan(view: &View, out: &BTreeSet<NodeId>) {
     assert_eq!(live().count(), sizes.shards, "shards");
 
     let placed = || live().flat_map(|(_, group)| group.replicas.values().copied());
-    assert!(placed().all(|node| working.contains(&node)), "a replica on a node that leaves or is out");
+    assert!(
+        placed().all(|node| working.contains(&node)),
+        "a replica on a node that leaves or is out"
+    );
     match view.asked.layout {
         Layout::Spread => {
-            assert!(live().all(|(_, group)| group.replicas.len() == sizes.factor && group.learners.is_empty()));
-            assert!(unevenness(working.clone(), placed()) <= 1, "replicas: {view:?}");
+            assert!(live().all(
+                |(_, group)| group.replicas.len() == sizes.factor && group.learners.is_empty()
+            ));
+            assert!(
+                unevenness(working.clone(), placed()) <= 1,
+                "replicas: {view:?}"
+            );
         }
         Layout::Exclusive => {
             assert_eq!(placed().count(), working.len(), "each node once");
             assert_eq!(placed().collect::<BTreeSet<_>>(), working, "each node once");
-            assert!(live().all(|(_, group)| group.replicas.len() >= sizes.factor && group.voters().len() >= sizes.factor));
+            assert!(live().all(|(_, group)| group.replicas.len() >= sizes.factor
+                && group.voters().len() >= sizes.factor));
             let sizes: BTreeSet<usize> = live().map(|(_, group)| group.replicas.len()).collect();
             assert!(sizes.last().expect("some") - sizes.first().expect("some") <= 1);
         }
     }
-    assert!(unevenness(working.clone(), live().map(|(_, group)| group.home)) <= 1, "homes: {view:?}");
-    assert!(unevenness(live().map(|(id, _)| id), Slot::all().map(|slot| view.targets.owner(slot))) <= 1, "slots");
+    assert!(
+        unevenness(working.clone(), live().map(|(_, group)| group.home)) <= 1,
+        "homes: {view:?}"
+    );
+    assert!(
+        unevenness(
+            live().map(|(id, _)| id),
+            Slot::all().map(|slot| view.targets.owner(slot))
+        ) <= 1,
+        "slots"
+    );
     for (id, group) in &view.groups {
-        assert!(group.voters().iter().any(|voter| group.replicas[voter] == group.home), "the home of {id} votes");
+        assert!(
+            group
+                .voters()
+                .iter()
+                .any(|voter| group.replicas[voter] == group.home),
+            "the home of {id} votes"
+        );
     }
 
     assert_witnesses(view, &working);
     let enough = staying.iter().filter(|id| !out.contains(id)).count() >= sizes.needed;
     let resting: BTreeSet<NodeId> = staying.intersection(out).copied().collect();
     assert!(view.out.is_subset(&resting));
-    assert!(view.out == resting || !enough, "who is out has no work: {:?} of {out:?}", view.out);
+    assert!(
+        view.out == resting || !enough,
+        "who is out has no work: {:?} of {out:?}",
+        view.out
+    );
 
     let meta = &view.groups[&GroupId::META];
-    assert!(staying.iter().all(|node| meta.replicas.values().any(|at| at == node)), "the meta group is everywhere");
+    assert!(
+        staying
+            .iter()
+            .all(|node| meta.replicas.values().any(|at| at == node)),
+        "the meta group is everywhere"
+    );
     assert_eq!(meta.voters().len(), meta_voters(working.len()));
-    assert!(meta.voters().iter().all(|voter| working.contains(&meta.replicas[voter])));
+    assert!(
+        meta.voters()
+            .iter()
+            .all(|voter| working.contains(&meta.replicas[voter]))
+    );
 }
 
-/// Every shard that needs a witness and can have one has one, and no other does; and none could go from a node to one with two fewer.
+/// Every shard that needs a witness and can have one has one, and no other does; and none could go
+/// from a node to one with two fewer.
 fn assert_witnesses(view: &View, working: &BTreeSet<NodeId>) {
-    let places = || shards_that_stay(view).filter_map(|(_, group)| group.witness).map(|witness| witness.node);
+    let places = || {
+        shards_that_stay(view)
+            .filter_map(|(_, group)| group.witness)
+            .map(|witness| witness.node)
+    };
     let load = |node: NodeId| places().filter(|at| *at == node).count();
     for (id, group) in shards_that_stay(view) {
         let held: BTreeSet<NodeId> = group.replicas.values().copied().collect();
         let free: BTreeSet<NodeId> = working.difference(&held).copied().collect();
         let is_due = group.voters().len() % 2 == 0 && !free.is_empty();
         assert_eq!(group.witness.is_some(), is_due, "{id}: {group:?}");
-        let Some(Witness { replica, node }) = group.witness else { continue };
-        assert!(free.contains(&node) && !group.replicas.contains_key(&replica), "{id}: {group:?}");
-        assert!(free.iter().all(|other| load(node) <= load(*other) + 1), "the witness of {id} belongs elsewhere: {view:?}");
+        let Some(Witness { replica, node }) = group.witness else {
+            continue;
+        };
+        assert!(
+            free.contains(&node) && !group.replicas.contains_key(&replica),
+            "{id}: {group:?}"
+        );
+        assert!(
+            free.iter().all(|other| load(node) <= load(*other) + 1),
+            "the witness of {id} belongs elsewhere: {view:?}"
+        );
     }
     assert_eq!(view.groups[&GroupId::META].witness, None);
 }
@@ -110,14 +172,28 @@ fn assert_witnesses(view: &View, working: &BTreeSet<NodeId>) {
 fn an_even_number_of_replicas_has_a_witness_where_there_is_a_node_for_it() {
     for count in 1..=12 {
         for factor in 1..=REPLICATION_FACTOR_MAX.min(count as u8) {
-            for asked in [spread(factor, None), spread(factor, Some(30)), exclusive(factor)] {
+            for asked in [
+                spread(factor, None),
+                spread(factor, Some(30)),
+                exclusive(factor),
+            ] {
                 let view = first_view(ClusterId(9), asked, nodes(1..=count)).expect("a view");
                 assert_plan(&view, &BTreeSet::new());
-                let places: Vec<NodeId> = view.shards().filter_map(|(_, group)| Some(group.witness?.node)).collect();
+                let places: Vec<NodeId> = view
+                    .shards()
+                    .filter_map(|(_, group)| Some(group.witness?.node))
+                    .collect();
                 let is_even = factor % 2 == 0 && usize::from(factor) < count;
                 if asked.layout == Layout::Spread {
-                    assert_eq!(places.len(), if is_even { view.shards().count() } else { 0 }, "{count} nodes, {asked:?}");
-                    assert!(!is_even || unevenness(view.nodes.keys().copied(), places) <= 1, "{count} nodes, {asked:?}");
+                    assert_eq!(
+                        places.len(),
+                        if is_even { view.shards().count() } else { 0 },
+                        "{count} nodes, {asked:?}"
+                    );
+                    assert!(
+                        !is_even || unevenness(view.nodes.keys().copied(), places) <= 1,
+                        "{count} nodes, {asked:?}"
+                    );
                 }
             }
         }
@@ -127,7 +203,12 @@ fn an_even_number_of_replicas_has_a_witness_where_there_is_a_node_for_it() {
 #[test]
 fn a_witness_comes_and_goes_with_an_even_number_and_never_as_another_replica() {
     let mut meta = found(spread(3, Some(8)), nodes(1..=4));
-    let mut seen: BTreeSet<ReplicaId> = meta.view().groups.values().flat_map(|group| group.hosted().map(|(id, _)| id)).collect();
+    let mut seen: BTreeSet<ReplicaId> = meta
+        .view()
+        .groups
+        .values()
+        .flat_map(|group| group.hosted().map(|(id, _)| id))
+        .collect();
     for factor in [2, 3, 2, 4, 2, 1, 2, 3] {
         let before = meta.view();
         let next = planned(&before, spread(factor, Some(8)), &nodes(1..=4)).view;
@@ -135,7 +216,10 @@ fn a_witness_comes_and_goes_with_an_even_number_and_never_as_another_replica() {
         for (id, group) in next.shards() {
             if let Some(witness) = group.witness {
                 assert_eq!(factor, 2);
-                assert!(seen.insert(witness.replica), "the witness of {id} has an id that was used");
+                assert!(
+                    seen.insert(witness.replica),
+                    "the witness of {id} has an id that was used"
+                );
             }
             let gone = before.groups[&id].witness;
             assert!(
@@ -155,11 +239,22 @@ fn a_node_more_takes_its_share_of_the_witnesses_and_no_more() {
         let before = found(spread(2, Some(60)), nodes(1..=count)).view();
         let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
         assert_plan(&after, &BTreeSet::new());
-        let is_new = |group: &&Group| group.witness.is_some_and(|witness| witness.replica >= before.next_replica);
-        let moved = after.shards().map(|(_, group)| group).filter(is_new).count();
+        let is_new = |group: &&Group| {
+            group
+                .witness
+                .is_some_and(|witness| witness.replica >= before.next_replica)
+        };
+        let moved = after
+            .shards()
+            .map(|(_, group)| group)
+            .filter(is_new)
+            .count();
         // Those in the way of a replica that comes to their node go too.
         let displaced = new_replicas(&before, &after);
-        assert!(moved <= 60_usize.div_ceil(count + 1) + displaced, "{moved} of 60, {displaced} replicas are new");
+        assert!(
+            moved <= 60_usize.div_ceil(count + 1) + displaced,
+            "{moved} of 60, {displaced} replicas are new"
+        );
     }
 }
 
@@ -167,11 +262,23 @@ fn a_node_more_takes_its_share_of_the_witnesses_and_no_more() {
 fn planning_a_first_view_again_changes_nothing() {
     for count in 1..=30 {
         for factor in 1..=REPLICATION_FACTOR_MAX.min(count as u8) {
-            for asked in [spread(factor, None), spread(factor, Some(16)), exclusive(factor), Asked::default()] {
+            for asked in [
+                spread(factor, None),
+                spread(factor, Some(16)),
+                exclusive(factor),
+                Asked::default(),
+            ] {
                 let view = first_view(ClusterId(9), asked, nodes(1..=count)).expect("a view");
                 let again = planned(&view, asked, &nodes(1..=count));
                 assert!(again.is_same, "{count} nodes, {asked:?}");
-                assert_eq!(View { epoch: view.epoch, version: view.version, ..again.view }, view);
+                assert_eq!(
+                    View {
+                        epoch: view.epoch,
+                        version: view.version,
+                        ..again.view
+                    },
+                    view
+                );
             }
         }
     }
@@ -180,11 +287,18 @@ fn planning_a_first_view_again_changes_nothing() {
 /// Replicas of `after` that `before` has not; the meta group's aside.
 fn new_replicas(before: &View, after: &View) -> usize {
     let replicas = after.shards().flat_map(|(_, group)| group.replicas.keys());
-    replicas.filter(|replica| **replica >= before.next_replica).count()
+    replicas
+        .filter(|replica| **replica >= before.next_replica)
+        .count()
 }
 
 fn changed_homes(before: &View, after: &View) -> usize {
-    let changed = |(id, group): &(GroupId, &Group)| before.groups.get(id).is_some_and(|was| was.home != group.home);
+    let changed = |(id, group): &(GroupId, &Group)| {
+        before
+            .groups
+            .get(id)
+            .is_some_and(|was| was.home != group.home)
+    };
     shards_that_stay(after).filter(changed).count()
 }
 
@@ -198,15 +312,20 @@ fn a_node_more_takes_its_share_and_no_more() {
             let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
             assert_plan(&after, &BTreeSet::new());
             let share = (usize::from(shards) * usize::from(factor)).div_ceil(count + 1);
-            assert!(new_replicas(&before, &after) <= share, "{count} nodes, {factor} replicas");
+            assert!(
+                new_replicas(&before, &after) <= share,
+                "{count} nodes, {factor} replicas"
+            );
             assert!(changed_homes(&before, &after) <= usize::from(shards).div_ceil(count + 1));
             assert_eq!(after.slots, after.targets, "as many shards as before");
             meta.install(after);
             meta.settle();
             assert!(planned(&meta.view(), before.asked, &nodes(1..=count + 1)).is_same);
 
-            // A shard more per node: the node and the shard get their replicas, nobody else gets any.
-            let before = first_view(ClusterId(9), spread(factor, None), nodes(1..=count)).expect("a view");
+            // A shard more per node: the node and the shard get their replicas, nobody else gets
+            // any.
+            let before =
+                first_view(ClusterId(9), spread(factor, None), nodes(1..=count)).expect("a view");
             let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
             assert_plan(&after, &BTreeSet::new());
             assert_eq!(new_replicas(&before, &after), 2 * usize::from(factor) - 1);
@@ -224,7 +343,9 @@ fn a_change_that_is_taken_back_moves_back_only_what_had_moved() {
     let astray = meta.view().astray().count();
     assert!(astray > 600);
     meta.move_slots(100);
-    let moved = Slot::all().filter(|slot| meta.view().slots.owner(*slot) != first.slots.owner(*slot)).count();
+    let moved = Slot::all()
+        .filter(|slot| meta.view().slots.owner(*slot) != first.slots.owner(*slot))
+        .count();
     assert_eq!(moved, 100);
     let back = planned(&meta.view(), first.asked, &nodes(1..=5)).view;
     assert_plan(&back, &BTreeSet::new());
@@ -258,7 +379,11 @@ fn another_directory_under_an_address_is_another_node() {
     assert_plan(&next, &BTreeSet::new());
     assert_eq!(next.leaving, BTreeSet::from([NodeId(2)]));
     assert_eq!(next.node_at(&wanted[1].address), Some(NodeId(5)));
-    assert!(next.shards().all(|(_, group)| !group.replicas.values().any(|node| *node == NodeId(2))), "it is lost");
+    assert!(
+        next.shards()
+            .all(|(_, group)| !group.replicas.values().any(|node| *node == NodeId(2))),
+        "it is lost"
+    );
     meta.install(next);
     meta.settle();
     assert!(!meta.view().nodes.contains_key(&NodeId(2)));
@@ -269,37 +394,80 @@ fn a_node_out_of_reach_rests_while_there_are_others_enough() {
     let out = BTreeSet::from([NodeId(2)]);
     let settled = |asked, count| found(asked, nodes(1..=count)).view();
     let view = settled(Asked::default(), 4);
-    let next = plan(&view, view.asked, &nodes(1..=4), &out).expect("a plan").view;
+    let next = plan(&view, view.asked, &nodes(1..=4), &out)
+        .expect("a plan")
+        .view;
     assert_plan(&next, &out);
     assert_eq!((next.out.clone(), next.leaving.len()), (out.clone(), 0));
     assert!(shards_that_stay(&next).all(|(_, group)| group.home != NodeId(2)));
     let back = planned(&next, view.asked, &nodes(1..=4)).view;
     assert_plan(&back, &BTreeSet::new());
-    assert!(back.out.is_empty() && back.shards().any(|(_, group)| group.replicas.values().any(|node| *node == NodeId(2))));
+    assert!(
+        back.out.is_empty()
+            && back
+                .shards()
+                .any(|(_, group)| group.replicas.values().any(|node| *node == NodeId(2)))
+    );
 
     let view = settled(Asked::default(), 3);
-    assert!(plan(&view, view.asked, &nodes(1..=3), &out).expect("a plan").is_same, "three replicas need three nodes");
+    assert!(
+        plan(&view, view.asked, &nodes(1..=3), &out)
+            .expect("a plan")
+            .is_same,
+        "three replicas need three nodes"
+    );
     let view = settled(exclusive(3), 6);
-    assert!(plan(&view, view.asked, &nodes(1..=6), &out).expect("a plan").is_same, "two shards of three need six");
+    assert!(
+        plan(&view, view.asked, &nodes(1..=6), &out)
+            .expect("a plan")
+            .is_same,
+        "two shards of three need six"
+    );
     let view = settled(exclusive(3), 7);
-    let next = plan(&view, view.asked, &nodes(1..=7), &out).expect("a plan").view;
+    let next = plan(&view, view.asked, &nodes(1..=7), &out)
+        .expect("a plan")
+        .view;
     assert_plan(&next, &out);
-    assert_eq!((new_replicas(&view, &next), next.out.len()), (1, 1), "the seventh stands in");
+    assert_eq!(
+        (new_replicas(&view, &next), next.out.len()),
+        (1, 1),
+        "the seventh stands in"
+    );
 }
 
 #[test]
 fn a_shard_that_ends_stays_where_it_is_but_for_dead_nodes() {
     let view = found(Asked::default(), nodes(1..=6)).view();
     let next = planned(&view, view.asked, &nodes(1..=5)).view;
-    let ending: Vec<&Group> = next.shards().map(|(_, group)| group).filter(|group| group.ends).collect();
-    let [group] = ending[..] else { panic!("one shard ends: {ending:?}") };
-    assert_eq!(group.home, NodeId(6), "the one at home on the node that leaves");
+    let ending: Vec<&Group> = next
+        .shards()
+        .map(|(_, group)| group)
+        .filter(|group| group.ends)
+        .collect();
+    let [group] = ending[..] else {
+        panic!("one shard ends: {ending:?}")
+    };
+    assert_eq!(
+        group.home,
+        NodeId(6),
+        "the one at home on the node that leaves"
+    );
     assert!(group.leaving.is_empty() && group.replicas.values().any(|node| *node == NodeId(6)));
     let dead = BTreeSet::from([NodeId(6)]);
-    let next = plan(&next, view.asked, &nodes(1..=5), &dead).expect("a plan").view;
+    let next = plan(&next, view.asked, &nodes(1..=5), &dead)
+        .expect("a plan")
+        .view;
     assert_plan(&next, &dead);
-    let group = next.shards().map(|(_, group)| group).find(|group| group.ends).expect("it still ends");
-    assert!(group.replicas.len() == 3 && group.leaving.values().eq([&NodeId(6)]) && group.home != NodeId(6));
+    let group = next
+        .shards()
+        .map(|(_, group)| group)
+        .find(|group| group.ends)
+        .expect("it still ends");
+    assert!(
+        group.replicas.len() == 3
+            && group.leaving.values().eq([&NodeId(6)])
+            && group.home != NodeId(6)
+    );
 }
 
 #[test]
@@ -318,19 +486,54 @@ fn replicas_on_their_way_out_are_called_back_rather_than_new_ones() {
 #[test]
 fn what_cannot_be_planned_says_why() {
     let view = found(Asked::default(), nodes(1..=5)).view();
-    let refused = |asked, wanted: &[Node]| plan(&view, asked, wanted, &BTreeSet::new()).expect_err("refused");
+    let refused =
+        |asked, wanted: &[Node]| plan(&view, asked, wanted, &BTreeSet::new()).expect_err("refused");
     assert_eq!(refused(Asked::default(), &[]), PlacementError::NoNodes);
-    assert_eq!(refused(exclusive(3), &nodes(4..=5)), PlacementError::TooFewNodes { needed: 3, nodes: 2 });
-    assert_eq!(refused(exclusive(0), &nodes(1..=5)), PlacementError::ReplicationFactorOutOfRange(0));
-    assert_eq!(refused(spread(8, Some(2)), &nodes(1..=9)), PlacementError::ReplicationFactorOutOfRange(8));
-    assert_eq!(refused(spread(3, Some(4097)), &nodes(1..=9)), PlacementError::ShardsOutOfRange(4097));
-    assert_eq!(refused(spread(3, Some(0)), &nodes(1..=9)), PlacementError::ShardsOutOfRange(0));
-    let crowded = Asked { layout: Layout::Exclusive, replication_factor: Some(2), shards: Some(3) };
-    assert_eq!(refused(crowded, &nodes(1..=5)), PlacementError::TooFewNodes { needed: 6, nodes: 5 });
+    assert_eq!(
+        refused(exclusive(3), &nodes(4..=5)),
+        PlacementError::TooFewNodes {
+            needed: 3,
+            nodes: 2
+        }
+    );
+    assert_eq!(
+        refused(exclusive(0), &nodes(1..=5)),
+        PlacementError::ReplicationFactorOutOfRange(0)
+    );
+    assert_eq!(
+        refused(spread(8, Some(2)), &nodes(1..=9)),
+        PlacementError::ReplicationFactorOutOfRange(8)
+    );
+    assert_eq!(
+        refused(spread(3, Some(4097)), &nodes(1..=9)),
+        PlacementError::ShardsOutOfRange(4097)
+    );
+    assert_eq!(
+        refused(spread(3, Some(0)), &nodes(1..=9)),
+        PlacementError::ShardsOutOfRange(0)
+    );
+    let crowded = Asked {
+        layout: Layout::Exclusive,
+        replication_factor: Some(2),
+        shards: Some(3),
+    };
+    assert_eq!(
+        refused(crowded, &nodes(1..=5)),
+        PlacementError::TooFewNodes {
+            needed: 6,
+            nodes: 5
+        }
+    );
     let address = refused(Asked::default(), &[node(1, 1), node(1, 2)]);
-    assert_eq!(address, PlacementError::DuplicateAddress(node(1, 1).address));
+    assert_eq!(
+        address,
+        PlacementError::DuplicateAddress(node(1, 1).address)
+    );
     let directory = refused(Asked::default(), &[node(1, 1), node(2, 1)]);
-    assert_eq!(directory, PlacementError::DuplicateDirectory(DirectoryId(1)));
+    assert_eq!(
+        directory,
+        PlacementError::DuplicateDirectory(DirectoryId(1))
+    );
     // Node 1 is still called by its old address, which another has taken.
     let taken = refused(Asked::default(), &[node(9, 1), node(1, 9)]);
     assert_eq!(taken, PlacementError::DuplicateAddress(node(1, 1).address));
@@ -338,11 +541,28 @@ fn what_cannot_be_planned_says_why() {
 
 /// An asking at random that these many nodes can meet.
 fn random_asked(rng: &mut StdRng, nodes: usize) -> Asked {
-    let factor = rng.random_bool(0.7).then(|| rng.random_range(1..=REPLICATION_FACTOR_MAX.min(nodes as u8)));
+    let factor = rng
+        .random_bool(0.7)
+        .then(|| rng.random_range(1..=REPLICATION_FACTOR_MAX.min(nodes as u8)));
     let shards = rng.random_bool(0.5).then(|| rng.random_range(1..=40));
-    let layout = if rng.random_bool(0.4) { Layout::Exclusive } else { Layout::Spread };
-    let asked = Asked { layout, replication_factor: factor, shards };
-    if Sizes::of(nodes, asked).is_ok() { asked } else { Asked { shards: None, ..asked } }
+    let layout = if rng.random_bool(0.4) {
+        Layout::Exclusive
+    } else {
+        Layout::Spread
+    };
+    let asked = Asked {
+        layout,
+        replication_factor: factor,
+        shards,
+    };
+    if Sizes::of(nodes, asked).is_ok() {
+        asked
+    } else {
+        Asked {
+            shards: None,
+            ..asked
+        }
+    }
 }
 
 #[test]
@@ -361,7 +581,13 @@ fn any_sequence_of_changes_can_be_planned_and_carried_out() {
                 match rng.random_range(0..4) {
                     0 => wanted.push(node(directory as usize, directory)),
                     1 if wanted.len() > 1 => drop(wanted.remove(rng.random_range(0..wanted.len()))),
-                    2 => wanted.iter_mut().choose(&mut rng).expect("a node").directory = DirectoryId(directory),
+                    2 => {
+                        wanted
+                            .iter_mut()
+                            .choose(&mut rng)
+                            .expect("a node")
+                            .directory = DirectoryId(directory)
+                    }
                     _ => {}
                 }
             }
@@ -369,7 +595,12 @@ fn any_sequence_of_changes_can_be_planned_and_carried_out() {
                 asked = random_asked(&mut rng, wanted.len());
             }
             let view = meta.view();
-            let out: BTreeSet<NodeId> = view.nodes.keys().filter(|_| rng.random_bool(0.1)).copied().collect();
+            let out: BTreeSet<NodeId> = view
+                .nodes
+                .keys()
+                .filter(|_| rng.random_bool(0.1))
+                .copied()
+                .collect();
             let next = plan(&view, asked, &wanted, &out).expect("a plan").view;
             assert_plan(&next, &out);
             meta.install(next);
@@ -379,7 +610,12 @@ fn any_sequence_of_changes_can_be_planned_and_carried_out() {
                 _ => drop(meta.open_moves(rng.random_range(0..600))),
             }
             let again = plan(&meta.view(), asked, &wanted, &meta.view().out).expect("a plan");
-            assert!(again.is_same, "planned in the middle of a change: {:?}\n{:?}", meta.view(), again.view);
+            assert!(
+                again.is_same,
+                "planned in the middle of a change: {:?}\n{:?}",
+                meta.view(),
+                again.view
+            );
         }
         let last = planned(&meta.view(), asked, &wanted).view;
         meta.install(last);
@@ -413,10 +649,13 @@ fn large_views_are_planned_at_once() {
     timed(&view, spread(7, Some(4096)), &nodes(10..=40));
 }
 
-/// As the view is when all of it is done: what the meta group's commands would take long for with thousands of groups.
+/// As the view is when all of it is done: what the meta group's commands would take long for with
+/// thousands of groups.
 fn carried_out(mut view: View) -> View {
     view.slots = view.targets.clone();
     view.groups.retain(|_, group| !group.ends);
-    view.groups.values_mut().for_each(|group| group.leaving.clear());
+    view.groups
+        .values_mut()
+        .for_each(|group| group.leaving.clear());
     view
 }

@@ -1,7 +1,8 @@
 //! Which shards are to have a witness, and where.
 //!
-//! One with an even number of voters has one, if a node that is at work has no replica of it: that many voters and a witness survive the
-//! loss of half of them, not only of fewer. Witnesses are dealt out evenly, by themselves: they cost a log and little else.
+//! One with an even number of voters has one, if a node that is at work has no replica of it: that
+//! many voters and a witness survive the loss of half of them, not only of fewer. Witnesses are
+//! dealt out evenly, by themselves: they cost a log and little else.
 
 use std::collections::BTreeSet;
 
@@ -10,21 +11,32 @@ use super::shards::{AWKWARD, CHANGE, STAY};
 use crate::sm::view::{Group, View, Witness};
 use crate::types::{GroupId, NodeId};
 
-/// Gives each of the shards its witness, or none. One that is there stays if it may, and where that is even.
+/// Gives each of the shards its witness, or none. One that is there stays if it may, and where that
+/// is even.
 pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, working: &BTreeSet<NodeId>) {
     let nodes: Vec<NodeId> = working.iter().copied().collect();
     let (mut ids, mut items) = (Vec::new(), Vec::new());
     for id in shards {
-        let Some(group) = next.groups.get(id) else { continue };
+        let Some(group) = next.groups.get(id) else {
+            continue;
+        };
         let costs: Vec<Option<i64>> = nodes.iter().map(|node| cost(group, *node)).collect();
         if group.voters().len().is_multiple_of(2) && costs.iter().any(Option::is_some) {
             ids.push(*id);
             items.push(Item { takes: 1, costs });
         }
     }
-    let mut places: Vec<(GroupId, Option<NodeId>)> = shards.iter().filter(|id| !ids.contains(id)).map(|id| (*id, None)).collect();
+    let mut places: Vec<(GroupId, Option<NodeId>)> = shards
+        .iter()
+        .filter(|id| !ids.contains(id))
+        .map(|id| (*id, None))
+        .collect();
     let taken = assign(&items, nodes.len());
-    places.extend(ids.into_iter().zip(taken).map(|(id, taken)| (id, taken.first().map(|index| nodes[*index]))));
+    places.extend(
+        ids.into_iter()
+            .zip(taken)
+            .map(|(id, taken)| (id, taken.first().map(|index| nodes[*index]))),
+    );
     places.sort();
     for (id, node) in places {
         seat(next, id, node);
@@ -46,21 +58,30 @@ fn cost(group: &Group, node: NodeId) -> Option<i64> {
 
 /// Has the witness of a group be on this node, or there be none.
 fn seat(next: &mut View, id: GroupId, node: Option<NodeId>) {
-    let Some(group) = next.groups.get_mut(&id) else { return };
+    let Some(group) = next.groups.get_mut(&id) else {
+        return;
+    };
     if group.witness.map(|witness| witness.node) == node {
         return;
     }
     dismiss(group);
     if let Some(node) = node {
-        group.witness = Some(Witness { replica: next.next_replica, node });
+        group.witness = Some(Witness {
+            replica: next.next_replica,
+            node,
+        });
         next.next_replica.0 += 1;
     }
 }
 
-/// Takes the witnesses from the shards that end whose nodes are dead: those last only until their slots have moved.
+/// Takes the witnesses from the shards that end whose nodes are dead: those last only until their
+/// slots have moved.
 pub fn dismiss_dead(next: &mut View, dead: &BTreeSet<NodeId>) {
     for group in next.groups.values_mut().filter(|group| group.ends) {
-        if group.witness.is_some_and(|witness| dead.contains(&witness.node)) {
+        if group
+            .witness
+            .is_some_and(|witness| dead.contains(&witness.node))
+        {
             dismiss(group);
         }
     }
@@ -68,5 +89,7 @@ pub fn dismiss_dead(next: &mut View, dead: &BTreeSet<NodeId>) {
 
 fn dismiss(group: &mut Group) {
     let gone = group.witness.take();
-    group.leaving.extend(gone.map(|witness| (witness.replica, witness.node)));
+    group
+        .leaving
+        .extend(gone.map(|witness| (witness.replica, witness.node)));
 }

@@ -1,4 +1,5 @@
-//! [`ViewRecord`]: a view as it is written. What came later stands at its end, so that what was written before can still be read.
+//! [`ViewRecord`]: a view as it is written. What came later stands at its end, so that what was
+//! written before can still be read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -39,7 +40,11 @@ fn is_zero(level: &u16) -> bool {
 impl From<View> for ViewRecord {
     fn from(view: View) -> Self {
         Self {
-            witnesses: view.groups.iter().filter_map(|(id, group)| Some((*id, group.witness?))).collect(),
+            witnesses: view
+                .groups
+                .iter()
+                .filter_map(|(id, group)| Some((*id, group.witness?)))
+                .collect(),
             cluster: view.cluster,
             epoch: view.epoch,
             version: view.version,

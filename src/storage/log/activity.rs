@@ -17,7 +17,8 @@ pub enum Phase {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
     pub phase: Phase,
-    /// Grows with every phase that it enters: it hangs where this stays while it should do something.
+    /// Grows with every phase that it enters: it hangs where this stays while it should do
+    /// something.
     pub steps: u64,
     /// Something waits for it.
     pub has_work: bool,
@@ -42,6 +43,10 @@ impl Activity {
             phase if phase == Phase::CallsBack as u8 => Phase::CallsBack,
             _ => Phase::Waits,
         };
-        Seen { phase, steps: self.steps.load(Ordering::Relaxed), has_work }
+        Seen {
+            phase,
+            steps: self.steps.load(Ordering::Relaxed),
+            has_work,
+        }
     }
 }

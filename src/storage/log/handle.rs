@@ -1,6 +1,7 @@
 //! [`Log`]: the handle that the node holds, and what handles and writer share.
 //!
-//! Locks are taken in this order: roster, one replica, queue or segments. No callback is called under any of them.
+//! Locks are taken in this order: roster, one replica, queue or segments. No callback is called
+//! under any of them.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,8 +23,11 @@ use crate::storage::ReplicaKey;
 use crate::storage::disk::{Disk, DiskFile};
 use crate::types::{GroupId, LogId, ReplicaId};
 
-/// Upper bounds of the buckets in [`LogMetrics::sync_buckets`], in microseconds. Slower syncs are in one bucket more.
-pub const SYNC_BUCKETS_US: [u64; 12] = [100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 500_000, 2_000_000];
+/// Upper bounds of the buckets in [`LogMetrics::sync_buckets`], in microseconds. Slower syncs are
+/// in one bucket more.
+pub const SYNC_BUCKETS_US: [u64; 12] = [
+    100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 500_000, 2_000_000,
+];
 
 /// Reads of entries from the disk at a time.
 const READERS_MAX: usize = 16;
@@ -60,7 +64,8 @@ pub struct Pin {
     pub held_bytes: u64,
 }
 
-/// The log of a node. Clones are the same log; it closes when all of them, and all [`ReplicaLog`]s, are dropped.
+/// The log of a node. Clones are the same log; it closes when all of them, and all [`ReplicaLog`]s,
+/// are dropped.
 #[derive(Clone)]
 pub struct Log {
     handle: Arc<Handle>,
@@ -77,10 +82,20 @@ impl Drop for Handle {
 }
 
 impl Log {
-    /// Opens the log in `dir`, reads it back and begins a new segment. Nothing is written further until the writer runs.
-    pub fn open(disk: Arc<dyn Disk>, dir: &Path, options: LogOptions) -> Result<(Log, LogWriter), OpenLogError> {
+    /// Opens the log in `dir`, reads it back and begins a new segment. Nothing is written further
+    /// until the writer runs.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        options: LogOptions,
+    ) -> Result<(Log, LogWriter), OpenLogError> {
         let (shared, writer) = super::writer::open(disk, dir, options)?;
-        Ok((Log { handle: Arc::new(Handle { shared }) }, writer))
+        Ok((
+            Log {
+                handle: Arc::new(Handle { shared }),
+            },
+            writer,
+        ))
     }
 
     /// Those that were created and not wiped, in order.
@@ -90,18 +105,28 @@ impl Log {
 
     pub fn replica(&self, key: ReplicaKey) -> Option<ReplicaLog> {
         let replica = self.shared().roster().replicas.get(&key).cloned()?;
-        Some(ReplicaLog { log: self.clone(), replica })
+        Some(ReplicaLog {
+            log: self.clone(),
+            replica,
+        })
     }
 
-    /// Marks durably that a replica was created, with an empty log. An id at or below one that this node ever had in the group is
-    /// refused with [`io::ErrorKind::AlreadyExists`]. The replica must not act before `done`.
+    /// Marks durably that a replica was created, with an empty log. An id at or below one that this
+    /// node ever had in the group is refused with [`io::ErrorKind::AlreadyExists`]. The replica
+    /// must not act before `done`.
     pub fn create(&self, key: ReplicaKey, done: Done) {
         let mut roster = self.shared().roster();
-        let used = roster.highest.get(&key.group).copied().filter(|highest| *highest >= key.replica);
+        let used = roster
+            .highest
+            .get(&key.group)
+            .copied()
+            .filter(|highest| *highest >= key.replica);
         if let Some(highest) = used {
             drop(roster);
-            let reason =
-                format!("replica {key} is refused: this node already had {highest} of that group, and ids are never reused");
+            let reason = format!(
+                "replica {key} is refused: this node already had {highest} of that group, and ids \
+                are never reused"
+            );
             return done(Err(io::Error::new(io::ErrorKind::AlreadyExists, reason)));
         }
         roster.highest.insert(key.group, key.replica);
@@ -112,27 +137,55 @@ impl Log {
         refuse(pushed);
     }
 
-    /// Forgets the replica's entries and vote, durably. That its id was used stays known. Every handle of it is refused from here on.
+    /// Forgets the replica's entries and vote, durably. That its id was used stays known. Every
+    /// handle of it is refused from here on.
     pub fn wipe(&self, key: ReplicaKey, done: Done) {
         let mut roster = self.shared().roster();
         let (pushed, waiters) = match roster.replicas.remove(&key) {
             Some(replica) => {
                 let mut state = replica.lock();
                 let (seq, waiters) = state.wipe();
-                let op = Op { replica: replica.clone(), seq, change: Change::Wipe, done };
+                let op = Op {
+                    replica: replica.clone(),
+                    seq,
+                    change: Change::Wipe,
+                    done,
+                };
                 (self.shared().queue.push(op), waiters)
             }
             // Perhaps its wiping still waits to be synced: done when that is.
-            None => (self.push(&Arc::new(Replica::new(key, Written::default())), Change::Nothing, done), Vec::new()),
+            None => (
+                self.push(
+                    &Arc::new(Replica::new(key, Written::default())),
+                    Change::Nothing,
+                    done,
+                ),
+                Vec::new(),
+            ),
         };
         drop(roster);
-        let gone = || io::Error::new(io::ErrorKind::NotFound, format!("the log of replica {key} was wiped"));
+        let gone = || {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("the log of replica {key} was wiped"),
+            )
+        };
         waiters.into_iter().for_each(|waiter| waiter(Err(gone())));
         refuse(pushed);
     }
 
-    fn push(&self, replica: &Arc<Replica>, change: Change, done: Done) -> Result<(), (Op, LogFailure)> {
-        self.shared().queue.push(Op { replica: replica.clone(), seq: 0, change, done })
+    fn push(
+        &self,
+        replica: &Arc<Replica>,
+        change: Change,
+        done: Done,
+    ) -> Result<(), (Op, LogFailure)> {
+        self.shared().queue.push(Op {
+            replica: replica.clone(),
+            seq: 0,
+            change,
+            done,
+        })
     }
 
     /// Bytes of operations that wait to be written.
@@ -161,36 +214,65 @@ impl Log {
     }
 
     pub fn metrics(&self) -> LogMetrics {
-        let replicas: Vec<Arc<Replica>> = self.shared().roster().replicas.values().cloned().collect();
+        let replicas: Vec<Arc<Replica>> =
+            self.shared().roster().replicas.values().cloned().collect();
         let mut metrics = self.shared().counters().clone();
-        metrics.replicas = replicas.iter().map(|replica| (replica.key, replica.lock().live_bytes())).collect();
+        metrics.replicas = replicas
+            .iter()
+            .map(|replica| (replica.key, replica.lock().live_bytes()))
+            .collect();
         metrics.live_bytes = metrics.replicas.iter().map(|(_, bytes)| bytes).sum();
         metrics.queue_bytes = self.queue_bytes() as u64;
-        let segments = self.shared().segments.read().expect("no code panics while it holds the segments");
+        let segments = self
+            .shared()
+            .segments
+            .read()
+            .expect("no code panics while it holds the segments");
         metrics.segments = segments.len() as u64;
         metrics.disk_bytes = segments.values().map(|segment| segment.end).sum();
         metrics
     }
 
-    /// The replicas with live entries in sealed segments, those that hold the oldest first. Small ones are rebased by the log itself;
-    /// the others let go when they purge, so they want a snapshot.
+    /// The replicas with live entries in sealed segments, those that hold the oldest first. Small
+    /// ones are rebased by the log itself; the others let go when they purge, so they want a
+    /// snapshot.
     pub fn pinning(&self) -> Vec<Pin> {
-        let replicas: Vec<Arc<Replica>> = self.shared().roster().replicas.values().cloned().collect();
+        let replicas: Vec<Arc<Replica>> =
+            self.shared().roster().replicas.values().cloned().collect();
         let mut first_segments: Vec<(u64, Arc<Replica>, u64)> = Vec::new();
         for replica in replicas {
             let state = replica.lock();
-            let first = state.written.entries().next().map(|(_, entry)| entry.spot.segment);
+            let first = state
+                .written
+                .entries()
+                .next()
+                .map(|(_, entry)| entry.spot.segment);
             let live_bytes = state.live_bytes();
             drop(state);
             first_segments.extend(first.map(|segment| (segment, replica, live_bytes)));
         }
         first_segments.sort_by_key(|(segment, replica, _)| (*segment, replica.key));
-        let segments = self.shared().segments.read().expect("no code panics while it holds the segments");
-        let Some((active, _)) = segments.last_key_value() else { return Vec::new() };
-        let sealed = first_segments.into_iter().filter(|(first, _, _)| first < active);
+        let segments = self
+            .shared()
+            .segments
+            .read()
+            .expect("no code panics while it holds the segments");
+        let Some((active, _)) = segments.last_key_value() else {
+            return Vec::new();
+        };
+        let sealed = first_segments
+            .into_iter()
+            .filter(|(first, _, _)| first < active);
         let pin = |(first, replica, live_bytes): (u64, Arc<Replica>, u64)| {
-            let held_bytes = segments.range(first..*active).map(|(_, segment)| segment.end).sum();
-            Pin { key: replica.key, live_bytes, held_bytes }
+            let held_bytes = segments
+                .range(first..*active)
+                .map(|(_, segment)| segment.end)
+                .sum();
+            Pin {
+                key: replica.key,
+                live_bytes,
+                held_bytes,
+            }
         };
         sealed.map(pin).collect()
     }
@@ -235,7 +317,12 @@ pub(super) struct Roster {
 }
 
 impl Shared {
-    pub fn new(roster: Roster, segments: BTreeMap<u64, SegmentView>, options: &LogOptions, room: Room) -> Self {
+    pub fn new(
+        roster: Roster,
+        segments: BTreeMap<u64, SegmentView>,
+        options: &LogOptions,
+        room: Room,
+    ) -> Self {
         Self {
             queue: Queue::default(),
             segments: RwLock::new(segments),
@@ -251,11 +338,15 @@ impl Shared {
     }
 
     pub fn roster(&self) -> MutexGuard<'_, Roster> {
-        self.roster.lock().expect("no code panics while it holds the roster")
+        self.roster
+            .lock()
+            .expect("no code panics while it holds the roster")
     }
 
     pub fn counters(&self) -> MutexGuard<'_, LogMetrics> {
-        self.counters.lock().expect("no code panics while it holds the counters")
+        self.counters
+            .lock()
+            .expect("no code panics while it holds the counters")
     }
 
     /// Counts one synced batch.
@@ -273,22 +364,42 @@ impl Shared {
 
     /// Reads one entry from the disk and checks that it is the one.
     pub fn read_entry(&self, key: ReplicaKey, id: LogId, spot: Spot) -> io::Result<Entry> {
-        let segments = self.segments.read().expect("no code panics while it holds the segments");
+        let segments = self
+            .segments
+            .read()
+            .expect("no code panics while it holds the segments");
         let segment = segments.get(&spot.segment).ok_or(io::ErrorKind::NotFound)?;
         let (file, path) = (segment.file.clone(), segment.path.clone());
         drop(segments);
         let mut bytes = vec![0; spot.len as usize];
-        let n = file.read_at(&mut bytes, u64::from(spot.offset)).map_err(|error| super::with_context(error, path.display()))?;
+        let n = file
+            .read_at(&mut bytes, u64::from(spot.offset))
+            .map_err(|error| super::with_context(error, path.display()))?;
         bytes.truncate(n);
-        let place = Place { binding: self.binding, segment: spot.segment, offset: u64::from(spot.offset) };
+        let place = Place {
+            binding: self.binding,
+            segment: spot.segment,
+            offset: u64::from(spot.offset),
+        };
         let damaged = |reason: String| {
-            let reason = format!("{} at byte {}: entry {id} of replica {key} is damaged: {reason}", path.display(), spot.offset);
+            let reason = format!(
+                "{} at byte {}: entry {id} of replica {key} is damaged: {reason}",
+                path.display(),
+                spot.offset
+            );
             io::Error::new(io::ErrorKind::InvalidData, reason)
         };
         let found = record::decode(&bytes, place).map_err(|error| damaged(error.to_string()))?;
         match found.record {
-            Record::Entry(entry) | Record::Restated(entry) if entry.id == id && found.key == key => Ok(entry),
-            _ => Err(damaged(format!("another record, of {}, is there", found.key))),
+            Record::Entry(entry) | Record::Restated(entry)
+                if entry.id == id && found.key == key =>
+            {
+                Ok(entry)
+            }
+            _ => Err(damaged(format!(
+                "another record, of {}, is there",
+                found.key
+            ))),
         }
     }
 }

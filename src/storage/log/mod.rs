@@ -1,27 +1,35 @@
-//! The shared log: entries, votes, truncations and purges of every group of the node, in one sequence of segments with one fsync for
-//! all that waits. It knows nothing of Raft beyond the words; the adapter in `raft/` speaks to it.
+//! The shared log: entries, votes, truncations and purges of every group of the node, in one
+//! sequence of segments with one fsync for all that waits. It knows nothing of Raft beyond the
+//! words; the adapter in `raft/` speaks to it.
 //!
-//! How an append travels: [`ReplicaLog::append`] checks it, keeps the entries readable in memory and queues them (`queue`) → the
-//! writer thread ([`LogWriter::run`]) takes all that waits, encodes it into one buffer of records (`record`), notes in the replica
-//! what the disk now holds (`written`), writes, syncs, and calls every [`Done`] → when a segment is full the next one, prepared
-//! ahead, begins with a head that restates what came before (`segment`) → segments in which no live entry is left are used again.
-//! [`Log::open`] reads it all back (`replay`).
+//! How an append travels: [`ReplicaLog::append`] checks it, keeps the entries readable in memory
+//! and queues them (`queue`) → the writer thread ([`LogWriter::run`]) takes all that waits, encodes
+//! it into one buffer of records (`record`), notes in the replica what the disk now holds
+//! (`written`), writes, syncs, and calls every [`Done`] → when a segment is full the next one,
+//! prepared ahead, begins with a head that restates what came before (`segment`) → segments in
+//! which no live entry is left are used again. [`Log::open`] reads it all back (`replay`).
 //!
 //! What holds:
-//! - A `Done` gets `Ok` only after the fsync. The operations of one replica happen, and are found after a crash, in their order.
-//! - After one failed write or fsync nothing is retried: all that waits and all that follows gets the error, [`Log::failed`] tells.
-//!   A full disk is no failure where the node says so ([`LogOptions::waits_for_room`]): it shows when bytes are pre-written, before
-//!   there is a record in them, and the writer waits until there is room.
-//! - A segment has its name only once its head is synced, and its bytes are pre-written and synced before records are written into
-//!   them. So a file that ends too early is damage, wherever it was cut.
-//! - Every batch begins with a mark: all before it was synced. A bad record below a mark is damage and refuses to open, one above
-//!   the last mark is a tail that was never acknowledged and is cut. The cut is durable and what lies behind it can't come back:
-//!   every opening begins a new segment, whose head says where the last one ended, and checksums are bound to segment and offset.
-//! - What replay found valid behind the last mark is written again and synced before anything builds on it: it may have been left
-//!   in the page cache by a sync that failed.
+//! - A `Done` gets `Ok` only after the fsync. The operations of one replica happen, and are found
+//!   after a crash, in their order.
+//! - After one failed write or fsync nothing is retried: all that waits and all that follows gets
+//!   the error, [`Log::failed`] tells. A full disk is no failure where the node says so
+//!   ([`LogOptions::waits_for_room`]): it shows when bytes are pre-written, before there is a
+//!   record in them, and the writer waits until there is room.
+//! - A segment has its name only once its head is synced, and its bytes are pre-written and synced
+//!   before records are written into them. So a file that ends too early is damage, wherever it was
+//!   cut.
+//! - Every batch begins with a mark: all before it was synced. A bad record below a mark is damage
+//!   and refuses to open, one above the last mark is a tail that was never acknowledged and is cut.
+//!   The cut is durable and what lies behind it can't come back: every opening begins a new
+//!   segment, whose head says where the last one ended, and checksums are bound to segment and
+//!   offset.
+//! - What replay found valid behind the last mark is written again and synced before anything
+//!   builds on it: it may have been left in the page cache by a sync that failed.
 //!
-//! What a flipped bit may do behind the last mark, and only there: the last batch looks like an unacknowledged tail and is cut, or
-//! cut short. An idle log writes a closing mark ([`LogOptions::idle_ms`] after the last batch, and on close), which ends that.
+//! What a flipped bit may do behind the last mark, and only there: the last batch looks like an
+//! unacknowledged tail and is cut, or cut short. An idle log writes a closing mark
+//! ([`LogOptions::idle_ms`] after the last batch, and on close), which ends that.
 
 mod activity;
 mod handle;
@@ -52,8 +60,8 @@ pub use handle::{Log, LogMetrics, Pin, SYNC_BUCKETS_US};
 pub use replica::{LogState, ReplicaLog};
 pub use writer::LogWriter;
 
-/// Removes the log in `dir`, with all that it holds of every replica, durably. What is cut short here must be done again before the log
-/// is opened.
+/// Removes the log in `dir`, with all that it holds of every replica, durably. What is cut short
+/// here must be done again before the log is opened.
 ///
 /// # Errors
 ///
@@ -95,8 +103,8 @@ pub struct Vote {
     pub committed: bool,
 }
 
-/// Called once with the outcome of an operation: on the writer thread after the fsync, or on the caller's where the operation is
-/// refused. It must be quick and must not block.
+/// Called once with the outcome of an operation: on the writer thread after the fsync, or on the
+/// caller's where the operation is refused. It must be quick and must not block.
 pub type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// Whether an empty directory is a new log, or a lost one.
@@ -112,24 +120,29 @@ pub enum Expect {
 #[derive(Debug, Clone)]
 pub struct LogOptions {
     pub expect: Expect,
-    /// Seeds every checksum: the random id of the data directory, so that a log of another directory is damage and not data.
+    /// Seeds every checksum: the random id of the data directory, so that a log of another
+    /// directory is damage and not data.
     pub binding: u128,
     /// A segment of this size is followed by the next. A batch larger than this makes a larger one.
     /// Space is given back by whole segments, so an idle log keeps a few of them: they are small.
     pub segment_bytes: u64,
     /// By how much a segment is pre-written at least.
     pub grow_bytes: u64,
-    /// Recent entries kept in memory, of all replicas together. What is not yet synced is kept besides.
+    /// Recent entries kept in memory, of all replicas together. What is not yet synced is kept
+    /// besides.
     pub cache_bytes: usize,
-    /// Past this [`Log::overloaded`] asks proposers to wait. Appends are not refused: Raft could not bear it.
+    /// Past this [`Log::overloaded`] asks proposers to wait. Appends are not refused: Raft could
+    /// not bear it.
     pub queue_bytes_max: usize,
     /// At most so much is written in one batch, unless one operation alone is larger.
     pub batch_bytes_max: usize,
-    /// A replica whose live entries are at most this is rewritten at the end of the log when it pins old segments.
+    /// A replica whose live entries are at most this is rewritten at the end of the log when it
+    /// pins old segments.
     pub rebase_bytes_max: u64,
     /// An idle log writes its closing mark after this.
     pub idle_ms: u64,
-    /// Below so many free bytes of its disk [`Log::lacks_room`] says so; none: as the disk is large.
+    /// Below so many free bytes of its disk [`Log::lacks_room`] says so; none: as the disk is
+    /// large.
     pub reserve_bytes: Option<u64>,
     /// Where the disk is full, the writer waits for room instead of failing. Nothing is lost by
     /// that: bytes are pre-written before records go there, and nobody was told of these.
@@ -164,19 +177,26 @@ pub enum OpenLogError {
         source: io::Error,
     },
     #[error(
-        "the log is damaged: {} at byte {offset}: {reason}. What it held can no longer be trusted, so this node does not start from it. \
-         Check the disk, move this node's data directory away and start the node with an empty one: the cluster then \
-         replaces its replicas from the other nodes. Do not edit or delete files of the log",
+        "the log is damaged: {} at byte {offset}: {reason}. What it held can no longer be trusted, \
+         so this node does not start from it. Check the disk, move this node's data directory away \
+         and start the node with an empty one: the cluster then replaces its replicas from the \
+         other nodes. Do not edit or delete files of the log",
         segment.display()
     )]
-    Damaged { segment: PathBuf, offset: u64, reason: String },
+    Damaged {
+        segment: PathBuf,
+        offset: u64,
+        reason: String,
+    },
     #[error(
-        "the log is gone: {} holds no segment, but this node had a log. Put it back, or move this node's data directory away and start the node \
-         with an empty one: the cluster then replaces its replicas from the other nodes",
+        "the log is gone: {} holds no segment, but this node had a log. Put it back, or move this \
+         node's data directory away and start the node with an empty one: the cluster then \
+         replaces its replicas from the other nodes",
         dir.display()
     )]
     Missing { dir: PathBuf },
-    #[error("{} was written by a newer version of this program (record format {format}): start that version", segment.display())]
+    #[error("{} was written by a newer version of this program (record format {format}): start \
+        that version", segment.display())]
     UnknownFormat { segment: PathBuf, format: u8 },
 }
 
@@ -190,11 +210,17 @@ pub struct LogFailure {
 
 impl LogFailure {
     fn new(error: &io::Error) -> Self {
-        Self { kind: error.kind(), reason: format!("the log failed and takes nothing more: {error}").into() }
+        Self {
+            kind: error.kind(),
+            reason: format!("the log failed and takes nothing more: {error}").into(),
+        }
     }
 
     fn closed() -> Self {
-        Self { kind: io::ErrorKind::BrokenPipe, reason: "the log is closed".into() }
+        Self {
+            kind: io::ErrorKind::BrokenPipe,
+            reason: "the log is closed".into(),
+        }
     }
 
     fn to_io(&self) -> io::Error {

@@ -1,7 +1,8 @@
 //! The one queue between all replicas and the writer.
 //!
-//! Bounded by its users: an append is never refused for room, since Raft could not bear that, but [`Queue::bytes`] is published so
-//! that proposers wait. The invariant: once a refusal is set, nothing enters, and its reason is what everyone gets.
+//! Bounded by its users: an append is never refused for room, since Raft could not bear that, but
+//! [`Queue::bytes`] is published so that proposers wait. The invariant: once a refusal is set,
+//! nothing enters, and its reason is what everyone gets.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -41,9 +42,12 @@ impl Change {
     pub fn bytes(&self) -> usize {
         match self {
             Change::Append(entries) => entries.iter().map(entry_len).sum(),
-            Change::Create | Change::Wipe | Change::Vote(_) | Change::Truncate(_) | Change::Purge(_) | Change::Nothing => {
-                super::record::SMALL_RECORD_BYTES_MAX
-            }
+            Change::Create
+            | Change::Wipe
+            | Change::Vote(_)
+            | Change::Truncate(_)
+            | Change::Purge(_)
+            | Change::Nothing => super::record::SMALL_RECORD_BYTES_MAX,
         }
     }
 }
@@ -73,7 +77,8 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    /// Queues an operation, or gives it back with the reason. The caller holds the replica, so that its operations keep their order.
+    /// Queues an operation, or gives it back with the reason. The caller holds the replica, so that
+    /// its operations keep their order.
     pub fn push(&self, op: Op) -> Result<(), (Op, LogFailure)> {
         let mut state = self.lock();
         if let Some(refusal) = &state.refusal {
@@ -147,19 +152,31 @@ impl Queue {
             bytes += op.change.bytes();
             bytes <= bytes_max
         };
-        let count = state.ops.iter().map(fits).take_while(|fits| *fits).count().max(1).min(state.ops.len());
+        let count = state
+            .ops
+            .iter()
+            .map(fits)
+            .take_while(|fits| *fits)
+            .count()
+            .max(1)
+            .min(state.ops.len());
         let ops: Vec<Op> = state.ops.drain(..count).collect();
         state.bytes -= ops.iter().map(|op| op.change.bytes()).sum::<usize>();
         Taken { ops, committed }
     }
 
-    /// Blocks until an operation waits or the log is closing, at most for `timeout` if there is one.
+    /// Blocks until an operation waits or the log is closing, at most for `timeout` if there is
+    /// one.
     pub fn wait(&self, timeout: Option<Duration>) {
         let state = self.lock();
         let idle = |state: &mut State| state.ops.is_empty() && !state.closing;
         let poisoned = "no code panics while it holds the queue";
         match timeout {
-            Some(timeout) => drop(self.wake_thread.wait_timeout_while(state, timeout, idle).expect(poisoned)),
+            Some(timeout) => drop(
+                self.wake_thread
+                    .wait_timeout_while(state, timeout, idle)
+                    .expect(poisoned),
+            ),
             None => drop(self.wake_thread.wait_while(state, idle).expect(poisoned)),
         }
     }
@@ -181,7 +198,9 @@ impl Queue {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no code panics while it holds the queue")
+        self.state
+            .lock()
+            .expect("no code panics while it holds the queue")
     }
 }
 

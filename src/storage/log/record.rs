@@ -1,14 +1,16 @@
-//! The records of the log as bytes: a fixed framed header with a checksum of its own, and a body with another.
+//! The records of the log as bytes: a fixed framed header with a checksum of its own, and a body
+//! with another.
 //!
-//! Both checksums are seeded with the log's binding, the segment number and the offset. So a record is valid in one place of one
-//! log only: what an earlier use of a recycled segment left, or a copy in another place, is never taken for a record.
-//! Kept out: what records mean ([`super::written`]) and which of them are damage ([`super::replay`]).
+//! Both checksums are seeded with the log's binding, the segment number and the offset. So a record
+//! is valid in one place of one log only: what an earlier use of a recycled segment left, or a copy
+//! in another place, is never taken for a record. Kept out: what records mean ([`super::written`])
+//! and which of them are damage ([`super::replay`]).
 //!
 //! ```text
 //! 0  magic "QL"    2  format    3  kind    4  body length u32    8  group u64    16  replica u64    24  crc of the body    28  crc of 0..28
 //! ```
-//! Numbers are little-endian. The body of an entry is written by hand (it is hot): term u64, index u64, payload kind u8, payload.
-//! The other bodies are postcard.
+//! Numbers are little-endian. The body of an entry is written by hand (it is hot): term u64, index
+//! u64, payload kind u8, payload. The other bodies are postcard.
 
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
@@ -25,7 +27,10 @@ pub(super) const HEADER_BYTES: usize = 32;
 const ENTRY_PREFIX_BYTES: usize = 17;
 const MAGIC: [u8; 2] = *b"QL";
 /// The key of records that are of no replica.
-pub(super) const NOBODY: ReplicaKey = ReplicaKey { group: GroupId(0), replica: ReplicaId(0) };
+pub(super) const NOBODY: ReplicaKey = ReplicaKey {
+    group: GroupId(0),
+    replica: ReplicaId(0),
+};
 
 /// Where a record is, which its checksums are bound to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +50,8 @@ impl Place {
     }
 }
 
-/// What one record says, of the replica that its header names (none for [`Record::Head`] and [`Record::Mark`]).
+/// What one record says, of the replica that its header names (none for [`Record::Head`] and
+/// [`Record::Mark`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Record {
     /// First in every segment: what all that came before it amounts to.
@@ -123,7 +129,10 @@ pub(super) const SMALL_RECORD_BYTES_MAX: usize = HEADER_BYTES + 96;
 /// Appends a record to `buffer`, which begins at the offset of `start`.
 pub(super) fn encode(buffer: &mut Vec<u8>, start: Place, key: ReplicaKey, record: &Record) {
     let at = buffer.len();
-    let place = Place { offset: start.offset + at as u64, ..start };
+    let place = Place {
+        offset: start.offset + at as u64,
+        ..start
+    };
     buffer.extend_from_slice(&[0; HEADER_BYTES]);
     let kind = encode_body(buffer, record);
     let body_crc = {
@@ -131,7 +140,8 @@ pub(super) fn encode(buffer: &mut Vec<u8>, start: Place, key: ReplicaKey, record
         hasher.update(&buffer[at + HEADER_BYTES..]);
         hasher.finalize()
     };
-    let body_len = u32::try_from(buffer.len() - at - HEADER_BYTES).expect("appends beyond this are refused");
+    let body_len =
+        u32::try_from(buffer.len() - at - HEADER_BYTES).expect("appends beyond this are refused");
     let header = &mut buffer[at..at + HEADER_BYTES];
     header[..2].copy_from_slice(&MAGIC);
     header[2] = FORMAT;
@@ -205,13 +215,18 @@ pub(super) fn record_len(header: &[u8], place: Place) -> Result<usize, BadRecord
 /// Reads the record at the start of `bytes`, which go on to the end of the file.
 pub(super) fn decode(bytes: &[u8], place: Place) -> Result<Found, BadRecord> {
     let len = record_len(bytes, place)?;
-    let body = bytes.get(HEADER_BYTES..len).ok_or(BadRecord::CutBody { len: (len - HEADER_BYTES) as u64 })?;
+    let body = bytes.get(HEADER_BYTES..len).ok_or(BadRecord::CutBody {
+        len: (len - HEADER_BYTES) as u64,
+    })?;
     let mut hasher = place.seed();
     hasher.update(body);
     if hasher.finalize() != u32_at(bytes, 24) {
         return Err(BadRecord::Body);
     }
-    let key = ReplicaKey { group: GroupId(u64_at(bytes, 8)), replica: ReplicaId(u64_at(bytes, 16)) };
+    let key = ReplicaKey {
+        group: GroupId(u64_at(bytes, 8)),
+        replica: ReplicaId(u64_at(bytes, 16)),
+    };
     let record = match bytes[3] {
         1 => Record::Head(from_postcard(body)?),
         2 => empty(body, Record::Mark)?,
@@ -230,49 +245,85 @@ pub(super) fn decode(bytes: &[u8], place: Place) -> Result<Found, BadRecord> {
 }
 
 fn empty(body: &[u8], record: Record) -> Result<Record, BadRecord> {
-    if body.is_empty() { Ok(record) } else { Err(BadRecord::Senseless(format!("{} bytes too many", body.len()))) }
+    if body.is_empty() {
+        Ok(record)
+    } else {
+        Err(BadRecord::Senseless(format!(
+            "{} bytes too many",
+            body.len()
+        )))
+    }
 }
 
 fn from_postcard<T: DeserializeOwned>(body: &[u8]) -> Result<T, BadRecord> {
     match postcard::take_from_bytes(body) {
         Ok((value, [])) => Ok(value),
-        Ok((_, rest)) => Err(BadRecord::Senseless(format!("{} bytes too many", rest.len()))),
+        Ok((_, rest)) => Err(BadRecord::Senseless(format!(
+            "{} bytes too many",
+            rest.len()
+        ))),
         Err(error) => Err(BadRecord::Senseless(error.to_string())),
     }
 }
 
 fn decode_entry(body: &[u8]) -> Result<Entry, BadRecord> {
     let Some((prefix, payload)) = body.split_at_checked(ENTRY_PREFIX_BYTES) else {
-        return Err(BadRecord::Senseless(format!("an entry of {} bytes", body.len())));
+        return Err(BadRecord::Senseless(format!(
+            "an entry of {} bytes",
+            body.len()
+        )));
     };
-    let id = LogId { term: u64_at(prefix, 0), index: u64_at(prefix, 8) };
+    let id = LogId {
+        term: u64_at(prefix, 0),
+        index: u64_at(prefix, 8),
+    };
     let payload = match prefix[16] {
         0 => empty(payload, Record::Mark).map(|_| Payload::Blank)?,
         1 => Payload::Normal(Bytes::copy_from_slice(payload)),
         2 => Payload::Membership(Bytes::copy_from_slice(payload)),
-        kind => return Err(BadRecord::Senseless(format!("payload kind {kind} is unknown"))),
+        kind => {
+            return Err(BadRecord::Senseless(format!(
+                "payload kind {kind} is unknown"
+            )));
+        }
     };
     Ok(Entry { id, payload })
 }
 
-/// The offset of the first mark that lies at or after `from` in a segment's `bytes`. It is looked for at every byte, since what
-/// is before it is damaged.
+/// The offset of the first mark that lies at or after `from` in a segment's `bytes`. It is looked
+/// for at every byte, since what is before it is damaged.
 pub(super) fn find_mark(bytes: &[u8], from: usize, place: Place) -> Option<u64> {
     let candidates = bytes.get(from..)?.windows(HEADER_BYTES).enumerate();
-    let mut marks = candidates.filter(|(_, window)| window[..2] == MAGIC && window[3] == 2).filter_map(|(i, window)| {
-        let offset = (from + i) as u64;
-        decode(window, Place { offset, ..place }).ok().map(|_| offset)
-    });
+    let mut marks = candidates
+        .filter(|(_, window)| window[..2] == MAGIC && window[3] == 2)
+        .filter_map(|(i, window)| {
+            let offset = (from + i) as u64;
+            decode(window, Place { offset, ..place })
+                .ok()
+                .map(|_| offset)
+        });
     marks.next()
 }
 
-/// Where the last record of this segment ends that begins at or after `from` in its `bytes`, whole or not; `from` if there is none. What
-/// else is there is what the room was made of: zeros, or records of a segment that the file was before.
+/// Where the last record of this segment ends that begins at or after `from` in its `bytes`, whole
+/// or not; `from` if there is none. What else is there is what the room was made of: zeros, or
+/// records of a segment that the file was before.
 pub(super) fn tail_end(bytes: &[u8], from: usize, place: Place) -> usize {
-    let candidates = bytes[from.min(bytes.len())..].windows(HEADER_BYTES).enumerate().filter(|(_, window)| window[..2] == MAGIC);
+    let candidates = bytes[from.min(bytes.len())..]
+        .windows(HEADER_BYTES)
+        .enumerate()
+        .filter(|(_, window)| window[..2] == MAGIC);
     let ends = candidates.filter_map(|(i, window)| {
         let at = from + i;
-        record_len(window, Place { offset: at as u64, ..place }).ok().map(|len| (at + len).min(bytes.len()))
+        record_len(
+            window,
+            Place {
+                offset: at as u64,
+                ..place
+            },
+        )
+        .ok()
+        .map(|len| (at + len).min(bytes.len()))
     });
     ends.max().unwrap_or(from)
 }
@@ -293,17 +344,33 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 mod tests {
     use super::*;
 
-    const PLACE: Place = Place { binding: 7, segment: 3, offset: 40 };
-    const KEY: ReplicaKey = ReplicaKey { group: GroupId(5), replica: ReplicaId(9) };
+    const PLACE: Place = Place {
+        binding: 7,
+        segment: 3,
+        offset: 40,
+    };
+    const KEY: ReplicaKey = ReplicaKey {
+        group: GroupId(5),
+        replica: ReplicaId(9),
+    };
 
     fn id(term: u64, index: u64) -> LogId {
         LogId { term, index }
     }
 
     fn records() -> Vec<Record> {
-        let vote = Vote { term: u64::MAX, voted_for: Some(ReplicaId(u64::MAX)), committed: true };
+        let vote = Vote {
+            term: u64::MAX,
+            voted_for: Some(ReplicaId(u64::MAX)),
+            committed: true,
+        };
         let most = Some(id(u64::MAX, u64::MAX));
-        let replica = ReplicaHead { vote: Some(vote), purged: most, last: most, committed: most };
+        let replica = ReplicaHead {
+            vote: Some(vote),
+            purged: most,
+            last: most,
+            committed: most,
+        };
         let head = Head {
             segment: 3,
             previous_end: Some(80),
@@ -319,10 +386,19 @@ mod tests {
             Record::Truncate(None),
             Record::Purge(id(u64::MAX, u64::MAX)),
             Record::Committed(most),
-            Record::Entry(Entry { id: id(2, 8), payload: Payload::Normal(Bytes::from_static(b"abc")) }),
+            Record::Entry(Entry {
+                id: id(2, 8),
+                payload: Payload::Normal(Bytes::from_static(b"abc")),
+            }),
             Record::Restate(replica),
-            Record::Restated(Entry { id: id(2, 8), payload: Payload::Membership(Bytes::from_static(b"m")) }),
-            Record::Entry(Entry { id: id(2, 9), payload: Payload::Blank }),
+            Record::Restated(Entry {
+                id: id(2, 8),
+                payload: Payload::Membership(Bytes::from_static(b"m")),
+            }),
+            Record::Entry(Entry {
+                id: id(2, 9),
+                payload: Payload::Blank,
+            }),
         ]
     }
 
@@ -332,9 +408,29 @@ mod tests {
             let mut bytes = Vec::new();
             encode(&mut bytes, PLACE, KEY, &record);
             let found = decode(&bytes, PLACE).expect("own encoding");
-            assert_eq!((&found.record, found.key, found.len), (&record, KEY, bytes.len()));
-            assert!(matches!(record, Record::Head(_) | Record::Entry(_)) || found.len <= SMALL_RECORD_BYTES_MAX, "{record:?}");
-            for place in [Place { binding: 8, ..PLACE }, Place { segment: 4, ..PLACE }, Place { offset: 41, ..PLACE }] {
+            assert_eq!(
+                (&found.record, found.key, found.len),
+                (&record, KEY, bytes.len())
+            );
+            assert!(
+                matches!(record, Record::Head(_) | Record::Entry(_))
+                    || found.len <= SMALL_RECORD_BYTES_MAX,
+                "{record:?}"
+            );
+            for place in [
+                Place {
+                    binding: 8,
+                    ..PLACE
+                },
+                Place {
+                    segment: 4,
+                    ..PLACE
+                },
+                Place {
+                    offset: 41,
+                    ..PLACE
+                },
+            ] {
                 assert_eq!(decode(&bytes, place), Err(BadRecord::Header));
             }
         }
@@ -366,7 +462,10 @@ mod tests {
         );
         let mut entry = Vec::new();
         encode(&mut entry, PLACE, KEY, &records()[8]);
-        assert_eq!(entry[..24], *b"QL\x01\x09\x14\0\0\0\x05\0\0\0\0\0\0\0\x09\0\0\0\0\0\0\0");
+        assert_eq!(
+            entry[..24],
+            *b"QL\x01\x09\x14\0\0\0\x05\0\0\0\0\0\0\0\x09\0\0\0\0\0\0\0"
+        );
         assert_eq!(entry[32..], *b"\x02\0\0\0\0\0\0\0\x08\0\0\0\0\0\0\0\x01abc");
     }
 
@@ -379,7 +478,17 @@ mod tests {
         encode(&mut bytes, start, NOBODY, &Record::Mark);
         assert_eq!(find_mark(&bytes, 0, start), Some(mark_at));
         assert_eq!(find_mark(&bytes, mark_at as usize + 1, start), None);
-        assert_eq!(find_mark(&bytes, 0, Place { segment: 4, ..start }), None);
+        assert_eq!(
+            find_mark(
+                &bytes,
+                0,
+                Place {
+                    segment: 4,
+                    ..start
+                }
+            ),
+            None
+        );
     }
 
     #[test]
@@ -394,7 +503,18 @@ mod tests {
         bytes.extend([0; 100]);
         assert_eq!(tail_end(&bytes, torn_at, start), end);
         assert_eq!(tail_end(&bytes, end, start), end, "room is no tail");
-        assert_eq!(tail_end(&bytes, torn_at, Place { segment: 4, ..start }), torn_at, "nor is what another segment left");
+        assert_eq!(
+            tail_end(
+                &bytes,
+                torn_at,
+                Place {
+                    segment: 4,
+                    ..start
+                }
+            ),
+            torn_at,
+            "nor is what another segment left"
+        );
         assert_eq!(tail_end(&bytes[..end - 1], torn_at, start), end - 1);
         assert_eq!(tail_end(&bytes, bytes.len() + 9, start), bytes.len() + 9);
     }

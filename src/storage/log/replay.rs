@@ -1,7 +1,8 @@
 //! Reading a log back: from segment files to what every replica has, or to the reason why not.
 //!
-//! The rules are in [`super`]. Nothing here changes a file, except that what is found valid behind the last mark is written again
-//! and synced: it may be in the page cache only, left there by a sync that failed.
+//! The rules are in [`super`]. Nothing here changes a file, except that what is found valid behind
+//! the last mark is written again and synced: it may be in the page cache only, left there by a
+//! sync that failed.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -43,12 +44,24 @@ pub(super) struct ReplayedSegment {
 
 /// Reads every segment, in order.
 pub(super) fn replay(files: &SegmentFiles, binding: u128) -> Result<Replayed, OpenLogError> {
-    let listing = files.list().map_err(|source| OpenLogError::Io { context: format!("list {}", files.dir.display()), source })?;
-    // Segments are unlinked oldest first. Where a crash undid one unlinking but not the next, there is a gap. That nothing live is
-    // lost before it is checked at the end: every entry that the first head names must turn up or be purged.
-    let gap = listing.segments.windows(2).rposition(|pair| pair[1] != pair[0] + 1).map_or(0, |at| at + 1);
+    let listing = files.list().map_err(|source| OpenLogError::Io {
+        context: format!("list {}", files.dir.display()),
+        source,
+    })?;
+    // Segments are unlinked oldest first. Where a crash undid one unlinking but not the next, there
+    // is a gap. That nothing live is lost before it is checked at the end: every entry that the
+    // first head names must turn up or be purged.
+    let gap = listing
+        .segments
+        .windows(2)
+        .rposition(|pair| pair[1] != pair[0] + 1)
+        .map_or(0, |at| at + 1);
     let (leftover, numbers) = listing.segments.split_at(gap);
-    let mut replayed = Replayed { leftover: leftover.to_vec(), spares: listing.spares, ..Replayed::default() };
+    let mut replayed = Replayed {
+        leftover: leftover.to_vec(),
+        spares: listing.spares,
+        ..Replayed::default()
+    };
     for number in numbers {
         let segment = open_segment(files, binding, *number)?;
         replayed.segments.push(segment);
@@ -58,10 +71,20 @@ pub(super) fn replay(files: &SegmentFiles, binding: u128) -> Result<Replayed, Op
         let sealed_at = segments.get(at + 1).map(|next| next.head.previous_end);
         let end = match sealed_at {
             Some(Some(end)) if end < segments[at].head_bytes => {
-                return Err(damaged(&segments[at + 1], 0, "it says that the segment before it ended within its head"));
+                return Err(damaged(
+                    &segments[at + 1],
+                    0,
+                    "it says that the segment before it ended within its head",
+                ));
             }
             Some(Some(end)) => replayed.sealed_segment(&segments[at], binding, at == 0, end)?,
-            Some(None) => return Err(damaged(&segments[at + 1], 0, "it calls itself the first of a log, but is not")),
+            Some(None) => {
+                return Err(damaged(
+                    &segments[at + 1],
+                    0,
+                    "it calls itself the first of a log, but is not",
+                ));
+            }
             None => replayed.last_segment(&segments[at], binding, at == 0)?,
         };
         segments[at].end = end;
@@ -73,16 +96,37 @@ pub(super) fn replay(files: &SegmentFiles, binding: u128) -> Result<Replayed, Op
     Ok(replayed)
 }
 
-fn open_segment(files: &SegmentFiles, binding: u128, number: u64) -> Result<ReplayedSegment, OpenLogError> {
+fn open_segment(
+    files: &SegmentFiles,
+    binding: u128,
+    number: u64,
+) -> Result<ReplayedSegment, OpenLogError> {
     let path = files.path(number);
     let file: Arc<dyn DiskFile> = match files.disk.open(&path, Open::Existing) {
         Ok(file) => file.into(),
-        Err(source) => return Err(OpenLogError::Io { context: format!("open {}", path.display()), source }),
+        Err(source) => {
+            return Err(OpenLogError::Io {
+                context: format!("open {}", path.display()),
+                source,
+            });
+        }
     };
-    let mut segment = ReplayedSegment { number, file, path, end: 0, head_bytes: 0, head: Head::default() };
-    let place = Place { binding, segment: number, offset: 0 };
+    let mut segment = ReplayedSegment {
+        number,
+        file,
+        path,
+        end: 0,
+        head_bytes: 0,
+        head: Head::default(),
+    };
+    let place = Place {
+        binding,
+        segment: number,
+        offset: 0,
+    };
     let header = read(&segment, HEADER_BYTES)?;
-    let len = record::record_len(&header, place).map_err(|error| bad_record(&segment, 0, &error))?;
+    let len =
+        record::record_len(&header, place).map_err(|error| bad_record(&segment, 0, &error))?;
     if len > HEAD_BYTES_MAX {
         return Err(damaged(&segment, 0, format!("a head of {len} bytes")));
     }
@@ -98,28 +142,55 @@ fn open_segment(files: &SegmentFiles, binding: u128, number: u64) -> Result<Repl
 
 impl Replayed {
     /// Reads a segment that the next one's head says ended at `end`: all of it was synced.
-    fn sealed_segment(&mut self, segment: &ReplayedSegment, binding: u128, first: bool, end: u64) -> Result<u64, OpenLogError> {
-        let len = usize::try_from(end).map_err(|_| damaged(segment, end, "its end is past what memory holds"))?;
+    fn sealed_segment(
+        &mut self,
+        segment: &ReplayedSegment,
+        binding: u128,
+        first: bool,
+        end: u64,
+    ) -> Result<u64, OpenLogError> {
+        let len = usize::try_from(end)
+            .map_err(|_| damaged(segment, end, "its end is past what memory holds"))?;
         let bytes = read(segment, len)?;
         if bytes.len() < len {
-            return Err(damaged(segment, bytes.len() as u64, format!("the file was cut: it was synced to {end}")));
+            return Err(damaged(
+                segment,
+                bytes.len() as u64,
+                format!("the file was cut: it was synced to {end}"),
+            ));
         }
         let mut at = 0;
         while at < len {
-            let place = Place { binding, segment: segment.number, offset: at as u64 };
-            let found = record::decode(&bytes[at..], place).map_err(|error| bad_record(segment, at as u64, &error))?;
+            let place = Place {
+                binding,
+                segment: segment.number,
+                offset: at as u64,
+            };
+            let found = record::decode(&bytes[at..], place)
+                .map_err(|error| bad_record(segment, at as u64, &error))?;
             at += self.apply(segment, first, at as u64, found)?;
         }
-        self.replicas.values_mut().for_each(Written::abandon_restating);
+        self.replicas
+            .values_mut()
+            .for_each(Written::abandon_restating);
         Ok(end)
     }
 
     /// Reads the last segment, and cuts what was never acknowledged.
-    fn last_segment(&mut self, segment: &ReplayedSegment, binding: u128, first: bool) -> Result<u64, OpenLogError> {
+    fn last_segment(
+        &mut self,
+        segment: &ReplayedSegment,
+        binding: u128,
+        first: bool,
+    ) -> Result<u64, OpenLogError> {
         let bytes = read(segment, usize::MAX)?;
         let (mut at, mut marked) = (0, 0);
         loop {
-            let place = Place { binding, segment: segment.number, offset: at as u64 };
+            let place = Place {
+                binding,
+                segment: segment.number,
+                offset: at as u64,
+            };
             match record::decode(&bytes[at..], place) {
                 Ok(found) => {
                     if found.record == Record::Mark {
@@ -129,26 +200,46 @@ impl Replayed {
                 }
                 Err(error @ (BadRecord::Header | BadRecord::Body)) => {
                     if let Some(mark) = record::find_mark(&bytes, at + 1, place) {
-                        let reason = format!("{error}, and the mark at {mark} says that it was synced");
+                        let reason =
+                            format!("{error}, and the mark at {mark} says that it was synced");
                         return Err(damaged(segment, at as u64, reason));
                     }
                     say_cut(segment, at, record::tail_end(&bytes, at, place));
                     break;
                 }
                 // The room for every record was written and synced before it.
-                Err(error @ (BadRecord::NoRoom | BadRecord::CutBody { .. } | BadRecord::Senseless(_) | BadRecord::Format(_))) => {
+                Err(
+                    error @ (BadRecord::NoRoom
+                    | BadRecord::CutBody { .. }
+                    | BadRecord::Senseless(_)
+                    | BadRecord::Format(_)),
+                ) => {
                     return Err(bad_record(segment, at as u64, &error));
                 }
             }
         }
-        let rewritten = segment.file.write_at(&bytes[marked..at], marked as u64).and_then(|()| segment.file.sync());
-        rewritten.map_err(|source| OpenLogError::Io { context: format!("sync {}", segment.path.display()), source })?;
-        self.replicas.values_mut().for_each(Written::abandon_restating);
+        let rewritten = segment
+            .file
+            .write_at(&bytes[marked..at], marked as u64)
+            .and_then(|()| segment.file.sync());
+        rewritten.map_err(|source| OpenLogError::Io {
+            context: format!("sync {}", segment.path.display()),
+            source,
+        })?;
+        self.replicas
+            .values_mut()
+            .for_each(Written::abandon_restating);
         Ok(at as u64)
     }
 
     /// Follows one record. Returns its length.
-    fn apply(&mut self, segment: &ReplayedSegment, first: bool, offset: u64, found: Found) -> Result<usize, OpenLogError> {
+    fn apply(
+        &mut self,
+        segment: &ReplayedSegment,
+        first: bool,
+        offset: u64,
+        found: Found,
+    ) -> Result<usize, OpenLogError> {
         let contradiction = |reason: String| damaged(segment, offset, reason);
         let Found { record, key, len } = found;
         let no_spot = || contradiction("a segment of more than 4 GiB".into());
@@ -158,28 +249,49 @@ impl Replayed {
             len: u32::try_from(len).map_err(|_| no_spot())?,
         };
         match record {
-            Record::Head(_) if offset != 0 => return Err(contradiction("a head in the middle of a segment".into())),
+            Record::Head(_) if offset != 0 => {
+                return Err(contradiction("a head in the middle of a segment".into()));
+            }
             Record::Head(head) if first => {
                 self.highest = head.highest.into_iter().collect();
-                self.replicas = head.replicas.into_iter().map(|(key, head)| (key, Written::restated(head))).collect();
+                self.replicas = head
+                    .replicas
+                    .into_iter()
+                    .map(|(key, head)| (key, Written::restated(head)))
+                    .collect();
             }
             Record::Head(head) => {
-                let replicas = self.replicas.iter().map(|(key, written)| (*key, written.head()));
-                if !head.replicas.iter().copied().eq(replicas) || !head.highest.into_iter().eq(self.highest.clone()) {
-                    return Err(contradiction("the head does not agree with the segments before".into()));
+                let replicas = self
+                    .replicas
+                    .iter()
+                    .map(|(key, written)| (*key, written.head()));
+                if !head.replicas.iter().copied().eq(replicas)
+                    || !head.highest.into_iter().eq(self.highest.clone())
+                {
+                    return Err(contradiction(
+                        "the head does not agree with the segments before".into(),
+                    ));
                 }
             }
             Record::Mark => {}
             Record::Create => {
-                if self.highest.get(&key.group).is_some_and(|highest| *highest >= key.replica) {
-                    return Err(contradiction(format!("replica {key} is created, but its id was used before")));
+                if self
+                    .highest
+                    .get(&key.group)
+                    .is_some_and(|highest| *highest >= key.replica)
+                {
+                    return Err(contradiction(format!(
+                        "replica {key} is created, but its id was used before"
+                    )));
                 }
                 self.highest.insert(key.group, key.replica);
                 self.replicas.insert(key, Written::default());
             }
             Record::Wipe => {
-                let mut written =
-                    self.replicas.remove(&key).ok_or_else(|| contradiction(format!("replica {key} is not known")))?;
+                let mut written = self
+                    .replicas
+                    .remove(&key)
+                    .ok_or_else(|| contradiction(format!("replica {key} is not known")))?;
                 written.wipe(&mut self.live);
             }
             Record::Vote(_) | Record::Truncate(_) | Record::Purge(_) | Record::Committed(_) => {
@@ -193,15 +305,27 @@ impl Replayed {
     }
 
     fn follow(&mut self, key: ReplicaKey, record: &Record, spot: Spot) -> Result<(), String> {
-        let written = self.replicas.get_mut(&key).ok_or_else(|| format!("replica {key} is not known"))?;
-        written.apply(record, spot, &mut self.live).map_err(|error| format!("replica {key}: {error}"))
+        let written = self
+            .replicas
+            .get_mut(&key)
+            .ok_or_else(|| format!("replica {key} is not known"))?;
+        written
+            .apply(record, spot, &mut self.live)
+            .map_err(|error| format!("replica {key}: {error}"))
     }
 
     fn check_complete(&self, first: &ReplayedSegment) -> Result<(), OpenLogError> {
-        match self.replicas.iter().find(|(_, written)| written.missing() > 0) {
+        match self
+            .replicas
+            .iter()
+            .find(|(_, written)| written.missing() > 0)
+        {
             None => Ok(()),
             Some((key, written)) => {
-                let reason = format!("{} live entries of replica {key} are in no segment", written.missing());
+                let reason = format!(
+                    "{} live entries of replica {key} are in no segment",
+                    written.missing()
+                );
                 Err(damaged(first, 0, reason))
             }
         }
@@ -211,7 +335,10 @@ impl Replayed {
 fn say_cut(segment: &ReplayedSegment, at: usize, end: usize) {
     let bytes = end - at;
     if bytes > 0 {
-        tracing::info!("cut {bytes} bytes at {at} from {}: they were never acknowledged", segment.path.display());
+        tracing::info!(
+            "cut {bytes} bytes at {at} from {}: they were never acknowledged",
+            segment.path.display()
+        );
     }
 }
 
@@ -224,16 +351,26 @@ fn read(segment: &ReplayedSegment, len_max: usize) -> Result<Vec<u8>, OpenLogErr
         bytes.truncate(n);
         Ok(bytes)
     };
-    read().map_err(|source| OpenLogError::Io { context: format!("read {}", segment.path.display()), source })
+    read().map_err(|source| OpenLogError::Io {
+        context: format!("read {}", segment.path.display()),
+        source,
+    })
 }
 
 fn bad_record(segment: &ReplayedSegment, offset: u64, error: &BadRecord) -> OpenLogError {
     match error {
-        BadRecord::Format(format) => OpenLogError::UnknownFormat { segment: segment.path.clone(), format: *format },
+        BadRecord::Format(format) => OpenLogError::UnknownFormat {
+            segment: segment.path.clone(),
+            format: *format,
+        },
         _ => damaged(segment, offset, error.to_string()),
     }
 }
 
 fn damaged(segment: &ReplayedSegment, offset: u64, reason: impl Into<String>) -> OpenLogError {
-    OpenLogError::Damaged { segment: segment.path.clone(), offset, reason: reason.into() }
+    OpenLogError::Damaged {
+        segment: segment.path.clone(),
+        offset,
+        reason: reason.into(),
+    }
 }

@@ -1,8 +1,10 @@
-//! One replica's part of the log: its state as issued, as written and as synced, and the handle that its group holds.
+//! One replica's part of the log: its state as issued, as written and as synced, and the handle
+//! that its group holds.
 //!
-//! Everything is issued in memory first, so it can be read at once, and then queued under the same lock. The cache holds the last
-//! entries without a gap and all that are not yet written; the writer alone evicts from it, and only what is synced. So an entry
-//! that is not in the cache is where [`Written`] says.
+//! Everything is issued in memory first, so it can be read at once, and then queued under the same
+//! lock. The cache holds the last entries without a gap and all that are not yet written; the
+//! writer alone evicts from it, and only what is synced. So an entry that is not in the cache is
+//! where [`Written`] says.
 
 use std::collections::VecDeque;
 use std::io;
@@ -30,7 +32,8 @@ pub struct LogState {
     pub vote: Option<Vote>,
 }
 
-/// The log of one replica. Clones are the same log. It blocks on nothing but short locks, except for reads past the cache.
+/// The log of one replica. Clones are the same log. It blocks on nothing but short locks, except
+/// for reads past the cache.
 #[derive(Clone)]
 pub struct ReplicaLog {
     pub(super) log: Log,
@@ -43,20 +46,33 @@ impl ReplicaLog {
     }
 
     pub fn state(&self) -> LogState {
-        let ReplicaHead { purged, last, vote, .. } = self.replica.lock().issued;
+        let ReplicaHead {
+            purged, last, vote, ..
+        } = self.replica.lock().issued;
         LogState { purged, last, vote }
     }
 
-    /// Appends entries that follow the last one. They can be read when this returns; `done` is called after the fsync.
+    /// Appends entries that follow the last one. They can be read when this returns; `done` is
+    /// called after the fsync.
     ///
     /// # Errors
-    /// If they don't follow, are more than 1 GiB, the replica was wiped or the log has failed or is closed. `done` is dropped then.
+    /// If they don't follow, are more than 1 GiB, the replica was wiped or the log has failed or is
+    /// closed. `done` is dropped then.
     pub fn append(&self, entries: Vec<Entry>, done: Done) -> io::Result<()> {
         let mut state = self.replica.lock();
         state.check_append(&entries)?;
         let seq = state.seq + 1;
-        let op = Op { replica: self.replica.clone(), seq, change: Change::Append(entries.clone()), done };
-        self.log.shared().queue.push(op).map_err(|(_, failure)| failure.to_io())?;
+        let op = Op {
+            replica: self.replica.clone(),
+            seq,
+            change: Change::Append(entries.clone()),
+            done,
+        };
+        self.log
+            .shared()
+            .queue
+            .push(op)
+            .map_err(|(_, failure)| failure.to_io())?;
         state.seq = seq;
         state.append(entries);
         Ok(())
@@ -75,12 +91,14 @@ impl ReplicaLog {
         self.issue(done, |state| state.truncate_after(last));
     }
 
-    /// Removes every entry up to `upto`, which may lie past the last one: the log then goes on after it.
+    /// Removes every entry up to `upto`, which may lie past the last one: the log then goes on
+    /// after it.
     pub fn purge(&self, upto: LogId, done: Done) {
         self.issue(done, |state| state.purge(upto));
     }
 
-    /// Remembers how far is committed. Written with whatever is written next, so a crash may lose it.
+    /// Remembers how far is committed. Written with whatever is written next, so a crash may lose
+    /// it.
     pub fn save_committed(&self, id: Option<LogId>) {
         let mut state = self.replica.lock();
         if !state.wiped && state.issued.committed != id {
@@ -93,8 +111,9 @@ impl ReplicaLog {
         self.replica.lock().issued.committed
     }
 
-    /// Entries from `range.start` on without a gap: as many as fit in `bytes_max`, but one at least. None if the first of the range
-    /// is not in the log, purged or not yet there. Reads past the cache block on the disk.
+    /// Entries from `range.start` on without a gap: as many as fit in `bytes_max`, but one at
+    /// least. None if the first of the range is not in the log, purged or not yet there. Reads past
+    /// the cache block on the disk.
     pub fn read(&self, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
         loop {
             let plan = self.replica.lock().plan_read(range.clone(), bytes_max);
@@ -106,9 +125,13 @@ impl ReplicaLog {
         }
     }
 
-    /// As [`ReplicaLog::read`], without blocking: what must come from the disk is read on a thread of its own, of
-    /// which there is a bounded number.
-    pub async fn read_elsewhere(&self, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
+    /// As [`ReplicaLog::read`], without blocking: what must come from the disk is read on a thread
+    /// of its own, of which there is a bounded number.
+    pub async fn read_elsewhere(
+        &self,
+        range: Range<u64>,
+        bytes_max: usize,
+    ) -> io::Result<Vec<Entry>> {
         let plan = self.replica.lock().plan_read(range.clone(), bytes_max);
         let cached: Option<Vec<Entry>> = plan.into_iter().map(Source::in_memory).collect();
         if let Some(entries) = cached {
@@ -131,11 +154,15 @@ impl ReplicaLog {
         for source in plan {
             match source {
                 Source::Memory(entry) => entries.push(entry),
-                Source::Disk(id, spot) => match self.log.shared().read_entry(self.replica.key, id, spot) {
-                    Ok(entry) => entries.push(entry),
-                    Err(error) if self.replica.lock().reads_from(id, spot) => return Err(error),
-                    Err(_) => return Ok(None),
-                },
+                Source::Disk(id, spot) => {
+                    match self.log.shared().read_entry(self.replica.key, id, spot) {
+                        Ok(entry) => entries.push(entry),
+                        Err(error) if self.replica.lock().reads_from(id, spot) => {
+                            return Err(error);
+                        }
+                        Err(_) => return Ok(None),
+                    }
+                }
             }
         }
         Ok(Some(entries))
@@ -146,8 +173,8 @@ impl ReplicaLog {
         self.replica.lock().synced
     }
 
-    /// Calls `f` once the log is synced through `id`: at once if it is, with an error if it never will be because the replica was
-    /// wiped or the log failed or was closed.
+    /// Calls `f` once the log is synced through `id`: at once if it is, with an error if it never
+    /// will be because the replica was wiped or the log failed or was closed.
     pub fn on_synced(&self, id: LogId, f: Done) {
         let mut state = self.replica.lock();
         let outcome = if state.is_synced(id) {
@@ -190,7 +217,12 @@ impl ReplicaLog {
             }
         };
         state.seq += 1;
-        let op = Op { replica: self.replica.clone(), seq: state.seq, change, done };
+        let op = Op {
+            replica: self.replica.clone(),
+            seq: state.seq,
+            change,
+            done,
+        };
         let pushed = self.log.shared().queue.push(op);
         drop(state);
         if let Err((op, failure)) = pushed {
@@ -245,7 +277,10 @@ impl Replica {
     pub fn new(key: ReplicaKey, written: Written) -> Self {
         let (purged_bytes, end_bytes) = written.byte_counts();
         let state = State {
-            issued: ReplicaHead { committed: written.committed(), ..written.head() },
+            issued: ReplicaHead {
+                committed: written.committed(),
+                ..written.head()
+            },
             wiped: false,
             cached: VecDeque::new(),
             end_bytes,
@@ -256,34 +291,50 @@ impl Replica {
             truncated: None,
             waiters: Vec::new(),
         };
-        Self { key, state: Mutex::new(state) }
+        Self {
+            key,
+            state: Mutex::new(state),
+        }
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no code panics while it holds a replica's log")
+        self.state
+            .lock()
+            .expect("no code panics while it holds a replica's log")
     }
 }
 
 fn wiped(key: ReplicaKey) -> io::Error {
-    io::Error::new(io::ErrorKind::NotFound, format!("the log of replica {key} was wiped"))
+    io::Error::new(
+        io::ErrorKind::NotFound,
+        format!("the log of replica {key} was wiped"),
+    )
 }
 
 impl State {
     fn check_append(&self, entries: &[Entry]) -> io::Result<()> {
         if self.wiped {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the log of this replica was wiped"));
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "the log of this replica was wiped",
+            ));
         }
         let mut last = self.issued.last;
         for entry in entries {
             let id = entry.id;
-            if id.index != index_after(last) || id.index == u64::MAX || last.is_some_and(|last| id.term < last.term) {
+            if id.index != index_after(last)
+                || id.index == u64::MAX
+                || last.is_some_and(|last| id.term < last.term)
+            {
                 return Err(invalid(Contradiction::Entry { id, last }.to_string()));
             }
             last = Some(id);
         }
         let bytes: usize = entries.iter().map(entry_len).sum();
         if bytes > APPEND_BYTES_MAX {
-            return Err(invalid(format!("an append of {bytes} bytes: at most {APPEND_BYTES_MAX} are written at once")));
+            return Err(invalid(format!(
+                "an append of {bytes} bytes: at most {APPEND_BYTES_MAX} are written at once"
+            )));
         }
         Ok(())
     }
@@ -292,7 +343,11 @@ impl State {
         for entry in entries {
             self.end_bytes += entry_len(&entry) as u64;
             self.issued.last = Some(entry.id);
-            self.cached.push_back(Cached { entry, seq: self.seq, end_bytes: self.end_bytes });
+            self.cached.push_back(Cached {
+                entry,
+                seq: self.seq,
+                end_bytes: self.end_bytes,
+            });
         }
     }
 
@@ -300,14 +355,17 @@ impl State {
         let ReplicaHead { purged, last, .. } = self.issued;
         let next = index.map_or(0, |index| index.saturating_add(1));
         if next < index_after(purged) {
-            return Err(invalid(format!("a truncation after {index:?} of a log that is purged to {purged:?}")));
+            return Err(invalid(format!(
+                "a truncation after {index:?} of a log that is purged to {purged:?}"
+            )));
         }
         if next >= index_after(last) {
             return Ok(Change::Nothing);
         }
         let to = index.and_then(|index| self.id(index));
         self.end_bytes = to.map_or(self.purged_bytes, |to| self.end_bytes_at(to.index));
-        let kept = (next.saturating_sub(self.cached_first())).min(self.cached.len() as u64) as usize;
+        let kept =
+            (next.saturating_sub(self.cached_first())).min(self.cached.len() as u64) as usize;
         self.cached.truncate(kept);
         self.issued.last = to;
         self.synced = least(self.synced, to);
@@ -323,11 +381,15 @@ impl State {
         }
         let known = self.id(upto.index);
         if upto.index == u64::MAX || known.is_some_and(|known| known != upto) {
-            return Err(invalid(format!("a purge to {upto} of a log that ends at {last:?} and has {known:?} there")));
+            return Err(invalid(format!(
+                "a purge to {upto} of a log that ends at {last:?} and has {known:?} there"
+            )));
         }
         self.purged_bytes = self.end_bytes_at(upto.index);
         let next = upto.index + 1;
-        let gone = next.saturating_sub(self.cached_first()).min(self.cached.len() as u64) as usize;
+        let gone = next
+            .saturating_sub(self.cached_first())
+            .min(self.cached.len() as u64) as usize;
         self.cached.drain(..gone);
         self.issued.purged = Some(upto);
         if index_after(last) <= next {
@@ -358,7 +420,10 @@ impl State {
         }
         match self.cached(index) {
             Some(cached) => Some(cached.entry.id),
-            None => self.written.located(index).map(|located| LogId { term: located.term, index }),
+            None => self.written.located(index).map(|located| LogId {
+                term: located.term,
+                index,
+            }),
         }
     }
 
@@ -370,7 +435,10 @@ impl State {
             return self.end_bytes;
         }
         let written = || self.written.located(index).map(|located| located.end_bytes);
-        self.cached(index).map(|cached| cached.end_bytes).or_else(written).unwrap_or(self.end_bytes)
+        self.cached(index)
+            .map(|cached| cached.end_bytes)
+            .or_else(written)
+            .unwrap_or(self.end_bytes)
     }
 
     fn bytes_since(&self, index: u64) -> u64 {
@@ -389,10 +457,20 @@ impl State {
                 break;
             }
             let (source, len) = match (self.cached(index), self.written.located(index)) {
-                (Some(cached), _) => (Source::Memory(cached.entry.clone()), entry_len(&cached.entry)),
-                (None, Some(located)) => {
-                    (Source::Disk(LogId { term: located.term, index }, located.spot), located.spot.len as usize)
-                }
+                (Some(cached), _) => (
+                    Source::Memory(cached.entry.clone()),
+                    entry_len(&cached.entry),
+                ),
+                (None, Some(located)) => (
+                    Source::Disk(
+                        LogId {
+                            term: located.term,
+                            index,
+                        },
+                        located.spot,
+                    ),
+                    located.spot.len as usize,
+                ),
                 (None, None) => break,
             };
             bytes += len;
@@ -406,14 +484,19 @@ impl State {
 
     fn reads_from(&self, id: LogId, spot: Spot) -> bool {
         self.has(id.index)
-            && self.written.located(id.index).is_some_and(|located| located.term == id.term && located.spot == spot)
+            && self
+                .written
+                .located(id.index)
+                .is_some_and(|located| located.term == id.term && located.spot == spot)
     }
 
     fn is_synced(&self, id: LogId) -> bool {
-        self.synced.is_some_and(|synced| synced.index >= id.index && synced >= id)
+        self.synced
+            .is_some_and(|synced| synced.index >= id.index && synced >= id)
     }
 
-    /// Notes that all that is written is synced, up to the operation `seq` of this replica. Returns who waited for that.
+    /// Notes that all that is written is synced, up to the operation `seq` of this replica. Returns
+    /// who waited for that.
     pub fn set_synced(&mut self, seq: u64) -> Vec<Done> {
         if self.wiped {
             return Vec::new();
@@ -425,19 +508,27 @@ impl State {
         }
         self.synced = synced;
         let waiters = std::mem::take(&mut self.waiters);
-        let (ready, waiting): (Vec<_>, Vec<_>) = waiters.into_iter().partition(|(id, _)| self.is_synced(*id));
+        let (ready, waiting): (Vec<_>, Vec<_>) =
+            waiters.into_iter().partition(|(id, _)| self.is_synced(*id));
         self.waiters = waiting;
         ready.into_iter().map(|(_, done)| done).collect()
     }
 
     /// Those who wait for what will never be synced.
     pub fn take_waiters(&mut self) -> Vec<Done> {
-        std::mem::take(&mut self.waiters).into_iter().map(|(_, done)| done).collect()
+        std::mem::take(&mut self.waiters)
+            .into_iter()
+            .map(|(_, done)| done)
+            .collect()
     }
 
     /// Drops cached entries of operations up to `seq`, which are synced.
     pub fn evict(&mut self, seq: u64) {
-        let old = self.cached.iter().take_while(|cached| cached.seq <= seq).count();
+        let old = self
+            .cached
+            .iter()
+            .take_while(|cached| cached.seq <= seq)
+            .count();
         self.cached.drain(..old);
     }
 
@@ -455,5 +546,9 @@ impl State {
 
 /// The one that ends earlier.
 fn least(a: Option<LogId>, b: Option<LogId>) -> Option<LogId> {
-    if index_after(a) <= index_after(b) { a } else { b }
+    if index_after(a) <= index_after(b) {
+        a
+    } else {
+        b
+    }
 }

@@ -76,7 +76,10 @@ impl Log {
     /// refused.
     pub fn free_bytes(&self) -> (u64, u64) {
         let room = &self.shared().room;
-        (room.free_bytes.load(Ordering::Relaxed), room.reserve_bytes.load(Ordering::Relaxed))
+        (
+            room.free_bytes.load(Ordering::Relaxed),
+            room.reserve_bytes.load(Ordering::Relaxed),
+        )
     }
 
     /// Returns why nothing should be proposed for lack of room, if nothing should be.
@@ -85,13 +88,20 @@ impl Log {
             return None;
         }
         let (free, reserve) = self.free_bytes();
-        Some(format!("its disk has {} MiB left, and {} MiB are kept free", free >> 20, reserve >> 20))
+        Some(format!(
+            "its disk has {} MiB left, and {} MiB are kept free",
+            free >> 20,
+            reserve >> 20
+        ))
     }
 
-    /// Has the writer wait for room no more: what does not fit fails, and the log with it. For a node
-    /// that stops, whose parts may all wait for the log before it is closed.
+    /// Has the writer wait for room no more: what does not fit fails, and the log with it. For a
+    /// node that stops, whose parts may all wait for the log before it is closed.
     pub fn give_up_room(&self) {
-        self.shared().room.is_given_up.store(true, Ordering::Relaxed);
+        self.shared()
+            .room
+            .is_given_up
+            .store(true, Ordering::Relaxed);
     }
 
     /// Returns whether the writer waits for room.

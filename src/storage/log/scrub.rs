@@ -1,4 +1,5 @@
-//! Reading sealed segments again, to find what has rotted while the entries in it can still be had from elsewhere.
+//! Reading sealed segments again, to find what has rotted while the entries in it can still be had
+//! from elsewhere.
 //!
 //! Nobody waits for it: it takes the lock of the segments to look up a file, and reads without any.
 
@@ -16,7 +17,11 @@ const SLICE_BYTES: usize = 256 << 10;
 impl Log {
     /// Returns the numbers of the segments that are written no more, in order.
     pub fn sealed_segments(&self) -> Vec<u64> {
-        let segments = self.shared().segments.read().expect("no code panics while it holds the segments");
+        let segments = self
+            .shared()
+            .segments
+            .read()
+            .expect("no code panics while it holds the segments");
         let mut numbers: Vec<u64> = segments.keys().copied().collect();
         numbers.pop();
         numbers
@@ -24,14 +29,24 @@ impl Log {
 
     /// Returns whether this segment is a part of the log.
     pub fn has_segment(&self, number: u64) -> bool {
-        let segments = self.shared().segments.read().expect("no code panics while it holds the segments");
+        let segments = self
+            .shared()
+            .segments
+            .read()
+            .expect("no code panics while it holds the segments");
         segments.contains_key(&number)
     }
 
     /// Reads a sealed segment, and checks every record in it as a start does. Blocking.
     pub fn check_segment(&self, number: u64, pace: &mut Pace<'_>) -> Checked {
-        let Some((file, path, end)) = self.sealed_file(number) else { return Checked::Unread };
-        let place = Place { binding: self.shared().binding, segment: number, offset: 0 };
+        let Some((file, path, end)) = self.sealed_file(number) else {
+            return Checked::Unread;
+        };
+        let place = Place {
+            binding: self.shared().binding,
+            segment: number,
+            offset: 0,
+        };
         match check_records(&*file, place, end, pace) {
             Ok(true) => Checked::Whole,
             Ok(false) => Checked::Unread,
@@ -41,8 +56,9 @@ impl Log {
         }
     }
 
-    /// Returns the replicas that keep a segment in the log: those with live entries in it or in one before it, with the
-    /// index of the last of these. Once they have purged as much, the segment goes.
+    /// Returns the replicas that keep a segment in the log: those with live entries in it or in one
+    /// before it, with the index of the last of these. Once they have purged as much, the segment
+    /// goes.
     pub fn holders(&self, number: u64) -> Vec<(ReplicaKey, u64)> {
         let replicas: Vec<_> = self.shared().roster().replicas.values().cloned().collect();
         let holder = |replica: Arc<super::replica::Replica>| {
@@ -53,26 +69,46 @@ impl Log {
     }
 
     fn sealed_file(&self, number: u64) -> Option<(Arc<dyn DiskFile>, PathBuf, u64)> {
-        let segments = self.shared().segments.read().expect("no code panics while it holds the segments");
-        let is_sealed = segments.last_key_value().is_some_and(|(active, _)| number < *active);
+        let segments = self
+            .shared()
+            .segments
+            .read()
+            .expect("no code panics while it holds the segments");
+        let is_sealed = segments
+            .last_key_value()
+            .is_some_and(|(active, _)| number < *active);
         let segment = segments.get(&number).filter(|_| is_sealed)?;
         Some((segment.file.clone(), segment.path.clone(), segment.end))
     }
 }
 
 /// Checks the records up to `end`. False: `pace` broke it off.
-fn check_records(file: &dyn DiskFile, start: Place, end: u64, pace: &mut Pace<'_>) -> Result<bool, String> {
+fn check_records(
+    file: &dyn DiskFile,
+    start: Place,
+    end: u64,
+    pace: &mut Pace<'_>,
+) -> Result<bool, String> {
     // What is in the buffer begins with a record, at `at`.
     let (mut buffer, mut at) = (Vec::new(), 0_u64);
     while at < end {
         let mut used = 0;
         let wanted = loop {
             let rest = &buffer[used..];
-            let place = Place { offset: at, ..start };
+            let place = Place {
+                offset: at,
+                ..start
+            };
             let bad = |error: record::BadRecord| format!("at byte {at}: {error}");
-            let len = if rest.len() < HEADER_BYTES { HEADER_BYTES } else { record::record_len(rest, place).map_err(bad)? };
+            let len = if rest.len() < HEADER_BYTES {
+                HEADER_BYTES
+            } else {
+                record::record_len(rest, place).map_err(bad)?
+            };
             if at + len as u64 > end {
-                return Err(format!("at byte {at}: a record goes past the end of the segment, which is {end}"));
+                return Err(format!(
+                    "at byte {at}: a record goes past the end of the segment, which is {end}"
+                ));
             }
             if rest.len() < len {
                 break len;
@@ -93,7 +129,10 @@ fn check_records(file: &dyn DiskFile, start: Place, end: u64, pace: &mut Pace<'_
         let read = read.map_err(|error| format!("at byte {at}: it cannot be read: {error}"))?;
         buffer.truncate(have + read);
         if buffer.len() < wanted {
-            return Err(format!("is cut at byte {}: it was synced to {end}", at + buffer.len() as u64));
+            return Err(format!(
+                "is cut at byte {}: it was synced to {end}",
+                at + buffer.len() as u64
+            ));
         }
         if !pace(read as u64) {
             return Ok(false);

@@ -1,8 +1,9 @@
 //! Segment files: their names, how one is prepared, begun, pre-written and used again.
 //!
-//! The invariants that replay builds on: a file has a segment's name only once its head is synced; and every byte of a segment, and
-//! room for one more header behind its last record, is written and synced before a record goes there. So syncing a batch changes
-//! no metadata of the file, which makes it cheaper, and a file that ends within a record was cut by damage, never by a crash.
+//! The invariants that replay builds on: a file has a segment's name only once its head is synced;
+//! and every byte of a segment, and room for one more header behind its last record, is written and
+//! synced before a record goes there. So syncing a batch changes no metadata of the file, which
+//! makes it cheaper, and a file that ends within a record was cut by damage, never by a crash.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -62,7 +63,10 @@ impl SegmentFiles {
     pub fn list(&self) -> io::Result<Listing> {
         let mut listing = Listing::default();
         for name in self.disk.list(&self.dir)? {
-            if let Some(number) = name.strip_suffix(SUFFIX).and_then(|number| number.parse().ok()) {
+            if let Some(number) = name
+                .strip_suffix(SUFFIX)
+                .and_then(|number| number.parse().ok())
+            {
                 listing.segments.push(number);
             } else if name.ends_with(SUFFIX_SPARE) {
                 listing.spares.push(self.dir.join(name));
@@ -79,7 +83,11 @@ impl SegmentFiles {
             .disk
             .open(&path, Open::Truncated)
             .map_err(|error| with_context(error, format_args!("create {}", path.display())))?;
-        let mut prepared = Prepared { path, file: file.into(), allocated: 0 };
+        let mut prepared = Prepared {
+            path,
+            file: file.into(),
+            allocated: 0,
+        };
         let grow = self.grow_bytes.min(self.segment_bytes);
         prepared.allocated = pre_write(&*prepared.file, &prepared.path, 0, grow)?;
         Ok(prepared)
@@ -90,15 +98,39 @@ impl SegmentFiles {
         let _ = self.disk.remove(&self.dir.join(NAME_NEXT));
     }
 
-    /// Makes `prepared` the segment `number` that begins with `head`. Both are durable when this returns.
+    /// Makes `prepared` the segment `number` that begins with `head`. Both are durable when this
+    /// returns.
     pub fn begin(&self, prepared: Prepared, number: u64, head: &[u8]) -> io::Result<Active> {
-        let Prepared { path, file, allocated } = prepared;
+        let Prepared {
+            path,
+            file,
+            allocated,
+        } = prepared;
         let target = self.path(number);
-        let mut active = Active { number, file, path, offset: 0, allocated, first_batch: head.len() as u64 };
+        let mut active = Active {
+            number,
+            file,
+            path,
+            offset: 0,
+            allocated,
+            first_batch: head.len() as u64,
+        };
         self.reserve(&mut active, head.len() as u64)?;
-        let writing = |error| with_context(error, format_args!("write the head of {}", target.display()));
-        active.file.write_at(head, 0).and_then(|()| active.file.sync()).map_err(writing)?;
-        let renamed = self.disk.rename(&active.path, &target).and_then(|()| self.disk.sync_dir(&self.dir));
+        let writing = |error| {
+            with_context(
+                error,
+                format_args!("write the head of {}", target.display()),
+            )
+        };
+        active
+            .file
+            .write_at(head, 0)
+            .and_then(|()| active.file.sync())
+            .map_err(writing)?;
+        let renamed = self
+            .disk
+            .rename(&active.path, &target)
+            .and_then(|()| self.disk.sync_dir(&self.dir));
         renamed.map_err(|error| with_context(error, format_args!("name {}", target.display())))?;
         active.path = target;
         active.offset = head.len() as u64;
@@ -111,7 +143,10 @@ impl SegmentFiles {
         if need <= active.allocated {
             return Ok(());
         }
-        let step = self.grow_bytes.max(active.allocated / 2).min(GROW_BYTES_MAX);
+        let step = self
+            .grow_bytes
+            .max(active.allocated / 2)
+            .min(GROW_BYTES_MAX);
         let target = (active.allocated + step).min(self.segment_bytes).max(need);
         active.allocated = match pre_write(&*active.file, &active.path, active.allocated, target) {
             // A disk that is nearly full may have room for this and no more.
@@ -123,32 +158,66 @@ impl SegmentFiles {
         Ok(())
     }
 
-    /// Takes a segment that is no longer needed out of the log, durably, and keeps its file for another use.
-    pub fn retire(&self, number: u64, file: Arc<dyn DiskFile>, allocated: u64) -> io::Result<Prepared> {
+    /// Takes a segment that is no longer needed out of the log, durably, and keeps its file for
+    /// another use.
+    pub fn retire(
+        &self,
+        number: u64,
+        file: Arc<dyn DiskFile>,
+        allocated: u64,
+    ) -> io::Result<Prepared> {
         let from = self.path(number);
         let path = self.dir.join(format!("{number:020}{SUFFIX_SPARE}"));
-        let renamed = self.disk.rename(&from, &path).and_then(|()| self.disk.sync_dir(&self.dir));
-        renamed.map_err(|error| with_context(error, format_args!("take {} out of the log", from.display())))?;
-        Ok(Prepared { path, file, allocated })
+        let renamed = self
+            .disk
+            .rename(&from, &path)
+            .and_then(|()| self.disk.sync_dir(&self.dir));
+        renamed.map_err(|error| {
+            with_context(
+                error,
+                format_args!("take {} out of the log", from.display()),
+            )
+        })?;
+        Ok(Prepared {
+            path,
+            file,
+            allocated,
+        })
     }
 
     /// Removes a segment that is no longer needed, durably.
     pub fn remove(&self, number: u64) -> io::Result<()> {
         let path = self.path(number);
-        let removed = self.disk.remove(&path).and_then(|()| self.disk.sync_dir(&self.dir));
+        let removed = self
+            .disk
+            .remove(&path)
+            .and_then(|()| self.disk.sync_dir(&self.dir));
         removed.map_err(|error| with_context(error, format_args!("remove {}", path.display())))
     }
 }
 
 /// Removes every segment and spare in a directory, durably. Fine if it is not there.
 pub(super) fn remove_all(disk: Arc<dyn Disk>, dir: &Path) -> io::Result<()> {
-    let files = SegmentFiles { disk, dir: dir.to_owned(), grow_bytes: 0, segment_bytes: 0 };
+    let files = SegmentFiles {
+        disk,
+        dir: dir.to_owned(),
+        grow_bytes: 0,
+        segment_bytes: 0,
+    };
     let listing = match files.list() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         listing => listing?,
     };
-    for path in listing.segments.iter().map(|number| files.path(*number)).chain(listing.spares) {
-        files.disk.remove(&path).map_err(|error| with_context(error, format_args!("remove {}", path.display())))?;
+    for path in listing
+        .segments
+        .iter()
+        .map(|number| files.path(*number))
+        .chain(listing.spares)
+    {
+        files
+            .disk
+            .remove(&path)
+            .map_err(|error| with_context(error, format_args!("remove {}", path.display())))?;
     }
     files.disk.sync_dir(dir)
 }
@@ -167,6 +236,11 @@ fn pre_write(file: &dyn DiskFile, path: &Path, from: u64, to: u64) -> io::Result
         }
         at += n;
     };
-    result.map_err(|error| with_context(error, format_args!("pre-write {} to {to} bytes", path.display())))?;
+    result.map_err(|error| {
+        with_context(
+            error,
+            format_args!("pre-write {} to {to} bytes", path.display()),
+        )
+    })?;
     Ok(to)
 }

@@ -1,8 +1,10 @@
-//! The one writer: takes what waits, writes it as one batch, syncs, calls back; and keeps the segments in order.
+//! The one writer: takes what waits, writes it as one batch, syncs, calls back; and keeps the
+//! segments in order.
 //!
-//! Everything here happens on one thread: [`LogWriter::run`] in production, [`LogWriter::run_in_task`] or [`LogWriter::pump`] in a
-//! simulation. The ledger (with each replica's [`super::written::Written`]) is what a replay of the segments up to the active
-//! offset would give.
+//! Everything here happens on one thread: [`LogWriter::run`] in production,
+//! [`LogWriter::run_in_task`] or [`LogWriter::pump`] in a simulation. The ledger (with each
+//! replica's [`super::written::Written`]) is what a replay of the segments up to the active offset
+//! would give.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -29,7 +31,8 @@ use crate::types::{GroupId, LogId, ReplicaId};
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 /// Files kept to become segments again. One is enough: the next is prepared while it is written.
 const PREPARED_MAX: usize = 1;
-/// More segments than this, left by earlier openings and mostly empty, are cleaned: many restarts leave many small ones.
+/// More segments than this, left by earlier openings and mostly empty, are cleaned: many restarts
+/// leave many small ones.
 const FRAGMENTS_MAX: usize = 8;
 /// At least what a rebase writes beside the entries: a mark and what it restates.
 const REBASE_OVERHEAD_BYTES: u64 = 256;
@@ -38,8 +41,8 @@ const ROOM_PAUSE: Duration = Duration::from_millis(100);
 /// What one cached operation costs in memory beside its bytes.
 const CACHED_OP_BYTES: usize = 64;
 
-/// The writing end of a log. Dropping it without [`LogWriter::run`] having ended is what a crash of the process is: nothing more is
-/// written, and all that waits gets an error.
+/// The writing end of a log. Dropping it without [`LogWriter::run`] having ended is what a crash of
+/// the process is: nothing more is written, and all that waits gets an error.
 pub struct LogWriter {
     shared: Arc<Shared>,
     files: SegmentFiles,
@@ -61,7 +64,8 @@ pub struct LogWriter {
 struct Sealed {
     /// Bytes of its records without the head, which restates what is elsewhere.
     bytes: u64,
-    /// How much of the file is known to be written and synced; none if it was not written since this log was opened.
+    /// How much of the file is known to be written and synced; none if it was not written since
+    /// this log was opened.
     allocated: Option<u64>,
 }
 
@@ -100,24 +104,55 @@ impl Batch<'_> {
 }
 
 /// Opens a log: see [`super::Log::open`].
-pub(super) fn open(disk: Arc<dyn Disk>, dir: &Path, options: LogOptions) -> Result<(Arc<Shared>, LogWriter), OpenLogError> {
+pub(super) fn open(
+    disk: Arc<dyn Disk>,
+    dir: &Path,
+    options: LogOptions,
+) -> Result<(Arc<Shared>, LogWriter), OpenLogError> {
     let failed = |context: String| move |source| OpenLogError::Io { context, source };
     ensure_dir(&*disk, dir).map_err(failed(format!("create {}", dir.display())))?;
     let segment_bytes = options.segment_bytes.min(SEGMENT_BYTES_MAX);
-    let files = SegmentFiles { disk, dir: dir.to_owned(), grow_bytes: options.grow_bytes, segment_bytes };
+    let files = SegmentFiles {
+        disk,
+        dir: dir.to_owned(),
+        grow_bytes: options.grow_bytes,
+        segment_bytes,
+    };
     let replayed = replay(&files, options.binding)?;
     if replayed.segments.is_empty() && options.expect == Expect::Existing {
-        return Err(OpenLogError::Missing { dir: dir.to_owned() });
+        return Err(OpenLogError::Missing {
+            dir: dir.to_owned(),
+        });
     }
     begin(files, options, replayed).map_err(failed(format!("begin a segment in {}", dir.display())))
 }
 
-fn begin(files: SegmentFiles, options: LogOptions, replayed: Replayed) -> io::Result<(Arc<Shared>, LogWriter)> {
-    let Replayed { replicas, highest, live, segments, leftover, spares } = replayed;
-    let replicas: BTreeMap<_, _> =
-        replicas.into_iter().map(|(key, written)| (key, Arc::new(Replica::new(key, written)))).collect();
-    let roster = Roster { replicas: replicas.clone(), highest: highest.clone() };
-    let ledger = Ledger { replicas, highest, live };
+fn begin(
+    files: SegmentFiles,
+    options: LogOptions,
+    replayed: Replayed,
+) -> io::Result<(Arc<Shared>, LogWriter)> {
+    let Replayed {
+        replicas,
+        highest,
+        live,
+        segments,
+        leftover,
+        spares,
+    } = replayed;
+    let replicas: BTreeMap<_, _> = replicas
+        .into_iter()
+        .map(|(key, written)| (key, Arc::new(Replica::new(key, written))))
+        .collect();
+    let roster = Roster {
+        replicas: replicas.clone(),
+        highest: highest.clone(),
+    };
+    let ledger = Ledger {
+        replicas,
+        highest,
+        live,
+    };
     let last = segments.last().map(|last| (last.number, last.end));
     let number = last.map_or(1, |(number, _)| number + 1);
     for path in spares {
@@ -126,7 +161,8 @@ fn begin(files: SegmentFiles, options: LogOptions, replayed: Replayed) -> io::Re
     let head = ledger.head(number, last.map(|(_, end)| end), options.binding);
     let active = files.begin(files.prepare()?, number, &head)?;
     if let Some(last) = segments.last() {
-        // What is behind the end is never read again. That it is given back matters to small nodes only: failing to is no error.
+        // What is behind the end is never read again. That it is given back matters to small nodes
+        // only: failing to is no error.
         let _ = last.file.set_len(last.end);
     }
     for number in leftover {
@@ -135,10 +171,30 @@ fn begin(files: SegmentFiles, options: LogOptions, replayed: Replayed) -> io::Re
     let mut views = BTreeMap::new();
     let mut sealed = BTreeMap::new();
     for segment in segments {
-        sealed.insert(segment.number, Sealed { bytes: segment.end - segment.head_bytes, allocated: None });
-        views.insert(segment.number, SegmentView { file: segment.file, path: segment.path, end: segment.end });
+        sealed.insert(
+            segment.number,
+            Sealed {
+                bytes: segment.end - segment.head_bytes,
+                allocated: None,
+            },
+        );
+        views.insert(
+            segment.number,
+            SegmentView {
+                file: segment.file,
+                path: segment.path,
+                end: segment.end,
+            },
+        );
     }
-    views.insert(number, SegmentView { file: active.file.clone(), path: active.path.clone(), end: active.offset });
+    views.insert(
+        number,
+        SegmentView {
+            file: active.file.clone(),
+            path: active.path.clone(),
+            end: active.offset,
+        },
+    );
     let room = Room::new(files.disk.clone(), files.dir.clone(), options.reserve_bytes);
     let shared = Arc::new(Shared::new(roster, views, &options, room));
     let mut writer = LogWriter {
@@ -161,8 +217,8 @@ fn begin(files: SegmentFiles, options: LogOptions, replayed: Replayed) -> io::Re
 }
 
 impl LogWriter {
-    /// Writes what is issued until the log is closed or all its handles are dropped, then the closing mark. Blocks: it wants a thread
-    /// of its own. Returns early if the log fails.
+    /// Writes what is issued until the log is closed or all its handles are dropped, then the
+    /// closing mark. Blocks: it wants a thread of its own. Returns early if the log fails.
     pub fn run(mut self) {
         let idle = Duration::from_millis(self.options.idle_ms);
         while !self.stopped {
@@ -171,13 +227,16 @@ impl LogWriter {
         }
     }
 
-    /// The same as a task, on a runtime with a clock. Its writes and syncs block the thread: for simulation.
+    /// The same as a task, on a runtime with a clock. Its writes and syncs block the thread: for
+    /// simulation.
     pub async fn run_in_task(mut self) {
         let idle = Duration::from_millis(self.options.idle_ms);
         while !self.stopped {
             let queue = &self.shared.queue;
             let elapsed = if self.unmarked {
-                tokio::time::timeout(idle, queue.wait_in_task()).await.is_err()
+                tokio::time::timeout(idle, queue.wait_in_task())
+                    .await
+                    .is_err()
             } else {
                 queue.wait_in_task().await;
                 false
@@ -193,13 +252,15 @@ impl LogWriter {
         if !self.pump() && self.shared.queue.is_closing() {
             self.stopped = true;
             let closed = LogFailure::closed();
-            self.take_waiters().into_iter().for_each(|waiter| call(waiter, Some(&closed)));
+            self.take_waiters()
+                .into_iter()
+                .for_each(|waiter| call(waiter, Some(&closed)));
         }
         self.shared.activity.enter(Phase::Waits);
     }
 
-    /// Writes and syncs what waits, and calls back. With nothing waiting, does what an idle log does: writes the closing mark, then
-    /// cleans. False if there was nothing to do.
+    /// Writes and syncs what waits, and calls back. With nothing waiting, does what an idle log
+    /// does: writes the closing mark, then cleans. False if there was nothing to do.
     pub fn pump(&mut self) -> bool {
         if self.stopped {
             return false;
@@ -207,7 +268,8 @@ impl LogWriter {
         if !self.unmarked && self.shared.queue.is_empty() {
             return false;
         }
-        // Decided by what was taken: an operation may have come since the look above, and is not marked yet then.
+        // Decided by what was taken: an operation may have come since the look above, and is not
+        // marked yet then.
         let taken = self.shared.queue.take(self.options.batch_bytes_max);
         let idle = taken.ops.is_empty();
         self.unmarked = !idle;
@@ -216,7 +278,13 @@ impl LogWriter {
         if self.stopped {
             return true;
         }
-        let kept_up = self.reclaim().and_then(|()| if idle || segment != self.active.number { self.clean() } else { Ok(()) });
+        let kept_up = self.reclaim().and_then(|()| {
+            if idle || segment != self.active.number {
+                self.clean()
+            } else {
+                Ok(())
+            }
+        });
         if let Err(error) = kept_up.and_then(|()| self.prepare_next()) {
             self.fail(&error, Vec::new());
         }
@@ -226,16 +294,20 @@ impl LogWriter {
     /// Writes one batch and calls back, also where that fails.
     fn write_taken(&mut self, taken: Taken) {
         let Taken { mut ops, committed } = taken;
-        let need = ops.iter().map(|op| op.change.bytes()).sum::<usize>() + committed.len() * SMALL_RECORD_BYTES_MAX;
+        let need = ops.iter().map(|op| op.change.bytes()).sum::<usize>()
+            + committed.len() * SMALL_RECORD_BYTES_MAX;
         let shared = self.shared.clone();
         let written = self.write_batch(need, |ledger, batch| {
-            ops.iter_mut().try_for_each(|op| ledger.write_op(op, batch))?;
-            committed.into_iter().try_for_each(|(key, id)| match id.filter(|id| ledger.is_early(key, *id)) {
-                Some(early) => {
-                    shared.queue.return_committed(key, early);
-                    Ok(())
+            ops.iter_mut()
+                .try_for_each(|op| ledger.write_op(op, batch))?;
+            committed.into_iter().try_for_each(|(key, id)| {
+                match id.filter(|id| ledger.is_early(key, *id)) {
+                    Some(early) => {
+                        shared.queue.return_committed(key, early);
+                        Ok(())
+                    }
+                    None => ledger.write_committed(key, id, batch),
                 }
-                None => ledger.write_committed(key, id, batch),
             })
         });
         if let Err(error) = written {
@@ -247,7 +319,11 @@ impl LogWriter {
             if let Change::Append(entries) = &op.change {
                 let bytes = op.change.bytes() + CACHED_OP_BYTES * entries.len();
                 self.cached_bytes += bytes;
-                self.cached.push_back(CachedOp { replica: op.replica.clone(), seq: op.seq, bytes });
+                self.cached.push_back(CachedOp {
+                    replica: op.replica.clone(),
+                    seq: op.seq,
+                    bytes,
+                });
             }
             last_seqs.insert(op.replica.key, (op.replica, op.seq));
             dones.push(op.done);
@@ -261,25 +337,52 @@ impl LogWriter {
         self.shared.activity.enter(Phase::Writes);
     }
 
-    /// Encodes what `fill` puts into a batch, writes it behind a mark, and syncs. `need` is at least what it takes.
-    fn write_batch(&mut self, need: usize, fill: impl FnOnce(&mut Ledger, &mut Batch) -> io::Result<()>) -> io::Result<()> {
+    /// Encodes what `fill` puts into a batch, writes it behind a mark, and syncs. `need` is at
+    /// least what it takes.
+    fn write_batch(
+        &mut self,
+        need: usize,
+        fill: impl FnOnce(&mut Ledger, &mut Batch) -> io::Result<()>,
+    ) -> io::Result<()> {
         self.make_room((HEADER_BYTES + need) as u64)?;
-        let start = Place { binding: self.options.binding, segment: self.active.number, offset: self.active.offset };
+        let start = Place {
+            binding: self.options.binding,
+            segment: self.active.number,
+            offset: self.active.offset,
+        };
         self.buffer.clear();
         self.buffer.shrink_to(2 * self.options.batch_bytes_max);
-        let mut batch = Batch { buffer: &mut self.buffer, start, records: 0 };
+        let mut batch = Batch {
+            buffer: &mut self.buffer,
+            start,
+            records: 0,
+        };
         batch.put(NOBODY, &Record::Mark)?;
         fill(&mut self.ledger, &mut batch)?;
         let records = batch.records;
         let end = start.offset + self.buffer.len() as u64;
-        assert!(end + HEADER_BYTES as u64 <= self.active.allocated, "a batch is larger than the room that was made for it");
-        let context = |error| with_context(error, format_args!("write {}", self.active.path.display()));
-        self.active.file.write_at(&self.buffer, start.offset).map_err(context)?;
+        assert!(
+            end + HEADER_BYTES as u64 <= self.active.allocated,
+            "a batch is larger than the room that was made for it"
+        );
+        let context =
+            |error| with_context(error, format_args!("write {}", self.active.path.display()));
+        self.active
+            .file
+            .write_at(&self.buffer, start.offset)
+            .map_err(context)?;
         let began = Instant::now();
-        self.active.file.sync().map_err(|error| with_context(error, format_args!("sync {}", self.active.path.display())))?;
-        self.shared.count_batch(records, self.buffer.len() as u64, began.elapsed());
+        self.active.file.sync().map_err(|error| {
+            with_context(error, format_args!("sync {}", self.active.path.display()))
+        })?;
+        self.shared
+            .count_batch(records, self.buffer.len() as u64, began.elapsed());
         self.active.offset = end;
-        let mut segments = self.shared.segments.write().expect("no code panics while it holds the segments");
+        let mut segments = self
+            .shared
+            .segments
+            .write()
+            .expect("no code panics while it holds the segments");
         if let Some(view) = segments.get_mut(&self.active.number) {
             view.end = end;
         }
@@ -293,14 +396,21 @@ impl LogWriter {
             && self.may_wait_for_room(error)
         {
             if !self.shared.room.is_waited_for.swap(true, Ordering::Relaxed) {
-                tracing::error!(%error, "the log waits for room on its disk: free some, and it goes on by itself");
+                tracing::error!(%error, "the log waits for room on its disk: free some, and it \
+                    goes on by itself");
             }
             // It does not hang: it looks, and tells of it by itself.
             self.shared.activity.enter(Phase::Writes);
             std::thread::sleep(ROOM_PAUSE);
             made = self.try_make_room(bytes);
         }
-        if self.shared.room.is_waited_for.swap(false, Ordering::Relaxed) && made.is_ok() {
+        if self
+            .shared
+            .room
+            .is_waited_for
+            .swap(false, Ordering::Relaxed)
+            && made.is_ok()
+        {
             tracing::info!("there is room for the log again: it goes on");
         }
         made
@@ -308,8 +418,12 @@ impl LogWriter {
 
     /// Returns whether an error says that the disk is full, and there is time to wait.
     fn may_wait_for_room(&self, error: &io::Error) -> bool {
-        let is_full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
-        let is_ending = self.shared.queue.is_closing() || self.shared.room.is_given_up.load(Ordering::Relaxed);
+        let is_full = matches!(
+            error.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        );
+        let is_ending =
+            self.shared.queue.is_closing() || self.shared.room.is_given_up.load(Ordering::Relaxed);
         is_full && self.options.waits_for_room && !is_ending
     }
 
@@ -327,13 +441,28 @@ impl LogWriter {
             None => self.files.prepare()?,
         };
         let number = self.active.number + 1;
-        let head = self.ledger.head(number, Some(self.active.offset), self.options.binding);
+        let head = self
+            .ledger
+            .head(number, Some(self.active.offset), self.options.binding);
         let next = self.files.begin(prepared, number, &head)?;
         let sealed = std::mem::replace(&mut self.active, next);
-        self.sealed
-            .insert(sealed.number, Sealed { bytes: sealed.offset - sealed.first_batch, allocated: Some(sealed.allocated) });
-        let view = SegmentView { file: self.active.file.clone(), path: self.active.path.clone(), end: self.active.offset };
-        self.shared.segments.write().expect("no code panics while it holds the segments").insert(number, view);
+        self.sealed.insert(
+            sealed.number,
+            Sealed {
+                bytes: sealed.offset - sealed.first_batch,
+                allocated: Some(sealed.allocated),
+            },
+        );
+        let view = SegmentView {
+            file: self.active.file.clone(),
+            path: self.active.path.clone(),
+            end: self.active.offset,
+        };
+        self.shared
+            .segments
+            .write()
+            .expect("no code panics while it holds the segments")
+            .insert(number, view);
         Ok(())
     }
 
@@ -350,18 +479,27 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Takes the oldest segments out of the log while no live entry is in them. All that is encoded is synced here.
+    /// Takes the oldest segments out of the log while no live entry is in them. All that is encoded
+    /// is synced here.
     fn reclaim(&mut self) -> io::Result<()> {
         let oldest_live = self.ledger.live.oldest().unwrap_or(self.active.number);
         while let Some(entry) = self.sealed.first_entry()
             && *entry.key() < oldest_live
         {
             let (number, sealed) = entry.remove_entry();
-            let view = self.shared.segments.write().expect("no code panics while it holds the segments").remove(&number);
-            let reusable = sealed.allocated.filter(|allocated| *allocated <= 2 * self.files.segment_bytes);
+            let view = self
+                .shared
+                .segments
+                .write()
+                .expect("no code panics while it holds the segments")
+                .remove(&number);
+            let reusable = sealed
+                .allocated
+                .filter(|allocated| *allocated <= 2 * self.files.segment_bytes);
             match (view, reusable) {
                 (Some(view), Some(allocated)) if self.prepared.len() < PREPARED_MAX => {
-                    self.prepared.push(self.files.retire(number, view.file, allocated)?);
+                    self.prepared
+                        .push(self.files.retire(number, view.file, allocated)?);
                 }
                 _ => self.files.remove(number)?,
             }
@@ -374,8 +512,10 @@ impl LogWriter {
         let mut budget = self.files.segment_bytes / 4;
         while self.wants_cleaning() {
             let oldest = self.sealed.keys().next().copied();
-            let Some(pinning) = oldest.and_then(|oldest| self.ledger.small_replicas_in(oldest, self.options.rebase_bytes_max))
-            else {
+            let Some(pinning) = oldest.and_then(|oldest| {
+                self.ledger
+                    .small_replicas_in(oldest, self.options.rebase_bytes_max)
+            }) else {
                 break;
             };
             for (replica, live_bytes) in pinning {
@@ -396,32 +536,54 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Dead bytes are allowed to be as many as live ones, and two segments. What a rebase writes is within that, so cleaning ends.
+    /// Dead bytes are allowed to be as many as live ones, and two segments. What a rebase writes is
+    /// within that, so cleaning ends.
     fn wants_cleaning(&self) -> bool {
         let sealed_bytes: u64 = self.sealed.values().map(|sealed| sealed.bytes).sum();
-        let live_bytes = self.ledger.live.bytes + REBASE_OVERHEAD_BYTES * self.ledger.replicas.len() as u64;
+        let live_bytes =
+            self.ledger.live.bytes + REBASE_OVERHEAD_BYTES * self.ledger.replicas.len() as u64;
         sealed_bytes > 2 * live_bytes + 2 * self.files.segment_bytes || self.has_fragments()
     }
 
     /// Whether earlier openings left many small segments.
     fn has_fragments(&self) -> bool {
-        let replayed = || self.sealed.values().filter(|sealed| sealed.allocated.is_none());
+        let replayed = || {
+            self.sealed
+                .values()
+                .filter(|sealed| sealed.allocated.is_none())
+        };
         let count = replayed().count();
-        count > FRAGMENTS_MAX && replayed().map(|sealed| sealed.bytes).sum::<u64>() < count as u64 * self.files.segment_bytes / 4
+        count > FRAGMENTS_MAX
+            && replayed().map(|sealed| sealed.bytes).sum::<u64>()
+                < count as u64 * self.files.segment_bytes / 4
     }
 
-    /// Writes the replica's whole live state at the end of the log, in one synced batch. Readers are sent there only after that.
-    /// False if an entry can't be read: it then stays where it is, and who needs it meets the error.
+    /// Writes the replica's whole live state at the end of the log, in one synced batch. Readers
+    /// are sent there only after that. False if an entry can't be read: it then stays where it is,
+    /// and who needs it meets the error.
     fn rebase(&mut self, replica: &Arc<Replica>) -> io::Result<bool> {
         let (head, located) = {
             let state = replica.lock();
-            let ids = state.written.entries().map(|(index, entry)| (LogId { term: entry.term, index }, entry.spot));
+            let ids = state.written.entries().map(|(index, entry)| {
+                (
+                    LogId {
+                        term: entry.term,
+                        index,
+                    },
+                    entry.spot,
+                )
+            });
             (state.written.head(), ids.collect::<Vec<_>>())
         };
-        let read = located.into_iter().map(|(id, spot)| self.shared.read_entry(replica.key, id, spot));
-        let Ok(entries) = read.collect::<io::Result<Vec<Entry>>>() else { return Ok(false) };
+        let read = located
+            .into_iter()
+            .map(|(id, spot)| self.shared.read_entry(replica.key, id, spot));
+        let Ok(entries) = read.collect::<io::Result<Vec<Entry>>>() else {
+            return Ok(false);
+        };
         let need = SMALL_RECORD_BYTES_MAX + entries.iter().map(record::entry_len).sum::<usize>();
-        let records = std::iter::once(Record::Restate(head)).chain(entries.into_iter().map(Record::Restated));
+        let records =
+            std::iter::once(Record::Restate(head)).chain(entries.into_iter().map(Record::Restated));
         let mut placed = Vec::new();
         self.write_batch(need, |_, batch| {
             for record in records {
@@ -453,21 +615,32 @@ impl LogWriter {
         let waiting = self.shared.queue.fail(failure.clone());
         self.shared.failed.send_replace(Some(failure.clone()));
         let waiters = self.take_waiters();
-        let dones = ops.into_iter().chain(waiting).map(|op| op.done).chain(waiters);
+        let dones = ops
+            .into_iter()
+            .chain(waiting)
+            .map(|op| op.done)
+            .chain(waiters);
         dones.for_each(|done| call(done, Some(&failure)));
     }
 
     fn take_waiters(&self) -> Vec<Done> {
-        let mut replicas: Vec<Arc<Replica>> = self.shared.roster().replicas.values().cloned().collect();
+        let mut replicas: Vec<Arc<Replica>> =
+            self.shared.roster().replicas.values().cloned().collect();
         replicas.extend(self.ledger.replicas.values().cloned());
-        replicas.iter().flat_map(|replica| replica.lock().take_waiters()).collect()
+        replicas
+            .iter()
+            .flat_map(|replica| replica.lock().take_waiters())
+            .collect()
     }
 }
 
 impl Drop for LogWriter {
     fn drop(&mut self) {
         if !self.stopped {
-            self.fail(&io::Error::new(io::ErrorKind::BrokenPipe, "its writer is gone"), Vec::new());
+            self.fail(
+                &io::Error::new(io::ErrorKind::BrokenPipe, "its writer is gone"),
+                Vec::new(),
+            );
         }
     }
 }
@@ -475,11 +648,33 @@ impl Drop for LogWriter {
 impl Ledger {
     /// The encoded head of a segment.
     fn head(&self, segment: u64, previous_end: Option<u64>, binding: u128) -> Vec<u8> {
-        let replicas = self.replicas.iter().map(|(key, replica)| (*key, replica.lock().written.head())).collect();
-        let highest = self.highest.iter().map(|(group, replica)| (*group, *replica)).collect();
+        let replicas = self
+            .replicas
+            .iter()
+            .map(|(key, replica)| (*key, replica.lock().written.head()))
+            .collect();
+        let highest = self
+            .highest
+            .iter()
+            .map(|(group, replica)| (*group, *replica))
+            .collect();
         let mut bytes = Vec::new();
-        let record = Record::Head(Head { segment, previous_end, replicas, highest });
-        record::encode(&mut bytes, Place { binding, segment, offset: 0 }, NOBODY, &record);
+        let record = Record::Head(Head {
+            segment,
+            previous_end,
+            replicas,
+            highest,
+        });
+        record::encode(
+            &mut bytes,
+            Place {
+                binding,
+                segment,
+                offset: 0,
+            },
+            NOBODY,
+            &record,
+        );
         bytes
     }
 
@@ -503,13 +698,20 @@ impl Ledger {
                 }
             }
             Change::Vote(vote) => self.write_change(&op.replica, &Record::Vote(*vote), batch)?,
-            Change::Truncate(to) => self.write_change(&op.replica, &Record::Truncate(*to), batch)?,
+            Change::Truncate(to) => {
+                self.write_change(&op.replica, &Record::Truncate(*to), batch)?
+            }
             Change::Purge(upto) => self.write_change(&op.replica, &Record::Purge(*upto), batch)?,
         }
         Ok(())
     }
 
-    fn write_committed(&mut self, key: ReplicaKey, id: Option<LogId>, batch: &mut Batch) -> io::Result<()> {
+    fn write_committed(
+        &mut self,
+        key: ReplicaKey,
+        id: Option<LogId>,
+        batch: &mut Batch,
+    ) -> io::Result<()> {
         match self.replicas.get(&key).cloned() {
             Some(replica) => self.write_change(&replica, &Record::Committed(id), batch),
             // Wiped in this batch or before.
@@ -519,29 +721,45 @@ impl Ledger {
 
     /// Returns whether an operation that still waits is to write the entry with this id.
     fn is_early(&self, key: ReplicaKey, id: LogId) -> bool {
-        self.replicas.get(&key).is_some_and(|replica| !replica.lock().written.holds(id))
+        self.replicas
+            .get(&key)
+            .is_some_and(|replica| !replica.lock().written.holds(id))
     }
 
     /// Follows records that are written, as replay would. Nobody sees a part of them.
     fn follow(&mut self, replica: &Replica, records: &[(Record, Spot)]) -> io::Result<()> {
         let mut state = replica.lock();
-        let mut follow = |(record, spot): &(Record, Spot)| state.written.apply(record, *spot, &mut self.live);
-        records.iter().try_for_each(&mut follow).map_err(|error| contradicts(replica.key, &error))
+        let mut follow =
+            |(record, spot): &(Record, Spot)| state.written.apply(record, *spot, &mut self.live);
+        records
+            .iter()
+            .try_for_each(&mut follow)
+            .map_err(|error| contradicts(replica.key, &error))
     }
 
     /// Encodes a record and follows it, as replay would.
-    fn write_change(&mut self, replica: &Replica, record: &Record, batch: &mut Batch) -> io::Result<()> {
+    fn write_change(
+        &mut self,
+        replica: &Replica,
+        record: &Record,
+        batch: &mut Batch,
+    ) -> io::Result<()> {
         let spot = batch.put(replica.key, record)?;
         let followed = replica.lock().written.apply(record, spot, &mut self.live);
         followed.map_err(|error| contradicts(replica.key, &error))
     }
 
-    /// Those whose first live entry is in the segment, with their live bytes. None if one of them is larger than `bytes_max`.
+    /// Those whose first live entry is in the segment, with their live bytes. None if one of them
+    /// is larger than `bytes_max`.
     fn small_replicas_in(&self, segment: u64, bytes_max: u64) -> Option<Vec<(Arc<Replica>, u64)>> {
         let mut pinning = Vec::new();
         for replica in self.replicas.values() {
             let state = replica.lock();
-            let first = state.written.entries().next().map(|(_, entry)| entry.spot.segment);
+            let first = state
+                .written
+                .entries()
+                .next()
+                .map(|(_, entry)| entry.spot.segment);
             let live_bytes = state.written.live_bytes();
             drop(state);
             if first == Some(segment) {

@@ -1,7 +1,8 @@
 //! What the records of the log amount to for one replica, and where its live entries are.
 //!
-//! The writer and the replay both go through [`Written::apply`], record by record, so what is in memory is what a replay would find.
-//! The invariant: entries are contiguous from the purge point to the last id; only a truncate record shortens them at the end.
+//! The writer and the replay both go through [`Written::apply`], record by record, so what is in
+//! memory is what a replay would find. The invariant: entries are contiguous from the purge point
+//! to the last id; only a truncate record shortens them at the end.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -22,7 +23,8 @@ pub(super) struct Spot {
 pub(super) struct Located {
     pub term: u64,
     pub spot: Spot,
-    /// Bytes of the replica's entries up to the end of this one, from an arbitrary start: only differences mean something.
+    /// Bytes of the replica's entries up to the end of this one, from an arbitrary start: only
+    /// differences mean something.
     pub end_bytes: u64,
 }
 
@@ -63,9 +65,17 @@ pub(super) enum Contradiction {
     #[error("entry {id} does not follow {last:?}")]
     Entry { id: LogId, last: Option<LogId> },
     #[error("a truncation to {to:?} of a log that is purged to {purged:?} and ends at {last:?}")]
-    Truncate { to: Option<LogId>, purged: Option<LogId>, last: Option<LogId> },
+    Truncate {
+        to: Option<LogId>,
+        purged: Option<LogId>,
+        last: Option<LogId>,
+    },
     #[error("a purge to {upto} of a log that is purged to {purged:?} and ends at {last:?}")]
-    Purge { upto: LogId, purged: Option<LogId>, last: Option<LogId> },
+    Purge {
+        upto: LogId,
+        purged: Option<LogId>,
+        last: Option<LogId>,
+    },
     #[error("a rebase that does not restate the replica as it was")]
     Restate,
     #[error("a record of another kind within a rebase, or of a rebase outside of one")]
@@ -80,7 +90,8 @@ pub(super) struct Written {
     entries: VecDeque<Located>,
     end_bytes: u64,
     purged_bytes: u64,
-    /// Entries below this index are in segments that are gone. Only while a replay has not yet come to what purged or restated them.
+    /// Entries below this index are in segments that are gone. Only while a replay has not yet come
+    /// to what purged or restated them.
     missing_until: u64,
     restating: Option<VecDeque<Located>>,
 }
@@ -92,7 +103,11 @@ pub(super) fn index_after(id: Option<LogId>) -> u64 {
 impl Written {
     /// A replica at the begin of the first segment: its entries, if any, are not known.
     pub fn restated(head: ReplicaHead) -> Self {
-        Self { head, missing_until: index_after(head.last), ..Self::default() }
+        Self {
+            head,
+            missing_until: index_after(head.last),
+            ..Self::default()
+        }
     }
 
     pub fn head(&self) -> ReplicaHead {
@@ -101,7 +116,8 @@ impl Written {
 
     /// How many entries are known to be live but were not found.
     pub fn missing(&self) -> u64 {
-        self.missing_until.saturating_sub(index_after(self.head.purged))
+        self.missing_until
+            .saturating_sub(index_after(self.head.purged))
     }
 
     pub fn located(&self, index: u64) -> Option<&Located> {
@@ -116,7 +132,9 @@ impl Written {
 
     /// Returns the index of the last live entry in this segment or one before it.
     pub fn last_through(&self, segment: u64) -> Option<u64> {
-        let count = self.entries.partition_point(|entry| entry.spot.segment <= segment) as u64;
+        let count = self
+            .entries
+            .partition_point(|entry| entry.spot.segment <= segment) as u64;
         (count > 0).then(|| self.first() + count - 1)
     }
 
@@ -126,13 +144,20 @@ impl Written {
 
     /// Returns whether the entry with this id is here, or was and is purged.
     pub fn holds(&self, id: LogId) -> bool {
-        id.index < index_after(self.head.purged) || self.located(id.index).is_some_and(|entry| entry.term == id.term)
+        id.index < index_after(self.head.purged)
+            || self
+                .located(id.index)
+                .is_some_and(|entry| entry.term == id.term)
     }
 
-    /// The id through which the entries that are here are known to be committed. The one that a record states counts only while its
-    /// entry is here: earlier versions could write it before that, and what is in the entry's place may be another, to be replaced.
+    /// The id through which the entries that are here are known to be committed. The one that a
+    /// record states counts only while its entry is here: earlier versions could write it before
+    /// that, and what is in the entry's place may be another, to be replaced.
     pub fn committed(&self) -> Option<LogId> {
-        self.head.committed.filter(|id| self.holds(*id)).or(self.head.purged)
+        self.head
+            .committed
+            .filter(|id| self.holds(*id))
+            .or(self.head.purged)
     }
 
     /// Where the byte counts of a replica stand at its purge point and at its end.
@@ -145,7 +170,12 @@ impl Written {
     }
 
     /// Follows one record of this replica, other than its creation and wiping.
-    pub fn apply(&mut self, record: &Record, spot: Spot, live: &mut Live) -> Result<(), Contradiction> {
+    pub fn apply(
+        &mut self,
+        record: &Record,
+        spot: Spot,
+        live: &mut Live,
+    ) -> Result<(), Contradiction> {
         match record {
             Record::Restated(entry) => return self.restate_entry(entry.id, spot, live),
             _ if self.restating.is_some() => return Err(Contradiction::Interrupted),
@@ -164,14 +194,19 @@ impl Written {
                 self.restating = Some(VecDeque::new());
                 self.finish_restating(live);
             }
-            Record::Head(_) | Record::Mark | Record::Create | Record::Wipe | Record::Restated(_) => {
+            Record::Head(_)
+            | Record::Mark
+            | Record::Create
+            | Record::Wipe
+            | Record::Restated(_) => {
                 return Err(Contradiction::Interrupted);
             }
         }
         Ok(())
     }
 
-    /// Gives up a rebase whose last entries were never written: what it would have replaced still stands.
+    /// Gives up a rebase whose last entries were never written: what it would have replaced still
+    /// stands.
     pub fn abandon_restating(&mut self) {
         self.restating = None;
     }
@@ -187,7 +222,11 @@ impl Written {
             return Err(Contradiction::Entry { id, last });
         }
         self.end_bytes += u64::from(spot.len);
-        let located = Located { term: id.term, spot, end_bytes: self.end_bytes };
+        let located = Located {
+            term: id.term,
+            spot,
+            end_bytes: self.end_bytes,
+        };
         live.add(&located);
         self.entries.push_back(located);
         self.head.last = Some(id);
@@ -196,16 +235,23 @@ impl Written {
 
     fn truncate(&mut self, to: Option<LogId>, live: &mut Live) -> Result<(), Contradiction> {
         let ReplicaHead { purged, last, .. } = self.head;
-        let known = to.and_then(|to| self.located(to.index)).map(|entry| entry.term);
+        let known = to
+            .and_then(|to| self.located(to.index))
+            .map(|entry| entry.term);
         let agrees = known.is_none_or(|term| to.is_some_and(|to| to.term == term));
         if index_after(to) < index_after(purged) || index_after(to) > index_after(last) || !agrees {
             return Err(Contradiction::Truncate { to, purged, last });
         }
         let first = self.first();
-        let kept = index_after(to).saturating_sub(first).min(self.entries.len() as u64) as usize;
+        let kept = index_after(to)
+            .saturating_sub(first)
+            .min(self.entries.len() as u64) as usize;
         live.remove(self.entries.drain(kept..));
         self.missing_until = self.missing_until.min(index_after(to));
-        self.end_bytes = self.entries.back().map_or(self.purged_bytes, |entry| entry.end_bytes);
+        self.end_bytes = self
+            .entries
+            .back()
+            .map_or(self.purged_bytes, |entry| entry.end_bytes);
         self.head.last = to;
         Ok(())
     }
@@ -217,7 +263,9 @@ impl Written {
             return Err(Contradiction::Purge { upto, purged, last });
         }
         let first = self.first();
-        let gone = (upto.index.saturating_add(1)).saturating_sub(first).min(self.entries.len() as u64) as usize;
+        let gone = (upto.index.saturating_add(1))
+            .saturating_sub(first)
+            .min(self.entries.len() as u64) as usize;
         if let Some(entry) = gone.checked_sub(1).and_then(|at| self.entries.get(at)) {
             self.purged_bytes = entry.end_bytes;
         }
@@ -229,25 +277,44 @@ impl Written {
         Ok(())
     }
 
-    fn restate_entry(&mut self, id: LogId, spot: Spot, live: &mut Live) -> Result<(), Contradiction> {
+    fn restate_entry(
+        &mut self,
+        id: LogId,
+        spot: Spot,
+        live: &mut Live,
+    ) -> Result<(), Contradiction> {
         let start = index_after(self.head.purged);
         let known = self.located(id.index).map(|entry| entry.term);
-        let Some(restating) = &mut self.restating else { return Err(Contradiction::Interrupted) };
+        let Some(restating) = &mut self.restating else {
+            return Err(Contradiction::Interrupted);
+        };
         if id.index != start + restating.len() as u64 || known.is_some_and(|term| term != id.term) {
             return Err(Contradiction::Restate);
         }
-        let end_bytes = restating.back().map_or(self.purged_bytes, |entry| entry.end_bytes) + u64::from(spot.len);
-        restating.push_back(Located { term: id.term, spot, end_bytes });
+        let end_bytes = restating
+            .back()
+            .map_or(self.purged_bytes, |entry| entry.end_bytes)
+            + u64::from(spot.len);
+        restating.push_back(Located {
+            term: id.term,
+            spot,
+            end_bytes,
+        });
         self.finish_restating(live);
         Ok(())
     }
 
     fn finish_restating(&mut self, live: &mut Live) {
         let count = index_after(self.head.last).saturating_sub(index_after(self.head.purged));
-        if let Some(restated) = self.restating.take_if(|restated| restated.len() as u64 == count) {
+        if let Some(restated) = self
+            .restating
+            .take_if(|restated| restated.len() as u64 == count)
+        {
             live.remove(self.entries.drain(..));
             restated.iter().for_each(|entry| live.add(entry));
-            self.end_bytes = restated.back().map_or(self.purged_bytes, |entry| entry.end_bytes);
+            self.end_bytes = restated
+                .back()
+                .map_or(self.purged_bytes, |entry| entry.end_bytes);
             self.entries = restated;
             self.missing_until = 0;
         }

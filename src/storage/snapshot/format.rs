@@ -7,8 +7,9 @@
 //! trailer  kind 2 · pairs u64 · digest u128 · file length u64 · the head's checksum · checksum of these
 //! ```
 //!
-//! A block that is larger than [`BLOCK_BYTES_MAX`] holds a single pair. Offsets within the checksums find blocks in a wrong place;
-//! count, digest and length find missing ones. A reader believes no length before the checksum over it.
+//! A block that is larger than [`BLOCK_BYTES_MAX`] holds a single pair. Offsets within the
+//! checksums find blocks in a wrong place; count, digest and length find missing ones. A reader
+//! believes no length before the checksum over it.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +30,8 @@ const TRAILER_BYTES: usize = 1 + 8 + 16 + 8 + 4 + 4;
 const CRC_BYTES: usize = 4;
 const KIND_BLOCK: u8 = 1;
 const KIND_TRAILER: u8 = 2;
-/// A file syncs whenever so much of it is written: all at once at its end would hold up the syncs of the log, and so every write of the node.
+/// A file syncs whenever so much of it is written: all at once at its end would hold up the syncs
+/// of the log, and so every write of the node.
 pub const UNSYNCED_BYTES_MAX: usize = 4 << 20;
 
 /// Largest body of a block with more than one pair: what a reader holds at once.
@@ -79,7 +81,16 @@ impl SnapshotWriter {
         let head_checksum = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&head_checksum.to_le_bytes());
         let (body, digest, hasher) = (Vec::new(), Digest::default(), PairHasher::default());
-        let mut writer = Self { file, offset: 0, unsynced: 0, head_checksum, body, body_pairs: 0, digest, hasher };
+        let mut writer = Self {
+            file,
+            offset: 0,
+            unsynced: 0,
+            head_checksum,
+            body,
+            body_pairs: 0,
+            digest,
+            hasher,
+        };
         writer.append(&bytes)?;
         Ok(writer)
     }
@@ -111,7 +122,11 @@ impl SnapshotWriter {
             self.write_block()?;
         }
         let file_bytes = self.offset + TRAILER_BYTES as u64;
-        let trailer = Trailer { digest: self.digest, file_bytes, head_checksum: self.head_checksum };
+        let trailer = Trailer {
+            digest: self.digest,
+            file_bytes,
+            head_checksum: self.head_checksum,
+        };
         self.append(&encode_trailer(&trailer))?;
         self.sync()?;
         Ok((self.file, trailer))
@@ -119,7 +134,10 @@ impl SnapshotWriter {
 
     fn sync(&mut self) -> Result<(), StoreError> {
         self.unsynced = 0;
-        self.file.sync().map_err(|source| StoreError::Io { context: "syncing a snapshot file".into(), source })
+        self.file.sync().map_err(|source| StoreError::Io {
+            context: "syncing a snapshot file".into(),
+            source,
+        })
     }
 
     fn write_block(&mut self) -> Result<(), StoreError> {
@@ -137,10 +155,17 @@ impl SnapshotWriter {
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
         let written = self.file.write_at(bytes, self.offset);
-        written.map_err(|source| StoreError::Io { context: "writing a snapshot file".into(), source })?;
+        written.map_err(|source| StoreError::Io {
+            context: "writing a snapshot file".into(),
+            source,
+        })?;
         self.offset += bytes.len() as u64;
         self.unsynced += bytes.len();
-        if self.unsynced >= UNSYNCED_BYTES_MAX { self.sync() } else { Ok(()) }
+        if self.unsynced >= UNSYNCED_BYTES_MAX {
+            self.sync()
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -148,10 +173,15 @@ impl SnapshotWriter {
 pub fn inspect(file: &dyn DiskFile) -> Result<(SnapshotHead, Trailer), StoreError> {
     let file_bytes = file.len().map_err(unreadable)?;
     let (head, _, head_checksum) = read_head(file)?;
-    let trailer_start = file_bytes.checked_sub(TRAILER_BYTES as u64).ok_or_else(|| damaged("it is too short"))?;
+    let trailer_start = file_bytes
+        .checked_sub(TRAILER_BYTES as u64)
+        .ok_or_else(|| damaged("it is too short"))?;
     let trailer = decode_trailer(&read_exactly(file, trailer_start, TRAILER_BYTES)?)?;
     if trailer.file_bytes != file_bytes {
-        return Err(damaged(&format!("it is {file_bytes} bytes long and should be {}", trailer.file_bytes)));
+        return Err(damaged(&format!(
+            "it is {file_bytes} bytes long and should be {}",
+            trailer.file_bytes
+        )));
     }
     if trailer.head_checksum != head_checksum {
         return Err(damaged("its head and its trailer are of two files"));
@@ -159,9 +189,14 @@ pub fn inspect(file: &dyn DiskFile) -> Result<(SnapshotHead, Trailer), StoreErro
     Ok((head, trailer))
 }
 
-/// Visits every pair, block by block; none is shown before the checksum of its block held. Fails at the end if the whole is not what
-/// the trailer says: only its success makes what was visited believable.
-pub fn read_pairs(file: &dyn DiskFile, trailer: &Trailer, visit: &mut Visit<'_>) -> Result<(), StoreError> {
+/// Visits every pair, block by block; none is shown before the checksum of its block held. Fails at
+/// the end if the whole is not what the trailer says: only its success makes what was visited
+/// believable.
+pub fn read_pairs(
+    file: &dyn DiskFile,
+    trailer: &Trailer,
+    visit: &mut Visit<'_>,
+) -> Result<(), StoreError> {
     let (_, mut offset, head_checksum) = read_head(file)?;
     let end = trailer.file_bytes.saturating_sub(TRAILER_BYTES as u64);
     let (mut digest, mut hasher) = (Digest::default(), PairHasher::default());
@@ -169,7 +204,8 @@ pub fn read_pairs(file: &dyn DiskFile, trailer: &Trailer, visit: &mut Visit<'_>)
         let (body, pairs) = read_block(file, offset, end)?;
         let mut rest = &body[..];
         for _ in 0..pairs {
-            let (key, value) = split_pair(&mut rest).ok_or_else(|| damaged("a pair does not fit its block"))?;
+            let (key, value) =
+                split_pair(&mut rest).ok_or_else(|| damaged("a pair does not fit its block"))?;
             digest.add(hasher.hash(key, value));
             visit(key, value)?;
         }
@@ -207,7 +243,10 @@ fn read_head(file: &dyn DiskFile) -> Result<(SnapshotHead, u64, u32), StoreError
     let format = u32_at(&start, 8);
     if format != FORMAT {
         let reason = format!("format {format} is unknown to this version");
-        return Err(StoreError::Undecodable { what: "a snapshot file", reason });
+        return Err(StoreError::Undecodable {
+            what: "a snapshot file",
+            reason,
+        });
     }
     let head = codec::decode(&checked[HEAD_START_BYTES..], "the head of a snapshot file")?;
     Ok((head, bytes.len() as u64, checksum))
@@ -218,7 +257,9 @@ fn read_block(file: &dyn DiskFile, offset: u64, end: u64) -> Result<(Vec<u8>, u3
     let start = read_exactly(file, offset, BLOCK_START_BYTES)?;
     let (checked, checksum) = start.split_at(BLOCK_START_BYTES - CRC_BYTES);
     if placed_checksum(offset, checked) != u32_at(checksum, 0) || checked[0] != KIND_BLOCK {
-        return Err(damaged(&format!("the block at {offset} does not match its checksum")));
+        return Err(damaged(&format!(
+            "the block at {offset} does not match its checksum"
+        )));
     }
     let (body_bytes, pairs) = (u32_at(checked, 1), u32_at(checked, 5));
     let body_start = offset + BLOCK_START_BYTES as u64;
@@ -229,7 +270,9 @@ fn read_block(file: &dyn DiskFile, offset: u64, end: u64) -> Result<(Vec<u8>, u3
     let checksum = u32_at(&body, body_bytes as usize);
     body.truncate(body_bytes as usize);
     if placed_checksum(offset, &body) != checksum {
-        return Err(damaged(&format!("the block at {offset} does not match its checksum")));
+        return Err(damaged(&format!(
+            "the block at {offset} does not match its checksum"
+        )));
     }
     Ok((body, pairs))
 }
@@ -261,8 +304,15 @@ fn decode_trailer(bytes: &[u8]) -> Result<Trailer, StoreError> {
         return Err(damaged("its trailer does not match its checksum"));
     }
     let sum = u128::from_le_bytes(checked[9..25].try_into().expect("sixteen bytes"));
-    let digest = Digest { pairs: u64_at(checked, 1), sum };
-    Ok(Trailer { digest, file_bytes: u64_at(checked, 25), head_checksum: u32_at(checked, 33) })
+    let digest = Digest {
+        pairs: u64_at(checked, 1),
+        sum,
+    };
+    Ok(Trailer {
+        digest,
+        file_bytes: u64_at(checked, 25),
+        head_checksum: u32_at(checked, 33),
+    })
 }
 
 /// A checksum that also holds where the bytes are.
@@ -290,7 +340,10 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 }
 
 fn length(bytes: usize) -> Result<u32, StoreError> {
-    let too_long = |_| StoreError::Undecodable { what: "a pair", reason: format!("{bytes} bytes do not fit a snapshot file") };
+    let too_long = |_| StoreError::Undecodable {
+        what: "a pair",
+        reason: format!("{bytes} bytes do not fit a snapshot file"),
+    };
     u32::try_from(bytes).map_err(too_long)
 }
 

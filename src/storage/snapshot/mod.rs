@@ -1,10 +1,13 @@
-//! Snapshot files: a replica's map at one applied log id, the durable half of what a tree can be rebuilt from.
+//! Snapshot files: a replica's map at one applied log id, the durable half of what a tree can be
+//! rebuilt from.
 //!
 //! - `format`: the bytes, written and read as a stream, every one of them under a checksum;
 //! - `files`: the directory of them: names, publishing by rename, leftovers;
-//! - [`Snapshot`]: one that is open, for installing and for sending; [`SnapshotReceiver`]: one that is arriving.
+//! - [`Snapshot`]: one that is open, for installing and for sending; [`SnapshotReceiver`]: one that
+//!   is arriving.
 //!
-//! A published file is never changed. The file that it replaces is removed only after the new name is durable.
+//! A published file is never changed. The file that it replaces is removed only after the new name
+//! is durable.
 
 pub mod files;
 pub mod format;
@@ -47,7 +50,16 @@ impl Snapshot {
     pub(crate) fn open(files: &SnapshotFiles, path: &Path) -> Result<Self, StoreError> {
         let file = files.open_file(path)?;
         let (head, trailer) = format::inspect(&*file).map_err(|error| named(path, error))?;
-        Ok(Self::new(files, file, head, trailer, Place { path: path.to_owned(), published: true }))
+        Ok(Self::new(
+            files,
+            file,
+            head,
+            trailer,
+            Place {
+                path: path.to_owned(),
+                published: true,
+            },
+        ))
     }
 
     /// A file that was just written or received, still under its temporary name.
@@ -58,11 +70,34 @@ impl Snapshot {
         trailer: Trailer,
         path: PathBuf,
     ) -> Self {
-        Self::new(files, file, head, trailer, Place { path, published: false })
+        Self::new(
+            files,
+            file,
+            head,
+            trailer,
+            Place {
+                path,
+                published: false,
+            },
+        )
     }
 
-    fn new(files: &SnapshotFiles, file: Box<dyn DiskFile>, head: SnapshotHead, trailer: Trailer, place: Place) -> Self {
-        Self { inner: Arc::new(Inner { file, head, trailer, files: files.clone(), place: Mutex::new(place) }) }
+    fn new(
+        files: &SnapshotFiles,
+        file: Box<dyn DiskFile>,
+        head: SnapshotHead,
+        trailer: Trailer,
+        place: Place,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                file,
+                head,
+                trailer,
+                files: files.clone(),
+                place: Mutex::new(place),
+            }),
+        }
     }
 
     /// Returns whether both are the same open file.
@@ -89,16 +124,25 @@ impl Snapshot {
     }
 
     pub fn path(&self) -> PathBuf {
-        self.inner.place.lock().expect("no holder panics").path.clone()
+        self.inner
+            .place
+            .lock()
+            .expect("no holder panics")
+            .path
+            .clone()
     }
 
     /// Reads the file's own bytes, for sending. Fewer than asked for only at the end.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, StoreError> {
         let read = self.inner.file.read_at(buffer, offset);
-        read.map_err(|source| StoreError::Io { context: format!("reading snapshot {}", self.path().display()), source })
+        read.map_err(|source| StoreError::Io {
+            context: format!("reading snapshot {}", self.path().display()),
+            source,
+        })
     }
 
-    /// Visits every pair, each checked before it is shown; an error at the end takes back the belief in all of them.
+    /// Visits every pair, each checked before it is shown; an error at the end takes back the
+    /// belief in all of them.
     pub fn for_each(&self, visit: &mut Visit<'_>) -> Result<(), StoreError> {
         let result = format::read_pairs(&*self.inner.file, &self.inner.trailer, visit);
         result.map_err(|error| named(&self.path(), error))
@@ -126,18 +170,24 @@ impl Drop for Inner {
 
 impl fmt::Debug for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Snapshot").field("path", &self.path()).field("applied", self.applied()).finish_non_exhaustive()
+        f.debug_struct("Snapshot")
+            .field("path", &self.path())
+            .field("applied", self.applied())
+            .finish_non_exhaustive()
     }
 }
 
 fn named(path: &Path, error: StoreError) -> StoreError {
     match error {
-        StoreError::Damaged(reason) => StoreError::Damaged(format!("snapshot {}: {reason}", path.display())),
+        StoreError::Damaged(reason) => {
+            StoreError::Damaged(format!("snapshot {}: {reason}", path.display()))
+        }
         other => other,
     }
 }
 
-/// A snapshot file that is arriving from another replica, in order. Dropped before [`SnapshotReceiver::finish`], it leaves nothing.
+/// A snapshot file that is arriving from another replica, in order. Dropped before
+/// [`SnapshotReceiver::finish`], it leaves nothing.
 pub struct SnapshotReceiver {
     files: SnapshotFiles,
     key: ReplicaKey,
@@ -150,7 +200,14 @@ pub struct SnapshotReceiver {
 impl SnapshotReceiver {
     pub(crate) fn begin(files: &SnapshotFiles, key: ReplicaKey) -> Result<Self, StoreError> {
         let (path, file) = files.create_temporary(key)?;
-        Ok(Self { files: files.clone(), key, path, file: Some(file), bytes_len: 0, unsynced: 0 })
+        Ok(Self {
+            files: files.clone(),
+            key,
+            path,
+            file: Some(file),
+            bytes_len: 0,
+            unsynced: 0,
+        })
     }
 
     /// How much has arrived: where a broken transfer goes on.
@@ -158,43 +215,70 @@ impl SnapshotReceiver {
         self.bytes_len
     }
 
-    /// Takes the next bytes. What arrives twice is passed over; a gap is an error. Blocking: now and then it syncs.
+    /// Takes the next bytes. What arrives twice is passed over; a gap is an error. Blocking: now
+    /// and then it syncs.
     pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
         let known = self.bytes_len.checked_sub(offset).ok_or_else(|| {
-            let reason = format!("a snapshot chunk at {offset} was sent where {} was due", self.bytes_len);
-            StoreError::Undecodable { what: "snapshot transfer", reason }
+            let reason = format!(
+                "a snapshot chunk at {offset} was sent where {} was due",
+                self.bytes_len
+            );
+            StoreError::Undecodable {
+                what: "snapshot transfer",
+                reason,
+            }
         })?;
-        let known = usize::try_from(known).unwrap_or(usize::MAX).min(bytes.len());
+        let known = usize::try_from(known)
+            .unwrap_or(usize::MAX)
+            .min(bytes.len());
         let new = &bytes[known..];
         if let Some(file) = &self.file
             && !new.is_empty()
         {
-            file.write_at(new, self.bytes_len).map_err(|source| files::io_error("writing", &self.path, source))?;
+            file.write_at(new, self.bytes_len)
+                .map_err(|source| files::io_error("writing", &self.path, source))?;
             self.bytes_len += new.len() as u64;
             self.unsynced += new.len();
             if self.unsynced >= UNSYNCED_BYTES_MAX {
                 self.unsynced = 0;
-                file.sync().map_err(|source| files::io_error("syncing", &self.path, source))?;
+                file.sync()
+                    .map_err(|source| files::io_error("syncing", &self.path, source))?;
             }
         }
         Ok(())
     }
 
-    /// Makes it durable and verifies every byte. It is not yet the replica's snapshot: installing makes it so. Blocking.
+    /// Makes it durable and verifies every byte. It is not yet the replica's snapshot: installing
+    /// makes it so. Blocking.
     pub fn finish(mut self) -> Result<Snapshot, StoreError> {
-        let file = self.file.take().expect("only finishing takes it, and consumes the receiver");
+        let file = self
+            .file
+            .take()
+            .expect("only finishing takes it, and consumes the receiver");
         // From here on its guardian is the snapshot, or the check below.
         let path = std::mem::take(&mut self.path);
-        let checked = file.sync().map_err(|source| files::io_error("syncing", &path, source)).and_then(|()| {
-            let (head, trailer) = format::inspect(&*file)?;
-            if head.key.group != self.key.group {
-                return Err(StoreError::Damaged(format!("it is of {}, not of {}", head.key.group, self.key.group)));
-            }
-            format::read_pairs(&*file, &trailer, &mut |_, _| Ok(()))?;
-            Ok((head, trailer))
-        });
+        let checked = file
+            .sync()
+            .map_err(|source| files::io_error("syncing", &path, source))
+            .and_then(|()| {
+                let (head, trailer) = format::inspect(&*file)?;
+                if head.key.group != self.key.group {
+                    return Err(StoreError::Damaged(format!(
+                        "it is of {}, not of {}",
+                        head.key.group, self.key.group
+                    )));
+                }
+                format::read_pairs(&*file, &trailer, &mut |_, _| Ok(()))?;
+                Ok((head, trailer))
+            });
         match checked {
-            Ok((head, trailer)) => Ok(Snapshot::unpublished(&self.files, file, head, trailer, path)),
+            Ok((head, trailer)) => Ok(Snapshot::unpublished(
+                &self.files,
+                file,
+                head,
+                trailer,
+                path,
+            )),
             Err(error) => {
                 self.files.discard(&path);
                 Err(named(&path, error))

@@ -27,20 +27,26 @@ impl Replica {
     ///
     /// Only for the holder of the pen.
     pub(super) fn retire_oldest(&self) {
-        let Some(oldest) = self.read_tables().frozen.front().cloned() else { return };
+        let Some(oldest) = self.read_tables().frozen.front().cloned() else {
+            return;
+        };
         let is_merged = self.merge_into_clean(&oldest.table);
         drop(oldest);
 
         let mut tables = self.write_tables();
         let clean_before = tables.clean_bytes();
-        let Some(retired) = tables.retire_oldest() else { return };
+        let Some(retired) = tables.retire_oldest() else {
+            return;
+        };
         let retired_bytes = retired.table.bytes();
         let mut dropped = None;
         if !is_merged {
             let is_kept = !retired.table.is_empty() && self.shared.has_room_for_clean();
             dropped = std::mem::replace(&mut tables.clean, is_kept.then_some(retired));
         }
-        self.shared.clean_bytes.replace(clean_before, tables.clean_bytes());
+        self.shared
+            .clean_bytes
+            .replace(clean_before, tables.clean_bytes());
         self.shared.frozen_bytes.replace(retired_bytes, 0);
         drop(tables);
 
@@ -61,7 +67,9 @@ impl Replica {
         while changes.peek().is_some() {
             let mut tables = self.write_tables();
             // It may have been dropped between two turns, or somebody else holds it for a moment.
-            let Some(clean) = tables.clean.as_mut().and_then(Arc::get_mut) else { return false };
+            let Some(clean) = tables.clean.as_mut().and_then(Arc::get_mut) else {
+                return false;
+            };
             let before = clean.table.bytes();
             for (key, change) in changes.by_ref().take(CHANGES_PER_TURN) {
                 clean.table.refresh(key, change, bytes_max);
@@ -88,14 +96,18 @@ impl Replica {
 }
 
 impl Shared {
-    /// Returns whether the tables, clean ones among them, have outgrown what they may have together.
+    /// Returns whether the tables, clean ones among them, have outgrown what they may have
+    /// together.
     pub(super) fn wants_clean_dropped(&self) -> bool {
         self.clean_bytes.get() > 0 && !self.has_room_for_clean()
     }
 
     /// A table that becomes clean was counted before: so what there is decides.
     fn has_room_for_clean(&self) -> bool {
-        let unclean = self.active_bytes.get().saturating_add(self.frozen_bytes.get());
+        let unclean = self
+            .active_bytes
+            .get()
+            .saturating_add(self.frozen_bytes.get());
         let tables = unclean.saturating_add(self.clean_bytes.get());
         tables <= self.options.node_bytes_max
     }
@@ -105,7 +117,10 @@ impl Shared {
         if !self.wants_clean_dropped() {
             return;
         }
-        let unclean = self.active_bytes.get().saturating_add(self.frozen_bytes.get());
+        let unclean = self
+            .active_bytes
+            .get()
+            .saturating_add(self.frozen_bytes.get());
         let goal = (self.options.node_bytes_max / 8 * 7).saturating_sub(unclean);
         let mut replicas = self.open_replicas();
         replicas.sort_by_cached_key(|replica| Reverse(replica.clean_bytes()));

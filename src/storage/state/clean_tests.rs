@@ -1,4 +1,5 @@
-//! The clean table: gets of quiet data do not ask the tree, and what it says is what the tree says, whatever happens to the map.
+//! The clean table: gets of quiet data do not ask the tree, and what it says is what the tree says,
+//! whatever happens to the map.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,7 +8,9 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::crash_tests::{ModelLog, donated, index_of};
-use super::tests::{KEY, Model, TestLog, applied, apply_to_model, assert_is, open, small_options, step};
+use super::tests::{
+    KEY, Model, TestLog, applied, apply_to_model, assert_is, open, small_options, step,
+};
 use super::*;
 use crate::sm::ports::{KeyRange, Read, WriteBatch};
 use crate::storage::ReplicaKey;
@@ -19,15 +22,25 @@ use crate::types::{GroupId, ReplicaId};
 
 fn put(state: &ReplicaState, index: u64, pairs: &[(&str, usize)]) {
     let mut batch = WriteBatch::default();
-    pairs.iter().for_each(|(key, len)| batch.put(key.to_string(), vec![index as u8; *len]));
+    pairs
+        .iter()
+        .for_each(|(key, len)| batch.put(key.to_string(), vec![index as u8; *len]));
     state.apply(batch, applied(index)).expect("applied");
 }
 
 /// Writes all tables to the tree, and leaves no tree to read from: its handles are dead.
-fn write_down_and_lose_the_tree(state: &ReplicaState, checkpointer: &mut Checkpointer, trees: &MemTrees) {
+fn write_down_and_lose_the_tree(
+    state: &ReplicaState,
+    checkpointer: &mut Checkpointer,
+    trees: &MemTrees,
+) {
     state.write_down();
     while checkpointer.pump() {}
-    assert_eq!(state.bytes(), TableBytes::default(), "all of it is in the tree");
+    assert_eq!(
+        state.bytes(),
+        TableBytes::default(),
+        "all of it is in the tree"
+    );
     trees.crash(Crash::Kill, 1);
 }
 
@@ -43,8 +56,17 @@ fn a_get_of_what_was_written_down_does_not_ask_the_tree() {
     write_down_and_lose_the_tree(&state, &mut checkpointer, &trees);
 
     let guard = state.read();
-    assert_eq!(guard.get(b"a").expect("in memory").as_deref(), Some(&[1; 9][..]));
-    assert_eq!(guard.start_of(b"a", 2).expect("in memory").map(|start| start.len), Some(9));
+    assert_eq!(
+        guard.get(b"a").expect("in memory").as_deref(),
+        Some(&[1; 9][..])
+    );
+    assert_eq!(
+        guard
+            .start_of(b"a", 2)
+            .expect("in memory")
+            .map(|start| start.len),
+        Some(9)
+    );
     assert_eq!(guard.get(b"b").expect("in memory"), None);
     guard.get(b"c").expect_err("only the tree could tell");
 }
@@ -65,8 +87,14 @@ fn a_small_table_leaves_the_gets_of_other_keys_in_memory() {
     write_down_and_lose_the_tree(&state, &mut checkpointer, &trees);
 
     let guard = state.read();
-    assert_eq!(guard.get(b"a").expect("in memory").as_deref(), Some(&[1; 900][..]));
-    assert_eq!(guard.get(b"b").expect("in memory").as_deref(), Some(&[2; 7][..]));
+    assert_eq!(
+        guard.get(b"a").expect("in memory").as_deref(),
+        Some(&[1; 900][..])
+    );
+    assert_eq!(
+        guard.get(b"b").expect("in memory").as_deref(),
+        Some(&[2; 7][..])
+    );
 }
 
 #[test]
@@ -81,33 +109,56 @@ fn a_clean_table_that_is_full_forgets_what_it_has_no_room_for() {
     write_down_and_lose_the_tree(&state, &mut checkpointer, &trees);
 
     assert!(state.read().get(b"a").expect("in memory").is_some());
-    state.read().get(b"b").expect_err("an old value stayed, or more than a table may have");
+    state
+        .read()
+        .get(b"b")
+        .expect_err("an old value stayed, or more than a table may have");
 }
 
 /// Every clean entry is that of the tree, unless a table above hides it; and the sums are right.
 fn assert_clean_is_true(store: &StateStore, state: &ReplicaState, context: &str) {
     let tables = state.replica.read_tables();
-    assert_eq!(store.metrics().clean_bytes, tables.clean_bytes(), "{context}");
+    assert_eq!(
+        store.metrics().clean_bytes,
+        tables.clean_bytes(),
+        "{context}"
+    );
     let Some(clean) = &tables.clean else { return };
     let mut bytes = 0;
     for (key, change) in clean.table.iter() {
         bytes += key.len() + 160 + change.as_ref().map_or(0, |value| value.len());
-        let is_hidden = tables.frozen.iter().any(|frozen| frozen.table.iter().any(|(hidden, _)| hidden == key));
+        let is_hidden = tables
+            .frozen
+            .iter()
+            .any(|frozen| frozen.table.iter().any(|(hidden, _)| hidden == key));
         let stored = tables.tree.get(key).expect("readable");
-        assert!(is_hidden || stored == *change, "{context}: {key:?} is stale");
+        assert!(
+            is_hidden || stored == *change,
+            "{context}: {key:?} is stale"
+        );
     }
     assert_eq!(clean.table.bytes(), bytes, "{context}");
     // A table is frozen with the batch that fills it.
-    assert!(bytes <= small_options().table_bytes_max + 16_000, "{context}: {bytes}");
+    assert!(
+        bytes <= small_options().table_bytes_max + 16_000,
+        "{context}: {bytes}"
+    );
 }
 
 /// What moves do when slots have left: everything in a range goes.
 fn clear(state: &ReplicaState, model: &mut Model, random: &mut StdRng, index: u64) {
     let from = random.random_range(0..250);
-    let range = KeyRange { start: format!("k{from:03}").into(), end: Some(format!("k{:03}", from + 50).into()) };
+    let range = KeyRange {
+        start: format!("k{from:03}").into(),
+        end: Some(format!("k{:03}", from + 50).into()),
+    };
     let mut batch = WriteBatch::default();
-    let keys: Vec<_> = state.read().scan(&range, crate::sm::ports::Direction::Forward).collect();
-    keys.into_iter().for_each(|pair| batch.delete(pair.expect("readable").0));
+    let keys: Vec<_> = state
+        .read()
+        .scan(&range, crate::sm::ports::Direction::Forward)
+        .collect();
+    keys.into_iter()
+        .for_each(|pair| batch.delete(pair.expect("readable").0));
     apply_to_model(model, &batch);
     state.apply(batch, applied(index)).expect("applied");
 }
@@ -149,7 +200,9 @@ fn a_map_with_a_clean_table_is_what_a_model_is_whatever_happens_to_it() {
                 15 => {
                     let log = ModelLog::random(&mut random, index as usize + 20);
                     let (donated, _donor) = donated(&log, index + 20);
-                    state.install(&super::tests::send(&donated, &state)).expect("installed");
+                    state
+                        .install(&super::tests::send(&donated, &state))
+                        .expect("installed");
                     index = index_of(&state.applied());
                     model = log.map_at(index);
                 }
@@ -179,13 +232,22 @@ fn a_map_with_a_clean_table_is_what_a_model_is_whatever_happens_to_it() {
 
 #[test]
 fn clean_tables_make_room_for_the_others() {
-    let options =
-        StateOptions { table_bytes_max: 1 << 20, frozen_bytes_max: 1 << 20, node_bytes_max: 400_000, ..StateOptions::default() };
+    let options = StateOptions {
+        table_bytes_max: 1 << 20,
+        frozen_bytes_max: 1 << 20,
+        node_bytes_max: 400_000,
+        ..StateOptions::default()
+    };
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
     let opened = StateStore::open(Arc::new(MemTrees::new()), disk, Path::new("/data"), options);
     let (store, mut checkpointer) = opened.expect("opened");
-    let keys = (1..=100).map(|n| ReplicaKey { group: GroupId(n), replica: ReplicaId(n) });
-    let states: Vec<_> = keys.map(|key| store.replica(key, TestLog::durable()).expect("opened")).collect();
+    let keys = (1..=100).map(|n| ReplicaKey {
+        group: GroupId(n),
+        replica: ReplicaId(n),
+    });
+    let states: Vec<_> = keys
+        .map(|key| store.replica(key, TestLog::durable()).expect("opened"))
+        .collect();
     let mut clean_max = 0;
 
     for index in 1..=20 {
@@ -198,5 +260,8 @@ fn clean_tables_make_room_for_the_others() {
             assert!(tables <= 410_000, "{metrics:?}");
         }
     }
-    assert!(clean_max > 200_000, "what nobody needs is not used: {clean_max}");
+    assert!(
+        clean_max > 200_000,
+        "what nobody needs is not used: {clean_max}"
+    );
 }

@@ -1,15 +1,18 @@
-//! Gives back the space that overwritten and deleted values leave in the trees: what is left of the trees is copied to a fresh place,
-//! and the old place goes with its last tree.
+//! Gives back the space that overwritten and deleted values leave in the trees: what is left of the
+//! trees is copied to a fresh place, and the old place goes with its last tree.
 //!
 //! One replica after another, while it serves and is written to:
 //! 1. A new generation of its tree is begun in the fresh place.
-//! 2. Pages of pairs are copied to it, each with the pen in hand, so that the tree stands still; between two pages others have their turn.
-//!    A checkpoint meanwhile writes to both trees what is before the place that the copy has come to.
-//! 3. With the last page the copy has the digest of the tree, or one of them is damaged. It gets its record and is flushed; then it takes
-//!    the tree's place under the same tables, and the old generation is dropped.
+//! 2. Pages of pairs are copied to it, each with the pen in hand, so that the tree stands still;
+//!    between two pages others have their turn. A checkpoint meanwhile writes to both trees what is
+//!    before the place that the copy has come to.
+//! 3. With the last page the copy has the digest of the tree, or one of them is damaged. It gets
+//!    its record and is flushed; then it takes the tree's place under the same tables, and the old
+//!    generation is dropped.
 //!
-//! A crash leaves a copy without a record, which nobody believes, or two true generations, of which the higher counts. Whoever puts another
-//! tree in place meanwhile, as an installation does, ends the copy.
+//! A crash leaves a copy without a record, which nobody believes, or two true generations, of which
+//! the higher counts. Whoever puts another tree in place meanwhile, as an installation does, ends
+//! the copy.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -26,13 +29,13 @@ use crate::sm::ports::{Direction, KeyRange, StoreError};
 use crate::storage::ReplicaKey;
 use crate::storage::tree::Tree;
 
-/// Of what a place takes, so many parts may be garbage for one that is not. Copying then costs a fraction of what was written since
-/// the last time.
+/// Of what a place takes, so many parts may be garbage for one that is not. Copying then costs a
+/// fraction of what was written since the last time.
 const GARBAGE_FACTOR: u64 = 3;
 /// A page ends once this much is copied: so long the pen is held.
 const PAGE_BYTES: u64 = 256 << 10;
-/// Pages between two flushes of the copy: the trees keep in memory what is not flushed. Then it is seen, too, whether there is
-/// still room for the rest.
+/// Pages between two flushes of the copy: the trees keep in memory what is not flushed. Then it is
+/// seen, too, whether there is still room for the rest.
 const PAGES_UNFLUSHED_MAX: u32 = 32;
 
 /// A copy of a tree on its way.
@@ -65,7 +68,13 @@ impl TreeCopy {
     /// Copies the next page. False at the end.
     fn copy_page(&mut self, from: &dyn Tree, pairs_max: usize) -> Result<bool, StoreError> {
         let (mut pairs, mut bytes) = (0, 0);
-        for pair in from.scan(&KeyRange { start: self.next.clone(), end: None }, Direction::Forward) {
+        for pair in from.scan(
+            &KeyRange {
+                start: self.next.clone(),
+                end: None,
+            },
+            Direction::Forward,
+        ) {
             if pairs >= pairs_max || bytes >= PAGE_BYTES {
                 return Ok(true);
             }
@@ -96,10 +105,15 @@ impl StateStore {
         Ok(is_due(self.shared()) || !self.shared().trees.outdated()?.is_empty())
     }
 
-    /// Copies all trees to a fresh place where they take far more space than what is in them, and goes on with what an earlier
-    /// call has left. `stored` are the replicas that this node has: a tree of another was to be dropped and is. Blocking, and long; returns
-    /// early once `keep_on` says no more. An error leaves the trees in use where they were.
-    pub fn compact(&self, stored: &[ReplicaKey], keep_on: &dyn Fn() -> bool) -> Result<(), StoreError> {
+    /// Copies all trees to a fresh place where they take far more space than what is in them, and
+    /// goes on with what an earlier call has left. `stored` are the replicas that this node has: a
+    /// tree of another was to be dropped and is. Blocking, and long; returns early once `keep_on`
+    /// says no more. An error leaves the trees in use where they were.
+    pub fn compact(
+        &self,
+        stored: &[ReplicaKey],
+        keep_on: &dyn Fn() -> bool,
+    ) -> Result<(), StoreError> {
         let shared = self.shared();
         let trees = &*shared.trees;
         if trees.outdated()?.is_empty() {
@@ -107,8 +121,16 @@ impl StateStore {
                 return Ok(());
             }
             drop_orphans(shared, stored)?;
-            let open: BTreeSet<String> = shared.open_replicas().iter().map(|replica| replica.key.to_string()).collect();
-            if !trees.names()?.iter().all(|name| open.contains(owner_of(name))) {
+            let open: BTreeSet<String> = shared
+                .open_replicas()
+                .iter()
+                .map(|replica| replica.key.to_string())
+                .collect();
+            if !trees
+                .names()?
+                .iter()
+                .all(|name| open.contains(owner_of(name)))
+            {
                 // The old place would stay for the tree that nobody can copy.
                 return Ok(());
             }
@@ -117,8 +139,11 @@ impl StateStore {
         drop_orphans(shared, stored)?;
         let before = trees.disk_bytes();
         for replica in shared.weak_replicas() {
-            // One that was closed meanwhile must not wait for its turn with its tables and its name.
-            let Some(replica) = replica.upgrade().filter(|replica| replica.check().is_ok()) else { continue };
+            // One that was closed meanwhile must not wait for its turn with its tables and its
+            // name.
+            let Some(replica) = replica.upgrade().filter(|replica| replica.check().is_ok()) else {
+                continue;
+            };
             if keep_on() && copy_if_outdated(&replica, keep_on)? == Some(Copied::Switched) {
                 shared.counters.trees_copied.fetch_add(1, Ordering::Relaxed);
             }
@@ -129,19 +154,22 @@ impl StateStore {
             tracing::info!(
                 before,
                 after,
-                "the trees of the maps were copied to give back the space of what was overwritten and deleted"
+                "the trees of the maps were copied to give back the space of what was overwritten \
+                and deleted"
             );
         }
         Ok(())
     }
 }
 
-/// Whether the trees take so much more than what is in them that copying pays. However much a tree takes that was just copied, it must
-/// have grown to twice of that.
+/// Whether the trees take so much more than what is in them that copying pays. However much a tree
+/// takes that was just copied, it must have grown to twice of that.
 fn is_due(shared: &Shared) -> bool {
     let disk = shared.trees.disk_bytes();
     shared.trees_disk_bytes.store(disk, Ordering::Relaxed);
-    let allowed = GARBAGE_FACTOR.saturating_mul(shared.live_bytes()).saturating_add(shared.options.garbage_bytes_max);
+    let allowed = GARBAGE_FACTOR
+        .saturating_mul(shared.live_bytes())
+        .saturating_add(shared.options.garbage_bytes_max);
     disk > allowed && disk / 2 > shared.compacted_bytes.load(Ordering::Relaxed)
 }
 
@@ -155,7 +183,11 @@ fn drop_orphans(shared: &Shared, stored: &[ReplicaKey]) -> Result<(), StoreError
     // The names first: a tree that is there by now is of a replica that was claimed before.
     let names = shared.trees.names()?;
     let claimed = shared.claimed();
-    let known: BTreeSet<String> = stored.iter().chain(&claimed).map(ToString::to_string).collect();
+    let known: BTreeSet<String> = stored
+        .iter()
+        .chain(&claimed)
+        .map(ToString::to_string)
+        .collect();
     for name in names.iter().filter(|name| !known.contains(owner_of(name))) {
         tracing::info!(tree = %name, "the tree of a replica that is gone was dropped");
         shared.trees.drop_tree(name)?;
@@ -163,8 +195,12 @@ fn drop_orphans(shared: &Shared, stored: &[ReplicaKey]) -> Result<(), StoreError
     Ok(())
 }
 
-/// Copies the tree of a replica, if it is in an old place, and drops what else the replica has there. None: there was nothing to copy.
-fn copy_if_outdated(replica: &Arc<Replica>, keep_on: &dyn Fn() -> bool) -> Result<Option<Copied>, StoreError> {
+/// Copies the tree of a replica, if it is in an old place, and drops what else the replica has
+/// there. None: there was nothing to copy.
+fn copy_if_outdated(
+    replica: &Arc<Replica>,
+    keep_on: &dyn Fn() -> bool,
+) -> Result<Option<Copied>, StoreError> {
     let trees = &*replica.shared.trees;
     let outdated = trees.outdated()?;
     let is_outdated = |generation: u64| outdated.contains(&tree_name(replica.key, generation));
@@ -178,7 +214,8 @@ fn copy_if_outdated(replica: &Arc<Replica>, keep_on: &dyn Fn() -> bool) -> Resul
         let pen = replica.lock_pen_last();
         let (current, is_prepared) = (pen.record.generation, pen.prepared.is_some());
         drop(pen);
-        // One that is to take the tree's place has no record yet; whoever prepared it removes the rest.
+        // One that is to take the tree's place has no record yet; whoever prepared it removes the
+        // rest.
         if !is_prepared {
             open::drop_others(trees, replica.key, &generations, current);
         }
@@ -194,9 +231,14 @@ fn copy(replica: &Arc<Replica>, keep_on: &dyn Fn() -> bool) -> Result<Copied, St
             break Ok(Copied::Ended);
         }
         let mut pen = replica.lock_pen_last();
-        // What waits to be written would else wait for the end of the copy: whoever finds the pen taken goes away.
+        // What waits to be written would else wait for the end of the copy: whoever finds the pen
+        // taken goes away.
         if let Err(error) = replica.checkpoint_ready(&mut pen) {
-            break if replica.is_wiped() { Ok(Copied::Ended) } else { Err(error) };
+            break if replica.is_wiped() {
+                Ok(Copied::Ended)
+            } else {
+                Err(error)
+            };
         }
         match step(replica, &mut pen, generation, &mut pages) {
             Ok(None) => {}
@@ -206,8 +248,15 @@ fn copy(replica: &Arc<Replica>, keep_on: &dyn Fn() -> bool) -> Result<Copied, St
     };
     if !matches!(copied, Ok(Copied::Switched)) {
         let mut pen = replica.lock_pen_last();
-        if pen.copy.take_if(|copy| copy.generation == generation).is_some() {
-            replica.shared.trees.drop_tree(&tree_name(replica.key, generation))?;
+        if pen
+            .copy
+            .take_if(|copy| copy.generation == generation)
+            .is_some()
+        {
+            replica
+                .shared
+                .trees
+                .drop_tree(&tree_name(replica.key, generation))?;
         }
     }
     copied
@@ -220,34 +269,64 @@ fn begin(replica: &Arc<Replica>) -> Result<u64, StoreError> {
     replica.check()?;
     // The place may have been begun long ago, when there was more.
     trees.ensure_room(replica.map_bytes())?;
-    let newest = open::generations(trees, replica.key)?.first().copied().unwrap_or(0);
+    let newest = open::generations(trees, replica.key)?
+        .first()
+        .copied()
+        .unwrap_or(0);
     let generation = newest.max(pen.record.generation) + 1;
     let tree = trees.open(&tree_name(replica.key, generation))?;
     let next = Bytes::from_static(CORE_KEYS_START);
     let (digest, hasher) = (Digest::default(), PairHasher::default());
-    pen.copy = Some(TreeCopy { tree, generation, next, bytes: 0, digest, hasher });
+    pen.copy = Some(TreeCopy {
+        tree,
+        generation,
+        next,
+        bytes: 0,
+        digest,
+        hasher,
+    });
     Ok(generation)
 }
 
 /// Copies one page, and ends the copy after the last. None: there is more.
-fn step(replica: &Arc<Replica>, pen: &mut Pen, generation: u64, pages: &mut u32) -> Result<Option<Copied>, StoreError> {
-    let Some(copy) = pen.copy.as_mut().filter(|copy| copy.generation == generation) else { return Ok(Some(Copied::Ended)) };
+fn step(
+    replica: &Arc<Replica>,
+    pen: &mut Pen,
+    generation: u64,
+    pages: &mut u32,
+) -> Result<Option<Copied>, StoreError> {
+    let Some(copy) = pen
+        .copy
+        .as_mut()
+        .filter(|copy| copy.generation == generation)
+    else {
+        return Ok(Some(Copied::Ended));
+    };
     let tree = replica.read_tables().tree.clone();
     let is_more = copy.copy_page(&*tree, replica.shared.options.copy_page_pairs)?;
     *pages += 1;
     if pages.is_multiple_of(PAGES_UNFLUSHED_MAX) {
         copy.tree.flush()?;
-        replica.shared.trees.ensure_room(replica.map_bytes().saturating_sub(copy.bytes))?;
+        replica
+            .shared
+            .trees
+            .ensure_room(replica.map_bytes().saturating_sub(copy.bytes))?;
     }
     if is_more {
         return Ok(None);
     }
     if copy.digest != pen.record.digest {
-        let error = StoreError::Damaged(format!("the tree of {} no longer matches its digest", replica.key));
+        let error = StoreError::Damaged(format!(
+            "the tree of {} no longer matches its digest",
+            replica.key
+        ));
         replica.fail(&error.to_string());
         return Err(error);
     }
-    let record = TreeRecord { generation, ..pen.record.clone() };
+    let record = TreeRecord {
+        generation,
+        ..pen.record.clone()
+    };
     copy.tree.write(RECORD_KEY, Some(&record.encode()))?;
     copy.tree.flush()?;
     replica.write_tables().tree = copy.tree.clone();

@@ -1,4 +1,5 @@
-//! Copying trees to a fresh place: under writes, crashes, installations and wipes, and that it gives space back.
+//! Copying trees to a fresh place: under writes, crashes, installations and wipes, and that it
+//! gives space back.
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -18,7 +19,10 @@ use crate::storage::sim_disk::SimDisk;
 use crate::storage::tree::Trees;
 use crate::types::ReplicaId;
 
-const OTHER: ReplicaKey = ReplicaKey { replica: ReplicaId(6), ..KEY };
+const OTHER: ReplicaKey = ReplicaKey {
+    replica: ReplicaId(6),
+    ..KEY
+};
 
 fn keep_on() -> bool {
     true
@@ -38,20 +42,30 @@ fn what_is_overwritten_and_deleted_gives_its_space_back() {
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
     let mut write = |from: u64, to: u64| {
         for index in from..to {
-            state.apply(overwrite(index), applied(index)).expect("applied");
+            state
+                .apply(overwrite(index), applied(index))
+                .expect("applied");
             while checkpointer.pump() {}
         }
     };
     write(1, 20);
     store.compact(&[KEY], &keep_on).expect("not due");
-    assert_eq!(store.metrics().trees_copied, 0, "there is little garbage yet");
+    assert_eq!(
+        store.metrics().trees_copied,
+        0,
+        "there is little garbage yet"
+    );
 
     write(20, 300);
     let before = trees.disk_bytes();
     store.compact(&[KEY], &keep_on).expect("copied");
     assert_eq!(store.metrics().trees_copied, 1);
     assert_eq!(trees.outdated().expect("listed"), Vec::<String>::new());
-    assert!(trees.disk_bytes() < 10_000 && before > 100_000, "{before} became {}", trees.disk_bytes());
+    assert!(
+        trees.disk_bytes() < 10_000 && before > 100_000,
+        "{before} became {}",
+        trees.disk_bytes()
+    );
     store.compact(&[KEY], &keep_on).expect("not due");
     assert_eq!(store.metrics().trees_copied, 1, "it was just copied");
 
@@ -91,7 +105,12 @@ fn a_map_that_is_written_to_meanwhile_is_copied_true() {
         assert_eq!(store.metrics().trees_copied, 1);
         assert!(end.get() > 350, "nothing was written meanwhile");
         assert_eq!(trees.outdated().expect("listed"), Vec::<String>::new());
-        assert_is(&state, &log.map_at(end.get()), &mut random, &format!("seed {seed}"));
+        assert_is(
+            &state,
+            &log.map_at(end.get()),
+            &mut random,
+            &format!("seed {seed}"),
+        );
         state.build_snapshot().expect("the digest holds");
 
         drop((state, store));
@@ -117,7 +136,11 @@ fn a_copy_that_any_step_cuts_short_leaves_a_true_map_and_is_done_again() {
         let steps = AtomicU64::new(0);
         trees.set_fault(Arc::new(move |_| {
             let is_cut = steps.fetch_add(1, Ordering::Relaxed) >= cut;
-            if is_cut { Err(io::Error::other("cut")) } else { Ok(()) }
+            if is_cut {
+                Err(io::Error::other("cut"))
+            } else {
+                Ok(())
+            }
         }));
         let checkpointer = RefCell::new(checkpointer);
         let write = || {
@@ -127,19 +150,28 @@ fn a_copy_that_any_step_cuts_short_leaves_a_true_map_and_is_done_again() {
             while checkpointer.borrow_mut().pump() {}
             true
         };
-        let copied = trees.begin_fresh(0).and_then(|()| store.compact(&[KEY], &write));
+        let copied = trees
+            .begin_fresh(0)
+            .and_then(|()| store.compact(&[KEY], &write));
         drop((state, store));
         trees.crash(crash, cut);
 
         let (store, _) = open(&trees, &disk);
         let state = store.replica(KEY, TestLog::durable()).expect("opened");
-        assert!(index_of(&state.applied()) >= 250, "{context}: older than its snapshot");
+        assert!(
+            index_of(&state.applied()) >= 250,
+            "{context}: older than its snapshot"
+        );
         if crash == Crash::Kill {
             assert_eq!(state.opened().origin, Origin::Tree, "{context}");
         }
         log.assert_true(&state, &mut random, &context);
         store.compact(&[KEY], &keep_on).expect("copied");
-        assert_eq!(trees.outdated().expect("listed"), Vec::<String>::new(), "{context}");
+        assert_eq!(
+            trees.outdated().expect("listed"),
+            Vec::<String>::new(),
+            "{context}"
+        );
         log.assert_true(&state, &mut random, &context);
         if copied.is_ok() && crash == Crash::Kill {
             assert!(cut > 100, "the copy has no steps");
@@ -161,7 +193,9 @@ fn a_copy_that_fails_harms_no_map() {
     trees.begin_fresh(0).expect("begun");
     let steps = AtomicU64::new(0);
     let full = move |step: &str| match step {
-        "write" if steps.fetch_add(1, Ordering::Relaxed) > 40 => Err(io::Error::from(io::ErrorKind::StorageFull)),
+        "write" if steps.fetch_add(1, Ordering::Relaxed) > 40 => {
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        }
         _ => Ok(()),
     };
     trees.set_fault(Arc::new(full));
@@ -170,7 +204,11 @@ fn a_copy_that_fails_harms_no_map() {
     log.replay(&state, 400).expect("applied");
     while checkpointer.pump() {}
     assert_is(&state, &log.map_at(400), &mut random, "after the failure");
-    assert_eq!(trees.names().expect("listed").len(), 1, "what was copied is left");
+    assert_eq!(
+        trees.names().expect("listed").len(),
+        1,
+        "what was copied is left"
+    );
     store.compact(&[KEY], &keep_on).expect("copied");
     assert_eq!(trees.outdated().expect("listed"), Vec::<String>::new());
     assert_is(&state, &log.map_at(400), &mut random, "after the copy");
@@ -200,15 +238,28 @@ fn an_installation_and_a_wipe_end_a_copy() {
                 let mut bytes = vec![0; snapshot.bytes_len() as usize];
                 snapshot.read_at(0, &mut bytes).expect("read");
                 receiver.write_at(0, &bytes).expect("taken");
-                state.install(&receiver.finish().expect("whole")).expect("installed");
+                state
+                    .install(&receiver.finish().expect("whole"))
+                    .expect("installed");
                 state.tidy().expect("tidied");
             }
             true
         };
-        store.compact(&[KEY, OTHER], &interfere).expect("the other is copied");
-        assert_eq!(trees.outdated().expect("listed"), Vec::<String>::new(), "wipes: {wipes}");
+        store
+            .compact(&[KEY, OTHER], &interfere)
+            .expect("the other is copied");
+        assert_eq!(
+            trees.outdated().expect("listed"),
+            Vec::<String>::new(),
+            "wipes: {wipes}"
+        );
         assert_is(&other, &log.map_at(300), &mut random, "the other");
-        let mine = trees.names().expect("listed").iter().filter(|name| name.starts_with("g1-r5.")).count();
+        let mine = trees
+            .names()
+            .expect("listed")
+            .iter()
+            .filter(|name| name.starts_with("g1-r5."))
+            .count();
         assert_eq!(mine, usize::from(!wipes));
         if !wipes {
             assert_is(&state, &log.map_at(350), &mut random, "the installed one");
@@ -221,10 +272,18 @@ fn a_tree_that_nobody_may_copy_keeps_the_others_where_they_are_and_one_of_nobody
     let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
     let (store, mut checkpointer) = open(&trees, &disk);
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
-    drop(store.replica(OTHER, TestLog::durable()).expect("opened, and closed again"));
-    trees.open("g9-r9.1").expect("left by a replica that is gone");
+    drop(
+        store
+            .replica(OTHER, TestLog::durable())
+            .expect("opened, and closed again"),
+    );
+    trees
+        .open("g9-r9.1")
+        .expect("left by a replica that is gone");
     for index in 1..300 {
-        state.apply(overwrite(index), applied(index)).expect("applied");
+        state
+            .apply(overwrite(index), applied(index))
+            .expect("applied");
         while checkpointer.pump() {}
     }
     store.compact(&[KEY, OTHER], &keep_on).expect("not begun");
@@ -258,9 +317,15 @@ fn a_copy_that_goes_on_wants_room_again() {
         }
     };
     for page in [1, 3] {
-        store.compact(&[KEY], &fills_up_at(page)).expect_err("there is no room");
+        store
+            .compact(&[KEY], &fills_up_at(page))
+            .expect_err("there is no room");
         assert!(pages.get() < 40, "it was copied all the same");
-        assert_eq!(trees.names().expect("listed"), ["g1-r5.1"], "what was copied is left");
+        assert_eq!(
+            trees.names().expect("listed"),
+            ["g1-r5.1"],
+            "what was copied is left"
+        );
         trees.set_room(None);
     }
     store.compact(&[KEY], &keep_on).expect("copied");
@@ -285,7 +350,11 @@ fn a_copy_keeps_no_other_replica_open() {
     let close = || {
         if other.take().is_some() {
             store.wipe(OTHER).expect("wiped");
-            drop(store.replica(OTHER, TestLog::durable()).expect("nobody has it open"));
+            drop(
+                store
+                    .replica(OTHER, TestLog::durable())
+                    .expect("nobody has it open"),
+            );
         }
         true
     };

@@ -1,4 +1,5 @@
-//! The map while several things go on at once: readers beside checkpoints, writers beside a snapshot scan, a full node.
+//! The map while several things go on at once: readers beside checkpoints, writers beside a
+//! snapshot scan, a full node.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +12,10 @@ use rand::rngs::StdRng;
 
 use super::crash_tests::{ModelLog, donated};
 use super::scan::{Scanned, Trust, publish, scan};
-use super::tests::{KEY, Model, TestLog, applied, apply_to_model, assert_is, open, pairs, send, small_options, snapshot_pairs};
+use super::tests::{
+    KEY, Model, TestLog, applied, apply_to_model, assert_is, open, pairs, send, small_options,
+    snapshot_pairs,
+};
 use super::*;
 use crate::sm::ports::{Direction, KeyRange, Pairs, StoreError, WriteBatch};
 use crate::storage::ReplicaKey;
@@ -27,15 +31,23 @@ use crate::types::{GroupId, ReplicaId};
 #[test]
 fn readers_and_snapshots_see_one_point_in_time_while_checkpoints_go_on() {
     let home = tempfile::tempdir().expect("a directory");
-    let trees = SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
-    let (store, checkpointer) =
-        StateStore::open(Arc::new(trees), Arc::new(RealDisk), home.path(), small_options()).expect("opened");
+    let trees =
+        SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
+    let (store, checkpointer) = StateStore::open(
+        Arc::new(trees),
+        Arc::new(RealDisk),
+        home.path(),
+        small_options(),
+    )
+    .expect("opened");
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
     let checkpoints = std::thread::spawn(|| checkpointer.run());
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .build()
+                .expect("a runtime");
             for index in 1..=400u64 {
                 let mut batch = WriteBatch::default();
                 for key in 0..60u8 {
@@ -70,10 +82,13 @@ fn readers_and_snapshots_see_one_point_in_time_while_checkpoints_go_on() {
     });
     assert!(store.metrics().checkpoints > 50);
     store.close().expect("closed");
-    checkpoints.join().expect("the checkpointer ends when the store closes");
+    checkpoints
+        .join()
+        .expect("the checkpointer ends when the store closes");
 }
 
-/// The log is purged behind either of them, so one must be there at every moment, also after a power cut.
+/// The log is purged behind either of them, so one must be there at every moment, also after a
+/// power cut.
 #[test]
 fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
     let log = ModelLog::random(&mut StdRng::seed_from_u64(9), 300);
@@ -83,10 +98,13 @@ fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
     let (store, _checkpointer) = open(&trees, &shared);
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
     log.replay(&state, 100).expect("applied");
-    let Ok(Scanned::New(built)) = scan(&state.replica, Trust::Current) else { panic!("there is none yet") };
+    let Ok(Scanned::New(built)) = scan(&state.replica, Trust::Current) else {
+        panic!("there is none yet")
+    };
     let received = send(&donated, &state);
 
-    // What is built is published as soon as the other lets it, which is once the other is under its name.
+    // What is built is published as soon as the other lets it, which is once the other is under its
+    // name.
     let waiting = Arc::new(Mutex::new(Some(built)));
     let (also_waiting, publisher) = (waiting.clone(), state.clone());
     disk.watch(move |change| {
@@ -103,7 +121,10 @@ fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
         publish(&state.replica, built).expect("published");
     }
 
-    assert_eq!(state.current_snapshot().expect("installed").applied(), donated.applied());
+    assert_eq!(
+        state.current_snapshot().expect("installed").applied(),
+        donated.applied()
+    );
     drop((state, store));
     trees.crash(Crash::Worst, 1);
     disk.disk.crash();
@@ -115,9 +136,16 @@ fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
 
 fn assert_one_point(pairs: impl IntoIterator<Item = (Bytes, Bytes)>, index: u64) {
     let pairs: Vec<_> = pairs.into_iter().collect();
-    let keys = if index == 0 { 0 } else { 60 - if index.is_multiple_of(2) { 20 } else { 0 } };
+    let keys = if index == 0 {
+        0
+    } else {
+        60 - if index.is_multiple_of(2) { 20 } else { 0 }
+    };
     assert_eq!(pairs.len(), keys, "at {index}");
-    assert!(pairs.iter().all(|(_, value)| *value == index.to_string()), "torn at {index}: {pairs:?}");
+    assert!(
+        pairs.iter().all(|(_, value)| *value == index.to_string()),
+        "torn at {index}: {pairs:?}"
+    );
 }
 
 type Hook = Box<dyn Fn(u32) + Send + Sync>;
@@ -141,7 +169,12 @@ impl Trees for HookedTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
         let tree = self.trees.open(name)?;
         let (hook, walks, walking) = (self.hook.clone(), self.walks.clone(), self.walking.clone());
-        Ok(Arc::new(HookedTree { tree, hook, walks, walking }))
+        Ok(Arc::new(HookedTree {
+            tree,
+            hook,
+            walks,
+            walking,
+        }))
     }
     fn drop_tree(&self, name: &str) -> Result<(), StoreError> {
         self.trees.drop_tree(name)
@@ -177,7 +210,10 @@ impl Tree for HookedTree {
         self.tree.scan(range, direction)
     }
     fn write(&self, key: &[u8], change: Option<&[u8]>) -> Result<(), StoreError> {
-        assert!(!self.walking.load(Ordering::Acquire), "the tree does not stand still");
+        assert!(
+            !self.walking.load(Ordering::Acquire),
+            "the tree does not stand still"
+        );
         self.tree.write(key, change)
     }
     fn flush(&self) -> Result<(), StoreError> {
@@ -206,23 +242,40 @@ fn the_tree_stands_still_while_it_is_scanned() {
         Box::new(move |_walk| {
             let mut batch = WriteBatch::default();
             batch.put("n", vec![7; 4000]);
-            state.apply(batch, applied(state.applied().log_id.map_or(0, |id| id.index) + 1)).expect("applied");
+            state
+                .apply(
+                    batch,
+                    applied(state.applied().log_id.map_or(0, |id| id.index) + 1),
+                )
+                .expect("applied");
             (0..50).for_each(|_| std::thread::yield_now());
         })
     });
     let checkpoints = std::thread::spawn(|| checkpointer.run());
     for _ in 0..4 {
         let snapshot = state.build_snapshot().expect("built");
-        assert!(snapshot.applied().log_id < state.applied().log_id, "what came during the scan is not in it");
+        assert!(
+            snapshot.applied().log_id < state.applied().log_id,
+            "what came during the scan is not in it"
+        );
     }
     store.close().expect("closed");
-    checkpoints.join().expect("the checkpointer never met a scan");
+    checkpoints
+        .join()
+        .expect("the checkpointer never met a scan");
 }
 
 /// A map of 2000 pairs at index 1, whose next walks call `hook`.
-fn hooked(hook: impl FnOnce(ReplicaState) -> Hook) -> (StateStore, Checkpointer, ReplicaState, Model) {
+fn hooked(
+    hook: impl FnOnce(ReplicaState) -> Hook,
+) -> (StateStore, Checkpointer, ReplicaState, Model) {
     let (slot, walks) = (Arc::new(Mutex::new(None)), Arc::default());
-    let trees = HookedTrees { trees: MemTrees::new(), hook: slot.clone(), walks, walking: Arc::default() };
+    let trees = HookedTrees {
+        trees: MemTrees::new(),
+        hook: slot.clone(),
+        walks,
+        walking: Arc::default(),
+    };
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
     let opened = StateStore::open(Arc::new(trees), disk, Path::new("/data"), small_options());
     let (store, mut checkpointer) = opened.expect("opened");
@@ -244,16 +297,28 @@ fn a_scan_that_writers_crowd_gives_up_twice_and_then_goes_through() {
             for n in 0..5u64 {
                 let mut batch = WriteBatch::default();
                 batch.put(format!("n{n}"), vec![7; 4000]);
-                state.apply(batch, applied(state.applied().log_id.map_or(0, |id| id.index) + 1)).expect("applied");
+                state
+                    .apply(
+                        batch,
+                        applied(state.applied().log_id.map_or(0, |id| id.index) + 1),
+                    )
+                    .expect("applied");
             }
         })
     });
     let snapshot = state.build_snapshot().expect("built in the end");
     assert_eq!(store.metrics().scans_given_up, 2);
-    assert_eq!(*snapshot.applied(), applied(11), "what the third scan began with");
+    assert_eq!(
+        *snapshot.applied(),
+        applied(11),
+        "what the third scan began with"
+    );
     assert_eq!(snapshot_pairs(&snapshot).len(), model.len() + 5);
     assert_eq!(state.applied(), applied(16), "writers were held back");
-    assert!(state.wait_room().now_or_never().is_none(), "there is room for more than the limit");
+    assert!(
+        state.wait_room().now_or_never().is_none(),
+        "there is room for more than the limit"
+    );
     while checkpointer.pump() {}
     assert!(state.wait_room().now_or_never().is_some());
 }
@@ -281,7 +346,12 @@ fn a_scan_gives_way_to_an_install() {
     let snapshot = state.build_snapshot().expect("built");
     assert_eq!(*snapshot.applied(), applied(100));
     assert_eq!(store.metrics().scans_given_up, 1);
-    assert_is(&state, &log.map_at(100), &mut StdRng::seed_from_u64(2), "installed");
+    assert_is(
+        &state,
+        &log.map_at(100),
+        &mut StdRng::seed_from_u64(2),
+        "installed",
+    );
 }
 
 #[test]
@@ -300,10 +370,16 @@ fn writers_wait_for_room_until_the_log_is_synced_and_tables_are_written() {
         assert!(index < 1000, "nothing bounds the tables");
     }
     assert!(state.bytes().frozen < 2 * small_options().frozen_bytes_max);
-    assert!(state.settle().now_or_never().is_none(), "settled before the log was");
+    assert!(
+        state.settle().now_or_never().is_none(),
+        "settled before the log was"
+    );
     log.sync_through(index);
     assert!(state.settle().now_or_never().is_some());
-    assert!(state.wait_room().now_or_never().is_none(), "nothing was written yet");
+    assert!(
+        state.wait_room().now_or_never().is_none(),
+        "nothing was written yet"
+    );
     while checkpointer.pump() {}
     assert!(state.wait_room().now_or_never().is_some());
     assert_eq!(state.bytes(), TableBytes::default());
@@ -322,20 +398,32 @@ fn what_can_wait_finds_no_room_before_others_do() {
         state.apply(batch, applied(index)).expect("applied");
         assert!(index < 1000, "nothing bounds the tables");
     }
-    assert!(state.wait_room().now_or_never().is_some(), "nothing is left for what cannot wait");
+    assert!(
+        state.wait_room().now_or_never().is_some(),
+        "nothing is left for what cannot wait"
+    );
     while checkpointer.pump() {}
     assert!(state.wait_ample_room().now_or_never().is_some());
 }
 
 #[test]
 fn many_small_tables_are_written_down_before_they_fill_the_node() {
-    let options =
-        StateOptions { table_bytes_max: 1 << 20, frozen_bytes_max: 1 << 20, node_bytes_max: 400_000, ..StateOptions::default() };
+    let options = StateOptions {
+        table_bytes_max: 1 << 20,
+        frozen_bytes_max: 1 << 20,
+        node_bytes_max: 400_000,
+        ..StateOptions::default()
+    };
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
     let opened = StateStore::open(Arc::new(MemTrees::new()), disk, Path::new("/data"), options);
     let (store, mut checkpointer) = opened.expect("opened");
-    let keys = (1..=100).map(|n| ReplicaKey { group: GroupId(n), replica: ReplicaId(n) });
-    let states: Vec<_> = keys.map(|key| store.replica(key, TestLog::durable()).expect("opened")).collect();
+    let keys = (1..=100).map(|n| ReplicaKey {
+        group: GroupId(n),
+        replica: ReplicaId(n),
+    });
+    let states: Vec<_> = keys
+        .map(|key| store.replica(key, TestLog::durable()).expect("opened"))
+        .collect();
     for index in 1..=20 {
         for state in &states {
             let mut batch = WriteBatch::default();
@@ -343,7 +431,10 @@ fn many_small_tables_are_written_down_before_they_fill_the_node() {
             state.apply(batch, applied(index)).expect("applied");
             while checkpointer.pump() {}
             let metrics = store.metrics();
-            assert!(metrics.active_bytes + metrics.frozen_bytes <= 210_000, "{metrics:?}");
+            assert!(
+                metrics.active_bytes + metrics.frozen_bytes <= 210_000,
+                "{metrics:?}"
+            );
         }
     }
     assert!(store.metrics().checkpoints > 0);

@@ -1,5 +1,6 @@
-//! The map through crashes: random ones, one at every step of its writing, and damage of its files. Whatever happens, a map that
-//! opens is exactly what the log says as of its applied id, no older than the last snapshot file, and goes on from there.
+//! The map through crashes: random ones, one at every step of its writing, and damage of its files.
+//! Whatever happens, a map that opens is exactly what the log says as of its applied id, no older
+//! than the last snapshot file, and goes on from there.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::tests::{
-    KEY, Model, TestLog, applied, apply_to_model, assert_is, open, random_batch, send, small_options, snapshot_pairs,
+    KEY, Model, TestLog, applied, apply_to_model, assert_is, open, random_batch, send,
+    small_options, snapshot_pairs,
 };
 use super::*;
 use crate::sm::ports::{StoreError, WriteBatch};
@@ -29,12 +31,16 @@ pub struct ModelLog {
 
 impl ModelLog {
     pub fn random(random: &mut StdRng, entries: usize) -> Self {
-        Self { entries: (0..entries).map(|_| random_batch(random)).collect() }
+        Self {
+            entries: (0..entries).map(|_| random_batch(random)).collect(),
+        }
     }
 
     pub fn map_at(&self, index: u64) -> Model {
         let mut model = Model::new();
-        self.entries[..index as usize].iter().for_each(|batch| apply_to_model(&mut model, batch));
+        self.entries[..index as usize]
+            .iter()
+            .for_each(|batch| apply_to_model(&mut model, batch));
         model
     }
 
@@ -67,7 +73,15 @@ pub fn index_of(applied: &Applied) -> u64 {
 pub fn donated(log: &ModelLog, index: u64) -> (Snapshot, StateStore) {
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(99));
     let (store, _) = open(&MemTrees::new(), &disk);
-    let donor = store.replica(ReplicaKey { replica: ReplicaId(9), ..KEY }, TestLog::durable()).expect("opened");
+    let donor = store
+        .replica(
+            ReplicaKey {
+                replica: ReplicaId(9),
+                ..KEY
+            },
+            TestLog::durable(),
+        )
+        .expect("opened");
     log.replay(&donor, index).expect("applied");
     (donor.build_snapshot().expect("built"), store)
 }
@@ -88,11 +102,18 @@ fn a_map_comes_back_true_from_random_crashes() {
             let state = store.replica(KEY, test_log.clone()).expect("opened");
             let context = format!("seed {seed} round {round}");
             let found = index_of(&state.applied());
-            assert!((durable..=reached).contains(&found), "{context}: {found} is not in {durable}..={reached}");
+            assert!(
+                (durable..=reached).contains(&found),
+                "{context}: {found} is not in {durable}..={reached}"
+            );
             assert!(found <= synced, "{context}: ahead of the log");
             if let Origin::Rebuilt { reason, .. } = &state.opened().origin {
-                // A kill leaves a true state, or one that the redo file makes true: only that the snapshot is newer makes a tree useless.
-                assert!(torn || reason.contains("older than") || reason.contains("missing"), "{context}: {reason}");
+                // A kill leaves a true state, or one that the redo file makes true: only that the
+                // snapshot is newer makes a tree useless.
+                assert!(
+                    torn || reason.contains("older than") || reason.contains("missing"),
+                    "{context}: {reason}"
+                );
             }
             assert_is(&state, &log.map_at(found), &mut random, &context);
             let goal = (reached + random.random_range(0..100)).min(600);
@@ -106,15 +127,24 @@ fn a_map_comes_back_true_from_random_crashes() {
                     4..8 => {
                         checkpointer.pump();
                     }
-                    8 => durable = durable.max(index_of(state.build_snapshot().expect("built").applied())),
+                    8 => {
+                        durable =
+                            durable.max(index_of(state.build_snapshot().expect("built").applied()))
+                    }
                     _ => {}
                 }
             }
-            assert_is(&state, &log.map_at(index_of(&state.applied())), &mut random, &context);
+            assert_is(
+                &state,
+                &log.map_at(index_of(&state.applied())),
+                &mut random,
+                &context,
+            );
             reached = reached.max(goal);
             drop((state, store, checkpointer));
             let kinds = if seed % 3 == 0 { 1 } else { 4 };
-            let crash = [Crash::Kill, Crash::Power, Crash::Torn, Crash::Worst][random.random_range(0..kinds)];
+            let crash = [Crash::Kill, Crash::Power, Crash::Torn, Crash::Worst]
+                [random.random_range(0..kinds)];
             torn |= crash != Crash::Kill;
             trees.crash(crash, random.random());
             if crash != Crash::Kill {
@@ -154,7 +184,10 @@ impl Disk for CutDisk {
         if how != Open::Existing {
             self.knife.cut()?;
         }
-        Ok(Box::new(CutFile { file: self.disk.open(path, how)?, knife: self.knife.clone() }))
+        Ok(Box::new(CutFile {
+            file: self.disk.open(path, how)?,
+            knife: self.knife.clone(),
+        }))
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.knife.cut()?;
@@ -198,8 +231,19 @@ impl DiskFile for CutFile {
 }
 
 /// Through every kind of step, noting which index is durable. Ends at the first error.
-fn life(trees: &MemTrees, disk: Arc<dyn Disk>, log: &ModelLog, donated: &Snapshot, durable: &mut u64) -> Result<(), StoreError> {
-    let (store, mut checkpointer) = StateStore::open(Arc::new(trees.clone()), disk, Path::new("/data"), small_options())?;
+fn life(
+    trees: &MemTrees,
+    disk: Arc<dyn Disk>,
+    log: &ModelLog,
+    donated: &Snapshot,
+    durable: &mut u64,
+) -> Result<(), StoreError> {
+    let (store, mut checkpointer) = StateStore::open(
+        Arc::new(trees.clone()),
+        disk,
+        Path::new("/data"),
+        small_options(),
+    )?;
     let state = store.replica(KEY, TestLog::durable())?;
     let mut snapshot = |state: &ReplicaState| -> Result<(), StoreError> {
         *durable = index_of(state.build_snapshot()?.applied());
@@ -240,11 +284,23 @@ fn a_map_comes_back_true_from_a_crash_between_any_two_steps() {
         for crash in [Crash::Kill, powerless] {
             let context = format!("step {fails_from} {crash:?}");
             let (disk, trees) = (SimDisk::new(fails_from), MemTrees::new());
-            let knife = Arc::new(Knife { steps: AtomicU64::new(0), fails_from });
+            let knife = Arc::new(Knife {
+                steps: AtomicU64::new(0),
+                fails_from,
+            });
             let cut = knife.clone();
             trees.set_fault(Arc::new(move |_| cut.cut()));
             let mut durable = 0;
-            let lived = life(&trees, Arc::new(CutDisk { disk: disk.clone(), knife }), &log, &donated, &mut durable);
+            let lived = life(
+                &trees,
+                Arc::new(CutDisk {
+                    disk: disk.clone(),
+                    knife,
+                }),
+                &log,
+                &donated,
+                &mut durable,
+            );
             trees.crash(crash, fails_from);
             if crash != Crash::Kill {
                 disk.crash();
@@ -252,14 +308,23 @@ fn a_map_comes_back_true_from_a_crash_between_any_two_steps() {
             let disk: Arc<dyn Disk> = Arc::new(disk);
             let (store, _) = open(&trees, &disk);
             let state = store.replica(KEY, TestLog::durable()).expect("opened");
-            assert!(index_of(&state.applied()) >= durable, "{context}: older than its snapshot");
+            assert!(
+                index_of(&state.applied()) >= durable,
+                "{context}: older than its snapshot"
+            );
             assert_eq!(state.opened().damaged_snapshot, None, "{context}");
             if let (Crash::Kill, Origin::Rebuilt { reason, .. }) = (crash, &state.opened().origin) {
-                assert!(reason.contains("older than") || reason.contains("missing"), "{context}: {reason}");
+                assert!(
+                    reason.contains("older than") || reason.contains("missing"),
+                    "{context}: {reason}"
+                );
             }
             log.assert_true(&state, &mut random, &context);
             let names = disk.list(Path::new("/data/snapshots")).expect("listed");
-            assert!(names.iter().all(|name| name.ends_with(".snap")), "{context}: leftovers in {names:?}");
+            assert!(
+                names.iter().all(|name| name.ends_with(".snap")),
+                "{context}: leftovers in {names:?}"
+            );
             whole_lives += u32::from(lived.is_ok());
         }
         if whole_lives > 0 {
@@ -274,7 +339,9 @@ fn published(disk: &SimDisk) -> (PathBuf, Vec<u8>, ModelLog) {
     let mut random = StdRng::seed_from_u64(3);
     let mut log = ModelLog::random(&mut random, 8);
     log.entries[0].put("k001", "v");
-    log.entries.iter_mut().for_each(|batch| batch.delete("k002"));
+    log.entries
+        .iter_mut()
+        .for_each(|batch| batch.delete("k002"));
     let shared: Arc<dyn Disk> = Arc::new(disk.clone());
     let (store, _) = open(&MemTrees::new(), &shared);
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
@@ -291,7 +358,8 @@ fn rewrite(disk: &SimDisk, path: &Path, bytes: &[u8]) {
     file.sync().expect("synced");
 }
 
-/// Opens with no tree, so that all rests on the snapshot file, and receives the same bytes too. Neither may believe them.
+/// Opens with no tree, so that all rests on the snapshot file, and receives the same bytes too.
+/// Neither may believe them.
 fn assert_disbelieved(disk: &SimDisk, path: &Path, bytes: &[u8], context: &str) {
     rewrite(disk, path, bytes);
     let shared: Arc<dyn Disk> = Arc::new(disk.clone());
@@ -301,14 +369,25 @@ fn assert_disbelieved(disk: &SimDisk, path: &Path, bytes: &[u8], context: &str) 
         match store.replica(KEY, TestLog::durable()) {
             Ok(state) => {
                 assert_eq!(state.applied(), Applied::default(), "{context}: believed");
-                assert!(state.opened().damaged_snapshot.is_some(), "{context}: passed over in silence");
+                assert!(
+                    state.opened().damaged_snapshot.is_some(),
+                    "{context}: passed over in silence"
+                );
                 assert!(state.current_snapshot().is_none(), "{context}: offered");
             }
             Err(error) => panic!("{context}: {error}"),
         }
     }
     let (store, _) = open(&trees, &shared);
-    let state = store.replica(ReplicaKey { replica: ReplicaId(77), ..KEY }, TestLog::durable()).expect("opened");
+    let state = store
+        .replica(
+            ReplicaKey {
+                replica: ReplicaId(77),
+                ..KEY
+            },
+            TestLog::durable(),
+        )
+        .expect("opened");
     let mut receiver = state.begin_receive().expect("begun");
     receiver.write_at(0, bytes).expect("written");
     assert!(receiver.finish().is_err(), "{context}: received");
@@ -322,7 +401,12 @@ fn a_flipped_bit_anywhere_in_a_snapshot_file_is_found() {
     for at in 0..bytes.len() {
         let mut flipped = bytes.clone();
         flipped[at] ^= 1 << random.random_range(0..8);
-        assert_disbelieved(&disk, &path, &flipped, &format!("byte {at} of {}", bytes.len()));
+        assert_disbelieved(
+            &disk,
+            &path,
+            &flipped,
+            &format!("byte {at} of {}", bytes.len()),
+        );
     }
     rewrite(&disk, &path, &bytes);
     let shared: Arc<dyn Disk> = Arc::new(disk.clone());
@@ -356,7 +440,10 @@ fn a_snapshot_file_of_many_blocks_is_read_as_written_and_misses_none() {
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
     let mut batch = WriteBatch::default();
     for n in 0..400 {
-        batch.put(format!("k{n:03}"), vec![n as u8; if n == 7 { 1 << 20 } else { 3000 }]);
+        batch.put(
+            format!("k{n:03}"),
+            vec![n as u8; if n == 7 { 1 << 20 } else { 3000 }],
+        );
     }
     let mut model = Model::new();
     apply_to_model(&mut model, &batch);
@@ -380,7 +467,9 @@ fn a_snapshot_file_of_many_blocks_is_read_as_written_and_misses_none() {
         assert!(receiver.finish().is_err(), "damage at {at}");
     }
     // Still readable by whoever sends it, after a newer one has replaced it.
-    state.apply(WriteBatch::default(), applied(2)).expect("applied");
+    state
+        .apply(WriteBatch::default(), applied(2))
+        .expect("applied");
     let newer = state.build_snapshot().expect("built");
     assert!(disk.contents(&snapshot.path()).is_none() && disk.contents(&newer.path()).is_some());
     assert!(snapshot_pairs(&snapshot) == model);
@@ -403,7 +492,8 @@ fn a_rotten_tree_makes_no_snapshot_and_is_rebuilt() {
             continue;
         }
         log.replay(&state, 201).expect("applied");
-        // A rotten record is written anew by the checkpoint; a rotten pair is found, also if the checkpoint replaces it.
+        // A rotten record is written anew by the checkpoint; a rotten pair is found, also if the
+        // checkpoint replaces it.
         if let Ok(snapshot) = state.build_snapshot() {
             assert!(snapshot_pairs(&snapshot) == log.map_at(201), "flip {at}");
         }
@@ -434,17 +524,33 @@ fn with_its_snapshot_damaged_a_true_older_tree_is_kept_and_the_damage_told() {
     state.install(&received).expect("installed");
     let path = received.path();
     drop((state, store, received));
-    // Everything of the trees that was not synced is gone, and a block of the snapshot file has rotted.
+    // Everything of the trees that was not synced is gone, and a block of the snapshot file has
+    // rotted.
     trees.crash(Crash::Worst, 0);
     assert!(disk.flip_bit(&path, 200, 1));
     let (store, _) = open(&trees, &shared);
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
     assert_eq!(index_of(&state.applied()), tree_at);
-    assert!(matches!(state.opened().origin, Origin::Rebuilt { from_snapshot: false, .. }));
-    assert!(state.opened().damaged_snapshot.as_ref().is_some_and(|why| why.contains("checksum")));
+    assert!(matches!(
+        state.opened().origin,
+        Origin::Rebuilt {
+            from_snapshot: false,
+            ..
+        }
+    ));
+    assert!(
+        state
+            .opened()
+            .damaged_snapshot
+            .as_ref()
+            .is_some_and(|why| why.contains("checksum"))
+    );
     log.assert_true(&state, &mut random, "from the older tree");
     state.build_snapshot().expect("built");
-    assert!(disk.contents(&path).is_none(), "the damaged file goes when a new one is durable");
+    assert!(
+        disk.contents(&path).is_none(),
+        "the damaged file goes when a new one is durable"
+    );
 }
 
 #[test]
@@ -454,23 +560,42 @@ fn a_wiped_replica_leaves_nothing_and_its_neighbours_everything() {
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
     let trees = MemTrees::new();
     let (store, mut checkpointer) = open(&trees, &disk);
-    let near = ReplicaKey { replica: ReplicaId(51), ..KEY };
+    let near = ReplicaKey {
+        replica: ReplicaId(51),
+        ..KEY
+    };
     let states = [KEY, near].map(|key| store.replica(key, TestLog::durable()).expect("opened"));
     for state in &states {
         log.replay(state, 200).expect("applied");
         state.build_snapshot().expect("built");
     }
-    assert!(store.replica(KEY, TestLog::durable()).is_err(), "a map was opened twice");
+    assert!(
+        store.replica(KEY, TestLog::durable()).is_err(),
+        "a map was opened twice"
+    );
     store.wipe(KEY).expect("wiped");
     store.wipe(KEY).expect("wiped again");
-    assert!(states[0].apply(WriteBatch::default(), applied(201)).is_err(), "a wiped map still applies");
+    assert!(
+        states[0]
+            .apply(WriteBatch::default(), applied(201))
+            .is_err(),
+        "a wiped map still applies"
+    );
     assert!(states[0].is_wiped());
     assert!(states[0].build_snapshot().is_err() && states[0].current_snapshot().is_none());
     while checkpointer.pump() {}
     assert_eq!(trees.names().expect("names"), ["g1-r51.1"]);
-    assert_eq!(disk.list(Path::new("/data/snapshots")).expect("listed").len(), 1);
+    assert_eq!(
+        disk.list(Path::new("/data/snapshots"))
+            .expect("listed")
+            .len(),
+        1
+    );
     log.assert_true(&states[1], &mut random, "the neighbour");
     drop(states);
     let fresh = store.replica(KEY, TestLog::durable()).expect("opened");
-    assert_eq!((fresh.applied(), &fresh.opened().origin), (Applied::default(), &Origin::New));
+    assert_eq!(
+        (fresh.applied(), &fresh.opened().origin),
+        (Applied::default(), &Origin::New)
+    );
 }

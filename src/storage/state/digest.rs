@@ -3,9 +3,11 @@
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
-/// The wrapping sum of a 128-bit hash of every pair, and their number. Independent of order, so that a pair can be taken out again.
+/// The wrapping sum of a 128-bit hash of every pair, and their number. Independent of order, so
+/// that a pair can be taken out again.
 ///
-/// It finds accidents (lost, doubled, torn or flipped pairs), not forgery: whoever can write the files can write the digest.
+/// It finds accidents (lost, doubled, torn or flipped pairs), not forgery: whoever can write the
+/// files can write the digest.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Digest {
     pub pairs: u64,
@@ -28,7 +30,8 @@ impl Digest {
 #[derive(Debug, Clone, Copy)]
 pub struct PairHash(u128);
 
-/// Hashes pairs, with a buffer that it keeps: one contiguous input is several times faster than a streamed one for small pairs.
+/// Hashes pairs, with a buffer that it keeps: one contiguous input is several times faster than a
+/// streamed one for small pairs.
 #[derive(Default)]
 pub struct PairHasher {
     buffer: Vec<u8>,
@@ -38,7 +41,8 @@ impl PairHasher {
     /// The key's length goes first, so that no two pairs have the same input.
     pub fn hash(&mut self, key: &[u8], value: &[u8]) -> PairHash {
         self.buffer.clear();
-        self.buffer.extend_from_slice(&(key.len() as u64).to_le_bytes());
+        self.buffer
+            .extend_from_slice(&(key.len() as u64).to_le_bytes());
         self.buffer.extend_from_slice(key);
         self.buffer.extend_from_slice(value);
         PairHash(xxh3_128(&self.buffer))
@@ -63,6 +67,9 @@ mod tests {
         assert_eq!(one, other);
         assert_ne!(hasher.hash(b"ab", b"c").0, hasher.hash(b"a", b"bc").0);
         // Part of the disk format.
-        assert_eq!(hasher.hash(b"key", b"value").0, xxh3_128(b"\x03\0\0\0\0\0\0\0keyvalue"));
+        assert_eq!(
+            hasher.hash(b"key", b"value").0,
+            xxh3_128(b"\x03\0\0\0\0\0\0\0keyvalue")
+        );
     }
 }

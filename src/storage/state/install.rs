@@ -1,8 +1,8 @@
 //! Putting a snapshot of another replica in the place of a map: [`ReplicaState::prepare`] does what
 //! takes long, [`ReplicaState::install`] the rest.
 //!
-//! While it is prepared the map serves on, and takes entries. What is prepared is a generation without
-//! a record, which nobody believes: a crash leaves the map as it was.
+//! While it is prepared the map serves on, and takes entries. What is prepared is a generation
+//! without a record, which nobody believes: a crash leaves the map as it was.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,8 +27,8 @@ impl Prepared {
 
 impl ReplicaState {
     /// Fills a generation with a snapshot that is about to be installed, so that
-    /// [`ReplicaState::install`] takes no time. At most one is prepared: another takes its place. Does
-    /// nothing where the map is further. Blocking.
+    /// [`ReplicaState::install`] takes no time. At most one is prepared: another takes its place.
+    /// Does nothing where the map is further. Blocking.
     ///
     /// # Errors
     ///
@@ -47,12 +47,16 @@ impl ReplicaState {
         let filling = open::fill_generation(trees, replica.key, generation, snapshot);
         // What was begun is no good to anybody.
         let filling = filling.inspect_err(|_| open::drop_one(trees, replica.key, generation))?;
-        pen.prepared = Some(Prepared { snapshot: snapshot.clone(), filling });
+        pen.prepared = Some(Prepared {
+            snapshot: snapshot.clone(),
+            filling,
+        });
         Ok(())
     }
 
-    /// Makes a received snapshot the map: its file durable under its name, a generation filled from it unless one is
-    /// prepared, and one switch. Nothing of the old map is seen any more; [`ReplicaState::tidy`] has it removed. Blocking.
+    /// Makes a received snapshot the map: its file durable under its name, a generation filled from
+    /// it unless one is prepared, and one switch. Nothing of the old map is seen any more;
+    /// [`ReplicaState::tidy`] has it removed. Blocking.
     ///
     /// # Errors
     ///
@@ -67,7 +71,8 @@ impl ReplicaState {
                 replica.key
             )));
         }
-        // In one step for whoever has just built one: it would take this file for an older one, and remove it.
+        // In one step for whoever has just built one: it would take this file for an older one, and
+        // remove it.
         {
             let mut shelf = replica.lock_shelf();
             snapshot.publish(replica.key)?;
@@ -83,18 +88,23 @@ impl ReplicaState {
             }
         };
         let finished = filled.and_then(Filling::finish);
-        let (tree, record, map_bytes) = finished.inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
+        let (tree, record, map_bytes) = finished
+            .inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
         pen.record = record.clone();
         pen.copy = None;
         replica.set_map_bytes(map_bytes);
         drop(replica.switch(Tables::new(tree, record.applied)));
-        replica.shared.counters.snapshots_installed.fetch_add(1, Ordering::Relaxed);
+        replica
+            .shared
+            .counters
+            .snapshots_installed
+            .fetch_add(1, Ordering::Relaxed);
         replica.shared.changed.notify_waiters();
         Ok(())
     }
 
-    /// Removes what an installation has left: the old map, older snapshot files, and what was prepared and not
-    /// installed. What remains is found by the next start. Blocking.
+    /// Removes what an installation has left: the old map, older snapshot files, and what was
+    /// prepared and not installed. What remains is found by the next start. Blocking.
     pub fn tidy(&self) -> Result<(), StoreError> {
         let replica = &self.replica;
         let mut pen = replica.lock_pen_last();
@@ -121,5 +131,10 @@ fn discard(replica: &Replica, pen: &mut Pen) {
 /// Returns a generation that there is no tree of.
 fn next_generation(replica: &Arc<Replica>, pen: &Pen) -> Result<u64, StoreError> {
     let generations = open::generations(&*replica.shared.trees, replica.key)?;
-    Ok(generations.first().copied().unwrap_or(0).max(pen.record.generation) + 1)
+    Ok(generations
+        .first()
+        .copied()
+        .unwrap_or(0)
+        .max(pen.record.generation)
+        + 1)
 }

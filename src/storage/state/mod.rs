@@ -1,29 +1,37 @@
-//! The map of each replica: tables in memory over a tree, written down by checkpoints, and rebuilt from a snapshot file when the tree
-//! is not what it should be.
+//! The map of each replica: tables in memory over a tree, written down by checkpoints, and rebuilt
+//! from a snapshot file when the tree is not what it should be.
 //!
 //! One change, step by step:
-//! 1. [`ReplicaState::apply`] puts a batch into the active table (`tables`) and moves `applied` on. Reads go through the tables to the tree.
-//! 2. A full table is frozen, and waits until the log is durable through what was applied ([`Synced`]): a tree must never be ahead of
-//!    the log, which may yet lose its unsynced end.
-//! 3. The [`Checkpointer`] writes it to the tree pair by pair, and then the tree's record (`record`): applied log id, membership,
-//!    and the digest (`digest`) of all pairs, kept up by taking the hashes of old pairs out and putting those of new ones in. Before the
-//!    first pair all of it goes to a file (`redo`), by which a start finishes a checkpoint that was cut short. The table then stays
-//!    for gets (`clean`).
-//! 4. [`ReplicaState::build_snapshot`] holds the replica's pen, so that the tree stands still, and copies it to a snapshot file. Past a
-//!    limit of tables waiting meanwhile it gives up, lets them be written, and begins anew; the third time the writers wait instead.
-//! 5. [`ReplicaState::prepare`] fills a new generation of the tree from a received file, and [`ReplicaState::install`] publishes the file and
-//!    switches in one step: the record comes last, and the highest generation with a true record is the tree.
-//! 6. Trees that take far more space than what is in them are copied to a fresh place by [`StateStore::compact`] (`compaction`).
+//! 1. [`ReplicaState::apply`] puts a batch into the active table (`tables`) and moves `applied` on.
+//!    Reads go through the tables to the tree.
+//! 2. A full table is frozen, and waits until the log is durable through what was applied
+//!    ([`Synced`]): a tree must never be ahead of the log, which may yet lose its unsynced end.
+//! 3. The [`Checkpointer`] writes it to the tree pair by pair, and then the tree's record
+//!    (`record`): applied log id, membership, and the digest (`digest`) of all pairs, kept up by
+//!    taking the hashes of old pairs out and putting those of new ones in. Before the first pair
+//!    all of it goes to a file (`redo`), by which a start finishes a checkpoint that was cut short.
+//!    The table then stays for gets (`clean`).
+//! 4. [`ReplicaState::build_snapshot`] holds the replica's pen, so that the tree stands still, and
+//!    copies it to a snapshot file. Past a limit of tables waiting meanwhile it gives up, lets them
+//!    be written, and begins anew; the third time the writers wait instead.
+//! 5. [`ReplicaState::prepare`] fills a new generation of the tree from a received file, and
+//!    [`ReplicaState::install`] publishes the file and switches in one step: the record comes last,
+//!    and the highest generation with a true record is the tree.
+//! 6. Trees that take far more space than what is in them are copied to a fresh place by
+//!    [`StateStore::compact`] (`compaction`).
 //!
 //! # Why a tree is believed
-//! Durable are the log and the snapshot file. The tree is believed at a start only if all its pairs add up to the digest in its record
-//! and it is no older than the snapshot file; else it is rebuilt. That covers a crash of the process (the tree comes back as it was when a
-//! checkpoint had ended: a true older state, and the log still holds what follows, because it is purged only up to the snapshot file;
-//! or in the middle of the last checkpoint, which the redo file then finishes), and
-//! also a power cut, which may tear the unsynced files in any way: either it comes back like that all the same, or
-//! the digest does not hold (by accident: one in 2^128). So no mark of the machine's boot is needed to tell the two crashes apart.
+//! Durable are the log and the snapshot file. The tree is believed at a start only if all its pairs
+//! add up to the digest in its record and it is no older than the snapshot file; else it is
+//! rebuilt. That covers a crash of the process (the tree comes back as it was when a checkpoint had
+//! ended: a true older state, and the log still holds what follows, because it is purged only up to
+//! the snapshot file; or in the middle of the last checkpoint, which the redo file then finishes),
+//! and also a power cut, which may tear the unsynced files in any way: either it comes back like
+//! that all the same, or the digest does not hold (by accident: one in 2^128). So no mark of the
+//! machine's boot is needed to tell the two crashes apart.
 //!
-//! Kept out: the log, and when a snapshot is due (both the caller's); what the pairs mean (the core's).
+//! Kept out: the log, and when a snapshot is due (both the caller's); what the pairs mean (the
+//! core's).
 
 mod clean;
 mod compaction;
@@ -81,21 +89,25 @@ pub type OnSynced = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// The log's side of a checkpoint.
 pub trait Synced: Send + Sync {
-    /// Calls `done` once the log is durable through `log_id`: at once if it is. An error says that the log has failed.
+    /// Calls `done` once the log is durable through `log_id`: at once if it is. An error says that
+    /// the log has failed.
     fn on_synced(&self, log_id: LogId, done: OnSynced);
 }
 
 /// How much is kept in memory. All limits are in bytes of keys, values and their overhead.
 #[derive(Debug, Clone)]
 pub struct StateOptions {
-    /// A table this large is frozen: what a checkpoint writes, and at most what a start applies again from the log per replica.
+    /// A table this large is frozen: what a checkpoint writes, and at most what a start applies
+    /// again from the log per replica.
     pub table_bytes_max: usize,
-    /// Frozen tables of one replica past which [`ReplicaState::wait_room`] waits; past half of it a snapshot scan gives up.
+    /// Frozen tables of one replica past which [`ReplicaState::wait_room`] waits; past half of it a
+    /// snapshot scan gives up.
     pub frozen_bytes_max: usize,
-    /// Tables of all replicas. Past half of it in active tables, the largest are frozen before they are full. Clean tables have
-    /// what the others leave.
+    /// Tables of all replicas. Past half of it in active tables, the largest are frozen before they
+    /// are full. Clean tables have what the others leave.
     pub node_bytes_max: usize,
-    /// What the trees of the node may take on the disk beyond a multiple of what is in them, before they are copied to a fresh place.
+    /// What the trees of the node may take on the disk beyond a multiple of what is in them, before
+    /// they are copied to a fresh place.
     pub garbage_bytes_max: u64,
     /// Pairs that are copied there at a time.
     pub copy_page_pairs: usize,

@@ -16,12 +16,13 @@ use crate::storage::tree::{Tree, Trees, Walk};
 /// Bytes that are not flushed while a generation is filled: sled keeps them in memory.
 const FILL_FLUSH_BYTES: usize = 8 << 20;
 
-/// How a replica's map was found. Whether the replica is lost is for the caller to say, who knows where the log begins: it is, when
-/// the log was purged past what is applied now.
+/// How a replica's map was found. Whether the replica is lost is for the caller to say, who knows
+/// where the log begins: it is, when the log was purged past what is applied now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Opened {
     pub origin: Origin,
-    /// Why the newest snapshot file is not believed, if it is there and is not. It stays until the next snapshot is durable.
+    /// Why the newest snapshot file is not believed, if it is there and is not. It stays until the
+    /// next snapshot is durable.
     pub damaged_snapshot: Option<String>,
 }
 
@@ -58,37 +59,72 @@ enum Verdict {
 }
 
 /// Opens the map of `key`: the tree if it is believed, else one rebuilt.
-pub(super) fn open_map(trees: &dyn Trees, files: &SnapshotFiles, redo: &RedoFiles, key: ReplicaKey) -> Result<Found, StoreError> {
+pub(super) fn open_map(
+    trees: &dyn Trees,
+    files: &SnapshotFiles,
+    redo: &RedoFiles,
+    key: ReplicaKey,
+) -> Result<Found, StoreError> {
     let (mut snapshots, mut damaged_snapshot) = open_snapshots(files, key)?;
     let mut generations = generations(trees, key)?;
     let redo = redo.read(key)?;
     let (good, reason) = newest_good(trees, key, &generations, redo.as_ref())?;
-    let snapshot_log_id = snapshots.first().and_then(|snapshot| snapshot.applied().log_id);
+    let snapshot_log_id = snapshots
+        .first()
+        .and_then(|snapshot| snapshot.applied().log_id);
 
     let reason = match (good, reason) {
         (Some((tree, record, map_bytes)), _) if record.applied.log_id >= snapshot_log_id => {
             drop_others(trees, key, &generations, record.generation);
             let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
-            let opened = Opened { origin: Origin::Tree, damaged_snapshot };
-            return Ok(Found { tree, record, map_bytes, snapshot, opened });
+            let opened = Opened {
+                origin: Origin::Tree,
+                damaged_snapshot,
+            };
+            return Ok(Found {
+                tree,
+                record,
+                map_bytes,
+                snapshot,
+                opened,
+            });
         }
-        (Some((_, record, _)), _) => format!("it is at {} and older than the snapshot file", shown(&record.applied)),
+        (Some((_, record, _)), _) => format!(
+            "it is at {} and older than the snapshot file",
+            shown(&record.applied)
+        ),
         (None, Some(reason)) => reason,
         (None, None) if snapshots.is_empty() => {
             let generation = generations.first().copied().unwrap_or(1);
             let (tree, record, map_bytes) = empty_generation(trees, key, generation)?;
-            let opened = Opened { origin: Origin::New, damaged_snapshot };
-            return Ok(Found { tree, record, map_bytes, snapshot: None, opened });
+            let opened = Opened {
+                origin: Origin::New,
+                damaged_snapshot,
+            };
+            return Ok(Found {
+                tree,
+                record,
+                map_bytes,
+                snapshot: None,
+                opened,
+            });
         }
         (None, None) => "it is missing".to_owned(),
     };
 
     let generation = generations.first().map_or(1, |newest| newest + 1);
     generations.insert(0, generation);
-    let rebuilt = rebuild(trees, key, generation, &mut snapshots, &mut damaged_snapshot);
+    let rebuilt = rebuild(
+        trees,
+        key,
+        generation,
+        &mut snapshots,
+        &mut damaged_snapshot,
+    );
     let rebuilt = rebuilt.and_then(|rebuilt| match rebuilt {
         Some(rebuilt) => Ok((rebuilt, true)),
-        // With no snapshot left to believe, a true older tree is worth more than nothing: the log may reach back to it.
+        // With no snapshot left to believe, a true older tree is worth more than nothing: the log
+        // may reach back to it.
         None => match newest_good(trees, key, &generations[1..], redo.as_ref())?.0 {
             Some(older) => Ok((older, false)),
             None => Ok((empty_generation(trees, key, generation)?, false)),
@@ -101,14 +137,28 @@ pub(super) fn open_map(trees: &dyn Trees, files: &SnapshotFiles, redo: &RedoFile
             trees.condemn(&error.to_string());
         }
     })?;
-    tracing::warn!(replica = %key, %reason, from_snapshot, applied = %shown(&record.applied), "the tree of a replica was rebuilt");
+    tracing::warn!(replica = %key, %reason, from_snapshot, applied = %shown(&record.applied), "the \
+        tree of a replica was rebuilt");
     drop_others(trees, key, &generations, record.generation);
     let snapshot = (!snapshots.is_empty()).then(|| snapshots.remove(0));
-    let opened = Opened { origin: Origin::Rebuilt { reason, from_snapshot }, damaged_snapshot };
-    Ok(Found { tree, record, map_bytes, snapshot, opened })
+    let opened = Opened {
+        origin: Origin::Rebuilt {
+            reason,
+            from_snapshot,
+        },
+        damaged_snapshot,
+    };
+    Ok(Found {
+        tree,
+        record,
+        map_bytes,
+        snapshot,
+        opened,
+    })
 }
 
-/// A generation that was filled from a snapshot and has no record yet: until it has, it is not believed.
+/// A generation that was filled from a snapshot and has no record yet: until it has, it is not
+/// believed.
 pub(super) struct Filling {
     tree: Arc<dyn Tree>,
     record: TreeRecord,
@@ -141,7 +191,9 @@ pub(super) fn fill_generation(
     let (mut unflushed, mut map_bytes) = (0, 0);
     snapshot.for_each(&mut |pair_key, value| {
         if pair_key.first().is_none_or(|byte| *byte == RESERVED) {
-            return Err(StoreError::Damaged("a snapshot file holds a key that is no map's".into()));
+            return Err(StoreError::Damaged(
+                "a snapshot file holds a key that is no map's".into(),
+            ));
         }
         tree.write(pair_key, Some(value))?;
         unflushed += pair_key.len() + value.len();
@@ -153,8 +205,17 @@ pub(super) fn fill_generation(
         Ok(())
     })?;
     tree.flush()?;
-    let record = TreeRecord { key, generation, applied: snapshot.applied().clone(), digest: snapshot.trailer().digest };
-    Ok(Filling { tree, record, map_bytes })
+    let record = TreeRecord {
+        key,
+        generation,
+        applied: snapshot.applied().clone(),
+        digest: snapshot.trailer().digest,
+    };
+    Ok(Filling {
+        tree,
+        record,
+        map_bytes,
+    })
 }
 
 /// Returns what a pair counts for in [`Found::map_bytes`].
@@ -164,12 +225,17 @@ pub(super) fn pair_bytes(key: &[u8], value: &[u8]) -> u64 {
 
 /// The generations that there are trees of, the newest first.
 pub(super) fn generations(trees: &dyn Trees, key: ReplicaKey) -> Result<Vec<u64>, StoreError> {
-    let mut generations: Vec<u64> = trees.names()?.iter().filter_map(|name| generation_of(key, name)).collect();
+    let mut generations: Vec<u64> = trees
+        .names()?
+        .iter()
+        .filter_map(|name| generation_of(key, name))
+        .collect();
     generations.sort_unstable_by_key(|generation| std::cmp::Reverse(*generation));
     Ok(generations)
 }
 
-/// Drops the trees of all generations but `keep`. One that can't be dropped is only in the way: it is tried again at the next start.
+/// Drops the trees of all generations but `keep`. One that can't be dropped is only in the way: it
+/// is tried again at the next start.
 pub(super) fn drop_others(trees: &dyn Trees, key: ReplicaKey, generations: &[u64], keep: u64) {
     for generation in generations.iter().filter(|generation| **generation != keep) {
         drop_one(trees, key, *generation);
@@ -182,7 +248,8 @@ pub(super) fn drop_one(trees: &dyn Trees, key: ReplicaKey, generation: u64) {
     }
 }
 
-/// Fills `generation` from the newest snapshot that can be read through, dropping from the list those that can't. None: none can.
+/// Fills `generation` from the newest snapshot that can be read through, dropping from the list
+/// those that can't. None: none can.
 fn rebuild(
     trees: &dyn Trees,
     key: ReplicaKey,
@@ -205,23 +272,52 @@ fn rebuild(
     Ok(None)
 }
 
-fn empty_generation(trees: &dyn Trees, key: ReplicaKey, generation: u64) -> Result<Believed, StoreError> {
+fn empty_generation(
+    trees: &dyn Trees,
+    key: ReplicaKey,
+    generation: u64,
+) -> Result<Believed, StoreError> {
     let tree = trees.open(&tree_name(key, generation))?;
-    Ok((tree, TreeRecord { key, generation, applied: Applied::default(), digest: Digest::default() }, 0))
+    Ok((
+        tree,
+        TreeRecord {
+            key,
+            generation,
+            applied: Applied::default(),
+            digest: Digest::default(),
+        },
+        0,
+    ))
 }
 
-/// The snapshots whose head and trailer hold, the newest first, and why the newest file is not among them.
-fn open_snapshots(files: &SnapshotFiles, key: ReplicaKey) -> Result<(Vec<Snapshot>, Option<String>), StoreError> {
+/// The snapshots whose head and trailer hold, the newest first, and why the newest file is not
+/// among them.
+fn open_snapshots(
+    files: &SnapshotFiles,
+    key: ReplicaKey,
+) -> Result<(Vec<Snapshot>, Option<String>), StoreError> {
     let (mut snapshots, mut damaged) = (Vec::new(), None);
     for published in files.of(key)? {
         match Snapshot::open(files, &published.path) {
-            Ok(snapshot) if snapshot.written_by().group == key.group && snapshot.applied().log_id == published.log_id => {
+            Ok(snapshot)
+                if snapshot.written_by().group == key.group
+                    && snapshot.applied().log_id == published.log_id =>
+            {
                 snapshots.push(snapshot);
             }
-            Ok(_) => note_damaged(key, &snapshots, &mut damaged, format!("{} is another's file", published.path.display())),
+            Ok(_) => note_damaged(
+                key,
+                &snapshots,
+                &mut damaged,
+                format!("{} is another's file", published.path.display()),
+            ),
             Err(StoreError::Damaged(reason)) => note_damaged(key, &snapshots, &mut damaged, reason),
             // Unreachable, or of a newer version of the program: not ours to pass over.
-            Err(error @ (StoreError::Io { .. } | StoreError::TooOld { .. } | StoreError::Undecodable { .. })) => {
+            Err(
+                error @ (StoreError::Io { .. }
+                | StoreError::TooOld { .. }
+                | StoreError::Undecodable { .. }),
+            ) => {
                 return Err(error);
             }
         }
@@ -246,11 +342,15 @@ fn newest_good(
     let mut reason = None;
     for generation in generations {
         let verdict = match trees.open(&tree_name(key, *generation)) {
-            Ok(tree) => check_or_finish(&*tree, key, *generation, redo).map(|verdict| (tree, verdict)),
+            Ok(tree) => {
+                check_or_finish(&*tree, key, *generation, redo).map(|verdict| (tree, verdict))
+            }
             Err(error) => Err(error),
         };
         match verdict {
-            Ok((tree, Verdict::Good(record, map_bytes))) => return Ok((Some((tree, record, map_bytes)), reason)),
+            Ok((tree, Verdict::Good(record, map_bytes))) => {
+                return Ok((Some((tree, record, map_bytes)), reason));
+            }
             Ok((_, Verdict::Empty)) => {}
             Ok((_, Verdict::Bad(bad))) => {
                 reason.get_or_insert(bad);
@@ -276,17 +376,26 @@ fn is_of_the_data(error: &StoreError) -> bool {
     matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::InvalidData)
 }
 
-/// Checks a tree; one that does not hold is looked at again after the checkpoint that may have been cut short was carried out on it.
-fn check_or_finish(tree: &dyn Tree, key: ReplicaKey, generation: u64, redo: Option<&Redo>) -> Result<Verdict, StoreError> {
+/// Checks a tree; one that does not hold is looked at again after the checkpoint that may have been
+/// cut short was carried out on it.
+fn check_or_finish(
+    tree: &dyn Tree,
+    key: ReplicaKey,
+    generation: u64,
+    redo: Option<&Redo>,
+) -> Result<Verdict, StoreError> {
     let redo = redo.filter(|redo| redo.record.generation == generation);
     let verdict = match check(tree, key, generation) {
         // A value that has lost its pieces: it may be one of those that were being written.
-        Err(error @ StoreError::Io { .. }) if redo.is_some() && is_of_the_data(&error) => Verdict::Bad(error.to_string()),
+        Err(error @ StoreError::Io { .. }) if redo.is_some() && is_of_the_data(&error) => {
+            Verdict::Bad(error.to_string())
+        }
         checked => checked?,
     };
     match (&verdict, redo) {
         (Verdict::Bad(reason), Some(redo)) => {
-            tracing::info!(replica = %key, %reason, changes = redo.changes.len(), "a checkpoint that was cut short is carried out again");
+            tracing::info!(replica = %key, %reason, changes = redo.changes.len(), "a checkpoint \
+                that was cut short is carried out again");
             redo.carry_out(tree)?;
             tree.flush()?;
             check(tree, key, generation)
@@ -315,17 +424,23 @@ fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<Verdict, S
         None => Verdict::Bad("it was never finished".into()),
         Some(Err(error)) => Verdict::Bad(error.to_string()),
         Some(Ok(record)) if (record.key, record.generation) != (key, generation) => {
-            Verdict::Bad(format!("it says that it is {}", tree_name(record.key, record.generation)))
+            Verdict::Bad(format!(
+                "it says that it is {}",
+                tree_name(record.key, record.generation)
+            ))
         }
-        Some(Ok(record)) if record.digest != digest || unknown => {
-            Verdict::Bad(format!("its {} pairs do not match the digest of {}", digest.pairs, record.digest.pairs))
-        }
+        Some(Ok(record)) if record.digest != digest || unknown => Verdict::Bad(format!(
+            "its {} pairs do not match the digest of {}",
+            digest.pairs, record.digest.pairs
+        )),
         Some(Ok(record)) => Verdict::Good(record, map_bytes),
     })
 }
 
 fn shown(applied: &Applied) -> String {
-    applied.log_id.map_or_else(|| "the beginning".to_owned(), |log_id| log_id.to_string())
+    applied
+        .log_id
+        .map_or_else(|| "the beginning".to_owned(), |log_id| log_id.to_string())
 }
 
 #[cfg(test)]
@@ -337,7 +452,10 @@ mod tests {
     use crate::storage::mem_trees::MemTrees;
     use crate::types::{GroupId, ReplicaId};
 
-    const KEY: ReplicaKey = ReplicaKey { group: GroupId(1), replica: ReplicaId(5) };
+    const KEY: ReplicaKey = ReplicaKey {
+        group: GroupId(1),
+        replica: ReplicaId(5),
+    };
 
     /// A tree in which one value cannot be read until it is written anew.
     struct Torn(Arc<dyn Tree>);
@@ -370,7 +488,10 @@ mod tests {
                 return self.0.walk(visit);
             }
             let source = std::io::ErrorKind::InvalidData.into();
-            Err(StoreError::Io { context: "walking a tree".into(), source })
+            Err(StoreError::Io {
+                context: "walking a tree".into(),
+                source,
+            })
         }
     }
 
@@ -380,12 +501,25 @@ mod tests {
         let (key, value) = (Bytes::from_static(b"torn"), Bytes::from_static(b"whole"));
         let mut digest = Digest::default();
         digest.add(PairHasher::default().hash(&key, &value));
-        let record = TreeRecord { key: KEY, generation: 1, applied: Applied::default(), digest };
-        let redo = Redo { record: record.clone(), changes: vec![(key, Some(value))] };
+        let record = TreeRecord {
+            key: KEY,
+            generation: 1,
+            applied: Applied::default(),
+            digest,
+        };
+        let redo = Redo {
+            record: record.clone(),
+            changes: vec![(key, Some(value))],
+        };
         let tree = Torn(MemTrees::new().open("g1-r5.1").expect("opened"));
-        check_or_finish(&tree, KEY, 1, None).err().expect("it cannot be read");
-        check_or_finish(&tree, KEY, 2, Some(&redo)).err().expect("that was another generation");
-        let verdict = check_or_finish(&tree, KEY, 1, Some(&redo)).expect("it was carried out again");
+        check_or_finish(&tree, KEY, 1, None)
+            .err()
+            .expect("it cannot be read");
+        check_or_finish(&tree, KEY, 2, Some(&redo))
+            .err()
+            .expect("that was another generation");
+        let verdict =
+            check_or_finish(&tree, KEY, 1, Some(&redo)).expect("it was carried out again");
         assert!(matches!(verdict, Verdict::Good(found, 9) if found == record));
     }
 }

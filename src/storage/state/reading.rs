@@ -6,11 +6,12 @@
 //! - a read that may wait runs on a thread of its own, of which there are a bounded number
 //!   ([`Readers`]);
 //! - before it takes the lock it is done once without ([`Preview`]), and its result thrown away:
-//!   what it looks at is in the tree's cache then, and what is read under the lock waits for nothing.
+//!   what it looks at is in the tree's cache then, and what is read under the lock waits for
+//!   nothing.
 //!
-//! Whether single keys may wait is measured ([`DiskWaits`]): while what they need is in memory they are
-//! read where they are asked for. Nothing is said of the results here: those come of one guard, as
-//! if there was no disk.
+//! Whether single keys may wait is measured ([`DiskWaits`]): while what they need is in memory they
+//! are read where they are asked for. Nothing is said of the results here: those come of one guard,
+//! as if there was no disk.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -33,7 +34,8 @@ const QUICK: Duration = Duration::from_micros(500);
 const SHARE: u32 = 10;
 /// How much of that may be taken at once.
 const BURST: Duration = Duration::from_millis(30);
-/// For how long reads go elsewhere after they took more; renewed for as long as they are slow there.
+/// For how long reads go elsewhere after they took more; renewed for as long as they are slow
+/// there.
 const ELSEWHERE_FOR: Duration = Duration::from_secs(5);
 
 /// Reads of each kind that wait for the disk at a time. A disk that has much to do at once does it
@@ -83,14 +85,23 @@ impl Readers {
     }
 
     /// Does `work` on one of the threads. A panic of it goes on here.
-    async fn run<T: Send + 'static>(&self, kind: ReadKind, work: impl FnOnce() -> T + Send + 'static) -> T {
+    async fn run<T: Send + 'static>(
+        &self,
+        kind: ReadKind,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
         let turns = match kind {
             ReadKind::Keys => &self.keys,
             ReadKind::Page => &self.pages,
             ReadKind::Entry => &self.entries,
         };
-        let turn = turns.clone().acquire_owned().await.expect("nobody closes it");
-        self.count.fetch_add(u64::from(kind != ReadKind::Page), Ordering::Relaxed);
+        let turn = turns
+            .clone()
+            .acquire_owned()
+            .await
+            .expect("nobody closes it");
+        self.count
+            .fetch_add(u64::from(kind != ReadKind::Page), Ordering::Relaxed);
         // The turn lasts as long as the work, also if nobody waits for that any more.
         let work = move || {
             let _turn = turn;
@@ -109,7 +120,8 @@ impl Readers {
 
 /// Whether reads of single keys wait for the disk, by how long they took.
 ///
-/// It is an account: slow reads fill it, time empties it. Past its limit reads go elsewhere for a while.
+/// It is an account: slow reads fill it, time empties it. Past its limit reads go elsewhere for a
+/// while.
 pub(super) struct DiskWaits {
     start: Instant,
     /// When the account is empty again, in microseconds after `start`.
@@ -121,7 +133,11 @@ pub(super) struct DiskWaits {
 impl Default for DiskWaits {
     fn default() -> Self {
         let zero = AtomicU64::default;
-        Self { start: Instant::now(), empty_at_us: zero(), elsewhere_until_us: zero() }
+        Self {
+            start: Instant::now(),
+            empty_at_us: zero(),
+            elsewhere_until_us: zero(),
+        }
     }
 }
 
@@ -137,14 +153,17 @@ impl DiskWaits {
         }
         let now = self.now_us();
         let filled = |empty_at: u64| empty_at.max(now).saturating_add(micros(took * SHARE));
-        let update = self.empty_at_us.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |at| Some(filled(at)));
+        let update = self
+            .empty_at_us
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |at| Some(filled(at)));
         let empty_at = update.map_or_else(filled, filled);
         empty_at - now > micros(BURST * SHARE)
     }
 
     fn go_elsewhere(&self) {
         let now = self.now_us();
-        self.elsewhere_until_us.store(now + micros(ELSEWHERE_FOR), Ordering::Relaxed);
+        self.elsewhere_until_us
+            .store(now + micros(ELSEWHERE_FOR), Ordering::Relaxed);
         // What led to it is paid for; reads that are slow there fill it again.
         self.empty_at_us.store(now, Ordering::Relaxed);
     }
@@ -156,7 +175,12 @@ impl DiskWaits {
         }
         let is_elsewhere = self.now_us() < until;
         if !is_elsewhere {
-            let _ = self.elsewhere_until_us.compare_exchange(until, 0, Ordering::Relaxed, Ordering::Relaxed);
+            let _ = self.elsewhere_until_us.compare_exchange(
+                until,
+                0,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
         }
         is_elsewhere
     }
@@ -176,7 +200,9 @@ impl Shared {
     fn note_read(&self, took: Duration) {
         if self.disk_waits.note(took) && self.outgrows_cache() {
             if !self.disk_waits.is_elsewhere() {
-                tracing::debug!("reads of the maps wait for the disk, and do so off the threads that serve");
+                tracing::debug!(
+                    "reads of the maps wait for the disk, and do so off the threads that serve"
+                );
             }
             self.disk_waits.go_elsewhere();
         }
@@ -202,8 +228,8 @@ impl ReplicaState {
         done
     }
 
-    /// Reads the map on another thread, where it may wait for the disk. `work` is called twice, and what
-    /// it returns first is dropped: it must change nothing.
+    /// Reads the map on another thread, where it may wait for the disk. `work` is called twice, and
+    /// what it returns first is dropped: it must change nothing.
     pub async fn read_elsewhere<T: Send + 'static>(
         &self,
         kind: ReadKind,
@@ -219,20 +245,34 @@ impl ReplicaState {
 
     /// Reads the map under one guard: here if nothing is waited for, else on another thread. See
     /// [`ReplicaState::read_elsewhere`] for what is asked of `work`.
-    pub async fn read_in<T: Send + 'static>(&self, kind: ReadKind, work: impl Fn(&MapRead<'_>) -> T + Send + 'static) -> T {
-        if self.reads_wait(kind) { self.read_elsewhere(kind, work).await } else { self.read_here(work) }
+    pub async fn read_in<T: Send + 'static>(
+        &self,
+        kind: ReadKind,
+        work: impl Fn(&MapRead<'_>) -> T + Send + 'static,
+    ) -> T {
+        if self.reads_wait(kind) {
+            self.read_elsewhere(kind, work).await
+        } else {
+            self.read_here(work)
+        }
     }
 
     /// Brings what `work` looks at into the cache of the tree, with no lock held while the disk is
     /// waited for. Blocking.
     pub fn preview<T>(&self, work: impl FnOnce(&MapRead<'_>) -> T) {
         let started = Instant::now();
-        drop(work(&MapRead::Preview(Preview { replica: self.replica.clone() })));
+        drop(work(&MapRead::Preview(Preview {
+            replica: self.replica.clone(),
+        })));
         self.replica.shared.note_read(started.elapsed());
     }
 
     /// Does `work` where it may wait for the disk. Of each kind a bounded number runs at a time.
-    pub async fn elsewhere<T: Send + 'static>(&self, kind: ReadKind, work: impl FnOnce() -> T + Send + 'static) -> T {
+    pub async fn elsewhere<T: Send + 'static>(
+        &self,
+        kind: ReadKind,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
         self.replica.shared.readers.run(kind, work).await
     }
 
@@ -251,27 +291,34 @@ pub enum MapRead<'a> {
     Preview(Preview),
 }
 
-/// The map with no lock held but for moments. Each value is one that the map had, of a moment between the
-/// beginning of the read and its end; where nothing is applied meanwhile, all of it is as under one guard.
+/// The map with no lock held but for moments. Each value is one that the map had, of a moment
+/// between the beginning of the read and its end; where nothing is applied meanwhile, all of it is
+/// as under one guard.
 pub struct Preview {
     replica: Arc<Replica>,
 }
 
 impl Preview {
     fn tables<T>(&self, look: impl FnOnce(&ReadGuard<'_>) -> T) -> T {
-        look(&ReadGuard { tables: self.replica.read_tables() })
+        look(&ReadGuard {
+            tables: self.replica.read_tables(),
+        })
     }
 
     /// Returns what the tables say of `key`, or where else to look.
-    fn find<V>(&self, key: &[u8], seen: impl FnOnce(&Bytes) -> V) -> Result<Option<V>, Arc<dyn Tree>> {
+    fn find<V>(
+        &self,
+        key: &[u8],
+        seen: impl FnOnce(&Bytes) -> V,
+    ) -> Result<Option<V>, Arc<dyn Tree>> {
         self.tables(|guard| match guard.change_of(key) {
             Some(change) => Ok(change.as_ref().map(seen)),
             None => Err(guard.tables.tree.clone()),
         })
     }
 
-    /// `seen` makes of a value of the tables what the caller is to see of it; `of_tree` scans the tree; `weigh` says
-    /// how many bytes an item has.
+    /// `seen` makes of a value of the tables what the caller is to see of it; `of_tree` scans the
+    /// tree; `weigh` says how many bytes an item has.
     fn scan_as<'a, V: 'a>(
         &'a self,
         range: &KeyRange,
@@ -281,17 +328,29 @@ impl Preview {
         weigh: fn(&V) -> usize,
     ) -> Items<'a, V> {
         let start = range.start.clone().max(Bytes::from_static(CORE_KEYS_START));
-        let range = KeyRange { start, end: range.end.clone() };
+        let range = KeyRange {
+            start,
+            end: range.end.clone(),
+        };
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }
 
         let (layers, tree) = self.tables(|guard| {
             let tables: &Tables = &guard.tables;
-            let changes = tables.above().map(|table| table.range(&range, direction, seen).collect());
+            let changes = tables
+                .above()
+                .map(|table| table.range(&range, direction, seen).collect());
             (changes.collect::<Vec<Vec<_>>>(), tables.tree.clone())
         });
-        let batches = Batches { tree, of_tree, weigh, rest: Some(range), direction, pairs_max: 1 };
+        let batches = Batches {
+            tree,
+            of_tree,
+            weigh,
+            rest: Some(range),
+            direction,
+            pairs_max: 1,
+        };
         let mut items: Items<'a, V> = Box::new(batches.flatten());
         for layer in layers.into_iter().filter(|layer| !layer.is_empty()) {
             items = Box::new(Layered::new(Box::new(layer.into_iter()), items, direction));
@@ -331,9 +390,15 @@ where
                 self.rest = Some(match self.direction {
                     Direction::Forward => {
                         let start = [&key[..], &[0]].concat().into();
-                        KeyRange { start, end: range.end.clone() }
+                        KeyRange {
+                            start,
+                            end: range.end.clone(),
+                        }
                     }
-                    Direction::Reverse => KeyRange { start: range.start.clone(), end: Some(key.clone()) },
+                    Direction::Reverse => KeyRange {
+                        start: range.start.clone(),
+                        end: Some(key.clone()),
+                    },
                 });
             }
             batch.push_back(item);
@@ -363,14 +428,26 @@ impl Read for Preview {
         if is_reserved(key) {
             return Ok(None);
         }
-        self.find(key, |value| ValueStart::of(value, bytes_max)).or_else(|tree| tree.start_of(key, bytes_max))
+        self.find(key, |value| ValueStart::of(value, bytes_max))
+            .or_else(|tree| tree.start_of(key, bytes_max))
     }
 
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
-        self.scan_as(range, direction, Bytes::clone, move |tree, range| tree.scan(range, direction), Bytes::len)
+        self.scan_as(
+            range,
+            direction,
+            Bytes::clone,
+            move |tree, range| tree.scan(range, direction),
+            Bytes::len,
+        )
     }
 
-    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+    fn scan_starts<'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        bytes_max: usize,
+    ) -> Items<'a, ValueStart> {
         let start = move |value: &Bytes| ValueStart::of(value, bytes_max);
         self.scan_as(
             range,
@@ -404,7 +481,12 @@ impl Read for MapRead<'_> {
         }
     }
 
-    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+    fn scan_starts<'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        bytes_max: usize,
+    ) -> Items<'a, ValueStart> {
         match self {
             MapRead::Pinned(guard) => guard.scan_starts(range, direction, bytes_max),
             MapRead::Preview(preview) => preview.scan_starts(range, direction, bytes_max),

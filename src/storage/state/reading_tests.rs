@@ -10,7 +10,9 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::reading::DiskWaits;
-use super::tests::{KEY, Model, TestLog, applied, apply_to_model, open, pairs, random_batch, small_options};
+use super::tests::{
+    KEY, Model, TestLog, applied, apply_to_model, open, pairs, random_batch, small_options,
+};
 use super::*;
 use crate::sm::ports::{Direction, KeyRange, Read, WriteBatch};
 use crate::storage::disk::Disk;
@@ -40,14 +42,20 @@ impl Watchdog {
             to_open.close(false);
             told.load(Ordering::Acquire)
         };
-        Self { gate, is_over, thread: Some(std::thread::spawn(watch)) }
+        Self {
+            gate,
+            is_over,
+            thread: Some(std::thread::spawn(watch)),
+        }
     }
 
     /// Lets everybody pass. Returns whether nobody had to be helped before.
     fn open(mut self) -> bool {
         self.is_over.store(true, Ordering::Release);
         self.gate.close(false);
-        self.thread.take().is_some_and(|thread| thread.join().expect("it ends well"))
+        self.thread
+            .take()
+            .is_some_and(|thread| thread.join().expect("it ends well"))
     }
 }
 
@@ -60,16 +68,23 @@ fn one(key: &str, value: &str) -> WriteBatch {
 /// A map with `cold` in its tree alone.
 fn with_cold_key() -> (MemTrees, StateStore, Checkpointer, ReplicaState) {
     let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
-    let options = StateOptions { cache_bytes: 0, ..small_options() };
+    let options = StateOptions {
+        cache_bytes: 0,
+        ..small_options()
+    };
     let opened = StateStore::open(Arc::new(trees.clone()), disk, Path::new("/"), options);
     let (store, mut checkpointer) = opened.expect("opened");
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
-    state.apply(one("cold", "value"), applied(1)).expect("applied");
+    state
+        .apply(one("cold", "value"), applied(1))
+        .expect("applied");
     state.write_down();
     while checkpointer.pump() {}
     // No table of the one before is kept for gets.
     drop(state);
-    let state = store.replica(KEY, TestLog::durable()).expect("opened again");
+    let state = store
+        .replica(KEY, TestLog::durable())
+        .expect("opened again");
     (trees, store, checkpointer, state)
 }
 
@@ -81,17 +96,26 @@ async fn a_read_that_waits_for_the_disk_holds_up_neither_its_thread_nor_an_entry
         let watchdog = Watchdog::close(&trees.reads);
         let reading = tokio::spawn({
             let state = state.clone();
-            async move { state.read_in(kind, |read| read.get(b"cold").expect("readable")).await }
+            async move {
+                state
+                    .read_in(kind, |read| read.get(b"cold").expect("readable"))
+                    .await
+            }
         });
         while trees.reads.waiting() == 0 && trees.reads.is_closed() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        state.apply(one("hot", "value"), applied(2)).expect("applied");
+        state
+            .apply(one("hot", "value"), applied(2))
+            .expect("applied");
         let hot = state.read().get(b"hot").expect("readable");
         assert!(watchdog.open(), "{kind:?}: somebody waited for the disk");
         assert_eq!(hot.as_deref(), Some(&b"value"[..]));
         assert_eq!(reading.await.expect("read").as_deref(), Some(&b"value"[..]));
-        assert_eq!(store.metrics().reads_elsewhere, u64::from(kind != ReadKind::Page));
+        assert_eq!(
+            store.metrics().reads_elsewhere,
+            u64::from(kind != ReadKind::Page)
+        );
     }
 }
 
@@ -99,8 +123,16 @@ async fn a_read_that_waits_for_the_disk_holds_up_neither_its_thread_nor_an_entry
 fn reads_go_elsewhere_only_when_the_disk_takes_much_of_the_time() {
     let waits = DiskWaits::default();
     let count = |took: Duration, times: usize| (0..times).filter(|_| waits.note(took)).count();
-    assert_eq!(count(Duration::from_micros(400), 100_000), 0, "as quick as they are in memory");
-    assert_eq!(count(Duration::from_millis(1), 5), 0, "a few were put off by something else");
+    assert_eq!(
+        count(Duration::from_micros(400), 100_000),
+        0,
+        "as quick as they are in memory"
+    );
+    assert_eq!(
+        count(Duration::from_millis(1), 5),
+        0,
+        "a few were put off by something else"
+    );
     assert!(count(Duration::from_millis(1), 1000) > 0);
     assert!(count(Duration::from_millis(200), 1) > 0);
 }
@@ -109,11 +141,16 @@ fn reads_go_elsewhere_only_when_the_disk_takes_much_of_the_time() {
 fn nothing_goes_elsewhere_while_the_cache_holds_all_trees() {
     for (cache_bytes, expected) in [(64 << 20, false), (0, true)] {
         let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
-        let options = StateOptions { cache_bytes, ..small_options() };
+        let options = StateOptions {
+            cache_bytes,
+            ..small_options()
+        };
         let opened = StateStore::open(Arc::new(trees), disk, Path::new("/"), options);
         let (store, mut checkpointer) = opened.expect("opened");
         let state = store.replica(KEY, TestLog::durable()).expect("opened");
-        state.apply(one("cold", "value"), applied(1)).expect("applied");
+        state
+            .apply(one("cold", "value"), applied(1))
+            .expect("applied");
         state.write_down();
         while checkpointer.pump() {}
         for _ in 0..5 {
@@ -144,15 +181,27 @@ fn a_look_ahead_sees_what_a_guard_does_while_nothing_is_applied() {
             for direction in [Direction::Forward, Direction::Reverse] {
                 for range in ranges(index) {
                     let context = format!("entry {index}, {range:?}, {direction:?}");
-                    assert_eq!(pairs(read, &range, direction), pairs(&model, &range, direction), "{context}");
+                    assert_eq!(
+                        pairs(read, &range, direction),
+                        pairs(&model, &range, direction),
+                        "{context}"
+                    );
                     let seen: Result<Vec<_>, _> = read.scan_starts(&range, direction, 3).collect();
-                    let known: Result<Vec<_>, _> = model.scan_starts(&range, direction, 3).collect();
-                    assert_eq!(seen.expect("readable"), known.expect("readable"), "{context}");
+                    let known: Result<Vec<_>, _> =
+                        model.scan_starts(&range, direction, 3).collect();
+                    assert_eq!(
+                        seen.expect("readable"),
+                        known.expect("readable"),
+                        "{context}"
+                    );
                 }
             }
             for key in (0..300).map(|n| format!("k{n:03}")) {
                 let expected = model.get(key.as_bytes());
-                assert_eq!(read.get(key.as_bytes()).expect("readable").as_ref(), expected);
+                assert_eq!(
+                    read.get(key.as_bytes()).expect("readable").as_ref(),
+                    expected
+                );
                 let start = read.start_of(key.as_bytes(), 2).expect("readable");
                 let expected = Read::start_of(&model, key.as_bytes(), 2).expect("readable");
                 assert_eq!(start, expected);
@@ -166,7 +215,13 @@ fn ranges(index: u64) -> [KeyRange; 3] {
     let bound = |n: u64| Bytes::from(format!("k{:03}", n % 300));
     [
         KeyRange::all(),
-        KeyRange { start: bound(index * 7), end: Some(bound(index * 7 + 40)) },
-        KeyRange { start: bound(index), end: None },
+        KeyRange {
+            start: bound(index * 7),
+            end: Some(bound(index * 7 + 40)),
+        },
+        KeyRange {
+            start: bound(index),
+            end: None,
+        },
     ]
 }

@@ -1,4 +1,5 @@
-//! [`TreeRecord`]: what a tree says of itself, under a reserved key, in the same batch as the pairs that it speaks of.
+//! [`TreeRecord`]: what a tree says of itself, under a reserved key, in the same batch as the pairs
+//! that it speaks of.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,8 @@ use crate::sm::codec;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 
-/// The first byte of the keys that are the tree's own. The core's keys never begin with it, and nobody above sees one that does.
+/// The first byte of the keys that are the tree's own. The core's keys never begin with it, and
+/// nobody above sees one that does.
 pub const RESERVED: u8 = 0;
 
 /// Where the record is.
@@ -38,7 +40,8 @@ impl TreeRecord {
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
-        let damaged = || StoreError::Damaged("the record of a tree does not match its checksum".into());
+        let damaged =
+            || StoreError::Damaged("the record of a tree does not match its checksum".into());
         let (body, checksum) = bytes.split_last_chunk::<8>().ok_or_else(damaged)?;
         if xxh3_64(body) != u64::from_le_bytes(*checksum) {
             return Err(damaged());
@@ -54,7 +57,11 @@ pub fn tree_name(key: ReplicaKey, generation: u64) -> String {
 
 /// The generation that a tree of this name is, if it is one of this replica's.
 pub fn generation_of(key: ReplicaKey, name: &str) -> Option<u64> {
-    let generation = name.strip_prefix(&key.to_string())?.strip_prefix('.')?.parse().ok()?;
+    let generation = name
+        .strip_prefix(&key.to_string())?
+        .strip_prefix('.')?
+        .parse()
+        .ok()?;
     (tree_name(key, generation) == name).then_some(generation)
 }
 
@@ -75,12 +82,30 @@ mod tests {
 
     #[test]
     fn a_record_reads_back_and_any_flipped_bit_is_seen() {
-        let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(5) };
-        let applied = Applied { log_id: Some(LogId { term: 2, index: 9 }), membership: Bytes::from_static(b"m") };
-        let record = TreeRecord { key, generation: 3, applied, digest: Digest { pairs: 1, sum: 7 } };
+        let key = ReplicaKey {
+            group: GroupId(1),
+            replica: ReplicaId(5),
+        };
+        let applied = Applied {
+            log_id: Some(LogId { term: 2, index: 9 }),
+            membership: Bytes::from_static(b"m"),
+        };
+        let record = TreeRecord {
+            key,
+            generation: 3,
+            applied,
+            digest: Digest { pairs: 1, sum: 7 },
+        };
         let bytes = record.encode();
-        assert_eq!(hex(&bytes), GOLDEN, "the disk format has changed: write a new one beside the old");
-        assert_eq!(TreeRecord::decode(&unhex(GOLDEN)).expect("the first format"), record);
+        assert_eq!(
+            hex(&bytes),
+            GOLDEN,
+            "the disk format has changed: write a new one beside the old"
+        );
+        assert_eq!(
+            TreeRecord::decode(&unhex(GOLDEN)).expect("the first format"),
+            record
+        );
         assert_eq!(TreeRecord::decode(&bytes).expect("own encoding"), record);
         for bit in 0..bytes.len() * 8 {
             let mut flipped = bytes.to_vec();
@@ -94,10 +119,20 @@ mod tests {
 
     #[test]
     fn tree_names_name_one_replica() {
-        let key = ReplicaKey { group: GroupId(1), replica: ReplicaId(5) };
+        let key = ReplicaKey {
+            group: GroupId(1),
+            replica: ReplicaId(5),
+        };
         assert_eq!(tree_name(key, 12), "g1-r5.12");
         assert_eq!(generation_of(key, "g1-r5.12"), Some(12));
-        for other in ["g1-r51.2", "g11-r5.2", "g1-r5.", "g1-r5.+1", "g1-r5.01", "__sled__default"] {
+        for other in [
+            "g1-r51.2",
+            "g11-r5.2",
+            "g1-r5.",
+            "g1-r5.+1",
+            "g1-r5.01",
+            "__sled__default",
+        ] {
             assert_eq!(generation_of(key, other), None, "{other}");
         }
     }

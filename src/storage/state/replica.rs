@@ -1,11 +1,15 @@
 //! [`ReplicaState`]: the map of one replica while it runs.
 //!
-//! Two locks, always taken in this order: the *pen* (whoever holds it writes the tree, or keeps others from writing it), then the
-//! tables. The shelf (the current snapshot) is taken last and never held while another is waited for.
+//! Two locks, always taken in this order: the *pen* (whoever holds it writes the tree, or keeps
+//! others from writing it), then the tables. The shelf (the current snapshot) is taken last and
+//! never held while another is waited for.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    TryLockError,
+};
 use std::time::Instant;
 
 use super::compaction::TreeCopy;
@@ -111,14 +115,31 @@ impl Drop for HeldPen<'_> {
 }
 
 impl ReplicaState {
-    pub(super) fn new(shared: Arc<Shared>, claim: Claim, synced: Arc<dyn Synced>, key: ReplicaKey, found: Found) -> Self {
-        let Found { tree, record, map_bytes, snapshot, opened } = found;
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        claim: Claim,
+        synced: Arc<dyn Synced>,
+        key: ReplicaKey,
+        found: Found,
+    ) -> Self {
+        let Found {
+            tree,
+            record,
+            map_bytes,
+            snapshot,
+            opened,
+        } = found;
         let replica = Replica {
             key,
             shared,
             synced,
             tables: RwLock::new(Tables::new(tree, record.applied.clone())),
-            pen: Mutex::new(Pen { record, redo: None, copy: None, prepared: None }),
+            pen: Mutex::new(Pen {
+                record,
+                redo: None,
+                copy: None,
+                prepared: None,
+            }),
             shelf: Mutex::new(snapshot),
             map_bytes: AtomicU64::new(map_bytes),
             waiting: Mutex::new(0),
@@ -131,7 +152,9 @@ impl ReplicaState {
             opened,
             _claim: claim,
         };
-        Self { replica: Arc::new(replica) }
+        Self {
+            replica: Arc::new(replica),
+        }
     }
 
     pub fn key(&self) -> ReplicaKey {
@@ -147,13 +170,17 @@ impl ReplicaState {
         self.replica.read_tables().applied.clone()
     }
 
-    /// The map at this point in time, for several reads. Nothing is applied while the guard lives, so long scans go in pages.
+    /// The map at this point in time, for several reads. Nothing is applied while the guard lives,
+    /// so long scans go in pages.
     pub fn read(&self) -> ReadGuard<'_> {
-        ReadGuard { tables: self.replica.read_tables() }
+        ReadGuard {
+            tables: self.replica.read_tables(),
+        }
     }
 
-    /// Puts a batch into the map, as of `applied`. In memory: the log is what makes it durable. Never waits for the disk; the caller
-    /// awaits [`ReplicaState::wait_room`] first, so that memory is bounded. An error is final: this replica has stopped.
+    /// Puts a batch into the map, as of `applied`. In memory: the log is what makes it durable.
+    /// Never waits for the disk; the caller awaits [`ReplicaState::wait_room`] first, so that
+    /// memory is bounded. An error is final: this replica has stopped.
     ///
     /// `applied` must go forward: an entry that is in the map already is an error like any other.
     ///
@@ -162,17 +189,26 @@ impl ReplicaState {
     pub fn apply(&self, batch: WriteBatch, applied: Applied) -> Result<(), StoreError> {
         let replica = &self.replica;
         replica.check()?;
-        let reserved = batch.iter().next().is_some_and(|(key, _)| key.first().is_none_or(|byte| *byte == RESERVED));
+        let reserved = batch
+            .iter()
+            .next()
+            .is_some_and(|(key, _)| key.first().is_none_or(|byte| *byte == RESERVED));
         assert!(!reserved, "{}: a change of a reserved key", replica.key);
         let frozen = {
             let mut tables = replica.write_tables();
             if applied.log_id <= tables.applied.log_id {
-                return Err(StoreError::Damaged(format!("{}: an entry that is in the map was to be applied", replica.key)));
+                return Err(StoreError::Damaged(format!(
+                    "{}: an entry that is in the map was to be applied",
+                    replica.key
+                )));
             }
             let before = tables.active.bytes();
             tables.active.apply(batch);
             tables.applied = applied;
-            replica.shared.active_bytes.replace(before, tables.active.bytes());
+            replica
+                .shared
+                .active_bytes
+                .replace(before, tables.active.bytes());
             let full = tables.active.bytes() >= replica.shared.options.table_bytes_max;
             full.then(|| replica.freeze(&mut tables))
         };
@@ -189,13 +225,21 @@ impl ReplicaState {
         let mut tables = self.replica.write_tables();
         let before = tables.active.bytes();
         tables.active.apply(batch);
-        self.replica.shared.active_bytes.replace(before, tables.active.bytes());
+        self.replica
+            .shared
+            .active_bytes
+            .replace(before, tables.active.bytes());
     }
 
-    /// Has the digest of the map noted as it is after this entry, which is to be applied next: a table that the entry fills may be
-    /// written down at once. The checkpoint makes the digest; [`ReplicaState::write_down`] has one begun.
+    /// Has the digest of the map noted as it is after this entry, which is to be applied next: a
+    /// table that the entry fills may be written down at once. The checkpoint makes the digest;
+    /// [`ReplicaState::write_down`] has one begun.
     pub fn want_digest(&self, after: LogId) {
-        self.replica.digests.lock().expect("no holder panics").wanted = Some(after);
+        self.replica
+            .digests
+            .lock()
+            .expect("no holder panics")
+            .wanted = Some(after);
     }
 
     /// Returns the last digest that was noted, and of which entry it is.
@@ -208,29 +252,44 @@ impl ReplicaState {
         self.replica.is_wiped()
     }
 
-    /// Returns why nothing more is applied, if that is so. A map of which nothing was wanted any more has not failed.
+    /// Returns why nothing more is applied, if that is so. A map of which nothing was wanted any
+    /// more has not failed.
     pub fn failure(&self) -> Option<String> {
-        self.replica.failure.get().filter(|_| !self.is_wiped()).cloned()
+        self.replica
+            .failure
+            .get()
+            .filter(|_| !self.is_wiped())
+            .cloned()
     }
 
-    /// Waits while too many tables wait for the disk. Returns also when the replica has failed: [`ReplicaState::apply`] then says so.
+    /// Waits while too many tables wait for the disk. Returns also when the replica has failed:
+    /// [`ReplicaState::apply`] then says so.
     pub async fn wait_room(&self) {
         self.wait_until(|replica| replica.has_room()).await;
     }
 
-    /// Waits while many tables wait for the disk: before changes that can wait, so that others find room.
+    /// Waits while many tables wait for the disk: before changes that can wait, so that others find
+    /// room.
     pub async fn wait_ample_room(&self) {
         self.wait_until(|replica| replica.has_ample_room()).await;
     }
 
-    /// Freezes what is applied now, and waits until the log is durable through it. A snapshot built then holds at least that.
+    /// Freezes what is applied now, and waits until the log is durable through it. A snapshot built
+    /// then holds at least that.
     pub async fn settle(&self) {
         let last = self.replica.freeze_rest();
         let last = last.or_else(|| self.replica.read_tables().frozen.back().cloned());
         let Some(last) = last else { return };
         // Another map may be installed meanwhile: then the table waits for nothing more.
-        let gone = |replica: &Replica| !replica.read_tables().frozen.iter().any(|frozen| Arc::ptr_eq(frozen, &last));
-        self.wait_until(|replica| last.is_synced() || gone(replica)).await;
+        let gone = |replica: &Replica| {
+            !replica
+                .read_tables()
+                .frozen
+                .iter()
+                .any(|frozen| Arc::ptr_eq(frozen, &last))
+        };
+        self.wait_until(|replica| last.is_synced() || gone(replica))
+            .await;
     }
 
     async fn wait_until(&self, done: impl Fn(&Replica) -> bool) {
@@ -238,15 +297,19 @@ impl ReplicaState {
             let changed = self.replica.shared.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            if done(&self.replica) || self.replica.failure.get().is_some() || self.replica.shared.queue.is_stopped() {
+            if done(&self.replica)
+                || self.replica.failure.get().is_some()
+                || self.replica.shared.queue.is_stopped()
+            {
                 return;
             }
             changed.await;
         }
     }
 
-    /// Writes a snapshot file of what is applied and durable in the log (await [`ReplicaState::settle`] first for all of it), durable
-    /// when it returns; older files are removed. The current one is returned if it is as new. Blocking: call it in a worker.
+    /// Writes a snapshot file of what is applied and durable in the log (await
+    /// [`ReplicaState::settle`] first for all of it), durable when it returns; older files are
+    /// removed. The current one is returned if it is as new. Blocking: call it in a worker.
     pub fn build_snapshot(&self) -> Result<Snapshot, StoreError> {
         super::scan::build_snapshot(&self.replica)
     }
@@ -275,17 +338,24 @@ impl ReplicaState {
 
     pub fn bytes(&self) -> TableBytes {
         let tables = self.replica.read_tables();
-        TableBytes { active: tables.active.bytes(), frozen: tables.frozen_bytes }
+        TableBytes {
+            active: tables.active.bytes(),
+            frozen: tables.frozen_bytes,
+        }
     }
 }
 
 impl Replica {
     pub fn read_tables(&self) -> RwLockReadGuard<'_, Tables> {
-        self.tables.read().expect("no holder panics while it changes the tables")
+        self.tables
+            .read()
+            .expect("no holder panics while it changes the tables")
     }
 
     pub fn write_tables(&self) -> RwLockWriteGuard<'_, Tables> {
-        self.tables.write().expect("no holder panics while it changes the tables")
+        self.tables
+            .write()
+            .expect("no holder panics while it changes the tables")
     }
 
     pub fn lock_shelf(&self) -> MutexGuard<'_, Option<Snapshot>> {
@@ -296,7 +366,9 @@ impl Replica {
     pub fn remove_old_snapshots(&self) -> Result<(), StoreError> {
         let shelf = self.lock_shelf();
         let current = shelf.as_ref().map(Snapshot::path);
-        self.shared.files.remove_others(self.key, current.as_deref())
+        self.shared
+            .files
+            .remove_others(self.key, current.as_deref())
     }
 
     pub fn map_bytes(&self) -> u64 {
@@ -315,7 +387,10 @@ impl Replica {
     /// The pen, after those who want it more.
     pub fn lock_pen_last(self: &Arc<Self>) -> HeldPen<'_> {
         let waiting = self.waiting.lock().expect("no holder panics");
-        let none = self.none_waiting.wait_while(waiting, |waiting| *waiting > 0).expect("no holder panics");
+        let none = self
+            .none_waiting
+            .wait_while(waiting, |waiting| *waiting > 0)
+            .expect("no holder panics");
         drop(none);
         self.lock_pen()
     }
@@ -334,13 +409,19 @@ impl Replica {
     }
 
     fn lock_pen(self: &Arc<Self>) -> HeldPen<'_> {
-        HeldPen { pen: Some(self.pen.lock().expect("no holder of the pen panics")), replica: self }
+        HeldPen {
+            pen: Some(self.pen.lock().expect("no holder of the pen panics")),
+            replica: self,
+        }
     }
 
     /// The pen, if nobody has it. Else whoever has it queues a checkpoint when it is given back.
     fn try_lock_pen(self: &Arc<Self>) -> Option<HeldPen<'_>> {
         let free = || match self.pen.try_lock() {
-            Ok(pen) => Some(HeldPen { pen: Some(pen), replica: self }),
+            Ok(pen) => Some(HeldPen {
+                pen: Some(pen),
+                replica: self,
+            }),
             Err(TryLockError::WouldBlock) => None,
             Err(TryLockError::Poisoned(_)) => panic!("no holder of the pen panics"),
         };
@@ -361,7 +442,10 @@ impl Replica {
             None => Ok(()),
             Some(why) => {
                 let source = std::io::Error::other(why.clone());
-                Err(StoreError::Io { context: format!("the map of {} has stopped", self.key), source })
+                Err(StoreError::Io {
+                    context: format!("the map of {} has stopped", self.key),
+                    source,
+                })
             }
         }
     }
@@ -408,11 +492,15 @@ impl Replica {
         frozen
     }
 
-    /// Freezes the active table if it says anything that the tree and the frozen tables do not. The frozen one is queued.
+    /// Freezes the active table if it says anything that the tree and the frozen tables do not. The
+    /// frozen one is queued.
     pub fn freeze_rest(self: &Arc<Self>) -> Option<Arc<Frozen>> {
         let frozen = {
             let mut tables = self.write_tables();
-            let said = tables.frozen.back().map_or(&tables.tree_applied, |frozen| &frozen.applied);
+            let said = tables
+                .frozen
+                .back()
+                .map_or(&tables.tree_applied, |frozen| &frozen.applied);
             (*said != tables.applied).then(|| self.freeze(&mut tables))
         };
         if let Some(frozen) = &frozen {
@@ -449,15 +537,19 @@ impl Replica {
 
     pub fn queue(self: &Arc<Self>) {
         if !self.queued.swap(true, Ordering::AcqRel) {
-            self.shared.queue.push(Job::Checkpoint(Arc::downgrade(self)));
+            self.shared
+                .queue
+                .push(Job::Checkpoint(Arc::downgrade(self)));
         }
     }
 
-    /// Does the queued checkpoint, unless another has the pen: there is one thread for the checkpoints of all replicas, which waits for none
-    /// of them.
+    /// Does the queued checkpoint, unless another has the pen: there is one thread for the
+    /// checkpoints of all replicas, which waits for none of them.
     pub fn checkpoint(self: &Arc<Self>) {
         self.queued.store(false, Ordering::Release);
-        let Some(mut pen) = self.try_lock_pen() else { return };
+        let Some(mut pen) = self.try_lock_pen() else {
+            return;
+        };
         // Its caller can do nothing about an error; the next apply meets it.
         let _ = self.checkpoint_ready(&mut pen);
     }
@@ -489,21 +581,37 @@ impl Replica {
         }
     }
 
-    /// Returns whether the disk is too full for a table to be written down. It stays in memory then, where the tables have a bound,
-    /// and is looked at again by [`super::StateStore::write_what_waited_for_room`].
+    /// Returns whether the disk is too full for a table to be written down. It stays in memory
+    /// then, where the tables have a bound, and is looked at again by
+    /// [`super::StateStore::write_what_waited_for_room`].
     fn waits_for_room(&self, frozen: &Frozen) -> bool {
         // The tree's own factor is that of a whole copy.
         let bytes = (frozen.table.bytes() / 2) as u64;
-        let is_full = self.shared.trees.ensure_room(bytes).is_err_and(|error| is_full(&error));
+        let is_full = self
+            .shared
+            .trees
+            .ensure_room(bytes)
+            .is_err_and(|error| is_full(&error));
         if is_full {
             self.shared.lacks_room.store(true, Ordering::Release);
         }
         is_full
     }
 
-    /// Writes a table and the record that goes with it. Until the tree is flushed, the redo file says what was written.
-    fn write_table(&self, tree: &dyn Tree, frozen: &Frozen, pen: &mut Pen) -> Result<(), StoreError> {
-        let (redo, map_bytes) = redo_of(tree, frozen, &pen.record, self.map_bytes.load(Ordering::Relaxed))?;
+    /// Writes a table and the record that goes with it. Until the tree is flushed, the redo file
+    /// says what was written.
+    fn write_table(
+        &self,
+        tree: &dyn Tree,
+        frozen: &Frozen,
+        pen: &mut Pen,
+    ) -> Result<(), StoreError> {
+        let (redo, map_bytes) = redo_of(
+            tree,
+            frozen,
+            &pen.record,
+            self.map_bytes.load(Ordering::Relaxed),
+        )?;
         let file = match &mut pen.redo {
             Some(file) => file,
             none => none.insert(self.shared.redo.file(self.key)?),
@@ -526,8 +634,14 @@ impl Replica {
     /// Notes the digest of the tree if it is that which was asked for.
     fn note(&self, record: &TreeRecord) {
         let mut digests = self.digests.lock().expect("no holder panics");
-        if let Some(wanted) = digests.wanted.filter(|wanted| record.applied.log_id == Some(*wanted)) {
-            *digests = Digests { wanted: None, noted: Some((wanted, record.digest)) };
+        if let Some(wanted) = digests
+            .wanted
+            .filter(|wanted| record.applied.log_id == Some(*wanted))
+        {
+            *digests = Digests {
+                wanted: None,
+                noted: Some((wanted, record.digest)),
+            };
         }
     }
 
@@ -543,7 +657,10 @@ impl Replica {
 
 impl Drop for Replica {
     fn drop(&mut self) {
-        let tables = self.tables.get_mut().expect("no holder panics while it changes the tables");
+        let tables = self
+            .tables
+            .get_mut()
+            .expect("no holder panics while it changes the tables");
         self.shared.active_bytes.replace(tables.active.bytes(), 0);
         self.shared.frozen_bytes.replace(tables.frozen_bytes, 0);
         self.shared.clean_bytes.replace(tables.clean_bytes(), 0);
@@ -554,9 +671,18 @@ fn is_full(error: &StoreError) -> bool {
     matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
 }
 
-/// Returns what a checkpoint of a table changes in the tree, and what then is in it in place of `map_bytes`.
-fn redo_of(tree: &dyn Tree, frozen: &Frozen, record: &TreeRecord, mut map_bytes: u64) -> Result<(Redo, u64), StoreError> {
-    let mut record = TreeRecord { applied: frozen.applied.clone(), ..record.clone() };
+/// Returns what a checkpoint of a table changes in the tree, and what then is in it in place of
+/// `map_bytes`.
+fn redo_of(
+    tree: &dyn Tree,
+    frozen: &Frozen,
+    record: &TreeRecord,
+    mut map_bytes: u64,
+) -> Result<(Redo, u64), StoreError> {
+    let mut record = TreeRecord {
+        applied: frozen.applied.clone(),
+        ..record.clone()
+    };
     let (mut changes, mut hasher) = (Vec::new(), PairHasher::default());
     for (key, change) in frozen.table.iter() {
         let old = tree.get(key)?;

@@ -10,8 +10,9 @@ use crate::storage::snapshot::Snapshot;
 use crate::storage::snapshot::format::{SnapshotHead, SnapshotWriter};
 use crate::storage::tree::Walk;
 
-/// Scans given up because tables piled up meanwhile. After that many the scan goes through and the writers wait, so that a map that
-/// takes longer to scan than its tables take to fill gets a snapshot at all.
+/// Scans given up because tables piled up meanwhile. After that many the scan goes through and the
+/// writers wait, so that a map that takes longer to scan than its tables take to fill gets a
+/// snapshot at all.
 const SCANS_GIVEN_UP_MAX: u32 = 2;
 
 /// Pairs between two looks at whether to give up.
@@ -41,7 +42,8 @@ pub(super) fn build_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreEr
     }
 }
 
-/// As [`build_snapshot`], also where the current one is as new: it takes the place of that one's file in one step.
+/// As [`build_snapshot`], also where the current one is as new: it takes the place of that one's
+/// file in one step.
 pub(super) fn rewrite_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreError> {
     match scan(replica, Trust::Nothing)? {
         Scanned::Current(snapshot) => Ok(snapshot),
@@ -70,27 +72,42 @@ pub(super) fn scan(replica: &Arc<Replica>, trust: Trust) -> Result<Scanned, Stor
         {
             return Ok(Scanned::Current(current.clone()));
         }
-        let head = SnapshotHead { key: replica.key, applied: pen.record.applied.clone() };
+        let head = SnapshotHead {
+            key: replica.key,
+            applied: pen.record.applied.clone(),
+        };
         let files = &replica.shared.files;
         let (path, file) = files.create_temporary(replica.key)?;
-        let scanned = scan_tree(replica, &pen, SnapshotWriter::begin(file, &head), crowded_scans < SCANS_GIVEN_UP_MAX);
+        let scanned = scan_tree(
+            replica,
+            &pen,
+            SnapshotWriter::begin(file, &head),
+            crowded_scans < SCANS_GIVEN_UP_MAX,
+        );
         drop(pen);
         let written = match scanned {
             Ok(Scan::Done(writer)) => writer.finish(),
             Ok(Scan::GivenUp { crowded }) => {
                 files.discard(&path);
                 crowded_scans += u32::from(crowded);
-                replica.shared.counters.scans_given_up.fetch_add(1, Ordering::Relaxed);
+                replica
+                    .shared
+                    .counters
+                    .scans_given_up
+                    .fetch_add(1, Ordering::Relaxed);
                 continue;
             }
             Err(error) => Err(error),
         };
         let (file, trailer) = written.inspect_err(|_| files.discard(&path))?;
-        return Ok(Scanned::New(Snapshot::unpublished(files, file, head, trailer, path)));
+        return Ok(Scanned::New(Snapshot::unpublished(
+            files, file, head, trailer, path,
+        )));
     }
 }
 
-/// Copies the tree's pairs, and holds them against the tree's own digest: a snapshot must not make durable what rotted in the tree.
+/// Copies the tree's pairs, and holds them against the tree's own digest: a snapshot must not make
+/// durable what rotted in the tree.
 fn scan_tree(
     replica: &Replica,
     pen: &Pen,
@@ -124,7 +141,10 @@ fn scan_tree(
         (Some(error), _) => Err(error),
         (None, Some(given_up)) => Ok(given_up),
         (None, None) if writer.digest() != pen.record.digest => {
-            let error = StoreError::Damaged(format!("the tree of {} no longer matches its digest", replica.key));
+            let error = StoreError::Damaged(format!(
+                "the tree of {} no longer matches its digest",
+                replica.key
+            ));
             replica.fail(&error.to_string());
             Err(error)
         }
@@ -136,12 +156,22 @@ fn scan_tree(
 pub(super) fn publish(replica: &Replica, snapshot: Snapshot) -> Result<Snapshot, StoreError> {
     let mut shelf = replica.lock_shelf();
     replica.check()?;
-    if let Some(newer) = shelf.as_ref().filter(|current| current.applied().log_id > snapshot.applied().log_id) {
+    if let Some(newer) = shelf
+        .as_ref()
+        .filter(|current| current.applied().log_id > snapshot.applied().log_id)
+    {
         return Ok(newer.clone());
     }
     snapshot.publish(replica.key)?;
     *shelf = Some(snapshot.clone());
-    replica.shared.files.remove_others(replica.key, Some(&snapshot.path()))?;
-    replica.shared.counters.snapshots_built.fetch_add(1, Ordering::Relaxed);
+    replica
+        .shared
+        .files
+        .remove_others(replica.key, Some(&snapshot.path()))?;
+    replica
+        .shared
+        .counters
+        .snapshots_built
+        .fetch_add(1, Ordering::Relaxed);
     Ok(snapshot)
 }

@@ -1,6 +1,8 @@
-//! Reading the snapshot file of a map again, to find what has rotted while it can still be had from elsewhere.
+//! Reading the snapshot file of a map again, to find what has rotted while it can still be had from
+//! elsewhere.
 //!
-//! What the system holds of a file in memory is not read from the disk: there the scrub sees what readers are given.
+//! What the system holds of a file in memory is not read from the disk: there the scrub sees what
+//! readers are given.
 
 use super::ReplicaState;
 use super::scan;
@@ -11,7 +13,9 @@ use crate::storage::{Checked, Pace};
 impl ReplicaState {
     /// Reads the current snapshot file as one that arrives is read: every byte of it. Blocking.
     pub fn check_snapshot(&self, pace: &mut Pace<'_>) -> Checked {
-        let Some(current) = self.current_snapshot() else { return Checked::Unread };
+        let Some(current) = self.current_snapshot() else {
+            return Checked::Unread;
+        };
         let path = current.path();
         let mut is_broken_off = false;
         let mut visit = |key: &[u8], value: &[u8]| match pace((key.len() + value.len()) as u64) {
@@ -24,7 +28,10 @@ impl ReplicaState {
         // Opened again: the file that a start would find.
         let read = Snapshot::open(&self.replica.shared.files, &path).and_then(|again| {
             if again.trailer() != current.trailer() || again.applied() != current.applied() {
-                return Err(StoreError::Damaged(format!("snapshot {}: it is another file", path.display())));
+                return Err(StoreError::Damaged(format!(
+                    "snapshot {}: it is another file",
+                    path.display()
+                )));
             }
             again.for_each(&mut visit)
         });
@@ -33,13 +40,15 @@ impl ReplicaState {
             Ok(()) => Checked::Whole,
             Err(_) if is_broken_off || !is_current() => Checked::Unread,
             // Not of the file: the process may have no descriptor for it.
-            Err(StoreError::Io { source, .. }) if source.kind() != std::io::ErrorKind::NotFound => Checked::Unread,
+            Err(StoreError::Io { source, .. }) if source.kind() != std::io::ErrorKind::NotFound => {
+                Checked::Unread
+            }
             Err(error) => Checked::Damaged(format!("replica {}: {error}", self.key())),
         }
     }
 
-    /// Writes a snapshot file of what is applied and durable, also where the current one is as new, whose place it takes.
-    /// Blocking.
+    /// Writes a snapshot file of what is applied and durable, also where the current one is as new,
+    /// whose place it takes. Blocking.
     ///
     /// # Errors
     ///

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::tests::{KEY, Model, TestLog, applied, apply_to_model, open, random_batch, snapshot_pairs};
+use super::tests::{
+    KEY, Model, TestLog, applied, apply_to_model, open, random_batch, snapshot_pairs,
+};
 use super::*;
 use crate::storage::Checked;
 use crate::storage::disk::Disk;
@@ -31,16 +33,34 @@ fn filled() -> Map {
         apply_to_model(&mut model, &batch);
         state.apply(batch, applied(index)).expect("applied");
     }
-    Map { disk, state, model, _store: store }
+    Map {
+        disk,
+        state,
+        model,
+        _store: store,
+    }
 }
 
 #[test]
 fn a_flipped_bit_in_a_snapshot_file_is_found_and_the_file_written_anew() {
-    let Map { disk, state, model, _store } = filled();
-    assert_eq!(state.check_snapshot(&mut |_| true), Checked::Unread, "there is none yet");
+    let Map {
+        disk,
+        state,
+        model,
+        _store,
+    } = filled();
+    assert_eq!(
+        state.check_snapshot(&mut |_| true),
+        Checked::Unread,
+        "there is none yet"
+    );
     let path = state.build_snapshot().expect("built").path();
     assert_eq!(state.check_snapshot(&mut |_| true), Checked::Whole);
-    assert_eq!(state.check_snapshot(&mut |_| false), Checked::Unread, "it was broken off");
+    assert_eq!(
+        state.check_snapshot(&mut |_| false),
+        Checked::Unread,
+        "it was broken off"
+    );
     let bytes = disk.contents(&path).expect("it is there").len() as u64;
     for at in 0..bytes {
         let bit = (at % 8) as u8;
@@ -52,8 +72,13 @@ fn a_flipped_bit_in_a_snapshot_file_is_found_and_the_file_written_anew() {
     }
 
     assert!(disk.flip_bit(&path, bytes / 2, 3));
-    state.build_snapshot().expect("the one that is there will do");
-    assert!(matches!(state.check_snapshot(&mut |_| true), Checked::Damaged(_)), "nothing is mended by that");
+    state
+        .build_snapshot()
+        .expect("the one that is there will do");
+    assert!(
+        matches!(state.check_snapshot(&mut |_| true), Checked::Damaged(_)),
+        "nothing is mended by that"
+    );
     state.rewrite_snapshot().expect("written anew");
     assert_eq!(state.check_snapshot(&mut |_| true), Checked::Whole);
     let again = state.current_snapshot().expect("there is one");

@@ -1,5 +1,6 @@
-//! The map over the real trees: kills, and files damaged in every way that a disk or a power cut may. What opens is exactly what the
-//! log says, or is rebuilt; never a wrong answer, and no test waits for a hang longer than it allows.
+//! The map over the real trees: kills, and files damaged in every way that a disk or a power cut
+//! may. What opens is exactly what the log says, or is rebuilt; never a wrong answer, and no test
+//! waits for a hang longer than it allows.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +19,14 @@ use crate::storage::sled_tree::{SledError, SledOptions, SledTrees};
 const PATIENCE: Duration = Duration::from_secs(5);
 
 fn open_trees(dir: &Path) -> Result<SledTrees, SledError> {
-    SledTrees::open(&dir.join("trees"), &SledOptions { cache_bytes: 1 << 20, patience: PATIENCE, ..SledOptions::default() })
+    SledTrees::open(
+        &dir.join("trees"),
+        &SledOptions {
+            cache_bytes: 1 << 20,
+            patience: PATIENCE,
+            ..SledOptions::default()
+        },
+    )
 }
 
 fn open(dir: &Path) -> (StateStore, Checkpointer) {
@@ -42,7 +50,11 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).expect("a directory") {
         let path = entry.expect("an entry").path();
-        if path.is_dir() { files.extend(self::files(&path)) } else { files.push(path) }
+        if path.is_dir() {
+            files.extend(self::files(&path))
+        } else {
+            files.push(path)
+        }
     }
     files.sort();
     files
@@ -64,30 +76,51 @@ fn live(dir: &Path, log: &ModelLog, last: u64, mut at_times: impl FnMut(u64)) {
     }
 }
 
-/// Opens what is there after damage of the trees: true, or rebuilt and true. Returns what became of it.
-fn assert_true_after_damage(dir: &Path, log: &ModelLog, least: u64, random: &mut StdRng, context: &str) -> &'static str {
+/// Opens what is there after damage of the trees: true, or rebuilt and true. Returns what became of
+/// it.
+fn assert_true_after_damage(
+    dir: &Path,
+    log: &ModelLog,
+    least: u64,
+    random: &mut StdRng,
+    context: &str,
+) -> &'static str {
     let trees = match open_trees(dir) {
         Ok(trees) => trees,
         Err(SledError::Hangs { .. }) => {
-            assert!(!dir.join("trees").exists(), "{context}: the hanging files are still in the way");
+            assert!(
+                !dir.join("trees").exists(),
+                "{context}: the hanging files are still in the way"
+            );
             open_trees(dir).expect("a fresh one opens")
         }
         Err(error) => panic!("{context}: {error}"),
     };
     let moved = dir.join("trees.damaged").exists();
-    let (store, mut checkpointer) = StateStore::open(Arc::new(trees), Arc::new(RealDisk), dir, small_options()).expect("opened");
+    let (store, mut checkpointer) =
+        StateStore::open(Arc::new(trees), Arc::new(RealDisk), dir, small_options())
+            .expect("opened");
     let state = match store.replica(KEY, TestLog::durable()) {
         Ok(state) => state,
         Err(error) => {
             // Even replacing the tree failed. The next start, without these files, does it.
             drop(store);
-            assert!(dir.join("trees/CONDEMNED").exists(), "{context}: {error}, and it will not heal");
-            assert_ne!(assert_true_after_damage(dir, log, least, random, context), "condemned");
+            assert!(
+                dir.join("trees/CONDEMNED").exists(),
+                "{context}: {error}, and it will not heal"
+            );
+            assert_ne!(
+                assert_true_after_damage(dir, log, least, random, context),
+                "condemned"
+            );
             return "condemned";
         }
     };
     let found = index_of(&state.applied());
-    assert!(found >= least, "{context}: {found} is older than the snapshot at {least}");
+    assert!(
+        found >= least,
+        "{context}: {found} is older than the snapshot at {least}"
+    );
     let truly = log.map_at(found);
     assert_is(&state, &truly, random, context);
     let rebuilt = matches!(state.opened().origin, Origin::Rebuilt { .. });
@@ -118,9 +151,17 @@ fn a_killed_database_comes_back_true() {
     let dir = home.path().join("live");
     let copies = home.path().join("copies");
     // A copy of the files while it is open is what a kill leaves.
-    live(&dir, &log, 450, |index| copy(&dir, &copies.join(index.to_string())));
+    live(&dir, &log, 450, |index| {
+        copy(&dir, &copies.join(index.to_string()))
+    });
     for index in (50..=450).step_by(50) {
-        let found = assert_true_after_damage(&copies.join(index.to_string()), &log, index / 200 * 200, &mut random, "killed");
+        let found = assert_true_after_damage(
+            &copies.join(index.to_string()),
+            &log,
+            index / 200 * 200,
+            &mut random,
+            "killed",
+        );
         assert_eq!(found, "true", "killed at {index}");
     }
     let (store, _) = open(&dir);
@@ -134,9 +175,16 @@ fn damage(dir: &Path, random: &mut StdRng) -> String {
     let files = files(&dir.join("trees"));
     let path = &files[random.random_range(0..files.len())];
     let mut bytes = std::fs::read(path).expect("there");
-    let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |at| at + 1);
+    let used = bytes
+        .iter()
+        .rposition(|byte| *byte != 0)
+        .map_or(0, |at| at + 1);
     let at = random.random_range(0..=used.saturating_sub(1));
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let what = match random.random_range(0..5) {
         0 => {
             std::fs::remove_file(path).expect("removed");
@@ -154,7 +202,9 @@ fn damage(dir: &Path, random: &mut StdRng) -> String {
         _ => {
             let flips = random.random_range(1..4);
             for _ in 0..flips {
-                let at = random.random_range(0..used.max(1)).min(bytes.len().saturating_sub(1));
+                let at = random
+                    .random_range(0..used.max(1))
+                    .min(bytes.len().saturating_sub(1));
                 if let Some(byte) = bytes.get_mut(at) {
                     *byte ^= 1 << random.random_range(0..8);
                 }
@@ -168,11 +218,18 @@ fn damage(dir: &Path, random: &mut StdRng) -> String {
 
 #[test]
 fn damaged_database_files_never_make_a_wrong_answer() {
-    let rounds: u64 = std::env::var("SLED_DAMAGE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(40);
+    let rounds: u64 = std::env::var("SLED_DAMAGE_ROUNDS")
+        .ok()
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(40);
     let mut random = StdRng::seed_from_u64(2);
     let log = ModelLog::random(&mut random, 480);
     let home = tempfile::tempdir().expect("a directory");
-    let (dir, killed, stopped) = (home.path().join("live"), home.path().join("killed"), home.path().join("stopped"));
+    let (dir, killed, stopped) = (
+        home.path().join("live"),
+        home.path().join("killed"),
+        home.path().join("stopped"),
+    );
     live(&dir, &log, 250, |index| {
         if index == 250 {
             copy(&dir, &killed);
@@ -205,7 +262,9 @@ fn large_values_and_batches_survive() {
     }
     let mut model = super::tests::Model::new();
     super::tests::apply_to_model(&mut model, &batch);
-    state.apply(batch, super::tests::applied(1)).expect("applied");
+    state
+        .apply(batch, super::tests::applied(1))
+        .expect("applied");
     while checkpointer.pump() {}
     assert_eq!(state.bytes(), TableBytes::default());
     copy(&dir, &home.path().join("copy"));
@@ -214,5 +273,8 @@ fn large_values_and_batches_survive() {
     assert_eq!(index_of(&state.applied()), 1);
     let all = crate::sm::ports::KeyRange::all();
     let direction = crate::sm::ports::Direction::Forward;
-    assert!(super::tests::pairs(&state.read(), &all, direction) == super::tests::pairs(&model, &all, direction));
+    assert!(
+        super::tests::pairs(&state.read(), &all, direction)
+            == super::tests::pairs(&model, &all, direction)
+    );
 }

@@ -85,8 +85,9 @@ pub struct StateMetrics {
 }
 
 impl StateStore {
-    /// Opens the maps of a node over `trees`; snapshot files are in `dir/snapshots`, what
-    /// witnesses have instead in `dir/witnesses`, and what checkpoints are about in `dir/redo`. The [`Checkpointer`] must be run, or pumped.
+    /// Opens the maps of a node over `trees`; snapshot files are in `dir/snapshots`, what witnesses
+    /// have instead in `dir/witnesses`, and what checkpoints are about in `dir/redo`. The
+    /// [`Checkpointer`] must be run, or pumped.
     pub fn open(
         trees: Arc<dyn Trees>,
         disk: Arc<dyn Disk>,
@@ -117,16 +118,34 @@ impl StateStore {
             relieving: AtomicBool::new(false),
             replicas: Mutex::default(),
         });
-        Ok((Self { shared: shared.clone(), witnesses }, Checkpointer { shared }))
+        Ok((
+            Self {
+                shared: shared.clone(),
+                witnesses,
+            },
+            Checkpointer { shared },
+        ))
     }
 
-    /// Opens or creates the map of a replica, reading through its tree to check it; [`ReplicaState::opened`] says what was found.
-    /// `synced` is the log of the same replica. An error if it is open already. Blocking.
-    pub fn replica(&self, key: ReplicaKey, synced: Arc<dyn Synced>) -> Result<ReplicaState, StoreError> {
+    /// Opens or creates the map of a replica, reading through its tree to check it;
+    /// [`ReplicaState::opened`] says what was found. `synced` is the log of the same replica. An
+    /// error if it is open already. Blocking.
+    pub fn replica(
+        &self,
+        key: ReplicaKey,
+        synced: Arc<dyn Synced>,
+    ) -> Result<ReplicaState, StoreError> {
         let claim = Claim::new(&self.shared, key)?;
-        let found = open::open_map(&*self.shared.trees, &self.shared.files, &self.shared.redo, key)?;
+        let found = open::open_map(
+            &*self.shared.trees,
+            &self.shared.files,
+            &self.shared.redo,
+            key,
+        )?;
         let state = ReplicaState::new(self.shared.clone(), claim, synced, key, found);
-        self.shared.lock_replicas().insert(key, Arc::downgrade(&state.replica));
+        self.shared
+            .lock_replicas()
+            .insert(key, Arc::downgrade(&state.replica));
         Ok(state)
     }
 
@@ -135,18 +154,22 @@ impl StateStore {
         &self.witnesses
     }
 
-    /// Forgets all that is here of replicas that are not among `known`, those that the log has: what a wipe left that was cut short, or a
-    /// power cut brought back. Before any map is opened. Blocking.
+    /// Forgets all that is here of replicas that are not among `known`, those that the log has:
+    /// what a wipe left that was cut short, or a power cut brought back. Before any map is opened.
+    /// Blocking.
     ///
-    /// A tree that came back without all of its pages may not even let itself be dropped. None must stay, since ids begin anew
-    /// in another cluster, so the next start then begins without any tree.
+    /// A tree that came back without all of its pages may not even let itself be dropped. None must
+    /// stay, since ids begin anew in another cluster, so the next start then begins without any
+    /// tree.
     pub fn keep_only(&self, known: &BTreeSet<ReplicaKey>) -> Result<(), StoreError> {
         for name in self.shared.trees.names()? {
             if owner_of(&name).is_some_and(|key| !known.contains(&key)) {
                 let dropped = self.shared.trees.drop_tree(&name);
                 dropped.inspect_err(|error| {
                     if !is_of_the_machine(error) {
-                        self.shared.trees.condemn(&format!("the tree {name} of a replica that is gone: {error}"));
+                        self.shared.trees.condemn(&format!(
+                            "the tree {name} of a replica that is gone: {error}"
+                        ));
                     }
                 })?;
             }
@@ -156,10 +179,15 @@ impl StateStore {
         self.witnesses.remove_unknown(known)
     }
 
-    /// Forgets the map of a replica, tree and snapshot file, also one that is open: its handles then only fail. That a replica is a witness
-    /// stays known: its mark goes when the log has forgotten it. Blocking.
+    /// Forgets the map of a replica, tree and snapshot file, also one that is open: its handles
+    /// then only fail. That a replica is a witness stays known: its mark goes when the log has
+    /// forgotten it. Blocking.
     pub fn wipe(&self, key: ReplicaKey) -> Result<(), StoreError> {
-        let open = self.shared.lock_replicas().get(&key).and_then(Weak::upgrade);
+        let open = self
+            .shared
+            .lock_replicas()
+            .get(&key)
+            .and_then(Weak::upgrade);
         let _pen = open.as_ref().map(|replica| {
             replica.retire();
             replica.lock_pen_first()
@@ -175,20 +203,29 @@ impl StateStore {
         self.shared.redo.remove(key)
     }
 
-    /// The maps that are open now. Whoever wants them written down by [`StateStore::close`] keeps them so until then.
+    /// The maps that are open now. Whoever wants them written down by [`StateStore::close`] keeps
+    /// them so until then.
     pub fn open_maps(&self) -> Vec<ReplicaState> {
-        self.shared.open_replicas().into_iter().map(|replica| ReplicaState { replica }).collect()
+        self.shared
+            .open_replicas()
+            .into_iter()
+            .map(|replica| ReplicaState { replica })
+            .collect()
     }
 
-    /// The clean stop: writes down what the log holds durably of the maps that are open, ends the checkpointer and makes the trees survive
-    /// a power cut. Not needed for anything to be kept, only for a quick start. Blocking.
+    /// The clean stop: writes down what the log holds durably of the maps that are open, ends the
+    /// checkpointer and makes the trees survive a power cut. Not needed for anything to be kept,
+    /// only for a quick start. Blocking.
     pub fn close(&self) -> Result<(), StoreError> {
         for replica in self.shared.weak_replicas() {
-            let Some(replica) = replica.upgrade() else { continue };
+            let Some(replica) = replica.upgrade() else {
+                continue;
+            };
             let mut pen = replica.lock_pen_first();
             replica.freeze_rest();
             if let Err(error) = replica.checkpoint_ready(&mut pen) {
-                tracing::debug!(replica = %replica.key, %error, "a map was not written down at the stop");
+                tracing::debug!(replica = %replica.key, %error, "a map was not written down at the \
+                    stop");
             }
         }
         self.stop();
@@ -220,18 +257,22 @@ impl StateStore {
             reads_elsewhere: self.shared.readers.count(),
             map_bytes: replicas.iter().map(|replica| replica.map_bytes()).sum(),
             trees_disk_bytes: self.shared.trees_disk_bytes.load(Ordering::Relaxed),
-            snapshots_disk_bytes: replicas.iter().map(|replica| replica.snapshot_bytes()).sum(),
+            snapshots_disk_bytes: replicas
+                .iter()
+                .map(|replica| replica.snapshot_bytes())
+                .sum(),
         }
     }
 
-    /// Returns how many steps the checkpointer has taken, and whether it should take another: it hangs where it does not.
+    /// Returns how many steps the checkpointer has taken, and whether it should take another: it
+    /// hangs where it does not.
     pub fn checkpointer_activity(&self) -> (u64, bool) {
         let has_work = self.shared.at_work.load(Ordering::Relaxed) || !self.shared.queue.is_idle();
         (self.shared.beat.steps(), has_work)
     }
 
-    /// Returns why this process writes to maps no more; none as long as it does. No map is damaged by that, and a process that
-    /// starts anew can write again.
+    /// Returns why this process writes to maps no more; none as long as it does. No map is damaged
+    /// by that, and a process that starts anew can write again.
     pub fn given_up(&self) -> Option<String> {
         self.shared.trees.given_up()
     }
@@ -251,11 +292,23 @@ impl StateStore {
     }
 }
 
-/// Returns whether an error is about what the machine has left, or what it allows, and says nothing of the trees.
+/// Returns whether an error is about what the machine has left, or what it allows, and says nothing
+/// of the trees.
 pub(super) fn is_of_the_machine(error: &StoreError) -> bool {
-    use io::ErrorKind::{OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull, WouldBlock};
-    let StoreError::Io { source, .. } = error else { return false };
-    let kinds = [OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull, WouldBlock];
+    use io::ErrorKind::{
+        OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull, WouldBlock,
+    };
+    let StoreError::Io { source, .. } = error else {
+        return false;
+    };
+    let kinds = [
+        OutOfMemory,
+        PermissionDenied,
+        QuotaExceeded,
+        ReadOnlyFilesystem,
+        StorageFull,
+        WouldBlock,
+    ];
     kinds.contains(&source.kind()) || descriptors::are_exhausted(source)
 }
 
@@ -280,7 +333,9 @@ impl Checkpointer {
 
     /// Does one job, if there is one: for a simulation in one thread.
     pub fn pump(&mut self) -> bool {
-        let Some(job) = self.shared.queue.try_pop() else { return false };
+        let Some(job) = self.shared.queue.try_pop() else {
+            return false;
+        };
         self.work(job);
         true
     }
@@ -312,7 +367,10 @@ impl Shared {
     }
 
     pub fn open_replicas(&self) -> Vec<Arc<Replica>> {
-        self.lock_replicas().values().filter_map(Weak::upgrade).collect()
+        self.lock_replicas()
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect()
     }
 
     /// The same for whoever is with each of them for long: they may be closed meanwhile.
@@ -322,11 +380,14 @@ impl Shared {
 
     /// Returns the bytes of the keys and values of all maps, as far as they are written down.
     pub fn live_bytes(&self) -> u64 {
-        self.open_replicas().iter().map(|replica| replica.map_bytes()).sum()
+        self.open_replicas()
+            .iter()
+            .map(|replica| replica.map_bytes())
+            .sum()
     }
 
-    /// Many small active tables are as large as a few great ones: past a limit the largest are written down before they are full.
-    /// Clean tables make room for others.
+    /// Many small active tables are as large as a few great ones: past a limit the largest are
+    /// written down before they are full. Clean tables make room for others.
     pub fn relieve_if_needed(&self) {
         let is_full = self.active_bytes.get() > self.options.node_bytes_max / 2;
         if (is_full || self.wants_clean_dropped()) && !self.relieving.swap(true, Ordering::AcqRel) {
@@ -341,7 +402,11 @@ impl Shared {
             return;
         }
         let active_bytes = |replica: &Arc<Replica>| replica.read_tables().active.bytes();
-        let mut by_bytes: Vec<_> = self.open_replicas().into_iter().map(|replica| (active_bytes(&replica), replica)).collect();
+        let mut by_bytes: Vec<_> = self
+            .open_replicas()
+            .into_iter()
+            .map(|replica| (active_bytes(&replica), replica))
+            .collect();
         by_bytes.sort_by_key(|(bytes, replica)| (std::cmp::Reverse(*bytes), replica.key));
         for (_, replica) in by_bytes {
             if self.active_bytes.get() <= self.options.node_bytes_max / 4 {
@@ -362,11 +427,18 @@ impl Claim {
     fn new(shared: &Arc<Shared>, key: ReplicaKey) -> Result<Self, StoreError> {
         let mut replicas = shared.lock_replicas();
         if replicas.contains_key(&key) {
-            let source = std::io::Error::new(std::io::ErrorKind::ResourceBusy, "it is open already");
-            return Err(StoreError::Io { context: format!("opening the map of {key}"), source });
+            let source =
+                std::io::Error::new(std::io::ErrorKind::ResourceBusy, "it is open already");
+            return Err(StoreError::Io {
+                context: format!("opening the map of {key}"),
+                source,
+            });
         }
         replicas.insert(key, Weak::new());
-        Ok(Self { shared: shared.clone(), key })
+        Ok(Self {
+            shared: shared.clone(),
+            key,
+        })
     }
 }
 
@@ -383,7 +455,8 @@ pub(super) enum Job {
     Relieve,
 }
 
-/// The jobs of the checkpointer. Bounded: each replica has at most one in it, and there is at most one relief.
+/// The jobs of the checkpointer. Bounded: each replica has at most one in it, and there is at most
+/// one relief.
 #[derive(Default)]
 pub(super) struct Queue {
     state: Mutex<QueueState>,
@@ -405,14 +478,24 @@ impl Queue {
     /// The next job, or none when stopped.
     fn wait(&self) -> Option<Job> {
         let waiting = self.lock();
-        let mut state =
-            self.pushed.wait_while(waiting, |state| state.jobs.is_empty() && !state.stopped).expect("no holder panics");
-        if state.stopped { None } else { state.jobs.pop_front() }
+        let mut state = self
+            .pushed
+            .wait_while(waiting, |state| state.jobs.is_empty() && !state.stopped)
+            .expect("no holder panics");
+        if state.stopped {
+            None
+        } else {
+            state.jobs.pop_front()
+        }
     }
 
     fn try_pop(&self) -> Option<Job> {
         let mut state = self.lock();
-        if state.stopped { None } else { state.jobs.pop_front() }
+        if state.stopped {
+            None
+        } else {
+            state.jobs.pop_front()
+        }
     }
 
     fn stop(&self) {
@@ -444,7 +527,9 @@ impl Gauge {
     pub fn replace(&self, before: usize, after: usize) {
         // It never wraps: a part that was not counted would make a full node of an empty one.
         let replaced = |sum: usize| Some(sum.saturating_add(after).saturating_sub(before));
-        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, replaced);
+        let _ = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, replaced);
     }
 
     pub fn get(&self) -> usize {

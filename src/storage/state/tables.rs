@@ -1,9 +1,10 @@
 //! The tables over a tree, and [`ReadGuard`], which reads through them.
 //!
-//! Order of belief: the active table, the frozen ones from the newest to the oldest, the tree. While a frozen table is being written
-//! to the tree it stays above it, so a reader sees the same whether a key is written yet or not. A table leaves only under the write
-//! lock, after its whole batch is in the tree; so within one guard nothing changes. The clean table (`clean`) lies between: it says
-//! what the tree says, and is asked first because it is in memory.
+//! Order of belief: the active table, the frozen ones from the newest to the oldest, the tree.
+//! While a frozen table is being written to the tree it stays above it, so a reader sees the same
+//! whether a key is written yet or not. A table leaves only under the write lock, after its whole
+//! batch is in the tree; so within one guard nothing changes. The clean table (`clean`) lies
+//! between: it says what the tree says, and is asked first because it is in memory.
 
 use std::borrow::Borrow;
 use std::cmp::Ordering;
@@ -15,10 +16,13 @@ use bytes::Bytes;
 
 use super::Applied;
 use super::record::{CORE_KEYS_START, RESERVED};
-use crate::sm::ports::{Changes, Direction, Items, KeyRange, Layered, Pairs, Read, StoreError, ValueStart, WriteBatch};
+use crate::sm::ports::{
+    Changes, Direction, Items, KeyRange, Layered, Pairs, Read, StoreError, ValueStart, WriteBatch,
+};
 use crate::storage::tree::Tree;
 
-/// What a change costs in memory beyond its bytes: two handles, their allocations, its share of a node of the map.
+/// What a change costs in memory beyond its bytes: two handles, their allocations, its share of a
+/// node of the map.
 const CHANGE_OVERHEAD_BYTES: usize = 160;
 
 /// Changes in key order that are not in the tree yet, or that a clean table remembers.
@@ -52,7 +56,8 @@ impl Table {
         }
         if self.bytes + cost(change) <= bytes_max {
             self.bytes += cost(change);
-            self.changes.insert(TableKey::new(key.clone()), change.clone());
+            self.changes
+                .insert(TableKey::new(key.clone()), change.clone());
         }
     }
 
@@ -66,7 +71,9 @@ impl Table {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&Bytes, &Option<Bytes>)> {
-        self.changes.iter().map(|(key, change)| (&key.bytes, change))
+        self.changes
+            .iter()
+            .map(|(key, change)| (&key.bytes, change))
     }
 
     fn get(&self, probe: &Probe<'_>) -> Option<&Option<Bytes>> {
@@ -74,12 +81,22 @@ impl Table {
     }
 
     /// The changes in `range`. `seen` makes of a value what the caller is to see of it.
-    pub fn range<'a, V: 'a>(&'a self, range: &KeyRange, direction: Direction, seen: impl Fn(&Bytes) -> V + 'a) -> Changes<'a, V> {
+    pub fn range<'a, V: 'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        seen: impl Fn(&Bytes) -> V + 'a,
+    ) -> Changes<'a, V> {
         let (start, end) = range.bounds();
         let (start, end) = (start.map(Probe::new), end.map(Probe::new));
-        let bounds = (start.as_ref().map(Probe::as_keyed), end.as_ref().map(Probe::as_keyed));
-        let changes =
-            self.changes.range::<dyn Keyed, _>(bounds).map(move |(key, change)| (key.bytes.clone(), change.as_ref().map(&seen)));
+        let bounds = (
+            start.as_ref().map(Probe::as_keyed),
+            end.as_ref().map(Probe::as_keyed),
+        );
+        let changes = self
+            .changes
+            .range::<dyn Keyed, _>(bounds)
+            .map(move |(key, change)| (key.bytes.clone(), change.as_ref().map(&seen)));
         match direction {
             Direction::Forward => Box::new(changes),
             Direction::Reverse => Box::new(changes.rev()),
@@ -87,8 +104,9 @@ impl Table {
     }
 }
 
-/// A key with its first eight bytes at hand. They hold tag, slot and the beginning of the user's key, so most comparisons on the way
-/// through the map need not follow the pointer to the rest, which is nearly always a miss of the processor's cache.
+/// A key with its first eight bytes at hand. They hold tag, slot and the beginning of the user's
+/// key, so most comparisons on the way through the map need not follow the pointer to the rest,
+/// which is nearly always a miss of the processor's cache.
 struct TableKey {
     head: u64,
     bytes: Bytes,
@@ -96,7 +114,10 @@ struct TableKey {
 
 impl TableKey {
     fn new(bytes: Bytes) -> Self {
-        Self { head: head(&bytes), bytes }
+        Self {
+            head: head(&bytes),
+            bytes,
+        }
     }
 }
 
@@ -108,7 +129,10 @@ struct Probe<'a> {
 
 impl<'a> Probe<'a> {
     fn new(bytes: &'a [u8]) -> Self {
-        Self { head: head(bytes), bytes }
+        Self {
+            head: head(bytes),
+            bytes,
+        }
     }
 
     fn as_keyed(&self) -> &dyn Keyed {
@@ -116,11 +140,15 @@ impl<'a> Probe<'a> {
     }
 }
 
-/// The first eight bytes as a number, padded with zeros: where two differ, the keys are in the same order.
+/// The first eight bytes as a number, padded with zeros: where two differ, the keys are in the same
+/// order.
 fn head(key: &[u8]) -> u64 {
     match key.first_chunk() {
         Some(chunk) => u64::from_be_bytes(*chunk),
-        None => key.iter().zip([56, 48, 40, 32, 24, 16, 8]).fold(0, |head, (byte, shift)| head | u64::from(*byte) << shift),
+        None => key
+            .iter()
+            .zip([56, 48, 40, 32, 24, 16, 8])
+            .fold(0, |head, (byte, shift)| head | u64::from(*byte) << shift),
     }
 }
 
@@ -221,7 +249,15 @@ impl Tables {
     pub fn new(tree: Arc<dyn Tree>, applied: Applied) -> Self {
         let tree_applied = applied.clone();
         let (active, frozen) = (Table::default(), VecDeque::new());
-        Self { active, frozen, frozen_bytes: 0, clean: None, tree, tree_applied, applied }
+        Self {
+            active,
+            frozen,
+            frozen_bytes: 0,
+            clean: None,
+            tree,
+            tree_applied,
+            applied,
+        }
     }
 
     /// Returns what the clean table takes.
@@ -231,14 +267,21 @@ impl Tables {
 
     /// Returns the tables over the tree, the lowest first.
     pub fn above(&self) -> impl Iterator<Item = &Table> {
-        self.frozen.iter().map(|frozen| &frozen.table).chain(std::iter::once(&self.active))
+        self.frozen
+            .iter()
+            .map(|frozen| &frozen.table)
+            .chain(std::iter::once(&self.active))
     }
 
     /// Freezes the active table, also an empty one: it still carries what was applied.
     pub fn freeze(&mut self) -> Arc<Frozen> {
         let table = std::mem::take(&mut self.active);
         self.frozen_bytes += table.bytes();
-        let frozen = Arc::new(Frozen { table, applied: self.applied.clone(), synced: AtomicBool::new(false) });
+        let frozen = Arc::new(Frozen {
+            table,
+            applied: self.applied.clone(),
+            synced: AtomicBool::new(false),
+        });
         self.frozen.push_back(frozen.clone());
         frozen
     }
@@ -268,9 +311,17 @@ impl ReadGuard<'_> {
 impl ReadGuard<'_> {
     /// Returns what the tables say of `key`: nothing (`None`), deleted (`Some(None)`) or a value.
     pub(super) fn change_of(&self, key: &[u8]) -> Option<&Option<Bytes>> {
-        let frozen = self.tables.frozen.iter().rev().chain(&self.tables.clean).map(|frozen| &frozen.table);
+        let frozen = self
+            .tables
+            .frozen
+            .iter()
+            .rev()
+            .chain(&self.tables.clean)
+            .map(|frozen| &frozen.table);
         let probe = Probe::new(key);
-        std::iter::once(&self.tables.active).chain(frozen).find_map(|table| table.get(&probe))
+        std::iter::once(&self.tables.active)
+            .chain(frozen)
+            .find_map(|table| table.get(&probe))
     }
 
     fn scan_as<'a, V: 'a>(
@@ -281,14 +332,21 @@ impl ReadGuard<'_> {
         of_tree: impl FnOnce(&'a dyn Tree, &KeyRange) -> Items<'a, V>,
     ) -> Items<'a, V> {
         let start = range.start.clone().max(Bytes::from_static(CORE_KEYS_START));
-        let range = KeyRange { start, end: range.end.clone() };
+        let range = KeyRange {
+            start,
+            end: range.end.clone(),
+        };
         if range.is_empty() {
             return Box::new(std::iter::empty());
         }
         let tables = &*self.tables;
         let mut items = of_tree(&*tables.tree, &range);
         for table in tables.above().filter(|table| !table.is_empty()) {
-            items = Box::new(Layered::new(table.range(&range, direction, seen), items, direction));
+            items = Box::new(Layered::new(
+                table.range(&range, direction, seen),
+                items,
+                direction,
+            ));
         }
         items
     }
@@ -310,18 +368,29 @@ impl Read for ReadGuard<'_> {
             return Ok(None);
         }
         match self.change_of(key) {
-            Some(change) => Ok(change.as_ref().map(|value| ValueStart::of(value, bytes_max))),
+            Some(change) => Ok(change
+                .as_ref()
+                .map(|value| ValueStart::of(value, bytes_max))),
             None => self.tables.tree.start_of(key, bytes_max),
         }
     }
 
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
-        self.scan_as(range, direction, Bytes::clone, |tree, range| tree.scan(range, direction))
+        self.scan_as(range, direction, Bytes::clone, |tree, range| {
+            tree.scan(range, direction)
+        })
     }
 
-    fn scan_starts<'a>(&'a self, range: &KeyRange, direction: Direction, bytes_max: usize) -> Items<'a, ValueStart> {
+    fn scan_starts<'a>(
+        &'a self,
+        range: &KeyRange,
+        direction: Direction,
+        bytes_max: usize,
+    ) -> Items<'a, ValueStart> {
         let start = move |value: &Bytes| ValueStart::of(value, bytes_max);
-        self.scan_as(range, direction, start, |tree, range| tree.scan_starts(range, direction, bytes_max))
+        self.scan_as(range, direction, start, |tree, range| {
+            tree.scan_starts(range, direction, bytes_max)
+        })
     }
 }
 
@@ -332,11 +401,18 @@ mod tests {
     #[test]
     fn keys_are_in_the_order_of_their_bytes() {
         let parts: [&[u8]; 7] = [b"", b"\0", b"\0\0", b"a", b"\xff", b"1234567", b"12345678"];
-        let keys: Vec<Vec<u8>> = parts.iter().flat_map(|a| parts.iter().map(move |b| [*a, *b].concat())).collect();
+        let keys: Vec<Vec<u8>> = parts
+            .iter()
+            .flat_map(|a| parts.iter().map(move |b| [*a, *b].concat()))
+            .collect();
         for a in &keys {
             for b in &keys {
                 let (left, right) = (TableKey::new(Bytes::copy_from_slice(a)), Probe::new(b));
-                assert_eq!(left.parts().cmp(&right.parts()), a.cmp(b), "{a:?} and {b:?}");
+                assert_eq!(
+                    left.parts().cmp(&right.parts()),
+                    a.cmp(b),
+                    "{a:?} and {b:?}"
+                );
             }
         }
     }

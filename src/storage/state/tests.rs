@@ -17,7 +17,10 @@ use crate::storage::mem_trees::MemTrees;
 use crate::storage::sim_disk::SimDisk;
 use crate::types::{GroupId, ReplicaId};
 
-pub const KEY: ReplicaKey = ReplicaKey { group: GroupId(1), replica: ReplicaId(5) };
+pub const KEY: ReplicaKey = ReplicaKey {
+    group: GroupId(1),
+    replica: ReplicaId(5),
+};
 
 /// A log whose durable end a test moves by hand.
 #[derive(Default)]
@@ -45,7 +48,10 @@ impl TestLog {
             let mut inner = self.inner.lock().expect("no holder panics");
             inner.synced = inner.synced.max(index);
             let synced = inner.synced;
-            inner.waiting.extract_if(.., |(index, _)| *index <= synced).collect()
+            inner
+                .waiting
+                .extract_if(.., |(index, _)| *index <= synced)
+                .collect()
         };
         for (_, done) in ready {
             done(Ok(()));
@@ -78,7 +84,10 @@ impl Synced for TestLog {
 }
 
 pub fn applied(index: u64) -> Applied {
-    Applied { log_id: Some(LogId { term: 1, index }), membership: Bytes::from(format!("members at {}", index / 10)) }
+    Applied {
+        log_id: Some(LogId { term: 1, index }),
+        membership: Bytes::from(format!("members at {}", index / 10)),
+    }
 }
 
 pub fn small_options() -> StateOptions {
@@ -100,7 +109,11 @@ pub fn random_batch(random: &mut StdRng) -> WriteBatch {
         if random.random_bool(0.3) {
             batch.delete(key);
         } else {
-            let len = if random.random_bool(0.02) { 3000 } else { random.random_range(0..40) };
+            let len = if random.random_bool(0.02) {
+                3000
+            } else {
+                random.random_range(0..40)
+            };
             batch.put(key, vec![random.random::<u8>(); len]);
         }
     }
@@ -119,7 +132,9 @@ pub fn apply_to_model(model: &mut Model, batch: &WriteBatch) {
 }
 
 pub fn pairs(read: &impl Read, range: &KeyRange, direction: Direction) -> Vec<(Bytes, Bytes)> {
-    read.scan(range, direction).map(|pair| pair.expect("readable")).collect()
+    read.scan(range, direction)
+        .map(|pair| pair.expect("readable"))
+        .collect()
 }
 
 /// Compares everything that can be asked of a map.
@@ -127,24 +142,53 @@ pub fn assert_is(state: &ReplicaState, model: &Model, random: &mut StdRng, conte
     let guard = state.read();
     let all = KeyRange::all();
     for direction in [Direction::Forward, Direction::Reverse] {
-        assert_eq!(pairs(&guard, &all, direction), pairs(model, &all, direction), "{context}");
+        assert_eq!(
+            pairs(&guard, &all, direction),
+            pairs(model, &all, direction),
+            "{context}"
+        );
         let bytes_max = random.random_range(0..9);
-        let starts: Vec<_> = guard.scan_starts(&all, direction, bytes_max).map(|item| item.expect("readable")).collect();
-        let expected: Vec<_> = model.scan_starts(&all, direction, bytes_max).map(|item| item.expect("readable")).collect();
+        let starts: Vec<_> = guard
+            .scan_starts(&all, direction, bytes_max)
+            .map(|item| item.expect("readable"))
+            .collect();
+        let expected: Vec<_> = model
+            .scan_starts(&all, direction, bytes_max)
+            .map(|item| item.expect("readable"))
+            .collect();
         assert_eq!(starts, expected, "{context}");
         for (key, start) in starts {
-            assert_eq!(guard.start_of(&key, bytes_max).expect("readable"), Some(start), "{context}");
+            assert_eq!(
+                guard.start_of(&key, bytes_max).expect("readable"),
+                Some(start),
+                "{context}"
+            );
         }
         let mut bound = || Bytes::from(format!("k{:03}", random.random_range(0..300)));
-        let range = KeyRange { start: bound(), end: Some(bound()) };
-        assert_eq!(pairs(&guard, &range, direction), pairs(model, &range, direction), "{context}");
+        let range = KeyRange {
+            start: bound(),
+            end: Some(bound()),
+        };
+        assert_eq!(
+            pairs(&guard, &range, direction),
+            pairs(model, &range, direction),
+            "{context}"
+        );
     }
     for _ in 0..20 {
         let key = format!("k{:03}", random.random_range(0..300));
-        assert_eq!(guard.get(key.as_bytes()).expect("readable"), model.get(key.as_bytes()).cloned(), "{context}");
+        assert_eq!(
+            guard.get(key.as_bytes()).expect("readable"),
+            model.get(key.as_bytes()).cloned(),
+            "{context}"
+        );
     }
     assert_eq!(guard.get(b"").expect("readable"), None);
-    assert_eq!(guard.get(record::RECORD_KEY).expect("readable"), None, "a reserved key was shown");
+    assert_eq!(
+        guard.get(record::RECORD_KEY).expect("readable"),
+        None,
+        "a reserved key was shown"
+    );
 }
 
 pub fn open(trees: &MemTrees, disk: &Arc<dyn Disk>) -> (StateStore, Checkpointer) {
@@ -175,7 +219,12 @@ fn a_map_is_what_a_model_is_through_freezes_and_checkpoints() {
                     assert_eq!(*snapshot.applied(), applied(index), "seed {seed}");
                     assert_eq!(snapshot_pairs(&snapshot), model, "seed {seed}");
                 }
-                3..6 => assert_is(&state, &model, &mut random, &format!("seed {seed} index {index}")),
+                3..6 => assert_is(
+                    &state,
+                    &model,
+                    &mut random,
+                    &format!("seed {seed} index {index}"),
+                ),
                 _ => {}
             }
         }
@@ -183,7 +232,10 @@ fn a_map_is_what_a_model_is_through_freezes_and_checkpoints() {
         assert!(store.metrics().checkpoints > 0);
         drop(state);
         let empty = store.metrics();
-        assert_eq!((empty.active_bytes, empty.frozen_bytes, empty.replicas), (0, 0, 0));
+        assert_eq!(
+            (empty.active_bytes, empty.frozen_bytes, empty.replicas),
+            (0, 0, 0)
+        );
     }
 }
 
@@ -204,13 +256,18 @@ pub fn step(state: &ReplicaState, model: &mut Model, random: &mut StdRng, index:
     state.apply(batch, applied(index)).expect("applied");
 }
 
-pub fn send(from: &crate::storage::snapshot::Snapshot, to: &ReplicaState) -> crate::storage::snapshot::Snapshot {
+pub fn send(
+    from: &crate::storage::snapshot::Snapshot,
+    to: &ReplicaState,
+) -> crate::storage::snapshot::Snapshot {
     let mut receiver = to.begin_receive().expect("begun");
     let mut buffer = vec![0; 1000];
     while receiver.bytes_len() < from.bytes_len() {
         let offset = receiver.bytes_len();
         let read = from.read_at(offset, &mut buffer).expect("readable");
-        receiver.write_at(offset, &buffer[..read]).expect("in order");
+        receiver
+            .write_at(offset, &buffer[..read])
+            .expect("in order");
     }
     receiver.finish().expect("whole")
 }
@@ -228,16 +285,31 @@ fn a_checkpoint_is_never_ahead_of_the_log() {
         step(&state, &mut model, &mut random, index);
         log.sync_through(index / 2);
         while checkpointer.pump() {}
-        let tree_applied = state.replica.read_tables().tree_applied.log_id.map_or(0, |id| id.index);
-        assert!(tree_applied <= index / 2, "the tree is at {tree_applied}, the log at {}", index / 2);
+        let tree_applied = state
+            .replica
+            .read_tables()
+            .tree_applied
+            .log_id
+            .map_or(0, |id| id.index);
+        assert!(
+            tree_applied <= index / 2,
+            "the tree is at {tree_applied}, the log at {}",
+            index / 2
+        );
         if index % 50 == 0 {
             let snapshot = state.build_snapshot().expect("built");
-            assert!(snapshot.applied().log_id.map_or(0, |id| id.index) <= index / 2, "a snapshot is ahead of the log");
+            assert!(
+                snapshot.applied().log_id.map_or(0, |id| id.index) <= index / 2,
+                "a snapshot is ahead of the log"
+            );
         }
     }
     assert!(store.metrics().checkpoints > 3);
     log.sync_through(199);
-    assert_eq!(*state.build_snapshot().expect("built").applied(), applied(199));
+    assert_eq!(
+        *state.build_snapshot().expect("built").applied(),
+        applied(199)
+    );
 }
 
 #[test]
@@ -250,7 +322,9 @@ fn a_failed_log_stops_the_replica() {
     batch.put("k", vec![0; 5000]);
     state.apply(batch, applied(1)).expect("applied");
     log.fail();
-    let error = state.apply(WriteBatch::default(), applied(2)).expect_err("the log has failed");
+    let error = state
+        .apply(WriteBatch::default(), applied(2))
+        .expect_err("the log has failed");
     assert!(format!("{error:?}").contains("no space"), "{error:?}");
     assert!(state.build_snapshot().is_err());
 }
@@ -259,9 +333,18 @@ fn a_failed_log_stops_the_replica() {
 fn an_installed_snapshot_is_the_whole_map_and_survives_at_once() {
     for seed in 0..10 {
         let mut random = StdRng::seed_from_u64(seed);
-        let (from_disk, to_disk): (Arc<dyn Disk>, Arc<dyn Disk>) = (Arc::new(SimDisk::new(1)), Arc::new(SimDisk::new(2)));
+        let (from_disk, to_disk): (Arc<dyn Disk>, Arc<dyn Disk>) =
+            (Arc::new(SimDisk::new(1)), Arc::new(SimDisk::new(2)));
         let (from_store, _) = open(&MemTrees::new(), &from_disk);
-        let from = from_store.replica(ReplicaKey { replica: ReplicaId(6), ..KEY }, TestLog::durable()).expect("opened");
+        let from = from_store
+            .replica(
+                ReplicaKey {
+                    replica: ReplicaId(6),
+                    ..KEY
+                },
+                TestLog::durable(),
+            )
+            .expect("opened");
         let mut model = Model::new();
         (1..200).for_each(|index| step(&from, &mut model, &mut random, index));
         let snapshot = from.build_snapshot().expect("built");
@@ -274,7 +357,12 @@ fn an_installed_snapshot_is_the_whole_map_and_survives_at_once() {
         checkpointer.pump();
         let received = send(&snapshot, &to);
         let dropped = send(&snapshot, &to).path();
-        assert!(to_disk.open(&dropped, crate::storage::disk::Open::Existing).is_err(), "what was not installed stays");
+        assert!(
+            to_disk
+                .open(&dropped, crate::storage::disk::Open::Existing)
+                .is_err(),
+            "what was not installed stays"
+        );
         to.install(&received).expect("installed");
         assert_eq!(to.applied(), *snapshot.applied());
         assert_is(&to, &model, &mut random, "installed");
@@ -286,7 +374,9 @@ fn an_installed_snapshot_is_the_whole_map_and_survives_at_once() {
         drop((to, store));
         trees.crash(crate::storage::mem_trees::Crash::Power, seed);
         let (store, _) = open(&trees, &to_disk);
-        let to = store.replica(KEY, TestLog::durable()).expect("opened again");
+        let to = store
+            .replica(KEY, TestLog::durable())
+            .expect("opened again");
         assert!(to.applied().log_id >= snapshot.applied().log_id);
         assert!(to.current_snapshot().is_some());
     }
@@ -297,9 +387,14 @@ fn an_installed_snapshot_is_the_whole_map_and_survives_at_once() {
 fn a_replica_whose_tree_is_in_use_holds_up_no_other_and_gets_its_checkpoint_afterwards() {
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
     let (store, mut checkpointer) = open(&MemTrees::new(), &disk);
-    let other_key = ReplicaKey { replica: ReplicaId(6), ..KEY };
+    let other_key = ReplicaKey {
+        replica: ReplicaId(6),
+        ..KEY
+    };
     let busy = store.replica(KEY, TestLog::durable()).expect("opened");
-    let other = store.replica(other_key, TestLog::durable()).expect("opened");
+    let other = store
+        .replica(other_key, TestLog::durable())
+        .expect("opened");
     let pen = busy.replica.lock_pen_first();
     for state in [&busy, &other] {
         let mut batch = WriteBatch::default();
@@ -321,26 +416,48 @@ fn a_replica_whose_tree_is_in_use_holds_up_no_other_and_gets_its_checkpoint_afte
 fn a_tree_of_nobody_that_cannot_be_dropped_keeps_no_node_from_starting() {
     use crate::storage::mem_trees::Crash;
     use crate::storage::tree::Trees;
-    let outcomes = [(io::ErrorKind::InvalidData, true), (io::ErrorKind::Other, true), (io::ErrorKind::StorageFull, false)];
+    let outcomes = [
+        (io::ErrorKind::InvalidData, true),
+        (io::ErrorKind::Other, true),
+        (io::ErrorKind::StorageFull, false),
+    ];
     for (kind, is_given_up) in outcomes {
         let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
-        trees.open("g9-r9.1").expect("left by a replica that is gone");
+        trees
+            .open("g9-r9.1")
+            .expect("left by a replica that is gone");
         trees.sync().expect("synced");
         let (store, _) = open(&trees, &disk);
-        trees.set_fault(Arc::new(move |step| if step == "drop" { Err(kind.into()) } else { Ok(()) }));
-        store.keep_only(&std::collections::BTreeSet::new()).expect_err("it cannot be dropped");
+        trees.set_fault(Arc::new(move |step| {
+            if step == "drop" {
+                Err(kind.into())
+            } else {
+                Ok(())
+            }
+        }));
+        store
+            .keep_only(&std::collections::BTreeSet::new())
+            .expect_err("it cannot be dropped");
         drop(store);
         trees.crash(Crash::Kill, 1);
-        assert_eq!(trees.names().expect("listed").is_empty(), is_given_up, "{kind}: the next start meets the tree again");
+        assert_eq!(
+            trees.names().expect("listed").is_empty(),
+            is_given_up,
+            "{kind}: the next start meets the tree again"
+        );
     }
 }
 
-/// Without any tree the node would fill all of its maps anew. That takes still more room, and meets the same again.
+/// Without any tree the node would fill all of its maps anew. That takes still more room, and meets
+/// the same again.
 #[test]
 fn a_full_disk_takes_no_tree_along_while_a_map_is_rebuilt() {
     use crate::storage::mem_trees::Crash;
     use crate::storage::tree::Trees;
-    let outcomes = [(io::ErrorKind::InvalidData, true), (io::ErrorKind::StorageFull, false)];
+    let outcomes = [
+        (io::ErrorKind::InvalidData, true),
+        (io::ErrorKind::StorageFull, false),
+    ];
     for (kind, are_given_up) in outcomes {
         let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
         let (store, mut checkpointer) = open(&trees, &disk);
@@ -355,13 +472,25 @@ fn a_full_disk_takes_no_tree_along_while_a_map_is_rebuilt() {
         trees.drop_tree(&record::tree_name(KEY, 1)).expect("lost");
         trees.sync().expect("synced");
 
-        let fault = move |step: &str| if step == "write" { Err(kind.into()) } else { Ok(()) };
+        let fault = move |step: &str| {
+            if step == "write" {
+                Err(kind.into())
+            } else {
+                Ok(())
+            }
+        };
         trees.set_fault(Arc::new(fault));
         let (store, _) = open(&trees, &disk);
-        store.replica(KEY, TestLog::durable()).err().expect("it cannot be rebuilt");
+        store
+            .replica(KEY, TestLog::durable())
+            .err()
+            .expect("it cannot be rebuilt");
         drop(store);
         trees.crash(Crash::Kill, 1);
-        let has_other = trees.names().expect("listed").contains(&"g9-r9.1".to_owned());
+        let has_other = trees
+            .names()
+            .expect("listed")
+            .contains(&"g9-r9.1".to_owned());
         assert_eq!(has_other, !are_given_up, "{kind}");
     }
 }

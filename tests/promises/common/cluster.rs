@@ -1,7 +1,9 @@
-//! A cluster of real processes of the real binary, on this machine: started, killed, paused and stopped one by one.
+//! A cluster of real processes of the real binary, on this machine: started, killed, paused and
+//! stopped one by one.
 //!
-//! One cluster at a time, whatever the number of test threads: the tests measure and overload, and the machine may be small. Processes are
-//! killed and directories removed when it is dropped; when a test panics, the ends of the logs are printed and the directories are kept.
+//! One cluster at a time, whatever the number of test threads: the tests measure and overload, and
+//! the machine may be small. Processes are killed and directories removed when it is dropped; when
+//! a test panics, the ends of the logs are printed and the directories are kept.
 
 use std::fs::{self, File, OpenOptions};
 use std::net::TcpListener;
@@ -29,7 +31,8 @@ const PORTS_PER_CLUSTER: u16 = 20;
 
 static TURN: LazyLock<Arc<Mutex<()>>> = LazyLock::new(Arc::default);
 
-/// The binary under test: the one that was built with the tests, unless `QUORATE_TEST_BIN` names another.
+/// The binary under test: the one that was built with the tests, unless `QUORATE_TEST_BIN` names
+/// another.
 pub fn binary() -> String {
     std::env::var("QUORATE_TEST_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_quorate").to_owned())
 }
@@ -55,11 +58,15 @@ pub struct Setup {
 
 impl Setup {
     pub fn nodes(nodes: usize) -> Self {
-        Self { nodes, ..Self::default() }
+        Self {
+            nodes,
+            ..Self::default()
+        }
     }
 
     pub fn arguments(mut self, arguments: &[&str]) -> Self {
-        self.arguments.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self.arguments
+            .extend(arguments.iter().map(|argument| (*argument).to_owned()));
         self
     }
 }
@@ -102,17 +109,40 @@ impl Cluster {
     /// Takes ports and directories, and starts nothing yet.
     pub async fn prepare(setup: Setup) -> Self {
         let turn = take_turn().await;
-        let dir = TempDir::with_prefix_in("cluster-", env!("CARGO_TARGET_TMPDIR")).expect("a directory for the cluster");
+        let dir = TempDir::with_prefix_in("cluster-", env!("CARGO_TARGET_TMPDIR"))
+            .expect("a directory for the cluster");
         let (ports, lock) = take_ports();
-        let chosen = || ports.clone().take(setup.nodes).map(|port| format!("127.0.0.1:{port}")).collect();
-        let addresses: Vec<String> = if setup.addresses.is_empty() { chosen() } else { setup.addresses.clone() };
-        assert_eq!(addresses.len(), setup.nodes, "a cluster of at most {PORTS_PER_CLUSTER} nodes");
+        let chosen = || {
+            ports
+                .clone()
+                .take(setup.nodes)
+                .map(|port| format!("127.0.0.1:{port}"))
+                .collect()
+        };
+        let addresses: Vec<String> = if setup.addresses.is_empty() {
+            chosen()
+        } else {
+            setup.addresses.clone()
+        };
+        assert_eq!(
+            addresses.len(),
+            setup.nodes,
+            "a cluster of at most {PORTS_PER_CLUSTER} nodes"
+        );
         let view = addresses.join(",");
         let node = |(id, address): (usize, &String)| {
-            let elsewhere = setup.data.iter().find(|(node, _)| *node == id).map(|(_, path)| path.clone());
+            let elsewhere = setup
+                .data
+                .iter()
+                .find(|(node, _)| *node == id)
+                .map(|(_, path)| path.clone());
             let data = elsewhere.unwrap_or_else(|| dir.path().join(format!("node-{id}")));
-            let mut arguments =
-                vec!["--address".to_owned(), address.clone(), "--data-dir".to_owned(), data.display().to_string()];
+            let mut arguments = vec![
+                "--address".to_owned(),
+                address.clone(),
+                "--data-dir".to_owned(),
+                data.display().to_string(),
+            ];
             if !setup.no_view {
                 arguments.extend(["--view".to_owned(), view.clone()]);
             }
@@ -130,10 +160,18 @@ impl Cluster {
             }
         };
         let nodes = addresses.iter().enumerate().map(node).collect();
-        Self { nodes, client: Client::default(), ports, dir, _ports: lock, _turn: turn }
+        Self {
+            nodes,
+            client: Client::default(),
+            ports,
+            dir,
+            _ports: lock,
+            _turn: turn,
+        }
     }
 
-    /// Starts one more node, which waits as a spare: its VIEW is that of the others. Its position in `nodes`.
+    /// Starts one more node, which waits as a spare: its VIEW is that of the others. Its position
+    /// in `nodes`.
     pub async fn add_spare(&mut self) -> usize {
         let view = self.addresses().join(",");
         let id = self.add_node(&["--view", &view]);
@@ -150,30 +188,63 @@ impl Cluster {
 
     fn add_node(&mut self, arguments: &[&str]) -> usize {
         let id = self.nodes.len();
-        assert!(id < usize::from(PORTS_PER_CLUSTER) - 2, "the last ports are for gateways");
-        let address = format!("127.0.0.1:{}", self.ports.start + u16::try_from(id).expect("few nodes"));
+        assert!(
+            id < usize::from(PORTS_PER_CLUSTER) - 2,
+            "the last ports are for gateways"
+        );
+        let address = format!(
+            "127.0.0.1:{}",
+            self.ports.start + u16::try_from(id).expect("few nodes")
+        );
         let data = self.dir.path().join(format!("node-{id}"));
         let path = data.display().to_string();
-        let arguments =
-            ["--address", &address, "--data-dir", &path].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
+        let arguments = ["--address", &address, "--data-dir", &path]
+            .iter()
+            .chain(arguments)
+            .map(|word| (*word).to_owned())
+            .collect();
         let log = self.dir.path().join(format!("node-{id}.log"));
-        let mut node =
-            Node { address, data, log, command: "serve", arguments, environment: Vec::new(), wrapper: Vec::new(), child: None };
+        let mut node = Node {
+            address,
+            data,
+            log,
+            command: "serve",
+            arguments,
+            environment: Vec::new(),
+            wrapper: Vec::new(),
+            child: None,
+        };
         node.start();
         self.nodes.push(node);
         id
     }
 
-    /// One more node that is not started yet, with these flags and this data: its position in `nodes`.
+    /// One more node that is not started yet, with these flags and this data: its position in
+    /// `nodes`.
     pub fn prepare_node(&mut self, data: PathBuf, arguments: &[&str]) -> usize {
         let id = self.nodes.len();
-        let address = format!("127.0.0.1:{}", self.ports.start + u16::try_from(id).expect("few nodes"));
+        let address = format!(
+            "127.0.0.1:{}",
+            self.ports.start + u16::try_from(id).expect("few nodes")
+        );
         let path = data.display().to_string();
-        let arguments =
-            ["--address", &address, "--data-dir", &path].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
+        let arguments = ["--address", &address, "--data-dir", &path]
+            .iter()
+            .chain(arguments)
+            .map(|word| (*word).to_owned())
+            .collect();
         let log = self.dir.path().join(format!("node-{id}.log"));
         let (environment, wrapper) = (Vec::new(), Vec::new());
-        self.nodes.push(Node { address, data, log, command: "serve", arguments, environment, wrapper, child: None });
+        self.nodes.push(Node {
+            address,
+            data,
+            log,
+            command: "serve",
+            arguments,
+            environment,
+            wrapper,
+            child: None,
+        });
         id
     }
 
@@ -194,29 +265,49 @@ impl Cluster {
     /// Waits until a node is not ready for this reason.
     pub async fn wait_code(&self, id: usize, code: &str) {
         let code = format!(r#""code":"{code}""#);
-        self.wait_for(id, &format!("says {code}"), |answer| answer.status == 503 && answer.text().contains(&code)).await;
+        self.wait_for(id, &format!("says {code}"), |answer| {
+            answer.status == 503 && answer.text().contains(&code)
+        })
+        .await;
     }
 
     /// Waits until a node is ready, or says that it is a spare.
     pub async fn wait_up(&self, id: usize) {
-        self.wait_for(id, "is up", |answer| answer.status == 200 || is_spare(answer)).await;
+        self.wait_for(id, "is up", |answer| {
+            answer.status == 200 || is_spare(answer)
+        })
+        .await;
     }
 
     async fn wait_for(&self, id: usize, what: &str, holds: impl Fn(&Answer) -> bool) {
         let address = &self.nodes[id].address;
         let mut last = String::new();
         let found = eventually(READY_LIMIT, async || {
-            let answer = self.client.ask_only(address, &Request::get("/readyz").timeout(Duration::from_secs(2))).await;
+            let answer = self
+                .client
+                .ask_only(
+                    address,
+                    &Request::get("/readyz").timeout(Duration::from_secs(2)),
+                )
+                .await;
             last = format!("{answer:?}");
             answer.is_ok_and(|answer| holds(&answer)).then_some(())
         });
-        assert!(found.await.is_some(), "not after {READY_LIMIT:?}: node {id} ({address}) {what}; /readyz: {last}");
+        assert!(
+            found.await.is_some(),
+            "not after {READY_LIMIT:?}: node {id} ({address}) {what}; /readyz: {last}"
+        );
     }
 
-    /// A gateway to these members, not started yet: the `number`th of the cluster, for a port of its own.
+    /// A gateway to these members, not started yet: the `number`th of the cluster, for a port of
+    /// its own.
     pub fn gateway(&self, number: u16, members: &[&str]) -> Node {
         let address = format!("127.0.0.1:{}", self.ports.end - 1 - number);
-        let arguments = ["--listen", &address].iter().chain(members).map(|word| (*word).to_owned()).collect();
+        let arguments = ["--listen", &address]
+            .iter()
+            .chain(members)
+            .map(|word| (*word).to_owned())
+            .collect();
         let log = self.dir.path().join(format!("gateway-{number}.log"));
         Node {
             address,
@@ -239,7 +330,8 @@ impl Cluster {
         self.nodes.iter().map(|node| node.address.clone()).collect()
     }
 
-    /// Waits until every node that runs is ready: each group that it hosts has a leader and is caught up.
+    /// Waits until every node that runs is ready: each group that it hosts has a leader and is
+    /// caught up.
     pub async fn wait_ready(&mut self) {
         let all: Vec<usize> = (0..self.nodes.len()).collect();
         self.wait_ready_of(&all).await;
@@ -260,14 +352,28 @@ impl Cluster {
         let mut last = String::new();
         let ready = eventually(READY_LIMIT, async || {
             if let Some(status) = node.exited() {
-                panic!("node {id} ({}) ended while it was waited for: {status}\n{}", node.address, node.log_tail());
+                panic!(
+                    "node {id} ({}) ended while it was waited for: {status}\n{}",
+                    node.address,
+                    node.log_tail()
+                );
             }
-            let answer = client.ask_only(&node.address, &Request::get("/readyz").timeout(Duration::from_secs(2))).await;
+            let answer = client
+                .ask_only(
+                    &node.address,
+                    &Request::get("/readyz").timeout(Duration::from_secs(2)),
+                )
+                .await;
             last = format!("{answer:?}");
-            answer.is_ok_and(|answer| answer.status == 200).then_some(())
+            answer
+                .is_ok_and(|answer| answer.status == 200)
+                .then_some(())
         });
         if ready.await.is_none() {
-            panic!("node {id} ({}) is not ready after {READY_LIMIT:?}; /readyz: {last}", self.nodes[id].address);
+            panic!(
+                "node {id} ({}) is not ready after {READY_LIMIT:?}; /readyz: {last}",
+                self.nodes[id].address
+            );
         }
     }
 
@@ -280,7 +386,9 @@ impl Cluster {
                     && answer.status == 200
                 {
                     let parsed = serde_json::from_slice(&answer.body);
-                    return Some(parsed.unwrap_or_else(|error| panic!("GET /v1/cluster: {error}: {}", answer.text())));
+                    return Some(parsed.unwrap_or_else(|error| {
+                        panic!("GET /v1/cluster: {error}: {}", answer.text())
+                    }));
                 }
             }
             None
@@ -291,36 +399,62 @@ impl Cluster {
     /// Waits until a node has written a snapshot file.
     pub async fn wait_for_snapshot(&self, id: usize) {
         let snapshots = self.nodes[id].data.join("snapshots");
-        let is_snapshot = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "snap");
-        let found = eventually(READY_LIMIT, async || files(&snapshots).iter().any(is_snapshot).then_some(())).await;
+        let is_snapshot = |path: &PathBuf| {
+            path.extension()
+                .is_some_and(|extension| extension == "snap")
+        };
+        let found = eventually(READY_LIMIT, async || {
+            files(&snapshots).iter().any(is_snapshot).then_some(())
+        })
+        .await;
         found.unwrap_or_else(|| panic!("node {id} has written no snapshot"));
     }
 
-    /// Waits until a node has purged the beginning of a log. A leader does so only between attempts to reach a follower that needs it.
+    /// Waits until a node has purged the beginning of a log. A leader does so only between attempts
+    /// to reach a follower that needs it.
     pub async fn wait_for_purge(&self, id: usize) {
-        let purged = async || (self.metric(id, "quorate_group_purged_index").await > 0.0).then_some(());
-        eventually(READY_LIMIT, purged).await.unwrap_or_else(|| panic!("node {id} has purged nothing"));
+        let purged =
+            async || (self.metric(id, "quorate_group_purged_index").await > 0.0).then_some(());
+        eventually(READY_LIMIT, purged)
+            .await
+            .unwrap_or_else(|| panic!("node {id} has purged nothing"));
     }
 
     /// A metric without labels, or the sum over its labels.
     pub async fn metric(&self, id: usize, name: &str) -> f64 {
-        let answer = self.client.ask_only(&self.nodes[id].address, &Request::get("/metrics")).await.expect("the metrics");
+        let answer = self
+            .client
+            .ask_only(&self.nodes[id].address, &Request::get("/metrics"))
+            .await
+            .expect("the metrics");
         let text = answer.text();
-        let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
-        let values = text.lines().filter(of_name).filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+        let of_name = |line: &&str| {
+            line.strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with([' ', '{']))
+        };
+        let values = text
+            .lines()
+            .filter(of_name)
+            .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
         values.sum()
     }
 
-    /// The position in `nodes` of the leader of the shard at this position of the status, once all that run agree that it leads.
+    /// The position in `nodes` of the leader of the shard at this position of the status, once all
+    /// that run agree that it leads.
     pub async fn leader(&self, shard: usize) -> usize {
         let found = eventually(READY_LIMIT, async || {
             let status = self.status().await;
             let leader = status.shards[shard].leader?;
             let address = &status.nodes.iter().find(|node| node.id == leader)?.address;
-            let id = self.nodes.iter().position(|node| node.address == *address)?;
+            let id = self
+                .nodes
+                .iter()
+                .position(|node| node.address == *address)?;
             self.nodes[id].child.is_some().then_some(id)
         });
-        found.await.unwrap_or_else(|| panic!("shard {shard} has no living leader after {READY_LIMIT:?}"))
+        found
+            .await
+            .unwrap_or_else(|| panic!("shard {shard} has no living leader after {READY_LIMIT:?}"))
     }
 }
 
@@ -331,10 +465,18 @@ impl Drop for Cluster {
         }
         if std::thread::panicking() {
             for (id, node) in self.nodes.iter().enumerate() {
-                say(&format!("node {id} ({}), the end of {}:\n{}", node.address, node.log.display(), node.log_tail()));
+                say(&format!(
+                    "node {id} ({}), the end of {}:\n{}",
+                    node.address,
+                    node.log.display(),
+                    node.log_tail()
+                ));
             }
             self.dir.disable_cleanup(true);
-            say(&format!("directories kept in {}", self.dir.path().display()));
+            say(&format!(
+                "directories kept in {}",
+                self.dir.path().display()
+            ));
         }
     }
 }
@@ -342,9 +484,17 @@ impl Drop for Cluster {
 impl Node {
     pub fn start(&mut self) {
         assert!(self.child.is_none(), "{} runs already", self.address);
-        let log = OpenOptions::new().create(true).append(true).open(&self.log).expect("the log of a node");
-        let mut words =
-            self.wrapper.iter().cloned().chain([binary(), self.command.to_owned()]).chain(self.arguments.iter().cloned());
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .expect("the log of a node");
+        let mut words = self
+            .wrapper
+            .iter()
+            .cloned()
+            .chain([binary(), self.command.to_owned()])
+            .chain(self.arguments.iter().cloned());
         let mut command = Command::new(words.next().expect("the binary at least"));
         // What the tests were started with must not configure the nodes.
         for name in [
@@ -360,8 +510,16 @@ impl Node {
             command.env_remove(name);
         }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
-        command.args(words).stdin(Stdio::null()).stdout(log.try_clone().expect("a handle")).stderr(log);
-        self.child = Some(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")));
+        command
+            .args(words)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a handle"))
+            .stderr(log);
+        self.child = Some(
+            command
+                .spawn()
+                .unwrap_or_else(|error| panic!("{command:?}: {error}")),
+        );
     }
 
     /// Gives a flag another value for the next start, or gives it in the first place.
@@ -385,8 +543,12 @@ impl Node {
     }
 
     fn signal(&self, signal: Signal) {
-        let child = self.child.as_ref().unwrap_or_else(|| panic!("{} does not run", self.address));
-        // A child that has ended and was not waited for still has its id: the signal reaches nobody else.
+        let child = self
+            .child
+            .as_ref()
+            .unwrap_or_else(|| panic!("{} does not run", self.address));
+        // A child that has ended and was not waited for still has its id: the signal reaches nobody
+        // else.
         kill_process(Pid::from_child(child), signal).expect("a signal to a child");
     }
 
@@ -424,14 +586,23 @@ impl Node {
     /// Waits until it ends by itself.
     pub async fn end(&mut self, limit: Duration) -> ExitStatus {
         let status = eventually(limit, async || self.exited()).await;
-        let status = status.unwrap_or_else(|| panic!("{} has not ended after {limit:?}:\n{}", self.address, self.log_tail()));
+        let status = status.unwrap_or_else(|| {
+            panic!(
+                "{} has not ended after {limit:?}:\n{}",
+                self.address,
+                self.log_tail()
+            )
+        });
         self.child = None;
         status
     }
 
     /// How it ended, if it did.
     pub fn exited(&mut self) -> Option<ExitStatus> {
-        self.child.as_mut()?.try_wait().expect("to wait for a child")
+        self.child
+            .as_mut()?
+            .try_wait()
+            .expect("to wait for a child")
     }
 
     /// Returns false of a node that was never started, was killed, or has ended by itself.
@@ -467,13 +638,24 @@ fn is_spare(answer: &Answer) -> bool {
 /// Runs `quorate cluster` with these words, told of these nodes: its exit code and what it printed.
 pub async fn operate(servers: &[String], words: &[&str]) -> (i32, String) {
     let mut command = tokio::process::Command::new(binary());
-    command.args(["cluster", "--server", &servers.join(",")]).args(words).stdin(Stdio::null()).kill_on_drop(true);
-    let output = command.output().await.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    command
+        .args(["cluster", "--server", &servers.join(",")])
+        .args(words)
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    let output = command
+        .output()
+        .await
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let text = [output.stdout, output.stderr].concat();
-    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
+    (
+        output.status.code().unwrap_or(-1),
+        String::from_utf8_lossy(&text).into_owned(),
+    )
 }
 
-/// A block of ports that nobody listens on and no other test process takes while the file is locked.
+/// A block of ports that nobody listens on and no other test process takes while the file is
+/// locked.
 fn take_ports() -> (Range<u16>, File) {
     let locks = std::env::temp_dir().join("quorate-test-ports");
     fs::create_dir_all(&locks).expect("a directory for port locks");
@@ -483,7 +665,11 @@ fn take_ports() -> (Range<u16>, File) {
         let start = PORTS.start + block * PORTS_PER_CLUSTER;
         let file = File::create(locks.join(start.to_string())).expect("a port lock");
         let ports = start..start + PORTS_PER_CLUSTER;
-        if file.try_lock().is_ok() && ports.clone().all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
+        if file.try_lock().is_ok()
+            && ports
+                .clone()
+                .all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok())
+        {
             return (ports, file);
         }
     }

@@ -24,15 +24,33 @@ pub struct Fill {
 impl Fill {
     /// So many small keys, in large batches.
     pub fn small(name: &'static str, keys: u64) -> Self {
-        Self { name, keys, value_bytes: 256, batch: 500, concurrency: 8 }
+        Self {
+            name,
+            keys,
+            value_bytes: 256,
+            batch: 500,
+            concurrency: 8,
+        }
     }
 
-    /// As much as it takes for the nodes to write a snapshot and to purge the log before it: more entries than the 4096 that are kept, and
-    /// more than 64 MiB.
+    /// As much as it takes for the nodes to write a snapshot and to purge the log before it: more
+    /// entries than the 4096 that are kept, and more than 64 MiB.
     pub async fn write_past_a_purge(cluster: &Cluster, node: usize) -> [Self; 2] {
         // One after another, or they would share entries.
-        let entries = Self { name: "entry", keys: 4500, value_bytes: 16, batch: 1, concurrency: 1 };
-        let bytes = Self { name: "bytes", keys: 9000, value_bytes: 8 << 10, batch: 50, concurrency: 4 };
+        let entries = Self {
+            name: "entry",
+            keys: 4500,
+            value_bytes: 16,
+            batch: 1,
+            concurrency: 1,
+        };
+        let bytes = Self {
+            name: "bytes",
+            keys: 9000,
+            value_bytes: 8 << 10,
+            batch: 50,
+            concurrency: 4,
+        };
         for fill in [entries, bytes] {
             fill.write(cluster, node).await;
         }
@@ -40,23 +58,41 @@ impl Fill {
     }
 
     pub async fn write(&self, cluster: &Cluster, node: usize) {
-        let batches = (0..self.keys.div_ceil(self.batch)).map(|batch| self.write_batch(cluster, node, batch * self.batch));
-        stream::iter(batches).buffer_unordered(self.concurrency).collect::<Vec<()>>().await;
+        let batches = (0..self.keys.div_ceil(self.batch))
+            .map(|batch| self.write_batch(cluster, node, batch * self.batch));
+        stream::iter(batches)
+            .buffer_unordered(self.concurrency)
+            .collect::<Vec<()>>()
+            .await;
     }
 
     async fn write_batch(&self, cluster: &Cluster, node: usize, first: u64) {
         let put = |n: u64| json!({"op": "put", "key": self.key(n), "value": self.value(n)});
-        let operations: Vec<_> = (first..(first + self.batch).min(self.keys)).map(put).collect();
+        let operations: Vec<_> = (first..(first + self.batch).min(self.keys))
+            .map(put)
+            .collect();
         let body = json!({"operations": operations}).to_string();
-        let request = Request { body: body.into_bytes(), ..Request::new(reqwest::Method::POST, "/v1/batch") };
-        let request = request.header("content-type", "application/json").timeout(Duration::from_secs(30));
+        let request = Request {
+            body: body.into_bytes(),
+            ..Request::new(reqwest::Method::POST, "/v1/batch")
+        };
+        let request = request
+            .header("content-type", "application/json")
+            .timeout(Duration::from_secs(30));
         let mut last = String::new();
         let written = eventually(Duration::from_secs(60), async || {
-            let answer = cluster.client.ask(&cluster.nodes[node].address, &request).await;
+            let answer = cluster
+                .client
+                .ask(&cluster.nodes[node].address, &request)
+                .await;
             last = format!("{answer:?}").chars().take(500).collect();
-            answer.is_ok_and(|answer| answer.status == 200).then_some(())
+            answer
+                .is_ok_and(|answer| answer.status == 200)
+                .then_some(())
         });
-        written.await.unwrap_or_else(|| panic!("the batch from {first} was not written: {last}"));
+        written
+            .await
+            .unwrap_or_else(|| panic!("the batch from {first} was not written: {last}"));
     }
 
     /// Panics unless a node has a sample of the keys in its map, the first and the last among them.
@@ -65,12 +101,17 @@ impl Fill {
             let request = Request::get(format!("/v1/kv/{}?consistency=stale", self.key(n)));
             let mut last = String::new();
             let found = eventually(Duration::from_secs(30), async || {
-                let answer = cluster.client.ask_only(&cluster.nodes[node].address, &request).await;
+                let answer = cluster
+                    .client
+                    .ask_only(&cluster.nodes[node].address, &request)
+                    .await;
                 last = format!("{answer:?}").chars().take(500).collect();
                 let answer = answer.ok()?;
                 (answer.status == 200 && answer.text() == self.value(n)).then_some(())
             });
-            found.await.unwrap_or_else(|| panic!("{} is not in the map of node {node}: {last}", self.key(n)));
+            found.await.unwrap_or_else(|| {
+                panic!("{} is not in the map of node {node}: {last}", self.key(n))
+            });
         }
     }
 

@@ -20,7 +20,9 @@ impl Firewall {
 
     /// Puts a process, once it is started by this, into a group.
     pub fn wrapper(group: u32) -> Vec<String> {
-        ["setpriv", "--regid", &group.to_string(), "--clear-groups"].map(str::to_owned).into()
+        ["setpriv", "--regid", &group.to_string(), "--clear-groups"]
+            .map(str::to_owned)
+            .into()
     }
 
     /// Resets what the processes of a group send to an address.
@@ -36,7 +38,20 @@ impl Firewall {
     fn add(&mut self, group: u32, address: &str, verdict: &[&str]) -> Result<(), String> {
         let (host, port) = address.rsplit_once(':').ok_or("no port")?;
         let group = group.to_string();
-        let of = ["OUTPUT", "-p", "tcp", "-d", host, "--dport", port, "-m", "owner", "--gid-owner", &group, "-j"];
+        let of = [
+            "OUTPUT",
+            "-p",
+            "tcp",
+            "-d",
+            host,
+            "--dport",
+            port,
+            "-m",
+            "owner",
+            "--gid-owner",
+            &group,
+            "-j",
+        ];
         let rule: Vec<&str> = of.iter().chain(verdict).copied().collect();
         run("iptables", &[&["-w", "-I"], &rule[..]].concat())?;
         self.0.push(rule.into_iter().map(str::to_owned).collect());
@@ -47,7 +62,8 @@ impl Firewall {
     pub fn heal(&mut self) {
         for rule in self.0.drain(..) {
             let rule: Vec<&str> = rule.iter().map(String::as_str).collect();
-            run("iptables", &[&["-w", "-D"], &rule[..]].concat()).expect("a rule that was made is taken away");
+            run("iptables", &[&["-w", "-D"], &rule[..]].concat())
+                .expect("a rule that was made is taken away");
         }
     }
 }

@@ -1,6 +1,8 @@
-//! What clients asked of one key and what they were told: the input of the checker in `linearizable`.
+//! What clients asked of one key and what they were told: the input of the checker in
+//! `linearizable`.
 //!
-//! Rejected requests are not here (they changed nothing); a request whose answer was lost is, with [`Outcome::Unknown`].
+//! Rejected requests are not here (they changed nothing); a request whose answer was lost is, with
+//! [`Outcome::Unknown`].
 
 use std::fmt;
 use std::time::Duration;
@@ -72,6 +74,10 @@ pub struct Operation {
 impl fmt::Debug for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (called, returned) = (self.called.as_secs_f64(), self.returned.as_secs_f64());
-        write!(f, "[{called:.6} .. {returned:.6}] client {}: {:?} -> {:?}", self.client, self.action, self.outcome)
+        write!(
+            f,
+            "[{called:.6} .. {returned:.6}] client {}: {:?} -> {:?}",
+            self.client, self.action, self.outcome
+        )
     }
 }

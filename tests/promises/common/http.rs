@@ -1,4 +1,5 @@
-//! A client of the native dialect that never retries and tells apart what was not sent from what was lost.
+//! A client of the native dialect that never retries and tells apart what was not sent from what
+//! was lost.
 
 use std::time::Duration;
 
@@ -6,7 +7,8 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue, LOCATION};
 use reqwest::redirect::Policy;
 use reqwest::{Method, Url};
 
-/// A chain of redirects longer than this is a loop: the leader is one hop away, two when it has just changed.
+/// A chain of redirects longer than this is a loop: the leader is one hop away, two when it has
+/// just changed.
 const HOPS_MAX: usize = 5;
 
 #[derive(Debug, Clone)]
@@ -21,7 +23,13 @@ pub struct Request {
 
 impl Request {
     pub fn new(method: Method, path: impl Into<String>) -> Self {
-        Self { method, path: path.into(), headers: Vec::new(), body: Vec::new(), timeout: Duration::from_secs(10) }
+        Self {
+            method,
+            path: path.into(),
+            headers: Vec::new(),
+            body: Vec::new(),
+            timeout: Duration::from_secs(10),
+        }
     }
 
     pub fn get(path: impl Into<String>) -> Self {
@@ -29,7 +37,10 @@ impl Request {
     }
 
     pub fn put(path: impl Into<String>, body: impl Into<Vec<u8>>) -> Self {
-        Self { body: body.into(), ..Self::new(Method::PUT, path) }
+        Self {
+            body: body.into(),
+            ..Self::new(Method::PUT, path)
+        }
     }
 
     pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
@@ -56,14 +67,21 @@ impl Answer {
 
     /// The revision in the ETag.
     pub fn revision(&self) -> Option<u64> {
-        self.headers.get("etag")?.to_str().ok()?.trim_matches('"').parse().ok()
+        self.headers
+            .get("etag")?
+            .to_str()
+            .ok()?
+            .trim_matches('"')
+            .parse()
+            .ok()
     }
 }
 
 /// Why there is no answer.
 #[derive(Debug, Clone)]
 pub enum Failure {
-    /// No node has seen the request, or each that did sent it elsewhere: certainly nothing happened.
+    /// No node has seen the request, or each that did sent it elsewhere: certainly nothing
+    /// happened.
     NotSent(String),
     /// It may have been done.
     Lost(String),
@@ -85,28 +103,47 @@ impl Default for Client {
 impl Client {
     /// Asks this node, and whom it redirects to.
     pub async fn ask(&self, address: &str, request: &Request) -> Result<Answer, Failure> {
-        let mut url: Url = format!("http://{address}{}", request.path).parse().expect("a URL");
+        let mut url: Url = format!("http://{address}{}", request.path)
+            .parse()
+            .expect("a URL");
         for _ in 0..HOPS_MAX {
             let answer = self.send(url.clone(), request).await?;
             if answer.status != 307 {
                 return Ok(answer);
             }
-            let location = answer.headers.get(LOCATION).and_then(|location| location.to_str().ok());
-            let location = location.unwrap_or_else(|| panic!("{url} redirects without a Location: {}", answer.text()));
-            url = url.join(location).unwrap_or_else(|error| panic!("{url} redirects to {location:?}: {error}"));
+            let location = answer
+                .headers
+                .get(LOCATION)
+                .and_then(|location| location.to_str().ok());
+            let location = location
+                .unwrap_or_else(|| panic!("{url} redirects without a Location: {}", answer.text()));
+            url = url
+                .join(location)
+                .unwrap_or_else(|error| panic!("{url} redirects to {location:?}: {error}"));
         }
-        Err(Failure::NotSent(format!("more than {HOPS_MAX} redirects, the last to {url}")))
+        Err(Failure::NotSent(format!(
+            "more than {HOPS_MAX} redirects, the last to {url}"
+        )))
     }
 
     /// Asks this node alone: a redirect is an answer.
     pub async fn ask_only(&self, address: &str, request: &Request) -> Result<Answer, Failure> {
-        self.send(format!("http://{address}{}", request.path).parse().expect("a URL"), request).await
+        self.send(
+            format!("http://{address}{}", request.path)
+                .parse()
+                .expect("a URL"),
+            request,
+        )
+        .await
     }
 
     async fn send(&self, url: Url, request: &Request) -> Result<Answer, Failure> {
         let mut headers = HeaderMap::new();
         for (name, value) in &request.headers {
-            headers.append(HeaderName::from_static(name), HeaderValue::from_str(value).expect("a header value"));
+            headers.append(
+                HeaderName::from_static(name),
+                HeaderValue::from_str(value).expect("a header value"),
+            );
         }
         let sent = self
             .0
@@ -122,8 +159,15 @@ impl Client {
         let answer = sent.await.map_err(failure)?;
         let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
         // An answer that breaks off told its status, but not all of itself: lost.
-        let body = answer.bytes().await.map_err(|error| Failure::Lost(reason(&error)))?;
-        Ok(Answer { status, headers, body: body.to_vec() })
+        let body = answer
+            .bytes()
+            .await
+            .map_err(|error| Failure::Lost(reason(&error)))?;
+        Ok(Answer {
+            status,
+            headers,
+            body: body.to_vec(),
+        })
     }
 }
 

@@ -1,7 +1,8 @@
 //! Concurrent clients that work on a cluster and remember what they asked and what they were told.
 //!
-//! Two kinds of keys: a few **registers**, read and written by all with every kind of condition, judged by the checker; and the **ledger**,
-//! keys that are written once and must be there in the end if, and with what, they were acknowledged, and absent if they were rejected.
+//! Two kinds of keys: a few **registers**, read and written by all with every kind of condition,
+//! judged by the checker; and the **ledger**, keys that are written once and must be there in the
+//! end if, and with what, they were acknowledged, and absent if they were rejected.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,8 @@ use super::http::{Answer, Client, Failure, Request};
 use super::linearizable::check;
 use super::{eventually, say, seed};
 
-/// What a client waits for one answer. Below the server's own deadline, so that both kinds of silence come up.
+/// What a client waits for one answer. Below the server's own deadline, so that both kinds of
+/// silence come up.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
 /// Nodes are picked by a number below this, so that a client need not know how many there are now.
@@ -47,13 +49,24 @@ pub struct Load {
 
 impl Load {
     pub fn new(name: &'static str) -> Self {
-        Self { name, clients: 6, registers: 5, answer_limit: ANSWER_LIMIT, retry_for: Duration::ZERO }
+        Self {
+            name,
+            clients: 6,
+            registers: 5,
+            answer_limit: ANSWER_LIMIT,
+            retry_for: Duration::ZERO,
+        }
     }
 
-    /// Clients with a deadline, who ask again until it is over when something was certainly not done. What then has no answer is an error
-    /// that a user sees: see [`History::assert_no_errors`].
+    /// Clients with a deadline, who ask again until it is over when something was certainly not
+    /// done. What then has no answer is an error that a user sees: see
+    /// [`History::assert_no_errors`].
     pub fn deadline(self, deadline: Duration) -> Self {
-        Self { answer_limit: deadline, retry_for: deadline, ..self }
+        Self {
+            answer_limit: deadline,
+            retry_for: deadline,
+            ..self
+        }
     }
 
     /// Lets the clients loose on all nodes of a cluster.
@@ -118,30 +131,62 @@ impl Running {
     pub async fn next_write(&self, limit: Duration) -> Duration {
         let from = self.shared.now();
         let found = eventually(limit, async || {
-            let writes = self.shared.acknowledged.lock().expect("no client panics with it");
-            writes.iter().rev().take(1000).filter(|(called, _)| *called >= from).map(|(_, returned)| *returned - from).min()
+            let writes = self
+                .shared
+                .acknowledged
+                .lock()
+                .expect("no client panics with it");
+            writes
+                .iter()
+                .rev()
+                .take(1000)
+                .filter(|(called, _)| *called >= from)
+                .map(|(_, returned)| *returned - from)
+                .min()
         });
-        found.await.unwrap_or_else(|| panic!("no write was acknowledged for {limit:?}"))
+        found
+            .await
+            .unwrap_or_else(|| panic!("no write was acknowledged for {limit:?}"))
     }
 
     /// Waits until `count` more writes are acknowledged.
     pub async fn writes(&self, count: usize) {
-        let done = || self.shared.acknowledged.lock().expect("no client panics with it").len();
+        let done = || {
+            self.shared
+                .acknowledged
+                .lock()
+                .expect("no client panics with it")
+                .len()
+        };
         let target = done() + count;
         let limit = Duration::from_secs(60);
         let reached = eventually(limit, async || (done() >= target).then_some(())).await;
-        assert!(reached.is_some(), "only {} of {count} writes were acknowledged in {limit:?}", done() + count - target);
+        assert!(
+            reached.is_some(),
+            "only {} of {count} writes were acknowledged in {limit:?}",
+            done() + count - target
+        );
     }
 
     /// From now on these nodes are asked.
     pub fn use_nodes(&self, addresses: Vec<String>) {
         assert!(!addresses.is_empty(), "somebody must be asked");
-        *self.shared.addresses.lock().expect("no client panics with it") = addresses;
+        *self
+            .shared
+            .addresses
+            .lock()
+            .expect("no client panics with it") = addresses;
     }
 
     /// What the cluster has promised to keep until now.
     pub fn acknowledged_ledger(&self) -> Ledger {
-        Ledger(self.shared.ledger.lock().expect("no client panics with it").clone())
+        Ledger(
+            self.shared
+                .ledger
+                .lock()
+                .expect("no client panics with it")
+                .clone(),
+        )
     }
 
     /// Stops the clients, each after the answer that it waits for.
@@ -159,7 +204,10 @@ impl Running {
             notes.errors.extend(client.errors);
             notes.slowest = notes.slowest.max(client.slowest);
         }
-        History { shared: self.shared, notes }
+        History {
+            shared: self.shared,
+            notes,
+        }
     }
 }
 
@@ -193,11 +241,19 @@ pub struct History {
 }
 
 impl History {
-    /// Panics if a client was given no answer by its deadline. What had to be asked more than once is printed.
+    /// Panics if a client was given no answer by its deadline. What had to be asked more than once
+    /// is printed.
     pub fn assert_no_errors(&self) {
-        let Notes { failures, errors, slowest, .. } = &self.notes;
+        let Notes {
+            failures,
+            errors,
+            slowest,
+            ..
+        } = &self.notes;
         let name = self.shared.load.name;
-        say(&format!("{name}: slowest operation {slowest:?}; asked again: {failures:#?}"));
+        say(&format!(
+            "{name}: slowest operation {slowest:?}; asked again: {failures:#?}"
+        ));
         assert!(
             errors.is_empty(),
             "{name}, seed {}: clients saw {} errors: {:#?}",
@@ -212,24 +268,46 @@ impl History {
         self.judge_at(&cluster.addresses()).await;
     }
 
-    /// As [`History::judge`], of a cluster of which only these addresses answer: reads every register at each of them once more, looks for
-    /// every key of the ledger, and checks that each register was linearizable.
+    /// As [`History::judge`], of a cluster of which only these addresses answer: reads every
+    /// register at each of them once more, looks for every key of the ledger, and checks that each
+    /// register was linearizable.
     pub async fn judge_at(mut self, addresses: &[String]) {
         self.read_registers(addresses).await;
         let missing = self.ledger_faults(addresses).await;
-        let Notes { registers, ledger, failures, absurd, .. } = &self.notes;
-        let unknown = registers.iter().filter(|(_, operation)| operation.outcome == Outcome::Unknown).count();
+        let Notes {
+            registers,
+            ledger,
+            failures,
+            absurd,
+            ..
+        } = &self.notes;
+        let unknown = registers
+            .iter()
+            .filter(|(_, operation)| operation.outcome == Outcome::Unknown)
+            .count();
         let name = self.shared.load.name;
         let (operations, keys) = (registers.len(), ledger.len());
-        say(&format!("{name}: {operations} register operations ({unknown} unknown), {keys} ledger keys"));
+        say(&format!(
+            "{name}: {operations} register operations ({unknown} unknown), {keys} ledger keys"
+        ));
         for (kind, count) in failures {
             println!("{count} times: {kind}");
         }
         let seed = seed();
-        assert!(absurd.is_empty(), "{name}, seed {seed}: answers that make no sense: {:#?}", &absurd[..absurd.len().min(20)]);
-        assert!(missing.is_empty(), "{name}, seed {seed}: the ledger is wrong: {:#?}", &missing[..missing.len().min(20)]);
+        assert!(
+            absurd.is_empty(),
+            "{name}, seed {seed}: answers that make no sense: {:#?}",
+            &absurd[..absurd.len().min(20)]
+        );
+        assert!(
+            missing.is_empty(),
+            "{name}, seed {seed}: the ledger is wrong: {:#?}",
+            &missing[..missing.len().min(20)]
+        );
         for register in 0..self.shared.load.registers {
-            let of = |(number, operation): &(usize, Operation)| (*number == register).then_some(*operation);
+            let of = |(number, operation): &(usize, Operation)| {
+                (*number == register).then_some(*operation)
+            };
             let operations: Vec<Operation> = registers.iter().filter_map(of).collect();
             if let Err(violation) = check(&operations) {
                 panic!("{name}, seed {seed}: register {register} is not linearizable: {violation}");
@@ -239,7 +317,13 @@ impl History {
 
     /// The keys of the ledger that were acknowledged.
     pub fn acknowledged_ledger(&self) -> Ledger {
-        Ledger(self.shared.ledger.lock().expect("no client panics with it").clone())
+        Ledger(
+            self.shared
+                .ledger
+                .lock()
+                .expect("no client panics with it")
+                .clone(),
+        )
     }
 
     async fn read_registers(&mut self, addresses: &[String]) {
@@ -251,11 +335,21 @@ impl History {
                     let request = Request::get(self.shared.register(register));
                     let answer = self.shared.http.ask(address, &request).await;
                     let told = understand(Action::Get, answer);
-                    let Told::Outcome(outcome) = told else { return None };
+                    let Told::Outcome(outcome) = told else {
+                        return None;
+                    };
                     let returned = self.shared.now();
-                    Some(Operation { client: reader.id, called, returned, action: Action::Get, outcome })
+                    Some(Operation {
+                        client: reader.id,
+                        called,
+                        returned,
+                        action: Action::Get,
+                        outcome,
+                    })
                 });
-                let operation = told.await.unwrap_or_else(|| panic!("register {register} can't be read at {address}"));
+                let operation = told
+                    .await
+                    .unwrap_or_else(|| panic!("register {register} can't be read at {address}"));
                 reader.notes.registers.push((register, operation));
             }
         }
@@ -263,26 +357,48 @@ impl History {
     }
 
     async fn ledger_faults(&self, addresses: &[String]) -> Vec<String> {
-        let checks = self.notes.ledger.iter().enumerate().map(|(position, (path, value, fate))| {
-            let address = &addresses[position % addresses.len()];
-            self.ledger_fault(address, path, *value, *fate)
-        });
-        stream::iter(checks).buffer_unordered(16).filter_map(async |fault| fault).collect().await
+        let checks = self
+            .notes
+            .ledger
+            .iter()
+            .enumerate()
+            .map(|(position, (path, value, fate))| {
+                let address = &addresses[position % addresses.len()];
+                self.ledger_fault(address, path, *value, *fate)
+            });
+        stream::iter(checks)
+            .buffer_unordered(16)
+            .filter_map(async |fault| fault)
+            .collect()
+            .await
     }
 
-    async fn ledger_fault(&self, address: &str, path: &str, value: Value, fate: Fate) -> Option<String> {
-        let read = eventually(Duration::from_secs(30), async || match self.shared.http.ask(address, &Request::get(path)).await {
-            Ok(answer) if answer.status == 404 => Some(None),
-            Ok(answer) if answer.status == 200 => Some(Some(answer.body)),
-            _ => None,
+    async fn ledger_fault(
+        &self,
+        address: &str,
+        path: &str,
+        value: Value,
+        fate: Fate,
+    ) -> Option<String> {
+        let read = eventually(Duration::from_secs(30), async || {
+            match self.shared.http.ask(address, &Request::get(path)).await {
+                Ok(answer) if answer.status == 404 => Some(None),
+                Ok(answer) if answer.status == 200 => Some(Some(answer.body)),
+                _ => None,
+            }
         });
-        let stored = read.await.unwrap_or_else(|| panic!("{path} can't be read at {address}"));
+        let stored = read
+            .await
+            .unwrap_or_else(|| panic!("{path} can't be read at {address}"));
         match (stored, fate) {
             (Some(stored), Fate::Acknowledged | Fate::Unknown) if stored == encode(value) => None,
             (None, Fate::Rejected | Fate::Unknown) => None,
             (None, Fate::Acknowledged) => Some(format!("{path} was acknowledged and is lost")),
             (Some(_), Fate::Rejected) => Some(format!("{path} was rejected and is there")),
-            (Some(stored), _) => Some(format!("{path} holds {:?}", String::from_utf8_lossy(&stored))),
+            (Some(stored), _) => Some(format!(
+                "{path} holds {:?}",
+                String::from_utf8_lossy(&stored)
+            )),
         }
     }
 }
@@ -295,7 +411,8 @@ impl Ledger {
         self.0.len()
     }
 
-    /// The keys that the replicas of one node, by themselves, don't hold. The node has a replica of every shard.
+    /// The keys that the replicas of one node, by themselves, don't hold. The node has a replica of
+    /// every shard.
     pub async fn lost(&self, cluster: &Cluster, node: usize) -> Vec<String> {
         let address = &cluster.nodes[node].address;
         let checks = self.0.iter().map(async |(path, value)| {
@@ -309,11 +426,16 @@ impl Ledger {
             });
             found.await.is_none().then(|| format!("{path}: {last}"))
         });
-        stream::iter(checks).buffer_unordered(16).filter_map(async |lost| lost).collect().await
+        stream::iter(checks)
+            .buffer_unordered(16)
+            .filter_map(async |lost| lost)
+            .collect()
+            .await
     }
 }
 
-/// The bytes of a value: its number, and padding of a length that follows from it, so that any mixture is seen.
+/// The bytes of a value: its number, and padding of a length that follows from it, so that any
+/// mixture is seen.
 pub fn encode(value: Value) -> Vec<u8> {
     let padding = match value.0 % 50 {
         0 => 20_000,
@@ -345,7 +467,13 @@ fn understand(action: Action, answer: Result<Answer, Failure>) -> Told {
         Err(Failure::NotSent(reason)) => return Told::Rejected(format!("not sent: {reason}")),
         Err(Failure::Lost(reason)) => return Told::Unknown(format!("lost: {reason}")),
     };
-    let text = || format!("{} {:?}", answer.status, answer.text().chars().take(300).collect::<String>());
+    let text = || {
+        format!(
+            "{} {:?}",
+            answer.status,
+            answer.text().chars().take(300).collect::<String>()
+        )
+    };
     let absurd = || Told::Absurd(format!("{action:?}: {}", text()));
     let revision = answer.revision();
     match (action, answer.status, revision) {
@@ -354,14 +482,20 @@ fn understand(action: Action, answer: Result<Answer, Failure>) -> Told {
             None => absurd(),
         },
         (Action::Get, 404, _) => Told::Outcome(Outcome::Got(None)),
-        (Action::Put { .. }, 200 | 201, Some(revision)) => {
-            Told::Outcome(Outcome::Put { created: answer.status == 201, revision })
-        }
+        (Action::Put { .. }, 200 | 201, Some(revision)) => Told::Outcome(Outcome::Put {
+            created: answer.status == 201,
+            revision,
+        }),
         (Action::Delete { .. }, 200 | 204, _) => Told::Outcome(Outcome::Deleted { existed: true }),
         (Action::Delete { .. }, 404, _) => Told::Outcome(Outcome::Deleted { existed: false }),
         (
-            Action::Put { condition: Condition::Absent | Condition::Holds(_), .. }
-            | Action::Delete { condition: Condition::Absent | Condition::Holds(_) },
+            Action::Put {
+                condition: Condition::Absent | Condition::Holds(_),
+                ..
+            }
+            | Action::Delete {
+                condition: Condition::Absent | Condition::Holds(_),
+            },
             412,
             _,
         ) => Told::Outcome(Outcome::ConditionFailed),
@@ -388,7 +522,15 @@ impl Worker {
     fn new(id: usize, shared: Arc<Shared>) -> Self {
         let mut random = StdRng::seed_from_u64(seed().wrapping_add(id as u64));
         let node = random.random_range(0..NODES_MAX);
-        Self { id, shared, random, node, count: 0, seen: HashMap::new(), notes: Notes::default() }
+        Self {
+            id,
+            shared,
+            random,
+            node,
+            count: 0,
+            seen: HashMap::new(),
+            notes: Notes::default(),
+        }
     }
 
     async fn run(mut self) -> Notes {
@@ -410,11 +552,18 @@ impl Worker {
     async fn write_ledger(&mut self) {
         let value = self.next_value();
         let path = format!("/v1/kv/{}-ledger-{}", self.shared.load.name, value.0);
-        let action = Action::Put { value, condition: Condition::None };
+        let action = Action::Put {
+            value,
+            condition: Condition::None,
+        };
         let (_, told) = self.perform(&path, action, None).await;
         let fate = match told {
             Told::Outcome(_) => {
-                self.shared.ledger.lock().expect("no client panics with it").push((path.clone(), value));
+                self.shared
+                    .ledger
+                    .lock()
+                    .expect("no client panics with it")
+                    .push((path.clone(), value));
                 Fate::Acknowledged
             }
             Told::Rejected(_) => Fate::Rejected,
@@ -437,10 +586,21 @@ impl Worker {
         };
         match (action, outcome) {
             (_, Outcome::Got(Some(seen))) => _ = self.seen.insert(register, seen),
-            (Action::Put { value, .. }, Outcome::Put { revision, .. }) => _ = self.seen.insert(register, (value, revision)),
+            (Action::Put { value, .. }, Outcome::Put { revision, .. }) => {
+                _ = self.seen.insert(register, (value, revision))
+            }
             _ => {}
         }
-        self.notes.registers.push((register, Operation { client: self.id, called, returned, action, outcome }));
+        self.notes.registers.push((
+            register,
+            Operation {
+                client: self.id,
+                called,
+                returned,
+                action,
+                outcome,
+            },
+        ));
     }
 
     /// What to do next, and the revision that goes with its condition.
@@ -449,7 +609,8 @@ impl Worker {
         if kind < 9 {
             return (Action::Get, None);
         }
-        let (condition, revision) = match (self.random.random_range(0..5), self.seen.get(&register)) {
+        let (condition, revision) = match (self.random.random_range(0..5), self.seen.get(&register))
+        {
             (0, _) => (Condition::Absent, None),
             (1 | 2, Some((value, revision))) => (Condition::Holds(*value), Some(*revision)),
             _ => (Condition::None, None),
@@ -457,18 +618,33 @@ impl Worker {
         match kind {
             // Nobody asks for the deletion of what must be absent.
             19 if condition != Condition::Absent => (Action::Delete { condition }, revision),
-            _ => (Action::Put { value: self.next_value(), condition }, revision),
+            _ => (
+                Action::Put {
+                    value: self.next_value(),
+                    condition,
+                },
+                revision,
+            ),
         }
     }
 
-    /// Asks until there is an answer or no more to be had; one operation, from the first call to the last return.
-    async fn perform(&mut self, path: &str, action: Action, revision: Option<u64>) -> ((Duration, Duration), Told) {
+    /// Asks until there is an answer or no more to be had; one operation, from the first call to
+    /// the last return.
+    async fn perform(
+        &mut self,
+        path: &str,
+        action: Action,
+        revision: Option<u64>,
+    ) -> ((Duration, Duration), Told) {
         let writes = action != Action::Get;
-        let idempotency_key = (writes && self.random.random_range(0..3) == 0).then(|| self.next_value().0.to_string());
+        let idempotency_key = (writes && self.random.random_range(0..3) == 0)
+            .then(|| self.next_value().0.to_string());
         let request = self.request(path, action, revision, idempotency_key.as_deref());
         let called = self.shared.now();
         let mut told = self.ask(&request, action).await;
-        while matches!(told, Told::Rejected(_)) && self.shared.now() - called < self.shared.load.retry_for {
+        while matches!(told, Told::Rejected(_))
+            && self.shared.now() - called < self.shared.load.retry_for
+        {
             told = self.ask(&request, action).await;
         }
         if idempotency_key.is_some() && matches!(told, Told::Unknown(_)) {
@@ -486,16 +662,32 @@ impl Worker {
         let returned = self.shared.now();
         self.notes.slowest = self.notes.slowest.max(returned - called);
         if let Told::Rejected(reason) | Told::Unknown(reason) = &told {
-            self.notes.errors.push(format!("[{:.3} .. {:.3}] {path}: {reason}", called.as_secs_f64(), returned.as_secs_f64()));
+            self.notes.errors.push(format!(
+                "[{:.3} .. {:.3}] {path}: {reason}",
+                called.as_secs_f64(),
+                returned.as_secs_f64()
+            ));
         }
         if writes && matches!(told, Told::Outcome(_)) {
-            self.shared.acknowledged.lock().expect("no client panics with it").push((called, returned));
+            self.shared
+                .acknowledged
+                .lock()
+                .expect("no client panics with it")
+                .push((called, returned));
         }
         ((called, returned), told)
     }
 
-    fn request(&mut self, path: &str, action: Action, revision: Option<u64>, idempotency_key: Option<&str>) -> Request {
-        let query = *["", "", "", "?proxy=true"].choose(&mut self.random).expect("some");
+    fn request(
+        &mut self,
+        path: &str,
+        action: Action,
+        revision: Option<u64>,
+        idempotency_key: Option<&str>,
+    ) -> Request {
+        let query = *["", "", "", "?proxy=true"]
+            .choose(&mut self.random)
+            .expect("some");
         let path = format!("{path}{query}");
         let (mut request, condition) = match action {
             Action::Get => (Request::get(path), Condition::None),
@@ -505,17 +697,29 @@ impl Worker {
         request = match (condition, revision) {
             (Condition::None, _) => request,
             (Condition::Absent, _) => request.header("if-none-match", "*"),
-            (Condition::Holds(_), revision) => request.header("if-match", format!("\"{}\"", revision.expect("chosen with it"))),
+            (Condition::Holds(_), revision) => request.header(
+                "if-match",
+                format!("\"{}\"", revision.expect("chosen with it")),
+            ),
         };
         if let Some(key) = idempotency_key {
             // A name of our own: the loads of one cluster must not meet in the server's memory.
-            request = request.header("idempotency-key", format!("\"{}-{key}\"", self.shared.load.name));
+            request = request.header(
+                "idempotency-key",
+                format!("\"{}-{key}\"", self.shared.load.name),
+            );
         }
         request.timeout(self.shared.load.answer_limit)
     }
 
     async fn ask(&mut self, request: &Request, action: Action) -> Told {
-        let told = understand(action, self.shared.http.ask(&self.shared.address(self.node), request).await);
+        let told = understand(
+            action,
+            self.shared
+                .http
+                .ask(&self.shared.address(self.node), request)
+                .await,
+        );
         if let Told::Rejected(reason) | Told::Unknown(reason) = &told {
             // Without the numbers, so that reasons of one kind are counted together.
             let kind: String = reason.chars().filter(|c| !c.is_ascii_digit()).collect();

@@ -1,6 +1,8 @@
-//! File systems of their own for a node: a small one that fills up, and an image that can be copied as a power cut would leave it.
+//! File systems of their own for a node: a small one that fills up, and an image that can be copied
+//! as a power cut would leave it.
 //!
-//! Needs root and the right to mount; where that can't be had, the caller says so and leaves its test out.
+//! Needs root and the right to mount; where that can't be had, the caller says so and leaves its
+//! test out.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,18 +16,31 @@ pub struct Mount {
 impl Mount {
     /// A file system in memory, of so many bytes.
     pub fn tmpfs(path: &Path, bytes: u64) -> Result<Self, String> {
-        mount(path, &["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"])
+        mount(
+            path,
+            &["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"],
+        )
     }
 
     /// The file system in an image file.
     pub fn image(path: &Path, image: &Path) -> Result<Self, String> {
-        // Nothing but what the program syncs is to be written for a while: that is what a power cut leaves.
-        mount(path, &["-o", "loop,commit=300", &image.display().to_string()])
+        // Nothing but what the program syncs is to be written for a while: that is what a power cut
+        // leaves.
+        mount(
+            path,
+            &["-o", "loop,commit=300", &image.display().to_string()],
+        )
     }
 
     /// The loop device under it.
     pub fn device(&self) -> String {
-        run("findmnt", &["-n", "-o", "SOURCE", &self.path.display().to_string()]).expect("a device").trim().to_owned()
+        run(
+            "findmnt",
+            &["-n", "-o", "SOURCE", &self.path.display().to_string()],
+        )
+        .expect("a device")
+        .trim()
+        .to_owned()
     }
 }
 
@@ -40,15 +55,24 @@ fn mount(path: &Path, arguments: &[&str]) -> Result<Mount, String> {
     std::fs::create_dir_all(path).map_err(|error| error.to_string())?;
     let target = path.display().to_string();
     run("mount", &[arguments, &[&target]].concat())?;
-    Ok(Mount { path: path.to_owned() })
+    Ok(Mount {
+        path: path.to_owned(),
+    })
 }
 
 /// Runs a program and returns what it prints, or what it complains of.
 pub fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
-    let output = Command::new(program).args(arguments).output().map_err(|error| format!("{program}: {error}"))?;
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .map_err(|error| format!("{program}: {error}"))?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
-        Err(format!("{program} {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim()))
+        Err(format!(
+            "{program} {}: {}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        ))
     }
 }

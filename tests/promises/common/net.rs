@@ -1,8 +1,8 @@
 //! A network of its own for each node of a cluster, so that links can be cut, reset and slowed one
 //! by one: network namespaces on a bridge, with a packet filter in each.
 //!
-//! Needs root, `ip`, `iptables` and `tc`; where they can't be had, the caller says so and leaves its
-//! test out.
+//! Needs root, `ip`, `iptables` and `tc`; where they can't be had, the caller says so and leaves
+//! its test out.
 
 use std::fmt;
 
@@ -34,15 +34,39 @@ impl Network {
     /// Makes a bridge, and a namespace for each node. Returns why that can't be had here.
     pub fn new(nodes: usize) -> Result<Self, String> {
         // Dropped, and so cleared away, when a step fails.
-        let network = Self { id: rand::random_range(0..512), nodes };
-        // The bridge is in a namespace too: the packet filter of the machine may have rules for bridges.
+        let network = Self {
+            id: rand::random_range(0..512),
+            nodes,
+        };
+        // The bridge is in a namespace too: the packet filter of the machine may have rules for
+        // bridges.
         let (hub, root, inside) = (network.hub(), network.outside(nodes), network.inside(nodes));
         run("ip", &["netns", "add", &hub])?;
-        run("ip", &["-n", &hub, "link", "add", "bridge", "type", "bridge"])?;
+        run(
+            "ip",
+            &["-n", &hub, "link", "add", "bridge", "type", "bridge"],
+        )?;
         run("ip", &["-n", &hub, "link", "set", "bridge", "up"])?;
-        run("ip", &["link", "add", &root, "type", "veth", "peer", "name", &inside, "netns", &hub])?;
-        run("ip", &["-n", &hub, "link", "set", &inside, "master", "bridge", "up"])?;
-        run("ip", &["address", "add", &format!("{}/24", network.ip(253)), "dev", &root])?;
+        run(
+            "ip",
+            &[
+                "link", "add", &root, "type", "veth", "peer", "name", &inside, "netns", &hub,
+            ],
+        )?;
+        run(
+            "ip",
+            &["-n", &hub, "link", "set", &inside, "master", "bridge", "up"],
+        )?;
+        run(
+            "ip",
+            &[
+                "address",
+                "add",
+                &format!("{}/24", network.ip(253)),
+                "dev",
+                &root,
+            ],
+        )?;
         run("ip", &["link", "set", &root, "up"])?;
         for node in 0..nodes {
             network.connect(node)?;
@@ -55,9 +79,14 @@ impl Network {
     fn connect(&self, node: usize) -> Result<(), String> {
         let (space, hub, inside) = (self.space(node), self.hub(), self.inside(node));
         run("ip", &["netns", "add", &space])?;
-        let pair = ["-n", &space, "link", "add", "uplink", "type", "veth", "peer", "name", &inside];
+        let pair = [
+            "-n", &space, "link", "add", "uplink", "type", "veth", "peer", "name", &inside,
+        ];
         run("ip", &[&pair[..], &["netns", &hub]].concat())?;
-        run("ip", &["-n", &hub, "link", "set", &inside, "master", "bridge", "up"])?;
+        run(
+            "ip",
+            &["-n", &hub, "link", "set", &inside, "master", "bridge", "up"],
+        )?;
         let address = format!("{}/24", self.ip(node));
         self.within(node, "ip", &["address", "add", &address, "dev", "uplink"])?;
         self.within(node, "ip", &["link", "set", "uplink", "up"])?;
@@ -72,7 +101,9 @@ impl Network {
 
     /// What is put before the program of a node.
     pub fn wrapper(&self, node: usize) -> Vec<String> {
-        ["ip", "netns", "exec", &self.space(node)].map(str::to_owned).to_vec()
+        ["ip", "netns", "exec", &self.space(node)]
+            .map(str::to_owned)
+            .to_vec()
     }
 
     /// Cuts one way between two nodes.
@@ -96,14 +127,20 @@ impl Network {
     pub fn slow_down(&self, node: usize, kilobits_per_second: u32) {
         let rate = format!("{kilobits_per_second}kbit");
         let limit = ["rate", &rate, "burst", "16kb", "latency", "1s"];
-        let words = [&["qdisc", "replace", "dev", "uplink", "root", "tbf"], &limit[..]].concat();
-        self.within(node, "tc", &words).expect("a limit of the rate");
+        let words = [
+            &["qdisc", "replace", "dev", "uplink", "root", "tbf"],
+            &limit[..],
+        ]
+        .concat();
+        self.within(node, "tc", &words)
+            .expect("a limit of the rate");
     }
 
     /// Takes every cut and limit away.
     pub fn heal(&self) {
         for node in 0..self.nodes {
-            self.filter(node, &["-F", "INPUT"]).expect("an empty packet filter");
+            self.filter(node, &["-F", "INPUT"])
+                .expect("an empty packet filter");
             // Fails where there is no limit.
             let _ = self.within(node, "tc", &["qdisc", "del", "dev", "uplink", "root"]);
         }

@@ -103,25 +103,48 @@ struct AnswerJson<'a> {
 
 impl Answer {
     pub fn new(status: StatusCode, content: Content) -> Self {
-        Self { status, content, address: None, causal_context: None, retry_after_s: None, allow: None }
+        Self {
+            status,
+            content,
+            address: None,
+            causal_context: None,
+            retry_after_s: None,
+            allow: None,
+        }
     }
 
     /// `{"error":"...","message":"Error in PUT"}`
     pub fn failed(status: StatusCode, error: impl Into<String>, method: &Method) -> Self {
-        Self::new(status, Content::Failed { error: error.into(), message: error_in(method) })
+        Self::new(
+            status,
+            Content::Failed {
+                error: error.into(),
+                message: error_in(method),
+            },
+        )
     }
 
     pub fn refused(refusal: Refusal, method: &Method) -> Self {
         let retry_after_s = refusal.retry_after_s;
-        Self { retry_after_s, ..Self::failed(refusal.status, refusal.error, method) }
+        Self {
+            retry_after_s,
+            ..Self::failed(refusal.status, refusal.error, method)
+        }
     }
 
     pub fn not_allowed(method: &Method, allowed: &'static str) -> Self {
-        Self { allow: Some(allowed), ..Self::failed(StatusCode::METHOD_NOT_ALLOWED, "Method not allowed", method) }
+        Self {
+            allow: Some(allowed),
+            ..Self::failed(StatusCode::METHOD_NOT_ALLOWED, "Method not allowed", method)
+        }
     }
 
     pub fn missing(method: &Method) -> Self {
-        let content = Content::Missing { does_exist: false, error: "Key does not exist", message: error_in(method) };
+        let content = Content::Missing {
+            does_exist: false,
+            error: "Key does not exist",
+            message: error_in(method),
+        };
         Self::new(StatusCode::NOT_FOUND, content)
     }
 
@@ -130,12 +153,18 @@ impl Answer {
     }
 
     pub fn with_context(self, causal_context: Option<Box<RawValue>>) -> Self {
-        Self { causal_context, ..self }
+        Self {
+            causal_context,
+            ..self
+        }
     }
 
     pub fn respond(self) -> Response {
-        let body =
-            AnswerJson { content: &self.content, address: self.address.as_ref(), causal_context: self.causal_context.as_deref() };
+        let body = AnswerJson {
+            content: &self.content,
+            address: self.address.as_ref(),
+            causal_context: self.causal_context.as_deref(),
+        };
         let mut response = json(self.status, &body);
         let headers = response.headers_mut();
         if let Some(wait_s) = self.retry_after_s {
@@ -150,6 +179,10 @@ impl Answer {
 
 /// A HEAD is a GET whose answer is cut off.
 fn error_in(method: &Method) -> String {
-    let method = if *method == Method::HEAD { &Method::GET } else { method };
+    let method = if *method == Method::HEAD {
+        &Method::GET
+    } else {
+        method
+    };
     format!("Error in {method}")
 }

@@ -1,5 +1,6 @@
-//! What the body of a request says, as far as these dialects look at it. Parts of it are kept as the text they came as: a value is
-//! returned as it was given, with its numbers, the order of its fields and its spaces.
+//! What the body of a request says, as far as these dialects look at it. Parts of it are kept as
+//! the text they came as: a value is returned as it was given, with its numbers, the order of its
+//! fields and its spaces.
 
 use std::fmt;
 
@@ -33,15 +34,27 @@ impl<'a> Said<'a> {
         let text = std::str::from_utf8(body).ok();
         match text.and_then(|text| serde_json::from_str::<&RawValue>(text).ok()) {
             None => Said::Nothing,
-            Some(json) if json.get().starts_with('{') => serde_json::from_str(json.get()).map_or(Said::Nothing, Said::Object),
+            Some(json) if json.get().starts_with('{') => {
+                serde_json::from_str(json.get()).map_or(Said::Nothing, Said::Object)
+            }
             Some(_) => Said::Other,
         }
     }
 
     /// What the answer returns of the causal context; none: the request carries none.
     pub fn causal_context(&self) -> Option<Box<RawValue>> {
-        let Said::Object(Fields { causal_context: Some(given), .. }) = self else { return None };
-        let given = if given.get().starts_with('{') { given.get() } else { "{}" };
+        let Said::Object(Fields {
+            causal_context: Some(given),
+            ..
+        }) = self
+        else {
+            return None;
+        };
+        let given = if given.get().starts_with('{') {
+            given.get()
+        } else {
+            "{}"
+        };
         RawValue::from_string(given.to_owned()).ok()
     }
 }

@@ -12,10 +12,12 @@
 //! | `DELETE` | 200 `{"doesExist":true,"message":"Deleted successfully"}` |
 //! | missing | 404 `{"doesExist":false,"error":"Key does not exist","message":"Error in DELETE"}` |
 //!
-//! A key is the percent-decoded rest of the path, slashes and bytes that are no text included; a `%` that begins no escape stands for
-//! itself. Of bytes that are no text, each that can't be read counts as a character.
+//! A key is the percent-decoded rest of the path, slashes and bytes that are no text included; a
+//! `%` that begins no escape stands for itself. Of bytes that are no text, each that can't be read
+//! counts as a character.
 //!
-//! `"address"` is added where the node asked is not the key's home, or in C4 not of its shard. It is left out of 503: nobody answered.
+//! `"address"` is added where the node asked is not the key's home, or in C4 not of its shard. It
+//! is left out of 503: nobody answered.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -34,14 +36,20 @@ use crate::sm::kv::{Action, Condition, Media, Operation, OperationOutcome, Recor
 use crate::sm::view::Layout;
 use crate::types::{Address, KEY_BYTES_MAX, is_reserved};
 
-/// The longest key that is stored, in characters. Longer ones, of other dialects, are read and deleted.
+/// The longest key that is stored, in characters. Longer ones, of other dialects, are read and
+/// deleted.
 const KEY_CHARACTERS_MAX: usize = 50;
 
 pub fn unescape(escaped: &str) -> Bytes {
     Bytes::from_iter(percent_decode_str(escaped))
 }
 
-pub async fn answer(app: &App, method: &Method, key: Bytes, said: &Said<'_>) -> Result<Answer, Refusal> {
+pub async fn answer(
+    app: &App,
+    method: &Method,
+    key: Bytes,
+    said: &Said<'_>,
+) -> Result<Answer, Refusal> {
     let answered = match *method {
         Method::PUT => put(app, &key, said).await,
         Method::DELETE => delete(app, &key).await,
@@ -56,9 +64,10 @@ async fn get(app: &App, method: &Method, key: &Bytes) -> Result<Answer, Refusal>
         return Ok(Answer::missing(method));
     }
     match app.store.get(key.clone(), options()).await {
-        Ok(found) => Ok(found
-            .record
-            .map_or_else(|| Answer::missing(method), |record| aside::work(record.value.len(), || retrieved(&record)))),
+        Ok(found) => Ok(found.record.map_or_else(
+            || Answer::missing(method),
+            |record| aside::work(record.value.len(), || retrieved(&record)),
+        )),
         Err(failure) => Err(refusal(app, failure)),
     }
 }
@@ -67,8 +76,12 @@ async fn put(app: &App, key: &Bytes, said: &Said<'_>) -> Result<Answer, Refusal>
     let refused = |error: &str| Ok(Answer::failed(StatusCode::BAD_REQUEST, error, &Method::PUT));
     let value = match said {
         Said::Nothing => return refused("Bad json format"),
-        Said::Other | Said::Object(Fields { value: None, .. }) => return refused("Value is missing"),
-        Said::Object(Fields { value: Some(value), .. }) => value,
+        Said::Other | Said::Object(Fields { value: None, .. }) => {
+            return refused("Value is missing");
+        }
+        Said::Object(Fields {
+            value: Some(value), ..
+        }) => value,
     };
     if String::from_utf8_lossy(key).chars().count() > KEY_CHARACTERS_MAX {
         return refused("Key is too long");
@@ -85,12 +98,20 @@ async fn put(app: &App, key: &Bytes, said: &Said<'_>) -> Result<Answer, Refusal>
         return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, error));
     }
     match write(app, key, Action::Put { media, value }).await? {
-        OperationOutcome::Put { created: true, .. } => {
-            Ok(Answer::new(StatusCode::CREATED, Content::Stored { message: "Added successfully", replaced: false }))
-        }
-        OperationOutcome::Put { created: false, .. } => {
-            Ok(Answer::new(StatusCode::OK, Content::Stored { message: "Updated successfully", replaced: true }))
-        }
+        OperationOutcome::Put { created: true, .. } => Ok(Answer::new(
+            StatusCode::CREATED,
+            Content::Stored {
+                message: "Added successfully",
+                replaced: false,
+            },
+        )),
+        OperationOutcome::Put { created: false, .. } => Ok(Answer::new(
+            StatusCode::OK,
+            Content::Stored {
+                message: "Updated successfully",
+                replaced: true,
+            },
+        )),
         OperationOutcome::Got(_) | OperationOutcome::Deleted { .. } => Err(Refusal::unanswered()),
     }
 }
@@ -100,20 +121,34 @@ async fn delete(app: &App, key: &Bytes) -> Result<Answer, Refusal> {
         return Ok(Answer::missing(&Method::DELETE));
     }
     match write(app, key, Action::Delete).await? {
-        OperationOutcome::Deleted { revision: Some(_) } => {
-            Ok(Answer::new(StatusCode::OK, Content::Deleted { does_exist: true, message: "Deleted successfully" }))
-        }
+        OperationOutcome::Deleted { revision: Some(_) } => Ok(Answer::new(
+            StatusCode::OK,
+            Content::Deleted {
+                does_exist: true,
+                message: "Deleted successfully",
+            },
+        )),
         OperationOutcome::Deleted { revision: None } => Ok(Answer::missing(&Method::DELETE)),
         OperationOutcome::Got(_) | OperationOutcome::Put { .. } => Err(Refusal::unanswered()),
     }
 }
 
 async fn write(app: &App, key: &Bytes, action: Action) -> Result<OperationOutcome, Refusal> {
-    let operation = Operation { key: key.clone(), condition: Condition::None, action };
-    match app.store.write(vec![operation], None, options()).await.pop() {
+    let operation = Operation {
+        key: key.clone(),
+        condition: Condition::None,
+        action,
+    };
+    match app
+        .store
+        .write(vec![operation], None, options())
+        .await
+        .pop()
+    {
         Some(Ok(outcome)) => Ok(outcome),
         Some(Err(WriteFailure::Failed(failure))) => Err(refusal(app, failure)),
-        // Of the rejections only those are left that pass by themselves: there was no condition, and no idempotency key.
+        // Of the rejections only those are left that pass by themselves: there was no condition,
+        // and no idempotency key.
         Some(Err(WriteFailure::Rejected(_))) | None => Err(Refusal::unanswered()),
     }
 }
@@ -122,7 +157,8 @@ fn can_exist(key: &[u8]) -> bool {
     (1..=KEY_BYTES_MAX).contains(&key.len()) && !is_reserved(key)
 }
 
-/// A value as it is stored: a string as its characters, if it stands for any text, everything else as it was given.
+/// A value as it is stored: a string as its characters, if it stands for any text, everything else
+/// as it was given.
 fn stored(value: &RawValue) -> (Media, Bytes) {
     let json = value.get();
     match serde_json::from_str::<Text<'_>>(json) {
@@ -138,7 +174,14 @@ fn retrieved(record: &Record) -> Answer {
         Shown::Bytes(bytes) => to_raw_value(&STANDARD.encode(bytes)),
     };
     let value = value.expect("a string always serializes");
-    Answer::new(StatusCode::OK, Content::Retrieved { does_exist: true, message: "Retrieved successfully", value })
+    Answer::new(
+        StatusCode::OK,
+        Content::Retrieved {
+            does_exist: true,
+            message: "Retrieved successfully",
+            value,
+        },
+    )
 }
 
 /// Whom to ask about a key instead of this node; none: this is the one.
@@ -150,5 +193,9 @@ async fn address(app: &App, key: &[u8]) -> Option<Address> {
         Layout::Spread => place.home == here,
         Layout::Exclusive => place.replicas.contains(&here),
     });
-    if is_it { None } else { app.store.contact(shard).await }
+    if is_it {
+        None
+    } else {
+        app.store.contact(shard).await
+    }
 }

@@ -1,5 +1,6 @@
-//! Dialects C ("kvs"), C4 ("kvs replicated") and D ("kvs by proxy"): one set of routes. Which of C and C4 a store speaks follows from its
-//! layout: with a replication factor of its own (*exclusive*) it is C4.
+//! Dialects C ("kvs"), C4 ("kvs replicated") and D ("kvs by proxy"): one set of routes. Which of C
+//! and C4 a store speaks follows from its layout: with a replication factor of its own
+//! (*exclusive*) it is C4.
 //!
 //! | request | answer |
 //! | --- | --- |
@@ -8,13 +9,16 @@
 //! | `PUT /kvs/view-change` | see [`view_change`] |
 //! | `PUT /proxy/view-change` | the same change, answered `{}` |
 //!
-//! A shard's id is that of its group, in decimal: ids are never reused, so there may be holes between them.
+//! A shard's id is that of its group, in decimal: ids are never reused, so there may be holes
+//! between them.
 //!
-//! A request whose body, whatever its method, is an object with a `causal-context` has one in its answer, errors too. The store is
-//! linearizable, so the context constrains nothing further: an object is returned as it came, anything else as `{}`.
+//! A request whose body, whatever its method, is an object with a `causal-context` has one in its
+//! answer, errors too. The store is linearizable, so the context constrains nothing further: an
+//! object is returned as it came, anything else as `{}`.
 //!
-//! Nobody could do it in time, or nobody knows whether it was done: 503 `{"error":"Unable to satisfy request","message":"Error in PUT"}`. A
-//! spare says the same at once, and whom it knows of.
+//! Nobody could do it in time, or nobody knows whether it was done: 503
+//! `{"error":"Unable to satisfy request","message":"Error in PUT"}`. A spare says the same at once,
+//! and whom it knows of.
 
 mod answer;
 mod body;
@@ -52,7 +56,8 @@ enum Route<'a> {
 }
 
 impl<'a> Route<'a> {
-    /// None: a path of another dialect. Paths are compared as they were sent, so a key that is called like a route can be escaped.
+    /// None: a path of another dialect. Paths are compared as they were sent, so a key that is
+    /// called like a route can be escaped.
     fn of(path: &'a str) -> Option<Self> {
         if path == PROXY_VIEW_CHANGE {
             return Some(Route::ProxyViewChange);
@@ -96,17 +101,25 @@ pub async fn serve(app: &App, request: Request) -> Response {
     };
     // With the context, which finish knows nothing of.
     let context = answer.causal_context.clone();
-    let response = charge(answer.respond(), &app.answers).unwrap_or_else(|unfit| match parts.method {
-        Method::GET | Method::HEAD => {
-            let refusal = Failure::no_room(&app.answers).into();
-            Answer::refused(refusal, &parts.method).with_context(context).respond()
-        }
-        _ => *unfit,
-    });
+    let response =
+        charge(answer.respond(), &app.answers).unwrap_or_else(|unfit| match parts.method {
+            Method::GET | Method::HEAD => {
+                let refusal = Failure::no_room(&app.answers).into();
+                Answer::refused(refusal, &parts.method)
+                    .with_context(context)
+                    .respond()
+            }
+            _ => *unfit,
+        });
     watch.finish(response)
 }
 
-async fn by_route(app: &App, parts: &Parts, said: &Said<'_>, watch: &mut Watch<'_>) -> Result<Answer, Refusal> {
+async fn by_route(
+    app: &App,
+    parts: &Parts,
+    said: &Said<'_>,
+    watch: &mut Watch<'_>,
+) -> Result<Answer, Refusal> {
     let method = &parts.method;
     let reads = matches!(*method, Method::GET | Method::HEAD);
     let route = Route::of(parts.uri.path());

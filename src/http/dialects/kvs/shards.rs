@@ -7,8 +7,8 @@
 //! | `/kvs/shards/<id>` | 200 `{"message":"Shard information retrieved successfully","shard-id":"1","key-count":4,"replicas":["a:1"]}` |
 //! | an unknown id | 404 `{"error":"Shard does not exist","message":"Error in GET"}` |
 //!
-//! A node counts the keys of the shards that are at home on it, in C4 those of the shard that it belongs to. A gateway is no node, and
-//! counts them all.
+//! A node counts the keys of the shards that are at home on it, in C4 those of the shard that it
+//! belongs to. A gateway is no node, and counts them all.
 
 use std::sync::Arc;
 
@@ -30,8 +30,14 @@ pub async fn key_count(app: &App) -> Result<Answer, Refusal> {
         let map = app.store.map(options()).await?;
         match (app.store.this_node(), map.layout) {
             (Some(here), Layout::Spread) => Ok((count_at_home(app, &map, here).await?, None)),
-            (Some(here), Layout::Exclusive) => match map.shards().find(|(_, place)| place.replicas.contains(&here)) {
-                Some((shard, _)) => Ok((app.store.count_shard(shard, options()).await?, Some(id_of(shard)))),
+            (Some(here), Layout::Exclusive) => match map
+                .shards()
+                .find(|(_, place)| place.replicas.contains(&here))
+            {
+                Some((shard, _)) => Ok((
+                    app.store.count_shard(shard, options()).await?,
+                    Some(id_of(shard)),
+                )),
                 None => Ok((0, None)),
             },
             (None, _) => {
@@ -41,32 +47,55 @@ pub async fn key_count(app: &App) -> Result<Answer, Refusal> {
         }
     });
     let (key_count, shard_id) = counted.await?;
-    let content = Content::KeyCount { message: "Key count retrieved successfully", key_count, shard_id };
+    let content = Content::KeyCount {
+        message: "Key count retrieved successfully",
+        key_count,
+        shard_id,
+    };
     Ok(Answer::new(StatusCode::OK, content))
 }
 
 async fn count_at_home(app: &App, map: &ShardMap, home: NodeId) -> Result<u64, Failure> {
     let at_home = map.shards().filter(|(_, place)| place.home == home);
-    let counts = try_join_all(at_home.map(|(shard, _)| app.store.count_shard(shard, options()))).await?;
+    let counts =
+        try_join_all(at_home.map(|(shard, _)| app.store.count_shard(shard, options()))).await?;
     Ok(counts.into_iter().sum())
 }
 
 pub async fn all(app: &App) -> Result<Answer, Refusal> {
     let map = in_time(app, app.store.map(options())).await?;
     let shards = map.shards().map(|(shard, _)| id_of(shard)).collect();
-    Ok(Answer::new(StatusCode::OK, Content::Shards { message: "Shard membership retrieved successfully", shards }))
+    Ok(Answer::new(
+        StatusCode::OK,
+        Content::Shards {
+            message: "Shard membership retrieved successfully",
+            shards,
+        },
+    ))
 }
 
 pub async fn one(app: &App, id: &str) -> Result<Answer, Refusal> {
     let found = in_time(app, async {
         let map: Arc<ShardMap> = app.store.map(options()).await?;
-        let Some((shard, place)) = map.shards().find(|(shard, _)| id_of(*shard) == id) else { return Ok(None) };
+        let Some((shard, place)) = map.shards().find(|(shard, _)| id_of(*shard) == id) else {
+            return Ok(None);
+        };
         let key_count = app.store.count_shard(shard, options()).await?;
-        Ok(Some(ShardJson { shard_id: id_of(shard), key_count, replicas: addresses(&map, place) }))
+        Ok(Some(ShardJson {
+            shard_id: id_of(shard),
+            key_count,
+            replicas: addresses(&map, place),
+        }))
     });
     Ok(match found.await? {
         None => Answer::failed(StatusCode::NOT_FOUND, "Shard does not exist", &Method::GET),
-        Some(shard) => Answer::new(StatusCode::OK, Content::Shard { message: "Shard information retrieved successfully", shard }),
+        Some(shard) => Answer::new(
+            StatusCode::OK,
+            Content::Shard {
+                message: "Shard information retrieved successfully",
+                shard,
+            },
+        ),
     })
 }
 
@@ -76,11 +105,27 @@ pub fn id_of(shard: GroupId) -> String {
 }
 
 pub fn addresses(map: &ShardMap, place: &ShardPlace) -> Vec<Address> {
-    place.replicas.iter().filter_map(|node| map.node(*node)).map(|node| node.address.clone()).collect()
+    place
+        .replicas
+        .iter()
+        .filter_map(|node| map.node(*node))
+        .map(|node| node.address.clone())
+        .collect()
 }
 
 /// What is asked one after the other is answered, all in all, in the time of one answer.
-async fn in_time<T>(app: &App, asked: impl Future<Output = Result<T, Failure>>) -> Result<T, Refusal> {
-    let late = |_| Err(Failure::Unavailable { reason: "it took too long".to_owned(), retry_after_ms: 1000 });
-    timeout(PATIENCE, asked).await.unwrap_or_else(late).map_err(|failure| refusal(app, failure))
+async fn in_time<T>(
+    app: &App,
+    asked: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Refusal> {
+    let late = |_| {
+        Err(Failure::Unavailable {
+            reason: "it took too long".to_owned(),
+            retry_after_ms: 1000,
+        })
+    };
+    timeout(PATIENCE, asked)
+        .await
+        .unwrap_or_else(late)
+        .map_err(|failure| refusal(app, failure))
 }

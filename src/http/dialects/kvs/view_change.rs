@@ -1,12 +1,16 @@
-//! `PUT /kvs/view-change` and `PUT /proxy/view-change` with `{"view":"a:1,b:2,c:3"}`, and with `"repl-factor":R` for a store whose nodes
-//! belong to one shard each. A factor left out stays as it was asked for.
+//! `PUT /kvs/view-change` and `PUT /proxy/view-change` with `{"view":"a:1,b:2,c:3"}`, and with
+//! `"repl-factor":R` for a store whose nodes belong to one shard each. A factor left out stays as
+//! it was asked for.
 //!
-//! When every key is where it belongs: 200 `{"message":"View change successful","shards":[...]}`, of C with
-//! `{"address":"a:1","key-count":5}` for each node, of C4 with `{"shard-id":"1","key-count":4,"replicas":["a:1","b:2"]}` for each shard.
-//! What can't be done as it is asked is 400; a newcomer that is not there, or belongs to another cluster, 503. Neither changes anything.
+//! When every key is where it belongs: 200 `{"message":"View change successful","shards":[...]}`,
+//! of C with `{"address":"a:1","key-count":5}` for each node, of C4 with
+//! `{"shard-id":"1","key-count":4,"replicas":["a:1","b:2"]}` for each shard. What can't be done as
+//! it is asked is 400; a newcomer that is not there, or belongs to another cluster, 503. Neither
+//! changes anything.
 //!
-//! A spare has the cluster do it that it waits for, and a node that the change leaves out asks the others how it ends. Nodes carry a change
-//! out by themselves: a client that hangs up, or a wait that ends, stops nothing.
+//! A spare has the cluster do it that it waits for, and a node that the change leaves out asks the
+//! others how it ends. Nodes carry a change out by themselves: a client that hangs up, or a wait
+//! that ends, stops nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -24,7 +28,9 @@ use super::shards::{addresses, id_of};
 use crate::client::protocol::ClusterStatus;
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Store};
-use crate::client::view_change::{ChangeInProgress, PerNode, Phase, ReplicationFactor, Shards, ViewChange, ViewChangeFailure};
+use crate::client::view_change::{
+    ChangeInProgress, PerNode, Phase, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
+};
 use crate::http::App;
 use crate::http::changes::Rounds;
 use crate::http::metrics::Watch;
@@ -43,14 +49,20 @@ const ATTEMPTS_MAX: u32 = 10;
 /// Changes the view, waits for the end of it, and counts.
 pub async fn change(app: &App, said: &Said<'_>, watch: &mut Watch<'_>) -> Result<Content, Refusal> {
     let (nodes, change) = parse(said)?;
-    let _place = app.changes.enter().map_err(|failure| refusal(app, failure))?;
+    let _place = app
+        .changes
+        .enter()
+        .map_err(|failure| refusal(app, failure))?;
     watch.allow(WAIT_MAX);
     let mut changing = Changing::new(app, nodes);
     let id = changing.accept(change).await?;
     watch.log_change(&format_args!("the change of the view to plan {id}"));
     let done = changing.follow(id).await?;
     let shards = changing.count(done).await?;
-    Ok(Content::ViewChanged { message: "View change successful", shards })
+    Ok(Content::ViewChanged {
+        message: "View change successful",
+        shards,
+    })
 }
 
 /// The nodes, and the change to them.
@@ -61,8 +73,13 @@ fn parse(said: &Said<'_>) -> Result<(Vec<Address>, ViewChange), Refusal> {
         Said::Object(fields) => fields,
     };
     let nodes = nodes(fields)?;
-    let change = ViewChange { nodes: Some(nodes.clone()), ..ViewChange::default() };
-    let Some(given) = fields.repl_factor else { return Ok((nodes, change)) };
+    let change = ViewChange {
+        nodes: Some(nodes.clone()),
+        ..ViewChange::default()
+    };
+    let Some(given) = fields.repl_factor else {
+        return Ok((nodes, change));
+    };
     let change = ViewChange {
         layout: Some(Layout::Exclusive),
         replication_factor: Some(ReplicationFactor::Fixed(repl_factor(given, nodes.len())?)),
@@ -73,13 +90,18 @@ fn parse(said: &Said<'_>) -> Result<(Vec<Address>, ViewChange), Refusal> {
 }
 
 fn nodes(fields: &Fields<'_>) -> Result<Vec<Address>, Refusal> {
-    let view = fields.view.ok_or_else(|| Refusal::bad_request("View is missing"))?;
-    let unreadable = |_| Refusal::bad_request("View is not a string of addresses separated by commas");
+    let view = fields
+        .view
+        .ok_or_else(|| Refusal::bad_request("View is missing"))?;
+    let unreadable =
+        |_| Refusal::bad_request("View is not a string of addresses separated by commas");
     let view: String = serde_json::from_str(view.get()).map_err(unreadable)?;
     let mut nodes = Vec::new();
     let mut seen = BTreeSet::new();
     for text in view.split(',') {
-        let address: Address = text.parse().map_err(|error| Refusal::bad_request(format!("View is malformed: {error}")))?;
+        let address: Address = text
+            .parse()
+            .map_err(|error| Refusal::bad_request(format!("View is malformed: {error}")))?;
         if !seen.insert(address.clone()) {
             return Err(Refusal::bad_request(format!("View names {address} twice")));
         }
@@ -92,9 +114,9 @@ fn repl_factor(given: &RawValue, nodes: usize) -> Result<u8, Refusal> {
     let factor: Option<u8> = serde_json::from_str(given.get()).ok();
     match factor {
         None | Some(0) => Err(Refusal::bad_request("Repl-factor is not a number of nodes")),
-        Some(factor) if usize::from(factor) > nodes => {
-            Err(Refusal::bad_request(format!("View has fewer nodes than the repl-factor of {factor}")))
-        }
+        Some(factor) if usize::from(factor) > nodes => Err(Refusal::bad_request(format!(
+            "View has fewer nodes than the repl-factor of {factor}"
+        ))),
         Some(factor) => Ok(factor),
     }
 }
@@ -116,7 +138,12 @@ impl<'a> Changing<'a> {
             None => app.store.by_network(&nodes),
         };
         let store = store.unwrap_or_else(|| Arc::clone(&app.store));
-        Self { app, nodes, store, deadline: Instant::now() + WAIT_MAX }
+        Self {
+            app,
+            nodes,
+            store,
+            deadline: Instant::now() + WAIT_MAX,
+        }
     }
 
     /// Turns to whoever can tell from here on how the change gets on.
@@ -126,12 +153,14 @@ impl<'a> Changing<'a> {
         }
     }
 
-    /// Has the change accepted, in a task of its own: a client that hangs up must not break it off halfway.
+    /// Has the change accepted, in a task of its own: a client that hangs up must not break it off
+    /// halfway.
     async fn accept(&self, change: ViewChange) -> Result<PlanEpoch, Refusal> {
         let mut attempts = 0;
         loop {
             let (store, change) = (Arc::clone(&self.store), change.clone());
-            let accepting = tokio::spawn(async move { store.change_view(change, None, options()).await });
+            let accepting =
+                tokio::spawn(async move { store.change_view(change, None, options()).await });
             let failure = match accepting.await {
                 Ok(Ok(accepted)) => return Ok(accepted.id),
                 Ok(Err(failure)) => failure,
@@ -141,7 +170,9 @@ impl<'a> Changing<'a> {
             match failure {
                 ViewChangeFailure::Refused { reason } => return Err(Refusal::bad_request(reason)),
                 ViewChangeFailure::EpochChanged { .. } if attempts < ATTEMPTS_MAX => {}
-                ViewChangeFailure::EpochChanged { .. } => return Err(self.unavailable("the view changes again and again")),
+                ViewChangeFailure::EpochChanged { .. } => {
+                    return Err(self.unavailable("the view changes again and again"));
+                }
                 ViewChangeFailure::NotReady { reason } => return Err(self.unavailable(&reason)),
                 ViewChangeFailure::Failed(failure) => return Err(refusal(self.app, failure)),
             }
@@ -168,7 +199,11 @@ impl<'a> Changing<'a> {
     }
 
     /// Returns how the change gets on. Who asks this node shares the look with the others that do.
-    async fn look(&self, id: PlanEpoch, since: Instant) -> Result<Option<ChangeInProgress>, Failure> {
+    async fn look(
+        &self,
+        id: PlanEpoch,
+        since: Instant,
+    ) -> Result<Option<ChangeInProgress>, Failure> {
         if Arc::ptr_eq(&self.store, &self.app.store) {
             return self.app.changes.look(self.app, id, since, options()).await;
         }
@@ -203,23 +238,38 @@ impl<'a> Changing<'a> {
 
     /// A wait must not hold up a clean stop.
     fn is_stopping(&self) -> bool {
-        self.app.readiness.ready().is_err_and(|unready| unready.code == "stopping")
+        self.app
+            .readiness
+            .ready()
+            .is_err_and(|unready| unready.code == "stopping")
     }
 
     fn unavailable(&self, reason: &str) -> Refusal {
         tracing::info!("a change of the view was not seen through: {reason}");
-        Refusal::from(Failure::Unavailable { reason: reason.to_owned(), retry_after_ms: 1000 })
+        Refusal::from(Failure::Unavailable {
+            reason: reason.to_owned(),
+            retry_after_ms: 1000,
+        })
     }
 }
 
-/// The parts of the store, each with its keys. None: the view has other nodes, or other shards than were counted.
-fn parts(nodes: &[Address], status: &ClusterStatus, counts: &[(GroupId, u64)]) -> Option<Vec<PartJson>> {
+/// The parts of the store, each with its keys. None: the view has other nodes, or other shards than
+/// were counted.
+fn parts(
+    nodes: &[Address],
+    status: &ClusterStatus,
+    counts: &[(GroupId, u64)],
+) -> Option<Vec<PartJson>> {
     let of_view: BTreeSet<&Address> = status.nodes.iter().map(|node| &node.address).collect();
     if of_view != nodes.iter().collect() {
         return None;
     }
     let map = ShardMap::from_status(status);
-    if !map.shards().map(|(shard, _)| shard).eq(counts.iter().map(|(shard, _)| *shard)) {
+    if !map
+        .shards()
+        .map(|(shard, _)| shard)
+        .eq(counts.iter().map(|(shard, _)| *shard))
+    {
         return None;
     }
     match map.layout {
@@ -238,7 +288,11 @@ fn parts(nodes: &[Address], status: &ClusterStatus, counts: &[(GroupId, u64)]) -
         Layout::Exclusive => {
             let part = |(shard, key_count): &(GroupId, u64)| {
                 let replicas = addresses(&map, map.shard(*shard)?);
-                Some(PartJson::Shard(ShardJson { shard_id: id_of(*shard), key_count: *key_count, replicas }))
+                Some(PartJson::Shard(ShardJson {
+                    shard_id: id_of(*shard),
+                    key_count: *key_count,
+                    replicas,
+                }))
             };
             counts.iter().map(part).collect()
         }

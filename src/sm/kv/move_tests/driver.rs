@@ -1,9 +1,15 @@
-//! Whole moves, driven by what is observed: plain ones, ones that are aborted, and ones whose driver stops at every step.
+//! Whole moves, driven by what is observed: plain ones, ones that are aborted, and ones whose
+//! driver stops at every step.
 
 use super::*;
 use crate::sm::moves::{AbortReason, Budget, Move, Side, Step, Waiting, next_step};
 
-const PATIENT: Budget = Budget { freeze_bytes_max: 200, freeze_now: false, freeze_overdue: false, give_up: false };
+const PATIENT: Budget = Budget {
+    freeze_bytes_max: 200,
+    freeze_now: false,
+    freeze_overdue: false,
+    give_up: false,
+};
 
 /// Steps after which the driver freezes, however much is left.
 const FREEZE_AFTER: usize = 30;
@@ -34,19 +40,32 @@ impl Driven {
             1: put {a}1 x           -> @1+
             1: key=k put {a}2 x     -> @2+
             1: put {b} x            -> @1+");
-        let of = Move { id: MoveId(5), slots: tags(&["a", "b"]), from: GroupId(1), to: GroupId(2) };
-        Self { world, of, sent: Vec::new(), closed: None, bytes_max: 30 }
+        let of = Move {
+            id: MoveId(5),
+            slots: tags(&["a", "b"]),
+            from: GroupId(1),
+            to: GroupId(2),
+        };
+        Self {
+            world,
+            of,
+            sent: Vec::new(),
+            closed: None,
+            bytes_max: 30,
+        }
     }
 
     fn observe(&mut self, reachable: bool, budget: Budget) -> Step {
         let Move { id, slots, .. } = &self.of;
-        let destination = destination_state(&self.world.shards[1].map, *id, slots).expect("readable");
+        let destination =
+            destination_state(&self.world.shards[1].map, *id, slots).expect("readable");
         let destination = reachable.then_some(destination);
         let cursor = match &destination {
             Some(DestinationState::Installing(progress)) => progress.cursor.clone(),
             _ => Bytes::new(),
         };
-        let source = source_state(&self.world.shards[0].map, *id, slots, &cursor).expect("readable");
+        let source =
+            source_state(&self.world.shards[0].map, *id, slots, &cursor).expect("readable");
         next_step(&source, destination.as_ref(), budget)
     }
 
@@ -54,13 +73,30 @@ impl Driven {
         let source = &self.world.shards[0].map;
         match step {
             Step::Copy(progress) => {
-                let chunk = move_chunk(source, self.of.id, &progress.cursor, self.bytes_max).expect("readable").expect("open");
+                let chunk = move_chunk(source, self.of.id, &progress.cursor, self.bytes_max)
+                    .expect("readable")
+                    .expect("open");
                 let install = chunk.install(self.of.id, progress.chunk);
-                Some((self.of.to, Command::Install { time_ms: 0, install }))
+                Some((
+                    self.of.to,
+                    Command::Install {
+                        time_ms: 0,
+                        install,
+                    },
+                ))
             }
             Step::Complete { chunk } => {
-                let contents = final_contents(source, self.of.id).expect("readable").expect("frozen");
-                Some((self.of.to, MoveStep::Complete { chunk: *chunk, contents }.of(self.of.id, &self.of.slots)))
+                let contents = final_contents(source, self.of.id)
+                    .expect("readable")
+                    .expect("frozen");
+                Some((
+                    self.of.to,
+                    MoveStep::Complete {
+                        chunk: *chunk,
+                        contents,
+                    }
+                    .of(self.of.id, &self.of.slots),
+                ))
             }
             step => step.command(&self.of).map(|(side, command)| match side {
                 Side::Source => (self.of.from, command),
@@ -73,7 +109,9 @@ impl Driven {
         if let Step::Commit | Step::End = step {
             self.closed = Some(step.clone());
         }
-        let Some((shard, command)) = self.entry(step) else { return };
+        let Some((shard, command)) = self.entry(step) else {
+            return;
+        };
         self.sent.push((shard, command.clone()));
         if fate != Fate::Lost {
             self.world.shard(shard.0).apply(command);
@@ -93,14 +131,27 @@ impl Driven {
         (1..=2).any(|shard| self.world.shard(shard).step(&line).starts_with('@'))
     }
 
-    /// Drives it to its end with a write between any two steps; the step at `which` meets `fate`. Returns the steps, and the last value of
-    /// each key that was written.
+    /// Drives it to its end with a write between any two steps; the step at `which` meets `fate`.
+    /// Returns the steps, and the last value of each key that was written.
     fn drive(&mut self, which: usize, fate: Fate) -> (Vec<Step>, BTreeMap<usize, usize>) {
         let mut steps = Vec::new();
         let mut written = BTreeMap::new();
         while self.closed.is_none() {
-            let step = self.observe(true, Budget { freeze_now: steps.len() > FREEZE_AFTER, ..PATIENT });
-            self.take(&step, if steps.len() == which { fate } else { Fate::Applied });
+            let step = self.observe(
+                true,
+                Budget {
+                    freeze_now: steps.len() > FREEZE_AFTER,
+                    ..PATIENT
+                },
+            );
+            self.take(
+                &step,
+                if steps.len() == which {
+                    fate
+                } else {
+                    Fate::Applied
+                },
+            );
             steps.push(step);
             assert!(steps.len() < 60, "it ends: {steps:?}");
             if self.write(steps.len()) {
@@ -114,7 +165,10 @@ impl Driven {
         assert_eq!(self.closed, Some(Step::Commit));
         for (key, value) in written {
             let shown = self.world.step(&format!("2: get {{a}}w{key}"));
-            assert!(shown.starts_with(&format!("{value}@")), "{shown} is not {value}");
+            assert!(
+                shown.starts_with(&format!("{value}@")),
+                "{shown} is not {value}"
+            );
         }
         self.world.run(
             "
@@ -131,9 +185,20 @@ fn a_move_goes_step_by_step() {
     let (steps, written) = driven.drive(usize::MAX, Fate::Applied);
     driven.assert_moved(&written);
     let at = |wanted: &Step| steps.iter().position(|step| step == wanted).expect("taken");
-    let order = [Step::Prepare, Step::Begin, Step::Freeze, Step::Release, Step::Activate, Step::Commit].map(|step| at(&step));
+    let order = [
+        Step::Prepare,
+        Step::Begin,
+        Step::Freeze,
+        Step::Release,
+        Step::Activate,
+        Step::Commit,
+    ]
+    .map(|step| at(&step));
     assert!(order.is_sorted(), "{steps:?}");
-    let copies = steps.iter().filter(|step| matches!(step, Step::Copy(_))).count();
+    let copies = steps
+        .iter()
+        .filter(|step| matches!(step, Step::Copy(_)))
+        .count();
     assert!(copies > 3, "in small chunks: {steps:?}");
     assert!(matches!(steps[order[3] - 1], Step::Complete { .. }));
 }
@@ -158,7 +223,14 @@ fn a_move_is_given_up_at_any_step_before_its_release() {
         let mut taken = 0;
         let mut last = (0, 0);
         while driven.closed.is_none() {
-            let step = driven.observe(true, Budget { give_up: taken >= which, freeze_now: taken > FREEZE_AFTER, ..PATIENT });
+            let step = driven.observe(
+                true,
+                Budget {
+                    give_up: taken >= which,
+                    freeze_now: taken > FREEZE_AFTER,
+                    ..PATIENT
+                },
+            );
             driven.take(&step, Fate::AllAgain);
             taken += 1;
             assert!(taken < 60, "it ends");
@@ -166,17 +238,35 @@ fn a_move_is_given_up_at_any_step_before_its_release() {
                 last = (taken % 3, taken);
             }
         }
-        let complete = steps.iter().position(|step| matches!(step, Step::Complete { .. })).expect("taken");
+        let complete = steps
+            .iter()
+            .position(|step| matches!(step, Step::Complete { .. }))
+            .expect("taken");
         let owner = if which > complete { 2 } else { 1 };
-        assert_eq!(driven.closed, Some(if owner == 2 { Step::Commit } else { Step::End }), "given up after {which} steps");
+        assert_eq!(
+            driven.closed,
+            Some(if owner == 2 { Step::Commit } else { Step::End }),
+            "given up after {which} steps"
+        );
         let shown = driven.world.step(&format!("{owner}: get {{a}}w{}", last.0));
         assert!(shown.starts_with(&format!("{}@", last.1)), "{shown}");
-        assert_eq!(driven.world.step(&format!("{owner}: key=k put {{a}}2 x")), "@2+");
+        assert_eq!(
+            driven.world.step(&format!("{owner}: key=k put {{a}}2 x")),
+            "@2+"
+        );
         // What is left can be cleared, on both sides.
         for shard in [1, 2] {
-            while let Some((id, slots)) = leftovers(&driven.world.shard(shard).map).expect("readable") {
-                let outcome = driven.world.shard(shard).apply(MoveStep::Clear { limit: 2 }.of(id, &slots));
-                assert!(matches!(outcome, Outcome::Moved(MoveOutcome::Cleared { .. })), "{outcome:?}");
+            while let Some((id, slots)) =
+                leftovers(&driven.world.shard(shard).map).expect("readable")
+            {
+                let outcome = driven
+                    .world
+                    .shard(shard)
+                    .apply(MoveStep::Clear { limit: 2 }.of(id, &slots));
+                assert!(
+                    matches!(outcome, Outcome::Moved(MoveOutcome::Cleared { .. })),
+                    "{outcome:?}"
+                );
                 driven.world.check();
             }
         }
@@ -194,12 +284,25 @@ fn a_freeze_that_lasts_too_long_is_given_up() {
         }
     }
     driven.world.run("1: put {a}1 y -> frozen");
-    assert_eq!(driven.observe(false, PATIENT), Step::Wait(Waiting::Destination));
-    let step = driven.observe(false, Budget { freeze_overdue: true, ..PATIENT });
+    assert_eq!(
+        driven.observe(false, PATIENT),
+        Step::Wait(Waiting::Destination)
+    );
+    let step = driven.observe(
+        false,
+        Budget {
+            freeze_overdue: true,
+            ..PATIENT
+        },
+    );
     assert_eq!(step, Step::Abort(AbortReason::FrozenTooLong));
     driven.take(&step, Fate::Applied);
     driven.world.run("1: put {a}1 y -> @3");
-    assert_eq!(driven.observe(false, PATIENT), Step::End, "a destination that is gone keeps no move open");
+    assert_eq!(
+        driven.observe(false, PATIENT),
+        Step::End,
+        "a destination that is gone keeps no move open"
+    );
     assert_eq!(driven.observe(true, PATIENT), Step::Cancel);
 }
 

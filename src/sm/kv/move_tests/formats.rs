@@ -2,7 +2,10 @@
 
 use super::super::chunk::Cursor;
 use super::*;
-use crate::sm::slots::{Contents, all_moves, change_key, change_range, change_value, move_key, parse_change_key, parse_move_key};
+use crate::sm::slots::{
+    Contents, all_moves, change_key, change_range, change_value, move_key, parse_change_key,
+    parse_move_key,
+};
 
 fn slot(number: u16) -> Slot {
     Slot::new(number).expect("a slot")
@@ -21,17 +24,36 @@ fn encoded(step: MoveStep) -> Bytes {
 
 #[test]
 fn the_encodings_of_move_steps_stand() {
-    let contents = BTreeMap::from([(slot(300), Contents { revision: Revision(9), keys: 1, bytes: 2 })]);
+    let contents = BTreeMap::from([(
+        slot(300),
+        Contents {
+            revision: Revision(9),
+            keys: 1,
+            bytes: 2,
+        },
+    )]);
     let table: [(MoveStep, &[u8]); 9] = [
-        (MoveStep::Begin { to: GroupId(2) }, b"\x01\x02\x05\x01\xac\x02\x00\x02"),
+        (
+            MoveStep::Begin { to: GroupId(2) },
+            b"\x01\x02\x05\x01\xac\x02\x00\x02",
+        ),
         (MoveStep::Freeze, b"\x01\x02\x05\x01\xac\x02\x01"),
         (MoveStep::Release, b"\x01\x02\x05\x01\xac\x02\x02"),
         (MoveStep::Abort, b"\x01\x02\x05\x01\xac\x02\x03"),
-        (MoveStep::Prepare { from: GroupId(1) }, b"\x01\x02\x05\x01\xac\x02\x04\x01"),
-        (MoveStep::Complete { chunk: 7, contents }, b"\x01\x02\x05\x01\xac\x02\x05\x07\x01\xac\x02\x09\x01\x02"),
+        (
+            MoveStep::Prepare { from: GroupId(1) },
+            b"\x01\x02\x05\x01\xac\x02\x04\x01",
+        ),
+        (
+            MoveStep::Complete { chunk: 7, contents },
+            b"\x01\x02\x05\x01\xac\x02\x05\x07\x01\xac\x02\x09\x01\x02",
+        ),
         (MoveStep::Activate, b"\x01\x02\x05\x01\xac\x02\x06"),
         (MoveStep::Cancel, b"\x01\x02\x05\x01\xac\x02\x07"),
-        (MoveStep::Clear { limit: 300 }, b"\x01\x02\x05\x01\xac\x02\x08\xac\x02"),
+        (
+            MoveStep::Clear { limit: 300 },
+            b"\x01\x02\x05\x01\xac\x02\x08\xac\x02",
+        ),
     ];
     for (step, golden) in table {
         assert_eq!(&encoded(step)[..], golden);
@@ -43,54 +65,105 @@ fn the_encodings_of_move_steps_stand() {
         source_ms: 300,
         pairs: vec![("k".into(), Some("v".into())), ("l".into(), None)],
     };
-    let command = Command::Install { time_ms: 8, install };
+    let command = Command::Install {
+        time_ms: 8,
+        install,
+    };
     let bytes = command.encode();
-    assert_eq!(&bytes[..], b"\x01\x03\x08\x05\x07\x01c\xac\x02\x02\x01k\x01\x01v\x01l\x00");
+    assert_eq!(
+        &bytes[..],
+        b"\x01\x03\x08\x05\x07\x01c\xac\x02\x02\x01k\x01\x01v\x01l\x00"
+    );
     assert_eq!(Command::decode(&bytes).expect("own encoding"), command);
 }
 
 #[test]
 fn the_encodings_of_move_outcomes_stand() {
-    let contents = Contents { revision: Revision(9), keys: 1, bytes: 2 };
+    let contents = Contents {
+        revision: Revision(9),
+        keys: 1,
+        bytes: 2,
+    };
     let slot = slot(300);
-    let progress = Progress { chunk: 3, cursor: Bytes::from_static(b"c"), complete: true };
+    let progress = Progress {
+        chunk: 3,
+        cursor: Bytes::from_static(b"c"),
+        complete: true,
+    };
     let table: [(MoveOutcome, &[u8]); 14] = [
         (MoveOutcome::Done, b"\x00"),
         (MoveOutcome::Cleared { more: true }, b"\x01\x01"),
         (MoveOutcome::Installing(progress), b"\x02\x03\x01c\x01"),
         (MoveRejection::NotOwned { slot }.into(), b"\x03\x00\xac\x02"),
         (MoveRejection::Owned { slot }.into(), b"\x03\x01\xac\x02"),
-        (MoveRejection::Overtaken { slot, generation: MoveId(6) }.into(), b"\x03\x02\xac\x02\x06"),
-        (MoveRejection::Open { id: MoveId(6) }.into(), b"\x03\x03\x06"),
+        (
+            MoveRejection::Overtaken {
+                slot,
+                generation: MoveId(6),
+            }
+            .into(),
+            b"\x03\x02\xac\x02\x06",
+        ),
+        (
+            MoveRejection::Open { id: MoveId(6) }.into(),
+            b"\x03\x03\x06",
+        ),
         (MoveRejection::NotOpen.into(), b"\x03\x04"),
         (MoveRejection::NotFrozen.into(), b"\x03\x05"),
         (MoveRejection::Released.into(), b"\x03\x06"),
-        (MoveRejection::Leftovers { slot }.into(), b"\x03\x07\xac\x02"),
+        (
+            MoveRejection::Leftovers { slot }.into(),
+            b"\x03\x07\xac\x02",
+        ),
         (MoveRejection::Incomplete.into(), b"\x03\x08"),
         (
-            MoveRejection::Differs { slot, source: contents, here: Contents::default() }.into(),
+            MoveRejection::Differs {
+                slot,
+                source: contents,
+                here: Contents::default(),
+            }
+            .into(),
             b"\x03\x09\xac\x02\x09\x01\x02\x00\x00\x00",
         ),
-        (MoveRejection::Unfit { why: "w".into() }.into(), b"\x03\x0a\x01w"),
+        (
+            MoveRejection::Unfit { why: "w".into() }.into(),
+            b"\x03\x0a\x01w",
+        ),
     ];
     for (outcome, golden) in table {
         let bytes = Outcome::Moved(outcome.clone()).encode();
         assert_eq!(&bytes[..], [b"\x01\x03", golden].concat());
-        assert_eq!(Outcome::decode(&bytes).expect("own encoding"), Outcome::Moved(outcome));
+        assert_eq!(
+            Outcome::decode(&bytes).expect("own encoding"),
+            Outcome::Moved(outcome)
+        );
     }
 }
 
 #[test]
 fn the_encodings_of_an_open_move_and_its_marks_stand() {
     let to = GroupId(2);
-    let progress = Progress { chunk: 3, cursor: Bytes::from_static(b"c"), complete: false };
+    let progress = Progress {
+        chunk: 3,
+        cursor: Bytes::from_static(b"c"),
+        complete: false,
+    };
     let table: [(MovePhase, &[u8]); 3] = [
         (MovePhase::Copying { to }, b"\x01\x02\x01\xac\x02\x00\x02"),
         (MovePhase::Frozen { to }, b"\x01\x02\x01\xac\x02\x01\x02"),
-        (MovePhase::Installing { from: GroupId(1), progress }, b"\x01\x02\x01\xac\x02\x02\x01\x03\x01c\x00"),
+        (
+            MovePhase::Installing {
+                from: GroupId(1),
+                progress,
+            },
+            b"\x01\x02\x01\xac\x02\x02\x01\x03\x01c\x00",
+        ),
     ];
     for (phase, golden) in table {
-        let open = OpenMove { slots: slots(&[1, 300]), phase };
+        let open = OpenMove {
+            slots: slots(&[1, 300]),
+            phase,
+        };
         assert_eq!(&open.encode()[..], golden);
         assert_eq!(OpenMove::decode(golden).expect("own encoding"), open);
     }
@@ -99,20 +172,44 @@ fn the_encodings_of_an_open_move_and_its_marks_stand() {
     assert_eq!(parse_move_key(&move_key(id)), Some(id));
     assert!(all_moves().start <= move_key(id));
     let mark = change_key(MoveId(1), 300, b"\x10\x00\x05k");
-    assert_eq!(&mark[..], b"\x05\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\x01\x2c\x10\x00\x05k");
-    assert_eq!(parse_change_key(&mark), Some((MoveId(1), Bytes::from_static(b"\x10\x00\x05k"))));
-    assert_eq!(parse_change_key(&mark.slice(..17)), None, "a mark of no key");
+    assert_eq!(
+        &mark[..],
+        b"\x05\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\x01\x2c\x10\x00\x05k"
+    );
+    assert_eq!(
+        parse_change_key(&mark),
+        Some((MoveId(1), Bytes::from_static(b"\x10\x00\x05k")))
+    );
+    assert_eq!(
+        parse_change_key(&mark.slice(..17)),
+        None,
+        "a mark of no key"
+    );
     assert_eq!(&change_value(300)[..], b"\x01\xac\x02");
     let range = change_range(MoveId(1));
-    assert!(range.start <= mark && range.end.is_some_and(|end| mark < end && end == change_range(MoveId(2)).start));
+    assert!(
+        range.start <= mark
+            && range
+                .end
+                .is_some_and(|end| mark < end && end == change_range(MoveId(2)).start)
+    );
 }
 
 #[test]
 fn the_encoding_of_a_cursor_stands() {
-    let pairs = Cursor::Pairs { after: Bytes::from_static(b"k") };
-    let changes = Cursor::Changes { after: Bytes::from_static(b"k") };
+    let pairs = Cursor::Pairs {
+        after: Bytes::from_static(b"k"),
+    };
+    let changes = Cursor::Changes {
+        after: Bytes::from_static(b"k"),
+    };
     assert_eq!(Cursor::decode(b"\x01\x00\x01k").expect("a cursor"), pairs);
     assert_eq!(Cursor::decode(b"\x01\x01\x01k").expect("a cursor"), changes);
-    assert_eq!(Cursor::decode(b"").expect("the start"), Cursor::Pairs { after: Bytes::new() });
+    assert_eq!(
+        Cursor::decode(b"").expect("the start"),
+        Cursor::Pairs {
+            after: Bytes::new()
+        }
+    );
     assert!(Cursor::decode(b"\x01\x02").is_err());
 }

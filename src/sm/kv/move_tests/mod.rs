@@ -1,9 +1,12 @@
-//! Slot moves: their steps one by one, the copying, the driver stopped at every step, and moves back and forth under random writes.
+//! Slot moves: their steps one by one, the copying, the driver stopped at every step, and moves
+//! back and forth under random writes.
 //!
-//! Scripts run over three shards. A line is `SHARD: step -> what it answers`. A step is one of `kv::tests`, or of a move:
-//! `m5 begin TAG.. to 2`, `m5 prepare TAG.. from 1`, `m5 clear TAG.. limit 9`, and `freeze`, `release`, `abort`, `activate`, `cancel`
-//! with tags alone. `m5 copy from 1 bytes 9` reads the next chunk at shard 1 and installs it here, `m5 complete from 1` tells this shard
-//! what shard 1 counts. After each line the counters are checked, and that no slot is served twice.
+//! Scripts run over three shards. A line is `SHARD: step -> what it answers`. A step is one of
+//! `kv::tests`, or of a move: `m5 begin TAG.. to 2`, `m5 prepare TAG.. from 1`,
+//! `m5 clear TAG.. limit 9`, and `freeze`, `release`, `abort`, `activate`, `cancel` with tags
+//! alone. `m5 copy from 1 bytes 9` reads the next chunk at shard 1 and installs it here,
+//! `m5 complete from 1` tells this shard what shard 1 counts. After each line the counters are
+//! checked, and that no slot is served twice.
 
 mod copying;
 mod driver;
@@ -32,8 +35,14 @@ impl World {
 
     /// Runs the lines of a script.
     pub fn run(&mut self, script: &str) {
-        for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
-            let (step, expected) = line.split_once("->").map_or((line, ""), |(step, expected)| (step, expected.trim()));
+        for line in script
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+        {
+            let (step, expected) = line
+                .split_once("->")
+                .map_or((line, ""), |(step, expected)| (step, expected.trim()));
             assert_eq!(self.step(step.trim()), expected, "{line}");
             self.check();
         }
@@ -43,24 +52,44 @@ impl World {
         let (number, step) = line.split_once(": ").expect("a shard before each step");
         let number = number.parse().expect("the number of a shard");
         let words: Vec<&str> = step.split_whitespace().collect();
-        let Some(id) = words[0].strip_prefix('m').and_then(|id| id.parse().ok()).map(MoveId) else {
+        let Some(id) = words[0]
+            .strip_prefix('m')
+            .and_then(|id| id.parse().ok())
+            .map(MoveId)
+        else {
             return self.shard(number).step(step);
         };
-        let at = words.iter().position(|word| ["to", "from", "limit"].contains(word)).unwrap_or(words.len());
-        let slots: BTreeSet<Slot> = words[2..at].iter().map(|tag| slot_of(tag.as_bytes())).collect();
-        let argument: u64 = words.get(at + 1).map_or(0, |word| word.parse().expect("a number"));
+        let at = words
+            .iter()
+            .position(|word| ["to", "from", "limit"].contains(word))
+            .unwrap_or(words.len());
+        let slots: BTreeSet<Slot> = words[2..at]
+            .iter()
+            .map(|tag| slot_of(tag.as_bytes()))
+            .collect();
+        let argument: u64 = words
+            .get(at + 1)
+            .map_or(0, |word| word.parse().expect("a number"));
         let step = match words[1] {
-            "begin" => MoveStep::Begin { to: GroupId(argument) },
+            "begin" => MoveStep::Begin {
+                to: GroupId(argument),
+            },
             "freeze" => MoveStep::Freeze,
             "release" => MoveStep::Release,
             "abort" => MoveStep::Abort,
-            "prepare" => MoveStep::Prepare { from: GroupId(argument) },
+            "prepare" => MoveStep::Prepare {
+                from: GroupId(argument),
+            },
             "activate" => MoveStep::Activate,
             "cancel" => MoveStep::Cancel,
-            "clear" => MoveStep::Clear { limit: argument as u32 },
+            "clear" => MoveStep::Clear {
+                limit: argument as u32,
+            },
             "complete" => return self.complete(id, argument, number),
             "copy" => {
-                let bytes_max = words.get(at + 3).map_or(usize::MAX, |word| word.parse().expect("a number"));
+                let bytes_max = words
+                    .get(at + 3)
+                    .map_or(usize::MAX, |word| word.parse().expect("a number"));
                 return self.copy(id, argument, number, bytes_max);
             }
             other => panic!("no step: {other}"),
@@ -69,16 +98,24 @@ impl World {
     }
 
     fn complete(&mut self, id: MoveId, from: u64, to: u64) -> String {
-        let Some(contents) = final_contents(&self.shard(from).map, id).expect("readable") else { return "not final".into() };
+        let Some(contents) = final_contents(&self.shard(from).map, id).expect("readable") else {
+            return "not final".into();
+        };
         let slots = contents.keys().copied().collect();
         let chunk = self.progress(id, to).chunk;
-        show(self.shard(to).apply(MoveStep::Complete { chunk, contents }.of(id, &slots)))
+        show(
+            self.shard(to)
+                .apply(MoveStep::Complete { chunk, contents }.of(id, &slots)),
+        )
     }
 
     /// How far a destination is with a move.
     pub fn progress(&mut self, id: MoveId, number: u64) -> Progress {
         match OpenMove::read(&self.shard(number).map, id).expect("readable") {
-            Some(OpenMove { phase: MovePhase::Installing { progress, .. }, .. }) => progress,
+            Some(OpenMove {
+                phase: MovePhase::Installing { progress, .. },
+                ..
+            }) => progress,
             _ => Progress::default(),
         }
     }
@@ -86,12 +123,15 @@ impl World {
     /// The next chunk of a move at its source, for what the destination has.
     pub fn chunk(&mut self, id: MoveId, from: u64, to: u64, bytes_max: usize) -> Option<Install> {
         let progress = self.progress(id, to);
-        let chunk = move_chunk(&self.shard(from).map, id, &progress.cursor, bytes_max).expect("readable");
+        let chunk =
+            move_chunk(&self.shard(from).map, id, &progress.cursor, bytes_max).expect("readable");
         chunk.map(|chunk| chunk.install(id, progress.chunk))
     }
 
     fn copy(&mut self, id: MoveId, from: u64, to: u64, bytes_max: usize) -> String {
-        let Some(install) = self.chunk(id, from, to, bytes_max) else { return "nothing to read".into() };
+        let Some(install) = self.chunk(id, from, to, bytes_max) else {
+            return "nothing to read".into();
+        };
         let time_ms = group_time_ms(&self.shard(to).map).expect("readable");
         show(self.shard(to).apply(Command::Install { time_ms, install }))
     }
@@ -103,8 +143,14 @@ impl World {
             shard.assert_counted();
             let mut in_moves = BTreeMap::new();
             for (slot, state) in SlotState::read_all(&shard.map).expect("readable") {
-                assert!(!state.serves_reads() || served.insert(slot), "slot {slot} is served twice");
-                if matches!(state.ownership, Ownership::Leaving | Ownership::Frozen | Ownership::Arriving) {
+                assert!(
+                    !state.serves_reads() || served.insert(slot),
+                    "slot {slot} is served twice"
+                );
+                if matches!(
+                    state.ownership,
+                    Ownership::Leaving | Ownership::Frozen | Ownership::Arriving
+                ) {
                     in_moves.insert(slot, (state.generation, state.ownership));
                 }
             }
@@ -116,24 +162,41 @@ impl World {
                     MovePhase::Installing { .. } => Ownership::Arriving,
                 };
                 for slot in of.slots {
-                    assert_eq!(open.insert(slot, (id, ownership)), None, "slot {slot} is in two moves");
+                    assert_eq!(
+                        open.insert(slot, (id, ownership)),
+                        None,
+                        "slot {slot} is in two moves"
+                    );
                 }
             }
-            assert_eq!(in_moves, open, "slots in moves, and the moves that are open");
+            assert_eq!(
+                in_moves, open,
+                "slots in moves, and the moves that are open"
+            );
         }
     }
 }
 
 fn show(outcome: Outcome) -> String {
-    let Outcome::Moved(outcome) = outcome else { panic!("not of a move: {outcome:?}") };
+    let Outcome::Moved(outcome) = outcome else {
+        panic!("not of a move: {outcome:?}")
+    };
     show_moved(&outcome)
 }
 
 pub(in crate::sm::kv) fn show_moved(outcome: &MoveOutcome) -> String {
     let rejection = match outcome {
         MoveOutcome::Done => return "done".into(),
-        MoveOutcome::Cleared { more } => return if *more { "more".into() } else { "cleared".into() },
-        MoveOutcome::Installing(Progress { chunk, complete, .. }) => {
+        MoveOutcome::Cleared { more } => {
+            return if *more {
+                "more".into()
+            } else {
+                "cleared".into()
+            };
+        }
+        MoveOutcome::Installing(Progress {
+            chunk, complete, ..
+        }) => {
             return format!("{}{chunk}", if *complete { "complete " } else { "" });
         }
         MoveOutcome::Rejected(rejection) => rejection,
@@ -148,7 +211,9 @@ pub(in crate::sm::kv) fn show_moved(outcome: &MoveOutcome) -> String {
         MoveRejection::Released => "released".into(),
         MoveRejection::Leftovers { .. } => "leftovers".into(),
         MoveRejection::Incomplete => "incomplete".into(),
-        MoveRejection::Differs { source, here, .. } => format!("differs {} {}", source.keys, here.keys),
+        MoveRejection::Differs { source, here, .. } => {
+            format!("differs {} {}", source.keys, here.keys)
+        }
         MoveRejection::Unfit { why } => format!("unfit: {why}"),
     }
 }

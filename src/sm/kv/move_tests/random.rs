@@ -1,5 +1,6 @@
-//! Moves back and forth between three shards, driven by several drivers at once that crash, lag behind, lose steps, delay them and repeat
-//! them, under random writes, against a model that knows of no shards.
+//! Moves back and forth between three shards, driven by several drivers at once that crash, lag
+//! behind, lose steps, delay them and repeat them, under random writes, against a model that knows
+//! of no shards.
 
 use std::collections::VecDeque;
 
@@ -19,7 +20,11 @@ const LAG_MAX: usize = 24;
 #[derive(Debug, Clone)]
 enum Event {
     /// `shard`: where the client believes the first key to be; none: where it is.
-    Write { shard: Option<u64>, elapsed_ms: u64, writes: Vec<Write> },
+    Write {
+        shard: Option<u64>,
+        elapsed_ms: u64,
+        writes: Vec<Write>,
+    },
     /// The meta group opens a move of those of the slots that are together.
     Open { slots: Vec<Slot>, to: GroupId },
     /// So many steps.
@@ -37,7 +42,8 @@ enum Event {
 /// One look and one step of a driver.
 #[derive(Debug, Clone)]
 struct Drive {
-    /// Which of the moves that are open; or, where the driver has not heard the end of it, of all that there ever were, from the newest.
+    /// Which of the moves that are open; or, where the driver has not heard the end of it, of all
+    /// that there ever were, from the newest.
     which: Result<usize, usize>,
     /// By how many entries the driver's replica is behind.
     source_lag: usize,
@@ -74,7 +80,10 @@ struct Cluster {
 
 impl Cluster {
     fn new() -> Self {
-        let mut cluster = Self { history: [(); 3].map(|()| VecDeque::from([Map::new()])), ..Self::default() };
+        let mut cluster = Self {
+            history: [(); 3].map(|()| VecDeque::from([Map::new()])),
+            ..Self::default()
+        };
         for (tag, owner) in TAGS.iter().zip([1, 1, 2]) {
             let slot = slot_of(tag.as_bytes());
             cluster.owners.insert(slot, GroupId(owner));
@@ -115,7 +124,11 @@ impl Cluster {
 
     fn run(&mut self, event: Event) {
         match event {
-            Event::Write { shard, elapsed_ms, writes } => {
+            Event::Write {
+                shard,
+                elapsed_ms,
+                writes,
+            } => {
                 let first = writes.iter().flat_map(|write| &write.operations).next();
                 let server = || first.and_then(|operation| self.server(slot_of(&operation.key)));
                 let shard = shard.map(GroupId).or_else(server).unwrap_or(GroupId(1));
@@ -136,7 +149,8 @@ impl Cluster {
             }
             Event::Repeat(which) => {
                 if !self.sent.is_empty() {
-                    let (shard, command) = self.sent[self.sent.len() - 1 - which % self.sent.len()].clone();
+                    let (shard, command) =
+                        self.sent[self.sent.len() - 1 - which % self.sent.len()].clone();
                     self.apply(shard, command);
                 }
             }
@@ -145,15 +159,22 @@ impl Cluster {
         }
     }
 
-    /// Whatever a shard answers, but that it does not take the write, is what the one store of the model answers.
+    /// Whatever a shard answers, but that it does not take the write, is what the one store of the
+    /// model answers.
     fn write(&mut self, shard: GroupId, elapsed_ms: u64, writes: Vec<Write>) {
         self.time_ms += elapsed_ms;
-        let command = Command::Write { time_ms: self.time_of(shard), writes: writes.clone() };
-        let Outcome::Written(outcomes) = self.apply(shard, command) else { panic!("writes are answered as writes") };
+        let command = Command::Write {
+            time_ms: self.time_of(shard),
+            writes: writes.clone(),
+        };
+        let Outcome::Written(outcomes) = self.apply(shard, command) else {
+            panic!("writes are answered as writes")
+        };
         for (write, outcome) in writes.iter().zip(outcomes) {
             let refused = matches!(
                 outcome,
-                WriteOutcome::Rejected(Rejection::WrongOwner { .. }) | WriteOutcome::Rejected(Rejection::Frozen { .. })
+                WriteOutcome::Rejected(Rejection::WrongOwner { .. })
+                    | WriteOutcome::Rejected(Rejection::Frozen { .. })
             );
             if !refused {
                 assert_eq!(outcome, self.model.write(write), "{write:?}");
@@ -163,13 +184,24 @@ impl Cluster {
 
     fn open(&mut self, slots: &[Slot], to: GroupId) {
         let from = self.owners[&slots[0]];
-        let busy: BTreeSet<Slot> = self.open_moves().flat_map(|of| of.slots.iter().copied()).collect();
-        let slots: BTreeSet<Slot> =
-            slots.iter().copied().filter(|slot| self.owners[slot] == from && !busy.contains(slot)).collect();
+        let busy: BTreeSet<Slot> = self
+            .open_moves()
+            .flat_map(|of| of.slots.iter().copied())
+            .collect();
+        let slots: BTreeSet<Slot> = slots
+            .iter()
+            .copied()
+            .filter(|slot| self.owners[slot] == from && !busy.contains(slot))
+            .collect();
         if from != to && !slots.is_empty() {
             let id = MoveId(self.moves.len() as u64 + 1);
             self.open.insert(id);
-            self.moves.push(Move { id, slots, from, to });
+            self.moves.push(Move {
+                id,
+                slots,
+                from,
+                to,
+            });
         }
     }
 
@@ -178,7 +210,9 @@ impl Cluster {
     }
 
     fn drive(&mut self, drive: &Drive) {
-        let Some(of) = self.chosen(drive.which) else { return };
+        let Some(of) = self.chosen(drive.which) else {
+            return;
+        };
         let destination = drive.destination_lag.map(|lag| {
             let map = self.map(of.to, lag);
             destination_state(map, of.id, &of.slots).expect("readable")
@@ -187,18 +221,42 @@ impl Cluster {
             Some(DestinationState::Installing(progress)) => progress.cursor.clone(),
             _ => Bytes::new(),
         };
-        let source = source_state(self.map(of.from, drive.source_lag), of.id, &of.slots, &cursor).expect("readable");
+        let source = source_state(
+            self.map(of.from, drive.source_lag),
+            of.id,
+            &of.slots,
+            &cursor,
+        )
+        .expect("readable");
         let step = next_step(&source, destination.as_ref(), drive.budget);
         let reading = self.map(of.from, drive.reading_lag);
         let command = match &step {
             Step::Copy(progress) => {
-                let chunk = move_chunk(reading, of.id, &progress.cursor, drive.bytes_max).expect("readable");
+                let chunk = move_chunk(reading, of.id, &progress.cursor, drive.bytes_max)
+                    .expect("readable");
                 let time_ms = self.time_of(of.to);
-                chunk.map(|chunk| (of.to, Command::Install { time_ms, install: chunk.install(of.id, progress.chunk) }))
+                chunk.map(|chunk| {
+                    (
+                        of.to,
+                        Command::Install {
+                            time_ms,
+                            install: chunk.install(of.id, progress.chunk),
+                        },
+                    )
+                })
             }
             Step::Complete { chunk } => {
                 let contents = final_contents(reading, of.id).expect("readable");
-                contents.map(|contents| (of.to, MoveStep::Complete { chunk: *chunk, contents }.of(of.id, &of.slots)))
+                contents.map(|contents| {
+                    (
+                        of.to,
+                        MoveStep::Complete {
+                            chunk: *chunk,
+                            contents,
+                        }
+                        .of(of.id, &of.slots),
+                    )
+                })
             }
             step => step.command(&of).map(|(side, command)| match side {
                 Side::Source => (of.from, command),
@@ -218,19 +276,29 @@ impl Cluster {
 
     fn chosen(&self, which: Result<usize, usize>) -> Option<Move> {
         let open = |number: usize| self.open_moves().nth(number % self.open.len().max(1));
-        let any = |number: usize| self.moves.iter().rev().nth(number % self.moves.len().max(1));
+        let any = |number: usize| {
+            self.moves
+                .iter()
+                .rev()
+                .nth(number % self.moves.len().max(1))
+        };
         which.map_or_else(any, open).cloned()
     }
 
     fn close(&mut self, of: &Move, owner: GroupId) {
         if self.open.remove(&of.id) {
-            self.owners.extend(of.slots.iter().map(|slot| (*slot, owner)));
+            self.owners
+                .extend(of.slots.iter().map(|slot| (*slot, owner)));
         }
     }
 
     fn clear(&mut self, shard: u64, limit: u32, fate: Fate) {
         if let Some((id, slots)) = leftovers(&self.world.shard(shard).map).expect("readable") {
-            self.send(GroupId(shard), MoveStep::Clear { limit }.of(id, &slots), fate);
+            self.send(
+                GroupId(shard),
+                MoveStep::Clear { limit }.of(id, &slots),
+                fate,
+            );
         }
     }
 
@@ -239,7 +307,10 @@ impl Cluster {
             let state = SlotState::read(self.map(shard, 0), slot).expect("readable");
             !state.serves_reads() && state.generation == MoveId(0)
         };
-        let mine = self.owners.iter().filter(|(slot, owner)| **owner == shard && untouched(**slot));
+        let mine = self
+            .owners
+            .iter()
+            .filter(|(slot, owner)| **owner == shard && untouched(**slot));
         let slots = mine.map(|(slot, _)| *slot).collect();
         self.send(shard, Command::Claim { slots }, Fate::Applied);
     }
@@ -252,33 +323,55 @@ impl Cluster {
         })
     }
 
-    /// The slots of each shard are as in the model, where it serves them; and a slot that nobody serves is whole at its destination.
+    /// The slots of each shard are as in the model, where it serves them; and a slot that nobody
+    /// serves is whole at its destination.
     fn check(&self) {
         self.world.check();
         for slot in TAGS.map(|tag| slot_of(tag.as_bytes())) {
             let Some(shard) = self.server(slot) else {
-                let touched =
-                    (1..=3).any(|shard| SlotState::read(self.map(GroupId(shard), 0), slot).is_ok_and(|s| s.moved_to.is_some()));
+                let touched = (1..=3).any(|shard| {
+                    SlotState::read(self.map(GroupId(shard), 0), slot)
+                        .is_ok_and(|s| s.moved_to.is_some())
+                });
                 assert!(!touched || self.arrived(slot), "slot {slot} is nowhere");
                 continue;
             };
             let map = self.map(shard, 0);
-            let revision = SlotState::read(map, slot).expect("readable").contents.revision.0;
-            assert_eq!(revision, self.model.revisions.get(&slot).copied().unwrap_or(0), "the revisions of slot {slot}");
-            let pairs = map.scan(&all_data(), Direction::Forward).map(|pair| pair.expect("readable"));
+            let revision = SlotState::read(map, slot)
+                .expect("readable")
+                .contents
+                .revision
+                .0;
+            assert_eq!(
+                revision,
+                self.model.revisions.get(&slot).copied().unwrap_or(0),
+                "the revisions of slot {slot}"
+            );
+            let pairs = map
+                .scan(&all_data(), Direction::Forward)
+                .map(|pair| pair.expect("readable"));
             let found = pairs.filter_map(|(key, value)| {
                 let (of, user_key) = parse_data_key(&key).expect("a data key");
                 (of == slot).then(|| (user_key, decode_record(&value).expect("own encoding")))
             });
-            let expected = self.model.keys.iter().filter(|(key, _)| slot_of(key) == slot);
-            assert!(found.eq(expected.map(|(key, record)| (key.clone(), record.clone()))), "the keys of slot {slot}");
+            let expected = self
+                .model
+                .keys
+                .iter()
+                .filter(|(key, _)| slot_of(key) == slot);
+            assert!(
+                found.eq(expected.map(|(key, record)| (key.clone(), record.clone()))),
+                "the keys of slot {slot}"
+            );
         }
     }
 
     fn arrived(&self, slot: Slot) -> bool {
         let arrived = |of: &Move| {
-            let destination = destination_state(self.map(of.to, 0), of.id, &of.slots).expect("readable");
-            of.slots.contains(&slot) && matches!(destination, DestinationState::Installing(progress) if progress.complete)
+            let destination =
+                destination_state(self.map(of.to, 0), of.id, &of.slots).expect("readable");
+            of.slots.contains(&slot)
+                && matches!(destination, DestinationState::Installing(progress) if progress.complete)
         };
         self.open_moves().any(arrived)
     }
@@ -289,13 +382,28 @@ impl Cluster {
             self.claim(GroupId(shard));
         }
         for step in 0.. {
-            let Some(of) = self.open_moves().next() else { break };
+            let Some(of) = self.open_moves().next() else {
+                break;
+            };
             assert!(step < 200, "the move ends: {of:?}");
             let which = Ok(0);
-            let budget = Budget { freeze_bytes_max: 500, freeze_now: false, freeze_overdue: false, give_up: false };
+            let budget = Budget {
+                freeze_bytes_max: 500,
+                freeze_now: false,
+                freeze_overdue: false,
+                give_up: false,
+            };
             let fate = Fate::Applied;
             let bytes_max = 100;
-            self.drive(&Drive { which, source_lag: 0, destination_lag: Some(0), reading_lag: 0, budget, bytes_max, fate });
+            self.drive(&Drive {
+                which,
+                source_lag: 0,
+                destination_lag: Some(0),
+                reading_lag: 0,
+                budget,
+                bytes_max,
+                fate,
+            });
             self.check();
         }
         self.assert_whole();
@@ -308,22 +416,36 @@ impl Cluster {
             assert_eq!(self.server(slot), Some(owner));
         }
         for ((slot, key), answered) in self.model.answered.clone() {
-            let write = Write { operations: answered.operations, idempotency_key: Some(key) };
+            let write = Write {
+                operations: answered.operations,
+                idempotency_key: Some(key),
+            };
             self.write(self.owners[&slot], 0, vec![write]);
         }
         self.check();
     }
 
-    /// Shards give up what the meta group does not know as open, and clear what is left: then nothing is.
+    /// Shards give up what the meta group does not know as open, and clear what is left: then
+    /// nothing is.
     fn clean(&mut self) {
         for shard in 1..=3 {
             for (id, of) in OpenMove::read_all(&self.world.shard(shard).map).expect("readable") {
                 assert!(!self.open.contains(&id));
-                assert!(matches!(of.phase, MovePhase::Installing { .. }), "a source that aborted, or released, has nothing open");
-                self.send(GroupId(shard), MoveStep::Cancel.of(id, &of.slots), Fate::Applied);
+                assert!(
+                    matches!(of.phase, MovePhase::Installing { .. }),
+                    "a source that aborted, or released, has nothing open"
+                );
+                self.send(
+                    GroupId(shard),
+                    MoveStep::Cancel.of(id, &of.slots),
+                    Fate::Applied,
+                );
             }
             for round in 0.. {
-                if leftovers(&self.world.shard(shard).map).expect("readable").is_none() {
+                if leftovers(&self.world.shard(shard).map)
+                    .expect("readable")
+                    .is_none()
+                {
                     break;
                 }
                 assert!(round < 100, "all is cleared");
@@ -331,7 +453,11 @@ impl Cluster {
                 self.check();
             }
             let map = &self.world.shards[shard as usize - 1].map;
-            assert!(map.scan(&change_range_from(MoveId(0)), Direction::Forward).next().is_none());
+            assert!(
+                map.scan(&change_range_from(MoveId(0)), Direction::Forward)
+                    .next()
+                    .is_none()
+            );
             for pair in map.scan(&all_data(), Direction::Forward) {
                 let (slot, _) = parse_data_key(&pair.expect("readable").0).expect("a data key");
                 assert_eq!(self.owners[&slot], GroupId(shard));
@@ -349,32 +475,50 @@ fn drive() -> impl Strategy<Value = Drive> {
     let lag = || prop_oneof![6 => Just(0), 1 => 0..LAG_MAX];
     let which = prop_oneof![8 => (0..4usize).prop_map(Ok), 1 => (0..20usize).prop_map(Err)];
     let destination_lag = prop_oneof![9 => lag().prop_map(Some), 1 => Just(None)];
-    let budget = (prop_oneof![Just(0u64), Just(300)], proptest::bool::weighted(0.1), proptest::bool::weighted(0.05));
-    let budget =
-        (budget, proptest::bool::weighted(0.01)).prop_map(|((freeze_bytes_max, freeze_now, freeze_overdue), give_up)| Budget {
+    let budget = (
+        prop_oneof![Just(0u64), Just(300)],
+        proptest::bool::weighted(0.1),
+        proptest::bool::weighted(0.05),
+    );
+    let budget = (budget, proptest::bool::weighted(0.01)).prop_map(
+        |((freeze_bytes_max, freeze_now, freeze_overdue), give_up)| Budget {
             freeze_bytes_max,
             freeze_now,
             freeze_overdue,
             give_up,
-        });
-    let fate = prop_oneof![8 => Just(Fate::Applied), 1 => Just(Fate::Lost), 1 => Just(Fate::Delayed)];
-    (which, lag(), destination_lag, lag(), budget, prop_oneof![3 => Just(1usize), 1 => Just(60), 1 => Just(400)], fate).prop_map(
-        |(which, source_lag, destination_lag, reading_lag, budget, bytes_max, fate)| Drive {
-            which,
-            source_lag,
-            destination_lag,
-            reading_lag,
-            budget,
-            bytes_max,
-            fate,
         },
+    );
+    let fate =
+        prop_oneof![8 => Just(Fate::Applied), 1 => Just(Fate::Lost), 1 => Just(Fate::Delayed)];
+    (
+        which,
+        lag(),
+        destination_lag,
+        lag(),
+        budget,
+        prop_oneof![3 => Just(1usize), 1 => Just(60), 1 => Just(400)],
+        fate,
     )
+        .prop_map(
+            |(which, source_lag, destination_lag, reading_lag, budget, bytes_max, fate)| Drive {
+                which,
+                source_lag,
+                destination_lag,
+                reading_lag,
+                budget,
+                bytes_max,
+                fate,
+            },
+        )
 }
 
 /// A write with its key, or without: then it is done again.
 fn sometimes_bare((write, bare): (Write, bool)) -> Write {
     let idempotency_key = write.idempotency_key.filter(|_| !bare);
-    Write { idempotency_key, ..write }
+    Write {
+        idempotency_key,
+        ..write
+    }
 }
 
 fn events() -> impl Strategy<Value = Vec<Event>> {

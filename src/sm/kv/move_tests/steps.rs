@@ -26,7 +26,10 @@ fn a_move_takes_slots_from_one_shard_to_another() {
         1: get {c}              -> none
         2: get {c}              -> wrong owner",
     );
-    assert_eq!(leftovers(&world.shard(1).map).expect("readable"), Some((MoveId(5), tags(&["a", "b"]))));
+    assert_eq!(
+        leftovers(&world.shard(1).map).expect("readable"),
+        Some((MoveId(5), tags(&["a", "b"])))
+    );
     world.run(
         "
         1: m5 clear a b limit 9 -> cleared
@@ -36,7 +39,14 @@ fn a_move_takes_slots_from_one_shard_to_another() {
     assert_eq!(leftovers(&world.shard(1).map).expect("readable"), None);
     for tag in ["a", "b"] {
         let range = data_range(slot_of(tag.as_bytes()), &KeyRange::all());
-        assert!(world.shard(1).map.scan(&range, Direction::Forward).next().is_none());
+        assert!(
+            world
+                .shard(1)
+                .map
+                .scan(&range, Direction::Forward)
+                .next()
+                .is_none()
+        );
     }
 }
 
@@ -54,7 +64,10 @@ fn a_move_begins_with_all_its_slots_or_none() {
         2: m6 prepare from 1    -> unfit: a move of no slots
         1: m7 begin c to 3      -> done");
     let states = ["a", "b", "c"].map(|tag| world.shard(1).state(slot_of(tag.as_bytes())));
-    assert_eq!(states.map(|state| state.generation), [MoveId(5), MoveId(5), MoveId(7)]);
+    assert_eq!(
+        states.map(|state| state.generation),
+        [MoveId(5), MoveId(5), MoveId(7)]
+    );
     world.run(
         "2: m5 prepare a b from 1 -> 0
                2: m5 prepare a b from 1 -> 0
@@ -171,7 +184,8 @@ fn an_abort_where_the_slot_was_given_up_before_is_no_release() {
         1: m5 abort a b         -> done
         2: put {a} x            -> @1+",
     );
-    let seen = source_state(&world.shard(1).map, MoveId(7), &tags(&["a", "b"]), b"").expect("readable");
+    let seen =
+        source_state(&world.shard(1).map, MoveId(7), &tags(&["a", "b"]), b"").expect("readable");
     assert_eq!(seen, SourceState::Aborted);
 }
 
@@ -251,7 +265,10 @@ fn a_slot_goes_there_and_back_and_its_generation_outlives_the_clearing() {
     );
     let states = [1, 2].map(|number| world.shard(number).state(slot_of(b"a")));
     assert_eq!(states.map(|state| state.generation), [MoveId(6); 2]);
-    assert_eq!(states.map(|state| state.moved_to), [None, Some((MoveId(6), GroupId(1)))]);
+    assert_eq!(
+        states.map(|state| state.moved_to),
+        [None, Some((MoveId(6), GroupId(1)))]
+    );
 }
 
 #[test]
@@ -281,7 +298,11 @@ fn a_destination_takes_only_empty_slots() {
         2: get {a}1; get {a}2   -> none; x@2
         2: key=k put {a}2 x     -> @2+
         2: put {a}1 y           -> @4+");
-    assert_eq!(world.shard(2).state(slot_of(b"b")).ownership, Ownership::NotOwned, "the older install was given up whole");
+    assert_eq!(
+        world.shard(2).state(slot_of(b"b")).ownership,
+        Ownership::NotOwned,
+        "the older install was given up whole"
+    );
 }
 
 #[test]
@@ -300,7 +321,10 @@ fn an_install_is_given_up_after_an_abort() {
         2: m5 activate a        -> not open
         2: m5 prepare a from 1  -> overtaken by m5
         1: put {a} y            -> @2");
-    assert_eq!(leftovers(&world.shard(2).map).expect("readable"), Some((MoveId(5), tags(&["a"]))));
+    assert_eq!(
+        leftovers(&world.shard(2).map).expect("readable"),
+        Some((MoveId(5), tags(&["a"])))
+    );
     world.run("2: m5 clear a limit 9   -> cleared");
     assert_eq!(leftovers(&world.shard(2).map).expect("readable"), None);
 }
@@ -318,10 +342,15 @@ fn what_is_served_was_counted_alike_on_both_sides() {
         2: m5 activate a b      -> incomplete
         1: m5 freeze a b        -> done
         2: m5 activate a b      -> incomplete");
-    let contents = final_contents(&world.shard(1).map, MoveId(5)).expect("readable").expect("frozen");
+    let contents = final_contents(&world.shard(1).map, MoveId(5))
+        .expect("readable")
+        .expect("frozen");
     let slots = tags(&["a", "b"]);
     let complete = |world: &mut World, chunk: u64, contents: &BTreeMap<Slot, Contents>| {
-        let step = MoveStep::Complete { chunk, contents: contents.clone() };
+        let step = MoveStep::Complete {
+            chunk,
+            contents: contents.clone(),
+        };
         show(world.shard(2).apply(step.of(MoveId(5), &slots)))
     };
     let a = slot_of(b"a");
@@ -334,10 +363,21 @@ fn what_is_served_was_counted_alike_on_both_sides() {
     }
     let mut wrong = contents.clone();
     wrong.get_mut(&a).expect("a slot of the move").bytes -= 1;
-    assert_eq!(complete(&mut world, 1, &wrong), "differs 1 1", "the same number of keys");
+    assert_eq!(
+        complete(&mut world, 1, &wrong),
+        "differs 1 1",
+        "the same number of keys"
+    );
     wrong.remove(&a);
-    assert_eq!(complete(&mut world, 1, &wrong), "unfit: the move is open here with other slots");
-    assert_eq!(complete(&mut world, 0, &contents), "1", "another chunk came in between");
+    assert_eq!(
+        complete(&mut world, 1, &wrong),
+        "unfit: the move is open here with other slots"
+    );
+    assert_eq!(
+        complete(&mut world, 0, &contents),
+        "1",
+        "another chunk came in between"
+    );
     assert_eq!(complete(&mut world, 2, &contents), "1");
     world.run("2: m5 activate a b      -> incomplete");
     assert_eq!(complete(&mut world, 1, &contents), "complete 1");
@@ -354,7 +394,10 @@ fn what_is_served_was_counted_alike_on_both_sides() {
 fn clearing_is_bounded_and_counts() {
     let mut world = run("1: put {a}1 x; put {a}2 x; put {a}3 x; put {b} x -> @1+; @2+; @3+; @1+");
     for number in 0..3 {
-        world.run(&format!("1: t=1 key=k{number} put {{b}} x -> @{}", number + 2));
+        world.run(&format!(
+            "1: t=1 key=k{number} put {{b}} x -> @{}",
+            number + 2
+        ));
     }
     world.run(MOVED);
     world.run(
@@ -393,7 +436,10 @@ fn a_slot_that_arrives_is_neither_read_nor_written_nor_counted() {
         2: put {a} y            -> wrong owner
         2: get {a}              -> wrong owner");
     let of = slot_of(b"a");
-    let none = ReadOutcome::NotOwned { slot: of, moved_to: None };
+    let none = ReadOutcome::NotOwned {
+        slot: of,
+        moved_to: None,
+    };
     assert_eq!(read(&world.shard(2).map, b"{a}").expect("readable"), none);
     let counts = count(&world.shard(2).map).expect("readable");
     assert_eq!((counts.keys, counts.slots.len()), (0, 0));
@@ -401,11 +447,24 @@ fn a_slot_that_arrives_is_neither_read_nor_written_nor_counted() {
         "1: m5 freeze a          -> done
                2: m5 complete from 1   -> complete 1",
     );
-    assert_eq!(read(&world.shard(2).map, b"{a}").expect("readable"), none, "the source still serves it");
-    assert!(matches!(read(&world.shard(1).map, b"{a}"), Ok(ReadOutcome::Owned(Some(_)))), "reads go on in the freeze");
+    assert_eq!(
+        read(&world.shard(2).map, b"{a}").expect("readable"),
+        none,
+        "the source still serves it"
+    );
+    assert!(
+        matches!(
+            read(&world.shard(1).map, b"{a}"),
+            Ok(ReadOutcome::Owned(Some(_)))
+        ),
+        "reads go on in the freeze"
+    );
     world.run("1: m5 release a         -> done");
     let moved_to = Some((MoveId(5), GroupId(2)));
-    assert_eq!(read(&world.shard(1).map, b"{a}").expect("readable"), ReadOutcome::NotOwned { slot: of, moved_to });
+    assert_eq!(
+        read(&world.shard(1).map, b"{a}").expect("readable"),
+        ReadOutcome::NotOwned { slot: of, moved_to }
+    );
     assert_eq!(count(&world.shard(1).map).expect("readable").keys, 0);
     world.run("2: m5 activate a        -> done");
     assert_eq!(count(&world.shard(2).map).expect("readable").keys, 1);
@@ -425,7 +484,10 @@ fn an_entry_deletes_no_more_than_about_a_mebibyte() {
         1: m5 begin a to 2      -> done",
     );
     for chunk in 1..=7 {
-        assert_eq!(world.step("2: m5 copy from 1 bytes 4000"), chunk.to_string());
+        assert_eq!(
+            world.step("2: m5 copy from 1 bytes 4000"),
+            chunk.to_string()
+        );
     }
     world.run(
         "

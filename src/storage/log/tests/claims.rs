@@ -28,7 +28,9 @@ fn run_of(term: u64, indexes: std::ops::Range<u64>, len: usize) -> Vec<Entry> {
 fn entries_are_read_at_once_and_acknowledged_after_the_sync() {
     let (_disk, _log, mut writer, replica, outcomes) = one(&LogOptions::default());
     let entries = run_of(1, 0..5, 10);
-    replica.append(entries.clone(), outcomes.done()).expect("an append");
+    replica
+        .append(entries.clone(), outcomes.done())
+        .expect("an append");
     replica.on_synced(id(1, 3), outcomes.done());
     assert_eq!(replica.read(0..9, usize::MAX).expect("a read"), entries);
     assert_eq!((outcomes.take().len(), replica.synced()), (0, None));
@@ -43,16 +45,30 @@ fn entries_are_read_at_once_and_acknowledged_after_the_sync() {
 #[test]
 fn after_a_failed_sync_nothing_ever_succeeds() {
     let (disk, log, mut writer, replica, outcomes) = one(&LogOptions::default());
-    replica.append(run_of(1, 0..2, 10), outcomes.done()).expect("an append");
+    replica
+        .append(run_of(1, 0..2, 10), outcomes.done())
+        .expect("an append");
     replica.on_synced(id(1, 1), outcomes.done());
     disk.fail_sync_after(0);
     while writer.pump() {}
     assert_eq!(outcomes.bad().len(), 2);
     let failed = log.failed();
     let reason = failed.borrow().clone().expect("the log failed").to_string();
-    assert!(reason.contains("sync /node/log/") && reason.contains("simulated"), "{reason}");
-    replica.append(run_of(1, 2..3, 10), outcomes.done()).expect_err("a failed log");
-    replica.save_vote(Vote { term: 1, voted_for: None, committed: false }, outcomes.done());
+    assert!(
+        reason.contains("sync /node/log/") && reason.contains("simulated"),
+        "{reason}"
+    );
+    replica
+        .append(run_of(1, 2..3, 10), outcomes.done())
+        .expect_err("a failed log");
+    replica.save_vote(
+        Vote {
+            term: 1,
+            voted_for: None,
+            committed: false,
+        },
+        outcomes.done(),
+    );
     replica.on_synced(id(1, 1), outcomes.done());
     log.create(key(2, 1), outcomes.done());
     log.wipe(key(1, 1), outcomes.done());
@@ -67,30 +83,45 @@ fn a_full_disk_fails_the_log_and_loses_nothing_acknowledged() {
     disk.set_capacity(Some(20_000));
     let mut acked = 0;
     for index in 0.. {
-        if replica.append(vec![entry(1, index, 100)], outcomes.done()).is_err() {
+        if replica
+            .append(vec![entry(1, index, 100)], outcomes.done())
+            .is_err()
+        {
             break;
         }
         pump(&mut writer);
-        acked += outcomes.take().iter().filter(|outcome| outcome.is_ok()).count();
+        acked += outcomes
+            .take()
+            .iter()
+            .filter(|outcome| outcome.is_ok())
+            .count();
     }
     let failure = log.failed().borrow().clone().expect("the log failed");
     assert_eq!(failure.kind, io::ErrorKind::StorageFull, "{failure}");
     drop((log, writer));
     disk.crash();
     let (log, _writer) = open(&disk, &options).expect("there is room again");
-    let found = observe(&log, key(1, 1)).expect("it was created").entries.len();
+    let found = observe(&log, key(1, 1))
+        .expect("it was created")
+        .entries
+        .len();
     assert!(found >= acked && acked > 50, "{found} of {acked}");
 }
 
 #[test]
 fn a_log_that_may_wait_for_room_goes_on_when_there_is_some() {
-    let options = LogOptions { waits_for_room: true, ..small() };
+    let options = LogOptions {
+        waits_for_room: true,
+        ..small()
+    };
     let (disk, log, writer, replica, outcomes) = one(&options);
     disk.set_capacity(Some(20_000));
     let writer = std::thread::spawn(move || writer.run());
     let mut appended = 0;
     while !log.waits_for_room() {
-        replica.append(vec![entry(1, appended, 100)], outcomes.done()).expect("a full disk is no failure");
+        replica
+            .append(vec![entry(1, appended, 100)], outcomes.done())
+            .expect("a full disk is no failure");
         appended += 1;
         assert!(appended < 1_000_000, "the disk is never full");
     }
@@ -108,17 +139,25 @@ fn a_log_that_may_wait_for_room_goes_on_when_there_is_some() {
     drop((log, replica));
     disk.crash();
     let (log, _writer) = open(&disk, &options).expect("it is whole");
-    let found = observe(&log, key(1, 1)).expect("it was created").entries.len();
+    let found = observe(&log, key(1, 1))
+        .expect("it was created")
+        .entries
+        .len();
     assert_eq!(found as u64, appended);
 }
 
 #[test]
 fn a_log_that_waits_for_room_can_be_closed() {
-    let options = LogOptions { waits_for_room: true, ..small() };
+    let options = LogOptions {
+        waits_for_room: true,
+        ..small()
+    };
     let (disk, log, writer, replica, outcomes) = one(&options);
     disk.set_capacity(Some(0));
     let writer = std::thread::spawn(move || writer.run());
-    replica.append(vec![entry(1, 0, 100_000)], outcomes.done()).expect("taken");
+    replica
+        .append(vec![entry(1, 0, 100_000)], outcomes.done())
+        .expect("taken");
     while !log.waits_for_room() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
@@ -129,11 +168,16 @@ fn a_log_that_waits_for_room_can_be_closed() {
 
 #[test]
 fn what_waits_for_room_fails_once_the_node_stops() {
-    let options = LogOptions { waits_for_room: true, ..small() };
+    let options = LogOptions {
+        waits_for_room: true,
+        ..small()
+    };
     let (disk, log, writer, replica, outcomes) = one(&options);
     disk.set_capacity(Some(0));
     let writer = std::thread::spawn(move || writer.run());
-    replica.append(vec![entry(1, 0, 100_000)], outcomes.done()).expect("taken");
+    replica
+        .append(vec![entry(1, 0, 100_000)], outcomes.done())
+        .expect("taken");
     while !log.waits_for_room() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
@@ -160,17 +204,29 @@ fn a_replica_id_is_never_created_twice() {
     log.wipe(key(1, 5), outcomes.done());
     log.create(key(1, 5), outcomes.done());
     pump(&mut writer);
-    assert_eq!(outcomes.take().iter().filter(|outcome| outcome.is_err()).count(), 1);
+    assert_eq!(
+        outcomes
+            .take()
+            .iter()
+            .filter(|outcome| outcome.is_err())
+            .count(),
+        1
+    );
     log.create(key(1, 4), outcomes.done());
     assert_eq!(outcomes.bad(), [io::ErrorKind::AlreadyExists]);
     // So much that the segments in which it was created are gone.
     for index in 0..200 {
-        replica.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+        replica
+            .append(vec![entry(1, index, 100)], outcomes.done())
+            .expect("an append");
         replica.purge(id(1, index), outcomes.done());
         pump(&mut writer);
     }
     assert_eq!(outcomes.good(), 400);
-    assert!(disk.contents(&dir().join(format!("{:020}.segment", 1))).is_none());
+    assert!(
+        disk.contents(&dir().join(format!("{:020}.segment", 1)))
+            .is_none()
+    );
     drop((log, replica, writer));
     let (log, mut writer) = open(&disk, &options).expect("a log");
     assert_eq!(log.replicas(), [key(1, 1)]);
@@ -184,7 +240,9 @@ fn a_replica_id_is_never_created_twice() {
 #[test]
 fn a_wiped_replica_refuses_and_tells_who_waited() {
     let (_disk, log, mut writer, replica, outcomes) = one(&LogOptions::default());
-    replica.append(run_of(1, 0..2, 10), outcomes.done()).expect("an append");
+    replica
+        .append(run_of(1, 0..2, 10), outcomes.done())
+        .expect("an append");
     pump(&mut writer);
     assert_eq!(outcomes.good(), 1);
     replica.on_synced(id(1, 9), outcomes.done());
@@ -192,8 +250,17 @@ fn a_wiped_replica_refuses_and_tells_who_waited() {
     log.wipe(key(1, 1), wiped.done());
     assert_eq!(outcomes.bad(), [io::ErrorKind::NotFound]);
     assert!(log.replica(key(1, 1)).is_none());
-    replica.append(run_of(1, 2..3, 10), outcomes.done()).expect_err("a wiped replica");
-    replica.save_vote(Vote { term: 1, voted_for: None, committed: false }, outcomes.done());
+    replica
+        .append(run_of(1, 2..3, 10), outcomes.done())
+        .expect_err("a wiped replica");
+    replica.save_vote(
+        Vote {
+            term: 1,
+            voted_for: None,
+            committed: false,
+        },
+        outcomes.done(),
+    );
     replica.on_synced(id(1, 1), outcomes.done());
     assert_eq!(outcomes.bad(), [io::ErrorKind::NotFound; 2]);
     pump(&mut writer);
@@ -204,13 +271,17 @@ fn a_wiped_replica_refuses_and_tells_who_waited() {
 #[test]
 fn what_does_not_follow_is_refused_and_changes_nothing() {
     let (_disk, log, mut writer, replica, outcomes) = one(&LogOptions::default());
-    replica.append(run_of(3, 0..4, 10), outcomes.done()).expect("an append");
+    replica
+        .append(run_of(3, 0..4, 10), outcomes.done())
+        .expect("an append");
     replica.purge(id(3, 1), outcomes.done());
     pump(&mut writer);
     assert_eq!(outcomes.good(), 2);
     let before = observe(&log, key(1, 1));
     for bad in [entry(3, 5, 1), entry(3, 3, 1), entry(2, 4, 1)] {
-        let error = replica.append(vec![bad], outcomes.done()).expect_err("it does not follow");
+        let error = replica
+            .append(vec![bad], outcomes.done())
+            .expect_err("it does not follow");
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
     replica.truncate_after(Some(0), outcomes.done());
@@ -226,25 +297,43 @@ fn what_does_not_follow_is_refused_and_changes_nothing() {
 
 #[test]
 fn entries_past_the_cache_are_read_from_the_disk_and_checked() {
-    let options = LogOptions { cache_bytes: 2000, ..LogOptions::default() };
+    let options = LogOptions {
+        cache_bytes: 2000,
+        ..LogOptions::default()
+    };
     let (disk, _log, mut writer, replica, outcomes) = one(&options);
     let entries = run_of(2, 0..100, 50);
     for entry in &entries {
-        replica.append(vec![entry.clone()], outcomes.done()).expect("an append");
+        replica
+            .append(vec![entry.clone()], outcomes.done())
+            .expect("an append");
         pump(&mut writer);
     }
     assert_eq!(outcomes.good(), 100);
     assert_eq!(replica.read(0..100, usize::MAX).expect("a read"), entries);
     let path = dir().join(format!("{:020}.segment", 1));
     disk.fail_reads(&path);
-    replica.read(0..1, usize::MAX).expect_err("the disk does not read");
-    assert_eq!(replica.read(90..100, usize::MAX).expect("from the cache"), entries[90..]);
+    replica
+        .read(0..1, usize::MAX)
+        .expect_err("the disk does not read");
+    assert_eq!(
+        replica.read(90..100, usize::MAX).expect("from the cache"),
+        entries[90..]
+    );
     disk.heal();
-    let at = disk.contents(&path).expect("a segment").windows(50).position(|window| window == entries[1].payload.bytes());
+    let at = disk
+        .contents(&path)
+        .expect("a segment")
+        .windows(50)
+        .position(|window| window == entries[1].payload.bytes());
     assert!(disk.flip_bit(&path, at.expect("the payload") as u64, 3));
     assert_eq!(replica.read(0..1, 1).expect("a whole entry"), entries[..1]);
     let error = replica.read(0..9, usize::MAX).expect_err("a damaged entry");
-    assert!(error.kind() == io::ErrorKind::InvalidData && error.to_string().contains("entry 2.1 of replica g1-r1"), "{error}");
+    assert!(
+        error.kind() == io::ErrorKind::InvalidData
+            && error.to_string().contains("entry 2.1 of replica g1-r1"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -253,12 +342,18 @@ fn an_idle_replica_does_not_pin_the_log() {
     let (disk, log, mut writer, idle, outcomes) = one(&options);
     log.create(key(2, 1), outcomes.done());
     let busy = log.replica(key(2, 1)).expect("it was created");
-    let vote = Vote { term: 3, voted_for: Some(ReplicaId(1)), committed: true };
+    let vote = Vote {
+        term: 3,
+        voted_for: Some(ReplicaId(1)),
+        committed: true,
+    };
     idle.save_vote(vote, outcomes.done());
     let entries = run_of(3, 0..4, 30);
-    idle.append(entries.clone(), outcomes.done()).expect("an append");
+    idle.append(entries.clone(), outcomes.done())
+        .expect("an append");
     for index in 0..1000 {
-        busy.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+        busy.append(vec![entry(1, index, 100)], outcomes.done())
+            .expect("an append");
         busy.purge(id(1, index), outcomes.done());
         pump(&mut writer);
     }
@@ -269,7 +364,14 @@ fn an_idle_replica_does_not_pin_the_log() {
     drop((log, idle, busy, writer));
     disk.crash();
     let (log, _writer) = open(&disk, &options).expect("a log");
-    assert_eq!(observe(&log, key(1, 1)), Some(Model { purged: None, vote: Some(vote), entries }));
+    assert_eq!(
+        observe(&log, key(1, 1)),
+        Some(Model {
+            purged: None,
+            vote: Some(vote),
+            entries
+        })
+    );
 }
 
 #[test]
@@ -278,15 +380,24 @@ fn a_large_replica_that_pins_the_log_is_named() {
     let (_disk, log, mut writer, large, outcomes) = one(&options);
     log.create(key(2, 1), outcomes.done());
     let busy = log.replica(key(2, 1)).expect("it was created");
-    large.append(run_of(3, 0..10, 100), outcomes.done()).expect("an append");
+    large
+        .append(run_of(3, 0..10, 100), outcomes.done())
+        .expect("an append");
     for index in 0..200 {
-        busy.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+        busy.append(vec![entry(1, index, 100)], outcomes.done())
+            .expect("an append");
         busy.purge(id(1, index), outcomes.done());
         pump(&mut writer);
     }
     let pins = log.pinning();
-    assert_eq!(pins.iter().map(|pin| pin.key).collect::<Vec<_>>(), [key(1, 1)]);
-    assert!(pins[0].live_bytes > 1000 && pins[0].held_bytes > 20_000, "{pins:?}");
+    assert_eq!(
+        pins.iter().map(|pin| pin.key).collect::<Vec<_>>(),
+        [key(1, 1)]
+    );
+    assert!(
+        pins[0].live_bytes > 1000 && pins[0].held_bytes > 20_000,
+        "{pins:?}"
+    );
     large.purge(id(3, 9), outcomes.done());
     pump(&mut writer);
     assert_eq!(log.pinning(), []);
@@ -297,43 +408,91 @@ fn a_large_replica_that_pins_the_log_is_named() {
 fn many_restarts_leave_few_segments() {
     let options = LogOptions::default();
     let (disk, log, mut writer, replica, outcomes) = one(&options);
-    replica.append(run_of(1, 0..3, 10), outcomes.done()).expect("an append");
+    replica
+        .append(run_of(1, 0..3, 10), outcomes.done())
+        .expect("an append");
     pump(&mut writer);
     drop((log, writer, replica));
     for _ in 0..40 {
         let (log, mut writer) = open(&disk, &options).expect("a log");
         pump(&mut writer);
-        assert_eq!(observe(&log, key(1, 1)).expect("it was created").entries.len(), 3);
+        assert_eq!(
+            observe(&log, key(1, 1))
+                .expect("it was created")
+                .entries
+                .len(),
+            3
+        );
     }
     assert!(disk.files().len() < 14, "{:?}", disk.files());
-    assert!(disk.files().iter().map(|(_, len)| len).sum::<u64>() < 3 << 20, "{:?}", disk.files());
+    assert!(
+        disk.files().iter().map(|(_, len)| len).sum::<u64>() < 3 << 20,
+        "{:?}",
+        disk.files()
+    );
 }
 
 #[test]
 fn a_log_of_another_directory_or_of_none_is_refused() {
-    let options = LogOptions { binding: 1, ..LogOptions::default() };
+    let options = LogOptions {
+        binding: 1,
+        ..LogOptions::default()
+    };
     let (disk, log, writer, replica, _) = one(&options);
     drop((log, writer, replica));
     let refused = |disk: &SimDisk, options: &LogOptions| match open(disk, options) {
         Ok(_) => panic!("it was opened"),
         Err(error) => error,
     };
-    let other = refused(&disk, &LogOptions { binding: 2, ..options.clone() });
-    assert!(matches!(other, OpenLogError::Damaged { offset: 0, .. }), "{other}");
-    assert!(other.to_string().contains("move this node's data directory away"), "{other}");
-    open(&disk, &LogOptions { expect: Expect::Existing, ..options.clone() }).map(drop).expect("its own log");
+    let other = refused(
+        &disk,
+        &LogOptions {
+            binding: 2,
+            ..options.clone()
+        },
+    );
+    assert!(
+        matches!(other, OpenLogError::Damaged { offset: 0, .. }),
+        "{other}"
+    );
+    assert!(
+        other
+            .to_string()
+            .contains("move this node's data directory away"),
+        "{other}"
+    );
+    open(
+        &disk,
+        &LogOptions {
+            expect: Expect::Existing,
+            ..options.clone()
+        },
+    )
+    .map(drop)
+    .expect("its own log");
     let empty = SimDisk::new(0);
     ensure_dir(&empty, Path::new("/node")).expect("a directory");
-    let missing = refused(&empty, &LogOptions { expect: Expect::Existing, ..options });
+    let missing = refused(
+        &empty,
+        &LogOptions {
+            expect: Expect::Existing,
+            ..options
+        },
+    );
     assert!(matches!(missing, OpenLogError::Missing { .. }), "{missing}");
 }
 
 #[test]
 fn proposers_are_told_when_too_much_waits() {
-    let options = LogOptions { queue_bytes_max: 500, ..LogOptions::default() };
+    let options = LogOptions {
+        queue_bytes_max: 500,
+        ..LogOptions::default()
+    };
     let (_disk, log, mut writer, replica, outcomes) = one(&options);
     assert!(!log.overloaded());
-    replica.append(run_of(1, 0..10, 100), outcomes.done()).expect("appends are taken all the same");
+    replica
+        .append(run_of(1, 0..10, 100), outcomes.done())
+        .expect("appends are taken all the same");
     assert!(log.overloaded() && log.queue_bytes() > 500);
     pump(&mut writer);
     assert!(!log.overloaded() && log.queue_bytes() == 0);
@@ -342,7 +501,9 @@ fn proposers_are_told_when_too_much_waits() {
 #[test]
 fn a_writer_that_is_gone_leaves_nobody_waiting() {
     let (_disk, log, writer, replica, outcomes) = one(&LogOptions::default());
-    replica.append(run_of(1, 0..1, 10), outcomes.done()).expect("an append");
+    replica
+        .append(run_of(1, 0..1, 10), outcomes.done())
+        .expect("an append");
     replica.on_synced(id(1, 0), outcomes.done());
     drop(writer);
     assert_eq!(outcomes.bad().len(), 2);
@@ -355,25 +516,39 @@ async fn as_a_task_the_writer_marks_when_idle_and_ends_when_closed() {
     let task = tokio::spawn(writer.run_in_task());
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let done: Done = Box::new(move |outcome| sender.send(outcome).expect("the test waits"));
-    replica.append(run_of(1, 0..3, 10), done).expect("an append");
+    replica
+        .append(run_of(1, 0..3, 10), done)
+        .expect("an append");
     receiver.await.expect("a callback").expect("a success");
     let syncs = disk.counts().syncs;
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-    assert_eq!(disk.counts().syncs, syncs + 1, "an idle log syncs its closing mark and nothing else");
+    assert_eq!(
+        disk.counts().syncs,
+        syncs + 1,
+        "an idle log syncs its closing mark and nothing else"
+    );
     log.close();
     task.await.expect("the writer ends");
-    replica.append(run_of(1, 3..4, 10), Box::new(|_| ())).expect_err("a closed log");
+    replica
+        .append(run_of(1, 3..4, 10), Box::new(|_| ()))
+        .expect_err("a closed log");
     assert!(log.failed().borrow().is_none(), "closed is not failed");
 }
 
-/// More waits than one batch takes, and the entry that is committed is in the part that does not fit.
+/// More waits than one batch takes, and the entry that is committed is in the part that does not
+/// fit.
 #[test]
 fn a_committed_id_is_not_durable_before_its_entry() {
-    let options = LogOptions { batch_bytes_max: 500, ..LogOptions::default() };
+    let options = LogOptions {
+        batch_bytes_max: 500,
+        ..LogOptions::default()
+    };
     for batches in 1..12 {
         let (disk, log, mut writer, replica, outcomes) = one(&options);
         for index in 0..20 {
-            replica.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+            replica
+                .append(vec![entry(1, index, 100)], outcomes.done())
+                .expect("an append");
         }
         replica.save_committed(Some(id(1, 19)));
         for _ in 0..batches {
@@ -383,29 +558,52 @@ fn a_committed_id_is_not_durable_before_its_entry() {
 
         let (log, _writer) = open(&disk, &options).expect("a log");
         let replica = log.replica(key(1, 1)).expect("it was created");
-        assert!(replica.committed() <= replica.state().last, "{:?} of {:?}", replica.committed(), replica.state());
+        assert!(
+            replica.committed() <= replica.state().last,
+            "{:?} of {:?}",
+            replica.committed(),
+            replica.state()
+        );
         let all_written = replica.state().last == Some(id(1, 19));
-        assert_eq!(replica.committed().is_some(), all_written, "the id goes with the batch that ends with its entry");
+        assert_eq!(
+            replica.committed().is_some(),
+            all_written,
+            "the id goes with the batch that ends with its entry"
+        );
     }
 }
 
-/// What is to be replaced by committed entries is still in the file when the process ends: it must not be applied as if it were they.
+/// What is to be replaced by committed entries is still in the file when the process ends: it must
+/// not be applied as if it were they.
 #[test]
 fn a_committed_id_never_speaks_for_an_entry_that_it_replaces() {
-    let options = LogOptions { batch_bytes_max: 500, ..LogOptions::default() };
+    let options = LogOptions {
+        batch_bytes_max: 500,
+        ..LogOptions::default()
+    };
     let (disk, log, mut writer, replica, outcomes) = one(&options);
-    replica.append(run_of(1, 0..10, 100), outcomes.done()).expect("an append");
+    replica
+        .append(run_of(1, 0..10, 100), outcomes.done())
+        .expect("an append");
     pump(&mut writer);
-    replica.append(run_of(1, 10..14, 100), outcomes.done()).expect("an append");
+    replica
+        .append(run_of(1, 10..14, 100), outcomes.done())
+        .expect("an append");
     replica.truncate_after(Some(4), outcomes.done());
-    replica.append(run_of(2, 5..9, 100), outcomes.done()).expect("an append");
+    replica
+        .append(run_of(2, 5..9, 100), outcomes.done())
+        .expect("an append");
     replica.save_committed(Some(id(2, 8)));
     assert!(writer.pump());
     drop((log, writer, replica));
 
     let (log, _writer) = open(&disk, &options).expect("a log");
     let replica = log.replica(key(1, 1)).expect("it was created");
-    assert_eq!(replica.state().last, Some(id(1, 13)), "the truncation was meant to be lost");
+    assert_eq!(
+        replica.state().last,
+        Some(id(1, 13)),
+        "the truncation was meant to be lost"
+    );
     assert_eq!(replica.committed(), None);
 }
 
@@ -415,33 +613,52 @@ fn a_log_whose_committed_id_is_not_in_it_opens_and_goes_on() {
     let options = small();
     for ahead in [id(1, 9), id(2, 3), id(2, 9)] {
         let (disk, log, mut writer, replica, outcomes) = one(&options);
-        replica.append(run_of(1, 0..5, 100), outcomes.done()).expect("an append");
+        replica
+            .append(run_of(1, 0..5, 100), outcomes.done())
+            .expect("an append");
         replica.purge(id(1, 1), outcomes.done());
         pump(&mut writer);
         drop((log, writer, replica));
         append_record(&disk, key(1, 1), &record::Record::Committed(Some(ahead)));
 
         for _ in 0..2 {
-            let (log, mut writer) = open(&disk, &options).unwrap_or_else(|error| panic!("{ahead}: {error}"));
+            let (log, mut writer) =
+                open(&disk, &options).unwrap_or_else(|error| panic!("{ahead}: {error}"));
             let replica = log.replica(key(1, 1)).expect("it was created");
-            assert_eq!(replica.committed(), Some(id(1, 1)), "{ahead}: what was purged had been committed");
-            // So much that segments are begun, whose heads restate the replica, and that it is rebased.
+            assert_eq!(
+                replica.committed(),
+                Some(id(1, 1)),
+                "{ahead}: what was purged had been committed"
+            );
+            // So much that segments are begun, whose heads restate the replica, and that it is
+            // rebased.
             let next = replica.state().last.map_or(0, |last| last.index + 1);
             log.create(key(7, next), outcomes.done());
             let busy = log.replica(key(7, next)).expect("it was created");
             for index in 0..100 {
-                busy.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+                busy.append(vec![entry(1, index, 100)], outcomes.done())
+                    .expect("an append");
                 busy.purge(id(1, index), outcomes.done());
                 pump(&mut writer);
             }
-            replica.append(vec![entry(1, next, 10)], outcomes.done()).expect("an append");
+            replica
+                .append(vec![entry(1, next, 10)], outcomes.done())
+                .expect("an append");
             pump(&mut writer);
         }
-        let (log, mut writer) = open(&disk, &options).unwrap_or_else(|error| panic!("{ahead}: {error}"));
+        let (log, mut writer) =
+            open(&disk, &options).unwrap_or_else(|error| panic!("{ahead}: {error}"));
         let replica = log.replica(key(1, 1)).expect("it was created");
         replica.save_committed(Some(id(1, 4)));
         pump(&mut writer);
-        replica.save_vote(Vote { term: 3, voted_for: None, committed: false }, outcomes.done());
+        replica.save_vote(
+            Vote {
+                term: 3,
+                voted_for: None,
+                committed: false,
+            },
+            outcomes.done(),
+        );
         pump(&mut writer);
         drop((log, writer, replica));
         let (log, _writer) = open(&disk, &options).expect("a log");
@@ -452,25 +669,41 @@ fn a_log_whose_committed_id_is_not_in_it_opens_and_goes_on() {
 
 /// Writes a record behind the last one of the log, as a batch of its own.
 fn append_record(disk: &SimDisk, key: ReplicaKey, record: &record::Record) {
-    let mut segments = disk.files().into_iter().filter(|(path, _)| path.extension().is_some_and(|kind| kind == "segment"));
+    let mut segments = disk
+        .files()
+        .into_iter()
+        .filter(|(path, _)| path.extension().is_some_and(|kind| kind == "segment"));
     let (path, _) = segments.next_back().expect("a segment");
     let bytes = disk.contents(&path).expect("it is listed");
-    let number = path.file_stem().and_then(|stem| stem.to_str()?.parse().ok()).expect("segments are numbered");
-    let place = |offset| record::Place { binding: 0, segment: number, offset };
+    let number = path
+        .file_stem()
+        .and_then(|stem| stem.to_str()?.parse().ok())
+        .expect("segments are numbered");
+    let place = |offset| record::Place {
+        binding: 0,
+        segment: number,
+        offset,
+    };
     let mut at = 0;
     while let Ok(found) = record::decode(&bytes[at..], place(at as u64)) {
         at += found.len;
     }
     let mut batch = Vec::new();
-    record::encode(&mut batch, place(at as u64), record::NOBODY, &record::Record::Mark);
+    record::encode(
+        &mut batch,
+        place(at as u64),
+        record::NOBODY,
+        &record::Record::Mark,
+    );
     record::encode(&mut batch, place(at as u64), key, record);
     let file = disk.open(&path, Open::Existing).expect("it is listed");
     file.write_at(&batch, at as u64).expect("a write");
     file.sync().expect("a sync");
 }
 
-/// The records of a log's only segment, of format 1, as they were written first and are read for ever: two replicas of which one is
-/// wiped, a vote, entries of every kind, a truncation, a purge, a committed id, and the closing mark.
+/// The records of a log's only segment, of format 1, as they were written first and are read for
+/// ever: two replicas of which one is wiped, a vote, entries of every kind, a truncation, a purge,
+/// a committed id, and the closing mark.
 const GOLDEN: &str = "\
     514c010104000000000000000000000000000000000000009fcdddebd6b3ec1501000000514c010200000000\
     0000000000000000000000000000000005bacb7296e0ac7e514c010300000000010000000000000001000000\
@@ -492,12 +725,21 @@ const GOLDEN: &str = "\
 
 #[test]
 fn the_format_of_a_segment_stands_still() {
-    let options = LogOptions { binding: 7, ..LogOptions::default() };
+    let options = LogOptions {
+        binding: 7,
+        ..LogOptions::default()
+    };
     let (disk, log, mut writer, replica, outcomes) = one(&options);
-    let vote = Vote { term: 3, voted_for: Some(ReplicaId(1)), committed: true };
+    let vote = Vote {
+        term: 3,
+        voted_for: Some(ReplicaId(1)),
+        committed: true,
+    };
     log.create(key(2, 6), outcomes.done());
     replica.save_vote(vote, outcomes.done());
-    replica.append(run_of(2, 0..6, 3), outcomes.done()).expect("an append");
+    replica
+        .append(run_of(2, 0..6, 3), outcomes.done())
+        .expect("an append");
     replica.truncate_after(Some(4), outcomes.done());
     replica.purge(id(2, 1), outcomes.done());
     replica.save_committed(Some(id(2, 3)));
@@ -506,23 +748,44 @@ fn the_format_of_a_segment_stands_still() {
     drop((log, writer, replica));
     let path = dir().join(format!("{:020}.segment", 1));
     let mut written = disk.contents(&path).expect("a segment");
-    let end = written.iter().rposition(|byte| *byte != 0).map_or(0, |at| at + 1);
+    let end = written
+        .iter()
+        .rposition(|byte| *byte != 0)
+        .map_or(0, |at| at + 1);
     written.truncate(end);
-    assert_eq!(hex(&written), GOLDEN, "write a new format beside the old one");
+    assert_eq!(
+        hex(&written),
+        GOLDEN,
+        "write a new format beside the old one"
+    );
 
     // As the pre-written room leaves it.
     let mut bytes = unhex(GOLDEN);
     bytes.resize(4096, 0);
     let disk = SimDisk::new(1);
     ensure_dir(&disk, &dir()).expect("a directory");
-    disk.open(&path, Open::New).expect("a file").write_at(&bytes, 0).expect("written");
+    disk.open(&path, Open::New)
+        .expect("a file")
+        .write_at(&bytes, 0)
+        .expect("written");
     let (log, _writer) = open(&disk, &options).expect("a log of the first format");
-    let expected = Model { purged: Some(id(2, 1)), vote: Some(vote), entries: run_of(2, 2..5, 3) };
+    let expected = Model {
+        purged: Some(id(2, 1)),
+        vote: Some(vote),
+        entries: run_of(2, 2..5, 3),
+    };
     assert_eq!(observe(&log, key(1, 1)), Some(expected));
-    assert_eq!(log.replica(key(1, 1)).expect("it is there").committed(), Some(id(2, 3)));
+    assert_eq!(
+        log.replica(key(1, 1)).expect("it is there").committed(),
+        Some(id(2, 3))
+    );
     let outcomes = Outcomes::default();
     log.create(key(2, 6), outcomes.done());
-    assert_eq!(outcomes.bad(), [io::ErrorKind::AlreadyExists], "a wiped replica's id stays used");
+    assert_eq!(
+        outcomes.bad(),
+        [io::ErrorKind::AlreadyExists],
+        "a wiped replica's id stays used"
+    );
 }
 
 /// Also after an operation that comes just when the writer has seen that the log is idle.
@@ -536,7 +799,14 @@ fn the_closing_mark_comes_after_whatever_was_written_last() {
         let done = move |_| {
             acked.fetch_add(1, Ordering::Release);
         };
-        replica.save_vote(Vote { term: 1, voted_for: None, committed: true }, Box::new(done));
+        replica.save_vote(
+            Vote {
+                term: 1,
+                voted_for: None,
+                committed: true,
+            },
+            Box::new(done),
+        );
     };
     let unmarked = std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -564,23 +834,31 @@ fn the_closing_mark_comes_after_whatever_was_written_last() {
         begun.store(ROUNDS, Ordering::Release);
         unmarked
     });
-    assert_eq!(unmarked, None, "a round that left no mark behind the last vote");
+    assert_eq!(
+        unmarked, None,
+        "a round that left no mark behind the last vote"
+    );
 }
 
 #[test]
 fn what_is_rebased_is_read_at_every_moment_of_it() {
-    let options = LogOptions { cache_bytes: 0, ..small() };
+    let options = LogOptions {
+        cache_bytes: 0,
+        ..small()
+    };
     let disk = SimDisk::new(1);
     ensure_dir(&disk, Path::new("/node")).expect("a directory");
     let watched = WatchedDisk::new(disk);
-    let (log, mut writer) = Log::open(Arc::new(watched.clone()), &dir(), options).expect("a new log");
+    let (log, mut writer) =
+        Log::open(Arc::new(watched.clone()), &dir(), options).expect("a new log");
     let outcomes = Outcomes::default();
     let [idle, busy] = [key(1, 1), key(2, 1)].map(|key| {
         log.create(key, outcomes.done());
         log.replica(key).expect("it was created")
     });
     let entries = run_of(3, 0..4, 30);
-    idle.append(entries.clone(), outcomes.done()).expect("an append");
+    idle.append(entries.clone(), outcomes.done())
+        .expect("an append");
     pump(&mut writer);
     let reads = Arc::new(AtomicUsize::new(0));
     let counted = reads.clone();
@@ -589,11 +867,16 @@ fn what_is_rebased_is_read_at_every_moment_of_it() {
         counted.fetch_add(1, Ordering::Relaxed);
     });
     for index in 0..300 {
-        busy.append(vec![entry(1, index, 100)], outcomes.done()).expect("an append");
+        busy.append(vec![entry(1, index, 100)], outcomes.done())
+            .expect("an append");
         busy.purge(id(1, index), outcomes.done());
         pump(&mut writer);
     }
-    assert!(log.metrics().rebases > 3 && reads.load(Ordering::Relaxed) > 600, "{:?}", log.metrics());
+    assert!(
+        log.metrics().rebases > 3 && reads.load(Ordering::Relaxed) > 600,
+        "{:?}",
+        log.metrics()
+    );
 }
 
 /// Many groups append, read back and purge at once, over segments that are used again and again.
@@ -611,12 +894,19 @@ fn groups_run_beside_each_other_on_a_real_disk() {
     let path = root.path().join("log");
     let (log, writer) = Log::open(disk.clone(), &path, options.clone()).expect("a new log");
     let writing = std::thread::spawn(move || writer.run());
-    let groups: Vec<_> =
-        (0..8).map(|group| (group, log.clone())).map(|(group, log)| std::thread::spawn(move || live(&log, group))).collect();
-    let expected: Vec<Model> = groups.into_iter().map(|group| group.join().expect("a group")).collect();
+    let groups: Vec<_> = (0..8)
+        .map(|group| (group, log.clone()))
+        .map(|(group, log)| std::thread::spawn(move || live(&log, group)))
+        .collect();
+    let expected: Vec<Model> = groups
+        .into_iter()
+        .map(|group| group.join().expect("a group"))
+        .collect();
     assert!(log.failed().borrow().is_none());
     drop(log);
-    writing.join().expect("the writer ends once every handle is dropped");
+    writing
+        .join()
+        .expect("the writer ends once every handle is dropped");
     let (log, writer) = Log::open(disk, &path, options).expect("a log");
     for (group, expected) in expected.into_iter().enumerate() {
         assert_eq!(observe(&log, key(group as u64, 1)), Some(expected));
@@ -628,7 +918,9 @@ fn live(log: &Log, group: u64) -> Model {
     let key = key(group, 1);
     let wait = |issue: &dyn Fn(Done)| {
         let (sender, receiver) = std::sync::mpsc::channel();
-        issue(Box::new(move |outcome| sender.send(outcome).expect("the test waits")));
+        issue(Box::new(move |outcome| {
+            sender.send(outcome).expect("the test waits")
+        }));
         receiver.recv().expect("a callback").expect("a success");
     };
     wait(&|done| log.create(key, done));
@@ -638,10 +930,17 @@ fn live(log: &Log, group: u64) -> Model {
     let count = if group == 0 { 5 } else { 150 };
     for index in 0..count {
         let entry = entry(1, index, 40 + (index as usize * 13) % 60);
-        wait(&|done| replica.append(vec![entry.clone()], done).expect("an append"));
+        wait(&|done| {
+            replica
+                .append(vec![entry.clone()], done)
+                .expect("an append")
+        });
         model.entries.push(entry);
         let first = model.entries[0].id.index;
-        assert_eq!(replica.read(first..index + 1, usize::MAX).expect("a read"), model.entries);
+        assert_eq!(
+            replica.read(first..index + 1, usize::MAX).expect("a read"),
+            model.entries
+        );
         if index % 20 == 19 {
             let upto = model.entries[15].id;
             wait(&|done| replica.purge(upto, done));
@@ -651,7 +950,10 @@ fn live(log: &Log, group: u64) -> Model {
     }
     if group == 0 {
         for _ in 0..500 {
-            assert_eq!(replica.read(0..count, usize::MAX).expect("a read"), model.entries);
+            assert_eq!(
+                replica.read(0..count, usize::MAX).expect("a read"),
+                model.entries
+            );
         }
     }
     model

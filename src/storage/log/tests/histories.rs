@@ -1,4 +1,5 @@
-//! Random histories of many replicas in small segments, ended by crashes of every kind, over and over.
+//! Random histories of many replicas in small segments, ended by crashes of every kind, over and
+//! over.
 
 use super::*;
 
@@ -12,7 +13,13 @@ enum End {
     DiskFull,
 }
 
-const ENDS: [End; 5] = [End::Kill, End::Close, End::FailedSync, End::FailedWrite, End::DiskFull];
+const ENDS: [End; 5] = [
+    End::Kill,
+    End::Close,
+    End::FailedSync,
+    End::FailedWrite,
+    End::DiskFull,
+];
 
 fn live(attack: &mut Attack, ops: usize) {
     for _ in 0..ops {
@@ -34,11 +41,17 @@ fn end(attack: &mut Attack, end: End) {
             pump(&mut attack.writer);
         }
         End::Kill => {}
-        End::FailedSync => attack.disk.fail_sync_after(attack.random.random_range(0..6)),
-        End::FailedWrite => attack.disk.fail_write_after(attack.random.random_range(0..6)),
+        End::FailedSync => attack
+            .disk
+            .fail_sync_after(attack.random.random_range(0..6)),
+        End::FailedWrite => attack
+            .disk
+            .fail_write_after(attack.random.random_range(0..6)),
         End::DiskFull => {
             let used: u64 = attack.disk.files().iter().map(|(_, len)| len).sum();
-            attack.disk.set_capacity(Some(used + attack.random.random_range(0..2000)));
+            attack
+                .disk
+                .set_capacity(Some(used + attack.random.random_range(0..2000)));
         }
     }
     if matches!(end, End::FailedSync | End::FailedWrite | End::DiskFull) {
@@ -63,23 +76,31 @@ fn live_failing(attack: &mut Attack) {
         attack.issue();
         assert!(!failed || !attack.writer.pump(), "a failed log goes on");
     }
-    assert!(!failed || acked(attack) == before, "a failed log acknowledges");
+    assert!(
+        !failed || acked(attack) == before,
+        "a failed log acknowledges"
+    );
 }
 
 fn reopen(attack: &mut Attack, what: &str, power_cut: bool) {
     // The handle that is dropped here must not write.
     let (log, writer) = open(&SimDisk::new(0).with_root(), &attack.options).expect("an empty log");
-    let _ = (std::mem::replace(&mut attack.log, log), std::mem::replace(&mut attack.writer, writer));
+    let _ = (
+        std::mem::replace(&mut attack.log, log),
+        std::mem::replace(&mut attack.writer, writer),
+    );
     if power_cut {
         attack.disk.crash();
     }
-    let (log, writer) = open(&attack.disk, &attack.options).unwrap_or_else(|error| panic!("{what}: {error}"));
+    let (log, writer) =
+        open(&attack.disk, &attack.options).unwrap_or_else(|error| panic!("{what}: {error}"));
     attack.check_found(&log, what, |acked, _| acked);
     attack.go_on(log, writer);
     // What an opening found is durable, whatever the page cache held.
     let fork = attack.disk.fork();
     fork.crash();
-    let (log, _writer) = open(&fork, &attack.options).unwrap_or_else(|error| panic!("{what}, power cut: {error}"));
+    let (log, _writer) =
+        open(&fork, &attack.options).unwrap_or_else(|error| panic!("{what}, power cut: {error}"));
     attack.check_found(&log, &format!("{what}, power cut"), |_, last| last);
 }
 
@@ -126,12 +147,21 @@ fn a_long_history_keeps_few_segments() {
                 attack.writer.pump();
             }
             let pins = attack.log.pinning();
-            let held = pins.iter().filter(|pin| pin.held_bytes > 30_000 && pin.live_bytes > attack.options.rebase_bytes_max);
-            held.map(|pin| pin.key).collect::<Vec<_>>().into_iter().for_each(|key| attack.purge_all(key));
+            let held = pins.iter().filter(|pin| {
+                pin.held_bytes > 30_000 && pin.live_bytes > attack.options.rebase_bytes_max
+            });
+            held.map(|pin| pin.key)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .for_each(|key| attack.purge_all(key));
         }
         pump(&mut attack.writer);
         attack.check_issued(&format!("seed {seed}"));
         let metrics = attack.log.metrics();
-        assert!(metrics.rebases > 0 && metrics.segments < 40, "seed {seed}: {metrics:?} {:?}", attack.log.pinning());
+        assert!(
+            metrics.rebases > 0 && metrics.segments < 40,
+            "seed {seed}: {metrics:?} {:?}",
+            attack.log.pinning()
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! Attacks on the log. Here: the model that every history is compared with. A replica found after a crash must be what it was after some
-//! of its issued operations, in order, among them all that were acknowledged.
+//! Attacks on the log. Here: the model that every history is compared with. A replica found after a
+//! crash must be what it was after some of its issued operations, in order, among them all that
+//! were acknowledged.
 
 mod claims;
 mod damage;
@@ -37,7 +38,10 @@ pub(super) fn small() -> LogOptions {
 }
 
 pub(super) fn key(group: u64, replica: u64) -> ReplicaKey {
-    ReplicaKey { group: GroupId(group), replica: ReplicaId(replica) }
+    ReplicaKey {
+        group: GroupId(group),
+        replica: ReplicaId(replica),
+    }
 }
 
 pub(super) fn id(term: u64, index: u64) -> LogId {
@@ -50,7 +54,10 @@ pub(super) fn entry(term: u64, index: u64, len: usize) -> Entry {
         1 => Payload::Membership(Bytes::from(vec![index as u8; len])),
         _ => Payload::Normal(Bytes::from(vec![(term * 7 + index) as u8; len])),
     };
-    Entry { id: id(term, index), payload }
+    Entry {
+        id: id(term, index),
+        payload,
+    }
 }
 
 /// What callbacks said.
@@ -76,7 +83,14 @@ impl Outcomes {
 
     /// The kinds of the errors, all of them bad.
     pub fn bad(&self) -> Vec<io::ErrorKind> {
-        self.take().into_iter().map(|outcome| outcome.expect_err("a success where only errors are right").kind()).collect()
+        self.take()
+            .into_iter()
+            .map(|outcome| {
+                outcome
+                    .expect_err("a success where only errors are right")
+                    .kind()
+            })
+            .collect()
     }
 }
 
@@ -111,7 +125,8 @@ impl Model {
     }
 }
 
-/// A replica's states after each operation issued since the log was opened; none where it does not exist.
+/// A replica's states after each operation issued since the log was opened; none where it does not
+/// exist.
 #[derive(Default)]
 pub(super) struct History {
     pub states: Vec<Option<Model>>,
@@ -150,17 +165,31 @@ pub(super) fn observe(log: &Log, key: ReplicaKey) -> Option<Model> {
     let end = last.map_or(0, |last| last.index + 1);
     let mut entries = Vec::new();
     while first + (entries.len() as u64) < end {
-        let more = replica.read(first + entries.len() as u64..end, 300).expect("entries that the log says it has");
-        assert!(!more.is_empty(), "{key}: nothing is read at {} of {purged:?}..={last:?}", first + entries.len() as u64);
+        let more = replica
+            .read(first + entries.len() as u64..end, 300)
+            .expect("entries that the log says it has");
+        assert!(
+            !more.is_empty(),
+            "{key}: nothing is read at {} of {purged:?}..={last:?}",
+            first + entries.len() as u64
+        );
         entries.extend(more);
     }
-    let model = Model { purged, vote, entries };
+    let model = Model {
+        purged,
+        vote,
+        entries,
+    };
     assert_eq!(model.last(), last, "{key}");
     for entry in &model.entries {
         assert_eq!(replica.entry_id(entry.id.index), Some(entry.id));
     }
     let bytes: usize = model.entries.iter().map(record::entry_len).sum();
-    assert_eq!(replica.bytes_since(purged.map_or(0, |purged| purged.index)) + first_if_unpurged(&model), bytes as u64, "{key}");
+    assert_eq!(
+        replica.bytes_since(purged.map_or(0, |purged| purged.index)) + first_if_unpurged(&model),
+        bytes as u64,
+        "{key}"
+    );
     Some(model)
 }
 
@@ -168,9 +197,17 @@ fn brief(model: &Option<Model>) -> String {
     match model {
         None => "nothing".into(),
         Some(model) => {
-            let ids: Vec<String> =
-                model.entries.iter().map(|entry| format!("{}:{}", entry.id, entry.payload.bytes().len())).collect();
-            format!("purged {:?} vote {:?} entries {}", model.purged, model.vote, ids.join(" "))
+            let ids: Vec<String> = model
+                .entries
+                .iter()
+                .map(|entry| format!("{}:{}", entry.id, entry.payload.bytes().len()))
+                .collect();
+            format!(
+                "purged {:?} vote {:?} entries {}",
+                model.purged,
+                model.vote,
+                ids.join(" ")
+            )
         }
     }
 }
@@ -200,14 +237,28 @@ impl Attack {
         let disk = SimDisk::new(seed);
         ensure_dir(&disk, Path::new("/node")).expect("a directory");
         let (log, writer) = open(&disk, &options).expect("a new log");
-        Self { disk, options, random: StdRng::seed_from_u64(seed), log, writer, histories: BTreeMap::new() }
+        Self {
+            disk,
+            options,
+            random: StdRng::seed_from_u64(seed),
+            log,
+            writer,
+            histories: BTreeMap::new(),
+        }
     }
 
     /// Issues one random operation of one replica.
     pub fn issue(&mut self) {
         let group = self.random.random_range(0..4);
-        let alive: Vec<ReplicaKey> = self.log.replicas().into_iter().filter(|key| key.group.0 == group).collect();
-        let Some(key) = alive.last().copied() else { return self.create(group) };
+        let alive: Vec<ReplicaKey> = self
+            .log
+            .replicas()
+            .into_iter()
+            .filter(|key| key.group.0 == group)
+            .collect();
+        let Some(key) = alive.last().copied() else {
+            return self.create(group);
+        };
         match self.random.random_range(0..100) {
             0..=1 => self.create(group),
             2..=3 => self.wipe(key),
@@ -220,8 +271,16 @@ impl Attack {
     }
 
     fn create(&mut self, group: u64) {
-        let used = self.histories.keys().filter(|key| key.group.0 == group).map(|key| key.replica.0).max();
-        let key = key(group, used.map_or(1, |used| used + self.random.random_range(1..3)));
+        let used = self
+            .histories
+            .keys()
+            .filter(|key| key.group.0 == group)
+            .map(|key| key.replica.0)
+            .max();
+        let key = key(
+            group,
+            used.map_or(1, |used| used + self.random.random_range(1..3)),
+        );
         let history = self.histories.entry(key).or_default();
         history.states.push(None);
         let done = history.push(Some(Model::default()));
@@ -237,7 +296,13 @@ impl Attack {
     pub fn purge_all(&mut self, key: ReplicaKey) {
         if let Some(entry) = self.model(key).entries.last() {
             let upto = entry.id;
-            let change = |model: &mut Model| *model = Model { purged: Some(upto), vote: model.vote, entries: Vec::new() };
+            let change = |model: &mut Model| {
+                *model = Model {
+                    purged: Some(upto),
+                    vote: model.vote,
+                    entries: Vec::new(),
+                }
+            };
             self.change(key, change, |replica, done| replica.purge(upto, done));
         }
     }
@@ -245,8 +310,16 @@ impl Attack {
     pub fn vote(&mut self, key: ReplicaKey) {
         let term = self.random.random_range(1..1000);
         let voted_for = self.random.random_bool(0.5).then_some(ReplicaId(term));
-        let vote = Vote { term, voted_for, committed: self.random.random_bool(0.5) };
-        self.change(key, |model| model.vote = Some(vote), |replica, done| replica.save_vote(vote, done));
+        let vote = Vote {
+            term,
+            voted_for,
+            committed: self.random.random_bool(0.5),
+        };
+        self.change(
+            key,
+            |model| model.vote = Some(vote),
+            |replica, done| replica.save_vote(vote, done),
+        );
     }
 
     fn truncate(&mut self, key: ReplicaKey) {
@@ -254,13 +327,18 @@ impl Attack {
         let next = self.random.random_range(model.first()..=model.next());
         let last = next.checked_sub(1);
         let change = |model: &mut Model| model.entries.retain(|entry| entry.id.index < next);
-        self.change(key, change, |replica, done| replica.truncate_after(last, done));
+        self.change(key, change, |replica, done| {
+            replica.truncate_after(last, done)
+        });
     }
 
     fn purge(&mut self, key: ReplicaKey) {
         let model = self.model(key);
         let upto = if self.random.random_range(0..8) == 0 {
-            id(model.last().map_or(1, |last| last.term), model.next() + self.random.random_range(0..5))
+            id(
+                model.last().map_or(1, |last| last.term),
+                model.next() + self.random.random_range(0..5),
+            )
         } else if model.entries.is_empty() {
             return;
         } else {
@@ -283,14 +361,22 @@ impl Attack {
 
     pub fn append(&mut self, key: ReplicaKey) {
         let model = self.model(key);
-        let term = model.last().map_or(1, |last| last.term) + u64::from(self.random.random_range(0..5) == 0);
+        let term = model.last().map_or(1, |last| last.term)
+            + u64::from(self.random.random_range(0..5) == 0);
         let mut entries = Vec::new();
         for index in model.next()..model.next() + self.random.random_range(1..4) {
-            let len_max = if self.random.random_range(0..10) == 0 { 900 } else { 90 };
+            let len_max = if self.random.random_range(0..10) == 0 {
+                900
+            } else {
+                90
+            };
             let made = entry(term, index, self.random.random_range(0..len_max));
             entries.push(made);
         }
-        let (last, first) = entries.split_last().map(|(last, first)| (last.clone(), first.to_vec())).expect("at least one");
+        let (last, first) = entries
+            .split_last()
+            .map(|(last, first)| (last.clone(), first.to_vec()))
+            .expect("at least one");
         // A first part of an append may be found, like a first part of the operations.
         let mut model = model;
         for entry in first {
@@ -298,7 +384,9 @@ impl Attack {
             drop(self.history(key).push(Some(model.clone())));
         }
         let change = |model: &mut Model| model.entries.push(last);
-        self.change(key, change, |replica, done| replica.append(entries, done).unwrap_or(()));
+        self.change(key, change, |replica, done| {
+            replica.append(entries, done).unwrap_or(())
+        });
     }
 
     fn model(&mut self, key: ReplicaKey) -> Model {
@@ -306,10 +394,17 @@ impl Attack {
     }
 
     fn history(&mut self, key: ReplicaKey) -> &mut History {
-        self.histories.get_mut(&key).expect("a replica that the log has was created")
+        self.histories
+            .get_mut(&key)
+            .expect("a replica that the log has was created")
     }
 
-    fn change(&mut self, key: ReplicaKey, change: impl FnOnce(&mut Model), issue: impl FnOnce(ReplicaLog, Done)) {
+    fn change(
+        &mut self,
+        key: ReplicaKey,
+        change: impl FnOnce(&mut Model),
+        issue: impl FnOnce(ReplicaLog, Done),
+    ) {
         let mut model = self.model(key);
         change(&mut model);
         let done = self.history(key).push(Some(model));
@@ -323,8 +418,8 @@ impl Attack {
         }
     }
 
-    /// Compares a log that was opened with the histories. Each replica must be found as it was after one of the operations from
-    /// `least` (given those acknowledged) on.
+    /// Compares a log that was opened with the histories. Each replica must be found as it was
+    /// after one of the operations from `least` (given those acknowledged) on.
     pub fn check_found(&self, log: &Log, what: &str, least: impl Fn(usize, usize) -> usize) {
         for (key, history) in &self.histories {
             let found = observe(log, *key);
@@ -334,28 +429,54 @@ impl Attack {
                 allowed.contains(&found),
                 "{what}: {key} was found as {}\nallowed from {least} on:\n{}",
                 brief(&found),
-                history.states.iter().map(brief).collect::<Vec<_>>().join("\n")
+                history
+                    .states
+                    .iter()
+                    .map(brief)
+                    .collect::<Vec<_>>()
+                    .join("\n")
             );
             if let Some(committed) = log.replica(*key).and_then(|replica| replica.committed()) {
                 let model = found.as_ref().expect("it is in the log");
-                // Where the entry of the last one was lost, what is purged is known to have been committed.
-                let is_said = history.committed.contains(&Some(committed)) || model.purged == Some(committed);
+                // Where the entry of the last one was lost, what is purged is known to have been
+                // committed.
+                let is_said =
+                    history.committed.contains(&Some(committed)) || model.purged == Some(committed);
                 assert!(is_said, "{what}: {key} committed {committed}");
-                let is_purged = model.purged.is_some_and(|purged| purged.index >= committed.index);
+                let is_purged = model
+                    .purged
+                    .is_some_and(|purged| purged.index >= committed.index);
                 let is_there = model.entries.iter().any(|entry| entry.id == committed);
-                assert!(is_purged || is_there, "{what}: {key} committed {committed} and has {}", brief(&found));
+                assert!(
+                    is_purged || is_there,
+                    "{what}: {key} committed {committed} and has {}",
+                    brief(&found)
+                );
             }
         }
         let created = |key: &ReplicaKey| self.histories.contains_key(key);
-        assert!(log.replicas().iter().all(created), "{what}: {:?}", log.replicas());
+        assert!(
+            log.replicas().iter().all(created),
+            "{what}: {:?}",
+            log.replicas()
+        );
     }
 
     /// Goes on with a log that was opened: what it has is where every history begins anew.
     pub fn go_on(&mut self, log: Log, writer: LogWriter) {
         for (key, history) in &mut self.histories {
             let committed = log.replica(*key).and_then(|replica| replica.committed());
-            let said = history.committed.iter().copied().chain([committed]).collect();
-            *history = History { states: vec![observe(&log, *key)], acked: Arc::default(), committed: said };
+            let said = history
+                .committed
+                .iter()
+                .copied()
+                .chain([committed])
+                .collect();
+            *history = History {
+                states: vec![observe(&log, *key)],
+                acked: Arc::default(),
+                committed: said,
+            };
         }
         (self.log, self.writer) = (log, writer);
     }

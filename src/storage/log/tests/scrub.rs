@@ -12,7 +12,9 @@ fn filled(disk: &SimDisk) -> (Log, LogWriter) {
     log.create(key(REPLICA.0, REPLICA.1), outcomes.done());
     let replica = log.replica(key(REPLICA.0, REPLICA.1)).expect("created");
     for index in 0..40 {
-        replica.append(vec![entry(1, index, 300)], outcomes.done()).expect("an append");
+        replica
+            .append(vec![entry(1, index, 300)], outcomes.done())
+            .expect("an append");
         pump(&mut writer);
     }
     assert_eq!(outcomes.good(), 41);
@@ -46,9 +48,19 @@ fn a_flipped_bit_anywhere_in_a_sealed_segment_is_found() {
             assert!(disk.flip_bit(&path, at, bit));
         }
         disk.fail_reads(&path);
-        assert!(matches!(log.check_segment(number, &mut |_| true), Checked::Damaged(_)), "what cannot be read");
+        assert!(
+            matches!(
+                log.check_segment(number, &mut |_| true),
+                Checked::Damaged(_)
+            ),
+            "what cannot be read"
+        );
         disk.heal();
-        assert_eq!(log.check_segment(number, &mut |_| false), Checked::Unread, "it was broken off");
+        assert_eq!(
+            log.check_segment(number, &mut |_| false),
+            Checked::Unread,
+            "it was broken off"
+        );
     }
 }
 
@@ -57,7 +69,9 @@ fn a_segment_goes_once_its_holders_have_purged_as_much() {
     let disk = SimDisk::new(2);
     let (log, mut writer) = filled(&disk);
     let damaged = log.sealed_segments()[1];
-    let [(holder, upto)] = log.holders(damaged)[..] else { panic!("one replica holds it") };
+    let [(holder, upto)] = log.holders(damaged)[..] else {
+        panic!("one replica holds it")
+    };
     assert_eq!(holder, key(REPLICA.0, REPLICA.1));
     let replica = log.replica(holder).expect("it is there");
     let outcomes = Outcomes::default();
@@ -68,6 +82,13 @@ fn a_segment_goes_once_its_holders_have_purged_as_much() {
     pump(&mut writer);
     assert_eq!(outcomes.good(), 2);
     assert!(!log.has_segment(damaged) && log.holders(damaged).is_empty());
-    assert_eq!(log.check_segment(damaged, &mut |_| true), Checked::Unread, "it is gone");
-    assert!(log.sealed_segments().iter().all(|number| *number > damaged), "and those before it");
+    assert_eq!(
+        log.check_segment(damaged, &mut |_| true),
+        Checked::Unread,
+        "it is gone"
+    );
+    assert!(
+        log.sealed_segments().iter().all(|number| *number > damaged),
+        "and those before it"
+    );
 }

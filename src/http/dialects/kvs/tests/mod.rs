@@ -1,5 +1,5 @@
-//! The contracts of C, C4 and D, status and body to the letter, over a store in memory. The fake store's shards are at home in turn on its
-//! nodes, sorted by address.
+//! The contracts of C, C4 and D, status and body to the letter, over a store in memory. The fake
+//! store's shards are at home in turn on its nodes, sorted by address.
 
 mod shards;
 mod view_change;
@@ -14,7 +14,10 @@ use crate::types::GroupId;
 /// Some key of the store's shard with this number.
 fn key_of(site: &Site, shard: u64) -> String {
     let owner = |key: &String| site.store.owner(key.as_bytes());
-    (0..).map(|n| format!("key{n}")).find(|key| owner(key) == GroupId(shard)).expect("some key")
+    (0..)
+        .map(|n| format!("key{n}"))
+        .find(|key| owner(key) == GroupId(shard))
+        .expect("some key")
 }
 
 /// The nodes a:1, b:2 and c:3 with a shard at home on each; the server is a:1.
@@ -43,11 +46,16 @@ type Row<'a> = (&'a str, &'a str, u16, &'a str);
 
 async fn check(site: &Site, rows: &[Row<'_>]) {
     for (head, body, status, answer) in rows {
-        assert_eq!(told(&site.ask(head, body).await), (*status, (*answer).to_owned()), "{head} {body}");
+        assert_eq!(
+            told(&site.ask(head, body).await),
+            (*status, (*answer).to_owned()),
+            "{head} {body}"
+        );
     }
 }
 
-const MISSING: &str = r#"{"doesExist":false,"error":"Key does not exist","message":"Error in GET"}"#;
+const MISSING: &str =
+    r#"{"doesExist":false,"error":"Key does not exist","message":"Error in GET"}"#;
 const TOO_LONG: &str = r#"{"error":"Key is too long","message":"Error in PUT"}"#;
 const BAD_JSON: &str = r#"{"error":"Bad json format","message":"Error in PUT"}"#;
 const NO_VALUE: &str = r#"{"error":"Value is missing","message":"Error in PUT"}"#;
@@ -64,7 +72,12 @@ async fn keys_are_put_got_and_deleted() {
         &site,
         &[
             (&get, "", 404, MISSING),
-            (&delete, "", 404, r#"{"doesExist":false,"error":"Key does not exist","message":"Error in DELETE"}"#),
+            (
+                &delete,
+                "",
+                404,
+                r#"{"doesExist":false,"error":"Key does not exist","message":"Error in DELETE"}"#,
+            ),
             (&put, r#"{"value":"v"}"#, 201, ADDED),
             (&put, r#"{"value":"v"}"#, 200, UPDATED),
             (&put, "", 400, BAD_JSON),
@@ -79,10 +92,30 @@ async fn keys_are_put_got_and_deleted() {
             (&put, r#"["value"]"#, 400, NO_VALUE),
             (&put, r#""value""#, 400, NO_VALUE),
             (&put, "null", 400, NO_VALUE),
-            (&get, "", 200, r#"{"doesExist":true,"message":"Retrieved successfully","value":"v"}"#),
-            (&get, r#"{"not":"asked"}"#, 200, r#"{"doesExist":true,"message":"Retrieved successfully","value":"v"}"#),
-            (&get, "no json", 200, r#"{"doesExist":true,"message":"Retrieved successfully","value":"v"}"#),
-            (&delete, "", 200, r#"{"doesExist":true,"message":"Deleted successfully"}"#),
+            (
+                &get,
+                "",
+                200,
+                r#"{"doesExist":true,"message":"Retrieved successfully","value":"v"}"#,
+            ),
+            (
+                &get,
+                r#"{"not":"asked"}"#,
+                200,
+                r#"{"doesExist":true,"message":"Retrieved successfully","value":"v"}"#,
+            ),
+            (
+                &get,
+                "no json",
+                200,
+                r#"{"doesExist":true,"message":"Retrieved successfully","value":"v"}"#,
+            ),
+            (
+                &delete,
+                "",
+                200,
+                r#"{"doesExist":true,"message":"Deleted successfully"}"#,
+            ),
             (&get, "", 404, MISSING),
         ],
     )
@@ -93,7 +126,11 @@ async fn keys_are_put_got_and_deleted() {
 #[tokio::test]
 async fn keys_have_at_most_fifty_characters() {
     let site = Site::start().await;
-    let escaped = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
+    let escaped = |text: &str| {
+        text.bytes()
+            .map(|byte| format!("%{byte:02X}"))
+            .collect::<String>()
+    };
     let rows = [
         ("k".repeat(50), 201, ADDED),
         ("k".repeat(51), 400, TOO_LONG),
@@ -104,25 +141,47 @@ async fn keys_have_at_most_fifty_characters() {
         ("k".repeat(9000), 400, TOO_LONG),
     ];
     for (key, status, answer) in rows {
-        let reply = site.put(&format!("/kvs/keys/{key}"), r#"{"value":1}"#).await;
+        let reply = site
+            .put(&format!("/kvs/keys/{key}"), r#"{"value":1}"#)
+            .await;
         let address = r#","address":"#;
         let text = reply.text();
-        assert_eq!((reply.status, text.split(address).next()), (status, answer.strip_suffix('}')), "{key}");
+        assert_eq!(
+            (reply.status, text.split(address).next()),
+            (status, answer.strip_suffix('}')),
+            "{key}"
+        );
         let reply = site.put(&format!("/kvs/keys/{key}"), "{}").await;
-        assert!(reply.text().starts_with(NO_VALUE.trim_end_matches('}')), "the value is looked at first: {key}");
+        assert!(
+            reply.text().starts_with(NO_VALUE.trim_end_matches('}')),
+            "the value is looked at first: {key}"
+        );
         let reply = site.put(&format!("/kvs/keys/{key}"), "").await;
-        assert!(reply.text().starts_with(BAD_JSON.trim_end_matches('}')), "{key}");
+        assert!(
+            reply.text().starts_with(BAD_JSON.trim_end_matches('}')),
+            "{key}"
+        );
     }
     // Others may have stored longer ones.
     let long = "k".repeat(1000);
     assert_eq!(site.put(&format!("/v1/kv/{long}"), "v").await.status, 201);
     assert_eq!(site.get(&format!("/kvs/keys/{long}")).await.status, 200);
-    assert_eq!(site.ask(&format!("DELETE /kvs/keys/{long}"), "").await.status, 200);
+    assert_eq!(
+        site.ask(&format!("DELETE /kvs/keys/{long}"), "")
+            .await
+            .status,
+        200
+    );
     for key in [String::new(), "k".repeat(5000)] {
         for method in ["GET", "DELETE"] {
             let reply = site.ask(&format!("{method} /kvs/keys/{key}"), "").await;
-            let expected = format!(r#"{{"doesExist":false,"error":"Key does not exist","message":"Error in {method}""#);
-            assert!(reply.status == 404 && reply.text().starts_with(&expected), "{reply:?}");
+            let expected = format!(
+                r#"{{"doesExist":false,"error":"Key does not exist","message":"Error in {method}""#
+            );
+            assert!(
+                reply.status == 404 && reply.text().starts_with(&expected),
+                "{reply:?}"
+            );
         }
     }
     assert_eq!(site.put("/kvs/keys/", r#"{"value":1}"#).await.status, 400);
@@ -185,18 +244,30 @@ async fn a_value_comes_back_as_it_was_given() {
         r#"{"\ud800":"\ud800"}"#,
         &deep,
     ] {
-        let put = site.put(&path, format!(r#" {{ "x": 1, "value" : {value} , "y": null }} "#)).await;
+        let put = site
+            .put(
+                &path,
+                format!(r#" {{ "x": 1, "value" : {value} , "y": null }} "#),
+            )
+            .await;
         assert!(put.status == 201 || put.status == 200, "{value}: {put:?}");
         let got = told(&site.get(&path).await);
-        let expected = format!(r#"{{"doesExist":true,"message":"Retrieved successfully","value":{value}}}"#);
+        let expected =
+            format!(r#"{{"doesExist":true,"message":"Retrieved successfully","value":{value}}}"#);
         assert_eq!(got, (200, expected), "{value}");
     }
     site.put(&path, r#"{"value":1,"value":"l\u0061st"}"#).await;
     let record = site.store.record(key.as_bytes()).expect("stored");
-    assert_eq!((record.media, record.value.as_ref()), (Media::Text, &b"last"[..]));
+    assert_eq!(
+        (record.media, record.value.as_ref()),
+        (Media::Text, &b"last"[..])
+    );
     site.put(&path, r#"{"value": {"a": 1} }"#).await;
     let record = site.store.record(key.as_bytes()).expect("stored");
-    assert_eq!((record.media, record.value.as_ref()), (Media::Json, &br#"{"a": 1}"#[..]));
+    assert_eq!(
+        (record.media, record.value.as_ref()),
+        (Media::Json, &br#"{"a": 1}"#[..])
+    );
     site.stop().await;
 }
 
@@ -214,9 +285,15 @@ async fn what_others_stored_is_shown_as_json() {
         ("application/octet-stream", b"\xff\x00", r#""/wA=""#),
         ("image/png", b"\x89PNG", r#""iVBORw==""#),
     ] {
-        site.ask(&format!("PUT /v1/kv/{key}\ncontent-type: {kind}"), value).await;
-        let expected = format!(r#"{{"doesExist":true,"message":"Retrieved successfully","value":{shown}}}"#);
-        assert_eq!(told(&site.get(&format!("/kvs/keys/{key}")).await), (200, expected), "{kind}");
+        site.ask(&format!("PUT /v1/kv/{key}\ncontent-type: {kind}"), value)
+            .await;
+        let expected =
+            format!(r#"{{"doesExist":true,"message":"Retrieved successfully","value":{shown}}}"#);
+        assert_eq!(
+            told(&site.get(&format!("/kvs/keys/{key}")).await),
+            (200, expected),
+            "{kind}"
+        );
     }
     site.stop().await;
 }
@@ -235,8 +312,17 @@ async fn the_address_is_told_unless_the_node_asked_is_the_home() {
     ] {
         site.store.set_here(here);
         let key = key_of(&site, shard);
-        let (put, get, delete) = (format!("PUT /kvs/keys/{key}"), format!("GET /kvs/{key}"), format!("DELETE /kvs/keys/{key}"));
-        let with = |answer: &str| format!("{}{address}}}", answer.strip_suffix('}').expect("an object"));
+        let (put, get, delete) = (
+            format!("PUT /kvs/keys/{key}"),
+            format!("GET /kvs/{key}"),
+            format!("DELETE /kvs/keys/{key}"),
+        );
+        let with = |answer: &str| {
+            format!(
+                "{}{address}}}",
+                answer.strip_suffix('}').expect("an object")
+            )
+        };
         let retrieved = r#"{"doesExist":true,"message":"Retrieved successfully","value":1}"#;
         check(
             &site,
@@ -246,7 +332,12 @@ async fn the_address_is_told_unless_the_node_asked_is_the_home() {
                 (&put, "{}", 400, &with(NO_VALUE)),
                 (&put, "", 400, &with(BAD_JSON)),
                 (&get, "", 200, &with(retrieved)),
-                (&delete, "", 200, &with(r#"{"doesExist":true,"message":"Deleted successfully"}"#)),
+                (
+                    &delete,
+                    "",
+                    200,
+                    &with(r#"{"doesExist":true,"message":"Deleted successfully"}"#),
+                ),
                 (&get, "", 404, &with(MISSING)),
             ],
         )
@@ -258,14 +349,30 @@ async fn the_address_is_told_unless_the_node_asked_is_the_home() {
 #[tokio::test]
 async fn in_a_replicated_store_the_address_is_told_outside_of_the_shard() {
     let site = exclusive().await;
-    for (here, shard, tells) in
-        [(1, 1, false), (2, 1, false), (3, 1, true), (4, 1, true), (1, 2, true), (2, 2, true), (3, 2, false), (4, 2, false)]
-    {
+    for (here, shard, tells) in [
+        (1, 1, false),
+        (2, 1, false),
+        (3, 1, true),
+        (4, 1, true),
+        (1, 2, true),
+        (2, 2, true),
+        (3, 2, false),
+        (4, 2, false),
+    ] {
         site.store.set_here(Some(here));
-        let reply = site.get(&format!("/kvs/keys/{}", key_of(&site, shard))).await;
+        let reply = site
+            .get(&format!("/kvs/keys/{}", key_of(&site, shard)))
+            .await;
         let address = reply.json()["address"].as_str().map(str::to_owned);
-        assert_eq!(address.is_some(), tells, "node {here}, shard {shard}: {reply:?}");
-        let of_shard = ["a:1", "b:2", "c:3", "d:4"].chunks(2).nth(shard as usize - 1).expect("two shards");
+        assert_eq!(
+            address.is_some(),
+            tells,
+            "node {here}, shard {shard}: {reply:?}"
+        );
+        let of_shard = ["a:1", "b:2", "c:3", "d:4"]
+            .chunks(2)
+            .nth(shard as usize - 1)
+            .expect("two shards");
         assert!(address.is_none_or(|address| of_shard.contains(&address.as_str())));
     }
     site.stop().await;
@@ -273,22 +380,44 @@ async fn in_a_replicated_store_the_address_is_told_outside_of_the_shard() {
 
 async fn fill(site: &Site, keys: usize) {
     for n in 0..keys {
-        assert_eq!(site.put(&format!("/kvs/keys/fill-{n}"), r#"{"value":1}"#).await.status, 201);
+        assert_eq!(
+            site.put(&format!("/kvs/keys/fill-{n}"), r#"{"value":1}"#)
+                .await
+                .status,
+            201
+        );
     }
 }
 
 #[tokio::test]
 async fn without_a_quorum_it_says_so() {
     let site = spread().await;
-    let (put, get, delete) = ("PUT /kvs/keys/key", "GET /kvs/keys/key", "DELETE /kvs/keys/key");
+    let (put, get, delete) = (
+        "PUT /kvs/keys/key",
+        "GET /kvs/keys/key",
+        "DELETE /kvs/keys/key",
+    );
     for failure in [
-        Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 },
-        Failure::Unknown { reason: "lost".into() },
-        Failure::Overloaded { limit: "all".into(), retry_after_ms: 1000 },
-        Failure::Elsewhere { shard: GroupId(1), address: "b:2".parse().expect("an address") },
+        Failure::Unavailable {
+            reason: "no quorum".into(),
+            retry_after_ms: 1000,
+        },
+        Failure::Unknown {
+            reason: "lost".into(),
+        },
+        Failure::Overloaded {
+            limit: "all".into(),
+            retry_after_ms: 1000,
+        },
+        Failure::Elsewhere {
+            shard: GroupId(1),
+            address: "b:2".parse().expect("an address"),
+        },
     ] {
         site.store.fail(1, failure);
-        let unable = |method: &str| format!(r#"{{"error":"Unable to satisfy request","message":"Error in {method}"}}"#);
+        let unable = |method: &str| {
+            format!(r#"{{"error":"Unable to satisfy request","message":"Error in {method}"}}"#)
+        };
         check(
             &site,
             &[
@@ -302,9 +431,17 @@ async fn without_a_quorum_it_says_so() {
         .await;
     }
     assert!(site.store.last_options().timeout < std::time::Duration::from_secs(5));
-    let reason = "spare: waiting for a view change of the cluster to name this node; members: b:2, c:3";
-    *site.readiness.0.lock().expect("no panic") = Some(NotReady { code: "spare", reason: reason.into() });
-    let spare = |method: &str| format!(r#"{{"error":"Unable to satisfy request: {reason}","message":"Error in {method}"}}"#);
+    let reason =
+        "spare: waiting for a view change of the cluster to name this node; members: b:2, c:3";
+    *site.readiness.0.lock().expect("no panic") = Some(NotReady {
+        code: "spare",
+        reason: reason.into(),
+    });
+    let spare = |method: &str| {
+        format!(
+            r#"{{"error":"Unable to satisfy request: {reason}","message":"Error in {method}"}}"#
+        )
+    };
     check(
         &site,
         &[
@@ -353,15 +490,29 @@ async fn a_causal_context_is_returned_by_every_answer() {
             ("[1]", "{}"),
             (r#"{"\ud800":1}"#, r#"{"\ud800":1}"#),
         ] {
-            let reply = site.ask(head, format!(r#"{{{more}"causal-context":{given}}}"#)).await;
+            let reply = site
+                .ask(head, format!(r#"{{{more}"causal-context":{given}}}"#))
+                .await;
             let end = format!(r#""causal-context":{returned}}}"#);
             assert!(reply.text().ends_with(&end), "{head}: {reply:?}");
         }
-        let without = site.ask(head, format!("{{{}}}", more.trim_end_matches(','))).await;
-        assert!(!without.text().contains("causal-context"), "{head}: {without:?}");
+        let without = site
+            .ask(head, format!("{{{}}}", more.trim_end_matches(',')))
+            .await;
+        assert!(
+            !without.text().contains("causal-context"),
+            "{head}: {without:?}"
+        );
     }
-    site.store.fail(1, Failure::Unknown { reason: "lost".into() });
-    let reply = site.ask("GET /kvs/keys/a", r#"{"causal-context":{"a":1}}"#).await;
+    site.store.fail(
+        1,
+        Failure::Unknown {
+            reason: "lost".into(),
+        },
+    );
+    let reply = site
+        .ask("GET /kvs/keys/a", r#"{"causal-context":{"a":1}}"#)
+        .await;
     let text = r#"{"error":"Unable to satisfy request","message":"Error in GET","causal-context":{"a":1}}"#;
     assert_eq!(told(&reply), (503, text.to_owned()));
     site.stop().await;
@@ -369,8 +520,14 @@ async fn a_causal_context_is_returned_by_every_answer() {
 
 #[tokio::test]
 async fn hostile_input_is_refused() {
-    let site = Site::with(Limits { value_bytes_max: 100, body_bytes_max: 300, ..Limits::default() }).await;
-    let refused = |text: &str, method: &str| format!(r#"{{"error":"{text}","message":"Error in {method}"}}"#);
+    let site = Site::with(Limits {
+        value_bytes_max: 100,
+        body_bytes_max: 300,
+        ..Limits::default()
+    })
+    .await;
+    let refused =
+        |text: &str, method: &str| format!(r#"{{"error":"{text}","message":"Error in {method}"}}"#);
     for (head, method) in [
         ("POST /kvs/keys/a", "POST"),
         ("PATCH /kvs/a", "PATCH"),
@@ -381,22 +538,59 @@ async fn hostile_input_is_refused() {
         ("POST /proxy/view-change", "POST"),
     ] {
         let reply = site.ask(head, "").await;
-        assert_eq!(told(&reply), (405, refused("Method not allowed", method)), "{head}");
+        assert_eq!(
+            told(&reply),
+            (405, refused("Method not allowed", method)),
+            "{head}"
+        );
         assert!(!reply.header("allow").is_empty());
     }
-    for path in ["/kvs", "/proxy", "/proxy/", "/proxy/view-change/", "/KVS/keys/a", "/kvs2/keys/a"] {
-        assert_eq!(site.get(path).await.verdict(), (404, "unknown_route".into()), "{path}");
+    for path in [
+        "/kvs",
+        "/proxy",
+        "/proxy/",
+        "/proxy/view-change/",
+        "/KVS/keys/a",
+        "/kvs2/keys/a",
+    ] {
+        assert_eq!(
+            site.get(path).await.verdict(),
+            (404, "unknown_route".into()),
+            "{path}"
+        );
     }
     let long = format!(r#"{{"value":"{}"}}"#, "v".repeat(101));
     assert_eq!(site.put("/kvs/keys/a", long).await.status, 413);
-    for head in ["PUT /kvs/keys/a", "GET /kvs/keys/a", "PUT /kvs/view-change", "GET /kvs/shards"] {
+    for head in [
+        "PUT /kvs/keys/a",
+        "GET /kvs/keys/a",
+        "PUT /kvs/view-change",
+        "GET /kvs/shards",
+    ] {
         let reply = site.ask(head, "x".repeat(301)).await;
-        assert_eq!((reply.status, reply.json()["message"].is_string()), (413, true), "{head}");
+        assert_eq!(
+            (reply.status, reply.json()["message"].is_string()),
+            (413, true),
+            "{head}"
+        );
     }
-    for body in [&b"\xff"[..], b"{\"value\":\"\xff\"}", b"{\"\xff\":1,\"value\":1}", b"\xef\xbb\xbf{\"value\":1}", b"\0"] {
-        assert_eq!(site.ask("PUT /kvs/keys/a", body).await.status, 400, "{body:?}");
+    for body in [
+        &b"\xff"[..],
+        b"{\"value\":\"\xff\"}",
+        b"{\"\xff\":1,\"value\":1}",
+        b"\xef\xbb\xbf{\"value\":1}",
+        b"\0",
+    ] {
+        assert_eq!(
+            site.ask("PUT /kvs/keys/a", body).await.status,
+            400,
+            "{body:?}"
+        );
     }
-    for body in ["[".repeat(300), format!("{}{}", "{\"value\":".repeat(30), "}".repeat(30))] {
+    for body in [
+        "[".repeat(300),
+        format!("{}{}", "{\"value\":".repeat(30), "}".repeat(30)),
+    ] {
         assert_eq!(site.ask("PUT /kvs/keys/a", body).await.status, 400);
     }
     assert_eq!(site.store.requests(), 0);

@@ -11,7 +11,8 @@ async fn each_node_counts_what_is_at_home_on_it() {
         site.store.set_here(Some(here));
         let reply = site.get("/kvs/key-count").await;
         let keys = reply.json()["key-count"].as_u64().expect("a number");
-        let text = format!(r#"{{"message":"Key count retrieved successfully","key-count":{keys}}}"#);
+        let text =
+            format!(r#"{{"message":"Key count retrieved successfully","key-count":{keys}}}"#);
         assert_eq!(told(&reply), (200, text));
         sum += keys;
     }
@@ -49,7 +50,11 @@ async fn shards_are_listed_and_counted() {
     let keys = |id: &str| {
         let path = format!("/kvs/shards/{id}");
         let site = &site;
-        async move { site.get(&path).await.json()["key-count"].as_u64().expect("a number") }
+        async move {
+            site.get(&path).await.json()["key-count"]
+                .as_u64()
+                .expect("a number")
+        }
     };
     let (first, second) = (keys("1").await, keys("2").await);
     assert_eq!(first + second, 40);
@@ -61,18 +66,36 @@ async fn shards_are_listed_and_counted() {
     check(
         &site,
         &[
-            ("GET /kvs/shards/1", "", 200, &shard(1, first, r#""a:1","b:2""#)),
-            ("GET /kvs/shards/2", "", 200, &shard(2, second, r#""c:3","d:4""#)),
+            (
+                "GET /kvs/shards/1",
+                "",
+                200,
+                &shard(1, first, r#""a:1","b:2""#),
+            ),
+            (
+                "GET /kvs/shards/2",
+                "",
+                200,
+                &shard(2, second, r#""c:3","d:4""#),
+            ),
         ],
     )
     .await;
     for (here, id, keys) in [(1, 1, first), (2, 1, first), (3, 2, second), (4, 2, second)] {
         site.store.set_here(Some(here));
-        let text = format!(r#"{{"message":"Key count retrieved successfully","key-count":{keys},"shard-id":"{id}"}}"#);
+        let text = format!(
+            r#"{{"message":"Key count retrieved successfully","key-count":{keys},"shard-id":"{id}"}}"#
+        );
         check(&site, &[("GET /kvs/key-count", "", 200, &text)]).await;
     }
     // One shard without a quorum takes nothing from the other.
-    site.store.fail(1, Failure::Unavailable { reason: "no quorum".into(), retry_after_ms: 1000 });
+    site.store.fail(
+        1,
+        Failure::Unavailable {
+            reason: "no quorum".into(),
+            retry_after_ms: 1000,
+        },
+    );
     assert_eq!(site.get("/kvs/key-count").await.status, 200);
     assert_eq!(site.get("/kvs/shards/1").await.status, 503);
     site.stop().await;

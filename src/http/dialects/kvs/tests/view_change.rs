@@ -14,7 +14,9 @@ async fn a_view_change_is_waited_for_and_counted() {
     let change = r#"{"view":"d:4,a:1,c:3"}"#;
     let reply = site.put("/kvs/view-change", change).await;
     let shards = reply.json()["shards"].clone();
-    let keys: Vec<u64> = (0..3).map(|at| shards[at]["key-count"].as_u64().expect("a number")).collect();
+    let keys: Vec<u64> = (0..3)
+        .map(|at| shards[at]["key-count"].as_u64().expect("a number"))
+        .collect();
     let text = format!(
         concat!(
             r#"{{"message":"View change successful","shards":[{{"address":"d:4","key-count":{}}},"#,
@@ -39,7 +41,8 @@ async fn a_view_change_is_waited_for_and_counted() {
     site.stop().await;
 }
 
-/// The node that answers may learn of the end later than the one that leads the change: before, it would tell of the shards as they were.
+/// The node that answers may learn of the end later than the one that leads the change: before, it
+/// would tell of the shards as they were.
 #[tokio::test]
 async fn a_view_change_is_not_told_as_it_was_before() {
     let site = spread().await;
@@ -50,9 +53,14 @@ async fn a_view_change_is_not_told_as_it_was_before() {
         tokio::time::sleep(learns_at).await;
         store.set_epoch(2);
     });
-    let reply = site.put("/kvs/view-change", r#"{"view":"a:1,b:2,c:3"}"#).await;
+    let reply = site
+        .put("/kvs/view-change", r#"{"view":"a:1,b:2,c:3"}"#)
+        .await;
     assert_eq!(reply.status, 200, "{reply:?}");
-    assert!(asked.elapsed() >= learns_at, "it did not wait until it knew");
+    assert!(
+        asked.elapsed() >= learns_at,
+        "it did not wait until it knew"
+    );
     learning.await.expect("no panic");
     site.stop().await;
 }
@@ -62,8 +70,17 @@ async fn a_view_change_may_ask_for_a_replication_factor() {
     let site = spread().await;
     fill(&site, 30).await;
     site.store.set_epoch(2);
-    let reply = site.put("/kvs/view-change", r#"{"view":"a:1,b:2,c:3,d:4","repl-factor":2}"#).await;
-    let keys = |at: usize| reply.json()["shards"][at]["key-count"].as_u64().expect("a number");
+    let reply = site
+        .put(
+            "/kvs/view-change",
+            r#"{"view":"a:1,b:2,c:3,d:4","repl-factor":2}"#,
+        )
+        .await;
+    let keys = |at: usize| {
+        reply.json()["shards"][at]["key-count"]
+            .as_u64()
+            .expect("a number")
+    };
     let text = format!(
         concat!(
             r#"{{"message":"View change successful","shards":[{{"shard-id":"1","key-count":{},"replicas":["a:1","b:2"]}},"#,
@@ -112,12 +129,29 @@ async fn a_bad_view_change_is_refused_and_changes_nothing() {
             let reply = site.put(path, body).await;
             assert_eq!(reply.status, 400, "{body}: {reply:?}");
             let json = reply.json();
-            let fields: Vec<&str> = json.as_object().expect("an object").keys().map(String::as_str).collect();
-            assert_eq!((fields, json["message"].as_str()), (vec!["error", "message"], Some("Error in PUT")));
+            let fields: Vec<&str> = json
+                .as_object()
+                .expect("an object")
+                .keys()
+                .map(String::as_str)
+                .collect();
+            assert_eq!(
+                (fields, json["message"].as_str()),
+                (vec!["error", "message"], Some("Error in PUT"))
+            );
         }
     }
     let unable = r#"{"error":"Unable to satisfy request","message":"Error in PUT"}"#;
-    check(&site, &[("PUT /kvs/view-change", r#"{"view":"silent:1,a:1"}"#, 503, unable)]).await;
+    check(
+        &site,
+        &[(
+            "PUT /kvs/view-change",
+            r#"{"view":"silent:1,a:1"}"#,
+            503,
+            unable,
+        )],
+    )
+    .await;
     assert_eq!(site.get("/v1/cluster").await.text(), before);
     site.stop().await;
 }
@@ -129,11 +163,18 @@ async fn a_spare_passes_a_view_change_on() {
     cluster.set_epoch(2);
     site.store.set_network(cluster.clone());
     site.store.set_here(None);
-    let none =
-        r#"{"message":"View change successful","shards":[{"address":"a:1","key-count":0},{"address":"e:5","key-count":0}]}"#;
-    check(&site, &[("PUT /kvs/view-change", r#"{"view":"a:1,e:5"}"#, 200, none)]).await;
+    let none = r#"{"message":"View change successful","shards":[{"address":"a:1","key-count":0},{"address":"e:5","key-count":0}]}"#;
+    check(
+        &site,
+        &[("PUT /kvs/view-change", r#"{"view":"a:1,e:5"}"#, 200, none)],
+    )
+    .await;
     assert_eq!(cluster.nodes(), ["a:1", "e:5"]);
-    assert_eq!(site.store.nodes(), ["a:1", "b:2", "c:3"], "its own view is nobody's");
+    assert_eq!(
+        site.store.nodes(),
+        ["a:1", "b:2", "c:3"],
+        "its own view is nobody's"
+    );
     site.stop().await;
 }
 
