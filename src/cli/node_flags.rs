@@ -42,8 +42,15 @@ pub struct Arguments {
     pub view: Option<Given<Addresses>>,
     /// Join a cluster and never found one: where every node of the view is empty, wait. For nodes
     /// of a cluster that is there
-    #[arg(long, env = "JOIN_ONLY", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
-          value_parser = switch)]
+    #[arg(
+        long,
+        env = "JOIN_ONLY",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        value_parser = switch
+    )]
     pub join_only: Option<bool>,
     /// Nodes per shard. Without --shards each node then belongs to exactly one shard; else each has
     /// one shard with up to 3 replicas
@@ -83,7 +90,13 @@ pub struct Arguments {
     /// A node that is out of reach for so many seconds has its replicas rebuilt on others, where
     /// there are enough; a replica that has failed for so long on a node in reach is replaced
     /// there. All nodes should have the same
-    #[arg(long, env = "REPLACE_AFTER", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(
+        long,
+        env = "REPLACE_AFTER",
+        value_name = "SECONDS",
+        default_value_t = 300,
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
     pub replace_after: u64,
     /// An empty data directory that answers at the address of a node that is away takes its place
     /// after so many seconds: until then it may be a mistake. All nodes should have the same
@@ -96,7 +109,12 @@ pub struct Arguments {
     pub lost_disk_after: u64,
     /// Multiplies heartbeat and election times: for very many groups on few cores. All nodes should
     /// have the same
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u64).range(1..=100)
+    )]
     pub timing_factor: u64,
     /// Read by the leader's lease, without a round to a quorum; clocks may drift by MS within an
     /// election timeout. The clock must not stop (a suspended virtual machine breaks
@@ -118,7 +136,12 @@ pub struct Arguments {
     pub raise_level_after: u64,
     /// The replicas of each shard compare what they hold every so many seconds; one that differs
     /// from a majority is rebuilt
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 600,
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
     pub compare_every: u64,
     /// What is on the disk is read again every so many seconds, at 16 MiB per second, and mended
     /// where it has rotted; 0 for never

@@ -576,7 +576,10 @@ mod tests {
         let address: Address = "a:1".parse().expect("an address");
         let read = |text: &str| read_identity(&address, text).map_err(|error| error.to_string());
         let text = format!(
-            r#"{{"directory":"{:032x}","address":"a:1","public_address":null,"standing":{{"fresh":{{"view":[]}}}}}}"#,
+            concat!(
+                r#"{{"directory":"{:032x}","address":"a:1","public_address":null,"#,
+                r#""standing":{{"fresh":{{"view":[]}}}}}}"#
+            ),
             7
         );
         let first = read(&text).expect("of a first program");

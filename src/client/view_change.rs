@@ -372,9 +372,11 @@ mod tests {
     fn what_is_left_out_stays_and_words_stand_for_the_defaults() {
         let read = |text: &str| serde_json::from_str::<ViewChange>(text);
         assert_eq!(read("{}").expect("a change"), ViewChange::default());
-        let change =
-            read(r#"{"nodes":["a:1"],"layout":"exclusive","replication_factor":"auto","shards":"per-node"}"#).expect("a \
-                change");
+        let text = concat!(
+            r#"{"nodes":["a:1"],"layout":"exclusive","#,
+            r#""replication_factor":"auto","shards":"per-node"}"#
+        );
+        let change = read(text).expect("a change");
         assert_eq!(
             change.replication_factor,
             Some(ReplicationFactor::Default(Auto::Auto))

@@ -237,7 +237,9 @@ impl Serving {
                         return Step::ShutDown;
                     }
                 }
-                () = talk.place.left(), if watch.waits && talk.place.is_at_the_door() => return Step::End,
+                () = talk.place.left(), if watch.waits && talk.place.is_at_the_door() => {
+                    return Step::End;
+                }
                 () = talk.over.notified(), if !watch.is_ending => {
                     watch.end_soon();
                     return Step::ShutDown;

@@ -544,7 +544,10 @@ mod tests {
             r#"quorate_http_request_seconds_bucket{dialect="native",method="PUT",le="0.005"} 1"#,
             r#"quorate_http_request_seconds_bucket{dialect="native",method="PUT",le="+Inf"} 1"#,
             r#"quorate_http_request_seconds_sum{dialect="native",method="PUT"} 0.003"#,
-            r#"quorate_http_request_duration_seconds_bucket{dialect="native",method="PUT",le="0.005"} 1"#,
+            concat!(
+                "quorate_http_request_duration_seconds_bucket",
+                r#"{dialect="native",method="PUT",le="0.005"} 1"#
+            ),
             r#"quorate_http_problems_total{code="overloaded"} 1"#,
             r#"quorate_http_problems_total{code="unavailable"} 0"#,
             r#"quorate_http_request_seconds_count{dialect="native",method="PUT"} 1"#,

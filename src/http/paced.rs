@@ -265,8 +265,9 @@ mod tests {
         assert!(write(&mut paced).await.is_pending(), "there is room");
         let _share = answers.take(51).expect("there is room");
         tokio::time::advance(Duration::from_secs(1000)).await;
-        assert!(
-            matches!(write(&mut paced).await, Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut)
-        );
+        assert!(matches!(
+            write(&mut paced).await,
+            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut
+        ));
     }
 }

@@ -15,16 +15,19 @@
 //! | `unknown_operation` | 404 | no change of the view was accepted under this id |
 //! | `method_not_allowed` | 405 | the path has other methods: see `Allow` |
 //! | `body_timeout` | 408 | the body came too slowly |
-//! | `view_refused` | 409 | the view can't be changed so as it is now; nothing was changed |
-//! | `condition_failed` | 412 | `If-Match` or `If-None-Match` did not hold; nothing was changed; `ETag` is the current one, if the key exists |
-//! | `epoch_changed` | 412 | another change of the view was accepted meanwhile: `epoch` is its plan; nothing was changed |
-//! | `too_large` | 413 | past a limit, which `detail` names; nothing was changed |
-//! | `idempotency_key_reused` | 422 | the `Idempotency-Key` was used for another request; nothing was changed |
-//! | `not_applied` | 424 | only of an item of a batch: another item of its shard was refused, so nothing of that shard was changed |
-//! | `overloaded` | 429 | a limit is reached; nothing was changed; see `Retry-After` |
-//! | `unavailable` | 503 | nothing was changed, and nobody could do it in time; see `Retry-After` |
-//! | `node_not_ready` | 503 | a node that is to join does not answer, or belongs to another cluster; nothing was changed |
+//! | `view_refused` | 409 | the view can't be changed so as it is now |
+//! | `condition_failed` | 412 | `If-Match` or `If-None-Match` did not hold |
+//! | `epoch_changed` | 412 | another change of the view was accepted: `epoch` is its plan |
+//! | `too_large` | 413 | past a limit, which `detail` names |
+//! | `idempotency_key_reused` | 422 | the `Idempotency-Key` was used for another request |
+//! | `not_applied` | 424 | only of an item of a batch: another of its shard was refused |
+//! | `overloaded` | 429 | a limit is reached; see `Retry-After` |
+//! | `unavailable` | 503 | nobody could do it in time; see `Retry-After` |
+//! | `node_not_ready` | 503 | a node that is to join does not answer, or is of another cluster |
 //! | `unknown_outcome` | 504 | it may have happened, or may yet happen |
+//!
+//! Under 409 to 503 nothing was changed; under 424, nothing of the item's shard. A
+//! `condition_failed` comes with the current `ETag`, if the key exists.
 //!
 //! A request for a shard that another node leads is not an error: it is answered 307 with a
 //! `Location` (see [`redirect`]). `/readyz` has codes of its own, given by what is not ready.

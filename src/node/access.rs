@@ -500,7 +500,10 @@ impl Access {
             // One that has stopped does not hear who leads.
             Some(_) | None => self.elsewhere_in_reach(shard).await,
         };
-        let is_shared = matches!(&failure, Failure::Elsewhere { address, .. } if !self.member.map().is_public(address));
+        let is_shared = matches!(
+            &failure,
+            Failure::Elsewhere { address, .. } if !self.member.map().is_public(address)
+        );
         (!is_shared).then_some(failure)
     }
 

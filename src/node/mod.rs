@@ -277,7 +277,8 @@ impl Node {
             too_old = too_old => Err(too_old.into()),
             ousted = ousted => Err(match ousted {
                 Ousted::Outdated { by, number } => {
-                    self.outdated(format!("{by} knows of start {number} of it, which is not in it")).await
+                    let reason = format!("{by} knows of start {number} of it, which is not in it");
+                    self.outdated(reason).await
                 }
                 Ousted::Doubled { by } => NodeError::Doubled { by },
             }),

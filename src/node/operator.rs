@@ -193,9 +193,16 @@ impl Operator {
             let members = &members;
             async move {
                 let identity = peers.identity(address, ASK_TIMEOUT).await.ok()?;
-                let is_ours = matches!(&identity.standing, Standing::Member { view: known } if known.cluster == view.cluster);
+                let is_ours = matches!(
+                    &identity.standing,
+                    Standing::Member { view: known } if known.cluster == view.cluster
+                );
                 if is_ours {
-                    self.member.peers.invite(address, members, ASK_TIMEOUT).await.ok()?;
+                    self.member
+                        .peers
+                        .invite(address, members, ASK_TIMEOUT)
+                        .await
+                        .ok()?;
                 }
                 is_ours.then_some(())
             }

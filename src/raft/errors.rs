@@ -24,7 +24,11 @@ pub enum ProposeError {
     #[error("this replica has stopped: {reason}")]
     Stopped { reason: String },
     /// Not every node of the cluster may be able to read it: nothing was proposed.
-    #[error("a {} needs level {}, which this cluster has not reached: upgrade all of its nodes", .needs.name(), .needs.level())]
+    #[error(
+        "a {} needs level {}, which this cluster has not reached: upgrade all of its nodes",
+        .needs.name(),
+        .needs.level()
+    )]
     NotYet { needs: Feature },
     /// The replicas of the shard are not of one mind: nothing is written until they are.
     #[error("it is read-only: {reason}")]

@@ -536,8 +536,13 @@ where
         // Heartbeats follow what was acknowledged.
         let is_known = self.client.lane == Lane::Heartbeat || done.previous <= self.acknowledged;
         if matches!(response, AppendEntriesResponse::Conflict) && (is_known || done.follows_acked) {
-            rarely!(warn, to = %self.client.to, group = %self.client.head.group, previous = ?done.previous, "a \
-                conflict that can't be");
+            rarely!(
+                warn,
+                to = %self.client.to,
+                group = %self.client.head.group,
+                previous = ?done.previous,
+                "a conflict that can't be"
+            );
             if done.follows_acked {
                 self.client.tell_missing();
             }

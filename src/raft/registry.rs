@@ -471,10 +471,11 @@ impl Registry {
     /// Hands over every leadership that somebody can take, all at a time.
     pub async fn hand_over(&self, timeout: Duration) {
         let led = self.replicas().into_iter().filter(|group| group.leads());
-        let handed = led.filter_map(|group| group.best_successor().map(|to| (group, to))).map(|(group, to)| async move {
+        let with_successors = led.filter_map(|group| Some((group.best_successor()?, group)));
+        let handed = with_successors.map(|(to, group)| async move {
             if let Err(error) = group.transfer_leader_within(to, timeout).await {
-                tracing::info!(group = %group.key().group, %error, "the leadership was not handed \
-                    over");
+                let group = group.key().group;
+                tracing::info!(%group, %error, "the leadership was not handed over");
             }
         });
         join_all(handed).await;

@@ -349,7 +349,11 @@ mod tests {
                 few && matches!(destination, Some(D::Installing(_)))
             }
             Step::Complete { chunk } => {
-                let here = matches!(destination, Some(D::Installing(progress)) if progress.chunk == *chunk && !progress.complete);
+                let here = matches!(
+                    destination,
+                    Some(D::Installing(progress))
+                        if progress.chunk == *chunk && !progress.complete
+                );
                 here && *source == S::Frozen(Remaining::Changes { bytes: 0 })
             }
             Step::Release => {

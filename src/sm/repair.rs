@@ -56,7 +56,12 @@ pub fn next_plan(
         return None;
     }
     let mut out = out_of_reach(view, seen, replace_after_ms);
-    let is_back = |id: &NodeId| matches!(seen.get(id), Some(Seen::Here { for_ms }) if *for_ms >= replace_after_ms);
+    let is_back = |id: &NodeId| {
+        matches!(
+            seen.get(id),
+            Some(Seen::Here { for_ms }) if *for_ms >= replace_after_ms
+        )
+    };
     out.extend(view.out.iter().filter(|id| !is_back(id)));
     let wanted: Vec<Node> = view
         .staying()

@@ -7,14 +7,16 @@
 //! | tag | key | value |
 //! | --- | --- | --- |
 //! | 0x00 | reserved for the storage layer's own bookkeeping: the core never writes here | |
-//! | 0x01 | the shard's clock: group time, and where the sweep of expired requests is | `requests::Clock` |
+//! | 0x01 | group time, and where the sweep of expired requests is | `requests::Clock` |
 //! | 0x02 | slot | [`SlotState`] |
 //! | 0x03 | slot, idempotency key | `requests::RequestRecord` |
-//! | 0x04 | slot, group time in ms (eight bytes, big-endian), idempotency key | what the record costs in bytes |
-//! | 0x05 | move id, log index (eight bytes each, big-endian), a key that this entry changed under this move | the change's bytes |
-//! | 0x06 | move id (eight bytes, big-endian) | `kv::OpenMove` |
+//! | 0x04 | slot, group time in ms, idempotency key | what the record costs in bytes |
+//! | 0x05 | move id, log index, a key that the entry changed under it | the change's bytes |
+//! | 0x06 | move id | `kv::OpenMove` |
 //! | 0x07 | why nothing is written to the shard, if nothing is | text |
 //! | 0x10 | slot, user key | `kv::Record` |
+//!
+//! In keys, group times, move ids and log indexes are eight bytes, big-endian.
 //!
 //! Kept out: what is done with any of it (`kv`, `requests`). The hash, the layout and [`SlotState`]
 //! are part of the disk format.

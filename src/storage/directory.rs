@@ -95,8 +95,10 @@ pub enum DirectoryError {
         #[source]
         source: io::Error,
     },
-    #[error("the data directory {path} is in use by {}", pid.map_or_else(|| "another process".to_owned(), |pid| format!("process \
-        {pid}")))]
+    #[error(
+        "the data directory {path} is in use by {}",
+        pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"))
+    )]
     Locked { path: PathBuf, pid: Option<u32> },
     #[error(
         "{path} is damaged: {reason}. Restore it, or give this node an empty data directory; it \

@@ -472,7 +472,11 @@ fn is_of_the_files(error: &io::Error) -> bool {
 /// Returns whether the disk failed, rather than that what is on it makes no sense.
 fn is_of_the_disk(error: &sled::Error) -> bool {
     use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
-    matches!(error, sled::Error::Io(error) if !matches!(error.kind(), InvalidData | NotFound | UnexpectedEof))
+    matches!(
+        error,
+        sled::Error::Io(error)
+            if !matches!(error.kind(), InvalidData | NotFound | UnexpectedEof)
+    )
 }
 
 /// Where a database of those at `base` is kept that did not open.

@@ -64,7 +64,8 @@ const TABLE: [Step; 24] = [
     step(
         "PUT /set",
         r#"[{"key":{"encoding":"string","data":"a1"},"value":{"encoding":"string","data":"one"}},
-            {"key":{"encoding":"binary","data":"0110"},"value":{"encoding":"binary","data":"00101"}},
+            {"key":{"encoding":"binary","data":"0110"},
+             "value":{"encoding":"binary","data":"00101"}},
             {"key":{"encoding":"morse","data":".-"},"value":{"encoding":"string","data":"x"}}]"#,
         206,
         r#"[{"keys_added":2,"keys_failed":[{"encoding":"morse","data":".-"}]}]"#,
@@ -74,7 +75,8 @@ const TABLE: [Step; 24] = [
         r#"[{"encoding":"binary","data":"0110"},{"encoding":"string","data":"nothing"}]"#,
         200,
         concat!(
-            r#"[{"key":{"encoding":"binary","data":"0110"},"value":{"encoding":"binary","data":"00101"}},"#,
+            r#"[{"key":{"encoding":"binary","data":"0110"},"#,
+            r#""value":{"encoding":"binary","data":"00101"}},"#,
             r#"{"key":{"encoding":"string","data":"nothing"},"value":{"encoding":"","data":""}}]"#
         ),
     ),
@@ -82,7 +84,10 @@ const TABLE: [Step; 24] = [
         "POST /query",
         r#"[{"encoding":"string","data":"a1"},{"encoding":"string","data":"0110"}]"#,
         200,
-        r#"[{"key":{"encoding":"string","data":"a1"},"value":true},{"key":{"encoding":"string","data":"0110"},"value":false}]"#,
+        concat!(
+            r#"[{"key":{"encoding":"string","data":"a1"},"value":true},"#,
+            r#"{"key":{"encoding":"string","data":"0110"},"value":false}]"#
+        ),
     ),
     step(
         "GET /get/a1",
@@ -119,7 +124,10 @@ const TABLE: [Step; 24] = [
         "POST /fetch",
         r#"[{"encoding":"string","data":"b1"}]"#,
         200,
-        r#"[{"key":{"encoding":"string","data":"b1"},"value":{"encoding":"string","data":"{\"n\": [1, null, true]}"}}]"#,
+        concat!(
+            r#"[{"key":{"encoding":"string","data":"b1"},"#,
+            r#""value":{"encoding":"string","data":"{\"n\": [1, null, true]}"}}]"#
+        ),
     ),
     step(
         "POST /get",
@@ -158,7 +166,10 @@ const TABLE: [Step; 24] = [
         "POST /set/b-1",
         "1",
         422,
-        r#"{"error":"A key is letters and digits, at most 4096 bytes of them","message":"Error in POST"}"#,
+        concat!(
+            r#"{"error":"A key is letters and digits, at most 4096 bytes of them","#,
+            r#""message":"Error in POST"}"#
+        ),
     ),
     step(
         "POST /set/b1",
@@ -179,7 +190,10 @@ const TABLE: [Step; 24] = [
         "GET /fetch",
         "",
         200,
-        r#"[{"key":{"encoding":"binary","data":"0110"},"value":{"encoding":"binary","data":"00101"}}]"#,
+        concat!(
+            r#"[{"key":{"encoding":"binary","data":"0110"},"#,
+            r#""value":{"encoding":"binary","data":"00101"}}]"#
+        ),
     ),
 ];
 

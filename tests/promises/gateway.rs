@@ -215,7 +215,10 @@ async fn assert_speaks_every_dialect(cluster: &Cluster, gateway: &Node) {
         ),
         (
             "PUT /set",
-            r#"[{"key":{"encoding":"string","data":"a"},"value":{"encoding":"string","data":"of A"}}]"#,
+            concat!(
+                r#"[{"key":{"encoding":"string","data":"a"},"#,
+                r#""value":{"encoding":"string","data":"of A"}}]"#
+            ),
             r#""keys_added":1"#,
         ),
         ("GET /get/a", "", "value is of A"),

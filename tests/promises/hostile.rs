@@ -86,47 +86,163 @@ fn bodies() -> Vec<(&'static str, Vec<u8>)> {
     let texts: Vec<(&'static str, String)> = vec![
         ("nothing", String::new()),
         ("no JSON", "nonsense".into()),
-        ("not all of it", r#"[{"key":{"encoding":"string","data":"a"#.into()),
+        (
+            "not all of it",
+            r#"[{"key":{"encoding":"string","data":"a"#.into(),
+        ),
         ("two of them", "[] []".into()),
         ("a comma too many", r#"[{"key":"a"},]"#.into()),
-        ("a list that is not closed, 100,000 deep", "[".repeat(100_000)),
-        ("objects that are not closed, 100,000 deep", r#"{"value":"#.repeat(100_000)),
+        (
+            "a list that is not closed, 100,000 deep",
+            "[".repeat(100_000),
+        ),
+        (
+            "objects that are not closed, 100,000 deep",
+            r#"{"value":"#.repeat(100_000),
+        ),
         ("a list, 100,000 deep", deep("[", "", "]")),
         ("an object, 100,000 deep", deep(r#"{"a":"#, "1", "}")),
-        ("a deep value", format!(r#"{{"value":{}}}"#, deep("[", "1", "]"))),
-        ("a deep view", format!(r#"{{"view":{0},"nodes":{0},"to":{0},"operations":{0}}}"#, deep("[", "", "]"))),
-        ("a deep key of a pair", format!(r#"[{{"key":{},"value":"v"}}]"#, deep("[", "", "]"))),
-        ("a deep value of a pair", format!(r#"[{{"key":"a","value":{}}}]"#, deep(r#"{"a":"#, "1", "}"))),
-        ("deep data", format!(r#"[{{"key":{{"encoding":"string","data":{}}},"value":1}}]"#, deep("[", "", "]"))),
+        (
+            "a deep value",
+            format!(r#"{{"value":{}}}"#, deep("[", "1", "]")),
+        ),
+        (
+            "a deep view",
+            format!(
+                r#"{{"view":{0},"nodes":{0},"to":{0},"operations":{0}}}"#,
+                deep("[", "", "]")
+            ),
+        ),
+        (
+            "a deep key of a pair",
+            format!(r#"[{{"key":{},"value":"v"}}]"#, deep("[", "", "]")),
+        ),
+        (
+            "a deep value of a pair",
+            format!(r#"[{{"key":"a","value":{}}}]"#, deep(r#"{"a":"#, "1", "}")),
+        ),
+        (
+            "deep data",
+            format!(
+                r#"[{{"key":{{"encoding":"string","data":{}}},"value":1}}]"#,
+                deep("[", "", "]")
+            ),
+        ),
         ("null", "null".into()),
         ("a number", "7".into()),
         ("a text", r#""text""#.into()),
         ("an empty text", r#""""#.into()),
         ("an empty list", "[]".into()),
         ("an empty object", "{}".into()),
-        ("elements of wrong types", r#"[1, null, "a", [], {}, true]"#.into()),
-        ("wrong types of pairs", r#"[{"key":1,"value":{}},{"key":null},{"key":[],"value":[]}]"#.into()),
-        ("wrong types of encoded pairs", r#"[{"key":{"encoding":1,"data":{}},"value":{"encoding":[],"data":null}}]"#.into()),
-        ("unknown encodings", r#"[{"key":{"encoding":"hex","data":"ff"},"value":{"encoding":"","data":""}}]"#.into()),
-        ("no bits", r#"[{"key":{"encoding":"binary","data":"012"},"value":{"encoding":"binary","data":"é"}}]"#.into()),
-        ("wrong types of fields", r#"{"value":null,"view":5,"repl-factor":"2","causal-context":[1],"nodes":{},"to":1}"#.into()),
+        (
+            "elements of wrong types",
+            r#"[1, null, "a", [], {}, true]"#.into(),
+        ),
+        (
+            "wrong types of pairs",
+            r#"[{"key":1,"value":{}},{"key":null},{"key":[],"value":[]}]"#.into(),
+        ),
+        (
+            "wrong types of encoded pairs",
+            r#"[{"key":{"encoding":1,"data":{}},"value":{"encoding":[],"data":null}}]"#.into(),
+        ),
+        (
+            "unknown encodings",
+            r#"[{"key":{"encoding":"hex","data":"ff"},"value":{"encoding":"","data":""}}]"#.into(),
+        ),
+        (
+            "no bits",
+            concat!(
+                r#"[{"key":{"encoding":"binary","data":"012"},"#,
+                r#""value":{"encoding":"binary","data":"é"}}]"#
+            )
+            .into(),
+        ),
+        (
+            "wrong types of fields",
+            concat!(
+                r#"{"value":null,"view":5,"repl-factor":"2","#,
+                r#""causal-context":[1],"nodes":{},"to":1}"#
+            )
+            .into(),
+        ),
         (
             "a number beyond all",
-            r#"{"value":1e999,"view":1e999,"repl-factor":1e999,"replication_factor":1e999,"to":-1e999}"#.into(),
+            concat!(
+                r#"{"value":1e999,"view":1e999,"repl-factor":1e999,"#,
+                r#""replication_factor":1e999,"to":-1e999}"#
+            )
+            .into(),
         ),
-        ("a number below all", r#"{"view":"","repl-factor":-1,"replication_factor":-1,"shards":-1}"#.into()),
-        ("300 digits", format!(r#"{{"value":{number},"repl-factor":{number},"shards":{number},"operations":{number}}}"#)),
-        ("pairs of 300 digits", format!(r#"[{{"key":{number},"value":{number}}},1e999,-1e-999,{number}]"#)),
-        ("a hundred thousand digits", format!(r#"{{"value":{0},"repl-factor":0.{0}e{0}}}"#, "7".repeat(100_000))),
-        ("a member twice", r#"{"value":1,"value":"b","view":"a","view":"","nodes":[],"nodes":["x"],"to":"a","to":"b"}"#.into()),
-        ("members of pairs twice", r#"[{"key":"a","key":"b","value":"1","value":"2"},{"key":"a","key":{}}]"#.into()),
-        ("the same key twice", r#"[{"key":"a","value":"1"},{"key":"a","value":"2"}]"#.into()),
-        ("half a surrogate", r#"[{"key":"\ud800","value":"\udfff"}]"#.into()),
-        ("half a surrogate as a value", r#"{"value":"\ud800","\ud800":"\ud800"}"#.into()),
-        ("a key that is too long", format!(r#"[{{"key":"{long_key}","value":"v"}}]"#)),
-        ("an encoded key too long", format!(r#"[{{"key":{{"encoding":"string","data":"{long_key}"}},"value":{{}}}}]"#)),
-        ("an operation of a key too long", format!(r#"{{"operations":[{{"op":"get","key":"{long_key}"}}]}}"#)),
-        ("no addresses", r#"{"view":"nonsense,,:0,a:99999999,[::1","nodes":["nonsense",":0"],"to":"nonsense"}"#.into()),
+        (
+            "a number below all",
+            r#"{"view":"","repl-factor":-1,"replication_factor":-1,"shards":-1}"#.into(),
+        ),
+        (
+            "300 digits",
+            format!(
+                concat!(
+                    r#"{{"value":{number},"repl-factor":{number},"#,
+                    r#""shards":{number},"operations":{number}}}"#
+                ),
+                number = number
+            ),
+        ),
+        (
+            "pairs of 300 digits",
+            format!(r#"[{{"key":{number},"value":{number}}},1e999,-1e-999,{number}]"#),
+        ),
+        (
+            "a hundred thousand digits",
+            format!(
+                r#"{{"value":{0},"repl-factor":0.{0}e{0}}}"#,
+                "7".repeat(100_000)
+            ),
+        ),
+        (
+            "a member twice",
+            concat!(
+                r#"{"value":1,"value":"b","view":"a","view":"","#,
+                r#""nodes":[],"nodes":["x"],"to":"a","to":"b"}"#
+            )
+            .into(),
+        ),
+        (
+            "members of pairs twice",
+            r#"[{"key":"a","key":"b","value":"1","value":"2"},{"key":"a","key":{}}]"#.into(),
+        ),
+        (
+            "the same key twice",
+            r#"[{"key":"a","value":"1"},{"key":"a","value":"2"}]"#.into(),
+        ),
+        (
+            "half a surrogate",
+            r#"[{"key":"\ud800","value":"\udfff"}]"#.into(),
+        ),
+        (
+            "half a surrogate as a value",
+            r#"{"value":"\ud800","\ud800":"\ud800"}"#.into(),
+        ),
+        (
+            "a key that is too long",
+            format!(r#"[{{"key":"{long_key}","value":"v"}}]"#),
+        ),
+        (
+            "an encoded key too long",
+            format!(r#"[{{"key":{{"encoding":"string","data":"{long_key}"}},"value":{{}}}}]"#),
+        ),
+        (
+            "an operation of a key too long",
+            format!(r#"{{"operations":[{{"op":"get","key":"{long_key}"}}]}}"#),
+        ),
+        (
+            "no addresses",
+            concat!(
+                r#"{"view":"nonsense,,:0,a:99999999,[::1","#,
+                r#""nodes":["nonsense",":0"],"to":"nonsense"}"#
+            )
+            .into(),
+        ),
         ("control characters", "{\"value\":\"\u{0}\u{1}\n\"}".into()),
         ("a byte order mark", "\u{feff}[]".into()),
     ];

@@ -221,7 +221,10 @@ async fn the_replicated_contract_holds_through_every_node() {
                 .collect(),
         );
         let told = json!({
-            "message": "Shard information retrieved successfully", "shard-id": id, "key-count": 0, "replicas": shard["replicas"]
+            "message": "Shard information retrieved successfully",
+            "shard-id": id,
+            "key-count": 0,
+            "replicas": shard["replicas"],
         });
         assert_eq!(shard, told);
     }

@@ -115,21 +115,24 @@ fn bad_requests() -> Vec<(Vec<u8>, &'static [u16])> {
             &[400],
         ),
         (
-            batch(
-                r#"{"operations": [{"op": "put", "key": "bad", "value": "x"}, {"op": "steal", "key": "bad"}]}"#,
-            ),
+            batch(concat!(
+                r#"{"operations": [{"op": "put", "key": "bad", "value": "x"}, "#,
+                r#"{"op": "steal", "key": "bad"}]}"#
+            )),
             &[400],
         ),
         (
-            batch(
-                r#"{"operations": [{"op": "put", "key": "bad", "value": "x"}, {"op": "put", "key": "bad"}]}"#,
-            ),
+            batch(concat!(
+                r#"{"operations": [{"op": "put", "key": "bad", "value": "x"}, "#,
+                r#"{"op": "put", "key": "bad"}]}"#
+            )),
             &[400],
         ),
         (
-            batch(
-                r#"{"operations": [{"op": "put", "key": "bad", "value": "x"}, {"op": "put", "key": "", "value": "x"}]}"#,
-            ),
+            batch(concat!(
+                r#"{"operations": [{"op": "put", "key": "bad", "value": "x"}, "#,
+                r#"{"op": "put", "key": "", "value": "x"}]}"#
+            )),
             &[400],
         ),
         (
@@ -137,9 +140,10 @@ fn bad_requests() -> Vec<(Vec<u8>, &'static [u16])> {
             &[400],
         ),
         (
-            batch(
-                r#"{"operations": [{"op": "put", "key": "bad", "value": "!", "encoding": "base64"}]}"#,
-            ),
+            batch(concat!(
+                r#"{"operations": [{"op": "put", "key": "bad", "#,
+                r#""value": "!", "encoding": "base64"}]}"#
+            )),
             &[400],
         ),
         (batch(&format!(r#"{{"operations": [{many}]}}"#)), &[413]),
@@ -161,12 +165,34 @@ fn bad_requests() -> Vec<(Vec<u8>, &'static [u16])> {
 /// What the HTTP parser itself refuses, with a status and no more.
 fn not_http() -> Vec<(Vec<u8>, &'static [u16])> {
     vec![
-        (format!("GET /v1/kv?prefix={} HTTP/1.1\r\nhost: x\r\n\r\n", "a".repeat(100_000)).into_bytes(), &[400, 414, 431]),
-        (format!("GET /v1/kv/kept HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "h".repeat(200_000)).into_bytes(), &[400, 431]),
+        (
+            format!(
+                "GET /v1/kv?prefix={} HTTP/1.1\r\nhost: x\r\n\r\n",
+                "a".repeat(100_000)
+            )
+            .into_bytes(),
+            &[400, 414, 431],
+        ),
+        (
+            format!(
+                "GET /v1/kv/kept HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n",
+                "h".repeat(200_000)
+            )
+            .into_bytes(),
+            &[400, 431],
+        ),
         (b"nonsense\r\n\r\n".to_vec(), &[400]),
         (b"GET /v1/kv/kept HTTP/9.9\r\n\r\n".to_vec(), &[400, 505]),
-        (b"PUT /v1/kv/bad HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n".to_vec(), &[400]),
-        (b"PUT /v1/kv/bad HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nbad".to_vec(), &[400]),
+        (
+            b"PUT /v1/kv/bad HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n".to_vec(),
+            &[400],
+        ),
+        (
+            b"PUT /v1/kv/bad HTTP/1.1\r\nhost: x\r\n\
+              content-length: 3\r\ncontent-length: 4\r\n\r\nbad"
+                .to_vec(),
+            &[400],
+        ),
         (vec![0; 2000], &[400]),
     ]
 }

@@ -1,9 +1,9 @@
 //! The README's tour is true: every command in it is run, and prints what the README says.
 //!
-//! Between `<!-- tour:begin -->` and `<!-- tour:end -->` each ````
-//! ```sh ```` block is given to one bash, command by command. After a command, lines that begin with `#
-//! =>` are what it prints; `...` in them stands for anything. Commands without them may print what they want, but must succeed. The tour starts its own cluster with `./cluster.sh`,
-//! in a directory of its own.
+//! Between `<!-- tour:begin -->` and `<!-- tour:end -->` each ```` ```sh ```` block is given to
+//! one bash, command by command. After a command, lines that begin with `# =>` are what it prints;
+//! `...` in them stands for anything. Commands without them may print what they want, but must
+//! succeed. The tour starts its own cluster with `./cluster.sh`, in a directory of its own.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

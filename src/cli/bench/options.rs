@@ -25,14 +25,24 @@ pub struct Arguments {
     #[arg(short, long, default_value = "put")]
     workload: Workload,
     /// Workers, each with a request in flight and a connection per node
-    #[arg(short, long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(
+        short,
+        long,
+        default_value_t = 64,
+        value_parser = clap::value_parser!(u32).range(1..=10_000)
+    )]
     connections: u32,
     /// Requests per second of all workers together, latency counted from when each was due
     /// [default: as fast as they are answered]
     #[arg(short, long)]
     rate: Option<f64>,
     /// How many different keys
-    #[arg(short, long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    #[arg(
+        short,
+        long,
+        default_value_t = 100_000,
+        value_parser = clap::value_parser!(u64).range(1..=1_000_000_000)
+    )]
     keys: u64,
     /// uniform, zipfian or zipfian=THETA
     #[arg(long, default_value = "uniform")]
@@ -59,7 +69,11 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     /// Threads of the generator
-    #[arg(long, default_value_t = 1, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64))]
+    #[arg(
+        long,
+        default_value_t = 1,
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64)
+    )]
     pub threads: usize,
     /// Drive any HTTP server: the URL of each request, with {server} (each worker takes one),
     /// {key}, {key_b64}, {value}, {value_b64} replaced

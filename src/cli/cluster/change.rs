@@ -479,7 +479,12 @@ mod tests {
             Arc::clone(&accepted),
             status(1, Some(0), std::slice::from_ref(&address)),
         );
-        let operation = |phase: &str| object!({ "id": 2, "phase": phase, "replicas_left": 1, "slots_left": 0, "bytes_left": 0, "waiting_for": [] });
+        let operation = |phase: &str| {
+            object!({
+                "id": 2, "phase": phase, "replicas_left": 1, "slots_left": 0, "bytes_left": 0,
+                "waiting_for": []
+            })
+        };
         serve(listener, move |request| {
             let path = request
                 .uri()
@@ -490,9 +495,11 @@ mod tests {
                 (&Method::GET, "/v1/cluster") => json(&status),
                 (&Method::PUT, "/v1/cluster/view") if path.contains("dry_run=true") => {
                     json(&object!({
-                        "base": 1, "is_same": false, "nodes_added": [], "nodes_removed": [], "replicas_added": 1,
-                        "replicas_removed": 0, "shards_added": 0, "shards_removed": 0, "slots_moved": 0, "slots_kept": 4096,
-                        "bytes_moved": 0
+                        "base": 1, "is_same": false,
+                        "nodes_added": [], "nodes_removed": [],
+                        "replicas_added": 1, "replicas_removed": 0,
+                        "shards_added": 0, "shards_removed": 0,
+                        "slots_moved": 0, "slots_kept": 4096, "bytes_moved": 0
                     }))
                 }
                 (&Method::PUT, "/v1/cluster/view") => {
@@ -562,7 +569,10 @@ mod tests {
             AtomicUsize::new(0),
         );
         serve(listener, move |request| {
-            let done = object!({ "id": 1, "phase": "done", "replicas_left": 0, "slots_left": 0, "bytes_left": 0, "waiting_for": [] });
+            let done = object!({
+                "id": 1, "phase": "done", "replicas_left": 0, "slots_left": 0, "bytes_left": 0,
+                "waiting_for": []
+            });
             let starting = object!({ "code": "unavailable", "detail": "unavailable: the meta group \
                 has no leader now" });
             let answer = match request.uri().path() {
@@ -592,8 +602,11 @@ mod tests {
             let late = object!({ "code": "node_not_ready", "detail": "d:4 has yet to notice that \
                 it left the cluster" });
             let same = object!({
-                "base": 1, "is_same": true, "nodes_added": [], "nodes_removed": [], "replicas_added": 0, "replicas_removed": 0,
-                "shards_added": 0, "shards_removed": 0, "slots_moved": 0, "slots_kept": 4096, "bytes_moved": 0
+                "base": 1, "is_same": true,
+                "nodes_added": [], "nodes_removed": [],
+                "replicas_added": 0, "replicas_removed": 0,
+                "shards_added": 0, "shards_removed": 0,
+                "slots_moved": 0, "slots_kept": 4096, "bytes_moved": 0
             });
             let answer = match request.uri().path() {
                 "/v1/cluster" => json(&told),

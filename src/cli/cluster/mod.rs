@@ -45,7 +45,14 @@ enum Command {
         #[arg(long)]
         json: bool,
         /// Again every so many seconds, until interrupted
-        #[arg(short, long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = seconds)]
+        #[arg(
+            short,
+            long,
+            value_name = "SECONDS",
+            num_args = 0..=1,
+            default_missing_value = "2",
+            value_parser = seconds
+        )]
         watch: Option<Duration>,
     },
     #[command(flatten)]

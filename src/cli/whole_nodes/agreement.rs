@@ -207,7 +207,10 @@ async fn a_replica_that_differs_from_a_majority_is_rebuilt_and_hands_over_first_
 }
 
 fn is_read_only(refused: &WriteFailure) -> bool {
-    matches!(refused, WriteFailure::Failed(Failure::Overloaded { limit, .. }) if limit.contains("read-only"))
+    matches!(
+        refused,
+        WriteFailure::Failed(Failure::Overloaded { limit, .. }) if limit.contains("read-only")
+    )
 }
 
 /// Whoever leads next has the alarm in its log: nobody has compared anything yet.

@@ -64,7 +64,10 @@ async fn a_stranger_changes_nothing_and_is_told_nothing() {
     .expect("it serves");
     let answer = ask(&node, stranger, shard).await;
     assert!(
-        matches!(&answer, ShardReply::Failed(Failure::Invalid { reason }) if reason.contains("cluster")),
+        matches!(
+            &answer,
+            ShardReply::Failed(Failure::Invalid { reason }) if reason.contains("cluster")
+        ),
         "{answer:?}"
     );
 

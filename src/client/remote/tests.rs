@@ -285,8 +285,9 @@ async fn calls_say_whether_they_can_have_done_anything() {
     }
 }
 
-const PLANNED: &str = r#"{"base":1,"is_same":false,"nodes_added":[],"nodes_removed":[],"replicas_added":1,"replicas_removed":0,
-    "shards_added":0,"shards_removed":0,"slots_moved":0,"slots_kept":4096,"bytes_moved":0}"#;
+const PLANNED: &str = r#"{"base":1,"is_same":false,"nodes_added":[],"nodes_removed":[],
+    "replicas_added":1,"replicas_removed":0,"shards_added":0,"shards_removed":0,
+    "slots_moved":0,"slots_kept":4096,"bytes_moved":0}"#;
 
 /// Two members that tell their status, and answer what else is asked by its number, counted over
 /// both from 0.

@@ -478,9 +478,10 @@ async fn a_write_is_split_by_shard_and_answered_in_order() {
             "{n}: {answer:?}"
         );
     }
-    assert!(
-        matches!(&answers[60], Ok(OperationOutcome::Got(Some(record))) if record.revision == Revision(2))
-    );
+    assert!(matches!(
+        &answers[60],
+        Ok(OperationOutcome::Got(Some(record))) if record.revision == Revision(2)
+    ));
     assert_eq!(calls(&router), 3, "one write per shard");
     let found = router.get(key(59), options()).await.expect("served");
     assert_eq!(found.record.expect("stored").value, "w");

@@ -1,13 +1,15 @@
 //! Dialect A, "encoded batch": lists of keys and values that say how they are encoded,
 //! `{"encoding":"string"|"binary","data":"..."}`.
 //!
-//! | request | answer |
-//! | --- | --- |
-//! | `PUT /set` `[{"key":K,"value":V}, ...]` | 200 `[{"keys_added":10,"keys_failed":[]}]`; 206 with the keys of pairs that are not stored |
-//! | `POST /fetch` `[K, ...]` | 200 `[{"key":K,"value":V}, ...]`; a missing one has the value `{"encoding":"","data":""}` |
-//! | `GET /fetch` | 200, every pair in the store |
-//! | `POST /query` `[K, ...]` | 200 `[{"key":K,"value":true}, ...]` |
+//! Requests, and what they are answered:
+//! - `PUT /set` `[{"key":K,"value":V}, ...]`: 200 `[{"keys_added":10,"keys_failed":[]}]`; 206 with
+//!   the keys of pairs that are not stored.
+//! - `POST /fetch` `[K, ...]`: 200 `[{"key":K,"value":V}, ...]`; a missing one has the value
+//!   `{"encoding":"","data":""}`.
+//! - `GET /fetch`: 200, every pair in the store.
+//! - `POST /query` `[K, ...]`: 200 `[{"key":K,"value":true}, ...]`.
 //!
+//! What holds:
 //! - `string` data is the key or value of the other dialects, `binary` data is in [`bits`]. What
 //!   others stored is shown as `string` where it is UTF-8, and else as `binary`, 8 characters to
 //!   the byte; a key of theirs that is shown so is not the `binary` key of that name.

@@ -1,14 +1,12 @@
 //! Dialect B, "load balancer": `POST /set/<key>`, `GET /get/<key>`, and the servers at `GET /`.
 //!
-//! | request | answer |
-//! | --- | --- |
-//! | `POST /set/<key>` with any JSON value | 200 `response from server:"stored key:value is {'hello': 'world'}"` |
-//! | `GET /get/<key>` | 200 `response from server:"retrived key value is {'hello': 'world'}"` (spelt so) |
-//! | the same, missing | 200 `response from server:"No such key on any server"` |
-//! | a key of other than letters and digits, of any script; a value `""`, `[]` or `{}` | 422 |
-//! | no body, or no JSON | 400 |
-//! | `GET /set/<key>` | 403 |
-//! | nobody can do it | 503 `No server is available` |
+//! - `POST /set/<key>` with any JSON value: 200
+//!   `response from server:"stored key:value is {'hello': 'world'}"`.
+//! - `GET /get/<key>`: 200 `response from server:"retrived key value is {'hello': 'world'}"` (spelt
+//!   so); of a missing key 200 `response from server:"No such key on any server"`.
+//! - A key of other than letters and digits, of any script; a value `""`, `[]` or `{}`: 422.
+//! - No body, or no JSON: 400. `GET /set/<key>`: 403.
+//! - Nobody can do it: 503 `No server is available`.
 
 use std::time::Duration;
 

@@ -1,12 +1,12 @@
 //! The fixed dialects: the HTTP of other stores, spoken over this one, so that their clients and
 //! scripts go on working.
 //!
-//! | module | dialect | paths |
-//! | --- | --- | --- |
-//! | [`encoded_batch`] | A, "encoded batch" | `PUT /set`, `POST /fetch`, `GET /fetch`, `POST /query` |
-//! | [`load_balancer`] | B, "load balancer" | `POST /set/<key>`, `GET /get/<key>`, `GET /` as text |
-//! | [`kvs`] | C, "kvs", C4, "kvs replicated", and D, "kvs by proxy" | `/kvs/...`, `PUT /proxy/view-change` |
-//! | [`plain_batch`] | E, "plain batch" | `POST /set`, `POST /get` |
+//! - [`encoded_batch`] is A, "encoded batch": `PUT /set`, `POST /fetch`, `GET /fetch`,
+//!   `POST /query`.
+//! - [`load_balancer`] is B, "load balancer": `POST /set/<key>`, `GET /get/<key>`, `GET /` as text.
+//! - [`kvs`] is C, "kvs", C4, "kvs replicated", and D, "kvs by proxy": `/kvs/...`,
+//!   `PUT /proxy/view-change`.
+//! - [`plain_batch`] is E, "plain batch": `POST /set`, `POST /get`.
 //!
 //! A value written through one dialect is read through every other: a stored value is bytes and a
 //! media type, and [`Shown`] is what the dialects make of it. They all proxy: the node asked

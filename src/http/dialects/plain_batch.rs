@@ -1,10 +1,11 @@
 //! Dialect E, "plain batch": lists of keys and values that are strings.
 //!
-//! | request | answer |
-//! | --- | --- |
-//! | `POST /set` `[{"key":"hi","value":"hello"}, ...]` | 200 `Success to set key`, once for each shard written to |
-//! | `POST /get` `[{"key":"hi"}, ...]` | 200 `{"existedKey":[{"key":"hi","value":"hello"}],"notExistedKey":[{"key":"hi6","value":""}]}` |
+//! - `POST /set` `[{"key":"hi","value":"hello"}, ...]`: 200 `Success to set key`, once for each
+//!   shard written to.
+//! - `POST /get` `[{"key":"hi"}, ...]`: 200 `{"existedKey":[{"key":"hi","value":"hello"}],` and
+//!   then `"notExistedKey":[{"key":"hi6","value":""}]}`.
 //!
+//! What holds:
 //! - Of several pairs with one key the last wins. A value that is missing or no string is stored as
 //!   `""`.
 //! - `notExistedKey` is left out when it is empty, `existedKey` is null when no key exists. A key

@@ -3,7 +3,8 @@
 //! ```json
 //! {"operations": [
 //!   {"op": "put", "key": "a", "value": "1", "if_absent": true},
-//!   {"op": "put", "key": "/w==", "key_encoding": "base64", "value": "AAE=", "encoding": "base64", "media_type": "image/png"},
+//!   {"op": "put", "key": "/w==", "key_encoding": "base64",
+//!    "value": "AAE=", "encoding": "base64", "media_type": "image/png"},
 //!   {"op": "delete", "key": "b", "if_revision": 7},
 //!   {"op": "get", "key": "c"}
 //! ]}

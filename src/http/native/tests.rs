@@ -509,8 +509,16 @@ async fn a_listing_shows_every_value_without_loss() {
         .await;
     let listed = site.get("/v1/kv").await.json();
     let expected = json!([
-        { "key": "json", "value": "{\"n\": 1.0}", "encoding": "utf8", "media_type": "application/json", "revision": 1 },
-        { "key": "/w==", "key_encoding": "base64", "value": "iQ==", "encoding": "base64", "media_type": "image/png", "revision": 2 },
+        {
+            "key": "json",
+            "value": "{\"n\": 1.0}", "encoding": "utf8", "media_type": "application/json",
+            "revision": 1
+        },
+        {
+            "key": "/w==", "key_encoding": "base64",
+            "value": "iQ==", "encoding": "base64", "media_type": "image/png",
+            "revision": 2
+        },
     ]);
     assert_eq!(listed, json!({ "items": expected, "next_cursor": null }));
     let listed = site
@@ -543,7 +551,10 @@ async fn a_batch_answers_each_operation() {
         &site,
         json!([
             { "op": "put", "key": "a", "value": "1", "if_absent": true },
-            { "op": "put", "key": "/w==", "key_encoding": "base64", "value": "iQ==", "encoding": "base64", "media_type": "image/png" },
+            {
+                "op": "put", "key": "/w==", "key_encoding": "base64",
+                "value": "iQ==", "encoding": "base64", "media_type": "image/png"
+            },
             { "op": "get", "key": "a" },
             { "op": "get", "key": "none" },
             { "op": "delete", "key": "none" },
@@ -577,7 +588,11 @@ async fn a_batch_answers_each_operation() {
         ]),
     )
     .await;
-    let text = json!({ "status": 200, "key": "a", "value": "1", "encoding": "utf8", "media_type": "text/plain", "revision": 2 });
+    let text = json!({
+        "status": 200, "key": "a",
+        "value": "1", "encoding": "utf8", "media_type": "text/plain",
+        "revision": 2
+    });
     assert_eq!((status, &answer["results"][1]), (200, &text));
     assert_eq!(answer["results"][2]["value"], "iQ==");
     assert_eq!(
@@ -599,7 +614,10 @@ async fn a_batch_answers_each_operation() {
 #[tokio::test]
 async fn the_status_of_a_batch_is_its_worst_case() {
     let site = Site::start().await;
-    let both = json!([{ "op": "put", "key": "a", "value": "1" }, { "op": "put", "key": "z", "value": "1" }]);
+    let both = json!([
+        { "op": "put", "key": "a", "value": "1" },
+        { "op": "put", "key": "z", "value": "1" },
+    ]);
     site.store.fail(2, unavailable());
     let (status, answer) = batch(&site, both.clone()).await;
     assert_eq!(
@@ -695,7 +713,10 @@ async fn a_bad_batch_changes_nothing() {
         assert_eq!(answer.json()["operation"], 1);
     }
     let deep = format!("{{\"operations\":{}", "[".repeat(100_000));
-    let huge_number = "{\"operations\":[{\"op\":\"put\",\"key\":\"a\",\"value\":\"1\",\"if_revision\":99999999999999999999999}]}";
+    let huge_number = concat!(
+        "{\"operations\":[{\"op\":\"put\",\"key\":\"a\",\"value\":\"1\",",
+        "\"if_revision\":99999999999999999999999}]}"
+    );
     let twice = "{\"operations\":[{\"op\":\"get\",\"op\":\"put\",\"key\":\"a\",\"value\":\"1\"}]}";
     for bad in [
         &b""[..],

@@ -465,7 +465,8 @@ async fn deliver(
                 }
                 state.calls.retain(|_, call| !call.caller.is_closed());
                 state.unanswered_bytes = state.calls.values().map(|call| call.bytes).sum();
-                let silence_max = SILENCE_MAX + time_for(state.unanswered_bytes.min(CONNECTION_BYTES_MAX));
+                let silence_max =
+                    SILENCE_MAX + time_for(state.unanswered_bytes.min(CONNECTION_BYTES_MAX));
                 if state.waiting_since.is_some_and(|since| since.elapsed() > silence_max) {
                     return LaneError::Late(silence_max);
                 }

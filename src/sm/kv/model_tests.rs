@@ -289,11 +289,20 @@ fn slot() -> impl Strategy<Value = Slot> {
 fn events() -> impl Strategy<Value = Vec<Event>> {
     let pool = proptest::collection::vec(proptest::collection::vec(operation(), 1..5), 1..6);
     pool.prop_flat_map(|pool| {
-        let steps = prop_oneof![6 => 0..2000u64, 1 => Just(REMEMBERED_MS / 2), 1 => Just(REMEMBERED_MS)];
+        let steps = prop_oneof![
+            6 => 0..2000u64,
+            1 => Just(REMEMBERED_MS / 2),
+            1 => Just(REMEMBERED_MS),
+        ];
         let entry = (steps, proptest::collection::vec(write(pool), 1..4));
-        let holds = prop_oneof![3 => Just(Ownership::Owned), 1 => Just(Ownership::Frozen), 1 => Just(Ownership::NotOwned)];
+        let holds = prop_oneof![
+            3 => Just(Ownership::Owned),
+            1 => Just(Ownership::Frozen),
+            1 => Just(Ownership::NotOwned),
+        ];
+        let write = |(time_ms, writes)| Event::Entry(Command::Write { time_ms, writes });
         let event = prop_oneof![
-            8 => entry.prop_map(|(time_ms, writes)| Event::Entry(Command::Write { time_ms, writes })),
+            8 => entry.prop_map(write),
             1 => (slot(), holds).prop_map(|(slot, hold)| Event::Hold(slot, hold)),
         ];
         proptest::collection::vec(event, 1..40)
@@ -409,7 +418,11 @@ fn claimed() -> (Shard, Model) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 300,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn a_shard_does_what_the_model_does(events in events(), limit in 1..5usize) {
@@ -421,7 +434,10 @@ proptest! {
     }
 
     #[test]
-    fn the_same_log_makes_the_same_map_however_it_is_batched(events in events(), together in 1..6usize) {
+    fn the_same_log_makes_the_same_map_however_it_is_batched(
+        events in events(),
+        together in 1..6usize,
+    ) {
         let (mut alone, _) = claimed();
         let mut batched = alone.clone();
         let commands: Vec<Command> = events
@@ -434,7 +450,8 @@ proptest! {
         for chunk in commands.chunks(together) {
             let mut batch = WriteBatch::default();
             for (index, command) in (7..).zip(chunk) {
-                let (outcome, later) = apply(&Overlay { base: &batched.map, batch: &batch }, index, command.clone()).expect("applied");
+                let map = Overlay { base: &batched.map, batch: &batch };
+                let (outcome, later) = apply(&map, index, command.clone()).expect("applied");
                 batch.merge(later);
                 assert_eq!(outcome, alone.apply(command.clone()));
             }

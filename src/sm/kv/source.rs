@@ -22,7 +22,10 @@ pub(super) fn begin<R: Read>(
     to: GroupId,
 ) -> Decided {
     if let Some(open) = entry.open_move(id)? {
-        let same = matches!(open.phase, MovePhase::Copying { to: begun } | MovePhase::Frozen { to: begun } if begun == to);
+        let same = match open.phase {
+            MovePhase::Copying { to: begun } | MovePhase::Frozen { to: begun } => begun == to,
+            MovePhase::Installing { .. } => false,
+        };
         return Ok(if same && open.slots == slots {
             MoveOutcome::Done
         } else {

@@ -7,7 +7,8 @@
 //! and which of them are damage ([`super::replay`]).
 //!
 //! ```text
-//! 0  magic "QL"    2  format    3  kind    4  body length u32    8  group u64    16  replica u64    24  crc of the body    28  crc of 0..28
+//! 0  magic "QL"    2  format    3  kind    4  body length u32    8  group u64    16  replica u64
+//! 24  crc of the body    28  crc of 0..28
 //! ```
 //! Numbers are little-endian. The body of an entry is written by hand (it is hot): term u64, index
 //! u64, payload kind u8, payload. The other bodies are postcard.

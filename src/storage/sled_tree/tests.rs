@@ -39,7 +39,10 @@ fn a_database_that_hangs_is_moved_aside_and_the_process_told_to_end() {
         .err()
         .expect("it hangs");
     assert!(
-        matches!(&error, SledError::Hangs { moved_to } if *moved_to == home.path().join("trees.damaged")),
+        matches!(
+            &error,
+            SledError::Hangs { moved_to } if *moved_to == home.path().join("trees.damaged")
+        ),
         "{error}"
     );
     let trees =

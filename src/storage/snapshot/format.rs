@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! head     magic "QRTSNAP\0" · format u32 · length u32 · head (postcard) · checksum of all before
-//! block*   kind 1 · body length u32 · pairs u32 · checksum of the offset and these      body · checksum of the offset and the body
-//!          body: (key length u32 · value length u32 · key · value)*
-//! trailer  kind 2 · pairs u64 · digest u128 · file length u64 · the head's checksum · checksum of these
+//! block*   kind 1 · body length u32 · pairs u32 · checksum of the offset and these
+//!          · body · checksum of the offset and the body
+//!          where body is (key length u32 · value length u32 · key · value)*
+//! trailer  kind 2 · pairs u64 · digest u128 · file length u64 · the head's checksum
+//!          · checksum of these
 //! ```
 //!
 //! A block that is larger than [`BLOCK_BYTES_MAX`] holds a single pair. Offsets within the

@@ -373,7 +373,10 @@ fn is_hang(error: &StoreError) -> bool {
 }
 
 fn is_of_the_data(error: &StoreError) -> bool {
-    matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::InvalidData)
+    matches!(
+        error,
+        StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::InvalidData
+    )
 }
 
 /// Checks a tree; one that does not hold is looked at again after the checkpoint that may have been

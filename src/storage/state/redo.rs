@@ -13,8 +13,9 @@
 //! other, and rebuilt where that does not hold.
 //!
 //! ```text
-//! magic "QRTREDO\0" · length of the rest from here · xxh3_64 of it · redo (versioned postcard)      numbers little-endian, eight bytes
+//! magic "QRTREDO\0" · length of the rest from here · xxh3_64 of it · redo (versioned postcard)
 //! ```
+//! Numbers are eight bytes, little-endian.
 
 use std::collections::BTreeSet;
 use std::io;

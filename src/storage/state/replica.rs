@@ -668,7 +668,10 @@ impl Drop for Replica {
 }
 
 fn is_full(error: &StoreError) -> bool {
-    matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
+    matches!(
+        error,
+        StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull
+    )
 }
 
 /// Returns what a checkpoint of a table changes in the tree, and what then is in it in place of

@@ -994,13 +994,19 @@ mod tests {
                         None
                     }
                     (Action::Put { value: new, .. }, outcome) => {
-                        let created = !matches!(outcome, Outcome::Put { created, .. } if created != value.is_none());
+                        let created = !matches!(
+                            outcome,
+                            Outcome::Put { created, .. } if created != value.is_none()
+                        );
                         let new_revision = known(new).unwrap_or(revision);
                         let grows = known(new).is_none_or(|new| new > revision);
                         (created && grows).then_some((Some(new), new_revision))
                     }
                     (Action::Delete { .. }, outcome) => {
-                        let existed = !matches!(outcome, Outcome::Deleted { existed } if existed != value.is_some());
+                        let existed = !matches!(
+                            outcome,
+                            Outcome::Deleted { existed } if existed != value.is_some()
+                        );
                         existed.then_some((None, revision))
                     }
                 };

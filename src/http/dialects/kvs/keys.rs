@@ -4,9 +4,9 @@
 //! | --- | --- |
 //! | `PUT` with `{"value":V}`, new | 201 `{"message":"Added successfully","replaced":false}` |
 //! | the same, existing | 200 `{"message":"Updated successfully","replaced":true}` |
-//! | no `value`, or JSON that is no object | 400 `{"error":"Value is missing","message":"Error in PUT"}` |
+//! | no `value`, or no object | 400 `{"error":"Value is missing","message":"Error in PUT"}` |
 //! | no body, or no JSON | 400 `{"error":"Bad json format","message":"Error in PUT"}` |
-//! | a key of more than 50 characters | 400 `{"error":"Key is too long","message":"Error in PUT"}` |
+//! | a key of over 50 characters | 400 `{"error":"Key is too long","message":"Error in PUT"}` |
 //! | `GET` | 200 `{"doesExist":true,"message":"Retrieved successfully","value":V}` |
 //! | missing | 404 `{"doesExist":false,"error":"Key does not exist","message":"Error in GET"}` |
 //! | `DELETE` | 200 `{"doesExist":true,"message":"Deleted successfully"}` |

@@ -1,11 +1,11 @@
 //! `GET /kvs/key-count`, `/kvs/shards` and `/kvs/shards/<id>`.
 //!
-//! | request | answer |
-//! | --- | --- |
-//! | `/kvs/key-count` | 200 `{"message":"Key count retrieved successfully","key-count":N}`; in C4 also `"shard-id":"1"` |
-//! | `/kvs/shards` | 200 `{"message":"Shard membership retrieved successfully","shards":["1","2"]}` |
-//! | `/kvs/shards/<id>` | 200 `{"message":"Shard information retrieved successfully","shard-id":"1","key-count":4,"replicas":["a:1"]}` |
-//! | an unknown id | 404 `{"error":"Shard does not exist","message":"Error in GET"}` |
+//! - `/kvs/key-count`: 200 `{"message":"Key count retrieved successfully","key-count":N}`; in C4
+//!   also `"shard-id":"1"`.
+//! - `/kvs/shards`: 200 `{"message":"Shard membership retrieved successfully","shards":["1","2"]}`.
+//! - `/kvs/shards/<id>`: 200 `{"message":"Shard information retrieved successfully",` and then
+//!   `"shard-id":"1","key-count":4,"replicas":["a:1"]}`.
+//! - An unknown id: 404 `{"error":"Shard does not exist","message":"Error in GET"}`.
 //!
 //! A node counts the keys of the shards that are at home on it, in C4 those of the shard that it
 //! belongs to. A gateway is no node, and counts them all.

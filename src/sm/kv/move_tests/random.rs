@@ -371,7 +371,10 @@ impl Cluster {
             let destination =
                 destination_state(self.map(of.to, 0), of.id, &of.slots).expect("readable");
             of.slots.contains(&slot)
-                && matches!(destination, DestinationState::Installing(progress) if progress.complete)
+                && matches!(
+                    destination,
+                    DestinationState::Installing(progress) if progress.complete
+                )
         };
         self.open_moves().any(arrived)
     }
@@ -527,14 +530,21 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         let slots = Just(TAGS.map(|tag| slot_of(tag.as_bytes())).to_vec()).prop_shuffle();
         let open = (slots, 1..=3usize, shard()).prop_map(|(mut slots, count, to)| {
             slots.truncate(count);
-            Event::Open { slots, to: GroupId(to) }
+            Event::Open {
+                slots,
+                to: GroupId(to),
+            }
         });
         let client = prop_oneof![3 => Just(None), 1 => shard().prop_map(Some)];
-        let writes = (client, 0..2000u64, proptest::collection::vec((write(pool), any::<bool>()).prop_map(sometimes_bare), 1..3));
+        let write = (write(pool), any::<bool>()).prop_map(sometimes_bare);
+        let writes = (client, 0..2000u64, proptest::collection::vec(write, 1..3));
+        let steps = prop_oneof![2 => Just(1usize), 1 => 2..8usize];
         let event = prop_oneof![
-            8 => writes.prop_map(|(shard, elapsed_ms, writes)| Event::Write { shard, elapsed_ms, writes }),
+            8 => writes.prop_map(|(shard, elapsed_ms, writes)| {
+                Event::Write { shard, elapsed_ms, writes }
+            }),
             2 => open,
-            16 => (prop_oneof![2 => Just(1usize), 1 => 2..8usize], drive()).prop_map(|(steps, drive)| Event::Drive(steps, drive)),
+            16 => (steps, drive()).prop_map(|(steps, drive)| Event::Drive(steps, drive)),
             1 => (0..100usize).prop_map(Event::Deliver),
             3 => prop_oneof![2 => 0..8usize, 1 => 0..1000usize].prop_map(Event::Repeat),
             2 => (shard(), 0..5u32).prop_map(|(shard, limit)| Event::Clear { shard, limit }),
@@ -545,10 +555,17 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 300,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
-    fn no_slot_is_served_twice_and_nothing_acknowledged_is_lost(events in events(), early in any::<bool>()) {
+    fn no_slot_is_served_twice_and_nothing_acknowledged_is_lost(
+        events in events(),
+        early in any::<bool>(),
+    ) {
         let mut cluster = Cluster::new();
         if early {
             (1..=3).for_each(|shard| cluster.claim(GroupId(shard)));

@@ -43,7 +43,10 @@ fn a_flipped_bit_anywhere_in_a_sealed_segment_is_found() {
             let bit = (at % 8) as u8;
             assert!(disk.flip_bit(&path, at, bit));
             let checked = log.check_segment(number, &mut |_| true);
-            let told = matches!(&checked, Checked::Damaged(what) if what.contains(&*path.to_string_lossy()));
+            let told = matches!(
+                &checked,
+                Checked::Damaged(what) if what.contains(&*path.to_string_lossy())
+            );
             assert!(told, "byte {at} of {}: {checked:?}", path.display());
             assert!(disk.flip_bit(&path, at, bit));
         }

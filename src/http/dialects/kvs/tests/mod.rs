@@ -513,7 +513,10 @@ async fn a_causal_context_is_returned_by_every_answer() {
     let reply = site
         .ask("GET /kvs/keys/a", r#"{"causal-context":{"a":1}}"#)
         .await;
-    let text = r#"{"error":"Unable to satisfy request","message":"Error in GET","causal-context":{"a":1}}"#;
+    let text = concat!(
+        r#"{"error":"Unable to satisfy request","message":"Error in GET","#,
+        r#""causal-context":{"a":1}}"#
+    );
     assert_eq!(told(&reply), (503, text.to_owned()));
     site.stop().await;
 }

@@ -60,7 +60,13 @@ async fn shards_are_listed_and_counted() {
     assert_eq!(first + second, 40);
     let shard = |id, keys, replicas: &str| {
         format!(
-            r#"{{"message":"Shard information retrieved successfully","shard-id":"{id}","key-count":{keys},"replicas":[{replicas}]}}"#
+            concat!(
+                r#"{{"message":"Shard information retrieved successfully","shard-id":"{id}","#,
+                r#""key-count":{keys},"replicas":[{replicas}]}}"#
+            ),
+            id = id,
+            keys = keys,
+            replicas = replicas
         )
     };
     check(
@@ -84,7 +90,12 @@ async fn shards_are_listed_and_counted() {
     for (here, id, keys) in [(1, 1, first), (2, 1, first), (3, 2, second), (4, 2, second)] {
         site.store.set_here(Some(here));
         let text = format!(
-            r#"{{"message":"Key count retrieved successfully","key-count":{keys},"shard-id":"{id}"}}"#
+            concat!(
+                r#"{{"message":"Key count retrieved successfully","#,
+                r#""key-count":{keys},"shard-id":"{id}"}}"#
+            ),
+            keys = keys,
+            id = id
         );
         check(&site, &[("GET /kvs/key-count", "", 200, &text)]).await;
     }

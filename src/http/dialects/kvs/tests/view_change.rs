@@ -83,7 +83,8 @@ async fn a_view_change_may_ask_for_a_replication_factor() {
     };
     let text = format!(
         concat!(
-            r#"{{"message":"View change successful","shards":[{{"shard-id":"1","key-count":{},"replicas":["a:1","b:2"]}},"#,
+            r#"{{"message":"View change successful","shards":["#,
+            r#"{{"shard-id":"1","key-count":{},"replicas":["a:1","b:2"]}},"#,
             r#"{{"shard-id":"2","key-count":{},"replicas":["c:3","d:4"]}}]}}"#
         ),
         keys(0),
@@ -163,7 +164,10 @@ async fn a_spare_passes_a_view_change_on() {
     cluster.set_epoch(2);
     site.store.set_network(cluster.clone());
     site.store.set_here(None);
-    let none = r#"{"message":"View change successful","shards":[{"address":"a:1","key-count":0},{"address":"e:5","key-count":0}]}"#;
+    let none = concat!(
+        r#"{"message":"View change successful","shards":["#,
+        r#"{"address":"a:1","key-count":0},{"address":"e:5","key-count":0}]}"#
+    );
     check(
         &site,
         &[("PUT /kvs/view-change", r#"{"view":"a:1,e:5"}"#, 200, none)],
