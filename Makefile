@@ -1,6 +1,7 @@
 # For those who are used to it: cluster.sh and cargo do the work.
 #
-#   make run           three servers on 127.0.0.1:9001 to 9003, and a proxy to them on 8080; in the background
+#   make run           three servers on 127.0.0.1:9001 to 9003, and a proxy to them on 8080; in the
+#                      background
 #   make run_proxy     the proxy alone, to the cluster that cluster.sh knows
 #   make stop          stop them; the data stays (make clean removes it)
 #   make dependencies  fetch what the build needs

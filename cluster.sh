@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Runs a Quorate cluster on this machine: see `./cluster.sh help`.
 #
-# Everything it keeps is in DIR/nodes/<port>/: address, flags (of `quorate serve`, one a line), pid (with the start time of the process), log, data.
-# DIR/nodes/.founding is there until the cluster was up once: without it, there was a cluster, and whatever became of its data, none is founded
-# in its place.
-# A gateway keeps its address, pid and log in DIR/gateway.
-# It signals a process only while its pid, its start time and its command line are all those of the node: a reused pid is never touched.
+# Everything it keeps is in DIR/nodes/<port>/: address, flags (of `quorate serve`, one a line), pid
+# (with the start time of the process), log, data. DIR/nodes/.founding is there until the cluster
+# was up once: without it, there was a cluster, and whatever became of its data, none is founded in
+# its place. A gateway keeps its address, pid and log in DIR/gateway.
+#
+# It signals a process only while its pid, its start time and its command line are all those of the
+# node: a reused pid is never touched.
+#
 # Written for bash 3.2 and BSD tools as well; needs curl, and cargo where there is no binary yet.
 set -u
 umask 022
@@ -19,7 +22,8 @@ HOST=127.0.0.1
 COUNT_DEFAULT=3
 PORT_DEFAULT=13801
 GATEWAY_PORTS_DEFAULT=(8080 8081)
-# How long a node may take to stop before it is killed, and a cluster to become ready before the wait is given up.
+# How long a node may take to stop before it is killed, and a cluster to become ready before the
+# wait is given up.
 STOP_SECONDS=20
 READY_SECONDS=300
 
@@ -28,24 +32,28 @@ usage() {
 usage: cluster.sh [--dir DIR] COMMAND [ARGUMENTS]
 
   bootstrap [N] [--repl-factor R] [--shards S] [--base-port P] [--timing-factor F]
-                 build, start N (3) nodes on $HOST:P... ($PORT_DEFAULT), wait until every shard has a leader;
-                 with F, heartbeats and elections take F times as long: for many nodes on few cores
+                 build, start N (3) nodes on $HOST:P... ($PORT_DEFAULT), wait until every shard
+                 has a leader; with F, heartbeats and elections take F times as long: for many nodes
+                 on few cores
   members        ADDR and PID of each live process
   leader [KEY]   ADDR of the leader of KEY's shard; without KEY, of the group that holds the view
   kill ADDR      kill -9: returns when the process is gone
   pause ADDR     stop the process in its tracks (SIGSTOP); resume ADDR lets it go on
-  restart ADDR   start it again from its data, stopping it first where it runs; does not wait for a quorum
+  restart ADDR   start it again from its data, stopping it first where it runs; does not wait for a
+                 quorum
   add            start one more node, as a spare; the last line is its ADDR
   gateway [PORT...]
-                 start a gateway on these ports of $HOST (${GATEWAY_PORTS_DEFAULT[*]}): it serves the whole cluster from there
+                 start a gateway on these ports of $HOST (${GATEWAY_PORTS_DEFAULT[*]}): it serves
+                 the whole cluster from there
   status         the view, the shards, their leaders and replicas
   logs ADDR [-f] the end of a node's log; with -f, go on
-  stop           stop every node and the gateway, keeping the data; start brings the nodes back, and founds no new cluster
-                 where all of the data is gone
+  stop           stop every node and the gateway, keeping the data; start brings the nodes back, and
+                 founds no new cluster where all of the data is gone
   clean          stop them and remove what this script has made
   help           this text
 
-  --dir DIR      where the cluster lives (else QUORATE_CLUSTER_DIR, else .cluster beside this script); DIR may hold other files
+  --dir DIR      where the cluster lives (else QUORATE_CLUSTER_DIR, else .cluster beside this
+                 script); DIR may hold other files
   QUORATE_BIN    the binary to run, instead of building one; CARGO_TARGET_DIR is honoured too
 
 ADDR is host:port, or the port alone. Options may follow arguments; after -- nothing is an option.
@@ -56,9 +64,10 @@ say() { printf '%s\n' "$*" >&2; }
 die() { say "cluster.sh: $*"; exit 1; }
 misuse() { say "cluster.sh: $*"; say "Try: $ME help"; exit 2; }
 
-# --- Processes ---------------------------------------------------------------------------------------------------------------------------
+# --- Processes ------------------------------------------------------------------------------------
 
-# Sets STATE, STARTED and COMMAND of process $1, or returns 1. A zombie counts as gone, once the last of its threads is.
+# Sets STATE, STARTED and COMMAND of process $1, or returns 1. A zombie counts as gone, once the
+# last of its threads is.
 inspect() {
     local line threads
     if [ -d /proc/self ]; then
@@ -90,7 +99,11 @@ live() {
     inspect "$PID" && [ "$STARTED" = "$started" ] || return 1
     # On its way out it has no command line any more.
     [ "$STATE" != Z ] || return 0
-    case "$COMMAND " in *" serve --address $(address_of "$1") "* | *" gateway --listen $(address_of "$1") "*) return 0 ;; esac
+    local address
+    address=$(address_of "$1")
+    case "$COMMAND " in
+        *" serve --address $address "* | *" gateway --listen $address "*) return 0 ;;
+    esac
     return 1
 }
 
@@ -135,7 +148,10 @@ kill_node() {
 # Of the process that listens on port $1, as far as it can be known: the end of a sentence.
 holder_of() {
     local holder=''
-    ! command -v lsof >/dev/null || holder=$(lsof -nP -iTCP:"$1" -sTCP:LISTEN 2>/dev/null | awk 'NR == 2 { print $1 " (pid " $2 ")" }')
+    if command -v lsof >/dev/null; then
+        holder=$(lsof -nP -iTCP:"$1" -sTCP:LISTEN 2>/dev/null |
+            awk 'NR == 2 { print $1 " (pid " $2 ")" }')
+    fi
     printf '%s' "${holder:-another process}"
 }
 
@@ -161,8 +177,8 @@ start_node() {
     spawn "$1" serve --address "$address" ${flags[@]+"${flags[@]}"} --data-dir "$1/data"
 }
 
-# Runs the binary in directory $1 with the arguments that follow, in a process group of its own, deaf to the terminal's hang-up. Returns when
-# it has become the binary.
+# Runs the binary in directory $1 with the arguments that follow, in a process group of its own,
+# deaf to the terminal's hang-up. Returns when it has become the binary.
 spawn() {
     local dir=$1 pid looks=500
     shift
@@ -170,7 +186,8 @@ spawn() {
     (
         trap '' HUP
         unset ADDRESS VIEW REPL_FACTOR PUBLIC_ADDRESS JOIN_ONLY LOST_DISK_AFTER
-        # As a variable and not as a flag: a program of an earlier release passes over it, and starts.
+        # As a variable and not as a flag: a program of an earlier release passes over it, and
+        # starts.
         [ -f "$DIR/nodes/.founding" ] || export JOIN_ONLY=true
         cd "$dir" || exit 1
         exec "$BINARY" "$@" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
@@ -178,7 +195,8 @@ spawn() {
     pid=$!
     set +m
     if inspect "$pid"; then
-        printf '%s\n%s\n' "$pid" "$STARTED" >"$dir/pid.new" && mv "$dir/pid.new" "$dir/pid" || return 1
+        printf '%s\n%s\n' "$pid" "$STARTED" >"$dir/pid.new" &&
+            mv "$dir/pid.new" "$dir/pid" || return 1
     fi
     # Until it has become the binary, its command line is that of this script.
     while ! live "$dir"; do
@@ -193,10 +211,14 @@ spawn() {
 }
 
 log_tail() {
-    if [ -s "$1/log" ]; then tail -n 20 "$1/log" | sed 's/^/    /' >&2; else say "    (it has written nothing)"; fi
+    if [ -s "$1/log" ]; then
+        tail -n 20 "$1/log" | sed 's/^/    /' >&2
+    else
+        say "    (it has written nothing)"
+    fi
 }
 
-# --- Nodes -------------------------------------------------------------------------------------------------------------------------------
+# --- Nodes ----------------------------------------------------------------------------------------
 
 address_of() {
     local address
@@ -232,7 +254,9 @@ node_at() {
         [ "${NODE##*/}" = "$1" ] && return
         [ "localhost:${NODE##*/}" = "$1" ] && return
     done
-    die "there is no node $1 in $DIR; there are:$(for NODE in "${NODES[@]}"; do printf ' %s' "$(address_of "$NODE")"; done)"
+    die "there is no node $1 in $DIR; there are:$(
+        for NODE in "${NODES[@]}"; do printf ' %s' "$(address_of "$NODE")"; done
+    )"
 }
 
 need_live() { live "$1" || die "$(address_of "$1") is not running"; }
@@ -241,16 +265,21 @@ need_live() { live "$1" || die "$(address_of "$1") is not running"; }
 make_node() {
     local node=$1 address=$2
     shift 2
-    if ! { printf '%s\n' "$address" >"$node/address" && printf '%s\n' "$@" >"$node/flags" && : >>"$node/log"; }; then
-        die "cannot write to $node"
-    fi
+    {
+        printf '%s\n' "$address" >"$node/address" &&
+            printf '%s\n' "$@" >"$node/flags" &&
+            : >>"$node/log"
+    } || die "cannot write to $node"
 }
 
-# Sets BINARY. With `build`, cargo looks whether it is up to date; else it is asked only where there is none.
+# Sets BINARY. With `build`, cargo looks whether it is up to date; else it is asked only where there
+# is none.
 find_binary() {
     if [ -n "${QUORATE_BIN:-}" ]; then
         BINARY=$(absolute "$QUORATE_BIN")
-        if [ ! -x "$BINARY" ] || [ -d "$BINARY" ]; then die "QUORATE_BIN=$QUORATE_BIN is no program"; fi
+        if [ ! -x "$BINARY" ] || [ -d "$BINARY" ]; then
+            die "QUORATE_BIN=$QUORATE_BIN is no program"
+        fi
         return
     fi
     local target
@@ -259,16 +288,18 @@ find_binary() {
     [ "${1:-}" = build ] || [ ! -x "$BINARY" ] || return 0
     if ! command -v cargo >/dev/null; then
         [ -x "$BINARY" ] && return
-        die "cargo is not installed and there is no $BINARY: install Rust (https://rustup.rs), or set QUORATE_BIN"
+        die "cargo is not installed and there is no $BINARY:" \
+            "install Rust (https://rustup.rs), or set QUORATE_BIN"
     fi
-    (cd "$HERE" && CARGO_TARGET_DIR=$target cargo build --release --locked --bin quorate) >&2 || die "the build failed"
+    (cd "$HERE" && CARGO_TARGET_DIR=$target cargo build --release --locked --bin quorate) >&2 ||
+        die "the build failed"
 }
 
 absolute() {
     case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac
 }
 
-# --- HTTP --------------------------------------------------------------------------------------------------------------------------------
+# --- HTTP -----------------------------------------------------------------------------------------
 
 # No ~/.curlrc and no proxy come between this script and its nodes.
 ask() {
@@ -277,12 +308,14 @@ ask() {
     curl -q -s --noproxy '*' --path-as-is --connect-timeout 2 --max-time "$seconds" "$@" 2>/dev/null
 }
 
-# The text of member $1 in the JSON object on the standard input, unescaped as far as it matters to people.
+# The text of member $1 in the JSON object on the standard input, unescaped as far as it matters to
+# people.
 json_text() {
     sed -nE 's/.*"'"$1"'":"(([^"\\]|\\.)*)".*/\1/p' | sed -e 's/\\n/ /g' -e 's/\\\(.\)/\1/g'
 }
 
-# Sets WHY to what /readyz of address $1 says, and CODE to its code; returns 0 if it is ready, or a spare and $2 is `spare`.
+# Sets WHY to what /readyz of address $1 says, and CODE to its code; returns 0 if it is ready, or a
+# spare and $2 is `spare`.
 ready() {
     local answer code
     CODE=
@@ -302,7 +335,8 @@ ready() {
     return 1
 }
 
-# Waits until the nodes in the directories given are ready, and says for whom, and why, whenever that changes.
+# Waits until the nodes in the directories given are ready, and says for whom, and why, whenever
+# that changes.
 wait_ready() {
     local node address said='' told strangers=0 deadline=$((SECONDS + READY_SECONDS))
     for node in "$@"; do
@@ -316,10 +350,11 @@ wait_ready() {
             told="waiting for $address: $WHY"
             [ "$told" = "$said" ] || say "$told"
             said=$told
-            # Nodes that find each other know of a cluster within a moment, if any of them has its data.
+            # Nodes that find each other know of a cluster within a moment, if any has its data.
             if [ "$CODE" = no-cluster ]; then strangers=$((strangers + 1)); else strangers=0; fi
             if [ "$strangers" -ge 50 ]; then
-                say "cluster.sh: there was a cluster in $DIR, and no node has its data any more: nothing was founded."
+                say "cluster.sh: there was a cluster in $DIR, and no node has its data any more:" \
+                    "nothing was founded."
                 say "Put the data back, or begin anew with: $ME clean"
                 return 1
             fi
@@ -345,20 +380,25 @@ percent_encode() {
     printf '%s' "$out"
 }
 
-# --- Commands ----------------------------------------------------------------------------------------------------------------------------
+# --- Commands -------------------------------------------------------------------------------------
 
-# What there is, for someone who asked for a new cluster: 0 if it is what was asked for, and all of it runs.
+# What there is, for someone who asked for a new cluster: 0 if it is what was asked for, and all of
+# it runs.
 existing() {
     local node running=0 differs=''
     for node in "${NODES[@]}"; do live "$node" && running=$((running + 1)); done
-    say "There is a cluster in $DIR already (${#NODES[@]} nodes, $running running): nothing was changed."
+    say "There is a cluster in $DIR already (${#NODES[@]} nodes, $running running):" \
+        "nothing was changed."
     [ -z "$COUNT" ] || [ "$COUNT" -eq "${#NODES[@]}" ] || differs=yes
     [ -z "$BASE_PORT" ] || [ -d "$DIR/nodes/$BASE_PORT" ] || differs=yes
-    [ -z "$REPL_FACTOR_ASKED" ] || [ "$(flag_of "${NODES[0]}" --repl-factor)" = "$REPL_FACTOR_ASKED" ] || differs=yes
+    [ -z "$REPL_FACTOR_ASKED" ] ||
+        [ "$(flag_of "${NODES[0]}" --repl-factor)" = "$REPL_FACTOR_ASKED" ] || differs=yes
     [ -z "$SHARDS" ] || [ "$(flag_of "${NODES[0]}" --shards)" = "$SHARDS" ] || differs=yes
-    [ -z "$TIMING_FACTOR" ] || [ "$(flag_of "${NODES[0]}" --timing-factor)" = "$TIMING_FACTOR" ] || differs=yes
+    [ -z "$TIMING_FACTOR" ] ||
+        [ "$(flag_of "${NODES[0]}" --timing-factor)" = "$TIMING_FACTOR" ] || differs=yes
     if [ -n "$differs" ]; then
-        say "It is not the one asked for: $ME clean removes it, --dir DIR makes another (with --base-port)."
+        say "It is not the one asked for: $ME clean removes it," \
+            "--dir DIR makes another (with --base-port)."
         return 1
     elif [ "$running" -lt "${#NODES[@]}" ]; then
         say "Start what is stopped with: $ME start"
@@ -386,13 +426,16 @@ bootstrap() {
     if [ "$base" -lt 1 ] || [ $((base + count - 1)) -gt 65535 ]; then
         misuse "ports $base to $((base + count - 1)) are not all between 1 and 65535"
     fi
-    if [ -n "$REPL_FACTOR_ASKED" ] && { [ "$REPL_FACTOR_ASKED" -lt 1 ] || [ "$REPL_FACTOR_ASKED" -gt "$count" ]; }; then
+    if [ -n "$REPL_FACTOR_ASKED" ] &&
+        { [ "$REPL_FACTOR_ASKED" -lt 1 ] || [ "$REPL_FACTOR_ASKED" -gt "$count" ]; }; then
         misuse "a replication factor of $REPL_FACTOR_ASKED does not go with $count nodes"
     fi
     [ -z "$SHARDS" ] || [ "$SHARDS" -ge 1 ] || misuse "a cluster has at least one shard"
-    [ -z "$TIMING_FACTOR" ] || [ "$TIMING_FACTOR" -ge 1 ] || misuse "--timing-factor takes a number above 0"
+    [ -z "$TIMING_FACTOR" ] || [ "$TIMING_FACTOR" -ge 1 ] ||
+        misuse "--timing-factor takes a number above 0"
     for ((port = base; port < base + count; port++)); do
-        port_taken "$port" && die "port $port is in use by $(holder_of "$port"): choose others with --base-port"
+        port_taken "$port" &&
+            die "port $port is in use by $(holder_of "$port"): choose others with --base-port"
         view=$view${view:+,}$HOST:$port
     done
     find_binary build
@@ -414,7 +457,8 @@ bootstrap() {
     rm -f "$DIR/nodes/.founding"
     explain
     if [ "$count" -eq 2 ] && [ "$REPL_FACTOR_ASKED" != 1 ]; then
-        say "two nodes hold two copies and have no node for a witness: while either is away, writes wait for it, and default reads; reads with"
+        say "two nodes hold two copies and have no node for a witness: while either is away," \
+            "writes wait for it, and default reads; reads with"
         say "?consistency=stale go on. With a third node either may be lost: $ME bootstrap 3"
     fi
 }
@@ -424,13 +468,16 @@ make_root() {
     local ours=''
     [ -d "$DIR" ] || { mkdir -p "$DIR" && ours=yes; } || die "cannot create $DIR"
     rmdir "$DIR/nodes" 2>/dev/null
-    mkdir "$DIR/nodes" 2>/dev/null || die "$DIR/nodes exists, or cannot be created: choose another directory with --dir, or try $ME clean"
+    mkdir "$DIR/nodes" 2>/dev/null ||
+        die "$DIR/nodes exists, or cannot be created:" \
+            "choose another directory with --dir, or try $ME clean"
     [ -z "$ours" ] || : >"$DIR/nodes/.dir-is-ours"
     : >"$DIR/nodes/.founding" || die "cannot write to $DIR/nodes"
 }
 
 give_up() {
-    say "The cluster is not up. Its files, with the logs, are in $DIR; $ME clean stops what runs and removes them."
+    say "The cluster is not up. Its files, with the logs, are in $DIR;" \
+        "$ME clean stops what runs and removes them."
     exit 1
 }
 
@@ -485,7 +532,8 @@ known_dead() {
     return 1
 }
 
-# The leader of the meta group, as most of those say who answer: one that was cut off for a while may still name the last one.
+# The leader of the meta group, as most of those say who answer: one that was cut off for a while
+# may still name the last one.
 meta_leader() {
     need_cluster
     local node body id named='' winner
@@ -494,7 +542,8 @@ meta_leader() {
         body=$(ask 3 "http://$(address_of "$node")/v1/cluster") || continue
         id=$(printf '%s' "$body" | sed -nE 's/.*"meta_leader":([0-9]+).*/\1/p')
         [ -n "$id" ] || continue
-        named=$named$(printf '%s' "$body" | sed -nE 's/.*\{"id":'"$id"',"address":"([^"]*)".*/\1/p')$'\n'
+        named=$named$(printf '%s' "$body" |
+            sed -nE 's/.*\{"id":'"$id"',"address":"([^"]*)".*/\1/p')$'\n'
     done
     while IFS= read -r winner; do
         [ -n "$winner" ] || continue
@@ -505,7 +554,8 @@ meta_leader() {
     die "no leader is known to any node that answers"
 }
 
-# The leader of the shard of key $1: the node that answers for it. One that only redirects names the next to ask.
+# The leader of the shard of key $1: the node that answers for it. One that only redirects names the
+# next to ask.
 key_leader() {
     [ -n "$1" ] || misuse "a key is not empty"
     need_cluster
@@ -515,7 +565,8 @@ key_leader() {
         if ! live "$node" || [ "$STATE" = T ]; then continue; fi
         address=$(address_of "$node")
         for ((hops = 0; hops < 4; hops++)); do
-            answer=$(ask 4 -I -o /dev/null -w '%{http_code} %{redirect_url}' "http://$address$path?timeout=3s")
+            answer=$(ask 4 -I -o /dev/null -w '%{http_code} %{redirect_url}' \
+                "http://$address$path?timeout=3s")
             case $answer in
                 200\ * | 404\ *)
                     printf '%s\n' "$address"
@@ -594,7 +645,8 @@ gateway() {
     local ports=("$@") port listen=() node members=() running='' dir=$DIR/gateway
     [ "${#ports[@]}" -gt 0 ] || ports=("${GATEWAY_PORTS_DEFAULT[@]}")
     if live "$dir"; then
-        [ "$(address_of "$dir")" = "$HOST:${ports[0]}" ] || die "a gateway runs already, at $(address_of "$dir")"
+        [ "$(address_of "$dir")" = "$HOST:${ports[0]}" ] ||
+            die "a gateway runs already, at $(address_of "$dir")"
         say "The gateway runs already."
         return
     fi
@@ -608,7 +660,8 @@ gateway() {
         ! live "$node" || running=yes
     done
     [ -n "$running" ] || die "no node of the cluster in $DIR runs: $ME start"
-    if ! { mkdir -p "$dir" && printf '%s\n' "${listen[1]}" >"$dir/address"; }; then die "cannot write to $dir"; fi
+    { mkdir -p "$dir" && printf '%s\n' "${listen[1]}" >"$dir/address"; } ||
+        die "cannot write to $dir"
     spawn "$dir" gateway "${listen[@]}" "${members[@]}" || exit 1
     wait_ready "$dir" || exit 1
     say "The gateway is up at port ${ports[*]} of $HOST."
@@ -641,12 +694,14 @@ clean() {
     if [ -f "$DIR/gateway/address" ]; then
         stop_nodes "$DIR/gateway"
         rm -f "$DIR/gateway/address" "$DIR/gateway/log" "$DIR/gateway/pid" "$DIR/gateway/pid.new"
-        rmdir "$DIR/gateway" 2>/dev/null || say "$DIR/gateway holds files that are not mine: they stay"
+        rmdir "$DIR/gateway" 2>/dev/null ||
+            say "$DIR/gateway holds files that are not mine: they stay"
     fi
     if [ "${#NODES[@]}" -gt 0 ]; then
         stop_nodes "${NODES[@]}"
         for NODE in "${NODES[@]}"; do
-            rm -rf "$NODE/data" "$NODE/log" "$NODE/flags" "$NODE/pid" "$NODE/pid.new" || die "cannot remove all of $NODE"
+            rm -rf "$NODE/data" "$NODE/log" "$NODE/flags" "$NODE/pid" "$NODE/pid.new" ||
+                die "cannot remove all of $NODE"
             rm -f "$NODE/address"
             rmdir "$NODE" 2>/dev/null || say "$NODE holds files that are not mine: they stay"
         done
@@ -661,14 +716,16 @@ clean() {
     say "removed the cluster in $DIR"
 }
 
-# --- The command line --------------------------------------------------------------------------------------------------------------------
+# --- The command line -----------------------------------------------------------------------------
 
 number() {
     case $2 in '' | *[!0-9]* | ??????*) misuse "$1 takes a number, not '$2'" ;; esac
     printf '%s' "$((10#$2))"
 }
 
-DIR=${QUORATE_CLUSTER_DIR:-$HERE/.cluster} COUNT='' BASE_PORT='' REPL_FACTOR_ASKED='' SHARDS='' TIMING_FACTOR='' FOLLOW='' VERB='' NODES=() ARGUMENTS=() USED=()
+DIR=${QUORATE_CLUSTER_DIR:-$HERE/.cluster}
+COUNT='' BASE_PORT='' REPL_FACTOR_ASKED='' SHARDS='' TIMING_FACTOR=''
+FOLLOW='' VERB='' NODES=() ARGUMENTS=() USED=()
 # Takes one word that is no option.
 word() {
     if [ -n "$VERB" ]; then ARGUMENTS+=("$1"); else VERB=$1; fi
@@ -716,7 +773,8 @@ takes() {
     local least=$1 most=$2 what=$3 used
     shift 3
     [ "${#ARGUMENTS[@]}" -ge "$least" ] || misuse "$VERB needs $what"
-    [ "${#ARGUMENTS[@]}" -le "$most" ] || misuse "$VERB takes ${what:-no argument}, and got ${ARGUMENTS[*]}"
+    [ "${#ARGUMENTS[@]}" -le "$most" ] ||
+        misuse "$VERB takes ${what:-no argument}, and got ${ARGUMENTS[*]}"
     for used in ${USED[@]+"${USED[@]}"}; do
         case " $* " in *" $used "*) ;; *) misuse "$VERB does not take $used" ;; esac
     done

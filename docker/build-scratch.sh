@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the image without pulling any: docker/build-scratch.sh [TAG] (kvs:3.0). The program is linked without shared libraries (four minutes on
-# two cores). QUORATE_BIN names a program that is there already; the shared libraries that it needs, if any, are put beside it.
+# Builds the image without pulling any: docker/build-scratch.sh [TAG] (kvs:3.0). The program is
+# linked without shared libraries (four minutes on two cores). QUORATE_BIN names a program that is
+# there already; the shared libraries that it needs, if any, are put beside it.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -11,7 +12,8 @@ binary=${QUORATE_BIN:-}
 if [ -z "$binary" ]; then
     host=$(rustc -vV | sed -n 's/^host: //p')
     target=${CARGO_TARGET_DIR:-$root/target}
-    # With a target named, the flag is not that of build scripts and procedural macros, which need shared libraries.
+    # With a target named, the flag is not that of build scripts and procedural macros, which need
+    # shared libraries.
     (cd "$root" && RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=$target \
         cargo build --release --locked --bin quorate --target "$host") >&2
     binary=$target/$host/release/quorate

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Plays a scenario of the kvs dialect with containers on a network of their own, at fixed addresses: two nodes, keys, a third node added by a view
-# change, a node cut off from the network and connected again. Prints one line a step; exits with 0 if all of it held, and with 77 if there is no
-# Docker engine to play it on. Removes what it made.
+# Plays a scenario of the kvs dialect with containers on a network of their own, at fixed addresses:
+# two nodes, keys, a third node added by a view change, a node cut off from the network and
+# connected again. Prints one line a step; exits with 0 if all of it held, and with 77 if there is
+# no Docker engine to play it on. Removes what it made.
 #
 #   IMAGE=kvs:3.0 scripts/docker-test.sh    takes that image, instead of building one
 set -euo pipefail
@@ -38,14 +39,17 @@ image=${IMAGE:-$name:latest}
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 [ -n "${IMAGE:-}" ] || "$root/docker/build-scratch.sh" "$image" >/dev/null
-docker network create --subnet "$subnet.0.0/16" "$name" >/dev/null || die "cannot make a network of $subnet.0.0/16: SUBNET=10.99 takes another"
+docker network create --subnet "$subnet.0.0/16" "$name" >/dev/null ||
+    die "cannot make a network of $subnet.0.0/16: SUBNET=10.99 takes another"
 
 address() { printf '%s.0.%s:13800' "$subnet" "$1"; }
 
-# Starts node $1, with VIEW $2. Its port is published on a free one of the host, which is how it is asked.
+# Starts node $1, with VIEW $2. Its port is published on a free one of the host, which is how it is
+# asked.
 start() {
-    docker run --detach --name "$name-$1" --network "$name" --ip "$subnet.0.$1" --publish 127.0.0.1::13800 \
-        --env ADDRESS="$(address "$1")" --env VIEW="$2" "$image" >/dev/null
+    docker run --detach --name "$name-$1" --network "$name" --ip "$subnet.0.$1" \
+        --publish 127.0.0.1::13800 --env ADDRESS="$(address "$1")" --env VIEW="$2" \
+        "$image" >/dev/null
 }
 
 published() { docker port "$name-$1" 13800/tcp | head -n 1; }
@@ -54,7 +58,8 @@ published() { docker port "$name-$1" 13800/tcp | head -n 1; }
 ask() {
     local node=$1 path=$2 answer
     shift 2
-    answer=$(curl -q -s --noproxy '*' --max-time 10 -w '\n%{http_code}' "$@" "http://$(published "$node")$path") || true
+    answer=$(curl -q -s --noproxy '*' --max-time 10 -w '\n%{http_code}' "$@" \
+        "http://$(published "$node")$path") || true
     CODE=${answer##*$'\n'} BODY=${answer%$'\n'*}
 }
 
@@ -72,8 +77,14 @@ answers() { ask "$1" "$2" && [ "$CODE" = "$3" ]; }
 is_ready() { answers "$1" /readyz 200; }
 is_spare() { answers "$1" /readyz 503 && case $BODY in *spare*) ;; *) return 1 ;; esac; }
 is_healthy() { [ "$(docker inspect --format '{{.State.Health.Status}}' "$name-$1")" = healthy ]; }
-stores() { ask "$1" "/kvs/keys/$2" -X PUT -H 'Content-Type: application/json' -d "{\"value\":\"$3\"}" && case $CODE in 200 | 201) ;; *) return 1 ;; esac; }
-reads() { answers "$1" "/kvs/keys/$2" 200 && case $BODY in *"\"value\":\"$3\""*) ;; *) return 1 ;; esac; }
+stores() {
+    ask "$1" "/kvs/keys/$2" -X PUT -H 'Content-Type: application/json' -d "{\"value\":\"$3\"}" &&
+        case $CODE in 200 | 201) ;; *) return 1 ;; esac
+}
+reads() {
+    answers "$1" "/kvs/keys/$2" 200 &&
+        case $BODY in *"\"value\":\"$3\""*) ;; *) return 1 ;; esac
+}
 
 # Every key has the value it should have, whichever of these nodes is asked.
 all_there() {

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Reads from a cluster whose data are larger than its memory, on this machine: three nodes are read from at
-# random, and each of them lives, from the moment that it is ready, in a control group that leaves it but little
-# memory more for what it reads. No leader may change.
+# Reads from a cluster whose data are larger than its memory, on this machine: three nodes are read
+# from at random, and each of them lives, from the moment that it is ready, in a control group that
+# leaves it but little memory more for what it reads. No leader may change.
 #
-#     sudo scripts/larger_than_memory.sh [--program PROGRAM] [--port PORT] [--keys N] [--value-size BYTES]
-#         [--memory-mib MIB] [--cache-mib MIB] [--reads-per-second N] [--connections N] [--seconds N] [--data DIR]
+#     sudo scripts/larger_than_memory.sh [--program PROGRAM] [--port PORT] [--keys N]
+#         [--value-size BYTES] [--memory-mib MIB] [--cache-mib MIB] [--reads-per-second N]
+#         [--connections N] [--seconds N] [--data DIR]
 #
 # --data has the data in a directory that stays: the next run with it need not write them again.
 # --reads-per-second is what the disk does for each node, where the kernel can hold it to that: the
@@ -13,7 +14,8 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-program='' port=21300 keys=180000 value=2000 memory=64 cache=8 reads=400 connections=64 seconds=120 data=''
+program='' port=21300 data=''
+keys=180000 value=2000 memory=64 cache=8 reads=400 connections=64 seconds=120
 while [ $# -gt 0 ]; do
     case $1 in
         --program) program=$2; shift 2 ;;
@@ -67,7 +69,8 @@ join() {
         mkdir "$of_memory" "$of_disk"
         groups+=("$of_memory" "$of_disk")
         echo $((memory << 20)) >"$of_memory/memory.limit_in_bytes"
-        echo "$disk $reads" >"$of_disk/blkio.throttle.read_iops_device" || say "reads are not held back here"
+        echo "$disk $reads" >"$of_disk/blkio.throttle.read_iops_device" ||
+            say "reads are not held back here"
         echo "$pid" >"$of_disk/cgroup.procs"
     else
         of_memory=/sys/fs/cgroup/$name
@@ -81,8 +84,8 @@ join() {
 
 # start NODE
 start() {
-    "$program" serve --address "${addresses[$1]}" --view "$view" --data-dir "$data/node-$1" --cache-mib "$cache" \
-        >>"$work/node-$1.log" 2>&1 &
+    "$program" serve --address "${addresses[$1]}" --view "$view" --data-dir "$data/node-$1" \
+        --cache-mib "$cache" >>"$work/node-$1.log" 2>&1 &
     pids[$1]=$!
 }
 
@@ -97,7 +100,10 @@ until_true() {
 
 ready() { curl -sf -m 5 "http://${addresses[$1]}/readyz"; }
 all_ready() { for n in 0 1 2; do until_true 300 "${addresses[$n]} is ready" ready "$n"; done; }
-metric() { curl -sf -m 30 "http://${addresses[$1]}/metrics" | awk -v name="$2" '$1 ~ "^"name"({|$)" { sum += $2 } END { print sum + 0 }'; }
+metric() {
+    curl -sf -m 30 "http://${addresses[$1]}/metrics" |
+        awk -v name="$2" '$1 ~ "^"name"({|$)" { sum += $2 } END { print sum + 0 }'
+}
 terms() { for n in 0 1 2; do metric "$n" quorate_group_term; done | paste -sd' '; }
 bench() {
     "$program" bench --server "$view" --value-size "$value" -k "$keys" "$@"
@@ -106,9 +112,11 @@ bench() {
 # Writes the keys of `quorate bench` from $1 on, up to $2 of them.
 write_from() {
     awk -v first="$1" -v count="$2" -v keys="$keys" -v bytes="$value" 'BEGIN {
+        text = "\"encoding\":\"string\",\"data\":"
         while (length(filler) < bytes) filler = filler "v"
         for (n = first; n < first + count && n < keys; n++)
-            printf "%s{\"key\":{\"encoding\":\"string\",\"data\":\"bench-%09d\"},\"value\":{\"encoding\":\"string\",\"data\":\"%s\"}}", (n == first ? "[" : ","), n, filler
+            printf "%s{\"key\":{%s\"bench-%09d\"},\"value\":{%s\"%s\"}}", \
+                (n == first ? "[" : ","), text, n, text, filler
         print "]"
     }' | curl -sf -m 120 -o /dev/null -X PUT --data-binary @- "http://${addresses[0]}/set"
 }
@@ -123,7 +131,14 @@ if [ ! -e "$data/written" ]; then
     touch "$data/written"
 fi
 say "until all of it is in the trees"
-in_tables() { [ "$(for n in 0 1 2; do metric "$n" quorate_map_active_bytes; metric "$n" quorate_map_frozen_bytes; done | awk '{ sum += $1 } END { print sum }')" -lt 1000000 ]; }
+in_tables() {
+    local bytes
+    bytes=$(for n in 0 1 2; do
+        metric "$n" quorate_map_active_bytes
+        metric "$n" quorate_map_frozen_bytes
+    done | awk '{ sum += $1 } END { print sum }')
+    [ "$bytes" -lt 1000000 ]
+}
 until_true 120 "tables are written down" in_tables
 maps=$(metric 0 quorate_map_bytes)
 for n in 0 1 2; do kill -TERM "${pids[$n]}"; wait "${pids[$n]}" || true; done
@@ -135,7 +150,8 @@ sync
 for n in 0 1 2; do join "$n"; done
 echo 3 >/proc/sys/vm/drop_caches
 for n in 0 1 2; do
-    say "node $n: $((maps >> 20)) MiB of maps, $(awk '/VmRSS/ { print int($2 / 1024) }' "/proc/${pids[$n]}/status") MiB of its own, $memory MiB more"
+    own=$(awk '/VmRSS/ { print int($2 / 1024) }' "/proc/${pids[$n]}/status" || true)
+    say "node $n: $((maps >> 20)) MiB of maps, $own MiB of its own, $memory MiB more"
 done
 sleep 5
 before=$(terms)
@@ -143,7 +159,8 @@ bench -w get -c "$connections" --duration "${seconds}s" --warm-up 2s | tee "$wor
 after=$(terms)
 for n in 0 1 2; do
     kill -0 "${pids[$n]}" 2>/dev/null || fail "node $n has ended"
-    say "node $n: $(metric "$n" quorate_map_reads_elsewhere_total || true) reads waited off the threads that serve"
+    elsewhere=$(metric "$n" quorate_map_reads_elsewhere_total || true)
+    say "node $n: $elsewhere reads waited off the threads that serve"
 done
 say "terms before: $before, after: $after"
 [ "$before" = "$after" ] || fail "leaders have changed"

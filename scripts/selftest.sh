@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Tries a cluster of its own for real: starts nodes and a proxy, stores keys and reads them back through the proxy by the load balancer's dialect,
-# kills a node half-way, and compares every value. Exits with 0 if every value was right; removes what it started.
+# Tries a cluster of its own for real: starts nodes and a proxy, stores keys and reads them back
+# through the proxy by the load balancer's dialect, kills a node half-way, and compares every value.
+# Exits with 0 if every value was right; removes what it started.
 set -euo pipefail
 
 usage() {
@@ -61,7 +62,8 @@ trap 'exit 130' INT TERM
 
 ask() { curl -q -s --noproxy '*' --max-time 10 "$@"; }
 
-# Stores value $2 under key $1, once more while nobody can tell: the same value twice is the same value.
+# Stores value $2 under key $1, once more while nobody can tell: the same value twice is the same
+# value.
 put() {
     local answer tries
     for ((tries = 0; tries < 40; tries++)); do
@@ -93,7 +95,11 @@ cluster gateway "$proxy_port"
 
 names=() values=()
 for ((n = 1; n <= keys; n++)); do
-    if [ "$order" = Serial ]; then names+=("key$n"); else names+=("key$n$(printf 'x%04x' "$RANDOM")"); fi
+    if [ "$order" = Serial ]; then
+        names+=("key$n")
+    else
+        names+=("key$n$(printf 'x%04x' "$RANDOM")")
+    fi
     values+=("$((RANDOM * 32768 + RANDOM + 1))")
 done
 # The order in which keys are read.
@@ -123,5 +129,6 @@ if [ -n "$killed" ]; then
     cluster restart "$killed"
     for n in "${sequence[@]}"; do has "${names[n]}" "${values[n]}" || wrong=$((wrong + 1)); done
 fi
-printf '%s keys, %s wrong answers, %s s%s\n' "$keys" "$wrong" "$((SECONDS - started))" "${killed:+; $killed was killed half-way}"
+printf '%s keys, %s wrong answers, %s s%s\n' "$keys" "$wrong" "$((SECONDS - started))" \
+    "${killed:+; $killed was killed half-way}"
 [ "$wrong" -eq 0 ]

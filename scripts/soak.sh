@@ -26,7 +26,10 @@ while [ $# -gt 0 ]; do
 done
 
 export QUORATE_BIN=${QUORATE_BIN:-${CARGO_TARGET_DIR:-$here/target}/release/quorate}
-[ -x "$QUORATE_BIN" ] || { echo "no program at $QUORATE_BIN: cargo build --release --locked" >&2; exit 2; }
+if [ ! -x "$QUORATE_BIN" ]; then
+    echo "no program at $QUORATE_BIN: cargo build --release --locked" >&2
+    exit 2
+fi
 dir=$(mktemp -d)
 cluster() { "$here/cluster.sh" "$@" --dir "$dir"; }
 finish() {

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stops the servers and the proxy that scripts/start_n_servers.sh and `cluster.sh gateway` have started. Their data stays, unless --clean is given.
+# Stops the servers and the proxy that scripts/start_n_servers.sh and `cluster.sh gateway` have
+# started. Their data stays, unless --clean is given.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -54,8 +54,8 @@ spare=127.0.0.1:$((port + 3))
 # start NODE PROGRAM [FLAG...]
 start() {
     local node=$1 program=$2; shift 2
-    "$program" serve --address "${addresses[$node]}" --view "$view" --data-dir "$work/node-$node" "$@" \
-        >>"$work/node-$node.log" 2>&1 &
+    "$program" serve --address "${addresses[$node]}" --view "$view" \
+        --data-dir "$work/node-$node" "$@" >>"$work/node-$node.log" 2>&1 &
     pids[$node]=$!
 }
 
@@ -81,7 +81,10 @@ until_ready() { until_true 90 "${addresses[$1]} is ready" ready "$1"; }
 level_is() { curl -sf -m 2 "http://${addresses[0]}/v1/cluster" | grep -q "\"level\":$1,"; }
 cluster() { "$new" cluster --server "$view" "$@"; }
 
-put() { curl -sf -L -m 5 -o /dev/null -X PUT --data-binary "value $1" "http://${addresses[$(($1 % 3))]}/v1/kv/key-$1"; }
+put() {
+    curl -sf -L -m 5 -o /dev/null -X PUT --data-binary "value $1" \
+        "http://${addresses[$(($1 % 3))]}/v1/kv/key-$1"
+}
 
 # Writes one key after the other, and notes each that was acknowledged.
 write_on() {
@@ -95,7 +98,8 @@ write_on() {
 check_all() {
     local n value count=0
     while read -r n; do
-        value=$(curl -sf -L -m 10 "http://${addresses[$((n % 3))]}/v1/kv/key-$n") || fail "key-$n is not there"
+        value=$(curl -sf -L -m 10 "http://${addresses[$((n % 3))]}/v1/kv/key-$n") ||
+            fail "key-$n is not there"
         [ "$value" = "value $n" ] || fail "key-$n is $value"
         count=$((count + 1))
     done <"$work/acknowledged"
@@ -133,20 +137,26 @@ cluster level
 say 'the old program is refused'
 until_true 20 'the stamp is of the level' grep -q '"level": 1' "$work/node-1/stamp"
 stop 1
-if timeout 30 "$old" serve --address "${addresses[1]}" --view "$view" --data-dir "$work/node-1" >"$work/old.log" 2>&1; then
+if timeout 30 "$old" serve --address "${addresses[1]}" --view "$view" \
+    --data-dir "$work/node-1" >"$work/old.log" 2>&1; then
     fail 'the old program started in a directory of level 1'
 fi
-grep -q 'which this version does not know: it was written by a newer one' "$work/old.log" || fail "it said: $(cat "$work/old.log")"
-if timeout 30 "$new" serve --address "${addresses[1]}" --view "$view" --data-dir "$work/node-1" --level-max 0 \
-    >"$work/level-0.log" 2>&1; then
+grep -q 'which this version does not know: it was written by a newer one' "$work/old.log" ||
+    fail "it said: $(cat "$work/old.log")"
+if timeout 30 "$new" serve --address "${addresses[1]}" --view "$view" \
+    --data-dir "$work/node-1" --level-max 0 >"$work/level-0.log" 2>&1; then
     fail 'a program that knows level 0 started in a directory of level 1'
 fi
-grep -q 'this cluster uses level 1, this program knows 0' "$work/level-0.log" || fail "it said: $(cat "$work/level-0.log")"
+grep -q 'this cluster uses level 1, this program knows 0' "$work/level-0.log" ||
+    fail "it said: $(cat "$work/level-0.log")"
 start_new 1; until_ready 1
 
 "$old" serve --address "$spare" --view "$view" --data-dir "$work/spare" >"$work/spare.log" 2>&1 &
 pids[3]=$!
-is_refused() { { cluster add "$spare" --yes 2>&1 || true; } | grep -q "can't be added: this cluster uses level 1, this program knows 0"; }
+is_refused() {
+    { cluster add "$spare" --yes 2>&1 || true; } |
+        grep -q "can't be added: this cluster uses level 1, this program knows 0"
+}
 until_true 30 'the old program is refused as a new node' is_refused
 kill -9 "${pids[3]}"; wait "${pids[3]}" 2>/dev/null || true; unset 'pids[3]'
 
