@@ -26,7 +26,7 @@ use crate::client::store::{Consistency, Failure, Found, Item, Options, Routing, 
 use crate::client::view_change::{
     self, ChangeInProgress, PlannedChange, Unsettled, ViewChange, ViewChangeFailure,
 };
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{ProposeError, ReadError};
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
@@ -100,7 +100,7 @@ impl Access {
     }
 
     /// Does what is asked on the replica of this node.
-    async fn execute(&self, group: &Arc<Group>, body: ShardBody, deadline: Instant) -> ShardReply {
+    async fn execute(&self, group: &Arc<Replica>, body: ShardBody, deadline: Instant) -> ShardReply {
         let shard = group.key().group;
         match body {
             ShardBody::Write(write) => self.write(group, write, deadline).await,
@@ -206,7 +206,7 @@ impl Access {
     }
 
     /// Does a write, or answers one that only reads: that takes no entry.
-    async fn write(&self, group: &Arc<Group>, write: kv::Write, deadline: Instant) -> ShardReply {
+    async fn write(&self, group: &Arc<Replica>, write: kv::Write, deadline: Instant) -> ShardReply {
         if let Err(failure) = check_operations(&write.operations) {
             return ShardReply::Failed(failure);
         }
@@ -244,7 +244,7 @@ impl Access {
 
     /// Of a shard that ends: what it does not have any more. Its replicas stop as soon as nothing
     /// is left, and the outcome of a write that is proposed just before would not be known.
-    async fn gone(&self, group: &Group, write: &kv::Write) -> Option<kv::Rejection> {
+    async fn gone(&self, group: &Replica, write: &kv::Write) -> Option<kv::Rejection> {
         if self
             .member
             .view()
@@ -273,7 +273,7 @@ impl Access {
     /// it may be.
     async fn before_read(
         &self,
-        group: &Group,
+        group: &Replica,
         consistency: Consistency,
         deadline: Instant,
     ) -> Result<Option<Staleness>, Failure> {
@@ -788,7 +788,7 @@ fn bytes_got(outcome: &kv::WriteOutcome) -> usize {
 ///
 /// [`ReplicaState::read_in`]: crate::storage::state::ReplicaState::read_in
 async fn read_map(
-    group: &Group,
+    group: &Replica,
     kind: ReadKind,
     deadline: Instant,
     work: impl Fn(&MapRead<'_>) -> ShardReply + Send + 'static,
@@ -801,13 +801,13 @@ async fn read_map(
     read.unwrap_or_else(|_| ShardReply::Failed(waited_too_long(group)))
 }
 
-fn waited_too_long(group: &Group) -> Failure {
+fn waited_too_long(group: &Replica) -> Failure {
     unavailable(format!("the map of {} waits for the disk", group.key()))
 }
 
 /// Charges what the gets of a write return, if that is not more than they may.
 async fn charge_gets(
-    group: &Group,
+    group: &Replica,
     answers: &Arc<Budget>,
     write: &kv::Write,
 ) -> Result<Share, Failure> {
@@ -831,7 +831,7 @@ async fn charge_gets(
 
 /// Answers a write that only reads, all of it from the map as it is at one moment.
 fn answer_gets(
-    group: &Group,
+    group: &Replica,
     answers: &Arc<Budget>,
     read: &MapRead<'_>,
     write: &kv::Write,
@@ -854,7 +854,7 @@ fn answer_gets(
 }
 
 fn read_key(
-    group: &Group,
+    group: &Replica,
     answers: &Arc<Budget>,
     read: &MapRead<'_>,
     key: &Bytes,
@@ -901,7 +901,7 @@ struct ManyKeys {
 
 /// Returns the records of keys, read on another thread where that may wait for the disk.
 async fn read_keys(
-    group: &Arc<Group>,
+    group: &Arc<Replica>,
     answers: &Arc<Budget>,
     many: ManyKeys,
     deadline: Instant,
@@ -921,7 +921,7 @@ async fn read_keys(
 /// Keys up to the first that is not owned here: the router looks for its owner when it asks for the
 /// rest. So it does where the answer is full, or there is no room for more.
 fn read_runs(
-    group: &Group,
+    group: &Replica,
     answers: &Arc<Budget>,
     many: &ManyKeys,
     looks_ahead: bool,
@@ -988,7 +988,7 @@ fn look_at(read: &MapRead<'_>, keys: &[Bytes], keys_only: bool) {
 
 /// Returns a page, read on another thread where that may wait for the disk.
 async fn read_page(
-    group: &Arc<Group>,
+    group: &Arc<Replica>,
     answers: &Arc<Budget>,
     request: PageRequest,
     deadline: Instant,
@@ -1011,7 +1011,7 @@ async fn read_page(
 
 /// A page, which ends early where there is no room for more. Entries are applied between its steps;
 /// where a slot changes hands meanwhile, all of it is read at one moment.
-fn read_steps(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> ShardReply {
+fn read_steps(group: &Replica, answers: &Arc<Budget>, request: &PageRequest) -> ShardReply {
     let state = group.state();
     let (mut share, mut scan) = (answers.empty_share(), kv::PageScan::new(request));
     loop {
@@ -1056,7 +1056,7 @@ fn read_steps(group: &Group, answers: &Arc<Budget>, request: &PageRequest) -> Sh
     }
 }
 
-fn read_count(group: &Group, read: &MapRead<'_>) -> ShardReply {
+fn read_count(group: &Replica, read: &MapRead<'_>) -> ShardReply {
     match kv::count(read) {
         Ok(count) => ShardReply::Counted {
             keys: count.keys,
@@ -1067,7 +1067,7 @@ fn read_count(group: &Group, read: &MapRead<'_>) -> ShardReply {
 }
 
 /// A map that can't be read: the replica stops serving, and says why.
-fn broken(group: &Group, error: &StoreError) -> Failure {
+fn broken(group: &Replica, error: &StoreError) -> Failure {
     tell_unreadable(group, error);
     unavailable(format!(
         "the map of {} cannot be read: {error}",
@@ -1076,7 +1076,7 @@ fn broken(group: &Group, error: &StoreError) -> Failure {
 }
 
 /// Somebody should look at it, unless the replica has just been retired.
-pub fn tell_unreadable(group: &Group, error: &StoreError) {
+pub fn tell_unreadable(group: &Replica, error: &StoreError) {
     if group.state().is_wiped() {
         tracing::debug!("the map of {} is gone: {error}", group.key());
     } else {

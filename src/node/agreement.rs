@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
 use crate::client::peer::{HostedReplica, NotedDigest};
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::sm::agreement::{Verdict, is_majority_of_one_mind, judge};
 use crate::sm::kv::{Command, Outcome};
 use crate::sm::level::Feature;
@@ -112,7 +112,7 @@ impl Agreement {
         }
     }
 
-    async fn step(&mut self, group: &Group, now: Comparing) -> Comparing {
+    async fn step(&mut self, group: &Replica, now: Comparing) -> Comparing {
         match now {
             Comparing::Due { at, .. } if Instant::now() < at => now,
             // Of an idle shard nothing new is to be found.
@@ -157,7 +157,7 @@ impl Agreement {
     }
 
     /// Proposes the entry of a comparison.
-    async fn begin(&self, group: &Group) -> Comparing {
+    async fn begin(&self, group: &Replica) -> Comparing {
         let before = group.state().noted_digest().map(|(at, _)| at);
         match group
             .propose_command(Command::Compare, Instant::now() + PROPOSE_TIMEOUT)
@@ -172,7 +172,7 @@ impl Agreement {
     }
 
     /// Asks every member with a map for the digest that it has noted at that entry.
-    async fn ask(&mut self, group: &Group, at: LogId) -> Told {
+    async fn ask(&mut self, group: &Replica, at: LogId) -> Told {
         let (id, own) = (group.key().group, group.key().replica);
         let membership = group.status().membership;
         let all = membership
@@ -235,7 +235,7 @@ impl Agreement {
     }
 
     /// Does what follows. Returns whether nothing more is to be looked after soon.
-    async fn conclude(&self, group: &Group, told: &Told) -> bool {
+    async fn conclude(&self, group: &Replica, told: &Told) -> bool {
         let (id, own) = (group.key().group, group.key().replica);
         let members: BTreeSet<ReplicaId> = told.members.keys().copied().collect();
         match judge(&members, &told.digests) {
@@ -301,7 +301,7 @@ impl Agreement {
     /// Has the log say that nothing is written, for that reason, or that it is again: for the
     /// leaders to come. Returns whether that is so, which it is at once where programs of the
     /// cluster do not know such entries yet, and the next leader has to find out itself.
-    async fn record(&self, group: &Group, reason: Option<String>) -> bool {
+    async fn record(&self, group: &Replica, reason: Option<String>) -> bool {
         if !self.member.allows(Feature::ReadOnlyEntries) {
             return true;
         }
@@ -323,7 +323,7 @@ impl Agreement {
     }
 
     /// This replica differs itself: one that does not is to lead, and has this one rebuilt.
-    async fn hand_over(&self, group: &Group, told: &Told, differing: &BTreeSet<ReplicaId>) {
+    async fn hand_over(&self, group: &Replica, told: &Told, differing: &BTreeSet<ReplicaId>) {
         let id = group.key().group;
         for replica in told
             .digests
@@ -347,7 +347,7 @@ impl Agreement {
         }
     }
 
-    async fn rebuild(&self, group: &Group, told: &Told, differing: &BTreeSet<ReplicaId>) {
+    async fn rebuild(&self, group: &Replica, told: &Told, differing: &BTreeSet<ReplicaId>) {
         for replica in differing {
             let Some(node) = told.members.get(replica) else {
                 continue;

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::types::{GroupId, LogId, ReplicaId};
 
 const TICK: Duration = Duration::from_secs(1);
@@ -106,7 +106,7 @@ impl Balancer {
         }
     }
 
-    async fn transfer(&mut self, group: &Group, replica: ReplicaId) {
+    async fn transfer(&mut self, group: &Replica, replica: ReplicaId) {
         let id = group.key().group;
         self.steady.remove(&id);
         let home = group.status().membership.node_of(replica);

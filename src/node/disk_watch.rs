@@ -1,5 +1,5 @@
 //! [`DiskWatch`]: looks at how much of the disk is left. Where it is little, this node takes no
-//! writes of clients (`Group::propose`), and its leads go to nodes that have more; when there is
+//! writes of clients (`Replica::propose`), and its leads go to nodes that have more; when there is
 //! room again it takes writes by itself, and what waited for room goes on.
 //!
 //! Another node is asked before it is given a lead, and leads come home only to one with room
@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::Log;
 use crate::storage::state::StateStore;
@@ -124,7 +124,7 @@ impl DiskWatch {
         }
     }
 
-    async fn hand_over_group(&self, group: &Group, asked: &mut HashMap<NodeId, bool>) {
+    async fn hand_over_group(&self, group: &Replica, asked: &mut HashMap<NodeId, bool>) {
         let (id, status) = (group.key().group, group.status());
         for (replica, node) in &status.membership.voters {
             let is_other = *node != self.member.node && !status.membership.is_witness(*replica);

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::member::Member;
 use super::metrics::{Family, FamilyKind, Sample, family, one};
-use crate::raft::{Group, GroupMembership, Role, Witness};
+use crate::raft::{Replica, GroupMembership, Role, Witness};
 use crate::sm::view::View;
 use crate::types::{GroupId, NodeId};
 
@@ -89,7 +89,7 @@ pub fn families(member: &Member) -> Vec<Family> {
     all
 }
 
-fn of_group(group: &Group) -> Facts {
+fn of_group(group: &Replica) -> Facts {
     let status = group.status();
     let (queued_writes, queued_reads) = group.queued();
     let applied = status.applied.map_or(0, |id| id.index);

@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::{Group, GroupStatus, Witness};
+use crate::raft::{Replica, ReplicaStatus, Witness};
 use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
@@ -156,7 +156,7 @@ impl Janitor {
         pinned.values().any(|held| *held != Held::Little)
     }
 
-    fn step(&self, group: &Group, is_quiet: bool, held: Held) -> Step {
+    fn step(&self, group: &Replica, is_quiet: bool, held: Held) -> Step {
         let pins = held != Held::Little;
         let weights = Weights::of(group);
         if weights.want_snapshot(is_quiet) {
@@ -187,7 +187,7 @@ impl Janitor {
         }
     }
 
-    async fn snapshot(&self, group: &Group) {
+    async fn snapshot(&self, group: &Replica) {
         // The log needs what is left more than a file does that will not be whole.
         let (free, reserve) = self.log.free_bytes();
         let map = group.state().map_bytes();
@@ -211,7 +211,7 @@ impl Janitor {
     }
 }
 
-async fn purge(group: &Group, upto: u64, held: Held) {
+async fn purge(group: &Replica, upto: u64, held: Held) {
     match held {
         Held::Little | Held::Much => group.purge_log(upto).await,
         Held::TooMuch => group.purge_log_of_all(upto).await,
@@ -249,7 +249,7 @@ enum Step {
 /// How a replica comes to let go of old segments: it purges what its snapshot covers, or writes a
 /// snapshot that covers more. While others need what it has (`purgeable` is less than its
 /// snapshot), another snapshot would not help.
-fn let_go(status: &GroupStatus, purgeable: Option<u64>) -> Step {
+fn let_go(status: &ReplicaStatus, purgeable: Option<u64>) -> Step {
     match purgeable {
         Some(upto) => Step::Purge(upto),
         None if status.snapshot > status.purged || status.applied <= status.snapshot => {
@@ -279,7 +279,7 @@ struct Weights {
 }
 
 impl Weights {
-    fn of(group: &Group) -> Self {
+    fn of(group: &Replica) -> Self {
         Self {
             log_since: group.log_bytes_since_snapshot(),
             log_behind: group.log_bytes_behind_snapshot(),
@@ -472,7 +472,7 @@ mod tests {
             let id = |index| LogId { term: 1, index };
             let (snapshot, purged, applied) = (snapshot.map(id), purged.map(id), applied.map(id));
             let_go(
-                &GroupStatus {
+                &ReplicaStatus {
                     snapshot,
                     purged,
                     applied,
@@ -497,8 +497,8 @@ mod tests {
         );
     }
 
-    fn status() -> GroupStatus {
-        GroupStatus {
+    fn status() -> ReplicaStatus {
+        ReplicaStatus {
             key: ReplicaKey {
                 group: GroupId(1),
                 replica: ReplicaId(1),

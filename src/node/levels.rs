@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::{Member, read_applied_view};
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::sm::level::TooOld;
 use crate::sm::meta;
 use crate::sm::view::{Node, View};
@@ -149,7 +149,7 @@ impl Levels {
         answers
     }
 
-    async fn raise(&self, meta: &Group, level: u16, over: MapVersion) {
+    async fn raise(&self, meta: &Replica, level: u16, over: MapVersion) {
         let command = meta::Command::RaiseLevel { level, over };
         match meta
             .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)

@@ -27,7 +27,7 @@ use crate::client::protocol::{
 };
 use crate::client::shard_map::ShardMap;
 use crate::client::store::Failure;
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::raft::ProposeError;
 use crate::raft::transport::{Peer, Resolver};
 use crate::raft::{Registry, Witness};
@@ -363,7 +363,7 @@ impl Member {
 
     /// The replica of the shard here, if it is to stay: one on its way out is told nothing any
     /// more, also not who leads.
-    pub fn staying_replica(&self, shard: GroupId) -> Option<Arc<Group>> {
+    pub fn staying_replica(&self, shard: GroupId) -> Option<Arc<Replica>> {
         let stays = self.view().replica_on(shard, self.node)?;
         self.registry
             .get(shard)
@@ -585,14 +585,14 @@ impl Member {
             .map_err(|error| unavailable(error.to_string()))
     }
 
-    fn meta(&self) -> Result<Arc<Group>, Failure> {
+    fn meta(&self) -> Result<Arc<Replica>, Failure> {
         self.registry
             .get(GroupId::META)
             .ok_or_else(|| unavailable("the meta group is not open here".into()))
     }
 
     /// Where the leader of the meta group is.
-    fn leader_of(&self, meta: &Group) -> Result<Address, Failure> {
+    fn leader_of(&self, meta: &Replica) -> Result<Address, Failure> {
         let leader = meta
             .status()
             .leader
@@ -721,7 +721,7 @@ fn unavailable(reason: String) -> Failure {
 /// # Errors
 ///
 /// When no quorum confirms in time that it does, or there is no view yet.
-pub async fn read_view_now(meta: &Group, deadline: Instant) -> Result<View, Failure> {
+pub async fn read_view_now(meta: &Replica, deadline: Instant) -> Result<View, Failure> {
     meta.read_barrier(deadline)
         .await
         .map_err(|error| unavailable(error.to_string()))?;
@@ -733,13 +733,13 @@ pub async fn read_view_now(meta: &Group, deadline: Instant) -> Result<View, Fail
 /// # Errors
 ///
 /// When there is none yet, or it can't be read.
-pub fn read_applied_view(meta: &Group) -> Result<View, Failure> {
+pub fn read_applied_view(meta: &Replica) -> Result<View, Failure> {
     let read = meta::read_view(&meta.state().read());
     let view = read.map_err(|error| unavailable(format!("the view cannot be read: {error}")))?;
     view.ok_or_else(|| unavailable("the cluster is not founded yet".into()))
 }
 
-async fn hosted(group: &Group) -> HostedReplica {
+async fn hosted(group: &Replica) -> HostedReplica {
     let status = group.status();
     let key = group.key();
     // A map that can't be read is told by `failed`, and has no counts.

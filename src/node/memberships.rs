@@ -13,7 +13,7 @@ use super::chores::Chores;
 use super::machine::{Machine, Stepped};
 use super::member::Member;
 use crate::client::peer::HostedReplica;
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::sm::membership::{Observed, Step, next_step};
 use crate::sm::meta;
 #[cfg(test)]
@@ -84,7 +84,7 @@ impl Memberships {
 }
 
 /// Whether nothing is to be done, seen cheaply: idle groups are asked this ten times a second.
-fn is_as_wanted(of: &view::Group, group: &Group) -> bool {
+fn is_as_wanted(of: &view::Group, group: &Replica) -> bool {
     let watch = group.watch();
     let watch = watch.borrow();
     let membership = &watch.committed_membership;
@@ -101,7 +101,7 @@ fn is_as_wanted(of: &view::Group, group: &Group) -> bool {
 
 impl Shared {
     /// Takes the next step of a group. True: there is something to wait for.
-    async fn step(&self, view: &View, group: &Group) -> bool {
+    async fn step(&self, view: &View, group: &Replica) -> bool {
         let id = group.key().group;
         let Some(of) = view.groups.get(&id) else {
             return true;
@@ -140,7 +140,7 @@ impl Shared {
     }
 
     /// None while this replica has yet to learn the membership.
-    fn observe(&self, of: &view::Group, group: &Group) -> Option<Observed> {
+    fn observe(&self, of: &view::Group, group: &Replica) -> Option<Observed> {
         let me = group.key().replica;
         let watch = group.watch().borrow().clone();
         let membership = watch.membership;
@@ -190,7 +190,7 @@ impl Shared {
         &self,
         view: &View,
         of: &view::Group,
-        group: &Group,
+        group: &Replica,
         step: Step,
     ) -> Result<(), String> {
         let id = group.key().group;

@@ -20,7 +20,7 @@ use super::member::Member;
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
 use crate::client::store::{Consistency, Options, Routing};
-use crate::raft::{Group, ProposeError};
+use crate::raft::{Replica, ProposeError};
 use crate::sm::kv::{
     self, Command, DestinationState, MoveOutcome, MoveStep, Progress, Remaining, SourceState,
 };
@@ -132,7 +132,7 @@ impl Migrator {
     }
 
     /// Gives the shard a task for what it has to do, if there is anything.
-    fn begin(&mut self, view: &View, group: Arc<Group>) {
+    fn begin(&mut self, view: &View, group: Arc<Replica>) {
         let id = group.key().group;
         let term = group.watch().borrow().term;
         let open = view.moves.iter().find(|(_, open)| open.from == id);
@@ -215,7 +215,7 @@ impl Shared {
     }
 
     /// Opens a move of slots that should be elsewhere.
-    async fn open(&self, group: &Group) {
+    async fn open(&self, group: &Replica) {
         let from = group.key().group;
         let view = self.member.view();
         let (to, slots) = match next_slots(group, &view).await {
@@ -247,7 +247,7 @@ impl Shared {
     }
 
     /// Takes steps until the move has ended, or this replica leads no more.
-    async fn drive(&self, group: &Group, of: &Move) {
+    async fn drive(&self, group: &Replica, of: &Move) {
         let mut drive = Drive {
             catching_up: None,
             frozen: None,
@@ -273,7 +273,7 @@ impl Shared {
     }
 
     /// Looks, decides and takes one step. True: the move has ended.
-    async fn step(&self, group: &Group, of: &Move, drive: &mut Drive) -> Result<bool, Hitch> {
+    async fn step(&self, group: &Replica, of: &Move, drive: &mut Drive) -> Result<bool, Hitch> {
         let begun = Instant::now();
         let step = self.decide(group, of, drive).await?;
         let waits_for_none = drive.catching_up.is_none() && drive.frozen.is_none();
@@ -297,7 +297,7 @@ impl Shared {
         self.copying.acquire().await.map_err(|_| Hitch::NotLeader)
     }
 
-    async fn decide(&self, group: &Group, of: &Move, drive: &mut Drive) -> Result<Step, Hitch> {
+    async fn decide(&self, group: &Replica, of: &Move, drive: &mut Drive) -> Result<Step, Hitch> {
         // What is read here must be what a leader has applied.
         group
             .read_barrier(Instant::now() + STEP_TIMEOUT)
@@ -334,7 +334,7 @@ impl Shared {
     /// True: the move has ended.
     async fn take(
         &self,
-        group: &Group,
+        group: &Replica,
         of: &Move,
         step: &Step,
         drive: &mut Drive,
@@ -400,7 +400,7 @@ impl Shared {
 
     async fn copy(
         &self,
-        group: &Group,
+        group: &Replica,
         of: &Move,
         progress: &Progress,
         drive: &mut Drive,
@@ -430,7 +430,7 @@ impl Shared {
 
     async fn complete(
         &self,
-        group: &Group,
+        group: &Replica,
         of: &Move,
         chunk: u64,
         drive: &mut Drive,
@@ -448,7 +448,7 @@ impl Shared {
     /// Has one side apply an entry, and goes on from what it answered.
     async fn send(
         &self,
-        group: &Group,
+        group: &Replica,
         of: &Move,
         side: Side,
         command: Command,
@@ -558,7 +558,7 @@ impl Shared {
 
     /// Deletes, step by step, what moves that have ended have left in the shard's map; until there
     /// is something to move again. True: nothing is left that this replica could delete.
-    async fn clear(&self, group: &Group) -> bool {
+    async fn clear(&self, group: &Replica) -> bool {
         let shard = group.key().group;
         while group.leads() && !self.has_more_to_move(shard) {
             let left = match group
@@ -600,7 +600,7 @@ impl Shared {
 /// The next slots to be moved from the group's shard, and where to. As many as one move takes
 /// along.
 async fn next_slots(
-    group: &Group,
+    group: &Replica,
     view: &View,
 ) -> Result<Option<(GroupId, BTreeSet<Slot>)>, StoreError> {
     let from = group.key().group;
@@ -645,7 +645,7 @@ pub fn is_step(command: &Command) -> bool {
 }
 
 /// Before a command that changes many keys at once, and that no client waits for.
-pub async fn wait_ample_room(group: &Group, command: &Command) {
+pub async fn wait_ample_room(group: &Replica, command: &Command) {
     let can_wait = match command {
         Command::Install { install, .. } => install.is_one_of_many(),
         Command::Move { step, .. } => matches!(step, MoveStep::Clear { .. }),
@@ -662,7 +662,7 @@ pub async fn wait_ample_room(group: &Group, command: &Command) {
 }
 
 /// What the leader of a destination proposes: a chunk carries its group time.
-pub fn timed(command: Command, group: &Group) -> Command {
+pub fn timed(command: Command, group: &Replica) -> Command {
     match command {
         Command::Install { install, .. } => Command::Install {
             time_ms: group.time_ms(),
@@ -674,7 +674,7 @@ pub fn timed(command: Command, group: &Group) -> Command {
 
 /// What the map of a destination says of a move.
 pub async fn destination_state(
-    group: &Group,
+    group: &Replica,
     id: MoveId,
     slots: BTreeSet<Slot>,
 ) -> Result<DestinationState, StoreError> {

@@ -417,7 +417,7 @@ impl Node {
             .get()
             .map(|running| running.registry().groups())
             .unwrap_or_default();
-        let warning = |group: &Arc<crate::raft::Group>| {
+        let warning = |group: &Arc<crate::raft::Replica>| {
             Some(format!(
                 "shard {} is read-only: {}",
                 group.key().group.0,

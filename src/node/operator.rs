@@ -18,7 +18,7 @@ use crate::client::view_change::{
     ChangeInProgress, Phase, PlannedChange, ReplicationFactor, Shards, ViewChange,
     ViewChangeFailure,
 };
-use crate::raft::{Group, ProposeError};
+use crate::raft::{Replica, ProposeError};
 use crate::sm::level::TooOld;
 use crate::sm::meta;
 use crate::sm::placement::{Planned, plan};
@@ -149,7 +149,7 @@ impl Operator {
     /// is away for another while it starts again: it is waited for.
     async fn draw_up(
         &self,
-        meta: &Group,
+        meta: &Replica,
         change: &ViewChange,
         only_if: Option<PlanEpoch>,
         deadline: Instant,
@@ -262,7 +262,7 @@ impl Operator {
     }
 
     /// The meta group, if this node leads it.
-    fn meta(&self) -> Result<Arc<Group>, ViewChangeFailure> {
+    fn meta(&self) -> Result<Arc<Replica>, ViewChangeFailure> {
         let meta = self
             .member
             .registry
@@ -272,7 +272,7 @@ impl Operator {
     }
 
     /// The view as it is, not as it may have been.
-    async fn current(&self, meta: &Group, deadline: Instant) -> Result<View, ViewChangeFailure> {
+    async fn current(&self, meta: &Replica, deadline: Instant) -> Result<View, ViewChangeFailure> {
         let read = read_view_now(meta, deadline).await;
         read.map_err(|failure| ViewChangeFailure::Failed(self.member.for_want_of_meta(failure)))
     }

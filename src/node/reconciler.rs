@@ -28,7 +28,7 @@ use super::member::Member;
 use super::openings::{Openings, ReplicaTasks};
 use crate::client::peer::Announcement;
 use crate::raft::transport::Resolver as _;
-use crate::raft::{Group, OpenError, ProposeError};
+use crate::raft::{Replica, OpenError, ProposeError};
 use crate::sm::recovery::Cause;
 use crate::sm::slots::SlotState;
 use crate::sm::view::{self, View};
@@ -210,7 +210,7 @@ impl Reconciler {
     }
 
     /// Why what is asked for a group can't be passed to its leader, though that is heard of.
-    fn out_of_reach(&self, group: &Group) -> Option<String> {
+    fn out_of_reach(&self, group: &Replica) -> Option<String> {
         let status = group.status();
         let registry = &self.member.registry;
         let leader = status
@@ -343,7 +343,7 @@ impl Reconciler {
         wipes.tasks.is_empty()
     }
 
-    async fn ensure_initialized(&self, view: &View, group: &Group) -> bool {
+    async fn ensure_initialized(&self, view: &View, group: &Replica) -> bool {
         let key = group.key();
         if self
             .done
@@ -378,7 +378,7 @@ impl Reconciler {
         false
     }
 
-    async fn ensure_meta(&self, view: &View, meta: &Group) -> bool {
+    async fn ensure_meta(&self, view: &View, meta: &Replica) -> bool {
         if !meta.leads() {
             let leader = meta.status().leader;
             if let (false, Some(leader)) = (self.announced(view), leader)
@@ -519,7 +519,7 @@ impl Reconciler {
         }
     }
 
-    async fn propose_meta(&self, meta: &Group, command: meta::Command) {
+    async fn propose_meta(&self, meta: &Replica, command: meta::Command) {
         match meta
             .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
             .await
@@ -535,7 +535,7 @@ impl Reconciler {
     }
 
     /// Every slot that the view gives the shard, and that no move ever touched, is owned by it.
-    async fn ensure_claimed(&self, view: &View, group: &Group) -> bool {
+    async fn ensure_claimed(&self, view: &View, group: &Replica) -> bool {
         let shard = group.key().group;
         if self
             .done
@@ -636,7 +636,7 @@ pub(super) fn may_create(group: &view::Group, replica: ReplicaId) -> bool {
         && (group.creation.contains_key(&replica) || !was_counted)
 }
 
-fn unready_group(group: &Group) -> Option<String> {
+fn unready_group(group: &Replica) -> Option<String> {
     let status = group.status();
     let key = group.key();
     if let Some(reason) = status.failed {

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::failure_reports::{Told, failing_nodes, failing_replicas};
 use super::member::Member;
 use crate::client::peer::{Identity, Standing};
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::sm::meta;
 use crate::sm::repair::{Replacement, Seen, next_plan, replace_failed};
 use crate::sm::view::View;
@@ -204,7 +204,7 @@ impl Repair {
             .collect()
     }
 
-    async fn install(&self, meta: &Group, view: &View, next: View) {
+    async fn install(&self, meta: &Replica, view: &View, next: View) {
         let named = |ids: &mut dyn Iterator<Item = &NodeId>| -> Vec<String> {
             ids.filter_map(|id| next.nodes.get(id))
                 .map(|node| node.address.to_string())
@@ -238,7 +238,7 @@ impl Repair {
 }
 
 /// Has failed replicas replaced by new ones.
-async fn replace(meta: &Group, view: &View, next: View, replaced: &[Replacement]) {
+async fn replace(meta: &Replica, view: &View, next: View, replaced: &[Replacement]) {
     let epoch = next.epoch;
     let command = meta::Command::InstallPlan {
         base: view.version,

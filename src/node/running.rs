@@ -42,7 +42,7 @@ use crate::client::peer::{Announcement, PeerCaller};
 use crate::client::router::Router;
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::raft::OpenError;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::transport::Identity;
@@ -471,7 +471,7 @@ impl Running {
         read_view_now(&*self.led_meta()?, Instant::now() + VIEW_TIMEOUT).await
     }
 
-    fn led_meta(&self) -> Result<Arc<Group>, Failure> {
+    fn led_meta(&self) -> Result<Arc<Replica>, Failure> {
         let meta = self
             .registry()
             .get(GroupId::META)

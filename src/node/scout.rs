@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::member::Member;
 use crate::client::enquiry::takes_connections;
 use crate::raft::transport::Resolver as _;
-use crate::raft::{Group, TransferError};
+use crate::raft::{Replica, TransferError};
 use crate::sm::reach::should_hand_over;
 use crate::telemetry::rarely;
 use crate::types::{GroupId, NodeId};
@@ -137,7 +137,7 @@ impl Scout {
             for some in left.chunks(HANDED_OVER_AT_ONCE) {
                 join_all(some.iter().map(|group| self.find_successor(group))).await;
             }
-            let due: Vec<Arc<Group>> = led
+            let due: Vec<Arc<Replica>> = led
                 .into_iter()
                 .filter(|group| self.is_cut_off(group, &cut_off))
                 .collect();
@@ -148,7 +148,7 @@ impl Scout {
         }
     }
 
-    fn is_cut_off(&self, group: &Group, cut_off: &BTreeSet<NodeId>) -> bool {
+    fn is_cut_off(&self, group: &Replica, cut_off: &BTreeSet<NodeId>) -> bool {
         let voters = group.watch().borrow().membership.voters.clone();
         let others: Vec<NodeId> = voters
             .into_values()
@@ -161,7 +161,7 @@ impl Scout {
 
     /// Hands a lead to one of those that can't connect to this node: another might bring it back.
     /// Returns the group if it was told to go on without this node.
-    async fn give_up(&self, group: &Group, cut_off: &BTreeSet<NodeId>) -> Option<GroupId> {
+    async fn give_up(&self, group: &Replica, cut_off: &BTreeSet<NodeId>) -> Option<GroupId> {
         let id = group.key().group;
         let to = group.best_successor_among(|node| cut_off.contains(&node))?;
         match group.transfer_leader_within(to, HAND_OVER_TIMEOUT).await {
@@ -184,7 +184,7 @@ impl Scout {
     }
 
     /// Has this node's replica follow whoever leads now.
-    async fn find_successor(&self, group: &Group) {
+    async fn find_successor(&self, group: &Replica) {
         let voters = group.watch().borrow().membership.voters.clone();
         let deadline = Instant::now() + ASK_TIMEOUT;
         let asked = voters

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::sm::scrub::{Kind, first_after_ms, next_after_ms, rest_ms};
 use crate::storage::log::Log;
 use crate::storage::{Checked, Pace, ReplicaKey, background};
@@ -166,7 +166,7 @@ impl Pass {
         is_all_mended
     }
 
-    async fn read_snapshot(&self, group: &Arc<Group>) -> bool {
+    async fn read_snapshot(&self, group: &Arc<Replica>) -> bool {
         let mut is_all_mended = true;
         let state = group.state().clone();
         if let Some(damage) = self

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::group::Group;
+use super::group::Replica;
 use super::status::Role;
 use crate::types::{LogId, ReplicaId};
 
@@ -132,7 +132,7 @@ impl Feeds {
     }
 }
 
-impl Group {
+impl Replica {
     /// Purges the log through `index`, but not past the last snapshot, nor, while there is room for
     /// it, past what a follower that is sent a snapshot will need.
     pub async fn purge_log(&self, index: u64) {

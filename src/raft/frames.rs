@@ -14,7 +14,7 @@ use openraft::raft::{
     VoteRequest, VoteResponse,
 };
 
-use super::group::Group;
+use super::group::Replica;
 use super::snapshots;
 use super::state_machine::Keeps;
 use super::transport::Lane;
@@ -31,7 +31,7 @@ const FRAMES_MAX: usize = 64;
 
 type Handled = Result<Reply, Refusal>;
 
-impl Group {
+impl Replica {
     /// Begins to work on a request for this replica. An append has its place in openraft's queue
     /// when the future was polled once, if that poll was not subject to tokio's budget.
     pub(super) fn handle(

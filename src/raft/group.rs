@@ -1,4 +1,4 @@
-//! [`Group`]: one replica of one group, alive: its log, its map, openraft between them, and what
+//! [`Replica`]: one replica of one group, alive: its log, its map, openraft between them, and what
 //! callers may ask.
 //!
 //! Around openraft's own tasks a group has three: the proposer, the reads, and a monitor that
@@ -33,7 +33,7 @@ use super::registry::Shared;
 use super::room::Held;
 use super::snapshots::Inbox;
 use super::state_machine::{self, Keeps, Machine, StateMachine};
-use super::status::{Freshness, GroupMembership, GroupStatus, GroupWatch, Leader, Role};
+use super::status::{Freshness, GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
 use super::timings::{LeaseReads, RaftTimings};
 use super::types::{Answer, Member, Outcome, Proposal, Types, from_raft};
 use super::witness;
@@ -56,7 +56,7 @@ const TRANSFER_TIMEOUT: Duration = Duration::from_secs(2);
 const LEASE_PAUSE: Duration = Duration::from_millis(5);
 
 /// One replica of one group.
-pub struct Group {
+pub struct Replica {
     key: ReplicaKey,
     pub(super) raft: RaftHandle,
     pub(super) machine: Arc<Machine>,
@@ -76,7 +76,7 @@ pub struct Group {
     opened: Instant,
     timings: RaftTimings,
     pub(super) shared: Arc<Shared>,
-    pub(super) watch: watch::Receiver<GroupWatch>,
+    pub(super) watch: watch::Receiver<ReplicaWatch>,
     tasks: Mutex<Option<JoinSet<()>>>,
     is_stopping: Arc<AtomicBool>,
     /// Why nothing is written.
@@ -86,7 +86,7 @@ pub struct Group {
     pub(super) stepped_down: AtomicU64,
 }
 
-impl Group {
+impl Replica {
     /// Brings a replica to life from its log and what it keeps besides. It takes part at once.
     pub(super) async fn open(
         shared: Arc<Shared>,
@@ -175,7 +175,7 @@ impl Group {
         Ok(group)
     }
 
-    /// It keeps the log and no map. The registry gives none out as a `Group`.
+    /// It keeps the log and no map. The registry gives none out as a `Replica`.
     pub(super) fn is_witness(&self) -> bool {
         self.machine.keeps.witness().is_some()
     }
@@ -184,7 +184,7 @@ impl Group {
         self.key
     }
 
-    /// The map. For a linearizable read await [`Group::read_barrier`] first.
+    /// The map. For a linearizable read await [`Replica::read_barrier`] first.
     pub fn state(&self) -> &ReplicaState {
         self.machine
             .keeps
@@ -228,7 +228,7 @@ impl Group {
         self.propose_with_gets(write, 0, deadline).await
     }
 
-    /// As [`Group::propose`], for a write whose gets return about so many bytes: an entry is filled
+    /// As [`Replica::propose`], for a write whose gets return about so many bytes: an entry is filled
     /// by these too.
     pub async fn propose_with_gets(
         &self,
@@ -404,7 +404,7 @@ impl Group {
         }
     }
 
-    /// Returns when whatever was acknowledged before the call can be read from [`Group::state`].
+    /// Returns when whatever was acknowledged before the call can be read from [`Replica::state`].
     pub async fn read_barrier(&self, deadline: Instant) -> Result<(), ReadError> {
         if self.is_witness() || self.has_stepped_down(&self.watch.borrow()) {
             return Err(ReadError::NotLeader { leader: None });
@@ -448,7 +448,7 @@ impl Group {
     ///
     /// It is given what it needs of the metrics, because its caller may be reading them: a second
     /// read would wait for ever, behind a writer that waits for the first.
-    fn quorum_acked(&self, watch: &GroupWatch, acked: Option<Duration>) -> Option<Duration> {
+    fn quorum_acked(&self, watch: &ReplicaWatch, acked: Option<Duration>) -> Option<Duration> {
         let is_alone =
             watch.role == Role::Leader && watch.membership.voters.keys().eq([&self.key.replica]);
         if is_alone {
@@ -458,7 +458,7 @@ impl Group {
         }
     }
 
-    pub fn status(&self) -> GroupStatus {
+    pub fn status(&self) -> ReplicaStatus {
         let data = self.raft.data_metrics();
         let data = data.borrow_watched();
         let watch = self.watch.borrow();
@@ -481,7 +481,7 @@ impl Group {
                 self.freshness.last_heard().map(|at| at.elapsed())
             }
         };
-        GroupStatus {
+        ReplicaStatus {
             key: self.key,
             role,
             leader: leader.and_then(|leader| leader.node),
@@ -506,7 +506,7 @@ impl Group {
         self.failure_of(&self.watch.borrow())
     }
 
-    fn failure_of(&self, watch: &GroupWatch) -> Option<String> {
+    fn failure_of(&self, watch: &ReplicaWatch) -> Option<String> {
         let of_map = || self.machine.keeps.map().and_then(ReplicaState::failure);
         watch
             .failure
@@ -521,7 +521,7 @@ impl Group {
     }
 
     /// What changes seldom: the leader, the membership, a failure.
-    pub fn watch(&self) -> watch::Receiver<GroupWatch> {
+    pub fn watch(&self) -> watch::Receiver<ReplicaWatch> {
         self.watch.clone()
     }
 
@@ -800,14 +800,14 @@ impl Group {
     }
 }
 
-fn lag(status: &GroupStatus, replica: ReplicaId) -> u64 {
+fn lag(status: &ReplicaStatus, replica: ReplicaId) -> u64 {
     let last = status.last_log.map_or(0, |id| id.index);
     let matched = status.matched.get(&replica).copied().flatten();
     last.saturating_sub(matched.map_or(0, |id| id.index))
 }
 
 /// What the watchers of a group see now.
-fn look(raft: &RaftHandle, failure: Option<String>) -> GroupWatch {
+fn look(raft: &RaftHandle, failure: Option<String>) -> ReplicaWatch {
     let metrics = raft.server_metrics();
     let metrics = metrics.borrow_watched();
     let membership = GroupMembership::from(&*metrics.membership_config);
@@ -825,7 +825,7 @@ fn look(raft: &RaftHandle, failure: Option<String>) -> GroupWatch {
             .filter(|_| !membership.is_witness(replica));
         Leader { replica, node }
     });
-    GroupWatch {
+    ReplicaWatch {
         role,
         leader,
         term: metrics.vote.leader_id.term,
@@ -840,7 +840,7 @@ async fn monitor(
     key: ReplicaKey,
     raft: RaftHandle,
     machine: Arc<Machine>,
-    publish: watch::Sender<GroupWatch>,
+    publish: watch::Sender<ReplicaWatch>,
     (proposer, reads): (Arc<Proposer>, Arc<Reads>),
     elections: Arc<Elections>,
     is_stopping: Arc<AtomicBool>,

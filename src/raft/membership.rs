@@ -9,14 +9,14 @@ use openraft::ChangeMembers;
 use openraft::error::{ClientWriteError, RaftError};
 
 use super::errors::MembershipError;
-use super::group::Group;
+use super::group::Replica;
 use super::types::{Member, Types};
 use crate::types::{NodeId, ReplicaId};
 
 /// How long a change is waited for. One takes a commit or two.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-impl Group {
+impl Replica {
     /// Adds a replica that applies and has no vote. Returns when that is committed. Fine if it is a
     /// member already.
     pub async fn add_learner(
@@ -35,7 +35,7 @@ impl Group {
     }
 
     /// Adds a replica that only keeps the log, and has no vote yet. Otherwise like
-    /// [`Group::add_learner`].
+    /// [`Replica::add_learner`].
     pub async fn add_witness(
         &self,
         replica: ReplicaId,

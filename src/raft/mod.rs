@@ -2,7 +2,7 @@
 //! the way to their peers.
 //!
 //! A write, step by step:
-//! 1. [`Group::propose`] queues it; the `proposer` merges what waits into one entry, encoded once.
+//! 1. [`Replica::propose`] queues it; the `proposer` merges what waits into one entry, encoded once.
 //! 2. openraft appends it: the `log_store` hands it to the log, whose writer syncs it; at the same
 //!    time
 //! 3. openraft sends it to each follower: a `network` client turns it into a frame (`wire`), and
@@ -12,7 +12,7 @@
 //! 5. With a quorum synced it is committed; the `state_machine` decodes it, applies it by the core,
 //!    and answers the callers of step 1.
 //!
-//! A read: [`Group::read_barrier`] joins the next round of `reads`; then [`Group::state`] may be
+//! A read: [`Replica::read_barrier`] joins the next round of `reads`; then [`Replica::state`] may be
 //! read.
 //!
 //! What holds here: no frame creates a replica; a frame for another cluster, directory, group or
@@ -54,11 +54,11 @@ mod witness;
 
 pub use elections::Elections;
 pub use errors::{MembershipError, OpenError, ProposeError, ReadError, TransferError};
-pub use group::Group;
+pub use group::Replica;
 pub use registry::{Registry, RegistryParts};
 pub use room::{Room, Rooms};
 pub use runtime::seed_this_thread;
-pub use status::{GroupMembership, GroupStatus, GroupWatch, Leader, Role};
+pub use status::{GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
 pub use step_down::Progress;
 pub use timings::{LeaseReads, RaftTimings};
 pub use wire::{Refusal, WireError};

@@ -15,7 +15,7 @@ use futures::future::select;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::group::Group;
+use super::group::Replica;
 use super::snapshots;
 use super::state_machine::Machine;
 use super::types::vote_from_raft;
@@ -199,7 +199,7 @@ impl Drop for Taking {
     }
 }
 
-impl Group {
+impl Replica {
     /// Has the replica on that node, which is not the one that leads, take this replica's map in
     /// place of its own.
     ///

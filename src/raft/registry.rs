@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::elections::Elections;
 use super::errors::OpenError;
 use super::fit::fit_log;
-use super::group::Group;
+use super::group::Replica;
 use super::lanes::{Heard, Lanes, LanesParts, Seats, Ways};
 use super::pace::Pace;
 use super::pulse;
@@ -93,7 +93,7 @@ pub struct Registry {
     large_frames: Arc<Semaphore>,
     shared: Arc<Shared>,
     states: Arc<StateStore>,
-    groups: RwLock<BTreeMap<GroupId, Arc<Group>>>,
+    groups: RwLock<BTreeMap<GroupId, Arc<Replica>>>,
     /// Held while a replica is opened or closed: they take their time, and two of a group must not
     /// meet.
     opening: Mutex<Opening>,
@@ -189,12 +189,12 @@ impl Registry {
     }
 
     /// The replica of a group that lives here, if it has a map.
-    pub fn get(&self, group: GroupId) -> Option<Arc<Group>> {
+    pub fn get(&self, group: GroupId) -> Option<Arc<Replica>> {
         self.replica(group).filter(|group| !group.is_witness())
     }
 
     /// Every live replica that has a map, by group.
-    pub fn groups(&self) -> Vec<Arc<Group>> {
+    pub fn groups(&self) -> Vec<Arc<Replica>> {
         self.replicas()
             .into_iter()
             .filter(|group| !group.is_witness())
@@ -217,7 +217,7 @@ impl Registry {
             .collect()
     }
 
-    fn replica(&self, group: GroupId) -> Option<Arc<Group>> {
+    fn replica(&self, group: GroupId) -> Option<Arc<Replica>> {
         self.groups
             .read()
             .expect("no holder panics")
@@ -225,7 +225,7 @@ impl Registry {
             .cloned()
     }
 
-    fn replicas(&self) -> Vec<Arc<Group>> {
+    fn replicas(&self) -> Vec<Arc<Replica>> {
         self.groups
             .read()
             .expect("no holder panics")
@@ -235,7 +235,7 @@ impl Registry {
     }
 
     /// Shows each live replica to `visit`, which must be quick.
-    pub(super) fn with_groups(&self, visit: impl FnMut(&Arc<Group>)) {
+    pub(super) fn with_groups(&self, visit: impl FnMut(&Arc<Replica>)) {
         self.groups
             .read()
             .expect("no holder panics")
@@ -284,7 +284,7 @@ impl Registry {
         self: &Arc<Self>,
         key: ReplicaKey,
         may_create: bool,
-    ) -> Result<Arc<Group>, OpenError> {
+    ) -> Result<Arc<Replica>, OpenError> {
         self.open(key, Some(Kind::Map), may_create).await
     }
 
@@ -310,7 +310,7 @@ impl Registry {
         key: ReplicaKey,
         kind: Option<Kind>,
         may_create: bool,
-    ) -> Result<Arc<Group>, OpenError> {
+    ) -> Result<Arc<Replica>, OpenError> {
         let mut synced = 0;
         let (_opening, log) = loop {
             let mut opening = self.opening.lock().await;
@@ -346,7 +346,7 @@ impl Registry {
             return Err(OpenError::OtherKind(key));
         }
         fit_log(key, &log, &keeps).await?;
-        let group = Group::open(self.shared.clone(), log, keeps).await?;
+        let group = Replica::open(self.shared.clone(), log, keeps).await?;
         self.groups
             .write()
             .expect("no holder panics")

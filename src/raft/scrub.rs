@@ -1,11 +1,11 @@
 //! What a group does about damage that was found in what it keeps on the disk.
 
-use super::group::Group;
+use super::group::Replica;
 use super::witness::Witness;
 use crate::sm::ports::StoreError;
 use crate::storage::{Checked, background};
 
-impl Group {
+impl Replica {
     /// Writes the snapshot file anew, though it is of the same entry: what is on the disk has
     /// rotted.
     ///

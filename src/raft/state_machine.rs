@@ -554,7 +554,7 @@ impl RaftStateMachine<Types> for StateMachine {
         Ok(())
     }
 
-    /// Openraft is given the snapshot that `Group::build_snapshot` has made: building is ours to
+    /// Openraft is given the snapshot that `Replica::build_snapshot` has made: building is ours to
     /// decide, and an error of it must not stop the group.
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
         let made = if force {

@@ -1,4 +1,4 @@
-//! What a group says of itself: [`GroupStatus`] at a moment, [`GroupWatch`] as it changes,
+//! What a group says of itself: [`ReplicaStatus`] at a moment, [`ReplicaWatch`] as it changes,
 //! [`Freshness`] of its map.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,7 +34,7 @@ pub struct Leader {
 
 /// A replica at a moment.
 #[derive(Debug, Clone, PartialEq)]
-pub struct GroupStatus {
+pub struct ReplicaStatus {
     pub key: ReplicaKey,
     pub role: Role,
     pub leader: Option<NodeId>,
@@ -57,7 +57,7 @@ pub struct GroupStatus {
     pub matched: BTreeMap<ReplicaId, Option<LogId>>,
 }
 
-impl GroupStatus {
+impl ReplicaStatus {
     /// Through where the log may be purged at no cost to others: up to the snapshot, but a leader
     /// keeps what a member that is near still lacks, because past that only a whole snapshot would
     /// bring it up to date. None: it may not be purged further than it is.
@@ -184,7 +184,7 @@ impl From<&StoredMembership> for GroupMembership {
 
 /// What changes seldom, and is worth waking for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GroupWatch {
+pub struct ReplicaWatch {
     pub role: Role,
     pub leader: Option<Leader>,
     pub term: u64,
@@ -295,7 +295,7 @@ mod tests {
             [(1, 10), (2, 20), (3, 30)].map(|(replica, node)| (ReplicaId(replica), NodeId(node)));
         let matched = [(1, at(90)), (2, at(50)), (3, None)]
             .map(|(replica, matched)| (ReplicaId(replica), matched));
-        let status = |role, purged| GroupStatus {
+        let status = |role, purged| ReplicaStatus {
             key: ReplicaKey {
                 group: GroupId(1),
                 replica: ReplicaId(1),
@@ -341,7 +341,7 @@ mod tests {
         );
         assert_eq!(status(Role::Follower, at(70)).purgeable(|_| true), None);
         assert_eq!(
-            GroupStatus {
+            ReplicaStatus {
                 snapshot: None,
                 ..status(Role::Follower, None)
             }

@@ -17,9 +17,9 @@ use tokio::task::coop::unconstrained;
 use tokio::time::Instant;
 
 use super::errors::TransferError;
-use super::group::Group;
+use super::group::Replica;
 use super::registry::Registry;
-use super::status::{GroupWatch, Role};
+use super::status::{ReplicaWatch, Role};
 use super::types::from_raft;
 use crate::sm::ports::{Direction, Items, KeyRange, Pairs, Read, StoreError, ValueStart};
 use crate::storage::ReplicaKey;
@@ -58,7 +58,7 @@ impl Registry {
     }
 }
 
-impl Group {
+impl Replica {
     fn progress(&self) -> Progress {
         let index = |id: Option<LogId>| id.map_or(0, |id| id.index);
         let committed = self
@@ -82,7 +82,7 @@ impl Group {
     }
 
     /// Returns whether this replica has given up its lead, as far as `watch` goes.
-    pub(super) fn has_stepped_down(&self, watch: &GroupWatch) -> bool {
+    pub(super) fn has_stepped_down(&self, watch: &ReplicaWatch) -> bool {
         watch.role == Role::Leader && self.stepped_down.load(Ordering::Relaxed) == watch.term
     }
 

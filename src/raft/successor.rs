@@ -8,12 +8,12 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::AppendEntriesRequest;
 use tokio::time::Instant;
 
-use super::group::Group;
+use super::group::Replica;
 use super::types::{Types, vote_from_raft, vote_to_raft};
 use super::wire::{Reply, Request};
 use crate::types::{NodeId, ReplicaId};
 
-impl Group {
+impl Replica {
     /// Asks another voter how far elections are, and follows the leader of a later term that it
     /// tells of, as if that had sent a heartbeat. Returns whether there is one.
     pub async fn ask_for_successor(

@@ -5,7 +5,7 @@
 //! - It is in a group only while it has, or a majority of the replicas with a map has, every entry
 //!   that one of those may lack: it becomes a voter, and others become voters beside it, only when
 //!   each replica with a map has all that is committed (`sm::membership`), and it purges only what
-//!   each has durably ([`Group::tell_witnesses`] says how far that is).
+//!   each has durably ([`Replica::tell_witnesses`] says how far that is).
 //! - It never sends a snapshot, having none: a replica that lacks what the witness no longer has
 //!   must be brought up to date by another that has a map, and refuses a witness's snapshot. A
 //!   witness that lacks what its leader no longer has is told how far that is, and what the
@@ -22,8 +22,8 @@ use futures::future::join_all;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::group::Group;
-use super::status::{GroupStatus, Role};
+use super::group::Replica;
+use super::status::{ReplicaStatus, Role};
 use super::wire::Request;
 use crate::sm::ports::StoreError;
 use crate::storage::state::{Applied, Synced};
@@ -160,14 +160,14 @@ impl WitnessState {
 
 /// A witness of this node.
 #[derive(Clone)]
-pub struct Witness(pub(super) Arc<Group>);
+pub struct Witness(pub(super) Arc<Replica>);
 
 impl Witness {
     pub fn key(&self) -> ReplicaKey {
         self.0.key()
     }
 
-    pub fn status(&self) -> GroupStatus {
+    pub fn status(&self) -> ReplicaStatus {
         self.0.status()
     }
 
@@ -213,7 +213,7 @@ impl Witness {
     }
 }
 
-impl Group {
+impl Replica {
     /// Tells the witnesses of the group how much of the log every replica with a map has durably,
     /// so that they need not keep it. Does nothing unless this replica leads and there is something
     /// new to tell. Whoever is not told now is told later.
@@ -279,7 +279,7 @@ impl Group {
 
 /// Whenever the witness leads, hands over to the first voter with a map that has all that it has.
 /// Ends with the group.
-pub async fn hand_over_soon(group: Weak<Group>) {
+pub async fn hand_over_soon(group: Weak<Replica>) {
     let Some(mut watch) = group.upgrade().map(|group| group.watch()) else {
         return;
     };

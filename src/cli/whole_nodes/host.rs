@@ -16,7 +16,7 @@ use crate::cli::serve;
 use crate::config::NodeConfig;
 use crate::http::{Limits, Server};
 use crate::node::{Node, NodeError};
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::sm::view::Asked;
 use crate::storage::ReplicaKey;
 use crate::storage::mem_trees::MemTrees;
@@ -305,14 +305,14 @@ impl Host {
         incarnation.node.lock().expect("no holder panics").clone()
     }
 
-    pub fn groups(&self) -> Vec<Arc<Group>> {
+    pub fn groups(&self) -> Vec<Arc<Replica>> {
         self.node()
             .and_then(|node| node.registry())
             .map(|registry| registry.groups())
             .unwrap_or_default()
     }
 
-    pub fn group(&self, id: GroupId) -> Option<Arc<Group>> {
+    pub fn group(&self, id: GroupId) -> Option<Arc<Replica>> {
         self.groups()
             .into_iter()
             .find(|group| group.key().group == id)

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::host::Host;
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::sm::slots::SlotState;
 use crate::types::{GroupId, MoveId, Slot};
 
@@ -33,7 +33,7 @@ async fn look(hosts: &[Arc<Host>]) -> BTreeMap<GroupId, Served> {
     served
 }
 
-async fn served_by(group: &Group) -> Option<Served> {
+async fn served_by(group: &Replica) -> Option<Served> {
     // The runtime of an ended node says nothing any more.
     let confirmed = tokio::time::timeout(
         CONFIRM_TIMEOUT * 2,

@@ -15,7 +15,7 @@ use crate::raft::lanes::memory::MemoryHub;
 use crate::raft::pace::Pace;
 use crate::raft::transport::{Dial, Identity, Resolver};
 use crate::raft::{
-    Group, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, Rooms, Witness,
+    Replica, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, Rooms, Witness,
 };
 use crate::sm::kv::{
     self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome,
@@ -315,7 +315,7 @@ impl TestCluster {
         }
     }
 
-    pub fn group(&self, node: u64, group: u64) -> Arc<Group> {
+    pub fn group(&self, node: u64, group: u64) -> Arc<Replica> {
         self.nodes[&NodeId(node)]
             .registry
             .get(GroupId(group))
@@ -408,7 +408,7 @@ pub fn assert_put(outcome: &WriteOutcome) {
 }
 
 /// What a replica's map holds now.
-pub fn read(group: &Group, key: &str) -> Option<String> {
+pub fn read(group: &Replica, key: &str) -> Option<String> {
     match kv::read(&group.state().read(), key.as_bytes()).expect("a readable map") {
         kv::ReadOutcome::Owned(record) => {
             record.map(|record| String::from_utf8(record.value.to_vec()).expect("text"))

@@ -12,7 +12,7 @@ use super::cluster::*;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{Head, Refusal, Reply, Request};
 use crate::raft::{
-    Group, LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Role,
+    Replica, LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Role,
     TransferError,
 };
 use crate::storage::log::Vote;
@@ -1028,7 +1028,7 @@ async fn groups_without_a_quorum_leave_room_for_the_proposals_of_others() {
         .proposals
         .budget()
         .clone();
-    let ask = |group: &Arc<Group>| {
+    let ask = |group: &Arc<Replica>| {
         let (group, write) = (group.clone(), put("k", &value));
         tokio::spawn(async move { group.propose(write, soon()).await })
     };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::cluster::*;
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::raft::transport::Lane;
 use crate::raft::types::vote_from_raft;
 use crate::raft::wire::{AppendReply, EntryHead, Head, PayloadKind, Reply, Request, SnapshotName};
@@ -20,8 +20,8 @@ use crate::types::{GroupId, LogId, NodeId, Revision};
 /// A follower that nobody reaches but by hand.
 struct CutOff<'a> {
     cluster: &'a TestCluster,
-    leader: Arc<Group>,
-    follower: Arc<Group>,
+    leader: Arc<Replica>,
+    follower: Arc<Replica>,
     node: NodeId,
     vote: Vote,
 }
@@ -156,7 +156,7 @@ fn name_of(snapshot: &Snapshot) -> SnapshotName {
     }
 }
 
-fn applied(group: &Group) -> Option<LogId> {
+fn applied(group: &Replica) -> Option<LogId> {
     group.state().applied().log_id
 }
 

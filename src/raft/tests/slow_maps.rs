@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::cluster::*;
 use super::stalling_disk::StallingDisk;
-use crate::raft::Group;
+use crate::raft::Replica;
 use crate::raft::log_store::LogStore;
 use crate::storage::log::{Entry, Log, LogOptions, Payload};
 use crate::storage::mem_trees::Gate;
@@ -43,7 +43,7 @@ impl Watchdog {
 }
 
 /// Reads from the leader for a while: each read takes a round to a majority.
-async fn read_for_a_while(leader: &Group) {
+async fn read_for_a_while(leader: &Replica) {
     let end = Instant::now() + FOR_A_WHILE;
     while Instant::now() < end {
         leader
@@ -55,7 +55,7 @@ async fn read_for_a_while(leader: &Group) {
 }
 
 /// Has the log begin behind a new snapshot, as far as that may be.
-async fn compact(group: &Group) -> LogId {
+async fn compact(group: &Replica) -> LogId {
     group.build_snapshot().await.expect("a snapshot");
     until("openraft knows of the snapshot", || {
         group.status().snapshot.is_some()
