@@ -10,7 +10,7 @@ use super::scrub::ScrubCounts;
 use super::watchdog::Findings;
 use crate::budget::Budget;
 use crate::client::reply;
-use crate::raft::Room;
+use crate::raft::FairBudget;
 use crate::sm::recovery::Cause;
 use crate::sm::scrub::Kind;
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
@@ -406,14 +406,14 @@ fn of_moves(moved: &Moved) -> Vec<Family> {
 /// Returns what groups and lanes hold together, and how often there was no room.
 fn of_rooms(member: &Member) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
-    let rooms = member.registry.rooms().named();
+    let budgets = member.registry.budgets().named();
     let samples = |value: fn(&Budget) -> f64| {
-        let sample = |(name, room): &(&'static str, &Room)| Sample {
+        let sample = |(name, fair): &(&'static str, &FairBudget)| Sample {
             suffix: "",
             labels: vec![("room", (*name).to_owned())],
-            value: value(room.budget()),
+            value: value(fair.budget()),
         };
-        rooms.iter().map(sample).collect()
+        budgets.iter().map(sample).collect()
     };
     let used = samples(|budget| budget.used() as f64);
     let max = samples(|budget| budget.bytes_max() as f64);

@@ -47,7 +47,7 @@ use crate::raft::OpenError;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::transport::Identity;
 use crate::raft::{LeaseReads, RaftTimings};
-use crate::raft::{Registry, RegistryParts, Rooms};
+use crate::raft::{Registry, RegistryParts, RaftBudgets};
 use crate::sm::level::TooOld;
 use crate::sm::log_space::segment_bytes;
 use crate::sm::meta;
@@ -147,7 +147,7 @@ impl Running {
             views.found_at(*directory, address);
         }
         let registry = Registry::new(RegistryParts {
-            rooms: Rooms::default(),
+            budgets: RaftBudgets::default(),
             supervisor: joining.supervisor().clone(),
             identity,
             resolver: views.clone(),

@@ -44,7 +44,7 @@ impl Replica {
         let turn = Turn::take(&self.frames)?;
         let place = self
             .shared
-            .rooms
+            .budgets
             .frames
             .take(&self.frame_bytes, tail.len())
             .ok_or(Refusal::Busy)?;

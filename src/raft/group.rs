@@ -30,7 +30,7 @@ use super::proposer::{Proposer, propose_error};
 use super::pulse::{Due, Standing, Timer};
 use super::reads::Reads;
 use super::registry::Shared;
-use super::room::Held;
+use super::room::HeldBytes;
 use super::snapshots::Inbox;
 use super::state_machine::{self, Keeps, Machine, StateMachine};
 use super::status::{Freshness, GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
@@ -72,7 +72,7 @@ pub struct Replica {
     /// Frames of the group that are being worked on.
     pub(super) frames: Arc<AtomicUsize>,
     /// And their bytes.
-    pub(super) frame_bytes: Held,
+    pub(super) frame_bytes: HeldBytes,
     opened: Instant,
     timings: RaftTimings,
     pub(super) shared: Arc<Shared>,
@@ -115,7 +115,7 @@ impl Replica {
             RaftHandle::build(key.replica, config, network.clone(), store, state_machine).await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
         let (proposer, reads) = (
-            Proposer::new(shared.rooms.clone()),
+            Proposer::new(shared.budgets.clone()),
             Reads::new(timings.lease_age_max()),
         );
         let is_stopping = Arc::new(AtomicBool::new(false));
@@ -155,7 +155,7 @@ impl Replica {
             timer: Timer::new(&timings, is_witness),
             told: AtomicU64::new(0),
             frames: Arc::default(),
-            frame_bytes: Held::default(),
+            frame_bytes: HeldBytes::default(),
             opened: Instant::now(),
             timings,
             shared,
@@ -374,7 +374,7 @@ impl Replica {
                 return Err(ProposeError::Expired);
             }
             let (sender, answered) = oneshot::channel::<ClientWriteResult<Types>>();
-            let place = self.proposer.take_place(entry.len())?;
+            let place = self.proposer.reserve(entry.len())?;
             let answer = Answer(Box::new(move |result| {
                 drop(place);
                 drop(sender.send(result));

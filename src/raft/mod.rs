@@ -56,7 +56,7 @@ pub use elections::Elections;
 pub use errors::{MembershipError, OpenError, ProposeError, ReadError, TransferError};
 pub use group::Replica;
 pub use registry::{Registry, RegistryParts};
-pub use room::{Room, Rooms};
+pub use room::{FairBudget, RaftBudgets};
 pub use runtime::seed_this_thread;
 pub use status::{GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
 pub use step_down::Progress;

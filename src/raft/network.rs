@@ -29,7 +29,7 @@ use tokio::time::{Instant, Sleep};
 use super::feeds::Feeds;
 use super::lanes::{Lanes, read_reply};
 use super::log_store::Tip;
-use super::room::Rooms;
+use super::room::RaftBudgets;
 use super::snapshots;
 use super::state_machine::Image;
 use super::transport::{Lane, LaneError};
@@ -156,8 +156,8 @@ pub struct PeerClient {
 
 impl PeerClient {
     /// The memory that what is sent shares with what others send.
-    pub fn rooms(&self) -> &Rooms {
-        self.lanes.rooms()
+    pub fn budgets(&self) -> &RaftBudgets {
+        self.lanes.budgets()
     }
 
     /// The follower lacks what it has acknowledged. It is believed when it has said so several

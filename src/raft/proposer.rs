@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 use super::errors::ProposeError;
 use super::group::RaftHandle;
-use super::room::{Held, Place, Rooms};
+use super::room::{HeldBytes, Reservation, RaftBudgets};
 use super::state_machine::Machine;
 use super::transport::Resolver;
 use super::types::{Answer, Outcome, Proposal, Types};
@@ -65,7 +65,7 @@ struct Waiter {
     bytes: usize,
     deadline: Instant,
     answer: oneshot::Sender<WriteAnswer>,
-    place: Place,
+    place: Reservation,
 }
 
 impl Waiter {
@@ -106,17 +106,17 @@ impl Queue {
 pub struct Proposer {
     queue: Mutex<Queue>,
     changed: Notify,
-    rooms: Arc<Rooms>,
-    held: Held,
+    budgets: Arc<RaftBudgets>,
+    held: HeldBytes,
 }
 
 impl Proposer {
-    pub fn new(rooms: Arc<Rooms>) -> Arc<Self> {
+    pub fn new(budgets: Arc<RaftBudgets>) -> Arc<Self> {
         Arc::new(Self {
             queue: Mutex::default(),
             changed: Notify::new(),
-            rooms,
-            held: Held::default(),
+            budgets,
+            held: HeldBytes::default(),
         })
     }
 
@@ -125,9 +125,9 @@ impl Proposer {
     /// # Errors
     ///
     /// [`ProposeError::Overloaded`] where this node holds as much as it may.
-    pub fn take_place(&self, bytes: usize) -> Result<Place, ProposeError> {
+    pub fn reserve(&self, bytes: usize) -> Result<Reservation, ProposeError> {
         let limit = "the proposals of this node that wait or are under way, those";
-        self.rooms
+        self.budgets
             .proposals
             .take(&self.held, bytes)
             .ok_or_else(|| ProposeError::Overloaded {
@@ -143,7 +143,7 @@ impl Proposer {
     ) -> WriteAnswer {
         let (answer, answered) = oneshot::channel();
         let own_bytes = write.size_hint() + WRITE_OVERHEAD_BYTES;
-        let (bytes, place) = (own_bytes + answer_bytes, self.take_place(own_bytes)?);
+        let (bytes, place) = (own_bytes + answer_bytes, self.reserve(own_bytes)?);
         self.push(Waiting {
             write,
             waiter: Waiter {

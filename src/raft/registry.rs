@@ -22,7 +22,7 @@ use super::group::Replica;
 use super::lanes::{Heard, Lanes, LanesParts, Seats, Ways};
 use super::pace::Pace;
 use super::pulse;
-use super::room::Rooms;
+use super::room::RaftBudgets;
 use super::state_machine::Keeps;
 use super::timings::RaftTimings;
 use super::transport::{Dial, Identity, Lane, Resolver};
@@ -53,7 +53,7 @@ pub struct RegistryParts {
     pub timings: RaftTimings,
     pub log: Log,
     pub states: Arc<StateStore>,
-    pub rooms: Rooms,
+    pub budgets: RaftBudgets,
     pub supervisor: Supervisor,
 }
 
@@ -64,7 +64,7 @@ pub(super) struct Shared {
     pub resolver: Arc<dyn Resolver>,
     pub timings: RaftTimings,
     pub snapshot_turns: Semaphore,
-    pub rooms: Arc<Rooms>,
+    pub budgets: Arc<RaftBudgets>,
     pub supervisor: Supervisor,
     pub elections: Arc<Elections>,
 }
@@ -105,14 +105,14 @@ impl Registry {
     pub fn new(parts: RegistryParts) -> Arc<Self> {
         let heard = Arc::new(Heard::default());
         let ways = Arc::new(Ways::default());
-        let rooms = Arc::new(parts.rooms);
+        let budgets = Arc::new(parts.budgets);
         let lanes = Arc::new(Lanes::new(LanesParts {
             identity: parts.identity.clone(),
             resolver: parts.resolver.clone(),
             dial: parts.dial,
             heard: heard.clone(),
             ways: ways.clone(),
-            rooms: rooms.clone(),
+            budgets: budgets.clone(),
             pace: Pace::from(&parts.timings),
             supervisor: parts.supervisor.clone(),
         }));
@@ -122,7 +122,7 @@ impl Registry {
             resolver: parts.resolver,
             timings: parts.timings,
             snapshot_turns: Semaphore::new(SNAPSHOT_TURNS),
-            rooms,
+            budgets,
             supervisor: parts.supervisor,
             elections: Arc::default(),
         });
@@ -161,8 +161,8 @@ impl Registry {
     }
 
     /// The memory that the groups here have together.
-    pub fn rooms(&self) -> &Rooms {
-        &self.shared.rooms
+    pub fn budgets(&self) -> &RaftBudgets {
+        &self.shared.budgets
     }
 
     /// How steadily the groups here are led.

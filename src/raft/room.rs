@@ -1,4 +1,4 @@
-//! [`Room`]: memory that the groups of a node, or its lanes, have together for one purpose.
+//! [`FairBudget`]: memory that the groups of a node, or its lanes, have together for one purpose.
 //!
 //! Bounds of each group alone don't bound a node: a thousand of them on a disk that stalls would
 //! hold gigabytes. So what is held is charged to a budget of the node. And no group may use all of
@@ -19,23 +19,23 @@ use crate::budget::{Budget, Share};
 const ALWAYS_BYTES: usize = 16 << 10;
 
 /// Bytes that are held by one group, or in one lane.
-pub type Held = Arc<AtomicUsize>;
+pub type HeldBytes = Arc<AtomicUsize>;
 
 #[derive(Debug)]
-pub struct Room {
+pub struct FairBudget {
     budget: Arc<Budget>,
 }
 
-/// What has been taken of a room, given back when it is dropped.
+/// What has been taken of a budget, given back when it is dropped.
 #[derive(Debug)]
-pub struct Place {
-    held: Held,
+pub struct Reservation {
+    held: HeldBytes,
     bytes: usize,
     /// None of what is always taken.
     _share: Option<Share>,
 }
 
-impl Room {
+impl FairBudget {
     pub fn new(bytes_max: usize) -> Self {
         Self {
             budget: Budget::new(bytes_max),
@@ -48,7 +48,7 @@ impl Room {
     }
 
     /// Takes `bytes` for who holds `held`; none where there is no room for them.
-    pub fn take(&self, held: &Held, bytes: usize) -> Option<Place> {
+    pub fn take(&self, held: &HeldBytes, bytes: usize) -> Option<Reservation> {
         let before = held.load(Ordering::Relaxed);
         let share = match before.saturating_add(bytes) {
             // Heartbeats and votes, also of a group whose entries have used up its share.
@@ -57,7 +57,7 @@ impl Room {
             wanted => Some(self.share(wanted, bytes)?),
         };
         held.fetch_add(bytes, Ordering::Relaxed);
-        Some(Place {
+        Some(Reservation {
             held: held.clone(),
             bytes,
             _share: share,
@@ -77,21 +77,21 @@ impl Room {
     }
 }
 
-impl Drop for Place {
+impl Drop for Reservation {
     fn drop(&mut self) {
         self.held.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
-/// The rooms of a node.
+/// The budgets of a node.
 #[derive(Debug)]
-pub struct Rooms {
+pub struct RaftBudgets {
     /// Writes that wait to be proposed, and entries under way.
-    pub proposals: Room,
+    pub proposals: FairBudget,
     /// Frames of peers that are worked on: what waits for the disk, above all.
-    pub frames: Room,
+    pub frames: FairBudget,
     /// Frames that wait in lanes to be sent.
-    pub outbox: Room,
+    pub outbox: FairBudget,
     /// Turns to read and send a piece of a snapshot.
     pub snapshot_pieces: Semaphore,
 }
@@ -101,27 +101,27 @@ const ROOM_BYTES: usize = 128 << 20;
 /// Pieces of snapshots that are read and sent at once, of about a mebibyte with their frame.
 const SNAPSHOT_PIECES: usize = 16;
 
-impl Default for Rooms {
+impl Default for RaftBudgets {
     fn default() -> Self {
         Self::new(ROOM_BYTES)
     }
 }
 
-impl Rooms {
-    /// Returns rooms of so many bytes each.
+impl RaftBudgets {
+    /// Returns budgets of so many bytes each.
     pub fn new(bytes_max: usize) -> Self {
-        let room = || Room::new(bytes_max);
+        let budget = || FairBudget::new(bytes_max);
         let snapshot_pieces = Semaphore::new(SNAPSHOT_PIECES);
         Self {
-            proposals: room(),
-            frames: room(),
-            outbox: room(),
+            proposals: budget(),
+            frames: budget(),
+            outbox: budget(),
             snapshot_pieces,
         }
     }
 
     /// Returns each with its name, as metrics call it.
-    pub fn named(&self) -> [(&'static str, &Room); 3] {
+    pub fn named(&self) -> [(&'static str, &FairBudget); 3] {
         [
             ("proposals", &self.proposals),
             ("frames", &self.frames),
@@ -136,12 +136,12 @@ mod tests {
 
     #[test]
     fn groups_that_hold_much_leave_room_for_others() {
-        let room = Room::new(1 << 20);
-        let fill = |held: &Held| -> Vec<Place> {
-            std::iter::from_fn(|| room.take(held, 1 << 10)).collect()
+        let budget = FairBudget::new(1 << 20);
+        let fill = |held: &HeldBytes| -> Vec<Reservation> {
+            std::iter::from_fn(|| budget.take(held, 1 << 10)).collect()
         };
-        let groups: Vec<Held> = (0..4).map(|_| Held::default()).collect();
-        let mut places: Vec<Vec<Place>> = groups.iter().map(fill).collect();
+        let groups: Vec<HeldBytes> = (0..4).map(|_| HeldBytes::default()).collect();
+        let mut places: Vec<Vec<Reservation>> = groups.iter().map(fill).collect();
         let held: Vec<usize> = groups
             .iter()
             .map(|held| held.load(Ordering::Relaxed) >> 10)
@@ -150,16 +150,16 @@ mod tests {
             held[0] <= 520 && held[1] >= 240 && held[3] >= 60,
             "{held:?} KiB"
         );
-        assert!(room.budget().used() <= 1 << 20 && room.budget().refused() >= 4);
+        assert!(budget.budget().used() <= 1 << 20 && budget.budget().refused() >= 4);
 
         assert!(
-            room.take(&groups[0], 0).is_some(),
+            budget.take(&groups[0], 0).is_some(),
             "what costs nothing always passes"
         );
-        let (late, small) = (Held::default(), ALWAYS_BYTES);
-        assert!(room.take(&late, 1 << 20).is_none());
-        let always: Vec<Option<Place>> = (0..1000)
-            .map(|_| room.take(&Held::default(), small))
+        let (late, small) = (HeldBytes::default(), ALWAYS_BYTES);
+        assert!(budget.take(&late, 1 << 20).is_none());
+        let always: Vec<Option<Reservation>> = (0..1000)
+            .map(|_| budget.take(&HeldBytes::default(), small))
             .collect();
         assert!(
             always.iter().all(Option::is_some),
@@ -169,11 +169,11 @@ mod tests {
         places.clear();
         drop(always);
         assert_eq!(
-            (room.budget().used(), groups[0].load(Ordering::Relaxed)),
+            (budget.budget().used(), groups[0].load(Ordering::Relaxed)),
             (0, 0)
         );
-        let all = room.take(&late, 5 << 20);
+        let all = budget.take(&late, 5 << 20);
         assert!(all.is_some(), "where nothing is held anything is taken");
-        assert!(room.take(&Held::default(), 1 << 17).is_none());
+        assert!(budget.take(&HeldBytes::default(), 1 << 17).is_none());
     }
 }

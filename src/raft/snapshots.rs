@@ -70,7 +70,7 @@ pub async fn send(
     let mut has = bytes_had(opened)?;
     while has < name.bytes_len {
         let turn = client
-            .rooms()
+            .budgets()
             .snapshot_pieces
             .acquire()
             .await

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::acquaintances::Session;
 use super::{Heard, Ways};
 use crate::raft::pace::Pace;
-use crate::raft::room::{Held, Place, Rooms};
+use crate::raft::room::{HeldBytes, Reservation, RaftBudgets};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Refusal, Reply};
 use crate::sm::starts::Starts;
@@ -85,7 +85,7 @@ pub struct LanesParts {
     pub dial: Arc<dyn Dial>,
     pub heard: Arc<Heard>,
     pub ways: Arc<Ways>,
-    pub rooms: Arc<Rooms>,
+    pub budgets: Arc<RaftBudgets>,
     pub pace: Pace,
     pub supervisor: Supervisor,
 }
@@ -116,7 +116,7 @@ impl Lanes {
                 let bytes = frame.bytes_len();
                 Some(
                     self.shared
-                        .rooms
+                        .budgets
                         .outbox
                         .take(&lane.queued, bytes)
                         .ok_or(LaneError::Full(bytes))?,
@@ -126,8 +126,8 @@ impl Lanes {
         lane.call(&peer, frame, place)
     }
 
-    pub fn rooms(&self) -> &Rooms {
-        &self.shared.rooms
+    pub fn budgets(&self) -> &RaftBudgets {
+        &self.shared.budgets
     }
 
     /// When this peer was last heard of.
@@ -175,7 +175,7 @@ impl Lanes {
             lane,
             state: Mutex::default(),
             called: Notify::new(),
-            queued: Held::default(),
+            queued: HeldBytes::default(),
         });
         self.shared
             .supervisor
@@ -200,7 +200,7 @@ struct PeerLane {
     /// Told when there is something to dial for, and when the peer has moved.
     called: Notify,
     /// Bytes in its queue.
-    queued: Held,
+    queued: HeldBytes,
 }
 
 #[derive(Default)]
@@ -208,7 +208,7 @@ struct LaneState {
     link: Link,
     /// Which connection the queue belongs to: the stream of an earlier one takes nothing from it.
     generation: u64,
-    queue: VecDeque<(Bytes, Option<Place>)>,
+    queue: VecDeque<(Bytes, Option<Reservation>)>,
     queue_bytes: usize,
     calls: HashMap<u64, Waiting>,
     /// Bytes of the frames that are not answered yet.
@@ -272,7 +272,7 @@ impl PeerLane {
         self.state.lock().expect("no holder panics")
     }
 
-    fn call(&self, peer: &Peer, frame: Frame, place: Option<Place>) -> Result<Call, LaneError> {
+    fn call(&self, peer: &Peer, frame: Frame, place: Option<Reservation>) -> Result<Call, LaneError> {
         let mut state = self.lock();
         match &state.link {
             Link::Up(current) if current != peer => {

@@ -15,7 +15,7 @@ use crate::raft::lanes::memory::MemoryHub;
 use crate::raft::pace::Pace;
 use crate::raft::transport::{Dial, Identity, Resolver};
 use crate::raft::{
-    Replica, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, Rooms, Witness,
+    Replica, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, RaftBudgets, Witness,
 };
 use crate::sm::kv::{
     self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome,
@@ -108,7 +108,7 @@ impl TestNode {
             timings,
             log: log.clone(),
             states: states.clone(),
-            rooms: Rooms::new(disks.room_bytes),
+            budgets: RaftBudgets::new(disks.room_bytes),
             supervisor: Supervisor::noting().0,
         };
         Self {
@@ -172,7 +172,7 @@ impl TestCluster {
         )
     }
 
-    /// Returns a cluster of nodes of whose rooms each has so many bytes.
+    /// Returns a cluster of nodes of whose budgets each has so many bytes.
     pub fn with_rooms<const NODES: usize>(
         room_bytes: [usize; NODES],
         timings: RaftTimings,

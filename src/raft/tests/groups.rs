@@ -956,10 +956,10 @@ async fn complete_are_only_those_that_have_all_that_is_committed() {
     cluster.stop_all().await;
 }
 
-/// Returns what the rooms of a node hold now, and their bound.
+/// Returns what the budgets of a node hold now, and their bound.
 fn held(registry: &Registry) -> Vec<(usize, usize)> {
     registry
-        .rooms()
+        .budgets()
         .named()
         .map(|(_, room)| (room.budget().used(), room.budget().bytes_max()))
         .into()
@@ -986,7 +986,7 @@ async fn many_groups_before_a_disk_that_stalls_hold_no_more_than_the_node_may_an
         }
     }
     assert!(
-        stalled.rooms().frames.budget().refused() > 0,
+        stalled.budgets().frames.budget().refused() > 0,
         "less was sent than it can hold"
     );
 
@@ -1024,7 +1024,7 @@ async fn groups_without_a_quorum_leave_room_for_the_proposals_of_others() {
     let value: Arc<str> = "x".repeat(700 << 10).into();
     let proposals = cluster.nodes[&node]
         .registry
-        .rooms()
+        .budgets()
         .proposals
         .budget()
         .clone();

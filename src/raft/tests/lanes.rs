@@ -555,7 +555,7 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
         dial: Arc::new(Silent),
         heard: Arc::default(),
         ways: Arc::default(),
-        rooms: Arc::default(),
+        budgets: Arc::default(),
         pace: PACE,
         supervisor: Supervisor::noting().0,
     });

@@ -239,7 +239,7 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
         dial: Arc::new(peer),
         heard: Arc::default(),
         ways: Arc::default(),
-        rooms: Arc::default(),
+        budgets: Arc::default(),
         pace: PACE,
         supervisor: Supervisor::noting().0,
     }));
