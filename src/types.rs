@@ -98,6 +98,15 @@ impl GroupId {
     }
 }
 
+/// The two kinds of replicas of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReplicaKind {
+    /// Keeps the log and the data that it applies.
+    Data,
+    /// Keeps the log alone: it votes, and serves nobody.
+    Witness,
+}
+
 /// One of the [`SLOTS`] parts of the key space.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,

@@ -140,7 +140,7 @@ impl Replica {
         let last = status.last_log.map_or(0, |id| id.index);
         let matched = |replica| status.matched.get(&replica).copied().flatten();
         let purgeable = match status.role {
-            Role::Leader if self.shared.log.lacks_room().is_none() => {
+            Role::Leader if self.context.log.lacks_room().is_none() => {
                 self.network
                     .feeds
                     .purgeable(last, matched, |index| self.log.bytes_since(index))
@@ -172,7 +172,7 @@ impl Replica {
         }
 
         let status = self.status();
-        let lanes = &self.shared.lanes;
+        let lanes = &self.context.lanes;
         let is_near = |node| {
             let heard = lanes
                 .last_heard(node)

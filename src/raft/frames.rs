@@ -43,7 +43,7 @@ impl Replica {
     ) -> Result<BoxFuture<'static, Reply>, Refusal> {
         let turn = Turn::take(&self.frames)?;
         let place = self
-            .shared
+            .context
             .budgets
             .frames
             .take(&self.frame_bytes, tail.len())
@@ -63,7 +63,7 @@ impl Replica {
     /// each group some may wait all the same, unless it is full.
     fn is_behind_disk(&self, request: &Request) -> bool {
         let has_entries = matches!(request, Request::Append { entries, .. } if !entries.is_empty());
-        let log = &self.shared.log;
+        let log = &self.context.log;
         let is_full = || log.disk_level() == DiskLevel::Spent && !self.key().group.is_meta();
         has_entries && (log.overloaded() && self.has_unsynced() || is_full())
     }

@@ -29,7 +29,7 @@ use super::network::Network;
 use super::proposer::{Proposer, propose_error};
 use super::pulse::{Due, Standing, Timer};
 use super::reads::Reads;
-use super::registry::Shared;
+use super::registry::RaftContext;
 use super::room::HeldBytes;
 use super::snapshots::Inbox;
 use super::state_machine::{self, Keeps, Machine, StateMachine};
@@ -75,7 +75,7 @@ pub struct Replica {
     pub(super) frame_bytes: HeldBytes,
     opened: Instant,
     timings: RaftTimings,
-    pub(super) shared: Arc<Shared>,
+    pub(super) context: Arc<RaftContext>,
     pub(super) watch: watch::Receiver<ReplicaWatch>,
     tasks: Mutex<Option<JoinSet<()>>>,
     is_stopping: Arc<AtomicBool>,
@@ -89,12 +89,12 @@ pub struct Replica {
 impl Replica {
     /// Brings a replica to life from its log and what it keeps besides. It takes part at once.
     pub(super) async fn open(
-        shared: Arc<Shared>,
+        context: Arc<RaftContext>,
         log: ReplicaLog,
         keeps: Keeps,
     ) -> Result<Arc<Self>, OpenError> {
         let key = log.key();
-        let timings = shared.timings.clone();
+        let timings = context.timings.clone();
         let is_witness = keeps.witness().is_some();
         let config = timings
             .config(key)
@@ -102,7 +102,7 @@ impl Replica {
         let store = LogStore::new(log.clone());
         let network = Network {
             key,
-            lanes: shared.lanes.clone(),
+            lanes: context.lanes.clone(),
             tip: store.tip().clone(),
             feeds: Feeds::default(),
             append_timeout: timings.append_timeout(),
@@ -115,23 +115,23 @@ impl Replica {
             RaftHandle::build(key.replica, config, network.clone(), store, state_machine).await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
         let (proposer, reads) = (
-            Proposer::new(shared.budgets.clone()),
+            Proposer::new(context.budgets.clone()),
             Reads::new(timings.lease_age_max()),
         );
         let is_stopping = Arc::new(AtomicBool::new(false));
         let (publish, watch) = watch::channel(look(&raft, None));
         let mut tasks = JoinSet::new();
-        let supervisor = shared.supervisor.clone();
+        let supervisor = context.supervisor.clone();
         let propose = proposer
             .clone()
-            .run(raft.clone(), machine.clone(), shared.resolver.clone());
+            .run(raft.clone(), machine.clone(), context.resolver.clone());
         supervisor.start(&mut tasks, "proposer", propose);
         supervisor.start(
             &mut tasks,
             "reads",
             reads.clone().run(raft.clone(), machine.clone()),
         );
-        let (waiting, elections) = ((proposer.clone(), reads.clone()), shared.elections.clone());
+        let (waiting, elections) = ((proposer.clone(), reads.clone()), context.elections.clone());
         let monitor = monitor(
             key,
             raft.clone(),
@@ -158,7 +158,7 @@ impl Replica {
             frame_bytes: HeldBytes::default(),
             opened: Instant::now(),
             timings,
-            shared,
+            context,
             watch,
             tasks: Mutex::new(Some(tasks)),
             is_stopping,
@@ -239,7 +239,7 @@ impl Replica {
         self.ensure_proposes()?;
         self.await_own_term(deadline).await?;
         self.ensure_writable()?;
-        if self.shared.log.overloaded() {
+        if self.context.log.overloaded() {
             return Err(ProposeError::Overloaded {
                 limit: "the log's disk does not keep up".into(),
             });
@@ -283,7 +283,7 @@ impl Replica {
 
     /// Returns whether a leader may propose it: every node of the cluster can read it.
     pub fn allows(&self, feature: Feature) -> bool {
-        self.shared.resolver.level() >= feature.level()
+        self.context.resolver.level() >= feature.level()
     }
 
     fn ensure_allowed(&self, needs: Option<Feature>) -> Result<(), ProposeError> {
@@ -337,7 +337,7 @@ impl Replica {
     }
 
     fn ensure_writable(&self) -> Result<(), ProposeError> {
-        if let Some(reason) = self.shared.log.lacks_room() {
+        if let Some(reason) = self.context.log.lacks_room() {
             return Err(ProposeError::NoRoom { reason });
         }
         if !self.is_read_only.load(Ordering::Relaxed) && !self.machine.is_read_only() {
@@ -650,7 +650,7 @@ impl Replica {
         };
         let is_cut = membership
             .node_of(leader)
-            .is_some_and(|node| self.shared.lanes.is_cut(node));
+            .is_some_and(|node| self.context.lanes.is_cut(node));
         if is_cut && self.timings.lease == LeaseReads::Off {
             // A replica that is told of another's lead than its own does no more than that.
             let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
@@ -688,7 +688,7 @@ impl Replica {
         let best = candidates.max_by_key(|(replica, node)| {
             (
                 has_all(replica),
-                self.shared.lanes.last_heard(**node),
+                self.context.lanes.last_heard(**node),
                 std::cmp::Reverse(lag(&status, **replica)),
             )
         });
@@ -698,7 +698,7 @@ impl Replica {
     /// Writes a snapshot file of what is applied, and purges what it covers but for a tail. At most
     /// one replica of a node does this at a time; an error leaves everything as it was.
     pub async fn build_snapshot(&self) -> Result<(), StoreError> {
-        let _turn = self.shared.snapshot_turns.acquire().await;
+        let _turn = self.context.snapshot_turns.acquire().await;
         let snapshot = state_machine::build(self.state()).await?;
         // It takes the file that was just written.
         let _ = self.raft.trigger().snapshot().await;
@@ -761,7 +761,7 @@ impl Replica {
             Due::Nothing => {}
             Due::Heartbeat => drop(unconstrained(self.raft.trigger().heartbeat()).now_or_never()),
             Due::Campaign => {
-                self.shared.elections.count_campaign();
+                self.context.elections.count_campaign();
                 self.end_lease_if_cut();
                 drop(unconstrained(self.raft.trigger().elect(true)).now_or_never());
             }
@@ -781,7 +781,7 @@ impl Replica {
     /// Runs something that belongs to the group, until the group ends.
     pub(super) fn supervise(&self, task: impl Future<Output = ()> + Send + 'static) {
         if let Some(tasks) = &mut *self.tasks.lock().expect("no holder panics") {
-            self.shared.supervisor.start(tasks, "replica", task);
+            self.context.supervisor.start(tasks, "replica", task);
         }
     }
 

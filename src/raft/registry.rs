@@ -33,7 +33,7 @@ use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
 use crate::storage::state::{Applied, StateStore};
 use crate::supervisor::Supervisor;
-use crate::types::{DirectoryId, GroupId, NodeId};
+use crate::types::{DirectoryId, GroupId, NodeId, ReplicaKind};
 
 /// Snapshots that are written at a time: each reads a whole map and syncs a large file.
 const SNAPSHOT_TURNS: usize = 1;
@@ -58,7 +58,7 @@ pub struct RegistryParts {
 }
 
 /// What the groups of a node share.
-pub(super) struct Shared {
+pub(super) struct RaftContext {
     pub log: Log,
     pub lanes: Arc<Lanes>,
     pub resolver: Arc<dyn Resolver>,
@@ -77,13 +77,6 @@ struct Opening {
     tried: BTreeMap<ReplicaKey, u64>,
 }
 
-/// What kind of replica is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Map,
-    Witness,
-}
-
 /// The groups of this node.
 pub struct Registry {
     identity: Arc<Identity>,
@@ -91,7 +84,7 @@ pub struct Registry {
     ways: Arc<Ways>,
     seats: Arc<Seats>,
     large_frames: Arc<Semaphore>,
-    shared: Arc<Shared>,
+    context: Arc<RaftContext>,
     states: Arc<StateStore>,
     groups: RwLock<BTreeMap<GroupId, Arc<Replica>>>,
     /// Held while a replica is opened or closed: they take their time, and two of a group must not
@@ -116,7 +109,7 @@ impl Registry {
             pace: Pace::from(&parts.timings),
             supervisor: parts.supervisor.clone(),
         }));
-        let shared = Arc::new(Shared {
+        let context = Arc::new(RaftContext {
             log: parts.log,
             lanes,
             resolver: parts.resolver,
@@ -132,7 +125,7 @@ impl Registry {
             ways,
             seats: Arc::default(),
             large_frames: Arc::new(Semaphore::new(LARGE_FRAMES_KIB)),
-            shared,
+            context,
             states: parts.states,
             groups: RwLock::default(),
             opening: Mutex::default(),
@@ -157,17 +150,17 @@ impl Registry {
 
     /// Returns the timings that peers have to share.
     pub(super) fn pace(&self) -> Pace {
-        Pace::from(&self.shared.timings)
+        Pace::from(&self.context.timings)
     }
 
     /// The memory that the groups here have together.
     pub fn budgets(&self) -> &RaftBudgets {
-        &self.shared.budgets
+        &self.context.budgets
     }
 
     /// How steadily the groups here are led.
     pub fn elections(&self) -> &Elections {
-        &self.shared.elections
+        &self.context.elections
     }
 
     /// The lanes that are served.
@@ -182,7 +175,7 @@ impl Registry {
 
     /// Returns whether the view that is known here has a node with this directory.
     pub(super) fn knows(&self, node: NodeId, directory: DirectoryId) -> bool {
-        self.shared
+        self.context
             .resolver
             .resolve(node)
             .is_some_and(|peer| peer.directory == directory)
@@ -246,7 +239,7 @@ impl Registry {
     /// Opens every replica that the log knows. One that does not open is left out, and said.
     pub async fn open_all(self: &Arc<Self>) -> Vec<(ReplicaKey, OpenError)> {
         let mut failed = Vec::new();
-        for key in self.shared.log.replicas() {
+        for key in self.context.log.replicas() {
             if let Err(error) = self.reopen(key).await {
                 failed.push((key, error));
             }
@@ -285,7 +278,7 @@ impl Registry {
         key: ReplicaKey,
         may_create: bool,
     ) -> Result<Arc<Replica>, OpenError> {
-        self.open(key, Some(Kind::Map), may_create).await
+        self.open(key, Some(ReplicaKind::Data), may_create).await
     }
 
     /// Opens a witness, otherwise like [`Registry::open_replica`].
@@ -294,7 +287,7 @@ impl Registry {
         key: ReplicaKey,
         may_create: bool,
     ) -> Result<Witness, OpenError> {
-        self.open(key, Some(Kind::Witness), may_create)
+        self.open(key, Some(ReplicaKind::Witness), may_create)
             .await
             .map(Witness)
     }
@@ -308,7 +301,7 @@ impl Registry {
     async fn open(
         self: &Arc<Self>,
         key: ReplicaKey,
-        kind: Option<Kind>,
+        kind: Option<ReplicaKind>,
         may_create: bool,
     ) -> Result<Arc<Replica>, OpenError> {
         let mut synced = 0;
@@ -320,7 +313,7 @@ impl Registry {
             if let Some(open) = self.replica(key.group) {
                 return Err(OpenError::AlreadyOpen(open.key()));
             }
-            let log = match self.shared.log.replica(key) {
+            let log = match self.context.log.replica(key) {
                 Some(log) => log,
                 None if !may_create => return Err(OpenError::Missing(key)),
                 None => self.create(key, kind).await?,
@@ -338,39 +331,39 @@ impl Registry {
         };
         let keeps = self.open_state(key, log.clone()).await?;
         let found = if keeps.witness().is_some() {
-            Kind::Witness
+            ReplicaKind::Witness
         } else {
-            Kind::Map
+            ReplicaKind::Data
         };
         if kind.is_some_and(|kind| kind != found) {
             return Err(OpenError::OtherKind(key));
         }
         fit_log(key, &log, &keeps).await?;
-        let group = Replica::open(self.shared.clone(), log, keeps).await?;
+        let group = Replica::open(self.context.clone(), log, keeps).await?;
         self.groups
             .write()
             .expect("no holder panics")
             .insert(key.group, group.clone());
         self.pulse.get_or_init(|| {
-            let beat = pulse::beat(Arc::downgrade(self), self.shared.timings.pulse());
-            AbortOnDropHandle::new(self.shared.supervisor.start_alone("election timer", beat))
+            let beat = pulse::beat(Arc::downgrade(self), self.context.timings.pulse());
+            AbortOnDropHandle::new(self.context.supervisor.start_alone("election timer", beat))
         });
         Ok(group)
     }
 
     /// The file of a witness is there before its log is: else a crash between the two would leave a
     /// replica of another kind.
-    async fn create(&self, key: ReplicaKey, kind: Option<Kind>) -> Result<ReplicaLog, OpenError> {
+    async fn create(&self, key: ReplicaKey, kind: Option<ReplicaKind>) -> Result<ReplicaLog, OpenError> {
         let files = self.states.witnesses().clone();
         let begun = tokio::task::spawn_blocking(move || match kind {
-            Some(Kind::Witness) => files.write(key, &Applied::default()),
-            Some(Kind::Map) | None => files.remove(key),
+            Some(ReplicaKind::Witness) => files.write(key, &Applied::default()),
+            Some(ReplicaKind::Data) | None => files.remove(key),
         });
         begun
             .await
             .map_err(|error| OpenError::Raft(format!("creating a replica panicked: {error}")))??;
         let (done, created) = oneshot::channel();
-        self.shared
+        self.context
             .log
             .create(key, Box::new(move |result| drop(done.send(result))));
         let closed = || OpenError::Log(std::io::Error::other("it was closed"));
@@ -378,7 +371,7 @@ impl Registry {
             .await
             .map_err(|_| closed())?
             .map_err(OpenError::Log)?;
-        self.shared.log.replica(key).ok_or_else(closed)
+        self.context.log.replica(key).ok_or_else(closed)
     }
 
     async fn open_state(&self, key: ReplicaKey, log: ReplicaLog) -> Result<Keeps, OpenError> {
@@ -436,7 +429,7 @@ impl Registry {
 
     /// The replicas that this node's log has, open or not.
     pub fn stored(&self) -> Vec<ReplicaKey> {
-        self.shared.log.replicas()
+        self.context.log.replicas()
     }
 
     /// Stops a replica and forgets what it had, but not that its id was used. Only for one that is
@@ -451,7 +444,7 @@ impl Registry {
             .map_err(|error| OpenError::Raft(format!("wiping the map panicked: {error}")))?
             .map_err(OpenError::Log)??;
         let (done, forgotten) = oneshot::channel();
-        self.shared
+        self.context
             .log
             .wipe(key, Box::new(move |result| drop(done.send(result))));
         let closed = || OpenError::Log(std::io::Error::other("it was closed"));
@@ -487,7 +480,7 @@ impl Registry {
         self.opening.lock().await.is_closed = true;
         let groups = std::mem::take(&mut *self.groups.write().expect("no holder panics"));
         join_all(groups.values().map(|group| group.shutdown())).await;
-        self.shared.lanes.close().await;
+        self.context.lanes.close().await;
     }
 
     /// Begins to work on a request of another replica, if it is for one that lives here.

@@ -13,7 +13,7 @@ impl Replica {
     ///
     /// The file stays as it is.
     pub async fn rewrite_snapshot(&self) -> Result<(), StoreError> {
-        let _turn = self.shared.snapshot_turns.acquire().await;
+        let _turn = self.context.snapshot_turns.acquire().await;
         self.state().settle().await;
         let state = self.state().clone();
         let failed = |source| StoreError::Io {

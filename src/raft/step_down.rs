@@ -98,7 +98,7 @@ impl Replica {
                 && complete.contains(replica)
         });
         let heard = others
-            .filter_map(|(replica, node)| Some((self.shared.lanes.last_heard(*node)?, *replica)));
+            .filter_map(|(replica, node)| Some((self.context.lanes.last_heard(*node)?, *replica)));
         heard
             .filter(|(at, _)| at.elapsed() < HEARD_WITHIN)
             .max()

@@ -73,7 +73,7 @@ fn time_for(bytes: usize) -> Duration {
 
 /// The lanes to all peers. They are dialled when first used.
 pub struct Lanes {
-    shared: Arc<LanesParts>,
+    parts: Arc<LanesParts>,
     lanes: Mutex<HashMap<(NodeId, Lane), Arc<PeerLane>>>,
     tasks: Mutex<Option<JoinSet<()>>>,
 }
@@ -93,7 +93,7 @@ pub struct LanesParts {
 impl Lanes {
     pub fn new(parts: LanesParts) -> Self {
         Self {
-            shared: Arc::new(parts),
+            parts: Arc::new(parts),
             lanes: Mutex::default(),
             tasks: Mutex::new(Some(JoinSet::new())),
         }
@@ -103,7 +103,7 @@ impl Lanes {
     /// [`read_reply`]'s to read; how long to wait for it is the caller's business.
     pub fn call(&self, to: NodeId, lane: Lane, frame: Frame) -> Result<Call, LaneError> {
         let peer = self
-            .shared
+            .parts
             .resolver
             .resolve(to)
             .ok_or(LaneError::Unresolved(to))?;
@@ -115,7 +115,7 @@ impl Lanes {
             Lane::Log | Lane::Snapshot => {
                 let bytes = frame.bytes_len();
                 Some(
-                    self.shared
+                    self.parts
                         .budgets
                         .outbox
                         .take(&lane.queued, bytes)
@@ -127,26 +127,26 @@ impl Lanes {
     }
 
     pub fn budgets(&self) -> &RaftBudgets {
-        &self.shared.budgets
+        &self.parts.budgets
     }
 
     /// When this peer was last heard of.
     pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
-        self.shared.heard.last(node)
+        self.parts.heard.last(node)
     }
 
     /// Whether this peer has probably just ended.
     pub fn is_cut(&self, node: NodeId) -> bool {
-        self.shared.heard.is_cut(node)
+        self.parts.heard.is_cut(node)
     }
 
     /// A peer lacks what it has acknowledged: its directory is an old copy, and none of it is taken
     /// any more.
     pub fn lost_acknowledged(&self, node: NodeId) {
-        let Some(peer) = self.shared.resolver.resolve(node) else {
+        let Some(peer) = self.parts.resolver.resolve(node) else {
             return;
         };
-        if let Some(acquaintances) = self.shared.identity.acquaintances() {
+        if let Some(acquaintances) = self.parts.identity.acquaintances() {
             acquaintances.give_up(peer.directory);
         }
     }
@@ -177,9 +177,9 @@ impl Lanes {
             called: Notify::new(),
             queued: HeldBytes::default(),
         });
-        self.shared
+        self.parts
             .supervisor
-            .start(tasks, "lane", keep_up(self.shared.clone(), new.clone()));
+            .start(tasks, "lane", keep_up(self.parts.clone(), new.clone()));
         lanes.insert((to, lane), new.clone());
         Ok(new)
     }
@@ -361,14 +361,14 @@ impl Stream for Outbox {
 }
 
 /// Keeps a lane up for as long as it is used.
-async fn keep_up(shared: Arc<LanesParts>, lane: Arc<PeerLane>) {
+async fn keep_up(parts: Arc<LanesParts>, lane: Arc<PeerLane>) {
     let mut pause = PAUSE_MIN;
     loop {
         while !matches!(lane.lock().link, Link::Idle) || lane.lock().calls.is_empty() {
             lane.called.notified().await;
         }
         let started = Instant::now();
-        let error = connect_and_run(&shared, &lane).await;
+        let error = connect_and_run(&parts, &lane).await;
         let moved = matches!(lane.lock().link, Link::Idle);
         if moved {
             continue;
@@ -386,17 +386,17 @@ async fn keep_up(shared: Arc<LanesParts>, lane: Arc<PeerLane>) {
 }
 
 /// Dials the peer and delivers replies until the connection ends; returns why it did.
-async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError {
-    let Some((cluster, from)) = shared.identity.get() else {
+async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError {
+    let Some((cluster, from)) = parts.identity.get() else {
         return LaneError::Down("this node belongs to no cluster yet".into());
     };
-    let Some(peer) = shared.resolver.resolve(lane.to) else {
+    let Some(peer) = parts.resolver.resolve(lane.to) else {
         return LaneError::Unresolved(lane.to);
     };
     let hello = Hello {
         cluster,
         from,
-        from_directory: shared.identity.directory,
+        from_directory: parts.identity.directory,
         to: lane.to,
         to_directory: peer.directory,
     };
@@ -405,9 +405,9 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
         state.link = Link::Up(peer.clone());
         state.generation
     };
-    let acquaintances = shared.identity.acquaintances();
+    let acquaintances = parts.identity.acquaintances();
     let hello = match acquaintances {
-        Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own(), &shared.pace),
+        Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own(), &parts.pace),
         None => wire::encode_hello(&hello),
     };
     let outbox = Outbox {
@@ -418,14 +418,14 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
     let outgoing: Outgoing = Box::pin(outbox);
     let dialled = tokio::time::timeout(
         CONNECT_TIMEOUT,
-        shared.dial.dial(lane.to, peer.clone(), lane.lane, outgoing),
+        parts.dial.dial(lane.to, peer.clone(), lane.lane, outgoing),
     )
     .await;
     match dialled {
         Ok(Ok(incoming)) => {
-            let error = deliver(shared, lane, &peer, generation, incoming).await;
+            let error = deliver(parts, lane, &peer, generation, incoming).await;
             if let LaneError::Refused(Refusal::OtherPace(theirs)) = &error {
-                let (peer, own) = (lane.to, shared.pace);
+                let (peer, own) = (lane.to, parts.pace);
                 // Each dial finds it again.
                 rarely!(
                     error,
@@ -444,7 +444,7 @@ async fn connect_and_run(shared: &LanesParts, lane: &Arc<PeerLane>) -> LaneError
 }
 
 async fn deliver(
-    shared: &LanesParts,
+    parts: &LanesParts,
     lane: &PeerLane,
     peer: &Peer,
     generation: u64,
@@ -484,11 +484,11 @@ async fn deliver(
             return LaneError::Broken("a later start of the peer has taken its place".into());
         }
         loop {
-            match hand_out(lane, generation, &mut reader, &shared.ways) {
+            match hand_out(lane, generation, &mut reader, &parts.ways) {
                 Ok(None) => break,
                 // Before its first reply: none of an old copy may count.
                 Ok(Some(starts)) => {
-                    if let Some(acquaintances) = shared.identity.acquaintances() {
+                    if let Some(acquaintances) = parts.identity.acquaintances() {
                         match acquaintances.meet(peer.directory, &starts).await {
                             Ok(met) => session = Some(met),
                             Err(refusal) => {
@@ -503,7 +503,7 @@ async fn deliver(
             }
         }
         // Only now: another directory that answers under the address, and refuses, is not the node.
-        shared.heard.note_reply(lane.to);
+        parts.heard.note_reply(lane.to);
     }
 }
 
