@@ -28,7 +28,7 @@ use super::log_store::LogStore;
 use super::network::Network;
 use super::proposer::{Proposer, propose_error};
 use super::pulse::{Due, Standing, Timer};
-use super::reads::Reads;
+use super::reads::ReadIndex;
 use super::registry::RaftContext;
 use super::room::HeldBytes;
 use super::snapshots::Inbox;
@@ -62,7 +62,7 @@ pub struct Replica {
     pub(super) machine: Arc<Machine>,
     pub(super) log: ReplicaLog,
     proposer: Arc<Proposer>,
-    reads: Arc<Reads>,
+    reads: Arc<ReadIndex>,
     pub(super) inbox: Inbox,
     pub(super) network: Network,
     pub(super) freshness: Freshness,
@@ -116,7 +116,7 @@ impl Replica {
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
         let (proposer, reads) = (
             Proposer::new(context.budgets.clone()),
-            Reads::new(timings.lease_age_max()),
+            ReadIndex::new(timings.lease_age_max()),
         );
         let is_stopping = Arc::new(AtomicBool::new(false));
         let (publish, watch) = watch::channel(look(&raft, None));
@@ -517,7 +517,7 @@ impl Replica {
 
     /// Returns how many writes wait to be proposed here, and how many reads to be confirmed.
     pub fn queued(&self) -> (usize, usize) {
-        (self.proposer.queued(), self.reads.queued())
+        (self.proposer.queued_len(), self.reads.queued_len())
     }
 
     /// What changes seldom: the leader, the membership, a failure.
@@ -841,7 +841,7 @@ async fn monitor(
     raft: RaftHandle,
     machine: Arc<Machine>,
     publish: watch::Sender<ReplicaWatch>,
-    (proposer, reads): (Arc<Proposer>, Arc<Reads>),
+    (proposer, reads): (Arc<Proposer>, Arc<ReadIndex>),
     elections: Arc<Elections>,
     is_stopping: Arc<AtomicBool>,
 ) {

@@ -52,9 +52,9 @@ const LEASE_PAUSE: Duration = Duration::from_millis(5);
 /// a certain answer.
 const GRACE: Duration = Duration::from_millis(50);
 
-type WriteAnswer = Result<kv::WriteOutcome, ProposeError>;
+type WriteResult = Result<kv::WriteOutcome, ProposeError>;
 
-struct Waiting {
+struct QueuedWrite {
     write: kv::Write,
     waiter: Waiter,
 }
@@ -64,30 +64,30 @@ struct Waiter {
     /// What the write counts for, with what its gets return.
     bytes: usize,
     deadline: Instant,
-    answer: oneshot::Sender<WriteAnswer>,
+    answer: oneshot::Sender<WriteResult>,
     place: Reservation,
 }
 
 impl Waiter {
-    fn tell(self, answer: WriteAnswer) {
+    fn tell(self, answer: WriteResult) {
         drop(self.place);
         let _ = self.answer.send(answer);
     }
 }
 
 #[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Waiting>,
+struct ProposalQueue {
+    waiting: VecDeque<QueuedWrite>,
     bytes: usize,
     /// Entries handed to openraft that it has not answered.
-    under_way: usize,
+    in_flight: usize,
     /// No entry before this: the lease had run out.
     not_before: Option<Instant>,
     /// Why nothing more is taken.
     closed: Option<String>,
 }
 
-impl Queue {
+impl ProposalQueue {
     fn is_entry_full(&self) -> bool {
         self.waiting.len() >= WRITES_PER_ENTRY || self.bytes >= ENTRY_BYTES
     }
@@ -98,13 +98,13 @@ impl Queue {
         } else {
             ENTRIES_EAGER
         };
-        !self.waiting.is_empty() && self.under_way < limit
+        !self.waiting.is_empty() && self.in_flight < limit
     }
 }
 
 /// The queue of writes of one group, and what takes from it.
 pub struct Proposer {
-    queue: Mutex<Queue>,
+    queue: Mutex<ProposalQueue>,
     changed: Notify,
     budgets: Arc<RaftBudgets>,
     held: HeldBytes,
@@ -140,11 +140,11 @@ impl Proposer {
         write: kv::Write,
         answer_bytes: usize,
         deadline: Instant,
-    ) -> WriteAnswer {
+    ) -> WriteResult {
         let (answer, answered) = oneshot::channel();
         let own_bytes = write.size_hint() + WRITE_OVERHEAD_BYTES;
         let (bytes, place) = (own_bytes + answer_bytes, self.reserve(own_bytes)?);
-        self.push(Waiting {
+        self.push(QueuedWrite {
             write,
             waiter: Waiter {
                 bytes,
@@ -161,7 +161,7 @@ impl Proposer {
     }
 
     /// Returns how many writes wait for their entry.
-    pub fn queued(&self) -> usize {
+    pub fn queued_len(&self) -> usize {
         self.lock().waiting.len()
     }
 
@@ -181,7 +181,7 @@ impl Proposer {
         self.changed.notify_one();
     }
 
-    fn push(&self, write: Waiting) -> Result<(), ProposeError> {
+    fn push(&self, write: QueuedWrite) -> Result<(), ProposeError> {
         let mut queue = self.lock();
         if let Some(reason) = queue.closed.clone() {
             return Err(ProposeError::Stopped { reason });
@@ -206,7 +206,7 @@ impl Proposer {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+    fn lock(&self) -> MutexGuard<'_, ProposalQueue> {
         self.queue.lock().expect("no holder panics")
     }
 
@@ -219,35 +219,35 @@ impl Proposer {
     ) {
         loop {
             match self.next_step() {
-                Step::End => return,
-                Step::Propose(writes) => {
+                ProposerStep::End => return,
+                ProposerStep::Propose(writes) => {
                     let is_bounded = resolver.level() >= Feature::BoundedAnswers.level();
                     self.propose_entry(&raft, &machine, writes, is_bounded)
                         .await;
                 }
-                Step::Wait { until: None } => self.changed.notified().await,
-                Step::Wait { until: Some(until) } => {
+                ProposerStep::Wait { until: None } => self.changed.notified().await,
+                ProposerStep::Wait { until: Some(until) } => {
                     let _ = tokio::time::timeout_at(until, self.changed.notified()).await;
                 }
             }
         }
     }
 
-    fn next_step(&self) -> Step {
+    fn next_step(&self) -> ProposerStep {
         let now = Instant::now();
         let mut queue = self.lock();
         if queue.closed.is_some() {
-            return Step::End;
+            return ProposerStep::End;
         }
         let paused = queue.not_before.filter(|until| *until > now);
         if queue.may_propose() && paused.is_none() {
             queue.not_before = None;
             let writes = take_entry(&mut queue, now);
             if writes.is_empty() {
-                return Step::Wait { until: Some(now) };
+                return ProposerStep::Wait { until: Some(now) };
             }
-            queue.under_way += 1;
-            return Step::Propose(writes);
+            queue.in_flight += 1;
+            return ProposerStep::Propose(writes);
         }
         expire(&mut queue, now);
         let first_deadline = queue.waiting.front().map(|write| write.waiter.deadline);
@@ -257,7 +257,7 @@ impl Proposer {
             (Some(pause), Some(deadline)) => Some(pause.min(deadline)),
             (pause, deadline) => pause.or(deadline),
         };
-        Step::Wait { until }
+        ProposerStep::Wait { until }
     }
 
     /// `is_bounded`: every replica knows an entry that rejects writes whose gets return too much.
@@ -265,7 +265,7 @@ impl Proposer {
         self: &Arc<Self>,
         raft: &RaftHandle,
         machine: &Machine,
-        writes: Vec<Waiting>,
+        writes: Vec<QueuedWrite>,
         is_bounded: bool,
     ) {
         let mut answers = Vec::with_capacity(writes.len());
@@ -279,19 +279,19 @@ impl Proposer {
             false => kv::Command::Write { time_ms, writes },
         };
         let entry = command.encode();
-        let under_way = UnderWay {
+        let in_flight = InFlightEntry {
             proposer: self.clone(),
             entry: entry.clone(),
             answers,
         };
-        let answer = Answer(Box::new(move |result| under_way.end(result)));
+        let answer = Answer(Box::new(move |result| in_flight.end(result)));
         // If it fails the answer is dropped, which tells the answers.
         let _ = raft.client_write_ff(Proposal(entry), Some(answer)).await;
     }
 
     fn entry_ended(&self) {
         let mut queue = self.lock();
-        queue.under_way -= 1;
+        queue.in_flight -= 1;
         let ready = queue.may_propose();
         drop(queue);
         if ready {
@@ -319,7 +319,7 @@ impl Proposer {
         }
         for (write, waiter) in writes.into_iter().zip(answers).rev() {
             queue.bytes += waiter.bytes;
-            queue.waiting.push_front(Waiting { write, waiter });
+            queue.waiting.push_front(QueuedWrite { write, waiter });
         }
         queue.not_before = Some(Instant::now() + LEASE_PAUSE);
         drop(queue);
@@ -327,15 +327,15 @@ impl Proposer {
     }
 }
 
-enum Step {
-    Propose(Vec<Waiting>),
+enum ProposerStep {
+    Propose(Vec<QueuedWrite>),
     Wait { until: Option<Instant> },
     End,
 }
 
 /// Takes the writes of the next entry. Those whose time has run out, or whose caller has gone, are
 /// not in it.
-fn take_entry(queue: &mut Queue, now: Instant) -> Vec<Waiting> {
+fn take_entry(queue: &mut ProposalQueue, now: Instant) -> Vec<QueuedWrite> {
     let mut writes = Vec::with_capacity(queue.waiting.len().min(WRITES_PER_ENTRY));
     let mut bytes = 0;
     while writes.len() < WRITES_PER_ENTRY
@@ -356,7 +356,7 @@ fn take_entry(queue: &mut Queue, now: Instant) -> Vec<Waiting> {
 
 /// Answers those at the front whose time has run out. Deadlines come about in order; one that is
 /// hidden behind a later one is found when its entry is made.
-fn expire(queue: &mut Queue, now: Instant) {
+fn expire(queue: &mut ProposalQueue, now: Instant) {
     while queue
         .waiting
         .front()
@@ -370,13 +370,13 @@ fn expire(queue: &mut Queue, now: Instant) {
 
 /// An entry that openraft has. Dropped without an end, its answers learn that its outcome is
 /// unknown.
-struct UnderWay {
+struct InFlightEntry {
     proposer: Arc<Proposer>,
     entry: Bytes,
     answers: Vec<Waiter>,
 }
 
-impl UnderWay {
+impl InFlightEntry {
     fn end(mut self, result: ClientWriteResult<Types>) {
         let answers = std::mem::take(&mut self.answers);
         let outcomes = match result {
@@ -404,7 +404,7 @@ impl UnderWay {
     }
 }
 
-impl Drop for UnderWay {
+impl Drop for InFlightEntry {
     fn drop(&mut self) {
         self.proposer.entry_ended();
     }

@@ -1,7 +1,7 @@
-//! [`Reads`]: confirms linearizable reads, many by one round.
+//! [`ReadIndex`]: confirms linearizable reads, many by one round.
 //!
 //! A round asks a quorum whether this replica still leads, and then waits until all that was
-//! committed when it began is applied here (ReadIndex: Ongaro's thesis, section 6.4). Reads that
+//! committed when it began is applied here (ReadIndex: Ongaro's thesis, section 6.4). ReadIndex that
 //! come while a round is under way share the next one. A read never joins a round that was begun
 //! before it: what was acknowledged in between might be missing from it.
 
@@ -17,12 +17,12 @@ use super::errors::{ReadError, SHUT_DOWN};
 use super::group::RaftHandle;
 use super::state_machine::Machine;
 
-/// Reads that may wait for a round.
-const WAITING_MAX: usize = 16 << 10;
+/// ReadIndex that may wait for a round.
+const QUEUED_MAX: usize = 16 << 10;
 /// A round that takes longer than this has failed: what is committed is not being applied.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
-type Confirmed = Result<(), RoundError>;
+type RoundResult = Result<(), RoundError>;
 
 /// Why a round failed.
 #[derive(Debug, Clone)]
@@ -33,25 +33,25 @@ enum RoundError {
 }
 
 #[derive(Default)]
-struct State {
-    waiting: Vec<oneshot::Sender<Confirmed>>,
+struct ReadQueue {
+    queued: Vec<oneshot::Sender<RoundResult>>,
     /// Why nothing more is read.
     closed: Option<String>,
 }
 
 /// The reads of one group that wait to be confirmed.
-pub struct Reads {
-    state: Mutex<State>,
-    came: Notify,
+pub struct ReadIndex {
+    queue: Mutex<ReadQueue>,
+    arrived: Notify,
     /// A round is not needed if a quorum has answered this recently.
     lease_age_max: Option<Duration>,
 }
 
-impl Reads {
+impl ReadIndex {
     pub fn new(lease_age_max: Option<Duration>) -> Arc<Self> {
         Arc::new(Self {
-            state: Mutex::default(),
-            came: Notify::new(),
+            queue: Mutex::default(),
+            arrived: Notify::new(),
             lease_age_max,
         })
     }
@@ -71,37 +71,37 @@ impl Reads {
     }
 
     /// Waits for the next round.
-    fn join(&self) -> Result<oneshot::Receiver<Confirmed>, ReadError> {
-        let mut state = self.lock();
-        if let Some(reason) = state.closed.clone() {
+    fn join(&self) -> Result<oneshot::Receiver<RoundResult>, ReadError> {
+        let mut queue = self.lock();
+        if let Some(reason) = queue.closed.clone() {
             return Err(ReadError::Stopped { reason });
         }
-        if state.waiting.len() >= WAITING_MAX {
+        if queue.queued.len() >= QUEUED_MAX {
             return Err(ReadError::Overloaded {
-                limit: format!("{WAITING_MAX} reads wait"),
+                limit: format!("{QUEUED_MAX} reads wait"),
             });
         }
         let (sender, receiver) = oneshot::channel();
-        let first = state.waiting.is_empty();
-        state.waiting.push(sender);
-        drop(state);
+        let first = queue.queued.is_empty();
+        queue.queued.push(sender);
+        drop(queue);
         if first {
-            self.came.notify_one();
+            self.arrived.notify_one();
         }
         Ok(receiver)
     }
 
     /// Returns how many wait for the next round.
-    pub fn queued(&self) -> usize {
-        self.lock().waiting.len()
+    pub fn queued_len(&self) -> usize {
+        self.lock().queued.len()
     }
 
     pub fn close(&self, reason: &str) {
-        let mut state = self.lock();
-        state.closed.get_or_insert_with(|| reason.to_owned());
-        state.waiting.clear();
-        drop(state);
-        self.came.notify_one();
+        let mut queue = self.lock();
+        queue.closed.get_or_insert_with(|| reason.to_owned());
+        queue.queued.clear();
+        drop(queue);
+        self.arrived.notify_one();
     }
 
     fn stopped(&self) -> ReadError {
@@ -114,32 +114,32 @@ impl Reads {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no holder panics")
+    fn lock(&self) -> MutexGuard<'_, ReadQueue> {
+        self.queue.lock().expect("no holder panics")
     }
 
     /// Does a round after another for as long as reads wait.
     pub async fn run(self: Arc<Self>, raft: RaftHandle, machine: Arc<Machine>) {
         loop {
-            let waiting = {
-                let mut state = self.lock();
-                if state.closed.is_some() {
+            let queued = {
+                let mut queue = self.lock();
+                if queue.closed.is_some() {
                     return;
                 }
-                std::mem::take(&mut state.waiting)
+                std::mem::take(&mut queue.queued)
             };
-            if waiting.is_empty() {
-                self.came.notified().await;
+            if queued.is_empty() {
+                self.arrived.notified().await;
                 continue;
             }
             let confirmed = self.round(&raft, &machine).await;
-            for read in waiting {
+            for read in queued {
                 let _ = read.send(confirmed.clone());
             }
         }
     }
 
-    async fn round(&self, raft: &RaftHandle, machine: &Machine) -> Confirmed {
+    async fn round(&self, raft: &RaftHandle, machine: &Machine) -> RoundResult {
         let option =
             LinearizerOption::new(Some(self.lease_age_max.unwrap_or(Duration::ZERO)), true);
         let index = match raft.get_read_linearizer(option).await {
