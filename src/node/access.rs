@@ -469,7 +469,7 @@ impl Access {
     fn not_leader(&self, shard: GroupId, leader: Option<NodeId>) -> Failure {
         let map = self.member.map();
         let leader = leader
-            .filter(|leader| *leader != self.member.node && !self.member.registry.is_cut(*leader));
+            .filter(|leader| *leader != self.member.node && !self.member.registry.is_disconnected(*leader));
         match leader.and_then(|leader| map.name_of(leader)).cloned() {
             Some(address) => Failure::Elsewhere { shard, address },
             None => unavailable(format!(
@@ -730,7 +730,7 @@ impl Access {
             return Ok(None);
         }
         let is_known =
-            |leader: &NodeId| *leader != self.member.node && !self.member.registry.is_cut(*leader);
+            |leader: &NodeId| *leader != self.member.node && !self.member.registry.is_disconnected(*leader);
         let leader = meta.status().leader.filter(is_known);
         let address = leader
             .and_then(|leader| self.member.views().resolve(leader))

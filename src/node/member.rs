@@ -404,7 +404,7 @@ impl Member {
                 .iter()
                 .any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR);
             // Who showed that it leads is asked, whatever the lanes say.
-            is_silent || is_closed(node) || (hinted != Some(*node) && self.registry.is_cut(*node))
+            is_silent || is_closed(node) || (hinted != Some(*node) && self.registry.is_disconnected(*node))
         };
         let replicas = place.replicas.iter().copied();
         let candidates: Vec<NodeId> = local_leader

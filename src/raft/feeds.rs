@@ -177,7 +177,7 @@ impl Replica {
             let heard = lanes
                 .last_heard(node)
                 .is_some_and(|at| at.elapsed() < NEAR_WITHIN);
-            heard && !lanes.is_cut(node)
+            heard && !lanes.is_disconnected(node)
         };
         let behind = snapshot.index.saturating_sub(ENTRIES_BEHIND);
         let needed = status.purgeable(is_near).unwrap_or(0);

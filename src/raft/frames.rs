@@ -199,7 +199,7 @@ impl Replica {
     ) -> Handled {
         // Before it is appended, which takes a sync: a slow disk is no reason to campaign.
         if self.is_current(&vote) {
-            self.timer.heard_leader(vote.term);
+            self.timer.on_leader_message(vote.term);
         }
         let entries = entries
             .into_iter()
@@ -252,7 +252,7 @@ impl Replica {
     }
 
     async fn vote(&self, vote: Vote, last: Option<LogId>, leadership_transfer: bool) -> Handled {
-        if self.may_be_leased() || (!self.end_lease_if_cut() && !leadership_transfer) {
+        if self.may_be_leased() || (!self.end_lease_if_disconnected() && !leadership_transfer) {
             return Err(Refusal::Leased);
         }
         let request = VoteRequest::<Types> {
@@ -266,7 +266,7 @@ impl Replica {
             .await
             .map_err(|_| Refusal::Stopped)?;
         if response.vote_granted {
-            self.timer.granted_vote();
+            self.timer.on_vote_granted();
         }
         self.notice_older_log(&response, last);
         let last = response.last_log_id.as_ref().map(from_raft);
@@ -278,7 +278,7 @@ impl Replica {
     }
 
     async fn pre_vote(&self, vote: Vote, last: Option<LogId>) -> Handled {
-        if self.may_be_leased() || !self.end_lease_if_cut() {
+        if self.may_be_leased() || !self.end_lease_if_disconnected() {
             return Err(Refusal::Leased);
         }
         let request = VoteRequest::<Types>::new(read(&vote)?, last.map(to_raft));
@@ -299,7 +299,7 @@ impl Replica {
     /// A candidate whose log ends at `last` was told this.
     fn notice_older_log(&self, response: &VoteResponse<Types>, last: Option<LogId>) {
         if !response.vote_granted && last < response.last_log_id.as_ref().map(from_raft) {
-            self.timer.refused_older_log();
+            self.timer.on_older_log_refused();
         }
     }
 

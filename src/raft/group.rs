@@ -27,7 +27,7 @@ use super::feeds::Feeds;
 use super::log_store::LogStore;
 use super::network::Network;
 use super::proposer::{Proposer, propose_error};
-use super::pulse::{Due, Standing, Timer};
+use super::pulse::{TimerAction, ElectionRole, ElectionTimer};
 use super::reads::ReadIndex;
 use super::registry::RaftContext;
 use super::room::HeldBytes;
@@ -66,7 +66,7 @@ pub struct Replica {
     pub(super) inbox: Inbox,
     pub(super) network: Network,
     pub(super) freshness: Freshness,
-    pub(super) timer: Timer,
+    pub(super) timer: ElectionTimer,
     /// What the witnesses were last told that they need not keep.
     pub(super) told: AtomicU64,
     /// Frames of the group that are being worked on.
@@ -152,7 +152,7 @@ impl Replica {
             inbox: Inbox::default(),
             network,
             freshness: Freshness::default(),
-            timer: Timer::new(&timings, is_witness),
+            timer: ElectionTimer::new(&timings, is_witness),
             told: AtomicU64::new(0),
             frames: Arc::default(),
             frame_bytes: HeldBytes::default(),
@@ -616,7 +616,7 @@ impl Replica {
 
     /// All lanes from this node broke. If it leads, it has probably just ended, and another is
     /// elected soon, unless it is heard of before. Not where reads rest on leases.
-    pub(super) fn leader_cut(&self, node: NodeId) {
+    pub(super) fn on_leader_disconnected(&self, node: NodeId) {
         if self.timings.lease != LeaseReads::Off {
             return;
         }
@@ -628,7 +628,7 @@ impl Replica {
             leader.filter(|leader| watch.membership.node_of(leader.replica) == Some(node))
         {
             self.timer
-                .leader_cut(watch.membership.rank_after(leader.replica, self.key));
+                .on_leader_disconnected(watch.membership.rank_after(leader.replica, self.key));
         }
     }
 
@@ -638,7 +638,7 @@ impl Replica {
     ///
     /// False if it is not, and holds a lease: then there is no vote for others. openraft would say
     /// the same, but renews no lease that it was once told to take for ended.
-    pub(super) fn end_lease_if_cut(&self) -> bool {
+    pub(super) fn end_lease_if_disconnected(&self) -> bool {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
         let membership = GroupMembership::from(&*metrics.membership_config);
@@ -648,10 +648,10 @@ impl Replica {
         else {
             return true;
         };
-        let is_cut = membership
+        let is_disconnected = membership
             .node_of(leader)
-            .is_some_and(|node| self.context.lanes.is_cut(node));
-        if is_cut && self.timings.lease == LeaseReads::Off {
+            .is_some_and(|node| self.context.lanes.is_disconnected(node));
+        if is_disconnected && self.timings.lease == LeaseReads::Off {
             // A replica that is told of another's lead than its own does no more than that.
             let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
             let _ = unconstrained(self.raft.handle_transfer_leader(request)).now_or_never();
@@ -745,24 +745,24 @@ impl Replica {
     }
 
     /// Does what is due. If openraft is too busy to be told, it is not needed or will be due again.
-    pub(super) fn pulse(&self) {
+    pub(super) fn tick(&self) {
         let due = {
             let watch = self.watch.borrow();
             let is_voter =
                 |membership: &GroupMembership| membership.voters.contains_key(&self.key.replica);
             let is_voter = is_voter(&watch.membership) || is_voter(&watch.committed_membership);
-            self.timer.take_due(Standing::of(
+            self.timer.take_action(ElectionRole::of(
                 watch.role,
                 is_voter,
                 watch.membership.voters.len(),
             ))
         };
         match due {
-            Due::Nothing => {}
-            Due::Heartbeat => drop(unconstrained(self.raft.trigger().heartbeat()).now_or_never()),
-            Due::Campaign => {
+            TimerAction::Nothing => {}
+            TimerAction::Heartbeat => drop(unconstrained(self.raft.trigger().heartbeat()).now_or_never()),
+            TimerAction::Campaign => {
                 self.context.elections.count_campaign();
-                self.end_lease_if_cut();
+                self.end_lease_if_disconnected();
                 drop(unconstrained(self.raft.trigger().elect(true)).now_or_never());
             }
         }

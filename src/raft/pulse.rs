@@ -2,14 +2,14 @@
 //! every group.
 //!
 //! Openraft's own ticks would wake each replica about forty times a second to find that nothing is
-//! due; with a thousand replicas that alone takes most of a core. So they are off, and [`beat`]
+//! due; with a thousand replicas that alone takes most of a core. So they are off, and [`run_election_timers`]
 //! looks at all groups in one go. What a replica then does is openraft's: it refuses to campaign
 //! while the lease of a leader holds, and asks for pre-votes first.
 //!
 //! On a machine that has more to do than it can, a leader that is only slow must not pass for one
 //! that is gone. So silence counts only while this node ran: its own timer comes late too
-//! ([`Timer::was_away`]). And where the words of a leader that goes on leading come late, they are
-//! waited for longer for a while ([`Strain`]).
+//! ([`ElectionTimer::skip_pause`]). And where the words of a leader that goes on leading come late, they are
+//! waited for longer for a while ([`HeartbeatDelay`]).
 
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
@@ -22,16 +22,16 @@ use super::status::Role;
 use super::timings::RaftTimings;
 
 /// When a replica has to do something by itself.
-pub struct Timer {
+pub struct ElectionTimer {
     heartbeat: Duration,
     lease: Duration,
     election: (Duration, Duration),
     /// By how much longer it waits before it campaigns.
     patience: Duration,
-    state: Mutex<State>,
+    state: Mutex<TimerState>,
 }
 
-struct State {
+struct TimerState {
     next_heartbeat: Instant,
     /// Unless a leader is heard of before.
     campaign_at: Instant,
@@ -40,26 +40,26 @@ struct State {
     /// When a leader has last sent something.
     heard: Option<Instant>,
     /// The term of that leader, and since when it has been silent, as far as this node ran.
-    silent: Option<(u64, Instant)>,
-    strain: Strain,
+    silent_since: Option<(u64, Instant)>,
+    delay: HeartbeatDelay,
 }
 
 /// How much later than they should the words of a leader come that goes on leading: the worst of
-/// them, forgotten by half in each [`STRAIN_HALF_LIFE`]. Zero on a machine that is not overloaded.
+/// them, forgotten by half in each [`DELAY_HALF_LIFE`]. Zero on a machine that is not overloaded.
 #[derive(Debug, Clone, Copy)]
-struct Strain {
+struct HeartbeatDelay {
     worst: Duration,
     at: Instant,
 }
 
 /// Long enough that a delay every few seconds is still remembered at the next.
-const STRAIN_HALF_LIFE: Duration = Duration::from_secs(20);
+const DELAY_HALF_LIFE: Duration = Duration::from_secs(20);
 /// However slow a machine is, a leader that is gone is replaced after a few seconds.
-const STRAIN_MAX: Duration = Duration::from_secs(1);
+const DELAY_MAX: Duration = Duration::from_secs(1);
 /// By how many times the worst delay a leader is waited for longer: the next one may be worse.
-const STRAIN_MARGIN: u32 = 2;
+const DELAY_MARGIN: u32 = 2;
 
-impl Strain {
+impl HeartbeatDelay {
     fn none(now: Instant) -> Self {
         Self {
             worst: Duration::ZERO,
@@ -68,14 +68,14 @@ impl Strain {
     }
 
     fn at(&self, now: Instant) -> Duration {
-        let half_lives = now.duration_since(self.at).as_secs_f64() / STRAIN_HALF_LIFE.as_secs_f64();
+        let half_lives = now.duration_since(self.at).as_secs_f64() / DELAY_HALF_LIFE.as_secs_f64();
         self.worst.mul_f64(0.5_f64.powf(half_lives))
     }
 
     fn note(&mut self, delay: Duration, now: Instant) {
         if delay > self.at(now) {
             *self = Self {
-                worst: delay.min(STRAIN_MAX),
+                worst: delay.min(DELAY_MAX),
                 at: now,
             };
         }
@@ -84,7 +84,7 @@ impl Strain {
 
 /// What a replica has to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Due {
+pub enum TimerAction {
     Nothing,
     Heartbeat,
     Campaign,
@@ -92,7 +92,7 @@ pub enum Due {
 
 /// What a replica may do by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum ElectionRole {
     Leader,
     /// Has a vote, among others.
     Voter,
@@ -102,23 +102,23 @@ pub enum Standing {
     Passive,
 }
 
-impl Standing {
+impl ElectionRole {
     pub fn of(role: Role, is_voter: bool, voters: usize) -> Self {
         match role {
-            Role::Leader => Standing::Leader,
-            Role::Stopped => Standing::Passive,
+            Role::Leader => ElectionRole::Leader,
+            Role::Stopped => ElectionRole::Passive,
             Role::Follower | Role::Candidate | Role::Learner => match (is_voter, voters) {
-                (false, _) => Standing::Passive,
-                (true, 1) => Standing::OnlyVoter,
-                (true, _) => Standing::Voter,
+                (false, _) => ElectionRole::Passive,
+                (true, 1) => ElectionRole::OnlyVoter,
+                (true, _) => ElectionRole::Voter,
             },
         }
     }
 }
 
-impl Timer {
+impl ElectionTimer {
     /// A witness campaigns at once after it has refused its vote to one with an older log
-    /// ([`Timer::refused_older_log`]): the others need what it has. Else it gives those that can
+    /// ([`ElectionTimer::on_older_log_refused`]): the others need what it has. Else it gives those that can
     /// serve much time to do so first, but not for ever: one of them may have a vote and not know
     /// it, when it lacks the entry that says so.
     pub fn new(timings: &RaftTimings, is_witness: bool) -> Self {
@@ -134,13 +134,13 @@ impl Timer {
         };
         // It may have given a lease before it was started, and does not know.
         let from = now + timings.forgotten_lease();
-        let state = State {
+        let state = TimerState {
             next_heartbeat: now,
             campaign_at: from + between(bounds) + patience,
             attempt_from: from,
             heard: None,
-            silent: None,
-            strain: Strain::none(now),
+            silent_since: None,
+            delay: HeartbeatDelay::none(now),
         };
         let heartbeat = Duration::from_millis(timings.heartbeat_ms);
         Self {
@@ -154,38 +154,38 @@ impl Timer {
 
     /// The leader of this term has sent something. What an earlier one drew no longer counts: the
     /// latest of many draws would always be a long one.
-    pub fn heard_leader(&self, term: u64) {
+    pub fn on_leader_message(&self, term: u64) {
         let now = Instant::now();
         let mut state = self.lock();
 
         // The first word of another leader tells nothing of how late words come.
-        if let Some((_, since)) = state.silent.filter(|(before, _)| *before == term) {
+        if let Some((_, since)) = state.silent_since.filter(|(before, _)| *before == term) {
             let late = now
                 .saturating_duration_since(since)
                 .saturating_sub(self.heartbeat * 2);
-            state.strain.note(late, now);
+            state.delay.note(late, now);
         }
         state.campaign_at = now + self.lease + self.draw(&state, now);
         state.heard = Some(now);
-        state.silent = Some((term, now));
+        state.silent_since = Some((term, now));
     }
 
     /// This node did not run, or not this part of it, for so long. Words of the leader may wait to
     /// be read, so that time was no silence, and there is a moment to read them.
-    pub fn was_away(&self, away: Duration) {
+    pub fn skip_pause(&self, pause: Duration) {
         let now = Instant::now();
         let mut state = self.lock();
         let moment = now + self.heartbeat;
-        state.campaign_at = (state.campaign_at + away).max(moment);
+        state.campaign_at = (state.campaign_at + pause).max(moment);
         state.attempt_from = state.attempt_from.max(moment);
-        if let Some((_, since)) = &mut state.silent {
-            *since = (*since + away).min(now);
+        if let Some((_, since)) = &mut state.silent_since {
+            *since = (*since + pause).min(now);
         }
     }
 
     /// Returns how long to wait before the next campaign, beyond what else is waited for.
-    fn draw(&self, state: &State, now: Instant) -> Duration {
-        between(self.election) + self.patience + state.strain.at(now) * STRAIN_MARGIN
+    fn draw(&self, state: &TimerState, now: Instant) -> Duration {
+        between(self.election) + self.patience + state.delay.at(now) * DELAY_MARGIN
     }
 
     /// Whether a leader has sent something so lately that it holds a lease.
@@ -198,7 +198,7 @@ impl Timer {
     /// The leader has probably just ended: no silence need tell so. The others are left a moment to
     /// notice it too, and those before this one in the succession the time to win: chance would
     /// have two campaign at once now and then, and neither win.
-    pub fn leader_cut(&self, rank: u32) {
+    pub fn on_leader_disconnected(&self, rank: u32) {
         if self.patience.is_zero() {
             let moment = self.heartbeat / 4;
             let now = Instant::now();
@@ -206,12 +206,12 @@ impl Timer {
             let mut state = self.lock();
             state.campaign_at = state.campaign_at.min(at);
             // It was no slow leader: nobody waits longer for the next.
-            state.strain = Strain::none(now);
+            state.delay = HeartbeatDelay::none(now);
         }
     }
 
     /// Another replica has this one's vote, and now its time to win.
-    pub fn granted_vote(&self) {
+    pub fn on_vote_granted(&self) {
         let now = Instant::now();
         let mut state = self.lock();
         state.campaign_at = state.campaign_at.max(now + self.draw(&state, now));
@@ -219,41 +219,41 @@ impl Timer {
 
     /// Another wants to lead that lacks entries which this replica has: it will not, while the
     /// entries are needed for a majority.
-    pub fn refused_older_log(&self) {
+    pub fn on_older_log_refused(&self) {
         if !self.patience.is_zero() {
             self.lock().campaign_at = Instant::now();
         }
     }
 
     /// What is due, which is then taken for done.
-    pub fn take_due(&self, standing: Standing) -> Due {
+    pub fn take_action(&self, role: ElectionRole) -> TimerAction {
         let now = Instant::now();
         let mut state = self.lock();
-        let campaign = match standing {
-            Standing::Passive => return Due::Nothing,
-            Standing::Leader => {
+        let campaign = match role {
+            ElectionRole::Passive => return TimerAction::Nothing,
+            ElectionRole::Leader => {
                 // A leader that is deposed begins to wait then.
                 state.campaign_at = state.campaign_at.max(now + self.election.0);
                 if now < state.next_heartbeat {
-                    return Due::Nothing;
+                    return TimerAction::Nothing;
                 }
                 state.next_heartbeat = now + self.heartbeat;
-                return Due::Heartbeat;
+                return TimerAction::Heartbeat;
             }
-            Standing::Voter => now >= state.campaign_at && now >= state.attempt_from,
-            Standing::OnlyVoter => now >= state.attempt_from,
+            ElectionRole::Voter => now >= state.campaign_at && now >= state.attempt_from,
+            ElectionRole::OnlyVoter => now >= state.attempt_from,
         };
         if !campaign {
-            return Due::Nothing;
+            return TimerAction::Nothing;
         }
         // Votes come as late as other words do.
-        let next = now + between(self.election) + state.strain.at(now);
+        let next = now + between(self.election) + state.delay.at(now);
         state.campaign_at = next + self.patience;
         state.attempt_from = next;
-        Due::Campaign
+        TimerAction::Campaign
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, TimerState> {
         self.state.lock().expect("no holder panics")
     }
 }
@@ -265,7 +265,7 @@ fn between((min, max): (Duration, Duration)) -> Duration {
 }
 
 /// Looks at every group in turn, for as long as the registry lives.
-pub async fn beat(registry: Weak<Registry>, every: Duration) {
+pub async fn run_election_timers(registry: Weak<Registry>, every: Duration) {
     let mut ticks = tokio::time::interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut last = Instant::now();
@@ -275,20 +275,20 @@ pub async fn beat(registry: Weak<Registry>, every: Duration) {
             return;
         };
 
-        let away = away(last.elapsed(), every);
+        let pause = pause_of(last.elapsed(), every);
         last = Instant::now();
         registry.with_groups(|group| {
-            if let Some(away) = away {
-                group.timer.was_away(away);
+            if let Some(pause) = pause {
+                group.timer.skip_pause(pause);
             }
-            Arc::as_ref(group).pulse();
+            Arc::as_ref(group).tick();
         });
     }
 }
 
 /// Returns for how long this node did not run, when its timer took so long to come; none where that
 /// is nothing much.
-fn away(took: Duration, every: Duration) -> Option<Duration> {
+fn pause_of(took: Duration, every: Duration) -> Option<Duration> {
     Some(took.saturating_sub(every)).filter(|late| *late > every)
 }
 
@@ -300,11 +300,11 @@ mod tests {
     const STEP: Duration = Duration::from_millis(10);
 
     /// Until something is due, and what.
-    async fn wait(timer: &Timer, standing: Standing) -> (u128, Due) {
+    async fn wait(timer: &ElectionTimer, role: ElectionRole) -> (u128, TimerAction) {
         let start = Instant::now();
         loop {
-            match timer.take_due(standing) {
-                Due::Nothing => tokio::time::advance(STEP).await,
+            match timer.take_action(role) {
+                TimerAction::Nothing => tokio::time::advance(STEP).await,
                 due => return (start.elapsed().as_millis(), due),
             }
         }
@@ -312,34 +312,34 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn followers_campaign_after_lease_and_timeout_and_again_after_a_timeout() {
-        let timer = Timer::new(&RaftTimings::default(), false);
-        let (first, due) = wait(&timer, Standing::Voter).await;
-        assert_eq!(due, Due::Campaign);
+        let timer = ElectionTimer::new(&RaftTimings::default(), false);
+        let (first, due) = wait(&timer, ElectionRole::Voter).await;
+        assert_eq!(due, TimerAction::Campaign);
         assert!((210..=430).contains(&first), "the first after {first} ms");
-        timer.heard_leader(1);
-        let (silent, _) = wait(&timer, Standing::Voter).await;
+        timer.on_leader_message(1);
+        let (silent_ms, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(
-            (630..=850).contains(&silent),
-            "after {silent} ms of silence"
+            (630..=850).contains(&silent_ms),
+            "after {silent_ms} ms of silence"
         );
-        timer.granted_vote();
-        let (next, _) = wait(&timer, Standing::Voter).await;
+        timer.on_vote_granted();
+        let (next, _) = wait(&timer, ElectionRole::Voter).await;
         assert!((210..=430).contains(&next), "the next after {next} ms");
-        assert_eq!(timer.take_due(Standing::Passive), Due::Nothing);
+        assert_eq!(timer.take_action(ElectionRole::Passive), TimerAction::Nothing);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_witness_campaigns_late_or_when_it_has_refused_an_older_log() {
-        let timer = Timer::new(&RaftTimings::default(), true);
-        timer.heard_leader(1);
-        let (silent, _) = wait(&timer, Standing::Voter).await;
-        assert!(silent >= 630 + 4 * 420, "after {silent} ms of silence");
+        let timer = ElectionTimer::new(&RaftTimings::default(), true);
+        timer.on_leader_message(1);
+        let (silent_ms, _) = wait(&timer, ElectionRole::Voter).await;
+        assert!(silent_ms >= 630 + 4 * 420, "after {silent_ms} ms of silence");
         tokio::time::advance(Duration::from_secs(1)).await;
-        timer.heard_leader(2);
-        timer.refused_older_log();
-        assert_eq!(wait(&timer, Standing::Voter).await, (0, Due::Campaign));
-        timer.refused_older_log();
-        let (next, _) = wait(&timer, Standing::Voter).await;
+        timer.on_leader_message(2);
+        timer.on_older_log_refused();
+        assert_eq!(wait(&timer, ElectionRole::Voter).await, (0, TimerAction::Campaign));
+        timer.on_older_log_refused();
+        let (next, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(
             (210..=430).contains(&next),
             "one campaign has its time before the next: {next} ms"
@@ -348,37 +348,37 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn leaders_beat_and_an_only_voter_does_not_wait() {
-        let timer = Timer::new(&RaftTimings::default(), false);
-        assert_eq!(wait(&timer, Standing::OnlyVoter).await, (0, Due::Campaign));
-        assert_eq!(wait(&timer, Standing::Leader).await, (0, Due::Heartbeat));
-        assert_eq!(wait(&timer, Standing::Leader).await, (120, Due::Heartbeat));
+        let timer = ElectionTimer::new(&RaftTimings::default(), false);
+        assert_eq!(wait(&timer, ElectionRole::OnlyVoter).await, (0, TimerAction::Campaign));
+        assert_eq!(wait(&timer, ElectionRole::Leader).await, (0, TimerAction::Heartbeat));
+        assert_eq!(wait(&timer, ElectionRole::Leader).await, (120, TimerAction::Heartbeat));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_leader_that_has_just_ended_is_not_waited_for() {
-        let timer = Timer::new(&RaftTimings::default(), false);
-        timer.heard_leader(1);
-        timer.leader_cut(0);
-        let (first, due) = wait(&timer, Standing::Voter).await;
-        assert_eq!(due, Due::Campaign);
+        let timer = ElectionTimer::new(&RaftTimings::default(), false);
+        timer.on_leader_message(1);
+        timer.on_leader_disconnected(0);
+        let (first, due) = wait(&timer, ElectionRole::Voter).await;
+        assert_eq!(due, TimerAction::Campaign);
         assert!(
             (30..=70).contains(&first),
             "the first heir after {first} ms"
         );
         tokio::time::advance(Duration::from_secs(1)).await;
-        timer.heard_leader(1);
-        timer.leader_cut(2);
-        let (third, _) = wait(&timer, Standing::Voter).await;
+        timer.on_leader_message(1);
+        timer.on_leader_disconnected(2);
+        let (third, _) = wait(&timer, ElectionRole::Voter).await;
         assert!((270..=310).contains(&third), "the third after {third} ms");
         // It lives after all.
-        timer.leader_cut(0);
-        timer.heard_leader(1);
-        let (silent, _) = wait(&timer, Standing::Voter).await;
-        assert!(silent >= 630, "after {silent} ms of silence");
-        let witness = Timer::new(&RaftTimings::default(), true);
-        witness.heard_leader(1);
-        witness.leader_cut(0);
-        let (late, _) = wait(&witness, Standing::Voter).await;
+        timer.on_leader_disconnected(0);
+        timer.on_leader_message(1);
+        let (silent_ms, _) = wait(&timer, ElectionRole::Voter).await;
+        assert!(silent_ms >= 630, "after {silent_ms} ms of silence");
+        let witness = ElectionTimer::new(&RaftTimings::default(), true);
+        witness.on_leader_message(1);
+        witness.on_leader_disconnected(0);
+        let (late, _) = wait(&witness, ElectionRole::Voter).await;
         assert!(
             late >= 630 + 4 * 420,
             "a witness leaves it to the others for {late} ms"
@@ -387,25 +387,25 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_time_that_a_node_did_not_run_is_no_silence() {
-        let timer = Timer::new(&RaftTimings::default(), false);
-        timer.heard_leader(1);
+        let timer = ElectionTimer::new(&RaftTimings::default(), false);
+        timer.on_leader_message(1);
         tokio::time::advance(Duration::from_millis(300)).await;
         // It is stopped for longer than any timeout, and does not know yet that the leader has
         // spoken meanwhile.
         tokio::time::advance(Duration::from_secs(5)).await;
-        timer.was_away(Duration::from_secs(5));
-        let (more, due) = wait(&timer, Standing::Voter).await;
-        assert_eq!(due, Due::Campaign);
+        timer.skip_pause(Duration::from_secs(5));
+        let (more, due) = wait(&timer, ElectionRole::Voter).await;
+        assert_eq!(due, TimerAction::Campaign);
         assert!(
             (330..=550).contains(&more),
             "it campaigns {more} ms after it went on"
         );
 
         // However little was left, there is a moment to hear what waits to be read.
-        timer.heard_leader(2);
+        timer.on_leader_message(2);
         tokio::time::advance(Duration::from_secs(2)).await;
-        timer.was_away(Duration::from_millis(50));
-        let (more, _) = wait(&timer, Standing::Voter).await;
+        timer.skip_pause(Duration::from_millis(50));
+        let (more, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(
             (120..=140).contains(&more),
             "it campaigns {more} ms after it went on"
@@ -414,59 +414,59 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_leader_whose_words_come_late_is_waited_for_longer_for_a_while() {
-        let timer = Timer::new(&RaftTimings::default(), false);
+        let timer = ElectionTimer::new(&RaftTimings::default(), false);
         for _ in 0..3 {
-            timer.heard_leader(1);
+            timer.on_leader_message(1);
             tokio::time::advance(Duration::from_millis(600)).await;
         }
-        timer.heard_leader(1);
-        let (silent, _) = wait(&timer, Standing::Voter).await;
+        timer.on_leader_message(1);
+        let (silent_ms, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(
-            (1330..=1570).contains(&silent),
-            "after {silent} ms of silence"
+            (1330..=1570).contains(&silent_ms),
+            "after {silent_ms} ms of silence"
         );
         // Once it has certainly ended, there is nothing to wait for.
         tokio::time::advance(Duration::from_secs(2)).await;
-        timer.heard_leader(1);
-        timer.leader_cut(0);
-        assert!((30..=70).contains(&wait(&timer, Standing::Voter).await.0));
-        let (next, _) = wait(&timer, Standing::Voter).await;
+        timer.on_leader_message(1);
+        timer.on_leader_disconnected(0);
+        assert!((30..=70).contains(&wait(&timer, ElectionRole::Voter).await.0));
+        let (next, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(
             (210..=430).contains(&next),
             "the next campaign after {next} ms"
         );
 
-        timer.heard_leader(2);
+        timer.on_leader_message(2);
         tokio::time::advance(Duration::from_millis(600)).await;
-        timer.heard_leader(2);
-        tokio::time::advance(STRAIN_HALF_LIFE * 8).await;
-        timer.heard_leader(3);
-        let (silent, _) = wait(&timer, Standing::Voter).await;
+        timer.on_leader_message(2);
+        tokio::time::advance(DELAY_HALF_LIFE * 8).await;
+        timer.on_leader_message(3);
+        let (silent_ms, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(
-            (630..=860).contains(&silent),
-            "it has forgotten: after {silent} ms of silence"
+            (630..=860).contains(&silent_ms),
+            "it has forgotten: after {silent_ms} ms of silence"
         );
 
-        // A leader that was gone for long, and another after it, are no sign of strain, nor is what
+        // A leader that was gone for long, and another after it, are no sign of delay, nor is what
         // this node itself missed.
         tokio::time::advance(Duration::from_secs(3)).await;
-        timer.heard_leader(4);
+        timer.on_leader_message(4);
         tokio::time::advance(Duration::from_secs(3)).await;
-        timer.was_away(Duration::from_secs(3));
-        timer.heard_leader(4);
-        let (silent, _) = wait(&timer, Standing::Voter).await;
+        timer.skip_pause(Duration::from_secs(3));
+        timer.on_leader_message(4);
+        let (silent_ms, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(
-            (630..=860).contains(&silent),
-            "after {silent} ms of silence"
+            (630..=860).contains(&silent_ms),
+            "after {silent_ms} ms of silence"
         );
     }
 
     #[test]
     fn a_timer_that_comes_a_little_late_means_nothing() {
         let (every, ms) = (Duration::from_millis(20), Duration::from_millis);
-        assert_eq!([20, 25, 40].map(|took| away(ms(took), every)), [None; 3]);
-        assert_eq!(away(ms(520), every), Some(ms(500)));
-        assert_eq!(away(ms(3), every), None);
+        assert_eq!([20, 25, 40].map(|took| pause_of(ms(took), every)), [None; 3]);
+        assert_eq!(pause_of(ms(520), every), Some(ms(500)));
+        assert_eq!(pause_of(ms(3), every), None);
     }
 
     #[tokio::test(start_paused = true)]
@@ -475,9 +475,9 @@ mod tests {
             lease: LeaseReads::On { drift_ms: 100 },
             ..RaftTimings::default()
         };
-        let timer = Timer::new(&timings, false);
-        timer.granted_vote();
-        let (first, _) = wait(&timer, Standing::Voter).await;
+        let timer = ElectionTimer::new(&timings, false);
+        timer.on_vote_granted();
+        let (first, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(first >= 730, "the first after {first} ms");
     }
 }

@@ -19,7 +19,7 @@ use super::elections::Elections;
 use super::errors::OpenError;
 use super::fit::fit_log;
 use super::group::Replica;
-use super::lanes::{Heard, Lanes, LanesParts, Seats, Ways};
+use super::lanes::{PeerLiveness, Lanes, LanesParts, Seats, Ways};
 use super::pace::Pace;
 use super::pulse;
 use super::room::RaftBudgets;
@@ -80,7 +80,7 @@ struct Opening {
 /// The groups of this node.
 pub struct Registry {
     identity: Arc<Identity>,
-    heard: Arc<Heard>,
+    liveness: Arc<PeerLiveness>,
     ways: Arc<Ways>,
     seats: Arc<Seats>,
     large_frames: Arc<Semaphore>,
@@ -90,20 +90,20 @@ pub struct Registry {
     /// Held while a replica is opened or closed: they take their time, and two of a group must not
     /// meet.
     opening: Mutex<Opening>,
-    pulse: OnceLock<AbortOnDropHandle<()>>,
+    election_timer: OnceLock<AbortOnDropHandle<()>>,
     closing: AtomicBool,
 }
 
 impl Registry {
     pub fn new(parts: RegistryParts) -> Arc<Self> {
-        let heard = Arc::new(Heard::default());
+        let liveness = Arc::new(PeerLiveness::default());
         let ways = Arc::new(Ways::default());
         let budgets = Arc::new(parts.budgets);
         let lanes = Arc::new(Lanes::new(LanesParts {
             identity: parts.identity.clone(),
             resolver: parts.resolver.clone(),
             dial: parts.dial,
-            heard: heard.clone(),
+            liveness: liveness.clone(),
             ways: ways.clone(),
             budgets: budgets.clone(),
             pace: Pace::from(&parts.timings),
@@ -121,7 +121,7 @@ impl Registry {
         });
         Arc::new(Self {
             identity: parts.identity,
-            heard,
+            liveness,
             ways,
             seats: Arc::default(),
             large_frames: Arc::new(Semaphore::new(LARGE_FRAMES_KIB)),
@@ -129,7 +129,7 @@ impl Registry {
             states: parts.states,
             groups: RwLock::default(),
             opening: Mutex::default(),
-            pulse: OnceLock::new(),
+            election_timer: OnceLock::new(),
             closing: AtomicBool::new(false),
         })
     }
@@ -139,8 +139,8 @@ impl Registry {
     }
 
     /// When each peer was last heard of.
-    pub fn heard(&self) -> &Heard {
-        &self.heard
+    pub fn liveness(&self) -> &PeerLiveness {
+        &self.liveness
     }
 
     /// Returns which peers this node can't connect to, and which said that of it.
@@ -249,7 +249,7 @@ impl Registry {
 
     /// When this peer was last heard of, on any lane.
     pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
-        self.heard.last(node)
+        self.liveness.last_heard(node)
     }
 
     /// From now on that lanes break says nothing of who is at their other end: this node is about
@@ -259,16 +259,16 @@ impl Registry {
     }
 
     /// A lane from this peer broke.
-    pub(super) fn lane_ended(&self, node: NodeId) {
-        if !self.closing.load(Ordering::Relaxed) && self.heard.lane_ended(node) {
-            self.with_groups(|group| group.leader_cut(node));
+    pub(super) fn on_lane_down(&self, node: NodeId) {
+        if !self.closing.load(Ordering::Relaxed) && self.liveness.on_lane_down(node) {
+            self.with_groups(|group| group.on_leader_disconnected(node));
         }
     }
 
     /// Whether this peer has probably just ended: all of its lanes broke, and nothing was heard of
     /// it since.
-    pub fn is_cut(&self, node: NodeId) -> bool {
-        self.heard.is_cut(node)
+    pub fn is_disconnected(&self, node: NodeId) -> bool {
+        self.liveness.is_disconnected(node)
     }
 
     /// Opens a replica with a map. Where the log does not know it, it is created if it may be: the
@@ -344,9 +344,9 @@ impl Registry {
             .write()
             .expect("no holder panics")
             .insert(key.group, group.clone());
-        self.pulse.get_or_init(|| {
-            let beat = pulse::beat(Arc::downgrade(self), self.context.timings.pulse());
-            AbortOnDropHandle::new(self.context.supervisor.start_alone("election timer", beat))
+        self.election_timer.get_or_init(|| {
+            let run = pulse::run_election_timers(Arc::downgrade(self), self.context.timings.tick_interval());
+            AbortOnDropHandle::new(self.context.supervisor.start_alone("election timer", run))
         });
         Ok(group)
     }

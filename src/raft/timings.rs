@@ -78,7 +78,7 @@ impl RaftTimings {
     }
 
     /// How often the node looks whether a group has something to do.
-    pub fn pulse(&self) -> Duration {
+    pub fn tick_interval(&self) -> Duration {
         Duration::from_millis((self.heartbeat_ms / 6).clamp(5, 100))
     }
 

@@ -11,7 +11,7 @@
 //!   witness that lacks what its leader no longer has is told how far that is, and what the
 //!   membership was; that is its snapshot.
 //! - When it leads, which it does only when no other voter can (see
-//!   [`Timer`](super::pulse::Timer)), it takes no requests, changes nothing, brings the others up
+//!   [`ElectionTimer`](super::pulse::ElectionTimer)), it takes no requests, changes nothing, brings the others up
 //!   to date and hands over to the first that is ([`hand_over_soon`]).
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -156,12 +156,12 @@ mod tests {
                 .starts
                 .as_ref()
                 .map_or_else(|| Starts::first(id), |starts| starts.followed_by(id));
-            let (is_cut, is_written) = (random.random_bool(0.2), random.random_bool(0.5));
-            if !is_cut || is_written {
+            let (is_disconnected, is_written) = (random.random_bool(0.2), random.random_bool(0.5));
+            if !is_disconnected || is_written {
                 self.starts = Some(next);
                 self.lineage.insert(id);
             }
-            self.runs = !is_cut;
+            self.runs = !is_disconnected;
         }
 
         /// The first frame between the two. Returns whether the peer takes it.

@@ -461,7 +461,7 @@ impl SledTree {
     /// A value that is cut has its pieces before its stub, and those of the one before go after it.
     fn change(&self, key: &[u8], change: Option<&[u8]>) -> sled::Result<()> {
         let old = match change {
-            Some(value) if pieces::is_cut(value) => {
+            Some(value) if pieces::is_disconnected(value) => {
                 let stub = Stub::new(rand::random(), value);
                 for (key, piece) in stub.piece_keys().zip(value.chunks(pieces::PIECE_BYTES)) {
                     self.tree.insert(key, piece)?;

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::acquaintances::Session;
-use super::{Heard, Ways};
+use super::{PeerLiveness, Ways};
 use crate::raft::pace::Pace;
 use crate::raft::room::{HeldBytes, Reservation, RaftBudgets};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
@@ -83,7 +83,7 @@ pub struct LanesParts {
     pub identity: Arc<Identity>,
     pub resolver: Arc<dyn Resolver>,
     pub dial: Arc<dyn Dial>,
-    pub heard: Arc<Heard>,
+    pub liveness: Arc<PeerLiveness>,
     pub ways: Arc<Ways>,
     pub budgets: Arc<RaftBudgets>,
     pub pace: Pace,
@@ -132,12 +132,12 @@ impl Lanes {
 
     /// When this peer was last heard of.
     pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
-        self.parts.heard.last(node)
+        self.parts.liveness.last_heard(node)
     }
 
     /// Whether this peer has probably just ended.
-    pub fn is_cut(&self, node: NodeId) -> bool {
-        self.parts.heard.is_cut(node)
+    pub fn is_disconnected(&self, node: NodeId) -> bool {
+        self.parts.liveness.is_disconnected(node)
     }
 
     /// A peer lacks what it has acknowledged: its directory is an old copy, and none of it is taken
@@ -503,7 +503,7 @@ async fn deliver(
             }
         }
         // Only now: another directory that answers under the address, and refuses, is not the node.
-        parts.heard.note_reply(lane.to);
+        parts.liveness.note_reply(lane.to);
     }
 }
 

@@ -1,5 +1,5 @@
-//! [`Heard`]: when each peer was last heard of, on any lane and from either side, and whether it
-//! has probably just ended.
+//! [`PeerLiveness`]: when this node last heard from each peer, on any lane and from either side, and
+//! whether the peer's process has probably died.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
@@ -9,69 +9,70 @@ use tokio::time::Instant;
 
 use crate::types::NodeId;
 
-/// How long a peer whose lanes broke passes for ended, unless it is heard of. By then a group has
-/// another leader or none.
-const CUT_FOR: Duration = Duration::from_secs(5);
+/// How long a peer counts as disconnected after its last lane broke, unless it speaks again. By then
+/// a group has elected another leader, or has no quorum.
+const DISCONNECTED_FOR: Duration = Duration::from_secs(5);
 
-/// Bounded by the number of nodes that proved to be of our cluster.
+/// Holds one record per node that has proved to be of our cluster, which bounds it.
 #[derive(Debug, Default)]
-pub struct Heard(Mutex<HashMap<NodeId, Signs>>);
+pub struct PeerLiveness(Mutex<HashMap<NodeId, PeerSigns>>);
 
-/// What was seen of a peer.
+/// Records the signs of life of one peer.
 #[derive(Debug, Default)]
-struct Signs {
-    last: Option<Instant>,
-    /// Lanes from it that are up.
+struct PeerSigns {
+    last_heard: Option<Instant>,
+    /// Number of lanes from it that are up.
     lanes: usize,
-    /// When the last of them broke, if it was not heard of since.
-    cut: Option<Instant>,
+    /// When the last of them broke; None once the peer has spoken since.
+    disconnected_at: Option<Instant>,
 }
 
-impl Heard {
-    /// A frame came on a lane from a peer.
-    pub fn note(&self, node: NodeId) {
+impl PeerLiveness {
+    /// Notes that a frame arrived on a lane from a peer.
+    pub fn note_frame(&self, node: NodeId) {
         let mut peers = self.lock();
         let signs = peers.entry(node).or_default();
-        signs.last = Some(Instant::now());
-        signs.cut = None;
+        signs.last_heard = Some(Instant::now());
+        signs.disconnected_at = None;
     }
 
-    /// A peer has replied. If its own lanes broke before, this may be the last that it said, and be
-    /// read late.
+    /// Notes that a peer has replied. Does not revoke a disconnection: the reply may have been sent
+    /// before the peer's own lanes broke, and be read late.
     pub fn note_reply(&self, node: NodeId) {
-        self.lock().entry(node).or_default().last = Some(Instant::now());
+        self.lock().entry(node).or_default().last_heard = Some(Instant::now());
     }
 
-    /// A lane from a peer is up, and used.
-    pub fn lane_began(&self, node: NodeId) {
+    /// Notes that a lane from a peer is up, and used.
+    pub fn on_lane_up(&self, node: NodeId) {
         self.lock().entry(node).or_default().lanes += 1;
     }
 
-    /// A lane from a peer broke. True if it was the last: one alone may break for many reasons, but
-    /// a process that ends breaks all of its lanes at once.
-    pub fn lane_ended(&self, node: NodeId) -> bool {
+    /// Notes that a lane from a peer broke. Returns true if it was the last one: a single lane may
+    /// break for many reasons, but a process that dies breaks all of its lanes at once.
+    pub fn on_lane_down(&self, node: NodeId) -> bool {
         let mut peers = self.lock();
         let signs = peers.entry(node).or_default();
         signs.lanes = signs.lanes.saturating_sub(1);
         if signs.lanes == 0 {
-            signs.cut = Some(Instant::now());
+            signs.disconnected_at = Some(Instant::now());
         }
         signs.lanes == 0
     }
 
-    pub fn last(&self, node: NodeId) -> Option<Instant> {
-        self.lock().get(&node)?.last
+    /// Returns when the peer last sent a frame or a reply.
+    pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
+        self.lock().get(&node)?.last_heard
     }
 
-    /// Whether a peer has probably just ended.
-    pub fn is_cut(&self, node: NodeId) -> bool {
+    /// Returns true if the process of the peer has probably just died.
+    pub fn is_disconnected(&self, node: NodeId) -> bool {
         self.lock()
             .get(&node)
-            .and_then(|signs| signs.cut)
-            .is_some_and(|cut| cut.elapsed() < CUT_FOR)
+            .and_then(|signs| signs.disconnected_at)
+            .is_some_and(|at| at.elapsed() < DISCONNECTED_FOR)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Signs>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, PeerSigns>> {
         self.0.lock().expect("no holder panics")
     }
 }
@@ -82,26 +83,26 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_is_cut_when_its_last_lane_breaks_until_it_is_heard_again_or_for_a_while() {
-        let (heard, peer) = (Heard::default(), NodeId(2));
+        let (liveness, peer) = (PeerLiveness::default(), NodeId(2));
         for _ in 0..2 {
-            heard.lane_began(peer);
-            heard.note(peer);
+            liveness.on_lane_up(peer);
+            liveness.note_frame(peer);
         }
         assert!(
-            !heard.lane_ended(peer) && !heard.is_cut(peer),
+            !liveness.on_lane_down(peer) && !liveness.is_disconnected(peer),
             "another lane is up"
         );
-        assert!(heard.lane_ended(peer) && heard.is_cut(peer));
-        assert!(heard.last(peer).is_some() && !heard.is_cut(NodeId(3)));
-        heard.note_reply(peer);
-        assert!(heard.is_cut(peer), "it may have replied before");
-        heard.note(peer);
-        assert!(!heard.is_cut(peer), "it was heard of");
-        heard.lane_began(peer);
-        assert!(heard.lane_ended(peer) && heard.is_cut(peer));
-        tokio::time::advance(CUT_FOR).await;
+        assert!(liveness.on_lane_down(peer) && liveness.is_disconnected(peer));
+        assert!(liveness.last_heard(peer).is_some() && !liveness.is_disconnected(NodeId(3)));
+        liveness.note_reply(peer);
+        assert!(liveness.is_disconnected(peer), "it may have replied before");
+        liveness.note_frame(peer);
+        assert!(!liveness.is_disconnected(peer), "it was heard of");
+        liveness.on_lane_up(peer);
+        assert!(liveness.on_lane_down(peer) && liveness.is_disconnected(peer));
+        tokio::time::advance(DISCONNECTED_FOR).await;
         assert!(
-            !heard.is_cut(peer),
+            !liveness.is_disconnected(peer),
             "nobody waits for ever for what it may never say to this node"
         );
     }

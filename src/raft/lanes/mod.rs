@@ -30,7 +30,7 @@ mod ways;
 pub use super::wire::Refusal;
 pub use acquaintances::{Acquaintances, Ousted};
 pub use client::{Answer, Call, Lanes, LanesParts, read_reply};
-pub use heard::Heard;
+pub use heard::PeerLiveness;
 pub use seats::Seats;
 pub use serve::serve_lane;
 pub use ways::Ways;

@@ -177,7 +177,7 @@ where
 impl<I> Drop for Serving<I> {
     fn drop(&mut self) {
         if let Some(peer) = self.peer.filter(|_| self.is_used) {
-            self.registry.lane_ended(peer);
+            self.registry.on_lane_down(peer);
         }
     }
 }
@@ -254,7 +254,7 @@ impl<I> Serving<I> {
     }
 
     fn accept(&mut self, peer: NodeId) {
-        self.registry.heard().note(peer);
+        self.registry.liveness().note_frame(peer);
         self.peer = Some(peer);
         self.reader.set_limit(FRAME_BYTES_MAX);
     }
@@ -270,7 +270,7 @@ impl<I> Serving<I> {
             return;
         }
         if let Some(peer) = self.peer {
-            self.registry.heard().note(peer);
+            self.registry.liveness().note_frame(peer);
             if let Some(seat) = &self.seat {
                 seat.seat.note();
             }
@@ -335,7 +335,7 @@ impl<I> Serving<I> {
                     .peer
                     .filter(|_| !std::mem::replace(&mut self.is_used, true))
                 {
-                    self.registry.heard().lane_began(peer);
+                    self.registry.liveness().on_lane_up(peer);
                 }
                 self.registry.handle(self.lane, head, request, tail)
             }

@@ -596,7 +596,7 @@ async fn a_leader_that_lives_though_its_lanes_broke_costs_nothing_acknowledged()
         cluster.hub.isolate(leader);
         let others = others(&cluster, leader);
         until("the others miss it", || {
-            others.iter().all(|registry| registry.is_cut(leader))
+            others.iter().all(|registry| registry.is_disconnected(leader))
         })
         .await;
         cluster.hub.heal();
@@ -623,20 +623,20 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
     let term = cluster.group(leader.0, 1).status().term;
     let others = others(&cluster, leader);
     for registry in &others {
-        let heard = registry.heard();
-        heard.lane_began(leader);
-        assert!(!heard.lane_ended(leader), "the lanes of the group are up");
-        assert!(!registry.is_cut(leader));
+        let liveness = registry.liveness();
+        liveness.on_lane_up(leader);
+        assert!(!liveness.on_lane_down(leader), "the lanes of the group are up");
+        assert!(!registry.is_disconnected(leader));
     }
     cluster.hub.isolate(leader);
     until("the others miss it", || {
-        others.iter().all(|registry| registry.is_cut(leader))
+        others.iter().all(|registry| registry.is_disconnected(leader))
     })
     .await;
     for registry in &others {
         let group = registry.get(GroupId(1)).expect("an open replica");
         assert!(
-            group.end_lease_if_cut(),
+            group.end_lease_if_disconnected(),
             "the leader of {} holds no lease while it is missed",
             group.key()
         );
@@ -644,7 +644,7 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
     cluster.hub.heal();
     // It is heard of before the first heir's time, which is a quarter of a heartbeat.
     let deadline = soon();
-    while others.iter().any(|registry| registry.is_cut(leader)) {
+    while others.iter().any(|registry| registry.is_disconnected(leader)) {
         assert!(Instant::now() < deadline, "it is never heard of");
         cluster
             .group(leader.0, 1)
@@ -658,7 +658,7 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
     cluster.put(1, "k", "w").await;
     for registry in others {
         let group = registry.get(GroupId(1)).expect("an open replica");
-        until("it follows again", || !group.end_lease_if_cut()).await;
+        until("it follows again", || !group.end_lease_if_disconnected()).await;
         let me = group.key().replica;
         let vote = Vote {
             term: term + 1,

@@ -553,7 +553,7 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
         identity,
         resolver: addresses.clone(),
         dial: Arc::new(Silent),
-        heard: Arc::default(),
+        liveness: Arc::default(),
         ways: Arc::default(),
         budgets: Arc::default(),
         pace: PACE,

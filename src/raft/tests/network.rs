@@ -237,7 +237,7 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
         identity,
         resolver: Arc::new(Anywhere),
         dial: Arc::new(peer),
-        heard: Arc::default(),
+        liveness: Arc::default(),
         ways: Arc::default(),
         budgets: Arc::default(),
         pace: PACE,
