@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::member::Member;
 use super::metrics::{Family, FamilyKind, Sample, family, one};
-use crate::raft::{Replica, GroupMembership, Role, Witness};
+use crate::raft::{Replica, GroupMembership, Role, WitnessReplica};
 use crate::sm::view::View;
 use crate::types::{GroupId, NodeId};
 
@@ -114,7 +114,7 @@ fn of_group(group: &Replica) -> Facts {
     }
 }
 
-fn of_witness(witness: &Witness) -> Facts {
+fn of_witness(witness: &WitnessReplica) -> Facts {
     let status = witness.status();
     Facts {
         group: witness.key().group,

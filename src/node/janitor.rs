@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::{Replica, ReplicaStatus, Witness};
+use crate::raft::{Replica, ReplicaStatus, WitnessReplica};
 use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
@@ -114,9 +114,9 @@ impl Janitor {
             .map(|pin| (pin.key, Held::of(space, pin.held_bytes)))
             .collect();
         let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(Held::Little);
-        join_all(groups.iter().map(|group| group.tell_witnesses())).await;
+        join_all(groups.iter().map(|group| group.advertise_purge_index())).await;
         for witness in self.member.registry.witnesses() {
-            if let Err(error) = witness.let_go(held(witness.key()) != Held::Little).await {
+            if let Err(error) = witness.release_log(held(witness.key()) != Held::Little).await {
                 rarely!(
                     warn,
                     "the log of witness {} was not purged: {error}",
@@ -175,7 +175,7 @@ impl Janitor {
         }
     }
 
-    fn complain(&mut self, witness: &Witness) {
+    fn complain(&mut self, witness: &WitnessReplica) {
         let (key, bytes) = (witness.key(), witness.log_bytes());
         if is_to_be_told(bytes, self.complained.get(&key).map(Instant::elapsed)) {
             tracing::warn!(

@@ -30,7 +30,7 @@ use crate::client::store::Failure;
 use crate::raft::Replica;
 use crate::raft::ProposeError;
 use crate::raft::transport::{Peer, Resolver};
-use crate::raft::{Registry, Witness};
+use crate::raft::{Registry, WitnessReplica};
 use crate::sm::level::Feature;
 use crate::sm::view::{Node, View, Witness as Seat};
 use crate::sm::{kv, meta};
@@ -769,7 +769,7 @@ async fn hosted(group: &Replica) -> HostedReplica {
     }
 }
 
-fn hosted_witness(witness: &Witness) -> HostedReplica {
+fn hosted_witness(witness: &WitnessReplica) -> HostedReplica {
     let (key, status) = (witness.key(), witness.status());
     HostedReplica {
         group: key.group,

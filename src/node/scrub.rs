@@ -272,7 +272,7 @@ impl Pass {
         } else if let Some(witness) = registry
             .witness(key.group)
             .filter(|witness| witness.key() == key)
-            && let Err(error) = witness.let_go(true).await
+            && let Err(error) = witness.release_log(true).await
         {
             tracing::warn!("the log of witness {key} was not purged: {error}");
         }

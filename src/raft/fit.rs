@@ -12,7 +12,7 @@
 use tokio::sync::oneshot;
 
 use super::errors::OpenError;
-use super::state_machine::Keeps;
+use super::state_machine::ReplicaStore;
 use crate::storage::ReplicaKey;
 use crate::storage::log::{LogState, ReplicaLog};
 use crate::types::LogId;
@@ -23,13 +23,13 @@ use crate::types::LogId;
 /// # Errors
 ///
 /// When the log was purged past what is applied, or is not the one that was applied.
-pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result<(), OpenError> {
+pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, store: &ReplicaStore) -> Result<(), OpenError> {
     let LogState { purged, last, .. } = log.state();
-    let applied = keeps.applied().log_id;
+    let applied = store.applied().log_id;
     if let Some(purged) =
         purged.filter(|purged| applied.is_none_or(|applied| applied.index < purged.index))
     {
-        let damaged = keeps
+        let damaged = store
             .map()
             .and_then(|state| state.opened().damaged_snapshot.clone());
         let reason = damaged.unwrap_or_else(|| "its snapshot file is missing".to_owned());
@@ -46,7 +46,7 @@ pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result
     if found == Some(applied) {
         return Ok(());
     }
-    if !is_installed(keeps, applied) {
+    if !is_installed(store, applied) {
         let log = match (found, last) {
             (Some(found), _) => format!("has {found}"),
             (None, Some(last)) => format!("ends at {last}"),
@@ -55,15 +55,15 @@ pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result
         return Err(OpenError::OtherLog { key, log, applied });
     }
 
-    match keeps {
-        Keeps::Map(_) => {
+    match store {
+        ReplicaStore::Map(_) => {
             tracing::info!(
                 replica = %key, %applied, ?last,
                 "the log makes way for the snapshot that was installed before the last end"
             );
         }
         // Which of the two it is, its mark does not tell.
-        Keeps::Witness(_) => tracing::warn!(
+        ReplicaStore::Witness(_) => tracing::warn!(
             replica = %key, %applied, ?last,
             "the log of a witness ends before its mark, and makes way for it: the process ended \
              while it took over the mark from its leader, or the log was replaced by an older copy \
@@ -78,13 +78,13 @@ pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, keeps: &Keeps) -> Result
 
 /// Returns whether what is applied came as a whole from another replica, and not entry by entry
 /// from the log.
-fn is_installed(keeps: &Keeps, applied: LogId) -> bool {
-    match keeps {
-        Keeps::Map(state) => state.current_snapshot().is_some_and(|snapshot| {
+fn is_installed(store: &ReplicaStore, applied: LogId) -> bool {
+    match store {
+        ReplicaStore::Map(state) => state.current_snapshot().is_some_and(|snapshot| {
             snapshot.applied().log_id == Some(applied) && snapshot.written_by() != state.key()
         }),
         // Its mark does not tell which.
-        Keeps::Witness(_) => true,
+        ReplicaStore::Witness(_) => true,
     }
 }
 

@@ -16,7 +16,7 @@ use openraft::raft::{
 
 use super::group::Replica;
 use super::snapshots;
-use super::state_machine::Keeps;
+use super::state_machine::ReplicaStore;
 use super::transport::Lane;
 use super::types::{Types, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
 use super::wire::{self, AppendReply, Refusal, Reply, Request, TransferReply};
@@ -95,23 +95,23 @@ impl Replica {
             request @ (Request::SnapshotOpen { .. }
             | Request::SnapshotChunk { .. }
             | Request::SnapshotInstall { .. }
-            | Request::Mark { .. }) => {
+            | Request::Watermark { .. }) => {
                 if self.watch.borrow().membership.is_witness(sender) {
                     return Err(Refusal::Failed("a witness has no snapshot".into()));
                 }
-                let reply = match &self.machine.keeps {
-                    Keeps::Map(state) => self.take_snapshot(state, request, &tail).await?,
-                    Keeps::Witness(_) => self.take_mark(request).await?,
+                let reply = match &self.machine.store {
+                    ReplicaStore::Map(state) => self.take_snapshot(state, request, &tail).await?,
+                    ReplicaStore::Witness(_) => self.take_watermark(request).await?,
                 };
                 self.with_vote(reply).await
             }
             Request::Rebuild { vote } => self.hold_map(&vote),
-            Request::Held { index } => match &self.machine.keeps {
-                Keeps::Witness(state) => {
-                    state.note_held(index);
+            Request::PurgeIndex { index } => match &self.machine.store {
+                ReplicaStore::Witness(state) => {
+                    state.raise_purge_index(index);
                     Ok(Reply::Noted)
                 }
-                Keeps::Map(_) => Err(other_kind()),
+                ReplicaStore::Map(_) => Err(other_kind()),
             },
         }
     }
@@ -172,15 +172,15 @@ impl Replica {
 
     /// Of a snapshot a witness takes only how far it is. Where its log holds that entry, and so all
     /// that it needs, it keeps what it has.
-    async fn take_mark(&self, request: Request) -> Handled {
+    async fn take_watermark(&self, request: Request) -> Handled {
         match request {
-            Request::SnapshotOpen { .. } => Ok(Reply::MarkWanted),
-            Request::Mark { vote, applied } => {
+            Request::SnapshotOpen { .. } => Ok(Reply::WatermarkWanted),
+            Request::Watermark { vote, applied } => {
                 let upto = applied.log_id.ok_or(Refusal::Unreadable)?;
                 if self.log.entry_id(upto.index) == Some(upto) && self.log.synced() >= Some(upto) {
                     return Ok(Reply::SnapshotInstalled { vote });
                 }
-                let installed = snapshots::install_mark(self.raft.clone(), applied, vote).await;
+                let installed = snapshots::install_watermark(self.raft.clone(), applied, vote).await;
                 installed
                     .map(|vote| Reply::SnapshotInstalled { vote })
                     .map_err(Refusal::Failed)

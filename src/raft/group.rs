@@ -32,7 +32,7 @@ use super::reads::ReadIndex;
 use super::registry::RaftContext;
 use super::room::HeldBytes;
 use super::snapshots::Inbox;
-use super::state_machine::{self, Keeps, Machine, StateMachine};
+use super::state_machine::{self, ReplicaStore, Machine, StateMachine};
 use super::status::{Freshness, GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
 use super::timings::{LeaseReads, RaftTimings};
 use super::types::{Answer, Member, Outcome, Proposal, Types, from_raft};
@@ -68,7 +68,7 @@ pub struct Replica {
     pub(super) freshness: Freshness,
     pub(super) timer: ElectionTimer,
     /// What the witnesses were last told that they need not keep.
-    pub(super) told: AtomicU64,
+    pub(super) advertised_purge_index: AtomicU64,
     /// Frames of the group that are being worked on.
     pub(super) frames: Arc<AtomicUsize>,
     /// And their bytes.
@@ -91,28 +91,28 @@ impl Replica {
     pub(super) async fn open(
         context: Arc<RaftContext>,
         log: ReplicaLog,
-        keeps: Keeps,
+        store: ReplicaStore,
     ) -> Result<Arc<Self>, OpenError> {
         let key = log.key();
         let timings = context.timings.clone();
-        let is_witness = keeps.witness().is_some();
+        let is_witness = store.witness().is_some();
         let config = timings
             .config(key)
             .map_err(|error| OpenError::Timings(error.to_string()))?;
-        let store = LogStore::new(log.clone());
+        let log_store = LogStore::new(log.clone());
         let network = Network {
             key,
             lanes: context.lanes.clone(),
-            tip: store.tip().clone(),
+            tip: log_store.tip().clone(),
             feeds: Feeds::default(),
             append_timeout: timings.append_timeout(),
             snapshot_step_timeout: timings.snapshot_step_timeout(),
             lease: timings.lease(),
         };
-        let machine = Arc::new(Machine::new(keeps)?);
+        let machine = Arc::new(Machine::new(store)?);
         let state_machine = StateMachine::new(machine.clone());
         let raft =
-            RaftHandle::build(key.replica, config, network.clone(), store, state_machine).await;
+            RaftHandle::build(key.replica, config, network.clone(), log_store, state_machine).await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
         let (proposer, reads) = (
             Proposer::new(context.budgets.clone()),
@@ -153,7 +153,7 @@ impl Replica {
             network,
             freshness: Freshness::default(),
             timer: ElectionTimer::new(&timings, is_witness),
-            told: AtomicU64::new(0),
+            advertised_purge_index: AtomicU64::new(0),
             frames: Arc::default(),
             frame_bytes: HeldBytes::default(),
             opened: Instant::now(),
@@ -168,7 +168,7 @@ impl Replica {
         };
         let group = Arc::new(group);
         if is_witness {
-            group.supervise(witness::hand_over_soon(Arc::downgrade(&group)));
+            group.supervise(witness::transfer_leadership_when_ready(Arc::downgrade(&group)));
         }
         // Its tasks are started here, and start others.
         supervisor.within("openraft", || group.raft.run());
@@ -177,7 +177,7 @@ impl Replica {
 
     /// It keeps the log and no map. The registry gives none out as a `Replica`.
     pub(super) fn is_witness(&self) -> bool {
-        self.machine.keeps.witness().is_some()
+        self.machine.store.witness().is_some()
     }
 
     pub fn key(&self) -> ReplicaKey {
@@ -187,7 +187,7 @@ impl Replica {
     /// The map. For a linearizable read await [`Replica::read_barrier`] first.
     pub fn state(&self) -> &ReplicaState {
         self.machine
-            .keeps
+            .store
             .map()
             .expect("the registry gives no witness out as a group")
     }
@@ -489,7 +489,7 @@ impl Replica {
             term: watch.term,
             last_log: data.last_log.as_ref().map(from_raft),
             committed: data.local_committed.as_ref().map(from_raft),
-            applied: self.machine.keeps.applied().log_id,
+            applied: self.machine.store.applied().log_id,
             snapshot: data.snapshot.as_ref().map(from_raft),
             purged: data.purged.as_ref().map(from_raft),
             membership: watch.membership.clone(),
@@ -507,7 +507,7 @@ impl Replica {
     }
 
     fn failure_of(&self, watch: &ReplicaWatch) -> Option<String> {
-        let of_map = || self.machine.keeps.map().and_then(ReplicaState::failure);
+        let of_map = || self.machine.store.map().and_then(ReplicaState::failure);
         watch
             .failure
             .clone()

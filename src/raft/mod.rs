@@ -62,4 +62,4 @@ pub use status::{GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
 pub use step_down::Progress;
 pub use timings::{LeaseReads, RaftTimings};
 pub use wire::{Refusal, WireError};
-pub use witness::Witness;
+pub use witness::WitnessReplica;

@@ -31,7 +31,7 @@ use super::lanes::{Lanes, read_reply};
 use super::log_store::Tip;
 use super::room::RaftBudgets;
 use super::snapshots;
-use super::state_machine::Image;
+use super::state_machine::SnapshotData;
 use super::transport::{Lane, LaneError};
 use super::types::{
     Member, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft,
@@ -237,7 +237,7 @@ impl PeerClient {
 }
 
 impl RaftNetworkV2<Types> for PeerClient {
-    type SnapshotData = Image;
+    type SnapshotData = SnapshotData;
 
     async fn append_entries(
         &mut self,
@@ -318,12 +318,12 @@ impl RaftNetworkV2<Types> for PeerClient {
     async fn full_snapshot(
         &mut self,
         vote: RaftVoteOf,
-        snapshot: SnapshotOf<Types, Image>,
+        snapshot: SnapshotOf<Types, SnapshotData>,
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
         let step_timeout = self.network.snapshot_step_timeout;
-        let Image::Map(snapshot) = snapshot.snapshot else {
+        let SnapshotData::Map(snapshot) = snapshot.snapshot else {
             // Pauses before it is tried again. By then this witness has handed over to a replica
             // that has one.
             let reason = AnyError::error("a witness has no snapshot");

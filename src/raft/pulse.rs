@@ -1,4 +1,4 @@
-//! The pulse of a node: one timer that makes leaders send heartbeats and followers campaign, for
+//! The election timer of a node: one task that makes leaders send heartbeats and followers campaign, for
 //! every group.
 //!
 //! Openraft's own ticks would wake each replica about forty times a second to find that nothing is

@@ -256,7 +256,7 @@ impl Replica {
         if self.leads() || !self.is_current(vote) {
             return Err(Refusal::Failed("it does not follow who asks".into()));
         }
-        if self.machine.keeps.map().is_none() {
+        if self.machine.store.map().is_none() {
             return Err(Refusal::Failed("a witness has no map".into()));
         }
         let Some(number) = self.machine.hold.set() else {
@@ -344,7 +344,7 @@ impl Machine {
     /// It is counted as soon as it is so, and whoever applies the next entry looks at the count: a
     /// hold may begin and end without being seen.
     fn exchange_map(&self, snapshot: &Snapshot) -> Result<(), String> {
-        let state = self.keeps.map().ok_or("a witness has no map")?;
+        let state = self.store.map().ok_or("a witness has no map")?;
         let filled = background::run("fill-map", || state.install(snapshot));
         filled
             .map_err(|error| error.to_string())?

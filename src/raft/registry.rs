@@ -23,11 +23,11 @@ use super::lanes::{PeerLiveness, Lanes, LanesParts, Seats, Ways};
 use super::pace::Pace;
 use super::pulse;
 use super::room::RaftBudgets;
-use super::state_machine::Keeps;
+use super::state_machine::ReplicaStore;
 use super::timings::RaftTimings;
 use super::transport::{Dial, Identity, Lane, Resolver};
 use super::wire::{Head, Refusal, Reply, Request};
-use super::witness::{Witness, WitnessState};
+use super::witness::{WitnessReplica, WitnessState};
 use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
@@ -195,18 +195,18 @@ impl Registry {
     }
 
     /// The witness of a group that lives here.
-    pub fn witness(&self, group: GroupId) -> Option<Witness> {
+    pub fn witness(&self, group: GroupId) -> Option<WitnessReplica> {
         self.replica(group)
             .filter(|group| group.is_witness())
-            .map(Witness)
+            .map(WitnessReplica)
     }
 
     /// Every live witness, by group.
-    pub fn witnesses(&self) -> Vec<Witness> {
+    pub fn witnesses(&self) -> Vec<WitnessReplica> {
         self.replicas()
             .into_iter()
             .filter(|group| group.is_witness())
-            .map(Witness)
+            .map(WitnessReplica)
             .collect()
     }
 
@@ -286,10 +286,10 @@ impl Registry {
         self: &Arc<Self>,
         key: ReplicaKey,
         may_create: bool,
-    ) -> Result<Witness, OpenError> {
+    ) -> Result<WitnessReplica, OpenError> {
         self.open(key, Some(ReplicaKind::Witness), may_create)
             .await
-            .map(Witness)
+            .map(WitnessReplica)
     }
 
     /// Opens a replica that this node has, whatever its kind.
@@ -329,8 +329,8 @@ impl Registry {
             drop(opening);
             sync_vote(&log).await?;
         };
-        let keeps = self.open_state(key, log.clone()).await?;
-        let found = if keeps.witness().is_some() {
+        let store = self.open_state(key, log.clone()).await?;
+        let found = if store.witness().is_some() {
             ReplicaKind::Witness
         } else {
             ReplicaKind::Data
@@ -338,8 +338,8 @@ impl Registry {
         if kind.is_some_and(|kind| kind != found) {
             return Err(OpenError::OtherKind(key));
         }
-        fit_log(key, &log, &keeps).await?;
-        let group = Replica::open(self.context.clone(), log, keeps).await?;
+        fit_log(key, &log, &store).await?;
+        let group = Replica::open(self.context.clone(), log, store).await?;
         self.groups
             .write()
             .expect("no holder panics")
@@ -374,16 +374,16 @@ impl Registry {
         self.context.log.replica(key).ok_or_else(closed)
     }
 
-    async fn open_state(&self, key: ReplicaKey, log: ReplicaLog) -> Result<Keeps, OpenError> {
+    async fn open_state(&self, key: ReplicaKey, log: ReplicaLog) -> Result<ReplicaStore, OpenError> {
         let states = self.states.clone();
         let opened = tokio::task::spawn_blocking(move || match states.witnesses().read(key)? {
-            Some(marked) => Ok(Keeps::Witness(WitnessState::new(
+            Some(watermark) => Ok(ReplicaStore::Witness(WitnessState::new(
                 key,
                 states.witnesses().clone(),
                 Arc::new(log),
-                marked,
+                watermark,
             ))),
-            None => states.replica(key, Arc::new(log)).map(Keeps::Map),
+            None => states.replica(key, Arc::new(log)).map(ReplicaStore::Map),
         });
         let opened = opened
             .await

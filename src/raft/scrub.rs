@@ -1,7 +1,7 @@
 //! What a group does about damage that was found in what it keeps on the disk.
 
 use super::group::Replica;
-use super::witness::Witness;
+use super::witness::WitnessReplica;
 use crate::sm::ports::StoreError;
 use crate::storage::{Checked, background};
 
@@ -33,12 +33,12 @@ impl Replica {
     }
 }
 
-impl Witness {
+impl WitnessReplica {
     /// Reads its file again. Blocking.
     pub fn check_file(&self) -> Checked {
         self.0
             .machine
-            .keeps
+            .store
             .witness()
             .map_or(Checked::Unread, |state| state.check_file())
     }
@@ -47,7 +47,7 @@ impl Witness {
     pub fn rewrite_file(&self) -> Result<(), StoreError> {
         self.0
             .machine
-            .keeps
+            .store
             .witness()
             .map_or(Ok(()), |state| state.rewrite_file())
     }

@@ -21,7 +21,7 @@ use super::transport::LaneError;
 use super::types::{RaftVoteOf, vote_from_raft, vote_to_raft};
 use super::wire::{Refusal, Reply, Request, SnapshotName, WireError};
 use crate::raft::group::RaftHandle;
-use crate::raft::state_machine::{Image, with_meta};
+use crate::raft::state_machine::{SnapshotData, with_meta};
 use crate::sm::ports::StoreError;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
@@ -57,12 +57,12 @@ pub async fn send(
             deadline(step_timeout),
         )
         .await?;
-    if let Reply::MarkWanted = opened {
-        let mark = Request::Mark {
+    if let Reply::WatermarkWanted = opened {
+        let watermark = Request::Watermark {
             vote,
             applied: snapshot.applied().clone(),
         };
-        return match client.ask(&mark, &[], deadline(step_timeout)).await? {
+        return match client.ask(&watermark, &[], deadline(step_timeout)).await? {
             Reply::SnapshotInstalled { vote } => Ok(vote),
             other => Err(unexpected(&other)),
         };
@@ -356,7 +356,7 @@ pub async fn install(
         .map_err(|error| error.to_string())?;
     let snapshot = prepared.map_err(|error| error.to_string())?;
     let vote = vote_now(&raft, key, vote).await?;
-    hand_over(raft, vote, Image::Map(snapshot)).await
+    hand_over(raft, vote, SnapshotData::Map(snapshot)).await
 }
 
 /// Returns the vote of the leader that this replica follows now: another may have been elected
@@ -395,13 +395,13 @@ pub async fn tidy(state: ReplicaState) {
 }
 
 /// Hands a mark to openraft, likewise.
-pub async fn install_mark(raft: RaftHandle, applied: Applied, vote: Vote) -> Result<Vote, String> {
+pub async fn install_watermark(raft: RaftHandle, applied: Applied, vote: Vote) -> Result<Vote, String> {
     let vote = vote_to_raft(&vote).ok_or("a vote for nobody")?;
-    hand_over(raft, vote, Image::Mark(applied)).await
+    hand_over(raft, vote, SnapshotData::Watermark(applied)).await
 }
 
-async fn hand_over(raft: RaftHandle, vote: RaftVoteOf, image: Image) -> Result<Vote, String> {
-    let snapshot = with_meta(image).map_err(|error| error.to_string())?;
+async fn hand_over(raft: RaftHandle, vote: RaftVoteOf, data: SnapshotData) -> Result<Vote, String> {
+    let snapshot = with_meta(data).map_err(|error| error.to_string())?;
     let response = raft
         .install_full_snapshot(vote, snapshot)
         .await

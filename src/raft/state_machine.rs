@@ -45,53 +45,53 @@ type Payload = EntryPayload<Proposal, crate::types::ReplicaId, super::types::Mem
 const ENTRIES_PER_TURN: usize = 8;
 
 /// What a replica keeps of what it applies.
-pub enum Keeps {
+pub enum ReplicaStore {
     Map(ReplicaState),
     /// Nothing but how far it is.
     Witness(WitnessState),
 }
 
-impl Keeps {
+impl ReplicaStore {
     fn key(&self) -> ReplicaKey {
         match self {
-            Keeps::Map(state) => state.key(),
-            Keeps::Witness(state) => state.key(),
+            ReplicaStore::Map(state) => state.key(),
+            ReplicaStore::Witness(state) => state.key(),
         }
     }
 
     pub fn applied(&self) -> Applied {
         match self {
-            Keeps::Map(state) => state.applied(),
-            Keeps::Witness(state) => state.applied(),
+            ReplicaStore::Map(state) => state.applied(),
+            ReplicaStore::Witness(state) => state.applied(),
         }
     }
 
     pub fn map(&self) -> Option<&ReplicaState> {
         match self {
-            Keeps::Map(state) => Some(state),
-            Keeps::Witness(_) => None,
+            ReplicaStore::Map(state) => Some(state),
+            ReplicaStore::Witness(_) => None,
         }
     }
 
     pub fn witness(&self) -> Option<&WitnessState> {
         match self {
-            Keeps::Map(_) => None,
-            Keeps::Witness(state) => Some(state),
+            ReplicaStore::Map(_) => None,
+            ReplicaStore::Witness(state) => Some(state),
         }
     }
 }
 
 /// What replicas give each other in place of a log.
 #[derive(Debug, Clone)]
-pub enum Image {
+pub enum SnapshotData {
     Map(Snapshot),
     /// Of a witness, or for one: it holds no data.
-    Mark(Applied),
+    Watermark(Applied),
 }
 
 /// What the rest of a group sees of its state machine.
 pub struct Machine {
-    pub keeps: Keeps,
+    pub store: ReplicaStore,
     /// Index of the last applied entry.
     pub applied: watch::Sender<u64>,
     pub clock: GroupClock,
@@ -113,10 +113,10 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn new(keeps: Keeps) -> Result<Self, StoreError> {
-        let applied = keeps.applied().log_id;
+    pub fn new(store: ReplicaStore) -> Result<Self, StoreError> {
+        let applied = store.applied().log_id;
         let machine = Self {
-            keeps,
+            store,
             applied: watch::Sender::new(applied.map_or(0, |id| id.index)),
             clock: GroupClock::new(),
             hold: Hold::default(),
@@ -136,7 +136,7 @@ impl Machine {
     /// The map knows the time of the last entry, and whether anything is written.
     pub fn read_map(&self) -> Result<(), StoreError> {
         if let Some(state) = self
-            .keeps
+            .store
             .map()
             .filter(|state| !state.key().group.is_meta())
         {
@@ -149,7 +149,7 @@ impl Machine {
     /// Tells what the map says that was put in the place of another.
     pub fn follow_map(&self) -> Result<(), StoreError> {
         self.read_map()?;
-        let Some(id) = self.keeps.applied().log_id else {
+        let Some(id) = self.store.applied().log_id else {
             return Ok(());
         };
         self.applied_term.fetch_max(id.term, Ordering::AcqRel);
@@ -206,7 +206,7 @@ impl Machine {
         self.failure.lock().expect("no holder panics").clone()
     }
 
-    /// Keeps the first reason.
+    /// ReplicaStore the first reason.
     pub fn fail(&self, reason: String) {
         self.failure
             .lock()
@@ -239,7 +239,7 @@ impl Machine {
     async fn apply(self: &Arc<Self>, work: Work) -> Result<Outcome, StoreError> {
         let id = work.applied.log_id;
         match self
-            .keeps
+            .store
             .map()
             .filter(|state| state.reads_wait(ReadKind::Entry))
         {
@@ -265,9 +265,9 @@ impl Machine {
     }
 
     fn apply_now(&self, work: Work, applying: &Applying<'_>) -> Result<Outcome, StoreError> {
-        let state = match &self.keeps {
-            Keeps::Map(state) => state,
-            Keeps::Witness(witness) => {
+        let state = match &self.store {
+            ReplicaStore::Map(state) => state,
+            ReplicaStore::Witness(witness) => {
                 witness.apply(work.applied);
                 return Ok(Outcome::Nothing);
             }
@@ -437,8 +437,8 @@ pub struct StateMachine {
 
 impl StateMachine {
     pub fn new(machine: Arc<Machine>) -> Self {
-        let membership = machine.keeps.applied().membership;
-        let is_meta = machine.keeps.key().group.is_meta();
+        let membership = machine.store.applied().membership;
+        let is_meta = machine.store.key().group.is_meta();
         let rebuilt_seen = machine.rebuilt.load(Ordering::Acquire);
         Self {
             machine,
@@ -475,7 +475,7 @@ impl StateMachine {
 
     /// Goes on from the map that was put in the place of the one that was held.
     fn take_over_map(&mut self) -> io::Result<()> {
-        let applied = self.machine.keeps.applied();
+        let applied = self.machine.store.applied();
         self.membership = applied.membership;
         self.rebuilt_upto = applied.log_id.map(|id| id.index);
         self.machine
@@ -489,7 +489,7 @@ impl StateMachine {
         self.rebuilt_upto.is_some_and(|upto| index <= upto)
     }
 
-    fn builder(&self, made: Option<Image>) -> SnapshotBuilder {
+    fn builder(&self, made: Option<SnapshotData>) -> SnapshotBuilder {
         SnapshotBuilder {
             machine: self.machine.clone(),
             made,
@@ -498,11 +498,11 @@ impl StateMachine {
 }
 
 impl RaftStateMachine<Types> for StateMachine {
-    type SnapshotData = Image;
+    type SnapshotData = SnapshotData;
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> io::Result<(Option<RaftLogId>, StoredMembership)> {
-        let applied = self.machine.keeps.applied();
+        let applied = self.machine.store.applied();
         let membership = decode_stored_membership(&applied.membership).map_err(io::Error::other)?;
         Ok((applied.log_id.map(to_raft), membership))
     }
@@ -513,7 +513,7 @@ impl RaftStateMachine<Types> for StateMachine {
     {
         let mut in_turn = 0;
         while let Some((entry, responder)) = entries.try_next().await? {
-            if let (0, Some(state)) = (in_turn, self.machine.keeps.map()) {
+            if let (0, Some(state)) = (in_turn, self.machine.store.map()) {
                 state.wait_room().await;
             }
             let machine = self.machine.clone();
@@ -560,7 +560,7 @@ impl RaftStateMachine<Types> for StateMachine {
         let made = if force {
             None
         } else {
-            current(&self.machine.keeps)
+            current(&self.machine.store)
         };
         (force || made.is_some()).then(|| self.builder(made))
     }
@@ -571,11 +571,11 @@ impl RaftStateMachine<Types> for StateMachine {
 
     /// Openraft answers nobody until it is done: what takes long was done before, by
     /// `snapshots::install`.
-    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, image: Image) -> io::Result<()> {
+    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, data: SnapshotData) -> io::Result<()> {
         let _installing = Installing::begin(self.machine.clone());
         let machine = self.machine.clone();
-        let installed = tokio::task::spawn_blocking(move || match (&machine.keeps, &image) {
-            (Keeps::Map(state), Image::Map(snapshot)) => {
+        let installed = tokio::task::spawn_blocking(move || match (&machine.store, &data) {
+            (ReplicaStore::Map(state), SnapshotData::Map(snapshot)) => {
                 let filled = background::run("fill-map", || state.install(snapshot));
                 filled.unwrap_or_else(|source| {
                     Err(StoreError::Io {
@@ -584,8 +584,8 @@ impl RaftStateMachine<Types> for StateMachine {
                     })
                 })
             }
-            (Keeps::Witness(state), Image::Mark(applied)) => state.install(applied),
-            (Keeps::Map(_), Image::Mark(_)) | (Keeps::Witness(_), Image::Map(_)) => {
+            (ReplicaStore::Witness(state), SnapshotData::Watermark(applied)) => state.install(applied),
+            (ReplicaStore::Map(_), SnapshotData::Watermark(_)) | (ReplicaStore::Witness(_), SnapshotData::Map(_)) => {
                 Err(StoreError::Damaged(
                     "a snapshot for another kind of replica was to be installed".into(),
                 ))
@@ -595,7 +595,7 @@ impl RaftStateMachine<Types> for StateMachine {
             .await
             .map_err(io::Error::other)?
             .map_err(|error| self.machine.fatal(error))?;
-        let applied = self.machine.keeps.applied();
+        let applied = self.machine.store.applied();
         self.membership = applied.membership;
         self.machine
             .read_map()
@@ -606,39 +606,39 @@ impl RaftStateMachine<Types> for StateMachine {
         Ok(())
     }
 
-    async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, Image>>> {
-        current(&self.machine.keeps).map(with_meta).transpose()
+    async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, SnapshotData>>> {
+        current(&self.machine.store).map(with_meta).transpose()
     }
 }
 
 /// What there is in place of the beginning of the log, if it is durable.
-fn current(keeps: &Keeps) -> Option<Image> {
-    match keeps {
-        Keeps::Map(state) => state.current_snapshot().map(Image::Map),
-        Keeps::Witness(state) => Some(state.marked())
-            .filter(|marked| marked.log_id.is_some())
-            .map(Image::Mark),
+fn current(store: &ReplicaStore) -> Option<SnapshotData> {
+    match store {
+        ReplicaStore::Map(state) => state.current_snapshot().map(SnapshotData::Map),
+        ReplicaStore::Witness(state) => Some(state.watermark())
+            .filter(|watermark| watermark.log_id.is_some())
+            .map(SnapshotData::Watermark),
     }
 }
 
 /// Hands openraft a snapshot.
 pub struct SnapshotBuilder {
     machine: Arc<Machine>,
-    made: Option<Image>,
+    made: Option<SnapshotData>,
 }
 
 impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
-    type SnapshotData = Image;
+    type SnapshotData = SnapshotData;
 
-    async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, Image>> {
-        let image = match (self.made.take(), &self.machine.keeps) {
+    async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, SnapshotData>> {
+        let data = match (self.made.take(), &self.machine.store) {
             (Some(made), _) => made,
-            (None, Keeps::Map(state)) => Image::Map(build(state).await.map_err(io::Error::other)?),
-            (None, Keeps::Witness(_)) => {
-                Image::Mark(mark(&self.machine).await.map_err(io::Error::other)?)
+            (None, ReplicaStore::Map(state)) => SnapshotData::Map(build(state).await.map_err(io::Error::other)?),
+            (None, ReplicaStore::Witness(_)) => {
+                SnapshotData::Watermark(write_watermark(&self.machine).await.map_err(io::Error::other)?)
             }
         };
-        with_meta(image)
+        with_meta(data)
     }
 }
 
@@ -655,10 +655,10 @@ pub async fn build(state: &ReplicaState) -> Result<Snapshot, StoreError> {
 
 /// Has the file of a witness say what it has applied, once its log holds that durably: else a power
 /// cut could leave a file that claims entries which the log has lost.
-pub async fn mark(machine: &Arc<Machine>) -> Result<Applied, StoreError> {
-    let applied = match &machine.keeps {
-        Keeps::Witness(state) => state.settled().await?,
-        Keeps::Map(state) => {
+pub async fn write_watermark(machine: &Arc<Machine>) -> Result<Applied, StoreError> {
+    let applied = match &machine.store {
+        ReplicaStore::Witness(state) => state.settled().await?,
+        ReplicaStore::Map(state) => {
             return Err(StoreError::Damaged(format!(
                 "{} is no witness",
                 state.key()
@@ -666,21 +666,21 @@ pub async fn mark(machine: &Arc<Machine>) -> Result<Applied, StoreError> {
         }
     };
     let machine = machine.clone();
-    let marked = tokio::task::spawn_blocking(move || match &machine.keeps {
-        Keeps::Witness(state) => state.mark(&applied).map(|()| state.marked()),
-        Keeps::Map(_) => Ok(applied),
+    let watermark = tokio::task::spawn_blocking(move || match &machine.store {
+        ReplicaStore::Witness(state) => state.write_watermark(&applied).map(|()| state.watermark()),
+        ReplicaStore::Map(_) => Ok(applied),
     });
-    marked.await.map_err(|error| StoreError::Io {
+    watermark.await.map_err(|error| StoreError::Io {
         context: "marking a witness".into(),
         source: io::Error::other(error),
     })?
 }
 
 /// A snapshot with what openraft wants to know of it.
-pub fn with_meta(image: Image) -> io::Result<SnapshotOf<Types, Image>> {
-    let applied = match &image {
-        Image::Map(snapshot) => snapshot.applied(),
-        Image::Mark(applied) => applied,
+pub fn with_meta(data: SnapshotData) -> io::Result<SnapshotOf<Types, SnapshotData>> {
+    let applied = match &data {
+        SnapshotData::Map(snapshot) => snapshot.applied(),
+        SnapshotData::Watermark(applied) => applied,
     };
     let last_membership =
         decode_stored_membership(&applied.membership).map_err(io::Error::other)?;
@@ -688,8 +688,8 @@ pub fn with_meta(image: Image) -> io::Result<SnapshotOf<Types, Image>> {
         last_log_id: applied.log_id.map(to_raft),
         last_membership,
     };
-    Ok(SnapshotOf::<Types, Image> {
+    Ok(SnapshotOf::<Types, SnapshotData> {
         meta,
-        snapshot: image,
+        snapshot: data,
     })
 }

@@ -87,7 +87,7 @@ impl ReplicaStatus {
     /// Through where everything is committed, and durable on every member that has a map: what a
     /// witness need not keep. None where that is not known, as of a member that was not heard of in
     /// this term.
-    pub fn held_by_all(&self) -> Option<u64> {
+    pub fn matched_by_all(&self) -> Option<u64> {
         let members = self
             .membership
             .voters

@@ -73,7 +73,7 @@ impl Replica {
             leads: self.leads(),
             committed: index(committed),
             synced: index(self.log.synced()),
-            applied: index(self.machine.keeps.applied().log_id),
+            applied: index(self.machine.store.applied().log_id),
             is_held: self.machine.hold.is_set()
                 || self.machine.is_installing()
                 || self.machine.failure().is_some(),

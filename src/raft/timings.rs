@@ -9,7 +9,7 @@
 //! 630 ms to be replaced, which a loaded machine that syncs its disk does not reach: heartbeats
 //! wait for no disk of the leader.
 //!
-//! An idle group costs its heartbeats and no more (see `pulse`). With thousands of groups on a
+//! An idle group costs its heartbeats and no more (see `election`). With thousands of groups on a
 //! small machine take longer times.
 
 use std::sync::Arc;
@@ -137,7 +137,7 @@ impl RaftTimings {
             install_snapshot_timeout: self.snapshot_step_ms,
             // How many entries an append holds is bounded in bytes by the log store.
             max_payload_entries: 1024,
-            // The node's pulse does what ticks would.
+            // The node's election timer does what ticks would.
             enable_tick: false,
             // When a snapshot is due is the node's to decide: it weighs bytes.
             snapshot_policy: SnapshotPolicy::Never,

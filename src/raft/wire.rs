@@ -106,13 +106,13 @@ pub enum Request {
         snapshot: SnapshotName,
     },
     /// To a witness, in place of a snapshot: the log that is still there begins after this.
-    Mark {
+    Watermark {
         vote: Vote,
         applied: Applied,
     },
     /// To a witness: every replica with a map has the entries through this one durably, and they
     /// are committed.
-    Held {
+    PurgeIndex {
         index: u64,
     },
     /// To a replica whose map differs from a majority: hold it as it is, for a snapshot of the
@@ -165,7 +165,7 @@ pub enum Reply {
     },
     Refused(Refusal),
     /// It keeps no map: of a snapshot it takes only the mark.
-    MarkWanted,
+    WatermarkWanted,
     /// It took notice.
     Noted,
 }

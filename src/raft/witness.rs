@@ -5,14 +5,14 @@
 //! - It is in a group only while it has, or a majority of the replicas with a map has, every entry
 //!   that one of those may lack: it becomes a voter, and others become voters beside it, only when
 //!   each replica with a map has all that is committed (`sm::membership`), and it purges only what
-//!   each has durably ([`Replica::tell_witnesses`] says how far that is).
+//!   each has durably ([`Replica::advertise_purge_index`] says how far that is).
 //! - It never sends a snapshot, having none: a replica that lacks what the witness no longer has
 //!   must be brought up to date by another that has a map, and refuses a witness's snapshot. A
 //!   witness that lacks what its leader no longer has is told how far that is, and what the
 //!   membership was; that is its snapshot.
 //! - When it leads, which it does only when no other voter can (see
 //!   [`ElectionTimer`](super::pulse::ElectionTimer)), it takes no requests, changes nothing, brings the others up
-//!   to date and hands over to the first that is ([`hand_over_soon`]).
+//!   to date and hands over to the first that is ([`transfer_leadership_when_ready`]).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -36,7 +36,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long another is given to take over.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a witness is given to answer what it is told.
-const TELL_TIMEOUT: Duration = Duration::from_secs(1);
+const ADVERTISE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Less than this is not worth writing the file anew for.
 const PURGE_BYTES_MIN: u64 = 4 << 20;
 
@@ -47,9 +47,9 @@ pub struct WitnessState {
     synced: Arc<dyn Synced>,
     applied: Mutex<Applied>,
     /// What its file says.
-    marked: Mutex<Applied>,
+    watermark: Mutex<Applied>,
     /// Through where it need not keep the log.
-    held: AtomicU64,
+    purge_index: AtomicU64,
 }
 
 impl WitnessState {
@@ -59,15 +59,15 @@ impl WitnessState {
         key: ReplicaKey,
         files: WitnessFiles,
         synced: Arc<dyn Synced>,
-        marked: Applied,
+        watermark: Applied,
     ) -> Self {
         Self {
             key,
             files,
             synced,
-            applied: Mutex::new(marked.clone()),
-            marked: Mutex::new(marked),
-            held: AtomicU64::new(0),
+            applied: Mutex::new(watermark.clone()),
+            watermark: Mutex::new(watermark),
+            purge_index: AtomicU64::new(0),
         }
     }
 
@@ -79,8 +79,8 @@ impl WitnessState {
         self.applied.lock().expect("no holder panics").clone()
     }
 
-    pub fn marked(&self) -> Applied {
-        self.marked.lock().expect("no holder panics").clone()
+    pub fn watermark(&self) -> Applied {
+        self.watermark.lock().expect("no holder panics").clone()
     }
 
     /// Moves on. In memory: the log makes it durable.
@@ -110,23 +110,23 @@ impl WitnessState {
 
     /// Has the file say this, unless it says something newer. The log must be synced through it, or
     /// begin after it. Blocking.
-    pub fn mark(&self, applied: &Applied) -> Result<(), StoreError> {
-        let mut marked = self.marked.lock().expect("no holder panics");
-        if marked.log_id < applied.log_id {
+    pub fn write_watermark(&self, applied: &Applied) -> Result<(), StoreError> {
+        let mut watermark = self.watermark.lock().expect("no holder panics");
+        if watermark.log_id < applied.log_id {
             self.files.write(self.key, applied)?;
-            *marked = applied.clone();
+            *watermark = applied.clone();
         }
         Ok(())
     }
 
     /// Reads the file again, and compares it with what it should say. Blocking.
     pub(super) fn check_file(&self) -> Checked {
-        let marked = self.marked.lock().expect("no holder panics");
+        let watermark = self.watermark.lock().expect("no holder panics");
         match self.files.read(self.key) {
-            Ok(Some(found)) if found == *marked => Checked::Whole,
+            Ok(Some(found)) if found == *watermark => Checked::Whole,
             Ok(found) => Checked::Damaged(format!(
                 "the file of witness {} says {found:?}, not {:?}",
-                self.key, *marked
+                self.key, *watermark
             )),
             // Not of the file: the process may have no descriptor for it.
             Err(StoreError::Io { .. }) => Checked::Unread,
@@ -136,33 +136,33 @@ impl WitnessState {
 
     /// Has the file say again what it says. Blocking.
     pub(super) fn rewrite_file(&self) -> Result<(), StoreError> {
-        let marked = self.marked.lock().expect("no holder panics");
-        self.files.write(self.key, &marked)
+        let watermark = self.watermark.lock().expect("no holder panics");
+        self.files.write(self.key, &watermark)
     }
 
     /// Goes on from what a leader told, with nothing of the log before it. Durable when it returns.
     /// Blocking.
     pub fn install(&self, applied: &Applied) -> Result<(), StoreError> {
-        self.mark(applied)?;
+        self.write_watermark(applied)?;
         self.apply(applied.clone());
         Ok(())
     }
 
     /// Every replica with a map has the entries through `index` durably, and they are committed.
-    pub fn note_held(&self, index: u64) {
-        self.held.fetch_max(index, Ordering::Relaxed);
+    pub fn raise_purge_index(&self, index: u64) {
+        self.purge_index.fetch_max(index, Ordering::Relaxed);
     }
 
-    fn held(&self) -> u64 {
-        self.held.load(Ordering::Relaxed)
+    fn purge_index(&self) -> u64 {
+        self.purge_index.load(Ordering::Relaxed)
     }
 }
 
 /// A witness of this node.
 #[derive(Clone)]
-pub struct Witness(pub(super) Arc<Replica>);
+pub struct WitnessReplica(pub(super) Arc<Replica>);
 
-impl Witness {
+impl WitnessReplica {
     pub fn key(&self) -> ReplicaKey {
         self.0.key()
     }
@@ -179,11 +179,11 @@ impl Witness {
     }
 
     /// Takes one step towards purging what it need not keep: first its file must say that that was
-    /// applied. `is_pressed`: also if it is little. Something that is no voter keeps everything: it
+    /// applied. `under_pressure`: also if it is little. Something that is no voter keeps everything: it
     /// is measured by its log's beginning whether it may become one.
-    pub async fn let_go(&self, is_pressed: bool) -> Result<(), StoreError> {
+    pub async fn release_log(&self, under_pressure: bool) -> Result<(), StoreError> {
         let group = &self.0;
-        let Some(state) = group.machine.keeps.witness() else {
+        let Some(state) = group.machine.store.witness() else {
             return Ok(());
         };
         let status = group.status();
@@ -193,17 +193,17 @@ impl Witness {
             .committed_membership
             .voters
             .contains_key(&self.key().replica);
-        let upto = state.held().min(status.applied.map_or(0, |id| id.index));
+        let upto = state.purge_index().min(status.applied.map_or(0, |id| id.index));
         let purged = status.purged.map_or(0, |id| id.index);
         let freed = group
             .log
             .bytes_since(purged)
             .saturating_sub(group.log.bytes_since(upto));
-        if !is_voter || upto <= purged || !(is_pressed || freed >= PURGE_BYTES_MIN) {
+        if !is_voter || upto <= purged || !(under_pressure || freed >= PURGE_BYTES_MIN) {
             return Ok(());
         }
-        if status.snapshot.is_none_or(|marked| marked.index < upto) {
-            super::state_machine::mark(&group.machine).await?;
+        if status.snapshot.is_none_or(|watermark| watermark.index < upto) {
+            super::state_machine::write_watermark(&group.machine).await?;
             // It takes the file that was just written.
             let _ = group.raft.trigger().snapshot().await;
             return Ok(());
@@ -217,15 +217,15 @@ impl Replica {
     /// Tells the witnesses of the group how much of the log every replica with a map has durably,
     /// so that they need not keep it. Does nothing unless this replica leads and there is something
     /// new to tell. Whoever is not told now is told later.
-    pub async fn tell_witnesses(&self) {
+    pub async fn advertise_purge_index(&self) {
         if self.is_witness() || self.watch.borrow().membership.witnesses.is_empty() || !self.leads()
         {
             return;
         }
         let status = self.status();
         let Some(upto) = status
-            .held_by_all()
-            .filter(|upto| *upto > self.told.load(Ordering::Relaxed))
+            .matched_by_all()
+            .filter(|upto| *upto > self.advertised_purge_index.load(Ordering::Relaxed))
         else {
             return;
         };
@@ -235,20 +235,20 @@ impl Replica {
             .iter()
             .chain(&status.membership.learners);
         let witnesses = members.filter(|(replica, _)| status.membership.is_witness(**replica));
-        let told = witnesses.map(|(replica, node)| {
+        let sent = witnesses.map(|(replica, node)| {
             let client = self.network.log_client(*replica, *node);
             async move {
                 client
                     .ask(
-                        &Request::Held { index: upto },
+                        &Request::PurgeIndex { index: upto },
                         &[],
-                        Instant::now() + TELL_TIMEOUT,
+                        Instant::now() + ADVERTISE_TIMEOUT,
                     )
                     .await
             }
         });
-        match join_all(told).await.into_iter().find_map(Result::err) {
-            None => self.told.store(upto, Ordering::Relaxed),
+        match join_all(sent).await.into_iter().find_map(Result::err) {
+            None => self.advertised_purge_index.store(upto, Ordering::Relaxed),
             Some(error) => {
                 tracing::debug!(group = %self.key().group, %error, "a witness was not told what it \
                     need not keep");
@@ -257,10 +257,10 @@ impl Replica {
     }
 
     /// The voter with a map that has all of the log of this replica, if it leads.
-    fn heir(&self) -> Option<ReplicaId> {
+    fn transfer_target(&self) -> Option<ReplicaId> {
         let status = self.status();
         let last = status.last_log;
-        let is_heir = |replica: &ReplicaId| {
+        let is_eligible = |replica: &ReplicaId| {
             !status.membership.is_witness(*replica)
                 && status
                     .matched
@@ -273,13 +273,13 @@ impl Replica {
             .keys()
             .copied()
             .filter(|_| status.role == Role::Leader);
-        voters.find(is_heir)
+        voters.find(is_eligible)
     }
 }
 
 /// Whenever the witness leads, hands over to the first voter with a map that has all that it has.
 /// Ends with the group.
-pub async fn hand_over_soon(group: Weak<Replica>) {
+pub async fn transfer_leadership_when_ready(group: Weak<Replica>) {
     let Some(mut watch) = group.upgrade().map(|group| group.watch()) else {
         return;
     };
@@ -292,9 +292,9 @@ pub async fn hand_over_soon(group: Weak<Replica>) {
             return;
         }
         let Some(group) = group.upgrade() else { return };
-        if let Some(heir) = group.heir() {
-            let handed = group.transfer_leader_within(heir, HAND_OVER_TIMEOUT).await;
-            tracing::info!(group = %group.key().group, to = %heir, ?handed, "a witness that led \
+        if let Some(transfer_target) = group.transfer_target() {
+            let handed = group.transfer_leader_within(transfer_target, HAND_OVER_TIMEOUT).await;
+            tracing::info!(group = %group.key().group, to = %transfer_target, ?handed, "a witness that led \
                 hands over");
         }
         drop(group);

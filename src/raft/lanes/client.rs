@@ -360,7 +360,7 @@ impl Stream for Outbox {
     }
 }
 
-/// Keeps a lane up for as long as it is used.
+/// ReplicaStore a lane up for as long as it is used.
 async fn keep_up(parts: Arc<LanesParts>, lane: Arc<PeerLane>) {
     let mut pause = PAUSE_MIN;
     loop {

@@ -15,7 +15,7 @@ use crate::raft::lanes::memory::MemoryHub;
 use crate::raft::pace::Pace;
 use crate::raft::transport::{Dial, Identity, Resolver};
 use crate::raft::{
-    Replica, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, RaftBudgets, Witness,
+    Replica, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, RaftBudgets, WitnessReplica,
 };
 use crate::sm::kv::{
     self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome,
@@ -293,7 +293,7 @@ impl TestCluster {
             .expect("a voter");
     }
 
-    pub fn witness(&self, group: u64) -> Witness {
+    pub fn witness(&self, group: u64) -> WitnessReplica {
         self.nodes[&NodeId(3)]
             .registry
             .witness(GroupId(group))

@@ -309,18 +309,18 @@ async fn who_hands_over_names_nobody_until_another_leads() {
     cluster.put(1, "k", "v").await;
     let leader = cluster.leader(1).await;
     let group = cluster.group(leader.0, 1);
-    let heir = NodeId(1 + leader.0 % 3);
-    until("the heir has caught up", || {
-        group.is_caught_up(ReplicaId(heir.0))
+    let transfer_target = NodeId(1 + leader.0 % 3);
+    until("the transfer_target has caught up", || {
+        group.is_caught_up(ReplicaId(transfer_target.0))
     })
     .await;
 
     // It is told to take over, and can ask nobody for a vote.
-    for other in cluster.nodes.keys().filter(|other| **other != heir) {
-        cluster.hub.cut(heir, *other);
+    for other in cluster.nodes.keys().filter(|other| **other != transfer_target) {
+        cluster.hub.cut(transfer_target, *other);
     }
     let late = group
-        .transfer_leader_within(ReplicaId(heir.0), Duration::from_millis(50))
+        .transfer_leader_within(ReplicaId(transfer_target.0), Duration::from_millis(50))
         .await;
     assert!(matches!(late, Err(TransferError::Late { .. })), "{late:?}");
     if group.leads() {
@@ -642,7 +642,7 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
         );
     }
     cluster.hub.heal();
-    // It is heard of before the first heir's time, which is a quarter of a heartbeat.
+    // It is heard of before the first transfer_target's time, which is a quarter of a heartbeat.
     let deadline = soon();
     while others.iter().any(|registry| registry.is_disconnected(leader)) {
         assert!(Instant::now() < deadline, "it is never heard of");

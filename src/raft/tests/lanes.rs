@@ -163,7 +163,7 @@ async fn a_peer_with_other_leases_is_refused_and_one_that_tells_none_is_not() {
             sender: ReplicaId(2),
             target: ReplicaId(9),
         };
-        let frame = || wire::encode_request(head, &Request::Held { index: 1 }, &[]).seal(1);
+        let frame = || wire::encode_request(head, &Request::PurgeIndex { index: 1 }, &[]).seal(1);
         let taken = [Reply::Refused(Refusal::OtherReplica(ReplicaId(1)))];
         for pace in [
             PACE,

@@ -18,7 +18,7 @@ use crate::raft::feeds::Feeds;
 use crate::raft::lanes::{Lanes, LanesParts};
 use crate::raft::log_store::Tip;
 use crate::raft::network::Network;
-use crate::raft::state_machine::{Image, with_meta};
+use crate::raft::state_machine::{SnapshotData, with_meta};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::types::{Member, Types, entry_to_raft, to_raft, vote_to_raft};
 use crate::raft::wire::{self, AppendReply, Arrived, FrameReader, Reply, Request};
@@ -109,8 +109,8 @@ impl Dial for Marked {
                     continue;
                 }
                 let reply = match arrived.request()?.1 {
-                    Request::Mark { vote, .. } => Reply::SnapshotInstalled { vote },
-                    _ => Reply::MarkWanted,
+                    Request::Watermark { vote, .. } => Reply::SnapshotInstalled { vote },
+                    _ => Reply::WatermarkWanted,
                 };
                 wire::encode_reply(&mut out, arrived.sequence, &reply);
             }
@@ -563,7 +563,7 @@ async fn an_answer_about_a_snapshot_is_told_when_it_can_renew_no_lease_any_more(
         let (network, lanes) = network_to(Marked);
         let mut network = Network { lease, ..network };
         let mut client = network.new_snapshot_client(ReplicaId(2), &member).await;
-        let snapshot = with_meta(Image::Map(snapshot.clone())).expect("a readable one");
+        let snapshot = with_meta(SnapshotData::Map(snapshot.clone())).expect("a readable one");
         let (began, option) = (
             tokio::time::Instant::now(),
             RPCOption::new(Duration::from_secs(20)),

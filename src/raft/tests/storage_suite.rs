@@ -20,7 +20,7 @@ use openraft::{EntryPayload, LogState, OptionalSend, RaftLogReader, StorageError
 
 use super::cluster::{Disks, key};
 use crate::raft::log_store::LogStore;
-use crate::raft::state_machine::{Keeps, Machine, StateMachine};
+use crate::raft::state_machine::{ReplicaStore, Machine, StateMachine};
 use crate::raft::types::{RaftEntry, RaftLogId, RaftVoteOf, Types};
 use crate::raft::witness::WitnessState;
 use crate::storage::disk::{Disk, RealDisk};
@@ -37,7 +37,7 @@ impl From<u64> for ReplicaId {
     }
 }
 
-/// Keeps what a store stands on until the store is gone.
+/// ReplicaStore what a store stands on until the store is gone.
 struct Guard {
     log: Log,
     states: Arc<StateStore>,
@@ -76,15 +76,15 @@ fn store(
     ];
     log.create(key(1, 1), Box::new(|created| created.expect("created")));
     let replica = log.replica(key(1, 1)).expect("it was created");
-    let keeps = match is_witness {
-        false => Keeps::Map(
+    let store = match is_witness {
+        false => ReplicaStore::Map(
             states
                 .replica(key(1, 1), Arc::new(AlwaysSynced))
                 .expect("a map"),
         ),
         true => {
             let files = states.witnesses().clone();
-            Keeps::Witness(WitnessState::new(
+            ReplicaStore::Witness(WitnessState::new(
                 key(1, 1),
                 files,
                 Arc::new(AlwaysSynced),
@@ -92,7 +92,7 @@ fn store(
             ))
         }
     };
-    let machine = Arc::new(Machine::new(keeps).expect("a readable map"));
+    let machine = Arc::new(Machine::new(store).expect("a readable map"));
     let guard = Guard {
         log,
         states: Arc::new(states),

@@ -289,7 +289,7 @@ async fn no_snapshot_comes_from_a_witness_and_no_data_goes_to_one() {
         ask(&cluster, 2, 1, open()).await,
         Reply::SnapshotHas { bytes_len: 0 }
     );
-    assert_eq!(ask(&cluster, 2, 3, open()).await, Reply::MarkWanted);
+    assert_eq!(ask(&cluster, 2, 3, open()).await, Reply::WatermarkWanted);
     for request in [
         Request::SnapshotChunk {
             snapshot,
@@ -303,11 +303,11 @@ async fn no_snapshot_comes_from_a_witness_and_no_data_goes_to_one() {
             "{reply:?}"
         );
     }
-    let mark = Request::Mark {
+    let watermark = Request::Watermark {
         vote,
         applied: Default::default(),
     };
-    for request in [mark, Request::Held { index: 1 }] {
+    for request in [watermark, Request::PurgeIndex { index: 1 }] {
         let reply = ask(&cluster, 2, 1, request).await;
         assert!(
             matches!(reply, Reply::Refused(Refusal::Failed(_))),
@@ -348,10 +348,10 @@ async fn a_witness_purges_only_what_both_replicas_hold() {
     snapshot_and_purge(&cluster, ahead).await;
     let leader = cluster.group(ahead.0, 1);
     for _ in 0..5 {
-        leader.tell_witnesses().await;
+        leader.advertise_purge_index().await;
         cluster
             .witness(1)
-            .let_go(true)
+            .release_log(true)
             .await
             .expect("it lets go of what it may");
     }
@@ -380,10 +380,10 @@ async fn a_witness_purges_only_what_both_replicas_hold() {
             "what both hold is not purged"
         );
         let leader = cluster.group(cluster.leader(1).await.0, 1);
-        leader.tell_witnesses().await;
+        leader.advertise_purge_index().await;
         cluster
             .witness(1)
-            .let_go(true)
+            .release_log(true)
             .await
             .expect("it lets go of what both have");
     }
@@ -437,8 +437,8 @@ async fn a_witness_without_a_vote_purges_nothing() {
     let witness = cluster.witness(1);
     until("it has no vote", || witness.status().role == Role::Learner).await;
     for _ in 0..5 {
-        leader.tell_witnesses().await;
-        witness.let_go(true).await.expect("nothing to let go");
+        leader.advertise_purge_index().await;
+        witness.release_log(true).await.expect("nothing to let go");
     }
     assert_eq!(
         (witness.status().snapshot, witness.status().purged),
@@ -485,17 +485,17 @@ async fn a_witness_that_has_what_it_is_told_to_begin_after_keeps_it() {
         log_id: Some(id),
         membership,
     };
-    let mark = Request::Mark {
+    let watermark = Request::Watermark {
         vote,
         applied: applied.clone(),
     };
     assert_eq!(
-        ask(&cluster, leader, 3, mark).await,
+        ask(&cluster, leader, 3, watermark).await,
         Reply::SnapshotInstalled { vote }
     );
     // One that led before is told with whom it goes now: else it might take this for a word of a
     // follower.
-    let mark = Request::Mark {
+    let watermark = Request::Watermark {
         vote: Vote {
             term: vote.term - 1,
             ..vote
@@ -503,7 +503,7 @@ async fn a_witness_that_has_what_it_is_told_to_begin_after_keeps_it() {
         applied,
     };
     assert_eq!(
-        ask(&cluster, leader, 3, mark).await,
+        ask(&cluster, leader, 3, watermark).await,
         Reply::SnapshotInstalled { vote }
     );
     assert_eq!(
