@@ -99,14 +99,14 @@ impl Replica {
                 if self.watch.borrow().membership.is_witness(sender) {
                     return Err(Refusal::Failed("a witness has no snapshot".into()));
                 }
-                let reply = match &self.machine.store {
+                let reply = match &self.apply_state.store {
                     ReplicaStore::Map(state) => self.take_snapshot(state, request, &tail).await?,
                     ReplicaStore::Witness(_) => self.take_watermark(request).await?,
                 };
                 self.with_vote(reply).await
             }
             Request::Rebuild { vote } => self.hold_map(&vote),
-            Request::PurgeIndex { index } => match &self.machine.store {
+            Request::PurgeIndex { index } => match &self.apply_state.store {
                 ReplicaStore::Witness(state) => {
                     state.raise_purge_index(index);
                     Ok(Reply::Noted)
@@ -137,14 +137,14 @@ impl Replica {
         match request {
             Request::SnapshotOpen { snapshot, .. } => {
                 let opened = self.inbox.open(state, snapshot)?;
-                self.machine.hold.note_arriving(snapshot);
+                self.apply_state.hold.note_arriving(snapshot);
                 Ok(opened)
             }
             Request::SnapshotChunk { snapshot, offset } => {
                 let (inbox, tail) = (self.inbox.clone(), tail.clone());
                 let written =
                     tokio::task::spawn_blocking(move || inbox.write(snapshot, offset, &tail)).await;
-                self.machine.hold.renew();
+                self.apply_state.hold.renew();
                 written.unwrap_or_else(|error| {
                     Err(Refusal::Failed(format!(
                         "taking a snapshot panicked: {error}"
@@ -212,7 +212,7 @@ impl Replica {
             leader_commit: commit.map(to_raft),
         };
         let is_heartbeat = lane == Lane::Heartbeat && request.entries.is_empty();
-        let waits = self.has_unsynced() || self.machine.is_installing();
+        let waits = self.has_unsynced() || self.apply_state.is_installing();
         let reply = match is_heartbeat && waits {
             true => self.heartbeat(request).await?,
             false => append_reply(self.raft.append_entries(request).await)?,
@@ -220,7 +220,7 @@ impl Replica {
         if matches!(reply, AppendReply::Success) {
             self.freshness.heard(
                 commit.map_or(0, |id| id.index),
-                *self.machine.applied.borrow(),
+                *self.apply_state.applied.borrow(),
             );
         }
         Ok(Reply::Append(reply))

@@ -32,10 +32,10 @@ use super::reads::ReadIndex;
 use super::registry::RaftContext;
 use super::room::HeldBytes;
 use super::snapshots::Inbox;
-use super::state_machine::{self, ReplicaStore, Machine, StateMachine};
+use super::state_machine::{self, ReplicaStore, ApplyState, StateMachine};
 use super::status::{Freshness, GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
 use super::timings::{LeaseReads, RaftTimings};
-use super::types::{Answer, Member, Outcome, Proposal, Types, from_raft};
+use super::types::{ResponderFn, GroupMember, ApplyOutcome, Proposal, Types, from_raft};
 use super::witness;
 use crate::sm::level::Feature;
 use crate::sm::ports::StoreError;
@@ -59,7 +59,7 @@ const LEASE_PAUSE: Duration = Duration::from_millis(5);
 pub struct Replica {
     key: ReplicaKey,
     pub(super) raft: RaftHandle,
-    pub(super) machine: Arc<Machine>,
+    pub(super) apply_state: Arc<ApplyState>,
     pub(super) log: ReplicaLog,
     proposer: Arc<Proposer>,
     reads: Arc<ReadIndex>,
@@ -109,8 +109,8 @@ impl Replica {
             snapshot_step_timeout: timings.snapshot_step_timeout(),
             lease: timings.lease(),
         };
-        let machine = Arc::new(Machine::new(store)?);
-        let state_machine = StateMachine::new(machine.clone());
+        let apply_state = Arc::new(ApplyState::new(store)?);
+        let state_machine = StateMachine::new(apply_state.clone());
         let raft =
             RaftHandle::build(key.replica, config, network.clone(), log_store, state_machine).await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
@@ -124,18 +124,18 @@ impl Replica {
         let supervisor = context.supervisor.clone();
         let propose = proposer
             .clone()
-            .run(raft.clone(), machine.clone(), context.resolver.clone());
+            .run(raft.clone(), apply_state.clone(), context.resolver.clone());
         supervisor.start(&mut tasks, "proposer", propose);
         supervisor.start(
             &mut tasks,
             "reads",
-            reads.clone().run(raft.clone(), machine.clone()),
+            reads.clone().run(raft.clone(), apply_state.clone()),
         );
         let (waiting, elections) = ((proposer.clone(), reads.clone()), context.elections.clone());
         let monitor = monitor(
             key,
             raft.clone(),
-            machine.clone(),
+            apply_state.clone(),
             publish,
             waiting,
             elections,
@@ -145,7 +145,7 @@ impl Replica {
         let group = Self {
             key,
             raft,
-            machine,
+            apply_state,
             log,
             proposer,
             reads,
@@ -177,7 +177,7 @@ impl Replica {
 
     /// It keeps the log and no map. The registry gives none out as a `Replica`.
     pub(super) fn is_witness(&self) -> bool {
-        self.machine.store.witness().is_some()
+        self.apply_state.store.witness().is_some()
     }
 
     pub fn key(&self) -> ReplicaKey {
@@ -186,7 +186,7 @@ impl Replica {
 
     /// The map. For a linearizable read await [`Replica::read_barrier`] first.
     pub fn state(&self) -> &ReplicaState {
-        self.machine
+        self.apply_state
             .store
             .map()
             .expect("the registry gives no witness out as a group")
@@ -194,18 +194,18 @@ impl Replica {
 
     /// Group time: what entries that are proposed now carry.
     pub fn time_ms(&self) -> u64 {
-        self.machine.clock.now_ms()
+        self.apply_state.clock.now_ms()
     }
 
     /// Begins a new group with these voters, of which this replica must be one. Fine if it has
     /// begun: each may do it, with the same ones.
     pub async fn initialize(&self, voters: &BTreeMap<ReplicaId, NodeId>) -> Result<(), OpenError> {
-        let members: BTreeMap<ReplicaId, Member> = voters
+        let members: BTreeMap<ReplicaId, GroupMember> = voters
             .iter()
             .map(|(id, node)| {
                 (
                     *id,
-                    Member {
+                    GroupMember {
                         node: *node,
                         is_witness: false,
                     },
@@ -259,7 +259,7 @@ impl Replica {
             self.ensure_writable()?;
         }
         match self.propose_entry(command.encode(), deadline).await? {
-            Outcome::Shard(outcome) => Ok(outcome),
+            ApplyOutcome::Shard(outcome) => Ok(outcome),
             other => Err(ProposeError::unknown(format!(
                 "a command of a shard was answered by {other:?}"
             ))),
@@ -274,7 +274,7 @@ impl Replica {
     ) -> Result<meta::Outcome, ProposeError> {
         self.ensure_allowed(command.needs())?;
         match self.propose_entry(command.encode(), deadline).await? {
-            Outcome::Meta(outcome) => Ok(outcome),
+            ApplyOutcome::Meta(outcome) => Ok(outcome),
             other => Err(ProposeError::unknown(format!(
                 "a command of the meta group was answered by {other:?}"
             ))),
@@ -305,13 +305,13 @@ impl Replica {
             let watch = watch.borrow();
             (watch.role, watch.term)
         };
-        if role != Role::Leader || self.machine.applied_term() >= term {
+        if role != Role::Leader || self.apply_state.applied_term() >= term {
             return Ok(());
         }
         let mut applied = self.watch_applied();
         let leads_no_more = watch.wait_for(|now| now.role != Role::Leader || now.term != term);
         tokio::select! {
-            _ = applied.wait_for(|_| self.machine.applied_term() >= term) => Ok(()),
+            _ = applied.wait_for(|_| self.apply_state.applied_term() >= term) => Ok(()),
             _ = leads_no_more => Ok(()),
             () = tokio::time::sleep_until(deadline) => Err(ProposeError::Expired),
         }
@@ -333,14 +333,14 @@ impl Replica {
 
     /// Returns why nothing is written, as the map says: for this leader and those to come.
     pub fn recorded_alarm(&self) -> Option<String> {
-        self.machine.read_only()
+        self.apply_state.read_only()
     }
 
     fn ensure_writable(&self) -> Result<(), ProposeError> {
         if let Some(reason) = self.context.log.lacks_room() {
             return Err(ProposeError::NoRoom { reason });
         }
-        if !self.is_read_only.load(Ordering::Relaxed) && !self.machine.is_read_only() {
+        if !self.is_read_only.load(Ordering::Relaxed) && !self.apply_state.is_read_only() {
             return Ok(());
         }
         Err(ProposeError::ReadOnly {
@@ -350,7 +350,7 @@ impl Replica {
 
     /// Returns how often another map took the place of this replica's, which differed.
     pub fn rebuilt(&self) -> u64 {
-        self.machine.rebuilt.load(Ordering::Relaxed)
+        self.apply_state.rebuilt.load(Ordering::Relaxed)
     }
 
     /// A witness proposes nothing, also when it leads; nor does a leader that has stepped down.
@@ -367,7 +367,7 @@ impl Replica {
         &self,
         entry: bytes::Bytes,
         deadline: Instant,
-    ) -> Result<Outcome, ProposeError> {
+    ) -> Result<ApplyOutcome, ProposeError> {
         self.ensure_proposes()?;
         loop {
             if Instant::now() >= deadline {
@@ -375,7 +375,7 @@ impl Replica {
             }
             let (sender, answered) = oneshot::channel::<ClientWriteResult<Types>>();
             let place = self.proposer.reserve(entry.len())?;
-            let answer = Answer(Box::new(move |result| {
+            let answer = ResponderFn(Box::new(move |result| {
                 drop(place);
                 drop(sender.send(result));
             }));
@@ -421,7 +421,7 @@ impl Replica {
     pub fn staleness(&self) -> Option<Duration> {
         let fresh = self
             .freshness
-            .fresh_at(*self.machine.applied.borrow())
+            .fresh_at(*self.apply_state.applied.borrow())
             .map(|at| at.elapsed());
         let watch = self.watch.borrow();
         match watch.role {
@@ -489,7 +489,7 @@ impl Replica {
             term: watch.term,
             last_log: data.last_log.as_ref().map(from_raft),
             committed: data.local_committed.as_ref().map(from_raft),
-            applied: self.machine.store.applied().log_id,
+            applied: self.apply_state.store.applied().log_id,
             snapshot: data.snapshot.as_ref().map(from_raft),
             purged: data.purged.as_ref().map(from_raft),
             membership: watch.membership.clone(),
@@ -507,11 +507,11 @@ impl Replica {
     }
 
     fn failure_of(&self, watch: &ReplicaWatch) -> Option<String> {
-        let of_map = || self.machine.store.map().and_then(ReplicaState::failure);
+        let of_map = || self.apply_state.store.map().and_then(ReplicaState::failure);
         watch
             .failure
             .clone()
-            .or_else(|| self.machine.failure())
+            .or_else(|| self.apply_state.failure())
             .or_else(of_map)
     }
 
@@ -538,7 +538,7 @@ impl Replica {
 
     /// Index of the last applied entry, as it grows.
     pub fn watch_applied(&self) -> watch::Receiver<u64> {
-        self.machine.applied.subscribe()
+        self.apply_state.applied.subscribe()
     }
 
     /// Whether the group has begun, as this replica knows.
@@ -734,7 +734,7 @@ impl Replica {
     }
 
     fn stop_reason(&self) -> String {
-        self.machine
+        self.apply_state
             .failure()
             .unwrap_or_else(|| SHUT_DOWN.to_owned())
     }
@@ -791,7 +791,7 @@ impl Replica {
         self.proposer.close(SHUT_DOWN);
         self.reads.close(SHUT_DOWN);
         // Else openraft would wait for a map that does not come any more.
-        self.machine.hold.clear();
+        self.apply_state.hold.clear();
         let _ = self.raft.shutdown().await;
         let tasks = self.tasks.lock().expect("no holder panics").take();
         if let Some(mut tasks) = tasks {
@@ -839,7 +839,7 @@ fn look(raft: &RaftHandle, failure: Option<String>) -> ReplicaWatch {
 async fn monitor(
     key: ReplicaKey,
     raft: RaftHandle,
-    machine: Arc<Machine>,
+    apply_state: Arc<ApplyState>,
     publish: watch::Sender<ReplicaWatch>,
     (proposer, reads): (Arc<Proposer>, Arc<ReadIndex>),
     elections: Arc<Elections>,
@@ -870,19 +870,19 @@ async fn monitor(
         Err(error @ (Fatal::StorageError(_) | Fatal::Panicked)) => Some(error.to_string()),
     };
     if !is_stopping.load(Ordering::Relaxed) || stopped.is_some() {
-        let reason = machine
+        let reason = apply_state
             .failure()
             .or(stopped)
             .unwrap_or_else(|| "its core ended".into());
         tracing::error!(group = %key.group, replica = %key.replica, %reason, "a replica has \
             stopped");
-        machine.fail(reason.clone());
+        apply_state.fail(reason.clone());
         publish.send_modify(|now| {
             now.role = Role::Stopped;
             now.failure = Some(reason);
         });
     }
-    let reason = machine.failure().unwrap_or_else(|| SHUT_DOWN.to_owned());
+    let reason = apply_state.failure().unwrap_or_else(|| SHUT_DOWN.to_owned());
     proposer.close(&reason);
     reads.close(&reason);
 }

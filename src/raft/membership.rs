@@ -10,7 +10,7 @@ use openraft::error::{ClientWriteError, RaftError};
 
 use super::errors::MembershipError;
 use super::group::Replica;
-use super::types::{Member, Types};
+use super::types::{GroupMember, Types};
 use crate::types::{NodeId, ReplicaId};
 
 /// How long a change is waited for. One takes a commit or two.
@@ -26,7 +26,7 @@ impl Replica {
     ) -> Result<(), MembershipError> {
         self.add(
             replica,
-            Member {
+            GroupMember {
                 node,
                 is_witness: false,
             },
@@ -43,7 +43,7 @@ impl Replica {
     ) -> Result<(), MembershipError> {
         self.add(
             replica,
-            Member {
+            GroupMember {
                 node,
                 is_witness: true,
             },
@@ -51,7 +51,7 @@ impl Replica {
         .await
     }
 
-    async fn add(&self, replica: ReplicaId, member: Member) -> Result<(), MembershipError> {
+    async fn add(&self, replica: ReplicaId, member: GroupMember) -> Result<(), MembershipError> {
         self.ensure_changes()?;
         if self.watch.borrow().committed_membership.is_member(replica) {
             return Ok(());

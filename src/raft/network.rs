@@ -34,7 +34,7 @@ use super::snapshots;
 use super::state_machine::SnapshotData;
 use super::transport::{Lane, LaneError};
 use super::types::{
-    Member, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft,
+    GroupMember, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft,
     vote_to_raft,
 };
 use super::wire::{self, AppendReply, Frame, Head, Refusal, Reply, Request, TransferReply};
@@ -71,15 +71,15 @@ pub struct Network {
 impl RaftNetworkFactory<Types> for Network {
     type Network = PeerClient;
 
-    async fn new_client(&mut self, target: ReplicaId, member: &Member) -> PeerClient {
+    async fn new_client(&mut self, target: ReplicaId, member: &GroupMember) -> PeerClient {
         self.client(target, member.node, Lane::Log)
     }
 
-    async fn new_heartbeat_client(&mut self, target: ReplicaId, member: &Member) -> PeerClient {
+    async fn new_heartbeat_client(&mut self, target: ReplicaId, member: &GroupMember) -> PeerClient {
         self.client(target, member.node, Lane::Heartbeat)
     }
 
-    async fn new_snapshot_client(&mut self, target: ReplicaId, member: &Member) -> PeerClient {
+    async fn new_snapshot_client(&mut self, target: ReplicaId, member: &GroupMember) -> PeerClient {
         self.client(target, member.node, Lane::Snapshot)
     }
 }
@@ -418,7 +418,7 @@ struct Appends<'s, S> {
 }
 
 struct InFlight {
-    answer: super::lanes::Answer,
+    answer: super::lanes::PendingReply,
     bytes: usize,
     /// How long its answer is waited for.
     timeout: Duration,

@@ -26,9 +26,9 @@ use tokio::time::Instant;
 use super::errors::ProposeError;
 use super::group::RaftHandle;
 use super::room::{HeldBytes, Reservation, RaftBudgets};
-use super::state_machine::Machine;
+use super::state_machine::ApplyState;
 use super::transport::Resolver;
-use super::types::{Answer, Outcome, Proposal, Types};
+use super::types::{ResponderFn, ApplyOutcome, Proposal, Types};
 use crate::sm::kv;
 use crate::sm::level::Feature;
 
@@ -214,7 +214,7 @@ impl Proposer {
     pub async fn run(
         self: Arc<Self>,
         raft: RaftHandle,
-        machine: Arc<Machine>,
+        apply_state: Arc<ApplyState>,
         resolver: Arc<dyn Resolver>,
     ) {
         loop {
@@ -222,7 +222,7 @@ impl Proposer {
                 ProposerStep::End => return,
                 ProposerStep::Propose(writes) => {
                     let is_bounded = resolver.level() >= Feature::BoundedAnswers.level();
-                    self.propose_entry(&raft, &machine, writes, is_bounded)
+                    self.propose_entry(&raft, &apply_state, writes, is_bounded)
                         .await;
                 }
                 ProposerStep::Wait { until: None } => self.changed.notified().await,
@@ -264,7 +264,7 @@ impl Proposer {
     async fn propose_entry(
         self: &Arc<Self>,
         raft: &RaftHandle,
-        machine: &Machine,
+        apply_state: &ApplyState,
         writes: Vec<QueuedWrite>,
         is_bounded: bool,
     ) {
@@ -273,7 +273,7 @@ impl Proposer {
             answers.push(waiting.waiter);
             waiting.write
         });
-        let (time_ms, writes) = (machine.clock.now_ms(), writes.collect::<Vec<_>>());
+        let (time_ms, writes) = (apply_state.clock.now_ms(), writes.collect::<Vec<_>>());
         let command = match is_bounded && writes.iter().any(kv::Write::has_gets) {
             true => kv::Command::BoundedWrite { time_ms, writes },
             false => kv::Command::Write { time_ms, writes },
@@ -284,7 +284,7 @@ impl Proposer {
             entry: entry.clone(),
             answers,
         };
-        let answer = Answer(Box::new(move |result| in_flight.end(result)));
+        let answer = ResponderFn(Box::new(move |result| in_flight.end(result)));
         // If it fails the answer is dropped, which tells the answers.
         let _ = raft.client_write_ff(Proposal(entry), Some(answer)).await;
     }
@@ -410,9 +410,9 @@ impl Drop for InFlightEntry {
     }
 }
 
-fn outcomes(outcome: Outcome, expected: usize) -> Result<Vec<kv::WriteOutcome>, ProposeError> {
+fn outcomes(outcome: ApplyOutcome, expected: usize) -> Result<Vec<kv::WriteOutcome>, ProposeError> {
     match outcome {
-        Outcome::Shard(kv::Outcome::Written(outcomes)) if outcomes.len() == expected => {
+        ApplyOutcome::Shard(kv::Outcome::Written(outcomes)) if outcomes.len() == expected => {
             Ok(outcomes)
         }
         other => Err(ProposeError::unknown(format!(

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::errors::{ReadError, SHUT_DOWN};
 use super::group::RaftHandle;
-use super::state_machine::Machine;
+use super::state_machine::ApplyState;
 
 /// ReadIndex that may wait for a round.
 const QUEUED_MAX: usize = 16 << 10;
@@ -119,7 +119,7 @@ impl ReadIndex {
     }
 
     /// Does a round after another for as long as reads wait.
-    pub async fn run(self: Arc<Self>, raft: RaftHandle, machine: Arc<Machine>) {
+    pub async fn run(self: Arc<Self>, raft: RaftHandle, apply_state: Arc<ApplyState>) {
         loop {
             let queued = {
                 let mut queue = self.lock();
@@ -132,14 +132,14 @@ impl ReadIndex {
                 self.arrived.notified().await;
                 continue;
             }
-            let confirmed = self.round(&raft, &machine).await;
+            let confirmed = self.round(&raft, &apply_state).await;
             for read in queued {
                 let _ = read.send(confirmed.clone());
             }
         }
     }
 
-    async fn round(&self, raft: &RaftHandle, machine: &Machine) -> RoundResult {
+    async fn round(&self, raft: &RaftHandle, apply_state: &ApplyState) -> RoundResult {
         let option =
             LinearizerOption::new(Some(self.lease_age_max.unwrap_or(Duration::ZERO)), true);
         let index = match raft.get_read_linearizer(option).await {
@@ -158,7 +158,7 @@ impl ReadIndex {
             }
             Err(RaftError::Fatal(_)) => return Err(RoundError::Final(self.stopped())),
         };
-        let mut applied = machine.applied.subscribe();
+        let mut applied = apply_state.applied.subscribe();
         let reached =
             tokio::time::timeout(APPLY_TIMEOUT, applied.wait_for(|applied| *applied >= index))
                 .await;

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::group::Replica;
 use super::snapshots;
-use super::state_machine::Machine;
+use super::state_machine::ApplyState;
 use super::types::vote_from_raft;
 use super::wire::{Refusal, Reply, Request, SnapshotName};
 use crate::storage::background;
@@ -189,13 +189,13 @@ impl Hold {
 
 /// For as long as it lives the map stays held, while another takes its place.
 struct Taking {
-    machine: Arc<Machine>,
+    apply_state: Arc<ApplyState>,
     number: u64,
 }
 
 impl Drop for Taking {
     fn drop(&mut self) {
-        self.machine.hold.end(self.number);
+        self.apply_state.hold.end(self.number);
     }
 }
 
@@ -256,10 +256,10 @@ impl Replica {
         if self.leads() || !self.is_current(vote) {
             return Err(Refusal::Failed("it does not follow who asks".into()));
         }
-        if self.machine.store.map().is_none() {
+        if self.apply_state.store.map().is_none() {
             return Err(Refusal::Failed("a witness has no map".into()));
         }
-        let Some(number) = self.machine.hold.set() else {
+        let Some(number) = self.apply_state.hold.set() else {
             return Ok(Reply::Noted);
         };
         tracing::error!(
@@ -267,9 +267,9 @@ impl Replica {
             from its leader",
             self.key()
         );
-        let machine = self.machine.clone();
+        let apply_state = self.apply_state.clone();
         self.supervise(async move {
-            if machine.hold.outlast(number).await {
+            if apply_state.hold.outlast(number).await {
                 tracing::error!(
                     "no other map came within {PATIENCE:?}: the replica goes on with its own"
                 );
@@ -290,16 +290,16 @@ impl Replica {
         vote: Vote,
         done: snapshots::InstallSender,
     ) -> Option<(SnapshotReceiver, snapshots::InstallSender)> {
-        let (machine, log, key) = (self.machine.clone(), self.log.clone(), self.key());
-        let Some(number) = machine.hold.begin_taking() else {
-            if !machine.hold.expects(name) {
+        let (apply_state, log, key) = (self.apply_state.clone(), self.log.clone(), self.key());
+        let Some(number) = apply_state.hold.begin_taking() else {
+            if !apply_state.hold.expects(name) {
                 return Some((receiver, done));
             }
             done.send_replace(Some(Err("the map is held no more".into())));
             return None;
         };
         let taking = Taking {
-            machine: machine.clone(),
+            apply_state: apply_state.clone(),
             number,
         };
         self.supervise(async move {
@@ -317,9 +317,9 @@ impl Replica {
                     tokio::time::sleep(LOG_PAUSE).await;
                 }
 
-                let filling = machine.clone();
+                let filling = apply_state.clone();
                 // An entry may just be applied to the one that is held.
-                let _turn = machine.turns.lock().await;
+                let _turn = apply_state.turns.lock().await;
                 // It goes first: whoever has the turn next must not find a hold without a purpose.
                 let _taking = taking;
                 let filled = tokio::task::spawn_blocking(move || filling.exchange_map(&snapshot));
@@ -338,7 +338,7 @@ impl Replica {
     }
 }
 
-impl Machine {
+impl ApplyState {
     /// Puts a snapshot in the place of the map, whose turn the caller has. Blocking.
     ///
     /// It is counted as soon as it is so, and whoever applies the next entry looks at the count: a

@@ -37,7 +37,7 @@ impl WitnessReplica {
     /// Reads its file again. Blocking.
     pub fn check_file(&self) -> Checked {
         self.0
-            .machine
+            .apply_state
             .store
             .witness()
             .map_or(Checked::Unread, |state| state.check_file())
@@ -46,7 +46,7 @@ impl WitnessReplica {
     /// Has its file say again what it says. Blocking.
     pub fn rewrite_file(&self) -> Result<(), StoreError> {
         self.0
-            .machine
+            .apply_state
             .store
             .witness()
             .map_or(Ok(()), |state| state.rewrite_file())

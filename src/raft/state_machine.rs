@@ -23,9 +23,9 @@ use tokio::sync::{MutexGuard as TurnGuard, watch};
 use tokio::time::Instant;
 
 use super::rebuild::Hold;
-use super::step_down::{Applying, Stepping};
+use super::step_down::{ApplyProgress, ProgressRead};
 use super::types::{
-    Outcome, Proposal, RaftLogId, SnapshotMeta, StoredMembership, Types, decode_stored_membership,
+    ApplyOutcome, Proposal, RaftLogId, RaftPayload, SnapshotMeta, StoredMembership, Types, decode_stored_membership,
     encode_stored_membership, from_raft, to_raft,
 };
 use super::witness::WitnessState;
@@ -37,8 +37,6 @@ use crate::storage::snapshot::Snapshot;
 use crate::storage::state::{Applied, MapRead, ReadKind, ReplicaState};
 use crate::supervisor;
 use crate::types::LogId;
-
-type Payload = EntryPayload<Proposal, crate::types::ReplicaId, super::types::Member>;
 
 /// After this many entries others get a turn on the thread: an entry holds up to a few hundred
 /// writes.
@@ -90,7 +88,7 @@ pub enum SnapshotData {
 }
 
 /// What the rest of a group sees of its state machine.
-pub struct Machine {
+pub struct ApplyState {
     pub store: ReplicaStore,
     /// Index of the last applied entry.
     pub applied: watch::Sender<u64>,
@@ -112,10 +110,10 @@ pub struct Machine {
     failure: Mutex<Option<String>>,
 }
 
-impl Machine {
+impl ApplyState {
     pub fn new(store: ReplicaStore) -> Result<Self, StoreError> {
         let applied = store.applied().log_id;
-        let machine = Self {
+        let apply_state = Self {
             store,
             applied: watch::Sender::new(applied.map_or(0, |id| id.index)),
             clock: GroupClock::new(),
@@ -129,8 +127,8 @@ impl Machine {
             is_read_only: AtomicBool::new(false),
             failure: Mutex::new(None),
         };
-        machine.read_map()?;
-        Ok(machine)
+        apply_state.read_map()?;
+        Ok(apply_state)
     }
 
     /// The map knows the time of the last entry, and whether anything is written.
@@ -236,7 +234,7 @@ impl Machine {
     ///
     /// One that panics would do so at every replica of the group, and again after each start: so it
     /// stops this replica, like one that can't be decoded, and not the process with all its others.
-    async fn apply(self: &Arc<Self>, work: Work) -> Result<Outcome, StoreError> {
+    async fn apply(self: &Arc<Self>, work: EntryWork) -> Result<ApplyOutcome, StoreError> {
         let id = work.applied.log_id;
         match self
             .store
@@ -244,37 +242,37 @@ impl Machine {
             .filter(|state| state.reads_wait(ReadKind::Entry))
         {
             Some(state) => {
-                let (machine, map) = (self.clone(), state.clone());
+                let (apply_state, map) = (self.clone(), state.clone());
                 let apply = move || {
                     // It has begun only now: threads to read on may have been waited for.
-                    let applying = Applying::begin(&machine.applying);
+                    let applying = ApplyProgress::begin(&apply_state.applying);
                     // What can't be decoded is told below.
                     if let Ok(Some(command)) = work.command() {
                         map.preview(|read| command.clone().decide(read, &work, &applying));
                     }
-                    machine.apply_now(work, &applying)
+                    apply_state.apply_now(work, &applying)
                 };
                 state
                     .elsewhere(ReadKind::Entry, move || guarded(id, apply))
                     .await
             }
             None => guarded(id, || {
-                self.apply_now(work, &Applying::begin(&self.applying))
+                self.apply_now(work, &ApplyProgress::begin(&self.applying))
             }),
         }
     }
 
-    fn apply_now(&self, work: Work, applying: &Applying<'_>) -> Result<Outcome, StoreError> {
+    fn apply_now(&self, work: EntryWork, applying: &ApplyProgress<'_>) -> Result<ApplyOutcome, StoreError> {
         let state = match &self.store {
             ReplicaStore::Map(state) => state,
             ReplicaStore::Witness(witness) => {
                 witness.apply(work.applied);
-                return Ok(Outcome::Nothing);
+                return Ok(ApplyOutcome::Nothing);
             }
         };
         let Some(command) = work.command()? else {
             state.apply(Default::default(), work.applied)?;
-            return Ok(Outcome::Nothing);
+            return Ok(ApplyOutcome::Nothing);
         };
 
         if let Some(time_ms) = command.time_ms() {
@@ -300,8 +298,8 @@ impl Machine {
 /// Makes a failure of the replica of a panic.
 fn guarded(
     id: Option<crate::types::LogId>,
-    apply: impl FnOnce() -> Result<Outcome, StoreError>,
-) -> Result<Outcome, StoreError> {
+    apply: impl FnOnce() -> Result<ApplyOutcome, StoreError>,
+) -> Result<ApplyOutcome, StoreError> {
     catch_unwind(AssertUnwindSafe(apply)).unwrap_or_else(|panic| {
         let id = id.map(|id| id.to_string()).unwrap_or_default();
         let reason = format!(
@@ -313,23 +311,23 @@ fn guarded(
 }
 
 /// For as long as it lives a snapshot is being installed.
-struct Installing(Arc<Machine>);
+struct InstallGuard(Arc<ApplyState>);
 
-impl Installing {
-    fn begin(machine: Arc<Machine>) -> Self {
-        machine.is_installing.store(true, Ordering::Release);
-        Self(machine)
+impl InstallGuard {
+    fn begin(apply_state: Arc<ApplyState>) -> Self {
+        apply_state.is_installing.store(true, Ordering::Release);
+        Self(apply_state)
     }
 }
 
-impl Drop for Installing {
+impl Drop for InstallGuard {
     fn drop(&mut self) {
         self.0.is_installing.store(false, Ordering::Release);
     }
 }
 
 /// An entry that is to be applied.
-struct Work {
+struct EntryWork {
     index: u64,
     /// How far the map is with it.
     applied: Applied,
@@ -339,43 +337,43 @@ struct Work {
     audience: kv::Audience,
 }
 
-impl Work {
-    fn command(&self) -> Result<Option<Command>, StoreError> {
+impl EntryWork {
+    fn command(&self) -> Result<Option<GroupCommand>, StoreError> {
         let Some(Proposal(bytes)) = &self.proposal else {
             return Ok(None);
         };
         Ok(Some(match self.is_meta {
-            true => Command::Meta(meta::Command::decode(bytes)?),
-            false => Command::Shard(kv::Command::decode(bytes)?),
+            true => GroupCommand::Meta(meta::Command::decode(bytes)?),
+            false => GroupCommand::Shard(kv::Command::decode(bytes)?),
         }))
     }
 }
 
 /// What an entry says to the map.
 #[derive(Clone)]
-enum Command {
+enum GroupCommand {
     Meta(meta::Command),
     Shard(kv::Command),
 }
 
-impl Command {
+impl GroupCommand {
     fn time_ms(&self) -> Option<u64> {
         match self {
-            Command::Meta(_) => None,
-            Command::Shard(command) => command.time_ms(),
+            GroupCommand::Meta(_) => None,
+            GroupCommand::Shard(command) => command.time_ms(),
         }
     }
 
     /// Returns whether the digest of the map is to be noted after it.
     fn notes_digest(&self) -> bool {
-        matches!(self, Command::Shard(kv::Command::Compare))
+        matches!(self, GroupCommand::Shard(kv::Command::Compare))
     }
 
     /// Returns whether it is said that nothing is written any more, and why, or that it is again.
     fn read_only(&self) -> Option<Option<String>> {
         match self {
-            Command::Shard(kv::Command::SetReadOnly { reason }) => Some(reason.clone()),
-            Command::Shard(_) | Command::Meta(_) => None,
+            GroupCommand::Shard(kv::Command::SetReadOnly { reason }) => Some(reason.clone()),
+            GroupCommand::Shard(_) | GroupCommand::Meta(_) => None,
         }
     }
 
@@ -383,18 +381,18 @@ impl Command {
     fn decide(
         self,
         read: &MapRead<'_>,
-        work: &Work,
-        applying: &Applying<'_>,
-    ) -> Result<(Outcome, WriteBatch), StoreError> {
-        let read = &Stepping { read, applying };
+        work: &EntryWork,
+        applying: &ApplyProgress<'_>,
+    ) -> Result<(ApplyOutcome, WriteBatch), StoreError> {
+        let read = &ProgressRead { read, applying };
         match self {
-            Command::Meta(command) => {
+            GroupCommand::Meta(command) => {
                 let (outcome, batch) = meta::apply(read, work.index, command)?;
-                Ok((Outcome::Meta(outcome), batch))
+                Ok((ApplyOutcome::Meta(outcome), batch))
             }
-            Command::Shard(command) => {
+            GroupCommand::Shard(command) => {
                 let (outcome, batch) = kv::apply_for(read, work.index, command, work.audience)?;
-                Ok((Outcome::Shard(outcome), batch))
+                Ok((ApplyOutcome::Shard(outcome), batch))
             }
         }
     }
@@ -425,23 +423,23 @@ impl GroupClock {
 /// Owned by openraft's worker; clones share the machine.
 #[derive(Clone)]
 pub struct StateMachine {
-    machine: Arc<Machine>,
+    apply_state: Arc<ApplyState>,
     is_meta: bool,
     /// Kept encoded as it is written with every entry.
     membership: bytes::Bytes,
-    /// How often the map was another since, of what [`Machine::rebuilt`] counts.
+    /// How often the map was another since, of what [`ApplyState::rebuilt`] counts.
     rebuilt_seen: u64,
     /// The last entry that is in a map which took the place of another.
     rebuilt_upto: Option<u64>,
 }
 
 impl StateMachine {
-    pub fn new(machine: Arc<Machine>) -> Self {
-        let membership = machine.store.applied().membership;
-        let is_meta = machine.store.key().group.is_meta();
-        let rebuilt_seen = machine.rebuilt.load(Ordering::Acquire);
+    pub fn new(apply_state: Arc<ApplyState>) -> Self {
+        let membership = apply_state.store.applied().membership;
+        let is_meta = apply_state.store.key().group.is_meta();
+        let rebuilt_seen = apply_state.rebuilt.load(Ordering::Acquire);
         Self {
-            machine,
+            apply_state,
             is_meta,
             membership,
             rebuilt_seen,
@@ -450,7 +448,7 @@ impl StateMachine {
     }
 
     /// Makes of an entry what is to be done with the map.
-    fn work(&mut self, id: RaftLogId, payload: Payload, audience: kv::Audience) -> Work {
+    fn work(&mut self, id: RaftLogId, payload: RaftPayload, audience: kv::Audience) -> EntryWork {
         let proposal = match payload {
             EntryPayload::Normal(proposal) => Some(proposal),
             EntryPayload::Blank => None,
@@ -464,7 +462,7 @@ impl StateMachine {
             log_id: Some(from_raft(&id)),
             membership: self.membership.clone(),
         };
-        Work {
+        EntryWork {
             index: id.index(),
             applied,
             proposal,
@@ -475,12 +473,12 @@ impl StateMachine {
 
     /// Goes on from the map that was put in the place of the one that was held.
     fn take_over_map(&mut self) -> io::Result<()> {
-        let applied = self.machine.store.applied();
+        let applied = self.apply_state.store.applied();
         self.membership = applied.membership;
         self.rebuilt_upto = applied.log_id.map(|id| id.index);
-        self.machine
+        self.apply_state
             .follow_map()
-            .map_err(|error| self.machine.fatal(error))
+            .map_err(|error| self.apply_state.fatal(error))
     }
 
     /// Returns whether an entry has its effects in the map already: it is in one that was put in
@@ -491,7 +489,7 @@ impl StateMachine {
 
     fn builder(&self, made: Option<SnapshotData>) -> SnapshotBuilder {
         SnapshotBuilder {
-            machine: self.machine.clone(),
+            apply_state: self.apply_state.clone(),
             made,
         }
     }
@@ -502,7 +500,7 @@ impl RaftStateMachine<Types> for StateMachine {
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> io::Result<(Option<RaftLogId>, StoredMembership)> {
-        let applied = self.machine.store.applied();
+        let applied = self.apply_state.store.applied();
         let membership = decode_stored_membership(&applied.membership).map_err(io::Error::other)?;
         Ok((applied.log_id.map(to_raft), membership))
     }
@@ -513,12 +511,12 @@ impl RaftStateMachine<Types> for StateMachine {
     {
         let mut in_turn = 0;
         while let Some((entry, responder)) = entries.try_next().await? {
-            if let (0, Some(state)) = (in_turn, self.machine.store.map()) {
+            if let (0, Some(state)) = (in_turn, self.apply_state.store.map()) {
                 state.wait_room().await;
             }
-            let machine = self.machine.clone();
-            let turn = machine.take_turn().await;
-            let rebuilt = machine.rebuilt.load(Ordering::Acquire);
+            let apply_state = self.apply_state.clone();
+            let turn = apply_state.take_turn().await;
+            let rebuilt = apply_state.rebuilt.load(Ordering::Acquire);
             if rebuilt != self.rebuilt_seen {
                 self.take_over_map()?;
                 self.rebuilt_seen = rebuilt;
@@ -526,7 +524,7 @@ impl RaftStateMachine<Types> for StateMachine {
             let (entry_id, index) = (entry.log_id, entry.log_id.index());
             if self.is_in_map(index) {
                 if let Some(responder) = responder {
-                    responder.send(Outcome::Nothing);
+                    responder.send(ApplyOutcome::Nothing);
                 }
                 continue;
             }
@@ -536,12 +534,12 @@ impl RaftStateMachine<Types> for StateMachine {
                 kv::Audience::Nobody
             };
             let work = self.work(entry.log_id, entry.payload, audience);
-            let outcome = machine
+            let outcome = apply_state
                 .apply(work)
                 .await
-                .map_err(|error| machine.fatal(error))?;
+                .map_err(|error| apply_state.fatal(error))?;
             drop(turn);
-            self.machine.note_applied(from_raft(&entry_id));
+            self.apply_state.note_applied(from_raft(&entry_id));
             if let Some(responder) = responder {
                 responder.send(outcome);
             }
@@ -560,7 +558,7 @@ impl RaftStateMachine<Types> for StateMachine {
         let made = if force {
             None
         } else {
-            current(&self.machine.store)
+            current(&self.apply_state.store)
         };
         (force || made.is_some()).then(|| self.builder(made))
     }
@@ -572,9 +570,9 @@ impl RaftStateMachine<Types> for StateMachine {
     /// Openraft answers nobody until it is done: what takes long was done before, by
     /// `snapshots::install`.
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, data: SnapshotData) -> io::Result<()> {
-        let _installing = Installing::begin(self.machine.clone());
-        let machine = self.machine.clone();
-        let installed = tokio::task::spawn_blocking(move || match (&machine.store, &data) {
+        let _installing = InstallGuard::begin(self.apply_state.clone());
+        let apply_state = self.apply_state.clone();
+        let installed = tokio::task::spawn_blocking(move || match (&apply_state.store, &data) {
             (ReplicaStore::Map(state), SnapshotData::Map(snapshot)) => {
                 let filled = background::run("fill-map", || state.install(snapshot));
                 filled.unwrap_or_else(|source| {
@@ -594,20 +592,20 @@ impl RaftStateMachine<Types> for StateMachine {
         installed
             .await
             .map_err(io::Error::other)?
-            .map_err(|error| self.machine.fatal(error))?;
-        let applied = self.machine.store.applied();
+            .map_err(|error| self.apply_state.fatal(error))?;
+        let applied = self.apply_state.store.applied();
         self.membership = applied.membership;
-        self.machine
+        self.apply_state
             .read_map()
-            .map_err(|error| self.machine.fatal(error))?;
+            .map_err(|error| self.apply_state.fatal(error))?;
         if let Some(id) = applied.log_id {
-            self.machine.note_applied(id);
+            self.apply_state.note_applied(id);
         }
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, SnapshotData>>> {
-        current(&self.machine.store).map(with_meta).transpose()
+        current(&self.apply_state.store).map(with_meta).transpose()
     }
 }
 
@@ -623,7 +621,7 @@ fn current(store: &ReplicaStore) -> Option<SnapshotData> {
 
 /// Hands openraft a snapshot.
 pub struct SnapshotBuilder {
-    machine: Arc<Machine>,
+    apply_state: Arc<ApplyState>,
     made: Option<SnapshotData>,
 }
 
@@ -631,11 +629,11 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
     type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, SnapshotData>> {
-        let data = match (self.made.take(), &self.machine.store) {
+        let data = match (self.made.take(), &self.apply_state.store) {
             (Some(made), _) => made,
             (None, ReplicaStore::Map(state)) => SnapshotData::Map(build(state).await.map_err(io::Error::other)?),
             (None, ReplicaStore::Witness(_)) => {
-                SnapshotData::Watermark(write_watermark(&self.machine).await.map_err(io::Error::other)?)
+                SnapshotData::Watermark(write_watermark(&self.apply_state).await.map_err(io::Error::other)?)
             }
         };
         with_meta(data)
@@ -655,8 +653,8 @@ pub async fn build(state: &ReplicaState) -> Result<Snapshot, StoreError> {
 
 /// Has the file of a witness say what it has applied, once its log holds that durably: else a power
 /// cut could leave a file that claims entries which the log has lost.
-pub async fn write_watermark(machine: &Arc<Machine>) -> Result<Applied, StoreError> {
-    let applied = match &machine.store {
+pub async fn write_watermark(apply_state: &Arc<ApplyState>) -> Result<Applied, StoreError> {
+    let applied = match &apply_state.store {
         ReplicaStore::Witness(state) => state.settled().await?,
         ReplicaStore::Map(state) => {
             return Err(StoreError::Damaged(format!(
@@ -665,8 +663,8 @@ pub async fn write_watermark(machine: &Arc<Machine>) -> Result<Applied, StoreErr
             )));
         }
     };
-    let machine = machine.clone();
-    let watermark = tokio::task::spawn_blocking(move || match &machine.store {
+    let apply_state = apply_state.clone();
+    let watermark = tokio::task::spawn_blocking(move || match &apply_state.store {
         ReplicaStore::Witness(state) => state.write_watermark(&applied).map(|()| state.watermark()),
         ReplicaStore::Map(_) => Ok(applied),
     });

@@ -73,11 +73,11 @@ impl Replica {
             leads: self.leads(),
             committed: index(committed),
             synced: index(self.log.synced()),
-            applied: index(self.machine.store.applied().log_id),
-            is_held: self.machine.hold.is_set()
-                || self.machine.is_installing()
-                || self.machine.failure().is_some(),
-            applying: self.machine.applying(),
+            applied: index(self.apply_state.store.applied().log_id),
+            is_held: self.apply_state.hold.is_set()
+                || self.apply_state.is_installing()
+                || self.apply_state.failure().is_some(),
+            applying: self.apply_state.applying(),
         }
     }
 
@@ -138,9 +138,9 @@ impl Replica {
 
 /// Marks that an entry is being applied, until it is dropped. Each read of the map counts as a step
 /// of it: a disk that is slow takes long for many, and a new start would begin with a cold cache.
-pub(super) struct Applying<'a>(&'a std::sync::Mutex<Option<Instant>>);
+pub(super) struct ApplyProgress<'a>(&'a std::sync::Mutex<Option<Instant>>);
 
-impl<'a> Applying<'a> {
+impl<'a> ApplyProgress<'a> {
     pub fn begin(since: &'a std::sync::Mutex<Option<Instant>>) -> Self {
         let applying = Self(since);
         applying.step();
@@ -151,18 +151,18 @@ impl<'a> Applying<'a> {
         *self.0.lock().expect("no holder panics") = Some(Instant::now());
     }
 
-    fn stepping<'b, V: 'b>(&'b self, items: Items<'b, V>) -> Items<'b, V> {
+    fn counted<'b, V: 'b>(&'b self, items: Items<'b, V>) -> Items<'b, V> {
         Box::new(items.inspect(|_| self.step()))
     }
 }
 
 /// What an entry reads, each of which is a step of applying it.
-pub(super) struct Stepping<'a, R> {
+pub(super) struct ProgressRead<'a, R> {
     pub read: &'a R,
-    pub applying: &'a Applying<'a>,
+    pub applying: &'a ApplyProgress<'a>,
 }
 
-impl<R: Read> Read for Stepping<'_, R> {
+impl<R: Read> Read for ProgressRead<'_, R> {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
         let value = self.read.get(key);
         self.applying.step();
@@ -176,7 +176,7 @@ impl<R: Read> Read for Stepping<'_, R> {
     }
 
     fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
-        self.applying.stepping(self.read.scan(range, direction))
+        self.applying.counted(self.read.scan(range, direction))
     }
 
     fn scan_starts<'a>(
@@ -186,11 +186,11 @@ impl<R: Read> Read for Stepping<'_, R> {
         bytes_max: usize,
     ) -> Items<'a, ValueStart> {
         self.applying
-            .stepping(self.read.scan_starts(range, direction, bytes_max))
+            .counted(self.read.scan_starts(range, direction, bytes_max))
     }
 }
 
-impl Drop for Applying<'_> {
+impl Drop for ApplyProgress<'_> {
     fn drop(&mut self) {
         *self.0.lock().expect("no holder panics") = None;
     }
@@ -216,8 +216,8 @@ mod tests {
             .into_iter()
             .collect::<BTreeMap<_, _>>();
         let later = Duration::from_secs(50);
-        let applying = Applying::begin(&since);
-        let read = Stepping {
+        let applying = ApplyProgress::begin(&since);
+        let read = ProgressRead {
             read: &map,
             applying: &applying,
         };

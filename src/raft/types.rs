@@ -25,17 +25,17 @@ pub struct Types;
 
 impl RaftTypeConfig for Types {
     type D = Proposal;
-    type R = Outcome;
+    type R = ApplyOutcome;
     type NodeId = ReplicaId;
-    type Node = Member;
+    type Node = GroupMember;
     type Term = u64;
     type LeaderId = openraft::impls::leader_id_std::LeaderId<u64, ReplicaId>;
     type Vote = openraft::impls::Vote<Self::LeaderId>;
-    type Payload = EntryPayload<Proposal, ReplicaId, Member>;
+    type Payload = EntryPayload<Proposal, ReplicaId, GroupMember>;
     type Entry = openraft::Entry<<Self::LeaderId as RaftLeaderId>::Committed, Self::Payload>;
     type AsyncRuntime = Runtime;
     type Responder<T>
-        = Answer<T>
+        = ResponderFn<T>
     where
         T: OptionalSend + 'static;
     type Batch<T>
@@ -48,7 +48,8 @@ impl RaftTypeConfig for Types {
 pub type RaftLogId = openraft::type_config::alias::LogIdOf<Types>;
 pub type RaftVoteOf = openraft::type_config::alias::VoteOf<Types>;
 pub type RaftEntry = openraft::type_config::alias::EntryOf<Types>;
-pub type RaftMembership = openraft::Membership<ReplicaId, Member>;
+pub type RaftPayload = EntryPayload<Proposal, ReplicaId, GroupMember>;
+pub type RaftMembership = openraft::Membership<ReplicaId, GroupMember>;
 pub type StoredMembership = openraft::type_config::alias::StoredMembershipOf<Types>;
 pub type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<Types>;
 
@@ -70,7 +71,7 @@ impl fmt::Display for Proposal {
 
 /// What applying an entry answered. Stays in memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Outcome {
+pub enum ApplyOutcome {
     /// The entry was Raft's own.
     Nothing,
     Shard(kv::Outcome),
@@ -79,13 +80,13 @@ pub enum Outcome {
 
 /// Where a replica is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Member {
+pub struct GroupMember {
     pub node: NodeId,
     /// It keeps the log and no map.
     pub is_witness: bool,
 }
 
-impl Member {
+impl GroupMember {
     /// The node to send others to, if this is to lead; none of a witness, which serves nobody.
     pub fn serving_node(&self) -> Option<NodeId> {
         (!self.is_witness).then_some(self.node)
@@ -94,9 +95,9 @@ impl Member {
 
 /// Hands a result on in place: an answer wakes whoever waits for it without a task or a channel of
 /// its own between.
-pub struct Answer<T>(pub Box<dyn FnOnce(T) + Send>);
+pub struct ResponderFn<T>(pub Box<dyn FnOnce(T) + Send>);
 
-impl<T: OptionalSend + 'static> Responder<Types, T> for Answer<T> {
+impl<T: OptionalSend + 'static> Responder<Types, T> for ResponderFn<T> {
     fn on_complete(self, result: T) {
         (self.0)(result);
     }
@@ -221,13 +222,13 @@ fn membership(
     let member = |(id, node)| {
         (
             id,
-            Member {
+            GroupMember {
                 node,
                 is_witness: witnesses.contains(&id),
             },
         )
     };
-    let members: BTreeMap<ReplicaId, Member> = record.members.into_iter().map(member).collect();
+    let members: BTreeMap<ReplicaId, GroupMember> = record.members.into_iter().map(member).collect();
     let undecodable = |reason: String| StoreError::Undecodable {
         what: "a membership",
         reason,
@@ -268,7 +269,7 @@ mod tests {
         let member = |(replica, node)| {
             (
                 ReplicaId(replica),
-                Member {
+                GroupMember {
                     node: NodeId(node),
                     is_witness: false,
                 },
@@ -304,7 +305,7 @@ mod tests {
         let member = |(replica, node)| {
             (
                 ReplicaId(replica),
-                Member {
+                GroupMember {
                     node: NodeId(node),
                     is_witness: replica == 3,
                 },

@@ -183,7 +183,7 @@ impl WitnessReplica {
     /// is measured by its log's beginning whether it may become one.
     pub async fn release_log(&self, under_pressure: bool) -> Result<(), StoreError> {
         let group = &self.0;
-        let Some(state) = group.machine.store.witness() else {
+        let Some(state) = group.apply_state.store.witness() else {
             return Ok(());
         };
         let status = group.status();
@@ -203,7 +203,7 @@ impl WitnessReplica {
             return Ok(());
         }
         if status.snapshot.is_none_or(|watermark| watermark.index < upto) {
-            super::state_machine::write_watermark(&group.machine).await?;
+            super::state_machine::write_watermark(&group.apply_state).await?;
             // It takes the file that was just written.
             let _ = group.raft.trigger().snapshot().await;
             return Ok(());

@@ -49,12 +49,12 @@ const CONNECTION_BYTES_MAX: usize = 8 << 20;
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// What is heard of a call.
-pub type Answer = oneshot::Receiver<Result<Arrived, LaneError>>;
+pub type PendingReply = oneshot::Receiver<Result<Arrived, LaneError>>;
 
 /// A frame that is on its way.
 pub struct Call {
     /// What the peer says to it.
-    pub answer: Answer,
+    pub answer: PendingReply,
     /// Bytes that were on their way over its lane when it was sent, with its own.
     under_way: usize,
 }
@@ -159,7 +159,7 @@ impl Lanes {
         }
         let lanes = std::mem::take(&mut *self.lanes.lock().expect("no holder panics"));
         for lane in lanes.into_values() {
-            lane.lock().end(&LaneError::Closed, Link::Closed);
+            lane.lock().end(&LaneError::Closed, LinkState::Closed);
         }
     }
 
@@ -205,12 +205,12 @@ struct PeerLane {
 
 #[derive(Default)]
 struct LaneState {
-    link: Link,
+    link: LinkState,
     /// Which connection the queue belongs to: the stream of an earlier one takes nothing from it.
     generation: u64,
     queue: VecDeque<(Bytes, Option<Reservation>)>,
     queue_bytes: usize,
-    calls: HashMap<u64, Waiting>,
+    calls: HashMap<u64, PendingCall>,
     /// Bytes of the frames that are not answered yet.
     unanswered_bytes: usize,
     next_sequence: u64,
@@ -222,13 +222,13 @@ struct LaneState {
 }
 
 /// Who waits for an answer.
-struct Waiting {
+struct PendingCall {
     caller: oneshot::Sender<Result<Arrived, LaneError>>,
     bytes: usize,
 }
 
 #[derive(Debug, Default)]
-enum Link {
+enum LinkState {
     /// Nothing was sent yet, or the last pause is over.
     #[default]
     Idle,
@@ -250,7 +250,7 @@ impl LaneState {
     }
 
     /// Fails every call and empties the queue.
-    fn end(&mut self, error: &LaneError, link: Link) {
+    fn end(&mut self, error: &LaneError, link: LinkState) {
         self.generation += 1;
         self.queue.clear();
         self.queue_bytes = 0;
@@ -275,13 +275,13 @@ impl PeerLane {
     fn call(&self, peer: &Peer, frame: Frame, place: Option<Reservation>) -> Result<Call, LaneError> {
         let mut state = self.lock();
         match &state.link {
-            Link::Up(current) if current != peer => {
-                state.end(&LaneError::Broken("the peer has moved".into()), Link::Idle);
+            LinkState::Up(current) if current != peer => {
+                state.end(&LaneError::Broken("the peer has moved".into()), LinkState::Idle);
                 self.called.notify_one();
             }
-            Link::Down(error) => return Err(LaneError::Down(error.to_string())),
-            Link::Closed => return Err(LaneError::Closed),
-            Link::Idle | Link::Up(_) => {}
+            LinkState::Down(error) => return Err(LaneError::Down(error.to_string())),
+            LinkState::Closed => return Err(LaneError::Closed),
+            LinkState::Idle | LinkState::Up(_) => {}
         }
         if state.queue_bytes + frame.bytes_len() > QUEUE_BYTES_MAX && !state.queue.is_empty()
             || state.calls.len() >= CALLS_MAX
@@ -292,7 +292,7 @@ impl PeerLane {
         state.next_sequence += 1;
         let (caller, answer) = oneshot::channel();
         let bytes = frame.bytes_len();
-        state.calls.insert(sequence, Waiting { caller, bytes });
+        state.calls.insert(sequence, PendingCall { caller, bytes });
         state.waiting_since.get_or_insert_with(Instant::now);
         state.unanswered_bytes += bytes;
         state.queue_bytes += bytes;
@@ -300,7 +300,7 @@ impl PeerLane {
         let under_way = state.unanswered_bytes.max(state.queue_bytes);
         state.queue.push_back((frame.seal(sequence), place));
         let waker = state.waker.take();
-        let idle = matches!(state.link, Link::Idle);
+        let idle = matches!(state.link, LinkState::Idle);
         drop(state);
         match waker {
             Some(waker) => waker.wake(),
@@ -312,13 +312,13 @@ impl PeerLane {
 }
 
 /// The bytes that go out over one connection of a lane.
-struct Outbox {
+struct OutgoingFrames {
     lane: Arc<PeerLane>,
     generation: u64,
     hello: Option<Bytes>,
 }
 
-impl Stream for Outbox {
+impl Stream for OutgoingFrames {
     type Item = Bytes;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
@@ -364,24 +364,24 @@ impl Stream for Outbox {
 async fn keep_up(parts: Arc<LanesParts>, lane: Arc<PeerLane>) {
     let mut pause = PAUSE_MIN;
     loop {
-        while !matches!(lane.lock().link, Link::Idle) || lane.lock().calls.is_empty() {
+        while !matches!(lane.lock().link, LinkState::Idle) || lane.lock().calls.is_empty() {
             lane.called.notified().await;
         }
         let started = Instant::now();
         let error = connect_and_run(&parts, &lane).await;
-        let moved = matches!(lane.lock().link, Link::Idle);
+        let moved = matches!(lane.lock().link, LinkState::Idle);
         if moved {
             continue;
         }
         tracing::debug!(peer = %lane.to, lane = lane.lane.name(), %error, "a lane broke");
-        lane.lock().end(&error, Link::Down(error.clone()));
+        lane.lock().end(&error, LinkState::Down(error.clone()));
         // A lane that worked for a while starts over with the shortest pause.
         if started.elapsed() > PAUSE_MAX {
             pause = PAUSE_MIN;
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSE_MAX);
-        lane.lock().link = Link::Idle;
+        lane.lock().link = LinkState::Idle;
     }
 }
 
@@ -402,7 +402,7 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
     };
     let generation = {
         let mut state = lane.lock();
-        state.link = Link::Up(peer.clone());
+        state.link = LinkState::Up(peer.clone());
         state.generation
     };
     let acquaintances = parts.identity.acquaintances();
@@ -410,7 +410,7 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
         Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own(), &parts.pace),
         None => wire::encode_hello(&hello),
     };
-    let outbox = Outbox {
+    let outbox = OutgoingFrames {
         lane: lane.clone(),
         generation,
         hello: Some(hello),

@@ -29,7 +29,7 @@ mod ways;
 
 pub use super::wire::Refusal;
 pub use acquaintances::{Acquaintances, Ousted};
-pub use client::{Answer, Call, Lanes, LanesParts, read_reply};
+pub use client::{PendingReply, Call, Lanes, LanesParts, read_reply};
 pub use heard::PeerLiveness;
 pub use seats::Seats;
 pub use serve::serve_lane;

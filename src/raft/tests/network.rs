@@ -20,7 +20,7 @@ use crate::raft::log_store::Tip;
 use crate::raft::network::Network;
 use crate::raft::state_machine::{SnapshotData, with_meta};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
-use crate::raft::types::{Member, Types, entry_to_raft, to_raft, vote_to_raft};
+use crate::raft::types::{GroupMember, Types, entry_to_raft, to_raft, vote_to_raft};
 use crate::raft::wire::{self, AppendReply, Arrived, FrameReader, Reply, Request};
 use crate::storage::log::{Entry, Payload, Vote};
 use crate::supervisor::Supervisor;
@@ -263,7 +263,7 @@ async fn told(lane: Lane, appends: &[u64], script: &[AppendReply]) -> Vec<String
         script.iter().cloned().collect(),
     ))));
     network.tip.set(appends.iter().max().copied());
-    let member = Member {
+    let member = GroupMember {
         node: NodeId(2),
         is_witness: false,
     };
@@ -297,7 +297,7 @@ async fn what_was_acknowledged_is_not_missing_later() {
     let (mut network, lanes) =
         network_to(Scripted(Arc::new(Mutex::new(script.into_iter().collect()))));
     network.tip.set(Some(9));
-    let member = Member {
+    let member = GroupMember {
         node: NodeId(2),
         is_witness: false,
     };
@@ -403,7 +403,7 @@ async fn no_result_speaks_for_a_request_that_is_not_answered() {
     let mut client = network
         .new_client(
             ReplicaId(2),
-            &Member {
+            &GroupMember {
                 node: NodeId(2),
                 is_witness: false,
             },
@@ -502,7 +502,7 @@ async fn gets_through(megabits: u64, mebibytes: &[usize]) -> bool {
     });
     let last = 4 + mebibytes.len() as u64;
     network.tip.set(Some(last));
-    let member = Member {
+    let member = GroupMember {
         node: NodeId(2),
         is_witness: false,
     };
@@ -549,7 +549,7 @@ async fn an_answer_about_a_snapshot_is_told_when_it_can_renew_no_lease_any_more(
     let snapshot = group.state().current_snapshot().expect("it is there");
     drop(group);
 
-    let member = Member {
+    let member = GroupMember {
         node: NodeId(2),
         is_witness: true,
     };

@@ -200,7 +200,7 @@ async fn entries_that_a_rebuilt_map_holds_are_not_applied_again() {
             (1, applied(&cut_off.leader))
         );
         assert_eq!(
-            *follower.machine.applied.borrow(),
+            *follower.apply_state.applied.borrow(),
             name.applied.expect("entries").index
         );
 
@@ -214,7 +214,7 @@ async fn entries_that_a_rebuilt_map_holds_are_not_applied_again() {
         );
         until("both have told their digests", || {
             let told = [&leader, follower].map(|group| group.state().noted_digest());
-            assert_eq!(follower.machine.failure(), None, "{entries} entries");
+            assert_eq!(follower.apply_state.failure(), None, "{entries} entries");
             told[0].is_some() && told[0].map(|(id, _)| id) == told[1].map(|(id, _)| id)
         })
         .await;
@@ -234,7 +234,7 @@ async fn a_map_that_arrives_for_a_hold_that_is_over_is_refused() {
     cluster.put(1, "during", "v").await;
     cut_off.append().await;
     let (name, _) = cut_off.send_map().await;
-    cut_off.follower.machine.hold.clear();
+    cut_off.follower.apply_state.hold.clear();
     let refused = cut_off.install(name).await;
     assert!(matches!(refused, Reply::Refused(_)), "{refused:?}");
     assert_eq!(cut_off.follower.rebuilt(), 0);

@@ -20,7 +20,7 @@ use openraft::{EntryPayload, LogState, OptionalSend, RaftLogReader, StorageError
 
 use super::cluster::{Disks, key};
 use crate::raft::log_store::LogStore;
-use crate::raft::state_machine::{ReplicaStore, Machine, StateMachine};
+use crate::raft::state_machine::{ReplicaStore, ApplyState, StateMachine};
 use crate::raft::types::{RaftEntry, RaftLogId, RaftVoteOf, Types};
 use crate::raft::witness::WitnessState;
 use crate::storage::disk::{Disk, RealDisk};
@@ -92,7 +92,7 @@ fn store(
             ))
         }
     };
-    let machine = Arc::new(Machine::new(store).expect("a readable map"));
+    let apply_state = Arc::new(ApplyState::new(store).expect("a readable map"));
     let guard = Guard {
         log,
         states: Arc::new(states),
@@ -105,7 +105,7 @@ fn store(
             store: LogStore::new(replica),
             first_seen: Arc::default(),
         },
-        StateMachine::new(machine),
+        StateMachine::new(apply_state),
     )
 }
 
