@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::Progress;
+use crate::raft::ReplicaProgress;
 use crate::sm::stalls::{
     self, Cause, DISK_BEHIND_MS, ReplicaStalls, StepDowns, Still, Verdict, judge_apply,
     judge_checkpointer, judge_runtime, judge_writer,
@@ -179,7 +179,7 @@ impl Watchdog {
     }
 
     /// Returns what is to be said of the log, and whether it hangs at the disk.
-    fn look_at_log(&mut self, progress: &[Progress]) -> (Option<String>, bool) {
+    fn look_at_log(&mut self, progress: &[ReplicaProgress]) -> (Option<String>, bool) {
         let writer = self.log.activity();
         let ms = self.writer.observe(
             self.now_ms,
@@ -213,7 +213,7 @@ impl Watchdog {
         })
     }
 
-    fn look_at_replica(&mut self, replica: &Progress, log_hangs: bool) -> Option<String> {
+    fn look_at_replica(&mut self, replica: &ReplicaProgress, log_hangs: bool) -> Option<String> {
         let key = replica.key;
         let entry = self.replicas.entry(key).or_default();
         let seen = stalls::Progress {

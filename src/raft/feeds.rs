@@ -1,4 +1,4 @@
-//! [`Feeds`]: which followers are being sent a snapshot, and what of the log they will need after
+//! [`SnapshotTransfers`]: which followers are being sent a snapshot, and what of the log they will need after
 //! it.
 //!
 //! Openraft purges the log without regard to them: a follower that takes longer to install a
@@ -40,10 +40,10 @@ const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The followers of a group that are being sent snapshots. Clones are the same.
 #[derive(Debug, Clone, Default)]
-pub struct Feeds(Arc<Mutex<BTreeMap<ReplicaId, Feed>>>);
+pub struct SnapshotTransfers(Arc<Mutex<BTreeMap<ReplicaId, SnapshotTransfer>>>);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Feed {
+struct SnapshotTransfer {
     /// The last entry that is in the snapshot.
     index: u64,
     snapshot_bytes: u64,
@@ -53,7 +53,7 @@ struct Feed {
     times: u32,
 }
 
-impl Feed {
+impl SnapshotTransfer {
     fn log_bytes_max(&self) -> u64 {
         let doublings = self.times.saturating_sub(1).min(DOUBLINGS_MAX);
         self.snapshot_bytes.max(LOG_BYTES_FLOOR) << doublings
@@ -65,45 +65,45 @@ impl Feed {
 }
 
 /// For as long as it lives a snapshot is being sent.
-pub struct Feeding {
-    feeds: Feeds,
+pub struct TransferGuard {
+    transfers: SnapshotTransfers,
     to: ReplicaId,
 }
 
-impl Drop for Feeding {
+impl Drop for TransferGuard {
     fn drop(&mut self) {
-        if let Some(feed) = self.feeds.lock().get_mut(&self.to) {
-            feed.ended = Some(Instant::now());
+        if let Some(transfer) = self.transfers.lock().get_mut(&self.to) {
+            transfer.ended = Some(Instant::now());
         }
     }
 }
 
-impl Feeds {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<ReplicaId, Feed>> {
+impl SnapshotTransfers {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ReplicaId, SnapshotTransfer>> {
         self.0.lock().expect("no holder panics")
     }
 
     /// Notes that a snapshot as of `index` is being sent.
-    pub fn begin(&self, to: ReplicaId, index: u64, snapshot_bytes: u64) -> Feeding {
-        let mut feeds = self.lock();
-        let before = feeds.get(&to).filter(|feed| !feed.is_over());
+    pub fn begin(&self, to: ReplicaId, index: u64, snapshot_bytes: u64) -> TransferGuard {
+        let mut transfers = self.lock();
+        let before = transfers.get(&to).filter(|transfer| !transfer.is_over());
         let times = match before {
             // The way broke, and it goes on.
             Some(before) if before.index == index => before.times,
             Some(before) => before.times + 1,
             None => 1,
         };
-        feeds.insert(
+        transfers.insert(
             to,
-            Feed {
+            SnapshotTransfer {
                 index,
                 snapshot_bytes,
                 ended: None,
                 times,
             },
         );
-        Feeding {
-            feeds: self.clone(),
+        TransferGuard {
+            transfers: self.clone(),
             to,
         }
     }
@@ -118,12 +118,12 @@ impl Feeds {
         bytes_since: impl Fn(u64) -> u64,
     ) -> u64 {
         let mut upto = u64::MAX;
-        self.lock().retain(|replica, feed| {
-            let has = matched(*replica).map_or(0, |id| id.index).max(feed.index);
+        self.lock().retain(|replica, transfer| {
+            let has = matched(*replica).map_or(0, |id| id.index).max(transfer.index);
             let has_caught_up =
-                feed.ended.is_some() && has > feed.index && has + ENTRIES_BEHIND > last;
-            let needs_it = !has_caught_up && !feed.is_over();
-            if needs_it && bytes_since(has) <= feed.log_bytes_max() {
+                transfer.ended.is_some() && has > transfer.index && has + ENTRIES_BEHIND > last;
+            let needs_it = !has_caught_up && !transfer.is_over();
+            if needs_it && bytes_since(has) <= transfer.log_bytes_max() {
                 upto = upto.min(has);
             }
             needs_it
@@ -142,7 +142,7 @@ impl Replica {
         let purgeable = match status.role {
             Role::Leader if self.context.log.lacks_room().is_none() => {
                 self.network
-                    .feeds
+                    .transfers
                     .purgeable(last, matched, |index| self.log.bytes_since(index))
             }
             Role::Leader | Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => {
@@ -203,23 +203,23 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_log_after_a_snapshot_is_kept_until_its_follower_has_caught_up() {
-        let feeds = Feeds::default();
-        let upto = |last, matched| feeds.purgeable(last, |_| matched, |_| 1);
+        let transfers = SnapshotTransfers::default();
+        let upto = |last, matched| transfers.purgeable(last, |_| matched, |_| 1);
         assert_eq!(upto(5000, None), u64::MAX, "nobody is sent one");
-        let feeding = feeds.begin(FOLLOWER, 1000, 10);
+        let guard = transfers.begin(FOLLOWER, 1000, 10);
         tokio::time::advance(PATIENCE * 100).await;
         assert_eq!(
             upto(50_000, None),
             1000,
             "it is on its way for as long as it takes"
         );
-        drop(feeding);
+        drop(guard);
         assert_eq!(upto(60_000, id(1000)), 1000, "it has just been installed");
         assert_eq!(upto(60_000, id(20_000)), 20_000, "it is being sent the log");
         assert_eq!(upto(60_000, id(59_000)), u64::MAX, "it has caught up");
         assert_eq!(upto(60_000, None), u64::MAX, "and nothing is remembered");
 
-        drop(feeds.begin(FOLLOWER, 1000, 10));
+        drop(transfers.begin(FOLLOWER, 1000, 10));
         tokio::time::advance(PATIENCE / 2).await;
         assert_eq!(upto(5000, None), 1000);
         tokio::time::advance(PATIENCE).await;
@@ -228,18 +228,18 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_kept_is_bounded_and_grows_with_each_snapshot_that_did_not_do() {
-        let feeds = Feeds::default();
-        let is_kept = |bytes| feeds.purgeable(1 << 40, |_| None, |_| bytes) < u64::MAX;
-        drop(feeds.begin(FOLLOWER, 1000, 10));
+        let transfers = SnapshotTransfers::default();
+        let is_kept = |bytes| transfers.purgeable(1 << 40, |_| None, |_| bytes) < u64::MAX;
+        drop(transfers.begin(FOLLOWER, 1000, 10));
         assert!(is_kept(LOG_BYTES_FLOOR) && !is_kept(LOG_BYTES_FLOOR + 1));
-        drop(feeds.begin(FOLLOWER, 1000, 10));
+        drop(transfers.begin(FOLLOWER, 1000, 10));
         assert!(!is_kept(LOG_BYTES_FLOOR + 1), "the same again");
         for (n, factor) in [2, 4, 8, 8].into_iter().enumerate() {
-            drop(feeds.begin(FOLLOWER, 2000 + n as u64, 10));
+            drop(transfers.begin(FOLLOWER, 2000 + n as u64, 10));
             assert!(is_kept(LOG_BYTES_FLOOR * factor) && !is_kept(LOG_BYTES_FLOOR * factor + 1));
         }
         let large = LOG_BYTES_FLOOR * 5;
-        drop(feeds.begin(ReplicaId(3), 1000, large));
+        drop(transfers.begin(ReplicaId(3), 1000, large));
         assert!(is_kept(large), "as much as the snapshot");
     }
 }

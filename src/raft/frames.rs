@@ -41,7 +41,7 @@ impl Replica {
         request: Request,
         tail: Bytes,
     ) -> Result<BoxFuture<'static, Reply>, Refusal> {
-        let turn = Turn::take(&self.frames)?;
+        let slot = FrameSlot::take(&self.frames)?;
         let place = self
             .context
             .budgets
@@ -52,7 +52,7 @@ impl Replica {
             return Err(Refusal::Busy);
         }
         Ok(Box::pin(async move {
-            let _held = (turn, place);
+            let _held = (slot, place);
             self.answer(lane, sender, request, tail)
                 .await
                 .unwrap_or_else(Reply::Refused)
@@ -218,7 +218,7 @@ impl Replica {
             false => append_reply(self.raft.append_entries(request).await)?,
         };
         if matches!(reply, AppendReply::Success) {
-            self.freshness.heard(
+            self.freshness.note_append(
                 commit.map_or(0, |id| id.index),
                 *self.apply_state.applied.borrow(),
             );
@@ -353,20 +353,20 @@ fn read(vote: &Vote) -> Result<super::types::RaftVoteOf, Refusal> {
 }
 
 /// One frame's share of what a group may hold.
-struct Turn(Arc<AtomicUsize>);
+struct FrameSlot(Arc<AtomicUsize>);
 
-impl Turn {
+impl FrameSlot {
     fn take(frames: &Arc<AtomicUsize>) -> Result<Self, Refusal> {
-        let turn = Turn(frames.clone());
+        let slot = FrameSlot(frames.clone());
         if frames.fetch_add(1, Ordering::Relaxed) < FRAMES_MAX {
-            Ok(turn)
+            Ok(slot)
         } else {
             Err(Refusal::Busy)
         }
     }
 }
 
-impl Drop for Turn {
+impl Drop for FrameSlot {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

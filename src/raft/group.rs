@@ -23,7 +23,7 @@ use tokio::time::Instant;
 
 use super::elections::Elections;
 use super::errors::{OpenError, ProposeError, ReadError, SHUT_DOWN, TransferError};
-use super::feeds::Feeds;
+use super::feeds::SnapshotTransfers;
 use super::log_store::LogStore;
 use super::network::Network;
 use super::proposer::{Proposer, propose_error};
@@ -31,7 +31,7 @@ use super::pulse::{TimerAction, ElectionRole, ElectionTimer};
 use super::reads::ReadIndex;
 use super::registry::RaftContext;
 use super::room::HeldBytes;
-use super::snapshots::Inbox;
+use super::snapshots::SnapshotInbox;
 use super::state_machine::{self, ReplicaStore, ApplyState, StateMachine};
 use super::status::{Freshness, GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
 use super::timings::{LeaseReads, RaftTimings};
@@ -63,7 +63,7 @@ pub struct Replica {
     pub(super) log: ReplicaLog,
     proposer: Arc<Proposer>,
     reads: Arc<ReadIndex>,
-    pub(super) inbox: Inbox,
+    pub(super) inbox: SnapshotInbox,
     pub(super) network: Network,
     pub(super) freshness: Freshness,
     pub(super) timer: ElectionTimer,
@@ -104,7 +104,7 @@ impl Replica {
             key,
             lanes: context.lanes.clone(),
             tip: log_store.tip().clone(),
-            feeds: Feeds::default(),
+            transfers: SnapshotTransfers::default(),
             append_timeout: timings.append_timeout(),
             snapshot_step_timeout: timings.snapshot_step_timeout(),
             lease: timings.lease(),
@@ -149,7 +149,7 @@ impl Replica {
             log,
             proposer,
             reads,
-            inbox: Inbox::default(),
+            inbox: SnapshotInbox::default(),
             network,
             freshness: Freshness::default(),
             timer: ElectionTimer::new(&timings, is_witness),

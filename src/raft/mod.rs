@@ -59,7 +59,7 @@ pub use registry::{Registry, RegistryParts};
 pub use room::{FairBudget, RaftBudgets};
 pub use runtime::seed_this_thread;
 pub use status::{GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
-pub use step_down::Progress;
+pub use step_down::ReplicaProgress;
 pub use timings::{LeaseReads, RaftTimings};
 pub use wire::{Refusal, WireError};
 pub use witness::WitnessReplica;

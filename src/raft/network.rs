@@ -26,7 +26,7 @@ use openraft::{AnyError, OptionalSend};
 use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
 
-use super::feeds::Feeds;
+use super::feeds::SnapshotTransfers;
 use super::lanes::{Lanes, read_reply};
 use super::log_store::Tip;
 use super::room::RaftBudgets;
@@ -42,14 +42,14 @@ use crate::storage::ReplicaKey;
 use crate::telemetry::rarely;
 use crate::types::{NodeId, ReplicaId};
 
-/// Appends of one group to one peer that may be without a reply: enough to fill the way to the peer
+/// AppendStream of one group to one peer that may be without a reply: enough to fill the way to the peer
 /// while its disk syncs.
 const WINDOW: usize = 16;
 /// How often a follower must say that it lacks what it has acknowledged.
 const MISSING_TIMES: u32 = 3;
 /// Bytes of them. One larger append may always go alone.
 const WINDOW_BYTES: usize = 4 << 20;
-type Answered<T> = Result<T, RPCError<Types>>;
+type RpcResult<T> = Result<T, RPCError<Types>>;
 
 /// Makes the clients of one group.
 #[derive(Clone)]
@@ -58,7 +58,7 @@ pub struct Network {
     pub lanes: Arc<Lanes>,
     /// The end of the group's log here.
     pub tip: Arc<Tip>,
-    pub feeds: Feeds,
+    pub transfers: SnapshotTransfers,
     /// How long an append may be without a reply, beside the time that its bytes and those before
     /// them take on a slow way. A follower that syncs slowly is not a follower that is gone.
     pub append_timeout: Duration,
@@ -107,7 +107,7 @@ impl Network {
             lane,
             head,
             network: self.clone(),
-            acked: Acked::default(),
+            acked: AckedLog::default(),
         }
     }
 }
@@ -116,7 +116,7 @@ impl Network {
 /// the follower's disk, and only another leader could have had it cut off, whose vote the follower
 /// would answer with: where it is missing, the disk is an older one.
 #[derive(Default)]
-struct Acked {
+struct AckedLog {
     /// Of the vote under which it was acknowledged.
     term: AtomicU64,
     /// The index after the last acknowledged one.
@@ -125,7 +125,7 @@ struct Acked {
     missing: AtomicU32,
 }
 
-impl Acked {
+impl AckedLog {
     /// Returns whether the entry at this place is known to be on the follower's disk.
     fn has(&self, term: u64, previous: Option<RaftLogId>) -> bool {
         let end = self.end.load(Ordering::Relaxed);
@@ -151,7 +151,7 @@ pub struct PeerClient {
     lane: Lane,
     head: Head,
     network: Network,
-    acked: Acked,
+    acked: AckedLog,
 }
 
 impl PeerClient {
@@ -162,7 +162,7 @@ impl PeerClient {
 
     /// The follower lacks what it has acknowledged. It is believed when it has said so several
     /// times.
-    fn tell_missing(&self) {
+    fn note_missing(&self) {
         if self.acked.missing.fetch_add(1, Ordering::Relaxed) + 1 >= MISSING_TIMES {
             self.lanes.lost_acknowledged(self.to);
         }
@@ -194,7 +194,7 @@ impl PeerClient {
         }
     }
 
-    async fn ask_raft(&self, request: Request, option: &RPCOption) -> Answered<Reply> {
+    async fn ask_raft(&self, request: Request, option: &RPCOption) -> RpcResult<Reply> {
         self.ask(&request, &[], Instant::now() + option.soft_ttl())
             .await
             .map_err(rpc_error)
@@ -220,7 +220,7 @@ impl PeerClient {
         &self,
         request: Request,
         option: &RPCOption,
-    ) -> Answered<VoteResponse<Types>> {
+    ) -> RpcResult<VoteResponse<Types>> {
         match self.ask_raft(request, option).await? {
             Reply::Vote {
                 vote,
@@ -243,7 +243,7 @@ impl RaftNetworkV2<Types> for PeerClient {
         &mut self,
         mut request: AppendEntriesRequest<Types>,
         option: RPCOption,
-    ) -> Answered<AppendEntriesResponse<Types>> {
+    ) -> RpcResult<AppendEntriesResponse<Types>> {
         let frame = self.append_frame(&mut request);
         let reply = self
             .wait(frame, Instant::now() + option.soft_ttl())
@@ -256,7 +256,7 @@ impl RaftNetworkV2<Types> for PeerClient {
         &'s mut self,
         input: S,
         option: RPCOption,
-    ) -> BoxFuture<'s, Answered<BoxStream<'s, Answered<StreamAppendResult<Types>>>>>
+    ) -> BoxFuture<'s, RpcResult<BoxStream<'s, RpcResult<StreamAppendResult<Types>>>>>
     where
         S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
     {
@@ -266,7 +266,7 @@ impl RaftNetworkV2<Types> for PeerClient {
         } else {
             option.soft_ttl()
         };
-        let stream = Appends {
+        let stream = AppendStream {
             client: self,
             input: Some(input),
             window: VecDeque::with_capacity(WINDOW),
@@ -285,7 +285,7 @@ impl RaftNetworkV2<Types> for PeerClient {
         &mut self,
         request: VoteRequest<Types>,
         option: RPCOption,
-    ) -> Answered<VoteResponse<Types>> {
+    ) -> RpcResult<VoteResponse<Types>> {
         let last = request.last_log_id.as_ref().map(from_raft);
         let vote = vote_from_raft(&request.vote);
         self.ask_vote(
@@ -303,7 +303,7 @@ impl RaftNetworkV2<Types> for PeerClient {
         &mut self,
         request: VoteRequest<Types>,
         option: RPCOption,
-    ) -> Answered<VoteResponse<Types>> {
+    ) -> RpcResult<VoteResponse<Types>> {
         let last = request.last_log_id.as_ref().map(from_raft);
         self.ask_vote(
             Request::PreVote {
@@ -330,9 +330,9 @@ impl RaftNetworkV2<Types> for PeerClient {
             return Err(StreamingError::Unreachable(Unreachable::new(&reason)));
         };
         let index = snapshot.applied().log_id.map_or(0, |id| id.index);
-        let _feeding = self
+        let _guard = self
             .network
-            .feeds
+            .transfers
             .begin(self.head.target, index, snapshot.bytes_len());
         let send = async {
             let began = Instant::now();
@@ -359,7 +359,7 @@ impl RaftNetworkV2<Types> for PeerClient {
         &mut self,
         request: TransferLeaderRequest<Types>,
         option: RPCOption,
-    ) -> Answered<TransferLeaderResponse<Types>> {
+    ) -> RpcResult<TransferLeaderResponse<Types>> {
         use openraft::raft::TransferLeaderError::{LogNotFlushed, VoteChanged};
         let last = request.last_log_id().map(from_raft);
         let from = vote_from_raft(request.from_leader());
@@ -398,10 +398,10 @@ impl RaftNetworkV2<Types> for PeerClient {
 /// saves as many frames as there are entries: the next one with entries tells what is committed as
 /// well. And where one slips through, a result waits until everything is answered that it would
 /// speak for.
-struct Appends<'s, S> {
+struct AppendStream<'s, S> {
     client: &'s PeerClient,
     input: Option<S>,
-    window: VecDeque<InFlight>,
+    window: VecDeque<InFlightAppend>,
     window_bytes: usize,
     /// Of a request that is small and alone on its way.
     timeout: Duration,
@@ -417,7 +417,7 @@ struct Appends<'s, S> {
     acknowledged: Option<RaftLogId>,
 }
 
-struct InFlight {
+struct InFlightAppend {
     answer: super::lanes::PendingReply,
     bytes: usize,
     /// How long its answer is waited for.
@@ -431,7 +431,7 @@ struct InFlight {
     follows_acked: bool,
 }
 
-impl<S> Appends<'_, S>
+impl<S> AppendStream<'_, S>
 where
     S: Stream<Item = AppendEntriesRequest<Types>> + Unpin,
 {
@@ -469,7 +469,7 @@ where
                 }
                 self.window_bytes += bytes;
                 let answer = call.answer;
-                self.window.push_back(InFlight {
+                self.window.push_back(InFlightAppend {
                     answer,
                     bytes,
                     timeout,
@@ -518,7 +518,7 @@ where
     }
 
     /// The oldest request is done with; the timer is now the next one's.
-    fn pop(&mut self) -> Option<InFlight> {
+    fn pop(&mut self) -> Option<InFlightAppend> {
         let done = self.window.pop_front()?;
         self.window_bytes -= done.bytes;
         if let Some(next) = self.window.front() {
@@ -531,7 +531,7 @@ where
     /// can't be: nothing that was acknowledged is lost, and a lane keeps the order of its frames.
     /// openraft does not look: it would search below what matches, and where the log is purged up
     /// to there, send snapshots without end. So it is an error, and tried again.
-    fn read(&mut self, done: &InFlight, reply: &Reply) -> Answered<StreamAppendResult<Types>> {
+    fn read(&mut self, done: &InFlightAppend, reply: &Reply) -> RpcResult<StreamAppendResult<Types>> {
         let response = read_append_reply(reply)?;
         // Heartbeats follow what was acknowledged.
         let is_known = self.client.lane == Lane::Heartbeat || done.previous <= self.acknowledged;
@@ -544,7 +544,7 @@ where
                 "a conflict that can't be"
             );
             if done.follows_acked {
-                self.client.tell_missing();
+                self.client.note_missing();
             }
             return Err(network_error(
                 "a conflict where the logs are known to match",
@@ -559,11 +559,11 @@ where
     }
 }
 
-impl<S> Stream for Appends<'_, S>
+impl<S> Stream for AppendStream<'_, S>
 where
     S: Stream<Item = AppendEntriesRequest<Types>> + Unpin,
 {
-    type Item = Answered<StreamAppendResult<Types>>;
+    type Item = RpcResult<StreamAppendResult<Types>>;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
@@ -601,7 +601,7 @@ where
     }
 }
 
-fn read_append_reply(reply: &Reply) -> Answered<AppendEntriesResponse<Types>> {
+fn read_append_reply(reply: &Reply) -> RpcResult<AppendEntriesResponse<Types>> {
     match reply {
         Reply::Append(AppendReply::Success) => Ok(AppendEntriesResponse::Success),
         Reply::Append(AppendReply::Partial(last)) => {
@@ -615,7 +615,7 @@ fn read_append_reply(reply: &Reply) -> Answered<AppendEntriesResponse<Types>> {
     }
 }
 
-fn read_vote(vote: &crate::storage::log::Vote) -> Answered<RaftVoteOf> {
+fn read_vote(vote: &crate::storage::log::Vote) -> RpcResult<RaftVoteOf> {
     vote_to_raft(vote).ok_or_else(|| network_error("a vote for nobody"))
 }
 

@@ -3,7 +3,7 @@
 //! stay: they were not in doubt.
 //!
 //! openraft has no part in it, and does not install what a replica has applied already. While the
-//! map is held ([`Hold`]), entries are appended and acknowledged as ever; those that the new map
+//! map is held ([`MapHold`]), entries are appended and acknowledged as ever; those that the new map
 //! holds are passed over then. After an end in the middle the old map is still there, and the next
 //! comparison finds it again.
 
@@ -40,31 +40,31 @@ const LOG_PAUSE: Duration = Duration::from_millis(5);
 pub struct RebuildError(String);
 
 /// Whether the map is held as it is, for another to take its place.
-pub struct Hold(watch::Sender<Held>);
+pub struct MapHold(watch::Sender<HoldState>);
 
 #[derive(Default)]
-struct Held {
+struct HoldState {
     /// Of the last hold: whoever waited for one before it must not end it.
     number: u64,
-    patience: Option<Patience>,
+    deadline: Option<HoldDeadline>,
     /// The last snapshot that began to arrive, if that was for a map that was held.
     arriving: Option<SnapshotName>,
 }
 
 #[derive(Clone, Copy)]
-enum Patience {
+enum HoldDeadline {
     Until(Instant),
     /// All of another map is here, and takes its place as soon as it can.
-    Taking,
+    Exchanging,
 }
 
-impl Default for Hold {
+impl Default for MapHold {
     fn default() -> Self {
-        Self(watch::Sender::new(Held::default()))
+        Self(watch::Sender::new(HoldState::default()))
     }
 }
 
-impl Hold {
+impl MapHold {
     /// Holds the map. Returns the number of a hold that begins; none if it was held already, and
     /// then has new patience.
     pub fn set(&self) -> Option<u64> {
@@ -72,10 +72,10 @@ impl Hold {
             return None;
         }
         let mut number = 0;
-        self.0.send_modify(|held| {
-            held.number += 1;
-            held.patience = Some(Patience::Until(Instant::now() + PATIENCE));
-            number = held.number;
+        self.0.send_modify(|hold| {
+            hold.number += 1;
+            hold.deadline = Some(HoldDeadline::Until(Instant::now() + PATIENCE));
+            number = hold.number;
         });
         Some(number)
     }
@@ -83,9 +83,9 @@ impl Hold {
     /// Something came of what is waited for. Returns whether the map is held.
     pub fn renew(&self) -> bool {
         let mut is_held = false;
-        self.0.send_if_modified(|held| {
-            is_held = held.patience.is_some();
-            if let Some(Patience::Until(until)) = &mut held.patience {
+        self.0.send_if_modified(|hold| {
+            is_held = hold.deadline.is_some();
+            if let Some(HoldDeadline::Until(until)) = &mut hold.deadline {
                 *until = Instant::now() + PATIENCE;
             }
             false
@@ -96,8 +96,8 @@ impl Hold {
     /// A snapshot begins to arrive.
     pub fn note_arriving(&self, name: SnapshotName) {
         let is_held = self.renew();
-        self.0.send_if_modified(|held| {
-            held.arriving = is_held.then_some(name);
+        self.0.send_if_modified(|hold| {
+            hold.arriving = is_held.then_some(name);
             false
         });
     }
@@ -109,12 +109,12 @@ impl Hold {
 
     /// Has the hold last for as long as another map takes the place of this one. Returns its
     /// number; none if the map is not held.
-    fn begin_taking(&self) -> Option<u64> {
+    fn begin_exchange(&self) -> Option<u64> {
         let mut number = None;
-        self.0.send_if_modified(|held| {
-            if held.patience.is_some() {
-                held.patience = Some(Patience::Taking);
-                number = Some(held.number);
+        self.0.send_if_modified(|hold| {
+            if hold.deadline.is_some() {
+                hold.deadline = Some(HoldDeadline::Exchanging);
+                number = Some(hold.number);
             }
             false
         });
@@ -124,17 +124,17 @@ impl Hold {
     /// Ends that hold, and no later one.
     fn end(&self, number: u64) {
         self.0
-            .send_if_modified(|held| held.number == number && held.patience.take().is_some());
+            .send_if_modified(|hold| hold.number == number && hold.deadline.take().is_some());
     }
 
     /// Ends whatever hold there is.
     pub fn clear(&self) {
         self.0
-            .send_if_modified(|held| held.patience.take().is_some());
+            .send_if_modified(|hold| hold.deadline.take().is_some());
     }
 
     pub fn is_set(&self) -> bool {
-        self.0.borrow().patience.is_some()
+        self.0.borrow().deadline.is_some()
     }
 
     /// Waits until the map is not held.
@@ -144,7 +144,7 @@ impl Hold {
             drop(
                 self.0
                     .subscribe()
-                    .wait_for(|held| held.patience.is_none())
+                    .wait_for(|hold| hold.deadline.is_none())
                     .await,
             );
         }
@@ -153,15 +153,15 @@ impl Hold {
     /// Waits until that hold is over, and ends it when its patience does. Returns whether it did.
     async fn outlast(&self, number: u64) -> bool {
         let mut seen = self.0.subscribe();
-        let over = seen.wait_for(|held| held.number != number || held.patience.is_none());
+        let over = seen.wait_for(|hold| hold.number != number || hold.deadline.is_none());
         select(std::pin::pin!(over), std::pin::pin!(self.run_out(number))).await;
         let mut ran_out = false;
-        self.0.send_if_modified(|held| {
+        self.0.send_if_modified(|hold| {
             let is_due =
-                matches!(held.patience, Some(Patience::Until(until)) if until <= Instant::now());
-            ran_out = held.number == number && is_due;
+                matches!(hold.deadline, Some(HoldDeadline::Until(until)) if until <= Instant::now());
+            ran_out = hold.number == number && is_due;
             if ran_out {
-                held.patience = None;
+                hold.deadline = None;
             }
             ran_out
         });
@@ -172,12 +172,12 @@ impl Hold {
     async fn run_out(&self, number: u64) {
         loop {
             let until = match *self.0.borrow() {
-                Held {
+                HoldState {
                     number: now,
-                    patience: Some(Patience::Until(until)),
+                    deadline: Some(HoldDeadline::Until(until)),
                     ..
                 } if now == number => until,
-                Held { .. } => Instant::now() + PATIENCE,
+                HoldState { .. } => Instant::now() + PATIENCE,
             };
             if until <= Instant::now() {
                 return;
@@ -188,12 +188,12 @@ impl Hold {
 }
 
 /// For as long as it lives the map stays held, while another takes its place.
-struct Taking {
+struct ExchangeGuard {
     apply_state: Arc<ApplyState>,
     number: u64,
 }
 
-impl Drop for Taking {
+impl Drop for ExchangeGuard {
     fn drop(&mut self) {
         self.apply_state.hold.end(self.number);
     }
@@ -291,14 +291,14 @@ impl Replica {
         done: snapshots::InstallSender,
     ) -> Option<(SnapshotReceiver, snapshots::InstallSender)> {
         let (apply_state, log, key) = (self.apply_state.clone(), self.log.clone(), self.key());
-        let Some(number) = apply_state.hold.begin_taking() else {
+        let Some(number) = apply_state.hold.begin_exchange() else {
             if !apply_state.hold.expects(name) {
                 return Some((receiver, done));
             }
             done.send_replace(Some(Err("the map is held no more".into())));
             return None;
         };
-        let taking = Taking {
+        let guard = ExchangeGuard {
             apply_state: apply_state.clone(),
             number,
         };
@@ -321,7 +321,7 @@ impl Replica {
                 // An entry may just be applied to the one that is held.
                 let _turn = apply_state.turns.lock().await;
                 // It goes first: whoever has the turn next must not find a hold without a purpose.
-                let _taking = taking;
+                let _taking = guard;
                 let filled = tokio::task::spawn_blocking(move || filling.exchange_map(&snapshot));
                 filled.await.map_err(|error| error.to_string())??;
                 Ok(vote)
@@ -365,7 +365,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn patience_lasts_while_pieces_arrive_and_ends_no_other_hold() {
-        let hold = Arc::new(Hold::default());
+        let hold = Arc::new(MapHold::default());
         let outlast = |number| {
             let hold = hold.clone();
             tokio::spawn(async move { hold.outlast(number).await })
@@ -389,13 +389,13 @@ mod tests {
         assert!(!second.await.expect("it ends"));
 
         let third = outlast(number);
-        assert_eq!(hold.begin_taking(), Some(number));
+        assert_eq!(hold.begin_exchange(), Some(number));
         tokio::time::sleep(PATIENCE * 5).await;
         assert!(hold.is_set(), "it is being filled");
         hold.end(number - 1);
         assert!(hold.is_set(), "another has ended it");
         hold.end(number);
         assert!(!hold.is_set() && !third.await.expect("it ends"));
-        assert_eq!(hold.begin_taking(), None);
+        assert_eq!(hold.begin_exchange(), None);
     }
 }

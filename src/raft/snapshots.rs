@@ -1,4 +1,4 @@
-//! Snapshots on their way between replicas: [`send`], and [`Inbox`], where one arrives.
+//! Snapshots on their way between replicas: [`send`], and [`SnapshotInbox`], where one arrives.
 //!
 //! The file travels in chunks, each answered with how much has arrived, so a broken transfer goes
 //! on where it broke, also under a new leader that has the same file. Installing takes as long as
@@ -151,10 +151,10 @@ fn unexpected(reply: &Reply) -> LaneError {
 
 /// Where a snapshot for one replica arrives. At most one at a time.
 #[derive(Clone, Default)]
-pub struct Inbox(Arc<Mutex<Arriving>>);
+pub struct SnapshotInbox(Arc<Mutex<IncomingSnapshot>>);
 
 #[derive(Default)]
-enum Arriving {
+enum IncomingSnapshot {
     #[default]
     Nothing,
     Some {
@@ -169,12 +169,12 @@ enum Arriving {
     },
 }
 
-impl Inbox {
+impl SnapshotInbox {
     /// Begins or goes on with a snapshot; another one that was arriving is given up.
     pub fn open(&self, state: &ReplicaState, name: SnapshotName) -> Result<Reply, Refusal> {
         let mut arriving = self.try_lock()?;
         match &*arriving {
-            Arriving::Some {
+            IncomingSnapshot::Some {
                 name: known,
                 receiver,
             } if *known == name => {
@@ -182,7 +182,7 @@ impl Inbox {
                     bytes_len: receiver.bytes_len(),
                 });
             }
-            Arriving::Installing {
+            IncomingSnapshot::Installing {
                 name: known,
                 result,
                 ..
@@ -191,22 +191,22 @@ impl Inbox {
                     bytes_len: name.bytes_len,
                 });
             }
-            Arriving::Installing { result, .. } if is_running(result) => return Err(Refusal::Busy),
-            Arriving::Nothing | Arriving::Some { .. } | Arriving::Installing { .. } => {}
+            IncomingSnapshot::Installing { result, .. } if is_running(result) => return Err(Refusal::Busy),
+            IncomingSnapshot::Nothing | IncomingSnapshot::Some { .. } | IncomingSnapshot::Installing { .. } => {}
         }
         // The file of the one before goes first: two might not fit on the disk.
-        *arriving = Arriving::Nothing;
+        *arriving = IncomingSnapshot::Nothing;
         let receiver = state
             .begin_receive()
             .map_err(|error| Refusal::Failed(error.to_string()))?;
-        *arriving = Arriving::Some { name, receiver };
+        *arriving = IncomingSnapshot::Some { name, receiver };
         Ok(Reply::SnapshotHas { bytes_len: 0 })
     }
 
     /// Blocking.
     pub fn write(&self, name: SnapshotName, offset: u64, chunk: &Bytes) -> Result<Reply, Refusal> {
         let mut arriving = self.lock();
-        let Arriving::Some {
+        let IncomingSnapshot::Some {
             name: known,
             receiver,
         } = &mut *arriving
@@ -221,7 +221,7 @@ impl Inbox {
                 bytes_len: receiver.bytes_len(),
             }),
             Err(error) => {
-                *arriving = Arriving::Nothing;
+                *arriving = IncomingSnapshot::Nothing;
                 Err(Refusal::Failed(error.to_string()))
             }
         }
@@ -260,12 +260,12 @@ impl Inbox {
     ) -> Result<InstallResult, Refusal> {
         let mut arriving = self.try_lock()?;
         match std::mem::take(&mut *arriving) {
-            Arriving::Some {
+            IncomingSnapshot::Some {
                 name: known,
                 receiver,
             } if known == name && receiver.bytes_len() == name.bytes_len => {
                 let (sender, result) = watch::channel(None);
-                *arriving = Arriving::Installing {
+                *arriving = IncomingSnapshot::Installing {
                     name,
                     vote,
                     result: result.clone(),
@@ -273,14 +273,14 @@ impl Inbox {
                 start(receiver, sender);
                 Ok(result)
             }
-            Arriving::Installing {
+            IncomingSnapshot::Installing {
                 name: known,
                 vote: by,
                 result,
             } => {
                 let same = (known, by) == (name, vote);
                 if same || is_running(&result) {
-                    *arriving = Arriving::Installing {
+                    *arriving = IncomingSnapshot::Installing {
                         name: known,
                         vote: by,
                         result: result.clone(),
@@ -299,12 +299,12 @@ impl Inbox {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Arriving> {
+    fn lock(&self) -> MutexGuard<'_, IncomingSnapshot> {
         self.0.lock().expect("no holder panics")
     }
 
     /// For a caller that must not block: a chunk may just be written, and wait for the disk.
-    fn try_lock(&self) -> Result<MutexGuard<'_, Arriving>, Refusal> {
+    fn try_lock(&self) -> Result<MutexGuard<'_, IncomingSnapshot>, Refusal> {
         match self.0.try_lock() {
             Ok(arriving) => Ok(arriving),
             Err(TryLockError::WouldBlock) => Err(Refusal::Busy),

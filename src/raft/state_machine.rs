@@ -22,7 +22,7 @@ use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use tokio::sync::{MutexGuard as TurnGuard, watch};
 use tokio::time::Instant;
 
-use super::rebuild::Hold;
+use super::rebuild::MapHold;
 use super::step_down::{ApplyProgress, ProgressRead};
 use super::types::{
     ApplyOutcome, Proposal, RaftLogId, RaftPayload, SnapshotMeta, StoredMembership, Types, decode_stored_membership,
@@ -94,8 +94,8 @@ pub struct ApplyState {
     pub applied: watch::Sender<u64>,
     pub clock: GroupClock,
     /// Nothing is applied while it is set.
-    pub hold: Hold,
-    /// Held while an entry is applied, and while another map takes the place of one that is held.
+    pub hold: MapHold,
+    /// HoldState while an entry is applied, and while another map takes the place of one that is held.
     pub turns: tokio::sync::Mutex<()>,
     /// How often another map took the place of this one's, which differed. Changed with the turn.
     pub rebuilt: AtomicU64,
@@ -117,7 +117,7 @@ impl ApplyState {
             store,
             applied: watch::Sender::new(applied.map_or(0, |id| id.index)),
             clock: GroupClock::new(),
-            hold: Hold::default(),
+            hold: MapHold::default(),
             turns: tokio::sync::Mutex::default(),
             rebuilt: AtomicU64::new(0),
             applying: Mutex::new(None),

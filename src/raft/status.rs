@@ -198,10 +198,10 @@ pub struct ReplicaWatch {
 /// How old a follower's map may be: when it was last known to hold all that its leader had
 /// committed.
 #[derive(Debug, Default)]
-pub struct Freshness(Mutex<Heard>);
+pub struct Freshness(Mutex<FreshnessState>);
 
 #[derive(Debug, Default)]
-struct Heard {
+struct FreshnessState {
     /// When an append of a leader was last taken.
     last: Option<Instant>,
     /// A commit that was heard of, and when. Kept until it is applied, or it would never be while
@@ -213,13 +213,13 @@ struct Heard {
 
 impl Freshness {
     /// An append of the leader was taken, which had committed through this index.
-    pub fn heard(&self, commit: u64, applied: u64) {
+    pub fn note_append(&self, commit: u64, applied: u64) {
         let now = Instant::now();
-        let mut heard = self.0.lock().expect("no holder panics");
-        heard.last = Some(now);
-        heard.settle(applied);
-        heard.awaited.get_or_insert((now, commit));
-        heard.settle(applied);
+        let mut state = self.0.lock().expect("no holder panics");
+        state.last = Some(now);
+        state.advance(applied);
+        state.awaited.get_or_insert((now, commit));
+        state.advance(applied);
     }
 
     /// When the leader was last heard of.
@@ -229,14 +229,14 @@ impl Freshness {
 
     /// When the map was last known to hold all that its leader had committed; none since the start.
     pub fn fresh_at(&self, applied: u64) -> Option<Instant> {
-        let mut heard = self.0.lock().expect("no holder panics");
-        heard.settle(applied);
-        heard.fresh
+        let mut state = self.0.lock().expect("no holder panics");
+        state.advance(applied);
+        state.fresh
     }
 }
 
-impl Heard {
-    fn settle(&mut self, applied: u64) {
+impl FreshnessState {
+    fn advance(&mut self, applied: u64) {
         if let Some((at, _)) = self.awaited.take_if(|(_, commit)| *commit <= applied) {
             self.fresh = Some(at);
         }
@@ -355,17 +355,17 @@ mod tests {
         let freshness = Freshness::default();
         assert_eq!(freshness.fresh_at(0), None);
         let start = Instant::now();
-        freshness.heard(5, 3);
+        freshness.note_append(5, 3);
         assert_eq!(freshness.fresh_at(3), None);
         tokio::time::advance(Duration::from_secs(1)).await;
-        freshness.heard(9, 4);
+        freshness.note_append(9, 4);
         assert_eq!(
             freshness.fresh_at(5),
             Some(start),
             "what was committed a second ago is applied now"
         );
         tokio::time::advance(Duration::from_secs(1)).await;
-        freshness.heard(9, 9);
+        freshness.note_append(9, 9);
         assert_eq!(freshness.fresh_at(9), Some(Instant::now()));
         assert_eq!(freshness.last_heard(), Some(Instant::now()));
     }

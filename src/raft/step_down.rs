@@ -34,7 +34,7 @@ const SEEN_AFTER: Duration = Duration::from_millis(200);
 
 /// How far a replica is, for who watches whether it gets further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
+pub struct ReplicaProgress {
     pub key: ReplicaKey,
     pub leads: bool,
     pub committed: u64,
@@ -51,7 +51,7 @@ pub struct Progress {
 
 impl Registry {
     /// Returns how far every replica of this node is, witnesses too.
-    pub fn progress(&self) -> Vec<Progress> {
+    pub fn progress(&self) -> Vec<ReplicaProgress> {
         let mut all = Vec::new();
         self.with_groups(|group| all.push(group.progress()));
         all
@@ -59,7 +59,7 @@ impl Registry {
 }
 
 impl Replica {
-    fn progress(&self) -> Progress {
+    fn progress(&self) -> ReplicaProgress {
         let index = |id: Option<LogId>| id.map_or(0, |id| id.index);
         let committed = self
             .raft
@@ -68,7 +68,7 @@ impl Replica {
             .local_committed
             .as_ref()
             .map(from_raft);
-        Progress {
+        ReplicaProgress {
             key: self.key(),
             leads: self.leads(),
             committed: index(committed),

@@ -73,7 +73,7 @@ async fn log_is_kept_for_whom_a_snapshot_was_sent_only_where_there_is_room() {
     let leader = cluster.leader(1).await;
     let group = cluster.group(leader.0, 1);
     let mut purged = group.status().purged;
-    let feeding = group.network.feeds.begin(ReplicaId(9), 1, 10);
+    let guard = group.network.transfers.begin(ReplicaId(9), 1, 10);
 
     for is_low in [false, true] {
         cluster.put(1, "k", "2").await;
@@ -104,7 +104,7 @@ async fn log_is_kept_for_whom_a_snapshot_was_sent_only_where_there_is_room() {
     .await;
     group.purge_log_of_all(applied.index).await;
     until("nothing is kept", || group.status().purged == Some(applied)).await;
-    drop((feeding, group));
+    drop((guard, group));
     cluster.stop_all().await;
 }
 

@@ -14,7 +14,7 @@ use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 
 use super::cluster::{CLUSTER, PACE, TestCluster, directory, key};
-use crate::raft::feeds::Feeds;
+use crate::raft::feeds::SnapshotTransfers;
 use crate::raft::lanes::{Lanes, LanesParts};
 use crate::raft::log_store::Tip;
 use crate::raft::network::Network;
@@ -249,7 +249,7 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
         key: key(1, 1),
         lanes: lanes.clone(),
         tip,
-        feeds: Feeds::default(),
+        transfers: SnapshotTransfers::default(),
         append_timeout: second,
         snapshot_step_timeout: second,
         lease: None,
