@@ -20,7 +20,7 @@ use super::bootstrap::{Met, may_start};
 use super::join::{Joined, Joining};
 use super::member::Member;
 use crate::client::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
-use crate::raft::lanes::Refusal;
+use crate::raft::lanes::PeerRefusal;
 use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};
 
@@ -259,9 +259,9 @@ impl Joining {
     }
 }
 
-fn refused(refusal: &Refusal) -> GreetingReply {
+fn refused(refusal: &PeerRefusal) -> GreetingReply {
     match refusal {
-        Refusal::Outdated { number } => GreetingReply::Outdated { number: *number },
+        PeerRefusal::Outdated { number } => GreetingReply::Outdated { number: *number },
         // The process that was there before may have ended a moment ago: the lanes find out.
         refusal => GreetingReply::Failed {
             reason: refusal.to_string(),
@@ -334,14 +334,14 @@ impl Greeter {
                         );
                     }
                 }
-                Met::Outdated { number } => self.refused(address, &Refusal::Outdated { number }),
-                Met::Doubled { at } => self.refused(&at, &Refusal::Doubled),
+                Met::Outdated { number } => self.refused(address, &PeerRefusal::Outdated { number }),
+                Met::Doubled { at } => self.refused(&at, &PeerRefusal::Doubled),
                 Met::Silent | Met::Stranger { .. } => {}
             }
         }
     }
 
-    fn refused(&self, by: &Address, refusal: &Refusal) {
+    fn refused(&self, by: &Address, refusal: &PeerRefusal) {
         if let Some(acquaintances) = self.joining.acquaintances() {
             acquaintances.refused_by(by.as_str(), refusal);
         }

@@ -19,7 +19,7 @@ use super::snapshots;
 use super::state_machine::ReplicaStore;
 use super::transport::Lane;
 use super::types::{Types, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
-use super::wire::{self, AppendReply, Refusal, Reply, Request, TransferReply};
+use super::wire::{self, AppendReply, PeerRefusal, PeerReply, PeerRequest, TransferReply};
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::{Entry, Vote};
 use crate::storage::state::ReplicaState;
@@ -29,7 +29,7 @@ use crate::types::{LogId, ReplicaId};
 /// may be sent again.
 const FRAMES_MAX: usize = 64;
 
-type Handled = Result<Reply, Refusal>;
+type Handled = Result<PeerReply, PeerRefusal>;
 
 impl Replica {
     /// Begins to work on a request for this replica. An append has its place in openraft's queue
@@ -38,31 +38,31 @@ impl Replica {
         self: Arc<Self>,
         lane: Lane,
         sender: ReplicaId,
-        request: Request,
+        request: PeerRequest,
         tail: Bytes,
-    ) -> Result<BoxFuture<'static, Reply>, Refusal> {
+    ) -> Result<BoxFuture<'static, PeerReply>, PeerRefusal> {
         let slot = FrameSlot::take(&self.frames)?;
         let place = self
             .context
             .budgets
             .frames
             .take(&self.frame_bytes, tail.len())
-            .ok_or(Refusal::Busy)?;
+            .ok_or(PeerRefusal::Busy)?;
         if self.is_behind_disk(&request) {
-            return Err(Refusal::Busy);
+            return Err(PeerRefusal::Busy);
         }
         Ok(Box::pin(async move {
             let _held = (slot, place);
             self.answer(lane, sender, request, tail)
                 .await
-                .unwrap_or_else(Reply::Refused)
+                .unwrap_or_else(PeerReply::Refused)
         }))
     }
 
     /// Whether more entries would only pile up before a disk that does not keep up, or is full. Of
     /// each group some may wait all the same, unless it is full.
-    fn is_behind_disk(&self, request: &Request) -> bool {
-        let has_entries = matches!(request, Request::Append { entries, .. } if !entries.is_empty());
+    fn is_behind_disk(&self, request: &PeerRequest) -> bool {
+        let has_entries = matches!(request, PeerRequest::Append { entries, .. } if !entries.is_empty());
         let log = &self.context.log;
         let is_full = || log.disk_level() == DiskLevel::Spent && !self.key().group.is_meta();
         has_entries && (log.overloaded() && self.has_unsynced() || is_full())
@@ -72,32 +72,32 @@ impl Replica {
         &self,
         lane: Lane,
         sender: ReplicaId,
-        request: Request,
+        request: PeerRequest,
         tail: Bytes,
     ) -> Handled {
         match request {
-            Request::Append {
+            PeerRequest::Append {
                 vote,
                 previous,
                 commit,
                 entries,
             } => {
-                let entries = wire::entries(&entries, tail).map_err(|_| Refusal::Unreadable)?;
+                let entries = wire::entries(&entries, tail).map_err(|_| PeerRefusal::Unreadable)?;
                 self.append(lane, vote, previous, commit, entries).await
             }
-            Request::Vote {
+            PeerRequest::Vote {
                 vote,
                 last,
                 leadership_transfer,
             } => self.vote(vote, last, leadership_transfer).await,
-            Request::PreVote { vote, last } => self.pre_vote(vote, last).await,
-            Request::TransferLeader { from, to, last } => self.take_over(from, to, last).await,
-            request @ (Request::SnapshotOpen { .. }
-            | Request::SnapshotChunk { .. }
-            | Request::SnapshotInstall { .. }
-            | Request::Watermark { .. }) => {
+            PeerRequest::PreVote { vote, last } => self.pre_vote(vote, last).await,
+            PeerRequest::TransferLeader { from, to, last } => self.take_over(from, to, last).await,
+            request @ (PeerRequest::SnapshotOpen { .. }
+            | PeerRequest::SnapshotChunk { .. }
+            | PeerRequest::SnapshotInstall { .. }
+            | PeerRequest::Watermark { .. }) => {
                 if self.watch.borrow().membership.is_witness(sender) {
-                    return Err(Refusal::Failed("a witness has no snapshot".into()));
+                    return Err(PeerRefusal::Failed("a witness has no snapshot".into()));
                 }
                 let reply = match &self.apply_state.store {
                     ReplicaStore::Map(state) => self.take_snapshot(state, request, &tail).await?,
@@ -105,11 +105,11 @@ impl Replica {
                 };
                 self.with_vote(reply).await
             }
-            Request::Rebuild { vote } => self.hold_map(&vote),
-            Request::PurgeIndex { index } => match &self.apply_state.store {
+            PeerRequest::Rebuild { vote } => self.hold_map(&vote),
+            PeerRequest::PurgeIndex { index } => match &self.apply_state.store {
                 ReplicaStore::Witness(state) => {
                     state.raise_purge_index(index);
-                    Ok(Reply::Noted)
+                    Ok(PeerReply::Noted)
                 }
                 ReplicaStore::Map(_) => Err(other_kind()),
             },
@@ -119,39 +119,39 @@ impl Replica {
     /// Says with whom this replica goes now, and not when the snapshot was installed, which may be
     /// long ago: the sender takes the answer for a word of one that follows it, and confirms reads
     /// by it.
-    async fn with_vote(&self, reply: Reply) -> Handled {
-        let Reply::SnapshotInstalled { .. } = reply else {
+    async fn with_vote(&self, reply: PeerReply) -> Handled {
+        let PeerReply::SnapshotInstalled { .. } = reply else {
             return Ok(reply);
         };
         let vote = self
             .raft
             .with_raft_state(|state| *state.vote_ref())
             .await
-            .map_err(|_| Refusal::Stopped)?;
-        Ok(Reply::SnapshotInstalled {
+            .map_err(|_| PeerRefusal::Stopped)?;
+        Ok(PeerReply::SnapshotInstalled {
             vote: vote_from_raft(&vote),
         })
     }
 
-    async fn take_snapshot(&self, state: &ReplicaState, request: Request, tail: &Bytes) -> Handled {
+    async fn take_snapshot(&self, state: &ReplicaState, request: PeerRequest, tail: &Bytes) -> Handled {
         match request {
-            Request::SnapshotOpen { snapshot, .. } => {
+            PeerRequest::SnapshotOpen { snapshot, .. } => {
                 let opened = self.inbox.open(state, snapshot)?;
                 self.apply_state.hold.note_arriving(snapshot);
                 Ok(opened)
             }
-            Request::SnapshotChunk { snapshot, offset } => {
+            PeerRequest::SnapshotChunk { snapshot, offset } => {
                 let (inbox, tail) = (self.inbox.clone(), tail.clone());
                 let written =
                     tokio::task::spawn_blocking(move || inbox.write(snapshot, offset, &tail)).await;
                 self.apply_state.hold.renew();
                 written.unwrap_or_else(|error| {
-                    Err(Refusal::Failed(format!(
+                    Err(PeerRefusal::Failed(format!(
                         "taking a snapshot panicked: {error}"
                     )))
                 })
             }
-            Request::SnapshotInstall { vote, snapshot } => {
+            PeerRequest::SnapshotInstall { vote, snapshot } => {
                 let (raft, state) = (self.raft.clone(), state.clone());
                 let install = |receiver, done: snapshots::InstallSender| {
                     let ordinary = self.take_rebuilt(snapshot, receiver, vote, done);
@@ -172,18 +172,18 @@ impl Replica {
 
     /// Of a snapshot a witness takes only how far it is. Where its log holds that entry, and so all
     /// that it needs, it keeps what it has.
-    async fn take_watermark(&self, request: Request) -> Handled {
+    async fn take_watermark(&self, request: PeerRequest) -> Handled {
         match request {
-            Request::SnapshotOpen { .. } => Ok(Reply::WatermarkWanted),
-            Request::Watermark { vote, applied } => {
-                let upto = applied.log_id.ok_or(Refusal::Unreadable)?;
+            PeerRequest::SnapshotOpen { .. } => Ok(PeerReply::WatermarkWanted),
+            PeerRequest::Watermark { vote, applied } => {
+                let upto = applied.log_id.ok_or(PeerRefusal::Unreadable)?;
                 if self.log.entry_id(upto.index) == Some(upto) && self.log.synced() >= Some(upto) {
-                    return Ok(Reply::SnapshotInstalled { vote });
+                    return Ok(PeerReply::SnapshotInstalled { vote });
                 }
                 let installed = snapshots::install_watermark(self.raft.clone(), applied, vote).await;
                 installed
-                    .map(|vote| Reply::SnapshotInstalled { vote })
-                    .map_err(Refusal::Failed)
+                    .map(|vote| PeerReply::SnapshotInstalled { vote })
+                    .map_err(PeerRefusal::Failed)
             }
             _ => Err(other_kind()),
         }
@@ -208,7 +208,7 @@ impl Replica {
         let request = AppendEntriesRequest::<Types> {
             vote: read(&vote)?,
             prev_log_id: previous.map(to_raft),
-            entries: entries.map_err(|_| Refusal::Unreadable)?,
+            entries: entries.map_err(|_| PeerRefusal::Unreadable)?,
             leader_commit: commit.map(to_raft),
         };
         let is_heartbeat = lane == Lane::Heartbeat && request.entries.is_empty();
@@ -223,7 +223,7 @@ impl Replica {
                 *self.apply_state.applied.borrow(),
             );
         }
-        Ok(Reply::Append(reply))
+        Ok(PeerReply::Append(reply))
     }
 
     /// Answers a heartbeat without waiting for what is being synced or installed, as openraft
@@ -234,7 +234,7 @@ impl Replica {
     async fn heartbeat(
         &self,
         request: AppendEntriesRequest<Types>,
-    ) -> Result<AppendReply, Refusal> {
+    ) -> Result<AppendReply, PeerRefusal> {
         let (vote, log) = (request.vote, self.log.clone());
         let append = std::pin::pin!(self.raft.append_entries(request));
         // Openraft takes it after the heartbeat. It saves a vote before it does anything else: what
@@ -247,13 +247,13 @@ impl Replica {
             Either::Left((response, _)) => append_reply(response),
             Either::Right((Ok(true), _)) => Ok(AppendReply::Success),
             Either::Right((Ok(false), append)) => append_reply(append.await),
-            Either::Right((Err(_), _)) => Err(Refusal::Stopped),
+            Either::Right((Err(_), _)) => Err(PeerRefusal::Stopped),
         }
     }
 
     async fn vote(&self, vote: Vote, last: Option<LogId>, leadership_transfer: bool) -> Handled {
         if self.may_be_leased() || (!self.end_lease_if_disconnected() && !leadership_transfer) {
-            return Err(Refusal::Leased);
+            return Err(PeerRefusal::Leased);
         }
         let request = VoteRequest::<Types> {
             vote: read(&vote)?,
@@ -264,13 +264,13 @@ impl Replica {
             .raft
             .vote(request)
             .await
-            .map_err(|_| Refusal::Stopped)?;
+            .map_err(|_| PeerRefusal::Stopped)?;
         if response.vote_granted {
             self.timer.on_vote_granted();
         }
         self.notice_older_log(&response, last);
         let last = response.last_log_id.as_ref().map(from_raft);
-        Ok(Reply::Vote {
+        Ok(PeerReply::Vote {
             vote: vote_from_raft(&response.vote),
             last,
             granted: response.vote_granted,
@@ -279,17 +279,17 @@ impl Replica {
 
     async fn pre_vote(&self, vote: Vote, last: Option<LogId>) -> Handled {
         if self.may_be_leased() || !self.end_lease_if_disconnected() {
-            return Err(Refusal::Leased);
+            return Err(PeerRefusal::Leased);
         }
         let request = VoteRequest::<Types>::new(read(&vote)?, last.map(to_raft));
         let response = self
             .raft
             .pre_vote(request)
             .await
-            .map_err(|_| Refusal::Stopped)?;
+            .map_err(|_| PeerRefusal::Stopped)?;
         self.notice_older_log(&response, last);
         let last = response.last_log_id.as_ref().map(from_raft);
-        Ok(Reply::Vote {
+        Ok(PeerReply::Vote {
             vote: vote_from_raft(&response.vote),
             last,
             granted: response.vote_granted,
@@ -305,15 +305,15 @@ impl Replica {
 
     async fn take_over(&self, from: Vote, to: ReplicaId, last: Option<LogId>) -> Handled {
         if self.may_be_leased() {
-            return Err(Refusal::Leased);
+            return Err(PeerRefusal::Leased);
         }
         let request = TransferLeaderRequest::<Types>::new(read(&from)?, to, last.map(to_raft));
         let response = self
             .raft
             .handle_transfer_leader(request)
             .await
-            .map_err(|_| Refusal::Stopped)?;
-        Ok(Reply::TransferLeader(match response {
+            .map_err(|_| PeerRefusal::Stopped)?;
+        Ok(PeerReply::TransferLeader(match response {
             Ok(()) => TransferReply::Accepted,
             Err(TransferLeaderError::VoteChanged { expected, actual }) => {
                 TransferReply::VoteChanged {
@@ -333,8 +333,8 @@ impl Replica {
 
 fn append_reply(
     response: Result<AppendEntriesResponse<Types>, RaftError<Types>>,
-) -> Result<AppendReply, Refusal> {
-    Ok(match response.map_err(|_| Refusal::Stopped)? {
+) -> Result<AppendReply, PeerRefusal> {
+    Ok(match response.map_err(|_| PeerRefusal::Stopped)? {
         AppendEntriesResponse::Success => AppendReply::Success,
         AppendEntriesResponse::PartialSuccess(last) => {
             AppendReply::Partial(last.as_ref().map(from_raft))
@@ -344,24 +344,24 @@ fn append_reply(
     })
 }
 
-fn other_kind() -> Refusal {
-    Refusal::Failed("that is for another kind of replica".into())
+fn other_kind() -> PeerRefusal {
+    PeerRefusal::Failed("that is for another kind of replica".into())
 }
 
-fn read(vote: &Vote) -> Result<super::types::RaftVoteOf, Refusal> {
-    vote_to_raft(vote).ok_or(Refusal::Unreadable)
+fn read(vote: &Vote) -> Result<super::types::RaftVoteOf, PeerRefusal> {
+    vote_to_raft(vote).ok_or(PeerRefusal::Unreadable)
 }
 
 /// One frame's share of what a group may hold.
 struct FrameSlot(Arc<AtomicUsize>);
 
 impl FrameSlot {
-    fn take(frames: &Arc<AtomicUsize>) -> Result<Self, Refusal> {
+    fn take(frames: &Arc<AtomicUsize>) -> Result<Self, PeerRefusal> {
         let slot = FrameSlot(frames.clone());
         if frames.fetch_add(1, Ordering::Relaxed) < FRAMES_MAX {
             Ok(slot)
         } else {
-            Err(Refusal::Busy)
+            Err(PeerRefusal::Busy)
         }
     }
 }

@@ -61,5 +61,5 @@ pub use runtime::seed_this_thread;
 pub use status::{GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
 pub use step_down::ReplicaProgress;
 pub use timings::{LeaseReads, RaftTimings};
-pub use wire::{Refusal, WireError};
+pub use wire::{PeerRefusal, WireError};
 pub use witness::WitnessReplica;

@@ -37,7 +37,7 @@ use super::types::{
     GroupMember, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft,
     vote_to_raft,
 };
-use super::wire::{self, AppendReply, Frame, Head, Refusal, Reply, Request, TransferReply};
+use super::wire::{self, AppendReply, UnsealedFrame, FrameHeader, PeerRefusal, PeerReply, PeerRequest, TransferReply};
 use crate::storage::ReplicaKey;
 use crate::telemetry::rarely;
 use crate::types::{NodeId, ReplicaId};
@@ -96,7 +96,7 @@ impl Network {
     }
 
     fn client(&self, target: ReplicaId, to: NodeId, lane: Lane) -> PeerClient {
-        let head = Head {
+        let header = FrameHeader {
             group: self.key.group,
             sender: self.key.replica,
             target,
@@ -105,7 +105,7 @@ impl Network {
             lanes: self.lanes.clone(),
             to,
             lane,
-            head,
+            header,
             network: self.clone(),
             acked: AckedLog::default(),
         }
@@ -149,7 +149,7 @@ pub struct PeerClient {
     lanes: Arc<Lanes>,
     to: NodeId,
     lane: Lane,
-    head: Head,
+    header: FrameHeader,
     network: Network,
     acked: AckedLog,
 }
@@ -171,15 +171,15 @@ impl PeerClient {
     /// Sends a request and waits for its reply until `deadline`.
     pub async fn ask(
         &self,
-        request: &Request,
+        request: &PeerRequest,
         tail: &[u8],
         deadline: Instant,
-    ) -> Result<Reply, LaneError> {
-        self.wait(wire::encode_request(self.head, request, tail), deadline)
+    ) -> Result<PeerReply, LaneError> {
+        self.wait(wire::encode_request(self.header, request, tail), deadline)
             .await
     }
 
-    async fn wait(&self, frame: Frame, deadline: Instant) -> Result<Reply, LaneError> {
+    async fn wait(&self, frame: UnsealedFrame, deadline: Instant) -> Result<PeerReply, LaneError> {
         let call = self.lanes.call(self.to, self.lane, frame)?;
         let deadline = match self.lane {
             Lane::Snapshot => deadline + call.allowance(),
@@ -188,19 +188,19 @@ impl PeerClient {
         };
         let timeout = deadline.saturating_duration_since(Instant::now());
         match tokio::time::timeout_at(deadline, call.answer).await {
-            Ok(Ok(arrived)) => read_reply(&arrived?),
+            Ok(Ok(frame)) => read_reply(&frame?),
             Ok(Err(_)) => Err(LaneError::Closed),
             Err(_) => Err(LaneError::Late(timeout)),
         }
     }
 
-    async fn ask_raft(&self, request: Request, option: &RPCOption) -> RpcResult<Reply> {
+    async fn ask_raft(&self, request: PeerRequest, option: &RPCOption) -> RpcResult<PeerReply> {
         self.ask(&request, &[], Instant::now() + option.soft_ttl())
             .await
             .map_err(rpc_error)
     }
 
-    fn append_frame(&self, request: &mut AppendEntriesRequest<Types>) -> Frame {
+    fn append_frame(&self, request: &mut AppendEntriesRequest<Types>) -> UnsealedFrame {
         let entries: Vec<_> = std::mem::take(&mut request.entries)
             .into_iter()
             .map(entry_from_raft)
@@ -208,7 +208,7 @@ impl PeerClient {
         let previous = request.prev_log_id.as_ref().map(from_raft);
         let commit = request.leader_commit.as_ref().map(from_raft);
         wire::encode_append(
-            self.head,
+            self.header,
             vote_from_raft(&request.vote),
             previous,
             commit,
@@ -218,11 +218,11 @@ impl PeerClient {
 
     async fn ask_vote(
         &self,
-        request: Request,
+        request: PeerRequest,
         option: &RPCOption,
     ) -> RpcResult<VoteResponse<Types>> {
         match self.ask_raft(request, option).await? {
-            Reply::Vote {
+            PeerReply::Vote {
                 vote,
                 last,
                 granted,
@@ -289,7 +289,7 @@ impl RaftNetworkV2<Types> for PeerClient {
         let last = request.last_log_id.as_ref().map(from_raft);
         let vote = vote_from_raft(&request.vote);
         self.ask_vote(
-            Request::Vote {
+            PeerRequest::Vote {
                 vote,
                 last,
                 leadership_transfer: request.leadership_transfer,
@@ -306,7 +306,7 @@ impl RaftNetworkV2<Types> for PeerClient {
     ) -> RpcResult<VoteResponse<Types>> {
         let last = request.last_log_id.as_ref().map(from_raft);
         self.ask_vote(
-            Request::PreVote {
+            PeerRequest::PreVote {
                 vote: vote_from_raft(&request.vote),
                 last,
             },
@@ -333,7 +333,7 @@ impl RaftNetworkV2<Types> for PeerClient {
         let _guard = self
             .network
             .transfers
-            .begin(self.head.target, index, snapshot.bytes_len());
+            .begin(self.header.target, index, snapshot.bytes_len());
         let send = async {
             let began = Instant::now();
             let sent = snapshots::send(self, vote_from_raft(&vote), &snapshot, step_timeout).await;
@@ -363,20 +363,20 @@ impl RaftNetworkV2<Types> for PeerClient {
         use openraft::raft::TransferLeaderError::{LogNotFlushed, VoteChanged};
         let last = request.last_log_id().map(from_raft);
         let from = vote_from_raft(request.from_leader());
-        let request = Request::TransferLeader {
+        let request = PeerRequest::TransferLeader {
             from,
             to: *request.to_node_id(),
             last,
         };
         match self.ask_raft(request, &option).await? {
-            Reply::TransferLeader(TransferReply::Accepted) => Ok(Ok(())),
-            Reply::TransferLeader(TransferReply::VoteChanged { expected, actual }) => {
+            PeerReply::TransferLeader(TransferReply::Accepted) => Ok(Ok(())),
+            PeerReply::TransferLeader(TransferReply::VoteChanged { expected, actual }) => {
                 Ok(Err(VoteChanged {
                     expected: read_vote(&expected)?,
                     actual: read_vote(&actual)?,
                 }))
             }
-            Reply::TransferLeader(TransferReply::LogNotFlushed { expected, actual }) => {
+            PeerReply::TransferLeader(TransferReply::LogNotFlushed { expected, actual }) => {
                 Ok(Err(LogNotFlushed {
                     expected: expected.map(to_raft),
                     actual: actual.map(to_raft),
@@ -531,7 +531,7 @@ where
     /// can't be: nothing that was acknowledged is lost, and a lane keeps the order of its frames.
     /// openraft does not look: it would search below what matches, and where the log is purged up
     /// to there, send snapshots without end. So it is an error, and tried again.
-    fn read(&mut self, done: &InFlightAppend, reply: &Reply) -> RpcResult<StreamAppendResult<Types>> {
+    fn read(&mut self, done: &InFlightAppend, reply: &PeerReply) -> RpcResult<StreamAppendResult<Types>> {
         let response = read_append_reply(reply)?;
         // Heartbeats follow what was acknowledged.
         let is_known = self.client.lane == Lane::Heartbeat || done.previous <= self.acknowledged;
@@ -539,7 +539,7 @@ where
             rarely!(
                 warn,
                 to = %self.client.to,
-                group = %self.client.head.group,
+                group = %self.client.header.group,
                 previous = ?done.previous,
                 "a conflict that can't be"
             );
@@ -577,7 +577,7 @@ where
                 };
             };
             let reply = match oldest.answer.poll_unpin(context) {
-                Poll::Ready(Ok(arrived)) => arrived.and_then(|arrived| read_reply(&arrived)),
+                Poll::Ready(Ok(frame)) => frame.and_then(|frame| read_reply(&frame)),
                 Poll::Ready(Err(_)) => Err(LaneError::Closed),
                 Poll::Pending => match this.timer.poll_unpin(context) {
                     Poll::Ready(()) => Err(LaneError::Late(oldest.timeout)),
@@ -601,14 +601,14 @@ where
     }
 }
 
-fn read_append_reply(reply: &Reply) -> RpcResult<AppendEntriesResponse<Types>> {
+fn read_append_reply(reply: &PeerReply) -> RpcResult<AppendEntriesResponse<Types>> {
     match reply {
-        Reply::Append(AppendReply::Success) => Ok(AppendEntriesResponse::Success),
-        Reply::Append(AppendReply::Partial(last)) => {
+        PeerReply::Append(AppendReply::Success) => Ok(AppendEntriesResponse::Success),
+        PeerReply::Append(AppendReply::Partial(last)) => {
             Ok(AppendEntriesResponse::PartialSuccess(last.map(to_raft)))
         }
-        Reply::Append(AppendReply::Conflict) => Ok(AppendEntriesResponse::Conflict),
-        Reply::Append(AppendReply::HigherVote(vote)) => {
+        PeerReply::Append(AppendReply::Conflict) => Ok(AppendEntriesResponse::Conflict),
+        PeerReply::Append(AppendReply::HigherVote(vote)) => {
             Ok(AppendEntriesResponse::HigherVote(read_vote(vote)?))
         }
         other => Err(unexpected(other)),
@@ -619,7 +619,7 @@ fn read_vote(vote: &crate::storage::log::Vote) -> RpcResult<RaftVoteOf> {
     vote_to_raft(vote).ok_or_else(|| network_error("a vote for nobody"))
 }
 
-fn unexpected(reply: &Reply) -> RPCError<Types> {
+fn unexpected(reply: &PeerReply) -> RPCError<Types> {
     network_error(&format!("a reply of another kind: {reply:?}"))
 }
 
@@ -636,20 +636,20 @@ fn rpc_error(error: LaneError) -> RPCError<Types> {
         | LaneError::Unreadable(_)
         | LaneError::Closed
         | LaneError::Refused(
-            Refusal::OtherCluster
-            | Refusal::OtherNode(_)
-            | Refusal::OtherDirectory(_)
-            | Refusal::NoCluster
-            | Refusal::NoReplica(_)
-            | Refusal::OtherReplica(_)
-            | Refusal::Stopped
-            | Refusal::Busy
-            | Refusal::Leased
-            | Refusal::Failed(_)
-            | Refusal::Unreadable
-            | Refusal::Outdated { .. }
-            | Refusal::Doubled
-            | Refusal::OtherPace(_),
+            PeerRefusal::OtherCluster
+            | PeerRefusal::OtherNode(_)
+            | PeerRefusal::OtherDirectory(_)
+            | PeerRefusal::NoCluster
+            | PeerRefusal::NoReplica(_)
+            | PeerRefusal::OtherReplica(_)
+            | PeerRefusal::Stopped
+            | PeerRefusal::Busy
+            | PeerRefusal::Leased
+            | PeerRefusal::Failed(_)
+            | PeerRefusal::Unreadable
+            | PeerRefusal::Outdated { .. }
+            | PeerRefusal::Doubled
+            | PeerRefusal::OtherTimings(_),
         ) => RPCError::Unreachable(Unreachable::new(&error)),
     }
 }

@@ -1,4 +1,4 @@
-//! [`Pace`]: the timings that leases rest on, which nodes compare before anything else.
+//! [`LeaseTimings`]: the timings that leases rest on, which nodes compare before anything else.
 //!
 //! A leader that reads by its lease counts on followers that vote for no other for as long. Were
 //! the times not the same on both sides, it could read what another leader has changed, and nobody
@@ -12,22 +12,22 @@ use super::timings::{LeaseReads, RaftTimings};
 
 /// What a node tells of its timings in the hello of a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Pace {
+pub struct LeaseTimings {
     /// By how much clocks may drift within a lease; none where reads rest on no lease.
     pub lease_drift_ms: Option<u64>,
     /// Also how long a lease is.
     pub election_ms_max: u64,
 }
 
-impl Pace {
+impl LeaseTimings {
     /// Returns whether two nodes can be in one cluster. Without leases other times cost no more
     /// than elections.
-    pub fn fits(&self, other: &Pace) -> bool {
+    pub fn fits(&self, other: &LeaseTimings) -> bool {
         self == other || (self.lease_drift_ms.is_none() && other.lease_drift_ms.is_none())
     }
 }
 
-impl From<&RaftTimings> for Pace {
+impl From<&RaftTimings> for LeaseTimings {
     fn from(timings: &RaftTimings) -> Self {
         let lease_drift_ms = match timings.lease {
             LeaseReads::Off => None,
@@ -40,7 +40,7 @@ impl From<&RaftTimings> for Pace {
     }
 }
 
-impl Display for Pace {
+impl Display for LeaseTimings {
     fn fmt(&self, to: &mut Formatter<'_>) -> fmt::Result {
         match self.lease_drift_ms {
             Some(drift_ms) => write!(to, "with --lease-reads {drift_ms}")?,
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn leases_need_the_same_times_on_both_sides() {
-        let pace = |lease_drift_ms, election_ms_max| Pace {
+        let pace = |lease_drift_ms, election_ms_max| LeaseTimings {
             lease_drift_ms,
             election_ms_max,
         };

@@ -19,7 +19,7 @@ use super::group::Replica;
 use super::snapshots;
 use super::state_machine::ApplyState;
 use super::types::vote_from_raft;
-use super::wire::{Refusal, Reply, Request, SnapshotName};
+use super::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName};
 use crate::storage::background;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
@@ -219,8 +219,8 @@ impl Replica {
         let vote = vote_from_raft(&vote);
         let client = self.network.snapshot_client(replica, node);
         let deadline = Instant::now() + ASK_TIMEOUT;
-        match client.ask(&Request::Rebuild { vote }, &[], deadline).await {
-            Ok(Reply::Noted) => {}
+        match client.ask(&PeerRequest::Rebuild { vote }, &[], deadline).await {
+            Ok(PeerReply::Noted) => {}
             Ok(other) => return Err(failed(format!("it answered {other:?}"))),
             Err(error) => return Err(failed(error.to_string())),
         }
@@ -233,7 +233,7 @@ impl Replica {
                 Err(_) => drop(
                     client
                         .ask(
-                            &Request::Rebuild { vote },
+                            &PeerRequest::Rebuild { vote },
                             &[],
                             Instant::now() + ASK_TIMEOUT,
                         )
@@ -252,15 +252,15 @@ impl Replica {
     }
 
     /// Holds the map of this replica, for that of its leader to take its place.
-    pub(super) fn hold_map(&self, vote: &Vote) -> Result<Reply, Refusal> {
+    pub(super) fn hold_map(&self, vote: &Vote) -> Result<PeerReply, PeerRefusal> {
         if self.leads() || !self.is_current(vote) {
-            return Err(Refusal::Failed("it does not follow who asks".into()));
+            return Err(PeerRefusal::Failed("it does not follow who asks".into()));
         }
         if self.apply_state.store.map().is_none() {
-            return Err(Refusal::Failed("a witness has no map".into()));
+            return Err(PeerRefusal::Failed("a witness has no map".into()));
         }
         let Some(number) = self.apply_state.hold.set() else {
-            return Ok(Reply::Noted);
+            return Ok(PeerReply::Noted);
         };
         tracing::error!(
             "replica {} differs from a majority of its shard: its map is thrown away and rebuilt \
@@ -275,7 +275,7 @@ impl Replica {
                 );
             }
         });
-        Ok(Reply::Noted)
+        Ok(PeerReply::Noted)
     }
 
     /// Has a snapshot take the place of a map that is held, once the log holds all that is in it.

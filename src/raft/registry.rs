@@ -20,13 +20,13 @@ use super::errors::OpenError;
 use super::fit::fit_log;
 use super::group::Replica;
 use super::lanes::{PeerLiveness, Lanes, LanesParts, Seats, Ways};
-use super::pace::Pace;
+use super::pace::LeaseTimings;
 use super::pulse;
 use super::room::RaftBudgets;
 use super::state_machine::ReplicaStore;
 use super::timings::RaftTimings;
 use super::transport::{Dial, Identity, Lane, Resolver};
-use super::wire::{Head, Refusal, Reply, Request};
+use super::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use super::witness::{WitnessReplica, WitnessState};
 use crate::storage::ReplicaKey;
 use crate::storage::background;
@@ -106,7 +106,7 @@ impl Registry {
             liveness: liveness.clone(),
             ways: ways.clone(),
             budgets: budgets.clone(),
-            pace: Pace::from(&parts.timings),
+            lease_timings: LeaseTimings::from(&parts.timings),
             supervisor: parts.supervisor.clone(),
         }));
         let context = Arc::new(RaftContext {
@@ -149,8 +149,8 @@ impl Registry {
     }
 
     /// Returns the timings that peers have to share.
-    pub(super) fn pace(&self) -> Pace {
-        Pace::from(&self.context.timings)
+    pub(super) fn lease_timings(&self) -> LeaseTimings {
+        LeaseTimings::from(&self.context.timings)
     }
 
     /// The memory that the groups here have together.
@@ -487,17 +487,17 @@ impl Registry {
     pub(super) fn handle(
         &self,
         lane: Lane,
-        head: Head,
-        request: Request,
+        header: FrameHeader,
+        request: PeerRequest,
         tail: Bytes,
-    ) -> Result<BoxFuture<'static, Reply>, Refusal> {
+    ) -> Result<BoxFuture<'static, PeerReply>, PeerRefusal> {
         let group = self
-            .replica(head.group)
-            .ok_or(Refusal::NoReplica(head.group))?;
-        if group.key().replica != head.target {
-            return Err(Refusal::OtherReplica(group.key().replica));
+            .replica(header.group)
+            .ok_or(PeerRefusal::NoReplica(header.group))?;
+        if group.key().replica != header.target {
+            return Err(PeerRefusal::OtherReplica(group.key().replica));
         }
-        group.handle(lane, head.sender, request, tail)
+        group.handle(lane, header.sender, request, tail)
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use super::network::PeerClient;
 use super::transport::LaneError;
 use super::types::{RaftVoteOf, vote_from_raft, vote_to_raft};
-use super::wire::{Refusal, Reply, Request, SnapshotName, WireError};
+use super::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName, WireError};
 use crate::raft::group::RaftHandle;
 use crate::raft::state_machine::{SnapshotData, with_meta};
 use crate::sm::ports::StoreError;
@@ -49,7 +49,7 @@ pub async fn send(
     let name = name_of(snapshot);
     let opened = client
         .ask(
-            &Request::SnapshotOpen {
+            &PeerRequest::SnapshotOpen {
                 vote,
                 snapshot: name,
             },
@@ -57,13 +57,13 @@ pub async fn send(
             deadline(step_timeout),
         )
         .await?;
-    if let Reply::WatermarkWanted = opened {
-        let watermark = Request::Watermark {
+    if let PeerReply::WatermarkWanted = opened {
+        let watermark = PeerRequest::Watermark {
             vote,
             applied: snapshot.applied().clone(),
         };
         return match client.ask(&watermark, &[], deadline(step_timeout)).await? {
-            Reply::SnapshotInstalled { vote } => Ok(vote),
+            PeerReply::SnapshotInstalled { vote } => Ok(vote),
             other => Err(unexpected(&other)),
         };
     }
@@ -76,14 +76,14 @@ pub async fn send(
             .await
             .map_err(|_| LaneError::Closed)?;
         let chunk = read_chunk(snapshot, has).await?;
-        let request = Request::SnapshotChunk {
+        let request = PeerRequest::SnapshotChunk {
             snapshot: name,
             offset: has,
         };
         let now_has = bytes_had(client.ask(&request, &chunk, deadline(step_timeout)).await?)?;
         drop((turn, chunk));
         if now_has <= has {
-            return Err(LaneError::Refused(Refusal::Failed(format!(
+            return Err(LaneError::Refused(PeerRefusal::Failed(format!(
                 "the snapshot does not grow past {has} bytes there"
             ))));
         }
@@ -92,7 +92,7 @@ pub async fn send(
     loop {
         match client
             .ask(
-                &Request::SnapshotInstall {
+                &PeerRequest::SnapshotInstall {
                     vote,
                     snapshot: name,
                 },
@@ -101,8 +101,8 @@ pub async fn send(
             )
             .await?
         {
-            Reply::SnapshotInstalled { vote } => return Ok(vote),
-            Reply::SnapshotHas { .. } => {}
+            PeerReply::SnapshotInstalled { vote } => return Ok(vote),
+            PeerReply::SnapshotHas { .. } => {}
             other => return Err(unexpected(&other)),
         }
     }
@@ -136,14 +136,14 @@ async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneErr
         .map_err(|error| failed(error.to_string()))
 }
 
-fn bytes_had(reply: Reply) -> Result<u64, LaneError> {
+fn bytes_had(reply: PeerReply) -> Result<u64, LaneError> {
     match reply {
-        Reply::SnapshotHas { bytes_len } => Ok(bytes_len),
+        PeerReply::SnapshotHas { bytes_len } => Ok(bytes_len),
         other => Err(unexpected(&other)),
     }
 }
 
-fn unexpected(reply: &Reply) -> LaneError {
+fn unexpected(reply: &PeerReply) -> LaneError {
     LaneError::Unreadable(WireError::Malformed(format!(
         "a reply of another kind: {reply:?}"
     )))
@@ -171,14 +171,14 @@ enum IncomingSnapshot {
 
 impl SnapshotInbox {
     /// Begins or goes on with a snapshot; another one that was arriving is given up.
-    pub fn open(&self, state: &ReplicaState, name: SnapshotName) -> Result<Reply, Refusal> {
+    pub fn open(&self, state: &ReplicaState, name: SnapshotName) -> Result<PeerReply, PeerRefusal> {
         let mut arriving = self.try_lock()?;
         match &*arriving {
             IncomingSnapshot::Some {
                 name: known,
                 receiver,
             } if *known == name => {
-                return Ok(Reply::SnapshotHas {
+                return Ok(PeerReply::SnapshotHas {
                     bytes_len: receiver.bytes_len(),
                 });
             }
@@ -187,24 +187,24 @@ impl SnapshotInbox {
                 result,
                 ..
             } if *known == name && !has_failed(result) => {
-                return Ok(Reply::SnapshotHas {
+                return Ok(PeerReply::SnapshotHas {
                     bytes_len: name.bytes_len,
                 });
             }
-            IncomingSnapshot::Installing { result, .. } if is_running(result) => return Err(Refusal::Busy),
+            IncomingSnapshot::Installing { result, .. } if is_running(result) => return Err(PeerRefusal::Busy),
             IncomingSnapshot::Nothing | IncomingSnapshot::Some { .. } | IncomingSnapshot::Installing { .. } => {}
         }
         // The file of the one before goes first: two might not fit on the disk.
         *arriving = IncomingSnapshot::Nothing;
         let receiver = state
             .begin_receive()
-            .map_err(|error| Refusal::Failed(error.to_string()))?;
+            .map_err(|error| PeerRefusal::Failed(error.to_string()))?;
         *arriving = IncomingSnapshot::Some { name, receiver };
-        Ok(Reply::SnapshotHas { bytes_len: 0 })
+        Ok(PeerReply::SnapshotHas { bytes_len: 0 })
     }
 
     /// Blocking.
-    pub fn write(&self, name: SnapshotName, offset: u64, chunk: &Bytes) -> Result<Reply, Refusal> {
+    pub fn write(&self, name: SnapshotName, offset: u64, chunk: &Bytes) -> Result<PeerReply, PeerRefusal> {
         let mut arriving = self.lock();
         let IncomingSnapshot::Some {
             name: known,
@@ -217,12 +217,12 @@ impl SnapshotInbox {
             return Err(not_arriving());
         }
         match receiver.write_at(offset, chunk) {
-            Ok(()) => Ok(Reply::SnapshotHas {
+            Ok(()) => Ok(PeerReply::SnapshotHas {
                 bytes_len: receiver.bytes_len(),
             }),
             Err(error) => {
                 *arriving = IncomingSnapshot::Nothing;
-                Err(Refusal::Failed(error.to_string()))
+                Err(PeerRefusal::Failed(error.to_string()))
             }
         }
     }
@@ -234,21 +234,21 @@ impl SnapshotInbox {
         name: SnapshotName,
         vote: Vote,
         start: impl FnOnce(SnapshotReceiver, InstallSender),
-    ) -> Result<Reply, Refusal> {
+    ) -> Result<PeerReply, PeerRefusal> {
         let mut result = self.begin_install(name, vote, start)?;
         let done =
             match tokio::time::timeout(INSTALL_PATIENCE, result.wait_for(Option::is_some)).await {
                 Err(_) => {
-                    return Ok(Reply::SnapshotHas {
+                    return Ok(PeerReply::SnapshotHas {
                         bytes_len: name.bytes_len,
                     });
                 }
                 Ok(done) => done.ok().and_then(|done| done.clone()),
             };
         match done {
-            Some(Ok(vote)) => Ok(Reply::SnapshotInstalled { vote }),
-            Some(Err(reason)) => Err(Refusal::Failed(reason)),
-            None => Err(Refusal::Stopped),
+            Some(Ok(vote)) => Ok(PeerReply::SnapshotInstalled { vote }),
+            Some(Err(reason)) => Err(PeerRefusal::Failed(reason)),
+            None => Err(PeerRefusal::Stopped),
         }
     }
 
@@ -257,7 +257,7 @@ impl SnapshotInbox {
         name: SnapshotName,
         vote: Vote,
         start: impl FnOnce(SnapshotReceiver, InstallSender),
-    ) -> Result<InstallResult, Refusal> {
+    ) -> Result<InstallResult, PeerRefusal> {
         let mut arriving = self.try_lock()?;
         match std::mem::take(&mut *arriving) {
             IncomingSnapshot::Some {
@@ -304,10 +304,10 @@ impl SnapshotInbox {
     }
 
     /// For a caller that must not block: a chunk may just be written, and wait for the disk.
-    fn try_lock(&self) -> Result<MutexGuard<'_, IncomingSnapshot>, Refusal> {
+    fn try_lock(&self) -> Result<MutexGuard<'_, IncomingSnapshot>, PeerRefusal> {
         match self.0.try_lock() {
             Ok(arriving) => Ok(arriving),
-            Err(TryLockError::WouldBlock) => Err(Refusal::Busy),
+            Err(TryLockError::WouldBlock) => Err(PeerRefusal::Busy),
             Err(TryLockError::Poisoned(_)) => panic!("no holder panics"),
         }
     }
@@ -325,8 +325,8 @@ fn has_failed(result: &InstallResult) -> bool {
     !is_running(result) && !matches!(*result.borrow(), Some(Ok(_)))
 }
 
-fn not_arriving() -> Refusal {
-    Refusal::Failed("another snapshot, or none, is arriving: begin anew".into())
+fn not_arriving() -> PeerRefusal {
+    PeerRefusal::Failed("another snapshot, or none, is arriving: begin anew".into())
 }
 
 /// Verifies what arrived, fills a map with it, and hands it to openraft, which decides whether it

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::group::Replica;
 use super::types::{Types, vote_from_raft, vote_to_raft};
-use super::wire::{Reply, Request};
+use super::wire::{PeerReply, PeerRequest};
 use crate::types::{NodeId, ReplicaId};
 
 impl Replica {
@@ -24,12 +24,12 @@ impl Replica {
     ) -> bool {
         let own = vote_from_raft(&self.raft.server_metrics().borrow_watched().vote);
         // Who answers with its vote grants nothing by that.
-        let request = Request::PreVote {
+        let request = PeerRequest::PreVote {
             vote: own,
             last: None,
         };
         let client = self.network.log_client(replica, node);
-        let Ok(Reply::Vote { vote, .. }) = client.ask(&request, &[], deadline).await else {
+        let Ok(PeerReply::Vote { vote, .. }) = client.ask(&request, &[], deadline).await else {
             return false;
         };
 

@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
 use crate::raft::lanes::Acquaintances;
-use crate::raft::wire::{Refusal, WireError};
+use crate::raft::wire::{PeerRefusal, WireError};
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
 /// What must not queue behind one another: each lane is a connection of its own.
@@ -87,7 +87,7 @@ pub enum LaneError {
     #[error("out of reach: {0}")]
     Down(String),
     #[error("refused: {0}")]
-    Refused(Refusal),
+    Refused(PeerRefusal),
     #[error("more than {0} bytes wait for the peer already")]
     Full(usize),
     #[error("the connection broke: {0}")]

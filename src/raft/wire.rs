@@ -12,7 +12,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::pace::Pace;
+use super::pace::LeaseTimings;
 use crate::sm::starts::Starts;
 use crate::storage::log::{Entry, Payload, Vote};
 use crate::storage::state::Applied;
@@ -24,7 +24,7 @@ const LENGTH_BYTES: usize = 4;
 /// The format of the starts behind a hello.
 const STARTS_FORMAT: u8 = 1;
 /// The format of the pace behind the starts.
-const PACE_FORMAT: u8 = 1;
+const LEASE_TIMINGS_FORMAT: u8 = 1;
 /// Format and sequence.
 const PREFIX_BYTES: usize = 9;
 
@@ -60,7 +60,7 @@ pub struct Hello {
 
 /// What a frame is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Head {
+pub struct FrameHeader {
     pub group: GroupId,
     pub sender: ReplicaId,
     pub target: ReplicaId,
@@ -68,7 +68,7 @@ pub struct Head {
 
 /// What one replica asks of another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Request {
+pub enum PeerRequest {
     /// The payloads of the entries follow one another in the tail.
     Append {
         vote: Vote,
@@ -146,7 +146,7 @@ pub struct SnapshotName {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Reply {
+pub enum PeerReply {
     Append(AppendReply),
     Vote {
         vote: Vote,
@@ -163,7 +163,7 @@ pub enum Reply {
     SnapshotInstalled {
         vote: Vote,
     },
-    Refused(Refusal),
+    Refused(PeerRefusal),
     /// It keeps no map: of a snapshot it takes only the mark.
     WatermarkWanted,
     /// It took notice.
@@ -193,7 +193,7 @@ pub enum TransferReply {
 
 /// Why a frame was not even looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-pub enum Refusal {
+pub enum PeerRefusal {
     #[error("it belongs to another cluster")]
     OtherCluster,
     #[error("it is {0}")]
@@ -227,14 +227,14 @@ pub enum Refusal {
     Doubled,
     /// Said only to peers that tell theirs.
     #[error("it runs {0}, which has to be the same on all nodes")]
-    OtherPace(Pace),
+    OtherTimings(LeaseTimings),
 }
 
 /// An encoded frame whose sequence is still to be given.
 #[derive(Debug, Clone)]
-pub struct Frame(BytesMut);
+pub struct UnsealedFrame(BytesMut);
 
-impl Frame {
+impl UnsealedFrame {
     pub fn bytes_len(&self) -> usize {
         self.0.len()
     }
@@ -255,18 +255,18 @@ pub fn encode_hello(hello: &Hello) -> Bytes {
 
 /// A hello behind which the sender tells its starts, and its pace behind these. Programs of the
 /// first release read the hello alone, and later ones that know no pace nothing behind the starts.
-pub fn encode_greeting(hello: &Hello, starts: &Starts, pace: &Pace) -> Bytes {
+pub fn encode_greeting(hello: &Hello, starts: &Starts, lease_timings: &LeaseTimings) -> Bytes {
     let mut buffer = BytesMut::with_capacity(2048);
     let mut tail = starts_tail(starts);
-    tail.push(PACE_FORMAT);
-    postcard::to_io(pace, &mut tail).expect("writing into memory fails for no type of this module");
+    tail.push(LEASE_TIMINGS_FORMAT);
+    postcard::to_io(lease_timings, &mut tail).expect("writing into memory fails for no type of this module");
     write(&mut buffer, 0, hello, &[tail]);
     buffer.freeze()
 }
 
 /// Writes the answer to a hello that was accepted: the starts of this side.
 pub fn encode_welcome(buffer: &mut BytesMut, sequence: u64, starts: &Starts) {
-    write(buffer, sequence, &Reply::Noted, &[starts_tail(starts)]);
+    write(buffer, sequence, &PeerReply::Noted, &[starts_tail(starts)]);
 }
 
 fn starts_tail(starts: &Starts) -> Vec<u8> {
@@ -296,20 +296,20 @@ fn read_part<T: DeserializeOwned>(
 }
 
 /// A request without a tail, or one whose tail is `tail`.
-pub fn encode_request(head: Head, request: &Request, tail: &[u8]) -> Frame {
+pub fn encode_request(header: FrameHeader, request: &PeerRequest, tail: &[u8]) -> UnsealedFrame {
     let mut buffer = BytesMut::with_capacity(128 + tail.len());
-    write(&mut buffer, 0, &(head, request), &[tail]);
-    Frame(buffer)
+    write(&mut buffer, 0, &(header, request), &[tail]);
+    UnsealedFrame(buffer)
 }
 
 /// An append of these entries.
 pub fn encode_append(
-    head: Head,
+    header: FrameHeader,
     vote: Vote,
     previous: Option<LogId>,
     commit: Option<LogId>,
     entries: &[Entry],
-) -> Frame {
+) -> UnsealedFrame {
     let payload = |entry: &Entry| match &entry.payload {
         Payload::Blank => (PayloadKind::Blank, Bytes::new()),
         Payload::Normal(bytes) => (PayloadKind::Normal, bytes.clone()),
@@ -333,8 +333,8 @@ pub fn encode_append(
         &mut buffer,
         0,
         &(
-            head,
-            Request::Append {
+            header,
+            PeerRequest::Append {
                 vote,
                 previous,
                 commit,
@@ -343,11 +343,11 @@ pub fn encode_append(
         ),
         &payloads,
     );
-    Frame(buffer)
+    UnsealedFrame(buffer)
 }
 
 /// Writes a reply behind what is in `buffer` already.
-pub fn encode_reply(buffer: &mut BytesMut, sequence: u64, reply: &Reply) {
+pub fn encode_reply(buffer: &mut BytesMut, sequence: u64, reply: &PeerReply) {
     write(buffer, sequence, reply, NO_TAIL);
 }
 
@@ -386,35 +386,35 @@ impl std::io::Write for Writer<'_> {
 
 /// A frame as it arrived: its sequence, and the bytes of its envelope and tail.
 #[derive(Debug, Clone)]
-pub struct Arrived {
+pub struct ReceivedFrame {
     pub sequence: u64,
     body: Bytes,
 }
 
-impl Arrived {
+impl ReceivedFrame {
     /// The hello, and the starts and the pace that its sender tells.
-    pub fn hello(&self) -> Result<(Hello, Option<Starts>, Option<Pace>), WireError> {
+    pub fn hello(&self) -> Result<(Hello, Option<Starts>, Option<LeaseTimings>), WireError> {
         let (hello, tail): (Hello, Bytes) = self.envelope()?;
         let Some((starts, rest)) = read_starts(&tail)? else {
             return Ok((hello, None, None));
         };
-        let pace = read_part(PACE_FORMAT, rest)?.map(|(pace, _)| pace);
-        Ok((hello, Some(starts), pace))
+        let lease_timings = read_part(LEASE_TIMINGS_FORMAT, rest)?.map(|(lease_timings, _)| lease_timings);
+        Ok((hello, Some(starts), lease_timings))
     }
 
     /// The starts in the answer to a hello.
     pub fn welcome(&self) -> Result<Option<Starts>, WireError> {
-        let (_, tail): (Reply, Bytes) = self.envelope()?;
+        let (_, tail): (PeerReply, Bytes) = self.envelope()?;
         Ok(read_starts(&tail)?.map(|(starts, _)| starts))
     }
 
     /// The request and its tail.
-    pub fn request(&self) -> Result<(Head, Request, Bytes), WireError> {
-        let ((head, request), tail) = self.envelope()?;
-        Ok((head, request, tail))
+    pub fn request(&self) -> Result<(FrameHeader, PeerRequest, Bytes), WireError> {
+        let ((header, request), tail) = self.envelope()?;
+        Ok((header, request, tail))
     }
 
-    pub fn reply(&self) -> Result<Reply, WireError> {
+    pub fn reply(&self) -> Result<PeerReply, WireError> {
         Ok(self.envelope()?.0)
     }
 
@@ -429,22 +429,22 @@ impl Arrived {
 /// Joins the heads of entries with their payloads in the tail.
 pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<Entry>, WireError> {
     let mut entries = Vec::with_capacity(heads.len());
-    for head in heads {
-        let bytes_len = head.bytes_len as usize;
+    for header in heads {
+        let bytes_len = header.bytes_len as usize;
         if tail.len() < bytes_len {
             return Err(WireError::Malformed(format!(
                 "the payload of entry {} is cut off",
-                head.id
+                header.id
             )));
         }
         let bytes = tail.split_to(bytes_len);
-        let payload = match head.kind {
+        let payload = match header.kind {
             PayloadKind::Blank => Payload::Blank,
             PayloadKind::Normal => Payload::Normal(bytes),
             PayloadKind::Membership => Payload::Membership(bytes),
         };
         entries.push(Entry {
-            id: head.id,
+            id: header.id,
             payload,
         });
     }
@@ -464,7 +464,7 @@ pub struct FrameReader {
     frame_bytes_max: usize,
     /// The beginning of a frame whose rest has not come.
     partial: BytesMut,
-    /// Arrived and not yet looked at. Whole frames in it are handed out without copying.
+    /// ReceivedFrame and not yet looked at. Whole frames in it are handed out without copying.
     rest: Bytes,
 }
 
@@ -508,7 +508,7 @@ impl FrameReader {
     }
 
     /// The next whole frame, if it is there. After an error the stream can't be read any further.
-    pub fn next(&mut self) -> Result<Option<Arrived>, WireError> {
+    pub fn next(&mut self) -> Result<Option<ReceivedFrame>, WireError> {
         if self.partial.is_empty() {
             let Some(total) = frame_bytes(&self.rest, self.frame_bytes_max)? else {
                 self.partial
@@ -537,7 +537,7 @@ fn frame_bytes(bytes: &[u8], bytes_max: usize) -> Result<Option<usize>, WireErro
     Ok((bytes.len() >= total).then_some(total))
 }
 
-fn parse(mut frame: Bytes) -> Result<Arrived, WireError> {
+fn parse(mut frame: Bytes) -> Result<ReceivedFrame, WireError> {
     frame.advance(LENGTH_BYTES);
     if frame.len() < PREFIX_BYTES {
         return Err(WireError::Malformed(format!(
@@ -546,7 +546,7 @@ fn parse(mut frame: Bytes) -> Result<Arrived, WireError> {
         )));
     }
     match frame.get_u8() {
-        FORMAT => Ok(Arrived {
+        FORMAT => Ok(ReceivedFrame {
             sequence: frame.get_u64_le(),
             body: frame,
         }),
@@ -560,7 +560,7 @@ mod tests {
 
     use crate::types::StartId;
 
-    const HEAD: Head = Head {
+    const HEAD: FrameHeader = FrameHeader {
         group: GroupId(3),
         sender: ReplicaId(1),
         target: ReplicaId(2),
@@ -586,11 +586,11 @@ mod tests {
         (entries, frame)
     }
 
-    fn check(arrived: &Arrived, expected: &[Entry]) {
-        assert_eq!(arrived.sequence, 77);
-        let (head, request, tail) = arrived.request().expect("a request");
-        assert_eq!(head, HEAD);
-        let Request::Append { entries: heads, .. } = request else {
+    fn check(frame: &ReceivedFrame, expected: &[Entry]) {
+        assert_eq!(frame.sequence, 77);
+        let (header, request, tail) = frame.request().expect("a request");
+        assert_eq!(header, HEAD);
+        let PeerRequest::Append { entries: heads, .. } = request else {
             panic!("not an append: {request:?}")
         };
         assert_eq!(entries(&heads, tail).expect("whole payloads"), expected);
@@ -607,23 +607,23 @@ mod tests {
             to_directory: ids.2,
         };
         let starts = Starts::first(StartId(6)).followed_by(StartId(300));
-        let arrived = |frame: Bytes| {
+        let frame = |frame: Bytes| {
             let mut reader = FrameReader::default();
             reader.push(frame);
             reader.next().expect("a frame").expect("a whole one")
         };
         assert_eq!(
-            arrived(encode_hello(&hello)).hello(),
+            frame(encode_hello(&hello)).hello(),
             Ok((hello, None, None))
         );
-        let pace = Pace {
+        let lease_timings = LeaseTimings {
             lease_drift_ms: Some(50),
             election_ms_max: 420,
         };
-        let greeting = arrived(encode_greeting(&hello, &starts, &pace));
+        let greeting = frame(encode_greeting(&hello, &starts, &lease_timings));
         assert_eq!(
             greeting.hello(),
-            Ok((hello, Some(starts.clone()), Some(pace)))
+            Ok((hello, Some(starts.clone()), Some(lease_timings)))
         );
         // As programs of the first release read it: what stands behind is none of theirs.
         assert_eq!(
@@ -633,34 +633,34 @@ mod tests {
         let tail = &greeting.body[greeting.body.len() - 11..];
         assert_eq!(
             tail,
-            [STARTS_FORMAT, 1, 2, 6, 0xac, 2, PACE_FORMAT, 1, 50, 0xa4, 3],
+            [STARTS_FORMAT, 1, 2, 6, 0xac, 2, LEASE_TIMINGS_FORMAT, 1, 50, 0xa4, 3],
             "the encoding stands"
         );
         // As programs that know no pace wrote it, and as they read it.
         let mut buffer = BytesMut::new();
         write(&mut buffer, 0, &hello, &[starts_tail(&starts)]);
         assert_eq!(
-            arrived(buffer.freeze()).hello(),
+            frame(buffer.freeze()).hello(),
             Ok((hello, Some(starts.clone()), None))
         );
 
         let mut buffer = BytesMut::new();
         encode_welcome(&mut buffer, 9, &starts);
-        let welcome = arrived(buffer.freeze());
+        let welcome = frame(buffer.freeze());
         assert_eq!(
             (welcome.reply(), welcome.welcome()),
-            (Ok(Reply::Noted), Ok(Some(starts)))
+            (Ok(PeerReply::Noted), Ok(Some(starts)))
         );
         let mut buffer = BytesMut::new();
-        write(&mut buffer, 9, &Reply::Noted, &[[STARTS_FORMAT + 1, 7, 7]]);
+        write(&mut buffer, 9, &PeerReply::Noted, &[[STARTS_FORMAT + 1, 7, 7]]);
         assert_eq!(
-            arrived(buffer.freeze()).welcome(),
+            frame(buffer.freeze()).welcome(),
             Ok(None),
             "of a later version"
         );
         let mut buffer = BytesMut::new();
         write(&mut buffer, 9, &hello, &[[STARTS_FORMAT, 0, 0]]);
-        assert!(arrived(buffer.freeze()).hello().is_err(), "unsound starts");
+        assert!(frame(buffer.freeze()).hello().is_err(), "unsound starts");
     }
 
     #[test]
@@ -672,8 +672,8 @@ mod tests {
             let mut found = 0;
             for chunk in [&twice[..cut], &twice[cut..]] {
                 reader.push(Bytes::copy_from_slice(chunk));
-                while let Some(arrived) = reader.next().expect("valid frames") {
-                    check(&arrived, &expected);
+                while let Some(frame) = reader.next().expect("valid frames") {
+                    check(&frame, &expected);
                     found += 1;
                 }
             }
@@ -690,8 +690,8 @@ mod tests {
                 bytes[position] ^= flip;
                 let mut reader = FrameReader::default();
                 reader.push(Bytes::from(bytes));
-                if let Ok(Some(arrived)) = reader.next()
-                    && let Ok((_, Request::Append { entries: heads, .. }, tail)) = arrived.request()
+                if let Ok(Some(frame)) = reader.next()
+                    && let Ok((_, PeerRequest::Append { entries: heads, .. }, tail)) = frame.request()
                 {
                     let _ = entries(&heads, tail);
                 }

@@ -240,7 +240,7 @@ impl Replica {
             async move {
                 client
                     .ask(
-                        &Request::PurgeIndex { index: upto },
+                        &PeerRequest::PurgeIndex { index: upto },
                         &[],
                         Instant::now() + ADVERTISE_TIMEOUT,
                     )

@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::raft::wire::Refusal;
+use crate::raft::wire::PeerRefusal;
 use crate::sm::starts::{Start, Starts};
 use crate::storage::starts::{Lacking, StartBook};
 use crate::types::{DirectoryId, StartId};
@@ -112,7 +112,7 @@ impl Acquaintances {
     /// # Errors
     ///
     /// Why the peer is refused.
-    pub async fn meet(&self, directory: DirectoryId, starts: &Starts) -> Result<Session, Refusal> {
+    pub async fn meet(&self, directory: DirectoryId, starts: &Starts) -> Result<Session, PeerRefusal> {
         self.hear(directory, starts).await?;
         let mut contacts = self.contacts();
         // Another start may have come in between.
@@ -139,7 +139,7 @@ impl Acquaintances {
     /// # Errors
     ///
     /// Why the peer is refused.
-    pub async fn hear(&self, directory: DirectoryId, starts: &Starts) -> Result<(), Refusal> {
+    pub async fn hear(&self, directory: DirectoryId, starts: &Starts) -> Result<(), PeerRefusal> {
         self.judge(&self.contacts(), directory, starts)?;
         if self.book.is_known(directory, starts) {
             return Ok(());
@@ -149,8 +149,8 @@ impl Acquaintances {
         match learned {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(lacking))) => Err(self.refuse(directory, starts, lacking)),
-            Ok(Err(error)) => Err(Refusal::Failed(error.to_string())),
-            Err(error) => Err(Refusal::Failed(error.to_string())),
+            Ok(Err(error)) => Err(PeerRefusal::Failed(error.to_string())),
+            Err(error) => Err(PeerRefusal::Failed(error.to_string())),
         }
     }
 
@@ -165,7 +165,7 @@ impl Acquaintances {
     /// # Errors
     ///
     /// Why the peer is refused.
-    pub fn weigh(&self, directory: DirectoryId, starts: &Starts) -> Result<(), Refusal> {
+    pub fn weigh(&self, directory: DirectoryId, starts: &Starts) -> Result<(), PeerRefusal> {
         self.judge(&self.contacts(), directory, starts)
     }
 
@@ -174,13 +174,13 @@ impl Acquaintances {
         contacts: &BTreeMap<DirectoryId, Arc<Contact>>,
         directory: DirectoryId,
         starts: &Starts,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), PeerRefusal> {
         self.book
             .judge(directory, starts)
             .map_err(|lacking| self.refuse(directory, starts, lacking))?;
         match contacts.get(&directory) {
             Some(contact) if contact.start != starts.running() && self.runs(contact) => {
-                Err(Refusal::Doubled)
+                Err(PeerRefusal::Doubled)
             }
             Some(_) | None => Ok(()),
         }
@@ -193,7 +193,7 @@ impl Acquaintances {
     }
 
     /// Refuses a directory, and says so once for each start of it.
-    fn refuse(&self, directory: DirectoryId, starts: &Starts, lacking: Lacking) -> Refusal {
+    fn refuse(&self, directory: DirectoryId, starts: &Starts, lacking: Lacking) -> PeerRefusal {
         let known = lacking.start;
         // What its process said before it was started again may be read late, and is no copy's.
         if lacking.is_late {
@@ -201,7 +201,7 @@ impl Acquaintances {
                 "start {} of data directory {directory} is over: it is not listened to",
                 starts.running().number
             );
-            return Refusal::Outdated {
+            return PeerRefusal::Outdated {
                 number: known.number,
             };
         }
@@ -218,7 +218,7 @@ impl Acquaintances {
                 starts.running().number
             );
         }
-        Refusal::Outdated {
+        PeerRefusal::Outdated {
             number: known.number,
         }
     }
@@ -253,13 +253,13 @@ impl Acquaintances {
     }
 
     /// Takes notice of how a peer has refused this node.
-    pub fn refused_by(&self, peer: &str, refusal: &Refusal) {
+    pub fn refused_by(&self, peer: &str, refusal: &PeerRefusal) {
         match refusal {
-            Refusal::Outdated { number } => self.oust(Ousted::Outdated {
+            PeerRefusal::Outdated { number } => self.oust(Ousted::Outdated {
                 by: peer.to_owned(),
                 number: *number,
             }),
-            Refusal::Doubled => {
+            PeerRefusal::Doubled => {
                 let now = Instant::now();
                 let mut doubled = self.doubled.lock().expect("no holder panics");
                 let since = match *doubled {
@@ -273,18 +273,18 @@ impl Acquaintances {
                     });
                 }
             }
-            Refusal::OtherCluster
-            | Refusal::OtherNode(_)
-            | Refusal::OtherDirectory(_)
-            | Refusal::NoCluster
-            | Refusal::NoReplica(_)
-            | Refusal::OtherReplica(_)
-            | Refusal::Stopped
-            | Refusal::Busy
-            | Refusal::Leased
-            | Refusal::Failed(_)
-            | Refusal::Unreadable
-            | Refusal::OtherPace(_) => {}
+            PeerRefusal::OtherCluster
+            | PeerRefusal::OtherNode(_)
+            | PeerRefusal::OtherDirectory(_)
+            | PeerRefusal::NoCluster
+            | PeerRefusal::NoReplica(_)
+            | PeerRefusal::OtherReplica(_)
+            | PeerRefusal::Stopped
+            | PeerRefusal::Busy
+            | PeerRefusal::Leased
+            | PeerRefusal::Failed(_)
+            | PeerRefusal::Unreadable
+            | PeerRefusal::OtherTimings(_) => {}
         }
     }
 
@@ -371,7 +371,7 @@ mod tests {
                 .meet(DIRECTORY, &copy)
                 .await
                 .expect_err("the first runs"),
-            Refusal::Doubled
+            PeerRefusal::Doubled
         );
         assert!(lane.note() && known.meet(DIRECTORY, &first).await.is_ok());
         // Its process ends: its lanes break, or say nothing more.
@@ -389,7 +389,7 @@ mod tests {
         );
         assert_eq!(
             known.meet(DIRECTORY, &copy).await.expect_err("a copy"),
-            Refusal::Outdated { number: 3 }
+            PeerRefusal::Outdated { number: 3 }
         );
     }
 
@@ -405,7 +405,7 @@ mod tests {
         assert_eq!(known.weigh(DIRECTORY, &made_up), Ok(()));
         assert_eq!(
             known.weigh(DIRECTORY, &Starts::first(StartId(9))),
-            Err(Refusal::Outdated { number: 1 })
+            Err(PeerRefusal::Outdated { number: 1 })
         );
         assert!(
             known
@@ -419,8 +419,8 @@ mod tests {
     async fn a_node_whose_directory_is_an_old_copy_learns_so_and_one_that_runs_twice_after_a_while()
     {
         let outdated = acquaintances();
-        outdated.refused_by("a:1", &Refusal::Busy);
-        outdated.refused_by("a:1", &Refusal::Outdated { number: 7 });
+        outdated.refused_by("a:1", &PeerRefusal::Busy);
+        outdated.refused_by("a:1", &PeerRefusal::Outdated { number: 7 });
         assert_eq!(
             outdated.ousted().await,
             Ousted::Outdated {
@@ -431,16 +431,16 @@ mod tests {
 
         let doubled = acquaintances();
         for _ in 0..10 {
-            doubled.refused_by("a:1", &Refusal::Doubled);
+            doubled.refused_by("a:1", &PeerRefusal::Doubled);
             assert_eq!(*doubled.ousted.borrow(), None);
             tokio::time::advance(Duration::from_secs(1)).await;
         }
-        doubled.refused_by("a:1", &Refusal::Doubled);
+        doubled.refused_by("a:1", &PeerRefusal::Doubled);
         assert_eq!(doubled.ousted().await, Ousted::Doubled { by: "a:1".into() });
 
         let late = acquaintances();
         for _ in 0..10 {
-            late.refused_by("a:1", &Refusal::Doubled);
+            late.refused_by("a:1", &PeerRefusal::Doubled);
             tokio::time::advance(DOUBLE_PAUSE_MAX).await;
         }
         assert_eq!(

@@ -14,10 +14,10 @@ use tokio::time::Instant;
 
 use super::acquaintances::Session;
 use super::{PeerLiveness, Ways};
-use crate::raft::pace::Pace;
+use crate::raft::pace::LeaseTimings;
 use crate::raft::room::{HeldBytes, Reservation, RaftBudgets};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
-use crate::raft::wire::{self, Arrived, Frame, FrameReader, Hello, Refusal, Reply};
+use crate::raft::wire::{self, ReceivedFrame, UnsealedFrame, FrameReader, Hello, PeerRefusal, PeerReply};
 use crate::sm::starts::Starts;
 use crate::supervisor::Supervisor;
 use crate::telemetry::rarely;
@@ -49,7 +49,7 @@ const CONNECTION_BYTES_MAX: usize = 8 << 20;
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// What is heard of a call.
-pub type PendingReply = oneshot::Receiver<Result<Arrived, LaneError>>;
+pub type PendingReply = oneshot::Receiver<Result<ReceivedFrame, LaneError>>;
 
 /// A frame that is on its way.
 pub struct Call {
@@ -86,7 +86,7 @@ pub struct LanesParts {
     pub liveness: Arc<PeerLiveness>,
     pub ways: Arc<Ways>,
     pub budgets: Arc<RaftBudgets>,
-    pub pace: Pace,
+    pub lease_timings: LeaseTimings,
     pub supervisor: Supervisor,
 }
 
@@ -101,7 +101,7 @@ impl Lanes {
 
     /// Sends a frame. Frames of one lane leave in the order of the calls. The reply is
     /// [`read_reply`]'s to read; how long to wait for it is the caller's business.
-    pub fn call(&self, to: NodeId, lane: Lane, frame: Frame) -> Result<Call, LaneError> {
+    pub fn call(&self, to: NodeId, lane: Lane, frame: UnsealedFrame) -> Result<Call, LaneError> {
         let peer = self
             .parts
             .resolver
@@ -186,9 +186,9 @@ impl Lanes {
 }
 
 /// What the peer answered, a refusal being an error.
-pub fn read_reply(arrived: &Arrived) -> Result<Reply, LaneError> {
-    match arrived.reply()? {
-        Reply::Refused(refusal) => Err(LaneError::Refused(refusal)),
+pub fn read_reply(frame: &ReceivedFrame) -> Result<PeerReply, LaneError> {
+    match frame.reply()? {
+        PeerReply::Refused(refusal) => Err(LaneError::Refused(refusal)),
         reply => Ok(reply),
     }
 }
@@ -223,7 +223,7 @@ struct LaneState {
 
 /// Who waits for an answer.
 struct PendingCall {
-    caller: oneshot::Sender<Result<Arrived, LaneError>>,
+    caller: oneshot::Sender<Result<ReceivedFrame, LaneError>>,
     bytes: usize,
 }
 
@@ -272,7 +272,7 @@ impl PeerLane {
         self.state.lock().expect("no holder panics")
     }
 
-    fn call(&self, peer: &Peer, frame: Frame, place: Option<Reservation>) -> Result<Call, LaneError> {
+    fn call(&self, peer: &Peer, frame: UnsealedFrame, place: Option<Reservation>) -> Result<Call, LaneError> {
         let mut state = self.lock();
         match &state.link {
             LinkState::Up(current) if current != peer => {
@@ -407,7 +407,7 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
     };
     let acquaintances = parts.identity.acquaintances();
     let hello = match acquaintances {
-        Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own(), &parts.pace),
+        Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own(), &parts.lease_timings),
         None => wire::encode_hello(&hello),
     };
     let outbox = OutgoingFrames {
@@ -424,8 +424,8 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
     match dialled {
         Ok(Ok(incoming)) => {
             let error = deliver(parts, lane, &peer, generation, incoming).await;
-            if let LaneError::Refused(Refusal::OtherPace(theirs)) = &error {
-                let (peer, own) = (lane.to, parts.pace);
+            if let LaneError::Refused(PeerRefusal::OtherTimings(theirs)) = &error {
+                let (peer, own) = (lane.to, parts.lease_timings);
                 // Each dial finds it again.
                 rarely!(
                     error,
@@ -519,21 +519,21 @@ fn hand_out(
     if state.generation != generation {
         return Err(LaneError::Broken("the peer has moved".into()));
     }
-    while let Some(arrived) = reader.next()? {
-        if arrived.sequence == CANNOT_CONNECT_SEQUENCE {
+    while let Some(frame) = reader.next()? {
+        if frame.sequence == CANNOT_CONNECT_SEQUENCE {
             ways.note_told(lane.to);
             continue;
         }
-        if arrived.sequence == HELLO_SEQUENCE {
-            read_reply(&arrived)?;
-            match arrived.welcome()? {
+        if frame.sequence == HELLO_SEQUENCE {
+            read_reply(&frame)?;
+            match frame.welcome()? {
                 Some(starts) => return Ok(Some(starts)),
                 None => continue,
             }
         }
-        if let Some(call) = state.calls.remove(&arrived.sequence) {
+        if let Some(call) = state.calls.remove(&frame.sequence) {
             state.unanswered_bytes = state.unanswered_bytes.saturating_sub(call.bytes);
-            let _ = call.caller.send(Ok(arrived));
+            let _ = call.caller.send(Ok(frame));
         }
     }
     state.waiting_since = (!state.calls.is_empty()).then(Instant::now);

@@ -27,7 +27,7 @@ mod seats;
 mod serve;
 mod ways;
 
-pub use super::wire::Refusal;
+pub use super::wire::PeerRefusal;
 pub use acquaintances::{Acquaintances, Ousted};
 pub use client::{PendingReply, Call, Lanes, LanesParts, read_reply};
 pub use heard::PeerLiveness;

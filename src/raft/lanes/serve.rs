@@ -4,7 +4,7 @@
 //! No task and no channel stands between the connection and the groups. Frames are begun in the
 //! order in which they came: for each an append is in the group's own queue before the next is
 //! looked at. Replies go out as they are ready. A group that stalls holds its own frames only, and
-//! past a bound further ones of it are refused ([`Refusal::Busy`]), so it can't fill the lane.
+//! past a bound further ones of it are refused ([`PeerRefusal::Busy`]), so it can't fill the lane.
 //!
 //! Before its hello a lane is anybody's: only so much is read as a hello takes, and only for a
 //! while. Large frames are received a few at a time on the whole node; the others wait on their
@@ -27,11 +27,11 @@ use tokio::time::{Instant, Sleep};
 use super::acquaintances::Session;
 use super::client::{CANNOT_CONNECT_SEQUENCE, HELLO_SEQUENCE};
 use super::seats::{Owner, Seat};
-use crate::raft::pace::Pace;
+use crate::raft::pace::LeaseTimings;
 use crate::raft::registry::Registry;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{
-    self, Arrived, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, Refusal, Reply,
+    self, ReceivedFrame, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, PeerRefusal, PeerReply,
 };
 use crate::telemetry::rarely;
 use crate::types::NodeId;
@@ -78,8 +78,8 @@ where
     }
 }
 
-type Working = BoxFuture<'static, (u64, Reply)>;
-type Greeting = BoxFuture<'static, (NodeId, Result<Session, Refusal>)>;
+type Working = BoxFuture<'static, (u64, PeerReply)>;
+type Greeting = BoxFuture<'static, (NodeId, Result<Session, PeerRefusal>)>;
 
 /// A seat, and what tells that it has to be given up.
 struct Seated {
@@ -163,7 +163,7 @@ where
                 .peer
                 .is_some_and(|peer| this.registry.ways().is_closed(peer))
         {
-            wire::encode_reply(&mut this.out, CANNOT_CONNECT_SEQUENCE, &Reply::Noted);
+            wire::encode_reply(&mut this.out, CANNOT_CONNECT_SEQUENCE, &PeerReply::Noted);
         }
         match (this.out.is_empty(), this.ended) {
             (false, _) => Poll::Ready(Some(this.out.split().freeze())),
@@ -259,8 +259,8 @@ impl<I> Serving<I> {
         self.reader.set_limit(FRAME_BYTES_MAX);
     }
 
-    fn refuse(&mut self, refusal: Refusal) {
-        wire::encode_reply(&mut self.out, HELLO_SEQUENCE, &Reply::Refused(refusal));
+    fn refuse(&mut self, refusal: PeerRefusal) {
+        wire::encode_reply(&mut self.out, HELLO_SEQUENCE, &PeerReply::Refused(refusal));
         self.ended = true;
     }
 
@@ -286,7 +286,7 @@ impl<I> Serving<I> {
     fn read(&mut self) {
         loop {
             match self.reader.next() {
-                Ok(Some(arrived)) => self.begin(&arrived),
+                Ok(Some(frame)) => self.begin(&frame),
                 Ok(None) => return,
                 Err(error) => {
                     let (lane, peer) = (self.lane.name(), self.peer);
@@ -301,12 +301,12 @@ impl<I> Serving<I> {
         }
     }
 
-    fn begin(&mut self, arrived: &Arrived) {
+    fn begin(&mut self, frame: &ReceivedFrame) {
         if self.peer.is_none() {
-            let greeted = arrived.hello().map_err(|_| Refusal::Unreadable).and_then(
-                |(hello, starts, pace)| {
+            let greeted = frame.hello().map_err(|_| PeerRefusal::Unreadable).and_then(
+                |(hello, starts, lease_timings)| {
                     let peer = self.seat_peer(&hello)?;
-                    self.compare_pace(peer, pace)?;
+                    self.compare_timings(peer, lease_timings)?;
                     Ok((peer, hello.from_directory, starts))
                 },
             );
@@ -326,9 +326,9 @@ impl<I> Serving<I> {
             }
             return;
         }
-        let sequence = arrived.sequence;
-        let begun = match arrived.request() {
-            Ok((head, request, tail)) => {
+        let sequence = frame.sequence;
+        let begun = match frame.request() {
+            Ok((header, request, tail)) => {
                 // One that is good for a hello only would break again and again, and its peer pass
                 // for ended each time.
                 if let Some(peer) = self
@@ -337,12 +337,12 @@ impl<I> Serving<I> {
                 {
                     self.registry.liveness().on_lane_up(peer);
                 }
-                self.registry.handle(self.lane, head, request, tail)
+                self.registry.handle(self.lane, header, request, tail)
             }
             Err(error) => {
                 let (lane, peer) = (self.lane.name(), self.peer);
                 rarely!(warn, lane, ?peer, %error, "a peer sent a request that can't be read");
-                Err(Refusal::Unreadable)
+                Err(PeerRefusal::Unreadable)
             }
         };
         match begun {
@@ -354,12 +354,12 @@ impl<I> Serving<I> {
                     async move { (sequence, reply.await) },
                 )))
             }
-            Err(refusal) => wire::encode_reply(&mut self.out, sequence, &Reply::Refused(refusal)),
+            Err(refusal) => wire::encode_reply(&mut self.out, sequence, &PeerReply::Refused(refusal)),
         }
     }
 
     /// Greets the peer, and gives it the seat that it is entitled to.
-    fn seat_peer(&mut self, hello: &Hello) -> Result<NodeId, Refusal> {
+    fn seat_peer(&mut self, hello: &Hello) -> Result<NodeId, PeerRefusal> {
         let peer = self.greet(hello)?;
         let is_known = self.registry.knows(peer, hello.from_directory);
         let owner = if is_known {
@@ -367,16 +367,16 @@ impl<I> Serving<I> {
         } else {
             Owner::Stranger
         };
-        let seat = self.registry.seats().take(owner).ok_or(Refusal::Busy)?;
+        let seat = self.registry.seats().take(owner).ok_or(PeerRefusal::Busy)?;
         self.seat = Some(Seated::new(seat));
         Ok(peer)
     }
 
     /// Refuses a peer whose leases would not be those of this node. Programs that tell no pace are
     /// taken as they are.
-    fn compare_pace(&self, peer: NodeId, pace: Option<Pace>) -> Result<(), Refusal> {
-        let own = self.registry.pace();
-        let Some(theirs) = pace.filter(|theirs| *theirs != own) else {
+    fn compare_timings(&self, peer: NodeId, lease_timings: Option<LeaseTimings>) -> Result<(), PeerRefusal> {
+        let own = self.registry.lease_timings();
+        let Some(theirs) = lease_timings.filter(|theirs| *theirs != own) else {
             return Ok(());
         };
         let fits = own.fits(&theirs);
@@ -394,22 +394,22 @@ impl<I> Serving<I> {
         if fits {
             Ok(())
         } else {
-            Err(Refusal::OtherPace(own))
+            Err(PeerRefusal::OtherTimings(own))
         }
     }
 
     /// Whether the lane is from a node of our cluster to this very node.
-    fn greet(&self, hello: &Hello) -> Result<NodeId, Refusal> {
+    fn greet(&self, hello: &Hello) -> Result<NodeId, PeerRefusal> {
         let identity = self.registry.identity();
         if hello.to_directory != identity.directory {
-            return Err(Refusal::OtherDirectory(identity.directory));
+            return Err(PeerRefusal::OtherDirectory(identity.directory));
         }
-        let (cluster, node) = identity.get().ok_or(Refusal::NoCluster)?;
+        let (cluster, node) = identity.get().ok_or(PeerRefusal::NoCluster)?;
         if hello.cluster != cluster {
-            return Err(Refusal::OtherCluster);
+            return Err(PeerRefusal::OtherCluster);
         }
         if hello.to != node {
-            return Err(Refusal::OtherNode(node));
+            return Err(PeerRefusal::OtherNode(node));
         }
         Ok(hello.from)
     }

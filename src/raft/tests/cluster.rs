@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::stalling_disk::StallingDisk;
 use crate::raft::lanes::memory::MemoryHub;
-use crate::raft::pace::Pace;
+use crate::raft::pace::LeaseTimings;
 use crate::raft::transport::{Dial, Identity, Resolver};
 use crate::raft::{
     Replica, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, RaftBudgets, WitnessReplica,
@@ -30,7 +30,7 @@ use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 pub const CLUSTER: ClusterId = ClusterId(7);
 
 /// That of the default timings.
-pub const PACE: Pace = Pace {
+pub const PACE: LeaseTimings = LeaseTimings {
     lease_drift_ms: None,
     election_ms_max: 420,
 };

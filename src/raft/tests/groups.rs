@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::cluster::*;
 use crate::raft::transport::Lane;
-use crate::raft::wire::{Head, Refusal, Reply, Request};
+use crate::raft::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use crate::raft::{
     Replica, LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Role,
     TransferError,
@@ -665,12 +665,12 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
             voted_for: Some(ReplicaId(6 - leader.0 - me.0)),
             committed: false,
         };
-        let head = Head {
+        let header = FrameHeader {
             group: GroupId(1),
             sender: ReplicaId(6 - leader.0 - me.0),
             target: me,
         };
-        let request = Request::PreVote {
+        let request = PeerRequest::PreVote {
             vote,
             last: Some(LogId {
                 term: term + 1,
@@ -678,12 +678,12 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
             }),
         };
         let reply = registry
-            .handle(Lane::Log, head, request, Bytes::new())
+            .handle(Lane::Log, header, request, Bytes::new())
             .expect("a replica that is up")
             .await;
         assert_eq!(
             reply,
-            Reply::Refused(Refusal::Leased),
+            PeerReply::Refused(PeerRefusal::Leased),
             "what was missed once holds a lease again"
         );
     }

@@ -9,18 +9,18 @@ use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, stream};
 use http_body_util::{BodyExt, BodyStream, StreamBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::{UnsealedFrame, Incoming};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 
 use super::cluster::*;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::lanes::{Lanes, LanesParts, serve_lane};
-use crate::raft::pace::Pace;
+use crate::raft::pace::LeaseTimings;
 use crate::raft::transport::{
     Dial, Identity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver,
 };
-use crate::raft::wire::{self, AppendReply, FrameReader, Head, Hello, Refusal, Reply, Request};
+use crate::raft::wire::{self, AppendReply, FrameReader, FrameHeader, Hello, PeerRefusal, PeerReply, PeerRequest};
 use crate::raft::{LeaseReads, RaftTimings, Registry};
 use crate::sm::starts::Starts;
 use crate::storage::log::{Entry, Payload, Vote};
@@ -39,12 +39,12 @@ fn hello() -> Hello {
 }
 
 /// The first reply to what is sent, if there is one before the lane ends.
-async fn replies(registry: &Arc<Registry>, sent: Vec<Bytes>) -> Vec<Reply> {
+async fn replies(registry: &Arc<Registry>, sent: Vec<Bytes>) -> Vec<PeerReply> {
     first_replies(registry, sent, 1).await
 }
 
 /// So many replies to what is sent, in the order in which they come; fewer if the lane ends before.
-async fn first_replies(registry: &Arc<Registry>, sent: Vec<Bytes>, count: usize) -> Vec<Reply> {
+async fn first_replies(registry: &Arc<Registry>, sent: Vec<Bytes>, count: usize) -> Vec<PeerReply> {
     let incoming = stream::iter(sent)
         .map(Ok::<_, Infallible>)
         .chain(stream::pending());
@@ -56,8 +56,8 @@ async fn first_replies(registry: &Arc<Registry>, sent: Vec<Bytes>, count: usize)
             break;
         };
         reader.push(chunk);
-        while let Some(arrived) = reader.next().expect("frames") {
-            found.push(arrived.reply().expect("a reply"));
+        while let Some(frame) = reader.next().expect("frames") {
+            found.push(frame.reply().expect("a reply"));
         }
     }
     found
@@ -74,46 +74,46 @@ async fn frames_for_another_cluster_node_directory_group_or_replica_are_refused(
                 cluster: ClusterId(8),
                 ..hello()
             },
-            Refusal::OtherCluster,
+            PeerRefusal::OtherCluster,
         ),
         (
             Hello {
                 to: NodeId(2),
                 ..hello()
             },
-            Refusal::OtherNode(NodeId(1)),
+            PeerRefusal::OtherNode(NodeId(1)),
         ),
         (
             Hello {
                 to_directory: DirectoryId(5),
                 ..hello()
             },
-            Refusal::OtherDirectory(directory(NodeId(1))),
+            PeerRefusal::OtherDirectory(directory(NodeId(1))),
         ),
     ];
     for (hello, refusal) in refused_hello {
         let found = replies(&registry, vec![wire::encode_hello(&hello)]).await;
-        assert_eq!(found, [Reply::Refused(refusal)]);
+        assert_eq!(found, [PeerReply::Refused(refusal)]);
     }
-    let head = Head {
+    let header = FrameHeader {
         group: GroupId(1),
         sender: ReplicaId(2),
         target: ReplicaId(1),
     };
     let refused_frames = [
         (
-            Head {
+            FrameHeader {
                 group: GroupId(2),
-                ..head
+                ..header
             },
-            Refusal::NoReplica(GroupId(2)),
+            PeerRefusal::NoReplica(GroupId(2)),
         ),
         (
-            Head {
+            FrameHeader {
                 target: ReplicaId(3),
-                ..head
+                ..header
             },
-            Refusal::OtherReplica(ReplicaId(1)),
+            PeerRefusal::OtherReplica(ReplicaId(1)),
         ),
     ];
     let vote = Vote {
@@ -121,19 +121,19 @@ async fn frames_for_another_cluster_node_directory_group_or_replica_are_refused(
         voted_for: Some(ReplicaId(2)),
         committed: false,
     };
-    let request = Request::PreVote { vote, last: None };
-    for (head, refusal) in refused_frames {
-        let frame = wire::encode_request(head, &request, &[]).seal(1);
+    let request = PeerRequest::PreVote { vote, last: None };
+    for (header, refusal) in refused_frames {
+        let frame = wire::encode_request(header, &request, &[]).seal(1);
         let found = replies(&registry, vec![wire::encode_hello(&hello()), frame]).await;
-        assert_eq!(found, [Reply::Refused(refusal)]);
+        assert_eq!(found, [PeerReply::Refused(refusal)]);
     }
     assert!(
         registry.get(GroupId(2)).is_none(),
         "no frame creates a replica"
     );
-    let frame = wire::encode_request(head, &request, &[]).seal(1);
+    let frame = wire::encode_request(header, &request, &[]).seal(1);
     let found = replies(&registry, vec![wire::encode_hello(&hello()), frame]).await;
-    assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
+    assert!(matches!(found[..], [PeerReply::Vote { .. }]), "{found:?}");
     assert!(registry.last_heard(NodeId(9)).is_some());
     drop(registry);
     cluster.stop_all().await;
@@ -142,7 +142,7 @@ async fn frames_for_another_cluster_node_directory_group_or_replica_are_refused(
 #[tokio::test]
 async fn a_peer_with_other_leases_is_refused_and_one_that_tells_none_is_not() {
     let starts = Starts::first(StartId(6));
-    let leased = Pace {
+    let leased = LeaseTimings {
         lease_drift_ms: Some(50),
         ..PACE
     };
@@ -158,30 +158,30 @@ async fn a_peer_with_other_leases_is_refused_and_one_that_tells_none_is_not() {
             .await
             .expect("a replica");
         let registry = cluster.nodes[&NodeId(1)].registry.clone();
-        let head = Head {
+        let header = FrameHeader {
             group: GroupId(1),
             sender: ReplicaId(2),
             target: ReplicaId(9),
         };
-        let frame = || wire::encode_request(head, &Request::PurgeIndex { index: 1 }, &[]).seal(1);
-        let taken = [Reply::Refused(Refusal::OtherReplica(ReplicaId(1)))];
-        for pace in [
+        let frame = || wire::encode_request(header, &PeerRequest::PurgeIndex { index: 1 }, &[]).seal(1);
+        let taken = [PeerReply::Refused(PeerRefusal::OtherReplica(ReplicaId(1)))];
+        for lease_timings in [
             PACE,
             leased,
-            Pace {
+            LeaseTimings {
                 lease_drift_ms: Some(60),
                 ..PACE
             },
-            Pace {
+            LeaseTimings {
                 election_ms_max: 840,
                 ..leased
             },
         ] {
-            let greeting = wire::encode_greeting(&hello(), &starts, &pace);
+            let greeting = wire::encode_greeting(&hello(), &starts, &lease_timings);
             let found = replies(&registry, vec![greeting, frame()]).await;
-            match pace == own {
+            match lease_timings == own {
                 true => assert_eq!(found, taken),
-                false => assert_eq!(found, [Reply::Refused(Refusal::OtherPace(own))], "{pace}"),
+                false => assert_eq!(found, [PeerReply::Refused(PeerRefusal::OtherTimings(own))], "{pace}"),
             }
         }
         assert_eq!(
@@ -191,7 +191,7 @@ async fn a_peer_with_other_leases_is_refused_and_one_that_tells_none_is_not() {
         let slower = wire::encode_greeting(
             &hello(),
             &starts,
-            &Pace {
+            &LeaseTimings {
                 election_ms_max: 840,
                 ..PACE
             },
@@ -255,11 +255,11 @@ async fn before_the_hello_only_a_hello_is_read() {
             count.fetch_add(1 << 10, Ordering::Relaxed);
             Ok::<_, Infallible>(Bytes::from(vec![1; 1 << 10]))
         });
-        let head = stream::iter([Ok(Bytes::copy_from_slice(&announced.to_le_bytes()))]);
+        let header = stream::iter([Ok(Bytes::copy_from_slice(&announced.to_le_bytes()))]);
         serve_lane(
             registry.clone(),
             Lane::Log,
-            head.chain(pieces).take(1 << 10),
+            header.chain(pieces).take(1 << 10),
         )
     };
     let replies: Vec<Bytes> = serve(70 << 20).collect().await;
@@ -299,13 +299,13 @@ async fn large_frames_are_received_a_few_at_a_time() {
             from_directory: directory(from),
             ..hello()
         });
-        let head = Bytes::copy_from_slice(&u32::try_from(LARGE).expect("small").to_le_bytes());
+        let header = Bytes::copy_from_slice(&u32::try_from(LARGE).expect("small").to_le_bytes());
         let count = taken.clone();
         let piece = stream::iter([()]).map(move |()| {
             count.fetch_add(1, Ordering::Relaxed);
             Bytes::from_static(&[0; 1 << 10])
         });
-        let incoming = stream::iter([hello, head])
+        let incoming = stream::iter([hello, header])
             .chain(piece)
             .map(Ok::<_, Infallible>)
             .chain(stream::pending());
@@ -369,7 +369,7 @@ async fn serve_http(listener: TcpListener, registry: Arc<Registry>) {
                     }
                 });
             let outgoing = serve_lane(registry.clone(), lane, incoming)
-                .map(|chunk| Ok::<_, Infallible>(Frame::data(chunk)));
+                .map(|chunk| Ok::<_, Infallible>(UnsealedFrame::data(chunk)));
             async move { Ok::<_, Infallible>(http::Response::new(StreamBody::new(outgoing))) }
         });
         tokio::spawn(
@@ -441,12 +441,12 @@ async fn a_group_that_stalls_holds_up_no_other_and_can_not_fill_the_lane() {
         committed: false,
     };
     let request = |group| {
-        let head = Head {
+        let header = FrameHeader {
             group: GroupId(group),
             sender: ReplicaId(2),
             target: ReplicaId(1),
         };
-        wire::encode_request(head, &Request::PreVote { vote, last: None }, &[])
+        wire::encode_request(header, &PeerRequest::PreVote { vote, last: None }, &[])
     };
     // Group 1 looks as if so many of its frames were being worked on that it takes no more.
     let stalled = registry.get(GroupId(1)).expect("open");
@@ -458,13 +458,13 @@ async fn a_group_that_stalls_holds_up_no_other_and_can_not_fill_the_lane() {
         vec![wire::encode_hello(&hello()), request(1).seal(1)],
     )
     .await;
-    assert_eq!(found, [Reply::Refused(Refusal::Busy)]);
+    assert_eq!(found, [PeerReply::Refused(PeerRefusal::Busy)]);
     let found = replies(
         &registry,
         vec![wire::encode_hello(&hello()), request(2).seal(1)],
     )
     .await;
-    assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
+    assert!(matches!(found[..], [PeerReply::Vote { .. }]), "{found:?}");
     stalled
         .frames
         .fetch_sub(1000, std::sync::atomic::Ordering::Relaxed);
@@ -473,7 +473,7 @@ async fn a_group_that_stalls_holds_up_no_other_and_can_not_fill_the_lane() {
         vec![wire::encode_hello(&hello()), request(1).seal(1)],
     )
     .await;
-    assert!(matches!(found[..], [Reply::Vote { .. }]), "{found:?}");
+    assert!(matches!(found[..], [PeerReply::Vote { .. }]), "{found:?}");
     drop((registry, stalled));
     cluster.stop_all().await;
 }
@@ -498,7 +498,7 @@ async fn appends_that_arrive_together_are_taken_in_their_order() {
         committed: true,
     };
     let append = |group, index| {
-        let head = Head {
+        let header = FrameHeader {
             group: GroupId(group),
             sender: ReplicaId(2),
             target: ReplicaId(1),
@@ -508,7 +508,7 @@ async fn appends_that_arrive_together_are_taken_in_their_order() {
             id: id(index),
             payload: Payload::Blank,
         };
-        wire::encode_append(head, vote, index.checked_sub(1).map(id), None, &[entry])
+        wire::encode_append(header, vote, index.checked_sub(1).map(id), None, &[entry])
             .seal(group * APPENDS + index)
     };
     let mut sent = BytesMut::from(&wire::encode_hello(&hello())[..]);
@@ -519,7 +519,7 @@ async fn appends_that_arrive_together_are_taken_in_their_order() {
     }
     let count = (GROUPS * APPENDS) as usize;
     let found = first_replies(&registry, vec![sent.freeze()], count).await;
-    assert_eq!(found, vec![Reply::Append(AppendReply::Success); count]);
+    assert_eq!(found, vec![PeerReply::Append(AppendReply::Success); count]);
     drop(registry);
     cluster.stop_all().await;
 }
@@ -556,7 +556,7 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
         liveness: Arc::default(),
         ways: Arc::default(),
         budgets: Arc::default(),
-        pace: PACE,
+        lease_timings: PACE,
         supervisor: Supervisor::noting().0,
     });
     let vote = Vote {
@@ -564,12 +564,12 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
         voted_for: Some(ReplicaId(2)),
         committed: false,
     };
-    let head = Head {
+    let header = FrameHeader {
         group: GroupId(1),
         sender: ReplicaId(1),
         target: ReplicaId(2),
     };
-    let frame = || wire::encode_request(head, &Request::PreVote { vote, last: None }, &[]);
+    let frame = || wire::encode_request(header, &PeerRequest::PreVote { vote, last: None }, &[]);
     let call = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
     let answer = call.answer.await.expect("it is told");
     assert!(matches!(answer, Err(LaneError::Late(_))), "{answer:?}");

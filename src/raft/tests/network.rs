@@ -21,7 +21,7 @@ use crate::raft::network::Network;
 use crate::raft::state_machine::{SnapshotData, with_meta};
 use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::types::{GroupMember, Types, entry_to_raft, to_raft, vote_to_raft};
-use crate::raft::wire::{self, AppendReply, Arrived, FrameReader, Reply, Request};
+use crate::raft::wire::{self, AppendReply, ReceivedFrame, FrameReader, PeerReply, PeerRequest};
 use crate::storage::log::{Entry, Payload, Vote};
 use crate::supervisor::Supervisor;
 use crate::types::{LogId, NodeId, ReplicaId};
@@ -41,11 +41,11 @@ impl Dial for Scripted {
         let replies = outgoing.map(move |chunk| {
             reader.push(chunk);
             let mut out = BytesMut::new();
-            while let Some(arrived) = reader.next()? {
+            while let Some(frame) = reader.next()? {
                 if std::mem::replace(&mut is_greeted, true)
                     && let Some(reply) = script.lock().expect("no holder panics").pop_front()
                 {
-                    wire::encode_reply(&mut out, arrived.sequence, &Reply::Append(reply));
+                    wire::encode_reply(&mut out, frame.sequence, &PeerReply::Append(reply));
                 }
             }
             Ok(out.freeze())
@@ -77,10 +77,10 @@ impl Dial for Far {
         let replies = carried.map(move |chunk| {
             reader.push(chunk);
             let mut out = BytesMut::new();
-            while let Some(arrived) = reader.next()? {
+            while let Some(frame) = reader.next()? {
                 if std::mem::replace(&mut is_greeted, true) {
-                    let reply = Reply::Append(AppendReply::Success);
-                    wire::encode_reply(&mut out, arrived.sequence, &reply);
+                    let reply = PeerReply::Append(AppendReply::Success);
+                    wire::encode_reply(&mut out, frame.sequence, &reply);
                 }
             }
             Ok(out.freeze())
@@ -104,15 +104,15 @@ impl Dial for Marked {
         let replies = outgoing.map(move |chunk| {
             reader.push(chunk);
             let mut out = BytesMut::new();
-            while let Some(arrived) = reader.next()? {
+            while let Some(frame) = reader.next()? {
                 if !std::mem::replace(&mut is_greeted, true) {
                     continue;
                 }
-                let reply = match arrived.request()?.1 {
-                    Request::Watermark { vote, .. } => Reply::SnapshotInstalled { vote },
-                    _ => Reply::WatermarkWanted,
+                let reply = match frame.request()?.1 {
+                    PeerRequest::Watermark { vote, .. } => PeerReply::SnapshotInstalled { vote },
+                    _ => PeerReply::WatermarkWanted,
                 };
-                wire::encode_reply(&mut out, arrived.sequence, &reply);
+                wire::encode_reply(&mut out, frame.sequence, &reply);
             }
             Ok(out.freeze())
         });
@@ -139,11 +139,11 @@ impl Dial for Patient {
         tokio::spawn(async move {
             while let Some(chunk) = outgoing.next().await {
                 reader.push(chunk);
-                while let Some(arrived) = reader.next().expect("frames") {
+                while let Some(frame) = reader.next().expect("frames") {
                     if std::mem::replace(&mut is_greeted, true) {
                         seen.lock()
                             .expect("no holder panics")
-                            .push((arrived.sequence, said(&arrived)));
+                            .push((frame.sequence, said(&frame)));
                     }
                 }
             }
@@ -159,11 +159,11 @@ impl Dial for Patient {
 }
 
 /// What an append says, in words.
-fn said(arrived: &Arrived) -> String {
-    match arrived.request().expect("a request") {
+fn said(frame: &ReceivedFrame) -> String {
+    match frame.request().expect("a request") {
         (
             _,
-            Request::Append {
+            PeerRequest::Append {
                 commit, entries, ..
             },
             tail,
@@ -240,7 +240,7 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
         liveness: Arc::default(),
         ways: Arc::default(),
         budgets: Arc::default(),
-        pace: PACE,
+        lease_timings: PACE,
         supervisor: Supervisor::noting().0,
     }));
     let second = Duration::from_secs(1);
@@ -433,7 +433,7 @@ async fn no_result_speaks_for_a_request_that_is_not_answered() {
         wire::encode_reply(
             &mut out,
             sequence.expect("it was sent"),
-            &Reply::Append(AppendReply::Success),
+            &PeerReply::Append(AppendReply::Success),
         );
         answers
             .unbounded_send(out.freeze())

@@ -9,7 +9,7 @@ use super::cluster::*;
 use crate::raft::Replica;
 use crate::raft::transport::Lane;
 use crate::raft::types::vote_from_raft;
-use crate::raft::wire::{AppendReply, EntryHead, Head, PayloadKind, Reply, Request, SnapshotName};
+use crate::raft::wire::{AppendReply, EntryHead, FrameHeader, PayloadKind, PeerReply, PeerRequest, SnapshotName};
 use crate::sm::kv::{self, Media, Record};
 use crate::sm::ports::WriteBatch;
 use crate::sm::slots::{data_key, slot_of};
@@ -50,17 +50,17 @@ impl<'a> CutOff<'a> {
         }
     }
 
-    async fn ask(&self, lane: Lane, request: Request, tail: Vec<u8>) -> Reply {
+    async fn ask(&self, lane: Lane, request: PeerRequest, tail: Vec<u8>) -> PeerReply {
         let (sender, target) = (self.leader.key().replica, self.follower.key().replica);
-        let head = Head {
+        let header = FrameHeader {
             group: GroupId(1),
             sender,
             target,
         };
         let registry = &self.cluster.nodes[&self.node].registry;
-        match registry.handle(lane, head, request, Bytes::from(tail)) {
+        match registry.handle(lane, header, request, Bytes::from(tail)) {
             Ok(reply) => reply.await,
-            Err(refusal) => Reply::Refused(refusal),
+            Err(refusal) => PeerReply::Refused(refusal),
         }
     }
 
@@ -88,7 +88,7 @@ impl<'a> CutOff<'a> {
             });
             tail.extend_from_slice(bytes);
         }
-        let append = Request::Append {
+        let append = PeerRequest::Append {
             vote: self.vote,
             previous,
             commit: None,
@@ -96,12 +96,12 @@ impl<'a> CutOff<'a> {
         };
         assert_eq!(
             self.ask(Lane::Log, append, tail).await,
-            Reply::Append(AppendReply::Success)
+            PeerReply::Append(AppendReply::Success)
         );
     }
 
     /// Sends it the map of the leader as it is now.
-    async fn send_map(&self) -> (SnapshotName, Reply) {
+    async fn send_map(&self) -> (SnapshotName, PeerReply) {
         self.leader.build_snapshot().await.expect("a snapshot");
         let snapshot = self.leader.state().current_snapshot().expect("it is there");
         let name = name_of(&snapshot);
@@ -110,13 +110,13 @@ impl<'a> CutOff<'a> {
             snapshot.read_at(0, &mut file).expect("readable"),
             file.len()
         );
-        let open = Request::SnapshotOpen {
+        let open = PeerRequest::SnapshotOpen {
             vote: self.vote,
             snapshot: name,
         };
         let opened = self.ask(Lane::Snapshot, open, Vec::new()).await;
-        assert_eq!(opened, Reply::SnapshotHas { bytes_len: 0 });
-        let chunk = Request::SnapshotChunk {
+        assert_eq!(opened, PeerReply::SnapshotHas { bytes_len: 0 });
+        let chunk = PeerRequest::SnapshotChunk {
             snapshot: name,
             offset: 0,
         };
@@ -124,25 +124,25 @@ impl<'a> CutOff<'a> {
         (name, written)
     }
 
-    async fn install(&self, name: SnapshotName) -> Reply {
+    async fn install(&self, name: SnapshotName) -> PeerReply {
         let deadline = soon();
         loop {
-            let install = Request::SnapshotInstall {
+            let install = PeerRequest::SnapshotInstall {
                 vote: self.vote,
                 snapshot: name,
             };
             match self.ask(Lane::Snapshot, install, Vec::new()).await {
-                Reply::SnapshotHas { .. } => assert!(tokio::time::Instant::now() < deadline),
+                PeerReply::SnapshotHas { .. } => assert!(tokio::time::Instant::now() < deadline),
                 other => return other,
             }
         }
     }
 
     async fn hold(&self) {
-        let rebuild = Request::Rebuild { vote: self.vote };
+        let rebuild = PeerRequest::Rebuild { vote: self.vote };
         assert_eq!(
             self.ask(Lane::Snapshot, rebuild, Vec::new()).await,
-            Reply::Noted
+            PeerReply::Noted
         );
     }
 }
@@ -192,7 +192,7 @@ async fn entries_that_a_rebuilt_map_holds_are_not_applied_again() {
         let (name, _) = cut_off.send_map().await;
         let installed = cut_off.install(name).await;
         assert!(
-            matches!(installed, Reply::SnapshotInstalled { .. }),
+            matches!(installed, PeerReply::SnapshotInstalled { .. }),
             "{installed:?}"
         );
         assert_eq!(
@@ -236,14 +236,14 @@ async fn a_map_that_arrives_for_a_hold_that_is_over_is_refused() {
     let (name, _) = cut_off.send_map().await;
     cut_off.follower.apply_state.hold.clear();
     let refused = cut_off.install(name).await;
-    assert!(matches!(refused, Reply::Refused(_)), "{refused:?}");
+    assert!(matches!(refused, PeerReply::Refused(_)), "{refused:?}");
     assert_eq!(cut_off.follower.rebuilt(), 0);
 
     // A snapshot of the same name that openraft sends is its own affair.
     let (name, _) = cut_off.send_map().await;
     let installed = cut_off.install(name).await;
     assert!(
-        matches!(installed, Reply::SnapshotInstalled { .. }),
+        matches!(installed, PeerReply::SnapshotInstalled { .. }),
         "{installed:?}"
     );
     drop(cut_off);

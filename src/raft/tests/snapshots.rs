@@ -5,21 +5,21 @@ use bytes::Bytes;
 
 use super::cluster::*;
 use crate::raft::transport::Lane;
-use crate::raft::wire::{Head, Refusal, Reply, Request, SnapshotName};
+use crate::raft::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest, SnapshotName};
 use crate::storage::log::Vote;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 
 /// A request to replica 1 of group 1, and its reply.
-async fn ask(cluster: &TestCluster, request: Request, tail: &[u8]) -> Reply {
-    let head = Head {
+async fn ask(cluster: &TestCluster, request: PeerRequest, tail: &[u8]) -> PeerReply {
+    let header = FrameHeader {
         group: GroupId(1),
         sender: ReplicaId(2),
         target: ReplicaId(1),
     };
     let registry = &cluster.nodes[&NodeId(1)].registry;
-    match registry.handle(Lane::Snapshot, head, request, Bytes::copy_from_slice(tail)) {
+    match registry.handle(Lane::Snapshot, header, request, Bytes::copy_from_slice(tail)) {
         Ok(reply) => reply.await,
-        Err(refusal) => Reply::Refused(refusal),
+        Err(refusal) => PeerReply::Refused(refusal),
     }
 }
 
@@ -37,19 +37,19 @@ async fn a_transfer_goes_on_where_it_broke_and_another_snapshot_takes_its_place(
         applied: Some(LogId { term: 1, index: 9 }),
         bytes_len: 10,
     };
-    let open = |name| Request::SnapshotOpen {
+    let open = |name| PeerRequest::SnapshotOpen {
         vote,
         snapshot: name,
     };
-    let chunk = |name, offset| Request::SnapshotChunk {
+    let chunk = |name, offset| PeerRequest::SnapshotChunk {
         snapshot: name,
         offset,
     };
-    let install = |name| Request::SnapshotInstall {
+    let install = |name| PeerRequest::SnapshotInstall {
         vote,
         snapshot: name,
     };
-    let has = |bytes_len| Reply::SnapshotHas { bytes_len };
+    let has = |bytes_len| PeerReply::SnapshotHas { bytes_len };
     assert_eq!(ask(&cluster, open(name(2)), b"").await, has(0));
     assert_eq!(ask(&cluster, chunk(name(2), 0), b"12345").await, has(5));
     assert_eq!(
@@ -64,12 +64,12 @@ async fn a_transfer_goes_on_where_it_broke_and_another_snapshot_takes_its_place(
     );
     let early = ask(&cluster, install(name(2)), b"").await;
     assert!(
-        matches!(early, Reply::Refused(Refusal::Failed(_))),
+        matches!(early, PeerReply::Refused(PeerRefusal::Failed(_))),
         "it is not whole: {early:?}"
     );
     let gap = ask(&cluster, chunk(name(2), 9), b"0").await;
     assert!(
-        matches!(gap, Reply::Refused(Refusal::Failed(_))),
+        matches!(gap, PeerReply::Refused(PeerRefusal::Failed(_))),
         "a gap: {gap:?}"
     );
     assert_eq!(
@@ -79,7 +79,7 @@ async fn a_transfer_goes_on_where_it_broke_and_another_snapshot_takes_its_place(
     );
     let old = ask(&cluster, chunk(name(2), 0), b"1").await;
     assert!(
-        matches!(old, Reply::Refused(Refusal::Failed(_))),
+        matches!(old, PeerReply::Refused(PeerRefusal::Failed(_))),
         "the one before is given up: {old:?}"
     );
     assert_eq!(
@@ -88,7 +88,7 @@ async fn a_transfer_goes_on_where_it_broke_and_another_snapshot_takes_its_place(
     );
     let damaged = ask(&cluster, install(name(3)), b"").await;
     assert!(
-        matches!(damaged, Reply::Refused(Refusal::Failed(_))),
+        matches!(damaged, PeerReply::Refused(PeerRefusal::Failed(_))),
         "it is no snapshot: {damaged:?}"
     );
     assert_eq!(

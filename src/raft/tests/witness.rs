@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::cluster::*;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{
-    AppendReply, EntryHead, Head, PayloadKind, Refusal, Reply, Request, SnapshotName,
+    AppendReply, EntryHead, FrameHeader, PayloadKind, PeerRefusal, PeerReply, PeerRequest, SnapshotName,
 };
 use crate::raft::{
     MembershipError, OpenError, ProposeError, RaftTimings, ReadError, Role, TransferError,
@@ -238,18 +238,18 @@ async fn a_witness_that_came_to_lead_hands_over() {
 }
 
 /// A request to replica `to` of group 1, and its reply.
-async fn ask(cluster: &TestCluster, sender: u64, to: u64, request: Request) -> Reply {
-    let head = Head {
+async fn ask(cluster: &TestCluster, sender: u64, to: u64, request: PeerRequest) -> PeerReply {
+    let header = FrameHeader {
         group: GroupId(1),
         sender: ReplicaId(sender),
         target: ReplicaId(to),
     };
     match cluster.nodes[&NodeId(to)]
         .registry
-        .handle(Lane::Snapshot, head, request, Bytes::new())
+        .handle(Lane::Snapshot, header, request, Bytes::new())
     {
         Ok(reply) => reply.await,
-        Err(refusal) => Reply::Refused(refusal),
+        Err(refusal) => PeerReply::Refused(refusal),
     }
 }
 
@@ -267,7 +267,7 @@ async fn no_snapshot_comes_from_a_witness_and_no_data_goes_to_one() {
         applied: Some(LogId { term: 1, index: 9 }),
         bytes_len: 10,
     };
-    let open = || Request::SnapshotOpen { vote, snapshot };
+    let open = || PeerRequest::SnapshotOpen { vote, snapshot };
     until("they know the witness", || {
         (1..=2).all(|id| {
             cluster
@@ -282,35 +282,35 @@ async fn no_snapshot_comes_from_a_witness_and_no_data_goes_to_one() {
         let reply = ask(&cluster, from, to, open()).await;
         assert_eq!(
             reply,
-            Reply::Refused(Refusal::Failed("a witness has no snapshot".into()))
+            PeerReply::Refused(PeerRefusal::Failed("a witness has no snapshot".into()))
         );
     }
     assert_eq!(
         ask(&cluster, 2, 1, open()).await,
-        Reply::SnapshotHas { bytes_len: 0 }
+        PeerReply::SnapshotHas { bytes_len: 0 }
     );
-    assert_eq!(ask(&cluster, 2, 3, open()).await, Reply::WatermarkWanted);
+    assert_eq!(ask(&cluster, 2, 3, open()).await, PeerReply::WatermarkWanted);
     for request in [
-        Request::SnapshotChunk {
+        PeerRequest::SnapshotChunk {
             snapshot,
             offset: 0,
         },
-        Request::SnapshotInstall { vote, snapshot },
+        PeerRequest::SnapshotInstall { vote, snapshot },
     ] {
         let reply = ask(&cluster, 2, 3, request).await;
         assert!(
-            matches!(reply, Reply::Refused(Refusal::Failed(_))),
+            matches!(reply, PeerReply::Refused(PeerRefusal::Failed(_))),
             "{reply:?}"
         );
     }
-    let watermark = Request::Watermark {
+    let watermark = PeerRequest::Watermark {
         vote,
         applied: Default::default(),
     };
-    for request in [watermark, Request::PurgeIndex { index: 1 }] {
+    for request in [watermark, PeerRequest::PurgeIndex { index: 1 }] {
         let reply = ask(&cluster, 2, 1, request).await;
         assert!(
-            matches!(reply, Reply::Refused(Refusal::Failed(_))),
+            matches!(reply, PeerReply::Refused(PeerRefusal::Failed(_))),
             "{reply:?}"
         );
     }
@@ -471,7 +471,7 @@ async fn a_witness_that_has_what_it_is_told_to_begin_after_keeps_it() {
         bytes_len: 0,
     }];
     let leader = vote.voted_for.expect("it followed somebody").0;
-    let append = Request::Append {
+    let append = PeerRequest::Append {
         vote,
         previous: Some(previous),
         commit: None,
@@ -479,23 +479,23 @@ async fn a_witness_that_has_what_it_is_told_to_begin_after_keeps_it() {
     };
     assert_eq!(
         ask(&cluster, leader, 3, append).await,
-        Reply::Append(AppendReply::Success)
+        PeerReply::Append(AppendReply::Success)
     );
     let applied = Applied {
         log_id: Some(id),
         membership,
     };
-    let watermark = Request::Watermark {
+    let watermark = PeerRequest::Watermark {
         vote,
         applied: applied.clone(),
     };
     assert_eq!(
         ask(&cluster, leader, 3, watermark).await,
-        Reply::SnapshotInstalled { vote }
+        PeerReply::SnapshotInstalled { vote }
     );
     // One that led before is told with whom it goes now: else it might take this for a word of a
     // follower.
-    let watermark = Request::Watermark {
+    let watermark = PeerRequest::Watermark {
         vote: Vote {
             term: vote.term - 1,
             ..vote
@@ -504,7 +504,7 @@ async fn a_witness_that_has_what_it_is_told_to_begin_after_keeps_it() {
     };
     assert_eq!(
         ask(&cluster, leader, 3, watermark).await,
-        Reply::SnapshotInstalled { vote }
+        PeerReply::SnapshotInstalled { vote }
     );
     assert_eq!(
         (witness.0.log.state().purged, witness.0.log.state().last),
