@@ -120,7 +120,7 @@ impl Joining {
             node,
             directory: self.directory_id(),
             address: self.config().address.clone(),
-            starts: self.acquaintances()?.own().clone(),
+            starts: self.peer_directories()?.own().clone(),
         })
     }
 
@@ -173,10 +173,10 @@ impl Joining {
                 cluster: Some(other.cluster),
             };
         }
-        let Some(acquaintances) = self.acquaintances() else {
+        let Some(peer_directories) = self.peer_directories() else {
             return Met::Silent;
         };
-        match acquaintances.hear(other.directory, &other.starts).await {
+        match peer_directories.learn(other.directory, &other.starts).await {
             Ok(()) => Met::Ours {
                 directory: other.directory,
                 address: other.address,
@@ -218,15 +218,15 @@ impl Joining {
             }
             return GreetingReply::Welcome(own);
         }
-        let Some(acquaintances) = self.acquaintances() else {
+        let Some(peer_directories) = self.peer_directories() else {
             return GreetingReply::Failed {
                 reason: "it is starting".to_owned(),
             };
         };
-        if let Err(refusal) = acquaintances.weigh(greeting.directory, &greeting.starts) {
+        if let Err(refusal) = peer_directories.check(greeting.directory, &greeting.starts) {
             return refused(&refusal);
         }
-        if !is_news && acquaintances.knows(greeting.directory, &greeting.starts) {
+        if !is_news && peer_directories.knows(greeting.directory, &greeting.starts) {
             return GreetingReply::Welcome(own);
         }
         if !self.is_confirmed(greeting).await {
@@ -236,8 +236,8 @@ impl Joining {
             );
             return GreetingReply::Failed { reason };
         }
-        match acquaintances
-            .hear(greeting.directory, &greeting.starts)
+        match peer_directories
+            .learn(greeting.directory, &greeting.starts)
             .await
         {
             Ok(()) => GreetingReply::Welcome(own),
@@ -342,8 +342,8 @@ impl Greeter {
     }
 
     fn refused(&self, by: &Address, refusal: &PeerRefusal) {
-        if let Some(acquaintances) = self.joining.acquaintances() {
-            acquaintances.refused_by(by.as_str(), refusal);
+        if let Some(peer_directories) = self.joining.peer_directories() {
+            peer_directories.refused_by(by.as_str(), refusal);
         }
     }
 

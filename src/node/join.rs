@@ -20,7 +20,7 @@ use crate::client::peer::{
     FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
 };
 use crate::config::NodeConfig;
-use crate::raft::lanes::{Acquaintances, Ousted};
+use crate::raft::lanes::{PeerDirectories, DirectoryRejection};
 use crate::sm::level::TooOld;
 use crate::sm::placement::{PlacementError, first_view};
 use crate::sm::view::{self, View};
@@ -81,7 +81,7 @@ pub struct Joining {
     /// Rounds in which everyone was asked.
     rounds: AtomicUsize,
     /// Since this node began to start as a member.
-    acquaintances: OnceLock<Arc<Acquaintances>>,
+    peer_directories: OnceLock<Arc<PeerDirectories>>,
     /// Processes that ran with a copy of this directory, which were told of.
     doubles: Mutex<BTreeSet<Address>>,
 }
@@ -108,7 +108,7 @@ impl Joining {
             invited: Mutex::default(),
             called: Notify::new(),
             rounds: AtomicUsize::new(0),
-            acquaintances: OnceLock::new(),
+            peer_directories: OnceLock::new(),
             doubles: Mutex::default(),
         }
     }
@@ -150,8 +150,8 @@ impl Joining {
 
     /// Returns what this node knows of starts, its own among them; none before it begins to start
     /// as a member.
-    pub fn acquaintances(&self) -> Option<&Arc<Acquaintances>> {
-        self.acquaintances.get()
+    pub fn peer_directories(&self) -> Option<&Arc<PeerDirectories>> {
+        self.peer_directories.get()
     }
 
     /// Begins another start of this directory's node, once. Blocks on the disk: it is durable when
@@ -161,22 +161,22 @@ impl Joining {
     ///
     /// When that can't be written: the node may say nothing then.
     pub fn begin_start(&self, id: StartId) -> Result<(), DirectoryError> {
-        if self.acquaintances.get().is_none() {
+        if self.peer_directories.get().is_none() {
             let book = self.directory.begin_start(id)?;
-            self.acquaintances.get_or_init(|| Acquaintances::new(book));
+            self.peer_directories.get_or_init(|| PeerDirectories::new(book));
         }
         Ok(())
     }
 
     /// Resolves when this directory turns out to be none to go on with.
-    pub fn ousted(&self) -> impl Future<Output = Ousted> + use<> {
-        let ousted = self
-            .acquaintances
+    pub fn rejection(&self) -> impl Future<Output = DirectoryRejection> + use<> {
+        let rejection = self
+            .peer_directories
             .get()
-            .map(|acquaintances| acquaintances.ousted());
+            .map(|peer_directories| peer_directories.rejection());
         async move {
-            match ousted {
-                Some(ousted) => ousted.await,
+            match rejection {
+                Some(rejection) => rejection.await,
                 None => std::future::pending().await,
             }
         }
@@ -244,8 +244,8 @@ impl Joining {
             speaks: self.config.speaks(),
             level: stamp.level(),
             start: self
-                .acquaintances()
-                .map(|acquaintances| acquaintances.own().running()),
+                .peer_directories()
+                .map(|peer_directories| peer_directories.own().running()),
             holds_level: self.holds_level(stamp),
             directory: self.directory_id,
             address: self.config.address.clone(),

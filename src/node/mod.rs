@@ -64,7 +64,7 @@ use crate::client::store::{
 };
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
-use crate::raft::lanes::Ousted;
+use crate::raft::lanes::DirectoryRejection;
 use crate::sm::kv::{Operation, Record};
 use crate::sm::level::TooOld;
 use crate::sm::meta;
@@ -265,7 +265,7 @@ impl Node {
         let given_up = running.given_up();
         let retired = running.retired();
         let too_old = running.too_old();
-        let ousted = self.joining.ousted();
+        let rejection = self.joining.rejection();
         let running = self.running.get_or_init(|| running);
         let result = tokio::select! {
             biased;
@@ -275,12 +275,12 @@ impl Node {
             reason = given_up => Err(NodeError::MapsFailed(reason)),
             () = retired.cancelled() => Err(NodeError::Retired),
             too_old = too_old => Err(too_old.into()),
-            ousted = ousted => Err(match ousted {
-                Ousted::Outdated { by, number } => {
+            rejection = rejection => Err(match rejection {
+                DirectoryRejection::Outdated { by, number } => {
                     let reason = format!("{by} knows of start {number} of it, which is not in it");
                     self.outdated(reason).await
                 }
-                Ousted::Doubled { by } => NodeError::Doubled { by },
+                DirectoryRejection::Doubled { by } => NodeError::Doubled { by },
             }),
         };
         let result = match result {

@@ -45,7 +45,7 @@ use crate::config::NodeConfig;
 use crate::raft::Replica;
 use crate::raft::OpenError;
 use crate::raft::lanes::http::HttpDial;
-use crate::raft::transport::Identity;
+use crate::raft::transport::NodeIdentity;
 use crate::raft::{LeaseReads, RaftTimings};
 use crate::raft::{Registry, RegistryParts, RaftBudgets};
 use crate::sm::level::TooOld;
@@ -137,9 +137,9 @@ impl Running {
         let opened = tokio::task::spawn_blocking(move || Storage::open(&opening, cluster)).await;
         let storage = opened.map_err(|error| StartError::BrokenOff(error.to_string()))??;
         let config = joining.config();
-        let identity = Identity::member(joining.directory_id(), joined.view.cluster, joined.node);
-        let identity = Arc::new(match joining.acquaintances() {
-            Some(acquaintances) => identity.with_acquaintances(acquaintances.clone()),
+        let identity = NodeIdentity::member(joining.directory_id(), joined.view.cluster, joined.node);
+        let identity = Arc::new(match joining.peer_directories() {
+            Some(peer_directories) => identity.with_peer_directories(peer_directories.clone()),
             None => identity,
         });
         let views = Arc::new(Views::new((*joined.view).clone()));

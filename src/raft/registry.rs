@@ -25,7 +25,7 @@ use super::pulse;
 use super::room::RaftBudgets;
 use super::state_machine::ReplicaStore;
 use super::timings::RaftTimings;
-use super::transport::{Dial, Identity, Lane, Resolver};
+use super::transport::{Dial, NodeIdentity, Lane, Resolver};
 use super::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use super::witness::{WitnessReplica, WitnessState};
 use crate::storage::ReplicaKey;
@@ -47,7 +47,7 @@ const FAILED_HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a registry is made of.
 pub struct RegistryParts {
-    pub identity: Arc<Identity>,
+    pub identity: Arc<NodeIdentity>,
     pub resolver: Arc<dyn Resolver>,
     pub dial: Arc<dyn Dial>,
     pub timings: RaftTimings,
@@ -79,7 +79,7 @@ struct Opening {
 
 /// The groups of this node.
 pub struct Registry {
-    identity: Arc<Identity>,
+    identity: Arc<NodeIdentity>,
     liveness: Arc<PeerLiveness>,
     ways: Arc<Ways>,
     seats: Arc<Seats>,
@@ -134,7 +134,7 @@ impl Registry {
         })
     }
 
-    pub fn identity(&self) -> &Identity {
+    pub fn identity(&self) -> &NodeIdentity {
         &self.identity
     }
 

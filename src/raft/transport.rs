@@ -2,7 +2,7 @@
 //!
 //! [`Dial`] opens a stream of bytes each way to a peer: over HTTP/2 (`lanes::http`) or within the
 //! process (`lanes::memory`, for tests and simulation). [`Resolver`] says where a node is, by the
-//! newest view. [`Identity`] is who we are. What flows over the streams is the business of `lanes`.
+//! newest view. [`NodeIdentity`] is who we are. What flows over the streams is the business of `lanes`.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
-use crate::raft::lanes::Acquaintances;
+use crate::raft::lanes::PeerDirectories;
 use crate::raft::wire::{PeerRefusal, WireError};
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
@@ -102,20 +102,20 @@ pub enum LaneError {
 
 /// Who this node is. The cluster and the node's id are learnt once, when it founds or joins.
 #[derive(Debug)]
-pub struct Identity {
+pub struct NodeIdentity {
     pub directory: DirectoryId,
     member: RwLock<Option<(ClusterId, NodeId)>>,
     /// None: it says nothing of its starts, as programs of the first release.
-    acquaintances: Option<Arc<Acquaintances>>,
+    peer_directories: Option<Arc<PeerDirectories>>,
 }
 
-impl Identity {
+impl NodeIdentity {
     /// A node that belongs to no cluster yet.
     pub fn new(directory: DirectoryId) -> Self {
         Self {
             directory,
             member: RwLock::new(None),
-            acquaintances: None,
+            peer_directories: None,
         }
     }
 
@@ -123,20 +123,20 @@ impl Identity {
         Self {
             directory,
             member: RwLock::new(Some((cluster, node))),
-            acquaintances: None,
+            peer_directories: None,
         }
     }
 
     /// A node that tells its starts, and judges those of others.
-    pub fn with_acquaintances(self, acquaintances: Arc<Acquaintances>) -> Self {
+    pub fn with_peer_directories(self, peer_directories: Arc<PeerDirectories>) -> Self {
         Self {
-            acquaintances: Some(acquaintances),
+            peer_directories: Some(peer_directories),
             ..self
         }
     }
 
-    pub fn acquaintances(&self) -> Option<&Arc<Acquaintances>> {
-        self.acquaintances.as_ref()
+    pub fn peer_directories(&self) -> Option<&Arc<PeerDirectories>> {
+        self.peer_directories.as_ref()
     }
 
     /// It belongs to this cluster from now on.

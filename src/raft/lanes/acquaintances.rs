@@ -1,4 +1,4 @@
-//! [`Acquaintances`]: whether a peer's data directory is the one that this node has heard of, and
+//! [`PeerDirectories`]: whether a peer's data directory is the one that this node has heard of, and
 //! not an old copy or a second one.
 //!
 //! Both ends of a lane say their starts (`sm::starts`) before anything else, and each judges the
@@ -31,11 +31,11 @@ const DOUBLE_AFTER: Duration = Duration::from_secs(10);
 /// Refusals further apart than this have nothing to do with one another.
 const DOUBLE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Refused directories that were told of. Past that they are told of again.
-const TOLD_MAX: usize = 1024;
+const REPORTED_MAX: usize = 1024;
 
 /// What the peers of this node think of its data directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ousted {
+pub enum DirectoryRejection {
     /// A peer knows of a later start: this directory is an old copy, or the second of two.
     Outdated { by: String, number: u64 },
     /// Another process runs with a copy of this directory.
@@ -43,19 +43,19 @@ pub enum Ousted {
 }
 
 /// This node's starts, and those of the nodes that it has met.
-pub struct Acquaintances {
+pub struct PeerDirectories {
     book: Arc<StartBook>,
-    contacts: Mutex<BTreeMap<DirectoryId, Arc<Contact>>>,
+    contacts: Mutex<BTreeMap<DirectoryId, Arc<PeerContact>>>,
     began: Instant,
-    told: Mutex<BTreeSet<(DirectoryId, StartId)>>,
+    reported: Mutex<BTreeSet<(DirectoryId, StartId)>>,
     /// Since when, and when last, a peer said that another process runs with this directory.
     doubled: Mutex<Option<(Instant, Instant)>>,
-    ousted: watch::Sender<Option<Ousted>>,
+    rejection: watch::Sender<Option<DirectoryRejection>>,
 }
 
 /// A start of a peer that this node is in contact with.
 #[derive(Debug)]
-struct Contact {
+struct PeerContact {
     start: Start,
     /// Lanes that are up with it, from either side.
     lanes: AtomicUsize,
@@ -67,12 +67,12 @@ struct Contact {
 
 /// One lane with a peer whose starts were taken.
 #[derive(Debug)]
-pub struct Session {
-    contact: Arc<Contact>,
+pub struct PeerSession {
+    contact: Arc<PeerContact>,
     began: Instant,
 }
 
-impl Session {
+impl PeerSession {
     /// Notes that the peer has spoken. False: a later start has taken its place, and it is not
     /// listened to any more.
     pub fn note(&self) -> bool {
@@ -83,21 +83,21 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for PeerSession {
     fn drop(&mut self) {
         self.contact.lanes.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Acquaintances {
+impl PeerDirectories {
     pub fn new(book: StartBook) -> Arc<Self> {
         Arc::new(Self {
             book: Arc::new(book),
             contacts: Mutex::default(),
             began: Instant::now(),
-            told: Mutex::default(),
+            reported: Mutex::default(),
             doubled: Mutex::default(),
-            ousted: watch::Sender::new(None),
+            rejection: watch::Sender::new(None),
         })
     }
 
@@ -112,21 +112,21 @@ impl Acquaintances {
     /// # Errors
     ///
     /// Why the peer is refused.
-    pub async fn meet(&self, directory: DirectoryId, starts: &Starts) -> Result<Session, PeerRefusal> {
-        self.hear(directory, starts).await?;
+    pub async fn admit(&self, directory: DirectoryId, starts: &Starts) -> Result<PeerSession, PeerRefusal> {
+        self.learn(directory, starts).await?;
         let mut contacts = self.contacts();
         // Another start may have come in between.
-        self.judge(&contacts, directory, starts)?;
+        self.verify(&contacts, directory, starts)?;
         let running = starts.running();
         let contact = contacts
             .entry(directory)
-            .or_insert_with(|| Arc::new(Contact::new(running)));
+            .or_insert_with(|| Arc::new(PeerContact::new(running)));
         if contact.start != running {
             contact.is_over.store(true, Ordering::Relaxed);
-            *contact = Arc::new(Contact::new(running));
+            *contact = Arc::new(PeerContact::new(running));
         }
         contact.lanes.fetch_add(1, Ordering::Relaxed);
-        let session = Session {
+        let session = PeerSession {
             contact: contact.clone(),
             began: self.began,
         };
@@ -134,13 +134,13 @@ impl Acquaintances {
         Ok(session)
     }
 
-    /// As [`Acquaintances::meet`], without a lane.
+    /// As [`PeerDirectories::admit`], without a lane.
     ///
     /// # Errors
     ///
     /// Why the peer is refused.
-    pub async fn hear(&self, directory: DirectoryId, starts: &Starts) -> Result<(), PeerRefusal> {
-        self.judge(&self.contacts(), directory, starts)?;
+    pub async fn learn(&self, directory: DirectoryId, starts: &Starts) -> Result<(), PeerRefusal> {
+        self.verify(&self.contacts(), directory, starts)?;
         if self.book.is_known(directory, starts) {
             return Ok(());
         }
@@ -159,19 +159,19 @@ impl Acquaintances {
         self.book.is_known(directory, starts)
     }
 
-    /// Refuses a directory as [`Acquaintances::hear`] does, and remembers nothing of it: anybody
+    /// Refuses a directory as [`PeerDirectories::learn`] does, and remembers nothing of it: anybody
     /// could have said so.
     ///
     /// # Errors
     ///
     /// Why the peer is refused.
-    pub fn weigh(&self, directory: DirectoryId, starts: &Starts) -> Result<(), PeerRefusal> {
-        self.judge(&self.contacts(), directory, starts)
+    pub fn check(&self, directory: DirectoryId, starts: &Starts) -> Result<(), PeerRefusal> {
+        self.verify(&self.contacts(), directory, starts)
     }
 
-    fn judge(
+    fn verify(
         &self,
-        contacts: &BTreeMap<DirectoryId, Arc<Contact>>,
+        contacts: &BTreeMap<DirectoryId, Arc<PeerContact>>,
         directory: DirectoryId,
         starts: &Starts,
     ) -> Result<(), PeerRefusal> {
@@ -186,7 +186,7 @@ impl Acquaintances {
         }
     }
 
-    fn runs(&self, contact: &Contact) -> bool {
+    fn runs(&self, contact: &PeerContact) -> bool {
         let heard = Duration::from_millis(contact.heard_ms.load(Ordering::Relaxed));
         contact.lanes.load(Ordering::Relaxed) > 0
             && self.began.elapsed().saturating_sub(heard) < RUNS_FOR
@@ -205,11 +205,11 @@ impl Acquaintances {
                 number: known.number,
             };
         }
-        let mut told = self.told.lock().expect("no holder panics");
-        if told.len() >= TOLD_MAX {
-            told.clear();
+        let mut reported = self.reported.lock().expect("no holder panics");
+        if reported.len() >= REPORTED_MAX {
+            reported.clear();
         }
-        if told.insert((directory, starts.running().id)) {
+        if reported.insert((directory, starts.running().id)) {
             // Said once for each start.
             tracing::warn!(
                 "refused data directory {directory}: it is an old copy, for its node was started \
@@ -224,7 +224,7 @@ impl Acquaintances {
     }
 
     /// Refuses a directory from now on, whatever it says: it lacks what its node has acknowledged.
-    pub fn give_up(&self, directory: DirectoryId) {
+    pub fn reject(&self, directory: DirectoryId) {
         let Some(contact) = self.contacts().get(&directory).cloned() else {
             return;
         };
@@ -255,7 +255,7 @@ impl Acquaintances {
     /// Takes notice of how a peer has refused this node.
     pub fn refused_by(&self, peer: &str, refusal: &PeerRefusal) {
         match refusal {
-            PeerRefusal::Outdated { number } => self.oust(Ousted::Outdated {
+            PeerRefusal::Outdated { number } => self.reject_self(DirectoryRejection::Outdated {
                 by: peer.to_owned(),
                 number: *number,
             }),
@@ -268,7 +268,7 @@ impl Acquaintances {
                 };
                 *doubled = Some((since, now));
                 if now.duration_since(since) >= DOUBLE_AFTER {
-                    self.oust(Ousted::Doubled {
+                    self.reject_self(DirectoryRejection::Doubled {
                         by: peer.to_owned(),
                     });
                 }
@@ -288,44 +288,44 @@ impl Acquaintances {
         }
     }
 
-    fn oust(&self, ousted: Ousted) {
-        self.ousted.send_if_modified(|known| {
+    fn reject_self(&self, rejection: DirectoryRejection) {
+        self.rejection.send_if_modified(|known| {
             let is_first = known.is_none();
-            known.get_or_insert(ousted);
+            known.get_or_insert(rejection);
             is_first
         });
     }
 
     /// Resolves when this node's directory turns out to be none to go on with.
-    pub fn ousted(&self) -> impl Future<Output = Ousted> + use<> {
-        let mut ousted = self.ousted.subscribe();
+    pub fn rejection(&self) -> impl Future<Output = DirectoryRejection> + use<> {
+        let mut rejection = self.rejection.subscribe();
         async move {
-            match ousted
+            match rejection
                 .wait_for(Option::is_some)
                 .await
                 .ok()
-                .and_then(|ousted| ousted.clone())
+                .and_then(|rejection| rejection.clone())
             {
-                Some(ousted) => ousted,
+                Some(rejection) => rejection,
                 None => std::future::pending().await,
             }
         }
     }
 
-    fn contacts(&self) -> MutexGuard<'_, BTreeMap<DirectoryId, Arc<Contact>>> {
+    fn contacts(&self) -> MutexGuard<'_, BTreeMap<DirectoryId, Arc<PeerContact>>> {
         self.contacts.lock().expect("no holder panics")
     }
 }
 
-impl std::fmt::Debug for Acquaintances {
+impl std::fmt::Debug for PeerDirectories {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Acquaintances")
+        f.debug_struct("PeerDirectories")
             .field("own", self.own())
             .finish_non_exhaustive()
     }
 }
 
-impl Contact {
+impl PeerContact {
     fn new(start: Start) -> Self {
         Self {
             start,
@@ -349,38 +349,38 @@ mod tests {
 
     const DIRECTORY: DirectoryId = DirectoryId(5);
 
-    fn acquaintances() -> Arc<Acquaintances> {
+    fn peer_directories() -> Arc<PeerDirectories> {
         let disk = SimDisk::new(1);
         disk.create_dir(Path::new("/data")).expect("created");
-        Acquaintances::new(
+        PeerDirectories::new(
             StartBook::open(Arc::new(disk), Path::new("/data"), StartId(1)).expect("opened"),
         )
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_second_process_with_a_directory_is_refused_while_the_first_speaks() {
-        let known = acquaintances();
+        let known = peer_directories();
         let first = Starts::first(StartId(10));
         let (again, copy) = (
             first.followed_by(StartId(11)),
             first.followed_by(StartId(12)),
         );
-        let lane = known.meet(DIRECTORY, &first).await.expect("taken");
+        let lane = known.admit(DIRECTORY, &first).await.expect("taken");
         assert_eq!(
             known
-                .meet(DIRECTORY, &copy)
+                .admit(DIRECTORY, &copy)
                 .await
                 .expect_err("the first runs"),
             PeerRefusal::Doubled
         );
-        assert!(lane.note() && known.meet(DIRECTORY, &first).await.is_ok());
+        assert!(lane.note() && known.admit(DIRECTORY, &first).await.is_ok());
         // Its process ends: its lanes break, or say nothing more.
         drop(lane);
-        let lane = known.meet(DIRECTORY, &again).await.expect("started again");
+        let lane = known.admit(DIRECTORY, &again).await.expect("started again");
         tokio::time::advance(RUNS_FOR).await;
         let later = again.followed_by(StartId(13));
         let second = known
-            .meet(DIRECTORY, &later)
+            .admit(DIRECTORY, &later)
             .await
             .expect("the machine of the one before has gone");
         assert!(
@@ -388,7 +388,7 @@ mod tests {
             "it is not listened to any more"
         );
         assert_eq!(
-            known.meet(DIRECTORY, &copy).await.expect_err("a copy"),
+            known.admit(DIRECTORY, &copy).await.expect_err("a copy"),
             PeerRefusal::Outdated { number: 3 }
         );
     }
@@ -396,20 +396,20 @@ mod tests {
     /// One made-up greeting must not keep the true node out, now or after a restart.
     #[tokio::test]
     async fn what_is_only_weighed_is_not_remembered() {
-        let known = acquaintances();
+        let known = peer_directories();
         let first = Starts::first(StartId(10));
-        drop(known.meet(DIRECTORY, &first).await.expect("taken"));
+        drop(known.admit(DIRECTORY, &first).await.expect("taken"));
         let made_up = (0..5).fold(first.clone(), |starts, id| {
             starts.followed_by(StartId(20 + id))
         });
-        assert_eq!(known.weigh(DIRECTORY, &made_up), Ok(()));
+        assert_eq!(known.check(DIRECTORY, &made_up), Ok(()));
         assert_eq!(
-            known.weigh(DIRECTORY, &Starts::first(StartId(9))),
+            known.check(DIRECTORY, &Starts::first(StartId(9))),
             Err(PeerRefusal::Outdated { number: 1 })
         );
         assert!(
             known
-                .meet(DIRECTORY, &first.followed_by(StartId(11)))
+                .admit(DIRECTORY, &first.followed_by(StartId(11)))
                 .await
                 .is_ok()
         );
@@ -418,33 +418,33 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_node_whose_directory_is_an_old_copy_learns_so_and_one_that_runs_twice_after_a_while()
     {
-        let outdated = acquaintances();
+        let outdated = peer_directories();
         outdated.refused_by("a:1", &PeerRefusal::Busy);
         outdated.refused_by("a:1", &PeerRefusal::Outdated { number: 7 });
         assert_eq!(
-            outdated.ousted().await,
-            Ousted::Outdated {
+            outdated.rejection().await,
+            DirectoryRejection::Outdated {
                 by: "a:1".into(),
                 number: 7
             }
         );
 
-        let doubled = acquaintances();
+        let doubled = peer_directories();
         for _ in 0..10 {
             doubled.refused_by("a:1", &PeerRefusal::Doubled);
-            assert_eq!(*doubled.ousted.borrow(), None);
+            assert_eq!(*doubled.rejection.borrow(), None);
             tokio::time::advance(Duration::from_secs(1)).await;
         }
         doubled.refused_by("a:1", &PeerRefusal::Doubled);
-        assert_eq!(doubled.ousted().await, Ousted::Doubled { by: "a:1".into() });
+        assert_eq!(doubled.rejection().await, DirectoryRejection::Doubled { by: "a:1".into() });
 
-        let late = acquaintances();
+        let late = peer_directories();
         for _ in 0..10 {
             late.refused_by("a:1", &PeerRefusal::Doubled);
             tokio::time::advance(DOUBLE_PAUSE_MAX).await;
         }
         assert_eq!(
-            *late.ousted.borrow(),
+            *late.rejection.borrow(),
             None,
             "each time it was something late"
         );

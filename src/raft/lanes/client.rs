@@ -12,11 +12,11 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::acquaintances::Session;
+use super::acquaintances::PeerSession;
 use super::{PeerLiveness, Ways};
 use crate::raft::pace::LeaseTimings;
 use crate::raft::room::{HeldBytes, Reservation, RaftBudgets};
-use crate::raft::transport::{Dial, Identity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
+use crate::raft::transport::{Dial, NodeIdentity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
 use crate::raft::wire::{self, ReceivedFrame, UnsealedFrame, FrameReader, Hello, PeerRefusal, PeerReply};
 use crate::sm::starts::Starts;
 use crate::supervisor::Supervisor;
@@ -80,7 +80,7 @@ pub struct Lanes {
 
 /// What the lanes of a node are made of.
 pub struct LanesParts {
-    pub identity: Arc<Identity>,
+    pub identity: Arc<NodeIdentity>,
     pub resolver: Arc<dyn Resolver>,
     pub dial: Arc<dyn Dial>,
     pub liveness: Arc<PeerLiveness>,
@@ -146,8 +146,8 @@ impl Lanes {
         let Some(peer) = self.parts.resolver.resolve(node) else {
             return;
         };
-        if let Some(acquaintances) = self.parts.identity.acquaintances() {
-            acquaintances.give_up(peer.directory);
+        if let Some(peer_directories) = self.parts.identity.peer_directories() {
+            peer_directories.reject(peer.directory);
         }
     }
 
@@ -405,9 +405,9 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
         state.link = LinkState::Up(peer.clone());
         state.generation
     };
-    let acquaintances = parts.identity.acquaintances();
-    let hello = match acquaintances {
-        Some(acquaintances) => wire::encode_greeting(&hello, acquaintances.own(), &parts.lease_timings),
+    let peer_directories = parts.identity.peer_directories();
+    let hello = match peer_directories {
+        Some(peer_directories) => wire::encode_greeting(&hello, peer_directories.own(), &parts.lease_timings),
         None => wire::encode_hello(&hello),
     };
     let outbox = OutgoingFrames {
@@ -433,8 +433,8 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
                      nodes the same --lease-reads and --timing-factor"
                 );
             }
-            if let (Some(acquaintances), LaneError::Refused(refusal)) = (acquaintances, &error) {
-                acquaintances.refused_by(peer.address.as_str(), refusal);
+            if let (Some(peer_directories), LaneError::Refused(refusal)) = (peer_directories, &error) {
+                peer_directories.refused_by(peer.address.as_str(), refusal);
             }
             error
         }
@@ -451,7 +451,7 @@ async fn deliver(
     mut incoming: Incoming,
 ) -> LaneError {
     let mut reader = FrameReader::default();
-    let mut session: Option<Session> = None;
+    let mut session: Option<PeerSession> = None;
     let mut check = tokio::time::interval(CHECK_EVERY);
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -488,9 +488,9 @@ async fn deliver(
                 Ok(None) => break,
                 // Before its first reply: none of an old copy may count.
                 Ok(Some(starts)) => {
-                    if let Some(acquaintances) = parts.identity.acquaintances() {
-                        match acquaintances.meet(peer.directory, &starts).await {
-                            Ok(met) => session = Some(met),
+                    if let Some(peer_directories) = parts.identity.peer_directories() {
+                        match peer_directories.admit(peer.directory, &starts).await {
+                            Ok(admitted) => session = Some(admitted),
                             Err(refusal) => {
                                 return LaneError::Broken(format!(
                                     "the peer is not taken: {refusal}"

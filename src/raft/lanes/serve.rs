@@ -24,7 +24,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, Sleep};
 
-use super::acquaintances::Session;
+use super::acquaintances::PeerSession;
 use super::client::{CANNOT_CONNECT_SEQUENCE, HELLO_SEQUENCE};
 use super::seats::{Owner, Seat};
 use crate::raft::pace::LeaseTimings;
@@ -79,7 +79,7 @@ where
 }
 
 type Working = BoxFuture<'static, (u64, PeerReply)>;
-type Greeting = BoxFuture<'static, (NodeId, Result<Session, PeerRefusal>)>;
+type Greeting = BoxFuture<'static, (NodeId, Result<PeerSession, PeerRefusal>)>;
 
 /// A seat, and what tells that it has to be given up.
 struct Seated {
@@ -115,7 +115,7 @@ struct Serving<I> {
     /// Its hello is being judged: nothing more is read until then.
     greeting: Option<Greeting>,
     /// Its start was taken. None: it told of none.
-    session: Option<Session>,
+    session: Option<PeerSession>,
     /// A request has come.
     is_used: bool,
     working: FuturesUnordered<Working>,
@@ -235,16 +235,16 @@ impl<I> Serving<I> {
         let Some(greeting) = &mut self.greeting else {
             return true;
         };
-        let Poll::Ready((peer, met)) = greeting.poll_unpin(context) else {
+        let Poll::Ready((peer, admitted)) = greeting.poll_unpin(context) else {
             return false;
         };
         self.greeting = None;
-        match met {
+        match admitted {
             Ok(session) => {
                 self.session = Some(session);
                 self.accept(peer);
-                if let Some(acquaintances) = self.registry.identity().acquaintances() {
-                    wire::encode_welcome(&mut self.out, HELLO_SEQUENCE, acquaintances.own());
+                if let Some(peer_directories) = self.registry.identity().peer_directories() {
+                    wire::encode_welcome(&mut self.out, HELLO_SEQUENCE, peer_directories.own());
                 }
                 self.read();
             }
@@ -312,11 +312,11 @@ impl<I> Serving<I> {
             );
             match greeted {
                 Ok((peer, directory, Some(starts))) => {
-                    match self.registry.identity().acquaintances().cloned() {
-                        Some(acquaintances) => {
-                            let met =
-                                async move { (peer, acquaintances.meet(directory, &starts).await) };
-                            self.greeting = Some(Box::pin(met));
+                    match self.registry.identity().peer_directories().cloned() {
+                        Some(peer_directories) => {
+                            let admitted =
+                                async move { (peer, peer_directories.admit(directory, &starts).await) };
+                            self.greeting = Some(Box::pin(admitted));
                         }
                         None => self.accept(peer),
                     }

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::stalling_disk::StallingDisk;
 use crate::raft::lanes::memory::MemoryHub;
 use crate::raft::pace::LeaseTimings;
-use crate::raft::transport::{Dial, Identity, Resolver};
+use crate::raft::transport::{Dial, NodeIdentity, Resolver};
 use crate::raft::{
     Replica, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, RaftBudgets, WitnessReplica,
 };
@@ -99,7 +99,7 @@ impl TestNode {
             std::thread::spawn(move || writer.run()),
             std::thread::spawn(move || checkpointer.run()),
         ];
-        let identity = Arc::new(Identity::member(directory(node), CLUSTER, node));
+        let identity = Arc::new(NodeIdentity::member(directory(node), CLUSTER, node));
         let states = Arc::new(states);
         let parts = RegistryParts {
             identity,

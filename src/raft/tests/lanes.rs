@@ -18,7 +18,7 @@ use crate::raft::lanes::http::HttpDial;
 use crate::raft::lanes::{Lanes, LanesParts, serve_lane};
 use crate::raft::pace::LeaseTimings;
 use crate::raft::transport::{
-    Dial, Identity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver,
+    Dial, NodeIdentity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver,
 };
 use crate::raft::wire::{self, AppendReply, FrameReader, FrameHeader, Hello, PeerRefusal, PeerReply, PeerRequest};
 use crate::raft::{LeaseReads, RaftTimings, Registry};
@@ -548,7 +548,7 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
         .lock()
         .expect("no holder panics")
         .insert(NodeId(2), "b:1".parse().expect("an address"));
-    let identity = Arc::new(Identity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
+    let identity = Arc::new(NodeIdentity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
     let lanes = Lanes::new(LanesParts {
         identity,
         resolver: addresses.clone(),
