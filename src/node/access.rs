@@ -371,7 +371,7 @@ impl Access {
         // The leader's own "not in time" is to arrive before it is given up here.
         request.timeout_ms = time_to_answer_ms(timeout);
         // Perhaps nobody can, and then it should be told so soon.
-        self.member.registry.ways().doubt(peer.node);
+        self.member.registry.reachability().suspect(peer.node);
         match self.call(&peer, &request, timeout).await {
             Ok(reply) => reply,
             Err(error) => {
@@ -389,7 +389,7 @@ impl Access {
         request: &ShardRequest,
         timeout: Duration,
     ) -> Result<ShardReply, CallError> {
-        let ways = self.member.registry.ways();
+        let reachability = self.member.registry.reachability();
         let mut call = std::pin::pin!(self.member.caller.call_by(
             peer.hop,
             &peer.address,
@@ -399,11 +399,11 @@ impl Access {
         let answered = match tokio::time::timeout(DOUBT_AFTER, &mut call).await {
             Ok(answered) => answered,
             Err(_) => {
-                ways.doubt(peer.node);
+                reachability.suspect(peer.node);
                 tokio::select! {
                     biased;
                     answered = &mut call => answered,
-                    () = ways.closed(peer.node), if request.body.is_repeatable() => {
+                    () = reachability.until_unreachable(peer.node), if request.body.is_repeatable() => {
                         let reason = "no connection can be made to it any more".to_owned();
                         Err(CallError::NoAnswer { address: peer.address.clone(), reason })
                     }
@@ -411,7 +411,7 @@ impl Access {
             }
         };
         if let Err(CallError::NotConnected { .. }) = answered {
-            ways.doubt(peer.node);
+            reachability.suspect(peer.node);
         }
         answered
     }

@@ -75,7 +75,7 @@ impl Balancer {
                 continue;
             };
             let is_in_reach = self.member.heard_within(home, HEARD_WITHIN)
-                && !self.member.registry.ways().is_closed(home);
+                && !self.member.registry.reachability().is_unreachable(home);
             if !is_in_reach || !group.is_caught_up(replica) {
                 self.steady.remove(&id);
                 continue;

@@ -395,7 +395,7 @@ impl Member {
         let hints = self.hints.lock().expect("no holder panics");
         let hint = hints.get(&shard);
         let hinted = hint.and_then(|hint| hint.leader);
-        let is_closed = |node: &NodeId| self.registry.ways().is_closed(*node);
+        let is_closed = |node: &NodeId| self.registry.reachability().is_unreachable(*node);
         let suspect = |node: &NodeId| {
             let suspects = hint
                 .map(|hint| hint.suspects.as_slice())

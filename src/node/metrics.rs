@@ -418,7 +418,7 @@ fn of_rooms(member: &Member) -> Vec<Family> {
     let used = samples(|budget| budget.used() as f64);
     let max = samples(|budget| budget.bytes_max() as f64);
     let refused = samples(|budget| budget.refused() as f64);
-    let seats = member.registry.seats();
+    let lanes = member.registry.lane_limiter();
     vec![
         family(
             "quorate_room_bytes",
@@ -449,13 +449,13 @@ fn of_rooms(member: &Member) -> Vec<Family> {
             "quorate_lanes_served",
             Gauge,
             "Lanes from other nodes, and connections that may become some.",
-            seats.used() as f64,
+            lanes.used() as f64,
         ),
         one(
             "quorate_lanes_refused_total",
             Counter,
             "Lanes that found no place, or gave theirs up.",
-            seats.refused() as f64,
+            lanes.refused() as f64,
         ),
     ]
 }

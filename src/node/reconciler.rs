@@ -215,7 +215,7 @@ impl Reconciler {
         let registry = &self.member.registry;
         let leader = status
             .leader
-            .filter(|leader| registry.ways().is_closed(*leader))?;
+            .filter(|leader| registry.reachability().is_unreachable(*leader))?;
         let mut others = status
             .membership
             .voters
@@ -223,7 +223,7 @@ impl Reconciler {
             .filter(|node| **node != leader && **node != self.member.node);
         // Another node passes it on.
         let has_relay = others.any(|node| {
-            self.member.heard_within(*node, HEARD) && !registry.ways().is_closed(*node)
+            self.member.heard_within(*node, HEARD) && !registry.reachability().is_unreachable(*node)
         });
         let group = group.key().group;
         (!has_relay)

@@ -62,15 +62,15 @@ impl Scout {
 
     /// Looks for the peers in doubt, and again and again for those that were not found.
     async fn look_around(&self) {
-        let ways = self.member.registry.ways();
+        let reachability = self.member.registry.reachability();
         loop {
             tokio::select! {
                 biased;
-                () = ways.doubted() => {}
+                () = reachability.suspected() => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
-            let looks = ways
-                .take_doubts()
+            let looks = reachability
+                .take_suspects()
                 .into_iter()
                 .map(|node| self.look_for(node));
             futures::stream::iter(looks)
@@ -82,9 +82,9 @@ impl Scout {
     }
 
     async fn look_for(&self, node: NodeId) {
-        let ways = self.member.registry.ways();
+        let reachability = self.member.registry.reachability();
         let Some(peer) = self.member.views().resolve(node) else {
-            ways.set_closed(node, false);
+            reachability.set_unreachable(node, false);
             return;
         };
 
@@ -92,7 +92,7 @@ impl Scout {
         for _ in 0..ATTEMPTS {
             is_open = is_open || takes_connections(&peer.address, CONNECT_TIMEOUT).await;
         }
-        let is_news = ways.set_closed(node, !is_open);
+        let is_news = reachability.set_unreachable(node, !is_open);
         let is_heard = self.member.heard_within(node, HEARD_WITHIN);
         match is_open {
             false if is_news && is_heard => rarely!(
@@ -121,7 +121,7 @@ impl Scout {
                     .get(*group)
                     .is_some_and(|group| group.leads())
             });
-            let cut_off = self.member.registry.ways().telling();
+            let cut_off = self.member.registry.reachability().unreachable_from();
             if cut_off.is_empty() && given_up.is_empty() {
                 continue;
             }

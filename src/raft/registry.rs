@@ -19,7 +19,7 @@ use super::elections::Elections;
 use super::errors::OpenError;
 use super::fit::fit_log;
 use super::group::Replica;
-use super::lanes::{PeerLiveness, Lanes, LanesParts, Seats, Ways};
+use super::lanes::{PeerLiveness, Lanes, LanesParts, LaneLimiter, Reachability};
 use super::pace::LeaseTimings;
 use super::pulse;
 use super::room::RaftBudgets;
@@ -81,8 +81,8 @@ struct Opening {
 pub struct Registry {
     identity: Arc<NodeIdentity>,
     liveness: Arc<PeerLiveness>,
-    ways: Arc<Ways>,
-    seats: Arc<Seats>,
+    reachability: Arc<Reachability>,
+    lane_limiter: Arc<LaneLimiter>,
     large_frames: Arc<Semaphore>,
     context: Arc<RaftContext>,
     states: Arc<StateStore>,
@@ -97,14 +97,14 @@ pub struct Registry {
 impl Registry {
     pub fn new(parts: RegistryParts) -> Arc<Self> {
         let liveness = Arc::new(PeerLiveness::default());
-        let ways = Arc::new(Ways::default());
+        let reachability = Arc::new(Reachability::default());
         let budgets = Arc::new(parts.budgets);
         let lanes = Arc::new(Lanes::new(LanesParts {
             identity: parts.identity.clone(),
             resolver: parts.resolver.clone(),
             dial: parts.dial,
             liveness: liveness.clone(),
-            ways: ways.clone(),
+            reachability: reachability.clone(),
             budgets: budgets.clone(),
             lease_timings: LeaseTimings::from(&parts.timings),
             supervisor: parts.supervisor.clone(),
@@ -122,8 +122,8 @@ impl Registry {
         Arc::new(Self {
             identity: parts.identity,
             liveness,
-            ways,
-            seats: Arc::default(),
+            reachability,
+            lane_limiter: Arc::default(),
             large_frames: Arc::new(Semaphore::new(LARGE_FRAMES_KIB)),
             context,
             states: parts.states,
@@ -144,8 +144,8 @@ impl Registry {
     }
 
     /// Returns which peers this node can't connect to, and which said that of it.
-    pub fn ways(&self) -> &Ways {
-        &self.ways
+    pub fn reachability(&self) -> &Reachability {
+        &self.reachability
     }
 
     /// Returns the timings that peers have to share.
@@ -164,8 +164,8 @@ impl Registry {
     }
 
     /// The lanes that are served.
-    pub fn seats(&self) -> &Arc<Seats> {
-        &self.seats
+    pub fn lane_limiter(&self) -> &Arc<LaneLimiter> {
+        &self.lane_limiter
     }
 
     /// Returns what those who receive large frames share, in KiB.

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::acquaintances::PeerSession;
-use super::{PeerLiveness, Ways};
+use super::{PeerLiveness, Reachability};
 use crate::raft::pace::LeaseTimings;
 use crate::raft::room::{HeldBytes, Reservation, RaftBudgets};
 use crate::raft::transport::{Dial, NodeIdentity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
@@ -84,7 +84,7 @@ pub struct LanesParts {
     pub resolver: Arc<dyn Resolver>,
     pub dial: Arc<dyn Dial>,
     pub liveness: Arc<PeerLiveness>,
-    pub ways: Arc<Ways>,
+    pub reachability: Arc<Reachability>,
     pub budgets: Arc<RaftBudgets>,
     pub lease_timings: LeaseTimings,
     pub supervisor: Supervisor,
@@ -484,7 +484,7 @@ async fn deliver(
             return LaneError::Broken("a later start of the peer has taken its place".into());
         }
         loop {
-            match hand_out(lane, generation, &mut reader, &parts.ways) {
+            match hand_out(lane, generation, &mut reader, &parts.reachability) {
                 Ok(None) => break,
                 // Before its first reply: none of an old copy may count.
                 Ok(Some(starts)) => {
@@ -513,7 +513,7 @@ fn hand_out(
     lane: &PeerLane,
     generation: u64,
     reader: &mut FrameReader,
-    ways: &Ways,
+    reachability: &Reachability,
 ) -> Result<Option<Starts>, LaneError> {
     let mut state = lane.lock();
     if state.generation != generation {
@@ -521,7 +521,7 @@ fn hand_out(
     }
     while let Some(frame) = reader.next()? {
         if frame.sequence == CANNOT_CONNECT_SEQUENCE {
-            ways.note_told(lane.to);
+            reachability.note_unreachable_from(lane.to);
             continue;
         }
         if frame.sequence == HELLO_SEQUENCE {

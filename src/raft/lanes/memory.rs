@@ -1,4 +1,4 @@
-//! [`MemoryHub`]: lanes between registries of one process, for tests and simulation. Ways between
+//! [`MemoryHub`]: lanes between registries of one process, for tests and simulation. Reachability between
 //! nodes can be cut and healed, and nodes taken away.
 //!
 //! A lane in memory is the serving side's stream itself, polled by the caller's delivery task: the

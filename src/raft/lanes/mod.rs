@@ -31,6 +31,6 @@ pub use super::wire::PeerRefusal;
 pub use acquaintances::{PeerDirectories, DirectoryRejection};
 pub use client::{PendingReply, Call, Lanes, LanesParts, read_reply};
 pub use heard::PeerLiveness;
-pub use seats::Seats;
+pub use seats::LaneLimiter;
 pub use serve::serve_lane;
-pub use ways::Ways;
+pub use ways::Reachability;

@@ -1,4 +1,4 @@
-//! [`Seats`]: how many lanes from others are served at once.
+//! [`LaneLimiter`]: how many lanes from others are served at once.
 //!
 //! Anybody who reaches the port can begin a lane, and names himself in its hello. So those that
 //! have said nothing yet, those of nodes that the view does not know (it may be an older one) and
@@ -31,66 +31,66 @@ const SILENCE: Duration = Duration::from_secs(5);
 
 /// Whose lane it is, as far as is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owner {
+pub enum LaneOwner {
     Unknown,
     Stranger,
     Member(NodeId, Lane),
 }
 
-impl Owner {
-    fn seats(self) -> usize {
+impl LaneOwner {
+    fn max_lanes(self) -> usize {
         match self {
-            Owner::Unknown => UNKNOWN_MAX,
-            Owner::Stranger => STRANGERS_MAX,
-            Owner::Member(..) => OF_MEMBER_MAX,
+            LaneOwner::Unknown => UNKNOWN_MAX,
+            LaneOwner::Stranger => STRANGERS_MAX,
+            LaneOwner::Member(..) => OF_MEMBER_MAX,
         }
     }
 }
 
 #[derive(Debug, Default)]
-pub struct Seats {
-    taken: Mutex<BTreeMap<u64, Taken>>,
+pub struct LaneLimiter {
+    holders: Mutex<BTreeMap<u64, PermitHolder>>,
     next: AtomicU64,
     refused: AtomicU64,
 }
 
 #[derive(Debug)]
-struct Taken {
-    owner: Owner,
+struct PermitHolder {
+    owner: LaneOwner,
     heard: Arc<Mutex<Instant>>,
     ended: CancellationToken,
 }
 
 /// The seat of one lane, which is free again when this is dropped.
 #[derive(Debug)]
-pub struct Seat {
-    seats: Arc<Seats>,
+pub struct LanePermit {
+    limiter: Arc<LaneLimiter>,
     number: u64,
     heard: Arc<Mutex<Instant>>,
     /// Cancelled when the lane has to make room for another.
     pub ended: CancellationToken,
 }
 
-impl Seats {
+impl LaneLimiter {
     /// Takes a seat, in place of a lane that says nothing if need be. None: all are in use.
-    pub fn take(self: &Arc<Self>, owner: Owner) -> Option<Seat> {
-        let mut taken = self.lock();
-        self.make_room(&mut taken, owner)?;
+    pub fn take(self: &Arc<Self>, owner: LaneOwner) -> Option<LanePermit> {
+        let mut holders = self.lock();
+        self.make_room(&mut holders, owner)?;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (heard, ended) = (
             Arc::new(Mutex::new(Instant::now())),
             CancellationToken::new(),
         );
-        taken.insert(
+        holders.insert(
             number,
-            Taken {
+            PermitHolder {
                 owner,
                 heard: heard.clone(),
                 ended: ended.clone(),
             },
         );
-        Some(Seat {
-            seats: self.clone(),
+        Some(LanePermit {
+            limiter: self.clone(),
             number,
             heard,
             ended,
@@ -107,27 +107,27 @@ impl Seats {
         self.refused.load(Ordering::Relaxed)
     }
 
-    fn make_room(&self, taken: &mut BTreeMap<u64, Taken>, owner: Owner) -> Option<()> {
-        let of_owner = || taken.iter().filter(|(_, taken)| taken.owner == owner);
-        if of_owner().count() < owner.seats() {
+    fn make_room(&self, holders: &mut BTreeMap<u64, PermitHolder>, owner: LaneOwner) -> Option<()> {
+        let of_owner = || holders.iter().filter(|(_, holder)| holder.owner == owner);
+        if of_owner().count() < owner.max_lanes() {
             return Some(());
         }
 
         self.refused.fetch_add(1, Ordering::Relaxed);
         let (heard, number) = of_owner()
-            .map(|(number, taken)| (heard_at(&taken.heard), *number))
+            .map(|(number, holder)| (heard_at(&holder.heard), *number))
             .min()?;
-        if owner != Owner::Unknown && heard.elapsed() < SILENCE {
+        if owner != LaneOwner::Unknown && heard.elapsed() < SILENCE {
             return None;
         }
-        if let Some(silent) = taken.remove(&number) {
+        if let Some(silent) = holders.remove(&number) {
             silent.ended.cancel();
         }
         Some(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Taken>> {
-        self.taken.lock().expect("no holder panics")
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, PermitHolder>> {
+        self.holders.lock().expect("no holder panics")
     }
 }
 
@@ -135,16 +135,16 @@ fn heard_at(heard: &Mutex<Instant>) -> Instant {
     *heard.lock().expect("no holder panics")
 }
 
-impl Seat {
+impl LanePermit {
     /// Something came on the lane.
     pub fn note(&self) {
         *self.heard.lock().expect("no holder panics") = Instant::now();
     }
 }
 
-impl Drop for Seat {
+impl Drop for LanePermit {
     fn drop(&mut self) {
-        self.seats.lock().remove(&self.number);
+        self.limiter.lock().remove(&self.number);
     }
 }
 
@@ -154,33 +154,33 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_is_silent_makes_room_and_who_is_not_keeps_its_seat() {
-        let seats = Arc::new(Seats::default());
-        let unknown: Vec<Seat> = (0..=UNKNOWN_MAX)
-            .map(|_| seats.take(Owner::Unknown).expect("always"))
+        let limiter = Arc::new(LaneLimiter::default());
+        let unknown: Vec<LanePermit> = (0..=UNKNOWN_MAX)
+            .map(|_| limiter.take(LaneOwner::Unknown).expect("always"))
             .collect();
         assert!(
             unknown[0].ended.is_cancelled() && !unknown[1].ended.is_cancelled(),
             "the oldest makes room"
         );
-        assert_eq!((seats.used(), seats.refused()), (UNKNOWN_MAX, 1));
+        assert_eq!((limiter.used(), limiter.refused()), (UNKNOWN_MAX, 1));
         drop(unknown);
-        assert_eq!(seats.used(), 0);
+        assert_eq!(limiter.used(), 0);
 
-        let owner = Owner::Member(NodeId(7), Lane::Log);
-        let held: Vec<Seat> = (0..OF_MEMBER_MAX)
-            .map(|_| seats.take(owner).expect("a seat"))
+        let owner = LaneOwner::Member(NodeId(7), Lane::Log);
+        let held: Vec<LanePermit> = (0..OF_MEMBER_MAX)
+            .map(|_| limiter.take(owner).expect("a seat"))
             .collect();
-        assert!(seats.take(owner).is_none(), "all were heard of just now");
+        assert!(limiter.take(owner).is_none(), "all were heard of just now");
         assert!(
-            seats
-                .take(Owner::Member(NodeId(7), Lane::Heartbeat))
+            limiter
+                .take(LaneOwner::Member(NodeId(7), Lane::Heartbeat))
                 .is_some(),
             "another lane"
         );
         tokio::time::advance(SILENCE).await;
         held[0].note();
-        assert!(seats.take(owner).is_some());
-        let ended: Vec<bool> = held.iter().map(|seat| seat.ended.is_cancelled()).collect();
+        assert!(limiter.take(owner).is_some());
+        let ended: Vec<bool> = held.iter().map(|permit| permit.ended.is_cancelled()).collect();
         assert_eq!(
             ended,
             [false, true, false, false],

@@ -26,7 +26,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::acquaintances::PeerSession;
 use super::client::{CANNOT_CONNECT_SEQUENCE, HELLO_SEQUENCE};
-use super::seats::{Owner, Seat};
+use super::seats::{LaneOwner, LanePermit};
 use crate::raft::pace::LeaseTimings;
 use crate::raft::registry::Registry;
 use crate::raft::transport::Lane;
@@ -59,16 +59,16 @@ where
     I: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: std::fmt::Display + Send + 'static,
 {
-    let seat = registry.seats().take(Owner::Unknown);
-    Serving {
+    let permit = registry.lane_limiter().take(LaneOwner::Unknown);
+    LaneServer {
         registry,
         lane,
         incoming: Box::pin(incoming),
         reader: FrameReader::with_limit(HELLO_BYTES_MAX),
-        ended: seat.is_none(),
-        seat: seat.map(Seated::new),
+        ended: permit.is_none(),
+        permit: permit.map(PermitGuard::new),
         patience: Box::pin(tokio::time::sleep(PATIENCE)),
-        turn: Turn::None,
+        turn: LargeFrameTurn::None,
         peer: None,
         greeting: None,
         session: None,
@@ -79,41 +79,41 @@ where
 }
 
 type Working = BoxFuture<'static, (u64, PeerReply)>;
-type Greeting = BoxFuture<'static, (NodeId, Result<PeerSession, PeerRefusal>)>;
+type PendingGreeting = BoxFuture<'static, (NodeId, Result<PeerSession, PeerRefusal>)>;
 
 /// A seat, and what tells that it has to be given up.
-struct Seated {
-    seat: Seat,
+struct PermitGuard {
+    permit: LanePermit,
     ended: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
-impl Seated {
-    fn new(seat: Seat) -> Self {
-        let ended = Box::pin(seat.ended.clone().cancelled_owned());
-        Self { seat, ended }
+impl PermitGuard {
+    fn new(permit: LanePermit) -> Self {
+        let ended = Box::pin(permit.ended.clone().cancelled_owned());
+        Self { permit, ended }
     }
 }
 
 /// The turn of a large frame to be received.
-enum Turn {
+enum LargeFrameTurn {
     None,
     Awaited(BoxFuture<'static, Option<OwnedSemaphorePermit>>),
     Taken { _permit: OwnedSemaphorePermit },
 }
 
-struct Serving<I> {
+struct LaneServer<I> {
     registry: Arc<Registry>,
     lane: Lane,
     incoming: Pin<Box<I>>,
     reader: FrameReader,
-    seat: Option<Seated>,
+    permit: Option<PermitGuard>,
     /// Runs while a hello or the rest of a large frame is awaited.
     patience: Pin<Box<Sleep>>,
-    turn: Turn,
+    turn: LargeFrameTurn,
     /// Known once its hello was accepted.
     peer: Option<NodeId>,
     /// Its hello is being judged: nothing more is read until then.
-    greeting: Option<Greeting>,
+    greeting: Option<PendingGreeting>,
     /// Its start was taken. None: it told of none.
     session: Option<PeerSession>,
     /// A request has come.
@@ -124,7 +124,7 @@ struct Serving<I> {
     ended: bool,
 }
 
-impl<I, E> Stream for Serving<I>
+impl<I, E> Stream for LaneServer<I>
 where
     I: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: std::fmt::Display + Send + 'static,
@@ -161,7 +161,7 @@ where
         if !this.out.is_empty()
             && this
                 .peer
-                .is_some_and(|peer| this.registry.ways().is_closed(peer))
+                .is_some_and(|peer| this.registry.reachability().is_unreachable(peer))
         {
             wire::encode_reply(&mut this.out, CANNOT_CONNECT_SEQUENCE, &PeerReply::Noted);
         }
@@ -174,7 +174,7 @@ where
 }
 
 /// The server drops it when the connection ends, mostly without having said so before.
-impl<I> Drop for Serving<I> {
+impl<I> Drop for LaneServer<I> {
     fn drop(&mut self) {
         if let Some(peer) = self.peer.filter(|_| self.is_used) {
             self.registry.on_lane_down(peer);
@@ -182,18 +182,18 @@ impl<I> Drop for Serving<I> {
     }
 }
 
-impl<I> Serving<I> {
+impl<I> LaneServer<I> {
     /// Returns whether the lane has to make room for another, or what it owes does not come.
     fn has_lost_patience(&mut self, context: &mut Context<'_>) -> bool {
-        if let Some(seat) = &mut self.seat
-            && seat.ended.as_mut().poll(context).is_ready()
+        if let Some(permit) = &mut self.permit
+            && permit.ended.as_mut().poll(context).is_ready()
         {
             tracing::debug!(lane = self.lane.name(), peer = ?self.peer, "a silent lane makes room \
                 for another");
             return true;
         }
 
-        let owes = self.peer.is_none() || matches!(self.turn, Turn::Taken { .. });
+        let owes = self.peer.is_none() || matches!(self.turn, LargeFrameTurn::Taken { .. });
         owes && !self.ended && self.patience.as_mut().poll(context).is_ready()
     }
 
@@ -205,24 +205,24 @@ impl<I> Serving<I> {
             .awaited_bytes()
             .filter(|bytes| *bytes > LARGE_FRAME_BYTES)
         else {
-            self.turn = Turn::None;
+            self.turn = LargeFrameTurn::None;
             return true;
         };
 
-        if let Turn::None = self.turn {
+        if let LargeFrameTurn::None = self.turn {
             let kib =
                 u32::try_from(bytes.min(FRAME_BYTES_MAX).div_ceil(1 << 10)).unwrap_or(u32::MAX);
             let turns = self.registry.large_frames().clone();
-            self.turn = Turn::Awaited(Box::pin(
+            self.turn = LargeFrameTurn::Awaited(Box::pin(
                 async move { turns.acquire_many_owned(kib).await.ok() },
             ));
         }
-        if let Turn::Awaited(turn) = &mut self.turn {
+        if let LargeFrameTurn::Awaited(turn) = &mut self.turn {
             let Poll::Ready(permit) = turn.as_mut().poll(context) else {
                 return false;
             };
             let Some(_permit) = permit else { return true };
-            self.turn = Turn::Taken { _permit };
+            self.turn = LargeFrameTurn::Taken { _permit };
             self.patience.as_mut().reset(Instant::now() + PATIENCE);
             // Polled once, so that it wakes this lane.
             self.ended |= self.patience.as_mut().poll(context).is_ready();
@@ -271,11 +271,11 @@ impl<I> Serving<I> {
         }
         if let Some(peer) = self.peer {
             self.registry.liveness().note_frame(peer);
-            if let Some(seat) = &self.seat {
-                seat.seat.note();
+            if let Some(permit) = &self.permit {
+                permit.permit.note();
             }
         }
-        if let Turn::Taken { .. } = self.turn {
+        if let LargeFrameTurn::Taken { .. } = self.turn {
             self.patience.as_mut().reset(Instant::now() + PATIENCE);
         }
         self.reader.push(chunk);
@@ -305,7 +305,7 @@ impl<I> Serving<I> {
         if self.peer.is_none() {
             let greeted = frame.hello().map_err(|_| PeerRefusal::Unreadable).and_then(
                 |(hello, starts, lease_timings)| {
-                    let peer = self.seat_peer(&hello)?;
+                    let peer = self.grant_permit(&hello)?;
                     self.compare_timings(peer, lease_timings)?;
                     Ok((peer, hello.from_directory, starts))
                 },
@@ -359,16 +359,16 @@ impl<I> Serving<I> {
     }
 
     /// Greets the peer, and gives it the seat that it is entitled to.
-    fn seat_peer(&mut self, hello: &Hello) -> Result<NodeId, PeerRefusal> {
+    fn grant_permit(&mut self, hello: &Hello) -> Result<NodeId, PeerRefusal> {
         let peer = self.greet(hello)?;
         let is_known = self.registry.knows(peer, hello.from_directory);
         let owner = if is_known {
-            Owner::Member(peer, self.lane)
+            LaneOwner::Member(peer, self.lane)
         } else {
-            Owner::Stranger
+            LaneOwner::Stranger
         };
-        let seat = self.registry.seats().take(owner).ok_or(PeerRefusal::Busy)?;
-        self.seat = Some(Seated::new(seat));
+        let permit = self.registry.lane_limiter().take(owner).ok_or(PeerRefusal::Busy)?;
+        self.permit = Some(PermitGuard::new(permit));
         Ok(peer)
     }
 

@@ -1,4 +1,4 @@
-//! [`Ways`]: which peers this node can't connect to, and which of them said that of this node.
+//! [`Reachability`]: which peers this node can't connect to, and which of them said that of this node.
 //!
 //! A lane runs over a connection that one side made, so two nodes can have lanes in one direction
 //! and none in the other. Who can't connect to a peer says so on the lanes that it serves for that
@@ -18,57 +18,57 @@ use tokio::time::Instant;
 use crate::types::NodeId;
 
 /// How long it counts that a peer said it can't connect to this node. It says so with every reply.
-const TOLD_FOR: Duration = Duration::from_secs(1);
+const REPORT_TTL: Duration = Duration::from_secs(1);
 
 /// Bounded by the number of nodes of the view, and those that proved to be of the cluster.
 #[derive(Debug, Default)]
-pub struct Ways {
-    state: Mutex<State>,
+pub struct Reachability {
+    state: Mutex<ReachabilityState>,
     /// How many are closed: replies ask.
-    closed: AtomicUsize,
-    doubted: Notify,
+    unreachable: AtomicUsize,
+    suspected: Notify,
     changed: Notify,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    doubts: BTreeSet<NodeId>,
+struct ReachabilityState {
+    suspects: BTreeSet<NodeId>,
     /// Peers that this node can't connect to.
-    closed: BTreeSet<NodeId>,
+    unreachable: BTreeSet<NodeId>,
     /// When a peer last said that it can't connect to this node.
-    told: BTreeMap<NodeId, Instant>,
+    unreachable_from: BTreeMap<NodeId, Instant>,
 }
 
-impl Ways {
+impl Reachability {
     /// Notes that a peer does not answer as it should: it may be out of reach.
-    pub fn doubt(&self, node: NodeId) {
+    pub fn suspect(&self, node: NodeId) {
         let mut state = self.lock();
         // That one is looked for anyway.
-        if !state.closed.contains(&node) && state.doubts.insert(node) {
-            self.doubted.notify_one();
+        if !state.unreachable.contains(&node) && state.suspects.insert(node) {
+            self.suspected.notify_one();
         }
     }
 
     /// Resolves when there may be doubts to take.
-    pub async fn doubted(&self) {
-        self.doubted.notified().await;
+    pub async fn suspected(&self) {
+        self.suspected.notified().await;
     }
 
     /// Returns the peers to be looked for: those in doubt, and those that can't be connected to.
-    pub fn take_doubts(&self) -> BTreeSet<NodeId> {
+    pub fn take_suspects(&self) -> BTreeSet<NodeId> {
         let mut state = self.lock();
-        let doubts = std::mem::take(&mut state.doubts);
-        doubts.union(&state.closed).copied().collect()
+        let suspects = std::mem::take(&mut state.suspects);
+        suspects.union(&state.unreachable).copied().collect()
     }
 
     /// Notes whether this node can connect to a peer. Returns whether that is news.
-    pub fn set_closed(&self, node: NodeId, is_closed: bool) -> bool {
+    pub fn set_unreachable(&self, node: NodeId, is_unreachable: bool) -> bool {
         let mut state = self.lock();
-        let is_news = match is_closed {
-            true => state.closed.insert(node),
-            false => state.closed.remove(&node),
+        let is_news = match is_unreachable {
+            true => state.unreachable.insert(node),
+            false => state.unreachable.remove(&node),
         };
-        self.closed.store(state.closed.len(), Ordering::Relaxed);
+        self.unreachable.store(state.unreachable.len(), Ordering::Relaxed);
         if is_news {
             self.changed.notify_waiters();
         }
@@ -76,11 +76,11 @@ impl Ways {
     }
 
     /// Resolves when this node can't connect to a peer.
-    pub async fn closed(&self, node: NodeId) {
+    pub async fn until_unreachable(&self, node: NodeId) {
         loop {
             // Before the look: what changes after it is not missed.
             let changed = self.changed.notified();
-            if self.is_closed(node) {
+            if self.is_unreachable(node) {
                 return;
             }
             changed.await;
@@ -88,23 +88,23 @@ impl Ways {
     }
 
     /// Returns whether this node can't connect to a peer.
-    pub fn is_closed(&self, node: NodeId) -> bool {
-        self.closed.load(Ordering::Relaxed) > 0 && self.lock().closed.contains(&node)
+    pub fn is_unreachable(&self, node: NodeId) -> bool {
+        self.unreachable.load(Ordering::Relaxed) > 0 && self.lock().unreachable.contains(&node)
     }
 
     /// A peer said that it can't connect to this node.
-    pub fn note_told(&self, node: NodeId) {
-        self.lock().told.insert(node, Instant::now());
+    pub fn note_unreachable_from(&self, node: NodeId) {
+        self.lock().unreachable_from.insert(node, Instant::now());
     }
 
     /// Returns the peers that said a moment ago that they can't connect to this node.
-    pub fn telling(&self) -> BTreeSet<NodeId> {
+    pub fn unreachable_from(&self) -> BTreeSet<NodeId> {
         let mut state = self.lock();
-        state.told.retain(|_, at| at.elapsed() < TOLD_FOR);
-        state.told.keys().copied().collect()
+        state.unreachable_from.retain(|_, at| at.elapsed() < REPORT_TTL);
+        state.unreachable_from.keys().copied().collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ReachabilityState> {
         self.state.lock().expect("no holder panics")
     }
 }
@@ -115,29 +115,29 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_is_looked_for_once_after_a_doubt_and_again_while_it_is_closed() {
-        let (ways, peer) = (Ways::default(), NodeId(2));
-        assert!(ways.take_doubts().is_empty() && !ways.is_closed(peer));
-        ways.doubt(peer);
-        ways.doubted().await;
-        assert_eq!(ways.take_doubts(), [peer].into());
-        assert!(ways.take_doubts().is_empty());
+        let (reachability, peer) = (Reachability::default(), NodeId(2));
+        assert!(reachability.take_suspects().is_empty() && !reachability.is_unreachable(peer));
+        reachability.suspect(peer);
+        reachability.suspected().await;
+        assert_eq!(reachability.take_suspects(), [peer].into());
+        assert!(reachability.take_suspects().is_empty());
 
-        let mut closed = std::pin::pin!(ways.closed(peer));
-        assert!(futures::poll!(closed.as_mut()).is_pending());
-        assert!(ways.set_closed(peer, true) && !ways.set_closed(peer, true));
-        closed.await;
-        assert!(ways.is_closed(peer) && !ways.is_closed(NodeId(3)));
-        assert_eq!(ways.take_doubts(), [peer].into());
-        assert!(ways.set_closed(peer, false) && !ways.set_closed(peer, false));
-        assert!(!ways.is_closed(peer) && ways.take_doubts().is_empty());
+        let mut until = std::pin::pin!(reachability.until_unreachable(peer));
+        assert!(futures::poll!(until.as_mut()).is_pending());
+        assert!(reachability.set_unreachable(peer, true) && !reachability.set_unreachable(peer, true));
+        until.await;
+        assert!(reachability.is_unreachable(peer) && !reachability.is_unreachable(NodeId(3)));
+        assert_eq!(reachability.take_suspects(), [peer].into());
+        assert!(reachability.set_unreachable(peer, false) && !reachability.set_unreachable(peer, false));
+        assert!(!reachability.is_unreachable(peer) && reachability.take_suspects().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_a_peer_said_counts_for_a_moment() {
-        let ways = Ways::default();
-        ways.note_told(NodeId(2));
-        assert_eq!(ways.telling(), [NodeId(2)].into());
-        tokio::time::advance(TOLD_FOR).await;
-        assert!(ways.telling().is_empty());
+        let reachability = Reachability::default();
+        reachability.note_unreachable_from(NodeId(2));
+        assert_eq!(reachability.unreachable_from(), [NodeId(2)].into());
+        tokio::time::advance(REPORT_TTL).await;
+        assert!(reachability.unreachable_from().is_empty());
     }
 }

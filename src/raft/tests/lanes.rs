@@ -218,14 +218,14 @@ async fn a_peer_that_can_not_be_connected_to_is_told_so_with_every_reply() {
         cluster.nodes[&leader].registry.clone(),
         cluster.nodes[&follower].registry.clone(),
     );
-    assert!(leading.ways().telling().is_empty());
-    following.ways().set_closed(leader, true);
+    assert!(leading.reachability().unreachable_from().is_empty());
+    following.reachability().set_unreachable(leader, true);
     until("the leader is told", || {
-        leading.ways().telling() == [follower].into()
+        leading.reachability().unreachable_from() == [follower].into()
     })
     .await;
-    following.ways().set_closed(leader, false);
-    until("it is told no more", || leading.ways().telling().is_empty()).await;
+    following.reachability().set_unreachable(leader, false);
+    until("it is told no more", || leading.reachability().unreachable_from().is_empty()).await;
     drop((leading, following));
     cluster.stop_all().await;
 }
@@ -277,9 +277,9 @@ async fn before_the_hello_only_a_hello_is_read() {
         Lane::Log,
         stream::pending::<Result<Bytes, Infallible>>(),
     );
-    assert_eq!(registry.seats().used(), 1);
+    assert_eq!(registry.lane_limiter().used(), 1);
     assert!(silent.collect::<Vec<_>>().await.is_empty());
-    assert_eq!(registry.seats().used(), 0);
+    assert_eq!(registry.lane_limiter().used(), 0);
     drop(registry);
     cluster.stop_all().await;
 }
@@ -554,7 +554,7 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
         resolver: addresses.clone(),
         dial: Arc::new(Silent),
         liveness: Arc::default(),
-        ways: Arc::default(),
+        reachability: Arc::default(),
         budgets: Arc::default(),
         lease_timings: PACE,
         supervisor: Supervisor::noting().0,

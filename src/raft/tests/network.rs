@@ -238,7 +238,7 @@ fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
         resolver: Arc::new(Anywhere),
         dial: Arc::new(peer),
         liveness: Arc::default(),
-        ways: Arc::default(),
+        reachability: Arc::default(),
         budgets: Arc::default(),
         lease_timings: PACE,
         supervisor: Supervisor::noting().0,
