@@ -100,7 +100,12 @@ impl Access {
     }
 
     /// Does what is asked on the replica of this node.
-    async fn execute(&self, group: &Arc<Replica>, body: ShardBody, deadline: Instant) -> ShardReply {
+    async fn execute(
+        &self,
+        group: &Arc<Replica>,
+        body: ShardBody,
+        deadline: Instant,
+    ) -> ShardReply {
         let shard = group.key().group;
         match body {
             ShardBody::Write(write) => self.write(group, write, deadline).await,
@@ -468,8 +473,9 @@ impl Access {
     /// leader.
     fn not_leader(&self, shard: GroupId, leader: Option<NodeId>) -> Failure {
         let map = self.member.map();
-        let leader = leader
-            .filter(|leader| *leader != self.member.node && !self.member.registry.is_disconnected(*leader));
+        let leader = leader.filter(|leader| {
+            *leader != self.member.node && !self.member.registry.is_disconnected(*leader)
+        });
         match leader.and_then(|leader| map.name_of(leader)).cloned() {
             Some(address) => Failure::Elsewhere { shard, address },
             None => unavailable(format!(
@@ -729,8 +735,9 @@ impl Access {
         if meta.leads() {
             return Ok(None);
         }
-        let is_known =
-            |leader: &NodeId| *leader != self.member.node && !self.member.registry.is_disconnected(*leader);
+        let is_known = |leader: &NodeId| {
+            *leader != self.member.node && !self.member.registry.is_disconnected(*leader)
+        };
         let leader = meta.status().leader.filter(is_known);
         let address = leader
             .and_then(|leader| self.member.views().resolve(leader))

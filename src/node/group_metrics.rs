@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::member::Member;
 use super::metrics::{Family, FamilyKind, Sample, family, one};
-use crate::raft::{Replica, GroupMembership, Role, WitnessReplica};
+use crate::raft::{GroupMembership, Replica, Role, WitnessReplica};
 use crate::sm::view::View;
 use crate::types::{GroupId, NodeId};
 

@@ -334,7 +334,9 @@ impl Greeter {
                         );
                     }
                 }
-                Met::Outdated { number } => self.refused(address, &PeerRefusal::Outdated { number }),
+                Met::Outdated { number } => {
+                    self.refused(address, &PeerRefusal::Outdated { number })
+                }
                 Met::Doubled { at } => self.refused(&at, &PeerRefusal::Doubled),
                 Met::Silent | Met::Stranger { .. } => {}
             }

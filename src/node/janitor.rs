@@ -116,7 +116,10 @@ impl Janitor {
         let held = |key: ReplicaKey| pinned.get(&key).copied().unwrap_or(Held::Little);
         join_all(groups.iter().map(|group| group.advertise_purge_index())).await;
         for witness in self.member.registry.witnesses() {
-            if let Err(error) = witness.release_log(held(witness.key()) != Held::Little).await {
+            if let Err(error) = witness
+                .release_log(held(witness.key()) != Held::Little)
+                .await
+            {
                 rarely!(
                     warn,
                     "the log of witness {} was not purged: {error}",

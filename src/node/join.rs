@@ -20,7 +20,7 @@ use crate::client::peer::{
     FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
 };
 use crate::config::NodeConfig;
-use crate::raft::lanes::{PeerDirectories, DirectoryRejection};
+use crate::raft::lanes::{DirectoryRejection, PeerDirectories};
 use crate::sm::level::TooOld;
 use crate::sm::placement::{PlacementError, first_view};
 use crate::sm::view::{self, View};
@@ -163,7 +163,8 @@ impl Joining {
     pub fn begin_start(&self, id: StartId) -> Result<(), DirectoryError> {
         if self.peer_directories.get().is_none() {
             let book = self.directory.begin_start(id)?;
-            self.peer_directories.get_or_init(|| PeerDirectories::new(book));
+            self.peer_directories
+                .get_or_init(|| PeerDirectories::new(book));
         }
         Ok(())
     }

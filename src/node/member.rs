@@ -27,8 +27,8 @@ use crate::client::protocol::{
 };
 use crate::client::shard_map::ShardMap;
 use crate::client::store::Failure;
-use crate::raft::Replica;
 use crate::raft::ProposeError;
+use crate::raft::Replica;
 use crate::raft::transport::{Peer, Resolver};
 use crate::raft::{Registry, WitnessReplica};
 use crate::sm::level::Feature;
@@ -404,7 +404,9 @@ impl Member {
                 .iter()
                 .any(|(suspect, since)| suspect == node && since.elapsed() < SUSPECT_FOR);
             // Who showed that it leads is asked, whatever the lanes say.
-            is_silent || is_closed(node) || (hinted != Some(*node) && self.registry.is_disconnected(*node))
+            is_silent
+                || is_closed(node)
+                || (hinted != Some(*node) && self.registry.is_disconnected(*node))
         };
         let replicas = place.replicas.iter().copied();
         let candidates: Vec<NodeId> = local_leader

@@ -20,7 +20,7 @@ use super::member::Member;
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
 use crate::client::store::{Consistency, Options, Routing};
-use crate::raft::{Replica, ProposeError};
+use crate::raft::{ProposeError, Replica};
 use crate::sm::kv::{
     self, Command, DestinationState, MoveOutcome, MoveStep, Progress, Remaining, SourceState,
 };

@@ -18,7 +18,7 @@ use crate::client::view_change::{
     ChangeInProgress, Phase, PlannedChange, ReplicationFactor, Shards, ViewChange,
     ViewChangeFailure,
 };
-use crate::raft::{Replica, ProposeError};
+use crate::raft::{ProposeError, Replica};
 use crate::sm::level::TooOld;
 use crate::sm::meta;
 use crate::sm::placement::{Planned, plan};

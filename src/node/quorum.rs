@@ -22,7 +22,8 @@ impl Member {
     /// are there.
     pub fn missing_of(&self, group: GroupId) -> String {
         let view = self.view();
-        let is_there = |node| self.is_in_reach(node, SILENCE_MAX) && !self.registry.is_disconnected(node);
+        let is_there =
+            |node| self.is_in_reach(node, SILENCE_MAX) && !self.registry.is_disconnected(node);
         view.groups
             .get(&group)
             .map(|of| missing(&view, group, of, is_there))

@@ -28,7 +28,7 @@ use super::member::Member;
 use super::openings::{Openings, ReplicaTasks};
 use crate::client::peer::Announcement;
 use crate::raft::transport::Resolver as _;
-use crate::raft::{Replica, OpenError, ProposeError};
+use crate::raft::{OpenError, ProposeError, Replica};
 use crate::sm::recovery::Cause;
 use crate::sm::slots::SlotState;
 use crate::sm::view::{self, View};

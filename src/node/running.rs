@@ -42,12 +42,12 @@ use crate::client::peer::{Announcement, PeerCaller};
 use crate::client::router::Router;
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
-use crate::raft::Replica;
 use crate::raft::OpenError;
+use crate::raft::Replica;
 use crate::raft::lanes::http::HttpDial;
 use crate::raft::transport::NodeIdentity;
 use crate::raft::{LeaseReads, RaftTimings};
-use crate::raft::{Registry, RegistryParts, RaftBudgets};
+use crate::raft::{RaftBudgets, Registry, RegistryParts};
 use crate::sm::level::TooOld;
 use crate::sm::log_space::segment_bytes;
 use crate::sm::meta;
@@ -137,7 +137,8 @@ impl Running {
         let opened = tokio::task::spawn_blocking(move || Storage::open(&opening, cluster)).await;
         let storage = opened.map_err(|error| StartError::BrokenOff(error.to_string()))??;
         let config = joining.config();
-        let identity = NodeIdentity::member(joining.directory_id(), joined.view.cluster, joined.node);
+        let identity =
+            NodeIdentity::member(joining.directory_id(), joined.view.cluster, joined.node);
         let identity = Arc::new(match joining.peer_directories() {
             Some(peer_directories) => identity.with_peer_directories(peer_directories.clone()),
             None => identity,

@@ -119,7 +119,9 @@ impl SnapshotTransfers {
     ) -> u64 {
         let mut upto = u64::MAX;
         self.lock().retain(|replica, transfer| {
-            let has = matched(*replica).map_or(0, |id| id.index).max(transfer.index);
+            let has = matched(*replica)
+                .map_or(0, |id| id.index)
+                .max(transfer.index);
             let has_caught_up =
                 transfer.ended.is_some() && has > transfer.index && has + ENTRIES_BEHIND > last;
             let needs_it = !has_caught_up && !transfer.is_over();
@@ -140,11 +142,10 @@ impl Replica {
         let last = status.last_log.map_or(0, |id| id.index);
         let matched = |replica| status.matched.get(&replica).copied().flatten();
         let purgeable = match status.role {
-            Role::Leader if self.context.log.lacks_room().is_none() => {
-                self.network
-                    .transfers
-                    .purgeable(last, matched, |index| self.log.bytes_since(index))
-            }
+            Role::Leader if self.context.log.lacks_room().is_none() => self
+                .network
+                .transfers
+                .purgeable(last, matched, |index| self.log.bytes_since(index)),
             Role::Leader | Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => {
                 u64::MAX
             }

@@ -23,7 +23,11 @@ use crate::types::LogId;
 /// # Errors
 ///
 /// When the log was purged past what is applied, or is not the one that was applied.
-pub async fn fit_log(key: ReplicaKey, log: &ReplicaLog, store: &ReplicaStore) -> Result<(), OpenError> {
+pub async fn fit_log(
+    key: ReplicaKey,
+    log: &ReplicaLog,
+    store: &ReplicaStore,
+) -> Result<(), OpenError> {
     let LogState { purged, last, .. } = log.state();
     let applied = store.applied().log_id;
     if let Some(purged) =

@@ -62,7 +62,8 @@ impl Replica {
     /// Whether more entries would only pile up before a disk that does not keep up, or is full. Of
     /// each group some may wait all the same, unless it is full.
     fn is_behind_disk(&self, request: &PeerRequest) -> bool {
-        let has_entries = matches!(request, PeerRequest::Append { entries, .. } if !entries.is_empty());
+        let has_entries =
+            matches!(request, PeerRequest::Append { entries, .. } if !entries.is_empty());
         let log = &self.context.log;
         let is_full = || log.disk_level() == DiskLevel::Spent && !self.key().group.is_meta();
         has_entries && (log.overloaded() && self.has_unsynced() || is_full())
@@ -133,7 +134,12 @@ impl Replica {
         })
     }
 
-    async fn take_snapshot(&self, state: &ReplicaState, request: PeerRequest, tail: &Bytes) -> Handled {
+    async fn take_snapshot(
+        &self,
+        state: &ReplicaState,
+        request: PeerRequest,
+        tail: &Bytes,
+    ) -> Handled {
         match request {
             PeerRequest::SnapshotOpen { snapshot, .. } => {
                 let opened = self.inbox.open(state, snapshot)?;
@@ -180,7 +186,8 @@ impl Replica {
                 if self.log.entry_id(upto.index) == Some(upto) && self.log.synced() >= Some(upto) {
                     return Ok(PeerReply::SnapshotInstalled { vote });
                 }
-                let installed = snapshots::install_watermark(self.raft.clone(), applied, vote).await;
+                let installed =
+                    snapshots::install_watermark(self.raft.clone(), applied, vote).await;
                 installed
                     .map(|vote| PeerReply::SnapshotInstalled { vote })
                     .map_err(PeerRefusal::Failed)

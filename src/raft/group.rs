@@ -27,15 +27,15 @@ use super::feeds::SnapshotTransfers;
 use super::log_store::LogStore;
 use super::network::Network;
 use super::proposer::{Proposer, propose_error};
-use super::pulse::{TimerAction, ElectionRole, ElectionTimer};
+use super::pulse::{ElectionRole, ElectionTimer, TimerAction};
 use super::reads::ReadIndex;
 use super::registry::RaftContext;
 use super::room::HeldBytes;
 use super::snapshots::SnapshotInbox;
-use super::state_machine::{self, ReplicaStore, ApplyState, StateMachine};
-use super::status::{Freshness, GroupMembership, ReplicaStatus, ReplicaWatch, Leader, Role};
+use super::state_machine::{self, ApplyState, ReplicaStore, StateMachine};
+use super::status::{Freshness, GroupMembership, Leader, ReplicaStatus, ReplicaWatch, Role};
 use super::timings::{LeaseReads, RaftTimings};
-use super::types::{ResponderFn, GroupMember, ApplyOutcome, Proposal, Types, from_raft};
+use super::types::{ApplyOutcome, GroupMember, Proposal, ResponderFn, Types, from_raft};
 use super::witness;
 use crate::sm::level::Feature;
 use crate::sm::ports::StoreError;
@@ -111,8 +111,14 @@ impl Replica {
         };
         let apply_state = Arc::new(ApplyState::new(store)?);
         let state_machine = StateMachine::new(apply_state.clone());
-        let raft =
-            RaftHandle::build(key.replica, config, network.clone(), log_store, state_machine).await;
+        let raft = RaftHandle::build(
+            key.replica,
+            config,
+            network.clone(),
+            log_store,
+            state_machine,
+        )
+        .await;
         let raft = raft.map_err(|error| OpenError::Raft(error.to_string()))?;
         let (proposer, reads) = (
             Proposer::new(context.budgets.clone()),
@@ -122,9 +128,10 @@ impl Replica {
         let (publish, watch) = watch::channel(look(&raft, None));
         let mut tasks = JoinSet::new();
         let supervisor = context.supervisor.clone();
-        let propose = proposer
-            .clone()
-            .run(raft.clone(), apply_state.clone(), context.resolver.clone());
+        let propose =
+            proposer
+                .clone()
+                .run(raft.clone(), apply_state.clone(), context.resolver.clone());
         supervisor.start(&mut tasks, "proposer", propose);
         supervisor.start(
             &mut tasks,
@@ -168,7 +175,9 @@ impl Replica {
         };
         let group = Arc::new(group);
         if is_witness {
-            group.supervise(witness::transfer_leadership_when_ready(Arc::downgrade(&group)));
+            group.supervise(witness::transfer_leadership_when_ready(Arc::downgrade(
+                &group,
+            )));
         }
         // Its tasks are started here, and start others.
         supervisor.within("openraft", || group.raft.run());
@@ -759,7 +768,9 @@ impl Replica {
         };
         match due {
             TimerAction::Nothing => {}
-            TimerAction::Heartbeat => drop(unconstrained(self.raft.trigger().heartbeat()).now_or_never()),
+            TimerAction::Heartbeat => {
+                drop(unconstrained(self.raft.trigger().heartbeat()).now_or_never())
+            }
             TimerAction::Campaign => {
                 self.context.elections.count_campaign();
                 self.end_lease_if_disconnected();
@@ -882,7 +893,9 @@ async fn monitor(
             now.failure = Some(reason);
         });
     }
-    let reason = apply_state.failure().unwrap_or_else(|| SHUT_DOWN.to_owned());
+    let reason = apply_state
+        .failure()
+        .unwrap_or_else(|| SHUT_DOWN.to_owned());
     proposer.close(&reason);
     reads.close(&reason);
 }

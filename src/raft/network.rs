@@ -37,7 +37,10 @@ use super::types::{
     GroupMember, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft,
     vote_to_raft,
 };
-use super::wire::{self, AppendReply, UnsealedFrame, FrameHeader, PeerRefusal, PeerReply, PeerRequest, TransferReply};
+use super::wire::{
+    self, AppendReply, FrameHeader, PeerRefusal, PeerReply, PeerRequest, TransferReply,
+    UnsealedFrame,
+};
 use crate::storage::ReplicaKey;
 use crate::telemetry::rarely;
 use crate::types::{NodeId, ReplicaId};
@@ -75,7 +78,11 @@ impl RaftNetworkFactory<Types> for Network {
         self.client(target, member.node, Lane::Log)
     }
 
-    async fn new_heartbeat_client(&mut self, target: ReplicaId, member: &GroupMember) -> PeerClient {
+    async fn new_heartbeat_client(
+        &mut self,
+        target: ReplicaId,
+        member: &GroupMember,
+    ) -> PeerClient {
         self.client(target, member.node, Lane::Heartbeat)
     }
 
@@ -531,7 +538,11 @@ where
     /// can't be: nothing that was acknowledged is lost, and a lane keeps the order of its frames.
     /// openraft does not look: it would search below what matches, and where the log is purged up
     /// to there, send snapshots without end. So it is an error, and tried again.
-    fn read(&mut self, done: &InFlightAppend, reply: &PeerReply) -> RpcResult<StreamAppendResult<Types>> {
+    fn read(
+        &mut self,
+        done: &InFlightAppend,
+        reply: &PeerReply,
+    ) -> RpcResult<StreamAppendResult<Types>> {
         let response = read_append_reply(reply)?;
         // Heartbeats follow what was acknowledged.
         let is_known = self.client.lane == Lane::Heartbeat || done.previous <= self.acknowledged;

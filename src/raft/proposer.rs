@@ -25,10 +25,10 @@ use tokio::time::Instant;
 
 use super::errors::ProposeError;
 use super::group::RaftHandle;
-use super::room::{HeldBytes, Reservation, RaftBudgets};
+use super::room::{HeldBytes, RaftBudgets, Reservation};
 use super::state_machine::ApplyState;
 use super::transport::Resolver;
-use super::types::{ResponderFn, ApplyOutcome, Proposal, Types};
+use super::types::{ApplyOutcome, Proposal, ResponderFn, Types};
 use crate::sm::kv;
 use crate::sm::level::Feature;
 

@@ -325,7 +325,10 @@ mod tests {
         timer.on_vote_granted();
         let (next, _) = wait(&timer, ElectionRole::Voter).await;
         assert!((210..=430).contains(&next), "the next after {next} ms");
-        assert_eq!(timer.take_action(ElectionRole::Passive), TimerAction::Nothing);
+        assert_eq!(
+            timer.take_action(ElectionRole::Passive),
+            TimerAction::Nothing
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -333,11 +336,17 @@ mod tests {
         let timer = ElectionTimer::new(&RaftTimings::default(), true);
         timer.on_leader_message(1);
         let (silent_ms, _) = wait(&timer, ElectionRole::Voter).await;
-        assert!(silent_ms >= 630 + 4 * 420, "after {silent_ms} ms of silence");
+        assert!(
+            silent_ms >= 630 + 4 * 420,
+            "after {silent_ms} ms of silence"
+        );
         tokio::time::advance(Duration::from_secs(1)).await;
         timer.on_leader_message(2);
         timer.on_older_log_refused();
-        assert_eq!(wait(&timer, ElectionRole::Voter).await, (0, TimerAction::Campaign));
+        assert_eq!(
+            wait(&timer, ElectionRole::Voter).await,
+            (0, TimerAction::Campaign)
+        );
         timer.on_older_log_refused();
         let (next, _) = wait(&timer, ElectionRole::Voter).await;
         assert!(
@@ -349,9 +358,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn leaders_beat_and_an_only_voter_does_not_wait() {
         let timer = ElectionTimer::new(&RaftTimings::default(), false);
-        assert_eq!(wait(&timer, ElectionRole::OnlyVoter).await, (0, TimerAction::Campaign));
-        assert_eq!(wait(&timer, ElectionRole::Leader).await, (0, TimerAction::Heartbeat));
-        assert_eq!(wait(&timer, ElectionRole::Leader).await, (120, TimerAction::Heartbeat));
+        assert_eq!(
+            wait(&timer, ElectionRole::OnlyVoter).await,
+            (0, TimerAction::Campaign)
+        );
+        assert_eq!(
+            wait(&timer, ElectionRole::Leader).await,
+            (0, TimerAction::Heartbeat)
+        );
+        assert_eq!(
+            wait(&timer, ElectionRole::Leader).await,
+            (120, TimerAction::Heartbeat)
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -464,7 +482,10 @@ mod tests {
     #[test]
     fn a_timer_that_comes_a_little_late_means_nothing() {
         let (every, ms) = (Duration::from_millis(20), Duration::from_millis);
-        assert_eq!([20, 25, 40].map(|took| pause_of(ms(took), every)), [None; 3]);
+        assert_eq!(
+            [20, 25, 40].map(|took| pause_of(ms(took), every)),
+            [None; 3]
+        );
         assert_eq!(pause_of(ms(520), every), Some(ms(500)));
         assert_eq!(pause_of(ms(3), every), None);
     }

@@ -219,7 +219,10 @@ impl Replica {
         let vote = vote_from_raft(&vote);
         let client = self.network.snapshot_client(replica, node);
         let deadline = Instant::now() + ASK_TIMEOUT;
-        match client.ask(&PeerRequest::Rebuild { vote }, &[], deadline).await {
+        match client
+            .ask(&PeerRequest::Rebuild { vote }, &[], deadline)
+            .await
+        {
             Ok(PeerReply::Noted) => {}
             Ok(other) => return Err(failed(format!("it answered {other:?}"))),
             Err(error) => return Err(failed(error.to_string())),

@@ -19,13 +19,13 @@ use super::elections::Elections;
 use super::errors::OpenError;
 use super::fit::fit_log;
 use super::group::Replica;
-use super::lanes::{PeerLiveness, Lanes, LanesParts, LaneLimiter, Reachability};
+use super::lanes::{LaneLimiter, Lanes, LanesParts, PeerLiveness, Reachability};
 use super::pace::LeaseTimings;
 use super::pulse;
 use super::room::RaftBudgets;
 use super::state_machine::ReplicaStore;
 use super::timings::RaftTimings;
-use super::transport::{Dial, NodeIdentity, Lane, Resolver};
+use super::transport::{Dial, Lane, NodeIdentity, Resolver};
 use super::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use super::witness::{WitnessReplica, WitnessState};
 use crate::storage::ReplicaKey;
@@ -345,7 +345,10 @@ impl Registry {
             .expect("no holder panics")
             .insert(key.group, group.clone());
         self.election_timer.get_or_init(|| {
-            let run = pulse::run_election_timers(Arc::downgrade(self), self.context.timings.tick_interval());
+            let run = pulse::run_election_timers(
+                Arc::downgrade(self),
+                self.context.timings.tick_interval(),
+            );
             AbortOnDropHandle::new(self.context.supervisor.start_alone("election timer", run))
         });
         Ok(group)
@@ -353,7 +356,11 @@ impl Registry {
 
     /// The file of a witness is there before its log is: else a crash between the two would leave a
     /// replica of another kind.
-    async fn create(&self, key: ReplicaKey, kind: Option<ReplicaKind>) -> Result<ReplicaLog, OpenError> {
+    async fn create(
+        &self,
+        key: ReplicaKey,
+        kind: Option<ReplicaKind>,
+    ) -> Result<ReplicaLog, OpenError> {
         let files = self.states.witnesses().clone();
         let begun = tokio::task::spawn_blocking(move || match kind {
             Some(ReplicaKind::Witness) => files.write(key, &Applied::default()),
@@ -374,7 +381,11 @@ impl Registry {
         self.context.log.replica(key).ok_or_else(closed)
     }
 
-    async fn open_state(&self, key: ReplicaKey, log: ReplicaLog) -> Result<ReplicaStore, OpenError> {
+    async fn open_state(
+        &self,
+        key: ReplicaKey,
+        log: ReplicaLog,
+    ) -> Result<ReplicaStore, OpenError> {
         let states = self.states.clone();
         let opened = tokio::task::spawn_blocking(move || match states.witnesses().read(key)? {
             Some(watermark) => Ok(ReplicaStore::Witness(WitnessState::new(

@@ -191,8 +191,12 @@ impl SnapshotInbox {
                     bytes_len: name.bytes_len,
                 });
             }
-            IncomingSnapshot::Installing { result, .. } if is_running(result) => return Err(PeerRefusal::Busy),
-            IncomingSnapshot::Nothing | IncomingSnapshot::Some { .. } | IncomingSnapshot::Installing { .. } => {}
+            IncomingSnapshot::Installing { result, .. } if is_running(result) => {
+                return Err(PeerRefusal::Busy);
+            }
+            IncomingSnapshot::Nothing
+            | IncomingSnapshot::Some { .. }
+            | IncomingSnapshot::Installing { .. } => {}
         }
         // The file of the one before goes first: two might not fit on the disk.
         *arriving = IncomingSnapshot::Nothing;
@@ -204,7 +208,12 @@ impl SnapshotInbox {
     }
 
     /// Blocking.
-    pub fn write(&self, name: SnapshotName, offset: u64, chunk: &Bytes) -> Result<PeerReply, PeerRefusal> {
+    pub fn write(
+        &self,
+        name: SnapshotName,
+        offset: u64,
+        chunk: &Bytes,
+    ) -> Result<PeerReply, PeerRefusal> {
         let mut arriving = self.lock();
         let IncomingSnapshot::Some {
             name: known,
@@ -395,7 +404,11 @@ pub async fn tidy(state: ReplicaState) {
 }
 
 /// Hands a mark to openraft, likewise.
-pub async fn install_watermark(raft: RaftHandle, applied: Applied, vote: Vote) -> Result<Vote, String> {
+pub async fn install_watermark(
+    raft: RaftHandle,
+    applied: Applied,
+    vote: Vote,
+) -> Result<Vote, String> {
     let vote = vote_to_raft(&vote).ok_or("a vote for nobody")?;
     hand_over(raft, vote, SnapshotData::Watermark(applied)).await
 }

@@ -25,8 +25,8 @@ use tokio::time::Instant;
 use super::rebuild::MapHold;
 use super::step_down::{ApplyProgress, ProgressRead};
 use super::types::{
-    ApplyOutcome, Proposal, RaftLogId, RaftPayload, SnapshotMeta, StoredMembership, Types, decode_stored_membership,
-    encode_stored_membership, from_raft, to_raft,
+    ApplyOutcome, Proposal, RaftLogId, RaftPayload, SnapshotMeta, StoredMembership, Types,
+    decode_stored_membership, encode_stored_membership, from_raft, to_raft,
 };
 use super::witness::WitnessState;
 use crate::sm::ports::{StoreError, WriteBatch};
@@ -262,7 +262,11 @@ impl ApplyState {
         }
     }
 
-    fn apply_now(&self, work: EntryWork, applying: &ApplyProgress<'_>) -> Result<ApplyOutcome, StoreError> {
+    fn apply_now(
+        &self,
+        work: EntryWork,
+        applying: &ApplyProgress<'_>,
+    ) -> Result<ApplyOutcome, StoreError> {
         let state = match &self.store {
             ReplicaStore::Map(state) => state,
             ReplicaStore::Witness(witness) => {
@@ -569,7 +573,11 @@ impl RaftStateMachine<Types> for StateMachine {
 
     /// Openraft answers nobody until it is done: what takes long was done before, by
     /// `snapshots::install`.
-    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, data: SnapshotData) -> io::Result<()> {
+    async fn install_snapshot(
+        &mut self,
+        _meta: &SnapshotMeta,
+        data: SnapshotData,
+    ) -> io::Result<()> {
         let _installing = InstallGuard::begin(self.apply_state.clone());
         let apply_state = self.apply_state.clone();
         let installed = tokio::task::spawn_blocking(move || match (&apply_state.store, &data) {
@@ -582,12 +590,13 @@ impl RaftStateMachine<Types> for StateMachine {
                     })
                 })
             }
-            (ReplicaStore::Witness(state), SnapshotData::Watermark(applied)) => state.install(applied),
-            (ReplicaStore::Map(_), SnapshotData::Watermark(_)) | (ReplicaStore::Witness(_), SnapshotData::Map(_)) => {
-                Err(StoreError::Damaged(
-                    "a snapshot for another kind of replica was to be installed".into(),
-                ))
+            (ReplicaStore::Witness(state), SnapshotData::Watermark(applied)) => {
+                state.install(applied)
             }
+            (ReplicaStore::Map(_), SnapshotData::Watermark(_))
+            | (ReplicaStore::Witness(_), SnapshotData::Map(_)) => Err(StoreError::Damaged(
+                "a snapshot for another kind of replica was to be installed".into(),
+            )),
         });
         installed
             .await
@@ -604,7 +613,9 @@ impl RaftStateMachine<Types> for StateMachine {
         Ok(())
     }
 
-    async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, SnapshotData>>> {
+    async fn get_current_snapshot(
+        &mut self,
+    ) -> io::Result<Option<SnapshotOf<Types, SnapshotData>>> {
         current(&self.apply_state.store).map(with_meta).transpose()
     }
 }
@@ -631,10 +642,14 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
     async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, SnapshotData>> {
         let data = match (self.made.take(), &self.apply_state.store) {
             (Some(made), _) => made,
-            (None, ReplicaStore::Map(state)) => SnapshotData::Map(build(state).await.map_err(io::Error::other)?),
-            (None, ReplicaStore::Witness(_)) => {
-                SnapshotData::Watermark(write_watermark(&self.apply_state).await.map_err(io::Error::other)?)
+            (None, ReplicaStore::Map(state)) => {
+                SnapshotData::Map(build(state).await.map_err(io::Error::other)?)
             }
+            (None, ReplicaStore::Witness(_)) => SnapshotData::Watermark(
+                write_watermark(&self.apply_state)
+                    .await
+                    .map_err(io::Error::other)?,
+            ),
         };
         with_meta(data)
     }

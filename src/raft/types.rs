@@ -228,7 +228,8 @@ fn membership(
             },
         )
     };
-    let members: BTreeMap<ReplicaId, GroupMember> = record.members.into_iter().map(member).collect();
+    let members: BTreeMap<ReplicaId, GroupMember> =
+        record.members.into_iter().map(member).collect();
     let undecodable = |reason: String| StoreError::Undecodable {
         what: "a membership",
         reason,

@@ -259,7 +259,8 @@ pub fn encode_greeting(hello: &Hello, starts: &Starts, lease_timings: &LeaseTimi
     let mut buffer = BytesMut::with_capacity(2048);
     let mut tail = starts_tail(starts);
     tail.push(LEASE_TIMINGS_FORMAT);
-    postcard::to_io(lease_timings, &mut tail).expect("writing into memory fails for no type of this module");
+    postcard::to_io(lease_timings, &mut tail)
+        .expect("writing into memory fails for no type of this module");
     write(&mut buffer, 0, hello, &[tail]);
     buffer.freeze()
 }
@@ -398,7 +399,8 @@ impl ReceivedFrame {
         let Some((starts, rest)) = read_starts(&tail)? else {
             return Ok((hello, None, None));
         };
-        let lease_timings = read_part(LEASE_TIMINGS_FORMAT, rest)?.map(|(lease_timings, _)| lease_timings);
+        let lease_timings =
+            read_part(LEASE_TIMINGS_FORMAT, rest)?.map(|(lease_timings, _)| lease_timings);
         Ok((hello, Some(starts), lease_timings))
     }
 
@@ -612,10 +614,7 @@ mod tests {
             reader.push(frame);
             reader.next().expect("a frame").expect("a whole one")
         };
-        assert_eq!(
-            frame(encode_hello(&hello)).hello(),
-            Ok((hello, None, None))
-        );
+        assert_eq!(frame(encode_hello(&hello)).hello(), Ok((hello, None, None)));
         let lease_timings = LeaseTimings {
             lease_drift_ms: Some(50),
             election_ms_max: 420,
@@ -633,7 +632,19 @@ mod tests {
         let tail = &greeting.body[greeting.body.len() - 11..];
         assert_eq!(
             tail,
-            [STARTS_FORMAT, 1, 2, 6, 0xac, 2, LEASE_TIMINGS_FORMAT, 1, 50, 0xa4, 3],
+            [
+                STARTS_FORMAT,
+                1,
+                2,
+                6,
+                0xac,
+                2,
+                LEASE_TIMINGS_FORMAT,
+                1,
+                50,
+                0xa4,
+                3
+            ],
             "the encoding stands"
         );
         // As programs that know no pace wrote it, and as they read it.
@@ -652,7 +663,12 @@ mod tests {
             (Ok(PeerReply::Noted), Ok(Some(starts)))
         );
         let mut buffer = BytesMut::new();
-        write(&mut buffer, 9, &PeerReply::Noted, &[[STARTS_FORMAT + 1, 7, 7]]);
+        write(
+            &mut buffer,
+            9,
+            &PeerReply::Noted,
+            &[[STARTS_FORMAT + 1, 7, 7]],
+        );
         assert_eq!(
             frame(buffer.freeze()).welcome(),
             Ok(None),
@@ -691,7 +707,8 @@ mod tests {
                 let mut reader = FrameReader::default();
                 reader.push(Bytes::from(bytes));
                 if let Ok(Some(frame)) = reader.next()
-                    && let Ok((_, PeerRequest::Append { entries: heads, .. }, tail)) = frame.request()
+                    && let Ok((_, PeerRequest::Append { entries: heads, .. }, tail)) =
+                        frame.request()
                 {
                     let _ = entries(&heads, tail);
                 }

@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 use super::group::Replica;
 use super::status::{ReplicaStatus, Role};
-use super::wire::Request;
+use super::wire::PeerRequest;
 use crate::sm::ports::StoreError;
 use crate::storage::state::{Applied, Synced};
 use crate::storage::witness::WitnessFiles;
@@ -193,7 +193,9 @@ impl WitnessReplica {
             .committed_membership
             .voters
             .contains_key(&self.key().replica);
-        let upto = state.purge_index().min(status.applied.map_or(0, |id| id.index));
+        let upto = state
+            .purge_index()
+            .min(status.applied.map_or(0, |id| id.index));
         let purged = status.purged.map_or(0, |id| id.index);
         let freed = group
             .log
@@ -202,7 +204,10 @@ impl WitnessReplica {
         if !is_voter || upto <= purged || !(under_pressure || freed >= PURGE_BYTES_MIN) {
             return Ok(());
         }
-        if status.snapshot.is_none_or(|watermark| watermark.index < upto) {
+        if status
+            .snapshot
+            .is_none_or(|watermark| watermark.index < upto)
+        {
             super::state_machine::write_watermark(&group.apply_state).await?;
             // It takes the file that was just written.
             let _ = group.raft.trigger().snapshot().await;
@@ -293,7 +298,9 @@ pub async fn transfer_leadership_when_ready(group: Weak<Replica>) {
         }
         let Some(group) = group.upgrade() else { return };
         if let Some(transfer_target) = group.transfer_target() {
-            let handed = group.transfer_leader_within(transfer_target, HAND_OVER_TIMEOUT).await;
+            let handed = group
+                .transfer_leader_within(transfer_target, HAND_OVER_TIMEOUT)
+                .await;
             tracing::info!(group = %group.key().group, to = %transfer_target, ?handed, "a witness that led \
                 hands over");
         }

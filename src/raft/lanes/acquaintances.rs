@@ -112,7 +112,11 @@ impl PeerDirectories {
     /// # Errors
     ///
     /// Why the peer is refused.
-    pub async fn admit(&self, directory: DirectoryId, starts: &Starts) -> Result<PeerSession, PeerRefusal> {
+    pub async fn admit(
+        &self,
+        directory: DirectoryId,
+        starts: &Starts,
+    ) -> Result<PeerSession, PeerRefusal> {
         self.learn(directory, starts).await?;
         let mut contacts = self.contacts();
         // Another start may have come in between.
@@ -436,7 +440,10 @@ mod tests {
             tokio::time::advance(Duration::from_secs(1)).await;
         }
         doubled.refused_by("a:1", &PeerRefusal::Doubled);
-        assert_eq!(doubled.rejection().await, DirectoryRejection::Doubled { by: "a:1".into() });
+        assert_eq!(
+            doubled.rejection().await,
+            DirectoryRejection::Doubled { by: "a:1".into() }
+        );
 
         let late = peer_directories();
         for _ in 0..10 {

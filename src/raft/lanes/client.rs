@@ -15,9 +15,13 @@ use tokio::time::Instant;
 use super::acquaintances::PeerSession;
 use super::{PeerLiveness, Reachability};
 use crate::raft::pace::LeaseTimings;
-use crate::raft::room::{HeldBytes, Reservation, RaftBudgets};
-use crate::raft::transport::{Dial, NodeIdentity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
-use crate::raft::wire::{self, ReceivedFrame, UnsealedFrame, FrameReader, Hello, PeerRefusal, PeerReply};
+use crate::raft::room::{HeldBytes, RaftBudgets, Reservation};
+use crate::raft::transport::{
+    Dial, Incoming, Lane, LaneError, NodeIdentity, Outgoing, Peer, Resolver,
+};
+use crate::raft::wire::{
+    self, FrameReader, Hello, PeerRefusal, PeerReply, ReceivedFrame, UnsealedFrame,
+};
 use crate::sm::starts::Starts;
 use crate::supervisor::Supervisor;
 use crate::telemetry::rarely;
@@ -272,11 +276,19 @@ impl PeerLane {
         self.state.lock().expect("no holder panics")
     }
 
-    fn call(&self, peer: &Peer, frame: UnsealedFrame, place: Option<Reservation>) -> Result<Call, LaneError> {
+    fn call(
+        &self,
+        peer: &Peer,
+        frame: UnsealedFrame,
+        place: Option<Reservation>,
+    ) -> Result<Call, LaneError> {
         let mut state = self.lock();
         match &state.link {
             LinkState::Up(current) if current != peer => {
-                state.end(&LaneError::Broken("the peer has moved".into()), LinkState::Idle);
+                state.end(
+                    &LaneError::Broken("the peer has moved".into()),
+                    LinkState::Idle,
+                );
                 self.called.notify_one();
             }
             LinkState::Down(error) => return Err(LaneError::Down(error.to_string())),
@@ -407,7 +419,9 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
     };
     let peer_directories = parts.identity.peer_directories();
     let hello = match peer_directories {
-        Some(peer_directories) => wire::encode_greeting(&hello, peer_directories.own(), &parts.lease_timings),
+        Some(peer_directories) => {
+            wire::encode_greeting(&hello, peer_directories.own(), &parts.lease_timings)
+        }
         None => wire::encode_hello(&hello),
     };
     let outbox = OutgoingFrames {
@@ -433,7 +447,9 @@ async fn connect_and_run(parts: &LanesParts, lane: &Arc<PeerLane>) -> LaneError 
                      nodes the same --lease-reads and --timing-factor"
                 );
             }
-            if let (Some(peer_directories), LaneError::Refused(refusal)) = (peer_directories, &error) {
+            if let (Some(peer_directories), LaneError::Refused(refusal)) =
+                (peer_directories, &error)
+            {
                 peer_directories.refused_by(peer.address.as_str(), refusal);
             }
             error

@@ -28,8 +28,8 @@ mod serve;
 mod ways;
 
 pub use super::wire::PeerRefusal;
-pub use acquaintances::{PeerDirectories, DirectoryRejection};
-pub use client::{PendingReply, Call, Lanes, LanesParts, read_reply};
+pub use acquaintances::{DirectoryRejection, PeerDirectories};
+pub use client::{Call, Lanes, LanesParts, PendingReply, read_reply};
 pub use heard::PeerLiveness;
 pub use seats::LaneLimiter;
 pub use serve::serve_lane;

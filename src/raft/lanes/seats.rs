@@ -180,7 +180,10 @@ mod tests {
         tokio::time::advance(SILENCE).await;
         held[0].note();
         assert!(limiter.take(owner).is_some());
-        let ended: Vec<bool> = held.iter().map(|permit| permit.ended.is_cancelled()).collect();
+        let ended: Vec<bool> = held
+            .iter()
+            .map(|permit| permit.ended.is_cancelled())
+            .collect();
         assert_eq!(
             ended,
             [false, true, false, false],

@@ -31,7 +31,8 @@ use crate::raft::pace::LeaseTimings;
 use crate::raft::registry::Registry;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{
-    self, ReceivedFrame, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, PeerRefusal, PeerReply,
+    self, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, PeerRefusal, PeerReply,
+    ReceivedFrame,
 };
 use crate::telemetry::rarely;
 use crate::types::NodeId;
@@ -213,9 +214,9 @@ impl<I> LaneServer<I> {
             let kib =
                 u32::try_from(bytes.min(FRAME_BYTES_MAX).div_ceil(1 << 10)).unwrap_or(u32::MAX);
             let turns = self.registry.large_frames().clone();
-            self.turn = LargeFrameTurn::Awaited(Box::pin(
-                async move { turns.acquire_many_owned(kib).await.ok() },
-            ));
+            self.turn = LargeFrameTurn::Awaited(Box::pin(async move {
+                turns.acquire_many_owned(kib).await.ok()
+            }));
         }
         if let LargeFrameTurn::Awaited(turn) = &mut self.turn {
             let Poll::Ready(permit) = turn.as_mut().poll(context) else {
@@ -314,8 +315,9 @@ impl<I> LaneServer<I> {
                 Ok((peer, directory, Some(starts))) => {
                     match self.registry.identity().peer_directories().cloned() {
                         Some(peer_directories) => {
-                            let admitted =
-                                async move { (peer, peer_directories.admit(directory, &starts).await) };
+                            let admitted = async move {
+                                (peer, peer_directories.admit(directory, &starts).await)
+                            };
                             self.greeting = Some(Box::pin(admitted));
                         }
                         None => self.accept(peer),
@@ -354,7 +356,9 @@ impl<I> LaneServer<I> {
                     async move { (sequence, reply.await) },
                 )))
             }
-            Err(refusal) => wire::encode_reply(&mut self.out, sequence, &PeerReply::Refused(refusal)),
+            Err(refusal) => {
+                wire::encode_reply(&mut self.out, sequence, &PeerReply::Refused(refusal))
+            }
         }
     }
 
@@ -367,14 +371,22 @@ impl<I> LaneServer<I> {
         } else {
             LaneOwner::Stranger
         };
-        let permit = self.registry.lane_limiter().take(owner).ok_or(PeerRefusal::Busy)?;
+        let permit = self
+            .registry
+            .lane_limiter()
+            .take(owner)
+            .ok_or(PeerRefusal::Busy)?;
         self.permit = Some(PermitGuard::new(permit));
         Ok(peer)
     }
 
     /// Refuses a peer whose leases would not be those of this node. Programs that tell no pace are
     /// taken as they are.
-    fn compare_timings(&self, peer: NodeId, lease_timings: Option<LeaseTimings>) -> Result<(), PeerRefusal> {
+    fn compare_timings(
+        &self,
+        peer: NodeId,
+        lease_timings: Option<LeaseTimings>,
+    ) -> Result<(), PeerRefusal> {
         let own = self.registry.lease_timings();
         let Some(theirs) = lease_timings.filter(|theirs| *theirs != own) else {
             return Ok(());

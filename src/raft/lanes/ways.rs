@@ -68,7 +68,8 @@ impl Reachability {
             true => state.unreachable.insert(node),
             false => state.unreachable.remove(&node),
         };
-        self.unreachable.store(state.unreachable.len(), Ordering::Relaxed);
+        self.unreachable
+            .store(state.unreachable.len(), Ordering::Relaxed);
         if is_news {
             self.changed.notify_waiters();
         }
@@ -100,7 +101,9 @@ impl Reachability {
     /// Returns the peers that said a moment ago that they can't connect to this node.
     pub fn unreachable_from(&self) -> BTreeSet<NodeId> {
         let mut state = self.lock();
-        state.unreachable_from.retain(|_, at| at.elapsed() < REPORT_TTL);
+        state
+            .unreachable_from
+            .retain(|_, at| at.elapsed() < REPORT_TTL);
         state.unreachable_from.keys().copied().collect()
     }
 
@@ -124,11 +127,15 @@ mod tests {
 
         let mut until = std::pin::pin!(reachability.until_unreachable(peer));
         assert!(futures::poll!(until.as_mut()).is_pending());
-        assert!(reachability.set_unreachable(peer, true) && !reachability.set_unreachable(peer, true));
+        assert!(
+            reachability.set_unreachable(peer, true) && !reachability.set_unreachable(peer, true)
+        );
         until.await;
         assert!(reachability.is_unreachable(peer) && !reachability.is_unreachable(NodeId(3)));
         assert_eq!(reachability.take_suspects(), [peer].into());
-        assert!(reachability.set_unreachable(peer, false) && !reachability.set_unreachable(peer, false));
+        assert!(
+            reachability.set_unreachable(peer, false) && !reachability.set_unreachable(peer, false)
+        );
         assert!(!reachability.is_unreachable(peer) && reachability.take_suspects().is_empty());
     }
 

@@ -15,7 +15,8 @@ use crate::raft::lanes::memory::MemoryHub;
 use crate::raft::pace::LeaseTimings;
 use crate::raft::transport::{Dial, NodeIdentity, Resolver};
 use crate::raft::{
-    Replica, ProposeError, RaftTimings, ReadError, Registry, RegistryParts, RaftBudgets, WitnessReplica,
+    ProposeError, RaftBudgets, RaftTimings, ReadError, Registry, RegistryParts, Replica,
+    WitnessReplica,
 };
 use crate::sm::kv::{
     self, Action, Condition, Media, Operation, OperationOutcome, Write, WriteOutcome,

@@ -12,7 +12,7 @@ use super::cluster::*;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use crate::raft::{
-    Replica, LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Role,
+    LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Replica, Role,
     TransferError,
 };
 use crate::storage::log::Vote;
@@ -316,7 +316,11 @@ async fn who_hands_over_names_nobody_until_another_leads() {
     .await;
 
     // It is told to take over, and can ask nobody for a vote.
-    for other in cluster.nodes.keys().filter(|other| **other != transfer_target) {
+    for other in cluster
+        .nodes
+        .keys()
+        .filter(|other| **other != transfer_target)
+    {
         cluster.hub.cut(transfer_target, *other);
     }
     let late = group
@@ -596,7 +600,9 @@ async fn a_leader_that_lives_though_its_lanes_broke_costs_nothing_acknowledged()
         cluster.hub.isolate(leader);
         let others = others(&cluster, leader);
         until("the others miss it", || {
-            others.iter().all(|registry| registry.is_disconnected(leader))
+            others
+                .iter()
+                .all(|registry| registry.is_disconnected(leader))
         })
         .await;
         cluster.hub.heal();
@@ -625,12 +631,17 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
     for registry in &others {
         let liveness = registry.liveness();
         liveness.on_lane_up(leader);
-        assert!(!liveness.on_lane_down(leader), "the lanes of the group are up");
+        assert!(
+            !liveness.on_lane_down(leader),
+            "the lanes of the group are up"
+        );
         assert!(!registry.is_disconnected(leader));
     }
     cluster.hub.isolate(leader);
     until("the others miss it", || {
-        others.iter().all(|registry| registry.is_disconnected(leader))
+        others
+            .iter()
+            .all(|registry| registry.is_disconnected(leader))
     })
     .await;
     for registry in &others {
@@ -644,7 +655,10 @@ async fn a_leader_is_not_deposed_for_one_lane_of_several_nor_for_a_short_break()
     cluster.hub.heal();
     // It is heard of before the first transfer_target's time, which is a quarter of a heartbeat.
     let deadline = soon();
-    while others.iter().any(|registry| registry.is_disconnected(leader)) {
+    while others
+        .iter()
+        .any(|registry| registry.is_disconnected(leader))
+    {
         assert!(Instant::now() < deadline, "it is never heard of");
         cluster
             .group(leader.0, 1)

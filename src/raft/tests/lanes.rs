@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, stream};
 use http_body_util::{BodyExt, BodyStream, StreamBody};
-use hyper::body::{UnsealedFrame, Incoming};
+use hyper::body::{Frame, Incoming};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 
@@ -18,9 +18,11 @@ use crate::raft::lanes::http::HttpDial;
 use crate::raft::lanes::{Lanes, LanesParts, serve_lane};
 use crate::raft::pace::LeaseTimings;
 use crate::raft::transport::{
-    Dial, NodeIdentity, Incoming as FromPeer, Lane, LaneError, Outgoing, Peer, Resolver,
+    Dial, Incoming as FromPeer, Lane, LaneError, NodeIdentity, Outgoing, Peer, Resolver,
 };
-use crate::raft::wire::{self, AppendReply, FrameReader, FrameHeader, Hello, PeerRefusal, PeerReply, PeerRequest};
+use crate::raft::wire::{
+    self, AppendReply, FrameHeader, FrameReader, Hello, PeerRefusal, PeerReply, PeerRequest,
+};
 use crate::raft::{LeaseReads, RaftTimings, Registry};
 use crate::sm::starts::Starts;
 use crate::storage::log::{Entry, Payload, Vote};
@@ -163,7 +165,8 @@ async fn a_peer_with_other_leases_is_refused_and_one_that_tells_none_is_not() {
             sender: ReplicaId(2),
             target: ReplicaId(9),
         };
-        let frame = || wire::encode_request(header, &PeerRequest::PurgeIndex { index: 1 }, &[]).seal(1);
+        let frame =
+            || wire::encode_request(header, &PeerRequest::PurgeIndex { index: 1 }, &[]).seal(1);
         let taken = [PeerReply::Refused(PeerRefusal::OtherReplica(ReplicaId(1)))];
         for lease_timings in [
             PACE,
@@ -181,7 +184,11 @@ async fn a_peer_with_other_leases_is_refused_and_one_that_tells_none_is_not() {
             let found = replies(&registry, vec![greeting, frame()]).await;
             match lease_timings == own {
                 true => assert_eq!(found, taken),
-                false => assert_eq!(found, [PeerReply::Refused(PeerRefusal::OtherTimings(own))], "{pace}"),
+                false => assert_eq!(
+                    found,
+                    [PeerReply::Refused(PeerRefusal::OtherTimings(own))],
+                    "{lease_timings}"
+                ),
             }
         }
         assert_eq!(
@@ -225,7 +232,10 @@ async fn a_peer_that_can_not_be_connected_to_is_told_so_with_every_reply() {
     })
     .await;
     following.reachability().set_unreachable(leader, false);
-    until("it is told no more", || leading.reachability().unreachable_from().is_empty()).await;
+    until("it is told no more", || {
+        leading.reachability().unreachable_from().is_empty()
+    })
+    .await;
     drop((leading, following));
     cluster.stop_all().await;
 }
@@ -369,7 +379,7 @@ async fn serve_http(listener: TcpListener, registry: Arc<Registry>) {
                     }
                 });
             let outgoing = serve_lane(registry.clone(), lane, incoming)
-                .map(|chunk| Ok::<_, Infallible>(UnsealedFrame::data(chunk)));
+                .map(|chunk| Ok::<_, Infallible>(Frame::data(chunk)));
             async move { Ok::<_, Infallible>(http::Response::new(StreamBody::new(outgoing))) }
         });
         tokio::spawn(
@@ -548,7 +558,11 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
         .lock()
         .expect("no holder panics")
         .insert(NodeId(2), "b:1".parse().expect("an address"));
-    let identity = Arc::new(NodeIdentity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
+    let identity = Arc::new(NodeIdentity::member(
+        directory(NodeId(1)),
+        CLUSTER,
+        NodeId(1),
+    ));
     let lanes = Lanes::new(LanesParts {
         identity,
         resolver: addresses.clone(),

@@ -19,9 +19,11 @@ use crate::raft::lanes::{Lanes, LanesParts};
 use crate::raft::log_store::Tip;
 use crate::raft::network::Network;
 use crate::raft::state_machine::{SnapshotData, with_meta};
-use crate::raft::transport::{Dial, NodeIdentity, Incoming, Lane, LaneError, Outgoing, Peer, Resolver};
+use crate::raft::transport::{
+    Dial, Incoming, Lane, LaneError, NodeIdentity, Outgoing, Peer, Resolver,
+};
 use crate::raft::types::{GroupMember, Types, entry_to_raft, to_raft, vote_to_raft};
-use crate::raft::wire::{self, AppendReply, ReceivedFrame, FrameReader, PeerReply, PeerRequest};
+use crate::raft::wire::{self, AppendReply, FrameReader, PeerReply, PeerRequest, ReceivedFrame};
 use crate::storage::log::{Entry, Payload, Vote};
 use crate::supervisor::Supervisor;
 use crate::types::{LogId, NodeId, ReplicaId};
@@ -232,7 +234,11 @@ fn commit(index: u64) -> AppendEntriesRequest<Types> {
 
 /// The way to a peer.
 fn network_to(peer: impl Dial) -> (Network, Arc<Lanes>) {
-    let identity = Arc::new(NodeIdentity::member(directory(NodeId(1)), CLUSTER, NodeId(1)));
+    let identity = Arc::new(NodeIdentity::member(
+        directory(NodeId(1)),
+        CLUSTER,
+        NodeId(1),
+    ));
     let lanes = Arc::new(Lanes::new(LanesParts {
         identity,
         resolver: Arc::new(Anywhere),

@@ -17,7 +17,12 @@ async fn ask(cluster: &TestCluster, request: PeerRequest, tail: &[u8]) -> PeerRe
         target: ReplicaId(1),
     };
     let registry = &cluster.nodes[&NodeId(1)].registry;
-    match registry.handle(Lane::Snapshot, header, request, Bytes::copy_from_slice(tail)) {
+    match registry.handle(
+        Lane::Snapshot,
+        header,
+        request,
+        Bytes::copy_from_slice(tail),
+    ) {
         Ok(reply) => reply.await,
         Err(refusal) => PeerReply::Refused(refusal),
     }

@@ -20,7 +20,7 @@ use openraft::{EntryPayload, LogState, OptionalSend, RaftLogReader, StorageError
 
 use super::cluster::{Disks, key};
 use crate::raft::log_store::LogStore;
-use crate::raft::state_machine::{ReplicaStore, ApplyState, StateMachine};
+use crate::raft::state_machine::{ApplyState, ReplicaStore, StateMachine};
 use crate::raft::types::{RaftEntry, RaftLogId, RaftVoteOf, Types};
 use crate::raft::witness::WitnessState;
 use crate::storage::disk::{Disk, RealDisk};

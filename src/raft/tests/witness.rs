@@ -7,7 +7,8 @@ use bytes::Bytes;
 use super::cluster::*;
 use crate::raft::transport::Lane;
 use crate::raft::wire::{
-    AppendReply, EntryHead, FrameHeader, PayloadKind, PeerRefusal, PeerReply, PeerRequest, SnapshotName,
+    AppendReply, EntryHead, FrameHeader, PayloadKind, PeerRefusal, PeerReply, PeerRequest,
+    SnapshotName,
 };
 use crate::raft::{
     MembershipError, OpenError, ProposeError, RaftTimings, ReadError, Role, TransferError,
@@ -289,7 +290,10 @@ async fn no_snapshot_comes_from_a_witness_and_no_data_goes_to_one() {
         ask(&cluster, 2, 1, open()).await,
         PeerReply::SnapshotHas { bytes_len: 0 }
     );
-    assert_eq!(ask(&cluster, 2, 3, open()).await, PeerReply::WatermarkWanted);
+    assert_eq!(
+        ask(&cluster, 2, 3, open()).await,
+        PeerReply::WatermarkWanted
+    );
     for request in [
         PeerRequest::SnapshotChunk {
             snapshot,
