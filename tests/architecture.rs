@@ -347,6 +347,7 @@ fn what_others_can_have_logged_is_said_rarely() {
         .filter(|source| PROVOKED.iter().any(|room| source.path.starts_with(room)))
     {
         let lines: Vec<&str> = source.text.lines().collect();
+        let indent = |line: &str| line.len() - line.trim_start().len();
         for (at, line) in lines.iter().enumerate() {
             if !["tracing::warn!(", "tracing::error!("]
                 .iter()
@@ -354,8 +355,10 @@ fn what_others_can_have_logged_is_said_rarely() {
             {
                 continue;
             }
-            let is_counted = lines[at..lines.len().min(at + 3)]
+            let is_counted = lines[at + 1..]
                 .iter()
+                .take_while(|argument| indent(argument) > indent(line))
+                .chain([line])
                 .any(|line| line.contains("left_out"));
             let is_once = lines[at.saturating_sub(3)..at]
                 .iter()
