@@ -140,6 +140,26 @@ const IMPURE: &[&[&str]] = &[
 /// A file past this wants to be two.
 const LINES_MAX: usize = 1300;
 
+/// As in `rustfmt.toml` and `.editorconfig`.
+const COLUMNS_MAX: usize = 100;
+
+/// How the names of files end that people write. Others are bytes, goldens, locked versions and
+/// licences.
+const WRITTEN: &[&str] = &[
+    ".rs",
+    ".sh",
+    ".toml",
+    ".yaml",
+    ".md",
+    ".ci/run",
+    "Makefile",
+    "Dockerfile",
+    "Dockerfile.scratch",
+];
+
+/// Directories with nothing in them that belongs to the repository.
+const UNWRITTEN: &[&str] = &["target", ".git", ".cluster", "quorate-data"];
+
 /// Where what is logged is up to others.
 const PROVOKED: &[&str] = &["http/", "client/", "raft/lanes/", "raft/network.rs"];
 
@@ -338,6 +358,36 @@ fn every_file_says_what_lives_in_it_and_is_of_a_size() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// rustfmt breaks code, but neither comments nor literals; nothing else looks at the other files.
+/// Free are what can't be broken: rows of tables and fenced blocks in Markdown.
+#[test]
+fn no_line_is_wider_than_100_columns() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut wrong = Vec::new();
+    for file in written_files(root) {
+        let text =
+            fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let name = file.strip_prefix(root).expect("below the root").display();
+        let is_markdown = file.extension().is_some_and(|extension| extension == "md");
+        for number in too_wide(&text, is_markdown) {
+            wrong.push(format!("{name}:{number}"));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "these lines are wider than {COLUMNS_MAX} columns:\n{}",
+        wrong.join("\n")
+    );
+}
+
+#[test]
+fn a_line_that_is_too_wide_is_found() {
+    let (fits, wide) = ("é".repeat(COLUMNS_MAX), "é".repeat(COLUMNS_MAX + 1));
+    let text = format!("{fits}\n{wide}\n| {wide} |\n```sh\n{wide}\n```\n{wide}");
+    assert_eq!(too_wide(&text, false), [2, 3, 5, 7]);
+    assert_eq!(too_wide(&text, true), [2, 7]);
+}
+
 /// Requests and peers come as often as others like, and a line for each would fill the log.
 #[test]
 fn what_others_can_have_logged_is_said_rarely() {
@@ -423,6 +473,48 @@ fn sources() -> Vec<Source> {
     });
     assert!(!sources.is_empty(), "no sources found");
     sources
+}
+
+/// Returns the numbers of the lines that are wider than [`COLUMNS_MAX`] characters.
+fn too_wide(text: &str, is_markdown: bool) -> Vec<usize> {
+    let mut numbers = Vec::new();
+    let mut is_fenced = false;
+    for (number, line) in (1..).zip(text.lines()) {
+        if is_markdown && line.trim_start().starts_with("```") {
+            is_fenced = !is_fenced;
+        }
+        let is_free = is_markdown && (is_fenced || line.starts_with('|'));
+        if !is_free && line.chars().count() > COLUMNS_MAX {
+            numbers.push(number);
+        }
+    }
+    numbers
+}
+
+/// Returns every file in the repository that people write, whatever its kind.
+fn written_files(root: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut directories = vec![root.to_owned()];
+    while let Some(directory) = directories.pop() {
+        let entries = fs::read_dir(&directory)
+            .unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
+        for entry in entries {
+            let path = entry.expect("a directory entry").path();
+            let name = path.to_str().expect("a readable name");
+            if path.is_symlink() {
+                continue;
+            } else if path.is_dir() {
+                if !UNWRITTEN.iter().any(|unwritten| path.ends_with(unwritten)) {
+                    directories.push(path);
+                }
+            } else if WRITTEN.iter().any(|end| name.ends_with(end)) {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    assert!(!files.is_empty(), "no files found");
+    files
 }
 
 fn walk(directory: &Path, files: &mut Vec<PathBuf>) {
