@@ -16,14 +16,14 @@ pub const PORT_DEFAULT: u16 = 13800;
 /// named by the port in it.
 pub const DATA_DIR_DEFAULT: &str = "quorate-data";
 
-/// How a node is to run.
+/// Configures a node.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NodeConfig {
-    /// What others call this node, and what it is called in a `VIEW`.
+    /// The address that other nodes call, and the node's name in a `VIEW`.
     pub address: Address,
-    /// What clients are redirected to; the address where none is given.
+    /// The address that clients are redirected to; `address` if None.
     pub public_address: Option<Address>,
-    /// Where it listens.
+    /// Addresses to listen on.
     pub listen: Vec<Address>,
     /// The nodes of the cluster to found or to join; none: a cluster of one.
     pub view: Option<Vec<Address>>,
@@ -33,13 +33,13 @@ pub struct NodeConfig {
     pub data_dir: PathBuf,
     /// Bytes of map held in memory by sled's cache.
     pub cache_bytes: u64,
-    /// What the log of all replicas together is to take on the disk: see
+    /// Target size on disk of the log of all replicas together: see
     /// [`LogSpace`](crate::sm::log_space::LogSpace).
     pub log_bytes: u64,
     /// So much of the disk is kept free: with less, no writes are taken. None: as
     /// [`DiskRoom`](crate::sm::disk_level::DiskRoom) says.
     pub disk_reserve_bytes: Option<u64>,
-    /// How long a stop may take to hand leadership over and to answer what is in flight.
+    /// Time that a stop may take to hand leadership over and to answer what is in flight.
     pub stop_timeout: Duration,
     /// A node that is out of reach for so long has its work given to others, where there are
     /// enough.
@@ -47,8 +47,8 @@ pub struct NodeConfig {
     /// An empty directory must answer in the place of a node for so long before that node's disk
     /// passes for lost.
     pub lost_disk_after: Duration,
-    /// How many times longer than usual a silent leader is waited for, and heartbeats are apart:
-    /// for thousands of groups on few cores.
+    /// Multiplies the election timeout and the heartbeat interval, for thousands of groups on few
+    /// cores.
     pub timing_factor: u64,
     /// Reads rest on the leader's lease, without a round to a quorum. Clocks may drift apart by
     /// this within a lease.
@@ -59,13 +59,13 @@ pub struct NodeConfig {
     pub raise_level_after: Duration,
     /// The replicas of each shard compare their maps so often.
     pub compare_every: Duration,
-    /// What is on the disk is read again so often; never where it is zero.
+    /// Interval at which everything on the disk is read again (scrub); zero turns scrubs off.
     pub scrub_every: Duration,
-    /// How often this process has started again by itself in a row.
+    /// Number of times in a row that this process has restarted itself.
     pub restarts: u32,
 }
 
-/// Why a configuration makes no sense.
+/// Names what makes a configuration invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     #[error("VIEW names {0} twice")]

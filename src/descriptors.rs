@@ -25,12 +25,12 @@ const UNLIMITED: u64 = 1 << 30;
 /// Between two attempts to get a descriptor: closing a connection takes no longer.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(200);
-/// How long a thread of a runtime waits.
+/// Time that a thread of a runtime waits for a descriptor.
 const RUNTIME_PATIENCE: Duration = Duration::from_secs(2);
-/// How often it is said that there is none.
+/// Interval between log lines that say that no descriptor is free.
 const SAY_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
-/// How the descriptors that a process may have are shared out.
+/// Divides the descriptors that a process may have among its users.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shares {
     /// The limit of open files.
@@ -69,8 +69,8 @@ impl Shares {
         Self::of(limit())
     }
 
-    /// Whether enough are left for others after a client got this descriptor. The kernel gives the
-    /// lowest that is free, so its number is at most that of the descriptors in use.
+    /// Returns true if enough descriptors are left for others after a client got this one. The
+    /// kernel hands out the lowest free number, so the number bounds how many are in use.
     pub fn leaves_enough(&self, given: RawFd) -> bool {
         let given = usize::try_from(given).unwrap_or(usize::MAX);
         given

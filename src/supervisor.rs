@@ -33,10 +33,10 @@ use tokio::task::JoinSet;
 /// that there is to do.
 pub const EXIT_STATUS: i32 = 4;
 
-/// How long the last line may take to be written: whoever reads it may hang too.
+/// Time that writing the last line may take: its reader may hang too.
 const LAST_LINE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a process cannot go on.
+/// The reason why a process cannot go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ended {
     pub part: &'static str,
@@ -70,7 +70,7 @@ pub fn message(panic: &(dyn Any + Send)) -> &str {
         .unwrap_or("it did not say why")
 }
 
-/// What a part has done, for those who watch it.
+/// Counts the steps of a part, for its watchdog.
 #[derive(Debug, Default)]
 pub struct Beat(AtomicU64);
 
@@ -96,7 +96,7 @@ struct Inner {
     faults: testing::Faults,
 }
 
-/// What a task of a supervisor knows of itself.
+/// The identity of a supervised task.
 #[derive(Clone)]
 struct Current {
     supervisor: Supervisor,
@@ -277,7 +277,7 @@ pub mod testing {
         Hangs,
     }
 
-    /// What is to happen to parts, by name.
+    /// Faults to inject into parts, by name.
     pub(super) struct Faults(watch::Sender<HashMap<&'static str, Fault>>);
 
     impl Default for Faults {

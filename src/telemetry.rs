@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing_subscriber::EnvFilter;
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     #[default]
@@ -14,9 +14,8 @@ pub enum LogFormat {
     Json,
 }
 
-/// What is logged where neither `--log` nor `QUORATE_LOG` says otherwise. openraft tells of every
-/// heartbeat that fails at levels that are ours to decide: what it means for a group is logged by
-/// us.
+/// Default filter, unless `--log` or `QUORATE_LOG` is given. openraft is off because it logs every
+/// failed heartbeat at high levels; what that means for a group is logged by this program.
 const FILTER_DEFAULT: &str = "info,openraft=off,sled=warn,hyper=warn,h2=warn,reqwest=warn";
 
 /// Starts logging for this process. A second call changes nothing.
@@ -40,7 +39,7 @@ pub fn start(filter: Option<&str>, format: LogFormat) {
     drop(started);
 }
 
-/// How long nothing is said of what was said a moment ago.
+/// Interval during which a repeated message is not logged again.
 const RARELY: Duration = Duration::from_secs(60);
 
 /// Keeps a line that others can provoke from filling the log: it is said at once, and then each

@@ -168,7 +168,7 @@ impl fmt::Display for LogId {
     }
 }
 
-/// Why a text is not an id or an address.
+/// The reason why a text is not an id or an address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
     #[error("'{0}' is not 32 hexadecimal digits")]

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::types::ReplicaId;
 
-/// What follows from digests.
+/// The conclusion drawn from the digests of a group's replicas.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// Nobody differs from another, as far as they have answered.

@@ -117,8 +117,8 @@ pub fn decode<'a, T: Deserialize<'a>>(
     decode_body(split(bytes, FORMAT, what)?.1, what)
 }
 
-/// What can be made of one byte that tells a length, a variant or a number: elements of lists are
-/// made of few of them, and lists grow to the double.
+/// Bytes of memory that one encoded byte (a length, a variant or a number) can turn into: list
+/// elements take few encoded bytes, and lists grow by doubling.
 const MADE_PER_BYTE: usize = 96;
 
 /// Bytes are paid for in such steps, and what is small not at all.
@@ -158,7 +158,7 @@ pub fn decode_charged<T: DeserializeOwned>(
 /// Bytes that are paid for while they are read.
 struct Metered<'de> {
     rest: &'de [u8],
-    /// What may have been made and is not paid for yet.
+    /// Bytes that may have been allocated and are not charged yet.
     owed: usize,
     charge: &'de mut dyn FnMut(usize) -> bool,
 }

@@ -4,16 +4,15 @@
 //! room for what is on its way already; and where others go on writing, a follower takes no more
 //! entries while there is still room for what its groups live by.
 
-/// What is kept free where nobody says how much, unless the disk is small. That is the room for
-/// what may be under way when the first write is refused: proposals (128 MiB on a node), the
-/// segments that the log prepares (two of 16 MiB), and a part of the tables that have to be
-/// written down before log can be given back.
+/// Bytes kept free by default, unless the disk is small. They hold what may be under way when the
+/// first write is refused: proposals (128 MiB on a node), the segments that the log prepares (two
+/// of 16 MiB), and a part of the tables that have to be written down before log can be given back.
 const RESERVE_BYTES: u64 = 256 << 20;
 
 /// On a small disk that is a part of it: the reserve must not be most of what there is.
 const RESERVE_PART: u64 = 4;
 
-/// How much of a disk is left, and how large it is.
+/// Free space and size of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskRoom {
     pub free_bytes: u64,
@@ -33,7 +32,7 @@ impl DiskRoom {
     }
 }
 
-/// How full a disk is.
+/// Degrees of how full a disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DiskLevel {
     /// Writes are taken.

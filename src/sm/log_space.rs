@@ -18,12 +18,12 @@ const SEGMENT_BYTES_MAX: u64 = 16 << 20;
 /// The least that can be asked for: fewer segments than these leave nothing to be given back.
 pub const LOG_BYTES_MIN: u64 = 16 * SEGMENT_BYTES_MIN;
 
-/// What the log of a node may take.
+/// Limits on the disk space of a node's log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogSpace {
-    /// What it takes at most: as many bytes as were asked for, or more for the sake of large maps.
-    /// What is written while snapshots are made comes on top, and what members that are behind
-    /// still need, up to as much again.
+    /// Upper limit: as many bytes as were asked for, or more for the sake of large maps. What is
+    /// written while snapshots are made comes on top, and what members that are behind still need,
+    /// up to as much again.
     pub bytes_max: u64,
     /// A replica that holds back more than this has to let go of it.
     pub pinned_bytes_max: u64,

@@ -57,7 +57,7 @@ pub enum Command {
     RaiseLevel { level: u16, over: MapVersion },
 }
 
-/// What became of a [`Command`].
+/// The outcome of applying a [`Command`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     Done,
@@ -94,7 +94,7 @@ pub enum Rejection {
     UnknownGroup(GroupId),
 }
 
-/// What a plan may not do.
+/// A change that a plan may not make.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Misstep {
     #[error("it is not the next version and plan of the same cluster")]
@@ -111,11 +111,12 @@ pub enum Misstep {
     Node(NodeId),
 }
 
-/// Where the meta group keeps the view. Its first byte is none that `slots` reserves for the
+/// Key under which the meta group keeps the view. `slots` does not reserve its first byte for the
 /// storage layer.
 const VIEW_KEY: &[u8] = b"\x01view";
 
-/// What `command` does to the meta group's map, and what it answers. The index has no part in it.
+/// Returns the outcome of `command`, and the changes that it makes to the meta group's map. The
+/// index plays no part.
 ///
 /// A rejection is an answer, the same on every replica; an error is a broken disk or an undecodable
 /// map and stops the group.
@@ -232,7 +233,7 @@ fn install(view: Option<View>, base: MapVersion, next: View) -> Result<View, Rej
     Ok(next)
 }
 
-/// Whether `next` takes nothing away from `view` that must end otherwise.
+/// Checks that `next` takes nothing away from `view` that only its own protocol may end.
 fn check_successor(view: &View, next: &View) -> Result<(), Misstep> {
     let follows = next.cluster == view.cluster
         && next.epoch.0 == view.epoch.0 + 1
@@ -453,8 +454,7 @@ impl Command {
 
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
         let what = "a command of the meta group";
-        /// How the commands begin that end with a view, behind their format: their places in
-        /// [`Command`].
+        /// Variant numbers, which follow the format byte, of the commands that end with a view.
         const FOUND: u8 = 0;
         const INSTALL_PLAN: u8 = 2;
         if matches!(

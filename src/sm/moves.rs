@@ -30,7 +30,7 @@ pub struct Move {
     pub to: GroupId,
 }
 
-/// How long the driver has been patient, by its own clock.
+/// Limits on the driver's patience, by its own clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
     /// With changes of so many bytes left, or fewer, the slots are frozen. Below
@@ -46,7 +46,7 @@ pub struct Budget {
     pub give_up: bool,
 }
 
-/// What to do next for a move.
+/// The next step of a move.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
     /// Destination: delete what is left in the slots.
@@ -92,7 +92,7 @@ pub enum Waiting {
     Behind,
 }
 
-/// Whose log an entry goes to.
+/// The shard whose log an entry goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     Source,
@@ -128,8 +128,8 @@ fn before_begin(destination: Option<&DestinationState>) -> Step {
     }
 }
 
-/// What has to be done, or awaited, before the destination installs anything; none where it does,
-/// or has done so.
+/// Returns the step to take, or the wait, before the destination installs anything; None if it does
+/// so already, or has done so.
 fn prepared(destination: Option<&DestinationState>) -> Option<Step> {
     match destination {
         None => Some(Step::Wait(Waiting::Destination)),
@@ -313,7 +313,7 @@ mod tests {
         all
     }
 
-    /// Whether a step may be taken at all when things are as they were seen to be.
+    /// Returns true if a step may be taken at all in the observed state.
     fn allowed(
         step: &Step,
         source: &SourceState,

@@ -12,7 +12,8 @@ use bytes::Bytes;
 
 use super::level::TooOld;
 
-/// Why a map could not be read or an entry not be applied. Never a rejection: this stops the group.
+/// The reason why a map could not be read or an entry could not be applied. Never a rejection: it
+/// stops the group.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error("{context}: {source}")]
@@ -156,7 +157,8 @@ impl WriteBatch {
         }
     }
 
-    /// What this batch says of `key`: nothing (`None`), deleted (`Some(None)`) or a value.
+    /// Returns what this batch does to `key`: nothing (`None`), a deletion (`Some(None)`) or a
+    /// value.
     pub fn get(&self, key: &[u8]) -> Option<&Option<Bytes>> {
         self.changes.get(key)
     }

@@ -11,14 +11,15 @@ const RETRY_MS_MIN: u64 = 250;
 /// Descriptors come back when connections close, and looking for them costs nothing.
 const RETRY_DESCRIPTORS_MS_MAX: u64 = 5_000;
 const RETRY_MS_MAX: u64 = 60_000;
-/// What is damaged stays so, and each attempt may read the whole map.
+/// Longest pause between attempts on damage: it stays damaged, and each attempt may read the whole
+/// map.
 const RETRY_DAMAGED_MS_MAX: u64 = 300_000;
 
 /// Between two starts of the process by itself, from the second on.
 const RESTART_MS_MIN: u64 = 1_000;
 const RESTART_MS_MAX: u64 = 60_000;
 
-/// Why a replica does not run, as far as that decides what is done about it.
+/// The reason why a replica does not run, as far as it decides what is done about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cause {
@@ -28,7 +29,7 @@ pub enum Cause {
     DiskFull,
     /// This process cannot write to the map database any more: it must be started again.
     Database,
-    /// What the replica has on this disk is damaged, or does not fit together.
+    /// The replica's data on this disk is damaged, or its parts do not fit together.
     Damaged,
     /// It was written by a later program.
     Program,

@@ -17,7 +17,7 @@ use super::placement::{Planned, plan};
 use super::view::{Group, Node, View, Witness};
 use crate::types::{DirectoryId, GroupId, NodeId, ReplicaId};
 
-/// How a node is seen.
+/// Reachability of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Seen {
     /// It has been in reach for so long.
@@ -170,7 +170,7 @@ fn is_here(seen: &BTreeMap<NodeId, Seen>, node: NodeId) -> bool {
     matches!(seen.get(&node), Some(Seen::Here { .. }))
 }
 
-/// Whether more than half of the nodes that have work are away or lost.
+/// Returns true if more than half of the nodes that host replicas are away or lost.
 fn are_most_away(view: &View, seen: &BTreeMap<NodeId, Seen>) -> bool {
     let working: Vec<NodeId> = view
         .staying()
@@ -198,8 +198,8 @@ fn successor(view: &View, node: &Node, seen: Option<&Seen>) -> Node {
     }
 }
 
-/// Whether the view does not know this directory. One that it knows is a node that runs elsewhere
-/// than it last said.
+/// Returns true if the view does not know this directory. A known one belongs to a node that now
+/// runs elsewhere.
 fn is_fresh(view: &View, directory: DirectoryId) -> bool {
     !view
         .nodes

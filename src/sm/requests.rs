@@ -45,8 +45,8 @@ pub const REQUESTS_BYTES_MAX: u64 = 1 << 20;
 /// for it: two, so that deletion is faster than what it follows.
 const FORGET_PER_RECORD_MAX: usize = 2;
 
-/// How often, in group time, the clock is stored when nothing else asks for it, and the sweep goes
-/// on.
+/// Interval, in group time, at which the clock is stored when nothing else asks for it, and the
+/// sweep goes on.
 const SWEEP_EVERY_MS: u64 = 1000;
 
 /// Most slots that a sweep looks at. Each costs a seek of some microseconds, and at 64 the whole
@@ -60,7 +60,7 @@ const SWEEP_RECORDS_MAX: usize = 256;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Clock {
     time_ms: u64,
-    /// Where the sweep goes on.
+    /// The slot that the sweep goes on from.
     sweep: Slot,
 }
 
@@ -79,7 +79,7 @@ pub fn group_time_ms(read: &impl Read) -> Result<u64, StoreError> {
     Clock::read(read.get(CLOCK_KEY)?).map(|clock| clock.time_ms)
 }
 
-/// What tells one request from another under the same key: `xxh3_128` of the encoding of the slot's
+/// Tells one request from another under the same key: `xxh3_128` of the encoding of the slot's
 /// operations, in order.
 pub type Fingerprint = [u8; 16];
 
@@ -93,10 +93,10 @@ pub(super) fn fingerprint<'a>(operations: impl IntoIterator<Item = &'a Operation
     xxh3_128(&encoded).to_be_bytes()
 }
 
-/// What is remembered of a request in one slot. Part of the disk format.
+/// The remembered answer to a request in one slot. Part of the disk format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RequestRecord {
-    /// When it was written, in group time.
+    /// Group time at which it was written.
     pub time_ms: u64,
     pub fingerprint: Fingerprint,
     pub answer: Answer,
@@ -129,7 +129,7 @@ impl RequestRecord {
     }
 }
 
-/// What there is of a request, without its answer.
+/// A remembered request without its answer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct FoundRequest {
     time_ms: u64,
@@ -164,7 +164,7 @@ fn expired(time_ms: u64, now_ms: u64) -> bool {
     time_ms.saturating_add(REMEMBERED_MS) <= now_ms
 }
 
-/// What a record counts for: its key and value, and its key in the index.
+/// Returns the bytes that a record counts for: its key and value, and its key in the index.
 fn cost(idempotency_key: &[u8], value_bytes: usize) -> u64 {
     // A tag and a slot before each key, and eight bytes of time in the index.
     (2 * (3 + idempotency_key.len()) + 8 + value_bytes) as u64
@@ -220,8 +220,8 @@ impl Memory {
         self.clock.time_ms
     }
 
-    /// What is remembered of the request with this key in `slot`, but for its answer. An expired
-    /// record is deleted on the way.
+    /// Returns the remembered request with this key in `slot`, without its answer. Deletes an
+    /// expired record on the way.
     pub fn find<R: Read>(
         &self,
         entry: &mut Entry<'_, R>,
@@ -274,8 +274,8 @@ impl Memory {
         self.store(entry, slot, key, record.time_ms, record.encode())
     }
 
-    /// Whether `slot` has room for a record of `value_bytes`; deletes expired ones where it has
-    /// not.
+    /// Returns true if `slot` has room for a record of `value_bytes`. Deletes expired records where
+    /// it has not.
     pub fn make_room<R: Read>(
         &self,
         entry: &mut Entry<'_, R>,

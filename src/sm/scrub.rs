@@ -8,7 +8,7 @@ const FIRST_AFTER_MS: u64 = 3_600_000;
 /// After damage that could not be mended the next begins so soon.
 const AGAIN_AFTER_MS: u64 = 600_000;
 
-/// What a scrub reads.
+/// Kinds of files that a scrub reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// A sealed segment of the log.

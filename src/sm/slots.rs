@@ -40,10 +40,10 @@ const TAG_MOVE: u8 = 0x06;
 const TAG_READ_ONLY: u8 = 0x07;
 const TAG_DATA: u8 = 0x10;
 
-/// Where the shard keeps its clock.
+/// Key under which a shard keeps its clock.
 pub const CLOCK_KEY: &[u8] = &[TAG_CLOCK];
 
-/// Where the shard keeps why nothing is written.
+/// Key under which a shard keeps the reason why nothing is written.
 pub const READ_ONLY_KEY: &[u8] = &[TAG_READ_ONLY];
 
 /// Length of a tag and a slot.
@@ -57,9 +57,9 @@ pub fn slot_of(key: &[u8]) -> Slot {
     number.expect("a remainder is below its divisor")
 }
 
-/// What stands between the first `{` and the first `}` after it, if anything: the rule of Redis
-/// Cluster. Keys with the same tag are in the same slot, and so can be written together in one
-/// entry.
+/// Returns the text between the first `{` and the first `}` after it, if not empty: the rule of
+/// Redis Cluster. Keys with the same tag are in the same slot, and so can be written together in
+/// one entry.
 fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     let open = key.iter().position(|byte| *byte == b'{')?;
     let rest = &key[open + 1..];
@@ -67,15 +67,15 @@ fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     (close > 0).then(|| &rest[..close])
 }
 
-/// What a shard knows of a slot. Part of the disk format. Absent in the map is the default: not
-/// owned, never held.
+/// State of a slot at a shard. Part of the disk format. Absent from the map means the default: not
+/// owned, never owned before.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SlotState {
     pub ownership: Ownership,
     /// The highest move id that the shard ever held for the slot; it outlives the drop of the slot.
     /// 0: no move ever touched it.
     pub generation: MoveId,
-    /// Who got it by the last move seen here: a hint for whoever asks.
+    /// The shard that got it by the last move seen here: a hint for callers.
     pub moved_to: Option<(MoveId, GroupId)>,
     pub contents: Contents,
     pub requests: RequestsUsed,
@@ -99,7 +99,7 @@ pub enum Ownership {
     Arriving,
 }
 
-/// What is in a slot, counted exactly.
+/// Exact counts of what is in a slot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Contents {
     /// The revision of the last change, deletions included: the next change gets the next one, so
@@ -110,7 +110,7 @@ pub struct Contents {
     pub bytes: u64,
 }
 
-/// What the remembered requests of a slot cost.
+/// Space that the remembered requests of a slot take.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RequestsUsed {
     pub bytes: u64,
@@ -140,7 +140,7 @@ impl Contents {
 }
 
 impl SlotState {
-    /// Whether the shard answers reads of the slot.
+    /// Returns true if the shard answers reads of the slot.
     pub fn serves_reads(&self) -> bool {
         match self.ownership {
             Ownership::Owned | Ownership::Leaving | Ownership::Frozen => true,
@@ -211,7 +211,7 @@ fn parse_head(tag: u8, key: &[u8]) -> Option<Slot> {
     }
 }
 
-/// Where a shard keeps the record of a user key.
+/// Returns the key under which a shard keeps the record of a user key.
 pub fn data_key(slot: Slot, user_key: &[u8]) -> Bytes {
     joined(TAG_DATA, slot, user_key)
 }
@@ -239,7 +239,7 @@ pub fn data_range(slot: Slot, range: &KeyRange) -> KeyRange {
     }
 }
 
-/// Where a shard keeps the [`SlotState`] of a slot.
+/// Returns the key under which a shard keeps the [`SlotState`] of a slot.
 pub fn state_key(slot: Slot) -> [u8; HEAD] {
     head(TAG_STATE, slot)
 }
@@ -248,7 +248,7 @@ pub fn parse_state_key(key: &[u8]) -> Option<Slot> {
     parse_head(TAG_STATE, key).filter(|_| key.len() == HEAD)
 }
 
-/// Where a shard keeps the record of an answered request.
+/// Returns the key under which a shard keeps the record of an answered request.
 pub fn request_key(slot: Slot, idempotency_key: &[u8]) -> Bytes {
     joined(TAG_REQUEST, slot, idempotency_key)
 }
@@ -309,16 +309,16 @@ pub fn parse_change_key(key: &Bytes) -> Option<(MoveId, Bytes)> {
     (rest.len() > 8).then(|| (MoveId(u64::from_be_bytes(*id)), key.slice(17..)))
 }
 
-/// What a mark holds: how many bytes the changed key and its value have.
+/// Encodes the value of a change mark: the bytes of the changed key and its value.
 pub fn change_value(bytes: usize) -> Bytes {
     codec::encode(&(bytes as u64))
 }
 
-/// What a mark costs besides the change itself, about.
+/// Approximate bytes that a mark costs besides the change itself.
 const CHANGE_OVERHEAD_BYTES: u64 = 64;
 
-/// What it weighs to carry over the change of a mark: its bytes and something for the mark, so that
-/// many small changes weigh too.
+/// Returns the weight of copying the change of a mark: its bytes and an overhead, so that many
+/// small changes count too.
 pub fn change_weight(value: &[u8]) -> Result<u64, StoreError> {
     codec::decode(value, "the mark of a change")
         .map(|bytes: u64| bytes.saturating_add(CHANGE_OVERHEAD_BYTES))
@@ -339,7 +339,7 @@ pub fn change_range_from(id: MoveId) -> KeyRange {
     }
 }
 
-/// Where a shard keeps an open move.
+/// Returns the key under which a shard keeps an open move.
 pub fn move_key(id: MoveId) -> Bytes {
     let mut key = BytesMut::with_capacity(9);
     key.put_u8(TAG_MOVE);

@@ -26,7 +26,7 @@ pub const MAP_STUCK_MS: u64 = 5_000;
 /// with it.
 pub const STEP_DOWN_EVERY_MS: u64 = 60_000;
 
-/// What is told, and what ends the process, by part.
+/// Limits per part: when a stall is logged, and when it ends the process.
 const WRITER_TOLD_MS: u64 = 2_000;
 const WRITER_HANGS_MS: u64 = 30_000;
 const DISK_HANGS_MS: u64 = 60_000;
@@ -72,7 +72,7 @@ impl Behind {
     }
 }
 
-/// How far a replica is, by index.
+/// Progress of a replica, as log indexes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
     pub committed: u64,
@@ -83,7 +83,7 @@ pub struct Progress {
     pub is_held: bool,
 }
 
-/// Why a leader steps down.
+/// The reason why a leader steps down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
     /// Its disk lacks what others have synced.
@@ -92,7 +92,7 @@ pub enum Cause {
     Map,
 }
 
-/// What holds a replica up.
+/// Tracks what holds a replica up.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct ReplicaStalls {
     disk: Behind,
@@ -122,7 +122,7 @@ impl ReplicaStalls {
     }
 }
 
-/// When groups were handed over because they were held up here.
+/// Remembers when groups were handed over because they stalled here.
 #[derive(Debug, Default)]
 pub struct StepDowns(BTreeMap<GroupId, u64>);
 
@@ -140,7 +140,7 @@ impl StepDowns {
     }
 }
 
-/// What to do about a part.
+/// The reaction to a part's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     Works,

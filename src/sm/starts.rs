@@ -45,7 +45,7 @@ struct StartsRecord {
     ids: Vec<StartId>,
 }
 
-/// Why a list of starts makes no sense.
+/// The reason why a list of starts is invalid.
 #[derive(Debug, thiserror::Error)]
 #[error("a list of starts is empty, too long or wrongly numbered")]
 pub struct UnsoundStarts;
@@ -85,8 +85,8 @@ impl Starts {
         start.number >= self.first && self.may_include(start)
     }
 
-    /// Whether a directory with these starts has been through `known`, or may have: of one before
-    /// the oldest nothing can be said.
+    /// Returns true if a directory with these starts has been through `known`, or may have: nothing
+    /// can be said of a start before the oldest.
     pub fn may_include(&self, known: Start) -> bool {
         let Some(place) = known.number.checked_sub(self.first) else {
             return true;

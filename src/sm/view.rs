@@ -51,14 +51,14 @@ pub(super) fn encode_ending<T: Serialize>(level: u16, value: &T) -> Bytes {
     }
 }
 
-/// What was agreed. Part of the disk format (inside the meta group's map).
+/// The agreed state of the cluster. Part of the disk format (inside the meta group's map).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "record::ViewRecord", into = "record::ViewRecord")]
 pub struct View {
     pub cluster: ClusterId,
     pub epoch: PlanEpoch,
     pub version: MapVersion,
-    /// What every node can read, and so what leaders may propose. Never lowered.
+    /// The level that every node can read, and so that leaders may propose. Never lowered.
     pub level: u16,
     pub asked: Asked,
     pub nodes: BTreeMap<NodeId, Node>,
@@ -69,9 +69,9 @@ pub struct View {
     pub out: BTreeSet<NodeId>,
     /// Every group, the meta group among them.
     pub groups: BTreeMap<GroupId, Group>,
-    /// Which shard serves each slot.
+    /// The shard that serves each slot.
     pub slots: SlotTable,
-    /// Which shard should.
+    /// The shard that should serve each slot.
     pub targets: SlotTable,
     /// Moves under way.
     pub moves: BTreeMap<MoveId, SlotMove>,
@@ -90,7 +90,8 @@ pub struct SlotMove {
     pub to: GroupId,
 }
 
-/// What the operator asked for. A field left out of a change keeps the asking, not its result.
+/// The placement that the operator asked for. A field left out of a change keeps the request, not
+/// its result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asked {
     pub layout: Layout,
@@ -111,7 +112,7 @@ pub enum Layout {
 }
 
 impl Asked {
-    /// What an operator asks for by a replication factor, a number of shards, both or neither: a
+    /// Builds the request for a replication factor, a number of shards, both or neither: a
     /// replication factor without a number of shards means that each node is a replica of exactly
     /// one shard.
     pub fn from_flags(replication_factor: Option<u8>, shards: Option<u16>) -> Self {
@@ -131,9 +132,9 @@ impl Asked {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
-    /// What it is called in a `VIEW`, and where its peers reach it.
+    /// Its name in a `VIEW`, and where its peers reach it.
     pub address: Address,
-    /// What a client is sent to; the address where none was given.
+    /// The address that clients are redirected to; `address` if None.
     pub public_address: Option<Address>,
     pub directory: DirectoryId,
 }
@@ -148,7 +149,7 @@ impl Node {
 pub struct Group {
     /// The node that should lead it.
     pub home: NodeId,
-    /// Where each replica is, or should come to be.
+    /// The node that each replica is on, or should come to be on.
     pub replicas: BTreeMap<ReplicaId, NodeId>,
     /// Those of `replicas` that should have no vote.
     pub learners: BTreeSet<ReplicaId>,
@@ -237,7 +238,7 @@ impl Group {
             .chain(witness)
     }
 
-    /// Whether that is the replica without a map.
+    /// Returns true if `replica` is the witness.
     pub fn is_witness(&self, replica: ReplicaId) -> bool {
         self.witness
             .is_some_and(|witness| witness.replica == replica)
@@ -249,8 +250,8 @@ impl Group {
         self.voters().into_iter().chain(witness).collect()
     }
 
-    /// Whether a replica on its way out may be wanted again: one that the group began with. Of
-    /// another the view does not say whether it has a map or is a witness.
+    /// Returns true if a replica on its way out may be used again: if the group began with it. Of
+    /// any other the view does not say whether it has a map or is a witness.
     pub(super) fn can_come_back(&self, replica: ReplicaId) -> bool {
         self.leaving.contains_key(&replica) && self.creation.contains_key(&replica)
     }
@@ -283,7 +284,7 @@ impl Group {
             .collect()
     }
 
-    /// Whether the group is known to have the members that it should have.
+    /// Returns true if the group is known to have the members that it should have.
     pub fn is_settled(&self) -> bool {
         let told = match &self.reported {
             None => {
@@ -300,7 +301,7 @@ impl Group {
     }
 }
 
-/// Which shard owns each slot.
+/// Maps each slot to the shard that owns it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Vec<(u16, GroupId)>", into = "Vec<(u16, GroupId)>")]
 pub struct SlotTable(Vec<GroupId>);
@@ -432,7 +433,7 @@ impl View {
         Slot::all().filter(|slot| self.slots.owner(*slot) != self.targets.owner(*slot))
     }
 
-    /// Whether everything is as the plan says.
+    /// Returns true if everything is as the plan says.
     pub fn is_settled(&self) -> bool {
         let groups_are = self.groups.values().all(Group::is_settled);
         groups_are && self.leaving.is_empty() && self.moves.is_empty() && self.slots == self.targets
@@ -482,7 +483,7 @@ impl View {
             .retain(|node, _| !free.contains(node) || held.contains(node));
     }
 
-    /// Whether the parts of the view fit together; if not, the first that does not.
+    /// Checks that the parts of the view fit together; the error names the first that does not.
     pub fn check(&self) -> Result<(), Inconsistency> {
         self.check_nodes()?;
         if !self.groups.contains_key(&GroupId::META) {
@@ -612,7 +613,7 @@ impl View {
     }
 }
 
-/// What does not fit together in a view.
+/// A contradiction between parts of a view.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Inconsistency {
     #[error("there is no meta group")]

@@ -3,9 +3,9 @@
 
 use std::io;
 
-/// What Linux takes from a thread's claim to the processor: a third of another's is left. Not less:
-/// a map that others write to meanwhile must be filled before the log that it goes on from is
-/// purged.
+/// Nice value of background threads on Linux: a third of the normal share of the processor is left.
+/// Not less, because a map that is written to meanwhile must be filled before the log that it goes
+/// on from is purged.
 #[cfg(target_os = "linux")]
 const NICENESS: i32 = 5;
 

@@ -32,22 +32,22 @@ const FORMAT: u64 = 1;
 const LEVELED_FORMAT: u64 = 2;
 /// Says that this directory is an old copy, which its node may not go on with.
 const OUTDATED: &str = "outdated";
-/// Where the replicas of a directory that was refused are kept until their cluster goes on without
+/// Subdirectory that keeps the replicas of a refused directory until their cluster goes on without
 /// them.
 const ASIDE: &str = "set-aside";
-/// What is put there, and all databases of maps. The stamp goes on, as that of a node that is
-/// retired.
+/// Entries that are moved there, besides all map databases. The stamp stays, as that of a retired
+/// node.
 const PUT_ASIDE: [&str; 5] = ["log", "redo", "snapshots", "witnesses", STARTS];
 /// The first database of maps.
 const MAPS: &str = "state";
 
-/// Why a directory is an old copy.
+/// Records why a directory is an old copy.
 #[derive(Serialize, Deserialize)]
 struct Outdated {
     reason: String,
 }
 
-/// What a data directory knows of the cluster that it is in. Part of the disk format.
+/// Records which cluster a data directory belongs to. Part of the disk format.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stamp {
@@ -86,7 +86,7 @@ impl Stamp {
     }
 }
 
-/// Why a data directory can't be used.
+/// The reason why a data directory can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DirectoryError {
     #[error("{path}: {source}")]

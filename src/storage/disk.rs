@@ -12,7 +12,7 @@ use std::path::Path;
 use crate::descriptors::patiently;
 use crate::sm::disk_level::DiskRoom;
 
-/// What [`Disk::open`] may do to a file that is, or is not, there.
+/// Tells [`Disk::open`] what to do with a file that exists, or does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Open {
     /// It must exist; opened for reading and writing.

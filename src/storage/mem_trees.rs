@@ -21,7 +21,7 @@ use crate::sm::ports::{Direction, KeyRange, Pairs, Read, StoreError};
 /// keep every value it ever wrote.
 const UNDO_MAX: usize = 16 << 10;
 
-/// How a crash treats what was not synced.
+/// Tells how a crash treats what was not synced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Crash {
     /// The process ends: what was flushed stays.
@@ -37,7 +37,7 @@ pub enum Crash {
 /// Something that counts the steps of a store and says when they fail: the knife of crash tests.
 pub type Fault = Arc<dyn Fn(&str) -> io::Result<()> + Send + Sync>;
 
-/// Where a test holds up who comes by.
+/// A gate at which a test holds up readers and writers.
 #[derive(Default)]
 pub struct Gate {
     state: Mutex<GateState>,
@@ -82,7 +82,7 @@ impl Gate {
 #[derive(Default, Clone)]
 pub struct MemTrees {
     inner: Arc<Mutex<Inner>>,
-    /// What reads and writes of pairs pass, as they would a disk.
+    /// Gate that reads and writes of pairs pass, as they would a disk.
     pub reads: Arc<Gate>,
     pub writes: Arc<Gate>,
 }
@@ -95,16 +95,16 @@ struct Inner {
     outdated: BTreeMap<String, u64>,
     /// Bytes that were ever written to each place: none is given back before the place is empty.
     written: BTreeMap<u64, u64>,
-    /// What to put back to undo each step, oldest first.
+    /// Values to put back to undo each step, oldest first.
     undo: VecDeque<Undo>,
     /// Steps at the beginning of `undo` that the end of the process leaves.
     flushed: usize,
     condemned: bool,
     epoch: u64,
     fault: Option<Fault>,
-    /// What the disk has room for, if not for anything.
+    /// Bytes that the disk has room for; None if unlimited.
     room: Option<u64>,
-    /// Why nothing is written until the trees are opened anew.
+    /// Reason why nothing is written until the trees are opened anew.
     given_up: Option<String>,
 }
 

@@ -28,15 +28,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{GroupId, ReplicaId};
 
-/// What every record, tree and snapshot file is keyed by: a group that comes back to a node never
-/// meets what an earlier replica left.
+/// Keys every record, tree and snapshot file: a group that comes back to a node never meets the
+/// data of an earlier replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ReplicaKey {
     pub group: GroupId,
     pub replica: ReplicaId,
 }
 
-/// What reading something again has shown.
+/// The result of reading something again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Checked {
     Whole,

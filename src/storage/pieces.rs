@@ -20,7 +20,7 @@ pub const PIECE_BYTES: usize = 6 << 10;
 const MARK: u8 = 0xff;
 const FORMAT: u8 = 1;
 
-/// What a stub holds of the beginning of its value.
+/// Bytes from the beginning of a value that its stub holds.
 const START_BYTES: usize = 512;
 
 /// Mark, format, set and length.
@@ -31,7 +31,7 @@ const PIECES: [u8; 2] = [0, 0xfe];
 /// The first key after all pieces.
 pub const AFTER_PIECES: [u8; 2] = [0, 0xff];
 
-/// What lies in the place of a value that is cut.
+/// Stands in the place of a value that is cut into pieces.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stub {
     set: u64,

@@ -18,7 +18,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::disk::{Disk, Open};
 use crate::sm::level::{LEVEL, TooOld};
 
-/// Why a file was not read or written.
+/// The reason why a file was not read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum SealedError {
     #[error("{path}: {source}")]

@@ -22,7 +22,7 @@ use rand::{Rng, SeedableRng};
 use super::disk::{Disk, DiskFile, Open};
 use crate::sm::disk_level::DiskRoom;
 
-/// What a disk writes in one piece.
+/// Bytes that a disk writes atomically.
 const SECTOR_BYTES: u64 = 512;
 
 /// A simulated disk. Clones are the same disk.
@@ -31,7 +31,7 @@ pub struct SimDisk {
     state: Arc<Mutex<State>>,
 }
 
-/// How often the disk was asked for something since it was made.
+/// Counts the calls since the disk was made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SimCounts {
     pub writes: u64,
@@ -51,7 +51,7 @@ struct State {
     faults: Faults,
 }
 
-/// What is in the directories.
+/// Contents of the directories.
 #[derive(Clone)]
 struct Names {
     files: BTreeMap<PathBuf, u64>,
@@ -533,7 +533,8 @@ impl State {
         }
     }
 
-    /// How many of `len` bytes fit on the disk at `offset` of a file, and what to answer.
+    /// Returns how many of `len` bytes fit on the disk at `offset` of a file, and the result of the
+    /// write.
     fn room_for(
         &mut self,
         inode: u64,

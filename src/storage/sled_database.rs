@@ -34,14 +34,14 @@ const DEFAULT_TREE: &str = "__sled__default";
 /// The file that sled keeps its log in.
 const SLED_FILE: &str = "db";
 
-/// How sled is run.
+/// Configures sled.
 #[derive(Debug, Clone)]
 pub struct SledOptions {
     pub cache_bytes: u64,
-    /// How long opening, or one step of a walk, may take; opening has a second more for every 16
+    /// Time that opening, or one step of a walk, may take; opening has a second more for every 16
     /// MiB of files.
     pub patience: Duration,
-    /// Whose maps are in it.
+    /// The cluster whose maps are in it.
     pub cluster: ClusterId,
 }
 
@@ -55,7 +55,7 @@ impl Default for SledOptions {
     }
 }
 
-/// Why there is no database.
+/// The reason why there is no database.
 #[derive(Debug, thiserror::Error)]
 pub enum SledError {
     #[error("the map database {path} cannot be used: {source}")]
@@ -329,7 +329,8 @@ fn begin_directory(path: &Path, number: u64, cluster: ClusterId) -> io::Result<(
     sealed::write(&RealDisk, path, OWNER, OWNER_FORMAT, &cluster).map_err(io::Error::other)
 }
 
-/// Whether sled is still trusted to write: until its first error that is not about damaged files.
+/// Tracks whether sled is still trusted to write: until its first error that is not about damaged
+/// files.
 #[derive(Clone)]
 pub(super) struct Trust {
     db: sled::Db,
@@ -406,7 +407,7 @@ enum Attempt {
     Hangs,
 }
 
-/// What opens the database: sled, or in a test what fails like it.
+/// Opens the database: sled, or in a test a function that fails like it.
 pub(super) type Opener = fn(&Path, u64) -> sled::Result<sled::Db>;
 
 pub(super) fn open_database(path: &Path, cache_bytes: u64) -> sled::Result<sled::Db> {
@@ -455,7 +456,7 @@ fn attempt(path: &Path, options: &SledOptions, open: Opener) -> Attempt {
     }
 }
 
-/// Whether an error says something of the files, and not of the system around them or of another
+/// Returns true if an error is about the files, and not about the system around them or another
 /// handle that still has them.
 fn is_of_the_files(error: &io::Error) -> bool {
     use io::ErrorKind::{
@@ -479,14 +480,14 @@ fn is_of_the_disk(error: &sled::Error) -> bool {
     )
 }
 
-/// Where a database of those at `base` is kept that did not open.
+/// Returns the path at which a database of `base` that did not open is kept.
 fn aside_of(base: &Path) -> PathBuf {
     let mut name = base.file_name().unwrap_or_default().to_owned();
     name.push(".damaged");
     base.with_file_name(name)
 }
 
-/// What must be free on the disk beside room for the maps that are rebuilt, for a damaged database
+/// Bytes that must be free on the disk, besides room for the rebuilt maps, for a damaged database
 /// to be kept: the log goes on, and sled writes values several times.
 const ROOM_BESIDE_DAMAGED_BYTES: u64 = 64 << 20;
 

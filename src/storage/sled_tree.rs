@@ -44,8 +44,7 @@ use super::tree::{Tree, Trees, Walk};
 use crate::descriptors::{self, patiently};
 use crate::sm::ports::{Direction, Items, KeyRange, Pairs, StoreError, ValueStart};
 
-/// What a copy may take beside the rest that the disk has to take meanwhile: sled writes values
-/// several times.
+/// Multiple of a map's size that must be free for a copy: sled writes values several times.
 const ROOM_FACTOR: u64 = 4;
 
 /// Fresh databases that met a full disk and stay open until the process ends. Each keeps what was
@@ -55,7 +54,8 @@ const FAILED_MAX: usize = 2;
 /// sled writes larger values to files of their own. It may begin to a little above this.
 const LARGE_BYTES: usize = 100 << 10;
 
-/// What is reserved at once for a value that is put together: a damaged stub may say any length.
+/// Most bytes reserved at once for a value that is put together: a damaged stub may state any
+/// length.
 const RESERVED_BYTES_MAX: usize = 16 << 20;
 
 /// The trees of a node.

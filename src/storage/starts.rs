@@ -24,7 +24,7 @@ const FORMAT: u64 = 1;
 /// and not remembered.
 const PEERS_MAX: usize = 4096;
 
-/// What is known of starts.
+/// Remembers the starts of this node and of its peers.
 pub struct StartBook {
     disk: Arc<dyn Disk>,
     path: PathBuf,
@@ -38,7 +38,7 @@ pub struct StartBook {
 #[derive(Default)]
 struct Known {
     starts: BTreeMap<DirectoryId, Start>,
-    /// What those have told of their starts last, as far as it was heard by this process.
+    /// The starts that peers told last, as heard by this process.
     told: BTreeMap<DirectoryId, Starts>,
 }
 

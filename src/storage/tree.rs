@@ -88,7 +88,7 @@ pub trait Tree: Send + Sync {
     fn walk(&self, visit: &mut dyn FnMut(&[u8], &[u8]) -> Walk) -> Result<(), StoreError>;
 }
 
-/// Whether a walk goes on.
+/// Tells whether a walk goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Walk {
     On,

@@ -30,7 +30,7 @@ const FILE_BYTES_MAX: u64 = 16 << 20;
 const MARK: &str = ".mark";
 const TEMPORARY: &str = ".part";
 
-/// Whose file it is, and what it says.
+/// Contents of a witness's file: the replica it belongs to and its applied position.
 #[derive(Serialize, Deserialize)]
 struct Mark {
     key: ReplicaKey,
@@ -55,8 +55,8 @@ impl WitnessFiles {
         })
     }
 
-    /// What the witness had applied when it was last written; none if `key` is no witness.
-    /// Blocking.
+    /// Returns the position that the witness had applied when its file was last written; None if
+    /// `key` is not a witness. Blocking.
     pub fn read(&self, key: ReplicaKey) -> Result<Option<Applied>, StoreError> {
         let path = self.path(key, MARK);
         let file = match self.disk.open(&path, Open::Existing) {

@@ -22,7 +22,7 @@ pub(super) const REVISION_BYTES: usize = 11;
 /// cost more.
 pub(super) const START_BYTES: usize = 512;
 
-/// Who waits for the outcome of an entry.
+/// Tells who waits for the outcome of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Audience {
     Caller,
@@ -30,7 +30,7 @@ pub enum Audience {
     Nobody,
 }
 
-/// How much the gets of an entry may still return.
+/// Bytes that the gets of an entry may still return.
 pub(super) struct Room {
     left: usize,
     audience: Audience,

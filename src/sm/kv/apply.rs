@@ -38,8 +38,8 @@ use crate::sm::requests::{
 use crate::sm::slots::{Contents, Ownership, READ_ONLY_KEY, data_key, slot_of};
 use crate::types::{MoveId, Revision, Slot};
 
-/// What `command` at `index` of the log does to the map of a shard, and what it answers. The index
-/// has a part only in the marks of changes in slots that a move copies.
+/// Returns the outcome of `command` at `index` of the log, and the changes that it makes to a
+/// shard's map. The index only goes into the change marks of slots that a move copies.
 ///
 /// A rejection is an answer, the same on every replica; an error is a broken disk or an undecodable
 /// map and stops the group.
@@ -313,12 +313,13 @@ pub fn answer_gets(
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct GetsWeight {
     pub bytes: usize,
-    /// What the memory of requests would have to keep of it in one slot, where that is most. Zero
-    /// for a write that is not remembered.
+    /// The most that the memory of requests would have to keep of it in any one slot. Zero for a
+    /// write that is not remembered.
     pub remembered_bytes_max: usize,
 }
 
-/// What an operation takes in the record of an answered request besides what it got, at most.
+/// Upper bound of the bytes that an operation takes in the record of an answered request, besides
+/// the value that it got.
 const REMEMBERED_PER_OPERATION: usize = 32;
 
 /// Returns what the gets of a write would return by the map as it is, without those of slots in
@@ -369,11 +370,11 @@ struct Part {
     /// Positions of the slot's operations, ascending.
     positions: Vec<usize>,
     fingerprint: Fingerprint,
-    /// What the memory of requests has of it.
+    /// The answer in the memory of requests, if there is one.
     remembered: Option<Remembered>,
 }
 
-/// What was answered before.
+/// An answer that was given before.
 enum Remembered {
     /// It is in the map, in a record of so many bytes.
     Stored(usize),
@@ -538,7 +539,7 @@ fn load_remembered<R: Read>(
     Ok(())
 }
 
-/// What is to be remembered for each slot of `fresh`: its outcomes, or the operation whose
+/// Returns the answer to remember for each slot of `fresh`: its outcomes, or the operation whose
 /// condition failed and that key's revision.
 fn fresh_answers(
     parts: &BTreeMap<Slot, Part>,
@@ -621,7 +622,7 @@ fn merge_answers(
     })
 }
 
-/// What operations will do, once committed.
+/// Collects what operations will do once they are committed.
 struct Draft {
     /// One per operation, in order. What gets found is left out until it is loaded.
     outcomes: Vec<OperationOutcome>,
@@ -644,7 +645,8 @@ impl Draft {
     }
 }
 
-/// What the operations will do, or why nothing may be done. Ownership is the caller's to check.
+/// Returns what the operations will do, or the reason why nothing may be done. The caller has
+/// checked ownership.
 fn decide<R: Read>(
     entry: &mut Entry<'_, R>,
     placed: &[Placed<'_>],

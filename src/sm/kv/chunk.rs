@@ -29,8 +29,8 @@ use crate::sm::slots::{
 };
 use crate::types::{MoveId, Slot};
 
-/// Where the reading goes on. It travels in chunks, and is kept by the destination: the driver
-/// needs no memory. Part of the disk format.
+/// Position at which the source reads on. It travels in chunks and the destination keeps it, so
+/// that the driver needs no memory. Part of the disk format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Cursor {
     /// In the pairs of the slots, after this key of the map; empty: at the start.
@@ -55,11 +55,11 @@ impl Cursor {
     }
 }
 
-/// What a source read for a destination.
+/// A part of the slots, read at the source for the destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chunk {
     pub pairs: Vec<(Bytes, Option<Bytes>)>,
-    /// Where the next one begins.
+    /// Position at which the next chunk begins.
     pub cursor: Bytes,
     /// The group time that the source has stored.
     pub source_ms: u64,
@@ -130,7 +130,7 @@ pub fn move_chunk(
 
 struct Reading<'a, R> {
     read: &'a R,
-    /// What is read counts, not what is handed out: many marks of one key make one pair.
+    /// Counts bytes read, not bytes returned: many marks of one key make one pair.
     bytes_left: usize,
     pairs: BTreeMap<Bytes, Option<Bytes>>,
 }
@@ -190,7 +190,7 @@ impl<R: Read> Reading<'_, R> {
     }
 }
 
-/// What of `range` comes after a key.
+/// Returns the part of `range` that comes after a key.
 fn rest_of(range: KeyRange, after: &[u8]) -> KeyRange {
     if *after < *range.start {
         return range;
@@ -204,8 +204,8 @@ fn rest_of(range: KeyRange, after: &[u8]) -> KeyRange {
     }
 }
 
-/// What the changes after a cursor weigh; counted until it is `bytes_max` or more. None while the
-/// pairs are not all read.
+/// Returns the weight of the changes after a cursor, counted until it reaches `bytes_max`. None
+/// while not all pairs have been read.
 pub(super) fn changes_left(
     read: &impl Read,
     id: MoveId,
@@ -225,8 +225,8 @@ pub(super) fn changes_left(
     Ok(Some(bytes))
 }
 
-/// What the source has in each slot of the move, where the map has it frozen: nothing of it changes
-/// any more.
+/// Returns the contents of each slot of the move once the map has it frozen, so that they no longer
+/// change.
 pub fn final_contents(
     read: &impl Read,
     id: MoveId,

@@ -23,7 +23,7 @@ use crate::types::{MoveId, Slot};
 /// else is applied meanwhile. Part of what an entry means: replicas must agree on it.
 const BYTES_MAX: usize = 1 << 20;
 
-/// What one entry may still delete.
+/// Bounds what one entry may still delete.
 struct Left {
     keys: usize,
     bytes: usize,

@@ -150,8 +150,8 @@ enum Brought {
     },
 }
 
-/// What a pair says, if it is one of a move of `slots`: a peer's mistake must not become an error
-/// of this shard.
+/// Parses a pair, if it belongs to a move of `slots`. A peer's mistake is rejected: it must not
+/// become an error of this shard.
 fn read_pair(
     slots: &BTreeSet<Slot>,
     (map_key, value): &(Bytes, Option<Bytes>),

@@ -106,7 +106,7 @@ pub enum Action {
     Delete,
 }
 
-/// What must hold of a key, before any operation of its write is done, for the write to happen.
+/// Requirement on a key that is checked before any operation of its write is done.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Condition {
     #[default]
@@ -140,7 +140,7 @@ pub struct Record {
     pub value: Bytes,
 }
 
-/// What became of a [`Command`].
+/// The outcome of applying a [`Command`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     /// One per write, in order.
@@ -159,7 +159,7 @@ pub enum Outcome {
     ReadOnlySet,
 }
 
-/// What became of a [`Write`].
+/// The outcome of applying a [`Write`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WriteOutcome {
     /// One per operation, in order.
@@ -189,7 +189,7 @@ pub enum OperationOutcome {
     },
 }
 
-/// Why a write changed nothing. The same on every replica.
+/// The reason why a write changed nothing. The same on every replica.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Rejection {
     /// This shard does not own the slot. `moved_to`: who got it by the last move seen here.

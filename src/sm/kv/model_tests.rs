@@ -14,7 +14,7 @@ use crate::sm::slots::{Ownership, slot_of};
 const KEYS: [&str; 7] = ["{a}", "{a}1", "{a}2", "{b}", "{b}1", "{c}", "{c}1"];
 pub(super) const TAGS: [&str; 3] = ["a", "b", "c"];
 
-/// What happens to a shard.
+/// An event in the life of a shard.
 #[derive(Debug, Clone)]
 enum Event {
     Entry(Command),
@@ -22,7 +22,7 @@ enum Event {
     Hold(Slot, Ownership),
 }
 
-/// What a slot of a request was answered: the model keeps the operations themselves.
+/// The answer that a slot of a request got; the model keeps the operations themselves.
 #[derive(Debug, Clone)]
 pub(super) struct Answered {
     time_ms: u64,

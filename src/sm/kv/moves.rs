@@ -59,9 +59,9 @@ pub enum MoveStep {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Install {
     pub id: MoveId,
-    /// How many came before: only the next one is taken.
+    /// Number of chunks before this one; only the next chunk in turn is accepted.
     pub chunk: u64,
-    /// Where the source goes on after this chunk. Opaque to the destination.
+    /// Position at which the source reads on after this chunk. Opaque to the destination.
     pub cursor: Bytes,
     /// The source's group time when the chunk was read: the ages of requests are carried over.
     pub source_ms: u64,
@@ -70,7 +70,7 @@ pub struct Install {
 }
 
 impl Install {
-    /// What it weighs: keys and values.
+    /// Returns the bytes of its keys and values.
     pub fn bytes(&self) -> usize {
         self.pairs
             .iter()
@@ -78,16 +78,17 @@ impl Install {
             .sum()
     }
 
-    /// Whether more pairs of the slots come after it, so that no frozen slot waits for it.
+    /// Returns true if more pairs of the slots come after it, which means that no frozen slot waits
+    /// for it.
     pub fn is_one_of_many(&self) -> bool {
         matches!(Cursor::decode(&self.cursor), Ok(Cursor::Pairs { .. }))
     }
 }
 
-/// How far an install is.
+/// Progress of an install at the destination.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
-    /// How many chunks are installed, and so the number of the next.
+    /// Number of chunks installed, which is the number of the next.
     pub chunk: u64,
     /// The cursor of the last one; empty before the first.
     pub cursor: Bytes,
@@ -95,7 +96,7 @@ pub struct Progress {
     pub complete: bool,
 }
 
-/// What became of a step.
+/// The outcome of a step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MoveOutcome {
     /// It is so, by this entry or by an earlier one.
@@ -109,7 +110,7 @@ pub enum MoveOutcome {
     Rejected(MoveRejection),
 }
 
-/// Why a step changed nothing. The same on every replica.
+/// The reason why a step changed nothing. The same on every replica.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MoveRejection {
     /// The source does not own the slot.

@@ -19,7 +19,7 @@ use crate::sm::slots::{
 };
 use crate::types::{MoveId, Slot};
 
-/// What a source has of a move.
+/// State of a move at its source.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SourceState {
     /// It owns the slots, and the move has not begun.
@@ -34,7 +34,7 @@ pub enum SourceState {
     Overtaken,
 }
 
-/// What is left to be read after the destination's cursor.
+/// Data after the destination's cursor that is still to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Remaining {
     /// Some or all of what the slots hold, and the changes since.
@@ -44,7 +44,7 @@ pub enum Remaining {
     Changes { bytes: u64 },
 }
 
-/// What a destination has of a move.
+/// State of a move at its destination.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DestinationState {
     /// Its slots are empty, and ready to be prepared.
@@ -66,8 +66,8 @@ pub enum DestinationState {
 /// marks at most.
 pub const CHANGES_BYTES_MAX: u64 = 1 << 18;
 
-/// What the map of a source has of a move of `slots`. `cursor` is that of the destination's
-/// progress; empty where there is none.
+/// Returns the state of a move of `slots` in the map of its source. `cursor` comes from the
+/// destination's progress; empty if there is none.
 pub fn source_state(
     read: &impl Read,
     id: MoveId,
@@ -98,7 +98,7 @@ pub fn source_state(
     Ok(furthest)
 }
 
-/// What the map of a destination has of a move of `slots`.
+/// Returns the state of a move of `slots` in the map of its destination.
 pub fn destination_state(
     read: &impl Read,
     id: MoveId,
@@ -137,7 +137,7 @@ pub fn destination_state(
     })
 }
 
-/// Whether the map holds anything in `slot`, looked up in the map itself and not in its counters.
+/// Returns true if the map holds anything in `slot`. Looks at the map itself, not at its counters.
 pub(super) fn holds_anything(read: &impl Read, slot: Slot) -> Result<bool, StoreError> {
     for range in [
         data_range(slot, &KeyRange::all()),

@@ -94,7 +94,7 @@ pub fn find(read: &impl Read, key: &[u8]) -> Result<FindOutcome, StoreError> {
     ))
 }
 
-/// What a shard holds.
+/// Counts of what a shard holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Counts {
     pub keys: u64,
@@ -119,7 +119,7 @@ fn owned_states(read: &impl Read) -> Result<Vec<(Slot, SlotState)>, StoreError> 
     Ok(states)
 }
 
-/// Which page of a shard's keys is wanted.
+/// Selects a page of a shard's keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageRequest {
     /// Of user keys.
@@ -175,7 +175,7 @@ pub struct PageScan<'a> {
     request: &'a PageRequest,
     /// None before the first step.
     owned: Option<Vec<(Slot, SlotState)>>,
-    /// How many of the owned slots were looked into.
+    /// Number of owned slots that the scan has entered.
     entered: usize,
     /// The next key of each slot that has one.
     heads: BinaryHeap<Head>,
@@ -287,8 +287,8 @@ struct Merge<'a, 'h, R> {
     read: &'a R,
     request: &'a PageRequest,
     heads: &'h mut BinaryHeap<Head>,
-    /// Where the keys of a slot come from after the one that was taken last. Not kept for every
-    /// slot: what a scan has at hand of its tree may be as large as many values.
+    /// Iterator over the slot that the last key came from. Only one is kept: a scan may hold a page
+    /// of its tree, as large as many values.
     last: Option<(Slot, Items<'a, ValueStart>)>,
     step: u32,
 }

@@ -50,7 +50,8 @@ pub(super) fn decode_head(start: &[u8]) -> Result<Option<Record>, StoreError> {
 }
 
 impl Condition {
-    /// Whether it holds of a key at this revision, or of one that does not exist.
+    /// Returns true if it holds for a key at this revision, or for a key that does not exist
+    /// (None).
     pub fn holds(&self, current: Option<Revision>) -> bool {
         match self {
             Condition::None => true,

@@ -165,7 +165,7 @@ pub(super) fn abort<R: Read>(
 const NOT_THE_SOURCE: &str = "this shard is the destination of the move";
 pub(super) const OTHER_SLOTS: &str = "the move is open here with other slots";
 
-/// Whether the slot was given up by this very move, and was touched by none since.
+/// Returns true if this very move gave the slot up and no later move has touched it.
 pub(super) fn is_released(state: &SlotState, id: MoveId) -> bool {
     let given_up = state.moved_to.is_some_and(|(by, _)| by == id);
     state.ownership == Ownership::NotOwned && state.generation == id && given_up

@@ -581,7 +581,8 @@ fn aborted_move(script: &mut Script) {
     try_all(script, newer, &moved);
 }
 
-/// How much one entry deletes: by keys, and by bytes, where each value counts that it had to read.
+/// Scripts the limits of one clearing entry: by keys, and by bytes, where each value counts that it
+/// had to read.
 fn clears(script: &mut Script) {
     let (id, moved) = (MoveId(4), slots(&["g", "h"]));
     own(script, "g", &["g", "h"]);

@@ -36,7 +36,7 @@ const BATCH_TEXT_MAX: usize = 800;
 /// Equal bytes from this many on are written as one.
 const RUN_MIN: usize = 8;
 
-/// What the maps of a file are those of.
+/// Tells whose maps a file holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Shard,

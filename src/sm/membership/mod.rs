@@ -18,7 +18,7 @@ use crate::types::{LogId, NodeId, ReplicaId};
 
 type Replicas = BTreeSet<ReplicaId>;
 
-/// What the leader of a group knows of its members.
+/// The members of a group as its leader knows them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Observed {
     /// The leader itself.
@@ -137,7 +137,7 @@ fn makes_way(blocked: &BTreeMap<ReplicaId, ReplicaId>, now: &Observed) -> Option
     in_the_way.first().copied().filter(|_| all_vote)
 }
 
-/// Whether a replica may begin to vote.
+/// Returns true if a replica may begin to vote.
 fn is_ready(replica: ReplicaId, group: &Group, now: &Observed) -> bool {
     let has_map = |voter: &ReplicaId| !now.witnesses.contains(voter) && !group.is_witness(*voter);
     let is_safe = match (
@@ -206,7 +206,7 @@ fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
     (next != now.voters && !next.is_empty() && up * 2 > next.len()).then_some(next)
 }
 
-/// Whether the meta group would learn something from this report.
+/// Returns true if this report would tell the meta group something new.
 fn is_news(group: &Group, here: &Reported) -> bool {
     let known = match &group.reported {
         Some(reported) => reported.voters == here.voters && reported.learners == here.learners,

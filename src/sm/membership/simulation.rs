@@ -73,7 +73,7 @@ struct Raft {
     promised: BTreeMap<ReplicaId, u64>,
     term: u64,
     leader: Option<ReplicaId>,
-    /// Whether the leader is the one that began the change of voters that is under way.
+    /// True if the leader itself began the change of voters that is under way.
     is_changing: bool,
     committed: Vec<Entry>,
 }
@@ -129,7 +129,7 @@ impl Raft {
         self.logs.get(&replica).map_or(&[], Vec::as_slice)
     }
 
-    /// How much of the leader's log a replica has.
+    /// Returns the number of entries of the leader's log that a replica has.
     fn matched(&self, leader: ReplicaId, replica: ReplicaId) -> usize {
         self.log(leader)
             .iter()
@@ -291,7 +291,7 @@ impl Raft {
         }
     }
 
-    /// Whether the leader knows that its effective membership is committed.
+    /// Returns true if the leader knows that its effective membership is committed.
     fn is_membership_committed(&self) -> bool {
         let Some(leader) = self.leader else {
             return false;
@@ -352,7 +352,7 @@ struct Sim {
     up: BTreeSet<NodeId>,
     /// The view as it is.
     view: View,
-    /// Where each replica is or was.
+    /// The node that each replica is or was on.
     places: BTreeMap<ReplicaId, NodeId>,
     /// The view as each node knows it.
     seen: BTreeMap<NodeId, View>,

@@ -631,7 +631,7 @@ fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away(
     assert_eq!(meta.run(install(before.version, &next)), twice);
 }
 
-/// What a node, group or replica has left somewhere under its id is met by nobody who comes later.
+/// Ids are never reused: data left behind under an id is met by nobody who comes later.
 #[test]
 fn ids_are_never_given_out_again_and_open_moves_stay() {
     let mut meta = Meta::founded(view());

@@ -10,13 +10,13 @@
 /// One that takes bins.
 #[derive(Debug, Clone)]
 pub struct Item {
-    /// How many bins it takes. There are as many that it may take.
+    /// Number of bins it takes. At least as many are open to it.
     pub takes: usize,
-    /// What each bin costs it: above 0 where it is not yet, none where it may not be.
+    /// Cost of each bin: above 0 where it is not yet, None where it may not be.
     pub costs: Vec<Option<i64>>,
 }
 
-/// What one unit of unevenness weighs against costs: more than all costs of an assignment together.
+/// Weight of one unit of unevenness against costs: more than all costs of an assignment together.
 const EVEN: i64 = 1 << 36;
 
 /// For each item the bins that it takes, in order.
@@ -41,11 +41,11 @@ struct Taken<'a> {
     items: &'a [Item],
     /// By item and bin.
     by_item: Vec<Vec<bool>>,
-    /// How often each bin is taken.
+    /// Number of times that each bin is taken.
     loads: Vec<i64>,
 }
 
-/// How a unit gets from one bin to another.
+/// A way to move one unit from one bin to another.
 #[derive(Debug, Clone, Copy)]
 enum Step {
     /// This item takes the other bin for the first.
@@ -118,7 +118,7 @@ impl<'a> Taken<'a> {
         self.set(item, to, true);
     }
 
-    /// What it costs that `item` takes `to` for `from`, if it may.
+    /// Returns the cost of having `item` take `to` instead of `from`; None if it may not.
     fn price(&self, item: usize, from: usize, to: usize) -> Option<i64> {
         let (taken, costs) = (&self.by_item[item], &self.items[item].costs);
         let may = taken[from] && !taken[to];
@@ -244,7 +244,7 @@ mod tests {
         }
     }
 
-    /// How uneven an assignment is (the squares of the loads), and what it costs.
+    /// Returns the unevenness of an assignment (the sum of the squares of the loads) and its cost.
     fn score(items: &[Item], bins: usize, taken: &[Vec<usize>]) -> (usize, i64) {
         let load = |bin| taken.iter().flatten().filter(|one| **one == bin).count();
         let costs = items

@@ -79,7 +79,7 @@ pub fn first_view(
 struct Members {
     nodes: Vec<usize>,
     home: usize,
-    /// How many of the nodes, from the first, vote from the start.
+    /// Number of nodes, from the first, that vote from the start.
     voters: usize,
 }
 
@@ -197,8 +197,8 @@ mod tests {
         Asked::from_flags(replication_factor, shards)
     }
 
-    /// Whether no count is more than one above another; every one of `of` is counted, also those
-    /// that never come.
+    /// Returns true if no count is more than one above another. Members of `of` that never come
+    /// count as zero.
     fn even<T: Ord>(of: impl IntoIterator<Item = T>, seen: impl IntoIterator<Item = T>) -> bool {
         let mut counts: BTreeMap<T, usize> = of.into_iter().map(|item| (item, 0)).collect();
         for item in seen {

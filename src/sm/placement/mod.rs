@@ -26,7 +26,7 @@ use crate::types::{Address, DirectoryId, SLOTS};
 /// costs every write a copy.
 pub const REPLICATION_FACTOR_MAX: u8 = 7;
 
-/// Why there is no placement for what is asked.
+/// The reason why no placement satisfies the request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlacementError {
     #[error("there are no nodes")]

@@ -8,15 +8,15 @@ use super::sizes::{Sizes, exclusive_voters};
 use crate::sm::view::{Group, Layout, View};
 use crate::types::{GroupId, NodeId, ReplicaId, SLOTS, Slot};
 
-/// What it costs to put something where it is not: more than all that the finer points below can
-/// add up to.
+/// Cost of putting something where it is not: more than all finer costs below can add up to.
 pub(super) const CHANGE: i64 = 1 << 16;
 /// A replica that is still on its way out is called back: cheaper than a new one.
 const CALL_BACK: i64 = CHANGE - 1;
 /// A new replica where one of its group is still on its way out and can't be called back, or its
 /// witness is; a home whose replica is new.
 pub(super) const AWKWARD: i64 = CHANGE + 1;
-/// What is there already, and a replica at home, which would rather stay than others.
+/// Cost of staying: for what is there already, and for a replica at home, which should stay rather
+/// than others.
 pub(super) const STAY: i64 = 0;
 const STAY_HOME: i64 = -1;
 
@@ -113,8 +113,8 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: 
     }
 }
 
-/// What a replica of the group costs on nodes where it has, or had, one; elsewhere it costs a
-/// [`CHANGE`].
+/// Returns the cost of a replica of the group on nodes where it has, or had, one; elsewhere the
+/// cost is a [`CHANGE`].
 fn standing(group: &Group) -> BTreeMap<NodeId, i64> {
     let stay = |node: &NodeId| if group.home == *node { STAY_HOME } else { STAY };
     let cost = |replica: &ReplicaId| {

@@ -13,7 +13,7 @@ const REPLICATION_FACTOR_DEFAULT: usize = 3;
 /// slower.
 const META_VOTERS_MAX: usize = 5;
 
-/// What an asking comes to with a number of nodes.
+/// The sizes that a [`PlacementSpec`] comes to with a number of nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
     /// Replicas of each shard; in the exclusive layout the least of them.
@@ -63,9 +63,9 @@ fn shard_count(asked: Asked, default: usize) -> Result<usize, PlacementError> {
     }
 }
 
-/// How many of `nodes` vote in the meta group: an odd number, since one more adds a copy to wait
-/// for and no loss to survive. Two nodes both vote all the same: a lone voter's lost disk would
-/// take acknowledged entries with it.
+/// Returns how many of `nodes` vote in the meta group: an odd number, since one more adds a copy to
+/// wait for without surviving another loss. Two nodes are the exception, and both vote: if a lone
+/// voter lost its disk, acknowledged entries would be lost.
 pub fn meta_voters(nodes: usize) -> usize {
     match nodes.min(META_VOTERS_MAX) {
         2 => 2,

@@ -60,7 +60,7 @@ fn shards_that_stay(view: &View) -> impl Iterator<Item = (GroupId, &Group)> {
     view.shards().filter(|(_, group)| !group.ends)
 }
 
-/// What every plan keeps to.
+/// Asserts what holds of every plan.
 fn assert_plan(view: &View, out: &BTreeSet<NodeId>) {
     view.check().expect("the parts fit together");
     let staying: BTreeSet<NodeId> = view.staying().map(|(id, _)| id).collect();

@@ -43,7 +43,7 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, working: &BTreeSet<Node
     }
 }
 
-/// What a witness costs on a node; none where it may not be.
+/// Returns the cost of a witness on a node; None where it may not be.
 fn cost(group: &Group, node: NodeId) -> Option<i64> {
     let is_taken = group.replicas.values().any(|at| *at == node);
     let stays = group.witness.is_some_and(|witness| witness.node == node);

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-/// What the writer is at.
+/// Phases of the writer's loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// Waits for something to do.
@@ -13,7 +13,7 @@ pub enum Phase {
     CallsBack,
 }
 
-/// What was seen of the writer at a moment.
+/// A look at the writer at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
     pub phase: Phase,

@@ -32,7 +32,7 @@ pub const SYNC_BUCKETS_US: [u64; 12] = [
 /// Reads of entries from the disk at a time.
 const READERS_MAX: usize = 16;
 
-/// What the log did since it was opened, and how it stands.
+/// Counters since the log was opened, and its current sizes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LogMetrics {
     pub syncs: u64,
@@ -193,7 +193,7 @@ impl Log {
         self.shared().queue.bytes()
     }
 
-    /// Whether so much waits that no more should be proposed. Appends are taken all the same.
+    /// Returns true if so much waits that no more should be proposed. Appends are still accepted.
     pub fn overloaded(&self) -> bool {
         self.queue_bytes() > self.shared().queue_bytes_max
     }
@@ -288,7 +288,7 @@ fn refuse(pushed: Result<(), (Op, LogFailure)>) {
     }
 }
 
-/// What the handles and the writer share.
+/// State shared by the handles and the writer.
 pub(super) struct Shared {
     pub queue: Queue,
     pub segments: RwLock<BTreeMap<u64, SegmentView>>,
@@ -310,7 +310,7 @@ pub(super) struct SegmentView {
     pub end: u64,
 }
 
-/// Who is there, as issued.
+/// The replicas of the log, as issued.
 pub(super) struct Roster {
     pub replicas: BTreeMap<ReplicaKey, Arc<Replica>>,
     pub highest: BTreeMap<GroupId, ReplicaId>,

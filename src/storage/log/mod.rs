@@ -77,7 +77,7 @@ pub struct Entry {
     pub payload: Payload,
 }
 
-/// What an entry carries; the log looks into none of it.
+/// Contents of an entry; opaque to the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
     Blank,
@@ -107,7 +107,7 @@ pub struct Vote {
 /// caller's where the operation is refused. It must be quick and must not block.
 pub type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 
-/// Whether an empty directory is a new log, or a lost one.
+/// Tells whether an empty directory is a new log or a lost one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expect {
     /// Nothing there: a new log is begun.
@@ -144,8 +144,8 @@ pub struct LogOptions {
     /// Below so many free bytes of its disk [`Log::lacks_room`] says so; none: as the disk is
     /// large.
     pub reserve_bytes: Option<u64>,
-    /// Where the disk is full, the writer waits for room instead of failing. Nothing is lost by
-    /// that: bytes are pre-written before records go there, and nobody was told of these.
+    /// Makes the writer wait for room on a full disk instead of failing. Nothing is lost: space is
+    /// pre-written before records go there, and no waiting record was acknowledged.
     pub waits_for_room: bool,
 }
 
@@ -167,7 +167,8 @@ impl Default for LogOptions {
     }
 }
 
-/// Why a log does not open. Nothing was changed by the attempt, except after [`OpenLogError::Io`].
+/// The reason why a log does not open. Nothing was changed by the attempt, except after
+/// [`OpenLogError::Io`].
 #[derive(Debug, thiserror::Error)]
 pub enum OpenLogError {
     #[error("cannot open the log: {context}: {source}")]
@@ -200,7 +201,7 @@ pub enum OpenLogError {
     UnknownFormat { segment: PathBuf, format: u8 },
 }
 
-/// Why the log takes no more operations.
+/// The reason why the log takes no more operations.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{reason}")]
 pub struct LogFailure {

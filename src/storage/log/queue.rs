@@ -52,7 +52,7 @@ impl Change {
     }
 }
 
-/// What the writer takes at once.
+/// The operations that the writer takes from the queue at once.
 #[derive(Default)]
 pub(super) struct Taken {
     pub ops: Vec<Op>,
@@ -209,7 +209,7 @@ pub(super) fn call(done: Done, failure: Option<&LogFailure>) {
     done(failure.map_or(Ok(()), |failure| Err(failure.to_io())));
 }
 
-/// What an operation that asks for the impossible gets.
+/// Builds the error of an operation that asks for the impossible.
 pub(super) fn invalid(reason: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, reason)
 }

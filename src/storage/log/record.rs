@@ -33,7 +33,7 @@ pub(super) const NOBODY: ReplicaKey = ReplicaKey {
     replica: ReplicaId(0),
 };
 
-/// Where a record is, which its checksums are bound to.
+/// Position of a record; its checksums are bound to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
     pub binding: u128,
@@ -51,7 +51,7 @@ impl Place {
     }
 }
 
-/// What one record says, of the replica that its header names (none for [`Record::Head`] and
+/// One record of the log, about the replica that its header names (none for [`Record::Head`] and
 /// [`Record::Mark`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Record {
@@ -77,14 +77,14 @@ pub(super) enum Record {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Head {
     pub segment: u64,
-    /// Where the segment before this one ended, all of it synced. None in the first of a log.
+    /// End of the segment before this one, all of it synced. None in the first segment of a log.
     pub previous_end: Option<u64>,
     pub replicas: Vec<(ReplicaKey, ReplicaHead)>,
     /// The highest replica id that ever was created, for every group that ever had one here.
     pub highest: Vec<(GroupId, ReplicaId)>,
 }
 
-/// What the log says of a replica, without the entries.
+/// State of a replica in the log, without its entries.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ReplicaHead {
     pub vote: Option<Vote>,
@@ -102,7 +102,7 @@ pub(super) struct Found {
     pub len: usize,
 }
 
-/// Why there is no record at a place.
+/// The reason why there is no record at a place.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum BadRecord {
     #[error("the file ends before the header of a record")]
@@ -306,9 +306,9 @@ pub(super) fn find_mark(bytes: &[u8], from: usize, place: Place) -> Option<u64> 
     marks.next()
 }
 
-/// Where the last record of this segment ends that begins at or after `from` in its `bytes`, whole
-/// or not; `from` if there is none. What else is there is what the room was made of: zeros, or
-/// records of a segment that the file was before.
+/// Returns the end of the last record of this segment that begins at or after `from` in its
+/// `bytes`, whole or not; `from` if there is none. The rest is pre-written space: zeros, or records
+/// of a segment that the file was before.
 pub(super) fn tail_end(bytes: &[u8], from: usize, place: Place) -> usize {
     let candidates = bytes[from.min(bytes.len())..]
         .windows(HEADER_BYTES)

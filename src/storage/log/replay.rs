@@ -20,7 +20,7 @@ use crate::types::{GroupId, ReplicaId};
 /// Heads beyond this are taken for damage rather than read into memory.
 const HEAD_BYTES_MAX: usize = 1 << 30;
 
-/// What a log amounts to.
+/// The state that a replay of the log arrives at.
 #[derive(Default)]
 pub(super) struct Replayed {
     pub replicas: BTreeMap<ReplicaKey, Written>,

@@ -22,7 +22,7 @@ use crate::types::LogId;
 /// One append may take so much at most: offsets within a segment stay below 4 GiB.
 const APPEND_BYTES_MAX: usize = 1 << 30;
 
-/// What a replica starts from.
+/// The state that a replica starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogState {
     /// Nothing up to here is in the log any more.
@@ -236,7 +236,7 @@ pub(super) struct Replica {
     state: Mutex<State>,
 }
 
-/// Where an entry is read from.
+/// Source that an entry is read from.
 pub(super) enum Source {
     Memory(Entry),
     Disk(LogId, Spot),

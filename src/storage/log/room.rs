@@ -10,7 +10,7 @@ use super::Log;
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::disk::Disk;
 
-/// What was last seen of the disk.
+/// Caches the last look at the free space of the disk.
 pub(super) struct Room {
     disk: Arc<dyn Disk>,
     dir: PathBuf,

@@ -11,7 +11,7 @@ use super::record::{self, HEADER_BYTES, Place};
 use crate::storage::disk::DiskFile;
 use crate::storage::{Checked, Pace, ReplicaKey};
 
-/// What is read at a time, unless a record is larger.
+/// Bytes read at a time, unless a record is larger.
 const SLICE_BYTES: usize = 256 << 10;
 
 impl Log {

@@ -14,7 +14,7 @@ use super::with_context;
 use crate::storage::disk::{Disk, DiskFile, Open};
 
 const SUFFIX: &str = ".segment";
-/// What is not a segment yet or any more. Removed on opening.
+/// Suffix of files that are not yet, or no longer, segments. Removed on opening.
 const SUFFIX_SPARE: &str = ".spare";
 const NAME_NEXT: &str = "next.spare";
 /// Pre-writing never stops the batches for longer than this takes.
@@ -44,11 +44,11 @@ pub(super) struct Active {
     pub offset: u64,
     /// Up to here the file is written and synced, with records or with anything else.
     pub allocated: u64,
-    /// Where its first batch begins.
+    /// Offset at which its first batch begins.
     pub first_batch: u64,
 }
 
-/// What is in the directory.
+/// Files found in the directory.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
     pub segments: Vec<u64>,

@@ -38,7 +38,7 @@ const FRAGMENTS_MAX: usize = 8;
 const REBASE_OVERHEAD_BYTES: u64 = 256;
 /// Between two looks for room on a full disk.
 const ROOM_PAUSE: Duration = Duration::from_millis(100);
-/// What one cached operation costs in memory beside its bytes.
+/// Bytes of memory that one cached operation takes besides its own.
 const CACHED_OP_BYTES: usize = 64;
 
 /// The writing end of a log. Dropping it without [`LogWriter::run`] having ended is what a crash of
@@ -51,9 +51,9 @@ pub struct LogWriter {
     active: Active,
     sealed: BTreeMap<u64, Sealed>,
     prepared: Vec<Prepared>,
-    /// Whether anything was written since the last closing mark.
+    /// True if anything was written since the last closing mark.
     unmarked: bool,
-    /// What was appended to the caches, oldest first, and its bytes.
+    /// Operations appended to the caches, oldest first, and their bytes.
     cached: VecDeque<CachedOp>,
     cached_bytes: usize,
     buffer: Vec<u8>,
@@ -64,8 +64,8 @@ pub struct LogWriter {
 struct Sealed {
     /// Bytes of its records without the head, which restates what is elsewhere.
     bytes: u64,
-    /// How much of the file is known to be written and synced; none if it was not written since
-    /// this log was opened.
+    /// Length of the file known to be written and synced; None if it was not written since this log
+    /// was opened.
     allocated: Option<u64>,
 }
 
@@ -75,7 +75,7 @@ struct CachedOp {
     bytes: usize,
 }
 
-/// What the segments amount to up to the active offset.
+/// The state that the segments amount to, up to the active offset.
 struct Ledger {
     replicas: BTreeMap<ReplicaKey, Arc<Replica>>,
     highest: BTreeMap<GroupId, ReplicaId>,
@@ -545,7 +545,7 @@ impl LogWriter {
         sealed_bytes > 2 * live_bytes + 2 * self.files.segment_bytes || self.has_fragments()
     }
 
-    /// Whether earlier openings left many small segments.
+    /// Returns true if earlier openings left many small segments.
     fn has_fragments(&self) -> bool {
         let replayed = || {
             self.sealed

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use super::record::{Record, ReplicaHead};
 use crate::types::LogId;
 
-/// Where one record is in the log.
+/// Location of one record in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Spot {
     pub segment: u64,
@@ -28,7 +28,7 @@ pub(super) struct Located {
     pub end_bytes: u64,
 }
 
-/// How many live entries each segment holds.
+/// Counts the live entries of each segment.
 #[derive(Debug, Default)]
 pub(super) struct Live {
     entries: BTreeMap<u64, u64>,
@@ -59,7 +59,7 @@ impl Live {
     }
 }
 
-/// Why a record cannot follow those before it.
+/// The reason why a record cannot follow those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Contradiction {
     #[error("entry {id} does not follow {last:?}")]
@@ -114,7 +114,7 @@ impl Written {
         self.head
     }
 
-    /// How many entries are known to be live but were not found.
+    /// Returns the number of entries that are known to be live but were not found.
     pub fn missing(&self) -> u64 {
         self.missing_until
             .saturating_sub(index_after(self.head.purged))
@@ -160,7 +160,7 @@ impl Written {
             .or(self.head.purged)
     }
 
-    /// Where the byte counts of a replica stand at its purge point and at its end.
+    /// Returns the byte counts of a replica at its purge point and at its end.
     pub fn byte_counts(&self) -> (u64, u64) {
         (self.purged_bytes, self.end_bytes)
     }

@@ -181,7 +181,7 @@ fn file_name(key: ReplicaKey, log_id: Option<LogId>) -> String {
     }
 }
 
-/// What [`file_name`] made of it, if it is a file of this replica.
+/// Parses a name made by [`file_name`]; None if the file is not this replica's.
 fn log_id_of(key: ReplicaKey, name: &str) -> Option<Option<LogId>> {
     let id = name
         .strip_prefix(&key.to_string())?

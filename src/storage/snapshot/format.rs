@@ -39,10 +39,10 @@ pub const UNSYNCED_BYTES_MAX: usize = 4 << 20;
 /// Largest body of a block with more than one pair: what a reader holds at once.
 pub const BLOCK_BYTES_MAX: usize = 256 << 10;
 
-/// What a reader does with a pair.
+/// Called for each pair that is read.
 pub type Visit<'a> = dyn FnMut(&[u8], &[u8]) -> Result<(), StoreError> + 'a;
 
-/// Whose map it is, and as of when.
+/// Names the replica whose map it is, and its position in the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotHead {
     /// The replica that wrote it. A receiver keeps the file as it is, under a name of its own.
@@ -50,7 +50,7 @@ pub struct SnapshotHead {
     pub applied: Applied,
 }
 
-/// What the end of the file says of the whole.
+/// Totals at the end of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trailer {
     pub digest: Digest,
@@ -63,7 +63,7 @@ pub struct SnapshotWriter {
     file: Box<dyn DiskFile>,
     offset: u64,
     head_checksum: u32,
-    /// What was written since it was last made durable.
+    /// Bytes written since the last sync.
     unsynced: usize,
     body: Vec<u8>,
     body_pairs: u32,

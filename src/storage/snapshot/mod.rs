@@ -210,7 +210,7 @@ impl SnapshotReceiver {
         })
     }
 
-    /// How much has arrived: where a broken transfer goes on.
+    /// Returns the number of bytes that have arrived: a broken transfer goes on there.
     pub fn bytes_len(&self) -> u64 {
         self.bytes_len
     }

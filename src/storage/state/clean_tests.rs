@@ -145,7 +145,7 @@ fn assert_clean_is_true(store: &StateStore, state: &ReplicaState, context: &str)
     );
 }
 
-/// What moves do when slots have left: everything in a range goes.
+/// Deletes a whole range, as moves do when slots have left.
 fn clear(state: &ReplicaState, model: &mut Model, random: &mut StdRng, index: u64) {
     let from = random.random_range(0..250);
     let range = KeyRange {

@@ -90,7 +90,7 @@ impl TreeCopy {
     }
 }
 
-/// What became of the copy of a tree.
+/// The outcome of copying a tree.
 #[derive(Debug, PartialEq, Eq)]
 enum Copied {
     /// It is in the tree's place.
@@ -162,8 +162,8 @@ impl StateStore {
     }
 }
 
-/// Whether the trees take so much more than what is in them that copying pays. However much a tree
-/// takes that was just copied, it must have grown to twice of that.
+/// Returns true if the trees take so much more than their contents that copying pays. They must
+/// also have grown to twice their size after the last copy.
 fn is_due(shared: &Shared) -> bool {
     let disk = shared.trees.disk_bytes();
     shared.trees_disk_bytes.store(disk, Ordering::Relaxed);

@@ -84,7 +84,7 @@ pub struct Applied {
     pub membership: Bytes,
 }
 
-/// What is called once the log is durable through an id, or never will be.
+/// Called once the log is durable through an id, or never will be.
 pub type OnSynced = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// The log's side of a checkpoint.
@@ -94,7 +94,7 @@ pub trait Synced: Send + Sync {
     fn on_synced(&self, log_id: LogId, done: OnSynced);
 }
 
-/// How much is kept in memory. All limits are in bytes of keys, values and their overhead.
+/// Limits on memory and disk space. All limits are in bytes of keys, values and their overhead.
 #[derive(Debug, Clone)]
 pub struct StateOptions {
     /// A table this large is frozen: what a checkpoint writes, and at most what a start applies
@@ -106,12 +106,12 @@ pub struct StateOptions {
     /// Tables of all replicas. Past half of it in active tables, the largest are frozen before they
     /// are full. Clean tables have what the others leave.
     pub node_bytes_max: usize,
-    /// What the trees of the node may take on the disk beyond a multiple of what is in them, before
-    /// they are copied to a fresh place.
+    /// Bytes that the trees of the node may take on the disk beyond a multiple of their contents,
+    /// before they are copied to a fresh place.
     pub garbage_bytes_max: u64,
     /// Pairs that are copied there at a time.
     pub copy_page_pairs: usize,
-    /// What the trees hold in memory of what is in them.
+    /// Memory that the trees use as a cache.
     pub cache_bytes: u64,
 }
 

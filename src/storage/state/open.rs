@@ -16,13 +16,13 @@ use crate::storage::tree::{Tree, Trees, Walk};
 /// Bytes that are not flushed while a generation is filled: sled keeps them in memory.
 const FILL_FLUSH_BYTES: usize = 8 << 20;
 
-/// How a replica's map was found. Whether the replica is lost is for the caller to say, who knows
-/// where the log begins: it is, when the log was purged past what is applied now.
+/// Describes how a replica's map was found. The caller, who knows where the log begins, decides
+/// whether the replica is lost: it is if the log was purged past what is applied now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Opened {
     pub origin: Origin,
-    /// Why the newest snapshot file is not believed, if it is there and is not. It stays until the
-    /// next snapshot is durable.
+    /// The reason why the newest snapshot file is not trusted, if there is one and it is not. The
+    /// file stays until the next snapshot is durable.
     pub damaged_snapshot: Option<String>,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct Found {
 /// A tree, what it says of itself, and the bytes of its keys and values.
 pub(super) type Believed = (Arc<dyn Tree>, TreeRecord, u64);
 
-/// What looking at a tree said.
+/// The result of checking a tree.
 enum Verdict {
     /// With the bytes of keys and values.
     Good(TreeRecord, u64),

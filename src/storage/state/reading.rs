@@ -30,9 +30,9 @@ use crate::storage::tree::Tree;
 
 /// A read that takes no longer has not waited for a disk, or not so that it matters.
 const QUICK: Duration = Duration::from_micros(500);
-/// What slow reads may take of the time of the threads that serve: one part of so many.
+/// Slow reads may take one part in this many of the time of serving threads.
 const SHARE: u32 = 10;
-/// How much of that may be taken at once.
+/// Time that slow reads may take at once.
 const BURST: Duration = Duration::from_millis(30);
 /// For how long reads go elsewhere after they took more; renewed for as long as they are slow
 /// there.
@@ -44,18 +44,18 @@ const KEYS_AT_ONCE: usize = 32;
 const PAGES_AT_ONCE: usize = 4;
 const ENTRIES_AT_ONCE: usize = 16;
 
-/// What is read of the tree at once while no lock is held, and returns no more than this.
+/// Most pairs that are read from the tree at once without the lock.
 const PREVIEW_PAIRS_MAX: usize = 64;
 const PREVIEW_BYTES_MAX: usize = 64 << 10;
 
-/// What a map is read for.
+/// Purpose of a read of the map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReadKind {
     /// One key, or a few.
     Keys,
     /// Many of them: a listing, a count, a chunk of a move.
     Page,
-    /// What an entry changes.
+    /// Keys that an entry changes.
     Entry,
 }
 
@@ -118,13 +118,13 @@ impl Readers {
     }
 }
 
-/// Whether reads of single keys wait for the disk, by how long they took.
+/// Estimates from their durations whether reads of single keys wait for the disk.
 ///
 /// It is an account: slow reads fill it, time empties it. Past its limit reads go elsewhere for a
 /// while.
 pub(super) struct DiskWaits {
     start: Instant,
-    /// When the account is empty again, in microseconds after `start`.
+    /// Microseconds after `start` at which the account is empty again.
     empty_at_us: AtomicU64,
     /// Until when reads go elsewhere, likewise. Zero: they do not.
     elsewhere_until_us: AtomicU64,

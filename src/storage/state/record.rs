@@ -15,7 +15,7 @@ use crate::storage::ReplicaKey;
 /// nobody above sees one that does.
 pub const RESERVED: u8 = 0;
 
-/// Where the record is.
+/// Key of the record.
 pub const RECORD_KEY: &[u8] = b"\0record";
 
 /// The least key that the core may use.

@@ -40,8 +40,8 @@ const ENDING: &str = ".redo";
 /// time.
 const LEFT_BYTES_MAX: u64 = 64 << 10;
 
-/// What makes a tree that a checkpoint has begun to write the one that it meant: what each changed
-/// key is to be, and the record.
+/// Completes a tree that a checkpoint has begun to write: the value that each changed key is to
+/// have, and the record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redo {
     pub record: TreeRecord,
@@ -94,8 +94,8 @@ impl RedoFiles {
         })
     }
 
-    /// What the last checkpoint of a replica wrote, or was about to. None: there was none, or its
-    /// file was cut short.
+    /// Returns what the last checkpoint of a replica wrote, or was about to write. None if there
+    /// was none, or if its file was cut short.
     pub fn read(&self, key: ReplicaKey) -> Result<Option<Redo>, StoreError> {
         let path = self.path(key);
         let file = match self.disk.open(&path, Open::Existing) {

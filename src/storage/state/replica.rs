@@ -49,14 +49,14 @@ pub(super) struct Replica {
     pub shelf: Mutex<Option<Snapshot>>,
     /// Bytes of the keys and values in the tree. Changed by the holder of the pen.
     map_bytes: AtomicU64,
-    /// How many want the pen more than a snapshot scan does.
+    /// Number of waiters that go before a snapshot scan.
     waiting: Mutex<usize>,
     none_waiting: Condvar,
     /// A checkpoint of it is queued.
     queued: AtomicBool,
     /// One found the pen taken: whoever gives it back queues another.
     passed_over: AtomicBool,
-    /// Why nothing more is applied. Final.
+    /// The reason why nothing more is applied. Final.
     failure: OnceLock<String>,
     wiped: AtomicBool,
     digests: Mutex<Digests>,
@@ -73,14 +73,14 @@ struct Digests {
     noted: Option<(LogId, Digest)>,
 }
 
-/// What the holder of the pen knows of the tree.
+/// State of the tree, owned by whoever may write to it.
 pub(super) struct Pen {
     pub record: TreeRecord,
     /// Opened by the first checkpoint.
     redo: Option<RedoFile>,
-    /// Where the tree is being copied to.
+    /// The copy of the tree that is being made.
     pub copy: Option<TreeCopy>,
-    /// What is about to take the tree's place.
+    /// The map that is about to take the tree's place.
     pub prepared: Option<Prepared>,
 }
 
@@ -161,7 +161,7 @@ impl ReplicaState {
         self.replica.key
     }
 
-    /// How the map was found when it was opened.
+    /// Returns how the map was found when it was opened.
     pub fn opened(&self) -> &Opened {
         &self.replica.opened
     }
@@ -247,7 +247,8 @@ impl ReplicaState {
         self.replica.digests.lock().expect("no holder panics").noted
     }
 
-    /// Whether its data is wanted no more: that it can't be read then is no news.
+    /// Returns true if its data is no longer wanted, so that a failure to read it is not worth
+    /// reporting.
     pub fn is_wiped(&self) -> bool {
         self.replica.is_wiped()
     }
@@ -477,7 +478,7 @@ impl Replica {
             && self.shared.frozen_bytes.get() <= options.node_bytes_max / 8
     }
 
-    /// Whether the tables that wait for a snapshot scan have become too many.
+    /// Returns true if too many tables wait for a snapshot scan.
     pub fn is_crowded(&self) -> bool {
         let options = &self.shared.options;
         self.read_tables().frozen_bytes > options.frozen_bytes_max / 2

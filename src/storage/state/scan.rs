@@ -51,7 +51,7 @@ pub(super) fn rewrite_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, Store
     }
 }
 
-/// Whether the current snapshot will do where it is as new.
+/// Tells whether the current snapshot may be reused where it is as new.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Trust {
     Current,

@@ -30,7 +30,7 @@ pub struct StateStore {
     witnesses: WitnessFiles,
 }
 
-/// What is shared by the replicas of a node.
+/// State shared by the replicas of a node.
 pub(super) struct Shared {
     pub options: StateOptions,
     pub trees: Arc<dyn Trees>,
@@ -45,13 +45,13 @@ pub(super) struct Shared {
     pub counters: Counters,
     pub readers: Readers,
     pub disk_waits: DiskWaits,
-    /// What the trees took on the disk when they were last copied; zero before.
+    /// Bytes that the trees took on the disk when they were last copied; zero before.
     pub compacted_bytes: AtomicU64,
-    /// What they took when somebody last looked.
+    /// Bytes that they took at the last look.
     pub trees_disk_bytes: AtomicU64,
     /// A table is not written down, because the disk is full.
     pub lacks_room: AtomicBool,
-    /// What the checkpointer has done.
+    /// Counts the steps of the checkpointer, for the watchdog.
     pub beat: Beat,
     /// The checkpointer has a job.
     at_work: AtomicBool,
@@ -60,7 +60,7 @@ pub(super) struct Shared {
     replicas: Mutex<BTreeMap<ReplicaKey, Weak<Replica>>>,
 }
 
-/// What the maps of a node hold and did since the start.
+/// Sizes of the maps of a node, and counters since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StateMetrics {
     pub replicas: usize,
@@ -79,7 +79,7 @@ pub struct StateMetrics {
     pub reads_elsewhere: u64,
     /// Keys and values that are written down.
     pub map_bytes: u64,
-    /// What the trees took on the disk when [`StateStore::wants_compaction`] last looked.
+    /// Bytes that the trees took on the disk when [`StateStore::wants_compaction`] last looked.
     pub trees_disk_bytes: u64,
     pub snapshots_disk_bytes: u64,
 }
@@ -149,7 +149,7 @@ impl StateStore {
         Ok(state)
     }
 
-    /// What replicas without a map have instead.
+    /// Returns the files of witnesses, which have no map.
     pub fn witnesses(&self) -> &WitnessFiles {
         &self.witnesses
     }
@@ -448,7 +448,7 @@ impl Drop for Claim {
     }
 }
 
-/// What the checkpointer does.
+/// Jobs of the checkpointer.
 pub(super) enum Job {
     Checkpoint(Weak<Replica>),
     /// Drop clean tables, or freeze what is large.
@@ -537,7 +537,7 @@ impl Gauge {
     }
 }
 
-/// What happened since the start.
+/// Counters since the start.
 #[derive(Default)]
 pub(super) struct Counters {
     checkpoints: AtomicU64,

@@ -21,8 +21,8 @@ use crate::sm::ports::{
 };
 use crate::storage::tree::Tree;
 
-/// What a change costs in memory beyond its bytes: two handles, their allocations, its share of a
-/// node of the map.
+/// Bytes of memory that a change takes beyond its own: two handles, their allocations, its share of
+/// a node of the map.
 const CHANGE_OVERHEAD_BYTES: usize = 160;
 
 /// Changes in key order that are not in the tree yet, or that a clean table remembers.
@@ -61,7 +61,7 @@ impl Table {
         }
     }
 
-    /// What it costs in memory, nearly.
+    /// Returns approximately the bytes of memory that it takes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -152,7 +152,7 @@ fn head(key: &[u8]) -> u64 {
     }
 }
 
-/// What keys in a table are compared by, whoever holds the bytes.
+/// Compares keys in a table by their bytes, whoever owns them.
 trait Keyed {
     fn parts(&self) -> (u64, &[u8]);
 }
@@ -218,7 +218,7 @@ impl<'a> Borrow<dyn Keyed + 'a> for TableKey {
 /// A table that takes no more changes, on its way to the tree.
 pub struct Frozen {
     pub table: Table,
-    /// What was applied when it was frozen.
+    /// The position applied when it was frozen.
     pub applied: Applied,
     /// The log is durable through `applied`: from now on the table may be written.
     pub synced: AtomicBool,
@@ -236,12 +236,12 @@ pub struct Tables {
     /// Oldest first.
     pub frozen: VecDeque<Arc<Frozen>>,
     pub frozen_bytes: usize,
-    /// What was last written to the tree, for gets.
+    /// The table last written to the tree, kept for gets.
     pub clean: Option<Arc<Frozen>>,
     pub tree: Arc<dyn Tree>,
-    /// What the tree has.
+    /// The position that the tree contains.
     pub tree_applied: Applied,
-    /// What the map has: the tree, the frozen tables and the active one.
+    /// The position of the map: the tree, the frozen tables and the active one together.
     pub applied: Applied,
 }
 
@@ -302,7 +302,7 @@ pub struct ReadGuard<'a> {
 }
 
 impl ReadGuard<'_> {
-    /// What the map that it shows has applied.
+    /// Returns the position applied in the map that it shows.
     pub fn applied(&self) -> &Applied {
         &self.tables.applied
     }

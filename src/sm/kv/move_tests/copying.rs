@@ -306,7 +306,7 @@ fn every_change_in_a_slot_that_is_copied_is_marked() {
     assert_eq!(marks(world.shard(1), 6), ["{c}1"]);
 }
 
-/// What is left of a move from shard 1 to 2, as its driver sees it.
+/// Returns the source's state in a move from shard 1 to 2, as its driver sees it.
 fn remaining(world: &mut World) -> SourceState {
     let cursor = world.progress(MoveId(5), 2).cursor;
     source_state(&world.shard(1).map, MoveId(5), &tags(&["a"]), &cursor).expect("readable")

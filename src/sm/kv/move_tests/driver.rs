@@ -25,7 +25,7 @@ struct Driven {
     bytes_max: usize,
 }
 
-/// What happens to a step that the driver takes.
+/// Fate of a step that the driver takes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fate {
     Applied,

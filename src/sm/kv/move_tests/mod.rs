@@ -109,7 +109,7 @@ impl World {
         )
     }
 
-    /// How far a destination is with a move.
+    /// Returns the progress of a destination.
     pub fn progress(&mut self, id: MoveId, number: u64) -> Progress {
         match OpenMove::read(&self.shard(number).map, id).expect("readable") {
             Some(OpenMove {

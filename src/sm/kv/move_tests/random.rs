@@ -42,8 +42,8 @@ enum Event {
 /// One look and one step of a driver.
 #[derive(Debug, Clone)]
 struct Drive {
-    /// Which of the moves that are open; or, where the driver has not heard the end of it, of all
-    /// that there ever were, from the newest.
+    /// Index among the open moves; or, where the driver has not heard of a move's end, among all
+    /// moves ever, newest first.
     which: Result<usize, usize>,
     /// By how many entries the driver's replica is behind.
     source_lag: usize,
@@ -315,7 +315,7 @@ impl Cluster {
         self.send(shard, Command::Claim { slots }, Fate::Applied);
     }
 
-    /// Who serves a slot.
+    /// Returns the shard that serves a slot.
     fn server(&self, slot: Slot) -> Option<GroupId> {
         (1..=3).map(GroupId).find(|shard| {
             let map = self.map(*shard, 0);

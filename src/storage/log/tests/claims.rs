@@ -573,8 +573,8 @@ fn a_committed_id_is_not_durable_before_its_entry() {
     }
 }
 
-/// What is to be replaced by committed entries is still in the file when the process ends: it must
-/// not be applied as if it were they.
+/// Entries that committed ones are about to replace are still in the file when the process ends:
+/// they must not be applied in place of the committed ones.
 #[test]
 fn a_committed_id_never_speaks_for_an_entry_that_it_replaces() {
     let options = LogOptions {

@@ -11,7 +11,7 @@ struct Image {
     segments: Vec<(PathBuf, u64)>,
     /// The offset of the last mark, in the last segment.
     last_mark: u64,
-    /// How much each replica had acknowledged below the last mark.
+    /// Number of entries that each replica had acknowledged below the last mark.
     acked_below: BTreeMap<ReplicaKey, usize>,
 }
 

@@ -3,7 +3,7 @@
 
 use super::*;
 
-/// How a log's life ends; with a power cut after that or not.
+/// End of a log's life; with a power cut after that or not.
 #[derive(Debug, Clone, Copy)]
 enum End {
     Kill,

@@ -60,7 +60,7 @@ pub(super) fn entry(term: u64, index: u64, len: usize) -> Entry {
     }
 }
 
-/// What callbacks said.
+/// Collects the outcomes that callbacks were given.
 #[derive(Clone, Default)]
 pub(super) struct Outcomes(Arc<Mutex<Vec<io::Result<()>>>>);
 
@@ -74,7 +74,7 @@ impl Outcomes {
         std::mem::take(&mut self.0.lock().expect("a test's lock"))
     }
 
-    /// How many there were, all of them good.
+    /// Returns the number of outcomes, all of which must be good.
     pub fn good(&self) -> usize {
         let outcomes = self.take();
         assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
@@ -103,7 +103,7 @@ pub(super) fn pump(writer: &mut LogWriter) {
     panic!("the writer never rests");
 }
 
-/// What one replica has.
+/// Model of one replica's log.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Model {
     pub purged: Option<LogId>,
@@ -157,7 +157,7 @@ impl History {
     }
 }
 
-/// What the log holds of a replica, all read back.
+/// Reads back everything that the log holds of a replica.
 pub(super) fn observe(log: &Log, key: ReplicaKey) -> Option<Model> {
     let replica = log.replica(key)?;
     let LogState { purged, last, vote } = replica.state();
