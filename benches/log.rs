@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use quorate::storage::ReplicaKey;
 use quorate::storage::disk::{Disk, Open, RealDisk};
-use quorate::storage::log::{Entry, Log, LogMetrics, LogOptions, Payload, ReplicaLog};
+use quorate::storage::log::{Log, LogEntry, LogMetrics, LogOptions, LogPayload, ReplicaLog};
 use quorate::types::{GroupId, LogId, ReplicaId};
 
 const GROUPS: u64 = 64;
@@ -27,8 +27,8 @@ struct Group {
 
 impl Group {
     fn append(&mut self, number: usize, synced: &Sender<usize>) {
-        let payload = Payload::Normal(Bytes::from(vec![self.next as u8; PAYLOAD_BYTES]));
-        let entry = Entry {
+        let payload = LogPayload::Normal(Bytes::from(vec![self.next as u8; PAYLOAD_BYTES]));
+        let entry = LogEntry {
             id: LogId {
                 term: 1,
                 index: self.next,

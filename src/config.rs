@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::sm::level::LEVEL;
-use crate::sm::view::Asked;
+use crate::sm::view::PlacementSpec;
 use crate::types::Address;
 
 /// The port of a node that was given none.
@@ -29,7 +29,7 @@ pub struct NodeConfig {
     pub view: Option<Vec<Address>>,
     /// It founds no cluster and helps to found none.
     pub join_only: bool,
-    pub asked: Asked,
+    pub asked: PlacementSpec,
     pub data_dir: PathBuf,
     /// Bytes of map held in memory by sled's cache.
     pub cache_bytes: u64,
@@ -147,7 +147,7 @@ mod tests {
             listen: vec![address("127.0.0.1:1")],
             view: view.map(|view| view.iter().map(|text| address(text)).collect()),
             join_only: false,
-            asked: Asked::default(),
+            asked: PlacementSpec::default(),
             data_dir: PathBuf::from("data"),
             cache_bytes: 1 << 20,
             log_bytes: 256 << 20,

@@ -38,12 +38,12 @@ const LAST_LINE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The reason why a process cannot go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ended {
+pub struct ProcessEnd {
     pub part: &'static str,
     pub reason: String,
 }
 
-impl Ended {
+impl ProcessEnd {
     fn panicked(part: &'static str, panic: &(dyn Any + Send)) -> Self {
         Self {
             part,
@@ -52,7 +52,7 @@ impl Ended {
     }
 }
 
-impl fmt::Display for Ended {
+impl fmt::Display for ProcessEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { part, reason } = self;
         write!(
@@ -87,13 +87,13 @@ impl Beat {
 
 /// Is told of each supervised part that ends by a panic. Clones are the same.
 #[derive(Clone)]
-pub struct Supervisor(Arc<Inner>);
+pub struct Supervisor(Arc<SupervisorInner>);
 
-struct Inner {
-    end: Box<dyn Fn(&Ended) + Send + Sync>,
+struct SupervisorInner {
+    end: Box<dyn Fn(&ProcessEnd) + Send + Sync>,
     beats: Mutex<Vec<(&'static str, Weak<Beat>)>>,
     #[cfg(test)]
-    faults: testing::Faults,
+    faults: testing::PartFaults,
 }
 
 /// The identity of a supervised task.
@@ -110,13 +110,13 @@ tokio::task_local! {
 
 impl Supervisor {
     /// Returns one that calls `end` for each part that has panicked or hangs.
-    pub fn new(end: impl Fn(&Ended) + Send + Sync + 'static) -> Self {
+    pub fn new(end: impl Fn(&ProcessEnd) + Send + Sync + 'static) -> Self {
         let end = Box::new(end);
-        Self(Arc::new(Inner {
+        Self(Arc::new(SupervisorInner {
             end,
             beats: Mutex::default(),
             #[cfg(test)]
-            faults: testing::Faults::default(),
+            faults: testing::PartFaults::default(),
         }))
     }
 
@@ -126,7 +126,7 @@ impl Supervisor {
     }
 
     /// The node cannot go on.
-    pub fn end(&self, ended: &Ended) {
+    pub fn end(&self, ended: &ProcessEnd) {
         (self.0.end)(ended);
     }
 
@@ -145,7 +145,7 @@ impl Supervisor {
             .name(part.to_owned())
             .spawn(move || {
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
-                    supervisor.end(&Ended::panicked(part, &*panic));
+                    supervisor.end(&ProcessEnd::panicked(part, &*panic));
                     resume_unwind(panic);
                 }
             })
@@ -223,7 +223,7 @@ async fn guarded<T>(current: Current, task: impl Future<Output = T>) -> T {
     match AssertUnwindSafe(task).catch_unwind().await {
         Ok(done) => done,
         Err(panic) => {
-            supervisor.end(&Ended::panicked(part, &*panic));
+            supervisor.end(&ProcessEnd::panicked(part, &*panic));
             resume_unwind(panic)
         }
     }
@@ -243,7 +243,7 @@ pub fn inherit<T>(task: impl Future<Output = T>) -> impl Future<Output = T> {
 }
 
 /// Says why on standard error, as every other end is said, and ends the process.
-fn end_process(ended: &Ended) -> ! {
+fn end_process(ended: &ProcessEnd) -> ! {
     let line = format!("quorate: {ended}. Start it again\n");
     let (written, is_written) = mpsc::channel();
     let write = move || {
@@ -271,22 +271,22 @@ pub mod testing {
     use super::*;
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub enum Fault {
+    pub enum PartFault {
         Panics,
         /// It awaits what never comes.
         Hangs,
     }
 
     /// Faults to inject into parts, by name.
-    pub(super) struct Faults(watch::Sender<HashMap<&'static str, Fault>>);
+    pub(super) struct PartFaults(watch::Sender<HashMap<&'static str, PartFault>>);
 
-    impl Default for Faults {
+    impl Default for PartFaults {
         fn default() -> Self {
             Self(watch::Sender::new(HashMap::new()))
         }
     }
 
-    impl Faults {
+    impl PartFaults {
         pub(super) fn put_into<T, F>(
             &self,
             part: &'static str,
@@ -311,8 +311,8 @@ pub mod testing {
                 tokio::select! {
                     biased;
                     fault = fault => match fault {
-                        Some(Fault::Panics) => panic!("put in by a test"),
-                        Some(Fault::Hangs) | None => futures::future::pending().await,
+                        Some(PartFault::Panics) => panic!("put in by a test"),
+                        Some(PartFault::Hangs) | None => futures::future::pending().await,
                     },
                     done = task => done,
                 }
@@ -322,9 +322,9 @@ pub mod testing {
 
     impl Supervisor {
         /// Returns one that only notes the first end.
-        pub fn noting() -> (Self, watch::Receiver<Option<Ended>>) {
+        pub fn noting() -> (Self, watch::Receiver<Option<ProcessEnd>>) {
             let (sender, ended) = watch::channel(None);
-            let note = move |end: &Ended| {
+            let note = move |end: &ProcessEnd| {
                 sender.send_if_modified(|first| {
                     let is_first = first.is_none();
                     first.get_or_insert_with(|| end.clone());
@@ -335,7 +335,7 @@ pub mod testing {
         }
 
         /// Has every part of this name, also those that start later, meet with the fault.
-        pub fn put_in(&self, part: &'static str, fault: Fault) {
+        pub fn put_in(&self, part: &'static str, fault: PartFault) {
             self.0.faults.0.send_modify(|faults| {
                 faults.insert(part, fault);
             });
@@ -345,7 +345,7 @@ pub mod testing {
 
 #[cfg(test)]
 mod tests {
-    use super::testing::Fault;
+    use super::testing::PartFault;
     use super::*;
 
     #[tokio::test]
@@ -363,7 +363,7 @@ mod tests {
             .clone();
         assert_eq!(
             first,
-            Some(Ended {
+            Some(ProcessEnd {
                 part: "parent",
                 reason: "it panicked: of the child".to_owned()
             })
@@ -383,7 +383,7 @@ mod tests {
             .start_thread("writer", || panic!("of the {}", "thread"))
             .expect("a thread");
         assert!(thread.join().is_err());
-        let expected = Ended {
+        let expected = ProcessEnd {
             part: "writer",
             reason: "it panicked: of the thread".to_owned(),
         };
@@ -404,7 +404,7 @@ mod tests {
         while ticking.steps() < 10 {
             tokio::task::yield_now().await;
         }
-        supervisor.put_in("ticking", Fault::Hangs);
+        supervisor.put_in("ticking", PartFault::Hangs);
         for _ in 0..3 {
             tokio::task::yield_now().await;
         }

@@ -13,7 +13,7 @@ use clap::Args;
 
 use crate::config::{DATA_DIR_DEFAULT, NodeConfig, PORT_DEFAULT, is_unspecified};
 use crate::sm::log_space::LOG_BYTES_MIN;
-use crate::sm::view::Asked;
+use crate::sm::view::PlacementSpec;
 use crate::telemetry::LogFormat;
 use crate::types::{Address, ParseError};
 
@@ -178,7 +178,10 @@ impl Arguments {
             public_address: given(self.public_address.as_ref()).cloned(),
             view,
             join_only: self.join_only.unwrap_or(false),
-            asked: Asked::from_flags(given(self.repl_factor.as_ref()).copied(), self.shards),
+            asked: PlacementSpec::from_flags(
+                given(self.repl_factor.as_ref()).copied(),
+                self.shards,
+            ),
             cache_bytes: self.cache_mib.saturating_mul(1 << 20),
             log_bytes: self.log_mib.saturating_mul(1 << 20),
             disk_reserve_bytes: self.disk_reserve_mib.map(|mib| mib.saturating_mul(1 << 20)),
@@ -526,7 +529,7 @@ mod tests {
         ]);
         assert_eq!(
             (config.address.as_str(), config.view, config.asked),
-            ("127.0.0.1:13800", None, Asked::default())
+            ("127.0.0.1:13800", None, PlacementSpec::default())
         );
         assert_eq!(config.public_address, None);
     }

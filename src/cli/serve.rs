@@ -273,7 +273,7 @@ impl PeerService for Face {
     fn announce(
         &self,
         announcement: Announcement,
-    ) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
+    ) -> BoxFuture<'_, Result<meta::MetaOutcome, Failure>> {
         Box::pin(self.node.announce(announcement))
     }
 }

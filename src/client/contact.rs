@@ -191,7 +191,7 @@ mod tests {
     }
 
     fn member() -> Standing {
-        let node = |at: u64| crate::sm::view::Node {
+        let node = |at: u64| crate::sm::view::NodeSpec {
             address: format!("a:{at}").parse().expect("an address"),
             public_address: None,
             directory: DirectoryId(u128::from(at)),

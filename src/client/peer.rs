@@ -19,9 +19,9 @@ use super::call::silence;
 use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
 use crate::sm::level::{LEVEL, TooOld};
 use crate::sm::meta;
-use crate::sm::recovery::Cause;
+use crate::sm::recovery::FailureCause;
 use crate::sm::starts::{Start, Starts};
-use crate::sm::view::{Node, View};
+use crate::sm::view::{NodeSpec, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 /// Nodes that are asked at once who they are: they must cost few descriptors.
@@ -124,7 +124,7 @@ pub enum GreetingReply {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announcement {
     pub cluster: ClusterId,
-    pub command: meta::Command,
+    pub command: meta::MetaCommand,
 }
 
 /// What a node says of its replicas.
@@ -152,7 +152,7 @@ pub struct Hosting {
 pub struct FailedReplica {
     pub group: GroupId,
     pub replica: ReplicaId,
-    pub cause: Cause,
+    pub cause: FailureCause,
     /// For so long it has not run, but perhaps for moments.
     pub for_ms: u64,
     pub reason: String,
@@ -338,7 +338,11 @@ impl PeerCaller {
     }
 
     /// As [`PeerCaller::identity`], of the node with this directory.
-    pub async fn identity_of(&self, node: &Node, timeout: Duration) -> Result<Identity, PeerError> {
+    pub async fn identity_of(
+        &self,
+        node: &NodeSpec,
+        timeout: Duration,
+    ) -> Result<Identity, PeerError> {
         let identity = self.identity(&node.address, timeout).await?;
         if identity.directory != node.directory {
             return Err(PeerError::AnotherNode {
@@ -367,7 +371,7 @@ impl PeerCaller {
     /// Asks the node with this directory for its replicas.
     pub async fn replicas(
         &self,
-        node: &Node,
+        node: &NodeSpec,
         timeout: Duration,
     ) -> Result<Vec<HostedReplica>, PeerError> {
         self.hosting(node, timeout)
@@ -376,7 +380,7 @@ impl PeerCaller {
     }
 
     /// As [`PeerCaller::replicas`], with what the node says of itself besides.
-    pub async fn hosting(&self, node: &Node, timeout: Duration) -> Result<Hosting, PeerError> {
+    pub async fn hosting(&self, node: &NodeSpec, timeout: Duration) -> Result<Hosting, PeerError> {
         let address = &node.address;
         let get = self
             .http
@@ -418,7 +422,7 @@ impl PeerCaller {
         address: &Address,
         announcement: &Announcement,
         timeout: Duration,
-    ) -> Result<meta::Outcome, PeerError> {
+    ) -> Result<meta::MetaOutcome, PeerError> {
         let post = self
             .http
             .post(format!("http://{address}/peer/announce"))

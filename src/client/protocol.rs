@@ -15,9 +15,9 @@ use super::peer::FailedReplica;
 use super::store::{Consistency, Failure, Found, Item, ScanRange};
 use crate::budget::{Share, UNCHARGED_BYTES_MAX, hold_together};
 use crate::sm::kv::{
-    Command, DestinationState, MoveOutcome, OperationOutcome, Record, Write, WriteOutcome,
+    DestinationState, KvCommand, MoveOutcome, OperationOutcome, Record, Write, WriteOutcome,
 };
-use crate::sm::view::{Asked, SlotTable};
+use crate::sm::view::{PlacementSpec, SlotTable};
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch,
     ReplicaId, Slot,
@@ -63,7 +63,7 @@ pub enum ShardBody {
     /// The number of keys in the slots that the shard owns.
     Count,
     /// A step of a slot move, or a chunk of one, from the leader of its source.
-    Move(Command),
+    Move(KvCommand),
     /// How far the shard is with a move of slots to it.
     MoveState {
         id: MoveId,
@@ -212,7 +212,7 @@ pub struct ClusterStatus {
     /// What every node can read, and so what leaders may propose.
     #[serde(default)]
     pub level: u16,
-    pub asked: Asked,
+    pub asked: PlacementSpec,
     /// The node that answered.
     pub answered_by: NodeId,
     /// The leader of the meta group, as the answering node knows it.

@@ -57,7 +57,7 @@ impl ShardMap {
                 },
             )
         });
-        let place = |node: &crate::sm::view::Node| NodePlace {
+        let place = |node: &crate::sm::view::NodeSpec| NodePlace {
             address: node.address.clone(),
             public: node.public().clone(),
         };
@@ -209,7 +209,7 @@ fn owners(slots: &SlotTable) -> Vec<GroupId> {
 mod tests {
     use super::*;
     use crate::client::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
-    use crate::sm::view::Asked;
+    use crate::sm::view::PlacementSpec;
     use crate::types::{DirectoryId, PlanEpoch, ReplicaId};
 
     fn status() -> ClusterStatus {
@@ -248,7 +248,7 @@ mod tests {
             epoch: PlanEpoch(1),
             version: MapVersion(4),
             level: 0,
-            asked: Asked::default(),
+            asked: PlacementSpec::default(),
             answered_by: NodeId(1),
             meta_leader: None,
             nodes: vec![node(1), node(2), node(3)],

@@ -15,7 +15,9 @@ use super::protocol::ClusterStatus;
 use super::shard_map::ShardMap;
 use super::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
-use crate::sm::kv::{ANSWER_BYTES_MAX, GetsWeight, Operation, OperationOutcome, Record, Rejection};
+use crate::sm::kv::{
+    ANSWER_BYTES_MAX, GetsWeight, Operation, OperationOutcome, Record, WriteRejection,
+};
 use crate::sm::ports::KeyRange;
 use crate::sm::requests::REQUESTS_BYTES_MAX;
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
@@ -132,7 +134,7 @@ pub enum WriteFailure {
     /// Certainly nothing was changed by the operations of this shard. Positions in it are those of
     /// the caller's list.
     #[error("rejected: {0:?}")]
-    Rejected(Rejection),
+    Rejected(WriteRejection),
     #[error(transparent)]
     Failed(Failure),
 }

@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 
 use super::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use super::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
-use crate::sm::view::{Asked, SlotTable};
+use crate::sm::view::{PlacementSpec, SlotTable};
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId,
 };
@@ -121,7 +121,7 @@ pub fn status(version: u64, leader: Option<usize>, nodes: &[Address]) -> Cluster
         epoch: PlanEpoch(1),
         version: MapVersion(version),
         level: 0,
-        asked: Asked::default(),
+        asked: PlacementSpec::default(),
         answered_by: NodeId(1),
         meta_leader: Some(NodeId(1)),
         nodes: nodes.iter().enumerate().map(node).collect(),

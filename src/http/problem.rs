@@ -40,7 +40,7 @@ use serde_json::{Map, Value};
 use crate::client::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use crate::client::store::Failure;
 use crate::client::view_change::{EPOCH_CHANGED, NODE_NOT_READY, VIEW_REFUSED, ViewChangeFailure};
-use crate::sm::kv::Rejection;
+use crate::sm::kv::WriteRejection;
 use crate::types::{Address, PlanEpoch, Revision};
 
 /// What a client can rely on to tell errors apart.
@@ -297,30 +297,30 @@ impl From<ViewChangeFailure> for Problem {
     }
 }
 
-impl From<Rejection> for Problem {
-    fn from(rejection: Rejection) -> Self {
+impl From<WriteRejection> for Problem {
+    fn from(rejection: WriteRejection) -> Self {
         // A store tries again elsewhere, or waits, on the first two. One that has given up has
         // changed nothing.
         match rejection {
-            Rejection::WrongOwner { slot, .. } => Problem::new(
+            WriteRejection::WrongOwner { slot, .. } => Problem::new(
                 Code::Unavailable,
                 format!("slot {slot} is on its way to another shard"),
             )
             .retry_after_ms(1000),
-            Rejection::Frozen { slot } => Problem::new(
+            WriteRejection::Frozen { slot } => Problem::new(
                 Code::Unavailable,
                 format!("slot {slot} is frozen by a move"),
             )
             .retry_after_ms(1000),
-            Rejection::ConditionFailed { current, .. } => Problem::condition_failed(current),
-            Rejection::KeyReused { .. } => {
+            WriteRejection::ConditionFailed { current, .. } => Problem::condition_failed(current),
+            WriteRejection::KeyReused { .. } => {
                 let detail = "this Idempotency-Key was used in the last 10 minutes for a request \
                               with other content to a key of the same slot: a new request takes a \
                               new one";
                 Problem::new(Code::IdempotencyKeyReused, detail)
             }
-            Rejection::AnswerTooLarge { bytes } => Failure::of_answer(bytes).into(),
-            Rejection::RequestsFull { slot } => Problem::new(
+            WriteRejection::AnswerTooLarge { bytes } => Failure::of_answer(bytes).into(),
+            WriteRejection::RequestsFull { slot } => Problem::new(
                 Code::Overloaded,
                 format!("slot {slot} remembers as many idempotency keys as it may"),
             )

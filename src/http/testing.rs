@@ -32,12 +32,12 @@ use crate::client::store::*;
 use crate::client::view_change::{
     ChangeInProgress, Phase, PlannedChange, ReplicationFactor, ViewChange, ViewChangeFailure,
 };
-use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, Rejection};
+use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, WriteRejection};
 use crate::sm::level::LEVEL;
 use crate::sm::meta;
 use crate::sm::placement::first_view;
 use crate::sm::slots::slot_of;
-use crate::sm::view::{Asked, Group, Node, View};
+use crate::sm::view::{GroupSpec, NodeSpec, PlacementSpec, View};
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Revision,
 };
@@ -85,7 +85,7 @@ struct State {
     reads_take: Duration,
     asked: Vec<Options>,
     nodes: Vec<Address>,
-    asked_of_view: Asked,
+    asked_of_view: PlacementSpec,
     here: Option<NodeId>,
     cluster: Option<Arc<FakeStore>>,
     is_superseded: bool,
@@ -214,7 +214,7 @@ impl FakeStore {
     }
 
     /// What was asked of the view.
-    pub fn set_asked(&self, asked: Asked) {
+    pub fn set_asked(&self, asked: PlacementSpec) {
         self.state.lock().expect("no panic").asked_of_view = asked;
     }
 
@@ -279,7 +279,7 @@ impl FakeStore {
 
 impl State {
     fn view(&self) -> View {
-        let node = |(address, id): (Address, u128)| Node {
+        let node = |(address, id): (Address, u128)| NodeSpec {
             address,
             public_address: None,
             directory: DirectoryId(id),
@@ -363,7 +363,7 @@ impl State {
             let shard = shard(&operation.key);
             let failure = match (self.ask(shard, options), self.holds(operation)) {
                 (Err(failure), _) => WriteFailure::Failed(failure),
-                (Ok(()), Err(current)) => WriteFailure::Rejected(Rejection::ConditionFailed {
+                (Ok(()), Err(current)) => WriteFailure::Rejected(WriteRejection::ConditionFailed {
                     operation: position,
                     current,
                 }),
@@ -467,7 +467,10 @@ impl Store for FakeStore {
             Some((before, written)) if *before == operations => written.clone(),
             Some(_) => {
                 let slot = crate::types::Slot::all().next().expect("there are slots");
-                vec![Err(WriteFailure::Rejected(Rejection::KeyReused { slot })); operations.len()]
+                vec![
+                    Err(WriteFailure::Rejected(WriteRejection::KeyReused { slot }));
+                    operations.len()
+                ]
             }
             None => {
                 let written = state.write(&operations, options);
@@ -579,7 +582,7 @@ impl Store for FakeStore {
             slots,
             ..
         } = self.state.lock().expect("no panic").view();
-        let node = |(id, node): (NodeId, Node)| NodeStatus {
+        let node = |(id, node): (NodeId, NodeSpec)| NodeStatus {
             id,
             public_address: node.public().clone(),
             address: node.address,
@@ -597,7 +600,7 @@ impl Store for FakeStore {
             applied: None,
             leaving: false,
         };
-        let shard = |(id, group): (&GroupId, &Group)| ShardStatus {
+        let shard = |(id, group): (&GroupId, &GroupSpec)| ShardStatus {
             id: *id,
             home: group.home,
             leader: None,
@@ -822,9 +825,9 @@ impl PeerService for Echo {
     fn announce(
         &self,
         announcement: Announcement,
-    ) -> BoxFuture<'_, Result<meta::Outcome, Failure>> {
+    ) -> BoxFuture<'_, Result<meta::MetaOutcome, Failure>> {
         Box::pin(ready(match announcement.command {
-            meta::Command::Announce { .. } => Ok(meta::Outcome::Done),
+            meta::MetaCommand::Announce { .. } => Ok(meta::MetaOutcome::Done),
             _ => Err(Failure::Unavailable {
                 reason: "not the meta leader".into(),
                 retry_after_ms: 1,
@@ -836,12 +839,13 @@ impl PeerService for Echo {
 /// A member's, whose view has maps with numbers for keys.
 pub fn identity() -> Identity {
     let address: Address = "a:1".parse().expect("an address");
-    let node = Node {
+    let node = NodeSpec {
         address: address.clone(),
         public_address: None,
         directory: DirectoryId(5),
     };
-    let view = first_view(ClusterId(7), Asked::default(), vec![node]).expect("a view of one node");
+    let view =
+        first_view(ClusterId(7), PlacementSpec::default(), vec![node]).expect("a view of one node");
     let standing = Standing::Member {
         view: Box::new(view),
     };

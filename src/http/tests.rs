@@ -21,7 +21,7 @@ use crate::client::peer::{
 };
 use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
 use crate::client::store::{Consistency, Failure};
-use crate::sm::view::Node;
+use crate::sm::view::NodeSpec;
 use crate::sm::{codec, meta};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId};
 
@@ -522,7 +522,7 @@ async fn peers_ask_in_json_and_frames() {
             .expect("an answer"),
         refused
     );
-    let node = |directory| Node {
+    let node = |directory| NodeSpec {
         address: address.clone(),
         public_address: None,
         directory,
@@ -547,7 +547,7 @@ async fn peers_ask_in_json_and_frames() {
         })
         .expect("JSON")
     };
-    let command = meta::Command::Announce {
+    let command = meta::MetaCommand::Announce {
         node: NodeId(1),
         directory: DirectoryId(5),
         address: address.clone(),
@@ -561,7 +561,7 @@ async fn peers_ask_in_json_and_frames() {
     let Standing::Member { view } = identity().standing else {
         unreachable!("it is a member's")
     };
-    let found = meta::Command::Found { view };
+    let found = meta::MetaCommand::Found { view };
     assert_eq!(
         site.post_json("/peer/announce", announce(found))
             .await

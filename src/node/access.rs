@@ -170,7 +170,7 @@ impl Access {
                     .propose_command(migrator::timed(command, group), deadline)
                     .await
                 {
-                    Ok(kv::Outcome::Moved(outcome)) => ShardReply::Moved(outcome),
+                    Ok(kv::KvOutcome::Moved(outcome)) => ShardReply::Moved(outcome),
                     Ok(other) => ShardReply::Failed(Failure::Unknown {
                         reason: format!("a step was answered by {other:?}"),
                     }),
@@ -249,7 +249,7 @@ impl Access {
 
     /// Of a shard that ends: what it does not have any more. Its replicas stop as soon as nothing
     /// is left, and the outcome of a write that is proposed just before would not be known.
-    async fn gone(&self, group: &Replica, write: &kv::Write) -> Option<kv::Rejection> {
+    async fn gone(&self, group: &Replica, write: &kv::Write) -> Option<kv::WriteRejection> {
         if self
             .member
             .view()
@@ -266,7 +266,7 @@ impl Access {
                 .iter()
                 .find_map(|operation| match kv::find(read, &operation.key) {
                     Ok(FindOutcome::NotOwned { slot, moved_to }) => {
-                        Some(kv::Rejection::WrongOwner { slot, moved_to })
+                        Some(kv::WriteRejection::WrongOwner { slot, moved_to })
                     }
                     Ok(FindOutcome::Owned(_)) | Err(_) => None,
                 })
@@ -760,7 +760,7 @@ fn told(outcome: kv::WriteOutcome, share: Option<Share>) -> ShardReply {
             let reason = "it was done, and what its gets return is too large to be told".to_owned();
             ShardReply::Failed(Failure::Unknown { reason })
         }
-        kv::WriteOutcome::Rejected(kv::Rejection::AnswerTooLarge { bytes }) => {
+        kv::WriteOutcome::Rejected(kv::WriteRejection::AnswerTooLarge { bytes }) => {
             ShardReply::Failed(Failure::of_answer(bytes))
         }
         outcome => match share {
@@ -791,9 +791,9 @@ fn bytes_got(outcome: &kv::WriteOutcome) -> usize {
     }
 }
 
-/// Answers by what `work` finds in the map of a replica; see [`ReplicaState::read_in`].
+/// Answers by what `work` finds in the map of a replica; see [`ReplicaMap::read_in`].
 ///
-/// [`ReplicaState::read_in`]: crate::storage::state::ReplicaState::read_in
+/// [`ReplicaMap::read_in`]: crate::storage::state::ReplicaState::read_in
 async fn read_map(
     group: &Replica,
     kind: ReadKind,

@@ -17,10 +17,10 @@ use tokio_util::sync::CancellationToken;
 use super::member::Member;
 use crate::client::peer::{HostedReplica, NotedDigest};
 use crate::raft::Replica;
-use crate::sm::agreement::{Verdict, is_majority_of_one_mind, judge};
-use crate::sm::kv::{Command, Outcome};
+use crate::sm::agreement::{AgreementVerdict, is_majority_of_one_mind, judge};
+use crate::sm::kv::{KvCommand, KvOutcome};
 use crate::sm::level::Feature;
-use crate::sm::view::Node;
+use crate::sm::view::NodeSpec;
 use crate::telemetry::rarely;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 
@@ -160,10 +160,10 @@ impl Agreement {
     async fn begin(&self, group: &Replica) -> Comparing {
         let before = group.state().noted_digest().map(|(at, _)| at);
         match group
-            .propose_command(Command::Compare, Instant::now() + PROPOSE_TIMEOUT)
+            .propose_command(KvCommand::Compare, Instant::now() + PROPOSE_TIMEOUT)
             .await
         {
-            Ok(Outcome::Compared) => Comparing::Asked {
+            Ok(KvOutcome::Compared) => Comparing::Asked {
                 since: Instant::now(),
                 before,
             },
@@ -216,7 +216,7 @@ impl Agreement {
         let new = nodes
             .into_iter()
             .filter(|node| *node != self.member.node && !self.heard.contains_key(node));
-        let new: Vec<(NodeId, Node)> = new
+        let new: Vec<(NodeId, NodeSpec)> = new
             .filter_map(|id| Some((id, view.nodes.get(&id)?.clone())))
             .collect();
         let member = &self.member;
@@ -239,7 +239,7 @@ impl Agreement {
         let (id, own) = (group.key().group, group.key().replica);
         let members: BTreeSet<ReplicaId> = told.members.keys().copied().collect();
         match judge(&members, &told.digests) {
-            Verdict::Agree => {
+            AgreementVerdict::Agree => {
                 if group.alarm().is_none() {
                     return true;
                 }
@@ -255,7 +255,7 @@ impl Agreement {
                 }
                 is_recorded
             }
-            Verdict::Minority(differing) => {
+            AgreementVerdict::Minority(differing) => {
                 if group.alarm().is_some() && self.record(group, None).await {
                     group.set_alarm(None);
                 }
@@ -277,7 +277,7 @@ impl Agreement {
                 }
                 false
             }
-            Verdict::NoMajority => {
+            AgreementVerdict::NoMajority => {
                 let reason = format!(
                     "its replicas differ as of entry {}, and no majority is of one mind ({} of {} \
                      answered); bring the others back, or restore the shard",
@@ -305,12 +305,12 @@ impl Agreement {
         if !self.member.allows(Feature::ReadOnlyEntries) {
             return true;
         }
-        let command = Command::SetReadOnly { reason };
+        let command = KvCommand::SetReadOnly { reason };
         match group
             .propose_command(command, Instant::now() + PROPOSE_TIMEOUT)
             .await
         {
-            Ok(Outcome::ReadOnlySet) => true,
+            Ok(KvOutcome::ReadOnlySet) => true,
             Ok(_) => false,
             Err(error) => {
                 tracing::warn!(

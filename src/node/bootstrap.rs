@@ -529,7 +529,7 @@ mod tests {
     use super::*;
     use crate::sm::level::LEVEL;
     use crate::sm::placement::first_view;
-    use crate::sm::view::{Asked, Node};
+    use crate::sm::view::{NodeSpec, PlacementSpec};
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
 
@@ -608,14 +608,14 @@ mod tests {
     }
 
     fn found(actors: &[Actor]) -> View {
-        let node = |actor: &Actor| Node {
+        let node = |actor: &Actor| NodeSpec {
             address: actor.address.clone(),
             public_address: None,
             directory: actor.directory,
         };
         first_view(
             ClusterId(7),
-            Asked::default(),
+            PlacementSpec::default(),
             actors.iter().map(node).collect(),
         )
         .expect("a view")

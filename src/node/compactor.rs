@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::sm::ports::StoreError;
 use crate::storage::background;
 use crate::storage::log::Log;
-use crate::storage::state::StateStore;
+use crate::storage::state::MapStore;
 
 /// Between two looks at how much the maps take.
 const TICK: Duration = Duration::from_secs(3);
@@ -23,12 +23,12 @@ const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(60);
 
 /// Copies maps to a fresh place when that pays.
 pub struct Compactor {
-    states: Arc<StateStore>,
+    states: Arc<MapStore>,
     log: Log,
 }
 
 impl Compactor {
-    pub fn new(states: Arc<StateStore>, log: Log) -> Self {
+    pub fn new(states: Arc<MapStore>, log: Log) -> Self {
         Self { states, log }
     }
 

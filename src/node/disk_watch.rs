@@ -16,7 +16,7 @@ use super::member::Member;
 use crate::raft::Replica;
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::Log;
-use crate::storage::state::StateStore;
+use crate::storage::state::MapStore;
 use crate::telemetry::Rarely;
 use crate::types::{GroupId, NodeId};
 
@@ -34,14 +34,14 @@ const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
 pub struct DiskWatch {
     member: Arc<Member>,
     log: Log,
-    states: Arc<StateStore>,
+    states: Arc<MapStore>,
     level: DiskLevel,
     not_before: HashMap<GroupId, Instant>,
     unseen: Rarely,
 }
 
 impl DiskWatch {
-    pub fn new(member: Arc<Member>, log: Log, states: Arc<StateStore>) -> Self {
+    pub fn new(member: Arc<Member>, log: Log, states: Arc<MapStore>) -> Self {
         Self {
             member,
             log,

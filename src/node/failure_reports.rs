@@ -141,23 +141,23 @@ fn meta_voters(view: &View, but: NodeId) -> Vec<Address> {
 mod tests {
     use super::*;
     use crate::sm::placement::first_view;
-    use crate::sm::recovery::Cause;
-    use crate::sm::view::{Asked, Node};
+    use crate::sm::recovery::FailureCause;
+    use crate::sm::view::{NodeSpec, PlacementSpec};
     use crate::types::ClusterId;
 
     const SHARD: GroupId = GroupId(1);
 
     fn view() -> View {
-        let node = |number: u32| Node {
+        let node = |number: u32| NodeSpec {
             address: format!("n{number}:1").parse().expect("an address"),
             public_address: None,
             directory: DirectoryId(u128::from(number)),
         };
         let nodes = (1..=3).map(node).collect();
-        first_view(ClusterId(9), Asked::default(), nodes).expect("a view")
+        first_view(ClusterId(9), PlacementSpec::default(), nodes).expect("a view")
     }
 
-    fn failed(replica: ReplicaId, cause: Cause) -> FailedReplica {
+    fn failed(replica: ReplicaId, cause: FailureCause) -> FailedReplica {
         FailedReplica {
             group: SHARD,
             replica,
@@ -182,7 +182,10 @@ mod tests {
     fn a_node_can_tell_only_of_its_own_replicas() {
         let view = view();
         let on = |node| view.replica_on(SHARD, NodeId(node)).expect("it has one");
-        let all = vec![failed(on(2), Cause::Damaged), failed(on(3), Cause::Damaged)];
+        let all = vec![
+            failed(on(2), FailureCause::Damaged),
+            failed(on(3), FailureCause::Damaged),
+        ];
         let told = Told::from([(NodeId(2), all)]);
         let expected = Failing {
             for_ms: 7,
@@ -191,7 +194,7 @@ mod tests {
         let failing = failing_replicas(&view, &told);
         assert_eq!(failing, BTreeMap::from([((SHARD, on(2)), expected)]));
         assert!(failing_nodes(&told).is_empty());
-        let full = Told::from([(NodeId(2), vec![failed(on(2), Cause::DiskFull)])]);
+        let full = Told::from([(NodeId(2), vec![failed(on(2), FailureCause::DiskFull)])]);
         assert_eq!(failing_nodes(&full), BTreeSet::from([NodeId(2)]));
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::client::peer::FailedReplica;
-use crate::sm::recovery::{Cause, retry_pause_ms};
+use crate::sm::recovery::{FailureCause, retry_pause_ms};
 use crate::storage::ReplicaKey;
 
 /// A replica that has run for so long has recovered: its next failure is the first of a row again.
@@ -37,7 +37,7 @@ struct Ledger {
 
 /// Failures of one replica in a row.
 struct Row {
-    cause: Cause,
+    cause: FailureCause,
     reason: String,
     since: Instant,
     failures: u32,
@@ -57,7 +57,7 @@ struct Telling {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     pub key: ReplicaKey,
-    pub cause: Cause,
+    pub cause: FailureCause,
     pub reason: String,
     pub for_time: Duration,
     pub retry_in: Duration,
@@ -66,7 +66,7 @@ pub struct Failure {
 /// Counts for the metrics page.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FailureCounts {
-    pub now: BTreeMap<Cause, u64>,
+    pub now: BTreeMap<FailureCause, u64>,
     pub longest: Duration,
     pub failed_total: u64,
     pub recovered_total: u64,
@@ -74,7 +74,7 @@ pub struct FailureCounts {
 
 impl Failures {
     /// Notes that a replica could not be opened, or has stopped.
-    pub fn failed(&self, key: ReplicaKey, cause: Cause, reason: String) {
+    pub fn failed(&self, key: ReplicaKey, cause: FailureCause, reason: String) {
         let now = Instant::now();
         let mut ledger = self.lock();
         ledger.failed_total += 1;
@@ -253,14 +253,16 @@ impl Telling {
 }
 
 /// Returns what an operator can do about it, as the end of a sentence.
-fn advice(cause: Cause) -> &'static str {
+fn advice(cause: FailureCause) -> &'static str {
     match cause {
-        Cause::Descriptors => ". Raise the limit of open files (ulimit -n, LimitNOFILE)",
-        Cause::DiskFull => ". Free space on the disk of its data directory",
-        Cause::Database => ". The process starts again by itself",
-        Cause::Damaged => ". If it does not recover, the cluster replaces it after --replace-after",
-        Cause::Program => ". Start a newer program",
-        Cause::Other => "",
+        FailureCause::Descriptors => ". Raise the limit of open files (ulimit -n, LimitNOFILE)",
+        FailureCause::DiskFull => ". Free space on the disk of its data directory",
+        FailureCause::Database => ". The process starts again by itself",
+        FailureCause::Damaged => {
+            ". If it does not recover, the cluster replaces it after --replace-after"
+        }
+        FailureCause::Program => ". Start a newer program",
+        FailureCause::Other => "",
     }
 }
 
@@ -283,7 +285,7 @@ mod tests {
         let failures = Failures::default();
         assert!(failures.is_due(KEY));
         for pause_ms in [250, 500, 1000, 2000] {
-            failures.failed(KEY, Cause::Other, "why".to_owned());
+            failures.failed(KEY, FailureCause::Other, "why".to_owned());
             pass(pause_ms - 1).await;
             assert!(!failures.is_due(KEY), "{pause_ms}");
             pass(1).await;
@@ -297,7 +299,7 @@ mod tests {
         let counts = failures.counts();
         assert_eq!(
             (counts.now, counts.failed_total),
-            (BTreeMap::from([(Cause::Other, 1)]), 4)
+            (BTreeMap::from([(FailureCause::Other, 1)]), 4)
         );
     }
 
@@ -305,13 +307,13 @@ mod tests {
     async fn one_that_runs_for_a_moment_only_goes_on_where_it_was() {
         let failures = Failures::default();
         for _ in 0..4 {
-            failures.failed(KEY, Cause::Other, "why".to_owned());
+            failures.failed(KEY, FailureCause::Other, "why".to_owned());
         }
         failures.runs(KEY);
         assert_eq!(failures.of(KEY), None, "it runs");
         pass(10_000).await;
         failures.runs(KEY);
-        failures.failed(KEY, Cause::Other, "again".to_owned());
+        failures.failed(KEY, FailureCause::Other, "again".to_owned());
         let failure = failures.of(KEY).expect("it has failed");
         assert_eq!(
             failure.retry_in,
@@ -323,7 +325,7 @@ mod tests {
         failures.runs(KEY);
         pass(60_000).await;
         failures.runs(KEY);
-        failures.failed(KEY, Cause::Other, "much later".to_owned());
+        failures.failed(KEY, FailureCause::Other, "much later".to_owned());
         let failure = failures.of(KEY).expect("it has failed");
         assert_eq!(
             (failure.retry_in, failure.for_time),
@@ -346,7 +348,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_not_of_this_node_any_more_is_forgotten() {
         let failures = Failures::default();
-        failures.failed(KEY, Cause::Damaged, "why".to_owned());
+        failures.failed(KEY, FailureCause::Damaged, "why".to_owned());
         assert_eq!(failures.told().len(), 1);
         failures.retain(&BTreeSet::new());
         assert!(failures.told().is_empty() && !failures.has_failed_before(KEY));

@@ -520,7 +520,7 @@ impl Joining {
             match reply {
                 Ok(identity) => {
                     level = level.min(identity.speaks);
-                    nodes.push(view::Node {
+                    nodes.push(view::NodeSpec {
                         address: address.clone(),
                         public_address: identity.public_address,
                         directory: identity.directory,

@@ -28,7 +28,7 @@ use crate::storage::directory::Stamp;
 use crate::storage::disk::Disk;
 use crate::storage::log::{self, Log, LogOptions, LogWriter, OpenLogError};
 use crate::storage::sealed;
-use crate::storage::state::StateStore;
+use crate::storage::state::MapStore;
 use crate::types::{ClusterId, NodeId};
 
 const LOG: &str = "log";
@@ -185,7 +185,7 @@ fn forget_all(log: &Log, writer: &mut LogWriter) -> Result<(), StartError> {
 /// # Errors
 ///
 /// When the disk or the database fails.
-pub fn clear_maps(log: &Log, states: &StateStore) -> Result<(), StartError> {
+pub fn clear_maps(log: &Log, states: &MapStore) -> Result<(), StartError> {
     let known: BTreeSet<_> = log.replicas().into_iter().collect();
     Ok(states.keep_only(&known)?)
 }
@@ -202,7 +202,7 @@ mod tests {
     use crate::storage::log::{Expect, Vote};
     use crate::storage::mem_trees::{Crash, MemTrees};
     use crate::storage::sim_disk::SimDisk;
-    use crate::storage::state::{Applied, OnSynced, Origin, StateOptions, Synced};
+    use crate::storage::state::{Applied, MapOptions, OnSynced, Origin, Synced};
     use crate::types::{GroupId, LogId, ReplicaId};
 
     const DIRECTORY: &str = "/data";
@@ -240,7 +240,7 @@ mod tests {
         trees: &MemTrees,
         stamp: &Stamp,
         cluster: u128,
-    ) -> Result<(Log, LogWriter, StateStore), StartError> {
+    ) -> Result<(Log, LogWriter, MapStore), StartError> {
         let shared: Arc<dyn Disk> = Arc::new(disk.clone());
         let options = LogOptions {
             expect: Expect::NewOrExisting,
@@ -255,11 +255,11 @@ mod tests {
             ClusterId(cluster),
             options,
         )?;
-        let (states, _) = StateStore::open(
+        let (states, _) = MapStore::open(
             Arc::new(trees.clone()),
             shared,
             Path::new(DIRECTORY),
-            StateOptions::default(),
+            MapOptions::default(),
         )?;
         clear_maps(&log, &states)?;
         Ok((log, writer, states))
@@ -305,7 +305,7 @@ mod tests {
     }
 
     /// Nothing of an earlier life is there: not in the log, nor beside it.
-    fn assert_new(log: &Log, states: &StateStore, context: &str) {
+    fn assert_new(log: &Log, states: &MapStore, context: &str) {
         assert!(log.replicas().is_empty(), "{context}: {:?}", log.replicas());
         assert_eq!(
             states.witnesses().read(WITNESS).expect("readable"),
@@ -356,12 +356,12 @@ mod tests {
     fn a_member_keeps_what_it_has_whatever_the_file_says() {
         let (disk, trees) = (SimDisk::new(1), MemTrees::new());
         live(&disk, &trees, &Stamp::Fresh, 1);
-        let of = crate::sm::view::Node {
+        let of = crate::sm::view::NodeSpec {
             address: "127.0.0.1:1".parse().expect("an address"),
             public_address: None,
             directory: crate::types::DirectoryId(7),
         };
-        let asked = crate::sm::view::Asked::default();
+        let asked = crate::sm::view::PlacementSpec::default();
         let view = crate::sm::placement::first_view(ClusterId(2), asked, vec![of])
             .expect("a view of one node");
         let stamp = Stamp::Member {

@@ -18,7 +18,7 @@ use super::member::{Member, read_applied_view};
 use crate::raft::Replica;
 use crate::sm::level::TooOld;
 use crate::sm::meta;
-use crate::sm::view::{Node, View};
+use crate::sm::view::{NodeSpec, View};
 use crate::types::{GroupId, MapVersion, NodeId};
 
 /// Between two rounds of asking; more often where the level is raised sooner.
@@ -128,7 +128,7 @@ impl Levels {
 
     /// Asks every node of the view what it speaks, and whether it holds the level.
     async fn ask(&self, view: &View) -> BTreeMap<NodeId, (u16, bool)> {
-        let nodes: Vec<(NodeId, Node)> = view
+        let nodes: Vec<(NodeId, NodeSpec)> = view
             .nodes
             .iter()
             .map(|(id, node)| (*id, node.clone()))
@@ -150,17 +150,17 @@ impl Levels {
     }
 
     async fn raise(&self, meta: &Replica, level: u16, over: MapVersion) {
-        let command = meta::Command::RaiseLevel { level, over };
+        let command = meta::MetaCommand::RaiseLevel { level, over };
         match meta
             .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
             .await
         {
-            Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => tracing::info!(
+            Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => tracing::info!(
                 "the cluster is at level {level} now: every node knows it. An older program can't \
                 take part any more"
             ),
             // The view has changed meanwhile: all are asked again.
-            Ok(meta::Outcome::Rejected(rejection)) => {
+            Ok(meta::MetaOutcome::Rejected(rejection)) => {
                 tracing::debug!("the level was not raised: {rejection:?}")
             }
             Err(error) => tracing::debug!("the level was not raised: {error}"),
@@ -185,18 +185,23 @@ pub async fn outgrown(mut views: watch::Receiver<Arc<View>>, speaks: u16) -> Too
 mod tests {
     use super::*;
     use crate::sm::placement::first_view;
-    use crate::sm::view::Asked;
+    use crate::sm::view::PlacementSpec;
     use crate::types::{ClusterId, DirectoryId};
 
     const AFTER: Duration = Duration::from_secs(60);
 
     fn view() -> View {
-        let node = |number: u32| Node {
+        let node = |number: u32| NodeSpec {
             address: format!("n{number}:1").parse().expect("an address"),
             public_address: None,
             directory: DirectoryId(u128::from(number)),
         };
-        first_view(ClusterId(9), Asked::default(), vec![node(1), node(2)]).expect("a view")
+        first_view(
+            ClusterId(9),
+            PlacementSpec::default(),
+            vec![node(1), node(2)],
+        )
+        .expect("a view")
     }
 
     #[test]

@@ -47,12 +47,15 @@ pub enum Stepped<'a> {
     /// Towards the members that the view wants.
     Members {
         group: GroupId,
-        step: &'a membership::Step,
+        step: &'a membership::MembershipStep,
     },
     /// A move was opened.
     Opened { from: GroupId, to: GroupId },
     /// Of a move that is open.
-    Moved { of: &'a Move, step: &'a moves::Step },
+    Moved {
+        of: &'a Move,
+        step: &'a moves::MoveStep,
+    },
     /// Some of what moves have left over was deleted.
     Cleared { shard: GroupId },
 }

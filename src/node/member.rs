@@ -32,7 +32,7 @@ use crate::raft::Replica;
 use crate::raft::transport::{Peer, Resolver};
 use crate::raft::{Registry, WitnessReplica};
 use crate::sm::level::Feature;
-use crate::sm::view::{Node, View, Witness as Seat};
+use crate::sm::view::{NodeSpec, View, WitnessSpec as Seat};
 use crate::sm::{kv, meta};
 use crate::storage::state::ReadKind;
 use crate::types::{
@@ -494,9 +494,9 @@ impl Member {
     /// Why there is no answer. After [`Failure::Unknown`] it may have been applied.
     pub async fn tell_meta(
         &self,
-        command: meta::Command,
+        command: meta::MetaCommand,
         timeout: Duration,
-    ) -> Result<meta::Outcome, Failure> {
+    ) -> Result<meta::MetaOutcome, Failure> {
         let meta = self.meta()?;
         if meta.leads() {
             return match meta.propose_meta(command, Instant::now() + timeout).await {
@@ -532,11 +532,12 @@ impl Member {
     /// As of [`Member::tell_meta`].
     pub async fn take_address(
         &self,
-        announce: meta::Command,
+        announce: meta::MetaCommand,
         timeout: Duration,
-    ) -> Result<meta::Outcome, Failure> {
+    ) -> Result<meta::MetaOutcome, Failure> {
         let outcome = self.tell_meta(announce.clone(), timeout).await?;
-        let meta::Outcome::Rejected(meta::Rejection::AddressTaken { address, by }) = &outcome
+        let meta::MetaOutcome::Rejected(meta::MetaRejection::AddressTaken { address, by }) =
+            &outcome
         else {
             return Ok(outcome);
         };
@@ -555,17 +556,17 @@ impl Member {
             there"
         );
         let place_holder = place_holder(*by).map_err(|error| unavailable(error.to_string()))?;
-        let away = meta::Command::Announce {
+        let away = meta::MetaCommand::Announce {
             node: *by,
             directory,
             address: place_holder,
             public_address: None,
         };
         match self.tell_meta(away, timeout).await? {
-            meta::Outcome::Done | meta::Outcome::MoveOpened { .. } => {
+            meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. } => {
                 self.tell_meta(announce, timeout).await
             }
-            rejected @ meta::Outcome::Rejected(_) => Ok(rejected),
+            rejected @ meta::MetaOutcome::Rejected(_) => Ok(rejected),
         }
     }
 
@@ -634,13 +635,13 @@ impl Member {
         {
             return status.clone();
         }
-        let ask = |(id, node): (NodeId, Node)| async move {
+        let ask = |(id, node): (NodeId, NodeSpec)| async move {
             if id == self.node {
                 return (id, Some(self.hosting(false).await));
             }
             (id, self.peers.hosting(&node, STATUS_TIMEOUT).await.ok())
         };
-        let nodes: Vec<(NodeId, Node)> = view
+        let nodes: Vec<(NodeId, NodeSpec)> = view
             .nodes
             .iter()
             .map(|(id, node)| (*id, node.clone()))
@@ -791,7 +792,7 @@ fn hosted_witness(witness: &WitnessReplica) -> HostedReplica {
 fn describe_shard(
     view: &View,
     id: GroupId,
-    group: &crate::sm::view::Group,
+    group: &crate::sm::view::GroupSpec,
     answers: &HashMap<NodeId, Option<Hosting>>,
 ) -> ShardStatus {
     let told = |replica: ReplicaId, node: NodeId| -> Option<&HostedReplica> {
@@ -888,17 +889,21 @@ fn health(hosted: Option<&HostedReplica>, leads: bool, applied_index: u64) -> Re
 mod tests {
     use super::*;
     use crate::sm::placement::first_view;
-    use crate::sm::view::Asked;
+    use crate::sm::view::PlacementSpec;
 
     #[test]
     fn a_plan_that_was_taken_over_is_told_from_one_that_was_done() {
-        let node = |at: u128| Node {
+        let node = |at: u128| NodeSpec {
             address: format!("10.0.0.{at}:1").parse().expect("an address"),
             public_address: None,
             directory: DirectoryId(at),
         };
-        let first = first_view(ClusterId(7), Asked::default(), (1..=3).map(node).collect())
-            .expect("a view");
+        let first = first_view(
+            ClusterId(7),
+            PlacementSpec::default(),
+            (1..=3).map(node).collect(),
+        )
+        .expect("a view");
         let next = |view: &View, epochs: u64, versions: u64| View {
             epoch: PlanEpoch(view.epoch.0 + epochs),
             version: MapVersion(view.version.0 + versions),

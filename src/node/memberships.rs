@@ -14,10 +14,10 @@ use super::machine::{Machine, Stepped};
 use super::member::Member;
 use crate::client::peer::HostedReplica;
 use crate::raft::Replica;
-use crate::sm::membership::{Observed, Step, next_step};
+use crate::sm::membership::{MembershipStep, ObservedMembership, next_step};
 use crate::sm::meta;
 #[cfg(test)]
-use crate::sm::view::Reported;
+use crate::sm::view::ReportedMembership;
 use crate::sm::view::{self, View};
 use crate::types::{Address, GroupId, NodeId, ReplicaId};
 
@@ -84,7 +84,7 @@ impl Memberships {
 }
 
 /// Whether nothing is to be done, seen cheaply: idle groups are asked this ten times a second.
-fn is_as_wanted(of: &view::Group, group: &Replica) -> bool {
+fn is_as_wanted(of: &view::GroupSpec, group: &Replica) -> bool {
     let watch = group.watch();
     let watch = watch.borrow();
     let membership = &watch.committed_membership;
@@ -111,12 +111,12 @@ impl Shared {
         };
         let step = next_step(of, &observed);
         match &step {
-            Step::Nothing | Step::Wait => return true,
-            Step::AddLearner(_)
-            | Step::SetVoters(_)
-            | Step::RemoveLearners(_)
-            | Step::HandOver(_)
-            | Step::Report(_) => {
+            MembershipStep::Nothing | MembershipStep::Wait => return true,
+            MembershipStep::AddLearner(_)
+            | MembershipStep::SetVoters(_)
+            | MembershipStep::RemoveLearners(_)
+            | MembershipStep::HandOver(_)
+            | MembershipStep::Report(_) => {
                 tracing::debug!("group {id}: {step:?}");
             }
         }
@@ -140,7 +140,7 @@ impl Shared {
     }
 
     /// None while this replica has yet to learn the membership.
-    fn observe(&self, of: &view::Group, group: &Replica) -> Option<Observed> {
+    fn observe(&self, of: &view::GroupSpec, group: &Replica) -> Option<ObservedMembership> {
         let me = group.key().replica;
         let watch = group.watch().borrow().clone();
         let membership = watch.membership;
@@ -165,7 +165,7 @@ impl Shared {
             .map(|(replica, _)| replica)
             .collect();
         let members = membership.voters.keys().chain(membership.learners.keys());
-        Some(Observed {
+        Some(ObservedMembership {
             me,
             log_id: membership.log_id?,
             is_settled: membership.is_uniform
@@ -189,14 +189,14 @@ impl Shared {
     async fn take(
         &self,
         view: &View,
-        of: &view::Group,
+        of: &view::GroupSpec,
         group: &Replica,
-        step: Step,
+        step: MembershipStep,
     ) -> Result<(), String> {
         let id = group.key().group;
         match step {
-            Step::Nothing | Step::Wait => Ok(()),
-            Step::AddLearner(replica) => {
+            MembershipStep::Nothing | MembershipStep::Wait => Ok(()),
+            MembershipStep::AddLearner(replica) => {
                 let wanted = of.wanted().find(|(wanted, _)| *wanted == replica);
                 let node = wanted
                     .map(|(_, node)| node)
@@ -219,19 +219,19 @@ impl Shared {
                 };
                 added.map_err(|error| error.to_string())
             }
-            Step::SetVoters(voters) => group
+            MembershipStep::SetVoters(voters) => group
                 .change_voters(voters)
                 .await
                 .map_err(|error| error.to_string()),
-            Step::RemoveLearners(learners) => group
+            MembershipStep::RemoveLearners(learners) => group
                 .remove_learners(learners)
                 .await
                 .map_err(|error| error.to_string()),
-            Step::HandOver(successor) => group
+            MembershipStep::HandOver(successor) => group
                 .transfer_leader(successor)
                 .await
                 .map_err(|error| error.to_string()),
-            Step::Report(reported) => {
+            MembershipStep::Report(reported) => {
                 // Only a leader that a quorum follows still knows the members; by now it knew this
                 // plan.
                 group
@@ -242,17 +242,17 @@ impl Shared {
                     return Err("the members have changed meanwhile".into());
                 }
                 let known = view.version;
-                let report = meta::Command::Report {
+                let report = meta::MetaCommand::Report {
                     group: id,
                     reported,
                     plan: view.epoch,
                 };
                 match self.member.tell_meta(report, STEP_TIMEOUT).await {
-                    Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
+                    Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => {
                         self.member.wait_for_map(known).await;
                         Ok(())
                     }
-                    Ok(meta::Outcome::Rejected(rejection)) => Err(format!("{rejection:?}")),
+                    Ok(meta::MetaOutcome::Rejected(rejection)) => Err(format!("{rejection:?}")),
                     Err(failure) => Err(failure.to_string()),
                 }
             }
@@ -348,13 +348,13 @@ impl Memberships {
             .shared
             .observe(of, &led)
             .ok_or("the membership is unknown")?;
-        let reported = Reported {
+        let reported = ReportedMembership {
             log_id: observed.log_id,
             voters: observed.voters,
             learners: observed.learners,
         };
         self.shared
-            .take(view, of, &led, Step::Report(reported))
+            .take(view, of, &led, MembershipStep::Report(reported))
             .await
     }
 
@@ -371,7 +371,7 @@ impl Memberships {
             .get(&group)
             .ok_or("the view has no such group")?;
         self.shared
-            .take(view, of, &led, Step::AddLearner(replica))
+            .take(view, of, &led, MembershipStep::AddLearner(replica))
             .await
     }
 }

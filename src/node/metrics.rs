@@ -11,10 +11,10 @@ use super::watchdog::Findings;
 use crate::budget::Budget;
 use crate::client::reply;
 use crate::raft::FairBudget;
-use crate::sm::recovery::Cause;
-use crate::sm::scrub::Kind;
+use crate::sm::recovery::FailureCause;
+use crate::sm::scrub::ScrubKind;
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
-use crate::storage::state::{StateMetrics, StateStore};
+use crate::storage::state::{MapMetrics, MapStore};
 
 /// Samples of one name.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,7 +44,7 @@ pub struct Sample {
 pub fn families(
     member: &Member,
     log: &Log,
-    states: &StateStore,
+    states: &MapStore,
     findings: &Findings,
     scrubs: &ScrubCounts,
 ) -> Vec<Family> {
@@ -67,8 +67,8 @@ pub fn families(
 /// Returns what scrubs have read and found.
 fn of_scrubs(scrubs: &ScrubCounts) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
-    let by_kind = |counts: &BTreeMap<Kind, u64>| {
-        let sample = |kind: Kind| {
+    let by_kind = |counts: &BTreeMap<ScrubKind, u64>| {
+        let sample = |kind: ScrubKind| {
             let value = counts.get(&kind).copied().unwrap_or(0) as f64;
             Sample {
                 suffix: "",
@@ -76,7 +76,7 @@ fn of_scrubs(scrubs: &ScrubCounts) -> Vec<Family> {
                 value,
             }
         };
-        Kind::ALL.into_iter().map(sample).collect::<Vec<_>>()
+        ScrubKind::ALL.into_iter().map(sample).collect::<Vec<_>>()
     };
     vec![
         one(
@@ -235,7 +235,7 @@ fn syncs(log: &LogMetrics) -> Vec<Sample> {
 
 /// Returns what is on the disk, by kind: how much of it is live says `quorate_log_live_bytes` and
 /// `quorate_map_bytes`.
-fn of_the_disk(log: &LogMetrics, maps: &StateMetrics) -> Family {
+fn of_the_disk(log: &LogMetrics, maps: &MapMetrics) -> Family {
     let sample = |kind: &str, bytes: u64| Sample {
         suffix: "",
         labels: vec![("kind", kind.to_owned())],
@@ -288,7 +288,7 @@ fn of_disk_room(log: &Log) -> Vec<Family> {
     ]
 }
 
-fn of_states(state: &StateMetrics) -> Vec<Family> {
+fn of_states(state: &MapMetrics) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
     vec![
         one(
@@ -463,7 +463,7 @@ fn of_rooms(member: &Member) -> Vec<Family> {
 /// Returns how many replicas do not run, by cause: as many samples as there are causes.
 fn of_failures(counts: &FailureCounts) -> Vec<Family> {
     use FamilyKind::{Counter, Gauge};
-    let sample = |cause: Cause| Sample {
+    let sample = |cause: FailureCause| Sample {
         suffix: "",
         labels: vec![("cause", cause.name().to_owned())],
         value: counts.now.get(&cause).copied().unwrap_or(0) as f64,
@@ -473,7 +473,7 @@ fn of_failures(counts: &FailureCounts) -> Vec<Family> {
             "quorate_replicas_failed",
             Gauge,
             "Replicas of this node that could not be opened, or have stopped, and do not run now.",
-            Cause::ALL.into_iter().map(sample).collect(),
+            FailureCause::ALL.into_iter().map(sample).collect(),
         ),
         one(
             "quorate_replica_failed_seconds",

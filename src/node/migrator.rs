@@ -22,10 +22,11 @@ use crate::client::router::ShardAccess;
 use crate::client::store::{Consistency, Options, Routing};
 use crate::raft::{ProposeError, Replica};
 use crate::sm::kv::{
-    self, Command, DestinationState, MoveOutcome, MoveStep, Progress, Remaining, SourceState,
+    self, DestinationState, InstallProgress, KvCommand, MoveCommand, MoveOutcome, Remaining,
+    SourceState,
 };
 use crate::sm::meta;
-use crate::sm::moves::{Budget, CLEAR_KEYS_MAX, Move, Side, Step, next_step};
+use crate::sm::moves::{CLEAR_KEYS_MAX, Move, MoveLimits, MoveSide, MoveStep, next_step};
 use crate::sm::ports::StoreError;
 use crate::sm::slots::SlotState;
 use crate::sm::view::View;
@@ -225,18 +226,21 @@ impl Shared {
         };
         match self
             .member
-            .tell_meta(meta::Command::OpenMove { slots, from, to }, STEP_TIMEOUT)
+            .tell_meta(
+                meta::MetaCommand::OpenMove { slots, from, to },
+                STEP_TIMEOUT,
+            )
             .await
         {
-            Ok(meta::Outcome::MoveOpened { id }) => {
+            Ok(meta::MetaOutcome::MoveOpened { id }) => {
                 tracing::debug!("move {id} from shard {from} to {to} is open");
                 self.machine.stepped(Stepped::Opened { from, to }).await;
             }
-            Ok(meta::Outcome::Rejected(rejection)) => {
+            Ok(meta::MetaOutcome::Rejected(rejection)) => {
                 tracing::debug!("no move from shard {from} to {to} was opened: {rejection:?}");
                 self.pause(from);
             }
-            Ok(meta::Outcome::Done) => {}
+            Ok(meta::MetaOutcome::Done) => {}
             Err(error) => {
                 tracing::debug!("no move from shard {from} to {to} was opened: {error}");
                 self.pause(from);
@@ -278,7 +282,7 @@ impl Shared {
         let step = self.decide(group, of, drive).await?;
         let waits_for_none = drive.catching_up.is_none() && drive.frozen.is_none();
         let turn = match &step {
-            Step::Copy(_) | Step::Clear if waits_for_none => Some(self.turn().await?),
+            MoveStep::Copy(_) | MoveStep::Clear if waits_for_none => Some(self.turn().await?),
             _ => None,
         };
         let waited = begun.elapsed();
@@ -297,7 +301,12 @@ impl Shared {
         self.copying.acquire().await.map_err(|_| Hitch::NotLeader)
     }
 
-    async fn decide(&self, group: &Replica, of: &Move, drive: &mut Drive) -> Result<Step, Hitch> {
+    async fn decide(
+        &self,
+        group: &Replica,
+        of: &Move,
+        drive: &mut Drive,
+    ) -> Result<MoveStep, Hitch> {
         // What is read here must be what a leader has applied.
         group
             .read_barrier(Instant::now() + STEP_TIMEOUT)
@@ -336,30 +345,31 @@ impl Shared {
         &self,
         group: &Replica,
         of: &Move,
-        step: &Step,
+        step: &MoveStep,
         drive: &mut Drive,
     ) -> Result<bool, Hitch> {
         match step {
-            Step::Copy(progress) => self.copy(group, of, progress, drive).await?,
-            Step::Complete { chunk } => self.complete(group, of, *chunk, drive).await?,
-            Step::Commit => {
+            MoveStep::Copy(progress) => self.copy(group, of, progress, drive).await?,
+            MoveStep::Complete { chunk } => self.complete(group, of, *chunk, drive).await?,
+            MoveStep::Commit => {
                 if self
-                    .end(of, meta::Command::CommitMove { id: of.id })
+                    .end(of, meta::MetaCommand::CommitMove { id: of.id })
                     .await?
                 {
                     self.member.moves.count_move(of.slots.len());
                 }
                 return Ok(true);
             }
-            Step::End => {
+            MoveStep::End => {
                 self.pause(of.from);
-                self.end(of, meta::Command::AbortMove { id: of.id }).await?;
+                self.end(of, meta::MetaCommand::AbortMove { id: of.id })
+                    .await?;
                 return Ok(true);
             }
-            Step::Over => return Ok(true),
-            Step::Wait(reason) => return Err(Hitch::Later(format!("{reason:?}"))),
+            MoveStep::Over => return Ok(true),
+            MoveStep::Wait(reason) => return Err(Hitch::Later(format!("{reason:?}"))),
             step => {
-                if let Step::Abort(reason) = step {
+                if let MoveStep::Abort(reason) = step {
                     tracing::info!(
                         "move {} of {} slots to shard {} is taken back: {reason:?}",
                         of.id,
@@ -367,13 +377,13 @@ impl Shared {
                         of.to
                     );
                 }
-                if *step == Step::Freeze {
+                if *step == MoveStep::Freeze {
                     drive.frozen = Some(Instant::now());
                 }
                 if let Some((side, command)) = step.command(of) {
                     self.send(group, of, side, command, drive).await?;
                 }
-                if let (Step::Activate, Some(since)) = (step, drive.frozen) {
+                if let (MoveStep::Activate, Some(since)) = (step, drive.frozen) {
                     self.member.moves.count_freeze(since.elapsed());
                 }
             }
@@ -381,9 +391,9 @@ impl Shared {
         Ok(false)
     }
 
-    fn budget(&self, of: &Move, drive: &Drive) -> Budget {
+    fn budget(&self, of: &Move, drive: &Drive) -> MoveLimits {
         let view = self.member.view();
-        Budget {
+        MoveLimits {
             freeze_bytes_max: FREEZE_BYTES_MAX,
             freeze_now: drive
                 .catching_up
@@ -402,7 +412,7 @@ impl Shared {
         &self,
         group: &Replica,
         of: &Move,
-        progress: &Progress,
+        progress: &InstallProgress,
         drive: &mut Drive,
     ) -> Result<(), Hitch> {
         let (id, cursor) = (of.id, progress.cursor.clone());
@@ -416,8 +426,8 @@ impl Shared {
         self.send(
             group,
             of,
-            Side::Destination,
-            Command::Install {
+            MoveSide::Destination,
+            KvCommand::Install {
                 time_ms: 0,
                 install,
             },
@@ -441,8 +451,9 @@ impl Shared {
         let Some(contents) = contents else {
             return Err(Hitch::Later("the move is not frozen here yet".into()));
         };
-        let step = MoveStep::Complete { chunk, contents }.of(of.id, &of.slots);
-        self.send(group, of, Side::Destination, step, drive).await
+        let step = MoveCommand::Complete { chunk, contents }.of(of.id, &of.slots);
+        self.send(group, of, MoveSide::Destination, step, drive)
+            .await
     }
 
     /// Has one side apply an entry, and goes on from what it answered.
@@ -450,19 +461,19 @@ impl Shared {
         &self,
         group: &Replica,
         of: &Move,
-        side: Side,
-        command: Command,
+        side: MoveSide,
+        command: KvCommand,
         drive: &mut Drive,
     ) -> Result<(), Hitch> {
         let outcome = match side {
-            Side::Source => match group
+            MoveSide::Source => match group
                 .propose_command(command, Instant::now() + STEP_TIMEOUT)
                 .await?
             {
-                kv::Outcome::Moved(outcome) => outcome,
+                kv::KvOutcome::Moved(outcome) => outcome,
                 other => return Err(Hitch::Later(format!("a step was answered by {other:?}"))),
             },
-            Side::Destination => {
+            MoveSide::Destination => {
                 drive.destination = None;
                 match self.call(of.to, ShardBody::Move(command)).await {
                     ShardReply::Moved(outcome) => outcome,
@@ -485,7 +496,7 @@ impl Shared {
                     of.from,
                     of.to
                 );
-                let abort = MoveStep::Abort.of(of.id, &of.slots);
+                let abort = MoveCommand::Abort.of(of.id, &of.slots);
                 group
                     .propose_command(abort, Instant::now() + STEP_TIMEOUT)
                     .await?;
@@ -499,11 +510,11 @@ impl Shared {
     }
 
     /// Has the meta group end the move. False: it had ended before.
-    async fn end(&self, of: &Move, command: meta::Command) -> Result<bool, Hitch> {
+    async fn end(&self, of: &Move, command: meta::MetaCommand) -> Result<bool, Hitch> {
         let known = self.member.view().version;
         let is_news = match self.member.tell_meta(command, STEP_TIMEOUT).await {
-            Ok(meta::Outcome::Done) => true,
-            Ok(meta::Outcome::Rejected(meta::Rejection::NoSuchMove(_))) => false,
+            Ok(meta::MetaOutcome::Done) => true,
+            Ok(meta::MetaOutcome::Rejected(meta::MetaRejection::NoSuchMove(_))) => false,
             Ok(other) => return Err(Hitch::Later(format!("the meta group answered {other:?}"))),
             Err(failure) => return Err(Hitch::Later(failure.to_string())),
         };
@@ -573,7 +584,7 @@ impl Shared {
                 }
             };
             let Some((id, slots)) = left else { return true };
-            let step = MoveStep::Clear {
+            let step = MoveCommand::Clear {
                 limit: CLEAR_KEYS_MAX,
             }
             .of(id, &slots);
@@ -583,7 +594,7 @@ impl Shared {
                 .propose_command(step, Instant::now() + STEP_TIMEOUT)
                 .await
             {
-                Ok(kv::Outcome::Moved(MoveOutcome::Cleared { .. })) => {
+                Ok(kv::KvOutcome::Moved(MoveOutcome::Cleared { .. })) => {
                     self.machine.stepped(Stepped::Cleared { shard }).await;
                     tokio::time::sleep((begun.elapsed() * CLEAR_RESTS).min(REST_MAX)).await;
                 }
@@ -633,27 +644,27 @@ async fn next_slots(
 }
 
 /// Whether a command is a step of a move: what a shard takes from the driver of one.
-pub fn is_step(command: &Command) -> bool {
+pub fn is_step(command: &KvCommand) -> bool {
     match command {
-        Command::Move { .. } | Command::Install { .. } => true,
-        Command::Write { .. }
-        | Command::BoundedWrite { .. }
-        | Command::Claim { .. }
-        | Command::Compare
-        | Command::SetReadOnly { .. } => false,
+        KvCommand::Move { .. } | KvCommand::Install { .. } => true,
+        KvCommand::Write { .. }
+        | KvCommand::BoundedWrite { .. }
+        | KvCommand::Claim { .. }
+        | KvCommand::Compare
+        | KvCommand::SetReadOnly { .. } => false,
     }
 }
 
 /// Before a command that changes many keys at once, and that no client waits for.
-pub async fn wait_ample_room(group: &Replica, command: &Command) {
+pub async fn wait_ample_room(group: &Replica, command: &KvCommand) {
     let can_wait = match command {
-        Command::Install { install, .. } => install.is_one_of_many(),
-        Command::Move { step, .. } => matches!(step, MoveStep::Clear { .. }),
-        Command::Write { .. }
-        | Command::BoundedWrite { .. }
-        | Command::Claim { .. }
-        | Command::Compare
-        | Command::SetReadOnly { .. } => false,
+        KvCommand::Install { install, .. } => install.is_one_of_many(),
+        KvCommand::Move { step, .. } => matches!(step, MoveCommand::Clear { .. }),
+        KvCommand::Write { .. }
+        | KvCommand::BoundedWrite { .. }
+        | KvCommand::Claim { .. }
+        | KvCommand::Compare
+        | KvCommand::SetReadOnly { .. } => false,
     };
     if can_wait {
         // Not for ever: whoever sent it looks again what there is to do.
@@ -662,9 +673,9 @@ pub async fn wait_ample_room(group: &Replica, command: &Command) {
 }
 
 /// What the leader of a destination proposes: a chunk carries its group time.
-pub fn timed(command: Command, group: &Replica) -> Command {
+pub fn timed(command: KvCommand, group: &Replica) -> KvCommand {
     match command {
-        Command::Install { install, .. } => Command::Install {
+        KvCommand::Install { install, .. } => KvCommand::Install {
             time_ms: group.time_ms(),
             install,
         },

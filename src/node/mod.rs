@@ -514,7 +514,7 @@ impl Node {
     }
 
     /// Has the meta group, if this node leads it, apply the announcement of another node.
-    pub async fn announce(&self, announcement: Announcement) -> Result<meta::Outcome, Failure> {
+    pub async fn announce(&self, announcement: Announcement) -> Result<meta::MetaOutcome, Failure> {
         match self.running.get() {
             Some(running) => running.announce(announcement).await,
             None => Err(self.unavailable()),

@@ -14,7 +14,7 @@ use super::failures::Failures;
 use super::member::Member;
 use super::reconciler::{may_create, replicas_of};
 use crate::raft::{OpenError, Registry};
-use crate::sm::recovery::Cause;
+use crate::sm::recovery::FailureCause;
 use crate::sm::view::{self, View};
 use crate::storage::ReplicaKey;
 
@@ -47,7 +47,7 @@ enum As {
 }
 
 impl As {
-    fn of(group: &view::Group, key: ReplicaKey) -> Self {
+    fn of(group: &view::GroupSpec, key: ReplicaKey) -> Self {
         // A member's first replica of the meta group was opened before it was one.
         let is_first_of_meta = key.group.is_meta() && group.creation.contains_key(&key.replica);
         let may_create = may_create(group, key.replica) && !is_first_of_meta;
@@ -144,9 +144,9 @@ fn is_to_be_opened(member: &Member, failures: &Failures, key: ReplicaKey) -> boo
         Found::Stopped(reason) if failures.of(key).is_none() => {
             let is_given_up = member.registry.maps_given_up().is_some();
             let cause = if is_given_up {
-                Cause::Database
+                FailureCause::Database
             } else {
-                Cause::Other
+                FailureCause::Other
             };
             failures.failed(key, cause, format!("it has stopped: {reason}"));
             false
@@ -178,8 +178,10 @@ fn note(member: &Member, key: ReplicaKey, opened: Result<(), OpenError>) {
         Err(error) => error,
     };
     let cause = match error.cause() {
-        Cause::DiskFull | Cause::Other if member.registry.maps_given_up().is_some() => {
-            Cause::Database
+        FailureCause::DiskFull | FailureCause::Other
+            if member.registry.maps_given_up().is_some() =>
+        {
+            FailureCause::Database
         }
         cause => cause,
     };

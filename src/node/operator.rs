@@ -22,7 +22,7 @@ use crate::raft::{ProposeError, Replica};
 use crate::sm::level::TooOld;
 use crate::sm::meta;
 use crate::sm::placement::{Planned, plan};
-use crate::sm::view::{self, Asked, View};
+use crate::sm::view::{self, PlacementSpec, View};
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 /// How long a node is waited for when it is asked who it is.
@@ -104,12 +104,12 @@ impl Operator {
                 return Ok(self.describe(&view, view.epoch, &self.member.status().await));
             }
             let epoch = planned.view.epoch;
-            let command = meta::Command::InstallPlan {
+            let command = meta::MetaCommand::InstallPlan {
                 base: view.version,
                 next: Box::new(planned.view),
             };
             match meta.propose_meta(command, deadline).await {
-                Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
+                Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => {
                     tracing::info!("plan {epoch} was accepted");
                     self.member.views().note_end(&view);
                     // Whether this node still leads does not matter any more: the plan may well
@@ -123,8 +123,8 @@ impl Operator {
                     return Ok(self.describe(&now, epoch, &self.member.status().await));
                 }
                 // Something else has changed the view meanwhile: the plan is drawn up anew.
-                Ok(meta::Outcome::Rejected(meta::Rejection::Outdated { .. })) => {}
-                Ok(meta::Outcome::Rejected(rejection)) => {
+                Ok(meta::MetaOutcome::Rejected(meta::MetaRejection::Outdated { .. })) => {}
+                Ok(meta::MetaOutcome::Rejected(rejection)) => {
                     let reason = format!("the meta group does not accept the plan: {rejection:?}");
                     return Err(ViewChangeFailure::Refused { reason });
                 }
@@ -303,7 +303,7 @@ impl Operator {
         &self,
         view: &View,
         change: &ViewChange,
-    ) -> Result<Vec<view::Node>, ViewChangeFailure> {
+    ) -> Result<Vec<view::NodeSpec>, ViewChangeFailure> {
         let mut addresses: Vec<Address> = match &change.nodes {
             Some(nodes) => nodes.clone(),
             None => view
@@ -441,7 +441,7 @@ fn newcomer(
     view: &View,
     address: &Address,
     identity: Identity,
-) -> Result<view::Node, ViewChangeFailure> {
+) -> Result<view::NodeSpec, ViewChangeFailure> {
     if identity.speaks < view.level {
         let reason = format!(
             "{address} can't be added: {}",
@@ -471,7 +471,7 @@ fn newcomer(
         }
         Standing::Member { .. } | Standing::Fresh { .. } | Standing::Retired { .. } => {}
     }
-    Ok(view::Node {
+    Ok(view::NodeSpec {
         address: address.clone(),
         public_address: identity.public_address,
         directory: identity.directory,
@@ -479,8 +479,8 @@ fn newcomer(
 }
 
 /// What is asked for now. What the change leaves out stays.
-fn merged(asked: Asked, change: &ViewChange) -> Asked {
-    Asked {
+fn merged(asked: PlacementSpec, change: &ViewChange) -> PlacementSpec {
+    PlacementSpec {
         layout: change.layout.unwrap_or(asked.layout),
         replication_factor: match change.replication_factor {
             None => asked.replication_factor,
@@ -497,7 +497,7 @@ fn merged(asked: Asked, change: &ViewChange) -> Asked {
 
 /// Replicas of the plan that are not members yet, or not as they should be, and replicas out of it
 /// that are not retired.
-fn replicas_left(group: &view::Group) -> u64 {
+fn replicas_left(group: &view::GroupSpec) -> u64 {
     let settled = |replica: &crate::types::ReplicaId| match &group.reported {
         None => group.creation.contains_key(replica),
         Some(reported) if group.learners.contains(replica) => reported.learners.contains(replica),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::member::Member;
 use crate::client::store::Failure;
-use crate::sm::view::{Group, View};
+use crate::sm::view::{GroupSpec, View};
 use crate::types::{GroupId, NodeId};
 
 /// How long a node may have been silent and still pass for one that is there. Longer than an
@@ -52,7 +52,12 @@ impl Member {
 
 /// Names the voters of a group that are not there, and says how many of the others a majority
 /// takes.
-fn missing(view: &View, id: GroupId, group: &Group, is_there: impl Fn(NodeId) -> bool) -> String {
+fn missing(
+    view: &View,
+    id: GroupId,
+    group: &GroupSpec,
+    is_there: impl Fn(NodeId) -> bool,
+) -> String {
     let voters = match &group.reported {
         Some(reported) => reported.voters.clone(),
         None => group.creation.keys().copied().collect(),
@@ -91,18 +96,22 @@ fn missing(view: &View, id: GroupId, group: &Group, is_there: impl Fn(NodeId) ->
 mod tests {
     use super::*;
     use crate::sm::placement::first_view;
-    use crate::sm::view::{Asked, Node};
+    use crate::sm::view::{NodeSpec, PlacementSpec};
     use crate::types::{ClusterId, DirectoryId};
 
     #[test]
     fn who_is_missing_is_named_and_whether_the_others_are_enough() {
-        let node = |at: u128| Node {
+        let node = |at: u128| NodeSpec {
             address: format!("10.0.0.{at}:1").parse().expect("an address"),
             public_address: None,
             directory: DirectoryId(at),
         };
-        let view = first_view(ClusterId(7), Asked::default(), (1..=3).map(node).collect())
-            .expect("a view");
+        let view = first_view(
+            ClusterId(7),
+            PlacementSpec::default(),
+            (1..=3).map(node).collect(),
+        )
+        .expect("a view");
         let told = |there: &[u64]| {
             let of = view.groups.get(&GroupId::META).expect("there is one");
             missing(&view, GroupId::META, of, |node| there.contains(&node.0))

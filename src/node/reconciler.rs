@@ -29,7 +29,7 @@ use super::openings::{Openings, ReplicaTasks};
 use crate::client::peer::Announcement;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{OpenError, ProposeError, Replica};
-use crate::sm::recovery::Cause;
+use crate::sm::recovery::FailureCause;
 use crate::sm::slots::SlotState;
 use crate::sm::view::{self, View};
 use crate::sm::{kv, meta};
@@ -261,7 +261,7 @@ impl Reconciler {
         if super::running::are_maps_condemned(self.joining.directory_path()) {
             self.condemned.cancel();
         }
-        if failed.contains_key(&Cause::Database) {
+        if failed.contains_key(&FailureCause::Database) {
             self.given_up.cancel();
         }
     }
@@ -392,7 +392,7 @@ impl Reconciler {
         let read = meta::read_view(&meta.state().read());
         match read {
             Ok(None) => {
-                let command = meta::Command::Found {
+                let command = meta::MetaCommand::Found {
                     view: self.first_view.clone(),
                 };
                 self.propose_meta(meta, command).await;
@@ -456,14 +456,14 @@ impl Reconciler {
     }
 
     /// Tells what became of an announcement: of a rejected one at first, and then now and then.
-    fn announced_with(&self, view: &View, outcome: &meta::Outcome) {
+    fn announced_with(&self, view: &View, outcome: &meta::MetaOutcome) {
         let own = &self.joining.config().address;
         let rejection = match outcome {
-            meta::Outcome::Done | meta::Outcome::MoveOpened { .. } => {
+            meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. } => {
                 tracing::info!("announced the address {own} of this node");
                 return;
             }
-            meta::Outcome::Rejected(rejection) => rejection,
+            meta::MetaOutcome::Rejected(rejection) => rejection,
         };
         let mut announcing = self.announcing.lock().expect("no holder panics");
         announcing.rejected += 1;
@@ -477,7 +477,7 @@ impl Reconciler {
         let times = announcing.rejected;
         drop(announcing);
         match rejection {
-            meta::Rejection::AddressTaken { address, by } => tracing::warn!(
+            meta::MetaRejection::AddressTaken { address, by } => tracing::warn!(
                 "the view has node {by} at {address}, where this node ({}) runs now: {times} \
                  announcements were rejected. Start {by} where it is to be; if it is gone for \
                  good, remove it with 'quorate cluster remove {address}'",
@@ -509,9 +509,9 @@ impl Reconciler {
         true
     }
 
-    fn announcement(&self) -> meta::Command {
+    fn announcement(&self) -> meta::MetaCommand {
         let config = self.joining.config();
-        meta::Command::Announce {
+        meta::MetaCommand::Announce {
             node: self.member.node,
             directory: self.joining.directory_id(),
             address: config.address.clone(),
@@ -519,15 +519,15 @@ impl Reconciler {
         }
     }
 
-    async fn propose_meta(&self, meta: &Replica, command: meta::Command) {
+    async fn propose_meta(&self, meta: &Replica, command: meta::MetaCommand) {
         match meta
             .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
             .await
         {
-            Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {}
-            Ok(meta::Outcome::Rejected(meta::Rejection::AlreadyFounded))
+            Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => {}
+            Ok(meta::MetaOutcome::Rejected(meta::MetaRejection::AlreadyFounded))
             | Err(ProposeError::NotLeader { .. }) => {}
-            Ok(meta::Outcome::Rejected(rejection)) => {
+            Ok(meta::MetaOutcome::Rejected(rejection)) => {
                 rarely!(warn, "the meta group rejected a command: {rejection:?}")
             }
             Err(error) => rarely!(warn, "a command to the meta group got no answer: {error}"),
@@ -575,12 +575,12 @@ impl Reconciler {
             return true;
         }
         if group.leads() {
-            let command = kv::Command::Claim { slots: missing };
+            let command = kv::KvCommand::Claim { slots: missing };
             match group
                 .propose_command(command, Instant::now() + PROPOSE_TIMEOUT)
                 .await
             {
-                Ok(kv::Outcome::ClaimRejected { slot, generation }) => {
+                Ok(kv::KvOutcome::ClaimRejected { slot, generation }) => {
                     rarely!(
                         warn,
                         "shard {shard} cannot claim slot {slot}: it was moved by {generation}"
@@ -627,7 +627,7 @@ fn is_retired(view: &View, key: ReplicaKey) -> bool {
 /// Whether a replica that this node's log does not hold may be created with nothing in it: only
 /// while its group has never counted it as a member. The creation record counts its voters from the
 /// first moment, and is what they are made from.
-pub(super) fn may_create(group: &view::Group, replica: ReplicaId) -> bool {
+pub(super) fn may_create(group: &view::GroupSpec, replica: ReplicaId) -> bool {
     let was_counted = group
         .reported
         .as_ref()
@@ -655,20 +655,20 @@ fn unready_group(group: &Replica) -> Option<String> {
 mod tests {
     use super::*;
     use crate::sm::placement::first_view;
-    use crate::sm::view::{Asked, Node, Reported};
+    use crate::sm::view::{NodeSpec, PlacementSpec, ReportedMembership};
     use crate::types::{ClusterId, DirectoryId, LogId};
 
     const SHARD: GroupId = GroupId(1);
 
     fn view() -> View {
-        let node = |number: u32| Node {
+        let node = |number: u32| NodeSpec {
             address: format!("n{number}:1").parse().expect("an address"),
             public_address: None,
             directory: DirectoryId(u128::from(number)),
         };
         first_view(
             ClusterId(9),
-            Asked::default(),
+            PlacementSpec::default(),
             vec![node(1), node(2), node(3)],
         )
         .expect("a view")
@@ -683,7 +683,7 @@ mod tests {
         assert!(!may_create(&group, new), "the view does not want it");
         group.replicas.insert(new, NodeId(4));
         assert!(may_create(&group, new), "nothing was reported yet");
-        let reported = |voters: &[ReplicaId], learners: &[ReplicaId]| Reported {
+        let reported = |voters: &[ReplicaId], learners: &[ReplicaId]| ReportedMembership {
             log_id: LogId { term: 1, index: 5 },
             voters: voters.iter().copied().collect(),
             learners: learners.iter().copied().collect(),

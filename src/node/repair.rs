@@ -22,7 +22,7 @@ use super::member::Member;
 use crate::client::peer::{Identity, Standing};
 use crate::raft::Replica;
 use crate::sm::meta;
-use crate::sm::repair::{Replacement, Seen, next_plan, replace_failed};
+use crate::sm::repair::{NodePresence, Replacement, next_plan, replace_failed};
 use crate::sm::view::View;
 use crate::types::{Address, DirectoryId, GroupId, NodeId};
 
@@ -187,15 +187,15 @@ impl Repair {
         }
     }
 
-    fn seen(&self) -> BTreeMap<NodeId, Seen> {
+    fn seen(&self) -> BTreeMap<NodeId, NodePresence> {
         let told = |sight: &Sight| {
             let for_ms = as_ms(sight.since.elapsed());
             match sight.claim {
                 Some(claim) if claim.last.duration_since(claim.since) >= self.lost_disk_after => {
-                    Seen::Lost { to: claim.by }
+                    NodePresence::Lost { to: claim.by }
                 }
-                Some(_) | None if sight.is_here => Seen::Here { for_ms },
-                Some(_) | None => Seen::Away { for_ms },
+                Some(_) | None if sight.is_here => NodePresence::Here { for_ms },
+                Some(_) | None => NodePresence::Away { for_ms },
             }
         };
         self.seen
@@ -214,7 +214,7 @@ impl Repair {
         let back = named(&mut view.out.difference(&next.out));
         let lost = named(&mut next.leaving.difference(&view.leaving));
         let epoch = next.epoch;
-        let command = meta::Command::InstallPlan {
+        let command = meta::MetaCommand::InstallPlan {
             base: view.version,
             next: Box::new(next),
         };
@@ -222,14 +222,14 @@ impl Repair {
             .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
             .await
         {
-            Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => tracing::warn!(
+            Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => tracing::warn!(
                 "plan {epoch}: the work of nodes that stay away ({}) or lost their disk ({}) goes \
                 to others; back at work: {}",
                 in_words(&out),
                 in_words(&lost),
                 in_words(&back)
             ),
-            Ok(meta::Outcome::Rejected(rejection)) => {
+            Ok(meta::MetaOutcome::Rejected(rejection)) => {
                 tracing::debug!("a repair was not accepted: {rejection:?}")
             }
             Err(error) => tracing::debug!("a repair was not accepted: {error}"),
@@ -240,7 +240,7 @@ impl Repair {
 /// Has failed replicas replaced by new ones.
 async fn replace(meta: &Replica, view: &View, next: View, replaced: &[Replacement]) {
     let epoch = next.epoch;
-    let command = meta::Command::InstallPlan {
+    let command = meta::MetaCommand::InstallPlan {
         base: view.version,
         next: Box::new(next),
     };
@@ -248,7 +248,7 @@ async fn replace(meta: &Replica, view: &View, next: View, replaced: &[Replacemen
         .propose_meta(command, Instant::now() + PROPOSE_TIMEOUT)
         .await
     {
-        Ok(meta::Outcome::Done | meta::Outcome::MoveOpened { .. }) => {
+        Ok(meta::MetaOutcome::Done | meta::MetaOutcome::MoveOpened { .. }) => {
             for Replacement {
                 group,
                 node,
@@ -266,7 +266,7 @@ async fn replace(meta: &Replica, view: &View, next: View, replaced: &[Replacemen
                 );
             }
         }
-        Ok(meta::Outcome::Rejected(rejection)) => {
+        Ok(meta::MetaOutcome::Rejected(rejection)) => {
             tracing::debug!("a replacement was not accepted: {rejection:?}")
         }
         Err(error) => tracing::debug!("a replacement was not accepted: {error}"),
@@ -372,7 +372,7 @@ fn as_ms(duration: Duration) -> u64 {
 mod tests {
     use super::*;
     use crate::sm::placement::first_view;
-    use crate::sm::view::{Asked, Node};
+    use crate::sm::view::{NodeSpec, PlacementSpec};
     use crate::types::ClusterId;
 
     fn address(number: u32) -> Address {
@@ -380,14 +380,14 @@ mod tests {
     }
 
     fn view(nodes: u32) -> View {
-        let node = |number| Node {
+        let node = |number| NodeSpec {
             address: address(number),
             public_address: None,
             directory: DirectoryId(u128::from(number)),
         };
         first_view(
             ClusterId(9),
-            Asked::default(),
+            PlacementSpec::default(),
             (1..=nodes).map(node).collect(),
         )
         .expect("a view")

@@ -57,7 +57,7 @@ use crate::storage::ReplicaKey;
 use crate::storage::directory::{DirectoryError, Stamp};
 use crate::storage::log::{Expect, Log, LogOptions, OpenLogError};
 use crate::storage::sled_tree::{SledError, SledOptions, is_condemned};
-use crate::storage::state::{StateOptions, StateStore};
+use crate::storage::state::{MapOptions, MapStore};
 use crate::supervisor::Supervisor;
 use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId};
@@ -119,7 +119,7 @@ pub struct Running {
 /// Log and maps, with the threads that write them.
 struct Storage {
     log: Log,
-    states: Arc<StateStore>,
+    states: Arc<MapStore>,
     threads: std::sync::Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -443,21 +443,21 @@ impl Running {
     }
 
     /// Has the meta group, if this node leads it, apply what another node has to tell.
-    pub async fn announce(&self, announcement: Announcement) -> Result<meta::Outcome, Failure> {
+    pub async fn announce(&self, announcement: Announcement) -> Result<meta::MetaOutcome, Failure> {
         let Announcement { cluster, command } = announcement;
         self.member.ensure_ours(cluster)?;
         match command {
-            meta::Command::Announce { .. }
-            | meta::Command::OpenMove { .. }
-            | meta::Command::CommitMove { .. }
-            | meta::Command::AbortMove { .. }
-            | meta::Command::Report { .. } => {}
-            meta::Command::Found { .. } | meta::Command::InstallPlan { .. } => {
+            meta::MetaCommand::Announce { .. }
+            | meta::MetaCommand::OpenMove { .. }
+            | meta::MetaCommand::CommitMove { .. }
+            | meta::MetaCommand::AbortMove { .. }
+            | meta::MetaCommand::Report { .. } => {}
+            meta::MetaCommand::Found { .. } | meta::MetaCommand::InstallPlan { .. } => {
                 return Err(Failure::Invalid {
                     reason: "views are not taken from a peer".to_owned(),
                 });
             }
-            meta::Command::RaiseLevel { .. } => {
+            meta::MetaCommand::RaiseLevel { .. } => {
                 return Err(Failure::Invalid {
                     reason: "a level is not taken from a peer".to_owned(),
                 });
@@ -606,11 +606,11 @@ impl Storage {
         let trees = joining
             .machine()
             .open_trees(&path.join(MAPS_DIR), options, is_expected)?;
-        let options = StateOptions {
+        let options = MapOptions {
             cache_bytes: config.cache_bytes,
-            ..StateOptions::default()
+            ..MapOptions::default()
         };
-        let (states, checkpointer) = StateStore::open(trees, disk, path, options)?;
+        let (states, checkpointer) = MapStore::open(trees, disk, path, options)?;
         leftovers::clear_maps(&log, &states)?;
         let thread =
             |part, run: Box<dyn FnOnce() + Send>| joining.supervisor().start_thread(part, run);

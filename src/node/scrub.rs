@@ -14,9 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
 use crate::raft::Replica;
-use crate::sm::scrub::{Kind, first_after_ms, next_after_ms, rest_ms};
+use crate::sm::scrub::{ScrubKind, first_after_ms, next_after_ms, rest_ms};
 use crate::storage::log::Log;
-use crate::storage::{Checked, Pace, ReplicaKey, background};
+use crate::storage::{Checked, ReadPace, ReplicaKey, background};
 use crate::supervisor;
 
 /// Between two looks at whether a scrub is due.
@@ -38,8 +38,8 @@ pub struct ScrubCounts {
     pub ended: u64,
     pub last_end: Option<SystemTime>,
     pub bytes: u64,
-    pub damaged: BTreeMap<Kind, u64>,
-    pub mended: BTreeMap<Kind, u64>,
+    pub damaged: BTreeMap<ScrubKind, u64>,
+    pub mended: BTreeMap<ScrubKind, u64>,
 }
 
 impl Scrubs {
@@ -132,17 +132,19 @@ impl Pass {
         for number in self.log.sealed_segments() {
             let log = self.log.clone();
             let Some(damage) = self
-                .read(Kind::Segment, move |pace| log.check_segment(number, pace))
+                .read(ScrubKind::Segment, move |pace| {
+                    log.check_segment(number, pace)
+                })
                 .await
             else {
                 continue;
             };
-            is_all_mended &= self.conclude(Kind::Segment, &damage, self.let_go(number).await);
+            is_all_mended &= self.conclude(ScrubKind::Segment, &damage, self.let_go(number).await);
         }
         for witness in self.member.registry.witnesses() {
             let reading = witness.clone();
-            let check = move |_: &mut Pace<'_>| reading.check_file();
-            let Some(damage) = self.read(Kind::Witness, check).await else {
+            let check = move |_: &mut ReadPace<'_>| reading.check_file();
+            let Some(damage) = self.read(ScrubKind::Witness, check).await else {
                 continue;
             };
             let rewritten = tokio::task::spawn_blocking(move || {
@@ -151,7 +153,7 @@ impl Pass {
             let rewritten = rewritten
                 .await
                 .unwrap_or_else(|error| Err(error.to_string()));
-            is_all_mended &= self.conclude(Kind::Witness, &damage, rewritten);
+            is_all_mended &= self.conclude(ScrubKind::Witness, &damage, rewritten);
         }
         for group in self.member.registry.groups() {
             is_all_mended &= self.read_snapshot(&group).await;
@@ -170,14 +172,14 @@ impl Pass {
         let mut is_all_mended = true;
         let state = group.state().clone();
         if let Some(damage) = self
-            .read(Kind::Snapshot, move |pace| state.check_snapshot(pace))
+            .read(ScrubKind::Snapshot, move |pace| state.check_snapshot(pace))
             .await
         {
             let rewritten = group
                 .rewrite_snapshot()
                 .await
                 .map_err(|error| error.to_string());
-            is_all_mended &= self.conclude(Kind::Snapshot, &damage, rewritten);
+            is_all_mended &= self.conclude(ScrubKind::Snapshot, &damage, rewritten);
         }
         is_all_mended
     }
@@ -185,8 +187,8 @@ impl Pass {
     /// Reads one thing again. Returns what is wrong with it, having told of it.
     async fn read(
         &self,
-        kind: Kind,
-        check: impl FnOnce(&mut Pace<'_>) -> Checked + Send + 'static,
+        kind: ScrubKind,
+        check: impl FnOnce(&mut ReadPace<'_>) -> Checked + Send + 'static,
     ) -> Option<String> {
         if self.shutdown.is_cancelled() {
             return None;
@@ -215,7 +217,7 @@ impl Pass {
         }
     }
 
-    fn conclude(&self, kind: Kind, damage: &str, mended: Result<(), String>) -> bool {
+    fn conclude(&self, kind: ScrubKind, damage: &str, mended: Result<(), String>) -> bool {
         match &mended {
             Ok(()) => {
                 self.scrubs

@@ -19,13 +19,13 @@ use tokio_util::sync::CancellationToken;
 use super::member::Member;
 use crate::raft::ReplicaProgress;
 use crate::sm::stalls::{
-    self, Cause, DISK_BEHIND_MS, ReplicaStalls, StepDowns, Still, Verdict, judge_apply,
-    judge_checkpointer, judge_runtime, judge_writer,
+    self, DISK_BEHIND_MS, ReplicaStalls, StallVerdict, StepDownCause, StepDowns, Still,
+    judge_apply, judge_checkpointer, judge_runtime, judge_writer,
 };
 use crate::storage::ReplicaKey;
-use crate::storage::log::{Log, Phase, Seen};
-use crate::storage::state::StateStore;
-use crate::supervisor::{Beat, Ended, Supervisor};
+use crate::storage::log::{Log, WriterActivity, WriterPhase};
+use crate::storage::state::MapStore;
+use crate::supervisor::{Beat, ProcessEnd, Supervisor};
 use crate::types::GroupId;
 
 const TICK: Duration = Duration::from_millis(250);
@@ -81,7 +81,7 @@ impl Findings {
 pub struct Watchdog {
     member: Arc<Member>,
     log: Log,
-    states: Arc<StateStore>,
+    states: Arc<MapStore>,
     supervisor: Supervisor,
     findings: Arc<Findings>,
     /// Counts the time while the node ran.
@@ -97,14 +97,14 @@ pub struct Watchdog {
     stepping_down: JoinSet<()>,
     told: BTreeMap<&'static str, Instant>,
     /// Why the process ends next.
-    ending: Option<Ended>,
+    ending: Option<ProcessEnd>,
 }
 
 impl Watchdog {
     pub fn new(
         member: Arc<Member>,
         log: Log,
-        states: Arc<StateStore>,
+        states: Arc<MapStore>,
         supervisor: Supervisor,
         findings: Arc<Findings>,
     ) -> Self {
@@ -147,7 +147,7 @@ impl Watchdog {
     }
 
     /// Hands over what is led here, as far as this node still can, and ends it.
-    async fn end(&self, ended: &Ended) {
+    async fn end(&self, ended: &ProcessEnd) {
         let handed = self.member.registry.hand_over(HAND_OVER_TIMEOUT);
         drop(tokio::time::timeout(HAND_OVER_TIMEOUT * 2, handed).await);
         self.supervisor.end(ended);
@@ -184,10 +184,10 @@ impl Watchdog {
         let ms = self.writer.observe(
             self.now_ms,
             writer.steps,
-            writer.has_work || writer.phase != Phase::Waits,
+            writer.has_work || writer.phase != WriterPhase::Waits,
         );
         self.findings.writer_ms.store(ms, Ordering::Relaxed);
-        let is_at_disk = writer.phase == Phase::Writes;
+        let is_at_disk = writer.phase == WriterPhase::Writes;
         let others_go_on = progress
             .iter()
             .any(|replica| replica.committed > replica.synced);
@@ -216,7 +216,7 @@ impl Watchdog {
     fn look_at_replica(&mut self, replica: &ReplicaProgress, log_hangs: bool) -> Option<String> {
         let key = replica.key;
         let entry = self.replicas.entry(key).or_default();
-        let seen = stalls::Progress {
+        let seen = stalls::ReplicaProgress {
             committed: replica.committed,
             synced: replica.synced,
             applied: replica.applied,
@@ -244,19 +244,19 @@ impl Watchdog {
     /// Does what the verdict says. Returns what there is to say.
     fn act(
         &mut self,
-        verdict: Verdict,
+        verdict: StallVerdict,
         part: &'static str,
         reason: impl FnOnce() -> String,
     ) -> Option<String> {
         match verdict {
-            Verdict::Works => None,
-            Verdict::Stalls => {
+            StallVerdict::Works => None,
+            StallVerdict::Stalls => {
                 let line = format!("{part}: {}", reason());
                 self.tell(part, &line);
                 Some(line)
             }
-            Verdict::Hangs => {
-                let ended = Ended {
+            StallVerdict::Hangs => {
+                let ended = ProcessEnd {
                     part,
                     reason: reason(),
                 };
@@ -279,25 +279,25 @@ impl Watchdog {
     }
 
     /// Has another replica lead the group, if one is known to be faster.
-    fn step_down(&mut self, id: GroupId, cause: Cause, held_up: &ReplicaStalls) {
+    fn step_down(&mut self, id: GroupId, cause: StepDownCause, held_up: &ReplicaStalls) {
         // A witness that leads hands over anyway.
         let Some(group) = self.member.registry.get(id) else {
             return;
         };
         let successor = match cause {
-            Cause::Disk => group.faster_successor(),
-            Cause::Map => group.faster_successor().or_else(|| group.best_successor()),
+            StepDownCause::Disk => group.faster_successor(),
+            StepDownCause::Map => group.faster_successor().or_else(|| group.best_successor()),
         };
         let Some(to) = successor else { return };
         if !self.step_downs.take(self.now_ms, id) {
             return;
         }
         let why = match cause {
-            Cause::Disk => format!(
+            StepDownCause::Disk => format!(
                 "the disk lacks what others synced {} ms ago",
                 held_up.disk_ms
             ),
-            Cause::Map => format!(
+            StepDownCause::Map => format!(
                 "nothing of what is committed was applied for {} ms",
                 held_up.map_ms
             ),
@@ -346,7 +346,7 @@ struct Watched {
     /// Counts what one of the tasks does.
     tasks: Beat,
     /// Says what the writer of the log does.
-    log: Box<dyn Fn() -> Seen + Send + Sync>,
+    log: Box<dyn Fn() -> WriterActivity + Send + Sync>,
 }
 
 /// Watches from a thread whether tasks run, until `watched` is dropped. Looks are counted, and not
@@ -369,7 +369,7 @@ fn watch_runtime(
             };
             let log = (watched.log)();
             // Reads of a disk that hangs may block all threads of the tasks.
-            let disk_hangs = log.phase == Phase::Writes && writer == Some(log.steps);
+            let disk_hangs = log.phase == WriterPhase::Writes && writer == Some(log.steps);
             writer = Some(log.steps);
             let steps = Some(watched.tasks.steps());
             if steps != tasks {
@@ -380,8 +380,8 @@ fn watch_runtime(
             looks += 1;
             own += u64::from(!disk_hangs);
             match judge_runtime(looks, own) {
-                Verdict::Works => {}
-                Verdict::Stalls => {
+                StallVerdict::Works => {}
+                StallVerdict::Stalls => {
                     if !std::mem::replace(&mut is_told, true) {
                         tracing::error!(
                             "a part of this node stalls: no task has run for {looks} looks, \
@@ -389,9 +389,9 @@ fn watch_runtime(
                         );
                     }
                 }
-                Verdict::Hangs => {
+                StallVerdict::Hangs => {
                     let reason = format!("no task has run for {looks} looks, {look:?} apart");
-                    ending.end(&Ended {
+                    ending.end(&ProcessEnd {
                         part: "runtime",
                         reason,
                     });
@@ -411,9 +411,9 @@ mod tests {
     /// Blocks the only thread of a runtime, with the log at what `log` says, until `is_over` or for
     /// long.
     fn block(
-        log: impl Fn() -> Seen + Send + Sync + 'static,
-        is_over: impl Fn(Option<&Ended>) -> bool,
-    ) -> Option<Ended> {
+        log: impl Fn() -> WriterActivity + Send + Sync + 'static,
+        is_over: impl Fn(Option<&ProcessEnd>) -> bool,
+    ) -> Option<ProcessEnd> {
         let (supervisor, mut ended) = Supervisor::noting();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -446,8 +446,8 @@ mod tests {
 
     #[test]
     fn a_runtime_whose_threads_all_hang_is_noticed_by_a_thread() {
-        let idle = || Seen {
-            phase: Phase::Waits,
+        let idle = || WriterActivity {
+            phase: WriterPhase::Waits,
             steps: 7,
             has_work: true,
         };
@@ -461,8 +461,8 @@ mod tests {
         let counted = looks.clone();
         let hangs = move || {
             counted.fetch_add(1, Ordering::Relaxed);
-            Seen {
-                phase: Phase::Writes,
+            WriterActivity {
+                phase: WriterPhase::Writes,
                 steps: 7,
                 has_work: true,
             }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::descriptors;
 use crate::sm::level::Feature;
 use crate::sm::ports::StoreError;
-use crate::sm::recovery::Cause;
+use crate::sm::recovery::FailureCause;
 use crate::types::{NodeId, ReplicaId};
 
 /// Why a proposal was not answered. Only [`ProposeError::Unknown`] leaves open whether it was, or
@@ -159,29 +159,29 @@ impl OpenError {
     }
     /// Returns what kept the replica from being opened, as far as that decides what is done about
     /// it.
-    pub fn cause(&self) -> Cause {
+    pub fn cause(&self) -> FailureCause {
         use std::io::ErrorKind::{InvalidData, QuotaExceeded, StorageFull, UnexpectedEof};
         match self {
-            error if error.lacks_descriptors() => Cause::Descriptors,
+            error if error.lacks_descriptors() => FailureCause::Descriptors,
             OpenError::Log(source) | OpenError::State(StoreError::Io { source, .. }) => {
                 match source.kind() {
-                    StorageFull | QuotaExceeded => Cause::DiskFull,
-                    InvalidData | UnexpectedEof => Cause::Damaged,
-                    _ => Cause::Other,
+                    StorageFull | QuotaExceeded => FailureCause::DiskFull,
+                    InvalidData | UnexpectedEof => FailureCause::Damaged,
+                    _ => FailureCause::Other,
                 }
             }
             OpenError::State(StoreError::TooOld { .. } | StoreError::Undecodable { .. }) => {
-                Cause::Program
+                FailureCause::Program
             }
             OpenError::State(StoreError::Damaged(_))
             | OpenError::Lost { .. }
             | OpenError::OtherLog { .. }
             | OpenError::OtherKind(_)
-            | OpenError::Missing(_) => Cause::Damaged,
+            | OpenError::Missing(_) => FailureCause::Damaged,
             OpenError::AlreadyOpen(_)
             | OpenError::ShuttingDown
             | OpenError::Timings(_)
-            | OpenError::Raft(_) => Cause::Other,
+            | OpenError::Raft(_) => FailureCause::Other,
         }
     }
 }

@@ -21,8 +21,8 @@ use super::transport::Lane;
 use super::types::{Types, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
 use super::wire::{self, AppendReply, PeerRefusal, PeerReply, PeerRequest, TransferReply};
 use crate::sm::disk_level::DiskLevel;
-use crate::storage::log::{Entry, Vote};
-use crate::storage::state::ReplicaState;
+use crate::storage::log::{LogEntry, Vote};
+use crate::storage::state::ReplicaMap;
 use crate::types::{LogId, ReplicaId};
 
 /// Frames of one group that may be worked on at a time: a few windows, as what was given up there
@@ -136,7 +136,7 @@ impl Replica {
 
     async fn take_snapshot(
         &self,
-        state: &ReplicaState,
+        state: &ReplicaMap,
         request: PeerRequest,
         tail: &Bytes,
     ) -> Handled {
@@ -202,7 +202,7 @@ impl Replica {
         vote: Vote,
         previous: Option<LogId>,
         commit: Option<LogId>,
-        entries: Vec<Entry>,
+        entries: Vec<LogEntry>,
     ) -> Handled {
         // Before it is appended, which takes a sync: a slow disk is no reason to campaign.
         if self.is_current(&vote) {

@@ -42,7 +42,7 @@ use crate::sm::ports::StoreError;
 use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
 use crate::storage::log::{ReplicaLog, Vote};
-use crate::storage::state::ReplicaState;
+use crate::storage::state::ReplicaMap;
 use crate::types::{LogId, NodeId, ReplicaId};
 
 pub(super) type RaftHandle = openraft::Raft<Types, StateMachine>;
@@ -194,7 +194,7 @@ impl Replica {
     }
 
     /// The map. For a linearizable read await [`Replica::read_barrier`] first.
-    pub fn state(&self) -> &ReplicaState {
+    pub fn state(&self) -> &ReplicaMap {
         self.apply_state
             .store
             .map()
@@ -259,9 +259,9 @@ impl Replica {
     /// Proposes a command of a shard as an entry of its own.
     pub async fn propose_command(
         &self,
-        command: kv::Command,
+        command: kv::KvCommand,
         deadline: Instant,
-    ) -> Result<kv::Outcome, ProposeError> {
+    ) -> Result<kv::KvOutcome, ProposeError> {
         self.ensure_allowed(command.needs())?;
         if !command.is_of_agreement() {
             self.await_own_term(deadline).await?;
@@ -278,9 +278,9 @@ impl Replica {
     /// Proposes a command of the meta group.
     pub async fn propose_meta(
         &self,
-        command: meta::Command,
+        command: meta::MetaCommand,
         deadline: Instant,
-    ) -> Result<meta::Outcome, ProposeError> {
+    ) -> Result<meta::MetaOutcome, ProposeError> {
         self.ensure_allowed(command.needs())?;
         match self.propose_entry(command.encode(), deadline).await? {
             ApplyOutcome::Meta(outcome) => Ok(outcome),
@@ -516,7 +516,7 @@ impl Replica {
     }
 
     fn failure_of(&self, watch: &ReplicaWatch) -> Option<String> {
-        let of_map = || self.apply_state.store.map().and_then(ReplicaState::failure);
+        let of_map = || self.apply_state.store.map().and_then(ReplicaMap::failure);
         watch
             .failure
             .clone()

@@ -136,7 +136,7 @@ fn issued(operation: impl FnOnce(Done)) -> io::Result<()> {
     ended.try_recv().unwrap_or(Ok(()))
 }
 
-fn readable(entry: crate::storage::log::Entry) -> io::Result<RaftEntry> {
+fn readable(entry: crate::storage::log::LogEntry) -> io::Result<RaftEntry> {
     entry_to_raft(entry).map_err(io::Error::other)
 }
 

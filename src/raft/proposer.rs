@@ -275,8 +275,8 @@ impl Proposer {
         });
         let (time_ms, writes) = (apply_state.clock.now_ms(), writes.collect::<Vec<_>>());
         let command = match is_bounded && writes.iter().any(kv::Write::has_gets) {
-            true => kv::Command::BoundedWrite { time_ms, writes },
-            false => kv::Command::Write { time_ms, writes },
+            true => kv::KvCommand::BoundedWrite { time_ms, writes },
+            false => kv::KvCommand::Write { time_ms, writes },
         };
         let entry = command.encode();
         let in_flight = InFlightEntry {
@@ -301,10 +301,10 @@ impl Proposer {
 
     /// Puts writes that were certainly not proposed back to the front.
     fn put_back(&self, entry: &Bytes, answers: Vec<Waiter>) {
-        let writes = match kv::Command::decode(entry) {
-            Ok(kv::Command::Write { writes, .. } | kv::Command::BoundedWrite { writes, .. }) => {
-                writes
-            }
+        let writes = match kv::KvCommand::decode(entry) {
+            Ok(
+                kv::KvCommand::Write { writes, .. } | kv::KvCommand::BoundedWrite { writes, .. },
+            ) => writes,
             Ok(_) | Err(_) => Vec::new(),
         };
         let mut queue = self.lock();
@@ -412,7 +412,7 @@ impl Drop for InFlightEntry {
 
 fn outcomes(outcome: ApplyOutcome, expected: usize) -> Result<Vec<kv::WriteOutcome>, ProposeError> {
     match outcome {
-        ApplyOutcome::Shard(kv::Outcome::Written(outcomes)) if outcomes.len() == expected => {
+        ApplyOutcome::Shard(kv::KvOutcome::Written(outcomes)) if outcomes.len() == expected => {
             Ok(outcomes)
         }
         other => Err(ProposeError::unknown(format!(

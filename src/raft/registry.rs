@@ -31,7 +31,7 @@ use super::witness::{WitnessReplica, WitnessState};
 use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
-use crate::storage::state::{Applied, StateStore};
+use crate::storage::state::{Applied, MapStore};
 use crate::supervisor::Supervisor;
 use crate::types::{DirectoryId, GroupId, NodeId, ReplicaKind};
 
@@ -52,7 +52,7 @@ pub struct RegistryParts {
     pub dial: Arc<dyn Dial>,
     pub timings: RaftTimings,
     pub log: Log,
-    pub states: Arc<StateStore>,
+    pub states: Arc<MapStore>,
     pub budgets: RaftBudgets,
     pub supervisor: Supervisor,
 }
@@ -85,7 +85,7 @@ pub struct Registry {
     lane_limiter: Arc<LaneLimiter>,
     large_frames: Arc<Semaphore>,
     context: Arc<RaftContext>,
-    states: Arc<StateStore>,
+    states: Arc<MapStore>,
     groups: RwLock<BTreeMap<GroupId, Arc<Replica>>>,
     /// Held while a replica is opened or closed: they take their time, and two of a group must not
     /// meet.

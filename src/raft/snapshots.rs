@@ -25,7 +25,7 @@ use crate::raft::state_machine::{SnapshotData, with_meta};
 use crate::sm::ports::StoreError;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
-use crate::storage::state::{Applied, ReplicaState};
+use crate::storage::state::{Applied, ReplicaMap};
 use crate::storage::{ReplicaKey, background};
 
 /// Bytes of the file in one frame.
@@ -171,7 +171,7 @@ enum IncomingSnapshot {
 
 impl SnapshotInbox {
     /// Begins or goes on with a snapshot; another one that was arriving is given up.
-    pub fn open(&self, state: &ReplicaState, name: SnapshotName) -> Result<PeerReply, PeerRefusal> {
+    pub fn open(&self, state: &ReplicaMap, name: SnapshotName) -> Result<PeerReply, PeerRefusal> {
         let mut arriving = self.try_lock()?;
         match &*arriving {
             IncomingSnapshot::Some {
@@ -345,7 +345,7 @@ fn not_arriving() -> PeerRefusal {
 /// follower for so long, nor who asks for its vote. So what takes long is done before.
 pub async fn install(
     raft: RaftHandle,
-    state: &ReplicaState,
+    state: &ReplicaMap,
     receiver: SnapshotReceiver,
     vote: Vote,
 ) -> Result<Vote, String> {
@@ -390,7 +390,7 @@ async fn vote_now(raft: &RaftHandle, key: ReplicaKey, vote: Vote) -> Result<Raft
 }
 
 /// Removes what an installation has left, or what was not wanted of it.
-pub async fn tidy(state: ReplicaState) {
+pub async fn tidy(state: ReplicaMap) {
     let key = state.key();
     match tokio::task::spawn_blocking(move || state.tidy()).await {
         Ok(Ok(())) => {}

@@ -34,7 +34,7 @@ use crate::sm::{kv, meta, requests};
 use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::snapshot::Snapshot;
-use crate::storage::state::{Applied, MapRead, ReadKind, ReplicaState};
+use crate::storage::state::{Applied, MapRead, ReadKind, ReplicaMap};
 use crate::supervisor;
 use crate::types::LogId;
 
@@ -44,7 +44,7 @@ const ENTRIES_PER_TURN: usize = 8;
 
 /// What a replica keeps of what it applies.
 pub enum ReplicaStore {
-    Map(ReplicaState),
+    Map(ReplicaMap),
     /// Nothing but how far it is.
     Witness(WitnessState),
 }
@@ -64,7 +64,7 @@ impl ReplicaStore {
         }
     }
 
-    pub fn map(&self) -> Option<&ReplicaState> {
+    pub fn map(&self) -> Option<&ReplicaMap> {
         match self {
             ReplicaStore::Map(state) => Some(state),
             ReplicaStore::Witness(_) => None,
@@ -347,8 +347,8 @@ impl EntryWork {
             return Ok(None);
         };
         Ok(Some(match self.is_meta {
-            true => GroupCommand::Meta(meta::Command::decode(bytes)?),
-            false => GroupCommand::Shard(kv::Command::decode(bytes)?),
+            true => GroupCommand::Meta(meta::MetaCommand::decode(bytes)?),
+            false => GroupCommand::Shard(kv::KvCommand::decode(bytes)?),
         }))
     }
 }
@@ -356,8 +356,8 @@ impl EntryWork {
 /// What an entry says to the map.
 #[derive(Clone)]
 enum GroupCommand {
-    Meta(meta::Command),
-    Shard(kv::Command),
+    Meta(meta::MetaCommand),
+    Shard(kv::KvCommand),
 }
 
 impl GroupCommand {
@@ -370,13 +370,13 @@ impl GroupCommand {
 
     /// Returns whether the digest of the map is to be noted after it.
     fn notes_digest(&self) -> bool {
-        matches!(self, GroupCommand::Shard(kv::Command::Compare))
+        matches!(self, GroupCommand::Shard(kv::KvCommand::Compare))
     }
 
     /// Returns whether it is said that nothing is written any more, and why, or that it is again.
     fn read_only(&self) -> Option<Option<String>> {
         match self {
-            GroupCommand::Shard(kv::Command::SetReadOnly { reason }) => Some(reason.clone()),
+            GroupCommand::Shard(kv::KvCommand::SetReadOnly { reason }) => Some(reason.clone()),
             GroupCommand::Shard(_) | GroupCommand::Meta(_) => None,
         }
     }
@@ -656,7 +656,7 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
 }
 
 /// Writes a snapshot file of all that is applied.
-pub async fn build(state: &ReplicaState) -> Result<Snapshot, StoreError> {
+pub async fn build(state: &ReplicaMap) -> Result<Snapshot, StoreError> {
     state.settle().await;
     let state = state.clone();
     let built = tokio::task::spawn_blocking(move || state.build_snapshot()).await;

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::runtime::Runtime;
 use crate::sm::ports::StoreError;
 use crate::sm::{codec, kv, meta};
-use crate::storage::log::{self, Payload};
+use crate::storage::log::{self, LogPayload};
 use crate::types::{LogId, NodeId, ReplicaId};
 
 /// What openraft is told about us.
@@ -74,8 +74,8 @@ impl fmt::Display for Proposal {
 pub enum ApplyOutcome {
     /// The entry was Raft's own.
     Nothing,
-    Shard(kv::Outcome),
-    Meta(meta::Outcome),
+    Shard(kv::KvOutcome),
+    Meta(meta::MetaOutcome),
 }
 
 /// Where a replica is.
@@ -237,23 +237,25 @@ fn membership(
     RaftMembership::new(record.voters, members).map_err(|error| undecodable(error.to_string()))
 }
 
-pub fn entry_from_raft(entry: RaftEntry) -> log::Entry {
+pub fn entry_from_raft(entry: RaftEntry) -> log::LogEntry {
     let payload = match entry.payload {
-        EntryPayload::Blank => Payload::Blank,
-        EntryPayload::Normal(proposal) => Payload::Normal(proposal.0),
-        EntryPayload::Membership(membership) => Payload::Membership(encode_membership(&membership)),
+        EntryPayload::Blank => LogPayload::Blank,
+        EntryPayload::Normal(proposal) => LogPayload::Normal(proposal.0),
+        EntryPayload::Membership(membership) => {
+            LogPayload::Membership(encode_membership(&membership))
+        }
     };
-    log::Entry {
+    log::LogEntry {
         id: from_raft(&entry.log_id),
         payload,
     }
 }
 
-pub fn entry_to_raft(entry: log::Entry) -> Result<RaftEntry, StoreError> {
+pub fn entry_to_raft(entry: log::LogEntry) -> Result<RaftEntry, StoreError> {
     let payload = match entry.payload {
-        Payload::Blank => EntryPayload::Blank,
-        Payload::Normal(bytes) => EntryPayload::Normal(Proposal(bytes)),
-        Payload::Membership(bytes) => EntryPayload::Membership(decode_membership(&bytes)?),
+        LogPayload::Blank => EntryPayload::Blank,
+        LogPayload::Normal(bytes) => EntryPayload::Normal(Proposal(bytes)),
+        LogPayload::Membership(bytes) => EntryPayload::Membership(decode_membership(&bytes)?),
     };
     Ok(RaftEntry {
         log_id: to_raft(entry.id),

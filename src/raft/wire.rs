@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pace::LeaseTimings;
 use crate::sm::starts::Starts;
-use crate::storage::log::{Entry, Payload, Vote};
+use crate::storage::log::{LogEntry, LogPayload, Vote};
 use crate::storage::state::Applied;
 use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
@@ -309,12 +309,12 @@ pub fn encode_append(
     vote: Vote,
     previous: Option<LogId>,
     commit: Option<LogId>,
-    entries: &[Entry],
+    entries: &[LogEntry],
 ) -> UnsealedFrame {
-    let payload = |entry: &Entry| match &entry.payload {
-        Payload::Blank => (PayloadKind::Blank, Bytes::new()),
-        Payload::Normal(bytes) => (PayloadKind::Normal, bytes.clone()),
-        Payload::Membership(bytes) => (PayloadKind::Membership, bytes.clone()),
+    let payload = |entry: &LogEntry| match &entry.payload {
+        LogPayload::Blank => (PayloadKind::Blank, Bytes::new()),
+        LogPayload::Normal(bytes) => (PayloadKind::Normal, bytes.clone()),
+        LogPayload::Membership(bytes) => (PayloadKind::Membership, bytes.clone()),
     };
     let mut heads = Vec::with_capacity(entries.len());
     let mut payloads = Vec::with_capacity(entries.len());
@@ -429,7 +429,7 @@ impl ReceivedFrame {
 }
 
 /// Joins the heads of entries with their payloads in the tail.
-pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<Entry>, WireError> {
+pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<LogEntry>, WireError> {
     let mut entries = Vec::with_capacity(heads.len());
     for header in heads {
         let bytes_len = header.bytes_len as usize;
@@ -441,11 +441,11 @@ pub fn entries(heads: &[EntryHead], mut tail: Bytes) -> Result<Vec<Entry>, WireE
         }
         let bytes = tail.split_to(bytes_len);
         let payload = match header.kind {
-            PayloadKind::Blank => Payload::Blank,
-            PayloadKind::Normal => Payload::Normal(bytes),
-            PayloadKind::Membership => Payload::Membership(bytes),
+            PayloadKind::Blank => LogPayload::Blank,
+            PayloadKind::Normal => LogPayload::Normal(bytes),
+            PayloadKind::Membership => LogPayload::Membership(bytes),
         };
-        entries.push(Entry {
+        entries.push(LogEntry {
             id: header.id,
             payload,
         });
@@ -568,15 +568,15 @@ mod tests {
         target: ReplicaId(2),
     };
 
-    fn append() -> (Vec<Entry>, Bytes) {
-        let entry = |index, payload| Entry {
+    fn append() -> (Vec<LogEntry>, Bytes) {
+        let entry = |index, payload| LogEntry {
             id: LogId { term: 2, index },
             payload,
         };
         let entries = vec![
-            entry(5, Payload::Blank),
-            entry(6, Payload::Normal(Bytes::from_static(b"six"))),
-            entry(7, Payload::Membership(Bytes::from_static(b"seven"))),
+            entry(5, LogPayload::Blank),
+            entry(6, LogPayload::Normal(Bytes::from_static(b"six"))),
+            entry(7, LogPayload::Membership(Bytes::from_static(b"seven"))),
         ];
         let vote = Vote {
             term: 2,
@@ -588,7 +588,7 @@ mod tests {
         (entries, frame)
     }
 
-    fn check(frame: &ReceivedFrame, expected: &[Entry]) {
+    fn check(frame: &ReceivedFrame, expected: &[LogEntry]) {
         assert_eq!(frame.sequence, 77);
         let (header, request, tail) = frame.request().expect("a request");
         assert_eq!(header, HEAD);

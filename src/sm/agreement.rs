@@ -12,7 +12,7 @@ use crate::types::ReplicaId;
 
 /// The conclusion drawn from the digests of a group's replicas.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum AgreementVerdict {
     /// Nobody differs from another, as far as they have answered.
     Agree,
     /// These differ from what more than half of all have.
@@ -39,20 +39,23 @@ pub fn is_majority_of_one_mind<D: Ord>(
 }
 
 /// Compares what replicas have told, of all `members` that have a map.
-pub fn judge<D: Ord>(members: &BTreeSet<ReplicaId>, told: &BTreeMap<ReplicaId, D>) -> Verdict {
+pub fn judge<D: Ord>(
+    members: &BTreeSet<ReplicaId>,
+    told: &BTreeMap<ReplicaId, D>,
+) -> AgreementVerdict {
     let mut minds: BTreeMap<&D, BTreeSet<ReplicaId>> = BTreeMap::new();
     for (replica, digest) in told.iter().filter(|(replica, _)| members.contains(replica)) {
         minds.entry(digest).or_default().insert(*replica);
     }
     if minds.len() <= 1 {
-        return Verdict::Agree;
+        return AgreementVerdict::Agree;
     }
     let majority = minds
         .values()
         .find(|of_one_mind| of_one_mind.len() * 2 > members.len());
     match majority {
-        None => Verdict::NoMajority,
-        Some(majority) => Verdict::Minority(
+        None => AgreementVerdict::NoMajority,
+        Some(majority) => AgreementVerdict::Minority(
             minds
                 .values()
                 .flatten()
@@ -69,7 +72,7 @@ mod tests {
 
     /// The verdict on so many members, of which the first ones have told these digests, `-` for
     /// none.
-    fn verdict(members: u64, told: &str) -> Verdict {
+    fn verdict(members: u64, told: &str) -> AgreementVerdict {
         let told = (1..)
             .map(ReplicaId)
             .zip(told.chars())
@@ -78,8 +81,8 @@ mod tests {
         judge(&(1..=members).map(ReplicaId).collect(), &told)
     }
 
-    fn minority(ids: &[u64]) -> Verdict {
-        Verdict::Minority(ids.iter().copied().map(ReplicaId).collect())
+    fn minority(ids: &[u64]) -> AgreementVerdict {
+        AgreementVerdict::Minority(ids.iter().copied().map(ReplicaId).collect())
     }
 
     #[test]
@@ -109,7 +112,7 @@ mod tests {
     #[test]
     fn only_who_differs_from_a_majority_of_all_is_rebuilt() {
         for told in ["", "a", "aaa", "a--", "aa-"] {
-            assert_eq!(verdict(3, told), Verdict::Agree, "{told}");
+            assert_eq!(verdict(3, told), AgreementVerdict::Agree, "{told}");
         }
         assert_eq!(verdict(3, "aba"), minority(&[2]));
         assert_eq!(verdict(3, "baa"), minority(&[1]));
@@ -125,13 +128,13 @@ mod tests {
         ] {
             assert_eq!(
                 verdict(members, told),
-                Verdict::NoMajority,
+                AgreementVerdict::NoMajority,
                 "{told} of {members}"
             );
         }
         assert_eq!(
             verdict(2, "aab"),
-            Verdict::Agree,
+            AgreementVerdict::Agree,
             "the third is none of them any more"
         );
     }

@@ -139,7 +139,7 @@ pub fn decode_charged<T: DeserializeOwned>(
         what,
         reason: error.to_string(),
     };
-    let metered = Metered {
+    let metered = MeteredBytes {
         rest: split(bytes, FORMAT, what)?.1,
         owed: 0,
         charge,
@@ -156,14 +156,14 @@ pub fn decode_charged<T: DeserializeOwned>(
 }
 
 /// Bytes that are paid for while they are read.
-struct Metered<'de> {
+struct MeteredBytes<'de> {
     rest: &'de [u8],
     /// Bytes that may have been allocated and are not charged yet.
     owed: usize,
     charge: &'de mut dyn FnMut(usize) -> bool,
 }
 
-impl Metered<'_> {
+impl MeteredBytes<'_> {
     fn owe(&mut self, bytes: usize) -> postcard::Result<()> {
         self.owed += bytes;
         if self.owed < CHARGE_STEP_BYTES {
@@ -178,7 +178,7 @@ impl Metered<'_> {
     }
 }
 
-impl<'de> Flavor<'de> for Metered<'de> {
+impl<'de> Flavor<'de> for MeteredBytes<'de> {
     type Remainder = usize;
     type Source = &'de [u8];
 

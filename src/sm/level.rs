@@ -9,8 +9,8 @@
 //! 1. Add a [`Feature`] with its level: [`LEVEL`], or one more if a release with that is out
 //!    already.
 //! 2. Add the variant of the command at the end of its enum, and name the feature in its `needs`.
-//! 3. Propose it only where `allows(feature)`, as `Group` and `Member` have it; keep the old way
-//!    for a lower level, also in `apply`: what is in a log is applied as it was meant.
+//! 3. Propose it only where `allows(feature)`, as `GroupSpec` and `Member` have it; keep the old
+//!    way for a lower level, also in `apply`: what is in a log is applied as it was meant.
 //! 4. Add the variant to the golden table of its `apply`.
 
 use super::ports::StoreError;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::codec;
 use super::level::Feature;
 use super::ports::{Read, StoreError, WriteBatch};
-use super::view::{self, Inconsistency, Node, Reported, SlotMove, View};
+use super::view::{self, Inconsistency, NodeSpec, ReportedMembership, SlotMove, View};
 use crate::types::{
     Address, DirectoryId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot,
 };
@@ -19,7 +19,7 @@ use crate::types::{
 /// One entry of the meta group's log. Part of the disk format: variants are only ever added, at the
 /// end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Command {
+pub enum MetaCommand {
     /// The first view, by the founder. Accepted once.
     Found { view: Box<View> },
     /// A node says under which address it now runs. Accepted only from the directory that the view
@@ -49,7 +49,7 @@ pub enum Command {
     /// looked: what an earlier look did not find may have joined since.
     Report {
         group: GroupId,
-        reported: Reported,
+        reported: ReportedMembership,
         plan: PlanEpoch,
     },
     /// Every node of the view of this version reads all up to this level. Accepted only over that
@@ -57,16 +57,16 @@ pub enum Command {
     RaiseLevel { level: u16, over: MapVersion },
 }
 
-/// The outcome of applying a [`Command`].
+/// The outcome of applying a [`MetaCommand`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Outcome {
+pub enum MetaOutcome {
     Done,
-    Rejected(Rejection),
+    Rejected(MetaRejection),
     MoveOpened { id: MoveId },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Rejection {
+pub enum MetaRejection {
     AlreadyFounded,
     NotFounded,
     UnknownNode(NodeId),
@@ -86,7 +86,7 @@ pub enum Rejection {
         version: MapVersion,
     },
     /// The plan takes away what it must not.
-    NotASuccessor(Misstep),
+    NotASuccessor(PlanViolation),
     /// Not where it should be moved from, or not to be moved there, or being moved.
     NotToBeMoved(Slot),
     /// The move is not open: it has ended.
@@ -96,7 +96,7 @@ pub enum Rejection {
 
 /// A change that a plan may not make.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-pub enum Misstep {
+pub enum PlanViolation {
     #[error("it is not the next version and plan of the same cluster")]
     Numbers,
     #[error("it gives ids out again")]
@@ -123,12 +123,12 @@ const VIEW_KEY: &[u8] = b"\x01view";
 pub fn apply(
     read: &impl Read,
     _index: u64,
-    command: Command,
-) -> Result<(Outcome, WriteBatch), StoreError> {
+    command: MetaCommand,
+) -> Result<(MetaOutcome, WriteBatch), StoreError> {
     let view = read_view(read)?;
     let decided = match command {
-        Command::Found { view: first } => found(view, *first).map(Some),
-        Command::Announce {
+        MetaCommand::Found { view: first } => found(view, *first).map(Some),
+        MetaCommand::Announce {
             node,
             directory,
             address,
@@ -136,32 +136,32 @@ pub fn apply(
         } => announce(
             view,
             node,
-            Node {
+            NodeSpec {
                 address,
                 public_address,
                 directory,
             },
         ),
-        Command::InstallPlan { base, next } => install(view, base, *next).map(Some),
-        Command::OpenMove { slots, from, to } => {
+        MetaCommand::InstallPlan { base, next } => install(view, base, *next).map(Some),
+        MetaCommand::OpenMove { slots, from, to } => {
             let opened = open_move(view, SlotMove { slots, from, to });
             return Ok(match opened {
-                Ok((id, view)) => (Outcome::MoveOpened { id }, written(Some(view))),
-                Err(rejection) => (Outcome::Rejected(rejection), WriteBatch::default()),
+                Ok((id, view)) => (MetaOutcome::MoveOpened { id }, written(Some(view))),
+                Err(rejection) => (MetaOutcome::Rejected(rejection), WriteBatch::default()),
             });
         }
-        Command::CommitMove { id } => end_move(view, id, true).map(Some),
-        Command::AbortMove { id } => end_move(view, id, false).map(Some),
-        Command::Report {
+        MetaCommand::CommitMove { id } => end_move(view, id, true).map(Some),
+        MetaCommand::AbortMove { id } => end_move(view, id, false).map(Some),
+        MetaCommand::Report {
             group,
             reported,
             plan,
         } => report(view, group, reported, plan),
-        Command::RaiseLevel { level, over } => raise_level(view, level, over),
+        MetaCommand::RaiseLevel { level, over } => raise_level(view, level, over),
     };
     Ok(match decided {
-        Err(rejection) => (Outcome::Rejected(rejection), WriteBatch::default()),
-        Ok(changed) => (Outcome::Done, written(changed)),
+        Err(rejection) => (MetaOutcome::Rejected(rejection), WriteBatch::default()),
+        Ok(changed) => (MetaOutcome::Done, written(changed)),
     })
 }
 
@@ -180,17 +180,21 @@ pub fn read_view(read: &impl Read) -> Result<Option<View>, StoreError> {
         .transpose()
 }
 
-fn found(view: Option<View>, first: View) -> Result<View, Rejection> {
+fn found(view: Option<View>, first: View) -> Result<View, MetaRejection> {
     if view.is_some() {
-        return Err(Rejection::AlreadyFounded);
+        return Err(MetaRejection::AlreadyFounded);
     }
-    first.check().map_err(Rejection::Inconsistent)?;
+    first.check().map_err(MetaRejection::Inconsistent)?;
     Ok(first)
 }
 
 /// The view with `node` as it says it is; none if it is so already.
-fn announce(view: Option<View>, node: NodeId, now: Node) -> Result<Option<View>, Rejection> {
-    let mut view = view.ok_or(Rejection::NotFounded)?;
+fn announce(
+    view: Option<View>,
+    node: NodeId,
+    now: NodeSpec,
+) -> Result<Option<View>, MetaRejection> {
+    let mut view = view.ok_or(MetaRejection::NotFounded)?;
     let taken = view
         .staying()
         .find(|(id, other)| *id != node && other.address == now.address)
@@ -198,15 +202,15 @@ fn announce(view: Option<View>, node: NodeId, now: Node) -> Result<Option<View>,
     let known = view
         .nodes
         .get_mut(&node)
-        .ok_or(Rejection::UnknownNode(node))?;
+        .ok_or(MetaRejection::UnknownNode(node))?;
     if known.directory != now.directory {
-        return Err(Rejection::OtherDirectory {
+        return Err(MetaRejection::OtherDirectory {
             node,
             directory: known.directory,
         });
     }
     if let Some(by) = taken {
-        return Err(Rejection::AddressTaken {
+        return Err(MetaRejection::AddressTaken {
             address: now.address,
             by,
         });
@@ -219,75 +223,75 @@ fn announce(view: Option<View>, node: NodeId, now: Node) -> Result<Option<View>,
     Ok(Some(view))
 }
 
-fn install(view: Option<View>, base: MapVersion, next: View) -> Result<View, Rejection> {
-    let view = view.ok_or(Rejection::NotFounded)?;
+fn install(view: Option<View>, base: MapVersion, next: View) -> Result<View, MetaRejection> {
+    let view = view.ok_or(MetaRejection::NotFounded)?;
     if view.version != base {
-        return Err(Rejection::Outdated {
+        return Err(MetaRejection::Outdated {
             version: view.version,
         });
     }
-    next.check().map_err(Rejection::Inconsistent)?;
-    check_successor(&view, &next).map_err(Rejection::NotASuccessor)?;
+    next.check().map_err(MetaRejection::Inconsistent)?;
+    check_successor(&view, &next).map_err(MetaRejection::NotASuccessor)?;
     let mut next = next;
     next.clear_away();
     Ok(next)
 }
 
 /// Checks that `next` takes nothing away from `view` that only its own protocol may end.
-fn check_successor(view: &View, next: &View) -> Result<(), Misstep> {
+fn check_successor(view: &View, next: &View) -> Result<(), PlanViolation> {
     let follows = next.cluster == view.cluster
         && next.epoch.0 == view.epoch.0 + 1
         && next.version.0 == view.version.0 + 1;
     if !follows || next.level != view.level {
-        return Err(Misstep::Numbers);
+        return Err(PlanViolation::Numbers);
     }
     let grows = next.next_node >= view.next_node
         && next.next_group >= view.next_group
         && next.next_replica >= view.next_replica
         && next.next_move == view.next_move;
     if !grows {
-        return Err(Misstep::Ids);
+        return Err(PlanViolation::Ids);
     }
     if next.slots != view.slots || next.moves != view.moves {
-        return Err(Misstep::Slots);
+        return Err(PlanViolation::Slots);
     }
     for (id, node) in &view.nodes {
         if next.nodes.get(id) != Some(node) {
-            return Err(Misstep::Node(*id));
+            return Err(PlanViolation::Node(*id));
         }
     }
     for (id, group) in &view.groups {
         let Some(of) = next.groups.get(id) else {
-            return Err(Misstep::Group(*id));
+            return Err(PlanViolation::Group(*id));
         };
         if of.creation != group.creation || of.reported != group.reported {
-            return Err(Misstep::Group(*id));
+            return Err(PlanViolation::Group(*id));
         }
         if let Some((replica, _)) = group
             .hosted()
             .find(|(replica, node)| next.node_of(*id, *replica) != Some(*node))
         {
-            return Err(Misstep::Replica(replica));
+            return Err(PlanViolation::Replica(replica));
         }
     }
     check_new_ids(view, next)
 }
 
 /// Everything new has an id that was never given out.
-fn check_new_ids(view: &View, next: &View) -> Result<(), Misstep> {
+fn check_new_ids(view: &View, next: &View) -> Result<(), PlanViolation> {
     let old_node = |id: &NodeId| *id < view.next_node && !view.nodes.contains_key(id);
     if let Some(id) = next.nodes.keys().find(|id| old_node(id)) {
-        return Err(Misstep::Node(*id));
+        return Err(PlanViolation::Node(*id));
     }
     for (id, group) in &next.groups {
         if *id < view.next_group && !view.groups.contains_key(id) {
-            return Err(Misstep::Group(*id));
+            return Err(PlanViolation::Group(*id));
         }
         let old = |replica: ReplicaId| {
             replica < view.next_replica && view.node_of(*id, replica).is_none()
         };
         if let Some((replica, _)) = group.hosted().find(|(replica, _)| old(*replica)) {
-            return Err(Misstep::Replica(replica));
+            return Err(PlanViolation::Replica(replica));
         }
         // Of a replica that is on its way out, only what is known to have a map comes back, and as
         // that.
@@ -310,7 +314,7 @@ fn check_new_ids(view: &View, next: &View) -> Result<(), Misstep> {
             .wanted()
             .find(|(replica, _)| back(*replica) || turned(*replica))
         {
-            return Err(Misstep::Replica(replica));
+            return Err(PlanViolation::Replica(replica));
         }
     }
     Ok(())
@@ -321,10 +325,10 @@ fn raise_level(
     view: Option<View>,
     level: u16,
     over: MapVersion,
-) -> Result<Option<View>, Rejection> {
-    let mut view = view.ok_or(Rejection::NotFounded)?;
+) -> Result<Option<View>, MetaRejection> {
+    let mut view = view.ok_or(MetaRejection::NotFounded)?;
     if view.version != over {
-        return Err(Rejection::Outdated {
+        return Err(MetaRejection::Outdated {
             version: view.version,
         });
     }
@@ -336,8 +340,8 @@ fn raise_level(
     Ok(Some(view))
 }
 
-fn open_move(view: Option<View>, open: SlotMove) -> Result<(MoveId, View), Rejection> {
-    let mut view = view.ok_or(Rejection::NotFounded)?;
+fn open_move(view: Option<View>, open: SlotMove) -> Result<(MoveId, View), MetaRejection> {
+    let mut view = view.ok_or(MetaRejection::NotFounded)?;
     let moving: BTreeSet<Slot> = view
         .moves
         .values()
@@ -350,10 +354,10 @@ fn open_move(view: Option<View>, open: SlotMove) -> Result<(MoveId, View), Rejec
         .iter()
         .find(|slot| !is_due(**slot) || moving.contains(slot))
     {
-        return Err(Rejection::NotToBeMoved(*slot));
+        return Err(MetaRejection::NotToBeMoved(*slot));
     }
     if open.from == open.to || open.slots.is_empty() {
-        return Err(Rejection::UnknownGroup(open.to));
+        return Err(MetaRejection::UnknownGroup(open.to));
     }
     let id = view.next_move;
     view.next_move.0 += 1;
@@ -362,9 +366,12 @@ fn open_move(view: Option<View>, open: SlotMove) -> Result<(MoveId, View), Rejec
     Ok((id, view))
 }
 
-fn end_move(view: Option<View>, id: MoveId, committed: bool) -> Result<View, Rejection> {
-    let mut view = view.ok_or(Rejection::NotFounded)?;
-    let ended = view.moves.remove(&id).ok_or(Rejection::NoSuchMove(id))?;
+fn end_move(view: Option<View>, id: MoveId, committed: bool) -> Result<View, MetaRejection> {
+    let mut view = view.ok_or(MetaRejection::NotFounded)?;
+    let ended = view
+        .moves
+        .remove(&id)
+        .ok_or(MetaRejection::NoSuchMove(id))?;
     if committed {
         for slot in ended.slots {
             view.slots.set_owner(slot, ended.to);
@@ -379,19 +386,19 @@ fn end_move(view: Option<View>, id: MoveId, committed: bool) -> Result<View, Rej
 fn report(
     view: Option<View>,
     group: GroupId,
-    reported: Reported,
+    reported: ReportedMembership,
     plan: PlanEpoch,
-) -> Result<Option<View>, Rejection> {
-    let mut view = view.ok_or(Rejection::NotFounded)?;
+) -> Result<Option<View>, MetaRejection> {
+    let mut view = view.ok_or(MetaRejection::NotFounded)?;
     if view.epoch != plan {
-        return Err(Rejection::Outdated {
+        return Err(MetaRejection::Outdated {
             version: view.version,
         });
     }
     let known = view
         .groups
         .get_mut(&group)
-        .ok_or(Rejection::UnknownGroup(group))?;
+        .ok_or(MetaRejection::UnknownGroup(group))?;
     if known
         .reported
         .as_ref()
@@ -417,20 +424,20 @@ fn report(
     Ok(Some(view))
 }
 
-impl Command {
+impl MetaCommand {
     /// Returns what a view must allow before it is proposed; none: every program reads it.
     ///
     /// A view or a raised level say by themselves what must be known to read them.
     pub fn needs(&self) -> Option<Feature> {
         match self {
-            Command::Found { .. }
-            | Command::Announce { .. }
-            | Command::InstallPlan { .. }
-            | Command::OpenMove { .. }
-            | Command::CommitMove { .. }
-            | Command::AbortMove { .. }
-            | Command::Report { .. }
-            | Command::RaiseLevel { .. } => None,
+            MetaCommand::Found { .. }
+            | MetaCommand::Announce { .. }
+            | MetaCommand::InstallPlan { .. }
+            | MetaCommand::OpenMove { .. }
+            | MetaCommand::CommitMove { .. }
+            | MetaCommand::AbortMove { .. }
+            | MetaCommand::Report { .. }
+            | MetaCommand::RaiseLevel { .. } => None,
         }
     }
 
@@ -441,14 +448,14 @@ impl Command {
             return codec::encode_leveled(feature.level(), self, 0);
         }
         match self {
-            Command::Found { view } => view::encode_ending(view.level, self),
-            Command::InstallPlan { next, .. } => view::encode_ending(next.level, self),
-            Command::RaiseLevel { level, .. } => codec::encode_leveled(*level, self, 0),
-            Command::Announce { .. }
-            | Command::OpenMove { .. }
-            | Command::CommitMove { .. }
-            | Command::AbortMove { .. }
-            | Command::Report { .. } => codec::encode(self),
+            MetaCommand::Found { view } => view::encode_ending(view.level, self),
+            MetaCommand::InstallPlan { next, .. } => view::encode_ending(next.level, self),
+            MetaCommand::RaiseLevel { level, .. } => codec::encode_leveled(*level, self, 0),
+            MetaCommand::Announce { .. }
+            | MetaCommand::OpenMove { .. }
+            | MetaCommand::CommitMove { .. }
+            | MetaCommand::AbortMove { .. }
+            | MetaCommand::Report { .. } => codec::encode(self),
         }
     }
 
@@ -470,7 +477,7 @@ impl Command {
     }
 }
 
-impl Outcome {
+impl MetaOutcome {
     pub fn encode(&self) -> Bytes {
         codec::encode(self)
     }

@@ -17,7 +17,8 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::kv::{
-    CHANGES_BYTES_MAX, Command, DestinationState, MoveStep, Progress, Remaining, SourceState,
+    CHANGES_BYTES_MAX, DestinationState, InstallProgress, KvCommand, MoveCommand, Remaining,
+    SourceState,
 };
 use crate::types::{GroupId, MoveId, Slot};
 
@@ -32,7 +33,7 @@ pub struct Move {
 
 /// Limits on the driver's patience, by its own clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Budget {
+pub struct MoveLimits {
     /// With changes of so many bytes left, or fewer, the slots are frozen. Below
     /// [`CHANGES_BYTES_MAX`]; a chunk's worth.
     pub freeze_bytes_max: u64,
@@ -48,13 +49,13 @@ pub struct Budget {
 
 /// The next step of a move.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step {
+pub enum MoveStep {
     /// Destination: delete what is left in the slots.
     Clear,
     Prepare,
     Begin,
     /// Read the source from this cursor on, and install what was read as the next chunk.
-    Copy(Progress),
+    Copy(InstallProgress),
     Freeze,
     /// Tell the destination what the frozen source counts, after this many chunks.
     Complete {
@@ -69,7 +70,7 @@ pub enum Step {
     Cancel,
     /// Meta: the move has ended, and the slots are the source's as before.
     End,
-    Wait(Waiting),
+    Wait(MoveWait),
     /// A later move has had the slots: the meta group knows that this one is over.
     Over,
 }
@@ -83,7 +84,7 @@ pub enum AbortReason {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Waiting {
+pub enum MoveWait {
     /// The destination did not answer just now.
     Destination,
     /// The source does not own the slots yet.
@@ -94,7 +95,7 @@ pub enum Waiting {
 
 /// The shard whose log an entry goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
+pub enum MoveSide {
     Source,
     Destination,
 }
@@ -103,105 +104,113 @@ pub enum Side {
 pub fn next_step(
     source: &SourceState,
     destination: Option<&DestinationState>,
-    budget: Budget,
-) -> Step {
+    budget: MoveLimits,
+) -> MoveStep {
     match source {
         SourceState::Ready | SourceState::NotReady | SourceState::Copying(_) if budget.give_up => {
-            Step::Abort(AbortReason::GivenUp)
+            MoveStep::Abort(AbortReason::GivenUp)
         }
         SourceState::Ready => before_begin(destination),
-        SourceState::NotReady => Step::Wait(Waiting::Source),
+        SourceState::NotReady => MoveStep::Wait(MoveWait::Source),
         SourceState::Copying(left) => while_copying(*left, destination, budget),
         SourceState::Frozen(left) => while_frozen(*left, destination, budget),
         SourceState::Released => after_release(destination),
         SourceState::Aborted => after_abort(destination),
-        SourceState::Overtaken => Step::Over,
+        SourceState::Overtaken => MoveStep::Over,
     }
 }
 
-fn before_begin(destination: Option<&DestinationState>) -> Step {
+fn before_begin(destination: Option<&DestinationState>) -> MoveStep {
     match destination {
-        Some(DestinationState::Installing(progress)) if *progress == Progress::default() => {
-            Step::Begin
+        Some(DestinationState::Installing(progress)) if *progress == InstallProgress::default() => {
+            MoveStep::Begin
         }
-        other => prepared(other).unwrap_or(Step::Wait(Waiting::Behind)),
+        other => prepared(other).unwrap_or(MoveStep::Wait(MoveWait::Behind)),
     }
 }
 
 /// Returns the step to take, or the wait, before the destination installs anything; None if it does
 /// so already, or has done so.
-fn prepared(destination: Option<&DestinationState>) -> Option<Step> {
+fn prepared(destination: Option<&DestinationState>) -> Option<MoveStep> {
     match destination {
-        None => Some(Step::Wait(Waiting::Destination)),
-        Some(DestinationState::Free) => Some(Step::Prepare),
-        Some(DestinationState::Leftovers) => Some(Step::Clear),
-        Some(DestinationState::StillOwned) => Some(Step::Wait(Waiting::Behind)),
-        Some(DestinationState::Cancelled) => Some(Step::Abort(AbortReason::Cancelled)),
-        Some(DestinationState::Overtaken) => Some(Step::Over),
+        None => Some(MoveStep::Wait(MoveWait::Destination)),
+        Some(DestinationState::Free) => Some(MoveStep::Prepare),
+        Some(DestinationState::Leftovers) => Some(MoveStep::Clear),
+        Some(DestinationState::StillOwned) => Some(MoveStep::Wait(MoveWait::Behind)),
+        Some(DestinationState::Cancelled) => Some(MoveStep::Abort(AbortReason::Cancelled)),
+        Some(DestinationState::Overtaken) => Some(MoveStep::Over),
         Some(DestinationState::Installing(_) | DestinationState::Active) => None,
     }
 }
 
-fn while_copying(left: Remaining, destination: Option<&DestinationState>, budget: Budget) -> Step {
+fn while_copying(
+    left: Remaining,
+    destination: Option<&DestinationState>,
+    budget: MoveLimits,
+) -> MoveStep {
     match (destination, left) {
         (Some(DestinationState::Installing(progress)), _) if progress.complete => {
-            Step::Wait(Waiting::Behind)
+            MoveStep::Wait(MoveWait::Behind)
         }
         (Some(DestinationState::Installing(progress)), Remaining::Pairs) => {
-            Step::Copy(progress.clone())
+            MoveStep::Copy(progress.clone())
         }
         (Some(DestinationState::Installing(_)), Remaining::Changes { bytes })
             if bytes <= budget.freeze_bytes_max
                 || budget.freeze_now && bytes < CHANGES_BYTES_MAX =>
         {
-            Step::Freeze
+            MoveStep::Freeze
         }
         (Some(DestinationState::Installing(progress)), Remaining::Changes { .. }) => {
-            Step::Copy(progress.clone())
+            MoveStep::Copy(progress.clone())
         }
-        (other, _) => prepared(other).unwrap_or(Step::Wait(Waiting::Behind)),
+        (other, _) => prepared(other).unwrap_or(MoveStep::Wait(MoveWait::Behind)),
     }
 }
 
-fn while_frozen(left: Remaining, destination: Option<&DestinationState>, budget: Budget) -> Step {
+fn while_frozen(
+    left: Remaining,
+    destination: Option<&DestinationState>,
+    budget: MoveLimits,
+) -> MoveStep {
     match (destination, left) {
         // Going on ends the freeze as soon as going back.
-        (Some(DestinationState::Installing(progress)), _) if progress.complete => Step::Release,
-        (Some(DestinationState::Active), _) => Step::Wait(Waiting::Behind),
-        _ if budget.give_up => Step::Abort(AbortReason::GivenUp),
-        _ if budget.freeze_overdue => Step::Abort(AbortReason::FrozenTooLong),
+        (Some(DestinationState::Installing(progress)), _) if progress.complete => MoveStep::Release,
+        (Some(DestinationState::Active), _) => MoveStep::Wait(MoveWait::Behind),
+        _ if budget.give_up => MoveStep::Abort(AbortReason::GivenUp),
+        _ if budget.freeze_overdue => MoveStep::Abort(AbortReason::FrozenTooLong),
         (Some(DestinationState::Installing(progress)), Remaining::Changes { bytes: 0 }) => {
-            Step::Complete {
+            MoveStep::Complete {
                 chunk: progress.chunk,
             }
         }
-        (Some(DestinationState::Installing(progress)), _) => Step::Copy(progress.clone()),
-        (other, _) => prepared(other).unwrap_or(Step::Wait(Waiting::Behind)),
+        (Some(DestinationState::Installing(progress)), _) => MoveStep::Copy(progress.clone()),
+        (other, _) => prepared(other).unwrap_or(MoveStep::Wait(MoveWait::Behind)),
     }
 }
 
-fn after_release(destination: Option<&DestinationState>) -> Step {
+fn after_release(destination: Option<&DestinationState>) -> MoveStep {
     match destination {
-        None => Step::Wait(Waiting::Destination),
-        Some(DestinationState::Installing(progress)) if progress.complete => Step::Activate,
-        Some(DestinationState::Active) => Step::Commit,
-        Some(DestinationState::Overtaken) => Step::Over,
+        None => MoveStep::Wait(MoveWait::Destination),
+        Some(DestinationState::Installing(progress)) if progress.complete => MoveStep::Activate,
+        Some(DestinationState::Active) => MoveStep::Commit,
+        Some(DestinationState::Overtaken) => MoveStep::Over,
         Some(
             DestinationState::Installing(_)
             | DestinationState::Free
             | DestinationState::Leftovers
             | DestinationState::StillOwned
             | DestinationState::Cancelled,
-        ) => Step::Wait(Waiting::Behind),
+        ) => MoveStep::Wait(MoveWait::Behind),
     }
 }
 
 /// A destination that does not answer keeps no move open: a later move of the slots clears there
 /// what this one left.
-fn after_abort(destination: Option<&DestinationState>) -> Step {
+fn after_abort(destination: Option<&DestinationState>) -> MoveStep {
     match destination {
-        Some(DestinationState::Installing(_)) => Step::Cancel,
-        Some(DestinationState::Overtaken) => Step::Over,
+        Some(DestinationState::Installing(_)) => MoveStep::Cancel,
+        Some(DestinationState::Overtaken) => MoveStep::Over,
         None
         | Some(
             DestinationState::Free
@@ -209,37 +218,40 @@ fn after_abort(destination: Option<&DestinationState>) -> Step {
             | DestinationState::StillOwned
             | DestinationState::Cancelled
             | DestinationState::Active,
-        ) => Step::End,
+        ) => MoveStep::End,
     }
 }
 
 /// Most keys deleted by one entry, so that none stalls its group.
 pub const CLEAR_KEYS_MAX: u32 = 1000;
 
-impl Step {
+impl MoveStep {
     /// The entry that takes the step, and whose it is. None for the steps that first need to read
     /// something, that are the meta group's, or that are no step.
-    pub fn command(&self, of: &Move) -> Option<(Side, Command)> {
+    pub fn command(&self, of: &Move) -> Option<(MoveSide, KvCommand)> {
         let (side, step) = match self {
-            Step::Clear => (
-                Side::Destination,
-                MoveStep::Clear {
+            MoveStep::Clear => (
+                MoveSide::Destination,
+                MoveCommand::Clear {
                     limit: CLEAR_KEYS_MAX,
                 },
             ),
-            Step::Prepare => (Side::Destination, MoveStep::Prepare { from: of.from }),
-            Step::Activate => (Side::Destination, MoveStep::Activate),
-            Step::Cancel => (Side::Destination, MoveStep::Cancel),
-            Step::Begin => (Side::Source, MoveStep::Begin { to: of.to }),
-            Step::Freeze => (Side::Source, MoveStep::Freeze),
-            Step::Release => (Side::Source, MoveStep::Release),
-            Step::Abort(_) => (Side::Source, MoveStep::Abort),
-            Step::Copy(_)
-            | Step::Complete { .. }
-            | Step::Commit
-            | Step::End
-            | Step::Wait(_)
-            | Step::Over => return None,
+            MoveStep::Prepare => (
+                MoveSide::Destination,
+                MoveCommand::Prepare { from: of.from },
+            ),
+            MoveStep::Activate => (MoveSide::Destination, MoveCommand::Activate),
+            MoveStep::Cancel => (MoveSide::Destination, MoveCommand::Cancel),
+            MoveStep::Begin => (MoveSide::Source, MoveCommand::Begin { to: of.to }),
+            MoveStep::Freeze => (MoveSide::Source, MoveCommand::Freeze),
+            MoveStep::Release => (MoveSide::Source, MoveCommand::Release),
+            MoveStep::Abort(_) => (MoveSide::Source, MoveCommand::Abort),
+            MoveStep::Copy(_)
+            | MoveStep::Complete { .. }
+            | MoveStep::Commit
+            | MoveStep::End
+            | MoveStep::Wait(_)
+            | MoveStep::Over => return None,
         };
         Some((side, step.of(of.id, &of.slots)))
     }
@@ -272,7 +284,7 @@ mod tests {
     }
 
     fn installing(chunk: u64, complete: bool) -> DestinationState {
-        DestinationState::Installing(Progress {
+        DestinationState::Installing(InstallProgress {
             chunk,
             cursor: Bytes::from_static(b"c"),
             complete,
@@ -280,7 +292,7 @@ mod tests {
     }
 
     fn destinations() -> Vec<Option<DestinationState>> {
-        let fresh = DestinationState::Installing(Progress::default());
+        let fresh = DestinationState::Installing(InstallProgress::default());
         let all = [
             DestinationState::Free,
             DestinationState::Leftovers,
@@ -295,13 +307,13 @@ mod tests {
         all.into_iter().map(Some).chain([None]).collect()
     }
 
-    fn budgets() -> Vec<Budget> {
+    fn budgets() -> Vec<MoveLimits> {
         let flags = [false, true];
         let mut all = Vec::new();
         for freeze_now in flags {
             for freeze_overdue in flags {
                 for give_up in flags {
-                    all.push(Budget {
+                    all.push(MoveLimits {
                         freeze_bytes_max: 500,
                         freeze_now,
                         freeze_overdue,
@@ -315,10 +327,10 @@ mod tests {
 
     /// Returns true if a step may be taken at all in the observed state.
     fn allowed(
-        step: &Step,
+        step: &MoveStep,
         source: &SourceState,
         destination: Option<&DestinationState>,
-        budget: Budget,
+        budget: MoveLimits,
     ) -> bool {
         use DestinationState as D;
         use SourceState as S;
@@ -327,10 +339,10 @@ mod tests {
             S::Ready | S::NotReady | S::Copying(_) | S::Frozen(_)
         );
         match step {
-            Step::Clear => before_release && destination == Some(&D::Leftovers),
-            Step::Prepare => before_release && destination == Some(&D::Free),
-            Step::Begin => *source == S::Ready && matches!(destination, Some(D::Installing(_))),
-            Step::Copy(progress) => {
+            MoveStep::Clear => before_release && destination == Some(&D::Leftovers),
+            MoveStep::Prepare => before_release && destination == Some(&D::Free),
+            MoveStep::Begin => *source == S::Ready && matches!(destination, Some(D::Installing(_))),
+            MoveStep::Copy(progress) => {
                 let left = matches!(
                     source,
                     S::Copying(Remaining::Pairs | Remaining::Changes { bytes: 501.. })
@@ -338,7 +350,7 @@ mod tests {
                 );
                 left && !progress.complete && destination == Some(&D::Installing(progress.clone()))
             }
-            Step::Freeze => {
+            MoveStep::Freeze => {
                 let enough = if budget.freeze_now {
                     CHANGES_BYTES_MAX - 1
                 } else {
@@ -348,7 +360,7 @@ mod tests {
                     matches!(source, S::Copying(Remaining::Changes { bytes }) if *bytes <= enough);
                 few && matches!(destination, Some(D::Installing(_)))
             }
-            Step::Complete { chunk } => {
+            MoveStep::Complete { chunk } => {
                 let here = matches!(
                     destination,
                     Some(D::Installing(progress))
@@ -356,24 +368,30 @@ mod tests {
                 );
                 here && *source == S::Frozen(Remaining::Changes { bytes: 0 })
             }
-            Step::Release => {
+            MoveStep::Release => {
                 matches!(source, S::Frozen(_)) && destination == Some(&installing(3, true))
             }
-            Step::Activate => *source == S::Released && destination == Some(&installing(3, true)),
-            Step::Commit => *source == S::Released && destination == Some(&D::Active),
-            Step::Abort(AbortReason::FrozenTooLong) => {
+            MoveStep::Activate => {
+                *source == S::Released && destination == Some(&installing(3, true))
+            }
+            MoveStep::Commit => *source == S::Released && destination == Some(&D::Active),
+            MoveStep::Abort(AbortReason::FrozenTooLong) => {
                 matches!(source, S::Frozen(_)) && budget.freeze_overdue
             }
-            Step::Abort(AbortReason::GivenUp) => before_release && budget.give_up,
-            Step::Abort(AbortReason::Cancelled) => {
+            MoveStep::Abort(AbortReason::GivenUp) => before_release && budget.give_up,
+            MoveStep::Abort(AbortReason::Cancelled) => {
                 before_release && destination == Some(&D::Cancelled)
             }
-            Step::Cancel => *source == S::Aborted && matches!(destination, Some(D::Installing(_))),
-            Step::End => *source == S::Aborted && !matches!(destination, Some(D::Installing(_))),
-            Step::Wait(Waiting::Destination) => destination.is_none(),
-            Step::Wait(Waiting::Source) => *source == S::NotReady,
-            Step::Wait(Waiting::Behind) => destination.is_some(),
-            Step::Over => *source == S::Overtaken || destination == Some(&D::Overtaken),
+            MoveStep::Cancel => {
+                *source == S::Aborted && matches!(destination, Some(D::Installing(_)))
+            }
+            MoveStep::End => {
+                *source == S::Aborted && !matches!(destination, Some(D::Installing(_)))
+            }
+            MoveStep::Wait(MoveWait::Destination) => destination.is_none(),
+            MoveStep::Wait(MoveWait::Source) => *source == S::NotReady,
+            MoveStep::Wait(MoveWait::Behind) => destination.is_some(),
+            MoveStep::Over => *source == S::Overtaken || destination == Some(&D::Overtaken),
         }
     }
 
@@ -401,18 +419,18 @@ mod tests {
                 let patient = !budget.give_up && !budget.freeze_overdue;
                 let right = match &source {
                     SourceState::Ready | SourceState::Copying(_) if budget.give_up => {
-                        matches!(step, Step::Abort(_))
+                        matches!(step, MoveStep::Abort(_))
                     }
-                    SourceState::Frozen(_) if !patient => matches!(step, Step::Abort(_)),
+                    SourceState::Frozen(_) if !patient => matches!(step, MoveStep::Abort(_)),
                     SourceState::Ready
                     | SourceState::Copying(_)
                     | SourceState::Frozen(_)
-                    | SourceState::Released => step == Step::Wait(Waiting::Destination),
+                    | SourceState::Released => step == MoveStep::Wait(MoveWait::Destination),
                     SourceState::NotReady => {
-                        matches!(step, Step::Wait(Waiting::Source) | Step::Abort(_))
+                        matches!(step, MoveStep::Wait(MoveWait::Source) | MoveStep::Abort(_))
                     }
-                    SourceState::Aborted => step == Step::End,
-                    SourceState::Overtaken => step == Step::Over,
+                    SourceState::Aborted => step == MoveStep::End,
+                    SourceState::Overtaken => step == MoveStep::Over,
                 };
                 assert!(right, "{step:?} of {source:?} with {budget:?}");
             }
@@ -421,7 +439,7 @@ mod tests {
 
     #[test]
     fn a_freeze_past_its_time_ends() {
-        let budget = Budget {
+        let budget = MoveLimits {
             freeze_bytes_max: 500,
             freeze_now: false,
             freeze_overdue: true,
@@ -434,10 +452,10 @@ mod tests {
         ] {
             let frozen = SourceState::Frozen(left);
             let step = next_step(&frozen, Some(&installing(3, false)), budget);
-            assert_eq!(step, Step::Abort(AbortReason::FrozenTooLong));
+            assert_eq!(step, MoveStep::Abort(AbortReason::FrozenTooLong));
             assert_eq!(
                 next_step(&frozen, Some(&installing(3, true)), budget),
-                Step::Release,
+                MoveStep::Release,
                 "as soon done as an abort"
             );
         }
@@ -445,7 +463,7 @@ mod tests {
         assert!(
             matches!(
                 next_step(&copying, Some(&installing(3, false)), budget),
-                Step::Copy(_)
+                MoveStep::Copy(_)
             ),
             "nothing is frozen"
         );
@@ -462,31 +480,35 @@ mod tests {
         };
         let table = [
             (
-                Step::Clear,
-                Side::Destination,
-                MoveStep::Clear {
+                MoveStep::Clear,
+                MoveSide::Destination,
+                MoveCommand::Clear {
                     limit: CLEAR_KEYS_MAX,
                 },
             ),
             (
-                Step::Prepare,
-                Side::Destination,
-                MoveStep::Prepare { from: GroupId(1) },
+                MoveStep::Prepare,
+                MoveSide::Destination,
+                MoveCommand::Prepare { from: GroupId(1) },
             ),
             (
-                Step::Begin,
-                Side::Source,
-                MoveStep::Begin { to: GroupId(2) },
+                MoveStep::Begin,
+                MoveSide::Source,
+                MoveCommand::Begin { to: GroupId(2) },
             ),
-            (Step::Freeze, Side::Source, MoveStep::Freeze),
-            (Step::Release, Side::Source, MoveStep::Release),
-            (Step::Activate, Side::Destination, MoveStep::Activate),
+            (MoveStep::Freeze, MoveSide::Source, MoveCommand::Freeze),
+            (MoveStep::Release, MoveSide::Source, MoveCommand::Release),
             (
-                Step::Abort(AbortReason::GivenUp),
-                Side::Source,
-                MoveStep::Abort,
+                MoveStep::Activate,
+                MoveSide::Destination,
+                MoveCommand::Activate,
             ),
-            (Step::Cancel, Side::Destination, MoveStep::Cancel),
+            (
+                MoveStep::Abort(AbortReason::GivenUp),
+                MoveSide::Source,
+                MoveCommand::Abort,
+            ),
+            (MoveStep::Cancel, MoveSide::Destination, MoveCommand::Cancel),
         ];
         for (step, side, command) in table {
             assert_eq!(
@@ -494,6 +516,6 @@ mod tests {
                 Some((side, command.of(MoveId(5), &slots)))
             );
         }
-        assert_eq!(Step::Commit.command(&of), None);
+        assert_eq!(MoveStep::Commit.command(&of), None);
     }
 }

@@ -22,7 +22,7 @@ const RESTART_MS_MAX: u64 = 60_000;
 /// The reason why a replica does not run, as far as it decides what is done about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Cause {
+pub enum FailureCause {
     /// There was no descriptor to open a file by.
     Descriptors,
     /// The disk is full.
@@ -38,43 +38,46 @@ pub enum Cause {
     Other,
 }
 
-impl Cause {
-    pub const ALL: [Cause; 6] = [
-        Cause::Descriptors,
-        Cause::DiskFull,
-        Cause::Database,
-        Cause::Damaged,
-        Cause::Program,
-        Cause::Other,
+impl FailureCause {
+    pub const ALL: [FailureCause; 6] = [
+        FailureCause::Descriptors,
+        FailureCause::DiskFull,
+        FailureCause::Database,
+        FailureCause::Damaged,
+        FailureCause::Program,
+        FailureCause::Other,
     ];
 
     /// Returns a name for metrics and for people.
     pub const fn name(self) -> &'static str {
         match self {
-            Cause::Descriptors => "descriptors",
-            Cause::DiskFull => "disk-full",
-            Cause::Database => "database",
-            Cause::Damaged => "damaged",
-            Cause::Program => "program",
-            Cause::Other => "other",
+            FailureCause::Descriptors => "descriptors",
+            FailureCause::DiskFull => "disk-full",
+            FailureCause::Database => "database",
+            FailureCause::Damaged => "damaged",
+            FailureCause::Program => "program",
+            FailureCause::Other => "other",
         }
     }
 
     /// Returns whether a new replica on the same node would meet the same.
     pub const fn is_of_the_node(self) -> bool {
         match self {
-            Cause::Descriptors | Cause::DiskFull | Cause::Database | Cause::Program => true,
-            Cause::Damaged | Cause::Other => false,
+            FailureCause::Descriptors
+            | FailureCause::DiskFull
+            | FailureCause::Database
+            | FailureCause::Program => true,
+            FailureCause::Damaged | FailureCause::Other => false,
         }
     }
 }
 
 /// Returns how long a replica rests that has failed so many times in a row.
-pub fn retry_pause_ms(cause: Cause, failures: u32) -> u64 {
+pub fn retry_pause_ms(cause: FailureCause, failures: u32) -> u64 {
     let pause_ms_max = match cause {
-        Cause::Descriptors => RETRY_DESCRIPTORS_MS_MAX,
-        Cause::DiskFull | Cause::Database | Cause::Other => RETRY_MS_MAX,
-        Cause::Damaged | Cause::Program => RETRY_DAMAGED_MS_MAX,
+        FailureCause::Descriptors => RETRY_DESCRIPTORS_MS_MAX,
+        FailureCause::DiskFull | FailureCause::Database | FailureCause::Other => RETRY_MS_MAX,
+        FailureCause::Damaged | FailureCause::Program => RETRY_DAMAGED_MS_MAX,
     };
     doubled(RETRY_MS_MIN, failures.saturating_sub(1)).min(pause_ms_max)
 }
@@ -101,18 +104,18 @@ mod tests {
         let pauses =
             |cause| [1, 2, 3, 6, 10, 20, 1000].map(|failures| retry_pause_ms(cause, failures));
         assert_eq!(
-            pauses(Cause::Descriptors),
+            pauses(FailureCause::Descriptors),
             [250, 500, 1000, 5000, 5000, 5000, 5000]
         );
         assert_eq!(
-            pauses(Cause::Other),
+            pauses(FailureCause::Other),
             [250, 500, 1000, 8000, 60_000, 60_000, 60_000]
         );
         assert_eq!(
-            pauses(Cause::Damaged),
+            pauses(FailureCause::Damaged),
             [250, 500, 1000, 8000, 128_000, 300_000, 300_000]
         );
-        assert_eq!(retry_pause_ms(Cause::Other, 0), 250);
+        assert_eq!(retry_pause_ms(FailureCause::Other, 0), 250);
     }
 
     #[test]
@@ -125,9 +128,9 @@ mod tests {
 
     #[test]
     fn a_cause_that_a_later_program_tells_of_is_read() {
-        let read = |text: &str| serde_json::from_str::<Cause>(text).expect("readable");
-        assert_eq!(read("\"gravity\""), Cause::Other);
-        for cause in Cause::ALL {
+        let read = |text: &str| serde_json::from_str::<FailureCause>(text).expect("readable");
+        assert_eq!(read("\"gravity\""), FailureCause::Other);
+        for cause in FailureCause::ALL {
             assert_eq!(read(&format!("\"{}\"", cause.name())), cause);
         }
     }

@@ -14,12 +14,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::placement::{Planned, plan};
-use super::view::{Group, Node, View, Witness};
+use super::view::{GroupSpec, NodeSpec, View, WitnessSpec};
 use crate::types::{DirectoryId, GroupId, NodeId, ReplicaId};
 
 /// Reachability of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seen {
+pub enum NodePresence {
     /// It has been in reach for so long.
     Here { for_ms: u64 },
     /// It has been out of reach for so long.
@@ -32,13 +32,13 @@ pub enum Seen {
 /// out that are still away.
 pub fn out_of_reach(
     view: &View,
-    seen: &BTreeMap<NodeId, Seen>,
+    seen: &BTreeMap<NodeId, NodePresence>,
     replace_after_ms: u64,
 ) -> BTreeSet<NodeId> {
     let is_out = |id: &NodeId| match seen.get(id) {
-        Some(Seen::Away { for_ms }) => *for_ms >= replace_after_ms || view.out.contains(id),
-        Some(Seen::Lost { to }) => is_fresh(view, *to),
-        Some(Seen::Here { .. }) => false,
+        Some(NodePresence::Away { for_ms }) => *for_ms >= replace_after_ms || view.out.contains(id),
+        Some(NodePresence::Lost { to }) => is_fresh(view, *to),
+        Some(NodePresence::Here { .. }) => false,
         None => view.out.contains(id),
     };
     view.nodes.keys().filter(|id| is_out(id)).copied().collect()
@@ -49,7 +49,7 @@ pub fn out_of_reach(
 /// do, or when that should be left to people.
 pub fn next_plan(
     view: &View,
-    seen: &BTreeMap<NodeId, Seen>,
+    seen: &BTreeMap<NodeId, NodePresence>,
     replace_after_ms: u64,
 ) -> Option<Planned> {
     if are_most_away(view, seen) {
@@ -59,11 +59,11 @@ pub fn next_plan(
     let is_back = |id: &NodeId| {
         matches!(
             seen.get(id),
-            Some(Seen::Here { for_ms }) if *for_ms >= replace_after_ms
+            Some(NodePresence::Here { for_ms }) if *for_ms >= replace_after_ms
         )
     };
     out.extend(view.out.iter().filter(|id| !is_back(id)));
-    let wanted: Vec<Node> = view
+    let wanted: Vec<NodeSpec> = view
         .staying()
         .map(|(id, node)| successor(view, node, seen.get(&id)))
         .collect();
@@ -93,14 +93,14 @@ pub struct Replacement {
 /// which those are; none if there is nothing to do, or when that could do harm.
 pub fn replace_failed(
     view: &View,
-    seen: &BTreeMap<NodeId, Seen>,
+    seen: &BTreeMap<NodeId, NodePresence>,
     failing: &BTreeMap<(GroupId, ReplicaId), Failing>,
     replace_after_ms: u64,
 ) -> Option<(View, Vec<Replacement>)> {
     if are_most_away(view, seen) {
         return None;
     }
-    let is_due = |id: GroupId, group: &Group, replica: ReplicaId, node: NodeId| {
+    let is_due = |id: GroupId, group: &GroupSpec, replica: ReplicaId, node: NodeId| {
         let has_failed = failing
             .get(&(id, replica))
             .is_some_and(|failing| !failing.is_of_the_node && failing.for_ms >= replace_after_ms);
@@ -134,9 +134,9 @@ pub fn replace_failed(
     (!replaced.is_empty()).then_some((next, replaced))
 }
 
-fn replace(group: &mut Group, failed: ReplicaId, new: ReplicaId, node: NodeId) {
+fn replace(group: &mut GroupSpec, failed: ReplicaId, new: ReplicaId, node: NodeId) {
     if group.is_witness(failed) {
-        group.witness = Some(Witness { replica: new, node });
+        group.witness = Some(WitnessSpec { replica: new, node });
     } else {
         group.replicas.remove(&failed);
         group.replicas.insert(new, node);
@@ -150,8 +150,8 @@ fn replace(group: &mut Group, failed: ReplicaId, new: ReplicaId, node: NodeId) {
 /// Returns whether the voters of a group that are here and have not failed are a majority of all.
 fn has_able_majority(
     id: GroupId,
-    group: &Group,
-    seen: &BTreeMap<NodeId, Seen>,
+    group: &GroupSpec,
+    seen: &BTreeMap<NodeId, NodePresence>,
     failing: &BTreeMap<(GroupId, ReplicaId), Failing>,
 ) -> bool {
     let voters = match &group.reported {
@@ -166,35 +166,38 @@ fn has_able_majority(
     voters.iter().filter(is_able).count() * 2 > voters.len()
 }
 
-fn is_here(seen: &BTreeMap<NodeId, Seen>, node: NodeId) -> bool {
-    matches!(seen.get(&node), Some(Seen::Here { .. }))
+fn is_here(seen: &BTreeMap<NodeId, NodePresence>, node: NodeId) -> bool {
+    matches!(seen.get(&node), Some(NodePresence::Here { .. }))
 }
 
 /// Returns true if more than half of the nodes that host replicas are away or lost.
-fn are_most_away(view: &View, seen: &BTreeMap<NodeId, Seen>) -> bool {
+fn are_most_away(view: &View, seen: &BTreeMap<NodeId, NodePresence>) -> bool {
     let working: Vec<NodeId> = view
         .staying()
         .map(|(id, _)| id)
         .filter(|id| !view.out.contains(id))
         .collect();
     let is_away = |id: &&NodeId| match seen.get(id) {
-        Some(Seen::Away { .. }) => true,
-        Some(Seen::Lost { to }) => is_fresh(view, *to),
-        Some(Seen::Here { .. }) | None => false,
+        Some(NodePresence::Away { .. }) => true,
+        Some(NodePresence::Lost { to }) => is_fresh(view, *to),
+        Some(NodePresence::Here { .. }) | None => false,
     };
     working.iter().filter(is_away).count() * 2 > working.len()
 }
 
 /// The node that is to be in the place of `node`.
-fn successor(view: &View, node: &Node, seen: Option<&Seen>) -> Node {
+fn successor(view: &View, node: &NodeSpec, seen: Option<&NodePresence>) -> NodeSpec {
     match seen {
-        Some(Seen::Lost { to }) if !view.nodes.values().any(|known| known.directory == *to) => {
-            Node {
+        Some(NodePresence::Lost { to })
+            if !view.nodes.values().any(|known| known.directory == *to) =>
+        {
+            NodeSpec {
                 directory: *to,
                 ..node.clone()
             }
         }
-        Some(Seen::Lost { .. } | Seen::Here { .. } | Seen::Away { .. }) | None => node.clone(),
+        Some(NodePresence::Lost { .. } | NodePresence::Here { .. } | NodePresence::Away { .. })
+        | None => node.clone(),
     }
 }
 
@@ -211,21 +214,21 @@ fn is_fresh(view: &View, directory: DirectoryId) -> bool {
 mod tests {
     use super::*;
     use crate::sm::placement::first_view;
-    use crate::sm::view::Asked;
+    use crate::sm::view::PlacementSpec;
     use crate::types::ClusterId;
 
     const REPLACE_AFTER_MS: u64 = 300_000;
-    const LONG: Seen = Seen::Away {
+    const LONG: NodePresence = NodePresence::Away {
         for_ms: REPLACE_AFTER_MS,
     };
-    const SHORT: Seen = Seen::Away {
+    const SHORT: NodePresence = NodePresence::Away {
         for_ms: REPLACE_AFTER_MS - 1,
     };
 
-    fn cluster(count: u32, asked: Asked) -> View {
+    fn cluster(count: u32, asked: PlacementSpec) -> View {
         let node = |number: u32| {
             let address = format!("n{number}:1").parse().expect("an address");
-            Node {
+            NodeSpec {
                 address,
                 public_address: None,
                 directory: DirectoryId(u128::from(number)),
@@ -235,16 +238,16 @@ mod tests {
     }
 
     /// All nodes are here, but for these.
-    fn seen(view: &View, others: &[(u64, Seen)]) -> BTreeMap<NodeId, Seen> {
+    fn seen(view: &View, others: &[(u64, NodePresence)]) -> BTreeMap<NodeId, NodePresence> {
         let here = view
             .nodes
             .keys()
-            .map(|id| (*id, Seen::Here { for_ms: 1000 }));
+            .map(|id| (*id, NodePresence::Here { for_ms: 1000 }));
         here.chain(others.iter().map(|(id, seen)| (NodeId(*id), *seen)))
             .collect()
     }
 
-    fn next(view: &View, others: &[(u64, Seen)]) -> Option<View> {
+    fn next(view: &View, others: &[(u64, NodePresence)]) -> Option<View> {
         let planned = next_plan(view, &seen(view, others), REPLACE_AFTER_MS)?;
         planned.view.check().expect("the parts fit together");
         Some(planned.view)
@@ -261,7 +264,7 @@ mod tests {
 
     #[test]
     fn a_node_away_for_long_gives_up_its_work() {
-        let view = cluster(5, Asked::default());
+        let view = cluster(5, PlacementSpec::default());
         assert_eq!(next(&view, &[]), None);
         assert_eq!(next(&view, &[(2, SHORT)]), None);
         let after = next(&view, &[(2, LONG), (3, SHORT)]).expect("a plan");
@@ -278,16 +281,19 @@ mod tests {
     #[test]
     fn a_node_is_kept_when_there_are_not_others_enough() {
         assert_eq!(
-            next(&cluster(3, Asked::default()), &[(2, LONG)]),
+            next(&cluster(3, PlacementSpec::default()), &[(2, LONG)]),
             None,
             "three replicas need three nodes"
         );
         assert_eq!(
-            next(&cluster(6, Asked::from_flags(Some(3), None)), &[(2, LONG)]),
+            next(
+                &cluster(6, PlacementSpec::from_flags(Some(3), None)),
+                &[(2, LONG)]
+            ),
             None,
             "two shards of three need six"
         );
-        let view = cluster(4, Asked::default());
+        let view = cluster(4, PlacementSpec::default());
         let after = next(&view, &[(2, LONG)]).expect("a plan");
         assert_eq!(
             next(&after, &[(2, LONG), (3, LONG)]),
@@ -300,7 +306,7 @@ mod tests {
 
     #[test]
     fn when_most_are_away_nothing_is_done() {
-        let asked = Asked::from_flags(Some(1), Some(5));
+        let asked = PlacementSpec::from_flags(Some(1), Some(5));
         let view = cluster(5, asked);
         assert_eq!(next(&view, &[(1, LONG), (2, LONG), (3, SHORT)]), None);
         let after = next(&view, &[(1, LONG), (2, LONG)]).expect("a plan");
@@ -312,14 +318,14 @@ mod tests {
 
     #[test]
     fn a_node_that_came_back_to_stay_gets_work_again() {
-        let view = next(&cluster(5, Asked::default()), &[(2, LONG)]).expect("a plan");
+        let view = next(&cluster(5, PlacementSpec::default()), &[(2, LONG)]).expect("a plan");
         assert_eq!(next(&view, &[]), None, "it may go again");
         assert_eq!(
             out_of_reach(&view, &seen(&view, &[]), REPLACE_AFTER_MS),
             BTreeSet::new(),
             "a plan of the operator's takes it"
         );
-        let back = Seen::Here {
+        let back = NodePresence::Here {
             for_ms: REPLACE_AFTER_MS,
         };
         let after = next(&view, &[(2, back)]).expect("a plan");
@@ -328,10 +334,10 @@ mod tests {
 
     #[test]
     fn a_lost_directory_is_replaced_at_once() {
-        let view = cluster(3, Asked::default());
+        let view = cluster(3, PlacementSpec::default());
         let lost = [(
             2,
-            Seen::Lost {
+            NodePresence::Lost {
                 to: DirectoryId(22),
             },
         )];
@@ -348,19 +354,19 @@ mod tests {
             Some(NodeId(4))
         );
         assert_eq!(next(&after, &lost), None, "once");
-        let swapped = [(2, Seen::Lost { to: DirectoryId(3) })];
+        let swapped = [(2, NodePresence::Lost { to: DirectoryId(3) })];
         assert_eq!(
             next(&view, &swapped),
             None,
             "node 3 runs there, and has not said so yet"
         );
-        assert_eq!(next(&cluster(5, Asked::default()), &swapped), None);
+        assert_eq!(next(&cluster(5, PlacementSpec::default()), &swapped), None);
     }
 
     #[test]
     fn a_node_that_dies_on_its_way_out_is_not_waited_for() {
-        let view = cluster(5, Asked::default());
-        let wanted: Vec<Node> = view.nodes.values().take(4).cloned().collect();
+        let view = cluster(5, PlacementSpec::default());
+        let wanted: Vec<NodeSpec> = view.nodes.values().take(4).cloned().collect();
         let leaving = plan(&view, view.asked, &wanted, &BTreeSet::new())
             .expect("a plan")
             .view;
@@ -397,7 +403,7 @@ mod tests {
 
     fn replaced(
         view: &View,
-        others: &[(u64, Seen)],
+        others: &[(u64, NodePresence)],
         of: &[(GroupId, ReplicaId, u64, bool)],
     ) -> Option<View> {
         let seen = seen(view, others);
@@ -409,7 +415,7 @@ mod tests {
 
     #[test]
     fn a_replica_that_has_failed_for_long_is_replaced_on_its_node_under_a_new_id() {
-        let view = cluster(3, Asked::default());
+        let view = cluster(3, PlacementSpec::default());
         let failed = on(&view, 2);
         assert_eq!(replaced(&view, &[], &[]), None);
         assert_eq!(
@@ -435,7 +441,7 @@ mod tests {
 
     #[test]
     fn a_replica_is_replaced_only_while_a_majority_of_its_group_is_able() {
-        let view = cluster(3, Asked::default());
+        let view = cluster(3, PlacementSpec::default());
         let (one, two) = (on(&view, 1), on(&view, 2));
         let of = [
             (SHARD, one, REPLACE_AFTER_MS, false),
@@ -447,7 +453,7 @@ mod tests {
             None,
             "one has failed, one is away"
         );
-        let of_one = Asked::from_flags(Some(1), Some(1));
+        let of_one = PlacementSpec::from_flags(Some(1), Some(1));
         let alone = cluster(3, of_one);
         let (replica, _) = alone.groups[&SHARD].wanted().next().expect("a replica");
         assert_eq!(
@@ -458,7 +464,7 @@ mod tests {
 
     #[test]
     fn one_replica_of_a_group_is_replaced_at_a_time_and_several_groups_at_once() {
-        let view = cluster(5, Asked::from_flags(Some(5), Some(2)));
+        let view = cluster(5, PlacementSpec::from_flags(Some(5), Some(2)));
         let of = view.groups.iter().flat_map(|(id, group)| {
             let failed = group.replicas.iter().filter(|(_, node)| node.0 <= 2);
             failed.map(|(replica, _)| (*id, *replica, REPLACE_AFTER_MS, false))
@@ -474,17 +480,17 @@ mod tests {
 
     #[test]
     fn a_node_that_fails_itself_is_given_no_new_replica() {
-        let view = cluster(3, Asked::default());
+        let view = cluster(3, PlacementSpec::default());
         let of = [(SHARD, on(&view, 2), REPLACE_AFTER_MS, true)];
         assert_eq!(replaced(&view, &[], &of), None);
     }
 
     #[test]
     fn a_witness_and_a_replica_without_a_vote_stay_what_they_are() {
-        let view = cluster(3, Asked::from_flags(Some(2), Some(1)));
+        let view = cluster(3, PlacementSpec::from_flags(Some(2), Some(1)));
         let witness = view.groups[&SHARD].witness.expect("a witness");
         let mut view = view;
-        let reported = crate::sm::view::Reported {
+        let reported = crate::sm::view::ReportedMembership {
             log_id: crate::types::LogId { term: 1, index: 5 },
             voters: view.groups[&SHARD].electorate(),
             learners: BTreeSet::new(),
@@ -495,7 +501,7 @@ mod tests {
         let new = after.groups[&SHARD].witness.expect("a witness");
         assert_eq!((new.node, new.replica), (witness.node, view.next_replica));
 
-        let many = cluster(6, Asked::default());
+        let many = cluster(6, PlacementSpec::default());
         let meta = &many.groups[&GroupId::META];
         let learner = *meta.learners.first().expect("five of six vote");
         let of = [(GroupId::META, learner, REPLACE_AFTER_MS, false)];

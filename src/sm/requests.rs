@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::codec;
-use super::kv::{Entry, Operation, OperationOutcome};
+use super::kv::{EntryTransaction, Operation, OperationOutcome};
 use super::ports::{Read, StoreError};
 use super::slots::{
     CLOCK_KEY, RequestsUsed, expiry_key, expiry_range, expiry_range_from, misplaced,
@@ -58,13 +58,13 @@ const SWEEP_RECORDS_MAX: usize = 256;
 
 /// A shard's clock. Part of the disk format.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Clock {
+struct RequestClock {
     time_ms: u64,
     /// The slot that the sweep goes on from.
     sweep: Slot,
 }
 
-impl Clock {
+impl RequestClock {
     fn read(get: Option<Bytes>) -> Result<Self, StoreError> {
         get.map_or(Ok(Self::default()), |bytes| {
             codec::decode(&bytes, "the clock of a shard")
@@ -76,7 +76,7 @@ impl Clock {
 /// no record may have carried a later one, by less than a second of applied entries: then records
 /// live that much longer, never shorter.
 pub fn group_time_ms(read: &impl Read) -> Result<u64, StoreError> {
-    Clock::read(read.get(CLOCK_KEY)?).map(|clock| clock.time_ms)
+    RequestClock::read(read.get(CLOCK_KEY)?).map(|clock| clock.time_ms)
 }
 
 /// Tells one request from another under the same key: `xxh3_128` of the encoding of the slot's
@@ -99,11 +99,11 @@ pub struct RequestRecord {
     /// Group time at which it was written.
     pub time_ms: u64,
     pub fingerprint: Fingerprint,
-    pub answer: Answer,
+    pub answer: RequestAnswer,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Answer {
+pub enum RequestAnswer {
     /// One per operation of the slot, in order.
     Applied(Vec<OperationOutcome>),
     /// A condition did not hold: that of the `nth` operation of `slot`, which need not be the slot
@@ -143,7 +143,7 @@ impl FoundRequest {
     const START_BYTES: usize = 1 + 10 + size_of::<Fingerprint>();
 
     fn read<R: Read>(
-        entry: &Entry<'_, R>,
+        entry: &EntryTransaction<'_, R>,
         slot: Slot,
         key: &[u8],
     ) -> Result<Option<Self>, StoreError> {
@@ -172,7 +172,7 @@ fn cost(idempotency_key: &[u8], value_bytes: usize) -> u64 {
 
 /// Deletes the record of a request, if there is one.
 pub(super) fn forget<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     slot: Slot,
     key: &[u8],
 ) -> Result<(), StoreError> {
@@ -187,16 +187,19 @@ pub(super) fn forget<R: Read>(
 }
 
 /// The memory of a shard's requests while an entry is applied.
-pub(super) struct Memory {
-    clock: Clock,
+pub(super) struct RequestMemory {
+    clock: RequestClock,
     changed: bool,
 }
 
-impl Memory {
+impl RequestMemory {
     /// Lets group time go on to `time_ms`, if that is later. Every so often, goes on with the
     /// sweep.
-    pub fn open<R: Read>(entry: &mut Entry<'_, R>, time_ms: u64) -> Result<Self, StoreError> {
-        let mut clock = Clock::read(entry.get(CLOCK_KEY)?)?;
+    pub fn open<R: Read>(
+        entry: &mut EntryTransaction<'_, R>,
+        time_ms: u64,
+    ) -> Result<Self, StoreError> {
+        let mut clock = RequestClock::read(entry.get(CLOCK_KEY)?)?;
         let due = time_ms >= clock.time_ms.saturating_add(SWEEP_EVERY_MS);
         clock.time_ms = clock.time_ms.max(time_ms);
         let mut memory = Self {
@@ -210,7 +213,7 @@ impl Memory {
     }
 
     /// Stores the clock where that is needed.
-    pub fn close<R: Read>(self, entry: &mut Entry<'_, R>) {
+    pub fn close<R: Read>(self, entry: &mut EntryTransaction<'_, R>) {
         if self.changed {
             entry.put(CLOCK_KEY, codec::encode(&self.clock));
         }
@@ -224,7 +227,7 @@ impl Memory {
     /// expired record on the way.
     pub fn find<R: Read>(
         &self,
-        entry: &mut Entry<'_, R>,
+        entry: &mut EntryTransaction<'_, R>,
         slot: Slot,
         key: &[u8],
     ) -> Result<Option<FoundRequest>, StoreError> {
@@ -238,12 +241,12 @@ impl Memory {
         Ok(None)
     }
 
-    /// Reads the answer that [`Memory::find`] has found.
+    /// Reads the answer that [`RequestMemory::find`] has found.
     pub fn answer<R: Read>(
-        entry: &Entry<'_, R>,
+        entry: &EntryTransaction<'_, R>,
         slot: Slot,
         key: &[u8],
-    ) -> Result<Option<Answer>, StoreError> {
+    ) -> Result<Option<RequestAnswer>, StoreError> {
         let record = entry.get(&request_key(slot, key))?;
         record
             .map(|bytes| RequestRecord::decode(&bytes).map(|record| record.answer))
@@ -255,7 +258,7 @@ impl Memory {
     /// back: it may live longer here, and never shorter.
     pub fn adopt<R: Read>(
         &mut self,
-        entry: &mut Entry<'_, R>,
+        entry: &mut EntryTransaction<'_, R>,
         slot: Slot,
         key: &[u8],
         brought: Option<RequestRecord>,
@@ -278,7 +281,7 @@ impl Memory {
     /// it has not.
     pub fn make_room<R: Read>(
         &self,
-        entry: &mut Entry<'_, R>,
+        entry: &mut EntryTransaction<'_, R>,
         slot: Slot,
         key: &[u8],
         value_bytes: usize,
@@ -296,11 +299,11 @@ impl Memory {
         Ok(entry.state(slot)?.requests.bytes <= REQUESTS_BYTES_MAX - needed)
     }
 
-    /// Puts the record of a request, of which there must be none; [`Memory::make_room`] said that
-    /// it fits.
+    /// Puts the record of a request, of which there must be none; [`RequestMemory::make_room`] said
+    /// that it fits.
     pub fn remember<R: Read>(
         &mut self,
-        entry: &mut Entry<'_, R>,
+        entry: &mut EntryTransaction<'_, R>,
         slot: Slot,
         key: &[u8],
         record: Bytes,
@@ -310,7 +313,7 @@ impl Memory {
 
     fn store<R: Read>(
         &mut self,
-        entry: &mut Entry<'_, R>,
+        entry: &mut EntryTransaction<'_, R>,
         slot: Slot,
         key: &[u8],
         time_ms: u64,
@@ -334,7 +337,7 @@ impl Memory {
     /// takes more than `bytes_max`. Returns how many it deleted.
     fn forget_expired<R: Read>(
         &self,
-        entry: &mut Entry<'_, R>,
+        entry: &mut EntryTransaction<'_, R>,
         slot: Slot,
         count_max: usize,
         bytes_max: u64,
@@ -374,7 +377,7 @@ impl Memory {
     }
 
     /// Goes on around the slots that have records, and deletes expired ones.
-    fn sweep<R: Read>(&mut self, entry: &mut Entry<'_, R>) -> Result<(), StoreError> {
+    fn sweep<R: Read>(&mut self, entry: &mut EntryTransaction<'_, R>) -> Result<(), StoreError> {
         let mut left = SWEEP_RECORDS_MAX;
         for _ in 0..SWEEP_SLOTS_MAX {
             let mut next = None;
@@ -411,7 +414,7 @@ mod tests {
         let applied = RequestRecord {
             time_ms: 300,
             fingerprint: *b"0123456789abcdef",
-            answer: Answer::Applied(vec![
+            answer: RequestAnswer::Applied(vec![
                 OperationOutcome::Got(None),
                 OperationOutcome::Put {
                     revision: Revision(1),
@@ -431,7 +434,7 @@ mod tests {
             applied
         );
         let failed = RequestRecord {
-            answer: Answer::ConditionFailed {
+            answer: RequestAnswer::ConditionFailed {
                 slot,
                 nth: 1,
                 current: None,
@@ -447,7 +450,7 @@ mod tests {
             failed
         );
         assert_eq!(
-            &codec::encode(&Clock {
+            &codec::encode(&RequestClock {
                 time_ms: 5,
                 sweep: slot
             })[..],

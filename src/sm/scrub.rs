@@ -10,7 +10,7 @@ const AGAIN_AFTER_MS: u64 = 600_000;
 
 /// Kinds of files that a scrub reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+pub enum ScrubKind {
     /// A sealed segment of the log.
     Segment,
     Snapshot,
@@ -18,7 +18,7 @@ pub enum Kind {
     Witness,
 }
 
-impl Kind {
+impl ScrubKind {
     pub const ALL: [Self; 3] = [Self::Segment, Self::Snapshot, Self::Witness];
 
     pub fn name(self) -> &'static str {

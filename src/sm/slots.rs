@@ -7,7 +7,7 @@
 //! | tag | key | value |
 //! | --- | --- | --- |
 //! | 0x00 | reserved for the storage layer's own bookkeeping: the core never writes here | |
-//! | 0x01 | group time, and where the sweep of expired requests is | `requests::Clock` |
+//! | 0x01 | group time, and where the sweep of expired requests is | `requests::RequestClock` |
 //! | 0x02 | slot | [`SlotState`] |
 //! | 0x03 | slot, idempotency key | `requests::RequestRecord` |
 //! | 0x04 | slot, group time in ms, idempotency key | what the record costs in bytes |
@@ -77,7 +77,7 @@ pub struct SlotState {
     pub generation: MoveId,
     /// The shard that got it by the last move seen here: a hint for callers.
     pub moved_to: Option<(MoveId, GroupId)>,
-    pub contents: Contents,
+    pub contents: SlotContents,
     pub requests: RequestsUsed,
 }
 
@@ -101,7 +101,7 @@ pub enum Ownership {
 
 /// Exact counts of what is in a slot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Contents {
+pub struct SlotContents {
     /// The revision of the last change, deletions included: the next change gets the next one, so
     /// none is ever used twice.
     pub revision: Revision,
@@ -118,7 +118,7 @@ pub struct RequestsUsed {
     pub since_ms: u64,
 }
 
-impl Contents {
+impl SlotContents {
     /// Counts a key whose record had `before` bytes and will have `after`. None where less was
     /// counted than there was.
     pub fn recount(
@@ -447,7 +447,7 @@ mod tests {
             ownership: Ownership::Frozen,
             generation: MoveId(5),
             moved_to: Some((MoveId(6), GroupId(7))),
-            contents: Contents {
+            contents: SlotContents {
                 revision: Revision(300),
                 keys: 2,
                 bytes: 3,

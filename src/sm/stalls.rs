@@ -74,7 +74,7 @@ impl Behind {
 
 /// Progress of a replica, as log indexes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
+pub struct ReplicaProgress {
     pub committed: u64,
     /// On this node's disk.
     pub synced: u64,
@@ -85,7 +85,7 @@ pub struct Progress {
 
 /// The reason why a leader steps down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
+pub enum StepDownCause {
     /// Its disk lacks what others have synced.
     Disk,
     /// It does not apply what is committed.
@@ -104,7 +104,7 @@ pub struct ReplicaStalls {
 }
 
 impl ReplicaStalls {
-    pub fn observe(&mut self, now_ms: u64, progress: &Progress) {
+    pub fn observe(&mut self, now_ms: u64, progress: &ReplicaProgress) {
         self.disk_ms = self
             .disk
             .observe(now_ms, progress.committed, progress.synced);
@@ -113,10 +113,10 @@ impl ReplicaStalls {
     }
 
     /// Returns why it should not lead, if it does.
-    pub fn cause(&self) -> Option<Cause> {
+    pub fn cause(&self) -> Option<StepDownCause> {
         match self {
-            _ if self.disk_ms >= DISK_BEHIND_MS => Some(Cause::Disk),
-            _ if self.map_ms >= MAP_STUCK_MS => Some(Cause::Map),
+            _ if self.disk_ms >= DISK_BEHIND_MS => Some(StepDownCause::Disk),
+            _ if self.map_ms >= MAP_STUCK_MS => Some(StepDownCause::Map),
             _ => None,
         }
     }
@@ -142,7 +142,7 @@ impl StepDowns {
 
 /// The reaction to a part's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum StallVerdict {
     Works,
     /// It is to be told.
     Stalls,
@@ -150,11 +150,11 @@ pub enum Verdict {
     Hangs,
 }
 
-fn verdict(ms: u64, told_ms: u64, hangs_ms: u64, may_end: bool) -> Verdict {
+fn verdict(ms: u64, told_ms: u64, hangs_ms: u64, may_end: bool) -> StallVerdict {
     match ms {
-        _ if ms >= hangs_ms && may_end => Verdict::Hangs,
-        _ if ms >= told_ms => Verdict::Stalls,
-        _ => Verdict::Works,
+        _ if ms >= hangs_ms && may_end => StallVerdict::Hangs,
+        _ if ms >= told_ms => StallVerdict::Stalls,
+        _ => StallVerdict::Works,
     }
 }
 
@@ -162,7 +162,7 @@ fn verdict(ms: u64, told_ms: u64, hangs_ms: u64, may_end: bool) -> Verdict {
 ///
 /// `is_at_disk`: it writes or syncs. `others_go_on`: something is committed that this node's disk
 /// lacks.
-pub fn judge_writer(ms: u64, is_at_disk: bool, others_go_on: bool) -> Verdict {
+pub fn judge_writer(ms: u64, is_at_disk: bool, others_go_on: bool) -> StallVerdict {
     match is_at_disk {
         true => verdict(ms, WRITER_TOLD_MS, DISK_HANGS_MS, others_go_on),
         false => verdict(ms, WRITER_TOLD_MS, WRITER_HANGS_MS, true),
@@ -170,13 +170,13 @@ pub fn judge_writer(ms: u64, is_at_disk: bool, others_go_on: bool) -> Verdict {
 }
 
 /// Judges the checkpointer. Where the log hangs at the same disk, that says what there is to say.
-pub fn judge_checkpointer(ms: u64, log_hangs: bool) -> Verdict {
+pub fn judge_checkpointer(ms: u64, log_hangs: bool) -> StallVerdict {
     verdict(ms, CHECKPOINTER_TOLD_MS, CHECKPOINTER_HANGS_MS, !log_hangs)
 }
 
 /// Judges the threads of the tasks, on which none has run for so many seconds; for `own_s` of them
 /// the log did not hang at the disk, which may be what they wait for.
-pub fn judge_runtime(s: u64, own_s: u64) -> Verdict {
+pub fn judge_runtime(s: u64, own_s: u64) -> StallVerdict {
     verdict(
         s.max(own_s),
         RUNTIME_TOLD_S,
@@ -187,7 +187,7 @@ pub fn judge_runtime(s: u64, own_s: u64) -> Verdict {
 
 /// Judges a replica that applies nothing. `still_ms`: for how long the entry that it has begun has
 /// not even read anything of the map; a disk may be slow, and is no faster after a new start.
-pub fn judge_apply(ms: u64, still_ms: u64, log_hangs: bool) -> Verdict {
+pub fn judge_apply(ms: u64, still_ms: u64, log_hangs: bool) -> StallVerdict {
     verdict(
         ms,
         MAP_STUCK_MS,
@@ -200,7 +200,7 @@ pub fn judge_apply(ms: u64, still_ms: u64, log_hangs: bool) -> Verdict {
 mod tests {
     use super::*;
 
-    const FINE: Progress = Progress {
+    const FINE: ReplicaProgress = ReplicaProgress {
         committed: 10,
         synced: 10,
         applied: 10,
@@ -213,7 +213,7 @@ mod tests {
         let mut at = |now_ms, committed, synced| {
             stalls.observe(
                 now_ms,
-                &Progress {
+                &ReplicaProgress {
                     committed,
                     synced,
                     applied: committed,
@@ -225,14 +225,14 @@ mod tests {
         assert_eq!(at(0, 10, 10), None);
         assert_eq!(at(1_000, 11, 10), None, "it has just come");
         assert_eq!(at(2_999, 50, 10), None);
-        assert_eq!(at(3_000, 60, 10), Some(Cause::Disk));
+        assert_eq!(at(3_000, 60, 10), Some(StepDownCause::Disk));
         // A disk that is always a little behind, and keeps up, is good enough.
         for now_s in 4..100 {
             assert_eq!(at(now_s * 1_000, now_s * 100 + 50, now_s * 100), None);
         }
         // One that takes three seconds for what others take milliseconds for is not.
         assert_eq!(at(100_000, 10_100, 10_099), None);
-        assert_eq!(at(102_000, 10_300, 10_099), Some(Cause::Disk));
+        assert_eq!(at(102_000, 10_300, 10_099), Some(StepDownCause::Disk));
         assert_eq!(
             at(103_000, 10_400, 10_300),
             None,
@@ -246,7 +246,7 @@ mod tests {
         let mut at = |now_ms, applied, is_held| {
             stalls.observe(
                 now_ms,
-                &Progress {
+                &ReplicaProgress {
                     applied,
                     is_held,
                     ..FINE
@@ -257,7 +257,7 @@ mod tests {
         assert_eq!(at(0, 5, false), None);
         assert_eq!(at(4_900, 6, false), None, "it is slow, and gets further");
         assert_eq!(at(9_800, 6, false), None);
-        assert_eq!(at(9_900, 6, false), Some(Cause::Map));
+        assert_eq!(at(9_900, 6, false), Some(StepDownCause::Map));
         assert_eq!(at(10_000, 6, true), None);
         assert_eq!(at(90_000, 6, true), None);
         assert_eq!(at(90_001, 10, false), None);
@@ -273,7 +273,7 @@ mod tests {
 
     #[test]
     fn what_hangs_by_itself_ends_the_process_and_a_disk_only_where_the_others_go_on() {
-        use Verdict::{Hangs, Stalls, Works};
+        use StallVerdict::{Hangs, Stalls, Works};
         let mut writer = Still::default();
         assert_eq!(writer.observe(0, 7, true), 0);
         assert_eq!(writer.observe(9_000, 7, true), 9_000);

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::meta::{self, Command, Outcome};
-use super::view::{Reported, View};
+use super::meta::{self, MetaCommand, MetaOutcome};
+use super::view::{ReportedMembership, View};
 use crate::types::{GroupId, LogId, MoveId, Slot};
 
 /// The meta group's map, changed by its commands alone.
@@ -26,18 +26,18 @@ impl Meta {
     pub fn founded(view: View) -> Self {
         let mut meta = Self::empty();
         assert_eq!(
-            meta.run(Command::Found {
+            meta.run(MetaCommand::Found {
                 view: Box::new(view)
             }),
-            Outcome::Done
+            MetaOutcome::Done
         );
         meta
     }
 
     /// Applies `command` and returns what it answered.
-    pub fn run(&mut self, command: Command) -> Outcome {
+    pub fn run(&mut self, command: MetaCommand) -> MetaOutcome {
         self.index += 1;
-        let decoded = Command::decode(&command.encode()).expect("own encoding");
+        let decoded = MetaCommand::decode(&command.encode()).expect("own encoding");
         let (outcome, batch) = meta::apply(&self.map, self.index, decoded).expect("applied");
         for (key, value) in batch {
             match value {
@@ -45,7 +45,7 @@ impl Meta {
                 None => self.map.remove(&key),
             };
         }
-        Outcome::decode(&outcome.encode()).expect("own encoding")
+        MetaOutcome::decode(&outcome.encode()).expect("own encoding")
     }
 
     pub fn view(&self) -> View {
@@ -57,11 +57,11 @@ impl Meta {
     pub fn install(&mut self, next: View) {
         let base = self.view().version;
         assert_eq!(
-            self.run(Command::InstallPlan {
+            self.run(MetaCommand::InstallPlan {
                 base,
                 next: Box::new(next)
             }),
-            Outcome::Done
+            MetaOutcome::Done
         );
     }
 
@@ -80,18 +80,18 @@ impl Meta {
                     .as_ref()
                     .map_or(1, |known| known.log_id.index + 1),
             };
-            let reported = Reported {
+            let reported = ReportedMembership {
                 log_id,
                 voters: now.electorate(),
                 learners: now.learners,
             };
             assert_eq!(
-                self.run(Command::Report {
+                self.run(MetaCommand::Report {
                     group,
                     reported,
                     plan: view.epoch
                 }),
-                Outcome::Done
+                MetaOutcome::Done
             );
             view = self.view();
         }
@@ -115,8 +115,8 @@ impl Meta {
                 .or_default()
                 .insert(slot);
         }
-        let open = |((from, to), slots)| match self.run(Command::OpenMove { slots, from, to }) {
-            Outcome::MoveOpened { id } => id,
+        let open = |((from, to), slots)| match self.run(MetaCommand::OpenMove { slots, from, to }) {
+            MetaOutcome::MoveOpened { id } => id,
             outcome => panic!("a move was not opened: {outcome:?}"),
         };
         runs.into_iter().map(open).collect()
@@ -125,7 +125,7 @@ impl Meta {
     /// Moves up to so many slots that are astray to where they should be.
     pub fn move_slots(&mut self, count: usize) {
         for id in self.open_moves(count) {
-            assert_eq!(self.run(Command::CommitMove { id }), Outcome::Done);
+            assert_eq!(self.run(MetaCommand::CommitMove { id }), MetaOutcome::Done);
         }
     }
 
@@ -138,7 +138,7 @@ impl Meta {
                 return;
             }
             for id in self.view().moves.into_keys() {
-                assert_eq!(self.run(Command::CommitMove { id }), Outcome::Done);
+                assert_eq!(self.run(MetaCommand::CommitMove { id }), MetaOutcome::Done);
             }
             self.move_slots(usize::MAX);
             self.report_all();

@@ -60,15 +60,15 @@ pub struct View {
     pub version: MapVersion,
     /// The level that every node can read, and so that leaders may propose. Never lowered.
     pub level: u16,
-    pub asked: Asked,
-    pub nodes: BTreeMap<NodeId, Node>,
+    pub asked: PlacementSpec,
+    pub nodes: BTreeMap<NodeId, NodeSpec>,
     /// Nodes on their way out: each stays in `nodes` until the last of its replicas is retired.
     pub leaving: BTreeSet<NodeId>,
     /// Nodes that stay, but whose replicas were given to others because they were out of reach. A
     /// plan that finds one again gives it work.
     pub out: BTreeSet<NodeId>,
     /// Every group, the meta group among them.
-    pub groups: BTreeMap<GroupId, Group>,
+    pub groups: BTreeMap<GroupId, GroupSpec>,
     /// The shard that serves each slot.
     pub slots: SlotTable,
     /// The shard that should serve each slot.
@@ -93,7 +93,7 @@ pub struct SlotMove {
 /// The placement that the operator asked for. A field left out of a change keeps the request, not
 /// its result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Asked {
+pub struct PlacementSpec {
     pub layout: Layout,
     /// None: min(3, nodes).
     pub replication_factor: Option<u8>,
@@ -111,7 +111,7 @@ pub enum Layout {
     Exclusive,
 }
 
-impl Asked {
+impl PlacementSpec {
     /// Builds the request for a replication factor, a number of shards, both or neither: a
     /// replication factor without a number of shards means that each node is a replica of exactly
     /// one shard.
@@ -131,7 +131,7 @@ impl Asked {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Node {
+pub struct NodeSpec {
     /// Its name in a `VIEW`, and where its peers reach it.
     pub address: Address,
     /// The address that clients are redirected to; `address` if None.
@@ -139,14 +139,14 @@ pub struct Node {
     pub directory: DirectoryId,
 }
 
-impl Node {
+impl NodeSpec {
     pub fn public(&self) -> &Address {
         self.public_address.as_ref().unwrap_or(&self.address)
     }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Group {
+pub struct GroupSpec {
     /// The node that should lead it.
     pub home: NodeId,
     /// The node that each replica is on, or should come to be on.
@@ -156,14 +156,14 @@ pub struct Group {
     /// One that votes as well, and keeps the log and no map: none of `replicas`. Written beside the
     /// groups, not within.
     #[serde(skip)]
-    pub witness: Option<Witness>,
+    pub witness: Option<WitnessSpec>,
     /// Replicas that are planned out, until they are retired: until the group is known to have
     /// committed a membership without them.
     pub leaving: BTreeMap<ReplicaId, NodeId>,
     /// The voters it was created with. Never changed: a group is only ever initialized from this.
     pub creation: BTreeMap<ReplicaId, NodeId>,
     /// The newest committed membership that its leader told of.
-    pub reported: Option<Reported>,
+    pub reported: Option<ReportedMembership>,
     /// It goes when its last slot has moved away.
     pub ends: bool,
 }
@@ -171,27 +171,27 @@ pub struct Group {
 /// A replica without a map: with an even number of others it lets their group survive the loss of
 /// half of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Witness {
+pub struct WitnessSpec {
     pub replica: ReplicaId,
     pub node: NodeId,
 }
 
 /// A committed, uniform membership of a group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reported {
+pub struct ReportedMembership {
     /// Of the entry that says so: an older one tells nothing new.
     pub log_id: LogId,
     pub voters: BTreeSet<ReplicaId>,
     pub learners: BTreeSet<ReplicaId>,
 }
 
-impl Reported {
+impl ReportedMembership {
     pub fn is_member(&self, replica: ReplicaId) -> bool {
         self.voters.contains(&replica) || self.learners.contains(&replica)
     }
 }
 
-impl Group {
+impl GroupSpec {
     /// A group that begins with these replicas, of which those of `voters` vote.
     pub fn new(
         home: NodeId,
@@ -366,7 +366,7 @@ impl View {
         self.level >= feature.level()
     }
 
-    pub fn shards(&self) -> impl Iterator<Item = (GroupId, &Group)> {
+    pub fn shards(&self) -> impl Iterator<Item = (GroupId, &GroupSpec)> {
         self.groups
             .iter()
             .filter(|(id, _)| !id.is_meta())
@@ -421,7 +421,7 @@ impl View {
     }
 
     /// The nodes that the view is to have.
-    pub fn staying(&self) -> impl Iterator<Item = (NodeId, &Node)> {
+    pub fn staying(&self) -> impl Iterator<Item = (NodeId, &NodeSpec)> {
         self.nodes
             .iter()
             .filter(|(id, _)| !self.leaving.contains(id))
@@ -435,7 +435,7 @@ impl View {
 
     /// Returns true if everything is as the plan says.
     pub fn is_settled(&self) -> bool {
-        let groups_are = self.groups.values().all(Group::is_settled);
+        let groups_are = self.groups.values().all(GroupSpec::is_settled);
         groups_are && self.leaving.is_empty() && self.moves.is_empty() && self.slots == self.targets
     }
 
@@ -564,7 +564,7 @@ impl View {
         Ok(())
     }
 
-    fn check_group(&self, id: GroupId, group: &Group) -> Result<(), Inconsistency> {
+    fn check_group(&self, id: GroupId, group: &GroupSpec) -> Result<(), Inconsistency> {
         let mut nodes = BTreeSet::new();
         for (replica, node) in group.hosted() {
             if !self.nodes.contains_key(&node) {

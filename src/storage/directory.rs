@@ -503,7 +503,7 @@ fn lock(path: &Path) -> Result<File, DirectoryError> {
 mod tests {
     use super::*;
     use crate::sm::placement::first_view;
-    use crate::sm::view::{Asked, Node};
+    use crate::sm::view::{NodeSpec, PlacementSpec};
     use crate::storage::disk::Open;
     use crate::storage::sim_disk::SimDisk;
     use crate::types::GroupId;
@@ -517,12 +517,12 @@ mod tests {
     fn member() -> Stamp {
         let address: Address = "127.0.0.1:1".parse().expect("an address");
         let (node, replica) = (NodeId(1), ReplicaId(u64::MAX));
-        let of = Node {
+        let of = NodeSpec {
             address,
             public_address: None,
             directory: DirectoryId(7),
         };
-        let view = first_view(ClusterId(u128::MAX), Asked::default(), vec![of])
+        let view = first_view(ClusterId(u128::MAX), PlacementSpec::default(), vec![of])
             .expect("a view of one node");
         Stamp::Member {
             cluster: view.cluster,

@@ -35,7 +35,7 @@ pub enum Crash {
 }
 
 /// Something that counts the steps of a store and says when they fail: the knife of crash tests.
-pub type Fault = Arc<dyn Fn(&str) -> io::Result<()> + Send + Sync>;
+pub type StepFault = Arc<dyn Fn(&str) -> io::Result<()> + Send + Sync>;
 
 /// A gate at which a test holds up readers and writers.
 #[derive(Default)]
@@ -81,14 +81,14 @@ impl Gate {
 /// Trees in memory. Clones share them.
 #[derive(Default, Clone)]
 pub struct MemTrees {
-    inner: Arc<Mutex<Inner>>,
+    inner: Arc<Mutex<MemTreesInner>>,
     /// Gate that reads and writes of pairs pass, as they would a disk.
     pub reads: Arc<Gate>,
     pub writes: Arc<Gate>,
 }
 
 #[derive(Default)]
-struct Inner {
+struct MemTreesInner {
     trees: BTreeMap<String, BTreeMap<Bytes, Bytes>>,
     /// The place that new trees go to, and those that are in older ones.
     place: u64,
@@ -96,19 +96,19 @@ struct Inner {
     /// Bytes that were ever written to each place: none is given back before the place is empty.
     written: BTreeMap<u64, u64>,
     /// Values to put back to undo each step, oldest first.
-    undo: VecDeque<Undo>,
+    undo: VecDeque<UndoStep>,
     /// Steps at the beginning of `undo` that the end of the process leaves.
     flushed: usize,
     condemned: bool,
     epoch: u64,
-    fault: Option<Fault>,
+    fault: Option<StepFault>,
     /// Bytes that the disk has room for; None if unlimited.
     room: Option<u64>,
     /// Reason why nothing is written until the trees are opened anew.
     given_up: Option<String>,
 }
 
-enum Undo {
+enum UndoStep {
     Written {
         tree: Arc<str>,
         key: Bytes,
@@ -129,7 +129,7 @@ impl MemTrees {
     }
 
     /// Has `fault` asked before each changing step. Taken away by a crash.
-    pub fn set_fault(&self, fault: Fault) {
+    pub fn set_fault(&self, fault: StepFault) {
         self.lock().fault = Some(fault);
     }
 
@@ -204,21 +204,21 @@ impl MemTrees {
         true
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, MemTreesInner> {
         self.inner.lock().expect("no holder panics")
     }
 }
 
-impl Inner {
-    fn take_back(&mut self, undo: Undo) {
+impl MemTreesInner {
+    fn take_back(&mut self, undo: UndoStep) {
         match undo {
-            Undo::Created { tree } => {
+            UndoStep::Created { tree } => {
                 self.trees.remove(&tree);
             }
-            Undo::Dropped { tree, pairs } => {
+            UndoStep::Dropped { tree, pairs } => {
                 self.trees.insert(tree, pairs);
             }
-            Undo::Written { tree, key, before } => {
+            UndoStep::Written { tree, key, before } => {
                 let pairs = self.trees.entry(tree.to_string()).or_default();
                 match before {
                     Some(value) => pairs.insert(key, value),
@@ -242,7 +242,7 @@ impl Inner {
         self.outdated.get(tree).copied().unwrap_or(self.place)
     }
 
-    fn step(&mut self, undo: Undo) {
+    fn step(&mut self, undo: UndoStep) {
         self.undo.push_back(undo);
         if self.undo.len() > UNDO_MAX {
             self.undo.pop_front();
@@ -275,7 +275,7 @@ impl Trees for MemTrees {
             inner.fault("create")?;
             inner.outdated.remove(name);
             inner.trees.insert(name.to_owned(), BTreeMap::new());
-            inner.step(Undo::Created {
+            inner.step(UndoStep::Created {
                 tree: name.to_owned(),
             });
         }
@@ -290,7 +290,7 @@ impl Trees for MemTrees {
         let mut inner = self.lock();
         inner.fault("drop")?;
         if let Some(pairs) = inner.trees.remove(name) {
-            inner.step(Undo::Dropped {
+            inner.step(UndoStep::Dropped {
                 tree: name.to_owned(),
                 pairs,
             });
@@ -372,7 +372,7 @@ struct MemTree {
 }
 
 impl MemTree {
-    fn lock(&self) -> Result<MutexGuard<'_, Inner>, StoreError> {
+    fn lock(&self) -> Result<MutexGuard<'_, MemTreesInner>, StoreError> {
         let inner = self.trees.lock();
         if inner.epoch == self.epoch && inner.trees.contains_key(&*self.name) {
             return Ok(inner);
@@ -439,7 +439,7 @@ impl Tree for MemTree {
             Some(value) => pairs.insert(key.clone(), Bytes::copy_from_slice(value)),
             None => pairs.remove(&key),
         };
-        inner.step(Undo::Written {
+        inner.step(UndoStep::Written {
             tree: self.name.clone(),
             key,
             before,

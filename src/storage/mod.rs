@@ -47,7 +47,7 @@ pub enum Checked {
 }
 
 /// Is told of bytes that were read, and rests. Returns whether to go on.
-pub type Pace<'a> = dyn FnMut(u64) -> bool + Send + 'a;
+pub type ReadPace<'a> = dyn FnMut(u64) -> bool + Send + 'a;
 
 impl ReplicaKey {
     /// Reads what [`fmt::Display`] wrote, and nothing else.

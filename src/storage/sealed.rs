@@ -38,7 +38,7 @@ pub enum SealedError {
 
 /// The frame around a value, with the value as text.
 #[derive(Serialize, Deserialize)]
-struct Sealed<T> {
+struct SealedFrame<T> {
     format: u64,
     /// The level that a program must know to read the value.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -106,7 +106,7 @@ pub fn read<T: DeserializeOwned>(
         Some(_) => {}
     }
 
-    let sealed: Sealed<&RawValue> =
+    let sealed: SealedFrame<&RawValue> =
         serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
     if checksum(sealed.value.get()) != sealed.checksum {
         return Err(damaged("it does not match its checksum".into()));
@@ -147,7 +147,7 @@ pub fn write_leveled<T: Serialize>(
     let path = directory.join(name);
     let beside = directory.join(format!("{name}.part"));
     let compact = serde_json::to_string(value).expect("JSON of our own types, in memory");
-    let sealed = Sealed {
+    let sealed = SealedFrame {
         format,
         level,
         checksum: checksum(&compact),

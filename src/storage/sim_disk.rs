@@ -28,7 +28,7 @@ const SECTOR_BYTES: u64 = 512;
 /// A simulated disk. Clones are the same disk.
 #[derive(Clone)]
 pub struct SimDisk {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<SimDiskState>>,
 }
 
 /// Counts the calls since the disk was made.
@@ -39,26 +39,26 @@ pub struct SimCounts {
 }
 
 #[derive(Clone)]
-struct State {
+struct SimDiskState {
     random: StdRng,
     inodes: BTreeMap<u64, Inode>,
     inode_next: u64,
-    names: Names,
-    names_synced: Names,
+    names: SimNames,
+    names_synced: SimNames,
     names_pending: Vec<NameChange>,
     power_cuts: u64,
     counts: SimCounts,
-    faults: Faults,
+    faults: SimFaults,
 }
 
 /// Contents of the directories.
 #[derive(Clone)]
-struct Names {
+struct SimNames {
     files: BTreeMap<PathBuf, u64>,
     directories: BTreeSet<PathBuf>,
 }
 
-impl Names {
+impl SimNames {
     fn root() -> Self {
         Self {
             files: BTreeMap::new(),
@@ -88,7 +88,7 @@ impl Names {
 }
 
 #[derive(Clone, Default)]
-struct Faults {
+struct SimFaults {
     /// Syncs, of files and directories, that still succeed before one fails.
     syncs_left: Option<u64>,
     writes_left: Option<u64>,
@@ -100,12 +100,12 @@ struct Faults {
 struct Inode {
     current: Vec<u8>,
     synced: Vec<u8>,
-    pending: Vec<Change>,
+    pending: Vec<InodeChange>,
     handles: u64,
 }
 
 #[derive(Clone)]
-enum Change {
+enum InodeChange {
     Write { offset: u64, bytes: Vec<u8> },
     Length(u64),
 }
@@ -132,16 +132,16 @@ enum NameChange {
 impl SimDisk {
     /// An empty disk. All that it does by chance follows from `seed` and the calls.
     pub fn new(seed: u64) -> Self {
-        let state = State {
+        let state = SimDiskState {
             random: StdRng::seed_from_u64(seed),
             inodes: BTreeMap::new(),
             inode_next: 0,
-            names: Names::root(),
-            names_synced: Names::root(),
+            names: SimNames::root(),
+            names_synced: SimNames::root(),
             names_pending: Vec::new(),
             power_cuts: 0,
             counts: SimCounts::default(),
-            faults: Faults::default(),
+            faults: SimFaults::default(),
         };
         Self {
             state: Arc::new(Mutex::new(state)),
@@ -152,7 +152,7 @@ impl SimDisk {
     /// here. No file of it is open and no fault is set.
     pub fn fork(&self) -> Self {
         let mut state = self.lock().clone();
-        state.faults = Faults::default();
+        state.faults = SimFaults::default();
         state
             .inodes
             .values_mut()
@@ -166,7 +166,7 @@ impl SimDisk {
     pub fn crash(&self) {
         let state = &mut *self.lock();
         state.power_cuts += 1;
-        state.faults = Faults::default();
+        state.faults = SimFaults::default();
         for inode in state.inodes.values_mut() {
             inode.tear(&mut state.random);
             inode.current = inode.synced.clone();
@@ -214,7 +214,7 @@ impl SimDisk {
 
     /// Takes back every fault that was asked for.
     pub fn heal(&self) {
-        self.lock().faults = Faults::default();
+        self.lock().faults = SimFaults::default();
     }
 
     /// Rots one bit, of what is read now and what is found after a crash. False if the file has no
@@ -273,7 +273,7 @@ impl SimDisk {
         self.lock().counts
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SimDiskState> {
         self.state
             .lock()
             .expect("no code panics while it holds the simulated disk")
@@ -288,7 +288,7 @@ impl Disk for SimDisk {
         let inode = match (found, how) {
             (Some(inode), Open::Existing) => inode,
             (Some(inode), Open::Truncated) => {
-                state.change(inode, Change::Length(0));
+                state.change(inode, InodeChange::Length(0));
                 inode
             }
             (Some(_), Open::New) => return Err(io::Error::from(io::ErrorKind::AlreadyExists)),
@@ -412,7 +412,7 @@ struct SimFile {
 }
 
 impl SimFile {
-    fn lock(&self) -> io::Result<MutexGuard<'_, State>> {
+    fn lock(&self) -> io::Result<MutexGuard<'_, SimDiskState>> {
         let state = self.disk.lock();
         if state.power_cuts == self.power_cuts {
             Ok(state)
@@ -461,7 +461,7 @@ impl DiskFile for SimFile {
         };
         state.change(
             self.inode,
-            Change::Write {
+            InodeChange::Write {
                 offset,
                 bytes: bytes[..fits].to_vec(),
             },
@@ -471,7 +471,7 @@ impl DiskFile for SimFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut state = self.lock()?;
-        state.change(self.inode, Change::Length(len));
+        state.change(self.inode, InodeChange::Length(len));
         Ok(())
     }
 
@@ -482,7 +482,7 @@ impl DiskFile for SimFile {
     fn sync(&self) -> io::Result<()> {
         let mut state = self.lock()?;
         let result = state.count_sync();
-        let State { random, inodes, .. } = &mut *state;
+        let SimDiskState { random, inodes, .. } = &mut *state;
         let inode = inodes.get_mut(&self.inode).ok_or(io::ErrorKind::NotFound)?;
         match &result {
             Ok(()) => std::mem::take(&mut inode.pending)
@@ -494,7 +494,7 @@ impl DiskFile for SimFile {
     }
 }
 
-impl State {
+impl SimDiskState {
     fn inode(&mut self, inode: u64) -> io::Result<&mut Inode> {
         Ok(self.inodes.get_mut(&inode).ok_or(io::ErrorKind::NotFound)?)
     }
@@ -512,7 +512,7 @@ impl State {
         }
     }
 
-    fn change(&mut self, inode: u64, change: Change) {
+    fn change(&mut self, inode: u64, change: InodeChange) {
         if let Some(inode) = self.inodes.get_mut(&inode) {
             change.apply(&mut inode.current);
             inode.pending.push(change);
@@ -611,7 +611,7 @@ impl Inode {
     }
 }
 
-impl Change {
+impl InodeChange {
     fn apply(&self, contents: &mut Vec<u8>) {
         self.apply_by_sector(contents, |_| true);
         contents.resize(self.len_after(contents.len() as u64) as usize, 0);
@@ -621,7 +621,7 @@ impl Change {
     /// than too short.
     fn apply_by_sector(&self, contents: &mut Vec<u8>, mut keep: impl FnMut(u64) -> bool) {
         match self {
-            Change::Write { offset, bytes } => {
+            InodeChange::Write { offset, bytes } => {
                 let end = *offset + bytes.len() as u64;
                 if contents.len() < end as usize {
                     contents.resize(end as usize, 0);
@@ -636,7 +636,7 @@ impl Change {
                     at = next;
                 }
             }
-            Change::Length(len) => {
+            InodeChange::Length(len) => {
                 for at in *len..contents.len() as u64 {
                     if keep(at / SECTOR_BYTES) {
                         contents[at as usize] = 0;
@@ -648,8 +648,8 @@ impl Change {
 
     fn len_after(&self, len: u64) -> u64 {
         match self {
-            Change::Write { offset, bytes } => len.max(offset + bytes.len() as u64),
-            Change::Length(len) => *len,
+            InodeChange::Write { offset, bytes } => len.max(offset + bytes.len() as u64),
+            InodeChange::Length(len) => *len,
         }
     }
 }
@@ -671,8 +671,8 @@ impl NameChange {
         }
     }
 
-    fn apply(&self, names: &mut Names) {
-        let Names {
+    fn apply(&self, names: &mut SimNames) {
+        let SimNames {
             files: names,
             directories,
         } = names;

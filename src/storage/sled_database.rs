@@ -89,7 +89,7 @@ pub(super) struct Database {
     pub path: PathBuf,
     /// The higher, the newer.
     pub number: u64,
-    pub trust: Trust,
+    pub trust: WriteTrust,
 }
 
 impl Database {
@@ -103,23 +103,23 @@ impl Database {
         let path = &path_of(base, number);
         let condemned = std::fs::read_to_string(path.join(CONDEMNED)).ok();
         let failure = match condemned {
-            Some(reason) => Attempt::Failed(format!("it was condemned: {reason}")),
+            Some(reason) => OpenAttempt::Failed(format!("it was condemned: {reason}")),
             None => match foreign(path, number, options.cluster) {
                 Ok(None) => attempt(path, options, open),
-                Ok(Some(reason)) => Attempt::Failed(reason),
-                Err(source) => Attempt::Refused(source),
+                Ok(Some(reason)) => OpenAttempt::Failed(reason),
+                Err(source) => OpenAttempt::Refused(source),
             },
         };
         let (reason, hangs) = match failure {
-            Attempt::Opened(db) => return Ok(Some(Self::new(db, number, path))),
-            Attempt::Failed(reason) => (reason, false),
-            Attempt::Refused(source) => {
+            OpenAttempt::Opened(db) => return Ok(Some(Self::new(db, number, path))),
+            OpenAttempt::Failed(reason) => (reason, false),
+            OpenAttempt::Refused(source) => {
                 return Err(SledError::Io {
                     path: path.to_owned(),
                     source,
                 });
             }
-            Attempt::Hangs => ("it did not open in time".to_owned(), true),
+            OpenAttempt::Hangs => ("it did not open in time".to_owned(), true),
         };
         let moved_to = move_aside(path, base).map_err(|source| SledError::Io {
             path: path.to_owned(),
@@ -145,19 +145,19 @@ impl Database {
         let path = &path_of(base, number);
         let attempted = match begin_directory(path, number, options.cluster) {
             Ok(()) => attempt(path, options, open),
-            Err(source) => Attempt::Refused(source),
+            Err(source) => OpenAttempt::Refused(source),
         };
         let error = match attempted {
-            Attempt::Opened(db) => return Ok(Self::new(db, number, path)),
-            Attempt::Failed(reason) => SledError::Fresh {
+            OpenAttempt::Opened(db) => return Ok(Self::new(db, number, path)),
+            OpenAttempt::Failed(reason) => SledError::Fresh {
                 path: path.to_owned(),
                 reason,
             },
-            Attempt::Refused(source) => SledError::Io {
+            OpenAttempt::Refused(source) => SledError::Io {
                 path: path.to_owned(),
                 source,
             },
-            Attempt::Hangs => {
+            OpenAttempt::Hangs => {
                 return Err(SledError::Fresh {
                     path: path.to_owned(),
                     reason: "it hangs".into(),
@@ -178,7 +178,7 @@ impl Database {
 
     fn new(db: sled::Db, number: u64, path: &Path) -> Self {
         begin_io_threads(&db);
-        let trust = Trust {
+        let trust = WriteTrust {
             db: db.clone(),
             lost: Arc::default(),
         };
@@ -332,13 +332,13 @@ fn begin_directory(path: &Path, number: u64, cluster: ClusterId) -> io::Result<(
 /// Tracks whether sled is still trusted to write: until its first error that is not about damaged
 /// files.
 #[derive(Clone)]
-pub(super) struct Trust {
+pub(super) struct WriteTrust {
     db: sled::Db,
     /// The first error, and what it was about.
     lost: Arc<OnceLock<(io::ErrorKind, String)>>,
 }
 
-impl Trust {
+impl WriteTrust {
     /// Reads. That there is no descriptor to open a file by says nothing of the disk, and a read
     /// leaves nothing half done.
     pub fn read<T>(
@@ -399,7 +399,7 @@ pub(super) fn lacks_descriptors(error: &sled::Error) -> bool {
     matches!(error, sled::Error::Io(error) if descriptors::are_exhausted(error))
 }
 
-enum Attempt {
+enum OpenAttempt {
     Opened(sled::Db),
     /// For a reason that is not in its files.
     Refused(io::Error),
@@ -431,7 +431,7 @@ fn begin_io_threads(db: &sled::Db) {
 }
 
 /// Tries to open the database, in a thread that may never come back.
-fn attempt(path: &Path, options: &SledOptions, open: Opener) -> Attempt {
+fn attempt(path: &Path, options: &SledOptions, open: Opener) -> OpenAttempt {
     let (sender, receiver) = mpsc::sync_channel(1);
     let (cache_bytes, own_path) = (options.cache_bytes, path.to_owned());
     let run = move || {
@@ -444,15 +444,17 @@ fn attempt(path: &Path, options: &SledOptions, open: Opener) -> Attempt {
         .name("open-trees".into())
         .spawn(run)
     {
-        return Attempt::Failed(format!("no thread to open it in: {error}"));
+        return OpenAttempt::Failed(format!("no thread to open it in: {error}"));
     }
     match receiver.recv_timeout(limit) {
-        Ok(Ok(Ok(db))) => Attempt::Opened(db),
-        Ok(Ok(Err(sled::Error::Io(error)))) if !is_of_the_files(&error) => Attempt::Refused(error),
-        Ok(Ok(Err(error))) => Attempt::Failed(error.to_string()),
-        Ok(Err(panic)) => Attempt::Failed(format!("it panicked: {}", panic_text(&*panic))),
-        Err(RecvTimeoutError::Disconnected) => Attempt::Failed("its thread died".into()),
-        Err(RecvTimeoutError::Timeout) => Attempt::Hangs,
+        Ok(Ok(Ok(db))) => OpenAttempt::Opened(db),
+        Ok(Ok(Err(sled::Error::Io(error)))) if !is_of_the_files(&error) => {
+            OpenAttempt::Refused(error)
+        }
+        Ok(Ok(Err(error))) => OpenAttempt::Failed(error.to_string()),
+        Ok(Err(panic)) => OpenAttempt::Failed(format!("it panicked: {}", panic_text(&*panic))),
+        Err(RecvTimeoutError::Disconnected) => OpenAttempt::Failed("its thread died".into()),
+        Err(RecvTimeoutError::Timeout) => OpenAttempt::Hangs,
     }
 }
 

@@ -37,7 +37,8 @@ use bytes::Bytes;
 
 use super::pieces::{self, Stub};
 use super::sled_database::{
-    Database, Opener, Trust, free_bytes, lacks_descriptors, numbered, open_database, trim_damaged,
+    Database, Opener, WriteTrust, free_bytes, lacks_descriptors, numbered, open_database,
+    trim_damaged,
 };
 pub use super::sled_database::{SledError, SledOptions, is_condemned, is_there};
 use super::tree::{Tree, Trees, Walk};
@@ -359,7 +360,7 @@ struct SledTree {
     /// That of the database.
     path: PathBuf,
     patience: Duration,
-    trust: Trust,
+    trust: WriteTrust,
 }
 
 /// Times that a value is looked for whose pieces are being replaced: whoever reads sees each newer
@@ -577,7 +578,7 @@ const WALK_PAGE_BYTES: usize = 1 << 20;
 /// Sends all pairs of a tree, and an empty page at the end. Ends early when nobody listens.
 fn send_pages(
     tree: &sled::Tree,
-    trust: &Trust,
+    trust: &WriteTrust,
     sender: &mpsc::SyncSender<Result<Page, StoreError>>,
 ) {
     // Pieces are read with their values.

@@ -10,7 +10,7 @@ use crate::sm::disk_level::DiskRoom;
 
 /// A change that is about to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change<'a> {
+pub enum DiskChange<'a> {
     Create(&'a Path),
     Write,
     Sync,
@@ -19,7 +19,7 @@ pub enum Change<'a> {
     SyncDir(&'a Path),
 }
 
-type Watcher = Box<dyn FnMut(Change<'_>) + Send>;
+type Watcher = Box<dyn FnMut(DiskChange<'_>) + Send>;
 
 /// Clones are the same disk.
 #[derive(Clone)]
@@ -42,11 +42,11 @@ impl WatchedDisk {
     }
 
     /// Has `watcher` told of every change from now on, but for those that it makes itself.
-    pub fn watch(&self, watcher: impl FnMut(Change<'_>) + Send + 'static) {
+    pub fn watch(&self, watcher: impl FnMut(DiskChange<'_>) + Send + 'static) {
         *self.watcher.lock().expect("no holder panics") = Some(Box::new(watcher));
     }
 
-    fn tell(&self, change: Change<'_>) {
+    fn tell(&self, change: DiskChange<'_>) {
         let watcher = self.watcher.lock().expect("no holder panics").take();
         if let Some(mut watcher) = watcher {
             watcher(change);
@@ -61,7 +61,7 @@ impl WatchedDisk {
 impl Disk for WatchedDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
         if how != Open::Existing {
-            self.tell(Change::Create(path));
+            self.tell(DiskChange::Create(path));
         }
         Ok(Box::new(WatchedFile {
             file: self.disk.open(path, how)?,
@@ -70,22 +70,22 @@ impl Disk for WatchedDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.tell(Change::Rename { to });
+        self.tell(DiskChange::Rename { to });
         self.disk.rename(from, to)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.tell(Change::Remove(path));
+        self.tell(DiskChange::Remove(path));
         self.disk.remove(path)
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        self.tell(Change::Create(path));
+        self.tell(DiskChange::Create(path));
         self.disk.create_dir(path)
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.tell(Change::SyncDir(path));
+        self.tell(DiskChange::SyncDir(path));
         self.disk.sync_dir(path)
     }
 
@@ -104,12 +104,12 @@ impl DiskFile for WatchedFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.disk.tell(Change::Write);
+        self.disk.tell(DiskChange::Write);
         self.file.write_at(bytes, offset)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.disk.tell(Change::Write);
+        self.disk.tell(DiskChange::Write);
         self.file.set_len(len)
     }
 
@@ -118,7 +118,7 @@ impl DiskFile for WatchedFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.disk.tell(Change::Sync);
+        self.disk.tell(DiskChange::Sync);
         self.file.sync()
     }
 }

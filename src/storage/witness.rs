@@ -32,7 +32,7 @@ const TEMPORARY: &str = ".part";
 
 /// Contents of a witness's file: the replica it belongs to and its applied position.
 #[derive(Serialize, Deserialize)]
-struct Mark {
+struct Watermark {
     key: ReplicaKey,
     applied: Applied,
 }
@@ -84,7 +84,7 @@ impl WitnessFiles {
         let body = checked
             .strip_prefix(MAGIC)
             .ok_or_else(|| damaged("it does not begin like one"))?;
-        let mark: Mark = codec::decode(body, "the file of a witness")?;
+        let mark: Watermark = codec::decode(body, "the file of a witness")?;
         if mark.key != key {
             return Err(damaged("it is another's"));
         }
@@ -95,7 +95,7 @@ impl WitnessFiles {
     pub fn write(&self, key: ReplicaKey, applied: &Applied) -> Result<(), StoreError> {
         let (path, temporary) = (self.path(key, MARK), self.path(key, TEMPORARY));
         let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&codec::encode(&Mark {
+        bytes.extend_from_slice(&codec::encode(&Watermark {
             key,
             applied: applied.clone(),
         }));

@@ -336,7 +336,7 @@ mod tests {
     use crate::client::protocol::MoveStatus;
     use crate::client::testing;
     use crate::client::view_change::Phase;
-    use crate::sm::recovery::Cause;
+    use crate::sm::recovery::FailureCause;
     use crate::types::{GroupId, MoveId, PlanEpoch, ReplicaId};
 
     #[test]
@@ -359,7 +359,7 @@ mod tests {
         let failed = |group: u64| FailedReplica {
             group: GroupId(group),
             replica: ReplicaId(7),
-            cause: Cause::Damaged,
+            cause: FailureCause::Damaged,
             for_ms: 12_300,
             reason: "it is broken".to_owned(),
         };

@@ -22,7 +22,7 @@ use crate::client::store::Store;
 use crate::client::view_change::{ReplicationFactor, Shards, ViewChange};
 use crate::node::machine::Stepped;
 use crate::sm::membership;
-use crate::sm::view::Asked;
+use crate::sm::view::PlacementSpec;
 use crate::types::{Address, GroupId, PlanEpoch, ReplicaId, SLOTS};
 
 /// Long enough for a loaded machine; only a failing test waits for it.
@@ -208,14 +208,14 @@ impl Plot {
                 let replica =
                     |id: ReplicaId| (0..self.hosts.len()).find(|n| self.hosts[*n].has(*group, id));
                 match step {
-                    membership::Step::AddLearner(id) | membership::Step::HandOver(id) => {
-                        replica(*id)
-                    }
+                    membership::MembershipStep::AddLearner(id)
+                    | membership::MembershipStep::HandOver(id) => replica(*id),
                     // The youngest: who came last, or is the last to go.
-                    membership::Step::SetVoters(ids) | membership::Step::RemoveLearners(ids) => {
+                    membership::MembershipStep::SetVoters(ids)
+                    | membership::MembershipStep::RemoveLearners(ids) => {
                         ids.iter().rev().find_map(|id| replica(*id))
                     }
-                    membership::Step::Report(told) => {
+                    membership::MembershipStep::Report(told) => {
                         told.voters.iter().rev().find_map(|id| replica(*id))
                     }
                     _ => None,
@@ -240,7 +240,7 @@ pub fn hosts(all: &[Address], view: &[Address], seed: u64) -> Vec<Arc<Host>> {
         Host::new(
             address.clone(),
             view.to_vec(),
-            Asked::default(),
+            PlacementSpec::default(),
             seed.wrapping_mul(1000) + n as u64,
         )
     };

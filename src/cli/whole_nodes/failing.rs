@@ -18,7 +18,7 @@ use crate::client::remote::RemoteStore;
 use crate::client::store::Store;
 use crate::node::Node;
 use crate::sm::kv::{Action, Condition, Media, Operation};
-use crate::sm::recovery::Cause;
+use crate::sm::recovery::FailureCause;
 use crate::storage::ReplicaKey;
 use crate::types::{GroupId, NodeId, SLOTS};
 
@@ -204,9 +204,9 @@ async fn a_replica_that_cannot_be_opened_is_replaced_on_its_node_under_a_new_id(
     host.start();
     let told = cluster.status_when("it is told", |status| {
         status.nodes.iter().any(|node| {
-            node.failed
-                .iter()
-                .any(|failed| failed.replica == key.replica && failed.cause == Cause::Damaged)
+            node.failed.iter().any(|failed| {
+                failed.replica == key.replica && failed.cause == FailureCause::Damaged
+            })
         })
     });
     told.await;

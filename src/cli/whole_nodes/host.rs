@@ -17,11 +17,11 @@ use crate::config::NodeConfig;
 use crate::http::{Limits, Server};
 use crate::node::{Node, NodeError};
 use crate::raft::Replica;
-use crate::sm::view::Asked;
+use crate::sm::view::PlacementSpec;
 use crate::storage::ReplicaKey;
 use crate::storage::mem_trees::MemTrees;
 use crate::storage::sim_disk::SimDisk;
-use crate::supervisor::{Ended, Supervisor};
+use crate::supervisor::{ProcessEnd, Supervisor};
 use crate::types::{Address, DirectoryId, GroupId, ReplicaId};
 
 const PORT: u16 = 7411;
@@ -34,7 +34,7 @@ pub struct Host {
     disks: Disks,
     is_held: Arc<AtomicBool>,
     disk_fault: DiskFault,
-    supervised: Mutex<Option<(Supervisor, watch::Receiver<Option<Ended>>)>>,
+    supervised: Mutex<Option<(Supervisor, watch::Receiver<Option<ProcessEnd>>)>>,
     faults: Arc<TreeFaults>,
     replace_after: Mutex<Option<Duration>>,
     compare_every: Mutex<Option<Duration>>,
@@ -77,7 +77,7 @@ pub fn addresses(count: usize) -> Vec<Address> {
 }
 
 impl Host {
-    pub fn new(address: Address, view: Vec<Address>, asked: Asked, seed: u64) -> Arc<Self> {
+    pub fn new(address: Address, view: Vec<Address>, asked: PlacementSpec, seed: u64) -> Arc<Self> {
         let config = NodeConfig {
             address: address.clone(),
             public_address: None,
@@ -193,7 +193,7 @@ impl Host {
     }
 
     /// What has ended it since the last start.
-    pub fn ended(&self) -> watch::Receiver<Option<Ended>> {
+    pub fn ended(&self) -> watch::Receiver<Option<ProcessEnd>> {
         self.supervised
             .lock()
             .expect("no holder panics")

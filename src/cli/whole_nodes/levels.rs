@@ -17,7 +17,7 @@ use crate::client::remote::RemoteStore;
 use crate::client::store::Store;
 use crate::client::view_change::ViewChange;
 use crate::sm::level::{LEVEL, TooOld};
-use crate::sm::view::Asked;
+use crate::sm::view::PlacementSpec;
 use crate::types::{Address, GroupId};
 
 /// What the first programs spoke, which knew no levels.
@@ -72,9 +72,9 @@ async fn load(store: Arc<RemoteStore>, history: Arc<History>, over: Cancellation
 async fn a_cluster_is_upgraded_node_by_node_under_load_and_goes_back_until_its_level_is_raised() {
     let all = addresses(4);
     // One shard, whose slots move nowhere: what is looked at here is who may be in the cluster.
-    let asked = Asked {
+    let asked = PlacementSpec {
         shards: Some(1),
-        ..Asked::default()
+        ..PlacementSpec::default()
     };
     let host =
         |(n, address): (u64, &Address)| Host::new(address.clone(), all[..3].to_vec(), asked, n);

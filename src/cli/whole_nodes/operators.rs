@@ -18,7 +18,7 @@ use crate::client::store::{Options, Store};
 use crate::client::view_change::ViewChange;
 use crate::client::wire::Connection;
 use crate::http::metrics::exposition::{self, Family};
-use crate::sm::view::Asked;
+use crate::sm::view::PlacementSpec;
 use crate::types::Address;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -177,9 +177,9 @@ async fn a_change_without_a_quorum_names_who_is_missing() {
 async fn a_node_that_has_just_left_is_waited_for_by_a_dry_run_too() {
     let all = addresses(2);
     // One shard: nothing has to be moved away.
-    let asked = Asked {
+    let asked = PlacementSpec {
         shards: Some(1),
-        ..Asked::default()
+        ..PlacementSpec::default()
     };
     let host = |at: usize| Host::new(all[at].clone(), all.clone(), asked, 1000 + at as u64);
     let hosts = [host(0), host(1)];

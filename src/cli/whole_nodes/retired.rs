@@ -9,12 +9,12 @@ use futures::future::ready;
 use super::case::until;
 use super::host::{Host, addresses};
 use super::machine::End;
-use crate::sm::view::Asked;
+use crate::sm::view::PlacementSpec;
 use crate::storage::ReplicaKey;
 use crate::storage::directory::{DataDirectory, Stamp};
 use crate::storage::disk::Disk;
 use crate::storage::log::{Log, LogOptions, LogWriter};
-use crate::storage::state::{Applied, StateOptions, StateStore};
+use crate::storage::state::{Applied, MapOptions, MapStore};
 use crate::types::{ClusterId, GroupId, NodeId, ReplicaId};
 
 const META: ReplicaKey = ReplicaKey {
@@ -34,7 +34,12 @@ fn open_log(disk: &Arc<dyn Disk>, host: &Host) -> (Log, LogWriter) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_retirement_that_was_cut_short_is_finished_by_the_next_start() {
     let all = addresses(2);
-    let host = Host::new(all[0].clone(), all[1..].to_vec(), Asked::default(), 1);
+    let host = Host::new(
+        all[0].clone(),
+        all[1..].to_vec(),
+        PlacementSpec::default(),
+        1,
+    );
     let disk: Arc<dyn Disk> = Arc::new(host.disks().disk.clone());
     {
         let directory =
@@ -50,11 +55,11 @@ async fn a_retirement_that_was_cut_short_is_finished_by_the_next_start() {
         log.create(META, Box::new(|created| created.expect("created")));
         while writer.pump() {}
         let trees = Arc::new(host.disks().trees.clone());
-        let (states, _) = StateStore::open(
+        let (states, _) = MapStore::open(
             trees,
             disk.clone(),
             Path::new("/node"),
-            StateOptions::default(),
+            MapOptions::default(),
         )
         .expect("maps");
         states

@@ -72,7 +72,7 @@ async fn a_stranger_changes_nothing_and_is_told_nothing() {
     );
 
     // What the cluster itself may say, in the name of another.
-    let command = meta::Command::Announce {
+    let command = meta::MetaCommand::Announce {
         node: id,
         directory: ours.nodes[&id].directory,
         address: "elsewhere:1".parse().expect("an address"),
@@ -95,7 +95,7 @@ async fn a_stranger_changes_nothing_and_is_told_nothing() {
             command
         })
         .await,
-        Ok(meta::Outcome::Done)
+        Ok(meta::MetaOutcome::Done)
     );
 
     let (caller, wait) = (

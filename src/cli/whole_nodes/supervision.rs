@@ -16,7 +16,7 @@ use crate::client::remote::RemoteStore;
 use crate::client::store::{Options, Routing, Store};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::sm::slots::slot_of;
-use crate::supervisor::testing::Fault;
+use crate::supervisor::testing::PartFault;
 use crate::types::GroupId;
 
 const KEY: &str = "key";
@@ -140,7 +140,7 @@ async fn a_panic_in_any_part_of_a_node_ends_it_with_the_name_of_the_part() {
         let mut ended = victim.ended();
         match threads.iter().find(|(thread, _)| *thread == part) {
             Some((_, directory)) => victim.set_disk_fault(Some((Trouble::Panics, directory))),
-            None => victim.supervisor().put_in(part, Fault::Panics),
+            None => victim.supervisor().put_in(part, PartFault::Panics),
         }
         // Some of what is to panic has nothing to do else.
         let noticed = async {

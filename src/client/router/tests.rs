@@ -10,10 +10,10 @@ use crate::client::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardPag
 use crate::client::store::{Consistency, Item, Routing, ScanRange, WriteFailure};
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::sm::kv::{
-    Action, Condition, Media, OperationOutcome, Record, Rejection, Write, WriteOutcome,
+    Action, Condition, Media, OperationOutcome, Record, Write, WriteOutcome, WriteRejection,
 };
 use crate::sm::slots::slot_of;
-use crate::sm::view::{Asked, SlotTable};
+use crate::sm::view::{PlacementSpec, SlotTable};
 use crate::types::{ClusterId, DirectoryId, MoveId, NodeId, PlanEpoch, ReplicaId, Revision, Slot};
 
 /// What a scripted call does instead of being served.
@@ -132,7 +132,7 @@ impl State {
             .find(|slot| self.owner[slot] != shard)
         {
             let moved_to = Some((MoveId(1), self.owner[&slot]));
-            return WriteOutcome::Rejected(Rejection::WrongOwner { slot, moved_to });
+            return WriteOutcome::Rejected(WriteRejection::WrongOwner { slot, moved_to });
         }
         if let Some(outcome) = write
             .idempotency_key
@@ -145,7 +145,10 @@ impl State {
         for (operation, op) in write.operations.iter().enumerate() {
             if op.condition == Condition::Absent && map.contains_key(&op.key) {
                 let current = Some(map[&op.key].revision);
-                return WriteOutcome::Rejected(Rejection::ConditionFailed { operation, current });
+                return WriteOutcome::Rejected(WriteRejection::ConditionFailed {
+                    operation,
+                    current,
+                });
             }
         }
         let apply = |op: &Operation| match &op.action {
@@ -328,7 +331,7 @@ fn status_of(state: &State, version: u64) -> ClusterStatus {
         epoch: PlanEpoch(1),
         version: MapVersion(version),
         level: 0,
-        asked: Asked::default(),
+        asked: PlacementSpec::default(),
         answered_by: NodeId(1),
         meta_leader: None,
         nodes: vec![NodeStatus {
@@ -505,7 +508,7 @@ async fn a_failed_condition_rejects_its_shard_alone_and_names_the_callers_positi
         )
         .await;
     assert!(answers[0].is_ok() && answers[1].is_ok(), "{answers:?}");
-    let rejection = Rejection::ConditionFailed {
+    let rejection = WriteRejection::ConditionFailed {
         operation: 2,
         current: Some(Revision(1)),
     };
@@ -569,7 +572,7 @@ async fn limits_are_per_shard_and_nothing_is_sent_past_them() {
 #[tokio::test(start_paused = true)]
 async fn what_is_certainly_not_done_is_tried_again_and_no_more() {
     let frozen = Script::Reply(ShardReply::Written(WriteOutcome::Rejected(
-        Rejection::Frozen {
+        WriteRejection::Frozen {
             slot: slot_of(&key(0)),
         },
     )));
@@ -641,7 +644,7 @@ async fn what_is_certainly_not_done_is_tried_again_and_no_more() {
 async fn requests_that_wait_for_another_attempt_are_bounded() {
     let router = router(1);
     let frozen = Script::Reply(ShardReply::Written(WriteOutcome::Rejected(
-        Rejection::Frozen {
+        WriteRejection::Frozen {
             slot: slot_of(&key(0)),
         },
     )));
@@ -835,10 +838,10 @@ async fn a_mixed_outcome_is_answered_by_operation() {
         revision: Revision(9),
         created: true,
     };
-    let frozen = Rejection::Frozen {
+    let frozen = WriteRejection::Frozen {
         slot: slot_of(&key(1)),
     };
-    let condition = Rejection::ConditionFailed {
+    let condition = WriteRejection::ConditionFailed {
         operation: 2,
         current: None,
     };

@@ -13,7 +13,7 @@ use super::{Router, ShardAccess, check_key, misfit, version};
 use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{Failure, Options, WriteFailure, Written};
-use crate::sm::kv::{Action, Condition, Media, Operation, Rejection, Write, WriteOutcome};
+use crate::sm::kv::{Action, Condition, Media, Operation, Write, WriteOutcome, WriteRejection};
 use crate::sm::slots::slot_of;
 use crate::types::{GroupId, KEY_BYTES_MAX, Slot};
 
@@ -317,35 +317,35 @@ fn read_reply(reply: ShardReply, shard: GroupId, part: &Part) -> Verdict {
 }
 
 fn judge_rejection(
-    rejection: Rejection,
+    rejection: WriteRejection,
     shard: GroupId,
     part: &Part,
 ) -> Result<Retry, WriteFailure> {
     match rejection {
-        Rejection::WrongOwner { slot, moved_to } => {
+        WriteRejection::WrongOwner { slot, moved_to } => {
             Ok(Retry::moved(slot, moved_to.map(|(_, to)| to)))
         }
-        Rejection::Frozen { slot } => Ok(Retry::frozen(slot)),
-        Rejection::ConditionFailed { operation, current } => {
+        WriteRejection::Frozen { slot } => Ok(Retry::frozen(slot)),
+        WriteRejection::ConditionFailed { operation, current } => {
             Err(match part.positions.get(operation) {
-                Some(at) => WriteFailure::Rejected(Rejection::ConditionFailed {
+                Some(at) => WriteFailure::Rejected(WriteRejection::ConditionFailed {
                     operation: *at,
                     current,
                 }),
                 None => WriteFailure::Failed(misfit(shard)),
             })
         }
-        Rejection::RequestsFull { .. } if part.course.maybe_done() => {
+        WriteRejection::RequestsFull { .. } if part.course.maybe_done() => {
             let full = Failure::Overloaded {
                 limit: "remembered requests".into(),
                 retry_after_ms: 1000,
             };
             Err(WriteFailure::Failed(part.course.settle(full)))
         }
-        Rejection::AnswerTooLarge { bytes } => Err(WriteFailure::Failed(
+        WriteRejection::AnswerTooLarge { bytes } => Err(WriteFailure::Failed(
             part.course.settle(Failure::of_answer(bytes)),
         )),
-        Rejection::KeyReused { .. } | Rejection::RequestsFull { .. } => {
+        WriteRejection::KeyReused { .. } | WriteRejection::RequestsFull { .. } => {
             Err(WriteFailure::Rejected(rejection))
         }
     }

@@ -51,7 +51,7 @@ use crate::http::media::{self, Encoding};
 use crate::http::metrics::{Dialect, Watch};
 use crate::http::problem::{Code, Problem};
 use crate::http::{App, Limits, Shared};
-use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Rejection};
+use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, WriteRejection};
 use crate::types::Revision;
 
 #[derive(Deserialize)]
@@ -428,7 +428,7 @@ fn answer(keys: &[Bytes], written: &[Written]) -> Response {
 /// by a condition.
 fn undone(written: &Written) -> Option<Problem> {
     match written {
-        Ok(_) | Err(WriteFailure::Rejected(Rejection::ConditionFailed { .. })) => None,
+        Ok(_) | Err(WriteFailure::Rejected(WriteRejection::ConditionFailed { .. })) => None,
         Err(WriteFailure::Rejected(rejection)) => Some(rejection.clone().into()),
         Err(WriteFailure::Failed(failure)) => Some(failure.clone().into()),
     }
@@ -456,12 +456,12 @@ fn result(position: usize, key: &Bytes, written: &Written) -> Value {
         Ok(OperationOutcome::Deleted {
             revision: Some(revision),
         }) => merged(200, object!({ "revision": revision })),
-        Err(WriteFailure::Rejected(Rejection::ConditionFailed { operation, .. }))
+        Err(WriteFailure::Rejected(WriteRejection::ConditionFailed { operation, .. }))
             if *operation != position =>
         {
             failed(Code::NotApplied, object!({ "failed_operation": operation }))
         }
-        Err(WriteFailure::Rejected(Rejection::ConditionFailed { current, .. })) => failed(
+        Err(WriteFailure::Rejected(WriteRejection::ConditionFailed { current, .. })) => failed(
             Code::ConditionFailed,
             object!({ "current_revision": current }),
         ),

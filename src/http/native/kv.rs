@@ -19,7 +19,7 @@ use crate::http::charged::AlreadyCharged;
 use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
 use crate::http::{App, aside, media, refuse_method};
-use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Rejection};
+use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, WriteRejection};
 use crate::types::Revision;
 
 /// What a write answers.
@@ -204,7 +204,7 @@ async fn delete(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Proble
         Ok(OperationOutcome::Deleted { revision: None }) => Err(missing()),
         // Without the condition this would be 404, so the condition is not asked (RFC 9110, section
         // 13.2.1).
-        Err(WriteFailure::Rejected(Rejection::ConditionFailed { current: None, .. })) => {
+        Err(WriteFailure::Rejected(WriteRejection::ConditionFailed { current: None, .. })) => {
             Err(missing())
         }
         Ok(other) => Err(mismatched(&other)),

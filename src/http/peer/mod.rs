@@ -104,8 +104,10 @@ pub trait PeerService: Send + Sync + 'static {
     fn failures_reported(&self, report: FailureReport) -> Result<(), Failure>;
 
     /// Has the meta group, if this node leads it, apply what another node has to tell.
-    fn announce(&self, announcement: Announcement)
-    -> BoxFuture<'_, Result<meta::Outcome, Failure>>;
+    fn announce(
+        &self,
+        announcement: Announcement,
+    ) -> BoxFuture<'_, Result<meta::MetaOutcome, Failure>>;
 }
 
 /// Returns whether it is a peer who asks this: nobody else is given the place of one.

@@ -24,7 +24,7 @@ use crate::sm::kv::{
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, LogOptions};
 use crate::storage::mem_trees::MemTrees;
-use crate::storage::state::{StateOptions, StateStore};
+use crate::storage::state::{MapOptions, MapStore};
 use crate::supervisor::Supervisor;
 use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 
@@ -74,7 +74,7 @@ impl Disks {
 pub struct TestNode {
     pub registry: Arc<Registry>,
     pub log: Log,
-    pub states: Arc<StateStore>,
+    pub states: Arc<MapStore>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -95,7 +95,7 @@ impl TestNode {
         let (log, writer) = Log::open(disk.clone(), Path::new("/log"), options).expect("a log");
         let trees = Arc::new(disks.trees.clone());
         let (states, checkpointer) =
-            StateStore::open(trees, disk, Path::new("/"), StateOptions::default()).expect("maps");
+            MapStore::open(trees, disk, Path::new("/"), MapOptions::default()).expect("maps");
         let threads = vec![
             std::thread::spawn(move || writer.run()),
             std::thread::spawn(move || checkpointer.run()),
@@ -302,7 +302,7 @@ impl TestCluster {
     }
 
     async fn claim_all(&self, group: u64) {
-        let claim = kv::Command::Claim {
+        let claim = kv::KvCommand::Claim {
             slots: Slot::all().collect(),
         };
         let leader = self.leader(group).await;
@@ -311,7 +311,7 @@ impl TestCluster {
             .propose_command(claim, soon())
             .await
         {
-            Ok(kv::Outcome::Claimed) => {}
+            Ok(kv::KvOutcome::Claimed) => {}
             other => panic!("the slots were not claimed: {other:?}"),
         }
     }

@@ -25,7 +25,7 @@ use crate::raft::wire::{
 };
 use crate::raft::{LeaseReads, RaftTimings, Registry};
 use crate::sm::starts::Starts;
-use crate::storage::log::{Entry, Payload, Vote};
+use crate::storage::log::{LogEntry, LogPayload, Vote};
 use crate::supervisor::Supervisor;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId, StartId};
 
@@ -514,9 +514,9 @@ async fn appends_that_arrive_together_are_taken_in_their_order() {
             target: ReplicaId(1),
         };
         let id = |index| LogId { term: 1, index };
-        let entry = Entry {
+        let entry = LogEntry {
             id: id(index),
-            payload: Payload::Blank,
+            payload: LogPayload::Blank,
         };
         wire::encode_append(header, vote, index.checked_sub(1).map(id), None, &[entry])
             .seal(group * APPENDS + index)

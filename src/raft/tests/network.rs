@@ -24,7 +24,7 @@ use crate::raft::transport::{
 };
 use crate::raft::types::{GroupMember, Types, entry_to_raft, to_raft, vote_to_raft};
 use crate::raft::wire::{self, AppendReply, FrameReader, PeerReply, PeerRequest, ReceivedFrame};
-use crate::storage::log::{Entry, Payload, Vote};
+use crate::storage::log::{LogEntry, LogPayload, Vote};
 use crate::supervisor::Supervisor;
 use crate::types::{LogId, NodeId, ReplicaId};
 
@@ -209,9 +209,9 @@ fn append(index: u64) -> AppendEntriesRequest<Types> {
         voted_for: Some(ReplicaId(1)),
         committed: true,
     };
-    let entry = Entry {
+    let entry = LogEntry {
         id: log_id(index),
-        payload: Payload::Blank,
+        payload: LogPayload::Blank,
     };
     AppendEntriesRequest {
         vote: vote_to_raft(&vote).expect("a vote for somebody"),
@@ -489,8 +489,8 @@ async fn no_result_speaks_for_a_request_that_is_not_answered() {
 
 /// An append of one entry with so many bytes.
 fn large_append(index: u64, bytes: usize) -> AppendEntriesRequest<Types> {
-    let payload = Payload::Normal(Bytes::from(vec![b'v'; bytes]));
-    let entry = Entry {
+    let payload = LogPayload::Normal(Bytes::from(vec![b'v'; bytes]));
+    let entry = LogEntry {
         id: log_id(index),
         payload,
     };

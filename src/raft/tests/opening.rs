@@ -11,11 +11,11 @@ use super::cluster::{Disks, TestCluster, key};
 use crate::raft::OpenError;
 use crate::raft::log_store::LogStore;
 use crate::storage::disk::{Disk, Open};
-use crate::storage::log::{Entry, Log, LogOptions, LogWriter, Payload, ReplicaLog, Vote};
+use crate::storage::log::{Log, LogEntry, LogOptions, LogPayload, LogWriter, ReplicaLog, Vote};
 use crate::storage::mem_trees::MemTrees;
 use crate::storage::sim_disk::SimDisk;
 use crate::storage::snapshot::Snapshot;
-use crate::storage::state::{Applied, OnSynced, StateOptions, StateStore, Synced};
+use crate::storage::state::{Applied, MapOptions, MapStore, OnSynced, Synced};
 use crate::types::{LogId, NodeId, ReplicaId};
 
 const LOG: &str = "/log";
@@ -24,11 +24,11 @@ fn id(term: u64, index: u64) -> LogId {
     LogId { term, index }
 }
 
-fn entries(term: u64, indexes: std::ops::Range<u64>) -> Vec<Entry> {
+fn entries(term: u64, indexes: std::ops::Range<u64>) -> Vec<LogEntry> {
     indexes
-        .map(|index| Entry {
+        .map(|index| LogEntry {
             id: id(term, index),
-            payload: Payload::Blank,
+            payload: LogPayload::Blank,
         })
         .collect()
 }
@@ -51,7 +51,7 @@ fn issued() -> crate::storage::log::Done {
 }
 
 /// A log with a replica of group 1 that has voted, and holds `entries`.
-fn filled(disk: &SimDisk, entries: Vec<Entry>) -> (LogWriter, ReplicaLog) {
+fn filled(disk: &SimDisk, entries: Vec<LogEntry>) -> (LogWriter, ReplicaLog) {
     let (log, mut writer) = open_log(disk);
     log.create(key(1, 1), issued());
     let replica = log.replica(key(1, 1)).expect("it was created");
@@ -96,15 +96,15 @@ impl Synced for AlwaysSynced {
     }
 }
 
-fn maps(disk: &SimDisk, trees: &MemTrees) -> StateStore {
+fn maps(disk: &SimDisk, trees: &MemTrees) -> MapStore {
     let (trees, disk) = (Arc::new(trees.clone()), Arc::new(disk.clone()));
-    StateStore::open(trees, disk, Path::new("/"), StateOptions::default())
+    MapStore::open(trees, disk, Path::new("/"), MapOptions::default())
         .expect("maps")
         .0
 }
 
 /// A map as of `at`, in a store whose disk the caller must keep.
-fn snapshot_of(store: &StateStore, replica: u64, at: LogId) -> Snapshot {
+fn snapshot_of(store: &MapStore, replica: u64, at: LogId) -> Snapshot {
     let state = store
         .replica(key(1, replica), Arc::new(AlwaysSynced))
         .expect("a map");

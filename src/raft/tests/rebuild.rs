@@ -15,7 +15,7 @@ use crate::raft::wire::{
 use crate::sm::kv::{self, Media, Record};
 use crate::sm::ports::WriteBatch;
 use crate::sm::slots::{data_key, slot_of};
-use crate::storage::log::{Payload, Vote};
+use crate::storage::log::{LogPayload, Vote};
 use crate::storage::snapshot::Snapshot;
 use crate::types::{GroupId, LogId, NodeId, Revision};
 
@@ -79,7 +79,7 @@ impl<'a> CutOff<'a> {
             .expect("entries");
         let (mut entries, mut tail) = (Vec::new(), Vec::new());
         for entry in missing {
-            let Payload::Normal(bytes) = &entry.payload else {
+            let LogPayload::Normal(bytes) = &entry.payload else {
                 panic!("no write: {entry:?}")
             };
             let bytes_len = u32::try_from(bytes.len()).expect("short");
@@ -209,9 +209,9 @@ async fn entries_that_a_rebuilt_map_holds_are_not_applied_again() {
         cluster.hub.heal();
         cluster.put(1, "after", "v").await;
         let leader = cluster.group(cluster.leader(1).await.0, 1);
-        let compared = leader.propose_command(kv::Command::Compare, soon()).await;
+        let compared = leader.propose_command(kv::KvCommand::Compare, soon()).await;
         assert!(
-            matches!(compared, Ok(kv::Outcome::Compared)),
+            matches!(compared, Ok(kv::KvOutcome::Compared)),
             "{compared:?}"
         );
         until("both have told their digests", || {

@@ -13,7 +13,7 @@ use super::cluster::*;
 use super::stalling_disk::StallingDisk;
 use crate::raft::Replica;
 use crate::raft::log_store::LogStore;
-use crate::storage::log::{Entry, Log, LogOptions, Payload};
+use crate::storage::log::{Log, LogEntry, LogOptions, LogPayload};
 use crate::storage::mem_trees::Gate;
 use crate::types::{LogId, NodeId};
 
@@ -116,9 +116,9 @@ async fn old_entries_are_read_where_they_hold_up_nobody() {
     let writing = std::thread::spawn(move || writer.run());
     log.create(key(1, 1), Box::new(|_| ()));
     let replica = log.replica(key(1, 1)).expect("it was created");
-    let entry = |index| Entry {
+    let entry = |index| LogEntry {
         id: LogId { term: 1, index },
-        payload: Payload::Blank,
+        payload: LogPayload::Blank,
     };
     for index in 0..20 {
         let (done, ended) = tokio::sync::oneshot::channel();

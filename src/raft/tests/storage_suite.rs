@@ -26,7 +26,7 @@ use crate::raft::witness::WitnessState;
 use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::log::{Log, LogOptions};
 use crate::storage::sled_tree::{SledOptions, SledTrees};
-use crate::storage::state::{Applied, OnSynced, StateOptions, StateStore, Synced};
+use crate::storage::state::{Applied, MapOptions, MapStore, OnSynced, Synced};
 use crate::storage::tree::Trees;
 use crate::types::{LogId, ReplicaId};
 
@@ -40,7 +40,7 @@ impl From<u64> for ReplicaId {
 /// ReplicaStore what a store stands on until the store is gone.
 struct Guard {
     log: Log,
-    states: Arc<StateStore>,
+    states: Arc<MapStore>,
     threads: Vec<JoinHandle<()>>,
     _directory: Option<tempfile::TempDir>,
 }
@@ -69,7 +69,7 @@ fn store(
     };
     let (log, writer) = Log::open(disk.clone(), &directory.join("log"), options).expect("a log");
     let (states, checkpointer) =
-        StateStore::open(trees, disk, directory, StateOptions::default()).expect("maps");
+        MapStore::open(trees, disk, directory, MapOptions::default()).expect("maps");
     let threads = vec![
         std::thread::spawn(move || writer.run()),
         std::thread::spawn(move || checkpointer.run()),

@@ -176,7 +176,7 @@ async fn a_witness_is_given_no_requests_and_takes_none() {
             .expect_err("refused"),
         nobody
     );
-    let claim = kv::Command::Claim { slots: Vec::new() };
+    let claim = kv::KvCommand::Claim { slots: Vec::new() };
     assert_eq!(
         witness
             .propose_command(claim, soon())

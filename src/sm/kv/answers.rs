@@ -5,9 +5,9 @@
 
 use bytes::Bytes;
 
-use super::entry::Entry;
+use super::entry::EntryTransaction;
 use super::record::decode_record;
-use super::{OperationOutcome, Rejection};
+use super::{OperationOutcome, WriteRejection};
 use crate::sm::ports::{Read, StoreError, ValueStart};
 use crate::types::Slot;
 
@@ -31,13 +31,13 @@ pub enum Audience {
 }
 
 /// Bytes that the gets of an entry may still return.
-pub(super) struct Room {
+pub(super) struct AnswerBudget {
     left: usize,
     audience: Audience,
     is_strict: bool,
 }
 
-impl Room {
+impl AnswerBudget {
     /// Room for an entry of which gets never keep a write from being done: what they found beyond
     /// it is not told.
     pub fn told(audience: Audience) -> Self {
@@ -74,32 +74,32 @@ impl Room {
 
 /// The gets of a write that found something.
 #[derive(Default)]
-pub(super) struct Gets {
-    found: Vec<Found>,
+pub(super) struct PendingGets {
+    found: Vec<FoundValue>,
     bytes: usize,
 }
 
-struct Found {
+struct FoundValue {
     /// Its place among the outcomes.
     at: usize,
     bytes: usize,
-    source: Source,
+    source: ValueSource,
 }
 
-enum Source {
+enum ValueSource {
     /// The record, or what the write itself has put there.
     Here(Bytes),
     /// It is in the map under this key, until the write is committed.
     Map(Bytes),
 }
 
-impl Gets {
+impl PendingGets {
     /// Adds what the operation at a place among the outcomes found under `key`.
     pub fn add(&mut self, at: usize, key: Bytes, stored: &ValueStart) {
-        let source = stored
-            .whole()
-            .map_or(Source::Map(key), |record| Source::Here(record.clone()));
-        self.found.push(Found {
+        let source = stored.whole().map_or(ValueSource::Map(key), |record| {
+            ValueSource::Here(record.clone())
+        });
+        self.found.push(FoundValue {
             at,
             bytes: stored.len,
             source,
@@ -116,8 +116,8 @@ impl Gets {
         self.found.is_empty()
     }
 
-    pub fn too_large(&self) -> Rejection {
-        Rejection::AnswerTooLarge {
+    pub fn too_large(&self) -> WriteRejection {
+        WriteRejection::AnswerTooLarge {
             bytes: self.bytes as u64,
         }
     }
@@ -141,14 +141,14 @@ impl Gets {
     /// the write is committed.
     pub fn load<R: Read>(
         &self,
-        entry: &Entry<'_, R>,
+        entry: &EntryTransaction<'_, R>,
         wanted: impl Fn(usize) -> bool,
         outcomes: &mut [OperationOutcome],
     ) -> Result<(), StoreError> {
         for found in self.found.iter().filter(|found| wanted(found.at)) {
             let record = match &found.source {
-                Source::Here(record) => Some(decode_record(record)?),
-                Source::Map(key) => entry.get(key)?.as_ref().map(decode_record).transpose()?,
+                ValueSource::Here(record) => Some(decode_record(record)?),
+                ValueSource::Map(key) => entry.get(key)?.as_ref().map(decode_record).transpose()?,
             };
             outcomes[found.at] = OperationOutcome::Got(record);
         }

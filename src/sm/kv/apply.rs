@@ -22,20 +22,20 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::answers::{Audience, Gets, REVISION_BYTES, Room, START_BYTES};
-use super::entry::Entry;
+use super::answers::{AnswerBudget, Audience, PendingGets, REVISION_BYTES, START_BYTES};
+use super::entry::EntryTransaction;
 use super::record::{encode_record, stored_revision};
 use super::{
-    Action, Command, MoveOutcome, MoveStep, Operation, OperationOutcome, Outcome, Record,
-    Rejection, Write, WriteOutcome,
+    Action, KvCommand, KvOutcome, MoveCommand, MoveOutcome, Operation, OperationOutcome, Record,
+    Write, WriteOutcome, WriteRejection,
 };
 use super::{clear, destination, source};
 use crate::sm::codec;
 use crate::sm::ports::{Read, StoreError, ValueStart, WriteBatch};
 use crate::sm::requests::{
-    Answer, Fingerprint, Memory, REQUESTS_BYTES_MAX, RequestRecord, fingerprint,
+    Fingerprint, REQUESTS_BYTES_MAX, RequestAnswer, RequestMemory, RequestRecord, fingerprint,
 };
-use crate::sm::slots::{Contents, Ownership, READ_ONLY_KEY, data_key, slot_of};
+use crate::sm::slots::{Ownership, READ_ONLY_KEY, SlotContents, data_key, slot_of};
 use crate::types::{MoveId, Revision, Slot};
 
 /// Returns the outcome of `command` at `index` of the log, and the changes that it makes to a
@@ -46,8 +46,8 @@ use crate::types::{MoveId, Revision, Slot};
 pub fn apply(
     read: &impl Read,
     index: u64,
-    command: Command,
-) -> Result<(Outcome, WriteBatch), StoreError> {
+    command: KvCommand,
+) -> Result<(KvOutcome, WriteBatch), StoreError> {
     apply_for(read, index, command, Audience::Caller)
 }
 
@@ -56,73 +56,76 @@ pub fn apply(
 pub fn apply_for(
     read: &impl Read,
     index: u64,
-    command: Command,
+    command: KvCommand,
     audience: Audience,
-) -> Result<(Outcome, WriteBatch), StoreError> {
-    let mut entry = Entry::new(read);
+) -> Result<(KvOutcome, WriteBatch), StoreError> {
+    let mut entry = EntryTransaction::new(read);
     let outcome = match command {
-        Command::Write { time_ms, writes } => {
-            apply_writes(&mut entry, Room::told(audience), time_ms, &writes)?
+        KvCommand::Write { time_ms, writes } => {
+            apply_writes(&mut entry, AnswerBudget::told(audience), time_ms, &writes)?
         }
-        Command::BoundedWrite { time_ms, writes } => {
-            apply_writes(&mut entry, Room::strict(audience), time_ms, &writes)?
+        KvCommand::BoundedWrite { time_ms, writes } => {
+            apply_writes(&mut entry, AnswerBudget::strict(audience), time_ms, &writes)?
         }
-        Command::Claim { slots } => claim(&mut entry, &slots)?,
-        Command::Compare => Outcome::Compared,
-        Command::SetReadOnly { reason } => set_read_only(&mut entry, reason),
-        Command::Move { id, slots, step } => {
-            Outcome::Moved(apply_step(&mut entry, id, slots, step)?)
+        KvCommand::Claim { slots } => claim(&mut entry, &slots)?,
+        KvCommand::Compare => KvOutcome::Compared,
+        KvCommand::SetReadOnly { reason } => set_read_only(&mut entry, reason),
+        KvCommand::Move { id, slots, step } => {
+            KvOutcome::Moved(apply_step(&mut entry, id, slots, step)?)
         }
-        Command::Install { time_ms, install } => {
-            Outcome::Moved(destination::install(&mut entry, time_ms, install)?)
+        KvCommand::Install { time_ms, install } => {
+            KvOutcome::Moved(destination::install(&mut entry, time_ms, install)?)
         }
     };
     Ok((outcome, entry.into_batch(index)?))
 }
 
 fn apply_writes<R: Read>(
-    entry: &mut Entry<'_, R>,
-    mut room: Room,
+    entry: &mut EntryTransaction<'_, R>,
+    mut room: AnswerBudget,
     time_ms: u64,
     writes: &[Write],
-) -> Result<Outcome, StoreError> {
-    let mut memory = Memory::open(entry, time_ms)?;
+) -> Result<KvOutcome, StoreError> {
+    let mut memory = RequestMemory::open(entry, time_ms)?;
     let outcomes = writes
         .iter()
         .map(|write| apply_write(entry, &mut memory, &mut room, write))
         .collect::<Result<_, _>>()?;
     memory.close(entry);
-    Ok(Outcome::Written(outcomes))
+    Ok(KvOutcome::Written(outcomes))
 }
 
 fn apply_step<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: BTreeSet<Slot>,
-    step: MoveStep,
+    step: MoveCommand,
 ) -> Result<MoveOutcome, StoreError> {
     match step {
-        MoveStep::Begin { to } => source::begin(entry, id, slots, to),
-        MoveStep::Freeze => source::freeze(entry, id, &slots),
-        MoveStep::Release => source::release(entry, id, &slots),
-        MoveStep::Abort => source::abort(entry, id, &slots),
-        MoveStep::Prepare { from } => destination::prepare(entry, id, slots, from),
-        MoveStep::Complete { chunk, contents } => {
+        MoveCommand::Begin { to } => source::begin(entry, id, slots, to),
+        MoveCommand::Freeze => source::freeze(entry, id, &slots),
+        MoveCommand::Release => source::release(entry, id, &slots),
+        MoveCommand::Abort => source::abort(entry, id, &slots),
+        MoveCommand::Prepare { from } => destination::prepare(entry, id, slots, from),
+        MoveCommand::Complete { chunk, contents } => {
             destination::complete(entry, id, &slots, chunk, &contents)
         }
-        MoveStep::Activate => destination::activate(entry, id, &slots),
-        MoveStep::Cancel => destination::cancel(entry, id, &slots),
-        MoveStep::Clear { limit } => clear::clear(entry, id, &slots, limit),
+        MoveCommand::Activate => destination::activate(entry, id, &slots),
+        MoveCommand::Cancel => destination::cancel(entry, id, &slots),
+        MoveCommand::Clear { limit } => clear::clear(entry, id, &slots, limit),
     }
 }
 
 /// First ownership of `slots`: all of them, or none if a move has ever touched one that is not
 /// owned. What is owned already stays so.
-fn claim<R: Read>(entry: &mut Entry<'_, R>, slots: &[Slot]) -> Result<Outcome, StoreError> {
+fn claim<R: Read>(
+    entry: &mut EntryTransaction<'_, R>,
+    slots: &[Slot],
+) -> Result<KvOutcome, StoreError> {
     for slot in slots {
         let state = entry.state(*slot)?;
         if !state.serves_reads() && state.generation.0 > 0 {
-            return Ok(Outcome::ClaimRejected {
+            return Ok(KvOutcome::ClaimRejected {
                 slot: *slot,
                 generation: state.generation,
             });
@@ -133,29 +136,32 @@ fn claim<R: Read>(entry: &mut Entry<'_, R>, slots: &[Slot]) -> Result<Outcome, S
             entry.state_mut(*slot)?.ownership = Ownership::Owned;
         }
     }
-    Ok(Outcome::Claimed)
+    Ok(KvOutcome::Claimed)
 }
 
-fn set_read_only<R: Read>(entry: &mut Entry<'_, R>, reason: Option<String>) -> Outcome {
+fn set_read_only<R: Read>(
+    entry: &mut EntryTransaction<'_, R>,
+    reason: Option<String>,
+) -> KvOutcome {
     match reason {
         Some(reason) => entry.put(READ_ONLY_KEY, codec::encode(&reason)),
         None => entry.delete(READ_ONLY_KEY),
     }
-    Outcome::ReadOnlySet
+    KvOutcome::ReadOnlySet
 }
 
 /// An operation, its position in its write, and its slot.
 #[derive(Clone, Copy)]
-struct Placed<'a> {
+struct PlacedOperation<'a> {
     position: usize,
     slot: Slot,
     operation: &'a Operation,
 }
 
-fn place(write: &Write) -> Vec<Placed<'_>> {
+fn place(write: &Write) -> Vec<PlacedOperation<'_>> {
     let operations = write.operations.iter().enumerate();
     operations
-        .map(|(position, operation)| Placed {
+        .map(|(position, operation)| PlacedOperation {
             position,
             slot: slot_of(&operation.key),
             operation,
@@ -165,13 +171,13 @@ fn place(write: &Write) -> Vec<Placed<'_>> {
 
 /// Returns why the shard may not answer for all of the slots, if so.
 fn wrong_owner<R: Read>(
-    entry: &mut Entry<'_, R>,
-    placed: &[Placed<'_>],
-) -> Result<Option<Rejection>, StoreError> {
-    for Placed { slot, .. } in placed {
+    entry: &mut EntryTransaction<'_, R>,
+    placed: &[PlacedOperation<'_>],
+) -> Result<Option<WriteRejection>, StoreError> {
+    for PlacedOperation { slot, .. } in placed {
         let state = entry.state(*slot)?;
         if !state.serves_reads() {
-            return Ok(Some(Rejection::WrongOwner {
+            return Ok(Some(WriteRejection::WrongOwner {
                 slot: *slot,
                 moved_to: state.moved_to,
             }));
@@ -183,8 +189,11 @@ fn wrong_owner<R: Read>(
 /// Returns why the map as it is refuses a write because of where its slots are, or are going: an
 /// entry with it would be answered so, and need not be made. None says nothing: whether the write
 /// is done is for [`apply`] to decide.
-pub fn refused_by_place(read: &impl Read, write: &Write) -> Result<Option<Rejection>, StoreError> {
-    let mut entry = Entry::new(read);
+pub fn refused_by_place(
+    read: &impl Read,
+    write: &Write,
+) -> Result<Option<WriteRejection>, StoreError> {
+    let mut entry = EntryTransaction::new(read);
     let placed = place(write);
     if let Some(rejection) = wrong_owner(&mut entry, &placed)? {
         return Ok(Some(rejection));
@@ -201,21 +210,21 @@ pub fn refused_by_place(read: &impl Read, write: &Write) -> Result<Option<Reject
 
 /// Returns that a move holds back writes to one of the slots, if so.
 fn frozen<R: Read>(
-    entry: &mut Entry<'_, R>,
-    placed: &[Placed<'_>],
-) -> Result<Option<Rejection>, StoreError> {
-    for Placed { slot, .. } in placed {
+    entry: &mut EntryTransaction<'_, R>,
+    placed: &[PlacedOperation<'_>],
+) -> Result<Option<WriteRejection>, StoreError> {
+    for PlacedOperation { slot, .. } in placed {
         if entry.state(*slot)?.ownership == Ownership::Frozen {
-            return Ok(Some(Rejection::Frozen { slot: *slot }));
+            return Ok(Some(WriteRejection::Frozen { slot: *slot }));
         }
     }
     Ok(None)
 }
 
 fn apply_write<R: Read>(
-    entry: &mut Entry<'_, R>,
-    memory: &mut Memory,
-    room: &mut Room,
+    entry: &mut EntryTransaction<'_, R>,
+    memory: &mut RequestMemory,
+    room: &mut AnswerBudget,
     write: &Write,
 ) -> Result<WriteOutcome, StoreError> {
     let placed = place(write);
@@ -258,7 +267,7 @@ pub fn answer_gets(
     charge: impl FnOnce(usize) -> bool,
 ) -> Result<Option<WriteOutcome>, StoreError> {
     // Of this one nothing is kept but the answer.
-    let mut entry = Entry::new(read);
+    let mut entry = EntryTransaction::new(read);
     let placed = place(write);
     if let Some(rejection) = wrong_owner(&mut entry, &placed)? {
         return Ok(Some(WriteOutcome::Rejected(rejection)));
@@ -272,7 +281,7 @@ pub fn answer_gets(
     let mut decided = match look_up(&mut entry, &fresh)? {
         Ok(draft) => Ok(draft),
         Err((position, current)) if parts.is_empty() => {
-            let rejection = Rejection::ConditionFailed {
+            let rejection = WriteRejection::ConditionFailed {
                 operation: position,
                 current,
             };
@@ -280,7 +289,7 @@ pub fn answer_gets(
         }
         Err(failed) => Err(failed),
     };
-    let remembered: usize = parts.values().filter_map(Part::stored_bytes).sum();
+    let remembered: usize = parts.values().filter_map(SlotPart::stored_bytes).sum();
     if !charge(remembered + decided.as_ref().map_or(0, |draft| draft.gets.bytes())) {
         return Ok(None);
     }
@@ -291,15 +300,14 @@ pub fn answer_gets(
     let key = match (&write.idempotency_key, decided) {
         (None, Ok(draft)) => return Ok(Some(WriteOutcome::Applied(draft.outcomes))),
         (None, Err((operation, current))) => {
-            return Ok(Some(WriteOutcome::Rejected(Rejection::ConditionFailed {
-                operation,
-                current,
-            })));
+            return Ok(Some(WriteOutcome::Rejected(
+                WriteRejection::ConditionFailed { operation, current },
+            )));
         }
         (Some(key), decided) => {
             for (slot, answer) in fresh_answers(&parts, &fresh, &decided) {
                 if let Some(part) = parts.get_mut(&slot) {
-                    part.remembered = Some(Remembered::Here(answer));
+                    part.remembered = Some(RememberedAnswer::Here(answer));
                 }
             }
             key
@@ -325,7 +333,7 @@ const REMEMBERED_PER_OPERATION: usize = 32;
 /// Returns what the gets of a write would return by the map as it is, without those of slots in
 /// which the write was answered before.
 pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<GetsWeight, StoreError> {
-    let mut entry = Entry::new(read);
+    let mut entry = EntryTransaction::new(read);
     let placed = place(write);
     let fresh = match recall_if_keyed(&mut entry, write, &placed)? {
         Ok(parts) => fresh_of(&parts, &placed),
@@ -336,7 +344,7 @@ pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<GetsWeight, StoreEr
     let mut of_slots = BTreeMap::<Slot, usize>::new();
     // A get finds what an operation before it has written.
     let mut written = BTreeMap::<&Bytes, usize>::new();
-    for Placed {
+    for PlacedOperation {
         slot, operation, ..
     } in &fresh
     {
@@ -366,32 +374,35 @@ pub fn weigh_gets(read: &impl Read, write: &Write) -> Result<GetsWeight, StoreEr
 }
 
 /// A slot of a write with a key.
-struct Part {
+struct SlotPart {
     /// Positions of the slot's operations, ascending.
     positions: Vec<usize>,
     fingerprint: Fingerprint,
     /// The answer in the memory of requests, if there is one.
-    remembered: Option<Remembered>,
+    remembered: Option<RememberedAnswer>,
 }
 
 /// An answer that was given before.
-enum Remembered {
+enum RememberedAnswer {
     /// It is in the map, in a record of so many bytes.
     Stored(usize),
-    Here(Answer),
+    Here(RequestAnswer),
 }
 
-impl Part {
+impl SlotPart {
     fn stored_bytes(&self) -> Option<usize> {
         match self.remembered {
-            Some(Remembered::Stored(bytes)) => Some(bytes),
-            Some(Remembered::Here(_)) | None => None,
+            Some(RememberedAnswer::Stored(bytes)) => Some(bytes),
+            Some(RememberedAnswer::Here(_)) | None => None,
         }
     }
 }
 
 /// The operations in slots in which the write was not answered before.
-fn fresh_of<'a>(parts: &BTreeMap<Slot, Part>, placed: &[Placed<'a>]) -> Vec<Placed<'a>> {
+fn fresh_of<'a>(
+    parts: &BTreeMap<Slot, SlotPart>,
+    placed: &[PlacedOperation<'a>],
+) -> Vec<PlacedOperation<'a>> {
     let is_remembered = |slot: &Slot| {
         parts
             .get(slot)
@@ -407,11 +418,11 @@ fn fresh_of<'a>(parts: &BTreeMap<Slot, Part>, placed: &[Placed<'a>]) -> Vec<Plac
 /// A write with an idempotency key: what it was answered before, it is answered again; the rest is
 /// done, and remembered.
 fn apply_once<R: Read>(
-    entry: &mut Entry<'_, R>,
-    memory: &mut Memory,
-    room: &mut Room,
+    entry: &mut EntryTransaction<'_, R>,
+    memory: &mut RequestMemory,
+    room: &mut AnswerBudget,
     key: &[u8],
-    placed: &[Placed<'_>],
+    placed: &[PlacedOperation<'_>],
 ) -> Result<WriteOutcome, StoreError> {
     let mut parts = match recall(entry, memory, key, placed)? {
         Ok(parts) => parts,
@@ -421,7 +432,9 @@ fn apply_once<R: Read>(
     let mut fits = true;
     if !fresh.is_empty() {
         let mut decided = match decide(entry, &fresh)? {
-            Err(Rejection::ConditionFailed { operation, current }) => Err((operation, current)),
+            Err(WriteRejection::ConditionFailed { operation, current }) => {
+                Err((operation, current))
+            }
             Err(rejection) => return Ok(WriteOutcome::Rejected(rejection)),
             Ok(draft) => Ok(draft),
         };
@@ -457,9 +470,11 @@ fn apply_once<R: Read>(
             };
             let bytes = record.encode();
             if unfit == Some(slot) || !memory.make_room(entry, slot, key, bytes.len())? {
-                return Ok(WriteOutcome::Rejected(Rejection::RequestsFull { slot }));
+                return Ok(WriteOutcome::Rejected(WriteRejection::RequestsFull {
+                    slot,
+                }));
             }
-            part.remembered = Some(Remembered::Here(record.answer));
+            part.remembered = Some(RememberedAnswer::Here(record.answer));
             records.push((slot, bytes));
         }
         if let Ok(draft) = decided {
@@ -470,7 +485,7 @@ fn apply_once<R: Read>(
         }
     }
 
-    let stored: usize = parts.values().filter_map(Part::stored_bytes).sum();
+    let stored: usize = parts.values().filter_map(SlotPart::stored_bytes).sum();
     fits &= room.take(stored);
     if !room.is_wanted() || !fits {
         return Ok(WriteOutcome::Unanswered);
@@ -481,13 +496,13 @@ fn apply_once<R: Read>(
 
 /// As [`recall`], for a write that may have no key.
 fn recall_if_keyed<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     write: &Write,
-    placed: &[Placed<'_>],
-) -> Result<Result<BTreeMap<Slot, Part>, Rejection>, StoreError> {
+    placed: &[PlacedOperation<'_>],
+) -> Result<Result<BTreeMap<Slot, SlotPart>, WriteRejection>, StoreError> {
     match &write.idempotency_key {
         Some(key) => {
-            let memory = Memory::open(entry, 0)?;
+            let memory = RequestMemory::open(entry, 0)?;
             recall(entry, &memory, key, placed)
         }
         None => Ok(Ok(BTreeMap::new())),
@@ -497,11 +512,11 @@ fn recall_if_keyed<R: Read>(
 /// The slots of the write, each with what is remembered of it; a rejection if the key was used for
 /// something else.
 fn recall<R: Read>(
-    entry: &mut Entry<'_, R>,
-    memory: &Memory,
+    entry: &mut EntryTransaction<'_, R>,
+    memory: &RequestMemory,
     key: &[u8],
-    placed: &[Placed<'_>],
-) -> Result<Result<BTreeMap<Slot, Part>, Rejection>, StoreError> {
+    placed: &[PlacedOperation<'_>],
+) -> Result<Result<BTreeMap<Slot, SlotPart>, WriteRejection>, StoreError> {
     let mut positions: BTreeMap<Slot, Vec<usize>> = BTreeMap::new();
     for item in placed {
         positions.entry(item.slot).or_default().push(item.position);
@@ -511,12 +526,12 @@ fn recall<R: Read>(
         let fingerprint = fingerprint(positions.iter().map(|position| placed[*position].operation));
         let found = memory.find(entry, slot, key)?;
         if found.is_some_and(|found| found.fingerprint != fingerprint) {
-            return Ok(Err(Rejection::KeyReused { slot }));
+            return Ok(Err(WriteRejection::KeyReused { slot }));
         }
-        let remembered = found.map(|found| Remembered::Stored(found.bytes));
+        let remembered = found.map(|found| RememberedAnswer::Stored(found.bytes));
         parts.insert(
             slot,
-            Part {
+            SlotPart {
                 positions,
                 fingerprint,
                 remembered,
@@ -527,13 +542,13 @@ fn recall<R: Read>(
 }
 
 fn load_remembered<R: Read>(
-    entry: &Entry<'_, R>,
+    entry: &EntryTransaction<'_, R>,
     key: &[u8],
-    parts: &mut BTreeMap<Slot, Part>,
+    parts: &mut BTreeMap<Slot, SlotPart>,
 ) -> Result<(), StoreError> {
     for (slot, part) in parts {
-        if let Some(Remembered::Stored(_)) = part.remembered {
-            part.remembered = Memory::answer(entry, *slot, key)?.map(Remembered::Here);
+        if let Some(RememberedAnswer::Stored(_)) = part.remembered {
+            part.remembered = RequestMemory::answer(entry, *slot, key)?.map(RememberedAnswer::Here);
         }
     }
     Ok(())
@@ -542,18 +557,18 @@ fn load_remembered<R: Read>(
 /// Returns the answer to remember for each slot of `fresh`: its outcomes, or the operation whose
 /// condition failed and that key's revision.
 fn fresh_answers(
-    parts: &BTreeMap<Slot, Part>,
-    fresh: &[Placed<'_>],
-    decided: &Result<Draft, (usize, Option<Revision>)>,
-) -> BTreeMap<Slot, Answer> {
+    parts: &BTreeMap<Slot, SlotPart>,
+    fresh: &[PlacedOperation<'_>],
+    decided: &Result<WriteDraft, (usize, Option<Revision>)>,
+) -> BTreeMap<Slot, RequestAnswer> {
     let mut answers = BTreeMap::new();
     match decided {
         Ok(draft) => {
             for (item, outcome) in fresh.iter().zip(&draft.outcomes) {
                 let answer = answers
                     .entry(item.slot)
-                    .or_insert_with(|| Answer::Applied(Vec::new()));
-                if let Answer::Applied(outcomes) = answer {
+                    .or_insert_with(|| RequestAnswer::Applied(Vec::new()));
+                if let RequestAnswer::Applied(outcomes) = answer {
                     outcomes.push(outcome.clone());
                 }
             }
@@ -563,7 +578,7 @@ fn fresh_answers(
                 Some((*slot, part.positions.binary_search(operation).ok()?))
             });
             let (slot, nth) = failed.expect("the operation that failed is one of a part");
-            let answer = Answer::ConditionFailed {
+            let answer = RequestAnswer::ConditionFailed {
                 slot,
                 nth,
                 current: *current,
@@ -576,24 +591,24 @@ fn fresh_answers(
 
 /// One outcome of the whole write from the answers of its slots.
 fn merge_answers(
-    parts: &BTreeMap<Slot, Part>,
+    parts: &BTreeMap<Slot, SlotPart>,
     operations: usize,
 ) -> Result<WriteOutcome, StoreError> {
-    let mut results: Vec<Option<Result<OperationOutcome, Rejection>>> = vec![None; operations];
+    let mut results: Vec<Option<Result<OperationOutcome, WriteRejection>>> = vec![None; operations];
     for (slot, part) in parts {
         match &part.remembered {
-            Some(Remembered::Here(Answer::Applied(outcomes)))
+            Some(RememberedAnswer::Here(RequestAnswer::Applied(outcomes)))
                 if outcomes.len() == part.positions.len() =>
             {
                 for (position, outcome) in part.positions.iter().zip(outcomes) {
                     results[*position] = Some(Ok(outcome.clone()));
                 }
             }
-            Some(Remembered::Here(Answer::ConditionFailed { slot, nth, current })) => {
+            Some(RememberedAnswer::Here(RequestAnswer::ConditionFailed { slot, nth, current })) => {
                 // The operation may now be in another shard's part of the batch: then the first of
                 // this slot stands for it.
                 let named = parts.get(slot).and_then(|part| part.positions.get(*nth));
-                let rejection = Rejection::ConditionFailed {
+                let rejection = WriteRejection::ConditionFailed {
                     operation: *named.unwrap_or(&part.positions[0]),
                     current: *current,
                 };
@@ -601,7 +616,10 @@ fn merge_answers(
                     results[*position] = Some(Err(rejection.clone()));
                 }
             }
-            Some(Remembered::Here(Answer::Applied(_)) | Remembered::Stored(_)) | None => {
+            Some(
+                RememberedAnswer::Here(RequestAnswer::Applied(_)) | RememberedAnswer::Stored(_),
+            )
+            | None => {
                 return Err(StoreError::Damaged(format!(
                     "the record of a request in slot {slot} does not fit the request"
                 )));
@@ -623,19 +641,19 @@ fn merge_answers(
 }
 
 /// Collects what operations will do once they are committed.
-struct Draft {
+struct WriteDraft {
     /// One per operation, in order. What gets found is left out until it is loaded.
     outcomes: Vec<OperationOutcome>,
-    gets: Gets,
+    gets: PendingGets,
     /// To the data of the map.
     changes: WriteBatch,
-    contents: BTreeMap<Slot, Contents>,
+    contents: BTreeMap<Slot, SlotContents>,
 }
 
-impl Draft {
+impl WriteDraft {
     fn commit<R: Read>(
         self,
-        entry: &mut Entry<'_, R>,
+        entry: &mut EntryTransaction<'_, R>,
     ) -> Result<Vec<OperationOutcome>, StoreError> {
         entry.merge(self.changes);
         for (slot, contents) in self.contents {
@@ -648,22 +666,23 @@ impl Draft {
 /// Returns what the operations will do, or the reason why nothing may be done. The caller has
 /// checked ownership.
 fn decide<R: Read>(
-    entry: &mut Entry<'_, R>,
-    placed: &[Placed<'_>],
-) -> Result<Result<Draft, Rejection>, StoreError> {
+    entry: &mut EntryTransaction<'_, R>,
+    placed: &[PlacedOperation<'_>],
+) -> Result<Result<WriteDraft, WriteRejection>, StoreError> {
     if let Some(rejection) = frozen(entry, placed)? {
         return Ok(Err(rejection));
     }
     let decided = look_up(entry, placed)?;
-    Ok(decided.map_err(|(operation, current)| Rejection::ConditionFailed { operation, current }))
+    Ok(decided
+        .map_err(|(operation, current)| WriteRejection::ConditionFailed { operation, current }))
 }
 
 /// Returns what the operations will do, or the position of the first whose condition does not hold,
 /// and the revision of its key.
 fn look_up<R: Read>(
-    entry: &mut Entry<'_, R>,
-    placed: &[Placed<'_>],
-) -> Result<Result<Draft, (usize, Option<Revision>)>, StoreError> {
+    entry: &mut EntryTransaction<'_, R>,
+    placed: &[PlacedOperation<'_>],
+) -> Result<Result<WriteDraft, (usize, Option<Revision>)>, StoreError> {
     let mut found = Vec::with_capacity(placed.len());
     for item in placed {
         let data_key = data_key(item.slot, &item.operation.key);
@@ -684,9 +703,9 @@ fn look_up<R: Read>(
         found.push((data_key, stored));
     }
 
-    let mut draft = Draft {
+    let mut draft = WriteDraft {
         outcomes: Vec::with_capacity(placed.len()),
-        gets: Gets::default(),
+        gets: PendingGets::default(),
         changes: WriteBatch::default(),
         contents: BTreeMap::new(),
     };
@@ -703,12 +722,12 @@ fn look_up<R: Read>(
     Ok(Ok(draft))
 }
 
-impl Draft {
+impl WriteDraft {
     /// Does one operation on the key that is `stored` so.
     fn perform<R: Read>(
         &mut self,
-        entry: &mut Entry<'_, R>,
-        item: Placed<'_>,
+        entry: &mut EntryTransaction<'_, R>,
+        item: PlacedOperation<'_>,
         data_key: Bytes,
         stored: Option<ValueStart>,
     ) -> Result<OperationOutcome, StoreError> {
@@ -766,9 +785,9 @@ impl Draft {
 
     fn contents_mut<R: Read>(
         &mut self,
-        entry: &mut Entry<'_, R>,
+        entry: &mut EntryTransaction<'_, R>,
         slot: Slot,
-    ) -> Result<&mut Contents, StoreError> {
+    ) -> Result<&mut SlotContents, StoreError> {
         use std::collections::btree_map::Entry as Place;
         match self.contents.entry(slot) {
             Place::Occupied(place) => Ok(place.into_mut()),
@@ -778,7 +797,7 @@ impl Draft {
 
     fn next_revision<R: Read>(
         &mut self,
-        entry: &mut Entry<'_, R>,
+        entry: &mut EntryTransaction<'_, R>,
         slot: Slot,
     ) -> Result<Revision, StoreError> {
         let contents = self.contents_mut(entry, slot)?;

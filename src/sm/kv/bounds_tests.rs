@@ -76,7 +76,7 @@ impl Counting {
     }
 
     /// Applies `command`, and returns what it answers.
-    fn apply(&mut self, command: Command, audience: Audience) -> Outcome {
+    fn apply(&mut self, command: KvCommand, audience: Audience) -> KvOutcome {
         let (outcome, batch) = apply_for(self, 7, command, audience).expect("applied");
         self.take(batch);
         outcome
@@ -190,12 +190,12 @@ fn put() -> Action {
     }
 }
 
-fn entry(writes: Vec<Write>) -> Command {
-    Command::Write { time_ms: 1, writes }
+fn entry(writes: Vec<Write>) -> KvCommand {
+    KvCommand::Write { time_ms: 1, writes }
 }
 
-fn bounded(writes: Vec<Write>) -> Command {
-    Command::BoundedWrite { time_ms: 1, writes }
+fn bounded(writes: Vec<Write>) -> KvCommand {
+    KvCommand::BoundedWrite { time_ms: 1, writes }
 }
 
 #[test]
@@ -211,7 +211,7 @@ fn what_is_overwritten_or_deleted_is_not_read() {
             operations((0..8000).map(|n| key("", n)), &action),
             idempotency_key,
         );
-        let Outcome::Written(outcomes) = map.apply(entry(vec![write]), Audience::Caller) else {
+        let KvOutcome::Written(outcomes) = map.apply(entry(vec![write]), Audience::Caller) else {
             panic!("no answer")
         };
         assert!(
@@ -235,12 +235,12 @@ fn gets_in_an_entry_read_no_more_than_its_answers_may_have() {
     for idempotency_key in [None, Some(&b"k"[..])] {
         for audience in [Audience::Caller, Audience::Nobody] {
             let before = map.map.clone();
-            let Outcome::Written(outcomes) =
+            let KvOutcome::Written(outcomes) =
                 map.apply(entry(vec![write(gets(), idempotency_key)]), audience)
             else {
                 panic!("no answer")
             };
-            let refused = WriteOutcome::Rejected(Rejection::RequestsFull {
+            let refused = WriteOutcome::Rejected(WriteRejection::RequestsFull {
                 slot: slot_of(b"0"),
             });
             let expected = if idempotency_key.is_some() {
@@ -254,7 +254,7 @@ fn gets_in_an_entry_read_no_more_than_its_answers_may_have() {
         }
     }
     let mixed = some(15).concat();
-    let Outcome::Written(outcomes) =
+    let KvOutcome::Written(outcomes) =
         map.apply(entry(vec![write(mixed.clone(), None); 3]), Audience::Caller)
     else {
         panic!("no answer")
@@ -277,13 +277,13 @@ fn gets_in_an_entry_read_no_more_than_its_answers_may_have() {
         write(mixed, None),
         write(some(1).concat(), None),
     ];
-    let Outcome::Written(outcomes) = map.apply(bounded(writes.clone()), Audience::Caller) else {
+    let KvOutcome::Written(outcomes) = map.apply(bounded(writes.clone()), Audience::Caller) else {
         panic!("no answer")
     };
     let rejected = |outcome: &WriteOutcome| {
         matches!(
             outcome,
-            WriteOutcome::Rejected(Rejection::AnswerTooLarge { .. })
+            WriteOutcome::Rejected(WriteRejection::AnswerTooLarge { .. })
         )
     };
     assert!(
@@ -328,7 +328,7 @@ fn answers_that_are_remembered_are_not_all_read_at_once() {
     map.counted();
     let all = || operations(keys.values().cloned(), &Action::Get);
     for audience in [Audience::Caller, Audience::Nobody] {
-        let Outcome::Written(outcomes) =
+        let KvOutcome::Written(outcomes) =
             map.apply(bounded(vec![write(all(), Some(b"again"))]), audience)
         else {
             panic!("no answer")
@@ -443,10 +443,13 @@ fn a_page_reads_what_it_shows() {
 fn a_chunk_of_a_move_and_a_deletion_hold_one_value_beyond_their_size() {
     let mut map = large_values("{one}", 200);
     let slots = BTreeSet::from([slot_of(b"one")]);
-    let step = |step: MoveStep| step.of(MoveId(3), &slots);
-    let done = Outcome::Moved(MoveOutcome::Done);
+    let step = |step: MoveCommand| step.of(MoveId(3), &slots);
+    let done = KvOutcome::Moved(MoveOutcome::Done);
     assert_eq!(
-        map.apply(step(MoveStep::Begin { to: GroupId(2) }), Audience::Nobody),
+        map.apply(
+            step(MoveCommand::Begin { to: GroupId(2) }),
+            Audience::Nobody
+        ),
         done
     );
     let rewrite = entry(vec![write(
@@ -464,12 +467,15 @@ fn a_chunk_of_a_move_and_a_deletion_hold_one_value_beyond_their_size() {
     map.apply(rewrite, Audience::Nobody);
     map.map = before;
 
-    for then in [MoveStep::Freeze, MoveStep::Release] {
+    for then in [MoveCommand::Freeze, MoveCommand::Release] {
         assert_eq!(map.apply(step(then), Audience::Nobody), done);
     }
     map.counted();
-    let cleared = map.apply(step(MoveStep::Clear { limit: 1000 }), Audience::Nobody);
-    assert_eq!(cleared, Outcome::Moved(MoveOutcome::Cleared { more: true }));
+    let cleared = map.apply(step(MoveCommand::Clear { limit: 1000 }), Audience::Nobody);
+    assert_eq!(
+        cleared,
+        KvOutcome::Moved(MoveOutcome::Cleared { more: true })
+    );
     assert!(super::observed::holds_anything(&map, slot_of(b"one")).expect("readable"));
     map.assert_within(SMALL);
 }

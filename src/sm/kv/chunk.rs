@@ -24,7 +24,7 @@ use crate::sm::codec;
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::requests::group_time_ms;
 use crate::sm::slots::{
-    Contents, SlotState, change_range, change_weight, data_range, misplaced, parse_change_key,
+    SlotContents, SlotState, change_range, change_weight, data_range, misplaced, parse_change_key,
     request_range,
 };
 use crate::types::{MoveId, Slot};
@@ -32,18 +32,18 @@ use crate::types::{MoveId, Slot};
 /// Position at which the source reads on. It travels in chunks and the destination keeps it, so
 /// that the driver needs no memory. Part of the disk format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Cursor {
+pub(super) enum ChunkCursor {
     /// In the pairs of the slots, after this key of the map; empty: at the start.
     Pairs { after: Bytes },
     /// In the marks of changes, after this one; empty: at the start.
     Changes { after: Bytes },
 }
 
-impl Cursor {
+impl ChunkCursor {
     /// The cursor that a destination has kept. It has none before the first chunk.
     pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
         match bytes {
-            [] => Ok(Cursor::Pairs {
+            [] => Ok(ChunkCursor::Pairs {
                 after: Bytes::new(),
             }),
             bytes => codec::decode(bytes, "the cursor of a move"),
@@ -95,27 +95,27 @@ pub fn move_chunk(
     else {
         return Ok(None);
     };
-    let mut reading = Reading {
+    let mut reading = ChunkReader {
         read,
         bytes_left: bytes_max.max(1),
         pairs: BTreeMap::new(),
     };
-    let mut cursor = Cursor::decode(cursor)?;
+    let mut cursor = ChunkCursor::decode(cursor)?;
     let mut done = false;
     while !done && reading.bytes_left > 0 {
         (cursor, done) = match cursor {
-            Cursor::Pairs { after } => match reading.read_pairs(&slots, after)? {
-                Some(after) => (Cursor::Pairs { after }, false),
+            ChunkCursor::Pairs { after } => match reading.read_pairs(&slots, after)? {
+                Some(after) => (ChunkCursor::Pairs { after }, false),
                 None => (
-                    Cursor::Changes {
+                    ChunkCursor::Changes {
                         after: Bytes::new(),
                     },
                     false,
                 ),
             },
-            Cursor::Changes { after } => {
+            ChunkCursor::Changes { after } => {
                 let (after, done) = reading.read_changes(id, after)?;
-                (Cursor::Changes { after }, done)
+                (ChunkCursor::Changes { after }, done)
             }
         };
     }
@@ -128,14 +128,14 @@ pub fn move_chunk(
     }))
 }
 
-struct Reading<'a, R> {
+struct ChunkReader<'a, R> {
     read: &'a R,
     /// Counts bytes read, not bytes returned: many marks of one key make one pair.
     bytes_left: usize,
     pairs: BTreeMap<Bytes, Option<Bytes>>,
 }
 
-impl<R: Read> Reading<'_, R> {
+impl<R: Read> ChunkReader<'_, R> {
     fn count(&mut self, bytes: usize) {
         self.bytes_left = self.bytes_left.saturating_sub(bytes.max(1));
     }
@@ -209,10 +209,10 @@ fn rest_of(range: KeyRange, after: &[u8]) -> KeyRange {
 pub(super) fn changes_left(
     read: &impl Read,
     id: MoveId,
-    cursor: &Cursor,
+    cursor: &ChunkCursor,
     bytes_max: u64,
 ) -> Result<Option<u64>, StoreError> {
-    let Cursor::Changes { after } = cursor else {
+    let ChunkCursor::Changes { after } = cursor else {
         return Ok(None);
     };
     let mut bytes = 0;
@@ -230,7 +230,7 @@ pub(super) fn changes_left(
 pub fn final_contents(
     read: &impl Read,
     id: MoveId,
-) -> Result<Option<BTreeMap<Slot, Contents>>, StoreError> {
+) -> Result<Option<BTreeMap<Slot, SlotContents>>, StoreError> {
     let Some(OpenMove {
         slots,
         phase: MovePhase::Frozen { .. },

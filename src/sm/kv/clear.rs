@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 
 use super::destination::{give_up, miscounted};
-use super::entry::Entry;
+use super::entry::EntryTransaction;
 use super::{MoveOutcome, MoveRejection};
 use crate::sm::ports::{KeyRange, Read, StoreError};
 use crate::sm::requests::forget;
@@ -24,12 +24,12 @@ use crate::types::{MoveId, Slot};
 const BYTES_MAX: usize = 1 << 20;
 
 /// Bounds what one entry may still delete.
-struct Left {
+struct ClearBudget {
     keys: usize,
     bytes: usize,
 }
 
-impl Left {
+impl ClearBudget {
     fn is_used_up(&self) -> bool {
         self.keys == 0 || self.bytes == 0
     }
@@ -41,7 +41,7 @@ impl Left {
 }
 
 pub(super) fn clear<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
     limit: u32,
@@ -73,7 +73,7 @@ pub(super) fn clear<R: Read>(
             give_up(entry, older, &open.slots)?;
         }
     }
-    let mut left = Left {
+    let mut left = ClearBudget {
         keys: limit as usize,
         bytes: BYTES_MAX,
     };
@@ -89,9 +89,9 @@ pub(super) fn clear<R: Read>(
 
 /// Returns as many keys of `range` as are left to be deleted, and the length of what each has.
 fn take<R: Read>(
-    entry: &Entry<'_, R>,
+    entry: &EntryTransaction<'_, R>,
     range: &KeyRange,
-    left: &mut Left,
+    left: &mut ClearBudget,
 ) -> Result<Vec<(Bytes, usize)>, StoreError> {
     let mut found = Vec::new();
     if !left.is_used_up() {
@@ -105,9 +105,9 @@ fn take<R: Read>(
 }
 
 fn clear_changes<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
-    left: &mut Left,
+    left: &mut ClearBudget,
 ) -> Result<(), StoreError> {
     for (key, _) in take(entry, &change_range(id), left)? {
         entry.delete(key);
@@ -116,9 +116,9 @@ fn clear_changes<R: Read>(
 }
 
 fn clear_requests<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     slot: Slot,
-    left: &mut Left,
+    left: &mut ClearBudget,
 ) -> Result<(), StoreError> {
     for (key, _) in take(entry, &request_range(slot), left)? {
         let (_, key) = parse_request_key(&key).ok_or_else(|| misplaced(&key))?;
@@ -128,9 +128,9 @@ fn clear_requests<R: Read>(
 }
 
 fn clear_data<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     slot: Slot,
-    left: &mut Left,
+    left: &mut ClearBudget,
 ) -> Result<(), StoreError> {
     for (key, len) in take(entry, &data_range(slot, &KeyRange::all()), left)? {
         let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;

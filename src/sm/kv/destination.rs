@@ -9,15 +9,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::entry::Entry;
+use super::entry::EntryTransaction;
 use super::observed::holds_anything;
 use super::record::decode_record;
 use super::source::{OTHER_SLOTS, change_all, every, not_open, unfit};
-use super::{Install, MoveOutcome, MovePhase, MoveRejection, OpenMove, Progress};
+use super::{Install, InstallProgress, MoveOutcome, MovePhase, MoveRejection, OpenMove};
 use crate::sm::ports::{Read, StoreError};
-use crate::sm::requests::{Memory, RequestRecord};
+use crate::sm::requests::{RequestMemory, RequestRecord};
 use crate::sm::slots::{
-    Contents, Ownership, RequestsUsed, parse_data_key, parse_request_key, slot_of,
+    Ownership, RequestsUsed, SlotContents, parse_data_key, parse_request_key, slot_of,
 };
 use crate::types::{GroupId, MoveId, Slot};
 
@@ -26,7 +26,7 @@ type Decided = Result<MoveOutcome, StoreError>;
 const NOT_THE_DESTINATION: &str = "this shard is the source of the move";
 
 pub(super) fn prepare<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: BTreeSet<Slot>,
     from: GroupId,
@@ -64,10 +64,10 @@ pub(super) fn prepare<R: Read>(
     change_all(entry, &slots, |state| {
         state.ownership = Ownership::Arriving;
         state.generation = id;
-        state.contents = Contents::default();
+        state.contents = SlotContents::default();
         state.requests = RequestsUsed::default();
     })?;
-    let progress = Progress::default();
+    let progress = InstallProgress::default();
     entry.put_move(
         id,
         &OpenMove {
@@ -82,7 +82,7 @@ pub(super) fn prepare<R: Read>(
 }
 
 pub(super) fn install<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     time_ms: u64,
     install: Install,
 ) -> Decided {
@@ -104,7 +104,7 @@ pub(super) fn install<R: Read>(
         Ok(pairs) => pairs,
         Err(why) => return Ok(MoveRejection::Unfit { why }.into()),
     };
-    let mut memory = Memory::open(entry, time_ms)?;
+    let mut memory = RequestMemory::open(entry, time_ms)?;
     for pair in pairs {
         match pair {
             Brought::Data {
@@ -191,7 +191,7 @@ fn read_pair(
 }
 
 fn put_data<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     slot: Slot,
     user_key: &[u8],
     map_key: Bytes,
@@ -216,11 +216,11 @@ pub(super) fn miscounted(slot: Slot) -> StoreError {
 /// Compares what was installed with what the frozen source counts. Then nothing is installed any
 /// more, and the slots go on counting revisions where the source stopped.
 pub(super) fn complete<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
     chunk: u64,
-    contents: &BTreeMap<Slot, Contents>,
+    contents: &BTreeMap<Slot, SlotContents>,
 ) -> Decided {
     let Some(open) = entry.open_move(id)? else {
         return not_open(entry, id, slots);
@@ -264,7 +264,7 @@ pub(super) fn complete<R: Read>(
 }
 
 pub(super) fn activate<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
 ) -> Decided {
@@ -297,7 +297,7 @@ pub(super) fn activate<R: Read>(
 
 /// Gives up an install. What it brought is left to be cleared.
 pub(super) fn cancel<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
 ) -> Decided {
@@ -321,7 +321,7 @@ pub(super) fn cancel<R: Read>(
 
 /// Closes the install of `slots`.
 pub(super) fn give_up<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
 ) -> Result<(), StoreError> {

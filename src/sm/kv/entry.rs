@@ -2,8 +2,8 @@
 //! done so far.
 //!
 //! The state of each slot that the entry touches is read once, changed here, and written once, by
-//! [`Entry::into_batch`]. There too every change in a slot that a move copies is marked, whoever
-//! made it.
+//! [`EntryTransaction::into_batch`]. There too every change in a slot that a move copies is marked,
+//! whoever made it.
 
 use std::collections::{BTreeMap, BTreeSet, btree_map};
 
@@ -16,19 +16,19 @@ use crate::sm::slots::{
 };
 use crate::types::{MoveId, Slot};
 
-pub(in crate::sm) struct Entry<'a, R> {
+pub(in crate::sm) struct EntryTransaction<'a, R> {
     read: &'a R,
     batch: WriteBatch,
-    states: BTreeMap<Slot, Touched>,
+    states: BTreeMap<Slot, TouchedSlot>,
 }
 
 #[derive(Default)]
-struct Touched {
+struct TouchedSlot {
     state: SlotState,
     changed: bool,
 }
 
-impl<'a, R: Read> Entry<'a, R> {
+impl<'a, R: Read> EntryTransaction<'a, R> {
     pub fn new(read: &'a R) -> Self {
         Self {
             read,
@@ -122,12 +122,12 @@ impl<'a, R: Read> Entry<'a, R> {
         Ok(&mut touched.state)
     }
 
-    fn touch(&mut self, slot: Slot) -> Result<&mut Touched, StoreError> {
+    fn touch(&mut self, slot: Slot) -> Result<&mut TouchedSlot, StoreError> {
         match self.states.entry(slot) {
             btree_map::Entry::Occupied(entry) => Ok(entry.into_mut()),
             btree_map::Entry::Vacant(entry) => {
                 let state = SlotState::read(self.read, slot)?;
-                Ok(entry.insert(Touched {
+                Ok(entry.insert(TouchedSlot {
                     state,
                     changed: false,
                 }))

@@ -38,17 +38,17 @@ use serde::{Deserialize, Serialize};
 pub use self::answers::{ANSWER_BYTES_MAX, Audience};
 pub use self::apply::{GetsWeight, answer_gets, apply, apply_for, refused_by_place, weigh_gets};
 pub use self::chunk::{Chunk, final_contents, move_chunk};
-pub(super) use self::entry::Entry;
+pub(super) use self::entry::EntryTransaction;
 pub use self::moves::{
-    Install, MoveOutcome, MovePhase, MoveRejection, MoveStep, OpenMove, Progress,
+    Install, InstallProgress, MoveCommand, MoveOutcome, MovePhase, MoveRejection, OpenMove,
 };
 pub use self::observed::{
     CHANGES_BYTES_MAX, DestinationState, Remaining, SourceState, destination_state, leftovers,
     source_state,
 };
 pub use self::read::{
-    Counts, FindOutcome, FoundKey, PageRequest, PageScan, ReadOutcome, ScanPage, count, find, read,
-    read_only, scan_page, scan_page_charged,
+    FindOutcome, FoundKey, KeyCounts, PageRequest, PageScan, ReadOutcome, ScanPage, count, find,
+    read, read_only, scan_page, scan_page_charged,
 };
 pub use self::record::{decode_record, encode_record};
 use super::codec;
@@ -58,7 +58,7 @@ use crate::types::{GroupId, MoveId, Revision, Slot};
 
 /// One entry of a shard's log. Part of the disk format: variants are only ever added, at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Command {
+pub enum KvCommand {
     /// Independent writes that were proposed together: each is applied, or rejected, on its own, in
     /// order.
     Write { time_ms: u64, writes: Vec<Write> },
@@ -69,7 +69,7 @@ pub enum Command {
     Move {
         id: MoveId,
         slots: BTreeSet<Slot>,
-        step: MoveStep,
+        step: MoveCommand,
     },
     /// A chunk of a move, for its destination. `time_ms` is the destination's own group time, from
     /// the leader that proposes it.
@@ -140,9 +140,9 @@ pub struct Record {
     pub value: Bytes,
 }
 
-/// The outcome of applying a [`Command`].
+/// The outcome of applying a [`KvCommand`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Outcome {
+pub enum KvOutcome {
     /// One per write, in order.
     Written(Vec<WriteOutcome>),
     Claimed,
@@ -165,11 +165,11 @@ pub enum WriteOutcome {
     /// One per operation, in order.
     Applied(Vec<OperationOutcome>),
     /// This write changed nothing.
-    Rejected(Rejection),
+    Rejected(WriteRejection),
     /// Only of a retry: operations of some slots are answered from the memory of requests, the
     /// others were decided now, and not all of them alike. It comes about when slots that were in
     /// different shards at the first try are in one shard now. One per operation.
-    Mixed(Vec<Result<OperationOutcome, Rejection>>),
+    Mixed(Vec<Result<OperationOutcome, WriteRejection>>),
     /// It was done, now or before, and what its gets return is not at hand: nobody waits for it, or
     /// it is too large. Never sent.
     Unanswered,
@@ -191,7 +191,7 @@ pub enum OperationOutcome {
 
 /// The reason why a write changed nothing. The same on every replica.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Rejection {
+pub enum WriteRejection {
     /// This shard does not own the slot. `moved_to`: who got it by the last move seen here.
     WrongOwner {
         slot: Slot,
@@ -214,17 +214,17 @@ pub enum Rejection {
     AnswerTooLarge { bytes: u64 },
 }
 
-impl Command {
+impl KvCommand {
     /// Returns what a view must allow before it is proposed; none: every program reads it.
     pub fn needs(&self) -> Option<Feature> {
         match self {
-            Command::Write { .. }
-            | Command::Claim { .. }
-            | Command::Move { .. }
-            | Command::Install { .. } => None,
-            Command::BoundedWrite { .. } => Some(Feature::BoundedAnswers),
-            Command::Compare => Some(Feature::CompareDigests),
-            Command::SetReadOnly { .. } => Some(Feature::ReadOnlyEntries),
+            KvCommand::Write { .. }
+            | KvCommand::Claim { .. }
+            | KvCommand::Move { .. }
+            | KvCommand::Install { .. } => None,
+            KvCommand::BoundedWrite { .. } => Some(Feature::BoundedAnswers),
+            KvCommand::Compare => Some(Feature::CompareDigests),
+            KvCommand::SetReadOnly { .. } => Some(Feature::ReadOnlyEntries),
         }
     }
 
@@ -247,14 +247,14 @@ impl Command {
     /// About as many bytes as the encoding takes.
     pub fn size_hint(&self) -> usize {
         match self {
-            Command::Write { writes, .. } | Command::BoundedWrite { writes, .. } => {
+            KvCommand::Write { writes, .. } | KvCommand::BoundedWrite { writes, .. } => {
                 16 + writes.iter().map(Write::size_hint).sum::<usize>()
             }
-            Command::Claim { slots } => 8 + 2 * slots.len(),
-            Command::Compare => 8,
-            Command::SetReadOnly { reason } => 8 + reason.as_ref().map_or(0, String::len),
-            Command::Move { slots, step, .. } => 16 + 2 * slots.len() + step.size_hint(),
-            Command::Install { install, .. } => 8 + install.size_hint(),
+            KvCommand::Claim { slots } => 8 + 2 * slots.len(),
+            KvCommand::Compare => 8,
+            KvCommand::SetReadOnly { reason } => 8 + reason.as_ref().map_or(0, String::len),
+            KvCommand::Move { slots, step, .. } => 16 + 2 * slots.len() + step.size_hint(),
+            KvCommand::Install { install, .. } => 8 + install.size_hint(),
         }
     }
 
@@ -262,25 +262,25 @@ impl Command {
     /// nothing is.
     pub fn is_of_agreement(&self) -> bool {
         match self {
-            Command::Compare | Command::SetReadOnly { .. } => true,
-            Command::Write { .. }
-            | Command::BoundedWrite { .. }
-            | Command::Claim { .. }
-            | Command::Move { .. }
-            | Command::Install { .. } => false,
+            KvCommand::Compare | KvCommand::SetReadOnly { .. } => true,
+            KvCommand::Write { .. }
+            | KvCommand::BoundedWrite { .. }
+            | KvCommand::Claim { .. }
+            | KvCommand::Move { .. }
+            | KvCommand::Install { .. } => false,
         }
     }
 
     /// The group time that it carries, if it does.
     pub fn time_ms(&self) -> Option<u64> {
         match self {
-            Command::Write { time_ms, .. }
-            | Command::BoundedWrite { time_ms, .. }
-            | Command::Install { time_ms, .. } => Some(*time_ms),
-            Command::Claim { .. }
-            | Command::Move { .. }
-            | Command::Compare
-            | Command::SetReadOnly { .. } => None,
+            KvCommand::Write { time_ms, .. }
+            | KvCommand::BoundedWrite { time_ms, .. }
+            | KvCommand::Install { time_ms, .. } => Some(*time_ms),
+            KvCommand::Claim { .. }
+            | KvCommand::Move { .. }
+            | KvCommand::Compare
+            | KvCommand::SetReadOnly { .. } => None,
         }
     }
 }
@@ -338,7 +338,7 @@ impl Media {
     }
 }
 
-impl Outcome {
+impl KvOutcome {
     pub fn encode(&self) -> Bytes {
         codec::encode(self)
     }

@@ -17,7 +17,7 @@ pub(super) const TAGS: [&str; 3] = ["a", "b", "c"];
 /// An event in the life of a shard.
 #[derive(Debug, Clone)]
 enum Event {
-    Entry(Command),
+    Entry(KvCommand),
     /// The hold on a slot changes, as a move would change it.
     Hold(Slot, Ownership),
 }
@@ -97,7 +97,7 @@ impl Model {
             .iter()
             .find(|operation| self.hold(slot(operation)) == Ownership::NotOwned)
         {
-            return WriteOutcome::Rejected(Rejection::WrongOwner {
+            return WriteOutcome::Rejected(WriteRejection::WrongOwner {
                 slot: slot(operation),
                 moved_to: None,
             });
@@ -119,7 +119,7 @@ impl Model {
                     continue;
                 };
                 if answered.operations != of_slot(*slot).collect::<Vec<_>>() {
-                    return WriteOutcome::Rejected(Rejection::KeyReused { slot: *slot });
+                    return WriteOutcome::Rejected(WriteRejection::KeyReused { slot: *slot });
                 }
                 results.insert(*slot, answered.results.clone());
             }
@@ -133,7 +133,7 @@ impl Model {
             .iter()
             .find(|operation| self.hold(slot(operation)) == Ownership::Frozen)
         {
-            return WriteOutcome::Rejected(Rejection::Frozen {
+            return WriteOutcome::Rejected(WriteRejection::Frozen {
                 slot: slot(operation),
             });
         }
@@ -173,9 +173,9 @@ impl Model {
         outcome(operations, results)
     }
 
-    fn entry(&mut self, time_ms: u64, writes: &[Write]) -> Outcome {
+    fn entry(&mut self, time_ms: u64, writes: &[Write]) -> KvOutcome {
         self.time_ms = self.time_ms.max(time_ms);
-        Outcome::Written(writes.iter().map(|write| self.write(write)).collect())
+        KvOutcome::Written(writes.iter().map(|write| self.write(write)).collect())
     }
 }
 
@@ -208,7 +208,7 @@ fn outcome(
                 .get(failed.nth)
                 .copied()
                 .unwrap_or(positions(slot)[0]);
-            Rejection::ConditionFailed {
+            WriteRejection::ConditionFailed {
                 operation: named,
                 current: failed.current,
             }
@@ -300,7 +300,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
             1 => Just(Ownership::Frozen),
             1 => Just(Ownership::NotOwned),
         ];
-        let write = |(time_ms, writes)| Event::Entry(Command::Write { time_ms, writes });
+        let write = |(time_ms, writes)| Event::Entry(KvCommand::Write { time_ms, writes });
         let event = prop_oneof![
             8 => entry.prop_map(write),
             1 => (slot(), holds).prop_map(|(slot, hold)| Event::Hold(slot, hold)),
@@ -311,7 +311,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         // The times drawn are steps; entries carry the sums.
         let mut now_ms = 0;
         for event in &mut events {
-            if let Event::Entry(Command::Write { time_ms, .. }) = event {
+            if let Event::Entry(KvCommand::Write { time_ms, .. }) = event {
                 now_ms += *time_ms;
                 *time_ms = now_ms;
             }
@@ -395,7 +395,7 @@ fn run_event(shard: &mut Shard, model: &mut Model, event: &Event) {
             model.holds.insert(*slot, *hold);
         }
         Event::Entry(command) => {
-            let Command::Write { time_ms, writes } = command else {
+            let KvCommand::Write { time_ms, writes } = command else {
                 unreachable!("only writes are drawn")
             };
             assert_eq!(
@@ -413,7 +413,7 @@ fn claimed() -> (Shard, Model) {
     model
         .holds
         .extend(slots.iter().map(|slot| (*slot, Ownership::Owned)));
-    assert_eq!(shard.apply(Command::Claim { slots }), Outcome::Claimed);
+    assert_eq!(shard.apply(KvCommand::Claim { slots }), KvOutcome::Claimed);
     (shard, model)
 }
 
@@ -440,7 +440,7 @@ proptest! {
     ) {
         let (mut alone, _) = claimed();
         let mut batched = alone.clone();
-        let commands: Vec<Command> = events
+        let commands: Vec<KvCommand> = events
             .iter()
             .filter_map(|event| match event {
                 Event::Entry(command) => Some(command.clone()),

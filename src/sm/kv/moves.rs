@@ -18,17 +18,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::Command;
-use super::chunk::Cursor;
+use super::KvCommand;
+use super::chunk::ChunkCursor;
 use crate::sm::codec;
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
-use crate::sm::slots::{Contents, all_moves, misplaced, move_key, parse_move_key};
+use crate::sm::slots::{SlotContents, all_moves, misplaced, move_key, parse_move_key};
 use crate::types::{GroupId, MoveId, Slot};
 
 /// A step of a move, for the source or the destination. Part of the disk format: variants are only
 /// ever added, at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MoveStep {
+pub enum MoveCommand {
     /// Source: from now on the changes in the slots are marked. All slots or none.
     Begin { to: GroupId },
     /// Source: writes to the slots are held back.
@@ -43,7 +43,7 @@ pub enum MoveStep {
     /// source has in each slot.
     Complete {
         chunk: u64,
-        contents: BTreeMap<Slot, Contents>,
+        contents: BTreeMap<Slot, SlotContents>,
     },
     /// Destination: serves the slots. Only after the release was applied.
     Activate,
@@ -81,13 +81,16 @@ impl Install {
     /// Returns true if more pairs of the slots come after it, which means that no frozen slot waits
     /// for it.
     pub fn is_one_of_many(&self) -> bool {
-        matches!(Cursor::decode(&self.cursor), Ok(Cursor::Pairs { .. }))
+        matches!(
+            ChunkCursor::decode(&self.cursor),
+            Ok(ChunkCursor::Pairs { .. })
+        )
     }
 }
 
 /// Progress of an install at the destination.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Progress {
+pub struct InstallProgress {
     /// Number of chunks installed, which is the number of the next.
     pub chunk: u64,
     /// The cursor of the last one; empty before the first.
@@ -105,7 +108,7 @@ pub enum MoveOutcome {
     Cleared { more: bool },
     /// Of [`MoveStep::Prepare`], [`MoveStep::Complete`] and [`Install`]: where the install now
     /// stands, whether by this entry or because another driver has come further. Go on from there.
-    Installing(Progress),
+    Installing(InstallProgress),
     /// Nothing was changed.
     Rejected(MoveRejection),
 }
@@ -135,8 +138,8 @@ pub enum MoveRejection {
     /// may be served.
     Differs {
         slot: Slot,
-        source: Contents,
-        here: Contents,
+        source: SlotContents,
+        here: SlotContents,
     },
     /// The step does not fit the move as it was opened here, or a pair does not fit the map. The
     /// text says which; it is for people.
@@ -160,10 +163,10 @@ impl Install {
     }
 }
 
-impl MoveStep {
+impl MoveCommand {
     /// The entry that takes this step.
-    pub fn of(self, id: MoveId, slots: &BTreeSet<Slot>) -> Command {
-        Command::Move {
+    pub fn of(self, id: MoveId, slots: &BTreeSet<Slot>) -> KvCommand {
+        KvCommand::Move {
             id,
             slots: slots.clone(),
             step: self,
@@ -172,7 +175,7 @@ impl MoveStep {
 
     pub(super) fn size_hint(&self) -> usize {
         match self {
-            MoveStep::Complete { contents, .. } => 16 + 16 * contents.len(),
+            MoveCommand::Complete { contents, .. } => 16 + 16 * contents.len(),
             _ => 16,
         }
     }
@@ -193,7 +196,10 @@ pub enum MovePhase {
     /// Source: the slots are read, and not written.
     Frozen { to: GroupId },
     /// Destination: the slots are not served.
-    Installing { from: GroupId, progress: Progress },
+    Installing {
+        from: GroupId,
+        progress: InstallProgress,
+    },
 }
 
 impl OpenMove {

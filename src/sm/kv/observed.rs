@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::chunk::{Cursor, changes_left};
+use super::chunk::{ChunkCursor, changes_left};
 use super::source::is_released;
-use super::{MovePhase, OpenMove, Progress};
+use super::{InstallProgress, MovePhase, OpenMove};
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::slots::{
     Ownership, SlotState, change_range_from, data_range, expiry_range, misplaced, parse_change_key,
@@ -53,7 +53,7 @@ pub enum DestinationState {
     Leftovers,
     /// An older move has not been taken from it yet, as far as its map has come.
     StillOwned,
-    Installing(Progress),
+    Installing(InstallProgress),
     /// It serves the slots.
     Active,
     /// The install was given up.
@@ -75,7 +75,7 @@ pub fn source_state(
     cursor: &[u8],
 ) -> Result<SourceState, StoreError> {
     if let Some(open) = OpenMove::read(read, id)? {
-        let left = changes_left(read, id, &Cursor::decode(cursor)?, CHANGES_BYTES_MAX)?;
+        let left = changes_left(read, id, &ChunkCursor::decode(cursor)?, CHANGES_BYTES_MAX)?;
         let remaining = left.map_or(Remaining::Pairs, |bytes| Remaining::Changes { bytes });
         return Ok(match open.phase {
             MovePhase::Copying { .. } => SourceState::Copying(remaining),

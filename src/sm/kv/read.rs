@@ -96,7 +96,7 @@ pub fn find(read: &impl Read, key: &[u8]) -> Result<FindOutcome, StoreError> {
 
 /// Counts of what a shard holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Counts {
+pub struct KeyCounts {
     pub keys: u64,
     /// Bytes of all user keys and stored records.
     pub bytes: u64,
@@ -105,12 +105,12 @@ pub struct Counts {
 }
 
 /// Counts the keys in the slots that the shard owns, by the counters it keeps.
-pub fn count(read: &impl Read) -> Result<Counts, StoreError> {
+pub fn count(read: &impl Read) -> Result<KeyCounts, StoreError> {
     let owned = owned_states(read)?;
     let keys = owned.iter().map(|(_, state)| state.contents.keys).sum();
     let bytes = owned.iter().map(|(_, state)| state.contents.bytes).sum();
     let slots = owned.into_iter().map(|(slot, _)| slot).collect();
-    Ok(Counts { keys, bytes, slots })
+    Ok(KeyCounts { keys, bytes, slots })
 }
 
 fn owned_states(read: &impl Read) -> Result<Vec<(Slot, SlotState)>, StoreError> {
@@ -178,7 +178,7 @@ pub struct PageScan<'a> {
     /// Number of owned slots that the scan has entered.
     entered: usize,
     /// The next key of each slot that has one.
-    heads: BinaryHeap<Head>,
+    heads: BinaryHeap<MergeHead>,
     items: Vec<(Bytes, Record)>,
     bytes_left: usize,
     steps: u32,
@@ -217,7 +217,7 @@ impl<'a> PageScan<'a> {
             self.owned = Some(owned_states(read)?);
         }
         let owned = self.owned.as_deref().unwrap_or_default();
-        let mut merge = Merge {
+        let mut merge = SlotMerge {
             read,
             request: self.request,
             heads: &mut self.heads,
@@ -283,17 +283,17 @@ impl<'a> PageScan<'a> {
 }
 
 /// A merge of slots.
-struct Merge<'a, 'h, R> {
+struct SlotMerge<'a, 'h, R> {
     read: &'a R,
     request: &'a PageRequest,
-    heads: &'h mut BinaryHeap<Head>,
+    heads: &'h mut BinaryHeap<MergeHead>,
     /// Iterator over the slot that the last key came from. Only one is kept: a scan may hold a page
     /// of its tree, as large as many values.
     last: Option<(Slot, Items<'a, ValueStart>)>,
     step: u32,
 }
 
-impl<'a, R: Read> Merge<'a, '_, R> {
+impl<'a, R: Read> SlotMerge<'a, '_, R> {
     fn scan(&self, range: &KeyRange) -> Items<'a, ValueStart> {
         let read = self.read;
         read.scan_starts(range, self.request.direction, START_BYTES)
@@ -318,7 +318,7 @@ impl<'a, R: Read> Merge<'a, '_, R> {
                 .start_of(&data_key(slot, &user_key), START_BYTES)?;
             let Some(head) = self.heads.pop() else { break };
             match stored {
-                Some(stored) => self.heads.push(Head {
+                Some(stored) => self.heads.push(MergeHead {
                     stored,
                     step: self.step,
                     ..head
@@ -335,7 +335,7 @@ impl<'a, R: Read> Merge<'a, '_, R> {
     }
 
     /// The bytes of an item.
-    fn bytes_of(&self, head: &Head) -> usize {
+    fn bytes_of(&self, head: &MergeHead) -> usize {
         let value = if self.request.keys_only {
             0
         } else {
@@ -346,7 +346,7 @@ impl<'a, R: Read> Merge<'a, '_, R> {
 
     /// Takes the next item, and looks for the one after it in its slot.
     fn next(&mut self) -> Result<Option<(Bytes, Record)>, StoreError> {
-        let Some(Head {
+        let Some(MergeHead {
             slot,
             user_key,
             stored,
@@ -375,12 +375,12 @@ impl<'a, R: Read> Merge<'a, '_, R> {
         &self,
         slot: Slot,
         items: &mut Items<'_, ValueStart>,
-    ) -> Result<Option<Head>, StoreError> {
+    ) -> Result<Option<MergeHead>, StoreError> {
         let Some((key, stored)) = items.next().transpose()? else {
             return Ok(None);
         };
         let (_, user_key) = parse_data_key(&key).ok_or_else(|| misplaced(&key))?;
-        Ok(Some(Head {
+        Ok(Some(MergeHead {
             slot,
             user_key,
             stored,
@@ -447,7 +447,7 @@ fn record(
 }
 
 /// The next key of a slot in a merge. The greatest comes first.
-struct Head {
+struct MergeHead {
     slot: Slot,
     user_key: Bytes,
     stored: ValueStart,
@@ -456,7 +456,7 @@ struct Head {
     step: u32,
 }
 
-impl Ord for Head {
+impl Ord for MergeHead {
     fn cmp(&self, other: &Self) -> Ordering {
         match self.direction {
             Direction::Forward => other.user_key.cmp(&self.user_key),
@@ -465,16 +465,16 @@ impl Ord for Head {
     }
 }
 
-impl PartialOrd for Head {
+impl PartialOrd for MergeHead {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl PartialEq for Head {
+impl PartialEq for MergeHead {
     fn eq(&self, other: &Self) -> bool {
         self.cmp(other) == Ordering::Equal
     }
 }
 
-impl Eq for Head {}
+impl Eq for MergeHead {}

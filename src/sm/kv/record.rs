@@ -19,12 +19,12 @@ pub fn encode_record(record: &Record) -> Bytes {
 /// Reads what [`encode_record`] wrote. The value shares the bytes.
 pub fn decode_record(bytes: &Bytes) -> Result<Record, StoreError> {
     #[derive(Deserialize)]
-    struct Borrowed<'a>(
+    struct BorrowedRecord<'a>(
         Revision,
         Media,
         #[serde(borrow, with = "serde_bytes")] &'a [u8],
     );
-    let Borrowed(revision, media, value) = codec::decode(bytes, WHAT)?;
+    let BorrowedRecord(revision, media, value) = codec::decode(bytes, WHAT)?;
     Ok(Record {
         revision,
         media,

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 
-use super::entry::Entry;
+use super::entry::EntryTransaction;
 use super::{MoveOutcome, MovePhase, MoveRejection, OpenMove};
 use crate::sm::ports::{Read, StoreError};
 use crate::sm::slots::{Ownership, SlotState};
@@ -16,7 +16,7 @@ use crate::types::{GroupId, MoveId, Slot};
 type Decided = Result<MoveOutcome, StoreError>;
 
 pub(super) fn begin<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: BTreeSet<Slot>,
     to: GroupId,
@@ -66,7 +66,7 @@ pub(super) fn begin<R: Read>(
 }
 
 pub(super) fn freeze<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
 ) -> Decided {
@@ -92,7 +92,7 @@ pub(super) fn freeze<R: Read>(
 }
 
 pub(super) fn release<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
 ) -> Decided {
@@ -121,7 +121,7 @@ pub(super) fn release<R: Read>(
 
 /// Ends the move before its release. One that never began here is kept from ever beginning.
 pub(super) fn abort<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
 ) -> Decided {
@@ -180,7 +180,7 @@ pub(super) fn unfit(why: &str) -> MoveOutcome {
 
 /// The rejection of a step of a move that is not open here.
 pub(super) fn not_open<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
 ) -> Decided {
@@ -198,7 +198,7 @@ pub(super) fn not_open<R: Read>(
 }
 
 pub(super) fn every<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     slots: &BTreeSet<Slot>,
     holds: impl Fn(&SlotState) -> bool,
 ) -> Result<bool, StoreError> {
@@ -211,7 +211,7 @@ pub(super) fn every<R: Read>(
 }
 
 pub(super) fn change_all<R: Read>(
-    entry: &mut Entry<'_, R>,
+    entry: &mut EntryTransaction<'_, R>,
     slots: &BTreeSet<Slot>,
     change: impl Fn(&mut SlotState),
 ) -> Result<(), StoreError> {

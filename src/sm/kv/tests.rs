@@ -13,7 +13,7 @@ use super::*;
 use crate::sm::ports::{Direction, KeyRange, Read};
 use crate::sm::requests::{REMEMBERED_MS, REQUESTS_BYTES_MAX, RequestRecord, group_time_ms};
 use crate::sm::slots::{
-    Contents, Ownership, SlotState, all_data, data_key, expiry_range, parse_data_key,
+    Ownership, SlotContents, SlotState, all_data, data_key, expiry_range, parse_data_key,
     parse_expiry_key, parse_request_key, request_range, slot_of, state_key,
 };
 
@@ -27,10 +27,10 @@ pub(super) struct Shard {
 
 /// Asserts that a write which was refused before it became an entry would have been answered so by
 /// one, and no other was refused.
-fn assert_refused_alike(write: &Write, refused: Option<Rejection>, outcome: &WriteOutcome) {
+fn assert_refused_alike(write: &Write, refused: Option<WriteRejection>, outcome: &WriteOutcome) {
     let by_place = match outcome {
         WriteOutcome::Rejected(
-            rejection @ (Rejection::WrongOwner { .. } | Rejection::Frozen { .. }),
+            rejection @ (WriteRejection::WrongOwner { .. } | WriteRejection::Frozen { .. }),
         ) => Some(rejection),
         _ => None,
     };
@@ -45,28 +45,28 @@ impl Shard {
     pub fn owning_all() -> Self {
         let mut shard = Self::default();
         assert_eq!(
-            shard.apply(Command::Claim {
+            shard.apply(KvCommand::Claim {
                 slots: Slot::all().collect()
             }),
-            Outcome::Claimed
+            KvOutcome::Claimed
         );
         shard
     }
 
     /// Applies what the encoding of `command` says, and returns the outcome by way of its encoding.
-    pub fn apply(&mut self, command: Command) -> Outcome {
-        let decoded = Command::decode(&command.encode()).expect("own encoding");
+    pub fn apply(&mut self, command: KvCommand) -> KvOutcome {
+        let decoded = KvCommand::decode(&command.encode()).expect("own encoding");
         assert_eq!(decoded, command);
         self.index += 1;
         let refused = match &command {
-            Command::Write { writes, .. } if writes.len() == 1 => Some((
+            KvCommand::Write { writes, .. } if writes.len() == 1 => Some((
                 &writes[0],
                 refused_by_place(&self.map, &writes[0]).expect("readable"),
             )),
             _ => None,
         };
         let (outcome, batch) = apply(&self.map, self.index, decoded).expect("applied");
-        if let (Some((write, refused)), Outcome::Written(outcomes)) = (refused, &outcome) {
+        if let (Some((write, refused)), KvOutcome::Written(outcomes)) = (refused, &outcome) {
             assert_refused_alike(write, refused, &outcomes[0]);
         }
         for (key, value) in batch {
@@ -75,7 +75,7 @@ impl Shard {
                 None => self.map.remove(&key),
             };
         }
-        Outcome::decode(&outcome.encode()).expect("own encoding")
+        KvOutcome::decode(&outcome.encode()).expect("own encoding")
     }
 
     pub fn state(&self, slot: Slot) -> SlotState {
@@ -105,7 +105,7 @@ impl Shard {
 
     /// Asserts that the counters of every slot are what is there.
     pub fn assert_counted(&self) {
-        let mut contents: BTreeMap<Slot, Contents> = BTreeMap::new();
+        let mut contents: BTreeMap<Slot, SlotContents> = BTreeMap::new();
         for pair in self.map.scan(&all_data(), Direction::Forward) {
             let (key, value) = pair.expect("readable");
             let (slot, user_key) = parse_data_key(&key).expect("a data key");
@@ -180,10 +180,10 @@ impl Shard {
             String::new()
         };
         match verb {
-            "all" => show(&self.apply(Command::Claim {
+            "all" => show(&self.apply(KvCommand::Claim {
                 slots: Slot::all().collect(),
             })),
-            "claim" => show(&self.apply(Command::Claim {
+            "claim" => show(&self.apply(KvCommand::Claim {
                 slots: tags().collect(),
             })),
             "freeze" => set(|state| state.ownership = Ownership::Frozen),
@@ -198,7 +198,7 @@ impl Shard {
     }
 }
 
-fn parse_entry(mut line: &str) -> Command {
+fn parse_entry(mut line: &str) -> KvCommand {
     let mut time_ms = 0;
     if let Some((time, rest)) = line
         .strip_prefix("t=")
@@ -207,7 +207,7 @@ fn parse_entry(mut line: &str) -> Command {
         time_ms = time.parse().expect("a time");
         line = rest;
     }
-    Command::Write {
+    KvCommand::Write {
         time_ms,
         writes: line
             .split('|')
@@ -269,18 +269,18 @@ fn parse_operation(text: &str) -> Operation {
     }
 }
 
-fn show(outcome: &Outcome) -> String {
+fn show(outcome: &KvOutcome) -> String {
     match outcome {
-        Outcome::Written(writes) => writes
+        KvOutcome::Written(writes) => writes
             .iter()
             .map(show_write)
             .collect::<Vec<_>>()
             .join(" | "),
-        Outcome::Claimed => "claimed".into(),
-        Outcome::Compared => "compared".into(),
-        Outcome::ClaimRejected { generation, .. } => format!("moved by {generation}"),
-        Outcome::Moved(outcome) => super::move_tests::show_moved(outcome),
-        Outcome::ReadOnlySet => "read-only set".to_owned(),
+        KvOutcome::Claimed => "claimed".into(),
+        KvOutcome::Compared => "compared".into(),
+        KvOutcome::ClaimRejected { generation, .. } => format!("moved by {generation}"),
+        KvOutcome::Moved(outcome) => super::move_tests::show_moved(outcome),
+        KvOutcome::ReadOnlySet => "read-only set".to_owned(),
     }
 }
 
@@ -314,25 +314,25 @@ fn show_operation(outcome: &OperationOutcome) -> String {
     }
 }
 
-fn show_rejection(rejection: &Rejection) -> String {
+fn show_rejection(rejection: &WriteRejection) -> String {
     match rejection {
-        Rejection::WrongOwner { moved_to: None, .. } => "wrong owner".into(),
-        Rejection::WrongOwner {
+        WriteRejection::WrongOwner { moved_to: None, .. } => "wrong owner".into(),
+        WriteRejection::WrongOwner {
             moved_to: Some((by, to)),
             ..
         } => format!("wrong owner, {to} by {by}"),
-        Rejection::Frozen { .. } => "frozen".into(),
-        Rejection::ConditionFailed {
+        WriteRejection::Frozen { .. } => "frozen".into(),
+        WriteRejection::ConditionFailed {
             operation,
             current: None,
         } => format!("failed {operation} none"),
-        Rejection::ConditionFailed {
+        WriteRejection::ConditionFailed {
             operation,
             current: Some(current),
         } => format!("failed {operation} @{current}"),
-        Rejection::KeyReused { .. } => "key reused".into(),
-        Rejection::RequestsFull { .. } => "full".into(),
-        Rejection::AnswerTooLarge { bytes } => format!("{bytes} bytes"),
+        WriteRejection::KeyReused { .. } => "key reused".into(),
+        WriteRejection::RequestsFull { .. } => "full".into(),
+        WriteRejection::AnswerTooLarge { bytes } => format!("{bytes} bytes"),
     }
 }
 
@@ -570,7 +570,7 @@ fn fill_with_requests(shard: &mut Shard, time_ms: u64) -> usize {
             value,
         },
     };
-    shard.apply(Command::Write {
+    shard.apply(KvCommand::Write {
         time_ms,
         writes: vec![Write {
             operations: vec![put],
@@ -635,7 +635,7 @@ fn an_answer_that_fits_in_no_memory_is_refused() {
         condition: Condition::None,
         action,
     };
-    shard.apply(Command::Write {
+    shard.apply(KvCommand::Write {
         time_ms: 0,
         writes: vec![Write {
             operations: vec![put],
@@ -840,24 +840,24 @@ fn the_encodings_of_commands_and_outcomes_stand() {
         \x03\x01a\x03\x02\x01\x02\x01\x00\x01v\x01b\x01\x02\x01c\x00\x00\x01\x01k\
         \x02\x01d\x02\x01\x00\x01w\x01e\x04\x01\x03\x01\x00\x01x\x00";
     assert_eq!(&command.encode()[..], golden);
-    let Command::Write { time_ms, writes } = command else {
+    let KvCommand::Write { time_ms, writes } = command else {
         panic!("a line is a write")
     };
-    let bounded = Command::BoundedWrite { time_ms, writes };
+    let bounded = KvCommand::BoundedWrite { time_ms, writes };
     assert_eq!(
         bounded.encode()[..],
         [b"\x03\x01\x04", &golden[2..]].concat(),
         "format, level and variant differ"
     );
     assert_eq!(
-        Command::decode(&bounded.encode()).expect("own encoding"),
+        KvCommand::decode(&bounded.encode()).expect("own encoding"),
         bounded
     );
     let slots = [1, 300]
         .map(|number| Slot::new(number).expect("a slot"))
         .to_vec();
     assert_eq!(
-        &Command::Claim { slots }.encode()[..],
+        &KvCommand::Claim { slots }.encode()[..],
         b"\x01\x01\x02\x01\xac\x02"
     );
 
@@ -876,31 +876,31 @@ fn the_encodings_of_commands_and_outcomes_stand() {
         OperationOutcome::Deleted { revision: None },
     ];
     let rejected = WriteOutcome::Rejected;
-    let outcome = Outcome::Written(vec![
+    let outcome = KvOutcome::Written(vec![
         WriteOutcome::Applied(outcomes.clone()),
-        rejected(Rejection::WrongOwner {
+        rejected(WriteRejection::WrongOwner {
             slot,
             moved_to: Some((MoveId(1), GroupId(2))),
         }),
-        rejected(Rejection::Frozen { slot }),
-        rejected(Rejection::ConditionFailed {
+        rejected(WriteRejection::Frozen { slot }),
+        rejected(WriteRejection::ConditionFailed {
             operation: 1,
             current: Some(Revision(2)),
         }),
-        rejected(Rejection::KeyReused { slot }),
-        rejected(Rejection::RequestsFull { slot }),
+        rejected(WriteRejection::KeyReused { slot }),
+        rejected(WriteRejection::RequestsFull { slot }),
         WriteOutcome::Mixed(vec![
             Ok(outcomes[2].clone()),
-            Err(Rejection::Frozen { slot }),
+            Err(WriteRejection::Frozen { slot }),
         ]),
     ]);
     let golden: &[u8] = b"\x01\x00\x07\x00\x03\x00\x01\x01\x03\x01m\x01v\x01\x02\x01\x02\x00\
         \x01\x00\xac\x02\x01\x01\x02\x01\x01\xac\x02\x01\x02\x01\x01\x02\x01\x03\xac\x02\x01\x04\
         \xac\x02\x02\x02\x00\x02\x00\x01\x01\xac\x02";
     assert_eq!(&outcome.encode()[..], golden);
-    assert_eq!(Outcome::decode(golden).expect("own encoding"), outcome);
-    assert_eq!(&Outcome::Claimed.encode()[..], b"\x01\x01");
-    let rejected = Outcome::ClaimRejected {
+    assert_eq!(KvOutcome::decode(golden).expect("own encoding"), outcome);
+    assert_eq!(&KvOutcome::Claimed.encode()[..], b"\x01\x01");
+    let rejected = KvOutcome::ClaimRejected {
         slot,
         generation: MoveId(1),
     };

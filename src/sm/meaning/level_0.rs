@@ -5,16 +5,16 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::{Kind, Map, Script};
+use super::{Map, MapKind, Script};
 use crate::sm::kv::{
-    Action, Command, Condition, Install, Media, MovePhase, MoveStep, OpenMove, Operation, Progress,
-    Write, final_contents, move_chunk,
+    Action, Condition, Install, InstallProgress, KvCommand, Media, MoveCommand, MovePhase,
+    OpenMove, Operation, Write, final_contents, move_chunk,
 };
 use crate::sm::meta;
 use crate::sm::placement::{first_view, plan};
 use crate::sm::requests::{REMEMBERED_MS, REQUESTS_BYTES_MAX};
 use crate::sm::slots::{SlotState, slot_of, state_key};
-use crate::sm::view::{Asked, Node, Reported, View};
+use crate::sm::view::{NodeSpec, PlacementSpec, ReportedMembership, View};
 use crate::types::{
     ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId,
     Revision, Slot,
@@ -47,7 +47,7 @@ fn write(time_ms: u64, key: Option<&'static str>, operations: Vec<Operation>) ->
         operations,
         idempotency_key: key.map(|key| Bytes::from_static(key.as_bytes())),
     };
-    Command::Write {
+    KvCommand::Write {
         time_ms,
         writes: vec![write],
     }
@@ -59,7 +59,7 @@ fn put(key: &str, text: &'static str) -> Bytes {
 }
 
 pub fn shard() -> Script {
-    let mut script = Script::new(Kind::Shard);
+    let mut script = Script::new(MapKind::Shard);
     script.text =
         "# What commit 0bbd823 answered to each entry, and changed. Never written again.\n"
             .to_owned();
@@ -74,7 +74,7 @@ pub fn shard() -> Script {
 
 fn claims(script: &mut Script) {
     let claim = |tags: &[&str]| {
-        Command::Claim {
+        KvCommand::Claim {
             slots: slots(tags).into_iter().collect(),
         }
         .encode()
@@ -84,14 +84,14 @@ fn claims(script: &mut Script) {
     script.run("c", &claim(&["b", "c"]));
     script.run(
         "c",
-        &MoveStep::Begin { to: DESTINATION }
+        &MoveCommand::Begin { to: DESTINATION }
             .of(MoveId(3), &slots(&["a"]))
             .encode(),
     );
     script.attempt("c", &claim(&["a", "d"]));
     script.attempt(
         "c",
-        &Command::Claim {
+        &KvCommand::Claim {
             slots: Slot::all().collect(),
         }
         .encode(),
@@ -101,7 +101,7 @@ fn claims(script: &mut Script) {
 fn own(script: &mut Script, name: &'static str, tags: &[&str]) {
     script.run(
         name,
-        &Command::Claim {
+        &KvCommand::Claim {
             slots: slots(tags).into_iter().collect(),
         }
         .encode(),
@@ -174,7 +174,7 @@ fn writes(script: &mut Script) {
     });
     script.run(
         "w",
-        &Command::Write {
+        &KvCommand::Write {
             time_ms: 8,
             writes: several.into(),
         }
@@ -182,7 +182,7 @@ fn writes(script: &mut Script) {
     );
     script.run(
         "w",
-        &Command::Write {
+        &KvCommand::Write {
             time_ms: 9,
             writes: vec![],
         }
@@ -346,18 +346,18 @@ fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
         for id in [of, MoveId(of.0 - 1), MoveId(of.0 + 1)] {
             let steps = |set: &BTreeSet<Slot>| {
                 [
-                    MoveStep::Begin { to: DESTINATION },
-                    MoveStep::Freeze,
-                    MoveStep::Release,
-                    MoveStep::Abort,
-                    MoveStep::Prepare { from: SOURCE },
-                    MoveStep::Complete {
+                    MoveCommand::Begin { to: DESTINATION },
+                    MoveCommand::Freeze,
+                    MoveCommand::Release,
+                    MoveCommand::Abort,
+                    MoveCommand::Prepare { from: SOURCE },
+                    MoveCommand::Complete {
                         chunk: 2,
                         contents: contents.clone(),
                     },
-                    MoveStep::Activate,
-                    MoveStep::Cancel,
-                    MoveStep::Clear { limit: 3 },
+                    MoveCommand::Activate,
+                    MoveCommand::Cancel,
+                    MoveCommand::Clear { limit: 3 },
                 ]
                 .map(|step| step.of(id, set).encode())
             };
@@ -394,7 +394,7 @@ fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
         };
         script.attempt(
             side,
-            &Command::Install {
+            &KvCommand::Install {
                 time_ms: 50,
                 install: odd,
             }
@@ -403,13 +403,13 @@ fn try_all(script: &mut Script, of: MoveId, moved: &BTreeSet<Slot>) {
     }
 }
 
-fn progress(map: &Map, id: MoveId) -> Progress {
+fn progress(map: &Map, id: MoveId) -> InstallProgress {
     match OpenMove::read(map, id).expect("readable") {
         Some(OpenMove {
             phase: MovePhase::Installing { progress, .. },
             ..
         }) => progress,
-        Some(_) | None => Progress::default(),
+        Some(_) | None => InstallProgress::default(),
     }
 }
 
@@ -427,7 +427,7 @@ fn copy(script: &mut Script, id: MoveId, bytes_max: usize) {
         };
         script.attempt(
             "d",
-            &Command::Install {
+            &KvCommand::Install {
                 time_ms: 60,
                 install: other,
             }
@@ -436,13 +436,13 @@ fn copy(script: &mut Script, id: MoveId, bytes_max: usize) {
     }
     script.attempt(
         "s",
-        &Command::Install {
+        &KvCommand::Install {
             time_ms: 60,
             install: install.clone(),
         }
         .encode(),
     );
-    let entry = Command::Install {
+    let entry = KvCommand::Install {
         time_ms: 60,
         install,
     }
@@ -452,14 +452,19 @@ fn copy(script: &mut Script, id: MoveId, bytes_max: usize) {
 }
 
 fn begin(script: &mut Script, id: MoveId, moved: &BTreeSet<Slot>) {
-    script.run("d", &MoveStep::Clear { limit: 100 }.of(id, moved).encode());
     script.run(
         "d",
-        &MoveStep::Prepare { from: SOURCE }.of(id, moved).encode(),
+        &MoveCommand::Clear { limit: 100 }.of(id, moved).encode(),
+    );
+    script.run(
+        "d",
+        &MoveCommand::Prepare { from: SOURCE }.of(id, moved).encode(),
     );
     script.run(
         "s",
-        &MoveStep::Begin { to: DESTINATION }.of(id, moved).encode(),
+        &MoveCommand::Begin { to: DESTINATION }
+            .of(id, moved)
+            .encode(),
     );
 }
 
@@ -502,7 +507,7 @@ fn whole_move(script: &mut Script) {
         }
         copy(script, id, 60);
     }
-    script.run("s", &MoveStep::Freeze.of(id, &moved).encode());
+    script.run("s", &MoveCommand::Freeze.of(id, &moved).encode());
     try_all(script, id, &moved);
     copy(script, id, 1 << 20);
     let contents = final_contents(script.map("s"), id)
@@ -515,7 +520,7 @@ fn whole_move(script: &mut Script) {
     }
     script.attempt(
         "d",
-        &MoveStep::Complete {
+        &MoveCommand::Complete {
             chunk,
             contents: wrong,
         }
@@ -524,7 +529,7 @@ fn whole_move(script: &mut Script) {
     );
     script.attempt(
         "d",
-        &MoveStep::Complete {
+        &MoveCommand::Complete {
             chunk: chunk + 1,
             contents: contents.clone(),
         }
@@ -533,17 +538,20 @@ fn whole_move(script: &mut Script) {
     );
     script.run(
         "d",
-        &MoveStep::Complete { chunk, contents }
+        &MoveCommand::Complete { chunk, contents }
             .of(id, &moved)
             .encode(),
     );
     try_all(script, id, &moved);
-    script.run("s", &MoveStep::Release.of(id, &moved).encode());
+    script.run("s", &MoveCommand::Release.of(id, &moved).encode());
     try_all(script, id, &moved);
-    script.run("d", &MoveStep::Activate.of(id, &moved).encode());
+    script.run("d", &MoveCommand::Activate.of(id, &moved).encode());
     try_all(script, id, &moved);
     for _ in 0..4 {
-        script.run("s", &MoveStep::Clear { limit: 5 }.of(id, &moved).encode());
+        script.run(
+            "s",
+            &MoveCommand::Clear { limit: 5 }.of(id, &moved).encode(),
+        );
     }
     try_all(script, id, &moved);
 }
@@ -563,20 +571,26 @@ fn aborted_move(script: &mut Script) {
     begin(script, id, &moved);
     copy(script, id, 20);
     script.run("s", &put("{c}2", "changed"));
-    script.run("s", &MoveStep::Abort.of(id, &moved).encode());
+    script.run("s", &MoveCommand::Abort.of(id, &moved).encode());
     try_all(script, id, &moved);
-    script.run("d", &MoveStep::Cancel.of(id, &moved).encode());
+    script.run("d", &MoveCommand::Cancel.of(id, &moved).encode());
     try_all(script, id, &moved);
-    script.run("d", &MoveStep::Clear { limit: 1 }.of(id, &moved).encode());
-    script.run("s", &MoveStep::Clear { limit: 0 }.of(id, &moved).encode());
+    script.run(
+        "d",
+        &MoveCommand::Clear { limit: 1 }.of(id, &moved).encode(),
+    );
+    script.run(
+        "s",
+        &MoveCommand::Clear { limit: 0 }.of(id, &moved).encode(),
+    );
     // A newer move takes over from one that was never given up at the destination.
     let newer = MoveId(12);
     begin(script, MoveId(11), &moved);
     copy(script, MoveId(11), 20);
-    script.run("s", &MoveStep::Abort.of(MoveId(11), &moved).encode());
+    script.run("s", &MoveCommand::Abort.of(MoveId(11), &moved).encode());
     script.run(
         "d",
-        &MoveStep::Clear { limit: 100 }.of(newer, &moved).encode(),
+        &MoveCommand::Clear { limit: 100 }.of(newer, &moved).encode(),
     );
     try_all(script, newer, &moved);
 }
@@ -617,36 +631,38 @@ fn clears(script: &mut Script) {
     }
     script.run(
         "g",
-        &MoveStep::Begin { to: DESTINATION }.of(id, &moved).encode(),
+        &MoveCommand::Begin { to: DESTINATION }
+            .of(id, &moved)
+            .encode(),
     );
     script.run("g", &put("{h}1", "marked"));
-    script.run("g", &MoveStep::Freeze.of(id, &moved).encode());
-    script.run("g", &MoveStep::Release.of(id, &moved).encode());
+    script.run("g", &MoveCommand::Freeze.of(id, &moved).encode());
+    script.run("g", &MoveCommand::Release.of(id, &moved).encode());
     for limit in [0, 1, 2, 3, 5, 7, 1000] {
-        script.attempt("g", &MoveStep::Clear { limit }.of(id, &moved).encode());
+        script.attempt("g", &MoveCommand::Clear { limit }.of(id, &moved).encode());
         script.attempt(
             "g",
-            &MoveStep::Clear { limit }.of(id, &slots(&["h"])).encode(),
+            &MoveCommand::Clear { limit }.of(id, &slots(&["h"])).encode(),
         );
     }
     for _ in 0..5 {
         script.run(
             "g",
-            &MoveStep::Clear { limit: 1000 }.of(id, &moved).encode(),
+            &MoveCommand::Clear { limit: 1000 }.of(id, &moved).encode(),
         );
     }
 }
 
-fn node(number: u32) -> Node {
+fn node(number: u32) -> NodeSpec {
     let address = format!("n{number}:1").parse().expect("an address");
-    Node {
+    NodeSpec {
         address,
         public_address: None,
         directory: DirectoryId(u128::from(number)),
     }
 }
 
-fn founding(nodes: &[u32], asked: Asked) -> View {
+fn founding(nodes: &[u32], asked: PlacementSpec) -> View {
     first_view(
         ClusterId(9),
         asked,
@@ -657,7 +673,7 @@ fn founding(nodes: &[u32], asked: Asked) -> View {
 
 fn announce(number: u64, directory: u128, address: &str) -> Bytes {
     let address = address.parse().expect("an address");
-    meta::Command::Announce {
+    meta::MetaCommand::Announce {
         node: NodeId(number),
         directory: DirectoryId(directory),
         address,
@@ -672,15 +688,15 @@ fn view(script: &mut Script) -> View {
         .expect("founded")
 }
 
-fn next(view: &View, asked: Asked, nodes: &[u32]) -> View {
-    let wanted: Vec<Node> = nodes.iter().copied().map(node).collect();
+fn next(view: &View, asked: PlacementSpec, nodes: &[u32]) -> View {
+    let wanted: Vec<NodeSpec> = nodes.iter().copied().map(node).collect();
     plan(view, asked, &wanted, &BTreeSet::new())
         .expect("a plan")
         .view
 }
 
 fn install(base: MapVersion, next: &View) -> Bytes {
-    meta::Command::InstallPlan {
+    meta::MetaCommand::InstallPlan {
         base,
         next: Box::new(next.clone()),
     }
@@ -699,13 +715,13 @@ fn report_all(script: &mut Script) {
             .reported
             .as_ref()
             .map_or(10, |known| known.log_id.index + 10);
-        let told = |index| Reported {
+        let told = |index| ReportedMembership {
             log_id: LogId { term: 1, index },
             voters: of.electorate(),
             learners: of.learners.clone(),
         };
         let report = |group, reported, plan| {
-            meta::Command::Report {
+            meta::MetaCommand::Report {
                 group,
                 reported,
                 plan,
@@ -715,7 +731,7 @@ fn report_all(script: &mut Script) {
         script.attempt("m", &report(group, told(index), PlanEpoch(now.epoch.0 - 1)));
         script.attempt("m", &report(group, told(1), now.epoch));
         script.attempt("m", &report(GroupId(77), told(index), now.epoch));
-        let some = Reported {
+        let some = ReportedMembership {
             voters: BTreeSet::from([ReplicaId(1)]),
             ..told(index)
         };
@@ -734,7 +750,7 @@ fn move_all(script: &mut Script) {
     }
     for ((from, to), slots) in runs {
         let open = |from, to, slots: &BTreeSet<Slot>| {
-            meta::Command::OpenMove {
+            meta::MetaCommand::OpenMove {
                 from,
                 to,
                 slots: slots.clone(),
@@ -749,17 +765,17 @@ fn move_all(script: &mut Script) {
             script.attempt("m", &open(from, to, &slots));
             script.attempt(
                 "m",
-                &meta::Command::CommitMove {
+                &meta::MetaCommand::CommitMove {
                     id: MoveId(id.0 + 1),
                 }
                 .encode(),
             );
-            script.attempt("m", &meta::Command::CommitMove { id }.encode());
-            script.attempt("m", &meta::Command::AbortMove { id }.encode());
+            script.attempt("m", &meta::MetaCommand::CommitMove { id }.encode());
+            script.attempt("m", &meta::MetaCommand::AbortMove { id }.encode());
             let end = if abort {
-                meta::Command::AbortMove { id }
+                meta::MetaCommand::AbortMove { id }
             } else {
-                meta::Command::CommitMove { id }
+                meta::MetaCommand::CommitMove { id }
             };
             script.run("m", &end.encode());
             script.attempt("m", &end.encode());
@@ -768,27 +784,27 @@ fn move_all(script: &mut Script) {
 }
 
 pub fn meta() -> Script {
-    let mut script = Script::new(Kind::Meta);
+    let mut script = Script::new(MapKind::Meta);
     script.text =
         "# What commit 0bbd823 answered to each entry, and changed. Never written again.\n"
             .to_owned();
     let found = |view: &View| {
-        meta::Command::Found {
+        meta::MetaCommand::Found {
             view: Box::new(view.clone()),
         }
         .encode()
     };
-    let first = founding(&[1, 2, 3], Asked::default());
+    let first = founding(&[1, 2, 3], PlacementSpec::default());
     for entry in [
         announce(1, 1, "n1:1"),
         install(MapVersion(1), &first),
-        meta::Command::OpenMove {
+        meta::MetaCommand::OpenMove {
             slots: slots(&["a"]),
             from: SOURCE,
             to: DESTINATION,
         }
         .encode(),
-        meta::Command::CommitMove { id: MoveId(1) }.encode(),
+        meta::MetaCommand::CommitMove { id: MoveId(1) }.encode(),
         found(&View {
             next_node: NodeId(2),
             ..first.clone()
@@ -810,12 +826,12 @@ pub fn meta() -> Script {
     }
     script.run("m", &announce(2, 2, "n2:1"));
 
-    let asked = Asked::default();
-    let steps: [(&[u32], Asked); 5] = [
+    let asked = PlacementSpec::default();
+    let steps: [(&[u32], PlacementSpec); 5] = [
         (&[1, 2, 3, 4], asked),
         (
             &[1, 2, 3, 4],
-            Asked {
+            PlacementSpec {
                 replication_factor: Some(2),
                 shards: Some(2),
                 ..asked
@@ -824,14 +840,14 @@ pub fn meta() -> Script {
         (&[1, 2, 3], asked),
         (
             &[4, 5, 6],
-            Asked {
+            PlacementSpec {
                 shards: Some(3),
                 ..asked
             },
         ),
         (
             &[4],
-            Asked {
+            PlacementSpec {
                 replication_factor: Some(1),
                 ..asked
             },

@@ -4,19 +4,19 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
-use super::{Kind, Script, bytes};
+use super::{MapKind, Script, bytes};
 use crate::sm::kv::{self, Action, Condition, Media, Operation, Write};
-use crate::sm::meta::{self, Command};
+use crate::sm::meta::{self, MetaCommand};
 use crate::sm::placement::{first_view, plan};
 use crate::sm::slots::slot_of;
-use crate::sm::view::{Asked, Node, View};
+use crate::sm::view::{NodeSpec, PlacementSpec, View};
 use crate::types::{ClusterId, DirectoryId, MapVersion};
 
 pub fn shard() -> Script {
-    let mut script = Script::new(Kind::Shard);
+    let mut script = Script::new(MapKind::Shard);
     bounded_as_plain(&mut script);
     answers_past_the_bound(&mut script);
-    script.run("b", &kv::Command::Compare.encode());
+    script.run("b", &kv::KvCommand::Compare.encode());
     script
 }
 
@@ -32,9 +32,9 @@ fn bounded_as_plain(script: &mut Script) {
         match words[1..] {
             ["pair", key, value] => script.pair(name, bytes(key), bytes(value)),
             [verb, _, entry, ..] => {
-                let entry = match kv::Command::decode(&bytes(entry)).expect("an entry") {
-                    kv::Command::Write { time_ms, writes } => {
-                        kv::Command::BoundedWrite { time_ms, writes }
+                let entry = match kv::KvCommand::decode(&bytes(entry)).expect("an entry") {
+                    kv::KvCommand::Write { time_ms, writes } => {
+                        kv::KvCommand::BoundedWrite { time_ms, writes }
                     }
                     other => other,
                 };
@@ -51,7 +51,7 @@ fn bounded_as_plain(script: &mut Script) {
 fn answers_past_the_bound(script: &mut Script) {
     script.run(
         "b",
-        &kv::Command::Claim {
+        &kv::KvCommand::Claim {
             slots: vec![slot_of(b"b")],
         }
         .encode(),
@@ -66,7 +66,7 @@ fn answers_past_the_bound(script: &mut Script) {
         operations,
         idempotency_key: None,
     };
-    let entry = |writes: Vec<Write>| kv::Command::BoundedWrite { time_ms: 7, writes }.encode();
+    let entry = |writes: Vec<Write>| kv::KvCommand::BoundedWrite { time_ms: 7, writes }.encode();
     script.run(
         "b",
         &entry(vec![write(vec![of(Action::Put {
@@ -100,9 +100,9 @@ fn answers_past_the_bound(script: &mut Script) {
     );
 }
 
-fn node(number: u32) -> Node {
+fn node(number: u32) -> NodeSpec {
     let address = format!("n{number}:1").parse().expect("an address");
-    Node {
+    NodeSpec {
         address,
         public_address: None,
         directory: DirectoryId(u128::from(number)),
@@ -110,19 +110,24 @@ fn node(number: u32) -> Node {
 }
 
 pub fn meta() -> Script {
-    let mut script = Script::new(Kind::Meta);
+    let mut script = Script::new(MapKind::Meta);
     let raise = |level, over| {
-        Command::RaiseLevel {
+        MetaCommand::RaiseLevel {
             level,
             over: MapVersion(over),
         }
         .encode()
     };
     script.attempt("m", &raise(1, 0));
-    let first = first_view(ClusterId(9), Asked::default(), vec![node(1), node(2)]).expect("a view");
+    let first = first_view(
+        ClusterId(9),
+        PlacementSpec::default(),
+        vec![node(1), node(2)],
+    )
+    .expect("a view");
     script.attempt(
         "m",
-        &Command::Found {
+        &MetaCommand::Found {
             view: Box::new(View {
                 level: 1,
                 ..first.clone()
@@ -132,7 +137,7 @@ pub fn meta() -> Script {
     );
     script.run(
         "m",
-        &Command::Found {
+        &MetaCommand::Found {
             view: Box::new(first),
         }
         .encode(),
@@ -152,7 +157,7 @@ pub fn meta() -> Script {
         .expect("a plan")
         .view;
     let install = |next: &View| {
-        Command::InstallPlan {
+        MetaCommand::InstallPlan {
             base: MapVersion(2),
             next: Box::new(next.clone()),
         }

@@ -1,20 +1,20 @@
 //! What came with level 2.
 
-use super::{Kind, Script};
+use super::{MapKind, Script};
 use crate::sm::kv::{self, Action, Condition, Media, Operation, Write};
 use crate::sm::slots::slot_of;
 
 pub fn shard() -> Script {
-    let mut script = Script::new(Kind::Shard);
+    let mut script = Script::new(MapKind::Shard);
     let set = |reason: Option<&str>| {
-        kv::Command::SetReadOnly {
+        kv::KvCommand::SetReadOnly {
             reason: reason.map(str::to_owned),
         }
         .encode()
     };
     script.run(
         "r",
-        &kv::Command::Claim {
+        &kv::KvCommand::Claim {
             slots: vec![slot_of(b"r")],
         }
         .encode(),
@@ -37,7 +37,7 @@ pub fn shard() -> Script {
     }];
     script.run(
         "r",
-        &kv::Command::BoundedWrite { time_ms: 7, writes }.encode(),
+        &kv::KvCommand::BoundedWrite { time_ms: 7, writes }.encode(),
     );
     script.run("r", &set(None));
     script.attempt("r", &set(None));

@@ -27,7 +27,7 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::kv::{self, MoveStep};
+use super::kv::{self, MoveCommand};
 use super::meta;
 use super::ports::WriteBatch;
 
@@ -38,22 +38,22 @@ const RUN_MIN: usize = 8;
 
 /// Tells whose maps a file holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum MapKind {
     Shard,
     Meta,
 }
 
-impl Kind {
+impl MapKind {
     /// Applies an entry as it stands in a log. Returns what it answered, encoded, and its changes.
     fn apply(self, map: &Map, index: u64, entry: &[u8]) -> (Bytes, WriteBatch) {
         match self {
-            Kind::Shard => {
-                let command = kv::Command::decode(entry).expect("an entry");
+            MapKind::Shard => {
+                let command = kv::KvCommand::decode(entry).expect("an entry");
                 let (outcome, batch) = kv::apply(map, index, command).expect("applied");
                 (outcome.encode(), batch)
             }
-            Kind::Meta => {
-                let command = meta::Command::decode(entry).expect("an entry");
+            MapKind::Meta => {
+                let command = meta::MetaCommand::decode(entry).expect("an entry");
                 let (outcome, batch) = meta::apply(map, index, command).expect("applied");
                 (outcome.encode(), batch)
             }
@@ -65,14 +65,14 @@ type Map = BTreeMap<Bytes, Bytes>;
 
 /// Applies entries to maps, and writes down what came of it.
 struct Script {
-    kind: Kind,
+    kind: MapKind,
     maps: BTreeMap<&'static str, Map>,
     index: u64,
     text: String,
 }
 
 impl Script {
-    fn new(kind: Kind) -> Self {
+    fn new(kind: MapKind) -> Self {
         Self {
             kind,
             maps: BTreeMap::new(),
@@ -179,7 +179,7 @@ fn bytes(text: &str) -> Bytes {
 }
 
 /// Applies every line of a golden file, and returns the entries.
-fn check(kind: Kind, name: &str, text: &str) -> Vec<Bytes> {
+fn check(kind: MapKind, name: &str, text: &str) -> Vec<Bytes> {
     let (mut maps, mut entries): (BTreeMap<&str, Map>, _) = (BTreeMap::new(), Vec::new());
     for line in text
         .lines()
@@ -206,16 +206,16 @@ fn check(kind: Kind, name: &str, text: &str) -> Vec<Bytes> {
     entries
 }
 
-fn describe(kind: Kind, entry: &[u8]) -> String {
+fn describe(kind: MapKind, entry: &[u8]) -> String {
     let text = match kind {
-        Kind::Shard => format!("{:?}", kv::Command::decode(entry).expect("an entry")),
-        Kind::Meta => format!("{:?}", meta::Command::decode(entry).expect("an entry")),
+        MapKind::Shard => format!("{:?}", kv::KvCommand::decode(entry).expect("an entry")),
+        MapKind::Meta => format!("{:?}", meta::MetaCommand::decode(entry).expect("an entry")),
     };
     text.chars().take(300).collect()
 }
 
 /// Checks a golden file, or writes it if that was asked for.
-fn hold(kind: Kind, name: &str, text: &str, scenario: fn() -> Script) -> Vec<Bytes> {
+fn hold(kind: MapKind, name: &str, text: &str, scenario: fn() -> Script) -> Vec<Bytes> {
     if std::env::var("QUORATE_MEANING")
         .is_ok_and(|asked| asked.split(',').any(|asked| asked == name))
     {
@@ -250,24 +250,24 @@ const SHARD_KINDS: [&str; 15] = [
     "set read-only",
 ];
 
-fn shard_kind(command: &kv::Command) -> &'static str {
+fn shard_kind(command: &kv::KvCommand) -> &'static str {
     match command {
-        kv::Command::Write { .. } => SHARD_KINDS[0],
-        kv::Command::BoundedWrite { .. } => SHARD_KINDS[12],
-        kv::Command::Compare => SHARD_KINDS[13],
-        kv::Command::SetReadOnly { .. } => SHARD_KINDS[14],
-        kv::Command::Claim { .. } => SHARD_KINDS[1],
-        kv::Command::Install { .. } => SHARD_KINDS[2],
-        kv::Command::Move { step, .. } => match step {
-            MoveStep::Begin { .. } => SHARD_KINDS[3],
-            MoveStep::Freeze => SHARD_KINDS[4],
-            MoveStep::Release => SHARD_KINDS[5],
-            MoveStep::Abort => SHARD_KINDS[6],
-            MoveStep::Prepare { .. } => SHARD_KINDS[7],
-            MoveStep::Complete { .. } => SHARD_KINDS[8],
-            MoveStep::Activate => SHARD_KINDS[9],
-            MoveStep::Cancel => SHARD_KINDS[10],
-            MoveStep::Clear { .. } => SHARD_KINDS[11],
+        kv::KvCommand::Write { .. } => SHARD_KINDS[0],
+        kv::KvCommand::BoundedWrite { .. } => SHARD_KINDS[12],
+        kv::KvCommand::Compare => SHARD_KINDS[13],
+        kv::KvCommand::SetReadOnly { .. } => SHARD_KINDS[14],
+        kv::KvCommand::Claim { .. } => SHARD_KINDS[1],
+        kv::KvCommand::Install { .. } => SHARD_KINDS[2],
+        kv::KvCommand::Move { step, .. } => match step {
+            MoveCommand::Begin { .. } => SHARD_KINDS[3],
+            MoveCommand::Freeze => SHARD_KINDS[4],
+            MoveCommand::Release => SHARD_KINDS[5],
+            MoveCommand::Abort => SHARD_KINDS[6],
+            MoveCommand::Prepare { .. } => SHARD_KINDS[7],
+            MoveCommand::Complete { .. } => SHARD_KINDS[8],
+            MoveCommand::Activate => SHARD_KINDS[9],
+            MoveCommand::Cancel => SHARD_KINDS[10],
+            MoveCommand::Clear { .. } => SHARD_KINDS[11],
         },
     }
 }
@@ -284,42 +284,42 @@ const META_KINDS: [&str; 8] = [
     "raise level",
 ];
 
-fn meta_kind(command: &meta::Command) -> &'static str {
+fn meta_kind(command: &meta::MetaCommand) -> &'static str {
     match command {
-        meta::Command::Found { .. } => META_KINDS[0],
-        meta::Command::Announce { .. } => META_KINDS[1],
-        meta::Command::InstallPlan { .. } => META_KINDS[2],
-        meta::Command::OpenMove { .. } => META_KINDS[3],
-        meta::Command::CommitMove { .. } => META_KINDS[4],
-        meta::Command::AbortMove { .. } => META_KINDS[5],
-        meta::Command::Report { .. } => META_KINDS[6],
-        meta::Command::RaiseLevel { .. } => META_KINDS[7],
+        meta::MetaCommand::Found { .. } => META_KINDS[0],
+        meta::MetaCommand::Announce { .. } => META_KINDS[1],
+        meta::MetaCommand::InstallPlan { .. } => META_KINDS[2],
+        meta::MetaCommand::OpenMove { .. } => META_KINDS[3],
+        meta::MetaCommand::CommitMove { .. } => META_KINDS[4],
+        meta::MetaCommand::AbortMove { .. } => META_KINDS[5],
+        meta::MetaCommand::Report { .. } => META_KINDS[6],
+        meta::MetaCommand::RaiseLevel { .. } => META_KINDS[7],
     }
 }
 
 #[test]
 fn every_entry_of_a_shard_means_what_it_meant() {
     let mut entries = hold(
-        Kind::Shard,
+        MapKind::Shard,
         "kv-level-0",
         include_str!("goldens/kv-level-0.txt"),
         level_0::shard,
     );
     entries.extend(hold(
-        Kind::Shard,
+        MapKind::Shard,
         "kv-level-1",
         include_str!("goldens/kv-level-1.txt"),
         level_1::shard,
     ));
     entries.extend(hold(
-        Kind::Shard,
+        MapKind::Shard,
         "kv-level-2",
         include_str!("goldens/kv-level-2.txt"),
         level_2::shard,
     ));
     let kinds: BTreeSet<&str> = entries
         .iter()
-        .map(|entry| shard_kind(&kv::Command::decode(entry).expect("an entry")))
+        .map(|entry| shard_kind(&kv::KvCommand::decode(entry).expect("an entry")))
         .collect();
     assert_eq!(kinds, SHARD_KINDS.into_iter().collect());
 }
@@ -327,20 +327,20 @@ fn every_entry_of_a_shard_means_what_it_meant() {
 #[test]
 fn every_entry_of_the_meta_group_means_what_it_meant() {
     let mut entries = hold(
-        Kind::Meta,
+        MapKind::Meta,
         "meta-level-0",
         include_str!("goldens/meta-level-0.txt"),
         level_0::meta,
     );
     entries.extend(hold(
-        Kind::Meta,
+        MapKind::Meta,
         "meta-level-1",
         include_str!("goldens/meta-level-1.txt"),
         level_1::meta,
     ));
     let kinds: BTreeSet<&str> = entries
         .iter()
-        .map(|entry| meta_kind(&meta::Command::decode(entry).expect("an entry")))
+        .map(|entry| meta_kind(&meta::MetaCommand::decode(entry).expect("an entry")))
         .collect();
     assert_eq!(kinds, META_KINDS.into_iter().collect());
 }

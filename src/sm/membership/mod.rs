@@ -13,14 +13,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::view::{Group, Reported};
+use super::view::{GroupSpec, ReportedMembership};
 use crate::types::{LogId, NodeId, ReplicaId};
 
 type Replicas = BTreeSet<ReplicaId>;
 
 /// The members of a group as its leader knows them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Observed {
+pub struct ObservedMembership {
     /// The leader itself.
     pub me: ReplicaId,
     /// Of the entry with the membership in effect.
@@ -40,7 +40,7 @@ pub struct Observed {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step {
+pub enum MembershipStep {
     /// Everything is as the view wants it, and the meta group knows.
     Nothing,
     /// Something is to be done, and can't be yet.
@@ -51,11 +51,11 @@ pub enum Step {
     RemoveLearners(Replicas),
     /// This leader is to go: to another voter first.
     HandOver(ReplicaId),
-    Report(Reported),
+    Report(ReportedMembership),
 }
 
 /// The next step of a group that the view wants to be `group`.
-pub fn next_step(group: &Group, now: &Observed) -> Step {
+pub fn next_step(group: &GroupSpec, now: &ObservedMembership) -> MembershipStep {
     let wanted: Replicas = group.wanted().map(|(replica, _)| replica).collect();
     let members: Replicas = now.voters.union(&now.learners).copied().collect();
     let missing = || wanted.difference(&members);
@@ -63,38 +63,38 @@ pub fn next_step(group: &Group, now: &Observed) -> Step {
     if !now.is_settled {
         // A change that another leader began is brought to its end by the next one.
         let voters = next_voters(group, now).unwrap_or_else(|| now.voters.clone());
-        return Step::SetVoters(with_me(voters, now));
+        return MembershipStep::SetVoters(with_me(voters, now));
     }
     if let Some(replica) =
         missing().find(|replica| now.alive.contains(replica) && !blocked.contains_key(replica))
     {
-        return Step::AddLearner(*replica);
+        return MembershipStep::AddLearner(*replica);
     }
     if let Some(voters) = next_voters(group, now) {
         return exchange(voters, now);
     }
     let surplus: Replicas = now.learners.difference(&wanted).copied().collect();
     if !surplus.is_empty() {
-        return Step::RemoveLearners(surplus);
+        return MembershipStep::RemoveLearners(surplus);
     }
-    let here = Reported {
+    let here = ReportedMembership {
         log_id: now.log_id,
         voters: now.voters.clone(),
         learners: now.learners.clone(),
     };
     if is_news(group, &here) {
-        return Step::Report(here);
+        return MembershipStep::Report(here);
     }
     if group.is_settled() || group.ends && missing().next().is_none() {
-        Step::Nothing
+        MembershipStep::Nothing
     } else {
-        Step::Wait
+        MembershipStep::Wait
     }
 }
 
-fn exchange(voters: Replicas, now: &Observed) -> Step {
+fn exchange(voters: Replicas, now: &ObservedMembership) -> MembershipStep {
     if voters.contains(&now.me) {
-        return Step::SetVoters(voters);
+        return MembershipStep::SetVoters(voters);
     }
     let able = |replica: &&ReplicaId| {
         now.caught_up.contains(replica)
@@ -102,19 +102,19 @@ fn exchange(voters: Replicas, now: &Observed) -> Step {
             && !now.witnesses.contains(replica)
     };
     match voters.intersection(&now.voters).find(able) {
-        Some(successor) => Step::HandOver(*successor),
-        None => Step::SetVoters(with_me(voters, now)),
+        Some(successor) => MembershipStep::HandOver(*successor),
+        None => MembershipStep::SetVoters(with_me(voters, now)),
     }
 }
 
-fn with_me(mut voters: Replicas, now: &Observed) -> Replicas {
+fn with_me(mut voters: Replicas, now: &ObservedMembership) -> Replicas {
     voters.insert(now.me);
     voters
 }
 
 /// The wanted replicas that can't come yet, each with the one in its way: a node runs one replica
 /// of a group at a time.
-fn blocked(group: &Group) -> BTreeMap<ReplicaId, ReplicaId> {
+fn blocked(group: &GroupSpec) -> BTreeMap<ReplicaId, ReplicaId> {
     let before = |node: NodeId| {
         group
             .leaving
@@ -130,7 +130,10 @@ fn blocked(group: &Group) -> BTreeMap<ReplicaId, ReplicaId> {
 
 /// The voter that goes before its successor comes, because that is to be on its node: one at a
 /// time, and only when nobody else comes.
-fn makes_way(blocked: &BTreeMap<ReplicaId, ReplicaId>, now: &Observed) -> Option<ReplicaId> {
+fn makes_way(
+    blocked: &BTreeMap<ReplicaId, ReplicaId>,
+    now: &ObservedMembership,
+) -> Option<ReplicaId> {
     let all_vote = blocked.values().all(|replica| now.voters.contains(replica));
     let mut in_the_way: Vec<ReplicaId> = blocked.values().copied().collect();
     in_the_way.sort_by_key(|replica| (*replica == now.me, *replica));
@@ -138,7 +141,7 @@ fn makes_way(blocked: &BTreeMap<ReplicaId, ReplicaId>, now: &Observed) -> Option
 }
 
 /// Returns true if a replica may begin to vote.
-fn is_ready(replica: ReplicaId, group: &Group, now: &Observed) -> bool {
+fn is_ready(replica: ReplicaId, group: &GroupSpec, now: &ObservedMembership) -> bool {
     let has_map = |voter: &ReplicaId| !now.witnesses.contains(voter) && !group.is_witness(*voter);
     let is_safe = match (
         has_map(&replica),
@@ -156,7 +159,7 @@ fn is_ready(replica: ReplicaId, group: &Group, now: &Observed) -> bool {
 }
 
 /// The voters to go on with; none: those of now.
-fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
+fn next_voters(group: &GroupSpec, now: &ObservedMembership) -> Option<Replicas> {
     let wanted = group.electorate();
     let (staying, rest): (Replicas, Replicas) = now
         .voters
@@ -207,7 +210,7 @@ fn next_voters(group: &Group, now: &Observed) -> Option<Replicas> {
 }
 
 /// Returns true if this report would tell the meta group something new.
-fn is_news(group: &Group, here: &Reported) -> bool {
+fn is_news(group: &GroupSpec, here: &ReportedMembership) -> bool {
     let known = match &group.reported {
         Some(reported) => reported.voters == here.voters && reported.learners == here.learners,
         None => here.learners.is_empty() && here.voters.iter().eq(group.creation.keys()),
@@ -224,18 +227,18 @@ mod simulation;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::view::Witness;
+    use crate::sm::view::WitnessSpec;
 
     fn set(ids: &[u64]) -> Replicas {
         ids.iter().map(|id| ReplicaId(*id)).collect()
     }
 
     /// Replica n is on node n; the first ids of `created` began the group, `wanted` are to vote.
-    fn group(created: &[u64], wanted: &[u64]) -> Group {
+    fn group(created: &[u64], wanted: &[u64]) -> GroupSpec {
         let place = |ids: &[u64]| -> BTreeMap<ReplicaId, NodeId> {
             ids.iter().map(|id| (ReplicaId(*id), NodeId(*id))).collect()
         };
-        let mut group = Group::new(NodeId(wanted[0]), place(wanted), &set(wanted));
+        let mut group = GroupSpec::new(NodeId(wanted[0]), place(wanted), &set(wanted));
         group.creation = place(created);
         group.leaving = place(created)
             .into_iter()
@@ -250,8 +253,8 @@ mod tests {
         learners: &[u64],
         alive: &[u64],
         caught_up: &[u64],
-    ) -> Observed {
-        Observed {
+    ) -> ObservedMembership {
+        ObservedMembership {
             me: ReplicaId(me),
             log_id: LogId::default(),
             voters: set(voters),
@@ -265,18 +268,18 @@ mod tests {
     }
 
     /// With these as witnesses, and these with all that is committed.
-    fn with(now: Observed, witnesses: &[u64], complete: &[u64]) -> Observed {
-        Observed {
+    fn with(now: ObservedMembership, witnesses: &[u64], complete: &[u64]) -> ObservedMembership {
+        ObservedMembership {
             witnesses: set(witnesses),
             complete: set(complete),
             ..now
         }
     }
 
-    fn with_witness(mut group: Group, witness: u64) -> Group {
+    fn with_witness(mut group: GroupSpec, witness: u64) -> GroupSpec {
         group.leaving.remove(&ReplicaId(witness));
-        Group {
-            witness: Some(Witness {
+        GroupSpec {
+            witness: Some(WitnessSpec {
                 replica: ReplicaId(witness),
                 node: NodeId(witness),
             }),
@@ -290,7 +293,7 @@ mod tests {
         let all = [1, 2, 3];
         assert_eq!(
             next(&group, &now(1, &[1, 2], &[], &all, &[1, 2])),
-            Step::AddLearner(ReplicaId(3))
+            MembershipStep::AddLearner(ReplicaId(3))
         );
         let learns = |caught_up: &[u64], complete: &[u64]| {
             next(
@@ -298,16 +301,20 @@ mod tests {
                 &with(now(1, &[1, 2], &[3], &all, caught_up), &[3], complete),
             )
         };
-        assert_eq!(learns(&[1, 2], &[1, 2]), Step::Wait, "it has not caught up");
+        assert_eq!(
+            learns(&[1, 2], &[1, 2]),
+            MembershipStep::Wait,
+            "it has not caught up"
+        );
         assert_eq!(
             learns(&all, &[1, 3]),
-            Step::Wait,
+            MembershipStep::Wait,
             "its log may begin behind what 2 has"
         );
-        assert_eq!(learns(&all, &[1, 2]), Step::SetVoters(set(&all)));
+        assert_eq!(learns(&all, &[1, 2]), MembershipStep::SetVoters(set(&all)));
         assert_eq!(
             next(&group, &with(now(1, &all, &[], &all, &all), &[3], &all)),
-            Step::Nothing
+            MembershipStep::Nothing
         );
     }
 
@@ -324,8 +331,11 @@ mod tests {
                 ),
             )
         };
-        assert_eq!(step(&[1, 2, 3]), Step::Wait);
-        assert_eq!(step(&[1, 2, 3, 4]), Step::SetVoters(set(&[1, 3, 4])));
+        assert_eq!(step(&[1, 2, 3]), MembershipStep::Wait);
+        assert_eq!(
+            step(&[1, 2, 3, 4]),
+            MembershipStep::SetVoters(set(&[1, 3, 4]))
+        );
         // Without a witness a few entries behind are few enough.
         let plain = super::tests::group(&[1, 2, 5], &[1, 4, 5]);
         let observed = with(
@@ -333,7 +343,10 @@ mod tests {
             &[],
             &[1, 2, 5],
         );
-        assert_eq!(next(&plain, &observed), Step::SetVoters(set(&[1, 4, 5])));
+        assert_eq!(
+            next(&plain, &observed),
+            MembershipStep::SetVoters(set(&[1, 4, 5]))
+        );
     }
 
     #[test]
@@ -353,16 +366,16 @@ mod tests {
         };
         assert_eq!(
             step(&[1, 2, 3], &[], &[1, 2, 3]),
-            Step::AddLearner(ReplicaId(4))
+            MembershipStep::AddLearner(ReplicaId(4))
         );
-        assert_eq!(step(&[1, 2, 3], &[4], &[1, 2, 3]), Step::Wait);
+        assert_eq!(step(&[1, 2, 3], &[4], &[1, 2, 3]), MembershipStep::Wait);
         assert_eq!(
             step(&[1, 2, 3], &[4], &all),
-            Step::SetVoters(set(&[1, 2, 4]))
+            MembershipStep::SetVoters(set(&[1, 2, 4]))
         );
         assert_eq!(
             step(&[1, 2, 4], &[3], &all),
-            Step::RemoveLearners(set(&[3]))
+            MembershipStep::RemoveLearners(set(&[3]))
         );
         // With one of the replicas to be replaced as well, and its successor not there yet.
         let mut both = group.clone();
@@ -376,7 +389,7 @@ mod tests {
         );
         assert_eq!(
             next(&both, &observed),
-            Step::SetVoters(set(&[1, 2, 4])),
+            MembershipStep::SetVoters(set(&[1, 2, 4])),
             "2 stands in, and not the old witness"
         );
     }
@@ -391,10 +404,10 @@ mod tests {
                 &with(now(1, &[1, 2, 3], &[4], &all, caught_up), &[3], &all),
             )
         };
-        assert_eq!(step(&all), Step::HandOver(ReplicaId(2)));
+        assert_eq!(step(&all), MembershipStep::HandOver(ReplicaId(2)));
         assert_eq!(
             step(&[1, 3, 4]),
-            Step::SetVoters(set(&[1, 2, 3, 4])),
+            MembershipStep::SetVoters(set(&[1, 2, 3, 4])),
             "this one stays until another can take over"
         );
     }
@@ -410,8 +423,8 @@ mod tests {
                 &with(now(1, &[1, 2, 3], &[4], &all, caught_up), &[3], caught_up),
             )
         };
-        assert_eq!(step(&[1, 2, 3]), Step::Wait);
-        assert_eq!(step(&all), Step::SetVoters(set(&[1, 2, 4])));
+        assert_eq!(step(&[1, 2, 3]), MembershipStep::Wait);
+        assert_eq!(step(&all), MembershipStep::SetVoters(set(&[1, 2, 4])));
         // On its own node it goes first.
         group.replicas.insert(ReplicaId(4), NodeId(3));
         let observed = with(
@@ -419,12 +432,15 @@ mod tests {
             &[3],
             &[1, 2, 3],
         );
-        assert_eq!(next(&group, &observed), Step::SetVoters(set(&[1, 2])));
+        assert_eq!(
+            next(&group, &observed),
+            MembershipStep::SetVoters(set(&[1, 2]))
+        );
     }
 
     /// The next step where the meta group knows the members as they are.
-    fn next(group: &Group, now: &Observed) -> Step {
-        let reported = Reported {
+    fn next(group: &GroupSpec, now: &ObservedMembership) -> MembershipStep {
+        let reported = ReportedMembership {
             log_id: now.log_id,
             voters: now.voters.clone(),
             learners: now.learners.clone(),
@@ -434,7 +450,7 @@ mod tests {
             .leaving
             .retain(|replica, _| reported.is_member(*replica));
         next_step(
-            &Group {
+            &GroupSpec {
                 reported: Some(reported),
                 ..group
             },
@@ -449,38 +465,41 @@ mod tests {
         let step = |observed| next(&group, &observed);
         assert_eq!(
             step(now(1, &[1, 2, 3], &[], &all, &[1, 2, 3])),
-            Step::AddLearner(ReplicaId(4))
+            MembershipStep::AddLearner(ReplicaId(4))
         );
         assert_eq!(
             step(now(1, &[1, 2, 3], &[4, 5, 6], &all, &[1, 2, 3, 4])),
-            Step::Wait
+            MembershipStep::Wait
         );
         assert_eq!(
             step(now(1, &[1, 2, 3], &[4, 5, 6], &all, &all)),
-            Step::SetVoters(set(&[1, 4, 5, 6]))
+            MembershipStep::SetVoters(set(&[1, 4, 5, 6]))
         );
         assert_eq!(
             step(now(1, &[1, 4, 5, 6], &[2, 3], &all, &all)),
-            Step::HandOver(ReplicaId(4))
+            MembershipStep::HandOver(ReplicaId(4))
         );
         assert_eq!(
             step(now(4, &[1, 4, 5, 6], &[2, 3], &all, &all)),
-            Step::SetVoters(set(&[4, 5, 6]))
+            MembershipStep::SetVoters(set(&[4, 5, 6]))
         );
         assert_eq!(
             step(now(4, &[4, 5, 6], &[1, 2, 3], &all, &all)),
-            Step::RemoveLearners(set(&[1, 2, 3]))
+            MembershipStep::RemoveLearners(set(&[1, 2, 3]))
         );
-        let report = Reported {
+        let report = ReportedMembership {
             log_id: LogId::default(),
             voters: set(&[4, 5, 6]),
             learners: set(&[]),
         };
         assert_eq!(
             next_step(&group, &now(4, &[4, 5, 6], &[], &all, &all)),
-            Step::Report(report)
+            MembershipStep::Report(report)
         );
-        assert_eq!(step(now(4, &[4, 5, 6], &[], &all, &all)), Step::Nothing);
+        assert_eq!(
+            step(now(4, &[4, 5, 6], &[], &all, &all)),
+            MembershipStep::Nothing
+        );
     }
 
     #[test]
@@ -488,14 +507,14 @@ mod tests {
         let group = group(&[1, 2, 3], &[1, 2, 4]);
         assert_eq!(
             next(&group, &now(1, &[1, 2, 3], &[4], &[1, 2, 4], &[1, 2])),
-            Step::Wait
+            MembershipStep::Wait
         );
         assert_eq!(
             next(&group, &now(1, &[1, 2, 3], &[4], &[1, 2, 4], &[1, 2, 4])),
-            Step::SetVoters(set(&[1, 2, 4]))
+            MembershipStep::SetVoters(set(&[1, 2, 4]))
         );
         let dead_newcomer = now(1, &[1, 2, 3], &[4], &[1, 2, 3], &[1, 2, 3]);
-        assert_eq!(next(&group, &dead_newcomer), Step::Wait);
+        assert_eq!(next(&group, &dead_newcomer), MembershipStep::Wait);
     }
 
     #[test]
@@ -503,25 +522,25 @@ mod tests {
         let grown = group(&[1], &[1, 2, 3]);
         assert_eq!(
             next(&grown, &now(1, &[1], &[2, 3], &[1, 2, 3], &[1, 2])),
-            Step::Wait
+            MembershipStep::Wait
         );
         assert_eq!(
             next(&grown, &now(1, &[1], &[2, 3], &[1, 2], &[1, 2])),
-            Step::Wait,
+            MembershipStep::Wait,
             "two voters survive no more than one"
         );
         assert_eq!(
             next(&grown, &now(1, &[1], &[2, 3], &[1, 2, 3], &[1, 2, 3])),
-            Step::SetVoters(set(&[1, 2, 3]))
+            MembershipStep::SetVoters(set(&[1, 2, 3]))
         );
         let shrunk = group(&[1, 2, 3], &[1]);
         assert_eq!(
             next(&shrunk, &now(2, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])),
-            Step::HandOver(ReplicaId(1))
+            MembershipStep::HandOver(ReplicaId(1))
         );
         assert_eq!(
             next(&shrunk, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])),
-            Step::SetVoters(set(&[1]))
+            MembershipStep::SetVoters(set(&[1]))
         );
     }
 
@@ -534,52 +553,55 @@ mod tests {
             .replicas
             .extend([(ReplicaId(4), NodeId(2)), (ReplicaId(5), NodeId(3))]);
         let all = [1, 2, 3, 4, 5];
-        let step = |group: &Group, voters: &[u64], learners: &[u64], caught_up: &[u64]| {
+        let step = |group: &GroupSpec, voters: &[u64], learners: &[u64], caught_up: &[u64]| {
             next(group, &now(1, voters, learners, &all, caught_up))
         };
         assert_eq!(
             step(&group, &[1, 2, 3], &[], &[1, 2, 3]),
-            Step::SetVoters(set(&[1, 3]))
+            MembershipStep::SetVoters(set(&[1, 3]))
         );
         assert_eq!(
             step(&group, &[1, 3], &[2], &[1, 2, 3]),
-            Step::RemoveLearners(set(&[2]))
+            MembershipStep::RemoveLearners(set(&[2]))
         );
         let known = now(1, &[1, 3], &[], &all, &[1, 3]);
         assert!(
-            matches!(next_step(&group, &known), Step::Report(_)),
+            matches!(next_step(&group, &known), MembershipStep::Report(_)),
             "so that 2 is retired"
         );
         group.leaving.remove(&ReplicaId(2));
         assert_eq!(
             step(&group, &[1, 3], &[], &[1, 3]),
-            Step::AddLearner(ReplicaId(4))
+            MembershipStep::AddLearner(ReplicaId(4))
         );
-        assert_eq!(step(&group, &[1, 3], &[4], &[1, 3]), Step::Wait);
+        assert_eq!(step(&group, &[1, 3], &[4], &[1, 3]), MembershipStep::Wait);
         assert_eq!(
             step(&group, &[1, 3], &[4], &[1, 3, 4]),
-            Step::SetVoters(set(&[1, 4]))
+            MembershipStep::SetVoters(set(&[1, 4]))
         );
         assert_eq!(
             step(&group, &[1, 4], &[3], &[1, 3, 4]),
-            Step::RemoveLearners(set(&[3]))
+            MembershipStep::RemoveLearners(set(&[3]))
         );
         group.leaving.remove(&ReplicaId(3));
         assert_eq!(
             step(&group, &[1, 4], &[5], &[1, 4, 5]),
-            Step::SetVoters(set(&[1, 4, 5]))
+            MembershipStep::SetVoters(set(&[1, 4, 5]))
         );
         // With nobody else to stand in, the last one stays.
         let mut single = super::tests::group(&[1], &[6]);
         single.replicas = BTreeMap::from([(ReplicaId(6), NodeId(1))]);
-        assert_eq!(next(&single, &now(1, &[1], &[], &[1, 6], &[1])), Step::Wait);
+        assert_eq!(
+            next(&single, &now(1, &[1], &[], &[1, 6], &[1])),
+            MembershipStep::Wait
+        );
     }
 
     #[test]
     fn voters_are_never_a_set_without_a_live_majority() {
         let group = group(&[1, 2, 3], &[3, 4, 5]);
         let step = next(&group, &now(1, &[1, 2, 3], &[4, 5], &[1, 2], &[1, 2]));
-        assert_eq!(step, Step::Wait, "of 3, 4 and 5 none is up");
+        assert_eq!(step, MembershipStep::Wait, "of 3, 4 and 5 none is up");
     }
 
     #[test]
@@ -587,13 +609,13 @@ mod tests {
         let whole = group(&[1, 2, 3], &[1, 2, 3]);
         assert_eq!(
             next_step(&whole, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])),
-            Step::Nothing
+            MembershipStep::Nothing
         );
         let mut unborn = whole.clone();
         unborn.leaving.insert(ReplicaId(9), NodeId(9));
         assert!(matches!(
             next_step(&unborn, &now(1, &[1, 2, 3], &[], &[1, 2, 3], &[1, 2, 3])),
-            Step::Report(_)
+            MembershipStep::Report(_)
         ));
     }
 }

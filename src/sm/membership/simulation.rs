@@ -13,24 +13,24 @@ use rand::rngs::StdRng;
 use rand::seq::IteratorRandom;
 use rand::{Rng, SeedableRng};
 
-use super::{Observed, Replicas, Step, blocked, next_step};
-use crate::sm::meta::Command;
+use super::{MembershipStep, ObservedMembership, Replicas, blocked, next_step};
+use crate::sm::meta::MetaCommand;
 use crate::sm::placement::{first_view, plan};
 use crate::sm::testing::Meta;
-use crate::sm::view::{Asked, Group, Layout, Node, View};
+use crate::sm::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, View};
 use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 /// Entries that a replica may lack and still count as caught up.
 const LAG_MAX: usize = 4;
 
 #[derive(Debug, Clone, PartialEq)]
-struct Members {
+struct SimMembers {
     /// Two while the voters change.
     configs: Vec<Replicas>,
     learners: Replicas,
 }
 
-impl Members {
+impl SimMembers {
     fn voters(&self) -> Replicas {
         self.configs.iter().flatten().copied().collect()
     }
@@ -56,9 +56,9 @@ impl Members {
 }
 
 #[derive(Debug, Clone, PartialEq)]
-struct Entry {
+struct SimEntry {
     term: u64,
-    members: Option<Members>,
+    members: Option<SimMembers>,
 }
 
 /// A group as it is, on all its replicas.
@@ -68,18 +68,18 @@ struct Raft {
     /// never had.
     starts: BTreeMap<ReplicaId, usize>,
     /// Of every replica that was created and not wiped.
-    logs: BTreeMap<ReplicaId, Vec<Entry>>,
+    logs: BTreeMap<ReplicaId, Vec<SimEntry>>,
     /// The term up to which each has promised not to follow another.
     promised: BTreeMap<ReplicaId, u64>,
     term: u64,
     leader: Option<ReplicaId>,
     /// True if the leader itself began the change of voters that is under way.
     is_changing: bool,
-    committed: Vec<Entry>,
+    committed: Vec<SimEntry>,
 }
 
 /// The last membership of a log, and where it stands.
-fn effective(log: &[Entry]) -> Option<(usize, &Members)> {
+fn effective(log: &[SimEntry]) -> Option<(usize, &SimMembers)> {
     log.iter()
         .enumerate()
         .rev()
@@ -93,12 +93,12 @@ fn has_majority(configs: &[Replicas], of: &Replicas) -> bool {
 }
 
 impl Raft {
-    fn new(group: &Group) -> Self {
-        let members = Members {
+    fn new(group: &GroupSpec) -> Self {
+        let members = SimMembers {
             configs: vec![group.creation.keys().copied().collect()],
             learners: Replicas::new(),
         };
-        let log = vec![Entry {
+        let log = vec![SimEntry {
             term: 0,
             members: Some(members),
         }];
@@ -125,7 +125,7 @@ impl Raft {
         }
     }
 
-    fn log(&self, replica: ReplicaId) -> &[Entry] {
+    fn log(&self, replica: ReplicaId) -> &[SimEntry] {
         self.logs.get(&replica).map_or(&[], Vec::as_slice)
     }
 
@@ -138,9 +138,9 @@ impl Raft {
             .count()
     }
 
-    fn append(&mut self, members: Option<Members>) {
+    fn append(&mut self, members: Option<SimMembers>) {
         let Some(leader) = self.leader else { return };
-        let entry = Entry {
+        let entry = SimEntry {
             term: self.term,
             members,
         };
@@ -347,7 +347,7 @@ struct Sim {
     rng: StdRng,
     meta: Meta,
     groups: BTreeMap<GroupId, Raft>,
-    nodes: Vec<Node>,
+    nodes: Vec<NodeSpec>,
     next_directory: u128,
     up: BTreeSet<NodeId>,
     /// The view as it is.
@@ -357,7 +357,7 @@ struct Sim {
     /// The view as each node knows it.
     seen: BTreeMap<NodeId, View>,
     /// Reports under way.
-    reports: Vec<Command>,
+    reports: Vec<MetaCommand>,
     factor: u8,
 }
 
@@ -365,7 +365,7 @@ impl Sim {
     fn new(seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let count = rng.random_range(1..=6_u128);
-        let nodes: Vec<Node> = (1..=count).map(node).collect();
+        let nodes: Vec<NodeSpec> = (1..=count).map(node).collect();
         let factor = rng.random_range(1..=5.min(count as u8));
         let view = first_view(ClusterId(1), asked(factor), nodes.clone()).expect("a view");
         let groups = view
@@ -484,7 +484,7 @@ impl Sim {
         }
     }
 
-    fn observe(&self, id: GroupId, me: ReplicaId, group: &Group) -> Observed {
+    fn observe(&self, id: GroupId, me: ReplicaId, group: &GroupSpec) -> ObservedMembership {
         let raft = &self.groups[&id];
         let (index, members) = effective(raft.log(me)).expect("a membership");
         let up = self.up_replicas(id);
@@ -493,7 +493,7 @@ impl Sim {
             .all()
             .into_iter()
             .filter(|replica| raft.matched(me, *replica) + LAG_MAX >= length);
-        Observed {
+        ObservedMembership {
             me,
             log_id: LogId {
                 term: raft.log(me)[index].term,
@@ -555,7 +555,7 @@ impl Sim {
             return;
         }
         let members = effective(raft.log(me)).expect("a membership").1.clone();
-        if let Step::HandOver(to) = step {
+        if let MembershipStep::HandOver(to) = step {
             assert!(
                 members.voters().contains(&to)
                     && now.caught_up.contains(&to)
@@ -564,11 +564,11 @@ impl Sim {
             raft.elect(to, &up);
             return;
         }
-        if let Step::Report(reported) = step {
+        if let MembershipStep::Report(reported) = step {
             assert!(now.is_settled);
             let copies = self.rng.random_range(1..=3);
             self.reports.extend(vec![
-                Command::Report {
+                MetaCommand::Report {
                     group: id,
                     reported,
                     plan: view.epoch
@@ -582,12 +582,15 @@ impl Sim {
         }
         let mut next = members.clone();
         match step {
-            Step::Nothing | Step::Wait | Step::HandOver(_) | Step::Report(_) => return,
-            Step::AddLearner(replica) => {
+            MembershipStep::Nothing
+            | MembershipStep::Wait
+            | MembershipStep::HandOver(_)
+            | MembershipStep::Report(_) => return,
+            MembershipStep::AddLearner(replica) => {
                 assert!(!members.all().contains(&replica) && raft.logs.contains_key(&replica));
                 next.learners.insert(replica);
             }
-            Step::SetVoters(voters) => {
+            MembershipStep::SetVoters(voters) => {
                 assert!(
                     voters.is_subset(&members.all()) && voters.contains(&me),
                     "{voters:?} of {members:?}"
@@ -615,7 +618,7 @@ impl Sim {
                 next = members.with_voters(&voters);
                 raft.is_changing = next.configs.len() > 1;
             }
-            Step::RemoveLearners(learners) => {
+            MembershipStep::RemoveLearners(learners) => {
                 assert!(learners.is_subset(&members.learners));
                 next.learners.retain(|learner| !learners.contains(learner));
             }
@@ -817,20 +820,20 @@ impl Sim {
 }
 
 fn places(view: &View) -> BTreeMap<ReplicaId, NodeId> {
-    view.groups.values().flat_map(Group::hosted).collect()
+    view.groups.values().flat_map(GroupSpec::hosted).collect()
 }
 
-fn node(number: u128) -> Node {
+fn node(number: u128) -> NodeSpec {
     let address = format!("n{number}:1").parse().expect("an address");
-    Node {
+    NodeSpec {
         address,
         public_address: None,
         directory: DirectoryId(number),
     }
 }
 
-fn asked(factor: u8) -> Asked {
-    Asked {
+fn asked(factor: u8) -> PlacementSpec {
+    PlacementSpec {
         layout: Layout::Spread,
         replication_factor: Some(factor),
         shards: Some(1),
@@ -859,7 +862,7 @@ fn members_come_to_be_what_the_view_wants_whatever_happens_on_the_way() {
 fn what_is_taken_back_comes_to_its_end_though_no_newcomer_ever_started() {
     for seed in 0..40 {
         let mut sim = Sim::new(seed);
-        let newcomers: Vec<Node> = (201..).take(sim.nodes.len()).map(node).collect();
+        let newcomers: Vec<NodeSpec> = (201..).take(sim.nodes.len()).map(node).collect();
         for nodes in [newcomers, sim.nodes.clone()] {
             sim.meta.install(
                 plan(&sim.view, asked(sim.factor), &nodes, &BTreeSet::new())

@@ -6,14 +6,14 @@ use super::*;
 use crate::sm::level;
 use crate::sm::placement::{first_view, plan};
 use crate::sm::testing::Meta;
-use crate::sm::view::Asked;
+use crate::sm::view::PlacementSpec;
 use crate::types::{ClusterId, GroupId, LogId, MapVersion, Slot};
 
 type Map = BTreeMap<Bytes, Bytes>;
 
-fn node(number: u32) -> Node {
+fn node(number: u32) -> NodeSpec {
     let address = format!("n{number}:1").parse().expect("an address");
-    Node {
+    NodeSpec {
         address,
         public_address: None,
         directory: DirectoryId(u128::from(number)),
@@ -23,15 +23,15 @@ fn node(number: u32) -> Node {
 fn view() -> View {
     first_view(
         ClusterId(9),
-        Asked::default(),
+        PlacementSpec::default(),
         vec![node(1), node(2), node(3)],
     )
     .expect("a view")
 }
 
 /// Applies `command` and returns what it answered.
-fn run(map: &mut Map, command: Command) -> Outcome {
-    let decoded = Command::decode(&command.encode()).expect("own encoding");
+fn run(map: &mut Map, command: MetaCommand) -> MetaOutcome {
+    let decoded = MetaCommand::decode(&command.encode()).expect("own encoding");
     let (outcome, batch) = apply(map, 1, decoded).expect("applied");
     for (key, value) in batch {
         match value {
@@ -39,7 +39,7 @@ fn run(map: &mut Map, command: Command) -> Outcome {
             None => map.remove(&key),
         };
     }
-    Outcome::decode(&outcome.encode()).expect("own encoding")
+    MetaOutcome::decode(&outcome.encode()).expect("own encoding")
 }
 
 fn founded() -> Map {
@@ -47,18 +47,18 @@ fn founded() -> Map {
     assert_eq!(
         run(
             &mut map,
-            Command::Found {
+            MetaCommand::Found {
                 view: Box::new(view())
             }
         ),
-        Outcome::Done
+        MetaOutcome::Done
     );
     map
 }
 
-fn announce(number: u64, directory: u128, address: &str) -> Command {
+fn announce(number: u64, directory: u128, address: &str) -> MetaCommand {
     let address = address.parse().expect("an address");
-    Command::Announce {
+    MetaCommand::Announce {
         node: NodeId(number),
         directory: DirectoryId(directory),
         address,
@@ -72,16 +72,16 @@ fn a_cluster_is_founded_once() {
     assert_eq!(read_view(&map).expect("readable"), None);
     assert_eq!(
         run(&mut map, announce(1, 1, "n1:1")),
-        Outcome::Rejected(Rejection::NotFounded)
+        MetaOutcome::Rejected(MetaRejection::NotFounded)
     );
     assert_eq!(
         run(
             &mut map,
-            Command::Found {
+            MetaCommand::Found {
                 view: Box::new(view())
             }
         ),
-        Outcome::Done
+        MetaOutcome::Done
     );
     assert_eq!(read_view(&map).expect("readable"), Some(view()));
     let second = View {
@@ -90,11 +90,14 @@ fn a_cluster_is_founded_once() {
     };
     let outcome = run(
         &mut map,
-        Command::Found {
+        MetaCommand::Found {
             view: Box::new(second),
         },
     );
-    assert_eq!(outcome, Outcome::Rejected(Rejection::AlreadyFounded));
+    assert_eq!(
+        outcome,
+        MetaOutcome::Rejected(MetaRejection::AlreadyFounded)
+    );
     assert_eq!(read_view(&map).expect("readable"), Some(view()));
 }
 
@@ -136,12 +139,15 @@ fn a_view_that_does_not_fit_together_is_rejected() {
         let mut map = Map::new();
         let outcome = run(
             &mut map,
-            Command::Found {
+            MetaCommand::Found {
                 view: Box::new(view),
             },
         );
         assert!(
-            matches!(&outcome, Outcome::Rejected(Rejection::Inconsistent(_))),
+            matches!(
+                &outcome,
+                MetaOutcome::Rejected(MetaRejection::Inconsistent(_))
+            ),
             "{name}: {outcome:?}"
         );
         assert!(format!("{outcome:?}").contains(name), "{name}: {outcome:?}");
@@ -152,13 +158,16 @@ fn a_view_that_does_not_fit_together_is_rejected() {
 #[test]
 fn a_node_announces_a_new_address() {
     let mut map = founded();
-    assert_eq!(run(&mut map, announce(2, 2, "n2:1")), Outcome::Done);
+    assert_eq!(run(&mut map, announce(2, 2, "n2:1")), MetaOutcome::Done);
     assert_eq!(
         read_view(&map).expect("readable"),
         Some(view()),
         "nothing new, nothing changed"
     );
-    assert_eq!(run(&mut map, announce(2, 2, "elsewhere:1")), Outcome::Done);
+    assert_eq!(
+        run(&mut map, announce(2, 2, "elsewhere:1")),
+        MetaOutcome::Done
+    );
     let changed = read_view(&map).expect("readable").expect("founded");
     assert_eq!(changed.version, MapVersion(2));
     assert_eq!(changed.nodes[&NodeId(2)].address.as_str(), "elsewhere:1");
@@ -168,25 +177,25 @@ fn a_node_announces_a_new_address() {
 fn an_announcement_is_believed_only_of_the_right_directory_and_a_free_address() {
     let mut map = founded();
     let before = map.clone();
-    let other = Rejection::OtherDirectory {
+    let other = MetaRejection::OtherDirectory {
         node: NodeId(2),
         directory: DirectoryId(2),
     };
     assert_eq!(
         run(&mut map, announce(2, 7, "n2:1")),
-        Outcome::Rejected(other)
+        MetaOutcome::Rejected(other)
     );
     assert_eq!(
         run(&mut map, announce(4, 4, "n4:1")),
-        Outcome::Rejected(Rejection::UnknownNode(NodeId(4)))
+        MetaOutcome::Rejected(MetaRejection::UnknownNode(NodeId(4)))
     );
-    let taken = Rejection::AddressTaken {
+    let taken = MetaRejection::AddressTaken {
         address: node(3).address,
         by: NodeId(3),
     };
     assert_eq!(
         run(&mut map, announce(2, 2, "n3:1")),
-        Outcome::Rejected(taken)
+        MetaOutcome::Rejected(taken)
     );
     assert_eq!(map, before);
 }
@@ -196,12 +205,12 @@ fn a_report_from_before_the_plan_retires_nothing() {
     let mut meta = Meta::founded(view());
     let (group, old) = (GroupId(1), meta.view());
     let members = old.groups[&group].voters();
-    let reported = Reported {
+    let reported = ReportedMembership {
         log_id: LogId { term: 1, index: 5 },
         voters: members,
         learners: BTreeSet::new(),
     };
-    let report = |plan| Command::Report {
+    let report = |plan| MetaCommand::Report {
         group,
         reported: reported.clone(),
         plan,
@@ -226,12 +235,12 @@ fn a_report_from_before_the_plan_retires_nothing() {
         .filter(|replica| !reported.is_member(**replica))
         .count();
     assert!(newcomers > 0, "{before:?}");
-    let outdated = Outcome::Rejected(Rejection::Outdated {
+    let outdated = MetaOutcome::Rejected(MetaRejection::Outdated {
         version: before.version,
     });
     assert_eq!(meta.run(report(old.epoch)), outdated);
     assert_eq!(meta.view(), before);
-    assert_eq!(meta.run(report(before.epoch)), Outcome::Done);
+    assert_eq!(meta.run(report(before.epoch)), MetaOutcome::Done);
     assert!(
         meta.view().groups[&group]
             .leaving
@@ -244,9 +253,9 @@ fn a_report_from_before_the_plan_retires_nothing() {
 fn the_encodings_of_a_view_and_an_announcement_stand() {
     let alone = first_view(
         ClusterId(1),
-        Asked {
+        PlacementSpec {
             shards: Some(2),
-            ..Asked::default()
+            ..PlacementSpec::default()
         },
         vec![node(1)],
     )
@@ -274,15 +283,15 @@ fn the_encodings_of_a_view_and_an_announcement_stand() {
         b"\x01\x01\x01\x2000000000000000000000000000000002\x03a:1\x00"
     );
 
-    let found = Command::Found {
+    let found = MetaCommand::Found {
         view: Box::new(alone.clone()),
     };
     assert_eq!(&found.encode()[..], [b"\x02\x00", body, b"\x00"].concat());
     assert_eq!(
-        Command::decode(&[b"\x01\x00", body].concat()).expect("the first format"),
+        MetaCommand::decode(&[b"\x01\x00", body].concat()).expect("the first format"),
         found
     );
-    let plan = Command::InstallPlan {
+    let plan = MetaCommand::InstallPlan {
         base: MapVersion(7),
         next: Box::new(alone),
     };
@@ -291,7 +300,7 @@ fn the_encodings_of_a_view_and_an_announcement_stand() {
         [b"\x02\x02\x07", body, b"\x00"].concat()
     );
     assert_eq!(
-        Command::decode(&[b"\x01\x02\x07", body].concat()).expect("the first format"),
+        MetaCommand::decode(&[b"\x01\x02\x07", body].concat()).expect("the first format"),
         plan
     );
 }
@@ -300,9 +309,9 @@ fn the_encodings_of_a_view_and_an_announcement_stand() {
 fn the_encodings_that_have_a_level_stand_and_a_later_one_says_so() {
     let alone = first_view(
         ClusterId(1),
-        Asked {
+        PlacementSpec {
             shards: Some(2),
-            ..Asked::default()
+            ..PlacementSpec::default()
         },
         vec![node(1)],
     )
@@ -311,12 +320,12 @@ fn the_encodings_that_have_a_level_stand_and_a_later_one_says_so() {
     let view = View { level: 1, ..alone };
     let body = [&old[1..], b"\x01"].concat();
     assert_eq!(view.encode()[..], [b"\x03\x01", &body[..]].concat());
-    let plan = Command::InstallPlan {
+    let plan = MetaCommand::InstallPlan {
         base: MapVersion(7),
         next: Box::new(view.clone()),
     };
     assert_eq!(plan.encode()[..], [b"\x03\x01\x02\x07", &body[..]].concat());
-    let raise = Command::RaiseLevel {
+    let raise = MetaCommand::RaiseLevel {
         level: 1,
         over: MapVersion(8),
     };
@@ -324,12 +333,12 @@ fn the_encodings_that_have_a_level_stand_and_a_later_one_says_so() {
     for command in [
         plan,
         raise,
-        Command::Found {
+        MetaCommand::Found {
             view: Box::new(view.clone()),
         },
     ] {
         assert_eq!(
-            Command::decode(&command.encode()).expect("own encoding"),
+            MetaCommand::decode(&command.encode()).expect("own encoding"),
             command
         );
     }
@@ -344,7 +353,7 @@ fn the_encodings_that_have_a_level_stand_and_a_later_one_says_so() {
             );
             let view = View::decode(&bytes).expect_err("a later level").to_string();
             assert_eq!(view, format!("cannot read a view: {sentence}"));
-            let command = Command::decode(&bytes)
+            let command = MetaCommand::decode(&bytes)
                 .expect_err("a later level")
                 .to_string();
             assert_eq!(
@@ -367,25 +376,25 @@ fn the_encodings_that_have_a_level_stand_and_a_later_one_says_so() {
 fn a_level_is_raised_over_the_view_that_was_asked_and_never_lowered() {
     let mut map = founded();
     let level = |map: &Map| read_view(map).expect("readable").expect("founded").level;
-    let raise = |level, over| Command::RaiseLevel {
+    let raise = |level, over| MetaCommand::RaiseLevel {
         level,
         over: MapVersion(over),
     };
     assert_eq!(
         run(&mut Map::new(), raise(1, 1)),
-        Outcome::Rejected(Rejection::NotFounded)
+        MetaOutcome::Rejected(MetaRejection::NotFounded)
     );
-    let outdated = Outcome::Rejected(Rejection::Outdated {
+    let outdated = MetaOutcome::Rejected(MetaRejection::Outdated {
         version: MapVersion(1),
     });
     assert_eq!((run(&mut map, raise(1, 2)), level(&map)), (outdated, 0));
     assert_eq!(
         (run(&mut map, raise(1, 1)), level(&map)),
-        (Outcome::Done, 1)
+        (MetaOutcome::Done, 1)
     );
     assert_eq!(
         (run(&mut map, raise(0, 2)), level(&map)),
-        (Outcome::Done, 1)
+        (MetaOutcome::Done, 1)
     );
     let view = read_view(&map).expect("readable").expect("founded");
     assert_eq!(view.version, MapVersion(2), "nothing new, nothing changed");
@@ -397,26 +406,26 @@ fn a_level_is_raised_over_the_view_that_was_asked_and_never_lowered() {
         level: 0,
         ..next.clone()
     };
-    let install = |next| Command::InstallPlan {
+    let install = |next| MetaCommand::InstallPlan {
         base: MapVersion(2),
         next: Box::new(next),
     };
     assert_eq!(
         run(&mut map, install(lowered)),
-        Outcome::Rejected(Rejection::NotASuccessor(Misstep::Numbers))
+        MetaOutcome::Rejected(MetaRejection::NotASuccessor(PlanViolation::Numbers))
     );
     assert_eq!(
         (run(&mut map, install(next)), level(&map)),
-        (Outcome::Done, 1)
+        (MetaOutcome::Done, 1)
     );
 }
 
 #[test]
 fn the_encoding_of_witnesses_stands() {
-    let asked = Asked {
+    let asked = PlacementSpec {
         replication_factor: Some(2),
         shards: Some(1),
-        ..Asked::default()
+        ..PlacementSpec::default()
     };
     let view = first_view(ClusterId(1), asked, vec![node(1), node(2), node(3)]).expect("a view");
     let Some(witness) = view.groups[&GroupId(1)].witness else {
@@ -440,10 +449,10 @@ fn the_encoding_of_witnesses_stands() {
 
 #[test]
 fn a_witness_does_not_become_another_kind_of_replica() {
-    let asked = Asked {
+    let asked = PlacementSpec {
         replication_factor: Some(2),
         shards: Some(1),
-        ..Asked::default()
+        ..PlacementSpec::default()
     };
     let view = first_view(ClusterId(9), asked, vec![node(1), node(2), node(3)]).expect("a view");
     let mut meta = Meta::founded(view.clone());
@@ -455,12 +464,12 @@ fn a_witness_does_not_become_another_kind_of_replica() {
     let group = turned.groups.get_mut(&GroupId(1)).expect("a shard");
     let witness = group.witness.take().expect("a witness");
     group.replicas.insert(witness.replica, witness.node);
-    let install = Command::InstallPlan {
+    let install = MetaCommand::InstallPlan {
         base: MapVersion(1),
         next: Box::new(turned),
     };
-    let refused = Rejection::NotASuccessor(Misstep::Replica(witness.replica));
-    assert_eq!(meta.run(install), Outcome::Rejected(refused));
+    let refused = MetaRejection::NotASuccessor(PlanViolation::Replica(witness.replica));
+    assert_eq!(meta.run(install), MetaOutcome::Rejected(refused));
 }
 
 #[test]
@@ -469,7 +478,7 @@ fn the_encodings_of_moves_and_reports_stand() {
         .into_iter()
         .map(|slot| slot.expect("a slot"))
         .collect();
-    let reported = Reported {
+    let reported = ReportedMembership {
         log_id: LogId {
             term: 3,
             index: 200,
@@ -477,19 +486,19 @@ fn the_encodings_of_moves_and_reports_stand() {
         voters: BTreeSet::from([ReplicaId(4), ReplicaId(5)]),
         learners: BTreeSet::from([ReplicaId(6)]),
     };
-    let golden: [(Command, &[u8]); 4] = [
+    let golden: [(MetaCommand, &[u8]); 4] = [
         (
-            Command::OpenMove {
+            MetaCommand::OpenMove {
                 slots,
                 from: GroupId(1),
                 to: GroupId(2),
             },
             b"\x01\x03\x02\x07\xac\x02\x01\x02",
         ),
-        (Command::CommitMove { id: MoveId(9) }, b"\x01\x04\x09"),
-        (Command::AbortMove { id: MoveId(9) }, b"\x01\x05\x09"),
+        (MetaCommand::CommitMove { id: MoveId(9) }, b"\x01\x04\x09"),
+        (MetaCommand::AbortMove { id: MoveId(9) }, b"\x01\x05\x09"),
         (
-            Command::Report {
+            MetaCommand::Report {
                 group: GroupId(1),
                 reported,
                 plan: PlanEpoch(8),
@@ -499,17 +508,20 @@ fn the_encodings_of_moves_and_reports_stand() {
     ];
     for (command, bytes) in golden {
         assert_eq!(command.encode()[..], *bytes, "{command:?}");
-        assert_eq!(Command::decode(bytes).expect("decoded"), command);
+        assert_eq!(MetaCommand::decode(bytes).expect("decoded"), command);
         for cut in 0..bytes.len() {
             assert!(
-                Command::decode(&bytes[..cut]).is_err(),
+                MetaCommand::decode(&bytes[..cut]).is_err(),
                 "{command:?} cut to {cut} bytes was taken"
             );
         }
     }
-    assert!(Command::decode(b"\x01\x07").is_err(), "an unknown command");
     assert!(
-        Command::decode(b"\x63\x04\x09").is_err(),
+        MetaCommand::decode(b"\x01\x07").is_err(),
+        "an unknown command"
+    );
+    assert!(
+        MetaCommand::decode(b"\x63\x04\x09").is_err(),
         "an unknown format"
     );
 }
@@ -523,32 +535,32 @@ fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away(
     let next = plan(&old, old.asked, &wanted, &BTreeSet::new())
         .expect("a plan")
         .view;
-    let install = |base, next: &View| Command::InstallPlan {
+    let install = |base, next: &View| MetaCommand::InstallPlan {
         base,
         next: Box::new(next.clone()),
     };
-    let outdated = Outcome::Rejected(Rejection::Outdated {
+    let outdated = MetaOutcome::Rejected(MetaRejection::Outdated {
         version: old.version,
     });
     assert_eq!(
         meta.run(install(MapVersion(old.version.0 + 1), &next)),
         outdated
     );
-    let table: [(Break, Misstep); 10] = [
-        (|next| next.cluster = ClusterId(1), Misstep::Numbers),
-        (|next| next.epoch.0 += 1, Misstep::Numbers),
-        (|next| next.version.0 += 1, Misstep::Numbers),
-        (|next| next.next_move.0 += 1, Misstep::Ids),
+    let table: [(Break, PlanViolation); 10] = [
+        (|next| next.cluster = ClusterId(1), PlanViolation::Numbers),
+        (|next| next.epoch.0 += 1, PlanViolation::Numbers),
+        (|next| next.version.0 += 1, PlanViolation::Numbers),
+        (|next| next.next_move.0 += 1, PlanViolation::Ids),
         (
             |next| {
                 next.slots
                     .set_owner(Slot::all().next().expect("a slot"), GroupId(3))
             },
-            Misstep::Slots,
+            PlanViolation::Slots,
         ),
         (
             |next| next.nodes.get_mut(&NodeId(3)).expect("a node").directory = DirectoryId(99),
-            Misstep::Node(NodeId(3)),
+            PlanViolation::Node(NodeId(3)),
         ),
         (
             |next| {
@@ -558,7 +570,7 @@ fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away(
                     .creation
                     .clear()
             },
-            Misstep::Group(GroupId(1)),
+            PlanViolation::Group(GroupId(1)),
         ),
         (
             |next| {
@@ -568,11 +580,11 @@ fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away(
                     .creation
                     .extend([(ReplicaId(0), NodeId(1))])
             },
-            Misstep::Group(GroupId(1)),
+            PlanViolation::Group(GroupId(1)),
         ),
         (
             |next| next.groups.get_mut(&GroupId(1)).expect("a group").reported = None,
-            Misstep::Group(GroupId(1)),
+            PlanViolation::Group(GroupId(1)),
         ),
         (
             |next| {
@@ -582,23 +594,23 @@ fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away(
                     .leaving
                     .clear()
             },
-            Misstep::Replica(ReplicaId(0)),
+            PlanViolation::Replica(ReplicaId(0)),
         ),
     ];
     let told = |meta: &mut Meta, group| {
         let members = meta.view().groups[&group].voters();
-        let reported = Reported {
+        let reported = ReportedMembership {
             log_id: LogId { term: 1, index: 5 },
             voters: members,
             learners: BTreeSet::new(),
         };
         assert_eq!(
-            meta.run(Command::Report {
+            meta.run(MetaCommand::Report {
                 group,
                 reported,
                 plan: old.epoch
             }),
-            Outcome::Done
+            MetaOutcome::Done
         );
     };
     told(&mut meta, GroupId(1));
@@ -612,20 +624,24 @@ fn a_plan_is_accepted_over_the_view_it_was_drawn_up_from_and_takes_nothing_away(
         let outcome = meta.run(install(before.version, &broken));
         let is_right = match (&outcome, misstep) {
             (
-                Outcome::Rejected(Rejection::NotASuccessor(Misstep::Replica(_))),
-                Misstep::Replica(_),
+                MetaOutcome::Rejected(MetaRejection::NotASuccessor(PlanViolation::Replica(_))),
+                PlanViolation::Replica(_),
             ) => true,
-            (Outcome::Rejected(Rejection::NotASuccessor(found)), misstep) => found == misstep,
+            (MetaOutcome::Rejected(MetaRejection::NotASuccessor(found)), misstep) => {
+                found == misstep
+            }
             // What does not fit together is found before.
-            (Outcome::Rejected(Rejection::Inconsistent(_)), Misstep::Group(_)) => true,
+            (MetaOutcome::Rejected(MetaRejection::Inconsistent(_)), PlanViolation::Group(_)) => {
+                true
+            }
             _ => false,
         };
         assert!(is_right, "{misstep:?}: {outcome:?}");
         assert_eq!(meta.view(), before);
     }
-    assert_eq!(meta.run(install(before.version, &next)), Outcome::Done);
+    assert_eq!(meta.run(install(before.version, &next)), MetaOutcome::Done);
     assert_eq!(meta.view(), next);
-    let twice = Outcome::Rejected(Rejection::Outdated {
+    let twice = MetaOutcome::Rejected(MetaRejection::Outdated {
         version: next.version,
     });
     assert_eq!(meta.run(install(before.version, &next)), twice);
@@ -638,7 +654,7 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
     let old = meta.view();
     let change = |meta: &mut Meta, nodes: &[u32]| {
         let view = meta.view();
-        let wanted: Vec<Node> = nodes.iter().copied().map(node).collect();
+        let wanted: Vec<NodeSpec> = nodes.iter().copied().map(node).collect();
         plan(&view, view.asked, &wanted, &BTreeSet::new())
             .expect("a plan")
             .view
@@ -665,18 +681,18 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
         .find(|id| !hosted.contains(id))
         .expect("a retired replica");
     assert!(!before.nodes.contains_key(&gone_node) && !before.groups.contains_key(&gone_group));
-    let refused = |next: &View| match Meta::founded(before.clone()).run(Command::InstallPlan {
+    let refused = |next: &View| match Meta::founded(before.clone()).run(MetaCommand::InstallPlan {
         base: before.version,
         next: Box::new(next.clone()),
     }) {
-        Outcome::Rejected(Rejection::NotASuccessor(misstep)) => misstep,
+        MetaOutcome::Rejected(MetaRejection::NotASuccessor(misstep)) => misstep,
         other => panic!("{other:?}"),
     };
 
     // Nothing new is in this one, so that it is about the counters alone.
     let fewer = plan(
         &before,
-        Asked {
+        PlacementSpec {
             replication_factor: Some(1),
             ..before.asked
         },
@@ -690,7 +706,7 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
     ] {
         let mut next = fewer.clone();
         lower(&mut next);
-        assert_eq!(refused(&next), Misstep::Ids);
+        assert_eq!(refused(&next), PlanViolation::Ids);
     }
 
     let grown = change(&mut Meta::founded(before.clone()), &[1, 2, 3, 5]);
@@ -710,7 +726,7 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
     }
     let moved = next.nodes.remove(&new_node).expect("it was planned in");
     next.nodes.insert(gone_node, moved);
-    assert_eq!(refused(&next), Misstep::Node(gone_node));
+    assert_eq!(refused(&next), PlanViolation::Node(gone_node));
 
     let mut next = grown.clone();
     let moved = next.groups.remove(&new_group).expect("it was planned in");
@@ -718,10 +734,10 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
     for slot in Slot::all().filter(|slot| grown.targets.owner(*slot) == new_group) {
         next.targets.set_owner(slot, gone_group);
     }
-    assert_eq!(refused(&next), Misstep::Group(gone_group));
+    assert_eq!(refused(&next), PlanViolation::Group(gone_group));
 
     let mut next = grown.clone();
-    let newcomer = |of: &view::Group| {
+    let newcomer = |of: &view::GroupSpec| {
         of.replicas
             .iter()
             .find(|(id, _)| **id >= before.next_replica)
@@ -736,7 +752,7 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
     let replicas = &mut next.groups.get_mut(&group).expect("a group").replicas;
     replicas.remove(&replica);
     replicas.insert(gone_replica, at);
-    assert_eq!(refused(&next), Misstep::Replica(gone_replica));
+    assert_eq!(refused(&next), PlanViolation::Replica(gone_replica));
     assert!(of.hosted().all(|(id, _)| id != gone_replica));
 
     let mut moving = Meta::founded(before.clone());
@@ -745,13 +761,13 @@ fn ids_are_never_given_out_again_and_open_moves_stay() {
     let mut next = change(&mut moving, &[1, 2, 3]);
     next.moves.clear();
     let base = moving.view().version;
-    let outcome = moving.run(Command::InstallPlan {
+    let outcome = moving.run(MetaCommand::InstallPlan {
         base,
         next: Box::new(next),
     });
     assert_eq!(
         outcome,
-        Outcome::Rejected(Rejection::NotASuccessor(Misstep::Slots))
+        MetaOutcome::Rejected(MetaRejection::NotASuccessor(PlanViolation::Slots))
     );
 }
 
@@ -773,56 +789,62 @@ fn a_move_is_opened_once_where_it_is_due_and_ends_once() {
         .of(from)
         .find(|slot| before.targets.owner(*slot) == from)
         .expect("some stay");
-    let open = |slots: &[Slot], from, to| Command::OpenMove {
+    let open = |slots: &[Slot], from, to| MetaCommand::OpenMove {
         slots: slots.iter().copied().collect(),
         from,
         to,
     };
-    let not_due = |slot| Outcome::Rejected(Rejection::NotToBeMoved(slot));
+    let not_due = |slot| MetaOutcome::Rejected(MetaRejection::NotToBeMoved(slot));
     for (command, outcome) in [
         (open(&[still], from, to), not_due(still)),
         (open(&[due], from, from), not_due(due)),
         (open(&[due], to, from), not_due(due)),
         (
             open(&[], from, to),
-            Outcome::Rejected(Rejection::UnknownGroup(to)),
+            MetaOutcome::Rejected(MetaRejection::UnknownGroup(to)),
         ),
         (
-            Command::CommitMove {
+            MetaCommand::CommitMove {
                 id: before.next_move,
             },
-            Outcome::Rejected(Rejection::NoSuchMove(before.next_move)),
+            MetaOutcome::Rejected(MetaRejection::NoSuchMove(before.next_move)),
         ),
         (
-            Command::AbortMove {
+            MetaCommand::AbortMove {
                 id: before.next_move,
             },
-            Outcome::Rejected(Rejection::NoSuchMove(before.next_move)),
+            MetaOutcome::Rejected(MetaRejection::NoSuchMove(before.next_move)),
         ),
     ] {
         assert_eq!(meta.run(command.clone()), outcome, "{command:?}");
         assert_eq!(meta.view(), before);
     }
     let id = before.next_move;
-    assert_eq!(meta.run(open(&[due], from, to)), Outcome::MoveOpened { id });
+    assert_eq!(
+        meta.run(open(&[due], from, to)),
+        MetaOutcome::MoveOpened { id }
+    );
     assert_eq!(
         meta.run(open(&[due], from, to)),
         not_due(due),
         "one move of a slot at a time"
     );
-    assert_eq!(meta.run(Command::AbortMove { id }), Outcome::Done);
+    assert_eq!(meta.run(MetaCommand::AbortMove { id }), MetaOutcome::Done);
     assert_eq!(meta.view().slots.owner(due), from);
     assert_eq!(
-        meta.run(Command::CommitMove { id }),
-        Outcome::Rejected(Rejection::NoSuchMove(id))
+        meta.run(MetaCommand::CommitMove { id }),
+        MetaOutcome::Rejected(MetaRejection::NoSuchMove(id))
     );
     let again = MoveId(id.0 + 1);
     assert_eq!(
         meta.run(open(&[due], from, to)),
-        Outcome::MoveOpened { id: again },
+        MetaOutcome::MoveOpened { id: again },
         "ids are never given out again"
     );
-    assert_eq!(meta.run(Command::CommitMove { id: again }), Outcome::Done);
+    assert_eq!(
+        meta.run(MetaCommand::CommitMove { id: again }),
+        MetaOutcome::Done
+    );
     assert_eq!(meta.view().slots.owner(due), to);
     assert_eq!(meta.run(open(&[due], from, to)), not_due(due));
 }
@@ -834,25 +856,25 @@ fn a_report_of_an_unknown_group_is_rejected_and_an_older_one_changes_nothing() {
     let report = |group, index, learners: &[u64]| {
         let voters = view.groups[&GroupId(1)].voters();
         let learners = learners.iter().map(|id| ReplicaId(*id)).collect();
-        let reported = Reported {
+        let reported = ReportedMembership {
             log_id: LogId { term: 1, index },
             voters,
             learners,
         };
-        Command::Report {
+        MetaCommand::Report {
             group,
             reported,
             plan: view.epoch,
         }
     };
-    let unknown = Outcome::Rejected(Rejection::UnknownGroup(GroupId(77)));
+    let unknown = MetaOutcome::Rejected(MetaRejection::UnknownGroup(GroupId(77)));
     assert_eq!(meta.run(report(GroupId(77), 5, &[])), unknown);
     assert_eq!(meta.view(), view);
-    assert_eq!(meta.run(report(GroupId(1), 5, &[])), Outcome::Done);
+    assert_eq!(meta.run(report(GroupId(1), 5, &[])), MetaOutcome::Done);
     let known = meta.view();
     assert_eq!(known.version.0, view.version.0 + 1);
     for same_or_older in [report(GroupId(1), 5, &[]), report(GroupId(1), 4, &[99])] {
-        assert_eq!(meta.run(same_or_older), Outcome::Done);
+        assert_eq!(meta.run(same_or_older), MetaOutcome::Done);
         assert_eq!(meta.view(), known);
     }
 }

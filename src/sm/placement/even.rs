@@ -9,7 +9,7 @@
 
 /// One that takes bins.
 #[derive(Debug, Clone)]
-pub struct Item {
+pub struct BinTaker {
     /// Number of bins it takes. At least as many are open to it.
     pub takes: usize,
     /// Cost of each bin: above 0 where it is not yet, None where it may not be.
@@ -20,12 +20,12 @@ pub struct Item {
 const EVEN: i64 = 1 << 36;
 
 /// For each item the bins that it takes, in order.
-pub fn assign(items: &[Item], bins: usize) -> Vec<Vec<usize>> {
-    let mut taken = Taken::first(items, bins);
+pub fn assign(items: &[BinTaker], bins: usize) -> Vec<Vec<usize>> {
+    let mut taken = TakenBins::first(items, bins);
     taken.level();
     while let Some(cycle) = taken.gaining_cycle() {
         for (from, to, step) in cycle {
-            if let Step::Hand(item) = step {
+            if let FlowStep::Hand(item) = step {
                 taken.hand_on(item, from, to);
             }
         }
@@ -37,8 +37,8 @@ pub fn assign(items: &[Item], bins: usize) -> Vec<Vec<usize>> {
         .collect()
 }
 
-struct Taken<'a> {
-    items: &'a [Item],
+struct TakenBins<'a> {
+    items: &'a [BinTaker],
     /// By item and bin.
     by_item: Vec<Vec<bool>>,
     /// Number of times that each bin is taken.
@@ -47,7 +47,7 @@ struct Taken<'a> {
 
 /// A way to move one unit from one bin to another.
 #[derive(Debug, Clone, Copy)]
-enum Step {
+enum FlowStep {
     /// This item takes the other bin for the first.
     Hand(usize),
     /// The first may be taken once more, the other once less: the end of a cycle that changes the
@@ -55,12 +55,12 @@ enum Step {
     Weigh,
 }
 
-type Edge = Option<(i64, Step)>;
+type Edge = Option<(i64, FlowStep)>;
 
-impl<'a> Taken<'a> {
+impl<'a> TakenBins<'a> {
     /// Every item takes what it has already, then gives up the dearest and fullest bins or takes
     /// the emptiest until it has its number.
-    fn first(items: &'a [Item], bins: usize) -> Self {
+    fn first(items: &'a [BinTaker], bins: usize) -> Self {
         let by_item: Vec<Vec<bool>> = items
             .iter()
             .map(|item| {
@@ -156,7 +156,7 @@ impl<'a> Taken<'a> {
         let may_weigh = |from: usize, to: usize| self.loads[from] < self.loads[to];
         let row = |from: usize| {
             (0..bins)
-                .map(|to| may_weigh(from, to).then(|| (weigh(from, to), Step::Weigh)))
+                .map(|to| may_weigh(from, to).then(|| (weigh(from, to), FlowStep::Weigh)))
                 .collect()
         };
         let mut edges: Vec<Vec<Edge>> = (0..bins).map(row).collect();
@@ -167,7 +167,7 @@ impl<'a> Taken<'a> {
                         continue;
                     };
                     if edge.is_none_or(|(cost, _)| price < cost) {
-                        *edge = Some((price, Step::Hand(item)));
+                        *edge = Some((price, FlowStep::Hand(item)));
                     }
                 }
             }
@@ -177,11 +177,11 @@ impl<'a> Taken<'a> {
 
     /// A cycle of steps that makes the assignment better (Bellman and Ford's search); none when it
     /// is the best.
-    fn gaining_cycle(&self) -> Option<Vec<(usize, usize, Step)>> {
+    fn gaining_cycle(&self) -> Option<Vec<(usize, usize, FlowStep)>> {
         let bins = self.loads.len();
         let edges = self.edges();
         let mut reached = vec![0_i64; bins];
-        let mut before: Vec<Option<(usize, Step)>> = vec![None; bins];
+        let mut before: Vec<Option<(usize, FlowStep)>> = vec![None; bins];
         loop {
             let mut is_changed = false;
             for (from, row) in edges.iter().enumerate() {
@@ -207,9 +207,9 @@ impl<'a> Taken<'a> {
 
 /// The cycle that one gets back to `bin` by, if the ways back from it lead there again.
 fn cycle_through(
-    before: &[Option<(usize, Step)>],
+    before: &[Option<(usize, FlowStep)>],
     bin: usize,
-) -> Option<Vec<(usize, usize, Step)>> {
+) -> Option<Vec<(usize, usize, FlowStep)>> {
     let mut cycle = Vec::new();
     let mut at = bin;
     while cycle.len() < before.len() {
@@ -245,7 +245,7 @@ mod tests {
     }
 
     /// Returns the unevenness of an assignment (the sum of the squares of the loads) and its cost.
-    fn score(items: &[Item], bins: usize, taken: &[Vec<usize>]) -> (usize, i64) {
+    fn score(items: &[BinTaker], bins: usize, taken: &[Vec<usize>]) -> (usize, i64) {
         let load = |bin| taken.iter().flatten().filter(|one| **one == bin).count();
         let costs = items
             .iter()
@@ -258,7 +258,7 @@ mod tests {
     }
 
     /// The best score of all assignments, one by one.
-    fn best(items: &[Item], bins: usize, taken: &mut Vec<Vec<usize>>) -> (usize, i64) {
+    fn best(items: &[BinTaker], bins: usize, taken: &mut Vec<Vec<usize>>) -> (usize, i64) {
         let Some(item) = items.get(taken.len()) else {
             return score(items, bins, taken);
         };
@@ -277,14 +277,14 @@ mod tests {
         for seed in 0..400 {
             let mut rng = StdRng::seed_from_u64(seed);
             let bins = rng.random_range(1..=4);
-            let items: Vec<Item> = (0..rng.random_range(1..=4))
+            let items: Vec<BinTaker> = (0..rng.random_range(1..=4))
                 .map(|_| {
                     let cost =
                         |rng: &mut StdRng| rng.random_bool(0.8).then(|| rng.random_range(-1..=3));
                     let mut costs: Vec<Option<i64>> = (0..bins).map(|_| cost(&mut rng)).collect();
                     costs[rng.random_range(0..bins)] = Some(2);
                     let allowed = costs.iter().flatten().count();
-                    Item {
+                    BinTaker {
                         takes: rng.random_range(1..=allowed),
                         costs,
                     }

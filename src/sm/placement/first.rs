@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::sizes::{Sizes, check_nodes, exclusive_voters, meta_voters};
 use super::{PlacementError, witnesses};
-use crate::sm::view::{Asked, Group, Layout, Node, SlotTable, View};
+use crate::sm::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, SlotTable, View};
 use crate::types::{
     ClusterId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot,
 };
@@ -17,8 +17,8 @@ use crate::types::{
 /// A witness is none of those: it joins the group that has begun.
 pub fn first_view(
     cluster: ClusterId,
-    asked: Asked,
-    mut nodes: Vec<Node>,
+    asked: PlacementSpec,
+    mut nodes: Vec<NodeSpec>,
 ) -> Result<View, PlacementError> {
     nodes.sort_by(|a, b| a.address.cmp(&b.address));
     check_nodes(&nodes)?;
@@ -27,7 +27,7 @@ pub fn first_view(
         Layout::Spread => spread(nodes.len(), sizes),
         Layout::Exclusive => exclusive(nodes.len(), sizes),
     };
-    let meta = Members {
+    let meta = FirstMembers {
         nodes: (0..nodes.len()).collect(),
         home: 0,
         voters: meta_voters(nodes.len()),
@@ -76,15 +76,15 @@ pub fn first_view(
 }
 
 /// The members of a group; nodes as positions in the sorted list.
-struct Members {
+struct FirstMembers {
     nodes: Vec<usize>,
     home: usize,
     /// Number of nodes, from the first, that vote from the start.
     voters: usize,
 }
 
-impl Members {
-    fn into_group(self, next_replica: &mut ReplicaId) -> Group {
+impl FirstMembers {
+    fn into_group(self, next_replica: &mut ReplicaId) -> GroupSpec {
         let ids = next_replica.0..;
         let replicas: BTreeMap<ReplicaId, NodeId> = ids
             .map(ReplicaId)
@@ -92,7 +92,7 @@ impl Members {
             .collect();
         next_replica.0 += replicas.len() as u64;
         let voters = replicas.keys().take(self.voters).copied().collect();
-        Group::new(node_id(self.home), replicas, &voters)
+        GroupSpec::new(node_id(self.home), replicas, &voters)
     }
 }
 
@@ -113,15 +113,15 @@ fn spread(
         shards: count,
         ..
     }: Sizes,
-) -> Vec<Members> {
+) -> Vec<FirstMembers> {
     let step = gcd(factor, nodes);
-    let mut shards: Vec<Members> = (0..count)
+    let mut shards: Vec<FirstMembers> = (0..count)
         .map(|shard| {
             let hand: Vec<usize> = (0..factor)
                 .map(|card| (shard * factor + card) % nodes)
                 .collect();
             let home = hand[shard / (nodes / step) % step];
-            Members {
+            FirstMembers {
                 nodes: hand,
                 home,
                 voters: factor,
@@ -148,11 +148,11 @@ fn exclusive(
         shards: count,
         ..
     }: Sizes,
-) -> Vec<Members> {
+) -> Vec<FirstMembers> {
     let shards = (0..count).map(|shard| {
         let run = shard * nodes / count..(shard + 1) * nodes / count;
         let voters = exclusive_voters(run.len(), factor);
-        Members {
+        FirstMembers {
             home: run.start,
             nodes: run.collect(),
             voters,
@@ -174,27 +174,27 @@ mod tests {
     use super::*;
     use crate::types::DirectoryId;
 
-    fn node(number: usize) -> Node {
+    fn node(number: usize) -> NodeSpec {
         let address = format!("node-{number:02}:13800")
             .parse()
             .expect("an address");
-        Node {
+        NodeSpec {
             address,
             public_address: None,
             directory: DirectoryId(number as u128),
         }
     }
 
-    fn nodes(count: usize) -> Vec<Node> {
+    fn nodes(count: usize) -> Vec<NodeSpec> {
         (1..=count).map(node).collect()
     }
 
-    fn plan(count: usize, asked: Asked) -> Result<View, PlacementError> {
+    fn plan(count: usize, asked: PlacementSpec) -> Result<View, PlacementError> {
         first_view(ClusterId(9), asked, nodes(count))
     }
 
-    fn asked(replication_factor: Option<u8>, shards: Option<u16>) -> Asked {
-        Asked::from_flags(replication_factor, shards)
+    fn asked(replication_factor: Option<u8>, shards: Option<u16>) -> PlacementSpec {
+        PlacementSpec::from_flags(replication_factor, shards)
     }
 
     /// Returns true if no count is more than one above another. Members of `of` that never come
@@ -258,7 +258,7 @@ mod tests {
         for count in 1..=30 {
             for factor in [None].into_iter().chain((1..=7).map(Some)) {
                 for shards in [1, 2, 3, 7, 16, 31, 64].map(Some).into_iter().chain([None]) {
-                    let asked = Asked {
+                    let asked = PlacementSpec {
                         layout: Layout::Spread,
                         replication_factor: factor,
                         shards,
@@ -287,7 +287,7 @@ mod tests {
     fn one_shard_per_node_is_at_home_on_it() {
         for count in 1..=30 {
             for factor in 1..=7u8.min(count as u8) {
-                let asked = Asked {
+                let asked = PlacementSpec {
                     layout: Layout::Spread,
                     replication_factor: Some(factor),
                     shards: None,
@@ -338,7 +338,9 @@ mod tests {
     fn voters_are_odd_where_that_costs_no_survivor() {
         let meta: Vec<usize> = (1..=7)
             .map(|count| {
-                plan(count, Asked::default()).expect("a view").groups[&GroupId::META]
+                plan(count, PlacementSpec::default())
+                    .expect("a view")
+                    .groups[&GroupId::META]
                     .creation
                     .len()
             })
@@ -366,7 +368,7 @@ mod tests {
 
     #[test]
     fn the_meta_group_has_a_replica_on_every_node() {
-        let view = plan(9, Asked::default()).expect("a view");
+        let view = plan(9, PlacementSpec::default()).expect("a view");
         let meta = &view.groups[&GroupId::META];
         assert_eq!(
             meta.replicas.values().copied().collect::<Vec<_>>(),
@@ -380,14 +382,17 @@ mod tests {
         turned.reverse();
         turned.swap(1, 4);
         assert_eq!(
-            first_view(ClusterId(9), Asked::default(), turned),
-            plan(7, Asked::default())
+            first_view(ClusterId(9), PlacementSpec::default(), turned),
+            plan(7, PlacementSpec::default())
         );
     }
 
     #[test]
     fn what_cannot_be_placed_says_why() {
-        assert_eq!(plan(0, Asked::default()), Err(PlacementError::NoNodes));
+        assert_eq!(
+            plan(0, PlacementSpec::default()),
+            Err(PlacementError::NoNodes)
+        );
         assert_eq!(
             plan(2, asked(Some(3), None)),
             Err(PlacementError::TooFewNodes {
@@ -412,7 +417,7 @@ mod tests {
             Err(PlacementError::ShardsOutOfRange(4097))
         );
         assert!(plan(3, asked(None, Some(4096))).is_ok());
-        let crowded = Asked {
+        let crowded = PlacementSpec {
             layout: Layout::Exclusive,
             replication_factor: Some(2),
             shards: Some(3),
@@ -425,13 +430,14 @@ mod tests {
             })
         );
         let twice = vec![node(1), node(2), node(1)];
-        let error = first_view(ClusterId(9), Asked::default(), twice).expect_err("a node twice");
+        let error =
+            first_view(ClusterId(9), PlacementSpec::default(), twice).expect_err("a node twice");
         assert_eq!(error, PlacementError::DuplicateAddress(node(1).address));
-        let moved = Node {
+        let moved = NodeSpec {
             directory: DirectoryId(1),
             ..node(2)
         };
-        let error = first_view(ClusterId(9), Asked::default(), vec![node(1), moved])
+        let error = first_view(ClusterId(9), PlacementSpec::default(), vec![node(1), moved])
             .expect_err("a directory twice");
         assert_eq!(error, PlacementError::DuplicateDirectory(DirectoryId(1)));
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::sizes::{Sizes, meta_voters};
 use super::{PlacementError, roster, shards, targets, witnesses};
-use crate::sm::view::{Asked, Node, View};
+use crate::sm::view::{NodeSpec, PlacementSpec, View};
 use crate::types::{GroupId, NodeId, ReplicaId};
 
 /// The view that is to follow another, as `meta::Command::InstallPlan` takes it.
@@ -29,8 +29,8 @@ pub struct Planned {
 /// Why it can't be done.
 pub fn plan(
     view: &View,
-    asked: Asked,
-    wanted: &[Node],
+    asked: PlacementSpec,
+    wanted: &[NodeSpec],
     out: &BTreeSet<NodeId>,
 ) -> Result<Planned, PlacementError> {
     let mut next = view.clone();

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use super::PlacementError;
 use super::sizes::check_nodes;
-use crate::sm::view::{Node, View};
+use crate::sm::view::{NodeSpec, View};
 use crate::types::NodeId;
 
 /// Makes the nodes of `next` the wanted ones and those that leave, and returns the leaving ones
@@ -14,16 +14,17 @@ use crate::types::NodeId;
 ///
 /// A node that the view knows keeps its id and is called as the view calls it; others get ids in
 /// the order of their addresses.
-pub fn enrol(next: &mut View, wanted: &[Node]) -> Result<BTreeSet<NodeId>, PlacementError> {
+pub fn enrol(next: &mut View, wanted: &[NodeSpec]) -> Result<BTreeSet<NodeId>, PlacementError> {
     check_nodes(wanted)?;
-    let known = |node: &Node| {
+    let known = |node: &NodeSpec| {
         next.nodes
             .iter()
             .find(|(_, known)| known.directory == node.directory)
             .map(|(id, _)| *id)
     };
     let mut staying: BTreeSet<NodeId> = wanted.iter().filter_map(known).collect();
-    let mut newcomers: Vec<&Node> = wanted.iter().filter(|node| known(node).is_none()).collect();
+    let mut newcomers: Vec<&NodeSpec> =
+        wanted.iter().filter(|node| known(node).is_none()).collect();
     newcomers.sort_by(|a, b| a.address.cmp(&b.address));
     for node in newcomers {
         staying.insert(next.next_node);

@@ -3,9 +3,9 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::even::{Item, assign};
+use super::even::{BinTaker, assign};
 use super::sizes::{Sizes, exclusive_voters};
-use crate::sm::view::{Group, Layout, View};
+use crate::sm::view::{GroupSpec, Layout, View};
 use crate::types::{GroupId, NodeId, ReplicaId, SLOTS, Slot};
 
 /// Cost of putting something where it is not: more than all finer costs below can add up to.
@@ -31,7 +31,7 @@ pub fn choose(next: &mut View, count: usize, working: &BTreeSet<NodeId>) -> BTre
         *slots.entry(next.slots.owner(slot)).or_default() += 1;
     }
     let share = usize::from(SLOTS) / next.shards().count().max(1);
-    let worth = |(id, group): (GroupId, &Group)| {
+    let worth = |(id, group): (GroupId, &GroupSpec)| {
         let kept = group
             .replicas
             .values()
@@ -81,8 +81,8 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: 
     match next.asked.layout {
         Layout::Spread => {
             let costs = |shard| (0..nodes.len()).map(|node| cost(shard, node)).collect();
-            let items: Vec<Item> = (0..ids.len())
-                .map(|shard| Item {
+            let items: Vec<BinTaker> = (0..ids.len())
+                .map(|shard| BinTaker {
                     takes: sizes.factor,
                     costs: costs(shard),
                 })
@@ -93,8 +93,8 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: 
         }
         Layout::Exclusive => {
             let costs = |node| (0..ids.len()).map(|shard| cost(shard, node)).collect();
-            let items: Vec<Item> = (0..nodes.len())
-                .map(|node| Item {
+            let items: Vec<BinTaker> = (0..nodes.len())
+                .map(|node| BinTaker {
                     takes: 1,
                     costs: costs(node),
                 })
@@ -115,7 +115,7 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, sizes: Sizes, working: 
 
 /// Returns the cost of a replica of the group on nodes where it has, or had, one; elsewhere the
 /// cost is a [`CHANGE`].
-fn standing(group: &Group) -> BTreeMap<NodeId, i64> {
+fn standing(group: &GroupSpec) -> BTreeMap<NodeId, i64> {
     let stay = |node: &NodeId| if group.home == *node { STAY_HOME } else { STAY };
     let cost = |replica: &ReplicaId| {
         if group.can_come_back(*replica) {
@@ -145,7 +145,8 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
         next.next_replica.0 += replicas.len() as u64;
         let voters = replicas.keys().take(voters).copied().collect();
         let home = nodes.first().copied().unwrap_or_default();
-        next.groups.insert(id, Group::new(home, replicas, &voters));
+        next.groups
+            .insert(id, GroupSpec::new(home, replicas, &voters));
         return;
     };
     let voted = group.voters();
@@ -173,7 +174,7 @@ fn seat(next: &mut View, id: GroupId, nodes: &BTreeSet<NodeId>, voters: usize) {
 }
 
 /// Has the home be a node of a voter.
-fn rehome(group: &mut Group) {
+fn rehome(group: &mut GroupSpec) {
     let voters = group.voters();
     let mut at = group
         .replicas
@@ -214,9 +215,9 @@ pub fn settle_homes(
             .map(|node| by_node.get(node).copied())
             .collect()
     };
-    let items: Vec<Item> = shards
+    let items: Vec<BinTaker> = shards
         .iter()
-        .map(|id| Item {
+        .map(|id| BinTaker {
             takes: 1,
             costs: costs(id),
         })

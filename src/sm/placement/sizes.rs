@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{PlacementError, REPLICATION_FACTOR_MAX};
-use crate::sm::view::{Asked, Layout, Node};
+use crate::sm::view::{Layout, NodeSpec, PlacementSpec};
 use crate::types::SLOTS;
 
 /// Replicas of a shard where no number is asked for and there are nodes enough.
@@ -24,7 +24,7 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    pub fn of(nodes: usize, asked: Asked) -> Result<Self, PlacementError> {
+    pub fn of(nodes: usize, asked: PlacementSpec) -> Result<Self, PlacementError> {
         let factor = replication_factor(nodes, asked)?;
         let (shards, needed) = match asked.layout {
             Layout::Spread => (shard_count(asked, nodes)?, factor),
@@ -46,7 +46,7 @@ impl Sizes {
 }
 
 /// The number of replicas asked for, or the default for this many nodes.
-fn replication_factor(nodes: usize, asked: Asked) -> Result<usize, PlacementError> {
+fn replication_factor(nodes: usize, asked: PlacementSpec) -> Result<usize, PlacementError> {
     match asked.replication_factor {
         None => Ok(nodes.min(REPLICATION_FACTOR_DEFAULT)),
         Some(factor) if (1..=REPLICATION_FACTOR_MAX).contains(&factor) => Ok(usize::from(factor)),
@@ -55,7 +55,7 @@ fn replication_factor(nodes: usize, asked: Asked) -> Result<usize, PlacementErro
 }
 
 /// The number of shards asked for, or `default`.
-fn shard_count(asked: Asked, default: usize) -> Result<usize, PlacementError> {
+fn shard_count(asked: PlacementSpec, default: usize) -> Result<usize, PlacementError> {
     match asked.shards {
         None => Ok(default.clamp(1, usize::from(SLOTS))),
         Some(count) if (1..=SLOTS).contains(&count) => Ok(usize::from(count)),
@@ -87,7 +87,7 @@ pub fn exclusive_voters(size: usize, factor: usize) -> usize {
 }
 
 /// That there are nodes, and none of them twice.
-pub fn check_nodes(nodes: &[Node]) -> Result<(), PlacementError> {
+pub fn check_nodes(nodes: &[NodeSpec]) -> Result<(), PlacementError> {
     if nodes.is_empty() {
         return Err(PlacementError::NoNodes);
     }

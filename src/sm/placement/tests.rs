@@ -9,41 +9,41 @@ use rand::{Rng, SeedableRng};
 use super::sizes::{Sizes, meta_voters};
 use super::{PlacementError, Planned, REPLICATION_FACTOR_MAX, first_view, plan};
 use crate::sm::testing::Meta;
-use crate::sm::view::{Asked, Group, Layout, Node, View, Witness};
+use crate::sm::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, View, WitnessSpec};
 use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 
-fn node(address: usize, directory: u128) -> Node {
+fn node(address: usize, directory: u128) -> NodeSpec {
     let address = format!("node-{address:03}:13800")
         .parse()
         .expect("an address");
-    Node {
+    NodeSpec {
         address,
         public_address: None,
         directory: DirectoryId(directory),
     }
 }
 
-fn nodes(numbers: std::ops::RangeInclusive<usize>) -> Vec<Node> {
+fn nodes(numbers: std::ops::RangeInclusive<usize>) -> Vec<NodeSpec> {
     numbers.map(|number| node(number, number as u128)).collect()
 }
 
-fn spread(factor: u8, shards: Option<u16>) -> Asked {
-    Asked {
+fn spread(factor: u8, shards: Option<u16>) -> PlacementSpec {
+    PlacementSpec {
         layout: Layout::Spread,
         replication_factor: Some(factor),
         shards,
     }
 }
 
-fn exclusive(factor: u8) -> Asked {
-    Asked::from_flags(Some(factor), None)
+fn exclusive(factor: u8) -> PlacementSpec {
+    PlacementSpec::from_flags(Some(factor), None)
 }
 
-fn found(asked: Asked, wanted: Vec<Node>) -> Meta {
+fn found(asked: PlacementSpec, wanted: Vec<NodeSpec>) -> Meta {
     Meta::founded(first_view(ClusterId(9), asked, wanted).expect("a first view"))
 }
 
-fn planned(view: &View, asked: Asked, wanted: &[Node]) -> Planned {
+fn planned(view: &View, asked: PlacementSpec, wanted: &[NodeSpec]) -> Planned {
     plan(view, asked, wanted, &BTreeSet::new()).expect("a plan")
 }
 
@@ -56,7 +56,7 @@ fn unevenness<T: Ord>(of: impl IntoIterator<Item = T>, seen: impl IntoIterator<I
     counts.values().max().expect("some") - counts.values().min().expect("some")
 }
 
-fn shards_that_stay(view: &View) -> impl Iterator<Item = (GroupId, &Group)> {
+fn shards_that_stay(view: &View) -> impl Iterator<Item = (GroupId, &GroupSpec)> {
     view.shards().filter(|(_, group)| !group.ends)
 }
 
@@ -153,7 +153,7 @@ fn assert_witnesses(view: &View, working: &BTreeSet<NodeId>) {
         let free: BTreeSet<NodeId> = working.difference(&held).copied().collect();
         let is_due = group.voters().len() % 2 == 0 && !free.is_empty();
         assert_eq!(group.witness.is_some(), is_due, "{id}: {group:?}");
-        let Some(Witness { replica, node }) = group.witness else {
+        let Some(WitnessSpec { replica, node }) = group.witness else {
             continue;
         };
         assert!(
@@ -239,7 +239,7 @@ fn a_node_more_takes_its_share_of_the_witnesses_and_no_more() {
         let before = found(spread(2, Some(60)), nodes(1..=count)).view();
         let after = planned(&before, before.asked, &nodes(1..=count + 1)).view;
         assert_plan(&after, &BTreeSet::new());
-        let is_new = |group: &&Group| {
+        let is_new = |group: &&GroupSpec| {
             group
                 .witness
                 .is_some_and(|witness| witness.replica >= before.next_replica)
@@ -266,7 +266,7 @@ fn planning_a_first_view_again_changes_nothing() {
                 spread(factor, None),
                 spread(factor, Some(16)),
                 exclusive(factor),
-                Asked::default(),
+                PlacementSpec::default(),
             ] {
                 let view = first_view(ClusterId(9), asked, nodes(1..=count)).expect("a view");
                 let again = planned(&view, asked, &nodes(1..=count));
@@ -293,7 +293,7 @@ fn new_replicas(before: &View, after: &View) -> usize {
 }
 
 fn changed_homes(before: &View, after: &View) -> usize {
-    let changed = |(id, group): &(GroupId, &Group)| {
+    let changed = |(id, group): &(GroupId, &GroupSpec)| {
         before
             .groups
             .get(id)
@@ -358,7 +358,7 @@ fn a_change_that_is_taken_back_moves_back_only_what_had_moved() {
 
 #[test]
 fn a_view_that_shares_no_node_with_the_one_before() {
-    for asked in [Asked::default(), spread(5, Some(11)), exclusive(3)] {
+    for asked in [PlacementSpec::default(), spread(5, Some(11)), exclusive(3)] {
         let mut meta = found(asked, nodes(1..=7));
         meta.install(planned(&meta.view(), asked, &nodes(8..=15)).view);
         assert_plan(&meta.view(), &BTreeSet::new());
@@ -371,7 +371,7 @@ fn a_view_that_shares_no_node_with_the_one_before() {
 
 #[test]
 fn another_directory_under_an_address_is_another_node() {
-    let asked = Asked::default();
+    let asked = PlacementSpec::default();
     let mut meta = found(asked, nodes(1..=4));
     let mut wanted = nodes(1..=4);
     wanted[1].directory = DirectoryId(77);
@@ -393,7 +393,7 @@ fn another_directory_under_an_address_is_another_node() {
 fn a_node_out_of_reach_rests_while_there_are_others_enough() {
     let out = BTreeSet::from([NodeId(2)]);
     let settled = |asked, count| found(asked, nodes(1..=count)).view();
-    let view = settled(Asked::default(), 4);
+    let view = settled(PlacementSpec::default(), 4);
     let next = plan(&view, view.asked, &nodes(1..=4), &out)
         .expect("a plan")
         .view;
@@ -409,7 +409,7 @@ fn a_node_out_of_reach_rests_while_there_are_others_enough() {
                 .any(|(_, group)| group.replicas.values().any(|node| *node == NodeId(2)))
     );
 
-    let view = settled(Asked::default(), 3);
+    let view = settled(PlacementSpec::default(), 3);
     assert!(
         plan(&view, view.asked, &nodes(1..=3), &out)
             .expect("a plan")
@@ -437,9 +437,9 @@ fn a_node_out_of_reach_rests_while_there_are_others_enough() {
 
 #[test]
 fn a_shard_that_ends_stays_where_it_is_but_for_dead_nodes() {
-    let view = found(Asked::default(), nodes(1..=6)).view();
+    let view = found(PlacementSpec::default(), nodes(1..=6)).view();
     let next = planned(&view, view.asked, &nodes(1..=5)).view;
-    let ending: Vec<&Group> = next
+    let ending: Vec<&GroupSpec> = next
         .shards()
         .map(|(_, group)| group)
         .filter(|group| group.ends)
@@ -485,10 +485,14 @@ fn replicas_on_their_way_out_are_called_back_rather_than_new_ones() {
 
 #[test]
 fn what_cannot_be_planned_says_why() {
-    let view = found(Asked::default(), nodes(1..=5)).view();
-    let refused =
-        |asked, wanted: &[Node]| plan(&view, asked, wanted, &BTreeSet::new()).expect_err("refused");
-    assert_eq!(refused(Asked::default(), &[]), PlacementError::NoNodes);
+    let view = found(PlacementSpec::default(), nodes(1..=5)).view();
+    let refused = |asked, wanted: &[NodeSpec]| {
+        plan(&view, asked, wanted, &BTreeSet::new()).expect_err("refused")
+    };
+    assert_eq!(
+        refused(PlacementSpec::default(), &[]),
+        PlacementError::NoNodes
+    );
     assert_eq!(
         refused(exclusive(3), &nodes(4..=5)),
         PlacementError::TooFewNodes {
@@ -512,7 +516,7 @@ fn what_cannot_be_planned_says_why() {
         refused(spread(3, Some(0)), &nodes(1..=9)),
         PlacementError::ShardsOutOfRange(0)
     );
-    let crowded = Asked {
+    let crowded = PlacementSpec {
         layout: Layout::Exclusive,
         replication_factor: Some(2),
         shards: Some(3),
@@ -524,23 +528,23 @@ fn what_cannot_be_planned_says_why() {
             nodes: 5
         }
     );
-    let address = refused(Asked::default(), &[node(1, 1), node(1, 2)]);
+    let address = refused(PlacementSpec::default(), &[node(1, 1), node(1, 2)]);
     assert_eq!(
         address,
         PlacementError::DuplicateAddress(node(1, 1).address)
     );
-    let directory = refused(Asked::default(), &[node(1, 1), node(2, 1)]);
+    let directory = refused(PlacementSpec::default(), &[node(1, 1), node(2, 1)]);
     assert_eq!(
         directory,
         PlacementError::DuplicateDirectory(DirectoryId(1))
     );
     // Node 1 is still called by its old address, which another has taken.
-    let taken = refused(Asked::default(), &[node(9, 1), node(1, 9)]);
+    let taken = refused(PlacementSpec::default(), &[node(9, 1), node(1, 9)]);
     assert_eq!(taken, PlacementError::DuplicateAddress(node(1, 1).address));
 }
 
 /// An asking at random that these many nodes can meet.
-fn random_asked(rng: &mut StdRng, nodes: usize) -> Asked {
+fn random_asked(rng: &mut StdRng, nodes: usize) -> PlacementSpec {
     let factor = rng
         .random_bool(0.7)
         .then(|| rng.random_range(1..=REPLICATION_FACTOR_MAX.min(nodes as u8)));
@@ -550,7 +554,7 @@ fn random_asked(rng: &mut StdRng, nodes: usize) -> Asked {
     } else {
         Layout::Spread
     };
-    let asked = Asked {
+    let asked = PlacementSpec {
         layout,
         replication_factor: factor,
         shards,
@@ -558,7 +562,7 @@ fn random_asked(rng: &mut StdRng, nodes: usize) -> Asked {
     if Sizes::of(nodes, asked).is_ok() {
         asked
     } else {
-        Asked {
+        PlacementSpec {
             shards: None,
             ..asked
         }
@@ -627,7 +631,7 @@ fn any_sequence_of_changes_can_be_planned_and_carried_out() {
 
 #[test]
 fn large_views_are_planned_at_once() {
-    let timed = |view: &View, asked, wanted: &[Node]| {
+    let timed = |view: &View, asked, wanted: &[NodeSpec]| {
         let started = std::time::Instant::now();
         let next = planned(view, asked, wanted).view;
         let took = started.elapsed();
@@ -635,7 +639,7 @@ fn large_views_are_planned_at_once() {
         assert_plan(&next, &BTreeSet::new());
         next
     };
-    let view = first_view(ClusterId(9), Asked::default(), nodes(1..=100)).expect("a view");
+    let view = first_view(ClusterId(9), PlacementSpec::default(), nodes(1..=100)).expect("a view");
     let view = carried_out(timed(&view, spread(5, None), &nodes(1..=100)));
     timed(&view, spread(5, None), &nodes(3..=120));
     timed(&view, exclusive(3), &nodes(1..=100));

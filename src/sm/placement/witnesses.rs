@@ -6,9 +6,9 @@
 
 use std::collections::BTreeSet;
 
-use super::even::{Item, assign};
+use super::even::{BinTaker, assign};
 use super::shards::{AWKWARD, CHANGE, STAY};
-use crate::sm::view::{Group, View, Witness};
+use crate::sm::view::{GroupSpec, View, WitnessSpec};
 use crate::types::{GroupId, NodeId};
 
 /// Gives each of the shards its witness, or none. One that is there stays if it may, and where that
@@ -23,7 +23,7 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, working: &BTreeSet<Node
         let costs: Vec<Option<i64>> = nodes.iter().map(|node| cost(group, *node)).collect();
         if group.voters().len().is_multiple_of(2) && costs.iter().any(Option::is_some) {
             ids.push(*id);
-            items.push(Item { takes: 1, costs });
+            items.push(BinTaker { takes: 1, costs });
         }
     }
     let mut places: Vec<(GroupId, Option<NodeId>)> = shards
@@ -44,7 +44,7 @@ pub fn deal(next: &mut View, shards: &BTreeSet<GroupId>, working: &BTreeSet<Node
 }
 
 /// Returns the cost of a witness on a node; None where it may not be.
-fn cost(group: &Group, node: NodeId) -> Option<i64> {
+fn cost(group: &GroupSpec, node: NodeId) -> Option<i64> {
     let is_taken = group.replicas.values().any(|at| *at == node);
     let stays = group.witness.is_some_and(|witness| witness.node == node);
     let leaves = group.leaving.values().any(|at| *at == node);
@@ -66,7 +66,7 @@ fn seat(next: &mut View, id: GroupId, node: Option<NodeId>) {
     }
     dismiss(group);
     if let Some(node) = node {
-        group.witness = Some(Witness {
+        group.witness = Some(WitnessSpec {
             replica: next.next_replica,
             node,
         });
@@ -87,7 +87,7 @@ pub fn dismiss_dead(next: &mut View, dead: &BTreeSet<NodeId>) {
     }
 }
 
-fn dismiss(group: &mut Group) {
+fn dismiss(group: &mut GroupSpec) {
     let gone = group.witness.take();
     group
         .leaving

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Asked, Group, Node, SlotMove, SlotTable, View, Witness};
+use super::{GroupSpec, NodeSpec, PlacementSpec, SlotMove, SlotTable, View, WitnessSpec};
 use crate::types::{ClusterId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId};
 
 #[derive(Serialize, Deserialize)]
@@ -13,11 +13,11 @@ pub struct ViewRecord {
     cluster: ClusterId,
     epoch: PlanEpoch,
     version: MapVersion,
-    asked: Asked,
-    nodes: BTreeMap<NodeId, Node>,
+    asked: PlacementSpec,
+    nodes: BTreeMap<NodeId, NodeSpec>,
     leaving: BTreeSet<NodeId>,
     out: BTreeSet<NodeId>,
-    groups: BTreeMap<GroupId, Group>,
+    groups: BTreeMap<GroupId, GroupSpec>,
     slots: SlotTable,
     targets: SlotTable,
     moves: BTreeMap<MoveId, SlotMove>,
@@ -27,7 +27,7 @@ pub struct ViewRecord {
     next_move: MoveId,
     /// Since the second format. Those of groups that are not there are passed over.
     #[serde(default)]
-    witnesses: BTreeMap<GroupId, Witness>,
+    witnesses: BTreeMap<GroupId, WitnessSpec>,
     /// Since the third format. Left out at level 0, so that programs that know no level read it.
     #[serde(default, skip_serializing_if = "is_zero")]
     level: u16,

@@ -1,10 +1,10 @@
-//! [`Activity`]: what the writer does, for those who watch whether it hangs.
+//! [`ActivityTracker`]: what the writer does, for those who watch whether it hangs.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Phases of the writer's loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
+pub enum WriterPhase {
     /// Waits for something to do.
     Waits,
     /// Writes and syncs, and keeps the segments in order: at the mercy of the disk.
@@ -15,8 +15,8 @@ pub enum Phase {
 
 /// A look at the writer at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seen {
-    pub phase: Phase,
+pub struct WriterActivity {
+    pub phase: WriterPhase,
     /// Grows with every phase that it enters: it hangs where this stays while it should do
     /// something.
     pub steps: u64,
@@ -26,24 +26,24 @@ pub struct Seen {
 
 /// Written by the writer alone.
 #[derive(Debug, Default)]
-pub(super) struct Activity {
+pub(super) struct ActivityTracker {
     phase: AtomicU8,
     steps: AtomicU64,
 }
 
-impl Activity {
-    pub fn enter(&self, phase: Phase) {
+impl ActivityTracker {
+    pub fn enter(&self, phase: WriterPhase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
         self.steps.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub fn seen(&self, has_work: bool) -> Seen {
+    pub fn seen(&self, has_work: bool) -> WriterActivity {
         let phase = match self.phase.load(Ordering::Relaxed) {
-            phase if phase == Phase::Writes as u8 => Phase::Writes,
-            phase if phase == Phase::CallsBack as u8 => Phase::CallsBack,
-            _ => Phase::Waits,
+            phase if phase == WriterPhase::Writes as u8 => WriterPhase::Writes,
+            phase if phase == WriterPhase::CallsBack as u8 => WriterPhase::CallsBack,
+            _ => WriterPhase::Waits,
         };
-        Seen {
+        WriterActivity {
             phase,
             steps: self.steps.load(Ordering::Relaxed),
             has_work,

@@ -11,14 +11,14 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 
-use super::activity::{Activity, Seen};
-use super::queue::{Change, Op, Queue, call};
-use super::record::{self, Place, Record};
-use super::replica::{Replica, ReplicaLog};
-use super::room::Room;
+use super::activity::{ActivityTracker, WriterActivity};
+use super::queue::{LogChange, LogOp, LogQueue, call};
+use super::record::{self, LogRecord, RecordPlace};
+use super::replica::{ReplicaLog, ReplicaLogInner};
+use super::room::LogDiskRoom;
 use super::writer::LogWriter;
-use super::written::{Spot, Written};
-use super::{Done, Entry, LogFailure, LogOptions, OpenLogError};
+use super::written::{EntryLocation, LogIndex};
+use super::{Done, LogEntry, LogFailure, LogOptions, OpenLogError};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{Disk, DiskFile};
 use crate::types::{GroupId, LogId, ReplicaId};
@@ -68,14 +68,14 @@ pub struct Pin {
 /// are dropped.
 #[derive(Clone)]
 pub struct Log {
-    handle: Arc<Handle>,
+    handle: Arc<LogHandle>,
 }
 
-struct Handle {
-    shared: Arc<Shared>,
+struct LogHandle {
+    shared: Arc<LogInner>,
 }
 
-impl Drop for Handle {
+impl Drop for LogHandle {
     fn drop(&mut self) {
         self.shared.queue.close();
     }
@@ -92,7 +92,7 @@ impl Log {
         let (shared, writer) = super::writer::open(disk, dir, options)?;
         Ok((
             Log {
-                handle: Arc::new(Handle { shared }),
+                handle: Arc::new(LogHandle { shared }),
             },
             writer,
         ))
@@ -130,8 +130,8 @@ impl Log {
             return done(Err(io::Error::new(io::ErrorKind::AlreadyExists, reason)));
         }
         roster.highest.insert(key.group, key.replica);
-        let replica = Arc::new(Replica::new(key, Written::default()));
-        let pushed = self.push(&replica, Change::Create, done);
+        let replica = Arc::new(ReplicaLogInner::new(key, LogIndex::default()));
+        let pushed = self.push(&replica, LogChange::Create, done);
         roster.replicas.insert(key, replica);
         drop(roster);
         refuse(pushed);
@@ -145,10 +145,10 @@ impl Log {
             Some(replica) => {
                 let mut state = replica.lock();
                 let (seq, waiters) = state.wipe();
-                let op = Op {
+                let op = LogOp {
                     replica: replica.clone(),
                     seq,
-                    change: Change::Wipe,
+                    change: LogChange::Wipe,
                     done,
                 };
                 (self.shared().queue.push(op), waiters)
@@ -156,8 +156,8 @@ impl Log {
             // Perhaps its wiping still waits to be synced: done when that is.
             None => (
                 self.push(
-                    &Arc::new(Replica::new(key, Written::default())),
-                    Change::Nothing,
+                    &Arc::new(ReplicaLogInner::new(key, LogIndex::default())),
+                    LogChange::Nothing,
                     done,
                 ),
                 Vec::new(),
@@ -176,11 +176,11 @@ impl Log {
 
     fn push(
         &self,
-        replica: &Arc<Replica>,
-        change: Change,
+        replica: &Arc<ReplicaLogInner>,
+        change: LogChange,
         done: Done,
-    ) -> Result<(), (Op, LogFailure)> {
-        self.shared().queue.push(Op {
+    ) -> Result<(), (LogOp, LogFailure)> {
+        self.shared().queue.push(LogOp {
             replica: replica.clone(),
             seq: 0,
             change,
@@ -199,7 +199,7 @@ impl Log {
     }
 
     /// Returns what the writer does now.
-    pub fn activity(&self) -> Seen {
+    pub fn activity(&self) -> WriterActivity {
         self.shared().activity.seen(!self.shared().queue.is_empty())
     }
 
@@ -214,7 +214,7 @@ impl Log {
     }
 
     pub fn metrics(&self) -> LogMetrics {
-        let replicas: Vec<Arc<Replica>> =
+        let replicas: Vec<Arc<ReplicaLogInner>> =
             self.shared().roster().replicas.values().cloned().collect();
         let mut metrics = self.shared().counters().clone();
         metrics.replicas = replicas
@@ -237,9 +237,9 @@ impl Log {
     /// ones are rebased by the log itself; the others let go when they purge, so they want a
     /// snapshot.
     pub fn pinning(&self) -> Vec<Pin> {
-        let replicas: Vec<Arc<Replica>> =
+        let replicas: Vec<Arc<ReplicaLogInner>> =
             self.shared().roster().replicas.values().cloned().collect();
-        let mut first_segments: Vec<(u64, Arc<Replica>, u64)> = Vec::new();
+        let mut first_segments: Vec<(u64, Arc<ReplicaLogInner>, u64)> = Vec::new();
         for replica in replicas {
             let state = replica.lock();
             let first = state
@@ -263,7 +263,7 @@ impl Log {
         let sealed = first_segments
             .into_iter()
             .filter(|(first, _, _)| first < active);
-        let pin = |(first, replica, live_bytes): (u64, Arc<Replica>, u64)| {
+        let pin = |(first, replica, live_bytes): (u64, Arc<ReplicaLogInner>, u64)| {
             let held_bytes = segments
                 .range(first..*active)
                 .map(|(_, segment)| segment.end)
@@ -277,30 +277,30 @@ impl Log {
         sealed.map(pin).collect()
     }
 
-    pub(super) fn shared(&self) -> &Shared {
+    pub(super) fn shared(&self) -> &LogInner {
         &self.handle.shared
     }
 }
 
-fn refuse(pushed: Result<(), (Op, LogFailure)>) {
+fn refuse(pushed: Result<(), (LogOp, LogFailure)>) {
     if let Err((op, failure)) = pushed {
         call(op.done, Some(&failure));
     }
 }
 
 /// State shared by the handles and the writer.
-pub(super) struct Shared {
-    pub queue: Queue,
+pub(super) struct LogInner {
+    pub queue: LogQueue,
     pub segments: RwLock<BTreeMap<u64, SegmentView>>,
     pub failed: watch::Sender<Option<LogFailure>>,
-    pub activity: Activity,
+    pub activity: ActivityTracker,
     /// Turns of those who read from the disk.
     pub readers: Arc<Semaphore>,
     roster: Mutex<Roster>,
     counters: Mutex<LogMetrics>,
     pub binding: u128,
     queue_bytes_max: usize,
-    pub room: Room,
+    pub room: LogDiskRoom,
 }
 
 /// A segment as readers see it.
@@ -312,22 +312,22 @@ pub(super) struct SegmentView {
 
 /// The replicas of the log, as issued.
 pub(super) struct Roster {
-    pub replicas: BTreeMap<ReplicaKey, Arc<Replica>>,
+    pub replicas: BTreeMap<ReplicaKey, Arc<ReplicaLogInner>>,
     pub highest: BTreeMap<GroupId, ReplicaId>,
 }
 
-impl Shared {
+impl LogInner {
     pub fn new(
         roster: Roster,
         segments: BTreeMap<u64, SegmentView>,
         options: &LogOptions,
-        room: Room,
+        room: LogDiskRoom,
     ) -> Self {
         Self {
-            queue: Queue::default(),
+            queue: LogQueue::default(),
             segments: RwLock::new(segments),
             failed: watch::Sender::new(None),
-            activity: Activity::default(),
+            activity: ActivityTracker::default(),
             readers: Arc::new(Semaphore::new(READERS_MAX)),
             roster: Mutex::new(roster),
             counters: Mutex::new(LogMetrics::default()),
@@ -363,7 +363,12 @@ impl Shared {
     }
 
     /// Reads one entry from the disk and checks that it is the one.
-    pub fn read_entry(&self, key: ReplicaKey, id: LogId, spot: Spot) -> io::Result<Entry> {
+    pub fn read_entry(
+        &self,
+        key: ReplicaKey,
+        id: LogId,
+        spot: EntryLocation,
+    ) -> io::Result<LogEntry> {
         let segments = self
             .segments
             .read()
@@ -376,7 +381,7 @@ impl Shared {
             .read_at(&mut bytes, u64::from(spot.offset))
             .map_err(|error| super::with_context(error, path.display()))?;
         bytes.truncate(n);
-        let place = Place {
+        let place = RecordPlace {
             binding: self.binding,
             segment: spot.segment,
             offset: u64::from(spot.offset),
@@ -391,7 +396,7 @@ impl Shared {
         };
         let found = record::decode(&bytes, place).map_err(|error| damaged(error.to_string()))?;
         match found.record {
-            Record::Entry(entry) | Record::Restated(entry)
+            LogRecord::Entry(entry) | LogRecord::Restated(entry)
                 if entry.id == id && found.key == key =>
             {
                 Ok(entry)

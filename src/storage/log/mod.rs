@@ -55,7 +55,7 @@ use serde::{Deserialize, Serialize};
 use crate::storage::disk::Disk;
 use crate::types::{LogId, ReplicaId};
 
-pub use activity::{Phase, Seen};
+pub use activity::{WriterActivity, WriterPhase};
 pub use handle::{Log, LogMetrics, Pin, SYNC_BUCKETS_US};
 pub use replica::{LogState, ReplicaLog};
 pub use writer::LogWriter;
@@ -72,25 +72,25 @@ pub fn discard(disk: Arc<dyn Disk>, dir: &Path) -> io::Result<()> {
 
 /// An entry of a group's log. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
+pub struct LogEntry {
     pub id: LogId,
-    pub payload: Payload,
+    pub payload: LogPayload,
 }
 
 /// Contents of an entry; opaque to the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Payload {
+pub enum LogPayload {
     Blank,
     Normal(Bytes),
     Membership(Bytes),
 }
 
-impl Payload {
+impl LogPayload {
     /// The bytes in it; none for a blank one.
     pub fn bytes(&self) -> &[u8] {
         match self {
-            Payload::Blank => &[],
-            Payload::Normal(bytes) | Payload::Membership(bytes) => bytes,
+            LogPayload::Blank => &[],
+            LogPayload::Normal(bytes) | LogPayload::Membership(bytes) => bytes,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The one queue between all replicas and the writer.
 //!
 //! Bounded by its users: an append is never refused for room, since Raft could not bear that, but
-//! [`Queue::bytes`] is published so that proposers wait. The invariant: once a refusal is set,
+//! [`LogQueue::bytes`] is published so that proposers wait. The invariant: once a refusal is set,
 //! nothing enters, and its reason is what everyone gets.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -12,24 +12,24 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::record::entry_len;
-use super::replica::Replica;
-use super::{Done, Entry, LogFailure, Vote};
+use super::replica::ReplicaLogInner;
+use super::{Done, LogEntry, LogFailure, Vote};
 use crate::storage::ReplicaKey;
 use crate::types::LogId;
 
 /// An operation that waits for the writer.
-pub(super) struct Op {
-    pub replica: Arc<Replica>,
+pub(super) struct LogOp {
+    pub replica: Arc<ReplicaLogInner>,
     /// Counts the operations of the replica.
     pub seq: u64,
-    pub change: Change,
+    pub change: LogChange,
     pub done: Done,
 }
 
-pub(super) enum Change {
+pub(super) enum LogChange {
     Create,
     Wipe,
-    Append(Vec<Entry>),
+    Append(Vec<LogEntry>),
     Vote(Vote),
     Truncate(Option<LogId>),
     Purge(LogId),
@@ -37,32 +37,32 @@ pub(super) enum Change {
     Nothing,
 }
 
-impl Change {
+impl LogChange {
     /// Bytes that the operation takes in the log, or a little more.
     pub fn bytes(&self) -> usize {
         match self {
-            Change::Append(entries) => entries.iter().map(entry_len).sum(),
-            Change::Create
-            | Change::Wipe
-            | Change::Vote(_)
-            | Change::Truncate(_)
-            | Change::Purge(_)
-            | Change::Nothing => super::record::SMALL_RECORD_BYTES_MAX,
+            LogChange::Append(entries) => entries.iter().map(entry_len).sum(),
+            LogChange::Create
+            | LogChange::Wipe
+            | LogChange::Vote(_)
+            | LogChange::Truncate(_)
+            | LogChange::Purge(_)
+            | LogChange::Nothing => super::record::SMALL_RECORD_BYTES_MAX,
         }
     }
 }
 
 /// The operations that the writer takes from the queue at once.
 #[derive(Default)]
-pub(super) struct Taken {
-    pub ops: Vec<Op>,
+pub(super) struct QueuedWork {
+    pub ops: Vec<LogOp>,
     /// Committed ids that wait for any write to go along with.
     pub committed: BTreeMap<ReplicaKey, Option<LogId>>,
 }
 
 #[derive(Default)]
-struct State {
-    ops: VecDeque<Op>,
+struct LogQueueState {
+    ops: VecDeque<LogOp>,
     bytes: usize,
     committed: BTreeMap<ReplicaKey, Option<LogId>>,
     closing: bool,
@@ -70,16 +70,16 @@ struct State {
 }
 
 #[derive(Default)]
-pub(super) struct Queue {
-    state: Mutex<State>,
+pub(super) struct LogQueue {
+    state: Mutex<LogQueueState>,
     wake_thread: Condvar,
     wake_task: Notify,
 }
 
-impl Queue {
+impl LogQueue {
     /// Queues an operation, or gives it back with the reason. The caller holds the replica, so that
     /// its operations keep their order.
-    pub fn push(&self, op: Op) -> Result<(), (Op, LogFailure)> {
+    pub fn push(&self, op: LogOp) -> Result<(), (LogOp, LogFailure)> {
         let mut state = self.lock();
         if let Some(refusal) = &state.refusal {
             return Err((op, refusal.clone()));
@@ -123,7 +123,7 @@ impl Queue {
     }
 
     /// Refuses everything for `reason`, and hands back what waited.
-    pub fn fail(&self, reason: LogFailure) -> Vec<Op> {
+    pub fn fail(&self, reason: LogFailure) -> Vec<LogOp> {
         let mut state = self.lock();
         state.refusal = Some(reason);
         state.closing = true;
@@ -144,11 +144,11 @@ impl Queue {
     }
 
     /// Takes operations of at most `bytes_max` together, but at least one if there is one.
-    pub fn take(&self, bytes_max: usize) -> Taken {
+    pub fn take(&self, bytes_max: usize) -> QueuedWork {
         let mut state = self.lock();
         let committed = std::mem::take(&mut state.committed);
         let mut bytes = 0;
-        let fits = |op: &Op| {
+        let fits = |op: &LogOp| {
             bytes += op.change.bytes();
             bytes <= bytes_max
         };
@@ -160,16 +160,16 @@ impl Queue {
             .count()
             .max(1)
             .min(state.ops.len());
-        let ops: Vec<Op> = state.ops.drain(..count).collect();
+        let ops: Vec<LogOp> = state.ops.drain(..count).collect();
         state.bytes -= ops.iter().map(|op| op.change.bytes()).sum::<usize>();
-        Taken { ops, committed }
+        QueuedWork { ops, committed }
     }
 
     /// Blocks until an operation waits or the log is closing, at most for `timeout` if there is
     /// one.
     pub fn wait(&self, timeout: Option<Duration>) {
         let state = self.lock();
-        let idle = |state: &mut State| state.ops.is_empty() && !state.closing;
+        let idle = |state: &mut LogQueueState| state.ops.is_empty() && !state.closing;
         let poisoned = "no code panics while it holds the queue";
         match timeout {
             Some(timeout) => drop(
@@ -197,7 +197,7 @@ impl Queue {
         self.wake_task.notify_one();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, LogQueueState> {
         self.state
             .lock()
             .expect("no code panics while it holds the queue")

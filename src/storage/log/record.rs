@@ -17,7 +17,7 @@ use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{Entry, Payload, Vote};
+use super::{LogEntry, LogPayload, Vote};
 use crate::storage::ReplicaKey;
 use crate::types::{GroupId, LogId, ReplicaId};
 
@@ -35,13 +35,13 @@ pub(super) const NOBODY: ReplicaKey = ReplicaKey {
 
 /// Position of a record; its checksums are bound to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct RecordPlace {
     pub binding: u128,
     pub segment: u64,
     pub offset: u64,
 }
 
-impl Place {
+impl RecordPlace {
     fn seed(self) -> crc32fast::Hasher {
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(&self.binding.to_le_bytes());
@@ -51,12 +51,12 @@ impl Place {
     }
 }
 
-/// One record of the log, about the replica that its header names (none for [`Record::Head`] and
-/// [`Record::Mark`]).
+/// One record of the log, about the replica that its header names (none for [`LogRecord::Head`] and
+/// [`LogRecord::Mark`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Record {
+pub(super) enum LogRecord {
     /// First in every segment: what all that came before it amounts to.
-    Head(Head),
+    Head(SegmentHead),
     /// First in every batch: all before it was synced when it was written.
     Mark,
     Create,
@@ -67,15 +67,15 @@ pub(super) enum Record {
     /// Nothing up to this id is live from here on.
     Purge(LogId),
     Committed(Option<LogId>),
-    Entry(Entry),
-    /// Begins a rebase: followed at once by every live entry as [`Record::Restated`].
+    Entry(LogEntry),
+    /// Begins a rebase: followed at once by every live entry as [`LogRecord::Restated`].
     Restate(ReplicaHead),
-    Restated(Entry),
+    Restated(LogEntry),
 }
 
-/// The body of [`Record::Head`].
+/// The body of [`LogRecord::Head`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Head {
+pub(super) struct SegmentHead {
     pub segment: u64,
     /// End of the segment before this one, all of it synced. None in the first segment of a log.
     pub previous_end: Option<u64>,
@@ -95,8 +95,8 @@ pub(super) struct ReplicaHead {
 
 /// A record found in a segment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Found {
-    pub record: Record,
+pub(super) struct FoundRecord {
+    pub record: LogRecord,
     pub key: ReplicaKey,
     /// Header and body.
     pub len: usize,
@@ -120,7 +120,7 @@ pub(super) enum BadRecord {
 }
 
 /// Bytes that an entry takes in the log.
-pub(super) fn entry_len(entry: &Entry) -> usize {
+pub(super) fn entry_len(entry: &LogEntry) -> usize {
     HEADER_BYTES + ENTRY_PREFIX_BYTES + entry.payload.bytes().len()
 }
 
@@ -128,9 +128,14 @@ pub(super) fn entry_len(entry: &Entry) -> usize {
 pub(super) const SMALL_RECORD_BYTES_MAX: usize = HEADER_BYTES + 96;
 
 /// Appends a record to `buffer`, which begins at the offset of `start`.
-pub(super) fn encode(buffer: &mut Vec<u8>, start: Place, key: ReplicaKey, record: &Record) {
+pub(super) fn encode(
+    buffer: &mut Vec<u8>,
+    start: RecordPlace,
+    key: ReplicaKey,
+    record: &LogRecord,
+) {
     let at = buffer.len();
-    let place = Place {
+    let place = RecordPlace {
         offset: start.offset + at as u64,
         ..start
     };
@@ -157,19 +162,19 @@ pub(super) fn encode(buffer: &mut Vec<u8>, start: Place, key: ReplicaKey, record
     header[28..].copy_from_slice(&header_crc.to_le_bytes());
 }
 
-fn encode_body(buffer: &mut Vec<u8>, record: &Record) -> u8 {
+fn encode_body(buffer: &mut Vec<u8>, record: &LogRecord) -> u8 {
     match record {
-        Record::Head(head) => postcard_body(buffer, head, 1),
-        Record::Mark => 2,
-        Record::Create => 3,
-        Record::Wipe => 4,
-        Record::Vote(vote) => postcard_body(buffer, vote, 5),
-        Record::Truncate(last) => postcard_body(buffer, last, 6),
-        Record::Purge(upto) => postcard_body(buffer, upto, 7),
-        Record::Committed(id) => postcard_body(buffer, id, 8),
-        Record::Entry(entry) => entry_body(buffer, entry, 9),
-        Record::Restate(head) => postcard_body(buffer, head, 10),
-        Record::Restated(entry) => entry_body(buffer, entry, 11),
+        LogRecord::Head(head) => postcard_body(buffer, head, 1),
+        LogRecord::Mark => 2,
+        LogRecord::Create => 3,
+        LogRecord::Wipe => 4,
+        LogRecord::Vote(vote) => postcard_body(buffer, vote, 5),
+        LogRecord::Truncate(last) => postcard_body(buffer, last, 6),
+        LogRecord::Purge(upto) => postcard_body(buffer, upto, 7),
+        LogRecord::Committed(id) => postcard_body(buffer, id, 8),
+        LogRecord::Entry(entry) => entry_body(buffer, entry, 9),
+        LogRecord::Restate(head) => postcard_body(buffer, head, 10),
+        LogRecord::Restated(entry) => entry_body(buffer, entry, 11),
     }
 }
 
@@ -179,20 +184,20 @@ fn postcard_body<T: Serialize>(buffer: &mut Vec<u8>, value: &T, kind: u8) -> u8 
     kind
 }
 
-fn entry_body(buffer: &mut Vec<u8>, entry: &Entry, kind: u8) -> u8 {
+fn entry_body(buffer: &mut Vec<u8>, entry: &LogEntry, kind: u8) -> u8 {
     buffer.extend_from_slice(&entry.id.term.to_le_bytes());
     buffer.extend_from_slice(&entry.id.index.to_le_bytes());
     buffer.push(match entry.payload {
-        Payload::Blank => 0,
-        Payload::Normal(_) => 1,
-        Payload::Membership(_) => 2,
+        LogPayload::Blank => 0,
+        LogPayload::Normal(_) => 1,
+        LogPayload::Membership(_) => 2,
     });
     buffer.extend_from_slice(entry.payload.bytes());
     kind
 }
 
 /// The header and body length of the record at the start of `bytes`, if its header is whole.
-fn check_header(bytes: &[u8], place: Place) -> Result<usize, BadRecord> {
+fn check_header(bytes: &[u8], place: RecordPlace) -> Result<usize, BadRecord> {
     let header: &[u8; HEADER_BYTES] = bytes.first_chunk().ok_or(BadRecord::NoRoom)?;
     if header[..2] != MAGIC {
         return Err(BadRecord::Header);
@@ -209,12 +214,12 @@ fn check_header(bytes: &[u8], place: Place) -> Result<usize, BadRecord> {
 }
 
 /// The length, with its header, of the record whose header is at the start of `header`.
-pub(super) fn record_len(header: &[u8], place: Place) -> Result<usize, BadRecord> {
+pub(super) fn record_len(header: &[u8], place: RecordPlace) -> Result<usize, BadRecord> {
     Ok(HEADER_BYTES + check_header(header, place)?)
 }
 
 /// Reads the record at the start of `bytes`, which go on to the end of the file.
-pub(super) fn decode(bytes: &[u8], place: Place) -> Result<Found, BadRecord> {
+pub(super) fn decode(bytes: &[u8], place: RecordPlace) -> Result<FoundRecord, BadRecord> {
     let len = record_len(bytes, place)?;
     let body = bytes.get(HEADER_BYTES..len).ok_or(BadRecord::CutBody {
         len: (len - HEADER_BYTES) as u64,
@@ -229,23 +234,23 @@ pub(super) fn decode(bytes: &[u8], place: Place) -> Result<Found, BadRecord> {
         replica: ReplicaId(u64_at(bytes, 16)),
     };
     let record = match bytes[3] {
-        1 => Record::Head(from_postcard(body)?),
-        2 => empty(body, Record::Mark)?,
-        3 => empty(body, Record::Create)?,
-        4 => empty(body, Record::Wipe)?,
-        5 => Record::Vote(from_postcard(body)?),
-        6 => Record::Truncate(from_postcard(body)?),
-        7 => Record::Purge(from_postcard(body)?),
-        8 => Record::Committed(from_postcard(body)?),
-        9 => Record::Entry(decode_entry(body)?),
-        10 => Record::Restate(from_postcard(body)?),
-        11 => Record::Restated(decode_entry(body)?),
+        1 => LogRecord::Head(from_postcard(body)?),
+        2 => empty(body, LogRecord::Mark)?,
+        3 => empty(body, LogRecord::Create)?,
+        4 => empty(body, LogRecord::Wipe)?,
+        5 => LogRecord::Vote(from_postcard(body)?),
+        6 => LogRecord::Truncate(from_postcard(body)?),
+        7 => LogRecord::Purge(from_postcard(body)?),
+        8 => LogRecord::Committed(from_postcard(body)?),
+        9 => LogRecord::Entry(decode_entry(body)?),
+        10 => LogRecord::Restate(from_postcard(body)?),
+        11 => LogRecord::Restated(decode_entry(body)?),
         kind => return Err(BadRecord::Senseless(format!("kind {kind} is unknown"))),
     };
-    Ok(Found { record, key, len })
+    Ok(FoundRecord { record, key, len })
 }
 
-fn empty(body: &[u8], record: Record) -> Result<Record, BadRecord> {
+fn empty(body: &[u8], record: LogRecord) -> Result<LogRecord, BadRecord> {
     if body.is_empty() {
         Ok(record)
     } else {
@@ -267,7 +272,7 @@ fn from_postcard<T: DeserializeOwned>(body: &[u8]) -> Result<T, BadRecord> {
     }
 }
 
-fn decode_entry(body: &[u8]) -> Result<Entry, BadRecord> {
+fn decode_entry(body: &[u8]) -> Result<LogEntry, BadRecord> {
     let Some((prefix, payload)) = body.split_at_checked(ENTRY_PREFIX_BYTES) else {
         return Err(BadRecord::Senseless(format!(
             "an entry of {} bytes",
@@ -279,27 +284,27 @@ fn decode_entry(body: &[u8]) -> Result<Entry, BadRecord> {
         index: u64_at(prefix, 8),
     };
     let payload = match prefix[16] {
-        0 => empty(payload, Record::Mark).map(|_| Payload::Blank)?,
-        1 => Payload::Normal(Bytes::copy_from_slice(payload)),
-        2 => Payload::Membership(Bytes::copy_from_slice(payload)),
+        0 => empty(payload, LogRecord::Mark).map(|_| LogPayload::Blank)?,
+        1 => LogPayload::Normal(Bytes::copy_from_slice(payload)),
+        2 => LogPayload::Membership(Bytes::copy_from_slice(payload)),
         kind => {
             return Err(BadRecord::Senseless(format!(
                 "payload kind {kind} is unknown"
             )));
         }
     };
-    Ok(Entry { id, payload })
+    Ok(LogEntry { id, payload })
 }
 
 /// The offset of the first mark that lies at or after `from` in a segment's `bytes`. It is looked
 /// for at every byte, since what is before it is damaged.
-pub(super) fn find_mark(bytes: &[u8], from: usize, place: Place) -> Option<u64> {
+pub(super) fn find_mark(bytes: &[u8], from: usize, place: RecordPlace) -> Option<u64> {
     let candidates = bytes.get(from..)?.windows(HEADER_BYTES).enumerate();
     let mut marks = candidates
         .filter(|(_, window)| window[..2] == MAGIC && window[3] == 2)
         .filter_map(|(i, window)| {
             let offset = (from + i) as u64;
-            decode(window, Place { offset, ..place })
+            decode(window, RecordPlace { offset, ..place })
                 .ok()
                 .map(|_| offset)
         });
@@ -309,7 +314,7 @@ pub(super) fn find_mark(bytes: &[u8], from: usize, place: Place) -> Option<u64> 
 /// Returns the end of the last record of this segment that begins at or after `from` in its
 /// `bytes`, whole or not; `from` if there is none. The rest is pre-written space: zeros, or records
 /// of a segment that the file was before.
-pub(super) fn tail_end(bytes: &[u8], from: usize, place: Place) -> usize {
+pub(super) fn tail_end(bytes: &[u8], from: usize, place: RecordPlace) -> usize {
     let candidates = bytes[from.min(bytes.len())..]
         .windows(HEADER_BYTES)
         .enumerate()
@@ -318,7 +323,7 @@ pub(super) fn tail_end(bytes: &[u8], from: usize, place: Place) -> usize {
         let at = from + i;
         record_len(
             window,
-            Place {
+            RecordPlace {
                 offset: at as u64,
                 ..place
             },
@@ -345,7 +350,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 mod tests {
     use super::*;
 
-    const PLACE: Place = Place {
+    const PLACE: RecordPlace = RecordPlace {
         binding: 7,
         segment: 3,
         offset: 40,
@@ -359,7 +364,7 @@ mod tests {
         LogId { term, index }
     }
 
-    fn records() -> Vec<Record> {
+    fn records() -> Vec<LogRecord> {
         let vote = Vote {
             term: u64::MAX,
             voted_for: Some(ReplicaId(u64::MAX)),
@@ -372,33 +377,33 @@ mod tests {
             last: most,
             committed: most,
         };
-        let head = Head {
+        let head = SegmentHead {
             segment: 3,
             previous_end: Some(80),
             replicas: vec![(KEY, replica)],
             highest: vec![(GroupId(5), ReplicaId(9))],
         };
         vec![
-            Record::Head(head),
-            Record::Mark,
-            Record::Create,
-            Record::Wipe,
-            Record::Vote(vote),
-            Record::Truncate(None),
-            Record::Purge(id(u64::MAX, u64::MAX)),
-            Record::Committed(most),
-            Record::Entry(Entry {
+            LogRecord::Head(head),
+            LogRecord::Mark,
+            LogRecord::Create,
+            LogRecord::Wipe,
+            LogRecord::Vote(vote),
+            LogRecord::Truncate(None),
+            LogRecord::Purge(id(u64::MAX, u64::MAX)),
+            LogRecord::Committed(most),
+            LogRecord::Entry(LogEntry {
                 id: id(2, 8),
-                payload: Payload::Normal(Bytes::from_static(b"abc")),
+                payload: LogPayload::Normal(Bytes::from_static(b"abc")),
             }),
-            Record::Restate(replica),
-            Record::Restated(Entry {
+            LogRecord::Restate(replica),
+            LogRecord::Restated(LogEntry {
                 id: id(2, 8),
-                payload: Payload::Membership(Bytes::from_static(b"m")),
+                payload: LogPayload::Membership(Bytes::from_static(b"m")),
             }),
-            Record::Entry(Entry {
+            LogRecord::Entry(LogEntry {
                 id: id(2, 9),
-                payload: Payload::Blank,
+                payload: LogPayload::Blank,
             }),
         ]
     }
@@ -414,20 +419,20 @@ mod tests {
                 (&record, KEY, bytes.len())
             );
             assert!(
-                matches!(record, Record::Head(_) | Record::Entry(_))
+                matches!(record, LogRecord::Head(_) | LogRecord::Entry(_))
                     || found.len <= SMALL_RECORD_BYTES_MAX,
                 "{record:?}"
             );
             for place in [
-                Place {
+                RecordPlace {
                     binding: 8,
                     ..PLACE
                 },
-                Place {
+                RecordPlace {
                     segment: 4,
                     ..PLACE
                 },
-                Place {
+                RecordPlace {
                     offset: 41,
                     ..PLACE
                 },
@@ -473,17 +478,17 @@ mod tests {
     #[test]
     fn a_mark_is_found_behind_damage() {
         let mut bytes = vec![0xff; 13];
-        let start = Place { offset: 0, ..PLACE };
-        encode(&mut bytes, start, KEY, &Record::Create);
+        let start = RecordPlace { offset: 0, ..PLACE };
+        encode(&mut bytes, start, KEY, &LogRecord::Create);
         let mark_at = bytes.len() as u64;
-        encode(&mut bytes, start, NOBODY, &Record::Mark);
+        encode(&mut bytes, start, NOBODY, &LogRecord::Mark);
         assert_eq!(find_mark(&bytes, 0, start), Some(mark_at));
         assert_eq!(find_mark(&bytes, mark_at as usize + 1, start), None);
         assert_eq!(
             find_mark(
                 &bytes,
                 0,
-                Place {
+                RecordPlace {
                     segment: 4,
                     ..start
                 }
@@ -494,9 +499,9 @@ mod tests {
 
     #[test]
     fn a_tail_ends_where_its_last_record_would() {
-        let start = Place { offset: 0, ..PLACE };
+        let start = RecordPlace { offset: 0, ..PLACE };
         let mut bytes = Vec::new();
-        encode(&mut bytes, start, KEY, &Record::Create);
+        encode(&mut bytes, start, KEY, &LogRecord::Create);
         let torn_at = bytes.len();
         encode(&mut bytes, start, KEY, &records()[8]);
         let end = bytes.len();
@@ -508,7 +513,7 @@ mod tests {
             tail_end(
                 &bytes,
                 torn_at,
-                Place {
+                RecordPlace {
                     segment: 4,
                     ..start
                 }

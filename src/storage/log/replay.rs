@@ -10,9 +10,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::OpenLogError;
-use super::record::{self, BadRecord, Found, HEADER_BYTES, Head, Place, Record};
+use super::record::{
+    self, BadRecord, FoundRecord, HEADER_BYTES, LogRecord, RecordPlace, SegmentHead,
+};
 use super::segment::SegmentFiles;
-use super::written::{Live, Spot, Written};
+use super::written::{EntryLocation, LiveBytes, LogIndex};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{DiskFile, Open};
 use crate::types::{GroupId, ReplicaId};
@@ -23,9 +25,9 @@ const HEAD_BYTES_MAX: usize = 1 << 30;
 /// The state that a replay of the log arrives at.
 #[derive(Default)]
 pub(super) struct Replayed {
-    pub replicas: BTreeMap<ReplicaKey, Written>,
+    pub replicas: BTreeMap<ReplicaKey, LogIndex>,
     pub highest: BTreeMap<GroupId, ReplicaId>,
-    pub live: Live,
+    pub live: LiveBytes,
     pub segments: Vec<ReplayedSegment>,
     /// Segments that were being unlinked, older than a gap in the numbers.
     pub leftover: Vec<u64>,
@@ -39,7 +41,7 @@ pub(super) struct ReplayedSegment {
     pub path: PathBuf,
     pub end: u64,
     pub head_bytes: u64,
-    head: Head,
+    head: SegmentHead,
 }
 
 /// Reads every segment, in order.
@@ -117,9 +119,9 @@ fn open_segment(
         path,
         end: 0,
         head_bytes: 0,
-        head: Head::default(),
+        head: SegmentHead::default(),
     };
-    let place = Place {
+    let place = RecordPlace {
         binding,
         segment: number,
         offset: 0,
@@ -134,7 +136,7 @@ fn open_segment(
     let bytes = read(&segment, len)?;
     let found = record::decode(&bytes, place).map_err(|error| bad_record(&segment, 0, &error))?;
     match found.record {
-        Record::Head(head) if head.segment == number => segment.head = head,
+        LogRecord::Head(head) if head.segment == number => segment.head = head,
         _ => return Err(damaged(&segment, 0, "it does not begin with its head")),
     }
     Ok(segment)
@@ -161,7 +163,7 @@ impl Replayed {
         }
         let mut at = 0;
         while at < len {
-            let place = Place {
+            let place = RecordPlace {
                 binding,
                 segment: segment.number,
                 offset: at as u64,
@@ -172,7 +174,7 @@ impl Replayed {
         }
         self.replicas
             .values_mut()
-            .for_each(Written::abandon_restating);
+            .for_each(LogIndex::abandon_restating);
         Ok(end)
     }
 
@@ -186,14 +188,14 @@ impl Replayed {
         let bytes = read(segment, usize::MAX)?;
         let (mut at, mut marked) = (0, 0);
         loop {
-            let place = Place {
+            let place = RecordPlace {
                 binding,
                 segment: segment.number,
                 offset: at as u64,
             };
             match record::decode(&bytes[at..], place) {
                 Ok(found) => {
-                    if found.record == Record::Mark {
+                    if found.record == LogRecord::Mark {
                         marked = at;
                     }
                     at += self.apply(segment, first, at as u64, found)?;
@@ -228,7 +230,7 @@ impl Replayed {
         })?;
         self.replicas
             .values_mut()
-            .for_each(Written::abandon_restating);
+            .for_each(LogIndex::abandon_restating);
         Ok(at as u64)
     }
 
@@ -238,29 +240,29 @@ impl Replayed {
         segment: &ReplayedSegment,
         first: bool,
         offset: u64,
-        found: Found,
+        found: FoundRecord,
     ) -> Result<usize, OpenLogError> {
         let contradiction = |reason: String| damaged(segment, offset, reason);
-        let Found { record, key, len } = found;
+        let FoundRecord { record, key, len } = found;
         let no_spot = || contradiction("a segment of more than 4 GiB".into());
-        let spot = Spot {
+        let spot = EntryLocation {
             segment: segment.number,
             offset: u32::try_from(offset).map_err(|_| no_spot())?,
             len: u32::try_from(len).map_err(|_| no_spot())?,
         };
         match record {
-            Record::Head(_) if offset != 0 => {
+            LogRecord::Head(_) if offset != 0 => {
                 return Err(contradiction("a head in the middle of a segment".into()));
             }
-            Record::Head(head) if first => {
+            LogRecord::Head(head) if first => {
                 self.highest = head.highest.into_iter().collect();
                 self.replicas = head
                     .replicas
                     .into_iter()
-                    .map(|(key, head)| (key, Written::restated(head)))
+                    .map(|(key, head)| (key, LogIndex::restated(head)))
                     .collect();
             }
-            Record::Head(head) => {
+            LogRecord::Head(head) => {
                 let replicas = self
                     .replicas
                     .iter()
@@ -273,8 +275,8 @@ impl Replayed {
                     ));
                 }
             }
-            Record::Mark => {}
-            Record::Create => {
+            LogRecord::Mark => {}
+            LogRecord::Create => {
                 if self
                     .highest
                     .get(&key.group)
@@ -285,26 +287,34 @@ impl Replayed {
                     )));
                 }
                 self.highest.insert(key.group, key.replica);
-                self.replicas.insert(key, Written::default());
+                self.replicas.insert(key, LogIndex::default());
             }
-            Record::Wipe => {
+            LogRecord::Wipe => {
                 let mut written = self
                     .replicas
                     .remove(&key)
                     .ok_or_else(|| contradiction(format!("replica {key} is not known")))?;
                 written.wipe(&mut self.live);
             }
-            Record::Vote(_) | Record::Truncate(_) | Record::Purge(_) | Record::Committed(_) => {
+            LogRecord::Vote(_)
+            | LogRecord::Truncate(_)
+            | LogRecord::Purge(_)
+            | LogRecord::Committed(_) => {
                 self.follow(key, &record, spot).map_err(contradiction)?;
             }
-            Record::Entry(_) | Record::Restate(_) | Record::Restated(_) => {
+            LogRecord::Entry(_) | LogRecord::Restate(_) | LogRecord::Restated(_) => {
                 self.follow(key, &record, spot).map_err(contradiction)?
             }
         }
         Ok(len)
     }
 
-    fn follow(&mut self, key: ReplicaKey, record: &Record, spot: Spot) -> Result<(), String> {
+    fn follow(
+        &mut self,
+        key: ReplicaKey,
+        record: &LogRecord,
+        spot: EntryLocation,
+    ) -> Result<(), String> {
         let written = self
             .replicas
             .get_mut(&key)

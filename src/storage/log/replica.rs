@@ -4,7 +4,7 @@
 //! Everything is issued in memory first, so it can be read at once, and then queued under the same
 //! lock. The cache holds the last entries without a gap and all that are not yet written; the
 //! writer alone evicts from it, and only what is synced. So an entry that is not in the cache is
-//! where [`Written`] says.
+//! where [`LogIndex`] says.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,10 +12,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::handle::Log;
-use super::queue::{Change, Op, call, invalid};
+use super::queue::{LogChange, LogOp, call, invalid};
 use super::record::{ReplicaHead, entry_len};
-use super::written::{Contradiction, Spot, Written, index_after};
-use super::{Done, Entry, Vote};
+use super::written::{Contradiction, EntryLocation, LogIndex, index_after};
+use super::{Done, LogEntry, Vote};
 use crate::storage::ReplicaKey;
 use crate::types::LogId;
 
@@ -37,7 +37,7 @@ pub struct LogState {
 #[derive(Clone)]
 pub struct ReplicaLog {
     pub(super) log: Log,
-    pub(super) replica: Arc<Replica>,
+    pub(super) replica: Arc<ReplicaLogInner>,
 }
 
 impl ReplicaLog {
@@ -58,14 +58,14 @@ impl ReplicaLog {
     /// # Errors
     /// If they don't follow, are more than 1 GiB, the replica was wiped or the log has failed or is
     /// closed. `done` is dropped then.
-    pub fn append(&self, entries: Vec<Entry>, done: Done) -> io::Result<()> {
+    pub fn append(&self, entries: Vec<LogEntry>, done: Done) -> io::Result<()> {
         let mut state = self.replica.lock();
         state.check_append(&entries)?;
         let seq = state.seq + 1;
-        let op = Op {
+        let op = LogOp {
             replica: self.replica.clone(),
             seq,
-            change: Change::Append(entries.clone()),
+            change: LogChange::Append(entries.clone()),
             done,
         };
         self.log
@@ -82,7 +82,7 @@ impl ReplicaLog {
     pub fn save_vote(&self, vote: Vote, done: Done) {
         self.issue(done, |state| {
             state.issued.vote = Some(vote);
-            Ok(Change::Vote(vote))
+            Ok(LogChange::Vote(vote))
         });
     }
 
@@ -114,7 +114,7 @@ impl ReplicaLog {
     /// Entries from `range.start` on without a gap: as many as fit in `bytes_max`, but one at
     /// least. None if the first of the range is not in the log, purged or not yet there. Reads past
     /// the cache block on the disk.
-    pub fn read(&self, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
+    pub fn read(&self, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<LogEntry>> {
         loop {
             let plan = self.replica.lock().plan_read(range.clone(), bytes_max);
             match self.fetch(plan)? {
@@ -131,9 +131,9 @@ impl ReplicaLog {
         &self,
         range: Range<u64>,
         bytes_max: usize,
-    ) -> io::Result<Vec<Entry>> {
+    ) -> io::Result<Vec<LogEntry>> {
         let plan = self.replica.lock().plan_read(range.clone(), bytes_max);
-        let cached: Option<Vec<Entry>> = plan.into_iter().map(Source::in_memory).collect();
+        let cached: Option<Vec<LogEntry>> = plan.into_iter().map(EntrySource::in_memory).collect();
         if let Some(entries) = cached {
             return Ok(entries);
         }
@@ -149,12 +149,12 @@ impl ReplicaLog {
     }
 
     /// None if an entry was moved or removed meanwhile.
-    fn fetch(&self, plan: Vec<Source>) -> io::Result<Option<Vec<Entry>>> {
+    fn fetch(&self, plan: Vec<EntrySource>) -> io::Result<Option<Vec<LogEntry>>> {
         let mut entries = Vec::with_capacity(plan.len());
         for source in plan {
             match source {
-                Source::Memory(entry) => entries.push(entry),
-                Source::Disk(id, spot) => {
+                EntrySource::Memory(entry) => entries.push(entry),
+                EntrySource::Disk(id, spot) => {
                     match self.log.shared().read_entry(self.replica.key, id, spot) {
                         Ok(entry) => entries.push(entry),
                         Err(error) if self.replica.lock().reads_from(id, spot) => {
@@ -202,7 +202,11 @@ impl ReplicaLog {
     }
 
     /// Issues an operation: `change` does it in memory.
-    fn issue(&self, done: Done, change: impl FnOnce(&mut State) -> io::Result<Change>) {
+    fn issue(
+        &self,
+        done: Done,
+        change: impl FnOnce(&mut ReplicaLogState) -> io::Result<LogChange>,
+    ) {
         let mut state = self.replica.lock();
         let refused = match (state.wiped, self.log.shared().queue.refusal()) {
             (_, Some(failure)) => Err(failure.to_io()),
@@ -217,7 +221,7 @@ impl ReplicaLog {
             }
         };
         state.seq += 1;
-        let op = Op {
+        let op = LogOp {
             replica: self.replica.clone(),
             seq: state.seq,
             change,
@@ -231,52 +235,52 @@ impl ReplicaLog {
     }
 }
 
-pub(super) struct Replica {
+pub(super) struct ReplicaLogInner {
     pub key: ReplicaKey,
-    state: Mutex<State>,
+    state: Mutex<ReplicaLogState>,
 }
 
 /// Source that an entry is read from.
-pub(super) enum Source {
-    Memory(Entry),
-    Disk(LogId, Spot),
+pub(super) enum EntrySource {
+    Memory(LogEntry),
+    Disk(LogId, EntryLocation),
 }
 
-impl Source {
-    fn in_memory(self) -> Option<Entry> {
+impl EntrySource {
+    fn in_memory(self) -> Option<LogEntry> {
         match self {
-            Source::Memory(entry) => Some(entry),
-            Source::Disk(..) => None,
+            EntrySource::Memory(entry) => Some(entry),
+            EntrySource::Disk(..) => None,
         }
     }
 }
 
-struct Cached {
-    entry: Entry,
+struct CachedEntry {
+    entry: LogEntry,
     seq: u64,
     end_bytes: u64,
 }
 
-pub(super) struct State {
+pub(super) struct ReplicaLogState {
     issued: ReplicaHead,
     wiped: bool,
     /// The entries up to the last one; from which on is decided by eviction.
-    cached: VecDeque<Cached>,
+    cached: VecDeque<CachedEntry>,
     end_bytes: u64,
     purged_bytes: u64,
     seq: u64,
-    pub written: Written,
+    pub written: LogIndex,
     synced: Option<LogId>,
     /// The latest truncation that may not be synced, and the least that one of those kept.
     truncated: Option<(u64, Option<LogId>)>,
     waiters: Vec<(LogId, Done)>,
 }
 
-impl Replica {
+impl ReplicaLogInner {
     /// A replica as the disk has it.
-    pub fn new(key: ReplicaKey, written: Written) -> Self {
+    pub fn new(key: ReplicaKey, written: LogIndex) -> Self {
         let (purged_bytes, end_bytes) = written.byte_counts();
-        let state = State {
+        let state = ReplicaLogState {
             issued: ReplicaHead {
                 committed: written.committed(),
                 ..written.head()
@@ -297,7 +301,7 @@ impl Replica {
         }
     }
 
-    pub fn lock(&self) -> MutexGuard<'_, State> {
+    pub fn lock(&self) -> MutexGuard<'_, ReplicaLogState> {
         self.state
             .lock()
             .expect("no code panics while it holds a replica's log")
@@ -311,8 +315,8 @@ fn wiped(key: ReplicaKey) -> io::Error {
     )
 }
 
-impl State {
-    fn check_append(&self, entries: &[Entry]) -> io::Result<()> {
+impl ReplicaLogState {
+    fn check_append(&self, entries: &[LogEntry]) -> io::Result<()> {
         if self.wiped {
             return Err(io::Error::new(
                 io::ErrorKind::NotFound,
@@ -339,11 +343,11 @@ impl State {
         Ok(())
     }
 
-    fn append(&mut self, entries: Vec<Entry>) {
+    fn append(&mut self, entries: Vec<LogEntry>) {
         for entry in entries {
             self.end_bytes += entry_len(&entry) as u64;
             self.issued.last = Some(entry.id);
-            self.cached.push_back(Cached {
+            self.cached.push_back(CachedEntry {
                 entry,
                 seq: self.seq,
                 end_bytes: self.end_bytes,
@@ -351,7 +355,7 @@ impl State {
         }
     }
 
-    fn truncate_after(&mut self, index: Option<u64>) -> io::Result<Change> {
+    fn truncate_after(&mut self, index: Option<u64>) -> io::Result<LogChange> {
         let ReplicaHead { purged, last, .. } = self.issued;
         let next = index.map_or(0, |index| index.saturating_add(1));
         if next < index_after(purged) {
@@ -360,7 +364,7 @@ impl State {
             )));
         }
         if next >= index_after(last) {
-            return Ok(Change::Nothing);
+            return Ok(LogChange::Nothing);
         }
         let to = index.and_then(|index| self.id(index));
         self.end_bytes = to.map_or(self.purged_bytes, |to| self.end_bytes_at(to.index));
@@ -371,13 +375,13 @@ impl State {
         self.synced = least(self.synced, to);
         let limit = self.truncated.map_or(to, |(_, limit)| least(limit, to));
         self.truncated = Some((self.seq + 1, limit));
-        Ok(Change::Truncate(to))
+        Ok(LogChange::Truncate(to))
     }
 
-    fn purge(&mut self, upto: LogId) -> io::Result<Change> {
+    fn purge(&mut self, upto: LogId) -> io::Result<LogChange> {
         let ReplicaHead { purged, last, .. } = self.issued;
         if upto.index < index_after(purged) {
-            return Ok(Change::Nothing);
+            return Ok(LogChange::Nothing);
         }
         let known = self.id(upto.index);
         if upto.index == u64::MAX || known.is_some_and(|known| known != upto) {
@@ -395,14 +399,14 @@ impl State {
         if index_after(last) <= next {
             self.issued.last = Some(upto);
         }
-        Ok(Change::Purge(upto))
+        Ok(LogChange::Purge(upto))
     }
 
     fn cached_first(&self) -> u64 {
         index_after(self.issued.last) - self.cached.len() as u64
     }
 
-    fn cached(&self, index: u64) -> Option<&Cached> {
+    fn cached(&self, index: u64) -> Option<&CachedEntry> {
         let at = index.checked_sub(self.cached_first())?;
         self.cached.get(usize::try_from(at).ok()?)
     }
@@ -449,7 +453,7 @@ impl State {
         self.end_bytes.saturating_sub(self.purged_bytes)
     }
 
-    fn plan_read(&self, range: Range<u64>, bytes_max: usize) -> Vec<Source> {
+    fn plan_read(&self, range: Range<u64>, bytes_max: usize) -> Vec<EntrySource> {
         let mut plan = Vec::new();
         let mut bytes = 0;
         for index in range.start..range.end.min(index_after(self.issued.last)) {
@@ -458,11 +462,11 @@ impl State {
             }
             let (source, len) = match (self.cached(index), self.written.located(index)) {
                 (Some(cached), _) => (
-                    Source::Memory(cached.entry.clone()),
+                    EntrySource::Memory(cached.entry.clone()),
                     entry_len(&cached.entry),
                 ),
                 (None, Some(located)) => (
-                    Source::Disk(
+                    EntrySource::Disk(
                         LogId {
                             term: located.term,
                             index,
@@ -482,7 +486,7 @@ impl State {
         plan
     }
 
-    fn reads_from(&self, id: LogId, spot: Spot) -> bool {
+    fn reads_from(&self, id: LogId, spot: EntryLocation) -> bool {
         self.has(id.index)
             && self
                 .written

@@ -11,7 +11,7 @@ use crate::sm::disk_level::DiskLevel;
 use crate::storage::disk::Disk;
 
 /// Caches the last look at the free space of the disk.
-pub(super) struct Room {
+pub(super) struct LogDiskRoom {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     asked: Option<u64>,
@@ -24,7 +24,7 @@ pub(super) struct Room {
     pub is_given_up: AtomicBool,
 }
 
-impl Room {
+impl LogDiskRoom {
     pub fn new(disk: Arc<dyn Disk>, dir: PathBuf, asked: Option<u64>) -> Self {
         Self {
             disk,

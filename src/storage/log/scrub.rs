@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::Log;
-use super::record::{self, HEADER_BYTES, Place};
+use super::record::{self, HEADER_BYTES, RecordPlace};
 use crate::storage::disk::DiskFile;
-use crate::storage::{Checked, Pace, ReplicaKey};
+use crate::storage::{Checked, ReadPace, ReplicaKey};
 
 /// Bytes read at a time, unless a record is larger.
 const SLICE_BYTES: usize = 256 << 10;
@@ -38,11 +38,11 @@ impl Log {
     }
 
     /// Reads a sealed segment, and checks every record in it as a start does. Blocking.
-    pub fn check_segment(&self, number: u64, pace: &mut Pace<'_>) -> Checked {
+    pub fn check_segment(&self, number: u64, pace: &mut ReadPace<'_>) -> Checked {
         let Some((file, path, end)) = self.sealed_file(number) else {
             return Checked::Unread;
         };
-        let place = Place {
+        let place = RecordPlace {
             binding: self.shared().binding,
             segment: number,
             offset: 0,
@@ -61,7 +61,7 @@ impl Log {
     /// goes.
     pub fn holders(&self, number: u64) -> Vec<(ReplicaKey, u64)> {
         let replicas: Vec<_> = self.shared().roster().replicas.values().cloned().collect();
-        let holder = |replica: Arc<super::replica::Replica>| {
+        let holder = |replica: Arc<super::replica::ReplicaLogInner>| {
             let upto = replica.lock().written.last_through(number)?;
             Some((replica.key, upto))
         };
@@ -85,9 +85,9 @@ impl Log {
 /// Checks the records up to `end`. False: `pace` broke it off.
 fn check_records(
     file: &dyn DiskFile,
-    start: Place,
+    start: RecordPlace,
     end: u64,
-    pace: &mut Pace<'_>,
+    pace: &mut ReadPace<'_>,
 ) -> Result<bool, String> {
     // What is in the buffer begins with a record, at `at`.
     let (mut buffer, mut at) = (Vec::new(), 0_u64);
@@ -95,7 +95,7 @@ fn check_records(
         let mut used = 0;
         let wanted = loop {
             let rest = &buffer[used..];
-            let place = Place {
+            let place = RecordPlace {
                 offset: at,
                 ..start
             };

@@ -30,14 +30,14 @@ pub(super) struct SegmentFiles {
 }
 
 /// A file that can become the next segment.
-pub(super) struct Prepared {
+pub(super) struct PreparedSegment {
     path: PathBuf,
     file: Arc<dyn DiskFile>,
     allocated: u64,
 }
 
 /// The segment that is written.
-pub(super) struct Active {
+pub(super) struct ActiveSegment {
     pub number: u64,
     pub file: Arc<dyn DiskFile>,
     pub path: PathBuf,
@@ -50,7 +50,7 @@ pub(super) struct Active {
 
 /// Files found in the directory.
 #[derive(Debug, Default)]
-pub(super) struct Listing {
+pub(super) struct SegmentListing {
     pub segments: Vec<u64>,
     pub spares: Vec<PathBuf>,
 }
@@ -60,8 +60,8 @@ impl SegmentFiles {
         self.dir.join(format!("{number:020}{SUFFIX}"))
     }
 
-    pub fn list(&self) -> io::Result<Listing> {
-        let mut listing = Listing::default();
+    pub fn list(&self) -> io::Result<SegmentListing> {
+        let mut listing = SegmentListing::default();
         for name in self.disk.list(&self.dir)? {
             if let Some(number) = name
                 .strip_suffix(SUFFIX)
@@ -77,13 +77,13 @@ impl SegmentFiles {
     }
 
     /// A new file, pre-written.
-    pub fn prepare(&self) -> io::Result<Prepared> {
+    pub fn prepare(&self) -> io::Result<PreparedSegment> {
         let path = self.dir.join(NAME_NEXT);
         let file = self
             .disk
             .open(&path, Open::Truncated)
             .map_err(|error| with_context(error, format_args!("create {}", path.display())))?;
-        let mut prepared = Prepared {
+        let mut prepared = PreparedSegment {
             path,
             file: file.into(),
             allocated: 0,
@@ -100,14 +100,19 @@ impl SegmentFiles {
 
     /// Makes `prepared` the segment `number` that begins with `head`. Both are durable when this
     /// returns.
-    pub fn begin(&self, prepared: Prepared, number: u64, head: &[u8]) -> io::Result<Active> {
-        let Prepared {
+    pub fn begin(
+        &self,
+        prepared: PreparedSegment,
+        number: u64,
+        head: &[u8],
+    ) -> io::Result<ActiveSegment> {
+        let PreparedSegment {
             path,
             file,
             allocated,
         } = prepared;
         let target = self.path(number);
-        let mut active = Active {
+        let mut active = ActiveSegment {
             number,
             file,
             path,
@@ -138,7 +143,7 @@ impl SegmentFiles {
     }
 
     /// Makes room in the file for `bytes` more.
-    pub fn reserve(&self, active: &mut Active, bytes: u64) -> io::Result<()> {
+    pub fn reserve(&self, active: &mut ActiveSegment, bytes: u64) -> io::Result<()> {
         let need = active.offset + bytes + HEADER_BYTES as u64;
         if need <= active.allocated {
             return Ok(());
@@ -165,7 +170,7 @@ impl SegmentFiles {
         number: u64,
         file: Arc<dyn DiskFile>,
         allocated: u64,
-    ) -> io::Result<Prepared> {
+    ) -> io::Result<PreparedSegment> {
         let from = self.path(number);
         let path = self.dir.join(format!("{number:020}{SUFFIX_SPARE}"));
         let renamed = self
@@ -178,7 +183,7 @@ impl SegmentFiles {
                 format_args!("take {} out of the log", from.display()),
             )
         })?;
-        Ok(Prepared {
+        Ok(PreparedSegment {
             path,
             file,
             allocated,

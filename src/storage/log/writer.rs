@@ -3,7 +3,7 @@
 //!
 //! Everything here happens on one thread: [`LogWriter::run`] in production,
 //! [`LogWriter::run_in_task`] or [`LogWriter::pump`] in a simulation. The ledger (with each
-//! replica's [`super::written::Written`]) is what a replay of the segments up to the active offset
+//! replica's [`super::written::LogIndex`]) is what a replay of the segments up to the active offset
 //! would give.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -13,16 +13,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::activity::Phase;
-use super::handle::{Roster, SegmentView, Shared};
-use super::queue::{Change, Op, Taken, call};
-use super::record::{self, HEADER_BYTES, Head, NOBODY, Place, Record, SMALL_RECORD_BYTES_MAX};
+use super::activity::WriterPhase;
+use super::handle::{LogInner, Roster, SegmentView};
+use super::queue::{LogChange, LogOp, QueuedWork, call};
+use super::record::{
+    self, HEADER_BYTES, LogRecord, NOBODY, RecordPlace, SMALL_RECORD_BYTES_MAX, SegmentHead,
+};
 use super::replay::{Replayed, replay};
-use super::replica::Replica;
-use super::room::Room;
-use super::segment::{Active, Prepared, SegmentFiles};
-use super::written::{Contradiction, Live, Spot};
-use super::{Done, Entry, Expect, LogFailure, LogOptions, OpenLogError, with_context};
+use super::replica::ReplicaLogInner;
+use super::room::LogDiskRoom;
+use super::segment::{ActiveSegment, PreparedSegment, SegmentFiles};
+use super::written::{Contradiction, EntryLocation, LiveBytes};
+use super::{Done, Expect, LogEntry, LogFailure, LogOptions, OpenLogError, with_context};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{Disk, ensure_dir};
 use crate::types::{GroupId, LogId, ReplicaId};
@@ -44,13 +46,13 @@ const CACHED_OP_BYTES: usize = 64;
 /// The writing end of a log. Dropping it without [`LogWriter::run`] having ended is what a crash of
 /// the process is: nothing more is written, and all that waits gets an error.
 pub struct LogWriter {
-    shared: Arc<Shared>,
+    shared: Arc<LogInner>,
     files: SegmentFiles,
     options: LogOptions,
-    ledger: Ledger,
-    active: Active,
-    sealed: BTreeMap<u64, Sealed>,
-    prepared: Vec<Prepared>,
+    ledger: LogLedger,
+    active: ActiveSegment,
+    sealed: BTreeMap<u64, SealedSegment>,
+    prepared: Vec<PreparedSegment>,
     /// True if anything was written since the last closing mark.
     unmarked: bool,
     /// Operations appended to the caches, oldest first, and their bytes.
@@ -61,7 +63,7 @@ pub struct LogWriter {
 }
 
 /// A segment that is full.
-struct Sealed {
+struct SealedSegment {
     /// Bytes of its records without the head, which restates what is elsewhere.
     bytes: u64,
     /// Length of the file known to be written and synced; None if it was not written since this log
@@ -70,32 +72,32 @@ struct Sealed {
 }
 
 struct CachedOp {
-    replica: Arc<Replica>,
+    replica: Arc<ReplicaLogInner>,
     seq: u64,
     bytes: usize,
 }
 
 /// The state that the segments amount to, up to the active offset.
-struct Ledger {
-    replicas: BTreeMap<ReplicaKey, Arc<Replica>>,
+struct LogLedger {
+    replicas: BTreeMap<ReplicaKey, Arc<ReplicaLogInner>>,
     highest: BTreeMap<GroupId, ReplicaId>,
-    live: Live,
+    live: LiveBytes,
 }
 
 /// A batch as it is encoded.
-struct Batch<'a> {
+struct EncodedBatchRecords<'a> {
     buffer: &'a mut Vec<u8>,
-    start: Place,
+    start: RecordPlace,
     records: u64,
 }
 
-impl Batch<'_> {
-    fn put(&mut self, key: ReplicaKey, record: &Record) -> io::Result<Spot> {
+impl EncodedBatchRecords<'_> {
+    fn put(&mut self, key: ReplicaKey, record: &LogRecord) -> io::Result<EntryLocation> {
         let at = self.buffer.len();
         record::encode(self.buffer, self.start, key, record);
         self.records += 1;
         let too_far = |_| io::Error::from(io::ErrorKind::FileTooLarge);
-        Ok(Spot {
+        Ok(EntryLocation {
             segment: self.start.segment,
             offset: u32::try_from(self.start.offset + at as u64).map_err(too_far)?,
             len: u32::try_from(self.buffer.len() - at).map_err(too_far)?,
@@ -108,7 +110,7 @@ pub(super) fn open(
     disk: Arc<dyn Disk>,
     dir: &Path,
     options: LogOptions,
-) -> Result<(Arc<Shared>, LogWriter), OpenLogError> {
+) -> Result<(Arc<LogInner>, LogWriter), OpenLogError> {
     let failed = |context: String| move |source| OpenLogError::Io { context, source };
     ensure_dir(&*disk, dir).map_err(failed(format!("create {}", dir.display())))?;
     let segment_bytes = options.segment_bytes.min(SEGMENT_BYTES_MAX);
@@ -131,7 +133,7 @@ fn begin(
     files: SegmentFiles,
     options: LogOptions,
     replayed: Replayed,
-) -> io::Result<(Arc<Shared>, LogWriter)> {
+) -> io::Result<(Arc<LogInner>, LogWriter)> {
     let Replayed {
         replicas,
         highest,
@@ -142,13 +144,13 @@ fn begin(
     } = replayed;
     let replicas: BTreeMap<_, _> = replicas
         .into_iter()
-        .map(|(key, written)| (key, Arc::new(Replica::new(key, written))))
+        .map(|(key, written)| (key, Arc::new(ReplicaLogInner::new(key, written))))
         .collect();
     let roster = Roster {
         replicas: replicas.clone(),
         highest: highest.clone(),
     };
-    let ledger = Ledger {
+    let ledger = LogLedger {
         replicas,
         highest,
         live,
@@ -173,7 +175,7 @@ fn begin(
     for segment in segments {
         sealed.insert(
             segment.number,
-            Sealed {
+            SealedSegment {
                 bytes: segment.end - segment.head_bytes,
                 allocated: None,
             },
@@ -195,8 +197,8 @@ fn begin(
             end: active.offset,
         },
     );
-    let room = Room::new(files.disk.clone(), files.dir.clone(), options.reserve_bytes);
-    let shared = Arc::new(Shared::new(roster, views, &options, room));
+    let room = LogDiskRoom::new(files.disk.clone(), files.dir.clone(), options.reserve_bytes);
+    let shared = Arc::new(LogInner::new(roster, views, &options, room));
     let mut writer = LogWriter {
         shared: shared.clone(),
         files,
@@ -248,7 +250,7 @@ impl LogWriter {
     }
 
     fn step(&mut self) {
-        self.shared.activity.enter(Phase::Writes);
+        self.shared.activity.enter(WriterPhase::Writes);
         if !self.pump() && self.shared.queue.is_closing() {
             self.stopped = true;
             let closed = LogFailure::closed();
@@ -256,7 +258,7 @@ impl LogWriter {
                 .into_iter()
                 .for_each(|waiter| call(waiter, Some(&closed)));
         }
-        self.shared.activity.enter(Phase::Waits);
+        self.shared.activity.enter(WriterPhase::Waits);
     }
 
     /// Writes and syncs what waits, and calls back. With nothing waiting, does what an idle log
@@ -292,8 +294,8 @@ impl LogWriter {
     }
 
     /// Writes one batch and calls back, also where that fails.
-    fn write_taken(&mut self, taken: Taken) {
-        let Taken { mut ops, committed } = taken;
+    fn write_taken(&mut self, taken: QueuedWork) {
+        let QueuedWork { mut ops, committed } = taken;
         let need = ops.iter().map(|op| op.change.bytes()).sum::<usize>()
             + committed.len() * SMALL_RECORD_BYTES_MAX;
         let shared = self.shared.clone();
@@ -313,10 +315,10 @@ impl LogWriter {
         if let Err(error) = written {
             return self.fail(&error, ops);
         }
-        let mut last_seqs: BTreeMap<ReplicaKey, (Arc<Replica>, u64)> = BTreeMap::new();
+        let mut last_seqs: BTreeMap<ReplicaKey, (Arc<ReplicaLogInner>, u64)> = BTreeMap::new();
         let mut dones = Vec::with_capacity(ops.len());
         for op in ops {
-            if let Change::Append(entries) = &op.change {
+            if let LogChange::Append(entries) = &op.change {
                 let bytes = op.change.bytes() + CACHED_OP_BYTES * entries.len();
                 self.cached_bytes += bytes;
                 self.cached.push_back(CachedOp {
@@ -332,9 +334,9 @@ impl LogWriter {
             dones.extend(replica.lock().set_synced(seq));
         }
         self.evict();
-        self.shared.activity.enter(Phase::CallsBack);
+        self.shared.activity.enter(WriterPhase::CallsBack);
         dones.into_iter().for_each(|done| call(done, None));
-        self.shared.activity.enter(Phase::Writes);
+        self.shared.activity.enter(WriterPhase::Writes);
     }
 
     /// Encodes what `fill` puts into a batch, writes it behind a mark, and syncs. `need` is at
@@ -342,22 +344,22 @@ impl LogWriter {
     fn write_batch(
         &mut self,
         need: usize,
-        fill: impl FnOnce(&mut Ledger, &mut Batch) -> io::Result<()>,
+        fill: impl FnOnce(&mut LogLedger, &mut EncodedBatchRecords) -> io::Result<()>,
     ) -> io::Result<()> {
         self.make_room((HEADER_BYTES + need) as u64)?;
-        let start = Place {
+        let start = RecordPlace {
             binding: self.options.binding,
             segment: self.active.number,
             offset: self.active.offset,
         };
         self.buffer.clear();
         self.buffer.shrink_to(2 * self.options.batch_bytes_max);
-        let mut batch = Batch {
+        let mut batch = EncodedBatchRecords {
             buffer: &mut self.buffer,
             start,
             records: 0,
         };
-        batch.put(NOBODY, &Record::Mark)?;
+        batch.put(NOBODY, &LogRecord::Mark)?;
         fill(&mut self.ledger, &mut batch)?;
         let records = batch.records;
         let end = start.offset + self.buffer.len() as u64;
@@ -400,7 +402,7 @@ impl LogWriter {
                     goes on by itself");
             }
             // It does not hang: it looks, and tells of it by itself.
-            self.shared.activity.enter(Phase::Writes);
+            self.shared.activity.enter(WriterPhase::Writes);
             std::thread::sleep(ROOM_PAUSE);
             made = self.try_make_room(bytes);
         }
@@ -448,7 +450,7 @@ impl LogWriter {
         let sealed = std::mem::replace(&mut self.active, next);
         self.sealed.insert(
             sealed.number,
-            Sealed {
+            SealedSegment {
                 bytes: sealed.offset - sealed.first_batch,
                 allocated: Some(sealed.allocated),
             },
@@ -561,7 +563,7 @@ impl LogWriter {
     /// Writes the replica's whole live state at the end of the log, in one synced batch. Readers
     /// are sent there only after that. False if an entry can't be read: it then stays where it is,
     /// and who needs it meets the error.
-    fn rebase(&mut self, replica: &Arc<Replica>) -> io::Result<bool> {
+    fn rebase(&mut self, replica: &Arc<ReplicaLogInner>) -> io::Result<bool> {
         let (head, located) = {
             let state = replica.lock();
             let ids = state.written.entries().map(|(index, entry)| {
@@ -578,12 +580,12 @@ impl LogWriter {
         let read = located
             .into_iter()
             .map(|(id, spot)| self.shared.read_entry(replica.key, id, spot));
-        let Ok(entries) = read.collect::<io::Result<Vec<Entry>>>() else {
+        let Ok(entries) = read.collect::<io::Result<Vec<LogEntry>>>() else {
             return Ok(false);
         };
         let need = SMALL_RECORD_BYTES_MAX + entries.iter().map(record::entry_len).sum::<usize>();
-        let records =
-            std::iter::once(Record::Restate(head)).chain(entries.into_iter().map(Record::Restated));
+        let records = std::iter::once(LogRecord::Restate(head))
+            .chain(entries.into_iter().map(LogRecord::Restated));
         let mut placed = Vec::new();
         self.write_batch(need, |_, batch| {
             for record in records {
@@ -609,7 +611,7 @@ impl LogWriter {
     }
 
     /// The log is dead from here on: everyone who waits or comes gets the reason.
-    fn fail(&mut self, error: &io::Error, ops: Vec<Op>) {
+    fn fail(&mut self, error: &io::Error, ops: Vec<LogOp>) {
         self.stopped = true;
         let failure = LogFailure::new(error);
         let waiting = self.shared.queue.fail(failure.clone());
@@ -624,7 +626,7 @@ impl LogWriter {
     }
 
     fn take_waiters(&self) -> Vec<Done> {
-        let mut replicas: Vec<Arc<Replica>> =
+        let mut replicas: Vec<Arc<ReplicaLogInner>> =
             self.shared.roster().replicas.values().cloned().collect();
         replicas.extend(self.ledger.replicas.values().cloned());
         replicas
@@ -645,7 +647,7 @@ impl Drop for LogWriter {
     }
 }
 
-impl Ledger {
+impl LogLedger {
     /// The encoded head of a segment.
     fn head(&self, segment: u64, previous_end: Option<u64>, binding: u128) -> Vec<u8> {
         let replicas = self
@@ -659,7 +661,7 @@ impl Ledger {
             .map(|(group, replica)| (*group, *replica))
             .collect();
         let mut bytes = Vec::new();
-        let record = Record::Head(Head {
+        let record = LogRecord::Head(SegmentHead {
             segment,
             previous_end,
             replicas,
@@ -667,7 +669,7 @@ impl Ledger {
         });
         record::encode(
             &mut bytes,
-            Place {
+            RecordPlace {
                 binding,
                 segment,
                 offset: 0,
@@ -678,30 +680,34 @@ impl Ledger {
         bytes
     }
 
-    fn write_op(&mut self, op: &mut Op, batch: &mut Batch) -> io::Result<()> {
+    fn write_op(&mut self, op: &mut LogOp, batch: &mut EncodedBatchRecords) -> io::Result<()> {
         let key = op.replica.key;
         match &op.change {
-            Change::Nothing => {}
-            Change::Create => {
-                batch.put(key, &Record::Create)?;
+            LogChange::Nothing => {}
+            LogChange::Create => {
+                batch.put(key, &LogRecord::Create)?;
                 self.highest.insert(key.group, key.replica);
                 self.replicas.insert(key, op.replica.clone());
             }
-            Change::Wipe => {
-                batch.put(key, &Record::Wipe)?;
+            LogChange::Wipe => {
+                batch.put(key, &LogRecord::Wipe)?;
                 self.replicas.remove(&key);
                 op.replica.lock().written.wipe(&mut self.live);
             }
-            Change::Append(entries) => {
+            LogChange::Append(entries) => {
                 for entry in entries {
-                    self.write_change(&op.replica, &Record::Entry(entry.clone()), batch)?;
+                    self.write_change(&op.replica, &LogRecord::Entry(entry.clone()), batch)?;
                 }
             }
-            Change::Vote(vote) => self.write_change(&op.replica, &Record::Vote(*vote), batch)?,
-            Change::Truncate(to) => {
-                self.write_change(&op.replica, &Record::Truncate(*to), batch)?
+            LogChange::Vote(vote) => {
+                self.write_change(&op.replica, &LogRecord::Vote(*vote), batch)?
             }
-            Change::Purge(upto) => self.write_change(&op.replica, &Record::Purge(*upto), batch)?,
+            LogChange::Truncate(to) => {
+                self.write_change(&op.replica, &LogRecord::Truncate(*to), batch)?
+            }
+            LogChange::Purge(upto) => {
+                self.write_change(&op.replica, &LogRecord::Purge(*upto), batch)?
+            }
         }
         Ok(())
     }
@@ -710,10 +716,10 @@ impl Ledger {
         &mut self,
         key: ReplicaKey,
         id: Option<LogId>,
-        batch: &mut Batch,
+        batch: &mut EncodedBatchRecords,
     ) -> io::Result<()> {
         match self.replicas.get(&key).cloned() {
-            Some(replica) => self.write_change(&replica, &Record::Committed(id), batch),
+            Some(replica) => self.write_change(&replica, &LogRecord::Committed(id), batch),
             // Wiped in this batch or before.
             None => Ok(()),
         }
@@ -727,10 +733,15 @@ impl Ledger {
     }
 
     /// Follows records that are written, as replay would. Nobody sees a part of them.
-    fn follow(&mut self, replica: &Replica, records: &[(Record, Spot)]) -> io::Result<()> {
+    fn follow(
+        &mut self,
+        replica: &ReplicaLogInner,
+        records: &[(LogRecord, EntryLocation)],
+    ) -> io::Result<()> {
         let mut state = replica.lock();
-        let mut follow =
-            |(record, spot): &(Record, Spot)| state.written.apply(record, *spot, &mut self.live);
+        let mut follow = |(record, spot): &(LogRecord, EntryLocation)| {
+            state.written.apply(record, *spot, &mut self.live)
+        };
         records
             .iter()
             .try_for_each(&mut follow)
@@ -740,9 +751,9 @@ impl Ledger {
     /// Encodes a record and follows it, as replay would.
     fn write_change(
         &mut self,
-        replica: &Replica,
-        record: &Record,
-        batch: &mut Batch,
+        replica: &ReplicaLogInner,
+        record: &LogRecord,
+        batch: &mut EncodedBatchRecords,
     ) -> io::Result<()> {
         let spot = batch.put(replica.key, record)?;
         let followed = replica.lock().written.apply(record, spot, &mut self.live);
@@ -751,7 +762,11 @@ impl Ledger {
 
     /// Those whose first live entry is in the segment, with their live bytes. None if one of them
     /// is larger than `bytes_max`.
-    fn small_replicas_in(&self, segment: u64, bytes_max: u64) -> Option<Vec<(Arc<Replica>, u64)>> {
+    fn small_replicas_in(
+        &self,
+        segment: u64,
+        bytes_max: u64,
+    ) -> Option<Vec<(Arc<ReplicaLogInner>, u64)>> {
         let mut pinning = Vec::new();
         for replica in self.replicas.values() {
             let state = replica.lock();

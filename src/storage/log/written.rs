@@ -1,17 +1,17 @@
 //! What the records of the log amount to for one replica, and where its live entries are.
 //!
-//! The writer and the replay both go through [`Written::apply`], record by record, so what is in
+//! The writer and the replay both go through [`LogIndex::apply`], record by record, so what is in
 //! memory is what a replay would find. The invariant: entries are contiguous from the purge point
 //! to the last id; only a truncate record shortens them at the end.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::record::{Record, ReplicaHead};
+use super::record::{LogRecord, ReplicaHead};
 use crate::types::LogId;
 
 /// Location of one record in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Spot {
+pub(super) struct EntryLocation {
     pub segment: u64,
     /// Segments stay below 4 GiB: see the sizes that `append` refuses.
     pub offset: u32,
@@ -20,9 +20,9 @@ pub(super) struct Spot {
 
 /// An entry on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Located {
+pub(super) struct LocatedEntry {
     pub term: u64,
-    pub spot: Spot,
+    pub spot: EntryLocation,
     /// Bytes of the replica's entries up to the end of this one, from an arbitrary start: only
     /// differences mean something.
     pub end_bytes: u64,
@@ -30,18 +30,18 @@ pub(super) struct Located {
 
 /// Counts the live entries of each segment.
 #[derive(Debug, Default)]
-pub(super) struct Live {
+pub(super) struct LiveBytes {
     entries: BTreeMap<u64, u64>,
     pub bytes: u64,
 }
 
-impl Live {
-    fn add(&mut self, entry: &Located) {
+impl LiveBytes {
+    fn add(&mut self, entry: &LocatedEntry) {
         *self.entries.entry(entry.spot.segment).or_default() += 1;
         self.bytes += u64::from(entry.spot.len);
     }
 
-    fn remove(&mut self, entries: impl Iterator<Item = Located>) {
+    fn remove(&mut self, entries: impl Iterator<Item = LocatedEntry>) {
         for entry in entries {
             if let Some(count) = self.entries.get_mut(&entry.spot.segment) {
                 *count -= 1;
@@ -84,23 +84,23 @@ pub(super) enum Contradiction {
 
 /// One replica as the log has it.
 #[derive(Debug, Default)]
-pub(super) struct Written {
+pub(super) struct LogIndex {
     head: ReplicaHead,
     /// The last of the live entries: all from `missing_until` on.
-    entries: VecDeque<Located>,
+    entries: VecDeque<LocatedEntry>,
     end_bytes: u64,
     purged_bytes: u64,
     /// Entries below this index are in segments that are gone. Only while a replay has not yet come
     /// to what purged or restated them.
     missing_until: u64,
-    restating: Option<VecDeque<Located>>,
+    restating: Option<VecDeque<LocatedEntry>>,
 }
 
 pub(super) fn index_after(id: Option<LogId>) -> u64 {
     id.map_or(0, |id| id.index.saturating_add(1))
 }
 
-impl Written {
+impl LogIndex {
     /// A replica at the begin of the first segment: its entries, if any, are not known.
     pub fn restated(head: ReplicaHead) -> Self {
         Self {
@@ -120,13 +120,13 @@ impl Written {
             .saturating_sub(index_after(self.head.purged))
     }
 
-    pub fn located(&self, index: u64) -> Option<&Located> {
+    pub fn located(&self, index: u64) -> Option<&LocatedEntry> {
         let at = index.checked_sub(self.first())?;
         self.entries.get(usize::try_from(at).ok()?)
     }
 
     /// The live entries with their indexes.
-    pub fn entries(&self) -> impl Iterator<Item = (u64, &Located)> {
+    pub fn entries(&self) -> impl Iterator<Item = (u64, &LocatedEntry)> {
         (self.first()..).zip(&self.entries)
     }
 
@@ -172,33 +172,33 @@ impl Written {
     /// Follows one record of this replica, other than its creation and wiping.
     pub fn apply(
         &mut self,
-        record: &Record,
-        spot: Spot,
-        live: &mut Live,
+        record: &LogRecord,
+        spot: EntryLocation,
+        live: &mut LiveBytes,
     ) -> Result<(), Contradiction> {
         match record {
-            Record::Restated(entry) => return self.restate_entry(entry.id, spot, live),
+            LogRecord::Restated(entry) => return self.restate_entry(entry.id, spot, live),
             _ if self.restating.is_some() => return Err(Contradiction::Interrupted),
             _ => {}
         }
         match record {
-            Record::Vote(vote) => self.head.vote = Some(*vote),
-            Record::Committed(id) => self.head.committed = *id,
-            Record::Entry(entry) => self.append(entry.id, spot, live)?,
-            Record::Truncate(to) => self.truncate(*to, live)?,
-            Record::Purge(upto) => self.purge(*upto, live)?,
-            Record::Restate(head) => {
+            LogRecord::Vote(vote) => self.head.vote = Some(*vote),
+            LogRecord::Committed(id) => self.head.committed = *id,
+            LogRecord::Entry(entry) => self.append(entry.id, spot, live)?,
+            LogRecord::Truncate(to) => self.truncate(*to, live)?,
+            LogRecord::Purge(upto) => self.purge(*upto, live)?,
+            LogRecord::Restate(head) => {
                 if *head != self.head {
                     return Err(Contradiction::Restate);
                 }
                 self.restating = Some(VecDeque::new());
                 self.finish_restating(live);
             }
-            Record::Head(_)
-            | Record::Mark
-            | Record::Create
-            | Record::Wipe
-            | Record::Restated(_) => {
+            LogRecord::Head(_)
+            | LogRecord::Mark
+            | LogRecord::Create
+            | LogRecord::Wipe
+            | LogRecord::Restated(_) => {
                 return Err(Contradiction::Interrupted);
             }
         }
@@ -212,17 +212,22 @@ impl Written {
     }
 
     /// Takes all its entries out of `live`.
-    pub fn wipe(&mut self, live: &mut Live) {
+    pub fn wipe(&mut self, live: &mut LiveBytes) {
         live.remove(self.entries.drain(..));
     }
 
-    fn append(&mut self, id: LogId, spot: Spot, live: &mut Live) -> Result<(), Contradiction> {
+    fn append(
+        &mut self,
+        id: LogId,
+        spot: EntryLocation,
+        live: &mut LiveBytes,
+    ) -> Result<(), Contradiction> {
         let last = self.head.last;
         if id.index != index_after(last) || last.is_some_and(|last| id.term < last.term) {
             return Err(Contradiction::Entry { id, last });
         }
         self.end_bytes += u64::from(spot.len);
-        let located = Located {
+        let located = LocatedEntry {
             term: id.term,
             spot,
             end_bytes: self.end_bytes,
@@ -233,7 +238,7 @@ impl Written {
         Ok(())
     }
 
-    fn truncate(&mut self, to: Option<LogId>, live: &mut Live) -> Result<(), Contradiction> {
+    fn truncate(&mut self, to: Option<LogId>, live: &mut LiveBytes) -> Result<(), Contradiction> {
         let ReplicaHead { purged, last, .. } = self.head;
         let known = to
             .and_then(|to| self.located(to.index))
@@ -256,7 +261,7 @@ impl Written {
         Ok(())
     }
 
-    fn purge(&mut self, upto: LogId, live: &mut Live) -> Result<(), Contradiction> {
+    fn purge(&mut self, upto: LogId, live: &mut LiveBytes) -> Result<(), Contradiction> {
         let ReplicaHead { purged, last, .. } = self.head;
         let known = self.located(upto.index).map(|entry| entry.term);
         if upto.index < index_after(purged) || known.is_some_and(|term| term != upto.term) {
@@ -280,8 +285,8 @@ impl Written {
     fn restate_entry(
         &mut self,
         id: LogId,
-        spot: Spot,
-        live: &mut Live,
+        spot: EntryLocation,
+        live: &mut LiveBytes,
     ) -> Result<(), Contradiction> {
         let start = index_after(self.head.purged);
         let known = self.located(id.index).map(|entry| entry.term);
@@ -295,7 +300,7 @@ impl Written {
             .back()
             .map_or(self.purged_bytes, |entry| entry.end_bytes)
             + u64::from(spot.len);
-        restating.push_back(Located {
+        restating.push_back(LocatedEntry {
             term: id.term,
             spot,
             end_bytes,
@@ -304,7 +309,7 @@ impl Written {
         Ok(())
     }
 
-    fn finish_restating(&mut self, live: &mut Live) {
+    fn finish_restating(&mut self, live: &mut LiveBytes) {
         let count = index_after(self.head.last).saturating_sub(index_after(self.head.purged));
         if let Some(restated) = self
             .restating

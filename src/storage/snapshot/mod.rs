@@ -28,19 +28,19 @@ use crate::storage::state::Applied;
 /// One that was received and never installed removes its file when the last clone goes.
 #[derive(Clone)]
 pub struct Snapshot {
-    inner: Arc<Inner>,
+    inner: Arc<SnapshotInner>,
 }
 
-struct Inner {
+struct SnapshotInner {
     file: Box<dyn DiskFile>,
     head: SnapshotHead,
     trailer: Trailer,
     files: SnapshotFiles,
     /// Changes once, when a received file is published.
-    place: Mutex<Place>,
+    place: Mutex<SnapshotPlace>,
 }
 
-struct Place {
+struct SnapshotPlace {
     path: PathBuf,
     published: bool,
 }
@@ -55,7 +55,7 @@ impl Snapshot {
             file,
             head,
             trailer,
-            Place {
+            SnapshotPlace {
                 path: path.to_owned(),
                 published: true,
             },
@@ -75,7 +75,7 @@ impl Snapshot {
             file,
             head,
             trailer,
-            Place {
+            SnapshotPlace {
                 path,
                 published: false,
             },
@@ -87,10 +87,10 @@ impl Snapshot {
         file: Box<dyn DiskFile>,
         head: SnapshotHead,
         trailer: Trailer,
-        place: Place,
+        place: SnapshotPlace,
     ) -> Self {
         Self {
-            inner: Arc::new(Inner {
+            inner: Arc::new(SnapshotInner {
                 file,
                 head,
                 trailer,
@@ -159,7 +159,7 @@ impl Snapshot {
     }
 }
 
-impl Drop for Inner {
+impl Drop for SnapshotInner {
     fn drop(&mut self) {
         let place = self.place.get_mut().expect("no holder panics");
         if !place.published {

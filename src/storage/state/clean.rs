@@ -7,20 +7,20 @@
 //! above, and whoever puts another map in place of this one drops it.
 //!
 //! Its memory is part of what the tables of the node may have together
-//! ([`StateOptions::node_bytes_max`](super::StateOptions)): tables that are not written down yet
+//! ([`MapOptions::node_bytes_max`](super::StateOptions)): tables that are not written down yet
 //! take it first. Scans do not look at it, because they have to read the tree anyway.
 
 use std::cmp::Reverse;
 use std::sync::Arc;
 
-use super::replica::Replica;
-use super::store::Shared;
-use super::tables::{Frozen, Table};
+use super::replica::ReplicaMapInner;
+use super::store::MapStoreInner;
+use super::tables::{ImmutableMemtable, Memtable};
 
 /// Changes that are put into a clean table before readers get their turn.
 const CHANGES_PER_TURN: usize = 64;
 
-impl Replica {
+impl ReplicaMapInner {
     /// Takes the oldest frozen table, which the tree has now, away from the tables above it. It
     /// becomes the clean table. One that is much smaller than the clean table is put into that
     /// instead: a single write must not make the gets of all other keys slow.
@@ -57,7 +57,7 @@ impl Replica {
     /// Puts the changes of a table that was just written to the tree into the clean table, if it is
     /// far smaller than that. False: they are not, or not all of them, and another table has to
     /// take its place. Readers see no difference meanwhile, because `written` is still above.
-    fn merge_into_clean(&self, written: &Table) -> bool {
+    fn merge_into_clean(&self, written: &Memtable) -> bool {
         if 2 * written.bytes() > self.read_tables().clean_bytes() {
             return false;
         }
@@ -81,7 +81,7 @@ impl Replica {
 
     /// Lets go of the clean table.
     pub(super) fn drop_clean(&self) {
-        let dropped: Option<Arc<Frozen>> = {
+        let dropped: Option<Arc<ImmutableMemtable>> = {
             let mut tables = self.write_tables();
             self.shared.clean_bytes.replace(tables.clean_bytes(), 0);
             tables.clean.take()
@@ -95,7 +95,7 @@ impl Replica {
     }
 }
 
-impl Shared {
+impl MapStoreInner {
     /// Returns whether the tables, clean ones among them, have outgrown what they may have
     /// together.
     pub(super) fn wants_clean_dropped(&self) -> bool {

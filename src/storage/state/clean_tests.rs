@@ -20,7 +20,7 @@ use crate::storage::sim_disk::SimDisk;
 use crate::storage::tree::Trees;
 use crate::types::{GroupId, ReplicaId};
 
-fn put(state: &ReplicaState, index: u64, pairs: &[(&str, usize)]) {
+fn put(state: &ReplicaMap, index: u64, pairs: &[(&str, usize)]) {
     let mut batch = WriteBatch::default();
     pairs
         .iter()
@@ -30,7 +30,7 @@ fn put(state: &ReplicaState, index: u64, pairs: &[(&str, usize)]) {
 
 /// Writes all tables to the tree, and leaves no tree to read from: its handles are dead.
 fn write_down_and_lose_the_tree(
-    state: &ReplicaState,
+    state: &ReplicaMap,
     checkpointer: &mut Checkpointer,
     trees: &MemTrees,
 ) {
@@ -38,7 +38,7 @@ fn write_down_and_lose_the_tree(
     while checkpointer.pump() {}
     assert_eq!(
         state.bytes(),
-        TableBytes::default(),
+        MemtableBytes::default(),
         "all of it is in the tree"
     );
     trees.crash(Crash::Kill, 1);
@@ -71,7 +71,7 @@ fn a_get_of_what_was_written_down_does_not_ask_the_tree() {
     guard.get(b"c").expect_err("only the tree could tell");
 }
 
-fn store_replica(store: &StateStore) -> ReplicaState {
+fn store_replica(store: &MapStore) -> ReplicaMap {
     store.replica(KEY, TestLog::durable()).expect("opened")
 }
 
@@ -116,7 +116,7 @@ fn a_clean_table_that_is_full_forgets_what_it_has_no_room_for() {
 }
 
 /// Every clean entry is that of the tree, unless a table above hides it; and the sums are right.
-fn assert_clean_is_true(store: &StateStore, state: &ReplicaState, context: &str) {
+fn assert_clean_is_true(store: &MapStore, state: &ReplicaMap, context: &str) {
     let tables = state.replica.read_tables();
     assert_eq!(
         store.metrics().clean_bytes,
@@ -146,7 +146,7 @@ fn assert_clean_is_true(store: &StateStore, state: &ReplicaState, context: &str)
 }
 
 /// Deletes a whole range, as moves do when slots have left.
-fn clear(state: &ReplicaState, model: &mut Model, random: &mut StdRng, index: u64) {
+fn clear(state: &ReplicaMap, model: &mut Model, random: &mut StdRng, index: u64) {
     let from = random.random_range(0..250);
     let range = KeyRange {
         start: format!("k{from:03}").into(),
@@ -232,14 +232,14 @@ fn a_map_with_a_clean_table_is_what_a_model_is_whatever_happens_to_it() {
 
 #[test]
 fn clean_tables_make_room_for_the_others() {
-    let options = StateOptions {
+    let options = MapOptions {
         table_bytes_max: 1 << 20,
         frozen_bytes_max: 1 << 20,
         node_bytes_max: 400_000,
-        ..StateOptions::default()
+        ..MapOptions::default()
     };
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
-    let opened = StateStore::open(Arc::new(MemTrees::new()), disk, Path::new("/data"), options);
+    let opened = MapStore::open(Arc::new(MemTrees::new()), disk, Path::new("/data"), options);
     let (store, mut checkpointer) = opened.expect("opened");
     let keys = (1..=100).map(|n| ReplicaKey {
         group: GroupId(n),

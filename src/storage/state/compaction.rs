@@ -23,8 +23,8 @@ use bytes::Bytes;
 use super::digest::{Digest, PairHasher};
 use super::open::{self, pair_bytes};
 use super::record::{CORE_KEYS_START, RECORD_KEY, TreeRecord, tree_name};
-use super::replica::{Pen, Replica};
-use super::store::{Shared, StateStore};
+use super::replica::{ReplicaMapInner, TreeWriter};
+use super::store::{MapStore, MapStoreInner};
 use crate::sm::ports::{Direction, KeyRange, StoreError};
 use crate::storage::ReplicaKey;
 use crate::storage::tree::Tree;
@@ -99,8 +99,8 @@ enum Copied {
     Ended,
 }
 
-impl StateStore {
-    /// Returns whether [`StateStore::compact`] has something to do.
+impl MapStore {
+    /// Returns whether [`MapStore::compact`] has something to do.
     pub fn wants_compaction(&self) -> Result<bool, StoreError> {
         Ok(is_due(self.shared()) || !self.shared().trees.outdated()?.is_empty())
     }
@@ -164,7 +164,7 @@ impl StateStore {
 
 /// Returns true if the trees take so much more than their contents that copying pays. They must
 /// also have grown to twice their size after the last copy.
-fn is_due(shared: &Shared) -> bool {
+fn is_due(shared: &MapStoreInner) -> bool {
     let disk = shared.trees.disk_bytes();
     shared.trees_disk_bytes.store(disk, Ordering::Relaxed);
     let allowed = GARBAGE_FACTOR
@@ -179,7 +179,7 @@ fn owner_of(name: &str) -> &str {
 }
 
 /// Drops the trees of replicas that are gone: a crash may have brought one back that was dropped.
-fn drop_orphans(shared: &Shared, stored: &[ReplicaKey]) -> Result<(), StoreError> {
+fn drop_orphans(shared: &MapStoreInner, stored: &[ReplicaKey]) -> Result<(), StoreError> {
     // The names first: a tree that is there by now is of a replica that was claimed before.
     let names = shared.trees.names()?;
     let claimed = shared.claimed();
@@ -198,7 +198,7 @@ fn drop_orphans(shared: &Shared, stored: &[ReplicaKey]) -> Result<(), StoreError
 /// Copies the tree of a replica, if it is in an old place, and drops what else the replica has
 /// there. None: there was nothing to copy.
 fn copy_if_outdated(
-    replica: &Arc<Replica>,
+    replica: &Arc<ReplicaMapInner>,
     keep_on: &dyn Fn() -> bool,
 ) -> Result<Option<Copied>, StoreError> {
     let trees = &*replica.shared.trees;
@@ -223,7 +223,7 @@ fn copy_if_outdated(
     Ok(copied)
 }
 
-fn copy(replica: &Arc<Replica>, keep_on: &dyn Fn() -> bool) -> Result<Copied, StoreError> {
+fn copy(replica: &Arc<ReplicaMapInner>, keep_on: &dyn Fn() -> bool) -> Result<Copied, StoreError> {
     let generation = begin(replica)?;
     let mut pages = 0;
     let copied = loop {
@@ -263,7 +263,7 @@ fn copy(replica: &Arc<Replica>, keep_on: &dyn Fn() -> bool) -> Result<Copied, St
 }
 
 /// Begins a copy as a new generation, which it returns.
-fn begin(replica: &Arc<Replica>) -> Result<u64, StoreError> {
+fn begin(replica: &Arc<ReplicaMapInner>) -> Result<u64, StoreError> {
     let trees = &*replica.shared.trees;
     let mut pen = replica.lock_pen_last();
     replica.check()?;
@@ -290,8 +290,8 @@ fn begin(replica: &Arc<Replica>) -> Result<u64, StoreError> {
 
 /// Copies one page, and ends the copy after the last. None: there is more.
 fn step(
-    replica: &Arc<Replica>,
-    pen: &mut Pen,
+    replica: &Arc<ReplicaMapInner>,
+    pen: &mut TreeWriter,
     generation: u64,
     pages: &mut u32,
 ) -> Result<Option<Copied>, StoreError> {

@@ -11,7 +11,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::crash_tests::{ModelLog, donated};
-use super::scan::{Scanned, Trust, publish, scan};
+use super::scan::{Scanned, SnapshotTrust, publish, scan};
 use super::tests::{
     KEY, Model, TestLog, applied, apply_to_model, assert_is, open, pairs, send, small_options,
     snapshot_pairs,
@@ -24,7 +24,7 @@ use crate::storage::mem_trees::{Crash, MemTrees};
 use crate::storage::sim_disk::SimDisk;
 use crate::storage::sled_tree::{SledOptions, SledTrees};
 use crate::storage::tree::{Tree, Trees, Walk};
-use crate::storage::watched_disk::{Change, WatchedDisk};
+use crate::storage::watched_disk::{DiskChange, WatchedDisk};
 use crate::types::{GroupId, ReplicaId};
 
 /// Every key gets the same value in each batch, so any tear shows.
@@ -33,7 +33,7 @@ fn readers_and_snapshots_see_one_point_in_time_while_checkpoints_go_on() {
     let home = tempfile::tempdir().expect("a directory");
     let trees =
         SledTrees::open(&home.path().join("trees"), &SledOptions::default()).expect("opened");
-    let (store, checkpointer) = StateStore::open(
+    let (store, checkpointer) = MapStore::open(
         Arc::new(trees),
         Arc::new(RealDisk),
         home.path(),
@@ -98,7 +98,7 @@ fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
     let (store, _checkpointer) = open(&trees, &shared);
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
     log.replay(&state, 100).expect("applied");
-    let Ok(Scanned::New(built)) = scan(&state.replica, Trust::Current) else {
+    let Ok(Scanned::New(built)) = scan(&state.replica, SnapshotTrust::Current) else {
         panic!("there is none yet")
     };
     let received = send(&donated, &state);
@@ -109,7 +109,7 @@ fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
     let (also_waiting, publisher) = (waiting.clone(), state.clone());
     disk.watch(move |change| {
         let is_free = || publisher.replica.shelf.try_lock().is_ok();
-        if matches!(change, Change::SyncDir(_))
+        if matches!(change, DiskChange::SyncDir(_))
             && is_free()
             && let Some(built) = also_waiting.lock().expect("no holder panics").take()
         {
@@ -266,9 +266,7 @@ fn the_tree_stands_still_while_it_is_scanned() {
 }
 
 /// A map of 2000 pairs at index 1, whose next walks call `hook`.
-fn hooked(
-    hook: impl FnOnce(ReplicaState) -> Hook,
-) -> (StateStore, Checkpointer, ReplicaState, Model) {
+fn hooked(hook: impl FnOnce(ReplicaMap) -> Hook) -> (MapStore, Checkpointer, ReplicaMap, Model) {
     let (slot, walks) = (Arc::new(Mutex::new(None)), Arc::default());
     let trees = HookedTrees {
         trees: MemTrees::new(),
@@ -277,7 +275,7 @@ fn hooked(
         walking: Arc::default(),
     };
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
-    let opened = StateStore::open(Arc::new(trees), disk, Path::new("/data"), small_options());
+    let opened = MapStore::open(Arc::new(trees), disk, Path::new("/data"), small_options());
     let (store, mut checkpointer) = opened.expect("opened");
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
     let mut batch = WriteBatch::default();
@@ -382,7 +380,7 @@ fn writers_wait_for_room_until_the_log_is_synced_and_tables_are_written() {
     );
     while checkpointer.pump() {}
     assert!(state.wait_room().now_or_never().is_some());
-    assert_eq!(state.bytes(), TableBytes::default());
+    assert_eq!(state.bytes(), MemtableBytes::default());
 }
 
 #[test]
@@ -408,14 +406,14 @@ fn what_can_wait_finds_no_room_before_others_do() {
 
 #[test]
 fn many_small_tables_are_written_down_before_they_fill_the_node() {
-    let options = StateOptions {
+    let options = MapOptions {
         table_bytes_max: 1 << 20,
         frozen_bytes_max: 1 << 20,
         node_bytes_max: 400_000,
-        ..StateOptions::default()
+        ..MapOptions::default()
     };
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(1));
-    let opened = StateStore::open(Arc::new(MemTrees::new()), disk, Path::new("/data"), options);
+    let opened = MapStore::open(Arc::new(MemTrees::new()), disk, Path::new("/data"), options);
     let (store, mut checkpointer) = opened.expect("opened");
     let keys = (1..=100).map(|n| ReplicaKey {
         group: GroupId(n),

@@ -45,7 +45,7 @@ impl ModelLog {
     }
 
     /// Applies what is missing through `last`.
-    pub fn replay(&self, state: &ReplicaState, last: u64) -> Result<(), StoreError> {
+    pub fn replay(&self, state: &ReplicaMap, last: u64) -> Result<(), StoreError> {
         for index in index_of(&state.applied()) + 1..=last {
             state.apply(self.entries[index as usize - 1].clone(), applied(index))?;
         }
@@ -53,7 +53,7 @@ impl ModelLog {
     }
 
     /// The map is that of its applied index, and stays so to the end of the log.
-    pub fn assert_true(&self, state: &ReplicaState, random: &mut StdRng, context: &str) {
+    pub fn assert_true(&self, state: &ReplicaMap, random: &mut StdRng, context: &str) {
         let now = state.applied();
         if let Some(id) = now.log_id {
             assert_eq!(now, applied(id.index), "{context}");
@@ -70,7 +70,7 @@ pub fn index_of(applied: &Applied) -> u64 {
 }
 
 /// A donor's snapshot of `log` at `index`, and what keeps it.
-pub fn donated(log: &ModelLog, index: u64) -> (Snapshot, StateStore) {
+pub fn donated(log: &ModelLog, index: u64) -> (Snapshot, MapStore) {
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new(99));
     let (store, _) = open(&MemTrees::new(), &disk);
     let donor = store
@@ -238,14 +238,14 @@ fn life(
     donated: &Snapshot,
     durable: &mut u64,
 ) -> Result<(), StoreError> {
-    let (store, mut checkpointer) = StateStore::open(
+    let (store, mut checkpointer) = MapStore::open(
         Arc::new(trees.clone()),
         disk,
         Path::new("/data"),
         small_options(),
     )?;
     let state = store.replica(KEY, TestLog::durable())?;
-    let mut snapshot = |state: &ReplicaState| -> Result<(), StoreError> {
+    let mut snapshot = |state: &ReplicaMap| -> Result<(), StoreError> {
         *durable = index_of(state.build_snapshot()?.applied());
         Ok(())
     };

@@ -1,5 +1,5 @@
-//! Putting a snapshot of another replica in the place of a map: [`ReplicaState::prepare`] does what
-//! takes long, [`ReplicaState::install`] the rest.
+//! Putting a snapshot of another replica in the place of a map: [`ReplicaMap::prepare`] does what
+//! takes long, [`ReplicaMap::install`] the rest.
 //!
 //! While it is prepared the map serves on, and takes entries. What is prepared is a generation
 //! without a record, which nobody believes: a crash leaves the map as it was.
@@ -7,27 +7,27 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::open::{self, Filling};
-use super::replica::{Pen, Replica, ReplicaState};
-use super::tables::Tables;
+use super::open::{self, TreeFilling};
+use super::replica::{ReplicaMap, ReplicaMapInner, TreeWriter};
+use super::tables::Memtables;
 use crate::sm::ports::StoreError;
 use crate::storage::snapshot::Snapshot;
 
 /// A generation that holds what a snapshot does, and waits to become the map.
-pub(super) struct Prepared {
+pub(super) struct PreparedMap {
     snapshot: Snapshot,
-    filling: Filling,
+    filling: TreeFilling,
 }
 
-impl Prepared {
+impl PreparedMap {
     fn is_of(&self, snapshot: &Snapshot) -> bool {
         self.snapshot.path() == snapshot.path() && self.snapshot.applied() == snapshot.applied()
     }
 }
 
-impl ReplicaState {
+impl ReplicaMap {
     /// Fills a generation with a snapshot that is about to be installed, so that
-    /// [`ReplicaState::install`] takes no time. At most one is prepared: another takes its place.
+    /// [`ReplicaMap::install`] takes no time. At most one is prepared: another takes its place.
     /// Does nothing where the map is further. Blocking.
     ///
     /// # Errors
@@ -47,7 +47,7 @@ impl ReplicaState {
         let filling = open::fill_generation(trees, replica.key, generation, snapshot);
         // What was begun is no good to anybody.
         let filling = filling.inspect_err(|_| open::drop_one(trees, replica.key, generation))?;
-        pen.prepared = Some(Prepared {
+        pen.prepared = Some(PreparedMap {
             snapshot: snapshot.clone(),
             filling,
         });
@@ -56,7 +56,7 @@ impl ReplicaState {
 
     /// Makes a received snapshot the map: its file durable under its name, a generation filled from
     /// it unless one is prepared, and one switch. Nothing of the old map is seen any more;
-    /// [`ReplicaState::tidy`] has it removed. Blocking.
+    /// [`ReplicaMap::tidy`] has it removed. Blocking.
     ///
     /// # Errors
     ///
@@ -87,13 +87,13 @@ impl ReplicaState {
                 open::fill_generation(&*replica.shared.trees, replica.key, generation, snapshot)
             }
         };
-        let finished = filled.and_then(Filling::finish);
+        let finished = filled.and_then(TreeFilling::finish);
         let (tree, record, map_bytes) = finished
             .inspect_err(|error| replica.fail(&format!("installing a snapshot: {error}")))?;
         pen.record = record.clone();
         pen.copy = None;
         replica.set_map_bytes(map_bytes);
-        drop(replica.switch(Tables::new(tree, record.applied)));
+        drop(replica.switch(Memtables::new(tree, record.applied)));
         replica
             .shared
             .counters
@@ -120,7 +120,7 @@ impl ReplicaState {
 }
 
 /// Drops what was prepared, if anything was.
-fn discard(replica: &Replica, pen: &mut Pen) {
+fn discard(replica: &ReplicaMapInner, pen: &mut TreeWriter) {
     if let Some(prepared) = pen.prepared.take() {
         let generation = prepared.filling.generation();
         drop(prepared);
@@ -129,7 +129,7 @@ fn discard(replica: &Replica, pen: &mut Pen) {
 }
 
 /// Returns a generation that there is no tree of.
-fn next_generation(replica: &Arc<Replica>, pen: &Pen) -> Result<u64, StoreError> {
+fn next_generation(replica: &Arc<ReplicaMapInner>, pen: &TreeWriter) -> Result<u64, StoreError> {
     let generations = open::generations(&*replica.shared.trees, replica.key)?;
     Ok(generations
         .first()

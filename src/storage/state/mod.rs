@@ -2,7 +2,7 @@
 //! from a snapshot file when the tree is not what it should be.
 //!
 //! One change, step by step:
-//! 1. [`ReplicaState::apply`] puts a batch into the active table (`tables`) and moves `applied` on.
+//! 1. [`ReplicaMap::apply`] puts a batch into the active table (`tables`) and moves `applied` on.
 //!    Reads go through the tables to the tree.
 //! 2. A full table is frozen, and waits until the log is durable through what was applied
 //!    ([`Synced`]): a tree must never be ahead of the log, which may yet lose its unsynced end.
@@ -11,14 +11,14 @@
 //!    taking the hashes of old pairs out and putting those of new ones in. Before the first pair
 //!    all of it goes to a file (`redo`), by which a start finishes a checkpoint that was cut short.
 //!    The table then stays for gets (`clean`).
-//! 4. [`ReplicaState::build_snapshot`] holds the replica's pen, so that the tree stands still, and
+//! 4. [`ReplicaMap::build_snapshot`] holds the replica's pen, so that the tree stands still, and
 //!    copies it to a snapshot file. Past a limit of tables waiting meanwhile it gives up, lets them
 //!    be written, and begins anew; the third time the writers wait instead.
-//! 5. [`ReplicaState::prepare`] fills a new generation of the tree from a received file, and
-//!    [`ReplicaState::install`] publishes the file and switches in one step: the record comes last,
+//! 5. [`ReplicaMap::prepare`] fills a new generation of the tree from a received file, and
+//!    [`ReplicaMap::install`] publishes the file and switches in one step: the record comes last,
 //!    and the highest generation with a true record is the tree.
 //! 6. Trees that take far more space than what is in them are copied to a fresh place by
-//!    [`StateStore::compact`] (`compaction`).
+//!    [`MapStore::compact`] (`compaction`).
 //!
 //! # Why a tree is believed
 //! Durable are the log and the snapshot file. The tree is believed at a start only if all its pairs
@@ -71,8 +71,8 @@ use serde::{Deserialize, Serialize};
 
 pub use self::open::{Opened, Origin};
 pub use self::reading::{MapRead, ReadKind};
-pub use self::replica::{ReplicaState, TableBytes};
-pub use self::store::{Checkpointer, StateMetrics, StateStore};
+pub use self::replica::{MemtableBytes, ReplicaMap};
+pub use self::store::{Checkpointer, MapMetrics, MapStore};
 pub use self::tables::ReadGuard;
 use crate::types::LogId;
 
@@ -96,11 +96,11 @@ pub trait Synced: Send + Sync {
 
 /// Limits on memory and disk space. All limits are in bytes of keys, values and their overhead.
 #[derive(Debug, Clone)]
-pub struct StateOptions {
+pub struct MapOptions {
     /// A table this large is frozen: what a checkpoint writes, and at most what a start applies
     /// again from the log per replica.
     pub table_bytes_max: usize,
-    /// Frozen tables of one replica past which [`ReplicaState::wait_room`] waits; past half of it a
+    /// Frozen tables of one replica past which [`ReplicaMap::wait_room`] waits; past half of it a
     /// snapshot scan gives up.
     pub frozen_bytes_max: usize,
     /// Tables of all replicas. Past half of it in active tables, the largest are frozen before they
@@ -115,7 +115,7 @@ pub struct StateOptions {
     pub cache_bytes: u64,
 }
 
-impl Default for StateOptions {
+impl Default for MapOptions {
     fn default() -> Self {
         Self {
             table_bytes_max: 16 << 20,

@@ -37,7 +37,7 @@ pub enum Origin {
 }
 
 /// A map that is ready to serve.
-pub(super) struct Found {
+pub(super) struct ReadyMap {
     pub tree: Arc<dyn Tree>,
     pub record: TreeRecord,
     /// Of the keys and values in it.
@@ -50,7 +50,7 @@ pub(super) struct Found {
 pub(super) type Believed = (Arc<dyn Tree>, TreeRecord, u64);
 
 /// The result of checking a tree.
-enum Verdict {
+enum TreeVerdict {
     /// With the bytes of keys and values.
     Good(TreeRecord, u64),
     /// No pairs, no record.
@@ -64,7 +64,7 @@ pub(super) fn open_map(
     files: &SnapshotFiles,
     redo: &RedoFiles,
     key: ReplicaKey,
-) -> Result<Found, StoreError> {
+) -> Result<ReadyMap, StoreError> {
     let (mut snapshots, mut damaged_snapshot) = open_snapshots(files, key)?;
     let mut generations = generations(trees, key)?;
     let redo = redo.read(key)?;
@@ -81,7 +81,7 @@ pub(super) fn open_map(
                 origin: Origin::Tree,
                 damaged_snapshot,
             };
-            return Ok(Found {
+            return Ok(ReadyMap {
                 tree,
                 record,
                 map_bytes,
@@ -101,7 +101,7 @@ pub(super) fn open_map(
                 origin: Origin::New,
                 damaged_snapshot,
             };
-            return Ok(Found {
+            return Ok(ReadyMap {
                 tree,
                 record,
                 map_bytes,
@@ -148,7 +148,7 @@ pub(super) fn open_map(
         },
         damaged_snapshot,
     };
-    Ok(Found {
+    Ok(ReadyMap {
         tree,
         record,
         map_bytes,
@@ -159,13 +159,13 @@ pub(super) fn open_map(
 
 /// A generation that was filled from a snapshot and has no record yet: until it has, it is not
 /// believed.
-pub(super) struct Filling {
+pub(super) struct TreeFilling {
     tree: Arc<dyn Tree>,
     record: TreeRecord,
     map_bytes: u64,
 }
 
-impl Filling {
+impl TreeFilling {
     pub fn generation(&self) -> u64 {
         self.record.generation
     }
@@ -184,7 +184,7 @@ pub(super) fn fill_generation(
     key: ReplicaKey,
     generation: u64,
     snapshot: &Snapshot,
-) -> Result<Filling, StoreError> {
+) -> Result<TreeFilling, StoreError> {
     let name = tree_name(key, generation);
     trees.drop_tree(&name)?;
     let tree = trees.open(&name)?;
@@ -211,14 +211,14 @@ pub(super) fn fill_generation(
         applied: snapshot.applied().clone(),
         digest: snapshot.trailer().digest,
     };
-    Ok(Filling {
+    Ok(TreeFilling {
         tree,
         record,
         map_bytes,
     })
 }
 
-/// Returns what a pair counts for in [`Found::map_bytes`].
+/// Returns what a pair counts for in [`ReadyMap::map_bytes`].
 pub(super) fn pair_bytes(key: &[u8], value: &[u8]) -> u64 {
     (key.len() + value.len()) as u64
 }
@@ -258,7 +258,7 @@ fn rebuild(
     damaged: &mut Option<String>,
 ) -> Result<Option<Believed>, StoreError> {
     while let Some(snapshot) = snapshots.first() {
-        match fill_generation(trees, key, generation, snapshot).and_then(Filling::finish) {
+        match fill_generation(trees, key, generation, snapshot).and_then(TreeFilling::finish) {
             Ok(filled) => return Ok(Some(filled)),
             Err(error @ (StoreError::Io { .. } | StoreError::TooOld { .. })) => return Err(error),
             Err(error @ (StoreError::Damaged(_) | StoreError::Undecodable { .. })) => {
@@ -348,11 +348,11 @@ fn newest_good(
             Err(error) => Err(error),
         };
         match verdict {
-            Ok((tree, Verdict::Good(record, map_bytes))) => {
+            Ok((tree, TreeVerdict::Good(record, map_bytes))) => {
                 return Ok((Some((tree, record, map_bytes)), reason));
             }
-            Ok((_, Verdict::Empty)) => {}
-            Ok((_, Verdict::Bad(bad))) => {
+            Ok((_, TreeVerdict::Empty)) => {}
+            Ok((_, TreeVerdict::Bad(bad))) => {
                 reason.get_or_insert(bad);
             }
             // Its thread still turns: only a restart, without these files, helps.
@@ -386,29 +386,29 @@ fn check_or_finish(
     key: ReplicaKey,
     generation: u64,
     redo: Option<&Redo>,
-) -> Result<Verdict, StoreError> {
+) -> Result<TreeVerdict, StoreError> {
     let redo = redo.filter(|redo| redo.record.generation == generation);
     let verdict = match check(tree, key, generation) {
         // A value that has lost its pieces: it may be one of those that were being written.
         Err(error @ StoreError::Io { .. }) if redo.is_some() && is_of_the_data(&error) => {
-            Verdict::Bad(error.to_string())
+            TreeVerdict::Bad(error.to_string())
         }
         checked => checked?,
     };
     match (&verdict, redo) {
-        (Verdict::Bad(reason), Some(redo)) => {
+        (TreeVerdict::Bad(reason), Some(redo)) => {
             tracing::info!(replica = %key, %reason, changes = redo.changes.len(), "a checkpoint \
                 that was cut short is carried out again");
             redo.carry_out(tree)?;
             tree.flush()?;
             check(tree, key, generation)
         }
-        (Verdict::Good(..) | Verdict::Empty | Verdict::Bad(_), _) => Ok(verdict),
+        (TreeVerdict::Good(..) | TreeVerdict::Empty | TreeVerdict::Bad(_), _) => Ok(verdict),
     }
 }
 
 /// Reads the whole tree and compares it with its record.
-fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<Verdict, StoreError> {
+fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<TreeVerdict, StoreError> {
     let (mut digest, mut hasher, mut unknown) = (Digest::default(), PairHasher::default(), false);
     let (mut record, mut map_bytes) = (None, 0);
     tree.walk(&mut |pair_key, value| {
@@ -423,20 +423,20 @@ fn check(tree: &dyn Tree, key: ReplicaKey, generation: u64) -> Result<Verdict, S
         Walk::On
     })?;
     Ok(match record {
-        None if digest.pairs == 0 && !unknown => Verdict::Empty,
-        None => Verdict::Bad("it was never finished".into()),
-        Some(Err(error)) => Verdict::Bad(error.to_string()),
+        None if digest.pairs == 0 && !unknown => TreeVerdict::Empty,
+        None => TreeVerdict::Bad("it was never finished".into()),
+        Some(Err(error)) => TreeVerdict::Bad(error.to_string()),
         Some(Ok(record)) if (record.key, record.generation) != (key, generation) => {
-            Verdict::Bad(format!(
+            TreeVerdict::Bad(format!(
                 "it says that it is {}",
                 tree_name(record.key, record.generation)
             ))
         }
-        Some(Ok(record)) if record.digest != digest || unknown => Verdict::Bad(format!(
+        Some(Ok(record)) if record.digest != digest || unknown => TreeVerdict::Bad(format!(
             "its {} pairs do not match the digest of {}",
             digest.pairs, record.digest.pairs
         )),
-        Some(Ok(record)) => Verdict::Good(record, map_bytes),
+        Some(Ok(record)) => TreeVerdict::Good(record, map_bytes),
     })
 }
 
@@ -461,15 +461,15 @@ mod tests {
     };
 
     /// A tree in which one value cannot be read until it is written anew.
-    struct Torn(Arc<dyn Tree>);
+    struct TornTree(Arc<dyn Tree>);
 
-    impl Torn {
+    impl TornTree {
         fn is_whole(&self) -> bool {
             self.0.get(b"torn").is_ok_and(|value| value.is_some())
         }
     }
 
-    impl Tree for Torn {
+    impl Tree for TornTree {
         fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
             self.0.get(key)
         }
@@ -514,7 +514,7 @@ mod tests {
             record: record.clone(),
             changes: vec![(key, Some(value))],
         };
-        let tree = Torn(MemTrees::new().open("g1-r5.1").expect("opened"));
+        let tree = TornTree(MemTrees::new().open("g1-r5.1").expect("opened"));
         check_or_finish(&tree, KEY, 1, None)
             .err()
             .expect("it cannot be read");
@@ -523,6 +523,6 @@ mod tests {
             .expect("that was another generation");
         let verdict =
             check_or_finish(&tree, KEY, 1, Some(&redo)).expect("it was carried out again");
-        assert!(matches!(verdict, Verdict::Good(found, 9) if found == record));
+        assert!(matches!(verdict, TreeVerdict::Good(found, 9) if found == record));
     }
 }

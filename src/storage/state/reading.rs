@@ -22,9 +22,9 @@ use bytes::Bytes;
 use tokio::sync::Semaphore;
 
 use super::record::{CORE_KEYS_START, RESERVED};
-use super::replica::{Replica, ReplicaState};
-use super::store::Shared;
-use super::tables::{ReadGuard, Tables};
+use super::replica::{ReplicaMap, ReplicaMapInner};
+use super::store::MapStoreInner;
+use super::tables::{Memtables, ReadGuard};
 use crate::sm::ports::{Direction, Items, KeyRange, Layered, Pairs, Read, StoreError, ValueStart};
 use crate::storage::tree::Tree;
 
@@ -190,7 +190,7 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-impl Shared {
+impl MapStoreInner {
     /// Returns whether the cache of the trees may not hold all of them.
     fn outgrows_cache(&self) -> bool {
         // A pair costs the cache more than its bytes.
@@ -209,9 +209,9 @@ impl Shared {
     }
 }
 
-impl ReplicaState {
+impl ReplicaMap {
     /// Returns whether reads of this kind may wait for the disk: those are to be done by
-    /// [`ReplicaState::read_elsewhere`].
+    /// [`ReplicaMap::read_elsewhere`].
     pub fn reads_wait(&self, kind: ReadKind) -> bool {
         let shared = &self.replica.shared;
         match kind {
@@ -244,7 +244,7 @@ impl ReplicaState {
     }
 
     /// Reads the map under one guard: here if nothing is waited for, else on another thread. See
-    /// [`ReplicaState::read_elsewhere`] for what is asked of `work`.
+    /// [`ReplicaMap::read_elsewhere`] for what is asked of `work`.
     pub async fn read_in<T: Send + 'static>(
         &self,
         kind: ReadKind,
@@ -295,7 +295,7 @@ pub enum MapRead<'a> {
 /// between the beginning of the read and its end; where nothing is applied meanwhile, all of it is
 /// as under one guard.
 pub struct Preview {
-    replica: Arc<Replica>,
+    replica: Arc<ReplicaMapInner>,
 }
 
 impl Preview {
@@ -337,7 +337,7 @@ impl Preview {
         }
 
         let (layers, tree) = self.tables(|guard| {
-            let tables: &Tables = &guard.tables;
+            let tables: &Memtables = &guard.tables;
             let changes = tables
                 .above()
                 .map(|table| table.range(&range, direction, seen).collect());

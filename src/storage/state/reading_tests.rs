@@ -66,13 +66,13 @@ fn one(key: &str, value: &str) -> WriteBatch {
 }
 
 /// A map with `cold` in its tree alone.
-fn with_cold_key() -> (MemTrees, StateStore, Checkpointer, ReplicaState) {
+fn with_cold_key() -> (MemTrees, MapStore, Checkpointer, ReplicaMap) {
     let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
-    let options = StateOptions {
+    let options = MapOptions {
         cache_bytes: 0,
         ..small_options()
     };
-    let opened = StateStore::open(Arc::new(trees.clone()), disk, Path::new("/"), options);
+    let opened = MapStore::open(Arc::new(trees.clone()), disk, Path::new("/"), options);
     let (store, mut checkpointer) = opened.expect("opened");
     let state = store.replica(KEY, TestLog::durable()).expect("opened");
     state
@@ -141,11 +141,11 @@ fn reads_go_elsewhere_only_when_the_disk_takes_much_of_the_time() {
 fn nothing_goes_elsewhere_while_the_cache_holds_all_trees() {
     for (cache_bytes, expected) in [(64 << 20, false), (0, true)] {
         let (trees, disk): (_, Arc<dyn Disk>) = (MemTrees::new(), Arc::new(SimDisk::new(1)));
-        let options = StateOptions {
+        let options = MapOptions {
             cache_bytes,
             ..small_options()
         };
-        let opened = StateStore::open(Arc::new(trees), disk, Path::new("/"), options);
+        let opened = MapStore::open(Arc::new(trees), disk, Path::new("/"), options);
         let (store, mut checkpointer) = opened.expect("opened");
         let state = store.replica(KEY, TestLog::durable()).expect("opened");
         state

@@ -1,4 +1,4 @@
-//! [`ReplicaState`]: the map of one replica while it runs.
+//! [`ReplicaMap`]: the map of one replica while it runs.
 //!
 //! Two locks, always taken in this order: the *pen* (whoever holds it writes the tree, or keeps
 //! others from writing it), then the tables. The shelf (the current snapshot) is taken last and
@@ -14,12 +14,12 @@ use std::time::Instant;
 
 use super::compaction::TreeCopy;
 use super::digest::{Digest, PairHasher};
-use super::install::Prepared;
-use super::open::{Found, Opened, pair_bytes};
+use super::install::PreparedMap;
+use super::open::{Opened, ReadyMap, pair_bytes};
 use super::record::{RESERVED, TreeRecord};
 use super::redo::{Redo, RedoFile};
-use super::store::{Claim, Job, Shared};
-use super::tables::{Frozen, ReadGuard, Tables};
+use super::store::{CheckpointJob, MapClaim, MapStoreInner};
+use super::tables::{ImmutableMemtable, Memtables, ReadGuard};
 use super::{Applied, Synced};
 use crate::sm::ports::{StoreError, WriteBatch};
 use crate::storage::ReplicaKey;
@@ -29,23 +29,23 @@ use crate::types::LogId;
 
 /// The map of one replica. Clones share it.
 #[derive(Clone)]
-pub struct ReplicaState {
-    pub(super) replica: Arc<Replica>,
+pub struct ReplicaMap {
+    pub(super) replica: Arc<ReplicaMapInner>,
 }
 
 /// Bytes that a replica holds in memory of what its tree does not have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct TableBytes {
+pub struct MemtableBytes {
     pub active: usize,
     pub frozen: usize,
 }
 
-pub(super) struct Replica {
+pub(super) struct ReplicaMapInner {
     pub key: ReplicaKey,
-    pub shared: Arc<Shared>,
+    pub shared: Arc<MapStoreInner>,
     synced: Arc<dyn Synced>,
-    tables: RwLock<Tables>,
-    pen: Mutex<Pen>,
+    tables: RwLock<Memtables>,
+    pen: Mutex<TreeWriter>,
     pub shelf: Mutex<Option<Snapshot>>,
     /// Bytes of the keys and values in the tree. Changed by the holder of the pen.
     map_bytes: AtomicU64,
@@ -62,7 +62,7 @@ pub(super) struct Replica {
     digests: Mutex<Digests>,
     opened: Opened,
     /// Given back when the last handle goes.
-    _claim: Claim,
+    _claim: MapClaim,
 }
 
 /// Digests of the whole map that were asked for.
@@ -74,38 +74,38 @@ struct Digests {
 }
 
 /// State of the tree, owned by whoever may write to it.
-pub(super) struct Pen {
+pub(super) struct TreeWriter {
     pub record: TreeRecord,
     /// Opened by the first checkpoint.
     redo: Option<RedoFile>,
     /// The copy of the tree that is being made.
     pub copy: Option<TreeCopy>,
     /// The map that is about to take the tree's place.
-    pub prepared: Option<Prepared>,
+    pub prepared: Option<PreparedMap>,
 }
 
 /// The pen, in somebody's hand. A checkpoint that came by meanwhile is queued again afterwards.
-pub(super) struct HeldPen<'a> {
+pub(super) struct WriterGuard<'a> {
     /// None once it is given back.
-    pen: Option<MutexGuard<'a, Pen>>,
-    replica: &'a Arc<Replica>,
+    pen: Option<MutexGuard<'a, TreeWriter>>,
+    replica: &'a Arc<ReplicaMapInner>,
 }
 
-impl Deref for HeldPen<'_> {
-    type Target = Pen;
+impl Deref for WriterGuard<'_> {
+    type Target = TreeWriter;
 
-    fn deref(&self) -> &Pen {
+    fn deref(&self) -> &TreeWriter {
         self.pen.as_deref().expect("it is held until the end")
     }
 }
 
-impl DerefMut for HeldPen<'_> {
-    fn deref_mut(&mut self) -> &mut Pen {
+impl DerefMut for WriterGuard<'_> {
+    fn deref_mut(&mut self) -> &mut TreeWriter {
         self.pen.as_deref_mut().expect("it is held until the end")
     }
 }
 
-impl Drop for HeldPen<'_> {
+impl Drop for WriterGuard<'_> {
     fn drop(&mut self) {
         self.pen = None;
         if self.replica.passed_over.swap(false, Ordering::AcqRel) {
@@ -114,27 +114,27 @@ impl Drop for HeldPen<'_> {
     }
 }
 
-impl ReplicaState {
+impl ReplicaMap {
     pub(super) fn new(
-        shared: Arc<Shared>,
-        claim: Claim,
+        shared: Arc<MapStoreInner>,
+        claim: MapClaim,
         synced: Arc<dyn Synced>,
         key: ReplicaKey,
-        found: Found,
+        found: ReadyMap,
     ) -> Self {
-        let Found {
+        let ReadyMap {
             tree,
             record,
             map_bytes,
             snapshot,
             opened,
         } = found;
-        let replica = Replica {
+        let replica = ReplicaMapInner {
             key,
             shared,
             synced,
-            tables: RwLock::new(Tables::new(tree, record.applied.clone())),
-            pen: Mutex::new(Pen {
+            tables: RwLock::new(Memtables::new(tree, record.applied.clone())),
+            pen: Mutex::new(TreeWriter {
                 record,
                 redo: None,
                 copy: None,
@@ -179,7 +179,7 @@ impl ReplicaState {
     }
 
     /// Puts a batch into the map, as of `applied`. In memory: the log is what makes it durable.
-    /// Never waits for the disk; the caller awaits [`ReplicaState::wait_room`] first, so that
+    /// Never waits for the disk; the caller awaits [`ReplicaMap::wait_room`] first, so that
     /// memory is bounded. An error is final: this replica has stopped.
     ///
     /// `applied` must go forward: an entry that is in the map already is an error like any other.
@@ -233,7 +233,7 @@ impl ReplicaState {
 
     /// Has the digest of the map noted as it is after this entry, which is to be applied next: a
     /// table that the entry fills may be written down at once. The checkpoint makes the digest;
-    /// [`ReplicaState::write_down`] has one begun.
+    /// [`ReplicaMap::write_down`] has one begun.
     pub fn want_digest(&self, after: LogId) {
         self.replica
             .digests
@@ -264,7 +264,7 @@ impl ReplicaState {
     }
 
     /// Waits while too many tables wait for the disk. Returns also when the replica has failed:
-    /// [`ReplicaState::apply`] then says so.
+    /// [`ReplicaMap::apply`] then says so.
     pub async fn wait_room(&self) {
         self.wait_until(|replica| replica.has_room()).await;
     }
@@ -282,7 +282,7 @@ impl ReplicaState {
         let last = last.or_else(|| self.replica.read_tables().frozen.back().cloned());
         let Some(last) = last else { return };
         // Another map may be installed meanwhile: then the table waits for nothing more.
-        let gone = |replica: &Replica| {
+        let gone = |replica: &ReplicaMapInner| {
             !replica
                 .read_tables()
                 .frozen
@@ -293,7 +293,7 @@ impl ReplicaState {
             .await;
     }
 
-    async fn wait_until(&self, done: impl Fn(&Replica) -> bool) {
+    async fn wait_until(&self, done: impl Fn(&ReplicaMapInner) -> bool) {
         loop {
             let changed = self.replica.shared.changed.notified();
             tokio::pin!(changed);
@@ -309,7 +309,7 @@ impl ReplicaState {
     }
 
     /// Writes a snapshot file of what is applied and durable in the log (await
-    /// [`ReplicaState::settle`] first for all of it), durable when it returns; older files are
+    /// [`ReplicaMap::settle`] first for all of it), durable when it returns; older files are
     /// removed. The current one is returned if it is as new. Blocking: call it in a worker.
     pub fn build_snapshot(&self) -> Result<Snapshot, StoreError> {
         super::scan::build_snapshot(&self.replica)
@@ -337,23 +337,23 @@ impl ReplicaState {
         self.replica.freeze_rest();
     }
 
-    pub fn bytes(&self) -> TableBytes {
+    pub fn bytes(&self) -> MemtableBytes {
         let tables = self.replica.read_tables();
-        TableBytes {
+        MemtableBytes {
             active: tables.active.bytes(),
             frozen: tables.frozen_bytes,
         }
     }
 }
 
-impl Replica {
-    pub fn read_tables(&self) -> RwLockReadGuard<'_, Tables> {
+impl ReplicaMapInner {
+    pub fn read_tables(&self) -> RwLockReadGuard<'_, Memtables> {
         self.tables
             .read()
             .expect("no holder panics while it changes the tables")
     }
 
-    pub fn write_tables(&self) -> RwLockWriteGuard<'_, Tables> {
+    pub fn write_tables(&self) -> RwLockWriteGuard<'_, Memtables> {
         self.tables
             .write()
             .expect("no holder panics while it changes the tables")
@@ -386,7 +386,7 @@ impl Replica {
     }
 
     /// The pen, after those who want it more.
-    pub fn lock_pen_last(self: &Arc<Self>) -> HeldPen<'_> {
+    pub fn lock_pen_last(self: &Arc<Self>) -> WriterGuard<'_> {
         let waiting = self.waiting.lock().expect("no holder panics");
         let none = self
             .none_waiting
@@ -397,7 +397,7 @@ impl Replica {
     }
 
     /// The pen, before a snapshot scan that holds it: the scan gives up.
-    pub fn lock_pen_first(self: &Arc<Self>) -> HeldPen<'_> {
+    pub fn lock_pen_first(self: &Arc<Self>) -> WriterGuard<'_> {
         *self.waiting.lock().expect("no holder panics") += 1;
         let pen = self.lock_pen();
         *self.waiting.lock().expect("no holder panics") -= 1;
@@ -409,17 +409,17 @@ impl Replica {
         *self.waiting.lock().expect("no holder panics") > 0
     }
 
-    fn lock_pen(self: &Arc<Self>) -> HeldPen<'_> {
-        HeldPen {
+    fn lock_pen(self: &Arc<Self>) -> WriterGuard<'_> {
+        WriterGuard {
             pen: Some(self.pen.lock().expect("no holder of the pen panics")),
             replica: self,
         }
     }
 
     /// The pen, if nobody has it. Else whoever has it queues a checkpoint when it is given back.
-    fn try_lock_pen(self: &Arc<Self>) -> Option<HeldPen<'_>> {
+    fn try_lock_pen(self: &Arc<Self>) -> Option<WriterGuard<'_>> {
         let free = || match self.pen.try_lock() {
-            Ok(pen) => Some(HeldPen {
+            Ok(pen) => Some(WriterGuard {
                 pen: Some(pen),
                 replica: self,
             }),
@@ -485,7 +485,7 @@ impl Replica {
             || self.shared.frozen_bytes.get() > options.node_bytes_max / 4
     }
 
-    fn freeze(&self, tables: &mut Tables) -> Arc<Frozen> {
+    fn freeze(&self, tables: &mut Memtables) -> Arc<ImmutableMemtable> {
         let bytes = tables.active.bytes();
         let frozen = tables.freeze();
         self.shared.active_bytes.replace(bytes, 0);
@@ -495,7 +495,7 @@ impl Replica {
 
     /// Freezes the active table if it says anything that the tree and the frozen tables do not. The
     /// frozen one is queued.
-    pub fn freeze_rest(self: &Arc<Self>) -> Option<Arc<Frozen>> {
+    pub fn freeze_rest(self: &Arc<Self>) -> Option<Arc<ImmutableMemtable>> {
         let frozen = {
             let mut tables = self.write_tables();
             let said = tables
@@ -510,7 +510,7 @@ impl Replica {
         frozen
     }
 
-    fn queue_when_synced(self: &Arc<Self>, frozen: Arc<Frozen>) {
+    fn queue_when_synced(self: &Arc<Self>, frozen: Arc<ImmutableMemtable>) {
         let Some(log_id) = frozen.applied.log_id else {
             frozen.synced.store(true, Ordering::Release);
             return self.queue();
@@ -540,7 +540,7 @@ impl Replica {
         if !self.queued.swap(true, Ordering::AcqRel) {
             self.shared
                 .queue
-                .push(Job::Checkpoint(Arc::downgrade(self)));
+                .push(CheckpointJob::Checkpoint(Arc::downgrade(self)));
         }
     }
 
@@ -556,7 +556,7 @@ impl Replica {
     }
 
     /// Writes the frozen tables that may be written to the tree, the oldest first.
-    pub fn checkpoint_ready(&self, pen: &mut Pen) -> Result<(), StoreError> {
+    pub fn checkpoint_ready(&self, pen: &mut TreeWriter) -> Result<(), StoreError> {
         loop {
             self.check()?;
             let (frozen, tree) = {
@@ -584,8 +584,8 @@ impl Replica {
 
     /// Returns whether the disk is too full for a table to be written down. It stays in memory
     /// then, where the tables have a bound, and is looked at again by
-    /// [`super::StateStore::write_what_waited_for_room`].
-    fn waits_for_room(&self, frozen: &Frozen) -> bool {
+    /// [`super::MapStore::write_what_waited_for_room`].
+    fn waits_for_room(&self, frozen: &ImmutableMemtable) -> bool {
         // The tree's own factor is that of a whole copy.
         let bytes = (frozen.table.bytes() / 2) as u64;
         let is_full = self
@@ -604,8 +604,8 @@ impl Replica {
     fn write_table(
         &self,
         tree: &dyn Tree,
-        frozen: &Frozen,
-        pen: &mut Pen,
+        frozen: &ImmutableMemtable,
+        pen: &mut TreeWriter,
     ) -> Result<(), StoreError> {
         let (redo, map_bytes) = redo_of(
             tree,
@@ -647,7 +647,7 @@ impl Replica {
     }
 
     /// Puts other tables in the place of these, and gives the old ones back.
-    pub fn switch(&self, tables: Tables) -> Tables {
+    pub fn switch(&self, tables: Memtables) -> Memtables {
         let old = std::mem::replace(&mut *self.write_tables(), tables);
         self.shared.active_bytes.replace(old.active.bytes(), 0);
         self.shared.frozen_bytes.replace(old.frozen_bytes, 0);
@@ -656,7 +656,7 @@ impl Replica {
     }
 }
 
-impl Drop for Replica {
+impl Drop for ReplicaMapInner {
     fn drop(&mut self) {
         let tables = self
             .tables
@@ -679,7 +679,7 @@ fn is_full(error: &StoreError) -> bool {
 /// `map_bytes`.
 fn redo_of(
     tree: &dyn Tree,
-    frozen: &Frozen,
+    frozen: &ImmutableMemtable,
     record: &TreeRecord,
     mut map_bytes: u64,
 ) -> Result<(Redo, u64), StoreError> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::record::RESERVED;
-use super::replica::{Pen, Replica};
+use super::replica::{ReplicaMapInner, TreeWriter};
 use crate::sm::ports::StoreError;
 use crate::storage::snapshot::Snapshot;
 use crate::storage::snapshot::format::{SnapshotHead, SnapshotWriter};
@@ -34,9 +34,9 @@ pub(super) enum Scanned {
     New(Snapshot),
 }
 
-/// See [`super::ReplicaState::build_snapshot`].
-pub(super) fn build_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreError> {
-    match scan(replica, Trust::Current)? {
+/// See [`super::ReplicaMap::build_snapshot`].
+pub(super) fn build_snapshot(replica: &Arc<ReplicaMapInner>) -> Result<Snapshot, StoreError> {
+    match scan(replica, SnapshotTrust::Current)? {
         Scanned::Current(snapshot) => Ok(snapshot),
         Scanned::New(snapshot) => publish(replica, snapshot),
     }
@@ -44,8 +44,8 @@ pub(super) fn build_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreEr
 
 /// As [`build_snapshot`], also where the current one is as new: it takes the place of that one's
 /// file in one step.
-pub(super) fn rewrite_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, StoreError> {
-    match scan(replica, Trust::Nothing)? {
+pub(super) fn rewrite_snapshot(replica: &Arc<ReplicaMapInner>) -> Result<Snapshot, StoreError> {
+    match scan(replica, SnapshotTrust::Nothing)? {
         Scanned::Current(snapshot) => Ok(snapshot),
         Scanned::New(snapshot) => publish(replica, snapshot),
     }
@@ -53,13 +53,16 @@ pub(super) fn rewrite_snapshot(replica: &Arc<Replica>) -> Result<Snapshot, Store
 
 /// Tells whether the current snapshot may be reused where it is as new.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Trust {
+pub(super) enum SnapshotTrust {
     Current,
     Nothing,
 }
 
 /// Copies the map to a file.
-pub(super) fn scan(replica: &Arc<Replica>, trust: Trust) -> Result<Scanned, StoreError> {
+pub(super) fn scan(
+    replica: &Arc<ReplicaMapInner>,
+    trust: SnapshotTrust,
+) -> Result<Scanned, StoreError> {
     let mut crowded_scans = 0;
     loop {
         let mut pen = replica.lock_pen_last();
@@ -67,7 +70,7 @@ pub(super) fn scan(replica: &Arc<Replica>, trust: Trust) -> Result<Scanned, Stor
         replica.checkpoint_ready(&mut pen)?;
         replica.check()?;
         let is_as_new = |current: &&Snapshot| *current.applied() == pen.record.applied;
-        if trust == Trust::Current
+        if trust == SnapshotTrust::Current
             && let Some(current) = replica.lock_shelf().as_ref().filter(is_as_new)
         {
             return Ok(Scanned::Current(current.clone()));
@@ -109,8 +112,8 @@ pub(super) fn scan(replica: &Arc<Replica>, trust: Trust) -> Result<Scanned, Stor
 /// Copies the tree's pairs, and holds them against the tree's own digest: a snapshot must not make
 /// durable what rotted in the tree.
 fn scan_tree(
-    replica: &Replica,
-    pen: &Pen,
+    replica: &ReplicaMapInner,
+    pen: &TreeWriter,
     writer: Result<SnapshotWriter, StoreError>,
     may_give_up: bool,
 ) -> Result<Scan, StoreError> {
@@ -153,7 +156,10 @@ fn scan_tree(
 }
 
 /// Makes it the current snapshot, unless a newer one was installed meanwhile.
-pub(super) fn publish(replica: &Replica, snapshot: Snapshot) -> Result<Snapshot, StoreError> {
+pub(super) fn publish(
+    replica: &ReplicaMapInner,
+    snapshot: Snapshot,
+) -> Result<Snapshot, StoreError> {
     let mut shelf = replica.lock_shelf();
     replica.check()?;
     if let Some(newer) = shelf

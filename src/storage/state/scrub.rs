@@ -4,15 +4,15 @@
 //! What the system holds of a file in memory is not read from the disk: there the scrub sees what
 //! readers are given.
 
-use super::ReplicaState;
+use super::ReplicaMap;
 use super::scan;
 use crate::sm::ports::StoreError;
 use crate::storage::snapshot::Snapshot;
-use crate::storage::{Checked, Pace};
+use crate::storage::{Checked, ReadPace};
 
-impl ReplicaState {
+impl ReplicaMap {
     /// Reads the current snapshot file as one that arrives is read: every byte of it. Blocking.
-    pub fn check_snapshot(&self, pace: &mut Pace<'_>) -> Checked {
+    pub fn check_snapshot(&self, pace: &mut ReadPace<'_>) -> Checked {
         let Some(current) = self.current_snapshot() else {
             return Checked::Unread;
         };

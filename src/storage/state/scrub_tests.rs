@@ -16,10 +16,10 @@ use crate::storage::sim_disk::SimDisk;
 
 struct Map {
     disk: SimDisk,
-    state: ReplicaState,
+    state: ReplicaMap,
     model: Model,
     /// Checkpoints are written, and the store lives, as long as this.
-    _store: (StateStore, Checkpointer),
+    _store: (MapStore, Checkpointer),
 }
 
 fn filled() -> Map {

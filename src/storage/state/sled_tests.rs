@@ -29,9 +29,9 @@ fn open_trees(dir: &Path) -> Result<SledTrees, SledError> {
     )
 }
 
-fn open(dir: &Path) -> (StateStore, Checkpointer) {
+fn open(dir: &Path) -> (MapStore, Checkpointer) {
     let trees = Arc::new(open_trees(dir).expect("opened"));
-    StateStore::open(trees, Arc::new(RealDisk), dir, small_options()).expect("opened")
+    MapStore::open(trees, Arc::new(RealDisk), dir, small_options()).expect("opened")
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -98,8 +98,7 @@ fn assert_true_after_damage(
     };
     let moved = dir.join("trees.damaged").exists();
     let (store, mut checkpointer) =
-        StateStore::open(Arc::new(trees), Arc::new(RealDisk), dir, small_options())
-            .expect("opened");
+        MapStore::open(Arc::new(trees), Arc::new(RealDisk), dir, small_options()).expect("opened");
     let state = match store.replica(KEY, TestLog::durable()) {
         Ok(state) => state,
         Err(error) => {
@@ -266,7 +265,7 @@ fn large_values_and_batches_survive() {
         .apply(batch, super::tests::applied(1))
         .expect("applied");
     while checkpointer.pump() {}
-    assert_eq!(state.bytes(), TableBytes::default());
+    assert_eq!(state.bytes(), MemtableBytes::default());
     copy(&dir, &home.path().join("copy"));
     let (store, _) = open(&home.path().join("copy"));
     let state = store.replica(KEY, TestLog::durable()).expect("opened");

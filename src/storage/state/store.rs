@@ -1,4 +1,4 @@
-//! [`StateStore`]: the maps of a node, and [`Checkpointer`], which writes their frozen tables down.
+//! [`MapStore`]: the maps of a node, and [`Checkpointer`], which writes their frozen tables down.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
@@ -13,8 +13,8 @@ use super::open;
 use super::reading::{DiskWaits, Readers};
 use super::record::{owner_of, tree_name};
 use super::redo::RedoFiles;
-use super::replica::{Replica, ReplicaState};
-use super::{StateOptions, Synced};
+use super::replica::{ReplicaMap, ReplicaMapInner};
+use super::{MapOptions, Synced};
 use crate::descriptors;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
@@ -25,18 +25,18 @@ use crate::storage::witness::WitnessFiles;
 use crate::supervisor::Beat;
 
 /// The maps of all replicas of a node. When it is dropped, its checkpointer ends.
-pub struct StateStore {
-    shared: Arc<Shared>,
+pub struct MapStore {
+    shared: Arc<MapStoreInner>,
     witnesses: WitnessFiles,
 }
 
 /// State shared by the replicas of a node.
-pub(super) struct Shared {
-    pub options: StateOptions,
+pub(super) struct MapStoreInner {
+    pub options: MapOptions,
     pub trees: Arc<dyn Trees>,
     pub files: SnapshotFiles,
     pub redo: RedoFiles,
-    pub queue: Queue,
+    pub queue: JobQueue,
     /// Told when a table was synced, written or dropped, and when a replica failed.
     pub changed: Notify,
     pub active_bytes: Gauge,
@@ -57,12 +57,12 @@ pub(super) struct Shared {
     at_work: AtomicBool,
     /// A relief is queued.
     relieving: AtomicBool,
-    replicas: Mutex<BTreeMap<ReplicaKey, Weak<Replica>>>,
+    replicas: Mutex<BTreeMap<ReplicaKey, Weak<ReplicaMapInner>>>,
 }
 
 /// Sizes of the maps of a node, and counters since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct StateMetrics {
+pub struct MapMetrics {
     pub replicas: usize,
     pub active_bytes: usize,
     pub frozen_bytes: usize,
@@ -79,12 +79,12 @@ pub struct StateMetrics {
     pub reads_elsewhere: u64,
     /// Keys and values that are written down.
     pub map_bytes: u64,
-    /// Bytes that the trees took on the disk when [`StateStore::wants_compaction`] last looked.
+    /// Bytes that the trees took on the disk when [`MapStore::wants_compaction`] last looked.
     pub trees_disk_bytes: u64,
     pub snapshots_disk_bytes: u64,
 }
 
-impl StateStore {
+impl MapStore {
     /// Opens the maps of a node over `trees`; snapshot files are in `dir/snapshots`, what witnesses
     /// have instead in `dir/witnesses`, and what checkpoints are about in `dir/redo`. The
     /// [`Checkpointer`] must be run, or pumped.
@@ -92,17 +92,17 @@ impl StateStore {
         trees: Arc<dyn Trees>,
         disk: Arc<dyn Disk>,
         dir: &Path,
-        options: StateOptions,
+        options: MapOptions,
     ) -> Result<(Self, Checkpointer), StoreError> {
         let files = SnapshotFiles::open(disk.clone(), &dir.join("snapshots"))?;
         let witnesses = WitnessFiles::open(disk.clone(), &dir.join("witnesses"))?;
         let redo = RedoFiles::open(disk, &dir.join("redo"))?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(MapStoreInner {
             options,
             trees,
             files,
             redo,
-            queue: Queue::default(),
+            queue: JobQueue::default(),
             changed: Notify::new(),
             active_bytes: Gauge::default(),
             frozen_bytes: Gauge::default(),
@@ -128,21 +128,21 @@ impl StateStore {
     }
 
     /// Opens or creates the map of a replica, reading through its tree to check it;
-    /// [`ReplicaState::opened`] says what was found. `synced` is the log of the same replica. An
+    /// [`ReplicaMap::opened`] says what was found. `synced` is the log of the same replica. An
     /// error if it is open already. Blocking.
     pub fn replica(
         &self,
         key: ReplicaKey,
         synced: Arc<dyn Synced>,
-    ) -> Result<ReplicaState, StoreError> {
-        let claim = Claim::new(&self.shared, key)?;
+    ) -> Result<ReplicaMap, StoreError> {
+        let claim = MapClaim::new(&self.shared, key)?;
         let found = open::open_map(
             &*self.shared.trees,
             &self.shared.files,
             &self.shared.redo,
             key,
         )?;
-        let state = ReplicaState::new(self.shared.clone(), claim, synced, key, found);
+        let state = ReplicaMap::new(self.shared.clone(), claim, synced, key, found);
         self.shared
             .lock_replicas()
             .insert(key, Arc::downgrade(&state.replica));
@@ -203,13 +203,13 @@ impl StateStore {
         self.shared.redo.remove(key)
     }
 
-    /// The maps that are open now. Whoever wants them written down by [`StateStore::close`] keeps
+    /// The maps that are open now. Whoever wants them written down by [`MapStore::close`] keeps
     /// them so until then.
-    pub fn open_maps(&self) -> Vec<ReplicaState> {
+    pub fn open_maps(&self) -> Vec<ReplicaMap> {
         self.shared
             .open_replicas()
             .into_iter()
-            .map(|replica| ReplicaState { replica })
+            .map(|replica| ReplicaMap { replica })
             .collect()
     }
 
@@ -235,14 +235,17 @@ impl StateStore {
     /// Has tables written down that had to wait for room on the disk. Cheap where none did.
     pub fn write_what_waited_for_room(&self) {
         if self.shared.lacks_room.swap(false, Ordering::AcqRel) {
-            self.shared.open_replicas().iter().for_each(Replica::queue);
+            self.shared
+                .open_replicas()
+                .iter()
+                .for_each(ReplicaMapInner::queue);
         }
     }
 
-    pub fn metrics(&self) -> StateMetrics {
+    pub fn metrics(&self) -> MapMetrics {
         let counters = &self.shared.counters;
         let replicas = self.shared.open_replicas();
-        StateMetrics {
+        MapMetrics {
             replicas: self.shared.lock_replicas().len(),
             active_bytes: self.shared.active_bytes.get(),
             frozen_bytes: self.shared.frozen_bytes.get(),
@@ -282,7 +285,7 @@ impl StateStore {
         self.shared.trees.ensure_room(bytes).is_ok()
     }
 
-    pub(super) fn shared(&self) -> &Shared {
+    pub(super) fn shared(&self) -> &MapStoreInner {
         &self.shared
     }
 
@@ -312,7 +315,7 @@ pub(super) fn is_of_the_machine(error: &StoreError) -> bool {
     kinds.contains(&source.kind()) || descriptors::are_exhausted(source)
 }
 
-impl Drop for StateStore {
+impl Drop for MapStore {
     fn drop(&mut self) {
         self.stop();
     }
@@ -320,7 +323,7 @@ impl Drop for StateStore {
 
 /// Writes frozen tables to their trees, one at a time, for all replicas of a node.
 pub struct Checkpointer {
-    shared: Arc<Shared>,
+    shared: Arc<MapStoreInner>,
 }
 
 impl Checkpointer {
@@ -340,24 +343,26 @@ impl Checkpointer {
         true
     }
 
-    fn work(&self, job: Job) {
+    fn work(&self, job: CheckpointJob) {
         self.shared.beat.step();
         self.shared.at_work.store(true, Ordering::Relaxed);
         match job {
-            Job::Checkpoint(replica) => {
+            CheckpointJob::Checkpoint(replica) => {
                 if let Some(replica) = replica.upgrade() {
                     replica.checkpoint();
                 }
             }
-            Job::Relieve => self.shared.relieve(),
+            CheckpointJob::Relieve => self.shared.relieve(),
         }
         self.shared.at_work.store(false, Ordering::Relaxed);
         self.shared.beat.step();
     }
 }
 
-impl Shared {
-    fn lock_replicas(&self) -> std::sync::MutexGuard<'_, BTreeMap<ReplicaKey, Weak<Replica>>> {
+impl MapStoreInner {
+    fn lock_replicas(
+        &self,
+    ) -> std::sync::MutexGuard<'_, BTreeMap<ReplicaKey, Weak<ReplicaMapInner>>> {
         self.replicas.lock().expect("no holder panics")
     }
 
@@ -366,7 +371,7 @@ impl Shared {
         self.lock_replicas().keys().copied().collect()
     }
 
-    pub fn open_replicas(&self) -> Vec<Arc<Replica>> {
+    pub fn open_replicas(&self) -> Vec<Arc<ReplicaMapInner>> {
         self.lock_replicas()
             .values()
             .filter_map(Weak::upgrade)
@@ -374,7 +379,7 @@ impl Shared {
     }
 
     /// The same for whoever is with each of them for long: they may be closed meanwhile.
-    pub fn weak_replicas(&self) -> Vec<Weak<Replica>> {
+    pub fn weak_replicas(&self) -> Vec<Weak<ReplicaMapInner>> {
         self.lock_replicas().values().cloned().collect()
     }
 
@@ -391,7 +396,7 @@ impl Shared {
     pub fn relieve_if_needed(&self) {
         let is_full = self.active_bytes.get() > self.options.node_bytes_max / 2;
         if (is_full || self.wants_clean_dropped()) && !self.relieving.swap(true, Ordering::AcqRel) {
-            self.queue.push(Job::Relieve);
+            self.queue.push(CheckpointJob::Relieve);
         }
     }
 
@@ -401,7 +406,7 @@ impl Shared {
         if self.active_bytes.get() <= self.options.node_bytes_max / 2 {
             return;
         }
-        let active_bytes = |replica: &Arc<Replica>| replica.read_tables().active.bytes();
+        let active_bytes = |replica: &Arc<ReplicaMapInner>| replica.read_tables().active.bytes();
         let mut by_bytes: Vec<_> = self
             .open_replicas()
             .into_iter()
@@ -418,13 +423,13 @@ impl Shared {
 }
 
 /// The right to be the one open map of a replica.
-pub(super) struct Claim {
-    shared: Arc<Shared>,
+pub(super) struct MapClaim {
+    shared: Arc<MapStoreInner>,
     key: ReplicaKey,
 }
 
-impl Claim {
-    fn new(shared: &Arc<Shared>, key: ReplicaKey) -> Result<Self, StoreError> {
+impl MapClaim {
+    fn new(shared: &Arc<MapStoreInner>, key: ReplicaKey) -> Result<Self, StoreError> {
         let mut replicas = shared.lock_replicas();
         if replicas.contains_key(&key) {
             let source =
@@ -442,15 +447,15 @@ impl Claim {
     }
 }
 
-impl Drop for Claim {
+impl Drop for MapClaim {
     fn drop(&mut self) {
         self.shared.lock_replicas().remove(&self.key);
     }
 }
 
 /// Jobs of the checkpointer.
-pub(super) enum Job {
-    Checkpoint(Weak<Replica>),
+pub(super) enum CheckpointJob {
+    Checkpoint(Weak<ReplicaMapInner>),
     /// Drop clean tables, or freeze what is large.
     Relieve,
 }
@@ -458,25 +463,25 @@ pub(super) enum Job {
 /// The jobs of the checkpointer. Bounded: each replica has at most one in it, and there is at most
 /// one relief.
 #[derive(Default)]
-pub(super) struct Queue {
-    state: Mutex<QueueState>,
+pub(super) struct JobQueue {
+    state: Mutex<JobQueueState>,
     pushed: Condvar,
 }
 
 #[derive(Default)]
-struct QueueState {
-    jobs: VecDeque<Job>,
+struct JobQueueState {
+    jobs: VecDeque<CheckpointJob>,
     stopped: bool,
 }
 
-impl Queue {
-    pub fn push(&self, job: Job) {
+impl JobQueue {
+    pub fn push(&self, job: CheckpointJob) {
         self.lock().jobs.push_back(job);
         self.pushed.notify_one();
     }
 
     /// The next job, or none when stopped.
-    fn wait(&self) -> Option<Job> {
+    fn wait(&self) -> Option<CheckpointJob> {
         let waiting = self.lock();
         let mut state = self
             .pushed
@@ -489,7 +494,7 @@ impl Queue {
         }
     }
 
-    fn try_pop(&self) -> Option<Job> {
+    fn try_pop(&self) -> Option<CheckpointJob> {
         let mut state = self.lock();
         if state.stopped {
             None
@@ -513,7 +518,7 @@ impl Queue {
         self.lock().stopped
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, QueueState> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, JobQueueState> {
         self.state.lock().expect("no holder panics")
     }
 }

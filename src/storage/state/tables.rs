@@ -27,17 +27,17 @@ const CHANGE_OVERHEAD_BYTES: usize = 160;
 
 /// Changes in key order that are not in the tree yet, or that a clean table remembers.
 #[derive(Default)]
-pub struct Table {
-    changes: BTreeMap<TableKey, Option<Bytes>>,
+pub struct Memtable {
+    changes: BTreeMap<MemtableKey, Option<Bytes>>,
     bytes: usize,
 }
 
-impl Table {
+impl Memtable {
     pub fn apply(&mut self, batch: WriteBatch) {
         for (key, change) in batch {
             let key_bytes = key.len();
             self.bytes += change.as_ref().map_or(0, Bytes::len);
-            match self.changes.insert(TableKey::new(key), change) {
+            match self.changes.insert(MemtableKey::new(key), change) {
                 None => self.bytes += key_bytes + CHANGE_OVERHEAD_BYTES,
                 Some(old) => self.bytes -= old.map_or(0, |value| value.len()),
             }
@@ -57,7 +57,7 @@ impl Table {
         if self.bytes + cost(change) <= bytes_max {
             self.bytes += cost(change);
             self.changes
-                .insert(TableKey::new(key.clone()), change.clone());
+                .insert(MemtableKey::new(key.clone()), change.clone());
         }
     }
 
@@ -107,12 +107,12 @@ impl Table {
 /// A key with its first eight bytes at hand. They hold tag, slot and the beginning of the user's
 /// key, so most comparisons on the way through the map need not follow the pointer to the rest,
 /// which is nearly always a miss of the processor's cache.
-struct TableKey {
+struct MemtableKey {
     head: u64,
     bytes: Bytes,
 }
 
-impl TableKey {
+impl MemtableKey {
     fn new(bytes: Bytes) -> Self {
         Self {
             head: head(&bytes),
@@ -157,7 +157,7 @@ trait Keyed {
     fn parts(&self) -> (u64, &[u8]);
 }
 
-impl Keyed for TableKey {
+impl Keyed for MemtableKey {
     fn parts(&self) -> (u64, &[u8]) {
         (self.head, &self.bytes)
     }
@@ -189,55 +189,55 @@ impl PartialEq for dyn Keyed + '_ {
 
 impl Eq for dyn Keyed + '_ {}
 
-impl Ord for TableKey {
+impl Ord for MemtableKey {
     fn cmp(&self, other: &Self) -> Ordering {
         self.parts().cmp(&other.parts())
     }
 }
 
-impl PartialOrd for TableKey {
+impl PartialOrd for MemtableKey {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl PartialEq for TableKey {
+impl PartialEq for MemtableKey {
     fn eq(&self, other: &Self) -> bool {
         self.cmp(other).is_eq()
     }
 }
 
-impl Eq for TableKey {}
+impl Eq for MemtableKey {}
 
-impl<'a> Borrow<dyn Keyed + 'a> for TableKey {
+impl<'a> Borrow<dyn Keyed + 'a> for MemtableKey {
     fn borrow(&self) -> &(dyn Keyed + 'a) {
         self
     }
 }
 
 /// A table that takes no more changes, on its way to the tree.
-pub struct Frozen {
-    pub table: Table,
+pub struct ImmutableMemtable {
+    pub table: Memtable,
     /// The position applied when it was frozen.
     pub applied: Applied,
     /// The log is durable through `applied`: from now on the table may be written.
     pub synced: AtomicBool,
 }
 
-impl Frozen {
+impl ImmutableMemtable {
     pub fn is_synced(&self) -> bool {
         self.synced.load(atomic::Ordering::Acquire)
     }
 }
 
 /// A replica's whole map.
-pub struct Tables {
-    pub active: Table,
+pub struct Memtables {
+    pub active: Memtable,
     /// Oldest first.
-    pub frozen: VecDeque<Arc<Frozen>>,
+    pub frozen: VecDeque<Arc<ImmutableMemtable>>,
     pub frozen_bytes: usize,
     /// The table last written to the tree, kept for gets.
-    pub clean: Option<Arc<Frozen>>,
+    pub clean: Option<Arc<ImmutableMemtable>>,
     pub tree: Arc<dyn Tree>,
     /// The position that the tree contains.
     pub tree_applied: Applied,
@@ -245,10 +245,10 @@ pub struct Tables {
     pub applied: Applied,
 }
 
-impl Tables {
+impl Memtables {
     pub fn new(tree: Arc<dyn Tree>, applied: Applied) -> Self {
         let tree_applied = applied.clone();
-        let (active, frozen) = (Table::default(), VecDeque::new());
+        let (active, frozen) = (Memtable::default(), VecDeque::new());
         Self {
             active,
             frozen,
@@ -266,7 +266,7 @@ impl Tables {
     }
 
     /// Returns the tables over the tree, the lowest first.
-    pub fn above(&self) -> impl Iterator<Item = &Table> {
+    pub fn above(&self) -> impl Iterator<Item = &Memtable> {
         self.frozen
             .iter()
             .map(|frozen| &frozen.table)
@@ -274,10 +274,10 @@ impl Tables {
     }
 
     /// Freezes the active table, also an empty one: it still carries what was applied.
-    pub fn freeze(&mut self) -> Arc<Frozen> {
+    pub fn freeze(&mut self) -> Arc<ImmutableMemtable> {
         let table = std::mem::take(&mut self.active);
         self.frozen_bytes += table.bytes();
-        let frozen = Arc::new(Frozen {
+        let frozen = Arc::new(ImmutableMemtable {
             table,
             applied: self.applied.clone(),
             synced: AtomicBool::new(false),
@@ -287,7 +287,7 @@ impl Tables {
     }
 
     /// Takes the oldest frozen table away: it is in the tree.
-    pub fn retire_oldest(&mut self) -> Option<Arc<Frozen>> {
+    pub fn retire_oldest(&mut self) -> Option<Arc<ImmutableMemtable>> {
         let frozen = self.frozen.pop_front()?;
         self.frozen_bytes -= frozen.table.bytes();
         self.tree_applied = frozen.applied.clone();
@@ -298,7 +298,7 @@ impl Tables {
 /// The map at one point in time. While it lives nothing is applied: read what is wanted and let go.
 /// Never take two on one thread: a writer waiting between them blocks both.
 pub struct ReadGuard<'a> {
-    pub(super) tables: RwLockReadGuard<'a, Tables>,
+    pub(super) tables: RwLockReadGuard<'a, Memtables>,
 }
 
 impl ReadGuard<'_> {
@@ -407,7 +407,7 @@ mod tests {
             .collect();
         for a in &keys {
             for b in &keys {
-                let (left, right) = (TableKey::new(Bytes::copy_from_slice(a)), Probe::new(b));
+                let (left, right) = (MemtableKey::new(Bytes::copy_from_slice(a)), Probe::new(b));
                 assert_eq!(
                     left.parts().cmp(&right.parts()),
                     a.cmp(b),

@@ -90,8 +90,8 @@ pub fn applied(index: u64) -> Applied {
     }
 }
 
-pub fn small_options() -> StateOptions {
-    StateOptions {
+pub fn small_options() -> MapOptions {
+    MapOptions {
         table_bytes_max: 4000,
         frozen_bytes_max: 20_000,
         node_bytes_max: 1 << 20,
@@ -138,7 +138,7 @@ pub fn pairs(read: &impl Read, range: &KeyRange, direction: Direction) -> Vec<(B
 }
 
 /// Compares everything that can be asked of a map.
-pub fn assert_is(state: &ReplicaState, model: &Model, random: &mut StdRng, context: &str) {
+pub fn assert_is(state: &ReplicaMap, model: &Model, random: &mut StdRng, context: &str) {
     let guard = state.read();
     let all = KeyRange::all();
     for direction in [Direction::Forward, Direction::Reverse] {
@@ -191,9 +191,9 @@ pub fn assert_is(state: &ReplicaState, model: &Model, random: &mut StdRng, conte
     );
 }
 
-pub fn open(trees: &MemTrees, disk: &Arc<dyn Disk>) -> (StateStore, Checkpointer) {
+pub fn open(trees: &MemTrees, disk: &Arc<dyn Disk>) -> (MapStore, Checkpointer) {
     let trees = Arc::new(trees.clone());
-    StateStore::open(trees, disk.clone(), Path::new("/data"), small_options()).expect("opened")
+    MapStore::open(trees, disk.clone(), Path::new("/data"), small_options()).expect("opened")
 }
 
 #[test]
@@ -250,7 +250,7 @@ pub fn snapshot_pairs(snapshot: &crate::storage::snapshot::Snapshot) -> Model {
 }
 
 /// Applies a random batch to both.
-pub fn step(state: &ReplicaState, model: &mut Model, random: &mut StdRng, index: u64) {
+pub fn step(state: &ReplicaMap, model: &mut Model, random: &mut StdRng, index: u64) {
     let batch = random_batch(random);
     apply_to_model(model, &batch);
     state.apply(batch, applied(index)).expect("applied");
@@ -258,7 +258,7 @@ pub fn step(state: &ReplicaState, model: &mut Model, random: &mut StdRng, index:
 
 pub fn send(
     from: &crate::storage::snapshot::Snapshot,
-    to: &ReplicaState,
+    to: &ReplicaMap,
 ) -> crate::storage::snapshot::Snapshot {
     let mut receiver = to.begin_receive().expect("begun");
     let mut buffer = vec![0; 1000];

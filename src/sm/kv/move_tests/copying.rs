@@ -48,7 +48,7 @@ fn chunks_are_taken_strictly_in_turn() {
         1: m5 begin a to 2      -> done");
     let time_ms = 0;
     let install = |world: &mut World, install: &Install| {
-        let outcome = show(world.shard(2).apply(Command::Install {
+        let outcome = show(world.shard(2).apply(KvCommand::Install {
             time_ms,
             install: install.clone(),
         }));
@@ -133,7 +133,7 @@ fn a_chunk_that_does_not_fit_changes_nothing() {
         let mut bad = good.clone();
         bad.pairs.push((key, Some(value)));
         let before = world.shard(2).map.clone();
-        let outcome = show(world.shard(2).apply(Command::Install {
+        let outcome = show(world.shard(2).apply(KvCommand::Install {
             time_ms: 5000,
             install: bad,
         }));
@@ -158,7 +158,11 @@ fn with_request(now_ms: u64) -> World {
 fn bring(world: &mut World, time_ms: u64) {
     let install = world.chunk(MoveId(5), 1, 2, 999).expect("begun");
     assert_eq!(
-        show(world.shard(2).apply(Command::Install { time_ms, install })),
+        show(
+            world
+                .shard(2)
+                .apply(KvCommand::Install { time_ms, install })
+        ),
         "1"
     );
     world.check();
@@ -205,7 +209,7 @@ fn requests_that_expired_stay_behind() {
         source_ms: 1000 + REMEMBERED_MS,
         ..install
     };
-    world.shard(2).apply(Command::Install {
+    world.shard(2).apply(KvCommand::Install {
         time_ms: 5000,
         install,
     });
@@ -349,7 +353,7 @@ fn little_is_left_to_the_freeze_however_much_was_written() {
         1: m5 freeze a          -> done",
     );
     assert_eq!(
-        show(world.shard(2).apply(Command::Install {
+        show(world.shard(2).apply(KvCommand::Install {
             time_ms: 0,
             install: hot
         })),
@@ -358,7 +362,7 @@ fn little_is_left_to_the_freeze_however_much_was_written() {
     let last = world.chunk(MoveId(5), 1, 2, 1 << 20).expect("begun");
     assert_eq!(last.pairs.len(), 1);
     assert_eq!(
-        show(world.shard(2).apply(Command::Install {
+        show(world.shard(2).apply(KvCommand::Install {
             time_ms: 0,
             install: last
         })),
@@ -403,7 +407,7 @@ fn a_reader_that_is_behind_does_no_harm() {
         .expect("begun");
     assert!(stale.done, "all that it knows");
     assert_eq!(
-        show(world.shard(2).apply(Command::Install {
+        show(world.shard(2).apply(KvCommand::Install {
             time_ms: 0,
             install: stale.install(id, 0)
         })),
@@ -418,7 +422,7 @@ fn a_reader_that_is_behind_does_no_harm() {
         .expect("begun");
     assert!(stale.pairs.is_empty());
     assert_eq!(
-        show(world.shard(2).apply(Command::Install {
+        show(world.shard(2).apply(KvCommand::Install {
             time_ms: 0,
             install: stale.install(id, 2)
         })),
@@ -458,7 +462,7 @@ fn damage_in_what_a_move_keeps_is_an_error() {
     let mut damaged = good.clone();
     damaged.insert(move_key(MoveId(5)), Bytes::from_static(b"\x09"));
     assert!(chunk(&damaged).is_err());
-    let freeze = MoveStep::Freeze.of(MoveId(5), &tags(&["a"]));
+    let freeze = MoveCommand::Freeze.of(MoveId(5), &tags(&["a"]));
     assert!(apply(&damaged, 9, freeze).is_err());
     let mut damaged = good.clone();
     damaged.insert(change_range(MoveId(5)).start, change_value(1));

@@ -2,9 +2,9 @@
 //! driver stops at every step.
 
 use super::*;
-use crate::sm::moves::{AbortReason, Budget, Move, Side, Step, Waiting, next_step};
+use crate::sm::moves::{AbortReason, Move, MoveLimits, MoveSide, MoveStep, MoveWait, next_step};
 
-const PATIENT: Budget = Budget {
+const PATIENT: MoveLimits = MoveLimits {
     freeze_bytes_max: 200,
     freeze_now: false,
     freeze_overdue: false,
@@ -19,9 +19,9 @@ struct Driven {
     world: World,
     of: Move,
     /// Entries that were proposed.
-    sent: Vec<(GroupId, Command)>,
+    sent: Vec<(GroupId, KvCommand)>,
     /// Committed, or ended by an abort.
-    closed: Option<Step>,
+    closed: Option<MoveStep>,
     bytes_max: usize,
 }
 
@@ -55,7 +55,7 @@ impl Driven {
         }
     }
 
-    fn observe(&mut self, reachable: bool, budget: Budget) -> Step {
+    fn observe(&mut self, reachable: bool, budget: MoveLimits) -> MoveStep {
         let Move { id, slots, .. } = &self.of;
         let destination =
             destination_state(&self.world.shards[1].map, *id, slots).expect("readable");
@@ -69,29 +69,29 @@ impl Driven {
         next_step(&source, destination.as_ref(), budget)
     }
 
-    fn entry(&mut self, step: &Step) -> Option<(GroupId, Command)> {
+    fn entry(&mut self, step: &MoveStep) -> Option<(GroupId, KvCommand)> {
         let source = &self.world.shards[0].map;
         match step {
-            Step::Copy(progress) => {
+            MoveStep::Copy(progress) => {
                 let chunk = move_chunk(source, self.of.id, &progress.cursor, self.bytes_max)
                     .expect("readable")
                     .expect("open");
                 let install = chunk.install(self.of.id, progress.chunk);
                 Some((
                     self.of.to,
-                    Command::Install {
+                    KvCommand::Install {
                         time_ms: 0,
                         install,
                     },
                 ))
             }
-            Step::Complete { chunk } => {
+            MoveStep::Complete { chunk } => {
                 let contents = final_contents(source, self.of.id)
                     .expect("readable")
                     .expect("frozen");
                 Some((
                     self.of.to,
-                    MoveStep::Complete {
+                    MoveCommand::Complete {
                         chunk: *chunk,
                         contents,
                     }
@@ -99,14 +99,14 @@ impl Driven {
                 ))
             }
             step => step.command(&self.of).map(|(side, command)| match side {
-                Side::Source => (self.of.from, command),
-                Side::Destination => (self.of.to, command),
+                MoveSide::Source => (self.of.from, command),
+                MoveSide::Destination => (self.of.to, command),
             }),
         }
     }
 
-    fn take(&mut self, step: &Step, fate: Fate) {
-        if let Step::Commit | Step::End = step {
+    fn take(&mut self, step: &MoveStep, fate: Fate) {
+        if let MoveStep::Commit | MoveStep::End = step {
             self.closed = Some(step.clone());
         }
         let Some((shard, command)) = self.entry(step) else {
@@ -133,13 +133,13 @@ impl Driven {
 
     /// Drives it to its end with a write between any two steps; the step at `which` meets `fate`.
     /// Returns the steps, and the last value of each key that was written.
-    fn drive(&mut self, which: usize, fate: Fate) -> (Vec<Step>, BTreeMap<usize, usize>) {
+    fn drive(&mut self, which: usize, fate: Fate) -> (Vec<MoveStep>, BTreeMap<usize, usize>) {
         let mut steps = Vec::new();
         let mut written = BTreeMap::new();
         while self.closed.is_none() {
             let step = self.observe(
                 true,
-                Budget {
+                MoveLimits {
                     freeze_now: steps.len() > FREEZE_AFTER,
                     ..PATIENT
                 },
@@ -162,7 +162,7 @@ impl Driven {
     }
 
     fn assert_moved(&mut self, written: &BTreeMap<usize, usize>) {
-        assert_eq!(self.closed, Some(Step::Commit));
+        assert_eq!(self.closed, Some(MoveStep::Commit));
         for (key, value) in written {
             let shown = self.world.step(&format!("2: get {{a}}w{key}"));
             assert!(
@@ -184,23 +184,23 @@ fn a_move_goes_step_by_step() {
     let mut driven = Driven::new();
     let (steps, written) = driven.drive(usize::MAX, Fate::Applied);
     driven.assert_moved(&written);
-    let at = |wanted: &Step| steps.iter().position(|step| step == wanted).expect("taken");
+    let at = |wanted: &MoveStep| steps.iter().position(|step| step == wanted).expect("taken");
     let order = [
-        Step::Prepare,
-        Step::Begin,
-        Step::Freeze,
-        Step::Release,
-        Step::Activate,
-        Step::Commit,
+        MoveStep::Prepare,
+        MoveStep::Begin,
+        MoveStep::Freeze,
+        MoveStep::Release,
+        MoveStep::Activate,
+        MoveStep::Commit,
     ]
     .map(|step| at(&step));
     assert!(order.is_sorted(), "{steps:?}");
     let copies = steps
         .iter()
-        .filter(|step| matches!(step, Step::Copy(_)))
+        .filter(|step| matches!(step, MoveStep::Copy(_)))
         .count();
     assert!(copies > 3, "in small chunks: {steps:?}");
-    assert!(matches!(steps[order[3] - 1], Step::Complete { .. }));
+    assert!(matches!(steps[order[3] - 1], MoveStep::Complete { .. }));
 }
 
 #[test]
@@ -225,7 +225,7 @@ fn a_move_is_given_up_at_any_step_before_its_release() {
         while driven.closed.is_none() {
             let step = driven.observe(
                 true,
-                Budget {
+                MoveLimits {
                     give_up: taken >= which,
                     freeze_now: taken > FREEZE_AFTER,
                     ..PATIENT
@@ -240,12 +240,16 @@ fn a_move_is_given_up_at_any_step_before_its_release() {
         }
         let complete = steps
             .iter()
-            .position(|step| matches!(step, Step::Complete { .. }))
+            .position(|step| matches!(step, MoveStep::Complete { .. }))
             .expect("taken");
         let owner = if which > complete { 2 } else { 1 };
         assert_eq!(
             driven.closed,
-            Some(if owner == 2 { Step::Commit } else { Step::End }),
+            Some(if owner == 2 {
+                MoveStep::Commit
+            } else {
+                MoveStep::End
+            }),
             "given up after {which} steps"
         );
         let shown = driven.world.step(&format!("{owner}: get {{a}}w{}", last.0));
@@ -262,9 +266,9 @@ fn a_move_is_given_up_at_any_step_before_its_release() {
                 let outcome = driven
                     .world
                     .shard(shard)
-                    .apply(MoveStep::Clear { limit: 2 }.of(id, &slots));
+                    .apply(MoveCommand::Clear { limit: 2 }.of(id, &slots));
                 assert!(
-                    matches!(outcome, Outcome::Moved(MoveOutcome::Cleared { .. })),
+                    matches!(outcome, KvOutcome::Moved(MoveOutcome::Cleared { .. })),
                     "{outcome:?}"
                 );
                 driven.world.check();
@@ -279,31 +283,31 @@ fn a_freeze_that_lasts_too_long_is_given_up() {
     loop {
         let step = driven.observe(true, PATIENT);
         driven.take(&step, Fate::Applied);
-        if step == Step::Freeze {
+        if step == MoveStep::Freeze {
             break;
         }
     }
     driven.world.run("1: put {a}1 y -> frozen");
     assert_eq!(
         driven.observe(false, PATIENT),
-        Step::Wait(Waiting::Destination)
+        MoveStep::Wait(MoveWait::Destination)
     );
     let step = driven.observe(
         false,
-        Budget {
+        MoveLimits {
             freeze_overdue: true,
             ..PATIENT
         },
     );
-    assert_eq!(step, Step::Abort(AbortReason::FrozenTooLong));
+    assert_eq!(step, MoveStep::Abort(AbortReason::FrozenTooLong));
     driven.take(&step, Fate::Applied);
     driven.world.run("1: put {a}1 y -> @3");
     assert_eq!(
         driven.observe(false, PATIENT),
-        Step::End,
+        MoveStep::End,
         "a destination that is gone keeps no move open"
     );
-    assert_eq!(driven.observe(true, PATIENT), Step::Cancel);
+    assert_eq!(driven.observe(true, PATIENT), MoveStep::Cancel);
 }
 
 #[test]
@@ -317,7 +321,10 @@ fn a_destination_is_cleared_before_it_is_prepared() {
         1: m4 abort a b c       -> done",
     );
     let (steps, written) = driven.drive(usize::MAX, Fate::Applied);
-    assert_eq!(steps[..3], [Step::Clear, Step::Prepare, Step::Begin]);
+    assert_eq!(
+        steps[..3],
+        [MoveStep::Clear, MoveStep::Prepare, MoveStep::Begin]
+    );
     driven.assert_moved(&written);
 }
 
@@ -325,7 +332,10 @@ fn a_destination_is_cleared_before_it_is_prepared() {
 fn a_source_that_does_not_own_the_slots_yet_is_waited_for() {
     let mut driven = Driven::new();
     driven.of.slots = tags(&["d"]);
-    assert_eq!(driven.observe(true, PATIENT), Step::Wait(Waiting::Source));
+    assert_eq!(
+        driven.observe(true, PATIENT),
+        MoveStep::Wait(MoveWait::Source)
+    );
     driven.world.run("1: claim d -> claimed");
-    assert_eq!(driven.observe(true, PATIENT), Step::Prepare);
+    assert_eq!(driven.observe(true, PATIENT), MoveStep::Prepare);
 }

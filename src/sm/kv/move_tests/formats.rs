@@ -1,9 +1,9 @@
 //! What moves write to log and disk, byte for byte.
 
-use super::super::chunk::Cursor;
+use super::super::chunk::ChunkCursor;
 use super::*;
 use crate::sm::slots::{
-    Contents, all_moves, change_key, change_range, change_value, move_key, parse_change_key,
+    SlotContents, all_moves, change_key, change_range, change_value, move_key, parse_change_key,
     parse_move_key,
 };
 
@@ -15,10 +15,10 @@ fn slots(numbers: &[u16]) -> BTreeSet<Slot> {
     numbers.iter().map(|number| slot(*number)).collect()
 }
 
-fn encoded(step: MoveStep) -> Bytes {
+fn encoded(step: MoveCommand) -> Bytes {
     let command = step.of(MoveId(5), &slots(&[300]));
     let bytes = command.encode();
-    assert_eq!(Command::decode(&bytes).expect("own encoding"), command);
+    assert_eq!(KvCommand::decode(&bytes).expect("own encoding"), command);
     bytes
 }
 
@@ -26,32 +26,32 @@ fn encoded(step: MoveStep) -> Bytes {
 fn the_encodings_of_move_steps_stand() {
     let contents = BTreeMap::from([(
         slot(300),
-        Contents {
+        SlotContents {
             revision: Revision(9),
             keys: 1,
             bytes: 2,
         },
     )]);
-    let table: [(MoveStep, &[u8]); 9] = [
+    let table: [(MoveCommand, &[u8]); 9] = [
         (
-            MoveStep::Begin { to: GroupId(2) },
+            MoveCommand::Begin { to: GroupId(2) },
             b"\x01\x02\x05\x01\xac\x02\x00\x02",
         ),
-        (MoveStep::Freeze, b"\x01\x02\x05\x01\xac\x02\x01"),
-        (MoveStep::Release, b"\x01\x02\x05\x01\xac\x02\x02"),
-        (MoveStep::Abort, b"\x01\x02\x05\x01\xac\x02\x03"),
+        (MoveCommand::Freeze, b"\x01\x02\x05\x01\xac\x02\x01"),
+        (MoveCommand::Release, b"\x01\x02\x05\x01\xac\x02\x02"),
+        (MoveCommand::Abort, b"\x01\x02\x05\x01\xac\x02\x03"),
         (
-            MoveStep::Prepare { from: GroupId(1) },
+            MoveCommand::Prepare { from: GroupId(1) },
             b"\x01\x02\x05\x01\xac\x02\x04\x01",
         ),
         (
-            MoveStep::Complete { chunk: 7, contents },
+            MoveCommand::Complete { chunk: 7, contents },
             b"\x01\x02\x05\x01\xac\x02\x05\x07\x01\xac\x02\x09\x01\x02",
         ),
-        (MoveStep::Activate, b"\x01\x02\x05\x01\xac\x02\x06"),
-        (MoveStep::Cancel, b"\x01\x02\x05\x01\xac\x02\x07"),
+        (MoveCommand::Activate, b"\x01\x02\x05\x01\xac\x02\x06"),
+        (MoveCommand::Cancel, b"\x01\x02\x05\x01\xac\x02\x07"),
         (
-            MoveStep::Clear { limit: 300 },
+            MoveCommand::Clear { limit: 300 },
             b"\x01\x02\x05\x01\xac\x02\x08\xac\x02",
         ),
     ];
@@ -65,7 +65,7 @@ fn the_encodings_of_move_steps_stand() {
         source_ms: 300,
         pairs: vec![("k".into(), Some("v".into())), ("l".into(), None)],
     };
-    let command = Command::Install {
+    let command = KvCommand::Install {
         time_ms: 8,
         install,
     };
@@ -74,18 +74,18 @@ fn the_encodings_of_move_steps_stand() {
         &bytes[..],
         b"\x01\x03\x08\x05\x07\x01c\xac\x02\x02\x01k\x01\x01v\x01l\x00"
     );
-    assert_eq!(Command::decode(&bytes).expect("own encoding"), command);
+    assert_eq!(KvCommand::decode(&bytes).expect("own encoding"), command);
 }
 
 #[test]
 fn the_encodings_of_move_outcomes_stand() {
-    let contents = Contents {
+    let contents = SlotContents {
         revision: Revision(9),
         keys: 1,
         bytes: 2,
     };
     let slot = slot(300);
-    let progress = Progress {
+    let progress = InstallProgress {
         chunk: 3,
         cursor: Bytes::from_static(b"c"),
         complete: true,
@@ -120,7 +120,7 @@ fn the_encodings_of_move_outcomes_stand() {
             MoveRejection::Differs {
                 slot,
                 source: contents,
-                here: Contents::default(),
+                here: SlotContents::default(),
             }
             .into(),
             b"\x03\x09\xac\x02\x09\x01\x02\x00\x00\x00",
@@ -131,11 +131,11 @@ fn the_encodings_of_move_outcomes_stand() {
         ),
     ];
     for (outcome, golden) in table {
-        let bytes = Outcome::Moved(outcome.clone()).encode();
+        let bytes = KvOutcome::Moved(outcome.clone()).encode();
         assert_eq!(&bytes[..], [b"\x01\x03", golden].concat());
         assert_eq!(
-            Outcome::decode(&bytes).expect("own encoding"),
-            Outcome::Moved(outcome)
+            KvOutcome::decode(&bytes).expect("own encoding"),
+            KvOutcome::Moved(outcome)
         );
     }
 }
@@ -143,7 +143,7 @@ fn the_encodings_of_move_outcomes_stand() {
 #[test]
 fn the_encodings_of_an_open_move_and_its_marks_stand() {
     let to = GroupId(2);
-    let progress = Progress {
+    let progress = InstallProgress {
         chunk: 3,
         cursor: Bytes::from_static(b"c"),
         complete: false,
@@ -197,19 +197,25 @@ fn the_encodings_of_an_open_move_and_its_marks_stand() {
 
 #[test]
 fn the_encoding_of_a_cursor_stands() {
-    let pairs = Cursor::Pairs {
+    let pairs = ChunkCursor::Pairs {
         after: Bytes::from_static(b"k"),
     };
-    let changes = Cursor::Changes {
+    let changes = ChunkCursor::Changes {
         after: Bytes::from_static(b"k"),
     };
-    assert_eq!(Cursor::decode(b"\x01\x00\x01k").expect("a cursor"), pairs);
-    assert_eq!(Cursor::decode(b"\x01\x01\x01k").expect("a cursor"), changes);
     assert_eq!(
-        Cursor::decode(b"").expect("the start"),
-        Cursor::Pairs {
+        ChunkCursor::decode(b"\x01\x00\x01k").expect("a cursor"),
+        pairs
+    );
+    assert_eq!(
+        ChunkCursor::decode(b"\x01\x01\x01k").expect("a cursor"),
+        changes
+    );
+    assert_eq!(
+        ChunkCursor::decode(b"").expect("the start"),
+        ChunkCursor::Pairs {
             after: Bytes::new()
         }
     );
-    assert!(Cursor::decode(b"\x01\x02").is_err());
+    assert!(ChunkCursor::decode(b"\x01\x02").is_err());
 }

@@ -71,18 +71,18 @@ impl World {
             .get(at + 1)
             .map_or(0, |word| word.parse().expect("a number"));
         let step = match words[1] {
-            "begin" => MoveStep::Begin {
+            "begin" => MoveCommand::Begin {
                 to: GroupId(argument),
             },
-            "freeze" => MoveStep::Freeze,
-            "release" => MoveStep::Release,
-            "abort" => MoveStep::Abort,
-            "prepare" => MoveStep::Prepare {
+            "freeze" => MoveCommand::Freeze,
+            "release" => MoveCommand::Release,
+            "abort" => MoveCommand::Abort,
+            "prepare" => MoveCommand::Prepare {
                 from: GroupId(argument),
             },
-            "activate" => MoveStep::Activate,
-            "cancel" => MoveStep::Cancel,
-            "clear" => MoveStep::Clear {
+            "activate" => MoveCommand::Activate,
+            "cancel" => MoveCommand::Cancel,
+            "clear" => MoveCommand::Clear {
                 limit: argument as u32,
             },
             "complete" => return self.complete(id, argument, number),
@@ -105,18 +105,18 @@ impl World {
         let chunk = self.progress(id, to).chunk;
         show(
             self.shard(to)
-                .apply(MoveStep::Complete { chunk, contents }.of(id, &slots)),
+                .apply(MoveCommand::Complete { chunk, contents }.of(id, &slots)),
         )
     }
 
     /// Returns the progress of a destination.
-    pub fn progress(&mut self, id: MoveId, number: u64) -> Progress {
+    pub fn progress(&mut self, id: MoveId, number: u64) -> InstallProgress {
         match OpenMove::read(&self.shard(number).map, id).expect("readable") {
             Some(OpenMove {
                 phase: MovePhase::Installing { progress, .. },
                 ..
             }) => progress,
-            _ => Progress::default(),
+            _ => InstallProgress::default(),
         }
     }
 
@@ -133,7 +133,10 @@ impl World {
             return "nothing to read".into();
         };
         let time_ms = group_time_ms(&self.shard(to).map).expect("readable");
-        show(self.shard(to).apply(Command::Install { time_ms, install }))
+        show(
+            self.shard(to)
+                .apply(KvCommand::Install { time_ms, install }),
+        )
     }
 
     /// Asserts what must hold of all shards at any time.
@@ -177,8 +180,8 @@ impl World {
     }
 }
 
-fn show(outcome: Outcome) -> String {
-    let Outcome::Moved(outcome) = outcome else {
+fn show(outcome: KvOutcome) -> String {
+    let KvOutcome::Moved(outcome) = outcome else {
         panic!("not of a move: {outcome:?}")
     };
     show_moved(&outcome)
@@ -194,7 +197,7 @@ pub(in crate::sm::kv) fn show_moved(outcome: &MoveOutcome) -> String {
                 "cleared".into()
             };
         }
-        MoveOutcome::Installing(Progress {
+        MoveOutcome::Installing(InstallProgress {
             chunk, complete, ..
         }) => {
             return format!("{}{chunk}", if *complete { "complete " } else { "" });

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::super::model_tests::{Model, TAGS, operation, write};
 use super::*;
-use crate::sm::moves::{Budget, Move, Side, Step, next_step};
+use crate::sm::moves::{Move, MoveLimits, MoveSide, MoveStep, next_step};
 use crate::sm::ports::{Direction, Read};
 use crate::sm::slots::{all_data, change_range_from, parse_data_key};
 
@@ -51,7 +51,7 @@ struct Drive {
     destination_lag: Option<usize>,
     /// By how many entries it is behind when it reads for the step.
     reading_lag: usize,
-    budget: Budget,
+    budget: MoveLimits,
     bytes_max: usize,
     fate: Fate,
 }
@@ -74,8 +74,8 @@ struct Cluster {
     owners: BTreeMap<Slot, GroupId>,
     moves: Vec<Move>,
     open: BTreeSet<MoveId>,
-    sent: Vec<(GroupId, Command)>,
-    delayed: Vec<(GroupId, Command)>,
+    sent: Vec<(GroupId, KvCommand)>,
+    delayed: Vec<(GroupId, KvCommand)>,
 }
 
 impl Cluster {
@@ -102,7 +102,7 @@ impl Cluster {
         self.time_ms + (4 - shard.0) * 1_000_000
     }
 
-    fn apply(&mut self, shard: GroupId, command: Command) -> Outcome {
+    fn apply(&mut self, shard: GroupId, command: KvCommand) -> KvOutcome {
         let outcome = self.world.shard(shard.0).apply(command);
         let map = self.world.shard(shard.0).map.clone();
         let history = &mut self.history[shard.0 as usize - 1];
@@ -113,7 +113,7 @@ impl Cluster {
         outcome
     }
 
-    fn send(&mut self, shard: GroupId, command: Command, fate: Fate) {
+    fn send(&mut self, shard: GroupId, command: KvCommand, fate: Fate) {
         self.sent.push((shard, command.clone()));
         match fate {
             Fate::Applied => drop(self.apply(shard, command)),
@@ -163,18 +163,18 @@ impl Cluster {
     /// model answers.
     fn write(&mut self, shard: GroupId, elapsed_ms: u64, writes: Vec<Write>) {
         self.time_ms += elapsed_ms;
-        let command = Command::Write {
+        let command = KvCommand::Write {
             time_ms: self.time_of(shard),
             writes: writes.clone(),
         };
-        let Outcome::Written(outcomes) = self.apply(shard, command) else {
+        let KvOutcome::Written(outcomes) = self.apply(shard, command) else {
             panic!("writes are answered as writes")
         };
         for (write, outcome) in writes.iter().zip(outcomes) {
             let refused = matches!(
                 outcome,
-                WriteOutcome::Rejected(Rejection::WrongOwner { .. })
-                    | WriteOutcome::Rejected(Rejection::Frozen { .. })
+                WriteOutcome::Rejected(WriteRejection::WrongOwner { .. })
+                    | WriteOutcome::Rejected(WriteRejection::Frozen { .. })
             );
             if !refused {
                 assert_eq!(outcome, self.model.write(write), "{write:?}");
@@ -231,26 +231,26 @@ impl Cluster {
         let step = next_step(&source, destination.as_ref(), drive.budget);
         let reading = self.map(of.from, drive.reading_lag);
         let command = match &step {
-            Step::Copy(progress) => {
+            MoveStep::Copy(progress) => {
                 let chunk = move_chunk(reading, of.id, &progress.cursor, drive.bytes_max)
                     .expect("readable");
                 let time_ms = self.time_of(of.to);
                 chunk.map(|chunk| {
                     (
                         of.to,
-                        Command::Install {
+                        KvCommand::Install {
                             time_ms,
                             install: chunk.install(of.id, progress.chunk),
                         },
                     )
                 })
             }
-            Step::Complete { chunk } => {
+            MoveStep::Complete { chunk } => {
                 let contents = final_contents(reading, of.id).expect("readable");
                 contents.map(|contents| {
                     (
                         of.to,
-                        MoveStep::Complete {
+                        MoveCommand::Complete {
                             chunk: *chunk,
                             contents,
                         }
@@ -259,17 +259,17 @@ impl Cluster {
                 })
             }
             step => step.command(&of).map(|(side, command)| match side {
-                Side::Source => (of.from, command),
-                Side::Destination => (of.to, command),
+                MoveSide::Source => (of.from, command),
+                MoveSide::Destination => (of.to, command),
             }),
         };
         if let Some((shard, command)) = command {
             self.send(shard, command, drive.fate);
         }
         match step {
-            Step::Commit => self.close(&of, of.to),
-            Step::End => self.close(&of, of.from),
-            Step::Over => assert!(!self.open.contains(&of.id), "an open move is not over"),
+            MoveStep::Commit => self.close(&of, of.to),
+            MoveStep::End => self.close(&of, of.from),
+            MoveStep::Over => assert!(!self.open.contains(&of.id), "an open move is not over"),
             _ => {}
         }
     }
@@ -296,7 +296,7 @@ impl Cluster {
         if let Some((id, slots)) = leftovers(&self.world.shard(shard).map).expect("readable") {
             self.send(
                 GroupId(shard),
-                MoveStep::Clear { limit }.of(id, &slots),
+                MoveCommand::Clear { limit }.of(id, &slots),
                 fate,
             );
         }
@@ -312,7 +312,7 @@ impl Cluster {
             .iter()
             .filter(|(slot, owner)| **owner == shard && untouched(**slot));
         let slots = mine.map(|(slot, _)| *slot).collect();
-        self.send(shard, Command::Claim { slots }, Fate::Applied);
+        self.send(shard, KvCommand::Claim { slots }, Fate::Applied);
     }
 
     /// Returns the shard that serves a slot.
@@ -390,7 +390,7 @@ impl Cluster {
             };
             assert!(step < 200, "the move ends: {of:?}");
             let which = Ok(0);
-            let budget = Budget {
+            let budget = MoveLimits {
                 freeze_bytes_max: 500,
                 freeze_now: false,
                 freeze_overdue: false,
@@ -440,7 +440,7 @@ impl Cluster {
                 );
                 self.send(
                     GroupId(shard),
-                    MoveStep::Cancel.of(id, &of.slots),
+                    MoveCommand::Cancel.of(id, &of.slots),
                     Fate::Applied,
                 );
             }
@@ -484,7 +484,7 @@ fn drive() -> impl Strategy<Value = Drive> {
         proptest::bool::weighted(0.05),
     );
     let budget = (budget, proptest::bool::weighted(0.01)).prop_map(
-        |((freeze_bytes_max, freeze_now, freeze_overdue), give_up)| Budget {
+        |((freeze_bytes_max, freeze_now, freeze_overdue), give_up)| MoveLimits {
             freeze_bytes_max,
             freeze_now,
             freeze_overdue,

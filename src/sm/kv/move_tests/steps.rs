@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::sm::ports::{Direction, KeyRange, Read};
-use crate::sm::slots::{Contents, data_range};
+use crate::sm::slots::{SlotContents, data_range};
 
 #[test]
 fn a_move_takes_slots_from_one_shard_to_another() {
@@ -346,8 +346,8 @@ fn what_is_served_was_counted_alike_on_both_sides() {
         .expect("readable")
         .expect("frozen");
     let slots = tags(&["a", "b"]);
-    let complete = |world: &mut World, chunk: u64, contents: &BTreeMap<Slot, Contents>| {
-        let step = MoveStep::Complete {
+    let complete = |world: &mut World, chunk: u64, contents: &BTreeMap<Slot, SlotContents>| {
+        let step = MoveCommand::Complete {
             chunk,
             contents: contents.clone(),
         };

@@ -20,7 +20,7 @@ fn one(options: &LogOptions) -> (SimDisk, Log, LogWriter, ReplicaLog, Outcomes) 
     (disk, log, writer, replica, outcomes)
 }
 
-fn run_of(term: u64, indexes: std::ops::Range<u64>, len: usize) -> Vec<Entry> {
+fn run_of(term: u64, indexes: std::ops::Range<u64>, len: usize) -> Vec<LogEntry> {
     indexes.map(|index| entry(term, index, len)).collect()
 }
 
@@ -619,7 +619,7 @@ fn a_log_whose_committed_id_is_not_in_it_opens_and_goes_on() {
         replica.purge(id(1, 1), outcomes.done());
         pump(&mut writer);
         drop((log, writer, replica));
-        append_record(&disk, key(1, 1), &record::Record::Committed(Some(ahead)));
+        append_record(&disk, key(1, 1), &record::LogRecord::Committed(Some(ahead)));
 
         for _ in 0..2 {
             let (log, mut writer) =
@@ -668,7 +668,7 @@ fn a_log_whose_committed_id_is_not_in_it_opens_and_goes_on() {
 }
 
 /// Writes a record behind the last one of the log, as a batch of its own.
-fn append_record(disk: &SimDisk, key: ReplicaKey, record: &record::Record) {
+fn append_record(disk: &SimDisk, key: ReplicaKey, record: &record::LogRecord) {
     let mut segments = disk
         .files()
         .into_iter()
@@ -679,7 +679,7 @@ fn append_record(disk: &SimDisk, key: ReplicaKey, record: &record::Record) {
         .file_stem()
         .and_then(|stem| stem.to_str()?.parse().ok())
         .expect("segments are numbered");
-    let place = |offset| record::Place {
+    let place = |offset| record::RecordPlace {
         binding: 0,
         segment: number,
         offset,
@@ -693,7 +693,7 @@ fn append_record(disk: &SimDisk, key: ReplicaKey, record: &record::Record) {
         &mut batch,
         place(at as u64),
         record::NOBODY,
-        &record::Record::Mark,
+        &record::LogRecord::Mark,
     );
     record::encode(&mut batch, place(at as u64), key, record);
     let file = disk.open(&path, Open::Existing).expect("it is listed");

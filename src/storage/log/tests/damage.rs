@@ -65,7 +65,7 @@ fn image(seed: u64, closed: bool) -> Image {
         .and_then(|stem| stem.to_str()?.parse().ok())
         .expect("segments are numbered");
     let mut last_mark = 0;
-    let place = record::Place {
+    let place = record::RecordPlace {
         binding: 0,
         segment: number,
         offset: 0,

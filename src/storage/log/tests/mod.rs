@@ -48,13 +48,13 @@ pub(super) fn id(term: u64, index: u64) -> LogId {
     LogId { term, index }
 }
 
-pub(super) fn entry(term: u64, index: u64, len: usize) -> Entry {
+pub(super) fn entry(term: u64, index: u64, len: usize) -> LogEntry {
     let payload = match (term + index) % 5 {
-        0 => Payload::Blank,
-        1 => Payload::Membership(Bytes::from(vec![index as u8; len])),
-        _ => Payload::Normal(Bytes::from(vec![(term * 7 + index) as u8; len])),
+        0 => LogPayload::Blank,
+        1 => LogPayload::Membership(Bytes::from(vec![index as u8; len])),
+        _ => LogPayload::Normal(Bytes::from(vec![(term * 7 + index) as u8; len])),
     };
-    Entry {
+    LogEntry {
         id: id(term, index),
         payload,
     }
@@ -108,7 +108,7 @@ pub(super) fn pump(writer: &mut LogWriter) {
 pub(super) struct Model {
     pub purged: Option<LogId>,
     pub vote: Option<Vote>,
-    pub entries: Vec<Entry>,
+    pub entries: Vec<LogEntry>,
 }
 
 impl Model {

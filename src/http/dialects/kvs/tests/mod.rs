@@ -8,7 +8,7 @@ use crate::client::store::Failure;
 use crate::http::testing::{Reply, Site};
 use crate::http::{Limits, NotReady};
 use crate::sm::kv::Media;
-use crate::sm::view::Asked;
+use crate::sm::view::PlacementSpec;
 use crate::types::GroupId;
 
 /// Some key of the store's shard with this number.
@@ -31,7 +31,8 @@ async fn spread() -> Site {
 async fn exclusive() -> Site {
     let site = Site::start().await;
     site.store.set_nodes(&["a:1", "b:2", "c:3", "d:4"]);
-    site.store.set_asked(Asked::from_flags(Some(2), None));
+    site.store
+        .set_asked(PlacementSpec::from_flags(Some(2), None));
     site.store.set_here(Some(1));
     site
 }
