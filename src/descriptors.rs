@@ -8,11 +8,11 @@
 //!
 //! Kept out: who counts connections (`http`) and calls (`client`).
 
+use parking_lot::Mutex;
 use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -191,7 +191,7 @@ pub fn retry<T, E: Display>(
 /// Returns whether nobody has said so for a while: many may wait at a time.
 fn is_to_be_said() -> bool {
     static SAID: Mutex<Option<Instant>> = Mutex::new(None);
-    let mut said = SAID.lock().expect("no holder panics");
+    let mut said = SAID.lock();
     let is_due = said.is_none_or(|said| said.elapsed() >= SAY_AGAIN_AFTER);
     if is_due {
         *said = Some(Instant::now());

@@ -16,13 +16,14 @@
 //! A task that is started by a supervised one through [`inherit`] is supervised as well: that is
 //! how the tasks of openraft are, which it starts by itself.
 
+use parking_lot::Mutex;
 use std::any::Any;
 use std::fmt;
 use std::future::Future;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak, mpsc};
+use std::sync::{Arc, Weak, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -176,7 +177,7 @@ impl Supervisor {
         F: Future<Output = T>,
     {
         let beat = Arc::new(Beat::default());
-        let mut beats = self.0.beats.lock().expect("no holder panics");
+        let mut beats = self.0.beats.lock();
         beats.retain(|(_, beat)| beat.strong_count() > 0);
         beats.push((part, Arc::downgrade(&beat)));
         drop(beats);
@@ -205,7 +206,7 @@ impl Supervisor {
 
     /// Returns the tasks that run, by name, with how many steps each has counted.
     pub fn beats(&self) -> Vec<(&'static str, Arc<Beat>)> {
-        let beats = self.0.beats.lock().expect("no holder panics");
+        let beats = self.0.beats.lock();
         beats
             .iter()
             .filter_map(|(part, beat)| Some((*part, beat.upgrade()?)))

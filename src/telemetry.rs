@@ -1,7 +1,7 @@
 //! Where the program's own log goes: to standard error, one line an event, or one JSON object.
 
+use parking_lot::Mutex;
 use std::io::IsTerminal;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use tracing_subscriber::EnvFilter;
@@ -58,7 +58,7 @@ impl Rarely {
     }
 
     fn due_at(&self, now: Instant) -> Option<u64> {
-        let mut last = self.0.lock().expect("no holder panics");
+        let mut last = self.0.lock();
         match &mut *last {
             Some((said, left_out)) if now.duration_since(*said) < RARELY => {
                 *left_out += 1;

@@ -5,8 +5,8 @@
 //! cut off, or was removed and has not heard of it) is believed for long; one that did not answer a
 //! moment ago comes last. Nothing here is a promise: every address may be wrong.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -96,7 +96,7 @@ impl AddressBook {
             .collect();
         rotate(&mut seeds, turn);
         members.extend(seeds);
-        let suspects = self.suspects.lock().expect("no panic with the lock held");
+        let suspects = self.suspects.lock();
         members.sort_by_key(|member| {
             suspects
                 .get(member)
@@ -107,16 +107,13 @@ impl AddressBook {
 
     /// A node was asked, and could not be reached, or could not tell.
     pub fn was_silent(&self, address: &Address) {
-        let mut suspects = self.suspects.lock().expect("no panic with the lock held");
+        let mut suspects = self.suspects.lock();
         suspects.retain(|_, since| since.elapsed() < SUSPECT_FOR);
         suspects.insert(address.clone(), Instant::now());
     }
 
     pub fn has_answered(&self, address: &Address) {
-        self.suspects
-            .lock()
-            .expect("no panic with the lock held")
-            .remove(address);
+        self.suspects.lock().remove(address);
     }
 }
 

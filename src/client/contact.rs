@@ -1,8 +1,9 @@
 //! Whom a client is told to ask about a shard: its home, or, while that does not answer, the node
 //! that leads instead.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -75,7 +76,7 @@ impl Answers {
     }
 
     fn cell(&self, address: &Address) -> Arc<Cell> {
-        let mut nodes = self.nodes.lock().expect("no holder panics");
+        let mut nodes = self.nodes.lock();
         // One that is locked is in use.
         nodes.retain(|_, cell| {
             cell.try_lock().map_or(true, |heard| {

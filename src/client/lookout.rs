@@ -5,9 +5,10 @@
 //! node that it was started with) and sees whether the leaders can be reached from here. Asking for
 //! the verdict costs nothing; it is as old as the last look.
 
+use parking_lot::RwLock;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -82,10 +83,7 @@ impl Lookout {
 
     /// What the last look found; none: the first is not over.
     pub fn last(&self) -> Option<Look> {
-        self.last
-            .read()
-            .expect("no panic with the lock held")
-            .clone()
+        self.last.read().clone()
     }
 
     /// # Errors
@@ -176,7 +174,7 @@ impl Lookout {
             Some(Line::Ready) => tracing::info!(nodes = look.nodes, shards = look.shards, "ready"),
             None => {}
         }
-        *self.last.write().expect("no panic with the lock held") = Some(look);
+        *self.last.write() = Some(look);
     }
 
     /// Returns what to say of a look: of each kind of trouble at first, and then once a minute.

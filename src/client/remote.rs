@@ -5,9 +5,10 @@
 //! leaders from the map and from nodes that say "elsewhere", and follows them: it sends nobody
 //! elsewhere itself. Nothing here retries what may have been done: that is the router's decision.
 
+use parking_lot::{Mutex, RwLock};
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -128,12 +129,7 @@ impl HttpAccess {
 
     /// As [`HttpAccess::candidates`], with what each is asked to do.
     fn attempts(&self, shard: GroupId, map: &ShardMap) -> VecDeque<(Address, Hop)> {
-        let hint = self
-            .leaders
-            .lock()
-            .expect("no panic with the lock held")
-            .get(&shard)
-            .cloned();
+        let hint = self.leaders.lock().get(&shard).cloned();
         let known = map
             .candidates(shard)
             .into_iter()
@@ -156,12 +152,7 @@ impl HttpAccess {
 
     /// Who answered last for the shard.
     fn leader(&self, shard: GroupId, map: &ShardMap) -> Option<NodeId> {
-        match self
-            .leaders
-            .lock()
-            .expect("no panic with the lock held")
-            .get(&shard)
-        {
+        match self.leaders.lock().get(&shard) {
             Some(Hint::Leads(address)) => {
                 let mut named = map
                     .nodes()
@@ -180,12 +171,7 @@ impl HttpAccess {
     /// That a node passes requests on, since the first that it did: the leader is tried again after
     /// a while.
     fn around(&self, shard: GroupId, relay: Address) -> Hint {
-        match self
-            .leaders
-            .lock()
-            .expect("no panic with the lock held")
-            .get(&shard)
-        {
+        match self.leaders.lock().get(&shard) {
             Some(Hint::Around(known, since)) if *known == relay && since.elapsed() < AROUND_FOR => {
                 Hint::Around(relay, *since)
             }
@@ -194,7 +180,7 @@ impl HttpAccess {
     }
 
     fn remember(&self, shard: GroupId, hint: Option<Hint>) {
-        let mut leaders = self.leaders.lock().expect("no panic with the lock held");
+        let mut leaders = self.leaders.lock();
         match hint {
             Some(hint) => drop(leaders.insert(shard, hint)),
             None => drop(leaders.remove(&shard)),
@@ -327,7 +313,7 @@ impl HttpAccess {
     /// When it is that of another cluster. It may be empty, or hold other values under the same
     /// keys: it is never changed over to.
     fn learn(&self, status: ClusterStatus, teller: &Address) -> Result<ClusterStatus, Failure> {
-        let mut known = self.map.write().expect("no panic with the lock held");
+        let mut known = self.map.write();
         if let Some(known) = known
             .as_ref()
             .filter(|known| known.cluster != status.cluster)
@@ -415,10 +401,7 @@ impl ShardAccess for HttpAccess {
     }
 
     fn map(&self) -> Option<Arc<ShardMap>> {
-        self.map
-            .read()
-            .expect("no panic with the lock held")
-            .clone()
+        self.map.read().clone()
     }
 
     async fn refresh(&self, older_than: MapVersion) {

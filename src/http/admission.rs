@@ -12,10 +12,11 @@
 //!
 //! Counting costs a connection a few relaxed atomic additions, and a request one look at a byte.
 
+use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use http::Method;
 use tokio_util::sync::CancellationToken;
@@ -201,7 +202,7 @@ impl Admission {
 
         let leave = CancellationToken::new();
         self.stats.at_the_door.fetch_add(1, Ordering::Relaxed);
-        let mut door = self.door.lock().expect("no holder panics");
+        let mut door = self.door.lock();
         door.retain(|other| !other.is_cancelled());
         door.push_back(leave.clone());
         if door.len() > AT_THE_DOOR_MAX

@@ -4,7 +4,8 @@
 //! a write is committed. So lanes end last: when the server takes no more connections and none is
 //! left that carries requests.
 
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -40,7 +41,7 @@ impl Attending {
 
     /// Notes that the connection carries lanes: they do not wait for it.
     pub fn carries_lanes(&self) {
-        self.0.lock().expect("no holder panics").take();
+        self.0.lock().take();
     }
 }
 

@@ -6,10 +6,11 @@
 //! buffer of the connection stays as large. Over HTTP/2, where small frames become large heads,
 //! each request is charged for its own as long as it is answered.
 
+use parking_lot::Mutex;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 
 use http::Request;
@@ -68,7 +69,7 @@ impl HeadMeter {
 
     fn charge(&self, bytes: usize) -> bool {
         let wanted = bytes.next_multiple_of(STEP_BYTES).min(self.bytes_max);
-        let mut share = self.share.lock().expect("no holder panics");
+        let mut share = self.share.lock();
         let missing = wanted.saturating_sub(share.bytes());
         let granted = missing == 0 || share.grow(missing);
         self.charged.store(share.bytes(), Ordering::Relaxed);
@@ -87,7 +88,7 @@ impl HeadMeter {
             } else {
                 bytes
             };
-            let mut share = self.share.lock().expect("no holder panics");
+            let mut share = self.share.lock();
             share.shrink_to(kept);
             self.charged.store(share.bytes(), Ordering::Relaxed);
         }
@@ -96,7 +97,7 @@ impl HeadMeter {
 
     /// Charges the head of one of several requests of this connection. None: there is no room.
     pub fn take<B>(&self, request: &Request<B>) -> Option<Share> {
-        let mut share = self.share.lock().expect("no holder panics").new_share();
+        let mut share = self.share.lock().new_share();
         let bytes = bytes_of(request);
         (bytes <= UNCHARGED_BYTES_MAX || share.grow(bytes)).then_some(share)
     }

@@ -1,9 +1,10 @@
 //! What the tests of the serving side stand on: a store in memory, a server over it on a port of
 //! its own, and a client that sends raw bytes.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -106,16 +107,12 @@ fn shard(key: &[u8]) -> GroupId {
 impl FakeStore {
     /// Everything that shard is asked fails so from now on.
     pub fn fail(&self, shard: u64, failure: Failure) {
-        self.state
-            .lock()
-            .expect("no panic")
-            .failing
-            .insert(GroupId(shard), failure);
+        self.state.lock().failing.insert(GroupId(shard), failure);
     }
 
     /// Returns how often somebody asked how a change gets on.
     pub fn looks(&self) -> usize {
-        self.state.lock().expect("no panic").looks
+        self.state.lock().looks
     }
 
     /// It knows by itself whether changes are over, from now on.
@@ -125,64 +122,58 @@ impl FakeStore {
 
     /// The next so many who ask how a change gets on are told that it runs.
     pub fn take_time(&self, questions: u64) {
-        self.state.lock().expect("no panic").running = questions;
+        self.state.lock().running = questions;
     }
 
     /// Everything fails so after so many more questions to a shard.
     pub fn fail_after(&self, questions: usize, failure: Failure) {
-        self.state.lock().expect("no panic").failing_later = Some((questions, failure));
+        self.state.lock().failing_later = Some((questions, failure));
     }
 
     /// The next write fails so, as a whole.
     pub fn fail_next_write(&self, failure: Failure) {
-        self.state.lock().expect("no panic").failing_write = Some(failure);
+        self.state.lock().failing_write = Some(failure);
     }
 
     /// The answer to a write comes so late from now on, or not in time.
     pub fn slow_down_writes(&self, by: Duration) {
-        self.state.lock().expect("no panic").writes_take = by;
+        self.state.lock().writes_take = by;
     }
 
     /// The same of the value of a key.
     pub fn slow_down_reads(&self, by: Duration) {
-        self.state.lock().expect("no panic").reads_take = by;
+        self.state.lock().reads_take = by;
     }
 
     /// Nothing fails from now on.
     pub fn heal(&self) {
-        let mut state = self.state.lock().expect("no panic");
+        let mut state = self.state.lock();
         state.failing_later = None;
         state.failing.clear();
     }
 
     /// Stale reads succeed from now on, whatever fails.
     pub fn serve_stale(&self) {
-        self.state.lock().expect("no panic").serves_stale = true;
+        self.state.lock().serves_stale = true;
     }
 
     /// The options of the last request.
     pub fn last_options(&self) -> Options {
-        *self
-            .state
-            .lock()
-            .expect("no panic")
-            .asked
-            .last()
-            .expect("a request came")
+        *self.state.lock().asked.last().expect("a request came")
     }
 
     /// The options of all requests, in their order.
     pub fn asked(&self) -> Vec<Options> {
-        self.state.lock().expect("no panic").asked.clone()
+        self.state.lock().asked.clone()
     }
 
     /// How many requests came.
     pub fn requests(&self) -> usize {
-        self.state.lock().expect("no panic").asked.len()
+        self.state.lock().asked.len()
     }
 
     fn in_progress(&self, id: PlanEpoch) -> ChangeInProgress {
-        let mut state = self.state.lock().expect("no panic");
+        let mut state = self.state.lock();
         let left = state.running;
         state.running = left.saturating_sub(1);
         let phase = match left {
@@ -204,28 +195,28 @@ impl FakeStore {
 
     /// From now on the plan of the last change counts as overtaken by the next one.
     pub fn supersede(&self) {
-        self.state.lock().expect("no panic").is_superseded = true;
+        self.state.lock().is_superseded = true;
         self.set_epoch(3);
     }
 
     /// The plan that the view is said to be of.
     pub fn set_epoch(&self, epoch: u64) {
-        self.state.lock().expect("no panic").epoch = Some(PlanEpoch(epoch));
+        self.state.lock().epoch = Some(PlanEpoch(epoch));
     }
 
     /// What was asked of the view.
     pub fn set_asked(&self, asked: PlacementSpec) {
-        self.state.lock().expect("no panic").asked_of_view = asked;
+        self.state.lock().asked_of_view = asked;
     }
 
     /// This store is the node with this number; none: a client's.
     pub fn set_here(&self, here: Option<u64>) {
-        self.state.lock().expect("no panic").here = here.map(NodeId);
+        self.state.lock().here = here.map(NodeId);
     }
 
     /// The cluster is this one, by way of the network.
     pub fn set_network(&self, cluster: Arc<FakeStore>) {
-        self.state.lock().expect("no panic").cluster = Some(cluster);
+        self.state.lock().cluster = Some(cluster);
     }
 
     /// The nodes of [`Store::map`]: with up to three, each shard has a replica on every one.
@@ -234,13 +225,12 @@ impl FakeStore {
             .iter()
             .map(|address| address.parse().expect("an address"))
             .collect();
-        self.state.lock().expect("no panic").nodes = nodes;
+        self.state.lock().nodes = nodes;
     }
 
     pub fn nodes(&self) -> Vec<String> {
         self.state
             .lock()
-            .expect("no panic")
             .nodes
             .iter()
             .map(ToString::to_string)
@@ -249,16 +239,11 @@ impl FakeStore {
 
     /// The shard of [`Store::map`] that owns the slot of `key`.
     pub fn owner(&self, key: &[u8]) -> GroupId {
-        self.state
-            .lock()
-            .expect("no panic")
-            .view()
-            .slots
-            .owner(slot_of(key))
+        self.state.lock().view().slots.owner(slot_of(key))
     }
 
     fn adopt(&self, change: &ViewChange) {
-        let mut state = self.state.lock().expect("no panic");
+        let mut state = self.state.lock();
         state.nodes = change.nodes.clone().unwrap_or_else(|| state.nodes.clone());
         let asked = &mut state.asked_of_view;
         asked.layout = change.layout.unwrap_or(asked.layout);
@@ -268,12 +253,7 @@ impl FakeStore {
     }
 
     pub fn record(&self, key: &[u8]) -> Option<Record> {
-        self.state
-            .lock()
-            .expect("no panic")
-            .records
-            .get(key)
-            .cloned()
+        self.state.lock().records.get(key).cloned()
     }
 }
 
@@ -388,7 +368,7 @@ impl Store for FakeStore {
     }
 
     fn get(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<Found, Failure>> {
-        let mut state = self.state.lock().expect("no panic");
+        let mut state = self.state.lock();
         let staleness =
             (options.consistency == Consistency::Stale).then_some(Staleness::AtMost { age_ms: 12 });
         let found = state.ask(shard(&key), options).map(|()| Found {
@@ -416,7 +396,7 @@ impl Store for FakeStore {
         request: GetManyRequest,
         options: Options,
     ) -> BoxFuture<'_, Result<Vec<Option<Record>>, Failure>> {
-        let mut state = self.state.lock().expect("no panic");
+        let mut state = self.state.lock();
         let (mut records, mut bytes) = (Vec::new(), 0);
         for key in &request.keys {
             if let Err(failure) = state.ask(shard(key), options) {
@@ -441,7 +421,7 @@ impl Store for FakeStore {
         idempotency_key: Option<Bytes>,
         options: Options,
     ) -> BoxFuture<'_, Vec<Written>> {
-        let mut state = self.state.lock().expect("no panic");
+        let mut state = self.state.lock();
         let Some(key) = idempotency_key else {
             let count = operations.len();
             let failed = move |failure| vec![Err(WriteFailure::Failed(failure)); count];
@@ -482,7 +462,7 @@ impl Store for FakeStore {
     }
 
     fn locate(&self, key: Bytes, options: Options) -> BoxFuture<'_, Result<(), Failure>> {
-        let state = self.state.lock().expect("no panic");
+        let state = self.state.lock();
         let failure = state.failing.get(&shard(&key)).cloned();
         let sent_away = failure.filter(|failure| matches!(failure, Failure::Elsewhere { .. }));
         Box::pin(ready(match (options.routing, sent_away) {
@@ -492,7 +472,7 @@ impl Store for FakeStore {
     }
 
     fn scan(&self, request: ScanRequest, options: Options) -> BoxFuture<'_, Result<Page, Failure>> {
-        let mut state = self.state.lock().expect("no panic");
+        let mut state = self.state.lock();
         let asked = state.ask(GroupId(1), options);
         let range = request.range;
         let inside =
@@ -532,7 +512,7 @@ impl Store for FakeStore {
     }
 
     fn count(&self, _: Options) -> BoxFuture<'_, Result<Vec<(GroupId, u64)>, Failure>> {
-        let state = self.state.lock().expect("no panic");
+        let state = self.state.lock();
         let counts = state
             .view()
             .shards()
@@ -542,18 +522,18 @@ impl Store for FakeStore {
     }
 
     fn count_shard(&self, shard: GroupId, options: Options) -> BoxFuture<'_, Result<u64, Failure>> {
-        let mut state = self.state.lock().expect("no panic");
+        let mut state = self.state.lock();
         Box::pin(ready(
             state.ask(shard, options).map(|()| state.keys_of(shard)),
         ))
     }
 
     fn this_node(&self) -> Option<NodeId> {
-        self.state.lock().expect("no panic").here
+        self.state.lock().here
     }
 
     fn contact(&self, shard: GroupId) -> BoxFuture<'_, Option<Address>> {
-        let view = self.state.lock().expect("no panic").view();
+        let view = self.state.lock().view();
         let home = view
             .groups
             .get(&shard)
@@ -562,14 +542,14 @@ impl Store for FakeStore {
     }
 
     fn by_network(&self, _: &[Address]) -> Option<Arc<dyn Store>> {
-        let cluster = self.state.lock().expect("no panic").cluster.clone()?;
+        let cluster = self.state.lock().cluster.clone()?;
         Some(cluster)
     }
 
     /// Shards as they would be at the nodes, which has nothing to do with where this store keeps
     /// its keys.
     fn map(&self, _: Options) -> BoxFuture<'_, Result<Arc<ShardMap>, Failure>> {
-        let state = self.state.lock().expect("no panic");
+        let state = self.state.lock();
         let map = ShardMap::from_view(&state.view(), |_| None);
         Box::pin(ready(Ok::<_, Failure>(Arc::new(map))))
     }
@@ -581,7 +561,7 @@ impl Store for FakeStore {
             asked,
             slots,
             ..
-        } = self.state.lock().expect("no panic").view();
+        } = self.state.lock().view();
         let node = |(id, node): (NodeId, NodeSpec)| NodeStatus {
             id,
             public_address: node.public().clone(),
@@ -614,12 +594,7 @@ impl Store for FakeStore {
         };
         Box::pin(ready(Ok(ClusterStatus {
             cluster: ClusterId(7),
-            epoch: self
-                .state
-                .lock()
-                .expect("no panic")
-                .epoch
-                .unwrap_or(PlanEpoch(1)),
+            epoch: self.state.lock().epoch.unwrap_or(PlanEpoch(1)),
             version: MapVersion(2),
             level: 0,
             asked,
@@ -704,7 +679,7 @@ impl Store for FakeStore {
         _: Options,
     ) -> BoxFuture<'_, Result<Option<ChangeInProgress>, Failure>> {
         let newest = {
-            let mut state = self.state.lock().expect("no panic");
+            let mut state = self.state.lock();
             state.looks += 1;
             state.epoch.map_or(2, |epoch| epoch.0.max(2))
         };
@@ -739,7 +714,7 @@ pub struct Switch(pub Mutex<Option<NotReady>>);
 
 impl Readiness for Switch {
     fn ready(&self) -> Result<(), NotReady> {
-        self.0.lock().expect("no panic").clone().map_or(Ok(()), Err)
+        self.0.lock().clone().map_or(Ok(()), Err)
     }
 }
 

@@ -40,7 +40,7 @@ async fn health_is_told() {
     let site = Site::start().await;
     assert_eq!(site.get("/healthz").await.text(), "ok\n");
     assert_eq!(site.get("/readyz").await.status, 200);
-    *site.readiness.0.lock().expect("no panic") = Some(NotReady {
+    *site.readiness.0.lock() = Some(NotReady {
         code: "spare",
         reason: "waits for a view".into(),
     });

@@ -5,8 +5,9 @@
 //! whoever leads it then, `repair` asks that node what has failed, and believes only its answer. No
 //! other node is asked, so a healthy cluster pays nothing.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -36,7 +37,7 @@ impl FailureReports {
         let Some((node, _)) = nodes.find(|(_, node)| node.directory == directory) else {
             return false;
         };
-        let mut reports = self.0.lock().expect("no holder panics");
+        let mut reports = self.0.lock();
         reports.retain(|node, at| view.nodes.contains_key(node) && at.elapsed() < REPORT_LASTS);
         reports.insert(*node, Instant::now());
         true
@@ -44,7 +45,7 @@ impl FailureReports {
 
     /// Returns the nodes that have said so lately.
     pub fn nodes(&self) -> BTreeSet<NodeId> {
-        let reports = self.0.lock().expect("no holder panics");
+        let reports = self.0.lock();
         let recent = reports.iter().filter(|(_, at)| at.elapsed() < REPORT_LASTS);
         recent.map(|(node, _)| *node).collect()
     }

@@ -4,9 +4,10 @@
 //! [`Joining`] also answers the questions of others while this node itself still waits. The stamp
 //! is durable before anything is said or done that rests on it.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -221,7 +222,7 @@ impl Joining {
 
     /// Tells of a process that runs with a copy of this directory, once for each address.
     pub fn tell_double(&self, address: &Address) {
-        let mut doubles = self.doubles.lock().expect("no holder panics");
+        let mut doubles = self.doubles.lock();
         if doubles.len() < DOUBLES_MAX && doubles.insert(address.clone()) {
             tracing::warn!(
                 "a process at {address} was started with a copy of this data directory: it is \
@@ -365,7 +366,7 @@ impl Joining {
     /// Members of a cluster have called: they are asked too from now on. What they say counts, not
     /// who calls.
     pub fn invited(&self, members: Vec<Address>) {
-        let mut invited = self.invited.lock().expect("no holder panics");
+        let mut invited = self.invited.lock();
         invited.clear();
         invited.extend(members.into_iter().take(INVITERS_MAX));
         drop(invited);
@@ -474,13 +475,7 @@ impl Joining {
             .map(|waiting| waiting.members().to_vec())
             .unwrap_or_default();
         let mut asked: Vec<Address> = self.view_set.iter().chain(&members).cloned().collect();
-        asked.extend(
-            self.invited
-                .lock()
-                .expect("no holder panics")
-                .iter()
-                .cloned(),
-        );
+        asked.extend(self.invited.lock().iter().cloned());
         asked.sort();
         asked.dedup();
         asked.retain(|address| *address != self.config.address);

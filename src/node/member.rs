@@ -5,9 +5,10 @@
 //! node's own meta replica (set by `reconciler`), leaders from its own replicas, or from what
 //! others answered (hints, which may be wrong and are only tried first).
 
+use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -135,7 +136,7 @@ impl Views {
             return false;
         };
         let is_elsewhere = node.address != *address;
-        let mut moved = self.moved.write().expect("no holder panics");
+        let mut moved = self.moved.write();
         match is_elsewhere {
             true => drop(moved.insert(directory, address.clone())),
             false => drop(moved.remove(&directory)),
@@ -160,11 +161,7 @@ impl Views {
         if !self.any_moved.load(Ordering::Relaxed) {
             return None;
         }
-        self.moved
-            .read()
-            .expect("no holder panics")
-            .get(&directory)
-            .cloned()
+        self.moved.read().get(&directory).cloned()
     }
 
     /// Forgets where nodes were found whose address in the view has changed: that is newer. That a
@@ -173,7 +170,7 @@ impl Views {
         if !self.any_moved.load(Ordering::Relaxed) {
             return;
         }
-        let mut moved = self.moved.write().expect("no holder panics");
+        let mut moved = self.moved.write();
         let address_in = |view: &View, directory: &DirectoryId| {
             view.nodes
                 .values()
@@ -194,7 +191,7 @@ impl Views {
     }
 
     pub fn map(&self) -> Arc<ShardMap> {
-        self.map.read().expect("no holder panics").clone()
+        self.map.read().clone()
     }
 
     pub fn subscribe(&self) -> watch::Receiver<Arc<View>> {
@@ -203,7 +200,7 @@ impl Views {
 
     /// Notes how the plan of a view ended, over which the next plan was accepted.
     pub fn note_end(&self, last: &View) {
-        let mut ended = self.ended.lock().expect("no holder panics");
+        let mut ended = self.ended.lock();
         ended.insert(last.epoch, last.is_settled());
         while ended.len() > ENDS_MAX {
             ended.pop_first();
@@ -213,11 +210,7 @@ impl Views {
     /// Returns whether a plan before this one was done when the next took over; none where this
     /// node was not there to see it.
     pub fn was_done(&self, plan: PlanEpoch) -> Option<bool> {
-        self.ended
-            .lock()
-            .expect("no holder panics")
-            .get(&plan)
-            .copied()
+        self.ended.lock().get(&plan).copied()
     }
 
     /// Takes a view that is newer than the one known. True: it was.
@@ -232,8 +225,7 @@ impl Views {
             if view.version.0 == known.version.0 + 1 && view.epoch > known.epoch {
                 self.note_end(known);
             }
-            *self.map.write().expect("no holder panics") =
-                Arc::new(ShardMap::from_view(&view, |_| None));
+            *self.map.write() = Arc::new(ShardMap::from_view(&view, |_| None));
             self.level.fetch_max(view.level, Ordering::Relaxed);
             self.forget_moved(known, &view);
             *known = view.clone();
@@ -294,17 +286,12 @@ impl Member {
 
     /// Counts that replicas of a shard which this node leads differ.
     pub fn differed(&self, shard: GroupId) {
-        *self
-            .differed
-            .lock()
-            .expect("no holder panics")
-            .entry(shard)
-            .or_default() += 1;
+        *self.differed.lock().entry(shard).or_default() += 1;
     }
 
     /// Returns how often replicas of each shard that this node led were found to differ.
     pub fn differences(&self) -> BTreeMap<GroupId, u64> {
-        self.differed.lock().expect("no holder panics").clone()
+        self.differed.lock().clone()
     }
 
     /// Returns whether a leader may propose it: every node of the cluster can read it.
@@ -392,7 +379,7 @@ impl Member {
         let local_leader = self
             .staying_replica(shard)
             .and_then(|group| group.status().leader);
-        let hints = self.hints.lock().expect("no holder panics");
+        let hints = self.hints.lock();
         let hint = hints.get(&shard);
         let hinted = hint.and_then(|hint| hint.leader);
         let is_closed = |node: &NodeId| self.registry.reachability().is_unreachable(*node);
@@ -448,12 +435,7 @@ impl Member {
         if local.as_ref().is_some_and(|group| group.leads()) {
             return Some(self.node);
         }
-        let hinted = self
-            .hints
-            .lock()
-            .expect("no holder panics")
-            .get(&shard)
-            .and_then(|hint| hint.leader);
+        let hinted = self.hints.lock().get(&shard).and_then(|hint| hint.leader);
         hinted.or_else(|| local.and_then(|group| group.status().leader))
     }
 
@@ -465,7 +447,7 @@ impl Member {
     /// As [`Member::learn_leader`], of a node that is known.
     pub fn note_leader(&self, shard: GroupId, leader: Option<NodeId>) {
         let map = self.map();
-        let mut hints = self.hints.lock().expect("no holder panics");
+        let mut hints = self.hints.lock();
         if hints.len() > map.shards().count() {
             hints.retain(|shard, _| map.shard(*shard).is_some());
         }
@@ -477,7 +459,7 @@ impl Member {
 
     /// A node did not answer for the shard.
     pub fn forget_leader(&self, shard: GroupId, node: NodeId) {
-        let mut hints = self.hints.lock().expect("no holder panics");
+        let mut hints = self.hints.lock();
         let hint = hints.entry(shard).or_default();
         if hint.leader == Some(node) {
             hint.leader = None;
@@ -929,6 +911,6 @@ mod tests {
         );
 
         (0..2 * ENDS_MAX as u64).for_each(|at| views.note_end(&next(&first, 10 + at, 10)));
-        assert_eq!(views.ended.lock().expect("no panic").len(), ENDS_MAX);
+        assert_eq!(views.ended.lock().len(), ENDS_MAX);
     }
 }

@@ -2,8 +2,9 @@
 //! decided in `sm::membership`; here they are taken, one at a time per group, each under a limit of
 //! time, and looked at anew after it.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -144,7 +145,7 @@ impl Shared {
         let me = group.key().replica;
         let watch = group.watch().borrow().clone();
         let membership = watch.membership;
-        let mut refused = self.refused.lock().expect("no holder panics");
+        let mut refused = self.refused.lock();
         refused.retain(|_, at| at.elapsed() < REFUSED_FOR);
         // Of a node that is no member of anything yet nothing was heard: it is asked when it is to
         // be added.
@@ -202,10 +203,7 @@ impl Shared {
                     .map(|(_, node)| node)
                     .ok_or("the replica is not in the view")?;
                 if let Err(reason) = self.ensure_created(view, id, replica, node).await {
-                    self.refused
-                        .lock()
-                        .expect("no holder panics")
-                        .insert(replica, Instant::now());
+                    self.refused.lock().insert(replica, Instant::now());
                     return Err(reason);
                 }
                 let term = group.watch().borrow().term;

@@ -5,8 +5,9 @@
 //! here it is done. A driver keeps nothing that another could not find out, so a new leader of the
 //! source takes a move up at any point, and two drivers do no harm.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -198,20 +199,19 @@ struct Drive {
 
 impl Shared {
     fn may_open(&self, shard: GroupId) -> bool {
-        let not_before = self.not_before.lock().expect("no holder panics");
+        let not_before = self.not_before.lock();
         not_before
             .get(&shard)
             .is_none_or(|until| Instant::now() >= *until)
     }
 
     fn lock_clean(&self) -> MutexGuard<'_, BTreeMap<GroupId, u64>> {
-        self.clean.lock().expect("no holder panics")
+        self.clean.lock()
     }
 
     fn pause(&self, shard: GroupId) {
         self.not_before
             .lock()
-            .expect("no holder panics")
             .insert(shard, Instant::now() + PAUSE_AFTER_FAILURE);
     }
 

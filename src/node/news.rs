@@ -6,8 +6,9 @@
 //! own: views are told only when they are committed. A node that such a view does not have is
 //! retired: that is final for its id.
 
+use parking_lot::Mutex;
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -61,7 +62,7 @@ impl News {
 
     /// The view that does not have this node, once there is one.
     pub fn view_without_us(&self) -> Option<Box<View>> {
-        self.without_us.lock().expect("no holder panics").clone()
+        self.without_us.lock().clone()
     }
 
     pub async fn run(&self, shutdown: &CancellationToken) {
@@ -103,7 +104,7 @@ impl News {
 
     async fn ask(&self) {
         let known = self.member.view();
-        let elsewhere = std::mem::take(&mut *self.elsewhere.lock().expect("no holder panics"));
+        let elsewhere = std::mem::take(&mut *self.elsewhere.lock());
         let others = known
             .nodes
             .iter()
@@ -139,7 +140,7 @@ impl News {
     }
 
     fn add_elsewhere(&self, members: Vec<Address>) {
-        let mut elsewhere = self.elsewhere.lock().expect("no holder panics");
+        let mut elsewhere = self.elsewhere.lock();
         let room = ELSEWHERE_MAX.saturating_sub(elsewhere.len());
         elsewhere.extend(members.into_iter().take(room));
     }
@@ -157,7 +158,7 @@ impl News {
             "this node is not in the view any more (version {}): it is retired",
             view.version
         );
-        *self.without_us.lock().expect("no holder panics") = Some(view);
+        *self.without_us.lock() = Some(view);
         self.retired.cancel();
     }
 }

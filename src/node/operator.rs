@@ -2,8 +2,9 @@
 //! who the nodes are, what the plan is, and that the meta group accepts it. What the plan then
 //! takes is done by every node by itself (`reconciler`, `memberships`, `migrator`).
 
+use parking_lot::Mutex;
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -391,7 +392,7 @@ impl Operator {
     }
 
     fn rate(&self, id: PlanEpoch, bytes_left: u64) -> Option<u64> {
-        let mut watched = self.watched.lock().expect("no holder panics");
+        let mut watched = self.watched.lock();
         let first = match *watched {
             Some(first) if first.id == id && first.bytes_left >= bytes_left => first,
             _ => *watched.insert(Watched {

@@ -14,8 +14,9 @@
 //! - a shard that owns nothing claims the slots that the view gives it and that were never moved;
 //! - this node's address in the view is the one under which it runs.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -171,7 +172,6 @@ impl Reconciler {
     fn seen_index(&self) -> u64 {
         self.done
             .lock()
-            .expect("no holder panics")
             .meta_applied
             .map_or(0, |applied| applied.index)
     }
@@ -179,7 +179,7 @@ impl Reconciler {
     /// Why this node should not be given requests yet; none: it is ready.
     pub fn unready(&self) -> Option<Lack> {
         let view = self.member.view();
-        let done = self.done.lock().expect("no holder panics");
+        let done = self.done.lock();
         let failed = self
             .member
             .failures
@@ -272,7 +272,7 @@ impl Reconciler {
             return;
         };
         let applied = meta.status().applied;
-        if self.done.lock().expect("no holder panics").meta_applied == applied {
+        if self.done.lock().meta_applied == applied {
             return;
         }
         let read = meta::read_view(&meta.state().read());
@@ -291,7 +291,7 @@ impl Reconciler {
             self.member.node,
         );
         match tokio::task::spawn_blocking(move || joining.stamp_member(node, &view)).await {
-            Ok(Ok(())) => self.done.lock().expect("no holder panics").meta_applied = applied,
+            Ok(Ok(())) => self.done.lock().meta_applied = applied,
             Ok(Err(error)) => rarely!(error, "the stamp cannot be written: {error}"),
             Err(error) => rarely!(error, "writing the stamp was broken off: {error}"),
         }
@@ -301,7 +301,7 @@ impl Reconciler {
     /// view may be an old one.
     fn wipe_retired(&self, view: &View, wipes: &mut Wipes, openings: &Openings) -> bool {
         while let Some((key, ended)) = wipes.tasks.try_ended() {
-            let mut done = self.done.lock().expect("no holder panics");
+            let mut done = self.done.lock();
             done.claimed.remove(&key.group);
             done.initialized.remove(&key.group);
             let wiped = ended.unwrap_or_else(|error| Err(OpenError::Raft(error.to_string())));
@@ -345,21 +345,11 @@ impl Reconciler {
 
     async fn ensure_initialized(&self, view: &View, group: &Replica) -> bool {
         let key = group.key();
-        if self
-            .done
-            .lock()
-            .expect("no holder panics")
-            .initialized
-            .contains(&key.group)
-        {
+        if self.done.lock().initialized.contains(&key.group) {
             return true;
         }
         if group.is_initialized() {
-            self.done
-                .lock()
-                .expect("no holder panics")
-                .initialized
-                .insert(key.group);
+            self.done.lock().initialized.insert(key.group);
             return true;
         }
         let Some(creation) = view.groups.get(&key.group).map(|group| &group.creation) else {
@@ -428,7 +418,7 @@ impl Reconciler {
             node.address == config.address && node.public_address == config.public_address
         });
         if is_named {
-            *self.announcing.lock().expect("no holder panics") = Announcing::default();
+            *self.announcing.lock() = Announcing::default();
         }
         is_named
     }
@@ -465,7 +455,7 @@ impl Reconciler {
             }
             meta::MetaOutcome::Rejected(rejection) => rejection,
         };
-        let mut announcing = self.announcing.lock().expect("no holder panics");
+        let mut announcing = self.announcing.lock();
         announcing.rejected += 1;
         if announcing
             .told
@@ -499,7 +489,7 @@ impl Reconciler {
     /// Returns whether it is time to announce this node's address, again if it was announced
     /// before.
     fn may_announce(&self) -> bool {
-        let mut announcing = self.announcing.lock().expect("no holder panics");
+        let mut announcing = self.announcing.lock();
         let pause = announcing.pause;
         if announcing.last.is_some_and(|last| last.elapsed() < pause) {
             return false;
@@ -537,13 +527,7 @@ impl Reconciler {
     /// Every slot that the view gives the shard, and that no move ever touched, is owned by it.
     async fn ensure_claimed(&self, view: &View, group: &Replica) -> bool {
         let shard = group.key().group;
-        if self
-            .done
-            .lock()
-            .expect("no holder panics")
-            .claimed
-            .contains(&shard)
-        {
+        if self.done.lock().claimed.contains(&shard) {
             return true;
         }
         let read = group
@@ -567,11 +551,7 @@ impl Reconciler {
             .filter(|slot| !held.contains(slot))
             .collect();
         if missing.is_empty() {
-            self.done
-                .lock()
-                .expect("no holder panics")
-                .claimed
-                .insert(shard);
+            self.done.lock().claimed.insert(shard);
             return true;
         }
         if group.leads() {

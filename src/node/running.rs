@@ -120,7 +120,7 @@ pub struct Running {
 struct Storage {
     log: Log,
     states: Arc<MapStore>,
-    threads: std::sync::Mutex<Vec<JoinHandle<()>>>,
+    threads: parking_lot::Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Running {
@@ -501,7 +501,7 @@ impl Running {
         self.registry().shutdown().await;
         let states = self.storage.states.clone();
         let log = self.storage.log.clone();
-        let threads = std::mem::take(&mut *self.storage.threads.lock().expect("no holder panics"));
+        let threads = std::mem::take(&mut *self.storage.threads.lock());
         let closed = tokio::task::spawn_blocking(move || {
             if is_clean && let Err(error) = states.close() {
                 tracing::warn!(
@@ -621,7 +621,7 @@ impl Storage {
         Ok(Self {
             log,
             states: Arc::new(states),
-            threads: std::sync::Mutex::new(vec![writer, checkpointer]),
+            threads: parking_lot::Mutex::new(vec![writer, checkpointer]),
         })
     }
 
@@ -631,7 +631,7 @@ impl Storage {
             tracing::warn!("the maps were not closed well: {error}");
         }
         self.log.close();
-        for thread in self.threads.into_inner().expect("no holder panics") {
+        for thread in self.threads.into_inner() {
             if thread.join().is_err() {
                 tracing::error!("a storage thread has panicked");
             }

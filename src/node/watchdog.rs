@@ -6,10 +6,11 @@
 //! steps down; and where a new start is all that helps, the process ends. A thread of its own
 //! watches whether tasks run at all, since this is one of them.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -58,7 +59,7 @@ pub struct Findings {
 impl Findings {
     /// Returns what does not get any further now, if anything.
     pub fn stalled(&self) -> Option<String> {
-        self.stalled.lock().expect("no holder panics").clone()
+        self.stalled.lock().clone()
     }
 
     /// Returns for how long each thread of the storage has not got any further though it should
@@ -171,7 +172,7 @@ impl Watchdog {
         }
         self.replicas
             .retain(|key, _| progress.iter().any(|replica| replica.key == *key));
-        *self.findings.stalled.lock().expect("no holder panics") = stalled;
+        *self.findings.stalled.lock() = stalled;
 
         if self.ticks.is_multiple_of(CONTROLLERS_EVERY) {
             self.look_at_controllers();

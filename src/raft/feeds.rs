@@ -12,8 +12,9 @@
 //! what is kept for it, up to eight times. And nothing is kept for it where the node's log is at
 //! its bound, or its disk nearly full.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -80,7 +81,7 @@ impl Drop for TransferGuard {
 
 impl SnapshotTransfers {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ReplicaId, SnapshotTransfer>> {
-        self.0.lock().expect("no holder panics")
+        self.0.lock()
     }
 
     /// Notes that a snapshot as of `index` is being sent.

@@ -5,9 +5,10 @@
 //! publishes changes and says once why a replica stopped. They end with the group. Who leads is
 //! always as this replica knows it.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -329,14 +330,14 @@ impl Replica {
     /// Has nothing written from now on as long as this replica leads, for that reason, or lets it
     /// be written again, unless the map says that nothing is.
     pub fn set_alarm(&self, alarm: Option<String>) {
-        let mut now = self.alarm.lock().expect("no holder panics");
+        let mut now = self.alarm.lock();
         self.is_read_only.store(alarm.is_some(), Ordering::Relaxed);
         *now = alarm;
     }
 
     /// Returns why nothing is written, if nothing is.
     pub fn alarm(&self) -> Option<String> {
-        let own = self.alarm.lock().expect("no holder panics").clone();
+        let own = self.alarm.lock().clone();
         own.or_else(|| self.recorded_alarm())
     }
 
@@ -791,7 +792,7 @@ impl Replica {
 
     /// Runs something that belongs to the group, until the group ends.
     pub(super) fn supervise(&self, task: impl Future<Output = ()> + Send + 'static) {
-        if let Some(tasks) = &mut *self.tasks.lock().expect("no holder panics") {
+        if let Some(tasks) = &mut *self.tasks.lock() {
             self.context.supervisor.start(tasks, "replica", task);
         }
     }
@@ -804,7 +805,7 @@ impl Replica {
         // Else openraft would wait for a map that does not come any more.
         self.apply_state.hold.clear();
         let _ = self.raft.shutdown().await;
-        let tasks = self.tasks.lock().expect("no holder panics").take();
+        let tasks = self.tasks.lock().take();
         if let Some(mut tasks) = tasks {
             tasks.shutdown().await;
         }

@@ -13,8 +13,9 @@
 //! Every write ends in exactly one of three ways: an outcome, a certain no, or unknown. A write is
 //! unknown from the moment its entry is handed to openraft until openraft says what became of it.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -207,7 +208,7 @@ impl Proposer {
     }
 
     fn lock(&self) -> MutexGuard<'_, ProposalQueue> {
-        self.queue.lock().expect("no holder panics")
+        self.queue.lock()
     }
 
     /// Proposes what waits until the queue is closed.

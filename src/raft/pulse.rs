@@ -11,7 +11,8 @@
 //! ([`ElectionTimer::skip_pause`]). And where the words of a leader that goes on leading come late, they are
 //! waited for longer for a while ([`HeartbeatDelay`]).
 
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior};
@@ -254,7 +255,7 @@ impl ElectionTimer {
     }
 
     fn lock(&self) -> MutexGuard<'_, TimerState> {
-        self.state.lock().expect("no holder panics")
+        self.state.lock()
     }
 }
 

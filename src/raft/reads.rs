@@ -5,7 +5,8 @@
 //! come while a round is under way share the next one. A read never joins a round that was begun
 //! before it: what was acknowledged in between might be missing from it.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use openraft::LinearizerOption;
@@ -115,7 +116,7 @@ impl ReadIndex {
     }
 
     fn lock(&self) -> MutexGuard<'_, ReadQueue> {
-        self.queue.lock().expect("no holder panics")
+        self.queue.lock()
     }
 
     /// Does a round after another for as long as reads wait.

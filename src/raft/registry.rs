@@ -4,9 +4,10 @@
 //! At most one replica of a group lives here at a time. Frames find their replica here; they never
 //! create one.
 
+use parking_lot::RwLock;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, RwLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -211,29 +212,16 @@ impl Registry {
     }
 
     fn replica(&self, group: GroupId) -> Option<Arc<Replica>> {
-        self.groups
-            .read()
-            .expect("no holder panics")
-            .get(&group)
-            .cloned()
+        self.groups.read().get(&group).cloned()
     }
 
     fn replicas(&self) -> Vec<Arc<Replica>> {
-        self.groups
-            .read()
-            .expect("no holder panics")
-            .values()
-            .cloned()
-            .collect()
+        self.groups.read().values().cloned().collect()
     }
 
     /// Shows each live replica to `visit`, which must be quick.
     pub(super) fn with_groups(&self, visit: impl FnMut(&Arc<Replica>)) {
-        self.groups
-            .read()
-            .expect("no holder panics")
-            .values()
-            .for_each(visit);
+        self.groups.read().values().for_each(visit);
     }
 
     /// Opens every replica that the log knows. One that does not open is left out, and said.
@@ -340,10 +328,7 @@ impl Registry {
         }
         fit_log(key, &log, &store).await?;
         let group = Replica::open(self.context.clone(), log, store).await?;
-        self.groups
-            .write()
-            .expect("no holder panics")
-            .insert(key.group, group.clone());
+        self.groups.write().insert(key.group, group.clone());
         self.election_timer.get_or_init(|| {
             let run = pulse::run_election_timers(
                 Arc::downgrade(self),
@@ -408,10 +393,7 @@ impl Registry {
         let group = self.replica(key.group).filter(|group| group.key() == key);
         if let Some(group) = group {
             group.shutdown().await;
-            self.groups
-                .write()
-                .expect("no holder panics")
-                .remove(&key.group);
+            self.groups.write().remove(&key.group);
         }
     }
 
@@ -489,7 +471,7 @@ impl Registry {
     /// pause.
     pub async fn shutdown(&self) {
         self.opening.lock().await.is_closed = true;
-        let groups = std::mem::take(&mut *self.groups.write().expect("no holder panics"));
+        let groups = std::mem::take(&mut *self.groups.write());
         join_all(groups.values().map(|group| group.shutdown())).await;
         self.context.lanes.close().await;
     }

@@ -9,7 +9,8 @@
 //! A witness asks for the mark instead: how far the snapshot is, and the membership then. Nothing
 //! of a map travels to it.
 
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -309,16 +310,12 @@ impl SnapshotInbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, IncomingSnapshot> {
-        self.0.lock().expect("no holder panics")
+        self.0.lock()
     }
 
     /// For a caller that must not block: a chunk may just be written, and wait for the disk.
     fn try_lock(&self) -> Result<MutexGuard<'_, IncomingSnapshot>, PeerRefusal> {
-        match self.0.try_lock() {
-            Ok(arriving) => Ok(arriving),
-            Err(TryLockError::WouldBlock) => Err(PeerRefusal::Busy),
-            Err(TryLockError::Poisoned(_)) => panic!("no holder panics"),
-        }
+        self.0.try_lock().ok_or(PeerRefusal::Busy)
     }
 }
 

@@ -9,10 +9,11 @@
 //! An error is final: the replica has met a broken disk or an entry that it can't decode, and going
 //! on would make replicas differ.
 
+use parking_lot::Mutex;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::{Stream, TryStreamExt};
@@ -162,10 +163,7 @@ impl ApplyState {
     /// Returns for how long one entry has been applied that is not done, since its last read of the
     /// map.
     pub fn applying(&self) -> Option<Duration> {
-        self.applying
-            .lock()
-            .expect("no holder panics")
-            .map(|since| since.elapsed())
+        self.applying.lock().map(|since| since.elapsed())
     }
 
     /// Returns whether a snapshot is being installed: openraft answers nothing that comes after it.
@@ -175,7 +173,7 @@ impl ApplyState {
 
     /// Returns why nothing is written, as the map says.
     pub fn read_only(&self) -> Option<String> {
-        self.read_only.lock().expect("no holder panics").clone()
+        self.read_only.lock().clone()
     }
 
     pub fn is_read_only(&self) -> bool {
@@ -183,7 +181,7 @@ impl ApplyState {
     }
 
     fn set_read_only(&self, reason: Option<String>) {
-        let mut now = self.read_only.lock().expect("no holder panics");
+        let mut now = self.read_only.lock();
         self.is_read_only.store(reason.is_some(), Ordering::Release);
         *now = reason;
     }
@@ -201,15 +199,12 @@ impl ApplyState {
 
     /// Why nothing more is applied.
     pub fn failure(&self) -> Option<String> {
-        self.failure.lock().expect("no holder panics").clone()
+        self.failure.lock().clone()
     }
 
     /// ReplicaStore the first reason.
     pub fn fail(&self, reason: String) {
-        self.failure
-            .lock()
-            .expect("no holder panics")
-            .get_or_insert(reason);
+        self.failure.lock().get_or_insert(reason);
     }
 
     fn fatal(&self, error: StoreError) -> io::Error {
@@ -412,12 +407,12 @@ impl GroupClock {
     }
 
     pub fn now_ms(&self) -> u64 {
-        let (time_ms, at) = *self.0.lock().expect("no holder panics");
+        let (time_ms, at) = *self.0.lock();
         time_ms + u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX - time_ms)
     }
 
     fn observe(&self, time_ms: u64) {
-        let mut last = self.0.lock().expect("no holder panics");
+        let mut last = self.0.lock();
         if time_ms > last.0 {
             *last = (time_ms, Instant::now());
         }

@@ -1,8 +1,8 @@
 //! What a group says of itself: [`ReplicaStatus`] at a moment, [`ReplicaWatch`] as it changes,
 //! [`Freshness`] of its map.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -215,7 +215,7 @@ impl Freshness {
     /// An append of the leader was taken, which had committed through this index.
     pub fn note_append(&self, commit: u64, applied: u64) {
         let now = Instant::now();
-        let mut state = self.0.lock().expect("no holder panics");
+        let mut state = self.0.lock();
         state.last = Some(now);
         state.advance(applied);
         state.awaited.get_or_insert((now, commit));
@@ -224,12 +224,12 @@ impl Freshness {
 
     /// When the leader was last heard of.
     pub fn last_heard(&self) -> Option<Instant> {
-        self.0.lock().expect("no holder panics").last
+        self.0.lock().last
     }
 
     /// When the map was last known to hold all that its leader had committed; none since the start.
     pub fn fresh_at(&self, applied: u64) -> Option<Instant> {
-        let mut state = self.0.lock().expect("no holder panics");
+        let mut state = self.0.lock();
         state.advance(applied);
         state.fresh
     }

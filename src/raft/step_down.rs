@@ -138,17 +138,17 @@ impl Replica {
 
 /// Marks that an entry is being applied, until it is dropped. Each read of the map counts as a step
 /// of it: a disk that is slow takes long for many, and a new start would begin with a cold cache.
-pub(super) struct ApplyProgress<'a>(&'a std::sync::Mutex<Option<Instant>>);
+pub(super) struct ApplyProgress<'a>(&'a parking_lot::Mutex<Option<Instant>>);
 
 impl<'a> ApplyProgress<'a> {
-    pub fn begin(since: &'a std::sync::Mutex<Option<Instant>>) -> Self {
+    pub fn begin(since: &'a parking_lot::Mutex<Option<Instant>>) -> Self {
         let applying = Self(since);
         applying.step();
         applying
     }
 
     fn step(&self) {
-        *self.0.lock().expect("no holder panics") = Some(Instant::now());
+        *self.0.lock() = Some(Instant::now());
     }
 
     fn counted<'b, V: 'b>(&'b self, items: Items<'b, V>) -> Items<'b, V> {
@@ -192,7 +192,7 @@ impl<R: Read> Read for ProgressRead<'_, R> {
 
 impl Drop for ApplyProgress<'_> {
     fn drop(&mut self) {
-        *self.0.lock().expect("no holder panics") = None;
+        *self.0.lock() = None;
     }
 }
 
@@ -204,13 +204,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_entry_that_reads_its_map_slowly_gets_further_with_each_read() {
-        let since = std::sync::Mutex::new(None);
-        let still = || {
-            since
-                .lock()
-                .expect("no holder panics")
-                .map(|since: Instant| since.elapsed())
-        };
+        let since = parking_lot::Mutex::new(None);
+        let still = || since.lock().map(|since: Instant| since.elapsed());
         let map = ["a", "b"]
             .map(|key| (Bytes::from(key), Bytes::from("v")))
             .into_iter()

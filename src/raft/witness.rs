@@ -14,8 +14,9 @@
 //!   [`ElectionTimer`](super::pulse::ElectionTimer)), it takes no requests, changes nothing, brings the others up
 //!   to date and hands over to the first that is ([`transfer_leadership_when_ready`]).
 
+use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -76,16 +77,16 @@ impl WitnessState {
     }
 
     pub fn applied(&self) -> Applied {
-        self.applied.lock().expect("no holder panics").clone()
+        self.applied.lock().clone()
     }
 
     pub fn watermark(&self) -> Applied {
-        self.watermark.lock().expect("no holder panics").clone()
+        self.watermark.lock().clone()
     }
 
     /// Moves on. In memory: the log makes it durable.
     pub fn apply(&self, applied: Applied) {
-        *self.applied.lock().expect("no holder panics") = applied;
+        *self.applied.lock() = applied;
     }
 
     /// What is applied, once the log holds it durably.
@@ -111,7 +112,7 @@ impl WitnessState {
     /// Has the file say this, unless it says something newer. The log must be synced through it, or
     /// begin after it. Blocking.
     pub fn write_watermark(&self, applied: &Applied) -> Result<(), StoreError> {
-        let mut watermark = self.watermark.lock().expect("no holder panics");
+        let mut watermark = self.watermark.lock();
         if watermark.log_id < applied.log_id {
             self.files.write(self.key, applied)?;
             *watermark = applied.clone();
@@ -121,7 +122,7 @@ impl WitnessState {
 
     /// Reads the file again, and compares it with what it should say. Blocking.
     pub(super) fn check_file(&self) -> Checked {
-        let watermark = self.watermark.lock().expect("no holder panics");
+        let watermark = self.watermark.lock();
         match self.files.read(self.key) {
             Ok(Some(found)) if found == *watermark => Checked::Whole,
             Ok(found) => Checked::Damaged(format!(
@@ -136,7 +137,7 @@ impl WitnessState {
 
     /// Has the file say again what it says. Blocking.
     pub(super) fn rewrite_file(&self) -> Result<(), StoreError> {
-        let watermark = self.watermark.lock().expect("no holder panics");
+        let watermark = self.watermark.lock();
         self.files.write(self.key, &watermark)
     }
 

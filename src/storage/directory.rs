@@ -6,10 +6,11 @@
 //! fresh start, because a node that forgot its cluster could found a second one. Files that are not
 //! ours are left alone.
 
+use parking_lot::Mutex;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -234,7 +235,7 @@ impl DataDirectory {
     }
 
     pub fn stamp(&self) -> Stamp {
-        self.stamp.lock().expect("no holder panics").clone()
+        self.stamp.lock().clone()
     }
 
     /// Replaces the stamp; durable when it returns. After an error the next start may find the old
@@ -249,7 +250,7 @@ impl DataDirectory {
         &self,
         change: impl FnOnce(&Stamp) -> Option<Stamp>,
     ) -> Result<Stamp, DirectoryError> {
-        let _writing = self.writing.lock().expect("no holder panics");
+        let _writing = self.writing.lock();
         let mut current = self.stamp();
         if let Some(stamp) = change(&current).filter(|stamp| *stamp != current) {
             match stamp.level() {
@@ -262,10 +263,7 @@ impl DataDirectory {
                     &stamp,
                 )?,
             }
-            self.stamp
-                .lock()
-                .expect("no holder panics")
-                .clone_from(&stamp);
+            self.stamp.lock().clone_from(&stamp);
             current = stamp;
         }
         Ok(current)
@@ -273,17 +271,17 @@ impl DataDirectory {
 
     /// Returns whether this node holds the level of this cluster where it is.
     pub fn holds_level(&self, cluster: ClusterId) -> bool {
-        *self.held.lock().expect("no holder panics") == Some(cluster)
+        *self.held.lock() == Some(cluster)
     }
 
     /// Holds the level of this cluster where it is, or does so no more; durable when it returns.
     /// Blocking.
     pub fn hold_level(&self, cluster: ClusterId, holds: bool) -> Result<(), DirectoryError> {
-        let _writing = self.writing.lock().expect("no holder panics");
-        let is_held = self.held.lock().expect("no holder panics").is_some();
+        let _writing = self.writing.lock();
+        let is_held = self.held.lock().is_some();
         if holds {
             sealed::write(&*self.disk, &self.path, HOLD, FORMAT, &cluster)?;
-            *self.held.lock().expect("no holder panics") = Some(cluster);
+            *self.held.lock() = Some(cluster);
         } else if is_held {
             let path = self.path.join(HOLD);
             let removed = self
@@ -291,7 +289,7 @@ impl DataDirectory {
                 .remove(&path)
                 .and_then(|()| self.disk.sync_dir(&self.path));
             removed.map_err(|source| DirectoryError::Io { path, source })?;
-            *self.held.lock().expect("no holder panics") = None;
+            *self.held.lock() = None;
         }
         Ok(())
     }

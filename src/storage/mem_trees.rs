@@ -6,9 +6,10 @@
 //! does to sled's unsynced files; only the digest tells. A handle from before a crash is dead: it
 //! can neither read nor write what came after.
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rand::rngs::StdRng;
@@ -53,28 +54,25 @@ struct GateState {
 impl Gate {
     /// Waits until it is open.
     pub fn pass(&self) {
-        let mut state = self.state.lock().expect("no holder panics");
+        let mut state = self.state.lock();
         state.waiting += 1;
-        let mut state = self
-            .changed
-            .wait_while(state, |state| state.is_closed)
-            .expect("no holder panics");
+        self.changed.wait_while(&mut state, |state| state.is_closed);
         state.waiting -= 1;
     }
 
     /// Lets nobody through from now on, or whoever waits and comes.
     pub fn close(&self, is_closed: bool) {
-        self.state.lock().expect("no holder panics").is_closed = is_closed;
+        self.state.lock().is_closed = is_closed;
         self.changed.notify_all();
     }
 
     pub fn is_closed(&self) -> bool {
-        self.state.lock().expect("no holder panics").is_closed
+        self.state.lock().is_closed
     }
 
     /// Returns how many wait here.
     pub fn waiting(&self) -> usize {
-        self.state.lock().expect("no holder panics").waiting
+        self.state.lock().waiting
     }
 }
 
@@ -205,7 +203,7 @@ impl MemTrees {
     }
 
     fn lock(&self) -> MutexGuard<'_, MemTreesInner> {
-        self.inner.lock().expect("no holder panics")
+        self.inner.lock()
     }
 }
 

@@ -25,12 +25,13 @@
 //!   wait for ever, and closing flushes: from then on whatever is there to write fails at once, and
 //!   the database is not closed before the process ends.
 
+use parking_lot::RwLock;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -111,7 +112,7 @@ impl SledTrees {
     }
 
     fn databases(&self) -> Vec<Arc<Database>> {
-        self.databases.read().expect("no holder panics").clone()
+        self.databases.read().clone()
     }
 
     /// Returns where new trees go.
@@ -145,7 +146,7 @@ impl SledTrees {
         let is_empty =
             |database: &Arc<Database>| database.names().is_ok_and(|names| names.is_empty());
         // Under the lock: nobody may be about to create a tree in one of them.
-        let mut databases = self.databases.write().expect("no holder panics");
+        let mut databases = self.databases.write();
         let newest = newest_of(&databases).number;
         let older = databases.iter().filter(|database| database.number < newest);
         let empty: Vec<_> = older
@@ -234,7 +235,7 @@ fn gone(error: RecvTimeoutError) -> io::Error {
 
 impl Trees for SledTrees {
     fn open(&self, name: &str) -> Result<Arc<dyn Tree>, StoreError> {
-        let databases = self.databases.read().expect("no holder panics");
+        let databases = self.databases.read();
         let mut database = newest_of(&databases);
         for candidate in databases.iter().rev() {
             if candidate.holds(name)? {
@@ -322,10 +323,7 @@ impl Trees for SledTrees {
         let number = numbers.chain([self.newest().number]).max().unwrap_or(0) + 1;
         let created = Database::create(&self.path, number, &self.options, self.open);
         let database = created.map_err(|error| failed(io::Error::other(error)))?;
-        self.databases
-            .write()
-            .expect("no holder panics")
-            .push(Arc::new(database));
+        self.databases.write().push(Arc::new(database));
         self.remove_empty();
         Ok(())
     }

@@ -5,9 +5,10 @@
 //! remembered of peers is durable before a frame of theirs is looked at, so that no end of this
 //! process makes it forget.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -115,7 +116,7 @@ impl StartBook {
         directory: DirectoryId,
         starts: &Starts,
     ) -> Result<Result<(), Lacking>, SealedError> {
-        let _writing = self.writing.lock().expect("no holder panics");
+        let _writing = self.writing.lock();
         if let Err(lacking) = self.judge(directory, starts) {
             return Ok(Err(lacking));
         }
@@ -135,7 +136,7 @@ impl StartBook {
     ///
     /// When it can't be written: it is refused until this process ends.
     pub fn require(&self, directory: DirectoryId, start: Start) -> Result<(), SealedError> {
-        let _writing = self.writing.lock().expect("no holder panics");
+        let _writing = self.writing.lock();
         let written = self.write(directory, start);
         let mut known = self.lock();
         known.starts.insert(directory, start);
@@ -159,7 +160,7 @@ impl StartBook {
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().expect("no holder panics")
+        self.known.lock()
     }
 }
 

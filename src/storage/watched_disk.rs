@@ -1,8 +1,9 @@
 //! [`WatchedDisk`]: a simulated disk that tells a test what is about to be done to it.
 
+use parking_lot::Mutex;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::disk::{Disk, DiskFile, Open};
 use super::sim_disk::SimDisk;
@@ -43,17 +44,14 @@ impl WatchedDisk {
 
     /// Has `watcher` told of every change from now on, but for those that it makes itself.
     pub fn watch(&self, watcher: impl FnMut(DiskChange<'_>) + Send + 'static) {
-        *self.watcher.lock().expect("no holder panics") = Some(Box::new(watcher));
+        *self.watcher.lock() = Some(Box::new(watcher));
     }
 
     fn tell(&self, change: DiskChange<'_>) {
-        let watcher = self.watcher.lock().expect("no holder panics").take();
+        let watcher = self.watcher.lock().take();
         if let Some(mut watcher) = watcher {
             watcher(change);
-            self.watcher
-                .lock()
-                .expect("no holder panics")
-                .get_or_insert(watcher);
+            self.watcher.lock().get_or_insert(watcher);
         }
     }
 }

@@ -1,9 +1,10 @@
 //! The judge can be trusted: load on a correct store is accepted, however many answers get lost,
 //! and every kind of wrong store is found.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Bytes;
@@ -153,15 +154,12 @@ async fn judge(fault: Fault) -> Result<(), String> {
         answered: HashMap::new(),
         again: Vec::new(),
     };
-    let handler = async |State(fake): State<Arc<Mutex<Fake>>>,
-                         method: Method,
-                         uri: Uri,
-                         headers: HeaderMap,
-                         body: Bytes| {
-        fake.lock()
-            .expect("no handler panics")
-            .handle(&method, uri.path(), &headers, body)
-    };
+    let handler =
+        async |State(fake): State<Arc<Mutex<Fake>>>,
+               method: Method,
+               uri: Uri,
+               headers: HeaderMap,
+               body: Bytes| { fake.lock().handle(&method, uri.path(), &headers, body) };
     let router = Router::new()
         .fallback(handler)
         .with_state(Arc::new(Mutex::new(fake)));

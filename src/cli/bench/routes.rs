@@ -1,7 +1,8 @@
 //! Where each key's requests go, as the newest shard map has it.
 
+use parking_lot::RwLock;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use tokio::sync::Mutex;
@@ -76,7 +77,7 @@ impl Atlas {
     }
 
     pub fn routes(&self) -> Arc<Routes> {
-        Arc::clone(&self.current.read().expect("no panic with the lock held"))
+        Arc::clone(&self.current.read())
     }
 
     /// Asks for newer routes than those of `generation`. One worker asks; the others that want them
@@ -88,7 +89,7 @@ impl Atlas {
         }
         if let Ok(status) = refreshing.0.cluster().await {
             let routes = Arc::new(Routes::of(&ShardMap::from_status(&status)));
-            *self.current.write().expect("no panic with the lock held") = routes;
+            *self.current.write() = routes;
             self.generation.fetch_add(1, Ordering::Release);
         }
         refreshing.1 = Instant::now();

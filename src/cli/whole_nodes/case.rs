@@ -1,9 +1,10 @@
 //! One run: a cluster is founded and filled, its view is changed while clients write and read, and
 //! one node ends after a step.
 
+use parking_lot::Mutex;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::{pending, ready};
@@ -158,7 +159,7 @@ struct PlotState {
 impl Plot {
     /// A step was taken on host `by`. True: it goes on.
     fn stepped(&self, by: usize, step: &Stepped<'_>) -> bool {
-        let mut state = self.state.lock().expect("no holder panics");
+        let mut state = self.state.lock();
         if state.is_armed && self.hosts[by].is_up() {
             let text = format!("node {by}: {}", describe(step));
             state.steps.push(text.clone());
@@ -188,7 +189,7 @@ impl Plot {
         tokio::select! {
             settled = settle(store, epoch) => settled,
             () = async {
-                while self.state.lock().expect("no holder panics").victim.is_none() {
+                while self.state.lock().victim.is_none() {
                     sleep(Duration::from_millis(5)).await;
                 }
             } => Ok(()),
@@ -290,7 +291,7 @@ pub async fn run(case: Case) -> Result<Ran, String> {
         host.bury();
     }
     ran.map_err(|reason| {
-        let state = plot.state.lock().expect("no holder panics");
+        let state = plot.state.lock();
         format!(
             "{case} ({end:?}): {reason}\nvictim: {:?}\n{}",
             state.victim,
@@ -331,7 +332,7 @@ async fn drive(
     let fate = Fate::draw(random);
     tasks.spawn(mourn(plot.clone(), last.to_vec(), fate, over.clone()));
 
-    plot.state.lock().expect("no holder panics").is_armed = true;
+    plot.state.lock().is_armed = true;
     let mut changed = Ok(());
     for (n, change) in case.kind.changes(all).into_iter().enumerate() {
         changed = carry_out(plot, &store, &change, n == 0).await;
@@ -339,15 +340,11 @@ async fn drive(
             break;
         }
     }
-    plot.state.lock().expect("no holder panics").is_armed = false;
+    plot.state.lock().is_armed = false;
     over.cancel();
     while tasks.join_next().await.is_some() {}
     changed?;
-    trouble
-        .lock()
-        .expect("no holder panics")
-        .take()
-        .map_or(Ok(()), Err)?;
+    trouble.lock().take().map_or(Ok(()), Err)?;
     for key in old_keys.iter().map(String::as_str).chain(BUSY_KEYS) {
         until(&format!("{key} is read"), async || {
             history.get(&*store, key).await
@@ -366,13 +363,10 @@ async fn drive(
     })
     .await
     .map_err(|error| format!("{error}: {served:?} of {SLOTS}"))?;
-    if let Some(failed) = hosts
-        .iter()
-        .find_map(|host| host.failed.lock().expect("no holder panics").clone())
-    {
+    if let Some(failed) = hosts.iter().find_map(|host| host.failed.lock().clone()) {
         return Err(format!("a node stopped by itself: {failed}"));
     }
-    let state = plot.state.lock().expect("no holder panics");
+    let state = plot.state.lock();
     let ended_after = state
         .victim
         .as_ref()
@@ -424,11 +418,11 @@ pub async fn accept(store: &RemoteStore, change: &ViewChange) -> Result<PlanEpoc
     let accepted = until("the change is accepted", async || {
         match store.change_view(change.clone(), None, options()).await {
             Ok(accepted) => {
-                *epoch.lock().expect("no holder panics") = accepted.id;
+                *epoch.lock() = accepted.id;
                 true
             }
             Err(error) => {
-                *said.lock().expect("no holder panics") = error.to_string();
+                *said.lock() = error.to_string();
                 false
             }
         }
@@ -436,7 +430,7 @@ pub async fn accept(store: &RemoteStore, change: &ViewChange) -> Result<PlanEpoc
     accepted
         .await
         .map_err(|error| format!("{error}: {said:?}"))?;
-    Ok(epoch.into_inner().expect("no holder panics"))
+    Ok(epoch.into_inner())
 }
 
 /// Has the change accepted, and waits for its end.
@@ -450,7 +444,7 @@ async fn carry_out(
     if is_first && plot.case.step == 0 {
         let by = plot.leader(GroupId::META).unwrap_or(0);
         plot.strike(
-            &mut plot.state.lock().expect("no holder panics"),
+            &mut plot.state.lock(),
             by,
             None,
             "the change was accepted".to_owned(),
@@ -468,17 +462,17 @@ pub async fn settle(store: &RemoteStore, epoch: PlanEpoch) -> Result<(), String>
     let said = Mutex::new(String::new());
     let settled = until("the change ends", async || match store.status().await {
         Ok(status) => {
-            *said.lock().expect("no holder panics") = format!("{status:#?}");
+            *said.lock() = format!("{status:#?}");
             status.settled && status.epoch >= epoch
         }
         Err(error) => {
-            *said.lock().expect("no holder panics") = error.to_string();
+            *said.lock() = error.to_string();
             false
         }
     });
     settled
         .await
-        .map_err(|error| format!("{error}: {}", said.lock().expect("no holder panics")))
+        .map_err(|error| format!("{error}: {}", said.lock()))
 }
 
 /// A client that writes and reads until it is over.
@@ -511,10 +505,7 @@ async fn watch(
 ) {
     while !over.is_cancelled() {
         if let Err(error) = probe::check(&hosts).await {
-            trouble
-                .lock()
-                .expect("no holder panics")
-                .get_or_insert(error);
+            trouble.lock().get_or_insert(error);
         }
         sleep(Duration::from_millis(40)).await;
     }
@@ -529,7 +520,7 @@ async fn mourn(plot: Arc<Plot>, last: Vec<usize>, fate: Fate, over: Cancellation
     {
         return;
     }
-    let victim = plot.state.lock().expect("no holder panics").victim.clone();
+    let victim = plot.state.lock().victim.clone();
     let Some((victim, _)) = victim else { return };
     plot.hosts[victim].bury();
     if fate.stays_dead && !last.contains(&victim) {

@@ -80,12 +80,7 @@ async fn a_replica_that_found_no_descriptor_is_opened_once_there_is_one() {
         .await
         .expect("the map");
     for host in &hosts {
-        assert_eq!(
-            *host.failed.lock().expect("no holder panics"),
-            None,
-            "{} has stopped",
-            host.address()
-        );
+        assert_eq!(*host.failed.lock(), None, "{} has stopped", host.address());
         host.end(End::Kill);
         host.bury();
     }

@@ -1,8 +1,8 @@
 //! What clients wrote and read, and whether it can all be true: each key a register, each slot with
 //! one row of revisions.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -57,7 +57,6 @@ impl History {
         // Before it is sent: a reader may see it before its writer hears of it.
         self.unknown
             .lock()
-            .expect("no holder panics")
             .insert((key.to_owned(), value.to_owned()));
         let begun = Instant::now();
         let written = store.write(vec![operation], None, options()).await;
@@ -104,22 +103,17 @@ impl History {
     }
 
     fn tell(&self, told: Told) {
-        self.told.lock().expect("no holder panics").push(told);
+        self.told.lock().push(told);
     }
 
     pub fn acknowledged(&self) -> usize {
-        self.told
-            .lock()
-            .expect("no holder panics")
-            .iter()
-            .filter(|told| told.is_write)
-            .count()
+        self.told.lock().iter().filter(|told| told.is_write).count()
     }
 
     /// What can't be, if anything.
     pub fn check(&self) -> Result<(), String> {
-        let told = self.told.lock().expect("no holder panics").clone();
-        let unknown = self.unknown.lock().expect("no holder panics").clone();
+        let told = self.told.lock().clone();
+        let unknown = self.unknown.lock().clone();
         let mut keys: BTreeMap<&str, Vec<&Told>> = BTreeMap::new();
         let mut slots: BTreeMap<Slot, Vec<&Told>> = BTreeMap::new();
         for one in &told {
@@ -202,11 +196,7 @@ mod tests {
         for (key, begun, ended, revision, value, is_write) in told {
             let at = |ms: &u64| start + Duration::from_millis(*ms);
             let (key, value) = ((*key).to_owned(), (*value).to_owned());
-            history
-                .unknown
-                .lock()
-                .expect("no holder panics")
-                .insert((key.clone(), value.clone()));
+            history.unknown.lock().insert((key.clone(), value.clone()));
             history.tell(Told {
                 key,
                 begun: at(begun),

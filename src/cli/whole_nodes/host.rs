@@ -2,9 +2,10 @@
 //! own. Nodes speak to one another over the loopback interface, each with an address of its own
 //! there; when one is ended, its runtime goes with its tasks and sockets.
 
+use parking_lot::Mutex;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
@@ -135,7 +136,7 @@ impl Host {
     }
 
     pub fn watch(&self, watcher: Watcher) {
-        *self.watcher.lock().expect("no holder panics") = Some(watcher);
+        *self.watcher.lock() = Some(watcher);
     }
 
     /// From now on the node can't say anything new of itself on its disk, and waits with what rests
@@ -153,39 +154,38 @@ impl Host {
 
     /// The trees of this replica, if any, can't be opened any more, nor can new ones of it.
     pub fn damage(&self, replica: Option<ReplicaKey>) {
-        *self.faults.damaged.lock().expect("no holder panics") = replica;
+        *self.faults.damaged.lock() = replica;
     }
 
     /// From its next start on it has what has failed for so long replaced.
     pub fn replace_after(&self, time: Duration) {
-        *self.replace_after.lock().expect("no holder panics") = Some(time);
+        *self.replace_after.lock() = Some(time);
     }
 
     /// From its next start on it speaks this level at most, as an older program would.
     pub fn speak(&self, level_max: Option<u16>) {
-        *self.level_max.lock().expect("no holder panics") = level_max;
+        *self.level_max.lock() = level_max;
     }
 
     /// From its next start on it scrubs so often.
     pub fn scrub_every(&self, time: Duration) {
-        *self.scrub_every.lock().expect("no holder panics") = time;
+        *self.scrub_every.lock() = time;
     }
 
     /// From its next start on it has replicas compared so often.
     pub fn compare_every(&self, time: Duration) {
-        *self.compare_every.lock().expect("no holder panics") = Some(time);
+        *self.compare_every.lock() = Some(time);
     }
 
     /// What is wrong with its disk from now on, and below the directories of which name.
     pub fn set_disk_fault(&self, fault: Option<(Trouble, &'static str)>) {
-        *self.disk_fault.lock().expect("no holder panics") = fault;
+        *self.disk_fault.lock() = fault;
     }
 
     /// Who supervises what runs since the last start.
     pub fn supervisor(&self) -> Supervisor {
         self.supervised
             .lock()
-            .expect("no holder panics")
             .as_ref()
             .expect("it was started")
             .0
@@ -196,7 +196,6 @@ impl Host {
     pub fn ended(&self) -> watch::Receiver<Option<ProcessEnd>> {
         self.supervised
             .lock()
-            .expect("no holder panics")
             .as_ref()
             .expect("it was started")
             .1
@@ -210,13 +209,8 @@ impl Host {
             self.disk_fault.clone(),
         );
         let (supervisor, ended) = Supervisor::noting();
-        *self.supervised.lock().expect("no holder panics") = Some((supervisor.clone(), ended));
-        let watcher = self
-            .watcher
-            .lock()
-            .expect("no holder panics")
-            .clone()
-            .expect("it is watched");
+        *self.supervised.lock() = Some((supervisor.clone(), ended));
+        let watcher = self.watcher.lock().clone().expect("it is watched");
         let machine = SimMachine {
             disks: self.disks.clone(),
             power: power.clone(),
@@ -230,11 +224,11 @@ impl Host {
             .build()
             .expect("a runtime");
         let node: Arc<Mutex<Option<Arc<Node>>>> = Arc::default();
-        let level_max = *self.level_max.lock().expect("no holder panics");
-        let replace_after = *self.replace_after.lock().expect("no holder panics");
+        let level_max = *self.level_max.lock();
+        let replace_after = *self.replace_after.lock();
         let replace_after = replace_after.unwrap_or(self.config.replace_after);
-        let compare_every = *self.compare_every.lock().expect("no holder panics");
-        let scrub_every = *self.scrub_every.lock().expect("no holder panics");
+        let compare_every = *self.compare_every.lock();
+        let scrub_every = *self.scrub_every.lock();
         let compare_every = compare_every.unwrap_or(self.config.compare_every);
         let config = NodeConfig {
             level_max,
@@ -248,21 +242,14 @@ impl Host {
         runtime.spawn(async move {
             let error = serving.await;
             if is_on.is_on() {
-                failed
-                    .lock()
-                    .expect("no holder panics")
-                    .get_or_insert(error);
+                failed.lock().get_or_insert(error);
             }
         });
-        let before = self
-            .running
-            .lock()
-            .expect("no holder panics")
-            .replace(Incarnation {
-                power,
-                node,
-                runtime: Some(runtime),
-            });
+        let before = self.running.lock().replace(Incarnation {
+            power,
+            node,
+            runtime: Some(runtime),
+        });
         assert!(
             before.is_none_or(|before| !before.power.is_on()),
             "two of a node"
@@ -272,7 +259,7 @@ impl Host {
     /// Ends the node at once: from here on it changes nothing on its disk. What runs of it is taken
     /// down by [`Host::bury`].
     pub fn end(&self, end: End) -> bool {
-        let running = self.running.lock().expect("no holder panics");
+        let running = self.running.lock();
         running
             .as_ref()
             .is_some_and(|incarnation| incarnation.power.cut(&self.disks, end))
@@ -280,7 +267,7 @@ impl Host {
 
     /// Takes down what is left of a node that was ended. Not from within its own runtime.
     pub fn bury(&self) {
-        let mut running = self.running.lock().expect("no holder panics");
+        let mut running = self.running.lock();
         if running
             .as_ref()
             .is_some_and(|incarnation| !incarnation.power.is_on())
@@ -292,17 +279,16 @@ impl Host {
     pub fn is_up(&self) -> bool {
         self.running
             .lock()
-            .expect("no holder panics")
             .as_ref()
             .is_some_and(|incarnation| incarnation.power.is_on())
     }
 
     pub fn node(&self) -> Option<Arc<Node>> {
-        let running = self.running.lock().expect("no holder panics");
+        let running = self.running.lock();
         let incarnation = running
             .as_ref()
             .filter(|incarnation| incarnation.power.is_on())?;
-        incarnation.node.lock().expect("no holder panics").clone()
+        incarnation.node.lock().clone()
     }
 
     pub fn groups(&self) -> Vec<Arc<Replica>> {
@@ -371,13 +357,13 @@ async fn serve_once(
     let node = Node::open_on(machine, config)?;
     let stop = CancellationToken::new();
     let app = serve::app(&node, &server, limits.clone());
-    *place.lock().expect("no holder panics") = Some(node.clone());
+    *place.lock() = Some(node.clone());
     let serving = tokio::spawn({
         let stop = stop.clone();
         async move { server.serve_app(app, stop, &limits).await }
     });
     let ended = node.run(&CancellationToken::new()).await;
-    *place.lock().expect("no holder panics") = None;
+    *place.lock() = None;
     node.registry()
         .inspect(|registry| registry.begin_to_close());
     stop.cancel();

@@ -1,10 +1,11 @@
 //! [`SimMachine`]: a machine with a simulated disk and database. When it is switched off, whatever
 //! still runs on it can change nothing any more, and reads nothing.
 
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -62,7 +63,7 @@ impl TreeFaults {
         if self.lacks_descriptors.load(Ordering::Relaxed) && !is_of_meta(name) {
             return Err(rustix::io::Errno::MFILE.into());
         }
-        let damaged = self.damaged.lock().expect("no holder panics");
+        let damaged = self.damaged.lock();
         match *damaged {
             Some(key) if name.starts_with(&format!("{key}.")) => {
                 Err(io::ErrorKind::InvalidData.into())
@@ -103,7 +104,7 @@ impl Power {
     fn pass(&self, path: &Path) {
         let began = std::time::Instant::now();
         while self.is_on() {
-            let fault = *self.disk_fault.lock().expect("no holder panics");
+            let fault = *self.disk_fault.lock();
             match fault.filter(|(_, part)| path.iter().any(|name| name == *part)) {
                 Some((Trouble::Hangs, _)) => {}
                 Some((Trouble::IsSlow, _)) if began.elapsed() < SLOW_SYNC => {}
@@ -115,12 +116,12 @@ impl Power {
     }
 
     pub fn is_on(&self) -> bool {
-        *self.is_on.read().expect("no holder panics")
+        *self.is_on.read()
     }
 
     /// True: it was on until now.
     pub fn cut(&self, disks: &Disks, end: End) -> bool {
-        let mut is_on = self.is_on.write().expect("no holder panics");
+        let mut is_on = self.is_on.write();
         if !std::mem::replace(&mut *is_on, false) {
             return false;
         }
@@ -143,7 +144,7 @@ impl Power {
 
     /// While what is returned lives, the power stays on.
     fn need(&self) -> io::Result<RwLockReadGuard<'_, bool>> {
-        let is_on = self.is_on.read().expect("no holder panics");
+        let is_on = self.is_on.read();
         if *is_on {
             Ok(is_on)
         } else {

@@ -4,9 +4,10 @@
 //! them says what all want to know. So the attempts at a shard that does not answer are spaced as
 //! those of one request are; when one is answered, or the leader is heard of otherwise, all go on.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -61,13 +62,13 @@ pub(super) struct Place<'a> {
 impl Queues {
     /// Begins to wait for a shard, at which so many attempts failed before the last.
     pub fn enter(&self, awaited: (GroupId, Want), attempts: u32, random: u64) -> Place<'_> {
-        let mut shards = self.shards.lock().expect("no holder panics");
+        let mut shards = self.shards.lock();
         let queue = Arc::clone(
             shards
                 .entry(awaited)
                 .or_insert_with(|| Arc::new(Queue::new(attempts, random))),
         );
-        queue.state.lock().expect("no holder panics").waiting += 1;
+        queue.state.lock().waiting += 1;
         self.waiting.fetch_add(1, Ordering::Relaxed);
         Place {
             queues: self,
@@ -87,14 +88,9 @@ impl Queues {
             Want::Write => &[Want::Read, Want::Write],
         };
         for want in wants {
-            let queue = self
-                .shards
-                .lock()
-                .expect("no holder panics")
-                .get(&(shard, *want))
-                .cloned();
+            let queue = self.shards.lock().get(&(shard, *want)).cloned();
             let Some(queue) = queue else { continue };
-            queue.state.lock().expect("no holder panics").attempts = 0;
+            queue.state.lock().attempts = 0;
             queue.answered.notify_waiters();
         }
     }
@@ -118,7 +114,7 @@ impl Queue {
     /// Takes the next attempt, if it may be made now; else the time when it may.
     fn take_turn(&self, random: u64) -> Result<(), Instant> {
         let now = Instant::now();
-        let mut state = self.state.lock().expect("no holder panics");
+        let mut state = self.state.lock();
         if now < state.next {
             return Err(state.next);
         }
@@ -148,7 +144,7 @@ impl Place<'_> {
     }
 
     async fn spread(&self, random: u64) {
-        let waiting = self.queue.state.lock().expect("no holder panics").waiting;
+        let waiting = self.queue.state.lock().waiting;
         let span = SPREAD_EACH
             .saturating_mul(u32::try_from(waiting.saturating_sub(1)).unwrap_or(u32::MAX));
         let span_us = u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
@@ -161,8 +157,8 @@ impl Place<'_> {
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         self.queues.waiting.fetch_sub(1, Ordering::Relaxed);
-        let mut shards = self.queues.shards.lock().expect("no holder panics");
-        let mut state = self.queue.state.lock().expect("no holder panics");
+        let mut shards = self.queues.shards.lock();
+        let mut state = self.queue.state.lock();
         state.waiting -= 1;
         if state.waiting == 0 {
             shards.remove(&self.awaited);

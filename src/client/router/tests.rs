@@ -1,8 +1,8 @@
 //! The router over a fake cluster of shards in memory, whose replies can be scripted. Time is
 //! paused.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Mutex;
 
 use super::write::{SHARD_BYTES_MAX, SHARD_OPERATIONS_MAX};
 use super::*;
@@ -53,10 +53,8 @@ struct Fake {
 }
 
 impl Fake {
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .expect("no test panics with the lock held")
+    fn state(&self) -> parking_lot::MutexGuard<'_, State> {
+        self.state.lock()
     }
 }
 

@@ -362,7 +362,7 @@ mod tests {
             site.get("/v1/cluster/operations/1?wait=60ms").await.json()["phase"],
             "running"
         );
-        *site.readiness.0.lock().expect("no panic") = Some(NotReady {
+        *site.readiness.0.lock() = Some(NotReady {
             code: "stopping",
             reason: String::new(),
         });

@@ -9,9 +9,10 @@
 //!
 //! Peers of the first release say nothing of their starts, and are taken as they are.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -209,7 +210,7 @@ impl PeerDirectories {
                 number: known.number,
             };
         }
-        let mut reported = self.reported.lock().expect("no holder panics");
+        let mut reported = self.reported.lock();
         if reported.len() >= REPORTED_MAX {
             reported.clear();
         }
@@ -265,7 +266,7 @@ impl PeerDirectories {
             }),
             PeerRefusal::Doubled => {
                 let now = Instant::now();
-                let mut doubled = self.doubled.lock().expect("no holder panics");
+                let mut doubled = self.doubled.lock();
                 let since = match *doubled {
                     Some((since, last)) if now.duration_since(last) < DOUBLE_PAUSE_MAX => since,
                     Some(_) | None => now,
@@ -317,7 +318,7 @@ impl PeerDirectories {
     }
 
     fn contacts(&self) -> MutexGuard<'_, BTreeMap<DirectoryId, Arc<PeerContact>>> {
-        self.contacts.lock().expect("no holder panics")
+        self.contacts.lock()
     }
 }
 

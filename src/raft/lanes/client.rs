@@ -1,8 +1,9 @@
 //! [`Lanes`], the sending side of all lanes of this node.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -157,22 +158,22 @@ impl Lanes {
 
     /// Cuts all lanes. Calls under way and later ones fail.
     pub async fn close(&self) {
-        let tasks = self.tasks.lock().expect("no holder panics").take();
+        let tasks = self.tasks.lock().take();
         if let Some(mut tasks) = tasks {
             tasks.shutdown().await;
         }
-        let lanes = std::mem::take(&mut *self.lanes.lock().expect("no holder panics"));
+        let lanes = std::mem::take(&mut *self.lanes.lock());
         for lane in lanes.into_values() {
             lane.lock().end(&LaneError::Closed, LinkState::Closed);
         }
     }
 
     fn lane(&self, to: NodeId, lane: Lane) -> Result<Arc<PeerLane>, LaneError> {
-        let mut lanes = self.lanes.lock().expect("no holder panics");
+        let mut lanes = self.lanes.lock();
         if let Some(found) = lanes.get(&(to, lane)) {
             return Ok(found.clone());
         }
-        let mut tasks = self.tasks.lock().expect("no holder panics");
+        let mut tasks = self.tasks.lock();
         let tasks = tasks.as_mut().ok_or(LaneError::Closed)?;
         let new = Arc::new(PeerLane {
             to,
@@ -273,7 +274,7 @@ impl LaneState {
 
 impl PeerLane {
     fn lock(&self) -> MutexGuard<'_, LaneState> {
-        self.state.lock().expect("no holder panics")
+        self.state.lock()
     }
 
     fn call(

@@ -1,8 +1,8 @@
 //! [`PeerLiveness`]: when this node last heard from each peer, on any lane and from either side, and
 //! whether the peer's process has probably died.
 
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -73,7 +73,7 @@ impl PeerLiveness {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, PeerSigns>> {
-        self.0.lock().expect("no holder panics")
+        self.0.lock()
     }
 }
 

@@ -5,8 +5,9 @@
 //! same bytes as over HTTP, no sockets, and no task or clock of its own, so a seeded
 //! single-threaded run is repeatable.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
@@ -85,12 +86,12 @@ impl MemoryHub {
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut HubState) -> T) {
-        change(&mut self.state.lock().expect("no holder panics"));
+        change(&mut self.state.lock());
         self.changed.send_modify(|epoch| *epoch += 1);
     }
 
     fn target(&self, from: NodeId, to: NodeId) -> Option<Arc<Registry>> {
-        let state = self.state.lock().expect("no holder panics");
+        let state = self.state.lock();
         let open = !state.cut.contains(&(from, to));
         open.then(|| state.nodes.get(&to).map(|(_, registry)| registry.clone()))
             .flatten()
@@ -116,7 +117,7 @@ impl Resolver for MemoryHub {
     }
 
     fn resolve(&self, node: NodeId) -> Option<Peer> {
-        let state = self.state.lock().expect("no holder panics");
+        let state = self.state.lock();
         let (directory, _) = state.nodes.get(&node)?;
         let address: Address = format!("node-{}:1", node.0)
             .parse()

@@ -1,9 +1,10 @@
 //! Lanes: what they refuse, and that they carry groups over real HTTP/2.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
@@ -345,12 +346,7 @@ impl Resolver for Addresses {
     }
 
     fn resolve(&self, node: NodeId) -> Option<Peer> {
-        let address = self
-            .0
-            .lock()
-            .expect("no holder panics")
-            .get(&node)
-            .cloned()?;
+        let address = self.0.lock().get(&node).cloned()?;
         Some(Peer {
             address,
             directory: directory(node),
@@ -402,11 +398,7 @@ async fn groups_work_over_http_2() {
             .to_string()
             .parse()
             .expect("an address");
-        addresses
-            .0
-            .lock()
-            .expect("no holder panics")
-            .insert(id, address);
+        addresses.0.lock().insert(id, address);
         let node = TestNode::start(
             id,
             &Disks::new(id.0),
@@ -556,7 +548,6 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
     addresses
         .0
         .lock()
-        .expect("no holder panics")
         .insert(NodeId(2), "b:1".parse().expect("an address"));
     let identity = Arc::new(NodeIdentity::member(
         directory(NodeId(1)),
@@ -599,7 +590,6 @@ async fn a_lane_on_which_nothing_is_heard_is_cut_and_what_waits_is_told() {
     addresses
         .0
         .lock()
-        .expect("no holder panics")
         .insert(NodeId(2), "c:1".parse().expect("an address"));
     let second = lanes.call(NodeId(2), Lane::Log, frame()).expect("queued");
     assert!(matches!(

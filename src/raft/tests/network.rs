@@ -1,7 +1,8 @@
 //! What openraft is told of the answers to its appends.
 
+use parking_lot::Mutex;
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ impl Dial for Scripted {
             let mut out = BytesMut::new();
             while let Some(frame) = reader.next()? {
                 if std::mem::replace(&mut is_greeted, true)
-                    && let Some(reply) = script.lock().expect("no holder panics").pop_front()
+                    && let Some(reply) = script.lock().pop_front()
                 {
                     wire::encode_reply(&mut out, frame.sequence, &PeerReply::Append(reply));
                 }
@@ -143,19 +144,12 @@ impl Dial for Patient {
                 reader.push(chunk);
                 while let Some(frame) = reader.next().expect("frames") {
                     if std::mem::replace(&mut is_greeted, true) {
-                        seen.lock()
-                            .expect("no holder panics")
-                            .push((frame.sequence, said(&frame)));
+                        seen.lock().push((frame.sequence, said(&frame)));
                     }
                 }
             }
         });
-        let replies = self
-            .replies
-            .lock()
-            .expect("no holder panics")
-            .take()
-            .expect("one lane");
+        let replies = self.replies.lock().take().expect("one lane");
         Box::pin(async move { Ok(Box::pin(replies.map(Ok)) as Incoming) })
     }
 }
@@ -370,24 +364,20 @@ struct Next {
 
 impl Source {
     fn give(&self, request: AppendEntriesRequest<Types>) {
-        let mut state = self.0.lock().expect("no holder panics");
+        let mut state = self.0.lock();
         state.requests.push_back(request);
         state.waker.take().into_iter().for_each(Waker::wake);
     }
 
     /// What it was not asked for.
     fn take_back(&self) -> Option<AppendEntriesRequest<Types>> {
-        self.0
-            .lock()
-            .expect("no holder panics")
-            .requests
-            .pop_front()
+        self.0.lock().requests.pop_front()
     }
 
     fn stream(&self) -> impl Stream<Item = AppendEntriesRequest<Types>> + Unpin + Send + 'static {
         let source = self.clone();
         stream::poll_fn(move |context| {
-            let mut state = source.0.lock().expect("no holder panics");
+            let mut state = source.0.lock();
             state.waker = Some(context.waker().clone());
             state
                 .requests
@@ -427,7 +417,7 @@ async fn no_result_speaks_for_a_request_that_is_not_answered() {
             Some(Ok(Ok(matching))) => matching.map_or(0, |id| id.index),
             other => panic!("told {other:?}"),
         });
-        let sent: Vec<(u64, String)> = std::mem::take(&mut *seen.lock().expect("no holder panics"));
+        let sent: Vec<(u64, String)> = std::mem::take(&mut *seen.lock());
         (
             told,
             sent.first().map(|(sequence, _)| *sequence),

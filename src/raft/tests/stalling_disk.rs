@@ -1,9 +1,10 @@
 //! [`StallingDisk`]: a simulated disk whose syncs and reads can be made to take as long as the test
 //! wants.
 
+use parking_lot::{Condvar, Mutex};
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 
 use crate::sm::disk_level::DiskRoom;
 use crate::storage::disk::{Disk, DiskFile, Open};
@@ -26,12 +27,9 @@ struct Gate {
 
 impl Gate {
     fn pass(&self) {
-        let is_closed = self.is_closed.lock().expect("no holder panics");
-        drop(
-            self.opened
-                .wait_while(is_closed, |is_closed| *is_closed)
-                .expect("no holder panics"),
-        );
+        let mut is_closed = self.is_closed.lock();
+        self.opened
+            .wait_while(&mut is_closed, |is_closed| *is_closed);
     }
 }
 
@@ -46,7 +44,7 @@ impl StallingDisk {
 
     /// Syncs wait from now on, or no longer.
     pub fn stall(&self, is_stalled: bool) {
-        *self.gate.is_closed.lock().expect("no holder panics") = is_stalled;
+        *self.gate.is_closed.lock() = is_stalled;
         self.gate.opened.notify_all();
     }
 }

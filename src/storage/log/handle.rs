@@ -3,10 +3,11 @@
 //! Locks are taken in this order: roster, one replica, queue or segments. No callback is called
 //! under any of them.
 
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
@@ -223,11 +224,7 @@ impl Log {
             .collect();
         metrics.live_bytes = metrics.replicas.iter().map(|(_, bytes)| bytes).sum();
         metrics.queue_bytes = self.queue_bytes() as u64;
-        let segments = self
-            .shared()
-            .segments
-            .read()
-            .expect("no code panics while it holds the segments");
+        let segments = self.shared().segments.read();
         metrics.segments = segments.len() as u64;
         metrics.disk_bytes = segments.values().map(|segment| segment.end).sum();
         metrics
@@ -252,11 +249,7 @@ impl Log {
             first_segments.extend(first.map(|segment| (segment, replica, live_bytes)));
         }
         first_segments.sort_by_key(|(segment, replica, _)| (*segment, replica.key));
-        let segments = self
-            .shared()
-            .segments
-            .read()
-            .expect("no code panics while it holds the segments");
+        let segments = self.shared().segments.read();
         let Some((active, _)) = segments.last_key_value() else {
             return Vec::new();
         };
@@ -338,15 +331,11 @@ impl LogInner {
     }
 
     pub fn roster(&self) -> MutexGuard<'_, Roster> {
-        self.roster
-            .lock()
-            .expect("no code panics while it holds the roster")
+        self.roster.lock()
     }
 
     pub fn counters(&self) -> MutexGuard<'_, LogMetrics> {
-        self.counters
-            .lock()
-            .expect("no code panics while it holds the counters")
+        self.counters.lock()
     }
 
     /// Counts one synced batch.
@@ -369,10 +358,7 @@ impl LogInner {
         id: LogId,
         spot: EntryLocation,
     ) -> io::Result<LogEntry> {
-        let segments = self
-            .segments
-            .read()
-            .expect("no code panics while it holds the segments");
+        let segments = self.segments.read();
         let segment = segments.get(&spot.segment).ok_or(io::ErrorKind::NotFound)?;
         let (file, path) = (segment.file.clone(), segment.path.clone());
         drop(segments);

@@ -4,9 +4,10 @@
 //! [`LogQueue::bytes`] is published so that proposers wait. The invariant: once a refusal is set,
 //! nothing enters, and its reason is what everyone gets.
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -168,16 +169,13 @@ impl LogQueue {
     /// Blocks until an operation waits or the log is closing, at most for `timeout` if there is
     /// one.
     pub fn wait(&self, timeout: Option<Duration>) {
-        let state = self.lock();
+        let mut state = self.lock();
         let idle = |state: &mut LogQueueState| state.ops.is_empty() && !state.closing;
-        let poisoned = "no code panics while it holds the queue";
         match timeout {
-            Some(timeout) => drop(
-                self.wake_thread
-                    .wait_timeout_while(state, timeout, idle)
-                    .expect(poisoned),
-            ),
-            None => drop(self.wake_thread.wait_while(state, idle).expect(poisoned)),
+            Some(timeout) => {
+                self.wake_thread.wait_while_for(&mut state, idle, timeout);
+            }
+            None => self.wake_thread.wait_while(&mut state, idle),
         }
     }
 
@@ -198,9 +196,7 @@ impl LogQueue {
     }
 
     fn lock(&self) -> MutexGuard<'_, LogQueueState> {
-        self.state
-            .lock()
-            .expect("no code panics while it holds the queue")
+        self.state.lock()
     }
 }
 

@@ -17,11 +17,7 @@ const SLICE_BYTES: usize = 256 << 10;
 impl Log {
     /// Returns the numbers of the segments that are written no more, in order.
     pub fn sealed_segments(&self) -> Vec<u64> {
-        let segments = self
-            .shared()
-            .segments
-            .read()
-            .expect("no code panics while it holds the segments");
+        let segments = self.shared().segments.read();
         let mut numbers: Vec<u64> = segments.keys().copied().collect();
         numbers.pop();
         numbers
@@ -29,11 +25,7 @@ impl Log {
 
     /// Returns whether this segment is a part of the log.
     pub fn has_segment(&self, number: u64) -> bool {
-        let segments = self
-            .shared()
-            .segments
-            .read()
-            .expect("no code panics while it holds the segments");
+        let segments = self.shared().segments.read();
         segments.contains_key(&number)
     }
 
@@ -69,11 +61,7 @@ impl Log {
     }
 
     fn sealed_file(&self, number: u64) -> Option<(Arc<dyn DiskFile>, PathBuf, u64)> {
-        let segments = self
-            .shared()
-            .segments
-            .read()
-            .expect("no code panics while it holds the segments");
+        let segments = self.shared().segments.read();
         let is_sealed = segments
             .last_key_value()
             .is_some_and(|(active, _)| number < *active);

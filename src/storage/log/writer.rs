@@ -380,11 +380,7 @@ impl LogWriter {
         self.shared
             .count_batch(records, self.buffer.len() as u64, began.elapsed());
         self.active.offset = end;
-        let mut segments = self
-            .shared
-            .segments
-            .write()
-            .expect("no code panics while it holds the segments");
+        let mut segments = self.shared.segments.write();
         if let Some(view) = segments.get_mut(&self.active.number) {
             view.end = end;
         }
@@ -460,11 +456,7 @@ impl LogWriter {
             path: self.active.path.clone(),
             end: self.active.offset,
         };
-        self.shared
-            .segments
-            .write()
-            .expect("no code panics while it holds the segments")
-            .insert(number, view);
+        self.shared.segments.write().insert(number, view);
         Ok(())
     }
 
@@ -489,12 +481,7 @@ impl LogWriter {
             && *entry.key() < oldest_live
         {
             let (number, sealed) = entry.remove_entry();
-            let view = self
-                .shared
-                .segments
-                .write()
-                .expect("no code panics while it holds the segments")
-                .remove(&number);
+            let view = self.shared.segments.write().remove(&number);
             let reusable = sealed
                 .allocated
                 .filter(|allocated| *allocated <= 2 * self.files.segment_bytes);

@@ -12,9 +12,10 @@
 pub mod files;
 pub mod format;
 
+use parking_lot::Mutex;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use self::files::SnapshotFiles;
 use self::format::{SnapshotHead, Trailer, UNSYNCED_BYTES_MAX, Visit};
@@ -124,12 +125,7 @@ impl Snapshot {
     }
 
     pub fn path(&self) -> PathBuf {
-        self.inner
-            .place
-            .lock()
-            .expect("no holder panics")
-            .path
-            .clone()
+        self.inner.place.lock().path.clone()
     }
 
     /// Reads the file's own bytes, for sending. Fewer than asked for only at the end.
@@ -150,7 +146,7 @@ impl Snapshot {
 
     /// Makes it the replica's snapshot file under its final name, durably. Does nothing if it is.
     pub(crate) fn publish(&self, key: ReplicaKey) -> Result<(), StoreError> {
-        let mut place = self.inner.place.lock().expect("no holder panics");
+        let mut place = self.inner.place.lock();
         if !place.published {
             place.path = self.inner.files.publish(&place.path, key, self.applied())?;
             place.published = true;
@@ -161,7 +157,7 @@ impl Snapshot {
 
 impl Drop for SnapshotInner {
     fn drop(&mut self) {
-        let place = self.place.get_mut().expect("no holder panics");
+        let place = self.place.get_mut();
         if !place.published {
             self.files.discard(&place.path);
         }

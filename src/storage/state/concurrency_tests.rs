@@ -1,9 +1,10 @@
 //! The map while several things go on at once: readers beside checkpoints, writers beside a
 //! snapshot scan, a full node.
 
+use parking_lot::Mutex;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -108,16 +109,16 @@ fn a_snapshot_that_is_built_while_another_is_installed_takes_no_file_away() {
     let waiting = Arc::new(Mutex::new(Some(built)));
     let (also_waiting, publisher) = (waiting.clone(), state.clone());
     disk.watch(move |change| {
-        let is_free = || publisher.replica.shelf.try_lock().is_ok();
+        let is_free = || publisher.replica.shelf.try_lock().is_some();
         if matches!(change, DiskChange::SyncDir(_))
             && is_free()
-            && let Some(built) = also_waiting.lock().expect("no holder panics").take()
+            && let Some(built) = also_waiting.lock().take()
         {
             publish(&publisher.replica, built).expect("published");
         }
     });
     state.install(&received).expect("installed");
-    if let Some(built) = waiting.lock().expect("no holder panics").take() {
+    if let Some(built) = waiting.lock().take() {
         publish(&state.replica, built).expect("published");
     }
 
@@ -221,12 +222,12 @@ impl Tree for HookedTree {
     }
     fn walk(&self, visit: &mut dyn FnMut(&[u8], &[u8]) -> Walk) -> Result<(), StoreError> {
         let walk = {
-            let mut walks = self.walks.lock().expect("no holder panics");
+            let mut walks = self.walks.lock();
             *walks += 1;
             *walks
         };
         self.walking.store(true, Ordering::Release);
-        if let Some(hook) = &*self.hook.lock().expect("no holder panics") {
+        if let Some(hook) = &*self.hook.lock() {
             hook(walk);
         }
         let walked = self.tree.walk(visit);
@@ -284,7 +285,7 @@ fn hooked(hook: impl FnOnce(ReplicaMap) -> Hook) -> (MapStore, Checkpointer, Rep
     apply_to_model(&mut model, &batch);
     state.apply(batch, applied(1)).expect("applied");
     while checkpointer.pump() {}
-    *slot.lock().expect("no holder panics") = Some(hook(state.clone()));
+    *slot.lock() = Some(hook(state.clone()));
     (store, checkpointer, state, model)
 }
 
@@ -328,7 +329,7 @@ fn a_scan_gives_way_to_an_install() {
     let (store, _checkpointer, state, _) = hooked(|state| {
         let installing = Mutex::new(None);
         Box::new(move |_walk| {
-            let mut installing = installing.lock().expect("no holder panics");
+            let mut installing = installing.lock();
             if installing.is_none() {
                 let (installer, donated) = (state.clone(), donated.clone());
                 *installing = Some(std::thread::spawn(move || {

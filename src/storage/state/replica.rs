@@ -4,12 +4,10 @@
 //! others from writing it), then the tables. The shelf (the current snapshot) is taken last and
 //! never held while another is waited for.
 
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{
-    Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    TryLockError,
-};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use super::compaction::TreeCopy;
@@ -235,16 +233,12 @@ impl ReplicaMap {
     /// table that the entry fills may be written down at once. The checkpoint makes the digest;
     /// [`ReplicaMap::write_down`] has one begun.
     pub fn want_digest(&self, after: LogId) {
-        self.replica
-            .digests
-            .lock()
-            .expect("no holder panics")
-            .wanted = Some(after);
+        self.replica.digests.lock().wanted = Some(after);
     }
 
     /// Returns the last digest that was noted, and of which entry it is.
     pub fn noted_digest(&self) -> Option<(LogId, Digest)> {
-        self.replica.digests.lock().expect("no holder panics").noted
+        self.replica.digests.lock().noted
     }
 
     /// Returns true if its data is no longer wanted, so that a failure to read it is not worth
@@ -348,19 +342,15 @@ impl ReplicaMap {
 
 impl ReplicaMapInner {
     pub fn read_tables(&self) -> RwLockReadGuard<'_, Memtables> {
-        self.tables
-            .read()
-            .expect("no holder panics while it changes the tables")
+        self.tables.read()
     }
 
     pub fn write_tables(&self) -> RwLockWriteGuard<'_, Memtables> {
-        self.tables
-            .write()
-            .expect("no holder panics while it changes the tables")
+        self.tables.write()
     }
 
     pub fn lock_shelf(&self) -> MutexGuard<'_, Option<Snapshot>> {
-        self.shelf.lock().expect("no holder panics")
+        self.shelf.lock()
     }
 
     /// Removes every snapshot file of this replica but the current one.
@@ -387,44 +377,40 @@ impl ReplicaMapInner {
 
     /// The pen, after those who want it more.
     pub fn lock_pen_last(self: &Arc<Self>) -> WriterGuard<'_> {
-        let waiting = self.waiting.lock().expect("no holder panics");
-        let none = self
-            .none_waiting
-            .wait_while(waiting, |waiting| *waiting > 0)
-            .expect("no holder panics");
-        drop(none);
+        let mut waiting = self.waiting.lock();
+        self.none_waiting
+            .wait_while(&mut waiting, |waiting| *waiting > 0);
+        drop(waiting);
         self.lock_pen()
     }
 
     /// The pen, before a snapshot scan that holds it: the scan gives up.
     pub fn lock_pen_first(self: &Arc<Self>) -> WriterGuard<'_> {
-        *self.waiting.lock().expect("no holder panics") += 1;
+        *self.waiting.lock() += 1;
         let pen = self.lock_pen();
-        *self.waiting.lock().expect("no holder panics") -= 1;
+        *self.waiting.lock() -= 1;
         self.none_waiting.notify_all();
         pen
     }
 
     pub fn is_pen_wanted(&self) -> bool {
-        *self.waiting.lock().expect("no holder panics") > 0
+        *self.waiting.lock() > 0
     }
 
     fn lock_pen(self: &Arc<Self>) -> WriterGuard<'_> {
         WriterGuard {
-            pen: Some(self.pen.lock().expect("no holder of the pen panics")),
+            pen: Some(self.pen.lock()),
             replica: self,
         }
     }
 
     /// The pen, if nobody has it. Else whoever has it queues a checkpoint when it is given back.
     fn try_lock_pen(self: &Arc<Self>) -> Option<WriterGuard<'_>> {
-        let free = || match self.pen.try_lock() {
-            Ok(pen) => Some(WriterGuard {
+        let free = || {
+            self.pen.try_lock().map(|pen| WriterGuard {
                 pen: Some(pen),
                 replica: self,
-            }),
-            Err(TryLockError::WouldBlock) => None,
-            Err(TryLockError::Poisoned(_)) => panic!("no holder of the pen panics"),
+            })
         };
         free().or_else(|| {
             self.passed_over.store(true, Ordering::Release);
@@ -634,7 +620,7 @@ impl ReplicaMapInner {
 
     /// Notes the digest of the tree if it is that which was asked for.
     fn note(&self, record: &TreeRecord) {
-        let mut digests = self.digests.lock().expect("no holder panics");
+        let mut digests = self.digests.lock();
         if let Some(wanted) = digests
             .wanted
             .filter(|wanted| record.applied.log_id == Some(*wanted))
@@ -658,10 +644,7 @@ impl ReplicaMapInner {
 
 impl Drop for ReplicaMapInner {
     fn drop(&mut self) {
-        let tables = self
-            .tables
-            .get_mut()
-            .expect("no holder panics while it changes the tables");
+        let tables = self.tables.get_mut();
         self.shared.active_bytes.replace(tables.active.bytes(), 0);
         self.shared.frozen_bytes.replace(tables.frozen_bytes, 0);
         self.shared.clean_bytes.replace(tables.clean_bytes(), 0);

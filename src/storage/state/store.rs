@@ -1,10 +1,11 @@
 //! [`MapStore`]: the maps of a node, and [`Checkpointer`], which writes their frozen tables down.
 
+use parking_lot::{Condvar, Mutex};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -362,8 +363,8 @@ impl Checkpointer {
 impl MapStoreInner {
     fn lock_replicas(
         &self,
-    ) -> std::sync::MutexGuard<'_, BTreeMap<ReplicaKey, Weak<ReplicaMapInner>>> {
-        self.replicas.lock().expect("no holder panics")
+    ) -> parking_lot::MutexGuard<'_, BTreeMap<ReplicaKey, Weak<ReplicaMapInner>>> {
+        self.replicas.lock()
     }
 
     /// The replicas that are open, or about to be.
@@ -482,11 +483,9 @@ impl JobQueue {
 
     /// The next job, or none when stopped.
     fn wait(&self) -> Option<CheckpointJob> {
-        let waiting = self.lock();
-        let mut state = self
-            .pushed
-            .wait_while(waiting, |state| state.jobs.is_empty() && !state.stopped)
-            .expect("no holder panics");
+        let mut state = self.lock();
+        self.pushed
+            .wait_while(&mut state, |state| state.jobs.is_empty() && !state.stopped);
         if state.stopped {
             None
         } else {
@@ -518,8 +517,8 @@ impl JobQueue {
         self.lock().stopped
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, JobQueueState> {
-        self.state.lock().expect("no holder panics")
+    fn lock(&self) -> parking_lot::MutexGuard<'_, JobQueueState> {
+        self.state.lock()
     }
 }
 

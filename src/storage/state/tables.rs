@@ -6,11 +6,12 @@
 //! batch is in the tree; so within one guard nothing changes. The clean table (`clean`) lies
 //! between: it says what the tree says, and is asked first because it is in memory.
 
+use parking_lot::RwLockReadGuard;
 use std::borrow::Borrow;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{self, AtomicBool};
-use std::sync::{Arc, RwLockReadGuard};
 
 use bytes::Bytes;
 

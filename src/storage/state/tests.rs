@@ -1,9 +1,10 @@
 //! The map against a model: what it answers while it runs, and what its files hold.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rand::rngs::StdRng;
@@ -45,7 +46,7 @@ impl TestLog {
 
     pub fn sync_through(&self, index: u64) {
         let ready: Vec<_> = {
-            let mut inner = self.inner.lock().expect("no holder panics");
+            let mut inner = self.inner.lock();
             inner.synced = inner.synced.max(index);
             let synced = inner.synced;
             inner
@@ -60,7 +61,7 @@ impl TestLog {
 
     pub fn fail(&self) {
         let waiting = {
-            let mut inner = self.inner.lock().expect("no holder panics");
+            let mut inner = self.inner.lock();
             inner.failed = true;
             std::mem::take(&mut inner.waiting)
         };
@@ -73,7 +74,7 @@ impl TestLog {
 impl Synced for TestLog {
     fn on_synced(&self, log_id: LogId, done: OnSynced) {
         {
-            let mut inner = self.inner.lock().expect("no holder panics");
+            let mut inner = self.inner.lock();
             if !inner.failed && log_id.index > inner.synced {
                 inner.waiting.push((log_id.index, done));
                 return;

@@ -4,9 +4,10 @@
 //! judged by the checker; and the **ledger**, keys that are written once and must be there in the
 //! end if, and with what, they were acknowledged, and absent if they were rejected.
 
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, stream};
@@ -111,7 +112,7 @@ impl Shared {
 
     /// Any number stands for a node.
     fn address(&self, number: usize) -> String {
-        let addresses = self.addresses.lock().expect("no client panics with it");
+        let addresses = self.addresses.lock();
         addresses[number % addresses.len()].clone()
     }
 
@@ -131,11 +132,7 @@ impl Running {
     pub async fn next_write(&self, limit: Duration) -> Duration {
         let from = self.shared.now();
         let found = eventually(limit, async || {
-            let writes = self
-                .shared
-                .acknowledged
-                .lock()
-                .expect("no client panics with it");
+            let writes = self.shared.acknowledged.lock();
             writes
                 .iter()
                 .rev()
@@ -151,13 +148,7 @@ impl Running {
 
     /// Waits until `count` more writes are acknowledged.
     pub async fn writes(&self, count: usize) {
-        let done = || {
-            self.shared
-                .acknowledged
-                .lock()
-                .expect("no client panics with it")
-                .len()
-        };
+        let done = || self.shared.acknowledged.lock().len();
         let target = done() + count;
         let limit = Duration::from_secs(60);
         let reached = eventually(limit, async || (done() >= target).then_some(())).await;
@@ -171,22 +162,12 @@ impl Running {
     /// From now on these nodes are asked.
     pub fn use_nodes(&self, addresses: Vec<String>) {
         assert!(!addresses.is_empty(), "somebody must be asked");
-        *self
-            .shared
-            .addresses
-            .lock()
-            .expect("no client panics with it") = addresses;
+        *self.shared.addresses.lock() = addresses;
     }
 
     /// What the cluster has promised to keep until now.
     pub fn acknowledged_ledger(&self) -> Ledger {
-        Ledger(
-            self.shared
-                .ledger
-                .lock()
-                .expect("no client panics with it")
-                .clone(),
-        )
+        Ledger(self.shared.ledger.lock().clone())
     }
 
     /// Stops the clients, each after the answer that it waits for.
@@ -317,13 +298,7 @@ impl History {
 
     /// The keys of the ledger that were acknowledged.
     pub fn acknowledged_ledger(&self) -> Ledger {
-        Ledger(
-            self.shared
-                .ledger
-                .lock()
-                .expect("no client panics with it")
-                .clone(),
-        )
+        Ledger(self.shared.ledger.lock().clone())
     }
 
     async fn read_registers(&mut self, addresses: &[String]) {
@@ -559,11 +534,7 @@ impl Worker {
         let (_, told) = self.perform(&path, action, None).await;
         let fate = match told {
             Told::Outcome(_) => {
-                self.shared
-                    .ledger
-                    .lock()
-                    .expect("no client panics with it")
-                    .push((path.clone(), value));
+                self.shared.ledger.lock().push((path.clone(), value));
                 Fate::Acknowledged
             }
             Told::Rejected(_) => Fate::Rejected,
@@ -669,11 +640,7 @@ impl Worker {
             ));
         }
         if writes && matches!(told, Told::Outcome(_)) {
-            self.shared
-                .acknowledged
-                .lock()
-                .expect("no client panics with it")
-                .push((called, returned));
+            self.shared.acknowledged.lock().push((called, returned));
         }
         ((called, returned), told)
     }

@@ -7,10 +7,11 @@ mod damage;
 mod histories;
 mod scrub;
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rand::rngs::StdRng;
@@ -67,11 +68,11 @@ pub(super) struct Outcomes(Arc<Mutex<Vec<io::Result<()>>>>);
 impl Outcomes {
     pub fn done(&self) -> Done {
         let outcomes = self.0.clone();
-        Box::new(move |outcome| outcomes.lock().expect("a test's lock").push(outcome))
+        Box::new(move |outcome| outcomes.lock().push(outcome))
     }
 
     pub fn take(&self) -> Vec<io::Result<()>> {
-        std::mem::take(&mut self.0.lock().expect("a test's lock"))
+        std::mem::take(&mut self.0.lock())
     }
 
     /// Returns the number of outcomes, all of which must be good.
@@ -145,7 +146,7 @@ impl History {
         let (acked, number) = (self.acked.clone(), self.states.len() - 1);
         Box::new(move |outcome| {
             if outcome.is_ok() {
-                let mut acked = acked.lock().expect("a test's lock");
+                let mut acked = acked.lock();
                 assert!(*acked < number, "acknowledged out of order");
                 *acked = number;
             }
@@ -153,7 +154,7 @@ impl History {
     }
 
     fn acked(&self) -> usize {
-        *self.acked.lock().expect("a test's lock")
+        *self.acked.lock()
     }
 }
 

@@ -434,7 +434,7 @@ async fn without_a_quorum_it_says_so() {
     assert!(site.store.last_options().timeout < std::time::Duration::from_secs(5));
     let reason =
         "spare: waiting for a view change of the cluster to name this node; members: b:2, c:3";
-    *site.readiness.0.lock().expect("no panic") = Some(NotReady {
+    *site.readiness.0.lock() = Some(NotReady {
         code: "spare",
         reason: reason.into(),
     });
