@@ -405,10 +405,11 @@ impl Access {
             Ok(answered) => answered,
             Err(_) => {
                 reachability.suspect(peer.node);
+                let unreachable = reachability.until_unreachable(peer.node);
                 tokio::select! {
                     biased;
                     answered = &mut call => answered,
-                    () = reachability.until_unreachable(peer.node), if request.body.is_repeatable() => {
+                    () = unreachable, if request.body.is_repeatable() => {
                         let reason = "no connection can be made to it any more".to_owned();
                         Err(CallError::NoAnswer { address: peer.address.clone(), reason })
                     }

@@ -1,5 +1,5 @@
-//! [`SnapshotTransfers`]: which followers are being sent a snapshot, and what of the log they will need after
-//! it.
+//! [`SnapshotTransfers`]: which followers are being sent a snapshot, and what of the log they will
+//! need after it.
 //!
 //! Openraft purges the log without regard to them: a follower that takes longer to install a
 //! snapshot than writers take to bring about the next would find, when it is done, that the log

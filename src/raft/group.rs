@@ -238,8 +238,8 @@ impl Replica {
         self.propose_with_gets(write, 0, deadline).await
     }
 
-    /// As [`Replica::propose`], for a write whose gets return about so many bytes: an entry is filled
-    /// by these too.
+    /// As [`Replica::propose`], for a write whose gets return about so many bytes: an entry is
+    /// filled by these too.
     pub async fn propose_with_gets(
         &self,
         write: kv::Write,

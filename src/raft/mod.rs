@@ -2,7 +2,8 @@
 //! the way to their peers.
 //!
 //! A write, step by step:
-//! 1. [`Replica::propose`] queues it; the `proposer` merges what waits into one entry, encoded once.
+//! 1. [`Replica::propose`] queues it; the `proposer` merges what waits into one entry, encoded
+//!    once.
 //! 2. openraft appends it: the `log_store` hands it to the log, whose writer syncs it; at the same
 //!    time
 //! 3. openraft sends it to each follower: a `network` client turns it into a frame (`wire`), and
@@ -12,8 +13,8 @@
 //! 5. With a quorum synced it is committed; the `state_machine` decodes it, applies it by the core,
 //!    and answers the callers of step 1.
 //!
-//! A read: [`Replica::read_barrier`] joins the next round of `reads`; then [`Replica::state`] may be
-//! read.
+//! A read: [`Replica::read_barrier`] joins the next round of `reads`; then [`Replica::state`] may
+//! be read.
 //!
 //! What holds here: no frame creates a replica; a frame for another cluster, directory, group or
 //! replica is refused; every queue is bounded; every wait has a deadline; an error of a proposal

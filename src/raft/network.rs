@@ -45,8 +45,8 @@ use crate::storage::ReplicaKey;
 use crate::telemetry::rarely;
 use crate::types::{NodeId, ReplicaId};
 
-/// AppendStream of one group to one peer that may be without a reply: enough to fill the way to the peer
-/// while its disk syncs.
+/// AppendStream of one group to one peer that may be without a reply: enough to fill the way to the
+/// peer while its disk syncs.
 const WINDOW: usize = 16;
 /// How often a follower must say that it lacks what it has acknowledged.
 const MISSING_TIMES: u32 = 3;

@@ -1,15 +1,15 @@
-//! The election timer of a node: one task that makes leaders send heartbeats and followers campaign, for
-//! every group.
+//! The election timer of a node: one task that makes leaders send heartbeats and followers
+//! campaign, for every group.
 //!
 //! Openraft's own ticks would wake each replica about forty times a second to find that nothing is
-//! due; with a thousand replicas that alone takes most of a core. So they are off, and [`run_election_timers`]
-//! looks at all groups in one go. What a replica then does is openraft's: it refuses to campaign
-//! while the lease of a leader holds, and asks for pre-votes first.
+//! due; with a thousand replicas that alone takes most of a core. So they are off, and
+//! [`run_election_timers`] looks at all groups in one go. What a replica then does is openraft's:
+//! it refuses to campaign while the lease of a leader holds, and asks for pre-votes first.
 //!
 //! On a machine that has more to do than it can, a leader that is only slow must not pass for one
 //! that is gone. So silence counts only while this node ran: its own timer comes late too
-//! ([`ElectionTimer::skip_pause`]). And where the words of a leader that goes on leading come late, they are
-//! waited for longer for a while ([`HeartbeatDelay`]).
+//! ([`ElectionTimer::skip_pause`]). And where the words of a leader that goes on leading come late,
+//! they are waited for longer for a while ([`HeartbeatDelay`]).
 
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::{Arc, Weak};
@@ -119,9 +119,9 @@ impl ElectionRole {
 
 impl ElectionTimer {
     /// A witness campaigns at once after it has refused its vote to one with an older log
-    /// ([`ElectionTimer::on_older_log_refused`]): the others need what it has. Else it gives those that can
-    /// serve much time to do so first, but not for ever: one of them may have a vote and not know
-    /// it, when it lacks the entry that says so.
+    /// ([`ElectionTimer::on_older_log_refused`]): the others need what it has. Else it gives those
+    /// that can serve much time to do so first, but not for ever: one of them may have a vote and
+    /// not know it, when it lacks the entry that says so.
     pub fn new(timings: &RaftTimings, is_witness: bool) -> Self {
         let now = Instant::now();
         let bounds = (

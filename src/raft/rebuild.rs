@@ -157,8 +157,10 @@ impl MapHold {
         select(std::pin::pin!(over), std::pin::pin!(self.run_out(number))).await;
         let mut ran_out = false;
         self.0.send_if_modified(|hold| {
-            let is_due =
-                matches!(hold.deadline, Some(HoldDeadline::Until(until)) if until <= Instant::now());
+            let is_due = matches!(
+                hold.deadline,
+                Some(HoldDeadline::Until(until)) if until <= Instant::now()
+            );
             ran_out = hold.number == number && is_due;
             if ran_out {
                 hold.deadline = None;

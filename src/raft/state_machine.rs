@@ -96,7 +96,8 @@ pub struct ApplyState {
     pub clock: GroupClock,
     /// Nothing is applied while it is set.
     pub hold: MapHold,
-    /// HoldState while an entry is applied, and while another map takes the place of one that is held.
+    /// HoldState while an entry is applied, and while another map takes the place of one that is
+    /// held.
     pub turns: tokio::sync::Mutex<()>,
     /// How often another map took the place of this one's, which differed. Changed with the turn.
     pub rebuilt: AtomicU64,

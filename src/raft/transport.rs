@@ -2,7 +2,8 @@
 //!
 //! [`Dial`] opens a stream of bytes each way to a peer: over HTTP/2 (`lanes::http`) or within the
 //! process (`lanes::memory`, for tests and simulation). [`Resolver`] says where a node is, by the
-//! newest view. [`NodeIdentity`] is who we are. What flows over the streams is the business of `lanes`.
+//! newest view. [`NodeIdentity`] is who we are. What flows over the streams is the business of
+//! `lanes`.
 
 use parking_lot::RwLock;
 use std::sync::Arc;

@@ -11,8 +11,9 @@
 //!   witness that lacks what its leader no longer has is told how far that is, and what the
 //!   membership was; that is its snapshot.
 //! - When it leads, which it does only when no other voter can (see
-//!   [`ElectionTimer`](super::pulse::ElectionTimer)), it takes no requests, changes nothing, brings the others up
-//!   to date and hands over to the first that is ([`transfer_leadership_when_ready`]).
+//!   [`ElectionTimer`](super::pulse::ElectionTimer)), it takes no requests, changes nothing, brings
+//!   the others up to date and hands over to the first that is
+//!   ([`transfer_leadership_when_ready`]).
 
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -180,8 +181,8 @@ impl WitnessReplica {
     }
 
     /// Takes one step towards purging what it need not keep: first its file must say that that was
-    /// applied. `under_pressure`: also if it is little. Something that is no voter keeps everything: it
-    /// is measured by its log's beginning whether it may become one.
+    /// applied. `under_pressure`: also if it is little. Something that is no voter keeps
+    /// everything: it is measured by its log's beginning whether it may become one.
     pub async fn release_log(&self, under_pressure: bool) -> Result<(), StoreError> {
         let group = &self.0;
         let Some(state) = group.apply_state.store.witness() else {
@@ -302,8 +303,8 @@ pub async fn transfer_leadership_when_ready(group: Weak<Replica>) {
             let handed = group
                 .transfer_leader_within(transfer_target, HAND_OVER_TIMEOUT)
                 .await;
-            tracing::info!(group = %group.key().group, to = %transfer_target, ?handed, "a witness that led \
-                hands over");
+            tracing::info!(group = %group.key().group, to = %transfer_target, ?handed, "a witness \
+                that led hands over");
         }
         drop(group);
         tokio::time::sleep(LOOK_INTERVAL).await;

@@ -1,5 +1,5 @@
-//! [`PeerLiveness`]: when this node last heard from each peer, on any lane and from either side, and
-//! whether the peer's process has probably died.
+//! [`PeerLiveness`]: when this node last heard from each peer, on any lane and from either side,
+//! and whether the peer's process has probably died.
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
@@ -9,8 +9,8 @@ use tokio::time::Instant;
 
 use crate::types::NodeId;
 
-/// How long a peer counts as disconnected after its last lane broke, unless it speaks again. By then
-/// a group has elected another leader, or has no quorum.
+/// How long a peer counts as disconnected after its last lane broke, unless it speaks again. By
+/// then a group has elected another leader, or has no quorum.
 const DISCONNECTED_FOR: Duration = Duration::from_secs(5);
 
 /// Holds one record per node that has proved to be of our cluster, which bounds it.

@@ -13,10 +13,10 @@
 //! - `memory`: lanes within the process, with partitions, for tests and simulation.
 //!
 //! The first frame of a lane is a hello, which names both ends and is checked once; behind it stand
-//! the starts of the one that dialled, and the other answers with its own (`peer_directories`). Each
-//! further frame names its group and both replicas. What does not match is refused with a reason;
-//! no frame ever creates a replica. What no reply comes for within its caller's patience is given
-//! up; a lane that says nothing while calls wait is cut and dialled again.
+//! the starts of the one that dialled, and the other answers with its own (`peer_directories`).
+//! Each further frame names its group and both replicas. What does not match is refused with a
+//! reason; no frame ever creates a replica. What no reply comes for within its caller's patience is
+//! given up; a lane that says nothing while calls wait is cut and dialled again.
 
 mod acquaintances;
 mod client;

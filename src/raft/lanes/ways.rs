@@ -1,4 +1,5 @@
-//! [`Reachability`]: which peers this node can't connect to, and which of them said that of this node.
+//! [`Reachability`]: which peers this node can't connect to, and which of them said that of this
+//! node.
 //!
 //! A lane runs over a connection that one side made, so two nodes can have lanes in one direction
 //! and none in the other. Who can't connect to a peer says so on the lanes that it serves for that
