@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::{Replica, ReplicaStatus, WitnessReplica};
+use crate::raft::{Replica, RaftStatus, WitnessReplica};
 use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;
@@ -252,7 +252,7 @@ enum Step {
 /// How a replica comes to let go of old segments: it purges what its snapshot covers, or writes a
 /// snapshot that covers more. While others need what it has (`purgeable` is less than its
 /// snapshot), another snapshot would not help.
-fn let_go(status: &ReplicaStatus, purgeable: Option<u64>) -> Step {
+fn let_go(status: &RaftStatus, purgeable: Option<u64>) -> Step {
     match purgeable {
         Some(upto) => Step::Purge(upto),
         None if status.snapshot > status.purged || status.applied <= status.snapshot => {
@@ -475,7 +475,7 @@ mod tests {
             let id = |index| LogId { term: 1, index };
             let (snapshot, purged, applied) = (snapshot.map(id), purged.map(id), applied.map(id));
             let_go(
-                &ReplicaStatus {
+                &RaftStatus {
                     snapshot,
                     purged,
                     applied,
@@ -500,8 +500,8 @@ mod tests {
         );
     }
 
-    fn status() -> ReplicaStatus {
-        ReplicaStatus {
+    fn status() -> RaftStatus {
+        RaftStatus {
             key: ReplicaKey {
                 group: GroupId(1),
                 replica: ReplicaId(1),

@@ -34,7 +34,7 @@ use super::registry::RaftContext;
 use super::room::HeldBytes;
 use super::snapshots::SnapshotInbox;
 use super::state_machine::{self, ApplyState, ReplicaStore, StateMachine};
-use super::status::{Freshness, GroupMembership, Leader, ReplicaStatus, ReplicaWatch, Role};
+use super::status::{Freshness, GroupMembership, Leader, RaftStatus, ReplicaWatch, Role};
 use super::timings::{LeaseReads, RaftTimings};
 use super::types::{ApplyOutcome, GroupMember, Proposal, ResponderFn, Types, from_raft};
 use super::witness;
@@ -468,7 +468,7 @@ impl Replica {
         }
     }
 
-    pub fn status(&self) -> ReplicaStatus {
+    pub fn status(&self) -> RaftStatus {
         let data = self.raft.data_metrics();
         let data = data.borrow_watched();
         let watch = self.watch.borrow();
@@ -491,7 +491,7 @@ impl Replica {
                 self.freshness.last_heard().map(|at| at.elapsed())
             }
         };
-        ReplicaStatus {
+        RaftStatus {
             key: self.key,
             role,
             leader: leader.and_then(|leader| leader.node),
@@ -812,7 +812,7 @@ impl Replica {
     }
 }
 
-fn lag(status: &ReplicaStatus, replica: ReplicaId) -> u64 {
+fn lag(status: &RaftStatus, replica: ReplicaId) -> u64 {
     let last = status.last_log.map_or(0, |id| id.index);
     let matched = status.matched.get(&replica).copied().flatten();
     last.saturating_sub(matched.map_or(0, |id| id.index))

@@ -59,7 +59,7 @@ pub use group::Replica;
 pub use registry::{Registry, RegistryParts};
 pub use room::{FairBudget, RaftBudgets};
 pub use runtime::seed_this_thread;
-pub use status::{GroupMembership, Leader, ReplicaStatus, ReplicaWatch, Role};
+pub use status::{GroupMembership, Leader, RaftStatus, ReplicaWatch, Role};
 pub use step_down::ReplicaProgress;
 pub use timings::{LeaseReads, RaftTimings};
 pub use wire::{PeerRefusal, WireError};

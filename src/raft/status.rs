@@ -1,4 +1,4 @@
-//! What a group says of itself: [`ReplicaStatus`] at a moment, [`ReplicaWatch`] as it changes,
+//! What a group says of itself: [`RaftStatus`] at a moment, [`ReplicaWatch`] as it changes,
 //! [`Freshness`] of its map.
 
 use parking_lot::Mutex;
@@ -34,7 +34,7 @@ pub struct Leader {
 
 /// A replica at a moment.
 #[derive(Debug, Clone, PartialEq)]
-pub struct ReplicaStatus {
+pub struct RaftStatus {
     pub key: ReplicaKey,
     pub role: Role,
     pub leader: Option<NodeId>,
@@ -57,7 +57,7 @@ pub struct ReplicaStatus {
     pub matched: BTreeMap<ReplicaId, Option<LogId>>,
 }
 
-impl ReplicaStatus {
+impl RaftStatus {
     /// Through where the log may be purged at no cost to others: up to the snapshot, but a leader
     /// keeps what a member that is near still lacks, because past that only a whole snapshot would
     /// bring it up to date. None: it may not be purged further than it is.
@@ -295,7 +295,7 @@ mod tests {
             [(1, 10), (2, 20), (3, 30)].map(|(replica, node)| (ReplicaId(replica), NodeId(node)));
         let matched = [(1, at(90)), (2, at(50)), (3, None)]
             .map(|(replica, matched)| (ReplicaId(replica), matched));
-        let status = |role, purged| ReplicaStatus {
+        let status = |role, purged| RaftStatus {
             key: ReplicaKey {
                 group: GroupId(1),
                 replica: ReplicaId(1),
@@ -341,7 +341,7 @@ mod tests {
         );
         assert_eq!(status(Role::Follower, at(70)).purgeable(|_| true), None);
         assert_eq!(
-            ReplicaStatus {
+            RaftStatus {
                 snapshot: None,
                 ..status(Role::Follower, None)
             }

@@ -25,7 +25,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::group::Replica;
-use super::status::{ReplicaStatus, Role};
+use super::status::{RaftStatus, Role};
 use super::wire::PeerRequest;
 use crate::sm::ports::StoreError;
 use crate::storage::state::{Applied, Synced};
@@ -169,7 +169,7 @@ impl WitnessReplica {
         self.0.key()
     }
 
-    pub fn status(&self) -> ReplicaStatus {
+    pub fn status(&self) -> RaftStatus {
         self.0.status()
     }
 
