@@ -31,8 +31,8 @@ use crate::http::{
     Server,
 };
 use crate::node::{FamilyKind, Node, NodeError};
-use crate::raft::lanes::serve_lane;
 use crate::raft::transport::Lane;
+use crate::raft::transport::lanes::serve_lane;
 use crate::sm::meta;
 use crate::sm::view::View;
 use crate::telemetry;

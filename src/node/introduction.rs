@@ -20,7 +20,7 @@ use super::bootstrap::{Met, may_start};
 use super::join::{Joined, Joining};
 use super::member::Member;
 use crate::client::peer::{Greeting, GreetingReply, Identity, PeerError, Standing};
-use crate::raft::lanes::PeerRefusal;
+use crate::raft::transport::lanes::PeerRefusal;
 use crate::telemetry::rarely;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId, StartId};
 

@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::{Replica, RaftStatus, WitnessReplica};
+use crate::raft::{RaftStatus, Replica, WitnessReplica};
 use crate::sm::log_space::{LOG_BYTES_MIN, LogSpace};
 use crate::storage::ReplicaKey;
 use crate::storage::log::Log;

@@ -21,7 +21,7 @@ use crate::client::peer::{
     FailedReplica, HostedReplica, Hosting, Identity, PeerCaller, PromiseReply, PromiseRequest,
 };
 use crate::config::NodeConfig;
-use crate::raft::lanes::{DirectoryRejection, PeerDirectories};
+use crate::raft::transport::lanes::{DirectoryRejection, PeerDirectories};
 use crate::sm::level::TooOld;
 use crate::sm::placement::{PlacementError, first_view};
 use crate::sm::view::{self, View};

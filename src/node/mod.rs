@@ -64,7 +64,7 @@ use crate::client::store::{
 };
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
-use crate::raft::lanes::DirectoryRejection;
+use crate::raft::transport::lanes::DirectoryRejection;
 use crate::sm::kv::{Operation, Record};
 use crate::sm::level::TooOld;
 use crate::sm::meta;

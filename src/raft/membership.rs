@@ -9,7 +9,7 @@ use openraft::ChangeMembers;
 use openraft::error::{ClientWriteError, RaftError};
 
 use super::errors::MembershipError;
-use super::group::Replica;
+use super::replica::Replica;
 use super::types::{GroupMember, Types};
 use crate::types::{NodeId, ReplicaId};
 

@@ -21,46 +21,35 @@
 //! other than `Unknown` means that it certainly did not happen. Kept out: which replicas there
 //! should be, where slots are, and HTTP (which mounts [`lanes::serve_lane`]).
 
-mod elections;
+mod election;
 mod errors;
-mod feeds;
-mod fit;
-mod frames;
-mod group;
-pub mod lanes;
+mod fair_budget;
+mod log_recovery;
 mod log_store;
 mod membership;
-mod network;
-mod pace;
-mod proposer;
-mod pulse;
-mod reads;
+mod proposal;
 mod rebuild;
 mod registry;
-mod room;
+mod replica;
 mod runtime;
 mod scrub;
-mod snapshots;
 mod state_machine;
 mod status;
-mod step_down;
-mod successor;
 #[cfg(test)]
 mod tests;
 mod timings;
 pub mod transport;
 mod types;
-mod wire;
 mod witness;
 
-pub use elections::Elections;
+pub use election::counters::Elections;
+pub use election::step_down::ReplicaProgress;
 pub use errors::{MembershipError, OpenError, ProposeError, ReadError, TransferError};
-pub use group::Replica;
+pub use fair_budget::{FairBudget, RaftBudgets};
 pub use registry::{Registry, RegistryParts};
-pub use room::{FairBudget, RaftBudgets};
+pub use replica::Replica;
 pub use runtime::seed_this_thread;
 pub use status::{GroupMembership, Leader, RaftStatus, ReplicaWatch, Role};
-pub use step_down::ReplicaProgress;
 pub use timings::{LeaseReads, RaftTimings};
-pub use wire::{PeerRefusal, WireError};
+pub use transport::wire::{PeerRefusal, WireError};
 pub use witness::WitnessReplica;

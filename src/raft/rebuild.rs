@@ -15,11 +15,11 @@ use futures::future::select;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::group::Replica;
-use super::snapshots;
+use super::replica::Replica;
 use super::state_machine::ApplyState;
+use super::transport::snapshots;
+use super::transport::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName};
 use super::types::vote_from_raft;
-use super::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName};
 use crate::storage::background;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};

@@ -16,18 +16,19 @@ use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::elections::Elections;
+use super::election::counters::Elections;
+use super::election::leases::LeaseTimings;
+use super::election::liveness::PeerLiveness;
+use super::election::timer;
 use super::errors::OpenError;
-use super::fit::fit_log;
-use super::group::Replica;
-use super::lanes::{LaneLimiter, Lanes, LanesParts, PeerLiveness, Reachability};
-use super::pace::LeaseTimings;
-use super::pulse;
-use super::room::RaftBudgets;
+use super::fair_budget::RaftBudgets;
+use super::log_recovery::fit_log;
+use super::replica::Replica;
 use super::state_machine::ReplicaStore;
 use super::timings::RaftTimings;
+use super::transport::lanes::{LaneLimiter, Lanes, LanesParts, Reachability};
+use super::transport::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use super::transport::{Dial, Lane, NodeIdentity, Resolver};
-use super::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use super::witness::{WitnessReplica, WitnessState};
 use crate::storage::ReplicaKey;
 use crate::storage::background;
@@ -330,7 +331,7 @@ impl Registry {
         let group = Replica::open(self.context.clone(), log, store).await?;
         self.groups.write().insert(key.group, group.clone());
         self.election_timer.get_or_init(|| {
-            let run = pulse::run_election_timers(
+            let run = timer::run_election_timers(
                 Arc::downgrade(self),
                 self.context.timings.tick_interval(),
             );

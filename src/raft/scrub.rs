@@ -1,6 +1,6 @@
 //! What a group does about damage that was found in what it keeps on the disk.
 
-use super::group::Replica;
+use super::replica::Replica;
 use super::witness::WitnessReplica;
 use crate::sm::ports::StoreError;
 use crate::storage::{Checked, background};

@@ -23,8 +23,8 @@ use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use tokio::sync::{MutexGuard as TurnGuard, watch};
 use tokio::time::Instant;
 
+use super::election::step_down::{ApplyProgress, ProgressRead};
 use super::rebuild::MapHold;
-use super::step_down::{ApplyProgress, ProgressRead};
 use super::types::{
     ApplyOutcome, Proposal, RaftLogId, RaftPayload, SnapshotMeta, StoredMembership, Types,
     decode_stored_membership, encode_stored_membership, from_raft, to_raft,

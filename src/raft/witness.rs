@@ -11,8 +11,8 @@
 //!   witness that lacks what its leader no longer has is told how far that is, and what the
 //!   membership was; that is its snapshot.
 //! - When it leads, which it does only when no other voter can (see
-//!   [`ElectionTimer`](super::pulse::ElectionTimer)), it takes no requests, changes nothing, brings
-//!   the others up to date and hands over to the first that is
+//!   [`ElectionTimer`](super::election::timer::ElectionTimer)), it takes no requests, changes
+//!   nothing, brings the others up to date and hands over to the first that is
 //!   ([`transfer_leadership_when_ready`]).
 
 use parking_lot::Mutex;
@@ -24,9 +24,9 @@ use futures::future::join_all;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::group::Replica;
+use super::replica::Replica;
 use super::status::{RaftStatus, Role};
-use super::wire::PeerRequest;
+use super::transport::wire::PeerRequest;
 use crate::sm::ports::StoreError;
 use crate::storage::state::{Applied, Synced};
 use crate::storage::witness::WitnessFiles;

@@ -10,7 +10,7 @@
 //! after a power cut too.
 //!
 //! Kept out: files (`storage::starts`), and telling a copy from its original while both run
-//! (`raft::lanes`).
+//! (`raft::transport::lanes`).
 
 use serde::{Deserialize, Serialize};
 

@@ -11,8 +11,8 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::stalling_disk::StallingDisk;
-use crate::raft::lanes::memory::MemoryHub;
-use crate::raft::pace::LeaseTimings;
+use crate::raft::election::leases::LeaseTimings;
+use crate::raft::transport::lanes::memory::MemoryHub;
 use crate::raft::transport::{Dial, NodeIdentity, Resolver};
 use crate::raft::{
     ProposeError, RaftBudgets, RaftTimings, ReadError, Registry, RegistryParts, Replica,

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::cluster::*;
 use crate::raft::transport::Lane;
-use crate::raft::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
+use crate::raft::transport::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use crate::raft::{
     LeaseReads, OpenError, ProposeError, RaftTimings, ReadError, Registry, Replica, Role,
     TransferError,

@@ -15,14 +15,14 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 
 use super::cluster::*;
-use crate::raft::lanes::http::HttpDial;
-use crate::raft::lanes::{Lanes, LanesParts, serve_lane};
-use crate::raft::pace::LeaseTimings;
+use crate::raft::election::leases::LeaseTimings;
+use crate::raft::transport::lanes::http::HttpDial;
+use crate::raft::transport::lanes::{Lanes, LanesParts, serve_lane};
+use crate::raft::transport::wire::{
+    self, AppendReply, FrameHeader, FrameReader, Hello, PeerRefusal, PeerReply, PeerRequest,
+};
 use crate::raft::transport::{
     Dial, Incoming as FromPeer, Lane, LaneError, NodeIdentity, Outgoing, Peer, Resolver,
-};
-use crate::raft::wire::{
-    self, AppendReply, FrameHeader, FrameReader, Hello, PeerRefusal, PeerReply, PeerRequest,
 };
 use crate::raft::{LeaseReads, RaftTimings, Registry};
 use crate::sm::starts::Starts;

@@ -15,16 +15,18 @@ use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 
 use super::cluster::{CLUSTER, PACE, TestCluster, directory, key};
-use crate::raft::feeds::SnapshotTransfers;
-use crate::raft::lanes::{Lanes, LanesParts};
 use crate::raft::log_store::Tip;
-use crate::raft::network::Network;
 use crate::raft::state_machine::{SnapshotData, with_meta};
+use crate::raft::transport::lanes::{Lanes, LanesParts};
+use crate::raft::transport::network::Network;
+use crate::raft::transport::snapshot_transfers::SnapshotTransfers;
+use crate::raft::transport::wire::{
+    self, AppendReply, FrameReader, PeerReply, PeerRequest, ReceivedFrame,
+};
 use crate::raft::transport::{
     Dial, Incoming, Lane, LaneError, NodeIdentity, Outgoing, Peer, Resolver,
 };
 use crate::raft::types::{GroupMember, Types, entry_to_raft, to_raft, vote_to_raft};
-use crate::raft::wire::{self, AppendReply, FrameReader, PeerReply, PeerRequest, ReceivedFrame};
 use crate::storage::log::{LogEntry, LogPayload, Vote};
 use crate::supervisor::Supervisor;
 use crate::types::{LogId, NodeId, ReplicaId};

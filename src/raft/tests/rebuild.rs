@@ -8,10 +8,10 @@ use bytes::Bytes;
 use super::cluster::*;
 use crate::raft::Replica;
 use crate::raft::transport::Lane;
-use crate::raft::types::vote_from_raft;
-use crate::raft::wire::{
+use crate::raft::transport::wire::{
     AppendReply, EntryHead, FrameHeader, PayloadKind, PeerReply, PeerRequest, SnapshotName,
 };
+use crate::raft::types::vote_from_raft;
 use crate::sm::kv::{self, Media, Record};
 use crate::sm::ports::WriteBatch;
 use crate::sm::slots::{data_key, slot_of};

@@ -5,7 +5,9 @@ use bytes::Bytes;
 
 use super::cluster::*;
 use crate::raft::transport::Lane;
-use crate::raft::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest, SnapshotName};
+use crate::raft::transport::wire::{
+    FrameHeader, PeerRefusal, PeerReply, PeerRequest, SnapshotName,
+};
 use crate::storage::log::Vote;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::cluster::*;
 use crate::raft::transport::Lane;
-use crate::raft::wire::{
+use crate::raft::transport::wire::{
     AppendReply, EntryHead, FrameHeader, PayloadKind, PeerRefusal, PeerReply, PeerRequest,
     SnapshotName,
 };

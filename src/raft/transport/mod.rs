@@ -5,6 +5,13 @@
 //! newest view. [`NodeIdentity`] is who we are. What flows over the streams is the business of
 //! `lanes`.
 
+pub mod lanes;
+pub(super) mod network;
+mod request_handler;
+pub(super) mod snapshot_transfers;
+pub(super) mod snapshots;
+pub(super) mod wire;
+
 use parking_lot::RwLock;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +20,8 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
-use crate::raft::lanes::PeerDirectories;
-use crate::raft::wire::{PeerRefusal, WireError};
+use crate::raft::transport::lanes::PeerDirectories;
+use crate::raft::transport::wire::{PeerRefusal, WireError};
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
 /// What must not queue behind one another: each lane is a connection of its own.

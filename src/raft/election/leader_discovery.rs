@@ -8,9 +8,9 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::AppendEntriesRequest;
 use tokio::time::Instant;
 
-use super::group::Replica;
-use super::types::{Types, vote_from_raft, vote_to_raft};
-use super::wire::{PeerReply, PeerRequest};
+use crate::raft::replica::Replica;
+use crate::raft::transport::wire::{PeerReply, PeerRequest};
+use crate::raft::types::{Types, vote_from_raft, vote_to_raft};
 use crate::types::{NodeId, ReplicaId};
 
 impl Replica {

@@ -16,11 +16,11 @@ use openraft::async_runtime::watch::WatchReceiver;
 use tokio::task::coop::unconstrained;
 use tokio::time::Instant;
 
-use super::errors::TransferError;
-use super::group::Replica;
-use super::registry::Registry;
-use super::status::{ReplicaWatch, Role};
-use super::types::from_raft;
+use crate::raft::errors::TransferError;
+use crate::raft::registry::Registry;
+use crate::raft::replica::Replica;
+use crate::raft::status::{ReplicaWatch, Role};
+use crate::raft::types::from_raft;
 use crate::sm::ports::{Direction, Items, KeyRange, Pairs, Read, StoreError, ValueStart};
 use crate::storage::ReplicaKey;
 use crate::types::{LogId, ReplicaId};
@@ -82,7 +82,7 @@ impl Replica {
     }
 
     /// Returns whether this replica has given up its lead, as far as `watch` goes.
-    pub(super) fn has_stepped_down(&self, watch: &ReplicaWatch) -> bool {
+    pub(in crate::raft) fn has_stepped_down(&self, watch: &ReplicaWatch) -> bool {
         watch.role == Role::Leader && self.stepped_down.load(Ordering::Relaxed) == watch.term
     }
 
@@ -138,7 +138,7 @@ impl Replica {
 
 /// Marks that an entry is being applied, until it is dropped. Each read of the map counts as a step
 /// of it: a disk that is slow takes long for many, and a new start would begin with a cold cache.
-pub(super) struct ApplyProgress<'a>(&'a parking_lot::Mutex<Option<Instant>>);
+pub(in crate::raft) struct ApplyProgress<'a>(&'a parking_lot::Mutex<Option<Instant>>);
 
 impl<'a> ApplyProgress<'a> {
     pub fn begin(since: &'a parking_lot::Mutex<Option<Instant>>) -> Self {
@@ -157,7 +157,7 @@ impl<'a> ApplyProgress<'a> {
 }
 
 /// What an entry reads, each of which is a step of applying it.
-pub(super) struct ProgressRead<'a, R> {
+pub(in crate::raft) struct ProgressRead<'a, R> {
     pub read: &'a R,
     pub applying: &'a ApplyProgress<'a>,
 }

@@ -8,7 +8,7 @@ use std::fmt::{self, Display, Formatter};
 
 use serde::{Deserialize, Serialize};
 
-use super::timings::{LeaseReads, RaftTimings};
+use crate::raft::timings::{LeaseReads, RaftTimings};
 
 /// What a node tells of its timings in the hello of a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

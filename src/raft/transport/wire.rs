@@ -12,7 +12,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::pace::LeaseTimings;
+use crate::raft::election::leases::LeaseTimings;
 use crate::sm::starts::Starts;
 use crate::storage::log::{LogEntry, LogPayload, Vote};
 use crate::storage::state::Applied;

@@ -14,12 +14,14 @@ use openraft::raft::{
     VoteRequest, VoteResponse,
 };
 
-use super::group::Replica;
-use super::snapshots;
-use super::state_machine::ReplicaStore;
-use super::transport::Lane;
-use super::types::{Types, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
-use super::wire::{self, AppendReply, PeerRefusal, PeerReply, PeerRequest, TransferReply};
+use crate::raft::replica::Replica;
+use crate::raft::state_machine::ReplicaStore;
+use crate::raft::transport::Lane;
+use crate::raft::transport::snapshots;
+use crate::raft::transport::wire::{
+    self, AppendReply, PeerRefusal, PeerReply, PeerRequest, TransferReply,
+};
+use crate::raft::types::{Types, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::{LogEntry, Vote};
 use crate::storage::state::ReplicaMap;
@@ -34,7 +36,7 @@ type Handled = Result<PeerReply, PeerRefusal>;
 impl Replica {
     /// Begins to work on a request for this replica. An append has its place in openraft's queue
     /// when the future was polled once, if that poll was not subject to tokio's budget.
-    pub(super) fn handle(
+    pub(in crate::raft) fn handle(
         self: Arc<Self>,
         lane: Lane,
         sender: ReplicaId,
@@ -355,7 +357,7 @@ fn other_kind() -> PeerRefusal {
     PeerRefusal::Failed("that is for another kind of replica".into())
 }
 
-fn read(vote: &Vote) -> Result<super::types::RaftVoteOf, PeerRefusal> {
+fn read(vote: &Vote) -> Result<crate::raft::types::RaftVoteOf, PeerRefusal> {
     vote_to_raft(vote).ok_or(PeerRefusal::Unreadable)
 }
 

@@ -24,13 +24,13 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, Sleep};
 
-use super::acquaintances::PeerSession;
 use super::client::{CANNOT_CONNECT_SEQUENCE, HELLO_SEQUENCE};
-use super::seats::{LaneOwner, LanePermit};
-use crate::raft::pace::LeaseTimings;
+use super::limiter::{LaneOwner, LanePermit};
+use super::peer_directories::PeerSession;
+use crate::raft::election::leases::LeaseTimings;
 use crate::raft::registry::Registry;
 use crate::raft::transport::Lane;
-use crate::raft::wire::{
+use crate::raft::transport::wire::{
     self, FRAME_BYTES_MAX, FrameReader, HELLO_BYTES_MAX, Hello, PeerRefusal, PeerReply,
     ReceivedFrame,
 };

@@ -24,12 +24,12 @@ use openraft::raft::ClientWriteResult;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-use super::errors::ProposeError;
-use super::group::RaftHandle;
-use super::room::{HeldBytes, RaftBudgets, Reservation};
-use super::state_machine::ApplyState;
-use super::transport::Resolver;
-use super::types::{ApplyOutcome, Proposal, ResponderFn, Types};
+use crate::raft::errors::ProposeError;
+use crate::raft::fair_budget::{HeldBytes, RaftBudgets, Reservation};
+use crate::raft::replica::RaftHandle;
+use crate::raft::state_machine::ApplyState;
+use crate::raft::transport::Resolver;
+use crate::raft::types::{ApplyOutcome, Proposal, ResponderFn, Types};
 use crate::sm::kv;
 use crate::sm::level::Feature;
 

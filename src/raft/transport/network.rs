@@ -26,20 +26,20 @@ use openraft::{AnyError, OptionalSend};
 use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
 
-use super::feeds::SnapshotTransfers;
-use super::lanes::{Lanes, read_reply};
-use super::log_store::Tip;
-use super::room::RaftBudgets;
-use super::snapshots;
-use super::state_machine::SnapshotData;
-use super::transport::{Lane, LaneError};
-use super::types::{
-    GroupMember, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft,
-    vote_to_raft,
-};
-use super::wire::{
+use crate::raft::fair_budget::RaftBudgets;
+use crate::raft::log_store::Tip;
+use crate::raft::state_machine::SnapshotData;
+use crate::raft::transport::lanes::{Lanes, read_reply};
+use crate::raft::transport::snapshot_transfers::SnapshotTransfers;
+use crate::raft::transport::snapshots;
+use crate::raft::transport::wire::{
     self, AppendReply, FrameHeader, PeerRefusal, PeerReply, PeerRequest, TransferReply,
     UnsealedFrame,
+};
+use crate::raft::transport::{Lane, LaneError};
+use crate::raft::types::{
+    GroupMember, RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft,
+    vote_to_raft,
 };
 use crate::storage::ReplicaKey;
 use crate::telemetry::rarely;
@@ -425,7 +425,7 @@ struct AppendStream<'s, S> {
 }
 
 struct InFlightAppend {
-    answer: super::lanes::PendingReply,
+    answer: crate::raft::transport::lanes::PendingReply,
     bytes: usize,
     /// How long its answer is waited for.
     timeout: Duration,

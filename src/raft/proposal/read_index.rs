@@ -14,9 +14,9 @@ use openraft::errors::{ForwardReason, LinearizableReadError, RaftError};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-use super::errors::{ReadError, SHUT_DOWN};
-use super::group::RaftHandle;
-use super::state_machine::ApplyState;
+use crate::raft::errors::{ReadError, SHUT_DOWN};
+use crate::raft::replica::RaftHandle;
+use crate::raft::state_machine::ApplyState;
 
 /// ReadIndex that may wait for a round.
 const QUEUED_MAX: usize = 16 << 10;

@@ -17,10 +17,10 @@ use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::registry::Registry;
-use super::runtime::Random;
-use super::status::Role;
-use super::timings::RaftTimings;
+use crate::raft::registry::Registry;
+use crate::raft::runtime::Random;
+use crate::raft::status::Role;
+use crate::raft::timings::RaftTimings;
 
 /// When a replica has to do something by itself.
 pub struct ElectionTimer {

@@ -17,12 +17,12 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::network::PeerClient;
-use super::transport::LaneError;
-use super::types::{RaftVoteOf, vote_from_raft, vote_to_raft};
-use super::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName, WireError};
-use crate::raft::group::RaftHandle;
+use crate::raft::replica::RaftHandle;
 use crate::raft::state_machine::{SnapshotData, with_meta};
+use crate::raft::transport::LaneError;
+use crate::raft::transport::network::PeerClient;
+use crate::raft::transport::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName, WireError};
+use crate::raft::types::{RaftVoteOf, vote_from_raft, vote_to_raft};
 use crate::sm::ports::StoreError;
 use crate::storage::log::Vote;
 use crate::storage::snapshot::{Snapshot, SnapshotReceiver};

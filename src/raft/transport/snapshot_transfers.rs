@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::group::Replica;
-use super::status::Role;
+use crate::raft::replica::Replica;
+use crate::raft::status::Role;
 use crate::types::{LogId, ReplicaId};
 
 /// Log that is kept for a follower whatever its snapshot weighs.
@@ -164,7 +164,7 @@ impl Replica {
 
     /// Purges what a snapshot that was just written, as of `snapshot`, covers, but for what
     /// followers that are near may need.
-    pub(super) async fn purge_behind(&self, snapshot: LogId) {
+    pub(in crate::raft) async fn purge_behind(&self, snapshot: LogId) {
         let deadline = Instant::now() + SNAPSHOT_PATIENCE;
         while self.status().snapshot < Some(snapshot) {
             if Instant::now() > deadline || self.watch.borrow().failure.is_some() {

@@ -18,7 +18,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::raft::wire::PeerRefusal;
+use crate::raft::transport::wire::PeerRefusal;
 use crate::sm::starts::{Start, Starts};
 use crate::storage::starts::{Lacking, StartBook};
 use crate::types::{DirectoryId, StartId};

@@ -8,8 +8,8 @@
 //!   bytes: frames are handed to their groups in the order in which they came, replies go out in
 //!   the order in which they are ready, so a group that stalls holds up no other.
 //! - `http`: lanes as one long-lived `POST /peer/lane/{lane}` over HTTP/2, a connection per lane.
-//! - `seats`: how many lanes from others are served at once.
-//! - `ways`: which peers can't be connected to, though they may well have lanes to this node.
+//! - `limiter`: how many lanes from others are served at once.
+//! - `reachability`: which peers can't be connected to, though they may well have lanes to this node.
 //! - `memory`: lanes within the process, with partitions, for tests and simulation.
 //!
 //! The first frame of a lane is a hello, which names both ends and is checked once; behind it stand
@@ -18,19 +18,17 @@
 //! reason; no frame ever creates a replica. What no reply comes for within its caller's patience is
 //! given up; a lane that says nothing while calls wait is cut and dialled again.
 
-mod acquaintances;
 mod client;
-mod heard;
 pub mod http;
+mod limiter;
 pub mod memory;
-mod seats;
+mod peer_directories;
+mod reachability;
 mod serve;
-mod ways;
 
 pub use super::wire::PeerRefusal;
-pub use acquaintances::{DirectoryRejection, PeerDirectories};
 pub use client::{Call, Lanes, LanesParts, PendingReply, read_reply};
-pub use heard::PeerLiveness;
-pub use seats::LaneLimiter;
+pub use limiter::LaneLimiter;
+pub use peer_directories::{DirectoryRejection, PeerDirectories};
+pub use reachability::Reachability;
 pub use serve::serve_lane;
-pub use ways::Reachability;

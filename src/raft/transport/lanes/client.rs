@@ -13,15 +13,16 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::acquaintances::PeerSession;
-use super::{PeerLiveness, Reachability};
-use crate::raft::pace::LeaseTimings;
-use crate::raft::room::{HeldBytes, RaftBudgets, Reservation};
+use super::Reachability;
+use super::peer_directories::PeerSession;
+use crate::raft::election::leases::LeaseTimings;
+use crate::raft::election::liveness::PeerLiveness;
+use crate::raft::fair_budget::{HeldBytes, RaftBudgets, Reservation};
+use crate::raft::transport::wire::{
+    self, FrameReader, Hello, PeerRefusal, PeerReply, ReceivedFrame, UnsealedFrame,
+};
 use crate::raft::transport::{
     Dial, Incoming, Lane, LaneError, NodeIdentity, Outgoing, Peer, Resolver,
-};
-use crate::raft::wire::{
-    self, FrameReader, Hello, PeerRefusal, PeerReply, ReceivedFrame, UnsealedFrame,
 };
 use crate::sm::starts::Starts;
 use crate::supervisor::Supervisor;
