@@ -1,6 +1,11 @@
 //! [`Scrubber`]: reads again what the node keeps on its disk, now and then: sealed segments of the
-//! log, snapshot files, and files of witnesses. What has rotted is told, counted, and mended while
-//! it can still be had from elsewhere. How fast and how often is decided in `sm::scrub`.
+//! log, files of witnesses, snapshot files, and the trees of maps. What has rotted is told, counted,
+//! and mended while it can still be had from elsewhere. How fast and how often is decided in
+//! `sm::scrub`.
+//!
+//! A tree that is damaged has its replica stopped, as one that any other reader finds damaged: the
+//! reconciler opens it again, and that rebuilds the tree. Snapshots are read before trees, so that
+//! there is a whole one to rebuild it from.
 //!
 //! It reads in a thread that steps back behind all others, and holds no lock that an append needs.
 
@@ -19,6 +24,7 @@ use crate::sm::scrub::{ScrubKind, first_after_ms, next_after_ms, rest_ms};
 use crate::storage::log::Log;
 use crate::storage::{Checked, ReadPace, ReplicaKey, background};
 use crate::supervisor;
+use crate::types::GroupId;
 
 /// Between two looks at whether a scrub is due.
 const TICK_MAX: Duration = Duration::from_secs(1);
@@ -28,6 +34,10 @@ const REST_MAX: Duration = Duration::from_millis(50);
 /// How often, and with what pause, a damaged segment is waited for to go.
 const LET_GO_TRIES: u32 = 20;
 const LET_GO_PAUSE: Duration = Duration::from_millis(500);
+/// How often, and with what pause, a replica is looked at that is to be opened again: its tree is
+/// filled anew, which takes time with its size.
+const REBUILT_LOOKS: u32 = 1800;
+const REBUILT_PAUSE: Duration = Duration::from_millis(500);
 
 /// What scrubs have found since the start.
 #[derive(Debug, Default)]
@@ -142,7 +152,15 @@ impl Pass {
             };
             is_all_mended &= self.conclude(ScrubKind::Segment, &damage, self.let_go(number).await);
         }
-        for witness in self.member.registry.witnesses() {
+        // A replica that stops meanwhile can be opened again only once nobody holds it: each is
+        // looked up when its turn comes.
+        let registry = &self.member.registry;
+        let witnesses: Vec<GroupId> = registry
+            .witnesses()
+            .iter()
+            .map(|it| it.key().group)
+            .collect();
+        for witness in witnesses.into_iter().filter_map(|id| registry.witness(id)) {
             let reading = witness.clone();
             let check = move |_: &mut ReadPace<'_>| reading.check_file();
             let Some(damage) = self.read(ScrubKind::Witness, check).await else {
@@ -156,8 +174,12 @@ impl Pass {
                 .unwrap_or_else(|error| Err(error.to_string()));
             is_all_mended &= self.conclude(ScrubKind::Witness, &damage, rewritten);
         }
-        for group in self.member.registry.groups() {
+        let groups: Vec<GroupId> = registry.groups().iter().map(|it| it.key().group).collect();
+        for group in groups.iter().filter_map(|id| registry.get(*id)) {
             is_all_mended &= self.read_snapshot(&group).await;
+        }
+        for group in groups.iter().filter_map(|id| registry.get(*id)) {
+            is_all_mended &= self.read_tree(group).await;
         }
         if self.shutdown.is_cancelled() {
             return true;
@@ -183,6 +205,58 @@ impl Pass {
             is_all_mended &= self.conclude(ScrubKind::Snapshot, &damage, rewritten);
         }
         is_all_mended
+    }
+
+    async fn read_tree(&self, group: Arc<Group>) -> bool {
+        let state = group.state().clone();
+        let Some(damage) = self
+            .read(Kind::Tree, move |pace| state.check_tree(pace))
+            .await
+        else {
+            return true;
+        };
+        let rebuilt = self.rebuild(group, &damage).await;
+        self.conclude(Kind::Tree, &damage, rebuilt)
+    }
+
+    /// Has a replica stop whose tree is damaged, and waits until it runs again with another.
+    async fn rebuild(&self, group: Arc<Group>, damage: &str) -> Result<(), String> {
+        let key = group.key();
+        if !self.can_be_rebuilt(&group).await {
+            return Err("this is the only replica, and its snapshot is damaged too".to_owned());
+        }
+        group.state().give_up(damage);
+        // It is opened again once nobody holds it.
+        drop(group);
+
+        for _ in 0..REBUILT_LOOKS {
+            let runs = self
+                .member
+                .registry
+                .get(key.group)
+                .is_some_and(|group| group.key() != key || group.failure().is_none());
+            if runs {
+                return Ok(());
+            }
+            if !super::waited(&self.shutdown, REBUILT_PAUSE).await {
+                break;
+            }
+        }
+        Err(format!("replica {key} does not run again yet"))
+    }
+
+    /// Returns whether what is in a tree can be had from elsewhere: from other replicas, or from
+    /// the snapshot of this one and its log.
+    async fn can_be_rebuilt(&self, group: &Group) -> bool {
+        let (own, membership) = (group.key().replica, group.status().membership);
+        let mut members = membership.voters.keys().chain(membership.learners.keys());
+        if members.any(|replica| *replica != own && !membership.is_witness(*replica)) {
+            return true;
+        }
+        let state = group.state().clone();
+        let read = tokio::task::spawn_blocking(move || state.check_snapshot(&mut |_| true)).await;
+        // Where there is none yet, the log has all.
+        !matches!(read, Ok(Checked::Damaged(_)) | Err(_))
     }
 
     /// Reads one thing again. Returns what is wrong with it, having told of it.

@@ -16,16 +16,19 @@ pub enum ScrubKind {
     Snapshot,
     /// The file of a witness.
     Witness,
+    /// The tree of a map.
+    Tree,
 }
 
 impl ScrubKind {
-    pub const ALL: [Self; 3] = [Self::Segment, Self::Snapshot, Self::Witness];
+    pub const ALL: [Self; 4] = [Self::Segment, Self::Snapshot, Self::Witness, Self::Tree];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Segment => "segment",
             Self::Snapshot => "snapshot",
             Self::Witness => "witness",
+            Self::Tree => "tree",
         }
     }
 
@@ -35,6 +38,7 @@ impl ScrubKind {
             Self::Segment => "the replicas that need it write snapshots and let go of it",
             Self::Snapshot => "it is written anew",
             Self::Witness => "it is written anew from memory",
+            Self::Tree => "its replica stops, and rebuilds it from its snapshot and the log",
         }
     }
 }

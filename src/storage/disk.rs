@@ -81,6 +81,9 @@ pub trait DiskFile: Send + Sync {
     }
     /// Makes every earlier write of this file durable, its length included.
     fn sync(&self) -> io::Result<()>;
+    /// Has what the system holds of the file in memory dropped, where it was synced: the next reads
+    /// come from the disk. A wish, which the system may leave.
+    fn forget_cached(&self) {}
 }
 
 /// The file system of this machine. While there is no descriptor left, it waits for one: the disk
@@ -179,5 +182,12 @@ impl DiskFile for File {
 
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
+    }
+
+    fn forget_cached(&self) {
+        #[cfg(target_os = "linux")]
+        if let Err(error) = rustix::fs::fadvise(self, 0, None, rustix::fs::Advice::DontNeed) {
+            tracing::debug!(%error, "a file stays in memory");
+        }
     }
 }

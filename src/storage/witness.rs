@@ -65,6 +65,7 @@ impl WitnessFiles {
             Err(source) => return Err(io_error("opening", &path, source)),
         };
         let damaged = |reason: &str| StoreError::Damaged(format!("{}: {reason}", path.display()));
+        file.forget_cached();
         let length = file
             .len()
             .map_err(|source| io_error("reading", &path, source))?;

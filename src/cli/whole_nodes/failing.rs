@@ -20,6 +20,7 @@ use crate::node::Node;
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::sm::recovery::FailureCause;
 use crate::storage::ReplicaKey;
+use crate::storage::tree::Trees;
 use crate::types::{GroupId, NodeId, SLOTS};
 
 /// Three nodes, with a shard on each of them.
@@ -84,6 +85,26 @@ impl Cluster {
                 written.iter().all(Result::is_ok)
             };
             until("it is written", write).await.expect("written");
+        }
+    }
+
+    /// Every key has what was written in that round.
+    async fn assert_holds(&self, round: u32) {
+        for n in 0..30 {
+            let key = Bytes::from(format!("key {n}"));
+            let mut got = None;
+            until("it is read", async || {
+                got = self.store.get(key.clone(), options()).await.ok();
+                got.is_some()
+            })
+            .await
+            .expect("read");
+            let record = got.and_then(|found| found.record);
+            assert_eq!(
+                record.map(|record| record.value),
+                Some(Bytes::from(format!("{round}"))),
+                "key {n}"
+            );
         }
     }
 
@@ -396,5 +417,63 @@ async fn what_rots_on_a_disk_is_found_by_a_scrub_and_mended() {
     mended("snapshot").await;
 
     cluster.write(7).await;
+    cluster.end();
+}
+
+/// Nothing is lost, and the replica is there again with a tree that is whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tree_that_rots_is_found_by_a_scrub_and_the_replica_rebuilt() {
+    let cluster = Cluster::start(Duration::from_secs(600)).await;
+    let (host, key) = cluster.follower(SHARD).await;
+    let disks = host.disks();
+    host.end(End::Kill);
+    host.bury();
+    // Only the scrub can find it.
+    host.compare_every(Duration::from_secs(600));
+    host.scrub_every(Duration::from_millis(300));
+    host.start();
+    until("its replica is there again", async || {
+        host.group(SHARD)
+            .is_some_and(|group| group.status().leader.is_some())
+    })
+    .await
+    .expect("it is");
+    let node = host.node().expect("it is up");
+    until("it is scrubbed", async || {
+        metric(&node, "quorate_scrubs_total") >= 1.0
+    })
+    .await
+    .expect("scrubbed");
+    assert_eq!(metric(&node, "quorate_scrub_damaged_total"), 0.0);
+
+    let prefix = format!("{key}.");
+    let flipped = until("there is a tree with something in it", async || {
+        let names = disks.trees.names().expect("listed");
+        let mut its = names.iter().filter(|name| name.starts_with(&prefix));
+        // The first is its record, which each checkpoint writes anew.
+        its.any(|name| (1..20).any(|at| disks.trees.flip(name, at)))
+    });
+    flipped.await.expect("flipped");
+    let mended = until("it is mended", async || {
+        scrubbed(&node, "quorate_scrub_mended_total", "tree") >= 1.0
+    });
+    mended.await.expect("mended");
+    assert!(scrubbed(&node, "quorate_scrub_damaged_total", "tree") >= 1.0);
+    until("it is well again", async || node.ready().is_ok())
+        .await
+        .expect("ready");
+    assert_eq!(host.group(SHARD).expect("a replica").key(), key);
+
+    let scrubs = metric(&node, "quorate_scrubs_total");
+    let damaged = metric(&node, "quorate_scrub_damaged_total");
+    until("it is scrubbed again", async || {
+        metric(&node, "quorate_scrubs_total") >= scrubs + 2.0
+    })
+    .await
+    .expect("scrubbed");
+    assert_eq!(metric(&node, "quorate_scrub_damaged_total"), damaged);
+    cluster.assert_holds(0).await;
+    cluster.write(7).await;
+    cluster.assert_holds(7).await;
     cluster.end();
 }

@@ -39,6 +39,7 @@ impl Log {
             segment: number,
             offset: 0,
         };
+        file.forget_cached();
         match check_records(&*file, place, end, pace) {
             Ok(true) => Checked::Whole,
             Ok(false) => Checked::Unread,

@@ -137,6 +137,11 @@ impl Snapshot {
         })
     }
 
+    /// Has the next reads of it come from the disk, as far as the system allows.
+    pub fn forget_cached(&self) {
+        self.inner.file.forget_cached();
+    }
+
     /// Visits every pair, each checked before it is shown; an error at the end takes back the
     /// belief in all of them.
     pub fn for_each(&self, visit: &mut Visit<'_>) -> Result<(), StoreError> {

@@ -17,7 +17,9 @@
 //! 5. [`ReplicaMap::prepare`] fills a new generation of the tree from a received file, and
 //!    [`ReplicaMap::install`] publishes the file and switches in one step: the record comes last,
 //!    and the highest generation with a true record is the tree.
-//! 6. Trees that take far more space than what is in them are copied to a fresh place by
+//! 6. [`ReplicaMap::check_tree`] reads the tree again, page by page, and finds what has rotted in
+//!    it (`tree_check`).
+//! 7. Trees that take far more space than what is in them are copied to a fresh place by
 //!    [`MapStore::compact`] (`compaction`).
 //!
 //! # Why a tree is believed
@@ -46,6 +48,7 @@ mod scan;
 mod scrub;
 mod store;
 mod tables;
+mod tree_check;
 
 #[cfg(test)]
 mod clean_tests;
@@ -109,7 +112,7 @@ pub struct MapOptions {
     /// Bytes that the trees of the node may take on the disk beyond a multiple of their contents,
     /// before they are copied to a fresh place.
     pub garbage_bytes_max: u64,
-    /// Pairs that are copied there at a time.
+    /// Pairs that are copied there, or read again, at a time.
     pub copy_page_pairs: usize,
     /// Memory that the trees use as a cache.
     pub cache_bytes: u64,

@@ -18,6 +18,7 @@ use super::record::{RESERVED, TreeRecord};
 use super::redo::{Redo, RedoFile};
 use super::store::{CheckpointJob, MapClaim, MapStoreInner};
 use super::tables::{ImmutableMemtable, Memtables, ReadGuard};
+use super::tree_check::TreeCheck;
 use super::{Applied, Synced};
 use crate::sm::ports::{StoreError, WriteBatch};
 use crate::storage::ReplicaKey;
@@ -78,6 +79,8 @@ pub(super) struct TreeWriter {
     redo: Option<RedoFile>,
     /// The copy of the tree that is being made.
     pub copy: Option<TreeCopy>,
+    /// How far the tree was read again.
+    pub check: Option<TreeCheck>,
     /// The map that is about to take the tree's place.
     pub prepared: Option<PreparedMap>,
 }
@@ -136,6 +139,7 @@ impl ReplicaMap {
                 record,
                 redo: None,
                 copy: None,
+                check: None,
                 prepared: None,
             }),
             shelf: Mutex::new(snapshot),
@@ -604,6 +608,13 @@ impl ReplicaMapInner {
             none => none.insert(self.shared.redo.file(self.key)?),
         };
         file.write(&redo)?;
+        if let Some(check) = &mut pen.check
+            && let Err(error) = check.follow(tree, &redo.changes)
+        {
+            // Nothing is said of the tree then; another check begins anew.
+            tracing::warn!(replica = %self.key, %error, "a check of a tree was given up");
+            pen.check = None;
+        }
         redo.carry_out(tree)?;
         if let Some(copy) = &mut pen.copy
             && let Err(error) = copy.follow(&redo.changes)

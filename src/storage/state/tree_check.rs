@@ -1,0 +1,178 @@
+//! Reading the tree of a replica again while it serves and is written to, to find what has rotted
+//! while it can still be had from elsewhere.
+//!
+//! Pages of pairs are read, each with the pen in hand, so that the tree stands still; between two
+//! pages others have their turn. A checkpoint meanwhile tells the check what it changes before the
+//! place that the check has come to. After the last page the check has the digest that the tree is
+//! to have, or one of the pairs is damaged.
+//!
+//! The trees hold in memory a part of what is in them, and the system another: of those parts the
+//! check sees what readers are given, which may be better than what is on the disk.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::ReplicaMap;
+use super::digest::{Digest, PairHasher};
+use super::open::pair_bytes;
+use super::record::{CORE_KEYS_START, RECORD_KEY, TreeRecord};
+use super::replica::{ReplicaMapInner, TreeWriter};
+use super::store::is_of_the_machine;
+use crate::sm::ports::{Direction, KeyRange, StoreError};
+use crate::storage::tree::Tree;
+use crate::storage::{Checked, ReadPace};
+
+/// A page ends once this much is read, if not sooner: so long the pen is held.
+const PAGE_BYTES: u64 = 256 << 10;
+
+/// A check on its way.
+pub(super) struct TreeCheck {
+    /// Every key before this one is in the digest as it is in the tree.
+    next: Bytes,
+    digest: Digest,
+    hasher: PairHasher,
+}
+
+impl TreeCheck {
+    fn new() -> Self {
+        Self {
+            next: Bytes::from_static(CORE_KEYS_START),
+            digest: Digest::default(),
+            hasher: PairHasher::default(),
+        }
+    }
+
+    /// Has the check follow what a checkpoint is about to change in the tree.
+    pub fn follow(
+        &mut self,
+        tree: &dyn Tree,
+        changes: &[(Bytes, Option<Bytes>)],
+    ) -> Result<(), StoreError> {
+        for (key, change) in changes.iter().filter(|(key, _)| *key < self.next) {
+            if let Some(old) = tree.get(key)? {
+                self.digest.subtract(self.hasher.hash(key, &old));
+            }
+            if let Some(value) = change {
+                self.digest.add(self.hasher.hash(key, value));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the next page.
+    fn read_page(&mut self, tree: &dyn Tree, pairs_max: usize) -> Result<Page, StoreError> {
+        let rest = KeyRange {
+            start: self.next.clone(),
+            end: None,
+        };
+        let (mut pairs, mut bytes) = (0, 0);
+        for pair in tree.scan(&rest, Direction::Forward) {
+            let (key, value) = pair?;
+            self.digest.add(self.hasher.hash(&key, &value));
+            pairs += 1;
+            bytes += pair_bytes(&key, &value);
+            self.next = [&key[..], &[0]].concat().into();
+            if pairs >= pairs_max || bytes >= PAGE_BYTES {
+                return Ok(Page {
+                    bytes,
+                    is_last: false,
+                });
+            }
+        }
+        Ok(Page {
+            bytes,
+            is_last: true,
+        })
+    }
+}
+
+/// What was read at once.
+struct Page {
+    bytes: u64,
+    is_last: bool,
+}
+
+impl ReplicaMap {
+    /// Reads every pair of the tree, and compares all of them with the record of the tree. The map
+    /// serves on, and takes entries. Blocking, and long.
+    pub fn check_tree(&self, pace: &mut ReadPace<'_>) -> Checked {
+        let replica = &self.replica;
+        let generation = begin(replica);
+        let checked = loop {
+            match step(replica, generation) {
+                Ok(Some(page)) if page.is_last => {
+                    pace(page.bytes);
+                    break Checked::Whole;
+                }
+                Ok(Some(page)) if pace(page.bytes) => {}
+                Ok(Some(_) | None) => break Checked::Unread,
+                Err(error) if is_of_the_tree(replica, &error) => {
+                    break Checked::Damaged(format!("the tree of {}: {error}", replica.key));
+                }
+                Err(_) => break Checked::Unread,
+            }
+        };
+        replica.lock_pen_last().check = None;
+        checked
+    }
+
+    /// Stops the replica for that reason: what it had is damaged, and whoever opens it again
+    /// rebuilds it.
+    pub fn give_up(&self, reason: &str) {
+        self.replica.fail(reason);
+    }
+}
+
+/// Begins a check of the tree. Returns its generation.
+fn begin(replica: &Arc<ReplicaMapInner>) -> u64 {
+    let mut pen = replica.lock_pen_last();
+    let generation = pen.record.generation;
+    pen.check = Some(TreeCheck::new());
+    generation
+}
+
+/// Reads a page, and compares the whole with the record after the last. None: another tree has
+/// taken the place of this one, or the replica has stopped.
+fn step(replica: &Arc<ReplicaMapInner>, generation: u64) -> Result<Option<Page>, StoreError> {
+    let mut pen = replica.lock_pen_last();
+    if replica.check().is_err() || pen.record.generation != generation {
+        return Ok(None);
+    }
+    let tree = replica.read_tables().tree.clone();
+    let TreeWriter { check, record, .. } = &mut *pen;
+    let Some(check) = check.as_mut() else {
+        return Ok(None);
+    };
+    let page = check.read_page(&*tree, replica.shared.options.copy_page_pairs)?;
+    if page.is_last {
+        compare(&*tree, record, check.digest)?;
+    }
+    Ok(Some(page))
+}
+
+/// Compares what a tree says of itself with what is known of it, and with what was read.
+fn compare(tree: &dyn Tree, known: &TreeRecord, read: Digest) -> Result<(), StoreError> {
+    let damaged = |reason: String| Err(StoreError::Damaged(reason));
+    match tree.get(RECORD_KEY)? {
+        Some(bytes) if TreeRecord::decode(&bytes)? != *known => {
+            return damaged("its record is not what was written last".into());
+        }
+        // It was never written to.
+        None if known.applied.log_id.is_some() => return damaged("its record is gone".into()),
+        Some(_) | None => {}
+    }
+    if read != known.digest {
+        return damaged(format!(
+            "its {} pairs do not match the digest of {}",
+            read.pairs, known.digest.pairs
+        ));
+    }
+    Ok(())
+}
+
+/// Returns whether an error says something of the tree, and not of the machine, nor of a process
+/// that can't use any tree any more.
+fn is_of_the_tree(replica: &ReplicaMapInner, error: &StoreError) -> bool {
+    !is_of_the_machine(error) && replica.shared.trees.given_up().is_none()
+}
