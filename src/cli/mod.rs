@@ -65,6 +65,8 @@ pub enum Exit {
     Done,
     /// What was asked for is not there: said by the exit code, not by a message.
     Missing,
+    /// What was looked at is not as it should be: said already, and by the exit code.
+    Damaged,
     /// The user did not wait for the end. What goes on was said.
     Interrupted,
 }
@@ -149,7 +151,7 @@ pub fn run(cli: Cli) -> ExitCode {
     };
     match ended {
         Ok(Exit::Done) => ExitCode::SUCCESS,
-        Ok(Exit::Missing) => ExitCode::from(1),
+        Ok(Exit::Missing | Exit::Damaged) => ExitCode::from(1),
         // As a shell reports SIGINT.
         Ok(Exit::Interrupted) => ExitCode::from(130),
         Err(error) if error.is_closed_pipe() => ExitCode::SUCCESS,

@@ -22,7 +22,7 @@ use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
     PromiseReply, PromiseRequest, SetUpError,
 };
-use crate::client::protocol::{Hop, ShardReply, ShardRequest};
+use crate::client::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
 use crate::http::metrics::Kind;
@@ -260,6 +260,14 @@ impl PeerService for Face {
 
     fn hold_level(&self, request: HoldRequest) -> BoxFuture<'_, Result<(), Failure>> {
         Box::pin(self.node.hold_level(request))
+    }
+
+    fn scrub_status(&self) -> Result<ScrubStatus, Failure> {
+        self.node.scrub_status()
+    }
+
+    fn begin_scrub(&self) -> Result<ScrubStatus, Failure> {
+        self.node.begin_scrub()
     }
 
     fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply> {

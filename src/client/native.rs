@@ -16,7 +16,7 @@ use serde::Deserialize;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::problem;
-use super::protocol::ClusterStatus;
+use super::protocol::{ClusterStatus, ScrubStatus};
 use super::repeat::{Effect, LastWord, Speaker, server_timeout_ms};
 use super::store::Failure;
 use super::wire::Connection;
@@ -285,6 +285,26 @@ impl NativeClient {
         };
         let transferred: Transferred = read_json(&checked(self.exchange(exchange).await?)?)?;
         Ok(transferred.leader)
+    }
+
+    /// Returns how the last scrub of a node gets on, after one was begun if `begin` says so.
+    ///
+    /// # Errors
+    ///
+    /// When it doesn't answer in time, or is none that has a scrub.
+    pub async fn scrub(&mut self, begin: bool) -> Result<ScrubStatus, NativeError> {
+        // Where one runs, no other begins.
+        let effect = Effect::Idempotent;
+        let path = format!("/v1/node/scrub?{}", self.wait(effect));
+        let exchange = if begin {
+            Exchange {
+                effect,
+                ..Exchange::write(Method::POST, path, &WriteHeaders::default(), Bytes::new())?
+            }
+        } else {
+            Exchange::read(path)
+        };
+        read_json(&checked(self.exchange(exchange).await?)?)
     }
 
     fn key_path(&self, key: &[u8], more: &str, effect: Effect) -> String {

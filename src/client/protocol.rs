@@ -302,3 +302,33 @@ pub enum ReplicaHealth {
     /// Its node does not answer.
     Unreachable,
 }
+
+/// How the last scrub of a node gets on that was begun since its start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// Zero before the first.
+    pub number: u64,
+    pub is_running: bool,
+    /// The node stopped before the end.
+    pub was_broken_off: bool,
+    pub bytes_read: u64,
+    /// About how many there are to be read, as it was at the beginning.
+    pub bytes_total: u64,
+    pub elapsed_ms: u64,
+    /// How many files and trees were found damaged, and how many of these are mended.
+    pub damaged: u64,
+    pub mended: u64,
+    /// The first of them.
+    pub damages: Vec<ScrubDamage>,
+}
+
+/// Something that a scrub has found damaged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubDamage {
+    /// `segment`, `snapshot`, `witness`, `tree`, or what later programs read.
+    pub kind: String,
+    pub what: String,
+    /// Why it was not mended; none: it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_mended: Option<String>,
+}

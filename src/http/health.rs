@@ -77,6 +77,7 @@ pub(super) const FRONT_PAGE: &str = concat!(
     ?dry_run=true, ?wait=60s\n",
     "GET  /v1/cluster/operations/<id>        how a change of the view gets on\n",
     "POST /v1/cluster/shards/<id>/leader     hand a shard's leadership over\n",
+    "GET POST /v1/node/scrub                 how this node's scrub gets on; begin one\n",
     "GET  /healthz /readyz /metrics\n\n",
     "As other stores' clients speak:\n\n",
     "PUT  /set, POST /fetch, GET /fetch, POST /query   lists of encoded keys and values\n",

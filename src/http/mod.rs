@@ -134,6 +134,10 @@ pub fn router(app: App) -> Router {
         .route(
             "/v1/cluster/shards/{id}/leader",
             post(native::transfer_leader),
+        )
+        .route(
+            "/v1/node/scrub",
+            get(native::scrub_status).post(native::begin_scrub),
         );
     if let Some(peers) = &app.peers {
         router = router.merge(peer::routes(Arc::clone(peers)));

@@ -25,8 +25,8 @@ use crate::client::peer::{
     PromiseReply, PromiseRequest, Standing,
 };
 use crate::client::protocol::{
-    ClusterStatus, Hop, NodeStatus, ReplicaHealth, ReplicaStatus, ShardReply, ShardRequest,
-    ShardStatus,
+    ClusterStatus, Hop, NodeStatus, ReplicaHealth, ReplicaStatus, ScrubStatus, ShardReply,
+    ShardRequest, ShardStatus,
 };
 use crate::client::shard_map::ShardMap;
 use crate::client::store::*;
@@ -758,6 +758,18 @@ impl PeerService for Echo {
         } else {
             other()
         }))
+    }
+
+    fn scrub_status(&self) -> Result<ScrubStatus, Failure> {
+        Ok(ScrubStatus::default())
+    }
+
+    fn begin_scrub(&self) -> Result<ScrubStatus, Failure> {
+        Ok(ScrubStatus {
+            number: 1,
+            is_running: true,
+            ..ScrubStatus::default()
+        })
     }
 
     fn view(&self) -> BoxFuture<'_, Result<View, Failure>> {

@@ -56,7 +56,7 @@ use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
     PeerCaller, PromiseReply, PromiseRequest,
 };
-use crate::client::protocol::{ClusterStatus, Hop, ShardReply, ShardRequest};
+use crate::client::protocol::{ClusterStatus, Hop, ScrubStatus, ShardReply, ShardRequest};
 use crate::client::remote::RemoteStore;
 use crate::client::shard_map::ShardMap;
 use crate::client::store::{
@@ -492,6 +492,26 @@ impl Node {
         written
             .map_err(|error| failed(error.to_string()))?
             .map_err(|error| failed(error.to_string()))
+    }
+
+    /// Returns how the last scrub of this node gets on.
+    ///
+    /// # Errors
+    ///
+    /// When this node belongs to no cluster.
+    pub fn scrub_status(&self) -> Result<ScrubStatus, Failure> {
+        let running = self.running.get().ok_or_else(|| self.unavailable())?;
+        Ok(running.scrubs().status())
+    }
+
+    /// Has a scrub of this node begin at once, unless one runs. Returns how that gets on.
+    ///
+    /// # Errors
+    ///
+    /// When this node belongs to no cluster.
+    pub fn begin_scrub(&self) -> Result<ScrubStatus, Failure> {
+        let running = self.running.get().ok_or_else(|| self.unavailable())?;
+        Ok(running.scrubs().begin_now())
     }
 
     /// Hears that replicas have failed on another node.

@@ -310,6 +310,10 @@ impl Running {
         self.storage.log.lacks_room()
     }
 
+    pub fn scrubs(&self) -> &Scrubs {
+        &self.scrubs
+    }
+
     pub fn unready(&self) -> Option<Lack> {
         self.findings
             .stalled()

@@ -9,16 +9,18 @@
 //!
 //! It reads in a thread that steps back behind all others, and holds no lock that an append needs.
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
+use crate::client::protocol::{ScrubDamage, ScrubStatus};
 use crate::raft::Replica;
 use crate::sm::scrub::{ScrubKind, first_after_ms, next_after_ms, rest_ms};
 use crate::storage::log::Log;
@@ -39,9 +41,40 @@ const LET_GO_PAUSE: Duration = Duration::from_millis(500);
 const REBUILT_LOOKS: u32 = 1800;
 const REBUILT_PAUSE: Duration = Duration::from_millis(500);
 
-/// What scrubs have found since the start.
+/// What of one scrub is told word for word: a disk that fails damages thousands of things.
+const DAMAGES_TOLD_MAX: usize = 100;
+
+/// What scrubs have found since the start, and how the last one gets on.
 #[derive(Debug, Default)]
-pub struct Scrubs(Mutex<ScrubCounts>);
+pub struct Scrubs {
+    ledger: Mutex<ScrubLedger>,
+    /// Told when one is to begin at once.
+    asked: Notify,
+}
+
+#[derive(Debug, Default)]
+struct ScrubLedger {
+    counts: ScrubCounts,
+    last: ScrubProgress,
+    /// One is to begin at once.
+    is_asked: bool,
+}
+
+/// How the last scrub gets on that was begun.
+#[derive(Debug, Default)]
+struct ScrubProgress {
+    /// Zero before the first.
+    number: u64,
+    began: Option<Instant>,
+    /// None while it runs.
+    took: Option<Duration>,
+    was_broken_off: bool,
+    bytes: u64,
+    bytes_total: u64,
+    damaged: u64,
+    mended: u64,
+    damages: Vec<ScrubDamage>,
+}
 
 /// The same, at one time.
 #[derive(Debug, Clone, Default)]
@@ -55,11 +88,105 @@ pub struct ScrubCounts {
 
 impl Scrubs {
     pub fn now(&self) -> ScrubCounts {
-        self.0.lock().clone()
+        self.lock().counts.clone()
     }
 
-    fn change(&self, change: impl FnOnce(&mut ScrubCounts)) {
-        change(&mut self.0.lock());
+    /// Returns how the last scrub gets on, or the one that is about to begin.
+    pub fn status(&self) -> ScrubStatus {
+        self.lock().status()
+    }
+
+    /// Has a scrub begin at once, unless one runs or is about to begin. Returns how that is.
+    pub fn begin_now(&self) -> ScrubStatus {
+        let mut ledger = self.lock();
+        if !ledger.last.runs() {
+            ledger.is_asked = true;
+            self.asked.notify_one();
+        }
+        ledger.status()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ScrubLedger> {
+        self.ledger.lock()
+    }
+
+    fn begin(&self, bytes_total: u64) {
+        let mut ledger = self.lock();
+        ledger.is_asked = false;
+        ledger.last = ScrubProgress {
+            number: ledger.last.number + 1,
+            began: Some(Instant::now()),
+            bytes_total,
+            ..ScrubProgress::default()
+        };
+    }
+
+    fn end(&self, was_broken_off: bool) {
+        let mut ledger = self.lock();
+        if !was_broken_off {
+            ledger.counts.ended += 1;
+            ledger.counts.last_end = Some(SystemTime::now());
+        }
+        ledger.last.was_broken_off = was_broken_off;
+        ledger.last.took = ledger.last.began.map(|began| began.elapsed());
+    }
+
+    fn count_bytes(&self, bytes: u64) {
+        let mut ledger = self.lock();
+        ledger.counts.bytes += bytes;
+        ledger.last.bytes += bytes;
+    }
+
+    fn count_damaged(&self, kind: ScrubKind) {
+        let mut ledger = self.lock();
+        *ledger.counts.damaged.entry(kind).or_default() += 1;
+        ledger.last.damaged += 1;
+    }
+
+    fn conclude(&self, kind: ScrubKind, damage: &str, mended: &Result<(), String>) {
+        let mut ledger = self.lock();
+        if mended.is_ok() {
+            *ledger.counts.mended.entry(kind).or_default() += 1;
+            ledger.last.mended += 1;
+        }
+        if ledger.last.damages.len() < DAMAGES_TOLD_MAX {
+            ledger.last.damages.push(ScrubDamage {
+                kind: kind.name().to_owned(),
+                what: damage.to_owned(),
+                not_mended: mended.as_ref().err().cloned(),
+            });
+        }
+    }
+}
+
+impl ScrubLedger {
+    fn status(&self) -> ScrubStatus {
+        if self.is_asked {
+            return ScrubStatus {
+                number: self.last.number + 1,
+                is_running: true,
+                ..ScrubStatus::default()
+            };
+        }
+        let last = &self.last;
+        let elapsed = || last.began.map(|began| began.elapsed());
+        ScrubStatus {
+            number: last.number,
+            is_running: last.runs(),
+            was_broken_off: last.was_broken_off,
+            bytes_read: last.bytes,
+            bytes_total: last.bytes_total,
+            elapsed_ms: millis(last.took.or_else(elapsed).unwrap_or_default()),
+            damaged: last.damaged,
+            mended: last.mended,
+            damages: last.damages.clone(),
+        }
+    }
+}
+
+impl ScrubProgress {
+    fn runs(&self) -> bool {
+        self.began.is_some() && self.took.is_none()
     }
 }
 
@@ -95,14 +222,18 @@ impl Scrubber {
     pub async fn run(self, shutdown: &CancellationToken) {
         let every_ms = millis(self.every);
         let mut due = first_after_ms(every_ms).map(after);
-        let tick = TICK_MAX.min(self.every.max(REST_MAX));
+        let tick = match self.every {
+            Duration::ZERO => TICK_MAX,
+            every => TICK_MAX.min(every.max(REST_MAX)),
+        };
         let mut running: Option<JoinHandle<bool>> = None;
-        while super::waited(shutdown, tick).await {
+        while self.waited(shutdown, tick).await {
             if let Some(ended) = running.take_if(|running| running.is_finished()) {
                 let is_all_mended = ended.await.unwrap_or(false);
-                due = Some(after(next_after_ms(every_ms, is_all_mended)));
+                due = next_after_ms(every_ms, is_all_mended).map(after);
             }
-            if running.is_none() && due.is_some_and(|due| due <= Instant::now()) {
+            let is_due = due.is_some_and(|due| due <= Instant::now());
+            if running.is_none() && (is_due || self.scrubs.lock().is_asked) {
                 let parts = (self.member.clone(), self.log.clone(), self.scrubs.clone());
                 let pass = Pass {
                     member: parts.0,
@@ -115,6 +246,16 @@ impl Scrubber {
         }
         if let Some(running) = running {
             let _ = running.await;
+        }
+    }
+
+    /// Waits for a tick, or until a scrub is asked for. Returns whether to go on.
+    async fn waited(&self, shutdown: &CancellationToken, tick: Duration) -> bool {
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => false,
+            () = self.scrubs.asked.notified() => true,
+            () = tokio::time::sleep(tick) => true,
         }
     }
 }
@@ -139,6 +280,23 @@ struct Pass {
 impl Pass {
     /// Returns whether nothing is left that is damaged.
     async fn run(self) -> bool {
+        self.scrubs.begin(self.bytes_total());
+        let is_all_mended = self.read_all().await;
+        let was_broken_off = self.shutdown.is_cancelled();
+        self.scrubs.end(was_broken_off);
+        is_all_mended || was_broken_off
+    }
+
+    /// Returns about how many bytes there are to be read.
+    fn bytes_total(&self) -> u64 {
+        let maps = self.member.registry.groups();
+        let maps = maps
+            .iter()
+            .map(|group| group.snapshot_bytes() + group.state().map_bytes());
+        self.log.sealed_bytes() + maps.sum::<u64>()
+    }
+
+    async fn read_all(&self) -> bool {
         let mut is_all_mended = true;
         for number in self.log.sealed_segments() {
             let log = self.log.clone();
@@ -181,13 +339,6 @@ impl Pass {
         for group in groups.iter().filter_map(|id| registry.get(*id)) {
             is_all_mended &= self.read_tree(group).await;
         }
-        if self.shutdown.is_cancelled() {
-            return true;
-        }
-        self.scrubs.change(|counts| {
-            counts.ended += 1;
-            counts.last_end = Some(SystemTime::now());
-        });
         is_all_mended
     }
 
@@ -207,20 +358,20 @@ impl Pass {
         is_all_mended
     }
 
-    async fn read_tree(&self, group: Arc<Group>) -> bool {
+    async fn read_tree(&self, group: Arc<Replica>) -> bool {
         let state = group.state().clone();
         let Some(damage) = self
-            .read(Kind::Tree, move |pace| state.check_tree(pace))
+            .read(ScrubKind::Tree, move |pace| state.check_tree(pace))
             .await
         else {
             return true;
         };
         let rebuilt = self.rebuild(group, &damage).await;
-        self.conclude(Kind::Tree, &damage, rebuilt)
+        self.conclude(ScrubKind::Tree, &damage, rebuilt)
     }
 
     /// Has a replica stop whose tree is damaged, and waits until it runs again with another.
-    async fn rebuild(&self, group: Arc<Group>, damage: &str) -> Result<(), String> {
+    async fn rebuild(&self, group: Arc<Replica>, damage: &str) -> Result<(), String> {
         let key = group.key();
         if !self.can_be_rebuilt(&group).await {
             return Err("this is the only replica, and its snapshot is damaged too".to_owned());
@@ -247,7 +398,7 @@ impl Pass {
 
     /// Returns whether what is in a tree can be had from elsewhere: from other replicas, or from
     /// the snapshot of this one and its log.
-    async fn can_be_rebuilt(&self, group: &Group) -> bool {
+    async fn can_be_rebuilt(&self, group: &Replica) -> bool {
         let (own, membership) = (group.key().replica, group.status().membership);
         let mut members = membership.voters.keys().chain(membership.learners.keys());
         if members.any(|replica| *replica != own && !membership.is_witness(*replica)) {
@@ -279,8 +430,7 @@ impl Pass {
         });
         match read.await.map(|read| read.unwrap_or(Checked::Unread)) {
             Ok(Checked::Damaged(damage)) => {
-                self.scrubs
-                    .change(|counts| *counts.damaged.entry(kind).or_default() += 1);
+                self.scrubs.count_damaged(kind);
                 tracing::error!("a scrub has found damage: {damage}; {}", kind.remedy());
                 Some(damage)
             }
@@ -293,12 +443,9 @@ impl Pass {
     }
 
     fn conclude(&self, kind: ScrubKind, damage: &str, mended: Result<(), String>) -> bool {
+        self.scrubs.conclude(kind, damage, &mended);
         match &mended {
-            Ok(()) => {
-                self.scrubs
-                    .change(|counts| *counts.mended.entry(kind).or_default() += 1);
-                tracing::warn!("that is done: {damage}");
-            }
+            Ok(()) => tracing::warn!("that is done: {damage}"),
             Err(reason) => tracing::error!(
                 "that was not done, and is tried again by the next scrub: {damage}; {reason}"
             ),
@@ -396,6 +543,6 @@ impl<'a> Resting<'a> {
 
     fn count(&mut self) {
         let bytes = std::mem::take(&mut self.uncounted);
-        self.scrubs.change(|counts| counts.bytes += bytes);
+        self.scrubs.count_bytes(bytes);
     }
 }

@@ -57,13 +57,14 @@ pub fn first_after_ms(every_ms: u64) -> Option<u64> {
     (every_ms > 0).then(|| every_ms.min(FIRST_AFTER_MS))
 }
 
-/// Returns how long after the end of a scrub the next begins.
-pub fn next_after_ms(every_ms: u64, is_all_mended: bool) -> u64 {
-    if is_all_mended {
+/// Returns how long after the end of a scrub the next begins; none: only when it is asked for.
+pub fn next_after_ms(every_ms: u64, is_all_mended: bool) -> Option<u64> {
+    let after_ms = if is_all_mended {
         every_ms
     } else {
         every_ms.min(AGAIN_AFTER_MS)
-    }
+    };
+    (every_ms > 0).then_some(after_ms)
 }
 
 #[cfg(test)]
@@ -84,8 +85,10 @@ mod tests {
         assert_eq!(first_after_ms(0), None);
         assert_eq!(first_after_ms(500), Some(500));
         assert_eq!(first_after_ms(WEEK_MS), Some(3_600_000));
-        assert_eq!(next_after_ms(WEEK_MS, true), WEEK_MS);
-        assert_eq!(next_after_ms(WEEK_MS, false), 600_000);
-        assert_eq!(next_after_ms(500, false), 500);
+        assert_eq!(next_after_ms(WEEK_MS, true), Some(WEEK_MS));
+        assert_eq!(next_after_ms(WEEK_MS, false), Some(600_000));
+        assert_eq!(next_after_ms(500, false), Some(500));
+        assert_eq!(next_after_ms(0, true), None);
+        assert_eq!(next_after_ms(0, false), None);
     }
 }

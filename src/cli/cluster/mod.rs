@@ -6,6 +6,7 @@
 mod change;
 mod level;
 mod progress;
+mod scrub;
 mod status;
 
 use std::io::{self, IsTerminal, Write};
@@ -15,6 +16,7 @@ use clap::{Args, Subcommand};
 
 use self::change::{Carrying, Planning, Verb};
 use self::progress::Follower;
+use self::scrub::ScrubBegin;
 use super::servers::{Servers, seconds};
 use super::{CliError, EXIT_CODES, Exit, complain};
 use crate::client::native::NativeClient;
@@ -89,7 +91,22 @@ enum Command {
         #[arg(long, value_name = "HOST:PORT")]
         to: Option<Address>,
     },
+    /// Have the nodes read again what is on their disks, now, and wait for what that shows
+    #[command(after_help = SCRUB_EXIT_CODES)]
+    Scrub {
+        /// Only this node [default: all of them]
+        #[arg(long, value_name = "HOST:PORT")]
+        node: Option<Address>,
+        /// ScrubBegin none: show how the scrubs get on that run, or how the last ones ended
+        #[arg(long)]
+        watch: bool,
+    },
 }
+
+/// What the exit codes of a scrub mean.
+const SCRUB_EXIT_CODES: &str = "Exit codes: 0 nothing is damaged, 1 something was, mended or not, 2 \
+usage, 3 a node did not answer or stopped, 130 interrupted: a scrub that has begun goes on by \
+itself.";
 
 /// The cluster that a command is about.
 struct Cluster {
@@ -155,6 +172,14 @@ pub async fn run(arguments: Arguments) -> Result<Exit, CliError> {
             }
             tokio::time::sleep(pause).await;
         },
+        Command::Scrub { node, watch } => {
+            let begin = if watch {
+                ScrubBegin::No
+            } else {
+                ScrubBegin::Yes
+            };
+            scrub::run(&mut cluster, node, begin).await
+        }
         Command::Change(verb) => change::carry_out(&mut cluster, &verb).await,
         Command::Plan(verb) => change::plan(&mut cluster, &verb).await,
         Command::Wait { plan, json } => {

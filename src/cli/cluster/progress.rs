@@ -143,13 +143,10 @@ impl Meter {
         let left = change.replicas_left + change.slots_left;
         self.most = self.most.max(left);
         let done = self.most - left;
-        let signs = (done * BAR_WIDTH).checked_div(self.most).unwrap_or(0);
-        let (full, empty) = (signs as usize, (BAR_WIDTH - signs) as usize);
         let mut line = format!(
-            "plan {} [{}{}] {}",
+            "plan {} {} {}",
             change.id,
-            "#".repeat(full),
-            "-".repeat(empty),
+            bar(done, self.most),
             what_is_left(change)
         );
         if let Some(reason) = change.waiting_for.first() {
@@ -163,6 +160,14 @@ impl Meter {
         }
         line
     }
+}
+
+/// Returns a bar that is as full as `done` is of `most`.
+pub(super) fn bar(done: u64, most: u64) -> String {
+    let signs = u128::from(done) * u128::from(BAR_WIDTH) / u128::from(most.max(1));
+    let full = signs.min(u128::from(BAR_WIDTH)) as usize;
+    let empty = BAR_WIDTH as usize - full;
+    format!("[{}{}]", "#".repeat(full), "-".repeat(empty))
 }
 
 /// What is left to do, in words.
@@ -192,14 +197,14 @@ pub fn what_is_left(change: &ChangeInProgress) -> String {
 }
 
 /// The line that is shown.
-struct Line {
+pub(super) struct Line {
     is_terminal: bool,
     shown: String,
     shown_at: Option<Instant>,
 }
 
 impl Line {
-    fn new(is_terminal: bool) -> Self {
+    pub fn new(is_terminal: bool) -> Self {
         Self {
             is_terminal,
             shown: String::new(),
@@ -207,7 +212,7 @@ impl Line {
         }
     }
 
-    fn show(&mut self, text: &str) {
+    pub fn show(&mut self, text: &str) {
         if self.shown == text {
             return;
         }
@@ -226,7 +231,7 @@ impl Line {
         text.clone_into(&mut self.shown);
     }
 
-    fn clear(&self) {
+    pub fn clear(&self) {
         if self.is_terminal {
             drop(write!(io::stderr(), "\r\x1b[K"));
         }

@@ -477,3 +477,56 @@ async fn a_tree_that_rots_is_found_by_a_scrub_and_the_replica_rebuilt() {
     cluster.assert_holds(7).await;
     cluster.end();
 }
+
+/// Nobody scrubs by the clock here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scrub_that_is_asked_for_begins_at_once_and_tells_what_it_found() {
+    let cluster = Cluster::start(Duration::from_secs(600)).await;
+    let (host, key) = cluster.follower(SHARD).await;
+    let disks = host.disks();
+    let node = host.node().expect("it is up");
+    let scrub = async || {
+        let begun = node.begin_scrub().expect("a member");
+        assert!(begun.is_running);
+        let mut last = begun.clone();
+        let ended = until("it has ended", async || {
+            last = node.scrub_status().expect("a member");
+            last.number == begun.number && !last.is_running
+        });
+        ended
+            .await
+            .unwrap_or_else(|error| panic!("{error}: {last:?}"));
+        last
+    };
+    assert_eq!(node.scrub_status().expect("a member").number, 0);
+    let first = scrub().await;
+    assert_eq!((first.number, first.damaged), (1, 0), "{first:?}");
+
+    host.group(SHARD)
+        .expect("a replica")
+        .build_snapshot()
+        .await
+        .expect("a snapshot");
+    let snapshot = disks.disk.files().into_iter().map(|(path, _)| path);
+    let prefix = format!("{key}-");
+    let snapshot = snapshot.into_iter().find(|path| {
+        let name = path.file_name().map(|name| name.to_string_lossy());
+        name.is_some_and(|name| name.starts_with(&prefix) && name.ends_with(".snap"))
+    });
+    assert!(
+        disks
+            .disk
+            .flip_bit(&snapshot.expect("it was just written"), 60, 1)
+    );
+    let second = scrub().await;
+    assert_eq!(
+        (second.number, second.damaged, second.mended),
+        (2, 1, 1),
+        "{second:?}"
+    );
+    assert_eq!(second.damages[0].kind, "snapshot");
+    assert_eq!(second.damages[0].not_mended, None);
+    let third = scrub().await;
+    assert_eq!((third.number, third.damaged), (3, 0), "{third:?}");
+    cluster.end();
+}

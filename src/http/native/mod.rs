@@ -22,6 +22,7 @@ mod key;
 mod kv;
 mod list;
 mod query;
+mod scrub;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -31,6 +32,7 @@ pub(super) use cluster::{cluster, transfer_leader};
 pub(super) use key::{PREFIX as KEY_PREFIX, unescape};
 pub(super) use kv::kv;
 pub(super) use list::list;
+pub(super) use scrub::{begin_scrub, scrub_status};
 pub(super) use view::{change, operation, view};
 
 use axum::body::Body;

@@ -868,3 +868,22 @@ async fn requests_on_one_connection_follow_each_other() {
     assert_eq!(wire.reply().await.status, 404);
     site.stop().await;
 }
+
+#[tokio::test]
+async fn a_scrub_is_begun_and_looked_at() {
+    let site = Site::start().await;
+    let path = "/v1/node/scrub";
+    let looked = site.get(path).await;
+    assert_eq!((looked.status, &looked.json()["number"]), (200, &json!(0)));
+    let begun = site.ask(&format!("POST {path}"), "").await;
+    assert_eq!(begun.status, 202);
+    assert_eq!(
+        (&begun.json()["number"], &begun.json()["is_running"]),
+        (&json!(1), &json!(true))
+    );
+    for method in ["GET", "POST"] {
+        let refused = site.ask(&format!("{method} {path}?now=true"), "").await;
+        assert_eq!(refused.status, 400, "{method}");
+    }
+    site.stop().await;
+}

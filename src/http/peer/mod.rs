@@ -32,7 +32,7 @@ use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
     PromiseReply, PromiseRequest,
 };
-use crate::client::protocol::{Hop, RELAY_QUERY, ShardReply, ShardRequest};
+use crate::client::protocol::{Hop, RELAY_QUERY, ScrubStatus, ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::sm::view::View;
 use crate::sm::{codec, meta};
@@ -96,6 +96,12 @@ pub trait PeerService: Send + Sync + 'static {
 
     /// Has this node hold the level of its cluster, or do so no more. Durable when it is answered.
     fn hold_level(&self, request: HoldRequest) -> BoxFuture<'_, Result<(), Failure>>;
+
+    /// Tells how the last scrub of this node gets on.
+    fn scrub_status(&self) -> Result<ScrubStatus, Failure>;
+
+    /// Has a scrub of this node begin at once, unless one runs. Tells how that gets on.
+    fn begin_scrub(&self) -> Result<ScrubStatus, Failure>;
 
     /// Hears a member of this cluster, or of another.
     fn greeted(&self, greeting: Greeting) -> BoxFuture<'_, GreetingReply>;

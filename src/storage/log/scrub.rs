@@ -23,6 +23,17 @@ impl Log {
         numbers
     }
 
+    /// Returns the bytes of these segments.
+    pub fn sealed_bytes(&self) -> u64 {
+        let segments = self.shared().segments.read();
+        segments
+            .values()
+            .rev()
+            .skip(1)
+            .map(|segment| segment.end)
+            .sum()
+    }
+
     /// Returns whether this segment is a part of the log.
     pub fn has_segment(&self, number: u64) -> bool {
         let segments = self.shared().segments.read();
