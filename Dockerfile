@@ -9,6 +9,7 @@ WORKDIR /src
 COPY Cargo.toml Cargo.lock ./
 COPY src src
 COPY benches benches
+COPY sim sim
 # With a target named, the flag is not that of build scripts and procedural macros, which need
 # shared libraries.
 RUN host="$(rustc -vV | sed -n 's/^host: //p')" \

@@ -93,7 +93,7 @@ pub struct Supervisor(Arc<SupervisorInner>);
 struct SupervisorInner {
     end: Box<dyn Fn(&ProcessEnd) + Send + Sync>,
     beats: Mutex<Vec<(&'static str, Weak<Beat>)>>,
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     faults: testing::PartFaults,
 }
 
@@ -116,7 +116,7 @@ impl Supervisor {
         Self(Arc::new(SupervisorInner {
             end,
             beats: Mutex::default(),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "testing"))]
             faults: testing::PartFaults::default(),
         }))
     }
@@ -218,7 +218,7 @@ async fn guarded<T>(current: Current, task: impl Future<Output = T>) -> T {
     let Current {
         supervisor, part, ..
     } = current.clone();
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     let task = supervisor.0.faults.put_into(part, task);
     let task = CURRENT.scope(current, task);
     match AssertUnwindSafe(task).catch_unwind().await {
@@ -261,7 +261,7 @@ fn end_process(ended: &ProcessEnd) -> ! {
     std::process::exit(EXIT_STATUS)
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing {
     //! Puts faults into supervised parts, and notes the ends.
 

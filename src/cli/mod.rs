@@ -14,8 +14,6 @@ pub mod node_flags;
 pub mod serve;
 mod servers;
 mod signals;
-#[cfg(test)]
-mod whole_nodes;
 
 use std::future::Future;
 use std::io::{self, Write};

@@ -141,7 +141,7 @@ pub async fn run(arguments: Arguments) -> Result<(), ServeError> {
 }
 
 /// A node as it is served.
-pub(super) fn app(node: &Arc<Node>, server: &Server, limits: Limits) -> App {
+pub fn app(node: &Arc<Node>, server: &Server, limits: Limits) -> App {
     let face = Arc::new(Face { node: node.clone() });
     let metrics = Arc::new(Metrics::new(vec![server.stats(), face.clone()]));
     App::new(node.clone(), face.clone(), metrics, Some(face), limits)

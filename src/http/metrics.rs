@@ -4,7 +4,7 @@
 //! other parts count comes in through [`MetricSource`]. Series of requests that never came are left
 //! out.
 //!
-//! Names follow Prometheus' conventions, as `tests/promises/exposition.rs` holds them: base units,
+//! Names follow Prometheus' conventions, as `exposition` of the member `sim` holds them: base units,
 //! counters end in `_total`, histograms of time in `_duration_seconds`. A name is a contract: one
 //! that was wrong stays beside the right one until the next release but one.
 
@@ -504,13 +504,9 @@ impl Exposition {
 }
 
 #[cfg(test)]
-#[path = "../../tests/promises/exposition.rs"]
-pub mod exposition;
-
-#[cfg(test)]
 mod tests {
-    use super::exposition::check;
     use super::*;
+    use quorate_sim::exposition::check;
 
     struct Odd;
 

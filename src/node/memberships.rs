@@ -17,7 +17,7 @@ use crate::client::peer::HostedReplica;
 use crate::raft::Replica;
 use crate::sm::membership::{MembershipStep, ObservedMembership, next_step};
 use crate::sm::meta;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 use crate::sm::view::ReportedMembership;
 use crate::sm::view::{self, View};
 use crate::types::{Address, GroupId, NodeId, ReplicaId};
@@ -328,7 +328,7 @@ impl Shared {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 impl Memberships {
     /// Reports the members of a group as a leader that goes by `view` does.
     pub async fn report(&self, view: &View, group: GroupId) -> Result<(), String> {

@@ -580,7 +580,7 @@ impl Node {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 impl Node {
     /// Adds a replica to a group that this node leads, as if `view` were the newest that it knows.
     pub async fn add_by(

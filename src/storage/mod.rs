@@ -6,9 +6,11 @@ pub mod background;
 pub mod directory;
 pub mod disk;
 pub mod log;
+#[cfg(any(test, feature = "testing"))]
 pub mod mem_trees;
 mod pieces;
 pub mod sealed;
+#[cfg(any(test, feature = "testing"))]
 pub mod sim_disk;
 mod sled_database;
 pub mod sled_tree;

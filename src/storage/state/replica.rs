@@ -222,7 +222,7 @@ impl ReplicaMap {
     }
 
     /// Changes the map behind the back of the log, as a fault of program, machine or disk would.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub fn spoil(&self, batch: WriteBatch) {
         let mut tables = self.replica.write_tables();
         let before = tables.active.bytes();

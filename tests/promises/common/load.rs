@@ -17,10 +17,11 @@ use rand::{Rng, SeedableRng};
 use reqwest::Method;
 use tokio::task::JoinSet;
 
+use quorate_sim::history::{Action, Condition, Operation, Outcome, Value};
+use quorate_sim::linearizable::check;
+
 use super::cluster::Cluster;
-use super::history::{Action, Condition, Operation, Outcome, Value};
 use super::http::{Answer, Client, Failure, Request};
-use super::linearizable::check;
 use super::{eventually, say, seed};
 
 /// What a client waits for one answer. Below the server's own deadline, so that both kinds of

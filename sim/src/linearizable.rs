@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
-use super::history::{Action, Condition, Operation, Outcome, Value};
+use crate::history::{Action, Condition, Operation, Outcome, Value};
 
 /// Past this many configurations after one event, the checker gives up rather than run for hours.
 const CONFIGURATIONS_MAX: usize = 200_000;
@@ -471,9 +471,9 @@ mod tests {
     use rand::seq::IndexedRandom;
     use rand::{Rng, SeedableRng};
 
-    use super::super::history::Condition;
     use super::*;
-    use crate::common::seed;
+    use crate::campaign::seed;
+    use crate::history::Condition;
 
     const FOREVER: u64 = u64::MAX;
     const LOST: Duration = Duration::from_millis(FOREVER);

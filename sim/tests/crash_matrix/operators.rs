@@ -13,13 +13,13 @@ use super::case::{accept, hosts, settle, until};
 use super::history::options;
 use super::host::{Host, addresses};
 use super::machine::End;
-use crate::client::remote::RemoteStore;
-use crate::client::store::{Options, Store};
-use crate::client::view_change::ViewChange;
-use crate::client::wire::Connection;
-use crate::http::metrics::exposition::{self, Family};
-use crate::sm::view::PlacementSpec;
-use crate::types::Address;
+use quorate::client::remote::RemoteStore;
+use quorate::client::store::{Options, Store};
+use quorate::client::view_change::ViewChange;
+use quorate::client::wire::Connection;
+use quorate::sm::view::PlacementSpec;
+use quorate::types::Address;
+use quorate_sim::exposition::{self, Family};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -106,7 +106,7 @@ async fn the_metrics_of_a_node_follow_the_rules_and_tell_who_is_silent() {
 
     let gone = hosts
         .iter()
-        .position(|host| !host.leads(crate::types::GroupId::META))
+        .position(|host| !host.leads(quorate::types::GroupId::META))
         .expect("one that does not lead");
     hosts[gone].end(End::Kill);
     hosts[gone].bury();

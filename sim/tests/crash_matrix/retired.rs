@@ -9,13 +9,13 @@ use futures::future::ready;
 use super::case::until;
 use super::host::{Host, addresses};
 use super::machine::End;
-use crate::sm::view::PlacementSpec;
-use crate::storage::ReplicaKey;
-use crate::storage::directory::{DataDirectory, Stamp};
-use crate::storage::disk::Disk;
-use crate::storage::log::{Log, LogOptions, LogWriter};
-use crate::storage::state::{Applied, MapOptions, MapStore};
-use crate::types::{ClusterId, GroupId, NodeId, ReplicaId};
+use quorate::sm::view::PlacementSpec;
+use quorate::storage::ReplicaKey;
+use quorate::storage::directory::{DataDirectory, Stamp};
+use quorate::storage::disk::Disk;
+use quorate::storage::log::{Log, LogOptions, LogWriter};
+use quorate::storage::state::{Applied, MapOptions, MapStore};
+use quorate::types::{ClusterId, GroupId, NodeId, ReplicaId};
 
 const META: ReplicaKey = ReplicaKey {
     group: GroupId(0),

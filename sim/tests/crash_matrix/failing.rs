@@ -13,15 +13,15 @@ use super::case::{hosts, until};
 use super::history::options;
 use super::host::{Host, addresses};
 use super::machine::End;
-use crate::client::protocol::{ClusterStatus, ReplicaHealth};
-use crate::client::remote::RemoteStore;
-use crate::client::store::Store;
-use crate::node::Node;
-use crate::sm::kv::{Action, Condition, Media, Operation};
-use crate::sm::recovery::FailureCause;
-use crate::storage::ReplicaKey;
-use crate::storage::tree::Trees;
-use crate::types::{GroupId, NodeId, SLOTS};
+use quorate::client::protocol::{ClusterStatus, ReplicaHealth};
+use quorate::client::remote::RemoteStore;
+use quorate::client::store::Store;
+use quorate::node::Node;
+use quorate::sm::kv::{Action, Condition, Media, Operation};
+use quorate::sm::recovery::FailureCause;
+use quorate::storage::ReplicaKey;
+use quorate::storage::tree::Trees;
+use quorate::types::{GroupId, NodeId, SLOTS};
 
 /// Three nodes, with a shard on each of them.
 struct Cluster {
@@ -312,7 +312,7 @@ async fn a_replica_of_the_meta_group_that_cannot_be_opened_is_replaced_too() {
 
 async fn told_node(cluster: &Cluster, host: &Host) -> NodeId {
     let status = cluster.status_when("it is known", |_| true).await;
-    let of = |node: &&crate::client::protocol::NodeStatus| node.address == *host.address();
+    let of = |node: &&quorate::client::protocol::NodeStatus| node.address == *host.address();
     status.nodes.iter().find(of).expect("a node of the view").id
 }
 

@@ -11,14 +11,14 @@ use super::case::{accept, settle, until};
 use super::history::{History, options};
 use super::host::{Host, addresses};
 use super::machine::End;
-use crate::client::peer::{HoldRequest, PeerCaller};
-use crate::client::protocol::ClusterStatus;
-use crate::client::remote::RemoteStore;
-use crate::client::store::Store;
-use crate::client::view_change::ViewChange;
-use crate::sm::level::{LEVEL, TooOld};
-use crate::sm::view::PlacementSpec;
-use crate::types::{Address, GroupId};
+use quorate::client::peer::{HoldRequest, PeerCaller};
+use quorate::client::protocol::ClusterStatus;
+use quorate::client::remote::RemoteStore;
+use quorate::client::store::Store;
+use quorate::client::view_change::ViewChange;
+use quorate::sm::level::{LEVEL, TooOld};
+use quorate::sm::view::PlacementSpec;
+use quorate::types::{Address, GroupId};
 
 /// What the first programs spoke, which knew no levels.
 const OLD: Option<u16> = Some(0);

@@ -18,13 +18,13 @@ use super::history::{History, options};
 use super::host::{Host, addresses};
 use super::machine::End;
 use super::probe;
-use crate::client::remote::RemoteStore;
-use crate::client::store::Store;
-use crate::client::view_change::{ReplicationFactor, Shards, ViewChange};
-use crate::node::machine::Stepped;
-use crate::sm::membership;
-use crate::sm::view::PlacementSpec;
-use crate::types::{Address, GroupId, PlanEpoch, ReplicaId, SLOTS};
+use quorate::client::remote::RemoteStore;
+use quorate::client::store::Store;
+use quorate::client::view_change::{ReplicationFactor, Shards, ViewChange};
+use quorate::node::machine::Stepped;
+use quorate::sm::membership;
+use quorate::sm::view::PlacementSpec;
+use quorate::types::{Address, GroupId, PlanEpoch, ReplicaId, SLOTS};
 
 /// Long enough for a loaded machine; only a failing test waits for it.
 const PATIENCE: Duration = Duration::from_secs(180);

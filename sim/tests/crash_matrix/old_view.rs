@@ -8,11 +8,11 @@ use futures::future::ready;
 use super::case::{accept, hosts, settle, until};
 use super::host::{Host, addresses};
 use super::machine::End;
-use crate::client::peer::Standing;
-use crate::client::remote::RemoteStore;
-use crate::client::view_change::ViewChange;
-use crate::sm::view::View;
-use crate::types::{Address, GroupId, NodeId, ReplicaId};
+use quorate::client::peer::Standing;
+use quorate::client::remote::RemoteStore;
+use quorate::client::view_change::ViewChange;
+use quorate::sm::view::View;
+use quorate::types::{Address, GroupId, NodeId, ReplicaId};
 
 /// The view that a node goes by.
 fn view_of(host: &Host) -> Option<View> {

@@ -7,9 +7,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::host::Host;
-use crate::raft::Replica;
-use crate::sm::slots::SlotState;
-use crate::types::{GroupId, MoveId, Slot};
+use quorate::raft::Replica;
+use quorate::sm::slots::SlotState;
+use quorate::types::{GroupId, MoveId, Slot};
 
 /// How long a leader is given to show that it leads.
 const CONFIRM_TIMEOUT: Duration = Duration::from_millis(300);

@@ -8,8 +8,8 @@ use futures::future::ready;
 use super::case::{hosts, until};
 use super::host::addresses;
 use super::machine::End;
-use crate::client::store::{Failure, Options, Routing, Store};
-use crate::types::GroupId;
+use quorate::client::store::{Failure, Options, Routing, Store};
+use quorate::types::GroupId;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_found_no_descriptor_is_opened_once_there_is_one() {

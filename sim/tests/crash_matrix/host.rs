@@ -13,17 +13,17 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::machine::{DiskFault, Disks, End, Power, SimMachine, TreeFaults, Trouble, Watcher};
-use crate::cli::serve;
-use crate::config::NodeConfig;
-use crate::http::{Limits, Server};
-use crate::node::{Node, NodeError};
-use crate::raft::Replica;
-use crate::sm::view::PlacementSpec;
-use crate::storage::ReplicaKey;
-use crate::storage::mem_trees::MemTrees;
-use crate::storage::sim_disk::SimDisk;
-use crate::supervisor::{ProcessEnd, Supervisor};
-use crate::types::{Address, DirectoryId, GroupId, ReplicaId};
+use quorate::cli::serve;
+use quorate::config::NodeConfig;
+use quorate::http::{Limits, Server};
+use quorate::node::{Node, NodeError};
+use quorate::raft::Replica;
+use quorate::sm::view::PlacementSpec;
+use quorate::storage::ReplicaKey;
+use quorate::storage::mem_trees::MemTrees;
+use quorate::storage::sim_disk::SimDisk;
+use quorate::supervisor::{ProcessEnd, Supervisor};
+use quorate::types::{Address, DirectoryId, GroupId, ReplicaId};
 
 const PORT: u16 = 7411;
 

@@ -10,17 +10,17 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 
-use crate::node::machine::{Machine, Stepped};
-use crate::sm::ports::StoreError;
-use crate::storage::ReplicaKey;
-use crate::storage::directory::{DataDirectory, DirectoryError};
-use crate::storage::disk::{Disk, DiskFile, Open};
-use crate::storage::mem_trees::{Crash, MemTrees};
-use crate::storage::sim_disk::SimDisk;
-use crate::storage::sled_tree::{SledError, SledOptions};
-use crate::storage::tree::{Tree, Trees};
-use crate::supervisor::Supervisor;
-use crate::types::DirectoryId;
+use quorate::node::machine::{Machine, Stepped};
+use quorate::sm::ports::StoreError;
+use quorate::storage::ReplicaKey;
+use quorate::storage::directory::{DataDirectory, DirectoryError};
+use quorate::storage::disk::{Disk, DiskFile, Open};
+use quorate::storage::mem_trees::{Crash, MemTrees};
+use quorate::storage::sim_disk::SimDisk;
+use quorate::storage::sled_tree::{SledError, SledOptions};
+use quorate::storage::tree::{Tree, Trees};
+use quorate::supervisor::Supervisor;
+use quorate::types::DirectoryId;
 
 /// What is left of a node while it does not run.
 #[derive(Clone)]

@@ -12,12 +12,12 @@ use super::case::{hosts, until};
 use super::history::options;
 use super::host::{Host, addresses};
 use super::machine::{End, Trouble};
-use crate::client::remote::RemoteStore;
-use crate::client::store::{Options, Routing, Store};
-use crate::sm::kv::{Action, Condition, Media, Operation};
-use crate::sm::slots::slot_of;
-use crate::supervisor::testing::PartFault;
-use crate::types::GroupId;
+use quorate::client::remote::RemoteStore;
+use quorate::client::store::{Options, Routing, Store};
+use quorate::sm::kv::{Action, Condition, Media, Operation};
+use quorate::sm::slots::slot_of;
+use quorate::supervisor::testing::PartFault;
+use quorate::types::GroupId;
 
 const KEY: &str = "key";
 /// Far beyond what it takes on any machine: only a failing test waits for it.

@@ -8,13 +8,13 @@ use futures::future::ready;
 use super::case::{hosts, until};
 use super::host::{Host, addresses};
 use super::machine::End;
-use crate::client::peer::{Announcement, PeerCaller, PeerError};
-use crate::client::protocol::{Hop, ShardBody, ShardReply, ShardRequest};
-use crate::client::store::{Consistency, Failure};
-use crate::node::Node;
-use crate::sm::meta;
-use crate::sm::view::View;
-use crate::types::{ClusterId, DirectoryId, GroupId};
+use quorate::client::peer::{Announcement, PeerCaller, PeerError};
+use quorate::client::protocol::{Hop, ShardBody, ShardReply, ShardRequest};
+use quorate::client::store::{Consistency, Failure};
+use quorate::node::Node;
+use quorate::sm::meta;
+use quorate::sm::view::View;
+use quorate::types::{ClusterId, DirectoryId, GroupId};
 
 /// What the node says the view is, once it leads the meta group.
 async fn led_view(host: &Arc<Host>) -> View {

@@ -11,13 +11,13 @@ use super::case::{hosts, until};
 use super::history::options;
 use super::host::{Host, addresses};
 use super::machine::End;
-use crate::client::remote::RemoteStore;
-use crate::client::store::{Failure, Store, WriteFailure};
-use crate::sm::kv::{self, Action, Condition, Media, Operation, ReadOutcome, Record};
-use crate::sm::level::Feature;
-use crate::sm::ports::WriteBatch;
-use crate::sm::slots::{data_key, slot_of};
-use crate::types::{GroupId, Revision};
+use quorate::client::remote::RemoteStore;
+use quorate::client::store::{Failure, Store, WriteFailure};
+use quorate::sm::kv::{self, Action, Condition, Media, Operation, ReadOutcome, Record};
+use quorate::sm::level::Feature;
+use quorate::sm::ports::WriteBatch;
+use quorate::sm::slots::{data_key, slot_of};
+use quorate::types::{GroupId, Revision};
 
 const KEY: &str = "key";
 
@@ -150,7 +150,7 @@ impl Cluster {
     fn shows_odd(&self, host: usize) -> bool {
         let group = self.hosts[host].group(self.shard).expect("a replica");
         let state = group.state().read();
-        crate::sm::ports::Read::get(&state, &data_key(slot_of(KEY.as_bytes()), b"odd"))
+        quorate::sm::ports::Read::get(&state, &data_key(slot_of(KEY.as_bytes()), b"odd"))
             .expect("readable")
             .is_some()
     }

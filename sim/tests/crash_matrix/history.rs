@@ -8,10 +8,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use crate::client::store::{Consistency, Options, Routing, Store};
-use crate::sm::kv::{Action, Condition, Media, Operation, OperationOutcome};
-use crate::sm::slots::slot_of;
-use crate::types::Slot;
+use quorate::client::store::{Consistency, Options, Routing, Store};
+use quorate::sm::kv::{Action, Condition, Media, Operation, OperationOutcome};
+use quorate::sm::slots::slot_of;
+use quorate::types::Slot;
 
 /// How long one request is waited for.
 const TIMEOUT: Duration = Duration::from_secs(3);

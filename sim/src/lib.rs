@@ -1,0 +1,12 @@
+//! The developers' side of Quorate. Nothing of it is in the program that is shipped.
+//!
+//! - [`history`] and [`linearizable`]: records of what clients asked and were answered, and the
+//!   checker that judges them.
+//! - [`campaign`]: seeds and settings of tests with randomness.
+//! - [`exposition`]: a strict reader of metrics.
+//! - `tests/crash_matrix`: whole nodes in one process, ended after every step of a view change.
+
+pub mod campaign;
+pub mod exposition;
+pub mod history;
+pub mod linearizable;
