@@ -166,6 +166,8 @@ const PROVOKED: &[&str] = &[
     "client/",
     "raft/transport/lanes/",
     "raft/transport/network.rs",
+    "raft/transport/peer_client.rs",
+    "raft/transport/append_stream.rs",
 ];
 
 #[test]

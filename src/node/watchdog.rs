@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::raft::ReplicaProgress;
+use crate::raft::ReplicaPosition;
 use crate::sm::stalls::{
     self, DISK_BEHIND_MS, ReplicaStalls, StallVerdict, StepDownCause, StepDowns, Still,
     judge_apply, judge_checkpointer, judge_runtime, judge_writer,
@@ -180,7 +180,7 @@ impl Watchdog {
     }
 
     /// Returns what is to be said of the log, and whether it hangs at the disk.
-    fn look_at_log(&mut self, progress: &[ReplicaProgress]) -> (Option<String>, bool) {
+    fn look_at_log(&mut self, progress: &[ReplicaPosition]) -> (Option<String>, bool) {
         let writer = self.log.activity();
         let ms = self.writer.observe(
             self.now_ms,
@@ -214,7 +214,7 @@ impl Watchdog {
         })
     }
 
-    fn look_at_replica(&mut self, replica: &ReplicaProgress, log_hangs: bool) -> Option<String> {
+    fn look_at_replica(&mut self, replica: &ReplicaPosition, log_hangs: bool) -> Option<String> {
         let key = replica.key;
         let entry = self.replicas.entry(key).or_default();
         let seen = stalls::ReplicaProgress {

@@ -12,7 +12,7 @@
 use tokio::sync::oneshot;
 
 use super::errors::OpenError;
-use super::state_machine::ReplicaStore;
+use super::replica_store::ReplicaStore;
 use crate::storage::ReplicaKey;
 use crate::storage::log::{LogState, ReplicaLog};
 use crate::types::LogId;

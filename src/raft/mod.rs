@@ -21,16 +21,22 @@
 //! other than `Unknown` means that it certainly did not happen. Kept out: which replicas there
 //! should be, where slots are, and HTTP (which mounts [`lanes::serve_lane`]).
 
+mod apply_progress;
+mod apply_state;
+mod compaction;
+mod context;
 mod election;
 mod errors;
 mod fair_budget;
 mod log_recovery;
 mod log_store;
+mod map_hold;
 mod membership;
 mod proposal;
 mod rebuild;
 mod registry;
 mod replica;
+mod replica_store;
 mod runtime;
 mod scrub;
 mod state_machine;
@@ -41,9 +47,10 @@ mod timings;
 pub mod transport;
 mod types;
 mod witness;
+mod witness_store;
 
-pub use election::counters::Elections;
-pub use election::step_down::ReplicaProgress;
+pub use election::counters::ElectionCounters;
+pub use election::step_down::ReplicaPosition;
 pub use errors::{MembershipError, OpenError, ProposeError, ReadError, TransferError};
 pub use fair_budget::{FairBudget, RaftBudgets};
 pub use registry::{Registry, RegistryParts};

@@ -8,26 +8,20 @@
 //! comparison finds it again.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use futures::future::select;
-use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::apply_state::ApplyState;
+use super::map_hold::PATIENCE;
 use super::replica::Replica;
-use super::state_machine::ApplyState;
+use super::transport::snapshot_sender;
 use super::transport::snapshots;
 use super::transport::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName};
 use super::types::vote_from_raft;
-use crate::storage::background;
 use crate::storage::log::Vote;
-use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
+use crate::storage::snapshot::SnapshotReceiver;
 use crate::types::{NodeId, ReplicaId};
-
-/// How long a replica waits for another map, or for the next piece of it, before it goes on with
-/// its own.
-const PATIENCE: Duration = Duration::from_secs(120);
 /// How often it is asked for more patience while its leader still writes the snapshot.
 const ASK_EVERY: Duration = Duration::from_secs(30);
 /// How long one request is waited for, and how long the log of a replica may be behind a snapshot.
@@ -38,156 +32,6 @@ const LOG_PAUSE: Duration = Duration::from_millis(5);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct RebuildError(String);
-
-/// Whether the map is held as it is, for another to take its place.
-pub struct MapHold(watch::Sender<HoldState>);
-
-#[derive(Default)]
-struct HoldState {
-    /// Of the last hold: whoever waited for one before it must not end it.
-    number: u64,
-    deadline: Option<HoldDeadline>,
-    /// The last snapshot that began to arrive, if that was for a map that was held.
-    arriving: Option<SnapshotName>,
-}
-
-#[derive(Clone, Copy)]
-enum HoldDeadline {
-    Until(Instant),
-    /// All of another map is here, and takes its place as soon as it can.
-    Exchanging,
-}
-
-impl Default for MapHold {
-    fn default() -> Self {
-        Self(watch::Sender::new(HoldState::default()))
-    }
-}
-
-impl MapHold {
-    /// Holds the map. Returns the number of a hold that begins; none if it was held already, and
-    /// then has new patience.
-    pub fn set(&self) -> Option<u64> {
-        if self.renew() {
-            return None;
-        }
-        let mut number = 0;
-        self.0.send_modify(|hold| {
-            hold.number += 1;
-            hold.deadline = Some(HoldDeadline::Until(Instant::now() + PATIENCE));
-            number = hold.number;
-        });
-        Some(number)
-    }
-
-    /// Something came of what is waited for. Returns whether the map is held.
-    pub fn renew(&self) -> bool {
-        let mut is_held = false;
-        self.0.send_if_modified(|hold| {
-            is_held = hold.deadline.is_some();
-            if let Some(HoldDeadline::Until(until)) = &mut hold.deadline {
-                *until = Instant::now() + PATIENCE;
-            }
-            false
-        });
-        is_held
-    }
-
-    /// A snapshot begins to arrive.
-    pub fn note_arriving(&self, name: SnapshotName) {
-        let is_held = self.renew();
-        self.0.send_if_modified(|hold| {
-            hold.arriving = is_held.then_some(name);
-            false
-        });
-    }
-
-    /// Returns whether this snapshot began to arrive for a map that was held.
-    pub fn expects(&self, name: SnapshotName) -> bool {
-        self.0.borrow().arriving == Some(name)
-    }
-
-    /// Has the hold last for as long as another map takes the place of this one. Returns its
-    /// number; none if the map is not held.
-    fn begin_exchange(&self) -> Option<u64> {
-        let mut number = None;
-        self.0.send_if_modified(|hold| {
-            if hold.deadline.is_some() {
-                hold.deadline = Some(HoldDeadline::Exchanging);
-                number = Some(hold.number);
-            }
-            false
-        });
-        number
-    }
-
-    /// Ends that hold, and no later one.
-    fn end(&self, number: u64) {
-        self.0
-            .send_if_modified(|hold| hold.number == number && hold.deadline.take().is_some());
-    }
-
-    /// Ends whatever hold there is.
-    pub fn clear(&self) {
-        self.0
-            .send_if_modified(|hold| hold.deadline.take().is_some());
-    }
-
-    pub fn is_set(&self) -> bool {
-        self.0.borrow().deadline.is_some()
-    }
-
-    /// Waits until the map is not held.
-    pub async fn wait(&self) {
-        if self.is_set() {
-            // The sender lives as long as this: it can't be gone.
-            drop(
-                self.0
-                    .subscribe()
-                    .wait_for(|hold| hold.deadline.is_none())
-                    .await,
-            );
-        }
-    }
-
-    /// Waits until that hold is over, and ends it when its patience does. Returns whether it did.
-    async fn outlast(&self, number: u64) -> bool {
-        let mut seen = self.0.subscribe();
-        let over = seen.wait_for(|hold| hold.number != number || hold.deadline.is_none());
-        select(std::pin::pin!(over), std::pin::pin!(self.run_out(number))).await;
-        let mut ran_out = false;
-        self.0.send_if_modified(|hold| {
-            let is_due = matches!(
-                hold.deadline,
-                Some(HoldDeadline::Until(until)) if until <= Instant::now()
-            );
-            ran_out = hold.number == number && is_due;
-            if ran_out {
-                hold.deadline = None;
-            }
-            ran_out
-        });
-        ran_out
-    }
-
-    /// Waits until that hold has no patience left.
-    async fn run_out(&self, number: u64) {
-        loop {
-            let until = match *self.0.borrow() {
-                HoldState {
-                    number: now,
-                    deadline: Some(HoldDeadline::Until(until)),
-                    ..
-                } if now == number => until,
-                HoldState { .. } => Instant::now() + PATIENCE,
-            };
-            if until <= Instant::now() {
-                return;
-            }
-            tokio::time::sleep_until(until).await;
-        }
-    }
-}
 
 /// For as long as it lives the map stays held, while another takes its place.
 struct ExchangeGuard {
@@ -252,7 +96,8 @@ impl Replica {
             .current_snapshot()
             .ok_or_else(|| failed("there is no snapshot".into()))?;
         let sent =
-            snapshots::send(&client, vote, &snapshot, self.network.snapshot_step_timeout).await;
+            snapshot_sender::send(&client, vote, &snapshot, self.network.snapshot_step_timeout)
+                .await;
         sent.map(|_| ()).map_err(|error| failed(error.to_string()))
     }
 
@@ -340,67 +185,5 @@ impl Replica {
             done.send_replace(Some(result));
         });
         None
-    }
-}
-
-impl ApplyState {
-    /// Puts a snapshot in the place of the map, whose turn the caller has. Blocking.
-    ///
-    /// It is counted as soon as it is so, and whoever applies the next entry looks at the count: a
-    /// hold may begin and end without being seen.
-    fn exchange_map(&self, snapshot: &Snapshot) -> Result<(), String> {
-        let state = self.store.map().ok_or("a witness has no map")?;
-        let filled = background::run("fill-map", || state.install(snapshot));
-        filled
-            .map_err(|error| error.to_string())?
-            .map_err(|error| error.to_string())?;
-        self.rebuilt.fetch_add(1, Ordering::Release);
-        self.follow_map().map_err(|error| error.to_string())?;
-
-        if let Err(error) = state.tidy() {
-            tracing::warn!(replica = %state.key(), %error, "an old map stays until the next start");
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn patience_lasts_while_pieces_arrive_and_ends_no_other_hold() {
-        let hold = Arc::new(MapHold::default());
-        let outlast = |number| {
-            let hold = hold.clone();
-            tokio::spawn(async move { hold.outlast(number).await })
-        };
-        let first = outlast(hold.set().expect("a hold"));
-        for _ in 0..5 {
-            tokio::time::sleep(PATIENCE / 2).await;
-            assert!(hold.renew(), "a piece came in time");
-        }
-        tokio::time::sleep(PATIENCE * 2).await;
-        assert!(!hold.is_set(), "no piece came any more");
-        assert!(first.await.expect("it ends"));
-
-        let second = outlast(hold.set().expect("a hold"));
-        tokio::time::sleep(PATIENCE / 2).await;
-        // Nobody sees that it is not held for a moment.
-        hold.clear();
-        let number = hold.set().expect("another hold");
-        tokio::time::sleep(PATIENCE / 4 * 3).await;
-        assert!(hold.is_set(), "the patience of another hold has ended it");
-        assert!(!second.await.expect("it ends"));
-
-        let third = outlast(number);
-        assert_eq!(hold.begin_exchange(), Some(number));
-        tokio::time::sleep(PATIENCE * 5).await;
-        assert!(hold.is_set(), "it is being filled");
-        hold.end(number - 1);
-        assert!(hold.is_set(), "another has ended it");
-        hold.end(number);
-        assert!(!hold.is_set() && !third.await.expect("it ends"));
-        assert_eq!(hold.begin_exchange(), None);
     }
 }

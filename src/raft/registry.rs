@@ -16,20 +16,23 @@ use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::election::counters::Elections;
+use super::context::RaftContext;
+use super::election::counters::ElectionCounters;
 use super::election::leases::LeaseTimings;
 use super::election::liveness::PeerLiveness;
+use super::election::step_down::ReplicaPosition;
 use super::election::timer;
 use super::errors::OpenError;
 use super::fair_budget::RaftBudgets;
 use super::log_recovery::fit_log;
 use super::replica::Replica;
-use super::state_machine::ReplicaStore;
+use super::replica_store::ReplicaStore;
 use super::timings::RaftTimings;
 use super::transport::lanes::{LaneLimiter, Lanes, LanesParts, Reachability};
 use super::transport::wire::{FrameHeader, PeerRefusal, PeerReply, PeerRequest};
 use super::transport::{Dial, Lane, NodeIdentity, Resolver};
-use super::witness::{WitnessReplica, WitnessState};
+use super::witness::{self, WitnessReplica};
+use super::witness_store::WitnessStore;
 use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
@@ -57,18 +60,6 @@ pub struct RegistryParts {
     pub states: Arc<MapStore>,
     pub budgets: RaftBudgets,
     pub supervisor: Supervisor,
-}
-
-/// What the groups of a node share.
-pub(super) struct RaftContext {
-    pub log: Log,
-    pub lanes: Arc<Lanes>,
-    pub resolver: Arc<dyn Resolver>,
-    pub timings: RaftTimings,
-    pub snapshot_turns: Semaphore,
-    pub budgets: Arc<RaftBudgets>,
-    pub supervisor: Supervisor,
-    pub elections: Arc<Elections>,
 }
 
 /// What was opened, and whether more is.
@@ -161,7 +152,7 @@ impl Registry {
     }
 
     /// How steadily the groups here are led.
-    pub fn elections(&self) -> &Elections {
+    pub fn elections(&self) -> &ElectionCounters {
         &self.context.elections
     }
 
@@ -223,6 +214,13 @@ impl Registry {
     /// Shows each live replica to `visit`, which must be quick.
     pub(super) fn with_groups(&self, visit: impl FnMut(&Arc<Replica>)) {
         self.groups.read().values().for_each(visit);
+    }
+
+    /// Returns how far every replica of this node is, witnesses too.
+    pub fn progress(&self) -> Vec<ReplicaPosition> {
+        let mut all = Vec::new();
+        self.with_groups(|group| all.push(group.progress()));
+        all
     }
 
     /// Opens every replica that the log knows. One that does not open is left out, and said.
@@ -329,15 +327,34 @@ impl Registry {
         }
         fit_log(key, &log, &store).await?;
         let group = Replica::open(self.context.clone(), log, store).await?;
+        if group.is_witness() {
+            group.supervise(witness::transfer_leadership_when_ready(Arc::downgrade(
+                &group,
+            )));
+        }
         self.groups.write().insert(key.group, group.clone());
-        self.election_timer.get_or_init(|| {
-            let run = timer::run_election_timers(
-                Arc::downgrade(self),
-                self.context.timings.tick_interval(),
-            );
-            AbortOnDropHandle::new(self.context.supervisor.start_alone("election timer", run))
-        });
+        self.election_timer
+            .get_or_init(|| self.start_election_timer());
         Ok(group)
+    }
+
+    /// Starts the task that ticks the election timers of all replicas, for as long as this lives.
+    fn start_election_timer(self: &Arc<Self>) -> AbortOnDropHandle<()> {
+        let registry = Arc::downgrade(self);
+        let tick_all = move |pause: Option<Duration>| {
+            let Some(registry) = registry.upgrade() else {
+                return false;
+            };
+            registry.with_groups(|group| {
+                if let Some(pause) = pause {
+                    group.timer.skip_pause(pause);
+                }
+                group.tick();
+            });
+            true
+        };
+        let run = timer::run_election_timers(self.context.timings.tick_interval(), tick_all);
+        AbortOnDropHandle::new(self.context.supervisor.start_alone("election timer", run))
     }
 
     /// The file of a witness is there before its log is: else a crash between the two would leave a
@@ -374,7 +391,7 @@ impl Registry {
     ) -> Result<ReplicaStore, OpenError> {
         let states = self.states.clone();
         let opened = tokio::task::spawn_blocking(move || match states.witnesses().read(key)? {
-            Some(watermark) => Ok(ReplicaStore::Witness(WitnessState::new(
+            Some(watermark) => Ok(ReplicaStore::Witness(WitnessStore::new(
                 key,
                 states.witnesses().clone(),
                 Arc::new(log),

@@ -1,15 +1,15 @@
-//! [`Elections`]: how steadily the groups of a node are led, in numbers.
+//! [`ElectionCounters`]: how steadily the groups of a node are led, in numbers.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Counts over all replicas of a node, since its start.
 #[derive(Debug, Default)]
-pub struct Elections {
+pub struct ElectionCounters {
     campaigns: AtomicU64,
     leader_changes: AtomicU64,
 }
 
-impl Elections {
+impl ElectionCounters {
     /// Counts that a replica here asks for votes.
     pub fn count_campaign(&self) {
         self.campaigns.fetch_add(1, Ordering::Relaxed);

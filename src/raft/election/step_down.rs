@@ -10,18 +10,14 @@ use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::FutureExt;
 use openraft::async_runtime::watch::WatchReceiver;
 use tokio::task::coop::unconstrained;
-use tokio::time::Instant;
 
 use crate::raft::errors::TransferError;
-use crate::raft::registry::Registry;
 use crate::raft::replica::Replica;
 use crate::raft::status::{ReplicaWatch, Role};
 use crate::raft::types::from_raft;
-use crate::sm::ports::{Direction, Items, KeyRange, Pairs, Read, StoreError, ValueStart};
 use crate::storage::ReplicaKey;
 use crate::types::{LogId, ReplicaId};
 
@@ -34,7 +30,7 @@ const SEEN_AFTER: Duration = Duration::from_millis(200);
 
 /// How far a replica is, for who watches whether it gets further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReplicaProgress {
+pub struct ReplicaPosition {
     pub key: ReplicaKey,
     pub leads: bool,
     pub committed: u64,
@@ -49,17 +45,8 @@ pub struct ReplicaProgress {
     pub applying: Option<Duration>,
 }
 
-impl Registry {
-    /// Returns how far every replica of this node is, witnesses too.
-    pub fn progress(&self) -> Vec<ReplicaProgress> {
-        let mut all = Vec::new();
-        self.with_groups(|group| all.push(group.progress()));
-        all
-    }
-}
-
 impl Replica {
-    fn progress(&self) -> ReplicaProgress {
+    pub(in crate::raft) fn progress(&self) -> ReplicaPosition {
         let index = |id: Option<LogId>| id.map_or(0, |id| id.index);
         let committed = self
             .raft
@@ -68,7 +55,7 @@ impl Replica {
             .local_committed
             .as_ref()
             .map(from_raft);
-        ReplicaProgress {
+        ReplicaPosition {
             key: self.key(),
             leads: self.leads(),
             committed: index(committed),
@@ -133,111 +120,5 @@ impl Replica {
             return Err(error);
         }
         Ok(())
-    }
-}
-
-/// Marks that an entry is being applied, until it is dropped. Each read of the map counts as a step
-/// of it: a disk that is slow takes long for many, and a new start would begin with a cold cache.
-pub(in crate::raft) struct ApplyProgress<'a>(&'a parking_lot::Mutex<Option<Instant>>);
-
-impl<'a> ApplyProgress<'a> {
-    pub fn begin(since: &'a parking_lot::Mutex<Option<Instant>>) -> Self {
-        let applying = Self(since);
-        applying.step();
-        applying
-    }
-
-    fn step(&self) {
-        *self.0.lock() = Some(Instant::now());
-    }
-
-    fn counted<'b, V: 'b>(&'b self, items: Items<'b, V>) -> Items<'b, V> {
-        Box::new(items.inspect(|_| self.step()))
-    }
-}
-
-/// What an entry reads, each of which is a step of applying it.
-pub(in crate::raft) struct ProgressRead<'a, R> {
-    pub read: &'a R,
-    pub applying: &'a ApplyProgress<'a>,
-}
-
-impl<R: Read> Read for ProgressRead<'_, R> {
-    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        let value = self.read.get(key);
-        self.applying.step();
-        value
-    }
-
-    fn start_of(&self, key: &[u8], bytes_max: usize) -> Result<Option<ValueStart>, StoreError> {
-        let start = self.read.start_of(key, bytes_max);
-        self.applying.step();
-        start
-    }
-
-    fn scan<'a>(&'a self, range: &KeyRange, direction: Direction) -> Pairs<'a> {
-        self.applying.counted(self.read.scan(range, direction))
-    }
-
-    fn scan_starts<'a>(
-        &'a self,
-        range: &KeyRange,
-        direction: Direction,
-        bytes_max: usize,
-    ) -> Items<'a, ValueStart> {
-        self.applying
-            .counted(self.read.scan_starts(range, direction, bytes_max))
-    }
-}
-
-impl Drop for ApplyProgress<'_> {
-    fn drop(&mut self) {
-        *self.0.lock() = None;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn an_entry_that_reads_its_map_slowly_gets_further_with_each_read() {
-        let since = parking_lot::Mutex::new(None);
-        let still = || since.lock().map(|since: Instant| since.elapsed());
-        let map = ["a", "b"]
-            .map(|key| (Bytes::from(key), Bytes::from("v")))
-            .into_iter()
-            .collect::<BTreeMap<_, _>>();
-        let later = Duration::from_secs(50);
-        let applying = ApplyProgress::begin(&since);
-        let read = ProgressRead {
-            read: &map,
-            applying: &applying,
-        };
-        let all = KeyRange {
-            start: Bytes::new(),
-            end: None,
-        };
-
-        tokio::time::advance(later).await;
-        assert_eq!(still(), Some(later));
-        read.get(b"a").expect("a map in memory");
-        assert_eq!(still(), Some(Duration::ZERO));
-        tokio::time::advance(later).await;
-        read.start_of(b"a", 1).expect("a map in memory");
-        assert_eq!(still(), Some(Duration::ZERO));
-        for _ in read.scan(&all, Direction::Forward) {
-            assert_eq!(still(), Some(Duration::ZERO));
-            tokio::time::advance(later).await;
-        }
-        for _ in read.scan_starts(&all, Direction::Reverse, 1) {
-            assert_eq!(still(), Some(Duration::ZERO));
-            tokio::time::advance(later).await;
-        }
-        assert_eq!(still(), Some(later));
-        drop(applying);
-        assert_eq!(still(), None);
     }
 }

@@ -12,12 +12,10 @@
 //! they are waited for longer for a while ([`HeartbeatDelay`]).
 
 use parking_lot::{Mutex, MutexGuard};
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::raft::registry::Registry;
 use crate::raft::runtime::Random;
 use crate::raft::status::Role;
 use crate::raft::timings::RaftTimings;
@@ -265,25 +263,22 @@ fn between((min, max): (Duration, Duration)) -> Duration {
     )
 }
 
-/// Looks at every group in turn, for as long as the registry lives.
-pub async fn run_election_timers(registry: Weak<Registry>, every: Duration) {
+/// Runs the election timers of all replicas: shows each tick to `tick_all`, with the length of the
+/// pause if this node did not run for a while, until that returns false.
+pub async fn run_election_timers(
+    every: Duration,
+    mut tick_all: impl FnMut(Option<Duration>) -> bool,
+) {
     let mut ticks = tokio::time::interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut last = Instant::now();
     loop {
         ticks.tick().await;
-        let Some(registry) = Weak::upgrade(&registry) else {
-            return;
-        };
-
         let pause = pause_of(last.elapsed(), every);
         last = Instant::now();
-        registry.with_groups(|group| {
-            if let Some(pause) = pause {
-                group.timer.skip_pause(pause);
-            }
-            Arc::as_ref(group).tick();
-        });
+        if !tick_all(pause) {
+            return;
+        }
     }
 }
 

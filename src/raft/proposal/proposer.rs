@@ -24,10 +24,10 @@ use openraft::raft::ClientWriteResult;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
+use crate::raft::apply_state::ApplyState;
 use crate::raft::errors::ProposeError;
 use crate::raft::fair_budget::{HeldBytes, RaftBudgets, Reservation};
-use crate::raft::replica::RaftHandle;
-use crate::raft::state_machine::ApplyState;
+use crate::raft::state_machine::RaftHandle;
 use crate::raft::transport::Resolver;
 use crate::raft::types::{ApplyOutcome, Proposal, ResponderFn, Types};
 use crate::sm::kv;

@@ -14,9 +14,9 @@ use openraft::errors::{ForwardReason, LinearizableReadError, RaftError};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
+use crate::raft::apply_state::ApplyState;
 use crate::raft::errors::{ReadError, SHUT_DOWN};
-use crate::raft::replica::RaftHandle;
-use crate::raft::state_machine::ApplyState;
+use crate::raft::state_machine::RaftHandle;
 
 /// ReadIndex that may wait for a round.
 const QUEUED_MAX: usize = 16 << 10;

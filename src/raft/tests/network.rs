@@ -16,9 +16,10 @@ use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 
 use super::cluster::{CLUSTER, PACE, TestCluster, directory, key};
 use crate::raft::log_store::Tip;
-use crate::raft::state_machine::{SnapshotData, with_meta};
+use crate::raft::replica_store::SnapshotData;
+use crate::raft::state_machine::with_meta;
 use crate::raft::transport::lanes::{Lanes, LanesParts};
-use crate::raft::transport::network::Network;
+use crate::raft::transport::peer_client::Network;
 use crate::raft::transport::snapshot_transfers::SnapshotTransfers;
 use crate::raft::transport::wire::{
     self, AppendReply, FrameReader, PeerReply, PeerRequest, ReceivedFrame,

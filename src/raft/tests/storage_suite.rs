@@ -19,10 +19,12 @@ use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::{EntryPayload, LogState, OptionalSend, RaftLogReader, StorageError};
 
 use super::cluster::{Disks, key};
+use crate::raft::apply_state::ApplyState;
 use crate::raft::log_store::LogStore;
-use crate::raft::state_machine::{ApplyState, ReplicaStore, StateMachine};
+use crate::raft::replica_store::ReplicaStore;
+use crate::raft::state_machine::StateMachine;
 use crate::raft::types::{RaftEntry, RaftLogId, RaftVoteOf, Types};
-use crate::raft::witness::WitnessState;
+use crate::raft::witness_store::WitnessStore;
 use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::log::{Log, LogOptions};
 use crate::storage::sled_tree::{SledOptions, SledTrees};
@@ -84,7 +86,7 @@ fn store(
         ),
         true => {
             let files = states.witnesses().clone();
-            ReplicaStore::Witness(WitnessState::new(
+            ReplicaStore::Witness(WitnessStore::new(
                 key(1, 1),
                 files,
                 Arc::new(AlwaysSynced),

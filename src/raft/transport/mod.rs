@@ -5,9 +5,12 @@
 //! newest view. [`NodeIdentity`] is who we are. What flows over the streams is the business of
 //! `lanes`.
 
+mod append_stream;
 pub mod lanes;
 pub(super) mod network;
+pub(super) mod peer_client;
 mod request_handler;
+pub(super) mod snapshot_sender;
 pub(super) mod snapshot_transfers;
 pub(super) mod snapshots;
 pub(super) mod wire;

@@ -15,7 +15,7 @@ use openraft::raft::{
 };
 
 use crate::raft::replica::Replica;
-use crate::raft::state_machine::ReplicaStore;
+use crate::raft::replica_store::ReplicaStore;
 use crate::raft::transport::Lane;
 use crate::raft::transport::snapshots;
 use crate::raft::transport::wire::{

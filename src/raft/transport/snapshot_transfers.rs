@@ -19,8 +19,6 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::raft::replica::Replica;
-use crate::raft::status::Role;
 use crate::types::{LogId, ReplicaId};
 
 /// Log that is kept for a follower whatever its snapshot weighs.
@@ -30,14 +28,7 @@ const DOUBLINGS_MAX: u32 = 3;
 /// After a snapshot was sent, or could not be, the follower has this long to ask for what follows.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Entries behind a snapshot that are kept for followers that were away for a moment.
-const ENTRIES_BEHIND: u64 = 4096;
-/// Log for followers that are near and lack what a new snapshot holds: sending it is no more than
-/// this.
-const NEAR_BYTES_MAX: u64 = 64 << 20;
-/// A follower that was heard of within this is near: it comes by itself.
-const NEAR_WITHIN: Duration = Duration::from_secs(2);
-/// How long openraft may take to know of a snapshot that was written.
-const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(10);
+pub const ENTRIES_BEHIND: u64 = 4096;
 
 /// The followers of a group that are being sent snapshots. Clones are the same.
 #[derive(Debug, Clone, Default)]
@@ -112,7 +103,7 @@ impl SnapshotTransfers {
     /// Returns through where the log may be purged for the sake of those that are sent snapshots.
     /// `matched` says how far the log of a follower is known to be the leader's, `bytes_since` how
     /// many bytes of log there are after an entry.
-    fn purgeable(
+    pub fn purgeable(
         &self,
         last: u64,
         matched: impl Fn(ReplicaId) -> Option<LogId>,
@@ -132,64 +123,6 @@ impl SnapshotTransfers {
             needs_it
         });
         upto
-    }
-}
-
-impl Replica {
-    /// Purges the log through `index`, but not past the last snapshot, nor, while there is room for
-    /// it, past what a follower that is sent a snapshot will need.
-    pub async fn purge_log(&self, index: u64) {
-        let status = self.status();
-        let last = status.last_log.map_or(0, |id| id.index);
-        let matched = |replica| status.matched.get(&replica).copied().flatten();
-        let purgeable = match status.role {
-            Role::Leader if self.context.log.lacks_room().is_none() => self
-                .network
-                .transfers
-                .purgeable(last, matched, |index| self.log.bytes_since(index)),
-            Role::Leader | Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => {
-                u64::MAX
-            }
-        };
-        self.purge_log_of_all(index.min(purgeable)).await;
-    }
-
-    /// Purges the log through `index`, but not past the last snapshot, whoever is sent one: for a
-    /// log that is at its bound.
-    pub async fn purge_log_of_all(&self, upto: u64) {
-        if upto > self.status().purged.map_or(0, |id| id.index) {
-            let _ = self.raft.trigger().purge_log(upto).await;
-        }
-    }
-
-    /// Purges what a snapshot that was just written, as of `snapshot`, covers, but for what
-    /// followers that are near may need.
-    pub(in crate::raft) async fn purge_behind(&self, snapshot: LogId) {
-        let deadline = Instant::now() + SNAPSHOT_PATIENCE;
-        while self.status().snapshot < Some(snapshot) {
-            if Instant::now() > deadline || self.watch.borrow().failure.is_some() {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-
-        let status = self.status();
-        let lanes = &self.context.lanes;
-        let is_near = |node| {
-            let heard = lanes
-                .last_heard(node)
-                .is_some_and(|at| at.elapsed() < NEAR_WITHIN);
-            heard && !lanes.is_disconnected(node)
-        };
-        let behind = snapshot.index.saturating_sub(ENTRIES_BEHIND);
-        let needed = status.purgeable(is_near).unwrap_or(0);
-        let is_worth_it = self.log.bytes_since(needed) <= NEAR_BYTES_MAX;
-        self.purge_log(if is_worth_it {
-            behind.min(needed)
-        } else {
-            behind
-        })
-        .await;
     }
 }
 

@@ -15,22 +15,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
-use tokio::time::Instant;
 
-use crate::raft::replica::RaftHandle;
-use crate::raft::state_machine::{SnapshotData, with_meta};
-use crate::raft::transport::LaneError;
-use crate::raft::transport::network::PeerClient;
-use crate::raft::transport::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName, WireError};
+use crate::raft::replica_store::SnapshotData;
+use crate::raft::state_machine::{RaftHandle, with_meta};
+use crate::raft::transport::wire::{PeerRefusal, PeerReply, SnapshotName};
 use crate::raft::types::{RaftVoteOf, vote_from_raft, vote_to_raft};
 use crate::sm::ports::StoreError;
 use crate::storage::log::Vote;
-use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
+use crate::storage::snapshot::SnapshotReceiver;
 use crate::storage::state::{Applied, ReplicaMap};
 use crate::storage::{ReplicaKey, background};
-
-/// Bytes of the file in one frame.
-const CHUNK_BYTES: usize = 512 << 10;
 /// How long a request to install waits for the end before it says "not yet". Below every deadline
 /// for a step.
 const INSTALL_PATIENCE: Duration = Duration::from_millis(500);
@@ -38,117 +32,6 @@ const INSTALL_PATIENCE: Duration = Duration::from_millis(500);
 /// How long, and how often, an election is waited for before what was received is given up.
 const VOTE_PAUSE: Duration = Duration::from_millis(50);
 const VOTE_LOOKS_MAX: usize = 200;
-
-/// Sends a snapshot, and waits until it is installed. Returns the receiver's vote. Each step must
-/// succeed within `step_timeout`.
-pub async fn send(
-    client: &PeerClient,
-    vote: Vote,
-    snapshot: &Snapshot,
-    step_timeout: Duration,
-) -> Result<Vote, LaneError> {
-    let name = name_of(snapshot);
-    let opened = client
-        .ask(
-            &PeerRequest::SnapshotOpen {
-                vote,
-                snapshot: name,
-            },
-            &[],
-            deadline(step_timeout),
-        )
-        .await?;
-    if let PeerReply::WatermarkWanted = opened {
-        let watermark = PeerRequest::Watermark {
-            vote,
-            applied: snapshot.applied().clone(),
-        };
-        return match client.ask(&watermark, &[], deadline(step_timeout)).await? {
-            PeerReply::SnapshotInstalled { vote } => Ok(vote),
-            other => Err(unexpected(&other)),
-        };
-    }
-    let mut has = bytes_had(opened)?;
-    while has < name.bytes_len {
-        let turn = client
-            .budgets()
-            .snapshot_pieces
-            .acquire()
-            .await
-            .map_err(|_| LaneError::Closed)?;
-        let chunk = read_chunk(snapshot, has).await?;
-        let request = PeerRequest::SnapshotChunk {
-            snapshot: name,
-            offset: has,
-        };
-        let now_has = bytes_had(client.ask(&request, &chunk, deadline(step_timeout)).await?)?;
-        drop((turn, chunk));
-        if now_has <= has {
-            return Err(LaneError::Refused(PeerRefusal::Failed(format!(
-                "the snapshot does not grow past {has} bytes there"
-            ))));
-        }
-        has = now_has;
-    }
-    loop {
-        match client
-            .ask(
-                &PeerRequest::SnapshotInstall {
-                    vote,
-                    snapshot: name,
-                },
-                &[],
-                deadline(step_timeout),
-            )
-            .await?
-        {
-            PeerReply::SnapshotInstalled { vote } => return Ok(vote),
-            PeerReply::SnapshotHas { .. } => {}
-            other => return Err(unexpected(&other)),
-        }
-    }
-}
-
-fn deadline(timeout: Duration) -> Instant {
-    Instant::now() + timeout
-}
-
-fn name_of(snapshot: &Snapshot) -> SnapshotName {
-    let applied = snapshot.applied().log_id;
-    SnapshotName {
-        written_by: snapshot.written_by().replica,
-        applied,
-        bytes_len: snapshot.bytes_len(),
-    }
-}
-
-async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneError> {
-    let snapshot = snapshot.clone();
-    let read = tokio::task::spawn_blocking(move || {
-        let mut chunk = vec![0; CHUNK_BYTES];
-        let read = snapshot.read_at(offset, &mut chunk)?;
-        chunk.truncate(read);
-        Ok::<_, StoreError>(chunk)
-    });
-    let failed =
-        |reason: String| LaneError::Down(format!("the snapshot can't be read here: {reason}"));
-    read.await
-        .map_err(|error| failed(error.to_string()))?
-        .map_err(|error| failed(error.to_string()))
-}
-
-fn bytes_had(reply: PeerReply) -> Result<u64, LaneError> {
-    match reply {
-        PeerReply::SnapshotHas { bytes_len } => Ok(bytes_len),
-        other => Err(unexpected(&other)),
-    }
-}
-
-fn unexpected(reply: &PeerReply) -> LaneError {
-    LaneError::Unreadable(WireError::Malformed(format!(
-        "a reply of another kind: {reply:?}"
-    )))
-}
 
 /// Where a snapshot for one replica arrives. At most one at a time.
 #[derive(Clone, Default)]

@@ -1,0 +1,359 @@
+//! [`ApplyState`]: applies entries to what a replica keeps, and what the rest of the replica sees of
+//! that.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{MutexGuard as TurnGuard, watch};
+use tokio::time::Instant;
+
+use super::apply_progress::{ApplyProgress, ProgressRead};
+use super::map_hold::MapHold;
+use super::replica_store::ReplicaStore;
+use super::types::{ApplyOutcome, Proposal};
+use crate::sm::ports::{StoreError, WriteBatch};
+use crate::sm::{kv, meta, requests};
+use crate::storage::background;
+use crate::storage::snapshot::Snapshot;
+use crate::storage::state::{Applied, MapRead, ReadKind};
+use crate::supervisor;
+use crate::types::LogId;
+
+/// What the rest of a group sees of its state machine.
+pub struct ApplyState {
+    pub store: ReplicaStore,
+    /// Index of the last applied entry.
+    pub applied: watch::Sender<u64>,
+    pub clock: GroupClock,
+    /// Nothing is applied while it is set.
+    pub hold: MapHold,
+    /// HoldState while an entry is applied, and while another map takes the place of one that is
+    /// held.
+    pub turns: tokio::sync::Mutex<()>,
+    /// How often another map took the place of this one's, which differed. Changed with the turn.
+    pub rebuilt: AtomicU64,
+    /// Since when an entry is being applied and has read nothing more of the map.
+    applying: Mutex<Option<Instant>>,
+    pub(super) is_installing: AtomicBool,
+    /// The term of the last applied entry.
+    applied_term: AtomicU64,
+    /// Why nothing is written, as the map says.
+    read_only: Mutex<Option<String>>,
+    is_read_only: AtomicBool,
+    failure: Mutex<Option<String>>,
+}
+
+impl ApplyState {
+    pub fn new(store: ReplicaStore) -> Result<Self, StoreError> {
+        let applied = store.applied().log_id;
+        let apply_state = Self {
+            store,
+            applied: watch::Sender::new(applied.map_or(0, |id| id.index)),
+            clock: GroupClock::new(),
+            hold: MapHold::default(),
+            turns: tokio::sync::Mutex::default(),
+            rebuilt: AtomicU64::new(0),
+            applying: Mutex::new(None),
+            is_installing: AtomicBool::new(false),
+            applied_term: AtomicU64::new(applied.map_or(0, |id| id.term)),
+            read_only: Mutex::default(),
+            is_read_only: AtomicBool::new(false),
+            failure: Mutex::new(None),
+        };
+        apply_state.read_map()?;
+        Ok(apply_state)
+    }
+
+    /// The map knows the time of the last entry, and whether anything is written.
+    pub fn read_map(&self) -> Result<(), StoreError> {
+        if let Some(state) = self
+            .store
+            .map()
+            .filter(|state| !state.key().group.is_meta())
+        {
+            self.clock.observe(requests::group_time_ms(&state.read())?);
+            self.set_read_only(kv::read_only(&state.read())?);
+        }
+        Ok(())
+    }
+
+    /// Tells what the map says that was put in the place of another.
+    pub fn follow_map(&self) -> Result<(), StoreError> {
+        self.read_map()?;
+        let Some(id) = self.store.applied().log_id else {
+            return Ok(());
+        };
+        self.applied_term.fetch_max(id.term, Ordering::AcqRel);
+        self.applied.send_if_modified(|index| {
+            let is_further = id.index > *index;
+            *index = id.index.max(*index);
+            is_further
+        });
+        Ok(())
+    }
+
+    /// Returns for how long one entry has been applied that is not done, since its last read of the
+    /// map.
+    pub fn applying(&self) -> Option<Duration> {
+        self.applying.lock().map(|since| since.elapsed())
+    }
+
+    /// Returns whether a snapshot is being installed: openraft answers nothing that comes after it.
+    pub fn is_installing(&self) -> bool {
+        self.is_installing.load(Ordering::Acquire)
+    }
+
+    /// Returns why nothing is written, as the map says.
+    pub fn read_only(&self) -> Option<String> {
+        self.read_only.lock().clone()
+    }
+
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only.load(Ordering::Acquire)
+    }
+
+    fn set_read_only(&self, reason: Option<String>) {
+        let mut now = self.read_only.lock();
+        self.is_read_only.store(reason.is_some(), Ordering::Release);
+        *now = reason;
+    }
+
+    /// Returns the term of the last applied entry: what came before it is in the map.
+    pub fn applied_term(&self) -> u64 {
+        self.applied_term.load(Ordering::Acquire)
+    }
+
+    /// Tells that all through this entry is applied.
+    pub fn note_applied(&self, id: LogId) {
+        self.applied_term.store(id.term, Ordering::Release);
+        self.applied.send_replace(id.index);
+    }
+
+    /// Why nothing more is applied.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().clone()
+    }
+
+    /// ReplicaStore the first reason.
+    pub fn fail(&self, reason: String) {
+        self.failure.lock().get_or_insert(reason);
+    }
+
+    pub fn fatal(&self, error: StoreError) -> io::Error {
+        self.fail(error.to_string());
+        io::Error::other(error)
+    }
+
+    /// Waits until the map is not held, and keeps it from being exchanged until the turn is given
+    /// back.
+    pub async fn take_turn(&self) -> TurnGuard<'_, ()> {
+        loop {
+            self.hold.wait().await;
+            let turn = self.turns.lock().await;
+            if !self.hold.is_set() {
+                return turn;
+            }
+        }
+    }
+
+    /// Applies an entry: where it holds up nobody, if what it changes may have to be read from the
+    /// disk.
+    ///
+    /// One that panics would do so at every replica of the group, and again after each start: so it
+    /// stops this replica, like one that can't be decoded, and not the process with all its others.
+    pub async fn apply(self: &Arc<Self>, work: EntryWork) -> Result<ApplyOutcome, StoreError> {
+        let id = work.applied.log_id;
+        match self
+            .store
+            .map()
+            .filter(|state| state.reads_wait(ReadKind::Entry))
+        {
+            Some(state) => {
+                let (apply_state, map) = (self.clone(), state.clone());
+                let apply = move || {
+                    // It has begun only now: threads to read on may have been waited for.
+                    let applying = ApplyProgress::begin(&apply_state.applying);
+                    // What can't be decoded is told below.
+                    if let Ok(Some(command)) = work.command() {
+                        map.preview(|read| command.clone().decide(read, &work, &applying));
+                    }
+                    apply_state.apply_now(work, &applying)
+                };
+                state
+                    .elsewhere(ReadKind::Entry, move || guarded(id, apply))
+                    .await
+            }
+            None => guarded(id, || {
+                self.apply_now(work, &ApplyProgress::begin(&self.applying))
+            }),
+        }
+    }
+
+    fn apply_now(
+        &self,
+        work: EntryWork,
+        applying: &ApplyProgress<'_>,
+    ) -> Result<ApplyOutcome, StoreError> {
+        let state = match &self.store {
+            ReplicaStore::Map(state) => state,
+            ReplicaStore::Witness(witness) => {
+                witness.apply(work.applied);
+                return Ok(ApplyOutcome::Nothing);
+            }
+        };
+        let Some(command) = work.command()? else {
+            state.apply(Default::default(), work.applied)?;
+            return Ok(ApplyOutcome::Nothing);
+        };
+
+        if let Some(time_ms) = command.time_ms() {
+            self.clock.observe(time_ms);
+        }
+        let notes = command.notes_digest();
+        let read_only = command.read_only();
+        let (outcome, batch) = state.read_here(|read| command.decide(read, &work, applying))?;
+        if let Some(log_id) = work.applied.log_id.filter(|_| notes) {
+            state.want_digest(log_id);
+        }
+        state.apply(batch, work.applied)?;
+        if let Some(reason) = read_only {
+            self.set_read_only(reason);
+        }
+        if notes {
+            state.write_down();
+        }
+        Ok(outcome)
+    }
+
+    /// Puts a snapshot in the place of the map, whose turn the caller has. Blocking.
+    ///
+    /// It is counted as soon as it is so, and whoever applies the next entry looks at the count: a
+    /// hold may begin and end without being seen.
+    pub fn exchange_map(&self, snapshot: &Snapshot) -> Result<(), String> {
+        let state = self.store.map().ok_or("a witness has no map")?;
+        let filled = background::run("fill-map", || state.install(snapshot));
+        filled
+            .map_err(|error| error.to_string())?
+            .map_err(|error| error.to_string())?;
+        self.rebuilt.fetch_add(1, Ordering::Release);
+        self.follow_map().map_err(|error| error.to_string())?;
+
+        if let Err(error) = state.tidy() {
+            tracing::warn!(replica = %state.key(), %error, "an old map stays until the next start");
+        }
+        Ok(())
+    }
+}
+
+/// Makes a failure of the replica of a panic.
+fn guarded(
+    id: Option<crate::types::LogId>,
+    apply: impl FnOnce() -> Result<ApplyOutcome, StoreError>,
+) -> Result<ApplyOutcome, StoreError> {
+    catch_unwind(AssertUnwindSafe(apply)).unwrap_or_else(|panic| {
+        let id = id.map(|id| id.to_string()).unwrap_or_default();
+        let reason = format!(
+            "applying entry {id} panicked: {}",
+            supervisor::message(&*panic)
+        );
+        Err(StoreError::Damaged(reason))
+    })
+}
+
+/// An entry that is to be applied.
+pub struct EntryWork {
+    pub index: u64,
+    /// How far the map is with it.
+    pub applied: Applied,
+    /// None: it says nothing to the map.
+    pub proposal: Option<Proposal>,
+    pub is_meta: bool,
+    pub audience: kv::Audience,
+}
+
+impl EntryWork {
+    fn command(&self) -> Result<Option<GroupCommand>, StoreError> {
+        let Some(Proposal(bytes)) = &self.proposal else {
+            return Ok(None);
+        };
+        Ok(Some(match self.is_meta {
+            true => GroupCommand::Meta(meta::MetaCommand::decode(bytes)?),
+            false => GroupCommand::Shard(kv::KvCommand::decode(bytes)?),
+        }))
+    }
+}
+
+/// What an entry says to the map.
+#[derive(Clone)]
+enum GroupCommand {
+    Meta(meta::MetaCommand),
+    Shard(kv::KvCommand),
+}
+
+impl GroupCommand {
+    fn time_ms(&self) -> Option<u64> {
+        match self {
+            GroupCommand::Meta(_) => None,
+            GroupCommand::Shard(command) => command.time_ms(),
+        }
+    }
+
+    /// Returns whether the digest of the map is to be noted after it.
+    fn notes_digest(&self) -> bool {
+        matches!(self, GroupCommand::Shard(kv::KvCommand::Compare))
+    }
+
+    /// Returns whether it is said that nothing is written any more, and why, or that it is again.
+    fn read_only(&self) -> Option<Option<String>> {
+        match self {
+            GroupCommand::Shard(kv::KvCommand::SetReadOnly { reason }) => Some(reason.clone()),
+            GroupCommand::Shard(_) | GroupCommand::Meta(_) => None,
+        }
+    }
+
+    /// Returns its outcome, and what it changes in the map.
+    fn decide(
+        self,
+        read: &MapRead<'_>,
+        work: &EntryWork,
+        applying: &ApplyProgress<'_>,
+    ) -> Result<(ApplyOutcome, WriteBatch), StoreError> {
+        let read = &ProgressRead { read, applying };
+        match self {
+            GroupCommand::Meta(command) => {
+                let (outcome, batch) = meta::apply(read, work.index, command)?;
+                Ok((ApplyOutcome::Meta(outcome), batch))
+            }
+            GroupCommand::Shard(command) => {
+                let (outcome, batch) = kv::apply_for(read, work.index, command, work.audience)?;
+                Ok((ApplyOutcome::Shard(outcome), batch))
+            }
+        }
+    }
+}
+
+/// Group time in milliseconds: that of the last applied entry plus what has passed here since. No
+/// wall clock is read; while every replica is down it stands still.
+pub struct GroupClock(Mutex<(u64, Instant)>);
+
+impl GroupClock {
+    fn new() -> Self {
+        Self(Mutex::new((0, Instant::now())))
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        let (time_ms, at) = *self.0.lock();
+        time_ms + u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX - time_ms)
+    }
+
+    fn observe(&self, time_ms: u64) {
+        let mut last = self.0.lock();
+        if time_ms > last.0 {
+            *last = (time_ms, Instant::now());
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! How a replica writes snapshots of its map and purges the log that they cover.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::replica::Replica;
+use super::state_machine;
+use super::status::Role;
+use super::transport::snapshot_transfers::ENTRIES_BEHIND;
+use crate::sm::ports::StoreError;
+use crate::types::LogId;
+
+/// Log for followers that are near and lack what a new snapshot holds: sending it is no more than
+/// this.
+const NEAR_BYTES_MAX: u64 = 64 << 20;
+
+/// A follower that was heard of within this is near: it comes by itself.
+const NEAR_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long openraft may take to know of a snapshot that was written.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(10);
+
+impl Replica {
+    /// Writes a snapshot file of what is applied, and purges what it covers but for a tail. At most
+    /// one replica of a node does this at a time; an error leaves everything as it was.
+    pub async fn build_snapshot(&self) -> Result<(), StoreError> {
+        let _turn = self.context.snapshot_turns.acquire().await;
+        let snapshot = state_machine::build(self.state()).await?;
+        // It takes the file that was just written.
+        let _ = self.raft.trigger().snapshot().await;
+        if let Some(snapshot) = snapshot.applied().log_id {
+            self.purge_behind(snapshot).await;
+        }
+        Ok(())
+    }
+
+    /// Bytes in the log that no snapshot covers.
+    pub fn log_bytes_since_snapshot(&self) -> u64 {
+        let snapshot = self.state().current_snapshot();
+        self.log.bytes_since(
+            snapshot
+                .and_then(|snapshot| snapshot.applied().log_id)
+                .map_or(0, |id| id.index),
+        )
+    }
+
+    /// Bytes in the log that the last snapshot covers.
+    pub fn log_bytes_behind_snapshot(&self) -> u64 {
+        let purged = self.log.state().purged.map_or(0, |id| id.index);
+        self.log
+            .bytes_since(purged)
+            .saturating_sub(self.log_bytes_since_snapshot())
+    }
+
+    /// Bytes of the last snapshot file; zero if there is none.
+    pub fn snapshot_bytes(&self) -> u64 {
+        self.state()
+            .current_snapshot()
+            .map_or(0, |snapshot| snapshot.bytes_len())
+    }
+
+    /// Purges the log through `index`, but not past the last snapshot, nor, while there is room for
+    /// it, past what a follower that is sent a snapshot will need.
+    pub async fn purge_log(&self, index: u64) {
+        let status = self.status();
+        let last = status.last_log.map_or(0, |id| id.index);
+        let matched = |replica| status.matched.get(&replica).copied().flatten();
+        let purgeable = match status.role {
+            Role::Leader if self.context.log.lacks_room().is_none() => self
+                .network
+                .transfers
+                .purgeable(last, matched, |index| self.log.bytes_since(index)),
+            Role::Leader | Role::Follower | Role::Candidate | Role::Learner | Role::Stopped => {
+                u64::MAX
+            }
+        };
+        self.purge_log_of_all(index.min(purgeable)).await;
+    }
+
+    /// Purges the log through `index`, but not past the last snapshot, whoever is sent one: for a
+    /// log that is at its bound.
+    pub async fn purge_log_of_all(&self, upto: u64) {
+        if upto > self.status().purged.map_or(0, |id| id.index) {
+            let _ = self.raft.trigger().purge_log(upto).await;
+        }
+    }
+
+    /// Purges what a snapshot that was just written, as of `snapshot`, covers, but for what
+    /// followers that are near may need.
+    pub(in crate::raft) async fn purge_behind(&self, snapshot: LogId) {
+        let deadline = Instant::now() + SNAPSHOT_PATIENCE;
+        while self.status().snapshot < Some(snapshot) {
+            if Instant::now() > deadline || self.watch.borrow().failure.is_some() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+
+        let status = self.status();
+        let lanes = &self.context.lanes;
+        let is_near = |node| {
+            let heard = lanes
+                .last_heard(node)
+                .is_some_and(|at| at.elapsed() < NEAR_WITHIN);
+            heard && !lanes.is_disconnected(node)
+        };
+        let behind = snapshot.index.saturating_sub(ENTRIES_BEHIND);
+        let needed = status.purgeable(is_near).unwrap_or(0);
+        let is_worth_it = self.log.bytes_since(needed) <= NEAR_BYTES_MAX;
+        self.purge_log(if is_worth_it {
+            behind.min(needed)
+        } else {
+            behind
+        })
+        .await;
+    }
+}

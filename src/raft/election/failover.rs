@@ -1,0 +1,99 @@
+//! How a replica takes part in elections: what the election timer makes it do, and how it follows up
+//! when the process of its leader has died.
+
+use futures::FutureExt;
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::raft::TransferLeaderRequest;
+use tokio::task::coop::unconstrained;
+
+use super::timer::{ElectionRole, TimerAction};
+use crate::raft::replica::Replica;
+use crate::raft::status::GroupMembership;
+use crate::raft::timings::LeaseReads;
+use crate::raft::types::Types;
+use crate::storage::log::Vote;
+use crate::types::NodeId;
+
+impl Replica {
+    /// All lanes from this node broke. If it leads, it has probably just ended, and another is
+    /// elected soon, unless it is heard of before. Not where reads rest on leases.
+    pub(in crate::raft) fn on_leader_disconnected(&self, node: NodeId) {
+        if self.timings.lease != LeaseReads::Off {
+            return;
+        }
+        let watch = self.watch.borrow();
+        let leader = watch
+            .leader
+            .filter(|leader| leader.replica != self.key.replica);
+        if let Some(leader) =
+            leader.filter(|leader| watch.membership.node_of(leader.replica) == Some(node))
+        {
+            self.timer
+                .on_leader_disconnected(watch.membership.rank_after(leader.replica, self.key));
+        }
+    }
+
+    /// Takes the lease of a leader that has probably just ended for ended too, so that this replica
+    /// may campaign, and may vote. Were the leader alive after all, an election would cost the
+    /// group a moment, and nothing that was acknowledged.
+    ///
+    /// False if it is not, and holds a lease: then there is no vote for others. openraft would say
+    /// the same, but renews no lease that it was once told to take for ended.
+    pub(in crate::raft) fn end_lease_if_disconnected(&self) -> bool {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = GroupMembership::from(&*metrics.membership_config);
+        let Some(leader) = metrics
+            .current_leader
+            .filter(|leader| *leader != self.key.replica)
+        else {
+            return true;
+        };
+        let is_disconnected = membership
+            .node_of(leader)
+            .is_some_and(|node| self.context.lanes.is_disconnected(node));
+        if is_disconnected && self.timings.lease == LeaseReads::Off {
+            // A replica that is told of another's lead than its own does no more than that.
+            let request = TransferLeaderRequest::<Types>::new(metrics.vote, leader, None);
+            let _ = unconstrained(self.raft.handle_transfer_leader(request)).now_or_never();
+            return true;
+        }
+        !self.timer.is_leased()
+    }
+
+    /// It may have promised a leader, before it was started, not to vote for another yet.
+    pub(in crate::raft) fn may_be_leased(&self) -> bool {
+        self.opened.elapsed() < self.timings.forgotten_lease()
+    }
+
+    /// Does what is due. If openraft is too busy to be told, it is not needed or will be due again.
+    pub(in crate::raft) fn tick(&self) {
+        let due = {
+            let watch = self.watch.borrow();
+            let is_voter =
+                |membership: &GroupMembership| membership.voters.contains_key(&self.key.replica);
+            let is_voter = is_voter(&watch.membership) || is_voter(&watch.committed_membership);
+            self.timer.take_action(ElectionRole::of(
+                watch.role,
+                is_voter,
+                watch.membership.voters.len(),
+            ))
+        };
+        match due {
+            TimerAction::Nothing => {}
+            TimerAction::Heartbeat => {
+                drop(unconstrained(self.raft.trigger().heartbeat()).now_or_never())
+            }
+            TimerAction::Campaign => {
+                self.context.elections.count_campaign();
+                self.end_lease_if_disconnected();
+                drop(unconstrained(self.raft.trigger().elect(true)).now_or_never());
+            }
+        }
+    }
+
+    /// Whether a vote of this term may be the leader's, as far as is known here.
+    pub(in crate::raft) fn is_current(&self, vote: &Vote) -> bool {
+        vote.committed && vote.term >= self.watch.borrow().term
+    }
+}

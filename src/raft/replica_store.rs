@@ -1,0 +1,52 @@
+//! [`ReplicaStore`]: what a replica keeps of the entries that it applies, and [`SnapshotData`], what
+//! replicas send each other in place of the beginning of the log.
+
+use super::witness_store::WitnessStore;
+use crate::storage::ReplicaKey;
+use crate::storage::snapshot::Snapshot;
+use crate::storage::state::{Applied, ReplicaMap};
+
+/// What a replica keeps of what it applies.
+pub enum ReplicaStore {
+    Map(ReplicaMap),
+    /// Nothing but how far it is.
+    Witness(WitnessStore),
+}
+
+impl ReplicaStore {
+    pub fn key(&self) -> ReplicaKey {
+        match self {
+            ReplicaStore::Map(state) => state.key(),
+            ReplicaStore::Witness(state) => state.key(),
+        }
+    }
+
+    pub fn applied(&self) -> Applied {
+        match self {
+            ReplicaStore::Map(state) => state.applied(),
+            ReplicaStore::Witness(state) => state.applied(),
+        }
+    }
+
+    pub fn map(&self) -> Option<&ReplicaMap> {
+        match self {
+            ReplicaStore::Map(state) => Some(state),
+            ReplicaStore::Witness(_) => None,
+        }
+    }
+
+    pub fn witness(&self) -> Option<&WitnessStore> {
+        match self {
+            ReplicaStore::Map(_) => None,
+            ReplicaStore::Witness(state) => Some(state),
+        }
+    }
+}
+
+/// What replicas give each other in place of a log.
+#[derive(Debug, Clone)]
+pub enum SnapshotData {
+    Map(Snapshot),
+    /// Of a witness, or for one: it holds no data.
+    Watermark(Applied),
+}

@@ -1,0 +1,260 @@
+//! [`PeerClient`]: the way of one group to one other replica over one lane: sends requests, and waits
+//! for their replies until a deadline.
+//!
+//! A failure to reach the peer is `Unreachable`, which makes openraft pause; a lost or late reply is
+//! `Network` or `Timeout`, after which it tries again soon.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use openraft::AnyError;
+use openraft::errors::{NetworkError, RPCError, Unreachable};
+use openraft::network::RPCOption;
+use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, VoteResponse};
+use tokio::time::Instant;
+
+use super::lanes::{Lanes, read_reply};
+use super::snapshot_transfers::SnapshotTransfers;
+use super::wire::{
+    self, AppendReply, FrameHeader, PeerRefusal, PeerReply, PeerRequest, UnsealedFrame,
+};
+use super::{Lane, LaneError};
+use crate::raft::fair_budget::RaftBudgets;
+use crate::raft::log_store::Tip;
+use crate::raft::types::{
+    RaftLogId, RaftVoteOf, Types, entry_from_raft, from_raft, to_raft, vote_from_raft, vote_to_raft,
+};
+use crate::storage::ReplicaKey;
+use crate::types::{NodeId, ReplicaId};
+
+/// How often a follower must say that it lacks what it has acknowledged.
+const MISSING_TIMES: u32 = 3;
+
+pub type RpcResult<T> = Result<T, RPCError<Types>>;
+
+/// Makes the clients of one group.
+#[derive(Clone)]
+pub struct Network {
+    pub key: ReplicaKey,
+    pub lanes: Arc<Lanes>,
+    /// The end of the group's log here.
+    pub tip: Arc<Tip>,
+    pub transfers: SnapshotTransfers,
+    /// How long an append may be without a reply, beside the time that its bytes and those before
+    /// them take on a slow way. A follower that syncs slowly is not a follower that is gone.
+    pub append_timeout: Duration,
+    /// How long one step of a snapshot transfer may take.
+    pub snapshot_step_timeout: Duration,
+    /// How long a lease is, where reads rest on leases.
+    pub lease: Option<Duration>,
+}
+
+impl Network {
+    /// The way to a replica for what openraft has no part in.
+    pub fn log_client(&self, target: ReplicaId, node: NodeId) -> PeerClient {
+        self.client(target, node, Lane::Log)
+    }
+
+    /// The way to a replica for a snapshot that openraft does not know of.
+    pub fn snapshot_client(&self, target: ReplicaId, node: NodeId) -> PeerClient {
+        self.client(target, node, Lane::Snapshot)
+    }
+
+    pub fn client(&self, target: ReplicaId, to: NodeId, lane: Lane) -> PeerClient {
+        let header = FrameHeader {
+            group: self.key.group,
+            sender: self.key.replica,
+            target,
+        };
+        PeerClient {
+            lanes: self.lanes.clone(),
+            to,
+            lane,
+            header,
+            network: self.clone(),
+            acked: AckedLog::default(),
+        }
+    }
+}
+
+/// What a follower has acknowledged to this leader, over all the streams of one client. It is on
+/// the follower's disk, and only another leader could have had it cut off, whose vote the follower
+/// would answer with: where it is missing, the disk is an older one.
+#[derive(Default)]
+pub struct AckedLog {
+    /// Of the vote under which it was acknowledged.
+    term: AtomicU64,
+    /// The index after the last acknowledged one.
+    end: AtomicU64,
+    /// Times in a row that it was missing.
+    missing: AtomicU32,
+}
+
+impl AckedLog {
+    /// Returns whether the entry at this place is known to be on the follower's disk.
+    pub fn has(&self, term: u64, previous: Option<RaftLogId>) -> bool {
+        let end = self.end.load(Ordering::Relaxed);
+        self.term.load(Ordering::Relaxed) == term
+            && previous.is_some_and(|previous| previous.index < end)
+    }
+
+    pub fn note(&self, term: u64, matching: Option<RaftLogId>) {
+        let Some(matching) = matching else { return };
+        self.missing.store(0, Ordering::Relaxed);
+        if self.term.swap(term, Ordering::Relaxed) == term {
+            self.end.fetch_max(matching.index + 1, Ordering::Relaxed);
+        } else {
+            self.end.store(matching.index + 1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The way of one group to one other replica, over one lane.
+pub struct PeerClient {
+    pub(super) lanes: Arc<Lanes>,
+    pub(super) to: NodeId,
+    pub(super) lane: Lane,
+    pub(super) header: FrameHeader,
+    pub(super) network: Network,
+    pub(super) acked: AckedLog,
+}
+
+impl PeerClient {
+    /// The memory that what is sent shares with what others send.
+    pub fn budgets(&self) -> &RaftBudgets {
+        self.lanes.budgets()
+    }
+
+    /// The follower lacks what it has acknowledged. It is believed when it has said so several
+    /// times.
+    pub fn note_missing(&self) {
+        if self.acked.missing.fetch_add(1, Ordering::Relaxed) + 1 >= MISSING_TIMES {
+            self.lanes.lost_acknowledged(self.to);
+        }
+    }
+
+    /// Sends a request and waits for its reply until `deadline`.
+    pub async fn ask(
+        &self,
+        request: &PeerRequest,
+        tail: &[u8],
+        deadline: Instant,
+    ) -> Result<PeerReply, LaneError> {
+        self.wait(wire::encode_request(self.header, request, tail), deadline)
+            .await
+    }
+
+    pub async fn wait(
+        &self,
+        frame: UnsealedFrame,
+        deadline: Instant,
+    ) -> Result<PeerReply, LaneError> {
+        let call = self.lanes.call(self.to, self.lane, frame)?;
+        let deadline = match self.lane {
+            Lane::Snapshot => deadline + call.allowance(),
+            // A vote that comes late is of no use.
+            Lane::Log | Lane::Heartbeat => deadline,
+        };
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        match tokio::time::timeout_at(deadline, call.answer).await {
+            Ok(Ok(frame)) => read_reply(&frame?),
+            Ok(Err(_)) => Err(LaneError::Closed),
+            Err(_) => Err(LaneError::Late(timeout)),
+        }
+    }
+
+    pub async fn ask_raft(&self, request: PeerRequest, option: &RPCOption) -> RpcResult<PeerReply> {
+        self.ask(&request, &[], Instant::now() + option.soft_ttl())
+            .await
+            .map_err(rpc_error)
+    }
+
+    pub fn append_frame(&self, request: &mut AppendEntriesRequest<Types>) -> UnsealedFrame {
+        let entries: Vec<_> = std::mem::take(&mut request.entries)
+            .into_iter()
+            .map(entry_from_raft)
+            .collect();
+        let previous = request.prev_log_id.as_ref().map(from_raft);
+        let commit = request.leader_commit.as_ref().map(from_raft);
+        wire::encode_append(
+            self.header,
+            vote_from_raft(&request.vote),
+            previous,
+            commit,
+            &entries,
+        )
+    }
+
+    pub async fn ask_vote(
+        &self,
+        request: PeerRequest,
+        option: &RPCOption,
+    ) -> RpcResult<VoteResponse<Types>> {
+        match self.ask_raft(request, option).await? {
+            PeerReply::Vote {
+                vote,
+                last,
+                granted,
+            } => Ok(VoteResponse::new(
+                read_vote(&vote)?,
+                last.map(to_raft),
+                granted,
+            )),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+pub fn read_append_reply(reply: &PeerReply) -> RpcResult<AppendEntriesResponse<Types>> {
+    match reply {
+        PeerReply::Append(AppendReply::Success) => Ok(AppendEntriesResponse::Success),
+        PeerReply::Append(AppendReply::Partial(last)) => {
+            Ok(AppendEntriesResponse::PartialSuccess(last.map(to_raft)))
+        }
+        PeerReply::Append(AppendReply::Conflict) => Ok(AppendEntriesResponse::Conflict),
+        PeerReply::Append(AppendReply::HigherVote(vote)) => {
+            Ok(AppendEntriesResponse::HigherVote(read_vote(vote)?))
+        }
+        other => Err(unexpected(other)),
+    }
+}
+
+pub fn read_vote(vote: &crate::storage::log::Vote) -> RpcResult<RaftVoteOf> {
+    vote_to_raft(vote).ok_or_else(|| network_error("a vote for nobody"))
+}
+
+pub fn unexpected(reply: &PeerReply) -> RPCError<Types> {
+    network_error(&format!("a reply of another kind: {reply:?}"))
+}
+
+pub fn network_error(reason: &str) -> RPCError<Types> {
+    RPCError::Network(NetworkError::new(&AnyError::error(reason)))
+}
+
+pub fn rpc_error(error: LaneError) -> RPCError<Types> {
+    match error {
+        LaneError::Broken(_) | LaneError::Late(_) => RPCError::Network(NetworkError::new(&error)),
+        LaneError::Unresolved(_)
+        | LaneError::Down(_)
+        | LaneError::Full(_)
+        | LaneError::Unreadable(_)
+        | LaneError::Closed
+        | LaneError::Refused(
+            PeerRefusal::OtherCluster
+            | PeerRefusal::OtherNode(_)
+            | PeerRefusal::OtherDirectory(_)
+            | PeerRefusal::NoCluster
+            | PeerRefusal::NoReplica(_)
+            | PeerRefusal::OtherReplica(_)
+            | PeerRefusal::Stopped
+            | PeerRefusal::Busy
+            | PeerRefusal::Leased
+            | PeerRefusal::Failed(_)
+            | PeerRefusal::Unreadable
+            | PeerRefusal::Outdated { .. }
+            | PeerRefusal::Doubled
+            | PeerRefusal::OtherTimings(_),
+        ) => RPCError::Unreachable(Unreachable::new(&error)),
+    }
+}

@@ -1,0 +1,126 @@
+//! [`send`]: a snapshot on its way to another replica.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::LaneError;
+use super::peer_client::PeerClient;
+use super::wire::{PeerRefusal, PeerReply, PeerRequest, SnapshotName, WireError};
+use crate::sm::ports::StoreError;
+use crate::storage::log::Vote;
+use crate::storage::snapshot::Snapshot;
+
+/// Bytes of the file in one frame.
+const CHUNK_BYTES: usize = 512 << 10;
+
+/// Sends a snapshot, and waits until it is installed. Returns the receiver's vote. Each step must
+/// succeed within `step_timeout`.
+pub async fn send(
+    client: &PeerClient,
+    vote: Vote,
+    snapshot: &Snapshot,
+    step_timeout: Duration,
+) -> Result<Vote, LaneError> {
+    let name = name_of(snapshot);
+    let opened = client
+        .ask(
+            &PeerRequest::SnapshotOpen {
+                vote,
+                snapshot: name,
+            },
+            &[],
+            deadline(step_timeout),
+        )
+        .await?;
+    if let PeerReply::WatermarkWanted = opened {
+        let watermark = PeerRequest::Watermark {
+            vote,
+            applied: snapshot.applied().clone(),
+        };
+        return match client.ask(&watermark, &[], deadline(step_timeout)).await? {
+            PeerReply::SnapshotInstalled { vote } => Ok(vote),
+            other => Err(unexpected(&other)),
+        };
+    }
+    let mut has = bytes_had(opened)?;
+    while has < name.bytes_len {
+        let turn = client
+            .budgets()
+            .snapshot_pieces
+            .acquire()
+            .await
+            .map_err(|_| LaneError::Closed)?;
+        let chunk = read_chunk(snapshot, has).await?;
+        let request = PeerRequest::SnapshotChunk {
+            snapshot: name,
+            offset: has,
+        };
+        let now_has = bytes_had(client.ask(&request, &chunk, deadline(step_timeout)).await?)?;
+        drop((turn, chunk));
+        if now_has <= has {
+            return Err(LaneError::Refused(PeerRefusal::Failed(format!(
+                "the snapshot does not grow past {has} bytes there"
+            ))));
+        }
+        has = now_has;
+    }
+    loop {
+        match client
+            .ask(
+                &PeerRequest::SnapshotInstall {
+                    vote,
+                    snapshot: name,
+                },
+                &[],
+                deadline(step_timeout),
+            )
+            .await?
+        {
+            PeerReply::SnapshotInstalled { vote } => return Ok(vote),
+            PeerReply::SnapshotHas { .. } => {}
+            other => return Err(unexpected(&other)),
+        }
+    }
+}
+
+fn deadline(timeout: Duration) -> Instant {
+    Instant::now() + timeout
+}
+
+fn name_of(snapshot: &Snapshot) -> SnapshotName {
+    let applied = snapshot.applied().log_id;
+    SnapshotName {
+        written_by: snapshot.written_by().replica,
+        applied,
+        bytes_len: snapshot.bytes_len(),
+    }
+}
+
+async fn read_chunk(snapshot: &Snapshot, offset: u64) -> Result<Vec<u8>, LaneError> {
+    let snapshot = snapshot.clone();
+    let read = tokio::task::spawn_blocking(move || {
+        let mut chunk = vec![0; CHUNK_BYTES];
+        let read = snapshot.read_at(offset, &mut chunk)?;
+        chunk.truncate(read);
+        Ok::<_, StoreError>(chunk)
+    });
+    let failed =
+        |reason: String| LaneError::Down(format!("the snapshot can't be read here: {reason}"));
+    read.await
+        .map_err(|error| failed(error.to_string()))?
+        .map_err(|error| failed(error.to_string()))
+}
+
+fn bytes_had(reply: PeerReply) -> Result<u64, LaneError> {
+    match reply {
+        PeerReply::SnapshotHas { bytes_len } => Ok(bytes_len),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn unexpected(reply: &PeerReply) -> LaneError {
+    LaneError::Unreadable(WireError::Malformed(format!(
+        "a reply of another kind: {reply:?}"
+    )))
+}
