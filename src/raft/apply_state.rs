@@ -31,7 +31,7 @@ pub struct ApplyState {
     pub clock: GroupClock,
     /// Nothing is applied while it is set.
     pub hold: MapHold,
-    /// HoldState while an entry is applied, and while another map takes the place of one that is
+    /// Locked while an entry is applied, and while another map takes the place of one that is
     /// held.
     pub turns: tokio::sync::Mutex<()>,
     /// How often another map took the place of this one's, which differed. Changed with the turn.
@@ -138,7 +138,7 @@ impl ApplyState {
         self.failure.lock().clone()
     }
 
-    /// ReplicaStore the first reason.
+    /// Keeps the first reason.
     pub fn fail(&self, reason: String) {
         self.failure.lock().get_or_insert(reason);
     }

@@ -97,7 +97,7 @@ enum Command {
         /// Only this node [default: all of them]
         #[arg(long, value_name = "HOST:PORT")]
         node: Option<Address>,
-        /// ScrubBegin none: show how the scrubs get on that run, or how the last ones ended
+        /// Begin none, but show how the scrubs get on that run, or how the last ones ended
         #[arg(long)]
         watch: bool,
     },

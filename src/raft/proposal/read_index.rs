@@ -1,7 +1,7 @@
 //! [`ReadIndex`]: confirms linearizable reads, many by one round.
 //!
 //! A round asks a quorum whether this replica still leads, and then waits until all that was
-//! committed when it began is applied here (ReadIndex: Ongaro's thesis, section 6.4). ReadIndex
+//! committed when it began is applied here (ReadIndex: Ongaro's thesis, section 6.4). Reads
 //! that come while a round is under way share the next one. A read never joins a round that was
 //! begun before it: what was acknowledged in between might be missing from it.
 
@@ -18,7 +18,7 @@ use crate::raft::apply_state::ApplyState;
 use crate::raft::errors::{ReadError, SHUT_DOWN};
 use crate::raft::state_machine::RaftHandle;
 
-/// ReadIndex that may wait for a round.
+/// Reads that may wait for a round.
 const QUEUED_MAX: usize = 16 << 10;
 /// A round that takes longer than this has failed: what is committed is not being applied.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(5);

@@ -39,7 +39,7 @@ impl From<u64> for ReplicaId {
     }
 }
 
-/// ReplicaStore what a store stands on until the store is gone.
+/// Keeps what a store stands on until the store is gone.
 struct Guard {
     log: Log,
     states: Arc<MapStore>,

@@ -17,7 +17,7 @@ use super::{Lane, LaneError};
 use crate::raft::types::{RaftLogId, Types, vote_from_raft};
 use crate::telemetry::rarely;
 
-/// AppendStream of one group to one peer that may be without a reply: enough to fill the way to the
+/// Appends of one group to one peer that may be without a reply: enough to fill the way to the
 /// peer while its disk syncs.
 const WINDOW: usize = 16;
 

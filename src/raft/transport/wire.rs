@@ -466,7 +466,7 @@ pub struct FrameReader {
     frame_bytes_max: usize,
     /// The beginning of a frame whose rest has not come.
     partial: BytesMut,
-    /// ReceivedFrame and not yet looked at. Whole frames in it are handed out without copying.
+    /// Received and not yet looked at. Whole frames in it are handed out without copying.
     rest: Bytes,
 }
 

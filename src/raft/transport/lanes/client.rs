@@ -374,7 +374,7 @@ impl Stream for OutgoingFrames {
     }
 }
 
-/// ReplicaStore a lane up for as long as it is used.
+/// Keeps a lane up for as long as it is used.
 async fn keep_up(parts: Arc<LanesParts>, lane: Arc<PeerLane>) {
     let mut pause = PAUSE_MIN;
     loop {
