@@ -5,8 +5,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::sm::cluster::view::PlacementSpec;
 use crate::sm::level::LEVEL;
-use crate::sm::view::PlacementSpec;
 use crate::types::Address;
 
 /// The port of a node that was given none.

@@ -12,8 +12,8 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::config::{DATA_DIR_DEFAULT, NodeConfig, PORT_DEFAULT, is_unspecified};
+use crate::sm::cluster::view::PlacementSpec;
 use crate::sm::log_space::LOG_BYTES_MIN;
-use crate::sm::view::PlacementSpec;
 use crate::telemetry::LogFormat;
 use crate::types::{Address, ParseError};
 
@@ -340,7 +340,7 @@ fn repl_factor(text: &str) -> Result<Given<u8>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::view::Layout;
+    use crate::sm::cluster::view::Layout;
     use clap::Parser;
 
     #[derive(Parser)]

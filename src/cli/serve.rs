@@ -33,8 +33,8 @@ use crate::http::{
 use crate::node::{FamilyKind, Node, NodeError};
 use crate::raft::transport::Lane;
 use crate::raft::transport::lanes::serve_lane;
-use crate::sm::meta;
-use crate::sm::view::View;
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::View;
 use crate::telemetry;
 use crate::types::{Address, ParseError};
 

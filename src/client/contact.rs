@@ -192,7 +192,7 @@ mod tests {
     }
 
     fn member() -> Standing {
-        let node = |at: u64| crate::sm::view::NodeSpec {
+        let node = |at: u64| crate::sm::cluster::view::NodeSpec {
             address: format!("a:{at}").parse().expect("an address"),
             public_address: None,
             directory: DirectoryId(u128::from(at)),

@@ -17,11 +17,11 @@ use tokio::time::{Instant, timeout_at};
 
 use super::call::silence;
 use super::reply::{self, ReplyError, SMALL_BYTES_MAX, VIEW_BYTES_MAX};
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::{NodeSpec, View};
 use crate::sm::level::{LEVEL, TooOld};
-use crate::sm::meta;
 use crate::sm::recovery::FailureCause;
 use crate::sm::starts::{Start, Starts};
-use crate::sm::view::{NodeSpec, View};
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 /// Nodes that are asked at once who they are: they must cost few descriptors.

@@ -14,10 +14,9 @@ use serde::{Deserialize, Serialize};
 use super::peer::FailedReplica;
 use super::store::{Consistency, Failure, Found, Item, ScanRange};
 use crate::budget::{Share, UNCHARGED_BYTES_MAX, hold_together};
-use crate::sm::kv::{
-    DestinationState, KvCommand, MoveOutcome, OperationOutcome, Record, Write, WriteOutcome,
-};
-use crate::sm::view::{PlacementSpec, SlotTable};
+use crate::sm::cluster::view::{PlacementSpec, SlotTable};
+use crate::sm::kv::{KvCommand, OperationOutcome, Record, Write, WriteOutcome};
+use crate::sm::moves::{DestinationState, MoveOutcome};
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch,
     ReplicaId, Slot,

@@ -8,8 +8,8 @@
 use std::collections::BTreeMap;
 
 use super::protocol::ClusterStatus;
+use crate::sm::cluster::view::{Layout, SlotTable, View};
 use crate::sm::slots::slot_of;
-use crate::sm::view::{Layout, SlotTable, View};
 use crate::types::{Address, ClusterId, GroupId, MapVersion, NodeId, Slot};
 
 #[derive(Debug, Clone, PartialEq)]
@@ -57,7 +57,7 @@ impl ShardMap {
                 },
             )
         });
-        let place = |node: &crate::sm::view::NodeSpec| NodePlace {
+        let place = |node: &crate::sm::cluster::view::NodeSpec| NodePlace {
             address: node.address.clone(),
             public: node.public().clone(),
         };
@@ -209,7 +209,7 @@ fn owners(slots: &SlotTable) -> Vec<GroupId> {
 mod tests {
     use super::*;
     use crate::client::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
-    use crate::sm::view::PlacementSpec;
+    use crate::sm::cluster::view::PlacementSpec;
     use crate::types::{DirectoryId, PlanEpoch, ReplicaId};
 
     fn status() -> ClusterStatus {

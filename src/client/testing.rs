@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 
 use super::problem::{MEDIA_TYPE, TYPE_PREFIX};
 use super::protocol::{ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus};
-use crate::sm::view::{PlacementSpec, SlotTable};
+use crate::sm::cluster::view::{PlacementSpec, SlotTable};
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId,
 };

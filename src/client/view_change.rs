@@ -15,7 +15,7 @@ use super::protocol::ClusterStatus;
 use super::repeat::{Effect, Speaker, server_timeout_ms};
 use super::reply::{self, VIEW_BYTES_MAX};
 use super::store::{Failure, Options};
-use crate::sm::view::Layout;
+use crate::sm::cluster::view::Layout;
 use crate::types::{Address, PlanEpoch};
 
 /// The codes of the problems that tell of a refused change.

@@ -33,12 +33,12 @@ use crate::client::store::*;
 use crate::client::view_change::{
     ChangeInProgress, Phase, PlannedChange, ReplicationFactor, ViewChange, ViewChangeFailure,
 };
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::{GroupSpec, NodeSpec, PlacementSpec, View};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, Record, WriteRejection};
 use crate::sm::level::LEVEL;
-use crate::sm::meta;
 use crate::sm::placement::first_view;
 use crate::sm::slots::slot_of;
-use crate::sm::view::{GroupSpec, NodeSpec, PlacementSpec, View};
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, MapVersion, NodeId, PlanEpoch, ReplicaId, Revision,
 };

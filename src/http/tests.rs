@@ -21,8 +21,9 @@ use crate::client::peer::{
 };
 use crate::client::protocol::{ShardBody, ShardReply, ShardRequest};
 use crate::client::store::{Consistency, Failure};
-use crate::sm::view::NodeSpec;
-use crate::sm::{codec, meta};
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::NodeSpec;
+use crate::sm::codec;
 use crate::types::{Address, ClusterId, DirectoryId, GroupId, NodeId};
 
 /// Small, and quick to run out.

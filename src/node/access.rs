@@ -31,7 +31,7 @@ use crate::raft::transport::Resolver as _;
 use crate::raft::{ProposeError, ReadError};
 use crate::sm::kv::{self, ANSWER_BYTES_MAX, FindOutcome, PageRequest};
 use crate::sm::ports::{Direction, StoreError};
-use crate::storage::state::{MapRead, ReadKind};
+use crate::storage::map::{MapRead, ReadKind};
 use crate::telemetry::rarely;
 use crate::types::{Address, GroupId, MapVersion, NodeId, PlanEpoch};
 
@@ -794,7 +794,7 @@ fn bytes_got(outcome: &kv::WriteOutcome) -> usize {
 
 /// Answers by what `work` finds in the map of a replica; see [`ReplicaMap::read_in`].
 ///
-/// [`ReplicaMap::read_in`]: crate::storage::state::ReplicaState::read_in
+/// [`ReplicaMap::read_in`]: crate::storage::map::ReplicaState::read_in
 async fn read_map(
     group: &Replica,
     kind: ReadKind,

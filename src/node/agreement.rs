@@ -18,9 +18,9 @@ use super::member::Member;
 use crate::client::peer::{HostedReplica, NotedDigest};
 use crate::raft::Replica;
 use crate::sm::agreement::{AgreementVerdict, is_majority_of_one_mind, judge};
+use crate::sm::cluster::view::NodeSpec;
 use crate::sm::kv::{KvCommand, KvOutcome};
 use crate::sm::level::Feature;
-use crate::sm::view::NodeSpec;
 use crate::telemetry::rarely;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 

@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::client::peer::{Identity, PromiseRequest, Standing};
+use crate::sm::cluster::view::View;
 use crate::sm::level::TooOld;
-use crate::sm::view::View;
 use crate::storage::directory::Stamp;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId};
 
@@ -527,9 +527,9 @@ pub fn list(addresses: &[Address]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::{NodeSpec, PlacementSpec};
     use crate::sm::level::LEVEL;
     use crate::sm::placement::first_view;
-    use crate::sm::view::{NodeSpec, PlacementSpec};
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
 

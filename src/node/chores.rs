@@ -9,7 +9,7 @@ use tokio::task::{Id, JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
-use crate::sm::view::View;
+use crate::sm::cluster::view::View;
 use crate::supervisor;
 use crate::types::GroupId;
 

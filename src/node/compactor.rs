@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::sm::ports::StoreError;
 use crate::storage::background;
 use crate::storage::log::Log;
-use crate::storage::state::MapStore;
+use crate::storage::map::MapStore;
 
 /// Between two looks at how much the maps take.
 const TICK: Duration = Duration::from_secs(3);

@@ -16,7 +16,7 @@ use super::member::Member;
 use crate::raft::Replica;
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::Log;
-use crate::storage::state::MapStore;
+use crate::storage::map::MapStore;
 use crate::telemetry::Rarely;
 use crate::types::{GroupId, NodeId};
 

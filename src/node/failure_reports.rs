@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
 use crate::client::peer::{FailedReplica, FailureReport};
-use crate::sm::repair::Failing;
-use crate::sm::view::View;
+use crate::sm::cluster::repair::Failing;
+use crate::sm::cluster::view::View;
 use crate::types::{Address, DirectoryId, GroupId, NodeId, ReplicaId};
 
 /// Between two reports.
@@ -141,9 +141,9 @@ fn meta_voters(view: &View, but: NodeId) -> Vec<Address> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::{NodeSpec, PlacementSpec};
     use crate::sm::placement::first_view;
     use crate::sm::recovery::FailureCause;
-    use crate::sm::view::{NodeSpec, PlacementSpec};
     use crate::types::ClusterId;
 
     const SHARD: GroupId = GroupId(1);

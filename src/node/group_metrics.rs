@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::member::Member;
 use super::metrics::{Family, FamilyKind, Sample, family, one};
 use crate::raft::{GroupMembership, Replica, Role, WitnessReplica};
-use crate::sm::view::View;
+use crate::sm::cluster::view::View;
 use crate::types::{GroupId, NodeId};
 
 /// Groups, or peers, that have a series of their own in one family.

@@ -22,9 +22,9 @@ use crate::client::peer::{
 };
 use crate::config::NodeConfig;
 use crate::raft::transport::lanes::{DirectoryRejection, PeerDirectories};
+use crate::sm::cluster::view::{self, View};
 use crate::sm::level::TooOld;
 use crate::sm::placement::{PlacementError, first_view};
-use crate::sm::view::{self, View};
 use crate::storage::directory::{DataDirectory, DirectoryError, Stamp};
 use crate::supervisor::Supervisor;
 use crate::telemetry::rarely;

@@ -27,8 +27,8 @@ use super::running::StartError;
 use crate::storage::directory::Stamp;
 use crate::storage::disk::Disk;
 use crate::storage::log::{self, Log, LogOptions, LogWriter, OpenLogError};
+use crate::storage::map::MapStore;
 use crate::storage::sealed;
-use crate::storage::state::MapStore;
 use crate::types::{ClusterId, NodeId};
 
 const LOG: &str = "log";
@@ -200,9 +200,9 @@ mod tests {
     use crate::sm::ports::WriteBatch;
     use crate::storage::ReplicaKey;
     use crate::storage::log::{Expect, Vote};
+    use crate::storage::map::{Applied, MapOptions, OnSynced, Origin, Synced};
     use crate::storage::mem_trees::{Crash, MemTrees};
     use crate::storage::sim_disk::SimDisk;
-    use crate::storage::state::{Applied, MapOptions, OnSynced, Origin, Synced};
     use crate::types::{GroupId, LogId, ReplicaId};
 
     const DIRECTORY: &str = "/data";
@@ -356,12 +356,12 @@ mod tests {
     fn a_member_keeps_what_it_has_whatever_the_file_says() {
         let (disk, trees) = (SimDisk::new(1), MemTrees::new());
         live(&disk, &trees, &Stamp::Fresh, 1);
-        let of = crate::sm::view::NodeSpec {
+        let of = crate::sm::cluster::view::NodeSpec {
             address: "127.0.0.1:1".parse().expect("an address"),
             public_address: None,
             directory: crate::types::DirectoryId(7),
         };
-        let asked = crate::sm::view::PlacementSpec::default();
+        let asked = crate::sm::cluster::view::PlacementSpec::default();
         let view = crate::sm::placement::first_view(ClusterId(2), asked, vec![of])
             .expect("a view of one node");
         let stamp = Stamp::Member {

@@ -16,9 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::member::{Member, read_applied_view};
 use crate::raft::Replica;
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::{NodeSpec, View};
 use crate::sm::level::TooOld;
-use crate::sm::meta;
-use crate::sm::view::{NodeSpec, View};
 use crate::types::{GroupId, MapVersion, NodeId};
 
 /// Between two rounds of asking; more often where the level is raised sooner.
@@ -184,8 +184,8 @@ pub async fn outgrown(mut views: watch::Receiver<Arc<View>>, speaks: u16) -> Too
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::PlacementSpec;
     use crate::sm::placement::first_view;
-    use crate::sm::view::PlacementSpec;
     use crate::types::{ClusterId, DirectoryId};
 
     const AFTER: Duration = Duration::from_secs(60);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use futures::future::{BoxFuture, ready};
 
-use crate::sm::membership;
+use crate::sm::cluster::membership;
 use crate::sm::moves::{self, Move};
 use crate::storage::directory::{DataDirectory, DirectoryError};
 use crate::storage::disk::{Disk, RealDisk};

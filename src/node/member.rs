@@ -32,10 +32,11 @@ use crate::raft::ProposeError;
 use crate::raft::Replica;
 use crate::raft::transport::{Peer, Resolver};
 use crate::raft::{Registry, WitnessReplica};
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::{NodeSpec, View, WitnessSpec as Seat};
+use crate::sm::kv;
 use crate::sm::level::Feature;
-use crate::sm::view::{NodeSpec, View, WitnessSpec as Seat};
-use crate::sm::{kv, meta};
-use crate::storage::state::ReadKind;
+use crate::storage::map::ReadKind;
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, NodeId, ParseError, PlanEpoch,
     ReplicaId,
@@ -774,7 +775,7 @@ fn hosted_witness(witness: &WitnessReplica) -> HostedReplica {
 fn describe_shard(
     view: &View,
     id: GroupId,
-    group: &crate::sm::view::GroupSpec,
+    group: &crate::sm::cluster::view::GroupSpec,
     answers: &HashMap<NodeId, Option<Hosting>>,
 ) -> ShardStatus {
     let told = |replica: ReplicaId, node: NodeId| -> Option<&HostedReplica> {
@@ -870,8 +871,8 @@ fn health(hosted: Option<&HostedReplica>, leads: bool, applied_index: u64) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::PlacementSpec;
     use crate::sm::placement::first_view;
-    use crate::sm::view::PlacementSpec;
 
     #[test]
     fn a_plan_that_was_taken_over_is_told_from_one_that_was_done() {

@@ -1,6 +1,6 @@
 //! Brings the members of the groups that this node leads to what the view wants. The steps are
-//! decided in `sm::membership`; here they are taken, one at a time per group, each under a limit of
-//! time, and looked at anew after it.
+//! decided in `sm::cluster::membership`; here they are taken, one at a time per group, each under a
+//! limit of time, and looked at anew after it.
 
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -15,11 +15,11 @@ use super::machine::{Machine, Stepped};
 use super::member::Member;
 use crate::client::peer::HostedReplica;
 use crate::raft::Replica;
-use crate::sm::membership::{MembershipStep, ObservedMembership, next_step};
-use crate::sm::meta;
+use crate::sm::cluster::membership::{MembershipStep, ObservedMembership, next_step};
+use crate::sm::cluster::meta;
 #[cfg(any(test, feature = "testing"))]
-use crate::sm::view::ReportedMembership;
-use crate::sm::view::{self, View};
+use crate::sm::cluster::view::ReportedMembership;
+use crate::sm::cluster::view::{self, View};
 use crate::types::{Address, GroupId, NodeId, ReplicaId};
 
 /// Between two looks at the groups.

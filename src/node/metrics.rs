@@ -14,7 +14,7 @@ use crate::raft::FairBudget;
 use crate::sm::recovery::FailureCause;
 use crate::sm::scrub::ScrubKind;
 use crate::storage::log::{Log, LogMetrics, SYNC_BUCKETS_US};
-use crate::storage::state::{MapMetrics, MapStore};
+use crate::storage::map::{MapMetrics, MapStore};
 
 /// Samples of one name.
 #[derive(Debug, Clone, PartialEq)]

@@ -22,16 +22,16 @@ use crate::client::protocol::{ShardBody, ShardReply};
 use crate::client::router::ShardAccess;
 use crate::client::store::{Consistency, Options, Routing};
 use crate::raft::{ProposeError, Replica};
-use crate::sm::kv::{
-    self, DestinationState, InstallProgress, KvCommand, MoveCommand, MoveOutcome, Remaining,
-    SourceState,
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::View;
+use crate::sm::kv::{KvCommand, KvOutcome};
+use crate::sm::moves::{
+    self, DestinationState, InstallProgress, MoveCommand, MoveOutcome, Remaining, SourceState,
 };
-use crate::sm::meta;
 use crate::sm::moves::{CLEAR_KEYS_MAX, Move, MoveLimits, MoveSide, MoveStep, next_step};
 use crate::sm::ports::StoreError;
 use crate::sm::slots::SlotState;
-use crate::sm::view::View;
-use crate::storage::state::{MapRead, ReadKind};
+use crate::storage::map::{MapRead, ReadKind};
 use crate::types::{GroupId, MapVersion, MoveId, Slot};
 
 /// Between two looks for something to move.
@@ -323,7 +323,7 @@ impl Shared {
             Some(_) | None => bytes::Bytes::new(),
         };
         let (id, slots) = (of.id, of.slots.clone());
-        let look = move |read: &MapRead<'_>| kv::source_state(read, id, &slots, &cursor);
+        let look = move |read: &MapRead<'_>| moves::source_state(read, id, &slots, &cursor);
         let source = group.state().read_in(ReadKind::Page, look).await?;
         if let SourceState::Copying(Remaining::Changes { .. }) = source {
             drive.catching_up.get_or_insert_with(Instant::now);
@@ -416,7 +416,7 @@ impl Shared {
         drive: &mut Drive,
     ) -> Result<(), Hitch> {
         let (id, cursor) = (of.id, progress.cursor.clone());
-        let look = move |read: &MapRead<'_>| kv::move_chunk(read, id, &cursor, CHUNK_BYTES);
+        let look = move |read: &MapRead<'_>| moves::move_chunk(read, id, &cursor, CHUNK_BYTES);
         let chunk = group.state().read_in(ReadKind::Page, look).await?;
         let Some(chunk) = chunk else {
             return Err(Hitch::Later("the move is not open here yet".into()));
@@ -446,7 +446,7 @@ impl Shared {
         drive: &mut Drive,
     ) -> Result<(), Hitch> {
         let id = of.id;
-        let look = move |read: &MapRead<'_>| kv::final_contents(read, id);
+        let look = move |read: &MapRead<'_>| moves::final_contents(read, id);
         let contents = group.state().read_in(ReadKind::Page, look).await?;
         let Some(contents) = contents else {
             return Err(Hitch::Later("the move is not frozen here yet".into()));
@@ -470,7 +470,7 @@ impl Shared {
                 .propose_command(command, Instant::now() + STEP_TIMEOUT)
                 .await?
             {
-                kv::KvOutcome::Moved(outcome) => outcome,
+                KvOutcome::Moved(outcome) => outcome,
                 other => return Err(Hitch::Later(format!("a step was answered by {other:?}"))),
             },
             MoveSide::Destination => {
@@ -488,7 +488,7 @@ impl Shared {
                 drive.destination = Some(DestinationState::Installing(progress))
             }
             MoveOutcome::Cleared { .. } => drive.destination = None,
-            MoveOutcome::Rejected(kv::MoveRejection::Differs { slot, source, here }) => {
+            MoveOutcome::Rejected(moves::MoveRejection::Differs { slot, source, here }) => {
                 tracing::error!(
                     "move {} is taken back: slot {slot} holds {source:?} in shard {}, and {here:?} \
                     was counted in shard {}",
@@ -574,7 +574,7 @@ impl Shared {
         while group.leads() && !self.has_more_to_move(shard) {
             let left = match group
                 .state()
-                .read_in(ReadKind::Page, |read| kv::leftovers(read))
+                .read_in(ReadKind::Page, |read| moves::leftovers(read))
                 .await
             {
                 Ok(left) => left,
@@ -594,7 +594,7 @@ impl Shared {
                 .propose_command(step, Instant::now() + STEP_TIMEOUT)
                 .await
             {
-                Ok(kv::KvOutcome::Moved(MoveOutcome::Cleared { .. })) => {
+                Ok(KvOutcome::Moved(MoveOutcome::Cleared { .. })) => {
                     self.machine.stepped(Stepped::Cleared { shard }).await;
                     tokio::time::sleep((begun.elapsed() * CLEAR_RESTS).min(REST_MAX)).await;
                 }
@@ -689,7 +689,7 @@ pub async fn destination_state(
     id: MoveId,
     slots: BTreeSet<Slot>,
 ) -> Result<DestinationState, StoreError> {
-    let look = move |read: &MapRead<'_>| kv::destination_state(read, id, &slots);
+    let look = move |read: &MapRead<'_>| moves::destination_state(read, id, &slots);
     group.state().read_in(ReadKind::Page, look).await
 }
 

@@ -65,11 +65,11 @@ use crate::client::store::{
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
 use crate::config::{ConfigError, NodeConfig};
 use crate::raft::transport::lanes::DirectoryRejection;
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::View;
 use crate::sm::kv::{Operation, Record};
 use crate::sm::level::TooOld;
-use crate::sm::meta;
 use crate::sm::recovery::restart_pause_ms;
-use crate::sm::view::View;
 use crate::storage::directory::DirectoryError;
 use crate::storage::sled_tree::SledError;
 use crate::supervisor::{self, Supervisor};

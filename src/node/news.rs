@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::member::Member;
 use crate::client::peer::Standing;
-use crate::sm::view::View;
+use crate::sm::cluster::view::View;
 use crate::supervisor;
 use crate::types::{Address, GroupId};
 

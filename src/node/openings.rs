@@ -14,8 +14,8 @@ use super::failures::Failures;
 use super::member::Member;
 use super::reconciler::{may_create, replicas_of};
 use crate::raft::{OpenError, Registry};
+use crate::sm::cluster::view::{self, View};
 use crate::sm::recovery::FailureCause;
-use crate::sm::view::{self, View};
 use crate::storage::ReplicaKey;
 
 /// How long a replica that has failed may take to end, before it is opened again.

@@ -20,10 +20,10 @@ use crate::client::view_change::{
     ViewChangeFailure,
 };
 use crate::raft::{ProposeError, Replica};
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::{self, PlacementSpec, View};
 use crate::sm::level::TooOld;
-use crate::sm::meta;
 use crate::sm::placement::{Planned, plan};
-use crate::sm::view::{self, PlacementSpec, View};
 use crate::types::{Address, GroupId, NodeId, PlanEpoch};
 
 /// How long a node is waited for when it is asked who it is.

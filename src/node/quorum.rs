@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::member::Member;
 use crate::client::store::Failure;
-use crate::sm::view::{GroupSpec, View};
+use crate::sm::cluster::view::{GroupSpec, View};
 use crate::types::{GroupId, NodeId};
 
 /// How long a node may have been silent and still pass for one that is there. Longer than an
@@ -95,8 +95,8 @@ fn missing(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::{NodeSpec, PlacementSpec};
     use crate::sm::placement::first_view;
-    use crate::sm::view::{NodeSpec, PlacementSpec};
     use crate::types::{ClusterId, DirectoryId};
 
     #[test]

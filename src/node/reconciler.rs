@@ -30,12 +30,13 @@ use super::openings::{Openings, ReplicaTasks};
 use crate::client::peer::Announcement;
 use crate::raft::transport::Resolver as _;
 use crate::raft::{OpenError, ProposeError, Replica};
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::{self, View};
+use crate::sm::kv;
 use crate::sm::recovery::FailureCause;
 use crate::sm::slots::SlotState;
-use crate::sm::view::{self, View};
-use crate::sm::{kv, meta};
 use crate::storage::ReplicaKey;
-use crate::storage::state::ReadKind;
+use crate::storage::map::ReadKind;
 use crate::supervisor;
 use crate::telemetry::rarely;
 use crate::types::{GroupId, NodeId, ReplicaId, Slot};
@@ -634,8 +635,8 @@ fn unready_group(group: &Replica) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::{NodeSpec, PlacementSpec, ReportedMembership};
     use crate::sm::placement::first_view;
-    use crate::sm::view::{NodeSpec, PlacementSpec, ReportedMembership};
     use crate::types::{ClusterId, DirectoryId, LogId};
 
     const SHARD: GroupId = GroupId(1);

@@ -1,7 +1,7 @@
 //! Gives the work of nodes that stay away, or have lost their disks, to others, and has replicas
-//! replaced that have failed. Decided in `sm::repair` from what the leader of the meta group sees,
-//! and is told (`failure_reports`); a new leader begins to count anew how long nodes are away, but
-//! not how long replicas have failed: that is told by their nodes.
+//! replaced that have failed. Decided in `sm::cluster::repair` from what the leader of the meta
+//! group sees, and is told (`failure_reports`); a new leader begins to count anew how long nodes
+//! are away, but not how long replicas have failed: that is told by their nodes.
 //!
 //! A node on which replicas fail because of the node itself, as of its full disk, counts as away.
 //!
@@ -21,9 +21,9 @@ use super::failure_reports::{Told, failing_nodes, failing_replicas};
 use super::member::Member;
 use crate::client::peer::{Identity, Standing};
 use crate::raft::Replica;
-use crate::sm::meta;
-use crate::sm::repair::{NodePresence, Replacement, next_plan, replace_failed};
-use crate::sm::view::View;
+use crate::sm::cluster::meta;
+use crate::sm::cluster::repair::{NodePresence, Replacement, next_plan, replace_failed};
+use crate::sm::cluster::view::View;
 use crate::types::{Address, DirectoryId, GroupId, NodeId};
 
 const TICK: Duration = Duration::from_secs(1);
@@ -371,8 +371,8 @@ fn as_ms(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::{NodeSpec, PlacementSpec};
     use crate::sm::placement::first_view;
-    use crate::sm::view::{NodeSpec, PlacementSpec};
     use crate::types::ClusterId;
 
     fn address(number: u32) -> Address {

@@ -25,7 +25,7 @@ use crate::sm::stalls::{
 };
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, WriterActivity, WriterPhase};
-use crate::storage::state::MapStore;
+use crate::storage::map::MapStore;
 use crate::supervisor::{Beat, ProcessEnd, Supervisor};
 use crate::types::GroupId;
 

@@ -15,11 +15,12 @@ use super::apply_progress::{ApplyProgress, ProgressRead};
 use super::map_hold::MapHold;
 use super::replica_store::ReplicaStore;
 use super::types::{ApplyOutcome, Proposal};
+use crate::sm::cluster::meta;
 use crate::sm::ports::{StoreError, WriteBatch};
-use crate::sm::{kv, meta, requests};
+use crate::sm::{kv, requests};
 use crate::storage::background;
+use crate::storage::map::{Applied, MapRead, ReadKind};
 use crate::storage::snapshot::Snapshot;
-use crate::storage::state::{Applied, MapRead, ReadKind};
 use crate::supervisor;
 use crate::types::LogId;
 

@@ -23,7 +23,7 @@ use super::types::{
     vote_from_raft, vote_to_raft,
 };
 use crate::storage::log::{Done, ReplicaLog};
-use crate::storage::state::{OnSynced, Synced};
+use crate::storage::map::{OnSynced, Synced};
 use crate::types::LogId;
 
 /// Bytes of entries in one append to a follower, and in one step of reading for apply. One entry at

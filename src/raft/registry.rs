@@ -36,7 +36,7 @@ use super::witness_store::WitnessStore;
 use crate::storage::ReplicaKey;
 use crate::storage::background;
 use crate::storage::log::{Log, ReplicaLog};
-use crate::storage::state::{Applied, MapStore};
+use crate::storage::map::{Applied, MapStore};
 use crate::supervisor::Supervisor;
 use crate::types::{DirectoryId, GroupId, NodeId, ReplicaKind};
 

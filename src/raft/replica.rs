@@ -37,7 +37,7 @@ use super::transport::snapshots::SnapshotInbox;
 use super::types::{GroupMember, from_raft};
 use crate::storage::ReplicaKey;
 use crate::storage::log::ReplicaLog;
-use crate::storage::state::ReplicaMap;
+use crate::storage::map::ReplicaMap;
 use crate::types::{NodeId, ReplicaId};
 
 /// One replica of one group.

@@ -3,8 +3,8 @@
 
 use super::witness_store::WitnessStore;
 use crate::storage::ReplicaKey;
+use crate::storage::map::{Applied, ReplicaMap};
 use crate::storage::snapshot::Snapshot;
-use crate::storage::state::{Applied, ReplicaMap};
 
 /// What a replica keeps of what it applies.
 pub enum ReplicaStore {

@@ -27,8 +27,8 @@ use super::types::{
 use crate::sm::kv;
 use crate::sm::ports::StoreError;
 use crate::storage::background;
+use crate::storage::map::{Applied, ReplicaMap};
 use crate::storage::snapshot::Snapshot;
-use crate::storage::state::{Applied, ReplicaMap};
 
 /// openraft, over our log, network and state machine.
 pub type RaftHandle = openraft::Raft<Types, StateMachine>;

@@ -14,8 +14,9 @@ use openraft::{EntryPayload, OptionalSend, RaftTypeConfig};
 use serde::{Deserialize, Serialize};
 
 use super::runtime::Runtime;
+use crate::sm::cluster::meta;
 use crate::sm::ports::StoreError;
-use crate::sm::{codec, kv, meta};
+use crate::sm::{codec, kv};
 use crate::storage::log::{self, LogPayload};
 use crate::types::{LogId, NodeId, ReplicaId};
 

@@ -4,7 +4,7 @@
 //! What holds, so that a witness may vote for entries that it could never serve:
 //! - It is in a group only while it has, or a majority of the replicas with a map has, every entry
 //!   that one of those may lack: it becomes a voter, and others become voters beside it, only when
-//!   each replica with a map has all that is committed (`sm::membership`), and it purges only what
+//!   each replica with a map has all that is committed (`sm::cluster::membership`), and it purges only what
 //!   each has durably ([`Replica::advertise_purge_index`] says how far that is).
 //! - It never sends a snapshot, having none: a replica that lacks what the witness no longer has
 //!   must be brought up to date by another that has a map, and refuses a witness's snapshot. A

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use crate::sm::ports::StoreError;
-use crate::storage::state::{Applied, Synced};
+use crate::storage::map::{Applied, Synced};
 use crate::storage::witness::WitnessFiles;
 use crate::storage::{Checked, ReplicaKey};
 

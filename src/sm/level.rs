@@ -2,8 +2,9 @@
 //! it.
 //!
 //! The view carries a level. Level 0 is the program of the first release, which knew none. A leader
-//! proposes a variant of a later level only once [`View::allows`](super::view::View::allows) it;
-//! until then it does what the programs of the level before did, and those can take its place.
+//! proposes a variant of a later level only once
+//! [`View::allows`](super::cluster::view::View::allows) it; until then it does what the programs of
+//! the level before did, and those can take its place.
 //!
 //! # To add something that older programs do not read
 //! 1. Add a [`Feature`] with its level: [`LEVEL`], or one more if a release with that is out

@@ -6,6 +6,7 @@
 //! `tests/architecture.rs` holds that.
 
 pub mod agreement;
+pub mod cluster;
 pub mod codec;
 pub mod disk_level;
 pub mod kv;
@@ -13,14 +14,11 @@ pub mod level;
 pub mod log_space;
 #[cfg(test)]
 mod meaning;
-pub mod membership;
-pub mod meta;
 pub mod moves;
 pub mod placement;
 pub mod ports;
 pub mod reach;
 pub mod recovery;
-pub mod repair;
 pub mod requests;
 pub mod scrub;
 pub mod slots;
@@ -28,4 +26,3 @@ pub mod stalls;
 pub mod starts;
 #[cfg(test)]
 mod testing;
-pub mod view;

@@ -21,7 +21,8 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::codec;
-use super::kv::{EntryTransaction, Operation, OperationOutcome};
+use super::kv::command::{Operation, OperationOutcome};
+use super::kv::entry::EntryTransaction;
 use super::ports::{Read, StoreError};
 use super::slots::{
     CLOCK_KEY, RequestsUsed, expiry_key, expiry_range, expiry_range_from, misplaced,

@@ -12,7 +12,7 @@
 //! | 0x03 | slot, idempotency key | `requests::RequestRecord` |
 //! | 0x04 | slot, group time in ms, idempotency key | what the record costs in bytes |
 //! | 0x05 | move id, log index, a key that the entry changed under it | the change's bytes |
-//! | 0x06 | move id | `kv::OpenMove` |
+//! | 0x06 | move id | `moves::OpenMove` |
 //! | 0x07 | why nothing is written to the shard, if nothing is | text |
 //! | 0x10 | slot, user key | `kv::Record` |
 //!

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::meta::{self, MetaCommand, MetaOutcome};
-use super::view::{ReportedMembership, View};
+use super::cluster::meta::{self, MetaCommand, MetaOutcome};
+use super::cluster::view::{ReportedMembership, View};
 use crate::types::{GroupId, LogId, MoveId, Slot};
 
 /// The meta group's map, changed by its commands alone.

@@ -18,7 +18,7 @@ use super::disk::{Disk, RealDisk, ensure_dir};
 use super::sealed::{self, SealedError};
 use super::sled_database::numbered;
 use super::starts::{STARTS, StartBook};
-use crate::sm::view::View;
+use crate::sm::cluster::view::View;
 use crate::types::{Address, ClusterId, DirectoryId, NodeId, ReplicaId, StartId};
 
 const LOCK: &str = "LOCK";
@@ -500,8 +500,8 @@ fn lock(path: &Path) -> Result<File, DirectoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::{NodeSpec, PlacementSpec};
     use crate::sm::placement::first_view;
-    use crate::sm::view::{NodeSpec, PlacementSpec};
     use crate::storage::disk::Open;
     use crate::storage::sim_disk::SimDisk;
     use crate::types::GroupId;

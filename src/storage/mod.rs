@@ -7,6 +7,7 @@ pub mod directory;
 pub mod disk;
 pub mod log;
 #[cfg(any(test, feature = "testing"))]
+pub mod map;
 pub mod mem_trees;
 mod pieces;
 pub mod sealed;
@@ -16,7 +17,6 @@ mod sled_database;
 pub mod sled_tree;
 pub mod snapshot;
 pub mod starts;
-pub mod state;
 #[cfg(test)]
 pub mod testing;
 pub mod tree;

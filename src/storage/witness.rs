@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ReplicaKey;
 use super::disk::{Disk, Open, ensure_dir};
-use super::state::Applied;
+use super::map::Applied;
 use crate::sm::codec;
 use crate::sm::ports::StoreError;
 

@@ -22,8 +22,8 @@ use quorate::client::remote::RemoteStore;
 use quorate::client::store::Store;
 use quorate::client::view_change::{ReplicationFactor, Shards, ViewChange};
 use quorate::node::machine::Stepped;
-use quorate::sm::membership;
-use quorate::sm::view::PlacementSpec;
+use quorate::sm::cluster::membership;
+use quorate::sm::cluster::view::PlacementSpec;
 use quorate::types::{Address, GroupId, PlanEpoch, ReplicaId, SLOTS};
 
 /// Long enough for a loaded machine; only a failing test waits for it.

@@ -18,7 +18,7 @@ use quorate::config::NodeConfig;
 use quorate::http::{Limits, Server};
 use quorate::node::{Node, NodeError};
 use quorate::raft::Replica;
-use quorate::sm::view::PlacementSpec;
+use quorate::sm::cluster::view::PlacementSpec;
 use quorate::storage::ReplicaKey;
 use quorate::storage::mem_trees::MemTrees;
 use quorate::storage::sim_disk::SimDisk;

@@ -16,8 +16,8 @@ use quorate::client::protocol::ClusterStatus;
 use quorate::client::remote::RemoteStore;
 use quorate::client::store::Store;
 use quorate::client::view_change::ViewChange;
+use quorate::sm::cluster::view::PlacementSpec;
 use quorate::sm::level::{LEVEL, TooOld};
-use quorate::sm::view::PlacementSpec;
 use quorate::types::{Address, GroupId};
 
 /// What the first programs spoke, which knew no levels.

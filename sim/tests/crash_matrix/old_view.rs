@@ -11,7 +11,7 @@ use super::machine::End;
 use quorate::client::peer::Standing;
 use quorate::client::remote::RemoteStore;
 use quorate::client::view_change::ViewChange;
-use quorate::sm::view::View;
+use quorate::sm::cluster::view::View;
 use quorate::types::{Address, GroupId, NodeId, ReplicaId};
 
 /// The view that a node goes by.

@@ -17,7 +17,7 @@ use quorate::client::remote::RemoteStore;
 use quorate::client::store::{Options, Store};
 use quorate::client::view_change::ViewChange;
 use quorate::client::wire::Connection;
-use quorate::sm::view::PlacementSpec;
+use quorate::sm::cluster::view::PlacementSpec;
 use quorate::types::Address;
 use quorate_sim::exposition::{self, Family};
 

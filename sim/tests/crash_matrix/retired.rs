@@ -9,12 +9,12 @@ use futures::future::ready;
 use super::case::until;
 use super::host::{Host, addresses};
 use super::machine::End;
-use quorate::sm::view::PlacementSpec;
+use quorate::sm::cluster::view::PlacementSpec;
 use quorate::storage::ReplicaKey;
 use quorate::storage::directory::{DataDirectory, Stamp};
 use quorate::storage::disk::Disk;
 use quorate::storage::log::{Log, LogOptions, LogWriter};
-use quorate::storage::state::{Applied, MapOptions, MapStore};
+use quorate::storage::map::{Applied, MapOptions, MapStore};
 use quorate::types::{ClusterId, GroupId, NodeId, ReplicaId};
 
 const META: ReplicaKey = ReplicaKey {

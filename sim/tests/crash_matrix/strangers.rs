@@ -12,8 +12,8 @@ use quorate::client::peer::{Announcement, PeerCaller, PeerError};
 use quorate::client::protocol::{Hop, ShardBody, ShardReply, ShardRequest};
 use quorate::client::store::{Consistency, Failure};
 use quorate::node::Node;
-use quorate::sm::meta;
-use quorate::sm::view::View;
+use quorate::sm::cluster::meta;
+use quorate::sm::cluster::view::View;
 use quorate::types::{ClusterId, DirectoryId, GroupId};
 
 /// What the node says the view is, once it leads the meta group.

@@ -8,7 +8,7 @@ use crate::client::protocol::{
     ClusterStatus, NodeStatus, ReplicaHealth, ReplicaStatus, ShardStatus,
 };
 use crate::client::view_change::ChangeInProgress;
-use crate::sm::view::Layout;
+use crate::sm::cluster::view::Layout;
 use crate::types::{Address, NodeId};
 
 /// Shards that are named in one line.

@@ -9,11 +9,11 @@ use super::*;
 use crate::client::protocol::{NodeStatus, ReplicaHealth, ReplicaStatus, ShardPage, ShardStatus};
 use crate::client::store::{Consistency, Item, Routing, ScanRange, WriteFailure};
 use crate::client::view_change::{ChangeInProgress, PlannedChange, ViewChange, ViewChangeFailure};
+use crate::sm::cluster::view::{PlacementSpec, SlotTable};
 use crate::sm::kv::{
     Action, Condition, Media, OperationOutcome, Record, Write, WriteOutcome, WriteRejection,
 };
 use crate::sm::slots::slot_of;
-use crate::sm::view::{PlacementSpec, SlotTable};
 use crate::types::{ClusterId, DirectoryId, MoveId, NodeId, PlanEpoch, ReplicaId, Revision, Slot};
 
 /// What a scripted call does instead of being served.

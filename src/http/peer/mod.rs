@@ -34,8 +34,9 @@ use crate::client::peer::{
 };
 use crate::client::protocol::{Hop, RELAY_QUERY, ScrubStatus, ShardReply, ShardRequest};
 use crate::client::store::Failure;
-use crate::sm::view::View;
-use crate::sm::{codec, meta};
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::View;
+use crate::sm::codec;
 use crate::types::Address;
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");

@@ -15,8 +15,9 @@ use crate::raft::errors::{ProposeError, ReadError, SHUT_DOWN};
 use crate::raft::replica::Replica;
 use crate::raft::status::Role;
 use crate::raft::types::{ApplyOutcome, Proposal, ResponderFn, Types};
+use crate::sm::cluster::meta;
+use crate::sm::kv;
 use crate::sm::level::Feature;
-use crate::sm::{kv, meta};
 
 /// Between attempts of a proposal while the leader's lease has run out.
 const LEASE_PAUSE: Duration = Duration::from_millis(5);

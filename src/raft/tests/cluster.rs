@@ -23,8 +23,8 @@ use crate::sm::kv::{
 };
 use crate::storage::ReplicaKey;
 use crate::storage::log::{Log, LogOptions};
+use crate::storage::map::{MapOptions, MapStore};
 use crate::storage::mem_trees::MemTrees;
-use crate::storage::state::{MapOptions, MapStore};
 use crate::supervisor::Supervisor;
 use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 

@@ -12,10 +12,10 @@ use crate::raft::OpenError;
 use crate::raft::log_store::LogStore;
 use crate::storage::disk::{Disk, Open};
 use crate::storage::log::{Log, LogEntry, LogOptions, LogPayload, LogWriter, ReplicaLog, Vote};
+use crate::storage::map::{Applied, MapOptions, MapStore, OnSynced, Synced};
 use crate::storage::mem_trees::MemTrees;
 use crate::storage::sim_disk::SimDisk;
 use crate::storage::snapshot::Snapshot;
-use crate::storage::state::{Applied, MapOptions, MapStore, OnSynced, Synced};
 use crate::types::{LogId, NodeId, ReplicaId};
 
 const LOG: &str = "/log";

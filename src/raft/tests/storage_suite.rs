@@ -27,8 +27,8 @@ use crate::raft::types::{RaftEntry, RaftLogId, RaftVoteOf, Types};
 use crate::raft::witness_store::WitnessStore;
 use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::log::{Log, LogOptions};
+use crate::storage::map::{Applied, MapOptions, MapStore, OnSynced, Synced};
 use crate::storage::sled_tree::{SledOptions, SledTrees};
-use crate::storage::state::{Applied, MapOptions, MapStore, OnSynced, Synced};
 use crate::storage::tree::Trees;
 use crate::types::{LogId, ReplicaId};
 

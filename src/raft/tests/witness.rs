@@ -16,8 +16,8 @@ use crate::raft::{
 use crate::sm::kv;
 use crate::storage::disk::Disk;
 use crate::storage::log::Vote;
+use crate::storage::map::Applied;
 use crate::storage::mem_trees::Crash;
-use crate::storage::state::Applied;
 use crate::storage::tree::Trees;
 use crate::types::{GroupId, LogId, NodeId, ReplicaId};
 

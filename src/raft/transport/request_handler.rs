@@ -24,7 +24,7 @@ use crate::raft::transport::wire::{
 use crate::raft::types::{Types, entry_to_raft, from_raft, to_raft, vote_from_raft, vote_to_raft};
 use crate::sm::disk_level::DiskLevel;
 use crate::storage::log::{LogEntry, Vote};
-use crate::storage::state::ReplicaMap;
+use crate::storage::map::ReplicaMap;
 use crate::types::{LogId, ReplicaId};
 
 /// Frames of one group that may be worked on at a time: a few windows, as what was given up there

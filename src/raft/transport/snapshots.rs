@@ -22,8 +22,8 @@ use crate::raft::transport::wire::{PeerRefusal, PeerReply, SnapshotName};
 use crate::raft::types::{RaftVoteOf, vote_from_raft, vote_to_raft};
 use crate::sm::ports::StoreError;
 use crate::storage::log::Vote;
+use crate::storage::map::{Applied, ReplicaMap};
 use crate::storage::snapshot::SnapshotReceiver;
-use crate::storage::state::{Applied, ReplicaMap};
 use crate::storage::{ReplicaKey, background};
 /// How long a request to install waits for the end before it says "not yet". Below every deadline
 /// for a step.

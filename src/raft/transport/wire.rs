@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::raft::election::leases::LeaseTimings;
 use crate::sm::starts::Starts;
 use crate::storage::log::{LogEntry, LogPayload, Vote};
-use crate::storage::state::Applied;
+use crate::storage::map::Applied;
 use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 /// The format written today.

@@ -5,9 +5,9 @@
 
 use bytes::Bytes;
 
+use super::command::{OperationOutcome, WriteRejection};
 use super::entry::EntryTransaction;
 use super::record::decode_record;
-use super::{OperationOutcome, WriteRejection};
 use crate::sm::ports::{Read, StoreError, ValueStart};
 use crate::types::Slot;
 

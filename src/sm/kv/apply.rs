@@ -23,14 +23,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 
 use super::answers::{AnswerBudget, Audience, PendingGets, REVISION_BYTES, START_BYTES};
+use super::command::{
+    Action, KvCommand, KvOutcome, Operation, OperationOutcome, Record, Write, WriteOutcome,
+    WriteRejection,
+};
 use super::entry::EntryTransaction;
 use super::record::{encode_record, stored_revision};
-use super::{
-    Action, KvCommand, KvOutcome, MoveCommand, MoveOutcome, Operation, OperationOutcome, Record,
-    Write, WriteOutcome, WriteRejection,
-};
-use super::{clear, destination, source};
 use crate::sm::codec;
+use crate::sm::moves::command::{MoveCommand, MoveOutcome};
+use crate::sm::moves::{clear, destination, source};
 use crate::sm::ports::{Read, StoreError, ValueStart, WriteBatch};
 use crate::sm::requests::{
     Fingerprint, REQUESTS_BYTES_MAX, RequestAnswer, RequestMemory, RequestRecord, fingerprint,

@@ -10,8 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::tests::Shard;
 use super::*;
+use crate::sm::moves::{MoveCommand, MoveOutcome, move_chunk};
+use crate::sm::ports::StoreError;
 use crate::sm::ports::{Direction, Items, KeyRange, Pairs, Read, ValueStart, WriteBatch};
 use crate::sm::slots::{data_key, slot_of};
+use crate::types::{GroupId, MoveId, Revision, Slot};
+use bytes::Bytes;
+use std::collections::BTreeSet;
 
 const MIB: usize = 1 << 20;
 /// For keys, starts of values and states of slots.
@@ -476,6 +481,6 @@ fn a_chunk_of_a_move_and_a_deletion_hold_one_value_beyond_their_size() {
         cleared,
         KvOutcome::Moved(MoveOutcome::Cleared { more: true })
     );
-    assert!(super::observed::holds_anything(&map, slot_of(b"one")).expect("readable"));
+    assert!(crate::sm::moves::observed::holds_anything(&map, slot_of(b"one")).expect("readable"));
     map.assert_within(SMALL);
 }

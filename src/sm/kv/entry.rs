@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, btree_map};
 
 use bytes::Bytes;
 
-use super::OpenMove;
+use crate::sm::moves::command::OpenMove;
 use crate::sm::ports::{Direction, KeyRange, Overlay, Read, StoreError, ValueStart, WriteBatch};
 use crate::sm::slots::{
     SlotState, change_key, change_value, move_key, parse_request_key, slot_of_copied, state_key,

@@ -9,10 +9,12 @@ use super::*;
 use crate::sm::ports::{Direction, KeyRange, Overlay, WriteBatch};
 use crate::sm::requests::{REMEMBERED_MS, group_time_ms};
 use crate::sm::slots::{Ownership, slot_of};
+use crate::types::{Revision, Slot};
+use bytes::Bytes;
 
 /// Keys of three slots.
 const KEYS: [&str; 7] = ["{a}", "{a}1", "{a}2", "{b}", "{b}1", "{c}", "{c}1"];
-pub(super) const TAGS: [&str; 3] = ["a", "b", "c"];
+pub(in crate::sm) const TAGS: [&str; 3] = ["a", "b", "c"];
 
 /// An event in the life of a shard.
 #[derive(Debug, Clone)]
@@ -24,7 +26,7 @@ enum Event {
 
 /// The answer that a slot of a request got; the model keeps the operations themselves.
 #[derive(Debug, Clone)]
-pub(super) struct Answered {
+pub(in crate::sm) struct Answered {
     time_ms: u64,
     pub operations: Vec<Operation>,
     results: Vec<Result<OperationOutcome, Failed>>,
@@ -39,7 +41,7 @@ struct Failed {
 }
 
 #[derive(Debug, Clone, Default)]
-pub(super) struct Model {
+pub(in crate::sm) struct Model {
     pub holds: BTreeMap<Slot, Ownership>,
     pub keys: BTreeMap<Bytes, Record>,
     pub revisions: BTreeMap<Slot, u64>,
@@ -227,7 +229,7 @@ fn outcome(
     }
 }
 
-pub(super) fn operation() -> impl Strategy<Value = Operation> {
+pub(in crate::sm) fn operation() -> impl Strategy<Value = Operation> {
     let revisions = || proptest::collection::vec((1..12u64).prop_map(Revision), 0..4);
     let condition = prop_oneof![
         6 => Just(Condition::None),
@@ -258,7 +260,7 @@ pub(super) fn operation() -> impl Strategy<Value = Operation> {
 
 /// Writes out of a small pool of requests, so that retries come; sometimes with an operation more
 /// or less, as another batch would have.
-pub(super) fn write(pool: Vec<Vec<Operation>>) -> impl Strategy<Value = Write> {
+pub(in crate::sm) fn write(pool: Vec<Vec<Operation>>) -> impl Strategy<Value = Write> {
     let count = pool.len();
     (
         0..count,

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use bytes::Bytes;
 
-use super::Record;
 use super::answers::START_BYTES;
+use super::command::Record;
 use super::record::{decode_head, decode_record};
 use crate::sm::codec;
 use crate::sm::ports::{Direction, Items, KeyRange, Read, StoreError, ValueStart};

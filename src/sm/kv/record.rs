@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde::Deserialize;
 
-use super::{Condition, Media, Record};
+use super::command::{Condition, Media, Record};
 use crate::sm::codec;
 use crate::sm::ports::StoreError;
 use crate::types::Revision;

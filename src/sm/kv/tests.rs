@@ -9,6 +9,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
+
 use super::*;
 use crate::sm::ports::{Direction, KeyRange, Read};
 use crate::sm::requests::{REMEMBERED_MS, REQUESTS_BYTES_MAX, RequestRecord, group_time_ms};
@@ -16,10 +18,11 @@ use crate::sm::slots::{
     Ownership, SlotContents, SlotState, all_data, data_key, expiry_range, parse_data_key,
     parse_expiry_key, parse_request_key, request_range, slot_of, state_key,
 };
+use crate::types::{GroupId, MoveId, Revision, Slot};
 
 /// A shard's map, by itself.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Shard {
+pub(in crate::sm) struct Shard {
     pub map: BTreeMap<Bytes, Bytes>,
     /// Of the last entry.
     pub index: u64,
@@ -279,7 +282,7 @@ fn show(outcome: &KvOutcome) -> String {
         KvOutcome::Claimed => "claimed".into(),
         KvOutcome::Compared => "compared".into(),
         KvOutcome::ClaimRejected { generation, .. } => format!("moved by {generation}"),
-        KvOutcome::Moved(outcome) => super::move_tests::show_moved(outcome),
+        KvOutcome::Moved(outcome) => crate::sm::moves::tests::show_moved(outcome),
         KvOutcome::ReadOnlySet => "read-only set".to_owned(),
     }
 }

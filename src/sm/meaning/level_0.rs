@@ -6,15 +6,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 
 use super::{Map, MapKind, Script};
-use crate::sm::kv::{
-    Action, Condition, Install, InstallProgress, KvCommand, Media, MoveCommand, MovePhase,
-    OpenMove, Operation, Write, final_contents, move_chunk,
+use crate::sm::cluster::meta;
+use crate::sm::cluster::view::{NodeSpec, PlacementSpec, ReportedMembership, View};
+use crate::sm::kv::{Action, Condition, KvCommand, Media, Operation, Write};
+use crate::sm::moves::{
+    Install, InstallProgress, MoveCommand, MovePhase, OpenMove, final_contents, move_chunk,
 };
-use crate::sm::meta;
 use crate::sm::placement::{first_view, plan};
 use crate::sm::requests::{REMEMBERED_MS, REQUESTS_BYTES_MAX};
 use crate::sm::slots::{SlotState, slot_of, state_key};
-use crate::sm::view::{NodeSpec, PlacementSpec, ReportedMembership, View};
 use crate::types::{
     ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId,
     Revision, Slot,

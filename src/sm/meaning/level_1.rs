@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 
 use super::{MapKind, Script, bytes};
+use crate::sm::cluster::meta::{self, MetaCommand};
+use crate::sm::cluster::view::{NodeSpec, PlacementSpec, View};
 use crate::sm::kv::{self, Action, Condition, Media, Operation, Write};
-use crate::sm::meta::{self, MetaCommand};
 use crate::sm::placement::{first_view, plan};
 use crate::sm::slots::slot_of;
-use crate::sm::view::{NodeSpec, PlacementSpec, View};
 use crate::types::{ClusterId, DirectoryId, MapVersion};
 
 pub fn shard() -> Script {

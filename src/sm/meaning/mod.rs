@@ -27,8 +27,9 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::kv::{self, MoveCommand};
-use super::meta;
+use super::cluster::meta;
+use super::kv::{self};
+use super::moves::MoveCommand;
 use super::ports::WriteBatch;
 
 /// A batch that would be longer is written as its hash.

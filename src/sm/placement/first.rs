@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::sizes::{Sizes, check_nodes, exclusive_voters, meta_voters};
 use super::{PlacementError, witnesses};
-use crate::sm::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, SlotTable, View};
+use crate::sm::cluster::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, SlotTable, View};
 use crate::types::{
     ClusterId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, SLOTS, Slot,
 };

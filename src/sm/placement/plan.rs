@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::sizes::{Sizes, meta_voters};
 use super::{PlacementError, roster, shards, targets, witnesses};
-use crate::sm::view::{NodeSpec, PlacementSpec, View};
+use crate::sm::cluster::view::{NodeSpec, PlacementSpec, View};
 use crate::types::{GroupId, NodeId, ReplicaId};
 
 /// The view that is to follow another, as `meta::Command::InstallPlan` takes it.

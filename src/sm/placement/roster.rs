@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use super::PlacementError;
 use super::sizes::check_nodes;
-use crate::sm::view::{NodeSpec, View};
+use crate::sm::cluster::view::{NodeSpec, View};
 use crate::types::NodeId;
 
 /// Makes the nodes of `next` the wanted ones and those that leave, and returns the leaving ones

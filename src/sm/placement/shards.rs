@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::even::{BinTaker, assign};
 use super::sizes::{Sizes, exclusive_voters};
-use crate::sm::view::{GroupSpec, Layout, View};
+use crate::sm::cluster::view::{GroupSpec, Layout, View};
 use crate::types::{GroupId, NodeId, ReplicaId, SLOTS, Slot};
 
 /// Cost of putting something where it is not: more than all finer costs below can add up to.

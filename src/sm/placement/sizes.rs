@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{PlacementError, REPLICATION_FACTOR_MAX};
-use crate::sm::view::{Layout, NodeSpec, PlacementSpec};
+use crate::sm::cluster::view::{Layout, NodeSpec, PlacementSpec};
 use crate::types::SLOTS;
 
 /// Replicas of a shard where no number is asked for and there are nodes enough.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::sm::view::{SlotTable, View};
+use crate::sm::cluster::view::{SlotTable, View};
 use crate::types::{GroupId, SLOTS, Slot};
 
 /// The slots dealt out evenly to `shards`: each slot stays with its owner where that is even, else

@@ -8,8 +8,8 @@ use rand::{Rng, SeedableRng};
 
 use super::sizes::{Sizes, meta_voters};
 use super::{PlacementError, Planned, REPLICATION_FACTOR_MAX, first_view, plan};
+use crate::sm::cluster::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, View, WitnessSpec};
 use crate::sm::testing::Meta;
-use crate::sm::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, View, WitnessSpec};
 use crate::types::{ClusterId, DirectoryId, GroupId, NodeId, ReplicaId, Slot};
 
 fn node(address: usize, directory: u128) -> NodeSpec {

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use super::even::{BinTaker, assign};
 use super::shards::{AWKWARD, CHANGE, STAY};
-use crate::sm::view::{GroupSpec, View, WitnessSpec};
+use crate::sm::cluster::view::{GroupSpec, View, WitnessSpec};
 use crate::types::{GroupId, NodeId};
 
 /// Gives each of the shards its witness, or none. One that is there stays if it may, and where that

@@ -13,12 +13,12 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
 use super::activity::{ActivityTracker, WriterActivity};
+use super::disk_room::LogDiskRoom;
+use super::index::{EntryLocation, LogIndex};
 use super::queue::{LogChange, LogOp, LogQueue, call};
 use super::record::{self, LogRecord, RecordPlace};
 use super::replica::{ReplicaLog, ReplicaLogInner};
-use super::room::LogDiskRoom;
 use super::writer::LogWriter;
-use super::written::{EntryLocation, LogIndex};
 use super::{Done, LogEntry, LogFailure, LogOptions, OpenLogError};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{Disk, DiskFile};

@@ -32,18 +32,18 @@
 //! ([`LogOptions::idle_ms`] after the last batch, and on close), which ends that.
 
 mod activity;
+mod disk_room;
 mod handle;
+mod index;
 mod queue;
 mod record;
 mod replay;
 mod replica;
-mod room;
 mod scrub;
 mod segment;
 #[cfg(test)]
 mod tests;
 mod writer;
-mod written;
 
 use std::io;
 use std::path::{Path, PathBuf};

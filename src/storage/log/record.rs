@@ -3,7 +3,7 @@
 //!
 //! Both checksums are seeded with the log's binding, the segment number and the offset. So a record
 //! is valid in one place of one log only: what an earlier use of a recycled segment left, or a copy
-//! in another place, is never taken for a record. Kept out: what records mean ([`super::written`])
+//! in another place, is never taken for a record. Kept out: what records mean ([`super::index`])
 //! and which of them are damage ([`super::replay`]).
 //!
 //! ```text

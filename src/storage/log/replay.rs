@@ -10,11 +10,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::OpenLogError;
+use super::index::{EntryLocation, LiveBytes, LogIndex};
 use super::record::{
     self, BadRecord, FoundRecord, HEADER_BYTES, LogRecord, RecordPlace, SegmentHead,
 };
 use super::segment::SegmentFiles;
-use super::written::{EntryLocation, LiveBytes, LogIndex};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{DiskFile, Open};
 use crate::types::{GroupId, ReplicaId};

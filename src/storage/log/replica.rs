@@ -13,9 +13,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::handle::Log;
+use super::index::{Contradiction, EntryLocation, LogIndex, index_after};
 use super::queue::{LogChange, LogOp, call, invalid};
 use super::record::{ReplicaHead, entry_len};
-use super::written::{Contradiction, EntryLocation, LogIndex, index_after};
 use super::{Done, LogEntry, Vote};
 use crate::storage::ReplicaKey;
 use crate::types::LogId;

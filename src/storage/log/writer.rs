@@ -3,7 +3,7 @@
 //!
 //! Everything here happens on one thread: [`LogWriter::run`] in production,
 //! [`LogWriter::run_in_task`] or [`LogWriter::pump`] in a simulation. The ledger (with each
-//! replica's [`super::written::LogIndex`]) is what a replay of the segments up to the active offset
+//! replica's [`super::index::LogIndex`]) is what a replay of the segments up to the active offset
 //! would give.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -14,16 +14,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::activity::WriterPhase;
+use super::disk_room::LogDiskRoom;
 use super::handle::{LogInner, Roster, SegmentView};
+use super::index::{Contradiction, EntryLocation, LiveBytes};
 use super::queue::{LogChange, LogOp, QueuedWork, call};
 use super::record::{
     self, HEADER_BYTES, LogRecord, NOBODY, RecordPlace, SMALL_RECORD_BYTES_MAX, SegmentHead,
 };
 use super::replay::{Replayed, replay};
 use super::replica::ReplicaLogInner;
-use super::room::LogDiskRoom;
 use super::segment::{ActiveSegment, PreparedSegment, SegmentFiles};
-use super::written::{Contradiction, EntryLocation, LiveBytes};
 use super::{Done, Expect, LogEntry, LogFailure, LogOptions, OpenLogError, with_context};
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{Disk, ensure_dir};

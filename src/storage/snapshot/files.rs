@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::disk::{Disk, DiskFile, Open, ensure_dir};
-use crate::storage::state::Applied;
+use crate::storage::map::Applied;
 use crate::types::LogId;
 
 const PUBLISHED: &str = ".snap";
@@ -200,10 +200,10 @@ fn log_id_of(key: ReplicaKey, name: &str) -> Option<Option<LogId>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::map::Applied;
     use crate::storage::sim_disk::SimDisk;
     use crate::storage::snapshot::format::{SnapshotHead, SnapshotWriter, UNSYNCED_BYTES_MAX};
     use crate::storage::snapshot::{Snapshot, SnapshotReceiver};
-    use crate::storage::state::Applied;
     use crate::storage::testing::{hex, unhex};
     use crate::types::{GroupId, ReplicaId};
 

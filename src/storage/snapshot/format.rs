@@ -19,8 +19,8 @@ use crate::sm::codec;
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::disk::DiskFile;
-use crate::storage::state::Applied;
-use crate::storage::state::digest::{Digest, PairHasher};
+use crate::storage::map::Applied;
+use crate::storage::map::digest::{Digest, PairHasher};
 
 const MAGIC: &[u8; 8] = b"QRTSNAP\0";
 const FORMAT: u32 = 1;

@@ -22,7 +22,7 @@ use self::format::{SnapshotHead, Trailer, UNSYNCED_BYTES_MAX, Visit};
 use crate::sm::ports::StoreError;
 use crate::storage::ReplicaKey;
 use crate::storage::disk::DiskFile;
-use crate::storage::state::Applied;
+use crate::storage::map::Applied;
 
 /// An open snapshot file. Cheap to clone; stays readable when a newer one replaces it.
 ///

@@ -32,8 +32,8 @@ use super::body::{Fields, Said};
 use super::refusal;
 use crate::client::store::WriteFailure;
 use crate::http::{App, aside};
+use crate::sm::cluster::view::Layout;
 use crate::sm::kv::{Action, Condition, Media, Operation, OperationOutcome, Record};
-use crate::sm::view::Layout;
 use crate::types::{Address, KEY_BYTES_MAX, is_reserved};
 
 /// The longest key that is stored, in characters. Longer ones, of other dialects, are read and

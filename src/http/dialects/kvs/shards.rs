@@ -22,7 +22,7 @@ use super::refusal;
 use crate::client::shard_map::{ShardMap, ShardPlace};
 use crate::client::store::Failure;
 use crate::http::App;
-use crate::sm::view::Layout;
+use crate::sm::cluster::view::Layout;
 use crate::types::{Address, GroupId, NodeId};
 
 pub async fn key_count(app: &App) -> Result<Answer, Refusal> {

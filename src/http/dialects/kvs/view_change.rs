@@ -34,7 +34,7 @@ use crate::client::view_change::{
 use crate::http::App;
 use crate::http::changes::Rounds;
 use crate::http::metrics::Watch;
-use crate::sm::view::Layout;
+use crate::sm::cluster::view::Layout;
 use crate::types::{Address, GroupId, PlanEpoch};
 
 /// How long the end of a change is waited for.

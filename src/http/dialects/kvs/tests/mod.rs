@@ -7,8 +7,8 @@ mod view_change;
 use crate::client::store::Failure;
 use crate::http::testing::{Reply, Site};
 use crate::http::{Limits, NotReady};
+use crate::sm::cluster::view::PlacementSpec;
 use crate::sm::kv::Media;
-use crate::sm::view::PlacementSpec;
 use crate::types::GroupId;
 
 /// Some key of the store's shard with this number.

@@ -8,10 +8,10 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::codec;
-use super::level::Feature;
-use super::ports::{Read, StoreError, WriteBatch};
 use super::view::{self, Inconsistency, NodeSpec, ReportedMembership, SlotMove, View};
+use crate::sm::codec;
+use crate::sm::level::Feature;
+use crate::sm::ports::{Read, StoreError, WriteBatch};
 use crate::types::{
     Address, DirectoryId, GroupId, MapVersion, MoveId, NodeId, PlanEpoch, ReplicaId, Slot,
 };

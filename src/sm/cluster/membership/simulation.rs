@@ -14,10 +14,10 @@ use rand::seq::IteratorRandom;
 use rand::{Rng, SeedableRng};
 
 use super::{MembershipStep, ObservedMembership, Replicas, blocked, next_step};
-use crate::sm::meta::MetaCommand;
+use crate::sm::cluster::meta::MetaCommand;
+use crate::sm::cluster::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, View};
 use crate::sm::placement::{first_view, plan};
 use crate::sm::testing::Meta;
-use crate::sm::view::{GroupSpec, Layout, NodeSpec, PlacementSpec, View};
 use crate::types::{ClusterId, DirectoryId, GroupId, LogId, NodeId, ReplicaId};
 
 /// Entries that a replica may lack and still count as caught up.

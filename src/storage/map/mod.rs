@@ -39,6 +39,7 @@ mod clean;
 mod compaction;
 pub mod digest;
 mod install;
+mod memtables;
 mod open;
 mod reading;
 mod record;
@@ -47,7 +48,6 @@ mod replica;
 mod scan;
 mod scrub;
 mod store;
-mod tables;
 mod tree_check;
 
 #[cfg(test)]
@@ -72,11 +72,11 @@ use std::io;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::memtables::ReadGuard;
 pub use self::open::{Opened, Origin};
 pub use self::reading::{MapRead, ReadKind};
 pub use self::replica::{MemtableBytes, ReplicaMap};
 pub use self::store::{Checkpointer, MapMetrics, MapStore};
-pub use self::tables::ReadGuard;
 use crate::types::LogId;
 
 /// Through where the log was applied, and what the last membership in that part was.

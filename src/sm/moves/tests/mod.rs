@@ -16,10 +16,13 @@ mod steps;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::tests::Shard;
 use super::*;
+use crate::sm::kv::tests::Shard;
+use crate::sm::kv::*;
 use crate::sm::requests::group_time_ms;
 use crate::sm::slots::{Ownership, SlotState, slot_of};
+use crate::types::{GroupId, MoveId, Revision, Slot};
+use bytes::Bytes;
 
 /// Shards 1, 2 and 3.
 #[derive(Debug, Clone, Default)]
@@ -187,7 +190,7 @@ fn show(outcome: KvOutcome) -> String {
     show_moved(&outcome)
 }
 
-pub(in crate::sm::kv) fn show_moved(outcome: &MoveOutcome) -> String {
+pub(in crate::sm) fn show_moved(outcome: &MoveOutcome) -> String {
     let rejection = match outcome {
         MoveOutcome::Done => return "done".into(),
         MoveOutcome::Cleared { more } => {

@@ -1,6 +1,6 @@
 //! What moves write to log and disk, byte for byte.
 
-use super::super::chunk::ChunkCursor;
+use super::super::command::ChunkCursor;
 use super::*;
 use crate::sm::slots::{
     SlotContents, all_moves, change_key, change_range, change_value, move_key, parse_change_key,

@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::chunk::{ChunkCursor, changes_left};
+use super::chunk::changes_left;
+use super::command::{ChunkCursor, InstallProgress, MovePhase, OpenMove};
 use super::source::is_released;
-use super::{InstallProgress, MovePhase, OpenMove};
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::slots::{
     Ownership, SlotState, change_range_from, data_range, expiry_range, misplaced, parse_change_key,
@@ -138,7 +138,7 @@ pub fn destination_state(
 }
 
 /// Returns true if the map holds anything in `slot`. Looks at the map itself, not at its counters.
-pub(super) fn holds_anything(read: &impl Read, slot: Slot) -> Result<bool, StoreError> {
+pub(in crate::sm) fn holds_anything(read: &impl Read, slot: Slot) -> Result<bool, StoreError> {
     for range in [
         data_range(slot, &KeyRange::all()),
         request_range(slot),
@@ -160,7 +160,7 @@ pub(super) fn holds_anything(read: &impl Read, slot: Slot) -> Result<bool, Store
 const LEFTOVER_SLOTS_MAX: usize = 64;
 
 /// Something that ended moves have left in the map, as the move and slots of a
-/// [`super::MoveStep::Clear`] that deletes some of it: the marks of a move, or what is in slots
+/// [`super::MoveCommand::Clear`] that deletes some of it: the marks of a move, or what is in slots
 /// that the shard does not hold. To be asked again after each such step, by the shard's leader.
 pub fn leftovers(read: &impl Read) -> Result<Option<(MoveId, BTreeSet<Slot>)>, StoreError> {
     if let Some(id) = ended_with_marks(read)? {

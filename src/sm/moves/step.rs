@@ -16,10 +16,9 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::kv::{
-    CHANGES_BYTES_MAX, DestinationState, InstallProgress, KvCommand, MoveCommand, Remaining,
-    SourceState,
-};
+use super::command::{InstallProgress, MoveCommand};
+use super::observed::{CHANGES_BYTES_MAX, DestinationState, Remaining, SourceState};
+use crate::sm::kv::command::KvCommand;
 use crate::types::{GroupId, MoveId, Slot};
 
 /// A move as it was opened.

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::sm::cluster::view::PlacementSpec;
 use crate::sm::level;
 use crate::sm::placement::{first_view, plan};
 use crate::sm::testing::Meta;
-use crate::sm::view::PlacementSpec;
 use crate::types::{ClusterId, GroupId, LogId, MapVersion, Slot};
 
 type Map = BTreeMap<Bytes, Bytes>;

@@ -17,10 +17,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use serde::{Deserialize, Serialize};
 
-use super::{Install, MovePhase, OpenMove};
-use crate::sm::codec;
+use super::command::{ChunkCursor, Install, MovePhase, OpenMove};
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::requests::group_time_ms;
 use crate::sm::slots::{
@@ -28,32 +26,6 @@ use crate::sm::slots::{
     request_range,
 };
 use crate::types::{MoveId, Slot};
-
-/// Position at which the source reads on. It travels in chunks and the destination keeps it, so
-/// that the driver needs no memory. Part of the disk format.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum ChunkCursor {
-    /// In the pairs of the slots, after this key of the map; empty: at the start.
-    Pairs { after: Bytes },
-    /// In the marks of changes, after this one; empty: at the start.
-    Changes { after: Bytes },
-}
-
-impl ChunkCursor {
-    /// The cursor that a destination has kept. It has none before the first chunk.
-    pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
-        match bytes {
-            [] => Ok(ChunkCursor::Pairs {
-                after: Bytes::new(),
-            }),
-            bytes => codec::decode(bytes, "the cursor of a move"),
-        }
-    }
-
-    fn encode(&self) -> Bytes {
-        codec::encode(self)
-    }
-}
 
 /// A part of the slots, read at the source for the destination.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,9 +8,9 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
+use super::command::{MoveOutcome, MoveRejection};
 use super::destination::{give_up, miscounted};
-use super::entry::EntryTransaction;
-use super::{MoveOutcome, MoveRejection};
+use crate::sm::kv::entry::EntryTransaction;
 use crate::sm::ports::{KeyRange, Read, StoreError};
 use crate::sm::requests::forget;
 use crate::sm::slots::{
@@ -40,7 +40,7 @@ impl ClearBudget {
     }
 }
 
-pub(super) fn clear<R: Read>(
+pub(in crate::sm) fn clear<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,

@@ -9,11 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::entry::EntryTransaction;
+use super::command::{Install, InstallProgress, MoveOutcome, MovePhase, MoveRejection, OpenMove};
 use super::observed::holds_anything;
-use super::record::decode_record;
 use super::source::{OTHER_SLOTS, change_all, every, not_open, unfit};
-use super::{Install, InstallProgress, MoveOutcome, MovePhase, MoveRejection, OpenMove};
+use crate::sm::kv::entry::EntryTransaction;
+use crate::sm::kv::record::decode_record;
 use crate::sm::ports::{Read, StoreError};
 use crate::sm::requests::{RequestMemory, RequestRecord};
 use crate::sm::slots::{
@@ -25,7 +25,7 @@ type Decided = Result<MoveOutcome, StoreError>;
 
 const NOT_THE_DESTINATION: &str = "this shard is the source of the move";
 
-pub(super) fn prepare<R: Read>(
+pub(in crate::sm) fn prepare<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: BTreeSet<Slot>,
@@ -81,7 +81,7 @@ pub(super) fn prepare<R: Read>(
     Ok(MoveOutcome::Installing(progress))
 }
 
-pub(super) fn install<R: Read>(
+pub(in crate::sm) fn install<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     time_ms: u64,
     install: Install,
@@ -215,7 +215,7 @@ pub(super) fn miscounted(slot: Slot) -> StoreError {
 
 /// Compares what was installed with what the frozen source counts. Then nothing is installed any
 /// more, and the slots go on counting revisions where the source stopped.
-pub(super) fn complete<R: Read>(
+pub(in crate::sm) fn complete<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
@@ -263,7 +263,7 @@ pub(super) fn complete<R: Read>(
     Ok(MoveOutcome::Installing(progress))
 }
 
-pub(super) fn activate<R: Read>(
+pub(in crate::sm) fn activate<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
@@ -296,7 +296,7 @@ pub(super) fn activate<R: Read>(
 }
 
 /// Gives up an install. What it brought is left to be cleared.
-pub(super) fn cancel<R: Read>(
+pub(in crate::sm) fn cancel<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,

@@ -21,10 +21,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 
+use super::memtables::{Memtables, ReadGuard};
 use super::record::{CORE_KEYS_START, RESERVED};
 use super::replica::{ReplicaMap, ReplicaMapInner};
 use super::store::MapStoreInner;
-use super::tables::{Memtables, ReadGuard};
 use crate::sm::ports::{Direction, Items, KeyRange, Layered, Pairs, Read, StoreError, ValueStart};
 use crate::storage::tree::Tree;
 

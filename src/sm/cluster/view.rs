@@ -12,9 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::codec;
-use super::level::Feature;
-use super::ports::StoreError;
+use crate::sm::codec;
+use crate::sm::level::Feature;
+use crate::sm::ports::StoreError;
 use crate::types::{
     Address, ClusterId, DirectoryId, GroupId, LogId, MapVersion, MoveId, NodeId, PlanEpoch,
     ReplicaId, Slot,
@@ -252,14 +252,14 @@ impl GroupSpec {
 
     /// Returns true if a replica on its way out may be used again: if the group began with it. Of
     /// any other the view does not say whether it has a map or is a witness.
-    pub(super) fn can_come_back(&self, replica: ReplicaId) -> bool {
+    pub(in crate::sm) fn can_come_back(&self, replica: ReplicaId) -> bool {
         self.leaving.contains_key(&replica) && self.creation.contains_key(&replica)
     }
 
     /// Gives the node a replica: the one on its way out that it has and that can come back, else a
     /// new one. A node runs one replica of a group at a time, so a new one would wait until the
     /// other is gone, and that one perhaps for the new one to take its place.
-    pub(super) fn take_on(&mut self, node: NodeId, next_replica: &mut ReplicaId) {
+    pub(in crate::sm) fn take_on(&mut self, node: NodeId, next_replica: &mut ReplicaId) {
         let mut leaving = self
             .leaving
             .iter()

@@ -18,8 +18,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::KvCommand;
-use super::chunk::ChunkCursor;
 use crate::sm::codec;
 use crate::sm::ports::{Direction, KeyRange, Read, StoreError};
 use crate::sm::slots::{SlotContents, all_moves, misplaced, move_key, parse_move_key};
@@ -51,7 +49,7 @@ pub enum MoveCommand {
     Cancel,
     /// Either: deletes what is left in slots that this shard does not hold, and the marks of the
     /// move, at most `limit` keys, and about a mebibyte. Of no slots: the marks alone. At the
-    /// destination it comes before [`MoveStep::Prepare`] and ends an older install.
+    /// destination it comes before [`MoveCommand::Prepare`] and ends an older install.
     Clear { limit: u32 },
 }
 
@@ -88,6 +86,32 @@ impl Install {
     }
 }
 
+/// Position at which the source reads on. It travels in chunks and the destination keeps it, so
+/// that the driver needs no memory. Part of the disk format.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::sm) enum ChunkCursor {
+    /// In the pairs of the slots, after this key of the map; empty: at the start.
+    Pairs { after: Bytes },
+    /// In the marks of changes, after this one; empty: at the start.
+    Changes { after: Bytes },
+}
+
+impl ChunkCursor {
+    /// The cursor that a destination has kept. It has none before the first chunk.
+    pub fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
+        match bytes {
+            [] => Ok(ChunkCursor::Pairs {
+                after: Bytes::new(),
+            }),
+            bytes => codec::decode(bytes, "the cursor of a move"),
+        }
+    }
+
+    pub(super) fn encode(&self) -> Bytes {
+        codec::encode(self)
+    }
+}
+
 /// Progress of an install at the destination.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstallProgress {
@@ -106,7 +130,7 @@ pub enum MoveOutcome {
     Done,
     /// Of [`MoveStep::Clear`]. `more`: something is left.
     Cleared { more: bool },
-    /// Of [`MoveStep::Prepare`], [`MoveStep::Complete`] and [`Install`]: where the install now
+    /// Of [`MoveCommand::Prepare`], [`MoveStep::Complete`] and [`Install`]: where the install now
     /// stands, whether by this entry or because another driver has come further. Go on from there.
     Installing(InstallProgress),
     /// Nothing was changed.
@@ -164,16 +188,7 @@ impl Install {
 }
 
 impl MoveCommand {
-    /// The entry that takes this step.
-    pub fn of(self, id: MoveId, slots: &BTreeSet<Slot>) -> KvCommand {
-        KvCommand::Move {
-            id,
-            slots: slots.clone(),
-            step: self,
-        }
-    }
-
-    pub(super) fn size_hint(&self) -> usize {
+    pub(in crate::sm) fn size_hint(&self) -> usize {
         match self {
             MoveCommand::Complete { contents, .. } => 16 + 16 * contents.len(),
             _ => 16,

@@ -6,8 +6,8 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
-use super::super::model_tests::{Model, TAGS, operation, write};
 use super::*;
+use crate::sm::kv::model_tests::{Model, TAGS, operation, write};
 use crate::sm::moves::{Move, MoveLimits, MoveSide, MoveStep, next_step};
 use crate::sm::ports::{Direction, Read};
 use crate::sm::slots::{all_data, change_range_from, parse_data_key};

@@ -13,9 +13,9 @@
 use std::cmp::Reverse;
 use std::sync::Arc;
 
+use super::memtables::{ImmutableMemtable, Memtable};
 use super::replica::ReplicaMapInner;
 use super::store::MapStoreInner;
-use super::tables::{ImmutableMemtable, Memtable};
 
 /// Changes that are put into a clean table before readers get their turn.
 const CHANGES_PER_TURN: usize = 64;

@@ -7,15 +7,15 @@
 
 use std::collections::BTreeSet;
 
-use super::entry::EntryTransaction;
-use super::{MoveOutcome, MovePhase, MoveRejection, OpenMove};
+use super::command::{MoveOutcome, MovePhase, MoveRejection, OpenMove};
+use crate::sm::kv::entry::EntryTransaction;
 use crate::sm::ports::{Read, StoreError};
 use crate::sm::slots::{Ownership, SlotState};
 use crate::types::{GroupId, MoveId, Slot};
 
 type Decided = Result<MoveOutcome, StoreError>;
 
-pub(super) fn begin<R: Read>(
+pub(in crate::sm) fn begin<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: BTreeSet<Slot>,
@@ -65,7 +65,7 @@ pub(super) fn begin<R: Read>(
     Ok(MoveOutcome::Done)
 }
 
-pub(super) fn freeze<R: Read>(
+pub(in crate::sm) fn freeze<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
@@ -91,7 +91,7 @@ pub(super) fn freeze<R: Read>(
     }
 }
 
-pub(super) fn release<R: Read>(
+pub(in crate::sm) fn release<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,
@@ -120,7 +120,7 @@ pub(super) fn release<R: Read>(
 }
 
 /// Ends the move before its release. One that never began here is kept from ever beginning.
-pub(super) fn abort<R: Read>(
+pub(in crate::sm) fn abort<R: Read>(
     entry: &mut EntryTransaction<'_, R>,
     id: MoveId,
     slots: &BTreeSet<Slot>,

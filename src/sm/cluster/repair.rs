@@ -13,8 +13,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::placement::{Planned, plan};
 use super::view::{GroupSpec, NodeSpec, View, WitnessSpec};
+use crate::sm::placement::{Planned, plan};
 use crate::types::{DirectoryId, GroupId, NodeId, ReplicaId};
 
 /// Reachability of a node.
@@ -213,8 +213,8 @@ fn is_fresh(view: &View, directory: DirectoryId) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sm::cluster::view::PlacementSpec;
     use crate::sm::placement::first_view;
-    use crate::sm::view::PlacementSpec;
     use crate::types::ClusterId;
 
     const REPLACE_AFTER_MS: u64 = 300_000;
@@ -490,7 +490,7 @@ mod tests {
         let view = cluster(3, PlacementSpec::from_flags(Some(2), Some(1)));
         let witness = view.groups[&SHARD].witness.expect("a witness");
         let mut view = view;
-        let reported = crate::sm::view::ReportedMembership {
+        let reported = crate::sm::cluster::view::ReportedMembership {
             log_id: crate::types::LogId { term: 1, index: 5 },
             voters: view.groups[&SHARD].electorate(),
             learners: BTreeSet::new(),

@@ -227,7 +227,7 @@ mod simulation;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sm::view::WitnessSpec;
+    use crate::sm::cluster::view::WitnessSpec;
 
     fn set(ids: &[u64]) -> Replicas {
         ids.iter().map(|id| ReplicaId(*id)).collect()

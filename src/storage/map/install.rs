@@ -7,9 +7,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::memtables::Memtables;
 use super::open::{self, TreeFilling};
 use super::replica::{ReplicaMap, ReplicaMapInner, TreeWriter};
-use super::tables::Memtables;
 use crate::sm::ports::StoreError;
 use crate::storage::snapshot::Snapshot;
 
