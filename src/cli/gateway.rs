@@ -17,7 +17,7 @@ use super::servers::local_cluster;
 use super::{EXIT_CODES, signals};
 use crate::client::lookout::Lookout;
 use crate::client::remote::RemoteStore;
-use crate::http::metrics::Kind;
+use crate::http::metrics::MetricKind;
 use crate::http::{App, Exposition, Limits, MetricSource, Metrics, NotReady, Readiness, Server};
 use crate::telemetry::{self, LogFormat};
 use crate::types::{Address, ParseError};
@@ -175,28 +175,32 @@ impl MetricSource for Watching {
     fn collect(&self, text: &mut Exposition) {
         text.family(
             "quorate_gateway_ready",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Whether every shard has a leader that answers here.",
         );
         text.sample(&[], u8::from(self.0.ready().is_ok()));
         let Some(look) = self.0.last() else { return };
-        text.family("quorate_gateway_nodes", Kind::Gauge, "Nodes of the view.");
+        text.family(
+            "quorate_gateway_nodes",
+            MetricKind::Gauge,
+            "Nodes of the view.",
+        );
         text.sample(&[], look.nodes);
         text.family(
             "quorate_gateway_shards",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Shards that own keys.",
         );
         text.sample(&[], look.shards);
         text.family(
             "quorate_gateway_map_version",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Version of the shard map as it was last told.",
         );
         text.sample(&[], look.map_version);
         text.family(
             "quorate_gateway_look_age_seconds",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Time since the cluster was last looked at.",
         );
         text.sample(&[], look.at.elapsed().as_secs_f64());

@@ -25,7 +25,7 @@ use crate::client::peer::{
 use crate::client::protocol::{Hop, ScrubStatus, ShardReply, ShardRequest};
 use crate::client::store::Failure;
 use crate::config::NodeConfig;
-use crate::http::metrics::Kind;
+use crate::http::metrics::MetricKind;
 use crate::http::{
     App, BindError, Exposition, Limits, MetricSource, Metrics, NotReady, PeerService, Readiness,
     Server,
@@ -200,13 +200,17 @@ impl Readiness for Face {
 
 impl MetricSource for Face {
     fn collect(&self, text: &mut Exposition) {
-        text.family("quorate_ready", Kind::Gauge, "1 where /readyz is 200.");
+        text.family(
+            "quorate_ready",
+            MetricKind::Gauge,
+            "1 where /readyz is 200.",
+        );
         text.sample(&[], u8::from(self.node.ready().is_ok()));
         for family in self.node.families() {
             let kind = match family.kind {
-                FamilyKind::Counter => Kind::Counter,
-                FamilyKind::Gauge => Kind::Gauge,
-                FamilyKind::Histogram => Kind::Histogram,
+                FamilyKind::Counter => MetricKind::Counter,
+                FamilyKind::Gauge => MetricKind::Gauge,
+                FamilyKind::Histogram => MetricKind::Histogram,
             };
             text.family(family.name, kind, family.help);
             for sample in &family.samples {

@@ -22,24 +22,24 @@ use http::Method;
 use tokio_util::sync::CancellationToken;
 
 use super::limits::Limits;
-use super::metrics::{Exposition, Kind, MetricSource};
+use super::metrics::{Exposition, MetricKind, MetricSource};
 use super::peer::{self, LANE_PREFIX};
 use crate::descriptors::{self, Shares};
 
 /// Connections that may wait at the door for their first request. A peer's comes with the next
 /// packet, so that it gets in needs a crowd to open this many connections within a round trip.
-const AT_THE_DOOR_MAX: usize = 32;
+const OVERFLOW_MAX: usize = 32;
 
 /// What is answered at the door: those who watch over a node must not take it for dead because it
 /// is full.
-const ANSWERED_AT_THE_DOOR: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
+const ALWAYS_ANSWERED: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 
 /// What a server counts.
 #[derive(Debug, Default)]
 pub struct ServerStats {
     clients: AtomicU64,
     peers: AtomicU64,
-    at_the_door: AtomicU64,
+    overflow: AtomicU64,
     accepted: AtomicU64,
     refused: AtomicU64,
     stalled: AtomicU64,
@@ -76,14 +76,17 @@ impl ServerStats {
 impl MetricSource for ServerStats {
     fn collect(&self, text: &mut Exposition) {
         let open = || {
-            [&self.clients, &self.peers, &self.at_the_door]
-                .map(|count| count.load(Ordering::Relaxed))
+            [&self.clients, &self.peers, &self.overflow].map(|count| count.load(Ordering::Relaxed))
         };
-        text.family("quorate_http_connections", Kind::Gauge, "Connections open.");
+        text.family(
+            "quorate_http_connections",
+            MetricKind::Gauge,
+            "Connections open.",
+        );
         text.sample(&[], open().iter().sum::<u64>());
         text.family(
             "quorate_http_peer_connections",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Of these, connections of other nodes and of gateways.",
         );
         text.sample(&[], self.peers.load(Ordering::Relaxed));
@@ -91,31 +94,31 @@ impl MetricSource for ServerStats {
         let families = [
             (
                 "quorate_http_connections_max",
-                Kind::Gauge,
+                MetricKind::Gauge,
                 "Connections that clients can have.",
                 &self.clients_max,
             ),
             (
                 "quorate_http_connections_accepted_total",
-                Kind::Counter,
+                MetricKind::Counter,
                 "Connections served.",
                 &self.accepted,
             ),
             (
                 "quorate_http_connections_refused_total",
-                Kind::Counter,
+                MetricKind::Counter,
                 "Connections past the limit.",
                 &self.refused,
             ),
             (
                 "quorate_http_connections_stalled_total",
-                Kind::Counter,
+                MetricKind::Counter,
                 "Connections ended because their client did not take its answers.",
                 &self.stalled,
             ),
             (
                 "quorate_http_accept_errors_total",
-                Kind::Counter,
+                MetricKind::Counter,
                 "Failed accepts.",
                 &self.accept_errors,
             ),
@@ -127,14 +130,14 @@ impl MetricSource for ServerStats {
 
         text.family(
             "quorate_open_files_max",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Descriptors that this process may have.",
         );
         text.sample(&[], descriptors::limit());
         if let Some(count) = descriptors::in_use() {
             text.family(
                 "quorate_open_files",
-                Kind::Gauge,
+                MetricKind::Gauge,
                 "Descriptors that this process has.",
             );
             text.sample(&[], count);
@@ -149,7 +152,7 @@ pub struct Admission {
     clients_max: u64,
     peers_max: u64,
     /// Those at the door, in the order in which they came. Each goes when it is told to.
-    door: Mutex<VecDeque<CancellationToken>>,
+    overflow_queue: Mutex<VecDeque<CancellationToken>>,
 }
 
 impl Admission {
@@ -162,7 +165,7 @@ impl Admission {
             stats,
             clients_max,
             peers_max: shares.peers as u64,
-            door: Mutex::default(),
+            overflow_queue: Mutex::default(),
         })
     }
 
@@ -183,39 +186,47 @@ impl Admission {
 
     /// Gives a place to the connection that has this descriptor. None: there is not even one at the
     /// door.
-    pub fn admit(self: &Arc<Self>, descriptor: RawFd) -> Option<Place> {
+    pub fn admit(self: &Arc<Self>, descriptor: RawFd) -> Option<AdmissionPermit> {
         // The limit may be changed while we run.
         self.admit_by(&Shares::now(), descriptor)
     }
 
-    fn admit_by(self: &Arc<Self>, shares: &Shares, descriptor: RawFd) -> Option<Place> {
+    fn admit_by(self: &Arc<Self>, shares: &Shares, descriptor: RawFd) -> Option<AdmissionPermit> {
         if shares.leaves_enough(descriptor)
             && ServerStats::take(&self.stats.clients, self.clients_max)
         {
             self.stats.accepted.fetch_add(1, Ordering::Relaxed);
-            return Some(Place::new(self, Standing::Client, CancellationToken::new()));
+            return Some(AdmissionPermit::new(
+                self,
+                AdmissionClass::Client,
+                CancellationToken::new(),
+            ));
         }
         if !shares.leaves_enough_of_peers(descriptor) {
             self.stats.refuse();
             return None;
         }
 
-        let leave = CancellationToken::new();
-        self.stats.at_the_door.fetch_add(1, Ordering::Relaxed);
-        let mut door = self.door.lock();
-        door.retain(|other| !other.is_cancelled());
-        door.push_back(leave.clone());
-        if door.len() > AT_THE_DOOR_MAX
-            && let Some(first) = door.pop_front()
+        let eviction = CancellationToken::new();
+        self.stats.overflow.fetch_add(1, Ordering::Relaxed);
+        let mut overflow_queue = self.overflow_queue.lock();
+        overflow_queue.retain(|other| !other.is_cancelled());
+        overflow_queue.push_back(eviction.clone());
+        if overflow_queue.len() > OVERFLOW_MAX
+            && let Some(first) = overflow_queue.pop_front()
         {
             first.cancel();
         }
-        drop(door);
-        Some(Place::new(self, Standing::AtTheDoor, leave))
+        drop(overflow_queue);
+        Some(AdmissionPermit::new(
+            self,
+            AdmissionClass::Overflow,
+            eviction,
+        ))
     }
 
     /// Takes a place that is kept for peers.
-    fn take_as_peer(&self, path: &str) -> bool {
+    fn take_peer_slot(&self, path: &str) -> bool {
         let is_lane = path.starts_with(LANE_PREFIX);
         let max = if is_lane {
             self.peers_max
@@ -228,29 +239,29 @@ impl Admission {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-enum Standing {
+enum AdmissionClass {
     Client,
     /// A client's that turned out to be a peer's.
     Peer,
     /// A peer's that came when there was no more room for clients.
-    PeerAlone,
-    AtTheDoor,
+    PeerOnly,
+    Overflow,
 }
 
-impl Standing {
+impl AdmissionClass {
     fn of(number: u8) -> Self {
         match number {
             0 => Self::Client,
             1 => Self::Peer,
-            2 => Self::PeerAlone,
-            _ => Self::AtTheDoor,
+            2 => Self::PeerOnly,
+            _ => Self::Overflow,
         }
     }
 }
 
 /// What becomes of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum AdmissionDecision {
     Serve,
     /// Serve it as the last of its connection.
     ServeLast,
@@ -260,55 +271,59 @@ pub enum Verdict {
 
 /// The place that a connection has. It is given back when this is dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct AdmissionPermit {
     admission: Arc<Admission>,
-    standing: AtomicU8,
-    leave: CancellationToken,
+    class: AtomicU8,
+    eviction: CancellationToken,
 }
 
-impl Place {
-    fn new(admission: &Arc<Admission>, standing: Standing, leave: CancellationToken) -> Self {
+impl AdmissionPermit {
+    fn new(admission: &Arc<Admission>, class: AdmissionClass, eviction: CancellationToken) -> Self {
         Self {
             admission: Arc::clone(admission),
-            standing: AtomicU8::new(standing as u8),
-            leave,
+            class: AtomicU8::new(class as u8),
+            eviction,
         }
     }
 
-    fn standing(&self) -> Standing {
-        Standing::of(self.standing.load(Ordering::Relaxed))
+    fn class(&self) -> AdmissionClass {
+        AdmissionClass::of(self.class.load(Ordering::Relaxed))
     }
 
     /// Returns whether it still has to show that it is a peer.
-    pub fn is_at_the_door(&self) -> bool {
-        self.standing() == Standing::AtTheDoor
+    pub fn is_overflow(&self) -> bool {
+        self.class() == AdmissionClass::Overflow
     }
 
     /// Resolves when a connection at the door has to go.
-    pub async fn left(&self) {
-        self.leave.cancelled().await;
+    pub async fn evicted(&self) {
+        self.eviction.cancelled().await;
     }
 
     /// Says what becomes of a request for `path`. The first for a peer route makes a peer of the
     /// connection.
-    pub fn judge(&self, method: &Method, path: &str) -> Verdict {
-        let is_of_peers = self.admission.peers_max > 0 && peer::is_asked(method, path);
-        match self.standing() {
-            Standing::Client if is_of_peers => {
-                self.become_peer(Standing::Peer, path);
-                Verdict::Serve
+    pub fn decide(&self, method: &Method, path: &str) -> AdmissionDecision {
+        let is_peer_request = self.admission.peers_max > 0 && peer::is_peer_route(method, path);
+        match self.class() {
+            AdmissionClass::Client if is_peer_request => {
+                self.become_peer(AdmissionClass::Peer, path);
+                AdmissionDecision::Serve
             }
-            Standing::Client | Standing::Peer => Verdict::Serve,
-            Standing::PeerAlone if is_of_peers => Verdict::Serve,
-            Standing::AtTheDoor if is_of_peers && self.become_peer(Standing::PeerAlone, path) => {
-                Verdict::Serve
+            AdmissionClass::Client | AdmissionClass::Peer => AdmissionDecision::Serve,
+            AdmissionClass::PeerOnly if is_peer_request => AdmissionDecision::Serve,
+            AdmissionClass::Overflow
+                if is_peer_request && self.become_peer(AdmissionClass::PeerOnly, path) =>
+            {
+                AdmissionDecision::Serve
             }
-            Standing::PeerAlone | Standing::AtTheDoor if ANSWERED_AT_THE_DOOR.contains(&path) => {
-                Verdict::ServeLast
+            AdmissionClass::PeerOnly | AdmissionClass::Overflow
+                if ALWAYS_ANSWERED.contains(&path) =>
+            {
+                AdmissionDecision::ServeLast
             }
-            Standing::PeerAlone | Standing::AtTheDoor => {
+            AdmissionClass::PeerOnly | AdmissionClass::Overflow => {
                 self.refuse();
-                Verdict::Refuse
+                AdmissionDecision::Refuse
             }
         }
     }
@@ -320,19 +335,19 @@ impl Place {
 
     /// Moves to the peers, if they have a place left. Requests of one connection may come at the
     /// same time: one of them does it.
-    fn become_peer(&self, standing: Standing, path: &str) -> bool {
-        let before = self.standing();
-        if matches!(before, Standing::Peer | Standing::PeerAlone) {
+    fn become_peer(&self, class: AdmissionClass, path: &str) -> bool {
+        let before = self.class();
+        if matches!(before, AdmissionClass::Peer | AdmissionClass::PeerOnly) {
             return true;
         }
-        if !self.admission.take_as_peer(path) {
+        if !self.admission.take_peer_slot(path) {
             return false;
         }
         let moved = self
-            .standing
+            .class
             .compare_exchange(
                 before as u8,
-                standing as u8,
+                class as u8,
                 Ordering::Relaxed,
                 Ordering::Relaxed,
             )
@@ -340,9 +355,9 @@ impl Place {
         let stats = &self.admission.stats;
         match (moved, before) {
             (false, _) => stats.peers.fetch_sub(1, Ordering::Relaxed),
-            (true, Standing::AtTheDoor) => {
+            (true, AdmissionClass::Overflow) => {
                 stats.accepted.fetch_add(1, Ordering::Relaxed);
-                stats.at_the_door.fetch_sub(1, Ordering::Relaxed)
+                stats.overflow.fetch_sub(1, Ordering::Relaxed)
             }
             (true, _) => stats.clients.fetch_sub(1, Ordering::Relaxed),
         };
@@ -350,17 +365,17 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for AdmissionPermit {
     fn drop(&mut self) {
         let stats = &self.admission.stats;
-        let counter = match self.standing() {
-            Standing::Client => &stats.clients,
-            Standing::Peer | Standing::PeerAlone => &stats.peers,
-            Standing::AtTheDoor => &stats.at_the_door,
+        let counter = match self.class() {
+            AdmissionClass::Client => &stats.clients,
+            AdmissionClass::Peer | AdmissionClass::PeerOnly => &stats.peers,
+            AdmissionClass::Overflow => &stats.overflow,
         };
         counter.fetch_sub(1, Ordering::Relaxed);
         // Its token must not keep another from the door.
-        self.leave.cancel();
+        self.eviction.cancel();
     }
 }
 
@@ -384,36 +399,44 @@ mod tests {
 
     fn counts(admission: &Admission) -> [u64; 3] {
         let stats = &admission.stats;
-        [&stats.clients, &stats.peers, &stats.at_the_door]
-            .map(|count| count.load(Ordering::Relaxed))
+        [&stats.clients, &stats.peers, &stats.overflow].map(|count| count.load(Ordering::Relaxed))
     }
 
     #[test]
     fn past_the_limit_only_peers_get_in() {
         let admission = admission(2, 4);
-        let clients: Vec<Place> = (0..2)
+        let clients: Vec<AdmissionPermit> = (0..2)
             .map(|_| admission.admit(LOW).expect("a client's place"))
             .collect();
         assert!(
             clients
                 .iter()
-                .all(|place| place.judge(&Method::GET, "/v1/kv/a") == Verdict::Serve)
+                .all(|permit| permit.decide(&Method::GET, "/v1/kv/a") == AdmissionDecision::Serve)
         );
 
         let late = admission.admit(LOW).expect("at the door");
-        assert!(late.is_at_the_door());
-        assert_eq!(late.judge(&Method::GET, "/v1/kv/a"), Verdict::Refuse);
-        assert_eq!(late.judge(&Method::GET, "/readyz"), Verdict::ServeLast);
+        assert!(late.is_overflow());
+        assert_eq!(
+            late.decide(&Method::GET, "/v1/kv/a"),
+            AdmissionDecision::Refuse
+        );
+        assert_eq!(
+            late.decide(&Method::GET, "/readyz"),
+            AdmissionDecision::ServeLast
+        );
 
         let peer = admission.admit(LOW).expect("at the door");
-        assert_eq!(peer.judge(&Method::GET, "/peer/identity"), Verdict::Serve);
-        assert!(!peer.is_at_the_door());
+        assert_eq!(
+            peer.decide(&Method::GET, "/peer/identity"),
+            AdmissionDecision::Serve
+        );
+        assert!(!peer.is_overflow());
         assert_eq!(
             (
-                peer.judge(&Method::POST, "/peer/shard"),
-                peer.judge(&Method::GET, "/v1/kv/a")
+                peer.decide(&Method::POST, "/peer/shard"),
+                peer.decide(&Method::GET, "/v1/kv/a")
             ),
-            (Verdict::Serve, Verdict::Refuse)
+            (AdmissionDecision::Serve, AdmissionDecision::Refuse)
         );
         assert_eq!(counts(&admission), [2, 1, 1]);
         drop((clients, late, peer));
@@ -424,9 +447,12 @@ mod tests {
     fn a_peer_that_came_in_time_leaves_its_place_to_a_client() {
         let admission = admission(1, 4);
         let peer = admission.admit(LOW).expect("a place");
-        assert_eq!(peer.judge(&Method::POST, "/peer/lane/log"), Verdict::Serve);
+        assert_eq!(
+            peer.decide(&Method::POST, "/peer/lane/log"),
+            AdmissionDecision::Serve
+        );
         let client = admission.admit(LOW).expect("a place");
-        assert!(!client.is_at_the_door());
+        assert!(!client.is_overflow());
         assert_eq!(counts(&admission), [1, 1, 0]);
     }
 
@@ -445,39 +471,64 @@ mod tests {
         assert!(
             nothing_of_peers
                 .iter()
-                .all(|(method, path)| client.judge(method, path) == Verdict::Serve)
+                .all(|(method, path)| client.decide(method, path) == AdmissionDecision::Serve)
         );
         assert_eq!(counts(&admission), [1, 0, 0]);
 
         let of_gateway = self::admission(1, 0);
         let client = of_gateway.admit(LOW).expect("a place");
-        assert_eq!(client.judge(&Method::POST, "/peer/shard"), Verdict::Serve);
+        assert_eq!(
+            client.decide(&Method::POST, "/peer/shard"),
+            AdmissionDecision::Serve
+        );
         assert_eq!(counts(&of_gateway), [1, 0, 0]);
     }
 
     #[test]
     fn calls_leave_places_to_lanes() {
         let admission = admission(0, 4);
-        let door = |path: &str| {
-            let place = admission.admit(LOW).expect("at the door");
-            (place.judge(&Method::POST, path), place)
+        let overflow_queue = |path: &str| {
+            let permit = admission.admit(LOW).expect("at the door");
+            (permit.decide(&Method::POST, path), permit)
         };
-        let calls: Vec<(Verdict, Place)> = (0..3).map(|_| door("/peer/shard")).collect();
-        let verdicts: Vec<Verdict> = calls.iter().map(|(verdict, _)| *verdict).collect();
-        assert_eq!(verdicts, [Verdict::Serve, Verdict::Serve, Verdict::Refuse]);
-        let lanes: Vec<(Verdict, Place)> = (0..3).map(|_| door("/peer/lane/log")).collect();
-        let verdicts: Vec<Verdict> = lanes.iter().map(|(verdict, _)| *verdict).collect();
-        assert_eq!(verdicts, [Verdict::Serve, Verdict::Serve, Verdict::Refuse]);
+        let calls: Vec<(AdmissionDecision, AdmissionPermit)> =
+            (0..3).map(|_| overflow_queue("/peer/shard")).collect();
+        let decisions: Vec<AdmissionDecision> =
+            calls.iter().map(|(decision, _)| *decision).collect();
+        assert_eq!(
+            decisions,
+            [
+                AdmissionDecision::Serve,
+                AdmissionDecision::Serve,
+                AdmissionDecision::Refuse
+            ]
+        );
+        let lanes: Vec<(AdmissionDecision, AdmissionPermit)> =
+            (0..3).map(|_| overflow_queue("/peer/lane/log")).collect();
+        let decisions: Vec<AdmissionDecision> =
+            lanes.iter().map(|(decision, _)| *decision).collect();
+        assert_eq!(
+            decisions,
+            [
+                AdmissionDecision::Serve,
+                AdmissionDecision::Serve,
+                AdmissionDecision::Refuse
+            ]
+        );
     }
 
     #[test]
     fn at_the_door_the_first_goes_when_another_comes() {
         let admission = admission(0, 4);
-        let crowd: Vec<Place> = (0..=AT_THE_DOOR_MAX)
+        let crowd: Vec<AdmissionPermit> = (0..=OVERFLOW_MAX)
             .map(|_| admission.admit(LOW).expect("at the door"))
             .collect();
-        assert!(crowd[0].leave.is_cancelled());
-        assert!(crowd[1..].iter().all(|place| !place.leave.is_cancelled()));
+        assert!(crowd[0].eviction.is_cancelled());
+        assert!(
+            crowd[1..]
+                .iter()
+                .all(|permit| !permit.eviction.is_cancelled())
+        );
     }
 
     #[test]
@@ -486,7 +537,7 @@ mod tests {
         let admit = |descriptor| {
             admission
                 .admit_by(&shares, descriptor)
-                .map(|place| place.is_at_the_door())
+                .map(|permit| permit.is_overflow())
         };
         assert_eq!(
             [100, 165, 200].map(admit),

@@ -14,52 +14,52 @@ use futures::task::AtomicWaker;
 
 /// Wakes the task, and notes for whom.
 #[derive(Debug, Default)]
-struct Bell {
-    is_rung: AtomicBool,
+struct WakeFlag {
+    is_woken: AtomicBool,
     task: AtomicWaker,
 }
 
-impl Wake for Bell {
+impl Wake for WakeFlag {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.is_rung.store(true, Ordering::Release);
+        self.is_woken.store(true, Ordering::Release);
         self.task.wake();
     }
 }
 
 /// Has futures polled only when they were woken themselves. One for each task.
 #[derive(Debug)]
-pub struct Apart {
-    bell: Arc<Bell>,
+pub struct WakeGate {
+    flag: Arc<WakeFlag>,
     waker: Waker,
 }
 
-impl Apart {
+impl WakeGate {
     /// Returns one that is for no task yet.
     pub fn new() -> Self {
-        let bell = Arc::new(Bell::default());
+        let flag = Arc::new(WakeFlag::default());
         Self {
-            waker: Waker::from(Arc::clone(&bell)),
-            bell,
+            waker: Waker::from(Arc::clone(&flag)),
+            flag,
         }
     }
 
     /// Has the next poll reach the future: for one that was not polled before.
-    pub fn ring(&self) {
-        self.bell.is_rung.store(true, Ordering::Release);
+    pub fn open(&self) {
+        self.flag.is_woken.store(true, Ordering::Release);
     }
 
     /// Polls `future` if it was woken since it was polled last.
     pub fn poll<F: Future>(&self, cx: &mut Context<'_>, future: Pin<&mut F>) -> Poll<F::Output> {
         // First, so that whoever rings after the look below wakes this task.
-        self.bell.task.register(cx.waker());
-        if !self.bell.is_rung.load(Ordering::Acquire) {
+        self.flag.task.register(cx.waker());
+        if !self.flag.is_woken.load(Ordering::Acquire) {
             return Poll::Pending;
         }
-        self.bell.is_rung.swap(false, Ordering::AcqRel);
+        self.flag.is_woken.swap(false, Ordering::AcqRel);
         future.poll(&mut Context::from_waker(&self.waker))
     }
 }
@@ -88,8 +88,8 @@ mod tests {
             })
             .await;
         };
-        let apart = Apart::new();
-        apart.ring();
+        let gate = WakeGate::new();
+        gate.open();
         let mut beside = pin!(beside);
         let mut is_over = false;
 
@@ -97,7 +97,7 @@ mod tests {
             if turn == 100 {
                 notify.notify_one();
             }
-            let polled = poll_fn(|cx| Poll::Ready(apart.poll(cx, beside.as_mut()))).await;
+            let polled = poll_fn(|cx| Poll::Ready(gate.poll(cx, beside.as_mut()))).await;
             if polled.is_ready() {
                 is_over = true;
                 break;
@@ -116,12 +116,12 @@ mod tests {
     async fn no_wake_is_lost_between_two_threads() {
         for _ in 0..2000 {
             let notify = Arc::new(Notify::new());
-            let apart = Apart::new();
-            apart.ring();
+            let gate = WakeGate::new();
+            gate.open();
             let other = Arc::clone(&notify);
             tokio::spawn(async move { other.notify_one() });
             let mut notified = pin!(notify.notified());
-            let woken = poll_fn(|cx| apart.poll(cx, notified.as_mut()));
+            let woken = poll_fn(|cx| gate.poll(cx, notified.as_mut()));
             tokio::time::timeout(Duration::from_secs(60), woken)
                 .await
                 .expect("a wake was lost");

@@ -1,7 +1,7 @@
 //! Reads request bodies, within limits: of one body, of all that are in flight, and in time.
 //!
 //! Invariant: a byte of a body is charged to the common budget before it is kept, and given back
-//! when its [`Held`] is dropped. A body that is declared too large is refused before any of it is
+//! when its [`BodyBytes`] is dropped. A body that is declared too large is refused before any of it is
 //! read, so a client that sent `Expect: 100-continue` never sends it.
 
 use std::ops::Deref;
@@ -16,7 +16,7 @@ use http::{Version, header};
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::connection::Caller;
+use super::connection::ClientInfo;
 use super::limits::Limits;
 use super::problem::{Code, Problem};
 use crate::budget::{Budget, Share};
@@ -28,7 +28,7 @@ const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// So much of a body, or all that is left of it, comes within [`Limits::body_chunk_timeout`]: a
 /// byte now and then holds what came before it.
-const PACE_BYTES: usize = 16 << 10;
+const CHUNK_BYTES: usize = 16 << 10;
 
 /// A body that is longer than its first piece gets so much room at first, if it may be as long.
 const FIRST_BYTES: usize = 16 << 10;
@@ -36,21 +36,21 @@ const FIRST_BYTES: usize = 16 << 10;
 /// A body that was read. It stays charged until this is dropped: keep it as long as the request is
 /// worked on.
 #[derive(Debug)]
-pub struct Held {
+pub struct BodyBytes {
     /// In an allocation of its own, not in the connection's read buffer: a small value that is kept
     /// would keep all of that.
     pub bytes: Bytes,
     share: Share,
 }
 
-impl Held {
+impl BodyBytes {
     /// A part of the same budget, empty as yet: for what is made of the body.
     pub fn new_share(&self) -> Share {
         self.share.new_share()
     }
 }
 
-impl Deref for Held {
+impl Deref for BodyBytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -60,12 +60,12 @@ impl Deref for Held {
 
 /// The largest body that a route takes, and how its error names that.
 #[derive(Debug, Clone, Copy)]
-pub struct Ceiling {
+pub struct BodyLimit {
     pub bytes_max: usize,
     pub what: &'static str,
 }
 
-impl Ceiling {
+impl BodyLimit {
     fn exceeded(self) -> Problem {
         Problem::new(
             Code::TooLarge,
@@ -76,10 +76,10 @@ impl Ceiling {
 }
 
 /// Returns `body` unless it is declared too large. Nothing of it is read.
-pub fn admit(parts: &Parts, body: Body, ceiling: Ceiling) -> Result<Body, Problem> {
-    if body.size_hint().lower() > ceiling.bytes_max as u64 {
+pub fn admit(parts: &Parts, body: Body, limit: BodyLimit) -> Result<Body, Problem> {
+    if body.size_hint().lower() > limit.bytes_max as u64 {
         discard(parts, body);
-        return Err(ceiling.exceeded());
+        return Err(limit.exceeded());
     }
     Ok(body)
 }
@@ -88,14 +88,14 @@ pub fn admit(parts: &Parts, body: Body, ceiling: Ceiling) -> Result<Body, Proble
 pub async fn read(
     parts: &Parts,
     body: Body,
-    ceiling: Ceiling,
+    limit: BodyLimit,
     limits: &Limits,
     budget: &Arc<Budget>,
-) -> Result<Held, Problem> {
-    let mut body = admit(parts, body, ceiling)?;
+) -> Result<BodyBytes, Problem> {
+    let mut body = admit(parts, body, limit)?;
     let mut share = budget.empty_share();
-    match collect(&mut body, ceiling, limits, &mut share).await {
-        Ok(bytes) => Ok(Held { bytes, share }),
+    match collect(&mut body, limit, limits, &mut share).await {
+        Ok(bytes) => Ok(BodyBytes { bytes, share }),
         Err(problem) => {
             drop(share);
             discard(parts, body);
@@ -106,23 +106,23 @@ pub async fn read(
 
 async fn collect(
     body: &mut Body,
-    ceiling: Ceiling,
+    limit: BodyLimit,
     limits: &Limits,
     share: &mut Share,
 ) -> Result<Bytes, Problem> {
     let mut buffer = Vec::new();
     let end = Instant::now() + limits.body_timeout;
-    let mut pace = Pace::new(limits.body_chunk_timeout);
+    let mut chunk_deadline = ChunkDeadline::new(limits.body_chunk_timeout);
     loop {
         let slow = || {
             let (least, most) = (limits.body_chunk_timeout, limits.body_timeout);
             let detail = format!(
-                "less than {PACE_BYTES} bytes, or what was left, in {least:?}, or not complete \
+                "less than {CHUNK_BYTES} bytes, or what was left, in {least:?}, or not complete \
                 after {most:?}"
             );
             Problem::new(Code::BodyTimeout, detail)
         };
-        let data = match timeout_at(end.min(pace.deadline), body.frame())
+        let data = match timeout_at(end.min(chunk_deadline.deadline), body.frame())
             .await
             .map_err(|_| slow())?
         {
@@ -136,38 +136,38 @@ async fn collect(
             Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
         };
         let bytes = buffer.len() + data.len();
-        if bytes > ceiling.bytes_max {
-            return Err(ceiling.exceeded());
+        if bytes > limit.bytes_max {
+            return Err(limit.exceeded());
         }
 
         if bytes > buffer.capacity() {
             let left =
                 usize::try_from(body.size_hint().upper().unwrap_or(u64::MAX)).unwrap_or(usize::MAX);
-            let capacity = capacity_for(bytes, buffer.len(), left.min(ceiling.bytes_max - bytes));
+            let capacity = buffer_capacity(bytes, buffer.len(), left.min(limit.bytes_max - bytes));
             if !share.grow(capacity - buffer.capacity()) {
                 return Err(overloaded(limits));
             }
             buffer.reserve_exact(capacity - buffer.len());
         }
         buffer.extend_from_slice(&data);
-        pace.note(data.len());
+        chunk_deadline.note(data.len());
     }
 }
 
 /// Returns what a buffer of `had` bytes should have room for, when it is to hold `bytes` and at
 /// most `left` may follow. All of it is paid for, so it grows by a quarter, not to the double.
-fn capacity_for(bytes: usize, had: usize, left: usize) -> usize {
+fn buffer_capacity(bytes: usize, had: usize, left: usize) -> usize {
     bytes + (had / 4).max(FIRST_BYTES.saturating_sub(bytes)).min(left)
 }
 
-/// When the next [`PACE_BYTES`] of a body must have come.
-struct Pace {
+/// When the next [`CHUNK_BYTES`] of a body must have come.
+struct ChunkDeadline {
     deadline: Instant,
     patience: Duration,
     bytes: usize,
 }
 
-impl Pace {
+impl ChunkDeadline {
     fn new(patience: Duration) -> Self {
         Self {
             deadline: Instant::now() + patience,
@@ -178,7 +178,7 @@ impl Pace {
 
     fn note(&mut self, bytes: usize) {
         self.bytes += bytes;
-        if self.bytes >= PACE_BYTES {
+        if self.bytes >= CHUNK_BYTES {
             *self = Self::new(self.patience);
         }
     }
@@ -208,8 +208,8 @@ pub fn discard(parts: &Parts, mut body: Body) {
     }
     let discarding = parts
         .extensions
-        .get::<Caller>()
-        .map(|caller| caller.inbox.discard());
+        .get::<ClientInfo>()
+        .map(|client| client.activity.discard());
     let drain = async move {
         let _discarding = discarding;
         let mut left = DISCARD_BYTES_MAX;
@@ -233,7 +233,7 @@ mod tests {
         http::Request::new(()).into_parts().0
     }
 
-    const SMALL: Ceiling = Ceiling {
+    const SMALL: BodyLimit = BodyLimit {
         bytes_max: 10,
         what: "a test",
     };
@@ -279,7 +279,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_body_that_stops_coming_or_trickles_times_out() {
         let (limits, budget) = (Limits::default(), Budget::new(1 << 20));
-        let large = Ceiling {
+        let large = BodyLimit {
             bytes_max: 1 << 20,
             what: "a test",
         };
@@ -294,7 +294,7 @@ mod tests {
         for body in [
             stuck,
             every(Duration::from_secs(9), 1, 1000),
-            every(Duration::from_secs(9), PACE_BYTES / 2, 1000),
+            every(Duration::from_secs(9), CHUNK_BYTES / 2, 1000),
         ] {
             let began = Instant::now();
             let refused = read(&parts(), body, large, &limits, &budget)
@@ -306,12 +306,12 @@ mod tests {
             );
             assert_eq!(budget.used(), 0);
         }
-        let slow = every(Duration::from_secs(9), PACE_BYTES, 20);
+        let slow = every(Duration::from_secs(9), CHUNK_BYTES, 20);
         let held = read(&parts(), slow, large, &limits, &budget)
             .await
             .expect("it comes in time");
-        assert_eq!(held.len(), 20 * PACE_BYTES);
-        let endless = every(Duration::from_secs(9), PACE_BYTES, 60);
+        assert_eq!(held.len(), 20 * CHUNK_BYTES);
+        let endless = every(Duration::from_secs(9), CHUNK_BYTES, 60);
         assert_eq!(
             read(&parts(), endless, large, &limits, &budget)
                 .await
@@ -324,7 +324,7 @@ mod tests {
     #[tokio::test]
     async fn all_that_is_allocated_for_a_body_is_paid_for() {
         let (limits, budget) = (Limits::default(), Budget::new(1 << 20));
-        let large = Ceiling {
+        let large = BodyLimit {
             bytes_max: 1 << 20,
             what: "a test",
         };
@@ -365,7 +365,7 @@ mod tests {
             ((100_000, 80_000, 5), 100_005),
         ] {
             assert_eq!(
-                capacity_for(bytes, had, left),
+                buffer_capacity(bytes, had, left),
                 room,
                 "{bytes} after {had}, {left} left"
             );

@@ -1,4 +1,4 @@
-//! [`Changes`]: those who wait for the end of a change of the view, and the look at it that they
+//! [`ChangeWaiters`]: those who wait for the end of a change of the view, and the look at it that they
 //! share.
 //!
 //! A wait is long and costs its client nothing, so there are few at once, whoever asks: one more is
@@ -25,32 +25,32 @@ const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(500);
 const LOOK_ANYWAY: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
-pub struct Changes {
+pub struct ChangeWaiters {
     places: Semaphore,
     places_max: usize,
     refused: AtomicU64,
     /// Held while somebody looks.
-    last: Mutex<Option<Look>>,
+    last: Mutex<Option<ObservedChange>>,
 }
 
 /// What was found when somebody looked.
 #[derive(Debug)]
-struct Look {
+struct ObservedChange {
     began: Instant,
     id: PlanEpoch,
-    found: Found,
+    found: ChangeResult,
 }
 
-type Found = Result<Option<ChangeInProgress>, Failure>;
+type ChangeResult = Result<Option<ChangeInProgress>, Failure>;
 
 /// One of those who wait.
 #[derive(Debug)]
-pub struct Place<'a> {
-    changes: &'a Changes,
+pub struct WaiterPermit<'a> {
+    changes: &'a ChangeWaiters,
     _permit: SemaphorePermit<'a>,
 }
 
-impl Changes {
+impl ChangeWaiters {
     /// Returns one where so many can wait at once.
     pub fn new(places_max: usize) -> Self {
         Self {
@@ -67,9 +67,9 @@ impl Changes {
     /// # Errors
     ///
     /// When all places are taken.
-    pub fn enter(&self) -> Result<Place<'_>, Failure> {
+    pub fn acquire(&self) -> Result<WaiterPermit<'_>, Failure> {
         match self.places.try_acquire() {
-            Ok(permit) => Ok(Place {
+            Ok(permit) => Ok(WaiterPermit {
                 changes: self,
                 _permit: permit,
             }),
@@ -99,7 +99,13 @@ impl Changes {
     }
 
     /// Returns what a look found that did not begin before `since`.
-    pub async fn look(&self, app: &App, id: PlanEpoch, since: Instant, options: Options) -> Found {
+    pub async fn look(
+        &self,
+        app: &App,
+        id: PlanEpoch,
+        since: Instant,
+        options: Options,
+    ) -> ChangeResult {
         let mut last = self.last.lock().await;
         if let Some(look) = last
             .as_ref()
@@ -110,7 +116,7 @@ impl Changes {
 
         let began = Instant::now();
         let found = app.store.operation(id, options).await;
-        *last = Some(Look {
+        *last = Some(ObservedChange {
             began,
             id,
             found: found.clone(),
@@ -119,7 +125,7 @@ impl Changes {
     }
 }
 
-impl Place<'_> {
+impl WaiterPermit<'_> {
     /// Waits until the change is over, the time is up or this server stops, and returns what was
     /// last heard of it.
     pub async fn follow(
@@ -130,10 +136,10 @@ impl Place<'_> {
         options: Options,
     ) -> ChangeInProgress {
         let deadline = Instant::now() + wait;
-        let mut rounds = Rounds::new(deadline);
+        let mut schedule = PollSchedule::new(deadline);
 
         while !change.is_over()
-            && let Some(since) = rounds.next(app, app.store.as_ref(), change.id).await
+            && let Some(since) = schedule.next(app, app.store.as_ref(), change.id).await
         {
             // No answer now (an election, a node on its way out) says nothing about the change: it
             // is asked for again.
@@ -147,20 +153,20 @@ impl Place<'_> {
 
 /// When to look at a change, again and again.
 #[derive(Debug)]
-pub struct Rounds {
+pub struct PollSchedule {
     deadline: Instant,
     interval: Duration,
     looked: Instant,
-    was_told: bool,
+    was_notified: bool,
 }
 
-impl Rounds {
+impl PollSchedule {
     pub fn new(deadline: Instant) -> Self {
         Self {
             deadline,
             interval: LOOK_INTERVAL_MIN,
             looked: Instant::now(),
-            was_told: false,
+            was_notified: false,
         }
     }
 
@@ -170,15 +176,15 @@ impl Rounds {
         while Instant::now() < self.deadline && !is_stopping(app) {
             let began = Instant::now();
             let end = self.deadline.min(began + self.interval);
-            let told = store.await_change(id, end - began).await;
+            let is_over = store.await_change(id, end - began).await;
 
             let now = Instant::now();
-            let since = match told {
+            let since = match is_over {
                 Some(true) => Some(now),
                 Some(false) => (now - self.looked >= LOOK_ANYWAY).then(|| now - LOOK_ANYWAY),
                 None => Some(now - self.interval / 2),
             };
-            if told == Some(true) && std::mem::replace(&mut self.was_told, true) {
+            if is_over == Some(true) && std::mem::replace(&mut self.was_notified, true) {
                 // A look after that could not tell: so it does not help to hurry.
                 sleep_until(end).await;
             }
@@ -238,7 +244,7 @@ mod tests {
             .expect("a change");
         assert!(!running.is_over());
         let one = || async {
-            let place = app.changes.enter().expect("a place");
+            let place = app.changes.acquire().expect("a place");
             place.follow(app, running.clone(), wait, options).await
         };
         join_all((0..WAITERS).map(|_| one())).await
@@ -249,8 +255,8 @@ mod tests {
         let store = Arc::new(FakeStore::default());
         store.take_time(u64::MAX);
         let app = app(&store);
-        let told = follow(&app, Duration::from_secs(60)).await;
-        assert!(told.iter().all(|change| !change.is_over()));
+        let is_over = follow(&app, Duration::from_secs(60)).await;
+        assert!(is_over.iter().all(|change| !change.is_over()));
         assert!(
             (100..=150).contains(&store.looks()),
             "{} looks in a minute",
@@ -276,8 +282,8 @@ mod tests {
             store.hear_of_ends(true);
         };
         let began = Instant::now();
-        let (told, ()) = futures::join!(follow(&app, Duration::from_secs(3600)), ending);
-        assert!(told.iter().all(ChangeInProgress::is_over));
+        let (is_over, ()) = futures::join!(follow(&app, Duration::from_secs(3600)), ending);
+        assert!(is_over.iter().all(ChangeInProgress::is_over));
         assert_eq!(began.elapsed(), ended_after);
         assert!(
             store.looks() <= 10,

@@ -4,7 +4,7 @@
 //! has no place here; and in order when the server stops. HTTP/1 is timed by hyper between
 //! requests, HTTP/2, where streams come and go, is timed here.
 //!
-//! What a connection is watched by is asked only when it has something to say ([`Apart`]), not with
+//! What a connection is watched by is asked only when it has something to say ([`WakeGate`]), not with
 //! every request.
 
 use std::convert::Infallible;
@@ -32,15 +32,15 @@ use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 use tower::Service;
 
-use super::admission::{Place, ServerStats, Verdict};
-use super::apart::Apart;
-use super::drain::Attending;
-use super::haste::Haste;
-use super::heads::{HeadMeter, Metered};
-use super::inbox::{Arrivals, Inbox};
+use super::admission::{AdmissionDecision, AdmissionPermit, ServerStats};
+use super::apart::WakeGate;
+use super::drain::ConnectionDrainGuard;
+use super::haste::SlowClientLimit;
+use super::heads::{HeadBudget, HeadLimitedStream};
+use super::inbox::{ReadMonitor, RequestActivity};
 use super::limits::Limits;
-use super::outbox::Outbox;
-use super::paced::Paced;
+use super::outbox::ResponseTracker;
+use super::paced::TimedStream;
 use super::problem::{Code, Problem};
 use super::server::BUFFER_BYTES_MIN;
 use super::{body, framing};
@@ -49,228 +49,245 @@ use crate::budget::Budget;
 /// When a server stops, its answers over HTTP/1 say that they are the last of their connection. One
 /// that is idle, or was only just made, may be used just then, and its client could not tell
 /// whether that request was done if it were closed: so it is closed only after this.
-const IDLE_KEPT_FOR: Duration = Duration::from_millis(300);
+const IDLE_LINGER: Duration = Duration::from_millis(300);
 
 /// How long a connection may stand at the door without a request: peers send theirs at once.
-const AT_THE_DOOR_FOR: Duration = Duration::from_secs(1);
+const OVERFLOW_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long a connection that was asked to end may take. A client that does not play along is cut.
-const END_FOR: Duration = Duration::from_secs(5);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// While more than half of the places are taken, a connection has so long for its first request.
-const FIRST_REQUEST_WHILE_CROWDED: Duration = Duration::from_secs(10);
+const FIRST_REQUEST_TIMEOUT_CROWDED: Duration = Duration::from_secs(10);
 
 /// What a connection was given when it was let in.
-pub struct Admitted {
-    pub place: Place,
-    pub attending: Attending,
+pub struct AdmittedConnection {
+    pub permit: AdmissionPermit,
+    pub drain_guard: ConnectionDrainGuard,
     pub is_crowded: bool,
 }
 
 /// What connections are served with.
-pub struct Serving {
+pub struct ConnectionContext {
     pub router: Router,
     pub http: Builder<TokioExecutor>,
     pub stats: Arc<ServerStats>,
     pub shutdown: CancellationToken,
     pub limits: Limits,
-    pub haste: Haste,
+    pub slow_clients: SlowClientLimit,
     /// What heads of requests take.
     pub heads: Arc<Budget>,
 }
 
 /// Where a request came from. Every request has one among its extensions.
 #[derive(Debug, Clone)]
-pub struct Caller {
+pub struct ClientInfo {
     pub address: SocketAddr,
-    pub inbox: Arc<Inbox>,
+    pub activity: Arc<RequestActivity>,
 }
 
 /// What a connection and its requests share.
-struct Talk {
-    place: Place,
+struct ConnectionState {
+    permit: AdmissionPermit,
     /// A clone of the server's takes its lock: so this is not cloned for a request.
     shutdown: CancellationToken,
-    attending: Attending,
+    drain_guard: ConnectionDrainGuard,
     /// Whether there was a request.
-    spoke: AtomicBool,
+    has_requested: AtomicBool,
     /// Whether it can be used again, and there is no other word for its end than closing it.
     may_be_reused: AtomicBool,
-    inbox: Arc<Inbox>,
-    outbox: Arc<Outbox>,
-    meter: Arc<HeadMeter>,
+    activity: Arc<RequestActivity>,
+    tracker: Arc<ResponseTracker>,
+    head_budget: Arc<HeadBudget>,
     /// Where its client is.
     address: SocketAddr,
     /// Notified of streams: they have to be looked at from then on.
     streams: Notify,
     /// Notified when an answer was the last of this connection.
-    over: Notify,
+    last_answer_sent: Notify,
 }
 
-impl Serving {
+impl ConnectionContext {
     /// Serves one connection until it ends.
-    pub async fn serve(&self, stream: TcpStream, address: SocketAddr, admitted: Admitted) {
-        let Admitted {
-            place,
-            attending,
+    pub async fn serve(
+        &self,
+        stream: TcpStream,
+        address: SocketAddr,
+        admitted: AdmittedConnection,
+    ) {
+        let AdmittedConnection {
+            permit,
+            drain_guard,
             is_crowded,
         } = admitted;
-        let is_at_the_door = place.is_at_the_door();
-        if is_at_the_door && !self.speaks(&stream, &place).await {
-            place.refuse();
-            return tell_too_many(stream);
+        let is_overflow = permit.is_overflow();
+        if is_overflow && !self.wait_for_first_byte(&stream, &permit).await {
+            permit.refuse();
+            return refuse_over_limit(stream);
         }
 
-        let first_request = match (is_at_the_door, is_crowded) {
-            (true, _) => AT_THE_DOOR_FOR,
-            (false, true) => FIRST_REQUEST_WHILE_CROWDED.min(self.limits.head_timeout),
+        let first_request = match (is_overflow, is_crowded) {
+            (true, _) => OVERFLOW_TIMEOUT,
+            (false, true) => FIRST_REQUEST_TIMEOUT_CROWDED.min(self.limits.head_timeout),
             (false, false) => self.limits.head_timeout,
         };
-        let talk = Arc::new(Talk {
-            place,
+        let state = Arc::new(ConnectionState {
+            permit,
             shutdown: self.shutdown.clone(),
-            attending,
-            spoke: AtomicBool::new(false),
+            drain_guard,
+            has_requested: AtomicBool::new(false),
             may_be_reused: AtomicBool::new(false),
-            inbox: Arc::default(),
-            outbox: Arc::default(),
-            meter: Arc::new(HeadMeter::new(
+            activity: Arc::default(),
+            tracker: Arc::default(),
+            head_budget: Arc::new(HeadBudget::new(
                 &self.heads,
                 self.limits.head_bytes_max.max(BUFFER_BYTES_MIN),
             )),
             address,
             streams: Notify::new(),
-            over: Notify::new(),
+            last_answer_sent: Notify::new(),
         });
-        self.talk(stream, &talk, first_request).await;
+        self.state(stream, &state, first_request).await;
     }
 
     /// Waits until somebody at the door says something. False: it says nothing, or has to go.
-    async fn speaks(&self, stream: &TcpStream, place: &Place) -> bool {
+    async fn wait_for_first_byte(&self, stream: &TcpStream, permit: &AdmissionPermit) -> bool {
         let mut first = [0];
         tokio::select! {
             peeked = stream.peek(&mut first) => peeked.is_ok_and(|bytes| bytes > 0),
-            () = place.left() => false,
-            () = sleep(AT_THE_DOOR_FOR) => false,
+            () = permit.evicted() => false,
+            () = sleep(OVERFLOW_TIMEOUT) => false,
             () = self.shutdown.cancelled() => false,
         }
     }
 
-    async fn talk(&self, stream: TcpStream, talk: &Arc<Talk>, first_request: Duration) {
+    async fn state(
+        &self,
+        stream: TcpStream,
+        state: &Arc<ConnectionState>,
+        first_request: Duration,
+    ) {
         let service = service_fn(|request: Request<Incoming>| {
-            Arc::clone(talk).answer(self.router.clone(), request)
+            Arc::clone(state).answer(self.router.clone(), request)
         });
-        let (stats, outbox) = (Arc::clone(&self.stats), Arc::clone(&talk.outbox));
-        let arrivals = Arrivals::new(Arc::clone(&talk.inbox), self.limits.head_arrival_timeout);
-        let stream = Paced::new(
+        let (stats, tracker) = (Arc::clone(&self.stats), Arc::clone(&state.tracker));
+        let read_monitor = ReadMonitor::new(
+            Arc::clone(&state.activity),
+            self.limits.head_arrival_timeout,
+        );
+        let stream = TimedStream::new(
             stream,
             self.limits.write_timeout,
             stats,
-            self.haste.clone(),
-            outbox,
-            arrivals,
+            self.slow_clients.clone(),
+            tracker,
+            read_monitor,
         );
-        let stream = Metered::new(
+        let stream = HeadLimitedStream::new(
             stream,
-            Arc::clone(&talk.meter),
-            Arc::clone(&talk.inbox),
-            Arc::clone(&talk.outbox),
+            Arc::clone(&state.head_budget),
+            Arc::clone(&state.activity),
+            Arc::clone(&state.tracker),
         );
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
-        let mut watch = Watch {
+        let mut timers = ConnectionTimers {
             // hyper's own timeout does not run until it knows which version of HTTP is spoken.
-            silence: pin!(sleep(first_request)),
-            stop: pin!(talk.shutdown.cancelled()),
-            last_use: pin!(sleep(IDLE_KEPT_FOR)),
-            look: pin!(sleep(self.look_interval())),
-            cut: pin!(sleep(END_FOR)),
-            waits: true,
+            first_request_timeout: pin!(sleep(first_request)),
+            server_stop: pin!(state.shutdown.cancelled()),
+            linger_timeout: pin!(sleep(IDLE_LINGER)),
+            stream_check: pin!(sleep(self.stream_check_interval())),
+            shutdown_timeout: pin!(sleep(SHUTDOWN_TIMEOUT)),
+            awaits_first_request: true,
             is_stopping: false,
-            lingers: false,
+            is_lingering: false,
             has_streams: false,
             is_ending: false,
         };
-        let apart = Apart::new();
+        let gate = WakeGate::new();
 
         loop {
-            let mut next = pin!(self.next_step(talk, &mut watch));
-            apart.ring();
-            let step = poll_fn(|cx| match connection.as_mut().poll(cx) {
-                Poll::Ready(Ok(())) => Poll::Ready(Step::End),
+            let mut next = pin!(self.next_event(state, &mut timers));
+            gate.open();
+            let event = poll_fn(|cx| match connection.as_mut().poll(cx) {
+                Poll::Ready(Ok(())) => Poll::Ready(ConnectionEvent::End),
                 Poll::Ready(Err(error)) => {
                     tracing::trace!(%error, "a connection ended badly");
-                    Poll::Ready(Step::End)
+                    Poll::Ready(ConnectionEvent::End)
                 }
-                Poll::Pending => apart.poll(cx, next.as_mut()),
+                Poll::Pending => gate.poll(cx, next.as_mut()),
             });
-            match step.await {
-                Step::End => return,
-                Step::ShutDown => connection.as_mut().graceful_shutdown(),
+            match event.await {
+                ConnectionEvent::End => return,
+                ConnectionEvent::ShutDown => connection.as_mut().graceful_shutdown(),
             }
         }
     }
 
     /// Waits until something is to be done about a connection, and says what.
-    async fn next_step(&self, talk: &Talk, watch: &mut Watch<'_, '_>) -> Step {
+    async fn next_event(
+        &self,
+        state: &ConnectionState,
+        timers: &mut ConnectionTimers<'_, '_>,
+    ) -> ConnectionEvent {
         loop {
             tokio::select! {
                 biased;
-                () = watch.stop.as_mut(), if !watch.is_stopping => {
-                    watch.is_stopping = true;
-                    if !talk.may_be_used() {
-                        return Step::ShutDown;
+                () = timers.server_stop.as_mut(), if !timers.is_stopping => {
+                    timers.is_stopping = true;
+                    if !state.may_be_used() {
+                        return ConnectionEvent::ShutDown;
                     }
-                    watch.lingers = true;
-                    watch.last_use.as_mut().reset(Instant::now() + IDLE_KEPT_FOR);
+                    timers.is_lingering = true;
+                    timers.linger_timeout.as_mut().reset(Instant::now() + IDLE_LINGER);
                 }
-                () = watch.last_use.as_mut(), if watch.lingers => {
-                    watch.lingers = false;
-                    return Step::ShutDown;
+                () = timers.linger_timeout.as_mut(), if timers.is_lingering => {
+                    timers.is_lingering = false;
+                    return ConnectionEvent::ShutDown;
                 }
-                () = watch.silence.as_mut(), if watch.waits => {
-                    watch.waits = false;
-                    if talk.place.is_at_the_door() {
-                        return Step::End;
+                () = timers.first_request_timeout.as_mut(), if timers.awaits_first_request => {
+                    timers.awaits_first_request = false;
+                    if state.permit.is_overflow() {
+                        return ConnectionEvent::End;
                     }
-                    if !talk.spoke.load(Ordering::Relaxed) {
-                        watch.end_soon();
-                        return Step::ShutDown;
-                    }
-                }
-                () = talk.place.left(), if watch.waits && talk.place.is_at_the_door() => {
-                    return Step::End;
-                }
-                () = talk.over.notified(), if !watch.is_ending => {
-                    watch.end_soon();
-                    return Step::ShutDown;
-                }
-                () = talk.streams.notified(), if !watch.has_streams => {
-                    watch.has_streams = true;
-                    watch.look.as_mut().reset(Instant::now() + self.look_interval());
-                }
-                () = watch.look.as_mut(), if watch.has_streams => {
-                    watch.look.as_mut().reset(Instant::now() + self.look_interval());
-                    if self.is_stalled(talk) {
-                        return Step::End;
-                    }
-                    if !watch.is_ending && self.is_idle(talk) {
-                        watch.end_soon();
-                        return Step::ShutDown;
+                    if !state.has_requested.load(Ordering::Relaxed) {
+                        timers.start_shutdown();
+                        return ConnectionEvent::ShutDown;
                     }
                 }
-                () = watch.cut.as_mut(), if watch.is_ending => return Step::End,
+                () = state.permit.evicted(), if timers.awaits_first_request && state.permit.is_overflow() => {
+                    return ConnectionEvent::End;
+                }
+                () = state.last_answer_sent.notified(), if !timers.is_ending => {
+                    timers.start_shutdown();
+                    return ConnectionEvent::ShutDown;
+                }
+                () = state.streams.notified(), if !timers.has_streams => {
+                    timers.has_streams = true;
+                    timers.stream_check.as_mut().reset(Instant::now() + self.stream_check_interval());
+                }
+                () = timers.stream_check.as_mut(), if timers.has_streams => {
+                    timers.stream_check.as_mut().reset(Instant::now() + self.stream_check_interval());
+                    if self.is_stalled(state) {
+                        return ConnectionEvent::End;
+                    }
+                    if !timers.is_ending && self.is_idle(state) {
+                        timers.start_shutdown();
+                        return ConnectionEvent::ShutDown;
+                    }
+                }
+                () = timers.shutdown_timeout.as_mut(), if timers.is_ending => return ConnectionEvent::End,
             }
         }
     }
 
     /// Returns how often streams are looked at.
-    fn look_interval(&self) -> Duration {
+    fn stream_check_interval(&self) -> Duration {
         self.limits.head_timeout.min(self.limits.write_timeout) / 4
     }
 
-    fn is_stalled(&self, talk: &Talk) -> bool {
-        let is_stalled =
-            talk.outbox.is_stuck(self.limits.write_timeout) || talk.outbox.misses(&self.haste);
+    fn is_stalled(&self, state: &ConnectionState) -> bool {
+        let is_stalled = state.tracker.is_stuck(self.limits.write_timeout)
+            || state.tracker.has_slow_response(&self.slow_clients);
         if is_stalled {
             self.stats.stalled();
             tracing::debug!("a connection is cut: its client does not take what it asked for");
@@ -278,8 +295,9 @@ impl Serving {
         is_stalled
     }
 
-    fn is_idle(&self, talk: &Talk) -> bool {
-        talk.outbox
+    fn is_idle(&self, state: &ConnectionState) -> bool {
+        state
+            .tracker
             .idle_since()
             .is_some_and(|since| since.elapsed() > self.limits.head_timeout)
     }
@@ -287,7 +305,7 @@ impl Serving {
 
 /// What is to be done about a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+enum ConnectionEvent {
     /// Let it finish what is in flight.
     ShutDown,
     /// It is over, or cut.
@@ -295,36 +313,38 @@ enum Step {
 }
 
 /// What a connection is watched by, beside what comes over it.
-struct Watch<'a, 's> {
+struct ConnectionTimers<'a, 's> {
     /// Whoever has asked for nothing by then has to go.
-    silence: Pin<&'a mut Sleep>,
-    waits: bool,
-    stop: Pin<&'a mut WaitForCancellationFuture<'s>>,
+    first_request_timeout: Pin<&'a mut Sleep>,
+    awaits_first_request: bool,
+    server_stop: Pin<&'a mut WaitForCancellationFuture<'s>>,
     is_stopping: bool,
     /// The end of a connection that may be used again while the server stops.
-    last_use: Pin<&'a mut Sleep>,
-    lingers: bool,
+    linger_timeout: Pin<&'a mut Sleep>,
+    is_lingering: bool,
     /// The next look at the streams of HTTP/2.
-    look: Pin<&'a mut Sleep>,
+    stream_check: Pin<&'a mut Sleep>,
     has_streams: bool,
     /// The end of one that was asked to end.
-    cut: Pin<&'a mut Sleep>,
+    shutdown_timeout: Pin<&'a mut Sleep>,
     is_ending: bool,
 }
 
-impl Watch<'_, '_> {
+impl ConnectionTimers<'_, '_> {
     /// Gives a connection that was asked to end some time for it.
-    fn end_soon(&mut self) {
+    fn start_shutdown(&mut self) {
         self.is_ending = true;
-        self.cut.as_mut().reset(Instant::now() + END_FOR);
+        self.shutdown_timeout
+            .as_mut()
+            .reset(Instant::now() + SHUTDOWN_TIMEOUT);
     }
 }
 
-impl Talk {
+impl ConnectionState {
     /// Returns whether its client may send a request before it can know that the server stops: one
     /// that has just connected is about to, and over HTTP/1 one may come on any connection.
     fn may_be_used(&self) -> bool {
-        !self.spoke.load(Ordering::Relaxed) || self.may_be_reused.load(Ordering::Relaxed)
+        !self.has_requested.load(Ordering::Relaxed) || self.may_be_reused.load(Ordering::Relaxed)
     }
 
     /// Answers one request of this connection.
@@ -333,24 +353,24 @@ impl Talk {
         mut router: Router,
         mut request: Request<Incoming>,
     ) -> Result<Response, Infallible> {
-        self.spoke.store(true, Ordering::Relaxed);
+        self.has_requested.store(true, Ordering::Relaxed);
         // HTTP/2 has a word for a connection that takes no more requests.
-        let is_old = request.version() <= Version::HTTP_11;
-        self.may_be_reused.store(is_old, Ordering::Relaxed);
+        let is_http1 = request.version() <= Version::HTTP_11;
+        self.may_be_reused.store(is_http1, Ordering::Relaxed);
 
-        let in_flight = self.meter.begin(&request);
-        let verdict = self.place.judge(request.method(), request.uri().path());
-        request.extensions_mut().insert(Caller {
+        let in_flight = self.head_budget.begin(&request);
+        let decision = self.permit.decide(request.method(), request.uri().path());
+        request.extensions_mut().insert(ClientInfo {
             address: self.address,
-            inbox: Arc::clone(&self.inbox),
+            activity: Arc::clone(&self.activity),
         });
-        if !is_old {
-            return Ok(self.answer_stream(router, request, verdict).await);
+        if !is_http1 {
+            return Ok(self.answer_stream(router, request, decision).await);
         }
-        let _asked = self.inbox.begin(request.version());
+        let _pending = self.activity.begin(request.version());
         let checked = framing::check(request.version(), request.headers());
-        let is_last = verdict != Verdict::Serve || checked.is_err();
-        let mut response = match (checked, verdict) {
+        let is_last = decision != AdmissionDecision::Serve || checked.is_err();
+        let mut response = match (checked, decision) {
             (Err(problem), _) => {
                 tracing::debug!(client = %self.address, %problem.detail, "a request's head is \
                     refused");
@@ -358,11 +378,11 @@ impl Talk {
                 body::discard(&parts, Body::new(body));
                 problem.into_response()
             }
-            (Ok(()), Verdict::Serve | Verdict::ServeLast) => router
+            (Ok(()), AdmissionDecision::Serve | AdmissionDecision::ServeLast) => router
                 .call(request)
                 .await
                 .unwrap_or_else(|never| match never {}),
-            (Ok(()), Verdict::Refuse) => too_many().into_response(),
+            (Ok(()), AdmissionDecision::Refuse) => over_limit_problem().into_response(),
         };
         drop(in_flight);
         if is_last || self.shutdown.is_cancelled() {
@@ -378,35 +398,35 @@ impl Talk {
         &self,
         mut router: Router,
         request: Request<Incoming>,
-        verdict: Verdict,
+        decision: AdmissionDecision,
     ) -> Response<Body> {
         self.streams.notify_one();
-        let exchange = self.outbox.begin();
-        let Some(_head) = self.meter.take(&request) else {
-            return no_room_for_heads()
+        let stream_guard = self.tracker.begin();
+        let Some(_head) = self.head_budget.take(&request) else {
+            return heads_over_budget()
                 .into_response()
-                .map(|body| exchange.answer(body, true));
+                .map(|body| stream_guard.track(body, true));
         };
         let is_lane = request.uri().path().starts_with(super::peer::LANE_PREFIX);
         if is_lane {
-            self.attending.carries_lanes();
+            self.drain_guard.release_for_lanes();
         }
-        let response = match verdict {
-            Verdict::Serve | Verdict::ServeLast => router
+        let response = match decision {
+            AdmissionDecision::Serve | AdmissionDecision::ServeLast => router
                 .call(request)
                 .await
                 .unwrap_or_else(|never| match never {}),
-            Verdict::Refuse => too_many().into_response(),
+            AdmissionDecision::Refuse => over_limit_problem().into_response(),
         };
-        if verdict != Verdict::Serve {
-            self.over.notify_one();
+        if decision != AdmissionDecision::Serve {
+            self.last_answer_sent.notify_one();
         }
-        response.map(|body| exchange.answer(body, !is_lane))
+        response.map(|body| stream_guard.track(body, !is_lane))
     }
 }
 
 /// What a request is told whose head there is no room for.
-fn no_room_for_heads() -> Problem {
+fn heads_over_budget() -> Problem {
     Problem::new(
         Code::Overloaded,
         "the heads of requests in flight take all that they may together",
@@ -414,18 +434,18 @@ fn no_room_for_heads() -> Problem {
     .retry_after_ms(1000)
 }
 
-fn too_many() -> Problem {
+fn over_limit_problem() -> Problem {
     Problem::new(Code::Unavailable, "too many connections").retry_after_ms(1000)
 }
 
 /// Tells a connection that nothing was read of that there is no place for it. Best effort, and
 /// never waited for: the socket's buffer is empty, so it takes this or is broken.
-pub fn tell_too_many(stream: TcpStream) {
-    let body = too_many().body().to_string();
+pub fn refuse_over_limit(stream: TcpStream) {
+    let body = over_limit_problem().body().to_string();
     let head = "HTTP/1.1 503 Service Unavailable\r\ncontent-type: \
         application/problem+json\r\nretry-after: 1\r\nconnection: close";
-    let told = format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    let response = format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
     let _ = stream
         .into_std()
-        .and_then(|mut stream| stream.write_all(told.as_bytes()));
+        .and_then(|mut stream| stream.write_all(response.as_bytes()));
 }

@@ -12,35 +12,35 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 /// Ends the lanes when its last clone is dropped. The listeners have one each, and so has every
 /// connection until it turns out to carry lanes.
 #[derive(Debug, Clone)]
-pub struct Attendance {
+pub struct DrainGuard {
     _guard: Arc<DropGuard>,
 }
 
-impl Attendance {
+impl DrainGuard {
     /// Returns one, and what is cancelled when the last of its clones is gone.
     pub fn new() -> (Self, CancellationToken) {
-        let over = CancellationToken::new();
+        let drained = CancellationToken::new();
         (
             Self {
-                _guard: Arc::new(over.clone().drop_guard()),
+                _guard: Arc::new(drained.clone().drop_guard()),
             },
-            over,
+            drained,
         )
     }
 }
 
 /// The attendance of one connection.
 #[derive(Debug)]
-pub struct Attending(Mutex<Option<Attendance>>);
+pub struct ConnectionDrainGuard(Mutex<Option<DrainGuard>>);
 
-impl Attending {
+impl ConnectionDrainGuard {
     /// Returns that of a connection that has asked for nothing yet.
-    pub fn new(attendance: Attendance) -> Self {
+    pub fn new(attendance: DrainGuard) -> Self {
         Self(Mutex::new(Some(attendance)))
     }
 
     /// Notes that the connection carries lanes: they do not wait for it.
-    pub fn carries_lanes(&self) {
+    pub fn release_for_lanes(&self) {
         self.0.lock().take();
     }
 }
@@ -51,15 +51,15 @@ mod tests {
 
     #[test]
     fn lanes_end_when_all_else_is_over() {
-        let (listener, over) = Attendance::new();
+        let (listener, drained) = DrainGuard::new();
         let (client, peer) = (
-            Attending::new(listener.clone()),
-            Attending::new(listener.clone()),
+            ConnectionDrainGuard::new(listener.clone()),
+            ConnectionDrainGuard::new(listener.clone()),
         );
-        peer.carries_lanes();
+        peer.release_for_lanes();
         drop(listener);
-        assert!(!over.is_cancelled(), "a client is still there");
+        assert!(!drained.is_cancelled(), "a client is still there");
         drop(client);
-        assert!(over.is_cancelled());
+        assert!(drained.is_cancelled());
     }
 }

@@ -17,13 +17,13 @@ const SLACK_BYTES: u64 = 256 << 10;
 
 /// Knows when answers have to be taken fast.
 #[derive(Debug, Clone)]
-pub struct Haste {
+pub struct SlowClientLimit {
     answers: Arc<Budget>,
     /// In a second.
     rate_bytes: u64,
 }
 
-impl Haste {
+impl SlowClientLimit {
     /// Returns one for `answers` and a rate of so many bytes in a second.
     pub fn new(answers: Arc<Budget>, rate_bytes: u64) -> Self {
         Self {
@@ -32,42 +32,42 @@ impl Haste {
         }
     }
 
-    /// Returns whether there is haste, and an answer that went so is too slow.
-    pub fn is_missed_by(&self, course: &Course) -> bool {
-        self.answers.used() > self.answers.bytes_max() / 2 && course.is_below(self.rate_bytes)
+    /// Returns whether there is limit, and an answer that went so is too slow.
+    pub fn is_exceeded_by(&self, rate: &SendRate) -> bool {
+        self.answers.used() > self.answers.bytes_max() / 2 && rate.is_below(self.rate_bytes)
     }
 }
 
 /// How fast an answer is taken.
 #[derive(Debug, Clone, Copy)]
-pub struct Course {
+pub struct SendRate {
     since: Instant,
-    taken_bytes: u64,
+    sent_bytes: u64,
 }
 
-impl Course {
+impl SendRate {
     /// Returns that of an answer that begins now.
     pub fn new() -> Self {
         Self {
             since: Instant::now(),
-            taken_bytes: 0,
+            sent_bytes: 0,
         }
     }
 
     /// Counts what was taken.
-    pub fn take(&mut self, bytes: usize) {
-        self.taken_bytes = self.taken_bytes.saturating_add(bytes as u64);
+    pub fn add_sent(&mut self, bytes: usize) {
+        self.sent_bytes = self.sent_bytes.saturating_add(bytes as u64);
     }
 
     /// Leaves out a time in which nobody waited for the other side.
-    pub fn leave_out(&mut self, pause: Duration) {
+    pub fn exclude(&mut self, pause: Duration) {
         self.since += pause;
     }
 
     fn is_below(&self, rate_bytes: u64) -> bool {
         let millis = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
         let due = millis.saturating_mul(rate_bytes) / Duration::from_secs(1).as_millis() as u64;
-        self.taken_bytes.saturating_add(SLACK_BYTES) < due
+        self.sent_bytes.saturating_add(SLACK_BYTES) < due
     }
 }
 
@@ -78,19 +78,19 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn slow_is_good_enough_while_half_of_the_room_is_left() {
         let answers = Budget::new(100);
-        let haste = Haste::new(Arc::clone(&answers), 64 << 10);
-        let (mut slow, mut fast) = (Course::new(), Course::new());
+        let limit = SlowClientLimit::new(Arc::clone(&answers), 64 << 10);
+        let (mut slow, mut fast) = (SendRate::new(), SendRate::new());
         for _ in 0..20 {
             tokio::time::advance(Duration::from_secs(1)).await;
-            slow.take(4 << 10);
-            fast.take(64 << 10);
+            slow.add_sent(4 << 10);
+            fast.add_sent(64 << 10);
         }
         let mut share = answers.take(50).expect("there is room");
-        assert!(!haste.is_missed_by(&slow));
+        assert!(!limit.is_exceeded_by(&slow));
         assert!(share.grow(1));
-        assert!(haste.is_missed_by(&slow) && !haste.is_missed_by(&fast));
-        assert!(!haste.is_missed_by(&Course::new()), "it has just begun");
-        slow.leave_out(Duration::from_secs(15));
-        assert!(!haste.is_missed_by(&slow));
+        assert!(limit.is_exceeded_by(&slow) && !limit.is_exceeded_by(&fast));
+        assert!(!limit.is_exceeded_by(&SendRate::new()), "it has just begun");
+        slow.exclude(Duration::from_secs(15));
+        assert!(!limit.is_exceeded_by(&slow));
     }
 }

@@ -16,9 +16,9 @@ use std::task::{Context, Poll, ready};
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::inbox::Inbox;
-use super::outbox::Outbox;
-use super::paced::Paced;
+use super::inbox::RequestActivity;
+use super::outbox::ResponseTracker;
+use super::paced::TimedStream;
 use crate::budget::{Budget, Share, UNCHARGED_BYTES_MAX};
 
 /// A charge grows by steps, not with every byte.
@@ -26,7 +26,7 @@ const STEP_BYTES: usize = 4 << 10;
 
 /// What one connection has read of the head that comes next.
 #[derive(Debug)]
-pub struct HeadMeter {
+pub struct HeadBudget {
     bytes: AtomicUsize,
     /// What is read while a request is answered is its body.
     in_flight: AtomicUsize,
@@ -36,7 +36,7 @@ pub struct HeadMeter {
     bytes_max: usize,
 }
 
-impl HeadMeter {
+impl HeadBudget {
     /// Returns that of a new connection.
     pub fn new(heads: &Arc<Budget>, bytes_max: usize) -> Self {
         let share = Mutex::new(heads.empty_share());
@@ -78,7 +78,7 @@ impl HeadMeter {
 
     /// Notes that the head of a request is whole, and that what is read until this is dropped is no
     /// head. What was read with it may be the beginning of a body, which is charged elsewhere.
-    pub fn begin<B>(&self, request: &Request<B>) -> InFlight<'_> {
+    pub fn begin<B>(&self, request: &Request<B>) -> HeadDone<'_> {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         self.bytes.store(0, Ordering::Relaxed);
         if self.charged.load(Ordering::Relaxed) > 0 {
@@ -92,7 +92,7 @@ impl HeadMeter {
             share.shrink_to(kept);
             self.charged.store(share.bytes(), Ordering::Relaxed);
         }
-        InFlight(self)
+        HeadDone(self)
     }
 
     /// Charges the head of one of several requests of this connection. None: there is no room.
@@ -105,40 +105,40 @@ impl HeadMeter {
 
 /// A request that is answered.
 #[derive(Debug)]
-pub struct InFlight<'a>(&'a HeadMeter);
+pub struct HeadDone<'a>(&'a HeadBudget);
 
-impl Drop for InFlight<'_> {
+impl Drop for HeadDone<'_> {
     fn drop(&mut self) {
         self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// A connection whose heads are charged. It ends where there is no room for one.
-pub struct Metered {
-    stream: Paced,
-    meter: Arc<HeadMeter>,
-    inbox: Arc<Inbox>,
-    outbox: Arc<Outbox>,
+pub struct HeadLimitedStream {
+    stream: TimedStream,
+    head_budget: Arc<HeadBudget>,
+    activity: Arc<RequestActivity>,
+    tracker: Arc<ResponseTracker>,
 }
 
-impl Metered {
-    /// Returns `stream`, of which `meter` knows what is head.
+impl HeadLimitedStream {
+    /// Returns `stream`, of which `head_budget` knows what is head.
     pub fn new(
-        stream: Paced,
-        meter: Arc<HeadMeter>,
-        inbox: Arc<Inbox>,
-        outbox: Arc<Outbox>,
+        stream: TimedStream,
+        head_budget: Arc<HeadBudget>,
+        activity: Arc<RequestActivity>,
+        tracker: Arc<ResponseTracker>,
     ) -> Self {
         Self {
             stream,
-            meter,
-            inbox,
-            outbox,
+            head_budget,
+            activity,
+            tracker,
         }
     }
 }
 
-impl AsyncRead for Metered {
+impl AsyncRead for HeadLimitedStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -148,10 +148,9 @@ impl AsyncRead for Metered {
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         let bytes = buffer.filled().len() - before;
         // The rest of a body whose request was answered early is no head either.
-        if self
-            .meter
-            .read(bytes, || self.outbox.is_busy() || self.inbox.reads_body())
-        {
+        if self.head_budget.read(bytes, || {
+            self.tracker.is_busy() || self.activity.reads_body()
+        }) {
             return Poll::Ready(Ok(()));
         }
         let reason = "there is no room for the heads of more requests";
@@ -159,7 +158,7 @@ impl AsyncRead for Metered {
     }
 }
 
-impl AsyncWrite for Metered {
+impl AsyncWrite for HeadLimitedStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -218,8 +217,8 @@ mod tests {
     #[test]
     fn a_head_is_charged_while_it_comes_and_as_long_as_its_buffer_stays() {
         let heads = Budget::new(100 * KIB);
-        let meter = HeadMeter::new(&heads, 64 * KIB);
-        let read = |bytes: usize| meter.read(bytes, || false);
+        let head_budget = HeadBudget::new(&heads, 64 * KIB);
+        let read = |bytes: usize| head_budget.read(bytes, || false);
         assert!(read(4 * KIB));
         assert_eq!(heads.used(), 0, "as much as every connection may have");
         assert!(read(1) && read(40 * KIB));
@@ -227,13 +226,13 @@ mod tests {
         assert!(read(40 * KIB), "no more is buffered than the limit");
         assert_eq!(heads.used(), 64 * KIB);
 
-        let other = HeadMeter::new(&heads, 64 * KIB);
+        let other = HeadBudget::new(&heads, 64 * KIB);
         assert!(other.read(30 * KIB, || false));
         assert!(!other.read(30 * KIB, || false), "there is no room");
         drop(other);
         assert_eq!(heads.used(), 64 * KIB);
 
-        let in_flight = meter.begin(&request(60 * KIB));
+        let in_flight = head_budget.begin(&request(60 * KIB));
         assert!(read(1 << 30), "that is a body");
         drop(in_flight);
         assert!(
@@ -241,10 +240,10 @@ mod tests {
             "the buffer is as large as before"
         );
         assert!(read(100));
-        drop(meter.begin(&request(90)));
+        drop(head_budget.begin(&request(90)));
         assert_eq!(heads.used(), 0, "a small one came");
         assert!(
-            meter.read(1 << 30, || true),
+            head_budget.read(1 << 30, || true),
             "frames of streams that are under way"
         );
         assert_eq!(heads.used(), 0);

@@ -6,7 +6,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::{StatusCode, header};
 
-use super::Shared;
+use super::SharedApp;
 use super::problem::Problem;
 
 /// Whether the process should be given requests.
@@ -37,7 +37,7 @@ pub(super) async fn healthz() -> &'static str {
     "ok\n"
 }
 
-pub(super) async fn readyz(State(app): State<Shared>) -> Response {
+pub(super) async fn readyz(State(app): State<SharedApp>) -> Response {
     match app.readiness.ready() {
         Ok(()) => match app.readiness.note() {
             None => "ready\n".into_response(),
@@ -51,7 +51,7 @@ pub(super) async fn readyz(State(app): State<Shared>) -> Response {
     }
 }
 
-pub(super) async fn metrics(State(app): State<Shared>) -> Response {
+pub(super) async fn metrics(State(app): State<SharedApp>) -> Response {
     let content_type = [(
         header::CONTENT_TYPE,
         "text/plain; version=0.0.4; charset=utf-8",

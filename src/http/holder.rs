@@ -8,12 +8,12 @@ use std::path::Path;
 
 /// A process that listens on an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Holder {
+pub struct PortOwner {
     pub pid: u32,
     pub command: String,
 }
 
-impl fmt::Display for Holder {
+impl fmt::Display for PortOwner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "process {} ({})", self.pid, self.command)
     }
@@ -21,7 +21,7 @@ impl fmt::Display for Holder {
 
 /// Who listens on `address`, or on a wildcard that covers it. None if that is nobody, or another
 /// user's process.
-pub fn find(address: SocketAddr) -> Option<Holder> {
+pub fn find(address: SocketAddr) -> Option<PortOwner> {
     let sockets: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .into_iter()
         .filter_map(|path| fs::read_to_string(path).ok())
@@ -33,7 +33,7 @@ pub fn find(address: SocketAddr) -> Option<Holder> {
     }
     fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
         let pid = process.file_name().to_str()?.parse().ok()?;
-        holds(&process.path(), &sockets).then(|| Holder {
+        holds(&process.path(), &sockets).then(|| PortOwner {
             pid,
             command: command(&process.path()),
         })

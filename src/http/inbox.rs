@@ -30,64 +30,64 @@ const PROBE_MIN: Duration = Duration::from_secs(1);
 const PROBE_MAX: Duration = Duration::from_secs(30);
 
 /// A client of HTTP/1.0 can't be asked. It is waited for as long as a request may take.
-const UNASKED_MAX: Duration = Duration::from_secs(60);
+const HTTP10_WAIT_MAX: Duration = Duration::from_secs(60);
 
 const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// What the requests of a connection over HTTP/1 tell its socket.
 #[derive(Debug, Default)]
-pub struct Inbox {
+pub struct RequestActivity {
     /// Heads that were read.
     heads: AtomicU64,
     /// Bodies that are thrown away.
     discarded: AtomicU64,
     /// A request has no answer yet.
-    is_asked: AtomicBool,
+    is_pending: AtomicBool,
     /// Its client knows no interim answers.
-    is_plain: AtomicBool,
+    is_http10: AtomicBool,
 }
 
-impl Inbox {
+impl RequestActivity {
     /// Notes a request, which has no answer until what this returns is dropped.
-    pub fn begin(self: &Arc<Self>, version: Version) -> Asked {
-        self.is_plain
+    pub fn begin(self: &Arc<Self>, version: Version) -> PendingRequest {
+        self.is_http10
             .store(version < Version::HTTP_11, Ordering::Relaxed);
-        self.is_asked.store(true, Ordering::Relaxed);
+        self.is_pending.store(true, Ordering::Relaxed);
         self.heads.fetch_add(1, Ordering::Relaxed);
-        Asked(Arc::clone(self))
+        PendingRequest(Arc::clone(self))
     }
 
     /// Notes that the rest of a body is read until what this returns is dropped.
-    pub fn discard(self: &Arc<Self>) -> Discarding {
+    pub fn discard(self: &Arc<Self>) -> DiscardGuard {
         self.discarded.fetch_add(1, Ordering::Relaxed);
-        Discarding(Arc::clone(self))
+        DiscardGuard(Arc::clone(self))
     }
 
-    fn is_asked(&self) -> bool {
-        self.is_asked.load(Ordering::Relaxed)
+    fn is_pending(&self) -> bool {
+        self.is_pending.load(Ordering::Relaxed)
     }
 
     /// Returns whether what comes now is of the body of a request that was read.
     pub fn reads_body(&self) -> bool {
-        self.is_asked() || self.discarded.load(Ordering::Relaxed) > 0
+        self.is_pending() || self.discarded.load(Ordering::Relaxed) > 0
     }
 }
 
 /// A request without an answer.
 #[derive(Debug)]
-pub struct Asked(Arc<Inbox>);
+pub struct PendingRequest(Arc<RequestActivity>);
 
-impl Drop for Asked {
+impl Drop for PendingRequest {
     fn drop(&mut self) {
-        self.0.is_asked.store(false, Ordering::Relaxed);
+        self.0.is_pending.store(false, Ordering::Relaxed);
     }
 }
 
 /// A body that is thrown away.
 #[derive(Debug)]
-pub struct Discarding(Arc<Inbox>);
+pub struct DiscardGuard(Arc<RequestActivity>);
 
-impl Drop for Discarding {
+impl Drop for DiscardGuard {
     fn drop(&mut self) {
         self.0.discarded.fetch_sub(1, Ordering::Relaxed);
     }
@@ -95,14 +95,14 @@ impl Drop for Discarding {
 
 /// What a connection speaks, as its first bytes tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Spoken {
+enum WireProtocol {
     /// So many bytes were those of the preface of HTTP/2.
     Unknown(usize),
     Http1,
     Http2,
 }
 
-impl Spoken {
+impl WireProtocol {
     fn after(self, bytes: &[u8]) -> Self {
         let Self::Unknown(matched) = self else {
             return self;
@@ -123,64 +123,64 @@ impl Spoken {
 
 /// What was seen of the sending side of a connection.
 #[derive(Debug)]
-pub struct Arrivals {
-    inbox: Arc<Inbox>,
+pub struct ReadMonitor {
+    activity: Arc<RequestActivity>,
     head_limit: Duration,
-    spoken: Spoken,
-    /// As [`Inbox::heads`] was when something last came.
+    protocol: WireProtocol,
+    /// As [`RequestActivity::heads`] was when something last came.
     heads: u64,
     /// Something has come since then that is of no body.
     has_begun: bool,
     /// Runs while a part of a head has come.
     head: Option<Pin<Box<Sleep>>>,
-    ended: Option<Ended>,
+    half_closed: Option<HalfClosed>,
 }
 
 /// The sending side of a client was closed while it waits for an answer.
 #[derive(Debug)]
-struct Ended {
+struct HalfClosed {
     since: Instant,
     pause: Duration,
     probe: Pin<Box<Sleep>>,
 }
 
-impl Arrivals {
+impl ReadMonitor {
     /// Returns those of a new connection. A head has to be complete within `head_limit`.
-    pub fn new(inbox: Arc<Inbox>, head_limit: Duration) -> Self {
-        let spoken = Spoken::Unknown(0);
+    pub fn new(activity: Arc<RequestActivity>, head_limit: Duration) -> Self {
+        let protocol = WireProtocol::Unknown(0);
         Self {
-            inbox,
+            activity,
             head_limit,
-            spoken,
+            protocol,
             heads: 0,
             has_begun: false,
             head: None,
-            ended: None,
+            half_closed: None,
         }
     }
 
     /// Notes what came.
-    pub fn came(&mut self, bytes: &[u8]) {
+    pub fn on_read(&mut self, bytes: &[u8]) {
         if bytes.is_empty() {
             return;
         }
-        self.spoken = self.spoken.after(bytes);
+        self.protocol = self.protocol.after(bytes);
         self.note_heads();
-        self.has_begun = !self.inbox.reads_body();
+        self.has_begun = !self.activity.reads_body();
     }
 
     /// Forgets the part of a head that has become a request.
     fn note_heads(&mut self) {
-        let heads = self.inbox.heads.load(Ordering::Relaxed);
+        let heads = self.activity.heads.load(Ordering::Relaxed);
         if heads != self.heads {
             (self.heads, self.has_begun, self.head) = (heads, false, None);
         }
     }
 
     /// Called when nothing more has come. Ready: the head that has begun took too long.
-    pub fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+    pub fn poll_head_timeout(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         self.note_heads();
-        if self.spoken == Spoken::Http2 || !self.has_begun || self.inbox.reads_body() {
+        if self.protocol == WireProtocol::Http2 || !self.has_begun || self.activity.reads_body() {
             return Poll::Pending;
         }
         let limit = self.head_limit;
@@ -193,12 +193,16 @@ impl Arrivals {
 
     /// Called now and then while a request is worked on and all that was written has gone out.
     /// Ready: its client is gone.
-    pub fn poll_gone(&mut self, stream: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Error> {
-        if self.spoken != Spoken::Http1 || !self.inbox.is_asked() {
-            self.ended = None;
+    pub fn poll_disconnected(
+        &mut self,
+        stream: &TcpStream,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Error> {
+        if self.protocol != WireProtocol::Http1 || !self.activity.is_pending() {
+            self.half_closed = None;
             return Poll::Pending;
         }
-        if self.ended.is_none() {
+        if self.half_closed.is_none() {
             let mut byte = [0];
             match stream.poll_peek(cx, &mut tokio::io::ReadBuf::new(&mut byte)) {
                 Poll::Ready(Ok(0)) => {}
@@ -207,9 +211,11 @@ impl Arrivals {
             }
         }
 
-        let ended = self.ended.get_or_insert_with(Ended::now);
-        while ended.probe.as_mut().poll(cx).is_ready() {
-            if let Err(error) = ended.ask(stream, self.inbox.is_plain.load(Ordering::Relaxed)) {
+        let half_closed = self.half_closed.get_or_insert_with(HalfClosed::now);
+        while half_closed.probe.as_mut().poll(cx).is_ready() {
+            if let Err(error) =
+                half_closed.probe_client(stream, self.activity.is_http10.load(Ordering::Relaxed))
+            {
                 return Poll::Ready(error);
             }
         }
@@ -217,7 +223,7 @@ impl Arrivals {
     }
 }
 
-impl Ended {
+impl HalfClosed {
     fn now() -> Self {
         Self {
             since: Instant::now(),
@@ -227,11 +233,11 @@ impl Ended {
     }
 
     /// Asks whether the client is there, and looks at what became of it the last time.
-    fn ask(&mut self, stream: &TcpStream, is_plain: bool) -> io::Result<()> {
+    fn probe_client(&mut self, stream: &TcpStream, is_http10: bool) -> io::Result<()> {
         if let Some(error) = stream.take_error()? {
             return Err(error);
         }
-        if !is_plain {
+        if !is_http10 {
             match stream.try_write(INTERIM) {
                 Ok(bytes) if bytes == INTERIM.len() => {}
                 // An answer behind a part of this could not be read.
@@ -239,7 +245,7 @@ impl Ended {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
-        } else if self.since.elapsed() >= UNASKED_MAX {
+        } else if self.since.elapsed() >= HTTP10_WAIT_MAX {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.probe.as_mut().reset(Instant::now() + self.pause);
@@ -256,67 +262,72 @@ mod tests {
 
     #[test]
     fn the_first_bytes_tell_what_is_spoken() {
-        for (pieces, spoken) in [
-            (&[PREFACE][..], Spoken::Http2),
+        for (pieces, protocol) in [
+            (&[PREFACE][..], WireProtocol::Http2),
             (
                 &[b"PRI * HT", b"TP/2.0\r\n\r\nSM\r\n\r\nmore"],
-                Spoken::Http2,
+                WireProtocol::Http2,
             ),
-            (&[b"P"], Spoken::Unknown(1)),
-            (&[b"P", b"UT /"], Spoken::Http1),
-            (&[b"PRI * HTTP/1.1\r\n"], Spoken::Http1),
-            (&[b"GET /", PREFACE], Spoken::Http1),
+            (&[b"P"], WireProtocol::Unknown(1)),
+            (&[b"P", b"UT /"], WireProtocol::Http1),
+            (&[b"PRI * HTTP/1.1\r\n"], WireProtocol::Http1),
+            (&[b"GET /", PREFACE], WireProtocol::Http1),
         ] {
             let found = pieces
                 .iter()
-                .fold(Spoken::Unknown(0), |spoken, bytes| spoken.after(bytes));
-            assert_eq!(found, spoken, "{pieces:?}");
+                .fold(WireProtocol::Unknown(0), |protocol, bytes| {
+                    protocol.after(bytes)
+                });
+            assert_eq!(found, protocol, "{pieces:?}");
         }
     }
 
-    async fn is_late(arrivals: &mut Arrivals) -> bool {
-        poll_fn(|cx| Poll::Ready(arrivals.poll_late(cx).is_ready())).await
+    async fn is_late(read_monitor: &mut ReadMonitor) -> bool {
+        poll_fn(|cx| Poll::Ready(read_monitor.poll_head_timeout(cx).is_ready())).await
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_head_that_has_begun_has_a_time_and_nothing_else_has() {
-        let (inbox, limit) = (Arc::new(Inbox::default()), Duration::from_secs(10));
-        let mut arrivals = Arrivals::new(Arc::clone(&inbox), limit);
+        let (activity, limit) = (
+            Arc::new(RequestActivity::default()),
+            Duration::from_secs(10),
+        );
+        let mut read_monitor = ReadMonitor::new(Arc::clone(&activity), limit);
         let long = limit * 9;
-        let idle = async |arrivals: &mut Arrivals, what: &str| {
+        let idle = async |read_monitor: &mut ReadMonitor, what: &str| {
             for _ in 0..3 {
-                assert!(!is_late(arrivals).await, "{what}");
+                assert!(!is_late(read_monitor).await, "{what}");
                 tokio::time::advance(long).await;
             }
         };
-        idle(&mut arrivals, "nothing has come").await;
+        idle(&mut read_monitor, "nothing has come").await;
 
-        arrivals.came(b"PUT / HTTP/1.1\r\n\r\nbo");
-        let asked = inbox.begin(Version::HTTP_11);
-        idle(&mut arrivals, "its body may take longer").await;
-        arrivals.came(b"dy");
+        read_monitor.on_read(b"PUT / HTTP/1.1\r\n\r\nbo");
+        let asked = activity.begin(Version::HTTP_11);
+        idle(&mut read_monitor, "its body may take longer").await;
+        read_monitor.on_read(b"dy");
         drop(asked);
-        idle(&mut arrivals, "all was answered").await;
+        idle(&mut read_monitor, "all was answered").await;
 
-        let discarding = inbox.discard();
-        arrivals.came(b"the rest of a body");
+        let discarding = activity.discard();
+        read_monitor.on_read(b"the rest of a body");
         drop(discarding);
-        idle(&mut arrivals, "that was no head").await;
+        idle(&mut read_monitor, "that was no head").await;
 
         for _ in 0..9 {
-            arrivals.came(b"a");
-            assert!(!is_late(&mut arrivals).await);
+            read_monitor.on_read(b"a");
+            assert!(!is_late(&mut read_monitor).await);
             tokio::time::advance(limit / 9).await;
         }
         tokio::time::advance(Duration::from_millis(10)).await;
-        arrivals.came(b"a");
+        read_monitor.on_read(b"a");
         assert!(
-            is_late(&mut arrivals).await,
+            is_late(&mut read_monitor).await,
             "a byte now and then is not enough"
         );
 
-        let mut streams = Arrivals::new(inbox, limit);
-        streams.came(PREFACE);
+        let mut streams = ReadMonitor::new(activity, limit);
+        streams.on_read(PREFACE);
         idle(&mut streams, "HTTP/2 has its own").await;
     }
 }

@@ -19,8 +19,8 @@ use http::Method;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::changes::Changes;
-use super::problem::{Code, Coded, Problem};
+use super::changes::ChangeWaiters;
+use super::problem::{Code, Problem, ProblemCode};
 use super::{charged, dialects, process};
 use crate::budget::Budget;
 use crate::client::store::Failure;
@@ -83,14 +83,14 @@ fn method_index(method: &Method) -> usize {
 const CLASSES: [&str; 6] = ["cancelled", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
 #[derive(Debug, Default)]
-struct Series {
+struct RequestSeries {
     classes: [AtomicU64; CLASSES.len()],
     /// Not cumulative; the last holds what is past every bound.
     buckets: [AtomicU64; BUCKETS_US.len() + 1],
     total_us: AtomicU64,
 }
 
-impl Series {
+impl RequestSeries {
     fn record(&self, class: usize, elapsed: Duration) {
         let elapsed_us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
         let bucket = BUCKETS_US.partition_point(|bound| *bound < elapsed_us);
@@ -107,7 +107,7 @@ pub trait MetricSource: Send + Sync + 'static {
 
 /// What the serving side counts, and everybody who counts too.
 pub struct Metrics {
-    series: [[Series; METHODS.len()]; Dialect::ALL.len()],
+    series: [[RequestSeries; METHODS.len()]; Dialect::ALL.len()],
     /// By their places in [`Code::ALL`].
     problems: [AtomicU64; Code::ALL.len()],
     in_flight: AtomicI64,
@@ -125,12 +125,17 @@ impl Metrics {
         }
     }
 
-    /// Begins to time a request. It counts as cancelled unless its [`Watch`] is finished.
-    pub fn watch(&self, dialect: Dialect, method: &Method, slow: Duration) -> Watch<'_> {
+    /// Begins to time a request. It counts as cancelled unless its [`RequestTimer`] is finished.
+    pub fn start_timer(
+        &self,
+        dialect: Dialect,
+        method: &Method,
+        slow: Duration,
+    ) -> RequestTimer<'_> {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         let is_read = matches!(*method, Method::GET | Method::HEAD);
         let method = method_index(method);
-        Watch {
+        RequestTimer {
             metrics: self,
             dialect,
             method,
@@ -146,11 +151,11 @@ impl Metrics {
     }
 
     /// The text of `/metrics`.
-    pub fn render(&self, bodies: &Budget, answers: &Budget, changes: &Changes) -> String {
+    pub fn render(&self, bodies: &Budget, answers: &Budget, changes: &ChangeWaiters) -> String {
         let mut text = Exposition::default();
         text.family(
             "quorate_http_requests_total",
-            Kind::Counter,
+            MetricKind::Counter,
             "Requests answered, by dialect, method and class of status.",
         );
         self.each(|dialect, method, series| {
@@ -166,20 +171,20 @@ impl Metrics {
         });
         text.family(
             "quorate_http_request_duration_seconds",
-            Kind::Histogram,
+            MetricKind::Histogram,
             "Time from a request's head to its answer, by dialect and method.",
         );
         self.each(|dialect, method, series| histogram(&mut text, dialect, method, series));
         text.family(
             "quorate_http_request_seconds",
-            Kind::Histogram,
+            MetricKind::Histogram,
             "Deprecated, and to go after the next release: see \
             quorate_http_request_duration_seconds.",
         );
         self.each(|dialect, method, series| histogram(&mut text, dialect, method, series));
         text.family(
             "quorate_http_problems_total",
-            Kind::Counter,
+            MetricKind::Counter,
             "Requests that were refused or failed, by the code that they were told. The fixed \
             dialects have no codes.",
         );
@@ -188,49 +193,49 @@ impl Metrics {
         }
         text.family(
             "quorate_http_requests_in_flight",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Requests being worked on.",
         );
         text.sample(&[], self.in_flight.load(Ordering::Relaxed));
         text.family(
             "quorate_http_body_bytes_in_flight",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Bytes of request bodies being worked on.",
         );
         text.sample(&[], bodies.used());
         text.family(
             "quorate_http_body_refusals_total",
-            Kind::Counter,
+            MetricKind::Counter,
             "Bodies that were refused for want of room.",
         );
         text.sample(&[], bodies.refused());
         text.family(
             "quorate_answer_bytes_in_flight",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Bytes of values and answers that are charged now.",
         );
         text.sample(&[], answers.used());
         text.family(
             "quorate_answer_bytes_max",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Bytes that values and answers may have together.",
         );
         text.sample(&[], answers.bytes_max());
         text.family(
             "quorate_answer_refusals_total",
-            Kind::Counter,
+            MetricKind::Counter,
             "Times that there was no room for a value or an answer.",
         );
         text.sample(&[], answers.refused());
         text.family(
             "quorate_change_waiters",
-            Kind::Gauge,
+            MetricKind::Gauge,
             "Clients that wait for the end of a change of the view.",
         );
         text.sample(&[], changes.waiting());
         text.family(
             "quorate_change_waiters_refused_total",
-            Kind::Counter,
+            MetricKind::Counter,
             "Clients for which there was no place to wait.",
         );
         text.sample(&[], changes.refused());
@@ -241,7 +246,7 @@ impl Metrics {
         text.text
     }
 
-    fn each(&self, mut visit: impl FnMut(&'static str, &'static str, &Series)) {
+    fn each(&self, mut visit: impl FnMut(&'static str, &'static str, &RequestSeries)) {
         for (dialect, methods) in Dialect::ALL.iter().zip(&self.series) {
             for (method, series) in METHODS.iter().zip(methods) {
                 visit(dialect.label(), method, series);
@@ -258,7 +263,7 @@ impl fmt::Debug for Metrics {
     }
 }
 
-fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &Series) {
+fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &RequestSeries) {
     let counts: Vec<u64> = series
         .buckets
         .iter()
@@ -293,7 +298,7 @@ fn histogram(text: &mut Exposition, dialect: &str, method: &str, series: &Series
 static SLOW: [Rarely; Dialect::ALL.len()] = [const { Rarely::new() }; Dialect::ALL.len()];
 
 /// One request being timed.
-pub struct Watch<'a> {
+pub struct RequestTimer<'a> {
     metrics: &'a Metrics,
     dialect: Dialect,
     method: usize,
@@ -309,16 +314,16 @@ pub struct Watch<'a> {
     is_read: bool,
 }
 
-impl<'a> Watch<'a> {
+impl<'a> RequestTimer<'a> {
     /// Charges the answer to a budget.
-    pub fn charged_to(mut self, answers: &'a Arc<Budget>) -> Self {
+    pub fn charge_to(mut self, answers: &'a Arc<Budget>) -> Self {
         // Not by a new one made of this: that would be dropped, and count as a request.
         self.answers = Some(answers);
         self
     }
 
     /// Names who asks in the log.
-    pub fn asked_by(mut self, client: Option<SocketAddr>) -> Self {
+    pub fn from_client(mut self, client: Option<SocketAddr>) -> Self {
         self.client = client;
         self
     }
@@ -335,7 +340,7 @@ impl<'a> Watch<'a> {
     }
 
     /// The request changes nothing: where there is no room for its answer, it can be asked again.
-    pub fn reads(&mut self) {
+    pub fn mark_read_only(&mut self) {
         self.is_read = true;
     }
 
@@ -345,7 +350,7 @@ impl<'a> Watch<'a> {
     }
 
     /// The client asks to be kept waiting, so that long is not slow.
-    pub fn allow(&mut self, wait: Duration) {
+    pub fn allow_wait(&mut self, wait: Duration) {
         self.slow += wait;
     }
 
@@ -361,15 +366,16 @@ impl<'a> Watch<'a> {
                 .unwrap_or_else(|unfit| self.refuse(*unfit, answers)),
             None => response,
         };
-        let code = response.extensions().get::<Coded>();
-        self.problem =
-            code.and_then(|Coded(code)| Code::ALL.iter().position(|known| known.as_str() == *code));
+        let code = response.extensions().get::<ProblemCode>();
+        self.problem = code.and_then(|ProblemCode(code)| {
+            Code::ALL.iter().position(|known| known.as_str() == *code)
+        });
         self.class = usize::from(response.status().as_u16() / 100).min(CLASSES.len() - 1);
         response
     }
 }
 
-impl Watch<'_> {
+impl RequestTimer<'_> {
     /// What is answered in the place of an answer for which there is no room. That of a write says
     /// that it may have been done; where the contract has no word for it, and the answer holds no
     /// values, it is given all the same.
@@ -399,7 +405,7 @@ impl Watch<'_> {
     }
 }
 
-impl Drop for Watch<'_> {
+impl Drop for RequestTimer<'_> {
     fn drop(&mut self) {
         let elapsed = self.started.elapsed();
         self.metrics.in_flight.fetch_sub(1, Ordering::Relaxed);
@@ -445,7 +451,7 @@ impl Drop for Watch<'_> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum MetricKind {
     Counter,
     Gauge,
     Histogram,
@@ -460,11 +466,11 @@ pub struct Exposition {
 
 impl Exposition {
     /// Begins a family: the samples that follow are its.
-    pub fn family(&mut self, name: &str, kind: Kind, help: &str) {
+    pub fn family(&mut self, name: &str, kind: MetricKind, help: &str) {
         let kind = match kind {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-            Kind::Histogram => "histogram",
+            MetricKind::Counter => "counter",
+            MetricKind::Gauge => "gauge",
+            MetricKind::Histogram => "histogram",
         };
         self.family = name.to_owned();
         let help = help.replace('\\', "\\\\").replace('\n', "\\n");
@@ -512,7 +518,7 @@ mod tests {
 
     impl MetricSource for Odd {
         fn collect(&self, text: &mut Exposition) {
-            text.family("odd", Kind::Gauge, "Line one\nline two");
+            text.family("odd", MetricKind::Gauge, "Line one\nline two");
             text.sample(&[("name", "a \"b\"\\\n")], 1.5);
         }
     }
@@ -521,17 +527,17 @@ mod tests {
     async fn requests_are_counted_and_timed() {
         let metrics = Metrics::new(vec![Arc::new(Odd)]);
         let slow = Duration::from_secs(1);
-        let watch = metrics.watch(Dialect::Native, &Method::PUT, slow);
+        let timer = metrics.start_timer(Dialect::Native, &Method::PUT, slow);
         tokio::time::advance(Duration::from_millis(3)).await;
         let mut response = Response::default();
         *response.status_mut() = http::StatusCode::CREATED;
-        watch.finish(response);
-        drop(metrics.watch(Dialect::Native, &Method::PATCH, slow));
+        timer.finish(response);
+        drop(metrics.start_timer(Dialect::Native, &Method::PATCH, slow));
         let refused = Problem::new(Code::Overloaded, "a queue").into_response();
         metrics
-            .watch(Dialect::Native, &Method::DELETE, slow)
+            .start_timer(Dialect::Native, &Method::DELETE, slow)
             .finish(refused);
-        let text = metrics.render(&Budget::new(1), &Budget::new(1), &Changes::new(1));
+        let text = metrics.render(&Budget::new(1), &Budget::new(1), &ChangeWaiters::new(1));
         for line in [
             "# TYPE quorate_http_requests_total counter",
             r#"quorate_http_requests_total{dialect="native",method="PUT",status="2xx"} 1"#,

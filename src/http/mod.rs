@@ -61,7 +61,7 @@ pub use server::{BindError, Server};
 
 use crate::budget::Budget;
 use crate::client::store::Store;
-use connection::Caller;
+use connection::ClientInfo;
 use metrics::Dialect;
 use problem::{Code, Problem};
 
@@ -76,12 +76,12 @@ pub struct App {
     bodies: Arc<Budget>,
     answers: Arc<Budget>,
     quorums: dialects::SilentQuorums,
-    changes: changes::Changes,
+    changes: changes::ChangeWaiters,
     /// Cancelled when the lanes of peers have to end.
     lanes_end: CancellationToken,
 }
 
-type Shared = Arc<App>;
+type SharedApp = Arc<App>;
 
 impl App {
     pub fn new(
@@ -91,7 +91,7 @@ impl App {
         peers: Option<Arc<dyn PeerService>>,
         limits: Limits,
     ) -> Self {
-        let changes = changes::Changes::new(limits.change_waiters_max);
+        let changes = changes::ChangeWaiters::new(limits.change_waiters_max);
         let bodies = Budget::new(limits.bodies_bytes_max);
         let answers = store.answers();
         Self {
@@ -108,15 +108,15 @@ impl App {
         }
     }
 
-    fn watch(&self, dialect: Dialect, request: &Request) -> metrics::Watch<'_> {
+    fn start_timer(&self, dialect: Dialect, request: &Request) -> metrics::RequestTimer<'_> {
         let client = request
             .extensions()
-            .get::<Caller>()
-            .map(|caller| caller.address);
-        let watch = self
+            .get::<ClientInfo>()
+            .map(|client| client.address);
+        let timer = self
             .metrics
-            .watch(dialect, request.method(), self.limits.slow_request);
-        watch.charged_to(&self.answers).asked_by(client)
+            .start_timer(dialect, request.method(), self.limits.slow_request);
+        timer.charge_to(&self.answers).from_client(client)
     }
 }
 
@@ -145,31 +145,31 @@ pub fn router(app: App) -> Router {
     router = router.merge(dialects::routes());
     router
         .method_not_allowed_fallback(method_not_allowed)
-        .fallback(by_prefix)
+        .fallback(dispatch_by_prefix)
         .with_state(Arc::new(app))
 }
 
 /// Routes whose rest is a key, and everything unknown.
-async fn by_prefix(State(app): State<Shared>, request: Request) -> Response {
+async fn dispatch_by_prefix(State(app): State<SharedApp>, request: Request) -> Response {
     if request.uri().path().starts_with(native::KEY_PREFIX) {
         return native::kv(&app, request).await;
     }
     if let Some(route) = dialects::key_route(request.uri().path()) {
         return dialects::by_key(route, &app, request).await;
     }
-    let watch = app.watch(Dialect::Other, &request);
+    let timer = app.start_timer(Dialect::Other, &request);
     let (parts, body) = request.into_parts();
     body::discard(&parts, body);
     let detail = format!("there is nothing at {}", shortened(parts.uri.path()));
-    watch.finish(Problem::new(Code::UnknownRoute, detail).into_response())
+    timer.finish(Problem::new(Code::UnknownRoute, detail).into_response())
 }
 
 /// The router itself adds `Allow`.
-async fn method_not_allowed(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::Other, &request);
+async fn method_not_allowed(State(app): State<SharedApp>, request: Request) -> Response {
+    let timer = app.start_timer(Dialect::Other, &request);
     let (parts, body) = request.into_parts();
     body::discard(&parts, body);
-    watch.finish(refuse_method(&parts.method))
+    timer.finish(refuse_method(&parts.method))
 }
 
 fn refuse_method(method: &Method) -> Response {

@@ -24,11 +24,11 @@ use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::Instant;
 
-use super::haste::{Course, Haste};
+use super::haste::{SendRate, SlowClientLimit};
 use crate::budget::UNCHARGED_BYTES_MAX;
 
 /// What is handed over at once, to wait for the stream's window.
-const PIECE_BYTES: usize = 64 << 10;
+const CHUNK_BYTES: usize = 64 << 10;
 
 /// What HTTP/2 may have in its hands of a stream, our pieces included: it sends all streams in
 /// turn.
@@ -39,43 +39,43 @@ const BUFFERED_BYTES_MAX: u64 = 512 << 10;
 const TAKEN_BYTES_MIN: u128 = 64 << 10;
 
 /// However many share a line, a piece is out within so many times the time for one.
-const PATIENCE_MAX: u32 = 10;
+const SHARED_LINE_FACTOR: u32 = 10;
 
 /// The answers of one connection that are under way.
 #[derive(Debug, Default)]
-pub struct Outbox {
-    state: Mutex<State>,
+pub struct ResponseTracker {
+    state: Mutex<TrackerState>,
     /// What the socket has taken of this connection.
     written_bytes: AtomicU64,
 }
 
 /// A piece of an answer that the client has to take.
 #[derive(Debug)]
-struct Waiting {
+struct UnsentChunk {
     since: Instant,
     /// What the socket had taken by then.
     written_before: u64,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct TrackerState {
     /// Requests that have no answer yet, or one that is not over.
     streams: usize,
     /// When the last of them ended.
     idle_since: Option<Instant>,
     last_id: u64,
     /// What waits for the client, and since when.
-    waiting: BTreeMap<u64, Waiting>,
+    unsent: BTreeMap<u64, UnsentChunk>,
     /// Of large answers, as long as not all of them was handed over.
-    courses: HashMap<u64, Course>,
+    rates: HashMap<u64, SendRate>,
 }
 
-impl State {
-    fn wait(&mut self, written_before: u64) -> u64 {
+impl TrackerState {
+    fn add_unsent(&mut self, written_before: u64) -> u64 {
         self.last_id += 1;
-        self.waiting.insert(
+        self.unsent.insert(
             self.last_id,
-            Waiting {
+            UnsentChunk {
                 since: Instant::now(),
                 written_before,
             },
@@ -84,11 +84,11 @@ impl State {
     }
 }
 
-impl Outbox {
+impl ResponseTracker {
     /// Counts a request as under way until what this returns is dropped.
-    pub fn begin(self: &Arc<Self>) -> Exchange {
+    pub fn begin(self: &Arc<Self>) -> StreamGuard {
         self.lock().streams += 1;
-        Exchange(Arc::clone(self))
+        StreamGuard(Arc::clone(self))
     }
 
     /// Returns since when there is nothing under way. None: there is something, or there was never
@@ -108,9 +108,9 @@ impl Outbox {
     pub fn is_stuck(&self, limit: Duration) -> bool {
         let written = self.written();
         let state = self.lock();
-        let all_had_their_turn = BUFFERED_BYTES_MAX * state.streams.max(1) as u64;
+        let full_turn_bytes = BUFFERED_BYTES_MAX * state.streams.max(1) as u64;
 
-        state.waiting.values().any(|piece| {
+        state.unsent.values().any(|piece| {
             let (age, written) = (
                 piece.since.elapsed(),
                 written.saturating_sub(piece.written_before),
@@ -118,7 +118,7 @@ impl Outbox {
             let is_idle =
                 || u128::from(written) * limit.as_millis() < TAKEN_BYTES_MIN * age.as_millis();
             age > limit
-                && (is_idle() || written >= all_had_their_turn || age > limit * PATIENCE_MAX)
+                && (is_idle() || written >= full_turn_bytes || age > limit * SHARED_LINE_FACTOR)
         })
     }
 
@@ -138,52 +138,52 @@ impl Outbox {
     }
 
     /// Returns whether an answer is taken too slowly.
-    pub fn misses(&self, haste: &Haste) -> bool {
+    pub fn has_slow_response(&self, slow_clients: &SlowClientLimit) -> bool {
         self.lock()
-            .courses
+            .rates
             .values()
-            .any(|course| haste.is_missed_by(course))
+            .any(|rate| slow_clients.is_exceeded_by(rate))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, TrackerState> {
         self.state.lock()
     }
 }
 
 /// A request that is under way.
 #[derive(Debug)]
-pub struct Exchange(Arc<Outbox>);
+pub struct StreamGuard(Arc<ResponseTracker>);
 
-impl Exchange {
+impl StreamGuard {
     /// Returns the answer's body, which takes this with it. `is_timed`: the client has to take it
     /// in time.
-    pub fn answer(self, body: Body, is_timed: bool) -> Body {
+    pub fn track(self, body: Body, is_timed: bool) -> Body {
         let is_small = body
             .size_hint()
             .upper()
             .is_some_and(|bytes| bytes <= UNCHARGED_BYTES_MAX as u64);
-        let (mut waits, mut course) = (None, None);
+        let (mut waiting_id, mut rate) = (None, None);
         if is_timed {
             let mut state = self.0.lock();
-            let id = state.wait(self.0.written());
+            let id = state.add_unsent(self.0.written());
             if !is_small {
-                state.courses.insert(id, Course::new());
-                course = Some(id);
+                state.rates.insert(id, SendRate::new());
+                rate = Some(id);
             }
-            waits = Some(id);
+            waiting_id = Some(id);
         }
-        Body::new(Answer {
+        Body::new(TrackedBody {
             body,
             rest: Bytes::new(),
             is_timed,
-            waits,
-            course,
-            exchange: self,
+            waiting_id,
+            rate,
+            stream_guard: self,
         })
     }
 }
 
-impl Drop for Exchange {
+impl Drop for StreamGuard {
     fn drop(&mut self) {
         let mut state = self.0.lock();
         state.streams -= 1;
@@ -194,51 +194,51 @@ impl Drop for Exchange {
 }
 
 /// The body of an answer, in pieces.
-struct Answer {
+struct TrackedBody {
     body: Body,
     /// What is left of the last frame of `body`.
     rest: Bytes,
     is_timed: bool,
     /// While it is for the client to ask for more.
-    waits: Option<u64>,
-    /// What it goes by in [`State::courses`].
-    course: Option<u64>,
-    exchange: Exchange,
+    waiting_id: Option<u64>,
+    /// What it goes by in [`TrackerState::rates`].
+    rate: Option<u64>,
+    stream_guard: StreamGuard,
 }
 
-impl Answer {
-    fn waits_no_more(&mut self) {
-        if let Some(id) = self.waits.take() {
-            self.exchange.0.lock().waiting.remove(&id);
+impl TrackedBody {
+    fn clear_waiting(&mut self) {
+        if let Some(id) = self.waiting_id.take() {
+            self.stream_guard.0.lock().unsent.remove(&id);
         }
     }
 
     /// Begins to count again how fast it is taken.
-    fn begin_anew(&self) {
-        if let Some(id) = self.course {
-            self.exchange.0.lock().courses.insert(id, Course::new());
+    fn restart_rate(&self) {
+        if let Some(id) = self.rate {
+            self.stream_guard.0.lock().rates.insert(id, SendRate::new());
         }
     }
 
     /// Hands the next piece over: until it is asked for more, the answer waits for the client.
-    fn next_piece(&mut self) -> Bytes {
-        let bytes = self.rest.split_to(self.rest.len().min(PIECE_BYTES));
-        let outbox = &self.exchange.0;
-        let mut state = outbox.lock();
-        let written_before = outbox.written();
-        self.waits = Some(state.wait(written_before));
-        let id = state.wait(written_before);
+    fn next_chunk(&mut self) -> Bytes {
+        let bytes = self.rest.split_to(self.rest.len().min(CHUNK_BYTES));
+        let tracker = &self.stream_guard.0;
+        let mut state = tracker.lock();
+        let written_before = tracker.written();
+        self.waiting_id = Some(state.add_unsent(written_before));
+        let id = state.add_unsent(written_before);
         drop(state);
-        Bytes::from_owner(Piece {
+        Bytes::from_owner(TrackedChunk {
             bytes,
             id,
-            course: self.course,
-            outbox: Arc::clone(outbox),
+            rate: self.rate,
+            tracker: Arc::clone(tracker),
         })
     }
 }
 
-impl HttpBody for Answer {
+impl HttpBody for TrackedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -246,11 +246,11 @@ impl HttpBody for Answer {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        self.waits_no_more();
+        self.clear_waiting();
         while self.rest.is_empty() {
             let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
                 // It is not the client who is waited for.
-                self.begin_anew();
+                self.restart_rate();
                 return Poll::Pending;
             };
             let frame = match frame {
@@ -262,7 +262,7 @@ impl HttpBody for Answer {
                 Err(frame) => return Poll::Ready(Some(Ok(frame))),
             }
         }
-        Poll::Ready(Some(Ok(Frame::data(self.next_piece()))))
+        Poll::Ready(Some(Ok(Frame::data(self.next_chunk()))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -280,38 +280,37 @@ impl HttpBody for Answer {
     }
 }
 
-impl Drop for Answer {
+impl Drop for TrackedBody {
     fn drop(&mut self) {
-        self.waits_no_more();
-        if let Some(id) = self.course {
-            self.exchange.0.lock().courses.remove(&id);
+        self.clear_waiting();
+        if let Some(id) = self.rate {
+            self.stream_guard.0.lock().rates.remove(&id);
         }
     }
 }
 
 /// A piece on its way to the socket.
-struct Piece {
+struct TrackedChunk {
     bytes: Bytes,
     id: u64,
     /// That of its answer.
-    course: Option<u64>,
-    outbox: Arc<Outbox>,
+    rate: Option<u64>,
+    tracker: Arc<ResponseTracker>,
 }
 
-impl AsRef<[u8]> for Piece {
+impl AsRef<[u8]> for TrackedChunk {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }
 }
 
-impl Drop for Piece {
+impl Drop for TrackedChunk {
     fn drop(&mut self) {
-        let mut state = self.outbox.lock();
-        state.waiting.remove(&self.id);
-        let course = self.course.and_then(|id| state.courses.get_mut(&id));
-        course
-            .into_iter()
-            .for_each(|course| course.take(self.bytes.len()));
+        let mut state = self.tracker.lock();
+        state.unsent.remove(&self.id);
+        let rate = self.rate.and_then(|id| state.rates.get_mut(&id));
+        rate.into_iter()
+            .for_each(|rate| rate.add_sent(self.bytes.len()));
     }
 }
 
@@ -323,20 +322,20 @@ mod tests {
 
     use super::*;
 
-    impl Outbox {
+    impl ResponseTracker {
         /// Since when the oldest piece waits.
         fn oldest(&self) -> Option<Instant> {
-            self.lock().waiting.values().map(|piece| piece.since).min()
+            self.lock().unsent.values().map(|piece| piece.since).min()
         }
     }
 
     const LIMIT: Duration = Duration::from_secs(30);
 
     /// Answers under way, with as many pieces of each as HTTP/2 has at once.
-    async fn answers(outbox: &Arc<Outbox>, count: usize) -> Vec<(Body, VecDeque<Bytes>)> {
+    async fn answers(tracker: &Arc<ResponseTracker>, count: usize) -> Vec<(Body, VecDeque<Bytes>)> {
         let mut answers = Vec::new();
         for _ in 0..count {
-            let body = outbox.begin().answer(Body::from(vec![7; 2 << 20]), true);
+            let body = tracker.begin().track(Body::from(vec![7; 2 << 20]), true);
             let mut answer = (body, VecDeque::new());
             for _ in 0..6 {
                 hand_over(&mut answer).await;
@@ -354,15 +353,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn many_streams_over_a_slow_line_are_not_cut() {
-        let outbox = Arc::new(Outbox::default());
-        let mut answers = answers(&outbox, 60).await;
+        let tracker = Arc::new(ResponseTracker::default());
+        let mut answers = answers(&tracker, 60).await;
         let (mut oldest, mut rounds) = (Duration::ZERO, 0);
         while answers.iter().any(|(_, pieces)| !pieces.is_empty()) {
             // 128 KiB a second, in frames of 16 KiB: a piece of each stream is out when its last
             // frame is.
             for is_last in [false, false, false, true] {
                 for answer in &mut answers {
-                    outbox.wrote(16 << 10);
+                    tracker.wrote(16 << 10);
                     tokio::time::advance(Duration::from_millis(125)).await;
                     if is_last {
                         answer.1.pop_front();
@@ -370,11 +369,11 @@ mod tests {
                     }
                 }
                 oldest = oldest.max(
-                    outbox
+                    tracker
                         .oldest()
                         .map_or(Duration::ZERO, |since| since.elapsed()),
                 );
-                assert!(!outbox.is_stuck(LIMIT), "cut after {rounds} rounds");
+                assert!(!tracker.is_stuck(LIMIT), "cut after {rounds} rounds");
             }
             rounds += 1;
         }
@@ -383,40 +382,40 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_stream_that_is_not_taken_beside_others_is_noticed() {
-        let outbox = Arc::new(Outbox::default());
-        let mut answers = answers(&outbox, 2).await;
+        let tracker = Arc::new(ResponseTracker::default());
+        let mut answers = answers(&tracker, 2).await;
         for _ in 0..31 {
-            outbox.wrote(PIECE_BYTES);
+            tracker.wrote(CHUNK_BYTES);
             tokio::time::advance(Duration::from_secs(1)).await;
             answers[0].1.pop_front();
             hand_over(&mut answers[0]).await;
         }
         assert!(
-            outbox.is_stuck(LIMIT),
+            tracker.is_stuck(LIMIT),
             "one stream had a turn after the other"
         );
 
         drop(answers);
-        let outbox = Arc::new(Outbox::default());
-        let _answers = self::answers(&outbox, 1000).await;
+        let tracker = Arc::new(ResponseTracker::default());
+        let _answers = self::answers(&tracker, 1000).await;
         tokio::time::advance(LIMIT + Duration::from_secs(1)).await;
-        assert!(outbox.is_stuck(LIMIT), "nothing goes out");
+        assert!(tracker.is_stuck(LIMIT), "nothing goes out");
         for _ in 0..300 {
-            outbox.wrote(TAKEN_BYTES_MIN as usize);
+            tracker.wrote(TAKEN_BYTES_MIN as usize);
             tokio::time::advance(Duration::from_secs(1)).await;
         }
-        assert!(outbox.is_stuck(LIMIT), "that long is nobody waited for");
+        assert!(tracker.is_stuck(LIMIT), "that long is nobody waited for");
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_was_answered_waits_until_it_is_dropped() {
-        let outbox = Arc::new(Outbox::default());
-        assert_eq!((outbox.idle_since(), outbox.oldest()), (None, None));
-        let whole = Bytes::from(vec![7; PIECE_BYTES + 1]);
-        let mut body = outbox.begin().answer(Body::from(whole.clone()), true);
+        let tracker = Arc::new(ResponseTracker::default());
+        assert_eq!((tracker.idle_since(), tracker.oldest()), (None, None));
+        let whole = Bytes::from(vec![7; CHUNK_BYTES + 1]);
+        let mut body = tracker.begin().track(Body::from(whole.clone()), true);
         assert_eq!(body.size_hint().exact(), Some(whole.len() as u64));
         let began = Instant::now();
-        assert_eq!(outbox.oldest(), Some(began), "nobody has asked for it yet");
+        assert_eq!(tracker.oldest(), Some(began), "nobody has asked for it yet");
 
         tokio::time::advance(std::time::Duration::from_secs(1)).await;
         let first = body
@@ -427,8 +426,8 @@ mod tests {
             .into_data()
             .expect("data");
         assert_eq!(
-            (first.len(), outbox.oldest()),
-            (PIECE_BYTES, Some(Instant::now()))
+            (first.len(), tracker.oldest()),
+            (CHUNK_BYTES, Some(Instant::now()))
         );
         assert_eq!(
             (body.size_hint().exact(), body.is_end_stream()),
@@ -445,21 +444,21 @@ mod tests {
         assert_eq!(Bytes::from([&first[..], &rest[..]].concat()), whole);
         drop(rest);
         assert!(
-            outbox.oldest().is_some(),
+            tracker.oldest().is_some(),
             "the first piece has not gone out"
         );
         drop(first);
-        assert_eq!((outbox.oldest(), outbox.idle_since()), (None, None));
+        assert_eq!((tracker.oldest(), tracker.idle_since()), (None, None));
         drop(body);
-        assert_eq!(outbox.idle_since(), Some(Instant::now()));
+        assert_eq!(tracker.idle_since(), Some(Instant::now()));
     }
 
     #[tokio::test]
     async fn an_answer_that_has_nothing_to_say_yet_does_not_wait_for_the_client() {
-        let outbox = Arc::new(Outbox::default());
+        let tracker = Arc::new(ResponseTracker::default());
         let silent = futures::stream::pending::<Result<Bytes, std::io::Error>>();
-        let mut body = outbox.begin().answer(Body::from_stream(silent), true);
+        let mut body = tracker.begin().track(Body::from_stream(silent), true);
         assert!(futures::poll!(body.frame()).is_pending());
-        assert_eq!((outbox.oldest(), outbox.idle_since()), (None, None));
+        assert_eq!((tracker.oldest(), tracker.idle_since()), (None, None));
     }
 }

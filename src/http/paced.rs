@@ -1,13 +1,13 @@
 //! A socket whose other side has to take what it asked for, and to send what it begins
-//! ([`Arrivals`]).
+//! ([`ReadMonitor`]).
 //!
 //! A client that asks and does not read holds its answers in our memory. Once the kernel takes no
 //! more, the client has a time in which it must take some; else writing fails, and the connection
 //! ends with all that it held. Nothing is timed while the kernel takes what it is given, so this
 //! costs a connection in use nothing.
 //!
-//! While answers have little room, one over HTTP/1 has to be taken at a rate too ([`Haste`]).
-//! Streams of HTTP/2 have theirs in [`Outbox`].
+//! While answers have little room, one over HTTP/1 has to be taken at a rate too ([`SlowClientLimit`]).
+//! Streams of HTTP/2 have theirs in [`ResponseTracker`].
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -20,9 +20,9 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::admission::ServerStats;
-use super::haste::{Course, Haste};
-use super::inbox::Arrivals;
-use super::outbox::Outbox;
+use super::haste::{SendRate, SlowClientLimit};
+use super::inbox::ReadMonitor;
+use super::outbox::ResponseTracker;
 
 /// What must be taken within the time. Linux says that a socket takes more once half of what is
 /// kept unsent (`server::UNSENT_BYTES_MAX`) is gone, so who is slow has to take 64 KiB: over the
@@ -30,77 +30,77 @@ use super::outbox::Outbox;
 const TAKEN_BYTES_MIN: usize = 16 << 10;
 
 /// How often a stalled socket is looked at within the time for [`TAKEN_BYTES_MIN`].
-const LOOKS: u32 = 4;
+const STALL_CHECKS: u32 = 4;
 
 /// Once all was taken, what is written after this is another answer. Pieces of one follow each
 /// other at once.
-const ANSWERS_APART: Duration = Duration::from_secs(1);
+const NEXT_ANSWER_GAP: Duration = Duration::from_secs(1);
 
 /// A socket under a time limit for writing.
-pub struct Paced {
+pub struct TimedStream {
     stream: TcpStream,
     limit: Duration,
     stats: Arc<ServerStats>,
-    haste: Haste,
-    outbox: Arc<Outbox>,
-    arrivals: Arrivals,
-    stall: Option<Stall>,
+    slow_clients: SlowClientLimit,
+    tracker: Arc<ResponseTracker>,
+    read_monitor: ReadMonitor,
+    stall: Option<WriteStall>,
 }
 
 /// What was seen of the other side since the kernel did not take all that there was.
-struct Stall {
+struct WriteStall {
     timer: Pin<Box<Sleep>>,
     /// Of the time for [`TAKEN_BYTES_MIN`].
     since: Instant,
     /// Since then.
-    taken_bytes: usize,
+    sent_bytes: usize,
     /// Of the whole answer.
-    course: Course,
+    rate: SendRate,
     /// When all was taken, if it is.
-    over: Option<Instant>,
+    drained_at: Option<Instant>,
 }
 
-impl Stall {
-    fn new(look: Duration) -> Self {
-        let timer = Box::pin(sleep(look));
+impl WriteStall {
+    fn new(check_interval: Duration) -> Self {
+        let timer = Box::pin(sleep(check_interval));
         Self {
             timer,
             since: Instant::now(),
-            taken_bytes: 0,
-            course: Course::new(),
-            over: None,
+            sent_bytes: 0,
+            rate: SendRate::new(),
+            drained_at: None,
         }
     }
 
     /// Begins the time for [`TAKEN_BYTES_MIN`].
     fn restart(&mut self) {
-        (self.since, self.taken_bytes, self.over) = (Instant::now(), 0, None);
+        (self.since, self.sent_bytes, self.drained_at) = (Instant::now(), 0, None);
     }
 }
 
-impl Paced {
+impl TimedStream {
     /// Returns `stream` with `limit` for taking [`TAKEN_BYTES_MIN`].
     pub fn new(
         stream: TcpStream,
         limit: Duration,
         stats: Arc<ServerStats>,
-        haste: Haste,
-        outbox: Arc<Outbox>,
-        arrivals: Arrivals,
+        slow_clients: SlowClientLimit,
+        tracker: Arc<ResponseTracker>,
+        read_monitor: ReadMonitor,
     ) -> Self {
         Self {
             stream,
             limit,
             stats,
-            haste,
-            outbox,
-            arrivals,
+            slow_clients,
+            tracker,
+            read_monitor,
             stall: None,
         }
     }
 
     /// Notes what became of an attempt to write `wanted` bytes.
-    fn note(
+    fn on_write(
         &mut self,
         cx: &mut Context<'_>,
         wanted: usize,
@@ -108,40 +108,47 @@ impl Paced {
     ) -> Poll<io::Result<usize>> {
         match written {
             Poll::Ready(Ok(bytes)) => {
-                self.outbox.wrote(bytes);
+                self.tracker.wrote(bytes);
                 if let Some(stall) = &mut self.stall {
-                    match stall.over {
-                        Some(over) if over.elapsed() > ANSWERS_APART => self.stall = None,
+                    match stall.drained_at {
+                        Some(drained_at) if drained_at.elapsed() > NEXT_ANSWER_GAP => {
+                            self.stall = None
+                        }
                         Some(_) => {}
                         None => {
-                            stall.taken_bytes += bytes;
-                            stall.course.take(bytes);
-                            stall.over = (bytes >= wanted).then(Instant::now);
+                            stall.sent_bytes += bytes;
+                            stall.rate.add_sent(bytes);
+                            stall.drained_at = (bytes >= wanted).then(Instant::now);
                         }
                     }
                 }
                 Poll::Ready(Ok(bytes))
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-            Poll::Pending => self.wait(cx),
+            Poll::Pending => self.on_blocked(cx),
         }
     }
 
-    fn wait(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let look = self.limit / LOOKS;
-        let stall = self.stall.get_or_insert_with(|| Stall::new(look));
-        match stall.over {
-            Some(over) if over.elapsed() > ANSWERS_APART => *stall = Stall::new(look),
-            Some(over) => {
-                stall.course.leave_out(over.elapsed());
+    fn on_blocked(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let check_interval = self.limit / STALL_CHECKS;
+        let stall = self
+            .stall
+            .get_or_insert_with(|| WriteStall::new(check_interval));
+        match stall.drained_at {
+            Some(drained_at) if drained_at.elapsed() > NEXT_ANSWER_GAP => {
+                *stall = WriteStall::new(check_interval)
+            }
+            Some(drained_at) => {
+                stall.rate.exclude(drained_at.elapsed());
                 stall.restart();
             }
             None => {}
         }
         while stall.timer.as_mut().poll(cx).is_ready() {
             let is_silent =
-                stall.since.elapsed() >= self.limit && stall.taken_bytes < TAKEN_BYTES_MIN;
-            let is_slow = !self.outbox.has_streams() && self.haste.is_missed_by(&stall.course);
+                stall.since.elapsed() >= self.limit && stall.sent_bytes < TAKEN_BYTES_MIN;
+            let is_slow =
+                !self.tracker.has_streams() && self.slow_clients.is_exceeded_by(&stall.rate);
             if is_silent || is_slow {
                 self.stats.stalled();
                 let reason = if is_silent {
@@ -157,13 +164,13 @@ impl Paced {
             if stall.since.elapsed() >= self.limit {
                 stall.restart();
             }
-            stall.timer.as_mut().reset(Instant::now() + look);
+            stall.timer.as_mut().reset(Instant::now() + check_interval);
         }
         Poll::Pending
     }
 }
 
-impl AsyncRead for Paced {
+impl AsyncRead for TimedStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -172,23 +179,23 @@ impl AsyncRead for Paced {
         let before = buffer.filled().len();
         match Pin::new(&mut self.stream).poll_read(cx, buffer) {
             Poll::Ready(Ok(())) => {
-                self.arrivals.came(&buffer.filled()[before..]);
+                self.read_monitor.on_read(&buffer.filled()[before..]);
                 Poll::Ready(Ok(()))
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-            Poll::Pending => self.arrivals.poll_late(cx).map(Err),
+            Poll::Pending => self.read_monitor.poll_head_timeout(cx).map(Err),
         }
     }
 }
 
-impl AsyncWrite for Paced {
+impl AsyncWrite for TimedStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.note(cx, bytes.len(), written)
+        self.on_write(cx, bytes.len(), written)
     }
 
     fn poll_write_vectored(
@@ -198,7 +205,7 @@ impl AsyncWrite for Paced {
     ) -> Poll<io::Result<usize>> {
         let wanted = slices.iter().map(|slice| slice.len()).sum();
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.note(cx, wanted, written)
+        self.on_write(cx, wanted, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -208,7 +215,7 @@ impl AsyncWrite for Paced {
     /// hyper calls this whenever it was woken while a request is worked on, with nothing to write.
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if let Poll::Ready(error) = this.arrivals.poll_gone(&this.stream, cx) {
+        if let Poll::Ready(error) = this.read_monitor.poll_disconnected(&this.stream, cx) {
             return Poll::Ready(Err(error));
         }
         Pin::new(&mut this.stream).poll_flush(cx)
@@ -229,30 +236,30 @@ mod tests {
     use crate::budget::Budget;
 
     /// A socket that was given more than the kernels take, and its other side, which reads nothing.
-    async fn stalled(answers: &Arc<Budget>) -> (Paced, TcpStream) {
+    async fn stalled(answers: &Arc<Budget>) -> (TimedStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let client = TcpStream::connect(listener.local_addr().expect("an address"))
             .await
             .expect("it listens");
         let (stream, _) = listener.accept().await.expect("a connection");
-        let haste = Haste::new(Arc::clone(answers), 64 << 10);
-        let (hour, arrivals) = (
+        let slow_clients = SlowClientLimit::new(Arc::clone(answers), 64 << 10);
+        let (hour, read_monitor) = (
             Duration::from_secs(3600),
-            Arrivals::new(Arc::default(), Duration::MAX),
+            ReadMonitor::new(Arc::default(), Duration::MAX),
         );
-        let mut paced = Paced::new(
+        let mut paced = TimedStream::new(
             stream,
             hour,
             Arc::default(),
-            haste,
+            slow_clients,
             Arc::default(),
-            arrivals,
+            read_monitor,
         );
         while write(&mut paced).await.is_ready() {}
         (paced, client)
     }
 
-    async fn write(paced: &mut Paced) -> Poll<io::Result<usize>> {
+    async fn write(paced: &mut TimedStream) -> Poll<io::Result<usize>> {
         let bytes = vec![0; 1 << 20];
         poll_fn(|cx| Poll::Ready(Pin::new(&mut *paced).poll_write(cx, &bytes))).await
     }

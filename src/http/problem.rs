@@ -337,14 +337,14 @@ impl IntoResponse for Problem {
         response
             .headers_mut()
             .insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-        response.extensions_mut().insert(Coded(self.code));
+        response.extensions_mut().insert(ProblemCode(self.code));
         response
     }
 }
 
 /// The code of the problem that a response tells of, for those who count.
 #[derive(Debug, Clone, Copy)]
-pub struct Coded(pub &'static str);
+pub struct ProblemCode(pub &'static str);
 
 /// The answer to a failed request for `uri`: a redirect or a problem.
 pub fn respond(failure: Failure, uri: &Uri) -> Response {

@@ -7,7 +7,7 @@ use std::fs;
 use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::metrics::{Exposition, Kind};
+use super::metrics::{Exposition, MetricKind};
 use crate::descriptors;
 use crate::sm::level::LEVEL;
 
@@ -25,17 +25,17 @@ pub fn note_start() {
 
 /// Memory and threads, as the kernel tells.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Held {
+struct ProcessStatus {
     resident_bytes: Option<u64>,
     virtual_bytes: Option<u64>,
     threads: Option<u64>,
 }
 
-impl Held {
+impl ProcessStatus {
     /// Reads `/proc/self/status`: a name, a colon and a number, of KiB where it has a unit.
-    fn parse(status: &str) -> Self {
-        let mut held = Held::default();
-        for line in status.lines() {
+    fn parse(text: &str) -> Self {
+        let mut status = ProcessStatus::default();
+        for line in text.lines() {
             let Some((name, rest)) = line.split_once(':') else {
                 continue;
             };
@@ -45,13 +45,13 @@ impl Held {
                 .and_then(|number| number.parse::<u64>().ok());
             let bytes = number.and_then(|kib| kib.checked_mul(1024));
             match name {
-                "VmRSS" => held.resident_bytes = bytes,
-                "VmSize" => held.virtual_bytes = bytes,
-                "Threads" => held.threads = number,
+                "VmRSS" => status.resident_bytes = bytes,
+                "VmSize" => status.virtual_bytes = bytes,
+                "Threads" => status.threads = number,
                 _ => {}
             }
         }
-        held
+        status
     }
 }
 
@@ -59,7 +59,7 @@ impl Held {
 pub fn collect(text: &mut Exposition) {
     text.family(
         "quorate_build_info",
-        Kind::Gauge,
+        MetricKind::Gauge,
         "1; what runs is told by the labels.",
     );
     let level = LEVEL.to_string();
@@ -73,7 +73,7 @@ pub fn collect(text: &mut Exposition) {
 
     let mut gauge = |name: &str, help: &str, value: Option<f64>| {
         let Some(value) = value else { return };
-        text.family(name, Kind::Gauge, help);
+        text.family(name, MetricKind::Gauge, help);
         text.sample(&[], value);
     };
     let started = STARTED_AT
@@ -85,17 +85,17 @@ pub fn collect(text: &mut Exposition) {
         "When the program began, since the epoch; later if it started itself again.",
         started,
     );
-    let held = Held::parse(&fs::read_to_string("/proc/self/status").unwrap_or_default());
+    let status = ProcessStatus::parse(&fs::read_to_string("/proc/self/status").unwrap_or_default());
     let number = |count: Option<u64>| count.map(|count| count as f64);
     gauge(
         "process_resident_memory_bytes",
         "Memory that the process has resident.",
-        number(held.resident_bytes),
+        number(status.resident_bytes),
     );
     gauge(
         "process_virtual_memory_bytes",
         "Address space of the process.",
-        number(held.virtual_bytes),
+        number(status.virtual_bytes),
     );
     gauge(
         "process_open_fds",
@@ -110,7 +110,7 @@ pub fn collect(text: &mut Exposition) {
     gauge(
         "quorate_threads",
         "Threads of the process.",
-        number(held.threads),
+        number(status.threads),
     );
     if let Ok(runtime) = tokio::runtime::Handle::try_current() {
         let runtime = runtime.metrics();
@@ -130,7 +130,7 @@ pub fn collect(text: &mut Exposition) {
     if let Some(ticks) = cpu_ticks(&fs::read_to_string("/proc/self/stat").unwrap_or_default()) {
         text.family(
             "process_cpu_seconds_total",
-            Kind::Counter,
+            MetricKind::Counter,
             "Time that the process has had a processor.",
         );
         text.sample(&[], ticks as f64 / TICKS_PER_S);
@@ -152,15 +152,15 @@ mod tests {
 
     #[test]
     fn what_the_kernel_tells_is_read() {
-        let status =
+        let text =
             "Name:\tquorate: x\nVmSize:\t  2048 kB\nVmRSS:\t    12 kB\nThreads:\t7\nVmHWM: odd\n";
-        let held = Held {
+        let status = ProcessStatus {
             resident_bytes: Some(12 << 10),
             virtual_bytes: Some(2 << 20),
             threads: Some(7),
         };
-        assert_eq!(Held::parse(status), held);
-        assert_eq!(Held::parse(""), Held::default());
+        assert_eq!(ProcessStatus::parse(text), status);
+        assert_eq!(ProcessStatus::parse(""), ProcessStatus::default());
         let stat = "7 (a ) b) S 1 7 7 0 -1 4194560 9 0 0 0 250 50 0 0 20 0 7 0 99 2048 3 \
             18446744073709551615";
         assert_eq!((cpu_ticks(stat), cpu_ticks("")), (Some(300), None));

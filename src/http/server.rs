@@ -24,10 +24,10 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, ServerStats};
-use super::connection::{self, Admitted, Serving};
-use super::drain::{Attendance, Attending};
-use super::haste::Haste;
-use super::holder::{self, Holder};
+use super::connection::{self, AdmittedConnection, ConnectionContext};
+use super::drain::{ConnectionDrainGuard, DrainGuard};
+use super::haste::SlowClientLimit;
+use super::holder::{self, PortOwner};
 use super::limits::Limits;
 use super::{App, router};
 use crate::budget::{ANSWERS_BYTES_MAX, Budget};
@@ -75,7 +75,7 @@ pub enum BindError {
     Listen {
         address: SocketAddr,
         /// Who has the port, where that can be found out.
-        holder: Option<Holder>,
+        holder: Option<PortOwner>,
         #[source]
         source: io::Error,
     },
@@ -108,7 +108,7 @@ impl Server {
                         listeners.push(listener);
                         bound += 1;
                     }
-                    Err(source) if is_missing(&source) => {
+                    Err(source) if is_address_unavailable(&source) => {
                         missing = Some(BindError::Listen {
                             address,
                             holder: None,
@@ -154,36 +154,41 @@ impl Server {
     /// timeout has.
     pub async fn serve_app(self, mut app: App, shutdown: CancellationToken, limits: &Limits) {
         let (answers, has_peers) = (Arc::clone(&app.answers), app.peers.is_some());
-        let (attendance, over) = Attendance::new();
-        app.lanes_end = over;
-        let routes = Routes {
+        let (drain_guard, drained) = DrainGuard::new();
+        app.lanes_end = drained;
+        let routes = ServedRoutes {
             router: router(app),
             answers,
             has_peers,
-            attendance,
+            drain_guard,
         };
         self.serve_routes(routes, shutdown, limits).await;
     }
 
     /// Serves routes whose answers are charged to nothing, in the same way.
     pub async fn serve(self, router: Router, shutdown: CancellationToken, limits: &Limits) {
-        let (attendance, _) = Attendance::new();
+        let (drain_guard, _) = DrainGuard::new();
         let answers = Budget::new(ANSWERS_BYTES_MAX);
-        let routes = Routes {
+        let routes = ServedRoutes {
             router,
             answers,
             has_peers: true,
-            attendance,
+            drain_guard,
         };
         self.serve_routes(routes, shutdown, limits).await;
     }
 
-    async fn serve_routes(self, routes: Routes, shutdown: CancellationToken, limits: &Limits) {
-        let Routes {
+    async fn serve_routes(
+        self,
+        routes: ServedRoutes,
+        shutdown: CancellationToken,
+        limits: &Limits,
+    ) {
+        let ServedRoutes {
             router,
             answers,
             has_peers,
-            attendance,
+            drain_guard,
         } = routes;
         let mut shares = Shares::now();
         if !has_peers {
@@ -197,40 +202,40 @@ impl Server {
             admission.peers_max(),
             shares.limit
         );
-        let haste = Haste::new(answers, limits.answer_rate_min);
+        let slow_clients = SlowClientLimit::new(answers, limits.answer_rate_min);
         let heads = Budget::new(limits.heads_bytes_max);
         let (http, limits) = (protocol(limits), limits.clone());
-        let serving = Arc::new(Serving {
+        let context = Arc::new(ConnectionContext {
             router,
             http,
             stats: self.stats,
             shutdown,
             limits,
-            haste,
+            slow_clients,
             heads,
         });
         let accepting = |listener| {
-            let (serving, admission) = (Arc::clone(&serving), Arc::clone(&admission));
-            Accepting {
-                serving,
+            let (context, admission) = (Arc::clone(&context), Arc::clone(&admission));
+            AcceptLoop {
+                context,
                 admission,
-                attendance: attendance.clone(),
+                drain_guard: drain_guard.clone(),
             }
             .run(listener)
         };
         let loops: Vec<_> = self.listeners.into_iter().map(accepting).collect();
-        drop(attendance);
+        drop(drain_guard);
         futures::future::join_all(loops).await;
     }
 }
 
 /// Routes, and what goes with them.
-struct Routes {
+struct ServedRoutes {
     router: Router,
     /// What answers are charged to.
     answers: Arc<Budget>,
     has_peers: bool,
-    attendance: Attendance,
+    drain_guard: DrainGuard,
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -248,7 +253,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Whether this machine lacks the address, rather than somebody having it.
-fn is_missing(error: &io::Error) -> bool {
+fn is_address_unavailable(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported
@@ -276,19 +281,19 @@ fn protocol(limits: &Limits) -> Builder<TokioExecutor> {
 }
 
 /// The accept loop of one listener, and its connections.
-struct Accepting {
-    serving: Arc<Serving>,
+struct AcceptLoop {
+    context: Arc<ConnectionContext>,
     admission: Arc<Admission>,
-    attendance: Attendance,
+    drain_guard: DrainGuard,
 }
 
-impl Accepting {
+impl AcceptLoop {
     async fn run(self, listener: TcpListener) {
         let mut connections = JoinSet::new();
         let mut pause = ACCEPT_PAUSE_MIN;
         loop {
             let accepted = tokio::select! {
-                () = self.serving.shutdown.cancelled() => break,
+                () = self.context.shutdown.cancelled() => break,
                 Some(_) = connections.join_next() => continue,
                 accepted = listener.accept() => accepted,
             };
@@ -297,12 +302,12 @@ impl Accepting {
                     pause = ACCEPT_PAUSE_MIN;
                     self.admit(stream, address, &mut connections);
                 }
-                Err(error) if is_of_the_connection(&error) => {}
+                Err(error) if is_connection_error(&error) => {}
                 Err(error) => {
                     rarely!(warn, %error, "cannot accept connections; trying again");
-                    self.serving.stats.accept_failed();
+                    self.context.stats.accept_failed();
                     let waited = self
-                        .serving
+                        .context
                         .shutdown
                         .run_until_cancelled(sleep(pause))
                         .await;
@@ -315,13 +320,13 @@ impl Accepting {
         }
         self.accept_rest(listener, &mut connections);
         let Self {
-            serving,
-            attendance,
+            context,
+            drain_guard,
             ..
         } = self;
-        drop(attendance);
+        drop(drain_guard);
         let drained = async { while connections.join_next().await.is_some() {} };
-        let drained = timeout(serving.limits.drain_timeout, drained).await;
+        let drained = timeout(context.limits.drain_timeout, drained).await;
         if drained.is_err() {
             // Said once, at the stop.
             tracing::warn!(
@@ -346,7 +351,7 @@ impl Accepting {
             });
             match taken {
                 Ok((stream, address)) => self.admit(stream, address, connections),
-                Err(error) if is_of_the_connection(&error) => {}
+                Err(error) if is_connection_error(&error) => {}
                 Err(_) => return,
             }
         }
@@ -357,23 +362,23 @@ impl Accepting {
             tracing::debug!(%error, "a connection was gone before it was served");
             return;
         }
-        let Some(place) = self.admission.admit(stream.as_raw_fd()) else {
-            return connection::tell_too_many(stream);
+        let Some(permit) = self.admission.admit(stream.as_raw_fd()) else {
+            return connection::refuse_over_limit(stream);
         };
-        let (serving, is_crowded) = (Arc::clone(&self.serving), self.admission.is_crowded());
-        let attending = Attending::new(self.attendance.clone());
-        let admitted = Admitted {
-            place,
-            attending,
+        let (context, is_crowded) = (Arc::clone(&self.context), self.admission.is_crowded());
+        let drain_guard = ConnectionDrainGuard::new(self.drain_guard.clone());
+        let admitted = AdmittedConnection {
+            permit,
+            drain_guard,
             is_crowded,
         };
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        connections.spawn(async move { serving.serve(stream, address, admitted).await });
+        connections.spawn(async move { context.serve(stream, address, admitted).await });
     }
 }
 
 /// Whether an error of accept is that of the one connection, which went away while it waited.
-fn is_of_the_connection(error: &io::Error) -> bool {
+fn is_connection_error(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(
         error.kind(),

@@ -34,9 +34,9 @@ use super::list::{self, Kept, KeyValue, Names, Object};
 use super::pieces::{self, Everything, Lookup, PIECE_BYTES, Pieces, push_text};
 use super::{JSON, Refusal, Shown, Text, answer, bits, read_body};
 use crate::client::store::Failure;
-use crate::http::body::Held;
+use crate::http::body::BodyBytes;
 use crate::http::metrics::Dialect;
-use crate::http::{App, Limits, Shared};
+use crate::http::{App, Limits, SharedApp};
 use crate::sm::kv::Record;
 use crate::types::KEY_BYTES_MAX;
 
@@ -95,7 +95,7 @@ struct Batch {
 }
 
 impl Batch {
-    fn read(body: &Held, limits: &Limits) -> Result<Self, Refusal> {
+    fn read(body: &BodyBytes, limits: &Limits) -> Result<Self, Refusal> {
         let mut batch = Self {
             pairs: Kept::new(body),
             keys: Kept::new(body),
@@ -156,7 +156,7 @@ fn as_sent(body: &Bytes, json: &RawValue) -> Bytes {
 }
 
 /// `PUT /set`
-pub async fn set(app: &App, body: Held) -> Result<Response, Refusal> {
+pub async fn set(app: &App, body: BodyBytes) -> Result<Response, Refusal> {
     let limits = app.limits.clone();
     let batch = list::apart(body.len(), move || {
         Batch::read(&body, &limits).map(|batch| (batch, body))
@@ -184,23 +184,23 @@ pub async fn set(app: &App, body: Held) -> Result<Response, Refusal> {
 }
 
 /// `POST /fetch`
-pub async fn fetch(State(app): State<Shared>, request: Request) -> Response {
+pub async fn fetch(State(app): State<SharedApp>, request: Request) -> Response {
     look_up(&app, request, Wanted::Values).await
 }
 
 /// `POST /query`
-pub async fn query(State(app): State<Shared>, request: Request) -> Response {
+pub async fn query(State(app): State<SharedApp>, request: Request) -> Response {
     look_up(&app, request, Wanted::Existence).await
 }
 
 /// `GET /fetch`
-pub async fn everything(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::EncodedBatch, &request);
+pub async fn everything(State(app): State<SharedApp>, request: Request) -> Response {
+    let timer = app.start_timer(Dialect::EncodedBatch, &request);
     let listing = Listing {
         all: Everything::new(Arc::clone(&app.store)),
         opening: Some("["),
     };
-    watch.finish(
+    timer.finish(
         pieces::respond(&app.answers, listing)
             .await
             .unwrap_or_else(|refusal| refusal.respond(request.method())),
@@ -215,8 +215,8 @@ enum Wanted {
 }
 
 async fn look_up(app: &App, request: Request, wanted: Wanted) -> Response {
-    let mut watch = app.watch(Dialect::EncodedBatch, &request);
-    watch.reads();
+    let mut timer = app.start_timer(Dialect::EncodedBatch, &request);
+    timer.mark_read_only();
     let (parts, body) = request.into_parts();
     let found = async {
         let body = read_body(app, &parts, body).await?;
@@ -239,7 +239,7 @@ async fn look_up(app: &App, request: Request, wanted: Wanted) -> Response {
         )
         .await
     };
-    watch.finish(
+    timer.finish(
         found
             .await
             .unwrap_or_else(|refusal| refusal.respond(&parts.method)),
@@ -248,7 +248,7 @@ async fn look_up(app: &App, request: Request, wanted: Wanted) -> Response {
 
 /// The keys of a request.
 struct Asked {
-    body: Held,
+    body: BodyBytes,
     /// As they were sent.
     sent: Kept<Bytes>,
     /// What they are stored under; empty: they can't exist.
@@ -256,7 +256,7 @@ struct Asked {
 }
 
 impl Asked {
-    fn read(body: Held, limits: &Limits) -> Result<Self, Refusal> {
+    fn read(body: BodyBytes, limits: &Limits) -> Result<Self, Refusal> {
         let (mut sent, mut keys) = (Kept::new(&body), Kept::new(&body));
         let mut count = 0;
         list::read(&body, |key: &RawValue| {
@@ -283,7 +283,7 @@ struct Found {
     sent: Kept<Bytes>,
     /// What comes before the next element; none: all was said.
     opening: Option<&'static str>,
-    _body: Held,
+    _body: BodyBytes,
 }
 
 impl Pieces for Found {

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use super::{Refusal, Text};
 use crate::budget::Share;
 use crate::http::Limits;
-use crate::http::body::{self, Held};
+use crate::http::body::{self, BodyBytes};
 
 /// A body from this size on takes milliseconds to read.
 const LARGE_BYTES: usize = 256 << 10;
@@ -168,7 +168,7 @@ pub struct Kept<T> {
 }
 
 impl<T> Kept<T> {
-    pub fn new(body: &Held) -> Self {
+    pub fn new(body: &BodyBytes) -> Self {
         Self {
             list: Vec::new(),
             share: body.new_share(),

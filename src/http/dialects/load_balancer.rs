@@ -26,7 +26,7 @@ use super::{
 use crate::client::store::{Consistency, Failure, Found, Options, WriteFailure};
 use crate::http::metrics::Dialect;
 use crate::http::native::{STALENESS, staleness, unescape};
-use crate::http::{App, Shared, body, health};
+use crate::http::{App, SharedApp, body, health};
 use crate::sm::kv::{Action, Condition, Media, Operation};
 use crate::types::{GroupId, KEY_BYTES_MAX};
 
@@ -51,9 +51,9 @@ pub fn owns(path: &str) -> bool {
 }
 
 pub async fn by_key(app: &App, request: Request) -> Response {
-    let mut watch = app.watch(Dialect::LoadBalancer, &request);
+    let mut timer = app.start_timer(Dialect::LoadBalancer, &request);
     let (parts, body) = request.into_parts();
-    watch.key(parts.uri.path().as_bytes());
+    timer.key(parts.uri.path().as_bytes());
     let sets = parts.uri.path().starts_with(SET);
     let answer = match (parts.method.clone(), sets) {
         (Method::POST, true) => set(app, &parts, body).await,
@@ -69,7 +69,7 @@ pub async fn by_key(app: &App, request: Request) -> Response {
             }
         }
     };
-    watch.finish(answer.unwrap_or_else(|refusal| respond(&refusal, &parts.method)))
+    timer.finish(answer.unwrap_or_else(|refusal| respond(&refusal, &parts.method)))
 }
 
 async fn set(app: &App, parts: &Parts, body: Body) -> Result<Response, Refusal> {
@@ -282,8 +282,8 @@ pub fn respond(refusal: &Refusal, method: &Method) -> Response {
 }
 
 /// `GET /`: the servers, or what a browser is shown.
-pub async fn front_page(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::LoadBalancer, &request);
+pub async fn front_page(State(app): State<SharedApp>, request: Request) -> Response {
+    let timer = app.start_timer(Dialect::LoadBalancer, &request);
     let accepted = request.headers().get_all(header::ACCEPT);
     let is_browser = accepted.iter().any(|accept| {
         accept
@@ -291,7 +291,7 @@ pub async fn front_page(State(app): State<Shared>, request: Request) -> Response
             .is_ok_and(|accept| accept.contains("text/html"))
     });
     if is_browser {
-        return watch.finish(answer(StatusCode::OK, TEXT, health::FRONT_PAGE));
+        return timer.finish(answer(StatusCode::OK, TEXT, health::FRONT_PAGE));
     }
     let page = match app.store.map(options()).await {
         Ok(map) => {
@@ -300,7 +300,7 @@ pub async fn front_page(State(app): State<Shared>, request: Request) -> Response
         }
         Err(failure) => respond(&failure.into(), request.method()),
     };
-    watch.finish(page)
+    timer.finish(page)
 }
 
 #[cfg(test)]

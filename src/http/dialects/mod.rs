@@ -43,9 +43,9 @@ use http::{HeaderValue, Method, StatusCode, header};
 use serde::{Deserialize, Serialize};
 
 pub(super) use self::quorums::SilentQuorums;
-use super::body::{self, Ceiling, Held};
+use super::body::{self, BodyBytes, BodyLimit};
 use super::problem::{Code, Problem};
-use super::{App, Shared, media};
+use super::{App, SharedApp, media};
 use crate::client::store::{Consistency, Failure, Options, Routing};
 use crate::sm::kv::Media;
 
@@ -61,7 +61,7 @@ pub(super) enum KeyRoute {
 }
 
 /// The dialects' routes without a key in the path.
-pub(super) fn routes() -> Router<Shared> {
+pub(super) fn routes() -> Router<SharedApp> {
     Router::new()
         .route("/", get(load_balancer::front_page))
         .route("/set", put(set::set).post(set::set))
@@ -113,12 +113,12 @@ fn options() -> Options {
 }
 
 /// The whole body, whatever its type is called.
-async fn read_body(app: &App, parts: &Parts, body: Body) -> Result<Held, Refusal> {
-    let ceiling = Ceiling {
+async fn read_body(app: &App, parts: &Parts, body: Body) -> Result<BodyBytes, Refusal> {
+    let limit = BodyLimit {
         bytes_max: app.limits.body_bytes_max,
         what: "a body",
     };
-    body::read(parts, body, ceiling, &app.limits, &app.bodies)
+    body::read(parts, body, limit, &app.limits, &app.bodies)
         .await
         .map_err(Refusal::from)
 }

@@ -33,16 +33,16 @@ use super::list::{self, Kept, KeyValue, Object};
 use super::pieces::{self, Lookup, PIECE_BYTES, Pieces, push_text};
 use super::{Refusal, Shown, TEXT, Text, answer, read_body};
 use crate::client::store::Failure;
-use crate::http::body::Held;
+use crate::http::body::BodyBytes;
 use crate::http::metrics::Dialect;
-use crate::http::{App, Limits, Shared};
+use crate::http::{App, Limits, SharedApp};
 use crate::sm::kv::Record;
 use crate::types::KEY_BYTES_MAX;
 
 const STORED: &str = "Success to set key";
 
 /// `POST /set`
-pub async fn set(app: &App, body: Held) -> Result<Response, Refusal> {
+pub async fn set(app: &App, body: BodyBytes) -> Result<Response, Refusal> {
     let limits = app.limits.clone();
     let (pairs, _body) = list::apart(body.len(), move || {
         read_pairs(&body, &limits).map(|pairs| (pairs, body))
@@ -59,7 +59,7 @@ pub async fn set(app: &App, body: Held) -> Result<Response, Refusal> {
     }
 }
 
-fn read_pairs(body: &Held, limits: &Limits) -> Result<Kept<Pair>, Refusal> {
+fn read_pairs(body: &BodyBytes, limits: &Limits) -> Result<Kept<Pair>, Refusal> {
     let mut pairs = Kept::new(body);
     list::read(body, |pair: Object<'_, KeyValue>| {
         let key = read_key(&pair, &body.bytes)?;
@@ -104,9 +104,9 @@ fn read_text(json: &RawValue, body: &Bytes) -> Result<Bytes, Refusal> {
 }
 
 /// `POST /get`
-pub async fn get(State(app): State<Shared>, request: Request) -> Response {
-    let mut watch = app.watch(Dialect::PlainBatch, &request);
-    watch.reads();
+pub async fn get(State(app): State<SharedApp>, request: Request) -> Response {
+    let mut timer = app.start_timer(Dialect::PlainBatch, &request);
+    timer.mark_read_only();
     let (parts, body) = request.into_parts();
     let found = async {
         let body = read_body(&app, &parts, body).await?;
@@ -127,14 +127,14 @@ pub async fn get(State(app): State<Shared>, request: Request) -> Response {
         )
         .await
     };
-    watch.finish(
+    timer.finish(
         found
             .await
             .unwrap_or_else(|refusal| refusal.respond(&parts.method)),
     )
 }
 
-fn read_keys(body: &Held, limits: &Limits) -> Result<Kept<Bytes>, Refusal> {
+fn read_keys(body: &BodyBytes, limits: &Limits) -> Result<Kept<Bytes>, Refusal> {
     let mut keys = Kept::new(body);
     list::read(body, |pair: Object<'_, KeyValue>| {
         keys.push(read_key(&pair, &body.bytes)?, limits)
@@ -148,7 +148,7 @@ struct Found {
     /// The places of keys that don't exist.
     missing: Vec<usize>,
     stage: Stage,
-    _body: Held,
+    _body: BodyBytes,
 }
 
 /// What comes next.

@@ -11,22 +11,22 @@ use http::Method;
 use super::list::{self, KeyValue, Object};
 use super::{encoded_batch, plain_batch, read_body};
 use crate::http::metrics::Dialect;
-use crate::http::{Shared, aside};
+use crate::http::{SharedApp, aside};
 
-pub async fn set(State(app): State<Shared>, request: Request) -> Response {
-    let mut watch = app.watch(Dialect::EncodedBatch, &request);
+pub async fn set(State(app): State<SharedApp>, request: Request) -> Response {
+    let mut timer = app.start_timer(Dialect::EncodedBatch, &request);
     let (parts, body) = request.into_parts();
     let body = match read_body(&app, &parts, body).await {
         Ok(body) => body,
-        Err(refusal) => return watch.finish(refusal.respond(&parts.method)),
+        Err(refusal) => return timer.finish(refusal.respond(&parts.method)),
     };
     let dialect = aside::work(body.len(), || dialect(&body, &parts.method));
-    watch.dialect(dialect);
+    timer.dialect(dialect);
     let answer = match dialect {
         Dialect::PlainBatch => plain_batch::set(&app, body).await,
         _ => encoded_batch::set(&app, body).await,
     };
-    watch.finish(answer.unwrap_or_else(|refusal| refusal.respond(&parts.method)))
+    timer.finish(answer.unwrap_or_else(|refusal| refusal.respond(&parts.method)))
 }
 
 /// Looks at the first element alone.

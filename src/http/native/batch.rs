@@ -43,14 +43,14 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json as object};
 
 use super::query::Query;
-use super::{Each, ItemJson, idempotency_key, json, key};
+use super::{ItemJson, LazyList, idempotency_key, json, key};
 use crate::client::store::{Failure, Item, Options, Routing, WriteFailure, Written};
 use crate::http::aside;
-use crate::http::body::{self, Ceiling};
+use crate::http::body::{self, BodyLimit};
 use crate::http::media::{self, Encoding};
-use crate::http::metrics::{Dialect, Watch};
+use crate::http::metrics::{Dialect, RequestTimer};
 use crate::http::problem::{Code, Problem};
-use crate::http::{App, Limits, Shared};
+use crate::http::{App, Limits, SharedApp};
 use crate::sm::kv::{Action, Condition, Operation, OperationOutcome, WriteRejection};
 use crate::types::Revision;
 
@@ -195,26 +195,26 @@ impl<'de> Deserialize<'de> for Operations {
     }
 }
 
-pub async fn batch(State(app): State<Shared>, request: Request) -> Response {
-    let mut watch = app.watch(Dialect::Native, &request);
+pub async fn batch(State(app): State<SharedApp>, request: Request) -> Response {
+    let mut timer = app.start_timer(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
-    let answer = run(&app, &parts, body, &mut watch)
+    let answer = run(&app, &parts, body, &mut timer)
         .await
         .unwrap_or_else(Problem::into_response);
-    watch.finish(answer)
+    timer.finish(answer)
 }
 
 async fn run(
     app: &App,
     parts: &Parts,
     body: Body,
-    watch: &mut Watch<'_>,
+    timer: &mut RequestTimer<'_>,
 ) -> Result<Response, Problem> {
-    let ceiling = Ceiling {
+    let limit = BodyLimit {
         bytes_max: app.limits.body_bytes_max,
         what: "a body",
     };
-    let body = body::read(parts, body, ceiling, &app.limits, &app.bodies).await?;
+    let body = body::read(parts, body, limit, &app.limits, &app.bodies).await?;
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let idempotency_key = idempotency_key(&parts.headers)?;
     let mut made = body.new_share();
@@ -226,7 +226,7 @@ async fn run(
         .iter()
         .all(|operation| operation.action == Action::Get)
     {
-        watch.reads();
+        timer.mark_read_only();
     }
     let keys: Vec<Bytes> = operations
         .iter()
@@ -366,7 +366,7 @@ const ATOMIC: &str = "per shard";
 #[derive(Serialize)]
 struct ResultsJson<'a> {
     atomic: &'static str,
-    results: Each<'a, Written, Value>,
+    results: LazyList<'a, Written, Value>,
 }
 
 /// Returns the bytes of the values that were got.
@@ -390,7 +390,7 @@ fn answer(keys: &[Bytes], written: &[Written]) -> Response {
     };
     let body = ResultsJson {
         atomic: ATOMIC,
-        results: Each {
+        results: LazyList {
             items: written,
             make: &make,
         },

@@ -9,14 +9,14 @@ use serde_json::json as object;
 
 use super::json;
 use super::query::Query;
-use crate::http::body::{self, Ceiling};
-use crate::http::metrics::{Dialect, Watch};
+use crate::http::body::{self, BodyLimit};
+use crate::http::metrics::{Dialect, RequestTimer};
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, Shared};
+use crate::http::{App, SharedApp};
 use crate::types::{Address, GroupId};
 
 /// The body of a leader transfer names one address.
-const TRANSFER_BODY: Ceiling = Ceiling {
+const TRANSFER_BODY: BodyLimit = BodyLimit {
     bytes_max: 64 << 10,
     what: "the body of this request",
 };
@@ -27,13 +27,13 @@ const LEADER_SUFFIX: &str = "/leader";
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Transfer {
+struct TransferBody {
     /// None: to the shard's home.
     to: Option<Address>,
 }
 
-pub async fn cluster(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::Native, &request);
+pub async fn cluster(State(app): State<SharedApp>, request: Request) -> Response {
+    let timer = app.start_timer(Dialect::Native, &request);
     let answer = match Query::parse(request.uri().query(), &[], &app.limits) {
         Ok(_) => match app.store.status().await {
             Ok(status) => {
@@ -47,29 +47,29 @@ pub async fn cluster(State(app): State<Shared>, request: Request) -> Response {
         },
         Err(problem) => problem.into_response(),
     };
-    watch.finish(answer)
+    timer.finish(answer)
 }
 
-pub async fn transfer_leader(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::Native, &request);
+pub async fn transfer_leader(State(app): State<SharedApp>, request: Request) -> Response {
+    let timer = app.start_timer(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
-    let answer = transfer(&app, &parts, body, &watch)
+    let answer = transfer(&app, &parts, body, &timer)
         .await
         .unwrap_or_else(Problem::into_response);
-    watch.finish(answer)
+    timer.finish(answer)
 }
 
 async fn transfer(
     app: &App,
     parts: &Parts,
     body: axum::body::Body,
-    watch: &Watch<'_>,
+    timer: &RequestTimer<'_>,
 ) -> Result<Response, Problem> {
     let body = body::read(parts, body, TRANSFER_BODY, &app.limits, &app.bodies).await?;
     let query = Query::parse(parts.uri.query(), &["proxy", "timeout"], &app.limits)?;
     let shard = shard(parts.uri.path())?;
-    let transfer: Transfer = if body.is_empty() {
-        Transfer::default()
+    let transfer: TransferBody = if body.is_empty() {
+        TransferBody::default()
     } else {
         serde_json::from_slice(&body)
             .map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))?
@@ -80,7 +80,7 @@ async fn transfer(
         .await
     {
         Ok(leader) => {
-            watch.log_change(&format_args!("the transfer of shard {shard} to {leader}"));
+            timer.log_change(&format_args!("the transfer of shard {shard} to {leader}"));
             Ok(json(StatusCode::OK, &object!({ "leader": leader })))
         }
         Err(failure) => Ok(problem::respond(failure, &parts.uri)),

@@ -15,7 +15,7 @@ const TAGS_MAX: usize = 1000;
 
 /// What one of the two headers names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Tags {
+enum EntityTags {
     /// `*`
     Any,
     These(Vec<Revision>),
@@ -24,13 +24,13 @@ enum Tags {
 /// The conditions of a request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Conditions {
-    matches: Option<Tags>,
-    none_matches: Option<Tags>,
+    matches: Option<EntityTags>,
+    none_matches: Option<EntityTags>,
 }
 
 /// What conditions make of a read of a key that exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum ReadDecision {
     Answer,
     NotModified,
     Failed,
@@ -40,8 +40,8 @@ impl Conditions {
     pub fn of_request(headers: &HeaderMap) -> Result<Self, Problem> {
         // `If-Match` compares strongly: a weak tag matches nothing. `If-None-Match` compares
         // weakly.
-        let matches = tags(headers, header::IF_MATCH, Weak::MatchNothing)?;
-        let none_matches = tags(headers, header::IF_NONE_MATCH, Weak::AreTheSame)?;
+        let matches = tags(headers, header::IF_MATCH, WeakTags::MatchNothing)?;
+        let none_matches = tags(headers, header::IF_NONE_MATCH, WeakTags::AreTheSame)?;
         Ok(Self {
             matches,
             none_matches,
@@ -50,25 +50,27 @@ impl Conditions {
 
     /// Of a read of a key at `revision`. Of a missing key nothing is asked: the answer would be 404
     /// anyway (RFC 9110, section 13.2.1).
-    pub fn verdict(&self, revision: Revision) -> Verdict {
-        let named = |tags: &Tags| match tags {
-            Tags::Any => true,
-            Tags::These(revisions) => revisions.contains(&revision),
+    pub fn read_decision(&self, revision: Revision) -> ReadDecision {
+        let named = |tags: &EntityTags| match tags {
+            EntityTags::Any => true,
+            EntityTags::These(revisions) => revisions.contains(&revision),
         };
         if self.matches.as_ref().is_some_and(|tags| !named(tags)) {
-            Verdict::Failed
+            ReadDecision::Failed
         } else if self.none_matches.as_ref().is_some_and(named) {
-            Verdict::NotModified
+            ReadDecision::NotModified
         } else {
-            Verdict::Answer
+            ReadDecision::Answer
         }
     }
 
     /// The plan that the view must still follow for a change of it. None: whichever it follows.
     pub fn epoch(&self) -> Result<Option<PlanEpoch>, Problem> {
         match (&self.matches, &self.none_matches) {
-            (None | Some(Tags::Any), None) => Ok(None),
-            (Some(Tags::These(tags)), None) if tags.len() == 1 => Ok(Some(PlanEpoch(tags[0].0))),
+            (None | Some(EntityTags::Any), None) => Ok(None),
+            (Some(EntityTags::These(tags)), None) if tags.len() == 1 => {
+                Ok(Some(PlanEpoch(tags[0].0)))
+            }
             _ => Err(Problem::new(
                 Code::InvalidHeader,
                 "the condition of a change of the view is If-Match with one epoch in quotes, as in \
@@ -81,17 +83,17 @@ impl Conditions {
     pub fn condition(self) -> Result<Condition, Problem> {
         Ok(match (self.matches, self.none_matches) {
             (None, None) => Condition::None,
-            (Some(Tags::Any), None) => Condition::Present,
-            (Some(Tags::These(revisions)), None) => Condition::RevisionIn(revisions),
-            (None, Some(Tags::Any)) => Condition::Absent,
-            (None, Some(Tags::These(revisions))) => Condition::RevisionNotIn(revisions),
+            (Some(EntityTags::Any), None) => Condition::Present,
+            (Some(EntityTags::These(revisions)), None) => Condition::RevisionIn(revisions),
+            (None, Some(EntityTags::Any)) => Condition::Absent,
+            (None, Some(EntityTags::These(revisions))) => Condition::RevisionNotIn(revisions),
             // Present and absent at once: at none of no revisions, which never holds.
-            (Some(_), Some(Tags::Any)) => Condition::RevisionIn(Vec::new()),
-            (Some(Tags::These(mut revisions)), Some(Tags::These(not))) => {
+            (Some(_), Some(EntityTags::Any)) => Condition::RevisionIn(Vec::new()),
+            (Some(EntityTags::These(mut revisions)), Some(EntityTags::These(not))) => {
                 revisions.retain(|revision| !not.contains(revision));
                 Condition::RevisionIn(revisions)
             }
-            (Some(Tags::Any), Some(Tags::These(_))) => {
+            (Some(EntityTags::Any), Some(EntityTags::These(_))) => {
                 let detail = "If-Match: * and a list in If-None-Match can't be combined in a write";
                 return Err(Problem::new(Code::InvalidHeader, detail));
             }
@@ -100,13 +102,17 @@ impl Conditions {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Weak {
+enum WeakTags {
     MatchNothing,
     AreTheSame,
 }
 
 /// The tags of every line of the header `name`, which together are one list.
-fn tags(headers: &HeaderMap, name: HeaderName, weak: Weak) -> Result<Option<Tags>, Problem> {
+fn tags(
+    headers: &HeaderMap,
+    name: HeaderName,
+    weak: WeakTags,
+) -> Result<Option<EntityTags>, Problem> {
     let mut lines = headers.get_all(&name).iter().peekable();
     if lines.peek().is_none() {
         return Ok(None);
@@ -125,11 +131,13 @@ fn tags(headers: &HeaderMap, name: HeaderName, weak: Weak) -> Result<Option<Tags
             (tag, rest) =
                 tag_at(rest).ok_or_else(|| bad("is neither * nor a list of quoted entity tags"))?;
             match tag {
-                Tag::Any => any = true,
-                Tag::Entity { opaque, is_weak } if !is_weak || weak == Weak::AreTheSame => {
+                EntityTag::Any => any = true,
+                EntityTag::Entity { opaque, is_weak }
+                    if !is_weak || weak == WeakTags::AreTheSame =>
+                {
                     revisions.extend(revision(opaque))
                 }
-                Tag::Entity { .. } => {}
+                EntityTag::Entity { .. } => {}
             }
             count += 1;
             rest = rest.trim_ascii_start();
@@ -140,22 +148,22 @@ fn tags(headers: &HeaderMap, name: HeaderName, weak: Weak) -> Result<Option<Tags
     }
     match (any, count) {
         (_, 0) => Err(bad("is empty")),
-        (true, 1) => Ok(Some(Tags::Any)),
+        (true, 1) => Ok(Some(EntityTags::Any)),
         (true, _) => Err(bad("has * beside entity tags")),
-        (false, 1..=TAGS_MAX) => Ok(Some(Tags::These(revisions))),
+        (false, 1..=TAGS_MAX) => Ok(Some(EntityTags::These(revisions))),
         (false, _) => Err(bad("has more than 1000 entity tags")),
     }
 }
 
-enum Tag<'a> {
+enum EntityTag<'a> {
     Any,
     Entity { opaque: &'a [u8], is_weak: bool },
 }
 
 /// The tag that `text` begins with, and what is after it.
-fn tag_at(text: &[u8]) -> Option<(Tag<'_>, &[u8])> {
+fn tag_at(text: &[u8]) -> Option<(EntityTag<'_>, &[u8])> {
     if let Some(after) = text.strip_prefix(b"*") {
-        return Some((Tag::Any, after));
+        return Some((EntityTag::Any, after));
     }
     let strong = text.strip_prefix(b"W/");
     let (is_weak, quoted) = (
@@ -166,7 +174,7 @@ fn tag_at(text: &[u8]) -> Option<(Tag<'_>, &[u8])> {
     let (opaque, after) = (&quoted[..end], &quoted[end + 1..]);
     // etagc = %x21 / %x23-7E / obs-text
     let legal = opaque.iter().all(|byte| *byte > b' ' && *byte != 0x7f);
-    legal.then_some((Tag::Entity { opaque, is_weak }, after))
+    legal.then_some((EntityTag::Entity { opaque, is_weak }, after))
 }
 
 /// The revision that a tag stands for, if we could have given it.
@@ -247,20 +255,36 @@ mod tests {
 
     #[test]
     fn reads_are_judged() {
-        let verdict = |lines| parse(lines).expect("good headers").verdict(Revision(3));
-        assert_eq!(verdict(&[]), Verdict::Answer);
-        assert_eq!(verdict(&[("if-match", "*")]), Verdict::Answer);
-        assert_eq!(verdict(&[("if-match", "\"4\"")]), Verdict::Failed);
-        assert_eq!(verdict(&[("if-match", "W/\"3\"")]), Verdict::Failed);
-        assert_eq!(verdict(&[("if-none-match", "*")]), Verdict::NotModified);
+        let read_decision = |lines| {
+            parse(lines)
+                .expect("good headers")
+                .read_decision(Revision(3))
+        };
+        assert_eq!(read_decision(&[]), ReadDecision::Answer);
+        assert_eq!(read_decision(&[("if-match", "*")]), ReadDecision::Answer);
         assert_eq!(
-            verdict(&[("if-none-match", "\"1\", W/\"3\"")]),
-            Verdict::NotModified
+            read_decision(&[("if-match", "\"4\"")]),
+            ReadDecision::Failed
         );
-        assert_eq!(verdict(&[("if-none-match", "\"4\"")]), Verdict::Answer);
         assert_eq!(
-            verdict(&[("if-match", "\"4\""), ("if-none-match", "\"3\"")]),
-            Verdict::Failed
+            read_decision(&[("if-match", "W/\"3\"")]),
+            ReadDecision::Failed
+        );
+        assert_eq!(
+            read_decision(&[("if-none-match", "*")]),
+            ReadDecision::NotModified
+        );
+        assert_eq!(
+            read_decision(&[("if-none-match", "\"1\", W/\"3\"")]),
+            ReadDecision::NotModified
+        );
+        assert_eq!(
+            read_decision(&[("if-none-match", "\"4\"")]),
+            ReadDecision::Answer
+        );
+        assert_eq!(
+            read_decision(&[("if-match", "\"4\""), ("if-none-match", "\"3\"")]),
+            ReadDecision::Failed
         );
     }
 

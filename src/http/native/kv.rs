@@ -9,12 +9,12 @@ use http::{HeaderValue, Method, StatusCode, header};
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::conditions::{Conditions, Verdict};
+use super::conditions::{Conditions, ReadDecision};
 use super::query::Query;
 use super::{KeyJson, STALENESS, idempotency_key, json, key, staleness};
 use crate::budget::UNCHARGED_BYTES_MAX;
 use crate::client::store::{Consistency, Failure, Options, Routing, WriteFailure, Written};
-use crate::http::body::{self, Ceiling};
+use crate::http::body::{self, BodyLimit};
 use crate::http::charged::AlreadyCharged;
 use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
@@ -33,16 +33,16 @@ struct WrittenJson {
 }
 
 pub async fn kv(app: &App, request: Request) -> Response {
-    let mut watch = app.watch(Dialect::Native, &request);
+    let mut timer = app.start_timer(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
     let key = match key::of_path(parts.uri.path()) {
         Ok(key) => key,
         Err(problem) => {
             body::discard(&parts, body);
-            return watch.finish(problem.into_response());
+            return timer.finish(problem.into_response());
         }
     };
-    watch.key(&key);
+    timer.key(&key);
     let answer = match parts.method {
         Method::GET | Method::HEAD => get(app, &parts, key).await,
         Method::PUT => put(app, &parts, body, key).await,
@@ -57,7 +57,7 @@ pub async fn kv(app: &App, request: Request) -> Response {
             Ok(response)
         }
     };
-    watch.finish(answer.unwrap_or_else(Problem::into_response))
+    timer.finish(answer.unwrap_or_else(Problem::into_response))
 }
 
 async fn get(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> {
@@ -73,12 +73,14 @@ async fn get(app: &App, parts: &Parts, key: Bytes) -> Result<Response, Problem> 
     };
     let mut response = match found.record {
         None => missing().into_response(),
-        Some(record) => match conditions.verdict(record.revision) {
-            Verdict::Failed => Problem::condition_failed(Some(record.revision)).into_response(),
-            Verdict::NotModified => {
+        Some(record) => match conditions.read_decision(record.revision) {
+            ReadDecision::Failed => {
+                Problem::condition_failed(Some(record.revision)).into_response()
+            }
+            ReadDecision::NotModified => {
                 tagged(StatusCode::NOT_MODIFIED, record.revision, Body::empty())
             }
-            Verdict::Answer => {
+            ReadDecision::Answer => {
                 let large = record.value.len() > UNCHARGED_BYTES_MAX;
                 let mut response =
                     tagged(StatusCode::OK, record.revision, Body::from(record.value));
@@ -125,7 +127,7 @@ async fn put(app: &App, parts: &Parts, body: Body, key: Bytes) -> Result<Respons
             return Err(problem);
         }
     };
-    let value_max = Ceiling {
+    let value_max = BodyLimit {
         bytes_max: app.limits.value_bytes_max.min(app.limits.body_bytes_max),
         what: "a value",
     };

@@ -18,12 +18,12 @@ use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::query::Query;
-use super::{Each, ItemJson, STALENESS, json, staleness};
+use super::{ItemJson, LazyList, STALENESS, json, staleness};
 use crate::client::store::{Consistency, Item, Routing, ScanRange, ScanRequest};
 use crate::http::aside;
 use crate::http::metrics::Dialect;
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, Shared};
+use crate::http::{App, SharedApp};
 use crate::sm::ports::after_prefix;
 use crate::types::RESERVED_PREFIX;
 
@@ -42,14 +42,14 @@ const PARAMETERS: &[&str] = &[
 
 #[derive(Serialize)]
 struct PageJson<'a> {
-    items: Each<'a, Item, ItemJson>,
+    items: LazyList<'a, Item, ItemJson>,
     next_cursor: Option<String>,
 }
 
-pub async fn list(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::Native, &request);
+pub async fn list(State(app): State<SharedApp>, request: Request) -> Response {
+    let timer = app.start_timer(Dialect::Native, &request);
     let (parts, _) = request.into_parts();
-    watch.finish(
+    timer.finish(
         page(&app, &parts)
             .await
             .unwrap_or_else(Problem::into_response),
@@ -96,7 +96,7 @@ async fn page(app: &App, parts: &Parts) -> Result<Response, Problem> {
         .map(|item| item.key.len() + item.record.value.len())
         .sum();
     let body = PageJson {
-        items: Each {
+        items: LazyList {
             items: &page.items,
             make: &in_json,
         },

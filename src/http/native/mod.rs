@@ -108,13 +108,13 @@ impl ItemJson {
 
 /// A list in JSON of which each item is made when its turn comes, so that there is no second copy
 /// of all of them.
-struct Each<'a, I, T> {
+struct LazyList<'a, I, T> {
     items: &'a [I],
     /// Is given the place of the item, too.
     make: &'a dyn Fn(usize, &I) -> T,
 }
 
-impl<I, T: Serialize> Serialize for Each<'_, I, T> {
+impl<I, T: Serialize> Serialize for LazyList<'_, I, T> {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(
             self.items

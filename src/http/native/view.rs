@@ -28,14 +28,14 @@ use crate::client::store::{Failure, Options, Routing};
 use crate::client::view_change::{
     Auto, ChangeInProgress, PerNode, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
 };
-use crate::http::body::{self, Ceiling};
-use crate::http::metrics::{Dialect, Watch};
+use crate::http::body::{self, BodyLimit};
+use crate::http::metrics::{Dialect, RequestTimer};
 use crate::http::problem::{self, Code, Problem};
-use crate::http::{App, Shared, aside};
+use crate::http::{App, SharedApp, aside};
 use crate::types::{ParseError, PlanEpoch};
 
 /// Room for tens of thousands of addresses.
-const CHANGE_BODY: Ceiling = Ceiling {
+const CHANGE_BODY: BodyLimit = BodyLimit {
     bytes_max: 1 << 20,
     what: "the body of a change of the view",
 };
@@ -44,23 +44,23 @@ const CHANGE_BODY: Ceiling = Ceiling {
 const OPERATIONS: &str = "/v1/cluster/operations/";
 
 /// What was asked of the view, in the form in which a change is asked for.
-pub async fn view(State(app): State<Shared>, request: Request) -> Response {
-    let watch = app.watch(Dialect::Native, &request);
-    watch.finish(
-        asked(&app, request.uri())
+pub async fn view(State(app): State<SharedApp>, request: Request) -> Response {
+    let timer = app.start_timer(Dialect::Native, &request);
+    timer.finish(
+        requested_view(&app, request.uri())
             .await
             .unwrap_or_else(Problem::into_response),
     )
 }
 
-async fn asked(app: &App, uri: &Uri) -> Result<Response, Problem> {
+async fn requested_view(app: &App, uri: &Uri) -> Result<Response, Problem> {
     Query::parse(uri.query(), &[], &app.limits)?;
     let status = match app.store.status().await {
         Ok(status) => status,
         Err(failure) => return Ok(problem::respond(failure, uri)),
     };
     let replication_factor = status.asked.replication_factor;
-    let asked = ViewChange {
+    let requested_view = ViewChange {
         nodes: Some(
             status
                 .nodes
@@ -81,28 +81,28 @@ async fn asked(app: &App, uri: &Uri) -> Result<Response, Problem> {
                 .map_or(Shards::Default(PerNode::PerNode), Shards::Fixed),
         ),
     };
-    let mut response = json(StatusCode::OK, &asked);
+    let mut response = json(StatusCode::OK, &requested_view);
     response
         .headers_mut()
         .insert(header::ETAG, problem::epoch_etag(status.epoch));
     Ok(response)
 }
 
-pub async fn change(State(app): State<Shared>, request: Request) -> Response {
-    let mut watch = app.watch(Dialect::Native, &request);
+pub async fn change(State(app): State<SharedApp>, request: Request) -> Response {
+    let mut timer = app.start_timer(Dialect::Native, &request);
     let (parts, body) = request.into_parts();
-    let answer = put(&app, &parts, body, &mut watch)
+    let answer = put(&app, &parts, body, &mut timer)
         .await
         .unwrap_or_else(Problem::into_response);
-    watch.finish(answer)
+    timer.finish(answer)
 }
 
-pub async fn operation(State(app): State<Shared>, request: Request) -> Response {
-    let mut watch = app.watch(Dialect::Native, &request);
-    let answer = look(&app, request.uri(), &mut watch)
+pub async fn operation(State(app): State<SharedApp>, request: Request) -> Response {
+    let mut timer = app.start_timer(Dialect::Native, &request);
+    let answer = look(&app, request.uri(), &mut timer)
         .await
         .unwrap_or_else(Problem::into_response);
-    watch.finish(answer)
+    timer.finish(answer)
 }
 
 /// What a change's head says.
@@ -133,7 +133,7 @@ async fn put(
     app: &App,
     parts: &Parts,
     body: Body,
-    watch: &mut Watch<'_>,
+    timer: &mut RequestTimer<'_>,
 ) -> Result<Response, Problem> {
     let ChangeHead { query, only_if } = match ChangeHead::of_request(app, parts) {
         Ok(head) => head,
@@ -151,25 +151,25 @@ async fn put(
     if query.dry_run {
         return plan(app, &parts.uri, change, only_if, options).await;
     }
-    let place = query
+    let permit = query
         .wait
-        .map(|wait| Ok::<_, Failure>((app.changes.enter()?, wait)))
+        .map(|wait| Ok::<_, Failure>((app.changes.acquire()?, wait)))
         .transpose()?;
     let accepted = match accept(app, change, only_if, options).await {
         Ok(accepted) => accepted,
         Err(failure) => return refused(failure, &parts.uri),
     };
-    watch.log_change(&format_args!(
+    timer.log_change(&format_args!(
         "the change of the view to plan {}",
         accepted.id
     ));
-    let client = watch.client().map(tracing::field::display);
+    let client = timer.client().map(tracing::field::display);
     tracing::info!(client, plan = %accepted.id, "a change of the view was asked for and accepted");
     let location = format!("{OPERATIONS}{}", accepted.id);
-    let last = match place {
-        Some((place, wait)) => {
-            watch.allow(wait);
-            place.follow(app, accepted, wait, options).await
+    let last = match permit {
+        Some((permit, wait)) => {
+            timer.allow_wait(wait);
+            permit.follow(app, accepted, wait, options).await
         }
         None => accepted,
     };
@@ -251,7 +251,7 @@ fn refused(failure: ViewChangeFailure, uri: &Uri) -> Result<Response, Problem> {
     }
 }
 
-async fn look(app: &App, uri: &Uri, watch: &mut Watch<'_>) -> Result<Response, Problem> {
+async fn look(app: &App, uri: &Uri, timer: &mut RequestTimer<'_>) -> Result<Response, Problem> {
     let query = Query::parse(uri.query(), &["wait", "timeout"], &app.limits)?;
     let options = Options {
         routing: Routing::Proxy,
@@ -264,11 +264,11 @@ async fn look(app: &App, uri: &Uri, watch: &mut Watch<'_>) -> Result<Response, P
     };
     match (found, query.wait) {
         (Ok(Some(change)), Some(wait)) if !change.is_over() => {
-            watch.allow(wait);
+            timer.allow_wait(wait);
             Ok(json(
                 StatusCode::OK,
                 &app.changes
-                    .enter()?
+                    .acquire()?
                     .follow(app, change, wait, options)
                     .await,
             ))

@@ -23,10 +23,10 @@ use http::{HeaderValue, Method, header};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::body::{self, Ceiling, Held};
+use super::body::{self, BodyBytes, BodyLimit};
 use super::metrics::Dialect;
 use super::problem::{Code, Problem};
-use super::{App, Limits, Shared, aside};
+use super::{App, Limits, SharedApp, aside};
 use crate::budget::Share;
 use crate::client::peer::{
     Announcement, FailureReport, Greeting, GreetingReply, HoldRequest, Hosting, Identity,
@@ -57,7 +57,7 @@ const POSTED: [&str; 7] = [
 const GOT: [&str; 3] = ["/peer/identity", "/peer/replicas", "/peer/view"];
 
 /// The largest is a view.
-const JSON_BODY: Ceiling = Ceiling {
+const JSON_BODY: BodyLimit = BodyLimit {
     bytes_max: 1 << 20,
     what: "the body of this request",
 };
@@ -118,7 +118,7 @@ pub trait PeerService: Send + Sync + 'static {
 }
 
 /// Returns whether it is a peer who asks this: nobody else is given the place of one.
-pub(super) fn is_asked(method: &Method, path: &str) -> bool {
+pub(super) fn is_peer_route(method: &Method, path: &str) -> bool {
     match *method {
         Method::POST => match path.strip_prefix(LANE_PREFIX) {
             Some(lane) => !lane.is_empty() && !lane.contains('/'),
@@ -130,7 +130,7 @@ pub(super) fn is_asked(method: &Method, path: &str) -> bool {
 }
 
 /// The peer routes, for an app that has peers.
-pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
+pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<SharedApp> {
     let [
         to_lane,
         to_shard,
@@ -189,7 +189,7 @@ pub(super) fn routes(peers: Arc<dyn PeerService>) -> Router<Shared> {
 }
 
 async fn lane(
-    app: Shared,
+    app: SharedApp,
     peers: Arc<dyn PeerService>,
     lane: String,
     request: Request,
@@ -211,25 +211,25 @@ async fn lane(
         .into_response()
 }
 
-async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
-    let mut watch = app.watch(Dialect::Peer, &request);
+async fn shard(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) -> Response {
+    let mut timer = app.start_timer(Dialect::Peer, &request);
     let hop = if request.uri().query() == Some(RELAY_QUERY) {
         Hop::Relay
     } else {
         Hop::Answer
     };
-    let ceiling = Ceiling {
+    let limit = BodyLimit {
         bytes_max: app.limits.body_bytes_max,
         what: "a body",
     };
     let answer = async {
-        let body = read(&app, request, ceiling).await?;
+        let body = read(&app, request, limit).await?;
         let mut made = body.new_share();
         let request = aside::work(body.len(), || {
             read_shard_request(&body, &app.limits, &mut made)
         })?;
         if request.body.is_read() {
-            watch.reads();
+            timer.mark_read_only();
         }
         let reply = peers.shard(request, hop).await;
         let reply = aside::work(reply.value_bytes(), || codec::encode(&reply));
@@ -238,7 +238,7 @@ async fn shard(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Re
     let answer = answer
         .await
         .unwrap_or_else(|problem: Problem| problem.into_response());
-    watch.finish(answer)
+    timer.finish(answer)
 }
 
 /// Reads a request, and has `made` pay for what is made of it.
@@ -266,14 +266,14 @@ fn read_shard_request(
     })
 }
 
-async fn promise(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+async fn promise(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) -> Response {
     match read_json(&app, request).await {
         Ok(asked) => in_json(&peers.promise(asked).await),
         Err(problem) => problem.into_response(),
     }
 }
 
-async fn announce(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+async fn announce(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) -> Response {
     match read_json(&app, request).await {
         Ok(announcement) => match peers.announce(announcement).await {
             Ok(outcome) => in_json(&outcome),
@@ -283,7 +283,7 @@ async fn announce(app: Shared, peers: Arc<dyn PeerService>, request: Request) ->
     }
 }
 
-async fn hold(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+async fn hold(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) -> Response {
     match read_json(&app, request).await {
         Ok(asked) => match peers.hold_level(asked).await {
             Ok(()) => in_json(&()),
@@ -293,7 +293,7 @@ async fn hold(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Res
     }
 }
 
-async fn failures(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+async fn failures(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) -> Response {
     match read_json(&app, request)
         .await
         .and_then(|report| Ok(peers.failures_reported(report)?))
@@ -303,7 +303,7 @@ async fn failures(app: Shared, peers: Arc<dyn PeerService>, request: Request) ->
     }
 }
 
-async fn greet(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+async fn greet(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) -> Response {
     match read_json(&app, request).await {
         Ok(greeting) => in_json(&peers.greeted(greeting).await),
         Err(problem) => problem.into_response(),
@@ -317,7 +317,7 @@ async fn view(peers: Arc<dyn PeerService>) -> Response {
     }
 }
 
-async fn invite(app: Shared, peers: Arc<dyn PeerService>, request: Request) -> Response {
+async fn invite(app: SharedApp, peers: Arc<dyn PeerService>, request: Request) -> Response {
     match read_json(&app, request).await {
         Ok(members) => {
             peers.invite(members);
@@ -333,9 +333,9 @@ async fn read_json<T: DeserializeOwned>(app: &App, request: Request) -> Result<T
         .map_err(|error| Problem::new(Code::InvalidBody, error.to_string()))
 }
 
-async fn read(app: &App, request: Request, ceiling: Ceiling) -> Result<Held, Problem> {
+async fn read(app: &App, request: Request, limit: BodyLimit) -> Result<BodyBytes, Problem> {
     let (parts, body) = request.into_parts();
-    body::read(&parts, body, ceiling, &app.limits, &app.bodies).await
+    body::read(&parts, body, limit, &app.limits, &app.bodies).await
 }
 
 fn in_json(answer: &impl Serialize) -> Response {

@@ -38,7 +38,7 @@ use self::body::Said;
 use super::{Refusal, read_body};
 use crate::client::store::Failure;
 use crate::http::charged::charge;
-use crate::http::metrics::{Dialect, Watch};
+use crate::http::metrics::{Dialect, RequestTimer};
 use crate::http::{App, aside};
 
 const PREFIX: &str = "/kvs/";
@@ -88,12 +88,12 @@ pub fn owns(path: &str) -> bool {
 }
 
 pub async fn serve(app: &App, request: Request) -> Response {
-    let mut watch = app.watch(Dialect::Kvs, &request);
+    let mut timer = app.start_timer(Dialect::Kvs, &request);
     let (parts, body) = request.into_parts();
     let answer = match read_body(app, &parts, body).await {
         Ok(body) => {
             let said = aside::work(body.len(), || Said::read(&body.bytes));
-            let answered = by_route(app, &parts, &said, &mut watch).await;
+            let answered = by_route(app, &parts, &said, &mut timer).await;
             let answer = answered.unwrap_or_else(|refusal| Answer::refused(refusal, &parts.method));
             answer.with_context(said.causal_context())
         }
@@ -111,14 +111,14 @@ pub async fn serve(app: &App, request: Request) -> Response {
             }
             _ => *unfit,
         });
-    watch.finish(response)
+    timer.finish(response)
 }
 
 async fn by_route(
     app: &App,
     parts: &Parts,
     said: &Said<'_>,
-    watch: &mut Watch<'_>,
+    timer: &mut RequestTimer<'_>,
 ) -> Result<Answer, Refusal> {
     let method = &parts.method;
     let reads = matches!(*method, Method::GET | Method::HEAD);
@@ -126,18 +126,18 @@ async fn by_route(
     match route {
         Some(Route::Key(escaped)) if reads || matches!(*method, Method::PUT | Method::DELETE) => {
             let key = keys::unescape(escaped);
-            watch.key(&key);
+            timer.key(&key);
             keys::answer(app, method, key, said).await
         }
         Some(Route::KeyCount) if reads => shards::key_count(app).await,
         Some(Route::Shards) if reads => shards::all(app).await,
         Some(Route::Shard(id)) if reads => shards::one(app, id).await,
         Some(Route::ViewChange) if *method == Method::PUT => {
-            let changed = view_change::change(app, said, watch).await?;
+            let changed = view_change::change(app, said, timer).await?;
             Ok(Answer::new(StatusCode::OK, changed))
         }
         Some(Route::ProxyViewChange) if *method == Method::PUT => {
-            view_change::change(app, said, watch).await?;
+            view_change::change(app, said, timer).await?;
             Ok(Answer::new(StatusCode::OK, Content::Nothing {}))
         }
         Some(route) => Ok(Answer::not_allowed(method, route.allowed())),

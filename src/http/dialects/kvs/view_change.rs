@@ -32,8 +32,8 @@ use crate::client::view_change::{
     ChangeInProgress, PerNode, Phase, ReplicationFactor, Shards, ViewChange, ViewChangeFailure,
 };
 use crate::http::App;
-use crate::http::changes::Rounds;
-use crate::http::metrics::Watch;
+use crate::http::changes::PollSchedule;
+use crate::http::metrics::RequestTimer;
 use crate::sm::cluster::view::Layout;
 use crate::types::{Address, GroupId, PlanEpoch};
 
@@ -47,16 +47,20 @@ const COUNT_INTERVAL: Duration = Duration::from_millis(100);
 const ATTEMPTS_MAX: u32 = 10;
 
 /// Changes the view, waits for the end of it, and counts.
-pub async fn change(app: &App, said: &Said<'_>, watch: &mut Watch<'_>) -> Result<Content, Refusal> {
+pub async fn change(
+    app: &App,
+    said: &Said<'_>,
+    timer: &mut RequestTimer<'_>,
+) -> Result<Content, Refusal> {
     let (nodes, change) = parse(said)?;
-    let _place = app
+    let _permit = app
         .changes
-        .enter()
+        .acquire()
         .map_err(|failure| refusal(app, failure))?;
-    watch.allow(WAIT_MAX);
+    timer.allow_wait(WAIT_MAX);
     let mut changing = Changing::new(app, nodes);
     let id = changing.accept(change).await?;
-    watch.log_change(&format_args!("the change of the view to plan {id}"));
+    timer.log_change(&format_args!("the change of the view to plan {id}"));
     let done = changing.follow(id).await?;
     let shards = changing.count(done).await?;
     Ok(Content::ViewChanged {
@@ -182,8 +186,8 @@ impl<'a> Changing<'a> {
     /// Waits until the change, or one that has taken over from it, is done. Which it was.
     async fn follow(&mut self, mut id: PlanEpoch) -> Result<PlanEpoch, Refusal> {
         self.turn();
-        let mut rounds = Rounds::new(self.deadline);
-        while let Some(since) = rounds.next(self.app, self.store.as_ref(), id).await {
+        let mut schedule = PollSchedule::new(self.deadline);
+        while let Some(since) = schedule.next(self.app, self.store.as_ref(), id).await {
             match self.look(id, since).await {
                 Ok(Some(change)) if change.phase == Phase::Done => return Ok(id),
                 Ok(Some(change)) if change.phase == Phase::Superseded => {
